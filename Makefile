@@ -1,0 +1,55 @@
+# `make demo` and `make test` do all their set-up: they make .venv on the first run and nothing after.
+# Variables: PYTHON (which Python makes .venv), TORCH (another torch, as pip spells it), WORKERS
+# (test processes), PYTEST_ARGS (handed to pytest).
+
+PYTHON ?= python3
+WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); [ $$n -gt 8 ] && echo 8 || echo $$n)
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+export PYTHONUNBUFFERED := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-gpu lint gate sanitize clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+$(READY): scripts/bootstrap.py pyproject.toml $(wildcard requirements/*.txt)
+	$(PYTHON) scripts/bootstrap.py --venv $(VENV)
+
+setup: $(READY) ## only make .venv
+
+demo: $(READY) ## attention on real input, checked against a float64 oracle
+	$(BIN)/flashcore demo
+
+test: $(READY) lint gate ## style, types, resource gate, simulator and CPU tests; GPU tests where there is one
+	$(PYTEST)
+
+test-gpu: $(READY) ## the whole suite on the GPU at hand; fails where there is none
+	$(PYTEST) --require-gpu
+
+# In an environment that borrows a prepared Python's packages the style tools may be missing.
+lint: $(READY) ## ruff and mypy
+	@if [ -f $(VENV)/borrowed ] && ! $(BIN)/python -c 'import ruff, mypy' 2>/dev/null; then \
+	  echo "lint skipped: this Python has no ruff and mypy, and no package index answered"; \
+	else \
+	  set -ex; \
+	  $(BIN)/python -m ruff check .; \
+	  $(BIN)/python -m ruff format --check .; \
+	  $(BIN)/python -m mypy; \
+	fi
+
+gate: $(READY) ## compile the kernels for every architecture and check the resource budget (no GPU needed)
+	$(BIN)/flashcore resources --check
+
+sanitize: $(READY) ## compute-sanitizer over a list of attention calls (needs a GPU)
+	$(BIN)/python scripts/sanitize.py
+
+clean: ## remove .venv, caches and build output
+	rm -rf $(VENV) .cache build dist .hypothesis .ruff_cache src/*.egg-info
+	find src tests scripts benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
