@@ -1,0 +1,67 @@
+"""flashcore: fused attention kernels for PyTorch, readable, and provable on any machine.
+
+    >>> import torch, flashcore
+    >>> q, k, v = (torch.randn(1, 8, 512, 64, dtype=torch.float16) for _ in range(3))
+    >>> out = flashcore.attention(q, k, v, causal=True)
+
+Names are imported when first used, so that `flashcore --help` need not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from flashcore.api import Explanation, attention, explain
+    from flashcore.errors import (
+        BackendUnavailableError,
+        CompileError,
+        FallbackWarning,
+        FlashCoreError,
+    )
+    from flashcore.problem import Problem
+
+    __version__: str
+
+# The module that defines each public name. The functions live in api.py and not in attention.py:
+# importing a submodule of that name would put the module in the place of the function.
+_MODULES = {
+    "BackendUnavailableError": "errors",
+    "CompileError": "errors",
+    "Explanation": "api",
+    "FallbackWarning": "errors",
+    "FlashCoreError": "errors",
+    "Problem": "problem",
+    "attention": "api",
+    "explain": "api",
+}
+
+__all__ = [
+    "BackendUnavailableError",
+    "CompileError",
+    "Explanation",
+    "FallbackWarning",
+    "FlashCoreError",
+    "Problem",
+    "__version__",
+    "attention",
+    "explain",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("flashcore")
+    elif name in _MODULES:
+        value = getattr(importlib.import_module(f"flashcore.{_MODULES[name]}"), name)
+    else:
+        raise AttributeError(f"module 'flashcore' has no attribute {name!r}")
+    globals()[name] = value  # the next look-up is an ordinary one
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,265 @@
+"""Problem: what one attention call asks for, validated and normalised; hashable and printable.
+
+Read next: plan.py chooses a kernel from a Problem, reference.py computes one in PyTorch.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from flashcore.validation import (
+    DTYPES,
+    check_mask,
+    check_qkv,
+    checked_causal,
+    checked_factor,
+    checked_window,
+)
+
+Strides3 = tuple[int, int, int]
+Strides4 = tuple[int, int, int, int]
+Causal = bool | str
+Window = tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSpec:
+    """How a mask is read.
+
+    Args:
+        dtype: "bool" (True = attend), or the dtype of an additive mask.
+        strides: elements per step in (batch, head of q, query, key); 0 where broadcast.
+    """
+
+    dtype: str
+    strides: Strides4
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One attention call.
+
+    Key j is visible to query i iff
+    `i + diag_offset - window_left <= j <= i + diag_offset + window_right`, where -1 as a window
+    size is an unbounded side, and the mask, if any, allows it. A side that excludes no key at
+    these lengths is normalised to -1, so that a kernel without that test serves.
+
+    Args:
+        batch: number of sequences.
+        num_heads_q: heads of q; a multiple of num_heads_kv.
+        num_heads_kv: heads of k and v; head h of q uses head h // (num_heads_q / num_heads_kv).
+        seqlen_q: queries per sequence.
+        seqlen_k: keys, and values, per sequence.
+        head_dim: of q and k; a multiple of 8, at most 256.
+        head_dim_v: of v and the output, likewise.
+        dtype: "float16", "bfloat16", "float32" or "float64".
+        device: "cpu" or "cuda".
+        arch: compute capability, 90 for sm_90; 0 on the CPU and on GPUs not made by NVIDIA.
+        scale: multiplies q.k.
+        softcap: scores become softcap * tanh(score / softcap); 0.0 is off.
+        window_left: keys visible before the diagonal, -1 for all.
+        window_right: keys visible after the diagonal, -1 for all.
+        diag_offset: the diagonal is j = i + diag_offset.
+        causal: "none", "upper_left" or "lower_right", as asked for; for printing.
+        mask: how the mask is read, or None.
+        return_lse: whether the log-sum-exp of the scores is wanted too.
+        q_strides: of (batch, head, seqlen) in elements; 0 for a dimension of size 0 or 1.
+        k_strides: likewise.
+        v_strides: likewise.
+        load_bytes: the widest of 16, 8, 4, 2 that divides every address of a row of q, k and v
+            and the bytes of a row.
+    """
+
+    batch: int
+    num_heads_q: int
+    num_heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    device: str
+    arch: int
+    scale: float
+    softcap: float
+    window_left: int
+    window_right: int
+    diag_offset: int
+    causal: str
+    mask: MaskSpec | None
+    return_lse: bool
+    q_strides: Strides3
+    k_strides: Strides3
+    v_strides: Strides3
+    load_bytes: int
+
+    @classmethod
+    def from_tensors(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        causal: Causal = False,
+        scale: float | None = None,
+        window: Window = None,
+        softcap: float | None = None,
+        mask: torch.Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Problem:
+        """Validate the arguments of `attention` and describe them.
+
+        Args:
+            q: [batch, num_heads_q, seqlen_q, head_dim].
+            k: [batch, num_heads_kv, seqlen_k, head_dim].
+            v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+            causal: as in `attention`.
+            scale: as in `attention`.
+            window: as in `attention`.
+            softcap: as in `attention`.
+            mask: as in `attention`.
+            return_lse: as in `attention`.
+
+        Returns:
+            The problem; it keeps no reference to the tensors.
+
+        Raises:
+            TypeError: an argument of a wrong type or dtype.
+            ValueError: a wrong shape, device or value.
+            NotImplementedError: an unsupported head_dim, tensor layout or device type.
+        """
+        check_qkv(q, k, v)
+        if not isinstance(return_lse, bool):
+            raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+        if mask is not None:
+            check_mask(mask, q, k.shape[2])
+        batch, num_heads_q, seqlen_q, head_dim = q.shape
+        seqlen_k = k.shape[2]
+        alignment = checked_causal(causal)
+        left, right, diag_offset = _visible_band(
+            alignment, checked_window(window), seqlen_q, seqlen_k
+        )
+        default_scale = 1.0 / math.sqrt(head_dim)
+        return cls(
+            batch=batch,
+            num_heads_q=num_heads_q,
+            num_heads_kv=k.shape[1],
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            head_dim=head_dim,
+            head_dim_v=v.shape[3],
+            dtype=DTYPES[q.dtype],
+            device=q.device.type,
+            arch=_arch(q.device.index) if q.device.type == "cuda" else 0,
+            scale=checked_factor("scale", scale, default_scale, "pass None for 1 / sqrt(head_dim)"),
+            softcap=checked_factor("softcap", softcap, 0.0, "pass None for no softcap"),
+            window_left=left,
+            window_right=right,
+            diag_offset=diag_offset,
+            causal=alignment,
+            mask=None if mask is None else _mask_spec(mask),
+            return_lse=return_lse,
+            q_strides=_strides(q),
+            k_strides=_strides(k),
+            v_strides=_strides(v),
+            load_bytes=_load_bytes(q, k, v),
+        )
+
+    @property
+    def group_size(self) -> int:
+        """Heads of q that share one head of k and v."""
+        return self.num_heads_q // self.num_heads_kv if self.num_heads_kv else 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to compute: no output, or no keys (out 0, lse -inf)."""
+        return not (self.batch and self.num_heads_q and self.seqlen_q and self.seqlen_k)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of q, k, v and the output."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def lse_dtype(self) -> torch.dtype:
+        """float32, except float64 for float64 inputs."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    def describe(self) -> str:
+        """One line for people, e.g. in `explain` and in test reports."""
+        heads = f"H{self.num_heads_q}"
+        if self.num_heads_kv != self.num_heads_q:
+            heads += f"/{self.num_heads_kv}"
+        lengths = f"S{self.seqlen_q}"
+        if self.seqlen_k != self.seqlen_q:
+            lengths += f"/{self.seqlen_k}"
+        dims = f"D{self.head_dim}"
+        if self.head_dim_v != self.head_dim:
+            dims += f"/{self.head_dim_v}"
+        parts = [f"B{self.batch} {heads} {lengths} {dims} {self.dtype}"]
+        if self.causal != "none":
+            parts.append(f"causal {self.causal}")
+        if self.window_left >= 0 or (self.window_right >= 0 and self.causal == "none"):
+            parts.append(f"window ({self.window_left}, {self.window_right})")
+        if self.softcap:
+            parts.append(f"softcap {self.softcap:g}")
+        if self.mask is not None:
+            parts.append(f"{self.mask.dtype} mask")
+        return ", ".join(parts)
+
+
+def _visible_band(
+    alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
+) -> tuple[int, int, int]:
+    """(window_left, window_right, diag_offset) as Problem defines them."""
+    left, right = window
+    if alignment != "none":
+        right = 0  # right < 0 is unbounded, and any right > 0 is cut back by causality
+    diag_offset = 0 if alignment == "upper_left" else seqlen_k - seqlen_q
+    # The last query has the leftmost bound farthest right, the first query the rightmost bound
+    # farthest left: if neither excludes a key, none does.
+    if left >= 0 and seqlen_q - 1 + diag_offset - left <= 0:
+        left = -1
+    if right >= 0 and diag_offset + right >= seqlen_k - 1:
+        right = -1
+    if left == right == -1:
+        diag_offset = 0  # without bounds the diagonal has no meaning: one Problem, not many
+    return left, right, diag_offset
+
+
+def _strides(x: torch.Tensor) -> Strides3:
+    """Strides of (batch, head, seqlen), 0 where no step is ever taken."""
+    (b, h, s, _), (sb, sh, ss, _) = x.shape, x.stride()
+    return (sb if b > 1 else 0, sh if h > 1 else 0, ss if s > 1 else 0)
+
+
+def _mask_spec(mask: torch.Tensor) -> MaskSpec:
+    missing = (0,) * (4 - mask.dim())
+    strides = (
+        stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)
+    )
+    dtype = "bool" if mask.dtype == torch.bool else DTYPES[mask.dtype]
+    return MaskSpec(dtype, (*missing, *strides))  # type: ignore[arg-type]
+
+
+def _load_bytes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
+    """Lowest set bit of all addresses, byte strides and row lengths, at most 16."""
+    bits = 16
+    for x in (q, k, v):
+        sb, sh, ss = _strides(x)
+        bits |= x.data_ptr() | (sb | sh | ss | x.shape[3]) * x.element_size()
+    return bits & -bits
+
+
+@functools.cache
+def _arch(device_index: int | None) -> int:
+    """10 * major + minor of an NVIDIA GPU; 0 for any other."""
+    if torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor
