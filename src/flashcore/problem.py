@@ -166,7 +166,7 @@ class Problem:
             q_strides=_strides(q),
             k_strides=_strides(k),
             v_strides=_strides(v),
-            load_bytes=_load_bytes(q, k, v),
+            load_bytes=load_bytes(q, k, v),
         )
 
     @property
@@ -247,10 +247,17 @@ def _mask_spec(mask: torch.Tensor) -> MaskSpec:
     return MaskSpec(dtype, (*missing, *strides))  # type: ignore[arg-type]
 
 
-def _load_bytes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> int:
-    """Lowest set bit of all addresses, byte strides and row lengths, at most 16."""
+def load_bytes(*tensors: torch.Tensor) -> int:
+    """Widest load, in bytes, that is aligned for every row of the tensors; at most 16.
+
+    Args:
+        tensors: [batch, num_heads, seqlen, head_dim] with a contiguous last dimension.
+
+    Returns:
+        The lowest set bit of all base addresses, byte strides and row lengths.
+    """
     bits = 16
-    for x in (q, k, v):
+    for x in tensors:
         sb, sh, ss = _strides(x)
         bits |= x.data_ptr() | (sb | sh | ss | x.shape[3]) * x.element_size()
     return bits & -bits

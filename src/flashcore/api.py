@@ -1,0 +1,139 @@
+"""The public functions: `attention`, and `explain`, which says how attention would run."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+
+from flashcore.dispatch import choose_backend, run_backend, warn_once
+from flashcore.explanation import Explanation, explain
+from flashcore.problem import Causal, Problem, Window
+from flashcore.torch_ops import AttentionFunction, needs_grad
+
+__all__ = ["Explanation", "attention", "explain"]
+
+
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: Causal = ...,
+    scale: float | None = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    mask: torch.Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> torch.Tensor: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: Causal = ...,
+    scale: float | None = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    mask: torch.Tensor | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: Causal = ...,
+    scale: float | None = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    mask: torch.Tensor | None = ...,
+    return_lse: bool,
+    backend: str = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Scaled dot-product attention, softmax(scale * q @ k^T) @ v, without storing the scores.
+
+    Works on float16 and bfloat16 tensors on a GPU by a fused kernel, and on CPU tensors (float32
+    and float64 too) by PyTorch operations with the same meaning. Differentiable in q, k, v and an
+    additive mask, also through lse.
+
+    Args:
+        q: [batch, num_heads_q, seqlen_q, head_dim]. Any strides (0 from `expand` too) as long as
+            the last dimension is contiguous: `x.transpose(1, 2)` of a [batch, seqlen, num_heads,
+            head_dim] tensor is read in place. head_dim is a multiple of 8 up to 256.
+        k: [batch, num_heads_kv, seqlen_k, head_dim], dtype and device of q. num_heads_q must be a
+            multiple of num_heads_kv; q's head h uses head h // (num_heads_q / num_heads_kv).
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v], likewise; head_dim_v may differ.
+        causal: True or "lower_right": query i sees keys up to i + seqlen_k - seqlen_q, so the last
+            query sees all. "upper_left": up to key i, as torch's is_causal. False: all.
+        scale: multiplies q.k; a positive number, by default 1 / sqrt(head_dim).
+        window: (left, right): a query sees at most `left` keys before and `right` after the one
+            it is aligned with (as for causal, lower_right unless causal is "upper_left");
+            -1 is unbounded. With causal, right counts as 0.
+        softcap: a positive number c turns each scaled score s into c * tanh(s / c).
+        mask: boolean (True = attend) or additive (dtype of q, or float32; added to the scores after
+            scale and softcap), broadcastable to [batch, num_heads_q, seqlen_q, seqlen_k]. Read
+            through its strides, never expanded.
+        return_lse: also return the log-sum-exp of each row of scores.
+        backend: "auto" (by device and dtype), "wmma" (the portable tensor-core kernel), "sim" (the
+            same kernel in the simulator, on CPU tensors), or "torch" (PyTorch operations).
+
+    Returns:
+        out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. With return_lse, the pair
+        (out, lse): lse is natural-log, float32 (float64 for float64 inputs), [batch, num_heads_q,
+        seqlen_q]. A row with nothing to attend to has out 0, lse -inf and zero gradients.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
+        NotImplementedError: an unsupported head_dim, tensor layout or device type.
+        BackendUnavailableError: the backend cannot run here: no GPU, or one older than sm_75.
+
+    Numerics:
+        Scores, softmax and sums are float32 (float64 for float64 inputs) and only the result is
+        rounded; the kernels also round the softmax weights to the dtype of v. See docs/numerics.md.
+
+    Source:
+        FlashAttention-2, arXiv:2307.08691, algorithm 1 (forward) and 2 (backward).
+    """
+    problem = Problem.from_tensors(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        mask=mask,
+        return_lse=return_lse,
+    )
+    choice = choose_backend(problem, backend)
+    if choice.is_fallback:
+        warn_once(choice)
+    if needs_grad(q, k, v, mask):
+        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = AttentionFunction.apply(
+            problem, choice.backend, q, k, v, mask
+        )
+        return result
+    out, lse = run_backend(choice.backend, problem, q, k, v, mask)
+    return out if lse is None else (out, lse)

@@ -1,0 +1,234 @@
+"""Which backend serves a Problem, and running it there."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from flashcore import env
+from flashcore.errors import BackendUnavailableError, FallbackWarning
+from flashcore.problem import Problem
+from flashcore.tiled import attention_tiled
+
+BACKENDS = ("auto", "wmma", "sim", "torch")
+KERNEL_DTYPES = ("float16", "bfloat16")
+WMMA_MIN_ARCH = 75
+BFLOAT16_MIN_ARCH = 80
+
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend that serves a call.
+
+    Args:
+        backend: "wmma", "sim" or "torch".
+        reason: why, in words.
+        is_fallback: whether "auto" would have preferred a kernel; worth a warning.
+    """
+
+    backend: str
+    reason: str
+    is_fallback: bool = False
+
+
+def choose_backend(problem: Problem, backend: str) -> Choice:
+    """Resolve `backend` for a problem.
+
+    Args:
+        problem: what is asked.
+        backend: one of BACKENDS.
+
+    Returns:
+        The backend and why.
+
+    Raises:
+        TypeError: `backend` is no string, or the chosen one does not know the dtype.
+        ValueError: unknown backend.
+        BackendUnavailableError: it cannot run on this device.
+    """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be one of {', '.join(BACKENDS)}, but is {backend!r}")
+    if backend == "torch":
+        return Choice("torch", 'asked for with backend="torch"')
+    if backend == "sim":
+        return _choose_sim(problem)
+    if backend == "wmma":
+        if problem.device == "cpu":
+            raise BackendUnavailableError(_wmma_on_cpu_text())
+        obstacle = _obstacle_to_wmma(problem)
+        if obstacle is not None:
+            raise obstacle
+        return Choice("wmma", 'asked for with backend="wmma"')
+    if backend == "auto":
+        return _choose_auto(problem)
+    raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
+
+
+def _choose_auto(problem: Problem) -> Choice:
+    if problem.device == "cpu":
+        return Choice("torch", "q, k and v are CPU tensors")
+    obstacle = _obstacle_to_wmma(problem)
+    if obstacle is None:
+        return Choice("wmma", f"{problem.dtype} tensors on an sm_{problem.arch} GPU")
+    # A GPU too old for every kernel is worth an error: whoever bought one expects to be told.
+    if problem.arch and problem.arch < WMMA_MIN_ARCH:
+        raise obstacle
+    return Choice("torch", str(obstacle), is_fallback=True)
+
+
+def _obstacle_to_wmma(problem: Problem) -> Exception | None:
+    """The exception that says why CUDA tensors cannot go to the WMMA kernel; None if they can."""
+    way_out = 'pass backend="torch"'
+    if problem.arch == 0:
+        return BackendUnavailableError(f"the kernels need an NVIDIA GPU; {way_out}")
+    if problem.arch < WMMA_MIN_ARCH:
+        return BackendUnavailableError(
+            f"the GPU is sm_{problem.arch}, but the kernels need tensor cores as sm_75 (Turing) "
+            f"and later have; {way_out}"
+        )
+    if problem.dtype not in KERNEL_DTYPES:
+        return TypeError(
+            f"no kernel serves dtype {problem.dtype}; convert q, k and v to torch.float16 or "
+            f"torch.bfloat16, or {way_out}"
+        )
+    if problem.dtype == "bfloat16" and problem.arch < BFLOAT16_MIN_ARCH:
+        return BackendUnavailableError(
+            f"bfloat16 needs sm_80 or later, but the GPU is sm_{problem.arch}; use torch.float16, "
+            f"or {way_out}"
+        )
+    return None
+
+
+def _wmma_on_cpu_text() -> str:
+    way_out = (
+        'backend="sim" runs the same kernel in the simulator, backend="torch" computes with PyTorch'
+    )
+    if torch.cuda.is_available():
+        return f'q is on cpu, but backend="wmma" needs CUDA tensors: pass q.cuda(), or {way_out}'
+    return f'backend="wmma" needs a CUDA GPU, and torch sees none here (q is on cpu): {way_out}'
+
+
+def _choose_sim(problem: Problem) -> Choice:
+    if problem.device != "cpu":
+        raise BackendUnavailableError(
+            f'q is on {problem.device}, but backend="sim" runs on CPU tensors: pass q.cpu(), '
+            'or use backend="wmma" for the GPU'
+        )
+    if problem.dtype not in KERNEL_DTYPES:
+        raise TypeError(
+            f'q has dtype {problem.dtype}, but backend="sim" runs the kernel, which takes float16 '
+            'and bfloat16: convert with q.to(torch.float16), or use backend="torch"'
+        )
+    arch = env.sim_arch()
+    if problem.dtype == "bfloat16" and arch < BFLOAT16_MIN_ARCH:
+        raise BackendUnavailableError(
+            f"bfloat16 needs sm_80 or later, but {env.SIM_ARCH.name} is {arch}; unset it or use "
+            "torch.float16"
+        )
+    return Choice("sim", 'asked for with backend="sim"')
+
+
+def warn_once(choice: Choice) -> None:
+    """Give the FallbackWarning of a choice, once per reason and process."""
+    if choice.reason not in _warned:
+        _warned.add(choice.reason)
+        warnings.warn(
+            f"flashcore.attention falls back to PyTorch: {choice.reason} to silence this",
+            FallbackWarning,
+            stacklevel=3,  # the caller of flashcore.attention
+        )
+
+
+def run_backend(
+    backend: str,
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute on a backend that `choose_backend` returned.
+
+    Args:
+        backend: "wmma", "sim" or "torch".
+        problem: the description of the tensors.
+        q: [batch, num_heads_q, seqlen_q, head_dim].
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        mask: as in `attention`, or None.
+
+    Returns:
+        out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q.
+        lse: [batch, num_heads_q, seqlen_q]; None unless problem.return_lse.
+    """
+    rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
+    if problem.is_empty:
+        out = q.new_zeros((*rows_shape, problem.head_dim_v))
+        lse = q.new_full(rows_shape, -math.inf, dtype=problem.lse_dtype)
+        return out, lse if problem.return_lse else None
+    if backend == "torch":
+        with without_autocast(problem.device):
+            return _run_torch(problem, q, k, v, mask)
+
+    from flashcore.plan import select_plan  # not needed, hence not loaded, by the torch backend
+
+    out = q.new_empty((*rows_shape, problem.head_dim_v))
+    rows = q.new_empty(rows_shape, dtype=problem.lse_dtype) if problem.return_lse else None
+    if backend == "sim":
+        from flashcore.sim import simulate
+
+        plan = select_plan(problem, arch=env.sim_arch())
+        simulate(problem, plan, q, k, v, mask, out, rows, seed=env.sim_seed())
+    else:
+        from flashcore.launch import run_kernel
+
+        run_kernel(problem, select_plan(problem), q, k, v, mask, out, rows)
+    return out, rows
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Inside torch.autocast the tile-wise matmuls would be rounded; nothing else minds it."""
+    if torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _run_torch(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if sdpa_means_the_same(problem):
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=problem.window_right == 0, scale=problem.scale
+        )
+        return out, None
+    out, lse = attention_tiled(problem, q, k, v, mask)
+    return out, lse if problem.return_lse else None
+
+
+def sdpa_means_the_same(problem: Problem) -> bool:
+    """Whether torch's own SDPA computes this very problem, on the CPU, with linear memory.
+
+    Its fused CPU kernel wants equal head_dims and as many k/v heads as q heads; its is_causal is
+    "upper_left"; it returns no lse, and knows no softcap and no window. Masks go to the tiled path,
+    which defines what an empty row is.
+    """
+    return (
+        problem.device == "cpu"
+        and not problem.return_lse
+        and not problem.softcap
+        and problem.mask is None
+        and problem.num_heads_q == problem.num_heads_kv
+        and problem.head_dim == problem.head_dim_v
+        and problem.window_left == -1
+        and (problem.window_right == -1 or (problem.window_right == problem.diag_offset == 0))
+    )

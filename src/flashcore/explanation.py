@@ -1,0 +1,159 @@
+"""explain: how a call of `attention` would run, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TextIO
+
+import torch
+
+from flashcore import env
+from flashcore.dispatch import KERNEL_DTYPES, choose_backend, sdpa_means_the_same
+from flashcore.plan import Plan, candidates
+from flashcore.problem import Causal, Problem, Window, load_bytes
+
+SHOWN_ALTERNATIVES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What `explain` found; `str()` is what it prints.
+
+    Args:
+        problem: the call, validated and normalised.
+        backend: "wmma", "sim" or "torch".
+        reason: why that backend.
+        plan: the kernel and its tiles; for "torch" on float16 or bfloat16 CPU tensors, what a GPU
+            of the architecture would run; None where no kernel serves the call.
+        alternatives: the next best tile configurations, in order.
+        notes: what else decided, a sentence each.
+    """
+
+    problem: Problem
+    backend: str
+    reason: str
+    plan: Plan | None
+    alternatives: tuple[Plan, ...]
+    notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"problem   {self.problem.describe()}",
+            f"backend   {self.backend}: {self.reason}",
+        ]
+        if self.plan is not None:
+            lines.append(
+                f"{'kernel' if self.backend != 'torch' else 'on a GPU':<10}{_row(self.plan)}"
+            )
+            lines += [f"{'before':<10}{_row(plan)}" for plan in self.alternatives]
+        lines += [f"{'note':<10}{note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+def explain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    arch: int | None = None,
+    file: TextIO | None = None,
+) -> Explanation:
+    """Print which backend, kernel and tile configuration `attention` would use, and why.
+
+    Nothing is computed or compiled.
+
+    Args:
+        q: as in `attention`, like all the arguments that follow.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        causal: as in `attention`.
+        scale: as in `attention`.
+        window: as in `attention`.
+        softcap: as in `attention`.
+        mask: as in `attention`.
+        return_lse: as in `attention`.
+        backend: as in `attention`.
+        arch: GPU architecture to plan for, 90 for sm_90; by default that of q's device, and what
+            the simulator runs for CPU tensors.
+        file: where to print; by default standard output.
+
+    Returns:
+        The same as an object.
+
+    Raises:
+        Exception: what `attention` would raise for these arguments.
+    """
+    problem = Problem.from_tensors(
+        q,
+        k,
+        v,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+        mask=mask,
+        return_lse=return_lse,
+    )
+    choice = choose_backend(problem, backend)
+    plans: list[Plan] = []
+    if problem.dtype in KERNEL_DTYPES and (choice.backend != "torch" or problem.device == "cpu"):
+        plans = candidates(problem, arch or problem.arch or env.sim_arch())
+    explanation = Explanation(
+        problem=problem,
+        backend=choice.backend,
+        reason=choice.reason,
+        plan=plans[0] if plans else None,
+        alternatives=tuple(plans[1 : 1 + SHOWN_ALTERNATIVES]),
+        notes=tuple(_notes(problem, choice.backend, bool(plans), q, k, v)),
+    )
+    print(explanation, file=file)
+    return explanation
+
+
+def _row(plan: Plan) -> str:
+    """A plan beside the numbers that rank it."""
+    return f"{plan.describe()}, {plan.min_blocks} blocks of {plan.num_warps} warps an SM"
+
+
+def _notes(
+    problem: Problem,
+    backend: str,
+    has_plan: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+) -> list[str]:
+    notes = []
+    if problem.is_empty:
+        notes.append("there is nothing to compute: the result is 0, lse -inf, without a kernel")
+    if backend == "torch":
+        how = (
+            "torch's SDPA, which means the same" if sdpa_means_the_same(problem) else "tile by tile"
+        )
+        notes.append(f"computed by {how}; memory is linear in seqlen")
+    if not has_plan:
+        return notes
+    notes.append(
+        "tiles are ranked by warps resident on an SM (up to 8), double buffering, keys a tile (64 "
+        "is best), then rows a tile; see plan.py"
+    )
+    if problem.load_bytes < 16:
+        narrow = [
+            f"{name} allows {own}"
+            for name, x in (("q", q), ("k", k), ("v", v))
+            if (own := load_bytes(x)) < 16
+        ]
+        notes.append(
+            f"loads are {problem.load_bytes} bytes wide instead of 16, for alignment: "
+            + ", ".join(narrow)
+        )
+    if problem.causal != "none" and problem.window_right == -1:
+        notes.append("causality hides no key at these lengths, so the kernel does not test for it")
+    return notes
