@@ -42,11 +42,11 @@ class Explanation:
             f"backend   {self.backend}: {self.reason}",
         ]
         if self.plan is not None:
-            lines.append(
-                f"{'kernel' if self.backend != 'torch' else 'on a GPU':<10}{_row(self.plan)}"
-            )
-            lines += [f"{'before':<10}{_row(plan)}" for plan in self.alternatives]
-        lines += [f"{'note':<10}{note}" for note in self.notes]
+            label = "on a GPU" if self.backend == "torch" else "kernel"
+            lines.append(f"{label:<8}  {self.plan.describe()}")
+            lines.append(f"tiles     {_tiles(self.plan)}  <- chosen")
+            lines += [f"          {_tiles(plan)}" for plan in self.alternatives]
+        lines += [f"note      {note}" for note in self.notes]
         return "\n".join(lines)
 
 
@@ -117,9 +117,12 @@ def explain(
     return explanation
 
 
-def _row(plan: Plan) -> str:
-    """A plan beside the numbers that rank it."""
-    return f"{plan.describe()}, {plan.min_blocks} blocks of {plan.num_warps} warps an SM"
+def _tiles(plan: Plan) -> str:
+    """The numbers by which tile configurations are ranked, in aligned columns."""
+    return (
+        f"{plan.block_m:>3} x {plan.block_n:<3}  {plan.num_warps} warps  {plan.num_stages} stages  "
+        f"{plan.smem_bytes:>6} B shared  {plan.min_blocks} blocks/SM"
+    )
 
 
 def _notes(
@@ -134,10 +137,9 @@ def _notes(
     if problem.is_empty:
         notes.append("there is nothing to compute: the result is 0, lse -inf, without a kernel")
     if backend == "torch":
-        how = (
-            "torch's SDPA, which means the same" if sdpa_means_the_same(problem) else "tile by tile"
-        )
-        notes.append(f"computed by {how}; memory is linear in seqlen")
+        same = sdpa_means_the_same(problem)
+        how = "by torch's SDPA, which means the same here" if same else "tile by tile"
+        notes.append(f"computed {how}; memory is linear in seqlen")
     if not has_plan:
         return notes
     notes.append(
