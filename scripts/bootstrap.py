@@ -93,6 +93,14 @@ def site_folder(python: Path) -> Path:
     return Path(subprocess.check_output([str(python), "-c", code], text=True).strip())
 
 
+def project_version() -> str:
+    """Return the version in pyproject.toml (tomllib came with Python 3.11)."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
+    assert found
+    return found.group(1)
+
+
 def missing(python: Path, wanted: dict[str, str]) -> list[str]:
     """Return what to install for those of `wanted` that `python` cannot import."""
     code = (
@@ -114,6 +122,11 @@ def borrow(folder: Path) -> None:
     lenders = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
     (site / "_borrowed.pth").write_text("\n".join(lenders) + "\n", encoding="utf-8")
     (site / "_flashcore.pth").write_text(f"{ROOT / 'src'}\n", encoding="utf-8")
+    metadata = site / f"flashcore-{project_version()}.dist-info"
+    metadata.mkdir(exist_ok=True)
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: flashcore\nVersion: {project_version()}\n", encoding="utf-8"
+    )
     script = folder / "bin" / "flashcore"
     script.write_text(
         f"#!{python}\nimport sys\n\nfrom flashcore.cli import main\n\nsys.exit(main())\n",
@@ -157,17 +170,16 @@ def install(folder: Path) -> None:
     say(f"installing {os.environ.get('TORCH', '') or TORCH}")
     if not install_torch(pip, python):
         sys.exit("bootstrap: torch could not be installed; pip's message is above")
+    # With setuptools here, no isolated build environment has to be downloaded for flashcore itself.
+    if not run([*pip, "setuptools", "numpy"]):
+        sys.exit("bootstrap: setuptools could not be installed; pip's message is above")
     code = "import torch; print(torch.version.cuda or '')"
     cuda = subprocess.check_output([str(python), "-c", code], text=True).strip()
     extra = "cuda12" if cuda.startswith("12") else "cuda"
     if not cuda:
         pip += ["-c", ROOT / "requirements" / "lock-cpu.txt"]
     say(f"installing flashcore[{extra},bench,test]")
-    # torch has brought setuptools, so no isolated build environment has to be downloaded; without
-    # `setuptools` in the first call an older torch would leave it out.
-    if not run([*pip, "setuptools"]) or not run(
-        [*pip, "--no-build-isolation", "-e", f"{ROOT}[{extra},bench,test]"]
-    ):
+    if not run([*pip, "--no-build-isolation", "-e", f"{ROOT}[{extra},bench,test]"]):
         sys.exit("bootstrap: flashcore could not be installed; pip's message is above")
 
 

@@ -1,0 +1,54 @@
+"""What all tests share: the gpu marker, one compile cache for all workers, hypothesis settings."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Before flashcore is imported. Kernels and simulator builds are cached by the text of their source,
+# so one folder serves all workers and later runs, and a changed source can never find an old entry.
+os.environ.setdefault("FLASHCORE_CACHE_DIR", str(ROOT / ".cache" / "flashcore"))
+
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
+from hypothesis.database import DirectoryBasedExampleDatabase  # noqa: E402
+
+settings.register_profile(
+    "flashcore",
+    deadline=None,  # the first example may compile a kernel
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
+    database=DirectoryBasedExampleDatabase(ROOT / ".cache" / "hypothesis"),
+    print_blob=True,
+)
+settings.load_profile("flashcore")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail where there is no CUDA GPU")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--require-gpu") and not torch.cuda.is_available():
+        raise pytest.UsageError(f"--require-gpu: {_why_no_gpu()}")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason=_why_no_gpu())
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+def _why_no_gpu() -> str:
+    if torch.version.cuda is None:
+        return f"needs a CUDA GPU: torch {torch.__version__} is a build without CUDA"
+    return f"needs a CUDA GPU: torch {torch.__version__} finds none (see flashcore doctor)"

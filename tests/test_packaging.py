@@ -1,0 +1,88 @@
+"""`pip install .` gives a small pure-Python wheel with everything in it that runs later."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("setuptools", minversion="77", reason="builds the wheel")
+    folder = tmp_path_factory.mktemp("wheel")
+    # A copy, for setuptools leaves build/ and *.egg-info beside what it builds.
+    source = folder / "source"
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(ROOT / "src", source / "src", ignore=ignore)
+    for item in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / item, source / item)
+    code = "import setuptools.build_meta as backend, sys; print(backend.build_wheel(sys.argv[1]))"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return folder / done.stdout.splitlines()[-1]
+
+
+def test_wheel_is_pure_python_and_small(wheel: Path) -> None:
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert wheel.stat().st_size < 1_000_000
+
+
+def test_wheel_holds_every_source_file(wheel: Path) -> None:
+    """Each file under src/flashcore that git keeps; a new file type needs a package-data line."""
+    inside = set(zipfile.ZipFile(wheel).namelist())
+    expected = {
+        path.relative_to(ROOT / "src").as_posix()
+        for path in (ROOT / "src" / "flashcore").rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert expected - inside == set()
+    assert any(entry.endswith("kernels/attn_fwd_wmma.cuh") for entry in inside)
+
+
+def test_wheel_says_what_it_needs(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    folder = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
+    about = Parser().parsestr(archive.read(folder).decode())
+    assert about["Requires-Python"] == ">=3.10"
+    assert about["License-Expression"] == "Apache-2.0"
+    needs = about.get_all("Requires-Dist") or []
+    always = {re.split(r"[^\w-]", need)[0] for need in needs if "extra ==" not in need}
+    assert always == {"torch", "typer", "rich"}
+    assert set(about.get_all("Provides-Extra") or []) >= {"cuda", "cuda12", "bench", "test"}
+    points = archive.read(folder.replace("METADATA", "entry_points.txt")).decode()
+    assert "flashcore = flashcore.cli:main" in points
+
+
+def test_lock_pins_what_pyproject_asks_for() -> None:
+    """Every requirement but torch has an exact version in requirements/, within its bounds."""
+    requirements = pytest.importorskip("packaging.requirements")
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *extras["cuda"], *extras["bench"], *extras["test"]]
+    pins: dict[str, list[str]] = {}
+    for file in (ROOT / "requirements").glob("*.txt"):
+        for line in file.read_text(encoding="utf-8").splitlines():
+            if "==" in line:
+                name, _, rest = line.partition("==")
+                pins.setdefault(name, []).append(rest.split(";")[0].strip())
+    for text in asked:
+        need = requirements.Requirement(text)
+        if need.name != "torch":
+            assert pins.get(need.name), f"{need.name} is not pinned"
+            assert all(need.specifier.contains(pin) for pin in pins[need.name]), text
