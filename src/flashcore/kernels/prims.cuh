@@ -1,0 +1,45 @@
+// prims.cuh - the contract that every kernel in this folder is written against.
+//
+// A kernel includes this header and nothing else of the outside world. `@target` is replaced by the
+// source generator (codegen.py) with `ptx` for a GPU and with `host` for the simulator, so the same
+// kernel text compiles for both. Both sides define the same names with the same signatures:
+//
+// types.cuh       int32_t uint32_t int64_t uint64_t; float16, bfloat16 (2-byte storage types);
+//                 FC_DEVICE (inline function), FC_KERNEL(name, threads, min_blocks) (entry point)
+//                 to_float(x), from_float<T>(x), pack2<T>(lo, hi): two T in one 32-bit register
+// thread.cuh      thread_idx() block_idx() lane_idx() warp_idx()
+//                 shfl_xor(x, lane_mask), warp_any(predicate): all 32 lanes must arrive; they order
+//                 no memory
+// math.cuh        exp2_approx log2_approx rcp_approx fma_rn max_f min_i max_i, NEG_INF
+//                 opaque(x): x, hidden from the optimiser
+// memory.cuh      SmemPtr<T>, GmemPtr<T>: bounded pointers; p + n moves by n elements
+//                 smem_view<T>(byte_offset, count, "name"): a view of dynamic shared memory
+//                 smem_load(p) smem_store(p, x) gmem_load(p) gmem_store(p, x): one element
+//                 Packet<BYTES>: 2, 4, 8 or 16 bytes moved at once, naturally aligned
+//                 smem_load_packet<BYTES>(p) smem_store_packet(p, packet), the same for gmem
+//                 is_null(p)
+// async_copy.cuh  cp_async<BYTES>(smem_dst, gmem_src, valid): BYTES in 4, 8, 16; zero-fills the
+//                 destination and does not touch the source when !valid (PTX ISA: cp.async)
+//                 cp_async_commit(), cp_async_wait<N>(): own groups of this thread, all but newest N
+// sync.cuh        block_sync() (orders all memory of the block), warp_sync() (of the warp)
+// wmma.cuh        WmmaA<T> WmmaBCol<T> WmmaBRow<T> WmmaAccum: 16x16 fragments of one warp
+//                 (PTX ISA: wmma; B's two types differ by the layout they are loaded from)
+//                 wmma_load_a(frag, p, stride): A[m][k] at p[m * stride + k]
+//                 wmma_load_b_col(frag, p, stride): B[k][n] at p[n * stride + k]   (K^T from K)
+//                 wmma_load_b_row(frag, p, stride): B[k][n] at p[k * stride + n]   (V)
+//                 wmma_fill(accum, x), wmma_mma(accum, a, b): accum += a * b
+//                 accum_row(lane, i), accum_col(lane, i): where accum.x[i], i < 8, of a lane sits
+//                 wmma_accum_to_a(frag, accum): rounds to T; uses the map above and A's own map
+//                 All 32 lanes must arrive with the same arguments. Loads read for all lanes: what
+//                 another lane wrote must have been ordered by warp_sync() or block_sync() before.
+// atomics.cuh     smem_atomic_add(p, x): float32, relaxed
+#pragma once
+
+#include "@target/types.cuh"
+#include "@target/thread.cuh"
+#include "@target/math.cuh"
+#include "@target/memory.cuh"
+#include "@target/async_copy.cuh"
+#include "@target/sync.cuh"
+#include "@target/wmma.cuh"
+#include "@target/atomics.cuh"

@@ -1,0 +1,7 @@
+// ptx/atomics.cuh - the order of float atomics is not fixed, so no kernel that ships uses them; they
+// are here for the planted bugs and the conformance tests.
+#pragma once
+
+FC_DEVICE void smem_atomic_add(SmemPtr<float> p, float x) {
+  asm volatile("red.relaxed.cta.shared.add.f32 [%0], %1;" ::"r"(p.address), "f"(x) : "memory");
+}

@@ -1,0 +1,85 @@
+// ptx/types.cuh - scalar types of the device side. NVRTC compiles without any CUDA or C++ header, so
+// the fixed-width names and the two 16-bit storage types are defined here.
+#pragma once
+
+using int32_t = int;
+using uint16_t = unsigned short;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+
+#define FC_DEVICE __device__ __forceinline__
+// The second bound makes ptxas keep the register count low enough for `min_blocks` blocks an SM.
+#define FC_KERNEL(name, threads, min_blocks) \
+  extern "C" __global__ void __launch_bounds__(threads, min_blocks) name
+
+// IEEE binary16: storage only, arithmetic is in float32.
+struct float16 {
+  uint16_t bits;
+};
+
+// The upper half of a float32: storage only.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+FC_DEVICE float to_float(float16 x) {
+  float y;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+  return y;
+}
+
+FC_DEVICE float to_float(bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+
+FC_DEVICE float to_float(float x) { return x; }
+
+// float32 -> T, round to nearest even.
+template <class T>
+FC_DEVICE T from_float(float x);
+
+template <>
+FC_DEVICE float16 from_float<float16>(float x) {
+  float16 y;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+  return y;
+}
+
+template <>
+FC_DEVICE bfloat16 from_float<bfloat16>(float x) {
+  bfloat16 y;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x));
+#else
+  const uint32_t bits = __float_as_uint(x);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  y.bits = is_nan ? 0x7fff : uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+#endif
+  return y;
+}
+
+template <>
+FC_DEVICE float from_float<float>(float x) {
+  return x;
+}
+
+// Two values of T side by side in one register, `lo` in the lower half.
+template <class T>
+FC_DEVICE uint32_t pack2(float lo, float hi) {
+  return uint32_t(from_float<T>(lo).bits) | (uint32_t(from_float<T>(hi).bits) << 16);
+}
+
+#if __CUDA_ARCH__ >= 800
+template <>
+FC_DEVICE uint32_t pack2<float16>(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+
+template <>
+FC_DEVICE uint32_t pack2<bfloat16>(float lo, float hi) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(hi), "f"(lo));
+  return packed;
+}
+#endif

@@ -1,0 +1,72 @@
+// tile/copy.cuh - row tiles between global and shared memory.
+#pragma once
+
+// Row stride of a tile in shared memory, in elements: the columns rounded up to whole 16-wide
+// fragments, plus 8 elements (16 bytes) so that the eight rows of an 8x8 matrix fall into different
+// banks.
+FC_DEVICE constexpr int padded_cols(int cols) { return (cols + 15) / 16 * 16; }
+FC_DEVICE constexpr int smem_stride(int cols) { return padded_cols(cols) + 8; }
+
+// Starts copying ROWS x COLS elements from row `first_row` of a matrix; rows from `num_rows` on are
+// filled with zeros and not read. With cp.async the copy is pending until this thread's group is waited
+// for. Neighbouring threads copy neighbouring packets of a row; every thread keeps to its own columns,
+// so that its addresses are one base each plus constants.
+template <int ROWS, int COLS, int SMEM_STRIDE>
+FC_DEVICE void load_tile(SmemPtr<Element> dst_smem, GmemPtr<const Element> src_gmem,
+                         int src_row_stride, int first_row, int num_rows) {
+  constexpr int PACKET = LOAD_BYTES / int(sizeof(Element));
+  constexpr int PACKETS_PER_ROW = COLS / PACKET;
+  constexpr int LOWEST_BIT = PACKETS_PER_ROW & -PACKETS_PER_ROW;
+  constexpr int THREADS_PER_ROW = LOWEST_BIT < 16 ? LOWEST_BIT : 16;
+  constexpr int ROWS_PER_PASS = NUM_WARPS * 32 / THREADS_PER_ROW;
+  const int thread_row = thread_idx() / THREADS_PER_ROW;
+  const int thread_col = thread_idx() % THREADS_PER_ROW * PACKET;
+  const int thread_src_row = opaque(first_row) + thread_row;
+  const auto src = src_gmem + (int64_t(thread_src_row) * src_row_stride + thread_col);
+  const auto dst = dst_smem + (thread_row * SMEM_STRIDE + thread_col);
+#pragma unroll
+  for (int row = 0; row < ROWS; row += ROWS_PER_PASS) {
+    if (ROWS % ROWS_PER_PASS != 0 && thread_row + row >= ROWS) break;
+    const bool valid = thread_src_row + row < num_rows;
+#pragma unroll
+    for (int col = 0; col < COLS; col += THREADS_PER_ROW * PACKET) {
+      const auto packet_src = src + (int64_t(row) * src_row_stride + col);
+      const auto packet_dst = dst + (row * SMEM_STRIDE + col);
+      if constexpr (LOAD_BYTES >= 4) {
+        cp_async<LOAD_BYTES>(packet_dst, packet_src, valid);
+      } else {
+        smem_store(packet_dst, valid ? gmem_load(packet_src) : from_float<Element>(0.0f));
+      }
+    }
+  }
+}
+
+// A head_dim that is not a multiple of 16 leaves columns that the fragments read and load_tile does
+// not write: zeros there add nothing to q.k, and give output columns that are not stored.
+template <int ROWS, int COLS, int SMEM_STRIDE>
+FC_DEVICE void zero_padding(SmemPtr<Element> tile_smem) {
+  constexpr int PADDING = padded_cols(COLS) - COLS;
+  if constexpr (PADDING > 0) {
+    for (int i = thread_idx(); i < ROWS * PADDING; i += NUM_WARPS * 32) {
+      const auto element = tile_smem + (i / PADDING * SMEM_STRIDE + COLS + i % PADDING);
+      smem_store(element, from_float<Element>(0.0f));
+    }
+  }
+}
+
+// Stores 16 rows x COLS of one warp from shared memory, 16 bytes a lane, rows contiguous in global
+// memory. `num_valid_rows` may be below 16, or negative.
+template <int COLS, int SMEM_STRIDE>
+FC_DEVICE void store_rows(GmemPtr<Element> dst_gmem, SmemPtr<Element> src_smem,
+                          int num_valid_rows) {
+  constexpr int PACKET = 8;
+  constexpr int PACKETS_PER_ROW = COLS / PACKET;
+  for (int packet = lane_idx(); packet < 16 * PACKETS_PER_ROW; packet += 32) {
+    const int row = packet / PACKETS_PER_ROW;
+    const int col = packet % PACKETS_PER_ROW * PACKET;
+    if (row < num_valid_rows) {
+      gmem_store_packet(dst_gmem + (int64_t(row) * COLS + col),
+                        smem_load_packet<16>(src_smem + (row * SMEM_STRIDE + col)));
+    }
+  }
+}

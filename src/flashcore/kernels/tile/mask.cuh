@@ -1,0 +1,69 @@
+// tile/mask.cuh - turns raw q.k of one 16-row strip into the scores that softmax sees.
+#pragma once
+
+// With a softcap or an additive mask, scores leave here in log2 units and softmax must not scale again.
+constexpr bool SCORES_ARE_LOG2 = HAS_SOFTCAP || MASK_KIND == 2;
+constexpr float LOG2_E = 1.44269504088896341f;
+
+// softcap * tanh(score / softcap) by tanh(x) = 1 - 2 / (exp(2x) + 1): absolute error about 2^-22,
+// where the hardware's tanh.approx has 2^-11.
+FC_DEVICE float apply_softcap(float score, float softcap) {
+  const float exponential = exp2_approx(score * (2.0f * LOG2_E) * rcp_approx(softcap));
+  return softcap * (1.0f - 2.0f * rcp_approx(exponential + 1.0f));
+}
+
+FC_DEVICE float mask_value(bool attend) { return attend ? 0.0f : NEG_INF; }
+FC_DEVICE float mask_value(float16 x) { return to_float(x); }
+FC_DEVICE float mask_value(bfloat16 x) { return to_float(x); }
+FC_DEVICE float mask_value(float x) { return x; }
+
+// Whether some element of rows [row_begin, row_begin + 16) x keys [key_begin, key_begin + BLOCK_N)
+// may not be attended to because of the sequence's end or the window. The same for all lanes.
+FC_DEVICE bool strip_needs_mask(const AttnParams& p, int row_begin, int key_begin) {
+  const int last_key = key_begin + BLOCK_N - 1;
+  bool needed = last_key >= p.seqlen_k;
+  if (HAS_WINDOW_RIGHT) needed |= last_key > row_begin + p.diag_offset + p.window_right;
+  if (HAS_WINDOW_LEFT) needed |= key_begin < row_begin + 15 + p.diag_offset - p.window_left;
+  return needed;
+}
+
+FC_DEVICE bool key_is_visible(const AttnParams& p, int row, int key) {
+  bool visible = key < p.seqlen_k;
+  if (HAS_WINDOW_RIGHT) visible &= key <= row + p.diag_offset + p.window_right;
+  if (HAS_WINDOW_LEFT) visible &= key >= row + p.diag_offset - p.window_left;
+  return visible;
+}
+
+// Scales and caps the scores where softmax cannot (see SCORES_ARE_LOG2), adds the mask tensor, and
+// sets what may not be attended to to -inf. `mask_gmem` is that of this batch and head.
+template <int NUM_FRAGS>
+FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
+                           GmemPtr<const MaskElement> mask_gmem, int row_begin, int key_begin) {
+  if (HAS_SOFTCAP || MASK_KIND == 2) {
+#pragma unroll
+    for (int n = 0; n < NUM_FRAGS; ++n) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        float& score = scores[n].x[i];
+        score = HAS_SOFTCAP ? apply_softcap(score * p.softmax_scale, p.softcap) * LOG2_E
+                            : score * p.softmax_scale_log2;
+      }
+    }
+  }
+  if (MASK_KIND == 0 && !strip_needs_mask(p, row_begin, key_begin)) return;
+#pragma unroll
+  for (int n = 0; n < NUM_FRAGS; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const int row = row_begin + accum_row(lane_idx(), i);
+      const int key = key_begin + n * 16 + accum_col(lane_idx(), i);
+      float& score = scores[n].x[i];
+      if (!key_is_visible(p, row, key)) {
+        score = NEG_INF;
+      } else if (MASK_KIND != 0 && row < p.seqlen_q) {
+        const auto element = mask_gmem + (row * p.mask_row_stride + key * p.mask_col_stride);
+        score += mask_value(gmem_load(element)) * LOG2_E;
+      }
+    }
+  }
+}

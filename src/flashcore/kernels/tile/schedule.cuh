@@ -1,0 +1,41 @@
+// tile/schedule.cuh - which query rows a block computes, and which key tiles they can see.
+#pragma once
+
+struct BlockCoord {
+  int batch_idx;
+  int head_idx;     // of q
+  int head_idx_kv;  // of k and v: num_heads_q / num_heads_kv query heads share one
+  int m_begin;      // first query row
+};
+
+// One-dimensional grid: row tiles fastest, so that blocks running side by side share K and V in L2.
+// Under a right bound (causal) later rows see more keys: the longest tiles start first.
+FC_DEVICE BlockCoord block_coord(const AttnParams& p) {
+  const int block = opaque(block_idx());
+  const int m_block = block % p.num_m_blocks;
+  const int head_and_batch = block / p.num_m_blocks;
+  BlockCoord coord;
+  coord.head_idx = head_and_batch % p.num_heads_q;
+  coord.batch_idx = head_and_batch / p.num_heads_q;
+  coord.head_idx_kv = coord.head_idx / (p.num_heads_q / p.num_heads_kv);
+  coord.m_begin = (HAS_WINDOW_RIGHT ? p.num_m_blocks - 1 - m_block : m_block) * BLOCK_M;
+  return coord;
+}
+
+// Key tiles [n_block_begin, n_block_end) hold every key that some row of the block can see.
+struct KeyRange {
+  int n_block_begin;
+  int n_block_end;
+};
+
+FC_DEVICE KeyRange key_range(const AttnParams& p, int m_begin) {
+  int first_key = 0;
+  int end_key = p.seqlen_k;
+  if (HAS_WINDOW_LEFT) first_key = max_i(0, m_begin + p.diag_offset - p.window_left);
+  if (HAS_WINDOW_RIGHT) {
+    const int last_row = min_i(m_begin + BLOCK_M, p.seqlen_q) - 1;
+    end_key = min_i(end_key, last_row + p.diag_offset + p.window_right + 1);
+  }
+  if (first_key >= end_key) return {0, 0};
+  return {first_key / BLOCK_N, (end_key + BLOCK_N - 1) / BLOCK_N};
+}

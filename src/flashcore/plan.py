@@ -1,0 +1,245 @@
+"""Problem -> Plan: which kernel runs, with which tiles. Pure functions, no GPU needed.
+
+Selection is enumerate, filter for legality, rank: `candidates` lists every legal tile configuration
+of a problem on an architecture, best first, and `select_plan` takes the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flashcore.problem import Problem
+
+GATES = ("qk", "softmax", "pv", "tile", "pv_serial")
+
+# Largest dynamic shared memory of one block, and all shared memory of one SM, in bytes (CUDA C++
+# Programming Guide, "Technical Specifications per Compute Capability").
+_SMEM_BYTES = {
+    75: (65536, 65536),
+    80: (166912, 167936),
+    86: (101376, 102400),
+    87: (166912, 167936),
+    89: (101376, 102400),
+    90: (232448, 233472),
+    100: (232448, 233472),
+    103: (232448, 233472),
+    110: (232448, 233472),
+    120: (101376, 102400),
+    121: (101376, 102400),
+}
+_REGISTERS_PER_SM = 65536
+_RESERVED_SMEM_BYTES_PER_BLOCK = 1024
+
+MIN_ARCH = 75
+# What the compile gate compiles for.
+SUPPORTED_ARCHS = (75, 80, 86, 89, 90, 100, 120)
+
+# The simulator runs the code of an architecture that has cp.async.
+SIM_ARCH = 80
+
+# head_dim 64 keeps to this budget on every architecture; the compile gate enforces it.
+HEAD_DIM_64_MAX_REGISTERS = 96
+HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
+
+_MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
+_CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
+
+
+def smem_limits(arch: int) -> tuple[int, int]:
+    """Shared-memory bytes of one block at most, and of one SM. An architecture that is not listed
+    counts as the smallest of its generation."""
+    if arch in _SMEM_BYTES:
+        return _SMEM_BYTES[arch]
+    family = [limits for known, limits in _SMEM_BYTES.items() if known // 10 == arch // 10]
+    return min(family, default=_SMEM_BYTES[89])
+
+
+def _padded(cols: int) -> int:
+    return -(-cols // 16) * 16
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One compiled form of a kernel: everything that its source text depends on.
+
+    `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
+    tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
+    `min_blocks` the blocks an SM that the register count must allow.
+    """
+
+    kernel: str
+    arch: int
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    block_n: int
+    num_stages: int
+    min_blocks: int
+    load_bytes: int = 16
+    has_window_left: bool = False
+    has_window_right: bool = False
+    has_softcap: bool = False
+    mask: str | None = None
+    gate: str | None = None
+
+    @property
+    def num_warps(self) -> int:
+        """A warp computes 16 query rows."""
+        return self.block_m // 16
+
+    @property
+    def num_threads(self) -> int:
+        return self.num_warps * 32
+
+    @property
+    def gate_serial_bytes(self) -> int:
+        """Shared memory that the gate `pv_serial` adds, for P and O of the block."""
+        if self.gate != "pv_serial":
+            return 0
+        return self.block_m * (2 * (self.block_n + 8) + 4 * _padded(self.head_dim_v))
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: Q (later O), and `num_stages` tiles of K and V."""
+        k_stride, v_stride = _padded(self.head_dim) + 8, _padded(self.head_dim_v) + 8
+        elements = self.block_m * max(k_stride, v_stride)
+        elements += self.num_stages * self.block_n * (k_stride + v_stride)
+        return 2 * elements + self.gate_serial_bytes
+
+    @property
+    def max_registers(self) -> int:
+        """Registers a thread that `min_blocks` blocks an SM leave, as ptxas rounds them."""
+        return min(255, _REGISTERS_PER_SM // (self.min_blocks * self.num_threads) // 8 * 8)
+
+    def constants(self) -> dict[str, object]:
+        """The kernel source's compile-time constants."""
+        return {
+            "Element": _CUDA_TYPES[self.dtype],
+            "MaskElement": _CUDA_TYPES[self.mask or "bool"],
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "HEAD_DIM": self.head_dim,
+            "HEAD_DIM_V": self.head_dim_v,
+            "NUM_WARPS": self.num_warps,
+            "NUM_STAGES": self.num_stages,
+            "MIN_BLOCKS": self.min_blocks,
+            "LOAD_BYTES": self.load_bytes,
+            "SMEM_BYTES": self.smem_bytes,
+            "HAS_WINDOW_LEFT": self.has_window_left,
+            "HAS_WINDOW_RIGHT": self.has_window_right,
+            "HAS_SOFTCAP": self.has_softcap,
+            "MASK_KIND": _MASK_KINDS[self.mask],
+        } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
+
+    def describe(self) -> str:
+        """One line for people."""
+        options = [
+            name
+            for name, on in (
+                ("window_left", self.has_window_left),
+                ("window_right", self.has_window_right),
+                ("softcap", self.has_softcap),
+                (f"mask:{self.mask}", self.mask is not None),
+                (f"gate:{self.gate}", self.gate is not None),
+            )
+            if on
+        ]
+        dims = str(self.head_dim)
+        if self.head_dim_v != self.head_dim:
+            dims += f"/{self.head_dim_v}"
+        return (
+            f"{self.kernel} sm_{self.arch} {self.dtype} head_dim {dims} "
+            f"tile {self.block_m}x{self.block_n} warps {self.num_warps} stages {self.num_stages} "
+            f"smem {self.smem_bytes} B loads {self.load_bytes} B"
+            + (f" [{' '.join(options)}]" if options else "")
+        )
+
+
+def _estimated_registers(plan: Plan) -> int:
+    """Accumulators of the scores and of O, and what the compile gate showed the rest to need."""
+    overhead = 40 if plan.mask is None else 56
+    return plan.block_n // 2 + _padded(plan.head_dim_v) // 2 + overhead
+
+
+def _min_blocks(plan: Plan) -> int:
+    """Blocks an SM that shared memory and registers both allow."""
+    _, sm_bytes = smem_limits(plan.arch)
+    by_smem = sm_bytes // (plan.smem_bytes + _RESERVED_SMEM_BYTES_PER_BLOCK)
+    by_registers = _REGISTERS_PER_SM // (_estimated_registers(plan) * plan.num_threads)
+    return max(1, min(by_smem, by_registers, 5 * 128 // plan.num_threads))
+
+
+def _enumerate(base: Plan) -> Iterator[Plan]:
+    stages = (1,) if base.arch < 80 else (2, 1)
+    for block_m in (128, 64):
+        for block_n in (128, 64, 32, 16):
+            for num_stages in stages:
+                plan = dataclasses.replace(
+                    base, block_m=block_m, block_n=block_n, num_stages=num_stages
+                )
+                yield dataclasses.replace(plan, min_blocks=_min_blocks(plan))
+
+
+def _is_legal(plan: Plan) -> bool:
+    if plan.smem_bytes > smem_limits(plan.arch)[0]:
+        return False
+    if max(plan.head_dim, plan.head_dim_v) <= 64 and plan.gate is None:
+        return (
+            plan.smem_bytes <= HEAD_DIM_64_MAX_SMEM_BYTES
+            and _estimated_registers(plan) <= HEAD_DIM_64_MAX_REGISTERS + 8
+        )
+    return _estimated_registers(plan) <= 240
+
+
+def _rank(plan: Plan, seqlen_q: int) -> tuple[int, ...]:
+    """Smaller is better: warps resident on an SM (to hide latencies, up to 8), double buffering,
+    wide key tiles (fewer barriers, up to 64), then small row tiles (more blocks)."""
+    resident_warps = min(8, plan.min_blocks * plan.num_warps)
+    wasted_rows = plan.block_m - 64 if seqlen_q <= 64 else 0
+    return (
+        -resident_warps,
+        -min(plan.num_stages, 2),
+        wasted_rows,
+        abs(plan.block_n - 64),
+        plan.block_m,
+    )
+
+
+def candidates(problem: Problem, arch: int | None = None, gate: str | None = None) -> list[Plan]:
+    """Every legal tile configuration for the problem, best first.
+
+    Args:
+        problem: what is asked.
+        arch: architecture to plan for (90 for sm_90); by default the problem's own, and
+            `SIM_ARCH` for CPU tensors.
+        gate: debug gate to build in, one of `GATES`.
+    """
+    base = Plan(
+        kernel="attn_fwd_wmma",
+        arch=arch or problem.arch or SIM_ARCH,
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        block_m=64,
+        block_n=64,
+        num_stages=1,
+        min_blocks=1,
+        load_bytes=problem.load_bytes,
+        has_window_left=problem.window_left >= 0,
+        has_window_right=problem.window_right >= 0,
+        has_softcap=problem.softcap != 0.0,
+        mask=None if problem.mask is None else problem.mask.dtype,
+        gate=gate,
+    )
+    legal = [plan for plan in _enumerate(base) if _is_legal(plan)]
+    return sorted(legal, key=lambda plan: _rank(plan, problem.seqlen_q))
+
+
+def select_plan(problem: Problem, arch: int | None = None, gate: str | None = None) -> Plan:
+    """The best legal tile configuration. See `candidates`."""
+    return candidates(problem, arch, gate)[0]
