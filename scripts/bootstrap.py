@@ -116,7 +116,8 @@ def missing(python: Path, wanted: dict[str, str]) -> list[str]:
 
 def borrow(folder: Path) -> None:
     """Make an environment that sees the running Python's packages and this repository's src/."""
-    venv.create(folder, with_pip=False, clear=not (folder / "borrowed").is_file())
+    fresh = not (folder / "borrowed").is_file()
+    venv.create(folder, with_pip=False, symlinks=True, clear=fresh)
     python = folder / "bin" / "python"
     site = site_folder(python)
     lenders = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
@@ -164,7 +165,7 @@ def install(folder: Path) -> None:
     """Make a self-contained environment from the package index, in pinned versions."""
     python = folder / "bin" / "python"
     if not python.is_file():
-        venv.create(folder, with_pip=True)
+        venv.create(folder, with_pip=True, symlinks=True)
     pip: list[str | Path] = [python, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
     pip += ["-c", ROOT / "requirements" / "lock.txt"]
     say(f"installing {os.environ.get('TORCH', '') or TORCH}")
