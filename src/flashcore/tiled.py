@@ -44,7 +44,7 @@ def attention_tiled(
         out: dtype of q, [batch, num_heads_q, seqlen_q, head_dim_v].
         lse: float32 (float64 for float64 inputs), [batch, num_heads_q, seqlen_q], natural log.
     """
-    tiles = _Tiles(problem, q, k, v, mask)
+    tiles = Tiles(problem, q, k, v, mask)
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out = q.new_zeros((*rows_shape, problem.head_dim_v))
     lse = q.new_full(rows_shape, -math.inf, dtype=tiles.dtype)
@@ -104,7 +104,7 @@ def attention_backward_tiled(
         dq, dk, dv: shapes and dtypes of q, k, v; what an empty row would contribute is 0.
         dmask: shape and dtype of mask (summed where it was broadcast), or None.
     """
-    tiles = _Tiles(problem, q, k, v, mask)
+    tiles = Tiles(problem, q, k, v, mask)
     dq, dk, dv = (torch.zeros_like(x, dtype=tiles.dtype) for x in (q, k, v))
     dmask = (
         torch.zeros_like(mask, dtype=tiles.dtype) if needs_mask_grad and mask is not None else None
@@ -147,7 +147,7 @@ def attention_backward_tiled(
 
 
 @dataclass(frozen=True, slots=True)
-class _Tiles:
+class Tiles:
     """Cuts tensors into tiles in the stacked layout [batch, num_heads_kv, rows, columns]."""
 
     problem: Problem
@@ -213,7 +213,7 @@ class _Tiles:
             dcap = 1.0 - tanh * tanh
             score = tanh * p.softcap
         by_head = self.to_heads(score)
-        hidden = self._hidden(m, n)
+        hidden = self.hidden(m, n)
         if hidden is not None:
             by_head.masked_fill_(hidden, -math.inf)
         if self.mask is not None:
@@ -224,7 +224,7 @@ class _Tiles:
                 by_head.add_(mask)
         return score, dcap
 
-    def _hidden(self, m: slice, n: slice) -> torch.Tensor | None:
+    def hidden(self, m: slice, n: slice) -> torch.Tensor | None:
         """[rows, columns], True where the position hides a key; None where it hides none."""
         p = self.problem
         first, last = m.start + p.diag_offset, m.stop - 1 + p.diag_offset

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from flashcore.dispatch import run_backend, without_autocast
 from flashcore.problem import Problem
-from flashcore.tiled import attention_backward_tiled
+from flashcore.tiled import Tiles, attention_backward_tiled
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
@@ -44,22 +44,76 @@ class AttentionFunction(torch.autograd.Function):
         return (out, lse) if problem.return_lse else out
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
         """Gradients of q, k, v and of an additive mask that requires one."""
+        problem = ctx.problem
         q, k, v, mask, out, lse = ctx.saved_tensors
-        _, _, needs_q, needs_k, needs_v, needs_mask = ctx.needs_input_grad
-        with without_autocast(ctx.problem.device):
-            dq, dk, dv, dmask = attention_backward_tiled(
-                ctx.problem, q, k, v, mask, out, lse, dout, dlse, needs_mask
+        needs = ctx.needs_input_grad[2:]
+        with without_autocast(problem.device):
+            if (
+                torch.is_grad_enabled()
+            ):  # create_graph=True: the gradient itself gets differentiated
+                return (
+                    None,
+                    None,
+                    *_recorded_backward(problem, (q, k, v, mask), needs, dout, dlse),
+                )
+            gradients = attention_backward_tiled(
+                problem, q, k, v, mask, out, lse, dout, dlse, needs[3]
             )
         return (
             None,
             None,
-            dq if needs_q else None,
-            dk if needs_k else None,
-            dv if needs_v else None,
-            dmask,
+            *(g if need else None for g, need in zip(gradients, needs, strict=True)),
         )
+
+
+def _recorded_backward(
+    problem: Problem,
+    tensors: tuple[torch.Tensor | None, ...],
+    needs: tuple[bool, ...],
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+) -> list[torch.Tensor | None]:
+    """The gradient by operations that autograd can differentiate again.
+
+    Rare, hence simple: all scores at once, so this alone takes memory quadratic in seqlen.
+    """
+    if problem.is_empty:
+        return [None if x is None else torch.zeros_like(x) for x in tensors]
+    # Views, so that attention(x, x, x) has three inputs here too.
+    inputs = [None if x is None else x.view_as(x) for x in tensors]
+    outputs = _plain_attention(problem, *inputs)
+    pairs = [(y, dy) for y, dy in zip(outputs, (dout, dlse), strict=True) if dy is not None]
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+    gradients = iter(
+        torch.autograd.grad(
+            [y for y, _ in pairs],
+            wanted,
+            [dy for _, dy in pairs],
+            create_graph=True,
+            materialize_grads=True,
+        )
+    )
+    return [next(gradients) if need else None for need in needs]
+
+
+def _plain_attention(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out, lse) with one tile that holds everything."""
+    tiles = Tiles(problem, q, k, v, mask)
+    rows, columns = slice(0, problem.seqlen_q), slice(0, problem.seqlen_k)
+    score, _ = tiles.scores(tiles.rows(q, rows), tiles.keys(k, columns), rows, columns)
+    empty = torch.all(score == -math.inf, dim=-1, keepdim=True)
+    score = score.masked_fill(empty, 0.0)
+    weight = torch.softmax(score, dim=-1).masked_fill(empty, 0.0)
+    lse = torch.logsumexp(score, dim=-1, keepdim=True).masked_fill(empty, -math.inf)
+    out = tiles.to_heads(weight @ tiles.keys(v, columns)).to(q.dtype)
+    return out, tiles.to_heads(lse).squeeze(-1)

@@ -190,7 +190,10 @@ def checked_factor(name: str, value: object, unset: float, way_out: str) -> floa
         return unset
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number or None, but is {value!r} ({type_name(value)})")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or Fraction beyond the largest float
+        number = math.inf
     if not math.isfinite(number) or number <= 0.0:
         raise ValueError(f"{name}={value!r} must be positive and finite; {way_out}")
     if not FACTOR_MIN <= number <= FACTOR_MAX:
