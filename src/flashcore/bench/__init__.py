@@ -1,0 +1,5 @@
+"""Side-by-side timing of attention implementations. `run` does the work, `report` shows it."""
+
+from flashcore.bench.run import run
+
+__all__ = ["run"]

@@ -1,0 +1,36 @@
+"""What the hardware gives at most, measured in the same run: a large matmul and a large copy."""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore.bench.timing import Timing, time_on_cpu, time_on_gpu
+
+
+def measure(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """Measure the ceilings.
+
+    Args:
+        device: "cuda" or "cpu".
+        dtype: element type of the matrix product.
+
+    Returns:
+        matmul_flops (operations a second of an n x n x n product, also given as matmul_n) and
+        copy_bytes (bytes a second, read plus written, of a copy far larger than the caches).
+    """
+    on_gpu = device == "cuda"
+    size = 8192 if on_gpu else 1024
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    source = torch.empty(2**30 if on_gpu else 2**26, dtype=torch.uint8, device=device).fill_(1)
+    target = torch.empty_like(source)
+    clock = time_on_gpu if on_gpu else time_on_cpu
+    timings = clock({"matmul": lambda: a @ b, "copy": lambda: target.copy_(source)}, rounds=5)
+    matmul, copy = timings["matmul"], timings["copy"]
+    if not isinstance(matmul, Timing) or not isinstance(copy, Timing):
+        raise RuntimeError(f"the ceilings could not be measured: {matmul}, {copy}")
+    return {
+        "matmul_n": float(size),
+        "matmul_flops": 2.0 * size**3 / matmul.median,
+        "copy_bytes": 2.0 * source.numel() / copy.median,
+    }

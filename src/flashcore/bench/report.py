@@ -1,0 +1,164 @@
+"""Benchmark results for people: Markdown tables and a plot, both made from the JSON document
+only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Document = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+
+def markdown(document: Document) -> str:
+    """The whole report: conditions, one table for each group of workloads, errors."""
+    parts = [conditions(document)]
+    for group in dict.fromkeys(row["group"] for row in document["results"]):
+        rows = [row for row in document["results"] if row["group"] == group]
+        parts.append(f"### {_TITLES.get(group, group)}\n\n{times_table(rows)}")
+        parts.append(f"Largest / mean absolute error against float64:\n\n{errors_table(rows)}")
+    return "\n\n".join(parts) + "\n"
+
+
+_TITLES = {
+    "seed": "Seed's shape",
+    "sweep": "Sweep: 16k tokens, hidden size 2048",
+    "custom": "Chosen shape",
+}
+
+
+def conditions(document: Document) -> str:
+    """One paragraph: hardware, versions, method, ceilings, command."""
+    gpu, versions = document["gpu"], document["versions"]
+    where = document["cpu"]
+    if gpu is not None:
+        power = "" if gpu["power_limit_w"] is None else f", {gpu['power_limit_w']:.0f} W"
+        where = f"{gpu['name']} (sm_{gpu['arch']}{power}), driver {gpu['driver'] or 'unknown'}"
+    software = ", ".join(f"{name} {version}" for name, version in versions.items())
+    limits = document["ceilings"]
+    n = int(limits["matmul_n"])
+    return (
+        f"{where}; {software}; {document['date']}. {document['method']}. "
+        f"Ceilings of this run: {n} x {n} x {n} matmul {limits['matmul_flops'] / 1e12:.3g} "
+        "TFLOP/s, "
+        f"copy {limits['copy_bytes'] / 1e9:.0f} GB/s (read + write). "
+        f"Command: `{document['command']}`."
+    )
+
+
+def _libraries(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["library"] for row in rows))
+
+
+def _by_workload(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
+    grouped: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        grouped.setdefault(row["workload"], {})[row["library"]] = row
+    return grouped
+
+
+def times_table(rows: Sequence[Row]) -> str:
+    """Microseconds / TFLOP/s of each library, and flashcore's share of the limit."""
+    libraries = _libraries(rows)
+    lines = _header(["us / TFLOP/s", *libraries, "flashcore: of limit", "vs sdpa-flash"])
+    for workload, entries in _by_workload(rows).items():
+        cells = [workload]
+        for library in libraries:
+            entry = entries[library]
+            if "seconds" in entry:
+                rate = entry["flops_per_second"] / 1e12
+                cells.append(f"{entry['seconds'] * 1e6:.1f} / {rate:.3g}")
+            else:
+                cells.append("-")
+        ours, flash = entries.get("flashcore", {}), entries.get("sdpa-flash", {})
+        cells.append(
+            f"{ours['fraction_of_limit']:.0%} ({ours['limited_by']})" if "seconds" in ours else "-"
+        )
+        both = "seconds" in ours and "seconds" in flash
+        cells.append(f"{flash['seconds'] / ours['seconds']:.2f}x" if both else "-")
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def errors_table(rows: Sequence[Row]) -> str:
+    """Largest / mean absolute error of each library."""
+    libraries = _libraries(rows)
+    lines = _header(["error", *libraries])
+    for workload, entries in _by_workload(rows).items():
+        cells = [workload]
+        for library in libraries:
+            entry = entries[library]
+            error = "-"
+            if "seconds" in entry:
+                error = f"{entry['max_error']:.1e} / {entry['mean_error']:.1e}"
+            cells.append(error)
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
+def skipped(document: Document) -> list[str]:
+    """One line for each library and reason that kept it from running."""
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for row in document["results"]:
+        if "skipped" in row:
+            reasons.setdefault((row["library"], row["skipped"]), []).append(row["workload"])
+    return [
+        f"{library} did not run on {len(names)} shape(s), {names[0]} first: {reason}"
+        for (library, reason), names in reasons.items()
+    ]
+
+
+def _header(cells: Sequence[str]) -> list[str]:
+    return [_line(cells), _line(["---"] * len(cells))]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def plot(document: Document, path: Path) -> None:
+    """TFLOP/s over seqlen for every library, one panel for each head_dim and causal or full.
+
+    Args:
+        document: what `run` returned.
+        path: the PNG to write.
+
+    Raises:
+        ImportError: matplotlib is missing; it comes with the extra `bench`.
+        ValueError: the document has no sweep in it.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in document["results"] if row["group"] == "sweep" and "seconds" in row]
+    if not rows:
+        raise ValueError("there is no sweep in these results, so there is nothing to plot")
+    panels = sorted({(row["head_dim"], row["causal"]) for row in rows})
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=(4.2 * len(panels), 4.0), sharey=True, squeeze=False
+    )
+    for axis, (head_dim, causal) in zip(axes[0], panels, strict=True):
+        for library in _libraries(rows):
+            points = sorted(
+                (row["seqlen"], row["flops_per_second"] / 1e12)
+                for row in rows
+                if (row["head_dim"], row["causal"], row["library"]) == (head_dim, causal, library)
+            )
+            if points:
+                width = 2.5 if library == "flashcore" else 1.2
+                axis.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=library)
+        axis.set_xscale("log", base=2)
+        axis.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}")
+        axis.set_xlabel("sequence length")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("TFLOP/s")
+    axes[0][0].set_ylim(bottom=0)
+    axes[0][0].legend(fontsize="small")
+    name = document["gpu"]["name"] if document["gpu"] else document["cpu"]
+    figure.suptitle(f"Attention forward, float16, {name}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)

@@ -1,0 +1,169 @@
+"""The benchmark: every workload through every library, with errors, ceilings and conditions."""
+
+from __future__ import annotations
+
+import datetime
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore import machine
+from flashcore.bench import ceilings
+from flashcore.bench.libraries import Call, Library, cpu_libraries, gpu_libraries
+from flashcore.bench.timing import Timing, time_on_cpu, time_on_gpu
+from flashcore.bench.workloads import Workload, cpu_shapes, seed_shape, sweep
+from flashcore.reference import attention_oracle
+
+# The oracle stores scores in float64, so long sequences are checked on their first and last rows.
+_CHECKED_ROWS = 256
+
+
+def workloads_for(device: str, quick: bool) -> list[Workload]:
+    """The shapes a run covers on a device."""
+    if device == "cpu":
+        return cpu_shapes()
+    return seed_shape() + sweep(quick)
+
+
+def run(
+    device: str,
+    *,
+    quick: bool = False,
+    rounds: int = 5,
+    workloads: Sequence[Workload] | None = None,
+    on_step: Callable[[str], None] = lambda name: None,
+) -> dict[str, Any]:
+    """Run the benchmark.
+
+    Args:
+        device: "cuda" or "cpu".
+        quick: fewer shapes.
+        rounds: timed rounds; the median counts.
+        workloads: the shapes, or None for the standard ones.
+        on_step: called with the name of each workload before it runs.
+
+    Returns:
+        A document of plain values: date, command, machine, ceilings, results (one object for each
+        workload and library, seconds and errors, or the reason why it did not run).
+    """
+    on_gpu = device == "cuda"
+    libraries = gpu_libraries() if on_gpu else cpu_libraries()
+    chosen = list(workloads) if workloads is not None else workloads_for(device, quick)
+    on_step("ceilings")
+    limits = ceilings.measure(device, torch.float16 if on_gpu else torch.float32)
+    results: list[dict[str, Any]] = []
+    for workload in chosen:
+        on_step(workload.name)
+        results += _run_workload(workload, libraries, device, rounds, limits)
+    gpu = machine.gpu() if on_gpu else None
+    return {
+        "schema": 1,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": _command_line(),
+        "device": device,
+        "gpu": None if gpu is None else asdict(gpu),
+        "cpu": machine.cpu_name(),
+        "versions": machine.versions(),
+        "method": (
+            f"CUDA graph replays, libraries in turn, median of {rounds} rounds, warm L2"
+            if on_gpu
+            else f"one call a round, libraries in turn, median of {rounds} rounds"
+        ),
+        "ceilings": limits,
+        "results": results,
+    }
+
+
+def _command_line() -> str:
+    return " ".join(["flashcore", *sys.argv[1:]])
+
+
+def _run_workload(
+    workload: Workload,
+    libraries: Sequence[Library],
+    device: str,
+    rounds: int,
+    limits: dict[str, float],
+) -> list[dict[str, Any]]:
+    q, k, v = workload.tensors(device)
+    calls: dict[str, Call] = {}
+    outcomes: dict[str, Timing | str] = {}
+    for library in libraries:
+        reason = library.skip_reason(workload)
+        if reason is None:
+            calls[library.name] = library.prepare(workload, q, k, v)
+        else:
+            outcomes[library.name] = reason
+    with torch.no_grad():
+        outcomes |= (time_on_gpu if device == "cuda" else time_on_cpu)(calls, rounds)
+        expected = _Slices(workload, q, k, v)
+        rows = []
+        for library in libraries:
+            outcome = outcomes[library.name]
+            row: dict[str, Any] = {
+                "workload": workload.name,
+                **asdict(workload),
+                "library": library.name,
+            }
+            if isinstance(outcome, str):
+                row["skipped"] = outcome
+            else:
+                row |= _figures(workload, outcome, limits)
+                row |= expected.errors(calls[library.name]())
+            rows.append(row)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    return rows
+
+
+def _figures(workload: Workload, timing: Timing, limits: dict[str, float]) -> dict[str, Any]:
+    compute = workload.flops / limits["matmul_flops"]
+    memory = workload.num_bytes / limits["copy_bytes"]
+    limit = max(compute, memory)
+    return {
+        "seconds": timing.median,
+        "rounds_seconds": list(timing.rounds),
+        "eager_seconds": timing.eager,
+        "flops": workload.flops,
+        "bytes": workload.num_bytes,
+        "flops_per_second": workload.flops / timing.median,
+        "bytes_per_second": workload.num_bytes / timing.median,
+        "limit_seconds": limit,
+        "limited_by": "compute" if compute >= memory else "memory",
+        "fraction_of_limit": limit / timing.median,
+    }
+
+
+class _Slices:
+    """Float64 output of the first and last query rows of the first and last head of batch 0."""
+
+    def __init__(self, workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.heads = sorted({0, workload.num_heads - 1})
+        seqlen, count = workload.seqlen, min(_CHECKED_ROWS, workload.seqlen)
+        self.rows = torch.tensor(sorted({*range(count), *range(seqlen - count, seqlen)}))
+        self.rows = self.rows.to(q.device)
+        mask = None
+        if workload.causal:
+            mask = torch.arange(seqlen, device=q.device)[None, :] <= self.rows[:, None]
+        self.expected = attention_oracle(
+            q[:1, self.heads][:, :, self.rows],
+            k[:1, self.heads],
+            v[:1, self.heads],
+            mask=None if mask is None else mask[None, None],
+        )[0]
+
+    def errors(self, out: Tensor) -> dict[str, float]:
+        """Largest and mean absolute error of an output."""
+        error = (out[:1, self.heads][:, :, self.rows].double() - self.expected).abs()
+        return {"max_error": float(error.max()), "mean_error": float(error.mean())}
+
+
+def default_output(device: str) -> Path | None:
+    """Where a checkout keeps its results; None elsewhere."""
+    folder = Path("benchmarks/results")
+    return folder / f"{device}.json" if folder.parent.is_dir() else None

@@ -1,0 +1,128 @@
+"""Timing on the GPU by CUDA graph replays, on the CPU by the clock.
+
+A graph holds many calls, so the host's launch cost does not show and what is measured is the
+kernel's time, including gaps between dependent kernels. The libraries' replays take turns in every
+round: clocks and temperature drift over a run, and this way they drift for everybody alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Tensor]
+
+_GRAPH_SECONDS = 2e-3  # one replay lasts about this long: far above the events' resolution
+_MAX_CALLS_IN_GRAPH = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds per call. `eager` includes the host: calls back to back, without a graph."""
+
+    median: float
+    rounds: tuple[float, ...]
+    eager: float | None = None
+
+
+@dataclass(slots=True)
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    calls: int
+
+
+def time_on_gpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing | str]:
+    """Time several calls against each other.
+
+    Args:
+        calls: by name; each launches its work on the current stream and returns a tensor.
+        rounds: every round replays each graph twice and times the second.
+
+    Returns:
+        A timing by name, or the reason why one could not run.
+    """
+    captured: dict[str, _Captured] = {}
+    eager: dict[str, float] = {}
+    results: dict[str, Timing | str] = {}
+    for name, call in calls.items():
+        try:
+            eager[name] = _eager_seconds(call)
+            captured[name] = _capture(call, eager[name])
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            results[name] = _first_line(error)
+            torch.cuda.synchronize()
+    samples: dict[str, list[float]] = {name: [] for name in captured}
+    for _ in range(rounds):
+        for name, entry in captured.items():
+            samples[name].append(_replay_seconds(entry))
+    for name, values in samples.items():
+        results[name] = Timing(statistics.median(values), tuple(values), eager[name])
+    return results
+
+
+def _eager_seconds(call: Call) -> float:
+    """Seconds per call, back to back, after a warm-up that also compiles and fills caches."""
+    for _ in range(3):
+        call()
+    torch.cuda.synchronize()
+    count, elapsed = 1, 0.0
+    while elapsed < 5e-3 and count < 1000:
+        count *= 4
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+        elapsed = time.perf_counter() - start
+    return elapsed / count
+
+
+def _capture(call: Call, seconds: float) -> _Captured:
+    calls = max(1, min(_MAX_CALLS_IN_GRAPH, round(_GRAPH_SECONDS / max(seconds, 1e-9))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return _Captured(graph, calls)
+
+
+def _replay_seconds(entry: _Captured) -> float:
+    start = torch.cuda.Event(enable_timing=True)
+    end = torch.cuda.Event(enable_timing=True)
+    entry.graph.replay()
+    start.record()
+    entry.graph.replay()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e-3 / entry.calls
+
+
+def time_on_cpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing | str]:
+    """The same on the CPU: every round times one call of each, after a warm-up."""
+    results: dict[str, Timing | str] = {}
+    samples: dict[str, list[float]] = {}
+    for name, call in calls.items():
+        try:
+            call()
+            samples[name] = []
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            results[name] = _first_line(error)
+    for _ in range(rounds):
+        for name, values in samples.items():
+            start = time.perf_counter()
+            calls[name]()
+            values.append(time.perf_counter() - start)
+    for name, values in samples.items():
+        results[name] = Timing(statistics.median(values), tuple(values))
+    return results
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:160] if lines else type(error).__name__

@@ -1,0 +1,247 @@
+"""`flashcore doctor`: what works on this machine, and what to do about what does not."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from flashcore.cli.output import JsonFlag, command, si_bytes, table
+
+_MARK = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at. `state` is "ok", "absent" (fine, but something is not possible
+    without it) or "broken"; `remedy` says what to do."""
+
+    name: str
+    state: str
+    detail: str
+    remedy: str = ""
+
+
+def doctor(json_output: JsonFlag = False) -> None:
+    """Look at GPU, driver, torch, NVRTC, C++ compiler and cache; say what works.
+
+    It compiles one small kernel for a GPU (no GPU needed) and runs one in the simulator. Exit
+    status 1 when something is broken; a machine without a GPU is not broken.
+
+    Example:
+
+        flashcore doctor
+    """
+    with command(json_output) as out:
+        findings: list[Finding] = []
+        with out.progress("Examining this machine", total=len(_CHECKS)) as advance:
+            for check in _CHECKS:
+                findings.extend(check())
+                advance()
+        rows = [[f.name, _MARK[f.state], f.detail.replace("[", "\\[")] for f in findings]
+        out.print(table("This machine", ["what", "state", "found"], rows))
+        for finding in findings:
+            if finding.remedy:
+                remedy = finding.remedy.replace("[", "\\[")
+                out.print(f"[bold]{finding.name}[/]: {remedy}")
+        backends = _backends(findings)
+        out.print("")
+        for name, (works, text) in backends.items():
+            out.print(f'backend="{name}" {"[green]works[/]" if works else "[yellow]no[/]"}: {text}')
+        document = {
+            "findings": findings,
+            "backends": {name: works for name, (works, _) in backends.items()},
+        }
+        out.finish(document, ok=all(finding.state != "broken" for finding in findings))
+
+
+def _python() -> Iterator[Finding]:
+    import torch
+
+    from flashcore import machine
+
+    found = machine.versions()
+    yield Finding("flashcore", "ok", f"{found.get('flashcore', 'not installed')}")
+    yield Finding("python", "ok", f"{found['python']}, {machine.cpu_name()}")
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+    yield Finding("torch", "ok", f"{torch.__version__}, {built}")
+
+
+def _gpu() -> Iterator[Finding]:
+    import torch
+
+    from flashcore import machine
+
+    gpu = machine.gpu()
+    if gpu is None:
+        has_device = Path("/dev/nvidiactl").exists()
+        if has_device and torch.version.cuda is None:
+            remedy = "there is an NVIDIA device: install a torch built with CUDA"
+        elif has_device:
+            remedy = "there is an NVIDIA device that torch cannot use: see what nvidia-smi says"
+        else:
+            remedy = "kernels run in the simulator here; timing them needs a GPU, sm_75 or later"
+        yield Finding("GPU", "broken" if has_device else "absent", "torch sees none", remedy)
+        return
+    detail = (
+        f"{gpu.name}, sm_{gpu.arch}, {gpu.num_sms} SMs, {si_bytes(gpu.memory_bytes)}, "
+        f"driver {gpu.driver or 'unknown'}"
+    )
+    if gpu.arch < 75:
+        yield Finding("GPU", "broken", detail, "the kernels need sm_75 (Turing) or later")
+    else:
+        yield Finding("GPU", "ok", detail)
+
+
+def _nvrtc() -> Iterator[Finding]:
+    from flashcore import machine
+    from flashcore.errors import FlashCoreError
+
+    core = machine.package_version("cuda-core")
+    bindings = machine.package_version("cuda-bindings")
+    install = 'pip install "flashcore[cuda]"'
+    if core is None or bindings is None:
+        missing = "cuda-core" if core is None else "cuda-bindings"
+        yield Finding("cuda-core", "absent", f"{missing} is not installed", install)
+        return
+    yield Finding("cuda-core", "ok", f"{core}, cuda-bindings {bindings}")
+    try:
+        from flashcore.jit import nvrtc_archs, nvrtc_version
+
+        version, archs = nvrtc_version(), nvrtc_archs()
+    except FlashCoreError as error:
+        yield Finding("NVRTC", "absent", str(error), install)
+        return
+    detail = f"{'.'.join(map(str, version))}, compiles for sm_{archs[0]} to sm_{archs[-1]}"
+    yield Finding("NVRTC", "ok", detail)
+
+
+def _headers() -> Iterator[Finding]:
+    yield Finding("CUDA headers", "ok", "none needed: the kernels include no CUDA header")
+
+
+def _compile_for_gpu() -> Iterator[Finding]:
+    from flashcore import machine
+    from flashcore.configurations import configurations
+    from flashcore.errors import BackendUnavailableError, FlashCoreError
+
+    gpu = machine.gpu()
+    arch = 80 if gpu is None else gpu.arch
+    try:
+        from flashcore.jit import compile_plan
+        from flashcore.plan import SUPPORTED_ARCHS
+
+        planned = arch if arch in SUPPORTED_ARCHS else max(a for a in SUPPORTED_ARCHS if a <= arch)
+        (first, *_) = configurations(
+            archs=[planned], head_dims=[64], dtypes=["float16"], variants=["full"]
+        )
+        kernel = compile_plan(first.plan)
+    except BackendUnavailableError as error:
+        yield Finding("compile for GPU", "absent", str(error).splitlines()[0])
+    except FlashCoreError as error:
+        text = str(error).splitlines()[0]
+        yield Finding("compile for GPU", "broken", text, "please report this with the full log")
+    else:
+        detail = f"{kernel.name} for sm_{planned}: {kernel.registers} registers"
+        yield Finding("compile for GPU", "ok", detail)
+
+
+def _compiler() -> Iterator[Finding]:
+    from flashcore.errors import FlashCoreError
+    from flashcore.sim.build import find_compiler
+
+    try:
+        found = find_compiler()
+    except FlashCoreError as error:
+        yield Finding("C++ compiler", "absent", "the simulator needs one", str(error))
+        return
+    yield Finding("C++ compiler", "ok", str(found))
+
+
+def _run_small(backend: str, device: str, name: str) -> Iterator[Finding]:
+    from flashcore.cases import Case, make_inputs
+    from flashcore.errors import BackendUnavailableError
+
+    try:
+        from flashcore import attention
+        from flashcore.accuracy import error_report
+
+        inputs = make_inputs(Case(seqlen_q=70, seqlen_k=70), device)
+        out = attention(inputs.q, inputs.k, inputs.v, backend=backend)
+        report = error_report(out, inputs.q, inputs.k, inputs.v)
+    except BackendUnavailableError as error:
+        yield Finding(name, "absent", str(error).splitlines()[0])
+    except Exception as error:  # whatever happens, the doctor's answer is "broken"
+        text = str(error).splitlines()[0] if str(error) else ""
+        yield Finding(name, "broken", f"{type(error).__name__}: {text}", "flashcore isolate")
+    else:
+        detail = f"a small attention, max error {report.max_error:.1e}"
+        remedy = "" if report.ok else "flashcore isolate finds the stage that is wrong"
+        yield Finding(name, "ok" if report.ok else "broken", detail, remedy)
+
+
+def _simulator() -> Iterator[Finding]:
+    yield from _run_small("sim", "cpu", "simulator")
+
+
+def _kernel_on_gpu() -> Iterator[Finding]:
+    import torch
+
+    if torch.cuda.is_available():
+        yield from _run_small("wmma", "cuda", "kernel on GPU")
+
+
+def _cache() -> Iterator[Finding]:
+    from flashcore import env
+
+    folder = env.cache_dir()
+    remedy = (
+        f"set {env.CACHE_DIR.name} to a folder that can be written; "
+        "without it every process compiles anew"
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        yield Finding("cache", "broken", f"{folder}: {error.strerror}", remedy)
+        return
+    files = [Path(top) / name for top, _, names in os.walk(folder) for name in names]
+    size = sum(path.stat().st_size for path in files if path.is_file())
+    yield Finding("cache", "ok", f"{folder}: writable, {len(files)} files, {si_bytes(size)}")
+    bundle = env.bundle()
+    if bundle is not None and not bundle.is_file():
+        text = f"unset {env.BUNDLE.name}, or write the bundle with `flashcore build`"
+        yield Finding("bundle", "broken", f"{bundle} is missing", text)
+    elif bundle is not None:
+        yield Finding("bundle", "ok", f"{bundle}, {si_bytes(bundle.stat().st_size)}")
+
+
+_CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    _python,
+    _gpu,
+    _nvrtc,
+    _headers,
+    _compile_for_gpu,
+    _kernel_on_gpu,
+    _compiler,
+    _simulator,
+    _cache,
+)
+
+
+def _backends(findings: list[Finding]) -> dict[str, tuple[bool, str]]:
+    """Which backends of flashcore.attention work here."""
+    state = {finding.name: finding.state for finding in findings}
+    wmma = state.get("kernel on GPU") == "ok"
+    sim = state.get("simulator") == "ok"
+    return {
+        "wmma": (wmma, "the fused kernel on the GPU" if wmma else "needs a GPU that works"),
+        "sim": (
+            sim,
+            "the fused kernel on the CPU, checked for races" if sim else "needs a C++ compiler",
+        ),
+        "torch": (True, "PyTorch operations, CPU and GPU"),
+    }

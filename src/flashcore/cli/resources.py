@@ -1,0 +1,163 @@
+"""`flashcore resources`: what every kernel configuration costs a GPU, and the budget check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from flashcore.cli.options import Arch, parse_archs
+from flashcore.cli.output import JsonFlag, Output, command, si_bytes, table, usage_errors
+
+if TYPE_CHECKING:
+    from flashcore.configurations import Configuration
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Resources of one configuration. `smem_bytes` is shared memory of one block, `registers` and
+    `spill_bytes` of one thread, `code_bytes` the machine code; `violations` of the budget."""
+
+    kernel: str
+    arch: str
+    head_dim: int
+    dtype: str
+    registers: int
+    smem_bytes: int
+    spill_bytes: int
+    code_bytes: int
+    variant: str
+    tile: str
+    num_stages: int
+    violations: list[str]
+
+
+def resources(
+    kernel: Annotated[
+        str | None, typer.Option("--kernel", help="Only this kernel, such as attn_fwd_wmma.")
+    ] = None,
+    head_dim: Annotated[
+        int | None, typer.Option("--head-dim", "-d", min=1, help="Only this head_dim.")
+    ] = None,
+    arch: Arch = None,
+    dtype: Annotated[str | None, typer.Option("--dtype", help="Only float16 or bfloat16.")] = None,
+    variant: Annotated[
+        str | None, typer.Option("--variant", help="Only full, causal, or options (all at once).")
+    ] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Exit with 1 when a configuration is over its budget."),
+    ] = False,
+    json_output: JsonFlag = False,
+) -> None:
+    """Registers, shared memory, spills and code size of every kernel configuration.
+
+    Compiles for every architecture; needs NVRTC but no GPU. Compiled kernels are cached. The
+    budget: head_dim 64 takes at most 96 registers and 48 KB of shared memory; nothing ever spills.
+
+    Examples:
+
+        flashcore resources --head-dim 64 --variant full
+
+        flashcore resources --arch sm_90 --json
+
+        flashcore resources --check
+    """
+    with command(json_output) as out:
+        from flashcore.configurations import DTYPES, HEAD_DIMS, VARIANTS, configurations
+
+        for name, value, known in (("dtype", dtype, DTYPES), ("variant", variant, VARIANTS)):
+            if value is not None and value not in known:
+                raise typer.BadParameter(f"--{name} {value} is not one of {', '.join(known)}")
+        with usage_errors():
+            wanted = configurations(
+                archs=parse_archs(arch),
+                head_dims=HEAD_DIMS if head_dim is None else (head_dim,),
+                dtypes=DTYPES if dtype is None else (dtype,),
+                variants=tuple(VARIANTS) if variant is None else (variant,),
+            )
+        kernels = sorted({entry.plan.kernel for entry in wanted})
+        if kernel is not None:
+            if kernel not in kernels:
+                raise typer.BadParameter(f"--kernel {kernel} is not one of {', '.join(kernels)}")
+            wanted = [entry for entry in wanted if entry.plan.kernel == kernel]
+        rows = measure(out, wanted)
+        violations = [text for row in rows for text in row.violations]
+        _show(out, rows)
+        for text in violations:
+            out.print(f"[red]over budget[/] {text}", wrap=False)
+        if not violations:
+            out.print(f"{len(rows)} configurations, all within budget")
+        out.finish(rows, ok=not (check and violations))
+
+
+def measure(out: Output, wanted: Sequence[Configuration]) -> list[Row]:
+    """Compile configurations, or find them compiled, two at a time."""
+    from flashcore.jit import resources as resources_of
+
+    rows = []
+    with out.progress(f"Compiling {len(wanted)} configurations", len(wanted)) as advance:
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            measured = pool.map(lambda entry: resources_of(entry.plan), wanted)
+            for entry, found in zip(wanted, measured, strict=True):
+                advance()
+                row = Row(
+                    found.kernel,
+                    found.arch,
+                    found.head_dim,
+                    found.dtype,
+                    found.registers,
+                    found.smem_bytes,
+                    found.spill_bytes,
+                    found.code_bytes,
+                    entry.variant,
+                    f"{entry.plan.block_m}x{entry.plan.block_n}",
+                    entry.plan.num_stages,
+                    [],
+                )
+                row.violations.extend(over_budget(row))
+                rows.append(row)
+    return rows
+
+
+def over_budget(row: Row) -> list[str]:
+    """What a configuration takes more of than it may, one line each."""
+    from flashcore.plan import HEAD_DIM_64_MAX_REGISTERS, HEAD_DIM_64_MAX_SMEM_BYTES
+
+    where = f"{row.kernel} {row.arch} head_dim {row.head_dim} {row.dtype} {row.variant} {row.tile}"
+    found = []
+    if row.spill_bytes > 0:
+        found.append(f"{where}: {row.spill_bytes} spilled bytes, 0 allowed")
+    if row.head_dim == 64:
+        if row.registers > HEAD_DIM_64_MAX_REGISTERS:
+            found.append(f"{where}: {row.registers} registers, {HEAD_DIM_64_MAX_REGISTERS} allowed")
+        if row.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES:
+            found.append(
+                f"{where}: {row.smem_bytes} bytes of shared memory, "
+                f"{HEAD_DIM_64_MAX_SMEM_BYTES} allowed"
+            )
+    return found
+
+
+def _show(out: Output, rows: Sequence[Row]) -> None:
+    columns = ["head_dim", "dtype", "variant", "arch", "tile", "stages"]
+    columns += ["registers", "shared", "spills", "code"]
+    cells = [
+        [
+            row.head_dim,
+            row.dtype,
+            row.variant,
+            row.arch,
+            row.tile,
+            row.num_stages,
+            row.registers,
+            si_bytes(row.smem_bytes),
+            row.spill_bytes,
+            si_bytes(row.code_bytes),
+        ]
+        for row in rows
+    ]
+    out.print(table(", ".join(sorted({row.kernel for row in rows})), columns, cells))

@@ -1,0 +1,76 @@
+"""The kernel configurations that are compiled ahead and checked against the resource budget.
+
+A configuration is a Plan, and a Plan comes from a Problem, so each is derived from one small
+problem that stands for all of its kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashcore.plan import SUPPORTED_ARCHS, Plan, select_plan
+from flashcore.problem import Problem
+
+HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
+DTYPES = ("float16", "bfloat16")
+# What each name stands for in a call of `attention`. "options" takes everything at once, the most
+# registers that a kernel can need.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "options": {"window": (64, 64), "softcap": 30.0, "mask": "bool"},
+}
+# Lengths on both sides of the border where the plan prefers small row tiles.
+_SEQLENS = (1024, 64)
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A plan and the variant it was made for."""
+
+    variant: str
+    plan: Plan
+
+
+def configurations(
+    *,
+    archs: Sequence[int] = SUPPORTED_ARCHS,
+    head_dims: Sequence[int] = HEAD_DIMS,
+    dtypes: Sequence[str] = DTYPES,
+    variants: Sequence[str] = tuple(VARIANTS),
+) -> list[Configuration]:
+    """Every distinct plan of these architectures, head_dims, dtypes and variants.
+
+    Args:
+        archs: 90 for sm_90.
+        head_dims: of q, k and v.
+        dtypes: "float16", "bfloat16" (left out below sm_80, which has none).
+        variants: keys of VARIANTS.
+
+    Returns:
+        The configurations, ordered by head_dim, dtype, variant and architecture.
+    """
+    found: dict[Plan, Configuration] = {}
+    for head_dim in head_dims:
+        for dtype in dtypes:
+            for variant in variants:
+                for seqlen in _SEQLENS:
+                    problem = _problem(head_dim, dtype, seqlen, VARIANTS[variant])
+                    for arch in archs:
+                        if dtype == "bfloat16" and arch < 80:
+                            continue
+                        plan = select_plan(problem, arch)
+                        found.setdefault(plan, Configuration(variant, plan))
+    return list(found.values())
+
+
+def _problem(head_dim: int, dtype: str, seqlen: int, options: dict[str, Any]) -> Problem:
+    x = torch.empty(1, 1, seqlen, head_dim, dtype=getattr(torch, dtype))
+    options = dict(options)
+    if options.pop("mask", None):
+        options["mask"] = torch.empty(1, 1, seqlen, seqlen, dtype=torch.bool)
+    return Problem.from_tensors(x, x, x, **options)

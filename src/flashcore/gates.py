@@ -1,0 +1,351 @@
+"""Run the kernel stage by stage and name the first stage that is wrong.
+
+The kernel compiles with debug gates (kernels/tile/gates.cuh) that stop after a stage and show its
+result, or replace what goes into it. `isolate` runs them in order, compares each with its float64
+model (gate_models.py) and finds the first bad value (locate.py). In the simulator a race, a
+deadlock or a bad access raises an alarm as well, which counts as a wrong stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flashcore.alarms import Alarm, from_error
+from flashcore.cases import Case, Inputs, make_inputs
+from flashcore.errors import BackendUnavailableError, FlashCoreError
+from flashcore.gate_models import Expected, GateModel
+from flashcore.locate import Check, compare
+from flashcore.plan import Plan, select_plan
+from flashcore.problem import Problem
+
+if TYPE_CHECKING:
+    from flashcore.sim.plants import Plant
+
+
+BACKENDS = ("sim", "wmma")
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One step of the isolation. `gate` is the kernel's debug gate, None for the kernel itself;
+    `suspects` is where to look when this stage is the first wrong one."""
+
+    name: str
+    gate: str | None
+    title: str
+    checks: str
+    suspects: str
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "qk",
+        "qk",
+        "S = Q K^T",
+        "raw scores",
+        "the copies of Q and K to shared memory and their strides, the barrier before they are "
+        "read, the Q and K fragments, the accumulator element map",
+    ),
+    Stage(
+        "softmax",
+        "softmax",
+        "online softmax",
+        "P, running max and running sum after every key tile",
+        "the scale, masks and windows, the running max, the rescale of the sum, which lanes share "
+        "a row",
+    ),
+    Stage(
+        "pv",
+        "pv",
+        "P @ V",
+        "P V for given P; with P = 1/seqlen_k all output rows must be identical",
+        "who owns an output element (several warps adding to one?), the split of the keys (overlap "
+        "or gap), the accumulator-to-A-fragment map, V's tile and stride",
+    ),
+    Stage(
+        "tile",
+        "tile",
+        "one key tile",
+        "attention over the first key tile only: nothing is rescaled, one pipeline stage",
+        "the final normalisation, the lse, the store of the output",
+    ),
+    Stage(
+        "pv_serial",
+        "pv_serial",
+        "P @ V in warp 0",
+        "the whole attention, with P V of all warps done by one",
+        "what happens between key tiles: the rescale of O, the double buffering of K and V",
+    ),
+    Stage(
+        "full",
+        None,
+        "whole kernel",
+        "output and lse",
+        "what the gates replace: the split of P V over warps",
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class StageResult:
+    """What came out of one stage. `status` is "ok", "wrong" (values), "alarm" (the simulator or the
+    GPU stopped the kernel) or "not run"."""
+
+    stage: str
+    title: str
+    plan: str
+    status: str
+    checks: tuple[Check, ...] = ()
+    alarm: Alarm | None = None
+    seconds: float = 0.0
+
+    @property
+    def ok(self) -> bool:
+        """True unless a value is wrong or the run was stopped."""
+        return self.status in ("ok", "not run")
+
+    def first_bad_check(self) -> Check | None:
+        """The first check that failed, if any."""
+        return next((check for check in self.checks if not check.ok), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Isolation:
+    """The result of `isolate`. `first_wrong` names the first wrong stage (or, where an alarm came
+    from outside the stages, "load" or "store"); None when all are right."""
+
+    case: Case
+    backend: str
+    seed: int
+    plant: str | None
+    first_wrong: str | None
+    why: str
+    stages: tuple[StageResult, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when every stage is right."""
+        return self.first_wrong is None
+
+
+def isolate(
+    case: Case,
+    backend: str,
+    *,
+    seed: int = 0,
+    plant: str | None = None,
+    arch: int | None = None,
+    on_stage: Callable[[Stage], None] = lambda stage: None,
+) -> Isolation:
+    """Run all stages on one case and find the first wrong one.
+
+    Args:
+        case: shape and options; its tensors must not be empty.
+        backend: "sim" or "wmma".
+        seed: seed of the simulator's scheduler.
+        plant: name of a bug to plant (simulator only), or None.
+        arch: architecture to plan for in the simulator, by default the simulator's own.
+        on_stage: called before each stage.
+
+    Returns:
+        All stages and the verdict.
+
+    Raises:
+        ValueError: unknown backend or plant, a plant on the GPU, an empty case, a dtype that the
+            kernel does not have.
+    """
+    inputs = make_inputs(case, "cuda" if backend == "wmma" else "cpu")
+    runner = _Runner(case, inputs, backend, seed, find_plant(plant, backend), arch)
+    results: list[StageResult] = []
+    for stage in STAGES:
+        on_stage(stage)
+        if results and results[-1].status == "alarm" and backend == "wmma":
+            # A CUDA error is sticky: nothing runs in this process any more.
+            results.append(StageResult(stage.name, stage.title, "", "not run"))
+        else:
+            results.append(runner.run(stage))
+    first_wrong, why = _verdict(results)
+    return Isolation(case, backend, seed, plant, first_wrong, why, tuple(results))
+
+
+def find_plant(name: str | None, backend: str) -> Plant | None:
+    """The planted bug of that name.
+
+    Raises:
+        ValueError: unknown backend or name, or a plant outside the simulator.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
+    if name is None:
+        return None
+    from flashcore.sim.plants import PLANTS
+
+    if backend != "sim":
+        raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")
+    if name not in PLANTS:
+        raise ValueError(f"plant={name!r} is not one of {', '.join(PLANTS)}")
+    return PLANTS[name]
+
+
+@dataclass(slots=True)
+class _Runner:
+    case: Case
+    inputs: Inputs
+    backend: str
+    seed: int
+    plant: Plant | None
+    arch: int | None
+
+    def run(self, stage: Stage) -> StageResult:
+        """Run one stage and judge it. A stage may take several runs (pv takes two)."""
+        start = time.perf_counter()
+        problem = self._problem()
+        if problem.is_empty:
+            raise ValueError(f"{problem.describe()}: there is nothing to compute in an empty case")
+        if problem.dtype not in ("float16", "bfloat16"):
+            raise ValueError(f"dtype={problem.dtype!r}: the kernel has float16 and bfloat16")
+        plan = select_plan(problem, self.arch, stage.gate)
+        checks: list[Check] = []
+        alarm = None
+        try:
+            for check in self._checks(stage, problem, plan):
+                checks.append(check)
+        except BackendUnavailableError:
+            raise
+        except (FlashCoreError, torch.AcceleratorError) as error:
+            alarm = from_error(error, self.plant)
+        bad = any(not check.ok for check in checks)
+        status = "alarm" if alarm is not None else "wrong" if bad else "ok"
+        elapsed = time.perf_counter() - start
+        return StageResult(
+            stage.name, stage.title, plan.describe(), status, tuple(checks), alarm, elapsed
+        )
+
+    def _problem(self) -> Problem:
+        q, k, v = self.inputs.q, self.inputs.k, self.inputs.v
+        return Problem.from_tensors(
+            q, k, v, mask=self.inputs.mask, return_lse=True, **self.case.options()
+        )
+
+    def _checks(self, stage: Stage, problem: Problem, plan: Plan) -> Iterator[Check]:
+        model = GateModel(
+            problem, plan, self.inputs.q, self.inputs.k, self.inputs.v, self.inputs.mask
+        )
+        if stage.name == "pv":
+            yield from self._pv_checks(problem, plan, model)
+            return
+        outputs = self._launch(problem, plan)
+        if stage.name == "qk":
+            expected = model.qk()
+        elif stage.name == "softmax":
+            expected = model.softmax()
+        else:
+            expected = model.attention(first_tile_only=stage.name == "tile")
+        for item in expected:
+            yield _compare(item, outputs[item.name], plan)
+
+    def _pv_checks(self, problem: Problem, plan: Plan, model: GateModel) -> Iterator[Check]:
+        """P = 1/seqlen_k first, whose result needs no reference: every row is the mean of V. Then
+        the softmax of the scores, which differs in every element."""
+        dtype = problem.torch_dtype
+        visited = ~model.skippable()
+        if bool(visited.all()):
+            uniform = torch.full_like(model.scores, 1.0 / problem.seqlen_k).to(dtype)
+            out = self._launch(problem, plan, uniform)["out"]
+            (expected,) = model.pv(uniform)
+            yield _compare(dataclasses.replace(expected, name="out, P = 1/S"), out, plan)
+            first_row = out[:, :, :1].double().cpu().expand_as(expected.value)
+            same = Expected("rows identical, P = 1/S", first_row, torch.zeros_like(first_row))
+            yield _compare(same, out, plan)
+        probabilities = model.visible_probabilities().to(dtype)
+        out = self._launch(problem, plan, probabilities)["out"]
+        (expected,) = model.pv(probabilities)
+        yield _compare(dataclasses.replace(expected, name="out, P = softmax"), out, plan)
+
+    def _launch(
+        self, problem: Problem, plan: Plan, probabilities: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Run the kernel once; returns what it wrote, NaN elsewhere."""
+        device = self.inputs.q.device
+        heads, rows = (problem.batch, problem.num_heads_q), problem.seqlen_q
+
+        def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.full((*heads, rows, *shape), torch.nan, dtype=dtype, device=device)
+
+        outputs = {
+            "out": unwritten(problem.head_dim_v, dtype=problem.torch_dtype),
+            "lse": unwritten(),
+        }
+        buffers = None
+        if plan.gate is not None:
+            num_n_blocks = -(-problem.seqlen_k // plan.block_n)
+            outputs["scores"] = unwritten(problem.seqlen_k)
+            if probabilities is not None:
+                outputs["scores"].copy_(probabilities)
+            outputs["row_max"] = unwritten(num_n_blocks)
+            outputs["row_sum"] = unwritten(num_n_blocks)
+            buffers = {f"gate_{name}": outputs[name] for name in ("scores", "row_max", "row_sum")}
+        q, k, v, mask = self.inputs.q, self.inputs.k, self.inputs.v, self.inputs.mask
+        out, lse = outputs["out"], outputs["lse"]
+        if self.backend == "wmma":
+            from flashcore.launch import run_kernel
+
+            run_kernel(problem, plan, q, k, v, mask, out, lse, buffers)
+            torch.cuda.synchronize()
+        else:
+            from flashcore.sim import simulate
+
+            simulate(
+                problem,
+                plan,
+                q,
+                k,
+                v,
+                mask,
+                out,
+                lse,
+                buffers,
+                seed=self.seed,
+                plant=self.plant,
+            )
+        return outputs
+
+
+_KINDS = {"scores": "scores", "row_max": "row_tiles", "row_sum": "row_tiles", "lse": "rows"}
+
+
+def _compare(expected: Expected, actual: Tensor, plan: Plan) -> Check:
+    kind = _KINDS.get(expected.name, "out")
+    return compare(actual, expected, plan.block_m, plan.block_n, plan.num_warps, kind)
+
+
+def _verdict(results: list[StageResult]) -> tuple[str | None, str]:
+    """The first wrong stage and the reasons that the results give for it."""
+    by_name = {result.stage: result for result in results}
+    first = next((result for result in results if not result.ok), None)
+    if first is None:
+        return None, "every stage agrees with its float64 model"
+    stage = next(stage for stage in STAGES if stage.name == first.stage)
+    reasons = []
+    name = stage.name
+    if first.alarm is not None:
+        if first.alarm.phase is not None and first.alarm.phase != stage.name:
+            name = first.alarm.phase
+            reasons.append(f"the alarm came from the {name} phase while gate {stage.name} ran")
+        reasons.append(first.alarm.summary)
+    bad = first.first_bad_check()
+    if bad is not None:
+        reasons.append(f"{bad.name}: {bad.wrong} of {bad.total} values are wrong, {bad.pattern}")
+    if name == "pv" and by_name["pv_serial"].status == "ok":
+        reasons.append("P V in one warp (pv_serial) is right: the split over warps is at fault")
+    suspects = next((stage.suspects for stage in STAGES if stage.name == name), None)
+    if suspects is not None:
+        reasons.append(f"look at: {suspects}")
+    return name, "; ".join(reasons)
