@@ -1,0 +1,32 @@
+// host/math.cuh - the float32 functions of ptx/math.cuh, correctly rounded or nearly so, with the
+// same treatment of subnormals (.ftz: taken and given as zero).
+#pragma once
+
+#include <cmath>
+
+#include "host/types.cuh"
+
+constexpr float NEG_INF = -__builtin_inff();
+
+namespace fc_host {
+
+inline float flush_subnormal(float x) {
+  return (bits_of(x) & 0x7f800000u) == 0 ? float_of(bits_of(x) & 0x80000000u) : x;
+}
+
+}  // namespace fc_host
+
+FC_DEVICE float exp2_approx(float x) { return fc_host::flush_subnormal(::exp2f(x)); }
+FC_DEVICE float log2_approx(float x) { return ::log2f(fc_host::flush_subnormal(x)); }
+FC_DEVICE float rcp_approx(float x) {
+  return fc_host::flush_subnormal(1.0f / fc_host::flush_subnormal(x));
+}
+
+// a * b + c, rounded once.
+FC_DEVICE float fma_rn(float a, float b, float c) { return ::fmaf(a, b, c); }
+// The other operand when one is NaN.
+FC_DEVICE float max_f(float a, float b) { return a > b || b != b ? a : b; }
+FC_DEVICE int min_i(int a, int b) { return a < b ? a : b; }
+FC_DEVICE int max_i(int a, int b) { return a > b ? a : b; }
+// x, hidden from the optimiser on the device; nothing to hide here.
+FC_DEVICE int opaque(int x) { return x; }

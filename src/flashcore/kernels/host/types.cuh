@@ -1,0 +1,86 @@
+// host/types.cuh - scalar types of the simulator side; see ptx/types.cuh for the device side.
+#pragma once
+
+#include "host/machine.cuh"
+
+#define FC_DEVICE inline
+#define FC_KERNEL(name, threads, min_blocks) static void name
+
+// IEEE binary16: storage only, arithmetic is in float32.
+struct float16 {
+  uint16_t bits;
+};
+
+// The upper half of a float32: storage only.
+struct bfloat16 {
+  uint16_t bits;
+};
+
+namespace fc_host {
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+
+}  // namespace fc_host
+
+FC_DEVICE float to_float(float16 x) {
+  // Exponent and mantissa moved into place are the value times 2^-112, also for subnormals.
+  const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
+  if (magnitude >= 0x7c00u << 13) {  // inf or NaN
+    return fc_host::float_of(sign | 0x7f800000u | (magnitude & 0x007fffffu));
+  }
+  return fc_host::float_of(sign | fc_host::bits_of(fc_host::float_of(magnitude) * 0x1p112f));
+}
+
+FC_DEVICE float to_float(bfloat16 x) { return fc_host::float_of(uint32_t(x.bits) << 16); }
+
+FC_DEVICE float to_float(float x) { return x; }
+
+// float32 -> T, round to nearest even. NaN becomes 0x7fff, as the GPU's cvt makes it.
+template <class T>
+FC_DEVICE T from_float(float x);
+
+template <>
+FC_DEVICE float16 from_float<float16>(float x) {
+  const uint32_t bits = fc_host::bits_of(x);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  const uint16_t sign = uint16_t((bits >> 16) & 0x8000u);
+  if (magnitude > 0x7f800000u) return {0x7fff};
+  if (magnitude >= 0x47800000u) return {uint16_t(sign | 0x7c00u)};  // 2^16 and above: inf
+  if (magnitude < 0x38800000u) {
+    // Below 2^-14 the result is subnormal, in units of 2^-24. Adding 0.5 puts those units at the
+    // end of the float's mantissa, so the addition rounds to nearest even.
+    const float shifted = fc_host::float_of(magnitude) + 0.5f;
+    return {uint16_t(sign | (fc_host::bits_of(shifted) - 0x3f000000u))};
+  }
+  const uint32_t rounded = magnitude + 0x0fffu + ((magnitude >> 13) & 1u);
+  return {uint16_t(sign | ((rounded - 0x38000000u) >> 13))};  // may carry into inf, rightly
+}
+
+template <>
+FC_DEVICE bfloat16 from_float<bfloat16>(float x) {
+  const uint32_t bits = fc_host::bits_of(x);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
+  return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <>
+FC_DEVICE float from_float<float>(float x) {
+  return x;
+}
+
+// Two values of T side by side in one 32-bit word, `lo` in the lower half.
+template <class T>
+FC_DEVICE uint32_t pack2(float lo, float hi) {
+  return uint32_t(from_float<T>(lo).bits) | (uint32_t(from_float<T>(hi).bits) << 16);
+}

@@ -1,0 +1,23 @@
+"""The simulator: kernels compiled for the host and run with every access checked.
+
+`simulate` runs a plan on CPU tensors, `simulate_source` any kernel written against prims.cuh. A
+race, an out-of-bounds access, a deadlock and the like raise SimulationError, which names the kernel
+line and the command that replays the run. docs/simulator.md explains how it works.
+"""
+
+from __future__ import annotations
+
+from flashcore.sim.plants import PLANTS, Plant
+from flashcore.sim.report import Agent, SimReport, SimulationError
+from flashcore.sim.run import SimTensor, simulate, simulate_source
+
+__all__ = [
+    "PLANTS",
+    "Agent",
+    "Plant",
+    "SimReport",
+    "SimTensor",
+    "SimulationError",
+    "simulate",
+    "simulate_source",
+]

@@ -1,0 +1,285 @@
+"""The command that replays a simulated run, and the run that it replays.
+
+    python -m flashcore.sim seed=17 batch=1 num_heads_q=2 ... [plan.block_m=64] [inputs=FILE]
+
+The words are the fields of Problem (those that differ from REPLAY_DEFAULTS), of the plan where it
+is not the one that select_plan takes, and the run's own: seed, sim_arch, gate, plant, and how far a
+tensor starts behind its allocation. Inputs are read from the file that the failing run saved, or
+drawn anew from the seed: what a kernel accesses depends on shapes and strides, rarely on values.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore import env
+from flashcore.plan import Plan, select_plan
+from flashcore.problem import MaskSpec, Problem
+from flashcore.sim.plants import PLANTS, Plant
+from flashcore.sim.report import SimReport
+from flashcore.sim.run import ADDRESS_ALIGNMENT, simulate
+
+REPLAY_DEFAULTS: dict[str, object] = {
+    "device": "cpu",
+    "arch": 0,
+    "softcap": 0.0,
+    "window_left": -1,
+    "window_right": -1,
+    "diag_offset": 0,
+    "causal": "none",
+    "mask": None,
+    "return_lse": True,
+}
+_MAX_SAVED_BYTES = 256 * 2**20
+
+
+def _to_text(value: object) -> str:
+    if isinstance(value, MaskSpec):
+        return ":".join((value.dtype, _to_text(value.strides)))
+    if isinstance(value, tuple):
+        return ",".join(map(str, value))
+    return repr(value) if isinstance(value, float) else str(value)
+
+
+def _from_text(text: str, name: str, like: object) -> Any:
+    if name == "mask":
+        dtype, _, strides = text.partition(":")
+        return None if text == "None" else MaskSpec(dtype, _integers(strides))  # type: ignore[arg-type]
+    if name.endswith("_strides"):
+        return _integers(text)
+    if text in ("True", "False", "None"):
+        return {"True": True, "False": False, "None": None}[text]
+    try:
+        return float(text) if isinstance(like, float) or name == "scale" else int(text)
+    except ValueError:
+        return text
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
+def _storage_offset(tensor: Tensor) -> int:
+    """Elements between an allocation's alignment and the tensor's first element."""
+    return tensor.data_ptr() % ADDRESS_ALIGNMENT // tensor.element_size()
+
+
+def _save_inputs(tensors: Mapping[str, Tensor]) -> Path | None:
+    """Saves the values, named by their content; None when they are too large, or on a full disk."""
+    values = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    if sum(value.nbytes for value in values.values()) > _MAX_SAVED_BYTES:
+        return None
+    digest = hashlib.sha256()
+    for name, value in values.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        digest.update(bytes(value.view(torch.uint8).reshape(-1).untyped_storage())[: value.nbytes])
+    path = env.cache_dir() / "sim" / "inputs" / f"{digest.hexdigest()[:16]}.pt"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(values, path)
+    except OSError:
+        return None
+    return path
+
+
+def replay_command(
+    problem: Problem,
+    plan: Plan,
+    inputs: Mapping[str, Tensor],
+    *,
+    seed: int,
+    plant: Plant | None,
+) -> str:
+    """The command line that runs the same again; the inputs are saved for it.
+
+    Args:
+        problem: as given to `simulate`.
+        plan: likewise.
+        inputs: by name q, k, v and, where there is one, mask and gate_scores.
+        seed: of the scheduler.
+        plant: bug planted, or None.
+
+    Returns:
+        A line for a shell.
+    """
+    words = [f"seed={seed}", f"sim_arch={plan.arch}"]
+    if plan.gate is not None:
+        words.append(f"gate={plan.gate}")
+    if plant is not None:
+        words.append(f"plant={plant.name}")
+    for field in fields(problem):
+        value = getattr(problem, field.name)
+        if field.name not in REPLAY_DEFAULTS or value != REPLAY_DEFAULTS[field.name]:
+            words.append(f"{field.name}={_to_text(value)}")
+    chosen = select_plan(problem, plan.arch, plan.gate)
+    for field in fields(plan):
+        value = getattr(plan, field.name)
+        if value != getattr(chosen, field.name):
+            words.append(f"plan.{field.name}={_to_text(value)}")
+    for name, tensor in inputs.items():
+        if _storage_offset(tensor):
+            words.append(f"{name}_offset={_storage_offset(tensor)}")
+    saved = _save_inputs(inputs)
+    if saved is not None:
+        words.append(f"inputs={saved}")
+    return "python -m flashcore.sim " + " ".join(map(shlex.quote, words))
+
+
+@dataclass(frozen=True, slots=True)
+class Replay:
+    """A run to repeat: what `simulate` takes, and what it fills."""
+
+    problem: Problem
+    plan: Plan
+    seed: int
+    plant: Plant | None
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None
+    out: Tensor
+    lse: Tensor
+    gate_buffers: dict[str, Tensor] | None
+    inputs_are_saved: bool
+
+    def run(self) -> SimReport:
+        """Runs it. Raises SimulationError as the first run did."""
+        return simulate(
+            self.problem,
+            self.plan,
+            self.q,
+            self.k,
+            self.v,
+            self.mask,
+            self.out,
+            self.lse if self.problem.return_lse else None,
+            self.gate_buffers,
+            seed=self.seed,
+            plant=self.plant,
+        )
+
+
+def _place(values: Tensor, strides: Sequence[int], offset: int) -> Tensor:
+    """Values with the given strides, `offset` elements behind an allocation's start."""
+    shape = values.shape
+    span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
+    flat = torch.zeros(offset + max(span, 1), dtype=values.dtype)
+    for dim, stride in enumerate(strides):
+        if stride == 0 and shape[dim] > 1:  # holds its values once
+            values = values.narrow(dim, 0, 1)
+    flat.as_strided(values.shape, strides, offset).copy_(values)
+    return flat.as_strided(shape, strides, offset)
+
+
+def parse_replay(words: Sequence[str]) -> Replay:
+    """Reads the words of a replay command.
+
+    Args:
+        words: `name=value`, see the module's docstring.
+
+    Returns:
+        The run to repeat.
+
+    Raises:
+        ValueError: a word is unknown or a field is missing; the message names it.
+    """
+    given = {}
+    for word in words:
+        name, equals, text = word.partition("=")
+        if not equals:
+            raise ValueError(f"{word!r} is not name=value")
+        given[name] = text
+
+    def take(name: str, default: str) -> str:
+        return given.pop(name, default)
+
+    problem_values: dict[str, Any] = {}
+    for field in fields(Problem):
+        if field.name in given:
+            default = REPLAY_DEFAULTS.get(field.name)
+            problem_values[field.name] = _from_text(given.pop(field.name), field.name, default)
+        elif field.name in REPLAY_DEFAULTS:
+            problem_values[field.name] = REPLAY_DEFAULTS[field.name]
+        else:
+            raise ValueError(f"{field.name} is missing")
+    problem = Problem(**problem_values)
+    arch, gate = int(take("sim_arch", "80")), take("gate", "") or None
+    plan = select_plan(problem, arch, gate)
+    changes = {
+        field.name: _from_text(given.pop(f"plan.{field.name}"), field.name, None)
+        for field in fields(plan)
+        if f"plan.{field.name}" in given
+    }
+    plan = dataclasses.replace(plan, **changes)
+    seed, plant_name = int(take("seed", "0")), take("plant", "")
+    if plant_name and plant_name not in PLANTS:
+        raise ValueError(f"plant={plant_name!r} is not one of {', '.join(PLANTS)}")
+    path = take("inputs", "")
+    offsets = {name: int(take(f"{name}_offset", "0")) for name in ("q", "k", "v", "mask")}
+    if given:
+        raise ValueError(f"unknown: {', '.join(given)}")
+    return _make(problem, plan, seed, PLANTS.get(plant_name), path, offsets)
+
+
+def _make(
+    problem: Problem,
+    plan: Plan,
+    seed: int,
+    plant: Plant | None,
+    path: str,
+    offsets: Mapping[str, int],
+) -> Replay:
+    values = torch.load(path, weights_only=True) if path and Path(path).is_file() else {}
+    generator = torch.Generator().manual_seed(seed)
+    rows_q = (problem.batch, problem.num_heads_q, problem.seqlen_q)
+    rows_k = (problem.batch, problem.num_heads_kv, problem.seqlen_k)
+
+    def tensor(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Tensor:
+        drawn = torch.randn(shape, generator=generator)
+        typed = drawn > 0 if dtype == "bool" else drawn.to(getattr(torch, dtype))
+        return _place(values.get(name, typed).expand(shape), strides, offsets[name])
+
+    dtype = problem.dtype
+    q = tensor("q", (*rows_q, problem.head_dim), (*problem.q_strides, 1), dtype)
+    k = tensor("k", (*rows_k, problem.head_dim), (*problem.k_strides, 1), dtype)
+    v = tensor("v", (*rows_k, problem.head_dim_v), (*problem.v_strides, 1), dtype)
+    spec = problem.mask
+    mask = None
+    if spec is not None:
+        mask = tensor("mask", (*rows_q, problem.seqlen_k), spec.strides, spec.dtype)
+    gate_buffers = None
+    if plan.gate is not None:
+        num_n_blocks = -(-problem.seqlen_k // plan.block_n)
+        scores = values.get("gate_scores")
+        if scores is None:
+            uniform = 1.0 / max(problem.seqlen_k, 1)
+            scores = torch.full((*rows_q, problem.seqlen_k), uniform)
+        gate_buffers = {
+            "gate_scores": scores.clone(),
+            "gate_row_max": torch.empty((*rows_q, num_n_blocks)),
+            "gate_row_sum": torch.empty((*rows_q, num_n_blocks)),
+        }
+    return Replay(
+        problem,
+        plan,
+        seed,
+        plant,
+        q,
+        k,
+        v,
+        mask,
+        torch.empty((*rows_q, problem.head_dim_v), dtype=problem.torch_dtype),
+        torch.empty(rows_q, dtype=torch.float32),
+        gate_buffers,
+        bool(values),
+    )

@@ -1,0 +1,296 @@
+"""Runs a kernel in the simulator on CPU tensors.
+
+Tensors are copied: the kernel sees simulated addresses, 16 TiB apart, with the strides and the
+alignment of the originals, so that no overrun of one tensor lands in another, and memory between a
+strided tensor's elements holds NaN and counts as out of bounds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flashcore.codegen import generate_source
+from flashcore.launch import build_params, grid_size
+from flashcore.sim.abi import AgentStruct, LaunchStruct, ReportStruct, TensorStruct
+from flashcore.sim.build import load_kernel
+from flashcore.sim.report import Agent, SimReport, SimulationError
+
+if TYPE_CHECKING:
+    from flashcore.plan import Plan
+    from flashcore.problem import Problem
+    from flashcore.sim.plants import Plant
+
+_ADDRESS_BITS = 44  # as in runtime/global.cpp
+# Alignment of torch's CPU allocations: below it, an address says how a view was cut out of them.
+ADDRESS_ALIGNMENT = 64
+
+_STORAGE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_POISON = {1: 0xA5, 2: 0x7FA5, 4: 0x7FA57FA5, 8: 0x7FA57FA57FA57FA5}  # NaN where it is a float
+
+# The runtime of a loaded kernel has one state, so a kernel runs once at a time.
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class SimTensor:
+    """A tensor that a simulated kernel may touch.
+
+    Args:
+        name: for reports.
+        tensor: CPU tensor of any shape and strides.
+        pointer_field: member of the parameter struct that gets its address.
+        writable: whether the kernel writes it: it starts unwritten, and is copied back.
+        complete: whether the kernel must write every element.
+    """
+
+    name: str
+    tensor: Tensor
+    pointer_field: str
+    writable: bool = False
+    complete: bool = True
+
+
+class _Placed:
+    """A tensor's copy in a flat buffer with its strides, and what is known of each element."""
+
+    def __init__(self, item: SimTensor, index: int) -> None:
+        self.item = item
+        tensor = item.tensor.detach()
+        size = tensor.element_size()
+        self.bits = _STORAGE[size]
+        offsets = torch.zeros((), dtype=torch.int64)
+        for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            offsets = offsets[..., None] + torch.arange(length) * stride
+        self.offsets = offsets.reshape(-1)
+        span = int(self.offsets.max()) + 1 if self.offsets.numel() else 0
+        self.data = torch.full((max(span, 1),), _POISON[size], dtype=self.bits)
+        if not item.writable:
+            self.data[self.offsets] = tensor.contiguous().view(self.bits).reshape(-1)
+        self.valid = torch.zeros(max(span, 1), dtype=torch.uint8)
+        self.valid[self.offsets] = 1
+        written = max(span, 1) if item.writable else 0
+        self.writer = torch.zeros(written, dtype=torch.int32)
+        self.writer_site = torch.zeros(written, dtype=torch.int32)
+        middle = ((index + 1) << _ADDRESS_BITS) + (1 << (_ADDRESS_BITS - 1))
+        self.address = middle + tensor.data_ptr() % ADDRESS_ALIGNMENT
+        self.struct = TensorStruct(
+            name=item.name.encode(),
+            address=self.address,
+            data=self.data.data_ptr(),
+            bytes=span * size,
+            element_bytes=size,
+            writable=int(item.writable),
+            valid=self.valid.data_ptr(),
+            writer=self.writer.data_ptr() if item.writable else None,
+            writer_site=self.writer_site.data_ptr() if item.writable else None,
+        )
+
+    def coordinates(self, offset: int) -> tuple[int, ...] | None:
+        """Index of the element at an offset; past a dimension's end, where it would be."""
+        if offset < 0:
+            return None
+        shape, strides = self.item.tensor.shape, self.item.tensor.stride()
+        index = [0] * len(shape)
+        for d in sorted(range(len(shape)), key=lambda d: -strides[d]):
+            if shape[d] > 1 and strides[d] > 0:
+                index[d], offset = divmod(offset, strides[d])
+        return tuple(index)
+
+    def first_unwritten(self) -> int | None:
+        missing = self.offsets[self.writer[self.offsets] == 0]
+        return int(missing.min()) if missing.numel() else None
+
+    def copy_back(self) -> None:
+        flat = self.data[self.offsets].view(self.item.tensor.dtype)
+        self.item.tensor.detach().copy_(flat.reshape(self.item.tensor.shape))
+
+
+def _agent(struct: AgentStruct) -> Agent:
+    lane = None if struct.lane < 0 else struct.lane
+    return Agent(struct.block, struct.warp, lane, struct.file.decode(), struct.line)
+
+
+def _raise_alarm(report: ReportStruct, placed: Sequence[_Placed], seed: int) -> None:
+    coordinates = None
+    message = report.message.decode()
+    if report.tensor >= 0:
+        tensor = placed[report.tensor]
+        coordinates = tensor.coordinates(report.element)
+        message += f"; {tensor.item.name} has shape {tuple(tensor.item.tensor.shape)}"
+    raise SimulationError(
+        kind=report.kind.decode(),
+        message=message,
+        array=report.array.decode(),
+        element=report.element,
+        coordinates=coordinates,
+        agent=_agent(report.agent),
+        other=_agent(report.other) if report.has_other else None,
+        details=report.details.decode(),
+        seed=seed,
+    )
+
+
+def simulate_source(
+    source: str,
+    params: ctypes.Structure,
+    tensors: Sequence[SimTensor],
+    *,
+    grid: int,
+    num_threads: int,
+    smem_bytes: int,
+    seed: int = 0,
+) -> SimReport:
+    """Runs one launch of a kernel, thread by thread.
+
+    Args:
+        source: flattened for the host, see codegen.flatten.
+        params: the kernel's argument; its pointer fields are set here, in a copy.
+        tensors: every tensor that the kernel may touch; the writable ones are filled.
+        grid: thread blocks.
+        num_threads: of a block, a multiple of 32 up to 1024.
+        smem_bytes: dynamic shared memory of a block.
+        seed: of the scheduler; the same seed and inputs give the same run.
+
+    Returns:
+        Statistics.
+
+    Raises:
+        SimulationError: the kernel did something that it must not do.
+        BackendUnavailableError: there is no C++ compiler.
+        CompileError: the source does not compile.
+        ValueError: a wrong launch configuration.
+    """
+    if num_threads % 32 or not 32 <= num_threads <= 1024:
+        raise ValueError(f"num_threads={num_threads} is not a multiple of 32 between 32 and 1024")
+    start = time.perf_counter()
+    library = load_kernel(source)
+    built = time.perf_counter()
+    own_params = type(params).from_buffer_copy(params)
+    placed = [_Placed(item, index) for index, item in enumerate(tensors)]
+    for tensor in placed:
+        setattr(own_params, tensor.item.pointer_field, tensor.address)
+    library.fc_sim_params_bytes.restype = ctypes.c_ulonglong
+    if library.fc_sim_params_bytes() != ctypes.sizeof(own_params):
+        raise ValueError(
+            f"{type(params).__name__} has {ctypes.sizeof(own_params)} bytes, the kernel's "
+            f"parameter struct has {library.fc_sim_params_bytes()}"
+        )
+    structs = (TensorStruct * len(placed))(*(tensor.struct for tensor in placed))
+    launch = LaunchStruct(
+        params=ctypes.addressof(own_params),
+        grid=grid,
+        num_threads=num_threads,
+        smem_bytes=smem_bytes,
+        num_tensors=len(placed),
+        tensors=structs,
+        seed=seed & (2**64 - 1),
+    )
+    report = ReportStruct()
+    with _lock:
+        library.fc_sim_run(ctypes.byref(launch), ctypes.byref(report))
+    if report.kind:
+        _raise_alarm(report, placed, seed)
+    for tensor in placed:
+        if tensor.item.writable:
+            _finish_output(tensor, seed)
+    return SimReport(
+        seed=seed,
+        blocks=grid,
+        threads=num_threads,
+        switches=report.switches,
+        smem_accesses=report.smem_accesses,
+        gmem_accesses=report.gmem_accesses,
+        async_copies=report.async_copies,
+        barriers=report.barriers,
+        warp_ops=report.warp_ops,
+        build_s=built - start,
+        run_s=time.perf_counter() - built,
+    )
+
+
+def _finish_output(tensor: _Placed, seed: int) -> None:
+    item = tensor.item
+    missing = tensor.first_unwritten() if item.complete else None
+    if missing is not None:
+        raise SimulationError(
+            kind="unwritten-output",
+            message=f"no thread wrote this element of {item.name}, of shape "
+            f"{tuple(item.tensor.shape)}",
+            array=item.name,
+            element=missing,
+            coordinates=tensor.coordinates(missing),
+            seed=seed,
+        )
+    tensor.copy_back()
+
+
+def simulate(
+    problem: Problem,
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor | None,
+    gate_buffers: dict[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    plant: Plant | None = None,
+) -> SimReport:
+    """Runs a plan's kernel in the simulator. Same arguments as launch.run_kernel, on CPU tensors.
+
+    Args:
+        problem: validated description of q, k, v and mask.
+        plan: tiles, and gate if any.
+        q: [batch, num_heads_q, seqlen_q, head_dim], float16 or bfloat16.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        mask: as the problem describes it, or None.
+        out: [batch, num_heads_q, seqlen_q, head_dim_v], contiguous; written.
+        lse: [batch, num_heads_q, seqlen_q], float32, contiguous; written unless None.
+        gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
+        seed: of the scheduler.
+        plant: bug to plant, for testing the checks.
+
+    Returns:
+        Statistics of the run.
+
+    Raises:
+        SimulationError: the kernel did something that it must not do; the message ends with the
+            command that replays the run.
+        BackendUnavailableError: there is no C++ compiler.
+    """
+    tensors = [SimTensor("q", q, "q"), SimTensor("k", k, "k"), SimTensor("v", v, "v")]
+    if mask is not None:
+        tensors.append(SimTensor("mask", mask, "mask"))
+    tensors.append(SimTensor("out", out, "out", writable=True))
+    if lse is not None:
+        tensors.append(SimTensor("lse", lse, "lse", writable=True))
+    for name, buffer in (gate_buffers or {}).items():
+        is_input = plan.gate == "pv" and name == "gate_scores"
+        tensors.append(SimTensor(name, buffer, name, writable=not is_input, complete=False))
+    try:
+        return simulate_source(
+            generate_source(plan, "host", plant),
+            build_params(problem, plan, {}),
+            tensors,
+            grid=grid_size(problem, plan),
+            num_threads=plan.num_threads,
+            smem_bytes=plan.smem_bytes + (plant.extra_smem_bytes if plant else 0),
+            seed=seed,
+        )
+    except SimulationError as error:
+        from flashcore.sim.replay import replay_command
+
+        inputs = {item.pointer_field: item.tensor for item in tensors if not item.writable}
+        error.replay = replay_command(problem, plan, inputs, seed=seed, plant=plant)
+        raise

@@ -1,0 +1,165 @@
+// alarm.cpp - fills the report and abandons the run.
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+
+#include "machine.h"
+
+namespace fc_host {
+
+PackedSite pack_site(Site site) {
+  Machine& m = machine;
+  if (site.file != m.last_file) {
+    uint32_t index = 0;
+    while (index < m.files.size() && std::strcmp(m.files[index], site.file) != 0) ++index;
+    if (index == m.files.size() && index < 255) m.files.push_back(site.file);
+    m.last_file = site.file;
+    m.last_file_index = index;
+  }
+  return (m.last_file_index << 24) | uint32_t(site.line);
+}
+
+Site unpack_site(PackedSite site) {
+  const size_t index = site >> 24;
+  return {index < machine.files.size() ? machine.files[index] : "?", int(site & 0xffffffu)};
+}
+
+const char* op_name(WarpOp op) {
+  switch (op) {
+    case WarpOp::shfl_xor:
+      return "shfl_xor";
+    case WarpOp::warp_any:
+      return "warp_any";
+    case WarpOp::warp_sync:
+      return "warp_sync";
+    case WarpOp::wmma_load_a:
+      return "wmma_load_a";
+    case WarpOp::wmma_load_b:
+      return "wmma_load_b";
+    case WarpOp::wmma_mma:
+      return "wmma_mma";
+  }
+  return "?";
+}
+
+static void fill_agent(FcAgent& agent, int block, int warp, int lane, Site site) {
+  agent.block = block;
+  agent.warp = warp;
+  agent.lane = lane;
+  agent.line = site.line;
+  std::snprintf(agent.file, sizeof agent.file, "%s", site.file);
+}
+
+void set_other_thread(int block, int thread, Site site) {
+  fill_agent(machine.report->other, block, thread / WARP_SIZE, thread % WARP_SIZE, site);
+  machine.report->has_other = 1;
+}
+
+void set_other_agent(int agent, Site site) {
+  if (agent < machine.num_threads) {
+    set_other_thread(current_block, agent, site);
+  } else {
+    fill_agent(machine.report->other, current_block, agent - machine.num_threads, -1, site);
+    machine.report->has_other = 1;
+  }
+}
+
+static void fill(FcReport& report, const Alarm& alarm, const char* message) {
+  std::snprintf(report.kind, sizeof report.kind, "%s", alarm.kind);
+  std::snprintf(report.message, sizeof report.message, "%s", message);
+  std::snprintf(report.array, sizeof report.array, "%s", alarm.array);
+  report.element = alarm.element;
+  report.tensor = alarm.tensor;
+  fill_agent(report.agent, current_block, current_thread / WARP_SIZE,
+             alarm.by_warp ? -1 : current_thread % WARP_SIZE, alarm.site);
+}
+
+void defer_alarm(const Alarm& alarm, const char* message) {
+  if (machine.deferred.kind[0] == 0) fill(machine.deferred, alarm, message);  // the first counts
+}
+
+bool raise_deferred() {
+  if (machine.deferred.kind[0] == 0) return false;
+  *machine.report = machine.deferred;
+  machine.stopped = true;
+  return true;
+}
+
+static void raise_with(const Alarm& alarm, const char* format, va_list arguments) {
+  if (std::strcmp(alarm.kind, "race") != 0 && raise_deferred()) return;
+  char message[sizeof FcReport::message];
+  std::vsnprintf(message, sizeof message, format, arguments);
+  fill(*machine.report, alarm, message);
+  machine.stopped = true;
+}
+
+// The fibers are abandoned where they stand: kernels own nothing that would have to be released.
+[[noreturn]] static void abandon_run() {
+  Fiber abandoned;
+  fiber_switch(abandoned, machine.main_fiber);
+  __builtin_unreachable();
+}
+
+void raise_alarm(const Alarm& alarm, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  raise_with(alarm, format, arguments);
+  va_end(arguments);
+  abandon_run();
+}
+
+void misuse(Site site, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  raise_with({"misuse", site}, format, arguments);
+  va_end(arguments);
+  abandon_run();
+}
+
+static int describe_place(char* text, size_t bytes, const Thread& thread) {
+  switch (thread.state) {
+    case ThreadState::exited:
+      return std::snprintf(text, bytes, "exited");
+    case ThreadState::runnable:
+      return std::snprintf(text, bytes, "runnable");
+    case ThreadState::at_block_barrier:
+      return std::snprintf(text, bytes, "in block_sync at %s:%d", thread.site.file,
+                           thread.site.line);
+    case ThreadState::at_warp_op:
+      return std::snprintf(text, bytes, "in %s at %s:%d", op_name(thread.op), thread.site.file,
+                           thread.site.line);
+  }
+  return 0;
+}
+
+// One line a warp; lanes in the same place are named together.
+void describe_warps(char* text, size_t bytes) {
+  size_t used = 0;
+  const auto add = [&](int written) {
+    used = used + size_t(written) < bytes ? used + size_t(written) : bytes - 1;
+  };
+  for (int w = 0; w < machine.num_warps; ++w) {
+    add(std::snprintf(text + used, bytes - used, "warp %d:", w));
+    int pending = 0;
+    int begin = 0;
+    while (begin < WARP_SIZE) {
+      const Thread& first = machine.threads[size_t(w * WARP_SIZE + begin)];
+      int end = begin;
+      for (; end < WARP_SIZE; ++end) {
+        const Thread& thread = machine.threads[size_t(w * WARP_SIZE + end)];
+        const bool same = thread.state == first.state &&
+                          (thread.state == ThreadState::exited ||
+                           (thread.site.line == first.site.line && thread.op == first.op));
+        if (!same) break;
+        pending += int(thread.copies.size());
+      }
+      add(std::snprintf(text + used, bytes - used, "%s lanes %d-%d ", begin ? ";" : "", begin,
+                        end - 1));
+      add(describe_place(text + used, bytes - used, first));
+      begin = end;
+    }
+    add(std::snprintf(text + used, bytes - used, "; %d cp.async pending\n", pending));
+  }
+}
+
+}  // namespace fc_host

@@ -1,0 +1,101 @@
+// global.cpp - tensors in global memory. Each has a 16 TiB range of simulated addresses of its own,
+// so that no overrun of one, however far, lands in another.
+#include "machine.h"
+
+namespace fc_host {
+
+constexpr int ADDRESS_BITS = 44;
+
+// Index of the tensor whose range holds an address, or -1.
+static int tensor_of(uint64_t address) {
+  const auto index = int64_t(address >> ADDRESS_BITS) - 1;
+  return index >= 0 && index < machine.launch.num_tensors ? int(index) : -1;
+}
+
+static const FcTensor& locate(uint64_t address, int bytes, const char* doing, Site site,
+                              int64_t& offset) {
+  const int index = tensor_of(address);
+  if (index < 0) {
+    raise_alarm({"out-of-bounds", site, "", -1}, "%s address 0x%llx, which is in no tensor%s",
+                doing, static_cast<unsigned long long>(address),
+                address < 4096 ? " (a null pointer)" : "");
+  }
+  const FcTensor& tensor = machine.launch.tensors[index];
+  offset = int64_t(address - tensor.address);
+  const int64_t element = offset >= 0
+                              ? offset / tensor.element_bytes
+                              : -((-offset + tensor.element_bytes - 1) / tensor.element_bytes);
+  if (offset < 0 || offset + bytes > tensor.bytes) {
+    raise_alarm({"out-of-bounds", site, tensor.name, element, index},
+                "%s %d bytes outside the tensor (%lld bytes from first to last element)", doing,
+                bytes, static_cast<long long>(tensor.bytes));
+  }
+  if (address % uint64_t(bytes) != 0) {
+    raise_alarm({"misaligned", site, tensor.name, element, index},
+                "%s %d bytes at an address that is not a multiple of %d", doing, bytes, bytes);
+  }
+  const int64_t last = (offset + bytes - 1) / tensor.element_bytes;
+  for (int64_t e = element; e <= last; ++e) {
+    if (!tensor.valid[e]) {
+      raise_alarm({"out-of-bounds", site, tensor.name, e, index},
+                  "%s memory between the tensor's elements (past the end of a row or sequence)",
+                  doing);
+    }
+  }
+  return tensor;
+}
+
+const uint8_t* global_source(uint64_t address, int bytes, Site site) {
+  ++machine.report->gmem_accesses;
+  int64_t offset = 0;
+  const FcTensor& tensor = locate(address, bytes, "reads", site, offset);
+  if (tensor.writable) {
+    const auto index = int(&tensor - machine.launch.tensors);
+    const int64_t last = (offset + bytes - 1) / tensor.element_bytes;
+    const auto me = uint32_t(current_block * machine.num_threads + current_thread) + 1;
+    for (int64_t e = offset / tensor.element_bytes; e <= last; ++e) {
+      if (tensor.writer[e] == me) continue;
+      if (tensor.writer[e] == 0) {
+        raise_alarm({"uninitialized-read", site, tensor.name, e, index},
+                    "reads an output element that nothing has written");
+      }
+      set_other_thread(int(tensor.writer[e] - 1) / machine.num_threads,
+                       int(tensor.writer[e] - 1) % machine.num_threads,
+                       unpack_site(tensor.writer_site[e]));
+      raise_alarm({"race", site, tensor.name, e, index},
+                  "reads an output element that another thread writes");
+    }
+  }
+  return tensor.data + offset;
+}
+
+const void* gmem_read(uint64_t address, int bytes, Site site) {
+  return global_source(address, bytes, site);
+}
+
+void* gmem_write(uint64_t address, int bytes, Site site) {
+  ++machine.report->gmem_accesses;
+  int64_t offset = 0;
+  const FcTensor& tensor = locate(address, bytes, "writes", site, offset);
+  const auto index = int(&tensor - machine.launch.tensors);
+  const int64_t first = offset / tensor.element_bytes;
+  if (!tensor.writable) {
+    raise_alarm({"read-only-write", site, tensor.name, first, index}, "writes to an input tensor");
+  }
+  const auto me = uint32_t(current_block * machine.num_threads + current_thread) + 1;
+  const int64_t last = (offset + bytes - 1) / tensor.element_bytes;
+  for (int64_t e = first; e <= last; ++e) {
+    if (tensor.writer[e] != 0) {
+      set_other_thread(int(tensor.writer[e] - 1) / machine.num_threads,
+                       int(tensor.writer[e] - 1) % machine.num_threads,
+                       unpack_site(tensor.writer_site[e]));
+      raise_alarm({"double-write", site, tensor.name, e, index},
+                  "an output element is written twice: it must have one owner");
+    }
+    tensor.writer[e] = me;
+    tensor.writer_site[e] = pack_site(site);
+  }
+  return tensor.data + offset;
+}
+
+}  // namespace fc_host

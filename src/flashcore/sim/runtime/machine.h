@@ -1,0 +1,187 @@
+// machine.h - the state of one simulated run. Parts: scheduler.cpp (fibers, meetings, barriers),
+// clocks.cpp (who has seen what), shadow.cpp (shared memory), global.cpp (tensors), async.cpp
+// (cp.async), alarm.cpp (reports).
+//
+// Order of events. An agent is whoever accesses memory: a thread, or a warp as a whole (wmma loads
+// read on behalf of 32 lanes). Each agent has a clock; an event's epoch is (agent, clock). A
+// thread's vector clock says, per agent, up to which clock it has seen that agent's events: an
+// earlier event is ordered before the thread's next one iff its clock is at most that (Lamport
+// 1978; epochs as in FastTrack, Flanagan and Freund 2009). Only barriers let a thread learn of
+// others.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "abi.h"
+#include "fiber.h"
+#include "host/machine.cuh"
+
+namespace fc_host {
+
+constexpr int WARP_SIZE = 32;
+constexpr uint8_t POISON_BYTES[2] = {0xa5, 0x7f};  // NaN in float32, float16 and bfloat16
+
+// --- epochs --------------------------------------------------------------------------------------
+
+using Epoch = uint32_t;  // agent in bits 0..10, clock in bits 11..29, a flag in bits 30 and 31
+constexpr int AGENT_BITS = 11;
+constexpr Epoch FLAG_ATOMIC = 1u << 30;   // of a write: by an atomic
+constexpr Epoch FLAG_PENDING = 1u << 31;  // of a write: an async copy that was not waited for
+constexpr Epoch FLAG_SET = 1u << 31;      // of a read: index of a ReadSet
+constexpr int MAX_CLOCK = (1 << 19) - 1;
+
+inline Epoch make_epoch(int agent, int clock) {
+  return (uint32_t(clock) << AGENT_BITS) | uint32_t(agent);
+}
+inline int agent_of(Epoch epoch) { return int(epoch & ((1u << AGENT_BITS) - 1)); }
+inline int clock_of(Epoch epoch) { return int((epoch >> AGENT_BITS) & MAX_CLOCK); }
+
+// --- shared memory -------------------------------------------------------------------------------
+
+using PackedSite = uint32_t;  // index into Machine::files in the upper 8 bits, line in the lower 24
+
+constexpr int CELL_BYTES = 2;  // the smallest element
+
+struct Cell {
+  Epoch write;  // last write, 0: never written
+  Epoch read;   // last read since then, or FLAG_SET | index when several are unordered
+  PackedSite write_site;
+  PackedSite read_site;
+};
+
+struct Read {
+  Epoch epoch;
+  PackedSite site;
+};
+
+struct ReadSet {
+  std::vector<Read> reads;
+};
+
+// --- threads -------------------------------------------------------------------------------------
+
+enum class ThreadState : uint8_t { runnable, at_warp_op, at_block_barrier, exited };
+
+struct AsyncCopy {
+  int group;
+  SmemRef dst;
+  int dst_offset;
+  int bytes;
+  const uint8_t* src;  // null: zero-fill
+  bool performed;
+  PackedSite site;
+};
+
+struct Thread {
+  Fiber fiber;
+  ThreadState state;
+  WarpOp op;
+  Site site;
+  int open_group;                 // number of cp.async groups committed so far
+  std::vector<AsyncCopy> copies;  // not waited for yet, in order of issue
+};
+
+struct Warp {
+  uint32_t runnable;
+  uint32_t arrived;
+  uint32_t exited;
+  WarpOp op;
+  uint64_t uniform;
+  Site site;
+  int first_lane;
+  void* argument[WARP_SIZE];
+
+  // The warp as an agent: its clock counts snapshots of its lanes' clocks. Seeing snapshot s of the
+  // warp means having seen every lane's clock in it.
+  bool snapshot_is_stale;
+  std::vector<int32_t> snapshots;    // WARP_SIZE clocks each
+  std::vector<int32_t> seen_by_all;  // vector clock: what every lane has seen
+};
+
+// --- everything ----------------------------------------------------------------------------------
+
+struct Machine {
+  FcLaunch launch;
+  FcReport* report;
+  FcReport deferred;  // kind is empty: none
+  int num_threads, num_warps, num_agents;
+
+  uint64_t random_state;
+  int stay_in_warp;  // of 256: how often the scheduler goes on within the same warp
+  uint32_t runnable_warps;
+  int num_exited, num_at_block_barrier;
+  Site block_barrier_site;
+  int block_barrier_thread;
+  bool stopped;
+
+  Fiber main_fiber;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+
+  std::vector<int32_t> clocks;  // vector clocks: num_threads rows of num_agents
+  std::vector<int32_t> joined;
+
+  std::vector<uint8_t> smem_storage;
+  uint8_t* smem;
+  std::vector<Cell> cells;
+  std::vector<ReadSet> read_sets;
+  std::vector<uint32_t> free_read_sets;
+
+  std::vector<const char*> files;
+  const char* last_file;
+  uint32_t last_file_index;
+  int num_pending_copies;
+};
+
+extern Machine machine;
+
+inline int32_t* clock_row(int thread) {
+  return machine.clocks.data() + size_t(thread) * size_t(machine.num_agents);
+}
+inline int warp_agent(int warp) { return machine.num_threads + warp; }
+inline Epoch thread_epoch(int thread) { return make_epoch(thread, clock_row(thread)[thread]); }
+
+// scheduler.cpp
+uint64_t next_random();
+void run_block(int block);
+void maybe_reschedule();
+// clocks.cpp
+void clocks_reset();
+void clocks_join_warp(int warp);
+void clocks_join_block();
+Epoch warp_snapshot(int warp);
+// shadow.cpp
+void shadow_reset();
+int shadow_locate(const SmemRef& ref, int bytes, int alignment, bool by_warp, Site site);
+void shadow_begin_async(const SmemRef& ref, int offset, int bytes, Site site);
+void shadow_end_async(const AsyncCopy& copy);
+// global.cpp
+const uint8_t* global_source(uint64_t address, int bytes, Site site);
+// async.cpp
+void async_perform(AsyncCopy& copy);
+void async_perform_some();
+void async_check_exit();
+
+// alarm.cpp
+PackedSite pack_site(Site site);
+Site unpack_site(PackedSite site);
+struct Alarm {
+  const char* kind;
+  Site site;
+  const char* array = "";
+  int64_t element = -1;
+  int tensor = -1;
+  bool by_warp = false;
+};
+[[noreturn]] void raise_alarm(const Alarm& alarm, const char* format, ...)
+    __attribute__((format(printf, 2, 3)));
+// Raises the alarm at the end of the block, or in place of another one that is not a race.
+void defer_alarm(const Alarm& alarm, const char* message);
+bool raise_deferred();
+void set_other_agent(int agent, Site site);
+void set_other_thread(int block, int thread, Site site);
+void describe_warps(char* text, size_t bytes);
+const char* op_name(WarpOp op);
+
+}  // namespace fc_host

@@ -1,0 +1,68 @@
+// runtime.cpp - the runtime as one translation unit, compiled once and linked to every kernel, and
+// the two functions that sim/run.py calls.
+#include "alarm.cpp"
+#include "async.cpp"
+#include "clocks.cpp"
+#include "fiber.cpp"
+#include "global.cpp"
+#include "scheduler.cpp"
+#include "shadow.cpp"
+
+extern "C" unsigned long long fc_kernel_params_bytes();
+
+namespace fc_host {
+
+void multiply_16x16x16(float* accum, const float* a, const float* b) {
+  for (int m = 0; m < 16; ++m) {
+    float row[16];
+    for (int n = 0; n < 16; ++n) row[n] = accum[m * 16 + n];
+    for (int k = 0; k < 16; ++k) {
+      const float x = a[m * 16 + k];
+      for (int n = 0; n < 16; ++n) row[n] += x * b[k * 16 + n];
+    }
+    for (int n = 0; n < 16; ++n) accum[m * 16 + n] = row[n];
+  }
+}
+
+static void start(const FcLaunch& launch, FcReport& report) {
+  Machine& m = machine;
+  m.launch = launch;
+  m.report = &report;
+  m.num_threads = launch.num_threads;
+  m.num_warps = launch.num_threads / WARP_SIZE;
+  m.num_agents = m.num_threads + m.num_warps;
+  m.random_state = launch.seed;
+  m.stopped = false;
+  m.deferred = {};
+  m.threads.resize(size_t(m.num_threads));
+  m.warps.resize(size_t(m.num_warps));
+  constexpr size_t ALIGNMENT = 1024;
+  m.smem_storage.resize(size_t(launch.smem_bytes) + ALIGNMENT);
+  const auto address = reinterpret_cast<uintptr_t>(m.smem_storage.data());
+  m.smem = m.smem_storage.data() + (ALIGNMENT - address % ALIGNMENT) % ALIGNMENT;
+  m.cells.resize(size_t(launch.smem_bytes) / CELL_BYTES);
+  m.read_sets.clear();
+  m.files.clear();
+  m.last_file = nullptr;
+}
+
+}  // namespace fc_host
+
+#define FC_EXPORT extern "C" __attribute__((visibility("default")))
+
+FC_EXPORT unsigned long long fc_sim_params_bytes() { return fc_kernel_params_bytes(); }
+
+// Runs every block of a launch, in an order that the seed fixes, until the first alarm.
+FC_EXPORT void fc_sim_run(const FcLaunch* launch, FcReport* report) {
+  using namespace fc_host;
+  start(*launch, *report);
+  std::vector<int> order(size_t(launch->grid));
+  for (int i = 0; i < launch->grid; ++i) order[size_t(i)] = i;
+  for (int i = launch->grid - 1; i > 0; --i) {
+    std::swap(order[size_t(i)], order[next_random() % uint64_t(i + 1)]);
+  }
+  for (const int block : order) {
+    run_block(block);
+    if (machine.stopped) return;
+  }
+}
