@@ -143,9 +143,8 @@ def _check_last_dimension(name: str, x: torch.Tensor) -> None:
 def check_mask(mask: torch.Tensor, q: torch.Tensor, seqlen_k: int) -> None:
     """Raise unless `mask` is boolean or additive and broadcasts to the scores of `q`."""
     check_plain_tensor("mask", mask)
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    if mask.dtype not in (torch.bool, q.dtype, wide):
-        allowed = " or ".join(dict.fromkeys(str(d) for d in (torch.bool, q.dtype, wide)))
+    if mask.dtype not in (torch.bool, q.dtype, torch.float32):
+        allowed = " or ".join(dict.fromkeys(map(str, (torch.bool, q.dtype, torch.float32))))
         way_out = "mask.bool()" if not mask.dtype.is_floating_point else f"mask.to({q.dtype})"
         raise TypeError(
             f"mask has dtype {mask.dtype}; with {q.dtype} tensors it must be {allowed} "
