@@ -132,7 +132,8 @@ def _driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise BackendUnavailableError(
-            f'launching a kernel needs cuda-bindings ({error}); install: pip install "flashcore[cuda]"'
+            f"launching a kernel needs cuda-bindings ({error}); "
+            'install it: pip install "flashcore[cuda]"'
         ) from error
     return driver
 

@@ -162,16 +162,31 @@ class Plan:
 
 def _estimated_registers(plan: Plan) -> int:
     """Accumulators of the scores and of O, and what the compile gate showed the rest to need."""
-    overhead = 40 if plan.mask is None else 56
-    return plan.block_n // 2 + _padded(plan.head_dim_v) // 2 + overhead
+    rest = 48
+    if plan.arch < 80:
+        rest += 8  # the copies go through registers
+    if plan.mask is not None:
+        rest += 24  # addresses and values of the mask
+    if plan.head_dim % 64 and max(plan.head_dim, plan.head_dim_v) > 64:
+        rest += 16  # few threads share a row, so each copies more packets
+    return plan.block_n // 2 + _padded(plan.head_dim_v) // 2 + rest
+
+
+def _has_tight_budget(plan: Plan) -> bool:
+    """Whether the register budget of head_dim 64 holds; a mask tensor is outside of it."""
+    return max(plan.head_dim, plan.head_dim_v) <= 64 and plan.mask is None and plan.gate is None
 
 
 def _min_blocks(plan: Plan) -> int:
-    """Blocks an SM that shared memory and registers both allow."""
+    """Blocks an SM that shared memory and registers both allow; under the tight budget, those that
+    the registers must allow."""
+    most = 5 * 128 // plan.num_threads
+    if _has_tight_budget(plan):
+        return most
     _, sm_bytes = smem_limits(plan.arch)
     by_smem = sm_bytes // (plan.smem_bytes + _RESERVED_SMEM_BYTES_PER_BLOCK)
     by_registers = _REGISTERS_PER_SM // (_estimated_registers(plan) * plan.num_threads)
-    return max(1, min(by_smem, by_registers, 5 * 128 // plan.num_threads))
+    return max(1, min(by_smem, by_registers, most))
 
 
 def _enumerate(base: Plan) -> Iterator[Plan]:
@@ -188,26 +203,20 @@ def _enumerate(base: Plan) -> Iterator[Plan]:
 def _is_legal(plan: Plan) -> bool:
     if plan.smem_bytes > smem_limits(plan.arch)[0]:
         return False
-    if max(plan.head_dim, plan.head_dim_v) <= 64 and plan.gate is None:
-        return (
-            plan.smem_bytes <= HEAD_DIM_64_MAX_SMEM_BYTES
-            and _estimated_registers(plan) <= HEAD_DIM_64_MAX_REGISTERS + 8
-        )
+    if _has_tight_budget(plan) and (
+        plan.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES
+        or _estimated_registers(plan) > HEAD_DIM_64_MAX_REGISTERS
+    ):
+        return False
     return _estimated_registers(plan) <= 240
 
 
-def _rank(plan: Plan, seqlen_q: int) -> tuple[int, ...]:
-    """Smaller is better: warps resident on an SM (to hide latencies, up to 8), double buffering,
-    wide key tiles (fewer barriers, up to 64), then small row tiles (more blocks)."""
-    resident_warps = min(8, plan.min_blocks * plan.num_warps)
-    wasted_rows = plan.block_m - 64 if seqlen_q <= 64 else 0
-    return (
-        -resident_warps,
-        -min(plan.num_stages, 2),
-        wasted_rows,
-        abs(plan.block_n - 64),
-        plan.block_m,
-    )
+def _rank(plan: Plan) -> tuple[int, ...]:
+    """Smaller is better: warps resident on an SM to hide latencies, as far as that paid; double
+    buffering; narrow key tiles, whose scores leave registers for more warps; small row tiles,
+    which make more blocks. Measured on sm_90, see docs/performance.md."""
+    resident_warps = min(12, plan.min_blocks * plan.num_warps)
+    return (-resident_warps, -plan.num_stages, abs(plan.block_n - 32), plan.block_m)
 
 
 def candidates(problem: Problem, arch: int | None = None, gate: str | None = None) -> list[Plan]:
@@ -237,7 +246,7 @@ def candidates(problem: Problem, arch: int | None = None, gate: str | None = Non
         gate=gate,
     )
     legal = [plan for plan in _enumerate(base) if _is_legal(plan)]
-    return sorted(legal, key=lambda plan: _rank(plan, problem.seqlen_q))
+    return sorted(legal, key=_rank)
 
 
 def select_plan(problem: Problem, arch: int | None = None, gate: str | None = None) -> Plan:

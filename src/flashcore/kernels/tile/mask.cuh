@@ -50,7 +50,9 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
       }
     }
   }
-  if (MASK_KIND == 0 && !strip_needs_mask(p, row_begin, key_begin)) return;
+  // The branch also keeps ptxas from fetching a mask tensor's elements ahead of the products, which
+  // costs more registers than there are.
+  if (MASK_KIND == 0 ? !strip_needs_mask(p, row_begin, key_begin) : row_begin >= p.seqlen_q) return;
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
 #pragma unroll
@@ -58,12 +60,12 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
       const int row = row_begin + accum_row(lane_idx(), i);
       const int key = key_begin + n * 16 + accum_col(lane_idx(), i);
       float& score = scores[n].x[i];
-      if (!key_is_visible(p, row, key)) {
-        score = NEG_INF;
-      } else if (MASK_KIND != 0 && row < p.seqlen_q) {
+      bool attend = key_is_visible(p, row, key);
+      if (MASK_KIND != 0 && attend && row < p.seqlen_q) {
         const auto element = mask_gmem + (row * p.mask_row_stride + key * p.mask_col_stride);
         score += mask_value(gmem_load(element)) * LOG2_E;
       }
+      score = attend ? score : NEG_INF;
     }
   }
 }
