@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore.codegen import KERNELS_DIR
 
 if TYPE_CHECKING:
+    from flashcore.plan import Plan
+    from flashcore.problem import Problem
     from flashcore.sim.plants import Plant
 
 # Which phase of the kernel a function belongs to. "load" and "store" are not stages of their own:
@@ -30,7 +33,8 @@ _PHASE_OF_FUNCTION = {
     "store_rows": "store",
     "quad_sum": "store",
 }
-_FUNCTION = re.compile(r"\bFC_DEVICE\b[^;={]*?\b(\w+)\s*\(|\bFC_KERNEL\((\w+)|auto (\w+) = \[&\]")
+_FUNCTION = re.compile(r"(?:\bFC_DEVICE\b[^;={(]*\b|\bFC_KERNEL\()(\w+)\s*[(,]")
+_LAMBDA = re.compile(r"^  const auto (\w+) = \[&\]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,7 @@ class Alarm:
 
     `kind` is the simulator's ("race", "deadlock", ...) or "cuda"; `summary` one line and `text` the
     whole report; `phase` the stage of the kernel that the line belongs to, None if it is not known.
+    `place` names tile, warp and lane, and `picture` draws the warps of the tile.
     """
 
     kind: str
@@ -48,33 +53,83 @@ class Alarm:
     file: str | None = None
     line: int | None = None
     function: str | None = None
+    place: str = ""
+    picture: str = ""
 
 
-def from_error(error: Exception, plant: Plant | None = None) -> Alarm:
+def from_error(error: Exception, problem: Problem, plan: Plan, plant: Plant | None = None) -> Alarm:
     """The alarm of an exception that a run raised.
 
     Args:
         error: a SimulationError, or what CUDA raised.
+        problem: what was run; it turns a block's number into batch, head and rows.
+        plan: how it was run.
         plant: the bug that was planted; it may have moved the kernel's lines.
     """
     text = str(error).strip()
     lines = text.splitlines() or [type(error).__name__]
-    agents = [a for a in (getattr(error, "agent", None), getattr(error, "other", None)) if a]
+    agent, other = getattr(error, "agent", None), getattr(error, "other", None)
     kind = getattr(error, "kind", None) or type(error).__name__
     summary = f"{kind}: {getattr(error, 'message', '') or lines[0]}"
-    if not agents:
+    if agent is None:
         return Alarm(kind, summary, text)
-    places = [(_function_at(agent, plant), agent) for agent in agents]
-    function, agent = min(places, key=lambda place: _rank(_PHASE_OF_FUNCTION.get(place[0] or "")))
+    agents = [agent] if other is None else [agent, other]
+    places = [(_function_at(entry, plant), entry) for entry in agents]
+    function, named = min(places, key=lambda place: _rank(_PHASE_OF_FUNCTION.get(place[0] or "")))
+    warps = {entry.warp for entry in agents}
+    if kind == "atomic-order" and len(warps) > 1:
+        numbers = " and ".join(str(warp) for warp in sorted(warps))
+        summary += f": atomics from several warps ({numbers}) to one element"
     return Alarm(
         kind=kind,
-        summary=f"{summary} ({agent.file}:{agent.line})",
+        summary=f"{summary} ({named.file}:{named.line})",
         text=text,
         phase=_PHASE_OF_FUNCTION.get(function or ""),
-        file=agent.file,
-        line=agent.line,
+        file=named.file,
+        line=named.line,
         function=function,
+        place=_place(error, agents, problem, plan),
+        picture=_picture(agents, problem, plan),
     )
+
+
+def _m_block(block: int, problem: Problem, plan: Plan) -> int:
+    """Row tile of a block, as tile/schedule.cuh orders them."""
+    num_m_blocks = -(-problem.seqlen_q // plan.block_m)
+    m_block = block % num_m_blocks
+    return num_m_blocks - 1 - m_block if plan.has_window_right else m_block
+
+
+def _place(error: Any, agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
+    """The alarm's tile, warp, lane and element in a line."""
+    block = agents[0].block
+    head_and_batch = block // -(-problem.seqlen_q // plan.block_m)
+    heads = problem.num_heads_q
+    who = " against ".join(
+        f"warp {entry.warp}, " + ("all lanes" if entry.lane is None else f"lane {entry.lane}")
+        for entry in agents
+    )
+    element = f"; element {error.place}" if getattr(error, "place", "") else ""
+    return (
+        f"batch {head_and_batch // heads}, head {head_and_batch % heads}, "
+        f"m_block {_m_block(block, problem, plan)}; {who}{element}"
+    )
+
+
+def _picture(agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
+    """The rows of the alarm's tile by warp, with who was involved."""
+    first_row = _m_block(agents[0].block, problem, plan) * plan.block_m
+    lines = []
+    for warp in range(plan.num_warps):
+        row = first_row + warp * 16
+        notes = [
+            f"{name} at {entry.file}:{entry.line}"
+            for name, entry in zip(("by", "against"), agents, strict=False)
+            if entry.warp == warp and entry.block == agents[0].block
+        ]
+        bar = ("#" if notes else ".") * 16
+        lines.append(f"warp {warp:2d} rows {row:5d} to {row + 15:5d} |{bar}| {', '.join(notes)}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _rank(phase: str | None) -> int:
@@ -90,10 +145,12 @@ def _function_at(agent: Any, plant: Plant | None) -> str | None:
     text = path.read_text(encoding="utf-8")
     if plant is not None and path.name == plant.file.rpartition("/")[2]:
         text = text.replace(plant.find, plant.replace)
-    lines = text.splitlines()[: agent.line]
-    for index in range(len(lines) - 1, -1, -1):
-        # A signature may take several lines: join it up to its brace.
-        found = _FUNCTION.search(" ".join(lines[index : index + 3]))
-        if found and _FUNCTION.search(lines[index] + " " + "".join(lines[index + 1 : index + 2])):
-            return next(name for name in found.groups() if name)
+    in_lambda = True
+    for line in reversed(text.splitlines()[: agent.line]):
+        if line.startswith("  };"):
+            in_lambda = False  # the line lies behind this lambda
+        found = _LAMBDA.search(line) if in_lambda else None
+        found = found or _FUNCTION.search(line)
+        if found:
+            return found[1]
     return None

@@ -1,8 +1,8 @@
 """Plan -> one flattened translation unit, for NVRTC (`ptx`) or for the simulator (`host`).
 
 A kernel file includes its headers by their path below `kernels/`; `@target` in such a path names
-the side. Flattening replaces every include by the file's text once, keeps `#line` directives, so that
-compilers and the simulator name the kernel's own lines, and resolves the gate directives
+the side. Flattening replaces every include by the file's text once, keeps `#line` directives, so
+that compilers and the simulator name the kernel's own lines, and resolves the gate directives
 
     //@if gate [NAME ...]     lines for the named debug gates, or for any gate
     //@else

@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flashcore.alarms import Alarm, from_error
 from flashcore.cases import Case, Inputs, make_inputs
+from flashcore.diagnosis import key_split_hints, verdict
 from flashcore.errors import BackendUnavailableError, FlashCoreError
 from flashcore.gate_models import Expected, GateModel
 from flashcore.locate import Check, compare
@@ -104,6 +105,7 @@ class StageResult:
     status: str
     checks: tuple[Check, ...] = ()
     alarm: Alarm | None = None
+    hints: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
@@ -119,14 +121,14 @@ class StageResult:
 @dataclass(frozen=True, slots=True)
 class Isolation:
     """The result of `isolate`. `first_wrong` names the first wrong stage (or, where an alarm came
-    from outside the stages, "load" or "store"); None when all are right."""
+    from outside the stages, "load" or "store"), None when all are right; `why` gives the reasons."""
 
     case: Case
     backend: str
     seed: int
     plant: str | None
     first_wrong: str | None
-    why: str
+    why: tuple[str, ...]
     stages: tuple[StageResult, ...]
 
     @property
@@ -171,8 +173,8 @@ def isolate(
             results.append(StageResult(stage.name, stage.title, "", "not run"))
         else:
             results.append(runner.run(stage))
-    first_wrong, why = _verdict(results)
-    return Isolation(case, backend, seed, plant, first_wrong, why, tuple(results))
+    first_wrong, why = verdict(results, STAGES)
+    return Isolation(case, backend, seed, plant, first_wrong, tuple(why), tuple(results))
 
 
 def find_plant(name: str | None, backend: str) -> Plant | None:
@@ -202,6 +204,7 @@ class _Runner:
     seed: int
     plant: Plant | None
     arch: int | None
+    hints: list[str] = field(default_factory=list)
 
     def run(self, stage: Stage) -> StageResult:
         """Run one stage and judge it. A stage may take several runs (pv takes two)."""
@@ -213,6 +216,7 @@ class _Runner:
             raise ValueError(f"dtype={problem.dtype!r}: the kernel has float16 and bfloat16")
         plan = select_plan(problem, self.arch, stage.gate)
         checks: list[Check] = []
+        self.hints = []
         alarm = None
         try:
             for check in self._checks(stage, problem, plan):
@@ -220,12 +224,19 @@ class _Runner:
         except BackendUnavailableError:
             raise
         except (FlashCoreError, torch.AcceleratorError) as error:
-            alarm = from_error(error, self.plant)
+            alarm = from_error(error, problem, plan, self.plant)
         bad = any(not check.ok for check in checks)
         status = "alarm" if alarm is not None else "wrong" if bad else "ok"
         elapsed = time.perf_counter() - start
         return StageResult(
-            stage.name, stage.title, plan.describe(), status, tuple(checks), alarm, elapsed
+            stage.name,
+            stage.title,
+            plan.describe(),
+            status,
+            tuple(checks),
+            alarm,
+            tuple(self.hints),
+            elapsed,
         )
 
     def _problem(self) -> Problem:
@@ -260,7 +271,10 @@ class _Runner:
             uniform = torch.full_like(model.scores, 1.0 / problem.seqlen_k).to(dtype)
             out = self._launch(problem, plan, uniform)["out"]
             (expected,) = model.pv(uniform)
-            yield _compare(dataclasses.replace(expected, name="out, P = 1/S"), out, plan)
+            check = _compare(dataclasses.replace(expected, name="out, P = 1/S"), out, plan)
+            if not check.ok:
+                self.hints += key_split_hints(out, uniform, model.v)
+            yield check
             first_row = out[:, :, :1].double().cpu().expand_as(expected.value)
             same = Expected("rows identical, P = 1/S", first_row, torch.zeros_like(first_row))
             yield _compare(same, out, plan)
@@ -324,28 +338,3 @@ _KINDS = {"scores": "scores", "row_max": "row_tiles", "row_sum": "row_tiles", "l
 def _compare(expected: Expected, actual: Tensor, plan: Plan) -> Check:
     kind = _KINDS.get(expected.name, "out")
     return compare(actual, expected, plan.block_m, plan.block_n, plan.num_warps, kind)
-
-
-def _verdict(results: list[StageResult]) -> tuple[str | None, str]:
-    """The first wrong stage and the reasons that the results give for it."""
-    by_name = {result.stage: result for result in results}
-    first = next((result for result in results if not result.ok), None)
-    if first is None:
-        return None, "every stage agrees with its float64 model"
-    stage = next(stage for stage in STAGES if stage.name == first.stage)
-    reasons = []
-    name = stage.name
-    if first.alarm is not None:
-        if first.alarm.phase is not None and first.alarm.phase != stage.name:
-            name = first.alarm.phase
-            reasons.append(f"the alarm came from the {name} phase while gate {stage.name} ran")
-        reasons.append(first.alarm.summary)
-    bad = first.first_bad_check()
-    if bad is not None:
-        reasons.append(f"{bad.name}: {bad.wrong} of {bad.total} values are wrong, {bad.pattern}")
-    if name == "pv" and by_name["pv_serial"].status == "ok":
-        reasons.append("P V in one warp (pv_serial) is right: the split over warps is at fault")
-    suspects = next((stage.suspects for stage in STAGES if stage.name == name), None)
-    if suspects is not None:
-        reasons.append(f"look at: {suspects}")
-    return name, "; ".join(reasons)

@@ -208,6 +208,8 @@ def _is_legal(plan: Plan) -> bool:
         or _estimated_registers(plan) > HEAD_DIM_64_MAX_REGISTERS
     ):
         return False
+    if plan.arch < 80 and max(plan.head_dim, plan.head_dim_v) > 192 and plan.block_n > 16:
+        return False  # head_dim 224 spills there: copies, scores and O meet in registers
     return _estimated_registers(plan) <= 240
 
 

@@ -118,9 +118,10 @@ def _document(found: Isolation) -> dict[str, object]:
 def _list_plants(out: Output) -> None:
     from flashcore.sim.plants import PLANTS
 
-    rows = [[name, plant.caught_by] for name, plant in PLANTS.items()]
-    out.print(table("Bugs that --plant puts into the kernel", ["name", "caught by"], rows))
-    out.finish([{"name": name, "caught_by": plant.caught_by} for name, plant in PLANTS.items()])
+    rows = [[name, plant.caught_by, plant.title] for name, plant in PLANTS.items()]
+    title = "Bugs that --plant puts into the kernel"
+    out.print(table(title, ["name", "caught by", "what"], rows))
+    out.finish(list(PLANTS.values()))
 
 
 def _show(out: Output, found: Isolation) -> None:
@@ -142,14 +143,15 @@ def _show(out: Output, found: Isolation) -> None:
         out.print("[green]all stages are right[/]")
         return
     out.print(f"[bold red]first wrong stage: {found.first_wrong}[/]")
-    for reason in found.why.split("; "):
-        out.print(f"  {reason}".replace("[", "\\["))
+    for reason in found.why:
+        out.print(f"- {reason}".replace("[", "\\["))
     bad = first.first_bad_check()
     if bad is not None and bad.first is not None:
         out.print(f"\nfirst bad value of {bad.name}:")
         out.print(bad.first.describe().replace("[", "\\["), wrap=False)
         out.print(f"\n{bad.picture}".replace("[", "\\["), wrap=False)
     if first.alarm is not None:
+        out.print(f"\n{first.alarm.place}\n{first.alarm.picture}".replace("[", "\\["), wrap=False)
         out.print(f"\n{first.alarm.text}".replace("[", "\\["), wrap=False)
 
 

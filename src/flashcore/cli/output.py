@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -26,8 +27,8 @@ JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
 ]
 
-# A pipe has no width: 100 columns, as in our sources, keep tables whole in CI logs.
-_PIPE_WIDTH = 100
+# A pipe has no width; this keeps tables whole in CI logs.
+_PIPE_WIDTH = 110
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -135,14 +136,23 @@ def to_json(value: Any) -> Any:
 
 def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
     """A table whose first column is left-aligned and whose numbers are right-aligned."""
-    result = Table(title=title, title_justify="left", title_style="bold", header_style="bold")
+    result = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="bold",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     numeric = [
         all(isinstance(row[index], (int, float)) or _looks_numeric(str(row[index])) for row in rows)
         for index in range(len(columns))
     ]
     for index, name in enumerate(columns):
         align = "right" if rows and numeric[index] else "left"
-        result.add_column(name, justify=align, overflow="fold")  # type: ignore[arg-type]
+        wraps = not numeric[index] and index == len(columns) - 1
+        result.add_column(name, justify=align, overflow="fold", no_wrap=not wraps)  # type: ignore[arg-type]
     for row in rows:
         result.add_row(*[str(cell) for cell in row])
     return result

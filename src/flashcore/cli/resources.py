@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flashcore.cli.options import Arch, parse_archs
-from flashcore.cli.output import JsonFlag, Output, command, si_bytes, table, usage_errors
+from flashcore.cli.output import JsonFlag, Output, command, table, usage_errors
 
 if TYPE_CHECKING:
     from flashcore.configurations import Configuration
+    from flashcore.jit import Resources
+    from flashcore.plan import Plan
+
+_MANY = 24  # plans that take longer to compile than a second process takes to start
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +37,7 @@ class Row:
     variant: str
     tile: str
     num_stages: int
+    min_blocks: int
     violations: list[str]
 
 
@@ -95,32 +101,44 @@ def resources(
 
 
 def measure(out: Output, wanted: Sequence[Configuration]) -> list[Row]:
-    """Compile configurations, or find them compiled, two at a time."""
-    from flashcore.jit import resources as resources_of
-
+    """Compile configurations, or find them compiled."""
     rows = []
     with out.progress(f"Compiling {len(wanted)} configurations", len(wanted)) as advance:
-        with ThreadPoolExecutor(max_workers=2) as pool:
-            measured = pool.map(lambda entry: resources_of(entry.plan), wanted)
-            for entry, found in zip(wanted, measured, strict=True):
-                advance()
-                row = Row(
-                    found.kernel,
-                    found.arch,
-                    found.head_dim,
-                    found.dtype,
-                    found.registers,
-                    found.smem_bytes,
-                    found.spill_bytes,
-                    found.code_bytes,
-                    entry.variant,
-                    f"{entry.plan.block_m}x{entry.plan.block_n}",
-                    entry.plan.num_stages,
-                    [],
-                )
-                row.violations.extend(over_budget(row))
-                rows.append(row)
+        measured = _compile_all([entry.plan for entry in wanted])
+        for entry, found in zip(wanted, measured, strict=True):
+            advance()
+            row = Row(
+                found.kernel,
+                found.arch,
+                found.head_dim,
+                found.dtype,
+                found.registers,
+                found.smem_bytes,
+                found.spill_bytes,
+                found.code_bytes,
+                entry.variant,
+                f"{entry.plan.block_m}x{entry.plan.block_n}",
+                entry.plan.num_stages,
+                entry.plan.min_blocks,
+                [],
+            )
+            row.violations.extend(over_budget(row))
+            rows.append(row)
     return rows
+
+
+def _compile_all(plans: Sequence[Plan]) -> Iterator[Resources]:
+    """Resources of each plan, in order. NVRTC compiles one program at a time in a process, so many
+    plans go to a second process as well; a worker's start (importing torch) takes seconds."""
+    from flashcore.jit import resources as resources_of
+    from flashcore.machine import available_cores
+
+    if len(plans) < _MANY or available_cores() < 2:
+        yield from map(resources_of, plans)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=2, mp_context=context) as pool:
+        yield from pool.map(resources_of, plans, chunksize=4)
 
 
 def over_budget(row: Row) -> list[str]:
@@ -143,8 +161,8 @@ def over_budget(row: Row) -> list[str]:
 
 
 def _show(out: Output, rows: Sequence[Row]) -> None:
-    columns = ["head_dim", "dtype", "variant", "arch", "tile", "stages"]
-    columns += ["registers", "shared", "spills", "code"]
+    columns = ["dim", "dtype", "variant", "arch", "tile", "stages", "blocks", "registers"]
+    columns += ["shared B", "spill B", "code B"]
     cells = [
         [
             row.head_dim,
@@ -153,10 +171,11 @@ def _show(out: Output, rows: Sequence[Row]) -> None:
             row.arch,
             row.tile,
             row.num_stages,
+            row.min_blocks,
             row.registers,
-            si_bytes(row.smem_bytes),
+            row.smem_bytes,
             row.spill_bytes,
-            si_bytes(row.code_bytes),
+            row.code_bytes,
         ]
         for row in rows
     ]

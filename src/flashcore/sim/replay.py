@@ -73,9 +73,18 @@ def _storage_offset(tensor: Tensor) -> int:
     return tensor.data_ptr() % ADDRESS_ALIGNMENT // tensor.element_size()
 
 
+def _distinct(tensor: Tensor) -> Tensor:
+    """The tensor in four dimensions, each value once: broadcast dimensions cut to one element."""
+    tensor = tensor.detach()[(None,) * (4 - tensor.dim())]
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0:
+            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
+    return tensor
+
+
 def _save_inputs(tensors: Mapping[str, Tensor]) -> Path | None:
     """Saves the values, named by their content; None when they are too large, or on a full disk."""
-    values = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    values = {name: _distinct(tensor).contiguous() for name, tensor in tensors.items()}
     if sum(value.nbytes for value in values.values()) > _MAX_SAVED_BYTES:
         return None
     digest = hashlib.sha256()
@@ -169,16 +178,14 @@ class Replay:
         )
 
 
-def _place(values: Tensor, strides: Sequence[int], offset: int) -> Tensor:
-    """Values with the given strides, `offset` elements behind an allocation's start."""
-    shape = values.shape
+def _place(values: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
+    """Values, broadcast to a shape with the given strides, `offset` elements into an allocation."""
     span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-    flat = torch.zeros(offset + max(span, 1), dtype=values.dtype)
-    for dim, stride in enumerate(strides):
-        if stride == 0 and shape[dim] > 1:  # holds its values once
-            values = values.narrow(dim, 0, 1)
-    flat.as_strided(values.shape, strides, offset).copy_(values)
-    return flat.as_strided(shape, strides, offset)
+    placed = torch.zeros(offset + max(span, 1), dtype=values.dtype)
+    placed = placed.as_strided(tuple(shape), tuple(strides), offset)
+    distinct = _distinct(placed)
+    distinct.copy_(values.expand(tuple(shape))[tuple(slice(n) for n in distinct.shape)])
+    return placed
 
 
 def parse_replay(words: Sequence[str]) -> Replay:
@@ -247,7 +254,7 @@ def _make(
     def tensor(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Tensor:
         drawn = torch.randn(shape, generator=generator)
         typed = drawn > 0 if dtype == "bool" else drawn.to(getattr(torch, dtype))
-        return _place(values.get(name, typed).expand(shape), strides, offsets[name])
+        return _place(values.get(name, typed), shape, strides, offsets[name])
 
     dtype = problem.dtype
     q = tensor("q", (*rows_q, problem.head_dim), (*problem.q_strides, 1), dtype)
