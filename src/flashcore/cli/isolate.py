@@ -45,8 +45,8 @@ def isolate(
 ) -> None:
     """Run the kernel stage by stage and name the first stage that is wrong.
 
-    Every stage is compiled from the kernel's own source with a debug gate: Q K^T, the online
-    softmax, P @ V (with P = 1/S every output row must be identical), one key tile, P @ V in one
+    Every stage is compiled from the kernel's own source with a debug gate: Q@K^T, the online
+    softmax, P@V (with P = 1/S every output row must be identical), one key tile, P@V in one
     warp, and the whole kernel. Each result is compared with a float64 model. The first bad value is
     named with its tile, warp, lane and accumulator element, and a picture shows where errors sit.
     In the simulator races, deadlocks and bad accesses count as well. Exit status 1 when a stage is
@@ -142,7 +142,9 @@ def _show(out: Output, found: Isolation) -> None:
     if first is None:
         out.print("[green]all stages are right[/]")
         return
-    out.print(f"[bold red]first wrong stage: {found.first_wrong}[/]")
+    title = next((r.title for r in found.stages if r.stage == found.first_wrong), None)
+    name = found.first_wrong if title is None else f"{title} (gate {found.first_wrong})"
+    out.print(f"[bold red]first wrong stage: {name}[/]")
     for reason in found.why:
         out.print(f"- {reason}".replace("[", "\\["))
     bad = first.first_bad_check()
