@@ -64,6 +64,7 @@ def isolate(
         import torch
 
         from flashcore import gates
+        from flashcore.stages import STAGES, Stage
 
         if plant == "list":
             _list_plants(out)
@@ -92,10 +93,10 @@ def isolate(
             seed=seed,
         )
         number = None if arch is None else o.parse_archs(arch)[0]
-        with out.progress(f"Isolating on {backend}", total=len(gates.STAGES)) as advance:
+        with out.progress(f"Isolating on {backend}", total=len(STAGES)) as advance:
             started = False
 
-            def on_stage(stage: gates.Stage) -> None:
+            def on_stage(stage: Stage) -> None:
                 nonlocal started
                 advance(1 if started else 0, f"gate {stage.name}: {stage.title}")
                 started = True
