@@ -5,6 +5,11 @@ yardstick is the same attention written plainly in the same dtype (matmul, softm
 intermediate rounded, as in torch's math backend): a result passes when its maximum and its mean
 error against float64 are at most twice the yardstick's, plus 1e-5. The same rule judges the tests,
 `flashcore verify` and `flashcore demo`.
+
+On a handful of outputs the yardstick may be right by luck, and a right kernel would then fail one
+time in some hundred (measured: 0.1 to 0.5 % of inputs with 16 outputs). So the yardstick counts as
+no better than what rounding the exact result to the dtype costs: at most half a unit in the last
+place, a quarter on average. From some hundred outputs on that changes nothing.
 """
 
 from __future__ import annotations
@@ -107,14 +112,15 @@ def error_report(
     )
     max_error, mean_error = _max_and_mean(out, want)
     torch_max_error, torch_mean_error = _max_and_mean(plain, want)
+    rounding_max, rounding_mean = _rounding(want, q.dtype)
     absolute = ABSOLUTE.get(q.dtype, ABSOLUTE_DEFAULT)
     return ErrorReport(
         max_error=max_error,
         mean_error=mean_error,
         torch_max_error=torch_max_error,
         torch_mean_error=torch_mean_error,
-        max_limit=FACTOR * torch_max_error + absolute,
-        mean_limit=FACTOR * torch_mean_error + absolute,
+        max_limit=FACTOR * max(torch_max_error, rounding_max) + absolute,
+        mean_limit=FACTOR * max(torch_mean_error, rounding_mean) + absolute,
         lse_error=None if lse is None else lse_error(lse, want_lse),
         lse_limit=LSE_LIMIT.get(q.dtype, LSE_LIMIT_DEFAULT),
     )
@@ -185,6 +191,16 @@ def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
         return math.inf
     relative = ((lse - want) / (1.0 + want.abs())).masked_fill(empty, 0.0)
     return _max_and_mean(relative, torch.zeros_like(relative))[0]
+
+
+def _rounding(exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """Largest and mean error that rounding to `dtype` costs: 1/2 and 1/4 of a last place."""
+    if exact.numel() == 0:
+        return 0.0, 0.0
+    _, exponent = torch.frexp(exact)  # |exact| in [2**(exponent - 1), 2**exponent)
+    last_place = torch.ldexp(torch.full_like(exact, torch.finfo(dtype).eps / 2), exponent)
+    last_place = last_place.masked_fill(exact == 0.0, 0.0)
+    return float(last_place.max()) / 2, float(last_place.mean()) / 4
 
 
 def _max_and_mean(have: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
