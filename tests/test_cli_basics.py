@@ -1,0 +1,120 @@
+"""What all commands share: help that teaches, one JSON document, exit status 0, 1 and 2."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from flashcore.cli import app
+from flashcore.cli.options import parse_archs, parse_window
+from flashcore.cli.output import seconds, to_json
+
+COMMANDS = ["demo", "doctor", "verify", "isolate", "resources", "build", "explain", "bench"]
+runner = CliRunner()
+
+
+def test_help_names_every_command_and_shows_examples() -> None:
+    result = runner.invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert [name for name in COMMANDS if name not in result.stdout] == []
+    assert "flashcore isolate --plant pv-atomic" in result.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_json_and_an_example(name: str) -> None:
+    result = runner.invoke(app, [name, "--help"])
+    assert result.exit_code == 0
+    assert "--json" in result.stdout
+    assert f"flashcore {name}" in result.stdout
+
+
+def test_it_runs_as_a_module_and_knows_its_version() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "flashcore", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("flashcore 0.")
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys; from flashcore.cli import app; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["explain", "--window", "3"], "LEFT,RIGHT"),
+        (["explain", "--mask", "checkers"], "none, bool, padding, additive"),
+        (["explain", "--dtype", "int8"], "float16, bfloat16"),
+        (["explain", "--head-dim", "13"], "13"),
+        (["explain", "--causal", "--causal-upper-left"], "exclude each other"),
+        (["explain", "--heads", "8", "--heads-kv", "3"], "3"),
+        (["explain", "--softcap", "-1"], "softcap"),
+        (["explain", "--arch", "sm_70"], "sm_75"),
+        (["isolate", "--backend", "gpu"], "sim"),
+        (["isolate", "--plant", "gremlin"], "pv-atomic"),
+        (["isolate", "--seqlen", "0"], "nothing to compute"),
+        (["isolate", "--dtype", "float32"], "float16"),
+        (["verify", "--backend", "gpu"], "torch"),
+        (["verify", "--cases", "0"], "greater than or equal to 1"),
+        (["resources", "--variant", "fast"], "causal"),
+        (["resources", "--kernel", "attn_bwd"], "attn_fwd_wmma"),
+        (["build"], "--arch"),
+        (["bench", "--device", "tpu"], "cpu"),
+        (["bench", "--from", "missing.json"], "missing.json"),
+    ],
+)
+def test_wrong_usage_is_exit_status_2_and_says_the_way_out(
+    arguments: list[str], message: str
+) -> None:
+    result = runner.invoke(app, arguments)
+    assert result.exit_code == 2, result.output
+    # rich breaks and frames lines; the message must survive that.
+    words = " ".join(result.stderr.replace("│", " ").split())
+    assert message in words
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["explain", "--causal", "--seqlen", "100", "--mask", "bool", "--layout", "bshd"],
+        ["verify", "--backend", "torch", "--cases", "2"],
+        ["isolate", "--plant", "list"],
+    ],
+)
+def test_json_is_one_document_and_nothing_else(arguments: list[str]) -> None:
+    result = runner.invoke(app, [*arguments, "--json"])
+    assert result.exit_code == 0, result.output
+    json.loads(result.stdout)
+
+
+def test_json_values_are_plain() -> None:
+    assert to_json({"a": math.inf, "b": math.nan, "c": (1, {2})}) == {
+        "a": "inf",
+        "b": None,
+        "c": [1, [2]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(9.41e-6, "9.41 us"), (1.334e-3, "1.33 ms"), (2.1, "2.10 s"), (0.25, "250 ms")],
+)
+def test_durations_have_three_digits(value: float, text: str) -> None:
+    assert seconds(value) == text
+
+
+def test_option_values() -> None:
+    assert parse_window("128,0") == (128, 0)
+    assert parse_window(None) is None
+    assert parse_archs("sm_80, 90") == [80, 90]
+    with pytest.raises(typer.BadParameter, match="sm_80"):
+        parse_archs("hopper")
