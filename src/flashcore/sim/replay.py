@@ -10,6 +10,7 @@ drawn anew from the seed: what a kernel accesses depends on shapes and strides, 
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import hashlib
 import shlex
@@ -90,7 +91,7 @@ def _save_inputs(tensors: Mapping[str, Tensor]) -> Path | None:
     digest = hashlib.sha256()
     for name, value in values.items():
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(bytes(value.view(torch.uint8).reshape(-1).untyped_storage())[: value.nbytes])
+        digest.update(ctypes.string_at(value.data_ptr(), value.nbytes))
     path = env.cache_dir() / "sim" / "inputs" / f"{digest.hexdigest()[:16]}.pt"
     try:
         if not path.exists():

@@ -119,9 +119,9 @@ void misuse(Site site, const char* format, ...) {
 static int describe_place(char* text, size_t bytes, const Thread& thread) {
   switch (thread.state) {
     case ThreadState::exited:
-      return std::snprintf(text, bytes, "exited");
+      return std::snprintf(text, bytes, "left");
     case ThreadState::runnable:
-      return std::snprintf(text, bytes, "runnable");
+      return std::snprintf(text, bytes, "on the way");
     case ThreadState::at_block_barrier:
       return std::snprintf(text, bytes, "in block_sync at %s:%d", thread.site.file,
                            thread.site.line);
@@ -153,8 +153,10 @@ void describe_warps(char* text, size_t bytes) {
         if (!same) break;
         pending += int(thread.copies.size());
       }
-      add(std::snprintf(text + used, bytes - used, "%s lanes %d-%d ", begin ? ";" : "", begin,
-                        end - 1));
+      add(std::snprintf(text + used, bytes - used, begin ? "; " : " "));
+      add(end - begin == 1
+              ? std::snprintf(text + used, bytes - used, "lane %d ", begin)
+              : std::snprintf(text + used, bytes - used, "lanes %d-%d ", begin, end - 1));
       add(describe_place(text + used, bytes - used, first));
       begin = end;
     }

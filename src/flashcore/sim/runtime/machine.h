@@ -85,7 +85,6 @@ struct Thread {
 struct Warp {
   uint32_t runnable;
   uint32_t arrived;
-  uint32_t exited;
   WarpOp op;
   uint64_t uniform;
   Site site;

@@ -85,32 +85,36 @@ void maybe_reschedule() {
   if ((next_random() & 7) == 0) schedule(current_thread);
 }
 
+// `what` is where the current thread is; the other thread of its warp waits elsewhere or has left.
+[[noreturn]] static void diverged(Site site, const char* what, int other_thread) {
+  const Thread& other = machine.threads[size_t(other_thread)];
+  const char* elsewhere = other.state == ThreadState::exited             ? "has left the kernel"
+                          : other.state == ThreadState::at_block_barrier ? "is in block_sync"
+                                                                         : "is in another one";
+  if (other.state != ThreadState::exited) set_other_thread(current_block, other_thread, other.site);
+  describe_warps(machine.report->details, sizeof machine.report->details);
+  raise_alarm({"divergence", site},
+              "a lane is in %s while a lane of its warp %s: all 32 lanes must meet in the same "
+              "operation, on the same line, with the same arguments",
+              what, elsewhere);
+}
+
 static void fiber_entry() {
   fc_kernel_entry(machine.launch.params);
   async_check_exit();
   const int t = current_thread;
-  machine.warps[size_t(t / WARP_SIZE)].exited |= 1u << (t % WARP_SIZE);
+  Warp& warp = machine.warps[size_t(t / WARP_SIZE)];
   ++machine.num_exited;
   set_waiting(t, ThreadState::exited);
+  if (warp.arrived != 0) {
+    current_thread = warp.first_lane + __builtin_ctz(warp.arrived);
+    diverged(warp.site, op_name(warp.op), t);
+  }
   schedule(t);
   __builtin_unreachable();
 }
 
 // --- meetings of a warp --------------------------------------------------------------------------
-
-[[noreturn]] static void diverged(Site site, const char* what, int other_thread) {
-  const Thread& other = machine.threads[size_t(other_thread)];
-  set_other_thread(current_block, other_thread, other.site);
-  const char* other_op = other.state == ThreadState::at_block_barrier ? "block_sync"
-                         : other.state == ThreadState::at_warp_op     ? op_name(other.op)
-                                                                      : "the kernel's end";
-  describe_warps(machine.report->details, sizeof machine.report->details);
-  raise_alarm(
-      {"divergence", site},
-      "a lane is in %s while another lane of its warp is in %s: all 32 lanes must meet in the "
-      "same operation, on the same line, with the same arguments",
-      what, other_op);
-}
 
 // Lanes of one warp may not wait in different places.
 static void check_converged(WarpOp op, uint64_t uniform, Site site) {
@@ -218,12 +222,13 @@ void run_block(int block) {
   shadow_reset();
   for (int w = 0; w < m.num_warps; ++w) {
     Warp& warp = m.warps[size_t(w)];
-    warp.arrived = warp.exited = warp.runnable = 0;
+    warp.arrived = warp.runnable = 0;
     warp.first_lane = w * WARP_SIZE;
   }
   for (int t = 0; t < m.num_threads; ++t) {
     Thread& thread = m.threads[size_t(t)];
     thread.open_group = 0;
+    thread.site = {"", 0};
     thread.copies.clear();
     set_runnable(t);
     // Stacks start at different offsets within a page, or they would all share a few cache sets.

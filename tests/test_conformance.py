@@ -1,0 +1,318 @@
+"""Every primitive of prims.cuh against a model, by small kernels that run on the simulator and on a
+GPU alike: what the simulator says holds only as far as its primitives mean what the GPU's mean."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashcore.codegen import flatten
+from flashcore.sim import SimTensor, simulate_source
+
+FOLDER = Path(__file__).parent / "conformance"
+DTYPES = ("float16", "bfloat16")
+
+Runner = Callable[..., dict[str, Tensor]]
+
+
+def params_type(name: str, tensors: dict[str, Tensor], scalars: dict[str, int]) -> type:
+    fields = [(field, ctypes.c_void_p) for field in tensors]
+    fields += [(field, ctypes.c_int32) for field in scalars]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+@pytest.fixture(params=["sim", pytest.param("gpu", marks=pytest.mark.gpu)])
+def run(request: pytest.FixtureRequest) -> Runner:
+    """Runs a kernel of tests/conformance on CPU tensors and returns what it wrote.
+
+    `tensors` are the parameter struct's pointers in order; those whose name is in `outputs` are
+    written by the kernel.
+    """
+
+    def run(
+        kernel: str,
+        tensors: dict[str, Tensor],
+        outputs: tuple[str, ...],
+        *,
+        num_threads: int,
+        grid: int = 1,
+        smem_bytes: int = 8192,
+        scalars: dict[str, int] | None = None,
+        constants: dict[str, object] | None = None,
+        seed: int = 0,
+    ) -> dict[str, Tensor]:
+        scalars = scalars or {}
+        struct = params_type(kernel, tensors, scalars)
+        path = FOLDER / f"{kernel}.cuh"
+        name = "".join(word.capitalize() for word in kernel.split("_")) + "Params"
+        if request.param == "sim":
+            source = flatten(path, "host", constants=constants, params=name)
+            items = [SimTensor(n, t, n, writable=n in outputs) for n, t in tensors.items()]
+            simulate_source(
+                source,
+                struct(**scalars),
+                items,
+                grid=grid,
+                num_threads=num_threads,
+                smem_bytes=smem_bytes,
+                seed=seed,
+            )
+            return {n: tensors[n] for n in outputs}
+        from flashcore.jit import compile_source
+        from flashcore.launch import launch_raw
+
+        device = torch.device("cuda")
+        major, minor = torch.cuda.get_device_capability()
+        on_gpu = {n: t.to(device) for n, t in tensors.items()}
+        pointers = {n: t.data_ptr() for n, t in on_gpu.items()}
+        launch_raw(
+            compile_source(flatten(path, "ptx", constants=constants), 10 * major + minor, kernel),
+            grid=grid,
+            num_threads=num_threads,
+            smem_bytes=smem_bytes,
+            params=struct(**pointers, **scalars),
+            device=device,
+        )
+        torch.cuda.synchronize()
+        return {n: on_gpu[n].cpu() for n in outputs}
+
+    return run
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Equal bit by bit, sign of zero included; a NaN equals any NaN."""
+    same = (bits(actual) == bits(expected)) | (actual.isnan() & expected.isnan())
+    wrong = (~same).nonzero().flatten()
+    assert not wrong.numel(), [
+        (int(i), actual[i].item(), expected[i].item()) for i in wrong[:5].tolist()
+    ]
+
+
+def all_values(dtype: torch.dtype) -> Tensor:
+    """All 65536 values of a 2-byte type, NaNs and subnormals among them."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def rounding_cases(dtype: torch.dtype) -> Tensor:
+    """float32 values where rounding is decided: each value of the type, the midpoint to the next
+    (a tie), the float32 neighbours of the midpoint, and values beyond the type's range."""
+    values = all_values(dtype).float()
+    values = values[values.isfinite()].sort().values
+    middle = (values[:-1].double() + values[1:].double()).mul(0.5).float()
+    up, down = torch.full_like(middle, math.inf), torch.full_like(middle, -math.inf)
+    largest = torch.finfo(dtype).max
+    beyond = torch.tensor(
+        [math.inf, -math.inf, math.nan, -math.nan, 3.4e38, -3.4e38, 1e-45, -1e-45]
+    )
+    half_step = torch.tensor([largest]) * (1 + torch.finfo(dtype).eps / 4)  # ties to infinity
+    nans = torch.tensor([0x7F800001, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+    cases = torch.cat(
+        [
+            values,
+            middle,
+            middle.nextafter(up),
+            middle.nextafter(down),
+            beyond,
+            half_step,
+            -half_step,
+            half_step.nextafter(torch.tensor([0.0])),
+            nans,
+        ]
+    )
+    return cases[: len(cases) // 2 * 2]  # pairs, for pack2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_conversions_round_to_nearest_even(run: Runner, dtype: str) -> None:
+    torch_dtype = getattr(torch, dtype)
+    wide = rounding_cases(torch_dtype)
+    count = len(wide)
+    narrow = all_values(torch_dtype).repeat(-(-count // 65536))[:count].contiguous()
+    tensors = {
+        "narrow": narrow,
+        "wide": wide,
+        "widened": torch.empty(count),
+        "narrowed": torch.empty(count, dtype=torch_dtype),
+        "packed": torch.empty(count, dtype=torch.int32),
+    }
+    result = run(
+        "convert",
+        tensors,
+        ("widened", "narrowed", "packed"),
+        grid=-(-count // 128),
+        num_threads=128,
+        scalars={"count": count},
+        constants={"Element": dtype},
+    )
+    expected = wide.to(torch_dtype)
+    assert_same_bits(result["widened"], narrow.float())
+    assert_same_bits(result["narrowed"], expected)
+    assert set(bits(result["narrowed"])[wide.isnan()].tolist()) == {0x7FFF}
+    halves = result["packed"].view(torch_dtype).view(-1, 2)
+    assert_same_bits(halves[:, 0].contiguous(), expected)
+    assert_same_bits(halves[:, 1].contiguous(), expected.view(-1, 2).flip(1).flatten())
+
+
+def test_shuffles_votes_and_identity(run: Runner) -> None:
+    blocks = 3
+    values = torch.randn(blocks, 64)
+    tensors = {
+        "values": values,
+        "shuffled": torch.empty(blocks, 32, 64),
+        "votes": torch.empty(blocks, 33, 64, dtype=torch.int32),
+        "identity": torch.empty(blocks, 64, 4, dtype=torch.int32),
+    }
+    result = run(
+        "exchange", tensors, ("shuffled", "votes", "identity"), grid=blocks, num_threads=64
+    )
+    thread = torch.arange(64)
+    for mask in range(32):
+        assert torch.equal(result["shuffled"][:, mask], values[:, thread ^ mask])
+    expected = torch.zeros(33, 64, dtype=torch.int32)
+    expected[:32, 32:] = 1
+    assert torch.equal(result["votes"], expected.expand(blocks, 33, 64))
+    for block in range(blocks):
+        columns = (torch.full((64,), block), thread, thread // 32, thread % 32)
+        assert torch.equal(result["identity"][block].long(), torch.stack(columns, dim=1))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+def test_packets_move_bytes_unchanged(run: Runner, size: int) -> None:
+    src = torch.randint(-(2**15), 2**15, (128, size // 2)).to(torch.int16)
+    tensors = {
+        "src": src,
+        "dst": torch.empty_like(src),
+        "single": torch.empty(128, dtype=torch.int16),
+    }
+    result = run("packets", tensors, ("dst", "single"), num_threads=128, constants={"BYTES": size})
+    assert torch.equal(result["dst"], src.flip(0))
+    assert torch.equal(result["single"], src[:, 0])
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_async_copies_arrive_group_by_group_and_zero_fill(run: Runner, size: int) -> None:
+    src = torch.randint(1, 2**15, (3, 64, size // 2)).to(torch.int16)
+    tensors = {"src": src, "dst": torch.empty_like(src)}
+    for seed in range(5):
+        result = run(
+            "async_groups",
+            tensors,
+            ("dst",),
+            num_threads=64,
+            constants={"BYTES": size},
+            seed=seed,
+        )
+        expected = src.clone()
+        expected[:, ::3] = 0  # every third thread's copies are not valid
+        assert torch.equal(result["dst"], expected)
+
+
+def test_barriers_order_memory(run: Runner) -> None:
+    tensors = {"rotated": torch.empty(128), "mirrored": torch.empty(128)}
+    for seed in range(5):
+        result = run("barriers", tensors, ("rotated", "mirrored"), num_threads=128, seed=seed)
+        thread = torch.arange(128)
+        rotated = (thread // 32 * 32 + (thread + 5) % 32).float()
+        assert torch.equal(result["rotated"], rotated)
+        assert torch.equal(result["mirrored"], rotated.flip(0))
+
+
+def multiply(run: Runner, dtype: str, a: Tensor, b: Tensor, c: Tensor) -> dict[str, Tensor]:
+    torch_dtype = getattr(torch, dtype)
+    names = ("by_row", "by_col", "chained")
+    tensors = {"a": a.to(torch_dtype), "b": b.to(torch_dtype), "c": c}
+    tensors |= {name: torch.empty(16, 16) for name in names}
+    return run("fragments", tensors, names, num_threads=32, constants={"Element": dtype})
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fragments_multiply_integers_exactly(run: Runner, dtype: str) -> None:
+    """Small integers are exact in every step, so one element in a wrong place or lost shows."""
+    generator = torch.Generator().manual_seed(1)
+    a, b, c = (torch.randint(-4, 5, (16, 16), generator=generator).float() for _ in range(3))
+    b = b.clamp(-1, 1)
+    result = multiply(run, dtype, a, b, c)
+    assert torch.equal(result["by_row"], a @ b + c)
+    assert torch.equal(result["by_col"], a @ b + c)
+    assert torch.equal(result["chained"], (a @ b + c) @ b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_fragments_accumulate_in_float32(run: Runner, dtype: str) -> None:
+    torch_dtype = getattr(torch, dtype)
+    generator = torch.Generator().manual_seed(2)
+    a, b, c = (torch.randn(16, 16, generator=generator) for _ in range(3))
+    a, b = a.to(torch_dtype), b.to(torch_dtype)
+    result = multiply(run, dtype, a, b, c)
+    exact = a.double() @ b.double() + c.double()
+    # 17 terms, each rounded (or, on tensor cores, truncated) at 2^-23 of the largest partial sum.
+    bound = (a.double().abs() @ b.double().abs() + c.double().abs()) * 17 * 2.0**-23
+    assert bool(((result["by_row"].double() - exact).abs() <= bound).all())
+    assert torch.equal(result["by_row"], result["by_col"])
+
+
+def test_functions(run: Runner) -> None:
+    generator = torch.Generator().manual_seed(3)
+    spread = torch.randn(2000, generator=generator) * 2.0 ** torch.randint(
+        -20, 8, (2000,), generator=generator
+    )
+    tiny = torch.tensor([1e-40, -1e-40, 1e-45])  # subnormal: taken as zero
+    special = torch.tensor([0.0, -0.0, 1.0, -1.0, math.inf, -math.inf, math.nan, 127.5, -149.0])
+    x = torch.cat([spread, special, special, tiny])
+    y = torch.cat([spread.flip(0), special, special.flip(0), tiny])
+    count = len(x)
+    names = ("exp2", "log2", "rcp", "fma", "maximum", "bounds", "neg_inf")
+    tensors = {"x": x, "y": y} | {name: torch.empty(count) for name in names}
+    tensors["bounds"] = torch.empty(count, 3, dtype=torch.int32)
+    result = run(
+        "functions",
+        tensors,
+        names,
+        num_threads=128,
+        grid=-(-count // 128),
+        scalars={"count": count},
+    )
+    flushed = flush(x).double()
+    # PTX ISA: ex2.approx 2^-22 relative, rcp.approx 1 ulp, lg2.approx 2^-22 absolute in [0.5, 2]
+    # and relative elsewhere. Twice that leaves room for the rounding of the result.
+    assert_close(result["exp2"], flush(flushed.exp2().float()), relative=2.0**-21)
+    assert_close(result["log2"], flushed.log2().float(), relative=2.0**-21, absolute=2.0**-21)
+    assert_close(result["rcp"], flush(flushed.reciprocal().float()), relative=2.0**-22)
+    exact = x.double() * y.double() + x.double()  # exact up to 2^-53: rounding twice is harmless
+    assert_close(result["fma"], exact.float(), relative=2.0**-23)
+    assert_same_bits(result["maximum"].abs(), torch.fmax(x, y).abs())
+    number = torch.arange(count)
+    assert torch.equal(result["bounds"][:, 0].long(), number.clamp(max=40))
+    assert torch.equal(result["bounds"][:, 1].long(), number.clamp(min=40))
+    assert torch.equal(result["bounds"][:, 2].long(), number)
+    assert bool((result["neg_inf"] == -math.inf).all())
+
+
+def flush(x: Tensor) -> Tensor:
+    """Subnormals to zero, as .ftz does."""
+    return torch.where(x.abs() < torch.finfo(torch.float32).tiny, x * 0.0, x)
+
+
+def assert_close(
+    actual: Tensor, expected: Tensor, *, relative: float, absolute: float = 0.0
+) -> None:
+    finite = expected.isfinite()
+    assert_same_bits(actual[~finite], expected[~finite])
+    error = (actual[finite].double() - expected[finite].double()).abs()
+    allowed = expected[finite].double().abs() * relative + absolute
+    assert bool((error <= allowed).all()), float((error - allowed).max())
+
+
+def test_ordered_atomics_add(run: Runner) -> None:
+    result = run("atomics", {"sums": torch.empty(64)}, ("sums",), num_threads=64)
+    assert torch.equal(result["sums"], 1000.5 + 3.0 * torch.arange(64))
