@@ -282,3 +282,23 @@ def test_the_real_fallback_warns_and_computes(monkeypatch):
         out = flashcore.attention(q, k, v)
     assert caught[0].filename == __file__, "the warning must point at the caller"
     assert (out == 0).all()
+
+
+def test_functional_transforms_are_refused_not_wrong():
+    with pytest.raises(NotImplementedError, match=r"inside torch\.func transforms"):
+        torch.func.vmap(lambda q: flashcore.attention(q[None], K[:1], V[:1]))(Q)
+    with pytest.raises(NotImplementedError, match=r"inside torch\.func transforms"):
+        torch.func.grad(lambda v: flashcore.attention(Q, K, v).sum())(V)
+
+
+def test_forward_mode_is_refused_not_wrong():
+    with torch.autograd.forward_ad.dual_level():
+        q = torch.autograd.forward_ad.make_dual(Q, torch.ones_like(Q))
+        with pytest.raises(NotImplementedError, match="forward mode AD"):
+            flashcore.attention(q, K, V)
+
+
+def test_compiled_code_may_call_attention():
+    compiled = torch.compile(lambda q: flashcore.attention(q, K, V) * 2, backend="eager")
+    q = torch.randn_like(Q)
+    torch.testing.assert_close(compiled(q), flashcore.attention(q, K, V) * 2)

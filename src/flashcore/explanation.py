@@ -121,7 +121,7 @@ def _tiles(plan: Plan) -> str:
     """The numbers by which tile configurations are ranked, in aligned columns."""
     return (
         f"{plan.block_m:>3} x {plan.block_n:<3}  {plan.num_warps} warps  {plan.num_stages} stages  "
-        f"{plan.smem_bytes:>6} B shared  {plan.min_blocks} blocks/SM"
+        f"{plan.smem_bytes:>6} B shared  {plan.min_blocks * plan.num_warps} warps/SM"
     )
 
 
@@ -143,8 +143,8 @@ def _notes(
     if not has_plan:
         return notes
     notes.append(
-        "tiles are ranked by warps resident on an SM (up to 8), double buffering, keys a tile (64 "
-        "is best), then rows a tile; see plan.py"
+        "tiles are ranked by warps resident on an SM, then double buffering, then the block_n that "
+        "leaves registers for more warps (32), then small block_m; see plan.py"
     )
     if problem.load_bytes < 16:
         narrow = [

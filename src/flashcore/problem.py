@@ -259,8 +259,19 @@ def load_bytes(*tensors: torch.Tensor) -> int:
     bits = 16
     for x in tensors:
         sb, sh, ss = _strides(x)
-        bits |= x.data_ptr() | (sb | sh | ss | x.shape[3]) * x.element_size()
+        bits |= _address(x) | (sb | sh | ss | x.shape[3]) * x.element_size()
     return bits & -bits
+
+
+def _address(x: torch.Tensor) -> int:
+    try:
+        return x.data_ptr()
+    except RuntimeError as error:
+        raise NotImplementedError(
+            f"q, k or v (shape {list(x.shape)}) has no memory to read: {error}. attention does not "
+            "run on fake tensors or inside torch.func transforms (vmap, grad, jvp): batch along "
+            "the first dimension, and differentiate with torch.autograd"
+        ) from error
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from flashcore.dispatch import run_backend, without_autocast
 from flashcore.problem import Problem
@@ -14,7 +15,10 @@ from flashcore.tiled import Tiles, attention_backward_tiled
 
 
 def needs_grad(*tensors: torch.Tensor | None) -> bool:
-    """Whether autograd must record a call with these tensors."""
+    """Whether autograd must see a call with these tensors: to record it, or (inside forward_ad)
+    to refuse it, for tangents would be lost silently."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
@@ -72,7 +76,7 @@ class AttentionFunction(torch.autograd.Function):
 
 def _recorded_backward(
     problem: Problem,
-    tensors: tuple[torch.Tensor | None, ...],
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
     needs: tuple[bool, ...],
     dout: torch.Tensor | None,
     dlse: torch.Tensor | None,
@@ -84,10 +88,11 @@ def _recorded_backward(
     if problem.is_empty:
         return [None if x is None else torch.zeros_like(x) for x in tensors]
     # Views, so that attention(x, x, x) has three inputs here too.
-    inputs = [None if x is None else x.view_as(x) for x in tensors]
-    outputs = _plain_attention(problem, *inputs)
+    q, k, v = (x.view_as(x) for x in tensors[:3])
+    mask = None if tensors[3] is None else tensors[3].view_as(tensors[3])
+    outputs = _plain_attention(problem, q, k, v, mask)
     pairs = [(y, dy) for y, dy in zip(outputs, (dout, dlse), strict=True) if dy is not None]
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if need and x is not None]
+    wanted = [x for x, need in zip((q, k, v, mask), needs, strict=True) if need and x is not None]
     gradients = iter(
         torch.autograd.grad(
             [y for y, _ in pairs],
