@@ -138,7 +138,12 @@ def plot(document: Document, path: Path) -> None:
         raise ValueError("there is no sweep in these results, so there is nothing to plot")
     panels = sorted({(row["head_dim"], row["causal"]) for row in rows})
     figure, axes = pyplot.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 4.0), sharey=True, squeeze=False
+        1,
+        len(panels),
+        figsize=(max(4.2 * len(panels), 8.0), 4.2),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for axis, (head_dim, causal) in zip(axes[0], panels, strict=True):
         for library in _libraries(rows):
@@ -150,15 +155,18 @@ def plot(document: Document, path: Path) -> None:
             if points:
                 width = 2.5 if library == "flashcore" else 1.2
                 axis.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=library)
+        seqlens = sorted({row["seqlen"] for row in rows})
         axis.set_xscale("log", base=2)
+        axis.set_xticks(seqlens, [f"{n // 1024}k" if n >= 1024 else str(n) for n in seqlens])
+        axis.minorticks_off()
         axis.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}")
         axis.set_xlabel("sequence length")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("TFLOP/s")
     axes[0][0].set_ylim(bottom=0)
-    axes[0][0].legend(fontsize="small")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     name = document["gpu"]["name"] if document["gpu"] else document["cpu"]
     figure.suptitle(f"Attention forward, float16, {name}")
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -80,7 +81,9 @@ def run(
 
 
 def _command_line() -> str:
-    return " ".join(["flashcore", *sys.argv[1:]])
+    """The command as typed, without the folders of absolute paths: they mean nothing elsewhere."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return shlex.join(["flashcore", *words])
 
 
 def _run_workload(
@@ -161,9 +164,3 @@ class _Slices:
         """Largest and mean absolute error of an output."""
         error = (out[:1, self.heads][:, :, self.rows].double() - self.expected).abs()
         return {"max_error": float(error.max()), "mean_error": float(error.mean())}
-
-
-def default_output(device: str) -> Path | None:
-    """Where a checkout keeps its results; None elsewhere."""
-    folder = Path("benchmarks/results")
-    return folder / f"{device}.json" if folder.parent.is_dir() else None

@@ -63,7 +63,7 @@ def _python() -> Iterator[Finding]:
     from flashcore import machine
 
     found = machine.versions()
-    yield Finding("flashcore", "ok", f"{found.get('flashcore', 'not installed')}")
+    yield Finding("flashcore", "ok", f"{found.get('flashcore', 'a source tree, not installed')}")
     yield Finding("python", "ok", f"{found['python']}, {machine.cpu_name()}")
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield Finding("torch", "ok", f"{torch.__version__}, {built}")
