@@ -80,7 +80,8 @@ FC_DEVICE void accumulate_output(WmmaAccum (&out)[OUT_FRAGS], const WmmaAccum (&
 // global stores are 16 bytes wide) and their lse. A row that saw no key gives 0 and -inf.
 FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& state,
                             const AttnParams& p, SmemPtr<Element> o_smem, float scale_log2) {
-  const BlockCoord block = block_coord(p);  // anew: cheaper than registers held over the loop
+  // Anew: cheaper than registers held over the loop.
+  const BlockCoord block = block_coord(p, opaque(block_idx()));
   const int warp_row = block.m_begin + warp_idx() * 16;
   const int num_valid_rows = p.seqlen_q - warp_row;
   const int64_t first_out_row =
@@ -116,7 +117,7 @@ FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& st
 
 FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams p) {
   // Set-up: which rows, which keys, where.
-  const BlockCoord block = block_coord(p);
+  const BlockCoord block = block_coord(p, block_idx());
   const KeyRange keys = key_range(p, block.m_begin);
   const int warp_row = block.m_begin + warp_idx() * 16;
   const auto q_gmem = p.q + (block.batch_idx * p.q_batch_stride + block.head_idx * p.q_head_stride);
@@ -187,7 +188,9 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams p) {
     gate_load_probs(scores, p, block, warp_row, key_begin);
 //@else
     mask_scores(scores, p, mask_gmem, warp_row, key_begin);
-    softmax_step(scores, state, out, scale_log2);
+    float rescale[2];
+    softmax_step(scores, state, rescale, scale_log2);
+    rescale_output(out, rescale);
 //@end
 //@if gate softmax
     gate_store_scores(scores, p, block, warp_row, key_begin);

@@ -3,7 +3,7 @@
 // pointer, and the form that ldmatrix, wmma.load and cp.async take.
 #pragma once
 
-extern __shared__ __align__(128) unsigned char dynamic_smem[];
+extern __shared__ __align__(1024) unsigned char dynamic_smem[];
 
 template <class T>
 struct SmemPtr {

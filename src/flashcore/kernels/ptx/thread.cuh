@@ -3,6 +3,7 @@
 
 FC_DEVICE int thread_idx() { return int(threadIdx.x); }
 FC_DEVICE int block_idx() { return int(blockIdx.x); }
+FC_DEVICE int num_blocks() { return int(gridDim.x); }
 FC_DEVICE int lane_idx() { return int(threadIdx.x) % 32; }
 FC_DEVICE int warp_idx() { return int(threadIdx.x) / 32; }
 

@@ -13,6 +13,9 @@ using uint64_t = unsigned long long;
 #define FC_KERNEL(name, threads, min_blocks) \
   extern "C" __global__ void __launch_bounds__(threads, min_blocks) name
 
+// A parameter that stays in constant memory, where TMA finds its descriptors.
+#define FC_PARAM(type) const __grid_constant__ type
+
 // IEEE binary16: storage only, arithmetic is in float32.
 struct float16 {
   uint16_t bits;

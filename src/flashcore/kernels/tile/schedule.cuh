@@ -8,12 +8,11 @@ struct BlockCoord {
   int m_begin;      // first query row
 };
 
-// One-dimensional grid: row tiles fastest, so that blocks running side by side share K and V in L2.
-// Under a right bound (causal) later rows see more keys: the longest tiles start first.
-FC_DEVICE BlockCoord block_coord(const AttnParams& p) {
-  const int block = opaque(block_idx());
-  const int m_block = block % p.num_m_blocks;
-  const int head_and_batch = block / p.num_m_blocks;
+// Row tiles fastest, so that blocks running side by side share K and V in L2. Under a right bound
+// (causal) later rows see more keys: the longest tiles start first.
+FC_DEVICE BlockCoord block_coord(const AttnParams& p, int tile) {
+  const int m_block = tile % p.num_m_blocks;
+  const int head_and_batch = tile / p.num_m_blocks;
   BlockCoord coord;
   coord.head_idx = head_and_batch % p.num_heads_q;
   coord.batch_idx = head_and_batch / p.num_heads_q;
@@ -38,4 +37,22 @@ FC_DEVICE KeyRange key_range(const AttnParams& p, int m_begin) {
   }
   if (first_key >= end_key) return {0, 0};
   return {first_key / BLOCK_N, (end_key + BLOCK_N - 1) / BLOCK_N};
+}
+
+// Key tiles [begin, end) hold only keys that all of 64 rows from `row_begin` on can see.
+struct UnmaskedRange {
+  int begin;
+  int end;
+};
+
+FC_DEVICE UnmaskedRange unmasked_range(const AttnParams& p, int row_begin) {
+  if (MASK_KIND != 0) return {0, 0};
+  int end_key = p.seqlen_k;
+  if (HAS_WINDOW_RIGHT) end_key = min_i(end_key, row_begin + p.diag_offset + p.window_right + 1);
+  UnmaskedRange range = {0, max_i(end_key, 0) / BLOCK_N};
+  if (HAS_WINDOW_LEFT) {
+    const int first_key = max_i(0, row_begin + 63 + p.diag_offset - p.window_left);
+    range.begin = min_i(range.end, (first_key + BLOCK_N - 1) / BLOCK_N);
+  }
+  return range;
 }

@@ -24,14 +24,13 @@ FC_DEVICE float quad_sum(float x) {
   return x + shfl_xor(x, 2);
 }
 
-// Replaces scores by exp(score - row_max) and brings row_max, row_sum and the output so far up to
-// date. `scale_log2` takes a score to log2 units. exp2(score * scale - max * scale) is one FMA and one
+// Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date; `rescale` is what
+// the output so far must be multiplied by. `scale_log2` takes a score to log2 units. exp2(score * scale - max * scale) is one FMA and one
 // exponential; the product max * scale is rounded once and enters every term and the lse alike, so
 // its error cancels.
-template <int NUM_FRAGS, int NUM_OUT_FRAGS>
+template <int NUM_FRAGS>
 FC_DEVICE void softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
-                            WmmaAccum (&out)[NUM_OUT_FRAGS], float scale_log2) {
-  float rescale[2];
+                            float (&rescale)[2], float scale_log2) {
   float max_log2[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -60,6 +59,10 @@ FC_DEVICE void softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
       state.row_sum[r] += prob;
     }
   }
+}
+
+template <int NUM_OUT_FRAGS>
+FC_DEVICE void rescale_output(WmmaAccum (&out)[NUM_OUT_FRAGS], const float (&rescale)[2]) {
 #pragma unroll
   for (int d = 0; d < NUM_OUT_FRAGS; ++d) {
 #pragma unroll
