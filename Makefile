@@ -12,6 +12,8 @@ READY := $(VENV)/ready
 PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 export PYTHONUNBUFFERED := 1
+# Compiled kernels and simulator builds of this checkout stay in it.
+export FLASHCORE_CACHE_DIR ?= $(CURDIR)/.cache/flashcore
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-gpu lint gate sanitize clean

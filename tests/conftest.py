@@ -17,12 +17,14 @@ import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from hypothesis.database import DirectoryBasedExampleDatabase  # noqa: E402
 
+IN_CI = bool(os.environ.get("CI"))  # there the same examples every time
+
 settings.register_profile(
     "flashcore",
     deadline=None,  # the first example may compile a kernel
-    derandomize=bool(os.environ.get("CI")),
+    derandomize=IN_CI,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
-    database=DirectoryBasedExampleDatabase(ROOT / ".cache" / "hypothesis"),
+    database=None if IN_CI else DirectoryBasedExampleDatabase(ROOT / ".cache" / "hypothesis"),
     print_blob=True,
 )
 settings.load_profile("flashcore")
