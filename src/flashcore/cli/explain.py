@@ -66,7 +66,7 @@ def explain(
             layout=layout,
         )
         with usage_errors():
-            q, k, v, mask_tensor = _empty_inputs(case)
+            q, k, v, mask_tensor = _empty_inputs(case, backend)
             number = None if arch is None else o.parse_archs(arch)[0]
             text = io.StringIO()
             explanation = explain_call(
@@ -83,11 +83,11 @@ def explain(
         out.finish(explanation)
 
 
-def _empty_inputs(case: Any) -> tuple[Any, ...]:
+def _empty_inputs(case: Any, backend: str) -> tuple[Any, ...]:
     """Tensors of the case's shapes that are never filled: explain reads no values."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if torch.cuda.is_available() and backend != "sim" else "cpu"
 
     def empty(heads: int, seqlen: int, dim: int) -> torch.Tensor:
         if case.layout == "bshd":
