@@ -1,5 +1,5 @@
-// cp.async of BYTES bytes in three groups, waited for one after the other; some copies zero-fill and
-// must not read their source, for which the last thread has a null pointer.
+// cp.async of BYTES bytes in three groups, waited for one after the other; some copies zero-fill
+// and must not read their source, for which the last thread has a null pointer.
 #pragma once
 
 #include "prims.cuh"

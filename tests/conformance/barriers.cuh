@@ -1,4 +1,5 @@
-// warp_sync orders what lanes of one warp write, block_sync what all threads write, round after round.
+// warp_sync orders what lanes of one warp write, block_sync what all threads write, round after
+// round.
 #pragma once
 
 #include "prims.cuh"

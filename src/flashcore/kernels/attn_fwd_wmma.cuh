@@ -3,11 +3,11 @@
 //
 //   S = scale * Q K^T      P = softmax(S + mask)      O = P V      lse = log(sum(exp(S + mask)))
 //
-// One block computes BLOCK_M query rows of one head, 16 rows a warp, and walks over the keys BLOCK_N at
-// a time (FlashAttention-2, arXiv:2307.08691, algorithm 1). The output tile is partitioned over warps
-// by rows: a warp's scores, probabilities, running max and sum and output never leave its registers,
-// so every output element has one owner and no atomics are needed. Read next: tile/softmax.cuh,
-// tile/mask.cuh, tile/copy.cuh, and prims.cuh for the primitives.
+// One block computes BLOCK_M query rows of one head, 16 rows a warp, and walks over the keys
+// BLOCK_N at a time (FlashAttention-2, arXiv:2307.08691, algorithm 1). The output tile is
+// partitioned over warps by rows: a warp's scores, probabilities, running max and sum and output
+// never leave its registers, so every output element has one owner and no atomics are needed. Read
+// next: tile/softmax.cuh, tile/mask.cuh, tile/copy.cuh, and prims.cuh for the primitives.
 #pragma once
 
 #include "prims.cuh"
@@ -129,12 +129,14 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams p) {
       p.mask + (block.batch_idx * p.mask_batch_stride + block.head_idx * p.mask_head_stride);
 
   const auto qo_smem = smem_view<Element>(0, QO_ELEMENTS, "qo_smem");
-  const auto k_smem = smem_view<Element>(QO_ELEMENTS * ELEMENT_BYTES, NUM_STAGES * K_ELEMENTS, "k_smem");
+  const auto k_smem =
+      smem_view<Element>(QO_ELEMENTS * ELEMENT_BYTES, NUM_STAGES * K_ELEMENTS, "k_smem");
   const auto v_smem = smem_view<Element>((QO_ELEMENTS + NUM_STAGES * K_ELEMENTS) * ELEMENT_BYTES,
                                          NUM_STAGES * V_ELEMENTS, "v_smem");
   const auto warp_qo_smem = qo_smem + warp_idx() * 16 * QO_STRIDE;
 
-  // Starts the copy of one key tile into its stage, as one cp.async group; an empty group past the end.
+  // Starts the copy of one key tile into its stage, as one cp.async group; past the end an empty
+  // group.
   const auto load_keys = [&](int n_block) {
     if (n_block < keys.n_block_end) {
       const int stage = n_block % NUM_STAGES;

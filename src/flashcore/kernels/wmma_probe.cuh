@@ -1,8 +1,9 @@
-// wmma_probe.cuh - checks on the GPU at hand the element map that the kernels rely on (ptx/wmma.cuh).
+// wmma_probe.cuh - checks on the GPU at hand the element map that the kernels rely on
+// (ptx/wmma.cuh).
 //
 // A[m][k] = 16 m + k, exact in float16 and bfloat16, and B[k][n] = 1 where n = (k + 1) % 16: so
-// (A B)[m][n] = 16 m + (n + 15) % 16, different in every element. The product, and the product of its
-// accumulator handed on as an A operand, must sit where accum_row and accum_col say.
+// (A B)[m][n] = 16 m + (n + 15) % 16, different in every element. The product, and the product of
+// its accumulator handed on as an A operand, must sit where accum_row and accum_col say.
 #pragma once
 
 #include "prims.cuh"

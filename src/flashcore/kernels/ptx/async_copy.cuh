@@ -1,5 +1,6 @@
-// ptx/async_copy.cuh - global to shared copies that do not pass through registers (PTX ISA: cp.async,
-// sm_80). sm_75 has none: there a copy is an ordinary load and store that is complete at once.
+// ptx/async_copy.cuh - global to shared copies that do not pass through registers (PTX ISA:
+// cp.async, sm_80). sm_75 has none: there a copy is an ordinary load and store that is complete at
+// once.
 #pragma once
 
 template <int BYTES, class T>

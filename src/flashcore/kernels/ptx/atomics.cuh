@@ -1,5 +1,5 @@
-// ptx/atomics.cuh - the order of float atomics is not fixed, so no kernel that ships uses them; they
-// are here for the planted bugs and the conformance tests.
+// ptx/atomics.cuh - the order of float atomics is not fixed, so no kernel that ships uses them;
+// they are here for the planted bugs and the conformance tests.
 #pragma once
 
 FC_DEVICE void smem_atomic_add(SmemPtr<float> p, float x) {

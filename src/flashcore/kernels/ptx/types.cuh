@@ -1,5 +1,5 @@
-// ptx/types.cuh - scalar types of the device side. NVRTC compiles without any CUDA or C++ header, so
-// the fixed-width names and the two 16-bit storage types are defined here.
+// ptx/types.cuh - scalar types of the device side. NVRTC compiles without any CUDA or C++ header,
+// so the fixed-width names and the two 16-bit storage types are defined here.
 #pragma once
 
 using int32_t = int;

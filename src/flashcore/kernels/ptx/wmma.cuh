@@ -1,14 +1,16 @@
 // ptx/wmma.cuh - 16x16x16 tensor-core fragments of one warp (PTX ISA: wmma.load, wmma.mma).
 //
-// The element map. PTX leaves it open which lane holds which element of a wmma fragment; from sm_75 on
-// it is mma.sync's documented one (PTX ISA: mma.m16n8k16), two 16x8 halves side by side:
-//   accumulator: lane 4*r+c holds rows {r, r+8}, columns {2c, 2c+1} of the left half in x[0..3] and of
-//   the right half in x[4..7]; A: register 0 = row r, columns 2c..2c+1; 1 = row r+8; 2, 3 = columns + 8.
+// The element map. PTX leaves it open which lane holds which element of a wmma fragment; from sm_75
+// on it is mma.sync's documented one (PTX ISA: mma.m16n8k16), two 16x8 halves side by side:
+//   accumulator: lane 4*r+c holds rows {r, r+8}, columns {2c, 2c+1} of the left half in x[0..3] and
+//   of the right half in x[4..7];
+//   A: register 0 = row r, columns 2c..2c+1; 1 = row r+8; 2, 3 = columns + 8.
 // The softmax works on accumulators by this map, and P goes from accumulator to A operand without
 // leaving registers. The map is checked on the GPU at hand before a kernel's first run (probe.cuh).
 #pragma once
 
-// wmma.mma on float16 names eight A (and B) registers, of which sm_75 and later read the first four.
+// wmma.mma on float16 names eight A (and B) registers, of which sm_75 and later read the first
+// four.
 template <class T>
 struct WmmaA {
   uint32_t reg[4];

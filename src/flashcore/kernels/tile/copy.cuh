@@ -8,9 +8,9 @@ FC_DEVICE constexpr int padded_cols(int cols) { return (cols + 15) / 16 * 16; }
 FC_DEVICE constexpr int smem_stride(int cols) { return padded_cols(cols) + 8; }
 
 // Starts copying ROWS x COLS elements from row `first_row` of a matrix; rows from `num_rows` on are
-// filled with zeros and not read. With cp.async the copy is pending until this thread's group is waited
-// for. Neighbouring threads copy neighbouring packets of a row; every thread keeps to its own columns,
-// so that its addresses are one base each plus constants.
+// filled with zeros and not read. With cp.async the copy is pending until this thread's group is
+// waited for. Neighbouring threads copy neighbouring packets of a row; every thread keeps to its
+// own columns, so that its addresses are one base each plus constants.
 template <int ROWS, int COLS, int SMEM_STRIDE>
 FC_DEVICE void load_tile(SmemPtr<Element> dst_smem, GmemPtr<const Element> src_gmem,
                          int src_row_stride, int first_row, int num_rows) {

@@ -1,7 +1,8 @@
 // tile/mask.cuh - turns raw q.k of one 16-row strip into the scores that softmax sees.
 #pragma once
 
-// With a softcap or an additive mask, scores leave here in log2 units and softmax must not scale again.
+// With a softcap or an additive mask, scores leave here in log2 units and softmax must not scale
+// again.
 constexpr bool SCORES_ARE_LOG2 = HAS_SOFTCAP || MASK_KIND == 2;
 constexpr float LOG2_E = 1.44269504088896341f;
 

@@ -1,10 +1,10 @@
-// tile/softmax.cuh - online softmax of one warp's 16 rows (Milakov and Gimelshein 2018, arXiv:1805.02867;
-// FlashAttention-2, arXiv:2307.08691, algorithm 1), all in float32.
+// tile/softmax.cuh - online softmax of one warp's 16 rows (Milakov and Gimelshein 2018,
+// arXiv:1805.02867; FlashAttention-2, arXiv:2307.08691, algorithm 1), all in float32.
 //
 // After every key tile, over the keys seen so far:
 //   row_max = max(score),  row_sum = sum(exp(score - row_max)),  O = sum(exp(score - row_max) * V)
-// A lane owns parts of two rows, r = lane / 4 (accumulator elements 0, 1, 4, 5) and r + 8 (2, 3, 6, 7);
-// four lanes share a row. row_sum stays a partial sum of each lane until the end.
+// A lane owns parts of two rows, r = lane / 4 (accumulator elements 0, 1, 4, 5) and r + 8 (2, 3, 6,
+// 7); four lanes share a row. row_sum stays a partial sum of each lane until the end.
 #pragma once
 
 struct OnlineSoftmax {
@@ -24,10 +24,10 @@ FC_DEVICE float quad_sum(float x) {
   return x + shfl_xor(x, 2);
 }
 
-// Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date; `rescale` is what
-// the output so far must be multiplied by. `scale_log2` takes a score to log2 units. exp2(score * scale - max * scale) is one FMA and one
-// exponential; the product max * scale is rounded once and enters every term and the lse alike, so
-// its error cancels.
+// Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date; `rescale` is
+// what the output so far must be multiplied by. `scale_log2` takes a score to log2 units.
+// exp2(score * scale - max * scale) is one FMA and one exponential; the product max * scale is
+// rounded once and enters every term and the lse alike, so its error cancels.
 template <int NUM_FRAGS>
 FC_DEVICE void softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
                             float (&rescale)[2], float scale_log2) {
