@@ -85,6 +85,28 @@ def run(request: pytest.FixtureRequest) -> Runner:
     return run
 
 
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        *(("convert", {"Element": dtype}) for dtype in DTYPES),
+        ("exchange", {}),
+        *(("packets", {"BYTES": size}) for size in (2, 4, 8, 16)),
+        *(("async_groups", {"BYTES": size}) for size in (4, 8, 16)),
+        ("barriers", {}),
+        *(("fragments", {"Element": dtype}) for dtype in DTYPES),
+        ("functions", {}),
+        ("atomics", {}),
+    ],
+)
+def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, object]) -> None:
+    """Where there is no GPU to run them on, at least the device side's signatures are checked."""
+    pytest.importorskip("cuda.core")
+    from flashcore.jit import compile_source
+
+    source = flatten(FOLDER / f"{kernel}.cuh", "ptx", constants=constants)
+    assert compile_source(source, 80, kernel).code_bytes > 0
+
+
 def bits(x: Tensor) -> Tensor:
     return x.view({2: torch.int16, 4: torch.int32}[x.element_size()])
 
@@ -232,7 +254,8 @@ def multiply(run: Runner, dtype: str, a: Tensor, b: Tensor, c: Tensor) -> dict[s
     names = ("by_row", "by_col", "chained")
     tensors = {"a": a.to(torch_dtype), "b": b.to(torch_dtype), "c": c}
     tensors |= {name: torch.empty(16, 16) for name in names}
-    return run("fragments", tensors, names, num_threads=32, constants={"Element": dtype})
+    tensors["map"] = torch.empty(32, 8, 2, dtype=torch.int32)
+    return run("fragments", tensors, (*names, "map"), num_threads=32, constants={"Element": dtype})
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -245,6 +268,12 @@ def test_fragments_multiply_integers_exactly(run: Runner, dtype: str) -> None:
     assert torch.equal(result["by_row"], a @ b + c)
     assert torch.equal(result["by_col"], a @ b + c)
     assert torch.equal(result["chained"], (a @ b + c) @ b)
+    # PTX ISA, mma.m16n8k16: rows r and r + 8 of lane 4 r + c; two halves of 8 columns.
+    documented = [
+        [[lane // 4 + i // 2 % 2 * 8, lane % 4 * 2 + i % 2 + i // 4 * 8] for i in range(8)]
+        for lane in range(32)
+    ]
+    assert result["map"].tolist() == documented
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -141,11 +141,12 @@ def test_kernel_and_runtime_compile_without_a_warning(compiler: str, tmp_path: P
     kernel.write_text(real_source())
     runtime = build.RUNTIME_DIR / "runtime.cpp"
     for unit in (kernel, runtime):
-        arguments = [*build.COMMON_FLAGS, "-O1", "-Wextra", "-Werror", "-fsyntax-only"]
+        arguments = [*build.COMMON_FLAGS, "-O1", "-Wextra", "-Werror", "-c"]
         done = subprocess.run(
-            [*command, *arguments, f"-I{build.KERNELS_DIR}", str(unit)],
+            [*command, *arguments, f"-I{build.KERNELS_DIR}", str(unit), "-o", f"{unit.stem}.o"],
             capture_output=True,
             text=True,
             check=False,
+            cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr

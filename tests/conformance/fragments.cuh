@@ -11,6 +11,7 @@ struct FragmentsParams {
   GmemPtr<float> by_row;     // A B + C, B loaded by rows
   GmemPtr<float> by_col;     // A B + C, B loaded from its transpose
   GmemPtr<float> chained;    // round(A B + C) B
+  GmemPtr<int32_t> map;      // [32, 8, 2]: accum_row and accum_col
 };
 
 constexpr int STRIDE = 24;
@@ -55,4 +56,9 @@ FC_KERNEL(fragments, 32, 1)(const FragmentsParams p) {
   store_accum(p.by_row, by_row);
   store_accum(p.by_col, by_col);
   store_accum(p.chained, chained);
+  for (int i = 0; i < 8; ++i) {
+    const auto entry = p.map + (lane_idx() * 8 + i) * 2;
+    gmem_store(entry, accum_row(lane_idx(), i));
+    gmem_store(entry + 1, accum_col(lane_idx(), i));
+  }
 }
