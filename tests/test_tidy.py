@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src" / "flashcore"
 KERNELS = SRC / "kernels"
 
-MAX_LINES = {".py": 320, ".cuh": 460, ".md": 300}
+MAX_LINES = {".py": 340, ".cuh": 460, ".md": 300}
 # Files that may be longer, each with the reason.
 LONGER: dict[str, str] = {}
 
