@@ -1,5 +1,6 @@
-// One warp multiplies 16x16 matrices: A * B with B from both layouts, added to C, and (A * B) rounded
-// to Element as the A operand of a second product. Rows of shared memory are STRIDE elements apart.
+// One warp multiplies 16x16 matrices: A * B with B from both layouts, added to C, and (A * B)
+// rounded to Element as the A operand of a second product. Rows of shared memory are STRIDE
+// elements apart.
 #pragma once
 
 #include "prims.cuh"
