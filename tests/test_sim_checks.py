@@ -13,6 +13,7 @@ import torch
 from flashcore.codegen import flatten
 from flashcore.sim import SimTensor, SimulationError, simulate_source
 from flashcore.sim.report import ALARM_KINDS
+from flashcore.sim.run import NO_CP_ASYNC
 
 FAULTS = Path(__file__).parent / "conformance" / "faults.cuh"
 SEEDS = range(20)
@@ -58,6 +59,8 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     36: ("deadlock", "", None),
     37: ("divergence", "", None),
     38: ("misuse", "", None),
+    39: ("race", "tile", 5),
+    40: ("race", "tile", 0),
 }
 
 
@@ -71,8 +74,8 @@ class FaultsParams(ctypes.Structure):
 
 
 @functools.cache
-def source() -> str:
-    return flatten(FAULTS, "host", params="FaultsParams")
+def source(prefix: str = "") -> str:
+    return prefix + "\n" + flatten(FAULTS, "host", params="FaultsParams")
 
 
 @functools.cache
@@ -83,22 +86,26 @@ def marked_lines(fault: int) -> set[int]:
     return {number for number, line in enumerate(lines, 1) if mark.search(line)}
 
 
-def run_fault(fault: int, seed: int) -> SimulationError:
+def launch(fault: int, seed: int, source: str) -> None:
     tensors = [
         SimTensor("in", torch.zeros(4, 20)[:, :16], "in_"),
         SimTensor("half", torch.zeros(64, dtype=torch.int16), "half"),
         SimTensor("out", torch.zeros(2, 64), "out", writable=True, complete=fault == 24),
     ]
+    simulate_source(
+        source,
+        FaultsParams(fault=fault),
+        tensors,
+        grid=2,
+        num_threads=64,
+        smem_bytes=4096,
+        seed=seed,
+    )
+
+
+def run_fault(fault: int, seed: int) -> SimulationError:
     with pytest.raises(SimulationError) as caught:
-        simulate_source(
-            source(),
-            FaultsParams(fault=fault),
-            tensors,
-            grid=2,
-            num_threads=64,
-            smem_bytes=4096,
-            seed=seed,
-        )
+        launch(fault, seed, source())
     return caught.value
 
 
@@ -159,3 +166,13 @@ def test_a_deadlock_shows_where_every_warp_is() -> None:
 def test_a_seed_fixes_the_run_and_seeds_differ() -> None:
     assert str(run_fault(0, seed=3)) == str(run_fault(0, seed=3))
     assert len({str(run_fault(0, seed)).partition("seed")[0] for seed in SEEDS}) > 5
+
+
+def test_without_cp_async_a_copy_is_there_at_once_but_still_races() -> None:
+    plain = source(NO_CP_ASYNC)
+    launch(26, 0, plain)  # reads its own copy before any wait
+    launch(30, 0, plain)  # never waits
+    with pytest.raises(SimulationError, match="race"):
+        launch(27, 0, plain)  # reads another thread's copy without a barrier
+    with pytest.raises(SimulationError, match="outside the tensor"):
+        launch(31, 0, plain)

@@ -77,6 +77,20 @@ FC_KERNEL(faults, 64, 1)(const FaultsParams p) {
       block_sync();
       if (lane_idx() == 0) smem_atomic_add(floats, 1.0f);  // ALARM 9 AGAINST 9
       break;
+    case 39:  // a barrier of one warp says nothing about the other's wmma load
+      fill_tile(tile);
+      block_sync();
+      if (warp_idx() == 0) wmma_load_a(a, tile, PAD);  // ALARM 39
+      if (warp_idx() == 1) warp_sync();
+      if (me == 40) smem_store(tile + 5, from_float<float16>(2.0f));  // AGAINST 39
+      break;
+    case 40:  // every lane knows of its own stores, none of all
+      if (warp_idx() == 1) break;
+      for (int i = me; i < 16 * PAD; i += 32) {
+        smem_store(tile + i, from_float<float16>(1.0f));  // AGAINST 40
+      }
+      wmma_load_a(a, tile, PAD);  // ALARM 40
+      break;
 
     // --- unwritten, out of bounds, misaligned ---
     case 10:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from flashcore.sim.plants import Plant
 
 _ADDRESS_BITS = 44  # as in runtime/global.cpp
+FIRST_ARCH_WITH_CP_ASYNC = 80
+NO_CP_ASYNC = "#define FC_HOST_NO_CP_ASYNC"
 # Alignment of torch's CPU allocations: below it, an address says how a view was cut out of them.
 ADDRESS_ALIGNMENT = 64
 
@@ -278,9 +280,12 @@ def simulate(
     for name, buffer in (gate_buffers or {}).items():
         is_input = plan.gate == "pv" and name == "gate_scores"
         tensors.append(SimTensor(name, buffer, name, writable=not is_input, complete=False))
+    source = generate_source(plan, "host", plant)
+    if plan.arch < FIRST_ARCH_WITH_CP_ASYNC:
+        source = f"{NO_CP_ASYNC}\n{source}"
     try:
         return simulate_source(
-            generate_source(plan, "host", plant),
+            source,
             build_params(problem, plan, {}),
             tensors,
             grid=grid_size(problem, plan),

@@ -55,6 +55,8 @@ inline void load_fragment(WarpOp op, uint32_t (&reg)[4], SmemPtr<T> p, int strid
   const uint64_t place = uint64_t(uint32_t(p.base + p.index * int(sizeof(T))));
   const uint64_t uniform = (place << 32) | (uint64_t(uint32_t(stride)) << 1) | uint64_t(transposed);
   if (!warp_arrive(op, &argument, uniform, site)) return;
+  // As the CUDA C++ Programming Guide has it (warp matrix functions): a 256-bit aligned pointer and
+  // rows 16 bytes apart or a multiple of that, so that padding by 8 elements is allowed.
   if (stride < 16 || stride % 8 != 0) {
     misuse(site, "wmma load: stride %d is not a multiple of 8 elements (16 bytes) of at least 16",
            stride);

@@ -45,6 +45,12 @@ static void join(int first, int count) {
   for (int t = first; t < first + count; ++t) {
     int32_t* row = clock_row(t);
     const int32_t own = row[t];
+    if (own == MAX_CLOCK) {
+      misuse(m.threads[size_t(current_thread)].site,
+             "a thread passes %d barriers, all that the "
+             "simulator can count",
+             MAX_CLOCK);
+    }
     std::copy_n(joined, agents, row);
     row[t] = own + 1;
   }
