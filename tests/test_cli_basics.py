@@ -38,7 +38,7 @@ def test_it_runs_as_a_module_and_knows_its_version() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "flashcore", "--version"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.startswith("flashcore 0.")
+    assert done.stdout.startswith("flashcore ")
 
 
 def test_help_does_not_wait_for_torch() -> None:
@@ -63,7 +63,7 @@ def test_help_does_not_wait_for_torch() -> None:
         (["isolate", "--seqlen", "0"], "nothing to compute"),
         (["isolate", "--dtype", "float32"], "float16"),
         (["verify", "--backend", "gpu"], "torch"),
-        (["verify", "--cases", "0"], "greater than or equal to 1"),
+        (["verify", "--cases", "0"], "--cases"),
         (["resources", "--variant", "fast"], "causal"),
         (["resources", "--kernel", "attn_bwd"], "attn_fwd_wmma"),
         (["build"], "--arch"),

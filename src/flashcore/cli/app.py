@@ -55,9 +55,12 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from flashcore import __version__
+        from importlib.metadata import PackageNotFoundError, version
 
-        typer.echo(f"flashcore {__version__}")
+        try:
+            typer.echo(f"flashcore {version('flashcore')}")
+        except PackageNotFoundError:
+            typer.echo("flashcore from a source tree, not installed")
         raise typer.Exit()
 
 

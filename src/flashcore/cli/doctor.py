@@ -108,7 +108,7 @@ def _nvrtc() -> Iterator[Finding]:
         return
     yield Finding("cuda-core", "ok", f"{core}, cuda-bindings {bindings}")
     try:
-        from flashcore.jit import nvrtc_archs, nvrtc_version
+        from flashcore.compiler import nvrtc_archs, nvrtc_version
 
         version, archs = nvrtc_version(), nvrtc_archs()
     except FlashCoreError as error:
