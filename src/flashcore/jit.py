@@ -1,4 +1,4 @@
-"""Source text -> compiled kernel, by NVRTC through cuda-core; no GPU and no CUDA header needed.
+"""Source text -> compiled kernel, through the caches; compiler.py does the compiling.
 
 Looked for in this order: this process, the bundle that FLASHCORE_BUNDLE names, the on-disk cache,
 the compiler. The key is a hash of the flattened source and the options, so a changed header, tile
@@ -10,50 +10,22 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import json
 import os
-import struct
 import tempfile
 import warnings
 import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from flashcore import env
 from flashcore.codegen import generate_source
-from flashcore.errors import BackendUnavailableError, CompileError
+from flashcore.compiler import OPTIONS, CompiledKernel, compile_uncached, nvrtc_version
+from flashcore.errors import BackendUnavailableError
 from flashcore.plan import Plan
 
-_OPTIONS = ("std=c++17", "lineinfo", "ptxas=-v")
 _MAGIC = b"flashcore kernel 1\n"
-
-
-@dataclass(frozen=True, slots=True)
-class CompiledKernel:
-    """Machine code of one kernel.
-
-    Args:
-        name: the entry point.
-        arch: what it was compiled for, "sm_90".
-        code_type: "cubin", or "ptx" where NVRTC is older than the GPU and the driver finishes.
-        code: the image.
-        registers: of one thread; -1 for PTX.
-        static_smem_bytes: shared memory that the code declares besides the dynamic.
-        spill_bytes: spilled stores and loads of one thread.
-        code_bytes: machine instructions.
-    """
-
-    name: str
-    arch: str
-    code_type: str
-    code: bytes
-    registers: int
-    static_smem_bytes: int
-    spill_bytes: int
-    code_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,122 +42,9 @@ class Resources:
     code_bytes: int
 
 
-def _import_nvrtc() -> Any:
-    try:
-        import cuda.core
-        from cuda.bindings import nvrtc
-    except ImportError as error:
-        raise BackendUnavailableError(
-            f"compiling a kernel needs cuda-core and cuda-bindings ({error}); "
-            'install them: pip install "flashcore[cuda]"'
-        ) from error
-    return cuda.core, nvrtc
-
-
-@functools.cache
-def nvrtc_version() -> tuple[int, int]:
-    """Version of the NVRTC that would compile. Raises BackendUnavailableError when there is none;
-    its message says where NVRTC was looked for."""
-    _, nvrtc = _import_nvrtc()
-    try:
-        status, major, minor = nvrtc.nvrtcVersion()
-    except Exception as error:  # the loader's own exception types differ between its versions
-        raise BackendUnavailableError(
-            f"NVRTC was not found; install it: pip install nvidia-cuda-nvrtc. Looked here: {error}"
-        ) from error
-    if int(status) != 0:
-        raise BackendUnavailableError(f"NVRTC does not answer: {status!r}")
-    return int(major), int(minor)
-
-
-@functools.cache
-def nvrtc_archs() -> tuple[int, ...]:
-    """Architectures that this NVRTC compiles for (90 for sm_90), ascending."""
-    nvrtc_version()
-    _, nvrtc = _import_nvrtc()
-    status, archs = nvrtc.nvrtcGetSupportedArchs()
-    if int(status) != 0:
-        raise BackendUnavailableError(f"NVRTC does not say what it supports: {status!r}")
-    return tuple(sorted(int(arch) for arch in archs))
-
-
-def _code_bytes(elf: bytes, kernel_name: str) -> int:
-    """Size of a kernel's `.text` section in a cubin (ELF64: section header table)."""
-    (table,) = struct.unpack_from("<Q", elf, 0x28)
-    entry_size, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
-
-    def section(index: int) -> tuple[int, int, int]:
-        name, _, _, _, offset, size = struct.unpack_from("<IIQQQQ", elf, table + index * entry_size)
-        return name, offset, size
-
-    _, names_offset, _ = section(names_index)
-    wanted = b".text." + kernel_name.encode() + b"\0"
-    for index in range(count):
-        name, _, size = section(index)
-        if elf.startswith(wanted, names_offset + name):
-            return size
-    raise CompileError(f"the compiled image has no code for {kernel_name}")
-
-
-def _parse_ptxas_log(log: str) -> tuple[int, int, int]:
-    """Registers, static shared memory and spilled bytes in `ptxas -v` output."""
-    registers = static_smem = spills = 0
-    words = log.replace(",", " ").split()
-    for i, word in enumerate(words):
-        following = words[i + 1 : i + 4]
-        if word == "Used" and following[1:2] == ["registers"]:
-            registers = int(following[0])
-        elif word.isdigit() and following[:1] == ["bytes"]:
-            if following[1:2] == ["smem"]:
-                static_smem = int(word)
-            elif following[1:2] == ["spill"]:
-                spills += int(word)
-    return registers, static_smem, spills
-
-
-def _compile(source: str, arch: int, kernel_name: str) -> CompiledKernel:
-    core, _ = _import_nvrtc()
-    archs = nvrtc_archs()
-    code_type, target = "cubin", f"sm_{arch}"
-    if arch not in archs:
-        older = [known for known in archs if known < arch]
-        if not older:
-            raise BackendUnavailableError(
-                f"sm_{arch}: NVRTC {'.'.join(map(str, nvrtc_version()))} compiles for "
-                f"sm_{archs[0]} to sm_{archs[-1]}; install another: pip install nvidia-cuda-nvrtc"
-            )
-        code_type, target = "ptx", f"compute_{older[-1]}"
-    log = io.StringIO()
-    try:
-        program = core.Program(
-            source,
-            "c++",
-            core.ProgramOptions(
-                name=f"{kernel_name}.cu",
-                arch=target,
-                std="c++17",
-                lineinfo=True,
-                ptxas_options=["-v"] if code_type == "cubin" else None,
-            ),
-        )
-        code = bytes(program.compile(code_type, logs=log).code)
-    except Exception as error:
-        raise CompileError(
-            f"{kernel_name} does not compile for {target}:\n{error}\n{log.getvalue()}"
-        ) from error
-    registers, static_smem, spills = -1, 0, 0
-    code_bytes = len(code)
-    if code_type == "cubin":
-        registers, static_smem, spills = _parse_ptxas_log(log.getvalue().replace("\0", ""))
-        code_bytes = _code_bytes(code, kernel_name)
-    return CompiledKernel(
-        kernel_name, target, code_type, code, registers, static_smem, spills, code_bytes
-    )
-
-
 def cache_key(source: str, arch: int) -> str:
     """Name of a kernel in the cache and in bundles."""
-    text = "\0".join((source, f"sm_{arch}", *_OPTIONS))
+    text = "\0".join((source, f"sm_{arch}", *OPTIONS))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -290,7 +149,7 @@ def compile_source(source: str, arch: int, kernel_name: str) -> CompiledKernel:
     path = env.cache_dir() / "kernels" / f"nvrtc-{version}" / f"{key}.bin"
     kernel = _read_cached(path)
     if kernel is None:
-        kernel = _compile(source, arch, kernel_name)
+        kernel = compile_uncached(source, arch, kernel_name)
         _write_cached(path, kernel)
     return kernel
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from flashcore.codegen import flatten
+from flashcore.compiler import CompiledKernel
 from flashcore.errors import BackendUnavailableError, FlashCoreError
-from flashcore.jit import CompiledKernel, compile_plan, compile_source
+from flashcore.jit import compile_plan, compile_source
 from flashcore.plan import Plan
 from flashcore.problem import Problem
 
