@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,6 +15,9 @@ from flashcore import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning
 from flashcore.problem import Problem
 from flashcore.tiled import attention_tiled
+
+if TYPE_CHECKING:
+    from flashcore.plan import Plan
 
 BACKENDS = ("auto", "wmma", "sim", "torch")
 KERNEL_DTYPES = ("float16", "bfloat16")
@@ -176,20 +181,26 @@ def run_backend(
         with without_autocast(problem.device):
             return _run_torch(problem, q, k, v, mask)
 
-    from flashcore.plan import select_plan  # not needed, hence not loaded, by the torch backend
-
     out = q.new_empty((*rows_shape, problem.head_dim_v))
     rows = q.new_empty(rows_shape, dtype=problem.lse_dtype) if problem.return_lse else None
     if backend == "sim":
         from flashcore.sim import simulate
 
-        plan = select_plan(problem, arch=env.sim_arch())
+        plan = _plan(problem, env.sim_arch())
         simulate(problem, plan, q, k, v, mask, out, rows, seed=env.sim_seed())
     else:
         from flashcore.launch import run_kernel
 
-        run_kernel(problem, select_plan(problem), q, k, v, mask, out, rows)
+        run_kernel(problem, _plan(problem, problem.arch), q, k, v, mask, out, rows)
     return out, rows
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem: Problem, arch: int) -> Plan:
+    """`select_plan`, which takes a third of a millisecond, once per Problem."""
+    from flashcore.plan import select_plan  # not needed, hence not loaded, by the torch backend
+
+    return select_plan(problem, arch)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
