@@ -138,6 +138,8 @@ def test_the_budget_is_enforced(monkeypatch: pytest.MonkeyPatch, field: str, val
     pretend(**within)
     assert runner.invoke(app, arguments).exit_code == 0
     pretend(**{**within, field: value})
+    masked = [word if word != "full" else "masked" for word in arguments]
+    assert runner.invoke(app, masked).exit_code == (0 if field == "registers" else 1)
     failed = runner.invoke(app, arguments)
     assert failed.exit_code == 1
     assert "over budget" in failed.stdout
