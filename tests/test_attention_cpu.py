@@ -158,6 +158,20 @@ def test_mask_of_only_minus_infinity(backend):
     assert (lse[:, :, ::3] == -math.inf).all()
 
 
+@every_backend
+@pytest.mark.parametrize("size", [5.0, 100.0, 1e4])
+def test_a_maximum_that_stays_weighs_all_tiles_alike(backend, size):
+    """All scores are one large number, so the result is the mean of v. Whatever rescales the sum so
+    far when the maximum did not move must be 1: an error of half a last place would weigh early and
+    late tiles differently."""
+    device = device_of(backend)
+    q = torch.full((1, 1, 4, 16), 1.1, dtype=torch.float16, device=device)
+    k = torch.full((1, 1, 2048, 16), 1.3, dtype=torch.float16, device=device)
+    v = torch.zeros(1, 1, 2048, 16, dtype=torch.float16, device=device)
+    v[:, :, :1024] = 1.0
+    check(backend, q, k, v, size, scale=size / 16)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("causal", [False, True])
 def test_equals_torch_sdpa(dtype, causal):
