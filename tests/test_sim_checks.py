@@ -61,6 +61,7 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     38: ("misuse", "", None),
     39: ("race", "tile", 5),
     40: ("race", "tile", 0),
+    41: ("race", "floats", 3),
 }
 
 
@@ -86,10 +87,11 @@ def marked_lines(fault: int) -> set[int]:
     return {number for number, line in enumerate(lines, 1) if mark.search(line)}
 
 
-def launch(fault: int, seed: int, source: str) -> None:
+def launch(fault: int, seed: int, source: str, half: torch.Tensor | None = None) -> None:
+    half = torch.zeros(64, dtype=torch.int16) if half is None else half
     tensors = [
         SimTensor("in", torch.zeros(4, 20)[:, :16], "in_"),
-        SimTensor("half", torch.zeros(64, dtype=torch.int16), "half"),
+        SimTensor("half", half, "half"),
         SimTensor("out", torch.zeros(2, 64), "out", writable=True, complete=fault == 24),
     ]
     simulate_source(
@@ -176,3 +178,10 @@ def test_without_cp_async_a_copy_is_there_at_once_but_still_races() -> None:
         launch(27, 0, plain)  # reads another thread's copy without a barrier
     with pytest.raises(SimulationError, match="outside the tensor"):
         launch(31, 0, plain)
+
+
+def test_a_tensors_alignment_is_the_originals() -> None:
+    behind_4_bytes = torch.zeros(66, dtype=torch.int16)[2:]
+    launch(21, 0, source(), behind_4_bytes)  # 8 bytes from element 2: now a multiple of 8
+    with pytest.raises(SimulationError, match="not a multiple of 8"):
+        launch(21, 0, source())

@@ -91,6 +91,15 @@ FC_KERNEL(faults, 64, 1)(const FaultsParams p) {
       }
       wmma_load_a(a, tile, PAD);  // ALARM 40
       break;
+    case 41:  // two readers, and a write that is ordered after the first one only
+      smem_store(floats + me, 1.0f);
+      block_sync();
+      if (me == 0) smem_load(floats + 3);
+      shfl_xor(1.0f, 1);  // meetings that fix who comes first, and order no memory
+      if (me == 2) smem_load(floats + 3);  // AGAINST 41
+      shfl_xor(1.0f, 1);
+      if (me == 0) smem_store(floats + 3, 2.0f);  // ALARM 41
+      break;
 
     // --- unwritten, out of bounds, misaligned ---
     case 10:
@@ -152,6 +161,8 @@ FC_KERNEL(faults, 64, 1)(const FaultsParams p) {
     case 26:  // read before the wait
       cp_async<4>(halves + me * 2, p.half, true);  // AGAINST 26
       smem_load(halves + me * 2);  // ALARM 26
+      cp_async_commit();
+      cp_async_wait<0>();
       break;
     case 27:  // waited for by its own thread, but no barrier before another reads
       cp_async<4>(halves + me * 2, p.half, true);
@@ -163,6 +174,8 @@ FC_KERNEL(faults, 64, 1)(const FaultsParams p) {
       cp_async<4>(halves + me * 2, p.half, true);  // AGAINST 28
       cp_async_wait<0>();
       smem_load(halves + me * 2);  // ALARM 28
+      cp_async_commit();
+      cp_async_wait<0>();
       break;
     case 29:  // the newest group is still pending
       cp_async<4>(halves + me * 4, p.half, true);
@@ -172,6 +185,7 @@ FC_KERNEL(faults, 64, 1)(const FaultsParams p) {
       cp_async_wait<1>();
       smem_load(halves + me * 4);
       smem_load(halves + (me * 4 + 2));  // ALARM 29
+      cp_async_wait<0>();
       break;
     case 30:  // never waited for
       cp_async<4>(halves + me * 2, p.half, true);  // ALARM 30
