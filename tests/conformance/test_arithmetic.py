@@ -1,110 +1,17 @@
-"""Every primitive of prims.cuh against a model, by small kernels that run on the simulator and on a
-GPU alike: what the simulator says holds only as far as its primitives mean what the GPU's mean."""
+"""Primitives that compute, against models, in the simulator and on a GPU alike."""
 
 from __future__ import annotations
 
-import ctypes
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from flashcore.codegen import flatten
-from flashcore.sim import SimTensor, simulate_source
-
-FOLDER = Path(__file__).parent / "conformance"
 DTYPES = ("float16", "bfloat16")
 
 Runner = Callable[..., dict[str, Tensor]]
-
-
-def params_type(name: str, tensors: dict[str, Tensor], scalars: dict[str, int]) -> type:
-    fields = [(field, ctypes.c_void_p) for field in tensors]
-    fields += [(field, ctypes.c_int32) for field in scalars]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
-
-
-@pytest.fixture(params=["sim", pytest.param("gpu", marks=pytest.mark.gpu)])
-def run(request: pytest.FixtureRequest) -> Runner:
-    """Runs a kernel of tests/conformance on CPU tensors and returns what it wrote.
-
-    `tensors` are the parameter struct's pointers in order; those whose name is in `outputs` are
-    written by the kernel.
-    """
-
-    def run(
-        kernel: str,
-        tensors: dict[str, Tensor],
-        outputs: tuple[str, ...],
-        *,
-        num_threads: int,
-        grid: int = 1,
-        smem_bytes: int = 8192,
-        scalars: dict[str, int] | None = None,
-        constants: dict[str, object] | None = None,
-        seed: int = 0,
-    ) -> dict[str, Tensor]:
-        scalars = scalars or {}
-        struct = params_type(kernel, tensors, scalars)
-        path = FOLDER / f"{kernel}.cuh"
-        name = "".join(word.capitalize() for word in kernel.split("_")) + "Params"
-        if request.param == "sim":
-            source = flatten(path, "host", constants=constants, params=name)
-            items = [SimTensor(n, t, n, writable=n in outputs) for n, t in tensors.items()]
-            simulate_source(
-                source,
-                struct(**scalars),
-                items,
-                grid=grid,
-                num_threads=num_threads,
-                smem_bytes=smem_bytes,
-                seed=seed,
-            )
-            return {n: tensors[n] for n in outputs}
-        from flashcore.jit import compile_source
-        from flashcore.launch import launch_raw
-
-        device = torch.device("cuda")
-        major, minor = torch.cuda.get_device_capability()
-        on_gpu = {n: t.to(device) for n, t in tensors.items()}
-        pointers = {n: t.data_ptr() for n, t in on_gpu.items()}
-        launch_raw(
-            compile_source(flatten(path, "ptx", constants=constants), 10 * major + minor, kernel),
-            grid=grid,
-            num_threads=num_threads,
-            smem_bytes=smem_bytes,
-            params=struct(**pointers, **scalars),
-            device=device,
-        )
-        torch.cuda.synchronize()
-        return {n: on_gpu[n].cpu() for n in outputs}
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("kernel", "constants"),
-    [
-        *(("convert", {"Element": dtype}) for dtype in DTYPES),
-        ("exchange", {}),
-        *(("packets", {"BYTES": size}) for size in (2, 4, 8, 16)),
-        *(("async_groups", {"BYTES": size}) for size in (4, 8, 16)),
-        ("barriers", {}),
-        *(("fragments", {"Element": dtype}) for dtype in DTYPES),
-        ("functions", {}),
-        ("atomics", {}),
-    ],
-)
-def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, object]) -> None:
-    """Where there is no GPU to run them on, at least the device side's signatures are checked."""
-    pytest.importorskip("cuda.core")
-    from flashcore.jit import compile_source
-
-    source = flatten(FOLDER / f"{kernel}.cuh", "ptx", constants=constants)
-    assert compile_source(source, 80, kernel).code_bytes > 0
 
 
 def bits(x: Tensor) -> Tensor:
@@ -183,70 +90,6 @@ def test_conversions_round_to_nearest_even(run: Runner, dtype: str) -> None:
     halves = result["packed"].view(torch_dtype).view(-1, 2)
     assert_same_bits(halves[:, 0].contiguous(), expected)
     assert_same_bits(halves[:, 1].contiguous(), expected.view(-1, 2).flip(1).flatten())
-
-
-def test_shuffles_votes_and_identity(run: Runner) -> None:
-    blocks = 3
-    values = torch.randn(blocks, 64)
-    tensors = {
-        "values": values,
-        "shuffled": torch.empty(blocks, 32, 64),
-        "votes": torch.empty(blocks, 33, 64, dtype=torch.int32),
-        "identity": torch.empty(blocks, 64, 4, dtype=torch.int32),
-    }
-    result = run(
-        "exchange", tensors, ("shuffled", "votes", "identity"), grid=blocks, num_threads=64
-    )
-    thread = torch.arange(64)
-    for mask in range(32):
-        assert torch.equal(result["shuffled"][:, mask], values[:, thread ^ mask])
-    expected = torch.zeros(33, 64, dtype=torch.int32)
-    expected[:32, 32:] = 1
-    assert torch.equal(result["votes"], expected.expand(blocks, 33, 64))
-    for block in range(blocks):
-        columns = (torch.full((64,), block), thread, thread // 32, thread % 32)
-        assert torch.equal(result["identity"][block].long(), torch.stack(columns, dim=1))
-
-
-@pytest.mark.parametrize("size", [2, 4, 8, 16])
-def test_packets_move_bytes_unchanged(run: Runner, size: int) -> None:
-    src = torch.randint(-(2**15), 2**15, (128, size // 2)).to(torch.int16)
-    tensors = {
-        "src": src,
-        "dst": torch.empty_like(src),
-        "single": torch.empty(128, dtype=torch.int16),
-    }
-    result = run("packets", tensors, ("dst", "single"), num_threads=128, constants={"BYTES": size})
-    assert torch.equal(result["dst"], src.flip(0))
-    assert torch.equal(result["single"], src[:, 0])
-
-
-@pytest.mark.parametrize("size", [4, 8, 16])
-def test_async_copies_arrive_group_by_group_and_zero_fill(run: Runner, size: int) -> None:
-    src = torch.randint(1, 2**15, (3, 64, size // 2)).to(torch.int16)
-    tensors = {"src": src, "dst": torch.empty_like(src)}
-    for seed in range(5):
-        result = run(
-            "async_groups",
-            tensors,
-            ("dst",),
-            num_threads=64,
-            constants={"BYTES": size},
-            seed=seed,
-        )
-        expected = src.clone()
-        expected[:, ::3] = 0  # every third thread's copies are not valid
-        assert torch.equal(result["dst"], expected)
-
-
-def test_barriers_order_memory(run: Runner) -> None:
-    tensors = {"rotated": torch.empty(128), "mirrored": torch.empty(128)}
-    for seed in range(5):
-        result = run("barriers", tensors, ("rotated", "mirrored"), num_threads=128, seed=seed)
-        thread = torch.arange(128)
-        rotated = (thread // 32 * 32 + (thread + 5) % 32).float()
-        assert torch.equal(result["rotated"], rotated)
-        assert torch.equal(result["mirrored"], rotated.flip(0))
 
 
 def multiply(run: Runner, dtype: str, a: Tensor, b: Tensor, c: Tensor) -> dict[str, Tensor]:
@@ -340,8 +183,3 @@ def assert_close(
     error = (actual[finite].double() - expected[finite].double()).abs()
     allowed = expected[finite].double().abs() * relative + absolute
     assert bool((error <= allowed).all()), float((error - allowed).max())
-
-
-def test_ordered_atomics_add(run: Runner) -> None:
-    result = run("atomics", {"sums": torch.empty(64)}, ("sums",), num_threads=64)
-    assert torch.equal(result["sums"], 1000.5 + 3.0 * torch.arange(64))

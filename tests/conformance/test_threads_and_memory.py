@@ -1,0 +1,109 @@
+"""Primitives that move data or order it, against models, in the simulator and on a GPU alike: what
+the simulator says holds only as far as its primitives mean what the GPU's mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashcore.codegen import flatten
+
+FOLDER = Path(__file__).parent
+DTYPES = ("float16", "bfloat16")
+
+Runner = Callable[..., dict[str, Tensor]]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        *(("convert", {"Element": dtype}) for dtype in DTYPES),
+        ("exchange", {}),
+        *(("packets", {"BYTES": size}) for size in (2, 4, 8, 16)),
+        *(("async_groups", {"BYTES": size}) for size in (4, 8, 16)),
+        ("barriers", {}),
+        *(("fragments", {"Element": dtype}) for dtype in DTYPES),
+        ("functions", {}),
+        ("atomics", {}),
+    ],
+)
+def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, object]) -> None:
+    """Where there is no GPU to run them on, at least the device side's signatures are checked."""
+    pytest.importorskip("cuda.core")
+    from flashcore.jit import compile_source
+
+    source = flatten(FOLDER / f"{kernel}.cuh", "ptx", constants=constants)
+    assert compile_source(source, 80, kernel).code_bytes > 0
+
+
+def test_shuffles_votes_and_identity(run: Runner) -> None:
+    blocks = 3
+    values = torch.randn(blocks, 64)
+    tensors = {
+        "values": values,
+        "shuffled": torch.empty(blocks, 32, 64),
+        "votes": torch.empty(blocks, 33, 64, dtype=torch.int32),
+        "identity": torch.empty(blocks, 64, 4, dtype=torch.int32),
+    }
+    result = run(
+        "exchange", tensors, ("shuffled", "votes", "identity"), grid=blocks, num_threads=64
+    )
+    thread = torch.arange(64)
+    for mask in range(32):
+        assert torch.equal(result["shuffled"][:, mask], values[:, thread ^ mask])
+    expected = torch.zeros(33, 64, dtype=torch.int32)
+    expected[:32, 32:] = 1
+    assert torch.equal(result["votes"], expected.expand(blocks, 33, 64))
+    for block in range(blocks):
+        columns = (torch.full((64,), block), thread, thread // 32, thread % 32)
+        assert torch.equal(result["identity"][block].long(), torch.stack(columns, dim=1))
+
+
+@pytest.mark.parametrize("size", [2, 4, 8, 16])
+def test_packets_move_bytes_unchanged(run: Runner, size: int) -> None:
+    src = torch.randint(-(2**15), 2**15, (128, size // 2)).to(torch.int16)
+    tensors = {
+        "src": src,
+        "dst": torch.empty_like(src),
+        "single": torch.empty(128, dtype=torch.int16),
+    }
+    result = run("packets", tensors, ("dst", "single"), num_threads=128, constants={"BYTES": size})
+    assert torch.equal(result["dst"], src.flip(0))
+    assert torch.equal(result["single"], src[:, 0])
+
+
+@pytest.mark.parametrize("size", [4, 8, 16])
+def test_async_copies_arrive_group_by_group_and_zero_fill(run: Runner, size: int) -> None:
+    src = torch.randint(1, 2**15, (3, 64, size // 2)).to(torch.int16)
+    tensors = {"src": src, "dst": torch.empty_like(src)}
+    for seed in range(5):
+        result = run(
+            "async_groups",
+            tensors,
+            ("dst",),
+            num_threads=64,
+            constants={"BYTES": size},
+            seed=seed,
+        )
+        expected = src.clone()
+        expected[:, ::3] = 0  # every third thread's copies are not valid
+        assert torch.equal(result["dst"], expected)
+
+
+def test_barriers_order_memory(run: Runner) -> None:
+    tensors = {"rotated": torch.empty(128), "mirrored": torch.empty(128)}
+    for seed in range(5):
+        result = run("barriers", tensors, ("rotated", "mirrored"), num_threads=128, seed=seed)
+        thread = torch.arange(128)
+        rotated = (thread // 32 * 32 + (thread + 5) % 32).float()
+        assert torch.equal(result["rotated"], rotated)
+        assert torch.equal(result["mirrored"], rotated.flip(0))
+
+
+def test_ordered_atomics_add(run: Runner) -> None:
+    result = run("atomics", {"sums": torch.empty(64)}, ("sums",), num_threads=64)
+    assert torch.equal(result["sums"], 1000.5 + 3.0 * torch.arange(64))
