@@ -179,3 +179,11 @@ def generate_source(plan: Plan, target: Target = "ptx", plant: Plant | None = No
         plant=plant,
         params="AttnParams",
     )
+
+
+PROBE = "wmma_probe"
+
+
+def generate_probe_source(dtype: str) -> str:
+    """The kernel that checks a GPU's element map for a dtype before its first attention."""
+    return flatten(f"{PROBE}.cuh", "ptx", constants={"Element": dtype})

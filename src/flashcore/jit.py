@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from flashcore import env
-from flashcore.codegen import generate_source
+from flashcore.codegen import PROBE, generate_probe_source, generate_source
 from flashcore.compiler import OPTIONS, CompiledKernel, compile_uncached, nvrtc_version
 from flashcore.errors import BackendUnavailableError
 from flashcore.plan import Plan
@@ -175,20 +175,24 @@ def resources(plan: Plan) -> Resources:
 
 
 def write_bundle(path: Path, plans: Iterable[Plan]) -> int:
-    """Compiles plans into one file for machines where nothing may be compiled.
+    """Compiles plans, and what launching them needs, into one file for machines where nothing may
+    be compiled.
 
     Args:
         path: the bundle to write (a zip archive); FLASHCORE_BUNDLE names it there.
         plans: what to compile; duplicates are written once.
 
     Returns:
-        How many kernels the bundle holds.
+        How many kernels the bundle holds, the check of the element map included.
     """
-    entries: dict[str, bytes] = {}
+    wanted = {}
     for plan in plans:
-        key = cache_key(generate_source(plan), plan.arch)
-        if key not in entries:
-            entries[key] = _pack(compile_plan(plan))
+        wanted[(generate_source(plan), plan.arch)] = plan.kernel
+        wanted[(generate_probe_source(plan.dtype), plan.arch)] = PROBE
+    entries = {
+        cache_key(source, arch): _pack(compile_source(source, arch, name))
+        for (source, arch), name in wanted.items()
+    }
     temporary = path.with_name(path.name + ".tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as bundle:
         for key, entry in sorted(entries.items()):

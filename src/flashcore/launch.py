@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flashcore.codegen import flatten
+from flashcore.codegen import PROBE, generate_probe_source
 from flashcore.compiler import CompiledKernel
 from flashcore.errors import BackendUnavailableError, FlashCoreError
 from flashcore.jit import compile_plan, compile_source
@@ -221,11 +221,10 @@ def verify_element_map(device_index: int, arch: int, dtype: str) -> None:
     class ProbeParams(ctypes.Structure):
         _fields_ = [("mismatches", ctypes.c_void_p)]
 
-    source = flatten("wmma_probe.cuh", "ptx", constants={"Element": dtype})
     device = torch.device("cuda", device_index)
     mismatches = torch.full((32,), torch.nan, device=device)
     launch_raw(
-        compile_source(source, arch, "wmma_probe"),
+        compile_source(generate_probe_source(dtype), arch, PROBE),
         grid=1,
         num_threads=32,
         smem_bytes=48 * 24 * 2,

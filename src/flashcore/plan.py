@@ -165,7 +165,7 @@ def _estimated_registers(plan: Plan) -> int:
     rest = 48
     if plan.arch < 80:
         rest += 8  # the copies go through registers
-    if plan.mask is not None:
+    if plan.mask is not None and not _has_tight_budget(plan):
         rest += 24  # addresses and values of the mask
     if plan.head_dim % 64 and max(plan.head_dim, plan.head_dim_v) > 64:
         rest += 16  # few threads share a row, so each copies more packets
@@ -173,8 +173,8 @@ def _estimated_registers(plan: Plan) -> int:
 
 
 def _has_tight_budget(plan: Plan) -> bool:
-    """Whether the register budget of head_dim 64 holds; a mask tensor is outside of it."""
-    return max(plan.head_dim, plan.head_dim_v) <= 64 and plan.mask is None and plan.gate is None
+    """Whether the register budget of head_dim 64 holds; a debug gate is outside of it."""
+    return max(plan.head_dim, plan.head_dim_v) <= 64 and plan.gate is None
 
 
 def _min_blocks(plan: Plan) -> int:
@@ -203,11 +203,12 @@ def _enumerate(base: Plan) -> Iterator[Plan]:
 def _is_legal(plan: Plan) -> bool:
     if plan.smem_bytes > smem_limits(plan.arch)[0]:
         return False
-    if _has_tight_budget(plan) and (
-        plan.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES
-        or _estimated_registers(plan) > HEAD_DIM_64_MAX_REGISTERS
-    ):
-        return False
+    if _has_tight_budget(plan):
+        if plan.mask is not None and plan.head_dim_v > 32 and plan.block_n > 16:
+            return False  # the mask's addresses and values take what wider tiles' scores would
+        if plan.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES:
+            return False
+        return _estimated_registers(plan) <= HEAD_DIM_64_MAX_REGISTERS
     if plan.arch < 80 and max(plan.head_dim, plan.head_dim_v) > 192 and plan.block_n > 16:
         return False  # head_dim 224 spills there: copies, scores and O meet in registers
     return _estimated_registers(plan) <= 240

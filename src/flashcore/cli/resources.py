@@ -154,8 +154,7 @@ def over_budget(row: Row) -> list[str]:
     if row.spill_bytes > 0:
         found.append(f"{where}: {row.spill_bytes} spilled bytes, 0 allowed")
     if row.head_dim == 64:
-        # A mask tensor is outside of the register budget, as plan.py says; spills are not.
-        if row.variant != "masked" and row.registers > HEAD_DIM_64_MAX_REGISTERS:
+        if row.registers > HEAD_DIM_64_MAX_REGISTERS:
             found.append(f"{where}: {row.registers} registers, {HEAD_DIM_64_MAX_REGISTERS} allowed")
         if row.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES:
             found.append(

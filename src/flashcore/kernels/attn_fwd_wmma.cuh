@@ -77,7 +77,7 @@ FC_DEVICE void accumulate_output(WmmaAccum (&out)[OUT_FRAGS], const WmmaAccum (&
 }
 
 // Divides by the row sums and writes 16 rows of O (through this warp's rows of the Q tile, so that
-// global stores are 16 bytes wide) and their lse. A row that saw no key gives 0 and -inf.
+// global stores are 16 bytes wide) and their lse.
 FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& state,
                             const AttnParams& p, SmemPtr<Element> o_smem, float scale_log2) {
   // Anew: cheaper than registers held over the loop.
@@ -87,17 +87,7 @@ FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& st
   const int64_t first_out_row =
       (int64_t(block.batch_idx) * p.num_heads_q + block.head_idx) * p.seqlen_q + warp_row;
   float inverse_sum[2];
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const float sum = quad_sum(state.row_sum[r]);
-    const bool empty = sum == 0.0f;  // else the largest term alone is 1; NaN scores stay NaN
-    inverse_sum[r] = empty ? 0.0f : rcp_approx(sum);
-    const int row = lane_idx() / 4 + r * 8;
-    if (!is_null(p.lse) && lane_idx() % 4 == 0 && row < num_valid_rows) {
-      const float lse_log2 = state.row_max[r] * scale_log2 + log2_approx(sum);
-      gmem_store(p.lse + (first_out_row + row), empty ? NEG_INF : lse_log2 * (1.0f / LOG2_E));
-    }
-  }
+  finish_softmax(state, p, first_out_row, num_valid_rows, scale_log2, inverse_sum);
   warp_sync();  // orders every lane's last read of the Q rows before the writes below
 #pragma unroll
   for (int d = 0; d < OUT_FRAGS; ++d) {
@@ -191,7 +181,7 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams p) {
 //@else
     mask_scores(scores, p, mask_gmem, warp_row, key_begin);
     float rescale[2];
-    softmax_step(scores, state, rescale, scale_log2);
+    softmax_step<false>(scores, state, rescale, scale_log2);
     rescale_output(out, rescale);
 //@end
 //@if gate softmax

@@ -56,17 +56,26 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
   if (MASK_KIND == 0 ? !strip_needs_mask(p, row_begin, key_begin) : row_begin >= p.seqlen_q) return;
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
+    const int frag_key = key_begin + n * 16;
+    // A mask's elements are fetched a fragment at a time: the branch keeps ptxas from fetching those
+    // of all fragments at once, which costs more registers than there are.
+    const bool has_mask = MASK_KIND != 0 && frag_key < p.seqlen_k;
+    if (has_mask) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int row = row_begin + accum_row(lane_idx(), i);
+        const int key = frag_key + accum_col(lane_idx(), i);
+        if (row < p.seqlen_q && key_is_visible(p, row, key)) {
+          const auto element = mask_gmem + (row * p.mask_row_stride + key * p.mask_col_stride);
+          scores[n].x[i] += mask_value(gmem_load(element)) * LOG2_E;
+        }
+      }
+    }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int row = row_begin + accum_row(lane_idx(), i);
-      const int key = key_begin + n * 16 + accum_col(lane_idx(), i);
-      float& score = scores[n].x[i];
-      bool attend = key_is_visible(p, row, key);
-      if (MASK_KIND != 0 && attend && row < p.seqlen_q) {
-        const auto element = mask_gmem + (row * p.mask_row_stride + key * p.mask_col_stride);
-        score += mask_value(gmem_load(element)) * LOG2_E;
-      }
-      score = attend ? score : NEG_INF;
+      const int key = frag_key + accum_col(lane_idx(), i);
+      if (!key_is_visible(p, row, key)) scores[n].x[i] = NEG_INF;
     }
   }
 }

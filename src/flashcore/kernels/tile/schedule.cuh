@@ -46,7 +46,7 @@ struct UnmaskedRange {
 };
 
 FC_DEVICE UnmaskedRange unmasked_range(const AttnParams& p, int row_begin) {
-  if (MASK_KIND != 0) return {0, 0};
+  if (MASK_KIND != 0 || HAS_SOFTCAP) return {0, 0};  // every score needs mask_scores
   int end_key = p.seqlen_k;
   if (HAS_WINDOW_RIGHT) end_key = min_i(end_key, row_begin + p.diag_offset + p.window_right + 1);
   UnmaskedRange range = {0, max_i(end_key, 0) / BLOCK_N};
