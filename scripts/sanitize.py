@@ -24,7 +24,8 @@ from pathlib import Path
 from flashcore.cases import Case, Inputs, make_inputs
 
 TOOLS: dict[str, list[str]] = {
-    "memcheck": [],
+    # The driver's answers to cuda-bindings' search for entry points are no errors of a kernel.
+    "memcheck": ["--report-api-errors", "no"],
     "racecheck": ["--racecheck-report", "all"],
     "synccheck": [],
 }

@@ -38,7 +38,11 @@ CASES = {
         None,
         "no-barrier",
     ),
-    "bool mask, window": (Case(mask="bool", window=(5, 3), batch=2), None, "pv-atomic"),
+    "bool mask, window": (
+        Case(mask="bool", window=(5, 3), batch=2, head_dim=32, head_dim_v=32),
+        None,
+        "pv-atomic",
+    ),
     "padding mask": (Case(mask="padding", batch=3), None, "uninit-smem"),
     "gate": (Case(seqlen_q=33), "pv", "pv-atomic"),
 }

@@ -17,8 +17,9 @@ from torch import Tensor
 
 Call = Callable[[], Tensor]
 
-_GRAPH_SECONDS = 2e-3  # one replay lasts about this long: far above the events' resolution
+_GRAPH_SECONDS = 2e-3  # one replay lasts about this long: far above a replay's own start-up
 _MAX_CALLS_IN_GRAPH = 200
+_TRIAL_CALLS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,9 @@ def time_on_gpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing 
     for name, call in calls.items():
         try:
             eager[name] = _eager_seconds(call)
-            captured[name] = _capture(call, eager[name])
+            trial = _replay_seconds(_capture(call, _TRIAL_CALLS))
+            wanted = round(_GRAPH_SECONDS / max(trial, 1e-9))
+            captured[name] = _capture(call, max(1, min(_MAX_CALLS_IN_GRAPH, wanted)))
         except (RuntimeError, NotImplementedError, ValueError) as error:
             results[name] = _first_line(error)
             torch.cuda.synchronize()
@@ -81,8 +84,7 @@ def _eager_seconds(call: Call) -> float:
     return elapsed / count
 
 
-def _capture(call: Call, seconds: float) -> _Captured:
-    calls = max(1, min(_MAX_CALLS_IN_GRAPH, round(_GRAPH_SECONDS / max(seconds, 1e-9))))
+def _capture(call: Call, calls: int) -> _Captured:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
