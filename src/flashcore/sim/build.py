@@ -42,6 +42,9 @@ COMMON_FLAGS = (
 KERNEL_FLAGS = ("-O2",)
 RUNTIME_FLAGS = ("-O3",)
 
+# What the runtime includes of the kernels' host side.
+_RUNTIME_HEADERS = ("machine.cuh", "machine_sm90.cuh", "types.cuh")
+
 _SEARCH = ("g++", "clang++", "c++")
 
 
@@ -148,9 +151,8 @@ def _hash(*parts: str) -> str:
 def _runtime_text() -> str:
     """All that the runtime is made of, as text for the cache key."""
     files = [*sorted(RUNTIME_DIR.glob("*.h")), *sorted(RUNTIME_DIR.glob("*.cpp"))]
-    return "\0".join(
-        path.read_text(encoding="utf-8") for path in [*files, KERNELS_DIR / "host" / "machine.cuh"]
-    )
+    headers = [KERNELS_DIR / "host" / name for name in _RUNTIME_HEADERS]
+    return "\0".join(path.read_text(encoding="utf-8") for path in [*files, *headers])
 
 
 def _runtime_object(compiler: Compiler, folder: Path) -> Path:

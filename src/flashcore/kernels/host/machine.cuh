@@ -28,11 +28,28 @@ struct SmemRef {
 };
 
 // Operations for which all 32 lanes of a warp meet.
-enum class WarpOp : int { shfl_xor, warp_any, warp_sync, wmma_load_a, wmma_load_b, wmma_mma };
+enum class WarpOp : int {
+  shfl_xor,
+  warp_any,
+  warp_sync,
+  wmma_load_a,
+  wmma_load_b,
+  wmma_mma,
+  named_barrier_sync,
+  named_barrier_arrive,
+  set_registers,
+  elect_lane,
+  stmatrix,
+  wgmma,
+  wgmma_fence,
+  wgmma_commit,
+  wgmma_wait
+};
 
 // Who is running. Set by the scheduler before it goes on with a fiber.
 extern int current_thread;
 extern int current_block;
+extern int num_blocks;  // of the launch
 
 // Meeting of 32 lanes. True on the lane that arrives last: it computes for all lanes through
 // warp_argument(lane) and calls warp_release(). False on the others, once they have been released.

@@ -5,6 +5,7 @@
 
 FC_DEVICE int thread_idx() { return fc_host::current_thread; }
 FC_DEVICE int block_idx() { return fc_host::current_block; }
+FC_DEVICE int num_blocks() { return fc_host::num_blocks; }
 FC_DEVICE int lane_idx() { return fc_host::current_thread % 32; }
 FC_DEVICE int warp_idx() { return fc_host::current_thread / 32; }
 

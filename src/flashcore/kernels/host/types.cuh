@@ -5,6 +5,7 @@
 
 #define FC_DEVICE inline
 #define FC_KERNEL(name, threads, min_blocks) static void name
+#define FC_PARAM(type) const type
 
 // IEEE binary16: storage only, arithmetic is in float32.
 struct float16 {

@@ -38,6 +38,24 @@ const char* op_name(WarpOp op) {
       return "wmma_load_b";
     case WarpOp::wmma_mma:
       return "wmma_mma";
+    case WarpOp::named_barrier_sync:
+      return "named_barrier_sync";
+    case WarpOp::named_barrier_arrive:
+      return "named_barrier_arrive";
+    case WarpOp::set_registers:
+      return "raise_registers or lower_registers";
+    case WarpOp::elect_lane:
+      return "elect_lane";
+    case WarpOp::stmatrix:
+      return "stmatrix_x4";
+    case WarpOp::wgmma:
+      return "wgmma";
+    case WarpOp::wgmma_fence:
+      return "wgmma_fence";
+    case WarpOp::wgmma_commit:
+      return "wgmma_commit";
+    case WarpOp::wgmma_wait:
+      return "wgmma_wait";
   }
   return "?";
 }
@@ -55,11 +73,26 @@ void set_other_thread(int block, int thread, Site site) {
   machine.report->has_other = 1;
 }
 
+// An asynchronous unit is named by the thread or warp that made it work.
 void set_other_agent(int agent, Site site) {
+  const Agents& first = machine.agents;
+  const Sm90& sm90 = machine.sm90;
+  int warp = agent - first.warps;
+  if (machine.is_sm90 && agent >= first.groups) {
+    if (agent >= first.barrier_cells) {
+      agent = 0;
+    } else if (agent >= first.stores) {
+      agent = sm90.storers[size_t(agent - first.stores)].thread;
+    } else if (agent >= first.mbarriers) {
+      agent = sm90.mbarriers[size_t(agent - first.mbarriers)].last_issuer;
+    } else {
+      warp = (agent - first.groups) * GROUP_WARPS;
+    }
+  }
   if (agent < machine.num_threads) {
     set_other_thread(current_block, agent, site);
   } else {
-    fill_agent(machine.report->other, current_block, agent - machine.num_threads, -1, site);
+    fill_agent(machine.report->other, current_block, warp, -1, site);
     machine.report->has_other = 1;
   }
 }
@@ -125,6 +158,13 @@ static int describe_place(char* text, size_t bytes, const Thread& thread) {
     case ThreadState::at_block_barrier:
       return std::snprintf(text, bytes, "in block_sync at %s:%d", thread.site.file,
                            thread.site.line);
+    case ThreadState::at_mbarrier: {
+      const int used = std::snprintf(text, bytes, "in mbar_wait at %s:%d: ", thread.site.file,
+                                     thread.site.line);
+      if (size_t(used) >= bytes) return used;
+      return used + mbarrier_describe(machine.sm90.mbarriers[size_t(thread.mbarrier)], text + used,
+                                      bytes - size_t(used));
+    }
     case ThreadState::at_warp_op:
       return std::snprintf(text, bytes, "in %s at %s:%d", op_name(thread.op), thread.site.file,
                            thread.site.line);

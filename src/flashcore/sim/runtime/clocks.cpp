@@ -26,6 +26,50 @@ static bool covers(const int32_t* clock, const Warp& warp, int number) {
   return true;
 }
 
+// Components that follow from others: a warp's wmma loads from its lanes, a warpgroup's products
+// from its warps.
+void clocks_derive(int32_t* clock) {
+  const Machine& m = machine;
+  for (int w = 0; w < m.num_warps; ++w) {
+    const Warp& warp = m.warps[size_t(w)];
+    int32_t& seen = clock[warp_agent(w)];
+    const int taken = int(warp.snapshots.size()) / WARP_SIZE;
+    while (seen < taken && covers(clock, warp, seen + 1)) ++seen;
+  }
+  if (!m.is_sm90) return;
+  for (int g = 0; g < m.num_warps / GROUP_WARPS; ++g) {
+    const int32_t* products = clock + m.agents.products + g * GROUP_WARPS;
+    clock[m.agents.groups + g] = *std::min_element(products, products + GROUP_WARPS);
+  }
+}
+
+// A thread's later events are told apart from its earlier ones.
+void clocks_tick(int thread) {
+  int32_t& own = clock_row(thread)[thread];
+  if (own == MAX_CLOCK) {
+    misuse(machine.threads[size_t(current_thread)].site,
+           "a thread passes %d barriers, all that the simulator can count", MAX_CLOCK);
+  }
+  ++own;
+  machine.warps[size_t(thread / WARP_SIZE)].snapshot_is_stale = true;
+}
+
+static void raise_to(int32_t* clock, const int32_t* other) {
+  const auto agents = size_t(machine.num_agents);
+  for (size_t a = 0; a < agents; ++a) clock[a] = std::max(clock[a], other[a]);
+}
+
+void clocks_release(int thread, std::vector<int32_t>& into) {
+  raise_to(into.data(), clock_row(thread));
+  clocks_tick(thread);
+}
+
+void clocks_acquire(int thread, const std::vector<int32_t>& from) {
+  raise_to(clock_row(thread), from.data());
+  clocks_derive(clock_row(thread));
+  machine.warps[size_t(thread / WARP_SIZE)].snapshot_is_stale = true;
+}
+
 // `count` threads from `first` on learn all that any of them knows, and start a new clock tick.
 static void join(int first, int count) {
   Machine& m = machine;
@@ -36,26 +80,10 @@ static void join(int first, int count) {
     const int32_t* row = clock_row(t);
     for (size_t a = 0; a < agents; ++a) joined[a] = std::max(joined[a], row[a]);
   }
-  for (int w = 0; w < m.num_warps; ++w) {
-    const Warp& warp = m.warps[size_t(w)];
-    int32_t& seen = joined[warp_agent(w)];
-    const int taken = int(warp.snapshots.size()) / WARP_SIZE;
-    while (seen < taken && covers(joined, warp, seen + 1)) ++seen;
-  }
+  clocks_derive(joined);
   for (int t = first; t < first + count; ++t) {
-    int32_t* row = clock_row(t);
-    const int32_t own = row[t];
-    if (own == MAX_CLOCK) {
-      misuse(m.threads[size_t(current_thread)].site,
-             "a thread passes %d barriers, all that the "
-             "simulator can count",
-             MAX_CLOCK);
-    }
-    std::copy_n(joined, agents, row);
-    row[t] = own + 1;
-  }
-  for (int w = first / WARP_SIZE; w < (first + count) / WARP_SIZE; ++w) {
-    m.warps[size_t(w)].snapshot_is_stale = true;
+    std::copy_n(joined, agents, clock_row(t));
+    clocks_tick(t);
   }
 }
 

@@ -12,8 +12,8 @@ static int tensor_of(uint64_t address) {
   return index >= 0 && index < machine.launch.num_tensors ? int(index) : -1;
 }
 
-static const FcTensor& locate(uint64_t address, int bytes, const char* doing, Site site,
-                              int64_t& offset) {
+static const FcTensor& locate(uint64_t address, int bytes, int alignment, const char* doing,
+                              Site site, int64_t& offset) {
   const int index = tensor_of(address);
   if (index < 0) {
     raise_alarm({"out-of-bounds", site, "", -1}, "%s address 0x%llx, which is in no tensor%s",
@@ -30,9 +30,9 @@ static const FcTensor& locate(uint64_t address, int bytes, const char* doing, Si
                 "%s %d bytes outside the tensor (%lld bytes from first to last element)", doing,
                 bytes, static_cast<long long>(tensor.bytes));
   }
-  if (address % uint64_t(bytes) != 0) {
+  if (address % uint64_t(alignment) != 0) {
     raise_alarm({"misaligned", site, tensor.name, element, index},
-                "%s %d bytes at an address that is not a multiple of %d", doing, bytes, bytes);
+                "%s %d bytes at an address that is not a multiple of %d", doing, bytes, alignment);
   }
   const int64_t last = (offset + bytes - 1) / tensor.element_bytes;
   for (int64_t e = element; e <= last; ++e) {
@@ -45,10 +45,10 @@ static const FcTensor& locate(uint64_t address, int bytes, const char* doing, Si
   return tensor;
 }
 
-const uint8_t* global_source(uint64_t address, int bytes, Site site) {
+static const uint8_t* source(uint64_t address, int bytes, int alignment, Site site) {
   ++machine.report->gmem_accesses;
   int64_t offset = 0;
-  const FcTensor& tensor = locate(address, bytes, "reads", site, offset);
+  const FcTensor& tensor = locate(address, bytes, alignment, "reads", site, offset);
   if (tensor.writable) {
     const auto index = int(&tensor - machine.launch.tensors);
     const int64_t last = (offset + bytes - 1) / tensor.element_bytes;
@@ -69,14 +69,23 @@ const uint8_t* global_source(uint64_t address, int bytes, Site site) {
   return tensor.data + offset;
 }
 
+const uint8_t* global_source(uint64_t address, int bytes, Site site) {
+  return source(address, bytes, bytes, site);
+}
+
+// One row of a TMA box: any number of bytes.
+const uint8_t* global_row(uint64_t address, int bytes, Site site) {
+  return source(address, bytes, 1, site);
+}
+
 const void* gmem_read(uint64_t address, int bytes, Site site) {
   return global_source(address, bytes, site);
 }
 
-void* gmem_write(uint64_t address, int bytes, Site site) {
+static uint8_t* claim(uint64_t address, int bytes, int alignment, Site site) {
   ++machine.report->gmem_accesses;
   int64_t offset = 0;
-  const FcTensor& tensor = locate(address, bytes, "writes", site, offset);
+  const FcTensor& tensor = locate(address, bytes, alignment, "writes", site, offset);
   const auto index = int(&tensor - machine.launch.tensors);
   const int64_t first = offset / tensor.element_bytes;
   if (!tensor.writable) {
@@ -96,6 +105,14 @@ void* gmem_write(uint64_t address, int bytes, Site site) {
     tensor.writer_site[e] = pack_site(site);
   }
   return tensor.data + offset;
+}
+
+void* gmem_write(uint64_t address, int bytes, Site site) {
+  return claim(address, bytes, bytes, site);
+}
+
+uint8_t* global_claim_row(uint64_t address, int bytes, Site site) {
+  return claim(address, bytes, 1, site);
 }
 
 }  // namespace fc_host

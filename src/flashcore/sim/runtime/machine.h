@@ -1,6 +1,6 @@
 // machine.h - the state of one simulated run. Parts: scheduler.cpp (fibers, meetings, barriers),
 // clocks.cpp (who has seen what), shadow.cpp (shared memory), global.cpp (tensors), async.cpp
-// (cp.async), alarm.cpp (reports).
+// (cp.async), alarm.cpp (reports); for Hopper mbarrier.cpp, tma.cpp, warpgroup.cpp, wgmma.cpp.
 //
 // Order of events. An agent is whoever accesses memory: a thread, or a warp as a whole (wmma loads
 // read on behalf of 32 lanes). Each agent has a clock; an event's epoch is (agent, clock). A
@@ -8,6 +8,10 @@
 // earlier event is ordered before the thread's next one iff its clock is at most that (Lamport
 // 1978; epochs as in FastTrack, Flanagan and Freund 2009). Only barriers let a thread learn of
 // others.
+//
+// Asynchronous units are agents too, with clocks of their own (struct Agents): what a thread has
+// seen of an mbarrier is the number of its phases, of a warp's products those that it waited for.
+// The clock of the kind `fenced` says up to where a thread's writes are visible to those units.
 #pragma once
 
 #include <cstdint>
@@ -16,6 +20,7 @@
 #include "abi.h"
 #include "fiber.h"
 #include "host/machine.cuh"
+#include "sm90.h"
 
 namespace fc_host {
 
@@ -61,7 +66,7 @@ struct ReadSet {
 
 // --- threads -------------------------------------------------------------------------------------
 
-enum class ThreadState : uint8_t { runnable, at_warp_op, at_block_barrier, exited };
+enum class ThreadState : uint8_t { runnable, at_warp_op, at_block_barrier, at_mbarrier, exited };
 
 struct AsyncCopy {
   int group;
@@ -80,16 +85,22 @@ struct Thread {
   Site site;
   int open_group;                 // number of cp.async groups committed so far
   std::vector<AsyncCopy> copies;  // not waited for yet, in order of issue
+  int mbarrier;                   // that it waits at
+  int store_slot;                 // of its bulk stores, or -1
 };
 
 struct Warp {
   uint32_t runnable;
   uint32_t arrived;
+  uint32_t at_mbarrier;
   WarpOp op;
   uint64_t uniform;
   Site site;
   int first_lane;
   void* argument[WARP_SIZE];
+  int elected;  // lane
+  int holder;   // thread that hold_warp() suspends
+  WarpSm90 sm90;
 
   // The warp as an agent: its clock counts snapshots of its lanes' clocks. Seeing snapshot s of the
   // warp means having seen every lane's clock in it.
@@ -105,6 +116,8 @@ struct Machine {
   FcReport* report;
   FcReport deferred;  // kind is empty: none
   int num_threads, num_warps, num_agents;
+  bool is_sm90;
+  Agents agents;
 
   uint64_t random_state;
   int stay_in_warp;  // of 256: how often the scheduler goes on within the same warp
@@ -131,6 +144,7 @@ struct Machine {
   const char* last_file;
   uint32_t last_file_index;
   int num_pending_copies;
+  Sm90 sm90;
 };
 
 extern Machine machine;
@@ -145,8 +159,19 @@ inline Epoch thread_epoch(int thread) { return make_epoch(thread, clock_row(thre
 uint64_t next_random();
 void run_block(int block);
 void maybe_reschedule();
+void set_runnable(int thread);
+void set_waiting(int thread, ThreadState state);
+void schedule(int caller);
+[[noreturn]] void diverged(Site site, const char* what, int other_thread);
+// Of the last lane that arrived: keeps its warp in the meeting until someone wakes this lane.
+void hold_warp();
+void wake_warp(int warp);
 // clocks.cpp
 void clocks_reset();
+void clocks_tick(int thread);
+void clocks_release(int thread, std::vector<int32_t>& into);
+void clocks_acquire(int thread, const std::vector<int32_t>& from);
+void clocks_derive(int32_t* clock);
 void clocks_join_warp(int warp);
 void clocks_join_block();
 Epoch warp_snapshot(int warp);
@@ -155,8 +180,20 @@ void shadow_reset();
 int shadow_locate(const SmemRef& ref, int bytes, int alignment, bool by_warp, Site site);
 void shadow_begin_async(const SmemRef& ref, int offset, int bytes, Site site);
 void shadow_end_async(const AsyncCopy& copy);
+bool ordered(Epoch epoch, const int32_t* clock);
+// An access of an asynchronous unit with epoch `me`, for a thread that has seen `clock`.
+void shadow_write_by_unit(const SmemRef& ref, int offset, int bytes, Epoch me, const int32_t* clock,
+                          Site site);
+void shadow_check_unit_read(const SmemRef& ref, int cell, const int32_t* clock, const char* doing,
+                            Site site, bool by_warp);
+void shadow_mark_unit_read(Cell& cell, Epoch me, PackedSite site);
+void shadow_read_by_unit(const SmemRef& ref, int offset, int bytes, Epoch me, const int32_t* clock,
+                         Site site);
+void* smem_write_as(int thread, SmemRef ref, int bytes, int alignment, Site site);
 // global.cpp
 const uint8_t* global_source(uint64_t address, int bytes, Site site);
+const uint8_t* global_row(uint64_t address, int bytes, Site site);
+uint8_t* global_claim_row(uint64_t address, int bytes, Site site);
 // async.cpp
 void async_perform(AsyncCopy& copy);
 void async_perform_some();

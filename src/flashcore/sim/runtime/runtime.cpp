@@ -1,14 +1,21 @@
 // runtime.cpp - the runtime as one translation unit, compiled once and linked to every kernel, and
 // the two functions that sim/run.py calls.
+#include <cstdio>
+
 #include "alarm.cpp"
 #include "async.cpp"
 #include "clocks.cpp"
 #include "fiber.cpp"
 #include "global.cpp"
+#include "mbarrier.cpp"
 #include "scheduler.cpp"
 #include "shadow.cpp"
+#include "tma.cpp"
+#include "warpgroup.cpp"
+#include "wgmma.cpp"
 
 extern "C" unsigned long long fc_kernel_params_bytes();
+extern "C" int fc_kernel_is_sm90();
 
 namespace fc_host {
 
@@ -30,7 +37,22 @@ static void start(const FcLaunch& launch, FcReport& report) {
   m.report = &report;
   m.num_threads = launch.num_threads;
   m.num_warps = launch.num_threads / WARP_SIZE;
+  m.is_sm90 = fc_kernel_is_sm90() != 0;
   m.num_agents = m.num_threads + m.num_warps;
+  m.agents.warps = m.num_threads;
+  if (m.is_sm90) {
+    const auto add = [&m](int& first, int count) {
+      first = m.num_agents;
+      m.num_agents += count;
+    };
+    add(m.agents.fenced, m.num_threads);
+    add(m.agents.products, m.num_warps);
+    add(m.agents.groups, m.num_warps / GROUP_WARPS);
+    add(m.agents.mbarriers, MAX_MBARRIERS);
+    add(m.agents.stores, MAX_STORERS);
+    add(m.agents.barrier_cells, 1);
+  }
+  num_blocks = launch.grid;
   m.random_state = launch.seed;
   m.stopped = false;
   m.deferred = {};
@@ -56,6 +78,13 @@ FC_EXPORT unsigned long long fc_sim_params_bytes() { return fc_kernel_params_byt
 FC_EXPORT void fc_sim_run(const FcLaunch* launch, FcReport* report) {
   using namespace fc_host;
   start(*launch, *report);
+  if (machine.num_agents > 1 << AGENT_BITS) {
+    std::snprintf(report->kind, sizeof report->kind, "misuse");
+    std::snprintf(report->message, sizeof report->message,
+                  "a block of %d threads with mbarriers is more than the simulator can track",
+                  launch->num_threads);
+    return;
+  }
   std::vector<int> order(size_t(launch->grid));
   for (int i = 0; i < launch->grid; ++i) order[size_t(i)] = i;
   for (int i = launch->grid - 1; i > 0; --i) {

@@ -10,6 +10,7 @@ namespace fc_host {
 
 int current_thread;
 int current_block;
+int num_blocks;
 Machine machine;
 
 // splitmix64 (Steele, Lea and Flood 2014).
@@ -20,16 +21,18 @@ uint64_t next_random() {
   return z ^ (z >> 31);
 }
 
-static void set_runnable(int thread) {
+void set_runnable(int thread) {
   Warp& warp = machine.warps[size_t(thread / WARP_SIZE)];
   warp.runnable |= 1u << (thread % WARP_SIZE);
+  warp.at_mbarrier &= ~(1u << (thread % WARP_SIZE));
   machine.runnable_warps |= 1u << (thread / WARP_SIZE);
   machine.threads[size_t(thread)].state = ThreadState::runnable;
 }
 
-static void set_waiting(int thread, ThreadState state) {
+void set_waiting(int thread, ThreadState state) {
   Warp& warp = machine.warps[size_t(thread / WARP_SIZE)];
   warp.runnable &= ~(1u << (thread % WARP_SIZE));
+  if (state == ThreadState::at_mbarrier) warp.at_mbarrier |= 1u << (thread % WARP_SIZE);
   if (warp.runnable == 0) machine.runnable_warps &= ~(1u << (thread / WARP_SIZE));
   machine.threads[size_t(thread)].state = state;
 }
@@ -44,13 +47,40 @@ static int pick_bit(uint32_t bits, uint32_t random) {
 [[noreturn]] static void deadlock() {
   Machine& m = machine;
   describe_warps(m.report->details, sizeof m.report->details);
-  // The first thread that waits stands for all.
+  // One that waits for bytes which nobody sends stands for all, else the first that waits.
   int t = 0;
   while (m.threads[size_t(t)].state == ThreadState::exited) ++t;
+  for (int other = t; other < m.num_threads; ++other) {
+    const Thread& thread = m.threads[size_t(other)];
+    if (thread.state != ThreadState::at_mbarrier) continue;
+    const MBarrier& bar = m.sm90.mbarriers[size_t(thread.mbarrier)];
+    if (bar.pending == 0 && bar.tx > bar.bytes_under_way) {
+      t = other;
+      break;
+    }
+  }
   current_thread = t;
   const Thread& thread = m.threads[size_t(t)];
+  if (thread.state == ThreadState::at_mbarrier) {
+    const MBarrier& bar = m.sm90.mbarriers[size_t(thread.mbarrier)];
+    char text[256];
+    mbarrier_describe(bar, text, sizeof text);
+    raise_alarm({"deadlock", thread.site, bar.ref.name, bar.ref.index},
+                "waits for a phase of an mbarrier that never completes: %s", text);
+  }
   if (thread.state == ThreadState::at_warp_op) {
     const Warp& warp = m.warps[size_t(t / WARP_SIZE)];
+    if (warp.arrived == 0xffffffffu && thread.op == WarpOp::named_barrier_sync) {
+      const NamedBarrier& bar = m.sm90.named[warp.uniform >> 32];
+      raise_alarm({"deadlock", thread.site},
+                  "waits at named barrier %d, where %d of %d threads have arrived; the others never "
+                  "do",
+                  int(warp.uniform >> 32), bar.arrived, bar.threads);
+    }
+    if (warp.arrived == 0xffffffffu) {
+      raise_alarm({"deadlock", thread.site},
+                  "waits for products that some warp of its warpgroup never issues");
+    }
     raise_alarm({"deadlock", thread.site}, "%d of 32 lanes wait in %s; the others never arrive",
                 __builtin_popcount(warp.arrived), op_name(thread.op));
   }
@@ -59,9 +89,21 @@ static int pick_bit(uint32_t bits, uint32_t random) {
               m.num_at_block_barrier, m.num_threads);
 }
 
-// Goes on with a runnable thread; returns when the caller's turn comes again.
-static void schedule(int caller) {
+// Asynchronous units go on: now and then, or until some thread can when none can.
+static void perform_asynchronous() {
   Machine& m = machine;
+  if (int(next_random() & 255) < m.sm90.eagerness) {
+    tma_perform_some();
+    wgmma_perform_some();
+  }
+  while (m.runnable_warps == 0 && tma_perform_load()) {
+  }
+}
+
+// Goes on with a runnable thread; returns when the caller's turn comes again.
+void schedule(int caller) {
+  Machine& m = machine;
+  if (m.is_sm90) perform_asynchronous();
   if (m.runnable_warps == 0) {
     if (m.num_exited < m.num_threads) deadlock();
     Fiber finished;
@@ -86,7 +128,7 @@ void maybe_reschedule() {
 }
 
 // `what` is where the current thread is; the other thread of its warp waits elsewhere or has left.
-[[noreturn]] static void diverged(Site site, const char* what, int other_thread) {
+[[noreturn]] void diverged(Site site, const char* what, int other_thread) {
   const Thread& other = machine.threads[size_t(other_thread)];
   const char* elsewhere = other.state == ThreadState::exited             ? "has left the kernel"
                           : other.state == ThreadState::at_block_barrier ? "is in block_sync"
@@ -103,6 +145,10 @@ static void fiber_entry() {
   fc_kernel_entry(machine.launch.params);
   async_check_exit();
   const int t = current_thread;
+  if (machine.is_sm90) {
+    tma_check_thread_exit(t);
+    wgmma_check_exit(t / WARP_SIZE);
+  }
   Warp& warp = machine.warps[size_t(t / WARP_SIZE)];
   ++machine.num_exited;
   set_waiting(t, ThreadState::exited);
@@ -124,7 +170,8 @@ static void check_converged(WarpOp op, uint64_t uniform, Site site) {
       (warp.op != op || warp.uniform != uniform || warp.site.line != site.line)) {
     diverged(site, op_name(op), warp.first_lane + __builtin_ctz(warp.arrived));
   }
-  const uint32_t elsewhere = ~warp.runnable & ~warp.arrived;
+  // Who polls an mbarrier is on the way.
+  const uint32_t elsewhere = ~warp.runnable & ~warp.arrived & ~warp.at_mbarrier;
   if (elsewhere != 0) diverged(site, op_name(op), warp.first_lane + __builtin_ctz(elsewhere));
 }
 
@@ -165,6 +212,16 @@ void warp_release() {
   machine.runnable_warps |= 1u << (current_thread / WARP_SIZE);
   maybe_reschedule();
 }
+
+void hold_warp() {
+  const int t = current_thread;
+  Warp& warp = machine.warps[size_t(t / WARP_SIZE)];
+  warp.holder = t;
+  set_waiting(t, ThreadState::at_warp_op);
+  schedule(t);
+}
+
+void wake_warp(int w) { set_runnable(machine.warps[size_t(w)].holder); }
 
 void warp_barrier(Site site) {
   if (!warp_arrive(WarpOp::warp_sync, nullptr, 0, site)) return;
@@ -222,14 +279,24 @@ void run_block(int block) {
   shadow_reset();
   for (int w = 0; w < m.num_warps; ++w) {
     Warp& warp = m.warps[size_t(w)];
-    warp.arrived = warp.runnable = 0;
+    warp.arrived = warp.runnable = warp.at_mbarrier = 0;
     warp.first_lane = w * WARP_SIZE;
+  }
+  if (m.is_sm90) {
+    // From units that finish at once to units that finish when nothing else can happen.
+    constexpr int EAGERNESS[4] = {256, 64, 8, 0};
+    m.sm90.eagerness = EAGERNESS[next_random() & 3];
+    mbarriers_reset();
+    tma_reset();
+    warpgroups_reset();
+    wgmma_reset();
   }
   for (int t = 0; t < m.num_threads; ++t) {
     Thread& thread = m.threads[size_t(t)];
     thread.open_group = 0;
     thread.site = {"", 0};
     thread.copies.clear();
+    thread.store_slot = -1;
     set_runnable(t);
     // Stacks start at different offsets within a page, or they would all share a few cache sets.
     const auto shift = size_t(t % 61) * 64;
@@ -238,6 +305,10 @@ void run_block(int block) {
   const auto first = int(next_random() % uint64_t(m.num_threads));
   current_thread = first;
   fiber_switch(m.main_fiber, m.threads[size_t(first)].fiber);
+  if (!m.stopped && m.is_sm90) {
+    tma_check_block_end();
+    if (!m.stopped) warpgroups_check_block_end();
+  }
   if (!m.stopped) raise_deferred();
 }
 

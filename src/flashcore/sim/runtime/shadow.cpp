@@ -1,5 +1,6 @@
 // shadow.cpp - what is known of every 2 bytes of shared memory: who wrote and who read them last.
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 
 #include "machine.h"
@@ -14,7 +15,7 @@ void shadow_reset() {
   for (size_t i = 0; i < m.cells.size() * CELL_BYTES; ++i) m.smem[i] = POISON_BYTES[i % 2];
 }
 
-static bool ordered(Epoch epoch, const int32_t* clock) {
+bool ordered(Epoch epoch, const int32_t* clock) {
   return clock_of(epoch) <= clock[agent_of(epoch)];
 }
 
@@ -22,6 +23,18 @@ static bool ordered(Epoch epoch, const int32_t* clock) {
 
 static int64_t element_at(const SmemRef& ref, int cell) {
   return (int64_t(cell) * CELL_BYTES - ref.base) / ref.element_bytes;
+}
+
+// What the agent of an earlier write or read was doing.
+static const char* earlier_write(Epoch epoch) {
+  if (epoch & FLAG_ATOMIC) return "another adds by an atomic";
+  if (!machine.is_sm90 || agent_of(epoch) < machine.agents.mbarriers) return "another writes";
+  return agent_of(epoch) == machine.agents.barrier_cells ? "holds an mbarrier" : "a TMA load writes";
+}
+
+static const char* earlier_read(Epoch epoch) {
+  if (!machine.is_sm90 || agent_of(epoch) < machine.agents.groups) return "another reads";
+  return agent_of(epoch) < machine.agents.mbarriers ? "a wgmma reads" : "a TMA store reads";
 }
 
 [[noreturn]] static void race(const SmemRef& ref, int cell, const char* doing, const char* earlier,
@@ -127,9 +140,8 @@ static void read_cells(const SmemRef& ref, int offset, int bytes, Epoch me, cons
     Cell& cell = cells[i];
     if (cell.write == 0) unwritten(ref, i, site, by_warp);
     if (!ordered(cell.write, clock)) {
-      race(ref, i, "reads what",
-           cell.write & FLAG_ATOMIC ? "another adds by an atomic" : "another writes", cell.write,
-           cell.write_site, site, by_warp);
+      race(ref, i, "reads what", earlier_write(cell.write), cell.write, cell.write_site, site,
+           by_warp);
     }
     if (cell.write & FLAG_PENDING) touched_pending(ref, i, "reads", site, by_warp);
     if (cell.read == me) continue;
@@ -168,13 +180,13 @@ static void check_reads_ordered(const SmemRef& ref, int i, const int32_t* clock,
   if (cell.read == 0) return;
   if (!(cell.read & FLAG_SET)) {
     if (!ordered(cell.read, clock)) {
-      race(ref, i, doing, "another reads", cell.read, cell.read_site, site, false);
+      race(ref, i, doing, earlier_read(cell.read), cell.read, cell.read_site, site, false);
     }
   } else {
     const uint32_t index = cell.read & ~FLAG_SET;
     for (const Read& read : machine.read_sets[index].reads) {
       if (!ordered(read.epoch, clock)) {
-        race(ref, i, doing, "another reads", read.epoch, read.site, site, false);
+        race(ref, i, doing, earlier_read(read.epoch), read.epoch, read.site, site, false);
       }
     }
     machine.free_read_sets.push_back(index);
@@ -182,17 +194,14 @@ static void check_reads_ordered(const SmemRef& ref, int i, const int32_t* clock,
   cell.read = 0;
 }
 
-static void write_cells(const SmemRef& ref, int offset, int bytes, Epoch flags, const char* doing,
-                        Site site) {
-  const int32_t* clock = clock_row(current_thread);
-  const Epoch me = thread_epoch(current_thread) | flags;
+static void write_cells(const SmemRef& ref, int offset, int bytes, Epoch me, const int32_t* clock,
+                        const char* doing, Site site) {
   const PackedSite packed = pack_site(site);
   const int end = (offset + bytes) / CELL_BYTES;
   for (int i = offset / CELL_BYTES; i < end; ++i) {
     Cell& cell = machine.cells[size_t(i)];
     if (!ordered(cell.write, clock)) {
-      race(ref, i, doing, cell.write & FLAG_ATOMIC ? "another adds by an atomic" : "another writes",
-           cell.write, cell.write_site, site, false);
+      race(ref, i, doing, earlier_write(cell.write), cell.write, cell.write_site, site, false);
     }
     if (cell.write & FLAG_PENDING) touched_pending(ref, i, doing, site, false);
     check_reads_ordered(ref, i, clock, doing, site);
@@ -201,11 +210,15 @@ static void write_cells(const SmemRef& ref, int offset, int bytes, Epoch flags, 
   }
 }
 
-void* smem_write(SmemRef ref, int bytes, Site site) {
+void* smem_write_as(int thread, SmemRef ref, int bytes, int alignment, Site site) {
   ++machine.report->smem_accesses;
-  const int offset = shadow_locate(ref, bytes, bytes, false, site);
-  write_cells(ref, offset, bytes, 0, "writes what", site);
+  const int offset = shadow_locate(ref, bytes, alignment, false, site);
+  write_cells(ref, offset, bytes, thread_epoch(thread), clock_row(thread), "writes what", site);
   return machine.smem + offset;
+}
+
+void* smem_write(SmemRef ref, int bytes, Site site) {
+  return smem_write_as(current_thread, ref, bytes, bytes, site);
 }
 
 // Atomics do not race with each other, but floats added in no fixed order give results that differ
@@ -224,14 +237,16 @@ void* smem_atomic(SmemRef ref, int bytes, Site site) {
                   "on which comes first");
     }
   }
-  write_cells(ref, offset, bytes, FLAG_ATOMIC, "adds by an atomic to what", site);
+  write_cells(ref, offset, bytes, thread_epoch(current_thread) | FLAG_ATOMIC, clock,
+              "adds by an atomic to what", site);
   return machine.smem + offset;
 }
 
 // --- asynchronous copies -------------------------------------------------------------------------
 
 void shadow_begin_async(const SmemRef& ref, int offset, int bytes, Site site) {
-  write_cells(ref, offset, bytes, FLAG_PENDING, "copies by cp.async over what", site);
+  write_cells(ref, offset, bytes, thread_epoch(current_thread) | FLAG_PENDING,
+              clock_row(current_thread), "copies by cp.async over what", site);
   for (int i = 0; i < bytes; ++i) machine.smem[offset + i] = POISON_BYTES[i % 2];
 }
 
@@ -240,6 +255,83 @@ void shadow_end_async(const AsyncCopy& copy) {
   const Epoch me = thread_epoch(current_thread);
   for (int i = copy.dst_offset / CELL_BYTES; i < (copy.dst_offset + copy.bytes) / CELL_BYTES; ++i) {
     machine.cells[size_t(i)].write = me;
+  }
+}
+
+// --- asynchronous units: TMA and WGMMA -----------------------------------------------------------
+
+// A thread's write reaches a unit only through a fence between the two proxies, by that thread and
+// before the barrier that orders the two.
+static void check_fenced(const SmemRef& ref, int i, const int32_t* clock, const char* doing,
+                         Site site) {
+  const Cell& cell = machine.cells[size_t(i)];
+  const int writer = agent_of(cell.write);
+  if (cell.write == 0 || writer >= machine.num_threads) return;
+  if (clock[machine.agents.fenced + writer] >= clock_of(cell.write)) return;
+  set_other_agent(writer, unpack_site(cell.write_site));
+  raise_alarm({"missing-fence", site, ref.name, element_at(ref, i)},
+              "%s what a thread wrote without fence_proxy_async() between its write and the barrier",
+              doing);
+}
+
+void shadow_write_by_unit(const SmemRef& ref, int offset, int bytes, Epoch me, const int32_t* clock,
+                          Site site) {
+  Cell* cells = machine.cells.data();
+  const int end = (offset + bytes) / CELL_BYTES;
+  Epoch passed = 0;  // nearly always the same for a whole box
+  for (int i = offset / CELL_BYTES; i < end; ++i) {
+    if (cells[i].write == passed || !ordered(cells[i].write, clock)) continue;
+    passed = cells[i].write;
+    check_fenced(ref, i, clock, "a TMA load writes over", site);
+  }
+  write_cells(ref, offset, bytes, me, clock, "a TMA load writes what", site);
+  for (int i = 0; i < bytes; ++i) machine.smem[offset + i] = POISON_BYTES[i % 2];
+}
+
+// Whether a unit's read of a cell by a thread that has seen `clock` is in order; else an alarm.
+void shadow_check_unit_read(const SmemRef& ref, int i, const int32_t* clock, const char* doing,
+                            Site site, bool by_warp) {
+  const Cell& cell = machine.cells[size_t(i)];
+  if (cell.write == 0) unwritten(ref, i, site, by_warp);
+  if (!ordered(cell.write, clock)) {
+    char text[64];
+    std::snprintf(text, sizeof text, "%s what", doing);
+    race(ref, i, text, earlier_write(cell.write), cell.write, cell.write_site, site, by_warp);
+  }
+  if (cell.write & FLAG_PENDING) touched_pending(ref, i, doing, site, by_warp);
+  check_fenced(ref, i, clock, doing, site);
+}
+
+// A unit's reads are in order among themselves: the newest stands for all of them.
+void shadow_mark_unit_read(Cell& cell, Epoch me, PackedSite site) {
+  Machine& m = machine;
+  const auto same = [me](Epoch epoch) { return agent_of(epoch) == agent_of(me); };
+  if (cell.read == 0 || (!(cell.read & FLAG_SET) && same(cell.read))) {
+    cell.read = me;
+    cell.read_site = site;
+    return;
+  }
+  if (!(cell.read & FLAG_SET)) {
+    const uint32_t index = take_read_set();
+    m.read_sets[index].reads.push_back({cell.read, cell.read_site});
+    cell.read = FLAG_SET | index;
+  }
+  auto& reads = m.read_sets[cell.read & ~FLAG_SET].reads;
+  for (Read& read : reads) {
+    if (same(read.epoch)) {
+      read = {me, site};
+      return;
+    }
+  }
+  reads.push_back({me, site});
+}
+
+void shadow_read_by_unit(const SmemRef& ref, int offset, int bytes, Epoch me, const int32_t* clock,
+                         Site site) {
+  const PackedSite packed = pack_site(site);
+  for (int i = offset / CELL_BYTES; i < (offset + bytes) / CELL_BYTES; ++i) {
+    shadow_check_unit_read(ref, i, clock, "a TMA store reads", site, false);
+    shadow_mark_unit_read(machine.cells[size_t(i)], me, packed);
   }
 }
 

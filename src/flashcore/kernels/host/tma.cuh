@@ -1,0 +1,31 @@
+// host/tma.cuh - boxes of a four-dimensional tensor between global and shared memory (PTX ISA:
+// cp.async.bulk.tensor). The runtime checks a box when it is issued and moves it at a moment that
+// the scheduler picks.
+#pragma once
+
+#include "host/machine_sm90.cuh"
+#include "host/memory.cuh"
+
+template <class T>
+FC_DEVICE void tma_load(SmemPtr<T> dst, const TensorMap& map, SmemPtr<uint64_t> bar, int col,
+                        int row, int head, int batch, FC_SITE) {
+  fc_host::tma_load(dst.ref(), map, bar.ref(), col, row, head, batch, FC_HERE);
+}
+
+template <class T>
+FC_DEVICE void tma_store(const TensorMap& map, SmemPtr<T> src, int col, int row, int head,
+                         int batch, FC_SITE) {
+  fc_host::tma_store(map, src.ref(), col, row, head, batch, FC_HERE);
+}
+
+FC_DEVICE void tma_store_commit(FC_SITE) { fc_host::tma_store_commit(FC_HERE); }
+
+// Until all but the newest PENDING groups have read their shared-memory source.
+template <int PENDING>
+FC_DEVICE void tma_store_wait_read(FC_SITE) {
+  static_assert(PENDING >= 0, "a number of groups");
+  fc_host::tma_store_wait_read(PENDING, FC_HERE);
+}
+
+// A hint; nothing to fetch here.
+FC_DEVICE void tma_prefetch(const TensorMap&) {}

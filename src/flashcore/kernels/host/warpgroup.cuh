@@ -1,0 +1,42 @@
+// host/warpgroup.cuh - barriers among some warps, register budgets of warpgroups, proxy fences.
+#pragma once
+
+#include "host/machine_sm90.cuh"
+#include "host/memory.cuh"
+
+// `threads` counts all that sync or arrive, whole warps (PTX ISA: bar.sync, bar.arrive).
+FC_DEVICE void named_barrier_sync(int id, int threads, FC_SITE) {
+  fc_host::named_barrier(id, threads, true, FC_HERE);
+}
+
+FC_DEVICE void named_barrier_arrive(int id, int threads, FC_SITE) {
+  fc_host::named_barrier(id, threads, false, FC_HERE);
+}
+
+template <int REGISTERS>
+FC_DEVICE void raise_registers(FC_SITE) {
+  static_assert(REGISTERS >= 24 && REGISTERS <= 256 && REGISTERS % 8 == 0,
+                "setmaxnreg takes a multiple of 8 from 24 to 256");
+  fc_host::set_registers(REGISTERS, true, FC_HERE);
+}
+
+template <int REGISTERS>
+FC_DEVICE void lower_registers(FC_SITE) {
+  static_assert(REGISTERS >= 24 && REGISTERS <= 256 && REGISTERS % 8 == 0,
+                "setmaxnreg takes a multiple of 8 from 24 to 256");
+  fc_host::set_registers(REGISTERS, false, FC_HERE);
+}
+
+// This thread's earlier writes to shared memory become visible to TMA and WGMMA.
+FC_DEVICE void fence_proxy_async(FC_SITE) { fc_host::fence_proxy_async(FC_HERE); }
+
+// True in one lane of the warp, always the same; all lanes must arrive.
+FC_DEVICE bool elect_lane(FC_SITE) { return fc_host::elect_lane(FC_HERE); }
+
+// Four 8x8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8 (PTX
+// ISA: stmatrix).
+template <class T>
+FC_DEVICE void stmatrix_x4(SmemPtr<T> p, const uint32_t (&reg)[4], FC_SITE) {
+  static_assert(sizeof(T) == 2, "stmatrix stores 16-bit elements");
+  fc_host::store_matrices(p.ref(), reg, FC_HERE);
+}
