@@ -13,15 +13,16 @@ from flashcore.cases import Case, make_inputs
 
 SIM = pytest.param("sim", id="sim")
 WMMA = pytest.param("wmma", id="wmma", marks=pytest.mark.gpu)
+GPU = pytest.param("auto", id="gpu", marks=pytest.mark.gpu)  # the best kernel of the GPU at hand
 
 # "sim" and "wmma" run the same kernel source, on the CPU and on the GPU.
-every_backend = pytest.mark.parametrize("backend", ["torch", SIM, WMMA])
-kernel_backends = pytest.mark.parametrize("backend", [SIM, WMMA])
+every_backend = pytest.mark.parametrize("backend", ["torch", SIM, WMMA, GPU])
+kernel_backends = pytest.mark.parametrize("backend", [SIM, WMMA, GPU])
 
 
 def device_of(backend: str) -> str:
     """Where a backend's tensors live."""
-    return "cuda" if backend == "wmma" else "cpu"
+    return "cuda" if backend in ("wmma", "auto") else "cpu"
 
 
 def check(

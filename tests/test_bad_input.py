@@ -220,7 +220,8 @@ def test_bfloat16_needs_sm_80():
 def test_unsupported_dtype_on_the_gpu():
     with pytest.raises(TypeError, match=r"float32.*torch.float16.*backend=\"torch\""):
         choose_backend(on_gpu(90, "float32"), "wmma")
-    assert choose_backend(on_gpu(90), "auto").backend == "wmma"
+    assert choose_backend(on_gpu(90), "auto").backend == "sm90"
+    assert choose_backend(on_gpu(80), "auto").backend == "wmma"
     assert not choose_backend(on_gpu(90), "auto").is_fallback
 
 

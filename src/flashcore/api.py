@@ -95,8 +95,9 @@ def attention(
             scale and softcap), broadcastable to [batch, num_heads_q, seqlen_q, seqlen_k]. Read
             through its strides, never expanded.
         return_lse: also return the log-sum-exp of each row of scores.
-        backend: "auto" (by device and dtype), "wmma" (the portable tensor-core kernel), "sim" (the
-            same kernel in the simulator, on CPU tensors), or "torch" (PyTorch operations).
+        backend: "auto" (by device and dtype), "sm90" (the Hopper kernel), "wmma" (the portable
+            tensor-core kernel), "sim" (a kernel in the simulator, on CPU tensors), or "torch"
+            (PyTorch operations).
 
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. With return_lse, the pair

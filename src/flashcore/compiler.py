@@ -135,7 +135,9 @@ def _run_nvrtc(
     return code, log.getvalue().replace("\0", "")
 
 
-def compile_uncached(source: str, arch: int, kernel_name: str) -> CompiledKernel:
+def compile_uncached(
+    source: str, arch: int, kernel_name: str, arch_suffix: str = ""
+) -> CompiledKernel:
     """Compiles one translation unit.
 
     Args:
@@ -143,13 +145,14 @@ def compile_uncached(source: str, arch: int, kernel_name: str) -> CompiledKernel
         arch: architecture, 90 for sm_90. One that NVRTC does not know gets PTX for the newest that
             it does, which the driver compiles.
         kernel_name: the entry point.
+        arch_suffix: "a" for the architecture-specific instructions of sm_90a.
 
     Raises:
         BackendUnavailableError: no NVRTC, or one that is too new for the architecture.
         CompileError: the compiler rejects the source; the message holds its log.
     """
     archs = nvrtc_archs()
-    code_type, target = "cubin", f"sm_{arch}"
+    code_type, target = "cubin", f"sm_{arch}{arch_suffix}"
     if arch not in archs:
         older = [known for known in archs if known < arch]
         if not older:

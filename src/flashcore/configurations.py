@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from flashcore.plan import SUPPORTED_ARCHS, Plan, select_plan
+from flashcore.plan import KERNEL, SUPPORTED_ARCHS, Plan, select_plan
+from flashcore.plan_sm90 import ARCH as SM90_ARCH
 from flashcore.problem import Problem
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
@@ -63,8 +64,10 @@ def configurations(
                 for arch in archs:
                     if dtype == "bfloat16" and arch < 80:
                         continue
-                    plan = select_plan(problem, arch)
-                    found.setdefault(plan, Configuration(variant, plan))
+                    # On sm_90 the portable kernel serves what TMA cannot read.
+                    for kernel in {None, KERNEL} if arch == SM90_ARCH else {None}:
+                        plan = select_plan(problem, arch, kernel=kernel)
+                        found.setdefault(plan, Configuration(variant, plan))
     return list(found.values())
 
 

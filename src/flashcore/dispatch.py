@@ -19,9 +19,11 @@ from flashcore.tiled import attention_tiled
 if TYPE_CHECKING:
     from flashcore.plan import Plan
 
-BACKENDS = ("auto", "wmma", "sim", "torch")
+BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
+KERNELS = {"sm90": "attn_fwd_sm90", "wmma": "attn_fwd_wmma"}
 KERNEL_DTYPES = ("float16", "bfloat16")
 WMMA_MIN_ARCH = 75
+SM90_ARCH = 90
 BFLOAT16_MIN_ARCH = 80
 
 _warned: set[str] = set()
@@ -32,7 +34,7 @@ class Choice:
     """The backend that serves a call.
 
     Args:
-        backend: "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim" or "torch".
         reason: why, in words.
         is_fallback: whether "auto" would have preferred a kernel; worth a warning.
     """
@@ -63,13 +65,15 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         return Choice("torch", 'asked for with backend="torch"')
     if backend == "sim":
         return _choose_sim(problem)
-    if backend == "wmma":
+    if backend in KERNELS:
         if problem.device == "cpu":
-            raise BackendUnavailableError(_wmma_on_cpu_text())
+            raise BackendUnavailableError(_gpu_kernel_on_cpu_text(backend))
         obstacle = _obstacle_to_wmma(problem)
+        if obstacle is None and backend == "sm90":
+            obstacle = _obstacle_to_sm90(problem)
         if obstacle is not None:
             raise obstacle
-        return Choice("wmma", 'asked for with backend="wmma"')
+        return Choice(backend, f'asked for with backend="{backend}"')
     if backend == "auto":
         return _choose_auto(problem)
     raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
@@ -80,7 +84,13 @@ def _choose_auto(problem: Problem) -> Choice:
         return Choice("torch", "q, k and v are CPU tensors")
     obstacle = _obstacle_to_wmma(problem)
     if obstacle is None:
-        return Choice("wmma", f"{problem.dtype} tensors on an sm_{problem.arch} GPU")
+        reason = f"{problem.dtype} tensors on an sm_{problem.arch} GPU"
+        rather_not = _obstacle_to_sm90(problem)
+        if rather_not is None:
+            return Choice("sm90", reason)
+        if problem.arch == SM90_ARCH:
+            reason += f", and not sm90: {rather_not}"
+        return Choice("wmma", reason)
     # A GPU too old for every kernel is worth an error: whoever bought one expects to be told.
     if problem.arch and problem.arch < WMMA_MIN_ARCH:
         raise obstacle
@@ -110,13 +120,32 @@ def _obstacle_to_wmma(problem: Problem) -> Exception | None:
     return None
 
 
-def _wmma_on_cpu_text() -> str:
+def _obstacle_to_sm90(problem: Problem) -> Exception | None:
+    """Likewise for the Hopper kernel, for a problem that the WMMA kernel serves."""
+    from flashcore.plan_sm90 import obstacle  # not needed by the torch backend
+
+    if problem.arch != SM90_ARCH:
+        return BackendUnavailableError(
+            f'backend="sm90" needs an sm_90 (Hopper) GPU, but this one is sm_{problem.arch}; '
+            'pass backend="auto"'
+        )
+    reason = obstacle(problem)
+    if reason is not None:
+        return NotImplementedError(f'{reason}; pass backend="wmma", or make the tensor contiguous')
+    return None
+
+
+def _gpu_kernel_on_cpu_text(backend: str) -> str:
     way_out = (
         'backend="sim" runs the same kernel in the simulator, backend="torch" computes with PyTorch'
     )
     if torch.cuda.is_available():
-        return f'q is on cpu, but backend="wmma" needs CUDA tensors: pass q.cuda(), or {way_out}'
-    return f'backend="wmma" needs a CUDA GPU, and torch sees none here (q is on cpu): {way_out}'
+        return (
+            f'q is on cpu, but backend="{backend}" needs CUDA tensors: pass q.cuda(), or {way_out}'
+        )
+    return (
+        f'backend="{backend}" needs a CUDA GPU, and torch sees none here (q is on cpu): {way_out}'
+    )
 
 
 def _choose_sim(problem: Problem) -> Choice:
@@ -161,7 +190,7 @@ def run_backend(
     """Compute on a backend that `choose_backend` returned.
 
     Args:
-        backend: "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim" or "torch".
         problem: the description of the tensors.
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
@@ -191,16 +220,18 @@ def run_backend(
     else:
         from flashcore.launch import run_kernel
 
-        run_kernel(problem, _plan(problem, problem.arch), q, k, v, mask, out, rows)
+        run_kernel(
+            problem, _plan(problem, problem.arch, KERNELS[backend]), q, k, v, mask, out, rows
+        )
     return out, rows
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, arch: int) -> Plan:
+def _plan(problem: Problem, arch: int, kernel: str | None = None) -> Plan:
     """`select_plan`, which takes a third of a millisecond, once per Problem."""
     from flashcore.plan import select_plan  # not needed, hence not loaded, by the torch backend
 
-    return select_plan(problem, arch)
+    return select_plan(problem, arch, kernel=kernel)
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:

@@ -8,7 +8,7 @@ from typing import TextIO
 import torch
 
 from flashcore import env
-from flashcore.dispatch import KERNEL_DTYPES, choose_backend, sdpa_means_the_same
+from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
 from flashcore.plan import Plan, candidates
 from flashcore.problem import Causal, Problem, Window, load_bytes
 
@@ -21,7 +21,7 @@ class Explanation:
 
     Args:
         problem: the call, validated and normalised.
-        backend: "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim" or "torch".
         reason: why that backend.
         plan: the kernel and its tiles; for "torch" on float16 or bfloat16 CPU tensors, what a GPU
             of the architecture would run; None where no kernel serves the call.
@@ -104,7 +104,8 @@ def explain(
     choice = choose_backend(problem, backend)
     plans: list[Plan] = []
     if problem.dtype in KERNEL_DTYPES and (choice.backend != "torch" or problem.device == "cpu"):
-        plans = candidates(problem, arch or problem.arch or env.sim_arch())
+        kernel = KERNELS.get(choice.backend)
+        plans = candidates(problem, arch or problem.arch or env.sim_arch(), kernel=kernel)
     explanation = Explanation(
         problem=problem,
         backend=choice.backend,

@@ -157,7 +157,7 @@ class _Runner:
             raise ValueError(f"{problem.describe()}: there is nothing to compute in an empty case")
         if problem.dtype not in ("float16", "bfloat16"):
             raise ValueError(f"dtype={problem.dtype!r}: the kernel has float16 and bfloat16")
-        plan = select_plan(problem, self.arch, stage.gate)
+        plan = select_plan(problem, self.arch, stage.gate, "attn_fwd_wmma")
         checks: list[Check] = []
         self.hints = []
         alarm = None

@@ -42,9 +42,9 @@ class Resources:
     code_bytes: int
 
 
-def cache_key(source: str, arch: int) -> str:
+def cache_key(source: str, arch: int, arch_suffix: str = "") -> str:
     """Name of a kernel in the cache and in bundles."""
-    text = "\0".join((source, f"sm_{arch}", *OPTIONS))
+    text = "\0".join((source, f"sm_{arch}{arch_suffix}", *OPTIONS))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -126,13 +126,16 @@ def _read_bundled(key: str) -> CompiledKernel | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def compile_source(source: str, arch: int, kernel_name: str) -> CompiledKernel:
+def compile_source(
+    source: str, arch: int, kernel_name: str, arch_suffix: str = ""
+) -> CompiledKernel:
     """Compiles one translation unit, or finds it compiled.
 
     Args:
         source: flattened source text (see codegen.flatten).
         arch: architecture, 90 for sm_90.
         kernel_name: the entry point in it.
+        arch_suffix: "a" for the architecture-specific instructions of sm_90a.
 
     Returns:
         The compiled kernel.
@@ -141,7 +144,7 @@ def compile_source(source: str, arch: int, kernel_name: str) -> CompiledKernel:
         BackendUnavailableError: cuda-core or NVRTC is missing and nothing compiled was found.
         CompileError: the compiler rejects the source; the message holds its log.
     """
-    key = cache_key(source, arch)
+    key = cache_key(source, arch, arch_suffix)
     kernel = _read_bundled(key)
     if kernel is not None:
         return kernel
@@ -149,14 +152,14 @@ def compile_source(source: str, arch: int, kernel_name: str) -> CompiledKernel:
     path = env.cache_dir() / "kernels" / f"nvrtc-{version}" / f"{key}.bin"
     kernel = _read_cached(path)
     if kernel is None:
-        kernel = compile_uncached(source, arch, kernel_name)
+        kernel = compile_uncached(source, arch, kernel_name, arch_suffix)
         _write_cached(path, kernel)
     return kernel
 
 
 def compile_plan(plan: Plan) -> CompiledKernel:
     """Compiles a plan's kernel, or finds it compiled. See `compile_source`."""
-    return compile_source(generate_source(plan), plan.arch, plan.kernel)
+    return compile_source(generate_source(plan), plan.arch, plan.kernel, plan.arch_suffix)
 
 
 def resources(plan: Plan) -> Resources:
@@ -164,7 +167,7 @@ def resources(plan: Plan) -> Resources:
     kernel = compile_plan(plan)
     return Resources(
         kernel=plan.kernel,
-        arch=kernel.arch,
+        arch=f"sm_{plan.arch}",
         head_dim=plan.head_dim,
         dtype=plan.dtype,
         registers=kernel.registers,
@@ -187,11 +190,11 @@ def write_bundle(path: Path, plans: Iterable[Plan]) -> int:
     """
     wanted = {}
     for plan in plans:
-        wanted[(generate_source(plan), plan.arch)] = plan.kernel
-        wanted[(generate_probe_source(plan.dtype), plan.arch)] = PROBE
+        wanted[(generate_source(plan), plan.arch, plan.arch_suffix)] = plan.kernel
+        wanted[(generate_probe_source(plan.dtype), plan.arch, "")] = PROBE
     entries = {
-        cache_key(source, arch): _pack(compile_source(source, arch, name))
-        for (source, arch), name in wanted.items()
+        cache_key(source, arch, suffix): _pack(compile_source(source, arch, name, suffix))
+        for (source, arch, suffix), name in wanted.items()
     }
     temporary = path.with_name(path.name + ".tmp")
     with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as bundle:

@@ -34,6 +34,7 @@ _SMEM_BYTES = {
 _REGISTERS_PER_SM = 65536
 _RESERVED_SMEM_BYTES_PER_BLOCK = 1024
 
+KERNEL = "attn_fwd_wmma"
 MIN_ARCH = 75
 # What the compile gate compiles for.
 SUPPORTED_ARCHS = (75, 80, 86, 89, 90, 100, 120)
@@ -86,6 +87,11 @@ class Plan:
     has_softcap: bool = False
     mask: str | None = None
     gate: str | None = None
+
+    @property
+    def arch_suffix(self) -> str:
+        """What follows the architecture's number in the compiler's target."""
+        return ""
 
     @property
     def num_warps(self) -> int:
@@ -222,7 +228,12 @@ def _rank(plan: Plan) -> tuple[int, ...]:
     return (-resident_warps, -plan.num_stages, abs(plan.block_n - 32), plan.block_m)
 
 
-def candidates(problem: Problem, arch: int | None = None, gate: str | None = None) -> list[Plan]:
+def candidates(
+    problem: Problem,
+    arch: int | None = None,
+    gate: str | None = None,
+    kernel: str | None = None,
+) -> list[Plan]:
     """Every legal tile configuration for the problem, best first.
 
     Args:
@@ -230,10 +241,19 @@ def candidates(problem: Problem, arch: int | None = None, gate: str | None = Non
         arch: architecture to plan for (90 for sm_90); by default the problem's own, and
             `SIM_ARCH` for CPU tensors.
         gate: debug gate to build in, one of `GATES`.
+        kernel: "attn_fwd_wmma" or "attn_fwd_sm90"; by default the latter on sm_90 where it serves
+            the problem (and has no gate), else the former.
     """
+    from flashcore import plan_sm90  # which builds on this module
+
+    arch = arch or problem.arch or SIM_ARCH
+    if kernel is None and arch == plan_sm90.ARCH and gate is None:
+        kernel = KERNEL if plan_sm90.obstacle(problem) else plan_sm90.KERNEL
+    if kernel == plan_sm90.KERNEL:
+        return plan_sm90.candidates(problem) or candidates(problem, arch, gate, KERNEL)
     base = Plan(
-        kernel="attn_fwd_wmma",
-        arch=arch or problem.arch or SIM_ARCH,
+        kernel=KERNEL,
+        arch=arch,
         dtype=problem.dtype,
         head_dim=problem.head_dim,
         head_dim_v=problem.head_dim_v,
@@ -252,6 +272,11 @@ def candidates(problem: Problem, arch: int | None = None, gate: str | None = Non
     return sorted(legal, key=_rank)
 
 
-def select_plan(problem: Problem, arch: int | None = None, gate: str | None = None) -> Plan:
+def select_plan(
+    problem: Problem,
+    arch: int | None = None,
+    gate: str | None = None,
+    kernel: str | None = None,
+) -> Plan:
     """The best legal tile configuration. See `candidates`."""
-    return candidates(problem, arch, gate)[0]
+    return candidates(problem, arch, gate, kernel)[0]

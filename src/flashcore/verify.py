@@ -20,7 +20,8 @@ from flashcore import env
 from flashcore.accuracy import ErrorReport, error_report
 from flashcore.cases import Case, make_inputs
 
-BACKENDS = ("auto", "wmma", "sim", "torch")
+BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
+GPU_BACKENDS = ("sm90", "wmma")
 
 # One of a kind each of what goes wrong: nothing, one, primes, a tile less, exactly, and more by
 # one.
@@ -65,7 +66,9 @@ def resolve_backend(name: str) -> str:
         raise ValueError(f"backend={name!r} is not one of {', '.join(BACKENDS)}")
     if name != "auto":
         return name
-    return "wmma" if torch.cuda.is_available() else "torch"
+    if not torch.cuda.is_available():
+        return "torch"
+    return "sm90" if torch.cuda.get_device_capability() == (9, 0) else "wmma"
 
 
 def draw_case(seed: int, index: int, backend: str) -> Case:
@@ -74,7 +77,7 @@ def draw_case(seed: int, index: int, backend: str) -> Case:
     Args:
         seed: of the whole run.
         index: of the case in the run.
-        backend: "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim" or "torch".
     """
     rng = random.Random(f"{seed}:{index}:{backend}")
     options: dict[str, Any] = {}
@@ -128,7 +131,8 @@ def _draw_configuration(rng: random.Random, backend: str) -> dict[str, Any]:
         "window": window,
         "softcap": rng.choice((None, None, None, 20.0)),
         "mask": rng.choice(("none", "none", "bool", "padding", "additive")),
-        "offset": rng.choice((0, 0, 0, 1, 2, 8)),
+        # TMA reads 16-byte aligned rows only.
+        "offset": rng.choice((0, 0, 0, 8) if backend == "sm90" else (0, 0, 0, 1, 2, 8)),
     }
 
 
@@ -142,7 +146,7 @@ def verify(
     """Verify cases one after the other.
 
     Args:
-        backend: "auto", "wmma", "sim" or "torch".
+        backend: "auto", "sm90", "wmma", "sim" or "torch".
         seed: of the run.
         indices: which cases of the run.
         on_case: called after each case.
@@ -165,7 +169,7 @@ def _verify_one(backend: str, seed: int, index: int) -> CaseResult:
     case = draw_case(seed, index, backend)
     replay = f"flashcore verify --backend {backend} --seed {seed} --case {index}"
     try:
-        inputs = make_inputs(case, "cuda" if backend == "wmma" else "cpu")
+        inputs = make_inputs(case, "cuda" if backend in GPU_BACKENDS else "cpu")
         with _scheduler_seed(case.seed):
             out, lse = attention(
                 inputs.q,

@@ -84,7 +84,8 @@ _SCORES_LIMIT = 20.0 * 2**30
 def gpu_libraries() -> list[Library]:
     """Everything that runs on a GPU, flashcore first."""
     return [
-        Library("flashcore", flashcore_call("wmma")),
+        Library("flashcore", flashcore_call("auto")),
+        Library("flashcore-wmma", flashcore_call("wmma")),
         Library("sdpa-flash", _sdpa(SDPBackend.FLASH_ATTENTION)),
         Library("sdpa-efficient", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
         Library("sdpa-cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION)),

@@ -29,7 +29,9 @@ def explain(
     layout: Annotated[
         str, typer.Option("--layout", help="Order in memory: bhsd or bshd (passed transposed).")
     ] = "bhsd",
-    backend: Annotated[str, typer.Option("--backend", help="auto, wmma, sim or torch.")] = "auto",
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto, sm90, wmma, sim or torch.")
+    ] = "auto",
     arch: Annotated[
         str | None, typer.Option("--arch", help="Plan for this GPU, such as sm_90.")
     ] = None,

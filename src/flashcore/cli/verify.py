@@ -14,7 +14,8 @@ def verify(
     backend: Annotated[
         str,
         typer.Option(
-            "--backend", help="auto (wmma on a GPU, else torch), wmma, sim (CPU) or torch (CPU)."
+            "--backend",
+            help="auto (a GPU's best kernel, else torch), sm90, wmma, sim (CPU) or torch (CPU).",
         ),
     ] = "auto",
     seed: Seed = 0,
@@ -44,8 +45,8 @@ def verify(
 
         with usage_errors():
             chosen = verification.resolve_backend(backend)
-        if chosen == "wmma":
-            _require_gpu()
+        if chosen in verification.GPU_BACKENDS:
+            _require_gpu(chosen)
         indices = range(cases) if case is None else [case]
         if chosen != backend and chosen == "torch":
             out.note("No GPU: verifying the PyTorch path. --backend sim runs the CUDA kernel.")
@@ -86,11 +87,11 @@ def verify(
         out.finish(document, ok=failed == 0)
 
 
-def _require_gpu() -> None:
+def _require_gpu(backend: str) -> None:
     import torch
 
     if not torch.cuda.is_available():
         raise typer.BadParameter(
-            "--backend wmma needs a GPU and torch sees none (`flashcore doctor` says why); "
+            f"--backend {backend} needs a GPU and torch sees none (`flashcore doctor` says why); "
             "--backend sim runs the same kernel on the CPU"
         )

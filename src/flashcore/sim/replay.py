@@ -123,6 +123,8 @@ def replay_command(
         A line for a shell.
     """
     words = [f"seed={seed}", f"sim_arch={plan.arch}"]
+    if plan.kernel != "attn_fwd_wmma":
+        words.append(f"kernel={plan.kernel}")
     if plan.gate is not None:
         words.append(f"gate={plan.gate}")
     if plant is not None:
@@ -131,7 +133,7 @@ def replay_command(
         value = getattr(problem, field.name)
         if field.name not in REPLAY_DEFAULTS or value != REPLAY_DEFAULTS[field.name]:
             words.append(f"{field.name}={_to_text(value)}")
-    chosen = select_plan(problem, plan.arch, plan.gate)
+    chosen = select_plan(problem, plan.arch, plan.gate, plan.kernel)
     for field in fields(plan):
         value = getattr(plan, field.name)
         if value != getattr(chosen, field.name):
@@ -222,7 +224,7 @@ def parse_replay(words: Sequence[str]) -> Replay:
             raise ValueError(f"{field.name} is missing")
     problem = Problem(**problem_values)
     arch, gate = int(take("sim_arch", "80")), take("gate", "") or None
-    plan = select_plan(problem, arch, gate)
+    plan = select_plan(problem, arch, gate, take("kernel", "attn_fwd_wmma"))
     changes = {
         field.name: _from_text(given.pop(f"plan.{field.name}"), field.name, None)
         for field in fields(plan)

@@ -12,15 +12,21 @@ ALARM_KINDS = {
     "uninitialized-read": "read of memory that nothing has written",
     "out-of-bounds": "access outside a shared array or a tensor",
     "misaligned": "access at an address that is not a multiple of its size",
-    "async-pending": "access to the destination of a cp.async before it was waited for",
+    "async-pending": "an asynchronous copy or product that was not waited for",
     "atomic-order": "float atomics in no fixed order",
     "divergence": "lanes or threads that should meet wait in different places",
     "deadlock": "everybody waits",
     "double-write": "an output element with two owners",
     "unwritten-output": "an output element that nobody wrote",
     "read-only-write": "write to an input tensor",
+    "mbarrier": "an mbarrier before its initialisation, with too many arrivals or bytes",
+    "named-barrier": "a named barrier with different counts, or by more warps than it counts",
+    "missing-fence": "a thread's write that reaches TMA or WGMMA without a proxy fence",
+    "wgmma": "registers of a WGMMA touched before the wait, or without a fence or commit",
     "misuse": "arguments that the PTX ISA does not allow",
 }
+# Those that only kernels with prims_sm90.cuh can raise.
+SM90_ALARM_KINDS = {"mbarrier", "named-barrier", "missing-fence", "wgmma"}
 
 
 @dataclass(frozen=True, slots=True)

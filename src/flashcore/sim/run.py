@@ -8,9 +8,10 @@ strided tensor's elements holds NaN and counts as out of bounds.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,9 @@ import torch
 from torch import Tensor
 
 from flashcore.codegen import generate_source
-from flashcore.launch import build_params, grid_size
+from flashcore.params import build_params, grid_size
+from flashcore.params_sm90 import build_params_sm90, num_units
+from flashcore.plan_sm90 import Sm90Plan
 from flashcore.sim.abi import AgentStruct, LaunchStruct, ReportStruct, TensorStruct
 from flashcore.sim.build import load_kernel
 from flashcore.sim.report import Agent, SimReport, SimulationError
@@ -31,6 +34,8 @@ if TYPE_CHECKING:
 _ADDRESS_BITS = 44  # as in runtime/global.cpp
 FIRST_ARCH_WITH_CP_ASYNC = 80
 NO_CP_ASYNC = "#define FC_HOST_NO_CP_ASYNC"
+# Blocks of a kernel whose blocks stride over the work: few, so that each takes several pieces.
+PERSISTENT_BLOCKS = 3
 # Alignment of torch's CPU allocations: below it, an address says how a view was cut out of them.
 ADDRESS_ALIGNMENT = 64
 
@@ -48,14 +53,15 @@ class SimTensor:
     Args:
         name: for reports.
         tensor: CPU tensor of any shape and strides.
-        pointer_field: member of the parameter struct that gets its address.
+        pointer_field: member of the parameter struct that gets its address, or several, or none;
+            a dot leads into a member's own members.
         writable: whether the kernel writes it: it starts unwritten, and is copied back.
         complete: whether the kernel must write every element.
     """
 
     name: str
     tensor: Tensor
-    pointer_field: str
+    pointer_field: str | tuple[str, ...]
     writable: bool = False
     complete: bool = True
 
@@ -178,7 +184,10 @@ def simulate_source(
     own_params = type(params).from_buffer_copy(params)
     placed = [_Placed(item, index) for index, item in enumerate(tensors)]
     for tensor in placed:
-        setattr(own_params, tensor.item.pointer_field, tensor.address)
+        fields = tensor.item.pointer_field
+        for field in (fields,) if isinstance(fields, str) else fields:
+            *path, name = field.split(".")
+            setattr(functools.reduce(getattr, path, own_params), name, tensor.address)
     library.fc_sim_params_bytes.restype = ctypes.c_ulonglong
     if library.fc_sim_params_bytes() != ctypes.sizeof(own_params):
         raise ValueError(
@@ -234,6 +243,23 @@ def _finish_output(tensor: _Placed, seed: int) -> None:
     tensor.copy_back()
 
 
+def _arguments(
+    problem: Problem, plan: Plan
+) -> tuple[ctypes.Structure, Callable[[str], tuple[str, ...]], int]:
+    """The kernel's argument without pointers, the fields that a tensor's address goes to, and the
+    number of blocks."""
+    if not isinstance(plan, Sm90Plan):
+        return build_params(problem, plan, {}), lambda name: (name,), grid_size(problem, plan)
+    names = ("q", "k", "v", "out")
+
+    def fields(name: str) -> tuple[str, ...]:
+        tensor_map = (f"{name[0]}_map.base",) if name in names else ()
+        return (f"attn.{name}", *tensor_map)
+
+    params = build_params_sm90(problem, plan, dict.fromkeys(names), target="host")
+    return params, fields, min(num_units(problem, plan), PERSISTENT_BLOCKS)
+
+
 def simulate(
     problem: Problem,
     plan: Plan,
@@ -271,24 +297,28 @@ def simulate(
             command that replays the run.
         BackendUnavailableError: there is no C++ compiler.
     """
-    tensors = [SimTensor("q", q, "q"), SimTensor("k", k, "k"), SimTensor("v", v, "v")]
+    params, pointer_fields, grid = _arguments(problem, plan)
+    tensors = [
+        SimTensor(name, t, pointer_fields(name)) for name, t in (("q", q), ("k", k), ("v", v))
+    ]
     if mask is not None:
-        tensors.append(SimTensor("mask", mask, "mask"))
-    tensors.append(SimTensor("out", out, "out", writable=True))
+        tensors.append(SimTensor("mask", mask, pointer_fields("mask")))
+    tensors.append(SimTensor("out", out, pointer_fields("out"), writable=True))
     if lse is not None:
-        tensors.append(SimTensor("lse", lse, "lse", writable=True))
+        tensors.append(SimTensor("lse", lse, pointer_fields("lse"), writable=True))
     for name, buffer in (gate_buffers or {}).items():
         is_input = plan.gate == "pv" and name == "gate_scores"
-        tensors.append(SimTensor(name, buffer, name, writable=not is_input, complete=False))
+        field = pointer_fields(name)
+        tensors.append(SimTensor(name, buffer, field, writable=not is_input, complete=False))
     source = generate_source(plan, "host", plant)
     if plan.arch < FIRST_ARCH_WITH_CP_ASYNC:
         source = f"{NO_CP_ASYNC}\n{source}"
     try:
         return simulate_source(
             source,
-            build_params(problem, plan, {}),
+            params,
             tensors,
-            grid=grid_size(problem, plan),
+            grid=grid,
             num_threads=plan.num_threads,
             smem_bytes=plan.smem_bytes + (plant.extra_smem_bytes if plant else 0),
             seed=seed,
@@ -296,6 +326,6 @@ def simulate(
     except SimulationError as error:
         from flashcore.sim.replay import replay_command
 
-        inputs = {item.pointer_field: item.tensor for item in tensors if not item.writable}
+        inputs = {item.name: item.tensor for item in tensors if not item.writable}
         error.replay = replay_command(problem, plan, inputs, seed=seed, plant=plant)
         raise

@@ -26,6 +26,3 @@ FC_DEVICE void tma_store_wait_read(FC_SITE) {
   static_assert(PENDING >= 0, "a number of groups");
   fc_host::tma_store_wait_read(PENDING, FC_HERE);
 }
-
-// A hint; nothing to fetch here.
-FC_DEVICE void tma_prefetch(const TensorMap&) {}

@@ -1,6 +1,6 @@
 // host/wgmma.cuh - asynchronous 64 x N x 16 matrix products of a warpgroup (PTX ISA:
-// wgmma.mma_async); see ptx/wgmma.cuh. The runtime reads the operands at a moment that the scheduler
-// picks; the accumulators hold NaN until the wait.
+// wgmma.mma_async); see ptx/wgmma.cuh. The runtime reads the operands at a moment that the
+// scheduler picks; the accumulators hold NaN until the wait.
 #pragma once
 
 #include "host/machine_sm90.cuh"

@@ -57,8 +57,8 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
     const int frag_key = key_begin + n * 16;
-    // A mask's elements are fetched a fragment at a time: the branch keeps ptxas from fetching those
-    // of all fragments at once, which costs more registers than there are.
+    // A mask's elements are fetched a fragment at a time: the branch keeps ptxas from fetching
+    // those of all fragments at once, which costs more registers than there are.
     const bool has_mask = MASK_KIND != 0 && frag_key < p.seqlen_k;
     if (has_mask) {
 #pragma unroll

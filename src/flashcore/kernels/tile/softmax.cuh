@@ -25,12 +25,13 @@ FC_DEVICE float quad_sum(float x) {
 }
 
 // Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date. `scale_log2`
-// takes a score to log2 units. exp2(score * scale - max * scale) is one FMA and one exponential; the
-// product max * scale is rounded once and enters every term and the lse alike, so its error cancels.
+// takes a score to log2 units. exp2(score * scale - max * scale) is one FMA and one exponential;
+// the product max * scale is rounded once and enters every term and the lse alike, so its error
+// cancels.
 //
-// Returns whether row_max moved; then the output so far must be multiplied by `rescale`. LAZY leaves
-// row_max where it is until some row's maximum is over 2^8 times further (FlashAttention-4): the terms
-// stay far from overflow, the result is the same, and the output is hardly ever rescaled.
+// Returns whether row_max moved; then the output so far must be multiplied by `rescale`. LAZY
+// leaves row_max where it is until some row's maximum is over 2^8 times further (FlashAttention-4):
+// the terms stay far from overflow, the result is the same, and the output is hardly ever rescaled.
 template <bool LAZY, int NUM_FRAGS>
 FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
                             float (&rescale)[2], float scale_log2) {
@@ -90,8 +91,9 @@ FC_DEVICE void rescale_output(WmmaAccum (&out)[NUM_OUT_FRAGS], const float (&res
 
 // Ends the softmax of a warp's 16 rows: `inverse_sum` is what the output must be multiplied by, and
 // the rows' lse is written where it is asked for. A row that saw no key gives 0 and -inf.
-FC_DEVICE void finish_softmax(const OnlineSoftmax& state, const AttnParams& p, int64_t first_out_row,
-                              int num_valid_rows, float scale_log2, float (&inverse_sum)[2]) {
+FC_DEVICE void finish_softmax(const OnlineSoftmax& state, const AttnParams& p,
+                              int64_t first_out_row, int num_valid_rows, float scale_log2,
+                              float (&inverse_sum)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(state.row_sum[r]);

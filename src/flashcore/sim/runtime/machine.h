@@ -87,6 +87,7 @@ struct Thread {
   std::vector<AsyncCopy> copies;  // not waited for yet, in order of issue
   int mbarrier;                   // that it waits at
   int store_slot;                 // of its bulk stores, or -1
+  int empty_groups;               // of bulk stores, committed before the first store
 };
 
 struct Warp {

@@ -146,6 +146,7 @@ void mbar_wait(SmemRef ref, int parity, Site site) {
   } else {
     maybe_reschedule();
   }
+  bar.phase_waited_for = bar.phase;
   const int agent = machine.agents.mbarriers + index;
   if (clock_row(t)[agent] < bar.phase) clocks_acquire(t, bar.completed);
 }

@@ -73,8 +73,7 @@ static int pick_bit(uint32_t bits, uint32_t random) {
     if (warp.arrived == 0xffffffffu && thread.op == WarpOp::named_barrier_sync) {
       const NamedBarrier& bar = m.sm90.named[warp.uniform >> 32];
       raise_alarm({"deadlock", thread.site},
-                  "waits at named barrier %d, where %d of %d threads have arrived; the others never "
-                  "do",
+                  "waits at named barrier %d: %d of %d threads have come, the others never do",
                   int(warp.uniform >> 32), bar.arrived, bar.threads);
     }
     if (warp.arrived == 0xffffffffu) {
@@ -297,6 +296,7 @@ void run_block(int block) {
     thread.site = {"", 0};
     thread.copies.clear();
     thread.store_slot = -1;
+    thread.empty_groups = 0;
     set_runnable(t);
     // Stacks start at different offsets within a page, or they would all share a few cache sets.
     const auto shift = size_t(t % 61) * 64;

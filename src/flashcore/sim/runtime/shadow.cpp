@@ -29,7 +29,8 @@ static int64_t element_at(const SmemRef& ref, int cell) {
 static const char* earlier_write(Epoch epoch) {
   if (epoch & FLAG_ATOMIC) return "another adds by an atomic";
   if (!machine.is_sm90 || agent_of(epoch) < machine.agents.mbarriers) return "another writes";
-  return agent_of(epoch) == machine.agents.barrier_cells ? "holds an mbarrier" : "a TMA load writes";
+  const bool is_barrier = agent_of(epoch) == machine.agents.barrier_cells;
+  return is_barrier ? "holds an mbarrier" : "a TMA load writes";
 }
 
 static const char* earlier_read(Epoch epoch) {
@@ -270,7 +271,7 @@ static void check_fenced(const SmemRef& ref, int i, const int32_t* clock, const 
   if (clock[machine.agents.fenced + writer] >= clock_of(cell.write)) return;
   set_other_agent(writer, unpack_site(cell.write_site));
   raise_alarm({"missing-fence", site, ref.name, element_at(ref, i)},
-              "%s what a thread wrote without fence_proxy_async() between its write and the barrier",
+              "%s what a thread wrote without fence_proxy_async() between write and barrier",
               doing);
 }
 

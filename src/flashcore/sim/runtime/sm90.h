@@ -46,15 +46,16 @@ struct MBarrier {
   std::vector<int32_t> collecting;  // what this phase's arrivals release
   std::vector<int32_t> completed;   // what a wait acquires
   int last_issuer;                  // thread of the newest load
+  int phase_of_loads;               // that the newest load completes, counted from 1
+  int phase_waited_for;             // newest that someone waited for, counted from 1
+  SmemRef last_dst;                 // of the newest load
+  PackedSite last_site;
 };
 
 struct TmaLoad {
   int mbarrier;
   int dst_offset;
   int rows, row_bytes, swizzle_bytes;
-  SmemRef dst;
-  PackedSite site;
-  int thread;
   std::vector<const uint8_t*> src;  // one a row; null: zeros
   int valid_bytes;                  // of a row that is not null
   int skipped_bytes;                // zeros before them

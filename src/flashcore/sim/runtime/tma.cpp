@@ -35,8 +35,10 @@ static int check_box(const TensorMap& map, const SmemRef& ref, Site site) {
     misuse(site, "a tensor map swizzles 0, 32, 64 or 128 bytes, not %d", swizzle);
   }
   if (row_bytes % 16 || row_bytes > MAX_ROW_BYTES || (swizzle != 0 && row_bytes != swizzle)) {
-    misuse(site, "a box's rows of %d bytes, swizzled by %d: the simulator takes rows as long as the "
-           "swizzle", row_bytes, swizzle);
+    misuse(site,
+           "a box's rows of %d bytes, swizzled by %d: the simulator takes rows as long as the "
+           "swizzle",
+           row_bytes, swizzle);
   }
   if (map.box_cols > 256 || map.box_rows > 256 || map.box_rows == 0 || map.box_cols == 0) {
     misuse(site, "a box has 1 to 256 rows and columns, not %u x %u", map.box_rows, map.box_cols);
@@ -97,18 +99,18 @@ void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar_ref, int col, int r
   }
   bar.bytes_under_way += bytes;
   bar.last_issuer = t;
+  bar.phase_of_loads = bar.phase + 1;
+  bar.last_dst = dst;
+  bar.last_site = pack_site(site);
   const Epoch me = make_epoch(m.agents.mbarriers + index, bar.phase + 1);
   shadow_write_by_unit(dst, offset, bytes, me, clock, site);
 
   TmaLoad load = {};
   load.mbarrier = index;
-  load.dst = dst;
   load.dst_offset = offset;
   load.rows = int(map.box_rows);
   load.row_bytes = row_bytes;
   load.swizzle_bytes = int(map.swizzle_bytes);
-  load.site = pack_site(site);
-  load.thread = t;
   load.src.assign(map.box_rows, nullptr);
   const Clip part = clip(map, col, row, head, batch);
   if (part.any) {
@@ -161,12 +163,13 @@ static Storer& storer_of(int t, Site site) {
       misuse(site, "the simulator can track bulk stores of %d threads of a block", MAX_STORERS);
     }
     slot = int(sm90.storers.size());
-    sm90.storers.push_back({t, 0, {}});
+    sm90.storers.push_back({t, machine.threads[size_t(t)].empty_groups, {}});
   }
   return sm90.storers[size_t(slot)];
 }
 
-void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, int batch, Site site) {
+void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, int batch,
+               Site site) {
   Machine& m = machine;
   ++m.report->async_copies;
   const int t = current_thread;
@@ -215,8 +218,13 @@ static void perform(TmaStore& store) {
   }
 }
 
-void tma_store_commit(Site site) {
-  ++storer_of(current_thread, site).committed;
+void tma_store_commit(Site) {
+  Thread& thread = machine.threads[size_t(current_thread)];
+  if (thread.store_slot < 0) {
+    ++thread.empty_groups;
+  } else {
+    ++machine.sm90.storers[size_t(thread.store_slot)].committed;
+  }
   maybe_reschedule();
 }
 
@@ -253,17 +261,19 @@ void tma_check_thread_exit(int t) {
   const auto& stores = machine.sm90.storers[size_t(slot)].stores;
   const TmaStore& store = stores.front();
   raise_alarm({"async-pending", unpack_site(store.site), store.src.name, store.src.index},
-              "a thread ends with %d TMA stores that need not have read their source yet, the first "
-              "issued here: shared memory may be gone",
+              "a thread ends with %d TMA stores that it did not wait for, the first issued here: "
+              "shared memory may be gone before they read it",
               int(stores.size()));
 }
 
 void tma_check_block_end() {
-  if (machine.sm90.loads.empty()) return;
-  const TmaLoad& load = machine.sm90.loads.front();
-  current_thread = load.thread;
-  defer_alarm({"async-pending", unpack_site(load.site), load.dst.name, load.dst.index},
-              "the block ends while a TMA load is under way that nobody waited for, issued here");
+  for (const MBarrier& bar : machine.sm90.mbarriers) {
+    if (bar.phase_of_loads <= bar.phase_waited_for) continue;
+    current_thread = bar.last_issuer;
+    defer_alarm({"async-pending", unpack_site(bar.last_site), bar.last_dst.name, bar.last_dst.index},
+                "the block ends without anybody having waited for the TMA load issued here: it may "
+                "write into shared memory that is no longer the block's");
+  }
 }
 
 }  // namespace fc_host

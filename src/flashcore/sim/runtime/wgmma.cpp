@@ -1,8 +1,8 @@
 // wgmma.cpp - asynchronous products of a warpgroup (PTX ISA: wgmma).
 //
 // A product is issued when all four warps have come to it, and performed later, in order. It reads
-// shared memory as an agent of the warpgroup. From its issue to the wait the accumulators live here;
-// the threads' own hold NaN, and must still hold it when the products are waited for.
+// shared memory as an agent of the warpgroup. From its issue to the wait the accumulators live
+// here; the threads' own hold NaN, and must still hold it when the products are waited for.
 #include <algorithm>
 #include <cstring>
 
@@ -67,9 +67,9 @@ static OperandShape decode(const Operand& operand, int extent, bool mn_major, co
   shape.mn_major = mn_major;
   if (shape.start / shape.row_bytes % 8 != 0) {
     raise_alarm({"misaligned", site, operand.view.name, operand.view.index, -1, true},
-                "wgmma: operand %s starts at byte %d, in row %d of a swizzle pattern of 8 rows of %d "
+                "wgmma: operand %s starts at byte %d, inside a swizzle pattern of 8 rows of %d "
                 "bytes",
-                name, shape.start, shape.start / shape.row_bytes % 8, shape.row_bytes);
+                name, shape.start, shape.row_bytes);
   }
   if (mn_major) {
     shape.lines = 16;

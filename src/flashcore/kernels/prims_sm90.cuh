@@ -1,0 +1,36 @@
+// prims_sm90.cuh - what Hopper kernels (sm_90a) use on top of prims.cuh; same rules.
+//
+// mbarrier.cuh    A barrier in shared memory is a SmemPtr<uint64_t> (PTX ISA: mbarrier).
+//                 mbar_init(bar, count), mbar_init_fence(): by one thread, then block_sync()
+//                 mbar_arrive(bar), mbar_arrive_expect_tx(bar, bytes)
+//                 mbar_wait(bar, parity): until the phase of that parity has completed
+// tma.cuh         TensorMap: 128 opaque bytes in the kernel's parameters (encoded by the launcher)
+//                 tma_load(smem_dst, map, bar, col, row, head, batch): one box, whose bytes count
+//                 towards bar; zeros outside of the tensor (PTX ISA: cp.async.bulk.tensor)
+//                 tma_store(map, smem_src, col, row, head, batch), tma_store_commit(),
+//                 tma_store_wait_read<N>(): all but the newest N groups have read their source
+// warpgroup.cuh   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)
+//                 raise_registers<N>(), lower_registers<N>(): of the whole warpgroup (setmaxnreg)
+//                 fence_proxy_async(): own shared-memory writes become visible to TMA and WGMMA
+//                 elect_lane(): true in one lane of the warp
+//                 stmatrix_x4(p, reg): a 16x16 fragment's four 8x8 matrices; lane l gives the
+//                 address of row l % 8 of matrix l / 8 (PTX ISA: stmatrix)
+// wgmma.cuh       WmmaAccum d[N / 16]: 64 x N accumulator of a warpgroup; warp w holds rows 16 w to
+//                 16 w + 15, each fragment as in wmma.cuh (PTX ISA: wgmma.mma_async)
+//                 wgmma_desc<ROW_BYTES>(p, leading_bytes): a swizzled operand tile, rows of
+//                 ROW_BYTES (64 or 128) as TMA writes them; leading_bytes between column chunks
+//                 (MN-major); desc + bytes: the same operand further on
+//                 swizzled_col<ROW_BYTES>(row, col): where a column lies in such a tile
+//                 wgmma_ss<T>(d, a_desc, b_desc, accumulate): A[m][k] and B[n][k], k contiguous
+//                 wgmma_rs<T>(d, a, b_desc, accumulate): A from registers, B[k][n], n contiguous
+//                 wgmma_fence(): orders register writes before the wgmma that read them
+//                 wgmma_commit(), wgmma_wait<N>(): groups, as for cp.async; until then nobody may
+//                 touch the registers of a pending wgmma
+//                 wgmma_hold(d): no use of d is moved up across this point
+#pragma once
+
+#include "prims.cuh"
+#include "@target/mbarrier.cuh"
+#include "@target/tma.cuh"
+#include "@target/warpgroup.cuh"
+#include "@target/wgmma.cuh"

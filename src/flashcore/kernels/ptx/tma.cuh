@@ -1,0 +1,36 @@
+// ptx/tma.cuh - boxes of a four-dimensional tensor between global and shared memory by the tensor
+// memory accelerator (PTX ISA: cp.async.bulk.tensor). Coordinates count elements: column, row,
+// head, batch. One thread issues.
+#pragma once
+
+struct alignas(64) TensorMap {
+  uint64_t opaque[16];
+};
+
+template <class T>
+FC_DEVICE void tma_load(SmemPtr<T> dst, const TensorMap& map, SmemPtr<uint64_t> bar, int col,
+                        int row, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst.address),
+      "l"(&map), "r"(bar.address), "r"(col), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+template <class T>
+FC_DEVICE void tma_store(const TensorMap& map, SmemPtr<T> src, int col, int row, int head,
+                         int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(
+          &map),
+      "r"(src.address), "r"(col), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+FC_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all but the newest PENDING groups have read their shared-memory source.
+template <int PENDING>
+FC_DEVICE void tma_store_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
+}

@@ -1,0 +1,102 @@
+"""Plans of the Hopper kernel: which problems it takes, and that its tiles fit the machine."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+
+import pytest
+import torch
+
+from flashcore import params_sm90, plan_sm90
+from flashcore.dispatch import choose_backend
+from flashcore.plan import select_plan
+from flashcore.plan_sm90 import Sm90Plan
+from flashcore.problem import Problem
+
+
+def problem(
+    head_dim: int = 64,
+    *,
+    heads: int = 4,
+    seqlen: int = 256,
+    head_dim_v: int | None = None,
+    **options: object,
+) -> Problem:
+    q = torch.empty(1, heads, seqlen, head_dim, dtype=torch.float16)
+    v = torch.empty(1, heads, seqlen, head_dim_v or head_dim, dtype=torch.float16)
+    described = Problem.from_tensors(q, q, v, **options)  # type: ignore[arg-type]
+    return dataclasses.replace(described, device="cuda", arch=90)
+
+
+def test_hopper_gets_the_hopper_kernel() -> None:
+    assert select_plan(problem()).kernel == "attn_fwd_sm90"
+    assert select_plan(problem(), 80).kernel == "attn_fwd_wmma"
+    assert select_plan(problem(), gate="qk").kernel == "attn_fwd_wmma"
+    assert select_plan(problem(), kernel="attn_fwd_wmma").kernel == "attn_fwd_wmma"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"load_bytes": 8}, "16-byte aligned"),
+        ({"k_strides": (0, 0, 64)}, "k has a stride of 0"),
+        ({"v_strides": (2**39, 64, 64)}, "v has"),
+    ],
+)
+def test_what_tma_cannot_read_falls_to_the_portable_kernel(
+    changes: dict[str, object], words: str
+) -> None:
+    awkward = dataclasses.replace(problem(), **changes)  # type: ignore[arg-type]
+    assert words in str(plan_sm90.obstacle(awkward))
+    assert select_plan(awkward).kernel == "attn_fwd_wmma"
+    choice = choose_backend(awkward, "auto")
+    assert choice.backend == "wmma"
+    assert not choice.is_fallback
+    assert words in choice.reason
+    with pytest.raises(NotImplementedError, match='backend="wmma"'):
+        choose_backend(awkward, "sm90")
+
+
+def test_older_gpu_is_told_so() -> None:
+    ampere = dataclasses.replace(problem(), arch=80)
+    with pytest.raises(RuntimeError, match="sm_80"):
+        choose_backend(ampere, "sm90")
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+@pytest.mark.parametrize("heads", [1, 256])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"softcap": 9.0}])
+def test_every_head_dim_fits(head_dim: int, heads: int, options: dict[str, object]) -> None:
+    for head_dim_v in {head_dim, 64, 256}:
+        asked = problem(head_dim, heads=heads, head_dim_v=head_dim_v, **options)
+        for plan in plan_sm90.candidates(asked):
+            assert isinstance(plan, Sm90Plan)
+            assert plan.smem_bytes <= 232448
+            consumer, producer = plan.role_registers
+            total = 128 * (plan.num_consumers * consumer + producer) * plan.min_blocks
+            assert total <= 65536
+            assert not plan.ping_pong or plan.num_consumers > 1
+        assert select_plan(asked).kernel in ("attn_fwd_sm90", "attn_fwd_wmma")
+
+
+def test_units_are_tiles_or_pairs_of_them() -> None:
+    full, causal = problem(seqlen=640), problem(seqlen=640, causal=True)
+    for asked, tiles_per_unit, per_head in ((full, 1, 10), (causal, 2, 5)):
+        plan = plan_sm90.candidates(asked)[0]
+        plan = dataclasses.replace(plan, block_m=64, tiles_per_unit=tiles_per_unit)
+        assert params_sm90.num_units(asked, plan) == 4 * per_head
+
+
+def test_parameters_describe_the_tensors() -> None:
+    asked = problem(seqlen=200)
+    plan = select_plan(asked)
+    assert isinstance(plan, Sm90Plan)
+    pointers = {"q": 1024, "k": 2048, "v": 4096, "out": 8192}
+    params = params_sm90.build_params_sm90(asked, plan, pointers, "host")
+    assert ctypes.sizeof(params) % 64 == 0
+    assert params_sm90.AttnSm90Params.attn.offset == 512
+    assert [getattr(params, f"{name}_map").base for name in "qkvo"] == [1024, 2048, 4096, 8192]
+    assert (params.q_map.box_rows, params.k_map.box_rows) == (plan.block_m, plan.block_n)
+    assert (params.o_map.rows, params.o_map.row_stride_bytes) == (200, 128)
+    assert params.num_heads_and_batches == 4
