@@ -269,8 +269,9 @@ void tma_check_thread_exit(int t) {
 void tma_check_block_end() {
   for (const MBarrier& bar : machine.sm90.mbarriers) {
     if (bar.phase_of_loads <= bar.phase_waited_for) continue;
+    const SmemRef& dst = bar.last_dst;
     current_thread = bar.last_issuer;
-    defer_alarm({"async-pending", unpack_site(bar.last_site), bar.last_dst.name, bar.last_dst.index},
+    defer_alarm({"async-pending", unpack_site(bar.last_site), dst.name, dst.index},
                 "the block ends without anybody having waited for the TMA load issued here: it may "
                 "write into shared memory that is no longer the block's");
   }
