@@ -92,26 +92,40 @@ def run_cases(cases: list[Case], plant: str | None) -> None:
 
 
 def run_case(case: Case, plant: str | None) -> bool:
-    """Run one case on the GPU; True when the result passes the error rule (or has a plant)."""
-    from flashcore import attention
-    from flashcore.accuracy import error_report
-
+    """Run one case on the GPU, on every kernel that takes it; True when the results pass the error
+    rule (or have a plant)."""
     x, on_gpu = make_inputs(case), make_inputs(case, "cuda")
     if plant is not None:
         launch_planted(case, plant, on_gpu)
         return True
+    return all(run_kernel(case, backend, x, on_gpu) for backend in backends_for(case))
+
+
+def backends_for(case: Case) -> list[str]:
+    """The kernels of this GPU that take the case."""
+    import torch
+
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    return ["wmma", "sm90"] if is_hopper and case.offset % 8 == 0 else ["wmma"]
+
+
+def run_kernel(case: Case, backend: str, x: Inputs, on_gpu: Inputs) -> bool:
+    """Run one case on one kernel and judge the result."""
+    from flashcore import attention
+    from flashcore.accuracy import error_report
+
     out, lse = attention(
         on_gpu.q,
         on_gpu.k,
         on_gpu.v,
         mask=on_gpu.mask,
-        backend="wmma",
+        backend=backend,
         return_lse=True,
         **case.options(),
     )
     report = error_report(out.cpu(), x.q, x.k, x.v, lse=lse.cpu(), mask=x.mask, **case.options())
     if not report.ok:
-        print(f"{case.describe()}: {report}")
+        print(f"{backend} {case.describe()}: {report}")
     return report.ok
 
 
@@ -129,7 +143,7 @@ def launch_planted(case: Case, plant: str, x: Inputs) -> None:
 
     options = {"causal": False, "scale": None, "window": None, "softcap": None, **case.options()}
     problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, return_lse=False, **options)
-    plan = select_plan(problem)
+    plan = select_plan(problem, kernel="attn_fwd_wmma")
     out = torch.empty(*x.q.shape[:3], x.v.shape[3], dtype=x.q.dtype, device="cuda")
     tensors = {"q": x.q, "k": x.k, "v": x.v, "mask": x.mask, "out": out}
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}

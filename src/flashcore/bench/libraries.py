@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -61,6 +62,26 @@ def _sdpa(backend: SDPBackend | None) -> Callable[[Workload, Tensor, Tensor, Ten
     return prepare
 
 
+def _fa3(workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    """FlashAttention-3, which takes [batch, seqlen, num_heads, head_dim]."""
+    from flash_attn_interface import flash_attn_func
+
+    rows_first = [x.transpose(1, 2) for x in (q, k, v)]
+
+    def call() -> Tensor:
+        result = flash_attn_func(*rows_first, causal=workload.causal)
+        out: Tensor = result[0] if isinstance(result, tuple) else result
+        return out.transpose(1, 2)
+
+    return call
+
+
+def _optional_peers() -> list[Library]:
+    """Peers that are not part of torch, where they are installed."""
+    found = importlib.util.find_spec("flash_attn_interface") is not None
+    return [Library("fa3", _fa3)] if found else []
+
+
 def _unfused(workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Call:
     """Three separate operations, the scores in memory between them."""
     scale = 1.0 / math.sqrt(workload.head_dim)
@@ -89,6 +110,7 @@ def gpu_libraries() -> list[Library]:
         Library("sdpa-flash", _sdpa(SDPBackend.FLASH_ATTENTION)),
         Library("sdpa-efficient", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
         Library("sdpa-cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION)),
+        *_optional_peers(),
         Library("sdpa-math", _sdpa(SDPBackend.MATH), _SCORES_LIMIT),
         Library("unfused", _unfused, _SCORES_LIMIT),
     ]

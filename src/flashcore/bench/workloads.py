@@ -61,11 +61,13 @@ def seed_shape(dtype: str = "float16") -> list[Workload]:
 
 
 def sweep(quick: bool = False) -> list[Workload]:
-    """16k tokens, hidden size 2048, head_dim 64 and 128, seqlen 512 to 16k, full and causal."""
+    """16k tokens, hidden size 2048, head_dim 64 to 256, seqlen 512 to 16k, full and causal."""
     seqlens = (1024, 4096) if quick else _SEQLENS
     return [
-        Workload("sweep", _TOKENS // seqlen, _HIDDEN // head_dim, seqlen, head_dim, causal)
-        for head_dim in (64, 128)
+        Workload(
+            "sweep", _TOKENS // seqlen, _HIDDEN // head_dim, seqlen, head_dim, causal, "bfloat16"
+        )
+        for head_dim in ((64, 128) if quick else (64, 128, 256))
         for causal in (False, True)
         for seqlen in seqlens
     ]

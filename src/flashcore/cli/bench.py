@@ -34,7 +34,7 @@ def bench(
 ) -> None:
     """Time attention beside PyTorch's SDPA (each of its backends) and an unfused baseline.
 
-    On a GPU: the seed's shape, and a sweep of 16k tokens with head_dim 64 and 128, full and causal.
+    On a GPU: the seed's shape, and a sweep of 16k tokens with head_dim 64 to 256, full and causal.
     Kernel times come from CUDA graph replays, the libraries taking turns in every round. Errors
     against float64 stand beside the times, and the limit (measured matmul and copy ceilings) beside
     the fraction of it that was reached. Without a GPU: the CPU paths on one small shape.
