@@ -8,11 +8,13 @@ line and the command that replays the run. docs/simulator.md explains how it wor
 from __future__ import annotations
 
 from flashcore.sim.plants import PLANTS, Plant
+from flashcore.sim.plants_sm90 import PLANTS_SM90
 from flashcore.sim.report import Agent, SimReport, SimulationError
 from flashcore.sim.run import SimTensor, simulate, simulate_source
 
 __all__ = [
     "PLANTS",
+    "PLANTS_SM90",
     "Agent",
     "Plant",
     "SimReport",

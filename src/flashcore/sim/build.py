@@ -38,6 +38,7 @@ COMMON_FLAGS = (
     "-fno-rtti",
     "-Wall",
     "-Wno-unknown-pragmas",  # #pragma unroll
+    "-Wno-psabi",  # tensor maps are passed by value
 )
 KERNEL_FLAGS = ("-O2",)
 RUNTIME_FLAGS = ("-O3",)

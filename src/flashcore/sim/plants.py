@@ -23,6 +23,7 @@ class Plant:
             It has as many lines as `find`, so that reports name the kernel's own lines.
         caught_by: kind of the alarm that must be raised, or "wrong-result" when only the comparison
             with the oracle can tell.
+        or_by: kinds that are raised first under some schedules.
         extra_smem_bytes: shared memory behind the kernel's own (from byte SMEM_BYTES on) that the
             planted code uses.
     """
@@ -33,6 +34,7 @@ class Plant:
     find: str
     replace: str
     caught_by: str
+    or_by: tuple[str, ...] = ()
     extra_smem_bytes: int = 0
 
 

@@ -26,6 +26,7 @@ from flashcore import env
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import MaskSpec, Problem
 from flashcore.sim.plants import PLANTS, Plant
+from flashcore.sim.plants_sm90 import PLANTS_SM90
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import ADDRESS_ALIGNMENT, simulate
 
@@ -232,13 +233,14 @@ def parse_replay(words: Sequence[str]) -> Replay:
     }
     plan = dataclasses.replace(plan, **changes)
     seed, plant_name = int(take("seed", "0")), take("plant", "")
-    if plant_name and plant_name not in PLANTS:
-        raise ValueError(f"plant={plant_name!r} is not one of {', '.join(PLANTS)}")
+    plants = PLANTS | PLANTS_SM90
+    if plant_name and plant_name not in plants:
+        raise ValueError(f"plant={plant_name!r} is not one of {', '.join(plants)}")
     path = take("inputs", "")
     offsets = {name: int(take(f"{name}_offset", "0")) for name in ("q", "k", "v", "mask")}
     if given:
         raise ValueError(f"unknown: {', '.join(given)}")
-    return _make(problem, plan, seed, PLANTS.get(plant_name), path, offsets)
+    return _make(problem, plan, seed, plants.get(plant_name), path, offsets)
 
 
 def _make(

@@ -1,0 +1,281 @@
+"""Planted bugs of the Hopper kernel; see plants.py. Most are about who waits for whom: the
+simulator must find each with every seed (tests/test_sim_plants_sm90.py)."""
+
+from __future__ import annotations
+
+from flashcore.sim.plants import Plant
+
+_KERNEL = "attn_fwd_sm90.cuh"
+_PIPELINE = "tile/pipeline_sm90.cuh"
+_SCORES_WAIT = """\
+  wgmma_wait<FIRST ? 0 : 1>();
+  wgmma_hold(scores);
+  release(bar.k_empty, c.k_state);
+"""
+_OUTPUT_WAIT = """\
+    wgmma_wait<0>();
+    wgmma_hold(c.out);
+    release(bar.v_empty, c.v_state);
+    if (moved) rescale_output(c.out, rescale);
+"""
+
+_ALL = (
+    Plant(
+        name="no-full-wait",
+        title="Q K^T is issued without waiting for K",
+        file=_KERNEL,
+        find="  mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());",
+        replace="",
+        caught_by="race",
+    ),
+    Plant(
+        name="no-empty-wait",
+        title="the producer loads into a stage that may still be read",
+        file=_KERNEL,
+        find="    mbar_wait(bar.k_empty + k_state.stage(), k_state.parity() ^ 1);",
+        replace="",
+        caught_by="mbarrier",  # it announces bytes while the last ones are under way
+        or_by=("race",),  # or overwrites them
+    ),
+    Plant(
+        name="early-release",
+        title="K's stage is given back while Q K^T may still read it",
+        file=_KERNEL,
+        find=_SCORES_WAIT,
+        replace="""\
+  release(bar.k_empty, c.k_state);
+  wgmma_wait<FIRST ? 0 : 1>();
+  wgmma_hold(scores);
+""",
+        caught_by="race",
+    ),
+    Plant(
+        name="early-q-release",
+        title="Q's buffer is given back before the first Q K^T",
+        file=_KERNEL,
+        find="    int n_block = keys.n_block_end - 1;",
+        # The second declaration hides the function from the arrival in the right place.
+        replace="    if (lane_idx() == 0) mbar_arrive(bar.q_empty);"
+        " const auto mbar_arrive = [](SmemPtr<uint64_t>) {}; int n_block = keys.n_block_end - 1;",
+        caught_by="race",
+    ),
+    Plant(
+        name="o-read-from-q",
+        title="Q's buffer is given back before O has been stored out of it",
+        file=_KERNEL,
+        find="""\
+      tma_store_wait_read<0>();
+      mbar_arrive(bar.q_empty);
+""",
+        replace="""\
+      mbar_arrive(bar.q_empty);
+      tma_store_wait_read<0>();
+""",
+        caught_by="race",
+    ),
+    Plant(
+        name="no-proxy-fence",
+        title="no proxy fence between writing O to shared memory and its store by TMA",
+        file=_KERNEL,
+        find="  fence_proxy_async();",
+        replace="",
+        caught_by="missing-fence",
+    ),
+    Plant(
+        name="no-store-barrier",
+        title="no barrier between the warps' writes of O and its store by TMA",
+        file=_KERNEL,
+        find="  named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above",
+        replace="  // orders the writes above",
+        caught_by="race",
+    ),
+    Plant(
+        name="tx-too-many",
+        title="more bytes of K are announced than arrive",
+        file=_KERNEL,
+        find="mbar_arrive_expect_tx(full, K_ELEMENTS * 2);",
+        replace="mbar_arrive_expect_tx(full, K_ELEMENTS * 2 + 128);",
+        caught_by="deadlock",
+    ),
+    Plant(
+        name="tx-too-few",
+        title="fewer bytes of V are announced than arrive",
+        file=_KERNEL,
+        find="mbar_arrive_expect_tx(full, V_ELEMENTS * 2);",
+        replace="mbar_arrive_expect_tx(full, V_ELEMENTS);",
+        caught_by="mbarrier",
+    ),
+    Plant(
+        name="wrong-parity",
+        title="the producer waits for the stage's next release, not its last one",
+        file=_KERNEL,
+        find="mbar_wait(bar.v_empty + v_state.stage(), v_state.parity() ^ 1);",
+        replace="mbar_wait(bar.v_empty + v_state.stage(), v_state.parity());",
+        caught_by="deadlock",
+    ),
+    Plant(
+        name="parity-never-flips",
+        title="the parity of a stage stays the same in every round",
+        file=_PIPELINE,
+        find="return count / NUM_STAGES % 2; }",
+        replace="return 0; }",
+        caught_by="mbarrier",  # as no-empty-wait, in the second round
+        or_by=("race", "deadlock"),
+    ),
+    Plant(
+        name="stage-mixed-up",
+        title="Q K^T reads the stage that V stands at",
+        file=_KERNEL,
+        find="smem.k + c.k_state.stage() * K_ELEMENTS",
+        replace="smem.k + c.v_state.stage() * K_ELEMENTS",
+        caught_by="race",
+    ),
+    Plant(
+        name="swizzle",
+        title="O is written to shared memory without the swizzle that TMA expects",
+        file=_KERNEL,
+        find="swizzled_col<CHUNK_BYTES>(row, d * 16",
+        replace="(d * 16",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="v-leading-bytes",
+        title="V's descriptor has its column chunks 16 rows apart",
+        file=_KERNEL,
+        find="wgmma_desc<CHUNK_BYTES>(v_smem, BLOCK_N * CHUNK_BYTES)",
+        replace="wgmma_desc<CHUNK_BYTES>(v_smem, 16 * CHUNK_BYTES)",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="k-advance",
+        title="K's descriptor advances by elements where it takes bytes",
+        file=_KERNEL,
+        find="k_desc + (chunk * BLOCK_N * CHUNK_BYTES + col_bytes)",
+        replace="k_desc + (chunk * BLOCK_N * CHUNK + col_bytes)",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="accum-not-waited-for",
+        title="O is rescaled while P V may still add to it",
+        file=_KERNEL,
+        find=_OUTPUT_WAIT,
+        replace=_OUTPUT_WAIT.replace("    wgmma_wait<0>();", ""),
+        caught_by="wgmma",
+    ),
+    Plant(
+        name="accum-written-early",
+        title="O is rescaled before the wait for P V",
+        file=_KERNEL,
+        find=_OUTPUT_WAIT,
+        replace="""\
+    if (moved) rescale_output(c.out, rescale);
+    wgmma_wait<0>();
+    wgmma_hold(c.out);
+    release(bar.v_empty, c.v_state);
+""",
+        caught_by="wgmma",
+    ),
+    Plant(
+        name="probs-written-early",
+        title="P is overwritten while P V may still read it",
+        file=_KERNEL,
+        find="  const bool moved = softmax_step<",
+        replace="  for (int n = 0; n < KEY_FRAGS; ++n) wmma_accum_to_a(c.probs[n], scores[n]);"
+        "  const bool moved = softmax_step<",
+        caught_by="wgmma",
+    ),
+    Plant(
+        name="no-commit",
+        title="the last P V is not committed, so the wait does not wait for it",
+        file=_KERNEL,
+        find="""\
+  wgmma_commit();
+  wgmma_wait<0>();
+""",
+        replace="""\
+
+  wgmma_wait<0>();
+""",
+        caught_by="wgmma",
+    ),
+    Plant(
+        name="no-wgmma-fence",
+        title="no wgmma_fence between the softmax of a tile and the next products",
+        file=_KERNEL,
+        find="""\
+  wgmma_fence();
+  issue_scores(""",
+        replace="""\
+
+  issue_scores(""",
+        caught_by="wgmma",
+    ),
+    Plant(
+        name="exit-with-store",
+        title="a block ends while its last O may still be read from shared memory",
+        file=_KERNEL,
+        find="  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();",
+        replace="",
+        caught_by="async-pending",
+    ),
+    Plant(
+        name="o-overwritten",
+        title="O is overwritten while the last tile's store may still read it",
+        file=_KERNEL,
+        find="  if (SEPARATE_O && leads) tma_store_wait_read<0>();",
+        replace="",
+        caught_by="race",
+    ),
+    Plant(
+        name="no-store-commit",
+        title="the stores of O are in no group, so nobody waits for them",
+        file=_KERNEL,
+        find="    tma_store_commit();",
+        replace="",
+        caught_by="race",  # with the next tile's O
+        or_by=("async-pending",),  # in a block that has no next tile
+    ),
+    Plant(
+        name="turn-count",
+        title="the barrier of the turns counts one warpgroup on one side and two on the other",
+        file=_KERNEL,
+        find="named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);",
+        replace="named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 128);",
+        caught_by="deadlock",
+        or_by=("named-barrier",),  # when the other side waits already
+    ),
+    Plant(
+        name="turn-not-handed-on",
+        title="a warpgroup does not hand its turn on",
+        file=_KERNEL,
+        find="    if (PING_PONG) named_barrier_arrive(TURN_BARRIER + (c.index + 1)",
+        replace="    if (false) named_barrier_arrive(TURN_BARRIER + (c.index + 1)",
+        caught_by="deadlock",
+    ),
+    Plant(
+        name="no-init-fence",
+        title="the mbarriers' initialisation is not fenced for TMA",
+        file=_PIPELINE,
+        find="  mbar_init_fence();",
+        replace="",
+        caught_by="missing-fence",
+    ),
+    Plant(
+        name="no-init-barrier",
+        title="no barrier between the mbarriers' initialisation and their use",
+        file=_KERNEL,
+        find="  block_sync();  // orders the initialisation",
+        replace="  // orders the initialisation",
+        caught_by="mbarrier",
+    ),
+    Plant(
+        name="registers-of-three-warps",
+        title="one warp of a warpgroup does not change its number of registers",
+        file=_KERNEL,
+        find="    raise_registers<CONSUMER_REGISTERS>();",
+        replace="    if (warp_idx() % 4 != 3) raise_registers<CONSUMER_REGISTERS>();",
+        caught_by="divergence",
+    ),
+)
+
+PLANTS_SM90: dict[str, Plant] = {plant.name: plant for plant in _ALL}

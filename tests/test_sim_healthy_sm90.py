@@ -1,0 +1,87 @@
+"""The Hopper kernel raises no alarm, whatever the shape and the schedule, and is right; see
+test_sim_healthy.py."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from flashcore.accuracy import error_report
+from flashcore.cases import make_inputs
+from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan
+from flashcore.problem import Problem
+from flashcore.sim import simulate
+from test_sim_healthy import draw_case
+
+SEEDS_OF_A_FAMILY = 50
+
+# name -> (tile, what is fixed). Between them: one to three consumers, taking turns or not, O
+# through a buffer of its own or Q's, both swizzles, every mask kind, both windows, softcap, empty
+# rows.
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({"block_m": 128, "ping_pong": True}, {}),
+    "causal": (
+        {"block_m": 64, "separate_o": False},
+        {"dtype": "bfloat16", "causal": "lower_right", "layout": "bshd"},
+    ),
+    "three-consumers-bool-mask": (
+        {"block_m": 192, "ping_pong": True},
+        {"mask": "bool", "causal": "upper_left"},
+    ),
+    "window-softcap": (
+        {"block_m": 128, "ping_pong": True, "separate_o": False, "lazy_rescale": False},
+        {"head_dim": 128, "head_dim_v": 128, "window": (40, 20), "softcap": 5.0},
+    ),
+    "padded-dims-additive-mask": (
+        {"block_m": 64, "separate_o": True},
+        {"head_dim": 40, "head_dim_v": 48, "mask": "additive"},
+    ),
+    "narrow-chunks": (
+        {"block_m": 128, "ping_pong": False, "block_n": 64},
+        {"head_dim": 96, "head_dim_v": 96, "causal": "lower_right"},
+    ),
+}
+
+
+def make_plan(problem: Problem, tile: dict[str, Any]) -> Sm90Plan:
+    """Short key tiles: more steps of the loop over keys for a length."""
+    plan = Sm90Plan(
+        kernel=KERNEL,
+        arch=ARCH,
+        dtype=problem.dtype,
+        head_dim=problem.head_dim,
+        head_dim_v=problem.head_dim_v,
+        block_m=64,
+        block_n=32,
+        num_stages=2,
+        min_blocks=1,
+        has_window_left=problem.window_left >= 0,
+        has_window_right=problem.window_right >= 0,
+        has_softcap=problem.softcap != 0.0,
+        mask=None if problem.mask is None else problem.mask.dtype,
+    )
+    return dataclasses.replace(plan, **tile)
+
+
+@pytest.mark.parametrize("seed_block", range(2))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_kernel_is_healthy_and_right(name: str, seed_block: int) -> None:
+    tile, fixed = FAMILIES[name]
+    half = SEEDS_OF_A_FAMILY // 2
+    for seed in range(seed_block * half, (seed_block + 1) * half):
+        case = draw_case(fixed, seed)
+        x = make_inputs(case)
+        problem = Problem.from_tensors(
+            x.q, x.k, x.v, mask=x.mask, return_lse=True, **case.options()
+        )
+        # A bound that excludes nothing is dropped from the problem, and a block loops over less.
+        plan = make_plan(problem, tile)
+        out = torch.empty(*x.q.shape[:3], case.head_dim_v, dtype=case.torch_dtype)
+        lse = torch.empty(x.q.shape[:3])
+        report = simulate(problem, plan, x.q, x.k, x.v, x.mask, out, lse, seed=seed)
+        assert report.async_copies > 0
+        errors = error_report(out, x.q, x.k, x.v, lse=lse, mask=x.mask, **case.options())
+        assert errors.ok, f"{case.describe()}: {errors}\n{dataclasses.asdict(case)}"

@@ -1,0 +1,157 @@
+"""The planted-bug suite of the Hopper kernel; see test_sim_plants.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shlex
+
+import pytest
+import torch
+
+from flashcore.accuracy import error_report
+from flashcore.cases import Case, make_inputs
+from flashcore.codegen import KERNELS_DIR, generate_source
+from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan
+from flashcore.problem import Problem
+from flashcore.sim import Plant, SimulationError, simulate
+from flashcore.sim.plants_sm90 import PLANTS_SM90
+from flashcore.sim.replay import parse_replay
+from flashcore.sim.report import ALARM_KINDS
+
+SEEDS = range(20)
+
+# Four row tiles for three blocks, three column chunks, four key tiles for two stages.
+CASE = Case(
+    num_heads_q=2,
+    num_heads_kv=1,
+    seqlen_q=200,
+    seqlen_k=220,
+    head_dim=96,
+    head_dim_v=96,
+    dtype="bfloat16",
+)
+PLAN = Sm90Plan(
+    kernel=KERNEL,
+    arch=ARCH,
+    dtype=CASE.dtype,
+    head_dim=CASE.head_dim,
+    head_dim_v=CASE.head_dim_v,
+    block_m=128,
+    block_n=64,
+    num_stages=2,
+    min_blocks=1,
+    ping_pong=True,
+    lazy_rescale=False,
+)
+THROUGH_Q = {"o-read-from-q"}  # a bug of the variant where O leaves through Q's buffer
+
+# What stands on the lines that a report must name, of either side.
+WGMMA = ("wgmma_ss<", "wgmma_rs<")
+NAMED_LINES: dict[str, tuple[str, ...]] = {
+    "no-full-wait": (*WGMMA, "tma_load("),
+    "no-empty-wait": (*WGMMA, "tma_load(", "mbar_arrive_expect_tx("),
+    "early-release": (*WGMMA, "tma_load("),
+    "early-q-release": (*WGMMA, "tma_load("),
+    "o-read-from-q": ("tma_store(", "tma_load("),
+    "no-proxy-fence": ("stmatrix_x4(", "tma_store("),
+    "no-store-barrier": ("stmatrix_x4(", "tma_store("),
+    "tx-too-many": ("mbar_wait(",),
+    "tx-too-few": ("tma_load(",),
+    "wrong-parity": ("mbar_wait(",),
+    "parity-never-flips": (*WGMMA, "tma_load(", "mbar_"),
+    "stage-mixed-up": (*WGMMA, "tma_load("),
+    "accum-not-waited-for": ("wgmma_hold(c.out)", *WGMMA),
+    "accum-written-early": ("wgmma_wait<0>", *WGMMA),
+    "probs-written-early": ("wgmma_wait<0>", *WGMMA),
+    "no-commit": ("wgmma_wait<0>", *WGMMA),
+    "no-wgmma-fence": WGMMA,
+    "exit-with-store": ("tma_store(",),
+    "o-overwritten": ("stmatrix_x4(", "tma_store("),
+    "no-store-commit": ("stmatrix_x4(", "tma_store("),
+    "turn-count": ("named_barrier_", "mbar_wait("),
+    "turn-not-handed-on": ("named_barrier_sync(TURN", "mbar_wait("),
+    "no-init-fence": ("mbar_init(", "tma_load("),
+    "no-init-barrier": ("mbar_init(", "mbar_"),
+    "registers-of-three-warps": ("raise_registers<",),
+}
+
+
+@functools.cache
+def case_with_inputs() -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = make_inputs(CASE)
+    return Problem.from_tensors(x.q, x.k, x.v, return_lse=True), x.q, x.k, x.v
+
+
+def plan_of(plant: Plant | None) -> Sm90Plan:
+    separate_o = plant is None or plant.name not in THROUGH_Q
+    return dataclasses.replace(PLAN, separate_o=separate_o)
+
+
+def run_plant(
+    plant: Plant | None, seed: int, plan: Sm90Plan | None = None
+) -> SimulationError | str:
+    """The alarm, or "wrong-result", or "healthy"."""
+    problem, q, k, v = case_with_inputs()
+    out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
+    lse = torch.empty(1, 2, CASE.seqlen_q)
+    plan = plan or plan_of(plant)
+    try:
+        simulate(problem, plan, q, k, v, None, out, lse, seed=seed, plant=plant)
+    except SimulationError as error:
+        return error
+    return "healthy" if error_report(out, q, k, v, lse=lse).ok else "wrong-result"
+
+
+def planted_line(plant: Plant, file: str, line: int) -> str:
+    text = (KERNELS_DIR / file).read_text(encoding="utf-8")
+    if file == plant.file:
+        text = text.replace(plant.find, plant.replace)
+    lines = text.splitlines()
+    return " ".join(lines[line - 1 : line + 1])  # a call may begin on one line and end on the next
+
+
+@pytest.mark.parametrize("name", PLANTS_SM90)
+def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
+    plant = PLANTS_SM90[name]
+    for seed in SEEDS:
+        found = run_plant(plant, seed)
+        if isinstance(found, str):
+            assert found == plant.caught_by, f"seed {seed}"
+            continue
+        assert found.kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
+        assert found.seed == seed
+        for agent in filter(None, (found.agent, found.other)):
+            text = planted_line(plant, agent.file, agent.line)
+            assert any(part in text for part in NAMED_LINES[name]), f"{found}: {text}"
+
+
+def test_the_replay_command_repeats_the_run() -> None:
+    found = run_plant(PLANTS_SM90["o-read-from-q"], seed=3)
+    assert isinstance(found, SimulationError)
+    replay = parse_replay(shlex.split(found.replay)[3:])
+    assert replay.plan == plan_of(PLANTS_SM90["o-read-from-q"])
+    with pytest.raises(SimulationError) as again:
+        replay.run()
+    assert str(again.value) == str(found)
+
+
+@pytest.mark.parametrize("separate_o", [True, False])
+def test_without_a_plant_the_same_runs_are_healthy(separate_o: bool) -> None:
+    plan = dataclasses.replace(PLAN, separate_o=separate_o)
+    assert {run_plant(None, seed, plan) for seed in SEEDS} == {"healthy"}
+
+
+@pytest.mark.parametrize("name", PLANTS_SM90)
+def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
+    plant = PLANTS_SM90[name]
+    assert plant.name == name
+    assert {plant.caught_by, *plant.or_by} <= {*ALARM_KINDS, "wrong-result"}
+    assert plant.find.count("\n") == plant.replace.count("\n")
+    assert (plant.caught_by in ALARM_KINDS) == (name in NAMED_LINES)
+    text = (KERNELS_DIR / plant.file).read_text(encoding="utf-8")
+    assert text.count(plant.find) == 1
+
+
+def test_sources_without_a_plant_have_no_trace_of_one() -> None:
+    assert "plant" not in generate_source(PLAN, "host")
