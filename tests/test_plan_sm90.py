@@ -86,6 +86,8 @@ def test_units_are_tiles_or_pairs_of_them() -> None:
         plan = plan_sm90.candidates(asked)[0]
         plan = dataclasses.replace(plan, block_m=64, tiles_per_unit=tiles_per_unit)
         assert params_sm90.num_units(asked, plan) == 4 * per_head
+        assert params_sm90.grid_size(asked, plan, 1000) == 4 * per_head
+        assert params_sm90.grid_size(asked, plan, 3) == 3 * plan.min_blocks
 
 
 def test_parameters_describe_the_tensors() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import re
 import struct
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ class CompiledKernel:
         static_smem_bytes: shared memory that the code declares besides the dynamic.
         spill_bytes: spilled stores and loads of one thread.
         code_bytes: machine instructions.
+        remarks: what ptxas said of its own accord, such as that it serialised WGMMA (C7510).
     """
 
     name: str
@@ -37,6 +39,7 @@ class CompiledKernel:
     static_smem_bytes: int
     spill_bytes: int
     code_bytes: int
+    remarks: tuple[str, ...] = ()
 
 
 def _import_nvrtc() -> Any:
@@ -164,11 +167,12 @@ def compile_uncached(
     code, log = _run_nvrtc(source, target, code_type, kernel_name)
     if code_type == "cubin" and "registers" not in log:
         code, log = _run_nvrtc(source, target, code_type, kernel_name, no_cache=True)
+    remarks = tuple(line.strip() for line in log.splitlines() if re.search(r"\(C\d{4}\)", line))
     registers, static_smem, spills = -1, 0, 0
     code_bytes = len(code)
     if code_type == "cubin":
         registers, static_smem, spills = _parse_ptxas_log(log)
         code_bytes = _code_bytes(code, kernel_name)
     return CompiledKernel(
-        kernel_name, target, code_type, code, registers, static_smem, spills, code_bytes
+        kernel_name, target, code_type, code, registers, static_smem, spills, code_bytes, remarks
     )

@@ -6,6 +6,7 @@ problem that stands for all of its kind.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "options": {"window": (64, 64), "softcap": 30.0},
     "masked": {"window": (64, 64), "softcap": 30.0, "mask": "bool"},
 }
-# Long enough that every window and causal mask hides something. Plans do not depend on lengths.
+# Long enough that every window and causal mask hides something.
 _SEQLEN = 1024
 
 
@@ -64,11 +65,29 @@ def configurations(
                 for arch in archs:
                     if dtype == "bfloat16" and arch < 80:
                         continue
-                    # On sm_90 the portable kernel serves what TMA cannot read.
-                    for kernel in {None, KERNEL} if arch == SM90_ARCH else {None}:
-                        plan = select_plan(problem, arch, kernel=kernel)
+                    for plan in _plans(problem, arch):
                         found.setdefault(plan, Configuration(variant, plan))
     return list(found.values())
+
+
+def _plans(problem: Problem, arch: int) -> list[Plan]:
+    """What the problem's kind may run on an architecture. The Hopper kernel has other tiles for a
+    problem that fills the GPU, and leaves to the portable one what TMA cannot read."""
+    plans = [select_plan(problem, arch, kernel=KERNEL)]
+    if arch == SM90_ARCH:
+        rows = 8192
+        strides = (rows * problem.head_dim, rows * problem.head_dim, problem.head_dim)
+        large = dataclasses.replace(
+            problem,
+            batch=512,
+            seqlen_q=rows,
+            seqlen_k=rows,
+            q_strides=strides,
+            k_strides=strides,
+            v_strides=strides,
+        )
+        plans += [select_plan(asked, arch) for asked in (problem, large)]
+    return plans
 
 
 def _problem(head_dim: int, dtype: str, options: dict[str, Any]) -> Problem:

@@ -25,7 +25,7 @@ from flashcore.compiler import OPTIONS, CompiledKernel, compile_uncached, nvrtc_
 from flashcore.errors import BackendUnavailableError
 from flashcore.plan import Plan
 
-_MAGIC = b"flashcore kernel 1\n"
+_MAGIC = b"flashcore kernel 2\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class Resources:
     smem_bytes: int
     spill_bytes: int
     code_bytes: int
+    remarks: tuple[str, ...] = ()
 
 
 def cache_key(source: str, arch: int, arch_suffix: str = "") -> str:
@@ -60,8 +61,10 @@ def _unpack(entry: bytes) -> CompiledKernel | None:
     body = entry[len(_MAGIC) + 32 :]
     if not entry.startswith(_MAGIC) or hashlib.sha256(body).digest() != entry[len(_MAGIC) :][:32]:
         return None
-    fields, _, code = body.partition(b"\n")
-    return CompiledKernel(code=code, **json.loads(fields))
+    head, _, code = body.partition(b"\n")
+    fields = json.loads(head)
+    remarks = tuple(fields.pop("remarks"))
+    return CompiledKernel(code=code, remarks=remarks, **fields)
 
 
 @functools.cache
@@ -174,6 +177,7 @@ def resources(plan: Plan) -> Resources:
         smem_bytes=plan.smem_bytes + kernel.static_smem_bytes,
         spill_bytes=kernel.spill_bytes,
         code_bytes=kernel.code_bytes,
+        remarks=kernel.remarks,
     )
 
 

@@ -92,6 +92,11 @@ def launch_raw(
 
 
 @functools.cache
+def _num_sms(device_index: int) -> int:
+    return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
+
+
+@functools.cache
 def verify_element_map(device_index: int, arch: int, dtype: str) -> None:
     """Checks on the GPU, once a process, that fragments lie where the kernels think they do.
 
@@ -155,7 +160,7 @@ def run_kernel(
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     params: ctypes.Structure
     if isinstance(plan, Sm90Plan):
-        grid = params_sm90.grid_size(problem, plan)
+        grid = params_sm90.grid_size(problem, plan, _num_sms(q.device.index))
         params = params_sm90.build_params_sm90(problem, plan, pointers)
     else:
         params = build_params(problem, plan, pointers)

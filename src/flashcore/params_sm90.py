@@ -8,7 +8,7 @@ from typing import Any, Literal
 from flashcore.driver import import_driver
 from flashcore.errors import FlashCoreError
 from flashcore.params import AttnParams, build_params
-from flashcore.plan_sm90 import NUM_SMS, Sm90Plan
+from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
 
 _ELEMENT_BYTES = 2
@@ -87,9 +87,9 @@ def num_units(problem: Problem, plan: Sm90Plan) -> int:
     return -(-num_m_blocks // plan.tiles_per_unit) * problem.num_heads_q * problem.batch
 
 
-def grid_size(problem: Problem, plan: Sm90Plan) -> int:
-    """As many blocks as run at once."""
-    return min(num_units(problem, plan), NUM_SMS * plan.min_blocks)
+def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
+    """As many blocks as run at once on a GPU with `num_sms` multiprocessors."""
+    return min(num_units(problem, plan), num_sms * plan.min_blocks)
 
 
 def build_params_sm90(

@@ -122,6 +122,11 @@ class Plan:
         """Registers a thread that `min_blocks` blocks an SM leave, as ptxas rounds them."""
         return min(255, _REGISTERS_PER_SM // (self.min_blocks * self.num_threads) // 8 * 8)
 
+    @property
+    def role_registers(self) -> tuple[int, ...]:
+        """Registers of a thread by role, where warps have roles."""
+        return ()
+
     def constants(self) -> dict[str, object]:
         """The kernel source's compile-time constants."""
         return {

@@ -24,7 +24,9 @@ _MANY = 24  # plans that take longer to compile than a second process takes to s
 @dataclass(frozen=True, slots=True)
 class Row:
     """Resources of one configuration. `smem_bytes` is shared memory of one block, `registers` and
-    `spill_bytes` of one thread, `code_bytes` the machine code; `violations` of the budget."""
+    `spill_bytes` of one thread, `code_bytes` the machine code; `role_registers` what a consumer and
+    a producer thread have later, where roles differ; `remarks` the compiler's; `violations` of the
+    budget."""
 
     kernel: str
     arch: str
@@ -38,6 +40,8 @@ class Row:
     tile: str
     num_stages: int
     min_blocks: int
+    role_registers: tuple[int, ...]
+    remarks: tuple[str, ...]
     violations: list[str]
 
 
@@ -66,7 +70,9 @@ def resources(
     """Registers, shared memory, spills and code size of every kernel configuration.
 
     Compiles for every architecture; needs NVRTC but no GPU. Compiled kernels are cached. The
-    budget: head_dim 64 takes at most 96 registers and 48 KB of shared memory; nothing ever spills.
+    budget: with head_dim 64 the portable kernel takes at most 96 registers and 48 KB of shared
+    memory; nothing ever spills, and ptxas never serialises WGMMA. Registers of the Hopper kernel:
+    at launch / of a consumer / of a producer.
 
     Examples:
 
@@ -124,6 +130,8 @@ def measure(out: Output, wanted: Sequence[Configuration]) -> list[Row]:
                 f"{entry.plan.block_m}x{entry.plan.block_n}",
                 entry.plan.num_stages,
                 entry.plan.min_blocks,
+                entry.plan.role_registers,
+                found.remarks,
                 [],
             )
             row.violations.extend(over_budget(row))
@@ -147,13 +155,14 @@ def _compile_all(plans: Sequence[Plan]) -> Iterator[Resources]:
 
 def over_budget(row: Row) -> list[str]:
     """What a configuration takes more of than it may, one line each."""
-    from flashcore.plan import HEAD_DIM_64_MAX_REGISTERS, HEAD_DIM_64_MAX_SMEM_BYTES
+    from flashcore.plan import HEAD_DIM_64_MAX_REGISTERS, HEAD_DIM_64_MAX_SMEM_BYTES, KERNEL
 
     where = f"{row.kernel} {row.arch} head_dim {row.head_dim} {row.dtype} {row.variant} {row.tile}"
     found = []
     if row.spill_bytes > 0:
         found.append(f"{where}: {row.spill_bytes} spilled bytes, 0 allowed")
-    if row.head_dim == 64:
+    found += [f"{where}: {remark}" for remark in row.remarks]
+    if row.head_dim == 64 and row.kernel == KERNEL:
         if row.registers > HEAD_DIM_64_MAX_REGISTERS:
             found.append(f"{where}: {row.registers} registers, {HEAD_DIM_64_MAX_REGISTERS} allowed")
         if row.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES:
@@ -176,7 +185,7 @@ def _show(out: Output, rows: Sequence[Row]) -> None:
             row.tile,
             row.num_stages,
             row.min_blocks,
-            row.registers,
+            "/".join(map(str, (row.registers, *row.role_registers))),
             row.smem_bytes,
             row.spill_bytes,
             row.code_bytes,
