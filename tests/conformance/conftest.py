@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensor_maps import Map, encode_map, make_map
 from torch import Tensor
 
 from flashcore.codegen import flatten
+from flashcore.params_sm90 import TensorMap
 from flashcore.sim import SimTensor, simulate_source
 
 FOLDER = Path(__file__).parent
@@ -18,9 +20,15 @@ FOLDER = Path(__file__).parent
 Runner = Callable[..., dict[str, Tensor]]
 
 
-def params_type(name: str, tensors: dict[str, Tensor], scalars: dict[str, int]) -> type:
-    fields = [(field, ctypes.c_void_p) for field in tensors]
+def params_type(
+    name: str, maps: dict[str, Map], tensors: dict[str, Tensor], scalars: dict[str, int]
+) -> type:
+    fields: list[tuple[str, type]] = [(field, TensorMap) for field in maps]
+    fields += [(field, ctypes.c_void_p) for field in tensors]
     fields += [(field, ctypes.c_int32) for field in scalars]
+    if maps:
+        used = 128 * len(maps) + 8 * len(tensors) + 4 * len(scalars)
+        fields.append(("padding", ctypes.c_uint8 * (-used % 64)))
     return type(name, (ctypes.Structure,), {"_fields_": fields})
 
 
@@ -28,8 +36,9 @@ def params_type(name: str, tensors: dict[str, Tensor], scalars: dict[str, int]) 
 def run(request: pytest.FixtureRequest) -> Runner:
     """Runs a kernel of tests/conformance on CPU tensors and returns what it wrote.
 
-    `tensors` are the parameter struct's pointers in order; those whose name is in `outputs` are
-    written by the kernel.
+    The parameter struct holds `maps`, then pointers to `tensors`, then `scalars`; a tensor that a
+    map names has no pointer if its own name starts with "_". Those in `outputs` are written by the
+    kernel. `arch_suffix` "a" is for kernels of Hopper alone.
     """
 
     def run(
@@ -42,18 +51,27 @@ def run(request: pytest.FixtureRequest) -> Runner:
         smem_bytes: int = 8192,
         scalars: dict[str, int] | None = None,
         constants: dict[str, object] | None = None,
+        maps: dict[str, Map] | None = None,
+        arch_suffix: str = "",
         seed: int = 0,
     ) -> dict[str, Tensor]:
-        scalars = scalars or {}
-        struct = params_type(kernel, tensors, scalars)
+        scalars, maps = scalars or {}, maps or {}
+        pointed = {n: t for n, t in tensors.items() if not n.startswith("_")}
+        struct = params_type(kernel, maps, pointed, scalars)
         path = FOLDER / f"{kernel}.cuh"
         name = "".join(word.capitalize() for word in kernel.split("_")) + "Params"
         if request.param == "sim":
             source = flatten(path, "host", constants=constants, params=name)
-            items = [SimTensor(n, t, n, writable=n in outputs) for n, t in tensors.items()]
+            fields = {n: [n] if n in pointed else [] for n in tensors}
+            for map_name, spec in maps.items():
+                fields[spec.tensor].append(f"{map_name}.base")
+            items = [
+                SimTensor(n, t, tuple(fields[n]), writable=n in outputs) for n, t in tensors.items()
+            ]
+            encoded = {n: make_map(spec, tensors[spec.tensor]) for n, spec in maps.items()}
             simulate_source(
                 source,
-                struct(**scalars),
+                struct(**encoded, **scalars),
                 items,
                 grid=grid,
                 num_threads=num_threads,
@@ -66,14 +84,18 @@ def run(request: pytest.FixtureRequest) -> Runner:
 
         device = torch.device("cuda")
         major, minor = torch.cuda.get_device_capability()
+        if arch_suffix and (major, minor) != (9, 0):
+            pytest.skip(f"needs an sm_90 GPU, this one is sm_{major}{minor}")
         on_gpu = {n: t.to(device) for n, t in tensors.items()}
-        pointers = {n: t.data_ptr() for n, t in on_gpu.items()}
+        pointers = {n: on_gpu[n].data_ptr() for n in pointed}
+        encoded = {n: encode_map(spec, on_gpu[spec.tensor]) for n, spec in maps.items()}
+        source = flatten(path, "ptx", constants=constants)
         launch_raw(
-            compile_source(flatten(path, "ptx", constants=constants), 10 * major + minor, kernel),
+            compile_source(source, 10 * major + minor, kernel, arch_suffix),
             grid=grid,
             num_threads=num_threads,
             smem_bytes=smem_bytes,
-            params=struct(**pointers, **scalars),
+            params=struct(**encoded, **pointers, **scalars),
             device=device,
         )
         torch.cuda.synchronize()

@@ -1,0 +1,194 @@
+"""Hopper's primitives (prims_sm90.cuh) against models, in the simulator and on a GPU alike."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tensor_maps import Map
+from torch import Tensor
+
+from flashcore.codegen import flatten
+
+FOLDER = Path(__file__).parent
+DTYPES = ("float16", "bfloat16")
+SEEDS = range(4)
+
+Runner = Callable[..., dict[str, Tensor]]
+
+# Columns of a product and bytes of a swizzled row.
+PRODUCTS = [(64, 128), (96, 64), (128, 128), (256, 128)]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "constants"),
+    [
+        *(("tma_boxes", {"ROW_BYTES": size}) for size in (64, 128)),
+        ("mbarriers", {}),
+        ("warpgroups", {}),
+        *(("stmatrix", {"Element": dtype}) for dtype in DTYPES),
+        *(
+            ("products", {"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": cols // 16})
+            for dtype, (cols, row_bytes) in itertools.product(DTYPES, PRODUCTS)
+        ),
+    ],
+)
+def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, object]) -> None:
+    pytest.importorskip("cuda.core")
+    from flashcore.jit import compile_source
+
+    source = flatten(FOLDER / f"{kernel}.cuh", "ptx", constants=constants)
+    assert compile_source(source, 90, kernel, "a").code_bytes > 0
+
+
+def padded_box(
+    x: Tensor, col: int, row: int, head: int, batch: int, shape: tuple[int, int]
+) -> Tensor:
+    """The box of a tensor [batch, heads, rows, cols], zeros outside."""
+    box = torch.zeros(shape, dtype=x.dtype)
+    if not (0 <= head < x.shape[1] and 0 <= batch < x.shape[0]):
+        return box
+    for r, c in itertools.product(range(shape[0]), range(shape[1])):
+        if 0 <= row + r < x.shape[2] and 0 <= col + c < x.shape[3]:
+            box[r, c] = x[batch, head, row + r, col + c]
+    return box
+
+
+def swizzled(box: Tensor, row_bytes: int) -> Tensor:
+    """As TMA lays it out: units of 8 elements are permuted by row, in a pattern of 8 rows."""
+    laid_out = torch.empty_like(box)
+    for row, unit in itertools.product(range(box.shape[0]), range(row_bytes // 16)):
+        place = unit ^ (row % 8 if row_bytes == 128 else row // 2 % 4)
+        laid_out[row, place * 8 : place * 8 + 8] = box[row, unit * 8 : unit * 8 + 8]
+    return laid_out
+
+
+@pytest.mark.parametrize("row_bytes", [64, 128])
+def test_boxes_are_swizzled_padded_and_clipped(run: Runner, row_bytes: int) -> None:
+    cols = row_bytes // 2
+    x = torch.arange(2 * 3 * 21 * 72).reshape(2, 3, 21, 72).to(torch.int16)
+    inside = itertools.product(range(0, 72, cols), (0, 16), range(3), range(2))
+    boxes = [(*place, 1) for place in inside]
+    boxes += [
+        (0, -5, 0, 0, 0),
+        (-8, 3, 1, 1, 0),
+        (8, 40, 0, 0, 0),
+        (0, 0, 3, 0, 0),
+        (0, 0, 0, 2, 0),
+    ]
+    boxes += [(5, 3, 1, 0, 0), (-3, -2, 2, 1, 0)]
+    tensors = {
+        "_in": x,
+        "_out": torch.empty_like(x),
+        "boxes": torch.tensor(boxes, dtype=torch.int32),
+        "raw": torch.empty(len(boxes), 16, cols, dtype=torch.int16),
+    }
+    expected = [padded_box(x, *box[:4], shape=(16, cols)) for box in boxes]
+    for seed in SEEDS:
+        result = run(
+            "tma_boxes",
+            tensors,
+            ("_out", "raw"),
+            num_threads=64,
+            smem_bytes=64 * cols + 16,
+            scalars={"num_boxes": len(boxes)},
+            constants={"ROW_BYTES": row_bytes},
+            maps={"in": Map("_in", 16, cols), "out": Map("_out", 16, cols)},
+            arch_suffix="a",
+            seed=seed,
+        )
+        for box, raw, plain in zip(boxes, result["raw"], expected, strict=True):
+            assert torch.equal(raw, swizzled(plain, row_bytes)), box
+        assert torch.equal(result["_out"], x)
+
+
+def test_phases_of_mbarriers_hand_values_over(run: Runner) -> None:
+    lane = torch.arange(32, dtype=torch.int32)
+    for seed in SEEDS:
+        result = run(
+            "mbarriers",
+            {"seen": torch.empty(9, 3, 32, dtype=torch.int32)},
+            ("seen",),
+            num_threads=128,
+            arch_suffix="a",
+            seed=seed,
+        )
+        for round, reader in itertools.product(range(9), range(3)):
+            assert torch.equal(result["seen"][round, reader], round * 100 + (lane ^ (reader + 1)))
+
+
+def test_warpgroups_meet_at_named_barriers(run: Runner) -> None:
+    tensors = {
+        "seen": torch.empty(6, 128, dtype=torch.int32),
+        "elected": torch.empty(8, 32, dtype=torch.int32),
+    }
+    mirrored = torch.arange(127, -1, -1, dtype=torch.int32)
+    for seed in SEEDS:
+        result = run(
+            "warpgroups",
+            tensors,
+            ("seen", "elected"),
+            num_threads=256,
+            arch_suffix="a",
+            seed=seed,
+        )
+        assert torch.equal(result["seen"], torch.arange(6)[:, None].int() * 1000 + mirrored)
+        assert [sorted(warp.tolist()) for warp in result["elected"]] == [[0] * 31 + [2]] * 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stmatrix_stores_fragments(run: Runner, dtype: str) -> None:
+    out = torch.empty(4, 16, 16, dtype=getattr(torch, dtype))
+    result = run(
+        "stmatrix",
+        {"out": out},
+        ("out",),
+        num_threads=128,
+        constants={"Element": dtype},
+        arch_suffix="a",
+    )
+    assert torch.equal(result["out"], torch.arange(256.0).reshape(16, 16).to(out).expand(4, 16, 16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cols", "row_bytes"), PRODUCTS)
+def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: int) -> None:
+    """Small integers are exact in every step, so one element in a wrong place or lost shows."""
+    generator = torch.Generator().manual_seed(cols)
+
+    def integers(*shape: int) -> Tensor:
+        return torch.randint(-8, 9, shape, generator=generator).to(getattr(torch, dtype))
+
+    a, b, bt = integers(64, 64), integers(cols, 64), integers(64, cols)
+    c = integers(64, cols).float()
+    tensors = {
+        "_a": a[None, None],
+        "_b": b[None, None],
+        "_bt": bt[None, None],
+        "a": a.clone(),
+        "c": c,
+        "by_smem": torch.empty(64, cols),
+        "by_registers": torch.empty(64, cols),
+    }
+    chunk = row_bytes // 2
+    for seed in SEEDS:
+        result = run(
+            "products",
+            tensors,
+            ("by_smem", "by_registers"),
+            num_threads=128,
+            smem_bytes=2 * (64 * 64 + 2 * 64 * cols) + 8,
+            constants={"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": cols // 16},
+            maps={
+                "a_map": Map("_a", 64, chunk),
+                "b_map": Map("_b", cols, chunk),
+                "bt_map": Map("_bt", 64, chunk),
+            },
+            arch_suffix="a",
+            seed=seed,
+        )
+        assert torch.equal(result["by_smem"], a.float() @ b.float().T + c)
+        assert torch.equal(result["by_registers"], a.float() @ bt.float())
