@@ -1,0 +1,257 @@
+"""Fill the results of README.md and docs/performance.md from benchmarks/results/h200.json.
+
+    python scripts/readme_results.py            # after `flashcore bench --output ...`
+    python scripts/readme_results.py --check    # change nothing, fail where a page is stale
+
+What stands between the lines `<!-- results:begin -->` and `<!-- results:end -->` of a page is made
+here and nowhere else, so a page cannot say what was not measured.
+
+Exit status: 0 up to date (or no results yet), 1 a page is stale, 2 a page has lost its markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from flashcore.bench.report import conditions, skipped
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path("benchmarks/results/h200.json")
+
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+# Columns of the sweep, where the file has them; the seed's table names the best of all instead.
+COLUMNS = ("flashcore", "flashcore-wmma", "sdpa-flash", "sdpa-cudnn", "fa3")
+README_SEQLENS = (512, 2048, 16384)
+
+Document = Mapping[str, Any]
+Row = Mapping[str, Any]
+Entries = Mapping[str, Row]
+
+
+class MarkerError(ValueError):
+    """A page does not have exactly one begin marker followed by one end marker."""
+
+
+def by_workload(document: Document, group: str) -> dict[str, dict[str, Row]]:
+    """The timed rows of a group: workload name -> library -> row, in the file's order."""
+    grouped: dict[str, dict[str, Row]] = {}
+    for row in document["results"]:
+        if row["group"] == group:
+            entries = grouped.setdefault(row["workload"], {})
+            if "seconds" in row:
+                entries[row["library"]] = row
+    return grouped
+
+
+def best_other(entries: Entries) -> Row | None:
+    """The fastest row that is not flashcore's, or None."""
+    others = [row for name, row in entries.items() if not name.startswith("flashcore")]
+    return min(others, key=lambda row: float(row["seconds"]), default=None)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _microseconds(row: Row | None) -> str:
+    return "-" if row is None else f"{row['seconds'] * 1e6:.1f}"
+
+
+def _time_and_rate(row: Row | None) -> str:
+    return "-" if row is None else f"{_microseconds(row)} / {row['flops_per_second'] / 1e12:.3g}"
+
+
+def _speedup(entries: Entries) -> float | None:
+    """Time of the best other implementation over flashcore's."""
+    ours, other = entries.get("flashcore"), best_other(entries)
+    if ours is None or other is None:
+        return None
+    return float(other["seconds"]) / float(ours["seconds"])
+
+
+def _times(speedup: float | None) -> str:
+    return "-" if speedup is None else f"{speedup:.2f}x"
+
+
+def seed_table(document: Document) -> str:
+    """The project's first shape: microseconds, and errors against float64."""
+    header = ["us", "unfused", "best SDPA", "flashcore", "largest / mean error"]
+    lines = []
+    for workload, entries in by_workload(document, "seed").items():
+        sdpa = best_other({name: row for name, row in entries.items() if name.startswith("sdpa")})
+        ours = entries.get("flashcore")
+        error = "-" if ours is None else f"{ours['max_error']:.1e} / {ours['mean_error']:.1e}"
+        lines.append(
+            [
+                workload,
+                _microseconds(entries.get("unfused")),
+                "-" if sdpa is None else f"{_microseconds(sdpa)} ({sdpa['library']})",
+                _microseconds(ours),
+                error,
+            ]
+        )
+    return _table(header, lines)
+
+
+def sweep_table(document: Document, seqlens: Sequence[int] | None = None) -> str:
+    """Microseconds / TFLOP/s over the sweep, of all lengths or of some."""
+    sweep = by_workload(document, "sweep")
+    present = {name for entries in sweep.values() for name in entries}
+    columns = [name for name in COLUMNS if name in present]
+    lines = [
+        [
+            workload,
+            *(_time_and_rate(entries.get(name)) for name in columns),
+            _times(_speedup(entries)),
+        ]
+        for workload, entries in sweep.items()
+        if seqlens is None or any(row["seqlen"] in seqlens for row in entries.values())
+    ]
+    return _table(["us / TFLOP/s", *columns, "vs best other"], lines)
+
+
+def summary(document: Document) -> str:
+    """One sentence on all shapes of the file, the worst one named."""
+    speedups = {
+        workload: speedup
+        for group in ("seed", "sweep")
+        for workload, entries in by_workload(document, group).items()
+        if (speedup := _speedup(entries)) is not None
+    }
+    if not speedups:
+        return "flashcore was not timed beside another implementation."
+    faster = sum(speedup > 1 for speedup in speedups.values())
+    best, worst = max(speedups, key=speedups.__getitem__), min(speedups, key=speedups.__getitem__)
+    return (
+        f"Against the fastest other implementation of each shape, flashcore takes less time on "
+        f"{faster} of {len(speedups)}: at best {speedups[best]:.2f}x its speed ({best}), at worst "
+        f"{speedups[worst]:.2f}x ({worst})."
+    )
+
+
+def _where(document: Document) -> str:
+    gpu, torch = document["gpu"], document["versions"]["torch"]
+    where = document["cpu"] if gpu is None else gpu["name"]
+    return f"{where}, torch {torch}, {document['date'][:10]}"
+
+
+def _dtypes(document: Document, group: str) -> str:
+    rows = (row["dtype"] for row in document["results"] if row["group"] == group)
+    return " and ".join(dict.fromkeys(rows))
+
+
+def readme_section(document: Document, folder: Path) -> str:
+    """What README.md says."""
+    plot = _plot(folder, RESULTS.with_suffix(".png").as_posix())
+    return "\n\n".join(
+        [
+            f"{_where(document)}; medians of one run, kernel time without the host's. The first "
+            "benchmark of this project, 8 heads, 512 tokens, head_dim 64, "
+            f"{_dtypes(document, 'seed')}:",
+            seed_table(document),
+            "A sweep at 16k tokens and hidden size 2048, "
+            f"{_dtypes(document, 'sweep')}, microseconds / TFLOP/s:",
+            sweep_table(document, README_SEQLENS),
+            f"{summary(document)} All shapes, errors, limits and what was tried: "
+            "[docs/performance.md](docs/performance.md).",
+            *plot,
+        ]
+    )
+
+
+def performance_section(document: Document, folder: Path) -> str:
+    """What docs/performance.md says."""
+    name = f"../{RESULTS.as_posix()}"
+    report = Path(name).with_suffix(".md").as_posix()
+    has_report = (folder / RESULTS.with_suffix(".md")).is_file()
+    others = f", the other columns and errors in [h200.md]({report})" if has_report else ""
+    return "\n\n".join(
+        [
+            f"From [h200.json]({name}){others}. {conditions(document)}",
+            f"The seed's shape, {_dtypes(document, 'seed')}:",
+            seed_table(document),
+            f"16k tokens, hidden size 2048, {_dtypes(document, 'sweep')}:",
+            sweep_table(document),
+            summary(document),
+            *[f"- {line}" for line in skipped(document)],
+            *_plot(folder, Path(name).with_suffix(".png").as_posix()),
+        ]
+    )
+
+
+def _plot(root: Path, link: str) -> list[str]:
+    """The plot as an image, where there is one."""
+    exists = (root / RESULTS.with_suffix(".png")).is_file()
+    return [f"![TFLOP/s over sequence length]({link})"] if exists else []
+
+
+PAGES: dict[str, Callable[[Document, Path], str]] = {
+    "README.md": readme_section,
+    "docs/performance.md": performance_section,
+}
+
+
+def filled(text: str, section: str, page: str) -> str:
+    """`text` with `section` between its markers. Raises MarkerError."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise MarkerError(f"{page} needs one line {BEGIN} and below it one line {END}")
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{section}\n{END}{tail}"
+
+
+def update(root: Path, check: bool) -> list[str]:
+    """Fill all pages.
+
+    Args:
+        root: the repository.
+        check: change nothing.
+
+    Returns:
+        The pages that were (or with `check`: are) stale; none where there are no results.
+
+    Raises:
+        MarkerError: a page has lost its markers.
+    """
+    source = root / RESULTS
+    if not source.is_file():
+        return []
+    document = json.loads(source.read_text(encoding="utf-8"))
+    stale = []
+    for page, section in PAGES.items():
+        path = root / page
+        text = path.read_text(encoding="utf-8")
+        wanted = filled(text, section(document, root), page)
+        if wanted != text:
+            stale.append(page)
+            if not check:
+                path.write_text(wanted, encoding="utf-8")
+    return stale
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail where stale")
+    check = parser.parse_args(arguments).check
+    if not (ROOT / RESULTS).is_file():
+        print(f"{RESULTS} does not exist yet: run flashcore bench --output {RESULTS} on the GPU")
+        return 0
+    try:
+        stale = update(ROOT, check)
+    except MarkerError as error:
+        print(error, file=sys.stderr)
+        return 2
+    for page in stale:
+        print(f"{page}: {'stale, run python scripts/readme_results.py' if check else 'updated'}")
+    return 1 if check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
