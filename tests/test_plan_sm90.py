@@ -74,8 +74,9 @@ def test_every_head_dim_fits(head_dim: int, heads: int, options: dict[str, objec
             assert isinstance(plan, Sm90Plan)
             assert plan.smem_bytes <= 232448
             consumer, producer = plan.role_registers
-            total = 128 * (plan.num_consumers * consumer + producer) * plan.min_blocks
-            assert total <= 65536
+            asked_for = 128 * (plan.num_consumers * consumer + producer)
+            assert asked_for <= plan.max_registers * plan.num_threads
+            assert plan.max_registers * plan.num_threads * plan.min_blocks <= 65536
             assert not plan.ping_pong or plan.num_consumers > 1
         assert select_plan(asked).kernel in ("attn_fwd_sm90", "attn_fwd_wmma")
 

@@ -66,7 +66,8 @@ class Sm90Plan(Plan):
     @property
     def role_registers(self) -> tuple[int, int]:
         """Registers of a consumer and of a producer thread; setmaxnreg moves them from what the
-        launch gave everybody. All warpgroups together stay within the SM's 64 K."""
+        launch gave everybody, `max_registers`: a block that asks for more than it was given waits
+        for ever."""
         return {1: (216, 40), 2: (240, 24), 3: (160, 32)}[self.num_consumers]
 
     def constants(self) -> dict[str, object]:
