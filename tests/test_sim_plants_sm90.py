@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -155,3 +156,8 @@ def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
 
 def test_sources_without_a_plant_have_no_trace_of_one() -> None:
     assert "plant" not in generate_source(PLAN, "host")
+
+
+def test_the_documentation_lists_every_plant() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
+    assert [name for name in PLANTS_SM90 if f"`{name}`" not in text] == []

@@ -63,7 +63,7 @@ class SimReport:
         switches: from one thread to another.
         smem_accesses: checked loads and stores of shared memory (a fragment's line counts as one).
         gmem_accesses: checked loads and stores of tensors.
-        async_copies: cp.async issued.
+        async_copies: cp.async and TMA transfers issued.
         barriers: block and warp barriers passed.
         warp_ops: shuffles, votes, wmma operations and warp barriers of a whole warp.
         build_s: seconds taken to compile the kernel, or to find it compiled.
