@@ -201,14 +201,13 @@ def _min_blocks(plan: Plan) -> int:
 
 
 def _enumerate(base: Plan) -> Iterator[Plan]:
-    stages = (1,) if base.arch < 80 else (2, 1)
+    num_stages = 2 if base.arch >= 80 else 1  # double-buffered where copies are asynchronous
     for block_m in (128, 64):
         for block_n in (128, 64, 32, 16):
-            for num_stages in stages:
-                plan = dataclasses.replace(
-                    base, block_m=block_m, block_n=block_n, num_stages=num_stages
-                )
-                yield dataclasses.replace(plan, min_blocks=_min_blocks(plan))
+            plan = dataclasses.replace(
+                base, block_m=block_m, block_n=block_n, num_stages=num_stages
+            )
+            yield dataclasses.replace(plan, min_blocks=_min_blocks(plan))
 
 
 def _is_legal(plan: Plan) -> bool:
@@ -226,11 +225,11 @@ def _is_legal(plan: Plan) -> bool:
 
 
 def _rank(plan: Plan) -> tuple[int, ...]:
-    """Smaller is better: warps resident on an SM to hide latencies, as far as that paid; double
-    buffering; narrow key tiles, whose scores leave registers for more warps; small row tiles,
-    which make more blocks. Measured on sm_90, see docs/performance.md."""
+    """Smaller is better: warps resident on an SM to hide latencies, as far as that paid; narrow
+    key tiles, whose scores leave registers for more warps; small row tiles, which make more
+    blocks. Measured on sm_90, see docs/performance.md."""
     resident_warps = min(12, plan.min_blocks * plan.num_warps)
-    return (-resident_warps, -plan.num_stages, abs(plan.block_n - 32), plan.block_m)
+    return (-resident_warps, abs(plan.block_n - 32), plan.block_m)
 
 
 def candidates(
