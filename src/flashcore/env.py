@@ -49,7 +49,8 @@ SIM_SEED = Variable(
 SIM_ARCH = Variable(
     "FLASHCORE_SIM_ARCH",
     "80",
-    'GPU architecture whose kernel backend="sim" runs: 75 has plain loads, 80 and up cp.async.',
+    'GPU architecture whose kernel backend="sim" runs: 75 has plain loads, 80 and up cp.async, '
+    "90 the Hopper kernel.",
 )
 
 VARIABLES: tuple[Variable, ...] = (CACHE_DIR, BUNDLE, CXX, SIM_SEED, SIM_ARCH)

@@ -10,6 +10,7 @@ import torch
 from flashcore import env
 from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
 from flashcore.plan import Plan, candidates
+from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Causal, Problem, Window, load_bytes
 
 SHOWN_ALTERNATIVES = 3
@@ -112,7 +113,7 @@ def explain(
         reason=choice.reason,
         plan=plans[0] if plans else None,
         alternatives=tuple(plans[1 : 1 + SHOWN_ALTERNATIVES]),
-        notes=tuple(_notes(problem, choice.backend, bool(plans), q, k, v)),
+        notes=tuple(_notes(problem, choice.backend, plans, q, k, v)),
     )
     print(explanation, file=file)
     return explanation
@@ -129,7 +130,7 @@ def _tiles(plan: Plan) -> str:
 def _notes(
     problem: Problem,
     backend: str,
-    has_plan: bool,
+    plans: list[Plan],
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -141,12 +142,15 @@ def _notes(
         same = sdpa_means_the_same(problem)
         how = "by torch's SDPA, which means the same here" if same else "tile by tile"
         notes.append(f"computed {how}; memory is linear in seqlen")
-    if not has_plan:
+    if not plans:
         return notes
-    notes.append(
-        "tiles are ranked by warps resident on an SM, then double buffering, then the block_n that "
-        "leaves registers for more warps (32), then small block_m; see plan.py"
-    )
+    if isinstance(plans[0], Sm90Plan):
+        notes.append("tiles come from a table measured on an H200; see plan_sm90.py")
+    else:
+        notes.append(
+            "tiles are ranked by warps resident on an SM, then the block_n that leaves registers "
+            "for more warps (32), then small block_m; see plan.py"
+        )
     if problem.load_bytes < 16:
         narrow = [
             f"{name} allows {own}"

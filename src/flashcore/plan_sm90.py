@@ -134,7 +134,7 @@ def candidates(problem: Problem) -> list[Plan]:
     plans: list[Plan] = []
     heads = problem.batch * problem.num_heads_q
     for block_m, block_n, ping_pong, lazy_rescale in _tiles(problem):
-        min_blocks = 2 if block_m == 64 else 1
+        min_blocks = 2 if block_m == 64 else 1  # for the register count; fewer may fit
         # Pairs of row tiles even out the work of causal rows, where they still fill the GPU.
         pairs = heads * -(-problem.seqlen_q // (2 * block_m))
         in_pairs = problem.window_right >= 0 and pairs >= NUM_SMS * min_blocks

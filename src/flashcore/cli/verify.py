@@ -93,5 +93,5 @@ def _require_gpu(backend: str) -> None:
     if not torch.cuda.is_available():
         raise typer.BadParameter(
             f"--backend {backend} needs a GPU and torch sees none (`flashcore doctor` says why); "
-            "--backend sim runs the same kernel on the CPU"
+            "--backend sim runs a kernel on the CPU (FLASHCORE_SIM_ARCH=90: the Hopper kernel)"
         )
