@@ -43,6 +43,7 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     19: ("divergence", "", None),
     20: ("divergence", "", None),
     21: ("divergence", "", None),
+    22: ("mbarrier", "bars", 0),
     30: ("missing-fence", "tile", 0),
     31: ("missing-fence", "tile", None),
     32: ("race", "tile", 5),
@@ -59,6 +60,8 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     43: ("misaligned", "tile", None),
     44: ("race", "tile", None),
     45: ("race", "tile", 5),
+    46: ("missing-fence", "tile", 0),
+    47: ("race", "tile", 5),
     60: ("wgmma", "", None),
     61: ("wgmma", "", None),
     62: ("wgmma", "", None),
@@ -78,9 +81,12 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     76: ("race", "tile", 3),
     77: ("wgmma", "", None),
     78: ("divergence", "", None),
+    79: ("race", "tile", 3),
     80: ("missing-fence", "tile", 0),
     81: ("race", "tile", None),
     82: ("race", "tile", None),
+    83: ("wgmma", "", None),
+    84: ("race", "tile", None),
 }
 
 

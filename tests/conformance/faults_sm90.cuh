@@ -127,6 +127,11 @@ FC_DEVICE void barrier_faults(const Faulty& s, const FaultsSm90Params& p) {
     case 21:
       if (lane_idx() < 16) elect_lane();  // ALARM 21
       break;
+    case 22:  // two phases pass: who polls the first may not see it
+      if (me == 0) mbar_arrive(s.bar);
+      if (me == 0) mbar_arrive(s.bar);
+      if (me >= 32) mbar_wait(s.bar, 0);  // ALARM 22
+      break;
   }
 }
 
@@ -205,6 +210,22 @@ FC_DEVICE void copy_faults(const Faulty& s, const FaultsSm90Params& p) {
       break;
     case 44:  // two warps store the same rows
       stmatrix_x4(s.tile + lane_idx() * 8, reg);  // ALARM 44 AGAINST 44
+      break;
+    case 47:  // the newest group has not read yet
+      load_tile(s, p.in);
+      if (me == 0) tma_store(p.out, s.tile, 0, 64, 0, 0);  // all of it is clipped
+      if (me == 0) tma_store_commit();
+      if (me == 0) tma_store(p.out, s.tile, 0, 0, 0, 0);  // AGAINST 47
+      if (me == 0) tma_store_commit();
+      if (me == 0) tma_store_wait_read<1>();
+      if (me == 0) smem_store(s.tile + 5, bfloat16{});  // ALARM 47
+      break;
+    case 46:  // written once more after the fence
+      fill(s.tile, me);
+      fence_proxy_async();
+      smem_store(s.tile + me, bfloat16{});  // AGAINST 46
+      block_sync();
+      if (me == 0) tma_store(p.out, s.tile, 0, 0, 0, 0);  // ALARM 46
       break;
     case 45:  // the elected lane's wait tells nobody else
       load_tile(s, p.in);
@@ -350,6 +371,34 @@ FC_DEVICE void product_faults(const Faulty& s, const FaultsSm90Params& p) {
     case 78:  // half a warp
       wgmma_fence();
       if (lane_idx() < 16) wgmma_ss<bfloat16>(d, desc, desc, true);  // ALARM 78
+      break;
+    case 79:  // two warpgroups read, the writer knows of one
+      wgmma_fence();
+      wgmma_ss<bfloat16>(d, desc, desc, true);  // AGAINST 79
+      wgmma_commit();
+      wgmma_wait<0>();
+      if (warp_idx() >= 4) named_barrier_sync(1, 128);
+      if (me == 200) smem_store(s.tile + 3, bfloat16{});  // ALARM 79
+      break;
+    case 84:  // one lane does not wait for the load
+      if (me == 0) mbar_arrive_expect_tx(s.bar, TILE_BYTES);
+      if (me == 0) tma_load(s.tile, p.in, s.bar, 0, 0, 0, 0);  // AGAINST 84
+      if (lane_idx() != 5) mbar_wait(s.bar, 0);
+      wgmma_fence();
+      wgmma_ss<bfloat16>(d, desc, desc, true);  // ALARM 84
+      wgmma_commit();
+      wgmma_wait<0>();
+      break;
+    case 83:  // other registers, written since the only fence
+      if (me == 0) mbar_arrive_expect_tx(s.bar, TILE_BYTES);
+      if (me == 0) tma_load(s.tile, p.in, s.bar, 0, 0, 0, 0);
+      mbar_wait(s.bar, 0);
+      wgmma_fence();
+      wgmma_ss<bfloat16>(d, desc, desc, true);
+      wgmma_commit();
+      wgmma_wait<0>();
+      e[0].x[0] = d[0].x[0];
+      wgmma_ss<bfloat16>(e, desc, desc, true);  // ALARM 83
       break;
     case 80:  // an operand that threads wrote, without a fence
       fill(s.tile, me);  // AGAINST FILL
