@@ -62,6 +62,7 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     45: ("race", "tile", 5),
     46: ("missing-fence", "tile", 0),
     47: ("race", "tile", 5),
+    48: ("misuse", "", None),
     60: ("wgmma", "", None),
     61: ("wgmma", "", None),
     62: ("wgmma", "", None),

@@ -220,6 +220,10 @@ FC_DEVICE void copy_faults(const Faulty& s, const FaultsSm90Params& p) {
       if (me == 0) tma_store_wait_read<1>();
       if (me == 0) smem_store(s.tile + 5, bfloat16{});  // ALARM 47
       break;
+    case 48:  // a box that starts inside a unit of 16 bytes
+      if (me == 0) mbar_arrive_expect_tx(s.bar, TILE_BYTES);
+      if (me == 0) tma_load(s.tile, p.in, s.bar, 5, 0, 0, 0);  // ALARM 48
+      break;
     case 46:  // written once more after the fence
       fill(s.tile, me);
       fence_proxy_async();

@@ -79,7 +79,7 @@ def test_boxes_are_swizzled_padded_and_clipped(run: Runner, row_bytes: int) -> N
         (0, 0, 3, 0, 0),
         (0, 0, 0, 2, 0),
     ]
-    boxes += [(5, 3, 1, 0, 0), (-3, -2, 2, 1, 0)]
+    boxes += [(16, 3, 1, 0, 0), (-8, -2, 2, 1, 0)]
     tensors = {
         "_in": x,
         "_out": torch.empty_like(x),
