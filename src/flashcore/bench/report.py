@@ -167,6 +167,7 @@ def plot(document: Document, path: Path) -> None:
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     name = document["gpu"]["name"] if document["gpu"] else document["cpu"]
-    figure.suptitle(f"Attention forward, float16, {name}")
+    dtypes = ", ".join(sorted({row["dtype"] for row in rows}))
+    figure.suptitle(f"Attention forward, {dtypes}, {name}")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
