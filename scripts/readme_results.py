@@ -81,7 +81,8 @@ def _times(speedup: float | None) -> str:
 
 def seed_table(document: Document) -> str:
     """The project's first shape: microseconds, and errors against float64."""
-    header = ["us", "unfused", "best SDPA", "flashcore", "largest / mean error"]
+    header = ["us", "unfused", "sdpa-flash", "best SDPA", "flashcore-wmma", "flashcore"]
+    header.append("largest / mean error")
     lines = []
     for workload, entries in by_workload(document, "seed").items():
         sdpa = best_other({name: row for name, row in entries.items() if name.startswith("sdpa")})
@@ -91,7 +92,9 @@ def seed_table(document: Document) -> str:
             [
                 workload,
                 _microseconds(entries.get("unfused")),
+                _microseconds(entries.get("sdpa-flash")),
                 "-" if sdpa is None else f"{_microseconds(sdpa)} ({sdpa['library']})",
+                _microseconds(entries.get("flashcore-wmma")),
                 _microseconds(ours),
                 error,
             ]

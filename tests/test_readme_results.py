@@ -112,7 +112,7 @@ def test_a_changed_number_is_stale(script: ModuleType, repository: Path) -> None
 def test_what_the_tables_say(script: ModuleType) -> None:
     name = "B1 H8 S512 D64 full"
     assert script.seed_table(DOCUMENT).splitlines()[-1] == (
-        f"| {name} | 20.0 | 8.0 (sdpa-cudnn) | 5.0 | 1.4e-04 / 1.5e-05 |"
+        f"| {name} | 20.0 | 10.0 | 8.0 (sdpa-cudnn) | - | 5.0 | 1.4e-04 / 1.5e-05 |"
     )
     assert script.sweep_table(DOCUMENT).splitlines() == [
         "| us / TFLOP/s | flashcore | flashcore-wmma | sdpa-cudnn | vs best other |",
