@@ -29,7 +29,6 @@ Target = Literal["ptx", "host"]
 KERNELS_DIR = Path(__file__).parent / "kernels"
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"')
-_SYSTEM_INCLUDE = re.compile(r"^\s*#\s*include\s+<")
 _DIRECTIVE = re.compile(r"^\s*//@(\w+)\s*(.*)$")
 
 
