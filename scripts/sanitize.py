@@ -31,6 +31,8 @@ TOOLS: dict[str, list[str]] = {
 }
 # tool -> planted bug that it must find; synccheck has none, as the kernel has no divergent barrier.
 SELF_TEST = {"memcheck": "tail-oob", "racecheck": "no-barrier"}
+# Lines that begin like a finding and are none.
+NO_FINDING = "COMPUTE-SANITIZER|Target application|Error: Device not supported"
 FOUND = 86  # exit status that compute-sanitizer is told to use for a finding
 
 # Small, for racecheck is slow. Each line is there for the code that it makes the kernel enter.
@@ -213,13 +215,16 @@ def read_log(log: list[str], status: int, num_cases: int) -> Outcome:
             findings = 0
         elif summary:
             total = int(summary.group(1))
-        elif re.match(r"========= (?!COMPUTE-SANITIZER)\S", line):
+        elif re.match(rf"========= (?!{NO_FINDING})\S", line):
             findings += 1  # continuation lines are indented
+    done = len(verdicts)
+    if findings and done < num_cases:
+        verdicts.append(f"{findings} findings")  # memcheck ends the kernel, and with it the run
     problem = None
     if total is None:
         problem = "the tool printed no summary: " + (log[-1] if log else "no output at all")
-    elif len(verdicts) < num_cases:
-        problem = f"stopped in case {len(verdicts)}, with exit status {status}"
+    elif done < num_cases:
+        problem = f"stopped in case {done}, with exit status {status}"
     elif status not in (0, FOUND):
         problem = f"exit status {status}"
     elif (total or status == FOUND) and all(verdict == "clean" for verdict in verdicts):

@@ -52,6 +52,21 @@ def test_finding_is_put_to_its_case(sanitize: ModuleType, text: list[str]) -> No
     assert not outcome.clean
 
 
+def test_finding_that_ends_the_run_is_put_to_its_case(sanitize: ModuleType) -> None:
+    end = ["========= Target application returned an error", "========= ERROR SUMMARY: 1 error"]
+    outcome = sanitize.read_log([BANNER, "@case 0 ok", *MEMCHECK, *end], sanitize.FOUND, 3)
+    assert outcome.verdicts == ["clean", "1 findings", "not run"]
+    assert outcome.problem is not None
+
+
+def test_failure_of_another_kind_is_no_finding(sanitize: ModuleType) -> None:
+    for line in ("Error: Device not supported", "Target application returned an error"):
+        log = [BANNER, f"========= {line}", "========= ERROR SUMMARY: 0 errors"]
+        outcome = sanitize.read_log(log, 255, 1)
+        assert outcome.verdicts == ["not run"]
+        assert not outcome.clean
+
+
 @pytest.mark.parametrize(
     ("log", "status"),
     [
