@@ -11,6 +11,7 @@ import torch
 
 from flashcore.accuracy import error_report
 from flashcore.cases import make_inputs
+from flashcore.plan import traits
 from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan
 from flashcore.problem import Problem
 from flashcore.sim import simulate
@@ -51,17 +52,11 @@ def make_plan(problem: Problem, tile: dict[str, Any]) -> Sm90Plan:
     plan = Sm90Plan(
         kernel=KERNEL,
         arch=ARCH,
-        dtype=problem.dtype,
-        head_dim=problem.head_dim,
-        head_dim_v=problem.head_dim_v,
         block_m=64,
         block_n=32,
         num_stages=2,
         min_blocks=1,
-        has_window_left=problem.window_left >= 0,
-        has_window_right=problem.window_right >= 0,
-        has_softcap=problem.softcap != 0.0,
-        mask=None if problem.mask is None else problem.mask.dtype,
+        **traits(problem),
     )
     return dataclasses.replace(plan, **tile)
 

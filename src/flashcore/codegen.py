@@ -176,7 +176,7 @@ def generate_source(plan: Plan, target: Target = "ptx", plant: Plant | None = No
         constants=plan.constants(),
         gate=plan.gate,
         plant=plant,
-        params="AttnSm90Params" if plan.kernel == "attn_fwd_sm90" else "AttnParams",
+        params=plan.params_struct,
     )
 
 

@@ -23,7 +23,7 @@ from flashcore.diagnosis import key_split_hints, verdict
 from flashcore.errors import BackendUnavailableError, FlashCoreError
 from flashcore.gate_models import Expected, GateModel
 from flashcore.locate import Check, compare
-from flashcore.plan import Plan, select_plan
+from flashcore.plan import KERNEL, Plan, select_plan
 from flashcore.problem import Problem
 from flashcore.stages import STAGES, Stage
 
@@ -157,7 +157,7 @@ class _Runner:
             raise ValueError(f"{problem.describe()}: there is nothing to compute in an empty case")
         if problem.dtype not in ("float16", "bfloat16"):
             raise ValueError(f"dtype={problem.dtype!r}: the kernel has float16 and bfloat16")
-        plan = select_plan(problem, self.arch, stage.gate, "attn_fwd_wmma")
+        plan = select_plan(problem, self.arch, stage.gate, KERNEL)
         checks: list[Check] = []
         self.hints = []
         alarm = None

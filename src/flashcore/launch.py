@@ -44,24 +44,6 @@ def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[A
     return driver.CUfunction(int(handle)), library
 
 
-def _launch(
-    kernel: CompiledKernel,
-    grid: int,
-    num_threads: int,
-    smem_bytes: int,
-    params: ctypes.Structure,
-    device: torch.device,
-) -> None:
-    driver = import_driver()
-    handle, _ = _load(kernel, device.index, smem_bytes)
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-    (status,) = driver.cuLaunchKernel(
-        handle, grid, 1, 1, num_threads, 1, 1, smem_bytes, stream, ctypes.addressof(arguments), 0
-    )
-    _check(status, f"launching {kernel.name}")
-
-
 def launch_raw(
     kernel: CompiledKernel,
     *,
@@ -88,7 +70,14 @@ def launch_raw(
         device = torch.device("cuda", torch.cuda.current_device())
     # Entering the device also binds its context to this thread, which the driver's launch needs.
     with torch.cuda.device(device):
-        _launch(kernel, grid, num_threads, smem_bytes, params, device)
+        handle, _ = _load(kernel, device.index, smem_bytes)
+        stream = torch._C._cuda_getCurrentRawStream(device.index)
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # must outlive the call
+        pointers = ctypes.addressof(arguments)
+        (status,) = import_driver().cuLaunchKernel(
+            handle, grid, 1, 1, num_threads, 1, 1, smem_bytes, stream, pointers, 0
+        )
+    _check(status, f"launching {kernel.name}")
 
 
 @functools.cache

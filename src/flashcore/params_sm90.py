@@ -49,15 +49,15 @@ class AttnSm90Params(ctypes.Structure):
     ]
 
 
-def _encode(problem: Problem, tensor_map: TensorMap) -> bytes:
-    """The descriptor that the GPU reads, from the driver."""
+def encode_tensor_map(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
+    """The descriptor that the GPU reads, from the driver, of a "float16" or "bfloat16" tensor."""
     driver = import_driver()
     dtype = driver.CUtensorMapDataType
     swizzle = driver.CUtensorMapSwizzle
     m = tensor_map
     status, encoded = driver.cuTensorMapEncodeTiled(
         dtype.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-        if problem.dtype == "float16"
+        if dtype_name == "float16"
         else dtype.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         4,
         m.base,
@@ -77,7 +77,9 @@ def _encode(problem: Problem, tensor_map: TensorMap) -> bytes:
     )
     if int(status) != 0:
         raise FlashCoreError(f"cuTensorMapEncodeTiled failed: {status!r}")
-    return ctypes.string_at(int(encoded.getPtr()), ctypes.sizeof(TensorMap))
+    return TensorMap.from_buffer_copy(
+        ctypes.string_at(int(encoded.getPtr()), ctypes.sizeof(TensorMap))
+    )
 
 
 def num_units(problem: Problem, plan: Sm90Plan) -> int:
@@ -149,6 +151,6 @@ def build_params_sm90(
             swizzle_bytes=plan.chunk * _ELEMENT_BYTES,
         )
         if target == "ptx":
-            tensor_map = TensorMap.from_buffer_copy(_encode(problem, tensor_map))
+            tensor_map = encode_tensor_map(tensor_map, problem.dtype)
         setattr(params, f"{name}_map", tensor_map)
     return params

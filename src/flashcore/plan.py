@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -87,6 +87,11 @@ class Plan:
     has_softcap: bool = False
     mask: str | None = None
     gate: str | None = None
+
+    @property
+    def params_struct(self) -> str:
+        """The kernel's parameter struct, by its name in the source."""
+        return "AttnParams"
 
     @property
     def arch_suffix(self) -> str:
@@ -232,6 +237,19 @@ def _rank(plan: Plan) -> tuple[int, ...]:
     return (-resident_warps, abs(plan.block_n - 32), plan.block_m)
 
 
+def traits(problem: Problem) -> dict[str, Any]:
+    """The fields of a Plan that the problem alone decides, whichever the kernel."""
+    return {
+        "dtype": problem.dtype,
+        "head_dim": problem.head_dim,
+        "head_dim_v": problem.head_dim_v,
+        "has_window_left": problem.window_left >= 0,
+        "has_window_right": problem.window_right >= 0,
+        "has_softcap": problem.softcap != 0.0,
+        "mask": None if problem.mask is None else problem.mask.dtype,
+    }
+
+
 def candidates(
     problem: Problem,
     arch: int | None = None,
@@ -258,19 +276,13 @@ def candidates(
     base = Plan(
         kernel=KERNEL,
         arch=arch,
-        dtype=problem.dtype,
-        head_dim=problem.head_dim,
-        head_dim_v=problem.head_dim_v,
         block_m=64,
         block_n=64,
         num_stages=1,
         min_blocks=1,
         load_bytes=problem.load_bytes,
-        has_window_left=problem.window_left >= 0,
-        has_window_right=problem.window_right >= 0,
-        has_softcap=problem.softcap != 0.0,
-        mask=None if problem.mask is None else problem.mask.dtype,
         gate=gate,
+        **traits(problem),
     )
     legal = [plan for plan in _enumerate(base) if _is_legal(plan)]
     return sorted(legal, key=_rank)

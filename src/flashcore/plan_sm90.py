@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flashcore.plan import Plan
+from flashcore.plan import Plan, smem_limits, traits
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -15,7 +15,6 @@ KERNEL = "attn_fwd_sm90"
 ARCH = 90
 NUM_SMS = 132
 
-_SMEM_BYTES = 232448
 _BARRIER_BYTES = 8
 
 
@@ -33,6 +32,11 @@ class Sm90Plan(Plan):
     lazy_rescale: bool = True
     separate_o: bool = True
     tiles_per_unit: int = 1
+
+    @property
+    def params_struct(self) -> str:
+        """AttnParams behind the tensor maps."""
+        return "AttnSm90Params"
 
     @property
     def arch_suffix(self) -> str:
@@ -142,25 +146,19 @@ def candidates(problem: Problem) -> list[Plan]:
             plan = Sm90Plan(
                 kernel=KERNEL,
                 arch=ARCH,
-                dtype=problem.dtype,
-                head_dim=problem.head_dim,
-                head_dim_v=problem.head_dim_v,
                 block_m=block_m,
                 block_n=block_n,
                 num_stages=2,
                 min_blocks=min_blocks,
-                has_window_left=problem.window_left >= 0,
-                has_window_right=problem.window_right >= 0,
-                has_softcap=problem.softcap != 0.0,
-                mask=None if problem.mask is None else problem.mask.dtype,
                 ping_pong=ping_pong,
                 lazy_rescale=lazy_rescale,
                 separate_o=separate_o,
                 tiles_per_unit=2 if in_pairs else 1,
+                **traits(problem),
             )
             if not separate_o and problem.head_dim_v > problem.head_dim:
                 continue  # O does not fit into Q's buffer
-            if plan.smem_bytes <= _SMEM_BYTES:
+            if plan.smem_bytes <= smem_limits(ARCH)[0]:
                 plans.append(plan)
                 break
     return plans

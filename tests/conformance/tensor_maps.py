@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
 
-from flashcore.params_sm90 import TensorMap, _encode
+from flashcore.params_sm90 import TensorMap, encode_tensor_map
 
 
 @dataclass(frozen=True)
@@ -31,5 +30,4 @@ def make_map(spec: Map, tensor: Tensor) -> TensorMap:
 def encode_map(spec: Map, tensor: Tensor) -> TensorMap:
     """As the GPU reads it."""
     dtype = "float16" if tensor.dtype == torch.float16 else "bfloat16"  # only the size counts
-    encoded = _encode(SimpleNamespace(dtype=dtype), make_map(spec, tensor))  # type: ignore[arg-type]
-    return TensorMap.from_buffer_copy(encoded)
+    return encode_tensor_map(make_map(spec, tensor), dtype)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from flashcore import env
-from flashcore.plan import Plan, select_plan
+from flashcore.plan import KERNEL, Plan, select_plan
 from flashcore.problem import MaskSpec, Problem
 from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_sm90 import PLANTS_SM90
@@ -124,7 +124,7 @@ def replay_command(
         A line for a shell.
     """
     words = [f"seed={seed}", f"sim_arch={plan.arch}"]
-    if plan.kernel != "attn_fwd_wmma":
+    if plan.kernel != KERNEL:
         words.append(f"kernel={plan.kernel}")
     if plan.gate is not None:
         words.append(f"gate={plan.gate}")
@@ -225,7 +225,7 @@ def parse_replay(words: Sequence[str]) -> Replay:
             raise ValueError(f"{field.name} is missing")
     problem = Problem(**problem_values)
     arch, gate = int(take("sim_arch", "80")), take("gate", "") or None
-    plan = select_plan(problem, arch, gate, take("kernel", "attn_fwd_wmma"))
+    plan = select_plan(problem, arch, gate, take("kernel", KERNEL))
     changes = {
         field.name: _from_text(given.pop(f"plan.{field.name}"), field.name, None)
         for field in fields(plan)

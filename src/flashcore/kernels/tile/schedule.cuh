@@ -8,15 +8,20 @@ struct BlockCoord {
   int m_begin;      // first query row
 };
 
-// Row tiles fastest, so that blocks running side by side share K and V in L2. Under a right bound
-// (causal) later rows see more keys: the longest tiles start first.
-FC_DEVICE BlockCoord block_coord(const AttnParams& p, int tile) {
-  const int m_block = tile % p.num_m_blocks;
-  const int head_and_batch = tile / p.num_m_blocks;
+// The heads of a block, from batch_idx * num_heads_q + head_idx; m_begin is left open.
+FC_DEVICE BlockCoord head_coord(const AttnParams& p, int head_and_batch) {
   BlockCoord coord;
   coord.head_idx = head_and_batch % p.num_heads_q;
   coord.batch_idx = head_and_batch / p.num_heads_q;
   coord.head_idx_kv = coord.head_idx / (p.num_heads_q / p.num_heads_kv);
+  return coord;
+}
+
+// Row tiles fastest, so that blocks running side by side share K and V in L2. Under a right bound
+// (causal) later rows see more keys: the longest tiles start first.
+FC_DEVICE BlockCoord block_coord(const AttnParams& p, int tile) {
+  const int m_block = tile % p.num_m_blocks;
+  BlockCoord coord = head_coord(p, tile / p.num_m_blocks);
   coord.m_begin = (HAS_WINDOW_RIGHT ? p.num_m_blocks - 1 - m_block : m_block) * BLOCK_M;
   return coord;
 }

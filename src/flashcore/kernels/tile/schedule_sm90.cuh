@@ -24,10 +24,7 @@ struct TileWalk {
     const int head_and_batch = unit / units_per_head(p);
     const int j = unit % units_per_head(p);
     const int m_block = HAS_WINDOW_RIGHT && index == 0 ? p.num_m_blocks - 1 - j : j;
-    BlockCoord block;
-    block.head_idx = head_and_batch % p.num_heads_q;
-    block.batch_idx = head_and_batch / p.num_heads_q;
-    block.head_idx_kv = block.head_idx / (p.num_heads_q / p.num_heads_kv);
+    BlockCoord block = head_coord(p, head_and_batch);
     block.m_begin = m_block * BLOCK_M;
     return block;
   }
