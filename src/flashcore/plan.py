@@ -35,7 +35,6 @@ _REGISTERS_PER_SM = 65536
 _RESERVED_SMEM_BYTES_PER_BLOCK = 1024
 
 KERNEL = "attn_fwd_wmma"
-MIN_ARCH = 75
 # What the compile gate compiles for.
 SUPPORTED_ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
