@@ -16,7 +16,7 @@ export PYTHONUNBUFFERED := 1
 export FLASHCORE_CACHE_DIR ?= $(CURDIR)/.cache/flashcore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint gate sanitize clean
+.PHONY: help setup demo test test-gpu lint gate docs sanitize clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,7 +29,7 @@ setup: $(READY) ## only make .venv
 demo: $(READY) ## attention on real input, checked against a float64 oracle
 	$(BIN)/flashcore demo
 
-test: $(READY) lint gate ## style, types, resource gate, simulator and CPU tests; GPU tests where there is one
+test: $(READY) lint gate docs ## style, types, resource gate, pages, simulator and CPU tests; GPU tests where there is one
 	$(PYTEST)
 
 test-gpu: $(READY) ## the whole suite on the GPU at hand; fails where there is none
@@ -48,6 +48,16 @@ lint: $(READY) ## ruff and mypy
 
 gate: $(READY) ## compile the kernels for every architecture and check the resource budget (no GPU needed)
 	$(BIN)/flashcore resources --check
+
+# -n -W: a reference or a link that leads nowhere is an error. Nothing is fetched: links to other sites
+# are not followed. Sphinx is missing where a prepared Python is borrowed, MyST on Python 3.10.
+docs: $(READY) ## pages and reference as HTML in build/site
+	@if ! $(BIN)/python -c 'import sphinx, myst_parser, furo' 2>/dev/null; then \
+	  echo "docs skipped: this environment has no sphinx, myst-parser and furo"; \
+	else \
+	  set -ex; \
+	  $(BIN)/python -m sphinx -q -n -W --keep-going -c docs -d .cache/sphinx . build/site; \
+	fi
 
 sanitize: $(READY) ## compute-sanitizer over a list of attention calls (needs a GPU)
 	$(BIN)/python scripts/sanitize.py

@@ -30,7 +30,8 @@ UV = "uv==0.13.9"
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 8)
 
-# import name -> what to install; the first group is needed to run, the second only to check style.
+# import name -> what to install; the first group is needed to run, the second only to check style
+# and to build pages.
 NEEDED = {
     "typer": "typer",
     "rich": "rich",
@@ -43,7 +44,14 @@ NEEDED = {
     "cuda.core": "cuda-core",
     "cuda.bindings": "cuda-bindings",
 }
-OPTIONAL = {"ruff": "ruff", "mypy": "mypy", "matplotlib": "matplotlib"}
+OPTIONAL = {
+    "ruff": "ruff",
+    "mypy": "mypy",
+    "matplotlib": "matplotlib",
+    "sphinx": "sphinx",
+    "myst_parser": "myst-parser",
+    "furo": "furo",
+}
 
 
 def say(text: str) -> None:
@@ -179,8 +187,8 @@ def install(folder: Path) -> None:
     extra = "cuda12" if cuda.startswith("12") else "cuda"
     if not cuda:
         pip += ["-c", ROOT / "requirements" / "lock-cpu.txt"]
-    say(f"installing flashcore[{extra},bench,test]")
-    if not run([*pip, "--no-build-isolation", "-e", f"{ROOT}[{extra},bench,test]"]):
+    say(f"installing flashcore[{extra},bench,docs,test]")
+    if not run([*pip, "--no-build-isolation", "-e", f"{ROOT}[{extra},bench,docs,test]"]):
         sys.exit("bootstrap: flashcore could not be installed; pip's message is above")
 
 

@@ -1,4 +1,4 @@
-"""Fill the results of README.md and docs/performance.md from benchmarks/results/h200.json.
+"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
@@ -27,6 +27,9 @@ BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # Columns of the sweep, where the file has them; the seed's table names the best of all instead.
 COLUMNS = ("flashcore", "flashcore-wmma", "sdpa-flash", "sdpa-cudnn", "fa3")
 README_SEQLENS = (512, 2048, 16384)
+# Columns of the table of errors, those that stand for a way of rounding.
+ERROR_COLUMNS = (*COLUMNS, "sdpa-math", "unfused")
+ERROR_SEQLENS = (2048,)
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -87,7 +90,6 @@ def seed_table(document: Document) -> str:
     for workload, entries in by_workload(document, "seed").items():
         sdpa = best_other({name: row for name, row in entries.items() if name.startswith("sdpa")})
         ours = entries.get("flashcore")
-        error = "-" if ours is None else f"{ours['max_error']:.1e} / {ours['mean_error']:.1e}"
         lines.append(
             [
                 workload,
@@ -96,7 +98,7 @@ def seed_table(document: Document) -> str:
                 "-" if sdpa is None else f"{_microseconds(sdpa)} ({sdpa['library']})",
                 _microseconds(entries.get("flashcore-wmma")),
                 _microseconds(ours),
-                error,
+                _errors(ours),
             ]
         )
     return _table(header, lines)
@@ -117,6 +119,28 @@ def sweep_table(document: Document, seqlens: Sequence[int] | None = None) -> str
         if seqlens is None or any(row["seqlen"] in seqlens for row in entries.values())
     ]
     return _table(["us / TFLOP/s", *columns, "vs best other"], lines)
+
+
+def error_table(document: Document) -> str:
+    """Largest / mean error against float64, of the seed's shape and a slice of the sweep."""
+    rows = {
+        f"{workload}, {first['dtype']}": entries
+        for group in ("seed", "sweep")
+        for workload, entries in by_workload(document, group).items()
+        if (first := next(iter(entries.values()), None)) is not None
+        and (group == "seed" or first["seqlen"] in ERROR_SEQLENS)
+    }
+    present = {name for entries in rows.values() for name in entries}
+    columns = [name for name in ERROR_COLUMNS if name in present]
+    lines = [
+        [workload, *(_errors(entries.get(n)) for n in columns)]
+        for workload, entries in rows.items()
+    ]
+    return _table(["largest / mean error", *columns], lines)
+
+
+def _errors(row: Row | None) -> str:
+    return "-" if row is None else f"{row['max_error']:.1e} / {row['mean_error']:.1e}"
 
 
 def summary(document: Document) -> str:
@@ -188,6 +212,18 @@ def performance_section(document: Document, folder: Path) -> str:
     )
 
 
+def numerics_section(document: Document, folder: Path) -> str:
+    """What docs/numerics.md says."""
+    del folder
+    return "\n\n".join(
+        [
+            f"{_where(document)}; inputs from N(0, 1), rows at the start and the end of the "
+            f"first and the last head ([h200.json](../{RESULTS.as_posix()})):",
+            error_table(document),
+        ]
+    )
+
+
 def _plot(root: Path, link: str) -> list[str]:
     """The plot as an image, where there is one."""
     exists = (root / RESULTS.with_suffix(".png")).is_file()
@@ -197,6 +233,7 @@ def _plot(root: Path, link: str) -> list[str]:
 PAGES: dict[str, Callable[[Document, Path], str]] = {
     "README.md": readme_section,
     "docs/performance.md": performance_section,
+    "docs/numerics.md": numerics_section,
 }
 
 

@@ -36,13 +36,14 @@ class ErrorReport:
     """Errors of one result against the float64 oracle.
 
     Args:
-        max_error: largest |out - oracle|; NaN when the result holds a NaN that the oracle has not.
-        mean_error: mean |out - oracle|.
+        max_error: largest `|out - oracle|`; NaN when the result holds a NaN that the oracle
+            has not.
+        mean_error: mean `|out - oracle|`.
         torch_max_error: largest error of the plain same-dtype computation.
         torch_mean_error: its mean error.
         max_limit: what max_error may be.
         mean_limit: what mean_error may be.
-        lse_error: largest |lse - oracle| / (1 + |oracle|), inf when the rows at -inf differ;
+        lse_error: largest `|lse - oracle| / (1 + |oracle|)`, inf when the rows at -inf differ;
             None when no lse was given.
         lse_limit: what lse_error may be.
     """
