@@ -7,24 +7,35 @@ from pathlib import Path
 
 import pytest
 
+from flashcore import plan_sm90
 from flashcore.codegen import flatten, generate_source
 from flashcore.plan import GATES, Plan
 
 PLAN = Plan("attn_fwd_wmma", 80, "float16", 64, 64, 64, 32, num_stages=2, min_blocks=5)
 
 
+PLAN_SM90 = plan_sm90.Sm90Plan(
+    plan_sm90.KERNEL, 90, "float16", 64, 64, 128, 64, num_stages=2, min_blocks=1
+)
+
+
+@pytest.mark.parametrize("plan", [PLAN, PLAN_SM90], ids=lambda plan: plan.kernel)
 @pytest.mark.parametrize("target", ["ptx", "host"])
-def test_source_without_a_gate_has_no_trace_of_one(target: str) -> None:
-    source = generate_source(PLAN, target)  # type: ignore[arg-type]
+def test_source_without_a_gate_has_no_trace_of_one(plan: Plan, target: str) -> None:
+    source = generate_source(plan, target)  # type: ignore[arg-type]
     assert "gate" not in source.lower()
     assert "//@" not in source
 
 
-@pytest.mark.parametrize("gate", GATES)
-def test_every_gate_makes_another_source(gate: str) -> None:
-    source = generate_source(dataclasses.replace(PLAN, gate=gate))
+@pytest.mark.parametrize(
+    ("plan", "gate"),
+    [(PLAN, gate) for gate in GATES] + [(PLAN_SM90, gate) for gate in plan_sm90.GATES],
+    ids=lambda value: getattr(value, "kernel", value),
+)
+def test_every_gate_makes_another_source(plan: Plan, gate: str) -> None:
+    source = generate_source(dataclasses.replace(plan, gate=gate))
     assert "gate_scores" in source
-    assert source != generate_source(PLAN)
+    assert source != generate_source(plan)
 
 
 def test_sources_hold_one_side_only() -> None:

@@ -14,11 +14,13 @@ from flashcore.codegen import KERNELS_DIR
 from flashcore.diagnosis import key_split_hints
 from flashcore.gate_models import Expected, GateModel
 from flashcore.locate import compare
-from flashcore.plan import select_plan
+from flashcore.plan import Plan, select_plan
 from flashcore.problem import Problem
 from flashcore.reference import attention_oracle
 from flashcore.sim import Agent, SimulationError
 from flashcore.stages import STAGES
+
+PLAN_64 = Plan("attn_fwd_wmma", 80, "float16", 64, 64, 64, 64, num_stages=2, min_blocks=1)
 
 CASES = [
     Case(seqlen_q=70, seqlen_k=150, head_dim=16, head_dim_v=16, num_heads_q=4),
@@ -71,13 +73,13 @@ def test_the_bounds_hold_for_float32_arithmetic_and_catch_a_lost_key() -> None:
     inputs = make_inputs(case)
     (expected,) = model.qk()
     scores = inputs.q.float() @ inputs.k.float().mT
-    assert compare(scores, expected, 64, 64, 4, "scores").ok
+    assert compare(scores, expected, PLAN_64, "scores").ok
     _, out = model.attention()
     p = torch.softmax(model.scores, -1)
     right = (p.half().double() @ model.v).half()
-    assert compare(right, out, 64, 64, 4, "out").ok
+    assert compare(right, out, PLAN_64, "out").ok
     p[0, 0, 11, 17] = 0.0
-    lost = compare((p.half().double() @ model.v).half(), out, 64, 64, 4, "out")
+    lost = compare((p.half().double() @ model.v).half(), out, PLAN_64, "out")
     assert not lost.ok
     assert lost.first is not None
     assert (lost.first.head, lost.first.row) == (0, 11)
@@ -94,7 +96,7 @@ def test_a_wrong_score_names_tile_warp_lane_and_element(
     value = torch.zeros(2, 3, 130, 200, dtype=torch.float64)
     actual = value.float()
     actual[1, 2, 64 + row, 128 + column] = 1.0
-    check = compare(actual, Expected("scores", value, value + 1e-3), 64, 64, 4, "scores")
+    check = compare(actual, Expected("scores", value, value + 1e-3), PLAN_64, "scores")
     assert check.wrong == 1
     assert check.first is not None
     found = check.first
@@ -109,7 +111,7 @@ def test_the_first_bad_value_is_the_first_that_is_computed() -> None:
     actual = value.float()
     actual[0, 0, 3, 100] = 1.0  # an earlier row, but a later key tile
     actual[0, 0, 60, 5] = 1.0
-    check = compare(actual, Expected("scores", value, value + 1e-3), 64, 64, 4, "scores")
+    check = compare(actual, Expected("scores", value, value + 1e-3), PLAN_64, "scores")
     assert check.first is not None
     assert (check.first.row, check.first.column) == (60, 5)
 
@@ -120,7 +122,7 @@ def test_what_was_not_written_is_wrong_unless_it_may_be_skipped() -> None:
     actual[0, 0, 0, :3] = torch.nan
     optional = torch.zeros_like(value, dtype=torch.bool)
     optional[0, 0, 0, :2] = True
-    check = compare(actual, Expected("scores", value, value + 1e-3, optional), 64, 64, 4, "scores")
+    check = compare(actual, Expected("scores", value, value + 1e-3, optional), PLAN_64, "scores")
     assert check.wrong == 1
     assert "?" in check.picture.splitlines()[1]
 

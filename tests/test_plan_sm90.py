@@ -32,8 +32,20 @@ def problem(
 def test_hopper_gets_the_hopper_kernel() -> None:
     assert select_plan(problem()).kernel == "attn_fwd_sm90"
     assert select_plan(problem(), 80).kernel == "attn_fwd_wmma"
-    assert select_plan(problem(), gate="qk").kernel == "attn_fwd_wmma"
     assert select_plan(problem(), kernel="attn_fwd_wmma").kernel == "attn_fwd_wmma"
+
+
+@pytest.mark.parametrize("gate", plan_sm90.GATES)
+def test_a_gate_changes_the_plan_only_in_what_it_says(gate: str) -> None:
+    asked = problem(128, heads=64, seqlen=4096)
+    plain, gated = select_plan(asked), select_plan(asked, gate=gate)
+    assert plain == dataclasses.replace(plain, ping_pong=True, lazy_rescale=True)
+    assert gated == dataclasses.replace(plain, gate=gate, ping_pong=False, lazy_rescale=False)
+
+
+def test_the_portable_kernels_own_gate_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gate='pv_serial'.*qk, softmax, pv, tile"):
+        select_plan(problem(), gate="pv_serial")
 
 
 @pytest.mark.parametrize(

@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore.codegen import KERNELS_DIR
+from flashcore.plan_sm90 import Sm90Plan
 
 if TYPE_CHECKING:
     from flashcore.plan import Plan
     from flashcore.problem import Problem
     from flashcore.sim.plants import Plant
 
-# Which phase of the kernel a function belongs to. "load" and "store" are not stages of their own:
-# every gate runs them.
+# Which phase of a kernel a function belongs to. "setup", "load" and "store" are not stages of their
+# own: every gate runs them.
 _PHASE_OF_FUNCTION = {
+    "attn_fwd_sm90": "setup",
+    "init_barriers": "setup",
     "compute_scores": "qk",
+    "issue_scores": "qk",
     "mask_scores": "softmax",
     "strip_needs_mask": "softmax",
     "key_is_visible": "softmax",
@@ -25,9 +29,14 @@ _PHASE_OF_FUNCTION = {
     "softmax_step": "softmax",
     "quad_max": "softmax",
     "accumulate_output": "pv",
+    "issue_output": "pv",
+    "last_output": "pv",
     "gate_accumulate_serially": "pv_serial",
     "load_tile": "load",
     "load_keys": "load",
+    "produce": "load",
+    "load_k": "load",
+    "load_v": "load",
     "zero_padding": "load",
     "store_output": "store",
     "store_rows": "store",
@@ -93,6 +102,16 @@ def from_error(error: Exception, problem: Problem, plan: Plan, plant: Plant | No
     )
 
 
+def _tile(block: int, problem: Problem, plan: Plan) -> str:
+    """What a block computes. A persistent one takes several row tiles, and an alarm does not say
+    which it was at."""
+    if isinstance(plan, Sm90Plan):
+        return f"block {block}"
+    head_and_batch = block // -(-problem.seqlen_q // plan.block_m)
+    batch, head = divmod(head_and_batch, problem.num_heads_q)
+    return f"batch {batch}, head {head}, m_block {_m_block(block, problem, plan)}"
+
+
 def _m_block(block: int, problem: Problem, plan: Plan) -> int:
     """Row tile of a block, as tile/schedule.cuh orders them."""
     num_m_blocks = -(-problem.seqlen_q // plan.block_m)
@@ -102,39 +121,37 @@ def _m_block(block: int, problem: Problem, plan: Plan) -> int:
 
 def _place(error: Any, agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
     """The alarm's tile, warp, lane and element in a line."""
-    block = agents[0].block
-    head_and_batch = block // -(-problem.seqlen_q // plan.block_m)
-    heads = problem.num_heads_q
     who = " against ".join(
         f"warp {entry.warp}, " + ("all lanes" if entry.lane is None else f"lane {entry.lane}")
         for entry in agents
     )
     element = f"; element {error.place}" if getattr(error, "place", "") else ""
-    return (
-        f"batch {head_and_batch // heads}, head {head_and_batch % heads}, "
-        f"m_block {_m_block(block, problem, plan)}; {who}{element}"
-    )
+    return f"{_tile(agents[0].block, problem, plan)}; {who}{element}"
 
 
 def _picture(agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
-    """The rows of the alarm's tile by warp, with who was involved."""
-    first_row = _m_block(agents[0].block, problem, plan) * plan.block_m
+    """The rows of the alarm's tile by warp, with who was involved; rows within the tile, where the
+    tile is not known."""
+    first_row = 0
+    if not isinstance(plan, Sm90Plan):
+        first_row = _m_block(agents[0].block, problem, plan) * plan.block_m
     lines = []
     for warp in range(plan.num_warps):
-        row = first_row + warp * 16
+        row = first_row + (warp - plan.row_warps.start) * 16
         notes = [
             f"{name} at {entry.file}:{entry.line}"
             for name, entry in zip(("by", "against"), agents, strict=False)
             if entry.warp == warp and entry.block == agents[0].block
         ]
         bar = ("#" if notes else ".") * 16
-        lines.append(f"warp {warp:2d} rows {row:5d} to {row + 15:5d} |{bar}| {', '.join(notes)}")
+        rows = f"rows {row:5d} to {row + 15:5d}" if warp in plan.row_warps else f"{'producer':19s}"
+        lines.append(f"warp {warp:2d} {rows} |{bar}| {', '.join(notes)}")
     return "\n".join(line.rstrip() for line in lines)
 
 
 def _rank(phase: str | None) -> int:
     """A race has two sides: the one in a stage names it, rather than a copy or the store."""
-    return 2 if phase is None else 1 if phase in ("load", "store") else 0
+    return 2 if phase is None else 1 if phase in ("setup", "load", "store") else 0
 
 
 def _function_at(agent: Any, plant: Plant | None) -> str | None:

@@ -9,29 +9,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flashcore.stages import STAGES
+from flashcore.stages import suspects_of
 
 if TYPE_CHECKING:
     from flashcore.gates import StageResult
 
 _FRAGMENT = 16
 
-# Where an alarm can come from besides the stages.
-_OUTSIDE = {
-    "load": "tile/copy.cuh: bounds, strides and the order of copies, waits and barriers",
-    "store": "store_output and tile/copy.cuh: which rows and columns exist, and who writes them",
-}
 
-
-def verdict(results: Sequence[StageResult]) -> tuple[str | None, list[str]]:
+def verdict(results: Sequence[StageResult], kernel: str) -> tuple[str | None, list[str]]:
     """Name the first wrong stage.
 
     Args:
         results: one a stage, in order.
+        kernel: that they are of.
 
     Returns:
-        Its name (or "load" or "store", where an alarm came from there; None when all is right) and
-        the reasons, a sentence each.
+        Its name (or "setup", "load" or "store", where an alarm came from there; None when all is
+        right) and the reasons, a sentence each.
     """
     first = next((result for result in results if not result.ok), None)
     if first is None:
@@ -48,7 +43,7 @@ def verdict(results: Sequence[StageResult]) -> tuple[str | None, list[str]]:
         reasons.append(f"{bad.name}: {bad.wrong} of {bad.total} values are wrong, {bad.pattern}")
     reasons += first.hints
     reasons += _comparisons(name, results)
-    suspects = next((stage.suspects for stage in STAGES if stage.name == name), _OUTSIDE.get(name))
+    suspects = suspects_of(kernel, name)
     if suspects is not None:
         reasons.append(f"look at: {suspects}")
     return name, reasons
@@ -72,7 +67,7 @@ def _comparisons(name: str, results: Sequence[StageResult]) -> list[str]:
         found.append(
             "with P = 1/S the rows differ: some rows, warps or elements are handled unlike others"
         )
-    if status["pv_serial"] == "ok":
+    if status.get("pv_serial") == "ok":
         found.append(
             "the same product computed by warp 0 alone (pv_serial) is right: the fault is in how "
             "accumulate_output shares it among warps and keys"

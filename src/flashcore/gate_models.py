@@ -50,7 +50,7 @@ class GateModel:
 
     Args:
         problem: what is asked.
-        plan: only BLOCK_M and BLOCK_N matter: they say which keys make up one tile.
+        plan: only BLOCK_M, BLOCK_N and the order of the key tiles matter.
         q, k, v: [batch, num_heads, seqlen, head_dim], any device.
         mask: as in flashcore.attention, or None.
     """
@@ -120,7 +120,8 @@ class GateModel:
 
     def softmax(self) -> list[Expected]:
         """Gate softmax: P of every key tile against the running max after that tile, and the
-        running max and sum [batch, num_heads_q, seqlen_q, num_n_blocks] after every tile."""
+        running max and sum [batch, num_heads_q, seqlen_q, num_n_blocks] after every tile, in the
+        order in which the kernel visits them."""
         block_n, tiles = self.plan.block_n, self.num_n_blocks()
         spans = [slice(i * block_n, (i + 1) * block_n) for i in range(tiles)]
         may_skip = self.skippable()
@@ -128,7 +129,8 @@ class GateModel:
         running_max = torch.full_like(slack, -torch.inf)
         running_sum, sum_tolerance = torch.zeros_like(slack), torch.zeros_like(slack)
         columns: list[list[Tensor]] = [[], [], [], [], [], []]
-        for span in spans:
+        backwards = self.plan.keys_backwards
+        for span in reversed(spans) if backwards else spans:
             tile, tile_tolerance = self.scores[..., span], self.score_tolerance[..., span]
             new_max = torch.maximum(running_max, tile.amax(-1, keepdim=True))
             p = _exp_difference(tile, new_max)
@@ -143,7 +145,7 @@ class GateModel:
             for column, part in zip(columns, parts, strict=True):
                 column.append(part)
         p, p_tolerance, row_max, row_sum, sum_tolerance, optional = (
-            torch.cat(column, -1) for column in columns
+            torch.cat(column[::-1] if backwards else column, -1) for column in columns
         )
         return [
             Expected("row_max", row_max, (2 * slack + 1e-6).expand_as(row_max), optional),
@@ -194,12 +196,18 @@ class GateModel:
 
     def _in_first_tile(self) -> Tensor:
         block_m, block_n = self.plan.block_m, self.plan.block_n
-        first_key = torch.zeros_like(self.rows)
-        if self.problem.window_left >= 0:
-            first_row = self.rows // block_m * block_m
-            leftmost = first_row + self.problem.diag_offset - self.problem.window_left
-            first_key = leftmost.clamp(min=0) // block_n * block_n
-        return (self.keys >= first_key) & (self.keys < first_key + block_n)
+        problem = self.problem
+        first_row = self.rows // block_m * block_m
+        if self.plan.keys_backwards:
+            key = torch.full_like(self.rows, problem.seqlen_k - 1)
+            if problem.window_right >= 0:
+                last_row = (first_row + block_m).clamp(max=problem.seqlen_q) - 1
+                key = key.minimum(last_row + problem.diag_offset + problem.window_right)
+        else:
+            key = torch.zeros_like(self.rows)
+            if problem.window_left >= 0:
+                key = (first_row + problem.diag_offset - problem.window_left).clamp(min=0)
+        return self.keys // block_n == key.div(block_n, rounding_mode="floor")
 
     def _row_slack(self) -> Tensor:
         """[batch, num_heads_q, seqlen_q, 1]: error of the largest score of a row, for exp."""

@@ -17,21 +17,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flashcore import env
 from flashcore.alarms import Alarm, from_error
 from flashcore.cases import Case, Inputs, make_inputs
 from flashcore.diagnosis import key_split_hints, verdict
+from flashcore.dispatch import KERNELS
 from flashcore.errors import BackendUnavailableError, FlashCoreError
 from flashcore.gate_models import Expected, GateModel
 from flashcore.locate import Check, compare
-from flashcore.plan import KERNEL, Plan, select_plan
+from flashcore.plan import Plan, select_plan
+from flashcore.plan_sm90 import ARCH, obstacle
 from flashcore.problem import Problem
-from flashcore.stages import STAGES, Stage
+from flashcore.stages import Stage, stages_of
 
 if TYPE_CHECKING:
     from flashcore.sim.plants import Plant
 
 
-BACKENDS = ("sim", "wmma")
+BACKENDS = ("sim", *KERNELS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +66,12 @@ class Isolation:
     """The result of `isolate`.
 
     `first_wrong` names the first wrong stage (or, where an alarm came from outside the stages,
-    "load" or "store"), None when all are right; `why` gives the reasons.
+    "setup", "load" or "store"), None when all are right; `why` gives the reasons.
     """
 
     case: Case
     backend: str
+    kernel: str
     seed: int
     plant: str | None
     first_wrong: str | None
@@ -87,37 +91,47 @@ def isolate(
     seed: int = 0,
     plant: str | None = None,
     arch: int | None = None,
+    kernel: str | None = None,
     on_stage: Callable[[Stage], None] = lambda stage: None,
 ) -> Isolation:
     """Run all stages on one case and find the first wrong one.
 
     Args:
         case: shape and options; its tensors must not be empty.
-        backend: "sim" or "wmma".
+        backend: "sim", or "wmma" or "sm90" for that kernel on the GPU.
         seed: seed of the simulator's scheduler.
         plant: name of a bug to plant (simulator only), or None.
-        arch: architecture to plan for in the simulator, by default the simulator's own.
+        arch: architecture to plan for in the simulator, by default the kernel's or the simulator's
+            own.
+        kernel: kernel to simulate, by default the plant's, or the one that serves `arch`.
         on_stage: called before each stage.
 
     Returns:
         All stages and the verdict.
 
     Raises:
-        ValueError: unknown backend or plant, a plant on the GPU, an empty case, a dtype that the
-            kernel does not have.
+        ValueError: unknown backend or plant, a plant on the GPU or of another kernel, an empty
+            case, a dtype or a case that the kernel does not take.
     """
-    inputs = make_inputs(case, "cuda" if backend == "wmma" else "cpu")
-    runner = _Runner(case, inputs, backend, seed, find_plant(plant, backend), arch)
+    bug = find_plant(plant, backend)
+    if backend == "sim":
+        kernel = kernel or kernel_of_plant(plant)
+        arch = arch or (ARCH if kernel == KERNELS["sm90"] else env.sim_arch())
+    else:
+        kernel = KERNELS[backend]
+    inputs = make_inputs(case, "cpu" if backend == "sim" else "cuda")
+    runner = _Runner(case, inputs, backend, seed, bug, arch, kernel)
+    kernel = runner.check()
     results: list[StageResult] = []
-    for stage in STAGES:
+    for stage in stages_of(kernel):
         on_stage(stage)
-        if results and results[-1].status == "alarm" and backend == "wmma":
+        if results and results[-1].status == "alarm" and backend != "sim":
             # A CUDA error is sticky: nothing runs in this process any more.
             results.append(StageResult(stage.name, stage.title, "", "not run"))
         else:
             results.append(runner.run(stage))
-    first_wrong, why = verdict(results)
-    return Isolation(case, backend, seed, plant, first_wrong, tuple(why), tuple(results))
+    first_wrong, why = verdict(results, kernel)
+    return Isolation(case, backend, kernel, seed, plant, first_wrong, tuple(why), tuple(results))
 
 
 def find_plant(name: str | None, backend: str) -> Plant | None:
@@ -130,13 +144,24 @@ def find_plant(name: str | None, backend: str) -> Plant | None:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
     if name is None:
         return None
-    from flashcore.sim.plants import PLANTS
+    from flashcore.sim import PLANTS, PLANTS_SM90
 
     if backend != "sim":
         raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")
-    if name not in PLANTS:
-        raise ValueError(f"plant={name!r} is not one of {', '.join(PLANTS)}")
-    return PLANTS[name]
+    plants = PLANTS | PLANTS_SM90
+    if name not in plants:
+        raise ValueError(f"plant={name!r} is not one of {', '.join(plants)}")
+    return plants[name]
+
+
+def kernel_of_plant(name: str | None) -> str | None:
+    """The one kernel that a planted bug goes into; None where both have the text, or without a
+    bug."""
+    from flashcore.sim import PLANTS, PLANTS_SM90
+
+    if (name in PLANTS) == (name in PLANTS_SM90):
+        return None
+    return KERNELS["wmma" if name in PLANTS else "sm90"]
 
 
 @dataclass(slots=True)
@@ -147,17 +172,41 @@ class _Runner:
     seed: int
     plant: Plant | None
     arch: int | None
+    kernel: str | None
     hints: list[str] = field(default_factory=list)
 
-    def run(self, stage: Stage) -> StageResult:
-        """Run one stage and judge it. A stage may take several runs (pv takes two)."""
-        start = time.perf_counter()
+    def check(self) -> str:
+        """The kernel, if it takes the case and the plant."""
         problem = self._problem()
         if problem.is_empty:
             raise ValueError(f"{problem.describe()}: there is nothing to compute in an empty case")
         if problem.dtype not in ("float16", "bfloat16"):
             raise ValueError(f"dtype={problem.dtype!r}: the kernel has float16 and bfloat16")
-        plan = select_plan(problem, self.arch, stage.gate, KERNEL)
+        kernel = self._plan(problem, None).kernel
+        if self.kernel not in (None, kernel):
+            reason = obstacle(problem) or "no tile of it fits into shared memory"
+            raise ValueError(f"{self.kernel} does not take {problem.describe()}: {reason}")
+        planted = kernel_of_plant(None if self.plant is None else self.plant.name)
+        if planted not in (None, kernel):
+            assert self.plant is not None
+            raise ValueError(f"plant={self.plant.name!r} is a bug of {planted}, not of {kernel}")
+        self.kernel = kernel
+        return kernel
+
+    def _plan(self, problem: Problem, gate: str | None) -> Plan:
+        plan = select_plan(problem, self.arch, gate, self.kernel)
+        if self.plant is None:
+            return plan
+        fields = dict(self.plant.plan)
+        if gate is not None:
+            fields.pop("ping_pong", None)  # off under a gate
+        return dataclasses.replace(plan, **fields)
+
+    def run(self, stage: Stage) -> StageResult:
+        """Run one stage and judge it. A stage may take several runs (pv takes two)."""
+        start = time.perf_counter()
+        problem = self._problem()
+        plan = self._plan(problem, stage.gate)
         checks: list[Check] = []
         self.hints = []
         alarm = None
@@ -251,7 +300,7 @@ class _Runner:
             buffers = {f"gate_{name}": outputs[name] for name in ("scores", "row_max", "row_sum")}
         q, k, v, mask = self.inputs.q, self.inputs.k, self.inputs.v, self.inputs.mask
         out, lse = outputs["out"], outputs["lse"]
-        if self.backend == "wmma":
+        if self.backend != "sim":
             from flashcore.launch import run_kernel
 
             run_kernel(problem, plan, q, k, v, mask, out, lse, buffers)
@@ -280,4 +329,4 @@ _KINDS = {"scores": "scores", "row_max": "row_tiles", "row_sum": "row_tiles", "l
 
 def _compare(expected: Expected, actual: Tensor, plan: Plan) -> Check:
     kind = _KINDS.get(expected.name, "out")
-    return compare(actual, expected, plan.block_m, plan.block_n, plan.num_warps, kind)
+    return compare(actual, expected, plan, kind)

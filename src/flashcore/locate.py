@@ -1,6 +1,6 @@
 """Compare a gate's output with its model, find the first wrong value, and draw where errors sit.
 
-A place in a matrix is translated to who computed it: BLOCK_M query rows a block, 16 rows a warp,
+A place in a matrix is translated to who computed it: BLOCK_M query rows a tile, 16 rows a warp,
 and inside a 16x16 fragment the float32 accumulator map of wmma (kernels/prims.cuh, accum_row and
 accum_col), so that a wrong value names the lane and the register that held it.
 """
@@ -9,11 +9,15 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from flashcore.gate_models import Expected
+
+if TYPE_CHECKING:
+    from flashcore.plan import Plan
 
 _FRAGMENT = 16
 _MAP_ROWS, _MAP_COLUMNS = 32, 64
@@ -74,22 +78,13 @@ class Check:
         return self.wrong == 0
 
 
-def compare(
-    actual: Tensor,
-    expected: Expected,
-    block_m: int,
-    block_n: int,
-    num_warps: int,
-    kind: str,
-) -> Check:
+def compare(actual: Tensor, expected: Expected, plan: Plan, kind: str) -> Check:
     """Compare one output with its model.
 
     Args:
         actual: what the kernel wrote, shape of expected.value; NaN where it wrote nothing.
         expected: the model.
-        block_m: query rows of a tile.
-        block_n: keys of a tile.
-        num_warps: warps of a block; each owns 16 rows, in turn.
+        plan: tiles, which warps own their rows, and the order of the key tiles.
         kind: "scores" (last dim is the key), "out" (last dim is head_dim_v), "row_tiles" (last dim
             is the key tile) or "rows" (last dim is the query row).
 
@@ -115,7 +110,7 @@ def compare(
         got, value = got[..., None], expected.value[..., None]
     else:
         value = expected.value
-    finder = _Finder(block_m, block_n, num_warps, kind)
+    finder = _Finder(plan.block_m, plan.block_n, plan.row_warps, plan.keys_backwards, kind)
     index = finder.first(bad)
     return Check(
         expected.name,
@@ -133,14 +128,18 @@ def compare(
 class _Finder:
     block_m: int
     block_n: int
-    num_warps: int
+    warps: range
+    keys_backwards: bool
     kind: str
 
     def first(self, bad: Tensor) -> tuple[int, int, int, int]:
         """Index of the first bad element in the order in which the kernel computes them."""
         batch, head, row, column = bad.nonzero(as_tuple=True)
         width = {"scores": self.block_n, "out": 1 << 30}.get(self.kind, 1)
-        keys = (column, row, column // width, row // self.block_m, head, batch)
+        step = column // width
+        if self.keys_backwards and self.kind in ("scores", "row_tiles"):
+            step = -step
+        keys = (column, row, step, row // self.block_m, head, batch)
         order = torch.arange(batch.numel())
         for key in keys:  # least significant first: stable sorts compose
             order = order[torch.argsort(key[order], stable=True)]
@@ -172,14 +171,14 @@ class _Finder:
         )
 
     def _warp(self, row: int) -> int:
-        return row % self.block_m // _FRAGMENT % self.num_warps
+        return self.warps[row % self.block_m // _FRAGMENT]
 
     def pattern(self, bad: Tensor) -> str:
         """What the wrong elements have in common: warps, accumulator elements, tiles."""
         _, _, rows, columns = bad.nonzero(as_tuple=True)
         traits: list[str] = []
-        warps = Counter((rows % self.block_m // _FRAGMENT % self.num_warps).tolist())
-        traits.append(_share("warp", warps, self.num_warps))
+        warps = Counter((rows % self.block_m // _FRAGMENT + self.warps.start).tolist())
+        traits.append(_share("warp", warps, len(self.warps)))
         if self.kind in ("scores", "out"):
             elements = columns % 2 + 2 * (rows % _FRAGMENT // 8) + 4 * (columns % _FRAGMENT // 8)
             traits.append(_share("accumulator element", Counter(elements.tolist()), 8))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from flashcore.driver import import_driver
 from flashcore.errors import FlashCoreError
-from flashcore.params import AttnParams, build_params
+from flashcore.params import AttnGateParams, AttnParams, build_params
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
 
@@ -46,6 +46,17 @@ class AttnSm90Params(ctypes.Structure):
         ("attn", AttnParams),
         ("num_heads_and_batches", ctypes.c_int32),
         ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 4) % 64)),
+    ]
+
+
+class AttnSm90GateParams(ctypes.Structure):
+    """AttnSm90Params of a kernel that was built with a debug gate."""
+
+    _fields_ = [
+        *AttnSm90Params._fields_[:4],
+        ("attn", AttnGateParams),
+        ("num_heads_and_batches", ctypes.c_int32),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnGateParams) + 4) % 64)),
     ]
 
 
@@ -99,13 +110,13 @@ def build_params_sm90(
     plan: Sm90Plan,
     pointers: dict[str, int | None],
     target: Literal["ptx", "host"] = "ptx",
-) -> AttnSm90Params:
+) -> AttnSm90Params | AttnSm90GateParams:
     """The kernel's argument.
 
     Args:
         problem: shapes, strides and options.
-        plan: tiles.
-        pointers: address by field name: q, k, v, mask, out, lse. A missing one is null.
+        plan: tiles and gate.
+        pointers: address by field name, see params.build_params.
         target: "ptx" encodes the descriptors for the GPU, "host" for the simulator.
 
     Returns:
@@ -114,7 +125,7 @@ def build_params_sm90(
     Raises:
         NotImplementedError: the problem is too large for one launch.
     """
-    params = AttnSm90Params()
+    params = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     params.attn = build_params(problem, plan, pointers)
     params.num_heads_and_batches = problem.num_heads_q * problem.batch
     rows, kv_heads = problem.num_heads_q * problem.seqlen_q, problem.num_heads_kv

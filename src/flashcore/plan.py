@@ -107,6 +107,16 @@ class Plan:
         return self.num_warps * 32
 
     @property
+    def row_warps(self) -> range:
+        """The warps that own 16 query rows each, in the order of the rows."""
+        return range(self.num_warps)
+
+    @property
+    def keys_backwards(self) -> bool:
+        """Whether a row tile visits its key tiles from last to first."""
+        return False
+
+    @property
     def gate_serial_bytes(self) -> int:
         """Shared memory that the gate `pv_serial` adds, for P and O of the block."""
         if self.gate != "pv_serial":
@@ -261,17 +271,20 @@ def candidates(
         problem: what is asked.
         arch: architecture to plan for (90 for sm_90); by default the problem's own, and
             `SIM_ARCH` for CPU tensors.
-        gate: debug gate to build in, one of `GATES`.
+        gate: debug gate to build in, one of `GATES` (`plan_sm90.GATES` in the Hopper kernel).
         kernel: "attn_fwd_wmma" or "attn_fwd_sm90"; by default the latter on sm_90 where it serves
-            the problem (and has no gate), else the former.
+            the problem, else the former.
+
+    Raises:
+        ValueError: the kernel has no such gate.
     """
     from flashcore import plan_sm90  # which builds on this module
 
     arch = arch or problem.arch or SIM_ARCH
-    if kernel is None and arch == plan_sm90.ARCH and gate is None:
+    if kernel is None and arch == plan_sm90.ARCH:
         kernel = KERNEL if plan_sm90.obstacle(problem) else plan_sm90.KERNEL
     if kernel == plan_sm90.KERNEL:
-        return plan_sm90.candidates(problem) or candidates(problem, arch, gate, KERNEL)
+        return plan_sm90.candidates(problem, gate) or candidates(problem, arch, gate, KERNEL)
     base = Plan(
         kernel=KERNEL,
         arch=arch,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 KERNEL = "attn_fwd_sm90"
 ARCH = 90
 NUM_SMS = 132
+GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
 
 _BARRIER_BYTES = 8
 
@@ -66,6 +67,16 @@ class Sm90Plan(Plan):
         elements = self.block_m * (qk_cols + (v_cols if self.separate_o else 0))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         return 2 * elements + _BARRIER_BYTES * (2 + 4 * self.num_stages)
+
+    @property
+    def row_warps(self) -> range:
+        """The consumers'; the producer's warpgroup comes first."""
+        return range(4, self.num_warps)
+
+    @property
+    def keys_backwards(self) -> bool:
+        """A row tile visits its key tiles from last to first."""
+        return True
 
     @property
     def role_registers(self) -> tuple[int, int]:
@@ -133,8 +144,15 @@ def _tiles(problem: Problem) -> Iterator[tuple[int, int, bool, bool]]:
         yield 128, 64 if plain else 32, True, True
 
 
-def candidates(problem: Problem) -> list[Plan]:
-    """Tile configurations for a problem that the kernel can serve, best first."""
+def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
+    """Tile configurations for a problem that the kernel can serve, best first. With a debug
+    gate the warpgroups take no turns and no rescale is put off: a stage shows nothing but itself.
+
+    Raises:
+        ValueError: the kernel has no such gate.
+    """
+    if gate is not None and gate not in GATES:
+        raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
     plans: list[Plan] = []
     heads = problem.batch * problem.num_heads_q
     for block_m, block_n, ping_pong, lazy_rescale in _tiles(problem):
@@ -150,10 +168,11 @@ def candidates(problem: Problem) -> list[Plan]:
                 block_n=block_n,
                 num_stages=2,
                 min_blocks=min_blocks,
-                ping_pong=ping_pong,
-                lazy_rescale=lazy_rescale,
+                ping_pong=ping_pong and gate is None,
+                lazy_rescale=lazy_rescale and gate is None,
                 separate_o=separate_o,
                 tiles_per_unit=2 if in_pairs else 1,
+                gate=gate,
                 **traits(problem),
             )
             if not separate_o and problem.head_dim_v > problem.head_dim:

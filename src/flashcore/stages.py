@@ -1,8 +1,11 @@
-"""The stages that isolate runs, in order: one for each debug gate of the kernel, and the kernel."""
+"""The stages that isolate runs, in order: one for each debug gate of a kernel, and the kernel."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+
+from flashcore import plan_sm90
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +67,44 @@ STAGES: tuple[Stage, ...] = (
         "what the gates replace: the split of P@V over warps",
     ),
 )
+
+_SUSPECTS_SM90 = {
+    "qk": "the boxes of Q and K and their mbarriers (bytes, parity, stage), the WGMMA descriptors "
+    "and their advance over column chunks, the fence, commit and wait around the product",
+    "softmax": "the scale, masks and windows, which key tiles need no mask, the running max, the "
+    "rescale of the sum, which lanes share a row",
+    "pv": "V's boxes, mbarriers and descriptor, P as operand A, what is touched while a product is "
+    "under way",
+    "tile": "the final normalisation, the lse, the store of the output by TMA",
+    "full": "what the gates switch off: the rescale of O, the lazy one above all, and the "
+    "warpgroups' turns (ping-pong)",
+}
+_STAGES_SM90 = tuple(
+    dataclasses.replace(stage, suspects=_SUSPECTS_SM90[stage.name])
+    for stage in STAGES
+    if stage.name in _SUSPECTS_SM90
+)
+
+# Where an alarm can come from besides the stages.
+_OUTSIDE = {
+    "load": "tile/copy.cuh: bounds, strides and the order of copies, waits and barriers",
+    "store": "store_output and tile/copy.cuh: which rows and columns exist, and who writes them",
+}
+_OUTSIDE_SM90 = {
+    "setup": "the initialisation of the mbarriers and its fence, the registers of the roles",
+    "load": "produce: which stage, which parity, how many bytes, and who gave the stage back",
+    "store": "store_output: the swizzle of O, proxy fence and barrier before its store by TMA, and "
+    "who waits for that store",
+}
+
+
+def stages_of(kernel: str) -> tuple[Stage, ...]:
+    """The stages of a kernel, in order."""
+    return _STAGES_SM90 if kernel == plan_sm90.KERNEL else STAGES
+
+
+def suspects_of(kernel: str, name: str) -> str | None:
+    """Where to look when a stage, or a phase outside of the stages, is the first wrong one."""
+    outside = _OUTSIDE_SM90 if kernel == plan_sm90.KERNEL else _OUTSIDE
+    stages = {stage.name: stage.suspects for stage in stages_of(kernel)}
+    return (stages | outside).get(name)

@@ -18,6 +18,9 @@
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "tile/pipeline_sm90.cuh"
+//@if gate
+#include "tile/gates.cuh"
+//@end
 
 struct AttnSm90Params {
   TensorMap q_map;  // boxes of BLOCK_M rows x CHUNK columns of q
@@ -79,6 +82,9 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     ++k_state.count;
   };
   const auto load_v = [&](const BlockCoord& block, int n_block) {
+//@if gate qk softmax
+    return;  // there is no P V
+//@end
     const auto full = bar.v_full + v_state.stage();
     mbar_wait(bar.v_empty + v_state.stage(), v_state.parity() ^ 1);
     mbar_arrive_expect_tx(full, V_ELEMENTS * 2);
@@ -91,7 +97,11 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 
   for (TileWalk tile; !tile.done(p, params.num_heads_and_batches); tile.advance(p)) {
     const BlockCoord block = tile.coord(p);
+//@if gate tile
+    const KeyRange keys = gate_last_tile(key_range(p, block.m_begin));
+//@else
     const KeyRange keys = key_range(p, block.m_begin);
+//@end
     mbar_wait(bar.q_empty, q_parity ^ 1);
     mbar_arrive_expect_tx(bar.q_full, Q_ELEMENTS * 2);
     for (int c = 0; c < QK_CHUNKS; ++c) {
@@ -118,6 +128,9 @@ struct Consumer {
   OnlineSoftmax softmax;
   PipelineState k_state, v_state;
   GmemPtr<const MaskElement> mask_gmem;
+//@if gate
+  BlockCoord block;
+//@end
 };
 
 // S = Q K^T of a warpgroup's 64 rows, issued.
@@ -146,7 +159,11 @@ FC_DEVICE void issue_output(WmmaAccum (&out)[OUT_FRAGS], const WmmaA<Element> (&
 
 // One key tile: S = Q K^T, and (unless FIRST) P V of the tile visited before it, are under way
 // together; then the softmax of S.
+//@if gate qk softmax
+template <bool, bool MASKED, bool FIRST = true>  // there is no P V
+//@else
 template <bool FIRST, bool MASKED>
+//@end
 FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, const Buffers& smem,
                         int n_block) {
   WmmaAccum scores[KEY_FRAGS];
@@ -165,10 +182,24 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   wgmma_wait<FIRST ? 0 : 1>();
   wgmma_hold(scores);
   release(bar.k_empty, c.k_state);
+//@if gate qk
+  gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
+  return;
+//@end
 
   float rescale[2];
+//@if gate pv
+  const bool moved = false;
+  gate_load_probs(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
+//@else
   if constexpr (MASKED) mask_scores(scores, p, c.mask_gmem, c.warp_row, n_block * BLOCK_N);
   const bool moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+//@end
+//@if gate softmax
+  gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
+  gate_store_rows(c.softmax, p, c.block, c.warp_row, n_block, c.scale_log2);
+  return;
+//@end
 
   if constexpr (!FIRST) {
     wgmma_wait<0>();
@@ -182,6 +213,9 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
 
 // P V of the key tile visited last.
 FC_DEVICE void last_output(Consumer& c, const Barriers& bar, const Buffers& smem) {
+//@if gate qk softmax
+  return;
+//@end
   mbar_wait(bar.v_full + c.v_state.stage(), c.v_state.parity());
   wgmma_fence();
   issue_output(c.out, c.probs, smem.v + c.v_state.stage() * V_ELEMENTS);
@@ -245,13 +279,23 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 
   for (TileWalk tile; !tile.done(p, params.num_heads_and_batches); tile.advance(p)) {
     const BlockCoord block = tile.coord(p);
+//@if gate tile
+    const KeyRange keys = gate_last_tile(key_range(p, block.m_begin));
+//@else
     const KeyRange keys = key_range(p, block.m_begin);
+//@end
     const int group_row = block.m_begin + c.index * 64;
     const UnmaskedRange unmasked = unmasked_range(p, group_row);
     c.warp_row = group_row + warp_idx() % 4 * 16;
     c.mask_gmem =
         p.mask + (block.batch_idx * p.mask_batch_stride + block.head_idx * p.mask_head_stride);
     c.softmax = {{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
+//@if gate
+    c.block = block;
+//@end
+//@if gate pv
+    c.softmax = {{0.0f, 0.0f}, {0.25f, 0.25f}};  // four lanes' shares add up to 1: no normalisation
+//@end
 #pragma unroll
     for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(c.out[d], 0.0f);
 

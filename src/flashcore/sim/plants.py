@@ -7,7 +7,9 @@ oracle, must find every one of them with every seed (tests/test_sim_plants.py), 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +28,7 @@ class Plant:
         or_by: kinds that are raised first under some schedules.
         extra_smem_bytes: shared memory behind the kernel's own (from byte SMEM_BYTES on) that the
             planted code uses.
+        plan: fields of the plan without which the bug has no effect.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Plant:
     caught_by: str
     or_by: tuple[str, ...] = ()
     extra_smem_bytes: int = 0
+    plan: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 _KERNEL = "attn_fwd_wmma.cuh"

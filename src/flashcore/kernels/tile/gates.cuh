@@ -7,6 +7,13 @@ FC_DEVICE int64_t gate_row(const AttnParams& p, const BlockCoord& block, int row
   return (int64_t(block.batch_idx) * p.num_heads_q + block.head_idx) * p.seqlen_q + row;
 }
 
+//@if gate tile
+// Of a kernel that visits key tiles from last to first: the range without all that follow.
+FC_DEVICE KeyRange gate_last_tile(const KeyRange& keys) {
+  return {max_i(keys.n_block_begin, keys.n_block_end - 1), keys.n_block_end};
+}
+
+//@end
 //@if gate qk softmax
 template <int NUM_FRAGS>
 FC_DEVICE void gate_store_scores(const WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
