@@ -18,14 +18,23 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.bench.report import conditions, skipped
+from flashcore.bench.report import conditions, skipped, time_and_rate, window_lines
+from flashcore.bench.summary import best_peer, by_workload, speedup, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results/h200.json")
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-# Columns of the sweep, where the file has them; the seed's table names the best of all instead.
-COLUMNS = ("flashcore", "flashcore-wmma", "sdpa-flash", "sdpa-cudnn", "fa3")
+# Columns of the tables, where the file has them; the seed's table names the best of all instead.
+COLUMNS = ("flashcore", "flashcore-wmma", "sdpa-flash", "sdpa-cudnn", "flex", "fa3", "fa4")
+# Other groups, in this order, where the file has them: what stands above the table.
+GROUPS = {
+    "gqa": "Grouped queries",
+    "small": "Small calls",
+    "window": "A window over long sequences",
+    "masked": "Mask tensors and soft-capping",
+    "decode": "Decoding, one query for a long cache",
+}
 README_SEQLENS = (512, 2048, 16384)
 # Columns of the table of errors, those that stand for a way of rounding.
 ERROR_COLUMNS = (*COLUMNS, "sdpa-math", "unfused")
@@ -33,28 +42,10 @@ ERROR_SEQLENS = (2048,)
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
-Entries = Mapping[str, Row]
 
 
 class MarkerError(ValueError):
     """A page does not have exactly one begin marker followed by one end marker."""
-
-
-def by_workload(document: Document, group: str) -> dict[str, dict[str, Row]]:
-    """The timed rows of a group: workload name -> library -> row, in the file's order."""
-    grouped: dict[str, dict[str, Row]] = {}
-    for row in document["results"]:
-        if row["group"] == group:
-            entries = grouped.setdefault(row["workload"], {})
-            if "seconds" in row:
-                entries[row["library"]] = row
-    return grouped
-
-
-def best_other(entries: Entries) -> Row | None:
-    """The fastest row that is not flashcore's, or None."""
-    others = [row for name, row in entries.items() if not name.startswith("flashcore")]
-    return min(others, key=lambda row: float(row["seconds"]), default=None)
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -66,36 +57,24 @@ def _microseconds(row: Row | None) -> str:
     return "-" if row is None else f"{row['seconds'] * 1e6:.1f}"
 
 
-def _time_and_rate(row: Row | None) -> str:
-    return "-" if row is None else f"{_microseconds(row)} / {row['flops_per_second'] / 1e12:.3g}"
-
-
-def _speedup(entries: Entries) -> float | None:
-    """Time of the best other implementation over flashcore's."""
-    ours, other = entries.get("flashcore"), best_other(entries)
-    if ours is None or other is None:
-        return None
-    return float(other["seconds"]) / float(ours["seconds"])
-
-
-def _times(speedup: float | None) -> str:
-    return "-" if speedup is None else f"{speedup:.2f}x"
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def seed_table(document: Document) -> str:
     """The project's first shape: microseconds, and errors against float64."""
-    header = ["us", "unfused", "sdpa-flash", "best SDPA", "flashcore-wmma", "flashcore"]
+    header = ["us", "unfused", "sdpa-flash", "best peer", "flashcore-wmma", "flashcore"]
     header.append("largest / mean error")
     lines = []
-    for workload, entries in by_workload(document, "seed").items():
-        sdpa = best_other({name: row for name, row in entries.items() if name.startswith("sdpa")})
+    for workload, entries in by_workload(document["results"], "seed").items():
+        peer = best_peer(entries)
         ours = entries.get("flashcore")
         lines.append(
             [
                 workload,
                 _microseconds(entries.get("unfused")),
                 _microseconds(entries.get("sdpa-flash")),
-                "-" if sdpa is None else f"{_microseconds(sdpa)} ({sdpa['library']})",
+                "-" if peer is None else f"{_microseconds(peer)} ({peer['library']})",
                 _microseconds(entries.get("flashcore-wmma")),
                 _microseconds(ours),
                 _errors(ours),
@@ -104,21 +83,48 @@ def seed_table(document: Document) -> str:
     return _table(header, lines)
 
 
-def sweep_table(document: Document, seqlens: Sequence[int] | None = None) -> str:
-    """Microseconds / TFLOP/s over the sweep, of all lengths or of some."""
-    sweep = by_workload(document, "sweep")
-    present = {name for entries in sweep.values() for name in entries}
+def group_table(document: Document, group: str, seqlens: Sequence[int] | None = None) -> str:
+    """Time and rate of a group's shapes, of all lengths or of some. A peer that ran nowhere has no
+    column; the best of all peers is named where it is not a column."""
+    workloads = by_workload(document["results"], group)
+    present = {name for entries in workloads.values() for name in entries}
     columns = [name for name in COLUMNS if name in present]
-    lines = [
+    lines = []
+    for workload, entries in workloads.items():
+        if seqlens is not None and all(row["seqlen"] not in seqlens for row in entries.values()):
+            continue
+        ratio, peer = _times(speedup(entries)), best_peer(entries)
+        if peer is not None and peer["library"] not in columns:
+            ratio += f" ({peer['library']})"
+        lines.append([workload, *(time_and_rate(entries.get(name)) for name in columns), ratio])
+    unit = "us / GB/s" if group == "decode" else "us / TFLOP/s"
+    return _table([unit, *columns, "vs best peer"], lines)
+
+
+def group_sections(document: Document) -> list[str]:
+    """Heading and table of each group of GROUPS that the file has."""
+    present = {row["group"] for row in document["results"]}
+    sections = []
+    for group, title in GROUPS.items():
+        if group in present:
+            sections += [f"{title}, {_dtypes(document, group)}:", group_table(document, group)]
+    return sections
+
+
+def means_table(document: Document) -> str:
+    """One line a group: the geometric mean of flashcore's speed over the best peer's."""
+    rows = [
         [
-            workload,
-            *(_time_and_rate(entries.get(name)) for name in columns),
-            _times(_speedup(entries)),
+            group,
+            str(found["shapes"]),
+            _times(found["vs_best_peer"]),
+            str(found["ahead"]),
+            f"{_times(found['least'])} ({found['least_at']})",
         ]
-        for workload, entries in sweep.items()
-        if seqlens is None or any(row["seqlen"] in seqlens for row in entries.values())
+        for group, found in summarize(document["results"]).items()
     ]
-    return _table(["us / TFLOP/s", *columns, "vs best other"], lines)
+    header = ["flashcore's speed over the best peer's", "shapes", "geometric mean", "ahead on"]
+    return _table([*header, "at least"], rows)
 
 
 def error_table(document: Document) -> str:
@@ -126,7 +132,7 @@ def error_table(document: Document) -> str:
     rows = {
         f"{workload}, {first['dtype']}": entries
         for group in ("seed", "sweep")
-        for workload, entries in by_workload(document, group).items()
+        for workload, entries in by_workload(document["results"], group).items()
         if (first := next(iter(entries.values()), None)) is not None
         and (group == "seed" or first["seqlen"] in ERROR_SEQLENS)
     }
@@ -145,20 +151,21 @@ def _errors(row: Row | None) -> str:
 
 def summary(document: Document) -> str:
     """One sentence on all shapes of the file, the worst one named."""
-    speedups = {
-        workload: speedup
-        for group in ("seed", "sweep")
-        for workload, entries in by_workload(document, group).items()
-        if (speedup := _speedup(entries)) is not None
+    groups = dict.fromkeys(row["group"] for row in document["results"])
+    ratios = {
+        (group, workload): ratio
+        for group in groups
+        for workload, entries in by_workload(document["results"], group).items()
+        if (ratio := speedup(entries)) is not None
     }
-    if not speedups:
+    if not ratios:
         return "flashcore was not timed beside another implementation."
-    faster = sum(speedup > 1 for speedup in speedups.values())
-    best, worst = max(speedups, key=speedups.__getitem__), min(speedups, key=speedups.__getitem__)
+    ahead = sum(ratio > 1 for ratio in ratios.values())
+    best, worst = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
     return (
         f"Against the fastest other implementation of each shape, flashcore takes less time on "
-        f"{faster} of {len(speedups)}: at best {speedups[best]:.2f}x its speed ({best}), at worst "
-        f"{speedups[worst]:.2f}x ({worst})."
+        f"{ahead} of {len(ratios)}: at best {ratios[best]:.2f}x its speed ({best[1]}), at worst "
+        f"{ratios[worst]:.2f}x ({worst[1]})."
     )
 
 
@@ -184,7 +191,9 @@ def readme_section(document: Document, folder: Path) -> str:
             seed_table(document),
             "A sweep at 16k tokens and hidden size 2048, "
             f"{_dtypes(document, 'sweep')}, microseconds / TFLOP/s:",
-            sweep_table(document, README_SEQLENS),
+            group_table(document, "sweep", README_SEQLENS),
+            "Every group of shapes, beside the fastest of all peers on each shape:",
+            means_table(document),
             f"{summary(document)} All shapes, errors, limits and what was tried: "
             "[docs/performance.md](docs/performance.md).",
             *plot,
@@ -197,6 +206,7 @@ def performance_section(document: Document, folder: Path) -> str:
     name = f"../{RESULTS.as_posix()}"
     report = Path(name).with_suffix(".md").as_posix()
     has_report = (folder / RESULTS.with_suffix(".md")).is_file()
+    notes = [*window_lines(document["results"]), *skipped(document)]
     others = f", the other columns and errors in [h200.md]({report})" if has_report else ""
     return "\n\n".join(
         [
@@ -204,9 +214,12 @@ def performance_section(document: Document, folder: Path) -> str:
             f"The seed's shape, {_dtypes(document, 'seed')}:",
             seed_table(document),
             f"16k tokens, hidden size 2048, {_dtypes(document, 'sweep')}:",
-            sweep_table(document),
+            group_table(document, "sweep"),
+            *group_sections(document),
+            "In short:",
+            means_table(document),
             summary(document),
-            *[f"- {line}" for line in skipped(document)],
+            "\n".join(f"- {line}" for line in notes),
             *_plot(folder, Path(name).with_suffix(".png").as_posix()),
         ]
     )

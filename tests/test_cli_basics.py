@@ -68,6 +68,7 @@ def test_help_does_not_wait_for_torch() -> None:
         (["resources", "--kernel", "attn_bwd"], "attn_fwd_wmma"),
         (["build"], "--arch"),
         (["bench", "--device", "tpu"], "cpu"),
+        (["bench", "--device", "cpu", "--groups", "gqa"], "without a GPU"),
         (["bench", "--from", "missing.json"], "missing.json"),
     ],
 )

@@ -114,14 +114,37 @@ def test_what_the_tables_say(script: ModuleType) -> None:
     assert script.seed_table(DOCUMENT).splitlines()[-1] == (
         f"| {name} | 20.0 | 10.0 | 8.0 (sdpa-cudnn) | - | 5.0 | 1.4e-04 / 1.5e-05 |"
     )
-    assert script.sweep_table(DOCUMENT).splitlines() == [
-        "| us / TFLOP/s | flashcore | flashcore-wmma | sdpa-cudnn | vs best other |",
+    assert script.group_table(DOCUMENT, "sweep").splitlines() == [
+        "| us / TFLOP/s | flashcore | flashcore-wmma | sdpa-cudnn | vs best peer |",
         "| --- | --- | --- | --- | --- |",
         "| B1 H8 S1024 D64 full | 100.0 / 10 | - | 90.0 / 11.1 | 0.90x |",
         "| B1 H8 S16384 D64 full | 400.0 / 2.5 | 300.0 / 3.33 | 500.0 / 2 | 1.25x |",
     ]
-    assert len(script.sweep_table(DOCUMENT, [16384]).splitlines()) == 3
+    assert len(script.group_table(DOCUMENT, "sweep", [16384]).splitlines()) == 3
     assert "hidden size 2048, bfloat16" in script.readme_section(DOCUMENT, ROOT)
+
+
+def test_every_group_of_the_file_has_its_table(script: ModuleType) -> None:
+    rows = [
+        row("decode", 1, "flashcore", 10.0) | {"bytes_per_second": 3e12},
+        row("decode", 1, "sdpa-efficient", 15.0) | {"bytes_per_second": 2e12},
+        row("small", 128, "flashcore", 4.0),
+        row("small", 128, "sdpa-cudnn", 9.0),
+    ]
+    document = DOCUMENT | {"results": DOCUMENT["results"] + rows}
+    sections = script.group_sections(document)
+    assert [text for text in sections if text.endswith(":")] == [
+        "Small calls, bfloat16:",
+        "Decoding, one query for a long cache, bfloat16:",
+    ]
+    assert sections[-1].splitlines()[0] == "| us / GB/s | flashcore | vs best peer |"
+    # The best peer has no column of its own, so it is named.
+    assert sections[-1].endswith("| 10.0 / 3000 | 1.50x (sdpa-efficient) |")
+    means = script.means_table(document).splitlines()
+    assert "| sweep | 2 | 1.06x | 1 | 0.90x (B1 H8 S1024 D64 full) |" in means
+    assert "| small | 1 | 2.25x | 1 | 2.25x (B1 H8 S128 D64 full) |" in means
+    for page in (script.readme_section, script.performance_section):
+        assert script.means_table(document) in page(document, ROOT)
 
 
 def test_summary_counts_losses_too(script: ModuleType) -> None:

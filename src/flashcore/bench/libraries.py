@@ -1,11 +1,12 @@
-"""Who is timed: flashcore, torch's SDPA with each of its backends, and plain unfused PyTorch."""
+"""Who is timed: flashcore, torch's SDPA with each of its backends, plain unfused PyTorch; other
+peers are in peers.py."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,40 +15,82 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flashcore.bench.workloads import Workload
 
 Call = Callable[[], Tensor]
+Prepare = Callable[[Workload, Tensor, Tensor, Tensor, "Tensor | None"], Call]
 
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """One implementation: `prepare` binds it to a workload's tensors."""
+    """One implementation.
+
+    Args:
+        name: for tables.
+        prepare: binds it to a workload, q, k, v and the mask.
+        takes: which of "window", "softcap", "mask", "gqa" it has an argument for.
+        groups: where it is timed; None: everywhere.
+        max_score_bytes: for those that store all scores.
+        compiles_slowly: takes seconds to compile for a shape.
+    """
 
     name: str
-    prepare: Callable[[Workload, Tensor, Tensor, Tensor], Call]
-    max_score_bytes: float | None = None  # for those that store the S x S scores
+    prepare: Prepare
+    takes: frozenset[str] = frozenset()
+    groups: tuple[str, ...] | None = None
+    max_score_bytes: float | None = None
+    compiles_slowly: bool = False
 
     def skip_reason(self, workload: Workload) -> str | None:
         """Why this workload is not run, or None."""
-        scores = 4.0 * workload.batch * workload.num_heads * workload.seqlen**2
+        if self.groups is not None and workload.group not in self.groups:
+            return f"timed only in the groups {' and '.join(self.groups)}"
+        if self.compiles_slowly and not workload.compiles:
+            return "compiles for seconds per shape, so timed on some shapes only"
+        wanted = {
+            "a window": ("window", workload.window is not None),
+            "softcap": ("softcap", workload.softcap is not None),
+            "a mask tensor": ("mask", workload.mask is not None),
+            "fewer heads of k and v": ("gqa", workload.heads_kv != workload.num_heads),
+        }
+        for words, (option, asked) in wanted.items():
+            if asked and option not in self.takes:
+                return f"does not take {words}"
+        scores = 4.0 * workload.batch * workload.num_heads * workload.seqlen * workload.keys
         if self.max_score_bytes is not None and scores > self.max_score_bytes:
             return f"would store {scores / 2**30:.0f} GiB of scores"
         return None
 
 
-def flashcore_call(backend: str) -> Callable[[Workload, Tensor, Tensor, Tensor], Call]:
+EVERYTHING = frozenset({"window", "softcap", "mask", "gqa"})
+
+
+def flashcore_call(backend: str) -> Prepare:
     """flashcore.attention with a given backend."""
 
-    def prepare(workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Call:
+    def prepare(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
         from flashcore import attention
 
-        return lambda: attention(q, k, v, causal=workload.causal, backend=backend)
+        return lambda: attention(
+            q,
+            k,
+            v,
+            causal=workload.causal,
+            window=workload.window,
+            softcap=workload.softcap,
+            mask=mask,
+            backend=backend,
+        )
 
     return prepare
 
 
-def _sdpa(backend: SDPBackend | None) -> Callable[[Workload, Tensor, Tensor, Tensor], Call]:
-    def prepare(workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def _sdpa(backend: SDPBackend | None) -> Prepare:
+    def prepare(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
+        options: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
+        if workload.heads_kv != workload.num_heads:
+            options["enable_gqa"] = True
+
         def call() -> Tensor:
             return torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=workload.causal
+                q, k, v, is_causal=workload.causal, **options
             )
 
         if backend is None:
@@ -62,28 +105,33 @@ def _sdpa(backend: SDPBackend | None) -> Callable[[Workload, Tensor, Tensor, Ten
     return prepare
 
 
-def _fa3(workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Call:
-    """FlashAttention-3, which takes [batch, seqlen, num_heads, head_dim]."""
-    from flash_attn_interface import flash_attn_func
-
+def _flash(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
+    """torch's FlashAttention-2. SDPA has no window, but the operation under it has; it takes
+    [batch, seqlen, num_heads, head_dim]."""
+    if workload.window is None:
+        return _sdpa(SDPBackend.FLASH_ATTENTION)(workload, q, k, v, mask)
     rows_first = [x.transpose(1, 2) for x in (q, k, v)]
+    lengths = (None, None, workload.seqlen, workload.keys)
+    left, right = workload.window
 
     def call() -> Tensor:
-        result = flash_attn_func(*rows_first, causal=workload.causal)
-        out: Tensor = result[0] if isinstance(result, tuple) else result
+        out: Tensor = torch.ops.aten._flash_attention_forward(
+            *rows_first,
+            *lengths,
+            0.0,
+            workload.causal,
+            False,
+            window_size_left=left,
+            window_size_right=right,
+        )[0]
         return out.transpose(1, 2)
 
     return call
 
 
-def _optional_peers() -> list[Library]:
-    """Peers that are not part of torch, where they are installed."""
-    found = importlib.util.find_spec("flash_attn_interface") is not None
-    return [Library("fa3", _fa3)] if found else []
-
-
-def _unfused(workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Call:
+def _unfused(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
     """Three separate operations, the scores in memory between them."""
+    del mask  # timed without
     scale = 1.0 / math.sqrt(workload.head_dim)
     hidden = None
     if workload.causal:
@@ -100,27 +148,28 @@ def _unfused(workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> Call:
 
 
 _SCORES_LIMIT = 20.0 * 2**30
+_STORING = {"groups": ("seed", "sweep"), "max_score_bytes": _SCORES_LIMIT}
 
 
 def gpu_libraries() -> list[Library]:
-    """Everything that runs on a GPU, flashcore first."""
+    """What is always there on a GPU, flashcore first."""
+    masks = frozenset({"mask", "gqa"})
     return [
-        Library("flashcore", flashcore_call("auto")),
-        Library("flashcore-wmma", flashcore_call("wmma")),
-        Library("sdpa-flash", _sdpa(SDPBackend.FLASH_ATTENTION)),
-        Library("sdpa-efficient", _sdpa(SDPBackend.EFFICIENT_ATTENTION)),
-        Library("sdpa-cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION)),
-        *_optional_peers(),
-        Library("sdpa-math", _sdpa(SDPBackend.MATH), _SCORES_LIMIT),
-        Library("unfused", _unfused, _SCORES_LIMIT),
+        Library("flashcore", flashcore_call("auto"), EVERYTHING),
+        Library("flashcore-wmma", flashcore_call("wmma"), EVERYTHING),
+        Library("sdpa-flash", _flash, frozenset({"window", "gqa"})),
+        Library("sdpa-efficient", _sdpa(SDPBackend.EFFICIENT_ATTENTION), masks),
+        Library("sdpa-cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION), masks),
+        Library("sdpa-math", _sdpa(SDPBackend.MATH), **_STORING),  # type: ignore[arg-type]
+        Library("unfused", _unfused, **_STORING),  # type: ignore[arg-type]
     ]
 
 
 def cpu_libraries() -> list[Library]:
     """What a CPU can run fast."""
     return [
-        Library("flashcore", flashcore_call("auto")),
-        Library("sdpa", _sdpa(None)),
-        Library("sdpa-math", _sdpa(SDPBackend.MATH)),
+        Library("flashcore", flashcore_call("auto"), EVERYTHING),
+        Library("sdpa", _sdpa(None), frozenset({"mask", "gqa"})),
+        Library("sdpa-math", _sdpa(SDPBackend.MATH), frozenset({"mask", "gqa"})),
         Library("unfused", _unfused),
     ]

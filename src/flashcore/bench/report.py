@@ -7,25 +7,63 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashcore.bench.summary import by_workload, speedup, summarize
+
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 
-def markdown(document: Document) -> str:
-    """The whole report: conditions, one table for each group of workloads, errors."""
-    parts = [conditions(document)]
-    for group in dict.fromkeys(row["group"] for row in document["results"]):
-        rows = [row for row in document["results"] if row["group"] == group]
-        parts.append(f"### {_TITLES.get(group, group)}\n\n{times_table(rows)}")
-        parts.append(f"Largest / mean absolute error against float64:\n\n{errors_table(rows)}")
-    return "\n\n".join(parts) + "\n"
-
-
-_TITLES = {
+TITLES = {
     "seed": "Seed's shape",
     "sweep": "Sweep: 16k tokens, hidden size 2048",
-    "custom": "Chosen shape",
+    "gqa": "Grouped queries",
+    "small": "Small calls",
+    "window": "Sliding window, and the same without it",
+    "masked": "Mask tensors and soft-capping",
+    "decode": "Decoding: one query, a long cache",
 }
+
+
+def markdown(document: Document) -> str:
+    """The whole report: conditions, summary, one table for each group of workloads, errors."""
+    everything = document["results"]
+    parts = [conditions(document), "### Summary", summary_table(everything)]
+    parts += ["\n".join(f"- {line}" for line in [*window_lines(everything), *skipped(document)])]
+    for group in dict.fromkeys(row["group"] for row in everything):
+        rows = [row for row in everything if row["group"] == group]
+        parts.append(f"### {TITLES.get(group, group)}\n\n{times_table(rows)}")
+        parts.append(f"Largest / mean absolute error against float64:\n\n{errors_table(rows)}")
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def summary_table(rows: Sequence[Row]) -> str:
+    """One line a group: geometric means of time over flashcore's time."""
+    lines = _header(["group", "shapes", "vs best peer", "ahead on", "at least", "vs each"])
+    for group, found in summarize(rows).items():
+        each = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found["vs"].items())
+        lines.append(
+            _line(
+                [
+                    group,
+                    str(found["shapes"]),
+                    f"{found['vs_best_peer']:.2f}x",
+                    str(found["ahead"]),
+                    f"{found['least']:.2f}x ({found['least_at']})",
+                    each,
+                ]
+            )
+        )
+    return "\n".join(lines)
+
+
+def window_lines(rows: Sequence[Row]) -> list[str]:
+    """A sentence for each window: its time over its share of the work."""
+    return [
+        f"{workload}: time over the share of 128 x 128 tiles touched, relative to the same without "
+        "a window: " + ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items())
+        for found in summarize(rows).values()
+        for workload, costs in found.get("window_cost", {}).items()
+    ]
 
 
 def conditions(document: Document) -> str:
@@ -48,35 +86,34 @@ def conditions(document: Document) -> str:
 
 
 def _libraries(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row["library"] for row in rows))
+    """Those that ran on some shape."""
+    return list(dict.fromkeys(row["library"] for row in rows if "seconds" in row))
 
 
-def _by_workload(rows: Sequence[Row]) -> dict[str, dict[str, Row]]:
-    grouped: dict[str, dict[str, Row]] = {}
-    for row in rows:
-        grouped.setdefault(row["workload"], {})[row["library"]] = row
-    return grouped
+def time_and_rate(row: Row | None) -> str:
+    """Microseconds / TFLOP/s; in the group `decode`, which reads the cache and computes little,
+    / GB/s."""
+    if row is None:
+        return "-"
+    rate = row["flops_per_second"] / 1e12
+    if row["group"] == "decode":
+        return f"{row['seconds'] * 1e6:.1f} / {row['bytes_per_second'] / 1e9:.0f}"
+    return f"{row['seconds'] * 1e6:.1f} / {rate:.3g}"
 
 
 def times_table(rows: Sequence[Row]) -> str:
-    """Microseconds / TFLOP/s of each library, and flashcore's share of the limit."""
+    """Time and rate of each library, flashcore's share of the limit, its speed beside the best."""
     libraries = _libraries(rows)
-    lines = _header(["us / TFLOP/s", *libraries, "flashcore: of limit", "vs sdpa-flash"])
-    for workload, entries in _by_workload(rows).items():
-        cells = [workload]
-        for library in libraries:
-            entry = entries[library]
-            if "seconds" in entry:
-                rate = entry["flops_per_second"] / 1e12
-                cells.append(f"{entry['seconds'] * 1e6:.1f} / {rate:.3g}")
-            else:
-                cells.append("-")
-        ours, flash = entries.get("flashcore", {}), entries.get("sdpa-flash", {})
+    group = rows[0]["group"]
+    unit = "us / GB/s" if group == "decode" else "us / TFLOP/s"
+    lines = _header([unit, *libraries, "flashcore: of limit", "vs best peer"])
+    for workload, entries in by_workload(rows, group).items():
+        cells = [workload, *(time_and_rate(entries.get(library)) for library in libraries)]
+        ours, ratio = entries.get("flashcore"), speedup(entries)
         cells.append(
-            f"{ours['fraction_of_limit']:.0%} ({ours['limited_by']})" if "seconds" in ours else "-"
+            "-" if ours is None else f"{ours['fraction_of_limit']:.0%} ({ours['limited_by']})"
         )
-        both = "seconds" in ours and "seconds" in flash
-        cells.append(f"{flash['seconds'] / ours['seconds']:.2f}x" if both else "-")
+        cells.append("-" if ratio is None else f"{ratio:.2f}x")
         lines.append(_line(cells))
     return "\n".join(lines)
 
@@ -85,25 +122,24 @@ def errors_table(rows: Sequence[Row]) -> str:
     """Largest / mean absolute error of each library."""
     libraries = _libraries(rows)
     lines = _header(["error", *libraries])
-    for workload, entries in _by_workload(rows).items():
-        cells = [workload]
-        for library in libraries:
-            entry = entries[library]
-            error = "-"
-            if "seconds" in entry:
-                error = f"{entry['max_error']:.1e} / {entry['mean_error']:.1e}"
-            cells.append(error)
-        lines.append(_line(cells))
+    for workload, entries in by_workload(rows, rows[0]["group"]).items():
+        found = [entries.get(library) for library in libraries]
+        errors = [
+            "-" if row is None else f"{row['max_error']:.1e} / {row['mean_error']:.1e}"
+            for row in found
+        ]
+        lines.append(_line([workload, *errors]))
     return "\n".join(lines)
 
 
 def skipped(document: Document) -> list[str]:
-    """One line for each library and reason that kept it from running."""
+    """One line for each library and reason that kept it from running, altogether or on a shape."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in document["results"]:
         if "skipped" in row:
             reasons.setdefault((row["library"], row["skipped"]), []).append(row["workload"])
-    return [
+    absent = [f"{row['library']}: {row['reason']}" for row in document.get("left_out", [])]
+    return absent + [
         f"{library} did not run on {len(names)} shape(s), {names[0]} first: {reason}"
         for (library, reason), names in reasons.items()
     ]

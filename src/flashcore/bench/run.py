@@ -16,25 +16,39 @@ from torch import Tensor
 from flashcore import machine
 from flashcore.bench import ceilings
 from flashcore.bench.libraries import Call, Library, cpu_libraries, gpu_libraries
-from flashcore.bench.timing import Timing, time_on_cpu, time_on_gpu
-from flashcore.bench.workloads import Workload, cpu_shapes, seed_shape, sweep
+from flashcore.bench.peers import find_peers
+from flashcore.bench.summary import summarize
+from flashcore.bench.timing import Timing, first_line, time_on_cpu, time_on_gpu
+from flashcore.bench.workloads import GROUPS, Workload, cpu_shapes, sweep
 from flashcore.reference import attention_oracle
 
 # The oracle stores scores in float64, so long sequences are checked on their first and last rows.
 _CHECKED_ROWS = 256
 
 
-def workloads_for(device: str, quick: bool) -> list[Workload]:
-    """The shapes a run covers on a device."""
+def workloads_for(
+    device: str, quick: bool = False, groups: Sequence[str] | None = None
+) -> list[Workload]:
+    """The shapes a run covers on a device.
+
+    Args:
+        device: "cuda" or "cpu".
+        quick: the seed's shape and a short sweep, unless `groups` says otherwise.
+        groups: keys of GROUPS, or None for all.
+    """
     if device == "cpu":
         return cpu_shapes()
-    return seed_shape() + sweep(quick)
+    if groups is None and quick:
+        groups = ("seed", "sweep")
+    chosen: list[Workload] = []
+    for group in GROUPS if groups is None else groups:
+        chosen += sweep(quick) if group == "sweep" else GROUPS[group]()
+    return chosen
 
 
 def run(
     device: str,
     *,
-    quick: bool = False,
     rounds: int = 5,
     workloads: Sequence[Workload] | None = None,
     on_step: Callable[[str], None] = lambda name: None,
@@ -43,18 +57,22 @@ def run(
 
     Args:
         device: "cuda" or "cpu".
-        quick: fewer shapes.
         rounds: timed rounds; the median counts.
-        workloads: the shapes, or None for the standard ones.
+        workloads: the shapes, or None for all.
         on_step: called with the name of each workload before it runs.
 
     Returns:
-        A document of plain values: date, command, machine, ceilings, results (one object for each
-        workload and library, seconds and errors, or the reason why it did not run).
+        A document of plain values: date, command, machine, ceilings, left_out (libraries that are
+        not here, and why), summary (see summary.py), results (one object for each workload and
+        library, seconds and errors, or the reason why it did not run).
     """
     on_gpu = device == "cuda"
-    libraries = gpu_libraries() if on_gpu else cpu_libraries()
-    chosen = list(workloads) if workloads is not None else workloads_for(device, quick)
+    libraries = cpu_libraries()
+    left_out: list[dict[str, str]] = []
+    if on_gpu:
+        peers, left_out = find_peers()
+        libraries = gpu_libraries() + peers
+    chosen = list(workloads) if workloads is not None else workloads_for(device)
     on_step("ceilings")
     limits = ceilings.measure(device, torch.float16 if on_gpu else torch.float32)
     results: list[dict[str, Any]] = []
@@ -76,6 +94,8 @@ def run(
             else f"one call a round, libraries in turn, median of {rounds} rounds"
         ),
         "ceilings": limits,
+        "left_out": left_out,
+        "summary": summarize(results),
         "results": results,
     }
 
@@ -94,17 +114,21 @@ def _run_workload(
     limits: dict[str, float],
 ) -> list[dict[str, Any]]:
     q, k, v = workload.tensors(device)
+    mask = workload.mask_tensor(device)
     calls: dict[str, Call] = {}
     outcomes: dict[str, Timing | str] = {}
     for library in libraries:
         reason = library.skip_reason(workload)
         if reason is None:
-            calls[library.name] = library.prepare(workload, q, k, v)
-        else:
+            try:
+                calls[library.name] = library.prepare(workload, q, k, v, mask)
+            except Exception as error:  # of a peer, such as a version that does not know a shape
+                reason = first_line(error)
+        if reason is not None:
             outcomes[library.name] = reason
     with torch.no_grad():
         outcomes |= (time_on_gpu if device == "cuda" else time_on_cpu)(calls, rounds)
-        expected = _Slices(workload, q, k, v)
+        expected = _Slices(workload, q, k, v, mask)
         rows = []
         for library in libraries:
             outcome = outcomes[library.name]
@@ -113,6 +137,8 @@ def _run_workload(
                 **asdict(workload),
                 "library": library.name,
             }
+            if workload.group == "window":
+                row["window_tiles"] = workload.window_tiles
             if isinstance(outcome, str):
                 row["skipped"] = outcome
             else:
@@ -145,20 +171,42 @@ def _figures(workload: Workload, timing: Timing, limits: dict[str, float]) -> di
 class _Slices:
     """Float64 output of the first and last query rows of the first and last head of batch 0."""
 
-    def __init__(self, workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.heads = sorted({0, workload.num_heads - 1})
-        seqlen, count = workload.seqlen, min(_CHECKED_ROWS, workload.seqlen)
-        self.rows = torch.tensor(sorted({*range(count), *range(seqlen - count, seqlen)}))
+    def __init__(
+        self, workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> None:
+        heads_q, heads_kv, length = workload.num_heads, workload.heads_kv, workload.seqlen
+        self.heads = sorted({0, heads_q - 1})
+        heads_of_k = [head // (heads_q // heads_kv) for head in self.heads]
+        count = min(_CHECKED_ROWS, length)
+        self.rows = torch.tensor(sorted({*range(count), *range(length - count, length)}))
         self.rows = self.rows.to(q.device)
-        mask = None
-        if workload.causal:
-            mask = torch.arange(seqlen, device=q.device)[None, :] <= self.rows[:, None]
         self.expected = attention_oracle(
             q[:1, self.heads][:, :, self.rows],
-            k[:1, self.heads],
-            v[:1, self.heads],
-            mask=None if mask is None else mask[None, None],
+            k[:1, heads_of_k],
+            v[:1, heads_of_k],
+            softcap=workload.softcap,
+            mask=self._bias(workload, mask),
         )[0]
+
+    def _bias(self, workload: Workload, mask: Tensor | None) -> Tensor:
+        """Mask tensor, causality and window as one additive mask of the checked rows."""
+        keys = torch.arange(workload.keys, device=self.rows.device)
+        ahead = keys[None, :] - (self.rows[:, None] + workload.keys - workload.seqlen)
+        left, right = (-1, -1) if workload.window is None else workload.window
+        hidden = torch.zeros_like(ahead, dtype=torch.bool)
+        if workload.causal or right >= 0:
+            hidden |= ahead > (0 if workload.causal else right)
+        if left >= 0:
+            hidden |= ahead < -left
+        bias = torch.zeros(ahead.shape, dtype=torch.float64, device=ahead.device)[None, None]
+        if mask is not None:
+            shape = (1, workload.num_heads, workload.seqlen, workload.keys)
+            part = mask[:1].expand(shape)[:, self.heads][:, :, self.rows]
+            if mask.dtype == torch.bool:
+                hidden = hidden | ~part
+            else:
+                bias = part.double()
+        return bias.masked_fill(hidden, -torch.inf)
 
     def errors(self, out: Tensor) -> dict[str, float]:
         """Largest and mean absolute error of an output."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ Call = Callable[[], Tensor]
 _GRAPH_SECONDS = 2e-3  # one replay lasts about this long: far above a replay's own start-up
 _MAX_CALLS_IN_GRAPH = 200
 _TRIAL_CALLS = 5
+_LONG_CALL_SECONDS = 1e-3  # from here on an eager call takes as long as its kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,14 +53,14 @@ def time_on_gpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing 
     eager: dict[str, float] = {}
     results: dict[str, Timing | str] = {}
     for name, call in calls.items():
-        try:
-            eager[name] = _eager_seconds(call)
-            trial = _replay_seconds(_capture(call, _TRIAL_CALLS))
-            wanted = round(_GRAPH_SECONDS / max(trial, 1e-9))
-            captured[name] = _capture(call, max(1, min(_MAX_CALLS_IN_GRAPH, wanted)))
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            results[name] = _first_line(error)
-            torch.cuda.synchronize()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                eager[name] = _eager_seconds(call)
+                captured[name] = _capture(call, _calls_in_graph(call, eager[name]))
+            except Exception as error:  # peers raise all kinds of things, and the rest must go on
+                results[name] = _reason(error, caught)
+                torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in captured}
     for _ in range(rounds):
         for name, entry in captured.items():
@@ -82,6 +84,13 @@ def _eager_seconds(call: Call) -> float:
         torch.cuda.synchronize()
         elapsed = time.perf_counter() - start
     return elapsed / count
+
+
+def _calls_in_graph(call: Call, eager_seconds: float) -> int:
+    seconds = eager_seconds
+    if seconds < _LONG_CALL_SECONDS:
+        seconds = _replay_seconds(_capture(call, _TRIAL_CALLS))
+    return max(1, min(_MAX_CALLS_IN_GRAPH, round(_GRAPH_SECONDS / max(seconds, 1e-9))))
 
 
 def _capture(call: Call, calls: int) -> _Captured:
@@ -113,8 +122,8 @@ def time_on_cpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing 
         try:
             call()
             samples[name] = []
-        except (RuntimeError, NotImplementedError, ValueError) as error:
-            results[name] = _first_line(error)
+        except Exception as error:
+            results[name] = first_line(error)
     for _ in range(rounds):
         for name, values in samples.items():
             start = time.perf_counter()
@@ -125,6 +134,20 @@ def time_on_cpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing 
     return results
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, short enough for a table."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
+
+
+def _reason(error: Exception, caught: Sequence[warnings.WarningMessage]) -> str:
+    """`first_line`, and the why that torch's SDPA gives in warnings only: one about each backend,
+    of which those that were not asked for are "disabled"."""
+    texts = (str(warning.message).partition(" (Triggered")[0] for warning in caught)
+    why = [
+        text
+        for text in texts
+        if "not used because" not in text and "disabled" not in text and "selected" not in text
+    ]
+    is_sdpa = "No available kernel" in str(error)
+    return first_line(RuntimeError(why[0])) if is_sdpa and why else first_line(error)

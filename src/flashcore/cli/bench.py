@@ -13,9 +13,13 @@ from flashcore.cli.output import JsonFlag, Output, command, seconds, table, to_j
 
 def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Fewer shapes.")] = False,
-    seed_only: Annotated[
-        bool, typer.Option("--seed-shape", help="Only the seed's shape, B1 H8 S512 D64.")
-    ] = False,
+    groups: Annotated[
+        str | None,
+        typer.Option(
+            "--groups",
+            help="Only these, such as seed,gqa: seed, sweep, gqa, small, window, masked, decode.",
+        ),
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; odd is best.")] = 5,
     device: Annotated[
         str, typer.Option("--device", help="auto (a GPU if there is one), cuda or cpu.")
@@ -32,16 +36,21 @@ def bench(
     ] = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Time attention beside PyTorch's SDPA (each of its backends) and an unfused baseline.
+    """Time attention beside every other implementation that is here.
 
-    On a GPU: the seed's shape, and a sweep of 16k tokens with head_dim 64 to 256, full and causal.
-    Kernel times come from CUDA graph replays, the libraries taking turns in every round. Errors
-    against float64 stand beside the times, and the limit (measured matmul and copy ceilings) beside
-    the fraction of it that was reached. Without a GPU: the CPU paths on one small shape.
+    PyTorch's SDPA with each of its backends (FlashAttention-2 and cuDNN among them), FlexAttention,
+    FlashAttention-3 and -4 where they can be imported, and an unfused baseline; what was left out
+    is named. On a GPU: the seed's shape, a sweep of 16k tokens, grouped queries, small calls,
+    windows, masks and decoding. Kernel times come from CUDA graph replays, the libraries taking
+    turns in every round. Errors against float64 stand beside the times, and the limit (measured
+    matmul and copy ceilings) beside the fraction of it that was reached. Without a GPU: the CPU
+    paths on one small shape.
 
     Examples:
 
         flashcore bench --quick
+
+        flashcore bench --groups small,decode
 
         flashcore bench --output benchmarks/results/my-gpu.json
 
@@ -51,7 +60,7 @@ def bench(
         if from_file is not None:
             document = _load(from_file)
         else:
-            document = _measure(out, _device(device), quick, seed_only, rounds)
+            document = _measure(out, _device(device), quick, groups, rounds)
         _show(out, document)
         if output is not None:
             _write(out, document, output)
@@ -71,17 +80,30 @@ def _device(name: str) -> str:
     return name
 
 
-def _measure(out: Output, device: str, quick: bool, seed_only: bool, rounds: int) -> dict[str, Any]:
-    from flashcore.bench.run import run, workloads_for
-    from flashcore.bench.workloads import seed_shape
+def _groups(text: str | None, device: str) -> list[str] | None:
+    from flashcore.bench.workloads import GROUPS
 
+    if text is None:
+        return None
+    names = [name.strip() for name in text.split(",")]
+    known = list(GROUPS) if device == "cuda" else ["seed"]
+    for name in names:
+        if name not in known:
+            where = "" if device == "cuda" else " (all that there is without a GPU)"
+            raise typer.BadParameter(f"--groups {name} is not one of {', '.join(known)}{where}")
+    return names
+
+
+def _measure(
+    out: Output, device: str, quick: bool, groups: str | None, rounds: int
+) -> dict[str, Any]:
+    from flashcore.bench.run import run, workloads_for
+
+    chosen = workloads_for(device, quick, _groups(groups, device))
     if device == "cpu":
         out.note(
             "No GPU: these are the CPU paths on a small shape. They say nothing about the kernels."
         )
-    chosen = workloads_for(device, quick)
-    if seed_only:
-        chosen = seed_shape("float16" if device == "cuda" else "float32")
     with out.progress(f"Timing on {device}", total=len(chosen) + 1) as advance:
         started = False
 
@@ -90,19 +112,18 @@ def _measure(out: Output, device: str, quick: bool, seed_only: bool, rounds: int
             advance(1 if started else 0, f"Timing {name}")
             started = True
 
-        return run(device, quick=quick, rounds=rounds, workloads=chosen, on_step=on_step)
+        return run(device, rounds=rounds, workloads=chosen, on_step=on_step)
 
 
 def _show(out: Output, document: dict[str, Any]) -> None:
     from flashcore.bench import report
 
     out.print(report.conditions(document).replace("[", "\\["))
-    workloads = list(dict.fromkeys(row["workload"] for row in document["results"]))
-    for workload in workloads:
+    shapes = dict.fromkeys((row["group"], row["workload"]) for row in document["results"])
+    for group, workload in shapes:
         rows = []
-        for row in (row for row in document["results"] if row["workload"] == workload):
-            if "seconds" not in row:
-                rows.append([row["library"], "-", "-", "-", "-", "-"])
+        for row in document["results"]:
+            if (row["group"], row["workload"]) != (group, workload) or "seconds" not in row:
                 continue
             rows.append(
                 [
@@ -115,9 +136,27 @@ def _show(out: Output, document: dict[str, Any]) -> None:
                 ]
             )
         columns = ["library", "time", "TFLOP/s", "of limit", "max error", "mean error"]
-        out.print("", table(workload, columns, rows))
-    for line in report.skipped(document):
-        out.print(line, wrap=False)
+        out.print("", table(f"{group}: {workload}", columns, rows))
+    out.print("", _summary(document))
+    for line in [*report.window_lines(document["results"]), *report.skipped(document)]:
+        out.print(line.replace("[", "\\["), wrap=False)
+
+
+def _summary(document: dict[str, Any]) -> Any:
+    from flashcore.bench.summary import summarize
+
+    rows = [
+        [
+            group,
+            found["shapes"],
+            f"{found['vs_best_peer']:.2f}x",
+            found["ahead"],
+            f"{found['least']:.2f}x ({found['least_at']})",
+        ]
+        for group, found in summarize(document["results"]).items()
+    ]
+    title = "flashcore's speed over the best peer's, geometric means"
+    return table(title, ["group", "shapes", "mean", "ahead on", "at least"], rows)
 
 
 def _load(path: Path) -> dict[str, Any]:

@@ -1,0 +1,139 @@
+"""Peers that are not always there: FlexAttention (it needs Triton), FlashAttention-3 and -4."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore.bench.libraries import EVERYTHING, Call, Library
+from flashcore.bench.workloads import Workload
+
+_POSITIONS = frozenset({"window", "softcap", "gqa"})
+
+
+def find_peers() -> tuple[list[Library], list[dict[str, str]]]:
+    """The peers that can be imported; and for each of the others {"library", "reason"}."""
+    candidates = [
+        (Library("flex", _flex, EVERYTHING, compiles_slowly=True), "triton"),
+        (Library("fa3", _fa3, _POSITIONS), "flash_attn_interface"),
+        (Library("fa4", _fa4, _POSITIONS), "flash_attn.cute"),
+    ]
+    found, left_out = [], []
+    for library, module in candidates:
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # a package built for another torch raises all kinds of things
+            reason = f"{module} cannot be imported ({type(error).__name__}: {error})"
+            left_out.append({"library": library.name, "reason": reason.splitlines()[0][:160]})
+        else:
+            found.append(library)
+    return found, left_out
+
+
+def _flex(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
+    """FlexAttention, compiled for this shape."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block_mask = None
+    visible = _visible(workload, mask)
+    if visible is not None:
+        per_batch = workload.mask == "padding"
+        batch = workload.batch if per_batch else None
+        block_mask = create_block_mask(
+            visible, batch, None, workload.seqlen, workload.keys, device=q.device
+        )
+    torch._dynamo.reset()  # or the ninth shape would exceed the limit of recompilations
+    compiled = torch.compile(flex_attention, dynamic=False)
+    options: dict[str, Any] = {
+        "score_mod": _score_mod(workload, mask),
+        "block_mask": block_mask,
+        "enable_gqa": workload.heads_kv != workload.num_heads,
+    }
+
+    def call() -> Tensor:
+        out: Tensor = compiled(q, k, v, **options)
+        return out
+
+    return call
+
+
+def _visible(workload: Workload, mask: Tensor | None) -> Callable[..., Tensor] | None:
+    """FlexAttention's mask_mod of a workload (self-attention where causal), or None."""
+    left = -1 if workload.window is None else workload.window[0]
+    if mask is not None and mask.dtype == torch.bool:
+        keep = mask
+
+        if workload.mask == "padding":
+            return lambda b, h, i, j: keep[b, 0, 0, j]
+        return lambda b, h, i, j: keep[0, 0, i, j]
+    if workload.causal and left >= 0:
+        return lambda b, h, i, j: (j <= i) & (i - j <= left)
+    if workload.causal:
+        return lambda b, h, i, j: j <= i
+    return None
+
+
+def _score_mod(workload: Workload, mask: Tensor | None) -> Callable[..., Tensor] | None:
+    if workload.softcap is not None:
+        cap = workload.softcap
+        return lambda score, b, h, i, j: cap * torch.tanh(score / cap)
+    if workload.mask == "additive" and mask is not None:
+        bias = mask
+        return lambda score, b, h, i, j: score + bias[0, h, i, j]
+    return None
+
+
+def _fa3(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
+    """FlashAttention-3."""
+    del mask
+    from flash_attn_interface import flash_attn_func
+
+    window = (-1, -1) if workload.window is None else workload.window
+    return rows_first_call(flash_attn_func, workload, (q, k, v), window)
+
+
+def _fa4(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
+    """FlashAttention-4, where None is an unbounded side of a window."""
+    del mask
+    from flash_attn.cute import flash_attn_func
+
+    left, right = (-1, -1) if workload.window is None else workload.window
+    window = (left if left >= 0 else None, right if right >= 0 else None)
+    return rows_first_call(flash_attn_func, workload, (q, k, v), window)
+
+
+def rows_first_call(
+    function: Callable[..., Any],
+    workload: Workload,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    window: tuple[int | None, int | None],
+) -> Call:
+    """A call of a function that takes [batch, seqlen, num_heads, head_dim] and returns out, or a
+    tuple that starts with it, depending on its version.
+
+    Args:
+        function: `flash_attn_func` of FlashAttention-3 or -4.
+        workload: what to call it for.
+        qkv: [batch, num_heads, seqlen, head_dim] each.
+        window: as the function wants it.
+    """
+    rows_first = [x.transpose(1, 2) for x in qkv]
+    options: dict[str, Any] = {"causal": workload.causal}
+    if workload.window is not None:
+        options["window_size"] = window
+    if workload.softcap is not None:
+        options["softcap"] = workload.softcap
+    if workload.seqlen == 1 and "num_splits" in inspect.signature(function).parameters:
+        options["num_splits"] = 0  # its own choice; the default is not to split
+
+    def call() -> Tensor:
+        result = function(*rows_first, **options)
+        out: Tensor = result[0] if isinstance(result, (tuple, list)) else result
+        return out.transpose(1, 2)
+
+    return call

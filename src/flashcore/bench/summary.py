@@ -1,0 +1,122 @@
+"""What the results of a benchmark say, in few numbers. Made from the JSON document's rows only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+Entries = Mapping[str, Row]  # library -> its timed row, for one workload
+
+OURS = "flashcore"
+
+
+def by_workload(rows: Iterable[Row], group: str) -> dict[str, dict[str, Row]]:
+    """The timed rows of a group: workload name -> library -> row, in the file's order."""
+    grouped: dict[str, dict[str, Row]] = {}
+    for row in rows:
+        if row["group"] == group:
+            entries = grouped.setdefault(row["workload"], {})
+            if "seconds" in row:
+                entries[row["library"]] = row
+    return grouped
+
+
+def best_peer(entries: Entries) -> Row | None:
+    """The fastest row that is not flashcore's, or None."""
+    others = [row for name, row in entries.items() if not name.startswith(OURS)]
+    return min(others, key=lambda row: float(row["seconds"]), default=None)
+
+
+def speedup(entries: Entries) -> float | None:
+    """Time of the best peer over flashcore's."""
+    ours, other = entries.get(OURS), best_peer(entries)
+    if ours is None or other is None:
+        return None
+    return float(other["seconds"]) / float(ours["seconds"])
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of at least one positive number."""
+    return math.exp(math.fsum(map(math.log, values)) / len(values))
+
+
+def summarize(rows: Sequence[Row]) -> dict[str, Any]:
+    """flashcore beside its peers.
+
+    Args:
+        rows: the document's results.
+
+    Returns:
+        By group: `shapes` compared; the geometric mean of time of the best peer / flashcore's
+        (`vs_best_peer`), its smallest with the workload's name (`least`, `least_at`), and on how
+        many shapes it is above 1 (`ahead`); `vs`, the mean against each library on the shapes that
+        both ran. For windows also `window_cost`, see there.
+    """
+    result: dict[str, Any] = {}
+    for group in dict.fromkeys(row["group"] for row in rows):
+        workloads = by_workload(rows, group)
+        speedups = {
+            name: value
+            for name, entries in workloads.items()
+            if (value := speedup(entries)) is not None
+        }
+        if not speedups:
+            continue
+        least = min(speedups, key=speedups.__getitem__)
+        result[group] = {
+            "shapes": len(speedups),
+            "vs_best_peer": geometric_mean(list(speedups.values())),
+            "ahead": sum(value > 1 for value in speedups.values()),
+            "least": speedups[least],
+            "least_at": least,
+            "vs": _by_library(workloads.values()),
+        }
+        costs = window_cost(list(workloads.values()))
+        if costs:
+            result[group]["window_cost"] = costs
+    return result
+
+
+def _by_library(workloads: Iterable[Entries]) -> dict[str, float]:
+    ratios: dict[str, list[float]] = {}
+    for entries in workloads:
+        for name, row in entries.items():
+            if OURS in entries and name != OURS:
+                ratio = float(row["seconds"]) / float(entries[OURS]["seconds"])
+                ratios.setdefault(name, []).append(ratio)
+    return {name: geometric_mean(values) for name, values in ratios.items()}
+
+
+def window_cost(workloads: Sequence[Entries]) -> dict[str, dict[str, float]]:
+    """Time of a window over its share of the work.
+
+    Args:
+        workloads: with and without a window, otherwise alike.
+
+    Returns:
+        By workload with a window, by library: (time / time without window) / (tiles of 128 x 128
+        with a visible pair / those without window). 1 means that what is hidden costs nothing.
+    """
+    alike = ("batch", "num_heads", "seqlen", "head_dim", "causal", "dtype")
+
+    def shape(row: Row) -> tuple[Any, ...]:
+        return tuple(row.get(key) for key in ("library", *alike))
+
+    plain = {
+        shape(row): row
+        for entries in workloads
+        for row in entries.values()
+        if row.get("window") is None
+    }
+    costs: dict[str, dict[str, float]] = {}
+    for entries in workloads:
+        for library, row in entries.items():
+            base = plain.get(shape(row))
+            if row.get("window") is None or base is None:
+                continue
+            time = row["seconds"] / base["seconds"]
+            share = row["window_tiles"] / base["window_tiles"]
+            costs.setdefault(row["workload"], {})[library] = time / share
+    return costs

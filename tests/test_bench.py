@@ -1,0 +1,220 @@
+"""The benchmark's shapes, peers and sums, on the CPU; times themselves are never looked at."""
+
+from __future__ import annotations
+
+import math
+import sys
+import types
+import warnings
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+import torch
+
+import flashcore
+from flashcore.bench import libraries, peers, report, run
+from flashcore.bench.libraries import Library
+from flashcore.bench.summary import summarize
+from flashcore.bench.timing import Timing
+from flashcore.bench.workloads import GROUPS, Workload
+
+OPTIONS = [
+    Workload("x", 2, 4, 200, 32, True, "float32", 2, window=(20, 0)),
+    Workload("x", 2, 4, 200, 32, False, "float32", mask="padding"),
+    Workload("x", 2, 4, 200, 32, False, "float32", mask="bool"),
+    Workload("x", 2, 4, 200, 32, False, "float32", mask="additive"),
+    Workload("x", 2, 4, 200, 32, True, "float32", softcap=2.0),
+    Workload("decode", 2, 4, 1, 32, False, "float32", 2, 300),
+]
+
+
+def test_groups_have_the_shapes_that_they_promise() -> None:
+    counts = {}
+    for group, shapes in GROUPS.items():
+        workloads = shapes()
+        assert {w.group for w in workloads} == {group}
+        assert len({w.name for w in workloads}) == len(workloads)
+        counts[group] = len(workloads)
+    assert counts == {
+        "seed": 2,
+        "sweep": 36,
+        "gqa": 4,
+        "small": 24,
+        "window": 4,
+        "masked": 6,
+        "decode": 4,
+    }
+    small = GROUPS["small"]()
+    assert {(w.seqlen, w.causal) for w in small} == {
+        (seqlen, causal) for seqlen in (128, 256, 512, 1024) for causal in (False, True)
+    }
+
+
+def test_work_is_counted_as_the_page_says() -> None:
+    plain = Workload("x", 2, 4, 256, 64, False)
+    assert plain.flops == 4 * 2 * 4 * 256 * 256 * 64
+    assert plain.num_bytes == 2 * 4 * (2 * 4 * 256 * 64)
+    assert plain.window_tiles == 4
+    windowed = Workload("x", 1, 1, 512, 64, True, window=(128, 0))
+    pairs = sum(min(i, 128) + 1 for i in range(512))
+    assert windowed.flops == 4 * pairs * 64
+    assert windowed.window_tiles == 1 + 2 + 2 + 2
+    decode = Workload("x", 1, 32, 1, 128, False, "bfloat16", 8, 2048)
+    assert decode.flops == 4 * 32 * 2048 * 128
+    assert decode.num_bytes == 2 * 128 * (2 * 32 + 2 * 8 * 2048)
+    assert decode.name == "B1 H32/8 S1/2048 D128 full"
+
+
+@pytest.mark.parametrize("workload", OPTIONS, ids=lambda w: w.name)
+def test_every_option_is_checked_against_the_oracle(workload: Workload) -> None:
+    rows = {row["library"]: row for row in run("cpu", rounds=1, workloads=[workload])["results"]}
+    assert rows["flashcore"]["max_error"] < 1e-5
+    took = {name: row for name, row in rows.items() if "seconds" in row}
+    assert all(row["max_error"] < 1e-5 for row in took.values())
+    assert ("sdpa" in took) == (workload.window is None and workload.softcap is None)
+    assert "unfused" not in took
+
+
+def test_a_wrong_result_shows_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = flashcore.attention
+    monkeypatch.setattr(
+        flashcore, "attention", lambda *qkv, **options: right(*qkv, **options | {"window": (21, 0)})
+    )
+    (row, *_) = run("cpu", rounds=1, workloads=OPTIONS[:1])["results"]
+    assert row["max_error"] > 1e-2
+
+
+@pytest.mark.parametrize("workload", OPTIONS, ids=lambda w: w.name)
+def test_flex_attention_is_asked_for_the_same(
+    workload: Workload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    q, k, v = workload.tensors("cpu")
+    mask = workload.mask_tensor("cpu")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it would rather be compiled
+        out = peers._flex(workload, q, k, v, mask)()
+    wanted = libraries.flashcore_call("torch")(workload, q, k, v, mask)()
+    assert torch.allclose(out, wanted, atol=1e-5)
+
+
+@pytest.mark.parametrize("returns_lse", [False, True])
+def test_rows_first_peers_get_their_layout_and_options(returns_lse: bool) -> None:
+    seen: dict[str, Any] = {}
+
+    def flash_attn_func(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        causal: bool = False,
+        window_size: tuple[int | None, int | None] = (-1, -1),
+        softcap: float = 0.0,
+        num_splits: int = 1,
+    ) -> Any:
+        seen.update(
+            shapes=[tuple(x.shape) for x in (q, k, v)],
+            options=(causal, window_size, softcap, num_splits),
+        )
+        out = torch.zeros_like(q)
+        return (out, "lse") if returns_lse else out
+
+    workload = Workload("x", 2, 4, 16, 8, True, window=(3, 0), softcap=5.0)
+    qkv = workload.tensors("cpu")
+    out = peers.rows_first_call(flash_attn_func, workload, qkv, (3, None))()
+    assert seen == {"shapes": [(2, 16, 4, 8)] * 3, "options": (True, (3, None), 5.0, 1)}
+    assert out.shape == (2, 4, 16, 8)
+    one_query = Workload("x", 1, 4, 1, 8, False, num_heads_kv=2, seqlen_k=30)
+    peers.rows_first_call(flash_attn_func, one_query, one_query.tensors("cpu"), (-1, -1))()
+    assert seen["shapes"] == [(1, 1, 4, 8), (1, 30, 2, 8), (1, 30, 2, 8)]
+    assert seen["options"] == (False, (-1, -1), 0.0, 0)  # its own number of splits
+
+
+def test_peers_that_cannot_be_imported_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", types.ModuleType("stand-in"))
+    monkeypatch.setitem(sys.modules, "triton", None)
+    found, left_out = peers.find_peers()
+    assert "fa3" in [library.name for library in found]
+    reasons = {row["library"]: row["reason"] for row in left_out}
+    assert "triton cannot be imported" in reasons["flex"]
+    document = {"results": [], "left_out": left_out}
+    assert any(line.startswith("flex: triton cannot") for line in report.skipped(document))
+
+
+def test_a_peer_that_fails_to_prepare_does_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def prepare(*_: object) -> Any:
+        raise TypeError("unexpected keyword\nlong story")
+
+    ours = Library("flashcore", libraries.flashcore_call("auto"))
+    module = sys.modules["flashcore.bench.run"]
+    monkeypatch.setattr(module, "cpu_libraries", lambda: [ours, Library("new", prepare)])
+    rows = run("cpu", rounds=1, workloads=[Workload("x", 1, 1, 8, 8, False, "float32")])["results"]
+    assert [row.get("skipped") for row in rows] == [None, "unexpected keyword"]
+
+
+def test_slow_compilers_are_timed_on_chosen_shapes_only() -> None:
+    flex = Library("flex", peers._flex, libraries.EVERYTHING, compiles_slowly=True)
+    chosen = [w for shapes in GROUPS.values() for w in shapes() if flex.skip_reason(w) is None]
+    assert 10 < len(chosen) < 20
+    assert {"sweep", "window", "masked", "gqa"} <= {w.group for w in chosen}
+
+
+def timed(workload: Workload, library: str, microseconds: float) -> dict[str, Any]:
+    return asdict(workload) | {
+        "workload": workload.name,
+        "library": library,
+        "seconds": microseconds * 1e-6,
+        "window_tiles": workload.window_tiles,
+        "flops_per_second": 1e12,
+        "bytes_per_second": 2e12,
+        "fraction_of_limit": 0.5,
+        "limited_by": "memory",
+        "max_error": 1e-3,
+        "mean_error": 1e-4,
+    }
+
+
+def test_summary_is_the_geometric_mean_over_the_best_peer() -> None:
+    one, two = GROUPS["decode"]()[:2]
+    rows = [
+        timed(one, "flashcore", 10.0),
+        timed(one, "flashcore-wmma", 1.0),  # ours too, so no peer
+        timed(one, "fa3", 20.0),
+        timed(one, "sdpa-cudnn", 30.0),
+        timed(two, "flashcore", 10.0),
+        timed(two, "sdpa-cudnn", 5.0),
+        timed(two, "fa3", 9.0),
+    ]
+    found = summarize(rows)["decode"]
+    assert found["vs_best_peer"] == pytest.approx(math.sqrt(2.0 * 0.5))
+    assert (found["shapes"], found["ahead"], found["least"]) == (2, 1, 0.5)
+    assert found["least_at"] == two.name
+    assert found["vs"]["fa3"] == pytest.approx(math.sqrt(2.0 * 0.9))
+    table = report.times_table(rows).splitlines()
+    assert table[0].startswith("| us / GB/s | flashcore | flashcore-wmma | fa3 | sdpa-cudnn |")
+    assert table[2].startswith(f"| {one.name} | 10.0 / 2000 | 1.0 / 2000 |")
+    assert table[2].endswith("| 50% (memory) | 2.00x |")
+    assert summarize([row for row in rows if row["library"] == "flashcore"]) == {}
+
+
+def test_a_window_is_compared_with_its_share_of_the_tiles() -> None:
+    full, windowed = GROUPS["window"]()[:2]
+    assert (full.window_tiles, windowed.window_tiles) == (8256, 1116)
+    times = ((full, 1000.0), (windowed, 200.0))
+    rows = [timed(w, name, t) for w, t in times for name in ("flashcore", "fa3")]
+    cost = summarize(rows)["window"]["window_cost"][windowed.name]["flashcore"]
+    assert cost == pytest.approx(0.2 * 8256 / 1116)
+    assert f"flashcore {cost:.2f}" in report.window_lines(rows)[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", sorted(GROUPS))
+def test_flashcore_runs_every_group_on_the_gpu(group: str) -> None:
+    from flashcore.bench.timing import time_on_gpu
+
+    workload = min(GROUPS[group](), key=lambda w: w.flops)
+    q, k, v = workload.tensors("cuda")
+    call = libraries.flashcore_call("auto")(workload, q, k, v, workload.mask_tensor("cuda"))
+    assert isinstance(time_on_gpu({"flashcore": call}, rounds=1)["flashcore"], Timing)
