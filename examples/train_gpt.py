@@ -13,9 +13,10 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +129,7 @@ def batch_of(ids: Tensor, shape: Shape, batch: int, generator: torch.Generator) 
     return ids[starts + torch.arange(shape.context + 1)]
 
 
-def loss_of(model: nn.Module, slices: Tensor, device: torch.device) -> Tensor:
+def loss_of(model: Callable[..., Any], slices: Tensor, device: torch.device) -> Tensor:
     """Return the mean cross-entropy, in nats a letter, of the next letter everywhere in slices."""
     slices = slices.to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
