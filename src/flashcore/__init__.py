@@ -21,6 +21,8 @@ if TYPE_CHECKING:
         FlashCoreError,
     )
     from flashcore.problem import Problem
+    from flashcore.routing import enable
+    from flashcore.sdpa import scaled_dot_product_attention
 
     __version__: str
 
@@ -34,7 +36,9 @@ _MODULES = {
     "FlashCoreError": "errors",
     "Problem": "problem",
     "attention": "api",
+    "enable": "routing",
     "explain": "api",
+    "scaled_dot_product_attention": "sdpa",
 }
 
 __all__ = [
@@ -46,7 +50,9 @@ __all__ = [
     "Problem",
     "__version__",
     "attention",
+    "enable",
     "explain",
+    "scaled_dot_product_attention",
 ]
 
 

@@ -1,0 +1,5 @@
+"""Other libraries' attention functions, on flashcore: the same signatures, layouts and meaning."""
+
+from __future__ import annotations
+
+__all__: list[str] = []

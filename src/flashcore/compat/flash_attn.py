@@ -1,0 +1,201 @@
+"""flash-attn 2's functions on flashcore: `from flashcore.compat.flash_attn import flash_attn_func`.
+
+Signatures and layouts are those of the package flash-attn, 2.6 to 2.8: [batch, seqlen, num_heads,
+head_dim], or [total, num_heads, head_dim] for sequences packed one after the other; causal masks
+and windows are aligned at the lower right. Besides:
+
+- dropout_p > 0, and block_table (a paged cache), raise NotImplementedError;
+- alibi_slopes becomes an additive float32 mask, which takes [batch or 1, num_heads, seqlen_q,
+  seqlen_k] of memory; the varlen functions raise instead;
+- `deterministic` is accepted: the forward gives the same bits on every run, whatever it says;
+- with return_attn_probs, the log-sum-exp of a row with nothing to attend to is -inf, where
+  flash-attn has +inf, and the third value is None, where flash-attn has debugging output;
+- CPU tensors, float32 and float64 work as in `flashcore.attention`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from flashcore.api import attention
+
+__all__ = [
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+]
+
+Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
+
+
+def flash_attn_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """flash_attn.flash_attn_func.
+
+    Args:
+        q: [batch, seqlen_q, num_heads_q, head_dim], read in place.
+        k: [batch, seqlen_k, num_heads_kv, head_dim]; num_heads_q a multiple of num_heads_kv.
+        v: [batch, seqlen_k, num_heads_kv, head_dim_v].
+        dropout_p: 0.
+        softmax_scale: 1 / sqrt(head_dim) by default.
+        causal: query i sees keys up to i + seqlen_k - seqlen_q.
+        window_size: (left, right) keys around that one; -1 is unbounded.
+        softcap: scores become softcap * tanh(score / softcap); 0 is off.
+        alibi_slopes: [num_heads_q] or [batch, num_heads_q], float32: the score of query i and key j
+            gets -slope * abs(i + seqlen_k - seqlen_q - j).
+        deterministic: accepted, without effect.
+        return_attn_probs: also return the log-sum-exp of the scores, and None.
+
+    Returns:
+        out: [batch, seqlen_q, num_heads_q, head_dim_v], contiguous. With return_attn_probs the
+        triple (out, lse, None), lse float32 [batch, num_heads_q, seqlen_q].
+
+    Raises:
+        NotImplementedError: dropout_p is not 0; an unsupported head_dim.
+        TypeError: as in `attention`.
+        ValueError: as in `attention`; alibi_slopes of another shape.
+
+    Source:
+        The interface of flash-attn 2, https://github.com/Dao-AILab/flash-attention.
+    """
+    _refuse_dropout(dropout_p)
+    mask = None if alibi_slopes is None else _alibi_mask(alibi_slopes, q, k)
+    result = attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        causal=causal,
+        scale=softmax_scale,
+        window=_window(window_size),
+        softcap=softcap or None,
+        mask=mask,
+        return_lse=return_attn_probs,
+    )
+    if isinstance(result, tuple):
+        out, lse = result
+        return out.transpose(1, 2).contiguous(), lse, None
+    return result.transpose(1, 2).contiguous()
+
+
+def flash_attn_qkvpacked_func(
+    qkv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` on one tensor.
+
+    Args:
+        qkv: [batch, seqlen, 3, num_heads, head_dim]: q, k and v, read in place.
+        dropout_p: as in `flash_attn_func`, like all that follow.
+        softmax_scale: likewise.
+        causal: likewise.
+        window_size: likewise.
+        softcap: likewise.
+        alibi_slopes: likewise.
+        deterministic: likewise.
+        return_attn_probs: likewise.
+
+    Returns:
+        As `flash_attn_func`.
+
+    Raises:
+        ValueError: qkv of another shape; else as `flash_attn_func`.
+    """
+    q, k, v = _unpacked("qkv", qkv, 3, "[batch, seqlen, 3, num_heads, head_dim]")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` with k and v in one tensor.
+
+    Args:
+        q: [batch, seqlen_q, num_heads_q, head_dim].
+        kv: [batch, seqlen_k, 2, num_heads_kv, head_dim]: k and v, read in place.
+        dropout_p: as in `flash_attn_func`, like all that follow.
+        softmax_scale: likewise.
+        causal: likewise.
+        window_size: likewise.
+        softcap: likewise.
+        alibi_slopes: likewise.
+        deterministic: likewise.
+        return_attn_probs: likewise.
+
+    Returns:
+        As `flash_attn_func`.
+
+    Raises:
+        ValueError: kv of another shape; else as `flash_attn_func`.
+    """
+    k, v = _unpacked("kv", kv, 2, "[batch, seqlen, 2, num_heads_kv, head_dim]")
+    return flash_attn_func(
+        q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+        deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def _refuse_dropout(dropout_p: float) -> None:
+    if dropout_p != 0.0:
+        raise NotImplementedError(
+            f"dropout_p={dropout_p}: flashcore has no dropout of attention weights; pass 0.0 (in "
+            "evaluation it has no effect), or use flashcore.scaled_dot_product_attention, which "
+            "leaves dropout to torch"
+        )
+
+
+def _window(window_size: tuple[int, int]) -> tuple[int, int] | None:
+    # Any negative number is unbounded in flash-attn.
+    left, right = (max(-1, size) for size in window_size)
+    return None if left == right == -1 else (left, right)
+
+
+def _unpacked(name: str, x: torch.Tensor, parts: int, shape: str) -> tuple[torch.Tensor, ...]:
+    packed_dim = shape.count(",") - 2
+    if x.dim() != packed_dim + 3 or x.shape[packed_dim] != parts:
+        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {shape}")
+    return x.unbind(packed_dim)
+
+
+def _alibi_mask(slopes: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """[batch or 1, num_heads, seqlen_q, seqlen_k], float32."""
+    batch, seqlen_q, num_heads = q.shape[:3]
+    seqlen_k = k.shape[1]
+    if slopes.shape not in ((num_heads,), (batch, num_heads)):
+        raise ValueError(
+            f"alibi_slopes has shape {list(slopes.shape)}; it must be [num_heads_q] = "
+            f"[{num_heads}] or [batch, num_heads_q] = [{batch}, {num_heads}]"
+        )
+    i = torch.arange(seqlen_k - seqlen_q, seqlen_k, device=q.device, dtype=torch.float32)
+    j = torch.arange(seqlen_k, device=q.device, dtype=torch.float32)
+    distance = (i[:, None] - j).abs()
+    return -slopes.float().reshape(-1, num_heads, 1, 1) * distance

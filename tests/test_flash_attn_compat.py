@@ -1,0 +1,146 @@
+"""flash-attn's functions: its layouts and defaults, against formulas written out here."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from flashcore.compat import flash_attn
+
+B, SQ, SK, HQ, HK, D = 2, 5, 9, 4, 2, 16
+
+
+def randn(*shape, seed=0, device="cpu", dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def inputs(**kwargs):
+    return (
+        randn(B, SQ, HQ, D, **kwargs),
+        randn(B, SK, HK, D, seed=1, **kwargs),
+        randn(B, SK, HK, D, seed=2, **kwargs),
+    )
+
+
+def by_formula(q, k, v, *, scale=D**-0.5, visible=None, softcap=0.0, bias=None):
+    """(out, lse): [batch, seqlen_q, heads, dim] and [batch, heads, seqlen_q]."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
+    scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def distance():
+    """How far key j lies behind query i, aligned at the lower right."""
+    return torch.arange(SK - SQ, SK)[:, None] - torch.arange(SK)
+
+
+SLOPES = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+CASES = {
+    "plain": ({}, {}),
+    "scale": ({"softmax_scale": 0.7}, {"scale": 0.7}),
+    "causal": ({"causal": True}, {"visible": distance() >= 0}),
+    "window": ({"window_size": (2, 1)}, {"visible": (distance() <= 2) & (distance() >= -1)}),
+    "left window": ({"window_size": (3, -1)}, {"visible": distance() <= 3}),
+    "causal window": (
+        {"causal": True, "window_size": (2, 5)}, {"visible": (distance() <= 2) & (distance() >= 0)}
+    ),
+    "softcap": ({"softcap": 1.5}, {"softcap": 1.5}),
+    "alibi": (
+        {"alibi_slopes": SLOPES}, {"bias": -SLOPES[:, None, None].double() * distance().abs()}
+    ),
+    "alibi of each sequence": (
+        {"alibi_slopes": torch.stack([SLOPES, 2 * SLOPES]), "causal": True},
+        {
+            "bias": -torch.stack([SLOPES, 2 * SLOPES])[..., None, None].double()
+            * distance().abs(),
+            "visible": distance() >= 0,
+        },
+    ),
+    "deterministic": ({"deterministic": True}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_options_mean_what_flash_attn_says(name):
+    options, formula = CASES[name]
+    q, k, v = inputs()
+    out, lse, probs = flash_attn.flash_attn_func(q, k, v, **options, return_attn_probs=True)
+    expected_out, expected_lse = by_formula(q, k, v, **formula)
+    assert probs is None
+    torch.testing.assert_close(out, expected_out)
+    torch.testing.assert_close(lse, expected_lse)
+    assert torch.equal(flash_attn.flash_attn_func(q, k, v, **options), out)
+    out.view(B, SQ, HQ * D)  # as callers do: flash-attn's output is contiguous
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_packed_forms(name):
+    options, _ = CASES[name]
+    kv = randn(B, SQ, 2, HK, D)
+    q = randn(B, SQ, HQ, D)
+    expected = flash_attn.flash_attn_func(q, kv[:, :, 0], kv[:, :, 1], **options)
+    assert torch.equal(flash_attn.flash_attn_kvpacked_func(q, kv, **options), expected)
+    qkv = randn(B, SQ, 3, HQ, D)
+    expected = flash_attn.flash_attn_func(*qkv.unbind(2), **options)
+    assert torch.equal(flash_attn.flash_attn_qkvpacked_func(qkv, **options), expected)
+
+
+def test_gradients_flow_to_a_packed_tensor():
+    qkv = randn(B, SQ, 3, HQ, D).requires_grad_()
+    flash_attn.flash_attn_qkvpacked_func(qkv, causal=True).square().sum().backward()
+    gradient, qkv.grad = qkv.grad, None
+    visible = torch.ones(SQ, SQ, dtype=torch.bool).tril()
+    by_formula(*qkv.unbind(2), visible=visible)[0].square().sum().backward()
+    torch.testing.assert_close(gradient, qkv.grad)
+
+
+# Facts of flash-attn 2.8: the order of the arguments, which positional calls rely on.
+TAIL = ["dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes",
+        "deterministic", "return_attn_probs"]  # fmt: skip
+ORDERS = {
+    "flash_attn_func": ["q", "k", "v", *TAIL],
+    "flash_attn_qkvpacked_func": ["qkv", *TAIL],
+    "flash_attn_kvpacked_func": ["q", "kv", *TAIL],
+}
+
+
+@pytest.mark.parametrize("name", flash_attn.__all__)
+def test_arguments_stand_in_flash_attns_order(name):
+    assert list(inspect.signature(getattr(flash_attn, name)).parameters) == ORDERS[name]
+
+
+def test_what_is_not_supported_raises_and_names_the_argument():
+    q, k, v = inputs()
+    with pytest.raises(NotImplementedError, match=r"dropout_p=0\.1.*pass 0\.0"):
+        flash_attn.flash_attn_func(q, k, v, 0.1)
+    with pytest.raises(ValueError, match=r"alibi_slopes has shape \[3\].*\[4\]"):
+        flash_attn.flash_attn_func(q, k, v, alibi_slopes=SLOPES[:3])
+    with pytest.raises(ValueError, match=r"qkv has shape \[2, 5, 4, 16\].*3, num_heads"):
+        flash_attn.flash_attn_qkvpacked_func(q)
+    with pytest.raises(ValueError, match=r"kv has shape .*2, num_heads_kv"):
+        flash_attn.flash_attn_kvpacked_func(q, randn(B, SK, 3, HK, D))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_on_the_gpu(name, dtype):
+    options, formula = CASES[name]
+    if "alibi_slopes" in options:
+        options = {**options, "alibi_slopes": options["alibi_slopes"].cuda()}
+    q, k, v = inputs(device="cuda", dtype=dtype)
+    out, lse, _ = flash_attn.flash_attn_func(q, k, v, **options, return_attn_probs=True)
+    expected = by_formula(*(x.double().cpu() for x in (q, k, v)), **formula)
+    bound = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double().cpu(), expected[0], atol=bound, rtol=bound)
+    torch.testing.assert_close(lse.double().cpu(), expected[1], atol=1e-3, rtol=1e-3)
