@@ -51,7 +51,15 @@ nitpick_ignore_regex = [("py:.*", r"(?!flashcore\b).*")]
 
 # Pages by section, from docs/; a title of its own where the page's would mislead.
 SECTIONS = {
-    "Use": ["Start <../README>", "install", "examples", "drop-ins", "reference", "cli"],
+    "Use": [
+        "Start <../README>",
+        "install",
+        "examples",
+        "migration",
+        "drop-ins",
+        "reference",
+        "cli",
+    ],
     "Understand": ["numerics", "performance", "debugging", "simulator", "architecture"],
     "Project": [
         "../CHANGELOG",
