@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from flashcore.problem import Problem
     from flashcore.routing import enable
     from flashcore.sdpa import scaled_dot_product_attention
+    from flashcore.varlen import attention_varlen
 
     __version__: str
 
@@ -36,6 +37,7 @@ _MODULES = {
     "FlashCoreError": "errors",
     "Problem": "problem",
     "attention": "api",
+    "attention_varlen": "varlen",
     "enable": "routing",
     "explain": "api",
     "scaled_dot_product_attention": "sdpa",
@@ -50,6 +52,7 @@ __all__ = [
     "Problem",
     "__version__",
     "attention",
+    "attention_varlen",
     "enable",
     "explain",
     "scaled_dot_product_attention",

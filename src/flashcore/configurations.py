@@ -19,13 +19,14 @@ from flashcore.problem import Problem
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
-# What each name stands for in a call of `attention`. "masked" takes everything at once, the most
-# registers that a kernel can need.
+# What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
+# takes everything at once, the most registers that a kernel can need.
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
     "options": {"window": (64, 64), "softcap": 30.0},
     "masked": {"window": (64, 64), "softcap": 30.0, "mask": "bool"},
+    "varlen": {"window": (64, 64), "softcap": 30.0, "varlen": "packed"},
 }
 # Long enough that every window and causal mask hides something.
 _SEQLEN = 1024
@@ -95,4 +96,8 @@ def _problem(head_dim: int, dtype: str, options: dict[str, Any]) -> Problem:
     options = dict(options)
     if options.pop("mask", None):
         options["mask"] = torch.empty(1, 1, _SEQLEN, _SEQLEN, dtype=torch.bool)
-    return Problem.from_tensors(x, x, x, **options)
+    varlen = options.pop("varlen", "none")
+    problem = Problem.from_tensors(x, x, x, **options)
+    if varlen == "packed":
+        problem = dataclasses.replace(problem, varlen=varlen, total_q=_SEQLEN, total_k=_SEQLEN)
+    return problem

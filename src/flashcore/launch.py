@@ -124,6 +124,7 @@ def run_kernel(
     out: torch.Tensor,
     lse: torch.Tensor | None,
     gate_buffers: dict[str, torch.Tensor] | None = None,
+    lengths: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Runs a plan on CUDA tensors, on the current stream, without waiting for it.
 
@@ -137,6 +138,9 @@ def run_kernel(
         out: [batch, num_heads_q, seqlen_q, head_dim_v], contiguous; written.
         lse: [batch, num_heads_q, seqlen_q], float32, contiguous; written unless None.
         gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
+        lengths: int32, by name cu_seqlens_q and cu_seqlens_k, or seqlens_k, where sequences differ
+            in length. Packed tensors come as [1, num_heads, total, dim] views, out as [total,
+            num_heads_q, head_dim_v], lse as [num_heads_q, total].
 
     Raises:
         CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, launch_raw.
@@ -145,7 +149,8 @@ def run_kernel(
     if grid == 0:
         return
     verify_element_map(q.device.index, plan.arch, plan.dtype)
-    tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse} | (gate_buffers or {})
+    tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse}
+    tensors |= (gate_buffers or {}) | (lengths or {})
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     params: ctypes.Structure
     if isinstance(plan, Sm90Plan):

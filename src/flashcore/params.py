@@ -50,6 +50,8 @@ class AttnParams(ctypes.Structure):
             )
         ]
         + [(name, ctypes.c_float) for name in ("softmax_scale", "softmax_scale_log2", "softcap")]
+        + [(name, ctypes.c_void_p) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqlens_k")]
+        + [(name, ctypes.c_int32) for name in ("batch", "total_q", "total_k", "lower_right")]
     )
 
 
@@ -60,7 +62,11 @@ class AttnGateParams(AttnParams):
 
 
 def grid_size(problem: Problem, plan: Plan) -> int:
-    """Blocks of the one-dimensional grid: one a row tile of each head of each sequence."""
+    """Blocks of the one-dimensional grid: one a row tile of each head of each sequence. Of packed
+    sequences, as many as there can be."""
+    if problem.varlen == "packed":  # tile numbers, see tile/sequence.cuh
+        num_m_blocks = problem.total_q // plan.block_m + problem.batch + 1
+        return num_m_blocks * problem.num_heads_q
     num_m_blocks = -(-problem.seqlen_q // plan.block_m)
     return num_m_blocks * problem.num_heads_q * problem.batch
 
@@ -90,8 +96,9 @@ def build_params(
     Args:
         problem: shapes, strides and options.
         plan: tiles and gate.
-        pointers: address by field name: q, k, v, mask, out, lse and, for a gate, gate_scores,
-            gate_row_max, gate_row_sum. A missing one is null.
+        pointers: address by field name: q, k, v, mask, out, lse; for sequences of different
+            lengths cu_seqlens_q, cu_seqlens_k or seqlens_k; for a gate gate_scores, gate_row_max,
+            gate_row_sum. A missing one is null.
 
     Returns:
         The filled structure.
@@ -117,4 +124,7 @@ def build_params(
     params.softmax_scale = problem.scale
     params.softmax_scale_log2 = problem.scale * LOG2_E
     params.softcap = problem.softcap
+    params.batch = problem.batch
+    params.total_q, params.total_k = problem.total_q, problem.total_k
+    params.lower_right = problem.causal != "upper_left"
     return params

@@ -45,6 +45,9 @@ SIM_ARCH = 80
 HEAD_DIM_64_MAX_REGISTERS = 96
 HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 
+# How sequences of one call may differ in length (tile/sequence.cuh): not, as packed rows
+# (attention_varlen), or in the number of keys (seqlens_k).
+VARLEN_KINDS = ("none", "packed", "keys")
 _MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
 _CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
 
@@ -68,6 +71,7 @@ class Plan:
 
     `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
+    `varlen` one of VARLEN_KINDS;
     `min_blocks` the blocks an SM that the register count must allow.
     """
 
@@ -86,6 +90,7 @@ class Plan:
     has_softcap: bool = False
     mask: str | None = None
     gate: str | None = None
+    varlen: str = "none"
 
     @property
     def params_struct(self) -> str:
@@ -159,6 +164,7 @@ class Plan:
             "HAS_WINDOW_RIGHT": self.has_window_right,
             "HAS_SOFTCAP": self.has_softcap,
             "MASK_KIND": _MASK_KINDS[self.mask],
+            "VARLEN": VARLEN_KINDS.index(self.varlen),
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
 
     def describe(self) -> str:
@@ -170,6 +176,7 @@ class Plan:
                 ("window_right", self.has_window_right),
                 ("softcap", self.has_softcap),
                 (f"mask:{self.mask}", self.mask is not None),
+                (f"varlen:{self.varlen}", self.varlen != "none"),
                 (f"gate:{self.gate}", self.gate is not None),
             )
             if on
@@ -256,6 +263,7 @@ def traits(problem: Problem) -> dict[str, Any]:
         "has_window_right": problem.window_right >= 0,
         "has_softcap": problem.softcap != 0.0,
         "mask": None if problem.mask is None else problem.mask.dtype,
+        "varlen": problem.varlen,
     }
 
 

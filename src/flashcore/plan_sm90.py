@@ -103,6 +103,8 @@ class Sm90Plan(Plan):
 
 def obstacle(problem: Problem) -> str | None:
     """Why the Hopper kernel cannot serve a problem, or None. TMA reads 16-byte aligned rows."""
+    if problem.varlen != "none":
+        return "it serves sequences of one length"
     if problem.load_bytes < 16:
         return (
             "TMA needs 16-byte aligned rows, and some address or stride of q, k or v is a multiple "

@@ -5,6 +5,7 @@ Read next: plan.py chooses a kernel from a Problem, reference.py computes one in
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from dataclasses import dataclass
@@ -72,6 +73,11 @@ class Problem:
         v_strides: likewise.
         load_bytes: the widest of 16, 8, 4, 2 that divides every address of a row of q, k and v
             and the bytes of a row.
+        varlen: how sequences differ in length, one of plan.VARLEN_KINDS. If they do, only the
+            device knows by how much: seqlen_q and seqlen_k are the longest possible, and
+            diag_offset is 0. "packed": strides are those of [1, heads, total, dim] views.
+        total_q: rows of packed q; else 0.
+        total_k: rows of packed k and v; else 0.
     """
 
     batch: int
@@ -96,6 +102,9 @@ class Problem:
     k_strides: Strides3
     v_strides: Strides3
     load_bytes: int
+    varlen: str = "none"
+    total_q: int = 0
+    total_k: int = 0
 
     @classmethod
     def from_tensors(
@@ -177,6 +186,8 @@ class Problem:
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to compute: no output, or no keys (out 0, lse -inf)."""
+        if self.varlen == "packed":
+            return not (self.batch and self.num_heads_q and self.total_q and self.total_k)
         return not (self.batch and self.num_heads_q and self.seqlen_q and self.seqlen_k)
 
     @property
@@ -190,6 +201,24 @@ class Problem:
         """float32, except float64 for float64 inputs."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    def of_sequence(self, seqlen_q: int, seqlen_k: int) -> Problem:
+        """The call that one of its sequences of different lengths amounts to."""
+        left, right, diag_offset = _visible_band(
+            self.causal, (self.window_left, self.window_right), seqlen_q, seqlen_k
+        )
+        return dataclasses.replace(
+            self,
+            batch=1,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            window_left=left,
+            window_right=right,
+            diag_offset=diag_offset,
+            varlen="none",
+            total_q=0,
+            total_k=0,
+        )
+
     def describe(self) -> str:
         """One line for people, e.g. in `explain` and in test reports."""
         heads = f"H{self.num_heads_q}"
@@ -202,6 +231,10 @@ class Problem:
         if self.head_dim_v != self.head_dim:
             dims += f"/{self.head_dim_v}"
         parts = [f"B{self.batch} {heads} {lengths} {dims} {self.dtype}"]
+        if self.varlen == "packed":
+            parts.append(f"packed {self.total_q}/{self.total_k} rows")
+        elif self.varlen == "keys":
+            parts.append("seqlens_k")
         if self.causal != "none":
             parts.append(f"causal {self.causal}")
         if self.window_left >= 0 or (self.window_right >= 0 and self.causal == "none"):
@@ -230,6 +263,24 @@ def _visible_band(
     if left == right == -1:
         diag_offset = 0  # without bounds the diagonal has no meaning: one Problem, not many
     return left, right, diag_offset
+
+
+def widest_band(
+    alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
+) -> tuple[int, int]:
+    """(window_left, window_right) of a call whose sequences have at most these lengths: a side is
+    -1 if it excludes no key of any of them.
+
+    The key that the last query is aligned with has at most `last` keys before it, the one of the
+    first query at most `ahead` after it, whatever the lengths.
+    """
+    left, right = window
+    if alignment != "none":
+        right = 0
+    upper_left = alignment == "upper_left"
+    last = (seqlen_q if upper_left else seqlen_k) - 1
+    ahead = (seqlen_k if upper_left else seqlen_q) - 1
+    return (-1 if left >= last else left), (-1 if right >= ahead else right)
 
 
 def _strides(x: torch.Tensor) -> Strides3:

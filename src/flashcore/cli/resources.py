@@ -58,7 +58,8 @@ def resources(
         str | None,
         typer.Option(
             "--variant",
-            help="Only full, causal, options (window and softcap) or masked (and a mask).",
+            help="Only full, causal, options (window and softcap), masked (and a mask) or "
+            "varlen (packed sequences, window and softcap).",
         ),
     ] = None,
     check: Annotated[

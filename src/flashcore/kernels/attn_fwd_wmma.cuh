@@ -13,6 +13,7 @@
 #include "prims.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
 #include "tile/copy.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
@@ -79,15 +80,14 @@ FC_DEVICE void accumulate_output(WmmaAccum (&out)[OUT_FRAGS], const WmmaAccum (&
 // Divides by the row sums and writes 16 rows of O (through this warp's rows of the Q tile, so that
 // global stores are 16 bytes wide) and their lse.
 FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& state,
-                            const AttnParams& p, SmemPtr<Element> o_smem, float scale_log2) {
+                            const AttnParams& params, SmemPtr<Element> o_smem, float scale_log2) {
   // Anew: cheaper than registers held over the loop.
-  const BlockCoord block = block_coord(p, opaque(block_idx()));
+  const BlockCoord block = row_tile(params, opaque(block_idx()));
+  const auto& p = sequence_params(params, block);
   const int warp_row = block.m_begin + warp_idx() * 16;
   const int num_valid_rows = p.seqlen_q - warp_row;
-  const int64_t first_out_row =
-      (int64_t(block.batch_idx) * p.num_heads_q + block.head_idx) * p.seqlen_q + warp_row;
   float inverse_sum[2];
-  finish_softmax(state, p, first_out_row, num_valid_rows, scale_log2, inverse_sum);
+  finish_softmax(state, p, lse_offset(p, block, warp_row), num_valid_rows, scale_log2, inverse_sum);
   warp_sync();  // orders every lane's last read of the Q rows before the writes below
 #pragma unroll
   for (int d = 0; d < OUT_FRAGS; ++d) {
@@ -102,12 +102,15 @@ FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& st
     }
   }
   warp_sync();  // orders the writes above before store_rows reads them from other lanes
-  store_rows<HEAD_DIM_V, QO_STRIDE>(p.out + first_out_row * HEAD_DIM_V, o_smem, num_valid_rows);
+  store_rows<HEAD_DIM_V, QO_STRIDE>(p.out + out_offset(p, block, warp_row), out_row_stride(p),
+                                    o_smem, num_valid_rows);
 }
 
-FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams p) {
+FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
   // Set-up: which rows, which keys, where.
-  const BlockCoord block = block_coord(p, block_idx());
+  const BlockCoord block = row_tile(params, block_idx());
+  if (PACKED && block.m_begin < 0) return;
+  const auto& p = sequence_params(params, block);
   const KeyRange keys = key_range(p, block.m_begin);
   const int warp_row = block.m_begin + warp_idx() * 16;
   const auto q_gmem = p.q + (block.batch_idx * p.q_batch_stride + block.head_idx * p.q_head_stride);
@@ -205,5 +208,5 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams p) {
   state = {{0.0f, 0.0f}, {0.25f, 0.25f}};  // four lanes' shares add up to 1: no normalisation
 //@end
 
-  store_output(out, state, p, warp_qo_smem, scale_log2);
+  store_output(out, state, params, warp_qo_smem, scale_log2);
 }

@@ -27,6 +27,7 @@ from flashcore.plan import KERNEL, Plan, select_plan
 from flashcore.problem import MaskSpec, Problem
 from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_sm90 import PLANTS_SM90
+from flashcore.sim.plants_varlen import PLANTS_VARLEN
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import ADDRESS_ALIGNMENT, simulate
 
@@ -40,6 +41,9 @@ REPLAY_DEFAULTS: dict[str, object] = {
     "causal": "none",
     "mask": None,
     "return_lse": True,
+    "varlen": "none",
+    "total_q": 0,
+    "total_k": 0,
 }
 _MAX_SAVED_BYTES = 256 * 2**20
 
@@ -163,6 +167,7 @@ class Replay:
     out: Tensor
     lse: Tensor
     gate_buffers: dict[str, Tensor] | None
+    lengths: dict[str, Tensor] | None
     inputs_are_saved: bool
 
     def run(self) -> SimReport:
@@ -177,6 +182,7 @@ class Replay:
             self.out,
             self.lse if self.problem.return_lse else None,
             self.gate_buffers,
+            self.lengths,
             seed=self.seed,
             plant=self.plant,
         )
@@ -233,7 +239,7 @@ def parse_replay(words: Sequence[str]) -> Replay:
     }
     plan = dataclasses.replace(plan, **changes)
     seed, plant_name = int(take("seed", "0")), take("plant", "")
-    plants = PLANTS | PLANTS_SM90
+    plants = PLANTS | PLANTS_SM90 | PLANTS_VARLEN
     if plant_name and plant_name not in plants:
         raise ValueError(f"plant={plant_name!r} is not one of {', '.join(plants)}")
     path = take("inputs", "")
@@ -241,6 +247,22 @@ def parse_replay(words: Sequence[str]) -> Replay:
     if given:
         raise ValueError(f"unknown: {', '.join(given)}")
     return _make(problem, plan, seed, plants.get(plant_name), path, offsets)
+
+
+def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """The saved lengths of the sequences, or equal ones; None where there are none to give."""
+    steps = torch.arange(problem.batch + 1, dtype=torch.int32)
+    lengths: dict[str, Tensor]
+    if problem.varlen == "packed":
+        lengths = {
+            "cu_seqlens_q": steps * (problem.total_q // problem.batch),
+            "cu_seqlens_k": steps * (problem.total_k // problem.batch),
+        }
+    elif problem.varlen == "keys":
+        lengths = {"seqlens_k": torch.full_like(steps[1:], problem.seqlen_k)}
+    else:
+        return None
+    return {name: values.get(name, even).flatten() for name, even in lengths.items()}
 
 
 def _make(
@@ -255,6 +277,13 @@ def _make(
     generator = torch.Generator().manual_seed(seed)
     rows_q = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     rows_k = (problem.batch, problem.num_heads_kv, problem.seqlen_k)
+    rows_out: tuple[int, ...] = (*rows_q, problem.head_dim_v)
+    rows_lse: tuple[int, ...] = rows_q
+    if problem.varlen == "packed":
+        rows_q = (1, problem.num_heads_q, problem.total_q)
+        rows_k = (1, problem.num_heads_kv, problem.total_k)
+        rows_out = (problem.total_q, problem.num_heads_q, problem.head_dim_v)
+        rows_lse = (problem.num_heads_q, problem.total_q)
 
     def tensor(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Tensor:
         drawn = torch.randn(shape, generator=generator)
@@ -290,8 +319,9 @@ def _make(
         k,
         v,
         mask,
-        torch.empty((*rows_q, problem.head_dim_v), dtype=problem.torch_dtype),
-        torch.empty(rows_q, dtype=torch.float32),
+        torch.empty(rows_out, dtype=problem.torch_dtype),
+        torch.empty(rows_lse, dtype=torch.float32),
         gate_buffers,
+        _lengths(problem, values),
         bool(values),
     )

@@ -270,6 +270,7 @@ def simulate(
     out: Tensor,
     lse: Tensor | None,
     gate_buffers: dict[str, Tensor] | None = None,
+    lengths: dict[str, Tensor] | None = None,
     *,
     seed: int = 0,
     plant: Plant | None = None,
@@ -286,6 +287,7 @@ def simulate(
         out: [batch, num_heads_q, seqlen_q, head_dim_v], contiguous; written.
         lse: [batch, num_heads_q, seqlen_q], float32, contiguous; written unless None.
         gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
+        lengths: as in launch.run_kernel.
         seed: of the scheduler.
         plant: bug to plant, for testing the checks.
 
@@ -303,6 +305,7 @@ def simulate(
     ]
     if mask is not None:
         tensors.append(SimTensor("mask", mask, pointer_fields("mask")))
+    tensors += [SimTensor(name, t, pointer_fields(name)) for name, t in (lengths or {}).items()]
     tensors.append(SimTensor("out", out, pointer_fields("out"), writable=True))
     if lse is not None:
         tensors.append(SimTensor("lse", lse, pointer_fields("lse"), writable=True))

@@ -54,10 +54,10 @@ FC_DEVICE void zero_padding(SmemPtr<Element> tile_smem) {
   }
 }
 
-// Stores 16 rows x COLS of one warp from shared memory, 16 bytes a lane, rows contiguous in global
-// memory. `num_valid_rows` may be below 16, or negative.
+// Stores 16 rows x COLS of one warp from shared memory, 16 bytes a lane. `num_valid_rows` may be
+// below 16, or negative.
 template <int COLS, int SMEM_STRIDE>
-FC_DEVICE void store_rows(GmemPtr<Element> dst_gmem, SmemPtr<Element> src_smem,
+FC_DEVICE void store_rows(GmemPtr<Element> dst_gmem, int dst_row_stride, SmemPtr<Element> src_smem,
                           int num_valid_rows) {
   constexpr int PACKET = 8;
   constexpr int PACKETS_PER_ROW = COLS / PACKET;
@@ -65,7 +65,7 @@ FC_DEVICE void store_rows(GmemPtr<Element> dst_gmem, SmemPtr<Element> src_smem,
     const int row = packet / PACKETS_PER_ROW;
     const int col = packet % PACKETS_PER_ROW * PACKET;
     if (row < num_valid_rows) {
-      gmem_store_packet(dst_gmem + (int64_t(row) * COLS + col),
+      gmem_store_packet(dst_gmem + (int64_t(row) * dst_row_stride + col),
                         smem_load_packet<16>(src_smem + (row * SMEM_STRIDE + col)));
     }
   }

@@ -1,4 +1,4 @@
-// tile/params.cuh - what one launch is told. Mirrored by AttnParams in launch.py, field by field.
+// tile/params.cuh - what one launch is told. Mirrored by AttnParams in params.py, field by field.
 #pragma once
 
 struct AttnParams {
@@ -24,6 +24,12 @@ struct AttnParams {
   float softmax_scale;       // of q.k, natural units
   float softmax_scale_log2;  // softmax_scale * log2(e): the kernel exponentiates with exp2
   float softcap;             // in natural units; read only under HAS_SOFTCAP
+
+  // Read only under VARLEN, see tile/sequence.cuh.
+  GmemPtr<const int32_t> cu_seqlens_q, cu_seqlens_k;  // [batch + 1]
+  GmemPtr<const int32_t> seqlens_k;                   // [batch]
+  int32_t batch, total_q, total_k;
+  int32_t lower_right;  // 1: a sequence's last query sees its last key; 0: diagonal at (0, 0)
 //@if gate
 
   GmemPtr<float> gate_scores;   // [batch, num_heads_q, seqlen_q, seqlen_k]

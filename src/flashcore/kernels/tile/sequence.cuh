@@ -1,0 +1,118 @@
+// tile/sequence.cuh - sequences of different lengths in one launch: which rows of the tensors a
+// block's sequence has, and the parameters as that sequence sees them.
+//
+// Lengths are read on the device, where nobody has checked them, so they are clamped: whatever they
+// are, no sequence reaches outside of the tensors.
+#pragma once
+
+// Tensors are [total, num_heads, HEAD_DIM]; sequence b has rows cu_seqlens[b] to cu_seqlens[b + 1].
+constexpr bool PACKED = VARLEN == 1;
+// Tensors are as ever; sequence b has the first seqlens_k[b] keys.
+constexpr bool KEY_LENGTHS = VARLEN == 2;
+
+FC_DEVICE int clamp_i(int x, int low, int high) { return max_i(low, min_i(x, high)); }
+
+struct RowRange {
+  int begin;
+  int count;
+};
+
+// Rows of packed sequence b. The rows behind the last sequence count as one more, number `batch`.
+FC_DEVICE RowRange sequence_rows(const AttnParams& p, GmemPtr<const int32_t> cu_seqlens,
+                                 int sequence, int total) {
+  const int begin = clamp_i(gmem_load(cu_seqlens + sequence), 0, total);
+  int end = total;
+  if (sequence < p.batch) end = clamp_i(gmem_load(cu_seqlens + (sequence + 1)), 0, total);
+  return {begin, max_i(0, end - begin)};
+}
+
+FC_DEVICE RowRange query_rows(const AttnParams& p, int sequence) {
+  return sequence_rows(p, p.cu_seqlens_q, sequence, p.total_q);
+}
+
+// The rows behind the last sequence see nothing.
+FC_DEVICE RowRange key_rows(const AttnParams& p, int sequence) {
+  if (sequence == p.batch) return {0, 0};
+  return sequence_rows(p, p.cu_seqlens_k, sequence, p.total_k);
+}
+
+// The parameters as one sequence sees them: its lengths and its part of packed tensors. Without
+// VARLEN the parameters themselves.
+template <int KIND = VARLEN>
+FC_DEVICE decltype(auto) sequence_params(const AttnParams& p, const BlockCoord& block) {
+  if constexpr (KIND == 0) {
+    return (p);
+  } else {
+    AttnParams own = p;
+    if constexpr (PACKED) {
+      const RowRange queries = query_rows(p, block.batch_idx);
+      const RowRange keys = key_rows(p, block.batch_idx);
+      own.seqlen_q = queries.count;
+      own.seqlen_k = keys.count;
+      own.q = p.q + int64_t(queries.begin) * p.q_row_stride;
+      own.k = p.k + int64_t(keys.begin) * p.k_row_stride;
+      own.v = p.v + int64_t(keys.begin) * p.v_row_stride;
+      own.out = p.out + int64_t(queries.begin) * p.num_heads_q * HEAD_DIM_V;
+      if (!is_null(p.lse)) own.lse = p.lse + queries.begin;
+    } else {
+      own.seqlen_k = clamp_i(gmem_load(p.seqlens_k + block.batch_idx), 0, p.seqlen_k);
+    }
+    own.diag_offset = p.lower_right ? own.seqlen_k - own.seqlen_q : 0;
+    return own;
+  }
+}
+
+// Where a query row of a block's head lies in the sequence's lse; and in its out, in elements.
+FC_DEVICE int64_t lse_offset(const AttnParams& p, const BlockCoord& block, int row) {
+  if (PACKED) return int64_t(block.head_idx) * p.total_q + row;
+  return (int64_t(block.batch_idx) * p.num_heads_q + block.head_idx) * p.seqlen_q + row;
+}
+
+FC_DEVICE int out_row_stride(const AttnParams& p) {
+  return PACKED ? p.num_heads_q * HEAD_DIM_V : HEAD_DIM_V;
+}
+
+FC_DEVICE int64_t out_offset(const AttnParams& p, const BlockCoord& block, int row) {
+  if (PACKED) return int64_t(row) * out_row_stride(p) + block.head_idx * HEAD_DIM_V;
+  return lse_offset(p, block, row) * HEAD_DIM_V;
+}
+
+// A packed sequence's row tiles of one head are numbered without knowing the other sequences'
+// lengths: sequence b starts at number begin / BLOCK_M + b, which leaves it as many numbers as it
+// has tiles, or one more.
+FC_DEVICE int first_tile_number(const AttnParams& p, int sequence) {
+  const int begin = sequence > p.batch
+                        ? p.total_q
+                        : clamp_i(gmem_load(p.cu_seqlens_q + sequence), 0, p.total_q);
+  return begin / BLOCK_M + sequence;
+}
+
+// The tile of a number in [0, num_heads_q * first_tile_number(batch + 1)), sequence by sequence and
+// head by head; m_begin is -1 where a number has no tile.
+FC_DEVICE BlockCoord packed_block_coord(const AttnParams& p, int number) {
+  int sequence = 0;  // first_tile_number(sequence) <= number / heads < first_tile_number(end)
+  int end = p.batch + 1;
+  while (end - sequence > 1) {
+    const int middle = sequence + (end - sequence) / 2;
+    const bool left = number < first_tile_number(p, middle) * p.num_heads_q;
+    sequence = left ? sequence : middle;
+    end = left ? middle : end;
+  }
+  const int first = first_tile_number(p, sequence);
+  const int num_tiles = first_tile_number(p, sequence + 1) - first;
+  const int rest = number - first * p.num_heads_q;
+  BlockCoord coord = {sequence, 0, 0, -1};
+  if (rest < 0) return coord;  // before the first sequence
+  coord.head_idx = rest / num_tiles;
+  coord.head_idx_kv = coord.head_idx / (p.num_heads_q / p.num_heads_kv);
+  const int tile = rest % num_tiles;
+  // Under a right bound the longest tiles first, as in block_coord.
+  const int m_begin = (HAS_WINDOW_RIGHT ? num_tiles - 1 - tile : tile) * BLOCK_M;
+  if (m_begin < query_rows(p, sequence).count) coord.m_begin = m_begin;
+  return coord;
+}
+
+// The row tile of a block of the portable kernel.
+FC_DEVICE BlockCoord row_tile(const AttnParams& p, int number) {
+  return PACKED ? packed_block_coord(p, number) : block_coord(p, number);
+}

@@ -1,0 +1,269 @@
+"""Packed sequences: the Problem of `attention_varlen`, and computing it on every backend.
+
+q, k and v are [total, num_heads, dim], one sequence after the other; cu_seqlens says where each
+begins. It lies on the device and is never read by the host, except where PyTorch itself computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+
+from flashcore import env
+from flashcore.dispatch import KERNELS, without_autocast
+from flashcore.plan import Plan, select_plan
+from flashcore.problem import Causal, Problem, Window, widest_band
+from flashcore.tiled import attention_backward_tiled, attention_tiled
+from flashcore.validation import (
+    check_plain_tensor,
+    checked_causal,
+    checked_window,
+    shape_text,
+    type_name,
+)
+
+Tensor = torch.Tensor
+
+
+def as_batch(x: Tensor) -> Tensor:
+    """[total, num_heads, dim] as the [1, num_heads, total, dim] that everything else works on."""
+    return x.unsqueeze(0).transpose(1, 2)
+
+
+def check_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> None:
+    """Raise unless ranks, dtypes and devices fit; what cu_seqlens holds only the device knows."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_plain_tensor(name, x)
+        if x.dim() != 3:
+            raise ValueError(
+                f"{name} has {x.dim()} dimensions (shape {shape_text(x)}); packed sequences are "
+                f"[total, num_heads, head_dim]: for a padded [batch, num_heads, seqlen, head_dim] "
+                "tensor call flashcore.attention"
+            )
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_lengths(name, x, q)
+        if x.shape[0] == 0:
+            raise ValueError(f"{name} is empty; for n sequences it has n + 1 entries, the first 0")
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_k has {cu_seqlens_k.shape[0]} entries but cu_seqlens_q has "
+            f"{cu_seqlens_q.shape[0]}; both have one a sequence, and one more"
+        )
+
+
+def check_lengths(name: str, x: object, q: Tensor) -> None:
+    """Raise unless `x` is a contiguous int32 vector on q's device."""
+    check_plain_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be int32: pass {name}.int()")
+    if x.dim() != 1:
+        raise ValueError(f"{name} has shape {shape_text(x)}; it must have one dimension")
+    if x.device != q.device:
+        raise ValueError(
+            f"{name} is on {x.device} but q is on {q.device}; move it with {name}.to(q.device)"
+        )
+    if not x.is_contiguous():
+        raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def checked_max_seqlen(name: str, value: object) -> int:
+    """A length as an int."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(
+            f"{name} must be an int, but is {value!r} ({type_name(value)}); the longest sequence "
+            "or any bound on it"
+        )
+    if value < 0:
+        raise ValueError(f"{name}={value!r} must not be negative")
+    return value  # type: ignore[return-value]
+
+
+def packed_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+) -> Problem:
+    """Validate the arguments of `attention_varlen` and describe them.
+
+    Args:
+        q: [total_q, num_heads_q, head_dim].
+        k: [total_k, num_heads_kv, head_dim].
+        v: [total_k, num_heads_kv, head_dim_v].
+        cu_seqlens_q: int32, [batch + 1].
+        cu_seqlens_k: int32, [batch + 1].
+        max_seqlen_q: the longest sequence of queries.
+        max_seqlen_k: the longest sequence of keys.
+        causal: as in `attention`.
+        scale: as in `attention`.
+        window: as in `attention`.
+        softcap: as in `attention`.
+
+    Returns:
+        The problem, with return_lse.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention_varlen`.
+    """
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    problem = Problem.from_tensors(
+        as_batch(q), as_batch(k), as_batch(v), causal=causal, scale=scale, softcap=softcap
+    )
+    left, right = widest_band(
+        checked_causal(causal), checked_window(window), q.shape[0], k.shape[0]
+    )
+    return dataclasses.replace(
+        problem,
+        batch=cu_seqlens_q.shape[0] - 1,
+        seqlen_q=min(checked_max_seqlen("max_seqlen_q", max_seqlen_q), q.shape[0]),
+        seqlen_k=min(checked_max_seqlen("max_seqlen_k", max_seqlen_k), k.shape[0]),
+        window_left=left,
+        window_right=right,
+        diag_offset=0,
+        return_lse=True,
+        varlen="packed",
+        total_q=q.shape[0],
+        total_k=k.shape[0],
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem: Problem, arch: int, kernel: str | None) -> Plan:
+    return select_plan(problem, arch, kernel=kernel)
+
+
+def run_packed(
+    backend: str,
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Compute on a backend that `choose_backend` returned.
+
+    Args:
+        backend: "sm90", "wmma", "sim" or "torch".
+        problem: the description of the tensors.
+        q: [total_q, num_heads_q, head_dim].
+        k: [total_k, num_heads_kv, head_dim].
+        v: [total_k, num_heads_kv, head_dim_v].
+        cu_seqlens_q: int32, [batch + 1].
+        cu_seqlens_k: int32, [batch + 1].
+
+    Returns:
+        out: [total_q, num_heads_q, head_dim_v], dtype of q.
+        lse: [num_heads_q, total_q].
+    """
+    out = q.new_empty((problem.total_q, problem.num_heads_q, problem.head_dim_v))
+    lse = q.new_empty((problem.num_heads_q, problem.total_q), dtype=problem.lse_dtype)
+    if problem.is_empty or backend == "torch":
+        out.zero_()
+        lse.fill_(-math.inf)
+    if problem.is_empty:
+        return out, lse
+    if backend == "torch":
+        with without_autocast(problem.device):
+            for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
+                own_out, own_lse = attention_tiled(
+                    own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None
+                )
+                as_batch(out[queries]).copy_(own_out)
+                lse[:, queries] = own_lse[0]
+        return out, lse
+
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    tensors = (as_batch(q), as_batch(k), as_batch(v), None, out, lse, None, lengths)
+    if backend == "sim":
+        from flashcore.sim import simulate
+
+        simulate(problem, _plan(problem, env.sim_arch(), None), *tensors, seed=env.sim_seed())
+    else:
+        from flashcore.launch import run_kernel
+
+        run_kernel(problem, _plan(problem, problem.arch, KERNELS[backend]), *tensors)
+    return out, lse
+
+
+def packed_backward(
+    problem: Problem,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v, sequence by sequence in PyTorch; reads the lengths on the host.
+
+    Args:
+        problem: the description of the call.
+        dout: gradient of out, or None for zero.
+        dlse: gradient of lse, or None for zero.
+        q: [total_q, num_heads_q, head_dim].
+        k: [total_k, num_heads_kv, head_dim].
+        v: [total_k, num_heads_kv, head_dim_v].
+        cu_seqlens_q: int32, [batch + 1].
+        cu_seqlens_k: int32, [batch + 1].
+        out: the forward's output.
+        lse: the forward's lse.
+
+    Returns:
+        dq, dk, dv: shapes and dtypes of q, k and v; 0 in rows of no sequence.
+    """
+    gradients = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if problem.is_empty:
+        return gradients
+    with without_autocast(problem.device):
+        for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
+            dq, dk, dv, _ = attention_backward_tiled(
+                own,
+                as_batch(q[queries]),
+                as_batch(k[keys]),
+                as_batch(v[keys]),
+                None,
+                as_batch(out[queries]),
+                lse[None, :, queries],
+                None if dout is None else as_batch(dout[queries]),
+                None if dlse is None else dlse[None, :, queries],
+                False,
+            )
+            as_batch(gradients[0][queries]).copy_(dq)
+            as_batch(gradients[1][keys]).copy_(dk)
+            as_batch(gradients[2][keys]).copy_(dv)
+    return gradients
+
+
+def _sequences(
+    problem: Problem, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Iterator[tuple[Problem, slice, slice]]:
+    """Each sequence that has queries and keys: its Problem, and its rows, as the kernels clamp
+    them (tile/sequence.cuh)."""
+    begins_q, begins_k = (
+        [min(max(0, begin), total) for begin in cu_seqlens.tolist()]
+        for cu_seqlens, total in ((cu_seqlens_q, problem.total_q), (cu_seqlens_k, problem.total_k))
+    )
+    for b in range(problem.batch):
+        queries, keys = slice(*begins_q[b : b + 2]), slice(*begins_k[b : b + 2])
+        if queries.start < queries.stop and keys.start < keys.stop:
+            own = problem.of_sequence(queries.stop - queries.start, keys.stop - keys.start)
+            yield own, queries, keys

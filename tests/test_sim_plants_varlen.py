@@ -1,0 +1,80 @@
+"""Planted bugs of sequences of different lengths; see test_sim_plants.py."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from flashcore.codegen import KERNELS_DIR
+from flashcore.packed import as_batch, packed_problem
+from flashcore.plan import candidates
+from flashcore.sim import Plant, SimulationError, simulate
+from flashcore.sim.plants_varlen import PLANTS_VARLEN
+from flashcore.sim.replay import parse_replay
+from flashcore.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
+
+SEEDS = range(20)
+CASE = VarlenCase(
+    lengths_q=(60, 0, 70, 1, 9), lengths_k=(40, 3, 90, 17, 0), num_heads_kv=1, causal="lower_right"
+)
+# What malformed lengths must not do: the last sequence ends far behind the tensors.
+PAST_THE_END = {"no-clamp"}
+
+
+def run_plant(plant: Plant | None, seed: int, past_the_end: bool = False) -> SimulationError | str:
+    """The alarm, or "wrong-result", or "healthy"."""
+    x = make_varlen_inputs(CASE)
+    problem = packed_problem(*x.arguments(), **CASE.options())
+    lengths = {"cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k}
+    if past_the_end:
+        lengths = {name: t.clone() for name, t in lengths.items()}
+        for cu_seqlens in lengths.values():
+            cu_seqlens[-1] += 1000
+    out = torch.empty(problem.total_q, 2, 64, dtype=torch.float16)
+    lse = torch.empty(2, problem.total_q)
+    plan = min(candidates(problem, 80), key=lambda p: (p.block_m, p.block_n))
+    q, k, v = (as_batch(t) for t in (x.q, x.k, x.v))
+    try:
+        simulate(problem, plan, q, k, v, None, out, lse, None, lengths, seed=seed, plant=plant)
+    except SimulationError as error:
+        return error
+    report = varlen_error_report(out, lse, CASE, x)
+    return "healthy" if report is None or report.ok else "wrong-result"
+
+
+@pytest.mark.parametrize("name", PLANTS_VARLEN)
+def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
+    plant = PLANTS_VARLEN[name]
+    for seed in SEEDS:
+        found = run_plant(plant, seed, name in PAST_THE_END)
+        kind = found if isinstance(found, str) else found.kind
+        assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
+
+
+def test_without_a_plant_the_same_runs_are_healthy() -> None:
+    assert {run_plant(None, seed) for seed in SEEDS} == {"healthy"}
+    assert run_plant(None, 0, past_the_end=True) == "healthy"
+
+
+def test_the_replay_command_repeats_the_run() -> None:
+    found = run_plant(PLANTS_VARLEN["neighbours-query"], seed=3)
+    assert isinstance(found, SimulationError)
+    with pytest.raises(SimulationError) as again:
+        parse_replay(shlex.split(found.replay)[3:]).run()
+    assert str(again.value) == str(found)
+
+
+@pytest.mark.parametrize("name", PLANTS_VARLEN)
+def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
+    plant = PLANTS_VARLEN[name]
+    assert plant.name == name
+    assert plant.find.count("\n") == plant.replace.count("\n")
+    assert (KERNELS_DIR / plant.file).read_text(encoding="utf-8").count(plant.find) == 1
+
+
+def test_the_documentation_lists_every_plant() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
+    assert [name for name in PLANTS_VARLEN if f"`{name}`" not in text] == []
