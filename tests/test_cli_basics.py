@@ -60,6 +60,8 @@ def test_help_does_not_wait_for_torch() -> None:
         (["explain", "--arch", "sm_70"], "sm_75"),
         (["isolate", "--backend", "gpu"], "sim"),
         (["isolate", "--plant", "gremlin"], "pv-atomic"),
+        (["isolate", "--backend", "sm90", "--plant", "pv-atomic"], "not a bug of"),
+        (["isolate", "--backend", "sm90", "--arch", "sm_80"], "sm_90 alone"),
         (["isolate", "--seqlen", "0"], "nothing to compute"),
         (["isolate", "--dtype", "float32"], "float16"),
         (["verify", "--backend", "gpu"], "torch"),

@@ -113,6 +113,15 @@ def test_isolate_names_the_seeds_bug() -> None:
     assert (status, document["first_wrong"], document["ok"]) == (1, "pv", False)
 
 
+def test_isolate_simulates_the_hopper_kernel_where_a_bug_is_planted() -> None:
+    arguments = ["isolate", "--backend", "sm90", "--plant", "no-init-fence"]
+    status, document = invoke(*arguments)
+    assert (status, document["kernel"], document["backend"]) == (1, "attn_fwd_sm90", "sim")
+    assert document["first_wrong"] == "setup"
+    case = document["case"]
+    assert (case["seqlen_q"], case["head_dim"], case["head_dim_v"]) == (300, 96, 96)
+
+
 def test_resources_are_objects_with_the_agreed_keys() -> None:
     status, rows = invoke("resources", "--head-dim", "64", "--arch", "sm_90", "--variant", "full")
     assert status == 0

@@ -41,6 +41,17 @@ def run_barriers(source: str) -> torch.Tensor:
     return mirrored
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_gives_its_stacks_back() -> None:
+    """A process may have 65,530 mappings, and every kernel has a runtime of its own."""
+    source = barriers_source() + "// one more kernel of this test's own\n"
+    run_barriers(source + "// loaded before\n")
+    before = len(Path("/proc/self/maps").read_text().splitlines())
+    run_barriers(source)
+    after = len(Path("/proc/self/maps").read_text().splitlines())
+    assert after - before < 128  # threads of the block: each stack is two mappings
+
+
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))

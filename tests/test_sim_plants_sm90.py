@@ -45,7 +45,6 @@ PLAN = Sm90Plan(
     ping_pong=True,
     lazy_rescale=False,
 )
-THROUGH_Q = {"o-read-from-q"}  # a bug of the variant where O leaves through Q's buffer
 
 # What stands on the lines that a report must name, of either side.
 WGMMA = ("wgmma_ss<", "wgmma_rs<")
@@ -85,8 +84,7 @@ def case_with_inputs() -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def plan_of(plant: Plant | None) -> Sm90Plan:
-    separate_o = plant is None or plant.name not in THROUGH_Q
-    return dataclasses.replace(PLAN, separate_o=separate_o)
+    return PLAN if plant is None else dataclasses.replace(PLAN, **plant.plan)
 
 
 def run_plant(

@@ -85,6 +85,8 @@ def from_error(error: Exception, problem: Problem, plan: Plan, plant: Plant | No
     agents = [agent] if other is None else [agent, other]
     places = [(_function_at(entry, plant), entry) for entry in agents]
     function, named = min(places, key=lambda place: _rank(_PHASE_OF_FUNCTION.get(place[0] or "")))
+    # In a deadlock all wait, and the one that is named is no more to blame than the others.
+    phase = None if kind == "deadlock" else _PHASE_OF_FUNCTION.get(function or "")
     warps = {entry.warp for entry in agents}
     if kind == "atomic-order" and len(warps) > 1:
         numbers = " and ".join(str(warp) for warp in sorted(warps))
@@ -93,7 +95,7 @@ def from_error(error: Exception, problem: Problem, plan: Plan, plant: Plant | No
         kind=kind,
         summary=f"{summary} ({named.file}:{named.line})",
         text=text,
-        phase=_PHASE_OF_FUNCTION.get(function or ""),
+        phase=phase,
         file=named.file,
         line=named.line,
         function=function,
@@ -150,8 +152,9 @@ def _picture(agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
 
 
 def _rank(phase: str | None) -> int:
-    """A race has two sides: the one in a stage names it, rather than a copy or the store."""
-    return 2 if phase is None else 1 if phase in ("setup", "load", "store") else 0
+    """A race has two sides: the one in a stage names it, rather than the store, and rather than a
+    load, which is where another's mistake shows. What collides with the set-up came too early."""
+    return {"setup": 0, "store": 2, "load": 3, None: 4}.get(phase, 1)
 
 
 def _function_at(agent: Any, plant: Plant | None) -> str | None:

@@ -101,9 +101,9 @@ def isolate(
         backend: "sim", or "wmma" or "sm90" for that kernel on the GPU.
         seed: seed of the simulator's scheduler.
         plant: name of a bug to plant (simulator only), or None.
-        arch: architecture to plan for in the simulator, by default the kernel's or the simulator's
-            own.
-        kernel: kernel to simulate, by default the plant's, or the one that serves `arch`.
+        arch: architecture to plan for in the simulator, by default the kernel's own or
+            FLASHCORE_SIM_ARCH.
+        kernel: kernel to simulate, by default as `kernel_to_run` says.
         on_stage: called before each stage.
 
     Returns:
@@ -111,17 +111,16 @@ def isolate(
 
     Raises:
         ValueError: unknown backend or plant, a plant on the GPU or of another kernel, an empty
-            case, a dtype or a case that the kernel does not take.
+            case, a dtype, a case or an architecture that the kernel does not take.
     """
     bug = find_plant(plant, backend)
-    if backend == "sim":
-        kernel = kernel or kernel_of_plant(plant)
-        arch = arch or (ARCH if kernel == KERNELS["sm90"] else env.sim_arch())
-    else:
-        kernel = KERNELS[backend]
+    if kernel is None:
+        kernel = kernel_to_run(backend, plant, arch)
+    if backend == "sim" and arch is None:
+        arch = ARCH if kernel == KERNELS["sm90"] else env.sim_arch()
     inputs = make_inputs(case, "cpu" if backend == "sim" else "cuda")
     runner = _Runner(case, inputs, backend, seed, bug, arch, kernel)
-    kernel = runner.check()
+    runner.check()
     results: list[StageResult] = []
     for stage in stages_of(kernel):
         on_stage(stage)
@@ -154,14 +153,22 @@ def find_plant(name: str | None, backend: str) -> Plant | None:
     return plants[name]
 
 
-def kernel_of_plant(name: str | None) -> str | None:
-    """The one kernel that a planted bug goes into; None where both have the text, or without a
-    bug."""
+def kernels_of_plant(name: str) -> list[str]:
+    """The kernels that have the text that a planted bug replaces."""
     from flashcore.sim import PLANTS, PLANTS_SM90
 
-    if (name in PLANTS) == (name in PLANTS_SM90):
-        return None
-    return KERNELS["wmma" if name in PLANTS else "sm90"]
+    suites = {"wmma": PLANTS, "sm90": PLANTS_SM90}
+    return [KERNELS[backend] for backend, suite in suites.items() if name in suite]
+
+
+def kernel_to_run(backend: str, plant: str | None = None, arch: int | None = None) -> str:
+    """The kernel that isolate takes apart where none is named: the backend's; in the simulator the
+    planted bug's, or the one that serves the architecture (FLASHCORE_SIM_ARCH by default)."""
+    if backend != "sim":
+        return KERNELS[backend]
+    by_arch = KERNELS["sm90" if (arch or env.sim_arch()) == ARCH else "wmma"]
+    possible = [by_arch] if plant is None else kernels_of_plant(plant)
+    return by_arch if by_arch in possible else possible[0]
 
 
 @dataclass(slots=True)
@@ -172,26 +179,26 @@ class _Runner:
     seed: int
     plant: Plant | None
     arch: int | None
-    kernel: str | None
+    kernel: str
     hints: list[str] = field(default_factory=list)
 
-    def check(self) -> str:
-        """The kernel, if it takes the case and the plant."""
+    def check(self) -> None:
+        """Raises ValueError unless the kernel takes the case and the plant."""
         problem = self._problem()
         if problem.is_empty:
             raise ValueError(f"{problem.describe()}: there is nothing to compute in an empty case")
         if problem.dtype not in ("float16", "bfloat16"):
             raise ValueError(f"dtype={problem.dtype!r}: the kernel has float16 and bfloat16")
-        kernel = self._plan(problem, None).kernel
-        if self.kernel not in (None, kernel):
-            reason = obstacle(problem) or "no tile of it fits into shared memory"
-            raise ValueError(f"{self.kernel} does not take {problem.describe()}: {reason}")
-        planted = kernel_of_plant(None if self.plant is None else self.plant.name)
-        if planted not in (None, kernel):
-            assert self.plant is not None
-            raise ValueError(f"plant={self.plant.name!r} is a bug of {planted}, not of {kernel}")
-        self.kernel = kernel
-        return kernel
+        if self.kernel == KERNELS["sm90"]:
+            reason = obstacle(problem)
+            if self.arch not in (None, ARCH):
+                reason = f"it runs on sm_{ARCH} alone, not on sm_{self.arch}"
+            elif reason is None and self._plan(problem, None).kernel != self.kernel:
+                reason = "no tile of it fits into shared memory"
+            if reason is not None:
+                raise ValueError(f"{self.kernel} does not take {problem.describe()}: {reason}")
+        if self.plant is not None and self.kernel not in kernels_of_plant(self.plant.name):
+            raise ValueError(f"plant={self.plant.name!r} is not a bug of {self.kernel}")
 
     def _plan(self, problem: Problem, gate: str | None) -> Plan:
         plan = select_plan(problem, self.arch, gate, self.kernel)

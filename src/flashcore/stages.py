@@ -74,7 +74,7 @@ _SUSPECTS_SM90 = {
     "softmax": "the scale, masks and windows, which key tiles need no mask, the running max, the "
     "rescale of the sum, which lanes share a row",
     "pv": "V's boxes, mbarriers and descriptor, P as operand A, what is touched while a product is "
-    "under way",
+    "under way, the swizzle of O",
     "tile": "the final normalisation, the lse, the store of the output by TMA",
     "full": "what the gates switch off: the rescale of O, the lazy one above all, and the "
     "warpgroups' turns (ping-pong)",

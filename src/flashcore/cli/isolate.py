@@ -7,28 +7,44 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flashcore.cli import options as o
-from flashcore.cli.output import JsonFlag, Output, command, seconds, table, usage_errors
+from flashcore.cli.output import JsonFlag, Output, command, seconds, table, to_json, usage_errors
 
 if TYPE_CHECKING:
     from flashcore.gates import Isolation, StageResult
 
+# What shows the most: several key tiles, tails everywhere, and several column chunks on Hopper.
+_SEQLEN = {"attn_fwd_wmma": 150, "attn_fwd_sm90": 300}
+_HEAD_DIM = {"attn_fwd_wmma": 64, "attn_fwd_sm90": 96}
 _STATUS = {"ok": "[green]right[/]", "wrong": "[red]WRONG[/]", "alarm": "[red]ALARM[/]"}
 
 
 def isolate(
     backend: Annotated[
-        str, typer.Option("--backend", help="auto (wmma on a GPU, else sim), sim or wmma.")
+        str,
+        typer.Option(
+            "--backend",
+            help="auto (the GPU's best kernel, else sim), sim, or a kernel, wmma or sm90: on a GPU "
+            "that runs it, else simulated.",
+        ),
     ] = "auto",
     plant: Annotated[
         str | None,
-        typer.Option("--plant", help="Plant this bug first (simulator); --plant list names them."),
+        typer.Option("--plant", help="Plant this bug first and simulate; --plant list names them."),
     ] = None,
     batch: o.Batch = 1,
     heads: o.Heads = 2,
     heads_kv: o.HeadsKv = None,
-    seqlen: o.Seqlen = 150,
+    seqlen: Annotated[
+        int | None,
+        typer.Option("--seqlen", "-s", min=0, help="Query length; default: 150, with sm90 300."),
+    ] = None,
     seqlen_k: o.SeqlenK = None,
-    head_dim: o.HeadDim = 64,
+    head_dim: Annotated[
+        int | None,
+        typer.Option(
+            "--head-dim", "-d", min=1, help="head_dim of q and k; default: 64, with sm90 96."
+        ),
+    ] = None,
     head_dim_v: o.HeadDimV = None,
     dtype: o.Dtype = "float16",
     causal: o.Causal = False,
@@ -38,7 +54,7 @@ def isolate(
     scale: o.Scale = None,
     mask: o.Mask = "none",
     arch: Annotated[
-        str | None, typer.Option("--arch", help="Simulate the kernel of this GPU, such as sm_75.")
+        str | None, typer.Option("--arch", help="Simulate the kernel of this GPU, such as sm_90.")
     ] = None,
     seed: o.Seed = 0,
     json_output: JsonFlag = False,
@@ -46,42 +62,38 @@ def isolate(
     """Run the kernel stage by stage and name the first stage that is wrong.
 
     Every stage is compiled from the kernel's own source with a debug gate: Q@K^T, the online
-    softmax, P@V (with P = 1/S every output row must be identical), one key tile, P@V in one
-    warp, and the whole kernel. Each result is compared with a float64 model. The first bad value is
-    named with its tile, warp, lane and accumulator element, and a picture shows where errors sit.
-    In the simulator races, deadlocks and bad accesses count as well. Exit status 1 when a stage is
-    wrong.
+    softmax, P@V (with P = 1/S every output row must be identical), one key tile, P@V in one warp
+    (portable kernel only), and the whole kernel. Each result is compared with a float64 model. The
+    first bad value is named with its tile, warp, lane and accumulator element, and a picture shows
+    where errors sit. In the simulator races, deadlocks and bad accesses count as well. Exit status
+    1 when a stage is wrong.
 
     Examples:
 
         flashcore isolate
 
-        flashcore isolate --backend sim --plant pv-atomic
+        flashcore isolate --plant pv-atomic
+
+        flashcore isolate --backend sm90 --plant early-release
 
         flashcore isolate --backend wmma --seqlen 1000 --head-dim 128 --causal
     """
     with command(json_output) as out:
-        import torch
-
         from flashcore import gates
-        from flashcore.stages import STAGES, Stage
+        from flashcore.stages import Stage, stages_of
 
         if plant == "list":
             _list_plants(out)
-        if backend == "auto":
-            backend = "wmma" if torch.cuda.is_available() and plant is None else "sim"
-        if backend == "wmma" and not torch.cuda.is_available():
-            raise typer.BadParameter(
-                "--backend wmma needs a GPU and torch sees none (`flashcore doctor` says why); "
-                "--backend sim runs the same kernel on the CPU"
-            )
+        number = None if arch is None else o.parse_archs(arch)[0]
+        with usage_errors():
+            backend, kernel = _where(out, backend, plant, number)
         case = o.make_case(
             batch=batch,
             heads=heads,
             heads_kv=heads_kv,
-            seqlen=seqlen,
+            seqlen=_SEQLEN[kernel] if seqlen is None else seqlen,
             seqlen_k=seqlen_k,
-            head_dim=head_dim,
+            head_dim=_HEAD_DIM[kernel] if head_dim is None else head_dim,
             head_dim_v=head_dim_v,
             dtype=dtype,
             causal=causal,
@@ -92,8 +104,7 @@ def isolate(
             mask=mask,
             seed=seed,
         )
-        number = None if arch is None else o.parse_archs(arch)[0]
-        with out.progress(f"Isolating on {backend}", total=len(STAGES)) as advance:
+        with out.progress(f"Isolating on {backend}", total=len(stages_of(kernel))) as advance:
             started = False
 
             def on_stage(stage: Stage) -> None:
@@ -103,31 +114,65 @@ def isolate(
 
             with usage_errors():
                 found = gates.isolate(
-                    case, backend, seed=seed, plant=plant, arch=number, on_stage=on_stage
+                    case,
+                    backend,
+                    seed=seed,
+                    plant=plant,
+                    arch=number,
+                    kernel=kernel,
+                    on_stage=on_stage,
                 )
         _show(out, found)
         out.finish({**_document(found), "ok": found.ok}, ok=found.ok)
 
 
-def _document(found: Isolation) -> dict[str, object]:
-    from flashcore.cli.output import to_json
+def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tuple[str, str]:
+    """The backend to run on, "sim" or a kernel's on the GPU, and the kernel."""
+    import torch
 
+    from flashcore import gates
+    from flashcore.dispatch import KERNELS
+    from flashcore.verify import GPU_BACKENDS, resolve_backend
+
+    simulate = plant is not None or arch is not None or not torch.cuda.is_available()
+    if backend == "auto":
+        backend = "sim" if simulate else resolve_backend("auto")
+    kernel = KERNELS.get(backend)
+    if backend == "sm90" and not simulate:
+        simulate = torch.cuda.get_device_capability() != (9, 0)
+    if backend in GPU_BACKENDS and simulate:
+        if plant is None and arch is None:
+            out.note(f"No GPU that runs {kernel}: simulating it (`flashcore doctor` says more).")
+        backend = "sim"
+    gates.find_plant(plant, backend)  # raises for an unknown backend or plant
+    return backend, kernel or gates.kernel_to_run(backend, plant, arch)
+
+
+def _document(found: Isolation) -> dict[str, object]:
     document: dict[str, object] = to_json(found)
     return document
 
 
 def _list_plants(out: Output) -> None:
-    from flashcore.sim.plants import PLANTS
+    from flashcore.gates import kernels_of_plant
+    from flashcore.sim import PLANTS, PLANTS_SM90
 
-    rows = [[name, plant.caught_by, plant.title] for name, plant in PLANTS.items()]
-    title = "Bugs that --plant puts into the kernel"
-    out.print(table(title, ["name", "caught by", "what"], rows))
-    out.finish(list(PLANTS.values()))
+    plants = PLANTS | PLANTS_SM90
+    rows = [
+        [name, " ".join(kernels_of_plant(name)), plant.caught_by, plant.title]
+        for name, plant in plants.items()
+    ]
+    title = "Bugs that --plant puts into a kernel"
+    out.print(table(title, ["name", "kernel", "caught by", "what"], rows))
+    out.finish(
+        [to_json(plant) | {"kernels": kernels_of_plant(plant.name)} for plant in plants.values()]
+    )
 
 
 def _show(out: Output, found: Isolation) -> None:
     planted = f", planted bug: {found.plant}" if found.plant else ""
-    out.print(f"{found.case.describe()} on {found.backend}, seed {found.seed}{planted}")
+    where = f"{found.kernel} on {found.backend}"
+    out.print(f"{found.case.describe()}, {where}, seed {found.seed}{planted}")
     rows = [
         [
             result.stage,

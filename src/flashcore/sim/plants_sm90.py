@@ -3,7 +3,7 @@ simulator must find each with every seed (tests/test_sim_plants_sm90.py)."""
 
 from __future__ import annotations
 
-from flashcore.sim.plants import Plant
+from flashcore.sim.plants import PLANTS, Plant
 
 _KERNEL = "attn_fwd_sm90.cuh"
 _PIPELINE = "tile/pipeline_sm90.cuh"
@@ -18,8 +18,10 @@ _OUTPUT_WAIT = """\
     release(bar.v_empty, c.v_state);
     if (moved) rescale_output(c.out, rescale);
 """
+_TURNS = {"block_m": 128, "min_blocks": 1, "ping_pong": True}
 
 _ALL = (
+    PLANTS["accum-map"],
     Plant(
         name="no-full-wait",
         title="Q K^T is issued without waiting for K",
@@ -72,6 +74,7 @@ _ALL = (
       tma_store_wait_read<0>();
 """,
         caught_by="race",
+        plan={"separate_o": False},
     ),
     Plant(
         name="no-proxy-fence",
@@ -174,6 +177,7 @@ _ALL = (
     release(bar.v_empty, c.v_state);
 """,
         caught_by="wgmma",
+        plan={"lazy_rescale": False},
     ),
     Plant(
         name="probs-written-early",
@@ -243,6 +247,7 @@ _ALL = (
         replace="named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 128);",
         caught_by="deadlock",
         or_by=("named-barrier",),  # when the other side waits already
+        plan=_TURNS,
     ),
     Plant(
         name="turn-not-handed-on",
@@ -251,6 +256,7 @@ _ALL = (
         find="    if (PING_PONG) named_barrier_arrive(TURN_BARRIER + (c.index + 1)",
         replace="    if (false) named_barrier_arrive(TURN_BARRIER + (c.index + 1)",
         caught_by="deadlock",
+        plan=_TURNS,
     ),
     Plant(
         name="no-init-fence",

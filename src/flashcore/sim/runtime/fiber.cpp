@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
-#include <vector>
 
 namespace fc_host {
 
@@ -108,19 +107,25 @@ void fiber_switch(Fiber& from, Fiber& to) { swapcontext(&from.context, &to.conte
 
 #endif
 
-char* fiber_stack(int index) {
-  static std::vector<char*> stacks;
-  const auto page = size_t(sysconf(_SC_PAGESIZE));
-  while (int(stacks.size()) <= index) {
-    void* memory = mmap(nullptr, FIBER_STACK_BYTES + page, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (memory == MAP_FAILED || mprotect(memory, page, PROT_NONE) != 0) {
-      std::perror("flashcore simulator: no memory for fiber stacks");
-      std::abort();
-    }
-    stacks.push_back(static_cast<char*>(memory) + page);
+FiberStacks::FiberStacks(int count)
+    : page_(size_t(sysconf(_SC_PAGESIZE))), bytes_(size_t(count) * (FIBER_STACK_BYTES + page_)) {
+  void* memory =
+      mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  bool failed = memory == MAP_FAILED;
+  memory_ = static_cast<char*>(memory);
+  for (int i = 0; i < count && !failed; ++i) {
+    failed = mprotect((*this)[i] - page_, page_, PROT_NONE) != 0;
   }
-  return stacks[size_t(index)];
+  if (failed) {
+    std::perror("flashcore simulator: no memory for fiber stacks");
+    std::abort();
+  }
+}
+
+FiberStacks::~FiberStacks() { munmap(memory_, bytes_); }
+
+char* FiberStacks::operator[](int index) const {
+  return memory_ + size_t(index) * (FIBER_STACK_BYTES + page_) + page_;
 }
 
 }  // namespace fc_host

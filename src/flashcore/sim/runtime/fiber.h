@@ -25,8 +25,22 @@ struct Fiber {
 void fiber_prepare(Fiber& fiber, char* stack, size_t bytes, void (*entry)());
 void fiber_switch(Fiber& from, Fiber& to);
 
-// Stacks stay allocated between runs; each has an inaccessible page below it.
-char* fiber_stack(int index);
 extern const size_t FIBER_STACK_BYTES;
+
+// The stacks of one run, each with an inaccessible page below it. They last no longer than the run,
+// for each is two mappings of which a process has 65,530, and every loaded kernel has its own
+// runtime.
+class FiberStacks {
+ public:
+  explicit FiberStacks(int count);
+  ~FiberStacks();
+  FiberStacks(const FiberStacks&) = delete;
+  FiberStacks& operator=(const FiberStacks&) = delete;
+  char* operator[](int index) const;
+
+ private:
+  size_t page_, bytes_;
+  char* memory_;
+};
 
 }  // namespace fc_host

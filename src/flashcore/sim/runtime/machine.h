@@ -129,6 +129,7 @@ struct Machine {
   bool stopped;
 
   Fiber main_fiber;
+  const FiberStacks* stacks;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
 

@@ -90,6 +90,8 @@ FC_EXPORT void fc_sim_run(const FcLaunch* launch, FcReport* report) {
   for (int i = launch->grid - 1; i > 0; --i) {
     std::swap(order[size_t(i)], order[next_random() % uint64_t(i + 1)]);
   }
+  const FiberStacks stacks(launch->num_threads);
+  machine.stacks = &stacks;
   for (const int block : order) {
     run_block(block);
     if (machine.stopped) return;

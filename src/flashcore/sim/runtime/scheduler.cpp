@@ -300,7 +300,7 @@ void run_block(int block) {
     set_runnable(t);
     // Stacks start at different offsets within a page, or they would all share a few cache sets.
     const auto shift = size_t(t % 61) * 64;
-    fiber_prepare(thread.fiber, fiber_stack(t), FIBER_STACK_BYTES - shift, fiber_entry);
+    fiber_prepare(thread.fiber, (*m.stacks)[t], FIBER_STACK_BYTES - shift, fiber_entry);
   }
   const auto first = int(next_random() % uint64_t(m.num_threads));
   current_thread = first;
