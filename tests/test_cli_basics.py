@@ -15,7 +15,7 @@ from flashcore.cli import app
 from flashcore.cli.options import parse_archs, parse_window
 from flashcore.cli.output import seconds, to_json
 
-COMMANDS = ["demo", "doctor", "verify", "isolate", "resources", "build", "explain", "bench"]
+COMMANDS = ["demo", "doctor", "verify", "isolate", "resources", "build", "explain", "bench", "tune"]
 runner = CliRunner()
 
 
@@ -71,6 +71,11 @@ def test_help_does_not_wait_for_torch() -> None:
         (["build"], "--arch"),
         (["bench", "--device", "tpu"], "cpu"),
         (["bench", "--device", "cpu", "--groups", "gqa"], "without a GPU"),
+        (["tune", "--groups", "huge"], "small"),
+        (["tune", "--groups", "gqa", "--seqlen", "64"], "exclude each other"),
+        (["tune", "--seqlen", "64", "--dtype", "float32"], "no kernel"),
+        (["tune", "--seqlen", "64", "--heads", "8", "--heads-kv", "3"], "not a multiple"),
+        (["tune", "--backend", "sim"], "sm90"),
         (["bench", "--from", "missing.json"], "missing.json"),
     ],
 )

@@ -52,8 +52,13 @@ SIM_ARCH = Variable(
     'GPU architecture whose kernel backend="sim" runs: 75 has plain loads, 80 and up cp.async, '
     "90 the Hopper kernel.",
 )
+TUNED = Variable(
+    "FLASHCORE_TUNED",
+    "1",
+    "0 switches off the tile configurations that `flashcore tune` found, for shapes not seen yet.",
+)
 
-VARIABLES: tuple[Variable, ...] = (CACHE_DIR, BUNDLE, CXX, SIM_SEED, SIM_ARCH)
+VARIABLES: tuple[Variable, ...] = (CACHE_DIR, BUNDLE, CXX, SIM_SEED, SIM_ARCH, TUNED)
 
 
 def _text(variable: Variable) -> str | None:
@@ -104,3 +109,11 @@ def sim_seed() -> int:
 def sim_arch() -> int:
     """Architecture (80 for sm_80) whose kernel the simulator runs."""
     return _non_negative_int(SIM_ARCH, 80)
+
+
+def tuned() -> bool:
+    """Whether tuned tile configurations are used."""
+    text = _text(TUNED) or "1"
+    if text not in ("0", "1"):
+        raise ValueError(f"{TUNED.name}={text!r} is neither 0 nor 1; set it to one, or unset it")
+    return text == "1"

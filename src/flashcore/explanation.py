@@ -7,7 +7,7 @@ from typing import TextIO
 
 import torch
 
-from flashcore import env
+from flashcore import env, tuned
 from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
 from flashcore.plan import Plan, candidates
 from flashcore.plan_sm90 import Sm90Plan
@@ -107,13 +107,16 @@ def explain(
     if problem.dtype in KERNEL_DTYPES and (choice.backend != "torch" or problem.device == "cpu"):
         kernel = KERNELS.get(choice.backend)
         plans = candidates(problem, arch or problem.arch or env.sim_arch(), kernel=kernel)
+    found = tuned.find(problem, plans[0]) if plans else None
+    if found is not None:
+        plans = [found[0], *(plan for plan in plans if plan != found[0])]
     explanation = Explanation(
         problem=problem,
         backend=choice.backend,
         reason=choice.reason,
         plan=plans[0] if plans else None,
         alternatives=tuple(plans[1 : 1 + SHOWN_ALTERNATIVES]),
-        notes=tuple(_notes(problem, choice.backend, plans, q, k, v)),
+        notes=tuple(_notes(problem, choice.backend, plans, found, q, k, v)),
     )
     print(explanation, file=file)
     return explanation
@@ -131,6 +134,7 @@ def _notes(
     problem: Problem,
     backend: str,
     plans: list[Plan],
+    found: tuple[Plan, tuned.Entry] | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -144,7 +148,13 @@ def _notes(
         notes.append(f"computed {how}; memory is linear in seqlen")
     if not plans:
         return notes
-    if isinstance(plans[0], Sm90Plan):
+    if found is not None:
+        entry = found[1]
+        notes.append(
+            f"tiles were found by `flashcore tune` on {entry.gpu}, {entry.date[:10]}, with "
+            f"{entry.measured_on}; FLASHCORE_TUNED=0 goes by the built-in table"
+        )
+    elif isinstance(plans[0], Sm90Plan):
         notes.append("tiles come from a table measured on an H200; see plan_sm90.py")
     else:
         notes.append(

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore import machine
+from flashcore import env, machine, tuned
 from flashcore.bench import ceilings
 from flashcore.bench.libraries import Call, Library, cpu_libraries, gpu_libraries
 from flashcore.bench.peers import find_peers
@@ -62,9 +62,10 @@ def run(
         on_step: called with the name of each workload before it runs.
 
     Returns:
-        A document of plain values: date, command, machine, ceilings, left_out (libraries that are
-        not here, and why), summary (see summary.py), results (one object for each workload and
-        library, seconds and errors, or the reason why it did not run).
+        A document of plain values: date, command, machine, ceilings, tuned (whether tiles found by
+        `flashcore tune` were there to be used), left_out (libraries that are not here, and why),
+        summary (see summary.py), results (one object for each workload and library, seconds and
+        errors, or the reason why it did not run).
     """
     on_gpu = device == "cuda"
     libraries = cpu_libraries()
@@ -94,6 +95,7 @@ def run(
             else f"one call a round, libraries in turn, median of {rounds} rounds"
         ),
         "ceilings": limits,
+        "tuned": on_gpu and env.tuned() and bool(tuned.read(tuned.path_for(tuned.gpu_arch()))),
         "left_out": left_out,
         "summary": summarize(results),
         "results": results,

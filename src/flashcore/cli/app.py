@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flashcore.cli import bench, build, demo, doctor, explain, isolate, resources, verify
+from flashcore.cli import bench, build, demo, doctor, explain, isolate, resources, tune, verify
 
 _INTRO = """
 Fused attention kernels for PyTorch, and the tools to check, debug and measure them.
@@ -37,6 +37,7 @@ _EXAMPLES = """
     flashcore resources --head-dim 64
     flashcore build --arch sm_80,sm_90 --output kernels.bundle
     flashcore bench --quick
+    flashcore tune --seqlen 4096        # the fastest tiles on this GPU
 
 Every command takes --json. Exit status: 0 fine, 1 a check failed, 2 wrong usage.
 """
@@ -85,6 +86,7 @@ for _name, _function in (
     ("build", build.build),
     ("explain", explain.explain),
     ("bench", bench.bench),
+    ("tune", tune.tune),
 ):
     app.command(_name)(_function)
 

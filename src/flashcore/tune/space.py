@@ -1,0 +1,153 @@
+"""Which tile configurations of a kernel there are to try. Pure functions, no GPU needed.
+
+A configuration is the fields of a Plan that the problem does not decide. What is listed fits into
+shared memory and asks for no more registers than a block can be given; what spills only the
+compiler knows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from flashcore.plan import Plan, smem_limits
+from flashcore.plan_sm90 import Sm90Plan
+
+Tile = dict[str, Any]
+
+# What the problem, the GPU or a debug session decides; all other fields are the tile.
+_GIVEN = frozenset(
+    {
+        "kernel",
+        "arch",
+        "dtype",
+        "head_dim",
+        "head_dim_v",
+        "load_bytes",
+        "has_window_left",
+        "has_window_right",
+        "has_softcap",
+        "mask",
+        "varlen",
+        "gate",
+    }
+)
+
+_REGISTERS_PER_BLOCK = 65536
+# Registers of a thread beside the accumulators: addresses, row statistics, loop counters. The least
+# that any configuration was seen to take, so that nothing that would not spill is left out.
+_OTHER_REGISTERS = 24
+
+
+def tile_of(plan: Plan) -> Tile:
+    """The fields of a plan that the problem does not decide, by name."""
+    names = (field.name for field in dataclasses.fields(plan))
+    return {name: getattr(plan, name) for name in names if name not in _GIVEN}
+
+
+def with_tile(plan: Plan, tile: Mapping[str, Any]) -> Plan | None:
+    """The plan with another tile; None where the tile is not one of this kernel, or not legal."""
+    own = tile_of(plan)
+    if set(tile) != set(own) or any(type(tile[name]) is not type(own[name]) for name in own):
+        return None
+    changed = dataclasses.replace(plan, **tile)
+    return changed if is_legal(changed) else None
+
+
+def is_legal(plan: Plan) -> bool:
+    """Whether a plan fits the GPU: shared memory, threads, and the registers of its roles. A block
+    of the Hopper kernel that asks for more registers than it was given would wait for ever."""
+    rows_a_warp = 64 if isinstance(plan, Sm90Plan) else 16
+    sizes = (plan.block_m, plan.block_n, plan.num_stages, plan.min_blocks)
+    if min(sizes) < 1 or plan.block_m % rows_a_warp or plan.block_n % 16:
+        return False
+    if plan.smem_bytes > smem_limits(plan.arch)[0] or plan.num_threads > 1024:
+        return False
+    if plan.min_blocks * plan.num_threads * 24 > _REGISTERS_PER_BLOCK:
+        return False
+    if isinstance(plan, Sm90Plan):
+        return _is_legal_sm90(plan)
+    return plan.arch >= 80 or plan.num_stages == 1
+
+
+def _is_legal_sm90(plan: Sm90Plan) -> bool:
+    if plan.num_consumers > 3 or plan.num_stages < 2 or plan.tiles_per_unit not in (1, 2):
+        return False
+    if plan.block_n > 256 or (plan.ping_pong and plan.num_consumers == 1):
+        return False
+    if not plan.separate_o and plan.head_dim_v > plan.head_dim:
+        return False
+    return registers_asked_for(plan) <= plan.max_registers * plan.num_threads
+
+
+def registers_asked_for(plan: Plan) -> int:
+    """Registers that the roles of a block's warpgroups ask for together; 0 without roles."""
+    if not isinstance(plan, Sm90Plan):
+        return 0
+    consumer, producer = plan.role_registers
+    return 128 * (plan.num_consumers * consumer + producer)
+
+
+def _may_avoid_spills(plan: Plan) -> bool:
+    """Whether scores, output and what else a thread must hold could fit into its registers."""
+    accumulators = (plan.block_n + -(-plan.head_dim_v // 16) * 16) // 2
+    if isinstance(plan, Sm90Plan):
+        # P V of one key tile is under way while the scores of the next are computed.
+        return accumulators + plan.block_n // 4 + _OTHER_REGISTERS <= plan.role_registers[0]
+    return accumulators + _OTHER_REGISTERS <= plan.max_registers
+
+
+def tiles(base: Plan) -> list[Plan]:
+    """All sizes of tiles, the other choices as in `base`; `base` first."""
+    found = {base: None}
+    for plan in _tiles_sm90(base) if isinstance(base, Sm90Plan) else _tiles_wmma(base):
+        if is_legal(plan) and _may_avoid_spills(plan):
+            found[plan] = None
+    return list(found)
+
+
+def _tiles_wmma(base: Plan) -> Iterator[Plan]:
+    """With as many blocks an SM as shared memory allows, or fewer, with more registers each."""
+    _, sm_bytes = smem_limits(base.arch)
+    for block_m in (64, 128):
+        for block_n in (16, 32, 64, 128):
+            for num_stages in (1, 2, 3):
+                sizes: Tile = {"block_m": block_m, "block_n": block_n, "num_stages": num_stages}
+                plan = dataclasses.replace(base, **sizes)
+                most = min(5 * 128 // plan.num_threads, sm_bytes // (plan.smem_bytes + 1024))
+                for min_blocks in range(max(1, most - 2), most + 1):
+                    yield dataclasses.replace(plan, min_blocks=min_blocks)
+
+
+def _tiles_sm90(base: Sm90Plan) -> Iterator[Plan]:
+    for block_m in (64, 128, 192):
+        for block_n in (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192):
+            sizes: Tile = {"block_m": block_m, "block_n": block_n, "num_stages": 2}
+            plan = dataclasses.replace(base, **sizes, ping_pong=block_m > 64, separate_o=True)
+            if not is_legal(plan):  # O through Q's buffer takes less shared memory
+                plan = dataclasses.replace(plan, separate_o=False)
+            for min_blocks in (1, 2):
+                yield dataclasses.replace(plan, min_blocks=min_blocks)
+
+
+def schedules(base: Plan) -> list[Plan]:
+    """What there is to choose once the tile's sizes are known, one or several choices unlike
+    `base`'s."""
+    if not isinstance(base, Sm90Plan):
+        return []
+    found = [
+        dataclasses.replace(
+            base,
+            ping_pong=ping_pong,
+            lazy_rescale=lazy_rescale,
+            separate_o=separate_o,
+            tiles_per_unit=tiles_per_unit,
+        )
+        for ping_pong in (False, True)
+        for lazy_rescale in (False, True)
+        for separate_o in (False, True)
+        for tiles_per_unit in (1, 2)
+    ]
+    found += [dataclasses.replace(base, num_stages=stages) for stages in (2, 3, 4)]
+    return [plan for plan in dict.fromkeys(found) if plan != base and is_legal(plan)]

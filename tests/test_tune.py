@@ -1,0 +1,339 @@
+"""`flashcore tune` with a stand-in for the GPU: it lists what is legal, and picks what is right and
+fast."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from flashcore import tuned
+from flashcore.bench.workloads import GROUPS, Workload
+from flashcore.cli import app
+from flashcore.cli.tune import default_plan
+from flashcore.jit import Resources
+from flashcore.plan import Plan, smem_limits, traits
+from flashcore.plan_sm90 import Sm90Plan
+from flashcore.tune import compiling, search, timing
+from flashcore.tune.space import is_legal, schedules, tile_of, tiles, with_tile
+
+LONG = Workload("x", 4, 16, 4096, 128, True, "bfloat16")
+
+
+def base(workload: Workload = LONG, backend: str = "sm90", arch: int = 90) -> Plan:
+    return default_plan(workload, backend, arch)[1]
+
+
+def workload(head_dim: int, **options: Any) -> Workload:
+    return dataclasses.replace(LONG, head_dim=head_dim, **options)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 192, 256])
+@pytest.mark.parametrize("causal", [False, True])
+def test_listed_configurations_of_the_hopper_kernel_fit(head_dim: int, causal: bool) -> None:
+    default = base(workload(head_dim, causal=causal))
+    listed = tiles(default)
+    assert listed[0] == default
+    plans = [*listed, *(plan for first in listed for plan in schedules(first))]
+    assert len(listed) > 5
+    assert len({(plan.block_m, plan.block_n) for plan in listed}) > 5
+    for plan in plans:
+        assert isinstance(plan, Sm90Plan)
+        assert plan.smem_bytes <= 232448
+        consumer, producer = plan.role_registers
+        # setmaxnreg waits for registers that a block was not given, for ever.
+        asked_for = 128 * (plan.num_consumers * consumer + producer)
+        assert asked_for <= plan.max_registers * plan.num_threads
+        assert asked_for * plan.min_blocks <= 65536
+        assert not plan.ping_pong or plan.num_consumers > 1
+        assert with_tile(default, tile_of(plan)) == plan
+
+
+@pytest.mark.parametrize("arch", [75, 80, 90])
+def test_listed_configurations_of_the_portable_kernel_fit(arch: int) -> None:
+    asked = dataclasses.replace(LONG, dtype="float16")
+    listed = tiles(base(asked, "wmma", arch))
+    assert len(listed) > 5
+    for plan in listed:
+        assert plan.smem_bytes * plan.min_blocks <= smem_limits(arch)[1]
+        assert plan.max_registers * plan.num_threads * plan.min_blocks <= 65536
+        assert arch >= 80 or plan.num_stages == 1
+        assert schedules(plan) == []
+
+
+def test_a_tile_has_nothing_of_the_problem() -> None:
+    problem, plan = default_plan(LONG, "sm90", 90)
+    given = {"kernel", "arch", "load_bytes", "gate"} | set(traits(problem))
+    fields = {field.name for field in dataclasses.fields(plan)}
+    assert set(tile_of(plan)) == fields - given
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        {"block_m": 100},
+        {"block_m": 256},
+        {"block_n": 24},
+        {"block_n": 256},  # shared memory
+        {"block_m": 64, "ping_pong": True},  # nobody to take turns with
+        {"block_m": 64, "ping_pong": False, "min_blocks": 3},  # would wait for registers
+        {"num_stages": 0},
+        {"num_stages": 1},
+        {"num_stages": True},
+        {"block_m": 128.0},
+        {"color": "red"},
+    ],
+    ids=str,
+)
+def test_what_is_not_legal_is_refused(tile: dict[str, Any]) -> None:
+    default = base()
+    own = tile_of(default)
+    assert with_tile(default, own) == default
+    assert with_tile(default, own | tile) is None
+    missing = {name: value for name, value in own.items() if name != "block_n"}
+    assert with_tile(default, missing) is None
+
+
+def test_the_compilers_report_rules_out() -> None:
+    plan = base()
+    fine = Resources(plan.kernel, "sm_90", 128, plan.dtype, plan.max_registers, 1000, 0, 1000)
+    assert compiling.rejection(plan, fine) is None
+
+    def reason(**changes: Any) -> str:
+        return str(compiling.rejection(plan, dataclasses.replace(fine, **changes)))
+
+    assert reason(spill_bytes=8) == "spills 8 bytes"
+    assert reason(remarks=("(C7510) serialized",)) == "(C7510) serialized"
+    assert "would hang" in reason(registers=plan.max_registers - 8)
+    assert reason(registers=-1) == "None"  # PTX: the driver compiles, nobody knows
+
+
+def test_configurations_are_compiled() -> None:
+    pytest.importorskip("cuda.core")
+    default = base(workload(64, causal=False))
+    wide = with_tile(default, tile_of(default) | {"block_m": 128, "block_n": 256})
+    assert wide is not None
+    with compiling.Compiler(workers=1) as compile_plans:
+        found = dict(compile_plans([default, wide]))
+    assert found[default] is None
+    assert "spills" in str(found[wide])
+
+
+class FakeTimer:
+    """Times by a formula; `broken` maps a tile's size to what is wrong with it."""
+
+    def __init__(self, *, gain: float = 0.5, broken: dict[tuple[int, int], str] | None = None):
+        self.gain = gain
+        self.broken = broken or {}
+        self.asked: list[Plan] = []
+
+    def __enter__(self) -> FakeTimer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, workload: Workload, plans: Sequence[Plan]) -> list[timing.Outcome]:
+        self.asked += plans
+        return [self.broken.get((plan.block_m, plan.block_n)) or self.time(plan) for plan in plans]
+
+    def time(self, plan: Plan) -> float:
+        fast = plan.block_n == 96 and plan.block_m == 128
+        schedule = 0.9 if fast and getattr(plan, "tiles_per_unit", 1) == 1 else 1.0
+        return 1e-3 * (self.gain if fast else 1.0) * schedule
+
+
+class FakeCompiler:
+    """Rules out by `reasons`, a tile's size and a dtype at a time."""
+
+    def __init__(self, reasons: dict[tuple[int, int, str], str] | None = None) -> None:
+        self.reasons = reasons or {}
+
+    def __enter__(self) -> FakeCompiler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, plans: Sequence[Plan]) -> Iterator[tuple[Plan, str | None]]:
+        for plan in plans:
+            yield plan, self.reasons.get((plan.block_m, plan.block_n, plan.dtype))
+
+
+def run(timer: FakeTimer, compiler: FakeCompiler | None = None) -> search.Found:
+    return search.Search(LONG, base(), compiler or FakeCompiler(), timer).run()
+
+
+def test_the_fastest_size_and_then_the_fastest_schedule_wins() -> None:
+    timer = FakeTimer()
+    steps: list[tuple[str, int, int]] = []
+    found = search.Search(LONG, base(), FakeCompiler(), timer, lambda *s: steps.append(s)).run()
+    winner = found.winner
+    assert isinstance(winner, Sm90Plan)
+    assert (winner.block_m, winner.block_n, winner.tiles_per_unit) == (128, 96, 1)
+    assert (found.seconds, found.default_seconds) == (pytest.approx(0.45e-3), 1e-3)
+    assert all(is_legal(plan) for plan in timer.asked)
+    assert found.default in timer.asked[-1 - 3 :]  # the final has them in turns
+    assert {what for what, _, _ in steps} == {"compiling", "timing"}
+    assert all(done <= total for _, done, total in steps)
+
+
+def test_a_gain_within_the_noise_changes_nothing() -> None:
+    found = run(FakeTimer(gain=1.1))
+    assert found.winner == found.default == base()
+    assert run(FakeTimer(gain=search.WORTH / 0.9 + 0.01)).winner == base()
+
+
+@pytest.mark.parametrize("reason", ["wrong result: max error 3", "did not end in 30 s"])
+def test_wrong_and_hanging_configurations_cannot_win(reason: str) -> None:
+    found = run(FakeTimer(broken={(128, 96): reason}))
+    assert found.winner == base()
+    assert {why for _, why in found.discarded} == {reason}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_what_spills_in_either_dtype_cannot_win(dtype: str) -> None:
+    timer = FakeTimer()
+    found = run(timer, FakeCompiler({(128, 96, dtype): "spills 4 bytes"}))
+    assert found.winner == base()
+    timed = {(plan.block_m, plan.block_n) for plan in timer.asked}
+    assert ((128, 96) in timed) == (dtype != LONG.dtype)
+
+
+def test_a_table_that_fails_is_an_error() -> None:
+    default = base()
+    with pytest.raises(search.DefaultFailedError, match="the GPU is on fire"):
+        run(FakeTimer(broken={(default.block_m, default.block_n): "the GPU is on fire"}))
+
+
+def serve(connection: Connection) -> None:
+    """A child that answers, dies or hangs, as the plans ask."""
+    while True:
+        _, plans = connection.recv()
+        if plans[0].block_m == 128:
+            os._exit(3)
+        if plans[0].block_m == 192:
+            Connection.recv(connection)  # nothing comes
+        connection.send(([0.5] * len(plans), True))
+
+
+def test_a_child_that_dies_or_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    good, deadly, hanging = (dataclasses.replace(base(), block_m=rows) for rows in (64, 128, 192))
+    with timing.GpuTimer(60.0, serve) as timer:
+        assert timer(LONG, [good, good]) == [0.5, 0.5]
+        assert timer(LONG, [deadly]) == ["the process that ran it died"]
+        assert timer(LONG, [good]) == [0.5]
+        child = timer._child
+        monkeypatch.setattr(timer, "timeout_seconds", 0.05)
+        assert timer(LONG, [hanging]) == ["did not end in 0 s"]
+        assert not child.is_alive()
+        assert timer._child is None
+
+
+def test_outputs_that_differ_are_told_apart() -> None:
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(1, 2, 256, 64, generator=generator)
+    reference = right.bfloat16()
+    assert timing.difference(reference, reference) is None
+    rounded = (right * (1 + 2**-10)).bfloat16()
+    assert timing.difference(rounded, reference) is None
+    one_row = reference.clone()
+    one_row[0, 1, 77] = 0.0
+    assert "distance" in str(timing.difference(one_row, reference))
+    unwritten = reference.clone()
+    unwritten[0, 0, 0, 0] = torch.nan
+    assert "wrong result" in str(timing.difference(unwritten, reference))
+    assert "mean distance" in str(timing.difference(reference * 1.02, reference))
+
+
+@pytest.mark.parametrize("group", sorted(GROUPS))
+def test_small_workloads_have_the_same_options(group: str) -> None:
+    for full in GROUPS[group]():
+        small = timing.small_workload(full)
+        plan = default_plan(full, "auto", 90)[1]
+        assert small.flops < 2e9
+        changed = default_plan(small, "auto", 90)[1]
+        for name in ("has_window_left", "has_window_right", "has_softcap", "mask", "dtype"):
+            assert getattr(changed, name) == getattr(plan, name)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A GPU that the command sees but does not use, and an empty cache."""
+    monkeypatch.setattr(tuned, "gpu_name", lambda: "NVIDIA H999")
+    monkeypatch.setattr(tuned, "gpu_arch", lambda: 90)
+    monkeypatch.setattr(timing, "GpuTimer", lambda timeout: FakeTimer())
+    monkeypatch.setattr(compiling, "Compiler", FakeCompiler)
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path))
+    return tmp_path / "tuned-sm_90.json"
+
+
+SHAPE = ["tune", "--seqlen", "4096", "--batch", "4", "--causal"]
+
+
+def test_the_command_keeps_the_winner(pretend_gpu: Path) -> None:
+    result = CliRunner().invoke(app, [*SHAPE, "--json"])
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert row["workload"] == "B4 H16 S4096 D128 causal"
+    assert (row["winner"]["block_m"], row["winner"]["block_n"]) == (128, 96)
+    assert row["seconds"] < row["default_seconds"]
+    (entry,) = tuned.read(pretend_gpu)
+    assert (entry.gpu, entry.kernel, entry.tile) == ("NVIDIA H999", "attn_fwd_sm90", row["winner"])
+    text = CliRunner().invoke(app, SHAPE).stdout
+    assert "2.22x" in text
+    assert "128x96" in text
+
+
+def test_where_the_table_wins_an_old_entry_goes(
+    pretend_gpu: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    CliRunner().invoke(app, SHAPE)
+    assert len(tuned.read(pretend_gpu)) == 1
+    monkeypatch.setattr(timing, "GpuTimer", lambda timeout: FakeTimer(gain=2.0))
+    assert CliRunner().invoke(app, SHAPE).exit_code == 0
+    assert tuned.read(pretend_gpu) == []
+
+
+def test_ctrl_c_keeps_what_was_found(pretend_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(FakeTimer):
+        def __call__(self, workload: Workload, plans: Sequence[Plan]) -> list[timing.Outcome]:
+            if workload.seqlen == 8192:
+                raise KeyboardInterrupt
+            return super().__call__(workload, plans)
+
+    monkeypatch.setattr(timing, "GpuTimer", lambda timeout: Interrupted())
+    result = CliRunner().invoke(app, ["tune", "--groups", "gqa", "--json"])
+    assert result.exit_code == 1
+    assert [row["workload"] for row in json.loads(result.stdout)] == [
+        "B1 H32/8 S2048 D128 causal",
+        "B1 H64/8 S2048 D128 causal",
+    ]
+    assert len(tuned.read(pretend_gpu)) == 2
+    assert "what was found so far is kept" in result.stderr
+
+
+def test_without_a_gpu_the_command_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "gpu_name", lambda: None)
+    result = CliRunner().invoke(app, ["tune", "--json"])
+    assert result.exit_code == 1
+    assert "sees no GPU" in json.loads(result.stdout)["error"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["auto", "wmma"])
+def test_configurations_are_checked_and_timed_on_the_gpu(backend: str) -> None:
+    asked = Workload("x", 1, 8, 512, 64, True, "float16")
+    default = default_plan(asked, backend, tuned.gpu_arch())[1]
+    plans = [plan for plan in tiles(default)[:4] if compiling.obstacle(plan) is None]
+    with timing.GpuTimer() as timer:
+        outcomes = timer(asked, plans)
+    assert all(isinstance(outcome, float) for outcome in outcomes), outcomes
