@@ -285,13 +285,6 @@ def test_the_real_fallback_warns_and_computes(monkeypatch):
     assert (out == 0).all()
 
 
-def test_functional_transforms_are_refused_not_wrong():
-    with pytest.raises(NotImplementedError, match=r"inside torch\.func transforms"):
-        torch.func.vmap(lambda q: flashcore.attention(q[None], K[:1], V[:1]))(Q)
-    with pytest.raises(NotImplementedError, match=r"inside torch\.func transforms"):
-        torch.func.grad(lambda v: flashcore.attention(Q, K, v).sum())(V)
-
-
 def test_forward_mode_is_refused_not_wrong():
     with torch.autograd.forward_ad.dual_level():
         q = torch.autograd.forward_ad.make_dual(Q, torch.ones_like(Q))

@@ -6,10 +6,10 @@ from typing import Literal, overload
 
 import torch
 
-from flashcore.dispatch import choose_backend, run_backend, warn_once
+from flashcore.eager import attention_eager, needs_dispatcher
 from flashcore.explanation import Explanation, explain
-from flashcore.problem import Causal, Problem, Window
-from flashcore.torch_ops import AttentionFunction, needs_grad
+from flashcore.ops import attention_dispatched, autocast
+from flashcore.problem import Causal, Window
 
 __all__ = ["Explanation", "attention", "explain"]
 
@@ -117,24 +117,13 @@ def attention(
     Source:
         FlashAttention-2, arXiv:2307.08691, algorithm 1 (forward) and 2 (backward).
     """
-    problem = Problem.from_tensors(
-        q,
-        k,
-        v,
-        causal=causal,
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        mask=mask,
-        return_lse=return_lse,
-    )
-    choice = choose_backend(problem, backend)
-    if choice.is_fallback:
-        warn_once(choice)
-    if needs_grad(q, k, v, mask):
-        result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = AttentionFunction.apply(
-            problem, choice.backend, q, k, v, mask
-        )
-        return result
-    out, lse = run_backend(choice.backend, problem, q, k, v, mask)
-    return out if lse is None else (out, lse)
+    if torch.compiler.is_dynamo_compiling():
+        q, k, v, mask = autocast(q, k, v, mask)
+    else:
+        if torch._C._is_any_autocast_enabled():
+            q, k, v, mask = autocast(q, k, v, mask)
+        if not needs_dispatcher(q, k, v, mask):
+            return attention_eager(
+                q, k, v, mask, causal, window, softcap, scale, return_lse, backend
+            )
+    return attention_dispatched(q, k, v, mask, causal, window, softcap, scale, return_lse, backend)

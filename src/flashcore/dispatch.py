@@ -1,11 +1,14 @@
-"""Which backend serves a Problem, and running it there."""
+"""Which backend serves a Problem, and what runs it there."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
+import os
+import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,6 +29,11 @@ WMMA_MIN_ARCH = 75
 SM90_ARCH = 90
 BFLOAT16_MIN_ARCH = 80
 
+Call = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    tuple[torch.Tensor, torch.Tensor | None],
+]
+
 _warned: set[str] = set()
 
 
@@ -44,6 +52,16 @@ class Choice:
     is_fallback: bool = False
 
 
+def check_backend(backend: object) -> None:
+    """Raise TypeError or ValueError unless `backend` is one of BACKENDS."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be one of {', '.join(BACKENDS)}, but is {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}"
+        )
+
+
 def choose_backend(problem: Problem, backend: str) -> Choice:
     """Resolve `backend` for a problem.
 
@@ -59,8 +77,7 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         ValueError: unknown backend.
         BackendUnavailableError: it cannot run on this device.
     """
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be one of {', '.join(BACKENDS)}, but is {backend!r}")
+    check_backend(backend)
     if backend == "torch":
         return Choice("torch", 'asked for with backend="torch"')
     if backend == "sim":
@@ -74,9 +91,7 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         if obstacle is not None:
             raise obstacle
         return Choice(backend, f'asked for with backend="{backend}"')
-    if backend == "auto":
-        return _choose_auto(problem)
-    raise ValueError(f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}")
+    return _choose_auto(problem)
 
 
 def _choose_auto(problem: Problem) -> Choice:
@@ -175,55 +190,73 @@ def warn_once(choice: Choice) -> None:
         warnings.warn(
             f"flashcore.attention falls back to PyTorch: {choice.reason} to silence this",
             FallbackWarning,
-            stacklevel=3,  # the caller of flashcore.attention
+            stacklevel=_stacklevel_of_caller(),
         )
 
 
-def run_backend(
-    backend: str,
+def _stacklevel_of_caller() -> int:
+    """For warnings.warn in the function that calls this: who called flashcore, past torch if it
+    stands between."""
+    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
+    """What computes a problem on a backend that `choose_backend` returned.
+
+    Args:
+        backend: "sm90", "wmma", "sim" or "torch".
+        problem: the description of the tensors to come.
+        device: where they are.
+
+    Returns:
+        A function of q, k, v and mask that returns out, [batch, num_heads_q, seqlen_q, head_dim_v],
+        contiguous, and lse, [batch, num_heads_q, seqlen_q], or None unless problem.return_lse. It
+        may be called again with other tensors of the same description, by several threads.
+    """
+    if problem.is_empty:
+        return functools.partial(_run_empty, problem)
+    if backend == "torch":
+        return functools.partial(_run_torch, problem)
+    if backend == "sim":
+        return functools.partial(_run_sim, problem, _plan(problem, env.sim_arch()))
+    from flashcore.launch import KernelCall
+
+    return KernelCall(problem, _plan(problem, problem.arch, KERNELS[backend]), device)
+
+
+def _run_empty(
     problem: Problem,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Compute on a backend that `choose_backend` returned.
-
-    Args:
-        backend: "sm90", "wmma", "sim" or "torch".
-        problem: the description of the tensors.
-        q: [batch, num_heads_q, seqlen_q, head_dim].
-        k: [batch, num_heads_kv, seqlen_k, head_dim].
-        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
-
-    Returns:
-        out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q.
-        lse: [batch, num_heads_q, seqlen_q]; None unless problem.return_lse.
-    """
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
-    if problem.is_empty:
-        out = q.new_zeros((*rows_shape, problem.head_dim_v))
-        lse = q.new_full(rows_shape, -math.inf, dtype=problem.lse_dtype)
-        return out, lse if problem.return_lse else None
-    if backend == "torch":
-        with without_autocast(problem.device):
-            return _run_torch(problem, q, k, v, mask)
+    out = q.new_zeros((*rows_shape, problem.head_dim_v))
+    if not problem.return_lse:
+        return out, None
+    return out, q.new_full(rows_shape, -math.inf, dtype=problem.lse_dtype)
 
+
+def _run_sim(
+    problem: Problem,
+    plan: Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from flashcore.sim import simulate
+
+    rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out = q.new_empty((*rows_shape, problem.head_dim_v))
-    rows = q.new_empty(rows_shape, dtype=problem.lse_dtype) if problem.return_lse else None
-    if backend == "sim":
-        from flashcore.sim import simulate
-
-        plan = _plan(problem, env.sim_arch())
-        simulate(problem, plan, q, k, v, mask, out, rows, seed=env.sim_seed())
-    else:
-        from flashcore.launch import run_kernel
-
-        run_kernel(
-            problem, _plan(problem, problem.arch, KERNELS[backend]), q, k, v, mask, out, rows
-        )
-    return out, rows
+    lse = q.new_empty(rows_shape, dtype=problem.lse_dtype) if problem.return_lse else None
+    simulate(problem, plan, q, k, v, mask, out, lse, seed=env.sim_seed())
+    return out, lse
 
 
 @functools.lru_cache(maxsize=4096)
@@ -248,12 +281,13 @@ def _run_torch(
     v: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    if sdpa_means_the_same(problem):
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=problem.window_right == 0, scale=problem.scale
-        )
-        return out, None
-    out, lse = attention_tiled(problem, q, k, v, mask)
+    with without_autocast(problem.device):
+        if sdpa_means_the_same(problem):
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=problem.window_right == 0, scale=problem.scale
+            )
+            return out.contiguous(), None
+        out, lse = attention_tiled(problem, q, k, v, mask)
     return out, lse if problem.return_lse else None
 
 

@@ -166,3 +166,21 @@ def run_kernel(
         params=params,
         device=q.device,
     )
+
+
+class KernelCall:
+    """A plan on a device, ready for tensors of one description. See dispatch.prepare."""
+
+    def __init__(self, problem: Problem, plan: Plan, device: torch.device) -> None:
+        self.problem, self.plan, self.device = problem, plan, device
+
+    def __call__(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        p = self.problem
+        out = q.new_empty((p.batch, p.num_heads_q, p.seqlen_q, p.head_dim_v))
+        lse = None
+        if p.return_lse:
+            lse = q.new_empty((p.batch, p.num_heads_q, p.seqlen_q), dtype=p.lse_dtype)
+        run_kernel(p, self.plan, q, k, v, mask, out, lse)
+        return out, lse

@@ -316,13 +316,16 @@ def load_bytes(*tensors: torch.Tensor) -> int:
 
 def _address(x: torch.Tensor) -> int:
     try:
-        return x.data_ptr()
+        address = x.data_ptr()
+        reason = "its address is 0"
     except RuntimeError as error:
+        address, reason = 0, str(error)
+    if address == 0 and x.numel():
         raise NotImplementedError(
-            f"q, k or v (shape {list(x.shape)}) has no memory to read: {error}. attention does not "
-            "run on fake tensors or inside torch.func transforms (vmap, grad, jvp): batch along "
-            "the first dimension, and differentiate with torch.autograd"
-        ) from error
+            f"q, k or v (shape {list(x.shape)}) has no memory to read: {reason}. A fake tensor, or "
+            "one inside a torch.func transform, can be given to attention, not to what needs memory"
+        )
+    return address
 
 
 @functools.cache

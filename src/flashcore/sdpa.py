@@ -23,7 +23,7 @@ from flashcore.api import attention
 from flashcore.dispatch import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.errors import FallbackWarning
 from flashcore.sdpa_shapes import PLAIN_TYPES, as_4d
-from flashcore.validation import FACTOR_MAX, FACTOR_MIN, HEAD_DIM_MAX, HEAD_DIM_MULTIPLE
+from flashcore.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, factor_fits
 
 # torch's function itself: torch.nn.functional.scaled_dot_product_attention may be this module's.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
@@ -209,9 +209,7 @@ def _obstacle(
         return "attn_mask together with is_causal"
     if not isinstance(call.is_causal, bool):
         return f"is_causal is a {type(call.is_causal).__name__}, not a bool"
-    if call.scale is not None and not (
-        isinstance(call.scale, Real) and FACTOR_MIN <= call.scale <= FACTOR_MAX
-    ):
+    if call.scale is not None and not (isinstance(call.scale, Real) and factor_fits(call.scale)):
         return f"scale={call.scale} is not a positive number"
     return _transformed() or _unserved_dtype(q, backend) or _unserved_layout(q, k, v)
 

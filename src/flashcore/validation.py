@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import torch
 
@@ -15,9 +16,6 @@ HEAD_DIM_MAX = 256
 HEAD_DIM_MULTIPLE = 8
 # Positions and windows are 32-bit in the kernels; i + diag_offset + window_right must not overflow.
 SEQLEN_MAX = 2**30 - 1
-# The kernels work in float32. Within these bounds neither scale, softcap nor their ratio can
-# overflow or vanish there, whatever the finite scores are.
-FACTOR_MIN, FACTOR_MAX = 1e-18, 1e18
 
 DTYPES: dict[torch.dtype, str] = {
     torch.float16: "float16",
@@ -60,8 +58,9 @@ def check_plain_tensor(name: str, x: object) -> None:
         raise NotImplementedError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
 
 
-def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    """Raise unless q, k and v go together: rank, device, dtype, batch, heads, lengths, head_dim."""
+def check_kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise unless rank, dtype and device of q, k and v fit: all that can be said where sizes are
+    symbolic."""
     named = (("q", q), ("k", k), ("v", v))
     for name, x in named:
         check_plain_tensor(name, x)
@@ -87,6 +86,13 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             raise ValueError(
                 f"{name} is on {x.device} but q is on {q.device}; move it with {name}.to(q.device)"
             )
+
+
+def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    """Raise unless q, k and v go together: rank, device, dtype, batch, heads, lengths, head_dim."""
+    check_kinds(q, k, v)
+    named = (("q", q), ("k", k), ("v", v))
+    for name, x in named[1:]:
         if x.shape[0] != q.shape[0]:
             raise ValueError(
                 f"{name} has batch {x.shape[0]} but q has {q.shape[0]} (shapes {shape_text(x)} and "
@@ -140,8 +146,8 @@ def _check_last_dimension(name: str, x: torch.Tensor) -> None:
         )
 
 
-def check_mask(mask: torch.Tensor, q: torch.Tensor, seqlen_k: int) -> None:
-    """Raise unless `mask` is boolean or additive and broadcasts to the scores of `q`."""
+def check_mask_kind(mask: torch.Tensor, q: torch.Tensor) -> None:
+    """Raise unless `mask` is boolean or additive and lies where `q` does."""
     check_plain_tensor("mask", mask)
     if mask.dtype not in (torch.bool, q.dtype, torch.float32):
         allowed = " or ".join(dict.fromkeys(map(str, (torch.bool, q.dtype, torch.float32))))
@@ -154,6 +160,11 @@ def check_mask(mask: torch.Tensor, q: torch.Tensor, seqlen_k: int) -> None:
         raise ValueError(
             f"mask is on {mask.device} but q is on {q.device}; move it with mask.to(q.device)"
         )
+
+
+def check_mask(mask: torch.Tensor, q: torch.Tensor, seqlen_k: int) -> None:
+    """Raise unless `mask` is boolean or additive and broadcasts to the scores of `q`."""
+    check_mask_kind(mask, q)
     target = (q.shape[0], q.shape[1], q.shape[2], seqlen_k)
     aligned = target[4 - mask.dim() :] if mask.dim() <= 4 else ()
     if mask.dim() > 4 or any(
@@ -183,6 +194,13 @@ def checked_causal(causal: object) -> str:
     return causal
 
 
+def factor_fits(factor: Any) -> bool:
+    """Whether a scale or softcap is one that the kernels, which work in float32, can use: neither
+    it nor the ratio of two can overflow or vanish there, whatever the finite scores are."""
+    # Literals: torch.compile may take a module's floats for variables, and compile a second time.
+    return bool(1e-18 <= factor <= 1e18)
+
+
 def checked_factor(name: str, value: object, unset: float, way_out: str) -> float:
     """A positive finite number, or `unset` for None."""
     if value is None:
@@ -195,10 +213,9 @@ def checked_factor(name: str, value: object, unset: float, way_out: str) -> floa
         number = math.inf
     if not math.isfinite(number) or number <= 0.0:
         raise ValueError(f"{name}={value!r} must be positive and finite; {way_out}")
-    if not FACTOR_MIN <= number <= FACTOR_MAX:
+    if not factor_fits(number):
         raise ValueError(
-            f"{name}={value!r} is outside [{FACTOR_MIN:g}, {FACTOR_MAX:g}], where float32 cannot "
-            f"overflow; {way_out}"
+            f"{name}={value!r} is outside [1e-18, 1e+18], where float32 cannot overflow; {way_out}"
         )
     return number
 
