@@ -57,6 +57,7 @@ SECTIONS = {
         "examples",
         "migration",
         "drop-ins",
+        "varlen",
         "reference",
         "cli",
     ],
@@ -69,6 +70,9 @@ SECTIONS = {
         "../src/flashcore/data/README",
     ],
 }
+# A page that no section names is in the second one.
+_named = {"index", *(page for pages in SECTIONS.values() for page in pages)}
+SECTIONS["Understand"] += sorted({path.stem for path in (ROOT / "docs").glob("*.md")} - _named)
 
 
 def adapt_page(app: Sphinx, docname: str, source: list[str]) -> None:
