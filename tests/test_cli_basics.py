@@ -65,6 +65,7 @@ def test_help_does_not_wait_for_torch() -> None:
         (["isolate", "--seqlen", "0"], "nothing to compute"),
         (["isolate", "--dtype", "float32"], "float16"),
         (["verify", "--backend", "gpu"], "torch"),
+        (["verify", "--backend", "torch", "--arch", "sm_90"], "--backend sim"),
         (["verify", "--cases", "0"], "--cases"),
         (["resources", "--variant", "fast"], "causal"),
         (["resources", "--kernel", "attn_bwd"], "attn_fwd_wmma"),

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import verify
+from flashcore import env, verify
 from flashcore.cases import Case, make_inputs
+from flashcore.plan import Plan
+from flashcore.sim import run
 
 
 @pytest.mark.parametrize("backend", ["torch", "sim", "wmma"])
@@ -61,9 +63,26 @@ def test_the_simulated_kernel_passes() -> None:
     assert [result.describe() for result in results if not result.ok] == []
 
 
+def test_the_simulated_hopper_kernel_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = []
+    right = run.generate_source
+
+    def remember(plan: Plan, *rest: object) -> str:
+        kernels.append(plan.kernel)
+        return right(plan, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(run, "generate_source", remember)
+    results = verify.verify("sim", seed=1, indices=range(6), arch=90)
+    assert [result.describe() for result in results if not result.ok] == []
+    assert kernels == ["attn_fwd_sm90"] * 6
+    assert results[5].replay == "flashcore verify --backend sim --seed 1 --case 5 --arch sm_90"
+    assert env.sim_arch() == 80
+
+
 @pytest.mark.gpu
-def test_the_kernel_on_the_gpu_passes() -> None:
-    results = verify.verify("wmma", seed=1, indices=range(60))
+@pytest.mark.parametrize("backend", ["wmma", "auto"])  # "auto": sm90 on a Hopper GPU
+def test_the_kernel_on_the_gpu_passes(backend: str) -> None:
+    results = verify.verify(backend, seed=1, indices=range(60))
     assert [f"{r.replay}: {r.describe()}" for r in results if not r.ok] == []
 
 

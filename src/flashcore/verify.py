@@ -19,6 +19,8 @@ import torch
 from flashcore import env
 from flashcore.accuracy import ErrorReport, error_report
 from flashcore.cases import Case, make_inputs
+from flashcore.dispatch import SM90_ARCH
+from flashcore.plan import SIM_ARCH
 
 BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
 GPU_BACKENDS = ("sm90", "wmma")
@@ -71,18 +73,21 @@ def resolve_backend(name: str) -> str:
     return "sm90" if torch.cuda.get_device_capability() == (9, 0) else "wmma"
 
 
-def draw_case(seed: int, index: int, backend: str) -> Case:
+def draw_case(seed: int, index: int, backend: str, arch: int | None = None) -> Case:
     """The case of a seed and an index. It does not depend on the machine.
 
     Args:
         seed: of the whole run.
         index: of the case in the run.
         backend: "sm90", "wmma", "sim" or "torch".
+        arch: architecture that is simulated.
     """
     rng = random.Random(f"{seed}:{index}:{backend}")
     options: dict[str, Any] = {}
     if backend == "sim":
         options |= _SIM_CONFIGURATIONS[index % len(_SIM_CONFIGURATIONS)]
+        if arch == SM90_ARCH and "offset" in options:
+            options["offset"] = 8  # TMA reads 16-byte aligned rows only
     else:
         options |= _draw_configuration(rng, backend)
     lengths = _SHORT if backend == "sim" else _LONG
@@ -141,6 +146,7 @@ def verify(
     *,
     seed: int = 0,
     indices: Sequence[int] = range(20),
+    arch: int | None = None,
     on_case: Callable[[CaseResult], None] = lambda result: None,
 ) -> list[CaseResult]:
     """Verify cases one after the other.
@@ -149,28 +155,32 @@ def verify(
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         seed: of the run.
         indices: which cases of the run.
+        arch: architecture whose kernel "sim" runs, by default FLASHCORE_SIM_ARCH.
         on_case: called after each case.
 
     Returns:
         One result a case.
     """
     backend = resolve_backend(backend)
+    arch = arch or env.sim_arch()
     results = []
     for index in indices:
-        result = _verify_one(backend, seed, index)
+        result = _verify_one(backend, seed, index, arch)
         on_case(result)
         results.append(result)
     return results
 
 
-def _verify_one(backend: str, seed: int, index: int) -> CaseResult:
+def _verify_one(backend: str, seed: int, index: int, arch: int) -> CaseResult:
     from flashcore import attention
 
-    case = draw_case(seed, index, backend)
+    case = draw_case(seed, index, backend, arch)
     replay = f"flashcore verify --backend {backend} --seed {seed} --case {index}"
+    if backend == "sim" and arch != SIM_ARCH:
+        replay += f" --arch sm_{arch}"
     try:
         inputs = make_inputs(case, "cuda" if backend in GPU_BACKENDS else "cpu")
-        with _scheduler_seed(case.seed):
+        with _simulator(case.seed, arch):
             out, lse = attention(
                 inputs.q,
                 inputs.k,
@@ -189,14 +199,16 @@ def _verify_one(backend: str, seed: int, index: int) -> CaseResult:
 
 
 @contextmanager
-def _scheduler_seed(seed: int) -> Iterator[None]:
+def _simulator(seed: int, arch: int) -> Iterator[None]:
     """The simulator's scheduler gets the case's seed, so that replaying a case replays the run."""
-    before = os.environ.get(env.SIM_SEED.name)
-    os.environ[env.SIM_SEED.name] = str(seed)
+    wanted = {env.SIM_SEED.name: str(seed), env.SIM_ARCH.name: str(arch)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[env.SIM_SEED.name]
-        else:
-            os.environ[env.SIM_SEED.name] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

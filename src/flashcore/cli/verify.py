@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from flashcore.cli.options import Seed
+from flashcore.cli.options import Seed, parse_archs
 from flashcore.cli.output import JsonFlag, command, usage_errors
 
 
@@ -23,6 +23,10 @@ def verify(
     case: Annotated[
         int | None, typer.Option("--case", min=0, help="Replay only this case of the seed.")
     ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", help="With sim: the kernel of this GPU, such as sm_90."),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Check random shapes and options against a float64 oracle.
@@ -38,6 +42,8 @@ def verify(
 
         flashcore verify --backend sim --seed 7
 
+        flashcore verify --backend sim --arch sm_90
+
         flashcore verify --backend sim --seed 7 --case 3
     """
     with command(json_output) as out:
@@ -45,6 +51,9 @@ def verify(
 
         with usage_errors():
             chosen = verification.resolve_backend(backend)
+        number = None if arch is None else parse_archs(arch)[0]
+        if number is not None and chosen != "sim":
+            raise typer.BadParameter("--arch goes with --backend sim: a GPU's is its own")
         if chosen in verification.GPU_BACKENDS:
             _require_gpu(chosen)
         indices = range(cases) if case is None else [case]
@@ -55,6 +64,7 @@ def verify(
                 chosen,
                 seed=seed,
                 indices=indices,
+                arch=number,
                 on_case=lambda result: advance(1, f"case {result.index} done"),
             )
         for result in results:
@@ -93,5 +103,5 @@ def _require_gpu(backend: str) -> None:
     if not torch.cuda.is_available():
         raise typer.BadParameter(
             f"--backend {backend} needs a GPU and torch sees none (`flashcore doctor` says why); "
-            "--backend sim runs a kernel on the CPU (FLASHCORE_SIM_ARCH=90: the Hopper kernel)"
+            "--backend sim runs a kernel on the CPU (with --arch sm_90 the Hopper kernel)"
         )
