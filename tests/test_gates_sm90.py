@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -67,6 +68,13 @@ def test_a_planted_bug_is_found_in_its_stage(plant: str, stage: str, reason: str
     assert reason in " ".join(found.why)
     before = STAGES[: STAGES.index(stage)] if stage in STAGES else []
     assert [result.status for result in found.stages[: len(before)]] == ["ok"] * len(before)
+
+
+def test_the_page_says_where_every_planted_bug_is_found() -> None:
+    page = Path(__file__).parent.parent / "docs" / "debugging.md"
+    text = page.read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [name for name in PLANTS_SM90 if not any(f"`{name}`" in row for row in rows)] == []
 
 
 # The model against plain attention over the keys that the gate leaves.
