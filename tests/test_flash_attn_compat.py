@@ -95,6 +95,35 @@ def test_packed_forms(name):
     assert torch.equal(flash_attn.flash_attn_qkvpacked_func(qkv, **options), expected)
 
 
+CUTS_Q, CUTS_K = (0, 3, 3, 5), (0, 4, 6, 9)  # three sequences, the second without queries
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "alibi" not in name])
+def test_varlen_is_each_sequence_alone(name):
+    options, _ = CASES[name]
+    q, k, v = (x[0] for x in inputs())
+    lengths = (*(torch.tensor(x, dtype=torch.int32) for x in (CUTS_Q, CUTS_K)), 3, 4)
+    out, lse, probs = flash_attn.flash_attn_varlen_func(
+        q, k, v, *lengths, **options, return_attn_probs=True
+    )
+    assert probs is None
+    for b in range(3):
+        i, j = slice(*CUTS_Q[b : b + 2]), slice(*CUTS_K[b : b + 2])
+        alone, alone_lse, _ = flash_attn.flash_attn_func(
+            q[None, i], k[None, j], v[None, j], **options, return_attn_probs=True
+        )
+        torch.testing.assert_close(out[i], alone[0])
+        torch.testing.assert_close(lse[:, i], alone_lse[0])
+    kv = torch.stack([k, v], dim=1)
+    packed = flash_attn.flash_attn_varlen_kvpacked_func(q, kv, *lengths, **options)
+    assert torch.equal(packed, out)
+    qkv = torch.stack([q, q + 1, q + 2], dim=1)
+    packed = flash_attn.flash_attn_varlen_qkvpacked_func(qkv, lengths[0], 3, **options)
+    split = (lengths[0], lengths[0], 3, 3)
+    expected = flash_attn.flash_attn_varlen_func(*qkv.unbind(1), *split, **options)
+    assert torch.equal(packed, expected)
+
+
 def test_gradients_flow_to_a_packed_tensor():
     qkv = randn(B, SQ, 3, HQ, D).requires_grad_()
     flash_attn.flash_attn_qkvpacked_func(qkv, causal=True).square().sum().backward()
@@ -107,10 +136,14 @@ def test_gradients_flow_to_a_packed_tensor():
 # Facts of flash-attn 2.8: the order of the arguments, which positional calls rely on.
 TAIL = ["dropout_p", "softmax_scale", "causal", "window_size", "softcap", "alibi_slopes",
         "deterministic", "return_attn_probs"]  # fmt: skip
+LENGTHS = ["cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"]
 ORDERS = {
     "flash_attn_func": ["q", "k", "v", *TAIL],
     "flash_attn_qkvpacked_func": ["qkv", *TAIL],
     "flash_attn_kvpacked_func": ["q", "kv", *TAIL],
+    "flash_attn_varlen_func": ["q", "k", "v", *LENGTHS, *TAIL, "block_table"],
+    "flash_attn_varlen_qkvpacked_func": ["qkv", "cu_seqlens", "max_seqlen", *TAIL],
+    "flash_attn_varlen_kvpacked_func": ["q", "kv", *LENGTHS, *TAIL],
 }
 
 
@@ -123,6 +156,11 @@ def test_what_is_not_supported_raises_and_names_the_argument():
     q, k, v = inputs()
     with pytest.raises(NotImplementedError, match=r"dropout_p=0\.1.*pass 0\.0"):
         flash_attn.flash_attn_func(q, k, v, 0.1)
+    cuts = torch.tensor([0, 5], dtype=torch.int32)
+    varlen = (q[0], q[0], q[0], cuts, cuts, 5, 5)
+    for options in ({"dropout_p": 0.1}, {"alibi_slopes": SLOPES}, {"block_table": cuts}):
+        with pytest.raises(NotImplementedError, match=next(iter(options))):
+            flash_attn.flash_attn_varlen_func(*varlen, **options)
     with pytest.raises(ValueError, match=r"alibi_slopes has shape \[3\].*\[4\]"):
         flash_attn.flash_attn_func(q, k, v, alibi_slopes=SLOPES[:3])
     with pytest.raises(ValueError, match=r"qkv has shape \[2, 5, 4, 16\].*3, num_heads"):

@@ -18,11 +18,15 @@ from __future__ import annotations
 import torch
 
 from flashcore.api import attention
+from flashcore.varlen import attention_varlen
 
 __all__ = [
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
 ]
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
@@ -101,22 +105,8 @@ def flash_attn_qkvpacked_func(
 ) -> Result:
     """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` on one tensor.
 
-    Args:
-        qkv: [batch, seqlen, 3, num_heads, head_dim]: q, k and v, read in place.
-        dropout_p: as in `flash_attn_func`, like all that follow.
-        softmax_scale: likewise.
-        causal: likewise.
-        window_size: likewise.
-        softcap: likewise.
-        alibi_slopes: likewise.
-        deterministic: likewise.
-        return_attn_probs: likewise.
-
-    Returns:
-        As `flash_attn_func`.
-
-    Raises:
-        ValueError: qkv of another shape; else as `flash_attn_func`.
+    qkv is [batch, seqlen, 3, num_heads, head_dim]: q, k and v, read in place. The other arguments,
+    the result and the errors are those of `flash_attn_func`; a wrong shape raises ValueError.
     """
     q, k, v = _unpacked("qkv", qkv, 3, "[batch, seqlen, 3, num_heads, head_dim]")
     return flash_attn_func(
@@ -139,28 +129,137 @@ def flash_attn_kvpacked_func(
 ) -> Result:
     """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` with k and v in one tensor.
 
-    Args:
-        q: [batch, seqlen_q, num_heads_q, head_dim].
-        kv: [batch, seqlen_k, 2, num_heads_kv, head_dim]: k and v, read in place.
-        dropout_p: as in `flash_attn_func`, like all that follow.
-        softmax_scale: likewise.
-        causal: likewise.
-        window_size: likewise.
-        softcap: likewise.
-        alibi_slopes: likewise.
-        deterministic: likewise.
-        return_attn_probs: likewise.
-
-    Returns:
-        As `flash_attn_func`.
-
-    Raises:
-        ValueError: kv of another shape; else as `flash_attn_func`.
+    kv is [batch, seqlen_k, 2, num_heads_kv, head_dim]: k and v, read in place. The other arguments,
+    the result and the errors are those of `flash_attn_func`; a wrong shape raises ValueError.
     """
     k, v = _unpacked("kv", kv, 2, "[batch, seqlen, 2, num_heads_kv, head_dim]")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> Result:
+    """flash_attn.flash_attn_varlen_func: sequences packed one after the other.
+
+    Args:
+        q: [total_q, num_heads_q, head_dim], read in place.
+        k: [total_k, num_heads_kv, head_dim].
+        v: [total_k, num_heads_kv, head_dim_v].
+        cu_seqlens_q: int32 [batch + 1]: 0, then where each sequence of queries ends.
+        cu_seqlens_k: likewise of the keys.
+        max_seqlen_q: the longest sequence of queries.
+        max_seqlen_k: likewise of the keys.
+        dropout_p: as in `flash_attn_func`, like all up to return_attn_probs.
+        softmax_scale: likewise.
+        causal: likewise, for each sequence by its own lengths.
+        window_size: likewise.
+        softcap: likewise.
+        alibi_slopes: None.
+        deterministic: likewise.
+        return_attn_probs: likewise.
+        block_table: None.
+
+    Returns:
+        out: [total_q, num_heads_q, head_dim_v]. With return_attn_probs the triple (out, lse, None),
+        lse float32 [num_heads_q, total_q].
+
+    Raises:
+        NotImplementedError: dropout_p, alibi_slopes or block_table is given.
+        TypeError: as in `attention_varlen`.
+        ValueError: likewise.
+    """
+    _refuse_dropout(dropout_p)
+    if alibi_slopes is not None:
+        raise NotImplementedError(
+            "alibi_slopes: packed sequences take no mask; pad them and call flash_attn_func"
+        )
+    if block_table is not None:
+        raise NotImplementedError("block_table: there are no paged caches; gather k and v before")
+    result = attention_varlen(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal=causal,
+        scale=softmax_scale,
+        window=_window(window_size),
+        softcap=softcap or None,
+        return_lse=return_attn_probs,
+    )
+    return (*result, None) if isinstance(result, tuple) else result
+
+
+def flash_attn_varlen_qkvpacked_func(
+    qkv: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """flash_attn.flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` on one tensor.
+
+    qkv is [total, 3, num_heads, head_dim], cu_seqlens and max_seqlen hold for queries and keys. The
+    other arguments, the result and the errors are those of `flash_attn_varlen_func`.
+    """
+    q, k, v = _unpacked("qkv", qkv, 3, "[total, 3, num_heads, head_dim]")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
+        window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_kvpacked_func(
+    q: torch.Tensor,
+    kv: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+) -> Result:
+    """flash_attn.flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func`, k and v in one tensor.
+
+    kv is [total_k, 2, num_heads_kv, head_dim]. The other arguments, the result and the errors are
+    those of `flash_attn_varlen_func`.
+    """
+    k, v = _unpacked("kv", kv, 2, "[total, 2, num_heads_kv, head_dim]")
+    return flash_attn_varlen_func(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
+        causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
 
 
