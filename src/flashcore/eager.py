@@ -53,7 +53,15 @@ def attention_eager(
     backend: str,
 ) -> Result:
     """`attention` of plain tensors."""
-    recorded = ops.needs_grad(q, k, v, mask)
+    try:
+        recorded = torch.is_grad_enabled() and (
+            q.requires_grad
+            or k.requires_grad
+            or v.requires_grad
+            or (mask is not None and mask.requires_grad)
+        )
+    except AttributeError:  # one of them is no tensor: find_call says which
+        recorded = False
     call, options = find_call(
         q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded
     )

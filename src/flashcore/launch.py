@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import threading
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from flashcore.compiler import CompiledKernel
 from flashcore.driver import import_driver
 from flashcore.errors import FlashCoreError
 from flashcore.jit import compile_plan, compile_source
-from flashcore.params import build_params, grid_size
+from flashcore.params import build_params, grid_size, place
 from flashcore.plan import Plan
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
@@ -44,6 +46,74 @@ def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[A
     return driver.CUfunction(int(handle)), library
 
 
+class Argument:
+    """A kernel's one argument as cuLaunchKernel takes it. Nothing changes it once it is made, and
+    a launch copies it: threads may share it, launches in flight do not need it."""
+
+    __slots__ = ("_pointer", "address", "params")
+
+    def __init__(self, params: ctypes.Structure) -> None:
+        self.params = params
+        self._pointer = ctypes.c_void_p(ctypes.addressof(params))
+        self.address = ctypes.addressof(self._pointer)
+
+
+class Launch:
+    """A kernel on a device, ready to be launched.
+
+    Args:
+        kernel: compiled for the device's architecture.
+        grid: blocks.
+        num_threads: threads a block.
+        smem_bytes: dynamic shared memory a block.
+        device: a CUDA device.
+    """
+
+    def __init__(
+        self,
+        kernel: CompiledKernel,
+        *,
+        grid: int,
+        num_threads: int,
+        smem_bytes: int,
+        device: torch.device,
+    ) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device_index, self._name = index, kernel.name
+        with torch.cuda.device(index):
+            handle, self._library = _load(kernel, index, smem_bytes)
+        self._configuration = (handle, grid, 1, 1, num_threads, 1, 1, smem_bytes)
+        self._cu_launch_kernel = import_driver().cuLaunchKernel
+
+    def __call__(self, argument: Argument) -> None:
+        """Launch on the device's current stream.
+
+        Raises:
+            FlashCoreError: the driver refuses; the message holds its status.
+        """
+        index = self._device_index
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(index):
+                self(argument)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        (status,) = self._cu_launch_kernel(*self._configuration, stream, argument.address, 0)
+        if status:
+            self._retry(status, argument)
+
+    def _retry(self, status: Any, argument: Argument) -> None:
+        """A thread that has not used the GPU yet has no context bound, and torch need not have
+        bound one for what it did so far."""
+        driver = import_driver()
+        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            from cuda.core import Device
+
+            Device(self._device_index).set_current()
+            stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+            (status,) = self._cu_launch_kernel(*self._configuration, stream, argument.address, 0)
+        _check(status, f"launching {self._name}")
+
+
 def launch_raw(
     kernel: CompiledKernel,
     *,
@@ -53,31 +123,17 @@ def launch_raw(
     params: ctypes.Structure,
     device: torch.device,
 ) -> None:
-    """Launches a kernel on the device's current stream.
+    """Launches a kernel once on the device's current stream. See `Launch`."""
+    launch = Launch(
+        kernel, grid=grid, num_threads=num_threads, smem_bytes=smem_bytes, device=device
+    )
+    launch(Argument(params))
 
-    Args:
-        kernel: compiled for the device's architecture.
-        grid: blocks.
-        num_threads: threads a block.
-        smem_bytes: dynamic shared memory a block.
-        params: the kernel's one argument.
-        device: a CUDA device.
 
-    Raises:
-        FlashCoreError: the driver refuses; the message holds its status.
-    """
-    if device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
-    # Entering the device also binds its context to this thread, which the driver's launch needs.
-    with torch.cuda.device(device):
-        handle, _ = _load(kernel, device.index, smem_bytes)
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))  # must outlive the call
-        pointers = ctypes.addressof(arguments)
-        (status,) = import_driver().cuLaunchKernel(
-            handle, grid, 1, 1, num_threads, 1, 1, smem_bytes, stream, pointers, 0
-        )
-    _check(status, f"launching {kernel.name}")
+@functools.lru_cache(maxsize=4096)
+def _compile(plan: Plan) -> CompiledKernel:
+    """jit.compile_plan, which takes 2 ms to make the source text, once per Plan."""
+    return compile_plan(plan)
 
 
 @functools.cache
@@ -159,7 +215,7 @@ def run_kernel(
     else:
         params = build_params(problem, plan, pointers)
     launch_raw(
-        compile_plan(plan),
+        _compile(plan),
         grid=grid,
         num_threads=plan.num_threads,
         smem_bytes=plan.smem_bytes,
@@ -168,19 +224,82 @@ def run_kernel(
     )
 
 
+# Arguments by call and addresses. A network meets the same addresses again and again: torch's
+# allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
+ARGUMENTS_MAX = 4096
+_arguments: dict[tuple[int, ...], Argument] = {}
+_lock = threading.Lock()
+_serial = itertools.count()
+
+
 class KernelCall:
     """A plan on a device, ready for tensors of one description. See dispatch.prepare."""
 
     def __init__(self, problem: Problem, plan: Plan, device: torch.device) -> None:
-        self.problem, self.plan, self.device = problem, plan, device
+        self._serial, self._dtype = next(_serial), problem.dtype
+        rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
+        self._out_shape = (*rows_shape, problem.head_dim_v)
+        self._lse_shape = rows_shape if problem.return_lse else None
+        self._out_is_like_q = problem.head_dim == problem.head_dim_v and _is_contiguous(problem)
+        self._template: Any
+        if isinstance(plan, Sm90Plan):
+            grid = params_sm90.grid_size(problem, plan, _num_sms(device.index))
+            self._template = params_sm90.build_params_sm90(problem, plan, {}, target="host")
+        else:
+            grid = grid_size(problem, plan)
+            self._template = build_params(problem, plan, {})
+        verify_element_map(device.index, plan.arch, plan.dtype)
+        self._launch = Launch(
+            _compile(plan),
+            grid=grid,
+            num_threads=plan.num_threads,
+            smem_bytes=plan.smem_bytes,
+            device=device,
+        )
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        p = self.problem
-        out = q.new_empty((p.batch, p.num_heads_q, p.seqlen_q, p.head_dim_v))
+        """See dispatch.prepare."""
+        out = torch.empty_like(q) if self._out_is_like_q else q.new_empty(self._out_shape)
         lse = None
-        if p.return_lse:
-            lse = q.new_empty((p.batch, p.num_heads_q, p.seqlen_q), dtype=p.lse_dtype)
-        run_kernel(p, self.plan, q, k, v, mask, out, lse)
+        if self._lse_shape is not None:
+            lse = q.new_empty(self._lse_shape, dtype=torch.float32)
+        key = (
+            self._serial,
+            q.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            0 if mask is None else mask.data_ptr(),
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+        )
+        argument = _arguments.get(key)
+        self._launch(self._make_argument(key) if argument is None else argument)
         return out, lse
+
+    def _make_argument(self, key: tuple[int, ...]) -> Argument:
+        names = ("q", "k", "v", "mask", "out", "lse")
+        pointers = {name: address or None for name, address in zip(names, key[1:], strict=True)}
+        if isinstance(self._template, params_sm90.AttnSm90Params):
+            params: Any = params_sm90.place_sm90(self._template, pointers, self._dtype)
+        else:
+            params = place(self._template, pointers)
+        argument = Argument(params)
+        with _lock:
+            while len(_arguments) >= ARGUMENTS_MAX:
+                del _arguments[next(iter(_arguments))]  # the oldest
+            _arguments[key] = argument
+        return argument
+
+
+def _is_contiguous(problem: Problem) -> bool:
+    """Whether q is, and so is whatever torch.empty_like makes of it."""
+    row = problem.head_dim
+    head = row * problem.seqlen_q
+    sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q)
+    expected = (head * problem.num_heads_q, head, row)
+    return all(
+        size == 1 or stride == want
+        for size, stride, want in zip(sizes, problem.q_strides, expected, strict=True)
+    )

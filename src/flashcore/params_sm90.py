@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, Literal
 
 from flashcore.driver import import_driver
 from flashcore.errors import FlashCoreError
-from flashcore.params import AttnGateParams, AttnParams, build_params
+from flashcore.params import AttnGateParams, AttnParams, build_params, place
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
 
 _ELEMENT_BYTES = 2
+_MAPS = ("q", "k", "v", "o")
 
 
 class TensorMap(ctypes.Structure):
@@ -62,16 +64,30 @@ class AttnSm90GateParams(ctypes.Structure):
 
 def encode_tensor_map(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
     """The descriptor that the GPU reads, from the driver, of a "float16" or "bfloat16" tensor."""
+    without_base = ctypes.string_at(ctypes.addressof(tensor_map) + 8, 56)
+    encode, before, after = _encoding(without_base, dtype_name)
+    status, encoded = encode(*before, tensor_map.base, *after)
+    if int(status) != 0:
+        raise FlashCoreError(f"cuTensorMapEncodeTiled failed: {status!r}")
+    return TensorMap.from_buffer_copy(
+        ctypes.string_at(int(encoded.getPtr()), ctypes.sizeof(TensorMap))
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _encoding(without_base: bytes, dtype_name: str) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
+    """cuTensorMapEncodeTiled, and its arguments before and after the address."""
     driver = import_driver()
     dtype = driver.CUtensorMapDataType
     swizzle = driver.CUtensorMapSwizzle
-    m = tensor_map
-    status, encoded = driver.cuTensorMapEncodeTiled(
+    m = TensorMap.from_buffer_copy(bytes(8) + without_base + bytes(64))
+    before = (
         dtype.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
         if dtype_name == "float16"
         else dtype.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
         4,
-        m.base,
+    )
+    after = (
         [driver.cuuint64_t(size) for size in (m.cols, m.rows, m.heads, m.batches)],
         [
             driver.cuuint64_t(stride)
@@ -86,11 +102,7 @@ def encode_tensor_map(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )
-    if int(status) != 0:
-        raise FlashCoreError(f"cuTensorMapEncodeTiled failed: {status!r}")
-    return TensorMap.from_buffer_copy(
-        ctypes.string_at(int(encoded.getPtr()), ctypes.sizeof(TensorMap))
-    )
+    return driver.cuTensorMapEncodeTiled, before, after
 
 
 def num_units(problem: Problem, plan: Sm90Plan) -> int:
@@ -148,7 +160,7 @@ def build_params_sm90(
             _ELEMENT_BYTES * stride if stride else 16 for stride in strides
         )
         tensor_map = TensorMap(
-            base=pointers["out" if name == "o" else name] or 0,
+            base=pointers.get("out" if name == "o" else name) or 0,
             row_stride_bytes=row_bytes,
             head_stride_bytes=head_bytes,
             batch_stride_bytes=batch_bytes,
@@ -161,7 +173,26 @@ def build_params_sm90(
             element_bytes=_ELEMENT_BYTES,
             swizzle_bytes=plan.chunk * _ELEMENT_BYTES,
         )
-        if target == "ptx":
-            tensor_map = encode_tensor_map(tensor_map, problem.dtype)
         setattr(params, f"{name}_map", tensor_map)
+    return params if target == "host" else _encoded(params, problem.dtype)
+
+
+def place_sm90(
+    template: AttnSm90Params | AttnSm90GateParams, pointers: dict[str, int | None], dtype_name: str
+) -> AttnSm90Params | AttnSm90GateParams:
+    """What build_params_sm90 makes for the GPU, from what it made for the simulator, with other
+    addresses by field name."""
+    params = type(template).from_buffer_copy(template)
+    params.attn = place(template.attn, pointers)
+    for name in _MAPS:
+        getattr(params, f"{name}_map").base = pointers["out" if name == "o" else name]
+    return _encoded(params, dtype_name)
+
+
+def _encoded(
+    params: AttnSm90Params | AttnSm90GateParams, dtype_name: str
+) -> AttnSm90Params | AttnSm90GateParams:
+    for name in _MAPS:
+        tensor_map = getattr(params, f"{name}_map")
+        setattr(params, f"{name}_map", encode_tensor_map(tensor_map, dtype_name))
     return params

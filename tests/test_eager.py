@@ -1,0 +1,264 @@
+"""The eager call: what is decided once, what goes around the dispatcher, and what must not."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+import torch
+
+import flashcore
+import standin
+from flashcore import calls, eager, launch, ops
+from op_inputs import additive_mask, gradients, qkv
+from test_bad_input import CASES, K, Q, V
+
+HALF = torch.float16
+
+
+@pytest.fixture
+def no_calls(monkeypatch):
+    """An empty memory of calls."""
+    monkeypatch.setattr(calls, "_calls", {})
+    return calls._calls
+
+
+def through_the_operator(q, k, v, **options):
+    """The same call as a mode makes it."""
+    arguments = {
+        "mask": None, "causal": False, "window": None, "softcap": None, "scale": None,
+        "return_lse": False, "backend": "auto", **options,
+    }  # fmt: skip
+    return ops.attention_dispatched(q, k, v, **arguments)
+
+
+CALLS = {
+    "plain": {},
+    "causal": {"causal": True, "return_lse": True},
+    "window, softcap, scale": {"window": (3, 1), "softcap": 2.0, "scale": 0.3},
+    "bool mask": {"mask": additive_mask(2, 1, 6, 9) > 0},
+    "additive mask": {"mask": additive_mask(6, 9), "causal": "upper_left"},
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_the_same_result_as_through_the_operator(no_calls, name, requires_grad):
+    """First, when it is decided, and again, when it is looked up."""
+    q, k, v = qkv(requires_grad=requires_grad)
+    options = CALLS[name]
+    want = through_the_operator(q, k, v, **options)
+    no_calls.clear()
+    for _ in range(2):
+        got = flashcore.attention(q, k, v, **options)
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    assert len(no_calls) == 1
+    if requires_grad:
+        ours = gradients(lambda *x: flashcore.attention(*x, **options), q, k, v)
+        theirs = gradients(lambda *x: through_the_operator(*x, **options), q, k, v)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_equal_is_not_the_same(no_calls):
+    """1 == True == 1.0: what was decided for a valid argument serves no invalid one."""
+    flashcore.attention(Q, K, V, causal=True, scale=1.0, window=(1, 0), return_lse=True)
+    for wrong in ({"causal": 1}, {"scale": True}, {"window": (True, 0)}, {"return_lse": 1}):
+        options = {"causal": True, "scale": 1.0, "window": (1, 0), "return_lse": True, **wrong}
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            flashcore.attention(Q, K, V, **options)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_error_as_through_the_operator(no_calls, name):
+    """After a valid call has been decided."""
+    changes, exception, *_ = CASES[name]
+    arguments = {"q": Q, "k": K, "v": V, **changes}
+    tensors = [arguments.pop(name) for name in "qkv"]
+    flashcore.attention(Q, K, V)
+    with pytest.raises(exception) as caught:
+        flashcore.attention(*tensors, **arguments)
+    if "mask is a list" in name or ("mask" in name and "sparse" in name) or "meta" in name:
+        return  # the dispatcher itself says so, in its words
+    with pytest.raises(exception, match=re.escape(str(caught.value))):
+        through_the_operator(*tensors, **arguments)
+
+
+def test_everything_that_matters_is_in_the_key(no_calls):
+    """Each of these calls is another one, though each differs in one thing only."""
+    q, k, v = qkv(6, 6, dtype=HALF)
+    mask = additive_mask(6, 6)
+    shifted = torch.zeros(q.numel() + 1, dtype=HALF)[1:].view(q.shape).copy_(q)
+    transposed = q.transpose(1, 2).contiguous().transpose(1, 2)
+    variants = [
+        ((q, k, v), {}),
+        ((shifted, k, v), {}),
+        ((transposed, k, v), {}),
+        ((q.bfloat16(), k.bfloat16(), v.bfloat16()), {}),
+        ((q[:, :, 1:], k, v), {}),
+        ((q, k[:, :1], v[:, :1]), {}),
+        ((q, k, v), {"causal": True}),
+        ((q, k, v), {"causal": "upper_left", "window": (2, 0)}),
+        ((q, k, v), {"softcap": 2.0}),
+        ((q, k, v), {"scale": 2.0}),
+        ((q, k, v), {"return_lse": True}),
+        ((q, k, v), {"backend": "torch"}),
+        ((q, k, v), {"mask": mask}),
+        ((q, k, v), {"mask": mask.mT}),
+        ((q, k, v), {"mask": mask > 0}),
+        ((q, k, v), {"mask": mask[:1]}),
+    ]
+    for tensors, options in variants:
+        want = through_the_operator(*(x.double() for x in tensors), **options)
+        got = flashcore.attention(*tensors, **options)
+        for ours, theirs in zip(
+            got if isinstance(got, tuple) else (got,),
+            want if isinstance(want, tuple) else (want,),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-2, atol=2e-2)
+    ours = [key for key in no_calls if torch.float64 not in key]
+    assert len(ours) == len(variants)
+
+
+def test_what_was_decided_is_bounded(no_calls, monkeypatch):
+    monkeypatch.setattr(calls, "CALLS_MAX", 5)
+    for seqlen in range(1, 20):
+        flashcore.attention(*qkv(seqlen, seqlen))
+    assert len(no_calls) == 5
+
+
+def test_tensors_without_memory_are_no_tensors_to_a_kernel():
+    zero = torch._efficientzerotensor(Q.shape, dtype=HALF)
+    flashcore.attention(Q, K, V)
+    with pytest.raises(NotImplementedError, match="no memory to read"):
+        flashcore.attention(zero, K, V)
+
+
+def test_a_parameter_is_a_plain_tensor():
+    parameter = torch.nn.Parameter(Q)
+    assert not eager.needs_dispatcher(parameter, K, V, None)
+    flashcore.attention(parameter, K, V).sum().backward()
+    assert parameter.grad is not None
+
+
+# The launch, with a driver that records.
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    return standin.install(monkeypatch)
+
+
+def half(*shape):
+    return torch.randn(shape).half()
+
+
+def pointers_of(params):
+    return params.attn.q, params.attn.k, params.attn.v, params.attn.out, params.q_map.base
+
+
+def test_a_launch_gets_the_addresses_of_its_tensors(machine):
+    q, k, v = half(1, 4, 40, 64), half(1, 4, 50, 64), half(1, 4, 50, 64)
+    for tensors in ((q, k, v), (k[:, :, :40], k, v), (q, k, v)):
+        out = flashcore.attention(*tensors)
+        params = machine.driver.launches[-1].params
+        addresses = [x.data_ptr() for x in (*tensors, out)]
+        assert list(pointers_of(params)) == [*addresses, addresses[0]]
+        assert params.attn.lse is None
+        assert (params.k_map.base, params.v_map.base, params.o_map.base) == (*addresses[1:],)
+        assert (params.attn.seqlen_q, params.attn.seqlen_k) == (40, 50)
+        assert machine.driver.launches[-1].stream == 7
+    out, lse = flashcore.attention(q, k, v, return_lse=True)
+    assert machine.driver.launches[-1].params.attn.lse == lse.data_ptr()
+
+
+def test_descriptors_are_encoded_once_per_address(machine, monkeypatch):
+    q, k, v = half(1, 4, 40, 64), half(1, 4, 50, 64), half(1, 4, 50, 64)
+    buffer = torch.empty_like(q)
+    monkeypatch.setattr(torch, "empty_like", lambda x: buffer)  # as an allocator in a loop
+    for _ in range(5):
+        flashcore.attention(q, k, v)
+    assert machine.driver.encodings == 4
+    flashcore.attention(q.clone(), k, v)
+    assert machine.driver.encodings == 8
+    monkeypatch.setattr(launch, "ARGUMENTS_MAX", 3)
+    copies = [q.clone() for _ in range(6)]
+    for copy in copies:
+        flashcore.attention(copy, k, v)
+    assert len(launch._arguments) == 3
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_output_is_contiguous_whatever_the_layout_of_q(monkeypatch, arch):
+    standin.install(monkeypatch, arch)
+    k = half(2, 4, 50, 64)
+    for q in (half(2, 4, 40, 64), half(2, 40, 4, 64).transpose(1, 2), half(1, 1, 1, 64)):
+        k_, v_ = k[: q.shape[0], : q.shape[1]], k[: q.shape[0], : q.shape[1]]
+        for v in (v_, v_[..., :32]):
+            out = flashcore.attention(q, k_, v)
+            assert out.shape == (*q.shape[:3], v.shape[3])
+            assert out.is_contiguous()
+
+
+def test_the_tensors_device_is_current_for_the_launch(machine):
+    """And the one before afterwards."""
+    seen = []
+    real = machine.driver.cuLaunchKernel
+
+    def record(*arguments):
+        seen.append(machine.device)
+        return real(*arguments)
+
+    machine.driver.cuLaunchKernel = record
+    call = launch.Launch(
+        standin.SimpleNamespace(name="attn_fwd_sm90"),
+        grid=1, num_threads=32, smem_bytes=0, device=torch.device("cuda", 1),
+    )  # fmt: skip
+    call(launch.Argument(standin.params_sm90.AttnSm90Params()))
+    assert seen == [1]
+    assert machine.device == 0
+
+
+def test_a_thread_without_a_context_binds_one(machine, monkeypatch):
+    core = pytest.importorskip("cuda.core")
+    bound = []
+
+    class Device:
+        def __init__(self, index):
+            self.index = index
+
+        def set_current(self):
+            bound.append(self.index)
+
+    monkeypatch.setattr(core, "Device", Device)
+    machine.driver.statuses = [standin.INVALID_CONTEXT]
+    q = half(1, 4, 40, 64)
+    flashcore.attention(q, q, q)
+    assert bound == [0]
+    assert [x.status for x in machine.driver.launches] == [standin.INVALID_CONTEXT, 0]
+    machine.driver.statuses = [719]
+    with pytest.raises(flashcore.FlashCoreError, match="launching attn_fwd_sm90 failed: 719"):
+        flashcore.attention(q, q, q)
+
+
+def test_threads_do_not_see_each_others_arguments(machine):
+    """Eight threads of one description: each launch has q, k and v of one thread."""
+    sets = [[half(1, 2, 40, 64) for _ in range(3)] for _ in range(8)]
+    start = threading.Barrier(len(sets))
+
+    def work(tensors):
+        start.wait()
+        for _ in range(100):
+            flashcore.attention(*tensors)
+
+    threads = [threading.Thread(target=work, args=(x,)) for x in sets]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    allowed = {tuple(x.data_ptr() for x in tensors) for tensors in sets}
+    assert len(machine.driver.launches) == 800
+    for entry in machine.driver.launches:
+        assert pointers_of(entry.params)[:3] in allowed
+        assert pointers_of(entry.params)[0] == entry.params.q_map.base
