@@ -2,7 +2,7 @@
 
 A fused kernel is right when its error is of the size that the dtype itself makes unavoidable. The
 yardstick is the same attention written plainly in the same dtype (matmul, softmax, matmul, each
-intermediate rounded, as in torch's math backend): a result passes when its maximum and its mean
+intermediate rounded, as without fusion): a result passes when its maximum and its mean
 error against float64 are at most twice the yardstick's, plus 1e-5. The same rule judges the tests,
 `flashcore verify` and `flashcore demo`.
 
