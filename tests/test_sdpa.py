@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import flashcore
@@ -234,6 +235,11 @@ FALLBACKS = {
     "head_dim of v": ((Q, Q, Q[..., :9]), {}, "value has head_dim 9"),
     "head_dim 264": ((randn(1, 1, 2, 264, dtype=HALF),) * 3, {}, "264"),
     "last dimension": ((Q, Q.mT.contiguous().mT, Q), {}, "key's last dimension"),
+    "heads of k and v": (
+        (Q.repeat(1, 2, 1, 1), Q, Q[:, :1]),
+        {"enable_gqa": True},
+        "only torch combines",
+    ),
     "scale": ((Q, Q, Q), {"scale": -1.0}, "scale=-1.0"),
     "scale 0": ((Q, Q, Q), {"scale": 0.0}, "scale=0.0"),
 }
@@ -285,12 +291,19 @@ def test_subclasses_and_transforms_are_left_to_torch():
     assert on("torch")(weight, Q, Q).requires_grad
 
     x = randn(2, 3, 4, 5, 16, dtype=torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FallbackWarning)
-        ours = torch.func.vmap(on("torch"))(x, x, x)
+    with pytest.warns(FallbackWarning, match="forward-mode"):
         _, tangent = torch.func.jvp(lambda y: on("torch")(y, x, x).sum(), (x,), (x,))
-    torch.testing.assert_close(ours, F.scaled_dot_product_attention(x, x, x))
     assert tangent.isfinite()
+
+
+@pytest.mark.filterwarnings("error::flashcore.FallbackWarning")
+def test_vmap_and_tracing_go_to_attention():
+    x = randn(2, 3, 4, 5, 16, dtype=torch.float32)
+    ours = torch.func.vmap(on("torch"))(x, x, x)
+    torch.testing.assert_close(ours, F.scaled_dot_product_attention(x, x, x))
+    with FakeTensorMode():
+        fake = torch.empty(2, 3, 5, 16, dtype=HALF)
+        assert on("sim")(fake, fake, fake, is_causal=True).shape == fake.shape
 
 
 BAD = {
@@ -321,15 +334,21 @@ def test_wrong_calls_raise_as_in_torch(name):
         call(on("sim"))
 
 
-def test_torch_compile_has_no_graph_break():
-    compiled = torch.compile(
-        flashcore.scaled_dot_product_attention, backend="aot_eager", fullgraph=True
-    )
-    q, k = randn(2, 4, 5, 16, dtype=torch.float32), randn(2, 2, 7, 16, dtype=torch.float32)
+@pytest.mark.parametrize("function", [flashcore.scaled_dot_product_attention, on("torch")])
+def test_torch_compile_has_no_graph_break_and_one_graph_for_all_lengths(function):
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    counter = torch._dynamo.utils.counters["stats"]
     options = {"is_causal": True, "enable_gqa": True}
-    torch.testing.assert_close(
-        compiled(q, k, k, **options), F.scaled_dot_product_attention(q, k, k, **options)
-    )
+    graphs = []
+    for seqlen in (5, 6, 7, 8, 9):
+        q = randn(2, 4, seqlen, 16, dtype=torch.float32)
+        k = randn(2, 2, 2 * seqlen, 16, dtype=torch.float32)
+        before = counter["unique_graphs"]
+        ours = compiled(q, k, k, **options)
+        graphs.append(counter["unique_graphs"] - before)
+        torch.testing.assert_close(ours, F.scaled_dot_product_attention(q, k, k, **options))
+    assert graphs == [1, 1, 0, 0, 0]  # the second makes the length dynamic
 
 
 @pytest.mark.gpu

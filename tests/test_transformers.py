@@ -125,6 +125,28 @@ def test_a_prompt_in_pieces_needs_no_mask(seen):
     torch.testing.assert_close(second.logits, whole[:, 12:], atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["llama", "mistral", "bert"])
+def test_torch_compile_without_graph_breaks(name):
+    torch._dynamo.reset()
+    model = script.make_model(name, TINY)
+    batch = script.make_batch(model, TINY, "cpu")
+    switch(model)
+    expected = script.logits(model, batch)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled.config = model.config
+    torch.testing.assert_close(script.logits(compiled, batch), expected, atol=2e-4, rtol=0)
+
+
+def test_autocast():
+    model = script.make_model("llama", TINY)
+    batch = script.make_batch(model, TINY, "cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = script.logits(model, batch)
+        switch(model)
+        ours = script.logits(model, batch)
+    assert (ours - eager).abs().max() < 0.1 * eager.abs().max()
+
+
 def test_packed_sequences_do_not_see_each_other():
     model = script.make_model("llama", TINY)
     ids = script.make_batch(model, TINY, "cpu", padded=False)["input_ids"][:1]

@@ -106,11 +106,9 @@ def _enter(function: Callable[..., torch.Tensor]) -> None:
 
 def _leave(function: Callable[..., torch.Tensor]) -> None:
     with _lock:
-        was_current = _active[-1] is function
         # The last of equals: "auto" puts the same function there in every block.
         del _active[len(_active) - 1 - _active[::-1].index(function)]
-        if was_current:
-            _rebind(function, _active[-1] if _active else _replaced)
+        _rebind(function, _active[-1] if _active else _replaced)
         if not _active:
             torch.backends.mha.set_fastpath_enabled(_had_fast_path)
 

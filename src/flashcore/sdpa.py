@@ -175,6 +175,7 @@ def _compute(call: Call, backend: str, causal: bool | str) -> torch.Tensor:
                 backend=backend,
             )  # fmt: skip
             return out if out.shape == view.out_shape else out.reshape(view.out_shape)
+        reason = "only torch combines these shapes and dtypes"  # if they are not simply wrong
     out = call.by_torch()
     if reason:
         _warn(reason)
@@ -199,8 +200,11 @@ def _obstacle(
         return "query, key or value is a nested tensor"
     if any(type(x) not in PLAIN_TYPES for x in (q, k, v)):
         return f"{type(q).__name__} is not a plain tensor"
-    if any(x.layout != torch.strided or x.is_neg() for x in (q, k, v)):
-        return "query, key or value is sparse or a lazily negated view"
+    if any(x.layout != torch.strided for x in (q, k, v)):
+        return "query, key or value is sparse"
+    # Compiled code has no lazily negated views, and no way to ask for them.
+    if not torch.compiler.is_compiling() and any(x.is_neg() for x in (q, k, v)):
+        return "query, key or value is a lazily negated view"
     if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
         return ""
     if call.dropout_p != 0.0:
@@ -217,8 +221,11 @@ def _obstacle(
 def _transformed() -> str | None:
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation"
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack():
-        return "a torch.func transform (vmap, grad, jvp)"
+    if torch.compiler.is_compiling():
+        return None
+    transforms = torch._C._functorch.get_interpreter_stack() or ()
+    if any(t.key() != torch._C._functorch.TransformType.Vmap for t in transforms):
+        return "a torch.func transform other than vmap"
     return None
 
 
@@ -231,6 +238,8 @@ def _unserved_dtype(q: torch.Tensor, backend: str) -> str | None:
         return f"the kernels do not run on {q.device.type} devices of this kind"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"no kernel serves {q.dtype}; float16 and bfloat16 are fused"
+    if torch.compiler.is_compiling():
+        return None  # the operator looks at the GPU when it runs
     arch = _arch(q.device.index)
     if arch < (BFLOAT16_MIN_ARCH if q.dtype == torch.bfloat16 else WMMA_MIN_ARCH):
         return f"no kernel serves {q.dtype} on sm_{arch}"
@@ -239,6 +248,8 @@ def _unserved_dtype(q: torch.Tensor, backend: str) -> str | None:
 
 @functools.cache
 def _arch(device_index: int | None) -> int:
+    if not torch.cuda.is_available():  # a fake tensor on a device that is not here
+        return 0
     major, minor = torch.cuda.get_device_capability(device_index)
     return 10 * major + minor
 

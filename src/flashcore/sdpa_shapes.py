@@ -6,8 +6,11 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
-PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+# Classes that mean nothing of their own: torch traces with the last two.
+PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 class View(NamedTuple):

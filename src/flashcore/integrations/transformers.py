@@ -204,9 +204,6 @@ def attention_forward(
             `attention` does not support.
     """
     _refuse(kwargs)
-    if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value = (x.to(dtype) for x in (query, key, value))
     causal, window = False, None
     mask = attention_mask
     if mask is None or mask.dim() == 2:
