@@ -1,4 +1,5 @@
-"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json.
+"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json,
+and docs/host-overhead.md from h200-host.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
@@ -18,11 +19,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from flashcore.bench.host import markdown as host_markdown
 from flashcore.bench.report import conditions, skipped, time_and_rate, window_lines
 from flashcore.bench.summary import best_peer, by_workload, speedup, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results/h200.json")
+HOST_RESULTS = Path("benchmarks/results/h200-host.json")
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # Columns of the tables, where the file has them; the seed's table names the best of all instead.
@@ -250,6 +253,24 @@ PAGES: dict[str, Callable[[Document, Path], str]] = {
 }
 
 
+def host_section(document: Document, folder: Path) -> str:
+    """What docs/host-overhead.md says."""
+    del folder
+    return "\n\n".join(
+        [
+            f"{_where(document)} ([{HOST_RESULTS.name}](../{HOST_RESULTS.as_posix()})); "
+            f"{document['method']}.",
+            host_markdown(document),
+        ]
+    )
+
+
+SOURCES: dict[Path, dict[str, Callable[[Document, Path], str]]] = {
+    RESULTS: PAGES,
+    HOST_RESULTS: {"docs/host-overhead.md": host_section},
+}
+
+
 def filled(text: str, section: str, page: str) -> str:
     """`text` with `section` between its markers. Raises MarkerError."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
@@ -272,19 +293,19 @@ def update(root: Path, check: bool) -> list[str]:
     Raises:
         MarkerError: a page has lost its markers.
     """
-    source = root / RESULTS
-    if not source.is_file():
-        return []
-    document = json.loads(source.read_text(encoding="utf-8"))
     stale = []
-    for page, section in PAGES.items():
-        path = root / page
-        text = path.read_text(encoding="utf-8")
-        wanted = filled(text, section(document, root), page)
-        if wanted != text:
-            stale.append(page)
-            if not check:
-                path.write_text(wanted, encoding="utf-8")
+    for source, pages in SOURCES.items():
+        if not (root / source).is_file():
+            continue
+        document = json.loads((root / source).read_text(encoding="utf-8"))
+        for page, section in pages.items():
+            path = root / page
+            text = path.read_text(encoding="utf-8")
+            wanted = filled(text, section(document, root), page)
+            if wanted != text:
+                stale.append(page)
+                if not check:
+                    path.write_text(wanted, encoding="utf-8")
     return stale
 
 

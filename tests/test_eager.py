@@ -262,3 +262,16 @@ def test_threads_do_not_see_each_others_arguments(machine):
     for entry in machine.driver.launches:
         assert pointers_of(entry.params)[:3] in allowed
         assert pointers_of(entry.params)[0] == entry.params.q_map.base
+
+
+def test_the_benchmark_of_the_host_measures_and_reports(monkeypatch):
+    from flashcore.bench import host
+
+    monkeypatch.setattr(host, "_CALLS", 2)
+    document = host.run("cpu", rounds=1)
+    text = host.markdown(document)
+    assert {(row["library"], row["recorded"]) for row in document["results"]} == {
+        (library, recorded) for library in ("flashcore", "sdpa") for recorded in (False, True)
+    }
+    assert "flashcore's host time over that of torch's SDPA" in text
+    assert all(entry["layer"] in text and entry["us"] > 0 for entry in document["layers"])

@@ -249,7 +249,7 @@ class KernelCall:
             grid = grid_size(problem, plan)
             self._template = build_params(problem, plan, {})
         verify_element_map(device.index, plan.arch, plan.dtype)
-        self._launch = Launch(
+        self.launch = Launch(
             _compile(plan),
             grid=grid,
             num_threads=plan.num_threads,
@@ -275,10 +275,11 @@ class KernelCall:
             0 if lse is None else lse.data_ptr(),
         )
         argument = _arguments.get(key)
-        self._launch(self._make_argument(key) if argument is None else argument)
+        self.launch(self.make_argument(key) if argument is None else argument)
         return out, lse
 
-    def _make_argument(self, key: tuple[int, ...]) -> Argument:
+    def make_argument(self, key: tuple[int, ...]) -> Argument:
+        """The kernel's argument for a key of `_arguments`, which keeps it."""
         names = ("q", "k", "v", "mask", "out", "lse")
         pointers = {name: address or None for name, address in zip(names, key[1:], strict=True)}
         if isinstance(self._template, params_sm90.AttnSm90Params):

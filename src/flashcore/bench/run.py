@@ -84,7 +84,7 @@ def run(
     return {
         "schema": 1,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": _command_line(),
+        "command": command_line(),
         "device": device,
         "gpu": None if gpu is None else asdict(gpu),
         "cpu": machine.cpu_name(),
@@ -102,7 +102,7 @@ def run(
     }
 
 
-def _command_line() -> str:
+def command_line() -> str:
     """The command as typed, without the folders of absolute paths: they mean nothing elsewhere."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join(["flashcore", *words])

@@ -6,7 +6,18 @@ from typing import Annotated
 
 import typer
 
-from flashcore.cli import bench, build, demo, doctor, explain, isolate, resources, tune, verify
+from flashcore.cli import (
+    bench,
+    bench_host,
+    build,
+    demo,
+    doctor,
+    explain,
+    isolate,
+    resources,
+    tune,
+    verify,
+)
 
 _INTRO = """
 Fused attention kernels for PyTorch, and the tools to check, debug and measure them.
@@ -86,6 +97,7 @@ for _name, _function in (
     ("build", build.build),
     ("explain", explain.explain),
     ("bench", bench.bench),
+    ("bench-host", bench_host.bench_host),
     ("tune", tune.tune),
 ):
     app.command(_name)(_function)

@@ -1,0 +1,231 @@
+"""What an eager call costs the host: flashcore beside torch's SDPA, and flashcore's layers.
+
+Small calls are bound by the host: their kernels are done before the next one is enqueued.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flashcore
+from flashcore import calls, eager, machine, ops
+from flashcore.bench.peers import find_peers
+from flashcore.bench.run import command_line
+from flashcore.bench.timing import first_line
+from flashcore.bench.workloads import Workload, seed_shape
+from flashcore.options import Options
+
+Call = Callable[[], object]
+
+_CALLS = 200  # in a row; their kernels fit the GPU's queue
+# On a CPU computing is part of a call, so there should be next to nothing to compute.
+_SMALLEST = Workload("seed", 1, 1, 1, 8, False, "float32")
+_SDPA = {
+    "sdpa": None,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def run(device: str, rounds: int = 9) -> dict[str, Any]:
+    """Measure the host.
+
+    Args:
+        device: "cuda" or "cpu".
+        rounds: timed rounds, in which everybody takes a turn; the median counts.
+
+    Returns:
+        A document of plain values: date, command, machine, results (host_us and latency_us by
+        library, without and with autograd recording) and layers (us by name).
+    """
+    workload = seed_shape()[0] if device == "cuda" else _SMALLEST
+    q, k, v = workload.tensors(device)[:3]
+    results = []
+    for recorded in (False, True):
+        tensors = [x.detach().requires_grad_(recorded) for x in (q, k, v)]
+        entries, failed = _libraries(device, *tensors)
+        timings = _times(entries, device, rounds)
+        for name, (host, latency) in timings.items():
+            results.append(
+                {"library": name, "recorded": recorded, "host_us": host, "latency_us": latency}
+            )
+        results += [
+            {"library": name, "recorded": recorded, "skipped": reason}
+            for name, reason in failed.items()
+        ]
+    gpu = machine.gpu() if device == "cuda" else None
+    return {
+        "schema": 1,
+        "kind": "host",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "device": device,
+        "gpu": None if gpu is None else asdict(gpu),
+        "cpu": machine.cpu_name(),
+        "versions": machine.versions(),
+        "method": (
+            f"{workload.name} {workload.dtype}; host: {_CALLS} calls in a row, not waited for; "
+            f"latency: one call, then wait; in turns, median of {rounds} rounds"
+        ),
+        "results": results,
+        "layers": _layers(device, q, k, v, rounds),
+    }
+
+
+def _libraries(
+    device: str, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[dict[str, tuple[Call, Callable[[], AbstractContextManager[Any]]]], dict[str, str]]:
+    """(call, context around many calls) by name; and why others do not run."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    found: dict[str, tuple[Call, Callable[[], AbstractContextManager[Any]]]] = {
+        "flashcore": (lambda: flashcore.attention(q, k, v), contextlib.nullcontext)
+    }
+    for name, backend in _SDPA.items():
+        if backend is None:
+            found[name] = (lambda: sdpa(q, k, v), contextlib.nullcontext)
+        elif device == "cuda":
+            found[name] = (
+                lambda: sdpa(q, k, v),
+                lambda backend=backend: sdpa_kernel(backend),  # type: ignore[misc]
+            )
+    if device == "cuda":
+        workload = seed_shape()[0]
+        for peer in find_peers()[0]:
+            if not peer.compiles_slowly:
+                found[peer.name] = (peer.prepare(workload, q, k, v, None), contextlib.nullcontext)
+    failed = {}
+    for name, (call, context) in list(found.items()):
+        try:
+            with context():
+                call()
+            _wait(device)
+        except Exception as error:  # whatever a peer raises is a reason to leave it out
+            failed[name] = first_line(error)
+            del found[name]
+    return found, failed
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _times(
+    entries: Mapping[str, tuple[Call, Callable[[], AbstractContextManager[Any]]]],
+    device: str,
+    rounds: int,
+) -> dict[str, tuple[float, float]]:
+    """(host, latency) in microseconds by name."""
+    host: dict[str, list[float]] = {name: [] for name in entries}
+    latency: dict[str, list[float]] = {name: [] for name in entries}
+    for _ in range(rounds + 1):  # the first warms up
+        for name, (call, context) in entries.items():
+            with context():
+                host[name].append(_host_us(call, device))
+                latency[name].append(_latency_us(call, device))
+    return {
+        name: (statistics.median(host[name][1:]), statistics.median(latency[name][1:]))
+        for name in entries
+    }
+
+
+def _host_us(call: Call, device: str, count: int = _CALLS) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    elapsed = time.perf_counter() - start
+    _wait(device)
+    return elapsed / count * 1e6
+
+
+def _latency_us(call: Call, device: str, count: int = 50) -> float:
+    samples = []
+    for _ in range(count):
+        _wait(device)
+        start = time.perf_counter()
+        call()
+        _wait(device)
+        samples.append(time.perf_counter() - start)
+    return statistics.median(samples) * 1e6
+
+
+def _layers(device: str, q: Tensor, k: Tensor, v: Tensor, rounds: int) -> list[dict[str, Any]]:
+    """Parts of a flashcore call, and what it would cost through the dispatcher."""
+    options = (None, False, None, None, None, False, "auto")
+    call, _ = calls.find_call(q, k, v, *options)
+    leaf = q.detach().requires_grad_()
+    arguments = (None, *Options.checked(False, None, None, None))
+    layers: dict[str, Call] = {
+        "does anybody need the dispatcher": lambda: eager.needs_dispatcher(q, k, v, None),
+        "key and look-up": lambda: calls.find_call(q, k, v, *options),
+        "allocation of out": lambda: torch.empty_like(q),
+        "allocation of lse, if wanted": lambda: q.new_empty(q.shape[:3], dtype=torch.float32),
+        **_launch_layers(call, q, k, v),
+        "allocations, argument and launch": lambda: call(q, k, v, None),
+        "attention": lambda: flashcore.attention(q, k, v),
+        "attention, recorded": lambda: flashcore.attention(leaf, k, v),
+        "the operator, without autograd": lambda: ops.forward(q, k, v, *arguments, False, "auto"),
+        "the operator, recorded": lambda: ops.forward(leaf, k, v, *arguments, True, "auto"),
+    }
+    samples: dict[str, list[float]] = {name: [] for name in layers}
+    for _ in range(rounds + 1):
+        for name, layer in layers.items():
+            samples[name].append(_host_us(layer, device))
+    return [
+        {"layer": name, "us": statistics.median(values[1:])} for name, values in samples.items()
+    ]
+
+
+def _launch_layers(call: object, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
+    """Those of a kernel; none where PyTorch computes."""
+    if q.device.type != "cuda":
+        return {}
+    from flashcore import launch
+
+    assert isinstance(call, launch.KernelCall)
+    out = torch.empty_like(q)
+    key = (-1, q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, out.data_ptr(), 0)
+    argument = call.make_argument(key)
+    return {
+        "new addresses: argument and descriptors": lambda: call.make_argument(key),
+        "launch": lambda: call.launch(argument),
+    }
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The tables."""
+    rows = document["results"]
+    timed = [row for row in rows if "host_us" in row]
+    lines = ["| us | host | latency | host, recorded | latency, recorded |"]
+    lines.append("| --- | --- | --- | --- | --- |")
+    for library in dict.fromkeys(row["library"] for row in timed):
+        cells = [library]
+        for recorded in (False, True):
+            found = [r for r in timed if (r["library"], r["recorded"]) == (library, recorded)]
+            cells += [f"{found[0][x]:.1f}" if found else "-" for x in ("host_us", "latency_us")]
+        lines.append(f"| {' | '.join(cells)} |")
+    layers = ["| layer of a flashcore call | us |", "| --- | --- |"]
+    layers += [f"| {entry['layer']} | {entry['us']:.2f} |" for entry in document["layers"]]
+    return "\n".join([*lines, "", _ratios(timed), "", *layers])
+
+
+def _ratios(rows: Sequence[Mapping[str, Any]]) -> str:
+    host = {(row["library"], row["recorded"]): row["host_us"] for row in rows}
+    parts = [
+        f"{host['flashcore', recorded] / host['sdpa', recorded]:.2f} {words}"
+        for recorded, words in ((False, "without autograd"), (True, "with autograd recording"))
+        if ("flashcore", recorded) in host and ("sdpa", recorded) in host
+    ]
+    return f"flashcore's host time over that of torch's SDPA: {', '.join(parts)}."
