@@ -62,6 +62,10 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     39: ("race", "tile", 5),
     40: ("race", "tile", 0),
     41: ("race", "floats", 3),
+    42: ("race", "counter", 0),
+    43: ("race", "counter", 0),
+    44: ("race", "out", 0),
+    45: ("out-of-bounds", "counter", 1),
 }
 
 
@@ -70,6 +74,7 @@ class FaultsParams(ctypes.Structure):
         ("in_", ctypes.c_void_p),
         ("half", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("counter", ctypes.c_void_p),
         ("fault", ctypes.c_int32),
     )
 
@@ -93,6 +98,7 @@ def launch(fault: int, seed: int, source: str, half: torch.Tensor | None = None)
         SimTensor("in", torch.zeros(4, 20)[:, :16], "in_"),
         SimTensor("half", half, "half"),
         SimTensor("out", torch.zeros(2, 64), "out", writable=True, complete=fault == 24),
+        SimTensor("counter", torch.zeros(1, dtype=torch.int32), "counter", counter=True),
     ]
     simulate_source(
         source,

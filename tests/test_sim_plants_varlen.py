@@ -10,9 +10,11 @@ import torch
 
 from flashcore.codegen import KERNELS_DIR
 from flashcore.packed import as_batch, packed_problem
-from flashcore.plan import candidates
+from flashcore.plan import Plan, candidates, traits
+from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan
+from flashcore.problem import Problem
 from flashcore.sim import Plant, SimulationError, simulate
-from flashcore.sim.plants_varlen import PLANTS_VARLEN
+from flashcore.sim.plants_varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.replay import parse_replay
 from flashcore.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
 
@@ -24,7 +26,28 @@ CASE = VarlenCase(
 PAST_THE_END = {"no-clamp"}
 
 
-def run_plant(plant: Plant | None, seed: int, past_the_end: bool = False) -> SimulationError | str:
+ALL_PLANTS = PLANTS_VARLEN | PLANTS_VARLEN_SM90
+
+
+def plan_of(problem: Problem, sm90: bool) -> Plan:
+    """Small tiles: many of them."""
+    if not sm90:
+        return min(candidates(problem, 80), key=lambda p: (p.block_m, p.block_n))
+    return Sm90Plan(
+        kernel=KERNEL,
+        arch=ARCH,
+        block_m=128,
+        block_n=32,
+        num_stages=2,
+        min_blocks=1,
+        ping_pong=True,
+        **traits(problem),
+    )
+
+
+def run_plant(
+    plant: Plant | None, seed: int, sm90: bool, past_the_end: bool = False
+) -> SimulationError | str:
     """The alarm, or "wrong-result", or "healthy"."""
     x = make_varlen_inputs(CASE)
     problem = packed_problem(*x.arguments(), **CASE.options())
@@ -33,43 +56,47 @@ def run_plant(plant: Plant | None, seed: int, past_the_end: bool = False) -> Sim
         lengths = {name: t.clone() for name, t in lengths.items()}
         for cu_seqlens in lengths.values():
             cu_seqlens[-1] += 1000
+    counter = lengths["tile_counter"] = torch.zeros(1, dtype=torch.int32)
     out = torch.empty(problem.total_q, 2, 64, dtype=torch.float16)
     lse = torch.empty(2, problem.total_q)
-    plan = min(candidates(problem, 80), key=lambda p: (p.block_m, p.block_n))
+    plan = plan_of(problem, sm90)
     q, k, v = (as_batch(t) for t in (x.q, x.k, x.v))
     try:
         simulate(problem, plan, q, k, v, None, out, lse, None, lengths, seed=seed, plant=plant)
     except SimulationError as error:
         return error
     report = varlen_error_report(out, lse, CASE, x)
-    return "healthy" if report is None or report.ok else "wrong-result"
+    right = counter.item() == 0 and (report is None or report.ok)
+    return "healthy" if right else "wrong-result"
 
 
-@pytest.mark.parametrize("name", PLANTS_VARLEN)
+@pytest.mark.parametrize("name", ALL_PLANTS)
 def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
-    plant = PLANTS_VARLEN[name]
+    plant = ALL_PLANTS[name]
     for seed in SEEDS:
-        found = run_plant(plant, seed, name in PAST_THE_END)
+        found = run_plant(plant, seed, name in PLANTS_VARLEN_SM90, name in PAST_THE_END)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 
 
-def test_without_a_plant_the_same_runs_are_healthy() -> None:
-    assert {run_plant(None, seed) for seed in SEEDS} == {"healthy"}
-    assert run_plant(None, 0, past_the_end=True) == "healthy"
+@pytest.mark.parametrize("sm90", [False, True])
+def test_without_a_plant_the_same_runs_are_healthy(sm90: bool) -> None:
+    assert {run_plant(None, seed, sm90) for seed in SEEDS} == {"healthy"}
+    assert run_plant(None, 0, sm90, past_the_end=True) == "healthy"
 
 
-def test_the_replay_command_repeats_the_run() -> None:
-    found = run_plant(PLANTS_VARLEN["neighbours-query"], seed=3)
+@pytest.mark.parametrize("name", ["neighbours-query", "box-of-a-neighbour"])
+def test_the_replay_command_repeats_the_run(name: str) -> None:
+    found = run_plant(ALL_PLANTS[name], 3, name in PLANTS_VARLEN_SM90)
     assert isinstance(found, SimulationError)
     with pytest.raises(SimulationError) as again:
         parse_replay(shlex.split(found.replay)[3:]).run()
     assert str(again.value) == str(found)
 
 
-@pytest.mark.parametrize("name", PLANTS_VARLEN)
+@pytest.mark.parametrize("name", ALL_PLANTS)
 def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
-    plant = PLANTS_VARLEN[name]
+    plant = ALL_PLANTS[name]
     assert plant.name == name
     assert plant.find.count("\n") == plant.replace.count("\n")
     assert (KERNELS_DIR / plant.file).read_text(encoding="utf-8").count(plant.find) == 1
@@ -77,4 +104,4 @@ def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
 
 def test_the_documentation_lists_every_plant() -> None:
     text = (Path(__file__).parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
-    assert [name for name in PLANTS_VARLEN if f"`{name}`" not in text] == []
+    assert [name for name in ALL_PLANTS if f"`{name}`" not in text] == []

@@ -11,7 +11,7 @@ import torch
 
 import flashcore
 import flashcore.packed
-from backends import every_backend, kernel_backends
+from backends import GPU, SIM, WMMA
 from flashcore.packed import as_batch
 from flashcore.problem import Problem
 from flashcore.sim import SimulationError
@@ -22,6 +22,11 @@ from flashcore.varlen_cases import (
     make_varlen_inputs,
     varlen_error_report,
 )
+
+# The portable kernel, the Hopper kernel, and what serves by default.
+SIM90 = pytest.param("sim90", id="sim90")
+every_backend = pytest.mark.parametrize("backend", ["torch", SIM, SIM90, WMMA, GPU])
+kernel_backends = pytest.mark.parametrize("backend", [SIM, SIM90, WMMA, GPU])
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -35,11 +40,20 @@ def device_of(backend: str) -> str:
     return "cuda" if backend in ("wmma", "auto") else "cpu"
 
 
+def attend(backend: str, x: VarlenInputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """attention_varlen with lse; "sim90" simulates the Hopper kernel."""
+    with pytest.MonkeyPatch.context() as patch:
+        if backend == "sim90":
+            backend = "sim"
+            patch.setenv("FLASHCORE_SIM_ARCH", "90")
+        return flashcore.attention_varlen(
+            *x.arguments(), return_lse=True, backend=backend, **options
+        )
+
+
 def check_case(backend: str, case: VarlenCase) -> tuple[torch.Tensor, torch.Tensor]:
     x = make_varlen_inputs(case, device_of(backend))
-    out, lse = flashcore.attention_varlen(
-        *x.arguments(), return_lse=True, backend=backend, **case.options()
-    )
+    out, lse = attend(backend, x, **case.options())
     assert out.shape == (x.q.shape[0], case.num_heads_q, case.head_dim_v)
     assert lse.shape == (case.num_heads_q, x.q.shape[0])
     report = varlen_error_report(out, lse, case, x)
@@ -63,9 +77,7 @@ def test_what_lies_in_a_neighbour_does_not_leak(backend: str) -> None:
     x = make_varlen_inputs(case, device_of(backend))
     for tensor, value in ((x.q, torch.inf), (x.k, torch.nan), (x.v, torch.inf)):
         tensor[37:42] = value
-    out, lse = flashcore.attention_varlen(
-        *x.arguments(), causal=True, return_lse=True, backend=backend
-    )
+    out, lse = attend(backend, x, causal=True)
     for rows in (slice(0, 37), slice(42, None)):
         assert torch.equal(out[rows], before[rows])
         assert torch.equal(lse[:, rows], lse_before[:, rows])
@@ -94,11 +106,10 @@ def test_queries_without_keys_and_keys_without_queries(backend: str) -> None:
 def test_the_longest_lengths_are_a_hint(backend: str) -> None:
     case = VarlenCase(lengths_q=(90, 7), lengths_k=(90, 7), causal="lower_right")
     x = make_varlen_inputs(case, device_of(backend))
-    right = flashcore.attention_varlen(*x.arguments(), causal=True, backend=backend)
+    right, _ = attend(backend, x, causal=True)
     for longest in (0, 1, 10**6):
         wrong = dataclasses.replace(x, max_seqlen_q=longest, max_seqlen_k=longest)
-        out = flashcore.attention_varlen(*wrong.arguments(), causal=True, backend=backend)
-        assert torch.equal(out, right)
+        torch.testing.assert_close(attend(backend, wrong, causal=True)[0], right)
 
 
 MALFORMED = {
@@ -117,9 +128,8 @@ def test_malformed_lengths_touch_nothing_outside(backend: str, name: str) -> Non
     cu_seqlens = torch.tensor(MALFORMED[name], dtype=torch.int32, device=x.q.device)
     with contextlib.suppress(RowsOfTwoSequences):
         try:
-            flashcore.attention_varlen(
-                x.q, x.k, x.v, cu_seqlens, cu_seqlens, 60, 60, causal=True, backend=backend
-            )
+            malformed = dataclasses.replace(x, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens)
+            attend(backend, malformed, causal=True)
         except SimulationError as error:
             if error.kind in ("double-write", "unwritten-output"):
                 raise RowsOfTwoSequences from error

@@ -76,16 +76,19 @@ def _plans(problem: Problem, arch: int) -> list[Plan]:
     problem that fills the GPU, and leaves to the portable one what TMA cannot read."""
     plans = [select_plan(problem, arch, kernel=KERNEL)]
     if arch == SM90_ARCH:
-        rows = 8192
+        batch, rows = 512, 8192
+        total = batch * rows if problem.varlen == "packed" else 0
         strides = (rows * problem.head_dim, rows * problem.head_dim, problem.head_dim)
         large = dataclasses.replace(
             problem,
-            batch=512,
+            batch=batch,
             seqlen_q=rows,
             seqlen_k=rows,
             q_strides=strides,
             k_strides=strides,
             v_strides=strides,
+            total_q=total,
+            total_k=total,
         )
         plans += [select_plan(asked, arch) for asked in (problem, large)]
     return plans

@@ -194,9 +194,9 @@ def run_kernel(
         out: [batch, num_heads_q, seqlen_q, head_dim_v], contiguous; written.
         lse: [batch, num_heads_q, seqlen_q], float32, contiguous; written unless None.
         gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
-        lengths: int32, by name cu_seqlens_q and cu_seqlens_k, or seqlens_k, where sequences differ
-            in length. Packed tensors come as [1, num_heads, total, dim] views, out as [total,
-            num_heads_q, head_dim_v], lse as [num_heads_q, total].
+        lengths: int32, by name cu_seqlens_q, cu_seqlens_k (and tile_counter for the Hopper kernel)
+            or seqlens_k, where sequences differ in length. Packed tensors come as [1, num_heads,
+            total, dim] views, out as [total, num_heads_q, head_dim_v], lse as [num_heads_q, total].
 
     Raises:
         CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, launch_raw.

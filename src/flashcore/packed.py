@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from flashcore import env
+from flashcore.counters import work_counter
 from flashcore.dispatch import KERNELS, without_autocast
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
@@ -188,16 +189,21 @@ def run_packed(
                 lse[:, queries] = own_lse[0]
         return out, lse
 
+    arch = env.sim_arch() if backend == "sim" else problem.arch
+    plan = _plan(problem, arch, KERNELS.get(backend))
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    tensors = (as_batch(q), as_batch(k), as_batch(v), None, out, lse, None, lengths)
+    inputs = (as_batch(q), as_batch(k), as_batch(v), None)
     if backend == "sim":
         from flashcore.sim import simulate
 
-        simulate(problem, _plan(problem, env.sim_arch(), None), *tensors, seed=env.sim_seed())
+        lengths["tile_counter"] = torch.zeros(1, dtype=torch.int32)
+        simulate(problem, plan, *inputs, out, lse, None, lengths, seed=env.sim_seed())
     else:
         from flashcore.launch import run_kernel
 
-        run_kernel(problem, _plan(problem, problem.arch, KERNELS[backend]), *tensors)
+        if backend == "sm90":
+            lengths["tile_counter"] = work_counter(q.device)
+        run_kernel(problem, plan, *inputs, out, lse, None, lengths)
     return out, lse
 
 

@@ -54,7 +54,20 @@ class AttnParams(ctypes.Structure):
         ]
         + [(name, ctypes.c_float) for name in ("softmax_scale", "softmax_scale_log2", "softcap")]
         + [(name, ctypes.c_void_p) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqlens_k")]
-        + [(name, ctypes.c_int32) for name in ("batch", "total_q", "total_k", "lower_right")]
+        + [
+            (name, ctypes.c_int32)
+            for name in (
+                "batch",
+                "total_q",
+                "total_k",
+                "lower_right",
+                "max_tiles",
+                "num_length_classes",
+                "k_rows_per_batch",
+                "v_rows_per_batch",
+            )
+        ]
+        + [("tile_counter", ctypes.c_void_p)]
     )
 
 
@@ -138,4 +151,8 @@ def build_params(
     params.batch = problem.batch
     params.total_q, params.total_k = problem.total_q, problem.total_k
     params.lower_right = problem.causal != "upper_left"
+    if problem.varlen == "packed":
+        params.max_tiles = grid_size(problem, plan)
+        # Class c holds sequences of more than 2^(c - 1) and at most 2^c key tiles.
+        params.num_length_classes = (-(-problem.total_k // plan.block_n) - 1).bit_length() + 1
     return params

@@ -6,9 +6,10 @@ import ctypes
 import functools
 from typing import Any, Literal
 
+from flashcore import params
 from flashcore.driver import import_driver
 from flashcore.errors import FlashCoreError
-from flashcore.params import AttnGateParams, AttnParams, build_params, place
+from flashcore.params import AttnGateParams, AttnParams
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
 
@@ -107,7 +108,9 @@ def _encoding(without_base: bytes, dtype_name: str) -> tuple[Any, tuple[Any, ...
 
 def num_units(problem: Problem, plan: Sm90Plan) -> int:
     """Units of work that persistent blocks stride over (tile/schedule_sm90.cuh): row tiles, or
-    pairs of them."""
+    pairs of them; of packed sequences as many tiles as there can be."""
+    if problem.varlen == "packed":
+        return params.grid_size(problem, plan)
     num_m_blocks = -(-problem.seqlen_q // plan.block_m)
     return -(-num_m_blocks // plan.tiles_per_unit) * problem.num_heads_q * problem.batch
 
@@ -137,21 +140,22 @@ def build_params_sm90(
     Raises:
         NotImplementedError: the problem is too large for one launch.
     """
-    params = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
-    params.attn = build_params(problem, plan, pointers)
-    params.num_heads_and_batches = problem.num_heads_q * problem.batch
-    rows, kv_heads = problem.num_heads_q * problem.seqlen_q, problem.num_heads_kv
-    out_strides = (rows * problem.head_dim_v, problem.seqlen_q * problem.head_dim_v)
+    packed = problem.varlen == "packed"
+    argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
+    argument.attn = params.build_params(problem, plan, pointers)
+    argument.num_heads_and_batches = problem.num_heads_q * problem.batch
+    heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v
+    rows_q, rows_k = (
+        (problem.total_q, problem.total_k) if packed else (problem.seqlen_q, problem.seqlen_k)
+    )
+    out_strides = (0, dim_v, heads * dim_v)
+    if not packed:
+        out_strides = (heads * rows_q * dim_v, rows_q * dim_v, dim_v)
     tensors: dict[str, tuple[Any, ...]] = {
-        "q": (problem.q_strides, problem.head_dim, problem.seqlen_q, problem.num_heads_q),
-        "k": (problem.k_strides, problem.head_dim, problem.seqlen_k, kv_heads),
-        "v": (problem.v_strides, problem.head_dim_v, problem.seqlen_k, kv_heads),
-        "o": (
-            (*out_strides, problem.head_dim_v),
-            problem.head_dim_v,
-            problem.seqlen_q,
-            problem.num_heads_q,
-        ),
+        "q": (problem.q_strides, problem.head_dim, rows_q, heads),
+        "k": (problem.k_strides, problem.head_dim, rows_k, kv_heads),
+        "v": (problem.v_strides, dim_v, rows_k, kv_heads),
+        "o": (out_strides, dim_v, rows_q, heads),
     }
     box_rows = {"q": plan.block_m, "k": plan.block_n, "v": plan.block_n, "o": 64}
     for name, (strides, cols, num_rows, heads) in tensors.items():
@@ -173,26 +177,50 @@ def build_params_sm90(
             element_bytes=_ELEMENT_BYTES,
             swizzle_bytes=plan.chunk * _ELEMENT_BYTES,
         )
-        setattr(params, f"{name}_map", tensor_map)
-    return params if target == "host" else _encoded(params, problem.dtype)
+        if packed:
+            make_ragged(tensor_map, 0)
+        elif problem.varlen == "keys" and name in ("k", "v"):
+            rows_per_batch = batch_bytes // row_bytes if problem.batch > 1 else 0
+            setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
+            make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
+        setattr(argument, f"{name}_map", tensor_map)
+    return argument if target == "host" else _encoded(argument, problem.dtype)
 
 
 def place_sm90(
     template: AttnSm90Params | AttnSm90GateParams, pointers: dict[str, int | None], dtype_name: str
 ) -> AttnSm90Params | AttnSm90GateParams:
-    """What build_params_sm90 makes for the GPU, from what it made for the simulator, with other
-    addresses by field name."""
-    params = type(template).from_buffer_copy(template)
-    params.attn = place(template.attn, pointers)
+    """What build_params_sm90 makes for the GPU, from what it made for the simulator without
+    addresses, with these by field name."""
+    argument = type(template).from_buffer_copy(template)
+    argument.attn = params.place(template.attn, pointers)
     for name in _MAPS:
-        getattr(params, f"{name}_map").base = pointers["out" if name == "o" else name]
-    return _encoded(params, dtype_name)
+        tensor_map = getattr(argument, f"{name}_map")
+        address = pointers["out" if name == "o" else name] or 0
+        tensor_map.base = (tensor_map.base + address) % 2**64
+    return _encoded(argument, dtype_name)
 
 
 def _encoded(
-    params: AttnSm90Params | AttnSm90GateParams, dtype_name: str
+    argument: AttnSm90Params | AttnSm90GateParams, dtype_name: str
 ) -> AttnSm90Params | AttnSm90GateParams:
     for name in _MAPS:
-        tensor_map = getattr(params, f"{name}_map")
-        setattr(params, f"{name}_map", encode_tensor_map(tensor_map, dtype_name))
-    return params
+        tensor_map = getattr(argument, f"{name}_map")
+        setattr(argument, f"{name}_map", encode_tensor_map(tensor_map, dtype_name))
+    return argument
+
+
+def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:
+    """Boxes that end where a sequence ends, though its end is known to the device alone.
+
+    Rows and batches get the same stride, and the map starts `rows` rows before its tensor. Row i of
+    a sequence of `length` rows that starts at row `begin` (at most `last_begin` + `rows`) then has
+    two coordinates: rows - length + i, which from i = length on is outside of the map, where TMA
+    reads zeros and writes nothing; and begin + length, which takes the first one's offset back:
+
+        base - rows * stride + (rows - length + i) * stride + (begin + length) * stride
+    """
+    m = tensor_map
+    m.base = (m.base - m.rows * m.row_stride_bytes) % 2**64
+    m.batch_stride_bytes = m.row_stride_bytes
+    m.batches = last_begin + m.rows + 1

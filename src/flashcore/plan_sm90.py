@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ NUM_SMS = 132
 GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
 
 _BARRIER_BYTES = 8
+_FEED_BYTES = 64  # tile/schedule_varlen.cuh
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +68,8 @@ class Sm90Plan(Plan):
         v_cols = -(-self.head_dim_v // self.chunk) * self.chunk
         elements = self.block_m * (qk_cols + (v_cols if self.separate_o else 0))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
-        return 2 * elements + _BARRIER_BYTES * (2 + 4 * self.num_stages)
+        feed_bytes = _FEED_BYTES if self.varlen == "packed" else 0
+        return 2 * elements + _BARRIER_BYTES * (2 + 4 * self.num_stages) + feed_bytes
 
     @property
     def row_warps(self) -> range:
@@ -103,23 +106,36 @@ class Sm90Plan(Plan):
 
 def obstacle(problem: Problem) -> str | None:
     """Why the Hopper kernel cannot serve a problem, or None. TMA reads 16-byte aligned rows."""
-    if problem.varlen != "none":
-        return "it serves sequences of one length"
     if problem.load_bytes < 16:
         return (
             "TMA needs 16-byte aligned rows, and some address or stride of q, k or v is a multiple "
             f"of {problem.load_bytes} bytes only"
         )
+    batch, rows_q, rows_k = problem.batch, problem.seqlen_q, problem.seqlen_k
+    if problem.varlen == "packed":
+        batch, rows_q, rows_k = 1, problem.total_q, problem.total_k
     for name, strides, sizes in (
-        ("q", problem.q_strides, (problem.batch, problem.num_heads_q, problem.seqlen_q)),
-        ("k", problem.k_strides, (problem.batch, problem.num_heads_kv, problem.seqlen_k)),
-        ("v", problem.v_strides, (problem.batch, problem.num_heads_kv, problem.seqlen_k)),
+        ("q", problem.q_strides, (batch, problem.num_heads_q, rows_q)),
+        ("k", problem.k_strides, (batch, problem.num_heads_kv, rows_k)),
+        ("v", problem.v_strides, (batch, problem.num_heads_kv, rows_k)),
     ):
         if any(stride == 0 and size > 1 for stride, size in zip(strides, sizes, strict=True)):
             return f"TMA reads no expanded tensor, and {name} has a stride of 0"
         if max(strides) >= 2**39:
             return f"TMA reads no stride of 2^40 bytes, as {name} has"
+        if problem.varlen == "keys" and name != "q" and strides[2] and strides[0] % strides[2]:
+            return f"with seqlens_k it needs batches that are whole rows apart, unlike {name}'s"
+    if problem.varlen == "packed" and rows_q * problem.num_heads_q + batch >= 2**30:
+        return "it counts the row tiles of all packed sequences in 32 bits"
     return None
+
+
+def _of_mean_lengths(problem: Problem) -> Problem:
+    """Packed sequences as a batch of equal ones, for the choice of tiles."""
+    if problem.varlen != "packed":
+        return problem
+    batch = max(1, problem.batch)
+    return dataclasses.replace(problem, batch=batch, seqlen_q=-(-problem.total_q // batch))
 
 
 def _tiles(problem: Problem) -> Iterator[tuple[int, int, bool, bool]]:
@@ -156,12 +172,17 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     if gate is not None and gate not in GATES:
         raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
     plans: list[Plan] = []
+    problem = _of_mean_lengths(problem)
     heads = problem.batch * problem.num_heads_q
     for block_m, block_n, ping_pong, lazy_rescale in _tiles(problem):
         min_blocks = 2 if block_m == 64 else 1  # for the register count; fewer may fit
         # Pairs of row tiles even out the work of causal rows, where they still fill the GPU.
         pairs = heads * -(-problem.seqlen_q // (2 * block_m))
-        in_pairs = problem.window_right >= 0 and pairs >= NUM_SMS * min_blocks
+        in_pairs = (
+            problem.varlen != "packed"
+            and problem.window_right >= 0
+            and pairs >= NUM_SMS * min_blocks
+        )
         for separate_o in (True, False):
             plan = Sm90Plan(
                 kernel=KERNEL,

@@ -38,7 +38,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
 
     The parameter struct holds `maps`, then pointers to `tensors`, then `scalars`; a tensor that a
     map names has no pointer if its own name starts with "_". Those in `outputs` are written by the
-    kernel. `arch_suffix` "a" is for kernels of Hopper alone.
+    kernel, those in `counters` changed by atomics. `arch_suffix` "a" is for kernels of Hopper.
     """
 
     def run(
@@ -47,6 +47,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
         outputs: tuple[str, ...],
         *,
         num_threads: int,
+        counters: tuple[str, ...] = (),
         grid: int = 1,
         smem_bytes: int = 8192,
         scalars: dict[str, int] | None = None,
@@ -66,9 +67,11 @@ def run(request: pytest.FixtureRequest) -> Runner:
             for map_name, spec in maps.items():
                 fields[spec.tensor].append(f"{map_name}.base")
             items = [
-                SimTensor(n, t, tuple(fields[n]), writable=n in outputs) for n, t in tensors.items()
+                SimTensor(n, t, tuple(fields[n]), writable=n in outputs, counter=n in counters)
+                for n, t in tensors.items()
             ]
-            encoded = {n: make_map(spec, tensors[spec.tensor]) for n, spec in maps.items()}
+            # The simulator adds the tensor's simulated address.
+            encoded = {n: make_map(spec, tensors[spec.tensor], base=0) for n, spec in maps.items()}
             simulate_source(
                 source,
                 struct(**encoded, **scalars),
@@ -78,7 +81,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
                 smem_bytes=smem_bytes,
                 seed=seed,
             )
-            return {n: tensors[n] for n in outputs}
+            return {n: tensors[n] for n in outputs + counters}
         from flashcore.jit import compile_source
         from flashcore.launch import launch_raw
 
@@ -99,6 +102,6 @@ def run(request: pytest.FixtureRequest) -> Runner:
             device=device,
         )
         torch.cuda.synchronize()
-        return {n: on_gpu[n].cpu() for n in outputs}
+        return {n: on_gpu[n].cpu() for n in outputs + counters}
 
     return run

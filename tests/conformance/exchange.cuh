@@ -6,6 +6,7 @@
 struct ExchangeParams {
   GmemPtr<const float> values;  // [blocks, 64]
   GmemPtr<float> shuffled;      // [blocks, 32 masks, 64]
+  GmemPtr<int32_t> integers;    // [blocks, 32 masks, 64]: of numbers that no float holds
   GmemPtr<int32_t> votes;       // [blocks, 33, 64]: predicate lane == n; n == 32: nobody
   GmemPtr<int32_t> identity;    // [blocks, 64, 4]: block, thread, warp, lane
 };
@@ -15,6 +16,8 @@ FC_KERNEL(exchange, 64, 1)(const ExchangeParams p) {
   const float x = gmem_load(p.values + me);
   for (int mask = 0; mask < 32; ++mask) {
     gmem_store(p.shuffled + ((block_idx() * 32 + mask) * 64 + thread_idx()), shfl_xor(x, mask));
+    gmem_store(p.integers + ((block_idx() * 32 + mask) * 64 + thread_idx()),
+               shfl_xor((1 << 30) + me, mask));
   }
   for (int n = 0; n <= 32; ++n) {
     // Only warp 1 votes for: a vote stays within its warp.

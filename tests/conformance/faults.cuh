@@ -8,6 +8,7 @@ struct FaultsParams {
   GmemPtr<const float> in;       // [4, 16], rows 20 elements apart
   GmemPtr<const uint16_t> half;  // [64]
   GmemPtr<float> out;            // [2, 64]
+  GmemPtr<int32_t> counter;      // [1]
   int32_t fault;
 };
 
@@ -227,6 +228,20 @@ FC_KERNEL(faults, 64, 1)(const FaultsParams p) {
       break;
     case 38:
       shfl_xor(1.0f, 32);  // ALARM 38
+      break;
+
+    // --- counters ---
+    case 42:
+      gmem_store(p.counter, 1);  // ALARM 42
+      break;
+    case 43:
+      gmem_load(GmemPtr<const int32_t>{p.counter.address});  // ALARM 43
+      break;
+    case 44:
+      gmem_atomic_add(GmemPtr<int32_t>{p.out.address}, 1);  // ALARM 44
+      break;
+    case 45:
+      gmem_atomic_add(p.counter + 1, 1);  // ALARM 45
       break;
   }
 }

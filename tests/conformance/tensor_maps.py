@@ -7,24 +7,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashcore.params_sm90 import TensorMap, encode_tensor_map
+from flashcore.params_sm90 import TensorMap, encode_tensor_map, make_ragged
 
 
 @dataclass(frozen=True)
 class Map:
-    """A tensor map of a tensor [batch, heads, rows, cols] and the box that it moves."""
+    """A tensor map of a tensor [batch, heads, rows, cols] and the box that it moves. `ragged`: of a
+    tensor [1, heads, rows, cols], as params_sm90.py makes it for packed sequences."""
 
     tensor: str
     box_rows: int
     box_cols: int
+    ragged: bool = False
 
 
-def make_map(spec: Map, tensor: Tensor) -> TensorMap:
+def make_map(spec: Map, tensor: Tensor, base: int | None = None) -> TensorMap:
     batches, heads, rows, cols = tensor.shape
     batch, head, row, _ = (stride * tensor.element_size() for stride in tensor.stride())
     row_bytes = spec.box_cols * tensor.element_size()
     box = (spec.box_cols, spec.box_rows, tensor.element_size(), row_bytes)
-    return TensorMap(tensor.data_ptr(), row, head, batch, cols, rows, heads, batches, *box)
+    base = tensor.data_ptr() if base is None else base
+    made = TensorMap(base, row, head, batch, cols, rows, heads, batches, *box)
+    if spec.ragged:
+        make_ragged(made, 0)
+    return made
 
 
 def encode_map(spec: Map, tensor: Tensor) -> TensorMap:

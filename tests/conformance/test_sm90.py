@@ -105,6 +105,42 @@ def test_boxes_are_swizzled_padded_and_clipped(run: Runner, row_bytes: int) -> N
         assert torch.equal(result["_out"], x)
 
 
+def test_ragged_boxes_end_with_their_sequence(run: Runner) -> None:
+    """Rows of a neighbour are neither read nor written, whatever the length."""
+    cols, heads, total = 32, 2, 40
+    x = torch.arange(1, 1 + heads * total * cols).reshape(1, total, heads, cols).transpose(1, 2)
+    x = x.to(torch.int16)
+    sequences = [(0, 7), (7, 0), (7, 1), (8, 21), (29, 11)]  # first row, length
+    wanted, boxes = [], []
+    for (begin, length), head in itertools.product(sequences, range(heads)):
+        for row in range(0, max(length, 1), 16):
+            boxes.append((0, total - length + row, head, begin + length, 1))
+            own = x[:, :, begin : begin + length]
+            wanted.append(padded_box(own, 0, row, head, 0, shape=(16, cols)))
+    tensors = {
+        "_in": x,
+        "_out": torch.empty_like(x),
+        "boxes": torch.tensor(boxes, dtype=torch.int32),
+        "raw": torch.empty(len(boxes), 16, cols, dtype=torch.int16),
+    }
+    for seed in SEEDS:
+        result = run(
+            "tma_boxes",
+            tensors,
+            ("_out", "raw"),
+            num_threads=64,
+            smem_bytes=64 * cols + 16,
+            scalars={"num_boxes": len(boxes)},
+            constants={"ROW_BYTES": 64},
+            maps={"in": Map("_in", 16, cols, ragged=True), "out": Map("_out", 16, cols, True)},
+            arch_suffix="a",
+            seed=seed,
+        )
+        for box, raw, plain in zip(boxes, result["raw"], wanted, strict=True):
+            assert torch.equal(raw, swizzled(plain, 64)), box
+        assert torch.equal(result["_out"], x)
+
+
 def test_phases_of_mbarriers_hand_values_over(run: Runner) -> None:
     lane = torch.arange(32, dtype=torch.int32)
     for seed in SEEDS:

@@ -46,15 +46,17 @@ def test_shuffles_votes_and_identity(run: Runner) -> None:
     tensors = {
         "values": values,
         "shuffled": torch.empty(blocks, 32, 64),
+        "integers": torch.empty(blocks, 32, 64, dtype=torch.int32),
         "votes": torch.empty(blocks, 33, 64, dtype=torch.int32),
         "identity": torch.empty(blocks, 64, 4, dtype=torch.int32),
     }
-    result = run(
-        "exchange", tensors, ("shuffled", "votes", "identity"), grid=blocks, num_threads=64
-    )
+    outputs = ("shuffled", "integers", "votes", "identity")
+    result = run("exchange", tensors, outputs, grid=blocks, num_threads=64)
     thread = torch.arange(64)
+    numbers = 2**30 + torch.arange(blocks * 64, dtype=torch.int32).view(blocks, 64)
     for mask in range(32):
         assert torch.equal(result["shuffled"][:, mask], values[:, thread ^ mask])
+        assert torch.equal(result["integers"][:, mask], numbers[:, thread ^ mask])
     expected = torch.zeros(33, 64, dtype=torch.int32)
     expected[:32, 32:] = 1
     assert torch.equal(result["votes"], expected.expand(blocks, 33, 64))
@@ -104,6 +106,15 @@ def test_barriers_order_memory(run: Runner) -> None:
         assert torch.equal(result["mirrored"], rotated.flip(0))
 
 
-def test_ordered_atomics_add(run: Runner) -> None:
-    result = run("atomics", {"sums": torch.empty(64)}, ("sums",), num_threads=64)
+def test_atomics_add(run: Runner) -> None:
+    tensors = {
+        "sums": torch.empty(64),
+        "counter": torch.tensor([100, 2**30], dtype=torch.int32),
+        "drawn": torch.empty(3, 64, dtype=torch.int32),
+    }
+    outputs = ("sums", "drawn")
+    result = run("atomics", tensors, outputs, counters=("counter",), grid=3, num_threads=64)
     assert torch.equal(result["sums"], 1000.5 + 3.0 * torch.arange(64))
+    numbers = 100 + 3 * torch.arange(3 * 64, dtype=torch.int32)
+    assert torch.equal(result["drawn"].flatten().sort().values, numbers)
+    assert result["counter"].tolist() == [100 + 3 * 3 * 64, 2**30 - int(numbers.sum())]

@@ -14,10 +14,12 @@
 #include "prims_sm90.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
 #include "tile/schedule_sm90.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "tile/pipeline_sm90.cuh"
+#include "tile/schedule_varlen.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
@@ -52,7 +54,8 @@ constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
 constexpr int O_OFFSET = SEPARATE_O ? V_OFFSET + NUM_STAGES * V_ELEMENTS * 2 : 0;
 constexpr int BARRIERS_OFFSET =
     V_OFFSET + NUM_STAGES * V_ELEMENTS * 2 + (SEPARATE_O ? O_ELEMENTS * 2 : 0);
-static_assert(SMEM_BYTES == BARRIERS_OFFSET + NUM_BARRIERS * 8,
+constexpr int FEED_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
+static_assert(SMEM_BYTES == FEED_OFFSET + FEED_BYTES,
               "the plan and the kernel disagree on shared memory");
 static_assert(SEPARATE_O || O_ELEMENTS <= Q_ELEMENTS, "O does not fit into Q's buffer");
 
@@ -63,6 +66,7 @@ enum NamedBarrier {
 
 struct Buffers {
   SmemPtr<Element> q, k, v, o;
+  Feed feed;  // of row tiles, where they are dealt out
 };
 
 // The producer: one thread fills Q and the stages of K and V for one row tile after the other.
@@ -70,6 +74,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   const AttnParams& p = params.attn;
   PipelineState k_state, v_state;
   int q_parity = 0;
+  BoxOrigin q_box, k_box, v_box;  // of the sequence
 
   const auto load_k = [&](const BlockCoord& block, int n_block) {
     const auto full = bar.k_full + k_state.stage();
@@ -77,7 +82,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     mbar_arrive_expect_tx(full, K_ELEMENTS * 2);
     for (int c = 0; c < QK_CHUNKS; ++c) {
       tma_load(smem.k + (k_state.stage() * K_ELEMENTS + c * BLOCK_N * CHUNK), params.k_map, full,
-               c * CHUNK, n_block * BLOCK_N, block.head_idx_kv, block.batch_idx);
+               c * CHUNK, k_box.row + n_block * BLOCK_N, block.head_idx_kv, k_box.batch);
     }
     ++k_state.count;
   };
@@ -90,23 +95,28 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     mbar_arrive_expect_tx(full, V_ELEMENTS * 2);
     for (int c = 0; c < V_CHUNKS; ++c) {
       tma_load(smem.v + (v_state.stage() * V_ELEMENTS + c * BLOCK_N * CHUNK), params.v_map, full,
-               c * CHUNK, n_block * BLOCK_N, block.head_idx_kv, block.batch_idx);
+               c * CHUNK, v_box.row + n_block * BLOCK_N, block.head_idx_kv, v_box.batch);
     }
     ++v_state.count;
   };
 
-  for (TileWalk tile; !tile.done(p, params.num_heads_and_batches); tile.advance(p)) {
+  for (auto tile = row_tiles<false>(p, smem.feed); !tile.done(p, params.num_heads_and_batches);
+       tile.advance(p)) {
     const BlockCoord block = tile.coord(p);
+    const auto& own = sequence_params(p, block);
+    q_box = query_box(p, block);
+    k_box = key_box(p, block, p.k_rows_per_batch);
+    v_box = key_box(p, block, p.v_rows_per_batch);
 //@if gate tile
-    const KeyRange keys = gate_last_tile(key_range(p, block.m_begin));
+    const KeyRange keys = gate_last_tile(key_range(own, block.m_begin));
 //@else
-    const KeyRange keys = key_range(p, block.m_begin);
+    const KeyRange keys = key_range(own, block.m_begin);
 //@end
     mbar_wait(bar.q_empty, q_parity ^ 1);
     mbar_arrive_expect_tx(bar.q_full, Q_ELEMENTS * 2);
     for (int c = 0; c < QK_CHUNKS; ++c) {
-      tma_load(smem.q + c * BLOCK_M * CHUNK, params.q_map, bar.q_full, c * CHUNK, block.m_begin,
-               block.head_idx, block.batch_idx);
+      tma_load(smem.q + c * BLOCK_M * CHUNK, params.q_map, bar.q_full, c * CHUNK,
+               q_box.row + block.m_begin, block.head_idx, q_box.batch);
     }
     q_parity ^= 1;
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it.
@@ -229,11 +239,10 @@ FC_DEVICE void last_output(Consumer& c, const Barriers& bar, const Buffers& smem
 // rows and columns past the tensor's end; writes their lse.
 FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Barriers& bar,
                             const Buffers& smem, const BlockCoord& block) {
-  const AttnParams& p = params.attn;
-  const int64_t first_out_row =
-      (int64_t(block.batch_idx) * p.num_heads_q + block.head_idx) * p.seqlen_q + c.warp_row;
+  const auto& p = sequence_params(params.attn, block);
   float inverse_sum[2];
-  finish_softmax(c.softmax, p, first_out_row, p.seqlen_q - c.warp_row, c.scale_log2, inverse_sum);
+  finish_softmax(c.softmax, p, lse_offset(p, block, c.warp_row), p.seqlen_q - c.warp_row,
+                 c.scale_log2, inverse_sum);
 
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
   const auto o_smem = smem.o + c.index * 64 * CHUNK;
@@ -255,9 +264,10 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
   fence_proxy_async();
   named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above before the stores
   if (leads) {
+    const BoxOrigin box = query_box(params.attn, block);
     for (int chunk = 0; chunk < V_CHUNKS; ++chunk) {
       tma_store(params.o_map, o_smem + chunk * BLOCK_M * CHUNK, chunk * CHUNK,
-                block.m_begin + c.index * 64, block.head_idx, block.batch_idx);
+                box.row + block.m_begin + c.index * 64, block.head_idx, box.batch);
     }
     tma_store_commit();
     if (!SEPARATE_O) {
@@ -277,15 +287,17 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
   // The first turn is consumer 0's: the last consumer hands it over.
   if (PING_PONG && c.index == NUM_CONSUMERS - 1) named_barrier_arrive(TURN_BARRIER, 256);
 
-  for (TileWalk tile; !tile.done(p, params.num_heads_and_batches); tile.advance(p)) {
+  for (auto tile = row_tiles<true>(p, smem.feed); !tile.done(p, params.num_heads_and_batches);
+       tile.advance(p)) {
     const BlockCoord block = tile.coord(p);
+    const auto& own = sequence_params(p, block);
 //@if gate tile
-    const KeyRange keys = gate_last_tile(key_range(p, block.m_begin));
+    const KeyRange keys = gate_last_tile(key_range(own, block.m_begin));
 //@else
-    const KeyRange keys = key_range(p, block.m_begin);
+    const KeyRange keys = key_range(own, block.m_begin);
 //@end
     const int group_row = block.m_begin + c.index * 64;
-    const UnmaskedRange unmasked = unmasked_range(p, group_row);
+    const UnmaskedRange unmasked = unmasked_range(own, group_row);
     c.warp_row = group_row + warp_idx() % 4 * 16;
     c.mask_gmem =
         p.mask + (block.batch_idx * p.mask_batch_stride + block.head_idx * p.mask_head_stride);
@@ -303,16 +315,16 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     q_parity ^= 1;
     int n_block = keys.n_block_end - 1;
     if (n_block >= keys.n_block_begin) {
-      key_tile<true, true>(c, p, bar, smem, n_block);
+      key_tile<true, true>(c, own, bar, smem, n_block);
       for (--n_block; n_block >= max_i(unmasked.end, keys.n_block_begin); --n_block) {
-        key_tile<false, true>(c, p, bar, smem, n_block);
+        key_tile<false, true>(c, own, bar, smem, n_block);
       }
       for (; n_block >= max_i(unmasked.begin, keys.n_block_begin); --n_block) {
-        key_tile<false, false>(c, p, bar, smem, n_block);
+        key_tile<false, false>(c, own, bar, smem, n_block);
       }
       if (HAS_WINDOW_LEFT) {
         for (; n_block >= keys.n_block_begin; --n_block) {
-          key_tile<false, true>(c, p, bar, smem, n_block);
+          key_tile<false, true>(c, own, bar, smem, n_block);
         }
       }
     }
@@ -334,9 +346,11 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
       smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
       smem_view<Element>(V_OFFSET, NUM_STAGES * V_ELEMENTS, "v_smem"),
       smem_view<Element>(O_OFFSET, O_ELEMENTS, "o_smem"),
+      PACKED ? feed_at(FEED_OFFSET) : Feed(),
   };
   const Barriers bar = barriers(BARRIERS_OFFSET);
   if (thread_idx() == 0) {
+    if (PACKED) init_feed(smem.feed, NUM_CONSUMERS * 4 + 1);
     init_barriers(bar, NUM_CONSUMERS * 4, SEPARATE_O ? NUM_CONSUMERS * 4 : NUM_CONSUMERS);
   }
   block_sync();  // orders the initialisation before every use
@@ -344,6 +358,7 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
+    if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     consume(params, bar, smem);

@@ -8,8 +8,8 @@
 //                 FC_DEVICE (inline function), FC_KERNEL(name, threads, min_blocks) (entry point)
 //                 to_float(x), from_float<T>(x), pack2<T>(lo, hi): two T in one 32-bit register
 // thread.cuh      thread_idx() block_idx() lane_idx() warp_idx()
-//                 shfl_xor(x, lane_mask), warp_any(predicate): all 32 lanes must arrive; they order
-//                 no memory
+//                 shfl_xor(x, lane_mask) of float or int, warp_any(predicate): all 32 lanes must
+//                 arrive; they order no memory
 // math.cuh        exp2_approx log2_approx rcp_approx fma_rn max_f min_i max_i, NEG_INF
 //                 opaque(x): x, hidden from the optimiser
 // memory.cuh      SmemPtr<T>, GmemPtr<T>: bounded pointers; p + n moves by n elements
@@ -33,6 +33,7 @@
 //                 All 32 lanes must arrive with the same arguments. Loads read for all lanes: what
 //                 another lane wrote must have been ordered by warp_sync() or block_sync() before.
 // atomics.cuh     smem_atomic_add(p, x): float32, relaxed
+//                 gmem_atomic_add(p, x): int32, relaxed; returns what was there before
 #pragma once
 
 #include "@target/types.cuh"

@@ -6,8 +6,9 @@ from __future__ import annotations
 from flashcore.sim.plants import Plant
 
 _SEQUENCE = "tile/sequence.cuh"
+_SCHEDULE = "tile/schedule_varlen.cuh"
 
-_ALL = (
+_PORTABLE = (
     Plant(
         name="neighbours-query",
         title="a row of the next sequence is computed and stored, too",
@@ -61,4 +62,69 @@ _ALL = (
     ),
 )
 
-PLANTS_VARLEN: dict[str, Plant] = {plant.name: plant for plant in _ALL}
+PLANTS_VARLEN: dict[str, Plant] = {plant.name: plant for plant in _PORTABLE}
+
+_SM90 = (
+    Plant(
+        name="box-of-a-neighbour",
+        title="boxes of Q and O end one row late, so that a row of the next sequence is stored",
+        file=_SEQUENCE,
+        find="return {p.total_q - rows.count, rows.begin + rows.count};",
+        replace="return {p.total_q - rows.count - 1, rows.begin + rows.count + 1};",
+        caught_by="double-write",
+        or_by=("out-of-bounds",),
+    ),
+    Plant(
+        name="values-off-by-one",
+        title="boxes of keys and values start one row late",
+        file=_SEQUENCE,
+        find="return {p.total_k - rows.count, rows.begin + rows.count};",
+        replace="return {p.total_k - rows.count, rows.begin + rows.count + 1};",
+        caught_by="wrong-result",
+        or_by=("out-of-bounds",),
+    ),
+    Plant(
+        name="scan",
+        title="the prefix sum is over the tiles of one head",
+        file=_SCHEDULE,
+        find="tiles = warp_scan(num_tiles * p.num_heads_q);",
+        replace="tiles = warp_scan(num_tiles);",
+        caught_by="unwritten-output",
+        or_by=("mbarrier", "race", "double-write"),
+    ),
+    Plant(
+        name="class-left-out",
+        title="sequences whose length is a power of two of tiles are in no class",
+        file=_SCHEDULE,
+        find="const bool longest = key_tiles > 1 << length_class;",
+        replace="const bool longest = key_tiles >= 1 << length_class;",
+        caught_by="unwritten-output",
+    ),
+    Plant(
+        name="counter-left",
+        title="the counter is not put back for the next launch",
+        file=_SCHEDULE,
+        find="gmem_atomic_add(p.tile_counter, -walk.before);",
+        replace="",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="feed-not-waited-for",
+        title="the scheduler writes into a slot that has not been read",
+        file=_SCHEDULE,
+        find="    mbar_wait(feed.empty + slot, (count / FEED_SLOTS % 2) ^ 1);",
+        replace="",
+        caught_by="race",
+        or_by=("mbarrier",),
+    ),
+    Plant(
+        name="feed-given-back-early",
+        title="a warp gives a slot back before all of its lanes have read it",
+        file=_SCHEDULE,
+        find="if (IS_WARP) warp_sync();",
+        replace="if (false) warp_sync();",
+        caught_by="race",
+    ),
+)
+
+PLANTS_VARLEN_SM90: dict[str, Plant] = {plant.name: plant for plant in _SM90}

@@ -27,7 +27,7 @@ from flashcore.plan import KERNEL, Plan, select_plan
 from flashcore.problem import MaskSpec, Problem
 from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_sm90 import PLANTS_SM90
-from flashcore.sim.plants_varlen import PLANTS_VARLEN
+from flashcore.sim.plants_varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import ADDRESS_ALIGNMENT, simulate
 
@@ -239,7 +239,7 @@ def parse_replay(words: Sequence[str]) -> Replay:
     }
     plan = dataclasses.replace(plan, **changes)
     seed, plant_name = int(take("seed", "0")), take("plant", "")
-    plants = PLANTS | PLANTS_SM90 | PLANTS_VARLEN
+    plants = PLANTS | PLANTS_SM90 | PLANTS_VARLEN | PLANTS_VARLEN_SM90
     if plant_name and plant_name not in plants:
         raise ValueError(f"plant={plant_name!r} is not one of {', '.join(plants)}")
     path = take("inputs", "")
@@ -257,6 +257,7 @@ def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor
         lengths = {
             "cu_seqlens_q": steps * (problem.total_q // problem.batch),
             "cu_seqlens_k": steps * (problem.total_k // problem.batch),
+            "tile_counter": torch.zeros(1, dtype=torch.int32),
         }
     elif problem.varlen == "keys":
         lengths = {"seqlens_k": torch.full_like(steps[1:], problem.seqlen_k)}

@@ -57,6 +57,7 @@ class SimTensor:
             a dot leads into a member's own members.
         writable: whether the kernel writes it: it starts unwritten, and is copied back.
         complete: whether the kernel must write every element.
+        counter: whether all threads change it by atomics; it is copied back.
     """
 
     name: str
@@ -64,6 +65,7 @@ class SimTensor:
     pointer_field: str | tuple[str, ...]
     writable: bool = False
     complete: bool = True
+    counter: bool = False
 
 
 class _Placed:
@@ -95,7 +97,7 @@ class _Placed:
             data=self.data.data_ptr(),
             bytes=span * size,
             element_bytes=size,
-            writable=int(item.writable),
+            writable=2 if item.counter else int(item.writable),
             valid=self.valid.data_ptr(),
             writer=self.writer.data_ptr() if item.writable else None,
             writer_site=self.writer_site.data_ptr() if item.writable else None,
@@ -187,7 +189,9 @@ def simulate_source(
         fields = tensor.item.pointer_field
         for field in (fields,) if isinstance(fields, str) else fields:
             *path, name = field.split(".")
-            setattr(functools.reduce(getattr, path, own_params), name, tensor.address)
+            owner = functools.reduce(getattr, path, own_params)
+            # A tensor map may start at a distance from its tensor (params_sm90.py).
+            setattr(owner, name, ((getattr(owner, name) or 0) + tensor.address) % 2**64)
     library.fc_sim_params_bytes.restype = ctypes.c_ulonglong
     if library.fc_sim_params_bytes() != ctypes.sizeof(own_params):
         raise ValueError(
@@ -212,6 +216,8 @@ def simulate_source(
     for tensor in placed:
         if tensor.item.writable:
             _finish_output(tensor, seed)
+        if tensor.item.counter:
+            tensor.copy_back()
     return SimReport(
         seed=seed,
         blocks=grid,
@@ -300,12 +306,10 @@ def simulate(
         BackendUnavailableError: there is no C++ compiler.
     """
     params, pointer_fields, grid = _arguments(problem, plan)
-    tensors = [
-        SimTensor(name, t, pointer_fields(name)) for name, t in (("q", q), ("k", k), ("v", v))
-    ]
-    if mask is not None:
-        tensors.append(SimTensor("mask", mask, pointer_fields("mask")))
-    tensors += [SimTensor(name, t, pointer_fields(name)) for name, t in (lengths or {}).items()]
+    named = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
+    tensors = [SimTensor(name, t, pointer_fields(name)) for name, t in named.items()]
+    for name, t in (lengths or {}).items():
+        tensors.append(SimTensor(name, t, pointer_fields(name), counter=name == "tile_counter"))
     tensors.append(SimTensor("out", out, pointer_fields("out"), writable=True))
     if lse is not None:
         tensors.append(SimTensor("lse", lse, pointer_fields("lse"), writable=True))
@@ -329,6 +333,6 @@ def simulate(
     except SimulationError as error:
         from flashcore.sim.replay import replay_command
 
-        inputs = {item.name: item.tensor for item in tensors if not item.writable}
+        inputs = {item.name: item.tensor for item in tensors if not (item.writable or item.counter)}
         error.replay = replay_command(problem, plan, inputs, seed=seed, plant=plant)
         raise

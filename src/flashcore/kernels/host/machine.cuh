@@ -76,6 +76,8 @@ void check_alignment(SmemRef ref, int alignment, const char* what, Site site);
 // holes), alignment, and that an output element is written once.
 const void* gmem_read(uint64_t address, int bytes, Site site);
 void* gmem_write(uint64_t address, int bytes, Site site);
+// A counter is a tensor apart: atomics only, from any thread.
+void* gmem_atomic(uint64_t address, int bytes, Site site);
 
 // cp.async: checked and poisoned at issue, performed later, readable by this thread after the wait.
 void async_issue(SmemRef dst, uint64_t src_address, int bytes, bool valid, Site site);

@@ -1,6 +1,8 @@
 // host/thread.cuh - who am I, and exchange between the lanes of a warp.
 #pragma once
 
+#include <type_traits>
+
 #include "host/types.cuh"
 
 FC_DEVICE int thread_idx() { return fc_host::current_thread; }
@@ -10,10 +12,12 @@ FC_DEVICE int lane_idx() { return fc_host::current_thread % 32; }
 FC_DEVICE int warp_idx() { return fc_host::current_thread / 32; }
 
 // Value of lane `lane_idx() ^ lane_mask`. All 32 lanes must arrive. Orders no memory.
-FC_DEVICE float shfl_xor(float x, int lane_mask, FC_SITE) {
+template <class T>  // float or int
+FC_DEVICE T shfl_xor(T x, int lane_mask, FC_SITE) {
+  static_assert(std::is_same_v<T, float> || std::is_same_v<T, int>, "as on the device");
   struct Exchange {
-    float in;
-    float out;
+    T in;
+    T out;
   } exchange = {x, x};
   if (lane_mask < 0 || lane_mask > 31) {
     fc_host::misuse(FC_HERE, "shfl_xor: lane_mask %d is outside 0..31", lane_mask);

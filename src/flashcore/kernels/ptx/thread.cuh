@@ -12,5 +12,9 @@ FC_DEVICE float shfl_xor(float x, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, x, lane_mask);
 }
 
+FC_DEVICE int shfl_xor(int x, int lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, x, lane_mask);
+}
+
 // True on all lanes when any lane's predicate is. All 32 lanes must arrive. Orders no memory.
 FC_DEVICE bool warp_any(bool predicate) { return __any_sync(0xffffffffu, predicate) != 0; }

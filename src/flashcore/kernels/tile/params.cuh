@@ -30,6 +30,11 @@ struct AttnParams {
   GmemPtr<const int32_t> seqlens_k;                   // [batch]
   int32_t batch, total_q, total_k;
   int32_t lower_right;  // 1: a sequence's last query sees its last key; 0: diagonal at (0, 0)
+
+  // Of the Hopper kernel, see tile/schedule_varlen.cuh and params_sm90.py.
+  int32_t max_tiles, num_length_classes;
+  int32_t k_rows_per_batch, v_rows_per_batch;  // from one batch to the next
+  GmemPtr<int32_t> tile_counter;               // 0 between launches
 //@if gate
 
   GmemPtr<float> gate_scores;   // [batch, num_heads_q, seqlen_q, seqlen_k]

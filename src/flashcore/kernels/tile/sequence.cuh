@@ -62,6 +62,28 @@ FC_DEVICE decltype(auto) sequence_params(const AttnParams& p, const BlockCoord& 
   }
 }
 
+// Where TMA finds row 0 of a block's sequence: coordinates in the maps of params_sm90.py, in which
+// a box ends where the sequence ends.
+struct BoxOrigin {
+  int row, batch;
+};
+
+FC_DEVICE BoxOrigin query_box(const AttnParams& p, const BlockCoord& block) {
+  if (!PACKED) return {0, block.batch_idx};
+  const RowRange rows = query_rows(p, block.batch_idx);
+  return {p.total_q - rows.count, rows.begin + rows.count};
+}
+
+FC_DEVICE BoxOrigin key_box(const AttnParams& p, const BlockCoord& block, int rows_per_batch) {
+  if (VARLEN == 0) return {0, block.batch_idx};
+  if (PACKED) {
+    const RowRange rows = key_rows(p, block.batch_idx);
+    return {p.total_k - rows.count, rows.begin + rows.count};
+  }
+  const int count = clamp_i(gmem_load(p.seqlens_k + block.batch_idx), 0, p.seqlen_k);
+  return {p.seqlen_k - count, block.batch_idx * rows_per_batch + count};
+}
+
 // Where a query row of a block's head lies in the sequence's lse; and in its out, in elements.
 FC_DEVICE int64_t lse_offset(const AttnParams& p, const BlockCoord& block, int row) {
   if (PACKED) return int64_t(block.head_idx) * p.total_q + row;

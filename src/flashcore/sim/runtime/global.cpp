@@ -5,6 +5,7 @@
 namespace fc_host {
 
 constexpr int ADDRESS_BITS = 44;
+constexpr int COUNTER = 2;  // FcTensor::writable
 
 // Index of the tensor whose range holds an address, or -1.
 static int tensor_of(uint64_t address) {
@@ -45,10 +46,19 @@ static const FcTensor& locate(uint64_t address, int bytes, int alignment, const 
   return tensor;
 }
 
+// Counters are what all threads change, by atomics; nothing else may be, and they no other way.
+static void check_kind(const FcTensor& tensor, bool is_atomic, Site site) {
+  if ((tensor.writable == COUNTER) == is_atomic) return;
+  raise_alarm({"race", site, tensor.name, 0, int(&tensor - machine.launch.tensors)},
+              is_atomic ? "adds atomically to a tensor that is no counter"
+                        : "touches a counter, which every thread may change, without an atomic");
+}
+
 static const uint8_t* source(uint64_t address, int bytes, int alignment, Site site) {
   ++machine.report->gmem_accesses;
   int64_t offset = 0;
   const FcTensor& tensor = locate(address, bytes, alignment, "reads", site, offset);
+  check_kind(tensor, false, site);
   if (tensor.writable) {
     const auto index = int(&tensor - machine.launch.tensors);
     const int64_t last = (offset + bytes - 1) / tensor.element_bytes;
@@ -86,6 +96,7 @@ static uint8_t* claim(uint64_t address, int bytes, int alignment, Site site) {
   ++machine.report->gmem_accesses;
   int64_t offset = 0;
   const FcTensor& tensor = locate(address, bytes, alignment, "writes", site, offset);
+  check_kind(tensor, false, site);
   const auto index = int(&tensor - machine.launch.tensors);
   const int64_t first = offset / tensor.element_bytes;
   if (!tensor.writable) {
@@ -109,6 +120,14 @@ static uint8_t* claim(uint64_t address, int bytes, int alignment, Site site) {
 
 void* gmem_write(uint64_t address, int bytes, Site site) {
   return claim(address, bytes, bytes, site);
+}
+
+void* gmem_atomic(uint64_t address, int bytes, Site site) {
+  ++machine.report->gmem_accesses;
+  int64_t offset = 0;
+  const FcTensor& tensor = locate(address, bytes, bytes, "adds to", site, offset);
+  check_kind(tensor, true, site);
+  return tensor.data + offset;
 }
 
 uint8_t* global_claim_row(uint64_t address, int bytes, Site site) {

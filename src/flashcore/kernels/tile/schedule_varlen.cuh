@@ -1,0 +1,162 @@
+// tile/schedule_varlen.cuh - row tiles of packed sequences, dealt out to persistent blocks as they
+// ask for them.
+//
+// Only the device knows the lengths, and tiles of different sequences differ in cost. So a warp of
+// each block, the scheduler, draws numbers from a counter in global memory and finds the number's
+// tile: sequences in classes of falling length (powers of two of key tiles), in a sequence head by
+// head, whose tiles run side by side and share K and V in L2; under a right bound (causal) the
+// longest first. With short tiles last, blocks end nearly together. Coordinates reach the other
+// warps through a ring of two slots in shared memory.
+#pragma once
+
+constexpr int FEED_SLOTS = 2;
+constexpr int FEED_BYTES = PACKED ? FEED_SLOTS * (16 + 2 * 8) : 0;
+
+struct Feed {
+  SmemPtr<int32_t> coords;  // [FEED_SLOTS, 4]: sequence, head, first row or -1 at the end, unused
+  SmemPtr<uint64_t> full, empty;  // one a slot
+};
+
+FC_DEVICE Feed feed_at(int byte_offset) {
+  const auto bars =
+      smem_view<uint64_t>(byte_offset + FEED_SLOTS * 16, FEED_SLOTS * 2, "feed_barriers");
+  return {smem_view<int32_t>(byte_offset, FEED_SLOTS * 4, "feed"), bars, bars + FEED_SLOTS};
+}
+
+// By one thread, before the fence of init_barriers. `num_readers` threads arrive at `empty`.
+FC_DEVICE void init_feed(const Feed& feed, int num_readers) {
+  for (int slot = 0; slot < FEED_SLOTS; ++slot) {
+    mbar_init(feed.full + slot, 1);
+    mbar_init(feed.empty + slot, num_readers);
+  }
+}
+
+// The sum over the lanes below, and over all lanes.
+struct WarpScan {
+  int below, total;
+};
+
+FC_DEVICE WarpScan warp_scan(int x) {
+  WarpScan scan = {0, x};
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) {
+    const int other = shfl_xor(scan.total, bit);
+    if (lane_idx() & bit) scan.below += other;
+    scan.total += other;
+  }
+  return scan;
+}
+
+// Walks over all tiles in the order above, 32 sequences at a time, a lane each. Forward only.
+// max_tiles is what lengths that do not overlap can have at most; others are cut off there.
+struct SequenceWalk {
+  int length_class;
+  int first_sequence = 0;  // of the 32
+  int before = 0;          // tiles before those of the 32 sequences
+  int num_tiles = 0;       // of this lane's sequence, of one head
+  WarpScan tiles = {0, 0};
+
+  FC_DEVICE explicit SequenceWalk(const AttnParams& p) : length_class(p.num_length_classes - 1) {
+    look(p);
+  }
+
+  FC_DEVICE void look(const AttnParams& p) {
+    const int sequence = first_sequence + lane_idx();
+    num_tiles = 0;
+    if (sequence <= p.batch) {
+      const int key_tiles = (key_rows(p, sequence).count + BLOCK_N - 1) / BLOCK_N;
+      const bool longest = key_tiles > 1 << length_class;  // than the class holds
+      const bool shorter = length_class > 0 && key_tiles <= 1 << (length_class - 1);
+      if (!longest && !shorter) {
+        num_tiles = (query_rows(p, sequence).count + BLOCK_M - 1) / BLOCK_M;
+      }
+    }
+    tiles = warp_scan(num_tiles * p.num_heads_q);
+  }
+
+  // Goes on until tile `number` is among those of the 32 sequences. False past the last tile;
+  // then `before` is their number.
+  FC_DEVICE bool seek(const AttnParams& p, int number) {
+    while (number >= before + tiles.total || number >= p.max_tiles) {
+      before = min_i(before + tiles.total, p.max_tiles);
+      first_sequence += 32;
+      if (first_sequence > p.batch) {
+        first_sequence = 0;
+        if (--length_class < 0) return false;
+      }
+      look(p);
+    }
+    return true;
+  }
+};
+
+// The scheduler: the whole warp.
+FC_DEVICE void schedule_tiles(const AttnParams& p, const Feed& feed) {
+  SequenceWalk walk(p);
+  int number = block_idx();
+  int drawn = -1;
+  for (int count = 0;; ++count) {
+    const bool found = walk.seek(p, number);
+    const int slot = count % FEED_SLOTS;
+    mbar_wait(feed.empty + slot, (count / FEED_SLOTS % 2) ^ 1);
+    const int mine = number - walk.before - walk.tiles.below;  // of this lane's sequence
+    if (found ? mine >= 0 && mine < walk.num_tiles * p.num_heads_q : lane_idx() == 0) {
+      Packet<16> coord = {};
+      coord.word[2] = uint32_t(-1);
+      if (found) {
+        const int tile = mine % walk.num_tiles;
+        coord.word[0] = uint32_t(walk.first_sequence + lane_idx());
+        coord.word[1] = uint32_t(mine / walk.num_tiles);
+        coord.word[2] =
+            uint32_t((HAS_WINDOW_RIGHT ? walk.num_tiles - 1 - tile : tile) * BLOCK_M);
+      }
+      smem_store_packet(feed.coords + slot * 4, coord);
+      mbar_arrive(feed.full + slot);
+    }
+    if (!found) break;
+    drawn = warp_scan(lane_idx() == 0 ? gmem_atomic_add(p.tile_counter, 1) : 0).total;
+    number = num_blocks() + drawn;
+  }
+  // Every tile but a block's first was drawn, and every block that had one drew one too many: as
+  // many draws as tiles. The last one leaves the counter at 0 for the next launch.
+  if (lane_idx() == 0 && drawn >= 0 && drawn == walk.before - 1) {
+    gmem_atomic_add(p.tile_counter, -walk.before);
+  }
+}
+
+// A reader's view of the feed, in the form of TileWalk. IS_WARP: read by whole warps, which count
+// as one reader each; else by single threads.
+template <bool IS_WARP>
+struct TileFeed {
+  Feed feed;
+  BlockCoord block;
+  int count = 0;
+
+  FC_DEVICE TileFeed(const AttnParams& p, const Feed& from) : feed(from) { advance(p); }
+
+  FC_DEVICE bool done(const AttnParams&, int) const { return block.m_begin < 0; }
+  FC_DEVICE BlockCoord coord(const AttnParams&) const { return block; }
+
+  FC_DEVICE void advance(const AttnParams& p) {
+    const int slot = count % FEED_SLOTS;
+    mbar_wait(feed.full + slot, count / FEED_SLOTS % 2);
+    const auto coord = smem_load_packet<16>(feed.coords + slot * 4);
+    block.batch_idx = int(coord.word[0]);
+    block.head_idx = int(coord.word[1]);
+    block.head_idx_kv = block.head_idx / (p.num_heads_q / p.num_heads_kv);
+    block.m_begin = int(coord.word[2]);
+    if (IS_WARP) warp_sync();  // orders every lane's read before the arrival
+    if (!IS_WARP || lane_idx() == 0) mbar_arrive(feed.empty + slot);
+    ++count;
+  }
+};
+
+// The row tiles of a block, one after the other.
+template <bool IS_WARP, bool FROM_FEED = PACKED>
+FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
+  if constexpr (FROM_FEED) {
+    return TileFeed<IS_WARP>(p, feed);
+  } else {
+    return TileWalk();
+  }
+}
