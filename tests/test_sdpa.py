@@ -287,6 +287,19 @@ def test_subclasses_and_transforms_are_left_to_torch():
     assert flashcore.scaled_dot_product_attention(loud, Q, Q) == "mine"
     with flashcore.enable(backend="sim"):
         assert F.scaled_dot_product_attention(Q, loud, Q) == "mine"
+
+    class Counting(torch.Tensor):
+        calls = 0
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            cls.calls += func is F.scaled_dot_product_attention
+            return super().__torch_function__(func, types, args, kwargs)  # back into the function
+
+    with flashcore.enable(backend="sim"):
+        out = F.scaled_dot_product_attention(Q.as_subclass(Counting), Q, Q)
+    assert Counting.calls == 1
+    assert torch.equal(out.as_subclass(torch.Tensor), F.scaled_dot_product_attention(Q, Q, Q))
     weight = torch.nn.Parameter(Q)
     assert on("torch")(weight, Q, Q).requires_grad
 

@@ -22,6 +22,7 @@ from torch.nn.attention.bias import CausalBias, CausalVariant
 from flashcore.api import attention
 from flashcore.dispatch import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.errors import FallbackWarning
+from flashcore.sdpa_nested import attention_nested, nested_obstacle, packed
 from flashcore.sdpa_shapes import PLAIN_TYPES, as_4d
 from flashcore.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, factor_fits
 
@@ -62,6 +63,8 @@ class Call(NamedTuple):
 
     def by_its_classes(self) -> torch.Tensor:
         """What a tensor subclass makes of it, through its __torch_function__."""
+        if not torch.overrides.has_torch_function(self.tensors):  # a class calls from within
+            return torch_sdpa(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
         # Classes compare what they are given with this name, which enable() may have rebound.
         public: Any = torch.nn.functional.scaled_dot_product_attention
         positional: Any = self[:6]
@@ -135,6 +138,8 @@ def route(call: Call, backend: str) -> torch.Tensor:
         return call.by_torch()  # raises
     if isinstance(call.attn_mask, CausalBias):
         return _route_causal_bias(call, backend)
+    if call.query.is_nested:
+        return _route_nested(call, backend)
     if any(type(x) not in PLAIN_TYPES for x in tensors) and _overridden(tensors):
         return call.by_its_classes()
     return _compute(call, backend, "upper_left" if call.is_causal is True else False)
@@ -154,6 +159,25 @@ def _route_causal_bias(call: Call, backend: str) -> torch.Tensor:
     if call.is_causal or lengths != (bias.seq_len_q, bias.seq_len_kv):
         return call.by_torch()
     return _compute(call, backend, CAUSAL_OF_BIAS[bias.variant])
+
+
+def _route_nested(call: Call, backend: str) -> torch.Tensor:
+    """Packed sequences go to attention_varlen; the rest to torch."""
+    if backend == "auto" and call.query.device.type == "cpu":
+        return call.by_torch()
+    reason = nested_obstacle(call)
+    if reason is None:
+        tensors = [packed(x) for x in call.tensors]
+        if not torch.is_autocast_enabled(call.query.device.type):
+            reason = _obstacle(call, tensors[0], tensors[1], tensors[2], None, backend)
+        else:
+            reason = "torch.autocast with nested tensors"
+        if reason is None:
+            return attention_nested(call, backend)
+    out = call.by_torch()
+    if reason:
+        _warn(reason)
+    return out
 
 
 def _compute(call: Call, backend: str, causal: bool | str) -> torch.Tensor:
@@ -196,8 +220,8 @@ def _obstacle(
     backend: str,
 ) -> str | None:
     """Why torch must be asked; None if there is no such reason, "" if it is not worth a warning."""
-    if q.is_nested or k.is_nested or v.is_nested:
-        return "query, key or value is a nested tensor"
+    if k.is_nested or v.is_nested:
+        return "key or value is a nested tensor, and query is not"
     if any(type(x) not in PLAIN_TYPES for x in (q, k, v)):
         return f"{type(q).__name__} is not a plain tensor"
     if any(x.layout != torch.strided for x in (q, k, v)):
