@@ -9,6 +9,7 @@ import torch
 from flashcore.eager import attention_eager, needs_dispatcher
 from flashcore.explanation import Explanation, explain
 from flashcore.ops import attention_dispatched, autocast
+from flashcore.padded import attention_padded
 from flashcore.problem import Causal, Window
 
 __all__ = ["Explanation", "attention", "explain"]
@@ -25,6 +26,7 @@ def attention(
     window: Window = ...,
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
 ) -> torch.Tensor: ...
@@ -39,6 +41,7 @@ def attention(
     window: Window = ...,
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
     return_lse: Literal[True],
     backend: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -53,6 +56,7 @@ def attention(
     window: Window = ...,
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
     return_lse: bool,
     backend: str = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
@@ -68,6 +72,7 @@ def attention(
     window: Window = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    seqlens_k: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -94,6 +99,10 @@ def attention(
         mask: boolean (True = attend) or additive (dtype of q, or float32; added to the scores after
             scale and softcap), broadcastable to [batch, num_heads_q, seqlen_q, seqlen_k]. Read
             through its strides, never expanded.
+        seqlens_k: int32, [batch], on q's device: sequence b has the first seqlens_k[b] keys and
+            values (clamped to 0 and seqlen_k), the rest is not read, and causal masks and windows
+            are aligned as if it were not there. The forward pass never waits for it; the backward
+            pass does, and a mask gets no gradient then. See docs/varlen.md.
         return_lse: also return the log-sum-exp of each row of scores.
         backend: "auto" (by device and dtype), "sm90" (the Hopper kernel), "wmma" (the portable
             tensor-core kernel), "sim" (a kernel in the simulator, on CPU tensors), or "torch"
@@ -122,8 +131,12 @@ def attention(
     else:
         if torch._C._is_any_autocast_enabled():
             q, k, v, mask = autocast(q, k, v, mask)
-        if not needs_dispatcher(q, k, v, mask):
+        if seqlens_k is None and not needs_dispatcher(q, k, v, mask):
             return attention_eager(
                 q, k, v, mask, causal, window, softcap, scale, return_lse, backend
             )
+    if seqlens_k is not None:
+        return attention_padded(
+            q, k, v, mask, seqlens_k, causal, window, softcap, scale, return_lse, backend
+        )
     return attention_dispatched(q, k, v, mask, causal, window, softcap, scale, return_lse, backend)

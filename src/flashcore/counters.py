@@ -11,7 +11,7 @@ import threading
 
 import torch
 
-_COUNTERS = 1 << 14  # of a device, 64 KiB
+_COUNTERS = 1 << 18  # of a device, 1 MiB; graphs keep theirs
 
 _lock = threading.Lock()
 _pools: dict[int, torch.Tensor] = {}  # by device index

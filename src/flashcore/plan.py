@@ -206,8 +206,10 @@ def _estimated_registers(plan: Plan) -> int:
 
 
 def _has_tight_budget(plan: Plan) -> bool:
-    """Whether the register budget of head_dim 64 holds; a debug gate is outside of it."""
-    return max(plan.head_dim, plan.head_dim_v) <= 64 and plan.gate is None
+    """Whether the register budget of head_dim 64 holds; a debug gate is outside of it, and so is a
+    mask tensor with seqlens_k, which would spill."""
+    exempt = plan.gate is not None or (plan.varlen == "keys" and plan.mask is not None)
+    return max(plan.head_dim, plan.head_dim_v) <= 64 and not exempt
 
 
 def _min_blocks(plan: Plan) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Literal, overload
 import torch
 
 from flashcore.dispatch import BACKENDS, choose_backend, warn_once
+from flashcore.ops import autocast
 from flashcore.packed import (
     check_packed,
     checked_max_seqlen,
@@ -155,6 +156,7 @@ def attention_varlen(
     Source:
         FlashAttention-2, arXiv:2307.08691; the layout is that of its library's varlen functions.
     """
+    q, k, v, _ = autocast(q, k, v, None)
     if not torch.compiler.is_compiling():  # then _forward_fake checks
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     left, right = (-1 if size > SEQLEN_MAX else size for size in checked_window(window))

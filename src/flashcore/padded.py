@@ -1,0 +1,250 @@
+"""`attention` with seqlens_k: a padded batch whose sequences have different numbers of keys.
+
+Operators of torch: `flashcore::attention_padded_forward`, `flashcore::attention_padded_backward`.
+
+The lengths lie on the device; the host reads them only where PyTorch itself computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore import env
+from flashcore.dispatch import KERNELS, check_backend, choose_backend, warn_once, without_autocast
+from flashcore.options import Options
+from flashcore.packed import check_lengths
+from flashcore.plan import Plan, select_plan
+from flashcore.problem import Causal, Problem, Window, widest_band
+from flashcore.tiled import attention_backward_tiled, attention_tiled
+from flashcore.validation import check_kinds, check_mask_kind
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor seqlens_k, str causal, "
+    "SymInt window_left, SymInt window_right, float softcap, float? scale"
+)
+_LIBRARY = torch.library.Library("flashcore", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_LIBRARY.define(
+    f"attention_padded_forward({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", tags=_TAGS
+)
+_LIBRARY.define(
+    "attention_padded_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+forward = torch.ops.flashcore.attention_padded_forward.default
+backward = torch.ops.flashcore.attention_padded_backward.default
+
+
+def attention_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seqlens_k: Tensor,
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` where seqlens_k is given; see there."""
+    options = Options.checked(causal, window, softcap, scale)
+    check_backend(backend)
+    if not isinstance(return_lse, bool):
+        raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+    if not torch.compiler.is_compiling():  # then _forward_fake checks
+        _check(q, k, v, mask, seqlens_k)
+    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(
+            "with seqlens_k a mask has no gradient; pass mask.detach(), or -inf past each "
+            "sequence's end in the mask instead of seqlens_k"
+        )
+    out, lse = forward(q, k, v, mask, seqlens_k, *options, backend)
+    return (out, lse) if return_lse else out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seqlens_k: Tensor) -> None:
+    check_kinds(q, k, v)
+    if mask is not None:
+        check_mask_kind(mask, q)
+    check_lengths("seqlens_k", seqlens_k, q)
+    if seqlens_k.shape[0] != q.shape[0]:
+        raise ValueError(
+            f"seqlens_k has {seqlens_k.shape[0]} entries, but q has batch {q.shape[0]}; it holds "
+            "the number of keys of each sequence"
+        )
+
+
+def _problem(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seqlens_k: Tensor, options: Options
+) -> Problem:
+    _check(q, k, v, mask, seqlens_k)
+    causal = False if options.causal == "none" else options.causal
+    problem = Problem.from_tensors(
+        q,
+        k,
+        v,
+        causal=causal,
+        softcap=options.softcap or None,
+        scale=options.scale,
+        mask=mask,
+        return_lse=True,
+    )
+    left, right = widest_band(
+        options.causal, (options.window_left, options.window_right), q.shape[2], k.shape[2]
+    )
+    return dataclasses.replace(
+        problem, window_left=left, window_right=right, diag_offset=0, varlen="keys"
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem: Problem, arch: int, kernel: str | None) -> Plan:
+    return select_plan(problem, arch, kernel=kernel)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seqlens_k: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    *values, asked = options
+    problem = _problem(q, k, v, mask, seqlens_k, Options(*values))
+    choice = choose_backend(problem, asked)
+    if choice.is_fallback:
+        warn_once(choice)
+    backend = choice.backend
+    out = q.new_empty((*q.shape[:3], v.shape[3]))
+    lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
+    if problem.is_empty or backend == "torch":
+        out.zero_()
+        lse.fill_(-math.inf)
+        with without_autocast(problem.device):
+            for own, b, n in _sequences(problem, seqlens_k):
+                tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
+                out[b], lse[b] = attention_tiled(own, *tensors)
+        return out, lse
+    arch = env.sim_arch() if backend == "sim" else problem.arch
+    plan = _plan(problem, arch, KERNELS.get(backend))
+    lengths = {"seqlens_k": seqlens_k}
+    if backend == "sim":
+        from flashcore.sim import simulate
+
+        simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
+    else:
+        from flashcore.launch import run_kernel
+
+        run_kernel(problem, plan, q, k, v, mask, out, lse, None, lengths)
+    return out, lse
+
+
+def _sequences(problem: Problem, seqlens_k: Tensor) -> Iterator[tuple[Problem, slice, int]]:
+    """Each sequence that has keys: its Problem, its place in the batch, and how many keys."""
+    if problem.is_empty:
+        return
+    for b, length in enumerate(seqlens_k.tolist()):
+        n = min(max(0, length), problem.seqlen_k)
+        if n:
+            yield problem.of_sequence(problem.seqlen_q, n), slice(b, b + 1), n
+
+
+def _part(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
+    """A sequence's part of a mask that broadcasts."""
+    if mask is None:
+        return None
+    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask[b] if mask.shape[0] > 1 else mask
+    return mask[..., :n] if mask.shape[3] > 1 else mask
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seqlens_k: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v, mask, seqlens_k)
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seqlens_k: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    problem = _problem(q, k, v, mask, seqlens_k, Options(*options))
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    with without_autocast(problem.device):
+        for own, b, n in _sequences(problem, seqlens_k):
+            dq[b], dk[b, :, :n], dv[b, :, :n], _ = attention_backward_tiled(
+                own,
+                q[b],
+                k[b, :, :n],
+                v[b, :, :n],
+                _part(mask, b, n),
+                out[b],
+                lse[b],
+                None if dout is None else dout[b],
+                None if dlse is None else dlse[b],
+                False,
+            )
+    return dq, dk, dv
+
+
+def _backward_fake(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_forward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    ctx.options = inputs[5:10]
+    ctx.save_for_backward(*output, *inputs[:5])
+    ctx.set_materialize_grads(False)
+
+
+def _forward_gradient(ctx, dout: Tensor | None, dlse: Tensor | None):  # type: ignore[no-untyped-def]
+    gradients = backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+    pairs = zip(gradients, ctx.needs_input_grad[:3], strict=True)
+    return *(gradient if need else None for gradient, need in pairs), *(None,) * 8
+
+
+def _backward_gradient(ctx, *cotangents: Tensor | None):  # type: ignore[no-untyped-def]
+    raise NotImplementedError(
+        "the gradient of a gradient is not implemented with seqlens_k; pass a mask instead"
+    )
+
+
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("attention_padded_forward", _forward, _device)
+    _LIBRARY.impl("attention_padded_backward", _backward, _device)
+torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
+torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
+torch.library.register_autograd(
+    forward, _forward_gradient, setup_context=_setup_forward, lib=_LIBRARY
+)
+torch.library.register_autograd(backward, _backward_gradient, lib=_LIBRARY)
