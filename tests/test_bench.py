@@ -27,6 +27,7 @@ OPTIONS = [
     Workload("x", 2, 4, 200, 32, True, "float32", softcap=2.0),
     Workload("decode", 2, 4, 1, 32, False, "float32", 2, 300),
 ]
+PACKED = Workload("varlen", 1, 4, 200, 32, True, "float32", 2, lengths=(120, 0, 3, 77))
 
 
 def test_groups_have_the_shapes_that_they_promise() -> None:
@@ -44,6 +45,7 @@ def test_groups_have_the_shapes_that_they_promise() -> None:
         "window": 4,
         "masked": 6,
         "decode": 4,
+        "varlen": 6,
     }
     small = GROUPS["small"]()
     assert {(w.seqlen, w.causal) for w in small} == {
@@ -74,6 +76,46 @@ def test_every_option_is_checked_against_the_oracle(workload: Workload) -> None:
     assert all(row["max_error"] < 1e-5 for row in took.values())
     assert ("sdpa" in took) == (workload.window is None and workload.softcap is None)
     assert "unfused" not in took
+
+
+def test_packed_sequences_are_checked_against_the_oracle(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PACKED.flops == 2 * 4 * 32 * (120**2 + 3**2 + 77**2)
+    assert PACKED.name == "4 sequences to 120 of 200 H4/2 D32 causal"
+    (ours, *others) = run("cpu", rounds=1, workloads=[PACKED])["results"]
+    assert ours["max_error"] < 1e-5
+    assert {row["skipped"] for row in others} == {"does not take packed sequences"}
+    right = flashcore.attention_varlen
+    monkeypatch.setattr(
+        flashcore, "attention_varlen", lambda *args, causal, backend: right(*args, backend=backend)
+    )
+    assert run("cpu", rounds=1, workloads=[PACKED])["results"][0]["max_error"] > 1e-2
+
+
+@pytest.mark.parametrize("by_window", [False, True])
+def test_peers_with_packed_sequences_are_asked_for_the_same(
+    by_window: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_causal_function(*args: Any, is_causal: bool = False) -> torch.Tensor:
+        return flashcore.attention_varlen(*args, causal=is_causal)
+
+    def window_function(
+        *args: Any, window_size: tuple[int, int] = (-1, -1)
+    ) -> tuple[torch.Tensor, None]:
+        return flashcore.attention_varlen(*args, window=window_size), None
+
+    q, k, v = PACKED.tensors("cpu")
+    wanted = libraries.flashcore_call("torch")(PACKED, q, k, v, None)()
+    module = types.SimpleNamespace(
+        varlen_attn=window_function if by_window else is_causal_function,
+        flash_attn_func=None,
+        flash_attn_varlen_func=lambda *args, causal: flashcore.attention_varlen(
+            *args, causal=causal
+        ),
+    )
+    for name in ("torch.nn.attention.varlen", "flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, module)
+    assert torch.equal(peers._torch_varlen(PACKED, q, k, v, None)(), wanted)
+    assert torch.equal(peers._fa3(PACKED, q, k, v, None)(), wanted)
 
 
 def test_a_wrong_result_shows_as_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

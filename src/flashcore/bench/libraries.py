@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashcore.bench.workloads import Workload
+from flashcore.packed import as_batch
 
 Call = Callable[[], Tensor]
 Prepare = Callable[[Workload, Tensor, Tensor, Tensor, "Tensor | None"], Call]
@@ -25,7 +26,7 @@ class Library:
     Args:
         name: for tables.
         prepare: binds it to a workload, q, k, v and the mask.
-        takes: which of "window", "softcap", "mask", "gqa" it has an argument for.
+        takes: which of "window", "softcap", "mask", "gqa", "varlen" it has an argument for.
         groups: where it is timed; None: everywhere.
         max_score_bytes: for those that store all scores.
         compiles_slowly: takes seconds to compile for a shape.
@@ -48,6 +49,7 @@ class Library:
             "a window": ("window", workload.window is not None),
             "softcap": ("softcap", workload.softcap is not None),
             "a mask tensor": ("mask", workload.mask is not None),
+            "packed sequences": ("varlen", workload.lengths is not None),
             "fewer heads of k and v": ("gqa", workload.heads_kv != workload.num_heads),
         }
         for words, (option, asked) in wanted.items():
@@ -62,12 +64,25 @@ class Library:
 EVERYTHING = frozenset({"window", "softcap", "mask", "gqa"})
 
 
+def packed(workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """The arguments that all functions for packed sequences begin with, on a workload that has
+    them: q, k, v [total, num_heads, head_dim], cu_seqlens twice, the longest length twice."""
+    lengths = workload.lengths
+    assert lengths is not None
+    ends = torch.tensor((0, *lengths), device=q.device).cumsum(0).int()
+    rows = (x[0].transpose(0, 1) for x in (q, k, v))
+    return *rows, ends, ends, max(lengths), max(lengths)
+
+
 def flashcore_call(backend: str) -> Prepare:
     """flashcore.attention with a given backend."""
 
     def prepare(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
-        from flashcore import attention
+        from flashcore import attention, attention_varlen
 
+        if workload.lengths is not None:
+            arguments, causal = packed(workload, q, k, v), workload.causal
+            return lambda: as_batch(attention_varlen(*arguments, causal=causal, backend=backend))
         return lambda: attention(
             q,
             k,
@@ -155,8 +170,8 @@ def gpu_libraries() -> list[Library]:
     """What is always there on a GPU, flashcore first."""
     masks = frozenset({"mask", "gqa"})
     return [
-        Library("flashcore", flashcore_call("auto"), EVERYTHING),
-        Library("flashcore-wmma", flashcore_call("wmma"), EVERYTHING),
+        Library("flashcore", flashcore_call("auto"), EVERYTHING | {"varlen"}),
+        Library("flashcore-wmma", flashcore_call("wmma"), EVERYTHING | {"varlen"}),
         Library("sdpa-flash", _flash, frozenset({"window", "gqa"})),
         Library("sdpa-efficient", _sdpa(SDPBackend.EFFICIENT_ATTENTION), masks),
         Library("sdpa-cudnn", _sdpa(SDPBackend.CUDNN_ATTENTION), masks),
@@ -168,7 +183,7 @@ def gpu_libraries() -> list[Library]:
 def cpu_libraries() -> list[Library]:
     """What a CPU can run fast."""
     return [
-        Library("flashcore", flashcore_call("auto"), EVERYTHING),
+        Library("flashcore", flashcore_call("auto"), EVERYTHING | {"varlen"}),
         Library("sdpa", _sdpa(None), frozenset({"mask", "gqa"})),
         Library("sdpa-math", _sdpa(SDPBackend.MATH), frozenset({"mask", "gqa"})),
         Library("unfused", _unfused),

@@ -10,9 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore.bench.libraries import EVERYTHING, Call, Library
+from flashcore.bench.libraries import EVERYTHING, Call, Library, packed
 from flashcore.bench.workloads import Workload
+from flashcore.packed import as_batch
 
+_VARLEN = "torch.nn.attention.varlen"
 _POSITIONS = frozenset({"window", "softcap", "gqa"})
 
 
@@ -20,8 +22,9 @@ def find_peers() -> tuple[list[Library], list[dict[str, str]]]:
     """The peers that can be imported; and for each of the others {"library", "reason"}."""
     candidates = [
         (Library("flex", _flex, EVERYTHING, compiles_slowly=True), "triton"),
-        (Library("fa3", _fa3, _POSITIONS), "flash_attn_interface"),
+        (Library("fa3", _fa3, _POSITIONS | {"varlen"}), "flash_attn_interface"),
         (Library("fa4", _fa4, _POSITIONS), "flash_attn.cute"),
+        (Library("torch-varlen", _torch_varlen, frozenset({"varlen"}), ("varlen",)), _VARLEN),
     ]
     found, left_out = [], []
     for library, module in candidates:
@@ -91,10 +94,41 @@ def _score_mod(workload: Workload, mask: Tensor | None) -> Callable[..., Tensor]
 def _fa3(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
     """FlashAttention-3."""
     del mask
-    from flash_attn_interface import flash_attn_func
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
+    if workload.lengths is not None:
+        return packed_call(
+            flash_attn_varlen_func, packed(workload, q, k, v), {"causal": workload.causal}
+        )
     window = (-1, -1) if workload.window is None else workload.window
     return rows_first_call(flash_attn_func, workload, (q, k, v), window)
+
+
+def _torch_varlen(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
+    """torch's own, FlashAttention-2; the option's name depends on its version."""
+    del mask
+    function = importlib.import_module(_VARLEN).varlen_attn
+    options: dict[str, Any] = {"is_causal": workload.causal}
+    if "is_causal" not in inspect.signature(function).parameters:
+        options = {"window_size": (-1, 0 if workload.causal else -1)}
+    return packed_call(function, packed(workload, q, k, v), options)
+
+
+def packed_call(function: Callable[..., Any], arguments: Any, options: dict[str, Any]) -> Call:
+    """A call of a function for packed sequences that returns out, or a tuple that starts with it.
+
+    Args:
+        function: of q, k and v, [total, num_heads, head_dim] each, and the lengths.
+        arguments: see libraries.packed.
+        options: further keyword arguments.
+    """
+
+    def call() -> Tensor:
+        result = function(*arguments, **options)
+        out: Tensor = result[0] if isinstance(result, (tuple, list)) else result
+        return as_batch(out)
+
+    return call
 
 
 def _fa4(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:

@@ -21,6 +21,7 @@ TITLES = {
     "window": "Sliding window, and the same without it",
     "masked": "Mask tensors and soft-capping",
     "decode": "Decoding: one query, a long cache",
+    "varlen": "Packed sequences of different lengths",
 }
 
 

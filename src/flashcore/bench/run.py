@@ -200,6 +200,11 @@ class _Slices:
             hidden |= ahead > (0 if workload.causal else right)
         if left >= 0:
             hidden |= ahead < -left
+        if workload.lengths is not None:
+            numbers = torch.arange(len(workload.lengths), device=keys.device)
+            lengths = torch.tensor(workload.lengths, device=keys.device)
+            sequence = numbers.repeat_interleave(lengths)
+            hidden |= sequence[None, :] != sequence[self.rows][:, None]
         bias = torch.zeros(ahead.shape, dtype=torch.float64, device=ahead.device)[None, None]
         if mask is not None:
             shape = (1, workload.num_heads, workload.seqlen, workload.keys)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -35,6 +36,7 @@ class Workload:
         softcap: as in `attention`.
         mask: "bool" [1, 1, seqlen, seqlen], "padding" (bool, [batch, 1, 1, seqlen]) or "additive"
             [1, num_heads, seqlen, seqlen].
+        lengths: of sequences packed one after the other, `seqlen` tokens in all; batch is 1.
         compiles: also timed by peers that take seconds to compile for a shape.
     """
 
@@ -50,6 +52,7 @@ class Workload:
     window: tuple[int, int] | None = None
     softcap: float | None = None
     mask: str | None = None
+    lengths: tuple[int, ...] | None = None
     compiles: bool = False
 
     @property
@@ -72,6 +75,11 @@ class Workload:
         if self.seqlen_k is not None:
             length += f"/{self.seqlen_k}"
         parts = [f"B{self.batch} H{heads} S{length} D{self.head_dim}"]
+        if self.lengths is not None:
+            parts = [
+                f"{len(self.lengths)} sequences to {max(self.lengths)} of {length} "
+                f"H{heads} D{self.head_dim}"
+            ]
         parts.append("causal" if self.causal else "full")
         if self.window is not None:
             parts.append(f"window {self.window[0]},{self.window[1]}")
@@ -86,6 +94,8 @@ class Workload:
         """Two matrix products, 2 operations a multiply-add. Causal counts half, as is usual, a
         window the keys in it, a mask tensor nothing less."""
         pairs = float(self.seqlen * self.keys)
+        if self.lengths is not None:
+            pairs = float(sum(length * length for length in self.lengths))
         if self.window is not None:
             pairs = float(sum(last - first for first, last in map(self._band, range(self.seqlen))))
         elif self.causal:
@@ -255,6 +265,33 @@ def decode() -> list[Workload]:
     ]
 
 
+def varlen() -> list[Workload]:
+    """32 packed sequences of log-normal lengths, 16k tokens in all."""
+    return [
+        Workload(
+            "varlen",
+            1,
+            2048 // head_dim,
+            _TOKENS,
+            head_dim,
+            causal,
+            "bfloat16",
+            lengths=log_normal_lengths(32, _TOKENS, sigma),
+        )
+        for head_dim, sigma in ((128, 1.0), (128, 0.5), (64, 1.0))
+        for causal in (True, False)
+    ]
+
+
+def log_normal_lengths(count: int, total: int, sigma: float) -> tuple[int, ...]:
+    """Lengths with the given sum; the same in every run."""
+    rng = random.Random(0)
+    drawn = [rng.lognormvariate(0.0, sigma) for _ in range(count)]
+    lengths = [max(1, int(x * total / sum(drawn))) for x in drawn]
+    lengths[lengths.index(max(lengths))] += total - sum(lengths)
+    return tuple(lengths)
+
+
 GROUPS: dict[str, Callable[[], list[Workload]]] = {
     "seed": seed_shape,
     "sweep": sweep,
@@ -263,6 +300,7 @@ GROUPS: dict[str, Callable[[], list[Workload]]] = {
     "window": window,
     "masked": masked,
     "decode": decode,
+    "varlen": varlen,
 }
 
 

@@ -17,7 +17,8 @@ def bench(
         str | None,
         typer.Option(
             "--groups",
-            help="Only these, such as seed,gqa: seed, sweep, gqa, small, window, masked, decode.",
+            help="Only these, such as seed,gqa: seed, sweep, gqa, small, window, masked, decode, "
+            "varlen.",
         ),
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; odd is best.")] = 5,
