@@ -1,0 +1,116 @@
+"""What a launch for sequences of different lengths is told, without a GPU: see standin.py."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import flashcore
+import standin
+from flashcore import counters, packed
+from flashcore.varlen_cases import VarlenCase, make_varlen_inputs
+
+COUNTER = torch.zeros(1, dtype=torch.int32)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:
+    monkeypatch.setattr(packed, "work_counter", lambda device: COUNTER)
+    return standin.install(monkeypatch)
+
+
+def test_packed_sequences_on_hopper(machine: standin.Machine) -> None:
+    x = make_varlen_inputs(VarlenCase(lengths_q=(300, 5), lengths_k=(300, 5), layout="qkv"))
+    out, lse = flashcore.attention_varlen(*x.arguments(), causal=True, return_lse=True)
+    (launch,) = machine.driver.launches
+    plan = packed._plan(packed.packed_problem(*x.arguments(), causal=True), 90, "attn_fwd_sm90")
+    told = launch.params.attn
+    tiles = (305 // plan.block_m + 3) * 2
+    assert launch.grid == min(tiles, 132 * plan.min_blocks)
+    assert (told.max_tiles, told.batch, told.total_q, told.total_k) == (tiles, 2, 305, 305)
+    assert told.num_length_classes == 1 + (-(-305 // plan.block_n) - 1).bit_length()
+    assert (told.cu_seqlens_q, told.cu_seqlens_k, told.tile_counter, told.out, told.lse) == tuple(
+        t.data_ptr() for t in (x.cu_seqlens_q, x.cu_seqlens_k, COUNTER, out, lse)
+    )
+    # Maps start as many rows before their tensors as these have.
+    rows = 305 * 6 * 64 * 2
+    for name, tensor in (("q", x.q), ("k", x.k), ("v", x.v)):
+        assert getattr(launch.params, f"{name}_map").base == tensor.data_ptr() - rows
+    assert launch.params.o_map.base == out.data_ptr() - 305 * 2 * 64 * 2
+
+
+def test_packed_sequences_on_the_portable_kernel(machine: standin.Machine) -> None:
+    x = make_varlen_inputs(VarlenCase(lengths_q=(300, 5), lengths_k=(300, 5)))
+    flashcore.attention_varlen(*x.arguments(), backend="wmma")
+    (launch,) = machine.driver.launches
+    assert launch.grid == (305 // 64 + 3) * 2
+    assert launch.params.lower_right == 1
+    assert not launch.params.tile_counter
+
+
+def test_lengths_of_keys_on_hopper(machine: standin.Machine) -> None:
+    q, k = torch.randn(3, 2, 10, 64).half(), torch.randn(3, 2, 40, 64).half()
+    seqlens_k = torch.tensor([1, 2, 3], dtype=torch.int32)
+    flashcore.attention(q, k, k, seqlens_k=seqlens_k, causal="upper_left")
+    (launch,) = machine.driver.launches
+    told = launch.params.attn
+    assert (told.seqlens_k, told.lower_right) == (seqlens_k.data_ptr(), 0)
+    assert told.k_rows_per_batch == told.v_rows_per_batch == 2 * 40
+    assert launch.params.q_map.base == q.data_ptr()
+    assert launch.params.k_map.base == k.data_ptr() - 40 * 128
+
+
+def test_batches_that_are_no_whole_rows_apart_go_to_the_portable_kernel(
+    machine: standin.Machine,
+) -> None:
+    q = torch.randn(2, 1, 10, 64).half()
+    k = torch.empty(2 * 40 * 64 + 8).half().as_strided((2, 1, 40, 64), (40 * 64 + 8, 64, 64, 1))
+    lengths = torch.tensor([1, 2], dtype=torch.int32)
+    flashcore.attention(q, k, k, seqlens_k=lengths)
+    assert machine.driver.launches[0].threads == 128
+    with pytest.raises(NotImplementedError, match="whole rows apart, unlike k's"):
+        flashcore.attention(q, k, k, seqlens_k=lengths, backend="sm90")
+
+
+def test_launches_that_may_meet_share_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = SimpleNamespace(stream=1, capturing=False, made=0)
+
+    def zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        now.made += 1
+        return torch.zeros(size, dtype=dtype)
+
+    stream = SimpleNamespace(synchronize=lambda: None)
+    cuda = SimpleNamespace(
+        current_stream=lambda device: SimpleNamespace(cuda_stream=now.stream, **vars(stream)),
+        is_current_stream_capturing=lambda: now.capturing,
+    )
+    fake = SimpleNamespace(zeros=zeros, cuda=cuda, int32=torch.int32)
+    monkeypatch.setattr(counters, "torch", fake)
+    for name in ("_pools", "_num_taken", "_of_streams"):
+        monkeypatch.setattr(counters, name, {})
+    monkeypatch.setattr(counters, "_COUNTERS", 4)
+
+    def address(**changes: Any) -> int:
+        vars(now).update(changes)
+        return counters.work_counter(torch.device("cuda", 0)).data_ptr()
+
+    outside_of_a_pool = counters.work_counter  # captured before any pool: cleared at replay
+    vars(now).update(capturing=True)
+    assert outside_of_a_pool(torch.device("cuda", 0)).shape == (1,)
+    assert now.made == 1
+
+    first = address(capturing=False)
+    assert address() == first
+    second = address(stream=2)
+    assert address(stream=1) == first
+    captured = {address(capturing=True), address()}
+    assert len({first, second} | captured) == 4
+    assert now.made == 2
+    address()  # the pool is used up, and none can be made during a capture
+    assert now.made == 3
+    assert address(capturing=False) == first
+    assert address(stream=3) not in {first, second} | captured
+    assert now.made == 4
