@@ -19,12 +19,13 @@ constexpr int N = FRAGS * 16;
 constexpr int CHUNK = ROW_BYTES / 2;
 constexpr int B_OFFSET = 64 * K * 2;
 constexpr int BT_OFFSET = B_OFFSET + N * K * 2;
-constexpr int BAR_OFFSET = BT_OFFSET + N * K * 2;
+constexpr int BT_COLS = (N + CHUNK - 1) / CHUNK * CHUNK;  // the last box may end in zeros
+constexpr int BAR_OFFSET = BT_OFFSET + BT_COLS * K * 2;
 
 FC_KERNEL(products, 128, 1)(FC_PARAM(ProductsParams) p) {
   const auto a_smem = smem_view<Element>(0, 64 * K, "a_smem");
   const auto b_smem = smem_view<Element>(B_OFFSET, N * K, "b_smem");
-  const auto bt_smem = smem_view<Element>(BT_OFFSET, N * K, "bt_smem");
+  const auto bt_smem = smem_view<Element>(BT_OFFSET, BT_COLS * K, "bt_smem");
   const auto bar = smem_view<uint64_t>(BAR_OFFSET, 1, "bar");
   if (thread_idx() == 0) {
     mbar_init(bar, 1);

@@ -12,6 +12,7 @@ from tensor_maps import Map
 from torch import Tensor
 
 from flashcore.codegen import flatten
+from flashcore.errors import CompileError
 
 FOLDER = Path(__file__).parent
 DTYPES = ("float16", "bfloat16")
@@ -20,7 +21,7 @@ SEEDS = range(4)
 Runner = Callable[..., dict[str, Tensor]]
 
 # Columns of a product and bytes of a swizzled row.
-PRODUCTS = [(64, 128), (96, 64), (128, 128), (256, 128)]
+PRODUCTS = [(16, 64), (48, 128), (64, 128), (96, 64), (128, 128), (208, 64), (240, 128), (256, 128)]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +43,17 @@ def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, obje
 
     source = flatten(FOLDER / f"{kernel}.cuh", "ptx", constants=constants)
     assert compile_source(source, 90, kernel, "a").code_bytes > 0
+
+
+def test_a_product_that_the_hardware_lacks_does_not_compile() -> None:
+    """It once compiled to nothing."""
+    pytest.importorskip("cuda.core")
+    from flashcore.jit import compile_source
+
+    constants = {"Element": "float16", "ROW_BYTES": 64, "FRAGS": 17}
+    source = flatten(FOLDER / "products.cuh", "ptx", constants=constants)
+    with pytest.raises(CompileError, match="N is 16, 32"):
+        compile_source(source, 90, "products", "a")
 
 
 def padded_box(
@@ -216,7 +228,7 @@ def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: 
             tensors,
             ("by_smem", "by_registers"),
             num_threads=128,
-            smem_bytes=2 * (64 * 64 + 2 * 64 * cols) + 8,
+            smem_bytes=2 * 64 * (64 + cols + -(-cols // chunk) * chunk) + 8,
             constants={"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": cols // 16},
             maps={
                 "a_map": Map("_a", 64, chunk),

@@ -51,7 +51,7 @@ inline constexpr bool IS_FLOAT16<float16> = true;
 template <class T, int FRAGS>
 FC_DEVICE void wgmma_ss(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc, bool accumulate,
                         FC_SITE) {
-  static_assert(FRAGS <= 16, "N is at most 256");
+  static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
   fc_host::wgmma_issue({d[0].x, nullptr, a_desc, b_desc, FRAGS, accumulate, IS_FLOAT16<T>},
                        FC_HERE);
 }
@@ -60,6 +60,6 @@ FC_DEVICE void wgmma_ss(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_des
 template <class T, int FRAGS>
 FC_DEVICE void wgmma_rs(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc, bool accumulate,
                         FC_SITE) {
-  static_assert(FRAGS <= 16, "N is at most 256");
+  static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
   fc_host::wgmma_issue({d[0].x, a.reg, {}, b_desc, FRAGS, accumulate, IS_FLOAT16<T>}, FC_HERE);
 }
