@@ -136,8 +136,8 @@ def launch_planted(case: Case, plant: str, x: Inputs) -> None:
     import torch
 
     from flashcore.codegen import generate_source
+    from flashcore.driver_launch import launch_raw
     from flashcore.jit import compile_source
-    from flashcore.launch import launch_raw
     from flashcore.params import build_params, grid_size
     from flashcore.plan import select_plan
     from flashcore.problem import Problem

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashcore import calls, dispatch, launch, params_sm90
+from flashcore import calls, dispatch, driver_launch, launch, params_sm90
 from flashcore.params import AttnParams
 from flashcore.problem import Problem
 
@@ -36,8 +36,10 @@ class StandInDriver:
 
     CUtensorMapDataType = CUtensorMapSwizzle = CUtensorMapInterleave = Enumeration()
     CUtensorMapL2promotion = CUtensorMapFloatOOBfill = Enumeration()
+    CUlaunchAttributeID = Enumeration()
     CUresult = SimpleNamespace(CUDA_ERROR_INVALID_CONTEXT=INVALID_CONTEXT)
-    cuuint64_t = cuuint32_t = int
+    CUlaunchConfig = SimpleNamespace
+    cuuint64_t = cuuint32_t = CUstream = int
 
     def __init__(self) -> None:
         self.launches: list[SimpleNamespace] = []
@@ -48,14 +50,25 @@ class StandInDriver:
         self.encodings += 1
         return SUCCESS, Encoded(base)
 
-    def cuLaunchKernel(self, handle, gx, gy, gz, bx, by, bz, smem, stream, pointers, extra):
+    @staticmethod
+    def CUlaunchAttribute() -> SimpleNamespace:
+        return SimpleNamespace(value=SimpleNamespace())
+
+    def cuLaunchKernelEx(self, configuration, handle, pointers, extra):
         (address,) = (ctypes.c_void_p * 1).from_address(pointers)
         params = handle.params_type.from_buffer_copy(
             ctypes.string_at(address, ctypes.sizeof(handle.params_type))
         )
         status = self.statuses.pop() if self.statuses else SUCCESS
         self.launches.append(
-            SimpleNamespace(grid=gx, threads=bx, stream=stream, params=params, status=status)
+            SimpleNamespace(
+                grid=configuration.gridDimX,
+                threads=configuration.blockDimX,
+                stream=configuration.hStream,
+                starts_early=bool(getattr(configuration, "numAttrs", 0)),
+                params=params,
+                status=status,
+            )
         )
         return (status,)
 
@@ -91,9 +104,9 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
         return dataclasses.replace(problem, device="cuda", arch=arch)
 
     monkeypatch.setattr(Problem, "from_tensors", classmethod(from_tensors))
-    monkeypatch.setattr(launch, "import_driver", lambda: machine.driver)
+    monkeypatch.setattr(driver_launch, "import_driver", lambda: machine.driver)
     monkeypatch.setattr(params_sm90, "import_driver", lambda: machine.driver)
-    monkeypatch.setattr(launch, "_load", load)
+    monkeypatch.setattr(driver_launch, "_load", load)
     monkeypatch.setattr(launch, "_num_sms", lambda index: 132)
     monkeypatch.setattr(launch, "verify_element_map", lambda *args: None)
     monkeypatch.setattr(launch, "_compile", lambda plan: SimpleNamespace(name=plan.kernel))

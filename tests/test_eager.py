@@ -10,7 +10,7 @@ import torch
 
 import flashcore
 import standin
-from flashcore import calls, eager, launch, ops
+from flashcore import calls, driver_launch, eager, launch, ops
 from op_inputs import additive_mask, gradients, qkv
 from test_bad_input import CASES, K, Q, V
 
@@ -173,6 +173,27 @@ def test_a_launch_gets_the_addresses_of_its_tensors(machine):
     assert machine.driver.launches[-1].params.attn.lse == lse.data_ptr()
 
 
+@pytest.mark.parametrize(("arch", "early"), [(80, False), (90, True)])
+def test_the_hopper_kernel_starts_before_the_kernels_ahead_have_ended(monkeypatch, arch, early):
+    """On every stream: what a launch is told is kept by stream."""
+    machine = standin.install(monkeypatch, arch)
+    q = half(1, 4, 40, 64)
+    for stream in (7, 8, 7):
+        machine.stream = stream
+        flashcore.attention(q, q, q)
+    assert [x.stream for x in machine.driver.launches] == [7, 8, 7]
+    assert [x.starts_early for x in machine.driver.launches] == [early] * 3
+
+
+def test_few_streams_keep_what_they_were_told(machine, monkeypatch):
+    monkeypatch.setattr(driver_launch, "STREAMS_MAX", 2)
+    q = half(1, 4, 40, 64)
+    for stream in (1, 2, 3, 2, 1):
+        machine.stream = stream
+        flashcore.attention(q, q, q)
+    assert [x.stream for x in machine.driver.launches] == [1, 2, 3, 2, 1]
+
+
 def test_descriptors_are_encoded_once_per_address(machine, monkeypatch):
     q, k, v = half(1, 4, 40, 64), half(1, 4, 50, 64), half(1, 4, 50, 64)
     buffer = torch.empty_like(q)
@@ -204,18 +225,18 @@ def test_output_is_contiguous_whatever_the_layout_of_q(monkeypatch, arch):
 def test_the_tensors_device_is_current_for_the_launch(machine):
     """And the one before afterwards."""
     seen = []
-    real = machine.driver.cuLaunchKernel
+    real = machine.driver.cuLaunchKernelEx
 
     def record(*arguments):
         seen.append(machine.device)
         return real(*arguments)
 
-    machine.driver.cuLaunchKernel = record
-    call = launch.Launch(
+    machine.driver.cuLaunchKernelEx = record
+    call = driver_launch.Launch(
         standin.SimpleNamespace(name="attn_fwd_sm90"),
         grid=1, num_threads=32, smem_bytes=0, device=torch.device("cuda", 1),
     )  # fmt: skip
-    call(launch.Argument(standin.params_sm90.AttnSm90Params()))
+    call(driver_launch.Argument(standin.params_sm90.AttnSm90Params()))
     assert seen == [1]
     assert machine.device == 0
 

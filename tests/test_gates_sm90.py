@@ -126,7 +126,7 @@ def test_a_wrong_value_names_a_consumer_warp_and_the_first_in_the_kernels_order(
         ("tma_load(smem.k", "load"),
         ("stmatrix_x4(", "store"),
         ("raise_registers<", "setup"),
-        ("wgmma_wait<FIRST", None),
+        ("wgmma_wait<OVERLAP", None),
     ],
 )
 def test_an_alarm_is_attributed_by_its_kernel_line(text: str, phase: str | None) -> None:

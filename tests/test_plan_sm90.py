@@ -93,14 +93,17 @@ def test_every_head_dim_fits(head_dim: int, heads: int, options: dict[str, objec
         assert select_plan(asked).kernel in ("attn_fwd_sm90", "attn_fwd_wmma")
 
 
-def test_units_are_tiles_or_pairs_of_them() -> None:
+def test_tail_has_tiles_for_its_rounds() -> None:
     full, causal = problem(seqlen=640), problem(seqlen=640, causal=True)
-    for asked, tiles_per_unit, per_head in ((full, 1, 10), (causal, 2, 5)):
-        plan = plan_sm90.candidates(asked)[0]
-        plan = dataclasses.replace(plan, block_m=64, tiles_per_unit=tiles_per_unit)
-        assert params_sm90.num_units(asked, plan) == 4 * per_head
-        assert params_sm90.grid_size(asked, plan, 1000) == 4 * per_head
-        assert params_sm90.grid_size(asked, plan, 3) == 3 * plan.min_blocks
+    plan = dataclasses.replace(plan_sm90.candidates(full)[0], block_m=64)
+    assert params_sm90.num_row_tiles(full, plan) == 4 * 10
+    assert params_sm90.grid_size(full, plan, 1000) == 4 * 10
+    assert params_sm90.grid_size(full, plan, 3) == 3 * plan.min_blocks
+    assert params_sm90.num_lead_heads(full, plan, 5) == 4
+    plan = dataclasses.replace(plan_sm90.candidates(causal)[0], block_m=64)  # five pairs a head
+    for tail_rounds, num_blocks, lead in ((0, 5, 4), (1, 5, 3), (1, 6, 2), (2, 5, 2), (9, 5, 0)):
+        plan = dataclasses.replace(plan, tail_rounds=tail_rounds)
+        assert params_sm90.num_lead_heads(causal, plan, num_blocks) == lead
 
 
 def test_parameters_describe_the_tensors() -> None:
@@ -108,10 +111,10 @@ def test_parameters_describe_the_tensors() -> None:
     plan = select_plan(asked)
     assert isinstance(plan, Sm90Plan)
     pointers = {"q": 1024, "k": 2048, "v": 4096, "out": 8192}
-    params = params_sm90.build_params_sm90(asked, plan, pointers, "host")
+    params = params_sm90.build_params_sm90(asked, plan, pointers, 8, "host")
     assert ctypes.sizeof(params) % 64 == 0
     assert params_sm90.AttnSm90Params.attn.offset == 512
     assert [getattr(params, f"{name}_map").base for name in "qkvo"] == [1024, 2048, 4096, 8192]
-    assert (params.q_map.box_rows, params.k_map.box_rows) == (plan.block_m, plan.block_n)
+    assert (params.q_map.box_rows, params.k_map.box_rows) == (64, plan.block_n)
     assert (params.o_map.rows, params.o_map.row_stride_bytes) == (200, 128)
-    assert params.num_heads_and_batches == 4
+    assert (params.num_heads, params.num_lead_heads) == (4, 4)

@@ -109,7 +109,8 @@ def test_the_longest_lengths_are_a_hint(backend: str) -> None:
     right, _ = attend(backend, x, causal=True)
     for longest in (0, 1, 10**6):
         wrong = dataclasses.replace(x, max_seqlen_q=longest, max_seqlen_k=longest)
-        torch.testing.assert_close(attend(backend, wrong, causal=True)[0], right)
+        found, _ = attend(backend, wrong, causal=True)  # maybe with other tiles
+        torch.testing.assert_close(found, right, atol=1e-3, rtol=1e-2)
 
 
 MALFORMED = {

@@ -1,4 +1,4 @@
-"""Compiled kernel + tensors -> a launch on the current stream."""
+"""Plan + tensors -> a launch on the current stream."""
 
 from __future__ import annotations
 
@@ -13,121 +13,13 @@ import torch
 from flashcore import params_sm90
 from flashcore.codegen import PROBE, generate_probe_source
 from flashcore.compiler import CompiledKernel
-from flashcore.driver import import_driver
+from flashcore.driver_launch import Argument, Launch, launch_raw
 from flashcore.errors import FlashCoreError
 from flashcore.jit import compile_plan, compile_source
 from flashcore.params import build_params, grid_size, place
 from flashcore.plan import Plan
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
-
-
-def _check(status: Any, what: str) -> None:
-    if int(status) != 0:
-        raise FlashCoreError(f"{what} failed: {status!r}")
-
-
-@functools.lru_cache(maxsize=4096)
-def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[Any, Any]:
-    """The kernel's handle, allowed `smem_bytes` of dynamic shared memory on the device; and its
-    library, which must live as long."""
-    from cuda.core import ObjectCode
-
-    driver = import_driver()
-    library = (
-        ObjectCode.from_cubin(kernel.code)
-        if kernel.code_type == "cubin"
-        else ObjectCode.from_ptx(kernel.code)
-    )
-    handle = library.get_kernel(kernel.name).handle
-    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-    (status,) = driver.cuKernelSetAttribute(attribute, smem_bytes, handle, device_index)
-    _check(status, f"asking for {smem_bytes} bytes of shared memory")
-    return driver.CUfunction(int(handle)), library
-
-
-class Argument:
-    """A kernel's one argument as cuLaunchKernel takes it. Nothing changes it once it is made, and
-    a launch copies it: threads may share it, launches in flight do not need it."""
-
-    __slots__ = ("_pointer", "address", "params")
-
-    def __init__(self, params: ctypes.Structure) -> None:
-        self.params = params
-        self._pointer = ctypes.c_void_p(ctypes.addressof(params))
-        self.address = ctypes.addressof(self._pointer)
-
-
-class Launch:
-    """A kernel on a device, ready to be launched.
-
-    Args:
-        kernel: compiled for the device's architecture.
-        grid: blocks.
-        num_threads: threads a block.
-        smem_bytes: dynamic shared memory a block.
-        device: a CUDA device.
-    """
-
-    def __init__(
-        self,
-        kernel: CompiledKernel,
-        *,
-        grid: int,
-        num_threads: int,
-        smem_bytes: int,
-        device: torch.device,
-    ) -> None:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self._device_index, self._name = index, kernel.name
-        with torch.cuda.device(index):
-            handle, self._library = _load(kernel, index, smem_bytes)
-        self._configuration = (handle, grid, 1, 1, num_threads, 1, 1, smem_bytes)
-        self._cu_launch_kernel = import_driver().cuLaunchKernel
-
-    def __call__(self, argument: Argument) -> None:
-        """Launch on the device's current stream.
-
-        Raises:
-            FlashCoreError: the driver refuses; the message holds its status.
-        """
-        index = self._device_index
-        if torch._C._cuda_getDevice() != index:
-            with torch.cuda.device(index):
-                self(argument)
-            return
-        stream = torch._C._cuda_getCurrentRawStream(index)
-        (status,) = self._cu_launch_kernel(*self._configuration, stream, argument.address, 0)
-        if status:
-            self._retry(status, argument)
-
-    def _retry(self, status: Any, argument: Argument) -> None:
-        """A thread that has not used the GPU yet has no context bound, and torch need not have
-        bound one for what it did so far."""
-        driver = import_driver()
-        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-            from cuda.core import Device
-
-            Device(self._device_index).set_current()
-            stream = torch._C._cuda_getCurrentRawStream(self._device_index)
-            (status,) = self._cu_launch_kernel(*self._configuration, stream, argument.address, 0)
-        _check(status, f"launching {self._name}")
-
-
-def launch_raw(
-    kernel: CompiledKernel,
-    *,
-    grid: int,
-    num_threads: int,
-    smem_bytes: int,
-    params: ctypes.Structure,
-    device: torch.device,
-) -> None:
-    """Launches a kernel once on the device's current stream. See `Launch`."""
-    launch = Launch(
-        kernel, grid=grid, num_threads=num_threads, smem_bytes=smem_bytes, device=device
-    )
-    launch(Argument(params))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -211,7 +103,7 @@ def run_kernel(
     params: ctypes.Structure
     if isinstance(plan, Sm90Plan):
         grid = params_sm90.grid_size(problem, plan, _num_sms(q.device.index))
-        params = params_sm90.build_params_sm90(problem, plan, pointers)
+        params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
     else:
         params = build_params(problem, plan, pointers)
     launch_raw(
@@ -221,6 +113,7 @@ def run_kernel(
         smem_bytes=plan.smem_bytes,
         params=params,
         device=q.device,
+        starts_early=plan.starts_early,
     )
 
 
@@ -244,7 +137,7 @@ class KernelCall:
         self._template: Any
         if isinstance(plan, Sm90Plan):
             grid = params_sm90.grid_size(problem, plan, _num_sms(device.index))
-            self._template = params_sm90.build_params_sm90(problem, plan, {}, target="host")
+            self._template = params_sm90.build_params_sm90(problem, plan, {}, grid, target="host")
         else:
             grid = grid_size(problem, plan)
             self._template = build_params(problem, plan, {})
@@ -255,6 +148,7 @@ class KernelCall:
             num_threads=plan.num_threads,
             smem_bytes=plan.smem_bytes,
             device=device,
+            starts_early=plan.starts_early,
         )
 
     def __call__(

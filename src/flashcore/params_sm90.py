@@ -10,7 +10,7 @@ from flashcore import params
 from flashcore.driver import import_driver
 from flashcore.errors import FlashCoreError
 from flashcore.params import AttnGateParams, AttnParams
-from flashcore.plan_sm90 import Sm90Plan
+from flashcore.plan_sm90 import ROWS_OF_CONSUMER, Sm90Plan
 from flashcore.problem import Problem
 
 _ELEMENT_BYTES = 2
@@ -47,8 +47,9 @@ class AttnSm90Params(ctypes.Structure):
         ("v_map", TensorMap),
         ("o_map", TensorMap),
         ("attn", AttnParams),
-        ("num_heads_and_batches", ctypes.c_int32),
-        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 4) % 64)),
+        ("num_heads", ctypes.c_int32),
+        ("num_lead_heads", ctypes.c_int32),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 8) % 64)),
     ]
 
 
@@ -58,8 +59,8 @@ class AttnSm90GateParams(ctypes.Structure):
     _fields_ = [
         *AttnSm90Params._fields_[:4],
         ("attn", AttnGateParams),
-        ("num_heads_and_batches", ctypes.c_int32),
-        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnGateParams) + 4) % 64)),
+        *AttnSm90Params._fields_[5:7],
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnGateParams) + 8) % 64)),
     ]
 
 
@@ -106,24 +107,34 @@ def _encoding(without_base: bytes, dtype_name: str) -> tuple[Any, tuple[Any, ...
     return driver.cuTensorMapEncodeTiled, before, after
 
 
-def num_units(problem: Problem, plan: Sm90Plan) -> int:
-    """Units of work that persistent blocks stride over (tile/schedule_sm90.cuh): row tiles, or
-    pairs of them; of packed sequences as many tiles as there can be."""
+def num_row_tiles(problem: Problem, plan: Sm90Plan) -> int:
+    """Row tiles of all heads; of packed sequences as many as there can be."""
     if problem.varlen == "packed":
         return params.grid_size(problem, plan)
-    num_m_blocks = -(-problem.seqlen_q // plan.block_m)
-    return -(-num_m_blocks // plan.tiles_per_unit) * problem.num_heads_q * problem.batch
+    return -(-problem.seqlen_q // plan.block_m) * problem.num_heads_q * problem.batch
 
 
 def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
     """As many blocks as run at once on a GPU with `num_sms` multiprocessors."""
-    return min(num_units(problem, plan), num_sms * plan.min_blocks)
+    return min(num_row_tiles(problem, plan), num_sms * plan.min_blocks)
+
+
+def num_lead_heads(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
+    """Heads whose row tiles `num_blocks` blocks take in pairs (tile/schedule_sm90.cuh): all but the
+    last ones, which have tiles for `plan.tail_rounds` rounds of pairs or a little more."""
+    num_heads = problem.num_heads_q * problem.batch
+    if problem.varlen == "packed" or not plan.has_window_right or plan.tail_rounds == 0:
+        return num_heads
+    pairs_per_head = -(-problem.seqlen_q // (2 * plan.block_m))
+    num_lead_pairs = num_heads * pairs_per_head - plan.tail_rounds * num_blocks
+    return max(0, num_lead_pairs) // pairs_per_head
 
 
 def build_params_sm90(
     problem: Problem,
     plan: Sm90Plan,
     pointers: dict[str, int | None],
+    num_blocks: int,
     target: Literal["ptx", "host"] = "ptx",
 ) -> AttnSm90Params | AttnSm90GateParams:
     """The kernel's argument.
@@ -132,6 +143,7 @@ def build_params_sm90(
         problem: shapes, strides and options.
         plan: tiles and gate.
         pointers: address by field name, see params.build_params.
+        num_blocks: of the launch.
         target: "ptx" encodes the descriptors for the GPU, "host" for the simulator.
 
     Returns:
@@ -143,7 +155,8 @@ def build_params_sm90(
     packed = problem.varlen == "packed"
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
-    argument.num_heads_and_batches = problem.num_heads_q * problem.batch
+    argument.num_heads = problem.num_heads_q * problem.batch
+    argument.num_lead_heads = num_lead_heads(problem, plan, num_blocks)
     heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v
     rows_q, rows_k = (
         (problem.total_q, problem.total_k) if packed else (problem.seqlen_q, problem.seqlen_k)
@@ -157,7 +170,7 @@ def build_params_sm90(
         "v": (problem.v_strides, dim_v, rows_k, kv_heads),
         "o": (out_strides, dim_v, rows_q, heads),
     }
-    box_rows = {"q": plan.block_m, "k": plan.block_n, "v": plan.block_n, "o": 64}
+    box_rows = {"q": ROWS_OF_CONSUMER, "k": plan.block_n, "v": plan.block_n, "o": ROWS_OF_CONSUMER}
     for name, (strides, cols, num_rows, heads) in tensors.items():
         # A dimension of size 1 has stride 0 in a Problem; a descriptor wants some legal one.
         batch_bytes, head_bytes, row_bytes = (

@@ -99,6 +99,11 @@ class Plan:
         return "AttnParams"
 
     @property
+    def starts_early(self) -> bool:
+        """Whether its blocks may start before the kernels before it have ended."""
+        return False
+
+    @property
     def arch_suffix(self) -> str:
         """What follows the architecture's number in the compiler's target."""
         return ""

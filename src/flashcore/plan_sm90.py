@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from flashcore.plan import Plan, smem_limits, traits
 
@@ -17,7 +17,9 @@ ARCH = 90
 NUM_SMS = 132
 GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
 
+ROWS_OF_CONSUMER = 64
 _BARRIER_BYTES = 8
+_COORD_BYTES = 4 * 16  # places of four row tiles
 _FEED_BYTES = 64  # tile/schedule_varlen.cuh
 
 
@@ -27,19 +29,26 @@ class Sm90Plan(Plan):
 
     `ping_pong`: consumer warpgroups take turns at issuing to the tensor cores; `lazy_rescale`: the
     output is rescaled only when a maximum moved far; `separate_o`: O leaves through a buffer of its
-    own, not through Q's; `tiles_per_unit`: row tiles that a block takes together
-    (tile/schedule_sm90.cuh).
+    own, not through Q's; `key_splits`: consumers that share the keys of 64 rows; `tail_rounds`:
+    under a right bound, rounds of pairs of row tiles whose tiles are dealt out singly at the end
+    (tile/schedule_sm90.cuh), which the machine code does not depend on.
     """
 
     ping_pong: bool = False
     lazy_rescale: bool = True
     separate_o: bool = True
-    tiles_per_unit: int = 1
+    key_splits: int = 1
+    tail_rounds: int = 1
 
     @property
     def params_struct(self) -> str:
         """AttnParams behind the tensor maps."""
         return "AttnSm90Params"
+
+    @property
+    def starts_early(self) -> bool:
+        """Its first instruction on global memory waits for the kernels before (ptx/grid.cuh)."""
+        return True
 
     @property
     def arch_suffix(self) -> str:
@@ -48,8 +57,8 @@ class Sm90Plan(Plan):
 
     @property
     def num_consumers(self) -> int:
-        """Warpgroups of 64 query rows."""
-        return self.block_m // 64
+        """Warpgroups of 64 query rows each, which some may share."""
+        return self.block_m // ROWS_OF_CONSUMER * self.key_splits
 
     @property
     def num_warps(self) -> int:
@@ -63,13 +72,17 @@ class Sm90Plan(Plan):
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of a block: Q, `num_stages` tiles of K and V, O and barriers."""
+        """Dynamic shared memory of a block: Q, `num_stages` tiles of K and V, O, what consumers
+        hand over, barriers."""
         qk_cols = -(-self.head_dim // self.chunk) * self.chunk
         v_cols = -(-self.head_dim_v // self.chunk) * self.chunk
         elements = self.block_m * (qk_cols + (v_cols if self.separate_o else 0))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
-        feed_bytes = _FEED_BYTES if self.varlen == "packed" else 0
-        return 2 * elements + _BARRIER_BYTES * (2 + 4 * self.num_stages) + feed_bytes
+        # What consumers that share rows hand over: O and the state of the softmax, in float32.
+        shares = (self.key_splits - 1) * (v_cols // 2 + 4) * 128 * 4
+        feed = _FEED_BYTES if self.varlen == "packed" else 0
+        num_barriers = 2 * self.block_m // ROWS_OF_CONSUMER + 4 * self.num_stages
+        return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
     @property
     def row_warps(self) -> range:
@@ -86,7 +99,10 @@ class Sm90Plan(Plan):
         """Registers of a consumer and of a producer thread; setmaxnreg moves them from what the
         launch gave everybody, `max_registers`: a block that asks for more than it was given waits
         for ever."""
-        return {1: (216, 40), 2: (240, 24), 3: (160, 32)}[self.num_consumers]
+        pool = self.max_registers * (self.num_consumers + 1)
+        producer = 32 if self.varlen == "packed" else 24  # at least; one warp deals out tiles
+        consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
+        return consumer, min(40, pool - consumer * self.num_consumers)
 
     def constants(self) -> dict[str, object]:
         """The kernel source's compile-time constants."""
@@ -100,7 +116,7 @@ class Sm90Plan(Plan):
             "PING_PONG": self.ping_pong,
             "LAZY_RESCALE": self.lazy_rescale,
             "SEPARATE_O": self.separate_o,
-            "TILES_PER_UNIT": self.tiles_per_unit,
+            "KEY_SPLITS": self.key_splits,
         }
 
 
@@ -138,33 +154,62 @@ def _of_mean_lengths(problem: Problem) -> Problem:
     return dataclasses.replace(problem, batch=batch, seqlen_q=-(-problem.total_q // batch))
 
 
-def _tiles(problem: Problem) -> Iterator[tuple[int, int, bool, bool]]:
-    """(block_m, block_n, ping_pong, lazy_rescale) by measurement on an H200, best first; see
-    docs/performance.md."""
+class _Tile(NamedTuple):
+    """What the tile table says; the other fields of a plan follow from the problem."""
+
+    block_m: int
+    block_n: int
+    ping_pong: bool = False
+    min_blocks: int = 1
+    num_stages: int = 2
+    key_splits: int = 1
+    tail_rounds: int = 1
+
+
+def _tiles(problem: Problem) -> Iterator[_Tile]:
+    """By measurement on an H200, best first; see docs/performance.md."""
     dim = max(problem.head_dim, problem.head_dim_v)
     heads = problem.batch * problem.num_heads_q
     plain = problem.mask is None and problem.softcap == 0.0
+    bounded = problem.window_left >= 0 or problem.window_right >= 0
+    keys = problem.seqlen_k
+    num_64, num_128, num_192 = (heads * -(-problem.seqlen_q // rows) for rows in (64, 128, 192))
+    # Few rows: their keys are shared between two warpgroups, which hide each other's latency.
+    if dim <= 128 and num_64 <= NUM_SMS and keys > 64:
+        yield _Tile(64, 64, num_stages=4, key_splits=2)
     if dim <= 64:
-        bounded = problem.window_left >= 0 or problem.window_right >= 0
-        long = problem.seqlen_k > (2048 if bounded else 1024)
-        if plain and long and heads * problem.seqlen_q >= NUM_SMS * 192:
-            yield 192, 112 if bounded else 128, True, False  # bounds cost registers
-        yield 64, 128, False, False
-        yield 128, 128, True, False
-        return
-    if dim <= 128:
-        wide, narrow = (128, 128, True, True), (64, 128 if plain else 64, False, True)
-        fills = heads * -(-problem.seqlen_q // 128) >= NUM_SMS
-        yield from (wide, narrow) if fills else (narrow, wide)
+        if plain and num_192 >= 2 * NUM_SMS and (keys > 3072 if bounded else keys >= 512):
+            yield _Tile(192, 128, ping_pong=True)
+        if plain and num_64 >= (3 if bounded else 6) * NUM_SMS:
+            yield _Tile(64, 64 if keys <= 1024 else 96, min_blocks=3)
+        yield _Tile(64, 128, min_blocks=2)
+        yield _Tile(128, 128, ping_pong=True)
+    elif dim <= 128:
+        if num_128 >= NUM_SMS:
+            if plain and not bounded and keys >= 4096 and num_192 >= 2 * NUM_SMS:
+                yield _Tile(192, 80, ping_pong=True)
+            yield _Tile(128, 128, ping_pong=keys < 2048)
+        yield _Tile(64, 64, min_blocks=2)
+        yield _Tile(128, 128)
     elif dim <= 192:
-        yield 128, 96, True, True
+        yield _Tile(128, 96, ping_pong=True)
+        yield _Tile(128, 64, ping_pong=True)
     else:
-        yield 128, 64 if plain else 32, True, True
+        yield _Tile(128, 64, ping_pong=True)
+        yield _Tile(128, 32, ping_pong=True)
+
+
+def _has_registers(plan: Sm90Plan) -> bool:
+    """Whether a consumer thread can hold S, P, O and some 32 more. The tile table is right about
+    that where the producer's warpgroup is small; a warp that deals out tiles takes from it."""
+    held = (plan.block_n + plan.head_dim_v) // 2 + plan.block_n // 4
+    return held + 32 <= plan.role_registers[0]
 
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     """Tile configurations for a problem that the kernel can serve, best first. With a debug
-    gate the warpgroups take no turns and no rescale is put off: a stage shows nothing but itself.
+    gate the warpgroups take no turns, share no rows and put off no rescale: a stage shows nothing
+    but itself.
 
     Raises:
         ValueError: the kernel has no such gate.
@@ -173,33 +218,23 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
         raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
     plans: list[Plan] = []
     problem = _of_mean_lengths(problem)
-    heads = problem.batch * problem.num_heads_q
-    for block_m, block_n, ping_pong, lazy_rescale in _tiles(problem):
-        min_blocks = 2 if block_m == 64 else 1  # for the register count; fewer may fit
-        # Pairs of row tiles even out the work of causal rows, where they still fill the GPU.
-        pairs = heads * -(-problem.seqlen_q // (2 * block_m))
-        in_pairs = (
-            problem.varlen != "packed"
-            and problem.window_right >= 0
-            and pairs >= NUM_SMS * min_blocks
-        )
+    for tile in _tiles(problem):
+        if gate is not None:
+            tile = tile._replace(ping_pong=False, key_splits=1)
         for separate_o in (True, False):
             plan = Sm90Plan(
                 kernel=KERNEL,
                 arch=ARCH,
-                block_m=block_m,
-                block_n=block_n,
-                num_stages=2,
-                min_blocks=min_blocks,
-                ping_pong=ping_pong and gate is None,
-                lazy_rescale=lazy_rescale and gate is None,
+                lazy_rescale=gate is None,
                 separate_o=separate_o,
-                tiles_per_unit=2 if in_pairs else 1,
                 gate=gate,
+                **tile._asdict(),
                 **traits(problem),
             )
-            if not separate_o and problem.head_dim_v > problem.head_dim:
-                continue  # O does not fit into Q's buffer
+            if not separate_o and (problem.head_dim_v > problem.head_dim or tile.key_splits > 1):
+                continue  # O does not fit into Q's buffer, or is not read there by all at once
+            if plan.varlen == "packed" and not _has_registers(plan):
+                continue
             if plan.smem_bytes <= smem_limits(ARCH)[0]:
                 plans.append(plan)
                 break

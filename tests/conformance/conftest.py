@@ -82,8 +82,8 @@ def run(request: pytest.FixtureRequest) -> Runner:
                 seed=seed,
             )
             return {n: tensors[n] for n in outputs + counters}
+        from flashcore.driver_launch import launch_raw
         from flashcore.jit import compile_source
-        from flashcore.launch import launch_raw
 
         device = torch.device("cuda")
         major, minor = torch.cuda.get_device_capability()

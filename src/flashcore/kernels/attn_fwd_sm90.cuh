@@ -5,10 +5,14 @@
 //
 // The algorithm is attn_fwd_wmma.cuh's (read that first); what differs is when things happen
 // (FlashAttention-3, arXiv:2407.08608). A warpgroup issues S = Q K^T of the next key tile, then O
-// += P V of the current one, and computes the next softmax while the tensor cores work on both. Two
-// or three warpgroups take turns at issuing, so that one's softmax runs under another's products.
+// += P V of the current one, and computes the next softmax while P V is under way; with PING_PONG,
+// warpgroups take turns at issuing, so that one's softmax runs under another's products. Where rows
+// are few, KEY_SPLITS warpgroups share the keys of 64 rows and add up at the end.
+//
 // Blocks are persistent: they walk over row tiles (tile/schedule_sm90.cuh), keys from last to
-// first, the producer running ahead as far as the stages of K and V allow.
+// first. One thread walks, asks for the tiles as far ahead as the buffers allow, and tells the
+// consumers where they are by a ring of coordinates, which comes with Q. Blocks may start while the
+// kernels before this one still run (ptx/grid.cuh).
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -19,18 +23,19 @@
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "tile/pipeline_sm90.cuh"
+#include "tile/merge_sm90.cuh"
 #include "tile/schedule_varlen.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
 
 struct AttnSm90Params {
-  TensorMap q_map;  // boxes of BLOCK_M rows x CHUNK columns of q
+  TensorMap q_map;  // boxes of 64 rows x CHUNK columns of q
   TensorMap k_map;  // boxes of BLOCK_N rows x CHUNK columns of k
   TensorMap v_map;  // the same of v
   TensorMap o_map;  // boxes of 64 rows x CHUNK columns of out
   AttnParams attn;
-  int32_t num_heads_and_batches;  // num_heads_q * batch
+  TileSchedule schedule;
 };
 
 // A tile in shared memory is a row of column chunks, each all rows x CHUNK elements, in rows of
@@ -42,8 +47,8 @@ constexpr int V_CHUNKS = (HEAD_DIM_V + CHUNK - 1) / CHUNK;
 constexpr int KEY_FRAGS = BLOCK_N / 16;
 constexpr int OUT_FRAGS = V_CHUNKS * CHUNK / 16;
 
-constexpr int NUM_CONSUMERS = BLOCK_M / 64;
 constexpr int Q_ELEMENTS = BLOCK_M * QK_CHUNKS * CHUNK;
+constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;
 constexpr int K_ELEMENTS = BLOCK_N * QK_CHUNKS * CHUNK;  // of one stage
 constexpr int V_ELEMENTS = BLOCK_N * V_CHUNKS * CHUNK;
 constexpr int O_ELEMENTS = BLOCK_M * V_CHUNKS * CHUNK;
@@ -52,31 +57,33 @@ constexpr int O_ELEMENTS = BLOCK_M * V_CHUNKS * CHUNK;
 constexpr int K_OFFSET = Q_ELEMENTS * 2;
 constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
 constexpr int O_OFFSET = SEPARATE_O ? V_OFFSET + NUM_STAGES * V_ELEMENTS * 2 : 0;
-constexpr int BARRIERS_OFFSET =
+constexpr int MERGE_OFFSET =
     V_OFFSET + NUM_STAGES * V_ELEMENTS * 2 + (SEPARATE_O ? O_ELEMENTS * 2 : 0);
-constexpr int FEED_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
+constexpr int MERGE_FLOATS = (KEY_SPLITS - 1) * SHARE_FLOATS<OUT_FRAGS>;
+constexpr int BARRIERS_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
+constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
+constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
 static_assert(SMEM_BYTES == FEED_OFFSET + FEED_BYTES,
               "the plan and the kernel disagree on shared memory");
-static_assert(SEPARATE_O || O_ELEMENTS <= Q_ELEMENTS, "O does not fit into Q's buffer");
-
-enum NamedBarrier {
-  TURN_BARRIER = 1,                           // + consumer: its turn at the tensor cores
-  STORE_BARRIER = TURN_BARRIER + NUM_CONSUMERS  // + consumer: the warps of a warpgroup
-};
+static_assert(SEPARATE_O || (O_ELEMENTS <= Q_ELEMENTS && KEY_SPLITS == 1),
+              "O does not fit into Q's buffer, or some consumer reads it longer");
 
 struct Buffers {
   SmemPtr<Element> q, k, v, o;
-  Feed feed;  // of row tiles, where they are dealt out
+  SmemPtr<float> merge;     // shares of rows whose keys are split
+  SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
+  Feed feed;                // from which the producer has them, where they are dealt out
 };
 
 // The producer: one thread fills Q and the stages of K and V for one row tile after the other.
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
-  PipelineState k_state, v_state;
-  int q_parity = 0;
   BoxOrigin q_box, k_box, v_box;  // of the sequence
+  PipelineState k_states[KEY_SPLITS], v_states[KEY_SPLITS];
+#pragma unroll
+  for (int s = 0; s < KEY_SPLITS; ++s) k_states[s].ring = v_states[s].ring = s;
 
-  const auto load_k = [&](const BlockCoord& block, int n_block) {
+  const auto load_k = [&](PipelineState& k_state, const BlockCoord& block, int n_block) {
     const auto full = bar.k_full + k_state.stage();
     mbar_wait(bar.k_empty + k_state.stage(), k_state.parity() ^ 1);
     mbar_arrive_expect_tx(full, K_ELEMENTS * 2);
@@ -86,7 +93,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     }
     ++k_state.count;
   };
-  const auto load_v = [&](const BlockCoord& block, int n_block) {
+  const auto load_v = [&](PipelineState& v_state, const BlockCoord& block, int n_block) {
 //@if gate qk softmax
     return;  // there is no P V
 //@end
@@ -100,9 +107,27 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     ++v_state.count;
   };
 
-  for (auto tile = row_tiles<false>(p, smem.feed); !tile.done(p, params.num_heads_and_batches);
-       tile.advance(p)) {
-    const BlockCoord block = tile.coord(p);
+  const auto load_keys = [&](const BlockCoord& block, const KeyRange& keys, int n_block) {
+#pragma unroll
+    for (int s = 0; s < KEY_SPLITS; ++s) {
+      if (n_block - s >= keys.n_block_begin) load_k(k_states[s], block, n_block - s);
+    }
+  };
+
+  auto tile = row_tiles(p, smem.feed);
+  for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
+    const auto coord = smem.coords + turn % COORD_SLOTS * COORD_INTS;
+    const int parity = turn % 2;
+    if (tile.done(p, params.schedule)) {
+      smem_store(coord, NO_TILE);
+      for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
+        mbar_wait(bar.q_empty + group, parity ^ 1);
+        mbar_arrive(bar.q_full + group);
+      }
+      grid_launch_dependents();
+      return;
+    }
+    const BlockCoord block = tile.coord(p, params.schedule);
     const auto& own = sequence_params(p, block);
     q_box = query_box(p, block);
     k_box = key_box(p, block, p.k_rows_per_batch);
@@ -112,35 +137,48 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 //@else
     const KeyRange keys = key_range(own, block.m_begin);
 //@end
-    mbar_wait(bar.q_empty, q_parity ^ 1);
-    mbar_arrive_expect_tx(bar.q_full, Q_ELEMENTS * 2);
-    for (int c = 0; c < QK_CHUNKS; ++c) {
-      tma_load(smem.q + c * BLOCK_M * CHUNK, params.q_map, bar.q_full, c * CHUNK,
-               q_box.row + block.m_begin, block.head_idx, q_box.batch);
+    store_coord(coord, block);
+    // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
+    // first K's stage is free before Q's buffer is.
+    int n_block = keys.n_block_end - 1;
+    load_keys(block, keys, n_block);
+    for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
+      const auto full = bar.q_full + group;
+      mbar_wait(bar.q_empty + group, parity ^ 1);
+      mbar_arrive_expect_tx(full, Q_GROUP_ELEMENTS * 2);
+      for (int c = 0; c < QK_CHUNKS; ++c) {
+        tma_load(smem.q + (group * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
+                 c * CHUNK, q_box.row + block.m_begin + group * 64, block.head_idx, q_box.batch);
+      }
     }
-    q_parity ^= 1;
-    // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it.
-    for (int n_block = keys.n_block_end - 1; n_block >= keys.n_block_begin; --n_block) {
-      load_k(block, n_block);
-      if (n_block < keys.n_block_end - 1) load_v(block, n_block + 1);
+    while (n_block >= keys.n_block_begin) {
+      n_block -= KEY_SPLITS;
+      load_keys(block, keys, n_block);
+#pragma unroll
+      for (int s = 0; s < KEY_SPLITS; ++s) {
+        const int before = n_block - s + KEY_SPLITS;
+        if (before >= keys.n_block_begin) load_v(v_states[s], block, before);
+      }
     }
-    if (keys.n_block_begin < keys.n_block_end) load_v(block, keys.n_block_begin);
   }
 }
 
 // What one consumer warpgroup carries from key tile to key tile.
 struct Consumer {
   int index;
+  int row_group;  // of 64 rows; consumers that share one take the key tiles in turn
   int warp_row;  // first of this warp's 16 query rows
   float scale_log2;
   WmmaAccum out[OUT_FRAGS];
   WmmaA<Element> probs[KEY_FRAGS];  // of the tile whose P V is not issued yet
   OnlineSoftmax softmax;
-  PipelineState k_state, v_state;
+  PipelineState k_state;  // of the next K; V's, one tile of this consumer behind, follows from it
   GmemPtr<const MaskElement> mask_gmem;
 //@if gate
   BlockCoord block;
 //@end
+
+  FC_DEVICE PipelineState v_state() const { return {k_state.ring, k_state.count - 1}; }
 };
 
 // S = Q K^T of a warpgroup's 64 rows, issued.
@@ -152,7 +190,7 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_s
   for (int d = 0; d < QK_CHUNKS * CHUNK; d += 16) {
     const int chunk = d / CHUNK;
     const int col_bytes = d % CHUNK * 2;
-    wgmma_ss<Element>(scores, q_desc + (chunk * BLOCK_M * CHUNK_BYTES + col_bytes),
+    wgmma_ss<Element>(scores, q_desc + (chunk * 64 * CHUNK_BYTES + col_bytes),
                       k_desc + (chunk * BLOCK_N * CHUNK_BYTES + col_bytes), d > 0);
   }
 }
@@ -180,20 +218,24 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
   if (PING_PONG && !FIRST) named_barrier_sync(TURN_BARRIER + c.index, 256);
   wgmma_fence();
-  issue_scores(scores, smem.q + c.index * 64 * CHUNK, smem.k + c.k_state.stage() * K_ELEMENTS);
+  issue_scores(scores, smem.q + c.row_group * Q_GROUP_ELEMENTS,
+               smem.k + c.k_state.stage() * K_ELEMENTS);
   wgmma_commit();
   if constexpr (!FIRST) {
-    mbar_wait(bar.v_full + c.v_state.stage(), c.v_state.parity());
+    const PipelineState v_state = c.v_state();
     wgmma_fence();
-    issue_output(c.out, c.probs, smem.v + c.v_state.stage() * V_ELEMENTS);
+    issue_output(c.out, c.probs, smem.v + v_state.stage() * V_ELEMENTS);
     wgmma_commit();
     if (PING_PONG) named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);
   }
-  wgmma_wait<FIRST ? 0 : 1>();
+  // Masking takes registers, which P V of the tile before gives back as it ends.
+  constexpr bool OVERLAP = !FIRST && !MASKED;
+  wgmma_wait<OVERLAP ? 1 : 0>();
   wgmma_hold(scores);
   release(bar.k_empty, c.k_state);
 //@if gate qk
   gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
+  ++c.k_state.count;
   return;
 //@end
 
@@ -208,17 +250,22 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
 //@if gate softmax
   gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
   gate_store_rows(c.softmax, p, c.block, c.warp_row, n_block, c.scale_log2);
+  ++c.k_state.count;
   return;
 //@end
 
+  // Here, so that P V of this tile can be issued at once; and as ptxas would move the wait for P V
+  // above the exponentials, were there no branch in between.
+  mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());
   if constexpr (!FIRST) {
-    wgmma_wait<0>();
+    if (OVERLAP) wgmma_wait<0>();
     wgmma_hold(c.out);
-    release(bar.v_empty, c.v_state);
+    release(bar.v_empty, c.v_state());
     if (moved) rescale_output(c.out, rescale);
   }
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) wmma_accum_to_a(c.probs[n], scores[n]);
+  ++c.k_state.count;
 }
 
 // P V of the key tile visited last.
@@ -226,13 +273,13 @@ FC_DEVICE void last_output(Consumer& c, const Barriers& bar, const Buffers& smem
 //@if gate qk softmax
   return;
 //@end
-  mbar_wait(bar.v_full + c.v_state.stage(), c.v_state.parity());
+  const PipelineState v_state = c.v_state();
   wgmma_fence();
-  issue_output(c.out, c.probs, smem.v + c.v_state.stage() * V_ELEMENTS);
+  issue_output(c.out, c.probs, smem.v + v_state.stage() * V_ELEMENTS);
   wgmma_commit();
   wgmma_wait<0>();
   wgmma_hold(c.out);
-  release(bar.v_empty, c.v_state);
+  release(bar.v_empty, v_state);
 }
 
 // Divides by the row sums and sends a warpgroup's 64 rows of O on their way by TMA, which clips
@@ -245,10 +292,11 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
                  c.scale_log2, inverse_sum);
 
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
-  const auto o_smem = smem.o + c.index * 64 * CHUNK;
+  const auto o_smem = smem.o + c.row_group * (64 * V_CHUNKS * CHUNK);
   if (SEPARATE_O && leads) tma_store_wait_read<0>();  // of the last tile's O
   named_barrier_sync(STORE_BARRIER + c.index, 128);   // orders that, or the last read of Q, before:
-  const int row = warp_idx() % 4 * 16 + lane_idx() % 16;
+  const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live in between
+  const int row = warp_idx() % 4 * 16 + lane % 16;
 #pragma unroll
   for (int d = 0; d < OUT_FRAGS; ++d) {
     uint32_t packed[4];
@@ -258,21 +306,21 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
       packed[i / 2] = pack2<Element>(c.out[d].x[i] * scale, c.out[d].x[i + 1] * scale);
     }
     const int chunk = d * 16 / CHUNK;
-    const int col = swizzled_col<CHUNK_BYTES>(row, d * 16 % CHUNK + lane_idx() / 16 * 8);
-    stmatrix_x4(o_smem + (chunk * BLOCK_M * CHUNK + row * CHUNK + col), packed);
+    const int col = swizzled_col<CHUNK_BYTES>(row, d * 16 % CHUNK + lane / 16 * 8);
+    stmatrix_x4(o_smem + (chunk * 64 * CHUNK + row * CHUNK + col), packed);
   }
   fence_proxy_async();
   named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above before the stores
   if (leads) {
     const BoxOrigin box = query_box(params.attn, block);
     for (int chunk = 0; chunk < V_CHUNKS; ++chunk) {
-      tma_store(params.o_map, o_smem + chunk * BLOCK_M * CHUNK, chunk * CHUNK,
-                box.row + block.m_begin + c.index * 64, block.head_idx, box.batch);
+      tma_store(params.o_map, o_smem + chunk * 64 * CHUNK, chunk * CHUNK,
+                box.row + block.m_begin + c.row_group * 64, block.head_idx, box.batch);
     }
     tma_store_commit();
     if (!SEPARATE_O) {
       tma_store_wait_read<0>();
-      mbar_arrive(bar.q_empty);
+      mbar_arrive(bar.q_empty + c.row_group);
     }
   }
 }
@@ -281,29 +329,36 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
 FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
   Consumer c;
-  c.index = warp_idx() / 4 - 1;
+  c.index = warp_uniform(warp_idx() / 4 - 1);
+  c.row_group = c.index / KEY_SPLITS;
+  const int share = c.index % KEY_SPLITS;
+  c.k_state.ring = share;
   c.scale_log2 = SCORES_ARE_LOG2 ? 1.0f : p.softmax_scale_log2;
-  int q_parity = 0;
   // The first turn is consumer 0's: the last consumer hands it over.
   if (PING_PONG && c.index == NUM_CONSUMERS - 1) named_barrier_arrive(TURN_BARRIER, 256);
+  if (KEY_SPLITS > 1 && share == 0) start_merging();
 
-  for (auto tile = row_tiles<true>(p, smem.feed); !tile.done(p, params.num_heads_and_batches);
-       tile.advance(p)) {
-    const BlockCoord block = tile.coord(p);
+  for (int turn = 0;; ++turn) {
+    mbar_wait(bar.q_full + c.row_group, turn % 2);
+    const auto coord = smem.coords + turn % COORD_SLOTS * COORD_INTS;
+    BlockCoord block = {};
+    block.m_begin = smem_load(coord);
+    if (block.m_begin == NO_TILE) break;
+    if (VARLEN != 0 || MASK_KIND != 0) block = load_coord(coord);
     const auto& own = sequence_params(p, block);
 //@if gate tile
     const KeyRange keys = gate_last_tile(key_range(own, block.m_begin));
 //@else
     const KeyRange keys = key_range(own, block.m_begin);
 //@end
-    const int group_row = block.m_begin + c.index * 64;
+    const int group_row = block.m_begin + c.row_group * 64;
     const UnmaskedRange unmasked = unmasked_range(own, group_row);
     c.warp_row = group_row + warp_idx() % 4 * 16;
     c.mask_gmem =
         p.mask + (block.batch_idx * p.mask_batch_stride + block.head_idx * p.mask_head_stride);
     c.softmax = {{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
 //@if gate
-    c.block = block;
+    c.block = load_coord(coord);
 //@end
 //@if gate pv
     c.softmax = {{0.0f, 0.0f}, {0.25f, 0.25f}};  // four lanes' shares add up to 1: no normalisation
@@ -311,19 +366,19 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 #pragma unroll
     for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(c.out[d], 0.0f);
 
-    mbar_wait(bar.q_full, q_parity);
-    q_parity ^= 1;
-    int n_block = keys.n_block_end - 1;
+    const int first_tile = keys.n_block_end - 1 - share;
+    int n_block = first_tile;
     if (n_block >= keys.n_block_begin) {
       key_tile<true, true>(c, own, bar, smem, n_block);
-      for (--n_block; n_block >= max_i(unmasked.end, keys.n_block_begin); --n_block) {
+      n_block -= KEY_SPLITS;
+      for (; n_block >= max_i(unmasked.end, keys.n_block_begin); n_block -= KEY_SPLITS) {
         key_tile<false, true>(c, own, bar, smem, n_block);
       }
-      for (; n_block >= max_i(unmasked.begin, keys.n_block_begin); --n_block) {
+      for (; n_block >= max_i(unmasked.begin, keys.n_block_begin); n_block -= KEY_SPLITS) {
         key_tile<false, false>(c, own, bar, smem, n_block);
       }
       if (HAS_WINDOW_LEFT) {
-        for (; n_block >= keys.n_block_begin; --n_block) {
+        for (; n_block >= keys.n_block_begin; n_block -= KEY_SPLITS) {
           key_tile<false, true>(c, own, bar, smem, n_block);
         }
       }
@@ -331,10 +386,11 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     if (SEPARATE_O) {
       // Without a key tile, lanes may still wait for q_full, whose next phase must not pass them.
       warp_sync();
-      if (lane_idx() == 0) mbar_arrive(bar.q_empty);
+      if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.row_group);
     }
-    if (keys.n_block_begin < keys.n_block_end) last_output(c, bar, smem);
-    store_output(c, params, bar, smem, block);
+    if (first_tile >= keys.n_block_begin) last_output(c, bar, smem);
+    if (KEY_SPLITS > 1) merge_shares(share, c.softmax, c.out, smem.merge, c.scale_log2);
+    if (share == 0) store_output(c, params, bar, smem, load_coord(coord));
   }
   // Shared memory must outlive the stores that read it.
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
@@ -346,14 +402,21 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
       smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
       smem_view<Element>(V_OFFSET, NUM_STAGES * V_ELEMENTS, "v_smem"),
       smem_view<Element>(O_OFFSET, O_ELEMENTS, "o_smem"),
+      smem_view<float>(MERGE_OFFSET, MERGE_FLOATS, "merge_smem"),
+      smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       PACKED ? feed_at(FEED_OFFSET) : Feed(),
   };
   const Barriers bar = barriers(BARRIERS_OFFSET);
   if (thread_idx() == 0) {
-    if (PACKED) init_feed(smem.feed, NUM_CONSUMERS * 4 + 1);
-    init_barriers(bar, NUM_CONSUMERS * 4, SEPARATE_O ? NUM_CONSUMERS * 4 : NUM_CONSUMERS);
+    tma_prefetch_map(params.q_map);
+    tma_prefetch_map(params.k_map);
+    tma_prefetch_map(params.v_map);
+    tma_prefetch_map(params.o_map);
+    if (PACKED) init_feed(smem.feed);
+    init_barriers(bar, NUM_ROW_GROUPS * 4, SEPARATE_O ? KEY_SPLITS * 4 : 1);
   }
   block_sync();  // orders the initialisation before every use
+  grid_dependency_wait();
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();

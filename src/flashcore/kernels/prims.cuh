@@ -10,6 +10,7 @@
 // thread.cuh      thread_idx() block_idx() lane_idx() warp_idx()
 //                 shfl_xor(x, lane_mask) of float or int, warp_any(predicate): all 32 lanes must
 //                 arrive; they order no memory
+//                 warp_uniform(x): an int that all lanes have alike, known to be so; likewise
 // math.cuh        exp2_approx log2_approx rcp_approx fma_rn max_f min_i max_i, NEG_INF
 //                 opaque(x): x, hidden from the optimiser
 // memory.cuh      SmemPtr<T>, GmemPtr<T>: bounded pointers; p + n moves by n elements

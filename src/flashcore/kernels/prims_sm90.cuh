@@ -1,10 +1,15 @@
 // prims_sm90.cuh - what Hopper kernels (sm_90a) use on top of prims.cuh; same rules.
 //
+// grid.cuh        grid_dependency_wait(): until the kernels before this one are done and their
+//                 writes visible; before a thread's first access to global memory
+//                 grid_launch_dependents(): the next kernel's blocks may start, and wait likewise
+//                 (PTX ISA: griddepcontrol)
 // mbarrier.cuh    A barrier in shared memory is a SmemPtr<uint64_t> (PTX ISA: mbarrier).
 //                 mbar_init(bar, count), mbar_init_fence(): by one thread, then block_sync()
 //                 mbar_arrive(bar), mbar_arrive_expect_tx(bar, bytes)
 //                 mbar_wait(bar, parity): until the phase of that parity has completed
 // tma.cuh         TensorMap: 128 opaque bytes in the kernel's parameters (encoded by the launcher)
+//                 tma_prefetch_map(map): fetches the descriptor ahead of its first use
 //                 tma_load(smem_dst, map, bar, col, row, head, batch): one box, whose bytes count
 //                 towards bar; zeros outside of the tensor (PTX ISA: cp.async.bulk.tensor)
 //                 tma_store(map, smem_src, col, row, head, batch), tma_store_commit(),
@@ -30,6 +35,7 @@
 #pragma once
 
 #include "prims.cuh"
+#include "@target/grid.cuh"
 #include "@target/mbarrier.cuh"
 #include "@target/tma.cuh"
 #include "@target/warpgroup.cuh"

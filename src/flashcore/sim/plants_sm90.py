@@ -8,14 +8,14 @@ from flashcore.sim.plants import PLANTS, Plant
 _KERNEL = "attn_fwd_sm90.cuh"
 _PIPELINE = "tile/pipeline_sm90.cuh"
 _SCORES_WAIT = """\
-  wgmma_wait<FIRST ? 0 : 1>();
+  wgmma_wait<OVERLAP ? 1 : 0>();
   wgmma_hold(scores);
   release(bar.k_empty, c.k_state);
 """
 _OUTPUT_WAIT = """\
-    wgmma_wait<0>();
+    if (OVERLAP) wgmma_wait<0>();
     wgmma_hold(c.out);
-    release(bar.v_empty, c.v_state);
+    release(bar.v_empty, c.v_state());
     if (moved) rescale_output(c.out, rescale);
 """
 _TURNS = {"block_m": 128, "min_blocks": 1, "ping_pong": True}
@@ -46,7 +46,7 @@ _ALL = (
         find=_SCORES_WAIT,
         replace="""\
   release(bar.k_empty, c.k_state);
-  wgmma_wait<FIRST ? 0 : 1>();
+  wgmma_wait<OVERLAP ? 1 : 0>();
   wgmma_hold(scores);
 """,
         caught_by="race",
@@ -55,10 +55,10 @@ _ALL = (
         name="early-q-release",
         title="Q's buffer is given back before the first Q K^T",
         file=_KERNEL,
-        find="    int n_block = keys.n_block_end - 1;",
+        find="    int n_block = first_tile;",
         # The second declaration hides the function from the arrival in the right place.
-        replace="    if (lane_idx() == 0) mbar_arrive(bar.q_empty);"
-        " const auto mbar_arrive = [](SmemPtr<uint64_t>) {}; int n_block = keys.n_block_end - 1;",
+        replace="    if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.row_group);"
+        " const auto mbar_arrive = [](SmemPtr<uint64_t>) {}; int n_block = first_tile;",
         caught_by="race",
     ),
     Plant(
@@ -67,10 +67,10 @@ _ALL = (
         file=_KERNEL,
         find="""\
       tma_store_wait_read<0>();
-      mbar_arrive(bar.q_empty);
+      mbar_arrive(bar.q_empty + c.row_group);
 """,
         replace="""\
-      mbar_arrive(bar.q_empty);
+      mbar_arrive(bar.q_empty + c.row_group);
       tma_store_wait_read<0>();
 """,
         caught_by="race",
@@ -120,17 +120,17 @@ _ALL = (
         name="parity-never-flips",
         title="the parity of a stage stays the same in every round",
         file=_PIPELINE,
-        find="return count / NUM_STAGES % 2; }",
+        find="return count / STAGES_PER_RING % 2; }",
         replace="return 0; }",
         caught_by="mbarrier",  # as no-empty-wait, in the second round
         or_by=("race", "deadlock"),
     ),
     Plant(
         name="stage-mixed-up",
-        title="Q K^T reads the stage that V stands at",
+        title="Q K^T reads the stage after its own",
         file=_KERNEL,
         find="smem.k + c.k_state.stage() * K_ELEMENTS",
-        replace="smem.k + c.v_state.stage() * K_ELEMENTS",
+        replace="smem.k + (c.k_state.count + 1) % 2 * K_ELEMENTS",
         caught_by="race",
     ),
     Plant(
@@ -162,7 +162,7 @@ _ALL = (
         title="O is rescaled while P V may still add to it",
         file=_KERNEL,
         find=_OUTPUT_WAIT,
-        replace=_OUTPUT_WAIT.replace("    wgmma_wait<0>();", ""),
+        replace=_OUTPUT_WAIT.replace("    if (OVERLAP) wgmma_wait<0>();", ""),
         caught_by="wgmma",
     ),
     Plant(
@@ -172,9 +172,9 @@ _ALL = (
         find=_OUTPUT_WAIT,
         replace="""\
     if (moved) rescale_output(c.out, rescale);
-    wgmma_wait<0>();
+    if (OVERLAP) wgmma_wait<0>();
     wgmma_hold(c.out);
-    release(bar.v_empty, c.v_state);
+    release(bar.v_empty, c.v_state());
 """,
         caught_by="wgmma",
         plan={"lazy_rescale": False},

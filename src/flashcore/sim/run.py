@@ -20,7 +20,7 @@ from torch import Tensor
 
 from flashcore.codegen import generate_source
 from flashcore.params import build_params, grid_size
-from flashcore.params_sm90 import build_params_sm90, num_units
+from flashcore.params_sm90 import build_params_sm90, num_row_tiles
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.sim.abi import AgentStruct, LaunchStruct, ReportStruct, TensorStruct
 from flashcore.sim.build import load_kernel
@@ -262,8 +262,9 @@ def _arguments(
         tensor_map = (f"{name[0]}_map.base",) if name in names else ()
         return (f"attn.{name}", *tensor_map)
 
-    params = build_params_sm90(problem, plan, dict.fromkeys(names), target="host")
-    return params, fields, min(num_units(problem, plan), PERSISTENT_BLOCKS)
+    num_blocks = min(num_row_tiles(problem, plan), PERSISTENT_BLOCKS)
+    params = build_params_sm90(problem, plan, dict.fromkeys(names), num_blocks, target="host")
+    return params, fields, num_blocks
 
 
 def simulate(

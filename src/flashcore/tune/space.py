@@ -72,7 +72,11 @@ def is_legal(plan: Plan) -> bool:
 
 
 def _is_legal_sm90(plan: Sm90Plan) -> bool:
-    if plan.num_consumers > 3 or plan.num_stages < 2 or plan.tiles_per_unit not in (1, 2):
+    if plan.num_consumers > 3 or plan.num_stages < 2 * plan.key_splits:
+        return False
+    if plan.key_splits > 1 and (
+        plan.block_m > 64 or plan.num_stages % plan.key_splits or not plan.separate_o
+    ):
         return False
     if plan.block_n > 256 or (plan.ping_pong and plan.num_consumers == 1):
         return False
@@ -127,7 +131,7 @@ def _tiles_sm90(base: Sm90Plan) -> Iterator[Plan]:
             plan = dataclasses.replace(base, **sizes, ping_pong=block_m > 64, separate_o=True)
             if not is_legal(plan):  # O through Q's buffer takes less shared memory
                 plan = dataclasses.replace(plan, separate_o=False)
-            for min_blocks in (1, 2):
+            for min_blocks in (1, 2, 3):
                 yield dataclasses.replace(plan, min_blocks=min_blocks)
 
 
@@ -140,14 +144,13 @@ def schedules(base: Plan) -> list[Plan]:
         dataclasses.replace(
             base,
             ping_pong=ping_pong,
-            lazy_rescale=lazy_rescale,
             separate_o=separate_o,
-            tiles_per_unit=tiles_per_unit,
+            tail_rounds=tail_rounds,
         )
         for ping_pong in (False, True)
-        for lazy_rescale in (False, True)
         for separate_o in (False, True)
-        for tiles_per_unit in (1, 2)
+        for tail_rounds in ((0, 1, 3) if base.has_window_right else (base.tail_rounds,))
     ]
     found += [dataclasses.replace(base, num_stages=stages) for stages in (2, 3, 4)]
+    found.append(dataclasses.replace(base, key_splits=2, num_stages=4, ping_pong=False))
     return [plan for plan in dict.fromkeys(found) if plan != base and is_legal(plan)]

@@ -32,6 +32,9 @@ FC_DEVICE T shfl_xor(T x, int lane_mask, FC_SITE) {
   return exchange.out;
 }
 
+// x, which all lanes have alike.
+FC_DEVICE int warp_uniform(int x) { return x; }
+
 // True on all lanes when any lane's predicate is. All 32 lanes must arrive. Orders no memory.
 FC_DEVICE bool warp_any(bool predicate, FC_SITE) {
   bool vote = predicate;

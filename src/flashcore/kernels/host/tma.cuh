@@ -6,6 +6,8 @@
 #include "host/machine_sm90.cuh"
 #include "host/memory.cuh"
 
+FC_DEVICE void tma_prefetch_map(const TensorMap&) {}
+
 template <class T>
 FC_DEVICE void tma_load(SmemPtr<T> dst, const TensorMap& map, SmemPtr<uint64_t> bar, int col,
                         int row, int head, int batch, FC_SITE) {

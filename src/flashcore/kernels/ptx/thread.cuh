@@ -16,5 +16,8 @@ FC_DEVICE int shfl_xor(int x, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, x, lane_mask);
 }
 
+// x, which all lanes have alike, where the compiler cannot know that: goes to a uniform register.
+FC_DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // True on all lanes when any lane's predicate is. All 32 lanes must arrive. Orders no memory.
 FC_DEVICE bool warp_any(bool predicate) { return __any_sync(0xffffffffu, predicate) != 0; }

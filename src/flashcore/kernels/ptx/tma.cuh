@@ -7,6 +7,11 @@ struct alignas(64) TensorMap {
   uint64_t opaque[16];
 };
 
+// Fetches the descriptor itself, ahead of its first use.
+FC_DEVICE void tma_prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
 template <class T>
 FC_DEVICE void tma_load(SmemPtr<T> dst, const TensorMap& map, SmemPtr<uint64_t> bar, int col,
                         int row, int head, int batch) {

@@ -28,12 +28,33 @@ FC_DEVICE bool strip_needs_mask(const AttnParams& p, int row_begin, int key_begi
   return needed;
 }
 
-FC_DEVICE bool key_is_visible(const AttnParams& p, int row, int key) {
-  bool visible = key < p.seqlen_k;
-  if (HAS_WINDOW_RIGHT) visible &= key <= row + p.diag_offset + p.window_right;
-  if (HAS_WINDOW_LEFT) visible &= key >= row + p.diag_offset - p.window_left;
-  return visible;
-}
+// Which columns of a lane's part of the scores its two rows may see, counted from its first one so
+// that a compare takes a constant: three registers at most.
+struct VisibleColumns {
+  int begin;  // of the first row
+  int end[2];
+
+  FC_DEVICE VisibleColumns(const AttnParams& p, int row_begin, int key_begin) {
+    const int lane = opaque(lane_idx());  // or what depends on it alone lives on between key tiles
+    const int diagonal = row_begin + accum_row(lane, 0) + p.diag_offset;
+    const int first_col = key_begin + accum_col(lane, 0);
+    begin = diagonal - p.window_left - first_col;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      end[r] = p.seqlen_k;
+      if (HAS_WINDOW_RIGHT) {
+        end[r] = min_i(end[r], diagonal + accum_row(0, r * 2) + p.window_right + 1);
+      }
+      end[r] -= first_col;
+    }
+  }
+
+  // Element i of fragment n.
+  FC_DEVICE bool contain(int n, int i) const {
+    const int col = n * 16 + accum_col(0, i);
+    return col < end[i % 4 / 2] && (!HAS_WINDOW_LEFT || col - accum_row(0, i) >= begin);
+  }
+};
 
 // Scales and caps the scores where softmax cannot (see SCORES_ARE_LOG2), adds the mask tensor, and
 // sets what may not be attended to to -inf. `mask_gmem` is that of this batch and head.
@@ -54,6 +75,7 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
   // The branch also keeps ptxas from fetching a mask tensor's elements ahead of the products, which
   // costs more registers than there are.
   if (MASK_KIND == 0 ? !strip_needs_mask(p, row_begin, key_begin) : row_begin >= p.seqlen_q) return;
+  const VisibleColumns visible(p, row_begin, key_begin);
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
     const int frag_key = key_begin + n * 16;
@@ -65,7 +87,7 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
       for (int i = 0; i < 8; ++i) {
         const int row = row_begin + accum_row(lane_idx(), i);
         const int key = frag_key + accum_col(lane_idx(), i);
-        if (row < p.seqlen_q && key_is_visible(p, row, key)) {
+        if (row < p.seqlen_q && visible.contain(n, i)) {
           const auto element = mask_gmem + (row * p.mask_row_stride + key * p.mask_col_stride);
           scores[n].x[i] += mask_value(gmem_load(element)) * LOG2_E;
         }
@@ -73,9 +95,7 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
     }
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const int row = row_begin + accum_row(lane_idx(), i);
-      const int key = frag_key + accum_col(lane_idx(), i);
-      if (!key_is_visible(p, row, key)) scores[n].x[i] = NEG_INF;
+      if (!visible.contain(n, i)) scores[n].x[i] = NEG_INF;
     }
   }
 }

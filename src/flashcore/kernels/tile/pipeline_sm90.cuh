@@ -1,21 +1,24 @@
-// tile/pipeline_sm90.cuh - the mbarriers between the producer and the consumers, and the place of
-// each in the ring of stages.
+// tile/pipeline_sm90.cuh - the mbarriers between the producer and the consumers, the place of each
+// in the ring of stages, and the barriers among consumers.
 #pragma once
 
-constexpr int NUM_BARRIERS = 2 + 4 * NUM_STAGES;
+constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;
+constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SPLITS;  // warpgroups
+static_assert(KEY_SPLITS == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");
+constexpr int NUM_BARRIERS = 2 * NUM_ROW_GROUPS + 4 * NUM_STAGES;
 
 // A `full` barrier completes when the bytes announced by the producer have arrived; an `empty` one
 // when all consumers have read the buffer.
 struct Barriers {
-  SmemPtr<uint64_t> q_full, q_empty;
+  SmemPtr<uint64_t> q_full, q_empty;                   // one a group of rows
   SmemPtr<uint64_t> k_full, k_empty, v_full, v_empty;  // one a stage
 };
 
 FC_DEVICE Barriers barriers(int byte_offset) {
   const auto first = smem_view<uint64_t>(byte_offset, NUM_BARRIERS, "barriers");
-  const auto ring = first + 2;
+  const auto ring = first + 2 * NUM_ROW_GROUPS;
   return {first,
-          first + 1,
+          first + NUM_ROW_GROUPS,
           ring,
           ring + NUM_STAGES,
           ring + 2 * NUM_STAGES,
@@ -24,8 +27,10 @@ FC_DEVICE Barriers barriers(int byte_offset) {
 
 // By one thread. The counts say how many threads arrive at an `empty` barrier.
 FC_DEVICE void init_barriers(const Barriers& bar, int kv_empty_count, int q_empty_count) {
-  mbar_init(bar.q_full, 1);
-  mbar_init(bar.q_empty, q_empty_count);
+  for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
+    mbar_init(bar.q_full + group, 1);
+    mbar_init(bar.q_empty + group, q_empty_count);
+  }
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
     mbar_init(bar.k_full + stage, 1);
     mbar_init(bar.v_full + stage, 1);
@@ -35,18 +40,32 @@ FC_DEVICE void init_barriers(const Barriers& bar, int kv_empty_count, int q_empt
   mbar_init_fence();
 }
 
+// Consumers that share the keys of some rows have a ring of stages each.
+constexpr int STAGES_PER_RING = NUM_STAGES / KEY_SPLITS;
+static_assert(NUM_STAGES % KEY_SPLITS == 0, "the rings are of one size");
+static_assert(STAGES_PER_RING >= 2, "a consumer holds one V while it waits for the next");
+
 // How many tiles went through a ring of stages; where the next one goes, and the parity of the
 // phase in which its `full` barrier completes. Who waits for `empty` waits for the other parity: a
 // fresh barrier counts as completed in phase -1.
 struct PipelineState {
+  int ring = 0;
   int count = 0;
 
-  FC_DEVICE int stage() const { return count % NUM_STAGES; }
-  FC_DEVICE int parity() const { return count / NUM_STAGES % 2; }
+  FC_DEVICE int stage() const {
+    return (KEY_SPLITS > 1 ? ring * STAGES_PER_RING : 0) + count % STAGES_PER_RING;
+  }
+  FC_DEVICE int parity() const { return count / STAGES_PER_RING % 2; }
 };
 
 // A consumer warp is done with the stage.
-FC_DEVICE void release(SmemPtr<uint64_t> empty, PipelineState& state) {
+FC_DEVICE void release(SmemPtr<uint64_t> empty, PipelineState state) {
   if (lane_idx() == 0) mbar_arrive(empty + state.stage());
-  ++state.count;
 }
+
+enum NamedBarrier {
+  TURN_BARRIER = 1,                              // + consumer: its turn at the tensor cores
+  STORE_BARRIER = TURN_BARRIER + NUM_CONSUMERS,  // + consumer: the warps of a warpgroup
+  HANDOVER_BARRIER = STORE_BARRIER + NUM_CONSUMERS,  // all shares are in shared memory
+  TAKEN_BARRIER                                      // and have been read
+};

@@ -5,8 +5,8 @@
 // each block, the scheduler, draws numbers from a counter in global memory and finds the number's
 // tile: sequences in classes of falling length (powers of two of key tiles), in a sequence head by
 // head, whose tiles run side by side and share K and V in L2; under a right bound (causal) the
-// longest first. With short tiles last, blocks end nearly together. Coordinates reach the other
-// warps through a ring of two slots in shared memory.
+// longest first. With short tiles last, blocks end nearly together. Coordinates reach the producer
+// through a ring of two slots in shared memory.
 #pragma once
 
 constexpr int FEED_SLOTS = 2;
@@ -23,11 +23,11 @@ FC_DEVICE Feed feed_at(int byte_offset) {
   return {smem_view<int32_t>(byte_offset, FEED_SLOTS * 4, "feed"), bars, bars + FEED_SLOTS};
 }
 
-// By one thread, before the fence of init_barriers. `num_readers` threads arrive at `empty`.
-FC_DEVICE void init_feed(const Feed& feed, int num_readers) {
+// By one thread, before the fence of init_barriers.
+FC_DEVICE void init_feed(const Feed& feed) {
   for (int slot = 0; slot < FEED_SLOTS; ++slot) {
     mbar_init(feed.full + slot, 1);
-    mbar_init(feed.empty + slot, num_readers);
+    mbar_init(feed.empty + slot, 1);
   }
 }
 
@@ -99,6 +99,7 @@ FC_DEVICE void schedule_tiles(const AttnParams& p, const Feed& feed) {
     const bool found = walk.seek(p, number);
     const int slot = count % FEED_SLOTS;
     mbar_wait(feed.empty + slot, (count / FEED_SLOTS % 2) ^ 1);
+    warp_sync();  // or the next phase could pass a lane that still waits
     const int mine = number - walk.before - walk.tiles.below;  // of this lane's sequence
     if (found ? mine >= 0 && mine < walk.num_tiles * p.num_heads_q : lane_idx() == 0) {
       Packet<16> coord = {};
@@ -124,9 +125,7 @@ FC_DEVICE void schedule_tiles(const AttnParams& p, const Feed& feed) {
   }
 }
 
-// A reader's view of the feed, in the form of TileWalk. IS_WARP: read by whole warps, which count
-// as one reader each; else by single threads.
-template <bool IS_WARP>
+// The producer's view of the feed, in the form of TileWalk.
 struct TileFeed {
   Feed feed;
   BlockCoord block;
@@ -134,8 +133,9 @@ struct TileFeed {
 
   FC_DEVICE TileFeed(const AttnParams& p, const Feed& from) : feed(from) { advance(p); }
 
-  FC_DEVICE bool done(const AttnParams&, int) const { return block.m_begin < 0; }
-  FC_DEVICE BlockCoord coord(const AttnParams&) const { return block; }
+  FC_DEVICE bool done(const AttnParams&, const TileSchedule&) const { return block.m_begin < 0; }
+  FC_DEVICE BlockCoord coord(const AttnParams&, const TileSchedule&) const { return block; }
+  FC_DEVICE void advance(const AttnParams& p, const TileSchedule&) { advance(p); }
 
   FC_DEVICE void advance(const AttnParams& p) {
     const int slot = count % FEED_SLOTS;
@@ -145,17 +145,16 @@ struct TileFeed {
     block.head_idx = int(coord.word[1]);
     block.head_idx_kv = block.head_idx / (p.num_heads_q / p.num_heads_kv);
     block.m_begin = int(coord.word[2]);
-    if (IS_WARP) warp_sync();  // orders every lane's read before the arrival
-    if (!IS_WARP || lane_idx() == 0) mbar_arrive(feed.empty + slot);
+    mbar_arrive(feed.empty + slot);
     ++count;
   }
 };
 
 // The row tiles of a block, one after the other.
-template <bool IS_WARP, bool FROM_FEED = PACKED>
+template <bool FROM_FEED = PACKED>
 FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
   if constexpr (FROM_FEED) {
-    return TileFeed<IS_WARP>(p, feed);
+    return TileFeed(p, feed);
   } else {
     return TileWalk();
   }

@@ -24,51 +24,36 @@ FC_DEVICE float quad_sum(float x) {
   return x + shfl_xor(x, 2);
 }
 
-// Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date. `scale_log2`
-// takes a score to log2 units. exp2(score * scale - max * scale) is one FMA and one exponential;
-// the product max * scale is rounded once and enters every term and the lse alike, so its error
-// cancels.
-//
-// Returns whether row_max moved; then the output so far must be multiplied by `rescale`. LAZY
-// leaves row_max where it is until some row's maximum is over 2^8 times further (FlashAttention-4):
-// the terms stay far from overflow, the result is the same, and the output is hardly ever rescaled.
-template <bool LAZY, int NUM_FRAGS>
-FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
-                            float (&rescale)[2], float scale_log2) {
-  float new_max[2];
+// The largest score of each of a lane's two rows, over fragments [BEGIN, END).
+template <int BEGIN, int END, int NUM_FRAGS>
+FC_DEVICE void lane_max(const WmmaAccum (&scores)[NUM_FRAGS], float (&max)[2]) {
+  float chain[4] = {NEG_INF, NEG_INF, NEG_INF, NEG_INF};  // two a row, for they wait for each other
 #pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float tile_max = NEG_INF;
+  for (int n = BEGIN; n < END; ++n) {
 #pragma unroll
-    for (int n = 0; n < NUM_FRAGS; ++n) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (row_of_element(i) == r) tile_max = max_f(tile_max, scores[n].x[i]);
-      }
+    for (int i = 0; i < 8; ++i) {
+      float& c = chain[row_of_element(i) * 2 + i % 2];
+      c = max_f(c, scores[n].x[i]);
     }
-    new_max[r] = max_f(state.row_max[r], quad_max(tile_max));
   }
-  bool moved = true;
-  if constexpr (LAZY) {
-    moved = warp_any((new_max[0] - state.row_max[0]) * scale_log2 > 8.0f ||
-                     (new_max[1] - state.row_max[1]) * scale_log2 > 8.0f);
-  }
+  max[0] = max_f(chain[0], chain[1]);
+  max[1] = max_f(chain[2], chain[3]);
+}
+
+// Replaces the scores of fragments [BEGIN, END) by exp(score - row_max) and adds them to row_sum.
+// exp2(score * scale - max * scale) is one FMA and one exponential; the product max * scale is
+// rounded once and enters every term and the lse alike, so its error cancels.
+template <int BEGIN, int END, int NUM_FRAGS>
+FC_DEVICE void exponentiate(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
+                            float scale_log2) {
   float max_log2[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float old_max = state.row_max[r];
-    if (moved) state.row_max[r] = new_max[r];
     // A row that has seen nothing yet has max -inf; -inf - (-inf) would be NaN.
-    const float finite_max = state.row_max[r] == NEG_INF ? 0.0f : state.row_max[r];
-    max_log2[r] = finite_max * scale_log2;
-    if (moved) {
-      // The difference first: exactly 1 where the maximum stays, or every tile would add an error.
-      rescale[r] = exp2_approx((old_max - finite_max) * scale_log2);
-      state.row_sum[r] *= rescale[r];
-    }
+    max_log2[r] = state.row_max[r] == NEG_INF ? 0.0f : state.row_max[r] * scale_log2;
   }
 #pragma unroll
-  for (int n = 0; n < NUM_FRAGS; ++n) {
+  for (int n = BEGIN; n < END; ++n) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const int r = row_of_element(i);
@@ -77,6 +62,64 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
       state.row_sum[r] += prob;
     }
   }
+}
+
+// Raises row_max to the maximum with `max`, this lane's part of it, and says by `factor` what
+// everything that was relative to the old one must be multiplied by.
+FC_DEVICE void raise_max(OnlineSoftmax& state, const float (&max)[2], float (&factor)[2],
+                         float scale_log2) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float new_max = max_f(state.row_max[r], quad_max(max[r]));
+    const float finite_max = new_max == NEG_INF ? 0.0f : new_max;
+    // The difference first: exactly 1 where the maximum stays, or every tile would add an error.
+    factor[r] = exp2_approx((state.row_max[r] - finite_max) * scale_log2);
+    state.row_sum[r] *= factor[r];
+    state.row_max[r] = new_max;
+  }
+}
+
+// Whether some score of the warp's is so far above its row_max that exp(score - row_max) is over
+// 2^8; `max` is this lane's part of the maximum.
+FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state, float scale_log2) {
+  return warp_any((max[0] - state.row_max[0]) * scale_log2 > 8.0f ||
+                  (max[1] - state.row_max[1]) * scale_log2 > 8.0f);
+}
+
+// Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date. `scale_log2`
+// takes a score to log2 units. Returns whether row_max moved; then the output so far must be
+// multiplied by `rescale`.
+//
+// LAZY leaves row_max where it is until some row's maximum is far above it (FlashAttention-4): the
+// terms stay far from overflow, the result is the same, and the output is hardly ever rescaled.
+// Lanes look at their own scores, and exchange maxima only when one of them is that far. It takes
+// the tile in two parts, so that the maxima of the second are found while the exponentials of the
+// first are under way.
+template <bool LAZY, int NUM_FRAGS>
+FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
+                            float (&rescale)[2], float scale_log2) {
+  constexpr int FIRST_PART = LAZY ? NUM_FRAGS / 2 : NUM_FRAGS;
+  float max[2];
+  lane_max<0, FIRST_PART>(scores, max);
+  bool moved = !LAZY || is_far_above(max, state, scale_log2);
+  if (moved) raise_max(state, max, rescale, scale_log2);
+  exponentiate<0, FIRST_PART>(scores, state, scale_log2);
+  if (!LAZY) return moved;
+
+  lane_max<FIRST_PART, NUM_FRAGS>(scores, max);
+  if (is_far_above(max, state, scale_log2)) {
+    float factor[2];
+    raise_max(state, max, factor, scale_log2);
+#pragma unroll
+    for (int n = 0; n < FIRST_PART; ++n) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) scores[n].x[i] *= factor[row_of_element(i)];
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) rescale[r] = moved ? rescale[r] * factor[r] : factor[r];
+    moved = true;
+  }
+  exponentiate<FIRST_PART, NUM_FRAGS>(scores, state, scale_log2);
   return moved;
 }
 

@@ -1,0 +1,158 @@
+"""A compiled kernel on a device, and its launch on the current stream by the driver."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from flashcore.compiler import CompiledKernel
+from flashcore.driver import import_driver
+from flashcore.errors import FlashCoreError
+
+
+def _check(status: Any, what: str) -> None:
+    if int(status) != 0:
+        raise FlashCoreError(f"{what} failed: {status!r}")
+
+
+@functools.lru_cache(maxsize=4096)
+def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[Any, Any]:
+    """The kernel's handle, allowed `smem_bytes` of dynamic shared memory on the device; and its
+    library, which must live as long."""
+    from cuda.core import ObjectCode
+
+    driver = import_driver()
+    library = (
+        ObjectCode.from_cubin(kernel.code)
+        if kernel.code_type == "cubin"
+        else ObjectCode.from_ptx(kernel.code)
+    )
+    handle = library.get_kernel(kernel.name).handle
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+    (status,) = driver.cuKernelSetAttribute(attribute, smem_bytes, handle, device_index)
+    _check(status, f"asking for {smem_bytes} bytes of shared memory")
+    return driver.CUfunction(int(handle)), library
+
+
+class Argument:
+    """A kernel's one argument as cuLaunchKernelEx takes it. Nothing changes it once it is made, and
+    a launch copies it: threads may share it, launches in flight do not need it."""
+
+    __slots__ = ("_pointer", "address", "params")
+
+    def __init__(self, params: ctypes.Structure) -> None:
+        self.params = params
+        self._pointer = ctypes.c_void_p(ctypes.addressof(params))
+        self.address = ctypes.addressof(self._pointer)
+
+
+STREAMS_MAX = 64  # whose launches one kernel keeps prepared
+
+
+class Launch:
+    """A kernel on a device, ready to be launched.
+
+    Args:
+        kernel: compiled for the device's architecture.
+        grid: blocks.
+        num_threads: threads a block.
+        smem_bytes: dynamic shared memory a block.
+        device: a CUDA device.
+        starts_early: whether blocks may start while the kernels before this one still run
+            (programmatic dependent launch); the kernel must wait for those itself.
+    """
+
+    def __init__(
+        self,
+        kernel: CompiledKernel,
+        *,
+        grid: int,
+        num_threads: int,
+        smem_bytes: int,
+        device: torch.device,
+        starts_early: bool = False,
+    ) -> None:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device_index, self._name = index, kernel.name
+        with torch.cuda.device(index):
+            handle, self._library = _load(kernel, index, smem_bytes)
+        self._handle = handle
+        self._shape = (grid, 1, 1, num_threads, 1, 1, smem_bytes)
+        self._starts_early = starts_early
+        self._configurations: dict[int, Any] = {}  # by stream; threads share them unchanged
+        self._cu_launch_kernel = import_driver().cuLaunchKernelEx
+
+    def __call__(self, argument: Argument) -> None:
+        """Launch on the device's current stream.
+
+        Raises:
+            FlashCoreError: the driver refuses; the message holds its status.
+        """
+        index = self._device_index
+        if torch._C._cuda_getDevice() != index:
+            with torch.cuda.device(index):
+                self(argument)
+            return
+        stream = torch._C._cuda_getCurrentRawStream(index)
+        configuration = self._configurations.get(stream) or self._configure(stream)
+        (status,) = self._cu_launch_kernel(configuration, self._handle, argument.address, 0)
+        if status:
+            self._retry(status, argument)
+
+    def _configure(self, stream: int) -> Any:
+        """What a launch on the stream is told beside the argument."""
+        driver = import_driver()
+        configuration = driver.CUlaunchConfig()
+        names = ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ")
+        for name, value in zip((*names, "sharedMemBytes"), self._shape, strict=True):
+            setattr(configuration, name, value)
+        configuration.hStream = driver.CUstream(stream)
+        if self._starts_early:
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = (
+                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            )
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            configuration.attrs = [attribute]
+            configuration.numAttrs = 1
+        if len(self._configurations) >= STREAMS_MAX:
+            self._configurations.clear()
+        self._configurations[stream] = configuration
+        return configuration
+
+    def _retry(self, status: Any, argument: Argument) -> None:
+        """A thread that has not used the GPU yet has no context bound, and torch need not have
+        bound one for what it did so far."""
+        driver = import_driver()
+        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+            from cuda.core import Device
+
+            Device(self._device_index).set_current()
+            configuration = self._configure(torch._C._cuda_getCurrentRawStream(self._device_index))
+            (status,) = self._cu_launch_kernel(configuration, self._handle, argument.address, 0)
+        _check(status, f"launching {self._name}")
+
+
+def launch_raw(
+    kernel: CompiledKernel,
+    *,
+    grid: int,
+    num_threads: int,
+    smem_bytes: int,
+    params: ctypes.Structure,
+    device: torch.device,
+    starts_early: bool = False,
+) -> None:
+    """Launches a kernel once on the device's current stream. See `Launch`."""
+    launch = Launch(
+        kernel,
+        grid=grid,
+        num_threads=num_threads,
+        smem_bytes=smem_bytes,
+        device=device,
+        starts_early=starts_early,
+    )
+    launch(Argument(params))
