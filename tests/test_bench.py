@@ -196,6 +196,34 @@ def test_a_peer_that_fails_to_prepare_does_not_end_the_run(
     assert [row.get("skipped") for row in rows] == [None, "unexpected keyword"]
 
 
+def test_neither_a_shape_nor_a_result_that_fails_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def prepare(workload: Workload, *_: object) -> Any:
+        return lambda: torch.zeros(3) if workload.seqlen == 8 else right
+
+    small, large = (Workload("window", 1, 1, n, 8, False, "float32") for n in (8, 16))
+    right = torch.zeros(1, 1, 16, 8)
+    made = Workload.tensors
+
+    def tensors(self: Workload, device: str) -> Any:
+        if self.seqlen == 24:
+            raise torch.OutOfMemoryError("out of memory\nlong story")
+        return made(self, device)
+
+    ours = Library("flashcore", libraries.flashcore_call("auto"))
+    module = sys.modules["flashcore.bench.run"]
+    monkeypatch.setattr(module, "cpu_libraries", lambda: [ours, Library("peer", prepare)])
+    monkeypatch.setattr(Workload, "tensors", tensors)
+    too_large = Workload("window", 1, 1, 24, 8, False, "float32")
+    rows = run("cpu", rounds=1, workloads=[small, too_large, large])["results"]
+    reasons = [row.get("skipped") for row in rows]
+    assert reasons[1] is not None
+    assert "seconds" not in rows[1]
+    assert reasons == [None, reasons[1], "out of memory", "out of memory", None, None]
+    assert [row["workload"] for row in rows[2:4]] == [too_large.name] * 2
+
+
 def test_slow_compilers_are_timed_on_chosen_shapes_only() -> None:
     flex = Library("flex", peers._flex, libraries.EVERYTHING, compiles_slowly=True)
     chosen = [w for shapes in GROUPS.values() for w in shapes() if flex.skip_reason(w) is None]

@@ -296,3 +296,27 @@ def test_the_benchmark_of_the_host_measures_and_reports(monkeypatch):
     }
     assert "flashcore's host time over that of torch's SDPA" in text
     assert all(entry["layer"] in text and entry["us"] > 0 for entry in document["layers"])
+
+
+def test_a_peer_that_fails_does_not_end_the_benchmark_of_the_host(monkeypatch):
+    from flashcore.bench import host, peers
+    from flashcore.bench.libraries import Library, flashcore_call
+
+    def fails(*_):
+        raise RuntimeError("no such shape")
+
+    everybody = [
+        Library("good", flashcore_call("torch")),
+        Library("torch-varlen", peers._torch_varlen, frozenset({"varlen"}), ("varlen",)),
+        Library("flex", fails, compiles_slowly=True),
+        Library("raises in prepare", fails),
+        Library("raises in the call", lambda *_: fails),
+    ]
+    workload = host._SMALLEST
+    found, failed = host._libraries("cpu", workload, everybody, *workload.tensors("cpu"))
+    assert set(found) == {"flashcore", "sdpa", "good"}
+    assert failed == {
+        "flex": "compiles for seconds",
+        "raises in prepare": "no such shape",
+        "raises in the call": "no such shape",
+    }

@@ -72,16 +72,20 @@ def test_a_second_stream():
 
 @pytest.mark.parametrize("recorded", [False, True])
 def test_a_graph_captures_and_replays(recorded):
-    """After one warm call: no synchronisation, and no memory but torch's own."""
+    """After one warm call: no synchronisation, and no memory but torch's own. CUDA refuses a
+    synchronisation and cudaMalloc to a thread that captures; torch's allocator has leave, for the
+    graph's own pool, and that is to hold out (and lse) alone."""
     q, k, v = (x.requires_grad_(recorded) for x in qkv())
     static = q.detach().clone().requires_grad_(recorded)
     flashcore.attention(static, k, v, causal=True)
     torch.cuda.synchronize()
-    free_before = torch.cuda.mem_get_info()[0]
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="global"):
+        allocated = torch.cuda.memory_allocated()
         out = flashcore.attention(static, k, v, causal=True)
-    reserved = torch.cuda.memory_reserved()
+        taken = torch.cuda.memory_allocated() - allocated
+    rows = out.numel() // out.shape[-1]
+    assert taken <= out.numel() * out.element_size() + recorded * 4 * rows + 1024
     for seed in (1, 2):
         fresh = qkv(seed=seed)[0]
         with torch.no_grad():
@@ -89,7 +93,6 @@ def test_a_graph_captures_and_replays(recorded):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, flashcore.attention(fresh, k, v, causal=True))
-    assert free_before - torch.cuda.mem_get_info()[0] <= max(2**25, reserved)
 
 
 def test_nothing_waits_for_the_gpu():

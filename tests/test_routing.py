@@ -53,6 +53,15 @@ def test_the_name_is_flashcores_inside_and_torchs_outside(seen):
     torch.testing.assert_close(out, torch_sdpa(q, q, q), atol=2e-3, rtol=2e-3)
 
 
+def test_flashcores_own_use_of_torch_is_not_routed(seen):
+    """On the CPU `attention` may compute with torch's function, which enable() does not change."""
+    q = randn(1, 2, 5, 16)
+    with flashcore.enable(backend="sim"):
+        out = flashcore.attention(q, q, q)
+    assert seen == []
+    assert torch.equal(out, torch_sdpa(q, q, q))
+
+
 def test_as_a_decorator(seen):
     @flashcore.enable(backend="sim")
     def model(x):

@@ -306,6 +306,67 @@ def test_what_is_not_supported_raises_and_says_what_to_do():
             integration.attention_forward(LAYER, Q, K, V, None, **{name: object()})
 
 
+ENDS = torch.tensor([0, 2, 5])  # of the five queries; keys have four more in the second sequence
+KEY_ENDS = torch.tensor([0, 2, 9])
+PACKED = {
+    "cu_seq_lens_q": ENDS, "cu_seq_lens_k": KEY_ENDS, "max_length_q": 3, "max_length_k": 7
+}  # fmt: skip
+SAME = (torch.arange(5) < 2)[:, None] == (torch.arange(9) < 2)
+AHEAD = torch.tensor([0, 1, 6, 7, 8])[:, None] - torch.arange(9)  # each sequence's ends aligned
+
+
+@pytest.mark.parametrize(
+    ("options", "formula"),
+    [
+        ({}, {"visible": SAME & (AHEAD >= 0)}),
+        ({"is_causal": False}, {"visible": SAME}),
+        ({"sliding_window": 2}, {"visible": SAME & (AHEAD >= 0) & (AHEAD < 2)}),
+        ({"s_aux": SINK}, {"visible": SAME & (AHEAD >= 0), "sink": SINK}),
+        ({"attention_mask": DENSE[:1]}, {"visible": DENSE[:1] & SAME}),
+        ({"attention_mask": BIAS}, {"bias": BIAS, "visible": SAME}),
+        ({"attention_mask": DENSE[:1], "dropout": 1e-12}, {"visible": DENSE[:1] & SAME}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::flashcore.FallbackWarning")
+def test_packed_rows_do_not_see_each_other(options, formula):
+    options = {"attention_mask": None, "scaling": 0.4, **PACKED, **options}
+    q, k, v = (x[:1] for x in (Q, K, V))
+    out, _ = integration.attention_forward(LAYER, q, k, v, **options)
+    assert out.is_contiguous()
+    torch.testing.assert_close(out, by_formula(**formula)[:1])
+
+
+def test_packed_rows_that_are_not_served_raise_and_say_what_to_do():
+    q, k, v = (x[:1] for x in (Q, K, V))
+    for options, way_out in (
+        ({"cu_seq_lens_q": ENDS, "cu_seq_lens_k": KEY_ENDS}, "pass all four, or none"),
+        ({**PACKED, "dropout": 0.5}, "dropout=0.5; pass position_ids"),
+        ({**PACKED, "position_bias": BIAS}, "position_bias; pass position_ids"),
+        ({**PACKED, "attention_mask": TOKENS[:1]}, "pack without padding"),
+    ):
+        with pytest.raises(NotImplementedError, match=way_out):
+            integration.attention_forward(LAYER, q, k, v, **{"attention_mask": None, **options})
+    with pytest.raises(NotImplementedError, match="batch 2; pack all sequences into one row"):
+        integration.attention_forward(LAYER, Q, K, V, None, **PACKED)
+
+
+def test_padding_free_training_of_a_model():
+    """Without position_ids Transformers makes no mask, and lengths are all there is."""
+    model = script.make_model("llama", TINY)
+    ids = script.make_batch(model, TINY, "cpu", padded=False)["input_ids"][:1]
+    ends = torch.tensor([0, 8, 20], dtype=torch.int32)
+    lengths = {
+        "cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 12, "max_length_k": 12
+    }  # fmt: skip
+    switch(model)
+    with torch.no_grad():
+        before = model(ids, use_cache=False, **lengths).logits
+        ids[:, :8] = 1
+        after = model(ids, use_cache=False, **lengths).logits
+    assert torch.equal(before[:, 8:], after[:, 8:])
+    assert not torch.equal(before[:, :8], after[:, :8])
+
+
 def test_flashcore_is_not_taken_for_flash_attn():
     asked = getattr(transformers.utils.generic, "is_flash_attention_requested", None)
     if asked is None:

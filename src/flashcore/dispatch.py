@@ -283,7 +283,8 @@ def _run_torch(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     with without_autocast(problem.device):
         if sdpa_means_the_same(problem):
-            out = torch.nn.functional.scaled_dot_product_attention(
+            # Not by torch.nn.functional's name, which enable() may have rebound to our own.
+            out = torch._C._nn.scaled_dot_product_attention(
                 q, k, v, is_causal=problem.window_right == 0, scale=problem.scale
             )
             return out.contiguous(), None

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
 from flashcore import calls, eager, machine, ops
+from flashcore.bench.libraries import Library
 from flashcore.bench.peers import find_peers
 from flashcore.bench.run import command_line
 from flashcore.bench.timing import first_line
@@ -27,6 +28,7 @@ from flashcore.bench.workloads import Workload, seed_shape
 from flashcore.options import Options
 
 Call = Callable[[], object]
+Entry = tuple[Call, Callable[[], AbstractContextManager[Any]]]  # and a context around many calls
 
 _CALLS = 200  # in a row; their kernels fit the GPU's queue
 # On a CPU computing is part of a call, so there should be next to nothing to compute.
@@ -47,14 +49,16 @@ def run(device: str, rounds: int = 9) -> dict[str, Any]:
 
     Returns:
         A document of plain values: date, command, machine, results (host_us and latency_us by
-        library, without and with autograd recording) and layers (us by name).
+        library, without and with autograd recording, or the reason why one did not run), left_out
+        (libraries that are not here, and why) and layers (us by name).
     """
     workload = seed_shape()[0] if device == "cuda" else _SMALLEST
     q, k, v = workload.tensors(device)[:3]
+    peers, left_out = find_peers() if device == "cuda" else ([], [])
     results = []
     for recorded in (False, True):
         tensors = [x.detach().requires_grad_(recorded) for x in (q, k, v)]
-        entries, failed = _libraries(device, *tensors)
+        entries, failed = _libraries(device, workload, peers, *tensors)
         timings = _times(entries, device, rounds)
         for name, (host, latency) in timings.items():
             results.append(
@@ -78,19 +82,21 @@ def run(device: str, rounds: int = 9) -> dict[str, Any]:
             f"{workload.name} {workload.dtype}; host: {_CALLS} calls in a row, not waited for; "
             f"latency: one call, then wait; in turns, median of {rounds} rounds"
         ),
+        "left_out": left_out,
         "results": results,
         "layers": _layers(device, q, k, v, rounds),
     }
 
 
 def _libraries(
-    device: str, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[dict[str, tuple[Call, Callable[[], AbstractContextManager[Any]]]], dict[str, str]]:
-    """(call, context around many calls) by name; and why others do not run."""
+    device: str, workload: Workload, peers: Sequence[Library], q: Tensor, k: Tensor, v: Tensor
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """What runs, by name; and why others, of those that are meant for such calls, do not."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
-    found: dict[str, tuple[Call, Callable[[], AbstractContextManager[Any]]]] = {
+    found: dict[str, Entry] = {
         "flashcore": (lambda: flashcore.attention(q, k, v), contextlib.nullcontext)
     }
+    failed = {}
     for name, backend in _SDPA.items():
         if backend is None:
             found[name] = (lambda: sdpa(q, k, v), contextlib.nullcontext)
@@ -99,18 +105,24 @@ def _libraries(
                 lambda: sdpa(q, k, v),
                 lambda backend=backend: sdpa_kernel(backend),  # type: ignore[misc]
             )
-    if device == "cuda":
-        workload = seed_shape()[0]
-        for peer in find_peers()[0]:
-            if not peer.compiles_slowly:
-                found[peer.name] = (peer.prepare(workload, q, k, v, None), contextlib.nullcontext)
-    failed = {}
+    for peer in peers:
+        if peer.groups is not None and workload.group not in peer.groups:
+            continue
+        reason = "compiles for seconds" if peer.compiles_slowly else peer.skip_reason(workload)
+        if reason is None:
+            try:
+                prepared = peer.prepare(workload, q, k, v, None)
+                found[peer.name] = (prepared, contextlib.nullcontext)
+            except Exception as error:  # whatever a peer raises is a reason to leave it out
+                reason = first_line(error)
+        if reason is not None:
+            failed[peer.name] = reason
     for name, (call, context) in list(found.items()):
         try:
             with context():
                 call()
             _wait(device)
-        except Exception as error:  # whatever a peer raises is a reason to leave it out
+        except Exception as error:  # likewise
             failed[name] = first_line(error)
             del found[name]
     return found, failed
@@ -122,7 +134,7 @@ def _wait(device: str) -> None:
 
 
 def _times(
-    entries: Mapping[str, tuple[Call, Callable[[], AbstractContextManager[Any]]]],
+    entries: Mapping[str, Entry],
     device: str,
     rounds: int,
 ) -> dict[str, tuple[float, float]]:

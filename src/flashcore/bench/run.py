@@ -79,7 +79,11 @@ def run(
     results: list[dict[str, Any]] = []
     for workload in chosen:
         on_step(workload.name)
-        results += _run_workload(workload, libraries, device, rounds, limits)
+        try:
+            results += _run_workload(workload, libraries, device, rounds, limits)
+        except Exception as error:  # such as no memory for its tensors; what is measured is kept
+            reason = first_line(error)
+            results += [_row(workload, library) | {"skipped": reason} for library in libraries]
     gpu = machine.gpu() if on_gpu else None
     return {
         "schema": 1,
@@ -134,22 +138,27 @@ def _run_workload(
         rows = []
         for library in libraries:
             outcome = outcomes[library.name]
-            row: dict[str, Any] = {
-                "workload": workload.name,
-                **asdict(workload),
-                "library": library.name,
-            }
-            if workload.group == "window":
-                row["window_tiles"] = workload.window_tiles
+            row = _row(workload, library)
             if isinstance(outcome, str):
                 row["skipped"] = outcome
             else:
-                row |= _figures(workload, outcome, limits)
-                row |= expected.errors(calls[library.name]())
+                try:
+                    row |= expected.errors(calls[library.name]())
+                    row |= _figures(workload, outcome, limits)
+                except Exception as error:  # such as a result of another shape
+                    row["skipped"] = first_line(error)
             rows.append(row)
     if device == "cuda":
         torch.cuda.empty_cache()
     return rows
+
+
+def _row(workload: Workload, library: Library) -> dict[str, Any]:
+    """What a row of the results begins with."""
+    row = {"workload": workload.name, **asdict(workload), "library": library.name}
+    if workload.group == "window":
+        row["window_tiles"] = workload.window_tiles
+    return row
 
 
 def _figures(workload: Workload, timing: Timing, limits: dict[str, float]) -> dict[str, Any]:

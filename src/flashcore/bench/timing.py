@@ -64,7 +64,14 @@ def time_on_gpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing 
     samples: dict[str, list[float]] = {name: [] for name in captured}
     for _ in range(rounds):
         for name, entry in captured.items():
-            samples[name].append(_replay_seconds(entry))
+            if name in results:
+                continue
+            try:
+                samples[name].append(_replay_seconds(entry))
+            except Exception as error:  # such as no memory left for the graph to be set up
+                results[name] = first_line(error)
+                del samples[name]
+                torch.cuda.synchronize()
     for name, values in samples.items():
         results[name] = Timing(statistics.median(values), tuple(values), eager[name])
     return results

@@ -12,6 +12,9 @@ layer for the attention (`attention_forward`). Three kinds of mask pass between 
 - [batch, seqlen_k], True = a token: padding, causality and the layer's sliding window;
 - [batch, 1, seqlen_q, seqlen_k]: the mask says everything, and the layer adds nothing.
 
+Sequences packed into one row (padding-free training) come as cu_seq_lens_q, cu_seq_lens_k,
+max_length_q and max_length_k besides, and go to `attention_varlen`.
+
 The first two are read by the kernels without a tensor of size seqlen_q x seqlen_k. They need the
 last query to be aligned with the last key, which static caches, whose keys go on behind it, are
 not.
@@ -26,6 +29,7 @@ from typing import Any
 import torch
 
 from flashcore.api import attention
+from flashcore.packed_rows import attention_packed, packed_lengths, same_sequence
 from flashcore.sdpa import scaled_dot_product_attention
 
 __all__ = ["attention_forward", "attention_mask", "register"]
@@ -193,19 +197,25 @@ def attention_forward(
         s_aux: [num_heads_q], a score of each head that takes part in the softmax and has no value
             (an attention sink).
         position_bias: [batch or 1, num_heads_q, seqlen_q, seqlen_k], added to the scores.
-        **kwargs: what models pass to every implementation. Paged caches and head masks are refused;
+        **kwargs: what models pass to every implementation. With cu_seq_lens_q, cu_seq_lens_k
+            (int32, [sequences + 1]), max_length_q and max_length_k, batch is 1 and sequences that
+            are packed in it do not see each other. Paged caches and head masks are refused;
             nothing else in it changes the result.
 
     Returns:
         out: [batch, seqlen_q, num_heads_q, head_dim_v], contiguous; and None for the weights.
 
     Raises:
-        NotImplementedError: a paged cache, a head mask, dropout with softcap or s_aux, or what
-            `attention` does not support.
+        NotImplementedError: a paged cache, a head mask, dropout with softcap or s_aux, packed
+            sequences with what `packed_lengths` lists, or what `attention` does not support.
     """
     _refuse(kwargs)
     causal, window = False, None
     mask = attention_mask
+    packed = packed_lengths(kwargs, query, mask, dropout, position_bias)
+    if packed is not None and mask is not None:
+        # A mask that says everything; Transformers' own says this too, where position_ids do.
+        mask, packed = _biased(mask[..., : key.shape[2]], same_sequence(packed, query, key)), None
     if mask is None or mask.dim() == 2:
         # Some layers say is_causal=False to whatever has a mask; one of two dimensions is causal.
         causal = mask is not None or bool(
@@ -230,10 +240,16 @@ def attention_forward(
             query, key, value, mask, dropout, scale=scaling, enable_gqa=True
         )
         return out.transpose(1, 2).contiguous(), None
-    result = attention(
-        query, key, value, causal=causal, scale=scaling, window=window, softcap=softcap or None,
-        mask=mask, return_lse=s_aux is not None,
-    )  # fmt: skip
+    if packed is not None:
+        result = attention_packed(
+            query, key, value, packed, causal=causal, scale=scaling, window=window,
+            softcap=softcap or None, return_lse=s_aux is not None,
+        )  # fmt: skip
+    else:
+        result = attention(
+            query, key, value, causal=causal, scale=scaling, window=window,
+            softcap=softcap or None, mask=mask, return_lse=s_aux is not None,
+        )  # fmt: skip
     if isinstance(result, tuple):
         assert s_aux is not None
         out, lse = result
@@ -258,6 +274,8 @@ def _window(module: torch.nn.Module, size: Any, causal: bool) -> tuple[int, int]
 def _biased(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     if mask is None:
         return bias
+    if bias.dtype == torch.bool:
+        return bias & mask
     if mask.dtype == torch.bool:
         return bias.masked_fill(~mask, -torch.inf)
     return bias + mask
