@@ -285,6 +285,15 @@ def test_threads_do_not_see_each_others_arguments(machine):
         assert pointers_of(entry.params)[0] == entry.params.q_map.base
 
 
+def test_a_growing_number_of_keys_shares_one_launch(machine):
+    q, keys = torch.zeros(1, 4, 1, 64).half(), torch.zeros(1, 4, 64, 64).half()
+    for length in range(9, 29):
+        flashcore.attention(q, keys[:, :, :length], keys[:, :, :length])
+    assert [x.params.attn.seqlen_k for x in machine.driver.launches] == list(range(9, 29))
+    assert [x.params.k_map.base for x in machine.driver.launches] == [keys.data_ptr()] * 20
+    assert launch._launch.cache_info().misses == 1
+
+
 def test_the_benchmark_of_the_host_measures_and_reports(monkeypatch):
     from flashcore.bench import host
 

@@ -28,6 +28,19 @@ def _compile(plan: Plan) -> CompiledKernel:
     return compile_plan(plan)
 
 
+@functools.lru_cache(maxsize=4096)
+def _launch(plan: Plan, grid: int, device_index: int) -> Launch:
+    """One for all shapes that share it: while keys are appended, say, each call has a new one."""
+    return Launch(
+        _compile(plan),
+        grid=grid,
+        num_threads=plan.num_threads,
+        smem_bytes=plan.smem_bytes,
+        device=torch.device("cuda", device_index),
+        starts_early=plan.starts_early,
+    )
+
+
 @functools.cache
 def _num_sms(device_index: int) -> int:
     return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
@@ -142,14 +155,8 @@ class KernelCall:
             grid = grid_size(problem, plan)
             self._template = build_params(problem, plan, {})
         verify_element_map(device.index, plan.arch, plan.dtype)
-        self.launch = Launch(
-            _compile(plan),
-            grid=grid,
-            num_threads=plan.num_threads,
-            smem_bytes=plan.smem_bytes,
-            device=device,
-            starts_early=plan.starts_early,
-        )
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.launch = _launch(plan, grid, index)
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None

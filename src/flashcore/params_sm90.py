@@ -66,14 +66,19 @@ class AttnSm90GateParams(ctypes.Structure):
 
 def encode_tensor_map(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
     """The descriptor that the GPU reads, from the driver, of a "float16" or "bfloat16" tensor."""
-    without_base = ctypes.string_at(ctypes.addressof(tensor_map) + 8, 56)
+    result = TensorMap.from_buffer_copy(tensor_map)
+    _encode(ctypes.addressof(result), dtype_name)
+    return result
+
+
+def _encode(address: int, dtype_name: str) -> None:
+    """Puts the descriptor that the GPU reads in the place of a TensorMap."""
+    without_base = ctypes.string_at(address + 8, 56)
     encode, before, after = _encoding(without_base, dtype_name)
-    status, encoded = encode(*before, tensor_map.base, *after)
-    if int(status) != 0:
+    status, encoded = encode(*before, ctypes.c_uint64.from_address(address).value, *after)
+    if status:
         raise FlashCoreError(f"cuTensorMapEncodeTiled failed: {status!r}")
-    return TensorMap.from_buffer_copy(
-        ctypes.string_at(int(encoded.getPtr()), ctypes.sizeof(TensorMap))
-    )
+    ctypes.memmove(address, int(encoded.getPtr()), ctypes.sizeof(TensorMap))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -217,9 +222,9 @@ def place_sm90(
 def _encoded(
     argument: AttnSm90Params | AttnSm90GateParams, dtype_name: str
 ) -> AttnSm90Params | AttnSm90GateParams:
+    address = ctypes.addressof(argument)
     for name in _MAPS:
-        tensor_map = getattr(argument, f"{name}_map")
-        setattr(argument, f"{name}_map", encode_tensor_map(tensor_map, dtype_name))
+        _encode(address + getattr(type(argument), f"{name}_map").offset, dtype_name)
     return argument
 
 

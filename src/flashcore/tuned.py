@@ -117,11 +117,17 @@ def path_for(arch: int) -> Path:
     return env.cache_dir() / f"tuned-sm_{arch}.json"
 
 
+@functools.lru_cache(maxsize=64)
+def _path_for(arch: int, cache_dir: str | None) -> Path:
+    """`path_for`, which reads this variable; of others, what they were at first."""
+    return path_for(arch)
+
+
 def read(path: Path) -> list[Entry]:
     """The entries of a file; none where there is no file, and none with a RuntimeWarning where it
     cannot be understood."""
     try:
-        modified_ns = path.stat().st_mtime_ns
+        modified_ns = os.stat(path).st_mtime_ns
     except OSError:
         return []
     return list(_read(path, modified_ns))
@@ -195,7 +201,8 @@ def find(problem: Problem, plan: Plan) -> tuple[Plan, Entry] | None:
         return None
     if not env.tuned():
         return None
-    entries = read(path_for(plan.arch))
+    # Asked for each new shape: a path costs more to make than a look whether there is a file.
+    entries = read(_path_for(plan.arch, os.environ.get(env.CACHE_DIR.name)))
     if not entries:
         return None
     key = (gpu_name(), plan.kernel, kernel_version(plan.kernel), problem_class(problem))
