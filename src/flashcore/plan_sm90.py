@@ -167,36 +167,39 @@ class _Tile(NamedTuple):
 
 
 def _tiles(problem: Problem) -> Iterator[_Tile]:
-    """By measurement on an H200, best first; see docs/performance.md."""
+    """By measurement on an H200 (2026-11-22), best first; see docs/performance.md."""
     dim = max(problem.head_dim, problem.head_dim_v)
     heads = problem.batch * problem.num_heads_q
     plain = problem.mask is None and problem.softcap == 0.0
     bounded = problem.window_left >= 0 or problem.window_right >= 0
     keys = problem.seqlen_k
     num_64, num_128, num_192 = (heads * -(-problem.seqlen_q // rows) for rows in (64, 128, 192))
+    # Tiles dealt out singly read K and V again: worth it where there is much to even out.
+    tail = 0 if keys <= 512 else 1 if keys < 8192 else 3
     # Few rows: their keys are shared between two warpgroups, which hide each other's latency.
-    if dim <= 128 and num_64 <= NUM_SMS and keys > 64:
-        yield _Tile(64, 64, num_stages=4, key_splits=2)
+    few = num_64 <= NUM_SMS or (bounded and num_64 <= 2 * NUM_SMS and keys >= 1024)
+    if few and dim <= 128 and keys > (64 if dim <= 64 else 128):
+        yield _Tile(64, 64, num_stages=4, key_splits=2, tail_rounds=tail)
     if dim <= 64:
-        if plain and num_192 >= 2 * NUM_SMS and (keys > 3072 if bounded else keys >= 512):
-            yield _Tile(192, 128, ping_pong=True)
+        if plain and num_192 >= 2 * NUM_SMS and keys >= (4096 if bounded else 512):
+            yield _Tile(192, 128, ping_pong=keys < 8192, tail_rounds=tail)
         if plain and num_64 >= (3 if bounded else 6) * NUM_SMS:
-            yield _Tile(64, 64 if keys <= 1024 else 96, min_blocks=3)
-        yield _Tile(64, 128, min_blocks=2)
-        yield _Tile(128, 128, ping_pong=True)
+            yield _Tile(64, 64 if keys < 1024 else 96, min_blocks=3, tail_rounds=tail)
+        yield _Tile(64, 128, min_blocks=2, tail_rounds=tail)
+        yield _Tile(128, 128, ping_pong=True, tail_rounds=tail)
     elif dim <= 128:
-        if num_128 >= NUM_SMS:
-            if plain and not bounded and keys >= 4096 and num_192 >= 2 * NUM_SMS:
-                yield _Tile(192, 80, ping_pong=True)
-            yield _Tile(128, 128, ping_pong=keys < 2048)
-        yield _Tile(64, 64, min_blocks=2)
-        yield _Tile(128, 128)
+        if plain and not bounded and keys >= 4096 and num_192 >= 2 * NUM_SMS:
+            yield _Tile(192, 80, ping_pong=True)
+        if 4 * num_128 >= 3 * NUM_SMS:
+            yield _Tile(128, 128, tail_rounds=tail)
+        yield _Tile(64, 64, min_blocks=2, tail_rounds=tail)
+        yield _Tile(128, 128, tail_rounds=tail)
     elif dim <= 192:
-        yield _Tile(128, 96, ping_pong=True)
-        yield _Tile(128, 64, ping_pong=True)
+        yield _Tile(128, 96, ping_pong=True, tail_rounds=tail)
+        yield _Tile(128, 64, ping_pong=True, tail_rounds=tail)
     else:
-        yield _Tile(128, 64, ping_pong=True)
-        yield _Tile(128, 32, ping_pong=True)
+        yield _Tile(128, 64, ping_pong=True, tail_rounds=tail)
+        yield _Tile(128, 32, ping_pong=True, tail_rounds=tail)
 
 
 def _has_registers(plan: Sm90Plan) -> bool:

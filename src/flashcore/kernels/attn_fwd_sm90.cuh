@@ -183,9 +183,9 @@ struct Consumer {
 
 // S = Q K^T of a warpgroup's 64 rows, issued.
 FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_smem,
-                            SmemPtr<Element> k_smem) {
+                            SmemPtr<Element> k_smem, int stage) {
   const WgmmaDesc q_desc = wgmma_desc<CHUNK_BYTES>(q_smem, 0);
-  const WgmmaDesc k_desc = wgmma_desc<CHUNK_BYTES>(k_smem, 0);
+  const WgmmaDesc k_desc = wgmma_desc<CHUNK_BYTES>(k_smem, 0) + stage * (K_ELEMENTS * 2);
 #pragma unroll
   for (int d = 0; d < QK_CHUNKS * CHUNK; d += 16) {
     const int chunk = d / CHUNK;
@@ -197,8 +197,9 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_s
 
 // O += P V of a warpgroup's 64 rows, issued.
 FC_DEVICE void issue_output(WmmaAccum (&out)[OUT_FRAGS], const WmmaA<Element> (&probs)[KEY_FRAGS],
-                            SmemPtr<Element> v_smem) {
-  const WgmmaDesc v_desc = wgmma_desc<CHUNK_BYTES>(v_smem, BLOCK_N * CHUNK_BYTES);
+                            SmemPtr<Element> v_smem, int stage) {
+  const WgmmaDesc v_desc =
+      wgmma_desc<CHUNK_BYTES>(v_smem, BLOCK_N * CHUNK_BYTES) + stage * (V_ELEMENTS * 2);
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
     wgmma_rs<Element>(out, probs[n], v_desc + n * 16 * CHUNK_BYTES, true);
@@ -218,13 +219,12 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
   if (PING_PONG && !FIRST) named_barrier_sync(TURN_BARRIER + c.index, 256);
   wgmma_fence();
-  issue_scores(scores, smem.q + c.row_group * Q_GROUP_ELEMENTS,
-               smem.k + c.k_state.stage() * K_ELEMENTS);
+  issue_scores(scores, smem.q + c.row_group * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
   wgmma_commit();
   if constexpr (!FIRST) {
     const PipelineState v_state = c.v_state();
     wgmma_fence();
-    issue_output(c.out, c.probs, smem.v + v_state.stage() * V_ELEMENTS);
+    issue_output(c.out, c.probs, smem.v, v_state.stage());
     wgmma_commit();
     if (PING_PONG) named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);
   }
@@ -275,7 +275,7 @@ FC_DEVICE void last_output(Consumer& c, const Barriers& bar, const Buffers& smem
 //@end
   const PipelineState v_state = c.v_state();
   wgmma_fence();
-  issue_output(c.out, c.probs, smem.v + v_state.stage() * V_ELEMENTS);
+  issue_output(c.out, c.probs, smem.v, v_state.stage());
   wgmma_commit();
   wgmma_wait<0>();
   wgmma_hold(c.out);

@@ -120,7 +120,7 @@ _ALL = (
         name="parity-never-flips",
         title="the parity of a stage stays the same in every round",
         file=_PIPELINE,
-        find="return count / STAGES_PER_RING % 2; }",
+        find="return int(count / STAGES_PER_RING % 2); }",
         replace="return 0; }",
         caught_by="mbarrier",  # as no-empty-wait, in the second round
         or_by=("race", "deadlock"),
@@ -129,8 +129,8 @@ _ALL = (
         name="stage-mixed-up",
         title="Q K^T reads the stage after its own",
         file=_KERNEL,
-        find="smem.k + c.k_state.stage() * K_ELEMENTS",
-        replace="smem.k + (c.k_state.count + 1) % 2 * K_ELEMENTS",
+        find="smem.k, c.k_state.stage());",
+        replace="smem.k, (c.k_state.count + 1) % 2);",
         caught_by="race",
     ),
     Plant(

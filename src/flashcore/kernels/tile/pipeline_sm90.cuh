@@ -41,7 +41,7 @@ FC_DEVICE void init_barriers(const Barriers& bar, int kv_empty_count, int q_empt
 }
 
 // Consumers that share the keys of some rows have a ring of stages each.
-constexpr int STAGES_PER_RING = NUM_STAGES / KEY_SPLITS;
+constexpr uint32_t STAGES_PER_RING = NUM_STAGES / KEY_SPLITS;
 static_assert(NUM_STAGES % KEY_SPLITS == 0, "the rings are of one size");
 static_assert(STAGES_PER_RING >= 2, "a consumer holds one V while it waits for the next");
 
@@ -50,12 +50,12 @@ static_assert(STAGES_PER_RING >= 2, "a consumer holds one V while it waits for t
 // fresh barrier counts as completed in phase -1.
 struct PipelineState {
   int ring = 0;
-  int count = 0;
+  uint32_t count = 0;  // unsigned, for short remainders: the next product waits for them
 
   FC_DEVICE int stage() const {
-    return (KEY_SPLITS > 1 ? ring * STAGES_PER_RING : 0) + count % STAGES_PER_RING;
+    return (KEY_SPLITS > 1 ? ring * int(STAGES_PER_RING) : 0) + int(count % STAGES_PER_RING);
   }
-  FC_DEVICE int parity() const { return count / STAGES_PER_RING % 2; }
+  FC_DEVICE int parity() const { return int(count / STAGES_PER_RING % 2); }
 };
 
 // A consumer warp is done with the stage.
