@@ -46,10 +46,11 @@ class StandInDriver:
         self.launches: list[SimpleNamespace] = []
         self.encodings = 0
         self.statuses: list[int] = []  # of the next launches; then success
+        self.encode_statuses: list[int] = []  # of the next descriptors, likewise
 
     def cuTensorMapEncodeTiled(self, dtype, rank, base, *rest):
         self.encodings += 1
-        return SUCCESS, Encoded(base)
+        return self.encode_statuses.pop() if self.encode_statuses else SUCCESS, Encoded(base)
 
     @staticmethod
     def CUlaunchAttribute() -> SimpleNamespace:

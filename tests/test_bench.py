@@ -183,6 +183,14 @@ def test_peers_that_cannot_be_imported_are_named(monkeypatch: pytest.MonkeyPatch
     assert any(line.startswith("flex: triton cannot") for line in report.skipped(document))
 
 
+def test_libraries_can_be_left_out() -> None:
+    workload = Workload("x", 1, 1, 8, 8, False, "float32")
+    all_of_them = {row["library"] for row in run("cpu", rounds=1, workloads=[workload])["results"]}
+    document = run("cpu", rounds=1, workloads=[workload], without=["sdpa-math"])
+    assert {row["library"] for row in document["results"]} == all_of_them - {"sdpa-math"}
+    assert document["left_out"] == [{"library": "sdpa-math", "reason": "not asked for"}]
+
+
 def test_a_peer_that_fails_to_prepare_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

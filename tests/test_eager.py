@@ -258,6 +258,10 @@ def test_a_thread_without_a_context_binds_one(machine, monkeypatch):
     flashcore.attention(q, q, q)
     assert bound == [0]
     assert [x.status for x in machine.driver.launches] == [standin.INVALID_CONTEXT, 0]
+    machine.driver.encode_statuses = [standin.INVALID_CONTEXT]
+    q = half(1, 4, 40, 64)
+    flashcore.attention(q, q, q)
+    assert bound == [0, 0]
     machine.driver.statuses = [719]
     with pytest.raises(flashcore.FlashCoreError, match="launching attn_fwd_sm90 failed: 719"):
         flashcore.attention(q, q, q)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from flashcore.errors import BackendUnavailableError
 
 
@@ -17,3 +19,11 @@ def import_driver() -> Any:
             'install it: pip install "flashcore[cuda]"'
         ) from error
     return driver
+
+
+def bind_context(device_index: int | None = None) -> None:
+    """Binds a GPU's context to this thread, by default the current device's. A thread that has not
+    used the GPU yet has none, and torch need not have bound one for what the thread did so far."""
+    from cuda.core import Device
+
+    Device(torch._C._cuda_getDevice() if device_index is None else device_index).set_current()

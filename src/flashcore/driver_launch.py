@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flashcore.compiler import CompiledKernel
-from flashcore.driver import import_driver
+from flashcore.driver import bind_context, import_driver
 from flashcore.errors import FlashCoreError
 
 
@@ -124,13 +124,9 @@ class Launch:
         return configuration
 
     def _retry(self, status: Any, argument: Argument) -> None:
-        """A thread that has not used the GPU yet has no context bound, and torch need not have
-        bound one for what it did so far."""
         driver = import_driver()
         if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-            from cuda.core import Device
-
-            Device(self._device_index).set_current()
+            bind_context(self._device_index)
             configuration = self._configure(torch._C._cuda_getCurrentRawStream(self._device_index))
             (status,) = self._cu_launch_kernel(configuration, self._handle, argument.address, 0)
         _check(status, f"launching {self._name}")

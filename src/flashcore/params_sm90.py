@@ -7,7 +7,7 @@ import functools
 from typing import Any, Literal
 
 from flashcore import params
-from flashcore.driver import import_driver
+from flashcore.driver import bind_context, import_driver
 from flashcore.errors import FlashCoreError
 from flashcore.params import AttnGateParams, AttnParams
 from flashcore.plan_sm90 import ROWS_OF_CONSUMER, Sm90Plan
@@ -75,7 +75,11 @@ def _encode(address: int, dtype_name: str) -> None:
     """Puts the descriptor that the GPU reads in the place of a TensorMap."""
     without_base = ctypes.string_at(address + 8, 56)
     encode, before, after = _encoding(without_base, dtype_name)
-    status, encoded = encode(*before, ctypes.c_uint64.from_address(address).value, *after)
+    base = ctypes.c_uint64.from_address(address).value
+    status, encoded = encode(*before, base, *after)
+    if status == import_driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        bind_context()
+        status, encoded = encode(*before, base, *after)
     if status:
         raise FlashCoreError(f"cuTensorMapEncodeTiled failed: {status!r}")
     ctypes.memmove(address, int(encoded.getPtr()), ctypes.sizeof(TensorMap))
@@ -237,6 +241,9 @@ def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:
     reads zeros and writes nothing; and begin + length, which takes the first one's offset back:
 
         base - rows * stride + (rows - length + i) * stride + (begin + length) * stride
+
+    The map's base is no address of the tensor's. An H200 faults on a box of such a map that starts
+    behind the last row, where it would only give zeros of another: no box may start there.
     """
     m = tensor_map
     m.base = (m.base - m.rows * m.row_stride_bytes) % 2**64

@@ -125,7 +125,7 @@ def test_ragged_boxes_end_with_their_sequence(run: Runner) -> None:
     sequences = [(0, 7), (7, 0), (7, 1), (8, 21), (29, 11)]  # first row, length
     wanted, boxes = [], []
     for (begin, length), head in itertools.product(sequences, range(heads)):
-        for row in range(0, max(length, 1), 16):
+        for row in range(0, length, 16):  # no box starts behind the last row
             boxes.append((0, total - length + row, head, begin + length, 1))
             own = x[:, :, begin : begin + length]
             wanted.append(padded_box(own, 0, row, head, 0, shape=(16, cols)))

@@ -51,6 +51,7 @@ def run(
     *,
     rounds: int = 5,
     workloads: Sequence[Workload] | None = None,
+    without: Sequence[str] = (),
     on_step: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Run the benchmark.
@@ -59,6 +60,7 @@ def run(
         device: "cuda" or "cpu".
         rounds: timed rounds; the median counts.
         workloads: the shapes, or None for all.
+        without: names of libraries to leave out.
         on_step: called with the name of each workload before it runs.
 
     Returns:
@@ -73,6 +75,8 @@ def run(
     if on_gpu:
         peers, left_out = find_peers()
         libraries = gpu_libraries() + peers
+    left_out += [{"library": name, "reason": "not asked for"} for name in without]
+    libraries = [library for library in libraries if library.name not in without]
     chosen = list(workloads) if workloads is not None else workloads_for(device)
     on_step("ceilings")
     limits = ceilings.measure(device, torch.float16 if on_gpu else torch.float32)

@@ -21,6 +21,10 @@ def bench(
             "varlen.",
         ),
     ] = None,
+    without: Annotated[
+        str | None,
+        typer.Option("--without", help="Leave these libraries out, such as flex,sdpa-math."),
+    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; odd is best.")] = 5,
     device: Annotated[
         str, typer.Option("--device", help="auto (a GPU if there is one), cuda or cpu.")
@@ -61,7 +65,7 @@ def bench(
         if from_file is not None:
             document = _load(from_file)
         else:
-            document = _measure(out, _device(device), quick, groups, rounds)
+            document = _measure(out, _device(device), quick, groups, without, rounds)
         _show(out, document)
         if output is not None:
             _write(out, document, output)
@@ -96,9 +100,11 @@ def _groups(text: str | None, device: str) -> list[str] | None:
 
 
 def _measure(
-    out: Output, device: str, quick: bool, groups: str | None, rounds: int
+    out: Output, device: str, quick: bool, groups: str | None, without: str | None, rounds: int
 ) -> dict[str, Any]:
     from flashcore.bench.run import run, workloads_for
+
+    names = [name.strip() for name in without.split(",")] if without else []
 
     chosen = workloads_for(device, quick, _groups(groups, device))
     if device == "cpu":
@@ -113,7 +119,7 @@ def _measure(
             advance(1 if started else 0, f"Timing {name}")
             started = True
 
-        return run(device, rounds=rounds, workloads=chosen, on_step=on_step)
+        return run(device, rounds=rounds, workloads=chosen, without=names, on_step=on_step)
 
 
 def _show(out: Output, document: dict[str, Any]) -> None:

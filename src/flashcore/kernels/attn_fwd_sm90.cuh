@@ -146,9 +146,11 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       const auto full = bar.q_full + group;
       mbar_wait(bar.q_empty + group, parity ^ 1);
       mbar_arrive_expect_tx(full, Q_GROUP_ELEMENTS * 2);
+      int row = block.m_begin + group * 64;
+      if (PACKED) row = min_i(row, own.seqlen_q - 1);  // see make_ragged: no box without a row
       for (int c = 0; c < QK_CHUNKS; ++c) {
         tma_load(smem.q + (group * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
-                 c * CHUNK, q_box.row + block.m_begin + group * 64, block.head_idx, q_box.batch);
+                 c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
       }
     }
     while (n_block >= keys.n_block_begin) {
@@ -313,9 +315,11 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
   named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above before the stores
   if (leads) {
     const BoxOrigin box = query_box(params.attn, block);
-    for (int chunk = 0; chunk < V_CHUNKS; ++chunk) {
-      tma_store(params.o_map, o_smem + chunk * 64 * CHUNK, chunk * CHUNK,
-                box.row + block.m_begin + c.row_group * 64, block.head_idx, box.batch);
+    const int row = block.m_begin + c.row_group * 64;
+    const bool has_rows = !PACKED || row < p.seqlen_q;
+    for (int chunk = 0; has_rows && chunk < V_CHUNKS; ++chunk) {
+      tma_store(params.o_map, o_smem + chunk * 64 * CHUNK, chunk * CHUNK, box.row + row,
+                block.head_idx, box.batch);
     }
     tma_store_commit();
     if (!SEPARATE_O) {

@@ -24,7 +24,7 @@ static int swizzled(int offset, int swizzle_bytes) {
   return swizzle_bytes == 0 ? offset : offset ^ (((offset >> 7) & mask) << 4);
 }
 
-static int check_box(const TensorMap& map, const SmemRef& ref, int col, Site site) {
+static int check_box(const TensorMap& map, const SmemRef& ref, int col, int row, Site site) {
   const auto row_bytes = int(map.box_cols * map.element_bytes);
   const auto swizzle = int(map.swizzle_bytes);
   if (map.base % 16 || map.row_stride_bytes % 16 || map.head_stride_bytes % 16 ||
@@ -34,6 +34,10 @@ static int check_box(const TensorMap& map, const SmemRef& ref, int col, Site sit
   if (col * int(map.element_bytes) % 16 != 0) {
     misuse(site, "a box starts at column %d of %u-byte elements: a GPU takes it for an illegal "
            "instruction unless that is a multiple of 16 bytes", col, map.element_bytes);
+  }
+  if (row >= int(map.rows) && map.batches > 1 && map.batch_stride_bytes == map.row_stride_bytes) {
+    misuse(site, "a box starts at row %d of a map whose %u rows and batches are one stride apart: "
+           "a GPU takes its address for a fault, instead of zeros", row, map.rows);
   }
   if (swizzle != 0 && swizzle != 32 && swizzle != 64 && swizzle != 128) {
     misuse(site, "a tensor map swizzles 0, 32, 64 or 128 bytes, not %d", swizzle);
@@ -85,7 +89,7 @@ void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar_ref, int col, int r
   const int t = current_thread;
   const int index = mbarrier_find(bar_ref, site);
   MBarrier& bar = m.sm90.mbarriers[size_t(index)];
-  const int offset = check_box(map, dst, col, site);
+  const int offset = check_box(map, dst, col, row, site);
   const int32_t* clock = clock_row(t);
   if (clock[m.agents.fenced + bar.init_thread] < clock_of(bar.init)) {
     set_other_thread(current_block, bar.init_thread, unpack_site(bar.init_site));
@@ -177,7 +181,7 @@ void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, in
   Machine& m = machine;
   ++m.report->async_copies;
   const int t = current_thread;
-  const int offset = check_box(map, src, col, site);
+  const int offset = check_box(map, src, col, row, site);
   Storer& storer = storer_of(t, site);
   TmaStore store = {};
   store.group = storer.committed;
