@@ -16,6 +16,7 @@ from flashcore.locate import compare
 from flashcore.plan import select_plan
 from flashcore.problem import Problem
 from flashcore.sim import PLANTS, PLANTS_SM90, Agent, SimulationError
+from flashcore.sim.report import ALARM_KINDS
 
 KERNEL = plan_sm90.KERNEL
 STAGES = ["qk", "softmax", "pv", "tile", "full"]
@@ -58,6 +59,8 @@ def test_the_healthy_kernel_passes_every_stage(case: Case) -> None:
         ("no-commit", "pv", "wgmma"),
         ("turn-not-handed-on", "full", "what the gates switch off"),
         ("no-init-fence", "setup", "mbar_init_fence"),
+        ("o-read-from-q", "store", "race"),
+        ("share-sum-lost", "full", "lse"),
     ],
 )
 def test_a_planted_bug_is_found_in_its_stage(plant: str, stage: str, reason: str) -> None:
@@ -66,6 +69,8 @@ def test_a_planted_bug_is_found_in_its_stage(plant: str, stage: str, reason: str
     assert found.kernel == KERNEL
     assert found.first_wrong == stage
     assert reason in " ".join(found.why)
+    alarms_raised = {result.alarm.kind for result in found.stages if result.alarm is not None}
+    assert alarms_raised <= ALARM_KINDS.keys()  # it ran
     before = STAGES[: STAGES.index(stage)] if stage in STAGES else []
     assert [result.status for result in found.stages[: len(before)]] == ["ok"] * len(before)
 

@@ -66,6 +66,7 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     43: ("race", "counter", 0),
     44: ("race", "out", 0),
     45: ("out-of-bounds", "counter", 1),
+    46: ("divergence", "", None),
 }
 
 

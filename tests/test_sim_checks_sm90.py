@@ -158,4 +158,5 @@ def test_a_mistake_is_reported_by_its_check(fault: int) -> None:
 def test_every_fault_and_every_kind_is_tried() -> None:
     text = FAULTS.read_text(encoding="utf-8")
     assert {int(number) for number in re.findall(r"case (\d+):", text)} == set(EXPECTED)
-    assert {kind for kind, _, _ in EXPECTED.values()} >= SM90_ALARM_KINDS
+    elsewhere = {"early-access"}  # test_sim_early_access.py
+    assert {kind for kind, _, _ in EXPECTED.values()} >= SM90_ALARM_KINDS - elsewhere

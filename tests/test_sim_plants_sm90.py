@@ -74,6 +74,15 @@ NAMED_LINES: dict[str, tuple[str, ...]] = {
     "no-init-fence": ("mbar_init(", "tma_load("),
     "no-init-barrier": ("mbar_init(", "mbar_"),
     "registers-of-three-warps": ("raise_registers<",),
+    "early-consumers": ("gmem_store(p.lse", "tma_store("),
+    "early-loads": ("tma_load(",),
+    "q-of-another-group": (*WGMMA, "tma_load(smem.q"),
+    "coord-slots": ("smem_store(coord, NO_TILE)", "smem_store(to", "smem_load("),
+    "coord-late": ("smem_store(to", "smem_load("),
+    "share-not-awaited": ("smem_load(merge_smem", "smem_store(mine"),
+    "share-overwritten": ("smem_load(", "smem_store(mine"),
+    "share-never-taken": ("mbar_wait(", "named_barrier_sync(TAKEN"),
+    "shares-on-one-ring": (*WGMMA, "tma_load(smem.k"),
 }
 
 

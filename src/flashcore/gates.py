@@ -26,7 +26,7 @@ from flashcore.errors import BackendUnavailableError, FlashCoreError
 from flashcore.gate_models import Expected, GateModel
 from flashcore.locate import Check, compare
 from flashcore.plan import Plan, select_plan
-from flashcore.plan_sm90 import ARCH, obstacle
+from flashcore.plan_sm90 import ARCH, OFF_UNDER_A_GATE, obstacle
 from flashcore.problem import Problem
 from flashcore.stages import Stage, stages_of
 
@@ -206,7 +206,7 @@ class _Runner:
             return plan
         fields = dict(self.plant.plan)
         if gate is not None:
-            fields.pop("ping_pong", None)  # off under a gate
+            fields |= {name: off for name, off in OFF_UNDER_A_GATE.items() if name in fields}
         return dataclasses.replace(plan, **fields)
 
     def run(self, stage: Stage) -> StageResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcore.plan import Plan, smem_limits, traits
 
@@ -16,6 +16,8 @@ KERNEL = "attn_fwd_sm90"
 ARCH = 90
 NUM_SMS = 132
 GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
+# A stage shows nothing but itself: no turns, no shared rows. Nor is a rescale put off.
+OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_splits": 1}
 
 ROWS_OF_CONSUMER = 64
 _BARRIER_BYTES = 8
@@ -211,8 +213,7 @@ def _has_registers(plan: Sm90Plan) -> bool:
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     """Tile configurations for a problem that the kernel can serve, best first. With a debug
-    gate the warpgroups take no turns, share no rows and put off no rescale: a stage shows nothing
-    but itself.
+    gate see OFF_UNDER_A_GATE.
 
     Raises:
         ValueError: the kernel has no such gate.
@@ -223,7 +224,7 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     problem = _of_mean_lengths(problem)
     for tile in _tiles(problem):
         if gate is not None:
-            tile = tile._replace(ping_pong=False, key_splits=1)
+            tile = tile._replace(**OFF_UNDER_A_GATE)
         for separate_o in (True, False):
             plan = Sm90Plan(
                 kernel=KERNEL,

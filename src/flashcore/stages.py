@@ -77,7 +77,7 @@ _SUSPECTS_SM90 = {
     "under way, the swizzle of O",
     "tile": "the final normalisation, the lse, the store of the output by TMA",
     "full": "what the gates switch off: the rescale of O, the lazy one above all, and the "
-    "warpgroups' turns (ping-pong)",
+    "warpgroups' turns (ping-pong) and the keys that they share",
 }
 _STAGES_SM90 = tuple(
     dataclasses.replace(stage, suspects=_SUSPECTS_SM90[stage.name])

@@ -39,6 +39,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
     The parameter struct holds `maps`, then pointers to `tensors`, then `scalars`; a tensor that a
     map names has no pointer if its own name starts with "_". Those in `outputs` are written by the
     kernel, those in `counters` changed by atomics. `arch_suffix` "a" is for kernels of Hopper.
+    `starts_early` asks for programmatic dependent launch.
     """
 
     def run(
@@ -54,6 +55,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
         constants: dict[str, object] | None = None,
         maps: dict[str, Map] | None = None,
         arch_suffix: str = "",
+        starts_early: bool = False,
         seed: int = 0,
     ) -> dict[str, Tensor]:
         scalars, maps = scalars or {}, maps or {}
@@ -80,6 +82,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
                 num_threads=num_threads,
                 smem_bytes=smem_bytes,
                 seed=seed,
+                starts_early=starts_early,
             )
             return {n: tensors[n] for n in outputs + counters}
         from flashcore.driver_launch import launch_raw
@@ -100,6 +103,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
             smem_bytes=smem_bytes,
             params=struct(**encoded, **pointers, **scalars),
             device=device,
+            starts_early=starts_early,
         )
         torch.cuda.synchronize()
         return {n: on_gpu[n].cpu() for n in outputs + counters}

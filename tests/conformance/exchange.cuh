@@ -1,4 +1,4 @@
-// shfl_xor and warp_any of every warp of a block, and who each thread thinks it is.
+// shfl_xor, warp_any and warp_uniform of every warp of a block, and who each thread thinks it is.
 #pragma once
 
 #include "prims.cuh"
@@ -8,6 +8,7 @@ struct ExchangeParams {
   GmemPtr<float> shuffled;      // [blocks, 32 masks, 64]
   GmemPtr<int32_t> integers;    // [blocks, 32 masks, 64]: of numbers that no float holds
   GmemPtr<int32_t> votes;       // [blocks, 33, 64]: predicate lane == n; n == 32: nobody
+  GmemPtr<int32_t> uniform;     // [blocks, 64]: 100 * block + warp
   GmemPtr<int32_t> identity;    // [blocks, 64, 4]: block, thread, warp, lane
 };
 
@@ -24,6 +25,7 @@ FC_KERNEL(exchange, 64, 1)(const ExchangeParams p) {
     const bool any = warp_any(warp_idx() == 1 && lane_idx() == n);
     gmem_store(p.votes + ((block_idx() * 33 + n) * 64 + thread_idx()), any ? 1 : 0);
   }
+  gmem_store(p.uniform + me, warp_uniform(100 * block_idx() + thread_idx() / 32));
   gmem_store(p.identity + me * 4, block_idx());
   gmem_store(p.identity + (me * 4 + 1), thread_idx());
   gmem_store(p.identity + (me * 4 + 2), warp_idx());

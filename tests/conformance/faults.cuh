@@ -230,6 +230,10 @@ FC_KERNEL(faults, 64, 1)(const FaultsParams p) {
       shfl_xor(1.0f, 32);  // ALARM 38
       break;
 
+    case 46:
+      warp_uniform(lane_idx() / 31);  // ALARM 46 AGAINST 46
+      break;
+
     // --- counters ---
     case 42:
       gmem_store(p.counter, 1);  // ALARM 42

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,7 @@ PRODUCTS = [(16, 64), (48, 128), (64, 128), (96, 64), (128, 128), (208, 64), (24
         *(("tma_boxes", {"ROW_BYTES": size}) for size in (64, 128)),
         ("mbarriers", {}),
         ("warpgroups", {}),
+        ("dependents", {}),
         *(("stmatrix", {"Element": dtype}) for dtype in DTYPES),
         *(
             ("products", {"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": cols // 16})
@@ -240,3 +242,38 @@ def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: 
         )
         assert torch.equal(result["by_smem"], a.float() @ b.float().T + c)
         assert torch.equal(result["by_registers"], a.float() @ bt.float())
+
+
+def test_a_kernel_that_starts_early_waits_for_what_it_reads(run: Runner) -> None:
+    tensors = {"before": torch.randn(3, 64), "after": torch.empty(3, 64)}
+    options = {"num_threads": 64, "grid": 3, "arch_suffix": "a"}
+    for starts_early in (False, True):
+        result = run("dependents", tensors, ("after",), starts_early=starts_early, **options)
+        assert torch.equal(result["after"], tensors["before"] + 1.0)
+
+
+@pytest.mark.gpu
+def test_a_chain_of_kernels_that_start_early_runs_in_order() -> None:
+    """Every one may start as soon as the one before it has; without its wait it would read what
+    that one has not written yet."""
+    from flashcore.driver_launch import Argument, Launch
+    from flashcore.jit import compile_source
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs an sm_90 GPU")
+
+    class DependentsParams(ctypes.Structure):
+        _fields_ = (("before", ctypes.c_void_p), ("after", ctypes.c_void_p))
+
+    device, blocks, length = torch.device("cuda"), 8 * 132, 400
+    buffers = [torch.full((blocks, 64), -1e6, device=device) for _ in range(2)]
+    buffers[0].zero_()
+    kernel = compile_source(flatten(FOLDER / "dependents.cuh", "ptx"), 90, "dependents", "a")
+    launch = Launch(
+        kernel, grid=blocks, num_threads=64, smem_bytes=0, device=device, starts_early=True
+    )
+    for step in range(length):
+        before, after = buffers[step % 2], buffers[1 - step % 2]
+        launch(Argument(DependentsParams(before.data_ptr(), after.data_ptr())))
+    assert torch.equal(buffers[length % 2], torch.full_like(buffers[0], float(length)))
+    assert torch.equal(buffers[1 - length % 2], torch.full_like(buffers[0], float(length - 1)))

@@ -48,9 +48,10 @@ def test_shuffles_votes_and_identity(run: Runner) -> None:
         "shuffled": torch.empty(blocks, 32, 64),
         "integers": torch.empty(blocks, 32, 64, dtype=torch.int32),
         "votes": torch.empty(blocks, 33, 64, dtype=torch.int32),
+        "uniform": torch.empty(blocks, 64, dtype=torch.int32),
         "identity": torch.empty(blocks, 64, 4, dtype=torch.int32),
     }
-    outputs = ("shuffled", "integers", "votes", "identity")
+    outputs = ("shuffled", "integers", "votes", "uniform", "identity")
     result = run("exchange", tensors, outputs, grid=blocks, num_threads=64)
     thread = torch.arange(64)
     numbers = 2**30 + torch.arange(blocks * 64, dtype=torch.int32).view(blocks, 64)
@@ -60,6 +61,8 @@ def test_shuffles_votes_and_identity(run: Runner) -> None:
     expected = torch.zeros(33, 64, dtype=torch.int32)
     expected[:32, 32:] = 1
     assert torch.equal(result["votes"], expected.expand(blocks, 33, 64))
+    warps = 100 * torch.arange(blocks)[:, None] + thread // 32
+    assert torch.equal(result["uniform"].long(), warps)
     for block in range(blocks):
         columns = (torch.full((64,), block), thread, thread // 32, thread % 32)
         assert torch.equal(result["identity"][block].long(), torch.stack(columns, dim=1))

@@ -19,6 +19,8 @@ FC_KERNEL(tma_boxes, 64, 1)(FC_PARAM(TmaBoxesParams) p) {
   const auto buffers = smem_view<uint16_t>(0, 2 * BOX, "buffers");
   const auto bars = smem_view<uint64_t>(2 * BOX * 2, 2, "bars");
   if (thread_idx() == 0) {
+    tma_prefetch_map(p.in);
+    tma_prefetch_map(p.out);
     mbar_init(bars, 1);
     mbar_init(bars + 1, 1);
     mbar_init_fence();

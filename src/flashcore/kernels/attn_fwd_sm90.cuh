@@ -116,7 +116,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 
   auto tile = row_tiles(p, smem.feed);
   for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
-    const auto coord = smem.coords + turn % COORD_SLOTS * COORD_INTS;
+    const auto coord = coord_slot(smem.coords, turn);
     const int parity = turn % 2;
     if (tile.done(p, params.schedule)) {
       smem_store(coord, NO_TILE);
@@ -344,7 +344,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 
   for (int turn = 0;; ++turn) {
     mbar_wait(bar.q_full + c.row_group, turn % 2);
-    const auto coord = smem.coords + turn % COORD_SLOTS * COORD_INTS;
+    const auto coord = coord_slot(smem.coords, turn);
     BlockCoord block = {};
     block.m_begin = smem_load(coord);
     if (block.m_begin == NO_TILE) break;

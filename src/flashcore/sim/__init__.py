@@ -10,7 +10,8 @@ from __future__ import annotations
 from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_sm90 import PLANTS_SM90
 from flashcore.sim.report import Agent, SimReport, SimulationError
-from flashcore.sim.run import SimTensor, simulate, simulate_source
+from flashcore.sim.run import simulate, simulate_source
+from flashcore.sim.tensors import SimTensor
 
 __all__ = [
     "PLANTS",

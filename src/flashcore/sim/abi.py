@@ -33,6 +33,7 @@ class LaunchStruct(ctypes.Structure):
         ("num_tensors", c_int32),
         ("tensors", ctypes.POINTER(TensorStruct)),
         ("seed", c_uint64),
+        ("starts_early", c_int32),
     )
 
 

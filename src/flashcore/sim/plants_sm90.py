@@ -4,6 +4,7 @@ simulator must find each with every seed (tests/test_sim_plants_sm90.py)."""
 from __future__ import annotations
 
 from flashcore.sim.plants import PLANTS, Plant
+from flashcore.sim.plants_row_tiles import ROW_TILE_PLANTS
 
 _KERNEL = "attn_fwd_sm90.cuh"
 _PIPELINE = "tile/pipeline_sm90.cuh"
@@ -18,7 +19,7 @@ _OUTPUT_WAIT = """\
     release(bar.v_empty, c.v_state());
     if (moved) rescale_output(c.out, rescale);
 """
-_TURNS = {"block_m": 128, "min_blocks": 1, "ping_pong": True}
+_TURNS = {"block_m": 128, "min_blocks": 1, "key_splits": 1, "num_stages": 2, "ping_pong": True}
 
 _ALL = (
     PLANTS["accum-map"],
@@ -74,7 +75,7 @@ _ALL = (
       tma_store_wait_read<0>();
 """,
         caught_by="race",
-        plan={"separate_o": False},
+        plan={"separate_o": False, "key_splits": 1},
     ),
     Plant(
         name="no-proxy-fence",
@@ -284,4 +285,4 @@ _ALL = (
     ),
 )
 
-PLANTS_SM90: dict[str, Plant] = {plant.name: plant for plant in _ALL}
+PLANTS_SM90: dict[str, Plant] = {plant.name: plant for plant in (*_ALL, *ROW_TILE_PLANTS)}

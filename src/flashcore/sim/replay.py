@@ -29,7 +29,8 @@ from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_sm90 import PLANTS_SM90
 from flashcore.sim.plants_varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.report import SimReport
-from flashcore.sim.run import ADDRESS_ALIGNMENT, simulate
+from flashcore.sim.run import simulate
+from flashcore.sim.tensors import ADDRESS_ALIGNMENT
 
 REPLAY_DEFAULTS: dict[str, object] = {
     "device": "cpu",

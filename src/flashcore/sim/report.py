@@ -23,10 +23,11 @@ ALARM_KINDS = {
     "named-barrier": "a named barrier with different counts, or by more warps than it counts",
     "missing-fence": "a thread's write that reaches TMA or WGMMA without a proxy fence",
     "wgmma": "registers of a WGMMA touched before the wait, or without a fence or commit",
+    "early-access": "global memory touched before the kernels ahead of this one have ended",
     "misuse": "arguments that the PTX ISA does not allow",
 }
 # Those that only kernels with prims_sm90.cuh can raise.
-SM90_ALARM_KINDS = {"mbarrier", "named-barrier", "missing-fence", "wgmma"}
+SM90_ALARM_KINDS = {"mbarrier", "named-barrier", "missing-fence", "wgmma", "early-access"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,9 +1,4 @@
-"""Runs a kernel in the simulator on CPU tensors.
-
-Tensors are copied: the kernel sees simulated addresses, 16 TiB apart, with the strides and the
-alignment of the originals, so that no overrun of one tensor lands in another, and memory between a
-strided tensor's elements holds NaN and counts as out of bounds.
-"""
+"""Runs a kernel in the simulator on CPU tensors."""
 
 from __future__ import annotations
 
@@ -12,10 +7,8 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from flashcore.codegen import generate_source
@@ -25,102 +18,19 @@ from flashcore.plan_sm90 import Sm90Plan
 from flashcore.sim.abi import AgentStruct, LaunchStruct, ReportStruct, TensorStruct
 from flashcore.sim.build import load_kernel
 from flashcore.sim.report import Agent, SimReport, SimulationError
+from flashcore.sim.tensors import Placed, SimTensor
 
 if TYPE_CHECKING:
     from flashcore.plan import Plan
     from flashcore.problem import Problem
     from flashcore.sim.plants import Plant
 
-_ADDRESS_BITS = 44  # as in runtime/global.cpp
 FIRST_ARCH_WITH_CP_ASYNC = 80
 NO_CP_ASYNC = "#define FC_HOST_NO_CP_ASYNC"
 # Blocks of a kernel whose blocks stride over the work: few, so that each takes several pieces.
 PERSISTENT_BLOCKS = 3
-# Alignment of torch's CPU allocations: below it, an address says how a view was cut out of them.
-ADDRESS_ALIGNMENT = 64
-
-_STORAGE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_POISON = {1: 0xA5, 2: 0x7FA5, 4: 0x7FA57FA5, 8: 0x7FA57FA57FA57FA5}  # NaN where it is a float
-
 # The runtime of a loaded kernel has one state, so a kernel runs once at a time.
 _lock = threading.Lock()
-
-
-@dataclass(frozen=True, slots=True)
-class SimTensor:
-    """A tensor that a simulated kernel may touch.
-
-    Args:
-        name: for reports.
-        tensor: CPU tensor of any shape and strides.
-        pointer_field: member of the parameter struct that gets its address, or several, or none;
-            a dot leads into a member's own members.
-        writable: whether the kernel writes it: it starts unwritten, and is copied back.
-        complete: whether the kernel must write every element.
-        counter: whether all threads change it by atomics; it is copied back.
-    """
-
-    name: str
-    tensor: Tensor
-    pointer_field: str | tuple[str, ...]
-    writable: bool = False
-    complete: bool = True
-    counter: bool = False
-
-
-class _Placed:
-    """A tensor's copy in a flat buffer with its strides, and what is known of each element."""
-
-    def __init__(self, item: SimTensor, index: int) -> None:
-        self.item = item
-        tensor = item.tensor.detach()
-        size = tensor.element_size()
-        self.bits = _STORAGE[size]
-        offsets = torch.zeros((), dtype=torch.int64)
-        for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            offsets = offsets[..., None] + torch.arange(length) * stride
-        self.offsets = offsets.reshape(-1)
-        span = int(self.offsets.max()) + 1 if self.offsets.numel() else 0
-        self.data = torch.full((max(span, 1),), _POISON[size], dtype=self.bits)
-        if not item.writable:
-            self.data[self.offsets] = tensor.contiguous().view(self.bits).reshape(-1)
-        self.valid = torch.zeros(max(span, 1), dtype=torch.uint8)
-        self.valid[self.offsets] = 1
-        written = max(span, 1) if item.writable else 0
-        self.writer = torch.zeros(written, dtype=torch.int32)
-        self.writer_site = torch.zeros(written, dtype=torch.int32)
-        middle = ((index + 1) << _ADDRESS_BITS) + (1 << (_ADDRESS_BITS - 1))
-        self.address = middle + tensor.data_ptr() % ADDRESS_ALIGNMENT
-        self.struct = TensorStruct(
-            name=item.name.encode(),
-            address=self.address,
-            data=self.data.data_ptr(),
-            bytes=span * size,
-            element_bytes=size,
-            writable=2 if item.counter else int(item.writable),
-            valid=self.valid.data_ptr(),
-            writer=self.writer.data_ptr() if item.writable else None,
-            writer_site=self.writer_site.data_ptr() if item.writable else None,
-        )
-
-    def coordinates(self, offset: int) -> tuple[int, ...] | None:
-        """Index of the element at an offset; past a dimension's end, where it would be."""
-        if offset < 0:
-            return None
-        shape, strides = self.item.tensor.shape, self.item.tensor.stride()
-        index = [0] * len(shape)
-        for d in sorted(range(len(shape)), key=lambda d: -strides[d]):
-            if shape[d] > 1 and strides[d] > 0:
-                index[d], offset = divmod(offset, strides[d])
-        return tuple(index)
-
-    def first_unwritten(self) -> int | None:
-        missing = self.offsets[self.writer[self.offsets] == 0]
-        return int(missing.min()) if missing.numel() else None
-
-    def copy_back(self) -> None:
-        flat = self.data[self.offsets].view(self.item.tensor.dtype)
-        self.item.tensor.detach().copy_(flat.reshape(self.item.tensor.shape))
 
 
 def _agent(struct: AgentStruct) -> Agent:
@@ -128,7 +38,7 @@ def _agent(struct: AgentStruct) -> Agent:
     return Agent(struct.block, struct.warp, lane, struct.file.decode(), struct.line)
 
 
-def _raise_alarm(report: ReportStruct, placed: Sequence[_Placed], seed: int) -> None:
+def _raise_alarm(report: ReportStruct, placed: Sequence[Placed], seed: int) -> None:
     coordinates = None
     message = report.message.decode()
     if report.tensor >= 0:
@@ -157,6 +67,7 @@ def simulate_source(
     num_threads: int,
     smem_bytes: int,
     seed: int = 0,
+    starts_early: bool = False,
 ) -> SimReport:
     """Runs one launch of a kernel, thread by thread.
 
@@ -168,6 +79,8 @@ def simulate_source(
         num_threads: of a block, a multiple of 32 up to 1024.
         smem_bytes: dynamic shared memory of a block.
         seed: of the scheduler; the same seed and inputs give the same run.
+        starts_early: whether kernels before this one may still run, so that every thread must wait
+            for them before it touches a tensor.
 
     Returns:
         Statistics.
@@ -184,7 +97,7 @@ def simulate_source(
     library = load_kernel(source)
     built = time.perf_counter()
     own_params = type(params).from_buffer_copy(params)
-    placed = [_Placed(item, index) for index, item in enumerate(tensors)]
+    placed = [Placed(item, index) for index, item in enumerate(tensors)]
     for tensor in placed:
         fields = tensor.item.pointer_field
         for field in (fields,) if isinstance(fields, str) else fields:
@@ -207,6 +120,7 @@ def simulate_source(
         num_tensors=len(placed),
         tensors=structs,
         seed=seed & (2**64 - 1),
+        starts_early=starts_early,
     )
     report = ReportStruct()
     with _lock:
@@ -233,7 +147,7 @@ def simulate_source(
     )
 
 
-def _finish_output(tensor: _Placed, seed: int) -> None:
+def _finish_output(tensor: Placed, seed: int) -> None:
     item = tensor.item
     missing = tensor.first_unwritten() if item.complete else None
     if missing is not None:
@@ -330,6 +244,7 @@ def simulate(
             num_threads=plan.num_threads,
             smem_bytes=plan.smem_bytes + (plant.extra_smem_bytes if plant else 0),
             seed=seed,
+            starts_early=plan.starts_early,
         )
     except SimulationError as error:
         from flashcore.sim.replay import replay_command

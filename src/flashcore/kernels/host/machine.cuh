@@ -30,6 +30,7 @@ struct SmemRef {
 // Operations for which all 32 lanes of a warp meet.
 enum class WarpOp : int {
   shfl_xor,
+  warp_uniform,
   warp_any,
   warp_sync,
   wmma_load_a,

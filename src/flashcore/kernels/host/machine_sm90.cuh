@@ -17,6 +17,9 @@ static_assert(sizeof(TensorMap) == 128, "a tensor map has 128 bytes");
 
 namespace fc_host {
 
+// Of a launch that starts early: this thread may touch global memory from now on.
+void grid_dependency_wait();
+
 // mbarriers. An arrival releases what its thread has seen; a wait that succeeds acquires it.
 void mbar_init(SmemRef bar, int count, Site site);
 void mbar_init_fence(Site site);

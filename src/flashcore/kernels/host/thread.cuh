@@ -32,8 +32,13 @@ FC_DEVICE T shfl_xor(T x, int lane_mask, FC_SITE) {
   return exchange.out;
 }
 
-// x, which all lanes have alike.
-FC_DEVICE int warp_uniform(int x) { return x; }
+// x, which all lanes have alike. All 32 lanes must arrive. Orders no memory.
+FC_DEVICE int warp_uniform(int x, FC_SITE) {
+  if (fc_host::warp_arrive(fc_host::WarpOp::warp_uniform, nullptr, uint64_t(x), FC_HERE)) {
+    fc_host::warp_release();
+  }
+  return x;
+}
 
 // True on all lanes when any lane's predicate is. All 32 lanes must arrive. Orders no memory.
 FC_DEVICE bool warp_any(bool predicate, FC_SITE) {

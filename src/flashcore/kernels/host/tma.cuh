@@ -6,6 +6,7 @@
 #include "host/machine_sm90.cuh"
 #include "host/memory.cuh"
 
+// Has no effect that a kernel could see.
 FC_DEVICE void tma_prefetch_map(const TensorMap&) {}
 
 template <class T>

@@ -17,6 +17,7 @@ FC_DEVICE int shfl_xor(int x, int lane_mask) {
 }
 
 // x, which all lanes have alike, where the compiler cannot know that: goes to a uniform register.
+// All 32 lanes must arrive.
 FC_DEVICE int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
 // True on all lanes when any lane's predicate is. All 32 lanes must arrive. Orders no memory.

@@ -79,6 +79,11 @@ constexpr int COORD_INTS = 4;
 constexpr int COORD_SLOTS = 4;
 constexpr int NO_TILE = -1;  // in the place of the first row: all tiles are done
 
+// Of a block's tile number `turn`.
+FC_DEVICE SmemPtr<int32_t> coord_slot(SmemPtr<int32_t> coords, int turn) {
+  return coords + turn % COORD_SLOTS * COORD_INTS;
+}
+
 FC_DEVICE void store_coord(SmemPtr<int32_t> to, const BlockCoord& block) {
   smem_store(to, block.m_begin);
   smem_store(to + 1, block.head_idx);

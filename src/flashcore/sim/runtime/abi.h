@@ -28,6 +28,7 @@ struct FcLaunch {
   int32_t num_tensors;
   const FcTensor* tensors;
   uint64_t seed;
+  int32_t starts_early;  // while the kernels before this one may still run
 };
 
 struct FcAgent {

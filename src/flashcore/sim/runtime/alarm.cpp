@@ -28,6 +28,8 @@ const char* op_name(WarpOp op) {
   switch (op) {
     case WarpOp::shfl_xor:
       return "shfl_xor";
+    case WarpOp::warp_uniform:
+      return "warp_uniform";
     case WarpOp::warp_any:
       return "warp_any";
     case WarpOp::warp_sync:

@@ -13,6 +13,8 @@ static int tensor_of(uint64_t address) {
   return index >= 0 && index < machine.launch.num_tensors ? int(index) : -1;
 }
 
+void grid_dependency_wait() { machine.threads[size_t(current_thread)].may_access_tensors = true; }
+
 static const FcTensor& locate(uint64_t address, int bytes, int alignment, const char* doing,
                               Site site, int64_t& offset) {
   const int index = tensor_of(address);
@@ -26,6 +28,12 @@ static const FcTensor& locate(uint64_t address, int bytes, int alignment, const 
   const int64_t element = offset >= 0
                               ? offset / tensor.element_bytes
                               : -((-offset + tensor.element_bytes - 1) / tensor.element_bytes);
+  if (!machine.threads[size_t(current_thread)].may_access_tensors) {
+    raise_alarm({"early-access", site, tensor.name, element, index},
+                "%s global memory, and its thread has not waited by grid_dependency_wait() for the "
+                "kernels before this one, which may still be at it",
+                doing);
+  }
   if (offset < 0 || offset + bytes > tensor.bytes) {
     raise_alarm({"out-of-bounds", site, tensor.name, element, index},
                 "%s %d bytes outside the tensor (%lld bytes from first to last element)", doing,

@@ -86,6 +86,7 @@ struct Thread {
   int open_group;                 // number of cp.async groups committed so far
   std::vector<AsyncCopy> copies;  // not waited for yet, in order of issue
   int mbarrier;                   // that it waits at
+  bool may_access_tensors;        // the kernels before this one have ended, as far as it knows
   int store_slot;                 // of its bulk stores, or -1
   int empty_groups;               // of bulk stores, committed before the first store
 };
