@@ -101,7 +101,15 @@ def test_tail_has_tiles_for_its_rounds() -> None:
     assert params_sm90.grid_size(full, plan, 3) == 3 * plan.min_blocks
     assert params_sm90.num_lead_heads(full, plan, 5) == 4
     plan = dataclasses.replace(plan_sm90.candidates(causal)[0], block_m=64)  # five pairs a head
-    for tail_rounds, num_blocks, lead in ((0, 5, 4), (1, 5, 3), (1, 6, 2), (2, 5, 2), (9, 5, 0)):
+    for tail_rounds, num_blocks, lead in (
+        (0, 5, 4),
+        (0, 7, 2),
+        (0, 40, 0),
+        (1, 5, 3),
+        (1, 6, 2),
+        (2, 5, 2),
+        (9, 5, 0),
+    ):
         plan = dataclasses.replace(plan, tail_rounds=tail_rounds)
         assert params_sm90.num_lead_heads(causal, plan, num_blocks) == lead
 

@@ -132,11 +132,13 @@ def num_lead_heads(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
     """Heads whose row tiles `num_blocks` blocks take in pairs (tile/schedule_sm90.cuh): all but the
     last ones, which have tiles for `plan.tail_rounds` rounds of pairs or a little more."""
     num_heads = problem.num_heads_q * problem.batch
-    if problem.varlen == "packed" or not plan.has_window_right or plan.tail_rounds == 0:
+    if problem.varlen == "packed" or not plan.has_window_right:
         return num_heads
     pairs_per_head = -(-problem.seqlen_q // (2 * plan.block_m))
-    num_lead_pairs = num_heads * pairs_per_head - plan.tail_rounds * num_blocks
-    return max(0, num_lead_pairs) // pairs_per_head
+    num_pairs = num_heads * pairs_per_head
+    # A pair is much where there are few: without a tail some blocks would have one more.
+    tail_rounds = plan.tail_rounds if num_pairs >= 3 * num_blocks else max(1, plan.tail_rounds)
+    return max(0, num_pairs - tail_rounds * num_blocks) // pairs_per_head
 
 
 def build_params_sm90(
