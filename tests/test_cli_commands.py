@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,9 @@ from flashcore.bench.timing import Timing, time_on_cpu
 from flashcore.bench.workloads import Workload
 from flashcore.cli import app
 from flashcore.configurations import configurations
+from flashcore.plan import select_plan
+from flashcore.plan_sm90 import Sm90Plan
+from flashcore.problem import Problem
 
 runner = CliRunner()
 
@@ -160,6 +165,31 @@ def test_configurations_cover_every_architecture_and_are_distinct() -> None:
     assert len(set(plans)) == len(plans)
     assert {plan.arch for plan in plans} == {75, 80, 86, 89, 90, 100, 120}
     assert not [plan for plan in plans if plan.arch == 75 and plan.dtype == "bfloat16"]
+
+
+def test_configurations_hold_whatever_the_hopper_kernels_table_chooses() -> None:
+    """But for what the machine code does not depend on."""
+    known = {
+        dataclasses.replace(entry.plan, tail_rounds=0)
+        for entry in configurations(archs=[90], head_dims=[64, 128], dtypes=["float16"])
+        if isinstance(entry.plan, Sm90Plan)
+    }
+    rng = random.Random(0)
+    for _ in range(200):
+        heads, length = rng.randint(1, 300), int(2 ** rng.uniform(7.5, 14))
+        head_dim = rng.choice((64, 128))
+        x = torch.empty(1, 2, 256, head_dim, dtype=torch.float16)
+        options = rng.choice(({}, {"causal": True}, {"window": (100, 50)}))
+        asked = dataclasses.replace(
+            Problem.from_tensors(x, x, x, **options),
+            batch=heads,
+            seqlen_q=length,
+            seqlen_k=length,
+            **dict.fromkeys(("q_strides", "k_strides", "v_strides"), (9 * head_dim,) * 3),
+        )
+        plan = select_plan(asked, 90)
+        assert isinstance(plan, Sm90Plan)
+        assert dataclasses.replace(plan, tail_rounds=0) in known, plan.describe()
 
 
 def test_a_built_bundle_serves_without_a_compiler(

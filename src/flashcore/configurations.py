@@ -1,13 +1,14 @@
 """The kernel configurations that are compiled ahead and checked against the resource budget.
 
-A configuration is a Plan, and a Plan comes from a Problem, so each is derived from one small
-problem that stands for all of its kind.
+A configuration is a Plan, and a Plan comes from a Problem, so each is derived from a problem that
+stands for all of its kind, for the Hopper kernel in several sizes.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +16,27 @@ import torch
 
 from flashcore.plan import KERNEL, SUPPORTED_ARCHS, Plan, select_plan
 from flashcore.plan_sm90 import ARCH as SM90_ARCH
+from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
 
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
 # What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
-# takes everything at once, the most registers that a kernel can need.
+# takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
+# has tiles of its own for calls with neither softcap nor mask.
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
     "options": {"window": (64, 64), "softcap": 30.0},
     "masked": {"window": (64, 64), "softcap": 30.0, "mask": "bool"},
     "varlen": {"window": (64, 64), "softcap": 30.0, "varlen": "packed"},
+    "window": {"window": (64, 64)},
+    "varlen-causal": {"causal": True, "varlen": "packed"},
 }
+_HOPPER_VARIANTS = ("window", "varlen-causal")
+# Of the Hopper kernel's table: from one tile to many an SM.
+_HEADS = (1, 4, 16, 64, 256, 1024)
+_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # Long enough that every window and causal mask hides something.
 _SEQLEN = 1024
 
@@ -66,32 +75,37 @@ def configurations(
                 for arch in archs:
                     if dtype == "bfloat16" and arch < 80:
                         continue
-                    for plan in _plans(problem, arch):
+                    for plan in _plans(problem, arch, variant not in _HOPPER_VARIANTS):
                         found.setdefault(plan, Configuration(variant, plan))
     return list(found.values())
 
 
-def _plans(problem: Problem, arch: int) -> list[Plan]:
-    """What the problem's kind may run on an architecture. The Hopper kernel has other tiles for a
-    problem that fills the GPU, and leaves to the portable one what TMA cannot read."""
-    plans = [select_plan(problem, arch, kernel=KERNEL)]
+def _plans(problem: Problem, arch: int, portable: bool) -> Iterator[Plan]:
+    """What the problem's kind may run on an architecture. The Hopper kernel has other tiles for
+    other sizes, and leaves to the portable one what TMA cannot read."""
+    if portable:
+        yield select_plan(problem, arch, kernel=KERNEL)
     if arch == SM90_ARCH:
-        batch, rows = 512, 8192
-        total = batch * rows if problem.varlen == "packed" else 0
-        strides = (rows * problem.head_dim, rows * problem.head_dim, problem.head_dim)
-        large = dataclasses.replace(
-            problem,
-            batch=batch,
-            seqlen_q=rows,
-            seqlen_k=rows,
-            q_strides=strides,
-            k_strides=strides,
-            v_strides=strides,
-            total_q=total,
-            total_k=total,
-        )
-        plans += [select_plan(asked, arch) for asked in (problem, large)]
-    return plans
+        for heads, length in itertools.product(_HEADS, _LENGTHS):
+            plan = select_plan(_resized(problem, heads, length), arch)
+            if isinstance(plan, Sm90Plan):
+                yield dataclasses.replace(plan, tail_rounds=0)  # the machine code is the same
+
+
+def _resized(problem: Problem, batch: int, length: int) -> Problem:
+    strides = (length * problem.head_dim, length * problem.head_dim, problem.head_dim)
+    total = batch * length if problem.varlen == "packed" else 0
+    return dataclasses.replace(
+        problem,
+        batch=batch,
+        seqlen_q=length,
+        seqlen_k=length,
+        q_strides=strides,
+        k_strides=strides,
+        v_strides=strides,
+        total_q=total,
+        total_k=total,
+    )
 
 
 def _problem(head_dim: int, dtype: str, options: dict[str, Any]) -> Problem:

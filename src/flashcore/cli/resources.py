@@ -58,8 +58,8 @@ def resources(
         str | None,
         typer.Option(
             "--variant",
-            help="Only full, causal, options (window and softcap), masked (and a mask) or "
-            "varlen (packed sequences, window and softcap).",
+            help="Only full, causal, window, options (window and softcap), masked (and a mask), "
+            "varlen (packed sequences, window and softcap) or varlen-causal.",
         ),
     ] = None,
     check: Annotated[
