@@ -67,6 +67,7 @@ SECTIONS = {
         "../CONTRIBUTING",
         "../benchmarks/README",
         "../benchmarks/results/h200",
+        "../benchmarks/results/h200-host",
         "../src/flashcore/data/README",
     ],
 }
