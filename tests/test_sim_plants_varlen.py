@@ -56,7 +56,6 @@ def run_plant(
         lengths = {name: t.clone() for name, t in lengths.items()}
         for cu_seqlens in lengths.values():
             cu_seqlens[-1] += 1000
-    counter = lengths["tile_counter"] = torch.zeros(1, dtype=torch.int32)
     out = torch.empty(problem.total_q, 2, 64, dtype=torch.float16)
     lse = torch.empty(2, problem.total_q)
     plan = plan_of(problem, sm90)
@@ -66,8 +65,7 @@ def run_plant(
     except SimulationError as error:
         return error
     report = varlen_error_report(out, lse, CASE, x)
-    right = counter.item() == 0 and (report is None or report.ok)
-    return "healthy" if right else "wrong-result"
+    return "healthy" if report is None or report.ok else "wrong-result"
 
 
 @pytest.mark.parametrize("name", ALL_PLANTS)

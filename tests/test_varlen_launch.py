@@ -10,7 +10,7 @@ import torch
 
 import flashcore
 import standin
-from flashcore import counters, packed
+from flashcore import counters, launch, packed
 from flashcore.varlen_cases import VarlenCase, make_varlen_inputs
 
 COUNTER = torch.zeros(1, dtype=torch.int32)
@@ -18,18 +18,18 @@ COUNTER = torch.zeros(1, dtype=torch.int32)
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:
-    monkeypatch.setattr(packed, "work_counter", lambda device: COUNTER)
+    monkeypatch.setattr(launch, "work_counter", lambda device: COUNTER)
     return standin.install(monkeypatch)
 
 
 def test_packed_sequences_on_hopper(machine: standin.Machine) -> None:
     x = make_varlen_inputs(VarlenCase(lengths_q=(300, 5), lengths_k=(300, 5), layout="qkv"))
     out, lse = flashcore.attention_varlen(*x.arguments(), causal=True, return_lse=True)
-    (launch,) = machine.driver.launches
+    (launched,) = machine.driver.launches
     plan = packed._plan(packed.packed_problem(*x.arguments(), causal=True), 90, "attn_fwd_sm90")
-    told = launch.params.attn
+    told = launched.params.attn
     tiles = (305 // plan.block_m + 3) * 2
-    assert launch.grid == min(tiles, 132 * plan.min_blocks)
+    assert launched.grid == min(tiles, 132 * plan.min_blocks)
     assert (told.max_tiles, told.batch, told.total_q, told.total_k) == (tiles, 2, 305, 305)
     assert told.num_length_classes == 1 + (-(-305 // plan.block_n) - 1).bit_length()
     assert (told.cu_seqlens_q, told.cu_seqlens_k, told.tile_counter, told.out, told.lse) == tuple(
@@ -38,29 +38,29 @@ def test_packed_sequences_on_hopper(machine: standin.Machine) -> None:
     # Maps start as many rows before their tensors as these have.
     rows = 305 * 6 * 64 * 2
     for name, tensor in (("q", x.q), ("k", x.k), ("v", x.v)):
-        assert getattr(launch.params, f"{name}_map").base == tensor.data_ptr() - rows
-    assert launch.params.o_map.base == out.data_ptr() - 305 * 2 * 64 * 2
+        assert getattr(launched.params, f"{name}_map").base == tensor.data_ptr() - rows
+    assert launched.params.o_map.base == out.data_ptr() - 305 * 2 * 64 * 2
 
 
 def test_packed_sequences_on_the_portable_kernel(machine: standin.Machine) -> None:
     x = make_varlen_inputs(VarlenCase(lengths_q=(300, 5), lengths_k=(300, 5)))
     flashcore.attention_varlen(*x.arguments(), backend="wmma")
-    (launch,) = machine.driver.launches
-    assert launch.grid == (305 // 64 + 3) * 2
-    assert launch.params.lower_right == 1
-    assert not launch.params.tile_counter
+    (launched,) = machine.driver.launches
+    assert launched.grid == (305 // 64 + 3) * 2
+    assert launched.params.lower_right == 1
+    assert not launched.params.tile_counter
 
 
 def test_lengths_of_keys_on_hopper(machine: standin.Machine) -> None:
     q, k = torch.randn(3, 2, 10, 64).half(), torch.randn(3, 2, 40, 64).half()
     seqlens_k = torch.tensor([1, 2, 3], dtype=torch.int32)
     flashcore.attention(q, k, k, seqlens_k=seqlens_k, causal="upper_left")
-    (launch,) = machine.driver.launches
-    told = launch.params.attn
+    (launched,) = machine.driver.launches
+    told = launched.params.attn
     assert (told.seqlens_k, told.lower_right) == (seqlens_k.data_ptr(), 0)
     assert told.k_rows_per_batch == told.v_rows_per_batch == 2 * 40
-    assert launch.params.q_map.base == q.data_ptr()
-    assert launch.params.k_map.base == k.data_ptr() - 40 * 128
+    assert launched.params.q_map.base == q.data_ptr()
+    assert launched.params.k_map.base == k.data_ptr() - 40 * 128
 
 
 def test_batches_that_are_no_whole_rows_apart_go_to_the_portable_kernel(

@@ -89,7 +89,7 @@ def _plans(problem: Problem, arch: int, portable: bool) -> Iterator[Plan]:
         for heads, length in itertools.product(_HEADS, _LENGTHS):
             plan = select_plan(_resized(problem, heads, length), arch)
             if isinstance(plan, Sm90Plan):
-                yield dataclasses.replace(plan, tail_rounds=0)  # the machine code is the same
+                yield plan
 
 
 def _resized(problem: Problem, batch: int, length: int) -> Problem:

@@ -13,6 +13,7 @@ import torch
 from flashcore import params_sm90
 from flashcore.codegen import PROBE, generate_probe_source
 from flashcore.compiler import CompiledKernel
+from flashcore.counters import own_counter, work_counter
 from flashcore.driver_launch import Argument, Launch, launch_raw
 from flashcore.errors import FlashCoreError
 from flashcore.jit import compile_plan, compile_source
@@ -99,9 +100,9 @@ def run_kernel(
         out: [batch, num_heads_q, seqlen_q, head_dim_v], contiguous; written.
         lse: [batch, num_heads_q, seqlen_q], float32, contiguous; written unless None.
         gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
-        lengths: int32, by name cu_seqlens_q, cu_seqlens_k (and tile_counter for the Hopper kernel)
-            or seqlens_k, where sequences differ in length. Packed tensors come as [1, num_heads,
-            total, dim] views, out as [total, num_heads_q, head_dim_v], lse as [num_heads_q, total].
+        lengths: int32, by name cu_seqlens_q, cu_seqlens_k or seqlens_k, where sequences differ in
+            length. Packed tensors come as [1, num_heads, total, dim] views, out as [total,
+            num_heads_q, head_dim_v], lse as [num_heads_q, total].
 
     Raises:
         CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, launch_raw.
@@ -112,6 +113,8 @@ def run_kernel(
     verify_element_map(q.device.index, plan.arch, plan.dtype)
     tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse}
     tensors |= (gate_buffers or {}) | (lengths or {})
+    if plan.draws_tiles:
+        tensors["tile_counter"] = work_counter(q.device)
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     params: ctypes.Structure
     if isinstance(plan, Sm90Plan):
@@ -148,6 +151,7 @@ class KernelCall:
         self._lse_shape = rows_shape if problem.return_lse else None
         self._out_is_like_q = problem.head_dim == problem.head_dim_v and _is_contiguous(problem)
         self._template: Any
+        self._counts_on = device if plan.draws_tiles else None
         if isinstance(plan, Sm90Plan):
             grid = params_sm90.grid_size(problem, plan, _num_sms(device.index))
             self._template = params_sm90.build_params_sm90(problem, plan, {}, grid, target="host")
@@ -180,14 +184,20 @@ class KernelCall:
         return out, lse
 
     def make_argument(self, key: tuple[int, ...]) -> Argument:
-        """The kernel's argument for a key of `_arguments`, which keeps it."""
+        """The kernel's argument for a key of `_arguments`, which keeps it if it can be used again."""
         names = ("q", "k", "v", "mask", "out", "lse")
         pointers = {name: address or None for name, address in zip(names, key[1:], strict=True)}
+        lasts = True
+        if self._counts_on is not None:
+            pointers["tile_counter"] = own_counter(self._counts_on).data_ptr()
+            lasts = not torch.cuda.is_current_stream_capturing()  # see own_counter
         if isinstance(self._template, params_sm90.AttnSm90Params):
             params: Any = params_sm90.place_sm90(self._template, pointers, self._dtype)
         else:
             params = place(self._template, pointers)
         argument = Argument(params)
+        if not lasts:
+            return argument
         with _lock:
             while len(_arguments) >= ARGUMENTS_MAX:
                 del _arguments[next(iter(_arguments))]  # the oldest

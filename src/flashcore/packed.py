@@ -14,7 +14,6 @@ from collections.abc import Iterator
 import torch
 
 from flashcore import env
-from flashcore.counters import work_counter
 from flashcore.dispatch import KERNELS, without_autocast
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
@@ -196,13 +195,10 @@ def run_packed(
     if backend == "sim":
         from flashcore.sim import simulate
 
-        lengths["tile_counter"] = torch.zeros(1, dtype=torch.int32)
         simulate(problem, plan, *inputs, out, lse, None, lengths, seed=env.sim_seed())
     else:
         from flashcore.launch import run_kernel
 
-        if backend == "sm90":
-            lengths["tile_counter"] = work_counter(q.device)
         run_kernel(problem, plan, *inputs, out, lse, None, lengths)
     return out, lse
 

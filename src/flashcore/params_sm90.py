@@ -48,7 +48,7 @@ class AttnSm90Params(ctypes.Structure):
         ("o_map", TensorMap),
         ("attn", AttnParams),
         ("num_heads", ctypes.c_int32),
-        ("num_lead_heads", ctypes.c_int32),
+        ("heads_per_group", ctypes.c_int32),
         ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 8) % 64)),
     ]
 
@@ -128,17 +128,18 @@ def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
     return min(num_row_tiles(problem, plan), num_sms * plan.min_blocks)
 
 
-def num_lead_heads(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
-    """Heads whose row tiles `num_blocks` blocks take in pairs (tile/schedule_sm90.cuh): all but the
-    last ones, which have tiles for `plan.tail_rounds` rounds of pairs or a little more."""
+# What K and V of the heads at work may take of L2: 50 MB on an H100 or H200, of which each half
+# keeps a copy of what its SMs read, and two groups are under way at a time.
+_GROUP_BYTES = 16 << 20
+
+
+def heads_per_group(problem: Problem) -> int:
+    """Query heads whose row tiles blocks draw together under a right bound: those of as many heads
+    of K and V as L2 holds (tile/schedule_sm90.cuh)."""
     num_heads = problem.num_heads_q * problem.batch
-    if problem.varlen == "packed" or not plan.has_window_right:
-        return num_heads
-    pairs_per_head = -(-problem.seqlen_q // (2 * plan.block_m))
-    num_pairs = num_heads * pairs_per_head
-    # A pair is much where there are few: without a tail some blocks would have one more.
-    tail_rounds = plan.tail_rounds if num_pairs >= 3 * num_blocks else max(1, plan.tail_rounds)
-    return max(0, num_pairs - tail_rounds * num_blocks) // pairs_per_head
+    heads_of_kv = problem.num_heads_q // problem.num_heads_kv
+    bytes_of_kv = _ELEMENT_BYTES * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+    return min(num_heads, heads_of_kv * max(1, _GROUP_BYTES // max(1, bytes_of_kv)))
 
 
 def build_params_sm90(
@@ -167,7 +168,7 @@ def build_params_sm90(
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
     argument.num_heads = problem.num_heads_q * problem.batch
-    argument.num_lead_heads = num_lead_heads(problem, plan, num_blocks)
+    argument.heads_per_group = heads_per_group(problem)
     heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v
     rows_q, rows_k = (
         (problem.total_q, problem.total_k) if packed else (problem.seqlen_q, problem.seqlen_k)

@@ -104,6 +104,11 @@ class Plan:
         return False
 
     @property
+    def draws_tiles(self) -> bool:
+        """Whether its blocks share out work by a counter in global memory."""
+        return False
+
+    @property
     def arch_suffix(self) -> str:
         """What follows the architecture's number in the compiler's target."""
         return ""

@@ -22,7 +22,7 @@ OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_splits": 1}
 ROWS_OF_CONSUMER = 64
 _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
-_FEED_BYTES = 64  # tile/schedule_varlen.cuh
+_FEED_BYTES = 32  # tile/schedule_varlen.cuh
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +31,13 @@ class Sm90Plan(Plan):
 
     `ping_pong`: consumer warpgroups take turns at issuing to the tensor cores; `lazy_rescale`: the
     output is rescaled only when a maximum moved far; `separate_o`: O leaves through a buffer of its
-    own, not through Q's; `key_splits`: consumers that share the keys of 64 rows; `tail_rounds`:
-    under a right bound, rounds of pairs of row tiles whose tiles are dealt out singly at the end
-    (tile/schedule_sm90.cuh), which the machine code does not depend on.
+    own, not through Q's; `key_splits`: consumers that share the keys of 64 rows.
     """
 
     ping_pong: bool = False
     lazy_rescale: bool = True
     separate_o: bool = True
     key_splits: int = 1
-    tail_rounds: int = 1
 
     @property
     def params_struct(self) -> str:
@@ -51,6 +48,12 @@ class Sm90Plan(Plan):
     def starts_early(self) -> bool:
         """Its first instruction on global memory waits for the kernels before (ptx/grid.cuh)."""
         return True
+
+    @property
+    def draws_tiles(self) -> bool:
+        """Whether blocks draw row tiles from a counter in global memory (tile/schedule_sm90.cuh,
+        tile/schedule_varlen.cuh)."""
+        return self.has_window_right or self.varlen == "packed"
 
     @property
     def arch_suffix(self) -> str:
@@ -165,7 +168,6 @@ class _Tile(NamedTuple):
     min_blocks: int = 1
     num_stages: int = 2
     key_splits: int = 1
-    tail_rounds: int = 1
 
 
 def _tiles(problem: Problem) -> Iterator[_Tile]:
@@ -176,32 +178,30 @@ def _tiles(problem: Problem) -> Iterator[_Tile]:
     bounded = problem.window_left >= 0 or problem.window_right >= 0
     keys = problem.seqlen_k
     num_64, num_128, num_192 = (heads * -(-problem.seqlen_q // rows) for rows in (64, 128, 192))
-    # Tiles dealt out singly read K and V again: worth it where there is much to even out.
-    tail = 0 if keys <= 512 else 1 if keys < 8192 else 3
     # Few rows: their keys are shared between two warpgroups, which hide each other's latency.
     few = num_64 <= NUM_SMS or (bounded and num_64 <= 2 * NUM_SMS and keys >= 1024)
     if few and dim <= 128 and keys > (64 if dim <= 64 else 128):
-        yield _Tile(64, 64, num_stages=4, key_splits=2, tail_rounds=tail)
+        yield _Tile(64, 64, num_stages=4, key_splits=2)
     if dim <= 64:
         if plain and num_192 >= 2 * NUM_SMS and keys >= (4096 if bounded else 512):
-            yield _Tile(192, 128, ping_pong=keys < 8192, tail_rounds=tail)
+            yield _Tile(192, 128, ping_pong=keys < 8192)
         if plain and num_64 >= (3 if bounded else 6) * NUM_SMS:
-            yield _Tile(64, 64 if keys < 1024 else 96, min_blocks=3, tail_rounds=tail)
-        yield _Tile(64, 128, min_blocks=2, tail_rounds=tail)
-        yield _Tile(128, 128, ping_pong=True, tail_rounds=tail)
+            yield _Tile(64, 64 if keys < 1024 else 96, min_blocks=3)
+        yield _Tile(64, 128, min_blocks=2)
+        yield _Tile(128, 128, ping_pong=True)
     elif dim <= 128:
         if plain and not bounded and keys >= 4096 and num_192 >= 2 * NUM_SMS:
             yield _Tile(192, 80, ping_pong=True)
         if 4 * num_128 >= 3 * NUM_SMS:
-            yield _Tile(128, 128, tail_rounds=tail)
-        yield _Tile(64, 64, min_blocks=2, tail_rounds=tail)
-        yield _Tile(128, 128, tail_rounds=tail)
+            yield _Tile(128, 128)
+        yield _Tile(64, 64, min_blocks=2)
+        yield _Tile(128, 128)
     elif dim <= 192:
-        yield _Tile(128, 96, ping_pong=True, tail_rounds=tail)
-        yield _Tile(128, 64, ping_pong=True, tail_rounds=tail)
+        yield _Tile(128, 96, ping_pong=True)
+        yield _Tile(128, 64, ping_pong=True)
     else:
-        yield _Tile(128, 64, ping_pong=True, tail_rounds=tail)
-        yield _Tile(128, 32, ping_pong=True, tail_rounds=tail)
+        yield _Tile(128, 64, ping_pong=True)
+        yield _Tile(128, 32, ping_pong=True)
 
 
 def _has_registers(plan: Sm90Plan) -> bool:

@@ -153,8 +153,13 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
                  c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
       }
     }
+    bool asked = false;
     while (n_block >= keys.n_block_begin) {
       n_block -= KEY_SPLITS;
+      if (!asked && n_block < keys.n_block_begin + ASK_AHEAD) {
+        tile.ask(p, params.schedule);
+        asked = true;
+      }
       load_keys(block, keys, n_block);
 #pragma unroll
       for (int s = 0; s < KEY_SPLITS; ++s) {
@@ -162,6 +167,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
         if (before >= keys.n_block_begin) load_v(v_states[s], block, before);
       }
     }
+    if (!asked) tile.ask(p, params.schedule);  // it has no key tiles
   }
 }
 
@@ -208,6 +214,27 @@ FC_DEVICE void issue_output(WmmaAccum (&out)[OUT_FRAGS], const WmmaA<Element> (&
   }
 }
 
+FC_DEVICE void await_turn(const Consumer& c) { named_barrier_sync(TURN_BARRIER + c.index, 256); }
+
+FC_DEVICE void hand_over_turn(const Consumer& c) {
+  named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);
+}
+
+FC_DEVICE void pass_turn(const Consumer& c) {
+  await_turn(c);
+  hand_over_turn(c);
+}
+
+// A key tile that only other consumers' rows can see.
+FC_DEVICE void skip_key_tile(Consumer& c, const Barriers& bar) {
+  mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
+  mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());
+  warp_sync();  // or the next phase could pass a lane that still waits
+  release(bar.k_empty, c.k_state);
+  release(bar.v_empty, c.k_state);
+  ++c.k_state.count;
+}
+
 // One key tile: S = Q K^T, and (unless FIRST) P V of the tile visited before it, are under way
 // together; then the softmax of S.
 //@if gate qk softmax
@@ -219,7 +246,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
                         int n_block) {
   WmmaAccum scores[KEY_FRAGS];
   mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
-  if (PING_PONG && !FIRST) named_barrier_sync(TURN_BARRIER + c.index, 256);
+  if (PING_PONG && !FIRST) await_turn(c);
   wgmma_fence();
   issue_scores(scores, smem.q + c.row_group * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
   wgmma_commit();
@@ -228,7 +255,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     wgmma_fence();
     issue_output(c.out, c.probs, smem.v, v_state.stage());
     wgmma_commit();
-    if (PING_PONG) named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);
+    if (PING_PONG) hand_over_turn(c);
   }
   // Masking takes registers, which P V of the tile before gives back as it ends.
   constexpr bool OVERLAP = !FIRST && !MASKED;
@@ -356,6 +383,11 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     const KeyRange keys = key_range(own, block.m_begin);
 //@end
     const int group_row = block.m_begin + c.row_group * 64;
+//@if gate
+    const KeyRange seen = keys;
+//@else
+    const KeyRange seen = KEY_SPLITS > 1 ? keys : group_key_range(own, keys, group_row);
+//@end
     const UnmaskedRange unmasked = unmasked_range(own, group_row);
     c.warp_row = group_row + warp_idx() % 4 * 16;
     c.mask_gmem =
@@ -370,19 +402,28 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 #pragma unroll
     for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(c.out[d], 0.0f);
 
-    const int first_tile = keys.n_block_end - 1 - share;
-    int n_block = first_tile;
-    if (n_block >= keys.n_block_begin) {
+    // All consumers count all key tiles of the block, and all but the first give a turn.
+    int n_block = keys.n_block_end - 1 - share;
+    const auto skip_down_to = [&](int end) {
+      for (; n_block >= end; --n_block) {
+        if (PING_PONG && n_block < keys.n_block_end - 1) pass_turn(c);
+        skip_key_tile(c, bar);
+      }
+    };
+    if (KEY_SPLITS == 1) skip_down_to(seen.n_block_end);
+    const bool sees_keys = n_block >= seen.n_block_begin;
+    if (sees_keys) {
+      if (PING_PONG && n_block < keys.n_block_end - 1) pass_turn(c);
       key_tile<true, true>(c, own, bar, smem, n_block);
       n_block -= KEY_SPLITS;
-      for (; n_block >= max_i(unmasked.end, keys.n_block_begin); n_block -= KEY_SPLITS) {
+      for (; n_block >= max_i(unmasked.end, seen.n_block_begin); n_block -= KEY_SPLITS) {
         key_tile<false, true>(c, own, bar, smem, n_block);
       }
-      for (; n_block >= max_i(unmasked.begin, keys.n_block_begin); n_block -= KEY_SPLITS) {
+      for (; n_block >= max_i(unmasked.begin, seen.n_block_begin); n_block -= KEY_SPLITS) {
         key_tile<false, false>(c, own, bar, smem, n_block);
       }
       if (HAS_WINDOW_LEFT) {
-        for (; n_block >= keys.n_block_begin; n_block -= KEY_SPLITS) {
+        for (; n_block >= seen.n_block_begin; n_block -= KEY_SPLITS) {
           key_tile<false, true>(c, own, bar, smem, n_block);
         }
       }
@@ -392,7 +433,8 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
       warp_sync();
       if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.row_group);
     }
-    if (first_tile >= keys.n_block_begin) last_output(c, bar, smem);
+    if (sees_keys) last_output(c, bar, smem);
+    if (HAS_WINDOW_LEFT && KEY_SPLITS == 1) skip_down_to(keys.n_block_begin);
     if (KEY_SPLITS > 1) merge_shares(share, c.softmax, c.out, smem.merge, c.scale_log2);
     if (share == 0) store_output(c, params, bar, smem, load_coord(coord));
   }

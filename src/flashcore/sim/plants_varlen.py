@@ -106,7 +106,7 @@ _SM90 = (
         file=_SCHEDULE,
         find="gmem_atomic_add(p.tile_counter, -walk.before);",
         replace="",
-        caught_by="wrong-result",
+        caught_by="counter-left",
     ),
     Plant(
         name="feed-not-waited-for",

@@ -258,7 +258,6 @@ def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor
         lengths = {
             "cu_seqlens_q": steps * (problem.total_q // problem.batch),
             "cu_seqlens_k": steps * (problem.total_k // problem.batch),
-            "tile_counter": torch.zeros(1, dtype=torch.int32),
         }
     elif problem.varlen == "keys":
         lengths = {"seqlens_k": torch.full_like(steps[1:], problem.seqlen_k)}

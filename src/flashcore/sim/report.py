@@ -18,6 +18,7 @@ ALARM_KINDS = {
     "deadlock": "everybody waits",
     "double-write": "an output element with two owners",
     "unwritten-output": "an output element that nobody wrote",
+    "counter-left": "a counter that is not back at 0 for the next launch",
     "read-only-write": "write to an input tensor",
     "mbarrier": "an mbarrier before its initialisation, with too many arrivals or bytes",
     "named-barrier": "a named barrier with different counts, or by more warps than it counts",

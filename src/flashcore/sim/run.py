@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from flashcore.codegen import generate_source
@@ -131,7 +132,7 @@ def simulate_source(
         if tensor.item.writable:
             _finish_output(tensor, seed)
         if tensor.item.counter:
-            tensor.copy_back()
+            _finish_counter(tensor, seed)
     return SimReport(
         seed=seed,
         blocks=grid,
@@ -161,6 +162,20 @@ def _finish_output(tensor: Placed, seed: int) -> None:
             seed=seed,
         )
     tensor.copy_back()
+
+
+def _finish_counter(tensor: Placed, seed: int) -> None:
+    tensor.copy_back()
+    item = tensor.item
+    if item.tensor.any():
+        raise SimulationError(
+            kind="counter-left",
+            message=f"{item.name} is {item.tensor.tolist()} at the kernel's end, and the next "
+            "launch counts on 0",
+            array=item.name,
+            element=0,
+            seed=seed,
+        )
 
 
 def _arguments(
@@ -224,7 +239,12 @@ def simulate(
     named = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
     tensors = [SimTensor(name, t, pointer_fields(name)) for name, t in named.items()]
     for name, t in (lengths or {}).items():
-        tensors.append(SimTensor(name, t, pointer_fields(name), counter=name == "tile_counter"))
+        tensors.append(SimTensor(name, t, pointer_fields(name)))
+    if plan.draws_tiles:
+        counter = torch.zeros(1, dtype=torch.int32)
+        tensors.append(
+            SimTensor("tile_counter", counter, pointer_fields("tile_counter"), counter=True)
+        )
     tensors.append(SimTensor("out", out, pointer_fields("out"), writable=True))
     if lse is not None:
         tensors.append(SimTensor("lse", lse, pointer_fields("lse"), writable=True))

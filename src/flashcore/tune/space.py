@@ -145,11 +145,9 @@ def schedules(base: Plan) -> list[Plan]:
             base,
             ping_pong=ping_pong,
             separate_o=separate_o,
-            tail_rounds=tail_rounds,
         )
         for ping_pong in (False, True)
         for separate_o in (False, True)
-        for tail_rounds in ((0, 1, 3) if base.has_window_right else (base.tail_rounds,))
     ]
     found += [dataclasses.replace(base, num_stages=stages) for stages in (2, 3, 4)]
     found.append(dataclasses.replace(base, key_splits=2, num_stages=4, ping_pong=False))

@@ -26,22 +26,32 @@ FC_DEVICE BlockCoord block_coord(const AttnParams& p, int tile) {
   return coord;
 }
 
-// Key tiles [n_block_begin, n_block_end) hold every key that some row of the block can see.
+// Key tiles [n_block_begin, n_block_end) hold every key that some of `num_rows` rows from `m_begin`
+// on can see.
 struct KeyRange {
   int n_block_begin;
   int n_block_end;
 };
 
-FC_DEVICE KeyRange key_range(const AttnParams& p, int m_begin) {
+FC_DEVICE KeyRange key_range(const AttnParams& p, int m_begin, int num_rows = BLOCK_M) {
   int first_key = 0;
   int end_key = p.seqlen_k;
   if (HAS_WINDOW_LEFT) first_key = max_i(0, m_begin + p.diag_offset - p.window_left);
   if (HAS_WINDOW_RIGHT) {
-    const int last_row = min_i(m_begin + BLOCK_M, p.seqlen_q) - 1;
+    const int last_row = min_i(m_begin + num_rows, p.seqlen_q) - 1;
     end_key = min_i(end_key, last_row + p.diag_offset + p.window_right + 1);
   }
   if (first_key >= end_key) return {0, 0};
   return {first_key / BLOCK_N, (end_key + BLOCK_N - 1) / BLOCK_N};
+}
+
+// Of a block's key tiles, those that 64 of its rows from `row_begin` on need.
+FC_DEVICE KeyRange group_key_range(const AttnParams& p, const KeyRange& block, int row_begin) {
+  if (row_begin < p.seqlen_q) {
+    const KeyRange own = key_range(p, row_begin, 64);
+    if (own.n_block_begin < own.n_block_end) return own;
+  }
+  return {block.n_block_begin, block.n_block_begin};
 }
 
 // Key tiles [begin, end) hold only keys that all of 64 rows from `row_begin` on can see.

@@ -3,72 +3,72 @@
 // Without a right bound all tiles cost the same: blocks stride over them, a head's tiles side by
 // side, so that its K and V stay in L2.
 //
-// Under a right bound (causal) row tile m costs about m + 1 key tiles. The first heads, the lead,
-// go in pairs of tiles m and M - 1 - m, which all cost the same, again a head's pairs side by side.
-// A plain stride over pairs would leave some blocks without a last one, so the tiles of the last
-// heads, the tail, are dealt out singly: those of all its heads by falling length, to and fro over
-// the blocks, after the blocks that were short of a pair of the lead have got one more.
+// Under a right bound (causal) row tile m costs about m + 1 key tiles, so blocks draw tiles from a
+// counter in global memory as they get free, the longest first: no block waits for another one's
+// long tile at the end. Heads go in groups whose K and V fit into L2 together; the short tiles at
+// the end of a group run beside the long ones of the next. The last group takes what does not make
+// a whole one: a small last group would leave most blocks without work.
 #pragma once
 
 struct TileSchedule {
-  int32_t num_heads;       // num_heads_q * batch
-  int32_t num_lead_heads;  // of these; all without a right bound
+  int32_t num_heads;        // num_heads_q * batch
+  int32_t heads_per_group;  // of the last group maybe more; read only under a right bound
 };
 
+constexpr bool DRAWS_TILES = HAS_WINDOW_RIGHT;
+
+// When the producer asks for the next row tile: so many key tiles before the end of this one that
+// the answer is there in time. Not sooner, or blocks commit themselves to tiles that others would
+// be free for first, which costs 4 to 18 % of the time.
+constexpr int ASK_AHEAD = 2 * KEY_SPLITS;
+
 struct TileWalk {
-  int slot = block_idx();  // the next is num_blocks() further
-  int second = 0;          // of a pair in the lead
+  int number = block_idx();
+  int drawn = -1;  // for the next tile
 
-  FC_DEVICE static int units_per_head(const AttnParams& p) {
-    return HAS_WINDOW_RIGHT ? (p.num_m_blocks + 1) / 2 : p.num_m_blocks;
-  }
-
-  // Slots from the tail's first one on; negative in the lead.
-  FC_DEVICE int past_lead(const AttnParams& p, const TileSchedule& schedule) const {
-    return slot - schedule.num_lead_heads * units_per_head(p);
-  }
-
-  // Which of the tail's tiles, by falling length.
-  FC_DEVICE int tail_tile(int past_lead) const {
-    const int num_slots_of_round = past_lead - block_idx();  // 0 or more in whole rounds
-    const bool backwards = num_slots_of_round >= 0 && num_slots_of_round / num_blocks() % 2 != 0;
-    return backwards ? past_lead + num_blocks() - 1 - 2 * block_idx() : past_lead;
+  FC_DEVICE static int num_tiles(const AttnParams& p, const TileSchedule& schedule) {
+    return schedule.num_heads * p.num_m_blocks;
   }
 
   FC_DEVICE bool done(const AttnParams& p, const TileSchedule& schedule) const {
-    const int past = past_lead(p, schedule);
-    if (!HAS_WINDOW_RIGHT) return past >= 0;
-    return past >= 0 &&
-           tail_tile(past) >= (schedule.num_heads - schedule.num_lead_heads) * p.num_m_blocks;
+    return number >= num_tiles(p, schedule);
   }
 
   FC_DEVICE BlockCoord coord(const AttnParams& p, const TileSchedule& schedule) const {
-    const int past = past_lead(p, schedule);
-    int head, m_block;
-    if (!HAS_WINDOW_RIGHT || past < 0) {
-      head = slot / units_per_head(p);
-      const int j = slot % units_per_head(p);
-      m_block = HAS_WINDOW_RIGHT && second == 0 ? p.num_m_blocks - 1 - j : j;
-    } else {
-      const int num_tail_heads = schedule.num_heads - schedule.num_lead_heads;
-      const int tile = tail_tile(past);
-      head = schedule.num_lead_heads + tile % num_tail_heads;
-      m_block = p.num_m_blocks - 1 - tile / num_tail_heads;
+    int head = number / p.num_m_blocks;
+    int m_block = number % p.num_m_blocks;
+    if (DRAWS_TILES) {
+      const int last_group = schedule.num_heads / schedule.heads_per_group - 1;
+      const int group = min_i(head / schedule.heads_per_group, last_group);
+      const int first_head = group * schedule.heads_per_group;
+      const int num_heads =
+          group < last_group ? schedule.heads_per_group : schedule.num_heads - first_head;
+      const int tile = number - first_head * p.num_m_blocks;
+      head = first_head + tile % num_heads;
+      m_block = p.num_m_blocks - 1 - tile / num_heads;
     }
     BlockCoord block = head_coord(p, head);
     block.m_begin = m_block * BLOCK_M;
     return block;
   }
 
-  FC_DEVICE void advance(const AttnParams& p, const TileSchedule& schedule) {
-    const int j = slot % units_per_head(p);
-    if (HAS_WINDOW_RIGHT && past_lead(p, schedule) < 0 && second == 0 &&
-        p.num_m_blocks - 1 - j != j) {
-      second = 1;
-    } else {
-      second = 0;
-      slot += num_blocks();
+  // Once a tile, before advance().
+  FC_DEVICE void ask(const AttnParams& p, const TileSchedule& schedule) {
+    // Where every block has one tile at most there is nothing to draw.
+    if (DRAWS_TILES && num_tiles(p, schedule) > num_blocks()) {
+      drawn = gmem_atomic_add(p.tile_counter, 1);
     }
+  }
+
+  FC_DEVICE void advance(const AttnParams& p, const TileSchedule& schedule) {
+    if (!DRAWS_TILES || drawn < 0) {
+      number += num_blocks();
+      return;
+    }
+    number = num_blocks() + drawn;
+    // Every tile but a block's first is drawn, and every block draws one too many: as many draws as
+    // tiles. The last one leaves the counter at 0 for the next launch.
+    if (drawn == num_tiles(p, schedule) - 1) gmem_atomic_add(p.tile_counter, -(drawn + 1));
   }
 };
 

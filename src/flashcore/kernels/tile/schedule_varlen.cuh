@@ -6,29 +6,25 @@
 // tile: sequences in classes of falling length (powers of two of key tiles), in a sequence head by
 // head, whose tiles run side by side and share K and V in L2; under a right bound (causal) the
 // longest first. With short tiles last, blocks end nearly together. Coordinates reach the producer
-// through a ring of two slots in shared memory.
+// through shared memory, each when it asks for them.
 #pragma once
 
-constexpr int FEED_SLOTS = 2;
-constexpr int FEED_BYTES = PACKED ? FEED_SLOTS * (16 + 2 * 8) : 0;
+constexpr int FEED_BYTES = PACKED ? 16 + 2 * 8 : 0;
 
 struct Feed {
-  SmemPtr<int32_t> coords;  // [FEED_SLOTS, 4]: sequence, head, first row or -1 at the end, unused
-  SmemPtr<uint64_t> full, empty;  // one a slot
+  SmemPtr<int32_t> coord;  // [4]: sequence, head, first row or -1 at the end, unused
+  SmemPtr<uint64_t> full, asked;
 };
 
 FC_DEVICE Feed feed_at(int byte_offset) {
-  const auto bars =
-      smem_view<uint64_t>(byte_offset + FEED_SLOTS * 16, FEED_SLOTS * 2, "feed_barriers");
-  return {smem_view<int32_t>(byte_offset, FEED_SLOTS * 4, "feed"), bars, bars + FEED_SLOTS};
+  const auto bars = smem_view<uint64_t>(byte_offset + 16, 2, "feed_barriers");
+  return {smem_view<int32_t>(byte_offset, 4, "feed"), bars, bars + 1};
 }
 
 // By one thread, before the fence of init_barriers.
 FC_DEVICE void init_feed(const Feed& feed) {
-  for (int slot = 0; slot < FEED_SLOTS; ++slot) {
-    mbar_init(feed.full + slot, 1);
-    mbar_init(feed.empty + slot, 1);
-  }
+  mbar_init(feed.full, 1);
+  mbar_init(feed.asked, 1);
 }
 
 // The sum over the lanes below, and over all lanes.
@@ -95,11 +91,8 @@ FC_DEVICE void schedule_tiles(const AttnParams& p, const Feed& feed) {
   SequenceWalk walk(p);
   int number = block_idx();
   int drawn = -1;
+  bool found = walk.seek(p, number);
   for (int count = 0;; ++count) {
-    const bool found = walk.seek(p, number);
-    const int slot = count % FEED_SLOTS;
-    mbar_wait(feed.empty + slot, (count / FEED_SLOTS % 2) ^ 1);
-    warp_sync();  // or the next phase could pass a lane that still waits
     const int mine = number - walk.before - walk.tiles.below;  // of this lane's sequence
     if (found ? mine >= 0 && mine < walk.num_tiles * p.num_heads_q : lane_idx() == 0) {
       Packet<16> coord = {};
@@ -111,12 +104,15 @@ FC_DEVICE void schedule_tiles(const AttnParams& p, const Feed& feed) {
         coord.word[2] =
             uint32_t((HAS_WINDOW_RIGHT ? walk.num_tiles - 1 - tile : tile) * BLOCK_M);
       }
-      smem_store_packet(feed.coords + slot * 4, coord);
-      mbar_arrive(feed.full + slot);
+      smem_store_packet(feed.coord, coord);
+      mbar_arrive(feed.full);
     }
     if (!found) break;
+    mbar_wait(feed.asked, count % 2);
+    warp_sync();  // or the next phase could pass a lane that still waits
     drawn = warp_scan(lane_idx() == 0 ? gmem_atomic_add(p.tile_counter, 1) : 0).total;
     number = num_blocks() + drawn;
+    found = walk.seek(p, number);
   }
   // Every tile but a block's first was drawn, and every block that had one drew one too many: as
   // many draws as tiles. The last one leaves the counter at 0 for the next launch.
@@ -135,17 +131,16 @@ struct TileFeed {
 
   FC_DEVICE bool done(const AttnParams&, const TileSchedule&) const { return block.m_begin < 0; }
   FC_DEVICE BlockCoord coord(const AttnParams&, const TileSchedule&) const { return block; }
+  FC_DEVICE void ask(const AttnParams&, const TileSchedule&) { mbar_arrive(feed.asked); }
   FC_DEVICE void advance(const AttnParams& p, const TileSchedule&) { advance(p); }
 
   FC_DEVICE void advance(const AttnParams& p) {
-    const int slot = count % FEED_SLOTS;
-    mbar_wait(feed.full + slot, count / FEED_SLOTS % 2);
-    const auto coord = smem_load_packet<16>(feed.coords + slot * 4);
+    mbar_wait(feed.full, count % 2);
+    const auto coord = smem_load_packet<16>(feed.coord);
     block.batch_idx = int(coord.word[0]);
     block.head_idx = int(coord.word[1]);
     block.head_idx_kv = block.head_idx / (p.num_heads_q / p.num_heads_kv);
     block.m_begin = int(coord.word[2]);
-    mbar_arrive(feed.empty + slot);
     ++count;
   }
 };
