@@ -93,25 +93,25 @@ def test_every_head_dim_fits(head_dim: int, heads: int, options: dict[str, objec
         assert select_plan(asked).kernel in ("attn_fwd_sm90", "attn_fwd_wmma")
 
 
-def test_tail_has_tiles_for_its_rounds() -> None:
+def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
     full, causal = problem(seqlen=640), problem(seqlen=640, causal=True)
     plan = dataclasses.replace(plan_sm90.candidates(full)[0], block_m=64)
     assert params_sm90.num_row_tiles(full, plan) == 4 * 10
     assert params_sm90.grid_size(full, plan, 1000) == 4 * 10
     assert params_sm90.grid_size(full, plan, 3) == 3 * plan.min_blocks
-    assert params_sm90.num_lead_heads(full, plan, 5) == 4
-    plan = dataclasses.replace(plan_sm90.candidates(causal)[0], block_m=64)  # five pairs a head
-    for tail_rounds, num_blocks, lead in (
-        (0, 5, 4),
-        (0, 7, 2),
-        (0, 40, 0),
-        (1, 5, 3),
-        (1, 6, 2),
-        (2, 5, 2),
-        (9, 5, 0),
+    for heads, seqlen, block_m, num_blocks, in_a_group in (
+        (4, 640, 64, 5, 4),  # all K and V fit
+        (1024, 512, 64, 132, 64),  # as many as fit
+        (64, 4096, 64, 132, 8),
+        (64, 4096, 128, 396, 12),  # more, for every block to have a row tile
+        (4, 64 * 1024, 128, 132, 1),  # one alone is too much
     ):
-        plan = dataclasses.replace(plan, tail_rounds=tail_rounds)
-        assert params_sm90.num_lead_heads(causal, plan, num_blocks) == lead
+        long = dataclasses.replace(causal, batch=1, num_heads_q=heads, num_heads_kv=heads)
+        long = dataclasses.replace(long, seqlen_q=seqlen, seqlen_k=seqlen)
+        plan = dataclasses.replace(plan_sm90.candidates(causal)[0], block_m=block_m)
+        assert params_sm90.heads_per_group(long, plan, num_blocks) == in_a_group
+        few_kv = dataclasses.replace(long, num_heads_kv=heads // 4)
+        assert params_sm90.heads_per_group(few_kv, plan, num_blocks) % 4 == 0
 
 
 def test_parameters_describe_the_tensors() -> None:
@@ -125,4 +125,4 @@ def test_parameters_describe_the_tensors() -> None:
     assert [getattr(params, f"{name}_map").base for name in "qkvo"] == [1024, 2048, 4096, 8192]
     assert (params.q_map.box_rows, params.k_map.box_rows) == (64, plan.block_n)
     assert (params.o_map.rows, params.o_map.row_stride_bytes) == (200, 128)
-    assert (params.num_heads, params.num_lead_heads) == (4, 4)
+    assert (params.num_heads, params.heads_per_group) == (4, 4)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from flashcore import params_sm90
 from flashcore.accuracy import error_report
 from flashcore.cases import Case, make_inputs
 from flashcore.plan import traits
@@ -54,11 +55,6 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"window": (30, 9), "mask": "additive"},
     ),
 }
-# Under a right bound: 12 pairs of row tiles for three blocks, in the tail none of them, tiles for
-# one round, for three rounds, and all.
-TAILS = (0, 1, 3, 9)
-
-
 def make_plan(problem: Problem, tile: dict[str, Any]) -> Sm90Plan:
     """Short key tiles: more steps of the loop over keys for a length."""
     plan = Sm90Plan(
@@ -82,14 +78,17 @@ def test_the_kernel_is_healthy_and_right(name: str, seed_block: int) -> None:
         run(draw_case(fixed, seed), tile, seed)
 
 
-@pytest.mark.parametrize("tail_rounds", TAILS)
-def test_whatever_part_of_the_heads_is_dealt_out_singly(tail_rounds: int) -> None:
-    tile = {"block_m": 64, "tail_rounds": tail_rounds, "min_blocks": 3}
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 8])
+def test_whatever_number_of_heads_makes_a_group(
+    heads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight heads of six row tiles for three blocks; the last group takes the rest."""
+    monkeypatch.setattr(params_sm90, "heads_per_group", lambda *_: heads)
     for seed in range(4):
         case = Case(
             batch=2,
-            num_heads_q=2,
-            num_heads_kv=1,
+            num_heads_q=4,
+            num_heads_kv=2,
             seqlen_q=290 + seed,
             seqlen_k=270,
             head_dim=32,
@@ -97,7 +96,7 @@ def test_whatever_part_of_the_heads_is_dealt_out_singly(tail_rounds: int) -> Non
             causal="lower_right",
             seed=seed,
         )
-        run(case, tile, seed)
+        run(case, {"block_m": 64}, seed)
 
 
 def run(case: Case, tile: dict[str, Any], seed: int) -> None:

@@ -16,6 +16,7 @@ from flashcore.codegen import KERNELS_DIR, generate_source
 from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan
 from flashcore.problem import Problem
 from flashcore.sim import Plant, SimulationError, simulate
+from flashcore.sim.plants_causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants_sm90 import PLANTS_SM90
 from flashcore.sim.replay import parse_replay
 from flashcore.sim.report import ALARM_KINDS
@@ -87,28 +88,30 @@ NAMED_LINES: dict[str, tuple[str, ...]] = {
 
 
 @functools.cache
-def case_with_inputs() -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor]:
+def case_with_inputs(causal: bool) -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor]:
     x = make_inputs(CASE)
-    return Problem.from_tensors(x.q, x.k, x.v, return_lse=True), x.q, x.k, x.v
+    return Problem.from_tensors(x.q, x.k, x.v, causal=causal, return_lse=True), x.q, x.k, x.v
 
 
-def plan_of(plant: Plant | None) -> Sm90Plan:
-    return PLAN if plant is None else dataclasses.replace(PLAN, **plant.plan)
+def plan_of(plant: Plant | None, causal: bool = False) -> Sm90Plan:
+    plan = dataclasses.replace(PLAN, has_window_right=causal)
+    return plan if plant is None else dataclasses.replace(plan, **plant.plan)
 
 
 def run_plant(
-    plant: Plant | None, seed: int, plan: Sm90Plan | None = None
+    plant: Plant | None, seed: int, plan: Sm90Plan | None = None, causal: bool = False
 ) -> SimulationError | str:
     """The alarm, or "wrong-result", or "healthy"."""
-    problem, q, k, v = case_with_inputs()
+    problem, q, k, v = case_with_inputs(causal)
     out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
     lse = torch.empty(1, 2, CASE.seqlen_q)
-    plan = plan or plan_of(plant)
+    plan = plan or plan_of(plant, causal)
     try:
         simulate(problem, plan, q, k, v, None, out, lse, seed=seed, plant=plant)
     except SimulationError as error:
         return error
-    return "healthy" if error_report(out, q, k, v, lse=lse).ok else "wrong-result"
+    errors = error_report(out, q, k, v, lse=lse, causal=causal)
+    return "healthy" if errors.ok else "wrong-result"
 
 
 def planted_line(plant: Plant, file: str, line: int) -> str:
@@ -117,6 +120,16 @@ def planted_line(plant: Plant, file: str, line: int) -> str:
         text = text.replace(plant.find, plant.replace)
     lines = text.splitlines()
     return " ".join(lines[line - 1 : line + 1])  # a call may begin on one line and end on the next
+
+
+@pytest.mark.parametrize("name", PLANTS_CAUSAL_SM90)
+def test_a_planted_bug_under_a_right_bound_is_caught_with_every_seed(name: str) -> None:
+    plant = PLANTS_CAUSAL_SM90[name]
+    assert run_plant(None, 0, plan_of(plant, causal=True), causal=True) == "healthy"
+    for seed in SEEDS:
+        found = run_plant(plant, seed, causal=True)
+        kind = found if isinstance(found, str) else found.kind
+        assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 
 
 @pytest.mark.parametrize("name", PLANTS_SM90)

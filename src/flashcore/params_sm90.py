@@ -128,18 +128,22 @@ def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
     return min(num_row_tiles(problem, plan), num_sms * plan.min_blocks)
 
 
-# What K and V of the heads at work may take of L2: 50 MB on an H100 or H200, of which each half
-# keeps a copy of what its SMs read, and two groups are under way at a time.
-_GROUP_BYTES = 16 << 20
+# What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half keeps
+# a copy of what its SMs read; two groups are under way at a time, and q and out pass through. On an
+# H100 16 MiB take 1 to 6 % longer at S512 to S2048 and as long from there on (docs/ladder.md).
+_GROUP_BYTES = 8 << 20
 
 
-def heads_per_group(problem: Problem) -> int:
-    """Query heads whose row tiles blocks draw together under a right bound: those of as many heads
-    of K and V as L2 holds (tile/schedule_sm90.cuh)."""
+def heads_per_group(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
+    """Query heads whose row tiles `num_blocks` blocks draw together under a right bound
+    (tile/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and enough for a row
+    tile a block, or the last group would leave many without work."""
     num_heads = problem.num_heads_q * problem.batch
     heads_of_kv = problem.num_heads_q // problem.num_heads_kv
     bytes_of_kv = _ELEMENT_BYTES * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
-    return min(num_heads, heads_of_kv * max(1, _GROUP_BYTES // max(1, bytes_of_kv)))
+    tiles_of_kv = heads_of_kv * -(-problem.seqlen_q // plan.block_m)
+    num_kv = max(1, _GROUP_BYTES // max(1, bytes_of_kv), round(num_blocks / tiles_of_kv))
+    return min(num_heads, heads_of_kv * num_kv)
 
 
 def build_params_sm90(
@@ -168,7 +172,7 @@ def build_params_sm90(
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
     argument.num_heads = problem.num_heads_q * problem.batch
-    argument.heads_per_group = heads_per_group(problem)
+    argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
     heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v
     rows_q, rows_k = (
         (problem.total_q, problem.total_k) if packed else (problem.seqlen_q, problem.seqlen_k)

@@ -27,8 +27,10 @@ _ALL = (
         name="no-full-wait",
         title="Q K^T is issued without waiting for K",
         file=_KERNEL,
-        find="  mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());",
-        replace="",
+        find="""\
+  mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
+  if (PING_PONG""",
+        replace="\n  if (PING_PONG",
         caught_by="race",
     ),
     Plant(
@@ -56,10 +58,11 @@ _ALL = (
         name="early-q-release",
         title="Q's buffer is given back before the first Q K^T",
         file=_KERNEL,
-        find="    int n_block = first_tile;",
+        find="    int n_block = keys.n_block_end - 1 - share;",
         # The second declaration hides the function from the arrival in the right place.
         replace="    if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.row_group);"
-        " const auto mbar_arrive = [](SmemPtr<uint64_t>) {}; int n_block = first_tile;",
+        " const auto mbar_arrive = [](SmemPtr<uint64_t>) {};"
+        " int n_block = keys.n_block_end - 1 - share;",
         caught_by="race",
     ),
     Plant(
@@ -254,8 +257,8 @@ _ALL = (
         name="turn-not-handed-on",
         title="a warpgroup does not hand its turn on",
         file=_KERNEL,
-        find="    if (PING_PONG) named_barrier_arrive(TURN_BARRIER + (c.index + 1)",
-        replace="    if (false) named_barrier_arrive(TURN_BARRIER + (c.index + 1)",
+        find="    if (PING_PONG) hand_over_turn(c);",
+        replace="",
         caught_by="deadlock",
         plan=_TURNS,
     ),

@@ -110,23 +110,21 @@ _SM90 = (
     ),
     Plant(
         name="feed-not-waited-for",
-        title="the scheduler writes into a slot that has not been read",
+        title="the scheduler writes the next tile's coordinates before it is asked",
         file=_SCHEDULE,
-        find="    mbar_wait(feed.empty + slot, (count / FEED_SLOTS % 2) ^ 1);",
+        find="    mbar_wait(feed.asked, count % 2);",
         replace="",
         caught_by="race",
         or_by=("mbarrier", "deadlock"),  # two phases at once, of which the producer sees none
     ),
     Plant(
-        name="feed-given-back-early",
-        title="a slot is given back before it has been read",
+        name="feed-asked-early",
+        title="the next tile is asked for before this one's coordinates have been read",
         file=_SCHEDULE,
-        find="    const auto coord = smem_load_packet<16>(feed.coords + slot * 4);",
-        # The declaration hides the function from the arrival in the right place.
-        replace="    mbar_arrive(feed.empty + slot);"
-        " const auto mbar_arrive = [](SmemPtr<uint64_t>) {};"
-        " const auto coord = smem_load_packet<16>(feed.coords + slot * 4);",
+        find="    const auto coord = smem_load_packet<16>(feed.coord);",
+        replace="    mbar_arrive(feed.asked); const auto coord = smem_load_packet<16>(feed.coord);",
         caught_by="race",
+        or_by=("mbarrier",),
     ),
 )
 
