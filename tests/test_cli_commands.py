@@ -136,6 +136,7 @@ def test_resources_are_objects_with_the_agreed_keys() -> None:
     assert {row["dtype"] for row in rows} == {"float16", "bfloat16"}
 
 
+@pytest.mark.usefixtures("nothing_ships")  # few enough for one process
 @pytest.mark.parametrize(
     ("field", "value"), [("registers", 97), ("smem_bytes", 48 * 1024 + 1), ("spill_bytes", 4)]
 )

@@ -315,6 +315,7 @@ def test_configurations_are_checked_and_timed_on_the_gpu(backend: str) -> None:
     asked = Workload("x", 1, 8, 512, 64, True, "float16")
     default = default_plan(asked, backend, tuned.gpu_arch())[1]
     plans = [plan for plan in tiles(default)[:4] if compiling.obstacle(plan) is None]
+    assert timing.context_is_sound()
     with timing.GpuTimer() as timer:
         assert [timer.check(asked, plan) for plan in plans] == [None] * len(plans)
         outcomes = [*timer.in_turns(asked, plans), *(timer.quick(asked, plan) for plan in plans)]

@@ -262,7 +262,7 @@ def _show(out: Output, session: Session) -> None:
 
 
 def _tile_text(found: Found) -> str:
-    """The winner's rows x keys; where it is not the default, in whose place, and what else differs."""
+    """The winner's rows x keys; unless it is the default, in whose place, and what else differs."""
     from flashcore.tune.space import tile_of
 
     before, tile = tile_of(found.default), tile_of(found.winner)

@@ -129,9 +129,20 @@ def serve_gpu(connection: Connection) -> None:
                 bench = None  # frees its tensors before the next ones are made
                 bench = _Bench(workload, checked)
             answer = getattr(bench, what)(plans), True
-        except Exception as error:  # whatever it is, the parent goes on with another child
-            answer = [first_line(error)] * len(plans), False
+        except Exception as error:  # whatever it is, the search goes on
+            answer = [first_line(error)] * len(plans), context_is_sound()
         connection.send(answer)
+
+
+def context_is_sound() -> bool:
+    """Whether CUDA still works in this process, as after a launch that was refused; after an
+    illegal address it does not, and only another process helps."""
+    import torch
+
+    try:
+        return bool(torch.ones(1, device="cuda").item())
+    except Exception:
+        return False
 
 
 class _Bench:
