@@ -156,6 +156,23 @@ def test_a_tile_that_fits_the_cell_only_is_not_chosen(asked: Problem, rows: int,
     assert select_plan(asked).block_m == rows
 
 
+def test_the_work_of_the_fullest_sm() -> None:
+    tile = {"block_m": 128, "block_n": 96}
+    keys = 3 * 96  # 200, and what the last tile has past their end
+
+    def work(heads: int, seqlen_q: int, is_causal: bool) -> float:
+        size = Size(heads, seqlen_q, 200)
+        return tile_table.work_of_fullest_sm(tile, size, SMS, is_causal) / (128 * keys)
+
+    assert work(132, 128, False) == 1.0
+    assert work(133, 1, False) == 2.0
+    assert work(132, 129, False) == 2.0
+    # Long row tiles and short ones are dealt out evenly, but nobody has less than a long one.
+    assert work(133, 128, True) == 1.0
+    assert work(132 * 2, 256, True) == 2.0
+    assert work(132 * 2 + 33, 256, True) == 2.25
+
+
 def test_what_is_not_legal_is_not_chosen(ship: Any) -> None:
     large = plan_with(ASKED, 128, 4096)
     ship((ASKED, {RULES: 3e-3, OTHER: 2e-3, large: 1e-3}))
@@ -221,7 +238,9 @@ def test_the_compile_gate_holds_the_table(ship: Any) -> None:
     for dtype in ("float16", "bfloat16"):
         wanted = dataclasses.replace(OTHER, dtype=dtype, tail_rounds=0)
         assert wanted in found
-        assert dataclasses.replace(RULES, dtype=dtype, tail_rounds=0) in found
+        few = candidates(problem(512, 1))[0]
+        assert few not in (RULES, OTHER)
+        assert dataclasses.replace(few, dtype=dtype, tail_rounds=0) in found
         assert dataclasses.replace(wanted, head_dim=96, head_dim_v=96) not in found
 
 

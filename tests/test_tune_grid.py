@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import threading
 from collections import Counter
@@ -83,6 +84,14 @@ def test_listed_tiles_fit(head_dim: int, causal: bool) -> None:
         others = tails(plan)
         assert len(others) == (2 if causal else 0)
         assert {compiling._source(other) for other in others} <= {compiling._source(plan)}
+
+
+def test_a_listed_tile_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    default = base(128)
+    module = importlib.import_module("flashcore.tune.shortlist")
+    listed = [module._tile(*size) for size in ((128, 1024), (192, 128), (128, 96))]
+    monkeypatch.setitem(module._SM90, 128, listed)
+    assert [(plan.block_m, plan.block_n) for plan in shortlist(default)[1:]] == [(128, 96)]
 
 
 def test_the_portable_kernel_has_no_short_list() -> None:
