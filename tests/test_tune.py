@@ -140,7 +140,7 @@ def test_the_fastest_size_and_then_the_fastest_schedule_wins() -> None:
     found = search.Search(LONG, base(), FakeCompiler(), timer, lambda *s: steps.append(s)).run()
     winner = found.winner
     assert isinstance(winner, Sm90Plan)
-    assert (winner.block_m, winner.block_n, winner.tail_rounds) == (128, 96, 3)
+    assert (winner.block_m, winner.block_n, winner.num_stages) == (128, 96, 3)
     assert (found.seconds, found.default_seconds) == (pytest.approx(0.45e-3), 1e-3)
     assert all(is_legal(plan) for plan in timer.asked)
     ((default, *others),) = timer.finals  # has them in turns

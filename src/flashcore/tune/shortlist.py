@@ -93,7 +93,6 @@ _SM90: dict[int, list[dict[str, Any]]] = {
         _tile(128, 80),
     ],
 }
-_TAILS = (0, 1, 3)
 
 
 def shortlist(base: Plan) -> list[Plan]:
@@ -117,11 +116,3 @@ def _fits(plan: Sm90Plan) -> bool:
     """Whether a plan is legal and an SM has room for as many blocks as it has registers for."""
     block = plan.smem_bytes + _RESERVED_SMEM_BYTES_PER_BLOCK
     return is_legal(plan) and plan.min_blocks * block <= smem_limits(plan.arch)[1]
-
-
-def tails(base: Plan) -> list[Plan]:
-    """The same machine code with other schedules of the last row tiles."""
-    if not isinstance(base, Sm90Plan) or not base.has_window_right:
-        return []
-    plans = (dataclasses.replace(base, tail_rounds=rounds) for rounds in _TAILS)
-    return [plan for plan in plans if plan != base]
