@@ -18,7 +18,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flashcore import machine, tile_table, tuned
+import standin
+from flashcore import launch, machine, tile_table, tuned
 from flashcore.bench.workloads import Workload
 from flashcore.cli import app
 from flashcore.plan import Plan, candidates, smem_limits
@@ -328,3 +329,27 @@ def test_the_child_times_checks_and_remembers(monkeypatch: pytest.MonkeyPatch) -
     ours.close()
     child.join(60)
     assert not child.is_alive()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_plans_are_launched_as_attention_would(
+    causal: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once to be timed and once to be checked; see standin.py."""
+    driver = standin.install(monkeypatch).driver
+    tensors, counter = Workload.tensors, torch.zeros(1, dtype=torch.int32)
+    monkeypatch.setattr(Workload, "tensors", lambda self, device: tensors(self, "cpu"))
+    for name in ("work_counter", "own_counter"):
+        monkeypatch.setattr(launch, name, lambda device: counter)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    inputs = timing._Inputs(Workload("x", 2, 8, 300, 64, causal, "bfloat16"))
+    for plan in shortlist(inputs.rules("attn_fwd_sm90")):
+        assert inputs.fits(plan)
+        out = inputs.timed_call(plan)()
+        assert out.shape == inputs.q.shape
+        assert inputs.run(plan).isnan().all()  # as nothing has really run
+        timed, checked = driver.launches[-2:]
+        row_tiles = 2 * 8 * -(-300 // plan.block_m)
+        assert timed.grid == checked.grid == min(row_tiles, 132 * plan.min_blocks)
+        assert timed.threads == checked.threads == plan.num_threads
+        assert timed.params.attn.out == out.data_ptr()
