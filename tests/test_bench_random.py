@@ -20,8 +20,8 @@ from flashcore.tune.defaults import default_plan
 
 
 def test_shapes_are_drawn_from_all_kinds() -> None:
-    shapes = random_shapes(300, 3)
-    assert shapes == random_shapes(300, 3)
+    shapes = random_shapes(300, 7)
+    assert shapes == random_shapes(300, 7)
     assert shapes[:20] != random_shapes(20, 4)
     assert len({w.name for w in shapes}) == 300
     assert {w.group for w in shapes} == {"random"}

@@ -54,14 +54,14 @@ def _draw(rng: random.Random) -> Workload:
         None if group == 1 else heads_kv,
         window=(left, 0) if kind == "window" and left < seqlen else None,
     )
-    while workload.batch > 1 and _is_large(workload):
-        workload = dataclasses.replace(workload, batch=workload.batch // 2)
     while workload.heads_kv > 1 and _is_large(workload):
         workload = dataclasses.replace(
             workload,
             num_heads=workload.num_heads // 2,
             num_heads_kv=None if group == 1 else workload.heads_kv // 2,
         )
+    while workload.batch > 1 and _is_large(workload):
+        workload = dataclasses.replace(workload, batch=workload.batch // 2)
     return workload
 
 
