@@ -169,8 +169,9 @@ def test_a_table_lists_what_is_nearly_the_fastest_and_the_rules() -> None:
     seconds = ((default, 2.0), (winner, 1.0), (close, 1.05), (slow, 1.2))
     found = Found(workload, default, winner, 2.0, 1.0, seconds, 4, (), ())
     other = (dataclasses.replace(problem, batch=99), found)
-    table = grid.table_of({"date": "today"}, [(problem, found), other])
-    assert table == grid.table_of({"date": "today"}, [other, (problem, found)])
+    about = {"gpu": {"num_sms": 132}}
+    table = grid.table_of(about, [(problem, found), other])
+    assert table == grid.table_of(about, [other, (problem, found)])
     cell = next(cell for cell in table.cells if cell.size == tile_table.Size.of(problem))
     tiles = [tile_of(plan) for plan in (default, winner, close)]
     assert [table.tiles[number] for number in cell.seconds] == tiles

@@ -16,7 +16,7 @@ import math
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ _LONGEST = 16384
 _ROWS = 64
 # The rules' tile stays unless another is faster by more than times differ from run to run.
 WORTH = 0.98
+
+
+# Logarithms of rounds of row tiles, seqlen_q and seqlen_k.
+Place = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,21 +93,33 @@ class TileTable:
     about: Mapping[str, Any]
     tiles: tuple[Tile, ...]
     cells: tuple[Cell, ...]
+    # By kernel and class, the cells with their places: looked at for each new shape.
+    _index: dict[tuple[str, str], list[tuple[Place, Cell]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        for cell in self.cells:
+            among = self._index.setdefault((cell.kernel, cell.problem_class), [])
+            among.append((_place(cell.size, self.num_sms), cell))
 
     @property
     def num_sms(self) -> int:
         """Multiprocessors of the GPU that it was measured on."""
         return int(self.about["gpu"]["num_sms"])
 
+    def nearest(self, kernel: str, problem_class: str, size: Size) -> tuple[float, Cell] | None:
+        """The cell of a class whose size is nearest, and how many octaves away it is."""
+        cells = self._index.get((kernel, problem_class))
+        if cells is None:
+            return None
+        asked = _place(size, self.num_sms)
+        return min(((math.dist(asked, place), cell) for place, cell in cells), key=_first)
+
     def tiles_for(self, problem: Problem, plan: Plan) -> list[Plan]:
         """`plan`, the rules' for a problem, with each tile that a problem of its class may get."""
-        wanted = plan.kernel, class_of(problem)
-        numbers = {
-            number
-            for cell in self.cells
-            if (cell.kernel, cell.problem_class) == wanted
-            for number in cell.seconds
-        }
+        cells = self._index.get((plan.kernel, class_of(problem)), [])
+        numbers = {number for _, cell in cells for number in cell.seconds}
         plans = (with_tile(plan, self.tiles[number]) for number in sorted(numbers))
         return [found for found in plans if found is not None]
 
@@ -147,15 +163,22 @@ def class_of(problem: Problem) -> str:
     return " ".join([f"D{dims.pop()}", *options_of(problem)])
 
 
+def _place(size: Size, num_sms: int) -> Place:
+    rounds = size.heads * -(-size.seqlen_q // _ROWS) / num_sms
+    return (
+        math.log2(min(max(rounds, _ROUNDS[0]), _ROUNDS[1])),
+        math.log2(min(max(size.seqlen_q, 1), _LONGEST)),
+        math.log2(min(max(size.seqlen_k, 1), _LONGEST)),
+    )
+
+
 def distance(one: Size, other: Size, num_sms: int) -> float:
     """Octaves between two sizes."""
+    return math.dist(_place(one, num_sms), _place(other, num_sms))
 
-    def place(size: Size) -> list[float]:
-        rounds = size.heads * -(-size.seqlen_q // _ROWS) / num_sms
-        lengths = (min(max(1, length), _LONGEST) for length in (size.seqlen_q, size.seqlen_k))
-        return [math.log2(x) for x in (min(max(rounds, _ROUNDS[0]), _ROUNDS[1]), *lengths)]
 
-    return math.dist(place(one), place(other))
+def _first(pair: tuple[float, Cell]) -> float:
+    return pair[0]
 
 
 def work_of_fullest_sm(tile: Tile, size: Size, num_sms: int, is_causal: bool) -> float:
@@ -194,11 +217,11 @@ def find(problem: Problem, plan: Plan) -> Choice | None:
 
 def choose(table: TileTable, problem: Problem, plan: Plan) -> Choice | None:
     """What a table says; see `find`."""
-    wanted, asked, num_sms = (plan.kernel, class_of(problem)), Size.of(problem), table.num_sms
-    cells = [cell for cell in table.cells if (cell.kernel, cell.problem_class) == wanted]
-    cell = min(cells, key=lambda cell: distance(cell.size, asked, num_sms), default=None)
-    if cell is None or distance(cell.size, asked, num_sms) > MAX_DISTANCE:
+    asked, num_sms = Size.of(problem), table.num_sms
+    nearest = table.nearest(plan.kernel, class_of(problem), asked)
+    if nearest is None or nearest[0] > MAX_DISTANCE:
         return None
+    cell = nearest[1]
     is_causal = problem.window_right >= 0
     expected: dict[Plan, float] = {}
     for number, seconds in cell.seconds.items():

@@ -227,7 +227,7 @@ def _row(found: Found) -> dict[str, Any]:
 def _show(out: Output, session: Session) -> None:
     from collections import Counter
 
-    found = session.found
+    found = sorted(session.found, key=_place) if session.brief else session.found
     rows = []
     for entry in found:
         won = entry.winner != entry.default
@@ -259,6 +259,12 @@ def _show(out: Output, session: Session) -> None:
         f"geometric mean gain of {len(found)} shapes: {_mean_gain(found) or 1.0:.3f}x; "
         f"{session.compile_seconds:.0f} s of compiling ahead, {session.search_seconds:.0f} s after"
     )
+
+
+def _place(found: Found) -> tuple[int, bool, int, int]:
+    workload = found.workload
+    heads = workload.batch * workload.num_heads
+    return workload.head_dim, workload.causal, workload.seqlen, heads
 
 
 def _tile_text(found: Found) -> str:
