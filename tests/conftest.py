@@ -41,6 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
+@pytest.fixture
+def nothing_ships(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the tiles that ship: by rules, and what the test itself provides."""
+    from flashcore import tile_table
+
+    monkeypatch.setattr(tile_table, "read", lambda arch: None)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
         return

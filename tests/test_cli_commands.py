@@ -136,6 +136,7 @@ def test_resources_are_objects_with_the_agreed_keys() -> None:
     assert {row["dtype"] for row in rows} == {"float16", "bfloat16"}
 
 
+@pytest.mark.usefixtures("nothing_ships")  # few enough for one process
 @pytest.mark.parametrize(
     ("field", "value"), [("registers", 97), ("smem_bytes", 48 * 1024 + 1), ("spill_bytes", 4)]
 )
@@ -168,9 +169,8 @@ def test_configurations_cover_every_architecture_and_are_distinct() -> None:
 
 
 def test_configurations_hold_whatever_the_hopper_kernels_table_chooses() -> None:
-    """But for what the machine code does not depend on."""
     known = {
-        dataclasses.replace(entry.plan, tail_rounds=0)
+        entry.plan
         for entry in configurations(archs=[90], head_dims=[64, 128], dtypes=["float16"])
         if isinstance(entry.plan, Sm90Plan)
     }
@@ -189,7 +189,7 @@ def test_configurations_hold_whatever_the_hopper_kernels_table_chooses() -> None
         )
         plan = select_plan(asked, 90)
         assert isinstance(plan, Sm90Plan)
-        assert dataclasses.replace(plan, tail_rounds=0) in known, plan.describe()
+        assert plan in known, plan.describe()
 
 
 def test_a_built_bundle_serves_without_a_compiler(

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,15 @@ from typer.testing import CliRunner
 from flashcore import tuned
 from flashcore.bench.workloads import GROUPS, Workload
 from flashcore.cli import app
-from flashcore.cli.tune import default_plan
 from flashcore.jit import Resources
 from flashcore.plan import Plan, smem_limits, traits
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.tune import compiling, search, timing
+from flashcore.tune.defaults import default_plan
 from flashcore.tune.space import is_legal, schedules, tile_of, tiles, with_tile
+from tune_standin import FakeCompiler, FakeTimer
+
+pytestmark = pytest.mark.usefixtures("nothing_ships")
 
 LONG = Workload("x", 4, 16, 4096, 128, True, "bfloat16")
 
@@ -128,54 +130,6 @@ def test_configurations_are_compiled() -> None:
     assert "spills" in str(found[wide])
 
 
-class FakeTimer:
-    """Times by a formula; `broken` maps a tile's size to what is wrong with it."""
-
-    def __init__(
-        self,
-        *,
-        gain: float = 0.5,
-        schedule: float = 0.9,
-        broken: dict[tuple[int, int], str] | None = None,
-    ) -> None:
-        self.gain = gain
-        self.schedule = schedule
-        self.broken = broken or {}
-        self.asked: list[Plan] = []
-
-    def __enter__(self) -> FakeTimer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __call__(self, workload: Workload, plans: Sequence[Plan]) -> list[timing.Outcome]:
-        self.asked += plans
-        return [self.broken.get((plan.block_m, plan.block_n)) or self.time(plan) for plan in plans]
-
-    def time(self, plan: Plan) -> float:
-        fast = plan.block_n == 96 and plan.block_m == 128
-        schedule = self.schedule if fast and getattr(plan, "tail_rounds", 3) == 3 else 1.0
-        return 1e-3 * (self.gain if fast else 1.0) * schedule
-
-
-class FakeCompiler:
-    """Rules out by `reasons`, a tile's size and a dtype at a time."""
-
-    def __init__(self, reasons: dict[tuple[int, int, str], str] | None = None) -> None:
-        self.reasons = reasons or {}
-
-    def __enter__(self) -> FakeCompiler:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def __call__(self, plans: Sequence[Plan]) -> Iterator[tuple[Plan, str | None]]:
-        for plan in plans:
-            yield plan, self.reasons.get((plan.block_m, plan.block_n, plan.dtype))
-
-
 def run(timer: FakeTimer, compiler: FakeCompiler | None = None) -> search.Found:
     return search.Search(LONG, base(), compiler or FakeCompiler(), timer).run()
 
@@ -186,10 +140,13 @@ def test_the_fastest_size_and_then_the_fastest_schedule_wins() -> None:
     found = search.Search(LONG, base(), FakeCompiler(), timer, lambda *s: steps.append(s)).run()
     winner = found.winner
     assert isinstance(winner, Sm90Plan)
-    assert (winner.block_m, winner.block_n, winner.tail_rounds) == (128, 96, 3)
+    assert (winner.block_m, winner.block_n, winner.num_stages) == (128, 96, 3)
     assert (found.seconds, found.default_seconds) == (pytest.approx(0.45e-3), 1e-3)
     assert all(is_legal(plan) for plan in timer.asked)
-    assert found.default in timer.asked[-1 - 3 :]  # the final has them in turns
+    ((default, *others),) = timer.finals  # has them in turns
+    assert default == found.default == base()
+    assert len(others) == 3
+    assert [plan for plan, _ in found.finalists] == [default, *others]
     assert {what for what, _, _ in steps} == {"compiling", "timing"}
     assert all(done <= total for _, done, total in steps)
 
@@ -201,11 +158,15 @@ def test_a_gain_within_the_noise_changes_nothing() -> None:
     assert run(FakeTimer(gain=0.97, schedule=1.0)).winner != base()
 
 
-@pytest.mark.parametrize("reason", ["wrong result: max error 3", "did not end in 30 s"])
-def test_wrong_and_hanging_configurations_cannot_win(reason: str) -> None:
-    found = run(FakeTimer(broken={(128, 96): reason}))
+@pytest.mark.parametrize("how", ["broken", "wrong"])
+def test_wrong_and_hanging_configurations_cannot_win(how: str) -> None:
+    timer = FakeTimer(**{how: {(128, 96): "no good"}})  # type: ignore[arg-type]
+    found = run(timer)
     assert found.winner == base()
-    assert {why for _, why in found.discarded} == {reason}
+    assert {why for _, why in found.discarded} == {"no good"}
+    # Others take its place in the final.
+    assert len(timer.finals[-1]) == 4
+    assert all(plan.block_n != 96 or plan.block_m != 128 for plan in timer.finals[-1])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -226,23 +187,24 @@ def test_a_table_that_fails_is_an_error() -> None:
 def serve(connection: Connection) -> None:
     """A child that answers, dies or hangs, as the plans ask."""
     while True:
-        _, plans = connection.recv()
+        what, _, plans = connection.recv()
         if plans[0].block_m == 128:
             os._exit(3)
         if plans[0].block_m == 192:
             threading.Event().wait()  # nobody sets it
-        connection.send(([0.5] * len(plans), True))
+        connection.send(([0.0 if what == "check" else 0.5] * len(plans), True))
 
 
 def test_a_child_that_dies_or_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     good, deadly, hanging = (dataclasses.replace(base(), block_m=rows) for rows in (64, 128, 192))
     with timing.GpuTimer(60.0, serve) as timer:
-        assert timer(LONG, [good, good]) == [0.5, 0.5]
-        assert timer(LONG, [deadly]) == ["the process that ran it died"]
-        assert timer(LONG, [good]) == [0.5]
+        assert timer.in_turns(LONG, [good, good]) == [0.5, 0.5]
+        assert timer.quick(LONG, deadly) == "the process that ran it died"
+        assert timer.quick(LONG, good) == 0.5
+        assert timer.check(LONG, good) is None
         child = timer._child
         monkeypatch.setattr(timer, "timeout_seconds", 0.05)
-        assert timer(LONG, [hanging]) == ["did not end in 0 s"]
+        assert timer.check(LONG, hanging) == "did not end in 0 s"
         assert not child.is_alive()
         assert timer._child is None
 
@@ -291,7 +253,10 @@ SHAPE = ["tune", "--seqlen", "4096", "--batch", "4", "--causal"]
 def test_the_command_keeps_the_winner(pretend_gpu: Path) -> None:
     result = CliRunner().invoke(app, [*SHAPE, "--json"])
     assert result.exit_code == 0, result.output
-    (row,) = json.loads(result.stdout)
+    document = json.loads(result.stdout)
+    (row,) = document["results"]
+    assert document["geometric_mean_gain"] == pytest.approx(1 / 0.45)
+    assert (document["failures"], document["left_out"]) == ([], 0)
     assert row["workload"] == "B4 H16 S4096 D128 causal"
     assert (row["winner"]["block_m"], row["winner"]["block_n"]) == (128, 96)
     assert row["seconds"] < row["default_seconds"]
@@ -299,19 +264,7 @@ def test_the_command_keeps_the_winner(pretend_gpu: Path) -> None:
     assert (entry.gpu, entry.kernel, entry.tile) == ("NVIDIA H999", "attn_fwd_sm90", row["winner"])
     text = CliRunner().invoke(app, SHAPE).stdout
     assert "2.22x" in text
-    assert "128x96" in text
-
-
-def test_winners_can_go_to_another_file(pretend_gpu: Path, tmp_path: Path) -> None:
-    other = tmp_path / "folder" / "winners.json"
-    result = CliRunner().invoke(app, [*SHAPE, "--output", str(other)])
-    assert result.exit_code == 0, result.output
-    assert len(tuned.read(other)) == 1
-    assert not pretend_gpu.exists()
-    (tmp_path / "plain").write_text("")
-    result = CliRunner().invoke(app, [*SHAPE, "--output", str(tmp_path / "plain" / "x.json")])
-    assert result.exit_code == 1
-    assert "cannot be written" in result.stderr
+    assert "tile 128x96 for 128x128, " in text
 
 
 def test_where_the_table_wins_an_old_entry_goes(
@@ -326,15 +279,15 @@ def test_where_the_table_wins_an_old_entry_goes(
 
 def test_ctrl_c_keeps_what_was_found(pretend_gpu: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted(FakeTimer):
-        def __call__(self, workload: Workload, plans: Sequence[Plan]) -> list[timing.Outcome]:
+        def quick(self, workload: Workload, plan: Plan) -> timing.Outcome:
             if workload.seqlen == 8192:
                 raise KeyboardInterrupt
-            return super().__call__(workload, plans)
+            return super().quick(workload, plan)
 
     monkeypatch.setattr(timing, "GpuTimer", lambda timeout: Interrupted())
     result = CliRunner().invoke(app, ["tune", "--groups", "gqa", "--json"])
     assert result.exit_code == 1
-    assert [row["workload"] for row in json.loads(result.stdout)] == [
+    assert [row["workload"] for row in json.loads(result.stdout)["results"]] == [
         "B1 H32/8 S2048 D128 causal",
         "B1 H64/8 S2048 D128 causal",
     ]
@@ -362,6 +315,8 @@ def test_configurations_are_checked_and_timed_on_the_gpu(backend: str) -> None:
     asked = Workload("x", 1, 8, 512, 64, True, "float16")
     default = default_plan(asked, backend, tuned.gpu_arch())[1]
     plans = [plan for plan in tiles(default)[:4] if compiling.obstacle(plan) is None]
+    assert timing.context_is_sound()
     with timing.GpuTimer() as timer:
-        outcomes = timer(asked, plans)
-    assert all(isinstance(outcome, float) for outcome in outcomes), outcomes
+        assert [timer.check(asked, plan) for plan in plans] == [None] * len(plans)
+        outcomes = [*timer.in_turns(asked, plans), *(timer.quick(asked, plan) for plan in plans)]
+    assert all(isinstance(outcome, float) and outcome > 0 for outcome in outcomes), outcomes

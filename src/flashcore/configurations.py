@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from flashcore.plan import KERNEL, SUPPORTED_ARCHS, Plan, select_plan
+from flashcore import tile_table
+from flashcore.plan import KERNEL, SUPPORTED_ARCHS, Plan, candidates
 from flashcore.plan_sm90 import ARCH as SM90_ARCH
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
@@ -82,14 +83,17 @@ def configurations(
 
 def _plans(problem: Problem, arch: int, portable: bool) -> Iterator[Plan]:
     """What the problem's kind may run on an architecture. The Hopper kernel has other tiles for
-    other sizes, and leaves to the portable one what TMA cannot read."""
+    other sizes, by rules and by the table that ships, and leaves to the portable one what TMA
+    cannot read."""
     if portable:
-        yield select_plan(problem, arch, kernel=KERNEL)
+        yield candidates(problem, arch, kernel=KERNEL)[0]
     if arch == SM90_ARCH:
+        table = tile_table.read(arch)
         for heads, length in itertools.product(_HEADS, _LENGTHS):
-            plan = select_plan(_resized(problem, heads, length), arch)
-            if isinstance(plan, Sm90Plan):
-                yield plan
+            rules = candidates(_resized(problem, heads, length), arch)[0]
+            for plan in [rules, *(table.tiles_for(problem, rules) if table is not None else [])]:
+                if isinstance(plan, Sm90Plan):
+                    yield plan
 
 
 def _resized(problem: Problem, batch: int, length: int) -> Problem:

@@ -55,7 +55,8 @@ SIM_ARCH = Variable(
 TUNED = Variable(
     "FLASHCORE_TUNED",
     "1",
-    "0 switches off the tile configurations that `flashcore tune` found, for shapes not seen yet.",
+    "0 switches off the tile configurations that `flashcore tune` found on this machine, `rules` "
+    "those that ship with flashcore as well; for shapes not seen yet.",
 )
 
 VARIABLES: tuple[Variable, ...] = (CACHE_DIR, BUNDLE, CXX, SIM_SEED, SIM_ARCH, TUNED)
@@ -112,8 +113,19 @@ def sim_arch() -> int:
 
 
 def tuned() -> bool:
-    """Whether tuned tile configurations are used."""
+    """Whether tile configurations found on this machine are used."""
+    return _tuned() == "1"
+
+
+def tile_table() -> bool:
+    """Whether tile configurations that ship with flashcore are used."""
+    return _tuned() != "rules"
+
+
+def _tuned() -> str:
     text = _text(TUNED) or "1"
-    if text not in ("0", "1"):
-        raise ValueError(f"{TUNED.name}={text!r} is neither 0 nor 1; set it to one, or unset it")
-    return text == "1"
+    if text not in ("0", "1", "rules"):
+        raise ValueError(
+            f"{TUNED.name}={text!r} is neither 0 nor 1 nor rules; set it to one, or unset it"
+        )
+    return text

@@ -109,7 +109,7 @@ def explain(
         plans = candidates(problem, arch or problem.arch or env.sim_arch(), kernel=kernel)
     found = tuned.find(problem, plans[0]) if plans else None
     if found is not None:
-        plans = [found[0], *(plan for plan in plans if plan != found[0])]
+        plans = [found.plan, *(plan for plan in plans if plan != found.plan)]
     explanation = Explanation(
         problem=problem,
         backend=choice.backend,
@@ -134,7 +134,7 @@ def _notes(
     problem: Problem,
     backend: str,
     plans: list[Plan],
-    found: tuple[Plan, tuned.Entry] | None,
+    found: tuned.Found | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -149,13 +149,9 @@ def _notes(
     if not plans:
         return notes
     if found is not None:
-        entry = found[1]
-        notes.append(
-            f"tiles were found by `flashcore tune` on {entry.gpu}, {entry.date[:10]}, with "
-            f"{entry.measured_on}; FLASHCORE_TUNED=0 goes by the built-in table"
-        )
+        notes.append(found.source)
     elif isinstance(plans[0], Sm90Plan):
-        notes.append("tiles come from a table measured on an H200; see plan_sm90.py")
+        notes.append("tiles come from rules, made from measurements on an H200; see plan_sm90.py")
     else:
         notes.append(
             "tiles are ranked by warps resident on an SM, then the block_n that leaves registers "

@@ -1,8 +1,8 @@
 """Problem -> Plan: which kernel runs, with which tiles. Pure functions, no GPU needed.
 
 Selection is enumerate, filter for legality, rank: `candidates` lists every legal tile configuration
-of a problem on an architecture, best first, and `select_plan` takes the first, unless tuned.py
-knows better.
+of a problem on an architecture, best first by rules, and `select_plan` takes the first, unless
+measurements know better (tuned.py, tile_table.py).
 """
 
 from __future__ import annotations
@@ -327,10 +327,10 @@ def select_plan(
     gate: str | None = None,
     kernel: str | None = None,
 ) -> Plan:
-    """What `flashcore tune` found on this GPU for the problem's class, or else the best legal tile
-    configuration. See `candidates`."""
+    """What was measured for such problems, by `flashcore tune` on this GPU or for the table that
+    ships, or else the best by the rules. See `candidates`."""
     from flashcore import tuned  # which builds on this module
 
     best = candidates(problem, arch, gate, kernel)[0]
     found = tuned.find(problem, best)
-    return best if found is None else found[0]
+    return best if found is None else found.plan

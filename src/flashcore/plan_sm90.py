@@ -1,4 +1,4 @@
-"""Plans of the Hopper kernel: which problems it serves, and its tile table."""
+"""Plans of the Hopper kernel: which problems it serves, and the rules for its tiles."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _of_mean_lengths(problem: Problem) -> Problem:
 
 
 class _Tile(NamedTuple):
-    """What the tile table says; the other fields of a plan follow from the problem."""
+    """What the rules say; the other fields of a plan follow from the problem."""
 
     block_m: int
     block_n: int
@@ -171,7 +171,8 @@ class _Tile(NamedTuple):
 
 
 def _tiles(problem: Problem) -> Iterator[_Tile]:
-    """By measurement on an H200 (2026-11-22), best first; see docs/performance.md."""
+    """Rules made from measurements on an H200 (2026-11-22), best first; see docs/ladder.md. What
+    `flashcore tune --grid` measures goes before them (tile_table.py)."""
     dim = max(problem.head_dim, problem.head_dim_v)
     heads = problem.batch * problem.num_heads_q
     plain = problem.mask is None and problem.softcap == 0.0
@@ -205,7 +206,7 @@ def _tiles(problem: Problem) -> Iterator[_Tile]:
 
 
 def _has_registers(plan: Sm90Plan) -> bool:
-    """Whether a consumer thread can hold S, P, O and some 32 more. The tile table is right about
+    """Whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
     that where the producer's warpgroup is small; a warp that deals out tiles takes from it."""
     held = (plan.block_n + plan.head_dim_v) // 2 + plan.block_n // 4
     return held + 32 <= plan.role_registers[0]

@@ -2,9 +2,9 @@
 
 The file lies in the cache directory, one for an architecture: `tuned-sm_90.json`. An entry serves
 one GPU model, one version of the kernel's source, and one class of problems: the options, and
-lengths and heads rounded to powers of two. Anything else goes by the tables in plan.py and
-plan_sm90.py. An entry can only choose among legal plans of a kernel that serves the problem anyway,
-so a wrong one costs time, never a result.
+lengths and heads rounded to powers of two. Anything else goes by the table that ships
+(tile_table.py), or by the rules in plan.py and plan_sm90.py. An entry can only choose among legal
+plans of a kernel that serves the problem anyway, so a wrong one costs time, never a result.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 
-from flashcore import env
+from flashcore import env, tile_table
 from flashcore.codegen import flatten
 from flashcore.plan import Plan
 from flashcore.problem import Problem
@@ -43,7 +42,7 @@ class Entry:
         problem_class: see `problem_class`.
         tile: the fields of the Plan that were chosen.
         seconds: a call's time with it.
-        default_seconds: a call's time with the plan of the tables.
+        default_seconds: a call's time with the plan that it replaces.
         measured_on: the shape that was timed.
         date: of the measurement, ISO.
     """
@@ -70,19 +69,7 @@ def problem_class(problem: Problem) -> str:
     dims = f"D{problem.head_dim}"
     if problem.head_dim_v != problem.head_dim:
         dims += f"/{problem.head_dim_v}"
-    parts = [dims]
-    if problem.window_left >= 0:
-        parts.append("window_left")
-    if problem.window_right >= 0:
-        parts.append("window_right")
-    if problem.softcap:
-        parts.append("softcap")
-    if problem.mask is not None:
-        parts.append("bool mask" if problem.mask.dtype == "bool" else "additive mask")
-    if problem.varlen != "none":
-        parts.append(f"varlen {problem.varlen}")
-    if problem.load_bytes < 16:
-        parts.append(f"loads of {problem.load_bytes}")
+    parts = [dims, *tile_table.options_of(problem)]
     heads = problem.batch * problem.num_heads_q
     sizes = (("heads", heads), ("q", problem.seqlen_q), ("k", problem.seqlen_k))
     return " ".join(parts + [f"{name}{_power_of_two(size)}" for name, size in sizes])
@@ -177,29 +164,57 @@ def save(path: Path, entries: Iterable[Entry], dropped: Iterable[Entry] = ()) ->
         merged.pop(entry.key, None)
     merged |= {entry.key: entry for entry in entries}
     rows = [asdict(merged[key]) for key in sorted(merged)]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        json.dump({"schema": _SCHEMA, "entries": rows}, file, indent=1)
-        file.write("\n")
-    os.replace(temporary, path)
+    text = json.dumps({"schema": _SCHEMA, "entries": rows}, indent=1)
+    tile_table.replace_text(path, text + "\n")
     _read.cache_clear()  # a file system's clock may be too coarse to tell
 
 
-def find(problem: Problem, plan: Plan) -> tuple[Plan, Entry] | None:
-    """What tuning found for a problem.
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A plan that was measured, and a sentence on where."""
+
+    plan: Plan
+    source: str
+
+
+def find(problem: Problem, plan: Plan) -> Found | None:
+    """What was measured for a problem: on this machine's GPU, or else for the table that ships.
 
     Args:
-        problem: what is asked; of CUDA tensors, as nothing is tuned for others.
-        plan: what the tables say.
+        problem: what is asked.
+        plan: what the rules say.
 
     Returns:
-        The plan with the tuned tile, and the entry; None where there is none, where
-        FLASHCORE_TUNED is 0, for another GPU, another version of the kernel, or a debug gate.
+        The plan with the measured tile; None where nothing was measured for it, or with a debug
+        gate. See FLASHCORE_TUNED.
     """
-    if problem.device != "cuda" or plan.arch != problem.arch or plan.gate is not None:
+    if plan.gate is not None:
         return None
-    if not env.tuned():
+    own = _find_own(problem, plan)
+    if own is not None:
+        changed, entry = own
+        return Found(
+            changed,
+            f"tiles were found by `flashcore tune` on {entry.gpu}, {entry.date[:10]}, with "
+            f"{entry.measured_on}; FLASHCORE_TUNED=0 goes by what ships with flashcore",
+        )
+    shipped = tile_table.find(problem, plan)
+    if shipped is None:
+        return None
+    about, cell = shipped.table.about, shipped.cell
+    source = (
+        f"tiles come from the table that ships with flashcore, measured on {about['gpu']['name']}, "
+        f"{about['date'][:10]}, with {cell.workload}; FLASHCORE_TUNED=rules goes by the rules"
+    )
+    if about["kernels"].get(plan.kernel) != kernel_version(plan.kernel):
+        source += "; the kernel has changed since then"
+    return Found(shipped.plan, source)
+
+
+def _find_own(problem: Problem, plan: Plan) -> tuple[Plan, Entry] | None:
+    """What `flashcore tune` found on this GPU, with this version of the kernel; for CUDA tensors,
+    as nothing is tuned for others."""
+    if problem.device != "cuda" or plan.arch != problem.arch or not env.tuned():
         return None
     # Asked for each new shape: a path costs more to make than a look whether there is a file.
     entries = read(_path_for(plan.arch, os.environ.get(env.CACHE_DIR.name)))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from flashcore.bench.workloads import Workload
 from flashcore.packed import as_batch
 
 _VARLEN = "torch.nn.attention.varlen"
+_COMPILE_SECONDS = 60.0
 _POSITIONS = frozenset({"window", "softcap", "gqa"})
 
 
@@ -62,7 +66,29 @@ def _flex(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
         out: Tensor = compiled(q, k, v, **options)
         return out
 
+    with _time_limit("compiling"):
+        call()
     return call
+
+
+@contextlib.contextmanager
+def _time_limit(what: str) -> Iterator[None]:
+    """Raises TimeoutError when its block takes longer than _COMPILE_SECONDS; in the main thread, as
+    only that is interrupted by signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_alarm(*_: object) -> None:
+        raise TimeoutError(f"{what} took longer than {_COMPILE_SECONDS:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, on_alarm)
+    timer = signal.setitimer(signal.ITIMER_REAL, _COMPILE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _visible(workload: Workload, mask: Tensor | None) -> Callable[..., Tensor] | None:

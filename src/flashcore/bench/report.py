@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from flashcore.bench.summary import by_workload, speedup, summarize
+from flashcore.bench.summary import by_workload, speedup, summarize, worst
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]
@@ -22,6 +22,7 @@ TITLES = {
     "masked": "Mask tensors and soft-capping",
     "decode": "Decoding: one query, a long cache",
     "varlen": "Packed sequences of different lengths",
+    "random": "Shapes drawn at random",
 }
 
 
@@ -29,7 +30,8 @@ def markdown(document: Document) -> str:
     """The whole report: conditions, summary, one table for each group of workloads, errors."""
     everything = document["results"]
     parts = [conditions(document), "### Summary", summary_table(everything)]
-    parts += ["\n".join(f"- {line}" for line in [*window_lines(everything), *skipped(document)])]
+    lines = [*worst_lines(everything), *window_lines(everything), *skipped(document)]
+    parts += ["\n".join(f"- {line}" for line in lines)]
     for group in dict.fromkeys(row["group"] for row in everything):
         rows = [row for row in everything if row["group"] == group]
         parts.append(f"### {TITLES.get(group, group)}\n\n{times_table(rows)}")
@@ -64,6 +66,14 @@ def window_lines(rows: Sequence[Row]) -> list[str]:
         "a window: " + ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items())
         for found in summarize(rows).values()
         for workload, costs in found.get("window_cost", {}).items()
+    ]
+
+
+def worst_lines(rows: Sequence[Row]) -> list[str]:
+    """Of shapes drawn at random, a sentence for each on which flashcore stands worst."""
+    return [
+        f"among the worst of the shapes drawn at random: {name}, {ratio:.2f}x the speed of {peer}"
+        for name, ratio, peer in worst(rows, "random")
     ]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore import env, machine, tuned
+from flashcore import env, machine, tile_table, tuned
 from flashcore.bench import ceilings
 from flashcore.bench.libraries import Call, Library, cpu_libraries, gpu_libraries
 from flashcore.bench.peers import find_peers
@@ -65,7 +65,8 @@ def run(
 
     Returns:
         A document of plain values: date, command, machine, ceilings, tuned (whether tiles found by
-        `flashcore tune` were there to be used), left_out (libraries that are not here, and why),
+        `flashcore tune` were there to be used), tile_table (date of the table that ships, if it
+        was), left_out (libraries that are not here, and why),
         summary (see summary.py), results (one object for each workload and library, seconds and
         errors, or the reason why it did not run).
     """
@@ -104,10 +105,16 @@ def run(
         ),
         "ceilings": limits,
         "tuned": on_gpu and env.tuned() and bool(tuned.read(tuned.path_for(tuned.gpu_arch()))),
+        "tile_table": _tile_table_date() if on_gpu else None,
         "left_out": left_out,
         "summary": summarize(results),
         "results": results,
     }
+
+
+def _tile_table_date() -> str | None:
+    table = tile_table.read(tuned.gpu_arch()) if env.tile_table() else None
+    return None if table is None else str(table.about["date"])
 
 
 def command_line() -> str:

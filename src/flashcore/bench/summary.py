@@ -79,6 +79,25 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
     return result
 
 
+def worst(rows: Sequence[Row], group: str, count: int = 5) -> list[tuple[str, float, str]]:
+    """The workloads of a group on which flashcore stands worst, the worst first.
+
+    Args:
+        rows: the document's results.
+        group: which of them.
+        count: at most so many.
+
+    Returns:
+        Workload, time of the best peer / flashcore's, and the peer's name.
+    """
+    found = []
+    for name, entries in by_workload(rows, group).items():
+        ratio, peer = speedup(entries), best_peer(entries)
+        if ratio is not None and peer is not None:
+            found.append((name, ratio, str(peer["library"])))
+    return sorted(found, key=lambda entry: entry[1])[:count]
+
+
 def _by_library(workloads: Iterable[Entries]) -> dict[str, float]:
     ratios: dict[str, list[float]] = {}
     for entries in workloads:

@@ -19,6 +19,7 @@ from torch import Tensor
 Call = Callable[[], Tensor]
 
 _GRAPH_SECONDS = 2e-3  # one replay lasts about this long: far above a replay's own start-up
+_QUICK_GRAPH_SECONDS = 5e-4
 _MAX_CALLS_IN_GRAPH = 200
 _TRIAL_CALLS = 5
 _LONG_CALL_SECONDS = 1e-3  # from here on an eager call takes as long as its kernel
@@ -75,6 +76,30 @@ def time_on_gpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing 
     for name, values in samples.items():
         results[name] = Timing(statistics.median(values), tuple(values), eager[name])
     return results
+
+
+def quick_seconds(call: Call, replays: int = 3) -> float:
+    """Seconds of a call on the GPU in little time: to tell what is worth `time_on_gpu`.
+
+    Args:
+        call: as there.
+        replays: of a graph, each after one that warms up; the fastest counts.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    call()  # which may load the kernel
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    if start.elapsed_time(end) * 1e-3 >= _LONG_CALL_SECONDS:
+        captured = _capture(call, 1)
+    else:
+        captured = _capture(call, _TRIAL_CALLS)
+        seconds = _replay_seconds(captured)
+        if seconds * _TRIAL_CALLS < _QUICK_GRAPH_SECONDS:
+            calls = min(_MAX_CALLS_IN_GRAPH, round(_QUICK_GRAPH_SECONDS / max(seconds, 1e-9)))
+            captured = _capture(call, calls)
+    return min(_replay_seconds(captured) for _ in range(replays))
 
 
 def _eager_seconds(call: Call) -> float:

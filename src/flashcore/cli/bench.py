@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from flashcore.cli import options as o
 from flashcore.cli.output import JsonFlag, Output, command, seconds, table, to_json
 
 
@@ -21,6 +22,13 @@ def bench(
             "varlen.",
         ),
     ] = None,
+    drawn: Annotated[
+        int | None,
+        typer.Option(
+            "--random", min=1, help="So many shapes drawn at random, instead or with --groups."
+        ),
+    ] = None,
+    seed: o.Seed = 0,
     without: Annotated[
         str | None,
         typer.Option("--without", help="Leave these libraries out, such as flex,sdpa-math."),
@@ -57,6 +65,8 @@ def bench(
 
         flashcore bench --groups small,decode
 
+        flashcore bench --random 40 --seed 1
+
         flashcore bench --output benchmarks/results/my-gpu.json
 
         flashcore bench --from benchmarks/results/my-gpu.json
@@ -65,7 +75,7 @@ def bench(
         if from_file is not None:
             document = _load(from_file)
         else:
-            document = _measure(out, _device(device), quick, groups, without, rounds)
+            document = _measure(out, _device(device), quick, groups, drawn, seed, without, rounds)
         _show(out, document)
         if output is not None:
             _write(out, document, output)
@@ -100,13 +110,26 @@ def _groups(text: str | None, device: str) -> list[str] | None:
 
 
 def _measure(
-    out: Output, device: str, quick: bool, groups: str | None, without: str | None, rounds: int
+    out: Output,
+    device: str,
+    quick: bool,
+    groups: str | None,
+    drawn: int | None,
+    seed: int,
+    without: str | None,
+    rounds: int,
 ) -> dict[str, Any]:
+    from flashcore.bench.random_shapes import random_shapes
     from flashcore.bench.run import run, workloads_for
 
     names = [name.strip() for name in without.split(",")] if without else []
 
-    chosen = workloads_for(device, quick, _groups(groups, device))
+    if drawn is not None and device == "cpu":
+        raise typer.BadParameter(f"--random {drawn} needs a GPU: a CPU would take minutes a shape")
+    wanted = _groups(groups, device)
+    chosen = [] if drawn is not None and wanted is None else workloads_for(device, quick, wanted)
+    if drawn is not None:
+        chosen += random_shapes(drawn, seed)
     if device == "cpu":
         out.note(
             "No GPU: these are the CPU paths on a small shape. They say nothing about the kernels."
@@ -145,7 +168,12 @@ def _show(out: Output, document: dict[str, Any]) -> None:
         columns = ["library", "time", "TFLOP/s", "of limit", "max error", "mean error"]
         out.print("", table(f"{group}: {workload}", columns, rows))
     out.print("", _summary(document))
-    for line in [*report.window_lines(document["results"]), *report.skipped(document)]:
+    results = document["results"]
+    for line in [
+        *report.worst_lines(results),
+        *report.window_lines(results),
+        *report.skipped(document),
+    ]:
         out.print(line.replace("[", "\\["), wrap=False)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,9 +12,8 @@ from flashcore.cli.output import JsonFlag, Output, command, seconds, table, usag
 
 if TYPE_CHECKING:
     from flashcore.bench.workloads import Workload
-    from flashcore.plan import Plan
-    from flashcore.problem import Problem
     from flashcore.tune.search import Found
+    from flashcore.tune.session import Session
 
 _NO_GPU = (
     "flashcore tune times kernels, and torch sees no GPU here; run it where the kernels will run "
@@ -32,6 +29,10 @@ def tune(
             help="The benchmark's groups of shapes, varlen excluded; default: all but masked.",
         ),
     ] = None,
+    grid: Annotated[
+        bool,
+        typer.Option("--grid", help="The shapes of the table that ships, with few tiles each."),
+    ] = False,
     seqlen: Annotated[
         int | None, typer.Option("--seqlen", "-s", min=1, help="One shape instead: query length.")
     ] = None,
@@ -50,21 +51,27 @@ def tune(
     timeout: Annotated[
         float, typer.Option("--timeout", min=1, help="Seconds until a configuration hangs.")
     ] = 30.0,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0, help="Start no search after this long.")
+    ] = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Write winners to this file, not into the cache."),
+        typer.Option(
+            "--output", "-o", help="Write a table that can ship, and nothing into the cache."
+        ),
     ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Search the fastest tile configurations on this GPU, and use them from then on.
 
-    Lists what fits the GPU, compiles it in parallel, discards what spills, would deadlock or gives
-    wrong results, and times the rest by CUDA graph replays, in a child process that a hanging
-    configuration cannot take down. A winner must beat the built-in table by 2 %. Winners go into
-    the cache directory as tuned-sm_90.json (or the GPU's own architecture) after each shape, so
-    Ctrl-C keeps what was found; they serve all problems of the same class (options and head_dim;
-    lengths and heads to the nearest power of two) until the kernel's source changes. Set
-    FLASHCORE_TUNED=0 to go by the built-in table.
+    Lists what fits the GPU, compiles it in parallel, discards what spills or would deadlock, times
+    the rest by CUDA graph replays, and checks the results of the fastest, in a child process that a
+    hanging configuration cannot take down. A winner must be 2 % faster than what runs without.
+    Winners go into the cache directory as tuned-sm_90.json (or the GPU's own architecture) after
+    each shape, so Ctrl-C keeps what was found; they serve all problems of the same class (options
+    and head_dim; lengths and heads to the nearest power of two) until the kernel's source changes.
+    Set FLASHCORE_TUNED=0 to go by what ships with flashcore. --grid with --output measures what
+    ships: in minutes, with a short list of tiles.
 
     Examples:
 
@@ -72,14 +79,14 @@ def tune(
 
         flashcore tune --groups small,gqa
 
-        flashcore tune --backend wmma --groups seed
+        flashcore tune --grid --output tiles-sm_90.json
     """
     with command(json_output) as out:
         with usage_errors():
             shape: Workload | None = None
+            if (groups is not None) + (seqlen is not None) + grid > 1:
+                raise ValueError("--groups, --seqlen and --grid exclude each other")
             if seqlen is not None:
-                if groups is not None:
-                    raise ValueError("--groups and --seqlen exclude each other")
                 shape = _shape(
                     batch=batch,
                     heads=heads,
@@ -92,12 +99,20 @@ def tune(
                     window=window,
                     softcap=softcap,
                 )
-            workloads = _workloads(groups) if shape is None else [shape]
+            workloads = _workloads(groups, grid) if shape is None else [shape]
             if backend not in ("auto", "sm90", "wmma"):
                 raise ValueError(f"--backend {backend} is not one of auto, sm90, wmma")
-        found, complete = _search(out, workloads, backend, timeout, output)
-        _show(out, found)
-        out.finish([_row(entry) for entry in found], ok=complete)
+        session, complete = _search(out, workloads, backend, timeout, minutes, output, grid)
+        _show(out, session)
+        document = {
+            "geometric_mean_gain": _mean_gain(session.found),
+            "failures": session.failures,
+            "left_out": session.left_out,
+            "compile_seconds": session.compile_seconds,
+            "search_seconds": session.search_seconds,
+            "results": [_row(entry) for entry in session.found],
+        }
+        out.finish(document, ok=complete and not session.failures)
 
 
 def _shape(**options: Any) -> Workload:
@@ -130,10 +145,13 @@ def _shape(**options: Any) -> Workload:
     )
 
 
-def _workloads(groups: str | None) -> list[Workload]:
+def _workloads(groups: str | None, grid: bool) -> list[Workload]:
     from flashcore.bench.workloads import GROUPS
+    from flashcore.tune.grid import cells
 
-    known = [name for name in GROUPS if name != "varlen"]  # packed sequences go by the tables
+    if grid:
+        return cells()
+    known = [name for name in GROUPS if name != "varlen"]  # packed sequences go by the rules
     names = [name for name in known if name != "masked"]
     if groups is not None:
         names = [name.strip() for name in groups.split(",")]
@@ -144,115 +162,50 @@ def _workloads(groups: str | None) -> list[Workload]:
 
 
 def _search(
-    out: Output, workloads: list[Workload], backend: str, timeout: float, output: Path | None
-) -> tuple[list[Found], bool]:
-    """Searches and saves, shape by shape; whether all of it was done."""
+    out: Output,
+    workloads: list[Workload],
+    backend: str,
+    timeout: float,
+    minutes: float | None,
+    output: Path | None,
+    brief: bool,
+) -> tuple[Session, bool]:
+    """The session, and whether it came to its end."""
     from flashcore import tuned
     from flashcore.errors import BackendUnavailableError
     from flashcore.tune import compiling, timing
-    from flashcore.tune.search import DefaultFailedError, Search
+    from flashcore.tune.keeping import CacheKeeper, Keeper, TableKeeper
+    from flashcore.tune.session import Session, tasks_for
 
     gpu, arch = tuned.gpu_name(), tuned.gpu_arch()
     if gpu is None:
         raise BackendUnavailableError(_NO_GPU)
-    plans: dict[tuple[str, str], tuple[Workload, Plan]] = {}
-    for workload in workloads:
-        problem, default = default_plan(workload, backend, arch)
-        # Of shapes of one class the first is timed: a second winner would take its place.
-        plans.setdefault((default.kernel, tuned.problem_class(problem)), (workload, default))
-    found: list[Found] = []
-    complete = True
+    keeper: Keeper = CacheKeeper(gpu, arch) if output is None else TableKeeper(output)
+    # What ships is measured beside the rules, what a user keeps beside what ships.
+    tasks = tasks_for(workloads, backend, arch, keeper, shipped=output is None)
     with (
         compiling.Compiler() as compile_plans,
         timing.GpuTimer(timeout) as timer,
-        out.progress("Tuning", total=len(plans)) as advance,
+        out.progress(f"Tuning {len(tasks)} shapes", total=len(tasks)) as advance,
     ):
+        session = Session(tasks, keeper, compile_plans, timer, brief, minutes)
+        complete = True
         try:
-            for (_, problem_class), (workload, default) in plans.items():
-
-                def on_step(what: str, done: int, total: int, name: str = workload.name) -> None:
-                    advance(0, f"{name}: {what} {done}/{total}")
-
-                try:
-                    result = Search(workload, default, compile_plans, timer, on_step).run()
-                except DefaultFailedError as error:
-                    out.error(str(error))
-                    complete = False
-                else:
-                    found.append(result)
-                    save(result, gpu, problem_class, output or tuned.path_for(arch))
-                advance(1)
+            session.run(advance)
         except KeyboardInterrupt:
             out.note("interrupted; what was found so far is kept")
             complete = False
-    return found, complete
+    for failure in session.failures:
+        out.error(failure)
+    if session.left_out:
+        out.note(f"{minutes:g} minutes were over; {session.left_out} shapes were left out")
+    return session, complete
 
 
-def default_plan(workload: Workload, backend: str, arch: int) -> tuple[Problem, Plan]:
-    """The workload as a Problem on a GPU of an architecture, and what the tables say about it.
+def _mean_gain(found: list[Found]) -> float | None:
+    from flashcore.bench.summary import geometric_mean
 
-    Raises:
-        BackendUnavailableError, NotImplementedError, TypeError: no kernel serves it there.
-    """
-    import torch
-
-    from flashcore.dispatch import KERNELS, choose_backend
-    from flashcore.errors import BackendUnavailableError
-    from flashcore.plan import candidates
-    from flashcore.problem import Problem
-
-    def empty(seqlen: int, heads: int) -> torch.Tensor:
-        shape = (workload.batch, seqlen, heads, workload.head_dim)
-        return torch.empty(shape, dtype=getattr(torch, workload.dtype)).transpose(1, 2)
-
-    k = empty(workload.keys, workload.heads_kv)
-    described = Problem.from_tensors(
-        empty(workload.seqlen, workload.num_heads),
-        k,
-        k,
-        causal=workload.causal,
-        window=workload.window,
-        softcap=workload.softcap,
-        mask=workload.mask_tensor("cpu"),
-    )
-    problem = dataclasses.replace(described, device="cuda", arch=arch)
-    choice = choose_backend(problem, backend)
-    if choice.backend not in KERNELS:
-        raise BackendUnavailableError(f"{workload.name}: no kernel to tune: {choice.reason}")
-    return problem, candidates(problem, kernel=KERNELS[choice.backend])[0]
-
-
-def save(result: Found, gpu: str, problem_class: str, path: Path) -> None:
-    """Keeps a winner in a file; where the table's own plan won, an earlier entry goes.
-
-    Raises:
-        FlashCoreError: the file cannot be written.
-    """
-    from flashcore import tuned
-    from flashcore.errors import FlashCoreError
-    from flashcore.tune.space import tile_of
-
-    entry = tuned.Entry(
-        gpu=gpu,
-        kernel=result.winner.kernel,
-        version=tuned.kernel_version(result.winner.kernel),
-        problem_class=problem_class,
-        tile=tile_of(result.winner),
-        seconds=result.seconds,
-        default_seconds=result.default_seconds,
-        measured_on=f"{result.workload.name} {result.workload.dtype}",
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    )
-    try:
-        if result.winner == result.default:
-            tuned.save(path, [], dropped=[entry])
-        else:
-            tuned.save(path, [entry])
-    except OSError as error:
-        raise FlashCoreError(
-            f"{path} cannot be written ({error}); set FLASHCORE_CACHE_DIR to a writable folder, or "
-            "give another file with --output"
-        ) from error
+    return geometric_mean([entry.gain for entry in found]) if found else None
 
 
 def _row(found: Found) -> dict[str, Any]:
@@ -271,9 +224,10 @@ def _row(found: Found) -> dict[str, Any]:
     }
 
 
-def _show(out: Output, found: list[Found]) -> None:
+def _show(out: Output, session: Session) -> None:
     from collections import Counter
 
+    found = sorted(session.found, key=_place) if session.brief else session.found
     rows = []
     for entry in found:
         won = entry.winner != entry.default
@@ -282,29 +236,48 @@ def _show(out: Output, found: list[Found]) -> None:
                 f"{entry.workload.name} {entry.workload.dtype}",
                 seconds(entry.default_seconds),
                 seconds(entry.seconds) if won else "-",
-                f"{entry.default_seconds / entry.seconds:.2f}x" if won else "-",
+                f"{entry.gain:.2f}x" if won else "-",
                 f"{entry.timed}+{len(entry.discarded)}",
-                _tile_text(entry.winner),
+                _tile_text(entry),
             ]
         )
-    columns = ["shape", "table", "tuned", "gain", "tried", "tile"]
+    columns = ["shape", "untuned", "tuned", "gain", "tried", "winner"]
     out.print(table("Fastest tiles (tried: timed+discarded)", columns, rows))
     reasons = Counter(why.partition(":")[0] for entry in found for _, why in entry.discarded)
     for reason, count in reasons.most_common():
         out.print(f"discarded {count}: {reason}".replace("[", "\\["), wrap=False)
+    kinds: dict[str, list[Found]] = {}
+    for entry in found:
+        kind = f"D{entry.workload.head_dim} {'causal' if entry.workload.causal else 'full'}"
+        kinds.setdefault(kind, []).append(entry)
+    for kind, entries in kinds.items():
+        changed = sum(entry.winner != entry.default for entry in entries)
+        out.print(
+            f"{kind}: {_mean_gain(entries):.3f}x, another tile on {changed} of {len(entries)}"
+        )
+    out.print(
+        f"geometric mean gain of {len(found)} shapes: {_mean_gain(found) or 1.0:.3f}x; "
+        f"{session.compile_seconds:.0f} s of compiling ahead, {session.search_seconds:.0f} s after"
+    )
 
 
-def _tile_text(plan: Plan) -> str:
-    """Sizes, then what is switched on or not 1."""
+def _place(found: Found) -> tuple[int, bool, int, int]:
+    workload = found.workload
+    heads = workload.batch * workload.num_heads
+    return workload.head_dim, workload.causal, workload.seqlen, heads
+
+
+def _tile_text(found: Found) -> str:
+    """The winner's rows x keys; unless it is the default, in whose place, and what else differs."""
     from flashcore.tune.space import tile_of
 
-    tile = tile_of(plan)
-    words = [f"rows x keys {tile.pop('block_m')}x{tile.pop('block_n')}"]
-    for name, value in tile.items():
-        if value is True:
-            words.append(name)
-        elif value is not False and not (
-            name in ("min_blocks", "key_splits") and value == 1
-        ):
-            words.append(f"{name} {value}")
-    return ", ".join(words)
+    before, tile = tile_of(found.default), tile_of(found.winner)
+    size = f"tile {tile['block_m']}x{tile['block_n']}"
+    if found.winner == found.default:
+        return size
+    changed = [
+        f"{name} {value}"
+        for name, value in tile.items()
+        if value != before[name] and name not in ("block_m", "block_n")
+    ]
+    return ", ".join([f"{size} for {before['block_m']}x{before['block_n']}", *changed])

@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
+import re
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 
+from flashcore.codegen import generate_source
 from flashcore.errors import CompileError
-from flashcore.jit import Resources, resources
+from flashcore.jit import Resources, cache_key, resources
 from flashcore.machine import available_cores
 from flashcore.plan import Plan
 from flashcore.tune.space import registers_asked_for
 
 _MAX_WORKERS = 16
 _FEW = 4  # compile faster than a worker starts, which imports torch
+_ATTEMPTS = 2  # a process that dies takes with it what others had to do
 
 
 class Compiler:
     """A pool of processes, as NVRTC compiles one program at a time in a process. They start with
-    the first call that has many plans, and end with the `with` block."""
+    the first call that has many plans, and end with the `with` block. What was compiled once is
+    remembered, by its source."""
 
     def __init__(self, workers: int | None = None) -> None:
         self.workers = min(_MAX_WORKERS, available_cores()) if workers is None else workers
         self._pool: ProcessPoolExecutor | None = None
+        self._known: dict[str, str | None] = {}
 
     def __enter__(self) -> Compiler:
         return self
@@ -34,9 +41,31 @@ class Compiler:
 
     def __call__(self, plans: Sequence[Plan]) -> Iterator[tuple[Plan, str | None]]:
         """Each plan, in any order, and why it is ruled out or None."""
+        alike: dict[str, list[Plan]] = {}
+        for plan in plans:
+            alike.setdefault(_source(plan), []).append(plan)
+        new = {same[0]: source for source, same in alike.items() if source not in self._known}
+        for source in alike.keys() - set(new.values()):
+            yield from ((plan, self._known[source]) for plan in alike[source])
+        for compiled, reason in self._compile(list(new)):
+            source = new[compiled]
+            self._known[source] = reason
+            yield from ((plan, reason) for plan in alike[source])
+
+    def _compile(self, plans: Sequence[Plan]) -> Iterator[tuple[Plan, str | None]]:
         if self.workers < 2 or len(plans) <= _FEW:
             yield from ((plan, obstacle(plan)) for plan in plans)
             return
+        for _ in range(_ATTEMPTS):
+            plans = yield from self._compile_in_pool(plans)
+        yield from ((plan, "the compiler's process died") for plan in plans)
+
+    def _compile_in_pool(
+        self, plans: Sequence[Plan]
+    ) -> Generator[tuple[Plan, str | None], None, list[Plan]]:
+        """Returns those that a process died over, the others' in its queue among them."""
+        if not plans:
+            return []
         if self._pool is None:
             self._pool = ProcessPoolExecutor(
                 max_workers=self.workers,
@@ -44,8 +73,21 @@ class Compiler:
                 initializer=ignore_interrupts,
             )
         futures = {self._pool.submit(obstacle, plan): plan for plan in plans}
+        lost = []
         for future in as_completed(futures):
-            yield futures[future], future.result()
+            if isinstance(future.exception(), BrokenProcessPool):
+                lost.append(futures[future])
+            else:
+                yield futures[future], future.result()
+        if lost:
+            self._pool = None  # it takes no more work
+        return lost
+
+
+@functools.lru_cache(maxsize=4096)
+def _source(plan: Plan) -> str:
+    """The hash of a plan's source text: plans may differ in what only the host reads."""
+    return cache_key(generate_source(plan), plan.arch, plan.arch_suffix)
 
 
 def ignore_interrupts() -> None:
@@ -58,7 +100,9 @@ def obstacle(plan: Plan) -> str | None:
     try:
         return rejection(plan, resources(plan))
     except CompileError as error:
-        return f"does not compile: {str(error).splitlines()[0]}"
+        lines = str(error).strip().splitlines()
+        told = (line for line in lines if re.search(r"\b(error|fatal)\b", line))
+        return f"does not compile: {next(told, lines[0]).strip()[:160]}"
 
 
 def rejection(plan: Plan, found: Resources) -> str | None:

@@ -1,7 +1,8 @@
 """The search: sizes of tiles first, then schedules around the fastest, then a final in turns.
 
 A full product would be a thousand compilations for each class of problems. Sizes decide most, and
-the other choices hardly change which sizes are good (docs/performance.md, "What was tried").
+the other choices hardly change which sizes are good (docs/ladder.md). What is timed first is timed
+briefly and unchecked; results are checked where a plan reaches the final.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from dataclasses import dataclass
 
 from flashcore.bench.workloads import Workload
 from flashcore.plan import Plan
+from flashcore.tile_table import WORTH
 from flashcore.tune.space import schedules, tiles
 from flashcore.tune.timing import Outcome, Timer
 
+Plans = Callable[[Plan], Sequence[Plan]]
 Compile = Callable[[Sequence[Plan]], Iterable[tuple[Plan, "str | None"]]]
 OnStep = Callable[[str, int, int], None]
 
 _EXPLORED = 2  # of the fastest sizes, how many get other schedules
 _FINALISTS = 3
-# A winner must be faster by more than times differ from run to run on one machine.
-WORTH = 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,11 @@ class Found:
 
     Args:
         workload: what was timed.
-        default: the plan of the tables.
+        default: the plan without tuning.
         winner: the fastest plan; `default` unless another is faster by 2 %.
         default_seconds: of a call, in the final.
         seconds: of a call with the winner, in the final.
+        finalists: the plans of the final with their seconds, `default` first.
         timed: how many plans were timed.
         discarded: the others, with the reason.
         ranking: all that were timed, fastest first, by their first timing.
@@ -44,13 +46,19 @@ class Found:
     winner: Plan
     default_seconds: float
     seconds: float
+    finalists: tuple[tuple[Plan, float], ...]
     timed: int
     discarded: tuple[tuple[Plan, str], ...]
     ranking: tuple[tuple[Plan, float], ...]
 
+    @property
+    def gain(self) -> float:
+        """The default's time over the winner's."""
+        return self.default_seconds / self.seconds
+
 
 class DefaultFailedError(RuntimeError):
-    """The plan of the tables itself could not be timed, so there is nothing to compare with."""
+    """The plan without tuning could not be timed, so there is nothing to compare with."""
 
 
 class Search:
@@ -58,11 +66,13 @@ class Search:
 
     Args:
         workload: what to tune for.
-        default: the plan of the tables.
+        default: the plan without tuning.
         compile_plans: which of some plans are ruled out.
-        timer: times plans.
+        timer: times and checks plans.
         on_step: called with what is under way, how many of its plans are done, and how many there
             are.
+        sizes: what to try first.
+        variants: what to try then, around the fastest.
     """
 
     def __init__(
@@ -72,12 +82,17 @@ class Search:
         compile_plans: Compile,
         timer: Timer,
         on_step: OnStep = lambda what, done, total: None,
+        *,
+        sizes: Plans = tiles,
+        variants: Plans = schedules,
     ) -> None:
         self.workload = workload
         self.default = default
         self.compile_plans = compile_plans
         self.timer = timer
         self.on_step = on_step
+        self.sizes = sizes
+        self.variants = variants
         self.outcomes: dict[Plan, Outcome] = {}
 
     def run(self) -> Found:
@@ -85,10 +100,14 @@ class Search:
         self._try([self.default])
         if isinstance(failure := self.outcomes[self.default], str):
             raise DefaultFailedError(f"{self.workload.name}: {self.default.describe()}: {failure}")
-        self._try(tiles(self.default))
+        self._try(self.sizes(self.default))
         for plan, _ in self._ranking()[:_EXPLORED]:
-            self._try(schedules(plan))
-        winner, seconds, default_seconds = self._final()
+            self._try(self.variants(plan))
+        finalists = self._final()
+        (_, default_seconds), *others = finalists
+        winner, seconds = min(others, key=lambda entry: entry[1], default=finalists[0])
+        if seconds > WORTH * default_seconds:
+            winner, seconds = finalists[0]
         ranking = self._ranking()
         reasons = [(plan, text) for plan, text in self.outcomes.items() if isinstance(text, str)]
         return Found(
@@ -97,6 +116,7 @@ class Search:
             winner,
             default_seconds,
             seconds,
+            tuple(finalists),
             len(ranking),
             tuple(reasons),
             tuple(ranking),
@@ -107,7 +127,7 @@ class Search:
         return sorted(timed, key=lambda entry: entry[1])
 
     def _try(self, plans: Sequence[Plan]) -> None:
-        """Compile, check and time those that were not tried yet."""
+        """Compile and time those that were not tried yet."""
         new = [plan for plan in plans if plan not in self.outcomes]
         allowed = []
         for done, (plan, reason) in enumerate(self.compile_plans(new), 1):
@@ -117,28 +137,42 @@ class Search:
             else:
                 self.outcomes[plan] = reason
         for done, plan in enumerate(allowed, 1):
-            (self.outcomes[plan],) = self.timer(self.workload, [plan])
+            self.outcomes[plan] = self.timer.quick(self.workload, plan)
             self.on_step("timing", done, len(allowed))
 
-    def _final(self) -> tuple[Plan, float, float]:
-        """Winner, its time, the default's: the fastest and the default in turns, so that clocks
+    def _final(self) -> list[tuple[Plan, float]]:
+        """The default and the fastest that are right, with their times in turns, so that clocks
         drift for all alike."""
-        best = [plan for plan, _ in self._ranking() if plan != self.default]
-        finalists = [plan for plan in best[:_FINALISTS] if self._serves_other_dtype(plan)]
-        times = self.timer(self.workload, [self.default, *finalists])
-        default_seconds = times[0]
-        if isinstance(default_seconds, str):
-            raise DefaultFailedError(f"{self.workload.name}: final: {default_seconds}")
-        winner, seconds = self.default, default_seconds
-        for plan, time in zip(finalists, times[1:], strict=True):
-            if not isinstance(time, str) and time < min(seconds, WORTH * default_seconds):
-                winner, seconds = plan, time
-        return winner, seconds, default_seconds
+        finalists = [self.default]
+        for plan, _ in self._ranking():
+            if len(finalists) > _FINALISTS:
+                break
+            if plan == self.default:
+                continue
+            reason = self._against_other_dtype(plan) or self.timer.check(self.workload, plan)
+            if reason is None:
+                finalists.append(plan)
+            else:
+                self.outcomes[plan] = reason
+        times = self.timer.in_turns(self.workload, finalists)
+        if isinstance(times[0], str):
+            raise DefaultFailedError(f"{self.workload.name}: final: {times[0]}")
+        return [
+            (plan, time)
+            for plan, time in zip(finalists, times, strict=True)
+            if not isinstance(time, str)
+        ]
 
-    def _serves_other_dtype(self, plan: Plan) -> bool:
-        """An entry serves float16 and bfloat16, so neither may be ruled out."""
+    def _against_other_dtype(self, plan: Plan) -> str | None:
+        """Why the plan is ruled out in the other dtype: what is found serves float16 and bfloat16,
+        so neither may be."""
         if plan.arch < 80:  # has no bfloat16
-            return True
-        other = "float16" if plan.dtype == "bfloat16" else "bfloat16"
-        ((_, reason),) = self.compile_plans([dataclasses.replace(plan, dtype=other)])
-        return reason is None
+            return None
+        ((_, reason),) = self.compile_plans([in_other_dtype(plan)])
+        return reason
+
+
+def in_other_dtype(plan: Plan) -> Plan:
+    """The bfloat16 plan of a float16 one, and the other way round."""
+    other = "float16" if plan.dtype == "bfloat16" else "bfloat16"
+    return dataclasses.replace(plan, dtype=other)

@@ -93,7 +93,7 @@ def registers_asked_for(plan: Plan) -> int:
     return 128 * (plan.num_consumers * consumer + producer)
 
 
-def _may_avoid_spills(plan: Plan) -> bool:
+def may_avoid_spills(plan: Plan) -> bool:
     """Whether scores, output and what else a thread must hold could fit into its registers."""
     accumulators = (plan.block_n + -(-plan.head_dim_v // 16) * 16) // 2
     if isinstance(plan, Sm90Plan):
@@ -106,7 +106,7 @@ def tiles(base: Plan) -> list[Plan]:
     """All sizes of tiles, the other choices as in `base`; `base` first."""
     found = {base: None}
     for plan in _tiles_sm90(base) if isinstance(base, Sm90Plan) else _tiles_wmma(base):
-        if is_legal(plan) and _may_avoid_spills(plan):
+        if is_legal(plan) and may_avoid_spills(plan):
             found[plan] = None
     return list(found)
 

@@ -1,7 +1,7 @@
 """Checks and times configurations on the GPU, in a child process.
 
 A wrong configuration may hang or spoil the CUDA context; then the child is ended, and the next
-question starts another one. Nothing is timed before its results are right.
+question starts another one. Nothing takes part in a final before its results are right.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import Any, Protocol
 
+from flashcore.bench.timing import Timing, first_line, quick_seconds, time_on_gpu
 from flashcore.bench.workloads import Workload
 from flashcore.plan import Plan
 
 Outcome = float | str  # seconds a call, or why there are none
 
-_START_SECONDS = 120.0  # importing torch, the first CUDA call, first compilations
+_START_SECONDS = 120.0  # importing torch
 _ROUNDS = 5
 _CHECKED_LENGTH = 333  # no multiple of any tile
 _CHECKED_WINDOW = 40
@@ -26,15 +27,21 @@ _CHECKED_WINDOW = 40
 class Timer(Protocol):
     """What `search` needs to know about a GPU."""
 
-    def __call__(self, workload: Workload, plans: Sequence[Plan]) -> list[Outcome]:
-        """Times of plans that take turns, or why one was not timed."""
+    def quick(self, workload: Workload, plan: Plan) -> Outcome:
+        """A plan's time, roughly and unchecked, or why it was not timed."""
+
+    def check(self, workload: Workload, plan: Plan) -> str | None:
+        """What is wrong with a plan's results, or None."""
+
+    def in_turns(self, workload: Workload, plans: Sequence[Plan]) -> list[Outcome]:
+        """Times of plans that take turns, or why one was not timed. Nothing that is wrong is."""
 
 
 class GpuTimer:
     """A Timer on the current GPU.
 
     Args:
-        timeout_seconds: for one call; who takes longer hangs.
+        timeout_seconds: for one plan; what takes longer hangs.
     """
 
     def __init__(self, timeout_seconds: float = 30.0, serve: Callable[..., None] | None = None):
@@ -49,15 +56,26 @@ class GpuTimer:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def __call__(self, workload: Workload, plans: Sequence[Plan]) -> list[Outcome]:
-        timeout = self.timeout_seconds
-        if self._connection is None:
-            timeout += _START_SECONDS
-            self._start()
-        assert self._connection is not None
+    def quick(self, workload: Workload, plan: Plan) -> Outcome:
+        """See Timer."""
+        return self._ask("quick", workload, [plan])[0]
+
+    def check(self, workload: Workload, plan: Plan) -> str | None:
+        """See Timer."""
+        (verdict,) = self._ask("check", workload, [plan])
+        return verdict if isinstance(verdict, str) else None
+
+    def in_turns(self, workload: Workload, plans: Sequence[Plan]) -> list[Outcome]:
+        """See Timer."""
+        return self._ask("in_turns", workload, list(plans))
+
+    def _ask(self, what: str, workload: Workload, plans: list[Plan]) -> list[Outcome]:
         try:
-            self._connection.send((workload, list(plans)))
-            if not self._connection.poll(timeout):
+            if self._connection is None:
+                self._start()
+            assert self._connection is not None
+            self._connection.send((what, workload, plans))
+            if not self._connection.poll(self.timeout_seconds * len(plans)):
                 self._end()
                 return [f"did not end in {self.timeout_seconds:.0f} s"] * len(plans)
             outcomes, is_sound = self._connection.recv()
@@ -69,11 +87,15 @@ class GpuTimer:
         return list(outcomes)
 
     def _start(self) -> None:
+        """Starts a child. Raises EOFError where it does not answer."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._child = context.Process(target=self._serve, args=(theirs,), daemon=True)
+        self._child = context.Process(target=_run_child, args=(self._serve, theirs), daemon=True)
         self._child.start()
         theirs.close()  # so that the end of the child is the end of the pipe
+        if not self._connection.poll(_START_SECONDS):
+            raise EOFError
+        self._connection.recv()
 
     def _end(self) -> None:
         if self._connection is not None:
@@ -83,76 +105,115 @@ class GpuTimer:
         self._connection = self._child = None
 
 
+def _run_child(serve: Callable[[Connection], None], connection: Connection) -> None:
+    """Says that imports are done, which may take longer than any plan, and serves."""
+    connection.send("ready")
+    serve(connection)
+
+
 def serve_gpu(connection: Connection) -> None:
-    """The child: answers (workload, plans) with (outcomes, whether the CUDA context is sound)."""
+    """The child: answers (what, workload, plans) with (outcomes, whether the CUDA context is
+    sound). `what` is the name of a method of Timer; to "check" a plan that is right answers 0."""
     from flashcore.tune.compiling import ignore_interrupts
 
     ignore_interrupts()
     bench: _Bench | None = None
+    checked: dict[tuple[Workload, Plan], str | None] = {}
     while True:
         try:
-            workload, plans = connection.recv()
+            what, workload, plans = connection.recv()
         except EOFError:
             return
         try:
             if bench is None or bench.workload != workload:
                 bench = None  # frees its tensors before the next ones are made
-                bench = _Bench(workload)
-            answer = bench.outcomes(plans), True
-        except Exception as error:  # whatever it is, the parent goes on with another child
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            answer = [reason[0][:160]] * len(plans), False
+                bench = _Bench(workload, checked)
+            answer = getattr(bench, what)(plans), True
+        except Exception as error:  # whatever it is, the search goes on
+            answer = [first_line(error)] * len(plans), context_is_sound()
         connection.send(answer)
 
 
+def context_is_sound() -> bool:
+    """Whether CUDA still works in this process, as after a launch that was refused; after an
+    illegal address it does not, and only another process helps."""
+    import torch
+
+    try:
+        return bool(torch.ones(1, device="cuda").item())
+    except Exception:
+        return False
+
+
 class _Bench:
-    """One workload's tensors, and what its results must be."""
+    """One workload's tensors, and what its results must be.
 
-    def __init__(self, workload: Workload) -> None:
+    Args:
+        workload: what is timed.
+        checked: verdicts on small workloads, which many share; added to.
+    """
+
+    def __init__(
+        self, workload: Workload, checked: dict[tuple[Workload, Plan], str | None]
+    ) -> None:
         self.workload = workload
-        self.full = _Inputs(workload)
-        self.small = _Inputs(small_workload(workload))
-        self.checked: dict[Plan, str | None] = {}
+        self._inputs = _Inputs(workload)
+        self._checked_small = checked
+        self._checked: dict[Plan, str | None] = {}
+        self._reference: Any = None
 
-    def outcomes(self, plans: Sequence[Plan]) -> list[Outcome]:
-        from flashcore.bench.timing import Timing, time_on_gpu
+    def quick(self, plans: Sequence[Plan]) -> list[Outcome]:
+        return [quick_seconds(self._inputs.timed_call(plan)) for plan in plans]
 
-        for plan in plans:
-            if plan not in self.checked:
-                self.checked[plan] = self._wrong(plan)
-        right = [plan for plan in plans if self.checked[plan] is None]
-        calls = {str(plan): self.full.call(plan) for plan in right}
-        timings = time_on_gpu(calls, _ROUNDS)
+    def check(self, plans: Sequence[Plan]) -> list[Outcome]:
+        return [self._wrong(plan) or 0.0 for plan in plans]
+
+    def in_turns(self, plans: Sequence[Plan]) -> list[Outcome]:
+        right = [plan for plan in plans if self._wrong(plan) is None]
+        timings = time_on_gpu({str(plan): self._inputs.timed_call(plan) for plan in right}, _ROUNDS)
         found: list[Outcome] = []
         for plan in plans:
             timing = timings.get(str(plan))
             if timing is None:
-                found.append(self.checked[plan] or "not timed")
+                found.append(self._wrong(plan) or "not timed")
             else:
                 found.append(timing.median if isinstance(timing, Timing) else timing)
         return found
 
     def _wrong(self, plan: Plan) -> str | None:
         """What is wrong with a plan's results, or None: against float64 on few and ragged tiles,
-        against the plan of the tables on the workload itself."""
-        from flashcore.accuracy import error_report
+        against the plan of the rules on the workload itself."""
+        if plan not in self._checked:
+            small = small_workload(self.workload), plan
+            if small not in self._checked_small:
+                self._checked_small[small] = _wrong_on(*small)
+            self._checked[plan] = self._checked_small[small] or self._differs(plan)
+        return self._checked[plan]
 
-        if self.small.fits(plan):
-            asked, small = self.small.workload, self.small
-            report = error_report(
-                small.call(plan)(),
-                small.q,
-                small.k,
-                small.v,
-                causal=asked.causal,
-                window=asked.window,
-                softcap=asked.softcap,
-                mask=small.mask,
-            )
-            if not report.ok:
-                return f"wrong result: {report}"
-        reference = self.full.call(self.full.default(plan.kernel))()
-        return difference(self.full.call(plan)(), reference)
+    def _differs(self, plan: Plan) -> str | None:
+        if self._reference is None:
+            self._reference = self._inputs.run(self._inputs.rules(plan.kernel))
+        return difference(self._inputs.run(plan), self._reference)
+
+
+def _wrong_on(workload: Workload, plan: Plan) -> str | None:
+    """What is wrong with a plan's results beside a float64 oracle, or None."""
+    from flashcore.accuracy import error_report
+
+    inputs = _Inputs(workload)
+    if not inputs.fits(plan):
+        return None
+    report = error_report(
+        inputs.run(plan),
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        causal=workload.causal,
+        window=workload.window,
+        softcap=workload.softcap,
+        mask=inputs.mask,
+    )
+    return None if report.ok else f"wrong result: {report}"
 
 
 class _Inputs:
@@ -174,8 +235,8 @@ class _Inputs:
             mask=self.mask,
         )
 
-    def default(self, kernel: str) -> Plan:
-        """What the tables say."""
+    def rules(self, kernel: str) -> Plan:
+        """What the rules say."""
         from flashcore.plan import candidates
 
         return candidates(self.problem, kernel=kernel)[0]
@@ -187,17 +248,20 @@ class _Inputs:
 
         return all(getattr(plan, name) == value for name, value in traits(self.problem).items())
 
-    def call(self, plan: Plan) -> Callable[[], Any]:
-        """A call that returns the output, which the next call overwrites."""
+    def run(self, plan: Plan) -> Any:
+        """The output, NaN where the kernel wrote nothing."""
         from flashcore.launch import run_kernel
 
         out = self.q.new_full((*self.q.shape[:3], self.v.shape[3]), float("nan"))
+        run_kernel(self.problem, plan, self.q, self.k, self.v, self.mask, out, None)
+        return out
 
-        def call() -> Any:
-            run_kernel(self.problem, plan, self.q, self.k, self.v, self.mask, out, None)
-            return out
+    def timed_call(self, plan: Plan) -> Callable[[], Any]:
+        """What `attention` does for a shape that it has seen."""
+        from flashcore.launch import KernelCall
 
-        return call
+        kernel = KernelCall(self.problem, plan, self.q.device)
+        return lambda: kernel(self.q, self.k, self.v, self.mask)[0]
 
 
 def small_workload(workload: Workload) -> Workload:
@@ -231,10 +295,8 @@ def difference(out: Any, reference: Any) -> str | None:
     distance = (out.float() - wanted).abs()
     mean, limit = float(distance.mean()), last_place * float(wanted.abs().mean())
     if not mean <= limit:  # a NaN fails, too
-        return (
-            f"wrong result: mean distance {mean:.1e} to the plan of the tables, limit {limit:.1e}"
-        )
+        return f"wrong result: mean distance {mean:.1e} to the plan of the rules, limit {limit:.1e}"
     largest, limit = float(distance.max()), 4 * last_place * float(wanted.abs().max())
     if not largest <= limit:
-        return f"wrong result: distance {largest:.1e} to the plan of the tables, limit {limit:.1e}"
+        return f"wrong result: distance {largest:.1e} to the plan of the rules, limit {limit:.1e}"
     return None

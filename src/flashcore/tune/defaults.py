@@ -1,0 +1,52 @@
+"""What a workload runs without tuning: the plan that a search starts from and compares with."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from flashcore import tile_table
+from flashcore.bench.workloads import Workload
+from flashcore.dispatch import KERNELS, choose_backend
+from flashcore.errors import BackendUnavailableError
+from flashcore.plan import Plan, candidates
+from flashcore.problem import Problem
+
+
+def default_plan(
+    workload: Workload, backend: str, arch: int, *, shipped: bool = True
+) -> tuple[Problem, Plan]:
+    """The workload as a Problem on a GPU of an architecture, and its plan.
+
+    Args:
+        workload: dense, not packed sequences.
+        backend: "auto", "sm90" or "wmma".
+        arch: 90 for sm_90.
+        shipped: by the table that ships, where it has an answer; else by the rules.
+
+    Raises:
+        BackendUnavailableError, NotImplementedError, TypeError: no kernel serves it there.
+    """
+
+    def empty(seqlen: int, heads: int) -> torch.Tensor:
+        shape = (workload.batch, seqlen, heads, workload.head_dim)
+        return torch.empty(shape, dtype=getattr(torch, workload.dtype)).transpose(1, 2)
+
+    k = empty(workload.keys, workload.heads_kv)
+    described = Problem.from_tensors(
+        empty(workload.seqlen, workload.num_heads),
+        k,
+        k,
+        causal=workload.causal,
+        window=workload.window,
+        softcap=workload.softcap,
+        mask=workload.mask_tensor("cpu"),
+    )
+    problem = dataclasses.replace(described, device="cuda", arch=arch)
+    choice = choose_backend(problem, backend)
+    if choice.backend not in KERNELS:
+        raise BackendUnavailableError(f"{workload.name}: no kernel to tune: {choice.reason}")
+    rules = candidates(problem, kernel=KERNELS[choice.backend])[0]
+    found = tile_table.find(problem, rules) if shipped else None
+    return problem, rules if found is None else found.plan

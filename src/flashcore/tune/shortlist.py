@@ -1,0 +1,118 @@
+"""The tiles worth trying where time is short: a list by head_dim, instead of all that is legal.
+
+By what earlier searches and docs/ladder.md found good somewhere, and their neighbours. A wide tile
+with few row tiles an SM, a narrow one with many, shared keys for calls that leave SMs idle.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from flashcore.plan import Plan, smem_limits
+from flashcore.plan_sm90 import Sm90Plan
+from flashcore.tune.space import is_legal, may_avoid_spills, tiles
+
+_RESERVED_SMEM_BYTES_PER_BLOCK = 1024
+
+
+def _tile(block_m: int, block_n: int, **others: Any) -> dict[str, Any]:
+    defaults = {"num_stages": 2, "min_blocks": 1, "ping_pong": False, "key_splits": 1}
+    return {"block_m": block_m, "block_n": block_n, **defaults, **others}
+
+
+_SHARED_KEYS: dict[str, Any] = {"key_splits": 2, "num_stages": 4}
+_PING_PONG: dict[str, Any] = {"ping_pong": True}
+# By the largest head_dim that a list is for.
+_SM90: dict[int, list[dict[str, Any]]] = {
+    64: [
+        _tile(64, 64, **_SHARED_KEYS),
+        _tile(64, 128, **_SHARED_KEYS),
+        _tile(64, 64, min_blocks=3),
+        _tile(64, 96, min_blocks=3),
+        _tile(64, 128, min_blocks=2),
+        _tile(128, 128, **_PING_PONG),
+        _tile(128, 128),
+        _tile(128, 176, **_PING_PONG),
+        _tile(192, 112, **_PING_PONG),
+        _tile(192, 128, **_PING_PONG),
+        _tile(192, 128),
+    ],
+    96: [
+        _tile(64, 64, **_SHARED_KEYS),
+        _tile(64, 64, min_blocks=3),
+        _tile(64, 64, min_blocks=2),
+        _tile(64, 96, min_blocks=2),
+        _tile(128, 64, **_PING_PONG),
+        _tile(128, 96, **_PING_PONG),
+        _tile(128, 128, **_PING_PONG),
+        _tile(128, 128),
+        _tile(128, 144),
+        _tile(128, 176),
+        _tile(192, 96, **_PING_PONG),
+        _tile(192, 112, **_PING_PONG),
+        _tile(192, 112),
+    ],
+    128: [
+        _tile(64, 64, **_SHARED_KEYS),
+        _tile(64, 80, **_SHARED_KEYS),
+        _tile(64, 64, min_blocks=2),
+        _tile(64, 80, min_blocks=2),
+        _tile(128, 64, **_PING_PONG),
+        _tile(128, 96, **_PING_PONG),
+        _tile(128, 112),
+        _tile(128, 128, **_PING_PONG),
+        _tile(128, 128),
+        _tile(128, 144),
+        _tile(128, 176),
+        _tile(192, 80, **_PING_PONG),
+        _tile(192, 80),
+    ],
+    192: [
+        _tile(64, 32, **_SHARED_KEYS),
+        _tile(64, 48, min_blocks=2),
+        _tile(64, 64),
+        _tile(64, 96),
+        _tile(128, 64, **_PING_PONG),
+        _tile(128, 80, **_PING_PONG),
+        _tile(128, 96, **_PING_PONG),
+        _tile(128, 96),
+        _tile(128, 112, **_PING_PONG),
+        _tile(128, 112),
+        _tile(192, 48, **_PING_PONG),
+    ],
+    256: [
+        _tile(64, 48),
+        _tile(64, 64),
+        _tile(64, 80),
+        _tile(64, 96),
+        _tile(128, 48, **_PING_PONG),
+        _tile(128, 64, **_PING_PONG),
+        _tile(128, 64),
+        _tile(128, 80, **_PING_PONG),
+        _tile(128, 80),
+    ],
+}
+
+
+def shortlist(base: Plan) -> list[Plan]:
+    """`base` first, then the plans worth trying with its problem; fields that the list does not
+    name stay as in `base`. For the portable kernel all sizes of tiles."""
+    if not isinstance(base, Sm90Plan):
+        return tiles(base)
+    dim = max(base.head_dim, base.head_dim_v)
+    listed = next(found for most, found in _SM90.items() if dim <= most)
+    plans: dict[Plan, None] = {base: None}
+    for tile in listed:
+        plan = dataclasses.replace(base, **tile, separate_o=True)
+        if not _fits(plan):  # O through Q's buffer takes less shared memory
+            plan = dataclasses.replace(plan, separate_o=False)
+        if _fits(plan) and may_avoid_spills(plan):
+            plans[plan] = None
+    return list(plans)
+
+
+def _fits(plan: Sm90Plan) -> bool:
+    """Whether a plan is legal and an SM has room for as many blocks as it has registers for."""
+    block = plan.smem_bytes + _RESERVED_SMEM_BYTES_PER_BLOCK
+    return is_legal(plan) and plan.min_blocks * block <= smem_limits(plan.arch)[1]
