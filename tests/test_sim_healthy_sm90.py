@@ -55,6 +55,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"window": (30, 9), "mask": "additive"},
     ),
 }
+
+
 def make_plan(problem: Problem, tile: dict[str, Any]) -> Sm90Plan:
     """Short key tiles: more steps of the loop over keys for a length."""
     plan = Sm90Plan(

@@ -184,7 +184,7 @@ class KernelCall:
         return out, lse
 
     def make_argument(self, key: tuple[int, ...]) -> Argument:
-        """The kernel's argument for a key of `_arguments`, which keeps it if it can be used again."""
+        """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
         names = ("q", "k", "v", "mask", "out", "lse")
         pointers = {name: address or None for name, address in zip(names, key[1:], strict=True)}
         lasts = True

@@ -128,9 +128,9 @@ def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
     return min(num_row_tiles(problem, plan), num_sms * plan.min_blocks)
 
 
-# What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half keeps
-# a copy of what its SMs read; two groups are under way at a time, and q and out pass through. On an
-# H100 16 MiB take 1 to 6 % longer at S512 to S2048 and as long from there on (docs/ladder.md).
+# What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half
+# keeps a copy of what its SMs read; two groups are under way at a time, and q and out pass through.
+# On an H100 16 MiB take 1 to 6 % longer at S512 to S2048, and as long beyond (docs/ladder.md).
 _GROUP_BYTES = 8 << 20
 
 

@@ -132,7 +132,7 @@ def simulate_source(
         if tensor.item.writable:
             _finish_output(tensor, seed)
         if tensor.item.counter:
-            _finish_counter(tensor, seed)
+            tensor.copy_back()
     return SimReport(
         seed=seed,
         blocks=grid,
@@ -162,20 +162,6 @@ def _finish_output(tensor: Placed, seed: int) -> None:
             seed=seed,
         )
     tensor.copy_back()
-
-
-def _finish_counter(tensor: Placed, seed: int) -> None:
-    tensor.copy_back()
-    item = tensor.item
-    if item.tensor.any():
-        raise SimulationError(
-            kind="counter-left",
-            message=f"{item.name} is {item.tensor.tolist()} at the kernel's end, and the next "
-            "launch counts on 0",
-            array=item.name,
-            element=0,
-            seed=seed,
-        )
 
 
 def _arguments(
@@ -240,8 +226,8 @@ def simulate(
     tensors = [SimTensor(name, t, pointer_fields(name)) for name, t in named.items()]
     for name, t in (lengths or {}).items():
         tensors.append(SimTensor(name, t, pointer_fields(name)))
+    counter = torch.zeros(1, dtype=torch.int32)
     if plan.draws_tiles:
-        counter = torch.zeros(1, dtype=torch.int32)
         tensors.append(
             SimTensor("tile_counter", counter, pointer_fields("tile_counter"), counter=True)
         )
@@ -256,7 +242,7 @@ def simulate(
     if plan.arch < FIRST_ARCH_WITH_CP_ASYNC:
         source = f"{NO_CP_ASYNC}\n{source}"
     try:
-        return simulate_source(
+        report = simulate_source(
             source,
             params,
             tensors,
@@ -266,6 +252,16 @@ def simulate(
             seed=seed,
             starts_early=plan.starts_early,
         )
+        if counter.any():
+            raise SimulationError(
+                kind="counter-left",
+                message=f"the counter is {counter.item()} at the kernel's end, and the next launch "
+                "counts on 0",
+                array="tile_counter",
+                element=0,
+                seed=seed,
+            )
+        return report
     except SimulationError as error:
         from flashcore.sim.replay import replay_command
 

@@ -33,7 +33,7 @@ class SimTensor:
             a dot leads into a member's own members.
         writable: whether the kernel writes it: it starts unwritten, and is copied back.
         complete: whether the kernel must write every element.
-        counter: whether all threads change it by atomics; it must be 0 at the end.
+        counter: whether all threads change it by atomics; it is copied back.
     """
 
     name: str
