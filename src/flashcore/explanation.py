@@ -171,6 +171,10 @@ def _notes(
             f"loads are {problem.load_bytes} bytes wide instead of 16, for alignment: "
             + ", ".join(narrow)
         )
+    if plans[0].folds_heads:
+        notes.append(
+            f"{problem.group_size} heads of q that share one of k and v are rows of one row tile"
+        )
     if problem.causal != "none" and problem.window_right == -1:
         notes.append("causality hides no key at these lengths, so the kernel does not test for it")
     return notes

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from flashcore import params
 from flashcore.driver import bind_context, import_driver
 from flashcore.errors import FlashCoreError
+from flashcore.folding import as_launched
 from flashcore.params import AttnGateParams, AttnParams
 from flashcore.plan_sm90 import ROWS_OF_CONSUMER, Sm90Plan
 from flashcore.problem import Problem
@@ -120,6 +121,7 @@ def num_row_tiles(problem: Problem, plan: Sm90Plan) -> int:
     """Row tiles of all heads; of packed sequences as many as there can be."""
     if problem.varlen == "packed":
         return params.grid_size(problem, plan)
+    problem = as_launched(problem, plan)
     return -(-problem.seqlen_q // plan.block_m) * problem.num_heads_q * problem.batch
 
 
@@ -131,6 +133,7 @@ def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
 def num_lead_heads(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
     """Heads whose row tiles `num_blocks` blocks take in pairs (tile/schedule_sm90.cuh): all but the
     last ones, which have tiles for `plan.tail_rounds` rounds of pairs or a little more."""
+    problem = as_launched(problem, plan)
     num_heads = problem.num_heads_q * problem.batch
     if problem.varlen == "packed" or not plan.has_window_right:
         return num_heads
@@ -166,6 +169,7 @@ def build_params_sm90(
     packed = problem.varlen == "packed"
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
+    problem = as_launched(problem, plan)
     argument.num_heads = problem.num_heads_q * problem.batch
     argument.num_lead_heads = num_lead_heads(problem, plan, num_blocks)
     heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flashcore.folding import fold_heads
 from flashcore.plan import Plan, smem_limits, traits
 
 if TYPE_CHECKING:
@@ -222,7 +223,8 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
         raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
     plans: list[Plan] = []
     problem = _of_mean_lengths(problem)
-    for tile in _tiles(problem):
+    of_problem = traits(problem, gate)
+    for tile in _tiles(fold_heads(problem) if of_problem["folds_heads"] else problem):
         if gate is not None:
             tile = tile._replace(**OFF_UNDER_A_GATE)
         for separate_o in (True, False):
@@ -233,7 +235,7 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
                 separate_o=separate_o,
                 gate=gate,
                 **tile._asdict(),
-                **traits(problem),
+                **of_problem,
             )
             if not separate_o and (problem.head_dim_v > problem.head_dim or tile.key_splits > 1):
                 continue  # O does not fit into Q's buffer, or is not read there by all at once

@@ -30,6 +30,7 @@ _GIVEN = frozenset(
         "has_softcap",
         "mask",
         "varlen",
+        "folds_heads",
         "gate",
     }
 )

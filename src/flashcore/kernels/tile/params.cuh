@@ -35,6 +35,9 @@ struct AttnParams {
   int32_t max_tiles, num_length_classes;
   int32_t k_rows_per_batch, v_rows_per_batch;  // from one batch to the next
   GmemPtr<int32_t> tile_counter;               // 0 between launches
+
+  int32_t num_queries;  // of a head; seqlen_q rows are more where heads are folded (folding.py)
+  int32_t unused;
 //@if gate
 
   GmemPtr<float> gate_scores;   // [batch, num_heads_q, seqlen_q, seqlen_k]

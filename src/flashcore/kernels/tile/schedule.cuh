@@ -26,6 +26,19 @@ FC_DEVICE BlockCoord block_coord(const AttnParams& p, int tile) {
   return coord;
 }
 
+// The queries among rows [row_begin, row_begin + count). Where heads are FOLDED row r is query
+// r % num_queries of some head, and rows of one tile may be any of them.
+struct QueryRange {
+  int first, last;
+};
+
+FC_DEVICE QueryRange queries_of(const AttnParams& p, int row_begin, int count) {
+  if (FOLDED) return {0, p.num_queries - 1};
+  return {row_begin, row_begin + count - 1};
+}
+
+FC_DEVICE int query_of(const AttnParams& p, int row) { return FOLDED ? row % p.num_queries : row; }
+
 // Key tiles [n_block_begin, n_block_end) hold every key that some row of the block can see.
 struct KeyRange {
   int n_block_begin;
@@ -33,12 +46,13 @@ struct KeyRange {
 };
 
 FC_DEVICE KeyRange key_range(const AttnParams& p, int m_begin) {
+  const QueryRange queries = queries_of(p, m_begin, BLOCK_M);
   int first_key = 0;
   int end_key = p.seqlen_k;
-  if (HAS_WINDOW_LEFT) first_key = max_i(0, m_begin + p.diag_offset - p.window_left);
+  if (HAS_WINDOW_LEFT) first_key = max_i(0, queries.first + p.diag_offset - p.window_left);
   if (HAS_WINDOW_RIGHT) {
-    const int last_row = min_i(m_begin + BLOCK_M, p.seqlen_q) - 1;
-    end_key = min_i(end_key, last_row + p.diag_offset + p.window_right + 1);
+    const int last = min_i(queries.last, p.seqlen_q - 1);
+    end_key = min_i(end_key, last + p.diag_offset + p.window_right + 1);
   }
   if (first_key >= end_key) return {0, 0};
   return {first_key / BLOCK_N, (end_key + BLOCK_N - 1) / BLOCK_N};
@@ -52,11 +66,14 @@ struct UnmaskedRange {
 
 FC_DEVICE UnmaskedRange unmasked_range(const AttnParams& p, int row_begin) {
   if (MASK_KIND != 0 || HAS_SOFTCAP) return {0, 0};  // every score needs mask_scores
+  const QueryRange queries = queries_of(p, row_begin, 64);
   int end_key = p.seqlen_k;
-  if (HAS_WINDOW_RIGHT) end_key = min_i(end_key, row_begin + p.diag_offset + p.window_right + 1);
+  if (HAS_WINDOW_RIGHT) {
+    end_key = min_i(end_key, queries.first + p.diag_offset + p.window_right + 1);
+  }
   UnmaskedRange range = {0, max_i(end_key, 0) / BLOCK_N};
   if (HAS_WINDOW_LEFT) {
-    const int first_key = max_i(0, row_begin + 63 + p.diag_offset - p.window_left);
+    const int first_key = max_i(0, queries.last + p.diag_offset - p.window_left);
     range.begin = min_i(range.end, (first_key + BLOCK_N - 1) / BLOCK_N);
   }
   return range;
