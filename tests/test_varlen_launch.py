@@ -18,7 +18,7 @@ COUNTER = torch.zeros(1, dtype=torch.int32)
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:
-    monkeypatch.setattr(packed, "work_counter", lambda device: COUNTER)
+    monkeypatch.setattr(packed, "work_counters", lambda device: COUNTER)
     return standin.install(monkeypatch)
 
 
@@ -91,13 +91,14 @@ def test_launches_that_may_meet_share_no_counter(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(counters, "torch", fake)
     for name in ("_pools", "_num_taken", "_of_streams"):
         monkeypatch.setattr(counters, name, {})
+    monkeypatch.setattr(counters, "_used_up", [])
     monkeypatch.setattr(counters, "_COUNTERS", 4)
 
     def address(**changes: Any) -> int:
         vars(now).update(changes)
-        return counters.work_counter(torch.device("cuda", 0)).data_ptr()
+        return counters.work_counters(torch.device("cuda", 0)).data_ptr()
 
-    outside_of_a_pool = counters.work_counter  # captured before any pool: cleared at replay
+    outside_of_a_pool = counters.work_counters  # captured before any pool: cleared at replay
     vars(now).update(capturing=True)
     assert outside_of_a_pool(torch.device("cuda", 0)).shape == (1,)
     assert now.made == 1

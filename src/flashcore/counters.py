@@ -11,43 +11,48 @@ import threading
 
 import torch
 
-_COUNTERS = 1 << 18  # of a device, 1 MiB; graphs keep theirs
+_COUNTERS = 1 << 20  # of a device, 4 MiB
 
 _lock = threading.Lock()
 _pools: dict[int, torch.Tensor] = {}  # by device index
+_used_up: list[torch.Tensor] = []  # graphs may still count by them
 _num_taken: dict[int, int] = {}
 _of_streams: dict[tuple[int, int], torch.Tensor] = {}  # by device index and stream handle
 
 
-def work_counter(device: torch.device) -> torch.Tensor:
-    """A counter for one launch on the device's current stream.
+def work_counters(device: torch.device, count: int = 1) -> torch.Tensor:
+    """Counters for one launch on the device's current stream.
 
     Args:
         device: a CUDA device with its index.
+        count: how many, at least.
 
     Returns:
-        int32, [1], on the device; 0 when the stream gets there.
+        int32, [count] or more, on the device; 0 when the stream gets there.
     """
     assert device.index is not None
     key = device.index, torch.cuda.current_stream(device).cuda_stream
     capturing = torch.cuda.is_current_stream_capturing()
     with _lock:
-        if not capturing and key in _of_streams:
+        if not capturing and key in _of_streams and _of_streams[key].shape[0] >= count:
             return _of_streams[key]
-        counter = _take(device, capturing)
+        # Powers of two: a stream that asks for more and more leaves few behind.
+        counters = _take(device, capturing, 1 << (count - 1).bit_length())
         if not capturing:
-            _of_streams[key] = counter
-        return counter
+            _of_streams[key] = counters
+        return counters
 
 
-def _take(device: torch.device, capturing: bool) -> torch.Tensor:
+def _take(device: torch.device, capturing: bool, count: int) -> torch.Tensor:
     index = device.index
-    if index not in _pools or _num_taken[index] == _COUNTERS:
-        if capturing:  # a pool made now would belong to the graph; this one is cleared at replay
-            return torch.zeros(1, dtype=torch.int32, device=device)
-        _pools[index] = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
+    if index not in _pools or _num_taken[index] + count > _pools[index].shape[0]:
+        if capturing:  # a pool made now would belong to the graph; these are cleared at replay
+            return torch.zeros(count, dtype=torch.int32, device=device)
+        if index in _pools:
+            _used_up.append(_pools[index])
+        _pools[index] = torch.zeros(max(_COUNTERS, count), dtype=torch.int32, device=device)
         _num_taken[index] = 0
         torch.cuda.current_stream(device).synchronize()  # once: other streams may use it next
     taken = _num_taken[index]
-    _num_taken[index] = taken + 1
-    return _pools[index][taken : taken + 1]
+    _num_taken[index] = taken + count
+    return _pools[index][taken : taken + count]

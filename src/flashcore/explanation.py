@@ -9,6 +9,7 @@ import torch
 
 from flashcore import env, tuned
 from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
+from flashcore.params_sm90 import num_row_tiles
 from flashcore.plan import Plan, candidates
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Causal, Problem, Window, load_bytes
@@ -174,6 +175,11 @@ def _notes(
     if plans[0].folds_heads:
         notes.append(
             f"{problem.group_size} heads of q that share one of k and v are rows of one row tile"
+        )
+    if isinstance(plans[0], Sm90Plan) and plans[0].num_splits > 1:
+        notes.append(
+            f"the keys of {num_row_tiles(problem, plans[0])} row tiles are split over "
+            f"{plans[0].num_splits} blocks each, as few rows leave SMs idle; see plan_splits.py"
         )
     if problem.causal != "none" and problem.window_right == -1:
         notes.append("causality hides no key at these lengths, so the kernel does not test for it")

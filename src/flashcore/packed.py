@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from flashcore import env
-from flashcore.counters import work_counter
+from flashcore.counters import work_counters
 from flashcore.dispatch import KERNELS, without_autocast
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
@@ -202,7 +202,7 @@ def run_packed(
         from flashcore.launch import run_kernel
 
         if backend == "sm90":
-            lengths["tile_counter"] = work_counter(q.device)
+            lengths["tile_counter"] = work_counters(q.device)
         run_kernel(problem, plan, *inputs, out, lse, None, lengths)
     return out, lse
 

@@ -69,7 +69,8 @@ class AttnParams(ctypes.Structure):
             )
         ]
         + [("tile_counter", ctypes.c_void_p)]
-        + [("num_queries", ctypes.c_int32), ("unused", ctypes.c_int32)]
+        + [(name, ctypes.c_void_p) for name in ("split_out", "split_stats")]
+        + [(name, ctypes.c_int32) for name in ("num_splits", "num_queries")]
     )
 
 

@@ -304,7 +304,7 @@ def _tile_text(plan: Plan) -> str:
         if value is True:
             words.append(name)
         elif value is not False and not (
-            name in ("min_blocks", "key_splits", "tail_rounds") and value == 1
+            name in ("min_blocks", "key_splits", "tail_rounds", "num_splits") and value == 1
         ):
             words.append(f"{name} {value}")
     return ", ".join(words)

@@ -9,11 +9,12 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from flashcore.codegen import generate_source
 from flashcore.params import build_params, grid_size
-from flashcore.params_sm90 import build_params_sm90, num_row_tiles
+from flashcore.params_sm90 import build_params_sm90, num_pieces, split_shapes
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.sim.abi import AgentStruct, LaunchStruct, ReportStruct, TensorStruct
 from flashcore.sim.build import load_kernel
@@ -176,7 +177,7 @@ def _arguments(
         tensor_map = (f"{name[0]}_map.base",) if name in names else ()
         return (f"attn.{name}", *tensor_map)
 
-    num_blocks = min(num_row_tiles(problem, plan), PERSISTENT_BLOCKS)
+    num_blocks = min(num_pieces(problem, plan), PERSISTENT_BLOCKS)
     params = build_params_sm90(problem, plan, dict.fromkeys(names), num_blocks, target="host")
     return params, fields, num_blocks
 
@@ -223,7 +224,17 @@ def simulate(
     params, pointer_fields, grid = _arguments(problem, plan)
     named = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
     tensors = [SimTensor(name, t, pointer_fields(name)) for name, t in named.items()]
-    for name, t in (lengths or {}).items():
+    lengths = dict(lengths or {})
+    if isinstance(plan, Sm90Plan) and plan.num_splits > 1:
+        shapes = split_shapes(problem, plan)
+        counters = torch.zeros(shapes.pop("tile_counter"), dtype=torch.int32)
+        lengths.setdefault("tile_counter", counters)
+        for name, shape in shapes.items():
+            shares, field = torch.empty(shape), pointer_fields(name)
+            tensors.append(
+                SimTensor(name, shares, field, writable=True, complete=False, shared=True)
+            )
+    for name, t in lengths.items():
         tensors.append(SimTensor(name, t, pointer_fields(name), counter=name == "tile_counter"))
     tensors.append(SimTensor("out", out, pointer_fields("out"), writable=True))
     if lse is not None:

@@ -79,6 +79,10 @@ def _is_legal_sm90(plan: Sm90Plan) -> bool:
         plan.block_m > 64 or plan.num_stages % plan.key_splits or not plan.separate_o
     ):
         return False
+    if plan.num_splits < 1 or (
+        plan.num_splits > 1 and (plan.varlen == "packed" or not plan.separate_o)
+    ):
+        return False
     if plan.block_n > 256 or (plan.ping_pong and plan.num_consumers == 1):
         return False
     if not plan.separate_o and plan.head_dim_v > plan.head_dim:
@@ -152,6 +156,7 @@ def schedules(base: Plan) -> list[Plan]:
         for separate_o in (False, True)
         for tail_rounds in ((0, 1, 3) if base.has_window_right else (base.tail_rounds,))
     ]
-    found += [dataclasses.replace(base, num_stages=stages) for stages in (2, 3, 4)]
+    found += [dataclasses.replace(base, num_stages=stages) for stages in (2, 3, 4, 6)]
+    found += [dataclasses.replace(base, num_splits=splits) for splits in (1, 2, 4, 8, 16, 32)]
     found.append(dataclasses.replace(base, key_splits=2, num_stages=4, ping_pong=False))
     return [plan for plan in dict.fromkeys(found) if plan != base and is_legal(plan)]
