@@ -66,7 +66,7 @@ def test_the_kernel_is_healthy_and_right(name: str) -> None:
 
 
 def test_the_result_does_not_depend_on_who_comes_last() -> None:
-    case = Case(seqlen_q=3, seqlen_k=400, num_heads_q=2, head_dim=32, head_dim_v=32, spread=3.0)
+    case = Case(seqlen_q=60, seqlen_k=400, head_dim=32, head_dim_v=32)
     results = [run(case, {"num_splits": 5}, seed) for seed in range(10)]
     for out, lse in results[1:]:
         assert torch.equal(out, results[0][0])

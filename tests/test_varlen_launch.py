@@ -75,7 +75,9 @@ def test_batches_that_are_no_whole_rows_apart_go_to_the_portable_kernel(
         flashcore.attention(q, k, k, seqlens_k=lengths, backend="sm90")
 
 
-def test_launches_that_may_meet_share_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the counters' torch says of the stream, and how often it made zeros. Pools have 4."""
     now = SimpleNamespace(stream=1, capturing=False, made=0)
 
     def zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -93,6 +95,11 @@ def test_launches_that_may_meet_share_no_counter(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(counters, name, {})
     monkeypatch.setattr(counters, "_used_up", [])
     monkeypatch.setattr(counters, "_COUNTERS", 4)
+    return now
+
+
+def test_launches_that_may_meet_share_no_counter(fake_cuda: SimpleNamespace) -> None:
+    now = fake_cuda
 
     def address(**changes: Any) -> int:
         vars(now).update(changes)
@@ -115,3 +122,18 @@ def test_launches_that_may_meet_share_no_counter(monkeypatch: pytest.MonkeyPatch
     assert address(capturing=False) == first
     assert address(stream=3) not in {first, second} | captured
     assert now.made == 4
+    assert len(counters._used_up) == 1  # whose counters graphs may have
+
+
+def test_a_stream_that_asks_for_more_counters_gets_more(fake_cuda: SimpleNamespace) -> None:
+    device = torch.device("cuda", 0)
+    one = counters.work_counters(device)
+    three = counters.work_counters(device, 3)
+    assert one.shape == (1,)
+    assert three.shape == (4,)
+    assert counters.work_counters(device).data_ptr() == three.data_ptr()
+    ends = {three.data_ptr() - 4, three.data_ptr() + 16}
+    assert one.data_ptr() in ends or fake_cuda.made == 2  # apart, or of another pool
+    many = counters.work_counters(device, 100)  # more than a pool has
+    assert many.shape == (128,)
+    assert not many.any()

@@ -28,6 +28,10 @@ _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (tile/sp
 _FEED_BYTES = 64  # tile/schedule_varlen.cuh
 
 
+def _chunk(head_dim: int, head_dim_v: int) -> int:
+    return 64 if head_dim % 64 == 0 and head_dim_v % 64 == 0 else 32
+
+
 @dataclass(frozen=True, slots=True)
 class Sm90Plan(Plan):
     """One compiled form of the Hopper kernel. See `Plan`.
@@ -75,7 +79,7 @@ class Sm90Plan(Plan):
     @property
     def chunk(self) -> int:
         """Columns of a tile that lie together in shared memory, swizzled as one."""
-        return 64 if self.head_dim % 64 == 0 and self.head_dim_v % 64 == 0 else 32
+        return _chunk(self.head_dim, self.head_dim_v)
 
     @property
     def smem_bytes(self) -> int:
@@ -200,7 +204,8 @@ def _streaming_tile(problem: Problem) -> _Tile:
     """Of rows so few that reading K and V is all there is to do: one consumer, and as many stages
     under way as fit. By reckoning, not yet by measurement: an SM's 33 GB/s over 1 us of latency are
     32 KB, and twice that keeps the memory busy."""
-    dims = [-(-dim // 64) * 64 for dim in (problem.head_dim, problem.head_dim_v)]
+    chunk = _chunk(problem.head_dim, problem.head_dim_v)
+    dims = [-(-dim // chunk) * chunk for dim in (problem.head_dim, problem.head_dim_v)]
     dim = max(dims)
     block_n = 128 if dim <= 64 else 64 if dim <= 192 else 32
     room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)
