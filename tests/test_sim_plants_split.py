@@ -77,7 +77,7 @@ def test_without_a_plant_the_same_runs_are_healthy() -> None:
 
 
 def test_the_replay_command_repeats_the_run() -> None:
-    found = run_plant(PLANTS_SPLIT["split-no-release"], 3)
+    found = run_plant(PLANTS_SPLIT["split-relaxed"], 3)
     assert isinstance(found, SimulationError)
     replay = parse_replay(shlex.split(found.replay)[3:])
     assert replay.plan == plan()

@@ -1,5 +1,5 @@
-// gmem_fence: blocks write shares, count, and whoever counts last reads all of them, every thread
-// those of other threads; over and over, with the counter put back.
+// gmem_atomic_add_acq_rel: blocks write shares, count, and whoever counts last reads all of them,
+// every thread those of other threads; over and over, with the counter put back.
 #pragma once
 
 #include "prims.cuh"
@@ -17,15 +17,13 @@ FC_KERNEL(between_blocks, 64, 1)(const BetweenBlocksParams p) {
   for (int round = 0; round < p.rounds; ++round) {
     const auto shares = p.shares + round * num_blocks() * 64;
     gmem_store(shares + (block_idx() * 64 + me), block_idx() * 1000 + me + round);
-    block_sync();  // orders all writes before the fence
+    block_sync();  // orders all writes before the count
     if (me == 0) {
-      gmem_fence();
-      const int before = gmem_atomic_add(p.counter + round, 1);
-      gmem_fence();
+      const int before = gmem_atomic_add_acq_rel(p.counter + round, 1);
       if (before == num_blocks() - 1) gmem_atomic_add(p.counter + round, -num_blocks());
       smem_store(is_last, before == num_blocks() - 1 ? 1 : 0);
     }
-    block_sync();  // hands on what the fence made known
+    block_sync();  // hands on what the count made known
     if (smem_load(is_last) != 0) {
       int sum = 0;
       for (int block = 0; block < num_blocks(); ++block) {

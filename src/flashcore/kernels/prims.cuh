@@ -23,8 +23,6 @@
 //                 destination and does not touch the source when !valid (PTX ISA: cp.async)
 //                 cp_async_commit(), cp_async_wait<N>(): own groups of this thread, but newest N
 // sync.cuh        block_sync() (orders all memory of the block), warp_sync() (of the warp)
-//                 gmem_fence(): what this thread did and knows of goes with its atomics to global
-//                 memory that follow; what came with atomics before it, this thread knows from here
 // wmma.cuh        WmmaA<T> WmmaBCol<T> WmmaBRow<T> WmmaAccum: 16x16 fragments of one warp
 //                 (PTX ISA: wmma; B's two types differ by the layout they are loaded from)
 //                 wmma_load_a(frag, p, stride): A[m][k] at p[m * stride + k]
@@ -37,6 +35,8 @@
 //                 another lane wrote must have been ordered by warp_sync() or block_sync() before.
 // atomics.cuh     smem_atomic_add(p, x): float32, relaxed
 //                 gmem_atomic_add(p, x): int32, relaxed; returns what was there before
+//                 gmem_atomic_add_acq_rel(p, x): the same; what this thread did and knows of before
+//                 it is known to who finds the sum by another one, after that, in any block
 #pragma once
 
 #include "@target/types.cuh"

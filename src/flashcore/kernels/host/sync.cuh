@@ -8,7 +8,3 @@ FC_DEVICE void block_sync(FC_SITE) { fc_host::block_barrier(FC_HERE); }
 
 // All lanes of the warp; orders their accesses.
 FC_DEVICE void warp_sync(FC_SITE) { fc_host::warp_barrier(FC_HERE); }
-
-// Between accesses to global memory, this thread's and those it knows of by barriers, and atomics
-// by which it meets other blocks.
-FC_DEVICE void gmem_fence() { fc_host::gmem_fence(); }

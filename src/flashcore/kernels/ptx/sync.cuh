@@ -6,7 +6,3 @@ FC_DEVICE void block_sync() { __syncthreads(); }
 
 // All lanes of the warp; orders their accesses.
 FC_DEVICE void warp_sync() { __syncwarp(); }
-
-// Between accesses to global memory, this thread's and those it knows of by barriers, and atomics
-// by which it meets other blocks (PTX ISA: fence.acq_rel).
-FC_DEVICE void gmem_fence() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }

@@ -86,49 +86,83 @@ FC_DEVICE ShareStats load_stats(const AttnParams& p, int64_t at) {
           from_packet<float>(Packet<4>{{packet.word[1]}})};
 }
 
-// Adds up the shares of a warpgroup's rows as merge_shares does, divides, and stores O and lse.
-// Four columns a thread, so that all of them work though rows are few.
-template <int NUM_OUT_FRAGS>
-FC_DEVICE void add_up_shares(const AttnParams& p, const BlockCoord& block, int group_row,
-                             float scale_log2) {
+constexpr int LOADS_UNDER_WAY = 8;  // of a thread, of four columns each
+
+// Adds up the shares of PARTS parts of a warpgroup's rows as merge_shares does, divides, and stores
+// O and lse. A part is four columns of a row, so that all threads work though rows are few.
+template <int NUM_OUT_FRAGS, int PARTS>
+FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
+                            int first_part, int num_parts, float scale_log2) {
   constexpr int COLS = 4;
   constexpr int PARTS_OF_ROW = HEAD_DIM_V / COLS;
   const GmemPtr<const float> shares = {p.split_out.address};
   const int64_t num_rows = share_row(p, block, 1, 0) - share_row(p, block, 0, 0);
-  const int num_parts = min_i(64, p.seqlen_q - group_row) * PARTS_OF_ROW;
-  for (int part = thread_idx() % 128; part < num_parts; part += 128) {
-    const int row = group_row + part / PARTS_OF_ROW;
-    const int col = part % PARTS_OF_ROW * COLS;
-    const int64_t first = share_row(p, block, 0, row);
-    float row_max = NEG_INF;
-#pragma unroll 8
-    for (int s = 0; s < p.num_splits; ++s) {
-      row_max = max_f(row_max, load_stats(p, first + s * num_rows).row_max);
+  int row[PARTS], col[PARTS];
+  int64_t first[PARTS];  // share_row of split 0
+  float row_max[PARTS], finite_max[PARTS], sum[PARTS];
+  float out[PARTS][COLS] = {};
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    const int part = min_i(first_part + i * 128, num_parts - 1);
+    row[i] = group_row + part / PARTS_OF_ROW;
+    col[i] = part % PARTS_OF_ROW * COLS;
+    first[i] = share_row(p, block, 0, row[i]);
+    row_max[i] = NEG_INF;
+    sum[i] = 0.0f;
+  }
+#pragma unroll LOADS_UNDER_WAY / PARTS
+  for (int s = 0; s < p.num_splits; ++s) {
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+      row_max[i] = max_f(row_max[i], load_stats(p, first[i] + s * num_rows).row_max);
     }
-    const float finite_max = row_max == NEG_INF ? 0.0f : row_max;
-    float sum = 0.0f;
-    float out[COLS] = {};
-#pragma unroll 8
-    for (int s = 0; s < p.num_splits; ++s) {
-      const int64_t at = first + s * num_rows;
+  }
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) finite_max[i] = row_max[i] == NEG_INF ? 0.0f : row_max[i];
+#pragma unroll LOADS_UNDER_WAY / PARTS
+  for (int s = 0; s < p.num_splits; ++s) {
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+      const int64_t at = first[i] + s * num_rows;
       const ShareStats stats = load_stats(p, at);
-      const auto share = gmem_load_packet<16>(shares + (at * (NUM_OUT_FRAGS * 16) + col));
-      const float weight = exp2_approx((stats.row_max - finite_max) * scale_log2);
-      sum += weight * stats.row_sum;
+      const auto share = gmem_load_packet<16>(shares + (at * (NUM_OUT_FRAGS * 16) + col[i]));
+      const float weight = exp2_approx((stats.row_max - finite_max[i]) * scale_log2);
+      sum[i] += weight * stats.row_sum;
 #pragma unroll
       for (int c = 0; c < COLS; ++c) {
-        out[c] += weight * from_packet<float>(Packet<4>{{share.word[c]}});
+        out[i][c] += weight * from_packet<float>(Packet<4>{{share.word[c]}});
       }
     }
-    const bool empty = sum == 0.0f;  // as in finish_softmax
-    const float inverse = empty ? 0.0f : rcp_approx(sum);
-    const Packet<8> packed = {{pack2<Element>(out[0] * inverse, out[1] * inverse),
-                               pack2<Element>(out[2] * inverse, out[3] * inverse)}};
-    gmem_store_packet(p.out + (out_offset(p, block, row) + col), packed);
-    if (!is_null(p.lse) && col == 0) {
-      const float lse_log2 = row_max * scale_log2 + log2_approx(sum);
-      gmem_store(p.lse + lse_offset(p, block, row), empty ? NEG_INF : lse_log2 * (1.0f / LOG2_E));
+  }
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    if (first_part + i * 128 >= num_parts) continue;
+    const bool empty = sum[i] == 0.0f;  // as in finish_softmax
+    const float inverse = empty ? 0.0f : rcp_approx(sum[i]);
+    const Packet<8> packed = {{pack2<Element>(out[i][0] * inverse, out[i][1] * inverse),
+                               pack2<Element>(out[i][2] * inverse, out[i][3] * inverse)}};
+    gmem_store_packet(p.out + (out_offset(p, block, row[i]) + col[i]), packed);
+    if (!is_null(p.lse) && col[i] == 0) {
+      const float lse = (row_max[i] * scale_log2 + log2_approx(sum[i])) * (1.0f / LOG2_E);
+      gmem_store(p.lse + lse_offset(p, block, row[i]), empty ? NEG_INF : lse);
     }
+  }
+}
+
+// Of all rows of a warpgroup: several parts a thread at once, or one after the other would wait.
+template <int NUM_OUT_FRAGS>
+FC_DEVICE void add_up_shares(const AttnParams& p, const BlockCoord& block, int group_row,
+                             float scale_log2) {
+  const int num_parts = min_i(64, p.seqlen_q - group_row) * (HEAD_DIM_V / 4);
+  int part = thread_idx() % 128;
+  if (num_parts <= 128) {
+    if (part < num_parts) {
+      add_up_parts<NUM_OUT_FRAGS, 1>(p, block, group_row, part, num_parts, scale_log2);
+    }
+    return;
+  }
+  for (; part < num_parts; part += 4 * 128) {
+    add_up_parts<NUM_OUT_FRAGS, 4>(p, block, group_row, part, num_parts, scale_log2);
   }
 }
 
@@ -140,17 +174,15 @@ FC_DEVICE void hand_over_share(const AttnParams& p, const BlockCoord& block, int
                                float scale_log2, int barrier, SmemPtr<int32_t> arrival) {
   const int group_row = block.m_begin + row_group * 64;
   store_share(p, block, group_row + warp_idx() % 4 * 16, softmax, out);
-  named_barrier_sync(barrier, 128);  // orders all warps' writes before the fence
+  named_barrier_sync(barrier, 128);  // orders all warps' writes before the count
   if (thread_idx() % 128 == 0) {
     const int head = block.batch_idx * p.num_heads_q + block.head_idx;
     const int row_tile = head * p.num_m_blocks + block.m_begin / BLOCK_M;
     const auto counter = p.tile_counter + (row_tile * NUM_ROW_GROUPS + row_group);
-    gmem_fence();  // orders the writes before the count
-    const bool last = gmem_atomic_add(counter, 1) == p.num_splits - 1;
-    gmem_fence();  // orders the count before the reads
+    const bool last = gmem_atomic_add_acq_rel(counter, 1) == p.num_splits - 1;
     if (last) gmem_atomic_add(counter, -p.num_splits);  // for the next launch
     smem_store(arrival, last ? 1 : 0);
   }
-  named_barrier_sync(barrier, 128);  // hands on what the fence made known
+  named_barrier_sync(barrier, 128);  // hands on what the count made known
   if (smem_load(arrival) != 0) add_up_shares<NUM_OUT_FRAGS>(p, block, group_row, scale_log2);
 }

@@ -84,8 +84,8 @@ static const uint8_t* source(uint64_t address, int bytes, int alignment, Site si
       if (is_shared && known_of_block(block, thread, tensor.writer_clock[e])) continue;
       set_other_thread(block, thread, unpack_site(tensor.writer_site[e]));
       raise_alarm({"race", site, tensor.name, e, index},
-                  is_shared ? "reads what another thread wrote, and no barrier, or fences and an "
-                              "atomic between blocks, order the two"
+                  is_shared ? "reads what another thread wrote, and no barrier, or ordered "
+                              "atomics between blocks, order the two"
                             : "reads an output element that another thread writes");
     }
   }
@@ -143,7 +143,6 @@ void* gmem_atomic(uint64_t address, int bytes, Site site) {
   int64_t offset = 0;
   const FcTensor& tensor = locate(address, bytes, bytes, "adds to", site, offset);
   check_kind(tensor, true, site);
-  between_blocks_atomic(address);
   return tensor.data + offset;
 }
 

@@ -201,7 +201,6 @@ uint8_t* global_claim_row(uint64_t address, int bytes, Site site);
 // between_blocks.cpp
 void between_blocks_start();
 void between_blocks_reset();
-void between_blocks_atomic(uint64_t address);
 // Whether the current thread knows what a thread did up to its clock.
 bool known_of_block(int block, int thread, int clock);
 // async.cpp
