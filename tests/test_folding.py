@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 from typing import Any
 
 import pytest
 import torch
 
 import flashcore
+import flashcore.sim
 from backends import check, check_case
-from flashcore import env
+from flashcore import env, folding
 from flashcore.accuracy import error_report
 from flashcore.cases import Case, make_inputs
-from flashcore.folding import MAX_QUERIES, can_fold, fold_heads
+from flashcore.folding import MAX_QUERIES, can_fold, fold_heads, with_copied_q
 from flashcore.plan import select_plan
 from flashcore.problem import Problem
+from flashcore.sim import simulate
 
 ARCHS = ["80", "90"]
 
@@ -94,6 +97,52 @@ def test_bounds_follow_each_sequences_own_length(
         q, k, v = x.q[own], x.k[own, :, :n], x.v[own, :, :n]
         report = error_report(out[own], q, k, v, lse=lse[own], **options)
         assert report.ok, f"sequence {b}: {report}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_q_is_copied_where_that_pays(
+    monkeypatch: pytest.MonkeyPatch, with_lengths: bool, arch: str
+) -> None:
+    monkeypatch.setenv(env.SIM_ARCH.name, arch)
+    case = case_of(seqlen_q=3, layout="bshd", causal="lower_right", seed=7)
+    x, problem = make_inputs(case), problem_of(case)
+    assert with_copied_q(problem) is None  # 90 keys are read again in no time
+    monkeypatch.setattr(folding, "COPY_PAYS_BYTES", 0)
+    copied = with_copied_q(problem)
+    assert copied is not None
+    assert can_fold(copied)
+    seen = []
+    monkeypatch.setattr(
+        flashcore.sim, "simulate", lambda *args, **options: seen.append(args) or simulate(*args)
+    )
+    lengths = torch.tensor([90, 90], dtype=torch.int32) if with_lengths else None
+    options: dict[str, Any] = {"seqlens_k": lengths, "causal": True, "return_lse": True}
+    out, lse = flashcore.attention(x.q, x.k, x.v, backend="sim", **options)
+    assert error_report(out, x.q, x.k, x.v, lse=lse, causal=True).ok
+    ((launched, plan, q, *_),) = seen
+    assert plan.folds_heads
+    assert q.is_contiguous()
+    assert launched.q_strides == q.stride()[:3]
+    text = str(flashcore.explain(x.q, x.k, x.v, backend="sim", file=io.StringIO()))
+    assert "q is copied for that" in text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_heads_kv": 6},
+        {"seqlen_q": 1},
+        {"seqlen_q": 33},
+        {"mask": "additive"},
+        {"layout": "bhsd"},
+    ],
+    ids=str,
+)
+def test_q_is_copied_only_to_fold(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]) -> None:
+    monkeypatch.setattr(folding, "COPY_PAYS_BYTES", 0)
+    sizes = {"seqlen_q": 3, "layout": "bshd"}
+    assert with_copied_q(problem_of(case_of(**(sizes | changes)))) is None
 
 
 @pytest.mark.parametrize("arch", ARCHS)

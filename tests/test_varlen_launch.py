@@ -86,10 +86,11 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     stream = SimpleNamespace(synchronize=lambda: None)
     cuda = SimpleNamespace(
-        current_stream=lambda device: SimpleNamespace(cuda_stream=now.stream, **vars(stream)),
+        current_stream=lambda device: stream,
         is_current_stream_capturing=lambda: now.capturing,
     )
-    fake = SimpleNamespace(zeros=zeros, cuda=cuda, int32=torch.int32)
+    raw = SimpleNamespace(_cuda_getCurrentRawStream=lambda index: now.stream)
+    fake = SimpleNamespace(zeros=zeros, cuda=cuda, int32=torch.int32, _C=raw)
     monkeypatch.setattr(counters, "torch", fake)
     for name in ("_pools", "_num_taken", "_of_streams"):
         monkeypatch.setattr(counters, name, {})

@@ -31,11 +31,12 @@ def work_counters(device: torch.device, count: int = 1) -> torch.Tensor:
         int32, [count] or more, on the device; 0 when the stream gets there.
     """
     assert device.index is not None
-    key = device.index, torch.cuda.current_stream(device).cuda_stream
+    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
     capturing = torch.cuda.is_current_stream_capturing()
+    found = _of_streams.get(key)
+    if found is not None and not capturing and found.shape[0] >= count:
+        return found
     with _lock:
-        if not capturing and key in _of_streams and _of_streams[key].shape[0] >= count:
-            return _of_streams[key]
         # Powers of two: a stream that asks for more and more leaves few behind.
         counters = _take(device, capturing, 1 << (count - 1).bit_length())
         if not capturing:

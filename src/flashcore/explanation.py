@@ -9,6 +9,7 @@ import torch
 
 from flashcore import env, tuned
 from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
+from flashcore.folding import with_copied_q
 from flashcore.params_sm90 import num_row_tiles
 from flashcore.plan import Plan, candidates
 from flashcore.plan_sm90 import Sm90Plan
@@ -107,7 +108,8 @@ def explain(
     plans: list[Plan] = []
     if problem.dtype in KERNEL_DTYPES and (choice.backend != "torch" or problem.device == "cpu"):
         kernel = KERNELS.get(choice.backend)
-        plans = candidates(problem, arch or problem.arch or env.sim_arch(), kernel=kernel)
+        launched = with_copied_q(problem) or problem
+        plans = candidates(launched, arch or problem.arch or env.sim_arch(), kernel=kernel)
     found = tuned.find(problem, plans[0]) if plans else None
     if found is not None:
         plans = [found[0], *(plan for plan in plans if plan != found[0])]
@@ -175,6 +177,7 @@ def _notes(
     if plans[0].folds_heads:
         notes.append(
             f"{problem.group_size} heads of q that share one of k and v are rows of one row tile"
+            + ("; q is copied for that" if with_copied_q(problem) else "")
         )
     if isinstance(plans[0], Sm90Plan) and plans[0].num_splits > 1:
         notes.append(

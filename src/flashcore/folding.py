@@ -5,12 +5,14 @@ as in decoding, its tile would be nearly empty, and every head of a group would 
 again. But [batch, num_heads_kv * group, seqlen_q, dim] is [batch, num_heads_kv, group * seqlen_q,
 dim] in memory, if heads lie seqlen_q rows apart: row r of that is query r % seqlen_q of the group's
 head r / seqlen_q. That is all the kernels need to know of it, and only where a bound depends on the
-query (tile/schedule.cuh).
+query (tile/schedule.cuh). Several queries of a q that is [batch, seqlen_q, num_heads_q, dim] in
+memory, as projections write it, are copied first, which is little beside the keys.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +21,9 @@ if TYPE_CHECKING:
 
 # Above it one head's rows fill a tile, and a tile of rows that follow each other skips more keys.
 MAX_QUERIES = 32
+# What folding must keep from being read again for a copy of q to pay: 16 MB take 3 us from L2, and
+# so does the copy, about. An estimate; to be measured.
+COPY_PAYS_BYTES = 16 * 2**20
 _MAX_ROW_STRIDE = 2**31 - 1  # in elements, as in params.py
 
 
@@ -36,6 +41,21 @@ def can_fold(problem: Problem) -> bool:
     return problem.mask is None or problem.mask.strides[1] == length * problem.mask.strides[2]
 
 
+def with_copied_q(problem: Problem) -> Problem | None:
+    """The problem as it is once q has been copied, `q.contiguous()`, where that alone keeps heads
+    from being folded and the copy pays; else None."""
+    heads, length, dim = problem.num_heads_q, problem.seqlen_q, problem.head_dim
+    if problem.group_size < 2 or not 1 < length <= MAX_QUERIES or can_fold(problem):
+        return None
+    again = problem.batch * (heads - problem.num_heads_kv) * problem.seqlen_k
+    if again * (dim + problem.head_dim_v) * 2 < COPY_PAYS_BYTES:
+        return None
+    strides = (heads * length * dim if problem.batch > 1 else 0, length * dim, dim)
+    copied = dataclasses.replace(problem, q_strides=strides)
+    return copied if can_fold(copied) else None
+
+
+@functools.lru_cache(maxsize=4096)
 def fold_heads(problem: Problem) -> Problem:
     """The same call with the heads of a group as rows of one head.
 
