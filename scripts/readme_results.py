@@ -37,6 +37,7 @@ GROUPS = {
     "window": "A window over long sequences",
     "masked": "Mask tensors and soft-capping",
     "decode": "Decoding, one query for a long cache",
+    "decode-more": "Decoding with other heads, head_dims and batches, and several queries",
 }
 README_SEQLENS = (512, 2048, 16384)
 # Columns of the table of errors, those that stand for a way of rounding.
@@ -100,7 +101,7 @@ def group_table(document: Document, group: str, seqlens: Sequence[int] | None = 
         if peer is not None and peer["library"] not in columns:
             ratio += f" ({peer['library']})"
         lines.append([workload, *(time_and_rate(entries.get(name)) for name in columns), ratio])
-    unit = "us / GB/s" if group == "decode" else "us / TFLOP/s"
+    unit = "us / GB/s" if group.startswith("decode") else "us / TFLOP/s"
     return _table([unit, *columns, "vs best peer"], lines)
 
 

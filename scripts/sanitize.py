@@ -41,6 +41,7 @@ CASES = (
     Case(seqlen_q=67, seqlen_k=67, head_dim=32, head_dim_v=32),  # ragged tail on both sides
     Case(seqlen_q=1, seqlen_k=1, head_dim=8, head_dim_v=8),  # one row, smallest head
     Case(seqlen_q=1, seqlen_k=190),  # decoding
+    Case(num_heads_q=6, seqlen_q=3, seqlen_k=1100, head_dim=32, head_dim_v=32),  # folded, split
     Case(seqlen_q=190, seqlen_k=17),  # fewer keys than a tile
     Case(causal="lower_right", seqlen_q=130, seqlen_k=130),
     Case(causal="lower_right", seqlen_q=150, seqlen_k=50),  # rows with no key at all

@@ -45,6 +45,7 @@ def test_groups_have_the_shapes_that_they_promise() -> None:
         "window": 4,
         "masked": 6,
         "decode": 4,
+        "decode-more": 8,
         "varlen": 6,
     }
     small = GROUPS["small"]()

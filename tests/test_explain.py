@@ -67,6 +67,13 @@ def test_names_causality_that_hides_nothing():
     assert "causality hides no key" in str(explanation)
 
 
+def test_names_heads_that_share_a_row_tile():
+    note = "4 heads of q that share one of k and v are rows of one row tile"
+    assert note in str(explained(Q[:, :, :1], K, V))
+    assert note not in str(explained(Q, K, V))
+    assert note not in str(explained(Q[:, :2, :1], K, V))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_no_kernel_for_wide_dtypes(dtype):
     explanation = explained(Q.to(dtype), K.to(dtype), V.to(dtype))

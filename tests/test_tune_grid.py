@@ -340,7 +340,7 @@ def test_plans_are_launched_as_attention_would(
     driver = standin.install(monkeypatch).driver
     tensors, counter = Workload.tensors, torch.zeros(1, dtype=torch.int32)
     monkeypatch.setattr(Workload, "tensors", lambda self, device: tensors(self, "cpu"))
-    for name in ("work_counter", "own_counter"):
+    for name in ("work_counters", "own_counter"):
         monkeypatch.setattr(launch, name, lambda device: counter)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     inputs = timing._Inputs(Workload("x", 2, 8, 300, 64, causal, "bfloat16"))

@@ -18,7 +18,7 @@ COUNTER = torch.zeros(1, dtype=torch.int32)
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:
-    monkeypatch.setattr(launch, "work_counter", lambda device: COUNTER)
+    monkeypatch.setattr(launch, "work_counters", lambda device: COUNTER)
     return standin.install(monkeypatch)
 
 
@@ -75,7 +75,9 @@ def test_batches_that_are_no_whole_rows_apart_go_to_the_portable_kernel(
         flashcore.attention(q, k, k, seqlens_k=lengths, backend="sm90")
 
 
-def test_launches_that_may_meet_share_no_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """What the counters' torch says of the stream, and how often it made zeros. Pools have 4."""
     now = SimpleNamespace(stream=1, capturing=False, made=0)
 
     def zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -84,20 +86,26 @@ def test_launches_that_may_meet_share_no_counter(monkeypatch: pytest.MonkeyPatch
 
     stream = SimpleNamespace(synchronize=lambda: None)
     cuda = SimpleNamespace(
-        current_stream=lambda device: SimpleNamespace(cuda_stream=now.stream, **vars(stream)),
+        current_stream=lambda device: stream,
         is_current_stream_capturing=lambda: now.capturing,
     )
-    fake = SimpleNamespace(zeros=zeros, cuda=cuda, int32=torch.int32)
+    raw = SimpleNamespace(_cuda_getCurrentRawStream=lambda index: now.stream)
+    fake = SimpleNamespace(zeros=zeros, cuda=cuda, int32=torch.int32, _C=raw)
     monkeypatch.setattr(counters, "torch", fake)
     for name in ("_pools", "_num_taken", "_of_streams"):
         monkeypatch.setattr(counters, name, {})
     monkeypatch.setattr(counters, "_COUNTERS", 4)
+    return now
+
+
+def test_launches_that_may_meet_share_no_counter(fake_cuda: SimpleNamespace) -> None:
+    now = fake_cuda
 
     def address(**changes: Any) -> int:
         vars(now).update(changes)
-        return counters.work_counter(torch.device("cuda", 0)).data_ptr()
+        return counters.work_counters(torch.device("cuda", 0)).data_ptr()
 
-    outside_of_a_pool = counters.work_counter  # captured before any pool: cleared at replay
+    outside_of_a_pool = counters.work_counters  # captured before any pool: cleared at replay
     vars(now).update(capturing=True)
     assert outside_of_a_pool(torch.device("cuda", 0)).shape == (1,)
     assert now.made == 1
@@ -114,3 +122,18 @@ def test_launches_that_may_meet_share_no_counter(monkeypatch: pytest.MonkeyPatch
     assert address(capturing=False) == first
     assert address(stream=3) not in {first, second} | captured
     assert now.made == 4
+    assert len(counters._pools[0]) == 2  # graphs may have counters of the first
+
+
+def test_a_stream_that_asks_for_more_counters_gets_more(fake_cuda: SimpleNamespace) -> None:
+    device = torch.device("cuda", 0)
+    one = counters.work_counters(device)
+    three = counters.work_counters(device, 3)
+    assert one.shape == (1,)
+    assert three.shape == (4,)
+    assert counters.work_counters(device).data_ptr() == three.data_ptr()
+    ends = {three.data_ptr() - 4, three.data_ptr() + 16}
+    assert one.data_ptr() in ends or fake_cuda.made == 2  # apart, or of another pool
+    many = counters.work_counters(device, 100)  # more than a pool has
+    assert many.shape == (128,)
+    assert not many.any()

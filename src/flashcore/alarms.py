@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore.codegen import KERNELS_DIR
+from flashcore.folding import as_launched
 from flashcore.plan_sm90 import Sm90Plan
 
 if TYPE_CHECKING:
@@ -116,6 +117,7 @@ def _tile(block: int, problem: Problem, plan: Plan) -> str:
     which it was at."""
     if isinstance(plan, Sm90Plan):
         return f"block {block}"
+    problem = as_launched(problem, plan)
     head_and_batch = block // -(-problem.seqlen_q // plan.block_m)
     batch, head = divmod(head_and_batch, problem.num_heads_q)
     return f"batch {batch}, head {head}, m_block {_m_block(block, problem, plan)}"
@@ -123,7 +125,7 @@ def _tile(block: int, problem: Problem, plan: Plan) -> str:
 
 def _m_block(block: int, problem: Problem, plan: Plan) -> int:
     """Row tile of a block, as tile/schedule.cuh orders them."""
-    num_m_blocks = -(-problem.seqlen_q // plan.block_m)
+    num_m_blocks = -(-as_launched(problem, plan).seqlen_q // plan.block_m)
     m_block = block % num_m_blocks
     return num_m_blocks - 1 - m_block if plan.has_window_right else m_block
 

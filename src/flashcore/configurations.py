@@ -33,13 +33,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "varlen": {"window": (64, 64), "softcap": 30.0, "varlen": "packed"},
     "window": {"window": (64, 64)},
     "varlen-causal": {"causal": True, "varlen": "packed"},
+    # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
+    "decode": {"queries": 1},
+    "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
 }
-_HOPPER_VARIANTS = ("window", "varlen-causal")
+_HOPPER_VARIANTS = ("window", "varlen-causal", "decode")
 # Of the Hopper kernel's table: from one tile to many an SM.
 _HEADS = (1, 4, 16, 64, 256, 1024)
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # Long enough that every window and causal mask hides something.
 _SEQLEN = 1024
+_GROUP = 4  # heads that share one of k and v, where queries are few
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +97,25 @@ def _plans(problem: Problem, arch: int, portable: bool) -> Iterator[Plan]:
             rules = candidates(_resized(problem, heads, length), arch)[0]
             for plan in [rules, *(table.tiles_for(problem, rules) if table is not None else [])]:
                 if isinstance(plan, Sm90Plan):
-                    yield plan
+                    yield dataclasses.replace(  # the machine code is the same
+                        plan,
+                        num_splits=min(2, plan.num_splits),
+                        folds_heads=bool(plan.constants()["FOLDED"]),
+                    )
 
 
 def _resized(problem: Problem, batch: int, length: int) -> Problem:
     strides = (length * problem.head_dim, length * problem.head_dim, problem.head_dim)
+    if problem.group_size > 1:  # as many queries and heads as ever
+        _, head_stride, row_stride = problem.q_strides
+        return dataclasses.replace(
+            problem,
+            batch=batch,
+            seqlen_k=length,
+            q_strides=(problem.group_size * head_stride, head_stride, row_stride),
+            k_strides=strides,
+            v_strides=strides,
+        )
     total = batch * length if problem.varlen == "packed" else 0
     return dataclasses.replace(
         problem,
@@ -115,10 +133,12 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
 def _problem(head_dim: int, dtype: str, options: dict[str, Any]) -> Problem:
     x = torch.empty(1, 1, _SEQLEN, head_dim, dtype=getattr(torch, dtype))
     options = dict(options)
+    queries = options.pop("queries", None)
+    q = x if queries is None else x.new_empty(1, _GROUP, queries, head_dim)
     if options.pop("mask", None):
-        options["mask"] = torch.empty(1, 1, _SEQLEN, _SEQLEN, dtype=torch.bool)
+        options["mask"] = torch.empty(1, q.shape[1], q.shape[2], _SEQLEN, dtype=torch.bool)
     varlen = options.pop("varlen", "none")
-    problem = Problem.from_tensors(x, x, x, **options)
+    problem = Problem.from_tensors(q, x, x, **options)
     if varlen == "packed":
         problem = dataclasses.replace(problem, varlen=varlen, total_q=_SEQLEN, total_k=_SEQLEN)
     return problem

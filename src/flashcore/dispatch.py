@@ -16,6 +16,7 @@ import torch
 
 from flashcore import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning
+from flashcore.folding import with_copied_q
 from flashcore.problem import Problem
 from flashcore.tiled import attention_tiled
 
@@ -221,6 +222,9 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         return functools.partial(_run_empty, problem)
     if backend == "torch":
         return functools.partial(_run_torch, problem)
+    copied = with_copied_q(problem)
+    if copied is not None:
+        return functools.partial(_run_on_copied_q, prepare(backend, copied, device))
     if backend == "sim":
         return functools.partial(_run_sim, problem, _plan(problem, env.sim_arch()))
     from flashcore.launch import KernelCall
@@ -240,6 +244,12 @@ def _run_empty(
     if not problem.return_lse:
         return out, None
     return out, q.new_full(rows_shape, -math.inf, dtype=problem.lse_dtype)
+
+
+def _run_on_copied_q(
+    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return call(q.contiguous(), k, v, mask)
 
 
 def _run_sim(

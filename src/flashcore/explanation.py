@@ -9,6 +9,8 @@ import torch
 
 from flashcore import env, tuned
 from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
+from flashcore.folding import with_copied_q
+from flashcore.params_sm90 import num_row_tiles
 from flashcore.plan import Plan, candidates
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Causal, Problem, Window, load_bytes
@@ -106,7 +108,8 @@ def explain(
     plans: list[Plan] = []
     if problem.dtype in KERNEL_DTYPES and (choice.backend != "torch" or problem.device == "cpu"):
         kernel = KERNELS.get(choice.backend)
-        plans = candidates(problem, arch or problem.arch or env.sim_arch(), kernel=kernel)
+        launched = with_copied_q(problem) or problem
+        plans = candidates(launched, arch or problem.arch or env.sim_arch(), kernel=kernel)
     found = tuned.find(problem, plans[0]) if plans else None
     if found is not None:
         plans = [found.plan, *(plan for plan in plans if plan != found.plan)]
@@ -166,6 +169,16 @@ def _notes(
         notes.append(
             f"loads are {problem.load_bytes} bytes wide instead of 16, for alignment: "
             + ", ".join(narrow)
+        )
+    if plans[0].folds_heads:
+        notes.append(
+            f"{problem.group_size} heads of q that share one of k and v are rows of one row tile"
+            + ("; q is copied for that" if with_copied_q(problem) else "")
+        )
+    if isinstance(plans[0], Sm90Plan) and plans[0].num_splits > 1:
+        notes.append(
+            f"the keys of {num_row_tiles(problem, plans[0])} row tiles are split over "
+            f"{plans[0].num_splits} blocks each, as few rows leave SMs idle; see plan_splits.py"
         )
     if problem.causal != "none" and problem.window_right == -1:
         notes.append("causality hides no key at these lengths, so the kernel does not test for it")

@@ -13,7 +13,7 @@ import torch
 from flashcore import params_sm90
 from flashcore.codegen import PROBE, generate_probe_source
 from flashcore.compiler import CompiledKernel
-from flashcore.counters import own_counter, work_counter
+from flashcore.counters import own_counter, work_counters
 from flashcore.driver_launch import Argument, Launch, launch_raw
 from flashcore.errors import FlashCoreError
 from flashcore.jit import compile_plan, compile_source
@@ -114,9 +114,13 @@ def run_kernel(
     tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse}
     tensors |= (gate_buffers or {}) | (lengths or {})
     if plan.draws_tiles:
-        tensors["tile_counter"] = work_counter(q.device)
+        tensors["tile_counter"] = work_counters(q.device)
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     params: ctypes.Structure
+    splits = _Splits(problem, plan)
+    if splits.num_floats:
+        scratch = splits.allocate(q)
+        pointers |= splits.pointers(*(t.data_ptr() for t in scratch))
     if isinstance(plan, Sm90Plan):
         grid = params_sm90.grid_size(problem, plan, _num_sms(q.device.index))
         params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
@@ -131,6 +135,26 @@ def run_kernel(
         device=q.device,
         starts_early=plan.starts_early,
     )
+
+
+class _Splits:
+    """What a call needs beside its tensors where blocks share the keys of row tiles."""
+
+    def __init__(self, problem: Problem, plan: Plan) -> None:
+        self.num_floats = 0
+        if isinstance(plan, Sm90Plan) and plan.num_splits > 1:
+            self._num_out, self.num_floats = params_sm90.split_floats(problem, plan)
+            (self._num_counters,) = params_sm90.split_shapes(problem, plan)["tile_counter"]
+
+    def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Shares, from torch's allocator, and counters; both of the current stream."""
+        shares = q.new_empty(self.num_floats, dtype=torch.float32)
+        return shares, work_counters(q.device, self._num_counters)
+
+    def pointers(self, shares: int, counters: int) -> dict[str, int | None]:
+        """Addresses by field of AttnParams."""
+        stats = shares + 4 * self._num_out
+        return {"split_out": shares, "split_stats": stats, "tile_counter": counters}
 
 
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
@@ -150,6 +174,7 @@ class KernelCall:
         self._out_shape = (*rows_shape, problem.head_dim_v)
         self._lse_shape = rows_shape if problem.return_lse else None
         self._out_is_like_q = problem.head_dim == problem.head_dim_v and _is_contiguous(problem)
+        self._splits = _Splits(problem, plan)
         self._template: Any
         self._counts_on = device if plan.draws_tiles else None
         if isinstance(plan, Sm90Plan):
@@ -170,7 +195,7 @@ class KernelCall:
         lse = None
         if self._lse_shape is not None:
             lse = q.new_empty(self._lse_shape, dtype=torch.float32)
-        key = (
+        key: tuple[int, ...] = (
             self._serial,
             q.data_ptr(),
             k.data_ptr(),
@@ -179,6 +204,9 @@ class KernelCall:
             out.data_ptr(),
             0 if lse is None else lse.data_ptr(),
         )
+        if self._splits.num_floats:
+            scratch = self._splits.allocate(q)
+            key += (scratch[0].data_ptr(), scratch[1].data_ptr())
         argument = _arguments.get(key)
         self.launch(self.make_argument(key) if argument is None else argument)
         return out, lse
@@ -186,11 +214,13 @@ class KernelCall:
     def make_argument(self, key: tuple[int, ...]) -> Argument:
         """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
         names = ("q", "k", "v", "mask", "out", "lse")
-        pointers = {name: address or None for name, address in zip(names, key[1:], strict=True)}
+        pointers = {name: address or None for name, address in zip(names, key[1:7], strict=True)}
         lasts = True
         if self._counts_on is not None:
             pointers["tile_counter"] = own_counter(self._counts_on).data_ptr()
             lasts = not torch.cuda.is_current_stream_capturing()  # see own_counter
+        if self._splits.num_floats:
+            pointers |= self._splits.pointers(*key[7:])
         if isinstance(self._template, params_sm90.AttnSm90Params):
             params: Any = params_sm90.place_sm90(self._template, pointers, self._dtype)
         else:

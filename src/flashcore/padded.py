@@ -18,6 +18,7 @@ from torch import Tensor
 
 from flashcore import env
 from flashcore.dispatch import KERNELS, check_backend, choose_backend, warn_once, without_autocast
+from flashcore.folding import with_copied_q
 from flashcore.options import Options
 from flashcore.packed import check_lengths
 from flashcore.plan import Plan, select_plan
@@ -136,6 +137,9 @@ def _forward(
                 tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
                 out[b], lse[b] = attention_tiled(own, *tensors)
         return out, lse
+    copied = with_copied_q(problem)
+    if copied is not None:
+        problem, q = copied, q.contiguous()
     arch = env.sim_arch() if backend == "sim" else problem.arch
     plan = _plan(problem, arch, KERNELS.get(backend))
     lengths = {"seqlens_k": seqlens_k}

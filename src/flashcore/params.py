@@ -6,6 +6,7 @@ import ctypes
 import math
 from typing import TypeVar
 
+from flashcore.folding import as_launched
 from flashcore.plan import Plan
 from flashcore.problem import Problem
 
@@ -68,6 +69,8 @@ class AttnParams(ctypes.Structure):
             )
         ]
         + [("tile_counter", ctypes.c_void_p)]
+        + [(name, ctypes.c_void_p) for name in ("split_out", "split_stats")]
+        + [(name, ctypes.c_int32) for name in ("num_splits", "num_queries")]
     )
 
 
@@ -83,6 +86,7 @@ def grid_size(problem: Problem, plan: Plan) -> int:
     if problem.varlen == "packed":  # tile numbers, see tile/sequence.cuh
         num_m_blocks = problem.total_q // plan.block_m + problem.batch + 1
         return num_m_blocks * problem.num_heads_q
+    problem = as_launched(problem, plan)
     num_m_blocks = -(-problem.seqlen_q // plan.block_m)
     return num_m_blocks * problem.num_heads_q * problem.batch
 
@@ -130,6 +134,8 @@ def build_params(
     Raises:
         NotImplementedError: the problem is too large for one launch.
     """
+    num_queries = problem.seqlen_q
+    problem = as_launched(problem, plan)
     _check_limits(problem, plan)
     mask_strides = (0, 0, 0, 0) if problem.mask is None else problem.mask.strides
     params = AttnParams() if plan.gate is None else AttnGateParams()
@@ -148,6 +154,7 @@ def build_params(
     params.softmax_scale = problem.scale
     params.softmax_scale_log2 = problem.scale * LOG2_E
     params.softcap = problem.softcap
+    params.num_queries = num_queries
     params.batch = problem.batch
     params.total_q, params.total_k = problem.total_q, problem.total_k
     params.lower_right = problem.causal != "upper_left"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from typing import Any, Literal
 
 from flashcore import params
 from flashcore.driver import bind_context, import_driver
 from flashcore.errors import FlashCoreError
+from flashcore.folding import as_launched
 from flashcore.params import AttnGateParams, AttnParams
 from flashcore.plan_sm90 import ROWS_OF_CONSUMER, Sm90Plan
 from flashcore.problem import Problem
@@ -120,12 +122,38 @@ def num_row_tiles(problem: Problem, plan: Sm90Plan) -> int:
     """Row tiles of all heads; of packed sequences as many as there can be."""
     if problem.varlen == "packed":
         return params.grid_size(problem, plan)
+    problem = as_launched(problem, plan)
     return -(-problem.seqlen_q // plan.block_m) * problem.num_heads_q * problem.batch
+
+
+def num_pieces(problem: Problem, plan: Sm90Plan) -> int:
+    """What blocks take one after the other: row tiles, or parts of their keys."""
+    return num_row_tiles(problem, plan) * plan.num_splits
 
 
 def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
     """As many blocks as run at once on a GPU with `num_sms` multiprocessors."""
-    return min(num_row_tiles(problem, plan), num_sms * plan.min_blocks)
+    return min(num_pieces(problem, plan), num_sms * plan.min_blocks)
+
+
+def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]:
+    """What blocks that share the keys of row tiles need, by field of AttnParams
+    (tile/split_sm90.cuh): their shares, float32, and counters, int32, 0 between launches."""
+    p = as_launched(problem, plan)
+    rows = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
+    num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
+    return {
+        "split_out": (*rows, -(-p.head_dim_v // plan.chunk) * plan.chunk),
+        "split_stats": (*rows, 2),
+        "tile_counter": (num_groups,),
+    }
+
+
+def split_floats(problem: Problem, plan: Sm90Plan) -> tuple[int, int]:
+    """Elements of split_out, and of all shares: on a GPU split_stats lies behind split_out."""
+    shapes = split_shapes(problem, plan)
+    num_out = math.prod(shapes["split_out"])
+    return num_out, num_out + math.prod(shapes["split_stats"])
 
 
 # What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half
@@ -138,6 +166,7 @@ def heads_per_group(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
     """Query heads whose row tiles `num_blocks` blocks draw together under a right bound
     (tile/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and enough for a row
     tile a block, or the last group would leave many without work."""
+    problem = as_launched(problem, plan)
     num_heads = problem.num_heads_q * problem.batch
     heads_of_kv = problem.num_heads_q // problem.num_heads_kv
     bytes_of_kv = _ELEMENT_BYTES * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
@@ -171,6 +200,8 @@ def build_params_sm90(
     packed = problem.varlen == "packed"
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
+    problem = as_launched(problem, plan)
+    argument.attn.num_splits = plan.num_splits
     argument.num_heads = problem.num_heads_q * problem.batch
     argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
     heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashcore.folding import can_fold
+
 if TYPE_CHECKING:
     from flashcore.problem import Problem
 
@@ -72,7 +74,8 @@ class Plan:
 
     `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
-    `varlen` one of VARLEN_KINDS;
+    `varlen` one of VARLEN_KINDS; `folds_heads` whether the heads of a group are rows of one
+    (folding.py);
     `min_blocks` the blocks an SM that the register count must allow.
     """
 
@@ -92,6 +95,7 @@ class Plan:
     mask: str | None = None
     gate: str | None = None
     varlen: str = "none"
+    folds_heads: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -176,6 +180,8 @@ class Plan:
             "HAS_SOFTCAP": self.has_softcap,
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
+            # Without a bound rows are rows.
+            "FOLDED": self.folds_heads and (self.has_window_left or self.has_window_right),
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
 
     def describe(self) -> str:
@@ -188,6 +194,7 @@ class Plan:
                 ("softcap", self.has_softcap),
                 (f"mask:{self.mask}", self.mask is not None),
                 (f"varlen:{self.varlen}", self.varlen != "none"),
+                ("folded heads", self.folds_heads),
                 (f"gate:{self.gate}", self.gate is not None),
             )
             if on
@@ -266,8 +273,9 @@ def _rank(plan: Plan) -> tuple[int, ...]:
     return (-resident_warps, abs(plan.block_n - 32), plan.block_m)
 
 
-def traits(problem: Problem) -> dict[str, Any]:
-    """The fields of a Plan that the problem alone decides, whichever the kernel."""
+def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
+    """The fields of a Plan that the problem alone decides, whichever the kernel. What a debug gate
+    writes has the shape of the problem as it was asked."""
     return {
         "dtype": problem.dtype,
         "head_dim": problem.head_dim,
@@ -277,6 +285,7 @@ def traits(problem: Problem) -> dict[str, Any]:
         "has_softcap": problem.softcap != 0.0,
         "mask": None if problem.mask is None else problem.mask.dtype,
         "varlen": problem.varlen,
+        "folds_heads": gate is None and can_fold(problem),
     }
 
 
@@ -315,7 +324,7 @@ def candidates(
         min_blocks=1,
         load_bytes=problem.load_bytes,
         gate=gate,
-        **traits(problem),
+        **traits(problem, gate),
     )
     legal = [plan for plan in _enumerate(base) if _is_legal(plan)]
     return sorted(legal, key=_rank)

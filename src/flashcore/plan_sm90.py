@@ -7,7 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flashcore.folding import fold_heads
 from flashcore.plan import Plan, smem_limits, traits
+from flashcore.plan_splits import best_num_splits, visible_keys
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -17,12 +19,17 @@ ARCH = 90
 NUM_SMS = 132
 GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
 # A stage shows nothing but itself: no turns, no shared rows. Nor is a rescale put off.
-OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_splits": 1}
+OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_splits": 1, "num_splits": 1}
 
 ROWS_OF_CONSUMER = 64
 _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
+_SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (tile/split_sm90.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
+
+
+def _chunk(head_dim: int, head_dim_v: int) -> int:
+    return 64 if head_dim % 64 == 0 and head_dim_v % 64 == 0 else 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,13 +38,16 @@ class Sm90Plan(Plan):
 
     `ping_pong`: consumer warpgroups take turns at issuing to the tensor cores; `lazy_rescale`: the
     output is rescaled only when a maximum moved far; `separate_o`: O leaves through a buffer of its
-    own, not through Q's; `key_splits`: consumers that share the keys of 64 rows.
+    own, not through Q's; `key_splits`: consumers that share the keys of 64 rows; `num_splits`:
+    blocks that share the keys of a row tile, of which the machine code knows only whether there are
+    any.
     """
 
     ping_pong: bool = False
     lazy_rescale: bool = True
     separate_o: bool = True
     key_splits: int = 1
+    num_splits: int = 1
 
     @property
     def params_struct(self) -> str:
@@ -53,7 +63,7 @@ class Sm90Plan(Plan):
     def draws_tiles(self) -> bool:
         """Whether blocks draw row tiles from a counter in global memory (tile/schedule_sm90.cuh,
         tile/schedule_varlen.cuh)."""
-        return self.has_window_right or self.varlen == "packed"
+        return self.varlen == "packed" or (self.has_window_right and self.num_splits == 1)
 
     @property
     def arch_suffix(self) -> str:
@@ -73,7 +83,7 @@ class Sm90Plan(Plan):
     @property
     def chunk(self) -> int:
         """Columns of a tile that lie together in shared memory, swizzled as one."""
-        return 64 if self.head_dim % 64 == 0 and self.head_dim_v % 64 == 0 else 32
+        return _chunk(self.head_dim, self.head_dim_v)
 
     @property
     def smem_bytes(self) -> int:
@@ -81,11 +91,12 @@ class Sm90Plan(Plan):
         hand over, barriers."""
         qk_cols = -(-self.head_dim // self.chunk) * self.chunk
         v_cols = -(-self.head_dim_v // self.chunk) * self.chunk
-        elements = self.block_m * (qk_cols + (v_cols if self.separate_o else 0))
+        is_split = self.num_splits > 1  # then O leaves through global memory
+        elements = self.block_m * (qk_cols + (v_cols if self.separate_o and not is_split else 0))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
         shares = (self.key_splits - 1) * (v_cols // 2 + 4) * 128 * 4
-        feed = _FEED_BYTES if self.varlen == "packed" else 0
+        feed = _FEED_BYTES if self.varlen == "packed" else _SPLIT_BYTES * is_split
         num_barriers = 2 * self.block_m // ROWS_OF_CONSUMER + 4 * self.num_stages
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
@@ -122,7 +133,13 @@ class Sm90Plan(Plan):
             "LAZY_RESCALE": self.lazy_rescale,
             "SEPARATE_O": self.separate_o,
             "KEY_SPLITS": self.key_splits,
+            "SPLIT_KEYS": self.num_splits > 1,
         }
+
+    def describe(self) -> str:
+        """One line for people."""
+        splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
+        return Plan.describe(self) + splits
 
 
 def obstacle(problem: Problem) -> str | None:
@@ -168,9 +185,49 @@ class _Tile(NamedTuple):
     min_blocks: int = 1
     num_stages: int = 2
     key_splits: int = 1
+    num_splits: int = 1
+
+
+def _split_keys(problem: Problem, tile: _Tile) -> _Tile:
+    """The tile with its keys split over as many blocks as pays."""
+    if problem.varlen == "packed":
+        return tile
+    dims = problem.head_dim + problem.head_dim_v
+    num_splits = best_num_splits(
+        row_tiles=problem.batch * problem.num_heads_q * -(-problem.seqlen_q // tile.block_m),
+        key_tiles=-(-visible_keys(problem) // tile.block_n),
+        key_tile_bytes=tile.block_n * dims * 2,
+        share_bytes=min(tile.block_m, problem.seqlen_q) * (problem.head_dim_v + 2) * 4,
+        num_slots=NUM_SMS * tile.min_blocks,
+    )
+    return tile._replace(num_splits=num_splits)
+
+
+def _streaming_tile(problem: Problem) -> _Tile:
+    """Of rows so few that reading K and V is all there is to do: one consumer, and as many stages
+    under way as fit. By reckoning, not yet by measurement: an SM's 33 GB/s over 1 us of latency are
+    32 KB, and twice that keeps the memory busy."""
+    chunk = _chunk(problem.head_dim, problem.head_dim_v)
+    dims = [-(-dim // chunk) * chunk for dim in (problem.head_dim, problem.head_dim_v)]
+    dim = max(dims)
+    block_n = 128 if dim <= 64 else 64 if dim <= 192 else 32
+    room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)
+    num_stages = min(8, room // (2 * block_n * sum(dims)))
+    return _split_keys(problem, _Tile(64, block_n, num_stages=num_stages))
 
 
 def _tiles(problem: Problem) -> Iterator[_Tile]:
+    """Best first. Keys much longer than the rows are worth splitting where that fills the GPU."""
+    long_keys = problem.seqlen_k >= max(4096, 8 * problem.seqlen_q)
+    if problem.varlen != "packed" and problem.seqlen_q <= ROWS_OF_CONSUMER:
+        num_tiles = problem.batch * problem.num_heads_q
+        if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
+            yield _streaming_tile(problem)
+    for tile in _table(problem):
+        yield _split_keys(problem, tile) if long_keys else tile
+
+
+def _table(problem: Problem) -> Iterator[_Tile]:
     """Rules made from measurements on an H200 (2026-11-22), best first; see docs/ladder.md. What
     `flashcore tune --grid` measures goes before them (tile_table.py)."""
     dim = max(problem.head_dim, problem.head_dim_v)
@@ -223,7 +280,8 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
         raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
     plans: list[Plan] = []
     problem = _of_mean_lengths(problem)
-    for tile in _tiles(problem):
+    of_problem = traits(problem, gate)
+    for tile in _tiles(fold_heads(problem) if of_problem["folds_heads"] else problem):
         if gate is not None:
             tile = tile._replace(**OFF_UNDER_A_GATE)
         for separate_o in (True, False):
@@ -234,9 +292,11 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
                 separate_o=separate_o,
                 gate=gate,
                 **tile._asdict(),
-                **traits(problem),
+                **of_problem,
             )
-            if not separate_o and (problem.head_dim_v > problem.head_dim or tile.key_splits > 1):
+            if not separate_o and (
+                problem.head_dim_v > problem.head_dim or tile.key_splits > 1 or tile.num_splits > 1
+            ):
                 continue  # O does not fit into Q's buffer, or is not read there by all at once
             if plan.varlen == "packed" and not _has_registers(plan):
                 continue

@@ -38,8 +38,9 @@ def run(request: pytest.FixtureRequest) -> Runner:
 
     The parameter struct holds `maps`, then pointers to `tensors`, then `scalars`; a tensor that a
     map names has no pointer if its own name starts with "_". Those in `outputs` are written by the
-    kernel, those in `counters` changed by atomics. `arch_suffix` "a" is for kernels of Hopper.
-    `starts_early` asks for programmatic dependent launch.
+    kernel, those in `shared` read by other threads besides, those in `counters` changed by atomics.
+    `arch_suffix` "a" is for kernels of Hopper. `starts_early` asks for programmatic dependent
+    launch.
     """
 
     def run(
@@ -49,6 +50,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
         *,
         num_threads: int,
         counters: tuple[str, ...] = (),
+        shared: tuple[str, ...] = (),
         grid: int = 1,
         smem_bytes: int = 8192,
         scalars: dict[str, int] | None = None,
@@ -69,7 +71,14 @@ def run(request: pytest.FixtureRequest) -> Runner:
             for map_name, spec in maps.items():
                 fields[spec.tensor].append(f"{map_name}.base")
             items = [
-                SimTensor(n, t, tuple(fields[n]), writable=n in outputs, counter=n in counters)
+                SimTensor(
+                    n,
+                    t,
+                    tuple(fields[n]),
+                    writable=n in outputs,
+                    counter=n in counters,
+                    shared=n in shared,
+                )
                 for n, t in tensors.items()
             ]
             # The simulator adds the tensor's simulated address.

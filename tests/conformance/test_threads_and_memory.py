@@ -29,6 +29,7 @@ Runner = Callable[..., dict[str, Tensor]]
         *(("fragments", {"Element": dtype}) for dtype in DTYPES),
         ("functions", {}),
         ("atomics", {}),
+        ("between_blocks", {}),
     ],
 )
 def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, object]) -> None:
@@ -107,6 +108,28 @@ def test_barriers_order_memory(run: Runner) -> None:
         rotated = (thread // 32 * 32 + (thread + 5) % 32).float()
         assert torch.equal(result["rotated"], rotated)
         assert torch.equal(result["mirrored"], rotated.flip(0))
+
+
+def test_the_last_block_sees_what_the_others_wrote(run: Runner) -> None:
+    blocks, rounds = 40, 20
+    tensors = {
+        "counter": torch.zeros(rounds, dtype=torch.int32),
+        "shares": torch.zeros(rounds, blocks, 64, dtype=torch.int32),
+        "sums": torch.zeros(rounds, 64, dtype=torch.int32),
+    }
+    result = run(
+        "between_blocks",
+        tensors,
+        ("shares", "sums"),
+        counters=("counter",),
+        shared=("shares",),
+        grid=blocks,
+        num_threads=64,
+        scalars={"rounds": rounds},
+    )
+    of_thread = torch.arange(63, -1, -1) + torch.arange(rounds)[:, None]
+    assert torch.equal(result["sums"], 1000 * sum(range(blocks)) + blocks * of_thread)
+    assert not result["counter"].any()
 
 
 def test_atomics_add(run: Runner) -> None:

@@ -21,6 +21,7 @@ TITLES = {
     "window": "Sliding window, and the same without it",
     "masked": "Mask tensors and soft-capping",
     "decode": "Decoding: one query, a long cache",
+    "decode-more": "Decoding: other heads, head_dims and batches; several queries",
     "varlen": "Packed sequences of different lengths",
     "random": "Shapes drawn at random",
 }
@@ -102,12 +103,12 @@ def _libraries(rows: Sequence[Row]) -> list[str]:
 
 
 def time_and_rate(row: Row | None) -> str:
-    """Microseconds / TFLOP/s; in the group `decode`, which reads the cache and computes little,
+    """Microseconds / TFLOP/s; in groups of decoding, which reads the cache and computes little,
     / GB/s."""
     if row is None:
         return "-"
     rate = row["flops_per_second"] / 1e12
-    if row["group"] == "decode":
+    if row["group"].startswith("decode"):
         return f"{row['seconds'] * 1e6:.1f} / {row['bytes_per_second'] / 1e9:.0f}"
     return f"{row['seconds'] * 1e6:.1f} / {rate:.3g}"
 
@@ -116,7 +117,7 @@ def times_table(rows: Sequence[Row]) -> str:
     """Time and rate of each library, flashcore's share of the limit, its speed beside the best."""
     libraries = _libraries(rows)
     group = rows[0]["group"]
-    unit = "us / GB/s" if group == "decode" else "us / TFLOP/s"
+    unit = "us / GB/s" if group.startswith("decode") else "us / TFLOP/s"
     lines = _header([unit, *libraries, "flashcore: of limit", "vs best peer"])
     for workload, entries in by_workload(rows, group).items():
         cells = [workload, *(time_and_rate(entries.get(library)) for library in libraries)]

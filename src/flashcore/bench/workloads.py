@@ -265,6 +265,25 @@ def decode() -> list[Workload]:
     ]
 
 
+def decode_more() -> list[Workload]:
+    """Decoding with other heads, head_dims and batches, and a few queries at once, as where drafted
+    tokens are checked."""
+    shapes = [
+        (1, 32, 32, 1, 4096, 128),
+        (1, 32, 1, 1, 16384, 128),
+        (8, 64, 8, 1, 8192, 128),
+        (128, 32, 8, 1, 2048, 128),
+        (1, 32, 8, 4, 16384, 128),
+        (16, 32, 8, 16, 4096, 128),
+        (4, 16, 16, 1, 8192, 64),
+        (4, 8, 1, 1, 8192, 256),
+    ]
+    return [
+        Workload("decode-more", batch, heads, queries, dim, False, "bfloat16", heads_kv, keys)
+        for batch, heads, heads_kv, queries, keys, dim in shapes
+    ]
+
+
 def varlen() -> list[Workload]:
     """32 packed sequences of log-normal lengths, 16k tokens in all."""
     return [
@@ -300,6 +319,7 @@ GROUPS: dict[str, Callable[[], list[Workload]]] = {
     "window": window,
     "masked": masked,
     "decode": decode,
+    "decode-more": decode_more,
     "varlen": varlen,
 }
 

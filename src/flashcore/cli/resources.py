@@ -59,7 +59,8 @@ def resources(
         typer.Option(
             "--variant",
             help="Only full, causal, window, options (window and softcap), masked (and a mask), "
-            "varlen (packed sequences, window and softcap) or varlen-causal.",
+            "varlen (packed sequences, window and softcap), varlen-causal, decode (one query) or "
+            "decode-masked (few, and a mask).",
         ),
     ] = None,
     check: Annotated[

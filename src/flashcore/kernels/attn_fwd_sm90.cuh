@@ -7,7 +7,8 @@
 // (FlashAttention-3, arXiv:2407.08608). A warpgroup issues S = Q K^T of the next key tile, then O
 // += P V of the current one, and computes the next softmax while P V is under way; with PING_PONG,
 // warpgroups take turns at issuing, so that one's softmax runs under another's products. Where rows
-// are few, KEY_SPLITS warpgroups share the keys of 64 rows and add up at the end.
+// are few, KEY_SPLITS warpgroups share the keys of 64 rows and add up at the end; and SPLIT_KEYS
+// spreads the keys of a row tile over blocks (tile/split_sm90.cuh).
 //
 // Blocks are persistent: they walk over row tiles (tile/schedule_sm90.cuh), keys from last to
 // first. One thread walks, asks for the tiles as far ahead as the buffers allow, and tells the
@@ -24,6 +25,7 @@
 #include "tile/softmax.cuh"
 #include "tile/pipeline_sm90.cuh"
 #include "tile/merge_sm90.cuh"
+#include "tile/split_sm90.cuh"
 #include "tile/schedule_varlen.cuh"
 //@if gate
 #include "tile/gates.cuh"
@@ -51,7 +53,7 @@ constexpr int Q_ELEMENTS = BLOCK_M * QK_CHUNKS * CHUNK;
 constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;
 constexpr int K_ELEMENTS = BLOCK_N * QK_CHUNKS * CHUNK;  // of one stage
 constexpr int V_ELEMENTS = BLOCK_N * V_CHUNKS * CHUNK;
-constexpr int O_ELEMENTS = BLOCK_M * V_CHUNKS * CHUNK;
+constexpr int O_ELEMENTS = SPLIT_KEYS ? 0 : BLOCK_M * V_CHUNKS * CHUNK;  // else in global memory
 
 // O leaves through a buffer of its own, or through Q's where that would not fit beside the stages.
 constexpr int K_OFFSET = Q_ELEMENTS * 2;
@@ -63,9 +65,10 @@ constexpr int MERGE_FLOATS = (KEY_SPLITS - 1) * SHARE_FLOATS<OUT_FRAGS>;
 constexpr int BARRIERS_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
-static_assert(SMEM_BYTES == FEED_OFFSET + FEED_BYTES,
+constexpr int ARRIVAL_OFFSET = FEED_OFFSET + FEED_BYTES;
+static_assert(SMEM_BYTES == ARRIVAL_OFFSET + ARRIVAL_BYTES,
               "the plan and the kernel disagree on shared memory");
-static_assert(SEPARATE_O || (O_ELEMENTS <= Q_ELEMENTS && KEY_SPLITS == 1),
+static_assert(SEPARATE_O || (O_ELEMENTS <= Q_ELEMENTS && KEY_SPLITS == 1 && !SPLIT_KEYS),
               "O does not fit into Q's buffer, or some consumer reads it longer");
 
 struct Buffers {
@@ -73,6 +76,7 @@ struct Buffers {
   SmemPtr<float> merge;     // shares of rows whose keys are split
   SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
   Feed feed;                // from which the producer has them, where they are dealt out
+  SmemPtr<int32_t> arrival;  // see hand_over_share
 };
 
 // The producer: one thread fills Q and the stages of K and V for one row tile after the other.
@@ -133,9 +137,9 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     k_box = key_box(p, block, p.k_rows_per_batch);
     v_box = key_box(p, block, p.v_rows_per_batch);
 //@if gate tile
-    const KeyRange keys = gate_last_tile(key_range(own, block.m_begin));
+    const KeyRange keys = gate_last_tile(own_keys(own, block));
 //@else
-    const KeyRange keys = key_range(own, block.m_begin);
+    const KeyRange keys = own_keys(own, block);
 //@end
     store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
@@ -375,12 +379,12 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     BlockCoord block = {};
     block.m_begin = smem_load(coord);
     if (block.m_begin == NO_TILE) break;
-    if (VARLEN != 0 || MASK_KIND != 0) block = load_coord(coord);
+    if (VARLEN != 0 || MASK_KIND != 0 || SPLIT_KEYS) block = load_coord(coord);
     const auto& own = sequence_params(p, block);
 //@if gate tile
-    const KeyRange keys = gate_last_tile(key_range(own, block.m_begin));
+    const KeyRange keys = gate_last_tile(own_keys(own, block));
 //@else
-    const KeyRange keys = key_range(own, block.m_begin);
+    const KeyRange keys = own_keys(own, block);
 //@end
     const int group_row = block.m_begin + c.row_group * 64;
 //@if gate
@@ -436,7 +440,11 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     if (sees_keys) last_output(c, bar, smem);
     if (HAS_WINDOW_LEFT && KEY_SPLITS == 1) skip_down_to(keys.n_block_begin);
     if (KEY_SPLITS > 1) merge_shares(share, c.softmax, c.out, smem.merge, c.scale_log2);
-    if (share == 0) store_output(c, params, bar, smem, load_coord(coord));
+    if (SPLIT_KEYS && share == 0) {
+      hand_over_share(own, block, c.row_group, c.softmax, c.out, c.scale_log2,
+                      STORE_BARRIER + c.index, smem.arrival + c.row_group);
+    }
+    if (!SPLIT_KEYS && share == 0) store_output(c, params, bar, smem, load_coord(coord));
   }
   // Shared memory must outlive the stores that read it.
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
@@ -451,6 +459,7 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
       smem_view<float>(MERGE_OFFSET, MERGE_FLOATS, "merge_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       PACKED ? feed_at(FEED_OFFSET) : Feed(),
+      smem_view<int32_t>(ARRIVAL_OFFSET, ARRIVAL_BYTES / 4, "arrival_smem"),
   };
   const Barriers bar = barriers(BARRIERS_OFFSET);
   if (thread_idx() == 0) {

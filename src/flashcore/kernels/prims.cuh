@@ -35,6 +35,8 @@
 //                 another lane wrote must have been ordered by warp_sync() or block_sync() before.
 // atomics.cuh     smem_atomic_add(p, x): float32, relaxed
 //                 gmem_atomic_add(p, x): int32, relaxed; returns what was there before
+//                 gmem_atomic_add_acq_rel(p, x): the same; what this thread did and knows of before
+//                 it is known to who finds the sum by another one, after that, in any block
 #pragma once
 
 #include "@target/types.cuh"

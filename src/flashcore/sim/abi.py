@@ -19,6 +19,7 @@ class TensorStruct(ctypes.Structure):
         ("valid", c_void_p),
         ("writer", c_void_p),
         ("writer_site", c_void_p),
+        ("writer_clock", c_void_p),
     )
 
 

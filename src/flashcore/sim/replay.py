@@ -27,6 +27,7 @@ from flashcore.plan import KERNEL, Plan, select_plan
 from flashcore.problem import MaskSpec, Problem
 from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_sm90 import PLANTS_SM90
+from flashcore.sim.plants_split import PLANTS_SPLIT
 from flashcore.sim.plants_varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import simulate
@@ -240,7 +241,7 @@ def parse_replay(words: Sequence[str]) -> Replay:
     }
     plan = dataclasses.replace(plan, **changes)
     seed, plant_name = int(take("seed", "0")), take("plant", "")
-    plants = PLANTS | PLANTS_SM90 | PLANTS_VARLEN | PLANTS_VARLEN_SM90
+    plants = PLANTS | PLANTS_SM90 | PLANTS_SPLIT | PLANTS_VARLEN | PLANTS_VARLEN_SM90
     if plant_name and plant_name not in plants:
         raise ValueError(f"plant={plant_name!r} is not one of {', '.join(plants)}")
     path = take("inputs", "")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashcore.codegen import generate_source
 from flashcore.params import build_params, grid_size
-from flashcore.params_sm90 import build_params_sm90, num_row_tiles
+from flashcore.params_sm90 import build_params_sm90, num_pieces, split_shapes
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.sim.abi import AgentStruct, LaunchStruct, ReportStruct, TensorStruct
 from flashcore.sim.build import load_kernel
@@ -177,7 +177,7 @@ def _arguments(
         tensor_map = (f"{name[0]}_map.base",) if name in names else ()
         return (f"attn.{name}", *tensor_map)
 
-    num_blocks = min(num_row_tiles(problem, plan), PERSISTENT_BLOCKS)
+    num_blocks = min(num_pieces(problem, plan), PERSISTENT_BLOCKS)
     params = build_params_sm90(problem, plan, dict.fromkeys(names), num_blocks, target="host")
     return params, fields, num_blocks
 
@@ -226,11 +226,18 @@ def simulate(
     tensors = [SimTensor(name, t, pointer_fields(name)) for name, t in named.items()]
     for name, t in (lengths or {}).items():
         tensors.append(SimTensor(name, t, pointer_fields(name)))
-    counter = torch.zeros(1, dtype=torch.int32)
-    if plan.draws_tiles:
-        tensors.append(
-            SimTensor("tile_counter", counter, pointer_fields("tile_counter"), counter=True)
-        )
+    counters = torch.zeros(1 if plan.draws_tiles else 0, dtype=torch.int32)
+    if isinstance(plan, Sm90Plan) and plan.num_splits > 1:
+        shapes = split_shapes(problem, plan)
+        counters = torch.zeros(shapes.pop("tile_counter"), dtype=torch.int32)
+        for name, shape in shapes.items():
+            shares, field = torch.empty(shape), pointer_fields(name)
+            tensors.append(
+                SimTensor(name, shares, field, writable=True, complete=False, shared=True)
+            )
+    if counters.numel():
+        field = pointer_fields("tile_counter")
+        tensors.append(SimTensor("tile_counter", counters, field, counter=True))
     tensors.append(SimTensor("out", out, pointer_fields("out"), writable=True))
     if lse is not None:
         tensors.append(SimTensor("lse", lse, pointer_fields("lse"), writable=True))
@@ -252,13 +259,14 @@ def simulate(
             seed=seed,
             starts_early=plan.starts_early,
         )
-        if counter.any():
+        left = counters.nonzero().flatten().tolist()
+        if left:
             raise SimulationError(
                 kind="counter-left",
-                message=f"the counter is {counter.item()} at the kernel's end, and the next launch "
-                "counts on 0",
+                message=f"a counter is {counters[left[0]].item()} at the kernel's end, and the "
+                "next launch counts on 0",
                 array="tile_counter",
-                element=0,
+                element=left[0],
                 seed=seed,
             )
         return report

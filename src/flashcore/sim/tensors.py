@@ -34,6 +34,8 @@ class SimTensor:
         writable: whether the kernel writes it: it starts unwritten, and is copied back.
         complete: whether the kernel must write every element.
         counter: whether all threads change it by atomics; it is copied back.
+        shared: of a writable one, whether other threads may read what one has written, where
+            something orders the two.
     """
 
     name: str
@@ -42,6 +44,7 @@ class SimTensor:
     writable: bool = False
     complete: bool = True
     counter: bool = False
+    shared: bool = False
 
 
 class Placed:
@@ -65,6 +68,7 @@ class Placed:
         written = max(span, 1) if item.writable else 0
         self.writer = torch.zeros(written, dtype=torch.int32)
         self.writer_site = torch.zeros(written, dtype=torch.int32)
+        self.writer_clock = torch.zeros(written if item.shared else 0, dtype=torch.int32)
         middle = ((index + 1) << _ADDRESS_BITS) + (1 << (_ADDRESS_BITS - 1))
         self.address = middle + tensor.data_ptr() % ADDRESS_ALIGNMENT
         self.struct = TensorStruct(
@@ -73,10 +77,11 @@ class Placed:
             data=self.data.data_ptr(),
             bytes=span * size,
             element_bytes=size,
-            writable=2 if item.counter else int(item.writable),
+            writable=2 if item.counter else 3 if item.shared else int(item.writable),
             valid=self.valid.data_ptr(),
             writer=self.writer.data_ptr() if item.writable else None,
             writer_site=self.writer_site.data_ptr() if item.writable else None,
+            writer_clock=self.writer_clock.data_ptr() if item.shared else None,
         )
 
     def coordinates(self, offset: int) -> tuple[int, ...] | None:

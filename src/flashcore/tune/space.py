@@ -30,6 +30,7 @@ _GIVEN = frozenset(
         "has_softcap",
         "mask",
         "varlen",
+        "folds_heads",
         "gate",
     }
 )
@@ -76,6 +77,10 @@ def _is_legal_sm90(plan: Sm90Plan) -> bool:
         return False
     if plan.key_splits > 1 and (
         plan.block_m > 64 or plan.num_stages % plan.key_splits or not plan.separate_o
+    ):
+        return False
+    if plan.num_splits < 1 or (
+        plan.num_splits > 1 and (plan.varlen == "packed" or not plan.separate_o)
     ):
         return False
     if plan.block_n > 256 or (plan.ping_pong and plan.num_consumers == 1):
@@ -149,6 +154,7 @@ def schedules(base: Plan) -> list[Plan]:
         for ping_pong in (False, True)
         for separate_o in (False, True)
     ]
-    found += [dataclasses.replace(base, num_stages=stages) for stages in (2, 3, 4)]
+    found += [dataclasses.replace(base, num_stages=stages) for stages in (2, 3, 4, 6)]
+    found += [dataclasses.replace(base, num_splits=splits) for splits in (1, 2, 4, 8, 16, 32)]
     found.append(dataclasses.replace(base, key_splits=2, num_stages=4, ping_pong=False))
     return [plan for plan in dict.fromkeys(found) if plan != base and is_legal(plan)]

@@ -12,12 +12,27 @@ FC_DEVICE void smem_atomic_add(SmemPtr<float> p, float x, FC_SITE) {
   std::memcpy(place, &sum, 4);
 }
 
-// Of a tensor that the launch declares a counter: every thread of every block may add.
-FC_DEVICE int gmem_atomic_add(GmemPtr<int32_t> p, int x, FC_SITE) {
-  void* place = fc_host::gmem_atomic(p.address, 4, FC_HERE);
+namespace fc_host {
+
+inline int32_t add(void* place, int32_t x) {
   int32_t before;
   std::memcpy(&before, place, 4);
   const int32_t sum = before + x;
   std::memcpy(place, &sum, 4);
   return before;
+}
+
+}  // namespace fc_host
+
+// Of a tensor that the launch declares a counter: every thread of every block may add.
+FC_DEVICE int gmem_atomic_add(GmemPtr<int32_t> p, int x, FC_SITE) {
+  return fc_host::add(fc_host::gmem_atomic(p.address, 4, FC_HERE), x);
+}
+
+// Orders this thread's accesses, and those that it knows of by barriers, with those of other blocks
+// that meet it at the same counter.
+FC_DEVICE int gmem_atomic_add_acq_rel(GmemPtr<int32_t> p, int x, FC_SITE) {
+  void* place = fc_host::gmem_atomic(p.address, 4, FC_HERE);
+  fc_host::meet_blocks(p.address);
+  return fc_host::add(place, x);
 }

@@ -79,6 +79,8 @@ const void* gmem_read(uint64_t address, int bytes, Site site);
 void* gmem_write(uint64_t address, int bytes, Site site);
 // A counter is a tensor apart: atomics only, from any thread.
 void* gmem_atomic(uint64_t address, int bytes, Site site);
+// Of an atomic by which blocks learn of each other's writes.
+void meet_blocks(uint64_t address);
 
 // cp.async: checked and poisoned at issue, performed later, readable by this thread after the wait.
 void async_issue(SmemRef dst, uint64_t src_address, int bytes, bool valid, Site site);

@@ -14,3 +14,14 @@ FC_DEVICE int gmem_atomic_add(GmemPtr<int32_t> p, int x) {
                : "memory");
   return before;
 }
+
+// Orders this thread's accesses, and those that it knows of by barriers, with those of other blocks
+// that meet it at the same counter.
+FC_DEVICE int gmem_atomic_add_acq_rel(GmemPtr<int32_t> p, int x) {
+  int before;
+  asm volatile("atom.acq_rel.gpu.global.add.s32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(p.address), "r"(x)
+               : "memory");
+  return before;
+}

@@ -22,29 +22,29 @@ FC_DEVICE float mask_value(float x) { return x; }
 // may not be attended to because of the sequence's end or the window. The same for all lanes.
 FC_DEVICE bool strip_needs_mask(const AttnParams& p, int row_begin, int key_begin) {
   const int last_key = key_begin + BLOCK_N - 1;
+  const QueryRange queries = queries_of(p, row_begin, 16);
   bool needed = last_key >= p.seqlen_k;
-  if (HAS_WINDOW_RIGHT) needed |= last_key > row_begin + p.diag_offset + p.window_right;
-  if (HAS_WINDOW_LEFT) needed |= key_begin < row_begin + 15 + p.diag_offset - p.window_left;
+  if (HAS_WINDOW_RIGHT) needed |= last_key > queries.first + p.diag_offset + p.window_right;
+  if (HAS_WINDOW_LEFT) needed |= key_begin < queries.last + p.diag_offset - p.window_left;
   return needed;
 }
 
 // Which columns of a lane's part of the scores its two rows may see, counted from its first one so
-// that a compare takes a constant: three registers at most.
+// that a compare takes a constant: three registers at most, or four where heads are FOLDED.
 struct VisibleColumns {
-  int begin;  // of the first row
+  int begin[FOLDED ? 2 : 1];  // of the first row; the second one's is 8 further, unless FOLDED
   int end[2];
 
   FC_DEVICE VisibleColumns(const AttnParams& p, int row_begin, int key_begin) {
     const int lane = opaque(lane_idx());  // or what depends on it alone lives on between key tiles
-    const int diagonal = row_begin + accum_row(lane, 0) + p.diag_offset;
+    const int row = row_begin + accum_row(lane, 0);
     const int first_col = key_begin + accum_col(lane, 0);
-    begin = diagonal - p.window_left - first_col;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
+      const int diagonal = query_of(p, row + accum_row(0, r * 2)) + p.diag_offset;
+      if (r == 0 || FOLDED) begin[FOLDED ? r : 0] = diagonal - p.window_left - first_col;
       end[r] = p.seqlen_k;
-      if (HAS_WINDOW_RIGHT) {
-        end[r] = min_i(end[r], diagonal + accum_row(0, r * 2) + p.window_right + 1);
-      }
+      if (HAS_WINDOW_RIGHT) end[r] = min_i(end[r], diagonal + p.window_right + 1);
       end[r] -= first_col;
     }
   }
@@ -52,7 +52,9 @@ struct VisibleColumns {
   // Element i of fragment n.
   FC_DEVICE bool contain(int n, int i) const {
     const int col = n * 16 + accum_col(0, i);
-    return col < end[i % 4 / 2] && (!HAS_WINDOW_LEFT || col - accum_row(0, i) >= begin);
+    const int past_begin = col - (FOLDED ? 0 : accum_row(0, i));
+    return col < end[i % 4 / 2] &&
+           (!HAS_WINDOW_LEFT || past_begin >= begin[FOLDED ? i % 4 / 2 : 0]);
   }
 };
 

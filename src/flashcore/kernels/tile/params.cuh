@@ -34,7 +34,14 @@ struct AttnParams {
   // Of the Hopper kernel, see tile/schedule_varlen.cuh and params_sm90.py.
   int32_t max_tiles, num_length_classes;
   int32_t k_rows_per_batch, v_rows_per_batch;  // from one batch to the next
-  GmemPtr<int32_t> tile_counter;               // 0 between launches
+  GmemPtr<int32_t> tile_counter;               // one, or one a row tile; 0 between launches
+
+  // Shares of rows whose keys are split over blocks, see tile/split_sm90.cuh.
+  GmemPtr<float> split_out;    // [num_splits, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]
+  GmemPtr<float> split_stats;  // [num_splits, batch, num_heads_q, seqlen_q, 2]: row_max, row_sum
+  int32_t num_splits;
+
+  int32_t num_queries;  // of a head; seqlen_q rows are more where heads are folded (folding.py)
 //@if gate
 
   GmemPtr<float> gate_scores;   // [batch, num_heads_q, seqlen_q, seqlen_k]

@@ -6,6 +6,7 @@ struct BlockCoord {
   int head_idx;     // of q
   int head_idx_kv;  // of k and v: num_heads_q / num_heads_kv query heads share one
   int m_begin;      // first query row
+  int split = 0;    // which part of its keys, see tile/split_sm90.cuh
 };
 
 // The heads of a block, from batch_idx * num_heads_q + head_idx; m_begin is left open.
@@ -26,6 +27,19 @@ FC_DEVICE BlockCoord block_coord(const AttnParams& p, int tile) {
   return coord;
 }
 
+// The queries among rows [row_begin, row_begin + count). Where heads are FOLDED row r is query
+// r % num_queries of some head, and rows of one tile may be any of them.
+struct QueryRange {
+  int first, last;
+};
+
+FC_DEVICE QueryRange queries_of(const AttnParams& p, int row_begin, int count) {
+  if (FOLDED) return {0, p.num_queries - 1};
+  return {row_begin, row_begin + count - 1};
+}
+
+FC_DEVICE int query_of(const AttnParams& p, int row) { return FOLDED ? row % p.num_queries : row; }
+
 // Key tiles [n_block_begin, n_block_end) hold every key that some of `num_rows` rows from `m_begin`
 // on can see.
 struct KeyRange {
@@ -34,12 +48,13 @@ struct KeyRange {
 };
 
 FC_DEVICE KeyRange key_range(const AttnParams& p, int m_begin, int num_rows = BLOCK_M) {
+  const QueryRange queries = queries_of(p, m_begin, num_rows);
   int first_key = 0;
   int end_key = p.seqlen_k;
-  if (HAS_WINDOW_LEFT) first_key = max_i(0, m_begin + p.diag_offset - p.window_left);
+  if (HAS_WINDOW_LEFT) first_key = max_i(0, queries.first + p.diag_offset - p.window_left);
   if (HAS_WINDOW_RIGHT) {
-    const int last_row = min_i(m_begin + num_rows, p.seqlen_q) - 1;
-    end_key = min_i(end_key, last_row + p.diag_offset + p.window_right + 1);
+    const int last = min_i(queries.last, p.seqlen_q - 1);
+    end_key = min_i(end_key, last + p.diag_offset + p.window_right + 1);
   }
   if (first_key >= end_key) return {0, 0};
   return {first_key / BLOCK_N, (end_key + BLOCK_N - 1) / BLOCK_N};
@@ -47,10 +62,11 @@ FC_DEVICE KeyRange key_range(const AttnParams& p, int m_begin, int num_rows = BL
 
 // Of a block's key tiles, those that 64 of its rows from `row_begin` on need.
 FC_DEVICE KeyRange group_key_range(const AttnParams& p, const KeyRange& block, int row_begin) {
-  if (row_begin < p.seqlen_q) {
-    const KeyRange own = key_range(p, row_begin, 64);
-    if (own.n_block_begin < own.n_block_end) return own;
-  }
+  KeyRange own = {0, 0};
+  if (row_begin < p.seqlen_q) own = key_range(p, row_begin, 64);
+  own.n_block_begin = max_i(own.n_block_begin, block.n_block_begin);
+  own.n_block_end = min_i(own.n_block_end, block.n_block_end);
+  if (own.n_block_begin < own.n_block_end) return own;
   return {block.n_block_begin, block.n_block_begin};
 }
 
@@ -62,11 +78,14 @@ struct UnmaskedRange {
 
 FC_DEVICE UnmaskedRange unmasked_range(const AttnParams& p, int row_begin) {
   if (MASK_KIND != 0 || HAS_SOFTCAP) return {0, 0};  // every score needs mask_scores
+  const QueryRange queries = queries_of(p, row_begin, 64);
   int end_key = p.seqlen_k;
-  if (HAS_WINDOW_RIGHT) end_key = min_i(end_key, row_begin + p.diag_offset + p.window_right + 1);
+  if (HAS_WINDOW_RIGHT) {
+    end_key = min_i(end_key, queries.first + p.diag_offset + p.window_right + 1);
+  }
   UnmaskedRange range = {0, max_i(end_key, 0) / BLOCK_N};
   if (HAS_WINDOW_LEFT) {
-    const int first_key = max_i(0, row_begin + 63 + p.diag_offset - p.window_left);
+    const int first_key = max_i(0, queries.last + p.diag_offset - p.window_left);
     range.begin = min_i(range.end, (first_key + BLOCK_N - 1) / BLOCK_N);
   }
   return range;

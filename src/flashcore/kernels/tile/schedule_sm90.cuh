@@ -15,7 +15,7 @@ struct TileSchedule {
   int32_t heads_per_group;  // of the last group maybe more; read only under a right bound
 };
 
-constexpr bool DRAWS_TILES = HAS_WINDOW_RIGHT;
+constexpr bool DRAWS_TILES = HAS_WINDOW_RIGHT && !SPLIT_KEYS;
 
 // When the producer asks for the next row tile: so many key tiles before the end of this one that
 // the answer is there in time. Not sooner, or blocks commit themselves to tiles that others would
@@ -73,7 +73,7 @@ struct TileWalk {
 };
 
 // A row tile's place as the producer hands it to the consumers.
-constexpr int COORD_INTS = 4;
+constexpr int COORD_INTS = SPLIT_KEYS ? 5 : 4;
 // The producer writes a tile's when one group of rows has done with Q of the tile before, while
 // another may still store O of the one before that.
 constexpr int COORD_SLOTS = 4;
@@ -89,8 +89,12 @@ FC_DEVICE void store_coord(SmemPtr<int32_t> to, const BlockCoord& block) {
   smem_store(to + 1, block.head_idx);
   smem_store(to + 2, block.head_idx_kv);
   smem_store(to + 3, block.batch_idx);
+  if (SPLIT_KEYS) smem_store(to + 4, block.split);
 }
 
 FC_DEVICE BlockCoord load_coord(SmemPtr<int32_t> from) {
-  return {smem_load(from + 3), smem_load(from + 1), smem_load(from + 2), smem_load(from)};
+  BlockCoord block = {smem_load(from + 3), smem_load(from + 1), smem_load(from + 2),
+                      smem_load(from)};
+  if (SPLIT_KEYS) block.split = smem_load(from + 4);
+  return block;
 }

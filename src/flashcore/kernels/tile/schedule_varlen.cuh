@@ -146,10 +146,13 @@ struct TileFeed {
 };
 
 // The row tiles of a block, one after the other.
-template <bool FROM_FEED = PACKED>
+template <bool FROM_FEED = PACKED, bool IN_PIECES = SPLIT_KEYS>
 FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
   if constexpr (FROM_FEED) {
+    static_assert(!IN_PIECES, "packed sequences are not split");
     return TileFeed(p, feed);
+  } else if constexpr (IN_PIECES) {
+    return SplitWalk();
   } else {
     return TileWalk();
   }

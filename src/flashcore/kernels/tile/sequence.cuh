@@ -57,7 +57,8 @@ FC_DEVICE decltype(auto) sequence_params(const AttnParams& p, const BlockCoord& 
     } else {
       own.seqlen_k = clamp_i(gmem_load(p.seqlens_k + block.batch_idx), 0, p.seqlen_k);
     }
-    own.diag_offset = p.lower_right ? own.seqlen_k - own.seqlen_q : 0;
+    const int num_queries = FOLDED ? p.num_queries : own.seqlen_q;
+    own.diag_offset = p.lower_right ? own.seqlen_k - num_queries : 0;
     return own;
   }
 }

@@ -6,6 +6,7 @@ namespace fc_host {
 
 constexpr int ADDRESS_BITS = 44;
 constexpr int COUNTER = 2;  // FcTensor::writable
+constexpr int SHARED = 3;
 
 // Index of the tensor whose range holds an address, or -1.
 static int tensor_of(uint64_t address) {
@@ -77,11 +78,15 @@ static const uint8_t* source(uint64_t address, int bytes, int alignment, Site si
         raise_alarm({"uninitialized-read", site, tensor.name, e, index},
                     "reads an output element that nothing has written");
       }
-      set_other_thread(int(tensor.writer[e] - 1) / machine.num_threads,
-                       int(tensor.writer[e] - 1) % machine.num_threads,
-                       unpack_site(tensor.writer_site[e]));
+      const int block = int(tensor.writer[e] - 1) / machine.num_threads;
+      const int thread = int(tensor.writer[e] - 1) % machine.num_threads;
+      const bool is_shared = tensor.writable == SHARED;
+      if (is_shared && known_of_block(block, thread, tensor.writer_clock[e])) continue;
+      set_other_thread(block, thread, unpack_site(tensor.writer_site[e]));
       raise_alarm({"race", site, tensor.name, e, index},
-                  "reads an output element that another thread writes");
+                  is_shared ? "reads what another thread wrote, and no barrier, or ordered "
+                              "atomics between blocks, order the two"
+                            : "reads an output element that another thread writes");
     }
   }
   return tensor.data + offset;
@@ -122,6 +127,9 @@ static uint8_t* claim(uint64_t address, int bytes, int alignment, Site site) {
     }
     tensor.writer[e] = me;
     tensor.writer_site[e] = pack_site(site);
+    if (tensor.writable == SHARED) {
+      tensor.writer_clock[e] = clock_row(current_thread)[current_thread];
+    }
   }
   return tensor.data + offset;
 }

@@ -1,6 +1,7 @@
 // machine.h - the state of one simulated run. Parts: scheduler.cpp (fibers, meetings, barriers),
-// clocks.cpp (who has seen what), shadow.cpp (shared memory), global.cpp (tensors), async.cpp
-// (cp.async), alarm.cpp (reports); for Hopper mbarrier.cpp, tma.cpp, warpgroup.cpp, wgmma.cpp.
+// clocks.cpp (who has seen what), shadow.cpp (shared memory), global.cpp (tensors),
+// between_blocks.cpp (what blocks know of each other), async.cpp (cp.async), alarm.cpp (reports);
+// for Hopper mbarrier.cpp, tma.cpp, warpgroup.cpp, wgmma.cpp.
 //
 // Order of events. An agent is whoever accesses memory: a thread, or a warp as a whole (wmma loads
 // read on behalf of 32 lanes). Each agent has a clock; an event's epoch is (agent, clock). A
@@ -197,6 +198,11 @@ void* smem_write_as(int thread, SmemRef ref, int bytes, int alignment, Site site
 const uint8_t* global_source(uint64_t address, int bytes, Site site);
 const uint8_t* global_row(uint64_t address, int bytes, Site site);
 uint8_t* global_claim_row(uint64_t address, int bytes, Site site);
+// between_blocks.cpp
+void between_blocks_start();
+void between_blocks_reset();
+// Whether the current thread knows what a thread did up to its clock.
+bool known_of_block(int block, int thread, int clock);
 // async.cpp
 void async_perform(AsyncCopy& copy);
 void async_perform_some();

@@ -4,6 +4,7 @@
 
 #include "alarm.cpp"
 #include "async.cpp"
+#include "between_blocks.cpp"
 #include "clocks.cpp"
 #include "fiber.cpp"
 #include "global.cpp"
@@ -66,6 +67,7 @@ static void start(const FcLaunch& launch, FcReport& report) {
   m.read_sets.clear();
   m.files.clear();
   m.last_file = nullptr;
+  between_blocks_start();
 }
 
 }  // namespace fc_host

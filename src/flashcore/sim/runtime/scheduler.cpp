@@ -276,6 +276,7 @@ void run_block(int block) {
   m.stay_in_warp = STAY[next_random() & 3];
   clocks_reset();
   shadow_reset();
+  between_blocks_reset();
   for (int w = 0; w < m.num_warps; ++w) {
     Warp& warp = m.warps[size_t(w)];
     warp.arrived = warp.runnable = warp.at_mbarrier = 0;
