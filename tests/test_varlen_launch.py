@@ -77,8 +77,9 @@ def test_batches_that_are_no_whole_rows_apart_go_to_the_portable_kernel(
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the counters' torch says of the stream, and how often it made zeros. Pools have 4."""
-    now = SimpleNamespace(stream=1, capturing=False, made=0)
+    """What the counters' torch says of the stream and the capture that it is part of (0 for none),
+    and how often it made zeros. Pools have 4."""
+    now = SimpleNamespace(stream=1, capture=0, made=0, status=0)
 
     def zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         now.made += 1
@@ -87,12 +88,16 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     stream = SimpleNamespace(synchronize=lambda: None)
     cuda = SimpleNamespace(
         current_stream=lambda device: stream,
-        is_current_stream_capturing=lambda: now.capturing,
+        is_current_stream_capturing=lambda: now.capture > 0,
     )
     raw = SimpleNamespace(_cuda_getCurrentRawStream=lambda index: now.stream)
     fake = SimpleNamespace(zeros=zeros, cuda=cuda, int32=torch.int32, _C=raw)
     monkeypatch.setattr(counters, "torch", fake)
-    for name in ("_pools", "_num_taken", "_of_streams"):
+    driver = SimpleNamespace(
+        CUstream=int, cuStreamGetCaptureInfo=lambda stream: (now.status, 1, now.capture, None)
+    )
+    monkeypatch.setattr(counters, "import_driver", lambda: driver)
+    for name in ("_pools", "_num_taken", "_of_streams", "_of_captures"):
         monkeypatch.setattr(counters, name, {})
     monkeypatch.setattr(counters, "_COUNTERS", 4)
     return now
@@ -106,23 +111,26 @@ def test_launches_that_may_meet_share_no_counter(fake_cuda: SimpleNamespace) -> 
         return counters.work_counters(torch.device("cuda", 0)).data_ptr()
 
     outside_of_a_pool = counters.work_counters  # captured before any pool: cleared at replay
-    vars(now).update(capturing=True)
+    vars(now).update(capture=1)
     assert outside_of_a_pool(torch.device("cuda", 0)).shape == (1,)
     assert now.made == 1
 
-    first = address(capturing=False)
+    first = address(capture=0)
     assert address() == first
     second = address(stream=2)
     assert address(stream=1) == first
-    captured = {address(capturing=True), address()}
+    captured = {address(capture=2), address(capture=3)}
+    assert address() in captured  # launches that follow each other in one graph
     assert len({first, second} | captured) == 4
     assert now.made == 2
-    address()  # the pool is used up, and none can be made during a capture
+    address(stream=2)  # the pool is used up, and none can be made during a capture
     assert now.made == 3
-    assert address(capturing=False) == first
+    assert address(stream=1, capture=0) == first
     assert address(stream=3) not in {first, second} | captured
     assert now.made == 4
     assert len(counters._pools[0]) == 2  # graphs may have counters of the first
+    unknown = {address(capture=4, status=1), address()}  # each its own
+    assert len({first, second, *captured, *unknown}) == 6
 
 
 def test_a_stream_that_asks_for_more_counters_gets_more(fake_cuda: SimpleNamespace) -> None:

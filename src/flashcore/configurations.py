@@ -36,8 +36,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
     "decode": {"queries": 1},
     "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
+    # A prompt's next part: more rows than a tile has, keys split none the less.
+    "chunk": {"queries": 100, "causal": True},
 }
-_HOPPER_VARIANTS = ("window", "varlen-causal", "decode")
+_HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk")
 # Of the Hopper kernel's table: from one tile to many an SM.
 _HEADS = (1, 4, 16, 64, 256, 1024)
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)

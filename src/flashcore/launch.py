@@ -217,8 +217,9 @@ class KernelCall:
         pointers = {name: address or None for name, address in zip(names, key[1:7], strict=True)}
         lasts = True
         if self._counts_on is not None:
-            pointers["tile_counter"] = own_counter(self._counts_on).data_ptr()
-            lasts = not torch.cuda.is_current_stream_capturing()  # see own_counter
+            lasts = not torch.cuda.is_current_stream_capturing()
+            counter = own_counter if lasts else work_counters
+            pointers["tile_counter"] = counter(self._counts_on).data_ptr()
         if self._splits.num_floats:
             pointers |= self._splits.pointers(*key[7:])
         if isinstance(self._template, params_sm90.AttnSm90Params):

@@ -59,8 +59,8 @@ def resources(
         typer.Option(
             "--variant",
             help="Only full, causal, window, options (window and softcap), masked (and a mask), "
-            "varlen (packed sequences, window and softcap), varlen-causal, decode (one query) or "
-            "decode-masked (few, and a mask).",
+            "varlen (packed sequences, window and softcap), varlen-causal, decode (one query), "
+            "decode-masked (few, and a mask) or chunk (100 queries, causal).",
         ),
     ] = None,
     check: Annotated[
