@@ -19,8 +19,9 @@ from torch import Tensor
 Call = Callable[[], Tensor]
 
 _GRAPH_SECONDS = 2e-3  # one replay lasts about this long: far above a replay's own start-up
-_QUICK_GRAPH_SECONDS = 5e-4
 _MAX_CALLS_IN_GRAPH = 200
+# To capture a call costs the host more than to run it costs the GPU.
+_QUICK_GRAPH_SECONDS, _QUICK_CALLS_IN_GRAPH = 5e-4, 50
 _TRIAL_CALLS = 5
 _LONG_CALL_SECONDS = 1e-3  # from here on an eager call takes as long as its kernel
 
@@ -97,7 +98,7 @@ def quick_seconds(call: Call, replays: int = 3) -> float:
         captured = _capture(call, _TRIAL_CALLS)
         seconds = _replay_seconds(captured)
         if seconds * _TRIAL_CALLS < _QUICK_GRAPH_SECONDS:
-            calls = min(_MAX_CALLS_IN_GRAPH, round(_QUICK_GRAPH_SECONDS / max(seconds, 1e-9)))
+            calls = min(_QUICK_CALLS_IN_GRAPH, round(_QUICK_GRAPH_SECONDS / max(seconds, 1e-9)))
             captured = _capture(call, calls)
     return min(_replay_seconds(captured) for _ in range(replays))
 
