@@ -19,7 +19,8 @@ from flashcore import tuned
 from flashcore.bench.workloads import GROUPS, Workload
 from flashcore.cli import app
 from flashcore.jit import Resources
-from flashcore.plan import Plan, smem_limits, traits
+from flashcore.limits import smem_limits
+from flashcore.plan import Plan, traits
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.tune import compiling, search, timing
 from flashcore.tune.defaults import default_plan

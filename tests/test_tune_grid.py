@@ -22,7 +22,8 @@ import standin
 from flashcore import launch, machine, tile_table, tuned
 from flashcore.bench.workloads import Workload
 from flashcore.cli import app
-from flashcore.plan import Plan, candidates, smem_limits
+from flashcore.limits import smem_limits
+from flashcore.plan import Plan, candidates
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
 from flashcore.reference import attention_oracle

@@ -13,27 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore.folding import can_fold
+from flashcore.limits import smem_limits
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
 
 GATES = ("qk", "softmax", "pv", "tile", "pv_serial")
 
-# Largest dynamic shared memory of one block, and all shared memory of one SM, in bytes (CUDA C++
-# Programming Guide, "Technical Specifications per Compute Capability").
-_SMEM_BYTES = {
-    75: (65536, 65536),
-    80: (166912, 167936),
-    86: (101376, 102400),
-    87: (166912, 167936),
-    89: (101376, 102400),
-    90: (232448, 233472),
-    100: (232448, 233472),
-    103: (232448, 233472),
-    110: (232448, 233472),
-    120: (101376, 102400),
-    121: (101376, 102400),
-}
 _REGISTERS_PER_SM = 65536
 _RESERVED_SMEM_BYTES_PER_BLOCK = 1024
 
@@ -53,15 +39,6 @@ HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 VARLEN_KINDS = ("none", "packed", "keys")
 _MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
 _CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
-
-
-def smem_limits(arch: int) -> tuple[int, int]:
-    """Shared-memory bytes of one block at most, and of one SM. An architecture that is not listed
-    counts as the smallest of its generation."""
-    if arch in _SMEM_BYTES:
-        return _SMEM_BYTES[arch]
-    family = [limits for known, limits in _SMEM_BYTES.items() if known // 10 == arch // 10]
-    return min(family, default=_SMEM_BYTES[89])
 
 
 def _padded(cols: int) -> int:

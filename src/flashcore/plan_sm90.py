@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcore.folding import fold_heads
-from flashcore.plan import Plan, smem_limits, traits
+from flashcore.limits import smem_limits
+from flashcore.plan import Plan, traits
 from flashcore.plan_splits import best_num_splits, visible_keys
 
 if TYPE_CHECKING:

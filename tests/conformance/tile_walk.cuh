@@ -1,5 +1,5 @@
-// The row tiles that persistent blocks take, by the Hopper kernel's own schedule, for many launches of
-// as many blocks as this one has: which tile came when.
+// The row tiles that persistent blocks take, by the Hopper kernel's own schedule, for many launches
+// of as many blocks as this one has: which tile came when.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -8,7 +8,7 @@
 #include "tile/schedule_sm90.cuh"
 
 struct TileWalkParams {
-  GmemPtr<const int32_t> cases;  // [num_cases, 4]: heads, heads a group, row tiles a head, first place
+  GmemPtr<const int32_t> cases;  // [num_cases, 4]: heads, heads a group, tiles a head, first place
   GmemPtr<int32_t> places;       // [all cases' heads and row tiles]: place in the order, from 1 on
   GmemPtr<int32_t> counters;     // [num_cases]
   int32_t num_cases;

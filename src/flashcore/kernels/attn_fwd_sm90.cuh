@@ -27,57 +27,10 @@
 #include "tile/merge_sm90.cuh"
 #include "tile/split_sm90.cuh"
 #include "tile/schedule_varlen.cuh"
+#include "tile/layout_sm90.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
-
-struct AttnSm90Params {
-  TensorMap q_map;  // boxes of 64 rows x CHUNK columns of q
-  TensorMap k_map;  // boxes of BLOCK_N rows x CHUNK columns of k
-  TensorMap v_map;  // the same of v
-  TensorMap o_map;  // boxes of 64 rows x CHUNK columns of out
-  AttnParams attn;
-  TileSchedule schedule;
-};
-
-// A tile in shared memory is a row of column chunks, each all rows x CHUNK elements, in rows of
-// CHUNK_BYTES that TMA swizzles. Columns past head_dim are zeros that TMA fills in.
-constexpr int CHUNK = HEAD_DIM % 64 == 0 && HEAD_DIM_V % 64 == 0 ? 64 : 32;
-constexpr int CHUNK_BYTES = CHUNK * 2;
-constexpr int QK_CHUNKS = (HEAD_DIM + CHUNK - 1) / CHUNK;
-constexpr int V_CHUNKS = (HEAD_DIM_V + CHUNK - 1) / CHUNK;
-constexpr int KEY_FRAGS = BLOCK_N / 16;
-constexpr int OUT_FRAGS = V_CHUNKS * CHUNK / 16;
-
-constexpr int Q_ELEMENTS = BLOCK_M * QK_CHUNKS * CHUNK;
-constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;
-constexpr int K_ELEMENTS = BLOCK_N * QK_CHUNKS * CHUNK;  // of one stage
-constexpr int V_ELEMENTS = BLOCK_N * V_CHUNKS * CHUNK;
-constexpr int O_ELEMENTS = SPLIT_KEYS ? 0 : BLOCK_M * V_CHUNKS * CHUNK;  // else in global memory
-
-// O leaves through a buffer of its own, or through Q's where that would not fit beside the stages.
-constexpr int K_OFFSET = Q_ELEMENTS * 2;
-constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
-constexpr int O_OFFSET = SEPARATE_O ? V_OFFSET + NUM_STAGES * V_ELEMENTS * 2 : 0;
-constexpr int MERGE_OFFSET =
-    V_OFFSET + NUM_STAGES * V_ELEMENTS * 2 + (SEPARATE_O ? O_ELEMENTS * 2 : 0);
-constexpr int MERGE_FLOATS = (KEY_SPLITS - 1) * SHARE_FLOATS<OUT_FRAGS>;
-constexpr int BARRIERS_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
-constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
-constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
-constexpr int ARRIVAL_OFFSET = FEED_OFFSET + FEED_BYTES;
-static_assert(SMEM_BYTES == ARRIVAL_OFFSET + ARRIVAL_BYTES,
-              "the plan and the kernel disagree on shared memory");
-static_assert(SEPARATE_O || (O_ELEMENTS <= Q_ELEMENTS && KEY_SPLITS == 1 && !SPLIT_KEYS),
-              "O does not fit into Q's buffer, or some consumer reads it longer");
-
-struct Buffers {
-  SmemPtr<Element> q, k, v, o;
-  SmemPtr<float> merge;     // shares of rows whose keys are split
-  SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
-  Feed feed;                // from which the producer has them, where they are dealt out
-  SmemPtr<int32_t> arrival;  // see hand_over_share
-};
 
 // The producer: one thread fills Q and the stages of K and V for one row tile after the other.
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {

@@ -55,7 +55,7 @@ _ALL = (
         file=_SPLIT,
         find="    if (last) gmem_atomic_add(counter, -p.num_splits);",
         replace="",
-        caught_by="wrong-result",
+        caught_by="counter-left",
     ),
     Plant(
         name="split-one-counter",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flashcore.plan import Plan, smem_limits
+from flashcore.limits import smem_limits
+from flashcore.plan import Plan
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.tune.space import is_legal, may_avoid_spills, tiles
 

@@ -11,7 +11,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from flashcore.plan import Plan, smem_limits
+from flashcore.limits import smem_limits
+from flashcore.plan import Plan
 from flashcore.plan_sm90 import Sm90Plan
 
 Tile = dict[str, Any]
