@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import pytest
 import torch
 
 import flashcore
-from flashcore import calls, ops
+from flashcore import calls, descriptors, ops
 from flashcore.accuracy import error_report
 
 pytestmark = pytest.mark.gpu
@@ -160,3 +161,19 @@ def test_the_tensors_device_need_not_be_current():
         flashcore.attention(q, k.to("cuda:0"), v)
     on_first = flashcore.attention(*(x.to("cuda:0") for x in (q, k, v)))
     assert torch.equal(on_first.cpu(), out.cpu())
+
+
+def test_a_descriptor_with_another_address_is_the_one_of_that_tensor():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs an sm_90 GPU")
+    first, second = torch.zeros(2, 1, 4, 100, 64, dtype=torch.float16, device="cuda")
+    kind = (128, 128 * 100, 128 * 400, 64, 100, 4, 1, 64, 64, 2, 128)
+    encoded = [
+        bytes(descriptors.encode(descriptors.TensorMap(x.data_ptr(), *kind), "float16"))
+        for x in (first, second)
+    ]
+    assert encoded[0] != encoded[1]
+    memory, address = descriptors.aligned(encoded[0])
+    descriptors.readdress(address, [(0, second.data_ptr())])
+    begin = address - ctypes.addressof(memory)
+    assert bytes(memory)[begin : begin + len(encoded[1])] == encoded[1]

@@ -29,8 +29,10 @@ WMMA_MIN_ARCH = 75
 SM90_ARCH = 90
 BFLOAT16_MIN_ARCH = 80
 
+# Of q, k and v. Whoever makes a call has them, and asking a tensor again takes time.
+Addresses = tuple[int, int, int]
 Call = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Addresses],
     tuple[torch.Tensor, torch.Tensor | None],
 ]
 
@@ -213,9 +215,10 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         device: where they are.
 
     Returns:
-        A function of q, k, v and mask that returns out, [batch, num_heads_q, seqlen_q, head_dim_v],
-        contiguous, and lse, [batch, num_heads_q, seqlen_q], or None unless problem.return_lse. It
-        may be called again with other tensors of the same description, by several threads.
+        A function of q, k, v, mask and the addresses of the first three that returns out, [batch,
+        num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q, seqlen_q], or
+        None unless problem.return_lse. It may be called again with other tensors of the same
+        description, by several threads.
     """
     if problem.is_empty:
         return functools.partial(_run_empty, problem)
@@ -225,7 +228,7 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         return functools.partial(_run_sim, problem, _plan(problem, env.sim_arch()))
     from flashcore.launch import KernelCall
 
-    return KernelCall(problem, _plan(problem, problem.arch, KERNELS[backend]), device)
+    return KernelCall(problem, _plan(problem, problem.arch, KERNELS[backend]), device).run
 
 
 def _run_empty(
@@ -234,6 +237,7 @@ def _run_empty(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
+    addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out = q.new_zeros((*rows_shape, problem.head_dim_v))
@@ -249,6 +253,7 @@ def _run_sim(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
+    addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     from flashcore.sim import simulate
 
@@ -280,6 +285,7 @@ def _run_torch(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
+    addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     with without_autocast(problem.device):
         if sdpa_means_the_same(problem):

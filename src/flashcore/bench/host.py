@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
 from flashcore import calls, eager, machine, ops
+from flashcore.allocation import allocator
 from flashcore.bench.libraries import Library
 from flashcore.bench.peers import find_peers
 from flashcore.bench.run import command_line
@@ -175,18 +176,20 @@ def _latency_us(call: Call, device: str, count: int = 50) -> float:
 
 def _layers(device: str, q: Tensor, k: Tensor, v: Tensor, rounds: int) -> list[dict[str, Any]]:
     """Parts of a flashcore call, and what it would cost through the dispatcher."""
-    options = (None, False, None, None, None, False, "auto")
-    call, _ = calls.find_call(q, k, v, *options)
+    call = calls.find(q, k, v, None, False, None, None, None, False, "auto").call
+    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
     leaf = q.detach().requires_grad_()
     arguments = (None, *Options.checked(False, None, None, None))
     layers: dict[str, Call] = {
         "does anybody need the dispatcher": lambda: eager.needs_dispatcher(q, k, v, None),
-        "key and look-up": lambda: calls.find_call(q, k, v, *options),
-        "allocation of out": lambda: torch.empty_like(q),
-        "allocation of lse, if wanted": lambda: q.new_empty(q.shape[:3], dtype=torch.float32),
+        "allocation of out": allocator(q.device, tuple(q.shape), q.dtype),
+        "allocation of lse, if wanted": allocator(q.device, tuple(q.shape[:3]), torch.float32),
         **_launch_layers(call, q, k, v),
-        "allocations, argument and launch": lambda: call(q, k, v, None),
+        "allocations, argument and launch": lambda: call(q, k, v, None, addresses),
         "attention": lambda: flashcore.attention(q, k, v),
+        "a description not seen yet, on top": lambda: calls.find(
+            q, k, v, None, False, None, None, None, False, "auto"
+        ),
         "attention, recorded": lambda: flashcore.attention(leaf, k, v),
         "the operator, without autograd": lambda: ops.forward(q, k, v, *arguments, False, "auto"),
         "the operator, recorded": lambda: ops.forward(leaf, k, v, *arguments, True, "auto"),
@@ -195,24 +198,24 @@ def _layers(device: str, q: Tensor, k: Tensor, v: Tensor, rounds: int) -> list[d
     for _ in range(rounds + 1):
         for name, layer in layers.items():
             samples[name].append(_host_us(layer, device))
-    return [
-        {"layer": name, "us": statistics.median(values[1:])} for name, values in samples.items()
-    ]
+    medians = {name: statistics.median(values[1:]) for name, values in samples.items()}
+    return [{"layer": name, "us": us} for name, us in medians.items()]
 
 
 def _launch_layers(call: object, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     """Those of a kernel; none where PyTorch computes."""
     if q.device.type != "cuda":
         return {}
-    from flashcore import launch
+    from flashcore.launch import KernelCall
 
-    assert isinstance(call, launch.KernelCall)
+    kernel = getattr(call, "__self__", None)
+    assert isinstance(kernel, KernelCall)
     out = torch.empty_like(q)
-    key = (-1, q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, out.data_ptr(), 0)
-    argument = call.make_argument(key)
+    key = (-1, (q.data_ptr(), k.data_ptr(), v.data_ptr()), 0, out.data_ptr(), 0)
+    argument = kernel.make_argument(key)
     return {
-        "new addresses: argument and descriptors": lambda: call.make_argument(key),
-        "launch": lambda: call.launch(argument),
+        "new addresses: argument and descriptors": lambda: kernel.make_argument(key),
+        "launch": lambda: kernel.launch(argument),
     }
 
 
