@@ -31,6 +31,7 @@ class StandInDriver:
         self.encode_statuses: list[int] = []  # of the next descriptors, likewise
         self.params_types: list[type[ctypes.Structure]] = []  # a kernel's handle is 1 + an index
         self.on_launch = lambda: None
+        self.on_params = lambda params: None
         pointer, number = ctypes.c_void_p, ctypes.c_int
         encoded = (pointer, number, number, *[pointer] * 5, *[number] * 4)
         self.functions = {
@@ -67,6 +68,8 @@ class StandInDriver:
         kind = self.params_types[handle - 1]
         address = ctypes.c_void_p.from_address(pointers).value
         status = self.statuses.pop() if self.statuses else SUCCESS
+        params = kind.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(kind)))
+        self.on_params(params)
         self.launches.append(
             SimpleNamespace(
                 grid=configuration.grid[0],
@@ -74,7 +77,7 @@ class StandInDriver:
                 stream=configuration.stream,
                 starts_early=bool(configuration.num_attributes)
                 and configuration.attributes[0].programmatic_stream_serialization_allowed == 1,
-                params=kind.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(kind))),
+                params=params,
                 status=status,
             )
         )
@@ -113,6 +116,7 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
 
     monkeypatch.setattr(Problem, "from_tensors", classmethod(from_tensors))
     monkeypatch.setattr(driver, "import_driver", lambda: SimpleNamespace(CUresult=int))
+    monkeypatch.setattr(driver, "entry_address", machine.driver.address_of)
     monkeypatch.setattr(driver_launch, "entry_point", machine.driver.entry_point)
     monkeypatch.setattr(descriptors, "entry_point", machine.driver.entry_point)
     monkeypatch.setattr(driver_launch, "_load", load)

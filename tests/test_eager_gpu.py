@@ -9,10 +9,22 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import calls, descriptors, ops
+from flashcore import calls, descriptors, launcher, ops
 from flashcore.accuracy import error_report
+from flashcore.errors import BackendUnavailableError
+from flashcore.launcher.build import load
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, params=["python", "compiled"])
+def launched_by(request):
+    """Every test here runs with both launchers."""
+    try:
+        with launcher.using(request.param):
+            yield request.param
+    except BackendUnavailableError as error:
+        pytest.skip(f"no launcher: {error}")
 
 
 def qkv(seqlen=256, heads=4, dim=64, device="cuda", seed=0, dtype=torch.float16):
@@ -94,6 +106,26 @@ def test_a_graph_captures_and_replays(recorded):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, flashcore.attention(fresh, k, v, causal=True))
+
+
+def test_the_launcher_that_is_asked_for_launches(launched_by):
+    q, k, v = qkv()
+    for _ in range(3):
+        flashcore.attention(q, k, v)
+    if launched_by == "compiled":
+        assert load().counts() == (1, 3)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_gradients_are_those_of_the_operator(return_lse):
+    results = []
+    for attention in (flashcore.attention, through_the_operator):
+        q, k, v = (x.requires_grad_() for x in qkv())
+        outputs = attention(q, k, v, causal=True, return_lse=return_lse)
+        outputs = outputs if return_lse else (outputs,)
+        loss = sum(x.float().square().sum() for x in outputs)
+        results.append((*outputs, *torch.autograd.grad(loss, (q, k, v))))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 def test_nothing_waits_for_the_gpu():

@@ -7,6 +7,7 @@ from typing import Literal, overload
 import torch
 from torch.compiler import is_dynamo_compiling
 
+from flashcore import launcher
 from flashcore.calls import attend
 from flashcore.eager import needs_dispatcher, record
 from flashcore.explanation import Explanation, explain
@@ -133,6 +134,12 @@ def attention(
     if is_dynamo_compiling():
         q, k, v, mask = autocast(q, k, v, mask)
     else:
+        if launcher.attend is not None:
+            result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = launcher.attend(
+                q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
+            )
+            if result is not None:
+                return result
         if _is_any_autocast_enabled():
             q, k, v, mask = autocast(q, k, v, mask)
         if seqlens_k is None and not needs_dispatcher(q, k, v, mask):

@@ -226,8 +226,10 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         return functools.partial(_run_torch, problem)
     if backend == "sim":
         return functools.partial(_run_sim, problem, _plan(problem, env.sim_arch()))
+    from flashcore import launcher
     from flashcore.launch import KernelCall
 
+    launcher.start()
     return KernelCall(problem, _plan(problem, problem.arch, KERNELS[backend]), device).run
 
 

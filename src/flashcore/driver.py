@@ -53,15 +53,8 @@ class LaunchConfig(ctypes.Structure):
     ]
 
 
-@functools.cache
-def entry_point(name: str) -> Callable[..., int]:
-    """A function of the driver that returns a CUresult, here as an int.
-
-    It takes what ctypes takes. Arguments that are kept from call to call, made by `pointer` or
-    ctypes.byref, cost it half of what the bindings take to convert theirs.
-
-    Args:
-        name: such as "cuLaunchKernelEx".
+def entry_address(name: str) -> int:
+    """Where a function of the driver is, such as "cuLaunchKernelEx".
 
     Raises:
         BackendUnavailableError: the bindings are not installed, or the driver lacks the function.
@@ -71,7 +64,17 @@ def entry_point(name: str) -> Callable[..., int]:
         raise BackendUnavailableError(
             f"this driver has no {name} ({status!r}); install one for CUDA 12 or later"
         )
-    return ctypes.CFUNCTYPE(ctypes.c_int)(int(address))
+    return int(address)
+
+
+@functools.cache
+def entry_point(name: str) -> Callable[..., int]:
+    """A function of the driver that returns a CUresult, here as an int; raises as `entry_address`.
+
+    It takes what ctypes takes. Arguments that are kept from call to call, made by `pointer` or
+    ctypes.byref, cost it half of what the bindings take to convert theirs.
+    """
+    return ctypes.CFUNCTYPE(ctypes.c_int)(entry_address(name))
 
 
 def pointer(address: int | None) -> Any:

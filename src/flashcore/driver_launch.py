@@ -88,7 +88,7 @@ class Launch:
         self._device_index, self._name = index, kernel.name
         with torch.cuda.device(index):
             handle, self._library = _load(kernel, index, smem_bytes)
-        self._handle = pointer(handle)
+        self.handle, self._handle = handle, pointer(handle)
         self._shape = (grid, num_threads, smem_bytes)
         self._starts_early = starts_early
         self._configurations: dict[int, Any] = {}  # by stream; threads share them unchanged

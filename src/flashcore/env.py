@@ -39,7 +39,7 @@ BUNDLE = Variable(
 CXX = Variable(
     "FLASHCORE_CXX",
     "the first of g++, clang++, c++ on PATH",
-    "C++20 compiler that builds kernels for the simulator.",
+    "C++20 compiler that builds kernels for the simulator, and the launcher.",
 )
 SIM_SEED = Variable(
     "FLASHCORE_SIM_SEED",
@@ -57,8 +57,14 @@ TUNED = Variable(
     "1",
     "0 switches off the tile configurations that `flashcore tune` found, for shapes not seen yet.",
 )
+LAUNCHER = Variable(
+    "FLASHCORE_LAUNCHER",
+    "python",
+    "compiled: a launcher in C++, built once by a compiler on this machine, saves an eager call "
+    "some microseconds of the host's time. Read when the first kernel is launched.",
+)
 
-VARIABLES: tuple[Variable, ...] = (CACHE_DIR, BUNDLE, CXX, SIM_SEED, SIM_ARCH, TUNED)
+VARIABLES: tuple[Variable, ...] = (CACHE_DIR, BUNDLE, CXX, SIM_SEED, SIM_ARCH, TUNED, LAUNCHER)
 
 
 def _text(variable: Variable) -> str | None:
@@ -117,3 +123,13 @@ def tuned() -> bool:
     if text not in ("0", "1"):
         raise ValueError(f"{TUNED.name}={text!r} is neither 0 nor 1; set it to one, or unset it")
     return text == "1"
+
+
+def launcher() -> str:
+    """What launches eager calls: "python" or "compiled"."""
+    text = _text(LAUNCHER) or "python"
+    if text not in ("python", "compiled"):
+        raise ValueError(
+            f"{LAUNCHER.name}={text!r} is neither python nor compiled; set it to one, or unset it"
+        )
+    return text

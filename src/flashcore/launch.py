@@ -18,6 +18,8 @@ from flashcore.dispatch import Addresses
 from flashcore.driver_launch import Argument, Launch, launch_raw
 from flashcore.errors import FlashCoreError
 from flashcore.jit import compile_plan, compile_source
+from flashcore.launcher import Entry
+from flashcore.options import Options
 from flashcore.params import build_params, grid_size
 from flashcore.plan import Plan
 from flashcore.plan_sm90 import Sm90Plan
@@ -186,21 +188,44 @@ class KernelCall:
         self._enqueue(_arguments.get(key) or self.make_argument(key))
         return out, lse
 
+    def entry(self, q: int, k: int, v: int) -> Entry:
+        """The same for the compiled launcher, given the addresses of such tensors."""
+        template = self._template_of(
+            q, k, v, q
+        )  # any address will do for out: each call has its own
+        problem, plan = self._problem, self._plan
+        return Entry(
+            kernel=self.launch.handle,
+            device_index=self._index,
+            grid=self._grid,
+            num_threads=plan.num_threads,
+            smem_bytes=plan.smem_bytes,
+            starts_early=plan.starts_early,
+            argument=template.content,
+            attn_offset=template.attn_offset,
+            map_offsets=template.map_offsets,
+            out_shape=(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim_v),
+            computes_lse=problem.return_lse,
+            options=Options.of(problem),
+        )
+
     def make_argument(self, key: _Key) -> Argument:
         """The kernel's argument for a key of `_arguments`, which keeps it."""
         _, (q, k, v), mask, out, lse = key
-        template = self._template
-        if template is None:
-            pointers: dict[str, int | None] = {"q": q, "k": k, "v": v, "out": out}
-            template = self._template = make_template(
-                self._problem, self._plan, pointers, self._grid
-            )
+        template = self._template_of(q, k, v, out)
         argument = template.place(q, k, v, mask, out, lse)
         with _lock:
             while len(_arguments) >= ARGUMENTS_MAX:
                 del _arguments[next(iter(_arguments))]  # the oldest
             _arguments[key] = argument
         return argument
+
+    def _template_of(self, q: int, k: int, v: int, out: int) -> Template:
+        """Made once, with these addresses."""
+        if self._template is None:
+            pointers: dict[str, int | None] = {"q": q, "k": k, "v": v, "out": out}
+            self._template = make_template(self._problem, self._plan, pointers, self._grid)
+        return self._template
 
 
 _POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse, with which AttnParams begins

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
-from flashcore import calls, eager, machine, ops
+from flashcore import calls, eager, launcher, machine, ops
 from flashcore.allocation import allocator
 from flashcore.bench.libraries import Library
 from flashcore.bench.peers import find_peers
@@ -95,7 +96,9 @@ def _libraries(
     """What runs, by name; and why others, of those that are meant for such calls, do not."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
     found: dict[str, Entry] = {
-        "flashcore": (lambda: flashcore.attention(q, k, v), contextlib.nullcontext)
+        name: (lambda: flashcore.attention(q, k, v), functools.partial(launcher.using, how))
+        for name, how in (("flashcore", "python"), ("flashcore-compiled", "compiled"))
+        if how == "python" or device == "cuda"  # what it launches is kernels
     }
     failed = {}
     for name, backend in _SDPA.items():
@@ -195,9 +198,10 @@ def _layers(device: str, q: Tensor, k: Tensor, v: Tensor, rounds: int) -> list[d
         "the operator, recorded": lambda: ops.forward(leaf, k, v, *arguments, True, "auto"),
     }
     samples: dict[str, list[float]] = {name: [] for name in layers}
-    for _ in range(rounds + 1):
-        for name, layer in layers.items():
-            samples[name].append(_host_us(layer, device))
+    with launcher.using("python"):
+        for _ in range(rounds + 1):
+            for name, layer in layers.items():
+                samples[name].append(_host_us(layer, device))
     medians = {name: statistics.median(values[1:]) for name, values in samples.items()}
     return [{"layer": name, "us": us} for name, us in medians.items()]
 
@@ -238,9 +242,21 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> str:
     host = {(row["library"], row["recorded"]): row["host_us"] for row in rows}
-    parts = [
-        f"{host['flashcore', recorded] / host['sdpa', recorded]:.2f} {words}"
-        for recorded, words in ((False, "without autograd"), (True, "with autograd recording"))
-        if ("flashcore", recorded) in host and ("sdpa", recorded) in host
-    ]
-    return f"flashcore's host time over that of torch's SDPA: {', '.join(parts)}."
+    sentences = []
+    for name, whose in (
+        ("flashcore", "flashcore's"),
+        ("flashcore-compiled", "That of its compiled launcher"),
+    ):
+        parts = [
+            f"{host[name, recorded] / host['sdpa', recorded]:.2f} {words}"
+            for recorded, words in (
+                (False, "without autograd"),
+                (True, "with autograd recording"),
+            )
+            if (name, recorded) in host and ("sdpa", recorded) in host
+        ]
+        if parts and name == "flashcore":
+            sentences.append(f"{whose} host time over that of torch's SDPA: {', '.join(parts)}.")
+        elif parts:
+            sentences.append(f"{whose}: {', '.join(parts)}.")
+    return " ".join(sentences)
