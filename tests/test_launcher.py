@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import sysconfig
 
 import pytest
 import torch
 
 import flashcore
 import standin
-from flashcore import calls, driver_launch, env, launcher
+from flashcore import calls, driver_launch, launcher
 from flashcore.driver import INVALID_CONTEXT
-from flashcore.launcher import build
 from op_inputs import additive_mask
 
 # The same tests as for the launcher in Python, with this module's `machine`.
@@ -347,50 +345,6 @@ def test_what_it_remembers_is_bounded(monkeypatch):
         flashcore.attention(q, keys[:, :, :length], keys[:, :, :length])
     assert module.counts() == (3, 7)
     assert [x.params.attn.seqlen_k for x in machine.driver.launches] == [9, 10, 11, 12, 13, 9, 13]
-
-
-# Building it.
-
-
-@pytest.fixture
-def unbuilt(monkeypatch, tmp_path):
-    """As if nobody had asked for it in this process, nor ever on this machine."""
-    standin.install(monkeypatch)
-    monkeypatch.setattr(launcher, "attend", None)
-    monkeypatch.setattr(launcher, "start", launcher.start.__wrapped__)
-    monkeypatch.setattr(build, "load", build.load.__wrapped__)
-    monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
-    return monkeypatch
-
-
-def test_python_launches_unless_asked(unbuilt):
-    unbuilt.setattr(launcher, "configured", lambda: pytest.fail("nobody asked for it"))
-    flashcore.attention(*tensors())
-    unbuilt.setattr(calls, "_calls", {})
-    unbuilt.setenv(env.LAUNCHER.name, "rust")
-    with pytest.raises(ValueError, match="'rust' is neither python nor compiled"):
-        flashcore.attention(*tensors())
-
-
-@pytest.mark.parametrize("what", ["no compiler", "no headers", "not C++", "no module"])
-def test_without_it_python_launches_and_a_warning_says_why(unbuilt, tmp_path, what):
-    unbuilt.setenv(env.LAUNCHER.name, "compiled")
-    match = "does not compile the launcher"
-    if what == "no compiler":
-        unbuilt.setenv(env.CXX.name, "no-such-compiler")
-        match = "no such program"
-    elif what == "no headers":
-        unbuilt.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-        match = r"Python\.h is missing: apt install"
-    else:
-        source = tmp_path / "launcher.cpp"
-        source.write_text("void no_module() {}" if what == "no module" else "module flashcore")
-        unbuilt.setattr(build, "SOURCE", source)
-        match = "cannot be built or loaded" if what == "no module" else match
-    with pytest.warns(RuntimeWarning, match=match):
-        out = flashcore.attention(*tensors())
-    assert out.shape == (2, 4, 40, 64)
-    assert launcher.attend is None
 
 
 def test_what_launches_may_be_chosen_for_a_while(monkeypatch):

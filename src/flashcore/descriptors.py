@@ -80,7 +80,7 @@ def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
 
 
 def readdress(address: int, bases: Sequence[tuple[int, int]]) -> None:
-    """Gives descriptors other tensors of the same kind, for a tenth of encoding them.
+    """Gives descriptors other tensors of the same kind, for much less than encoding them.
 
     Args:
         address: where the first is, a multiple of ALIGNMENT.

@@ -192,11 +192,11 @@ def warn_once(choice: Choice) -> None:
         warnings.warn(
             f"flashcore.attention falls back to PyTorch: {choice.reason} to silence this",
             FallbackWarning,
-            stacklevel=_stacklevel_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
 
 
-def _stacklevel_of_caller() -> int:
+def stacklevel_of_caller() -> int:
     """For warnings.warn in the function that calls this: who called flashcore, past torch if it
     stands between."""
     inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))

@@ -71,12 +71,14 @@ def start() -> None:
     try:
         attend = configured().attend
     except (FlashCoreError, OSError, ImportError) as error:
+        from flashcore.dispatch import stacklevel_of_caller
+
         warnings.warn(
             f"{env.LAUNCHER.name}=compiled, but the launcher cannot be built or loaded: {error}\n"
             "Calls go by Python: the same results, a few microseconds later. Unset "
             f"{env.LAUNCHER.name} to silence this",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=stacklevel_of_caller(),
         )
 
 
