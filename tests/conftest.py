@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Before flashcore is imported. Kernels and simulator builds are cached by the text of their source,
 # so one folder serves all workers and later runs, and a changed source can never find an old entry.
 os.environ.setdefault("FLASHCORE_CACHE_DIR", str(ROOT / ".cache" / "flashcore"))
+os.environ.pop("FLASHCORE_LAUNCHER", None)  # tests say which launcher they are about
 
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402

@@ -12,74 +12,102 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flashcore import calls, dispatch, driver_launch, launch, params_sm90
+from flashcore import (
+    calls,
+    descriptors,
+    dispatch,
+    driver,
+    driver_launch,
+    launch,
+    launcher,
+    params_sm90,
+)
+from flashcore.driver import LaunchConfig
 from flashcore.params import AttnParams
 from flashcore.problem import Problem
 
-SUCCESS, INVALID_CONTEXT = 0, 201
-
-
-class Encoded:
-    def __init__(self, base: int) -> None:
-        self.memory = (ctypes.c_uint64 * 16)(base)
-
-    def getPtr(self) -> int:
-        return ctypes.addressof(self.memory)
-
-
-class Enumeration:
-    def __getattr__(self, name: str) -> str:
-        return name
+SUCCESS = 0
 
 
 class StandInDriver:
-    """The functions of cuda.bindings.driver that a launch needs."""
-
-    CUtensorMapDataType = CUtensorMapSwizzle = CUtensorMapInterleave = Enumeration()
-    CUtensorMapL2promotion = CUtensorMapFloatOOBfill = Enumeration()
-    CUlaunchAttributeID = Enumeration()
-    CUresult = SimpleNamespace(CUDA_ERROR_INVALID_CONTEXT=INVALID_CONTEXT)
-    CUlaunchConfig = SimpleNamespace
-    cuuint64_t = cuuint32_t = CUstream = int
+    """The functions of the driver that a call needs, as functions of C."""
 
     def __init__(self) -> None:
         self.launches: list[SimpleNamespace] = []
         self.encodings = 0
+        self.replacements = 0
         self.statuses: list[int] = []  # of the next launches; then success
         self.encode_statuses: list[int] = []  # of the next descriptors, likewise
+        self.params_types: list[type[ctypes.Structure]] = []  # a kernel's handle is 1 + an index
+        self.on_launch = lambda: None
+        self.on_params = lambda params: None
+        self.capturing = False
+        pointer, number = ctypes.c_void_p, ctypes.c_int
+        encoded = (pointer, number, number, *[pointer] * 5, *[number] * 4)
+        self.functions = {
+            "cuLaunchKernelEx": ctypes.CFUNCTYPE(number, *[pointer] * 4)(self._launch),
+            "cuTensorMapEncodeTiled": ctypes.CFUNCTYPE(number, *encoded)(self._encode),
+            "cuTensorMapReplaceAddress": ctypes.CFUNCTYPE(number, pointer, pointer)(self._replace),
+            "cuStreamIsCapturing": ctypes.CFUNCTYPE(number, pointer, pointer)(self._is_capturing),
+        }
 
-    def cuTensorMapEncodeTiled(self, dtype, rank, base, *rest):
+    def entry_point(self, name):
+        """As driver.entry_point."""
+        return ctypes.CFUNCTYPE(ctypes.c_int)(self.address_of(name))
+
+    def address_of(self, name):
+        """Where the function is."""
+        return ctypes.cast(self.functions[name], ctypes.c_void_p).value
+
+    def _encode(self, descriptor, dtype, rank, base, *rest):
+        assert descriptor % descriptors.ALIGNMENT == 0
         self.encodings += 1
-        return self.encode_statuses.pop() if self.encode_statuses else SUCCESS, Encoded(base)
+        ctypes.c_uint64.from_address(descriptor).value = base or 0
+        return self.encode_statuses.pop() if self.encode_statuses else SUCCESS
 
-    @staticmethod
-    def CUlaunchAttribute() -> SimpleNamespace:
-        return SimpleNamespace(value=SimpleNamespace())
+    def _replace(self, descriptor, base):
+        assert descriptor % descriptors.ALIGNMENT == 0
+        self.replacements += 1
+        status = self.encode_statuses.pop() if self.encode_statuses else SUCCESS
+        if status == SUCCESS:
+            ctypes.c_uint64.from_address(descriptor).value = base
+        return status
 
-    def cuLaunchKernelEx(self, configuration, handle, pointers, extra):
-        (address,) = (ctypes.c_void_p * 1).from_address(pointers)
-        params = handle.params_type.from_buffer_copy(
-            ctypes.string_at(address, ctypes.sizeof(handle.params_type))
-        )
+    def _is_capturing(self, stream, captured):
+        ctypes.c_int.from_address(captured).value = int(self.capturing)
+        return SUCCESS
+
+    def _launch(self, configuration, handle, pointers, extra):
+        self.on_launch()
+        configuration = LaunchConfig.from_address(configuration)
+        kind = self.params_types[handle - 1]
+        address = ctypes.c_void_p.from_address(pointers).value
         status = self.statuses.pop() if self.statuses else SUCCESS
+        params = kind.from_buffer_copy(ctypes.string_at(address, ctypes.sizeof(kind)))
+        self.on_params(params)
         self.launches.append(
             SimpleNamespace(
-                grid=configuration.gridDimX,
-                threads=configuration.blockDimX,
-                stream=configuration.hStream,
-                starts_early=bool(getattr(configuration, "numAttrs", 0)),
+                grid=configuration.grid[0],
+                threads=configuration.block[0],
+                stream=configuration.stream,
+                starts_early=bool(configuration.num_attributes)
+                and configuration.attributes[0].programmatic_stream_serialization_allowed == 1,
                 params=params,
                 status=status,
             )
         )
-        return (status,)
+        return status
 
 
 @dataclasses.dataclass
 class Machine:
-    """What the stand-in pretends: the current device and its stream."""
+    """What the stand-in pretends: the current device and its stream, whose counters are the same
+    for all launches."""
 
     driver: StandInDriver
+    counters: torch.Tensor = dataclasses.field(
+        default_factory=lambda: torch.zeros(4096, dtype=torch.int32)
+    )
     device: int = 0
     stream: int = 7
 
@@ -96,8 +124,8 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
 
     def load(kernel, device_index, smem_bytes):
         sm90 = kernel.name == "attn_fwd_sm90"
-        kind = params_sm90.AttnSm90Params if sm90 else AttnParams
-        return SimpleNamespace(params_type=kind), None
+        machine.driver.params_types.append(params_sm90.AttnSm90Params if sm90 else AttnParams)
+        return len(machine.driver.params_types), None
 
     real = Problem.from_tensors.__func__
 
@@ -106,12 +134,20 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
         return dataclasses.replace(problem, device="cuda", arch=arch)
 
     monkeypatch.setattr(Problem, "from_tensors", classmethod(from_tensors))
-    monkeypatch.setattr(driver_launch, "import_driver", lambda: machine.driver)
-    monkeypatch.setattr(params_sm90, "import_driver", lambda: machine.driver)
+    monkeypatch.setattr(driver, "import_driver", lambda: SimpleNamespace(CUresult=int))
+    monkeypatch.setattr(driver, "entry_address", machine.driver.address_of)
+    monkeypatch.setattr(driver_launch, "entry_point", machine.driver.entry_point)
+    monkeypatch.setattr(descriptors, "entry_point", machine.driver.entry_point)
     monkeypatch.setattr(driver_launch, "_load", load)
     monkeypatch.setattr(launch, "_num_sms", lambda index: 132)
     monkeypatch.setattr(launch, "verify_element_map", lambda *args: None)
     monkeypatch.setattr(launch, "_compile", lambda plan: SimpleNamespace(name=plan.kernel))
+    for module in (launch, launcher):
+        monkeypatch.setattr(
+            module, "work_counters", lambda device, count=1: machine.counters[:count]
+        )
+    monkeypatch.setattr(launch, "own_counter", lambda device: machine.counters[:1])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.driver.capturing)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.device)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: machine.device, raising=False)
@@ -121,7 +157,7 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     monkeypatch.setattr(calls, "_calls", {})
     monkeypatch.setattr(launch, "_arguments", {})
     # What these hold is the stand-in's own: nobody is to find it afterwards.
-    for module, name in ((params_sm90, "_encoding"), (launch, "_launch"), (dispatch, "_plan")):
+    for module, name in ((launch, "_launch"), (dispatch, "_plan")):
         function = getattr(module, name).__wrapped__
         monkeypatch.setattr(module, name, functools.lru_cache(function))
     return machine

@@ -11,6 +11,7 @@ import torch
 import flashcore
 import standin
 from flashcore import calls, driver_launch, eager, launch, ops
+from flashcore.driver import INVALID_CONTEXT
 from op_inputs import additive_mask, gradients, qkv
 from test_bad_input import CASES, K, Q, V
 
@@ -67,6 +68,20 @@ def test_equal_is_not_the_same(no_calls):
         options = {"causal": True, "scale": 1.0, "window": (1, 0), "return_lse": True, **wrong}
         with pytest.raises(TypeError, match=next(iter(wrong))):
             flashcore.attention(Q, K, V, **options)
+    flashcore.attention(Q, K, V)
+    flashcore.attention(Q, K, V, causal=True)
+    for wrong in ({"causal": 0}, {"causal": 1}, {"return_lse": 0}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            flashcore.attention(Q, K, V, **wrong)
+
+
+def test_what_was_decided_without_autograd_serves_no_recorded_call(no_calls):
+    """Which needs lse."""
+    q, k, v = qkv(requires_grad=True)
+    with torch.no_grad():
+        flashcore.attention(q, k, v)
+    flashcore.attention(q, k, v).sum().backward()
+    assert q.grad is not None
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -108,24 +123,31 @@ def test_everything_that_matters_is_in_the_key(no_calls):
         ((q, k, v), {"mask": mask > 0}),
         ((q, k, v), {"mask": mask[:1]}),
     ]
-    for tensors, options in variants:
-        want = through_the_operator(*(x.double() for x in tensors), **options)
+    for number, (tensors, options) in enumerate(variants, 1):
         got = flashcore.attention(*tensors, **options)
+        assert sum(map(len, no_calls.values())) == number
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(calls, "_calls", {})
+            want = through_the_operator(*(x.double() for x in tensors), **options)
         for ours, theirs in zip(
             got if isinstance(got, tuple) else (got,),
             want if isinstance(want, tuple) else (want,),
             strict=True,
         ):
             torch.testing.assert_close(ours.double(), theirs.double(), rtol=2e-2, atol=2e-2)
-    ours = [key for key in no_calls if torch.float64 not in key]
-    assert len(ours) == len(variants)
 
 
 def test_what_was_decided_is_bounded(no_calls, monkeypatch):
     monkeypatch.setattr(calls, "CALLS_MAX", 5)
+    monkeypatch.setattr(calls, "FOUND_MAX", 3)
     for seqlen in range(1, 20):
         flashcore.attention(*qkv(seqlen, seqlen))
     assert len(no_calls) == 5
+    no_calls.clear()
+    for padding in range(10):  # shapes are the same, strides are not
+        q, k, v = (torch.zeros(2, 2, 5 + padding, 8)[:, :, :5] for _ in range(3))
+        flashcore.attention(q, k, v)
+    assert [len(founds) for founds in no_calls.values()] == [3]
 
 
 def test_tensors_without_memory_are_no_tensors_to_a_kernel():
@@ -194,15 +216,18 @@ def test_few_streams_keep_what_they_were_told(machine, monkeypatch):
     assert [x.stream for x in machine.driver.launches] == [1, 2, 3, 2, 1]
 
 
-def test_descriptors_are_encoded_once_per_address(machine, monkeypatch):
+def test_descriptors_are_made_once_per_description_and_once_per_address(machine, monkeypatch):
     q, k, v = half(1, 4, 40, 64), half(1, 4, 50, 64), half(1, 4, 50, 64)
-    buffer = torch.empty_like(q)
-    monkeypatch.setattr(torch, "empty_like", lambda x: buffer)  # as an allocator in a loop
+    driver, buffer = machine.driver, torch.empty_like(q)
+    # As an allocator in a loop.
+    monkeypatch.setattr(launch, "allocator", lambda *description: lambda: buffer)
     for _ in range(5):
         flashcore.attention(q, k, v)
-    assert machine.driver.encodings == 4
-    flashcore.attention(q.clone(), k, v)
-    assert machine.driver.encodings == 8
+    assert (driver.encodings, driver.replacements) == (4, 4)
+    copy = q.clone()
+    for _ in range(5):
+        flashcore.attention(copy, k, v)
+    assert (driver.encodings, driver.replacements) == (4, 8)
     monkeypatch.setattr(launch, "ARGUMENTS_MAX", 3)
     copies = [q.clone() for _ in range(6)]
     for copy in copies:
@@ -225,13 +250,7 @@ def test_output_is_contiguous_whatever_the_layout_of_q(monkeypatch, arch):
 def test_the_tensors_device_is_current_for_the_launch(machine):
     """And the one before afterwards."""
     seen = []
-    real = machine.driver.cuLaunchKernelEx
-
-    def record(*arguments):
-        seen.append(machine.device)
-        return real(*arguments)
-
-    machine.driver.cuLaunchKernelEx = record
+    machine.driver.on_launch = lambda: seen.append(machine.device)
     call = driver_launch.Launch(
         standin.SimpleNamespace(name="attn_fwd_sm90"),
         grid=1, num_threads=32, smem_bytes=0, device=torch.device("cuda", 1),
@@ -253,12 +272,12 @@ def test_a_thread_without_a_context_binds_one(machine, monkeypatch):
             bound.append(self.index)
 
     monkeypatch.setattr(core, "Device", Device)
-    machine.driver.statuses = [standin.INVALID_CONTEXT]
+    machine.driver.statuses = [INVALID_CONTEXT]
     q = half(1, 4, 40, 64)
     flashcore.attention(q, q, q)
     assert bound == [0]
-    assert [x.status for x in machine.driver.launches] == [standin.INVALID_CONTEXT, 0]
-    machine.driver.encode_statuses = [standin.INVALID_CONTEXT]
+    assert [x.status for x in machine.driver.launches] == [INVALID_CONTEXT, 0]
+    machine.driver.encode_statuses = [INVALID_CONTEXT]
     q = half(1, 4, 40, 64)
     flashcore.attention(q, q, q)
     assert bound == [0, 0]

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 
 import pytest
 import torch
 
 import flashcore
-from flashcore import calls, ops
+from flashcore import calls, descriptors, launcher, ops
 from flashcore.accuracy import error_report
+from flashcore.errors import BackendUnavailableError
+from flashcore.launcher.build import load
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(autouse=True, params=["python", "compiled"])
+def launched_by(request):
+    """Every test here runs with both launchers."""
+    try:
+        with launcher.using(request.param):
+            yield request.param
+    except BackendUnavailableError as error:
+        pytest.skip(f"no launcher: {error}")
 
 
 def qkv(seqlen=256, heads=4, dim=64, device="cuda", seed=0, dtype=torch.float16):
@@ -95,6 +108,26 @@ def test_a_graph_captures_and_replays(recorded):
         assert torch.equal(out, flashcore.attention(fresh, k, v, causal=True))
 
 
+def test_the_launcher_that_is_asked_for_launches(launched_by):
+    q, k, v = qkv()
+    for _ in range(3):
+        flashcore.attention(q, k, v)
+    if launched_by == "compiled":
+        assert load().counts() == (1, 3)
+
+
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_gradients_are_those_of_the_operator(return_lse):
+    results = []
+    for attention in (flashcore.attention, through_the_operator):
+        q, k, v = (x.requires_grad_() for x in qkv())
+        outputs = attention(q, k, v, causal=True, return_lse=return_lse)
+        outputs = outputs if return_lse else (outputs,)
+        loss = sum(x.float().square().sum() for x in outputs)
+        results.append((*outputs, *torch.autograd.grad(loss, (q, k, v))))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
 def test_nothing_waits_for_the_gpu():
     q, k, v = qkv()
     flashcore.attention(q, k, v)
@@ -160,3 +193,19 @@ def test_the_tensors_device_need_not_be_current():
         flashcore.attention(q, k.to("cuda:0"), v)
     on_first = flashcore.attention(*(x.to("cuda:0") for x in (q, k, v)))
     assert torch.equal(on_first.cpu(), out.cpu())
+
+
+def test_a_descriptor_with_another_address_is_the_one_of_that_tensor():
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs an sm_90 GPU")
+    first, second = torch.zeros(2, 1, 4, 100, 64, dtype=torch.float16, device="cuda")
+    kind = (128, 128 * 100, 128 * 400, 64, 100, 4, 1, 64, 64, 2, 128)
+    encoded = [
+        bytes(descriptors.encode(descriptors.TensorMap(x.data_ptr(), *kind), "float16"))
+        for x in (first, second)
+    ]
+    assert encoded[0] != encoded[1]
+    memory, address = descriptors.aligned(encoded[0])
+    descriptors.readdress(address, [(0, second.data_ptr())])
+    begin = address - ctypes.addressof(memory)
+    assert bytes(memory)[begin : begin + len(encoded[1])] == encoded[1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashcore.codegen import flatten
-from flashcore.params_sm90 import TensorMap
+from flashcore.descriptors import TensorMap
 from flashcore.sim import SimTensor, SimulationError, simulate_source
 from flashcore.sim.report import SM90_ALARM_KINDS
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flashcore.codegen import flatten
-from flashcore.params_sm90 import TensorMap
+from flashcore.descriptors import TensorMap
 from flashcore.sim import SimTensor, SimulationError, simulate_source
 
 FAULTS = Path(__file__).parent / "conformance" / "faults_grid.cuh"

@@ -13,7 +13,7 @@ import torch
 import flashcore
 import standin
 from backends import check, check_case
-from flashcore import launch, plan_sm90
+from flashcore import plan_sm90
 from flashcore.cases import Case
 from flashcore.params_sm90 import grid_size, num_pieces, num_row_tiles
 from flashcore.plan import select_plan
@@ -21,8 +21,6 @@ from flashcore.plan_sm90 import Sm90Plan
 from flashcore.plan_splits import best_num_splits, visible_keys
 from flashcore.problem import Problem
 from flashcore.tune.space import is_legal, schedules
-
-COUNTERS = torch.zeros(1024, dtype=torch.int32)
 
 
 def half(*shape: int) -> torch.Tensor:
@@ -128,7 +126,6 @@ def test_explain_says_so() -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:
-    monkeypatch.setattr(launch, "work_counters", lambda device, count: COUNTERS[:count])
     return standin.install(monkeypatch)
 
 
@@ -145,7 +142,7 @@ def test_a_launch_is_told_where_shares_go(machine: standin.Machine, with_lengths
         p = told.params.attn
         assert told.grid == 4 * plan.num_splits == 4 * p.num_splits
         assert (p.num_heads_q, p.seqlen_q, p.num_queries) == (2, 4, 1)
-        assert p.tile_counter == COUNTERS.data_ptr()
+        assert p.tile_counter == machine.counters.data_ptr()
         assert p.split_stats - p.split_out == 4 * plan.num_splits * 2 * 2 * 4 * 64
         assert p.split_out % 16 == 0
     assert machine.driver.launches[-1].params.attn.out == out.data_ptr()

@@ -10,15 +10,12 @@ import torch
 
 import flashcore
 import standin
-from flashcore import counters, launch, packed
+from flashcore import counters, packed
 from flashcore.varlen_cases import VarlenCase, make_varlen_inputs
-
-COUNTER = torch.zeros(1, dtype=torch.int32)
 
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:
-    monkeypatch.setattr(launch, "work_counters", lambda device: COUNTER)
     return standin.install(monkeypatch)
 
 
@@ -33,7 +30,7 @@ def test_packed_sequences_on_hopper(machine: standin.Machine) -> None:
     assert (told.max_tiles, told.batch, told.total_q, told.total_k) == (tiles, 2, 305, 305)
     assert told.num_length_classes == 1 + (-(-305 // plan.block_n) - 1).bit_length()
     assert (told.cu_seqlens_q, told.cu_seqlens_k, told.tile_counter, told.out, told.lse) == tuple(
-        t.data_ptr() for t in (x.cu_seqlens_q, x.cu_seqlens_k, COUNTER, out, lse)
+        t.data_ptr() for t in (x.cu_seqlens_q, x.cu_seqlens_k, machine.counters, out, lse)
     )
     # Maps start as many rows before their tensors as these have.
     rows = 305 * 6 * 64 * 2

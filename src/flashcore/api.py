@@ -5,14 +5,19 @@ from __future__ import annotations
 from typing import Literal, overload
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
-from flashcore.eager import attention_eager, needs_dispatcher
+from flashcore import launcher
+from flashcore.calls import attend
+from flashcore.eager import needs_dispatcher, record
 from flashcore.explanation import Explanation, explain
 from flashcore.ops import attention_dispatched, autocast
 from flashcore.padded import attention_padded
 from flashcore.problem import Causal, Window
 
 __all__ = ["Explanation", "attention", "explain"]
+
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # looked up once, not in every call
 
 
 @overload
@@ -126,14 +131,20 @@ def attention(
     Source:
         FlashAttention-2, arXiv:2307.08691, algorithm 1 (forward) and 2 (backward).
     """
-    if torch.compiler.is_dynamo_compiling():
+    if is_dynamo_compiling():
         q, k, v, mask = autocast(q, k, v, mask)
     else:
-        if torch._C._is_any_autocast_enabled():
+        if launcher.attend is not None:
+            result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = launcher.attend(
+                q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
+            )
+            if result is not None:
+                return result
+        if _is_any_autocast_enabled():
             q, k, v, mask = autocast(q, k, v, mask)
         if seqlens_k is None and not needs_dispatcher(q, k, v, mask):
-            return attention_eager(
-                q, k, v, mask, causal, window, softcap, scale, return_lse, backend
+            return attend(
+                q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record
             )
     if seqlens_k is not None:
         return attention_padded(

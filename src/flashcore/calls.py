@@ -1,27 +1,53 @@
 """What was decided for a description of tensors is looked up, not decided again.
 
-Everything that a call of `attention` depends on besides addresses and values (shapes, strides,
-dtypes, devices, alignment, options) makes a key; under it lies a function that only allocates and
-launches.
+Shapes, alignment, options and their types make a key. Under it lies, for each combination of
+strides, dtypes, devices and the like that came with it, a function that only allocates and
+launches. Addresses and values apart, a call of `attention` depends on nothing else.
 """
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from flashcore.dispatch import Call, choose_backend, prepare, warn_once
+from flashcore.dispatch import Addresses, Call, choose_backend, prepare, warn_once
 from flashcore.options import Options
 from flashcore.problem import Causal, Problem, Window
 
-CALLS_MAX = 1024
+Result = Tensor | tuple[Tensor, Tensor]
+# Computes a call so that autograd can differentiate it. Takes a State, q, k, v and perhaps a mask.
+Record = Callable[..., Any]
 
-_calls: dict[object, tuple[Call, Options]] = {}
+
+class Found(NamedTuple):
+    """What computes calls of one description.
+
+    Args:
+        fits: whether q, k and v are like those that it was found for, shape of v, strides, dtypes
+            and devices included.
+        call: see dispatch.Call.
+        options: validated.
+    """
+
+    fits: Callable[[Tensor, Tensor, Tensor], bool]
+    call: Call
+    options: Options
+
+
+CALLS_MAX = 1024  # keys
+FOUND_MAX = 16  # under one of them
+
+_calls: dict[object, tuple[Found, ...]] = {}
 _lock = threading.Lock()
+State = tuple[Found, bool, Addresses]  # the bool: return_lse
+_is_grad_enabled = torch.is_grad_enabled  # looked up once, not in every call
 
 
-def find_call(
+def attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -32,9 +58,11 @@ def find_call(
     scale: float | None,
     return_lse: bool,
     backend: str,
-    recorded: bool = False,
-) -> tuple[Call, Options]:
-    """What computes a call of `attention`, and its options.
+    record: Record | None = None,
+) -> Result:
+    """`attention` of tensors that nobody else needs to see.
+
+    One function, though a long one: on a small call each frame can be felt.
 
     Args:
         q: as in `attention`, like all the arguments that follow.
@@ -47,34 +75,101 @@ def find_call(
         scale: as in `attention`.
         return_lse: as in `attention`.
         backend: as in `attention`.
-        recorded: whether lse is needed in any case.
+        record: what records the call if autograd is to; None: nothing is recorded.
 
     Returns:
-        A function of q, k, v and mask (see dispatch.prepare), and the options, validated.
+        out, or (out, lse) with return_lse.
 
     Raises:
         Exception: what `attention` raises.
     """
-    key = None
+    key, found, recorded = None, None, False
     try:
-        at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        recorded = (
+            record is not None
+            and _is_grad_enabled()
+            and (
+                q.requires_grad
+                or k.requires_grad
+                or v.requires_grad
+                or (mask is not None and mask.requires_grad)
+            )
+        )
+        addresses = at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         # Without memory it is a stand-in for a tensor, whatever else it looks like, or empty.
         if at_q and at_k and at_v:
-            # Types are in it because 1 == True == 1.0, and not all of them are valid.
-            key = (
-                q.shape, q.stride(), q.dtype, q.device, q.is_neg(),
-                k.shape, k.stride(), k.dtype, k.get_device(), k.is_neg(),
-                v.shape, v.stride(), v.dtype, v.get_device(), v.is_neg(),
-                (at_q | at_k | at_v) & 15, None if mask is None else _mask_key(mask),
-                causal, type(causal), scale, type(scale), softcap, type(softcap),
-                window if window is None else (type(window), *window, *map(type, window)),
-                return_lse, type(return_lse), recorded, backend,
-            )  # fmt: skip
-            found = _calls.get(key)
-            if found is not None:
-                return found
+            # By identity: 1 == True == 1.0, and not all of them are valid.
+            if (
+                (causal is False or causal is True)
+                and return_lse is False
+                and mask is None
+                and window is None
+                and scale is None
+                and softcap is None
+            ):
+                options: object = causal
+            else:
+                options = _options_key(causal, window, softcap, scale, return_lse, mask)
+            key = q.shape, k.shape, (at_q | at_k | at_v) & 15, options, recorded, backend
+            for found in _calls.get(key, ()):
+                if found[0](q, k, v):
+                    break
+            else:
+                found = None
     except (AttributeError, TypeError, RuntimeError):
         key = None  # something is wrong, or merely not hashable; now it is looked at closely
+    if found is None:
+        found = find(
+            q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded, key
+        )
+        addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
+    if recorded:
+        assert record is not None
+        state = found, return_lse, addresses
+        result: Result = record(state, q, k, v) if mask is None else record(state, q, k, v, mask)
+        return result
+    out, lse = found[1](q, k, v, mask, addresses)
+    return out if lse is None else (out, lse)
+
+
+def _options_key(
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    mask: Tensor | None,
+) -> tuple[object, ...]:
+    """Types are in it because 1 == True == 1.0, and not all of them are valid."""
+    return (
+        causal, type(causal), scale, type(scale), softcap, type(softcap),
+        window if window is None else (type(window), *window, *map(type, window)),
+        return_lse, type(return_lse), None if mask is None else _mask_key(mask),
+    )  # fmt: skip
+
+
+def _mask_key(mask: Tensor) -> tuple[object, ...]:
+    if not mask.data_ptr():
+        raise RuntimeError("a mask without memory")
+    return mask.shape, mask.stride(), mask.dtype, mask.device, mask.is_neg()
+
+
+def find(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    backend: str,
+    recorded: bool = False,
+    key: object = None,
+) -> Found:
+    """Decides what computes a call of `attend`, and keeps it under the key, unless that is None.
+    If the call is recorded, it computes lse in any case."""
     problem = Problem.from_tensors(
         q,
         k,
@@ -84,26 +179,48 @@ def find_call(
         softcap=softcap,
         scale=scale,
         mask=mask,
-        return_lse=return_lse or recorded,
+        # What is no bool stays what it is, for the error.
+        return_lse=True if recorded and return_lse is False else return_lse,
     )
     choice = choose_backend(problem, backend)
     if choice.is_fallback:
         warn_once(choice)
-    found = prepare(choice.backend, problem, q.device), Options.of(problem)
+    call = prepare(choice.backend, problem, q.device)
+    found = Found(guard(q, k, v), call, Options.of(problem))
     # The simulator's depends on environment variables.
     if key is not None and choice.backend != "sim":
-        _keep(key, found)
+        with _lock:
+            same = _calls.get(key, ())
+            while not same and len(_calls) >= CALLS_MAX:
+                del _calls[next(iter(_calls))]  # the oldest
+            _calls[key] = (found, *same[: FOUND_MAX - 1])
     return found
 
 
-def _mask_key(mask: Tensor) -> tuple[object, ...]:
-    if not mask.data_ptr():
-        raise RuntimeError("a mask without memory")
-    return mask.shape, mask.stride(), mask.dtype, mask.device, mask.is_neg()
+def guard(*tensors: Tensor) -> Callable[..., bool]:
+    """What tells whether other things are tensors of the same types, shapes, strides, dtypes and
+    devices as these, and negated views or not as they are."""
+    guards: Any = torch._C._dynamo.guards
+    try:
+        # What the code that torch.compile generates is guarded by: one call, in C++. It also wants
+        # the same requires_grad, the same dispatch keys, and no tensor twice.
+        check: Callable[..., bool] = guards.TensorGuards(
+            *tensors,
+            dynamic_dims_sizes=[list(x.shape) for x in tensors],
+            dynamic_dims_strides=[list(x.stride()) for x in tensors],
+        ).check
+        if check(*tensors):
+            return check
+    except (AttributeError, TypeError, RuntimeError):
+        pass  # another torch has others
+    expected = _description(*tensors)
+    return lambda *others: _description(*others) == expected
 
 
-def _keep(key: object, found: tuple[Call, Options]) -> None:
-    with _lock:
-        while len(_calls) >= CALLS_MAX:
-            del _calls[next(iter(_calls))]  # the oldest
-        _calls[key] = found
+def _description(*tensors: Tensor) -> list[tuple[object, ...] | None]:
+    return [
+        (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg())
+        if isinstance(x, Tensor)
+        else None
+        for x in tensors
+    ]

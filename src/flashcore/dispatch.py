@@ -30,8 +30,10 @@ WMMA_MIN_ARCH = 75
 SM90_ARCH = 90
 BFLOAT16_MIN_ARCH = 80
 
+# Of q, k and v. Whoever makes a call has them, and asking a tensor again takes time.
+Addresses = tuple[int, int, int]
 Call = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None],
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Addresses],
     tuple[torch.Tensor, torch.Tensor | None],
 ]
 
@@ -191,11 +193,11 @@ def warn_once(choice: Choice) -> None:
         warnings.warn(
             f"flashcore.attention falls back to PyTorch: {choice.reason} to silence this",
             FallbackWarning,
-            stacklevel=_stacklevel_of_caller(),
+            stacklevel=stacklevel_of_caller(),
         )
 
 
-def _stacklevel_of_caller() -> int:
+def stacklevel_of_caller() -> int:
     """For warnings.warn in the function that calls this: who called flashcore, past torch if it
     stands between."""
     inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
@@ -214,9 +216,10 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         device: where they are.
 
     Returns:
-        A function of q, k, v and mask that returns out, [batch, num_heads_q, seqlen_q, head_dim_v],
-        contiguous, and lse, [batch, num_heads_q, seqlen_q], or None unless problem.return_lse. It
-        may be called again with other tensors of the same description, by several threads.
+        A function of q, k, v, mask and the addresses of the first three that returns out, [batch,
+        num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q, seqlen_q], or
+        None unless problem.return_lse. It may be called again with other tensors of the same
+        description, by several threads.
     """
     if problem.is_empty:
         return functools.partial(_run_empty, problem)
@@ -227,9 +230,11 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         return functools.partial(_run_on_copied_q, prepare(backend, copied, device))
     if backend == "sim":
         return functools.partial(_run_sim, problem, _plan(problem, env.sim_arch()))
+    from flashcore import launcher
     from flashcore.launch import KernelCall
 
-    return KernelCall(problem, _plan(problem, problem.arch, KERNELS[backend]), device)
+    launcher.start()
+    return KernelCall(problem, _plan(problem, problem.arch, KERNELS[backend]), device).run
 
 
 def _run_empty(
@@ -238,6 +243,7 @@ def _run_empty(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
+    addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out = q.new_zeros((*rows_shape, problem.head_dim_v))
@@ -247,9 +253,15 @@ def _run_empty(
 
 
 def _run_on_copied_q(
-    call: Call, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return call(q.contiguous(), k, v, mask)
+    copied = q.contiguous()
+    return call(copied, k, v, mask, (copied.data_ptr(), *addresses[1:]))
 
 
 def _run_sim(
@@ -259,6 +271,7 @@ def _run_sim(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
+    addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     from flashcore.sim import simulate
 
@@ -290,6 +303,7 @@ def _run_torch(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
+    addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     with without_autocast(problem.device):
         if sdpa_means_the_same(problem):

@@ -1,12 +1,20 @@
-"""The CUDA driver's bindings, imported when a kernel is launched."""
+"""The CUDA driver: its bindings, imported when a kernel is launched, and the few functions that a
+call needs, by address."""
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from flashcore.errors import BackendUnavailableError
+from flashcore.errors import BackendUnavailableError, FlashCoreError
+
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_API_VERSION = 12000  # all of the functions by address are as old
 
 
 def import_driver() -> Any:
@@ -19,6 +27,65 @@ def import_driver() -> Any:
             'install it: pip install "flashcore[cuda]"'
         ) from error
     return driver
+
+
+class LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute, with the one value that is used here."""
+
+    _fields_ = [
+        ("id", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32),
+        ("programmatic_stream_serialization_allowed", ctypes.c_int32),
+        ("unused", ctypes.c_uint8 * 60),
+    ]
+
+
+class LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("smem_bytes", ctypes.c_uint32),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(LaunchAttribute)),
+        ("num_attributes", ctypes.c_uint32),
+    ]
+
+
+def entry_address(name: str) -> int:
+    """Where a function of the driver is, such as "cuLaunchKernelEx".
+
+    Raises:
+        BackendUnavailableError: the bindings are not installed, or the driver lacks the function.
+    """
+    status, address, _ = import_driver().cuGetProcAddress(name.encode(), _API_VERSION, 0)
+    if int(status) or not address:
+        raise BackendUnavailableError(
+            f"this driver has no {name} ({status!r}); install one for CUDA 12 or later"
+        )
+    return int(address)
+
+
+@functools.cache
+def entry_point(name: str) -> Callable[..., int]:
+    """A function of the driver that returns a CUresult, here as an int; raises as `entry_address`.
+
+    It takes what ctypes takes. Arguments that are kept from call to call, made by `pointer` or
+    ctypes.byref, cost it half of what the bindings take to convert theirs.
+    """
+    return ctypes.CFUNCTYPE(ctypes.c_int)(entry_address(name))
+
+
+def pointer(address: int | None) -> Any:
+    """An address as an argument of a function by `entry_point`."""
+    return ctypes.c_void_p.from_param(address)
+
+
+def check(status: int, what: str) -> None:
+    """Raise FlashCoreError unless a function of the driver succeeded."""
+    if status:
+        raise FlashCoreError(f"{what} failed: {import_driver().CUresult(status)!r}")
 
 
 def bind_context(device_index: int | None = None) -> None:

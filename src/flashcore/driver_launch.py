@@ -9,17 +9,21 @@ from typing import Any
 import torch
 
 from flashcore.compiler import CompiledKernel
-from flashcore.driver import bind_context, import_driver
-from flashcore.errors import FlashCoreError
-
-
-def _check(status: Any, what: str) -> None:
-    if int(status) != 0:
-        raise FlashCoreError(f"{what} failed: {status!r}")
+from flashcore.driver import (
+    INVALID_CONTEXT,
+    PROGRAMMATIC_STREAM_SERIALIZATION,
+    LaunchAttribute,
+    LaunchConfig,
+    bind_context,
+    check,
+    entry_point,
+    import_driver,
+    pointer,
+)
 
 
 @functools.lru_cache(maxsize=4096)
-def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[Any, Any]:
+def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[int, Any]:
     """The kernel's handle, allowed `smem_bytes` of dynamic shared memory on the device; and its
     library, which must live as long."""
     from cuda.core import ObjectCode
@@ -33,20 +37,25 @@ def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[A
     handle = library.get_kernel(kernel.name).handle
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (status,) = driver.cuKernelSetAttribute(attribute, smem_bytes, handle, device_index)
-    _check(status, f"asking for {smem_bytes} bytes of shared memory")
-    return driver.CUfunction(int(handle)), library
+    check(int(status), f"asking for {smem_bytes} bytes of shared memory")
+    return int(handle), library
 
 
 class Argument:
     """A kernel's one argument as cuLaunchKernelEx takes it. Nothing changes it once it is made, and
-    a launch copies it: threads may share it, launches in flight do not need it."""
+    a launch copies it: threads may share it, launches in flight do not need it.
 
-    __slots__ = ("_pointer", "address", "params")
+    Args:
+        memory: what holds the kernel's struct; kept.
+        address: where in it the struct begins, by default at its own beginning.
+    """
 
-    def __init__(self, params: ctypes.Structure) -> None:
-        self.params = params
-        self._pointer = ctypes.c_void_p(ctypes.addressof(params))
-        self.address = ctypes.addressof(self._pointer)
+    __slots__ = ("address", "memory", "pointers")
+
+    def __init__(self, memory: Any, address: int | None = None) -> None:
+        self.memory = memory
+        self.address = ctypes.addressof(memory) if address is None else address
+        self.pointers = ctypes.byref(ctypes.c_void_p(self.address))
 
 
 STREAMS_MAX = 64  # whose launches one kernel keeps prepared
@@ -79,11 +88,12 @@ class Launch:
         self._device_index, self._name = index, kernel.name
         with torch.cuda.device(index):
             handle, self._library = _load(kernel, index, smem_bytes)
-        self._handle = handle
-        self._shape = (grid, 1, 1, num_threads, 1, 1, smem_bytes)
+        self.handle, self._handle = handle, pointer(handle)
+        self._shape = (grid, num_threads, smem_bytes)
         self._starts_early = starts_early
         self._configurations: dict[int, Any] = {}  # by stream; threads share them unchanged
-        self._cu_launch_kernel = import_driver().cuLaunchKernelEx
+        self._cu_launch_kernel = entry_point("cuLaunchKernelEx")
+        self._current_stream = torch._C._cuda_getCurrentRawStream
 
     def __call__(self, argument: Argument) -> None:
         """Launch on the device's current stream.
@@ -91,45 +101,40 @@ class Launch:
         Raises:
             FlashCoreError: the driver refuses; the message holds its status.
         """
-        index = self._device_index
-        if torch._C._cuda_getDevice() != index:
-            with torch.cuda.device(index):
-                self(argument)
-            return
-        stream = torch._C._cuda_getCurrentRawStream(index)
+        if torch._C._cuda_getDevice() == self._device_index:
+            self.enqueue(argument)
+        else:
+            with torch.cuda.device(self._device_index):
+                self.enqueue(argument)
+
+    def enqueue(self, argument: Argument) -> None:
+        """Likewise, where the device is the current one."""
+        stream = self._current_stream(self._device_index)
         configuration = self._configurations.get(stream) or self._configure(stream)
-        (status,) = self._cu_launch_kernel(configuration, self._handle, argument.address, 0)
+        status = self._cu_launch_kernel(configuration, self._handle, argument.pointers, None)
         if status:
             self._retry(status, argument)
 
     def _configure(self, stream: int) -> Any:
         """What a launch on the stream is told beside the argument."""
-        driver = import_driver()
-        configuration = driver.CUlaunchConfig()
-        names = ("gridDimX", "gridDimY", "gridDimZ", "blockDimX", "blockDimY", "blockDimZ")
-        for name, value in zip((*names, "sharedMemBytes"), self._shape, strict=True):
-            setattr(configuration, name, value)
-        configuration.hStream = driver.CUstream(stream)
+        grid, num_threads, smem_bytes = self._shape
+        configuration = LaunchConfig((grid, 1, 1), (num_threads, 1, 1), smem_bytes, stream)
         if self._starts_early:
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = (
-                driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            )
-            attribute.value.programmaticStreamSerializationAllowed = 1
-            configuration.attrs = [attribute]
-            configuration.numAttrs = 1
+            attribute = LaunchAttribute(PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+            configuration.attributes = ctypes.pointer(attribute)
+            configuration.num_attributes = 1
         if len(self._configurations) >= STREAMS_MAX:
             self._configurations.clear()
-        self._configurations[stream] = configuration
-        return configuration
+        reference = self._configurations[stream] = ctypes.byref(configuration)
+        return reference
 
-    def _retry(self, status: Any, argument: Argument) -> None:
-        driver = import_driver()
-        if status == driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
+    def _retry(self, status: int, argument: Argument) -> None:
+        if status == INVALID_CONTEXT:
             bind_context(self._device_index)
-            configuration = self._configure(torch._C._cuda_getCurrentRawStream(self._device_index))
-            (status,) = self._cu_launch_kernel(configuration, self._handle, argument.address, 0)
-        _check(status, f"launching {self._name}")
+            stream = self._current_stream(self._device_index)
+            configuration = self._configure(stream)
+            status = self._cu_launch_kernel(configuration, self._handle, argument.pointers, None)
+        check(status, f"launching {self._name}")
 
 
 def launch_raw(

@@ -39,7 +39,7 @@ BUNDLE = Variable(
 CXX = Variable(
     "FLASHCORE_CXX",
     "the first of g++, clang++, c++ on PATH",
-    "C++20 compiler that builds kernels for the simulator.",
+    "C++20 compiler that builds kernels for the simulator, and the launcher.",
 )
 SIM_SEED = Variable(
     "FLASHCORE_SIM_SEED",
@@ -58,8 +58,14 @@ TUNED = Variable(
     "0 switches off the tile configurations that `flashcore tune` found on this machine, `rules` "
     "those that ship with flashcore as well; for shapes not seen yet.",
 )
+LAUNCHER = Variable(
+    "FLASHCORE_LAUNCHER",
+    "python",
+    "compiled: a launcher in C++, built once by a compiler on this machine, saves an eager call "
+    "some microseconds of the host's time. Read when the first kernel is launched.",
+)
 
-VARIABLES: tuple[Variable, ...] = (CACHE_DIR, BUNDLE, CXX, SIM_SEED, SIM_ARCH, TUNED)
+VARIABLES: tuple[Variable, ...] = (CACHE_DIR, BUNDLE, CXX, SIM_SEED, SIM_ARCH, TUNED, LAUNCHER)
 
 
 def _text(variable: Variable) -> str | None:
@@ -127,5 +133,15 @@ def _tuned() -> str:
     if text not in ("0", "1", "rules"):
         raise ValueError(
             f"{TUNED.name}={text!r} is neither 0 nor 1 nor rules; set it to one, or unset it"
+        )
+    return text
+
+
+def launcher() -> str:
+    """What launches eager calls: "python" or "compiled"."""
+    text = _text(LAUNCHER) or "python"
+    if text not in ("python", "compiled"):
+        raise ValueError(
+            f"{LAUNCHER.name}={text!r} is neither python nor compiled; set it to one, or unset it"
         )
     return text

@@ -5,19 +5,24 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import struct
 import threading
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 
-from flashcore import params_sm90
+from flashcore import descriptors, params_sm90
+from flashcore.allocation import allocator
 from flashcore.codegen import PROBE, generate_probe_source
 from flashcore.compiler import CompiledKernel
 from flashcore.counters import own_counter, work_counters
+from flashcore.dispatch import Addresses
 from flashcore.driver_launch import Argument, Launch, launch_raw
 from flashcore.errors import FlashCoreError
 from flashcore.jit import compile_plan, compile_source
-from flashcore.params import build_params, grid_size, place
+from flashcore.launcher import Entry
+from flashcore.options import Options
+from flashcore.params import AttnParams, build_params, grid_size
 from flashcore.plan import Plan
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
@@ -141,26 +146,28 @@ class _Splits:
     """What a call needs beside its tensors where blocks share the keys of row tiles."""
 
     def __init__(self, problem: Problem, plan: Plan) -> None:
-        self.num_floats = 0
+        self.num_out = self.num_floats = self.num_counters = 0
         if isinstance(plan, Sm90Plan) and plan.num_splits > 1:
-            self._num_out, self.num_floats = params_sm90.split_floats(problem, plan)
-            (self._num_counters,) = params_sm90.split_shapes(problem, plan)["tile_counter"]
+            self.num_out, self.num_floats = params_sm90.split_floats(problem, plan)
+            (self.num_counters,) = params_sm90.split_shapes(problem, plan)["tile_counter"]
 
     def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Shares, from torch's allocator, and counters; both of the current stream."""
         shares = q.new_empty(self.num_floats, dtype=torch.float32)
-        return shares, work_counters(q.device, self._num_counters)
+        return shares, work_counters(q.device, self.num_counters)
 
     def pointers(self, shares: int, counters: int) -> dict[str, int | None]:
         """Addresses by field of AttnParams."""
-        stats = shares + 4 * self._num_out
+        stats = shares + 4 * self.num_out
         return {"split_out": shares, "split_stats": stats, "tile_counter": counters}
 
 
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
 # allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
 ARGUMENTS_MAX = 4096
-_arguments: dict[tuple[int, ...], Argument] = {}
+# Call; q, k, v; mask; out; lse; shares and counters.
+_Key = tuple[int, Addresses, int, int, int, tuple[int, ...]]
+_arguments: dict[_Key, Argument] = {}
 _lock = threading.Lock()
 _serial = itertools.count()
 
@@ -169,64 +176,91 @@ class KernelCall:
     """A plan on a device, ready for tensors of one description. See dispatch.prepare."""
 
     def __init__(self, problem: Problem, plan: Plan, device: torch.device) -> None:
-        self._serial, self._dtype = next(_serial), problem.dtype
+        self._serial, self._problem, self._plan = next(_serial), problem, plan
         rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
-        self._out_shape = (*rows_shape, problem.head_dim_v)
-        self._lse_shape = rows_shape if problem.return_lse else None
-        self._out_is_like_q = problem.head_dim == problem.head_dim_v and _is_contiguous(problem)
+        out_shape = (*rows_shape, problem.head_dim_v)
+        self._new_out = allocator(device, out_shape, problem.torch_dtype)
+        self._new_lse = None
+        if problem.return_lse:
+            self._new_lse = allocator(device, rows_shape, torch.float32)
         self._splits = _Splits(problem, plan)
-        self._template: Any
         self._counts_on = device if plan.draws_tiles else None
+        self._grid = grid_size(problem, plan)
         if isinstance(plan, Sm90Plan):
-            grid = params_sm90.grid_size(problem, plan, _num_sms(device.index))
-            self._template = params_sm90.build_params_sm90(problem, plan, {}, grid, target="host")
-        else:
-            grid = grid_size(problem, plan)
-            self._template = build_params(problem, plan, {})
+            self._grid = params_sm90.grid_size(problem, plan, _num_sms(device.index))
+        self._template: Template | None = None
         verify_element_map(device.index, plan.arch, plan.dtype)
-        index = torch.cuda.current_device() if device.index is None else device.index
-        self.launch = _launch(plan, grid, index)
+        self._index = torch.cuda.current_device() if device.index is None else device.index
+        self.launch = _launch(plan, self._grid, self._index)
+        # Looked up once, not in every call.
+        self._current_device, self._enqueue = torch._C._cuda_getDevice, self.launch.enqueue
 
-    def __call__(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        addresses: Addresses,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See dispatch.prepare."""
-        out = torch.empty_like(q) if self._out_is_like_q else q.new_empty(self._out_shape)
-        lse = None
-        if self._lse_shape is not None:
-            lse = q.new_empty(self._lse_shape, dtype=torch.float32)
-        key: tuple[int, ...] = (
+        """See dispatch.Call."""
+        if self._current_device() != self._index:
+            with torch.cuda.device(self._index):
+                return self.run(q, k, v, mask, addresses)
+        out = self._new_out()
+        lse = None if self._new_lse is None else self._new_lse()
+        scratch: tuple[int, ...] = ()
+        if self._splits.num_floats:
+            shares, counters = self._splits.allocate(q)
+            scratch = shares.data_ptr(), counters.data_ptr()
+        key = (
             self._serial,
-            q.data_ptr(),
-            k.data_ptr(),
-            v.data_ptr(),
+            addresses,
             0 if mask is None else mask.data_ptr(),
             out.data_ptr(),
             0 if lse is None else lse.data_ptr(),
+            scratch,
         )
-        if self._splits.num_floats:
-            scratch = self._splits.allocate(q)
-            key += (scratch[0].data_ptr(), scratch[1].data_ptr())
-        argument = _arguments.get(key)
-        self.launch(self.make_argument(key) if argument is None else argument)
+        self._enqueue(_arguments.get(key) or self.make_argument(key))
         return out, lse
 
-    def make_argument(self, key: tuple[int, ...]) -> Argument:
+    def entry(self, q: int, k: int, v: int) -> Entry:
+        """The same for the compiled launcher, given the addresses of such tensors."""
+        template = self._template_of(q, k, v, q)  # each call has its own out
+        problem, plan, splits = self._problem, self._plan, self._splits
+        return Entry(
+            kernel=self.launch.handle,
+            device_index=self._index,
+            grid=self._grid,
+            num_threads=plan.num_threads,
+            smem_bytes=plan.smem_bytes,
+            starts_early=plan.starts_early,
+            argument=template.content,
+            attn_offset=template.attn_offset,
+            map_offsets=template.map_offsets,
+            out_shape=(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim_v),
+            computes_lse=problem.return_lse,
+            options=Options.of(problem),
+            num_counters=splits.num_counters if self._counts_on is None else 1,
+            num_shares=splits.num_out,
+            num_floats=splits.num_floats,
+            scratch_offsets=tuple(
+                template.attn_offset + getattr(AttnParams, name).offset
+                for name in ("tile_counter", "split_out", "split_stats")
+            ),
+        )
+
+    def make_argument(self, key: _Key) -> Argument:
         """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
-        names = ("q", "k", "v", "mask", "out", "lse")
-        pointers = {name: address or None for name, address in zip(names, key[1:7], strict=True)}
+        _, (q, k, v), mask, out, lse, scratch = key
+        template = self._template_of(q, k, v, out)
+        others = self._splits.pointers(*scratch) if scratch else {}
         lasts = True
         if self._counts_on is not None:
             lasts = not torch.cuda.is_current_stream_capturing()
             counter = own_counter if lasts else work_counters
-            pointers["tile_counter"] = counter(self._counts_on).data_ptr()
-        if self._splits.num_floats:
-            pointers |= self._splits.pointers(*key[7:])
-        if isinstance(self._template, params_sm90.AttnSm90Params):
-            params: Any = params_sm90.place_sm90(self._template, pointers, self._dtype)
-        else:
-            params = place(self._template, pointers)
-        argument = Argument(params)
+            others["tile_counter"] = counter(self._counts_on).data_ptr()
+        argument = template.place(q, k, v, mask, out, lse, others)
         if not lasts:
             return argument
         with _lock:
@@ -235,14 +269,58 @@ class KernelCall:
             _arguments[key] = argument
         return argument
 
+    def _template_of(self, q: int, k: int, v: int, out: int) -> Template:
+        """Made once, with these addresses."""
+        if self._template is None:
+            pointers: dict[str, int | None] = {"q": q, "k": k, "v": v, "out": out}
+            self._template = make_template(self._problem, self._plan, pointers, self._grid)
+        return self._template
 
-def _is_contiguous(problem: Problem) -> bool:
-    """Whether q is, and so is whatever torch.empty_like makes of it."""
-    row = problem.head_dim
-    head = row * problem.seqlen_q
-    sizes = (problem.batch, problem.num_heads_q, problem.seqlen_q)
-    expected = (head * problem.num_heads_q, head, row)
-    return all(
-        size == 1 or stride == want
-        for size, stride, want in zip(sizes, problem.q_strides, expected, strict=True)
-    )
+
+_POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse, with which AttnParams begins
+_POINTER = struct.Struct("Q")
+
+
+class Template:
+    """A kernel's argument, to be copied with other addresses.
+
+    Args:
+        content: the struct; TMA descriptors in it are those of tensors of the same description.
+        attn_offset: where AttnParams begins in it, in bytes.
+        map_offsets: where the descriptors of q, k, v and out are; none for the portable kernel.
+    """
+
+    def __init__(self, content: bytes, attn_offset: int, map_offsets: tuple[int, ...]) -> None:
+        self.content, self.attn_offset, self.map_offsets = content, attn_offset, map_offsets
+
+    def place(
+        self,
+        q: int,
+        k: int,
+        v: int,
+        mask: int,
+        out: int,
+        lse: int,
+        others: Mapping[str, int | None],
+    ) -> Argument:
+        """The argument with these addresses, 0 for none; `others` by field of AttnParams."""
+        memory, address = descriptors.aligned(self.content)
+        offset = address - ctypes.addressof(memory) + self.attn_offset
+        _POINTERS.pack_into(memory, offset, q, k, v, mask, out, lse)
+        for name, other in others.items():
+            _POINTER.pack_into(memory, offset + getattr(AttnParams, name).offset, other)
+        if self.map_offsets:
+            descriptors.readdress(address, (*zip(self.map_offsets, (q, k, v, out), strict=True),))
+        return Argument(memory, address)
+
+
+def make_template(
+    problem: Problem, plan: Plan, pointers: dict[str, int | None], grid: int
+) -> Template:
+    """The argument of a problem, with the addresses of some tensors that it describes."""
+    if not isinstance(plan, Sm90Plan):
+        return Template(bytes(build_params(problem, plan, pointers)), 0, ())
+    params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
+    kind = type(params)
+    maps = tuple(getattr(kind, f"{name}_map").offset for name in params_sm90.MAPS)
+    return Template(bytes(params), kind.attn.offset, maps)

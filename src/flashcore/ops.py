@@ -18,7 +18,7 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 from flashcore.batching import backward_vmap, forward_vmap
-from flashcore.calls import find_call
+from flashcore.calls import attend
 from flashcore.dispatch import check_backend, without_autocast
 from flashcore.options import Options
 from flashcore.problem import Causal, Window
@@ -128,22 +128,22 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """(out, lse); lse has no elements unless asked for."""
-    call, _ = find_call(
+    result = attend(
         q,
         k,
         v,
         mask,
-        causal=False if causal == "none" else causal,
-        window=(window_left, window_right),
-        softcap=softcap or None,
-        scale=scale,
-        return_lse=return_lse,
-        backend=backend,
+        False if causal == "none" else causal,
+        (window_left, window_right),
+        softcap or None,
+        scale,
+        return_lse,
+        backend,
     )
-    out, lse = call(q, k, v, mask)
-    if lse is None:
-        lse = q.new_empty(0, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
-    return out, lse
+    if isinstance(result, tuple):
+        return result
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return result, q.new_empty(0, dtype=dtype)
 
 
 def _forward_fake(

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import TypeVar
 
 from flashcore.folding import as_launched
 from flashcore.plan import Plan
 from flashcore.problem import Problem
-
-_Params = TypeVar("_Params", bound=ctypes.Structure)
 
 LOG2_E = math.log2(math.e)
 _MAX_GRID = 2**31 - 1
@@ -106,14 +103,6 @@ def _check_limits(problem: Problem, plan: Plan) -> None:
                 f"{name} has a stride of {strides[2]} elements between rows, "
                 f"more than {_MAX_ROW_STRIDE}; pass {name}.contiguous()"
             )
-
-
-def place(template: _Params, pointers: dict[str, int | None]) -> _Params:
-    """A copy of an argument with other addresses, by field name."""
-    params = type(template).from_buffer_copy(template)
-    for name, address in pointers.items():
-        setattr(params, name, address)
-    return params
 
 
 def build_params(

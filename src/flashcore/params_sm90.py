@@ -3,41 +3,18 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from typing import Any, Literal
 
-from flashcore import params
-from flashcore.driver import bind_context, import_driver
-from flashcore.errors import FlashCoreError
+from flashcore import descriptors, params
+from flashcore.descriptors import TensorMap
 from flashcore.folding import as_launched
 from flashcore.params import AttnGateParams, AttnParams
 from flashcore.plan_sm90 import ROWS_OF_CONSUMER, Sm90Plan
 from flashcore.problem import Problem
 
 _ELEMENT_BYTES = 2
-_MAPS = ("q", "k", "v", "o")
-
-
-class TensorMap(ctypes.Structure):
-    """A tensor and its boxes as the simulator's TMA reads them; on a GPU the driver's own opaque
-    encoding takes the same 128 bytes."""
-
-    _fields_ = [
-        ("base", ctypes.c_uint64),
-        ("row_stride_bytes", ctypes.c_uint64),
-        ("head_stride_bytes", ctypes.c_uint64),
-        ("batch_stride_bytes", ctypes.c_uint64),
-        ("cols", ctypes.c_uint32),
-        ("rows", ctypes.c_uint32),
-        ("heads", ctypes.c_uint32),
-        ("batches", ctypes.c_uint32),
-        ("box_cols", ctypes.c_uint32),
-        ("box_rows", ctypes.c_uint32),
-        ("element_bytes", ctypes.c_uint32),
-        ("swizzle_bytes", ctypes.c_uint32),
-        ("unused", ctypes.c_uint8 * 64),
-    ]
+MAPS = ("q", "k", "v", "o")
 
 
 class AttnSm90Params(ctypes.Structure):
@@ -64,58 +41,6 @@ class AttnSm90GateParams(ctypes.Structure):
         *AttnSm90Params._fields_[5:7],
         ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnGateParams) + 8) % 64)),
     ]
-
-
-def encode_tensor_map(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
-    """The descriptor that the GPU reads, from the driver, of a "float16" or "bfloat16" tensor."""
-    result = TensorMap.from_buffer_copy(tensor_map)
-    _encode(ctypes.addressof(result), dtype_name)
-    return result
-
-
-def _encode(address: int, dtype_name: str) -> None:
-    """Puts the descriptor that the GPU reads in the place of a TensorMap."""
-    without_base = ctypes.string_at(address + 8, 56)
-    encode, before, after = _encoding(without_base, dtype_name)
-    base = ctypes.c_uint64.from_address(address).value
-    status, encoded = encode(*before, base, *after)
-    if status == import_driver().CUresult.CUDA_ERROR_INVALID_CONTEXT:
-        bind_context()
-        status, encoded = encode(*before, base, *after)
-    if status:
-        raise FlashCoreError(f"cuTensorMapEncodeTiled failed: {status!r}")
-    ctypes.memmove(address, int(encoded.getPtr()), ctypes.sizeof(TensorMap))
-
-
-@functools.lru_cache(maxsize=4096)
-def _encoding(without_base: bytes, dtype_name: str) -> tuple[Any, tuple[Any, ...], tuple[Any, ...]]:
-    """cuTensorMapEncodeTiled, and its arguments before and after the address."""
-    driver = import_driver()
-    dtype = driver.CUtensorMapDataType
-    swizzle = driver.CUtensorMapSwizzle
-    m = TensorMap.from_buffer_copy(bytes(8) + without_base + bytes(64))
-    before = (
-        dtype.CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-        if dtype_name == "float16"
-        else dtype.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        4,
-    )
-    after = (
-        [driver.cuuint64_t(size) for size in (m.cols, m.rows, m.heads, m.batches)],
-        [
-            driver.cuuint64_t(stride)
-            for stride in (m.row_stride_bytes, m.head_stride_bytes, m.batch_stride_bytes)
-        ],
-        [driver.cuuint32_t(size) for size in (m.box_cols, m.box_rows, 1, 1)],
-        [driver.cuuint32_t(1)] * 4,
-        driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
-        swizzle.CU_TENSOR_MAP_SWIZZLE_128B
-        if m.swizzle_bytes == 128
-        else swizzle.CU_TENSOR_MAP_SWIZZLE_64B,
-        driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-        driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
-    )
-    return driver.cuTensorMapEncodeTiled, before, after
 
 
 def num_row_tiles(problem: Problem, plan: Sm90Plan) -> int:
@@ -244,29 +169,10 @@ def build_params_sm90(
             setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
             make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
         setattr(argument, f"{name}_map", tensor_map)
-    return argument if target == "host" else _encoded(argument, problem.dtype)
-
-
-def place_sm90(
-    template: AttnSm90Params | AttnSm90GateParams, pointers: dict[str, int | None], dtype_name: str
-) -> AttnSm90Params | AttnSm90GateParams:
-    """What build_params_sm90 makes for the GPU, from what it made for the simulator without
-    addresses, with these by field name."""
-    argument = type(template).from_buffer_copy(template)
-    argument.attn = params.place(template.attn, pointers)
-    for name in _MAPS:
-        tensor_map = getattr(argument, f"{name}_map")
-        address = pointers["out" if name == "o" else name] or 0
-        tensor_map.base = (tensor_map.base + address) % 2**64
-    return _encoded(argument, dtype_name)
-
-
-def _encoded(
-    argument: AttnSm90Params | AttnSm90GateParams, dtype_name: str
-) -> AttnSm90Params | AttnSm90GateParams:
-    address = ctypes.addressof(argument)
-    for name in _MAPS:
-        _encode(address + getattr(type(argument), f"{name}_map").offset, dtype_name)
+    if target == "ptx":
+        for name in MAPS:
+            field = f"{name}_map"
+            setattr(argument, field, descriptors.encode(getattr(argument, field), problem.dtype))
     return argument
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -158,7 +159,9 @@ def obstacle(problem: Problem) -> str | None:
         ("k", problem.k_strides, (batch, problem.num_heads_kv, rows_k)),
         ("v", problem.v_strides, (batch, problem.num_heads_kv, rows_k)),
     ):
-        if any(stride == 0 and size > 1 for stride, size in zip(strides, sizes, strict=True)):
+        if 0 in strides and any(
+            stride == 0 and size > 1 for stride, size in zip(strides, sizes, strict=True)
+        ):
             return f"TMA reads no expanded tensor, and {name} has a stride of 0"
         if max(strides) >= 2**39:
             return f"TMA reads no stride of 2^40 bytes, as {name} has"
@@ -282,26 +285,36 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     plans: list[Plan] = []
     problem = _of_mean_lengths(problem)
     of_problem = traits(problem, gate)
+    fields = tuple(of_problem.items())
     for tile in _tiles(fold_heads(problem) if of_problem["folds_heads"] else problem):
         if gate is not None:
             tile = tile._replace(**OFF_UNDER_A_GATE)
-        for separate_o in (True, False):
-            plan = Sm90Plan(
-                kernel=KERNEL,
-                arch=ARCH,
-                lazy_rescale=gate is None,
-                separate_o=separate_o,
-                gate=gate,
-                **tile._asdict(),
-                **of_problem,
-            )
-            if not separate_o and (
-                problem.head_dim_v > problem.head_dim or tile.key_splits > 1 or tile.num_splits > 1
-            ):
-                continue  # O does not fit into Q's buffer, or is not read there by all at once
-            if plan.varlen == "packed" and not _has_registers(plan):
-                continue
-            if plan.smem_bytes <= smem_limits(ARCH)[0]:
-                plans.append(plan)
-                break
+        plan = _plan(tile, gate, fields)
+        if plan is not None:
+            plans.append(plan)
     return plans
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(tile: _Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> Sm90Plan | None:
+    """The plan with a tile, O apart from Q if that fits; None if no plan with it does. Lengths
+    come and go, tiles stay: a plan costs more than to find one."""
+    for separate_o in (True, False):
+        plan = Sm90Plan(
+            kernel=KERNEL,
+            arch=ARCH,
+            lazy_rescale=gate is None,
+            separate_o=separate_o,
+            gate=gate,
+            **tile._asdict(),
+            **dict(fields),
+        )
+        if not separate_o and (
+            plan.head_dim_v > plan.head_dim or tile.key_splits > 1 or tile.num_splits > 1
+        ):
+            continue  # O does not fit into Q's buffer, or is not read there by all at once
+        if plan.varlen == "packed" and not _has_registers(plan):
+            continue
+        if plan.smem_bytes <= smem_limits(ARCH)[0]:
+            return plan
+    return None

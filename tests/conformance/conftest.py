@@ -12,7 +12,7 @@ from tensor_maps import Map, encode_map, make_map
 from torch import Tensor
 
 from flashcore.codegen import flatten
-from flashcore.params_sm90 import TensorMap
+from flashcore.descriptors import TensorMap
 from flashcore.sim import SimTensor, simulate_source
 
 FOLDER = Path(__file__).parent

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashcore.params_sm90 import TensorMap, encode_tensor_map, make_ragged
+from flashcore.descriptors import TensorMap, encode
+from flashcore.params_sm90 import make_ragged
 
 
 @dataclass(frozen=True)
@@ -36,4 +37,4 @@ def make_map(spec: Map, tensor: Tensor, base: int | None = None) -> TensorMap:
 def encode_map(spec: Map, tensor: Tensor) -> TensorMap:
     """As the GPU reads it."""
     dtype = "float16" if tensor.dtype == torch.float16 else "bfloat16"  # only the size counts
-    return encode_tensor_map(make_map(spec, tensor), dtype)
+    return encode(make_map(spec, tensor), dtype)

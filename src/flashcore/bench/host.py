@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +20,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
-from flashcore import calls, eager, machine, ops
+from flashcore import calls, eager, launcher, machine, ops
+from flashcore.allocation import allocator
 from flashcore.bench.libraries import Library
 from flashcore.bench.peers import find_peers
 from flashcore.bench.run import command_line
@@ -94,7 +96,9 @@ def _libraries(
     """What runs, by name; and why others, of those that are meant for such calls, do not."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
     found: dict[str, Entry] = {
-        "flashcore": (lambda: flashcore.attention(q, k, v), contextlib.nullcontext)
+        name: (lambda: flashcore.attention(q, k, v), functools.partial(launcher.using, how))
+        for name, how in (("flashcore", "python"), ("flashcore-compiled", "compiled"))
+        if how == "python" or device == "cuda"  # what it launches is kernels
     }
     failed = {}
     for name, backend in _SDPA.items():
@@ -175,44 +179,47 @@ def _latency_us(call: Call, device: str, count: int = 50) -> float:
 
 def _layers(device: str, q: Tensor, k: Tensor, v: Tensor, rounds: int) -> list[dict[str, Any]]:
     """Parts of a flashcore call, and what it would cost through the dispatcher."""
-    options = (None, False, None, None, None, False, "auto")
-    call, _ = calls.find_call(q, k, v, *options)
+    call = calls.find(q, k, v, None, False, None, None, None, False, "auto").call
+    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
     leaf = q.detach().requires_grad_()
     arguments = (None, *Options.checked(False, None, None, None))
     layers: dict[str, Call] = {
         "does anybody need the dispatcher": lambda: eager.needs_dispatcher(q, k, v, None),
-        "key and look-up": lambda: calls.find_call(q, k, v, *options),
-        "allocation of out": lambda: torch.empty_like(q),
-        "allocation of lse, if wanted": lambda: q.new_empty(q.shape[:3], dtype=torch.float32),
+        "allocation of out": allocator(q.device, tuple(q.shape), q.dtype),
+        "allocation of lse, if wanted": allocator(q.device, tuple(q.shape[:3]), torch.float32),
         **_launch_layers(call, q, k, v),
-        "allocations, argument and launch": lambda: call(q, k, v, None),
+        "allocations, argument and launch": lambda: call(q, k, v, None, addresses),
         "attention": lambda: flashcore.attention(q, k, v),
+        "a description not seen yet, on top": lambda: calls.find(
+            q, k, v, None, False, None, None, None, False, "auto"
+        ),
         "attention, recorded": lambda: flashcore.attention(leaf, k, v),
         "the operator, without autograd": lambda: ops.forward(q, k, v, *arguments, False, "auto"),
         "the operator, recorded": lambda: ops.forward(leaf, k, v, *arguments, True, "auto"),
     }
     samples: dict[str, list[float]] = {name: [] for name in layers}
-    for _ in range(rounds + 1):
-        for name, layer in layers.items():
-            samples[name].append(_host_us(layer, device))
-    return [
-        {"layer": name, "us": statistics.median(values[1:])} for name, values in samples.items()
-    ]
+    with launcher.using("python"):
+        for _ in range(rounds + 1):
+            for name, layer in layers.items():
+                samples[name].append(_host_us(layer, device))
+    medians = {name: statistics.median(values[1:]) for name, values in samples.items()}
+    return [{"layer": name, "us": us} for name, us in medians.items()]
 
 
 def _launch_layers(call: object, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
     """Those of a kernel; none where PyTorch computes."""
     if q.device.type != "cuda":
         return {}
-    from flashcore import launch
+    from flashcore.launch import KernelCall
 
-    assert isinstance(call, launch.KernelCall)
+    kernel = getattr(call, "__self__", None)
+    assert isinstance(kernel, KernelCall)
     out = torch.empty_like(q)
-    key = (-1, q.data_ptr(), k.data_ptr(), v.data_ptr(), 0, out.data_ptr(), 0)
-    argument = call.make_argument(key)
+    key = (-1, (q.data_ptr(), k.data_ptr(), v.data_ptr()), 0, out.data_ptr(), 0, ())
+    argument = kernel.make_argument(key)
     return {
-        "new addresses: argument and descriptors": lambda: call.make_argument(key),
-        "launch": lambda: call.launch(argument),
+        "new addresses: argument and descriptors": lambda: kernel.make_argument(key),
+        "launch": lambda: kernel.launch(argument),
     }
 
 
@@ -235,9 +242,21 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> str:
     host = {(row["library"], row["recorded"]): row["host_us"] for row in rows}
-    parts = [
-        f"{host['flashcore', recorded] / host['sdpa', recorded]:.2f} {words}"
-        for recorded, words in ((False, "without autograd"), (True, "with autograd recording"))
-        if ("flashcore", recorded) in host and ("sdpa", recorded) in host
-    ]
-    return f"flashcore's host time over that of torch's SDPA: {', '.join(parts)}."
+    sentences = []
+    for name, whose in (
+        ("flashcore", "flashcore's"),
+        ("flashcore-compiled", "That of its compiled launcher"),
+    ):
+        parts = [
+            f"{host[name, recorded] / host['sdpa', recorded]:.2f} {words}"
+            for recorded, words in (
+                (False, "without autograd"),
+                (True, "with autograd recording"),
+            )
+            if (name, recorded) in host and ("sdpa", recorded) in host
+        ]
+        if parts and name == "flashcore":
+            sentences.append(f"{whose} host time over that of torch's SDPA: {', '.join(parts)}.")
+        elif parts:
+            sentences.append(f"{whose}: {', '.join(parts)}.")
+    return " ".join(sentences)

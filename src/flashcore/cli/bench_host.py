@@ -22,7 +22,8 @@ def bench_host(
     """Time what a small eager call costs the host, beside torch's SDPA, and its layers.
 
     On a GPU: B1 H8 S512 D64 in float16, without and with autograd recording; host time of a call,
-    and its latency with a wait behind it. Without a GPU: the CPU path with next to nothing to
+    and its latency with a wait behind it; flashcore-compiled is the launcher that
+    FLASHCORE_LAUNCHER=compiled asks for. Without a GPU: the CPU path with next to nothing to
     compute.
 
     Examples:

@@ -109,22 +109,23 @@ def find_compiler() -> Compiler:
 
 
 @functools.cache
-def _cache_folder(wanted: Path) -> Path:
+def cache_folder(wanted: Path) -> Path:
+    """The folder, made if need be; another, after a warning, where nothing can be written there."""
     try:
         wanted.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=wanted):
             return wanted
     except OSError as error:
         warnings.warn(
-            f"simulator builds cannot be cached ({error}); set {env.CACHE_DIR.name} to a writable "
-            "folder",
+            f"what a C++ compiler builds cannot be cached ({error}); set {env.CACHE_DIR.name} to a "
+            "writable folder",
             RuntimeWarning,
             stacklevel=3,
         )
         return Path(tempfile.mkdtemp(prefix="flashcore-sim-"))
 
 
-def _compile(compiler: Compiler, arguments: list[str], target: Path, what: str) -> None:
+def compile_file(compiler: Compiler, arguments: list[str], target: Path, what: str) -> None:
     """Runs the compiler into a temporary name and renames it to `target`."""
     descriptor, temporary = tempfile.mkstemp(
         dir=target.parent, prefix=f"{target.stem}-", suffix=target.suffix
@@ -144,7 +145,8 @@ def _compile(compiler: Compiler, arguments: list[str], target: Path, what: str) 
         Path(temporary).unlink(missing_ok=True)
 
 
-def _hash(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """What names a build that these went into."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 
@@ -158,19 +160,19 @@ def _runtime_text() -> str:
 
 def _runtime_object(compiler: Compiler, folder: Path) -> Path:
     flags = [*COMMON_FLAGS, *RUNTIME_FLAGS]
-    path = folder / f"runtime-{_hash(_runtime_text(), compiler.identity, *flags)}.o"
+    path = folder / f"runtime-{digest(_runtime_text(), compiler.identity, *flags)}.o"
     if not path.exists():
         source = RUNTIME_DIR / "runtime.cpp"
         arguments = [*flags, f"-I{KERNELS_DIR}", "-c", str(source)]
-        _compile(compiler, arguments, path, "the simulator's runtime")
+        compile_file(compiler, arguments, path, "the simulator's runtime")
     return path
 
 
 def library_path(source: str) -> Path:
     """Where the library of a kernel source is, or will be, in the cache."""
     compiler = find_compiler()
-    key = _hash(source, _runtime_text(), compiler.identity, *COMMON_FLAGS, *KERNEL_FLAGS)
-    return _cache_folder(env.cache_dir() / "sim") / f"kernel-{key}.so"
+    key = digest(source, _runtime_text(), compiler.identity, *COMMON_FLAGS, *KERNEL_FLAGS)
+    return cache_folder(env.cache_dir() / "sim") / f"kernel-{key}.so"
 
 
 def _build(source: str, path: Path) -> None:
@@ -180,7 +182,7 @@ def _build(source: str, path: Path) -> None:
         unit = Path(folder) / "kernel.cpp"
         unit.write_text(source, encoding="utf-8")
         arguments = [*COMMON_FLAGS, *KERNEL_FLAGS, "-shared", str(unit), str(runtime)]
-        _compile(compiler, arguments, path, "the kernel for the simulator")
+        compile_file(compiler, arguments, path, "the kernel for the simulator")
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,0 +1,25 @@
+"""Memory for a kernel's results, without the layers that torch.empty goes through."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import torch
+
+
+def allocator(
+    device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
+) -> Callable[[], torch.Tensor]:
+    """What makes contiguous tensors of a shape and dtype on a device, not initialised.
+
+    No mode and no transform sees them made. A GPU must be the current one then.
+    """
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * size)
+    # What the code that torch.compile generates allocates by: half the time of torch.empty_like.
+    fast = getattr(torch._C._dynamo.guards, f"_empty_strided_{device.type}", None)
+    if fast is not None:
+        return functools.partial(fast, shape, tuple(strides), dtype)
+    return functools.partial(torch.empty, shape, dtype=dtype, device=device)

@@ -1,0 +1,100 @@
+"""launcher.cpp -> a Python extension for this Python and this torch; cached on disk."""
+
+from __future__ import annotations
+
+import functools
+import importlib.machinery
+import importlib.util
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flashcore import env
+from flashcore.errors import BackendUnavailableError
+from flashcore.sim.build import cache_folder, compile_file, digest, find_compiler
+
+SOURCE = Path(__file__).with_name("launcher.cpp")
+_NAME = "flashcore_launcher"  # as PyInit_... in the source
+
+
+def _flags() -> list[str]:
+    torch_folder = Path(torch.__file__).parent
+    libraries = torch_folder / "lib"
+    return [
+        "-std=c++20",
+        "-O2",
+        "-fPIC",
+        "-shared",
+        "-fvisibility=hidden",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
+        f"-I{torch_folder / 'include'}",
+        f"-I{sysconfig.get_path('include')}",
+        f"-L{libraries}",
+        f"-Wl,-rpath,{libraries}",
+    ]
+
+
+_LIBRARIES = ("-ltorch_python", "-ltorch_cpu", "-lc10")
+
+
+def _check_headers() -> None:
+    wanted = {
+        "Python's": (Path(sysconfig.get_path("include")) / "Python.h", "apt install python3-dev"),
+        "torch's": (
+            Path(torch.__file__).parent / "include/torch/csrc/autograd/python_variable.h",
+            "reinstall torch from its wheel",
+        ),
+    }
+    for whose, (header, way_out) in wanted.items():
+        if not header.is_file():
+            raise BackendUnavailableError(f"{whose} header {header} is missing: {way_out}")
+
+
+def library_path() -> Path:
+    """Where the launcher is, or will be, in the cache."""
+    abi = str(sysconfig.get_config_var("SOABI"))
+    key = digest(
+        SOURCE.read_text(encoding="utf-8"),
+        torch.__version__,
+        str(torch.version.git_version),
+        abi,
+        find_compiler().identity,
+        *_flags(),
+    )
+    return cache_folder(env.cache_dir() / "launcher") / f"launcher-{key}.so"
+
+
+def _build(path: Path) -> None:
+    _check_headers()
+    arguments = [*_flags(), str(SOURCE), *_LIBRARIES]
+    compile_file(find_compiler(), arguments, path, "the launcher")
+
+
+@functools.cache
+def load() -> Any:
+    """The launcher's module: built, which takes some ten seconds, or found built.
+
+    Raises:
+        BackendUnavailableError: no compiler, or no headers.
+        CompileError: the compiler rejects the source.
+        ImportError: what it made does not load, for it is a compiler of another C++ library, say.
+    """
+    path = library_path()
+    if path.exists():
+        try:
+            return _import(path)
+        except ImportError:
+            path.unlink(missing_ok=True)  # a damaged file counts as missing
+    _build(path)
+    return _import(path)
+
+
+def _import(path: Path) -> Any:
+    loader = importlib.machinery.ExtensionFileLoader(_NAME, str(path))
+    spec = importlib.util.spec_from_loader(_NAME, loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
