@@ -156,6 +156,7 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     )
     monkeypatch.setattr(calls, "_calls", {})
     monkeypatch.setattr(launch, "_arguments", {})
+    monkeypatch.setattr(descriptors, "_kinds", {})
     # What these hold is the stand-in's own: nobody is to find it afterwards.
     for module, name in ((launch, "_launch"), (dispatch, "_plan")):
         function = getattr(module, name).__wrapped__

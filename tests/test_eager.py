@@ -216,18 +216,20 @@ def test_few_streams_keep_what_they_were_told(machine, monkeypatch):
     assert [x.stream for x in machine.driver.launches] == [1, 2, 3, 2, 1]
 
 
-def test_descriptors_are_made_once_per_description_and_once_per_address(machine, monkeypatch):
+def test_descriptors_are_encoded_once_per_kind_and_placed_once_per_address(machine, monkeypatch):
     q, k, v = half(1, 4, 40, 64), half(1, 4, 50, 64), half(1, 4, 50, 64)
     driver, buffer = machine.driver, torch.empty_like(q)
     # As an allocator in a loop.
     monkeypatch.setattr(launch, "allocator", lambda *description: lambda: buffer)
     for _ in range(5):
         flashcore.attention(q, k, v)
-    assert (driver.encodings, driver.replacements) == (4, 4)
+    assert (driver.encodings, driver.replacements) == (3, 4)  # k and v are of one kind
     copy = q.clone()
     for _ in range(5):
         flashcore.attention(copy, k, v)
-    assert (driver.encodings, driver.replacements) == (4, 8)
+    assert (driver.encodings, driver.replacements) == (3, 8)
+    flashcore.attention(q, k[:, :, 1:], v[:, :, 1:])
+    assert driver.encodings == 4
     monkeypatch.setattr(launch, "ARGUMENTS_MAX", 3)
     copies = [q.clone() for _ in range(6)]
     for copy in copies:

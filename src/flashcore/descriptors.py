@@ -79,6 +79,22 @@ def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
     return TensorMap.from_buffer_copy(memory, address - ctypes.addressof(memory))
 
 
+_KINDS_MAX = 4096
+_kinds: dict[tuple[bytes, str], TensorMap] = {}
+
+
+def encode_kind(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
+    """A descriptor for `readdress`, encoded once for all tensors of the same kind: k and v are
+    often of one, and while keys are appended q and out stay of theirs."""
+    key = bytes(tensor_map)[TensorMap.row_stride_bytes.offset :], dtype_name
+    found = _kinds.get(key)
+    if found is None:
+        if len(_kinds) >= _KINDS_MAX:
+            _kinds.clear()
+        found = _kinds[key] = encode(tensor_map, dtype_name)
+    return found
+
+
 def readdress(address: int, bases: Sequence[tuple[int, int]]) -> None:
     """Gives descriptors other tensors of the same kind, for much less than encoding them.
 

@@ -320,7 +320,10 @@ def make_template(
     """The argument of a problem, with the addresses of some tensors that it describes."""
     if not isinstance(plan, Sm90Plan):
         return Template(bytes(build_params(problem, plan, pointers)), 0, ())
-    params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
-    kind = type(params)
-    maps = tuple(getattr(kind, f"{name}_map").offset for name in params_sm90.MAPS)
-    return Template(bytes(params), kind.attn.offset, maps)
+    params = params_sm90.build_params_sm90(problem, plan, pointers, grid, target="host")
+    fields = [f"{name}_map" for name in params_sm90.MAPS]
+    for field in fields:
+        encoded = descriptors.encode_kind(getattr(params, field), problem.dtype)
+        setattr(params, field, encoded)
+    offsets = tuple(getattr(type(params), field).offset for field in fields)
+    return Template(bytes(params), type(params).attn.offset, offsets)
