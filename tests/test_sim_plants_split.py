@@ -21,9 +21,9 @@ from flashcore.sim.replay import parse_replay
 from flashcore.sim.report import ALARM_KINDS
 
 SEEDS = range(20)
-# Two row tiles a head, in three pieces each for three blocks; of five key tiles, so that pieces
-# differ in length. q is large: the shares' maxima differ.
-CASE = Case(seqlen_q=70, seqlen_k=150, head_dim=32, head_dim_v=40, spread=4.0)
+# Two row tiles a head, in five pieces each for three blocks; of eight key tiles, so that pieces
+# differ in length. A thread loads four shares at once. q is large: the shares' maxima differ.
+CASE = Case(seqlen_q=70, seqlen_k=250, head_dim=32, head_dim_v=40, spread=4.0)
 
 
 @functools.cache
@@ -41,7 +41,7 @@ def plan() -> Sm90Plan:
         block_n=32,
         num_stages=2,
         min_blocks=1,
-        num_splits=3,
+        num_splits=5,
         **traits(problem),
     )
 

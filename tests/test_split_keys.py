@@ -20,7 +20,7 @@ from flashcore.plan import select_plan
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.plan_splits import best_num_splits, visible_keys
 from flashcore.problem import Problem
-from flashcore.tune.space import is_legal, schedules
+from flashcore.tune.space import is_legal, schedules, tiles
 
 
 def half(*shape: int) -> torch.Tensor:
@@ -115,6 +115,16 @@ def test_every_head_dim_has_several_stages_under_way(head_dim: int, batch: int) 
     assert plan.smem_bytes <= 232448
     bytes_under_way = plan.num_stages * plan.block_n * 4 * head_dim
     assert bytes_under_way >= min(65536, 8 * 128 * 4 * head_dim)
+
+
+def test_tuning_keeps_memory_busy_with_other_tiles() -> None:
+    base = select_plan(problem_of(1, 32, 8, 1, 4096), 90)
+    listed = tiles(base)
+    assert len(listed) > 5
+    assert {plan.min_blocks for plan in listed} == {1, 2, 3}
+    for plan in listed[1:]:
+        keys = plan.num_stages * plan.block_n * plan.min_blocks
+        assert plan.num_stages == 2 or keys > base.num_stages * base.block_n - 3 * plan.block_n
 
 
 def test_explain_says_so() -> None:

@@ -95,6 +95,8 @@ def draw_case(seed: int, index: int, backend: str, arch: int | None = None) -> C
     seqlen_q = _draw_length(rng, lengths, zero=backend != "sim")
     # Half of the cases are self-attention; the rest has one length independent of the other.
     seqlen_k = seqlen_q if rng.random() < 0.5 else _draw_length(rng, lengths, backend != "sim")
+    if backend != "sim" and rng.random() < 0.2:  # a few queries for a long cache
+        seqlen_q, seqlen_k = rng.choice((1, 1, 2, 5, 16, 100)), rng.randint(1000, 9000)
     return Case(
         **{
             "batch": rng.choice((1, 1, 2, 3)),

@@ -40,6 +40,8 @@ _REGISTERS_PER_BLOCK = 65536
 # Registers of a thread beside the accumulators: addresses, row statistics, loop counters. The least
 # that any configuration was seen to take, so that nothing that would not spill is left out.
 _OTHER_REGISTERS = 24
+# Where products bound the time more stages than these gain nothing; more are for reading memory.
+_STAGES_OF_PRODUCTS = 4
 
 
 def tile_of(plan: Plan) -> Tile:
@@ -138,6 +140,9 @@ def _tiles_sm90(base: Sm90Plan) -> Iterator[Plan]:
             if not is_legal(plan):  # O through Q's buffer takes less shared memory
                 plan = dataclasses.replace(plan, separate_o=False)
             for min_blocks in (1, 2, 3):
+                if base.num_stages > _STAGES_OF_PRODUCTS:  # as many keys under way on an SM
+                    keys = base.num_stages * base.block_n // min_blocks
+                    plan = dataclasses.replace(plan, num_stages=max(2, keys // block_n))
                 yield dataclasses.replace(plan, min_blocks=min_blocks)
 
 

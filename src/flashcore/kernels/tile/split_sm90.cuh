@@ -87,51 +87,61 @@ FC_DEVICE ShareStats load_stats(const AttnParams& p, int64_t at) {
           from_packet<float>(Packet<4>{{packet.word[1]}})};
 }
 
-constexpr int LOADS_UNDER_WAY = 8;  // of a thread, of four columns each
-
 // Adds up the shares of PARTS parts of a warpgroup's rows as merge_shares does, divides, and stores
-// O and lse. A part is four columns of a row, so that all threads work though rows are few.
+// O and lse. A part is four columns of a row, so that all threads work though rows are few. Shares
+// are loaded many at once, for it is their latency that counts; past the last one it is loaded
+// again. The sums so far are brought to a new maximum as in the online softmax.
 template <int NUM_OUT_FRAGS, int PARTS>
 FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
                             int first_part, int num_parts, float scale_log2) {
   constexpr int COLS = 4;
   constexpr int PARTS_OF_ROW = HEAD_DIM_V / COLS;
+  constexpr int AT_ONCE = 16 / PARTS;
   const GmemPtr<const float> shares = {p.split_out.address};
   const int64_t num_rows = share_row(p, block, 1, 0) - share_row(p, block, 0, 0);
   int row[PARTS], col[PARTS];
-  int64_t first[PARTS];  // share_row of split 0
-  float row_max[PARTS], finite_max[PARTS], sum[PARTS];
+  float row_max[PARTS], sum[PARTS];
   float out[PARTS][COLS] = {};
 #pragma unroll
   for (int i = 0; i < PARTS; ++i) {
     const int part = min_i(first_part + i * 128, num_parts - 1);
     row[i] = group_row + part / PARTS_OF_ROW;
     col[i] = part % PARTS_OF_ROW * COLS;
-    first[i] = share_row(p, block, 0, row[i]);
     row_max[i] = NEG_INF;
     sum[i] = 0.0f;
   }
-#pragma unroll LOADS_UNDER_WAY / PARTS
-  for (int s = 0; s < p.num_splits; ++s) {
+  for (int begin = 0; begin < p.num_splits; begin += AT_ONCE) {
+    ShareStats stats[AT_ONCE][PARTS];
+    Packet<16> share[AT_ONCE][PARTS];
 #pragma unroll
-    for (int i = 0; i < PARTS; ++i) {
-      row_max[i] = max_f(row_max[i], load_stats(p, first[i] + s * num_rows).row_max);
+    for (int s = 0; s < AT_ONCE; ++s) {
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i) {
+        const int64_t at =
+            share_row(p, block, 0, row[i]) + min_i(begin + s, p.num_splits - 1) * num_rows;
+        stats[s][i] = load_stats(p, at);
+        share[s][i] = gmem_load_packet<16>(shares + (at * (NUM_OUT_FRAGS * 16) + col[i]));
+      }
     }
-  }
-#pragma unroll
-  for (int i = 0; i < PARTS; ++i) finite_max[i] = row_max[i] == NEG_INF ? 0.0f : row_max[i];
-#pragma unroll LOADS_UNDER_WAY / PARTS
-  for (int s = 0; s < p.num_splits; ++s) {
 #pragma unroll
     for (int i = 0; i < PARTS; ++i) {
-      const int64_t at = first[i] + s * num_rows;
-      const ShareStats stats = load_stats(p, at);
-      const auto share = gmem_load_packet<16>(shares + (at * (NUM_OUT_FRAGS * 16) + col[i]));
-      const float weight = exp2_approx((stats.row_max - finite_max[i]) * scale_log2);
-      sum[i] += weight * stats.row_sum;
+      const float old_max = row_max[i];
 #pragma unroll
-      for (int c = 0; c < COLS; ++c) {
-        out[i][c] += weight * from_packet<float>(Packet<4>{{share.word[c]}});
+      for (int s = 0; s < AT_ONCE; ++s) row_max[i] = max_f(row_max[i], stats[s][i].row_max);
+      const float finite_max = row_max[i] == NEG_INF ? 0.0f : row_max[i];
+      const float factor = exp2_approx((old_max - finite_max) * scale_log2);
+      sum[i] *= factor;
+#pragma unroll
+      for (int c = 0; c < COLS; ++c) out[i][c] *= factor;
+#pragma unroll
+      for (int s = 0; s < AT_ONCE; ++s) {
+        if (begin + s >= p.num_splits) continue;
+        const float weight = exp2_approx((stats[s][i].row_max - finite_max) * scale_log2);
+        sum[i] += weight * stats[s][i].row_sum;
+#pragma unroll
+        for (int c = 0; c < COLS; ++c) {
+          out[i][c] += weight * from_packet<float>(Packet<4>{{share[s][i].word[c]}});
+        }
       }
     }
   }
