@@ -265,7 +265,7 @@ def test_the_command_keeps_the_winner(pretend_gpu: Path) -> None:
     assert (entry.gpu, entry.kernel, entry.tile) == ("NVIDIA H999", "attn_fwd_sm90", row["winner"])
     text = CliRunner().invoke(app, SHAPE).stdout
     assert "2.22x" in text
-    assert "tile 128x96 for 128x128, " in text
+    assert "tile 128x96 for 192x80" in text
 
 
 def test_where_the_table_wins_an_old_entry_goes(

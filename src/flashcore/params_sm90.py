@@ -95,7 +95,7 @@ def heads_per_group(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
     num_heads = problem.num_heads_q * problem.batch
     heads_of_kv = problem.num_heads_q // problem.num_heads_kv
     bytes_of_kv = _ELEMENT_BYTES * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
-    tiles_of_kv = heads_of_kv * -(-problem.seqlen_q // plan.block_m)
+    tiles_of_kv = max(1, heads_of_kv * -(-problem.seqlen_q // plan.block_m))
     num_kv = max(1, _GROUP_BYTES // max(1, bytes_of_kv), round(num_blocks / tiles_of_kv))
     return min(num_heads, heads_of_kv * num_kv)
 

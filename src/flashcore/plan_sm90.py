@@ -232,8 +232,8 @@ def _tiles(problem: Problem) -> Iterator[_Tile]:
 
 
 def _table(problem: Problem) -> Iterator[_Tile]:
-    """Rules made from measurements on an H200 (2026-11-22), best first; see docs/ladder.md. What
-    `flashcore tune --grid` measures goes before them (tile_table.py)."""
+    """Rules made from measurements on an H200 (2026-11-22) and an H100 (2026-11-25), best first; see
+    docs/ladder.md. What `flashcore tune --grid` measures goes before them (tile_table.py)."""
     dim = max(problem.head_dim, problem.head_dim_v)
     heads = problem.batch * problem.num_heads_q
     plain = problem.mask is None and problem.softcap == 0.0
@@ -245,14 +245,14 @@ def _table(problem: Problem) -> Iterator[_Tile]:
     if few and dim <= 128 and keys > (64 if dim <= 64 else 128):
         yield _Tile(64, 64, num_stages=4, key_splits=2)
     if dim <= 64:
-        if plain and num_192 >= 2 * NUM_SMS and keys >= (4096 if bounded else 512):
+        if plain and num_192 >= 2 * NUM_SMS and keys >= (2048 if bounded else 512):
             yield _Tile(192, 128, ping_pong=keys < 8192)
         if plain and num_64 >= (3 if bounded else 6) * NUM_SMS:
             yield _Tile(64, 64 if keys < 1024 else 96, min_blocks=3)
         yield _Tile(64, 128, min_blocks=2)
         yield _Tile(128, 128, ping_pong=True)
     elif dim <= 128:
-        if plain and not bounded and keys >= 4096 and num_192 >= 2 * NUM_SMS:
+        if plain and keys >= 4096 and num_192 >= 2 * NUM_SMS:
             yield _Tile(192, 80, ping_pong=True)
         if 4 * num_128 >= 3 * NUM_SMS:
             yield _Tile(128, 128)
