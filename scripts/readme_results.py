@@ -1,5 +1,5 @@
-"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json,
-and docs/host-overhead.md from h200-host.json.
+"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h100.json and, for
+more groups of shapes, h100-short.json, and docs/host-overhead.md from h100-host.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
@@ -24,8 +24,9 @@ from flashcore.bench.report import conditions, skipped, time_and_rate, window_li
 from flashcore.bench.summary import best_peer, by_workload, speedup, summarize
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path("benchmarks/results/h200.json")
-HOST_RESULTS = Path("benchmarks/results/h200-host.json")
+RESULTS = Path("benchmarks/results/h100.json")
+MORE_RESULTS = Path("benchmarks/results/h100-short.json")  # of other groups, on a GPU of its kind
+HOST_RESULTS = Path("benchmarks/results/h100-host.json")
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 # Columns of the tables, where the file has them; the seed's table names the best of all instead.
@@ -211,10 +212,12 @@ def performance_section(document: Document, folder: Path) -> str:
     report = Path(name).with_suffix(".md").as_posix()
     has_report = (folder / RESULTS.with_suffix(".md")).is_file()
     notes = [*window_lines(document["results"]), *skipped(document)]
-    others = f", the other columns and errors in [h200.md]({report})" if has_report else ""
+    others = f", the other columns and errors in [{Path(report).name}]({report})" * has_report
+    if (folder / MORE_RESULTS).is_file():
+        others += f" and [{MORE_RESULTS.name}](../{MORE_RESULTS.as_posix()})"
     return "\n\n".join(
         [
-            f"From [h200.json]({name}){others}. {conditions(document)}",
+            f"From [{RESULTS.name}]({name}){others}. {conditions(document)}",
             f"The seed's shape, {_dtypes(document, 'seed')}:",
             seed_table(document),
             f"16k tokens, hidden size 2048, {_dtypes(document, 'sweep')}:",
@@ -232,12 +235,9 @@ def performance_section(document: Document, folder: Path) -> str:
 def numerics_section(document: Document, folder: Path) -> str:
     """What docs/numerics.md says."""
     del folder
-    return "\n\n".join(
-        [
-            f"{_where(document)}; inputs from N(0, 1), rows at the start and the end of the "
-            f"first and the last head ([h200.json](../{RESULTS.as_posix()})):",
-            error_table(document),
-        ]
+    return (
+        f"{_where(document)}; inputs from N(0, 1), rows at the start and the end of the first and "
+        f"the last head ([{RESULTS.name}](../{RESULTS.as_posix()})):\n\n{error_table(document)}"
     )
 
 
@@ -257,13 +257,8 @@ PAGES: dict[str, Callable[[Document, Path], str]] = {
 def host_section(document: Document, folder: Path) -> str:
     """What docs/host-overhead.md says."""
     del folder
-    return "\n\n".join(
-        [
-            f"{_where(document)} ([{HOST_RESULTS.name}](../{HOST_RESULTS.as_posix()})); "
-            f"{document['method']}.",
-            host_markdown(document),
-        ]
-    )
+    source = f"[{HOST_RESULTS.name}](../{HOST_RESULTS.as_posix()})"
+    return f"{_where(document)} ({source}); {document['method']}.\n\n{host_markdown(document)}"
 
 
 SOURCES: dict[Path, dict[str, Callable[[Document, Path], str]]] = {
@@ -279,6 +274,16 @@ def filled(text: str, section: str, page: str) -> str:
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{section}\n{END}{tail}"
+
+
+def load(root: Path, source: Path) -> Document:
+    """A file's document; that of RESULTS with the rows of MORE_RESULTS, where these are."""
+    document = json.loads((root / source).read_text(encoding="utf-8"))
+    if source == RESULTS and (root / MORE_RESULTS).is_file():
+        more = json.loads((root / MORE_RESULTS).read_text(encoding="utf-8"))
+        document["results"] += more["results"]
+        document["command"] += f"` and, at the same time on another such GPU, `{more['command']}"
+    return document
 
 
 def update(root: Path, check: bool) -> list[str]:
@@ -298,7 +303,7 @@ def update(root: Path, check: bool) -> list[str]:
     for source, pages in SOURCES.items():
         if not (root / source).is_file():
             continue
-        document = json.loads((root / source).read_text(encoding="utf-8"))
+        document = load(root, source)
         for page, section in pages.items():
             path = root / page
             text = path.read_text(encoding="utf-8")
