@@ -166,11 +166,32 @@ def test_strides_describe_the_same_memory(seqlen_q: int, layout: str) -> None:
     assert can_fold(problem) == (seqlen_q == 1 or layout == "bhsd")
     if not can_fold(problem):
         return
-    folded = fold_heads(problem)
+    folded = fold_heads(problem, 3)
     assert (folded.num_heads_q, folded.seqlen_q, folded.group_size) == (2, 3 * seqlen_q, 1)
     assert not can_fold(folded)
     view = q.as_strided((2, 2, 3 * seqlen_q, 32), (*folded.q_strides, 1), q.storage_offset())
     assert torch.equal(view, q.reshape(view.shape))
+
+
+@pytest.mark.parametrize("layout", ["bhsd", "bshd"])
+def test_part_of_a_group_may_be_folded(layout: str) -> None:
+    case = case_of(num_heads_q=12, num_heads_kv=2, layout=layout, mask="bool", tail=2)
+    q, problem = make_inputs(case).q, problem_of(case)
+    folded = fold_heads(problem, 3)
+    assert (folded.num_heads_q, folded.seqlen_q, folded.group_size) == (4, 3, 2)
+    view = q.as_strided((2, 4, 3, 32), (*folded.q_strides, 1), q.storage_offset())
+    assert torch.equal(view, q.reshape(view.shape))
+    assert folded.mask is not None
+    assert problem.mask is not None
+    of_head = problem.mask.strides[1]
+    assert folded.mask.strides[1:3] == (3 * of_head, of_head)
+
+
+@pytest.mark.parametrize("num_heads", [0, 4, 12])
+def test_heads_are_folded_by_a_divisor_of_the_group(num_heads: int) -> None:
+    problem = problem_of(case_of(num_heads_q=12, num_heads_kv=2))
+    with pytest.raises(ValueError, match=f"num_heads={num_heads}.*divisor of the group's 6"):
+        fold_heads(problem, num_heads)
 
 
 @pytest.mark.parametrize(

@@ -136,7 +136,9 @@ def test_a_mistake_is_reported_by_its_check(fault: int) -> None:
 def test_every_fault_and_every_kind_is_tried() -> None:
     text = FAULTS.read_text(encoding="utf-8")
     assert {int(number) for number in re.findall(r"case (\d+):", text)} == set(EXPECTED)
-    assert {kind for kind, _, _ in EXPECTED.values()} == set(ALARM_KINDS) - SM90_ALARM_KINDS
+    kinds = set(ALARM_KINDS) - SM90_ALARM_KINDS
+    kinds -= {"counter-left"}  # of whole kernels: the plants that leave a counter
+    assert {kind for kind, _, _ in EXPECTED.values()} == kinds
 
 
 def test_a_report_says_who_where_and_with_which_seed() -> None:

@@ -38,6 +38,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"num_stages": 4},
         {"seqlen_q": 9, "num_heads_q": 8, "num_heads_kv": 1, "window": (100, 0), "tail": 0},
     ),
+    "part-of-a-group": (
+        {"num_stages": 4, "folds_heads": 2},
+        {"seqlen_q": 3, "num_heads_q": 12, "num_heads_kv": 2, "window": (90, 0), "tail": 0},
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from flashcore.cases import Case
 from flashcore.params_sm90 import grid_size, num_pieces, num_row_tiles
 from flashcore.plan import select_plan
 from flashcore.plan_sm90 import Sm90Plan
-from flashcore.plan_splits import best_num_splits, visible_keys
+from flashcore.plan_splits import L2_WEIGHT, best_num_splits, best_sharing, cost, visible_keys
 from flashcore.problem import Problem
 from flashcore.tune.space import is_legal, schedules, tiles
 
@@ -56,6 +56,7 @@ def problem_of(
         ((16, 32, 8, 1, 16384), 128, 1),  # as many row tiles as SMs, or nearly
         ((128, 32, 8, 1, 2048), 1024, 1),
         ((1, 8, 8, 128, 32768), 16, 8),
+        ((1, 32, 1, 1, 16384), 4, 33),  # eight heads a row tile
     ],
 )
 def test_splits_fill_the_gpu(shape: tuple[int, ...], row_tiles: int, num_splits: int) -> None:
@@ -88,6 +89,46 @@ def test_adding_up_bounds_the_splits() -> None:
     sizes = {"row_tiles": 1, "key_tiles": 256, "key_tile_bytes": 32768, "num_slots": 132}
     few, many = (best_num_splits(share_bytes=rows * 520, **sizes) for rows in (1, 64))
     assert 128 == few > many > 8
+
+
+def sharing(folded: int, key_tiles: int, num_heads: int = 1) -> tuple[int, int]:
+    """Parts and splits, of one query and head_dim 128."""
+    found = best_sharing(
+        num_heads=num_heads,
+        num_rows=folded,
+        folded=folded,
+        block_m=64,
+        key_tiles=key_tiles,
+        key_tile_bytes=32768,
+        share_row_bytes=520,
+        num_slots=132,
+    )
+    return found.parts, found.num_splits
+
+
+def test_many_heads_are_dealt_out_where_adding_up_takes_longest() -> None:
+    assert sharing(32, 256) == (4, 33)
+    assert sharing(32, 4096) == (2, 66)  # the keys take longer, and are read fewer times
+    assert sharing(4, 256, num_heads=8) == (1, 16)  # few shares
+    assert sharing(31, 256)[0] == 1  # a prime, and 31 times the keys is too much
+    assert sharing(32, 256, num_heads=132) == (1, 1)  # nothing to add up
+
+
+def test_keys_are_shared_through_l2_only_by_what_runs_at_once() -> None:
+    sizes = {"key_tiles": 64, "key_tile_bytes": 32768, "share_bytes": 520, "num_slots": 132}
+    alone, shared = (cost(1, row_tiles=132, readers=n, **sizes) for n in (1, 4))
+    assert shared == pytest.approx(L2_WEIGHT * alone)
+    assert cost(1, row_tiles=133, readers=4, **sizes) == 2 * alone
+    half = cost(1, row_tiles=132, readers=2, **sizes)  # the first reader's come from memory
+    assert half >= alone / 2
+
+
+def test_a_plan_says_how_many_heads_a_row_tile_has() -> None:
+    problem = problem_of(1, 32, 1, 1, 16384)
+    plan = select_plan(problem, 90)
+    assert (plan.folds_heads, problem.group_size) == (8, 32)
+    assert "folded heads:8" in plan.describe()
+    assert select_plan(problem, 80).folds_heads == 32  # nothing to add up
 
 
 def test_packed_sequences_and_gates_are_not_split() -> None:
@@ -132,6 +173,15 @@ def test_explain_says_so() -> None:
     text = str(flashcore.explain(q, k, k, arch=90, file=io.StringIO()))
     assert "splits 8" in text
     assert "the keys of 2 row tiles are split over 8 blocks each" in text
+    assert "note      4 heads of q that share one of k and v are rows of one row tile" in text
+
+
+def test_explain_says_how_many_of_a_group() -> None:
+    q, k = half(1, 64, 1, 64), half(1, 1, 16384, 64)
+    text = str(flashcore.explain(q, k, k, arch=90, file=io.StringIO()))
+    folded = select_plan(Problem.from_tensors(q, k, k), 90).folds_heads
+    assert 1 < folded < 64
+    assert f"{folded} of the 64 heads of q that share one of k and v are rows of one row" in text
 
 
 @pytest.fixture
@@ -172,6 +222,8 @@ DECODE = [
     Case(num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=2050, mask="padding", softcap=9.0),
     Case(seqlen_q=150, seqlen_k=9000, head_dim=256, head_dim_v=256, causal="lower_right"),
     Case(seqlen_q=1, seqlen_k=4096, head_dim=80, head_dim_v=40, dtype="bfloat16", layout="bshd"),
+    Case(num_heads_q=32, num_heads_kv=1, seqlen_q=1, seqlen_k=16384, head_dim=128, head_dim_v=128),
+    Case(num_heads_q=24, num_heads_kv=2, seqlen_q=2, seqlen_k=8192, window=(5000, 0), tail=0),
     Case(num_heads_q=32, num_heads_kv=8, batch=40, seqlen_q=1, seqlen_k=1111, head_dim=64),
 ]
 

@@ -117,9 +117,9 @@ def _tile(block: int, problem: Problem, plan: Plan) -> str:
     which it was at."""
     if isinstance(plan, Sm90Plan):
         return f"block {block}"
-    problem = as_launched(problem, plan)
-    head_and_batch = block // -(-problem.seqlen_q // plan.block_m)
-    batch, head = divmod(head_and_batch, problem.num_heads_q)
+    launched = as_launched(problem, plan)
+    head_and_batch = block // -(-launched.seqlen_q // plan.block_m)
+    batch, head = divmod(head_and_batch, launched.num_heads_q)
     return f"batch {batch}, head {head}, m_block {_m_block(block, problem, plan)}"
 
 

@@ -102,7 +102,7 @@ def _plans(problem: Problem, arch: int, portable: bool) -> Iterator[Plan]:
                     yield dataclasses.replace(  # the machine code is the same
                         plan,
                         num_splits=min(2, plan.num_splits),
-                        folds_heads=bool(plan.constants()["FOLDED"]),
+                        folds_heads=int(bool(plan.constants()["FOLDED"])),
                     )
 
 

@@ -171,8 +171,10 @@ def _notes(
             + ", ".join(narrow)
         )
     if plans[0].folds_heads:
+        folded, group = plans[0].folds_heads, problem.group_size
+        which = f"{folded} heads" if folded == group else f"{folded} of the {group} heads"
         notes.append(
-            f"{problem.group_size} heads of q that share one of k and v are rows of one row tile"
+            f"{which} of q that share one of k and v are rows of one row tile"
             + ("; q is copied for that" if with_copied_q(problem) else "")
         )
     if isinstance(plans[0], Sm90Plan) and plans[0].num_splits > 1:

@@ -5,8 +5,10 @@ as in decoding, its tile would be nearly empty, and every head of a group would 
 again. But [batch, num_heads_kv * group, seqlen_q, dim] is [batch, num_heads_kv, group * seqlen_q,
 dim] in memory, if heads lie seqlen_q rows apart: row r of that is query r % seqlen_q of the group's
 head r / seqlen_q. That is all the kernels need to know of it, and only where a bound depends on the
-query (tile/schedule.cuh). Several queries of a q that is [batch, seqlen_q, num_heads_q, dim] in
-memory, as projections write it, are copied first, which is little beside the keys.
+query (tile/schedule.cuh). Nor need it be all heads of a group: where the group is large, a divisor
+of it leaves more row tiles (plan_splits.py). Several queries of a q that is [batch, seqlen_q,
+num_heads_q, dim] in memory, as projections write it, are copied first, which is little beside the
+keys.
 """
 
 from __future__ import annotations
@@ -56,30 +58,40 @@ def with_copied_q(problem: Problem) -> Problem | None:
 
 
 @functools.lru_cache(maxsize=4096)
-def fold_heads(problem: Problem) -> Problem:
-    """The same call with the heads of a group as rows of one head.
+def fold_heads(problem: Problem, num_heads: int) -> Problem:
+    """The same call with heads of a group as rows of one head.
 
     Args:
-        problem: one that `can_fold`.
+        problem: one that `can_fold`, and has not been folded.
+        num_heads: heads that become one, a divisor of group_size.
 
     Returns:
-        A Problem with num_heads_q = num_heads_kv and group_size times the rows. Bounds stay those
+        A Problem with num_heads_q / num_heads heads and num_heads times the rows. Bounds stay those
         of the queries: row r has the bounds of query r % problem.seqlen_q.
+
+    Raises:
+        ValueError: num_heads does not divide the group.
     """
-    group, length = problem.group_size, problem.seqlen_q
+    length = problem.seqlen_q
+    if num_heads < 1 or problem.group_size % num_heads:
+        raise ValueError(
+            f"num_heads={num_heads}: heads are folded by a divisor of the group's "
+            f"{problem.group_size}; take the plan that was made for this problem"
+        )
+    num_folded = problem.num_heads_q // num_heads
     batch_stride, head_stride, row_stride = problem.q_strides
     mask = problem.mask
     if mask is not None:
         of_batch, of_head, of_row, of_key = mask.strides
-        strides = (of_batch, group * of_head, of_row if length > 1 else of_head, of_key)
+        strides = (of_batch, num_heads * of_head, of_row if length > 1 else of_head, of_key)
         mask = dataclasses.replace(mask, strides=strides)
     return dataclasses.replace(
         problem,
-        num_heads_q=problem.num_heads_kv,
-        seqlen_q=group * length,
+        num_heads_q=num_folded,
+        seqlen_q=num_heads * length,
         q_strides=(
             batch_stride,
-            group * head_stride if problem.num_heads_kv > 1 else 0,
+            num_heads * head_stride if num_folded > 1 else 0,
             row_stride if length > 1 else head_stride,
         ),
         mask=mask,
@@ -87,5 +99,8 @@ def fold_heads(problem: Problem) -> Problem:
 
 
 def as_launched(problem: Problem, plan: Plan) -> Problem:
-    """The problem as the plan's kernel sees it."""
-    return fold_heads(problem) if plan.folds_heads and can_fold(problem) else problem
+    """The problem as the plan's kernel sees it. Of the problem as it was asked: one that is folded
+    in part could be folded again."""
+    if plan.folds_heads and can_fold(problem):
+        return fold_heads(problem, plan.folds_heads)
+    return problem

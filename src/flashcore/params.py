@@ -124,8 +124,8 @@ def build_params(
         NotImplementedError: the problem is too large for one launch.
     """
     num_queries = problem.seqlen_q
-    problem = as_launched(problem, plan)
     _check_limits(problem, plan)
+    problem = as_launched(problem, plan)
     mask_strides = (0, 0, 0, 0) if problem.mask is None else problem.mask.strides
     params = AttnParams() if plan.gate is None else AttnGateParams()
     for name, address in pointers.items():

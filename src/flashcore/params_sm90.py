@@ -125,10 +125,10 @@ def build_params_sm90(
     packed = problem.varlen == "packed"
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
-    problem = as_launched(problem, plan)
     argument.attn.num_splits = plan.num_splits
-    argument.num_heads = problem.num_heads_q * problem.batch
     argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
+    problem = as_launched(problem, plan)
+    argument.num_heads = problem.num_heads_q * problem.batch
     heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v
     rows_q, rows_k = (
         (problem.total_q, problem.total_k) if packed else (problem.seqlen_q, problem.seqlen_k)

@@ -51,9 +51,8 @@ class Plan:
 
     `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
-    `varlen` one of VARLEN_KINDS; `folds_heads` whether the heads of a group are rows of one
-    (folding.py);
-    `min_blocks` the blocks an SM that the register count must allow.
+    `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
+    0 where none are (folding.py); `min_blocks` the blocks an SM that the register count must allow.
     """
 
     kernel: str
@@ -72,7 +71,7 @@ class Plan:
     mask: str | None = None
     gate: str | None = None
     varlen: str = "none"
-    folds_heads: bool = False
+    folds_heads: int = 0
 
     @property
     def params_struct(self) -> str:
@@ -158,7 +157,7 @@ class Plan:
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
             # Without a bound rows are rows.
-            "FOLDED": self.folds_heads and (self.has_window_left or self.has_window_right),
+            "FOLDED": self.folds_heads > 0 and (self.has_window_left or self.has_window_right),
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
 
     def describe(self) -> str:
@@ -171,7 +170,7 @@ class Plan:
                 ("softcap", self.has_softcap),
                 (f"mask:{self.mask}", self.mask is not None),
                 (f"varlen:{self.varlen}", self.varlen != "none"),
-                ("folded heads", self.folds_heads),
+                (f"folded heads:{self.folds_heads}", self.folds_heads > 0),
                 (f"gate:{self.gate}", self.gate is not None),
             )
             if on
@@ -262,7 +261,7 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "has_softcap": problem.softcap != 0.0,
         "mask": None if problem.mask is None else problem.mask.dtype,
         "varlen": problem.varlen,
-        "folds_heads": gate is None and can_fold(problem),
+        "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
     }
 
 

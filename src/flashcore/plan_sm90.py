@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from flashcore.folding import fold_heads
 from flashcore.limits import smem_limits
 from flashcore.plan import Plan, traits
-from flashcore.plan_splits import best_num_splits, visible_keys
+from flashcore.plan_splits import best_sharing, visible_keys
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -190,24 +190,29 @@ class _Tile(NamedTuple):
     num_stages: int = 2
     key_splits: int = 1
     num_splits: int = 1
+    parts: int = 1  # that folded heads are dealt out to
 
 
-def _split_keys(problem: Problem, tile: _Tile) -> _Tile:
-    """The tile with its keys split over as many blocks as pays."""
+def _split_keys(problem: Problem, tile: _Tile, folded: int = 1) -> _Tile:
+    """The tile with its keys split over as many blocks as pays, and the rows of `folded` heads
+    dealt out to as many row tiles."""
     if problem.varlen == "packed":
         return tile
     dims = problem.head_dim + problem.head_dim_v
-    num_splits = best_num_splits(
-        row_tiles=problem.batch * problem.num_heads_q * -(-problem.seqlen_q // tile.block_m),
+    sharing = best_sharing(
+        num_heads=problem.batch * problem.num_heads_q,
+        num_rows=problem.seqlen_q,
+        folded=folded,
+        block_m=tile.block_m,
         key_tiles=-(-visible_keys(problem) // tile.block_n),
         key_tile_bytes=tile.block_n * dims * 2,
-        share_bytes=min(tile.block_m, problem.seqlen_q) * (problem.head_dim_v + 2) * 4,
+        share_row_bytes=(problem.head_dim_v + 2) * 4,
         num_slots=NUM_SMS * tile.min_blocks,
     )
-    return tile._replace(num_splits=num_splits)
+    return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)
 
 
-def _streaming_tile(problem: Problem) -> _Tile:
+def _streaming_tile(problem: Problem, folded: int) -> _Tile:
     """Of rows so few that reading K and V is all there is to do: one consumer, and as many stages
     under way as fit. By reckoning, not yet by measurement: an SM's 33 GB/s over 1 us of latency are
     32 KB, and twice that keeps the memory busy."""
@@ -217,16 +222,17 @@ def _streaming_tile(problem: Problem) -> _Tile:
     block_n = 128 if dim <= 64 else 64 if dim <= 192 else 32
     room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)
     num_stages = min(8, room // (2 * block_n * sum(dims)))
-    return _split_keys(problem, _Tile(64, block_n, num_stages=num_stages))
+    return _split_keys(problem, _Tile(64, block_n, num_stages=num_stages), folded)
 
 
-def _tiles(problem: Problem) -> Iterator[_Tile]:
-    """Best first. Keys much longer than the rows are worth splitting where that fills the GPU."""
+def _tiles(problem: Problem, folded: int) -> Iterator[_Tile]:
+    """Best first, of a problem whose heads are `folded` heads each. Keys much longer than the rows
+    are worth splitting where that fills the GPU."""
     long_keys = problem.seqlen_k >= max(4096, 8 * problem.seqlen_q)
     if problem.varlen != "packed" and problem.seqlen_q <= ROWS_OF_CONSUMER:
         num_tiles = problem.batch * problem.num_heads_q
         if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
-            yield _streaming_tile(problem)
+            yield _streaming_tile(problem, folded)
     for tile in _table(problem):
         yield _split_keys(problem, tile) if long_keys else tile
 
@@ -285,8 +291,10 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     plans: list[Plan] = []
     problem = _of_mean_lengths(problem)
     of_problem = traits(problem, gate)
+    folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
-    for tile in _tiles(fold_heads(problem) if of_problem["folds_heads"] else problem):
+    launched = fold_heads(problem, folded) if folded else problem
+    for tile in _tiles(launched, max(1, folded)):
         if gate is not None:
             tile = tile._replace(**OFF_UNDER_A_GATE)
         plan = _plan(tile, gate, fields)
@@ -299,6 +307,10 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
 def _plan(tile: _Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> Sm90Plan | None:
     """The plan with a tile, O apart from Q if that fits; None if no plan with it does. Lengths
     come and go, tiles stay: a plan costs more than to find one."""
+    of_problem = dict(fields)
+    of_problem["folds_heads"] //= tile.parts
+    sizes = tile._asdict()
+    del sizes["parts"]
     for separate_o in (True, False):
         plan = Sm90Plan(
             kernel=KERNEL,
@@ -306,8 +318,8 @@ def _plan(tile: _Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) ->
             lazy_rescale=gate is None,
             separate_o=separate_o,
             gate=gate,
-            **tile._asdict(),
-            **dict(fields),
+            **sizes,
+            **of_problem,
         )
         if not separate_o and (
             plan.head_dim_v > plan.head_dim or tile.key_splits > 1 or tile.num_splits > 1

@@ -1,27 +1,49 @@
-"""How many blocks of the Hopper kernel share the keys of a row tile: a model of a call with few
-query rows and many keys, which reads K and V and does little else. Pure functions.
+"""How many blocks of the Hopper kernel share the keys of a row tile, and how many row tiles the
+heads of a group are: a model of a call with few query rows and many keys, which reads K and V and
+does little else. Pure functions.
 
-Time is counted in bytes that one SM reads in it, while all SMs read. A block takes its pieces one
-after the other, so a call takes as many rounds as the busiest block has pieces. A share that is not
-the only one is written, counted, and read again by whoever adds up: all of a row tile's by one SM.
+Time is counted in bytes that one SM reads from memory in it, while all SMs read. A block takes its
+pieces one after the other, so a call takes as many rounds as the busiest block has pieces. A share
+that is not the only one is written, counted, and read again by whoever adds up: all of a row tile's
+by one SM. Where that takes longer than reading keys, as with many heads for one of k and v, the
+heads are dealt out to several row tiles: more SMs add up, fewer rows each, but every row tile reads
+the keys. One reads them from memory and the others from L2, if they run at the same time.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
 
 # A piece has more than that many key tiles, or its start and end would be most of it.
 MIN_KEY_TILES = 2
-# Writing a share, the counter, and the wait for what is added up: about 1 us of an SM's 33 GB/s.
-# An estimate; to be measured.
-HAND_OVER_BYTES = 32 * 1024
-# From L2 one SM reads about twice as fast, while the others are done, as beside all others.
-SHARE_WEIGHT = 0.5
+# H100, 2026-11-25, `flashcore bench --groups decode,decode-more`: an SM reads 26 KB/us of K and V,
+# as B1 H32/8 S1 D128 took 6.55 us with 64 KB a piece and 24.2 with 512. What is left of the 6.55 is
+# 4.0, of which a row tile that shares nothing takes 2.7 to 3. Writing a share, the counter, and the
+# wait for what is added up take the rest, about 1.
+HAND_OVER_BYTES = 26 * 1024
+# Of a share's bytes, as one SM alone adds up. There 64 bytes a thread and load were under way, and
+# 508 KB of B1 H32/1 S1/16384 took some 12 us, 43 KB/us, as latency has it. Twice as many are now:
+# 26 / 86, and something for the arithmetic. An estimate; to be measured.
+SHARE_WEIGHT = 0.35
+# Of a byte of K or V where memory is not what limits: few SMs read, or several row tiles the same
+# keys, all but one of them from L2. An SM then gets some 42 KB/us. An estimate; to be measured.
+L2_WEIGHT = 0.6
+# What more parts must save: the estimates above are not good to less.
+_PARTS_SAVE = 0.1
 _MAX_ROUNDS = 4
+
+
+class Sharing(NamedTuple):
+    """`num_splits` blocks share the keys of a row tile, 1 for no sharing; folded heads are dealt
+    out to `parts` row tiles, if they fit in one, or so many times as many. `cost`: see `cost`."""
+
+    cost: float
+    parts: int
+    num_splits: int
 
 
 def visible_keys(problem: Problem) -> int:
@@ -45,17 +67,26 @@ def cost(
     key_tile_bytes: int,
     share_bytes: int,
     num_slots: int,
+    readers: int = 1,
 ) -> float:
     """Bytes that the busiest SM has time for until the result is there. See `best_num_splits`."""
     rounds = -(-row_tiles * num_splits // num_slots)
-    piece = -(-key_tiles // num_splits) * key_tile_bytes
+    piece: float = -(-key_tiles // num_splits) * key_tile_bytes
+    if rounds == 1:  # or row tiles that read the same keys do not run at the same time
+        piece *= max(row_tiles * num_splits / num_slots / readers, L2_WEIGHT)
     if num_splits == 1:
         return rounds * piece
     return rounds * (piece + HAND_OVER_BYTES) + SHARE_WEIGHT * num_splits * share_bytes
 
 
 def best_num_splits(
-    *, row_tiles: int, key_tiles: int, key_tile_bytes: int, share_bytes: int, num_slots: int
+    *,
+    row_tiles: int,
+    key_tiles: int,
+    key_tile_bytes: int,
+    share_bytes: int,
+    num_slots: int,
+    readers: int = 1,
 ) -> int:
     """The number of splits that costs least.
 
@@ -65,6 +96,7 @@ def best_num_splits(
         key_tile_bytes: K and V of a key tile.
         share_bytes: O and the softmax's state of one row tile, float32, of rows that exist.
         num_slots: blocks that run at once.
+        readers: row tiles that read the same keys.
 
     Returns:
         Blocks that share a row tile's keys, 1 for no sharing.
@@ -75,6 +107,7 @@ def best_num_splits(
         "key_tile_bytes": key_tile_bytes,
         "share_bytes": share_bytes,
         "num_slots": num_slots,
+        "readers": readers,
     }
     most = min(key_tiles // MIN_KEY_TILES, num_slots)
     # The most splits that a number of rounds has room for, and what reading K and V and adding up
@@ -83,3 +116,50 @@ def best_num_splits(
     wanted.append(math.isqrt(int(key_tiles * key_tile_bytes / (SHARE_WEIGHT * share_bytes))))
     choices = {1, *(min(splits, most) for splits in wanted if splits > 1)} - {0}
     return min(sorted(choices), key=lambda num_splits: cost(num_splits, **sizes))
+
+
+def best_sharing(
+    *,
+    num_heads: int,
+    num_rows: int,
+    folded: int,
+    block_m: int,
+    key_tiles: int,
+    key_tile_bytes: int,
+    share_row_bytes: int,
+    num_slots: int,
+) -> Sharing:
+    """The numbers of splits, and of parts of folded heads, that cost least together.
+
+    Args:
+        num_heads: in all batches, counted with `folded` heads of a group as one.
+        num_rows: of such a head.
+        folded: heads of q that are one, 1 where heads are not folded.
+        block_m: rows of a row tile.
+        key_tiles: that one row tile visits.
+        key_tile_bytes: K and V of a key tile.
+        share_row_bytes: O and the softmax's state of one row, float32.
+        num_slots: blocks that run at once.
+
+    Returns:
+        The cheapest, as far as more parts save a tenth.
+    """
+    best: Sharing | None = None
+    for parts in (n for n in range(1, folded + 1) if folded % n == 0):
+        rows = num_rows // parts
+        readers = parts * -(-rows // block_m)
+        sizes = {
+            "row_tiles": num_heads * readers,
+            "key_tiles": key_tiles,
+            "key_tile_bytes": key_tile_bytes,
+            "share_bytes": min(block_m, rows) * share_row_bytes,
+            "num_slots": num_slots,
+            "readers": readers,
+        }
+        num_splits = best_num_splits(**sizes)
+        found = Sharing(cost(num_splits, **sizes), parts, num_splits)
+        if best is not None and found.cost > (1 - _PARTS_SAVE) * best.cost:
+            break  # more parts only read more; a step in a new shape's first call costs time
+        best = found
+    assert best is not None  # there is one part
+    return best
