@@ -192,6 +192,13 @@ def test_libraries_can_be_left_out() -> None:
     assert document["left_out"] == [{"library": "sdpa-math", "reason": "not asked for"}]
 
 
+def test_shapes_that_there_is_no_time_for_say_so() -> None:
+    workload = Workload("x", 1, 1, 8, 8, False, "float32")
+    rows = run("cpu", rounds=1, workloads=[workload], minutes=0)["results"]
+    assert {row["skipped"] for row in rows} == {"not begun within 0 minutes"}
+    assert all("seconds" in row for row in run("cpu", rounds=1, workloads=[workload])["results"])
+
+
 def test_a_peer_that_fails_to_prepare_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -238,8 +238,8 @@ def _tiles(problem: Problem, folded: int) -> Iterator[_Tile]:
 
 
 def _table(problem: Problem) -> Iterator[_Tile]:
-    """Rules made from measurements on an H200 (2026-11-22) and an H100 (2026-11-25), best first; see
-    docs/ladder.md. What `flashcore tune --grid` measures goes before them (tile_table.py)."""
+    """Rules made from measurements on an H200 (2026-11-22) and an H100 (2026-11-25), best first;
+    see docs/ladder.md. What `flashcore tune --grid` measures goes before them (tile_table.py)."""
     dim = max(problem.head_dim, problem.head_dim_v)
     heads = problem.batch * problem.num_heads_q
     plain = problem.mask is None and problem.softcap == 0.0

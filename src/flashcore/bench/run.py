@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import shlex
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -52,6 +53,7 @@ def run(
     rounds: int = 5,
     workloads: Sequence[Workload] | None = None,
     without: Sequence[str] = (),
+    minutes: float | None = None,
     on_step: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Run the benchmark.
@@ -61,6 +63,7 @@ def run(
         rounds: timed rounds; the median counts.
         workloads: the shapes, or None for all.
         without: names of libraries to leave out.
+        minutes: after so long no other shape is begun; those left say so in the results.
         on_step: called with the name of each workload before it runs.
 
     Returns:
@@ -79,10 +82,15 @@ def run(
     left_out += [{"library": name, "reason": "not asked for"} for name in without]
     libraries = [library for library in libraries if library.name not in without]
     chosen = list(workloads) if workloads is not None else workloads_for(device)
+    begun = time.monotonic()
     on_step("ceilings")
     limits = ceilings.measure(device, torch.float16 if on_gpu else torch.float32)
     results: list[dict[str, Any]] = []
     for workload in chosen:
+        if minutes is not None and time.monotonic() - begun >= 60 * minutes:
+            reason = f"not begun within {minutes:g} minutes"
+            results += [_row(workload, library) | {"skipped": reason} for library in libraries]
+            continue
         on_step(workload.name)
         try:
             results += _run_workload(workload, libraries, device, rounds, limits)

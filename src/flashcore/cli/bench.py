@@ -34,6 +34,9 @@ def bench(
         typer.Option("--without", help="Leave these libraries out, such as flex,sdpa-math."),
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Timed rounds; odd is best.")] = 5,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", min=0, help="Begin no shape after this long.")
+    ] = None,
     device: Annotated[
         str, typer.Option("--device", help="auto (a GPU if there is one), cuda or cpu.")
     ] = "auto",
@@ -75,7 +78,9 @@ def bench(
         if from_file is not None:
             document = _load(from_file)
         else:
-            document = _measure(out, _device(device), quick, groups, drawn, seed, without, rounds)
+            document = _measure(
+                out, _device(device), quick, groups, drawn, seed, without, rounds, minutes
+            )
         _show(out, document)
         if output is not None:
             _write(out, document, output)
@@ -118,6 +123,7 @@ def _measure(
     seed: int,
     without: str | None,
     rounds: int,
+    minutes: float | None,
 ) -> dict[str, Any]:
     from flashcore.bench.random_shapes import random_shapes
     from flashcore.bench.run import run, workloads_for
@@ -142,7 +148,14 @@ def _measure(
             advance(1 if started else 0, f"Timing {name}")
             started = True
 
-        return run(device, rounds=rounds, workloads=chosen, without=names, on_step=on_step)
+        return run(
+            device,
+            rounds=rounds,
+            workloads=chosen,
+            without=names,
+            minutes=minutes,
+            on_step=on_step,
+        )
 
 
 def _show(out: Output, document: dict[str, Any]) -> None:
