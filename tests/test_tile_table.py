@@ -234,7 +234,10 @@ def test_a_table_is_written_and_read() -> None:
 
 def test_the_compile_gate_holds_the_table(ship: Any) -> None:
     ship((ASKED, {RULES: 2e-3, OTHER: 1e-3}))
-    found = {entry.plan for entry in configurations(archs=[90], head_dims=[96, 128])}
+    entries = configurations(archs=[90], head_dims=[96, 128])
+    found = {entry.plan for entry in entries}
+    assert {(e.plan.dtype, e.ships) for e in entries if not e.is_checked} == {("float16", True)}
+    assert {e.plan.dtype for e in entries if e.ships and e.is_checked} == {"bfloat16"}
     for dtype in ("float16", "bfloat16"):
         wanted = dataclasses.replace(OTHER, dtype=dtype)
         assert wanted in found

@@ -50,10 +50,17 @@ _GROUP = 4  # heads that share one of k and v, where queries are few
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """A plan and the variant it was made for."""
+    """A plan, the variant it was made for, and whether only the table that ships has it."""
 
     variant: str
     plan: Plan
+    ships: bool = False
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the compile gate has to see it. What ships was found to spill in neither dtype
+        (tune/search.py), so one of them tells whether a change to the kernel has made it spill."""
+        return not self.ships or self.plan.dtype != "float16"
 
 
 def configurations(
@@ -82,22 +89,24 @@ def configurations(
                 for arch in archs:
                     if dtype == "bfloat16" and arch < 80:
                         continue
-                    for plan in _plans(problem, arch, variant not in _HOPPER_VARIANTS):
-                        found.setdefault(plan, Configuration(variant, plan))
+                    portable = variant not in _HOPPER_VARIANTS
+                    for ships in (False, True):
+                        for plan in _plans(problem, arch, portable, ships):
+                            found.setdefault(plan, Configuration(variant, plan, ships))
     return list(found.values())
 
 
-def _plans(problem: Problem, arch: int, portable: bool) -> Iterator[Plan]:
-    """What the problem's kind may run on an architecture. The Hopper kernel has other tiles for
-    other sizes, by rules and by the table that ships, and leaves to the portable one what TMA
+def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator[Plan]:
+    """What the problem's kind may run on an architecture, by rules or, if it `ships`, by the table.
+    The Hopper kernel has other tiles for other sizes, and leaves to the portable one what TMA
     cannot read."""
-    if portable:
+    if portable and not ships:
         yield candidates(problem, arch, kernel=KERNEL)[0]
-    if arch == SM90_ARCH:
-        table = tile_table.read(arch)
+    table = tile_table.read(arch) if ships else None
+    if arch == SM90_ARCH and (table is not None or not ships):
         for heads, length in itertools.product(_HEADS, _LENGTHS):
             rules = candidates(_resized(problem, heads, length), arch)[0]
-            for plan in [rules, *(table.tiles_for(problem, rules) if table is not None else [])]:
+            for plan in [rules] if table is None else table.tiles_for(problem, rules):
                 if isinstance(plan, Sm90Plan):
                     yield dataclasses.replace(  # the machine code is the same
                         plan,

@@ -97,6 +97,8 @@ def resources(
                 dtypes=DTYPES if dtype is None else (dtype,),
                 variants=tuple(VARIANTS) if variant is None else (variant,),
             )
+        if check and dtype is None:
+            wanted = [entry for entry in wanted if entry.is_checked]
         kernels = sorted({entry.plan.kernel for entry in wanted})
         if kernel is not None:
             if kernel not in kernels:
