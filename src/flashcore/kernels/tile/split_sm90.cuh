@@ -93,8 +93,8 @@ constexpr int SHARE_PACKETS = CONSUMER_REGISTERS < 224 ? 16 : MASK_KIND != 0 ? 2
 
 // Adds up the shares of PARTS parts of a warpgroup's rows as merge_shares does, divides, and stores
 // O and lse. A part is two packets of a row, half a row apart, so that most threads work though
-// rows are few. Past the last share it is loaded again. The sums so far are brought to a new maximum
-// as in the online softmax.
+// rows are few. Past the last share it is loaded again. The sums so far are brought to a new
+// maximum as in the online softmax.
 template <int NUM_OUT_FRAGS, int PARTS>
 FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
                             int first_part, int num_parts, float scale_log2) {
