@@ -22,7 +22,8 @@ from flashcore.sim.report import ALARM_KINDS
 
 SEEDS = range(20)
 # Two row tiles a head, in five pieces each for three blocks; of eight key tiles, so that pieces
-# differ in length. A thread loads four shares at once. q is large: the shares' maxima differ.
+# differ in length. Of three blocks an SM, a thread has few registers and loads four shares at once.
+# q is large: the shares' maxima differ.
 CASE = Case(seqlen_q=70, seqlen_k=250, head_dim=32, head_dim_v=40, spread=4.0)
 
 
@@ -40,7 +41,7 @@ def plan() -> Sm90Plan:
         block_m=64,
         block_n=32,
         num_stages=2,
-        min_blocks=1,
+        min_blocks=3,
         num_splits=5,
         **traits(problem),
     )

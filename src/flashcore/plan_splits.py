@@ -159,7 +159,10 @@ def best_sharing(
         num_splits = best_num_splits(**sizes)
         found = Sharing(cost(num_splits, **sizes), parts, num_splits)
         if best is not None and found.cost > (1 - _PARTS_SAVE) * best.cost:
-            break  # more parts only read more; a step in a new shape's first call costs time
+            break  # still more parts read still more
         best = found
+        adding_up = SHARE_WEIGHT * num_splits * sizes["share_bytes"]
+        if num_splits == 1 or adding_up < _PARTS_SAVE * best.cost:
+            break  # all that more parts can save; each one tried delays a new shape's first call
     assert best is not None  # there is one part
     return best

@@ -87,40 +87,47 @@ FC_DEVICE ShareStats load_stats(const AttnParams& p, int64_t at) {
           from_packet<float>(Packet<4>{{packet.word[1]}})};
 }
 
+// Packets of shares that a thread has under way at once, for it is their latency that counts: as
+// many as registers hold, of which a mask takes some.
+constexpr int SHARE_PACKETS = CONSUMER_REGISTERS < 224 ? 16 : MASK_KIND != 0 ? 24 : 32;
+
 // Adds up the shares of PARTS parts of a warpgroup's rows as merge_shares does, divides, and stores
-// O and lse. A part is four columns of a row, so that all threads work though rows are few. Shares
-// are loaded many at once, for it is their latency that counts; past the last one it is loaded
-// again. The sums so far are brought to a new maximum as in the online softmax.
+// O and lse. A part is two packets of a row, half a row apart, so that most threads work though
+// rows are few. Past the last share it is loaded again. The sums so far are brought to a new
+// maximum as in the online softmax.
 template <int NUM_OUT_FRAGS, int PARTS>
 FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
                             int first_part, int num_parts, float scale_log2) {
-  constexpr int COLS = 4;
-  constexpr int PARTS_OF_ROW = HEAD_DIM_V / COLS;
-  constexpr int AT_ONCE = 16 / PARTS;
+  static_assert(HEAD_DIM_V % 8 == 0, "as TMA wants of rows");
+  constexpr int HALF = HEAD_DIM_V / 2;
+  constexpr int PARTS_OF_ROW = HALF / 4;
+  constexpr int AT_ONCE = SHARE_PACKETS / 2 / PARTS;
   const GmemPtr<const float> shares = {p.split_out.address};
   const int64_t num_rows = share_row(p, block, 1, 0) - share_row(p, block, 0, 0);
   int row[PARTS], col[PARTS];
   float row_max[PARTS], sum[PARTS];
-  float out[PARTS][COLS] = {};
+  float out[PARTS][2][4] = {};
 #pragma unroll
   for (int i = 0; i < PARTS; ++i) {
     const int part = min_i(first_part + i * 128, num_parts - 1);
     row[i] = group_row + part / PARTS_OF_ROW;
-    col[i] = part % PARTS_OF_ROW * COLS;
+    col[i] = part % PARTS_OF_ROW * 4;
     row_max[i] = NEG_INF;
     sum[i] = 0.0f;
   }
   for (int begin = 0; begin < p.num_splits; begin += AT_ONCE) {
     ShareStats stats[AT_ONCE][PARTS];
-    Packet<16> share[AT_ONCE][PARTS];
+    Packet<16> share[AT_ONCE][PARTS][2];
 #pragma unroll
     for (int s = 0; s < AT_ONCE; ++s) {
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
         const int64_t at =
             share_row(p, block, 0, row[i]) + min_i(begin + s, p.num_splits - 1) * num_rows;
+        const auto from = shares + (at * (NUM_OUT_FRAGS * 16) + col[i]);
         stats[s][i] = load_stats(p, at);
-        share[s][i] = gmem_load_packet<16>(shares + (at * (NUM_OUT_FRAGS * 16) + col[i]));
+        share[s][i][0] = gmem_load_packet<16>(from);
+        share[s][i][1] = gmem_load_packet<16>(from + HALF);
       }
     }
 #pragma unroll
@@ -132,15 +139,16 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
       const float factor = exp2_approx((old_max - finite_max) * scale_log2);
       sum[i] *= factor;
 #pragma unroll
-      for (int c = 0; c < COLS; ++c) out[i][c] *= factor;
+      for (int c = 0; c < 8; ++c) out[i][c / 4][c % 4] *= factor;
 #pragma unroll
       for (int s = 0; s < AT_ONCE; ++s) {
         if (begin + s >= p.num_splits) continue;
         const float weight = exp2_approx((stats[s][i].row_max - finite_max) * scale_log2);
         sum[i] += weight * stats[s][i].row_sum;
 #pragma unroll
-        for (int c = 0; c < COLS; ++c) {
-          out[i][c] += weight * from_packet<float>(Packet<4>{{share[s][i].word[c]}});
+        for (int c = 0; c < 8; ++c) {
+          const Packet<4> x = {{share[s][i][c / 4].word[c % 4]}};
+          out[i][c / 4][c % 4] += weight * from_packet<float>(x);
         }
       }
     }
@@ -150,9 +158,13 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
     if (first_part + i * 128 >= num_parts) continue;
     const bool empty = sum[i] == 0.0f;  // as in finish_softmax
     const float inverse = empty ? 0.0f : rcp_approx(sum[i]);
-    const Packet<8> packed = {{pack2<Element>(out[i][0] * inverse, out[i][1] * inverse),
-                               pack2<Element>(out[i][2] * inverse, out[i][3] * inverse)}};
-    gmem_store_packet(p.out + (out_offset(p, block, row[i]) + col[i]), packed);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto& x = out[i][half];
+      const Packet<8> packed = {{pack2<Element>(x[0] * inverse, x[1] * inverse),
+                                 pack2<Element>(x[2] * inverse, x[3] * inverse)}};
+      gmem_store_packet(p.out + (out_offset(p, block, row[i]) + half * HALF + col[i]), packed);
+    }
     if (!is_null(p.lse) && col[i] == 0) {
       const float lse = (row_max[i] * scale_log2 + log2_approx(sum[i])) * (1.0f / LOG2_E);
       gmem_store(p.lse + lse_offset(p, block, row[i]), empty ? NEG_INF : lse);
@@ -160,11 +172,12 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
   }
 }
 
-// Of all rows of a warpgroup: several parts a thread at once, or one after the other would wait.
+// Of all rows of a warpgroup: two parts a thread at once where there are so many, or one after the
+// other would wait.
 template <int NUM_OUT_FRAGS>
 FC_DEVICE void add_up_shares(const AttnParams& p, const BlockCoord& block, int group_row,
                              float scale_log2) {
-  const int num_parts = min_i(64, p.seqlen_q - group_row) * (HEAD_DIM_V / 4);
+  const int num_parts = min_i(64, p.seqlen_q - group_row) * (HEAD_DIM_V / 8);
   int part = thread_idx() % 128;
   if (num_parts <= 128) {
     if (part < num_parts) {
@@ -172,8 +185,8 @@ FC_DEVICE void add_up_shares(const AttnParams& p, const BlockCoord& block, int g
     }
     return;
   }
-  for (; part < num_parts; part += 4 * 128) {
-    add_up_parts<NUM_OUT_FRAGS, 4>(p, block, group_row, part, num_parts, scale_log2);
+  for (; part < num_parts; part += 2 * 128) {
+    add_up_parts<NUM_OUT_FRAGS, 2>(p, block, group_row, part, num_parts, scale_log2);
   }
 }
 
