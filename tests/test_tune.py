@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import threading
+from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,23 @@ def test_configurations_are_compiled() -> None:
 
 def run(timer: FakeTimer, compiler: FakeCompiler | None = None) -> search.Found:
     return search.Search(LONG, base(), compiler or FakeCompiler(), timer).run()
+
+
+def test_a_final_that_was_held_up_is_run_again() -> None:
+    class HeldUp(FakeTimer):
+        def in_turns(self, workload: Workload, plans: Sequence[Plan]) -> list[timing.Outcome]:
+            first, *others = super().in_turns(workload, plans)
+            assert isinstance(first, float)
+            return [first * (1.3 if len(self.finals) == 1 else 1.0), *others]
+
+    timer = HeldUp(gain=0.99, schedule=1.0)
+    found = run(timer)
+    assert len(timer.finals) == 2
+    assert found.winner == base()
+    assert found.default_seconds == timer.time(base())
+    timer = FakeTimer()
+    run(timer)
+    assert len(timer.finals) == 1
 
 
 def test_the_fastest_size_and_then_the_fastest_schedule_wins() -> None:

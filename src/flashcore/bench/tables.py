@@ -1,0 +1,161 @@
+"""The tables of a benchmark's document that pages of the documentation show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from flashcore.bench.report import time_and_rate
+from flashcore.bench.summary import best_peer, by_workload, speedup, summarize
+
+# Columns of the tables, where the file has them; the seed's table names the best of all instead.
+COLUMNS = ("flashcore", "flashcore-wmma", "sdpa-flash", "sdpa-cudnn", "flex", "fa3", "fa4")
+# Other groups, in this order, where the file has them: what stands above the table.
+GROUPS = {
+    "gqa": "Grouped queries",
+    "small": "Small calls",
+    "window": "A window over long sequences",
+    "masked": "Mask tensors and soft-capping",
+    "decode": "Decoding, one query for a long cache",
+    "decode-more": "Decoding with other heads, head_dims and batches, and several queries",
+}
+# Columns of the table of errors, those that stand for a way of rounding.
+ERROR_COLUMNS = (*COLUMNS, "sdpa-math", "unfused")
+ERROR_SEQLENS = (2048,)
+
+Document = Mapping[str, Any]
+Row = Mapping[str, Any]
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _microseconds(row: Row | None) -> str:
+    return "-" if row is None else f"{row['seconds'] * 1e6:.1f}"
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def seed_table(document: Document) -> str:
+    """The project's first shape: microseconds, and errors against float64."""
+    header = ["us", "unfused", "sdpa-flash", "best peer", "flashcore-wmma", "flashcore"]
+    header.append("largest / mean error")
+    lines = []
+    for workload, entries in by_workload(document["results"], "seed").items():
+        peer = best_peer(entries)
+        ours = entries.get("flashcore")
+        lines.append(
+            [
+                workload,
+                _microseconds(entries.get("unfused")),
+                _microseconds(entries.get("sdpa-flash")),
+                "-" if peer is None else f"{_microseconds(peer)} ({peer['library']})",
+                _microseconds(entries.get("flashcore-wmma")),
+                _microseconds(ours),
+                _errors(ours),
+            ]
+        )
+    return _table(header, lines)
+
+
+def group_table(document: Document, group: str, seqlens: Sequence[int] | None = None) -> str:
+    """Time and rate of a group's shapes, of all lengths or of some. A peer that ran nowhere has no
+    column; the best of all peers is named where it is not a column."""
+    workloads = by_workload(document["results"], group)
+    present = {name for entries in workloads.values() for name in entries}
+    columns = [name for name in COLUMNS if name in present]
+    lines = []
+    for workload, entries in workloads.items():
+        if seqlens is not None and all(row["seqlen"] not in seqlens for row in entries.values()):
+            continue
+        ratio, peer = _times(speedup(entries)), best_peer(entries)
+        if peer is not None and peer["library"] not in columns:
+            ratio += f" ({peer['library']})"
+        lines.append([workload, *(time_and_rate(entries.get(name)) for name in columns), ratio])
+    unit = "us / GB/s" if group.startswith("decode") else "us / TFLOP/s"
+    return _table([unit, *columns, "vs best peer"], lines)
+
+
+def group_sections(document: Document) -> list[str]:
+    """Heading and table of each group of GROUPS that the file has."""
+    present = {row["group"] for row in document["results"]}
+    sections = []
+    for group, title in GROUPS.items():
+        if group in present:
+            sections += [f"{title}, {dtypes(document, group)}:", group_table(document, group)]
+    return sections
+
+
+def means_table(document: Document) -> str:
+    """One line a group: the geometric mean of flashcore's speed over the best peer's."""
+    rows = [
+        [
+            group,
+            str(found["shapes"]),
+            _times(found["vs_best_peer"]),
+            str(found["ahead"]),
+            f"{_times(found['least'])} ({found['least_at']})",
+        ]
+        for group, found in summarize(document["results"]).items()
+    ]
+    header = ["flashcore's speed over the best peer's", "shapes", "geometric mean", "ahead on"]
+    return _table([*header, "at least"], rows)
+
+
+def error_table(document: Document) -> str:
+    """Largest / mean error against float64, of the seed's shape and a slice of the sweep."""
+    rows = {
+        f"{workload}, {first['dtype']}": entries
+        for group in ("seed", "sweep")
+        for workload, entries in by_workload(document["results"], group).items()
+        if (first := next(iter(entries.values()), None)) is not None
+        and (group == "seed" or first["seqlen"] in ERROR_SEQLENS)
+    }
+    present = {name for entries in rows.values() for name in entries}
+    columns = [name for name in ERROR_COLUMNS if name in present]
+    lines = [
+        [workload, *(_errors(entries.get(n)) for n in columns)]
+        for workload, entries in rows.items()
+    ]
+    return _table(["largest / mean error", *columns], lines)
+
+
+def _errors(row: Row | None) -> str:
+    return "-" if row is None else f"{row['max_error']:.1e} / {row['mean_error']:.1e}"
+
+
+def summary(document: Document) -> str:
+    """One sentence on all shapes of the file, the worst one named."""
+    groups = dict.fromkeys(row["group"] for row in document["results"])
+    ratios = {
+        (group, workload): ratio
+        for group in groups
+        for workload, entries in by_workload(document["results"], group).items()
+        if (ratio := speedup(entries)) is not None
+    }
+    if not ratios:
+        return "flashcore was not timed beside another implementation."
+    ahead = sum(ratio > 1 for ratio in ratios.values())
+    best, worst = max(ratios, key=ratios.__getitem__), min(ratios, key=ratios.__getitem__)
+    return (
+        f"Against the fastest other implementation of each shape, flashcore takes less time on "
+        f"{ahead} of {len(ratios)}: at best {ratios[best]:.2f}x its speed ({best[1]}), at worst "
+        f"{ratios[worst]:.2f}x ({worst[1]})."
+    )
+
+
+def where(document: Document) -> str:
+    """Machine, torch and day."""
+    gpu, torch = document["gpu"], document["versions"]["torch"]
+    name = document["cpu"] if gpu is None else gpu["name"]
+    return f"{name}, torch {torch}, {document['date'][:10]}"
+
+
+def dtypes(document: Document, group: str) -> str:
+    """Of a group's shapes."""
+    rows = (row["dtype"] for row in document["results"] if row["group"] == group)
+    return " and ".join(dict.fromkeys(rows))
