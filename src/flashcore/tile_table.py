@@ -36,6 +36,7 @@ MAX_DISTANCE = 1.5
 _ROUNDS = (0.5, 16.0)
 _LONGEST = 16384
 _ROWS = 64
+_CHANGED_MAX = 4096  # plans with tiles that a table keeps
 # The rules' tile stays unless another is faster by more than times differ from run to run.
 WORTH = 0.98
 
@@ -97,6 +98,10 @@ class TileTable:
     _index: dict[tuple[str, str], list[tuple[Place, Cell]]] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
+    # Plans with tiles: lengths come and go, these stay.
+    _changed: dict[tuple[Plan, int], Plan | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         for cell in self.cells:
@@ -116,11 +121,20 @@ class TileTable:
         asked = _place(size, self.num_sms)
         return min(((math.dist(asked, place), cell) for place, cell in cells), key=_first)
 
+    def with_tile(self, plan: Plan, number: int) -> Plan | None:
+        """A plan with a tile of the table; None where that is not legal."""
+        key = plan, number
+        if key not in self._changed:
+            if len(self._changed) >= _CHANGED_MAX:
+                self._changed.clear()
+            self._changed[key] = with_tile(plan, self.tiles[number])
+        return self._changed[key]
+
     def tiles_for(self, problem: Problem, plan: Plan) -> list[Plan]:
         """`plan`, the rules' for a problem, with each tile that a problem of its class may get."""
         cells = self._index.get((plan.kernel, class_of(problem)), [])
         numbers = {number for _, cell in cells for number in cell.seconds}
-        plans = (with_tile(plan, self.tiles[number]) for number in sorted(numbers))
+        plans = (self.with_tile(plan, number) for number in sorted(numbers))
         return [found for found in plans if found is not None]
 
 
@@ -226,7 +240,7 @@ def choose(table: TileTable, problem: Problem, plan: Plan) -> Choice | None:
     expected: dict[Plan, float] = {}
     for number, seconds in cell.seconds.items():
         tile = table.tiles[number]
-        changed = with_tile(plan, tile)
+        changed = table.with_tile(plan, number)
         if changed is not None:
             now = work_of_fullest_sm(tile, asked, num_sms, is_causal)
             expected[changed] = (
