@@ -11,9 +11,10 @@
 // spreads the keys of a row tile over blocks (tile/split_sm90.cuh).
 //
 // Blocks are persistent: they walk over row tiles (tile/schedule_sm90.cuh), keys from last to
-// first. One thread walks, asks for the tiles as far ahead as the buffers allow, and tells the
-// consumers where they are by a ring of coordinates, which comes with Q. Blocks may start while the
-// kernels before this one still run (ptx/grid.cuh).
+// first, and a warpgroup passes over those that none of its 64 rows sees. One thread walks, loads
+// the tiles as far ahead as the buffers allow, and tells the consumers where they are by a ring of
+// coordinates, which comes with Q. Blocks may start while the kernels before this one still run
+// (ptx/grid.cuh).
 #pragma once
 
 #include "prims_sm90.cuh"
