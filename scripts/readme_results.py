@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flashcore.bench.host import markdown as host_markdown
-from flashcore.bench.report import conditions, skipped, window_lines
+from flashcore.bench.report import conditions, remarks
 from flashcore.bench.tables import (
     Document,
     dtypes,
@@ -96,7 +96,6 @@ def performance_section(document: Document, folder: Path) -> str:
     name = f"../{RESULTS.as_posix()}"
     report = Path(name).with_suffix(".md").as_posix()
     has_report = (folder / RESULTS.with_suffix(".md")).is_file()
-    notes = [*window_lines(document["results"]), *skipped(document)]
     others = f", the other columns and errors in [{Path(report).name}]({report})" * has_report
     return "\n\n".join(
         [
@@ -112,7 +111,7 @@ def performance_section(document: Document, folder: Path) -> str:
             "In short:",
             means_table(document),
             summary(document),
-            "\n".join(f"- {line}" for line in notes),
+            "\n".join(f"- {line}" for line in remarks(document)),
             *_plot(folder, Path(name).with_suffix(".png").as_posix()),
         ]
     )

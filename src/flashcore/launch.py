@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 import struct
 import threading
 from collections.abc import Mapping
@@ -50,6 +51,12 @@ def _launch(plan: Plan, grid: int, device_index: int) -> Launch:
 @functools.cache
 def _num_sms(device_index: int) -> int:
     return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
+
+
+def _grid_size(problem: Problem, plan: Plan, device_index: int) -> int:
+    if isinstance(plan, Sm90Plan):
+        return params_sm90.grid_size(problem, plan, _num_sms(device_index))
+    return grid_size(problem, plan)
 
 
 @functools.cache
@@ -112,7 +119,7 @@ def run_kernel(
     Raises:
         CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, launch_raw.
     """
-    grid = grid_size(problem, plan)
+    grid = _grid_size(problem, plan, q.device.index)
     if grid == 0:
         return
     verify_element_map(q.device.index, plan.arch, plan.dtype)
@@ -122,12 +129,11 @@ def run_kernel(
         tensors["tile_counter"] = work_counters(q.device)
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     params: ctypes.Structure
-    splits = _Splits(problem, plan)
-    if splits.num_floats:
-        scratch = splits.allocate(q)
-        pointers |= splits.pointers(*(t.data_ptr() for t in scratch))
+    scratch = _Scratch(problem, plan)
+    if scratch.num_floats:
+        shares, counters = scratch.allocate(q)
+        pointers |= scratch.pointers(shares.data_ptr(), counters.data_ptr())
     if isinstance(plan, Sm90Plan):
-        grid = params_sm90.grid_size(problem, plan, _num_sms(q.device.index))
         params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
     else:
         params = build_params(problem, plan, pointers)
@@ -142,17 +148,18 @@ def run_kernel(
     )
 
 
-class _Splits:
-    """What a call needs beside its tensors where blocks share the keys of row tiles."""
+class _Scratch:
+    """What a call needs beside its tensors, see params_sm90.scratch_shapes."""
 
     def __init__(self, problem: Problem, plan: Plan) -> None:
-        self.num_out = self.num_floats = self.num_counters = 0
-        if isinstance(plan, Sm90Plan) and plan.num_splits > 1:
-            self.num_out, self.num_floats = params_sm90.split_floats(problem, plan)
-            (self.num_counters,) = params_sm90.split_shapes(problem, plan)["tile_counter"]
+        shapes = params_sm90.scratch_shapes(problem, plan)
+        (self.num_counters,) = shapes.get("tile_counter", (0,))
+        self.num_out = math.prod(shapes.get("split_out", (0,)))
+        self.num_floats = self.num_out + math.prod(shapes.get("split_stats", (0,)))
 
     def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shares, from torch's allocator, and counters; both of the current stream."""
+        """Shares, from torch's allocator, and counters; both of the current stream. Where blocks
+        share the keys of row tiles."""
         shares = q.new_empty(self.num_floats, dtype=torch.float32)
         return shares, work_counters(q.device, self.num_counters)
 
@@ -183,11 +190,9 @@ class KernelCall:
         self._new_lse = None
         if problem.return_lse:
             self._new_lse = allocator(device, rows_shape, torch.float32)
-        self._splits = _Splits(problem, plan)
+        self._scratch = _Scratch(problem, plan)
         self._counts_on = device if plan.draws_tiles else None
-        self._grid = grid_size(problem, plan)
-        if isinstance(plan, Sm90Plan):
-            self._grid = params_sm90.grid_size(problem, plan, _num_sms(device.index))
+        self._grid = _grid_size(problem, plan, device.index)
         self._template: Template | None = None
         verify_element_map(device.index, plan.arch, plan.dtype)
         self._index = torch.cuda.current_device() if device.index is None else device.index
@@ -210,8 +215,8 @@ class KernelCall:
         out = self._new_out()
         lse = None if self._new_lse is None else self._new_lse()
         scratch: tuple[int, ...] = ()
-        if self._splits.num_floats:
-            shares, counters = self._splits.allocate(q)
+        if self._scratch.num_floats:
+            shares, counters = self._scratch.allocate(q)
             scratch = shares.data_ptr(), counters.data_ptr()
         key = (
             self._serial,
@@ -227,7 +232,7 @@ class KernelCall:
     def entry(self, q: int, k: int, v: int) -> Entry:
         """The same for the compiled launcher, given the addresses of such tensors."""
         template = self._template_of(q, k, v, q)  # each call has its own out
-        problem, plan, splits = self._problem, self._plan, self._splits
+        problem, plan, scratch = self._problem, self._plan, self._scratch
         return Entry(
             kernel=self.launch.handle,
             device_index=self._index,
@@ -241,9 +246,9 @@ class KernelCall:
             out_shape=(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim_v),
             computes_lse=problem.return_lse,
             options=Options.of(problem),
-            num_counters=splits.num_counters if self._counts_on is None else 1,
-            num_shares=splits.num_out,
-            num_floats=splits.num_floats,
+            num_counters=scratch.num_counters,
+            num_shares=scratch.num_out,
+            num_floats=scratch.num_floats,
             scratch_offsets=tuple(
                 template.attn_offset + getattr(AttnParams, name).offset
                 for name in ("tile_counter", "split_out", "split_stats")
@@ -254,7 +259,7 @@ class KernelCall:
         """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
         _, (q, k, v), mask, out, lse, scratch = key
         template = self._template_of(q, k, v, out)
-        others = self._splits.pointers(*scratch) if scratch else {}
+        others = self._scratch.pointers(*scratch) if scratch else {}
         lasts = True
         if self._counts_on is not None:
             lasts = not torch.cuda.is_current_stream_capturing()
@@ -321,9 +326,6 @@ def make_template(
     if not isinstance(plan, Sm90Plan):
         return Template(bytes(build_params(problem, plan, pointers)), 0, ())
     params = params_sm90.build_params_sm90(problem, plan, pointers, grid, target="host")
-    fields = [f"{name}_map" for name in params_sm90.MAPS]
-    for field in fields:
-        encoded = descriptors.encode_kind(getattr(params, field), problem.dtype)
-        setattr(params, field, encoded)
-    offsets = tuple(getattr(type(params), field).offset for field in fields)
+    params_sm90.encode_maps(params, problem.dtype, descriptors.encode_kind)
+    offsets = tuple(getattr(type(params), f"{name}_map").offset for name in params_sm90.MAPS)
     return Template(bytes(params), type(params).attn.offset, offsets)

@@ -17,6 +17,7 @@ _SMEM_BYTES = {
     120: (101376, 102400),
     121: (101376, 102400),
 }
+_RESERVED_BYTES_PER_BLOCK = 1024  # what the system takes of an SM's for each block (same source)
 
 
 def smem_limits(arch: int) -> tuple[int, int]:
@@ -26,3 +27,8 @@ def smem_limits(arch: int) -> tuple[int, int]:
         return _SMEM_BYTES[arch]
     family = [limits for known, limits in _SMEM_BYTES.items() if known // 10 == arch // 10]
     return min(family, default=_SMEM_BYTES[89])
+
+
+def blocks_that_fit(smem_bytes: int, arch: int) -> int:
+    """Blocks of an SM that its shared memory has room for, of `smem_bytes` each."""
+    return smem_limits(arch)[1] // (smem_bytes + _RESERVED_BYTES_PER_BLOCK)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 from flashcore import descriptors, params
 from flashcore.descriptors import TensorMap
 from flashcore.folding import as_launched
 from flashcore.params import AttnGateParams, AttnParams
+from flashcore.plan import Plan
 from flashcore.plan_sm90 import ROWS_OF_CONSUMER, Sm90Plan
 from flashcore.problem import Problem
 
@@ -61,9 +62,14 @@ def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
     return min(num_pieces(problem, plan), num_sms * plan.min_blocks)
 
 
-def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]:
-    """What blocks that share the keys of row tiles need, by field of AttnParams
-    (tile/split_sm90.cuh): their shares, float32, and counters, int32, 0 between launches."""
+def scratch_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """What a launch needs beside its tensors, by field of AttnParams: counters, int32, 0 between
+    launches; and shares, float32, of blocks that share the keys of row tiles
+    (tile/split_sm90.cuh). On a GPU split_stats lies behind split_out."""
+    if plan.draws_tiles:
+        return {"tile_counter": (1,)}
+    if not isinstance(plan, Sm90Plan) or plan.num_splits == 1:
+        return {}
     p = as_launched(problem, plan)
     rows = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
     num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
@@ -72,13 +78,6 @@ def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]
         "split_stats": (*rows, 2),
         "tile_counter": (num_groups,),
     }
-
-
-def split_floats(problem: Problem, plan: Sm90Plan) -> tuple[int, int]:
-    """Elements of split_out, and of all shares: on a GPU split_stats lies behind split_out."""
-    shapes = split_shapes(problem, plan)
-    num_out = math.prod(shapes["split_out"])
-    return num_out, num_out + math.prod(shapes["split_stats"])
 
 
 # What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half
@@ -170,10 +169,19 @@ def build_params_sm90(
             make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
         setattr(argument, f"{name}_map", tensor_map)
     if target == "ptx":
-        for name in MAPS:
-            field = f"{name}_map"
-            setattr(argument, field, descriptors.encode(getattr(argument, field), problem.dtype))
+        encode_maps(argument, problem.dtype, descriptors.encode)
     return argument
+
+
+def encode_maps(
+    argument: AttnSm90Params | AttnSm90GateParams,
+    dtype_name: str,
+    encode: Callable[[TensorMap, str], TensorMap],
+) -> None:
+    """Replaces the simulator's tensor maps by what `encode` makes of them."""
+    for name in MAPS:
+        field = f"{name}_map"
+        setattr(argument, field, encode(getattr(argument, field), dtype_name))
 
 
 def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:

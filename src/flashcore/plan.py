@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore.folding import can_fold
-from flashcore.limits import smem_limits
+from flashcore.limits import blocks_that_fit, smem_limits
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 GATES = ("qk", "softmax", "pv", "tile", "pv_serial")
 
 _REGISTERS_PER_SM = 65536
-_RESERVED_SMEM_BYTES_PER_BLOCK = 1024
 
 KERNEL = "attn_fwd_wmma"
 # What the compile gate compiles for.
@@ -211,8 +210,7 @@ def _min_blocks(plan: Plan) -> int:
     most = 5 * 128 // plan.num_threads
     if _has_tight_budget(plan):
         return most
-    _, sm_bytes = smem_limits(plan.arch)
-    by_smem = sm_bytes // (plan.smem_bytes + _RESERVED_SMEM_BYTES_PER_BLOCK)
+    by_smem = blocks_that_fit(plan.smem_bytes, plan.arch)
     by_registers = _REGISTERS_PER_SM // (_estimated_registers(plan) * plan.num_threads)
     return max(1, min(by_smem, by_registers, most))
 

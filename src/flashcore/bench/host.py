@@ -6,7 +6,6 @@ Small calls are bound by the host: their kernels are done before the next one is
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import statistics
 import time
@@ -74,7 +73,7 @@ def run(device: str, rounds: int = 9) -> dict[str, Any]:
     return {
         "schema": 1,
         "kind": "host",
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": machine.now(),
         "command": command_line(),
         "device": device,
         "gpu": None if gpu is None else asdict(gpu),

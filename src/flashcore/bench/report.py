@@ -31,8 +31,7 @@ def markdown(document: Document) -> str:
     """The whole report: conditions, summary, one table for each group of workloads, errors."""
     everything = document["results"]
     parts = [conditions(document), "### Summary", summary_table(everything)]
-    lines = [*worst_lines(everything), *window_lines(everything), *skipped(document)]
-    parts += ["\n".join(f"- {line}" for line in lines)]
+    parts += ["\n".join(f"- {line}" for line in remarks(document))]
     for group in dict.fromkeys(row["group"] for row in everything):
         rows = [row for row in everything if row["group"] == group]
         parts.append(f"### {TITLES.get(group, group)}\n\n{times_table(rows)}")
@@ -78,6 +77,12 @@ def worst_lines(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def remarks(document: Document) -> list[str]:
+    """What the tables do not say, a sentence each."""
+    rows = document["results"]
+    return [*worst_lines(rows), *window_lines(rows), *skipped(document)]
+
+
 def conditions(document: Document) -> str:
     """One paragraph: hardware, versions, method, ceilings, command."""
     gpu, versions = document["gpu"], document["versions"]
@@ -103,22 +108,29 @@ def _libraries(rows: Sequence[Row]) -> list[str]:
 
 
 def time_and_rate(row: Row | None) -> str:
-    """Microseconds / TFLOP/s; in groups of decoding, which reads the cache and computes little,
-    / GB/s."""
+    """A row in its group's `unit`."""
     if row is None:
         return "-"
-    rate = row["flops_per_second"] / 1e12
-    if row["group"].startswith("decode"):
+    if _reads(row["group"]):
         return f"{row['seconds'] * 1e6:.1f} / {row['bytes_per_second'] / 1e9:.0f}"
-    return f"{row['seconds'] * 1e6:.1f} / {rate:.3g}"
+    return f"{row['seconds'] * 1e6:.1f} / {row['flops_per_second'] / 1e12:.3g}"
+
+
+def unit(group: str) -> str:
+    """Of `time_and_rate`, for rows of a group."""
+    return "us / GB/s" if _reads(group) else "us / TFLOP/s"
+
+
+def _reads(group: str) -> bool:
+    """Whether it is of decoding, which reads the cache and computes little."""
+    return group.startswith("decode")
 
 
 def times_table(rows: Sequence[Row]) -> str:
     """Time and rate of each library, flashcore's share of the limit, its speed beside the best."""
     libraries = _libraries(rows)
     group = rows[0]["group"]
-    unit = "us / GB/s" if group.startswith("decode") else "us / TFLOP/s"
-    lines = _header([unit, *libraries, "flashcore: of limit", "vs best peer"])
+    lines = _header([unit(group), *libraries, "flashcore: of limit", "vs best peer"])
     for workload, entries in by_workload(rows, group).items():
         cells = [workload, *(time_and_rate(entries.get(library)) for library in libraries)]
         ours, ratio = entries.get("flashcore"), speedup(entries)

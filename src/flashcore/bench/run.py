@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import shlex
 import sys
 import time
@@ -100,7 +99,7 @@ def run(
     gpu = machine.gpu() if on_gpu else None
     return {
         "schema": 1,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "date": machine.now(),
         "command": command_line(),
         "device": device,
         "gpu": None if gpu is None else asdict(gpu),

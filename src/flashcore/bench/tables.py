@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flashcore.bench.report import time_and_rate
+from flashcore.bench.report import time_and_rate, unit
 from flashcore.bench.summary import best_peer, by_workload, speedup, summarize
 
 # Columns of the tables, where the file has them; the seed's table names the best of all instead.
@@ -76,8 +76,7 @@ def group_table(document: Document, group: str, seqlens: Sequence[int] | None = 
         if peer is not None and peer["library"] not in columns:
             ratio += f" ({peer['library']})"
         lines.append([workload, *(time_and_rate(entries.get(name)) for name in columns), ratio])
-    unit = "us / GB/s" if group.startswith("decode") else "us / TFLOP/s"
-    return _table([unit, *columns, "vs best peer"], lines)
+    return _table([unit(group), *columns, "vs best peer"], lines)
 
 
 def group_sections(document: Document) -> list[str]:

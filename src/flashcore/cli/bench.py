@@ -181,12 +181,7 @@ def _show(out: Output, document: dict[str, Any]) -> None:
         columns = ["library", "time", "TFLOP/s", "of limit", "max error", "mean error"]
         out.print("", table(f"{group}: {workload}", columns, rows))
     out.print("", _summary(document))
-    results = document["results"]
-    for line in [
-        *report.worst_lines(results),
-        *report.window_lines(results),
-        *report.skipped(document),
-    ]:
+    for line in report.remarks(document):
         out.print(line.replace("[", "\\["), wrap=False)
 
 

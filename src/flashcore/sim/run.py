@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flashcore.codegen import generate_source
 from flashcore.params import build_params, grid_size
-from flashcore.params_sm90 import build_params_sm90, num_pieces, split_shapes
+from flashcore.params_sm90 import build_params_sm90, num_pieces, scratch_shapes
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.sim.abi import AgentStruct, LaunchStruct, ReportStruct, TensorStruct
 from flashcore.sim.build import load_kernel
@@ -226,15 +226,11 @@ def simulate(
     tensors = [SimTensor(name, t, pointer_fields(name)) for name, t in named.items()]
     for name, t in (lengths or {}).items():
         tensors.append(SimTensor(name, t, pointer_fields(name)))
-    counters = torch.zeros(1 if plan.draws_tiles else 0, dtype=torch.int32)
-    if isinstance(plan, Sm90Plan) and plan.num_splits > 1:
-        shapes = split_shapes(problem, plan)
-        counters = torch.zeros(shapes.pop("tile_counter"), dtype=torch.int32)
-        for name, shape in shapes.items():
-            shares, field = torch.empty(shape), pointer_fields(name)
-            tensors.append(
-                SimTensor(name, shares, field, writable=True, complete=False, shared=True)
-            )
+    shapes = scratch_shapes(problem, plan)
+    counters = torch.zeros(shapes.pop("tile_counter", 0), dtype=torch.int32)
+    for name, shape in shapes.items():
+        shares, field = torch.empty(shape), pointer_fields(name)
+        tensors.append(SimTensor(name, shares, field, writable=True, complete=False, shared=True))
     if counters.numel():
         field = pointer_fields("tile_counter")
         tensors.append(SimTensor("tile_counter", counters, field, counter=True))

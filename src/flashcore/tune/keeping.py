@@ -3,7 +3,6 @@ of the kind that ships."""
 
 from __future__ import annotations
 
-import datetime
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,7 +48,7 @@ class CacheKeeper:
             seconds=found.seconds,
             default_seconds=found.default_seconds,
             measured_on=f"{found.workload.name} {found.workload.dtype}",
-            date=_now(),
+            date=machine.now(),
         )
         won = found.winner != found.default
         try:
@@ -70,7 +69,7 @@ class TableKeeper:
         self.path = path
         self.about: dict[str, Any] = {
             "gpu": asdict(gpu),
-            "date": _now(),
+            "date": machine.now(),
             "command": command_line(),
             "versions": machine.versions(),
             "kernels": {},
@@ -93,7 +92,3 @@ class TableKeeper:
             raise FlashCoreError(
                 f"{self.path} cannot be written ({error}); give another file with --output"
             ) from error
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

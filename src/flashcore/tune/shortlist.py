@@ -9,12 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flashcore.limits import smem_limits
+from flashcore.limits import blocks_that_fit
 from flashcore.plan import Plan
 from flashcore.plan_sm90 import Sm90Plan
-from flashcore.tune.space import is_legal, may_avoid_spills, tiles
-
-_RESERVED_SMEM_BYTES_PER_BLOCK = 1024
+from flashcore.tune.space import is_legal, may_avoid_spills, tiles, with_o_placed
 
 
 def _tile(block_m: int, block_n: int, **others: Any) -> dict[str, Any]:
@@ -109,9 +107,7 @@ def shortlist(base: Plan) -> list[Plan]:
     listed = next(found for most, found in _SM90.items() if dim <= most)
     plans: dict[Plan, None] = {base: None}
     for tile in listed:
-        plan = dataclasses.replace(base, **tile, separate_o=True)
-        if not _fits(plan):  # O through Q's buffer takes less shared memory
-            plan = dataclasses.replace(plan, separate_o=False)
+        plan = with_o_placed(dataclasses.replace(base, **tile), _fits)
         if _fits(plan) and may_avoid_spills(plan):
             plans[plan] = None
     return list(plans)
@@ -119,5 +115,4 @@ def shortlist(base: Plan) -> list[Plan]:
 
 def _fits(plan: Sm90Plan) -> bool:
     """Whether a plan is legal and an SM has room for as many blocks as it has registers for."""
-    block = plan.smem_bytes + _RESERVED_SMEM_BYTES_PER_BLOCK
-    return is_legal(plan) and plan.min_blocks * block <= smem_limits(plan.arch)[1]
+    return is_legal(plan) and plan.min_blocks <= blocks_that_fit(plan.smem_bytes, plan.arch)

@@ -8,10 +8,10 @@ compiler knows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from flashcore.limits import smem_limits
+from flashcore.limits import blocks_that_fit, smem_limits
 from flashcore.plan import Plan
 from flashcore.plan_sm90 import Sm90Plan
 
@@ -110,6 +110,13 @@ def may_avoid_spills(plan: Plan) -> bool:
     return accumulators + _OTHER_REGISTERS <= plan.max_registers
 
 
+def with_o_placed(plan: Sm90Plan, fits: Callable[[Sm90Plan], bool]) -> Sm90Plan:
+    """The plan with O in a buffer of its own, or, where that does not fit, through Q's, which takes
+    less shared memory."""
+    apart = dataclasses.replace(plan, separate_o=True)
+    return apart if fits(apart) else dataclasses.replace(plan, separate_o=False)
+
+
 def tiles(base: Plan) -> list[Plan]:
     """All sizes of tiles, the other choices as in `base`; `base` first."""
     found = {base: None}
@@ -121,13 +128,13 @@ def tiles(base: Plan) -> list[Plan]:
 
 def _tiles_wmma(base: Plan) -> Iterator[Plan]:
     """With as many blocks an SM as shared memory allows, or fewer, with more registers each."""
-    _, sm_bytes = smem_limits(base.arch)
     for block_m in (64, 128):
         for block_n in (16, 32, 64, 128):
             for num_stages in (1, 2, 3):
                 sizes: Tile = {"block_m": block_m, "block_n": block_n, "num_stages": num_stages}
                 plan = dataclasses.replace(base, **sizes)
-                most = min(5 * 128 // plan.num_threads, sm_bytes // (plan.smem_bytes + 1024))
+                by_smem = blocks_that_fit(plan.smem_bytes, plan.arch)
+                most = min(5 * 128 // plan.num_threads, by_smem)
                 for min_blocks in range(max(1, most - 2), most + 1):
                     yield dataclasses.replace(plan, min_blocks=min_blocks)
 
@@ -136,9 +143,8 @@ def _tiles_sm90(base: Sm90Plan) -> Iterator[Plan]:
     for block_m in (64, 128, 192):
         for block_n in (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192):
             sizes: Tile = {"block_m": block_m, "block_n": block_n, "num_stages": 2}
-            plan = dataclasses.replace(base, **sizes, ping_pong=block_m > 64, separate_o=True)
-            if not is_legal(plan):  # O through Q's buffer takes less shared memory
-                plan = dataclasses.replace(plan, separate_o=False)
+            plan = dataclasses.replace(base, **sizes, ping_pong=block_m > 64)
+            plan = with_o_placed(plan, is_legal)
             for min_blocks in (1, 2, 3):
                 if base.num_stages > _STAGES_OF_PRODUCTS:  # as many keys under way on an SM
                     keys = base.num_stages * base.block_n // min_blocks
