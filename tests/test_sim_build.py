@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flashcore import env
+from flashcore import cxx, env
 from flashcore.cases import Case, make_inputs
 from flashcore.codegen import flatten, generate_source
 from flashcore.errors import BackendUnavailableError, CompileError
@@ -87,8 +87,8 @@ def test_the_name_of_a_build_depends_on_everything_that_goes_in(
     names.add(build.library_path(source))
     monkeypatch.setattr(build, "_runtime_text", lambda: "another runtime")
     names.add(build.library_path(source))
-    other = build.Compiler(("c++",), "another compiler")
-    monkeypatch.setattr(build, "find_compiler", lambda: other)
+    other = cxx.Compiler(("c++",), "another compiler")
+    monkeypatch.setattr(build, "find_compiler", lambda what: other)
     names.add(build.library_path(source))
     assert len(names) == 5
 
@@ -98,10 +98,10 @@ def test_a_compiler_that_is_set_is_taken(tmp_path: Path, monkeypatch: pytest.Mon
     own.write_text("#!/bin/sh\n")
     own.chmod(0o755)
     monkeypatch.setenv(env.CXX.name, f"{own} -g")
-    assert build.find_compiler().command == (str(own), "-g")
+    assert cxx.find_compiler("the launcher").command == (str(own), "-g")
     monkeypatch.setenv(env.CXX.name, "no-such-compiler")
     with pytest.raises(BackendUnavailableError, match="no-such-compiler"):
-        build.find_compiler()
+        cxx.find_compiler("the launcher")
 
 
 def test_without_any_compiler_the_message_says_what_to_install(
@@ -111,12 +111,13 @@ def test_without_any_compiler_the_message_says_what_to_install(
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    build._find_compiler.cache_clear()
+    cxx._find_compiler.cache_clear()
     with pytest.raises(
-        BackendUnavailableError, match=r"g\+\+, clang\+\+, c\+\+.*pip install ziglang"
+        BackendUnavailableError,
+        match=r"the launcher needs .* g\+\+, clang\+\+, c\+\+.*pip install ziglang",
     ):
-        build.find_compiler()
-    build._find_compiler.cache_clear()
+        cxx.find_compiler("the launcher")
+    cxx._find_compiler.cache_clear()
 
 
 def test_a_source_that_does_not_compile_names_the_kernel_line(tmp_path: Path) -> None:

@@ -149,11 +149,11 @@ def _compile_for_gpu() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
+    from flashcore.cxx import find_compiler
     from flashcore.errors import FlashCoreError
-    from flashcore.sim.build import find_compiler
 
     try:
-        found = find_compiler()
+        found = find_compiler("the simulator")
     except FlashCoreError as error:
         yield Finding("C++ compiler", "absent", "the simulator needs one", str(error))
         return

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from flashcore import env
+from flashcore.cxx import cache_folder, compile_file, digest, find_compiler, load_or_build
 from flashcore.errors import BackendUnavailableError
-from flashcore.sim.build import cache_folder, compile_file, digest, find_compiler
 
 SOURCE = Path(__file__).with_name("launcher.cpp")
+_WHAT = "the launcher"
 _NAME = "flashcore_launcher"  # as PyInit_... in the source
 
 
@@ -60,7 +61,7 @@ def library_path() -> Path:
         torch.__version__,
         str(torch.version.git_version),
         abi,
-        find_compiler().identity,
+        find_compiler(_WHAT).identity,
         *_flags(),
     )
     return cache_folder(env.cache_dir() / "launcher") / f"launcher-{key}.so"
@@ -69,7 +70,7 @@ def library_path() -> Path:
 def _build(path: Path) -> None:
     _check_headers()
     arguments = [*_flags(), str(SOURCE), *_LIBRARIES]
-    compile_file(find_compiler(), arguments, path, "the launcher")
+    compile_file(find_compiler(_WHAT), arguments, path, _WHAT)
 
 
 @functools.cache
@@ -81,14 +82,7 @@ def load() -> Any:
         CompileError: the compiler rejects the source.
         ImportError: what it made does not load, for it is a compiler of another C++ library, say.
     """
-    path = library_path()
-    if path.exists():
-        try:
-            return _import(path)
-        except ImportError:
-            path.unlink(missing_ok=True)  # a damaged file counts as missing
-    _build(path)
-    return _import(path)
+    return load_or_build(library_path(), _build, _import, ImportError)
 
 
 def _import(path: Path) -> Any:
