@@ -1,5 +1,5 @@
-"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json and, for
-groups of shapes measured since, LATER_RESULTS; and docs/host-overhead.md from h100-host.json.
+"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h100.json, and
+docs/host-overhead.md from h100-host.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
@@ -33,15 +33,7 @@ from flashcore.bench.tables import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path("benchmarks/results/h200.json")
-# Of one GPU model and day; their groups replace those of RESULTS.
-LATER_RESULTS = tuple(
-    Path(f"benchmarks/results/h100-{name}.json") for name in ("decode", "varlen", "random")
-)
-BEFORE = (
-    "measured before causal row tiles were drawn and key tiles passed over (what that gave: "
-    "[ladder.md]({ladder}#row-tiles-drawn-key-tiles-passed-over))"
-)
+RESULTS = Path("benchmarks/results/h100.json")
 HOST_RESULTS = Path("benchmarks/results/h100-host.json")
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
@@ -57,38 +49,21 @@ def readme_section(document: Document, folder: Path) -> str:
     plot = _plot(folder, RESULTS.with_suffix(".png").as_posix())
     return "\n\n".join(
         [
-            *later_tables(document, ""),
-            f"{where(document)}, {BEFORE.format(ladder='docs/ladder.md')}; medians of one run, "
-            "kernel time without the host's. The first benchmark of this project, 8 heads, 512 "
-            f"tokens, head_dim 64, {dtypes(document, 'seed')}:",
+            f"{where(document)}; medians of one run, kernel time without the host's. Beside the "
+            "fastest of all peers on each shape; `random` are shapes drawn by chance, which nobody "
+            "tuned for:",
+            means_table(document),
+            f"{summary(document)} All shapes, errors, limits and what was tried: "
+            "[docs/performance.md](docs/performance.md).",
+            "The first benchmark of this project, 8 heads, 512 tokens, head_dim 64, "
+            f"{dtypes(document, 'seed')}:",
             seed_table(document),
             "A sweep at 16k tokens and hidden size 2048, "
             f"{dtypes(document, 'sweep')}, microseconds / TFLOP/s:",
             group_table(document, "sweep", README_SEQLENS),
-            "Every group of shapes of that run, beside the fastest of all peers on each shape:",
-            means_table(document),
-            f"{summary(document)} All shapes, errors, limits and what was tried: "
-            "[docs/performance.md](docs/performance.md).",
             *plot,
         ]
     )
-
-
-def later_tables(document: Document, up: str) -> list[str]:
-    """What was measured since, nothing where nothing was. `up` leads from the page to the root."""
-    later = document.get("later")
-    if later is None:
-        return []
-    files = ", ".join(f"[{path.name}]({up}{path.as_posix()})" for path in later["files"])
-    tables = [
-        f"{where(later)} ({files}); medians, kernel time without the host's. Beside the fastest of "
-        "cuDNN, FlashAttention-2 and FlashAttention-3 on each shape; `random` are shapes drawn by "
-        "chance, which nobody tuned for:",
-        means_table(later),
-    ]
-    if any(row["group"] == "decode" for row in later["results"]):
-        tables += ["Decoding, one query for a long cache:", group_table(later, "decode")]
-    return tables
 
 
 def performance_section(document: Document, folder: Path) -> str:
@@ -99,18 +74,15 @@ def performance_section(document: Document, folder: Path) -> str:
     others = f", the other columns and errors in [{Path(report).name}]({report})" * has_report
     return "\n\n".join(
         [
-            *later_tables(document, "../"),
-            *(group_sections(document["later"])[2:] if "later" in document else []),
-            f"From [{RESULTS.name}]({name}){others}; {BEFORE.format(ladder='ladder.md')}. "
-            f"{conditions(document)}",
+            f"From [{RESULTS.name}]({name}){others}. {conditions(document)}",
+            "In short:",
+            means_table(document),
+            summary(document),
             f"The seed's shape, {dtypes(document, 'seed')}:",
             seed_table(document),
             f"16k tokens, hidden size 2048, {dtypes(document, 'sweep')}:",
             group_table(document, "sweep"),
             *group_sections(document),
-            "In short:",
-            means_table(document),
-            summary(document),
             "\n".join(f"- {line}" for line in remarks(document)),
             *_plot(folder, Path(name).with_suffix(".png").as_posix()),
         ]
@@ -161,19 +133,6 @@ def filled(text: str, section: str, page: str) -> str:
     return f"{head}{BEGIN}\n{section}\n{END}{tail}"
 
 
-def load(root: Path, source: Path) -> Document:
-    """A file's document; that of RESULTS with those of LATER_RESULTS that are there as "later"."""
-    document = json.loads((root / source).read_text(encoding="utf-8"))
-    files = [path for path in LATER_RESULTS if (root / path).is_file()]
-    if source == RESULTS and files:
-        documents = [json.loads((root / path).read_text(encoding="utf-8")) for path in files]
-        rows = [row for one in documents for row in one["results"]]
-        groups = {row["group"] for row in rows}
-        document["results"] = [row for row in document["results"] if row["group"] not in groups]
-        document["later"] = documents[0] | {"results": rows, "files": files}
-    return document
-
-
 def update(root: Path, check: bool) -> list[str]:
     """Fill all pages.
 
@@ -191,7 +150,7 @@ def update(root: Path, check: bool) -> list[str]:
     for source, pages in SOURCES.items():
         if not (root / source).is_file():
             continue
-        document = load(root, source)
+        document = json.loads((root / source).read_text(encoding="utf-8"))
         for page, section in pages.items():
             path = root / page
             text = path.read_text(encoding="utf-8")

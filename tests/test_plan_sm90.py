@@ -126,3 +126,35 @@ def test_parameters_describe_the_tensors() -> None:
     assert (params.q_map.box_rows, params.k_map.box_rows) == (64, plan.block_n)
     assert (params.o_map.rows, params.o_map.row_stride_bytes) == (200, 128)
     assert (params.num_heads, params.heads_per_group) == (4, 4)
+
+
+def masked(
+    rows: int, dtype: torch.dtype = torch.bool, width: int = 4096, **options: object
+) -> Sm90Plan:
+    """The plan of a call that fills the GPU, with a mask of 1 or 4096 rows."""
+    mask = torch.empty(1, 1, rows, width, dtype=dtype)[..., :4096]
+    asked = problem(heads=64, seqlen=4096, mask=mask, **options)
+    plan = select_plan(asked)
+    assert isinstance(plan, Sm90Plan)
+    return plan
+
+
+def test_a_mask_row_for_all_queries_leaves_registers_for_wide_tiles() -> None:
+    assert masked(1).block_m == 192
+    assert masked(1).mask_is_row
+    assert masked(4096).block_m == 64
+    assert masked(4096).mask_load_bytes == 16
+    assert masked(4096, width=4097).block_m == 128  # more registers a thread, to load through
+    assert masked(4096, width=4097).mask_load_bytes == 1
+    assert masked(4096, width=4100).mask_load_bytes == 4
+
+
+def test_the_softmax_runs_beside_p_v_where_registers_last() -> None:
+    assert masked(4096).overlaps
+    assert not masked(4096, softcap=30.0).overlaps
+    wide = {"head_dim": 256, "heads": 64, "seqlen": 4096, "softcap": 30.0}
+    for window, overlaps in ((None, True), ((512, 0), False)):
+        plan = select_plan(problem(window=window, **wide))  # type: ignore[arg-type]
+        assert isinstance(plan, Sm90Plan)
+        assert plan.overlaps == overlaps
+        assert plan.constants()["OVERLAPS"] == overlaps

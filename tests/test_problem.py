@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from flashcore.problem import MaskSpec, Problem
+from flashcore.memory_layout import MaskSpec
+from flashcore.problem import Problem
 from flashcore.reference import visible_pairs
 
 
@@ -117,7 +118,7 @@ def test_mask_strides():
     def spec(mask):
         return Problem.from_tensors(q, k, v, mask=mask).mask
 
-    assert spec(torch.ones(5, 7)) == MaskSpec("float32", (0, 0, 7, 1))
-    assert spec(torch.ones(2, 1, 1, 7).bool()) == MaskSpec("bool", (7, 0, 0, 1))
-    assert spec(torch.ones(2, 3, 7, 5).half().mT) == MaskSpec("float16", (105, 35, 1, 5))
-    assert spec(torch.ones(()).expand(2, 3, 5, 7)) == MaskSpec("float32", (0, 0, 0, 0))
+    assert spec(torch.ones(5, 7)) == MaskSpec("float32", (0, 0, 7, 1), 4)
+    assert spec(torch.ones(2, 1, 1, 7).bool()) == MaskSpec("bool", (7, 0, 0, 1), 1)
+    assert spec(torch.ones(2, 3, 7, 5).half().mT) == MaskSpec("float16", (105, 35, 1, 5), 2)
+    assert spec(torch.ones(()).expand(2, 3, 5, 7)) == MaskSpec("float32", (0, 0, 0, 0), 4)

@@ -46,7 +46,7 @@ def row(group: str, seqlen: int, library: str, microseconds: float | None) -> di
 
 DOCUMENT: dict[str, Any] = {
     "date": "2026-01-02T03:04:05+00:00",
-    "command": "flashcore bench --output benchmarks/results/h200.json",
+    "command": "flashcore bench --output benchmarks/results/h100.json",
     "gpu": {"name": "GPU", "arch": 90, "driver": "1.2", "power_limit_w": 700.0},
     "cpu": "CPU",
     "versions": {"torch": "2.11.0"},
@@ -100,22 +100,6 @@ def test_filling_is_idempotent_and_keeps_the_rest(script: ModuleType, repository
         assert text.startswith("before\n\n<!--")
         assert text.endswith("-->\n\nafter\n")
         assert "old" not in text
-
-
-def test_groups_measured_since_replace_the_older(script: ModuleType, repository: Path) -> None:
-    since = [row("sweep", 2048, "flashcore", 50.0), row("sweep", 2048, "fa3", 60.0)]
-    later = DOCUMENT | {"date": "2031-02-03T04:05:06+00:00", "results": since}
-    path = repository / script.LATER_RESULTS[0]
-    path.write_text(json.dumps(later), encoding="utf-8")
-    document = script.load(repository, script.RESULTS)
-    assert {entry["group"] for entry in document["results"]} == {"seed"}
-    assert document["later"]["results"] == since
-    script.update(repository, check=False)
-    text = (repository / "README.md").read_text(encoding="utf-8")
-    assert text.index("2031-02-03") < text.index("| sweep | 1 | 1.20x") < text.index("| seed |")
-    assert text.count("| sweep |") == 1
-    path.unlink()
-    assert "later" not in script.load(repository, script.RESULTS)
 
 
 def test_a_changed_number_is_stale(script: ModuleType, repository: Path) -> None:
@@ -175,8 +159,8 @@ def test_links_only_to_what_exists(script: ModuleType, repository: Path) -> None
     for suffix in (".png", ".md"):
         (repository / script.RESULTS).with_suffix(suffix).touch()
     section = script.performance_section(DOCUMENT, repository)
-    assert "(../benchmarks/results/h200.png)" in section
-    assert "(../benchmarks/results/h200.md)" in section
+    assert "(../benchmarks/results/h100.png)" in section
+    assert "(../benchmarks/results/h100.md)" in section
 
 
 @pytest.mark.parametrize("text", ["", "{0}", "{1}\n{0}", "{0}\n{1}\n{0}"])

@@ -12,8 +12,7 @@ import torch
 from flashcore import params_sm90
 from flashcore.accuracy import error_report
 from flashcore.cases import Case, make_inputs
-from flashcore.plan import traits
-from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan
+from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan, traits_sm90
 from flashcore.problem import Problem
 from flashcore.sim import simulate
 from test_sim_healthy import draw_case
@@ -66,7 +65,7 @@ def make_plan(problem: Problem, tile: dict[str, Any]) -> Sm90Plan:
         block_n=32,
         num_stages=2,
         min_blocks=1,
-        **traits(problem),
+        **traits_sm90(problem),
     )
     return dataclasses.replace(plan, **tile)
 

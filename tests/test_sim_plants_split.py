@@ -12,8 +12,7 @@ import torch
 from flashcore.accuracy import error_report
 from flashcore.cases import Case, make_inputs
 from flashcore.codegen import KERNELS_DIR, generate_source
-from flashcore.plan import traits
-from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan
+from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan, traits_sm90
 from flashcore.problem import Problem
 from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants_split import PLANTS_SPLIT
@@ -43,7 +42,7 @@ def plan() -> Sm90Plan:
         num_stages=2,
         min_blocks=3,
         num_splits=5,
-        **traits(problem),
+        **traits_sm90(problem),
     )
 
 

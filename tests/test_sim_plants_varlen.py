@@ -10,8 +10,8 @@ import torch
 
 from flashcore.codegen import KERNELS_DIR
 from flashcore.packed import as_batch, packed_problem
-from flashcore.plan import Plan, candidates, traits
-from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan
+from flashcore.plan import Plan, candidates
+from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan, traits_sm90
 from flashcore.problem import Problem
 from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants_varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -41,7 +41,7 @@ def plan_of(problem: Problem, sm90: bool) -> Plan:
         num_stages=2,
         min_blocks=1,
         ping_pong=True,
-        **traits(problem),
+        **traits_sm90(problem),
     )
 
 

@@ -152,10 +152,10 @@ def test_every_head_dim_has_several_stages_under_way(head_dim: int, batch: int) 
     )
     plan = select_plan(problem, 90)
     assert isinstance(plan, Sm90Plan)
-    assert plan.num_stages >= 3
-    assert plan.smem_bytes <= 232448
-    bytes_under_way = plan.num_stages * plan.block_n * 4 * head_dim
-    assert bytes_under_way >= min(65536, 8 * 128 * 4 * head_dim)
+    assert plan.num_stages >= 2
+    assert plan.smem_bytes * plan.min_blocks <= 232448
+    bytes_under_way = plan.min_blocks * plan.num_stages * plan.block_n * 4 * head_dim
+    assert bytes_under_way >= min(65536, 4 * 128 * 4 * head_dim)
 
 
 def test_tuning_keeps_memory_busy_with_other_tiles() -> None:

@@ -21,8 +21,8 @@ from flashcore.bench.workloads import GROUPS, Workload
 from flashcore.cli import app
 from flashcore.jit import Resources
 from flashcore.limits import smem_limits
-from flashcore.plan import Plan, traits
-from flashcore.plan_sm90 import Sm90Plan
+from flashcore.plan import Plan
+from flashcore.plan_sm90 import Sm90Plan, traits_sm90
 from flashcore.tune import compiling, search, timing
 from flashcore.tune.defaults import default_plan
 from flashcore.tune.space import is_legal, schedules, tile_of, tiles, with_tile
@@ -76,7 +76,8 @@ def test_listed_configurations_of_the_portable_kernel_fit(arch: int) -> None:
 
 def test_a_tile_has_nothing_of_the_problem() -> None:
     problem, plan = default_plan(LONG, "sm90", 90)
-    given = {"kernel", "arch", "load_bytes", "gate"} | set(traits(problem))
+    given = {"kernel", "arch", "load_bytes", "gate"} | set(traits_sm90(problem))
+    given |= {"mask_load_bytes", "mask_is_row"}
     fields = {field.name for field in dataclasses.fields(plan)}
     assert set(tile_of(plan)) == fields - given
 

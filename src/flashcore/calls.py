@@ -149,9 +149,10 @@ def _options_key(
 
 
 def _mask_key(mask: Tensor) -> tuple[object, ...]:
-    if not mask.data_ptr():
+    address = mask.data_ptr()
+    if not address:
         raise RuntimeError("a mask without memory")
-    return mask.shape, mask.stride(), mask.dtype, mask.device, mask.is_neg()
+    return mask.shape, mask.stride(), address & 15, mask.dtype, mask.device, mask.is_neg()
 
 
 def find(

@@ -129,7 +129,9 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     v = normal(case.num_heads_kv, case.seqlen_k, case.head_dim_v)
     mask = _make_mask(case, generator)
     q, k, v = (_place(values.to(dtype), case, device) for values in (q, k, v))
-    return Inputs(q, k, v, None if mask is None else mask.to(device))
+    if mask is not None:
+        mask = (_with_aligned_rows(mask) if case.seed % 2 else mask).to(device)
+    return Inputs(q, k, v, mask)
 
 
 def _make_mask(case: Case, generator: torch.Generator) -> Tensor | None:
@@ -151,6 +153,16 @@ def _make_mask(case: Case, generator: torch.Generator) -> Tensor | None:
         bias[torch.rand(shape, generator=generator) < 0.1] = -torch.inf
         return bias.to(case.torch_dtype)
     raise ValueError(f"mask={case.mask!r} is not one of {', '.join(MASK_KINDS)}")
+
+
+def _with_aligned_rows(mask: Tensor) -> Tensor:
+    """The mask with rows that start 16 elements or a multiple of that apart, and what must not be
+    read between them: True, or NaN."""
+    *sizes, seqlen_k = mask.shape
+    between = True if mask.dtype == torch.bool else torch.nan
+    storage = torch.full((*sizes, seqlen_k // 16 * 16 + 16), between, dtype=mask.dtype)
+    storage[..., :seqlen_k] = mask
+    return storage[..., :seqlen_k]
 
 
 def _place(values: Tensor, case: Case, device: str | torch.device) -> Tensor:

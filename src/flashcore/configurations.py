@@ -36,10 +36,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
     "decode": {"queries": 1},
     "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
+    # Mask tensors: for each query and key, with rows aligned for wide loads or not; one row of keys
+    # for all queries; numbers.
+    "bool-mask": {"mask": "bool"},
+    "loose-mask": {"mask": "loose"},
+    "padding": {"mask": "padding"},
+    "bias": {"mask": "bias"},
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
 }
-_HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk")
+_MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias")
+_HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk", *_MASK_VARIANTS)
 # Of the Hopper kernel's table: from one tile to many an SM.
 _HEADS = (1, 4, 16, 64, 256, 1024)
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -59,8 +66,10 @@ class Configuration:
     @property
     def is_checked(self) -> bool:
         """Whether the compile gate has to see it. What ships was found to spill in neither dtype
-        (tune/search.py), so one of them tells whether a change to the kernel has made it spill."""
-        return not self.ships or self.plan.dtype != "float16"
+        (tune/search.py), so one of them tells whether a change to the kernel has made it spill; how
+        a mask tensor is read hardly depends on it."""
+        one_is_enough = self.ships or self.variant in _MASK_VARIANTS
+        return not one_is_enough or self.plan.dtype != "float16"
 
 
 def configurations(
@@ -146,8 +155,12 @@ def _problem(head_dim: int, dtype: str, options: dict[str, Any]) -> Problem:
     options = dict(options)
     queries = options.pop("queries", None)
     q = x if queries is None else x.new_empty(1, _GROUP, queries, head_dim)
-    if options.pop("mask", None):
-        options["mask"] = torch.empty(1, q.shape[1], q.shape[2], _SEQLEN, dtype=torch.bool)
+    mask = options.pop("mask", None)
+    if mask is not None:
+        heads, rows = (1, 1) if mask == "padding" else q.shape[1:3]
+        width = _SEQLEN + (mask == "loose")
+        element = q.dtype if mask == "bias" else torch.bool
+        options["mask"] = torch.empty(1, heads, rows, width, dtype=element)[..., :_SEQLEN]
     varlen = options.pop("varlen", "none")
     problem = Problem.from_tensors(q, x, x, **options)
     if varlen == "packed":

@@ -10,10 +10,11 @@ import torch
 from flashcore import env, tuned
 from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
 from flashcore.folding import with_copied_q
+from flashcore.memory_layout import load_bytes
 from flashcore.params_sm90 import num_row_tiles
 from flashcore.plan import Plan, candidates
 from flashcore.plan_sm90 import Sm90Plan
-from flashcore.problem import Causal, Problem, Window, load_bytes
+from flashcore.problem import Causal, Problem, Window
 
 SHOWN_ALTERNATIVES = 3
 
@@ -154,7 +155,7 @@ def _notes(
     if found is not None:
         notes.append(found.source)
     elif isinstance(plans[0], Sm90Plan):
-        notes.append("tiles come from rules, made from measurements on an H200; see plan_sm90.py")
+        notes.append("tiles come from rules, made from measurements on an H200; see tiles_sm90.py")
     else:
         notes.append(
             "tiles are ranked by warps resident on an SM, then the block_n that leaves registers "

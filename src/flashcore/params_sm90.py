@@ -11,8 +11,9 @@ from flashcore.descriptors import TensorMap
 from flashcore.folding import as_launched
 from flashcore.params import AttnGateParams, AttnParams
 from flashcore.plan import Plan
-from flashcore.plan_sm90 import ROWS_OF_CONSUMER, Sm90Plan
+from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
+from flashcore.tiles_sm90 import ROWS_OF_CONSUMER
 
 _ELEMENT_BYTES = 2
 MAPS = ("q", "k", "v", "o")

@@ -1,37 +1,32 @@
-"""Plans of the Hopper kernel: which problems it serves, and the rules for its tiles."""
+"""Plans of the Hopper kernel: which problems it serves, and how. The rules for its tiles are in
+tiles_sm90.py."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from flashcore import tiles_sm90
 from flashcore.folding import fold_heads
 from flashcore.limits import smem_limits
 from flashcore.plan import Plan, traits
-from flashcore.plan_splits import best_sharing, visible_keys
+from flashcore.tiles_sm90 import Tile
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
 
 KERNEL = "attn_fwd_sm90"
-ARCH = 90
-NUM_SMS = 132
+ARCH = tiles_sm90.ARCH
 GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
 # A stage shows nothing but itself: no turns, no shared rows. Nor is a rescale put off.
 OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_splits": 1, "num_splits": 1}
 
-ROWS_OF_CONSUMER = 64
 _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
 _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (tile/split_sm90.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
-
-
-def _chunk(head_dim: int, head_dim_v: int) -> int:
-    return 64 if head_dim % 64 == 0 and head_dim_v % 64 == 0 else 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +37,8 @@ class Sm90Plan(Plan):
     output is rescaled only when a maximum moved far; `separate_o`: O leaves through a buffer of its
     own, not through Q's; `key_splits`: consumers that share the keys of 64 rows; `num_splits`:
     blocks that share the keys of a row tile, of which the machine code knows only whether there are
-    any.
+    any; `mask_load_bytes`: how much of a mask tensor is copied at once; `mask_is_row`: all queries
+    share its row.
     """
 
     ping_pong: bool = False
@@ -50,6 +46,8 @@ class Sm90Plan(Plan):
     separate_o: bool = True
     key_splits: int = 1
     num_splits: int = 1
+    mask_load_bytes: int = 0
+    mask_is_row: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -75,7 +73,7 @@ class Sm90Plan(Plan):
     @property
     def num_consumers(self) -> int:
         """Warpgroups of 64 query rows each, which some may share."""
-        return self.block_m // ROWS_OF_CONSUMER * self.key_splits
+        return self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.key_splits
 
     @property
     def num_warps(self) -> int:
@@ -85,7 +83,7 @@ class Sm90Plan(Plan):
     @property
     def chunk(self) -> int:
         """Columns of a tile that lie together in shared memory, swizzled as one."""
-        return _chunk(self.head_dim, self.head_dim_v)
+        return tiles_sm90.chunk_of(self.head_dim, self.head_dim_v)
 
     @property
     def smem_bytes(self) -> int:
@@ -99,8 +97,17 @@ class Sm90Plan(Plan):
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
         shares = (self.key_splits - 1) * (v_cols // 2 + 4) * 128 * 4
         feed = _FEED_BYTES if self.varlen == "packed" else _SPLIT_BYTES * is_split
-        num_barriers = 2 * self.block_m // ROWS_OF_CONSUMER + 4 * self.num_stages
+        shares += self.mask_bytes
+        num_barriers = 2 * self.block_m // tiles_sm90.ROWS_OF_CONSUMER + 4 * self.num_stages
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
+
+    @property
+    def mask_bytes(self) -> int:
+        """Shared memory for the mask tensor's elements of every consumer warp
+        (tile/mask_tile_sm90.cuh)."""
+        if self.mask is None:
+            return 0
+        return self.num_consumers * tiles_sm90.mask_bytes(self.mask, self.mask_is_row, self.block_n)
 
     @property
     def row_warps(self) -> range:
@@ -122,6 +129,18 @@ class Sm90Plan(Plan):
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
+    @property
+    def overlaps(self) -> bool:
+        """Whether the softmax of a key tile runs beside P V of the tile before it, whose operands
+        stay in registers as long: not where mask, soft-capping and windows take too many."""
+        if self.mask is not None and self.has_softcap:
+            return False
+        if max(self.head_dim, self.head_dim_v) <= 128:
+            return True
+        if self.mask is not None and self.mask_load_bytes < 4:
+            return False
+        return not (self.has_window_left and (self.mask is not None or self.has_softcap))
+
     def constants(self) -> dict[str, object]:
         """The kernel source's compile-time constants."""
         consumer_registers, producer_registers = self.role_registers
@@ -136,6 +155,9 @@ class Sm90Plan(Plan):
             "SEPARATE_O": self.separate_o,
             "KEY_SPLITS": self.key_splits,
             "SPLIT_KEYS": self.num_splits > 1,
+            "OVERLAPS": self.overlaps,
+            "MASK_LOAD_BYTES": self.mask_load_bytes,
+            "MASK_IS_ROW": self.mask_is_row,
         }
 
     def describe(self) -> str:
@@ -180,103 +202,22 @@ def _of_mean_lengths(problem: Problem) -> Problem:
     return dataclasses.replace(problem, batch=batch, seqlen_q=-(-problem.total_q // batch))
 
 
-class _Tile(NamedTuple):
-    """What the rules say; the other fields of a plan follow from the problem."""
-
-    block_m: int
-    block_n: int
-    ping_pong: bool = False
-    min_blocks: int = 1
-    num_stages: int = 2
-    key_splits: int = 1
-    num_splits: int = 1
-    parts: int = 1  # that folded heads are dealt out to
-
-
-def _split_keys(problem: Problem, tile: _Tile, folded: int = 1) -> _Tile:
-    """The tile with its keys split over as many blocks as pays, and the rows of `folded` heads
-    dealt out to as many row tiles."""
-    if problem.varlen == "packed":
-        return tile
-    dims = problem.head_dim + problem.head_dim_v
-    sharing = best_sharing(
-        num_heads=problem.batch * problem.num_heads_q,
-        num_rows=problem.seqlen_q,
-        folded=folded,
-        block_m=tile.block_m,
-        key_tiles=-(-visible_keys(problem) // tile.block_n),
-        key_tile_bytes=tile.block_n * dims * 2,
-        share_row_bytes=(problem.head_dim_v + 2) * 4,
-        num_slots=NUM_SMS * tile.min_blocks,
-    )
-    return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)
-
-
-def _streaming_tile(problem: Problem, folded: int) -> _Tile:
-    """Of rows so few that reading K and V is all there is to do: one consumer, and as many stages
-    under way as fit. By reckoning, not yet by measurement: an SM's 33 GB/s over 1 us of latency are
-    32 KB, and twice that keeps the memory busy."""
-    chunk = _chunk(problem.head_dim, problem.head_dim_v)
-    dims = [-(-dim // chunk) * chunk for dim in (problem.head_dim, problem.head_dim_v)]
-    dim = max(dims)
-    block_n = 128 if dim <= 64 else 64 if dim <= 192 else 32
-    room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)
-    num_stages = min(8, room // (2 * block_n * sum(dims)))
-    return _split_keys(problem, _Tile(64, block_n, num_stages=num_stages), folded)
-
-
-def _tiles(problem: Problem, folded: int) -> Iterator[_Tile]:
-    """Best first, of a problem whose heads are `folded` heads each. Keys much longer than the rows
-    are worth splitting where that fills the GPU."""
-    long_keys = problem.seqlen_k >= max(4096, 8 * problem.seqlen_q)
-    if problem.varlen != "packed" and problem.seqlen_q <= ROWS_OF_CONSUMER:
-        num_tiles = problem.batch * problem.num_heads_q
-        if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
-            yield _streaming_tile(problem, folded)
-    for tile in _table(problem):
-        yield _split_keys(problem, tile) if long_keys else tile
-
-
-def _table(problem: Problem) -> Iterator[_Tile]:
-    """Rules made from measurements on an H200 (2026-11-22) and an H100 (2026-11-25), best first;
-    see docs/ladder.md. What `flashcore tune --grid` measures goes before them (tile_table.py)."""
-    dim = max(problem.head_dim, problem.head_dim_v)
-    heads = problem.batch * problem.num_heads_q
-    plain = problem.mask is None and problem.softcap == 0.0
-    bounded = problem.window_left >= 0 or problem.window_right >= 0
-    keys = problem.seqlen_k
-    num_64, num_128, num_192 = (heads * -(-problem.seqlen_q // rows) for rows in (64, 128, 192))
-    # Few rows: their keys are shared between two warpgroups, which hide each other's latency.
-    few = num_64 <= NUM_SMS or (bounded and num_64 <= 2 * NUM_SMS and keys >= 1024)
-    if few and dim <= 128 and keys > (64 if dim <= 64 else 128):
-        yield _Tile(64, 64, num_stages=4, key_splits=2)
-    if dim <= 64:
-        if plain and num_192 >= 2 * NUM_SMS and keys >= (2048 if bounded else 512):
-            yield _Tile(192, 128, ping_pong=keys < 8192)
-        if plain and num_64 >= (3 if bounded else 6) * NUM_SMS:
-            yield _Tile(64, 64 if keys < 1024 else 96, min_blocks=3)
-        yield _Tile(64, 128, min_blocks=2)
-        yield _Tile(128, 128, ping_pong=True)
-    elif dim <= 128:
-        if plain and keys >= 4096 and num_192 >= 2 * NUM_SMS:
-            yield _Tile(192, 80, ping_pong=True)
-        if 4 * num_128 >= 3 * NUM_SMS:
-            yield _Tile(128, 128)
-        yield _Tile(64, 64, min_blocks=2)
-        yield _Tile(128, 128)
-    elif dim <= 192:
-        yield _Tile(128, 96, ping_pong=True)
-        yield _Tile(128, 64, ping_pong=True)
-    else:
-        yield _Tile(128, 64, ping_pong=True)
-        yield _Tile(128, 32, ping_pong=True)
-
-
 def _has_registers(plan: Sm90Plan) -> bool:
     """Whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
     that where the producer's warpgroup is small; a warp that deals out tiles takes from it."""
     held = (plan.block_n + plan.head_dim_v) // 2 + plan.block_n // 4
     return held + 32 <= plan.role_registers[0]
+
+
+def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
+    """The fields of an Sm90Plan that the problem alone decides; see plan.traits."""
+    fields = traits(problem, gate)
+    mask = problem.mask
+    if mask is not None:
+        if fields["folds_heads"]:
+            mask = fold_heads(problem, fields["folds_heads"]).mask or mask
+        fields |= {"mask_load_bytes": mask.load_bytes, "mask_is_row": mask.strides[2] == 0}
+    return fields
 
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
@@ -290,11 +231,11 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
         raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
     plans: list[Plan] = []
     problem = _of_mean_lengths(problem)
-    of_problem = traits(problem, gate)
+    of_problem = traits_sm90(problem, gate)
     folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
     launched = fold_heads(problem, folded) if folded else problem
-    for tile in _tiles(launched, max(1, folded)):
+    for tile in tiles_sm90.tiles(launched, max(1, folded)):
         if gate is not None:
             tile = tile._replace(**OFF_UNDER_A_GATE)
         plan = _plan(tile, gate, fields)
@@ -304,7 +245,7 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(tile: _Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> Sm90Plan | None:
+def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> Sm90Plan | None:
     """The plan with a tile, O apart from Q if that fits; None if no plan with it does. Lengths
     come and go, tiles stay: a plan costs more than to find one."""
     of_problem = dict(fields)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashcore.memory_layout import MaskSpec, Strides3, load_bytes, mask_spec, strides_of
 from flashcore.validation import (
     DTYPES,
     check_mask,
@@ -21,23 +22,8 @@ from flashcore.validation import (
     checked_window,
 )
 
-Strides3 = tuple[int, int, int]
-Strides4 = tuple[int, int, int, int]
 Causal = bool | str
 Window = tuple[int, int] | None
-
-
-@dataclass(frozen=True, slots=True)
-class MaskSpec:
-    """How a mask is read.
-
-    Args:
-        dtype: "bool" (True = attend), or the dtype of an additive mask.
-        strides: elements per step in (batch, head of q, query, key); 0 where broadcast.
-    """
-
-    dtype: str
-    strides: Strides4
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,11 +156,11 @@ class Problem:
             window_right=right,
             diag_offset=diag_offset,
             causal=alignment,
-            mask=None if mask is None else _mask_spec(mask),
+            mask=None if mask is None else mask_spec(mask),
             return_lse=return_lse,
-            q_strides=_strides(q),
-            k_strides=_strides(k),
-            v_strides=_strides(v),
+            q_strides=strides_of(q),
+            k_strides=strides_of(k),
+            v_strides=strides_of(v),
             load_bytes=load_bytes(q, k, v),
         )
 
@@ -281,51 +267,6 @@ def widest_band(
     last = (seqlen_q if upper_left else seqlen_k) - 1
     ahead = (seqlen_k if upper_left else seqlen_q) - 1
     return (-1 if left >= last else left), (-1 if right >= ahead else right)
-
-
-def _strides(x: torch.Tensor) -> Strides3:
-    """Strides of (batch, head, seqlen), 0 where no step is ever taken."""
-    (b, h, s, _), (sb, sh, ss, _) = x.shape, x.stride()
-    return (sb if b > 1 else 0, sh if h > 1 else 0, ss if s > 1 else 0)
-
-
-def _mask_spec(mask: torch.Tensor) -> MaskSpec:
-    missing = (0,) * (4 - mask.dim())
-    strides = (
-        stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)
-    )
-    dtype = "bool" if mask.dtype == torch.bool else DTYPES[mask.dtype]
-    return MaskSpec(dtype, (*missing, *strides))  # type: ignore[arg-type]
-
-
-def load_bytes(*tensors: torch.Tensor) -> int:
-    """Widest load, in bytes, that is aligned for every row of the tensors; at most 16.
-
-    Args:
-        tensors: [batch, num_heads, seqlen, head_dim] with a contiguous last dimension.
-
-    Returns:
-        The lowest set bit of all base addresses, byte strides and row lengths.
-    """
-    bits = 16
-    for x in tensors:
-        sb, sh, ss = _strides(x)
-        bits |= _address(x) | (sb | sh | ss | x.shape[3]) * x.element_size()
-    return bits & -bits
-
-
-def _address(x: torch.Tensor) -> int:
-    try:
-        address = x.data_ptr()
-        reason = "its address is 0"
-    except RuntimeError as error:
-        address, reason = 0, str(error)
-    if address == 0 and x.numel():
-        raise NotImplementedError(
-            f"q, k or v (shape {list(x.shape)}) has no memory to read: {reason}. A fake tensor, or "
-            "one inside a torch.func transform, can be given to attention, not to what needs memory"
-        )
-    return address
 
 
 @functools.cache

@@ -3,7 +3,7 @@
 
 The file holds cells: a class of problems (options and head_dim), a size, and the seconds of the few
 fastest tiles there, the rules' own among them. A problem goes by the nearest cell of its class, if
-that is near enough; else by the rules in plan.py and plan_sm90.py. Where its size differs from the
+that is near enough; else by the rules in plan.py and tiles_sm90.py. Where its size differs from the
 cell's, each tile's time is scaled by the work that falls to the fullest SM, so that a tile which
 fits the cell well and the problem badly (192 rows for 100, one row tile more than SMs) loses there.
 """

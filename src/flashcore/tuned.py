@@ -3,7 +3,7 @@
 The file lies in the cache directory, one for an architecture: `tuned-sm_90.json`. An entry serves
 one GPU model, one version of the kernel's source, and one class of problems: the options, and
 lengths and heads rounded to powers of two. Anything else goes by the table that ships
-(tile_table.py), or by the rules in plan.py and plan_sm90.py. An entry can only choose among legal
+(tile_table.py), or by the rules in plan.py and tiles_sm90.py. An entry can only choose among legal
 plans of a kernel that serves the problem anyway, so a wrong one costs time, never a result.
 """
 

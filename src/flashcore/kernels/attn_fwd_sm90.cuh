@@ -23,6 +23,7 @@
 #include "tile/sequence.cuh"
 #include "tile/schedule_sm90.cuh"
 #include "tile/mask.cuh"
+#include "tile/mask_tile_sm90.cuh"
 #include "tile/softmax.cuh"
 #include "tile/pipeline_sm90.cuh"
 #include "tile/merge_sm90.cuh"
@@ -139,7 +140,7 @@ struct Consumer {
   WmmaA<Element> probs[KEY_FRAGS];  // of the tile whose P V is not issued yet
   OnlineSoftmax softmax;
   PipelineState k_state;  // of the next K; V's, one tile of this consumer behind, follows from it
-  GmemPtr<const MaskElement> mask_gmem;
+  MaskStrip mask;
 //@if gate
   BlockCoord block;
 //@end
@@ -216,7 +217,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     if (PING_PONG) hand_over_turn(c);
   }
   // Masking takes registers, which P V of the tile before gives back as it ends.
-  constexpr bool OVERLAP = !FIRST && !MASKED;
+  constexpr bool OVERLAP = OVERLAPS && !FIRST && !MASKED;
   wgmma_wait<OVERLAP ? 1 : 0>();
   wgmma_hold(scores);
   release(bar.k_empty, c.k_state);
@@ -231,7 +232,9 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   const bool moved = false;
   gate_load_probs(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
 //@else
-  if constexpr (MASKED) mask_scores(scores, p, c.mask_gmem, c.warp_row, n_block * BLOCK_N);
+  scale_scores(scores, p);
+  if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
+  if constexpr (MASKED) hide_scores(scores, p, c.warp_row, n_block * BLOCK_N);
   const bool moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
 //@end
 //@if gate softmax
@@ -322,6 +325,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
   c.row_group = c.index / KEY_SPLITS;
   const int share = c.index % KEY_SPLITS;
   c.k_state.ring = share;
+  c.mask.smem = smem.mask + (warp_idx() - 4) * MASK_WARP_ELEMENTS;
   c.scale_log2 = SCORES_ARE_LOG2 ? 1.0f : p.softmax_scale_log2;
   // The first turn is consumer 0's: the last consumer hands it over.
   if (PING_PONG && c.index == NUM_CONSUMERS - 1) named_barrier_arrive(TURN_BARRIER, 256);
@@ -348,7 +352,8 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 //@end
     const UnmaskedRange unmasked = unmasked_range(own, group_row);
     c.warp_row = group_row + warp_idx() % 4 * 16;
-    c.mask_gmem =
+    c.mask.n_block_begin = seen.n_block_begin;
+    c.mask.gmem =
         p.mask + (block.batch_idx * p.mask_batch_stride + block.head_idx * p.mask_head_stride);
     c.softmax = {{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
 //@if gate
@@ -372,6 +377,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     const bool sees_keys = n_block >= seen.n_block_begin;
     if (sees_keys) {
       if (PING_PONG && n_block < keys.n_block_end - 1) pass_turn(c);
+      if constexpr (MASK_KIND != 0) c.mask.fetch(own, c.warp_row, n_block);
       key_tile<true, true>(c, own, bar, smem, n_block);
       n_block -= KEY_SPLITS;
       for (; n_block >= max_i(unmasked.end, seen.n_block_begin); n_block -= KEY_SPLITS) {
@@ -411,6 +417,7 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
       smem_view<Element>(V_OFFSET, NUM_STAGES * V_ELEMENTS, "v_smem"),
       smem_view<Element>(O_OFFSET, O_ELEMENTS, "o_smem"),
       smem_view<float>(MERGE_OFFSET, MERGE_FLOATS, "merge_smem"),
+      smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       PACKED ? feed_at(FEED_OFFSET) : Feed(),
       smem_view<int32_t>(ARRIVAL_OFFSET, ARRIVAL_BYTES / 4, "arrival_smem"),

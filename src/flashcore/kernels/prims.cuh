@@ -11,7 +11,7 @@
 //                 shfl_xor(x, lane_mask) of float or int, warp_any(predicate): all 32 lanes must
 //                 arrive; they order no memory
 //                 warp_uniform(x): an int that all lanes have alike, known to be so; likewise
-// math.cuh        exp2_approx log2_approx rcp_approx fma_rn max_f min_i max_i, NEG_INF
+// math.cuh        exp2_approx log2_approx rcp_approx fma_rn max_f abs_f min_i max_i, NEG_INF
 //                 opaque(x): x, hidden from the optimiser
 // memory.cuh      SmemPtr<T>, GmemPtr<T>: bounded pointers; p + n moves by n elements
 //                 smem_view<T>(byte_offset, count, "name"): a view of dynamic shared memory
@@ -21,6 +21,8 @@
 //                 is_null(p)
 // async_copy.cuh  cp_async<BYTES>(smem_dst, gmem_src, valid): BYTES in 4, 8, 16; zero-fills the
 //                 destination and does not touch the source when !valid (PTX ISA: cp.async)
+//                 cp_async_part<BYTES>(smem_dst, gmem_src, src_bytes): of a source aligned to BYTES
+//                 the first src_bytes, and zeros behind them; not on sm_75
 //                 cp_async_commit(), cp_async_wait<N>(): own groups of this thread, but newest N
 // sync.cuh        block_sync() (orders all memory of the block), warp_sync() (of the warp)
 // wmma.cuh        WmmaA<T> WmmaBCol<T> WmmaBRow<T> WmmaAccum: 16x16 fragments of one warp

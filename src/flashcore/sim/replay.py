@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from flashcore import env
+from flashcore.memory_layout import MaskSpec
 from flashcore.plan import KERNEL, Plan, select_plan
-from flashcore.problem import MaskSpec, Problem
+from flashcore.problem import Problem
 from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_sm90 import PLANTS_SM90
 from flashcore.sim.plants_split import PLANTS_SPLIT
@@ -52,7 +53,7 @@ _MAX_SAVED_BYTES = 256 * 2**20
 
 def _to_text(value: object) -> str:
     if isinstance(value, MaskSpec):
-        return ":".join((value.dtype, _to_text(value.strides)))
+        return ":".join((value.dtype, _to_text(value.strides), str(value.load_bytes)))
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return repr(value) if isinstance(value, float) else str(value)
@@ -60,8 +61,10 @@ def _to_text(value: object) -> str:
 
 def _from_text(text: str, name: str, like: object) -> Any:
     if name == "mask":
-        dtype, _, strides = text.partition(":")
-        return None if text == "None" else MaskSpec(dtype, _integers(strides))  # type: ignore[arg-type]
+        if text == "None":
+            return None
+        dtype, strides, load_bytes = text.split(":")
+        return MaskSpec(dtype, _integers(strides), int(load_bytes))  # type: ignore[arg-type]
     if name.endswith("_strides"):
         return _integers(text)
     if text in ("True", "False", "None"):

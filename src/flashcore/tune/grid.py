@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashcore.bench.workloads import Workload
-from flashcore.plan_sm90 import NUM_SMS
 from flashcore.problem import Problem
 from flashcore.tile_table import HEAD_DIMS, Cell, Size, TileTable, class_of
+from flashcore.tiles_sm90 import NUM_SMS
 from flashcore.tune.search import Found
 from flashcore.tune.space import Tile, tile_of
 

@@ -30,6 +30,8 @@ _GIVEN = frozenset(
         "has_window_right",
         "has_softcap",
         "mask",
+        "mask_load_bytes",
+        "mask_is_row",
         "varlen",
         "folds_heads",
         "gate",

@@ -245,8 +245,10 @@ class _Inputs:
         """Whether a plan's code is made for these options: the bounds of a short workload may hide
         nothing, and such bounds the Problem has not."""
         from flashcore.plan import traits
+        from flashcore.plan_sm90 import Sm90Plan, traits_sm90
 
-        return all(getattr(plan, name) == value for name, value in traits(self.problem).items())
+        fields = (traits_sm90 if isinstance(plan, Sm90Plan) else traits)(self.problem)
+        return all(getattr(plan, name) == value for name, value in fields.items())
 
     def run(self, plan: Plan) -> Any:
         """The output, NaN where the kernel wrote nothing."""

@@ -26,6 +26,7 @@ FC_DEVICE float rcp_approx(float x) {
 FC_DEVICE float fma_rn(float a, float b, float c) { return ::fmaf(a, b, c); }
 // The other operand when one is NaN.
 FC_DEVICE float max_f(float a, float b) { return a > b || b != b ? a : b; }
+FC_DEVICE float abs_f(float x) { return ::fabsf(x); }
 FC_DEVICE int min_i(int a, int b) { return a < b ? a : b; }
 FC_DEVICE int max_i(int a, int b) { return a > b ? a : b; }
 // x, hidden from the optimiser on the device; nothing to hide here.

@@ -25,6 +25,7 @@ FC_DEVICE float rcp_approx(float x) {
 // a * b + c, rounded once.
 FC_DEVICE float fma_rn(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FC_DEVICE float max_f(float a, float b) { return fmaxf(a, b); }
+FC_DEVICE float abs_f(float x) { return fabsf(x); }
 FC_DEVICE int min_i(int a, int b) { return a < b ? a : b; }
 FC_DEVICE int max_i(int a, int b) { return a > b ? a : b; }
 

@@ -33,7 +33,9 @@ constexpr int O_OFFSET = SEPARATE_O ? V_OFFSET + NUM_STAGES * V_ELEMENTS * 2 : 0
 constexpr int MERGE_OFFSET =
     V_OFFSET + NUM_STAGES * V_ELEMENTS * 2 + (SEPARATE_O ? O_ELEMENTS * 2 : 0);
 constexpr int MERGE_FLOATS = (KEY_SPLITS - 1) * SHARE_FLOATS<OUT_FRAGS>;
-constexpr int BARRIERS_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
+constexpr int MASK_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
+constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS;
+constexpr int BARRIERS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
 constexpr int ARRIVAL_OFFSET = FEED_OFFSET + FEED_BYTES;
@@ -45,6 +47,7 @@ static_assert(SEPARATE_O || (O_ELEMENTS <= Q_ELEMENTS && KEY_SPLITS == 1 && !SPL
 struct Buffers {
   SmemPtr<Element> q, k, v, o;
   SmemPtr<float> merge;     // shares of rows whose keys are split
+  SmemPtr<MaskElement> mask;  // of each consumer warp, see tile/mask_tile_sm90.cuh
   SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
   Feed feed;                // from which the producer has them, where they are dealt out
   SmemPtr<int32_t> arrival;  // see hand_over_share

@@ -6,17 +6,64 @@
 constexpr bool SCORES_ARE_LOG2 = HAS_SOFTCAP || MASK_KIND == 2;
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// softcap * tanh(score / softcap) by tanh(x) = 1 - 2 / (exp(2x) + 1): absolute error about 2^-22,
-// where the hardware's tanh.approx has 2^-11.
-FC_DEVICE float apply_softcap(float score, float softcap) {
-  const float exponential = exp2_approx(score * (2.0f * LOG2_E) * rcp_approx(softcap));
-  return softcap * (1.0f - 2.0f * rcp_approx(exponential + 1.0f));
+// tanh(x) = 1 - 2 / (exp(2x) + 1): absolute error about 2^-22, where the hardware's tanh.approx has
+// 2^-11.
+FC_DEVICE float tanh_any(float x) {
+  return 1.0f - 2.0f * rcp_approx(exp2_approx(x * (2.0f * LOG2_E)) + 1.0f);
 }
 
-FC_DEVICE float mask_value(bool attend) { return attend ? 0.0f : NEG_INF; }
-FC_DEVICE float mask_value(float16 x) { return to_float(x); }
-FC_DEVICE float mask_value(bfloat16 x) { return to_float(x); }
-FC_DEVICE float mask_value(float x) { return x; }
+// tanh(x) / x from x^2, for |x| up to SMALL_TANH: relative error 2^-24 before rounding, and nothing
+// for the exponential units to do, which are what bounds a soft-capped call.
+constexpr float SMALL_TANH = 0.75f;
+FC_DEVICE float tanh_ratio(float x2) {
+  float y = fma_rn(x2, -0.0047694873f, 0.0196649097f);
+  y = fma_rn(x2, y, -0.0533902571f);
+  y = fma_rn(x2, y, 0.1332652122f);
+  y = fma_rn(x2, y, -0.3333306909f);
+  return fma_rn(x2, y, 1.0f);
+}
+
+// Scores become softcap * tanh(score * softmax_scale / softcap), in log2 units. A strip whose
+// scores are all far below the cap, as most are, goes the fast way.
+template <int NUM_FRAGS>
+FC_DEVICE void apply_softcap(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p) {
+  float largest = 0.0f;
+#pragma unroll
+  for (int n = 0; n < NUM_FRAGS; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(scores[n].x[i]));
+  }
+  const float over_cap = p.softmax_scale * rcp_approx(p.softcap);
+  if (!warp_any(largest * over_cap > SMALL_TANH)) {
+#pragma unroll
+    for (int n = 0; n < NUM_FRAGS; ++n) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const float x = scores[n].x[i] * over_cap;
+        scores[n].x[i] = scores[n].x[i] * p.softmax_scale_log2 * tanh_ratio(x * x);
+      }
+    }
+    return;
+  }
+  const float cap_log2 = p.softcap * LOG2_E;
+#pragma unroll
+  for (int n = 0; n < NUM_FRAGS; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      scores[n].x[i] = cap_log2 * tanh_any(scores[n].x[i] * over_cap);
+    }
+  }
+}
+
+// A mask tensor's element joins its score.
+FC_DEVICE void add_mask(float& score, bool attend) {
+  if (!attend) score = NEG_INF;
+}
+
+template <class T>
+FC_DEVICE void add_mask(float& score, T x) {
+  score = fma_rn(to_float(x), LOG2_E, score);
+}
 
 // Whether some element of rows [row_begin, row_begin + 16) x keys [key_begin, key_begin + BLOCK_N)
 // may not be attended to because of the sequence's end or the window. The same for all lanes.
@@ -58,40 +105,57 @@ struct VisibleColumns {
   }
 };
 
-// Scales and caps the scores where softmax cannot (see SCORES_ARE_LOG2), adds the mask tensor, and
-// sets what may not be attended to to -inf. `mask_gmem` is that of this batch and head.
+// Scales and caps the scores where softmax cannot: see SCORES_ARE_LOG2.
+template <int NUM_FRAGS>
+FC_DEVICE void scale_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p) {
+  if (!SCORES_ARE_LOG2) return;
+  if (HAS_SOFTCAP) return apply_softcap(scores, p);
+#pragma unroll
+  for (int n = 0; n < NUM_FRAGS; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores[n].x[i] *= p.softmax_scale_log2;
+  }
+}
+
+// Sets what the window and the sequence's end hide to -inf.
+template <int NUM_FRAGS>
+FC_DEVICE void hide_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, int row_begin,
+                           int key_begin) {
+  if (!strip_needs_mask(p, row_begin, key_begin)) return;
+  const VisibleColumns visible(p, row_begin, key_begin);
+#pragma unroll
+  for (int n = 0; n < NUM_FRAGS; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (!visible.contain(n, i)) scores[n].x[i] = NEG_INF;
+    }
+  }
+}
+
+// Scales and caps the scores, adds the mask tensor, which is read from global memory, and hides
+// what may not be attended to. `mask_gmem` is that of this batch and head.
 template <int NUM_FRAGS>
 FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
                            GmemPtr<const MaskElement> mask_gmem, int row_begin, int key_begin) {
-  if (HAS_SOFTCAP || MASK_KIND == 2) {
-#pragma unroll
-    for (int n = 0; n < NUM_FRAGS; ++n) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        float& score = scores[n].x[i];
-        score = HAS_SOFTCAP ? apply_softcap(score * p.softmax_scale, p.softcap) * LOG2_E
-                            : score * p.softmax_scale_log2;
-      }
-    }
-  }
+  scale_scores(scores, p);
+  if (MASK_KIND == 0) return hide_scores(scores, p, row_begin, key_begin);
   // The branch also keeps ptxas from fetching a mask tensor's elements ahead of the products, which
   // costs more registers than there are.
-  if (MASK_KIND == 0 ? !strip_needs_mask(p, row_begin, key_begin) : row_begin >= p.seqlen_q) return;
+  if (row_begin >= p.seqlen_q) return;
   const VisibleColumns visible(p, row_begin, key_begin);
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
     const int frag_key = key_begin + n * 16;
     // A mask's elements are fetched a fragment at a time: the branch keeps ptxas from fetching
     // those of all fragments at once, which costs more registers than there are.
-    const bool has_mask = MASK_KIND != 0 && frag_key < p.seqlen_k;
-    if (has_mask) {
+    if (frag_key < p.seqlen_k) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int row = row_begin + accum_row(lane_idx(), i);
         const int key = frag_key + accum_col(lane_idx(), i);
         if (row < p.seqlen_q && visible.contain(n, i)) {
           const auto element = mask_gmem + (row * p.mask_row_stride + key * p.mask_col_stride);
-          scores[n].x[i] += mask_value(gmem_load(element)) * LOG2_E;
+          add_mask(scores[n].x[i], gmem_load(element));
         }
       }
     }

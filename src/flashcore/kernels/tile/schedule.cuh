@@ -77,7 +77,6 @@ struct UnmaskedRange {
 };
 
 FC_DEVICE UnmaskedRange unmasked_range(const AttnParams& p, int row_begin) {
-  if (MASK_KIND != 0 || HAS_SOFTCAP) return {0, 0};  // every score needs mask_scores
   const QueryRange queries = queries_of(p, row_begin, 64);
   int end_key = p.seqlen_k;
   if (HAS_WINDOW_RIGHT) {

@@ -96,6 +96,11 @@ const uint8_t* global_source(uint64_t address, int bytes, Site site) {
   return source(address, bytes, bytes, site);
 }
 
+// The first bytes of a copy that must be aligned to its whole size.
+const uint8_t* global_part(uint64_t address, int bytes, int alignment, Site site) {
+  return source(address, bytes, alignment, site);
+}
+
 // One row of a TMA box: any number of bytes.
 const uint8_t* global_row(uint64_t address, int bytes, Site site) {
   return source(address, bytes, 1, site);

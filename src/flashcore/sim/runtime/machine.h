@@ -74,7 +74,8 @@ struct AsyncCopy {
   SmemRef dst;
   int dst_offset;
   int bytes;
-  const uint8_t* src;  // null: zero-fill
+  const uint8_t* src;  // of src_bytes, behind which zeros are filled in; null: of none
+  int src_bytes;
   bool performed;
   PackedSite site;
 };
@@ -196,6 +197,7 @@ void shadow_read_by_unit(const SmemRef& ref, int offset, int bytes, Epoch me, co
 void* smem_write_as(int thread, SmemRef ref, int bytes, int alignment, Site site);
 // global.cpp
 const uint8_t* global_source(uint64_t address, int bytes, Site site);
+const uint8_t* global_part(uint64_t address, int bytes, int alignment, Site site);
 const uint8_t* global_row(uint64_t address, int bytes, Site site);
 uint8_t* global_claim_row(uint64_t address, int bytes, Site site);
 // between_blocks.cpp

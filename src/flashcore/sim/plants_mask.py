@@ -1,0 +1,63 @@
+"""Planted bugs of how the Hopper kernel's warps bring a mask tensor's elements to their scores."""
+
+from __future__ import annotations
+
+from flashcore.sim.plants import Plant
+
+_TILE = "tile/mask_tile_sm90.cuh"
+
+PLANTS_MASK_SM90: dict[str, Plant] = {
+    plant.name: plant
+    for plant in (
+        Plant(
+            name="mask-not-awaited",
+            title="mask elements are read while their copies are under way",
+            file=_TILE,
+            find="    cp_async_wait<0>();",
+            replace="",
+            caught_by="async-pending",
+            or_by=("race",),
+        ),
+        Plant(
+            name="mask-of-other-lanes",
+            title="lanes do not wait for what other lanes have copied",
+            file=_TILE,
+            find="    warp_sync();  // orders every lane's arrived copies before the reads below",
+            replace="",
+            caught_by="race",
+            or_by=("uninitialized-read",),  # of the first tile
+        ),
+        Plant(
+            name="mask-overwritten",
+            title="the next mask tile is copied over the one that other lanes still read",
+            file=_TILE,
+            find="    warp_sync();  // orders them before the next copies",
+            replace="",
+            caught_by="race",
+        ),
+        Plant(
+            name="mask-past-end",
+            title="the last packet of a row is copied whole",
+            file=_TILE,
+            find="max_i(0, min_i(PACKET, count));",
+            replace="count > 0 ? PACKET : 0;",
+            caught_by="out-of-bounds",
+        ),
+        Plant(
+            name="mask-row-mixed-up",
+            title="a lane's second row gets the mask of the first",
+            file=_TILE,
+            find="const int row = MASK_IS_ROW ? 0 : accum_row(0, i);",
+            replace="const int row = 0;",
+            caught_by="wrong-result",
+        ),
+        Plant(
+            name="mask-one-tile-late",
+            title="a mask tile is that of the key tile before",
+            file=_TILE,
+            find="      const int key = n_block * BLOCK_N + col;",
+            replace="      const int key = (n_block + KEY_SPLITS) * BLOCK_N + col;",
+            caught_by="wrong-result",
+        ),
+    )
+}
