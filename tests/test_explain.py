@@ -93,3 +93,12 @@ def test_describes_every_option():
     )
     assert "S512/400" in text
     assert "window (70, 3), softcap 30, float16 mask" in text
+
+
+def test_says_when_a_mask_is_slow_to_read():
+    def notes(width):
+        mask = torch.ones(512, width, dtype=torch.bool)[:, :512]
+        return str(explained(Q, K, V, mask=mask, arch=90))
+
+    assert "aligned to 1 bytes only" in notes(513)
+    assert "elements are copied one by one" not in notes(512)

@@ -178,6 +178,12 @@ def _notes(
             f"{which} of q that share one of k and v are rows of one row tile"
             + ("; q is copied for that" if with_copied_q(problem) else "")
         )
+    if isinstance(plans[0], Sm90Plan) and problem.mask and plans[0].mask_load_bytes < 4:
+        notes.append(
+            f"the mask's rows are aligned to {plans[0].mask_load_bytes} bytes only, or its keys "
+            "are no neighbours: elements are copied one by one; rows that start 16 bytes apart, or "
+            "a multiple of that, are faster"
+        )
     if isinstance(plans[0], Sm90Plan) and plans[0].num_splits > 1:
         notes.append(
             f"the keys of {num_row_tiles(problem, plans[0])} row tiles are split over "

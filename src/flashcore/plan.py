@@ -153,6 +153,7 @@ class Plan:
             "HAS_WINDOW_LEFT": self.has_window_left,
             "HAS_WINDOW_RIGHT": self.has_window_right,
             "HAS_SOFTCAP": self.has_softcap,
+            "TANH_BY_POLYNOMIAL": False,  # it takes more registers
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
             # Without a bound rows are rows.

@@ -156,6 +156,7 @@ class Sm90Plan(Plan):
             "KEY_SPLITS": self.key_splits,
             "SPLIT_KEYS": self.num_splits > 1,
             "OVERLAPS": self.overlaps,
+            "TANH_BY_POLYNOMIAL": self.overlaps,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
         }

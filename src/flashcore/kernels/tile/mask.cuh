@@ -6,10 +6,11 @@
 constexpr bool SCORES_ARE_LOG2 = HAS_SOFTCAP || MASK_KIND == 2;
 constexpr float LOG2_E = 1.44269504088896341f;
 
-// tanh(x) = 1 - 2 / (exp(2x) + 1): absolute error about 2^-22, where the hardware's tanh.approx has
-// 2^-11.
-FC_DEVICE float tanh_any(float x) {
-  return 1.0f - 2.0f * rcp_approx(exp2_approx(x * (2.0f * LOG2_E)) + 1.0f);
+// softcap * tanh(score / softcap) by tanh(x) = 1 - 2 / (exp(2x) + 1): absolute error about 2^-22,
+// where the hardware's tanh.approx has 2^-11.
+FC_DEVICE float capped(float score, float softcap) {
+  const float exponential = exp2_approx(score * (2.0f * LOG2_E) * rcp_approx(softcap));
+  return softcap * (1.0f - 2.0f * rcp_approx(exponential + 1.0f));
 }
 
 // tanh(x) / x from x^2, for |x| up to SMALL_TANH: relative error 2^-24 before rounding, and nothing
@@ -24,33 +25,34 @@ FC_DEVICE float tanh_ratio(float x2) {
 }
 
 // Scores become softcap * tanh(score * softmax_scale / softcap), in log2 units. A strip whose
-// scores are all far below the cap, as most are, goes the fast way.
+// scores are all far below the cap, as most are, goes the fast way, where that leaves registers.
 template <int NUM_FRAGS>
 FC_DEVICE void apply_softcap(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p) {
-  float largest = 0.0f;
-#pragma unroll
-  for (int n = 0; n < NUM_FRAGS; ++n) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(scores[n].x[i]));
-  }
-  const float over_cap = p.softmax_scale * rcp_approx(p.softcap);
-  if (!warp_any(largest * over_cap > SMALL_TANH)) {
+  if constexpr (TANH_BY_POLYNOMIAL) {
+    const float over_cap = p.softmax_scale * rcp_approx(p.softcap);
+    float largest = 0.0f;
 #pragma unroll
     for (int n = 0; n < NUM_FRAGS; ++n) {
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const float x = scores[n].x[i] * over_cap;
-        scores[n].x[i] = scores[n].x[i] * p.softmax_scale_log2 * tanh_ratio(x * x);
-      }
+      for (int i = 0; i < 8; ++i) largest = max_f(largest, abs_f(scores[n].x[i]));
     }
-    return;
+    if (!warp_any(largest * over_cap > SMALL_TANH)) {
+#pragma unroll
+      for (int n = 0; n < NUM_FRAGS; ++n) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const float x = scores[n].x[i] * over_cap;
+          scores[n].x[i] = scores[n].x[i] * p.softmax_scale_log2 * tanh_ratio(x * x);
+        }
+      }
+      return;
+    }
   }
-  const float cap_log2 = p.softcap * LOG2_E;
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      scores[n].x[i] = cap_log2 * tanh_any(scores[n].x[i] * over_cap);
+      scores[n].x[i] = capped(scores[n].x[i] * p.softmax_scale, p.softcap) * LOG2_E;
     }
   }
 }
