@@ -83,7 +83,7 @@ def performance_section(document: Document, folder: Path) -> str:
             f"16k tokens, hidden size 2048, {dtypes(document, 'sweep')}:",
             group_table(document, "sweep"),
             *group_sections(document),
-            "\n".join(f"- {line}" for line in remarks(document)),
+            "\n".join(f"- {line}" for line in remarks(document) if " did not run on " not in line),
             *_plot(folder, Path(name).with_suffix(".png").as_posix()),
         ]
     )

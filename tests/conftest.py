@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # so one folder serves all workers and later runs, and a changed source can never find an old entry.
 os.environ.setdefault("FLASHCORE_CACHE_DIR", str(ROOT / ".cache" / "flashcore"))
 os.environ.pop("FLASHCORE_LAUNCHER", None)  # tests say which launcher they are about
+# torch may crash while it saves what it compiled for a backward pass (pytorch/pytorch#177442).
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402

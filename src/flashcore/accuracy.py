@@ -198,9 +198,10 @@ def _rounding(exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
     """Largest and mean error that rounding to `dtype` costs: 1/2 and 1/4 of a last place."""
     if exact.numel() == 0:
         return 0.0, 0.0
-    _, exponent = torch.frexp(exact)  # |exact| in [2**(exponent - 1), 2**exponent)
-    last_place = torch.ldexp(torch.full_like(exact, torch.finfo(dtype).eps / 2), exponent)
-    last_place = last_place.masked_fill(exact == 0.0, 0.0)
+    # exact = mantissa * 2**e, with |mantissa| in [1/2, 1). Not by torch.ldexp, which faults on a
+    # GPU that is not the current one (torch 2.11). What is 0 or not finite has no last place.
+    mantissa, _ = torch.frexp(exact)
+    last_place = (exact / mantissa).nan_to_num(nan=0.0) * (torch.finfo(dtype).eps / 2)
     return float(last_place.max()) / 2, float(last_place.mean()) / 4
 
 

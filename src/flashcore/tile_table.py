@@ -204,12 +204,15 @@ def work_of_fullest_sm(tile: Tile, size: Size, num_sms: int, is_causal: bool) ->
         size: of the problem.
         num_sms: of the GPU.
         is_causal: whether half of the keys are hidden; then long and short row tiles are dealt out
-            evenly, and the longest one is the least that an SM can have.
+            evenly, and the longest one is the least that an SM can have. What a row tile has past
+            the sequence's end is passed over by 64 rows.
     """
-    per_row_tile = tile["block_m"] * -(-size.seqlen_k // tile["block_n"]) * tile["block_n"]
+    keys = -(-size.seqlen_k // tile["block_n"]) * tile["block_n"]
+    if is_causal:
+        rows = size.heads * -(-size.seqlen_q // _ROWS) * _ROWS
+        return float(max(tile["block_m"], rows / 2 / num_sms) * keys)
     row_tiles = size.heads * -(-size.seqlen_q // tile["block_m"])
-    rounds = max(1.0, row_tiles / 2 / num_sms) if is_causal else -(-row_tiles // num_sms)
-    return float(rounds * per_row_tile)
+    return float(-(-row_tiles // num_sms) * tile["block_m"] * keys)
 
 
 def find(problem: Problem, plan: Plan) -> Choice | None:

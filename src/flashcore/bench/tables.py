@@ -19,7 +19,6 @@ GROUPS = {
     "decode": "Decoding, one query for a long cache",
     "decode-more": "Decoding with other heads, head_dims and batches, and several queries",
     "varlen": "Packed sequences of different lengths",
-    "random": "Shapes drawn by chance",
 }
 # Columns of the table of errors, those that stand for a way of rounding.
 ERROR_COLUMNS = (*COLUMNS, "sdpa-math", "unfused")
