@@ -66,7 +66,7 @@ SECTIONS = {
         "../CHANGELOG",
         "../CONTRIBUTING",
         "../benchmarks/README",
-        "../benchmarks/results/h200",
+        "../benchmarks/results/h100",
         "../benchmarks/results/h100-host",
         "../src/flashcore/data/README",
     ],
