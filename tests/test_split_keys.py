@@ -18,7 +18,7 @@ from flashcore.cases import Case
 from flashcore.params_sm90 import grid_size, num_pieces, num_row_tiles
 from flashcore.plan import select_plan
 from flashcore.plan_sm90 import Sm90Plan
-from flashcore.plan_splits import L2_WEIGHT, best_num_splits, best_sharing, cost, visible_keys
+from flashcore.plan_splits import L2_WEIGHT, Reading, best_sharing, visible_keys
 from flashcore.problem import Problem
 from flashcore.tune.space import is_legal, schedules, tiles
 
@@ -87,7 +87,7 @@ def test_keys_that_a_window_hides_do_not_count() -> None:
 def test_adding_up_bounds_the_splits() -> None:
     """One SM reads all shares of a row tile: with many rows fewer splits pay."""
     sizes = {"row_tiles": 1, "key_tiles": 256, "key_tile_bytes": 32768, "num_slots": 132}
-    few, many = (best_num_splits(share_bytes=rows * 520, **sizes) for rows in (1, 64))
+    few, many = (Reading(share_bytes=rows * 520, **sizes).best_num_splits() for rows in (1, 64))
     assert 128 == few > many > 8
 
 
@@ -116,10 +116,10 @@ def test_many_heads_are_dealt_out_where_adding_up_takes_longest() -> None:
 
 def test_keys_are_shared_through_l2_only_by_what_runs_at_once() -> None:
     sizes = {"key_tiles": 64, "key_tile_bytes": 32768, "share_bytes": 520, "num_slots": 132}
-    alone, shared = (cost(1, row_tiles=132, readers=n, **sizes) for n in (1, 4))
+    alone, shared = (Reading(row_tiles=132, readers=n, **sizes).cost(1) for n in (1, 4))
     assert shared == pytest.approx(L2_WEIGHT * alone)
-    assert cost(1, row_tiles=133, readers=4, **sizes) == 2 * alone
-    half = cost(1, row_tiles=132, readers=2, **sizes)  # the first reader's come from memory
+    assert Reading(row_tiles=133, readers=4, **sizes).cost(1) == 2 * alone
+    half = Reading(row_tiles=132, readers=2, **sizes).cost(1)  # the first reader's come from memory
     assert half >= alone / 2
 
 

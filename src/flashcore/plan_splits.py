@@ -27,19 +27,21 @@ MIN_KEY_TILES = 2
 HAND_OVER_BYTES = 26 * 1024
 # Of a share's bytes, as one SM alone adds up. There 64 bytes a thread and load were under way, and
 # 508 KB of B1 H32/1 S1/16384 took some 12 us, 43 KB/us, as latency has it. Twice as many are now:
-# 26 / 86, and something for the arithmetic. An estimate; to be measured.
+# 26 / 86, and something for the arithmetic. By that, and 3 us for start and end, 4 row tiles of 33
+# splits take 11.8 us there; measured since: 11.8 (docs/ladder.md).
 SHARE_WEIGHT = 0.35
 # Of a byte of K or V where memory is not what limits: few SMs read, or several row tiles the same
-# keys, all but one of them from L2. An SM then gets some 42 KB/us. An estimate; to be measured.
+# keys, all but one of them from L2: 42 KB/us for an SM. It got more where few read, so fewer splits
+# cost less than the model says: 16 and 22 in place of the 33 took 14.1 and 12.9 us, not 16.7, 14.1.
 L2_WEIGHT = 0.6
-# What more parts must save: the estimates above are not good to less.
+# What more parts must save: the model is not good to less.
 _PARTS_SAVE = 0.1
 _MAX_ROUNDS = 4
 
 
 class Sharing(NamedTuple):
     """`num_splits` blocks share the keys of a row tile, 1 for no sharing; folded heads are dealt
-    out to `parts` row tiles, if they fit in one, or so many times as many. `cost`: see `cost`."""
+    out to `parts` row tiles, if they fit in one, or so many times as many. `cost`: Reading.cost."""
 
     cost: float
     parts: int
@@ -59,36 +61,8 @@ def visible_keys(problem: Problem) -> int:
     return max(0, end - begin)
 
 
-def cost(
-    num_splits: int,
-    *,
-    row_tiles: int,
-    key_tiles: int,
-    key_tile_bytes: int,
-    share_bytes: int,
-    num_slots: int,
-    readers: int = 1,
-) -> float:
-    """Bytes that the busiest SM has time for until the result is there. See `best_num_splits`."""
-    rounds = -(-row_tiles * num_splits // num_slots)
-    piece: float = -(-key_tiles // num_splits) * key_tile_bytes
-    if rounds == 1:  # or row tiles that read the same keys do not run at the same time
-        piece *= max(row_tiles * num_splits / num_slots / readers, L2_WEIGHT)
-    if num_splits == 1:
-        return rounds * piece
-    return rounds * (piece + HAND_OVER_BYTES) + SHARE_WEIGHT * num_splits * share_bytes
-
-
-def best_num_splits(
-    *,
-    row_tiles: int,
-    key_tiles: int,
-    key_tile_bytes: int,
-    share_bytes: int,
-    num_slots: int,
-    readers: int = 1,
-) -> int:
-    """The number of splits that costs least.
+class Reading(NamedTuple):
+    """A call of few rows, as the model sees it.
 
     Args:
         row_tiles: of all heads.
@@ -97,25 +71,37 @@ def best_num_splits(
         share_bytes: O and the softmax's state of one row tile, float32, of rows that exist.
         num_slots: blocks that run at once.
         readers: row tiles that read the same keys.
-
-    Returns:
-        Blocks that share a row tile's keys, 1 for no sharing.
     """
-    sizes = {
-        "row_tiles": row_tiles,
-        "key_tiles": key_tiles,
-        "key_tile_bytes": key_tile_bytes,
-        "share_bytes": share_bytes,
-        "num_slots": num_slots,
-        "readers": readers,
-    }
-    most = min(key_tiles // MIN_KEY_TILES, num_slots)
-    # The most splits that a number of rounds has room for, and what reading K and V and adding up
-    # would want, were there no rounds.
-    wanted = [rounds * num_slots // row_tiles for rounds in range(1, _MAX_ROUNDS + 1)]
-    wanted.append(math.isqrt(int(key_tiles * key_tile_bytes / (SHARE_WEIGHT * share_bytes))))
-    choices = {1, *(min(splits, most) for splits in wanted if splits > 1)} - {0}
-    return min(sorted(choices), key=lambda num_splits: cost(num_splits, **sizes))
+
+    row_tiles: int
+    key_tiles: int
+    key_tile_bytes: int
+    share_bytes: int
+    num_slots: int
+    readers: int = 1
+
+    def cost(self, num_splits: int) -> float:
+        """Bytes that the busiest SM has time for until the result is there."""
+        rounds = -(-self.row_tiles * num_splits // self.num_slots)
+        piece: float = -(-self.key_tiles // num_splits) * self.key_tile_bytes
+        if rounds == 1:  # or row tiles that read the same keys do not run at the same time
+            busy = self.row_tiles * num_splits / self.num_slots
+            piece *= max(busy / self.readers, L2_WEIGHT)
+        if num_splits == 1:
+            return rounds * piece
+        adding_up = SHARE_WEIGHT * num_splits * self.share_bytes
+        return rounds * (piece + HAND_OVER_BYTES) + adding_up
+
+    def best_num_splits(self) -> int:
+        """Blocks that share a row tile's keys where that costs least, 1 for no sharing."""
+        most = min(self.key_tiles // MIN_KEY_TILES, self.num_slots)
+        # The most splits that a number of rounds has room for, and what reading K and V and adding
+        # up would want, were there no rounds.
+        wanted = [rounds * self.num_slots // self.row_tiles for rounds in range(1, _MAX_ROUNDS + 1)]
+        keys = self.key_tiles * self.key_tile_bytes
+        wanted.append(math.isqrt(int(keys / (SHARE_WEIGHT * self.share_bytes))))
+        choices = {1, *(min(splits, most) for splits in wanted if splits > 1)} - {0}
+        return min(sorted(choices), key=self.cost)
 
 
 def best_sharing(
@@ -148,20 +134,20 @@ def best_sharing(
     for parts in (n for n in range(1, folded + 1) if folded % n == 0):
         rows = num_rows // parts
         readers = parts * -(-rows // block_m)
-        sizes = {
-            "row_tiles": num_heads * readers,
-            "key_tiles": key_tiles,
-            "key_tile_bytes": key_tile_bytes,
-            "share_bytes": min(block_m, rows) * share_row_bytes,
-            "num_slots": num_slots,
-            "readers": readers,
-        }
-        num_splits = best_num_splits(**sizes)
-        found = Sharing(cost(num_splits, **sizes), parts, num_splits)
+        reading = Reading(
+            row_tiles=num_heads * readers,
+            key_tiles=key_tiles,
+            key_tile_bytes=key_tile_bytes,
+            share_bytes=min(block_m, rows) * share_row_bytes,
+            num_slots=num_slots,
+            readers=readers,
+        )
+        num_splits = reading.best_num_splits()
+        found = Sharing(reading.cost(num_splits), parts, num_splits)
         if best is not None and found.cost > (1 - _PARTS_SAVE) * best.cost:
             break  # still more parts read still more
         best = found
-        adding_up = SHARE_WEIGHT * num_splits * sizes["share_bytes"]
+        adding_up = SHARE_WEIGHT * num_splits * reading.share_bytes
         if num_splits == 1 or adding_up < _PARTS_SAVE * best.cost:
             break  # all that more parts can save; each one tried delays a new shape's first call
     assert best is not None  # there is one part

@@ -13,8 +13,9 @@
 // Blocks are persistent: they walk over row tiles (tile/schedule_sm90.cuh), keys from last to
 // first, and a warpgroup passes over those that none of its 64 rows sees. One thread walks, loads
 // the tiles as far ahead as the buffers allow, and tells the consumers where they are by a ring of
-// coordinates, which comes with Q. Blocks may start while the kernels before this one still run
-// (ptx/grid.cuh).
+// coordinates, which comes with Q. A mask tensor's elements are copied by the consumer warps, each
+// its own rows of the next key tile (tile/mask_tile_sm90.cuh). Blocks may start while the kernels
+// before this one still run (ptx/grid.cuh).
 #pragma once
 
 #include "prims_sm90.cuh"
