@@ -134,8 +134,8 @@ def test_every_group_of_the_file_has_its_table(script: ModuleType) -> None:
     document = DOCUMENT | {"results": DOCUMENT["results"] + rows}
     sections = script.group_sections(document)
     assert [text for text in sections if text.endswith(":")] == [
-        "Small calls, bfloat16:",
-        "Decoding, one query for a long cache, bfloat16:",
+        "Small calls (bfloat16):",
+        "Decoding: one query, a long cache (bfloat16):",
     ]
     assert sections[-1].splitlines()[0] == "| us / GB/s | flashcore | vs best peer |"
     # The best peer has no column of its own, so it is named.

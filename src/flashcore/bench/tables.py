@@ -5,21 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flashcore.bench.report import time_and_rate, unit
+from flashcore.bench.report import TITLES, time_and_rate, unit
 from flashcore.bench.summary import best_peer, by_workload, speedup, summarize
 
 # Columns of the tables, where the file has them; the seed's table names the best of all instead.
 COLUMNS = ("flashcore", "flashcore-wmma", "sdpa-flash", "sdpa-cudnn", "flex", "fa3", "fa4")
-# Other groups, in this order, where the file has them: what stands above the table.
-GROUPS = {
-    "gqa": "Grouped queries",
-    "small": "Small calls",
-    "window": "A window over long sequences",
-    "masked": "Mask tensors and soft-capping",
-    "decode": "Decoding, one query for a long cache",
-    "decode-more": "Decoding with other heads, head_dims and batches, and several queries",
-    "varlen": "Packed sequences of different lengths",
-}
+# Other groups, in this order, where the file has them.
+GROUPS = ("gqa", "small", "window", "masked", "decode", "decode-more", "varlen")
 # Columns of the table of errors, those that stand for a way of rounding.
 ERROR_COLUMNS = (*COLUMNS, "sdpa-math", "unfused")
 ERROR_SEQLENS = (2048,)
@@ -84,9 +76,9 @@ def group_sections(document: Document) -> list[str]:
     """Heading and table of each group of GROUPS that the file has."""
     present = {row["group"] for row in document["results"]}
     sections = []
-    for group, title in GROUPS.items():
-        if group in present:
-            sections += [f"{title}, {dtypes(document, group)}:", group_table(document, group)]
+    for group in (group for group in GROUPS if group in present):
+        title = f"{TITLES[group]} ({dtypes(document, group)}):"
+        sections += [title, group_table(document, group)]
     return sections
 
 
