@@ -180,7 +180,7 @@ def _notes(
         )
     if isinstance(plans[0], Sm90Plan) and problem.mask and plans[0].mask_load_bytes < 4:
         notes.append(
-            f"the mask's rows are aligned to {plans[0].mask_load_bytes} bytes only, or its keys "
+            f"the mask's rows are aligned to {problem.mask.load_bytes} bytes only, or its keys "
             "are no neighbours: elements are copied one by one; rows that start 16 bytes apart, or "
             "a multiple of that, are faster"
         )

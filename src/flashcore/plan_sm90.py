@@ -37,8 +37,8 @@ class Sm90Plan(Plan):
     output is rescaled only when a maximum moved far; `separate_o`: O leaves through a buffer of its
     own, not through Q's; `key_splits`: consumers that share the keys of 64 rows; `num_splits`:
     blocks that share the keys of a row tile, of which the machine code knows only whether there are
-    any; `mask_load_bytes`: how much of a mask tensor is copied at once; `mask_is_row`: all queries
-    share its row.
+    any; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 4, or 1 for element by
+    element; `mask_is_row`: all queries share its row.
     """
 
     ping_pong: bool = False
@@ -217,7 +217,9 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     if mask is not None:
         if fields["folds_heads"]:
             mask = fold_heads(problem, fields["folds_heads"]).mask or mask
-        fields |= {"mask_load_bytes": mask.load_bytes, "mask_is_row": mask.strides[2] == 0}
+        # Few kinds, as each is compiled: lengths of all remainders meet the same three.
+        load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
+        fields |= {"mask_load_bytes": load_bytes, "mask_is_row": mask.strides[2] == 0}
     return fields
 
 
