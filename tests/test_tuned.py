@@ -201,3 +201,13 @@ def test_explain_says_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (note,) = [note for note in found.notes if "flashcore tune" in note]
     assert f"on {GPU}, 2026-01-02, with B1 H8 S1024 D64 full" in note
     assert not any("come from" in note for note in found.notes)
+
+
+def test_a_kernels_version_is_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(text: str) -> str:
+        monkeypatch.setattr(tuned, "flatten", lambda *_: text)
+        return tuned.kernel_version.__wrapped__("attn_fwd_wmma")
+
+    code = '#line 1 "a.cuh"\nint x;\nint y;\n'
+    assert version(code) == version('// new\n\n#line 3 "a.cuh"\n  int x;  // said\nint y;\n')
+    assert version(code) != version(code.replace("y", "z"))
