@@ -96,52 +96,91 @@ def _table(problem: Problem) -> Iterator[Tile]:
     """Rules made from measurements on an H200 (2026-11-22) and an H100 (2026-11-25), best first;
     see docs/ladder.md. What `flashcore tune --grid` measures goes before them (tile_table.py)."""
     dim = max(problem.head_dim, problem.head_dim_v)
-    heads = problem.batch * problem.num_heads_q
-    mask, has_softcap = problem.mask, problem.softcap != 0.0
-    # A mask tensor with a row for every query takes registers, more where it holds numbers, and
-    # most where its rows are not aligned. One row for all is nearly as good as none.
-    has_rows = mask is not None and mask.strides[2] != 0
-    has_numbers = mask is not None and has_rows and mask.dtype != "bool"
-    is_aligned = mask is None or mask.load_bytes == 16
-    bounded = problem.window_left >= 0 or problem.window_right >= 0
-    keys = problem.seqlen_k
-    num_64, num_128, num_192 = (heads * -(-problem.seqlen_q // rows) for rows in (64, 128, 192))
+    num_64 = _num_row_tiles(problem, 64)
     # Few rows: their keys are shared between two warpgroups, which hide each other's latency.
-    few = num_64 <= NUM_SMS or (bounded and num_64 <= 2 * NUM_SMS and keys >= 1024)
-    if few and dim <= 128 and keys > (64 if dim <= 64 else 128):
+    few = num_64 <= NUM_SMS or (
+        _is_bounded(problem) and num_64 <= 2 * NUM_SMS and problem.seqlen_k >= 1024
+    )
+    if few and dim <= 128 and problem.seqlen_k > (64 if dim <= 64 else 128):
         yield Tile(64, 64, num_stages=4, key_splits=2)
+    if problem.mask is None and problem.softcap == 0.0:
+        yield from _plain_table(problem, dim)
+    else:
+        yield from _crowded_table(problem, dim)
+
+
+def _is_bounded(problem: Problem) -> bool:
+    return problem.window_left >= 0 or problem.window_right >= 0
+
+
+def _num_row_tiles(problem: Problem, rows: int) -> int:
+    return problem.batch * problem.num_heads_q * -(-problem.seqlen_q // rows)
+
+
+def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
+    """Of calls with neither mask tensor nor soft-capping."""
+    bounded, keys = _is_bounded(problem), problem.seqlen_k
+    many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
     if dim <= 64:
-        if num_192 >= 2 * NUM_SMS and not has_softcap:
-            if mask is None and keys >= (2048 if bounded else 512):
-                turns = not bounded or keys < 8192
-                yield Tile(192, 128, ping_pong=turns, num_stages=2 if bounded else 3)
-            elif not has_rows and not bounded and is_aligned and keys >= 1024:
-                yield Tile(192, 128, ping_pong=True)
-        crowded = has_rows or (mask is not None and has_softcap)
-        if num_64 >= (3 if bounded else 6) * NUM_SMS and not crowded:
-            wide = keys >= 1024 and mask is None and not has_softcap
-            yield Tile(64, 96 if wide else 64, min_blocks=3)
-        if has_rows and not is_aligned and num_64 >= 2 * NUM_SMS:
-            yield Tile(128, 128, ping_pong=True)
+        if many_192 and bounded and keys >= 2048:
+            yield Tile(192, 128, ping_pong=keys < 8192)
+        elif many_192 and not bounded and keys >= 512:
+            yield Tile(192, 128, ping_pong=True, num_stages=3)
+        if _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS:
+            yield Tile(64, 64 if keys < 1024 else 96, min_blocks=3)
         yield Tile(64, 128, min_blocks=2)
-        yield Tile(64, 64, min_blocks=2)
         yield Tile(128, 128, ping_pong=True)
     elif dim <= 128:
-        if keys >= 4096 and num_192 >= 2 * NUM_SMS and mask is None and not has_softcap:
+        if many_192 and keys >= 4096:
             yield Tile(192, 80, ping_pong=True)
-        if 4 * num_128 >= 3 * NUM_SMS:
-            if not (has_numbers and mask is not None and mask.dtype == "float32"):
-                yield Tile(128, 128, ping_pong=has_softcap)
-            yield Tile(128, 80, ping_pong=True)
+        if 4 * _num_row_tiles(problem, 128) >= 3 * NUM_SMS:
+            yield Tile(128, 128)
         yield Tile(64, 64, min_blocks=2)
         yield Tile(128, 128)
     elif dim <= 192:
-        if not has_numbers:
+        yield Tile(128, 96, ping_pong=True)
+        yield Tile(128, 64, ping_pong=True)
+    else:
+        yield Tile(128, 64, ping_pong=True)
+        yield Tile(128, 48, ping_pong=True)
+        yield Tile(128, 32, ping_pong=True)
+
+
+def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
+    """Of calls whose softmax takes registers for more. A mask tensor with a row for every query
+    takes some, more where it holds numbers, and most where its rows are not aligned. One row for
+    all is nearly as good as none."""
+    mask, has_softcap = problem.mask, problem.softcap != 0.0
+    bounded, keys = _is_bounded(problem), problem.seqlen_k
+    has_rows = mask is not None and mask.strides[2] != 0
+    number = mask.dtype if mask is not None and has_rows and mask.dtype != "bool" else None
+    is_aligned = mask is None or mask.load_bytes == 16
+    num_64 = _num_row_tiles(problem, 64)
+    if dim <= 64:
+        if has_rows:
+            if not is_aligned and num_64 >= 2 * NUM_SMS:
+                yield Tile(128, 128, ping_pong=True)
+        elif mask is None or not has_softcap:
+            many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
+            if many_192 and not has_softcap and not bounded and is_aligned and keys >= 1024:
+                yield Tile(192, 128, ping_pong=True)
+            if num_64 >= (3 if bounded else 6) * NUM_SMS:
+                yield Tile(64, 64, min_blocks=3)
+        yield Tile(64, 128, min_blocks=2)
+        yield Tile(64, 64, min_blocks=2)
+    elif dim <= 128:
+        if 4 * _num_row_tiles(problem, 128) >= 3 * NUM_SMS:
+            if number != "float32":
+                yield Tile(128, 128, ping_pong=has_softcap)
+            yield Tile(128, 80, ping_pong=True)
+        yield Tile(64, 64, min_blocks=2)
+    elif dim <= 192:
+        if number is None:
             yield Tile(128, 96, ping_pong=not has_softcap)
         yield Tile(128, 64, ping_pong=True)
     else:
-        crowded = mask is not None and problem.window_left >= 0 and (has_softcap or not is_aligned)
-        if not has_numbers and not crowded:
+        overfull = mask is not None and problem.window_left >= 0 and (has_softcap or not is_aligned)
+        if number is None and not overfull:
             yield Tile(128, 64, ping_pong=not has_softcap)
         yield Tile(128, 48, ping_pong=True)
         yield Tile(128, 32, ping_pong=True)
