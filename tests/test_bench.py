@@ -43,7 +43,7 @@ def test_groups_have_the_shapes_that_they_promise() -> None:
         "gqa": 4,
         "small": 24,
         "window": 4,
-        "masked": 6,
+        "masked": 8,
         "decode": 4,
         "decode-more": 8,
         "varlen": 6,

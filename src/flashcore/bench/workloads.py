@@ -240,6 +240,8 @@ def masked() -> list[Workload]:
         Workload("masked", 4, 16, 2048, 128, False, "bfloat16", mask="bool", compiles=True),
         Workload("masked", 16, 12, 512, 64, False, mask="padding"),
         Workload("masked", 4, 16, 2048, 128, False, "bfloat16", mask="additive"),
+        Workload("masked", 4, 32, 1731, 64, False, mask="bool"),  # rows aligned for no wide load
+        Workload("masked", 4, 8, 2048, 256, False, "bfloat16", mask="bool"),
         Workload("masked", 4, 16, 2048, 128, True, "bfloat16", softcap=50.0, compiles=True),
         Workload("masked", 1, 8, 8192, 256, True, "bfloat16", 4, softcap=50.0),
     ]
