@@ -155,7 +155,9 @@ def _notes(
     if found is not None:
         notes.append(found.source)
     elif isinstance(plans[0], Sm90Plan):
-        notes.append("tiles come from rules, made from measurements on an H200; see tiles_sm90.py")
+        notes.append(
+            "tiles come from rules, made from measurements on Hopper GPUs; see tiles_sm90.py"
+        )
     else:
         notes.append(
             "tiles are ranked by warps resident on an SM, then the block_n that leaves registers "
