@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flashcore.bench.host import markdown as host_markdown
-from flashcore.bench.report import conditions, remarks
+from flashcore.bench.report import conditions, left_out, window_lines, worst_lines
 from flashcore.bench.tables import (
     Document,
     dtypes,
@@ -70,6 +70,8 @@ def performance_section(document: Document, folder: Path) -> str:
     """What docs/performance.md says."""
     name = f"../{RESULTS.as_posix()}"
     report = Path(name).with_suffix(".md").as_posix()
+    rows = document["results"]
+    lines = [*worst_lines(rows), *window_lines(rows), *left_out(document)]
     has_report = (folder / RESULTS.with_suffix(".md")).is_file()
     others = f", the other columns and errors in [{Path(report).name}]({report})" * has_report
     return "\n\n".join(
@@ -83,7 +85,7 @@ def performance_section(document: Document, folder: Path) -> str:
             f"16k tokens, hidden size 2048, {dtypes(document, 'sweep')}:",
             group_table(document, "sweep"),
             *group_sections(document),
-            "\n".join(f"- {line}" for line in remarks(document) if " did not run on " not in line),
+            "\n".join(f"- {line}" for line in lines),
             *_plot(folder, Path(name).with_suffix(".png").as_posix()),
         ]
     )

@@ -5,18 +5,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from pathlib import Path
 
 import pytest
 import torch
 
 from flashcore.accuracy import error_report
 from flashcore.cases import Case, make_inputs
-from flashcore.codegen import KERNELS_DIR
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
 from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants_mask import PLANTS_MASK_SM90
+from plant_checks import check_text, undocumented
 from test_sim_healthy_sm90 import make_plan
 
 SEEDS = range(20)
@@ -126,14 +125,11 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 @pytest.mark.parametrize("name", PLANTS_MASK_SM90)
 def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
-    plant = PLANTS_MASK_SM90[name]
-    assert plant.find.count("\n") == plant.replace.count("\n")
-    assert (KERNELS_DIR / plant.file).read_text(encoding="utf-8").count(plant.find) == 1
+    check_text(name, PLANTS_MASK_SM90[name])
 
 
 def test_the_documentation_lists_every_plant() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
-    assert [name for name in PLANTS_MASK_SM90 if f"`{name}`" not in text] == []
+    assert undocumented(PLANTS_MASK_SM90) == []
 
 
 def test_a_mask_takes_shared_memory_of_every_consumer_warp() -> None:

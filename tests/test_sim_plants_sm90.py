@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from flashcore.sim.plants_causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants_sm90 import PLANTS_SM90
 from flashcore.sim.replay import parse_replay
 from flashcore.sim.report import ALARM_KINDS
+from plant_checks import check_text, undocumented
 
 SEEDS = range(20)
 
@@ -166,12 +166,8 @@ def test_without_a_plant_the_same_runs_are_healthy(separate_o: bool) -> None:
 @pytest.mark.parametrize("name", PLANTS_SM90)
 def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
     plant = PLANTS_SM90[name]
-    assert plant.name == name
-    assert {plant.caught_by, *plant.or_by} <= {*ALARM_KINDS, "wrong-result"}
-    assert plant.find.count("\n") == plant.replace.count("\n")
+    check_text(name, plant)
     assert (plant.caught_by in ALARM_KINDS) == (name in NAMED_LINES)
-    text = (KERNELS_DIR / plant.file).read_text(encoding="utf-8")
-    assert text.count(plant.find) == 1
 
 
 def test_sources_without_a_plant_have_no_trace_of_one() -> None:
@@ -179,5 +175,9 @@ def test_sources_without_a_plant_have_no_trace_of_one() -> None:
 
 
 def test_the_documentation_lists_every_plant() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
-    assert [name for name in PLANTS_SM90 if f"`{name}`" not in text] == []
+    assert undocumented([*PLANTS_SM90, *PLANTS_CAUSAL_SM90]) == []
+
+
+@pytest.mark.parametrize("name", PLANTS_CAUSAL_SM90)
+def test_so_does_one_under_a_right_bound(name: str) -> None:
+    check_text(name, PLANTS_CAUSAL_SM90[name])

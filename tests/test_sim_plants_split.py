@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import functools
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
 from flashcore.accuracy import error_report
 from flashcore.cases import Case, make_inputs
-from flashcore.codegen import KERNELS_DIR, generate_source
+from flashcore.codegen import generate_source
 from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan, traits_sm90
 from flashcore.problem import Problem
 from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants_split import PLANTS_SPLIT
 from flashcore.sim.replay import parse_replay
-from flashcore.sim.report import ALARM_KINDS
+from plant_checks import check_text, undocumented
 
 SEEDS = range(20)
 # Two row tiles a head, in five pieces each for three blocks; of eight key tiles, so that pieces
@@ -85,11 +84,7 @@ def test_the_replay_command_repeats_the_run() -> None:
 
 @pytest.mark.parametrize("name", PLANTS_SPLIT)
 def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
-    plant = PLANTS_SPLIT[name]
-    assert plant.name == name
-    assert {plant.caught_by, *plant.or_by} <= {*ALARM_KINDS, "wrong-result"}
-    assert plant.find.count("\n") == plant.replace.count("\n")
-    assert (KERNELS_DIR / plant.file).read_text(encoding="utf-8").count(plant.find) == 1
+    check_text(name, PLANTS_SPLIT[name])
 
 
 def test_sources_without_a_plant_have_no_trace_of_one() -> None:
@@ -97,5 +92,4 @@ def test_sources_without_a_plant_have_no_trace_of_one() -> None:
 
 
 def test_the_documentation_lists_every_plant() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
-    assert [name for name in PLANTS_SPLIT if f"`{name}`" not in text] == []
+    assert undocumented(PLANTS_SPLIT) == []

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
 
 import pytest
 import torch
 
-from flashcore.codegen import KERNELS_DIR
 from flashcore.packed import as_batch, packed_problem
 from flashcore.plan import Plan, candidates
 from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan, traits_sm90
@@ -17,6 +15,7 @@ from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants_varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.replay import parse_replay
 from flashcore.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
+from plant_checks import check_text, undocumented
 
 SEEDS = range(20)
 CASE = VarlenCase(
@@ -94,12 +93,8 @@ def test_the_replay_command_repeats_the_run(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL_PLANTS)
 def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
-    plant = ALL_PLANTS[name]
-    assert plant.name == name
-    assert plant.find.count("\n") == plant.replace.count("\n")
-    assert (KERNELS_DIR / plant.file).read_text(encoding="utf-8").count(plant.find) == 1
+    check_text(name, ALL_PLANTS[name])
 
 
 def test_the_documentation_lists_every_plant() -> None:
-    text = (Path(__file__).parent.parent / "docs" / "simulator.md").read_text(encoding="utf-8")
-    assert [name for name in ALL_PLANTS if f"`{name}`" not in text] == []
+    assert undocumented(ALL_PLANTS) == []

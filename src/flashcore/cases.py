@@ -27,7 +27,8 @@ class Case:
     tokenizers make it, "additive" a random bias [1, 1, seqlen_q, seqlen_k] with some -inf.
     `layout` is the order in memory; "bshd" is passed transposed, as a projection's output is.
     `tail` NaN rows follow every sequence in memory, `offset` elements precede the first one.
-    `spread` multiplies q, so that the softmax gets sharper.
+    `spread` multiplies q, so that the softmax gets sharper. With an odd `seed` the mask's rows are
+    aligned for wide loads.
     """
 
     batch: int = 1

@@ -213,10 +213,9 @@ def _has_registers(plan: Sm90Plan) -> bool:
 def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     """The fields of an Sm90Plan that the problem alone decides; see plan.traits."""
     fields = traits(problem, gate)
-    mask = problem.mask
+    folded = fields["folds_heads"]
+    mask = (fold_heads(problem, folded) if folded else problem).mask
     if mask is not None:
-        if fields["folds_heads"]:
-            mask = fold_heads(problem, fields["folds_heads"]).mask or mask
         # Few kinds, as each is compiled: lengths of all remainders meet the same three.
         load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
         fields |= {"mask_load_bytes": load_bytes, "mask_is_row": mask.strides[2] == 0}

@@ -70,12 +70,12 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     dims = [-(-dim // chunk) * chunk for dim in (problem.head_dim, problem.head_dim_v)]
     narrow = max(dims) <= 64
     block_n = 128 if narrow else 64
+    if narrow and problem.mask is None:
+        return _split_keys(problem, Tile(64, block_n, num_stages=2, min_blocks=2), folded)
     room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)
     if problem.mask is not None:
         room -= mask_bytes(problem.mask.dtype, problem.mask.strides[2] == 0, block_n)
     stage = 2 * block_n * sum(dims)
-    if narrow and problem.mask is None:
-        return _split_keys(problem, Tile(64, block_n, num_stages=2, min_blocks=2), folded)
     num_stages = max(2, min(-(-_STREAMED_BYTES // stage), room // stage))
     return _split_keys(problem, Tile(64, block_n, num_stages=num_stages), folded)
 

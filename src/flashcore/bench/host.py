@@ -23,6 +23,7 @@ from flashcore import calls, eager, launcher, machine, ops
 from flashcore.allocation import allocator
 from flashcore.bench.libraries import Library
 from flashcore.bench.peers import find_peers
+from flashcore.bench.report import table
 from flashcore.bench.run import command_line
 from flashcore.bench.timing import first_line
 from flashcore.bench.workloads import Workload, seed_shape
@@ -226,17 +227,16 @@ def markdown(document: Mapping[str, Any]) -> str:
     """The tables."""
     rows = document["results"]
     timed = [row for row in rows if "host_us" in row]
-    lines = ["| us | host | latency | host, recorded | latency, recorded |"]
-    lines.append("| --- | --- | --- | --- | --- |")
+    lines = []
     for library in dict.fromkeys(row["library"] for row in timed):
         cells = [library]
         for recorded in (False, True):
             found = [r for r in timed if (r["library"], r["recorded"]) == (library, recorded)]
             cells += [f"{found[0][x]:.1f}" if found else "-" for x in ("host_us", "latency_us")]
-        lines.append(f"| {' | '.join(cells)} |")
-    layers = ["| layer of a flashcore call | us |", "| --- | --- |"]
-    layers += [f"| {entry['layer']} | {entry['us']:.2f} |" for entry in document["layers"]]
-    return "\n".join([*lines, "", _ratios(timed), "", *layers])
+        lines.append(cells)
+    calls = table(["us", "host", "latency", "host, recorded", "latency, recorded"], lines)
+    layers = [[entry["layer"], f"{entry['us']:.2f}"] for entry in document["layers"]]
+    return f"{calls}\n\n{_ratios(timed)}\n\n{table(['layer of a flashcore call', 'us'], layers)}"
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> str:

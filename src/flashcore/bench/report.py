@@ -3,7 +3,7 @@ only."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,22 +41,22 @@ def markdown(document: Document) -> str:
 
 def summary_table(rows: Sequence[Row]) -> str:
     """One line a group: geometric means of time over flashcore's time."""
-    lines = _header(["group", "shapes", "vs best peer", "ahead on", "at least", "vs each"])
+    lines = []
     for group, found in summarize(rows).items():
-        each = ", ".join(f"{name} {ratio:.2f}x" for name, ratio in found["vs"].items())
-        lines.append(
-            _line(
-                [
-                    group,
-                    str(found["shapes"]),
-                    f"{found['vs_best_peer']:.2f}x",
-                    str(found["ahead"]),
-                    f"{found['least']:.2f}x ({found['least_at']})",
-                    each,
-                ]
-            )
-        )
-    return "\n".join(lines)
+        each = ", ".join(f"{name} {times(ratio)}" for name, ratio in found["vs"].items())
+        lines.append([*mean_cells(group, found), each])
+    return table(["group", "shapes", "vs best peer", "ahead on", "at least", "vs each"], lines)
+
+
+def mean_cells(group: str, found: Mapping[str, Any]) -> list[str]:
+    """A group's part of `summarize`, its shapes taken together."""
+    return [
+        group,
+        str(found["shapes"]),
+        times(found["vs_best_peer"]),
+        str(found["ahead"]),
+        f"{times(found['least'])} ({found['least_at']})",
+    ]
 
 
 def window_lines(rows: Sequence[Row]) -> list[str]:
@@ -130,30 +130,40 @@ def times_table(rows: Sequence[Row]) -> str:
     """Time and rate of each library, flashcore's share of the limit, its speed beside the best."""
     libraries = _libraries(rows)
     group = rows[0]["group"]
-    lines = _header([unit(group), *libraries, "flashcore: of limit", "vs best peer"])
+    lines = []
     for workload, entries in by_workload(rows, group).items():
         cells = [workload, *(time_and_rate(entries.get(library)) for library in libraries)]
-        ours, ratio = entries.get("flashcore"), speedup(entries)
+        ours = entries.get("flashcore")
         cells.append(
             "-" if ours is None else f"{ours['fraction_of_limit']:.0%} ({ours['limited_by']})"
         )
-        cells.append("-" if ratio is None else f"{ratio:.2f}x")
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        lines.append([*cells, times(speedup(entries))])
+    return table([unit(group), *libraries, "flashcore: of limit", "vs best peer"], lines)
 
 
 def errors_table(rows: Sequence[Row]) -> str:
     """Largest / mean absolute error of each library."""
     libraries = _libraries(rows)
-    lines = _header(["error", *libraries])
-    for workload, entries in by_workload(rows, rows[0]["group"]).items():
-        found = [entries.get(library) for library in libraries]
-        errors = [
-            "-" if row is None else f"{row['max_error']:.1e} / {row['mean_error']:.1e}"
-            for row in found
-        ]
-        lines.append(_line([workload, *errors]))
-    return "\n".join(lines)
+    lines = [
+        [workload, *(errors(entries.get(library)) for library in libraries)]
+        for workload, entries in by_workload(rows, rows[0]["group"]).items()
+    ]
+    return table(["error", *libraries], lines)
+
+
+def errors(row: Row | None) -> str:
+    """A row's largest / mean absolute error."""
+    return "-" if row is None else f"{row['max_error']:.1e} / {row['mean_error']:.1e}"
+
+
+def times(ratio: float | None) -> str:
+    """How many times as fast."""
+    return "-" if ratio is None else f"{ratio:.2f}x"
+
+
+def left_out(document: Document) -> list[str]:
+    """One line for each library that ran on no shape."""
+    return [f"{row['library']}: {row['reason']}" for row in document.get("left_out", [])]
 
 
 def skipped(document: Document) -> list[str]:
@@ -164,19 +174,16 @@ def skipped(document: Document) -> list[str]:
             # Without the second sentence of torch's, which holds the shape.
             reason = row["skipped"].split(". ")[0]
             reasons.setdefault((row["library"], reason), []).append(row["workload"])
-    absent = [f"{row['library']}: {row['reason']}" for row in document.get("left_out", [])]
-    return absent + [
+    return left_out(document) + [
         f"{library} did not run on {len(names)} shape(s), {names[0]} first: {reason}"
         for (library, reason), names in reasons.items()
     ]
 
 
-def _header(cells: Sequence[str]) -> list[str]:
-    return [_line(cells), _line(["---"] * len(cells))]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plot(document: Document, path: Path) -> None:

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flashcore.bench.report import TITLES, time_and_rate, unit
+from flashcore.bench.report import (
+    TITLES,
+    errors,
+    mean_cells,
+    table,
+    time_and_rate,
+    times,
+    unit,
+)
 from flashcore.bench.summary import best_peer, by_workload, speedup, summarize
 
 # Columns of the tables, where the file has them; the seed's table names the best of all instead.
@@ -20,17 +28,8 @@ Document = Mapping[str, Any]
 Row = Mapping[str, Any]
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _microseconds(row: Row | None) -> str:
     return "-" if row is None else f"{row['seconds'] * 1e6:.1f}"
-
-
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def seed_table(document: Document) -> str:
@@ -49,10 +48,10 @@ def seed_table(document: Document) -> str:
                 "-" if peer is None else f"{_microseconds(peer)} ({peer['library']})",
                 _microseconds(entries.get("flashcore-wmma")),
                 _microseconds(ours),
-                _errors(ours),
+                errors(ours),
             ]
         )
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def group_table(document: Document, group: str, seqlens: Sequence[int] | None = None) -> str:
@@ -65,11 +64,11 @@ def group_table(document: Document, group: str, seqlens: Sequence[int] | None = 
     for workload, entries in workloads.items():
         if seqlens is not None and all(row["seqlen"] not in seqlens for row in entries.values()):
             continue
-        ratio, peer = _times(speedup(entries)), best_peer(entries)
+        ratio, peer = times(speedup(entries)), best_peer(entries)
         if peer is not None and peer["library"] not in columns:
             ratio += f" ({peer['library']})"
         lines.append([workload, *(time_and_rate(entries.get(name)) for name in columns), ratio])
-    return _table([unit(group), *columns, "vs best peer"], lines)
+    return table([unit(group), *columns, "vs best peer"], lines)
 
 
 def group_sections(document: Document) -> list[str]:
@@ -84,18 +83,9 @@ def group_sections(document: Document) -> list[str]:
 
 def means_table(document: Document) -> str:
     """One line a group: the geometric mean of flashcore's speed over the best peer's."""
-    rows = [
-        [
-            group,
-            str(found["shapes"]),
-            _times(found["vs_best_peer"]),
-            str(found["ahead"]),
-            f"{_times(found['least'])} ({found['least_at']})",
-        ]
-        for group, found in summarize(document["results"]).items()
-    ]
+    rows = [mean_cells(group, found) for group, found in summarize(document["results"]).items()]
     header = ["flashcore's speed over the best peer's", "shapes", "geometric mean", "ahead on"]
-    return _table([*header, "at least"], rows)
+    return table([*header, "at least"], rows)
 
 
 def error_table(document: Document) -> str:
@@ -110,14 +100,9 @@ def error_table(document: Document) -> str:
     present = {name for entries in rows.values() for name in entries}
     columns = [name for name in ERROR_COLUMNS if name in present]
     lines = [
-        [workload, *(_errors(entries.get(n)) for n in columns)]
-        for workload, entries in rows.items()
+        [workload, *(errors(entries.get(n)) for n in columns)] for workload, entries in rows.items()
     ]
-    return _table(["largest / mean error", *columns], lines)
-
-
-def _errors(row: Row | None) -> str:
-    return "-" if row is None else f"{row['max_error']:.1e} / {row['mean_error']:.1e}"
+    return table(["largest / mean error", *columns], lines)
 
 
 def summary(document: Document) -> str:

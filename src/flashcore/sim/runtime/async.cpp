@@ -11,7 +11,7 @@ void async_issue(SmemRef dst, uint64_t src_address, int bytes, int src_bytes, Si
   ++m.report->async_copies;
   const int offset = shadow_locate(dst, bytes, bytes, false, site);
   const uint8_t* src =
-      src_bytes > 0 ? global_part(src_address, src_bytes, bytes, site) : nullptr;
+      src_bytes > 0 ? global_source(src_address, src_bytes, bytes, site) : nullptr;
   shadow_begin_async(dst, offset, bytes, site);
   Thread& thread = m.threads[size_t(current_thread)];
   thread.copies.push_back(

@@ -63,7 +63,9 @@ static void check_kind(const FcTensor& tensor, bool is_atomic, Site site) {
                         : "touches a counter, which every thread may change, without an atomic");
 }
 
-static const uint8_t* source(uint64_t address, int bytes, int alignment, Site site) {
+// `bytes` that are read at a multiple of `alignment`: more than `bytes` for the first part of a
+// copy, 1 for a row of a TMA box.
+const uint8_t* global_source(uint64_t address, int bytes, int alignment, Site site) {
   ++machine.report->gmem_accesses;
   int64_t offset = 0;
   const FcTensor& tensor = locate(address, bytes, alignment, "reads", site, offset);
@@ -92,22 +94,8 @@ static const uint8_t* source(uint64_t address, int bytes, int alignment, Site si
   return tensor.data + offset;
 }
 
-const uint8_t* global_source(uint64_t address, int bytes, Site site) {
-  return source(address, bytes, bytes, site);
-}
-
-// The first bytes of a copy that must be aligned to its whole size.
-const uint8_t* global_part(uint64_t address, int bytes, int alignment, Site site) {
-  return source(address, bytes, alignment, site);
-}
-
-// One row of a TMA box: any number of bytes.
-const uint8_t* global_row(uint64_t address, int bytes, Site site) {
-  return source(address, bytes, 1, site);
-}
-
 const void* gmem_read(uint64_t address, int bytes, Site site) {
-  return global_source(address, bytes, site);
+  return global_source(address, bytes, bytes, site);
 }
 
 static uint8_t* claim(uint64_t address, int bytes, int alignment, Site site) {

@@ -196,9 +196,7 @@ void shadow_read_by_unit(const SmemRef& ref, int offset, int bytes, Epoch me, co
                          Site site);
 void* smem_write_as(int thread, SmemRef ref, int bytes, int alignment, Site site);
 // global.cpp
-const uint8_t* global_source(uint64_t address, int bytes, Site site);
-const uint8_t* global_part(uint64_t address, int bytes, int alignment, Site site);
-const uint8_t* global_row(uint64_t address, int bytes, Site site);
+const uint8_t* global_source(uint64_t address, int bytes, int alignment, Site site);
 uint8_t* global_claim_row(uint64_t address, int bytes, Site site);
 // between_blocks.cpp
 void between_blocks_start();

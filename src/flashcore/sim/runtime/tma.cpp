@@ -127,7 +127,7 @@ void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar_ref, int col, int r
     for (int r = part.first_row; r < part.end_row; ++r) {
       const uint64_t rows = uint64_t(r - part.first_row);
       load.src[size_t(r)] =
-          global_row(part.address + rows * map.row_stride_bytes, part.bytes, site);
+          global_source(part.address + rows * map.row_stride_bytes, part.bytes, 1, site);
     }
   }
   m.sm90.loads.push_back(std::move(load));
