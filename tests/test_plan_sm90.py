@@ -101,9 +101,10 @@ def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
     assert params_sm90.grid_size(full, plan, 3) == 3 * plan.min_blocks
     for heads, seqlen, block_m, num_blocks, in_a_group in (
         (4, 640, 64, 5, 4),  # all K and V fit
-        (1024, 512, 64, 132, 64),  # as many as fit
-        (64, 4096, 64, 132, 8),
-        (64, 4096, 128, 396, 12),  # more, for every block to have a row tile
+        (1024, 512, 64, 132, 32),  # as many as fit
+        (64, 4096, 64, 132, 4),
+        (64, 4096, 128, 396, 8),  # more, for the blocks to have work
+        (64, 4096, 192, 132, 6),
         (4, 64 * 1024, 128, 132, 1),  # one alone is too much
     ):
         long = dataclasses.replace(causal, batch=1, num_heads_q=heads, num_heads_kv=heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -83,20 +84,24 @@ def scratch_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
 
 # What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half
 # keeps a copy of what its SMs read; two groups are under way at a time, and q and out pass through.
-# On an H100 16 MiB take 1 to 6 % longer at S512 to S2048, and as long beyond (docs/ladder.md).
-_GROUP_BYTES = 8 << 20
+_GROUP_BYTES = 4 << 20
+# Row tiles a block that a group has at least; fewer leave blocks without work (docs/ladder.md).
+_TILES_A_BLOCK = 0.6
+_TILES_OF_192_A_BLOCK = 0.95
 
 
 def heads_per_group(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
     """Query heads whose row tiles `num_blocks` blocks draw together under a right bound
-    (tile/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and enough for a row
-    tile a block, or the last group would leave many without work."""
+    (tile/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and enough to keep the
+    blocks busy."""
     problem = as_launched(problem, plan)
     num_heads = problem.num_heads_q * problem.batch
     heads_of_kv = problem.num_heads_q // problem.num_heads_kv
     bytes_of_kv = _ELEMENT_BYTES * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     tiles_of_kv = max(1, heads_of_kv * -(-problem.seqlen_q // plan.block_m))
-    num_kv = max(1, _GROUP_BYTES // max(1, bytes_of_kv), round(num_blocks / tiles_of_kv))
+    share = _TILES_OF_192_A_BLOCK if plan.block_m > 128 else _TILES_A_BLOCK
+    enough = math.ceil(share * num_blocks / tiles_of_kv)
+    num_kv = max(1, _GROUP_BYTES // max(1, bytes_of_kv), enough)
     return min(num_heads, heads_of_kv * num_kv)
 
 

@@ -195,6 +195,11 @@ FC_DEVICE void skip_key_tile(Consumer& c, const Barriers& bar) {
   ++c.k_state.count;
 }
 
+// A consumer warp is done with the row tile's Q, if that has no other use than to be read.
+FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
+  if (SEPARATE_O && lane_idx() == 0) mbar_arrive(bar.q_empty + c.row_group);
+}
+
 // One key tile: S = Q K^T, and (unless FIRST) P V of the tile visited before it, are under way
 // together; then the softmax of S.
 //@if gate qk softmax
@@ -203,7 +208,7 @@ template <bool, bool MASKED, bool FIRST = true>  // there is no P V
 template <bool FIRST, bool MASKED>
 //@end
 FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, const Buffers& smem,
-                        int n_block) {
+                        int n_block, int n_block_begin) {
   WmmaAccum scores[KEY_FRAGS];
   mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
   if (PING_PONG && !FIRST) await_turn(c);
@@ -217,11 +222,15 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     wgmma_commit();
     if (PING_PONG) hand_over_turn(c);
   }
-  // Masking takes registers, which P V of the tile before gives back as it ends.
-  constexpr bool OVERLAP = OVERLAPS && !FIRST && !MASKED;
+  // Masking takes registers, which P V of the tile before gives back as it ends. Under a left bound
+  // every row tile ends in a masked tile, so it pays to hold them, if nothing else takes some.
+  constexpr bool LEFT_BOUND_OVERLAPS = HAS_WINDOW_LEFT && MASK_KIND == 0 && !HAS_SOFTCAP;
+  constexpr bool OVERLAP = OVERLAPS && !FIRST && (!MASKED || LEFT_BOUND_OVERLAPS);
   wgmma_wait<OVERLAP ? 1 : 0>();
   wgmma_hold(scores);
   release(bar.k_empty, c.k_state);
+  // Of the last key tile: the next Q arrives under its softmax, its P V and the store.
+  if (n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
 //@if gate qk
   gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
   ++c.k_state.count;
@@ -375,28 +384,27 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
       }
     };
     if (KEY_SPLITS == 1) skip_down_to(seen.n_block_end);
-    const bool sees_keys = n_block >= seen.n_block_begin;
+    const int begin = seen.n_block_begin;
+    const bool sees_keys = n_block >= begin;
     if (sees_keys) {
       if (PING_PONG && n_block < keys.n_block_end - 1) pass_turn(c);
       if constexpr (MASK_KIND != 0) c.mask.fetch(own, c.warp_row, n_block);
-      key_tile<true, true>(c, own, bar, smem, n_block);
+      key_tile<true, true>(c, own, bar, smem, n_block, begin);
       n_block -= KEY_SPLITS;
-      for (; n_block >= max_i(unmasked.end, seen.n_block_begin); n_block -= KEY_SPLITS) {
-        key_tile<false, true>(c, own, bar, smem, n_block);
+      for (; n_block >= max_i(unmasked.end, begin); n_block -= KEY_SPLITS) {
+        key_tile<false, true>(c, own, bar, smem, n_block, begin);
       }
-      for (; n_block >= max_i(unmasked.begin, seen.n_block_begin); n_block -= KEY_SPLITS) {
-        key_tile<false, false>(c, own, bar, smem, n_block);
+      for (; n_block >= max_i(unmasked.begin, begin); n_block -= KEY_SPLITS) {
+        key_tile<false, false>(c, own, bar, smem, n_block, begin);
       }
       if (HAS_WINDOW_LEFT) {
-        for (; n_block >= seen.n_block_begin; n_block -= KEY_SPLITS) {
-          key_tile<false, true>(c, own, bar, smem, n_block);
+        for (; n_block >= begin; n_block -= KEY_SPLITS) {
+          key_tile<false, true>(c, own, bar, smem, n_block, begin);
         }
       }
-    }
-    if (SEPARATE_O) {
-      // Without a key tile, lanes may still wait for q_full, whose next phase must not pass them.
-      warp_sync();
-      if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.row_group);
+    } else {
+      warp_sync();  // lanes may still wait for q_full, whose next phase must not pass them
+      release_q(c, bar);
     }
     if (sees_keys) last_output(c, bar, smem);
     if (HAS_WINDOW_LEFT && KEY_SPLITS == 1) skip_down_to(keys.n_block_begin);

@@ -13,6 +13,10 @@ _SCORES_WAIT = """\
   wgmma_hold(scores);
   release(bar.k_empty, c.k_state);
 """
+_Q_RELEASE = """\
+  // Of the last key tile: the next Q arrives under its softmax, its P V and the store.
+  if (n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
+"""
 _OUTPUT_WAIT = """\
     if (OVERLAP) wgmma_wait<0>();
     wgmma_hold(c.out);
@@ -56,13 +60,10 @@ _ALL = (
     ),
     Plant(
         name="early-q-release",
-        title="Q's buffer is given back before the first Q K^T",
+        title="Q's buffer is given back while the last Q K^T may still read it",
         file=_KERNEL,
-        find="    int n_block = keys.n_block_end - 1 - share;",
-        # The second declaration hides the function from the arrival in the right place.
-        replace="    if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.row_group);"
-        " const auto mbar_arrive = [](SmemPtr<uint64_t>) {};"
-        " int n_block = keys.n_block_end - 1 - share;",
+        find=_SCORES_WAIT + _Q_RELEASE,
+        replace=_Q_RELEASE + _SCORES_WAIT,
         caught_by="race",
     ),
     Plant(
