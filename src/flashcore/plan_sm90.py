@@ -141,8 +141,6 @@ class Sm90Plan(Plan):
             return True
         if self.mask is not None and self.mask_load_bytes < 4:
             return False
-        if self.mask_is_shifted and self.mask != "bool":
-            return False
         return not (self.has_window_left and (self.mask is not None or self.has_softcap))
 
     def constants(self) -> dict[str, object]:

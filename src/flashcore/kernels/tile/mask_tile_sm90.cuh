@@ -111,8 +111,9 @@ struct MaskStrip {
     constexpr int PACKETS_PER_ROW = BLOCK_N / MASK_PACKET;
     constexpr int PACKETS = MASK_ROWS * PACKETS_PER_ROW;
     constexpr int FRONT = MASK_IS_SHIFTED ? MASK_PACKET : 0;  // elements of a packet more
+    constexpr int UNROLL = MASK_IS_SHIFTED ? 2 : MASK_IN_PACKETS ? 4 : 8;  // what never spills
     const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live on
-#pragma unroll MASK_IN_PACKETS ? 4 : 8
+#pragma unroll UNROLL
     for (int first = 0; first < PACKETS; first += 32) {
       const int packet = first + lane;
       if (PACKETS % 32 != 0 && packet >= PACKETS) break;
