@@ -146,8 +146,10 @@ def test_a_mask_row_for_all_queries_leaves_registers_for_wide_tiles() -> None:
     assert masked(4096).block_m == 64
     assert masked(4096).mask_load_bytes == 16
     assert masked(4096, width=4097).block_m == 128  # more registers a thread, to load through
-    assert masked(4096, width=4097).mask_load_bytes == 1
+    assert masked(4096, width=4097).mask_load_bytes == 4
+    assert masked(4096, width=4097).mask_is_shifted
     assert masked(4096, width=4100).mask_load_bytes == 4
+    assert not masked(4096, width=4100).mask_is_shifted
 
 
 def test_the_softmax_runs_beside_p_v_where_registers_last() -> None:

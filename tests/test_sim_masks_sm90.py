@@ -25,45 +25,51 @@ WIDTH = 128
 
 
 @functools.cache
-def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = make_inputs(CASE)
+def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = make_inputs(case)
     return x.q, x.k, x.v
 
 
-def mask_of(kind: str, dtype: torch.dtype, width: int = WIDTH, offset: int = 0) -> torch.Tensor:
+def mask_of(
+    kind: str, dtype: torch.dtype, width: int = WIDTH, offset: int = 0, case: Case = CASE
+) -> torch.Tensor:
     """A mask in a storage where every row is `width` elements, the first one `offset` behind its
     start. What lies between rows hides, or gives NaN, unlike what belongs to the mask."""
     generator = torch.Generator().manual_seed(width + offset)
-    heads, rows = {"rows": (1, 150), "heads": (4, 150), "row": (1, 1)}[kind]
-    values = torch.randn(heads, rows, CASE.seqlen_k, generator=generator)
+    heads, rows = 4 if kind == "heads" else 1, 1 if kind == "row" else case.seqlen_q
+    values = torch.randn(heads, rows, case.seqlen_k, generator=generator)
     if dtype != torch.bool:
         values[values > 1.5] = -torch.inf
     fill = True if dtype == torch.bool else torch.nan
     storage = torch.full((heads * rows * width + offset,), fill, dtype=dtype)
     # The last row ends where the storage ends.
-    storage = storage[: storage.numel() - (width - CASE.seqlen_k)].clone()
+    storage = storage[: storage.numel() - (width - case.seqlen_k)].clone()
     strides = (rows * width, width, 1)
-    mask = storage.as_strided((heads, rows, CASE.seqlen_k), strides, offset)
+    mask = storage.as_strided((heads, rows, case.seqlen_k), strides, offset)
     return mask.copy_(values < 0.7 if dtype == torch.bool else values)
 
 
-def problem_of(mask: torch.Tensor) -> Problem:
-    q, k, v = inputs()
-    return Problem.from_tensors(q, k, v, mask=mask, return_lse=True, **CASE.options())
+def problem_of(mask: torch.Tensor, case: Case = CASE) -> Problem:
+    q, k, v = inputs(case)
+    return Problem.from_tensors(q, k, v, mask=mask, return_lse=True, **case.options())
 
 
 def run(
-    mask: torch.Tensor, seed: int, plan: Sm90Plan, plant: Plant | None = None
+    mask: torch.Tensor,
+    seed: int,
+    plan: Sm90Plan,
+    plant: Plant | None = None,
+    case: Case = CASE,
 ) -> SimulationError | str:
     """The alarm, or "wrong-result", or "healthy"."""
-    q, k, v = inputs()
-    out = torch.empty(1, 4, CASE.seqlen_q, CASE.head_dim_v, dtype=CASE.torch_dtype)
-    lse = torch.empty(1, 4, CASE.seqlen_q)
+    q, k, v = inputs(case)
+    out = torch.empty(1, 4, case.seqlen_q, case.head_dim_v, dtype=case.torch_dtype)
+    lse = torch.empty(1, 4, case.seqlen_q)
     try:
-        simulate(problem_of(mask), plan, q, k, v, mask, out, lse, seed=seed, plant=plant)
+        simulate(problem_of(mask, case), plan, q, k, v, mask, out, lse, seed=seed, plant=plant)
     except SimulationError as error:
         return error
-    errors = error_report(out, q, k, v, lse=lse, mask=mask, **CASE.options())
+    errors = error_report(out, q, k, v, lse=lse, mask=mask, **case.options())
     return "healthy" if errors.ok else "wrong-result"
 
 
@@ -84,15 +90,33 @@ def test_any_alignment(dtype: torch.dtype, kind: str, width: int, offset: int) -
     assert run(mask, 0, plan) == "healthy"
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["rows", "row"])
+def test_rows_that_start_inside_of_a_packet(dtype: torch.dtype, kind: str) -> None:
+    """Rows shorter than what lies of them in the first packet, that end with a key tile, or one
+    element before or after it, at every place in a packet."""
+    for keys in (1, 2, 3, 31, 32, 33, 96):
+        case = Case(num_heads_q=4, num_heads_kv=2, seqlen_q=70, seqlen_k=keys)
+        for offset in range(1, 4 // dtype.itemsize):
+            mask = mask_of(kind, dtype, keys | 1, offset, case)
+            plan = make_plan(problem_of(mask, case), {})
+            assert plan.mask_is_shifted == (keys > 1)
+            found = run(mask, offset, plan, case=case)
+            assert found == "healthy", f"{keys} keys, offset {offset}:\n{found}"
+
+
 def test_how_much_is_copied_at_once() -> None:
     def load_bytes(mask: torch.Tensor) -> int:
-        return make_plan(problem_of(mask), {}).mask_load_bytes
+        plan = make_plan(problem_of(mask), {})
+        return -plan.mask_load_bytes if plan.mask_is_shifted else plan.mask_load_bytes
 
     assert load_bytes(mask_of("rows", torch.bool)) == 16
     assert load_bytes(mask_of("rows", torch.bool, 124, 4)) == 4
     assert load_bytes(mask_of("rows", torch.bool, 120)) == 4  # 8, but that were one more kernel
-    assert load_bytes(mask_of("rows", torch.bool, 122)) == 1
-    assert load_bytes(mask_of("rows", torch.bool, 117)) == 1
+    assert load_bytes(mask_of("rows", torch.bool, 122)) == -4  # from before the rows' starts
+    assert load_bytes(mask_of("rows", torch.bool, 117)) == -4
+    assert load_bytes(mask_of("rows", torch.float16, 117)) == -4
+    assert load_bytes(mask_of("row", torch.bool, WIDTH, 3)) == -4
     assert load_bytes(mask_of("row", torch.float16, 117)) == 16  # nobody steps along its rows
     assert load_bytes(mask_of("rows", torch.float32, 117)) == 4
 
@@ -112,15 +136,29 @@ def planted_mask() -> torch.Tensor:
     return mask_of("rows", torch.float16)
 
 
-@pytest.mark.parametrize("name", PLANTS_MASK_SM90)
-def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
-    plant, mask = PLANTS_MASK_SM90[name], planted_mask()
+@functools.cache
+def planted_shifted_mask() -> torch.Tensor:
+    return mask_of("rows", torch.bool, 117, 1)
+
+
+def check_plant(plant: Plant, mask: torch.Tensor) -> None:
     plan = make_plan(problem_of(mask), {"block_m": 128})
     assert run(mask, 0, plan) == "healthy"
     for seed in SEEDS:
         found = run(mask, seed, plan, plant)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
+
+
+@pytest.mark.parametrize("name", PLANTS_MASK_SM90)
+def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
+    plant = PLANTS_MASK_SM90[name]
+    is_shifted = plant.plan.get("mask_is_shifted", False)
+    check_plant(plant, planted_shifted_mask() if is_shifted else planted_mask())
+
+
+def test_the_end_of_a_row_that_starts_inside_of_a_packet_is_checked() -> None:
+    check_plant(PLANTS_MASK_SM90["mask-past-end"], planted_shifted_mask())
 
 
 @pytest.mark.parametrize("name", PLANTS_MASK_SM90)

@@ -37,15 +37,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decode": {"queries": 1},
     "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
     # Mask tensors: for each query and key, with rows aligned for wide loads or not; one row of keys
-    # for all queries; numbers.
+    # for all queries; numbers, likewise aligned or not; keys that are no neighbours.
     "bool-mask": {"mask": "bool"},
     "loose-mask": {"mask": "loose"},
     "padding": {"mask": "padding"},
     "bias": {"mask": "bias"},
+    "loose-bias": {"mask": "loose-bias"},
+    "columns-mask": {"mask": "columns"},
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
 }
-_MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias")
+_MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
 _HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk", *_MASK_VARIANTS)
 # Of the Hopper kernel's table: from one tile to many an SM.
 _HEADS = (1, 4, 16, 64, 256, 1024)
@@ -158,9 +160,10 @@ def _problem(head_dim: int, dtype: str, options: dict[str, Any]) -> Problem:
     mask = options.pop("mask", None)
     if mask is not None:
         heads, rows = (1, 1) if mask == "padding" else q.shape[1:3]
-        width = _SEQLEN + (mask == "loose")
-        element = q.dtype if mask == "bias" else torch.bool
-        options["mask"] = torch.empty(1, heads, rows, width, dtype=element)[..., :_SEQLEN]
+        width = _SEQLEN + mask.startswith("loose")
+        element = q.dtype if mask.endswith("bias") else torch.bool
+        values = torch.empty(1, heads, rows, width, dtype=element)[..., :_SEQLEN]
+        options["mask"] = values.mT.contiguous().mT if mask == "columns" else values
     varlen = options.pop("varlen", "none")
     problem = Problem.from_tensors(q, x, x, **options)
     if varlen == "packed":

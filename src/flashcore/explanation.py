@@ -180,11 +180,16 @@ def _notes(
             f"{which} of q that share one of k and v are rows of one row tile"
             + ("; q is copied for that" if with_copied_q(problem) else "")
         )
-    if isinstance(plans[0], Sm90Plan) and problem.mask and plans[0].mask_load_bytes < 4:
+    if isinstance(plans[0], Sm90Plan) and problem.mask and plans[0].mask_is_shifted:
         notes.append(
-            f"the mask's rows are aligned to {problem.mask.load_bytes} bytes only, or its keys "
-            "are no neighbours: elements are copied one by one; rows that start 16 bytes apart, or "
-            "a multiple of that, are faster"
+            f"the mask's rows are aligned to {problem.mask.load_bytes} bytes only: they are copied "
+            "4 bytes at a time and read element by element; rows that start 16 bytes apart, or a "
+            "multiple of that, are faster"
+        )
+    elif isinstance(plans[0], Sm90Plan) and problem.mask and plans[0].mask_load_bytes < 4:
+        notes.append(
+            "the mask's keys are no neighbours in memory: its elements are copied one by one; a "
+            "contiguous mask is faster"
         )
     if isinstance(plans[0], Sm90Plan) and plans[0].num_splits > 1:
         notes.append(

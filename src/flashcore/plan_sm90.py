@@ -38,7 +38,8 @@ class Sm90Plan(Plan):
     own, not through Q's; `key_splits`: consumers that share the keys of 64 rows; `num_splits`:
     blocks that share the keys of a row tile, of which the machine code knows only whether there are
     any; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 4, or 1 for element by
-    element; `mask_is_row`: all queries share its row.
+    element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows start anywhere in
+    what is copied at once.
     """
 
     ping_pong: bool = False
@@ -48,6 +49,7 @@ class Sm90Plan(Plan):
     num_splits: int = 1
     mask_load_bytes: int = 0
     mask_is_row: bool = False
+    mask_is_shifted: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -159,6 +161,7 @@ class Sm90Plan(Plan):
             "TANH_BY_POLYNOMIAL": self.overlaps,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
+            "MASK_IS_SHIFTED": self.mask_is_shifted,
         }
 
     def describe(self) -> str:
@@ -218,7 +221,12 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     if mask is not None:
         # Few kinds, as each is compiled: lengths of all remainders meet the same three.
         load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
-        fields |= {"mask_load_bytes": load_bytes, "mask_is_row": mask.strides[2] == 0}
+        is_shifted = load_bytes < 4 and mask.strides[3] == 1
+        fields |= {
+            "mask_load_bytes": 4 if is_shifted else load_bytes,
+            "mask_is_row": mask.strides[2] == 0,
+            "mask_is_shifted": is_shifted,
+        }
     return fields
 
 

@@ -26,6 +26,7 @@ Runner = Callable[..., dict[str, Tensor]]
         *(("packets", {"BYTES": size}) for size in (2, 4, 8, 16)),
         *(("async_groups", {"BYTES": size}) for size in (4, 8, 16)),
         ("barriers", {}),
+        ("bytes", {}),
         *(("fragments", {"Element": dtype}) for dtype in DTYPES),
         ("functions", {}),
         ("atomics", {}),
@@ -80,6 +81,16 @@ def test_packets_move_bytes_unchanged(run: Runner, size: int) -> None:
     result = run("packets", tensors, ("dst", "single"), num_threads=128, constants={"BYTES": size})
     assert torch.equal(result["dst"], src.flip(0))
     assert torch.equal(result["single"], src[:, 0])
+
+
+def test_single_bytes_and_what_an_address_is_a_multiple_of(run: Runner) -> None:
+    src = torch.rand(128, generator=torch.Generator().manual_seed(1)) < 0.5
+    past = torch.empty(128, 2, dtype=torch.int32)
+    tensors = {"src": src, "dst": torch.empty_like(src), "past": past}
+    result = run("bytes", tensors, ("dst", "past"), num_threads=128)
+    assert torch.equal(result["dst"], src.flip(0))
+    place = torch.arange(128)
+    assert torch.equal(result["past"].long(), torch.stack([place % 4, place % 16], dim=1))
 
 
 @pytest.mark.parametrize("size", [4, 8, 16])

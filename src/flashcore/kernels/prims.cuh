@@ -18,7 +18,7 @@
 //                 smem_load(p) smem_store(p, x) gmem_load(p) gmem_store(p, x): one element
 //                 Packet<BYTES>: 2, 4, 8 or 16 bytes moved at once, naturally aligned
 //                 smem_load_packet<BYTES>(p) smem_store_packet(p, packet), the same for gmem
-//                 is_null(p)
+//                 is_null(p); misalignment<BYTES>(gmem_p): bytes past the last multiple of BYTES
 // async_copy.cuh  cp_async<BYTES>(smem_dst, gmem_src, valid): BYTES in 4, 8, 16; zero-fills the
 //                 destination and does not touch the source when !valid (PTX ISA: cp.async)
 //                 cp_async_part<BYTES>(smem_dst, gmem_src, src_bytes): of a source aligned to BYTES

@@ -32,6 +32,7 @@ _GIVEN = frozenset(
         "mask",
         "mask_load_bytes",
         "mask_is_row",
+        "mask_is_shifted",
         "varlen",
         "folds_heads",
         "gate",

@@ -41,6 +41,12 @@ FC_DEVICE bool is_null(GmemPtr<T> p) {
   return p.address == 0;
 }
 
+// Bytes between the last multiple of BYTES and an address.
+template <int BYTES, class T>
+FC_DEVICE int misalignment(GmemPtr<T> p) {
+  return int(p.address % BYTES);
+}
+
 // BYTES moved by one instruction.
 template <int BYTES>
 struct alignas(BYTES < 4 ? 4 : BYTES) Packet {

@@ -36,6 +36,12 @@ FC_DEVICE bool is_null(GmemPtr<T> p) {
   return p.address == nullptr;
 }
 
+// Bytes between the last multiple of BYTES and an address.
+template <int BYTES, class T>
+FC_DEVICE int misalignment(GmemPtr<T> p) {
+  return int(reinterpret_cast<uint64_t>(p.address) % BYTES);
+}
+
 // BYTES moved by one instruction.
 template <int BYTES>
 struct alignas(BYTES < 4 ? 4 : BYTES) Packet {
@@ -55,11 +61,13 @@ FC_DEVICE Packet<BYTES> smem_load_packet(SmemPtr<T> p) {
                  : "r"(p.address));
   } else if constexpr (BYTES == 4) {
     asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x.word[0]) : "r"(p.address));
-  } else {
-    static_assert(BYTES == 2, "a packet has 2, 4, 8 or 16 bytes");
+  } else if constexpr (BYTES == 2) {
     uint16_t half;
     asm volatile("ld.shared.b16 %0, [%1];" : "=h"(half) : "r"(p.address));
     x.word[0] = half;
+  } else {
+    static_assert(BYTES == 1, "a packet has 2, 4, 8 or 16 bytes, and one element may have 1");
+    asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x.word[0]) : "r"(p.address));
   }
   return x;
 }
@@ -76,19 +84,23 @@ FC_DEVICE void smem_store_packet(SmemPtr<T> p, Packet<BYTES> x) {
                  : "memory");
   } else if constexpr (BYTES == 4) {
     asm volatile("st.shared.b32 [%0], %1;" ::"r"(p.address), "r"(x.word[0]) : "memory");
-  } else {
-    static_assert(BYTES == 2, "a packet has 2, 4, 8 or 16 bytes");
+  } else if constexpr (BYTES == 2) {
     asm volatile("st.shared.b16 [%0], %1;" ::"r"(p.address), "h"(uint16_t(x.word[0]))
                  : "memory");
+  } else {
+    static_assert(BYTES == 1, "a packet has 2, 4, 8 or 16 bytes, and one element may have 1");
+    asm volatile("st.shared.u8 [%0], %1;" ::"r"(p.address), "r"(x.word[0]) : "memory");
   }
 }
 
-// The bits of a 2- or 4-byte value in a packet, and back.
+// The bits of a value of up to 4 bytes in a packet, and back.
 template <class T>
 FC_DEVICE Packet<sizeof(T)> to_packet(T x) {
   Packet<sizeof(T)> packet;
   if constexpr (sizeof(T) == 4) {
     packet.word[0] = *reinterpret_cast<uint32_t*>(&x);
+  } else if constexpr (sizeof(T) == 1) {
+    packet.word[0] = uint32_t(x);
   } else {
     packet.word[0] = *reinterpret_cast<uint16_t*>(&x);
   }
@@ -100,6 +112,8 @@ FC_DEVICE T from_packet(Packet<sizeof(T)> packet) {
   T x;
   if constexpr (sizeof(T) == 4) {
     *reinterpret_cast<uint32_t*>(&x) = packet.word[0];
+  } else if constexpr (sizeof(T) == 1) {
+    x = T(packet.word[0]);
   } else {
     *reinterpret_cast<uint16_t*>(&x) = uint16_t(packet.word[0]);
   }

@@ -12,6 +12,9 @@ constexpr int MASK_ELEMENT_BYTES = int(sizeof(MaskElement));
 // banks.
 constexpr int MASK_STRIDE = BLOCK_N + (MASK_ELEMENT_BYTES == 1 ? 16 : 8);
 constexpr int MASK_WARP_ELEMENTS = MASK_ROWS * MASK_STRIDE;
+constexpr bool MASK_IN_PACKETS = MASK_LOAD_BYTES >= 4;
+constexpr int MASK_PACKET = MASK_IN_PACKETS ? MASK_LOAD_BYTES / MASK_ELEMENT_BYTES : 2;  // elements
+static_assert(!MASK_IS_SHIFTED || 8 % MASK_PACKET == 0, "rows 8 apart are shifted alike");
 
 // Elements 2 i and 2 i + 1 of a row, the first one in the lowest bits.
 template <class T>
@@ -39,46 +42,86 @@ FC_DEVICE T mask_element(Packet<2 * sizeof(T)> pair, int i) {
   }
 }
 
-// The mask of a warp's 16 rows: in global memory, and the next key tile's part of it.
+// Two neighbours of a row in shared memory.
+FC_DEVICE auto load_pair(SmemPtr<MaskElement> p) {
+  if constexpr (MASK_IS_SHIFTED) {
+    return mask_pair(smem_load(p), smem_load(p + 1));
+  } else {
+    return smem_load_packet<2 * MASK_ELEMENT_BYTES>(p);
+  }
+}
+
+// The mask of a warp's 16 rows: in global memory, and the next key tile's part of it. With
+// MASK_IS_SHIFTED rows start anywhere in a packet of global memory: packets are copied whole, and a
+// row starts as far behind its place in shared memory.
 struct MaskStrip {
   GmemPtr<const MaskElement> gmem;  // of the batch and head
   SmemPtr<MaskElement> smem;        // the warp's own
   int n_block_begin;                // there is no key tile before it
 
-  // Starts copying a key tile's part; zeros past the sequences' ends. Packets where all rows are
-  // aligned for them, else element by element.
+  // Elements between the start of a packet and that of a row, the same for every key tile, and for
+  // a lane's two rows, which are 8 apart.
+  FC_DEVICE int shift(const AttnParams& p, int row) const {
+    if constexpr (MASK_IS_SHIFTED) {
+      const auto start = gmem + (MASK_IS_ROW ? 0 : row * p.mask_row_stride);
+      return misalignment<MASK_LOAD_BYTES>(start) / MASK_ELEMENT_BYTES;
+    } else {
+      return 0;
+    }
+  }
+
+  // Starts copying a packet of a key tile's part, or copies two elements that are no neighbours;
+  // zeros past the sequences' ends.
+  template <bool IS_FRONT>
+  FC_DEVICE void fetch_packet(const AttnParams& p, int row_begin, int n_block, int row,
+                              int col) const {
+    const int key = n_block * BLOCK_N + col - shift(p, row_begin + row);
+    const bool row_exists = MASK_IS_ROW || row_begin + row < p.seqlen_q;
+    const int count = row_exists ? p.seqlen_k - key : 0;  // that exist, or more
+    const auto dst = smem + (row * MASK_STRIDE + col);
+    const auto src = gmem + ((MASK_IS_ROW ? 0 : (row_begin + row) * p.mask_row_stride) +
+                             key * (MASK_IS_SHIFTED ? 1 : p.mask_col_stride));
+    if constexpr (MASK_IN_PACKETS) {
+      if (IS_FRONT && key < 0) {  // before a row's first element there may be no memory
+#pragma unroll
+        for (int i = 0; i < MASK_PACKET; ++i) {
+          MaskElement x = {};
+          if (key + i >= 0 && i < count) x = gmem_load(src + i);
+          smem_store(dst + i, x);
+        }
+      } else {
+        const int valid = max_i(0, min_i(MASK_PACKET, count));
+        cp_async_part<MASK_LOAD_BYTES>(dst, src, valid * MASK_ELEMENT_BYTES);
+      }
+    } else {
+      MaskElement pair[2] = {};
+      if (count > 0) pair[0] = gmem_load(src);
+      if (count > 1) pair[1] = gmem_load(src + p.mask_col_stride);
+      smem_store_packet(dst, mask_pair(pair[0], pair[1]));
+    }
+  }
+
+  // Starts copying a key tile's part. Packets where the elements of a row are neighbours, else
+  // element by element.
   FC_DEVICE void fetch(const AttnParams& p, int row_begin, int n_block) const {
 //@if gate qk pv
     return;
 //@end
     if (n_block < n_block_begin) return;
-    constexpr bool IN_PACKETS = MASK_LOAD_BYTES >= 4;
-    constexpr int PACKET = IN_PACKETS ? MASK_LOAD_BYTES / MASK_ELEMENT_BYTES : 2;  // elements
-    constexpr int PACKETS_PER_ROW = BLOCK_N / PACKET;
+    constexpr int PACKETS_PER_ROW = BLOCK_N / MASK_PACKET;
     constexpr int PACKETS = MASK_ROWS * PACKETS_PER_ROW;
+    constexpr int FRONT = MASK_IS_SHIFTED ? MASK_PACKET : 0;  // elements of a packet more
+    constexpr int UNROLL = MASK_IS_SHIFTED ? 2 : MASK_IN_PACKETS ? 4 : 8;  // more would spill
     const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live on
-#pragma unroll IN_PACKETS ? 4 : 8
+#pragma unroll UNROLL
     for (int first = 0; first < PACKETS; first += 32) {
       const int packet = first + lane;
       if (PACKETS % 32 != 0 && packet >= PACKETS) break;
       const int row = packet / PACKETS_PER_ROW;
-      const int col = packet % PACKETS_PER_ROW * PACKET;
-      const int key = n_block * BLOCK_N + col;
-      const bool row_exists = MASK_IS_ROW || row_begin + row < p.seqlen_q;
-      const int count = row_exists ? p.seqlen_k - key : 0;  // that exist, or more
-      const auto dst = smem + (row * MASK_STRIDE + col);
-      const auto src = gmem + ((MASK_IS_ROW ? 0 : (row_begin + row) * p.mask_row_stride) +
-                               key * p.mask_col_stride);
-      if constexpr (IN_PACKETS) {
-        const int valid = max_i(0, min_i(PACKET, count));
-        cp_async_part<MASK_LOAD_BYTES>(dst, src, valid * MASK_ELEMENT_BYTES);
-      } else {
-        MaskElement pair[2] = {};
-        if (count > 0) pair[0] = gmem_load(src);
-        if (count > 1) pair[1] = gmem_load(src + p.mask_col_stride);
-        smem_store_packet(dst, mask_pair(pair[0], pair[1]));
-      }
+      const int col = FRONT + packet % PACKETS_PER_ROW * MASK_PACKET;
+      fetch_packet<false>(p, row_begin, n_block, row, col);
     }
+    if (FRONT > 0 && lane < MASK_ROWS) fetch_packet<true>(p, row_begin, n_block, lane, 0);
     cp_async_commit();
   }
 
@@ -90,14 +133,15 @@ struct MaskStrip {
     warp_sync();  // orders every lane's arrived copies before the reads below
     const int lane = opaque(lane_idx());
     const int first_row = MASK_IS_ROW ? 0 : accum_row(lane, 0);
-    const auto own = smem + (first_row * MASK_STRIDE + accum_col(lane, 0));
+    const int first_col = accum_col(lane, 0) + shift(p, row_begin + first_row);
+    const auto own = smem + (first_row * MASK_STRIDE + first_col);
 #pragma unroll
     for (int n = 0; n < NUM_FRAGS; ++n) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         const int row = MASK_IS_ROW ? 0 : accum_row(0, i);
         const auto element = own + (row * MASK_STRIDE + n * 16 + accum_col(0, i));
-        const auto pair = smem_load_packet<2 * MASK_ELEMENT_BYTES>(element);
+        const auto pair = load_pair(element);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           add_mask(scores[n].x[i + j], mask_element<MaskElement>(pair, j));
