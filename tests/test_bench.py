@@ -16,7 +16,7 @@ import flashcore
 from flashcore.bench import libraries, peers, report, run
 from flashcore.bench.libraries import Library
 from flashcore.bench.summary import summarize
-from flashcore.bench.timing import Timing
+from flashcore.bench.timing import Timing, orders
 from flashcore.bench.workloads import GROUPS, Workload
 
 OPTIONS = [
@@ -182,6 +182,15 @@ def test_peers_that_cannot_be_imported_are_named(monkeypatch: pytest.MonkeyPatch
     assert "triton cannot be imported" in reasons["flex"]
     document = {"results": [], "left_out": left_out}
     assert any(line.startswith("flex: triton cannot") for line in report.skipped(document))
+
+
+def test_every_round_has_all_libraries_in_an_order_of_its_own() -> None:
+    names = ["a", "b", "c", "d"]
+    rounds = list(orders(names, 9))
+    assert all(sorted(names_of_round) == names for names_of_round in rounds)
+    assert len({tuple(names_of_round) for names_of_round in rounds}) > 4
+    assert len({names_of_round[0] for names_of_round in rounds}) > 2
+    assert rounds == list(orders(names, 9))
 
 
 def test_libraries_can_be_left_out() -> None:

@@ -101,10 +101,13 @@ def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
     assert params_sm90.grid_size(full, plan, 3) == 3 * plan.min_blocks
     for heads, seqlen, block_m, num_blocks, in_a_group in (
         (4, 640, 64, 5, 4),  # all K and V fit
-        (1024, 512, 64, 132, 32),  # as many as fit
-        (64, 4096, 64, 132, 4),
-        (64, 4096, 128, 396, 8),  # more, for the blocks to have work
-        (64, 4096, 192, 132, 6),
+        (64, 512, 64, 132, 64),  # as many as fit
+        (1024, 512, 64, 132, 32),  # half as many in a long run
+        (16, 4096, 64, 396, 8),
+        (16, 4096, 128, 396, 12),  # more, for every block to have a row tile
+        (64, 4096, 128, 132, 4),
+        (64, 4096, 128, 300, 6),  # 0.6 row tiles a block
+        (64, 4096, 192, 132, 8),
         (4, 64 * 1024, 128, 132, 1),  # one alone is too much
     ):
         long = dataclasses.replace(causal, batch=1, num_heads_q=heads, num_heads_kv=heads)
@@ -146,7 +149,7 @@ def test_a_mask_row_for_all_queries_leaves_registers_for_wide_tiles() -> None:
     assert masked(4096).block_m == 64
     assert masked(4096).mask_load_bytes == 16
     assert masked(4096, width=4097).block_m == 128  # more registers a thread, to load through
-    assert masked(4096, width=4097).mask_load_bytes == 4
+    assert masked(4096, width=4097).mask_load_bytes == 8
     assert masked(4096, width=4097).mask_is_shifted
     assert masked(4096, width=4100).mask_load_bytes == 4
     assert not masked(4096, width=4100).mask_is_shifted

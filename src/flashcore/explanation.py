@@ -183,8 +183,8 @@ def _notes(
     if isinstance(plans[0], Sm90Plan) and problem.mask and plans[0].mask_is_shifted:
         notes.append(
             f"the mask's rows are aligned to {problem.mask.load_bytes} bytes only: they are copied "
-            "4 bytes at a time and read element by element; rows that start 16 bytes apart, or a "
-            "multiple of that, are faster"
+            f"{plans[0].mask_load_bytes} bytes at a time and read element by element; rows that "
+            "start 16 bytes apart, or a multiple of that, are faster"
         )
     elif isinstance(plans[0], Sm90Plan) and problem.mask and plans[0].mask_load_bytes < 4:
         notes.append(

@@ -84,24 +84,30 @@ def scratch_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
 
 # What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half
 # keeps a copy of what its SMs read; two groups are under way at a time, and q and out pass through.
-_GROUP_BYTES = 4 << 20
-# Row tiles a block that a group has at least; fewer leave blocks without work (docs/ladder.md).
-_TILES_A_BLOCK = 0.6
-_TILES_OF_192_A_BLOCK = 0.95
+_GROUP_BYTES = 8 << 20
+# In a long run of tiles of at most 128 rows smaller groups are better, which mix long and short
+# tiles; in a short one the last group would leave blocks without work (docs/ladder.md).
+_LONG_RUN = 6  # row tiles a block
+_SMALL_GROUP_BYTES = 4 << 20
+_SMALL_GROUP = 0.6  # row tiles a block, at least
 
 
 def heads_per_group(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
     """Query heads whose row tiles `num_blocks` blocks draw together under a right bound
-    (tile/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and enough to keep the
-    blocks busy."""
+    (tile/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and enough row
+    tiles to keep the blocks busy."""
     problem = as_launched(problem, plan)
     num_heads = problem.num_heads_q * problem.batch
     heads_of_kv = problem.num_heads_q // problem.num_heads_kv
     bytes_of_kv = _ELEMENT_BYTES * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     tiles_of_kv = max(1, heads_of_kv * -(-problem.seqlen_q // plan.block_m))
-    share = _TILES_OF_192_A_BLOCK if plan.block_m > 128 else _TILES_A_BLOCK
-    enough = math.ceil(share * num_blocks / tiles_of_kv)
-    num_kv = max(1, _GROUP_BYTES // max(1, bytes_of_kv), enough)
+    if plan.block_m <= 128 and tiles_of_kv * problem.num_heads_kv * problem.batch >= (
+        _LONG_RUN * num_blocks
+    ):
+        most_bytes, enough = _SMALL_GROUP_BYTES, math.ceil(_SMALL_GROUP * num_blocks / tiles_of_kv)
+    else:
+        most_bytes, enough = _GROUP_BYTES, round(num_blocks / tiles_of_kv)
+    num_kv = max(1, most_bytes // max(1, bytes_of_kv), enough)
     return min(num_heads, heads_of_kv * num_kv)
 
 

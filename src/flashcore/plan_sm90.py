@@ -222,8 +222,10 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         # Few kinds, as each is compiled: lengths of all remainders meet the same three.
         load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
         is_shifted = load_bytes < 4 and mask.strides[3] == 1
+        if is_shifted:
+            load_bytes = 8 * tiles_sm90.MASK_ELEMENT_BYTES[mask.dtype]
         fields |= {
-            "mask_load_bytes": 4 if is_shifted else load_bytes,
+            "mask_load_bytes": load_bytes,
             "mask_is_row": mask.strides[2] == 0,
             "mask_is_shifted": is_shifted,
         }

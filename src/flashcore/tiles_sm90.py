@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 ARCH = 90
 NUM_SMS = 132
 ROWS_OF_CONSUMER = 64
-_MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
 
 
@@ -25,7 +25,7 @@ def chunk_of(head_dim: int, head_dim_v: int) -> int:
 
 def mask_bytes(dtype: str, is_row: bool, block_n: int) -> int:
     """Shared memory of one consumer for a mask tensor's elements."""
-    element = _MASK_ELEMENT_BYTES[dtype]
+    element = MASK_ELEMENT_BYTES[dtype]
     row = block_n + (16 if element == 1 else 8)
     return 4 * (1 if is_row else 16) * row * element
 
@@ -157,10 +157,7 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
     is_aligned = mask is None or mask.load_bytes == 16
     num_64 = _num_row_tiles(problem, 64)
     if dim <= 64:
-        if has_rows:
-            if not is_aligned and num_64 >= 2 * NUM_SMS:
-                yield Tile(128, 128, ping_pong=True)
-        elif mask is None or not has_softcap:
+        if not has_rows and (mask is None or not has_softcap):
             many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
             if many_192 and not has_softcap and not bounded and is_aligned and keys >= 1024:
                 yield Tile(192, 128, ping_pong=True)
@@ -171,7 +168,7 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
     elif dim <= 128:
         if 4 * _num_row_tiles(problem, 128) >= 3 * NUM_SMS:
             if number != "float32":
-                yield Tile(128, 128, ping_pong=has_softcap)
+                yield Tile(128, 128, ping_pong=has_softcap or not is_aligned)
             yield Tile(128, 80, ping_pong=True)
         yield Tile(64, 64, min_blocks=2)
     elif dim <= 192:

@@ -106,7 +106,8 @@ def run(
         "cpu": machine.cpu_name(),
         "versions": machine.versions(),
         "method": (
-            f"CUDA graph replays, libraries in turn, median of {rounds} rounds, warm L2"
+            "CUDA graph replays, libraries in a new order every round, "
+            f"median of {rounds} rounds, warm L2"
             if on_gpu
             else f"one call a round, libraries in turn, median of {rounds} rounds"
         ),

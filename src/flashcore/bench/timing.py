@@ -2,15 +2,17 @@
 
 A graph holds many calls, so the host's launch cost does not show and what is measured is the
 kernel's time, including gaps between dependent kernels. The libraries' replays take turns in every
-round: clocks and temperature drift over a run, and this way they drift for everybody alike.
+round, in a new order: clocks and temperature drift over a run, and a GPU at its power limit is the
+faster the less the library before has heated it. This way that happens to everybody alike.
 """
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -64,12 +66,12 @@ def time_on_gpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing 
                 results[name] = _reason(error, caught)
                 torch.cuda.synchronize()
     samples: dict[str, list[float]] = {name: [] for name in captured}
-    for _ in range(rounds):
-        for name, entry in captured.items():
+    for order in orders(list(captured), rounds):
+        for name in order:
             if name in results:
                 continue
             try:
-                samples[name].append(_replay_seconds(entry))
+                samples[name].append(_replay_seconds(captured[name]))
             except Exception as error:  # such as no memory left for the graph to be set up
                 results[name] = first_line(error)
                 del samples[name]
@@ -77,6 +79,13 @@ def time_on_gpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing 
     for name, values in samples.items():
         results[name] = Timing(statistics.median(values), tuple(values), eager[name])
     return results
+
+
+def orders(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
+    """All names once a round, in an order that differs from round to round, not from run to run."""
+    shuffle = random.Random(0)
+    for _ in range(rounds):
+        yield shuffle.sample(names, len(names))
 
 
 def quick_seconds(call: Call, replays: int = 3) -> float:
