@@ -8,7 +8,7 @@ import dataclasses
 import pytest
 import torch
 
-from flashcore import params_sm90, plan_sm90
+from flashcore import params_sm90, plan_sm90, tiles_sm90
 from flashcore.dispatch import choose_backend
 from flashcore.plan import select_plan
 from flashcore.plan_sm90 import Sm90Plan
@@ -132,6 +132,16 @@ def test_parameters_describe_the_tensors() -> None:
     assert (params.num_heads, params.heads_per_group) == (4, 4)
 
 
+def test_rows_are_fetched_in_few_pieces() -> None:
+    of = {dim: tiles_sm90.chunk_of(dim, dim) for dim in range(8, 257, 8)}
+    assert of[32] == of[80] == of[96] == 32  # 64 would pad them further
+    assert of[40] == of[64] == of[112] == of[176] == 64
+    assert (of[72], of[136]) == (64, 32)  # rows of 144 bytes: worth the padding, if there is room
+    assert tiles_sm90.chunk_of(40, 72) == tiles_sm90.chunk_of(96, 104) == 64
+    many = problem(heads=64, seqlen=1024, head_dim=72, head_dim_v=72)
+    assert (select_plan(many).block_m, select_plan(many).block_n) == (192, 96)
+
+
 def masked(
     rows: int, dtype: torch.dtype = torch.bool, width: int = 4096, **options: object
 ) -> Sm90Plan:
@@ -148,7 +158,7 @@ def test_a_mask_row_for_all_queries_leaves_registers_for_wide_tiles() -> None:
     assert masked(1).mask_is_row
     assert masked(4096).block_m == 64
     assert masked(4096).mask_load_bytes == 16
-    assert masked(4096, width=4097).block_m == 128  # more registers a thread, to load through
+    assert masked(4096, width=4097).block_m == 64
     assert masked(4096, width=4097).mask_load_bytes == 8
     assert masked(4096, width=4097).mask_is_shifted
     assert masked(4096, width=4100).mask_load_bytes == 4

@@ -21,7 +21,8 @@ SEEDS_OF_A_FAMILY = 50
 
 # name -> (tile, what is fixed). Between them: one to three consumers, taking turns or not, O
 # through a buffer of its own or Q's, both swizzles, every mask kind, both windows, softcap, empty
-# rows; keys shared by two consumers, of which one may have none.
+# rows; column chunks of which a part is padding; keys shared by two consumers, of which one may
+# have none.
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({"block_m": 128, "ping_pong": True}, {}),
     "causal": (
@@ -42,12 +43,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     "narrow-chunks": (
         {"block_m": 128, "ping_pong": False, "block_n": 64},
-        {"head_dim": 96, "head_dim_v": 96, "causal": "lower_right"},
+        {"head_dim": 96, "head_dim_v": 80, "causal": "lower_right"},
     ),
     "shared-keys": ({"block_m": 64, "key_splits": 2, "num_stages": 4}, {"dtype": "bfloat16"}),
     "shared-keys-causal": (
         {"block_m": 64, "key_splits": 2, "num_stages": 4, "lazy_rescale": False},
-        {"causal": "lower_right", "head_dim": 40, "head_dim_v": 96},
+        {"causal": "lower_right", "head_dim": 40, "head_dim_v": 72},
     ),
     "shared-keys-window": (
         {"block_m": 64, "key_splits": 2, "num_stages": 6},

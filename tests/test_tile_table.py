@@ -110,6 +110,7 @@ def test_the_fastest_tile_of_the_cell_is_chosen(ship: Any) -> None:
         problem(head_dim=96),
         problem(head_dim_v=64),
         problem(head_dim=256, head_dim_v=8),
+        problem(head_dim=120, head_dim_v=120),  # rows that start inside of a sector
         dataclasses.replace(problem(), varlen="keys"),
         dataclasses.replace(problem(), load_bytes=4),
         problem(seqlen=1, seqlen_k=4096, causal=False),

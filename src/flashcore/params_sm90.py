@@ -76,7 +76,7 @@ def scratch_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
     rows = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
     num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
     return {
-        "split_out": (*rows, -(-p.head_dim_v // plan.chunk) * plan.chunk),
+        "split_out": (*rows, plan.out_cols),
         "split_stats": (*rows, 2),
         "tile_counter": (num_groups,),
     }

@@ -88,6 +88,11 @@ class Sm90Plan(Plan):
         return tiles_sm90.chunk_of(self.head_dim, self.head_dim_v)
 
     @property
+    def out_cols(self) -> int:
+        """Columns of O that are computed: products have 16 of them."""
+        return -(-self.head_dim_v // 16) * 16
+
+    @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: Q, `num_stages` tiles of K and V, O, what consumers
         hand over, barriers."""
@@ -97,7 +102,7 @@ class Sm90Plan(Plan):
         elements = self.block_m * (qk_cols + (v_cols if self.separate_o and not is_split else 0))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
-        shares = (self.key_splits - 1) * (v_cols // 2 + 4) * 128 * 4
+        shares = (self.key_splits - 1) * (self.out_cols // 2 + 4) * 128 * 4
         feed = _FEED_BYTES if self.varlen == "packed" else _SPLIT_BYTES * is_split
         shares += self.mask_bytes
         num_barriers = 2 * self.block_m // tiles_sm90.ROWS_OF_CONSUMER + 4 * self.num_stages
@@ -155,6 +160,7 @@ class Sm90Plan(Plan):
             "PING_PONG": self.ping_pong,
             "LAZY_RESCALE": self.lazy_rescale,
             "SEPARATE_O": self.separate_o,
+            "CHUNK": self.chunk,
             "KEY_SPLITS": self.key_splits,
             "SPLIT_KEYS": self.num_splits > 1,
             "OVERLAPS": self.overlaps,

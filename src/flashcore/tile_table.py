@@ -23,6 +23,7 @@ from typing import Any
 from flashcore import env
 from flashcore.plan import Plan
 from flashcore.problem import Problem
+from flashcore.tiles_sm90 import splits_sectors
 from flashcore.tune.space import Tile, with_tile
 
 _SCHEMA = 1
@@ -167,12 +168,13 @@ def options_of(problem: Problem) -> list[str]:
 
 def class_of(problem: Problem) -> str:
     """Problems whose cells are compared: the same options, and head_dims that round up to the same
-    of HEAD_DIMS. "" where head_dim and head_dim_v do not: no table serves it."""
+    of HEAD_DIMS. "" where head_dim and head_dim_v do not, or where reading them takes so much more
+    that other tiles are best: no table serves it."""
     dims = {
         next((known for known in HEAD_DIMS if known >= dim), 0)
         for dim in (problem.head_dim, problem.head_dim_v)
     }
-    if len(dims) > 1 or 0 in dims:
+    if len(dims) > 1 or 0 in dims or splits_sectors(problem.head_dim, problem.head_dim_v):
         return ""
     return " ".join([f"D{dims.pop()}", *options_of(problem)])
 

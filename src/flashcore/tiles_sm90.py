@@ -18,9 +18,18 @@ MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
 
 
+def splits_sectors(head_dim: int, head_dim_v: int) -> bool:
+    """Whether rows start inside of a 32-byte sector, so that every piece of one that TMA fetches
+    takes an access more; of those that have several pieces and rules of their own."""
+    is_odd = head_dim % 16 != 0 or head_dim_v % 16 != 0
+    return is_odd and 64 < max(head_dim, head_dim_v) <= 128
+
+
 def chunk_of(head_dim: int, head_dim_v: int) -> int:
-    """Columns of a tile that lie together in shared memory."""
-    return 64 if head_dim % 64 == 0 and head_dim_v % 64 == 0 else 32
+    """Columns of a tile that lie together in shared memory, and that TMA fetches of a row at once:
+    64 where that pads a tile no more than 32 would, or halves accesses that bound the kernel."""
+    of_64, of_32 = (-(-head_dim // size) - (-head_dim_v // size) for size in (64, 32))
+    return 64 if 2 * of_64 == of_32 or splits_sectors(head_dim, head_dim_v) else 32
 
 
 def mask_bytes(dtype: str, is_row: bool, block_n: int) -> int:
@@ -76,7 +85,8 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     if problem.mask is not None:
         room -= mask_bytes(problem.mask.dtype, problem.mask.strides[2] == 0, block_n)
     stage = 2 * block_n * sum(dims)
-    num_stages = max(2, min(-(-_STREAMED_BYTES // stage), room // stage))
+    read = 2 * block_n * (problem.head_dim + problem.head_dim_v)  # of a stage: the rest is padding
+    num_stages = max(2, min(-(-_STREAMED_BYTES // read), room // stage))
     return _split_keys(problem, Tile(64, block_n, num_stages=num_stages), folded)
 
 
@@ -131,6 +141,8 @@ def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
         yield Tile(64, 128, min_blocks=2)
         yield Tile(128, 128, ping_pong=True)
     elif dim <= 128:
+        if many_192 and splits_sectors(problem.head_dim, problem.head_dim_v) and keys >= 512:
+            yield Tile(192, 96 if dim <= 96 else 80, ping_pong=True)  # TMA's accesses bound it
         if many_192 and keys >= 4096:
             yield Tile(192, 80, ping_pong=True)
         if 4 * _num_row_tiles(problem, 128) >= 3 * NUM_SMS:

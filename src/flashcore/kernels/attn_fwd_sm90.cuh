@@ -155,7 +155,7 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_s
   const WgmmaDesc q_desc = wgmma_desc<CHUNK_BYTES>(q_smem, 0);
   const WgmmaDesc k_desc = wgmma_desc<CHUNK_BYTES>(k_smem, 0) + stage * (K_ELEMENTS * 2);
 #pragma unroll
-  for (int d = 0; d < QK_CHUNKS * CHUNK; d += 16) {
+  for (int d = 0; d < HEAD_DIM; d += 16) {
     const int chunk = d / CHUNK;
     const int col_bytes = d % CHUNK * 2;
     wgmma_ss<Element>(scores, q_desc + (chunk * 64 * CHUNK_BYTES + col_bytes),

@@ -11,14 +11,13 @@ struct AttnSm90Params {
   TileSchedule schedule;
 };
 
-// A tile in shared memory is a row of column chunks, each all rows x CHUNK elements, in rows of
-// CHUNK_BYTES that TMA swizzles. Columns past head_dim are zeros that TMA fills in.
-constexpr int CHUNK = HEAD_DIM % 64 == 0 && HEAD_DIM_V % 64 == 0 ? 64 : 32;
+// A tile in shared memory is a row of column chunks, each all rows x CHUNK (32 or 64) elements, in
+// rows of CHUNK_BYTES that TMA swizzles. Columns past head_dim are zeros that TMA fills in.
 constexpr int CHUNK_BYTES = CHUNK * 2;
 constexpr int QK_CHUNKS = (HEAD_DIM + CHUNK - 1) / CHUNK;
 constexpr int V_CHUNKS = (HEAD_DIM_V + CHUNK - 1) / CHUNK;
 constexpr int KEY_FRAGS = BLOCK_N / 16;
-constexpr int OUT_FRAGS = V_CHUNKS * CHUNK / 16;
+constexpr int OUT_FRAGS = (HEAD_DIM_V + 15) / 16;  // the last chunk's other columns are padding
 
 constexpr int Q_ELEMENTS = BLOCK_M * QK_CHUNKS * CHUNK;
 constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;

@@ -111,7 +111,8 @@ struct MaskStrip {
     constexpr int PACKETS_PER_ROW = BLOCK_N / MASK_PACKET;
     constexpr int PACKETS = MASK_ROWS * PACKETS_PER_ROW;
     constexpr int FRONT = MASK_IS_SHIFTED ? MASK_PACKET : 0;  // elements of a packet more
-    constexpr int UNROLL = MASK_IS_SHIFTED ? 2 : MASK_IN_PACKETS ? 4 : 8;  // more would spill
+    // More would spill. Host compilers do not unroll.
+    [[maybe_unused]] constexpr int UNROLL = MASK_IS_SHIFTED ? 2 : MASK_IN_PACKETS ? 4 : 8;
     const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live on
 #pragma unroll UNROLL
     for (int first = 0; first < PACKETS; first += 32) {
