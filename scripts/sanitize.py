@@ -51,9 +51,12 @@ CASES = (
     Case(mask="bool", seqlen_q=70, seqlen_k=90),
     Case(mask="padding", batch=2, seqlen_q=70, seqlen_k=70),
     Case(mask="additive", seqlen_q=70, seqlen_k=90, causal="lower_right"),
+    Case(mask="bool", seqlen_q=70, seqlen_k=91),  # mask rows that start anywhere
+    Case(mask="additive", seqlen_q=70, seqlen_k=93, causal="lower_right"),
     Case(num_heads_q=4, num_heads_kv=1, seqlen_q=70, seqlen_k=70),
     Case(head_dim=40, head_dim_v=24, seqlen_q=70, seqlen_k=70),  # not multiples of 16
     Case(head_dim=96, head_dim_v=64, seqlen_q=70, seqlen_k=70),
+    Case(head_dim=72, head_dim_v=72, seqlen_q=130, seqlen_k=130, causal="lower_right"),
     Case(head_dim=128, head_dim_v=128, seqlen_q=100, seqlen_k=100, causal="lower_right"),
     Case(head_dim=256, head_dim_v=256, seqlen_q=70, seqlen_k=70),
     Case(dtype="bfloat16", seqlen_q=100, seqlen_k=100),
