@@ -200,6 +200,10 @@ FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
   if (SEPARATE_O && lane_idx() == 0) mbar_arrive(bar.q_empty + c.row_group);
 }
 
+// Right after its last Q K^T, so that the next Q arrives under softmax, P V and the store. To know
+// which is the last takes a register, which must be there.
+constexpr bool RELEASES_Q_EARLY = !SPLIT_KEYS && !HAS_SOFTCAP && MASK_KIND == 0;
+
 // One key tile: S = Q K^T, and (unless FIRST) P V of the tile visited before it, are under way
 // together; then the softmax of S.
 //@if gate qk softmax
@@ -229,8 +233,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   wgmma_wait<OVERLAP ? 1 : 0>();
   wgmma_hold(scores);
   release(bar.k_empty, c.k_state);
-  // Of the last key tile: the next Q arrives under its softmax, its P V and the store.
-  if (n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
+  if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
 //@if gate qk
   gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
   ++c.k_state.count;
@@ -402,7 +405,8 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
           key_tile<false, true>(c, own, bar, smem, n_block, begin);
         }
       }
-    } else {
+    }
+    if (!RELEASES_Q_EARLY || !sees_keys) {
       warp_sync();  // lanes may still wait for q_full, whose next phase must not pass them
       release_q(c, bar);
     }

@@ -14,8 +14,7 @@ _SCORES_WAIT = """\
   release(bar.k_empty, c.k_state);
 """
 _Q_RELEASE = """\
-  // Of the last key tile: the next Q arrives under its softmax, its P V and the store.
-  if (n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
+  if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
 """
 _OUTPUT_WAIT = """\
     if (OVERLAP) wgmma_wait<0>();
