@@ -89,7 +89,9 @@ def _is_legal_sm90(plan: Sm90Plan) -> bool:
         plan.num_splits > 1 and (plan.varlen == "packed" or not plan.separate_o)
     ):
         return False
-    if plan.block_n > 256 or (plan.ping_pong and plan.num_consumers == 1):
+    # Turns are given for every key tile of a block; consumers that share keys have their own.
+    takes_turns = plan.num_consumers > 1 and plan.key_splits == 1
+    if plan.block_n > 256 or (plan.ping_pong and not takes_turns):
         return False
     if not plan.separate_o and plan.head_dim_v > plan.head_dim:
         return False
