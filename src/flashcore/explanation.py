@@ -180,22 +180,29 @@ def _notes(
             f"{which} of q that share one of k and v are rows of one row tile"
             + ("; q is copied for that" if with_copied_q(problem) else "")
         )
-    if isinstance(plans[0], Sm90Plan) and problem.mask and plans[0].mask_is_shifted:
+    if isinstance(plans[0], Sm90Plan):
+        notes += _notes_sm90(problem, plans[0])
+    if problem.causal != "none" and problem.window_right == -1:
+        notes.append("causality hides no key at these lengths, so the kernel does not test for it")
+    return notes
+
+
+def _notes_sm90(problem: Problem, plan: Sm90Plan) -> list[str]:
+    notes = []
+    if problem.mask and plan.mask_is_shifted:
         notes.append(
             f"the mask's rows are aligned to {problem.mask.load_bytes} bytes only: they are copied "
-            f"{plans[0].mask_load_bytes} bytes at a time and read element by element; rows that "
+            f"{plan.mask_load_bytes} bytes at a time and read element by element; rows that "
             "start 16 bytes apart, or a multiple of that, are faster"
         )
-    elif isinstance(plans[0], Sm90Plan) and problem.mask and plans[0].mask_load_bytes < 4:
+    elif problem.mask and plan.mask_load_bytes < 4:
         notes.append(
             "the mask's keys are no neighbours in memory: its elements are copied one by one; a "
             "contiguous mask is faster"
         )
-    if isinstance(plans[0], Sm90Plan) and plans[0].num_splits > 1:
+    if plan.num_splits > 1:
         notes.append(
-            f"the keys of {num_row_tiles(problem, plans[0])} row tiles are split over "
-            f"{plans[0].num_splits} blocks each, as few rows leave SMs idle; see plan_splits.py"
+            f"the keys of {num_row_tiles(problem, plan)} row tiles are split over "
+            f"{plan.num_splits} blocks each, as few rows leave SMs idle; see plan_splits.py"
         )
-    if problem.causal != "none" and problem.window_right == -1:
-        notes.append("causality hides no key at these lengths, so the kernel does not test for it")
     return notes

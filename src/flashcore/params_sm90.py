@@ -96,14 +96,13 @@ def heads_per_group(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
     """Query heads whose row tiles `num_blocks` blocks draw together under a right bound
     (tile/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and enough row
     tiles to keep the blocks busy."""
+    is_long_run = num_row_tiles(problem, plan) >= _LONG_RUN * num_blocks
     problem = as_launched(problem, plan)
     num_heads = problem.num_heads_q * problem.batch
     heads_of_kv = problem.num_heads_q // problem.num_heads_kv
     bytes_of_kv = _ELEMENT_BYTES * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     tiles_of_kv = max(1, heads_of_kv * -(-problem.seqlen_q // plan.block_m))
-    if plan.block_m <= 128 and tiles_of_kv * problem.num_heads_kv * problem.batch >= (
-        _LONG_RUN * num_blocks
-    ):
+    if plan.block_m <= 128 and is_long_run:
         most_bytes, enough = _SMALL_GROUP_BYTES, math.ceil(_SMALL_GROUP * num_blocks / tiles_of_kv)
     else:
         most_bytes, enough = _GROUP_BYTES, round(num_blocks / tiles_of_kv)

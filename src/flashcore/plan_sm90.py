@@ -37,9 +37,9 @@ class Sm90Plan(Plan):
     output is rescaled only when a maximum moved far; `separate_o`: O leaves through a buffer of its
     own, not through Q's; `key_splits`: consumers that share the keys of 64 rows; `num_splits`:
     blocks that share the keys of a row tile, of which the machine code knows only whether there are
-    any; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 4, or 1 for element by
-    element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows start anywhere in
-    what is copied at once.
+    any; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 8 or 4, or 1 for
+    element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows start
+    anywhere in what is copied at once, 8 elements.
     """
 
     ping_pong: bool = False
@@ -96,8 +96,7 @@ class Sm90Plan(Plan):
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block: Q, `num_stages` tiles of K and V, O, what consumers
         hand over, barriers."""
-        qk_cols = -(-self.head_dim // self.chunk) * self.chunk
-        v_cols = -(-self.head_dim_v // self.chunk) * self.chunk
+        qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
         is_split = self.num_splits > 1  # then O leaves through global memory
         elements = self.block_m * (qk_cols + (v_cols if self.separate_o and not is_split else 0))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
@@ -225,7 +224,7 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     folded = fields["folds_heads"]
     mask = (fold_heads(problem, folded) if folded else problem).mask
     if mask is not None:
-        # Few kinds, as each is compiled: lengths of all remainders meet the same three.
+        # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
         load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
         is_shifted = load_bytes < 4 and mask.strides[3] == 1
         if is_shifted:

@@ -32,6 +32,12 @@ def chunk_of(head_dim: int, head_dim_v: int) -> int:
     return 64 if 2 * of_64 == of_32 or splits_sectors(head_dim, head_dim_v) else 32
 
 
+def padded_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """Columns of a tile of q or k and of one of v, whole chunks."""
+    chunk = chunk_of(head_dim, head_dim_v)
+    return -(-head_dim // chunk) * chunk, -(-head_dim_v // chunk) * chunk
+
+
 def mask_bytes(dtype: str, is_row: bool, block_n: int) -> int:
     """Shared memory of one consumer for a mask tensor's elements."""
     element = MASK_ELEMENT_BYTES[dtype]
@@ -75,8 +81,7 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     """Of rows so few that reading K and V is all there is to do: one consumer, and 96 KB of stages
     under way, or 64 KB a block where two are on an SM. More is slower: 192 KB by 2 to 7 %, at each
     head_dim (docs/ladder.md). An SM's 33 GB/s over 1 us of latency are 32 KB."""
-    chunk = chunk_of(problem.head_dim, problem.head_dim_v)
-    dims = [-(-dim // chunk) * chunk for dim in (problem.head_dim, problem.head_dim_v)]
+    dims = padded_dims(problem.head_dim, problem.head_dim_v)
     narrow = max(dims) <= 64
     block_n = 128 if narrow else 64
     if narrow and problem.mask is None:
@@ -167,13 +172,12 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
     has_rows = mask is not None and mask.strides[2] != 0
     number = mask.dtype if mask is not None and has_rows and mask.dtype != "bool" else None
     is_aligned = mask is None or mask.load_bytes == 16
-    num_64 = _num_row_tiles(problem, 64)
     if dim <= 64:
         if not has_rows and (mask is None or not has_softcap):
             many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
             if many_192 and not has_softcap and not bounded and is_aligned and keys >= 1024:
                 yield Tile(192, 128, ping_pong=True)
-            if num_64 >= (3 if bounded else 6) * NUM_SMS:
+            if _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS:
                 yield Tile(64, 64, min_blocks=3)
         yield Tile(64, 128, min_blocks=2)
         yield Tile(64, 64, min_blocks=2)

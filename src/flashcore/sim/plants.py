@@ -42,6 +42,11 @@ class Plant:
     plan: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
+def by_name(*plants: Plant) -> dict[str, Plant]:
+    """Plants as `--plant` finds them."""
+    return {plant.name: plant for plant in plants}
+
+
 _KERNEL = "attn_fwd_wmma.cuh"
 _PV_LOOP = """\
 #pragma unroll
@@ -169,4 +174,4 @@ _ALL = (
     ),
 )
 
-PLANTS: dict[str, Plant] = {plant.name: plant for plant in _ALL}
+PLANTS = by_name(*_ALL)

@@ -2,108 +2,105 @@
 
 from __future__ import annotations
 
-from flashcore.sim.plants import Plant
+from flashcore.sim.plants import Plant, by_name
 
 _TILE = "tile/mask_tile_sm90.cuh"
 _SHIFTED = {"mask_is_shifted": True}
 
-PLANTS_MASK_SM90: dict[str, Plant] = {
-    plant.name: plant
-    for plant in (
-        Plant(
-            name="mask-not-awaited",
-            title="mask elements are read while their copies are under way",
-            file=_TILE,
-            find="    cp_async_wait<0>();",
-            replace="",
-            caught_by="async-pending",
-            or_by=("race",),
-        ),
-        Plant(
-            name="mask-of-other-lanes",
-            title="lanes do not wait for what other lanes have copied",
-            file=_TILE,
-            find="    warp_sync();  // orders every lane's arrived copies before the reads below",
-            replace="",
-            caught_by="race",
-            or_by=("uninitialized-read",),  # of the first tile
-        ),
-        Plant(
-            name="mask-overwritten",
-            title="the next mask tile is copied over the one that other lanes still read",
-            file=_TILE,
-            find="    warp_sync();  // orders them before the next copies",
-            replace="",
-            caught_by="race",
-        ),
-        Plant(
-            name="mask-past-end",
-            title="the last packet of a row is copied whole",
-            file=_TILE,
-            find="max_i(0, min_i(MASK_PACKET, count));",
-            replace="count > 0 ? MASK_PACKET : 0;",
-            caught_by="out-of-bounds",
-        ),
-        Plant(
-            name="mask-row-mixed-up",
-            title="a lane's second row gets the mask of the first",
-            file=_TILE,
-            find="const int row = MASK_IS_ROW ? 0 : accum_row(0, i);",
-            replace="const int row = 0;",
-            caught_by="wrong-result",
-        ),
-        Plant(
-            name="mask-one-tile-late",
-            title="a mask tile is that of the key tile before",
-            file=_TILE,
-            find="const int key = n_block * BLOCK_N + col",
-            replace="const int key = (n_block + KEY_SPLITS) * BLOCK_N + col",
-            caught_by="wrong-result",
-        ),
-        Plant(
-            name="mask-front-whole",
-            title="the packet that a row starts in is copied whole",
-            file=_TILE,
-            find="if (IS_FRONT && key < 0) {",
-            replace="if (false) {",
-            caught_by="out-of-bounds",
-            plan=_SHIFTED,
-        ),
-        Plant(
-            name="mask-front-not-copied",
-            title="the packet that a row's part of a key tile starts in is not copied",
-            file=_TILE,
-            find="if (FRONT > 0 && lane < MASK_ROWS)",
-            replace="if (false)",
-            caught_by="uninitialized-read",
-            plan=_SHIFTED,
-        ),
-        Plant(
-            name="mask-unshifted-copies",
-            title="packets are copied from where a row starts, which is inside of one",
-            file=_TILE,
-            find="BLOCK_N + col - shift(p, row_begin + row);",
-            replace="BLOCK_N + col;",
-            caught_by="misaligned",
-            plan=_SHIFTED,
-        ),
-        Plant(
-            name="mask-shift-forgotten",
-            title="a row is read from where it would start if it were aligned",
-            file=_TILE,
-            find="accum_col(lane, 0) + shift(p, row_begin + first_row);",
-            replace="accum_col(lane, 0);",
-            caught_by="wrong-result",
-            plan=_SHIFTED,
-        ),
-        Plant(
-            name="mask-shift-of-another-row",
-            title="all rows of a warp are read as if they were shifted as its first one is",
-            file=_TILE,
-            find="shift(p, row_begin + first_row);",
-            replace="shift(p, row_begin);",
-            caught_by="wrong-result",
-            plan=_SHIFTED,
-        ),
-    )
-}
+PLANTS_MASK_SM90 = by_name(
+    Plant(
+        name="mask-not-awaited",
+        title="mask elements are read while their copies are under way",
+        file=_TILE,
+        find="    cp_async_wait<0>();",
+        replace="",
+        caught_by="async-pending",
+        or_by=("race",),
+    ),
+    Plant(
+        name="mask-of-other-lanes",
+        title="lanes do not wait for what other lanes have copied",
+        file=_TILE,
+        find="    warp_sync();  // orders every lane's arrived copies before the reads below",
+        replace="",
+        caught_by="race",
+        or_by=("uninitialized-read",),  # of the first tile
+    ),
+    Plant(
+        name="mask-overwritten",
+        title="the next mask tile is copied over the one that other lanes still read",
+        file=_TILE,
+        find="    warp_sync();  // orders them before the next copies",
+        replace="",
+        caught_by="race",
+    ),
+    Plant(
+        name="mask-past-end",
+        title="the last packet of a row is copied whole",
+        file=_TILE,
+        find="max_i(0, min_i(MASK_PACKET, count));",
+        replace="count > 0 ? MASK_PACKET : 0;",
+        caught_by="out-of-bounds",
+    ),
+    Plant(
+        name="mask-row-mixed-up",
+        title="a lane's second row gets the mask of the first",
+        file=_TILE,
+        find="const int row = MASK_IS_ROW ? 0 : accum_row(0, i);",
+        replace="const int row = 0;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="mask-one-tile-late",
+        title="a mask tile is that of the key tile before",
+        file=_TILE,
+        find="const int key = n_block * BLOCK_N + col",
+        replace="const int key = (n_block + KEY_SPLITS) * BLOCK_N + col",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="mask-front-whole",
+        title="the packet that a row starts in is copied whole",
+        file=_TILE,
+        find="if (IS_FRONT && key < 0) {",
+        replace="if (false) {",
+        caught_by="out-of-bounds",
+        plan=_SHIFTED,
+    ),
+    Plant(
+        name="mask-front-not-copied",
+        title="the packet that a row's part of a key tile starts in is not copied",
+        file=_TILE,
+        find="if (FRONT > 0 && lane < MASK_ROWS)",
+        replace="if (false)",
+        caught_by="uninitialized-read",
+        plan=_SHIFTED,
+    ),
+    Plant(
+        name="mask-unshifted-copies",
+        title="packets are copied from where a row starts, which is inside of one",
+        file=_TILE,
+        find="BLOCK_N + col - shift(p, row_begin + row);",
+        replace="BLOCK_N + col;",
+        caught_by="misaligned",
+        plan=_SHIFTED,
+    ),
+    Plant(
+        name="mask-shift-forgotten",
+        title="a row is read from where it would start if it were aligned",
+        file=_TILE,
+        find="accum_col(lane, 0) + shift(p, row_begin + first_row);",
+        replace="accum_col(lane, 0);",
+        caught_by="wrong-result",
+        plan=_SHIFTED,
+    ),
+    Plant(
+        name="mask-shift-of-another-row",
+        title="all rows of a warp are read as if they were shifted as its first one is",
+        file=_TILE,
+        find="shift(p, row_begin + first_row);",
+        replace="shift(p, row_begin);",
+        caught_by="wrong-result",
+        plan=_SHIFTED,
+    ),
+)

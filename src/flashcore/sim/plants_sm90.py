@@ -3,7 +3,7 @@ simulator must find each with every seed (tests/test_sim_plants_sm90.py)."""
 
 from __future__ import annotations
 
-from flashcore.sim.plants import PLANTS, Plant
+from flashcore.sim.plants import PLANTS, Plant, by_name
 from flashcore.sim.plants_row_tiles import ROW_TILE_PLANTS
 
 _KERNEL = "attn_fwd_sm90.cuh"
@@ -288,4 +288,4 @@ _ALL = (
     ),
 )
 
-PLANTS_SM90: dict[str, Plant] = {plant.name: plant for plant in (*_ALL, *ROW_TILE_PLANTS)}
+PLANTS_SM90 = by_name(*_ALL, *ROW_TILE_PLANTS)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from flashcore.sim.plants import Plant
+from flashcore.sim.plants import Plant, by_name
 
 _SPLIT = "tile/split_sm90.cuh"
 
@@ -117,4 +117,4 @@ _ALL = (
     ),
 )
 
-PLANTS_SPLIT: dict[str, Plant] = {plant.name: plant for plant in _ALL}
+PLANTS_SPLIT = by_name(*_ALL)

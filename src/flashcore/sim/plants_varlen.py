@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from flashcore.sim.plants import Plant
+from flashcore.sim.plants import Plant, by_name
 
 _SEQUENCE = "tile/sequence.cuh"
 _SCHEDULE = "tile/schedule_varlen.cuh"
@@ -62,7 +62,7 @@ _PORTABLE = (
     ),
 )
 
-PLANTS_VARLEN: dict[str, Plant] = {plant.name: plant for plant in _PORTABLE}
+PLANTS_VARLEN = by_name(*_PORTABLE)
 
 _SM90 = (
     Plant(
@@ -128,4 +128,4 @@ _SM90 = (
     ),
 )
 
-PLANTS_VARLEN_SM90: dict[str, Plant] = {plant.name: plant for plant in _SM90}
+PLANTS_VARLEN_SM90 = by_name(*_SM90)
