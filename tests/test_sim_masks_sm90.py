@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import shlex
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
 from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants_mask import PLANTS_MASK_SM90
+from flashcore.sim.replay import parse_replay
 from plant_checks import check_text, undocumented
 from test_sim_healthy_sm90 import make_plan
 
@@ -155,6 +157,18 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
     plant = PLANTS_MASK_SM90[name]
     is_shifted = plant.plan.get("mask_is_shifted", False)
     check_plant(plant, planted_shifted_mask() if is_shifted else planted_mask())
+
+
+def test_the_replay_command_repeats_the_run() -> None:
+    mask = planted_shifted_mask().expand(1, 4, -1, -1)  # as the replay has it
+    plan = make_plan(problem_of(mask), {"block_m": 128})
+    found = run(mask, 3, plan, PLANTS_MASK_SM90["mask-front-whole"])
+    assert isinstance(found, SimulationError)
+    replay = parse_replay(shlex.split(found.replay)[3:])
+    assert replay.plan == plan
+    with pytest.raises(SimulationError) as again:
+        replay.run()
+    assert str(again.value) == str(found)
 
 
 def test_the_end_of_a_row_that_starts_inside_of_a_packet_is_checked() -> None:

@@ -27,6 +27,8 @@ from flashcore.memory_layout import MaskSpec
 from flashcore.plan import KERNEL, Plan, select_plan
 from flashcore.problem import Problem
 from flashcore.sim.plants import PLANTS, Plant
+from flashcore.sim.plants_causal import PLANTS_CAUSAL_SM90
+from flashcore.sim.plants_mask import PLANTS_MASK_SM90
 from flashcore.sim.plants_sm90 import PLANTS_SM90
 from flashcore.sim.plants_split import PLANTS_SPLIT
 from flashcore.sim.plants_varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -244,7 +246,8 @@ def parse_replay(words: Sequence[str]) -> Replay:
     }
     plan = dataclasses.replace(plan, **changes)
     seed, plant_name = int(take("seed", "0")), take("plant", "")
-    plants = PLANTS | PLANTS_SM90 | PLANTS_SPLIT | PLANTS_VARLEN | PLANTS_VARLEN_SM90
+    plants = PLANTS | PLANTS_SM90 | PLANTS_CAUSAL_SM90 | PLANTS_MASK_SM90
+    plants |= PLANTS_SPLIT | PLANTS_VARLEN | PLANTS_VARLEN_SM90
     if plant_name and plant_name not in plants:
         raise ValueError(f"plant={plant_name!r} is not one of {', '.join(plants)}")
     path = take("inputs", "")
