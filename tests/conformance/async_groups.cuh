@@ -1,6 +1,5 @@
 // cp.async of BYTES bytes in three groups, waited for one after the other; some copies zero-fill
-// and must not read their source, for which the last thread has a null pointer. Of the last group's
-// packets a thread copies the first 0, 1, 2, ... elements, and zeros.
+// and must not read their source, for which the last thread has a null pointer.
 #pragma once
 
 #include "prims.cuh"
@@ -26,12 +25,7 @@ FC_KERNEL(async_groups, 64, 1)(const AsyncGroupsParams p) {
   for (int group = 0; group < 3; ++group) {
     const int place = group * GROUP + thread_idx() * ELEMENTS;
     const GmemPtr<const uint16_t> nowhere = {};
-    if (group < 2) {
-      cp_async<BYTES>(buffer + place, valid ? p.src + place : nowhere, valid);
-    } else {
-      const int count = thread_idx() % (ELEMENTS + 1);
-      cp_async_part<BYTES>(buffer + place, count > 0 ? p.src + place : nowhere, count * 2);
-    }
+    cp_async<BYTES>(buffer + place, valid ? p.src + place : nowhere, valid);
     cp_async_commit();
   }
   cp_async_wait<2>();

@@ -107,10 +107,7 @@ def test_async_copies_arrive_group_by_group_and_zero_fill(run: Runner, size: int
             seed=seed,
         )
         expected = src.clone()
-        expected[:2, ::3] = 0  # every third thread's copies are not valid
-        elements = size // 2
-        count = torch.arange(64)[:, None] % (elements + 1)
-        expected[2] *= torch.arange(elements) < count
+        expected[:, ::3] = 0  # every third thread's copies are not valid
         assert torch.equal(result["dst"], expected)
 
 

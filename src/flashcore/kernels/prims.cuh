@@ -21,8 +21,6 @@
 //                 is_null(p); misalignment<BYTES>(gmem_p): bytes past the last multiple of BYTES
 // async_copy.cuh  cp_async<BYTES>(smem_dst, gmem_src, valid): BYTES in 4, 8, 16; zero-fills the
 //                 destination and does not touch the source when !valid (PTX ISA: cp.async)
-//                 cp_async_part<BYTES>(smem_dst, gmem_src, src_bytes): of a source aligned to BYTES
-//                 the first src_bytes, and zeros behind them; not on sm_75
 //                 cp_async_commit(), cp_async_wait<N>(): own groups of this thread, but newest N
 // sync.cuh        block_sync() (orders all memory of the block), warp_sync() (of the warp)
 // wmma.cuh        WmmaA<T> WmmaBCol<T> WmmaBRow<T> WmmaAccum: 16x16 fragments of one warp

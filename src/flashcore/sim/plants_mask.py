@@ -36,11 +36,12 @@ PLANTS_MASK_SM90 = by_name(
     ),
     Plant(
         name="mask-past-end",
-        title="the last packet of a row is copied whole",
+        title="the packet in which a row ends is copied whole",
         file=_TILE,
-        find="max_i(0, min_i(MASK_PACKET, count));",
-        replace="count > 0 ? MASK_PACKET : 0;",
+        find="key >= 0 && (count <= 0 || count >= MASK_PACKET);",
+        replace="key >= 0;",
         caught_by="out-of-bounds",
+        or_by=("race", "async-pending"),  # it is copied twice
     ),
     Plant(
         name="mask-row-mixed-up",
@@ -57,13 +58,14 @@ PLANTS_MASK_SM90 = by_name(
         find="const int key = n_block * BLOCK_N + col",
         replace="const int key = (n_block + KEY_SPLITS) * BLOCK_N + col",
         caught_by="wrong-result",
+        or_by=("race",),  # where a row's end is found, and copied once more
     ),
     Plant(
         name="mask-front-whole",
         title="the packet that a row starts in is copied whole",
         file=_TILE,
-        find="if (IS_FRONT && key < 0) {",
-        replace="if (false) {",
+        find="const bool is_whole = key >= 0 && (",
+        replace="const bool is_whole = (",
         caught_by="out-of-bounds",
         plan=_SHIFTED,
     ),
@@ -71,10 +73,18 @@ PLANTS_MASK_SM90 = by_name(
         name="mask-front-not-copied",
         title="the packet that a row's part of a key tile starts in is not copied",
         file=_TILE,
-        find="if (FRONT > 0 && lane < MASK_ROWS)",
-        replace="if (false)",
+        find="(lane < 16 ? FRONT > 0 : ends_here)",
+        replace="lane >= 16 && ends_here",
         caught_by="uninitialized-read",
         plan=_SHIFTED,
+    ),
+    Plant(
+        name="mask-end-not-copied",
+        title="the packet in which a row ends is not copied",
+        file=_TILE,
+        find="(lane < 16 ? FRONT > 0 : ends_here)",
+        replace="lane < 16 && FRONT > 0",
+        caught_by="uninitialized-read",
     ),
     Plant(
         name="mask-unshifted-copies",

@@ -6,18 +6,11 @@
 
 #include "host/memory.cuh"
 
-#ifndef FC_HOST_NO_CP_ASYNC
-template <int BYTES, class T>
-FC_DEVICE void cp_async_part(SmemPtr<T> dst, GmemPtr<const T> src, int src_bytes, FC_SITE) {
-  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
-  fc_host::async_issue(dst.ref(), src.address, BYTES, src_bytes, FC_HERE);
-}
-#endif
-
 template <int BYTES, class T>
 FC_DEVICE void cp_async(SmemPtr<T> dst, GmemPtr<const T> src, bool valid, FC_SITE) {
+  static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
 #ifndef FC_HOST_NO_CP_ASYNC
-  cp_async_part<BYTES>(dst, src, valid ? BYTES : 0, line, file);
+  fc_host::async_issue(dst.ref(), src.address, BYTES, valid, FC_HERE);
 #else
   Packet<BYTES> x = {};
   if (valid) x = gmem_load_packet<BYTES>(src, line, file);

@@ -83,7 +83,7 @@ void* gmem_atomic(uint64_t address, int bytes, Site site);
 void meet_blocks(uint64_t address);
 
 // cp.async: checked and poisoned at issue, performed later, readable by this thread after the wait.
-void async_issue(SmemRef dst, uint64_t src_address, int bytes, int src_bytes, Site site);
+void async_issue(SmemRef dst, uint64_t src_address, int bytes, bool valid, Site site);
 void async_commit(Site site);
 void async_wait(int pending_groups, Site site);
 

@@ -3,11 +3,12 @@
 // once.
 #pragma once
 
-#if __CUDA_ARCH__ >= 800
 template <int BYTES, class T>
-FC_DEVICE void cp_async_part(SmemPtr<T> dst, GmemPtr<const T> src, int src_bytes) {
+FC_DEVICE void cp_async(SmemPtr<T> dst, GmemPtr<const T> src, bool valid) {
   static_assert(BYTES == 4 || BYTES == 8 || BYTES == 16, "cp.async copies 4, 8 or 16 bytes");
-  // Only 16 bytes may bypass L1.
+#if __CUDA_ARCH__ >= 800
+  // A source size below BYTES zero-fills the rest: 0 reads nothing. Only 16 bytes may bypass L1.
+  const int src_bytes = valid ? BYTES : 0;
   if constexpr (BYTES == 16) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst.address),
                  "l"(src.address), "r"(src_bytes)
@@ -17,13 +18,6 @@ FC_DEVICE void cp_async_part(SmemPtr<T> dst, GmemPtr<const T> src, int src_bytes
                  "l"(src.address), "n"(BYTES), "r"(src_bytes)
                  : "memory");
   }
-}
-#endif
-
-template <int BYTES, class T>
-FC_DEVICE void cp_async(SmemPtr<T> dst, GmemPtr<const T> src, bool valid) {
-#if __CUDA_ARCH__ >= 800
-  cp_async_part<BYTES>(dst, src, valid ? BYTES : 0);
 #else
   Packet<BYTES> x = {};
   if (valid) x = gmem_load_packet<BYTES>(src);

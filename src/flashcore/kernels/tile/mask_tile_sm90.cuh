@@ -71,8 +71,9 @@ struct MaskStrip {
   }
 
   // Starts copying a packet of a key tile's part, or copies two elements that are no neighbours;
-  // zeros past the sequences' ends.
-  template <bool IS_FRONT>
+  // zeros past the sequences' ends. A packet that lies in a row only in part is left to the call
+  // with AT_ENDS, which takes its elements one by one: beyond there may be no memory.
+  template <bool AT_ENDS>
   FC_DEVICE void fetch_packet(const AttnParams& p, int row_begin, int n_block, int row,
                               int col) const {
     const int key = n_block * BLOCK_N + col - shift(p, row_begin + row);
@@ -82,16 +83,16 @@ struct MaskStrip {
     const auto src = gmem + ((MASK_IS_ROW ? 0 : (row_begin + row) * p.mask_row_stride) +
                              key * (MASK_IS_SHIFTED ? 1 : p.mask_col_stride));
     if constexpr (MASK_IN_PACKETS) {
-      if (IS_FRONT && key < 0) {  // before a row's first element there may be no memory
+      const bool is_whole = key >= 0 && (count <= 0 || count >= MASK_PACKET);
+      if (is_whole) {
+        cp_async<MASK_LOAD_BYTES>(dst, src, count > 0);
+      } else if (AT_ENDS) {
 #pragma unroll
         for (int i = 0; i < MASK_PACKET; ++i) {
           MaskElement x = {};
           if (key + i >= 0 && i < count) x = gmem_load(src + i);
           smem_store(dst + i, x);
         }
-      } else {
-        const int valid = max_i(0, min_i(MASK_PACKET, count));
-        cp_async_part<MASK_LOAD_BYTES>(dst, src, valid * MASK_ELEMENT_BYTES);
       }
     } else {
       MaskElement pair[2] = {};
@@ -122,7 +123,16 @@ struct MaskStrip {
       const int col = FRONT + packet % PACKETS_PER_ROW * MASK_PACKET;
       fetch_packet<false>(p, row_begin, n_block, row, col);
     }
-    if (FRONT > 0 && lane < MASK_ROWS) fetch_packet<true>(p, row_begin, n_block, lane, 0);
+    if constexpr (MASK_IN_PACKETS) {  // each row's first packet, and that in which the row ends
+      const int row = lane % 16;
+      const int end = p.seqlen_k - n_block * BLOCK_N + shift(p, row_begin + row);
+      const int last = (end - 1) / MASK_PACKET * MASK_PACKET;
+      const bool ends_here = end % MASK_PACKET != 0 && last >= FRONT && last < FRONT + BLOCK_N &&
+                             (MASK_IS_ROW || row_begin + row < p.seqlen_q);
+      if (row < MASK_ROWS && (lane < 16 ? FRONT > 0 : ends_here)) {
+        fetch_packet<true>(p, row_begin, n_block, row, lane < 16 ? 0 : last);
+      }
+    }
     cp_async_commit();
   }
 

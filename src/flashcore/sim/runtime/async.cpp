@@ -5,26 +5,25 @@
 
 namespace fc_host {
 
-// Reads the first `src_bytes` at an address that must be a multiple of `bytes`.
-void async_issue(SmemRef dst, uint64_t src_address, int bytes, int src_bytes, Site site) {
+void async_issue(SmemRef dst, uint64_t src_address, int bytes, bool valid, Site site) {
   Machine& m = machine;
   ++m.report->async_copies;
   const int offset = shadow_locate(dst, bytes, bytes, false, site);
-  const uint8_t* src =
-      src_bytes > 0 ? global_source(src_address, src_bytes, bytes, site) : nullptr;
+  const uint8_t* src = valid ? global_source(src_address, bytes, bytes, site) : nullptr;
   shadow_begin_async(dst, offset, bytes, site);
   Thread& thread = m.threads[size_t(current_thread)];
-  thread.copies.push_back(
-      {thread.open_group, dst, offset, bytes, src, src_bytes, false, pack_site(site)});
+  thread.copies.push_back({thread.open_group, dst, offset, bytes, src, false, pack_site(site)});
   ++m.num_pending_copies;
 }
 
 void async_perform(AsyncCopy& copy) {
   if (copy.performed) return;
   copy.performed = true;
-  uint8_t* dst = machine.smem + copy.dst_offset;
-  std::memset(dst, 0, size_t(copy.bytes));
-  if (copy.src) std::memcpy(dst, copy.src, size_t(copy.src_bytes));
+  if (copy.src) {
+    std::memcpy(machine.smem + copy.dst_offset, copy.src, size_t(copy.bytes));
+  } else {
+    std::memset(machine.smem + copy.dst_offset, 0, size_t(copy.bytes));
+  }
 }
 
 // Called by the scheduler now and then: some copy of some thread arrives.

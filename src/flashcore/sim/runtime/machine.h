@@ -74,8 +74,7 @@ struct AsyncCopy {
   SmemRef dst;
   int dst_offset;
   int bytes;
-  const uint8_t* src;  // of src_bytes, behind which zeros are filled in; null: of none
-  int src_bytes;
+  const uint8_t* src;  // null: zero-fill
   bool performed;
   PackedSite site;
 };
