@@ -112,10 +112,15 @@ def _table(problem: Problem) -> Iterator[Tile]:
     see docs/ladder.md. What `flashcore tune --grid` measures goes before them (tile_table.py)."""
     dim = max(problem.head_dim, problem.head_dim_v)
     num_64 = _num_row_tiles(problem, 64)
-    # Few rows: their keys are shared between two warpgroups, which hide each other's latency.
+    # Few rows: warpgroups share their keys, and hide each other's latency.
     few = num_64 <= NUM_SMS or (
         _is_bounded(problem) and num_64 <= 2 * NUM_SMS and problem.seqlen_k >= 1024
     )
+    if num_64 <= NUM_SMS and dim <= 64 and problem.mask is None:
+        if 256 < problem.seqlen_k < 1024:
+            yield Tile(64, 64, num_stages=6, key_splits=3)
+        elif 1024 <= problem.seqlen_k < 4096:
+            yield Tile(64, 128, num_stages=4, key_splits=2)
     if few and dim <= 128 and problem.seqlen_k > (64 if dim <= 64 else 128):
         yield Tile(64, 64, num_stages=4, key_splits=2)
     if problem.mask is None and problem.softcap == 0.0:

@@ -174,19 +174,21 @@ def test_warpgroups_meet_at_named_barriers(run: Runner) -> None:
     tensors = {
         "seen": torch.empty(6, 128, dtype=torch.int32),
         "elected": torch.empty(8, 32, dtype=torch.int32),
+        "votes": torch.empty(2, 128, dtype=torch.int32),
     }
     mirrored = torch.arange(127, -1, -1, dtype=torch.int32)
     for seed in SEEDS:
         result = run(
             "warpgroups",
             tensors,
-            ("seen", "elected"),
+            ("seen", "elected", "votes"),
             num_threads=256,
             arch_suffix="a",
             seed=seed,
         )
         assert torch.equal(result["seen"], torch.arange(6)[:, None].int() * 1000 + mirrored)
         assert [sorted(warp.tolist()) for warp in result["elected"]] == [[0] * 31 + [2]] * 8
+        assert result["votes"].unique(dim=1).tolist() == [[0b010101], [0b101010]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

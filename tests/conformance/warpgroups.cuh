@@ -1,5 +1,5 @@
 // Two warpgroups with different register budgets pass values to and fro by named barriers, of which
-// one side only arrives; elect_lane picks one lane, always the same.
+// one side only arrives; elect_lane picks one lane, always the same; warpgroups vote.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -7,10 +7,11 @@
 struct WarpgroupsParams {
   GmemPtr<int32_t> seen;     // [ROUNDS, 128]: what the second warpgroup reads
   GmemPtr<int32_t> elected;  // [8, 32]: how often, of two times
+  GmemPtr<int32_t> votes;    // [256]: bit r: whether a thread of the warpgroup was for it in round r
 };
 
 constexpr int ROUNDS = 6;
-enum { FILLED = 1, READ = 2, PAIR = 3 };
+enum { FILLED = 1, READ = 2, PAIR = 3, VOTE = 5 };
 
 FC_KERNEL(warpgroups, 256, 1)(const WarpgroupsParams p) {
   const auto values = smem_view<int32_t>(0, 128, "values");
@@ -32,6 +33,12 @@ FC_KERNEL(warpgroups, 256, 1)(const WarpgroupsParams p) {
     // Pairs of warps with a barrier of their own.
     named_barrier_sync(PAIR + warp_idx() % 2, 64);
   }
+  int votes = 0;
+  for (int round = 0; round < ROUNDS; ++round) {  // even: a thread of the first warpgroup is for it
+    const bool vote = thread_idx() == round % 2 * 128 + round / 2 * 20 + 7;
+    votes |= int(named_barrier_any(VOTE + warp_idx() / 4, 128, vote)) << round;
+  }
+  gmem_store(p.votes + thread_idx(), votes);
   const int count = int(elect_lane()) + int(elect_lane());
   gmem_store(p.elected + thread_idx(), count);
 }

@@ -153,6 +153,8 @@ struct Consumer {
 FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_smem,
                             SmemPtr<Element> k_smem, int stage) {
   const WgmmaDesc q_desc = wgmma_desc<CHUNK_BYTES>(q_smem, 0);
+  // Uniform, or every descriptor is moved from a general to a uniform register, two moves a product.
+  stage = warp_uniform(stage);
   const WgmmaDesc k_desc = wgmma_desc<CHUNK_BYTES>(k_smem, 0) + stage * (K_ELEMENTS * 2);
 #pragma unroll
   for (int d = 0; d < HEAD_DIM; d += 16) {
@@ -166,6 +168,7 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_s
 // O += P V of a warpgroup's 64 rows, issued.
 FC_DEVICE void issue_output(WmmaAccum (&out)[OUT_FRAGS], const WmmaA<Element> (&probs)[KEY_FRAGS],
                             SmemPtr<Element> v_smem, int stage) {
+  stage = warp_uniform(stage);  // likewise
   const WgmmaDesc v_desc =
       wgmma_desc<CHUNK_BYTES>(v_smem, BLOCK_N * CHUNK_BYTES) + stage * (V_ELEMENTS * 2);
 #pragma unroll
@@ -204,6 +207,10 @@ FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
 // which is the last takes a register, which must be there.
 constexpr bool RELEASES_Q_EARLY = !SPLIT_KEYS && !HAS_SOFTCAP && MASK_KIND == 0;
 
+// Whether the softmax of a tile may do without its maxima, see has_outgrown. Where it was wrong it
+// needs the scores again, as Q K^T gives them.
+constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
+
 // One key tile: S = Q K^T, and (unless FIRST) P V of the tile visited before it, are under way
 // together; then the softmax of S.
 //@if gate qk softmax
@@ -232,8 +239,12 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   constexpr bool OVERLAP = OVERLAPS && !FIRST && (!MASKED || LEFT_BOUND_OVERLAPS);
   wgmma_wait<OVERLAP ? 1 : 0>();
   wgmma_hold(scores);
-  release(bar.k_empty, c.k_state);
-  if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
+  const auto release_inputs = [&] {
+    release(bar.k_empty, c.k_state);
+    if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
+  };
+  constexpr bool TRIES_OLD_MAX = MAY_TRY_OLD_MAX && !FIRST && !MASKED;
+  if (!TRIES_OLD_MAX) release_inputs();
 //@if gate qk
   gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
   ++c.k_state.count;
@@ -248,7 +259,26 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   scale_scores(scores, p);
   if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
   if constexpr (MASKED) hide_scores(scores, p, c.warp_row, n_block * BLOCK_N);
-  const bool moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+  bool moved = false;
+  if constexpr (TRIES_OLD_MAX) {
+    OnlineSoftmax tile = {{c.softmax.row_max[0], c.softmax.row_max[1]}, {0.0f, 0.0f}};
+    exponentiate<0, KEY_FRAGS>(scores, tile, c.scale_log2);
+    // Of the whole warpgroup, which issues Q K^T together.
+    if (named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile))) {
+      wgmma_fence();
+      issue_scores(scores, smem.q + c.row_group * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
+      wgmma_commit();
+      wgmma_wait<0>();
+      wgmma_hold(scores);
+      moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+    } else {
+      c.softmax.row_sum[0] += tile.row_sum[0];
+      c.softmax.row_sum[1] += tile.row_sum[1];
+    }
+    release_inputs();
+  } else {
+    moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+  }
 //@end
 //@if gate softmax
   gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);

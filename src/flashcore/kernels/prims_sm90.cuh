@@ -15,6 +15,7 @@
 //                 tma_store(map, smem_src, col, row, head, batch), tma_store_commit(),
 //                 tma_store_wait_read<N>(): all but the newest N groups have read their source
 // warpgroup.cuh   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)
+//                 named_barrier_any(id, threads, predicate): whether it holds for any of them
 //                 raise_registers<N>(), lower_registers<N>(): of the whole warpgroup (setmaxnreg)
 //                 fence_proxy_async(): own shared-memory writes become visible to TMA and WGMMA
 //                 elect_lane(): true in one lane of the warp

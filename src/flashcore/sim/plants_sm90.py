@@ -11,10 +11,12 @@ _PIPELINE = "tile/pipeline_sm90.cuh"
 _SCORES_WAIT = """\
   wgmma_wait<OVERLAP ? 1 : 0>();
   wgmma_hold(scores);
-  release(bar.k_empty, c.k_state);
 """
-_Q_RELEASE = """\
-  if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
+_RELEASES = """\
+  const auto release_inputs = [&] {
+    release(bar.k_empty, c.k_state);
+    if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
+  };
 """
 _OUTPUT_WAIT = """\
     if (OVERLAP) wgmma_wait<0>();
@@ -49,20 +51,20 @@ _ALL = (
         name="early-release",
         title="K's stage is given back while Q K^T may still read it",
         file=_KERNEL,
-        find=_SCORES_WAIT,
-        replace="""\
-  release(bar.k_empty, c.k_state);
-  wgmma_wait<OVERLAP ? 1 : 0>();
-  wgmma_hold(scores);
-""",
+        find=_SCORES_WAIT + _RELEASES,
+        replace="  release(bar.k_empty, c.k_state);\n"
+        + _SCORES_WAIT
+        + _RELEASES.replace("    release(bar.k_empty, c.k_state);\n", ""),
         caught_by="race",
     ),
     Plant(
         name="early-q-release",
         title="Q's buffer is given back while the last Q K^T may still read it",
         file=_KERNEL,
-        find=_SCORES_WAIT + _Q_RELEASE,
-        replace=_Q_RELEASE + _SCORES_WAIT,
+        find=_SCORES_WAIT + _RELEASES,
+        replace=_RELEASES.splitlines(keepends=True)[2]
+        + _SCORES_WAIT
+        + "".join(_RELEASES.splitlines(keepends=True)[i] for i in (0, 1, 3)),
         caught_by="race",
     ),
     Plant(
@@ -133,8 +135,12 @@ _ALL = (
         name="stage-mixed-up",
         title="Q K^T reads the stage after its own",
         file=_KERNEL,
-        find="smem.k, c.k_state.stage());",
-        replace="smem.k, (c.k_state.count + 1) % 2);",
+        find="""smem.k, c.k_state.stage());
+  wgmma_commit();
+""",
+        replace="""smem.k, (c.k_state.count + 1) % 2);
+  wgmma_commit();
+""",
         caught_by="race",
     ),
     Plant(
@@ -187,9 +193,10 @@ _ALL = (
         name="probs-written-early",
         title="P is overwritten while P V may still read it",
         file=_KERNEL,
-        find="  const bool moved = softmax_step<",
-        replace="  for (int n = 0; n < KEY_FRAGS; ++n) wmma_accum_to_a(c.probs[n], scores[n]);"
-        "  const bool moved = softmax_step<",
+        find="  } else {\n    moved = softmax_step<",
+        replace="  } else {\n"
+        "    for (int n = 0; n < KEY_FRAGS; ++n) wmma_accum_to_a(c.probs[n], scores[n]);"
+        " moved = softmax_step<",
         caught_by="wgmma",
     ),
     Plant(

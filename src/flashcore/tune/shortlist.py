@@ -27,6 +27,7 @@ _SM90: dict[int, list[dict[str, Any]]] = {
     64: [
         _tile(64, 64, **_SHARED_KEYS),
         _tile(64, 128, **_SHARED_KEYS),
+        _tile(64, 64, key_splits=3, num_stages=6),
         _tile(64, 64, min_blocks=3),
         _tile(64, 64, min_blocks=3, num_stages=3),
         _tile(64, 96, min_blocks=3),

@@ -38,6 +38,7 @@ enum class WarpOp : int {
   wmma_mma,
   named_barrier_sync,
   named_barrier_arrive,
+  named_barrier_any,
   set_registers,
   elect_lane,
   stmatrix,

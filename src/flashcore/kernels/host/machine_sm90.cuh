@@ -35,7 +35,8 @@ void tma_store_commit(Site site);
 void tma_store_wait_read(int pending_groups, Site site);
 
 // Barriers among some warps, register budgets, fences between proxies.
-void named_barrier(int id, int threads, bool waits, Site site);
+// `op` is one of WarpOp's three; whether `predicate` holds for any thread, with named_barrier_any.
+bool named_barrier(WarpOp op, int id, int threads, bool predicate, Site site);
 void set_registers(int registers, bool raise, Site site);
 void fence_proxy_async(Site site);
 bool elect_lane(Site site);

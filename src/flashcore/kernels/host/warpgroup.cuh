@@ -6,11 +6,17 @@
 
 // `threads` counts all that sync or arrive, whole warps (PTX ISA: bar.sync, bar.arrive).
 FC_DEVICE void named_barrier_sync(int id, int threads, FC_SITE) {
-  fc_host::named_barrier(id, threads, true, FC_HERE);
+  fc_host::named_barrier(fc_host::WarpOp::named_barrier_sync, id, threads, false, FC_HERE);
 }
 
 FC_DEVICE void named_barrier_arrive(int id, int threads, FC_SITE) {
-  fc_host::named_barrier(id, threads, false, FC_HERE);
+  fc_host::named_barrier(fc_host::WarpOp::named_barrier_arrive, id, threads, false, FC_HERE);
+}
+
+// named_barrier_sync by everybody; true for all when any thread's predicate is (PTX ISA: bar.red).
+FC_DEVICE bool named_barrier_any(int id, int threads, bool predicate, FC_SITE) {
+  return fc_host::named_barrier(fc_host::WarpOp::named_barrier_any, id, threads, predicate,
+                                FC_HERE);
 }
 
 template <int REGISTERS>

@@ -22,13 +22,14 @@ FC_DEVICE void mbar_arrive_expect_tx(SmemPtr<uint64_t> bar, int bytes) {
                : "memory");
 }
 
-// Waits until the phase of this parity (0 for the first) has completed.
+// Waits until the phase of this parity (0 for the first) has completed. The thread
+// may sleep for 10 ms at a time; without that hint it asks again and again.
 FC_DEVICE void mbar_wait(SmemPtr<uint64_t> bar, int parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, 10000000;\n"
       "@done bra DONE;\n"
       "bra WAIT;\n"
       "DONE:\n"

@@ -123,6 +123,16 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
   return moved;
 }
 
+// What softmax_step would cost most, the search for maxima, is for nothing in nearly every tile. So
+// exponentiate first, with row_max as it is, and look at the sums: this says whether a term may be
+// so large, over 2^10, that row_max must be raised, or whether there is no row_max yet. `tile` is
+// the tile's part: row_max as before, row_sum of its own terms. An infinite term makes an infinite
+// sum; NaN is let through.
+FC_DEVICE bool has_outgrown(const OnlineSoftmax& tile) {
+  const bool has_max = tile.row_max[0] > NEG_INF & tile.row_max[1] > NEG_INF;  // without branches
+  return tile.row_sum[0] > 1024.0f | tile.row_sum[1] > 1024.0f | !has_max;
+}
+
 template <int NUM_OUT_FRAGS>
 FC_DEVICE void rescale_output(WmmaAccum (&out)[NUM_OUT_FRAGS], const float (&rescale)[2]) {
 #pragma unroll

@@ -44,6 +44,8 @@ const char* op_name(WarpOp op) {
       return "named_barrier_sync";
     case WarpOp::named_barrier_arrive:
       return "named_barrier_arrive";
+    case WarpOp::named_barrier_any:
+      return "named_barrier_any";
     case WarpOp::set_registers:
       return "raise_registers or lower_registers";
     case WarpOp::elect_lane:

@@ -70,7 +70,8 @@ static int pick_bit(uint32_t bits, uint32_t random) {
   }
   if (thread.state == ThreadState::at_warp_op) {
     const Warp& warp = m.warps[size_t(t / WARP_SIZE)];
-    if (warp.arrived == 0xffffffffu && thread.op == WarpOp::named_barrier_sync) {
+    if (warp.arrived == 0xffffffffu && (thread.op == WarpOp::named_barrier_sync ||
+                                        thread.op == WarpOp::named_barrier_any)) {
       const NamedBarrier& bar = m.sm90.named[warp.uniform >> 32];
       raise_alarm({"deadlock", thread.site},
                   "waits at named barrier %d: %d of %d threads have come, the others never do",

@@ -90,6 +90,8 @@ struct NamedBarrier {
   Site sync_site;
   int sync_thread;
   std::vector<int32_t> clock;  // what arrivals released
+  bool votes;                  // named_barrier_any
+  bool any;                    // so far
 };
 
 // --- WGMMA ---------------------------------------------------------------------------------------
@@ -112,6 +114,7 @@ struct WarpSm90 {
   int fences_at_wait;
   std::vector<KnownRegisters> known;
   bool waits_for_issue;  // in wgmma_wait, for products that other warps have not issued
+  bool any;  // what the last vote came to
   int num_set_registers;
   int registers;
   Site registers_site;

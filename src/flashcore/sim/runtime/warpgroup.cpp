@@ -20,8 +20,9 @@ void warpgroups_reset() {
 
 // --- named barriers ------------------------------------------------------------------------------
 
-static void check_use(const NamedBarrier& bar, int id, int threads, bool waits, Site site) {
+static void check_use(const NamedBarrier& bar, WarpOp op, int id, int threads, Site site) {
   const int t = current_thread;
+  const bool waits = op != WarpOp::named_barrier_arrive;
   if (bar.arrived > 0 && bar.threads != threads) {
     set_other_thread(current_block, bar.first_thread, bar.site);
     raise_alarm({"named-barrier", site},
@@ -34,6 +35,12 @@ static void check_use(const NamedBarrier& bar, int id, int threads, bool waits, 
                 "a warp comes to named barrier %d for the second time, and %d of its %d threads "
                 "have arrived: it would stand for another warp",
                 id, bar.arrived, bar.threads);
+  }
+  if (bar.arrived > 0 && bar.votes != (op == WarpOp::named_barrier_any)) {
+    set_other_thread(current_block, bar.first_thread, bar.site);
+    raise_alarm({"named-barrier", site},
+                "some warps vote at named barrier %d and others do not: the result is undefined",
+                id);
   }
   if (waits && bar.waiting != 0 && bar.sync_site.line != site.line) {
     set_other_thread(current_block, bar.sync_thread, bar.sync_site);
@@ -51,9 +58,17 @@ static void acquire(int w, const std::vector<int32_t>& clock) {
   for (int t = first; t < first + WARP_SIZE; ++t) clocks_acquire(t, clock);
 }
 
-void named_barrier(int id, int threads, bool waits, Site site) {
+// Whether some lane of the warp that has arrived votes for it.
+static bool warp_vote() {
+  bool any = false;
+  for (int lane = 0; lane < WARP_SIZE; ++lane) {
+    any |= *static_cast<const bool*>(warp_argument(lane));
+  }
+  return any;
+}
+
+bool named_barrier(WarpOp op, int id, int threads, bool predicate, Site site) {
   Machine& m = machine;
-  const auto op = waits ? WarpOp::named_barrier_sync : WarpOp::named_barrier_arrive;
   if (id < 1 || id >= NUM_NAMED_BARRIERS) {
     misuse(site, "named barrier %d is outside 1..%d (0 is block_sync's)", id,
            NUM_NAMED_BARRIERS - 1);
@@ -62,15 +77,20 @@ void named_barrier(int id, int threads, bool waits, Site site) {
     misuse(site, "named barrier %d: %d threads are not whole warps of a block of %d", id, threads,
            m.num_threads);
   }
-  if (!warp_arrive(op, nullptr, uint64_t(id) << 32 | uint64_t(threads), site)) return;
   const int w = current_thread / WARP_SIZE;
+  const bool& result = m.warps[size_t(w)].sm90.any;
+  if (!warp_arrive(op, &predicate, uint64_t(id) << 32 | uint64_t(threads), site)) return result;
   NamedBarrier& bar = m.sm90.named[id];
-  check_use(bar, id, threads, waits, site);
+  check_use(bar, op, id, threads, site);
+  const bool waits = op != WarpOp::named_barrier_arrive;
   if (bar.arrived == 0) {
     bar.threads = threads;
     bar.site = site;
     bar.first_thread = current_thread;
+    bar.votes = op == WarpOp::named_barrier_any;
+    bar.any = false;
   }
+  bar.any |= warp_vote();
   bar.arrived += WARP_SIZE;
   bar.warps |= 1u << w;
   const int first = m.warps[size_t(w)].first_lane;
@@ -78,9 +98,11 @@ void named_barrier(int id, int threads, bool waits, Site site) {
   if (bar.arrived == bar.threads) {
     ++m.report->barriers;
     if (waits) acquire(w, bar.clock);
+    m.warps[size_t(w)].sm90.any = bar.any;
     for (int other = 0; other < m.num_warps; ++other) {
       if (!(bar.waiting & (1u << other))) continue;
       acquire(other, bar.clock);
+      m.warps[size_t(other)].sm90.any = bar.any;
       wake_warp(other);
     }
     bar.arrived = 0;
@@ -92,6 +114,7 @@ void named_barrier(int id, int threads, bool waits, Site site) {
     hold_warp();
   }
   warp_release();
+  return result;
 }
 
 // --- register budgets ----------------------------------------------------------------------------

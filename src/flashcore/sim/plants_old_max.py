@@ -1,0 +1,78 @@
+"""Planted bugs of how the Hopper kernel's softmax does without a key tile's maxima, and of what it
+does where that fails."""
+
+from __future__ import annotations
+
+from flashcore.sim.plants import Plant, by_name
+
+_KERNEL = "attn_fwd_sm90.cuh"
+_SOFTMAX = "tile/softmax.cuh"
+_VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile))"
+
+PLANTS_OLD_MAX_SM90 = by_name(
+    Plant(
+        name="outgrown-unseen",
+        title="terms that are far too large for the old maximum are taken as they are",
+        file=_SOFTMAX,
+        find="return tile.row_sum[0] > 1024.0f | tile.row_sum[1] > 1024.0f | !has_max;",
+        replace="return !has_max;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="no-max-yet-unseen",
+        title="terms are taken as they are though their row has no maximum yet",
+        file=_SOFTMAX,
+        find="1024.0f | !has_max;",
+        replace="1024.0f;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="outgrown-in-one-warp",
+        title="warps that need the scores again issue Q K^T without the others of their warpgroup",
+        file=_KERNEL,
+        find=_VOTE,
+        replace="warp_any(has_outgrown(tile))",
+        caught_by="deadlock",
+        or_by=("wgmma",),
+    ),
+    Plant(
+        name="outgrown-k-kept",
+        title="K's stage is not given back",
+        file=_KERNEL,
+        find="    release_inputs();\n  } else {",
+        replace="    \n  } else {",
+        caught_by="deadlock",
+    ),
+    Plant(
+        name="outgrown-k-overwritten",
+        title="K's stage is given back before the scores are asked for again",
+        file=_KERNEL,
+        find="  const auto release_inputs = [&] {\n    release(bar.k_empty, c.k_state);",
+        replace="  release(bar.k_empty, c.k_state); const auto release_inputs = [&] {\n",
+        caught_by="race",
+    ),
+    Plant(
+        name="outgrown-sums-kept",
+        title="sums of the terms that were too large are kept",
+        file=_KERNEL,
+        find="      wgmma_hold(scores);\n      moved =",
+        replace="      wgmma_hold(scores); c.softmax.row_sum[0] += tile.row_sum[0];\n      moved =",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="outgrown-no-fence",
+        title="no wgmma_fence between the exponentials and the products that overwrite them",
+        file=_KERNEL,
+        find="      wgmma_fence();\n      issue_scores(",
+        replace="\n      issue_scores(",
+        caught_by="wgmma",
+    ),
+    Plant(
+        name="outgrown-not-awaited",
+        title="the scores that were asked for again are not waited for",
+        file=_KERNEL,
+        find="      wgmma_commit();\n      wgmma_wait<0>();",
+        replace="      wgmma_commit();\n",
+        caught_by="wgmma",
+    ),
+)
