@@ -143,7 +143,7 @@ def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
     many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
     if dim <= 64:
         if many_192 and bounded and keys >= 2048:
-            yield Tile(192, 128, ping_pong=keys < 8192)
+            yield Tile(192, 128, ping_pong=True, num_stages=3)
         elif many_192 and not bounded and keys >= 512:
             yield Tile(192, 128, ping_pong=True, num_stages=3)
         if _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS:

@@ -153,7 +153,7 @@ struct Consumer {
 FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_smem,
                             SmemPtr<Element> k_smem, int stage) {
   const WgmmaDesc q_desc = wgmma_desc<CHUNK_BYTES>(q_smem, 0);
-  // Uniform, or every descriptor is moved from a general to a uniform register, two moves a product.
+  // Uniform, or each descriptor is moved from general to uniform registers, two moves a product.
   stage = warp_uniform(stage);
   const WgmmaDesc k_desc = wgmma_desc<CHUNK_BYTES>(k_smem, 0) + stage * (K_ELEMENTS * 2);
 #pragma unroll

@@ -119,6 +119,13 @@ FC_DEVICE void scale_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p)
   }
 }
 
+FC_DEVICE void hide_fragment(WmmaAccum& scores, const VisibleColumns& visible, int n) {
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    if (!visible.contain(n, i)) scores.x[i] = NEG_INF;
+  }
+}
+
 // Sets what the window and the sequence's end hide to -inf.
 template <int NUM_FRAGS>
 FC_DEVICE void hide_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, int row_begin,
@@ -127,10 +134,7 @@ FC_DEVICE void hide_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, 
   const VisibleColumns visible(p, row_begin, key_begin);
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (!visible.contain(n, i)) scores[n].x[i] = NEG_INF;
-    }
+    hide_fragment(scores[n], visible, n);
   }
 }
 
@@ -161,9 +165,6 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
         }
       }
     }
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      if (!visible.contain(n, i)) scores[n].x[i] = NEG_INF;
-    }
+    hide_fragment(scores[n], visible, n);
   }
 }

@@ -59,12 +59,15 @@ struct MaskStrip {
   SmemPtr<MaskElement> smem;        // the warp's own
   int n_block_begin;                // there is no key tile before it
 
+  FC_DEVICE GmemPtr<const MaskElement> row_start(const AttnParams& p, int row) const {
+    return gmem + (MASK_IS_ROW ? 0 : row * p.mask_row_stride);
+  }
+
   // Elements between the start of a packet and that of a row, the same for every key tile, and for
   // a lane's two rows, which are 8 apart.
   FC_DEVICE int shift(const AttnParams& p, int row) const {
     if constexpr (MASK_IS_SHIFTED) {
-      const auto start = gmem + (MASK_IS_ROW ? 0 : row * p.mask_row_stride);
-      return misalignment<MASK_LOAD_BYTES>(start) / MASK_ELEMENT_BYTES;
+      return misalignment<MASK_LOAD_BYTES>(row_start(p, row)) / MASK_ELEMENT_BYTES;
     } else {
       return 0;
     }
@@ -80,8 +83,8 @@ struct MaskStrip {
     const bool row_exists = MASK_IS_ROW || row_begin + row < p.seqlen_q;
     const int count = row_exists ? p.seqlen_k - key : 0;  // that exist, or more
     const auto dst = smem + (row * MASK_STRIDE + col);
-    const auto src = gmem + ((MASK_IS_ROW ? 0 : (row_begin + row) * p.mask_row_stride) +
-                             key * (MASK_IS_SHIFTED ? 1 : p.mask_col_stride));
+    const auto src =
+        row_start(p, row_begin + row) + key * (MASK_IS_SHIFTED ? 1 : p.mask_col_stride);
     if constexpr (MASK_IN_PACKETS) {
       const bool is_whole = key >= 0 && (count <= 0 || count >= MASK_PACKET);
       if (is_whole) {
