@@ -165,6 +165,16 @@ def test_a_mask_row_for_all_queries_leaves_registers_for_wide_tiles() -> None:
     assert not masked(4096, width=4100).mask_is_shifted
 
 
+def test_long_rows_have_wide_tiles_unless_a_window_makes_them_short() -> None:
+    sizes = {}
+    for window in (None, (8000, 0), (1024, 0), (1024, -1)):
+        long = problem(128, heads=16, seqlen=16384, causal="lower_right", window=window)
+        plan = plan_sm90.candidates(long)[0]
+        sizes[window] = plan.block_m, plan.block_n
+    assert sizes[None] == sizes[8000, 0] == (192, 80)
+    assert sizes[1024, 0] == sizes[1024, -1] == (128, 128)
+
+
 def test_the_softmax_runs_beside_p_v_where_registers_last() -> None:
     assert masked(4096).overlaps
     assert not masked(4096, softcap=30.0).overlaps

@@ -82,7 +82,7 @@ NAMED_LINES: dict[str, tuple[str, ...]] = {
     "coord-late": ("smem_store(to", "smem_load("),
     "share-not-awaited": ("smem_load(merge_smem", "smem_store(mine"),
     "share-overwritten": ("smem_load(", "smem_store(mine"),
-    "share-never-taken": ("mbar_wait(", "named_barrier_sync(TAKEN"),
+    "share-never-taken": ("mbar_wait(",),
     "shares-on-one-ring": (*WGMMA, "tma_load(smem.k"),
 }
 

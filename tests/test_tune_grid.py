@@ -45,7 +45,7 @@ def base(head_dim: int, causal: bool = True) -> Plan:
 
 def test_the_grid_covers_what_it_says() -> None:
     cells = grid.cells()
-    assert 150 <= len(cells) <= 220  # of which each takes about half a second
+    assert 150 <= len(cells) <= 260  # of which each takes about half a second
     assert len({cell.name for cell in cells}) == len(cells)
     counts = Counter((cell.head_dim, cell.causal) for cell in cells)
     assert set(counts) == {(dim, causal) for dim in tile_table.HEAD_DIMS for causal in (0, 1)}

@@ -105,6 +105,7 @@ class Sm90Plan(Plan):
         feed = _FEED_BYTES if self.varlen == "packed" else _SPLIT_BYTES * is_split
         shares += self.mask_bytes
         num_barriers = 2 * self.block_m // tiles_sm90.ROWS_OF_CONSUMER + 4 * self.num_stages
+        num_barriers += 2 * (self.key_splits > 1)
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
     @property

@@ -133,6 +133,14 @@ def _is_bounded(problem: Problem) -> bool:
     return problem.window_left >= 0 or problem.window_right >= 0
 
 
+def _window(problem: Problem) -> int:
+    """Keys that a query sees at most, by the windows alone."""
+    if problem.window_left < 0:
+        return problem.seqlen_k
+    right = problem.window_right if problem.window_right >= 0 else problem.seqlen_k
+    return problem.window_left + 1 + right
+
+
 def _num_row_tiles(problem: Problem, rows: int) -> int:
     return problem.batch * problem.num_heads_q * -(-problem.seqlen_q // rows)
 
@@ -142,9 +150,7 @@ def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
     bounded, keys = _is_bounded(problem), problem.seqlen_k
     many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
     if dim <= 64:
-        if many_192 and bounded and keys >= 2048:
-            yield Tile(192, 128, ping_pong=True, num_stages=3)
-        elif many_192 and not bounded and keys >= 512:
+        if many_192 and keys >= (2048 if bounded else 512):
             yield Tile(192, 128, ping_pong=True, num_stages=3)
         if _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS:
             yield Tile(64, 64 if keys < 1024 else 96, min_blocks=3)
@@ -153,7 +159,7 @@ def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
     elif dim <= 128:
         if many_192 and splits_sectors(problem.head_dim, problem.head_dim_v) and keys >= 512:
             yield Tile(192, 96 if dim <= 96 else 80, ping_pong=True)  # TMA's accesses bound it
-        if many_192 and keys >= 4096:
+        if many_192 and min(keys, _window(problem)) >= 4096:
             yield Tile(192, 80, ping_pong=True)
         if 4 * _num_row_tiles(problem, 128) >= 3 * NUM_SMS:
             yield Tile(128, 128)

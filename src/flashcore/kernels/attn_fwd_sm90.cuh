@@ -6,9 +6,10 @@
 // The algorithm is attn_fwd_wmma.cuh's (read that first); what differs is when things happen
 // (FlashAttention-3, arXiv:2407.08608). A warpgroup issues S = Q K^T of the next key tile, then O
 // += P V of the current one, and computes the next softmax while P V is under way; with PING_PONG,
-// warpgroups take turns at issuing, so that one's softmax runs under another's products. Where rows
-// are few, KEY_SPLITS warpgroups share the keys of 64 rows and add up at the end; and SPLIT_KEYS
-// spreads the keys of a row tile over blocks (tile/split_sm90.cuh).
+// warpgroups take turns at issuing, so that one's softmax runs under another's products. In most
+// key tiles the softmax does without the maxima (has_outgrown in tile/softmax.cuh). Where rows are
+// few, KEY_SPLITS warpgroups share the keys of 64 rows and add up at the end; SPLIT_KEYS spreads
+// the keys of a row tile over blocks (tile/split_sm90.cuh).
 //
 // Blocks are persistent: they walk over row tiles (tile/schedule_sm90.cuh), keys from last to
 // first, and a warpgroup passes over those that none of its 64 rows sees. One thread walks, loads
@@ -372,7 +373,6 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
   c.scale_log2 = SCORES_ARE_LOG2 ? 1.0f : p.softmax_scale_log2;
   // The first turn is consumer 0's: the last consumer hands it over.
   if (PING_PONG && c.index == NUM_CONSUMERS - 1) named_barrier_arrive(TURN_BARRIER, 256);
-  if (KEY_SPLITS > 1 && share == 0) start_merging();
 
   for (int turn = 0;; ++turn) {
     mbar_wait(bar.q_full + c.row_group, turn % 2);
@@ -442,7 +442,9 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     }
     if (sees_keys) last_output(c, bar, smem);
     if (HAS_WINDOW_LEFT && KEY_SPLITS == 1) skip_down_to(keys.n_block_begin);
-    if (KEY_SPLITS > 1) merge_shares(share, c.softmax, c.out, smem.merge, c.scale_log2);
+    if (KEY_SPLITS > 1) {
+      merge_shares(share, turn, c.softmax, c.out, bar, smem.merge, c.scale_log2);
+    }
     if (SPLIT_KEYS && share == 0) {
       hand_over_share(own, block, c.row_group, c.softmax, c.out, c.scale_log2,
                       STORE_BARRIER + c.index, smem.arrival + c.row_group);

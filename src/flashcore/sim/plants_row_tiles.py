@@ -19,7 +19,7 @@ _COORD_BEFORE_ARRIVAL = """\
       mbar_arrive_expect_tx(full, Q_GROUP_ELEMENTS * 2);
 """
 _TAKEN_BEFORE_STORE = """\
-    named_barrier_sync(TAKEN_BARRIER, NUM_CONSUMERS * 128);
+    mbar_wait(bar.merge_empty, turn % 2 ^ 1);  // of the last row tile's
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       smem_store(mine + r * 128, softmax.row_max[r]);
@@ -89,8 +89,8 @@ ROW_TILE_PLANTS = (
         name="share-not-awaited",
         title="shares of the keys are added up before the other one is there",
         file=_MERGE,
-        find="  named_barrier_sync(HANDOVER_BARRIER, NUM_CONSUMERS * 128);",
-        replace="  named_barrier_arrive(HANDOVER_BARRIER, NUM_CONSUMERS * 128);",
+        find="  mbar_wait(bar.merge_full, turn % 2);",
+        replace="",
         caught_by="uninitialized-read",
         or_by=("race",),  # when the other one came first
         plan=_SHARED_KEYS,
@@ -102,16 +102,16 @@ ROW_TILE_PLANTS = (
         find=_TAKEN_BEFORE_STORE,
         replace=_TAKEN_BEFORE_STORE.partition("\n")[1]
         + _TAKEN_BEFORE_STORE.partition("\n")[2][:-1]
-        + " named_barrier_sync(TAKEN_BARRIER, NUM_CONSUMERS * 128);\n",
+        + " mbar_wait(bar.merge_empty, turn % 2 ^ 1);\n",
         caught_by="race",
         plan=_SHARED_KEYS,
     ),
     Plant(
         name="share-never-taken",
         title="the first share waits for one before it to be taken",
-        file=_KERNEL,
-        find="  if (KEY_SPLITS > 1 && share == 0) start_merging();",
-        replace="",
+        file=_MERGE,
+        find="turn % 2 ^ 1);  // of the last",
+        replace="turn % 2);  // of the last",
         caught_by="deadlock",
         plan=_SHARED_KEYS,
     ),

@@ -21,7 +21,7 @@ _LENGTHS = {
     else (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
     for dim in HEAD_DIMS
 }
-_HEADS = (2, 8, 32, 128, 512)
+_HEADS = (2, 8, 32, 64, 128, 512)
 # Row tiles of 64 over SMs: below, a call leaves SMs idle whatever its tile; above, it is as full.
 _ROUNDS = (0.4, 12.0)
 # A table lists what a problem near the cell could want: tiles at most this much slower.

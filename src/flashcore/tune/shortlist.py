@@ -37,7 +37,6 @@ _SM90: dict[int, list[dict[str, Any]]] = {
         _tile(128, 128, **_PING_PONG),
         _tile(128, 128, num_stages=3, **_PING_PONG),
         _tile(128, 128),
-        _tile(192, 64),
         _tile(192, 128, **_PING_PONG),
         _tile(192, 128, num_stages=3, **_PING_PONG),
         _tile(192, 128),

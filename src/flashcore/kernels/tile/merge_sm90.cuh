@@ -8,18 +8,18 @@
 template <int NUM_OUT_FRAGS>
 constexpr int SHARE_FLOATS = (NUM_OUT_FRAGS * 8 + 4) * 128;
 
-// By consumer 0, before its first row tile: nothing lies in shared memory that it has yet to read.
-FC_DEVICE void start_merging() { named_barrier_arrive(TAKEN_BARRIER, NUM_CONSUMERS * 128); }
-
 // Consumer 0 (`share` 0) goes on with the sum; the others hand over theirs and have nothing left.
+// `turn` counts row tiles. Every thread arrives: compute-sanitizer does not see that one lane may
+// arrive for a warp, nor what bar.arrive orders.
 template <int NUM_OUT_FRAGS>
-FC_DEVICE void merge_shares(int share, OnlineSoftmax& softmax, WmmaAccum (&out)[NUM_OUT_FRAGS],
+FC_DEVICE void merge_shares(int share, int turn, OnlineSoftmax& softmax,
+                            WmmaAccum (&out)[NUM_OUT_FRAGS], const Barriers& bar,
                             SmemPtr<float> merge_smem, float scale_log2) {
   constexpr int FLOATS = SHARE_FLOATS<NUM_OUT_FRAGS>;
   const int thread = thread_idx() % 128;
   if (share > 0) {
     const auto mine = merge_smem + ((share - 1) * FLOATS + thread);
-    named_barrier_sync(TAKEN_BARRIER, NUM_CONSUMERS * 128);
+    mbar_wait(bar.merge_empty, turn % 2 ^ 1);  // of the last row tile's
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       smem_store(mine + r * 128, softmax.row_max[r]);
@@ -29,10 +29,10 @@ FC_DEVICE void merge_shares(int share, OnlineSoftmax& softmax, WmmaAccum (&out)[
     for (int i = 0; i < NUM_OUT_FRAGS * 8; ++i) {
       smem_store(mine + (i + 4) * 128, out[i / 8].x[i % 8]);
     }
+    mbar_arrive(bar.merge_full);
+    return;
   }
-  // For the others to arrive would do, but compute-sanitizer sees an order in waits only.
-  named_barrier_sync(HANDOVER_BARRIER, NUM_CONSUMERS * 128);
-  if (share > 0) return;
+  mbar_wait(bar.merge_full, turn % 2);
   float weight[KEY_SPLITS][2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -62,5 +62,5 @@ FC_DEVICE void merge_shares(int share, OnlineSoftmax& softmax, WmmaAccum (&out)[
              smem_load(merge_smem + ((s - 1) * FLOATS + (i + 4) * 128 + thread));
     }
   }
-  named_barrier_arrive(TAKEN_BARRIER, NUM_CONSUMERS * 128);
+  mbar_arrive(bar.merge_empty);
 }

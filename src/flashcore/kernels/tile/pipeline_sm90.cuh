@@ -5,13 +5,14 @@
 constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;
 constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SPLITS;  // warpgroups
 static_assert(KEY_SPLITS == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");
-constexpr int NUM_BARRIERS = 2 * NUM_ROW_GROUPS + 4 * NUM_STAGES;
+constexpr int NUM_BARRIERS = 2 * NUM_ROW_GROUPS + 4 * NUM_STAGES + (KEY_SPLITS > 1 ? 2 : 0);
 
 // A `full` barrier completes when the bytes announced by the producer have arrived; an `empty` one
 // when all consumers have read the buffer.
 struct Barriers {
   SmemPtr<uint64_t> q_full, q_empty;                   // one a group of rows
   SmemPtr<uint64_t> k_full, k_empty, v_full, v_empty;  // one a stage
+  SmemPtr<uint64_t> merge_full, merge_empty;           // with KEY_SPLITS, see merge_sm90.cuh
 };
 
 FC_DEVICE Barriers barriers(int byte_offset) {
@@ -22,7 +23,9 @@ FC_DEVICE Barriers barriers(int byte_offset) {
           ring,
           ring + NUM_STAGES,
           ring + 2 * NUM_STAGES,
-          ring + 3 * NUM_STAGES};
+          ring + 3 * NUM_STAGES,
+          ring + 4 * NUM_STAGES,
+          ring + (4 * NUM_STAGES + 1)};
 }
 
 // By one thread. The counts say how many threads arrive at an `empty` barrier.
@@ -36,6 +39,10 @@ FC_DEVICE void init_barriers(const Barriers& bar, int kv_empty_count, int q_empt
     mbar_init(bar.v_full + stage, 1);
     mbar_init(bar.k_empty + stage, kv_empty_count);
     mbar_init(bar.v_empty + stage, kv_empty_count);
+  }
+  if (KEY_SPLITS > 1) {
+    mbar_init(bar.merge_full, (KEY_SPLITS - 1) * 128);
+    mbar_init(bar.merge_empty, 128);
   }
   mbar_init_fence();
 }
@@ -66,6 +73,4 @@ FC_DEVICE void release(SmemPtr<uint64_t> empty, PipelineState state) {
 enum NamedBarrier {
   TURN_BARRIER = 1,                              // + consumer: its turn at the tensor cores
   STORE_BARRIER = TURN_BARRIER + NUM_CONSUMERS,  // + consumer: the warps of a warpgroup
-  HANDOVER_BARRIER = STORE_BARRIER + NUM_CONSUMERS,  // all shares are in shared memory
-  TAKEN_BARRIER                                      // and have been read
 };
