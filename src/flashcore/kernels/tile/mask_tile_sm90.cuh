@@ -126,9 +126,11 @@ struct MaskStrip {
       const int col = FRONT + packet % PACKETS_PER_ROW * MASK_PACKET;
       fetch_packet<false>(p, row_begin, n_block, row, col);
     }
-    if constexpr (MASK_IN_PACKETS) {  // each row's first packet, and that in which the row ends
+    const int keys_left = p.seqlen_k - n_block * BLOCK_N;
+    if (MASK_IN_PACKETS && (FRONT > 0 || keys_left < BLOCK_N)) {
+      // Each row's first packet, and that in which the row ends.
       const int row = lane % 16;
-      const int end = p.seqlen_k - n_block * BLOCK_N + shift(p, row_begin + row);
+      const int end = keys_left + shift(p, row_begin + row);
       const int last = (end - 1) / MASK_PACKET * MASK_PACKET;
       const bool ends_here = end % MASK_PACKET != 0 && last >= FRONT && last < FRONT + BLOCK_N &&
                              (MASK_IS_ROW || row_begin + row < p.seqlen_q);
