@@ -45,7 +45,6 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     21: ("divergence", "", None),
     22: ("mbarrier", "bars", 0),
     23: ("named-barrier", "", None),
-    24: ("deadlock", "", None),
     30: ("missing-fence", "tile", 0),
     31: ("missing-fence", "tile", None),
     32: ("race", "tile", 5),

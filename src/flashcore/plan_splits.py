@@ -28,7 +28,7 @@ HAND_OVER_BYTES = 26 * 1024
 # Of a share's bytes, as one SM alone adds up. There 64 bytes a thread and load were under way, and
 # 508 KB of B1 H32/1 S1/16384 took some 12 us, 43 KB/us, as latency has it. Twice as many are now:
 # 26 / 86, and something for the arithmetic. By that, and 3 us for start and end, 4 row tiles of 33
-# splits take 11.8 us there; measured since: 11.8 (docs/ladder.md).
+# splits take 11.8 us there; measured since: 11.8 (docs/ladder-masks.md).
 SHARE_WEIGHT = 0.35
 # Of a byte of K or V where memory is not what limits: few SMs read, or several row tiles the same
 # keys, all but one of them from L2: 42 KB/us for an SM. It got more where few read, so fewer splits

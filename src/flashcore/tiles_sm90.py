@@ -80,7 +80,7 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
 def _streaming_tile(problem: Problem, folded: int) -> Tile:
     """Of rows so few that reading K and V is all there is to do: one consumer, and 96 KB of stages
     under way, or 64 KB a block where two are on an SM. More is slower: 192 KB by 2 to 7 %, at each
-    head_dim (docs/ladder.md). An SM's 33 GB/s over 1 us of latency are 32 KB."""
+    head_dim (docs/ladder-masks.md). An SM's 33 GB/s over 1 us of latency are 32 KB."""
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
     narrow = max(dims) <= 64
     block_n = 128 if narrow else 64

@@ -136,9 +136,6 @@ FC_DEVICE void barrier_faults(const Faulty& s, const FaultsSm90Params& p) {
       if (warp_idx() == 0) named_barrier_any(1, 64, true);  // ALARM 23 AGAINST 23
       if (warp_idx() == 1) named_barrier_sync(1, 64);  // ALARM 23 AGAINST 23
       break;
-    case 24:  // one warp does not vote
-      if (warp_idx() < 3) named_barrier_any(1, 128, false);  // ALARM 24
-      break;
   }
 }
 

@@ -7,7 +7,7 @@
 struct WarpgroupsParams {
   GmemPtr<int32_t> seen;     // [ROUNDS, 128]: what the second warpgroup reads
   GmemPtr<int32_t> elected;  // [8, 32]: how often, of two times
-  GmemPtr<int32_t> votes;    // [256]: bit r: whether a thread of the warpgroup was for it in round r
+  GmemPtr<int32_t> votes;    // [256]: bit r: what the warpgroup's vote came to in round r
 };
 
 constexpr int ROUNDS = 6;

@@ -78,7 +78,7 @@ ROW_TILE_PLANTS = (
     Plant(
         name="coord-late",
         title="a row tile's coordinates are written when consumers may have looked",
-        file=_KERNEL,
+        file="tile/producer_sm90.cuh",
         find=_COORD_BEFORE_ARRIVAL,
         replace=_COORD_BEFORE_ARRIVAL.replace("    store_coord(coord, block);", "").replace(
             "ELEMENTS * 2);", "ELEMENTS * 2); if (group == 0) store_coord(coord, block);"

@@ -7,6 +7,7 @@ from flashcore.sim.plants import PLANTS, Plant, by_name
 from flashcore.sim.plants_row_tiles import ROW_TILE_PLANTS
 
 _KERNEL = "attn_fwd_sm90.cuh"
+_PRODUCER = "tile/producer_sm90.cuh"
 _PIPELINE = "tile/pipeline_sm90.cuh"
 _SCORES_WAIT = """\
   wgmma_wait<OVERLAP ? 1 : 0>();
@@ -41,7 +42,7 @@ _ALL = (
     Plant(
         name="no-empty-wait",
         title="the producer loads into a stage that may still be read",
-        file=_KERNEL,
+        file=_PRODUCER,
         find="    mbar_wait(bar.k_empty + k_state.stage(), k_state.parity() ^ 1);",
         replace="",
         caught_by="mbarrier",  # it announces bytes while the last ones are under way
@@ -101,7 +102,7 @@ _ALL = (
     Plant(
         name="tx-too-many",
         title="more bytes of K are announced than arrive",
-        file=_KERNEL,
+        file=_PRODUCER,
         find="mbar_arrive_expect_tx(full, K_ELEMENTS * 2);",
         replace="mbar_arrive_expect_tx(full, K_ELEMENTS * 2 + 128);",
         caught_by="deadlock",
@@ -109,7 +110,7 @@ _ALL = (
     Plant(
         name="tx-too-few",
         title="fewer bytes of V are announced than arrive",
-        file=_KERNEL,
+        file=_PRODUCER,
         find="mbar_arrive_expect_tx(full, V_ELEMENTS * 2);",
         replace="mbar_arrive_expect_tx(full, V_ELEMENTS);",
         caught_by="mbarrier",
@@ -117,7 +118,7 @@ _ALL = (
     Plant(
         name="wrong-parity",
         title="the producer waits for the stage's next release, not its last one",
-        file=_KERNEL,
+        file=_PRODUCER,
         find="mbar_wait(bar.v_empty + v_state.stage(), v_state.parity() ^ 1);",
         replace="mbar_wait(bar.v_empty + v_state.stage(), v_state.parity());",
         caught_by="deadlock",
