@@ -135,10 +135,14 @@ def test_a_wrong_value_names_a_consumer_warp_and_the_first_in_the_kernels_order(
     ],
 )
 def test_an_alarm_is_attributed_by_its_kernel_line(text: str, phase: str | None) -> None:
-    lines = (KERNELS_DIR / f"{KERNEL}.cuh").read_text().splitlines()
-    line = next(number for number, code in enumerate(lines, 1) if text in code)
+    file, line = next(
+        (file, number)
+        for file in (f"{KERNEL}.cuh", "tile/producer_sm90.cuh")
+        for number, code in enumerate((KERNELS_DIR / file).read_text().splitlines(), 1)
+        if text in code
+    )
     problem = problem_of(CASES[0])
-    agent = Agent(1, 5, 7, f"{KERNEL}.cuh", line)
+    agent = Agent(1, 5, 7, file, line)
     error = SimulationError(kind="race", message="two accesses", agent=agent)
     alarm = alarms.from_error(error, problem, select_plan(problem, 90))
     assert alarm.phase == phase
