@@ -129,8 +129,8 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
 // the tile's part: row_max as before, row_sum of its own terms. An infinite term makes an infinite
 // sum; NaN is let through.
 FC_DEVICE bool has_outgrown(const OnlineSoftmax& tile) {
-  const bool has_max = tile.row_max[0] > NEG_INF & tile.row_max[1] > NEG_INF;  // without branches
-  return tile.row_sum[0] > 1024.0f | tile.row_sum[1] > 1024.0f | !has_max;
+  const bool has_max = (tile.row_max[0] > NEG_INF) & (tile.row_max[1] > NEG_INF);  // no branches
+  return (tile.row_sum[0] > 1024.0f) | (tile.row_sum[1] > 1024.0f) | !has_max;
 }
 
 template <int NUM_OUT_FRAGS>
