@@ -28,14 +28,18 @@ CASE = Case(
     head_dim_v=64,
     dtype="bfloat16",
 )
+# What grows with the key, counted as keys are visited, and how much of it a row sees.
+KEY = torch.arange(CASE.seqlen_k).flip(0)
+ROW = torch.arange(CASE.seqlen_q)
+EVERY_ROW = torch.ones(CASE.seqlen_q)
 GROWTHS = {
-    "none": lambda key, row: 0.0 * key,
-    "every tile by 2^6": lambda key, row: (key // 32) * 4.2,
-    "every tile by 2^30": lambda key, row: (key // 32) * 21.0,
-    "every tile past float32": lambda key, row: (key // 32) * 200.0,
-    "one key of some rows": lambda key, row: 30.0 * (key == 70) * (row % 7 == 3),
-    "one key of one row past float32": lambda key, row: 120.0 * (key == 40) * (row == 101),
-    "falling": lambda key, row: -(key // 32) * 40.0,
+    "none": (0.0 * KEY, EVERY_ROW),
+    "every tile by 2^6": (KEY // 32 * 4.2, EVERY_ROW),
+    "every tile by 2^30": (KEY // 32 * 21.0, EVERY_ROW),
+    "every tile past float32": (KEY // 32 * 200.0, EVERY_ROW),
+    "one key of some rows": ((KEY == 70) * 30.0, ROW % 7 == 3),
+    "one key of one row past float32": ((KEY == 40) * 120.0, ROW == 101),
+    "falling": (KEY // 32 * -40.0, EVERY_ROW),
 }
 
 
@@ -43,16 +47,11 @@ GROWTHS = {
 def inputs(
     growth: str, options: tuple[tuple[str, object], ...] = ()
 ) -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """q and k whose scores have a part that grows from tile to tile, as they are visited: two
-    columns hold it, one for what depends on the key and one for the rows that see it."""
+    """q and k whose scores have a part that grows from tile to tile: a column of each holds it."""
     x = make_inputs(CASE)
     q, k, v = x.q.clone(), x.k.clone(), x.v
-    key = torch.arange(CASE.seqlen_k).flip(0).float()
-    row = torch.arange(CASE.seqlen_q).float()
-    wanted = GROWTHS[growth](key[None, :], row[:, None]).expand(CASE.seqlen_q, -1)
-    u, s, vh = torch.linalg.svd(wanted * CASE.head_dim**0.5)
-    q[..., 0] = (u[:, 0] * s[0].sqrt()).bfloat16()
-    k[..., 0] = (vh[0] * s[0].sqrt()).bfloat16()
+    k[..., 0], q[..., 0] = GROWTHS[growth]
+    k[..., 0] *= CASE.head_dim**0.5
     problem = Problem.from_tensors(q, k, v, return_lse=True, **dict(options))  # type: ignore[arg-type]
     return problem, q, k, v
 

@@ -58,6 +58,7 @@ extern int num_blocks;  // of the launch
 // `uniform` must be the same on all lanes. Orders no memory.
 bool warp_arrive(WarpOp op, void* argument, uint64_t uniform, Site site);
 void* warp_argument(int lane);
+bool warp_vote();  // whether any lane's argument, a bool, is true
 void warp_release();
 
 // Barriers: they order memory.

@@ -44,8 +44,7 @@ FC_DEVICE int warp_uniform(int x, FC_SITE) {
 FC_DEVICE bool warp_any(bool predicate, FC_SITE) {
   bool vote = predicate;
   if (fc_host::warp_arrive(fc_host::WarpOp::warp_any, &vote, 0, FC_HERE)) {
-    bool any = false;
-    for (int lane = 0; lane < 32; ++lane) any |= *static_cast<bool*>(fc_host::warp_argument(lane));
+    const bool any = fc_host::warp_vote();
     for (int lane = 0; lane < 32; ++lane) *static_cast<bool*>(fc_host::warp_argument(lane)) = any;
     fc_host::warp_release();
   }

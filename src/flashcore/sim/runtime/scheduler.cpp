@@ -202,6 +202,12 @@ void* warp_argument(int lane) {
   return machine.warps[size_t(current_thread / WARP_SIZE)].argument[lane];
 }
 
+bool warp_vote() {
+  bool any = false;
+  for (int lane = 0; lane < WARP_SIZE; ++lane) any |= *static_cast<bool*>(warp_argument(lane));
+  return any;
+}
+
 void warp_release() {
   Warp& warp = machine.warps[size_t(current_thread / WARP_SIZE)];
   warp.arrived = 0;

@@ -58,15 +58,6 @@ static void acquire(int w, const std::vector<int32_t>& clock) {
   for (int t = first; t < first + WARP_SIZE; ++t) clocks_acquire(t, clock);
 }
 
-// Whether some lane of the warp that has arrived votes for it.
-static bool warp_vote() {
-  bool any = false;
-  for (int lane = 0; lane < WARP_SIZE; ++lane) {
-    any |= *static_cast<const bool*>(warp_argument(lane));
-  }
-  return any;
-}
-
 bool named_barrier(WarpOp op, int id, int threads, bool predicate, Site site) {
   Machine& m = machine;
   if (id < 1 || id >= NUM_NAMED_BARRIERS) {
