@@ -59,7 +59,7 @@ def test_the_healthy_kernel_passes_every_stage(case: Case) -> None:
         ("no-commit", "pv", "wgmma"),
         ("turn-not-handed-on", "full", "what the gates switch off"),
         ("no-init-fence", "setup", "mbar_init_fence"),
-        ("o-read-from-q", "store", "race"),
+        ("o-part-overwritten", "store", "race"),
         ("share-sum-lost", "full", "lse"),
     ],
 )

@@ -45,6 +45,7 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     21: ("divergence", "", None),
     22: ("mbarrier", "bars", 0),
     23: ("named-barrier", "", None),
+    24: ("race", "tile", 7),
     30: ("missing-fence", "tile", 0),
     31: ("missing-fence", "tile", None),
     32: ("race", "tile", 5),

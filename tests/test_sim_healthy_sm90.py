@@ -19,30 +19,30 @@ from test_sim_healthy import draw_case
 
 SEEDS_OF_A_FAMILY = 50
 
-# name -> (tile, what is fixed). Between them: one to three consumers, taking turns or not, O
-# through a buffer of its own or Q's, both swizzles, every mask kind, both windows, softcap, empty
-# rows; column chunks of which a part is padding; keys shared by two consumers, of which one may
-# have none.
+# name -> (tile, what is fixed). Between them: one to three consumers, taking turns or not, one or
+# two buffers for Q, O in one part or several, both swizzles, every mask kind, both windows,
+# softcap, empty rows; column chunks of which a part is padding; keys shared by two consumers, of
+# which one may have none.
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "plain": ({"block_m": 128, "ping_pong": True}, {}),
+    "plain": ({"block_m": 128, "ping_pong": True, "q_buffers": 2}, {}),
     "causal": (
-        {"block_m": 64, "separate_o": False},
+        {"block_m": 64, "o_parts": 2},
         {"dtype": "bfloat16", "causal": "lower_right", "layout": "bshd"},
     ),
     "three-consumers-bool-mask": (
-        {"block_m": 192, "ping_pong": True},
+        {"block_m": 192, "ping_pong": True, "q_buffers": 2, "num_stages": 3},
         {"mask": "bool", "causal": "upper_left"},
     ),
     "window-softcap": (
-        {"block_m": 128, "ping_pong": True, "separate_o": False, "lazy_rescale": False},
+        {"block_m": 128, "ping_pong": True, "o_parts": 2, "lazy_rescale": False},
         {"head_dim": 128, "head_dim_v": 128, "window": (40, 20), "softcap": 5.0},
     ),
     "padded-dims-additive-mask": (
-        {"block_m": 64, "separate_o": True},
+        {"block_m": 64},
         {"head_dim": 40, "head_dim_v": 48, "mask": "additive"},
     ),
     "narrow-chunks": (
-        {"block_m": 128, "ping_pong": False, "block_n": 64},
+        {"block_m": 128, "ping_pong": False, "block_n": 64, "o_parts": 4},
         {"head_dim": 96, "head_dim_v": 80, "causal": "lower_right"},
     ),
     "shared-keys": ({"block_m": 64, "key_splits": 2, "num_stages": 4}, {"dtype": "bfloat16"}),

@@ -23,7 +23,7 @@ SEEDS_OF_A_FAMILY = 25
 FAMILIES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "portable-causal": (None, {"causal": "lower_right", "dtype": "bfloat16"}),
     "portable-window": (None, {"window": (20, 9), "softcap": 5.0, "head_dim": 40}),
-    "hopper-one-consumer": ({"block_m": 64, "separate_o": False}, {"causal": "lower_right"}),
+    "hopper-one-consumer": ({"block_m": 64, "o_parts": 2}, {"causal": "lower_right"}),
     "hopper-two-consumers": (
         {"block_m": 128, "ping_pong": True},
         {"window": (20, 9), "dtype": "bfloat16"},

@@ -12,7 +12,7 @@ import torch
 from flashcore.accuracy import error_report
 from flashcore.cases import Case, make_inputs
 from flashcore.codegen import KERNELS_DIR, generate_source
-from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan
+from flashcore.plan_sm90 import ARCH, KERNEL, O_PARTS, Sm90Plan
 from flashcore.problem import Problem
 from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants_causal import PLANTS_CAUSAL_SM90
@@ -52,9 +52,12 @@ WGMMA = ("wgmma_ss<", "wgmma_rs<")
 NAMED_LINES: dict[str, tuple[str, ...]] = {
     "no-full-wait": (*WGMMA, "tma_load("),
     "no-empty-wait": (*WGMMA, "tma_load(", "mbar_arrive_expect_tx("),
+    "asked-for-last": (*WGMMA, "tma_load("),
+    "no-is-yes": (*WGMMA, "tma_load("),
     "early-release": (*WGMMA, "tma_load("),
     "early-q-release": (*WGMMA, "tma_load("),
-    "o-read-from-q": ("tma_store(", "tma_load("),
+    "o-part-overwritten": ("stmatrix_x4(", "tma_store("),
+    "o-part-misplaced": ("stmatrix_x4(", "tma_store("),
     "no-proxy-fence": ("stmatrix_x4(", "tma_store("),
     "no-store-barrier": ("stmatrix_x4(", "tma_store("),
     "tx-too-many": ("mbar_wait(",),
@@ -78,6 +81,7 @@ NAMED_LINES: dict[str, tuple[str, ...]] = {
     "early-consumers": ("gmem_store(p.lse", "tma_store("),
     "early-loads": ("tma_load(",),
     "q-of-another-group": (*WGMMA, "tma_load(smem.q"),
+    "q-buffers-in-step": (*WGMMA, "tma_load(", "mbar_", "smem_store(", "smem_load("),
     "coord-slots": ("smem_store(coord, NO_TILE)", "smem_store(to", "smem_load("),
     "coord-late": ("smem_store(to", "smem_load("),
     "share-not-awaited": ("smem_load(merge_smem", "smem_store(mine"),
@@ -148,18 +152,18 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 
 def test_the_replay_command_repeats_the_run() -> None:
-    found = run_plant(PLANTS_SM90["o-read-from-q"], seed=3)
+    found = run_plant(PLANTS_SM90["o-part-overwritten"], seed=3)
     assert isinstance(found, SimulationError)
     replay = parse_replay(shlex.split(found.replay)[3:])
-    assert replay.plan == plan_of(PLANTS_SM90["o-read-from-q"])
+    assert replay.plan == plan_of(PLANTS_SM90["o-part-overwritten"])
     with pytest.raises(SimulationError) as again:
         replay.run()
     assert str(again.value) == str(found)
 
 
-@pytest.mark.parametrize("separate_o", [True, False])
-def test_without_a_plant_the_same_runs_are_healthy(separate_o: bool) -> None:
-    plan = dataclasses.replace(PLAN, separate_o=separate_o)
+@pytest.mark.parametrize("o_parts", O_PARTS)
+def test_without_a_plant_the_same_runs_are_healthy(o_parts: int) -> None:
+    plan = dataclasses.replace(PLAN, o_parts=o_parts)
     assert {run_plant(None, seed, plan) for seed in SEEDS} == {"healthy"}
 
 

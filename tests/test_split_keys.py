@@ -139,7 +139,6 @@ def test_packed_sequences_and_gates_are_not_split() -> None:
     split = select_plan(problem, 90)
     assert is_legal(split)
     assert not is_legal(dataclasses.replace(split, varlen="packed"))
-    assert not is_legal(dataclasses.replace(split, separate_o=False))
     assert not is_legal(dataclasses.replace(split, num_splits=0))
     assert {plan.num_splits for plan in schedules(split)} > {1, 2, 32}  # type: ignore[attr-defined]
 

@@ -91,11 +91,13 @@ def test_a_tile_has_nothing_of_the_problem() -> None:
         {"block_n": 256},  # shared memory
         {"block_m": 64, "ping_pong": True},  # nobody to take turns with
         # Of consumers that share keys one may have a key tile more, and wait for its turn for ever.
-        {"block_m": 64, "ping_pong": True, "key_splits": 2, "num_stages": 4, "separate_o": True},
+        {"block_m": 64, "ping_pong": True, "key_splits": 2, "num_stages": 4},
         {"block_m": 64, "ping_pong": False, "key_splits": 2},  # a stage each would deadlock
         {"num_stages": 0},
         {"num_stages": 1},
         {"num_stages": True},
+        {"o_parts": 3},
+        {"q_buffers": 3},
         {"block_m": 128.0},
         {"color": "red"},
     ],
@@ -127,7 +129,7 @@ def test_the_compilers_report_rules_out() -> None:
 def test_configurations_are_compiled() -> None:
     pytest.importorskip("cuda.core")
     default = base(workload(64, causal=False))
-    wide = with_tile(default, tile_of(default) | {"block_m": 128, "block_n": 256})
+    wide = with_tile(default, tile_of(default) | {"block_m": 128, "block_n": 256, "num_stages": 2})
     assert wide is not None
     with compiling.Compiler(workers=1) as compile_plans:
         found = dict(compile_plans([default, wide]))

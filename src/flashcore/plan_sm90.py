@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashcore import tiles_sm90
 from flashcore.folding import fold_heads
-from flashcore.limits import smem_limits
+from flashcore.limits import blocks_that_fit, smem_limits
 from flashcore.plan import Plan, traits
 from flashcore.tiles_sm90 import Tile
 
@@ -23,6 +23,10 @@ GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the p
 # A stage shows nothing but itself: no turns, no shared rows. Nor is a rescale put off.
 OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_splits": 1, "num_splits": 1}
 
+Q_BUFFERS = (1, 2)
+# In which O may leave. More take longer, but leave shared memory for stages.
+O_PARTS = (1, 2, 4)
+
 _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
 _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (tile/split_sm90.cuh)
@@ -34,17 +38,19 @@ class Sm90Plan(Plan):
     """One compiled form of the Hopper kernel. See `Plan`.
 
     `ping_pong`: consumer warpgroups take turns at issuing to the tensor cores; `lazy_rescale`: the
-    output is rescaled only when a maximum moved far; `separate_o`: O leaves through a buffer of its
-    own, not through Q's; `key_splits`: consumers that share the keys of 64 rows; `num_splits`:
-    blocks that share the keys of a row tile, of which the machine code knows only whether there are
-    any; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 8 or 4, or 1 for
-    element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows start
-    anywhere in what is copied at once, 8 elements.
+    output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room
+    for; `o_parts`: in how many parts, one after another, O leaves through its buffer; `key_splits`:
+    consumers that share the keys of 64 rows; `num_splits`: blocks that share the keys of a row
+    tile, of which the machine code knows only whether there are any; `mask_load_bytes`: how much of
+    a mask tensor is copied at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all
+    queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
+    elements.
     """
 
     ping_pong: bool = False
     lazy_rescale: bool = True
-    separate_o: bool = True
+    q_buffers: int = 1
+    o_parts: int = 1
     key_splits: int = 1
     num_splits: int = 1
     mask_load_bytes: int = 0
@@ -98,13 +104,15 @@ class Sm90Plan(Plan):
         hand over, barriers."""
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
         is_split = self.num_splits > 1  # then O leaves through global memory
-        elements = self.block_m * (qk_cols + (v_cols if self.separate_o and not is_split else 0))
+        o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
+        elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
         shares = (self.key_splits - 1) * (self.out_cols // 2 + 4) * 128 * 4
         feed = _FEED_BYTES if self.varlen == "packed" else _SPLIT_BYTES * is_split
         shares += self.mask_bytes
-        num_barriers = 2 * self.block_m // tiles_sm90.ROWS_OF_CONSUMER + 4 * self.num_stages
+        num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
+        num_barriers += 4 * self.num_stages
         num_barriers += 2 * (self.key_splits > 1)
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
@@ -159,7 +167,8 @@ class Sm90Plan(Plan):
             "PRODUCER_REGISTERS": producer_registers,
             "PING_PONG": self.ping_pong,
             "LAZY_RESCALE": self.lazy_rescale,
-            "SEPARATE_O": self.separate_o,
+            "Q_BUFFERS": self.q_buffers,
+            "O_PARTS": self.o_parts,
             "CHUNK": self.chunk,
             "KEY_SPLITS": self.key_splits,
             "SPLIT_KEYS": self.num_splits > 1,
@@ -262,30 +271,29 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     return plans
 
 
+def with_o_fitted(plan: Sm90Plan) -> Sm90Plan:
+    """The plan with O in as few parts as let `min_blocks` blocks, or one if they never do, fit into
+    the shared memory of an SM; the last that was tried, if not even one does."""
+    found = [dataclasses.replace(plan, o_parts=o_parts) for o_parts in O_PARTS]
+    for num_blocks in (plan.min_blocks, 1):
+        for changed in found:
+            if blocks_that_fit(changed.smem_bytes, ARCH) >= num_blocks:
+                return changed
+    return found[-1]
+
+
 @functools.lru_cache(maxsize=4096)
 def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> Sm90Plan | None:
-    """The plan with a tile, O apart from Q if that fits; None if no plan with it does. Lengths
-    come and go, tiles stay: a plan costs more than to find one."""
+    """The plan with a tile, O in as few parts as fit; None if no plan with it fits. Lengths come
+    and go, tiles stay: a plan costs more than to find one."""
     of_problem = dict(fields)
     of_problem["folds_heads"] //= tile.parts
     sizes = tile._asdict()
     del sizes["parts"]
-    for separate_o in (True, False):
-        plan = Sm90Plan(
-            kernel=KERNEL,
-            arch=ARCH,
-            lazy_rescale=gate is None,
-            separate_o=separate_o,
-            gate=gate,
-            **sizes,
-            **of_problem,
-        )
-        if not separate_o and (
-            plan.head_dim_v > plan.head_dim or tile.key_splits > 1 or tile.num_splits > 1
-        ):
-            continue  # O does not fit into Q's buffer, or is not read there by all at once
-        if plan.varlen == "packed" and not _has_registers(plan):
-            continue
-        if plan.smem_bytes <= smem_limits(ARCH)[0]:
-            return plan
-    return None
+    plan = Sm90Plan(
+        kernel=KERNEL, arch=ARCH, lazy_rescale=gate is None, gate=gate, **sizes, **of_problem
+    )
+    if plan.varlen == "packed" and not _has_registers(plan):
+        return None
+    plan = with_o_fitted(plan)
+    return plan if plan.smem_bytes <= smem_limits(ARCH)[0] else None

@@ -53,6 +53,7 @@ class Tile(NamedTuple):
     ping_pong: bool = False
     min_blocks: int = 1
     num_stages: int = 2
+    q_buffers: int = 1
     key_splits: int = 1
     num_splits: int = 1
     parts: int = 1  # that folded heads are dealt out to
@@ -150,10 +151,11 @@ def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
     bounded, keys = _is_bounded(problem), problem.seqlen_k
     many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
     if dim <= 64:
+        q_buffers = 1 if problem.window_left >= 0 else 2  # or it spills
         if many_192 and keys >= (2048 if bounded else 512):
-            yield Tile(192, 128, ping_pong=True, num_stages=3)
+            yield Tile(192, 128, ping_pong=True, num_stages=3, q_buffers=q_buffers)
         if _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS:
-            yield Tile(64, 64 if keys < 1024 else 96, min_blocks=3)
+            yield Tile(64, 64 if keys < 1024 else 96, min_blocks=3, q_buffers=q_buffers)
         yield Tile(64, 128, min_blocks=2)
         yield Tile(128, 128, ping_pong=True)
     elif dim <= 128:

@@ -136,6 +136,11 @@ FC_DEVICE void barrier_faults(const Faulty& s, const FaultsSm90Params& p) {
       if (warp_idx() == 0) named_barrier_any(1, 64, true);  // ALARM 23 AGAINST 23
       if (warp_idx() == 1) named_barrier_sync(1, 64);  // ALARM 23 AGAINST 23
       break;
+    case 24:  // told that one arrival is missing, and does not wait for it
+      if (me == 0) smem_store(s.tile + 7, bfloat16{});  // ALARM 24 AGAINST 24
+      if (me == 0) mbar_arrive(s.pair);
+      if (me == 40 && !mbar_test(s.pair, 0)) smem_load(s.tile + 7);  // ALARM 24 AGAINST 24
+      break;
   }
 }
 
@@ -440,21 +445,14 @@ FC_KERNEL(faults_sm90, 256, 1)(FC_PARAM(FaultsSm90Params) p) {
                     smem_view<bfloat16>(TILE_BYTES, 64 * 64, "other"),
                     smem_view<bfloat16>(64, 64 * 64, "shifted"),
                     smem_view<bfloat16>(2 * TILE_BYTES, 4, "over"),
-                    bars,
-                    bars + 1,
-                    bars + 2,
-                    thread_idx()};
+                    bars, bars + 1, bars + 2, thread_idx()};
   if (thread_idx() == 0) {
     mbar_init(s.bar, 1);  // AGAINST 11
     mbar_init(s.pair, 2);
     mbar_init_fence();
   }
   block_sync();  // orders the initialisation before every use
-  if (p.fault < 30) {
-    barrier_faults(s, p);
-  } else if (p.fault < 60) {
-    copy_faults(s, p);
-  } else {
-    product_faults(s, p);
-  }
+  if (p.fault < 30) barrier_faults(s, p);
+  if (p.fault >= 30 && p.fault < 60) copy_faults(s, p);
+  if (p.fault >= 60) product_faults(s, p);
 }

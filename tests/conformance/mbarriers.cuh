@@ -29,8 +29,9 @@ FC_KERNEL(mbarriers, 128, 1)(const MbarriersParams p) {
       smem_store(ring + (stage * 32 + lane_idx()), round * 100 + lane_idx());
       mbar_arrive(full + stage);
     } else {
-      // In the last warp one lane waits for all of them.
-      if (warp_idx() != 3 || lane_idx() == 7) mbar_wait(full + stage, parity);
+      // One warp asks before it waits; in the last one lane waits for all of them.
+      const bool is_there = warp_idx() == 1 && mbar_test(full + stage, parity);
+      if (!is_there && (warp_idx() != 3 || lane_idx() == 7)) mbar_wait(full + stage, parity);
       if (warp_idx() == 3) warp_sync();
       const int32_t value = smem_load(ring + (stage * 32 + (lane_idx() ^ warp_idx())));
       mbar_arrive(empty + stage);

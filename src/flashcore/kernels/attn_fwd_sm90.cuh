@@ -41,12 +41,15 @@
 struct Consumer {
   int index;
   int row_group;  // of 64 rows; consumers that share one take the key tiles in turn
+  int q_slot;
   int warp_row;  // first of this warp's 16 query rows
   float scale_log2;
   WmmaAccum out[OUT_FRAGS];
+  bool has_out;  // or `out` is of the row tile before
   WmmaA<Element> probs[KEY_FRAGS];  // of the tile whose P V is not issued yet
   OnlineSoftmax softmax;
   PipelineState k_state;  // of the next K; V's, one tile of this consumer behind, follows from it
+  bool k_is_there, v_is_there;  // of ask_ahead
   MaskStrip mask;
 //@if gate
   BlockCoord block;
@@ -71,16 +74,25 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_s
   }
 }
 
-// O += P V of a warpgroup's 64 rows, issued.
-FC_DEVICE void issue_output(WmmaAccum (&out)[OUT_FRAGS], const WmmaA<Element> (&probs)[KEY_FRAGS],
-                            SmemPtr<Element> v_smem, int stage) {
-  stage = warp_uniform(stage);  // likewise
+// What is left of the registers where nothing else takes some.
+constexpr bool IS_PLAIN = !SPLIT_KEYS && !HAS_SOFTCAP && MASK_KIND == 0;
+
+// O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
+FC_DEVICE void issue_output(Consumer& c, SmemPtr<Element> v_smem) {
+  const int stage = warp_uniform(c.v_state().stage());  // likewise
   const WgmmaDesc v_desc =
       wgmma_desc<CHUNK_BYTES>(v_smem, BLOCK_N * CHUNK_BYTES) + stage * (V_ELEMENTS * 2);
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
-    wgmma_rs<Element>(out, probs[n], v_desc + n * 16 * CHUNK_BYTES, true);
+    const bool adds = n > 0 || !IS_PLAIN || c.has_out;
+    wgmma_rs<Element>(c.out, c.probs[n], v_desc + n * 16 * CHUNK_BYTES, adds);
   }
+  c.has_out = true;
+}
+
+FC_DEVICE void clear_output(Consumer& c) {
+#pragma unroll
+  for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(c.out[d], 0.0f);
 }
 
 FC_DEVICE void await_turn(const Consumer& c) { named_barrier_sync(TURN_BARRIER + c.index, 256); }
@@ -104,18 +116,26 @@ FC_DEVICE void skip_key_tile(Consumer& c, const Barriers& bar) {
   ++c.k_state.count;
 }
 
-// A consumer warp is done with the row tile's Q, if that has no other use than to be read.
+// A consumer warp is done with the row tile's Q.
 FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
-  if (SEPARATE_O && lane_idx() == 0) mbar_arrive(bar.q_empty + c.row_group);
+  if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.q_slot);
 }
 
 // Right after its last Q K^T, so that the next Q arrives under softmax, P V and the store. To know
-// which is the last takes a register, which must be there.
-constexpr bool RELEASES_Q_EARLY = !SPLIT_KEYS && !HAS_SOFTCAP && MASK_KIND == 0;
+// which is the last takes a register.
+constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
 
 // Whether the softmax of a tile may do without its maxima, see has_outgrown. Where it was wrong it
 // needs the scores again, as Q K^T gives them.
 constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
+
+// Whether V of this tile and K of the next have arrived: an answer takes some 70 cycles, which the
+// exponentials hide. Who is told no waits when it is time.
+FC_DEVICE void ask_ahead(Consumer& c, const Barriers& bar) {
+  const PipelineState next = {c.k_state.ring, c.k_state.count + 1};
+  c.v_is_there = mbar_test(bar.v_full + c.k_state.stage(), c.k_state.parity());
+  c.k_is_there = mbar_test(bar.k_full + next.stage(), next.parity());
+}
 
 // One key tile: S = Q K^T, and (unless FIRST) P V of the tile visited before it, are under way
 // together; then the softmax of S.
@@ -127,15 +147,14 @@ template <bool FIRST, bool MASKED>
 FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, const Buffers& smem,
                         int n_block, int n_block_begin) {
   WmmaAccum scores[KEY_FRAGS];
-  mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
+  if (FIRST || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
   if (PING_PONG && !FIRST) await_turn(c);
   wgmma_fence();
-  issue_scores(scores, smem.q + c.row_group * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
+  issue_scores(scores, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
   wgmma_commit();
   if constexpr (!FIRST) {
-    const PipelineState v_state = c.v_state();
     wgmma_fence();
-    issue_output(c.out, c.probs, smem.v, v_state.stage());
+    issue_output(c, smem.v);
     wgmma_commit();
     if (PING_PONG) hand_over_turn(c);
   }
@@ -157,6 +176,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   return;
 //@end
 
+  ask_ahead(c, bar);
   float rescale[2];
 //@if gate pv
   const bool moved = false;
@@ -172,7 +192,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     // Of the whole warpgroup, which issues Q K^T together.
     if (named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile))) {
       wgmma_fence();
-      issue_scores(scores, smem.q + c.row_group * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
+      issue_scores(scores, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_hold(scores);
@@ -195,7 +215,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
 
   // Here, so that P V of this tile can be issued at once; and as ptxas would move the wait for P V
   // above the exponentials, were there no branch in between.
-  mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());
+  if (!c.v_is_there) mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());
   if constexpr (!FIRST) {
     if (OVERLAP) wgmma_wait<0>();
     wgmma_hold(c.out);
@@ -210,15 +230,15 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
 // P V of the key tile visited last.
 FC_DEVICE void last_output(Consumer& c, const Barriers& bar, const Buffers& smem) {
 //@if gate qk softmax
+  clear_output(c);
   return;
 //@end
-  const PipelineState v_state = c.v_state();
   wgmma_fence();
-  issue_output(c.out, c.probs, smem.v, v_state.stage());
+  issue_output(c, smem.v);
   wgmma_commit();
   wgmma_wait<0>();
   wgmma_hold(c.out);
-  release(bar.v_empty, v_state);
+  release(bar.v_empty, c.v_state());
 }
 
 // Divides by the row sums and sends a warpgroup's 64 rows of O on their way by TMA, which clips
@@ -231,37 +251,37 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
                  c.scale_log2, inverse_sum);
 
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
-  const auto o_smem = smem.o + c.row_group * (64 * V_CHUNKS * CHUNK);
-  if (SEPARATE_O && leads) tma_store_wait_read<0>();  // of the last tile's O
-  named_barrier_sync(STORE_BARRIER + c.index, 128);   // orders that, or the last read of Q, before:
+  const auto o_smem = smem.o + c.row_group * (64 * O_CHUNKS * CHUNK);
   const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live in between
   const int row = warp_idx() % 4 * 16 + lane % 16;
+  const BoxOrigin box = query_box(params.attn, block);
+  const int first_row = block.m_begin + c.row_group * 64;
+  const bool has_rows = !PACKED || first_row < p.seqlen_q;
 #pragma unroll
-  for (int d = 0; d < OUT_FRAGS; ++d) {
-    uint32_t packed[4];
+  for (int begin = 0; begin < V_CHUNKS; begin += O_CHUNKS) {
+    const int end = min_i(V_CHUNKS, begin + O_CHUNKS);
+    if (leads) tma_store_wait_read<0>();               // of the O that lay here before
+    named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders that before the writes below
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const float scale = inverse_sum[row_of_element(i)];
-      packed[i / 2] = pack2<Element>(c.out[d].x[i] * scale, c.out[d].x[i + 1] * scale);
+    for (int d = begin * CHUNK / 16; d < min_i(OUT_FRAGS, end * CHUNK / 16); ++d) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const float scale = inverse_sum[row_of_element(i)];
+        packed[i / 2] = pack2<Element>(c.out[d].x[i] * scale, c.out[d].x[i + 1] * scale);
+      }
+      const int chunk = d * 16 / CHUNK - begin;
+      const int col = swizzled_col<CHUNK_BYTES>(row, d * 16 % CHUNK + lane / 16 * 8);
+      stmatrix_x4(o_smem + (chunk * 64 * CHUNK + row * CHUNK + col), packed);
     }
-    const int chunk = d * 16 / CHUNK;
-    const int col = swizzled_col<CHUNK_BYTES>(row, d * 16 % CHUNK + lane / 16 * 8);
-    stmatrix_x4(o_smem + (chunk * 64 * CHUNK + row * CHUNK + col), packed);
-  }
-  fence_proxy_async();
-  named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above before the stores
-  if (leads) {
-    const BoxOrigin box = query_box(params.attn, block);
-    const int row = block.m_begin + c.row_group * 64;
-    const bool has_rows = !PACKED || row < p.seqlen_q;
-    for (int chunk = 0; has_rows && chunk < V_CHUNKS; ++chunk) {
-      tma_store(params.o_map, o_smem + chunk * 64 * CHUNK, chunk * CHUNK, box.row + row,
-                block.head_idx, box.batch);
-    }
-    tma_store_commit();
-    if (!SEPARATE_O) {
-      tma_store_wait_read<0>();
-      mbar_arrive(bar.q_empty + c.row_group);
+    fence_proxy_async();
+    named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above before the stores
+    if (leads) {
+      for (int chunk = begin; has_rows && chunk < end; ++chunk) {
+        tma_store(params.o_map, o_smem + (chunk - begin) * 64 * CHUNK, chunk * CHUNK,
+                  box.row + first_row, block.head_idx, box.batch);
+      }
+      tma_store_commit();
     }
   }
 }
@@ -280,7 +300,8 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
   if (PING_PONG && c.index == NUM_CONSUMERS - 1) named_barrier_arrive(TURN_BARRIER, 256);
 
   for (int turn = 0;; ++turn) {
-    mbar_wait(bar.q_full + c.row_group, turn % 2);
+    c.q_slot = q_slot(turn, c.row_group);
+    mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
     const auto coord = coord_slot(smem.coords, turn);
     BlockCoord block = {};
     block.m_begin = smem_load(coord);
@@ -310,8 +331,8 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 //@if gate pv
     c.softmax = {{0.0f, 0.0f}, {0.25f, 0.25f}};  // four lanes' shares add up to 1: no normalisation
 //@end
-#pragma unroll
-    for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(c.out[d], 0.0f);
+    c.has_out = false;
+    if (!IS_PLAIN) clear_output(c);
 
     // All consumers count all key tiles of the block, and all but the first give a turn.
     int n_block = keys.n_block_end - 1 - share;
@@ -345,7 +366,11 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
       warp_sync();  // lanes may still wait for q_full, whose next phase must not pass them
       release_q(c, bar);
     }
-    if (sees_keys) last_output(c, bar, smem);
+    if (sees_keys) {
+      last_output(c, bar, smem);
+    } else if (IS_PLAIN) {
+      clear_output(c);
+    }
     if (HAS_WINDOW_LEFT && KEY_SPLITS == 1) skip_down_to(keys.n_block_begin);
     if (KEY_SPLITS > 1) {
       merge_shares(share, turn, c.softmax, c.out, bar, smem.merge, c.scale_log2);
@@ -379,7 +404,7 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
     tma_prefetch_map(params.v_map);
     tma_prefetch_map(params.o_map);
     if (PACKED) init_feed(smem.feed);
-    init_barriers(bar, NUM_ROW_GROUPS * 4, SEPARATE_O ? KEY_SPLITS * 4 : 1);
+    init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SPLITS * 4);
   }
   block_sync();  // orders the initialisation before every use
   grid_dependency_wait();

@@ -8,6 +8,7 @@
 //                 mbar_init(bar, count), mbar_init_fence(): by one thread, then block_sync()
 //                 mbar_arrive(bar), mbar_arrive_expect_tx(bar, bytes)
 //                 mbar_wait(bar, parity): until the phase of that parity has completed
+//                 mbar_test(bar, parity): whether it has
 // tma.cuh         TensorMap: 128 opaque bytes in the kernel's parameters (encoded by the launcher)
 //                 tma_prefetch_map(map): fetches the descriptor ahead of its first use
 //                 tma_load(smem_dst, map, bar, col, row, head, batch): one box, whose bytes count

@@ -14,8 +14,9 @@ _COORD_BEFORE_ARRIVAL = """\
     int n_block = keys.n_block_end - 1;
     load_keys(block, keys, n_block);
     for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
-      const auto full = bar.q_full + group;
-      mbar_wait(bar.q_empty + group, parity ^ 1);
+      const int slot = q_slot(turn, group);
+      const auto full = bar.q_full + slot;
+      mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
       mbar_arrive_expect_tx(full, Q_GROUP_ELEMENTS * 2);
 """
 _TAKEN_BEFORE_STORE = """\
@@ -61,10 +62,20 @@ ROW_TILE_PLANTS = (
         name="q-of-another-group",
         title="all consumers wait for the first one's rows of Q",
         file=_KERNEL,
-        find="    mbar_wait(bar.q_full + c.row_group, turn % 2);",
-        replace="    mbar_wait(bar.q_full, turn % 2);",
+        find="    mbar_wait(bar.q_full + c.q_slot, q_parity(turn));",
+        replace="    mbar_wait(bar.q_full + q_slot(turn, 0), q_parity(turn));",
         caught_by="race",
         plan={"block_m": 128, "key_splits": 1, "num_stages": 2},
+    ),
+    Plant(
+        name="q-buffers-in-step",
+        title="the phases of two buffers for Q are counted as if there were one",
+        file="tile/pipeline_sm90.cuh",
+        find="return turn / Q_BUFFERS % 2; }",
+        replace="return turn % 2; }",
+        caught_by="race",
+        or_by=("deadlock", "mbarrier", "uninitialized-read"),
+        plan={"q_buffers": 2},
     ),
     Plant(
         name="coord-slots",

@@ -34,10 +34,34 @@ _ALL = (
         title="Q K^T is issued without waiting for K",
         file=_KERNEL,
         find="""\
-  mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
+  if (FIRST || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
   if (PING_PONG""",
         replace="\n  if (PING_PONG",
         caught_by="race",
+    ),
+    Plant(
+        name="asked-for-last",
+        title="a consumer asks whether the K that it holds is there, not the next one",
+        file=_KERNEL,
+        find="mbar_test(bar.k_full + next.stage(), next.parity());",
+        replace="mbar_test(bar.k_full + c.k_state.stage(), c.k_state.parity());",
+        caught_by="race",
+    ),
+    Plant(
+        name="no-is-yes",
+        title="V is used whether it was there or not when it was asked for",
+        file=_KERNEL,
+        find="  if (!c.v_is_there) mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());",
+        replace="",
+        caught_by="race",
+    ),
+    Plant(
+        name="output-kept",
+        title="P V adds to O of the row tile before",
+        file=_KERNEL,
+        find="    c.has_out = false;",
+        replace="    c.has_out = turn > 0;",
+        caught_by="wrong-result",
     ),
     Plant(
         name="no-empty-wait",
@@ -69,25 +93,29 @@ _ALL = (
         caught_by="race",
     ),
     Plant(
-        name="o-read-from-q",
-        title="Q's buffer is given back before O has been stored out of it",
+        name="o-part-overwritten",
+        title="a part of O is overwritten while its store may still read it",
         file=_KERNEL,
-        find="""\
-      tma_store_wait_read<0>();
-      mbar_arrive(bar.q_empty + c.row_group);
-""",
-        replace="""\
-      mbar_arrive(bar.q_empty + c.row_group);
-      tma_store_wait_read<0>();
-""",
+        find="    if (leads) tma_store_wait_read<0>();",
+        replace="    if (leads && begin == 0) tma_store_wait_read<0>();",
         caught_by="race",
-        plan={"separate_o": False, "key_splits": 1},
+        plan={"o_parts": 2},
+    ),
+    Plant(
+        name="o-part-misplaced",
+        title="a later part of O is written behind the buffer instead of into it",
+        file=_KERNEL,
+        find="d * 16 / CHUNK - begin;",
+        replace="d * 16 / CHUNK;",
+        caught_by="out-of-bounds",
+        or_by=("race",),  # with the next consumer's rows
+        plan={"o_parts": 2},
     ),
     Plant(
         name="no-proxy-fence",
         title="no proxy fence between writing O to shared memory and its store by TMA",
         file=_KERNEL,
-        find="  fence_proxy_async();",
+        find="    fence_proxy_async();",
         replace="",
         caught_by="missing-fence",
     ),
@@ -95,8 +123,8 @@ _ALL = (
         name="no-store-barrier",
         title="no barrier between the warps' writes of O and its store by TMA",
         file=_KERNEL,
-        find="  named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above",
-        replace="  // orders the writes above",
+        find="    named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above",
+        replace="    // orders the writes above",
         caught_by="race",
     ),
     Plant(
@@ -238,7 +266,7 @@ _ALL = (
         name="o-overwritten",
         title="O is overwritten while the last tile's store may still read it",
         file=_KERNEL,
-        find="  if (SEPARATE_O && leads) tma_store_wait_read<0>();",
+        find="    if (leads) tma_store_wait_read<0>();",
         replace="",
         caught_by="race",
     ),
@@ -246,7 +274,7 @@ _ALL = (
         name="no-store-commit",
         title="the stores of O are in no group, so nobody waits for them",
         file=_KERNEL,
-        find="    tma_store_commit();",
+        find="      tma_store_commit();",
         replace="",
         caught_by="race",  # with the next tile's O
         or_by=("async-pending",),  # in a block that has no next tile

@@ -11,64 +11,60 @@ from typing import Any
 
 from flashcore.limits import blocks_that_fit
 from flashcore.plan import Plan
-from flashcore.plan_sm90 import Sm90Plan
-from flashcore.tune.space import is_legal, may_avoid_spills, tiles, with_o_placed
+from flashcore.plan_sm90 import Sm90Plan, with_o_fitted
+from flashcore.tune.space import is_legal, may_avoid_spills, tiles
 
 
 def _tile(block_m: int, block_n: int, **others: Any) -> dict[str, Any]:
-    defaults = {"num_stages": 2, "min_blocks": 1, "ping_pong": False, "key_splits": 1}
+    defaults = {"num_stages": 2, "min_blocks": 1, "ping_pong": False}
+    defaults |= {"key_splits": 1, "q_buffers": 1}
     return {"block_m": block_m, "block_n": block_n, **defaults, **others}
 
 
 _SHARED_KEYS: dict[str, Any] = {"key_splits": 2, "num_stages": 4}
 _PING_PONG: dict[str, Any] = {"ping_pong": True}
+_AHEAD: dict[str, Any] = {"q_buffers": 2}
 # By the largest head_dim that a list is for.
 _SM90: dict[int, list[dict[str, Any]]] = {
     64: [
-        _tile(64, 64, **_SHARED_KEYS),
         _tile(64, 128, **_SHARED_KEYS),
         _tile(64, 64, key_splits=3, num_stages=6),
-        _tile(64, 64, min_blocks=3),
         _tile(64, 64, min_blocks=3, num_stages=3),
-        _tile(64, 96, min_blocks=3),
+        _tile(64, 64, min_blocks=3, num_stages=3, **_AHEAD),
         _tile(64, 64, min_blocks=2, num_stages=3),
         _tile(64, 128, min_blocks=2),
+        _tile(64, 128, min_blocks=2, **_AHEAD),
         _tile(128, 64),
-        _tile(128, 128, **_PING_PONG),
-        _tile(128, 128, num_stages=3, **_PING_PONG),
         _tile(128, 128),
+        _tile(128, 128, **_PING_PONG),
+        _tile(128, 128, **_PING_PONG, **_AHEAD),
         _tile(192, 128, **_PING_PONG),
         _tile(192, 128, num_stages=3, **_PING_PONG),
-        _tile(192, 128),
+        _tile(192, 128, num_stages=3, **_PING_PONG, **_AHEAD),
     ],
     96: [
         _tile(64, 64, **_SHARED_KEYS),
         _tile(64, 64, min_blocks=3),
         _tile(64, 64, min_blocks=2),
-        _tile(64, 96, min_blocks=2),
         _tile(128, 64, **_PING_PONG),
         _tile(128, 96, **_PING_PONG),
         _tile(128, 128, **_PING_PONG),
+        _tile(128, 128, **_PING_PONG, **_AHEAD),
         _tile(128, 128),
-        _tile(128, 144),
-        _tile(128, 176),
         _tile(192, 96, **_PING_PONG),
         _tile(192, 112, **_PING_PONG),
-        _tile(192, 112),
+        _tile(192, 112, **_PING_PONG, **_AHEAD),
     ],
     128: [
         _tile(64, 64, **_SHARED_KEYS),
         _tile(64, 80, **_SHARED_KEYS),
         _tile(64, 64, min_blocks=2),
-        _tile(64, 80, min_blocks=2),
         _tile(128, 64, **_PING_PONG),
+        _tile(128, 64, **_PING_PONG, **_AHEAD),
         _tile(128, 96, **_PING_PONG),
-        _tile(128, 96, num_stages=3),
-        _tile(128, 112),
         _tile(128, 128, **_PING_PONG),
+        _tile(128, 128, **_PING_PONG, **_AHEAD),
         _tile(128, 128),
-        _tile(128, 144),
-        _tile(128, 176),
         _tile(192, 80, **_PING_PONG),
         _tile(192, 80),
     ],
@@ -76,25 +72,24 @@ _SM90: dict[int, list[dict[str, Any]]] = {
         _tile(64, 32, **_SHARED_KEYS),
         _tile(64, 48, min_blocks=2),
         _tile(64, 64),
+        _tile(64, 64, **_AHEAD),
         _tile(64, 96),
         _tile(128, 64, **_PING_PONG),
+        _tile(128, 64, **_PING_PONG, **_AHEAD),
         _tile(128, 80, **_PING_PONG),
         _tile(128, 96, **_PING_PONG),
         _tile(128, 96),
-        _tile(128, 112, **_PING_PONG),
-        _tile(128, 112),
-        _tile(192, 48, **_PING_PONG),
     ],
     256: [
         _tile(64, 48),
         _tile(64, 64),
+        _tile(64, 64, **_AHEAD),
         _tile(64, 80),
-        _tile(64, 96),
         _tile(128, 48, **_PING_PONG),
         _tile(128, 64, **_PING_PONG),
         _tile(128, 64),
-        _tile(128, 80, **_PING_PONG),
-        _tile(128, 80),
+        _tile(128, 48),
+        _tile(64, 48, num_stages=3),
     ],
 }
 
@@ -108,7 +103,7 @@ def shortlist(base: Plan) -> list[Plan]:
     listed = next(found for most, found in _SM90.items() if dim <= most)
     plans: dict[Plan, None] = {base: None}
     for tile in listed:
-        plan = with_o_placed(dataclasses.replace(base, **tile), _fits)
+        plan = with_o_fitted(dataclasses.replace(base, **tile))
         if _fits(plan) and may_avoid_spills(plan):
             plans[plan] = None
     return list(plans)

@@ -8,12 +8,12 @@ compiler knows.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from flashcore.limits import blocks_that_fit, smem_limits
 from flashcore.plan import Plan
-from flashcore.plan_sm90 import Sm90Plan
+from flashcore.plan_sm90 import O_PARTS, Q_BUFFERS, Sm90Plan, with_o_fitted
 
 Tile = dict[str, Any]
 
@@ -81,19 +81,15 @@ def is_legal(plan: Plan) -> bool:
 def _is_legal_sm90(plan: Sm90Plan) -> bool:
     if plan.num_consumers > 3 or plan.num_stages < 2 * plan.key_splits:
         return False
-    if plan.key_splits > 1 and (
-        plan.block_m > 64 or plan.num_stages % plan.key_splits or not plan.separate_o
-    ):
+    if plan.key_splits > 1 and (plan.block_m > 64 or plan.num_stages % plan.key_splits):
         return False
-    if plan.num_splits < 1 or (
-        plan.num_splits > 1 and (plan.varlen == "packed" or not plan.separate_o)
-    ):
+    if plan.num_splits < 1 or (plan.num_splits > 1 and plan.varlen == "packed"):
         return False
     # Turns are given for every key tile of a block; consumers that share keys have their own.
     takes_turns = plan.num_consumers > 1 and plan.key_splits == 1
     if plan.block_n > 256 or (plan.ping_pong and not takes_turns):
         return False
-    if not plan.separate_o and plan.head_dim_v > plan.head_dim:
+    if plan.o_parts not in O_PARTS or plan.q_buffers not in Q_BUFFERS:
         return False
     return registers_asked_for(plan) <= plan.max_registers * plan.num_threads
 
@@ -113,13 +109,6 @@ def may_avoid_spills(plan: Plan) -> bool:
         # P V of one key tile is under way while the scores of the next are computed.
         return accumulators + plan.block_n // 4 + _OTHER_REGISTERS <= plan.role_registers[0]
     return accumulators + _OTHER_REGISTERS <= plan.max_registers
-
-
-def with_o_placed(plan: Sm90Plan, fits: Callable[[Sm90Plan], bool]) -> Sm90Plan:
-    """The plan with O in a buffer of its own, or, where that does not fit, through Q's, which takes
-    less shared memory."""
-    apart = dataclasses.replace(plan, separate_o=True)
-    return apart if fits(apart) else dataclasses.replace(plan, separate_o=False)
 
 
 def tiles(base: Plan) -> list[Plan]:
@@ -148,13 +137,12 @@ def _tiles_sm90(base: Sm90Plan) -> Iterator[Plan]:
     for block_m in (64, 128, 192):
         for block_n in (32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192):
             sizes: Tile = {"block_m": block_m, "block_n": block_n, "num_stages": 2}
-            plan = dataclasses.replace(base, **sizes, ping_pong=block_m > 64)
-            plan = with_o_placed(plan, is_legal)
+            plan = dataclasses.replace(base, **sizes, ping_pong=block_m > 64, q_buffers=1)
             for min_blocks in (1, 2, 3):
                 if base.num_stages > _STAGES_OF_PRODUCTS:  # as many keys under way on an SM
                     keys = base.num_stages * base.block_n // min_blocks
                     plan = dataclasses.replace(plan, num_stages=max(2, keys // block_n))
-                yield dataclasses.replace(plan, min_blocks=min_blocks)
+                yield with_o_fitted(dataclasses.replace(plan, min_blocks=min_blocks))
 
 
 def schedules(base: Plan) -> list[Plan]:
@@ -163,13 +151,10 @@ def schedules(base: Plan) -> list[Plan]:
     if not isinstance(base, Sm90Plan):
         return []
     found = [
-        dataclasses.replace(
-            base,
-            ping_pong=ping_pong,
-            separate_o=separate_o,
-        )
+        dataclasses.replace(base, ping_pong=ping_pong, q_buffers=q_buffers, o_parts=o_parts)
         for ping_pong in (False, True)
-        for separate_o in (False, True)
+        for q_buffers in Q_BUFFERS
+        for o_parts in O_PARTS
     ]
     found += [dataclasses.replace(base, num_stages=stages) for stages in (2, 3, 4, 6)]
     found += [dataclasses.replace(base, num_splits=splits) for splits in (1, 2, 4, 8, 16, 32)]

@@ -20,11 +20,13 @@ namespace fc_host {
 // Of a launch that starts early: this thread may touch global memory from now on.
 void grid_dependency_wait();
 
-// mbarriers. An arrival releases what its thread has seen; a wait that succeeds acquires it.
+// mbarriers. An arrival releases what its thread has seen; a wait or a test that succeeds acquires
+// it.
 void mbar_init(SmemRef bar, int count, Site site);
 void mbar_init_fence(Site site);
 void mbar_arrive(SmemRef bar, Site site);
 void mbar_expect_tx(SmemRef bar, int bytes, Site site);  // without an arrival
+bool mbar_test(SmemRef bar, int parity, Site site);
 void mbar_wait(SmemRef bar, int parity, Site site);
 
 // TMA: checked when issued, performed at some later moment.

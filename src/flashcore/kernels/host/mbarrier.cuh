@@ -23,6 +23,12 @@ FC_DEVICE void mbar_arrive_expect_tx(SmemPtr<uint64_t> bar, int bytes, FC_SITE) 
   fc_host::mbar_arrive(bar.ref(), FC_HERE);
 }
 
+// Whether the phase of this parity has completed, as far as this thread can tell now. Where it has,
+// that is as good as mbar_wait.
+FC_DEVICE bool mbar_test(SmemPtr<uint64_t> bar, int parity, FC_SITE) {
+  return fc_host::mbar_test(bar.ref(), parity, FC_HERE);
+}
+
 // Waits until the phase of this parity (0 for the first) has completed.
 FC_DEVICE void mbar_wait(SmemPtr<uint64_t> bar, int parity, FC_SITE) {
   fc_host::mbar_wait(bar.ref(), parity, FC_HERE);

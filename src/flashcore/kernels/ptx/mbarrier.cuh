@@ -22,6 +22,22 @@ FC_DEVICE void mbar_arrive_expect_tx(SmemPtr<uint64_t> bar, int bytes) {
                : "memory");
 }
 
+// Whether the phase of this parity has completed, as far as this thread can tell now. Where it has,
+// that is as good as mbar_wait.
+FC_DEVICE bool mbar_test(SmemPtr<uint64_t> bar, int parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(bar.address), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
 // Waits until the phase of this parity (0 for the first) has completed. The thread
 // may sleep for 10 ms at a time; without that hint it asks again and again.
 FC_DEVICE void mbar_wait(SmemPtr<uint64_t> bar, int parity) {

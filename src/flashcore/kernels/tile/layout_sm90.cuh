@@ -19,18 +19,19 @@ constexpr int V_CHUNKS = (HEAD_DIM_V + CHUNK - 1) / CHUNK;
 constexpr int KEY_FRAGS = BLOCK_N / 16;
 constexpr int OUT_FRAGS = (HEAD_DIM_V + 15) / 16;  // the last chunk's other columns are padding
 
-constexpr int Q_ELEMENTS = BLOCK_M * QK_CHUNKS * CHUNK;
+constexpr int Q_ELEMENTS = Q_BUFFERS * BLOCK_M * QK_CHUNKS * CHUNK;
 constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;
 constexpr int K_ELEMENTS = BLOCK_N * QK_CHUNKS * CHUNK;  // of one stage
 constexpr int V_ELEMENTS = BLOCK_N * V_CHUNKS * CHUNK;
-constexpr int O_ELEMENTS = SPLIT_KEYS ? 0 : BLOCK_M * V_CHUNKS * CHUNK;  // else in global memory
+constexpr int O_CHUNKS = (V_CHUNKS + O_PARTS - 1) / O_PARTS;  // of each part but maybe the last
+constexpr int O_ELEMENTS = SPLIT_KEYS ? 0 : BLOCK_M * O_CHUNKS * CHUNK;  // else in global memory
 
-// O leaves through a buffer of its own, or through Q's where that would not fit beside the stages.
+// O leaves through a buffer of its own, so that the next Q need not wait for it: all at once, or in
+// O_PARTS parts one after another where the whole would not fit beside the stages.
 constexpr int K_OFFSET = Q_ELEMENTS * 2;
 constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
-constexpr int O_OFFSET = SEPARATE_O ? V_OFFSET + NUM_STAGES * V_ELEMENTS * 2 : 0;
-constexpr int MERGE_OFFSET =
-    V_OFFSET + NUM_STAGES * V_ELEMENTS * 2 + (SEPARATE_O ? O_ELEMENTS * 2 : 0);
+constexpr int O_OFFSET = V_OFFSET + NUM_STAGES * V_ELEMENTS * 2;
+constexpr int MERGE_OFFSET = O_OFFSET + O_ELEMENTS * 2;
 constexpr int MERGE_FLOATS = (KEY_SPLITS - 1) * SHARE_FLOATS<OUT_FRAGS>;
 constexpr int MASK_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
 constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS;
@@ -40,8 +41,6 @@ constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
 constexpr int ARRIVAL_OFFSET = FEED_OFFSET + FEED_BYTES;
 static_assert(SMEM_BYTES == ARRIVAL_OFFSET + ARRIVAL_BYTES,
               "the plan and the kernel disagree on shared memory");
-static_assert(SEPARATE_O || (O_ELEMENTS <= Q_ELEMENTS && KEY_SPLITS == 1 && !SPLIT_KEYS),
-              "O does not fit into Q's buffer, or some consumer reads it longer");
 
 struct Buffers {
   SmemPtr<Element> q, k, v, o;

@@ -44,12 +44,11 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   auto tile = row_tiles(p, smem.feed);
   for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
     const auto coord = coord_slot(smem.coords, turn);
-    const int parity = turn % 2;
     if (tile.done(p, params.schedule)) {
       smem_store(coord, NO_TILE);
       for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
-        mbar_wait(bar.q_empty + group, parity ^ 1);
-        mbar_arrive(bar.q_full + group);
+        mbar_wait(bar.q_empty + q_slot(turn, group), q_parity(turn) ^ 1);
+        mbar_arrive(bar.q_full + q_slot(turn, group));
       }
       grid_launch_dependents();
       return;
@@ -70,13 +69,14 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     int n_block = keys.n_block_end - 1;
     load_keys(block, keys, n_block);
     for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
-      const auto full = bar.q_full + group;
-      mbar_wait(bar.q_empty + group, parity ^ 1);
+      const int slot = q_slot(turn, group);
+      const auto full = bar.q_full + slot;
+      mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
       mbar_arrive_expect_tx(full, Q_GROUP_ELEMENTS * 2);
       int row = block.m_begin + group * 64;
       if (PACKED) row = min_i(row, own.seqlen_q - 1);  // see make_ragged: no box without a row
       for (int c = 0; c < QK_CHUNKS; ++c) {
-        tma_load(smem.q + (group * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
+        tma_load(smem.q + (slot * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
                  c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
       }
     }

@@ -124,12 +124,33 @@ void mbar_arrive(SmemRef ref, Site site) {
   maybe_reschedule();
 }
 
+// The mbarrier whose phase of that parity the current thread asks for.
+static int find_phase(SmemRef ref, int parity, Site site) {
+  machine.threads[size_t(current_thread)].site = site;
+  if (parity != 0 && parity != 1) misuse(site, "mbarrier: parity %d is not 0 or 1", parity);
+  return mbarrier_find(ref, site);
+}
+
+// The current thread has learned which phases are complete.
+static void acquire_phases(int index) {
+  MBarrier& bar = machine.sm90.mbarriers[size_t(index)];
+  bar.phase_waited_for = bar.phase;
+  const int agent = machine.agents.mbarriers + index;
+  if (clock_row(current_thread)[agent] < bar.phase) clocks_acquire(current_thread, bar.completed);
+}
+
+bool mbar_test(SmemRef ref, int parity, Site site) {
+  const int index = find_phase(ref, parity, site);
+  maybe_reschedule();
+  const bool is_complete = (machine.sm90.mbarriers[size_t(index)].phase & 1) != parity;
+  if (is_complete) acquire_phases(index);
+  return is_complete;
+}
+
 void mbar_wait(SmemRef ref, int parity, Site site) {
   const int t = current_thread;
   Thread& thread = machine.threads[size_t(t)];
-  thread.site = site;
-  if (parity != 0 && parity != 1) misuse(site, "mbar_wait: parity %d is not 0 or 1", parity);
-  const int index = mbarrier_find(ref, site);
+  const int index = find_phase(ref, parity, site);
   MBarrier& bar = machine.sm90.mbarriers[size_t(index)];
   if ((bar.phase & 1) == parity) {
     const int awaited = bar.phase;
@@ -146,9 +167,7 @@ void mbar_wait(SmemRef ref, int parity, Site site) {
   } else {
     maybe_reschedule();
   }
-  bar.phase_waited_for = bar.phase;
-  const int agent = machine.agents.mbarriers + index;
-  if (clock_row(t)[agent] < bar.phase) clocks_acquire(t, bar.completed);
+  acquire_phases(index);
 }
 
 }  // namespace fc_host
