@@ -74,7 +74,7 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_s
   }
 }
 
-// What is left of the registers where nothing else takes some.
+// Whether there are registers to spare: nothing but windows and lengths takes some.
 constexpr bool IS_PLAIN = !SPLIT_KEYS && !HAS_SOFTCAP && MASK_KIND == 0;
 
 // O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
