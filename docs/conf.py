@@ -66,8 +66,8 @@ SECTIONS = {
         "../CHANGELOG",
         "../CONTRIBUTING",
         "../benchmarks/README",
-        "../benchmarks/results/h100",
-        "../benchmarks/results/h100-host",
+        "../benchmarks/results/h200",
+        "../benchmarks/results/h200-host",
         "../src/flashcore/data/README",
     ],
 }

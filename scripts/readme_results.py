@@ -1,5 +1,5 @@
-"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h100.json, and
-docs/host-overhead.md from h100-host.json.
+"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json, and
+docs/host-overhead.md from h200-host.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
@@ -33,8 +33,8 @@ from flashcore.bench.tables import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
-RESULTS = Path("benchmarks/results/h100.json")
-HOST_RESULTS = Path("benchmarks/results/h100-host.json")
+RESULTS = Path("benchmarks/results/h200.json")
+HOST_RESULTS = Path("benchmarks/results/h200-host.json")
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 README_SEQLENS = (512, 2048, 16384)

@@ -43,7 +43,7 @@ def test_numbers_are_those_of_the_bindings() -> None:
     assert swizzles.CU_TENSOR_MAP_SWIZZLE_64B == descriptors._SWIZZLE_64B
     assert swizzles.CU_TENSOR_MAP_SWIZZLE_128B == descriptors._SWIZZLE_128B
     promotions = bindings.CUtensorMapL2promotion
-    assert promotions.CU_TENSOR_MAP_L2_PROMOTION_L2_256B == descriptors._L2_PROMOTION_256B
+    assert promotions.CU_TENSOR_MAP_L2_PROMOTION_L2_128B == descriptors._L2_PROMOTION_128B
     assert bindings.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE == 0
     assert bindings.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE == 0
 

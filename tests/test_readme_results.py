@@ -46,7 +46,7 @@ def row(group: str, seqlen: int, library: str, microseconds: float | None) -> di
 
 DOCUMENT: dict[str, Any] = {
     "date": "2026-01-02T03:04:05+00:00",
-    "command": "flashcore bench --output benchmarks/results/h100.json",
+    "command": "flashcore bench --output benchmarks/results/h200.json",
     "gpu": {"name": "GPU", "arch": 90, "driver": "1.2", "power_limit_w": 700.0},
     "cpu": "CPU",
     "versions": {"torch": "2.11.0"},
@@ -159,8 +159,8 @@ def test_links_only_to_what_exists(script: ModuleType, repository: Path) -> None
     for suffix in (".png", ".md"):
         (repository / script.RESULTS).with_suffix(suffix).touch()
     section = script.performance_section(DOCUMENT, repository)
-    assert "(../benchmarks/results/h100.png)" in section
-    assert "(../benchmarks/results/h100.md)" in section
+    assert "(../benchmarks/results/h200.png)" in section
+    assert "(../benchmarks/results/h200.md)" in section
 
 
 @pytest.mark.parametrize("text", ["", "{0}", "{1}\n{0}", "{0}\n{1}\n{0}"])

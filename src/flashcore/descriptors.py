@@ -12,7 +12,7 @@ from flashcore.driver import INVALID_CONTEXT, bind_context, check, entry_point, 
 ALIGNMENT = 64  # of a descriptor that the driver writes, in bytes
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _SWIZZLE_64B, _SWIZZLE_128B = 2, 3
-_L2_PROMOTION_256B = 3
+_L2_PROMOTION_128B = 2  # with 256 reading a long cache once takes 7 % longer (docs/ladder-masks.md)
 _Sizes, _Strides, _Box = ctypes.c_uint64 * 4, ctypes.c_uint64 * 3, ctypes.c_uint32 * 4
 _EVERY_ELEMENT = _Box(1, 1, 1, 1)
 
@@ -70,7 +70,7 @@ def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
         _EVERY_ELEMENT,
         0,  # not interleaved
         _SWIZZLE_128B if m.swizzle_bytes == 128 else _SWIZZLE_64B,
-        _L2_PROMOTION_256B,
+        _L2_PROMOTION_128B,
         0,  # zeros out of bounds
     )
     status = entry_point("cuTensorMapEncodeTiled")(*arguments)

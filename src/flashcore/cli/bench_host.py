@@ -30,7 +30,7 @@ def bench_host(
 
         flashcore bench-host
 
-        flashcore bench-host --output benchmarks/results/h100-host.json
+        flashcore bench-host --output benchmarks/results/h200-host.json
     """
     with command(json_output) as out:
         import torch
