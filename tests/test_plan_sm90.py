@@ -93,6 +93,19 @@ def test_every_head_dim_fits(head_dim: int, heads: int, options: dict[str, objec
         assert select_plan(asked).kernel in ("attn_fwd_sm90", "attn_fwd_wmma")
 
 
+@pytest.mark.parametrize(("head_dim", "parts"), [(64, 1), (128, 1), (192, 2), (256, 2)])
+def test_o_leaves_in_as_few_parts_as_fit(head_dim: int, parts: int) -> None:
+    plan = plan_sm90.candidates(problem(head_dim, heads=256, seqlen=1024))[0]
+    assert isinstance(plan, Sm90Plan)
+    assert plan.o_parts == parts
+    whole = dataclasses.replace(plan, o_parts=1)
+    assert (whole.smem_bytes <= 232448) == (parts == 1)
+    in_any = plan_sm90.with_o_fitted(dataclasses.replace(plan, o_parts=4))
+    assert in_any == plan
+    too_large = dataclasses.replace(plan, num_stages=99)
+    assert plan_sm90.with_o_fitted(too_large).o_parts == plan_sm90.O_PARTS[-1]
+
+
 def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
     full, causal = problem(seqlen=640), problem(seqlen=640, causal=True)
     plan = dataclasses.replace(plan_sm90.candidates(full)[0], block_m=64)

@@ -74,8 +74,8 @@ struct TileWalk {
 
 // A row tile's place as the producer hands it to the consumers.
 constexpr int COORD_INTS = SPLIT_KEYS ? 5 : 4;
-// The producer writes a tile's when one group of rows has done with Q of the tile before, while
-// another may still store O of the one before that.
+// The producer writes a tile's when all groups of rows have done with Q of the tile two before, or
+// with two buffers for Q three before, while one may still store O of that and read its place.
 constexpr int COORD_SLOTS = 4;
 constexpr int NO_TILE = -1;  // in the place of the first row: all tiles are done
 
