@@ -117,11 +117,10 @@ def _table(problem: Problem) -> Iterator[Tile]:
     few = num_64 <= NUM_SMS or (
         _is_bounded(problem) and num_64 <= 2 * NUM_SMS and problem.seqlen_k >= 1024
     )
-    if num_64 <= NUM_SMS and dim <= 64 and problem.mask is None:
-        if 256 < problem.seqlen_k < 1024:
-            yield Tile(64, 64, num_stages=6, key_splits=3)
-        elif 1024 <= problem.seqlen_k < 4096:
-            yield Tile(64, 128, num_stages=4, key_splits=2)
+    if num_64 <= NUM_SMS and dim <= 64 and problem.mask is None and 256 < problem.seqlen_k < 4096:
+        # Three stages each, where there are three key tiles to load at once.
+        num_stages = 6 if _is_bounded(problem) and problem.seqlen_k < 640 else 9
+        yield Tile(64, 64, num_stages=num_stages, key_splits=3)
     if few and dim <= 128 and problem.seqlen_k > (64 if dim <= 64 else 128):
         yield Tile(64, 64, num_stages=4, key_splits=2)
     if problem.mask is None and problem.softcap == 0.0:

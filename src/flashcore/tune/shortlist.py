@@ -29,6 +29,7 @@ _SM90: dict[int, list[dict[str, Any]]] = {
     64: [
         _tile(64, 128, **_SHARED_KEYS),
         _tile(64, 64, key_splits=3, num_stages=6),
+        _tile(64, 64, key_splits=3, num_stages=9),
         _tile(64, 64, min_blocks=3, num_stages=3),
         _tile(64, 64, min_blocks=3, num_stages=3, **_AHEAD),
         _tile(64, 64, min_blocks=2, num_stages=3),
