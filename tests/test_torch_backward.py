@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import gradients
+from flashcore import gradients, torch_backward
 from flashcore.accuracy import torch_math_attention
 from flashcore.options import Options
 from flashcore.reference import attention_oracle
@@ -181,8 +181,8 @@ def model_efficient(
 
 @pytest.fixture
 def modelled(monkeypatch):
-    monkeypatch.setattr(gradients, "_flash_operator", model_flash)
-    monkeypatch.setattr(gradients, "_efficient_operator", model_efficient)
+    monkeypatch.setattr(torch_backward, "_flash_operator", model_flash)
+    monkeypatch.setattr(torch_backward, "_efficient_operator", model_efficient)
 
 
 def limits(q, k, v, mask, dout, options):

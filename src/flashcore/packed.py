@@ -15,10 +15,11 @@ import torch
 
 from flashcore import env
 from flashcore.dispatch import KERNELS, without_autocast
-from flashcore.gradients import attention_gradients, choose_backward, packed_gradients
+from flashcore.gradients import attention_gradients, choose_backward
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.tiled import attention_tiled
+from flashcore.torch_backward import packed_flash_gradients
 from flashcore.validation import (
     check_plain_tensor,
     checked_causal,
@@ -239,7 +240,9 @@ def packed_backward(
     if dout is not None and not problem.is_empty:
         choice = choose_backward(problem, through_lse=dlse is not None)
         if choice.code == "flash":
-            return packed_gradients(problem, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout)
+            return packed_flash_gradients(
+                problem, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout
+            )
     gradients = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if problem.is_empty:
         return gradients
