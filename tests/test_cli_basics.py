@@ -127,3 +127,27 @@ def test_option_values() -> None:
     assert parse_archs("sm_80, 90") == [80, 90]
     with pytest.raises(typer.BadParameter, match="sm_80"):
         parse_archs("hopper")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 110, 200])
+def test_tables_cut_nothing(width):
+    """Numbers stay in one piece, text wraps or is folded, and no line is wider than the console."""
+    import io
+
+    from rich.console import Console
+
+    from flashcore.cli.output import table
+
+    numbers = ["159.3 / 431", "286.4 / 240", "192x128", "1024", "1.14x"]
+    rows = [["B32 H32 S512 D64", "sm_90", *numbers, "[green]right[/]", "a sentence of many words"]]
+    rows += [["seed", "bfloat16", *numbers, "WRONG", "x" * 50]]
+    columns = ["case", "kind", "us / TFLOP/s", "flashcore", "tiles", "seqlen", "of", "is", "note"]
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(table("title", columns, rows))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for piece in [*numbers, "sm_90", "bfloat16", "right", "sentence", "seed"]:
+        assert piece in text, piece
+    assert text.count("x") >= 50
+    assert "…" not in text
