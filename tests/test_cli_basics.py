@@ -151,3 +151,26 @@ def test_tables_cut_nothing(width):
         assert piece in text, piece
     assert text.count("x") >= 50
     assert "…" not in text
+
+
+@pytest.mark.parametrize("flag", [None, "-q", "-v"])
+def test_commands_are_quiet_or_verbose_on_request(flag, capsys):
+    """-q silences progress and notes; -v adds the traceback to an error's one line."""
+    from flashcore.cli import output
+    from flashcore.errors import FlashCoreError
+
+    def failing(as_json: output.JsonFlag = False) -> None:
+        """Fail."""
+        with output.command(as_json) as out, out.progress("working"):
+            out.note("a note")
+            raise FlashCoreError("the reason")
+
+    app = typer.Typer()
+    app.command()(output.with_verbosity(failing))
+    with pytest.raises(SystemExit) as left:
+        app([] if flag is None else [flag])
+    assert left.value.code == 1
+    text = capsys.readouterr().err
+    assert "the reason" in text
+    assert ("a note" in text) == ("working" in text) == (flag != "-q")
+    assert ("Traceback" in text) == (flag == "-v")

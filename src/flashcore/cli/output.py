@@ -7,13 +7,16 @@ else, so `flashcore doctor --json | jq .` always works. Progress and errors go t
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich import box
@@ -29,6 +32,14 @@ JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
 ]
 
+QuietFlag = Annotated[
+    bool, typer.Option("-q", "--quiet", help="Print no progress and no notes on stderr.")
+]
+VerboseFlag = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Print the traceback of an error.")
+]
+_is_quiet = _is_verbose = False  # of the command that runs
+
 # A pipe has no width; this keeps tables whole in CI logs.
 _PIPE_WIDTH = 110
 _WORD_MAX = 28  # characters; a longer word (a path, a flag with its value) is folded
@@ -39,6 +50,29 @@ def _console(*, stderr: bool = False) -> Console:
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
+
+
+def with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags -q and -v."""
+
+    @functools.wraps(function)
+    def command_with_flags(*args: Any, quiet: bool, verbose: bool, **options: Any) -> None:
+        global _is_quiet, _is_verbose
+        _is_quiet, _is_verbose = quiet, verbose
+        function(*args, **options)
+
+    flags = {"quiet": QuietFlag, "verbose": VerboseFlag}
+    # Evaluated here: typer would look the names up in this module.
+    hints = {**get_type_hints(function, include_extras=True), **flags}
+    parameters = [
+        *inspect.signature(function).parameters.values(),
+        *(inspect.Parameter(x, inspect.Parameter.KEYWORD_ONLY, default=False) for x in flags),
+    ]
+    command_with_flags.__annotations__ = hints
+    command_with_flags.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+    )
+    return command_with_flags
 
 
 class Output:
@@ -54,7 +88,9 @@ class Output:
             _console().print(*renderables, soft_wrap=not wrap)
 
     def note(self, text: str) -> None:
-        """One line to stderr, also with --json."""
+        """Print one line to stderr, also with --json, but not with --quiet."""
+        if _is_quiet:
+            return
         _console(stderr=True).print(text, style="dim", markup=False, soft_wrap=True)
 
     def error(self, text: str) -> None:
@@ -67,11 +103,12 @@ class Output:
     def progress(self, description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
         """Show progress on stderr; yields `advance(steps=1, description=None)`.
 
-        A terminal gets a bar that disappears at the end; a log file gets one line.
+        A terminal gets a bar that disappears at the end; a log file gets one line; with --quiet
+        there is neither.
         """
         console = _console(stderr=True)
-        if not console.is_terminal:
-            console.print(f"{description} ...", markup=False, soft_wrap=True)
+        if _is_quiet or not console.is_terminal:
+            self.note(f"{description} ...")
 
             def silent(steps: int = 1, description: str | None = None) -> None:
                 del steps, description
@@ -106,6 +143,8 @@ def command(as_json: bool) -> Iterator[Output]:
         yield output
     except FlashCoreError as error:
         output.error(str(error))
+        if _is_verbose:
+            traceback.print_exc()
         if as_json:
             sys.stdout.write(json.dumps({"error": str(error)}, indent=2) + "\n")
         raise typer.Exit(EXIT_FAILED) from error
