@@ -11,9 +11,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from flashcore.cli import app
+from flashcore.cli import app, output
 from flashcore.cli.options import parse_archs, parse_window
 from flashcore.cli.output import seconds, to_json
+from flashcore.errors import FlashCoreError
 
 COMMANDS = ["demo", "doctor", "verify", "isolate", "resources", "build", "explain", "bench", "tune"]
 runner = CliRunner()
@@ -156,8 +157,6 @@ def test_tables_cut_nothing(width):
 @pytest.mark.parametrize("flag", [None, "-q", "-v"])
 def test_commands_are_quiet_or_verbose_on_request(flag, capsys):
     """-q silences progress and notes; -v adds the traceback to an error's one line."""
-    from flashcore.cli import output
-    from flashcore.errors import FlashCoreError
 
     def failing(as_json: output.JsonFlag = False) -> None:
         """Fail."""
