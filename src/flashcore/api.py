@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -14,6 +14,7 @@ from flashcore.explanation import Explanation, explain
 from flashcore.ops import attention_dispatched, autocast
 from flashcore.padded import attention_padded
 from flashcore.problem import Causal, Window
+from flashcore.ranks import as_rank_4, has_other_rank
 
 __all__ = ["Explanation", "attention", "explain"]
 
@@ -146,8 +147,23 @@ def attention(
             return attend(
                 q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record
             )
-    if seqlens_k is not None:
-        return attention_padded(
-            q, k, v, mask, seqlens_k, causal, window, softcap, scale, return_lse, backend
-        )
-    return attention_dispatched(q, k, v, mask, causal, window, softcap, scale, return_lse, backend)
+    if has_other_rank(q, k, v):
+        given = as_rank_4(q, k, v, mask, seqlens_k)
+        options = causal, window, softcap, scale, return_lse, backend
+        return given.restored(_by_operator(*given[:5], *options))
+    return _by_operator(
+        q, k, v, mask, seqlens_k, causal, window, softcap, scale, return_lse, backend
+    )
+
+
+def _by_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    seqlens_k: torch.Tensor | None,
+    *options: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    if seqlens_k is None:
+        return attention_dispatched(q, k, v, mask, *options)
+    return attention_padded(q, k, v, mask, seqlens_k, *options)

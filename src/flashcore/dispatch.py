@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashcore import env
+from flashcore.adapting import Adapted, adapt, kernel_for, rather_not_sm90
 from flashcore.errors import BackendUnavailableError, FallbackWarning
-from flashcore.folding import with_copied_q
+from flashcore.plan_sm90 import obstacle
 from flashcore.problem import Problem
 from flashcore.tiled import attention_tiled
+from flashcore.validation import HEAD_DIM_MAX
 
 if TYPE_CHECKING:
     from flashcore.plan import Plan
@@ -103,12 +105,12 @@ def _choose_auto(problem: Problem) -> Choice:
     obstacle = _obstacle_to_wmma(problem)
     if obstacle is None:
         reason = f"{problem.dtype} tensors on an sm_{problem.arch} GPU"
-        rather_not = _obstacle_to_sm90(problem)
+        if problem.arch != SM90_ARCH:
+            return Choice("wmma", reason)
+        rather_not = rather_not_sm90(problem)
         if rather_not is None:
             return Choice("sm90", reason)
-        if problem.arch == SM90_ARCH:
-            reason += f", and not sm90: {rather_not}"
-        return Choice("wmma", reason)
+        return Choice("wmma", f"{reason}, and not sm90: {rather_not}")
     # A GPU too old for every kernel is worth an error: whoever bought one expects to be told.
     if problem.arch and problem.arch < WMMA_MIN_ARCH:
         raise obstacle
@@ -135,21 +137,30 @@ def _obstacle_to_wmma(problem: Problem) -> Exception | None:
             f"bfloat16 needs sm_80 or later, but the GPU is sm_{problem.arch}; use torch.float16, "
             f"or {way_out}"
         )
-    return None
+    return _too_wide(problem)
+
+
+def _too_wide(problem: Problem) -> Exception | None:
+    """The exception that says that no kernel takes such a head_dim."""
+    head_dim = max(problem.head_dim, problem.head_dim_v)
+    if head_dim <= HEAD_DIM_MAX:
+        return None
+    return NotImplementedError(
+        f"no kernel serves head_dim {head_dim}; at most {HEAD_DIM_MAX} is served: pass "
+        'backend="torch"'
+    )
 
 
 def _obstacle_to_sm90(problem: Problem) -> Exception | None:
     """Likewise for the Hopper kernel, for a problem that the WMMA kernel serves."""
-    from flashcore.plan_sm90 import obstacle  # not needed by the torch backend
-
     if problem.arch != SM90_ARCH:
         return BackendUnavailableError(
             f'backend="sm90" needs an sm_90 (Hopper) GPU, but this one is sm_{problem.arch}; '
             'pass backend="auto"'
         )
-    reason = obstacle(problem)
+    reason = obstacle(adapt(problem, "sm90").problem)
     if reason is not None:
-        return NotImplementedError(f'{reason}; pass backend="wmma", or make the tensor contiguous')
+        return NotImplementedError(f'{reason}; pass backend="wmma"')
     return None
 
 
@@ -183,6 +194,9 @@ def _choose_sim(problem: Problem) -> Choice:
             f"bfloat16 needs sm_80 or later, but {env.SIM_ARCH.name} is {arch}; unset it or use "
             "torch.float16"
         )
+    too_wide = _too_wide(problem)
+    if too_wide is not None:
+        raise too_wide
     return Choice("sim", 'asked for with backend="sim"')
 
 
@@ -223,11 +237,22 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
     """
     if problem.is_empty:
         return functools.partial(_run_empty, problem)
+    adapted = adapt_for(backend, problem)
+    if adapted.problem.varlen == problem.varlen:
+        call = _prepare_adapted(backend, adapted.problem, device)
+    else:
+        call = functools.partial(_run_of_equal_lengths, backend, adapted.problem)
+    return call if adapted.is_as_asked else functools.partial(_run_adapted, adapted, call)
+
+
+def adapt_for(backend: str, problem: Problem) -> Adapted:
+    """The call as a backend that `choose_backend` returned is given it; see adapting.py."""
+    return adapt(problem, kernel_for(problem, env.sim_arch()) if backend == "sim" else backend)
+
+
+def _prepare_adapted(backend: str, problem: Problem, device: torch.device) -> Call:
     if backend == "torch":
         return functools.partial(_run_torch, problem)
-    copied = with_copied_q(problem)
-    if copied is not None:
-        return functools.partial(_run_on_copied_q, prepare(backend, copied, device))
     if backend == "sim":
         return functools.partial(_run_sim, problem, _plan(problem, env.sim_arch()))
     from flashcore import launcher
@@ -252,7 +277,8 @@ def _run_empty(
     return out, q.new_full(rows_shape, -math.inf, dtype=problem.lse_dtype)
 
 
-def _run_on_copied_q(
+def _run_adapted(
+    adapted: Adapted,
     call: Call,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -260,8 +286,25 @@ def _run_on_copied_q(
     mask: torch.Tensor | None,
     addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    copied = q.contiguous()
-    return call(copied, k, v, mask, (copied.data_ptr(), *addresses[1:]))
+    q, k, v = adapted.tensors(q, k, v)
+    out, lse = call(q, k, v, mask, (q.data_ptr(), k.data_ptr(), v.data_ptr()))
+    return adapted.result(out), lse
+
+
+def _run_of_equal_lengths(
+    backend: str,
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    addresses: Addresses,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A call with seqlens_k, which are seqlen_k everywhere."""
+    from flashcore.padded import run_padded  # which builds on this module
+
+    lengths = torch.full((problem.batch,), problem.seqlen_k, dtype=torch.int32, device=q.device)
+    return run_padded(backend, problem, q, k, v, mask, lengths)
 
 
 def _run_sim(

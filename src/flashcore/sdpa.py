@@ -24,7 +24,7 @@ from flashcore.dispatch import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.errors import FallbackWarning
 from flashcore.sdpa_nested import attention_nested, nested_obstacle, packed
 from flashcore.sdpa_shapes import PLAIN_TYPES, as_4d
-from flashcore.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, factor_fits
+from flashcore.validation import HEAD_DIM_MAX, factor_fits
 
 # torch's function itself: torch.nn.functional.scaled_dot_product_attention may be this module's.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
@@ -239,7 +239,7 @@ def _obstacle(
         return f"is_causal is a {type(call.is_causal).__name__}, not a bool"
     if call.scale is not None and not (isinstance(call.scale, Real) and factor_fits(call.scale)):
         return f"scale={call.scale} is not a positive number"
-    return _transformed() or _unserved_dtype(q, backend) or _unserved_layout(q, k, v)
+    return _transformed() or _unserved_dtype(q, backend) or _unserved_dim(q, k, v)
 
 
 def _transformed() -> str | None:
@@ -278,18 +278,13 @@ def _arch(device_index: int | None) -> int:
     return 10 * major + minor
 
 
-def _unserved_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def _unserved_dim(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     for name, x in (("query", q), ("key", k), ("value", v)):
         if x.dim() < 2:
             return ""  # torch raises
         head_dim = x.shape[-1]
-        if head_dim % HEAD_DIM_MULTIPLE or head_dim > HEAD_DIM_MAX:
-            return (
-                f"{name} has head_dim {head_dim}; the kernels take multiples of "
-                f"{HEAD_DIM_MULTIPLE} up to {HEAD_DIM_MAX}"
-            )
-        if x.stride(-1) != 1:
-            return f"{name}'s last dimension is not contiguous"
+        if head_dim > HEAD_DIM_MAX:
+            return f"{name} has head_dim {head_dim}; the kernels take at most {HEAD_DIM_MAX}"
     return None
 
 
