@@ -15,6 +15,7 @@ from flashcore.ops import attention_dispatched, autocast
 from flashcore.padded import attention_padded
 from flashcore.problem import Causal, Window
 from flashcore.ranks import as_rank_4, has_other_rank
+from flashcore.spelling import OF_ATTENTION, other_names, refuse
 
 __all__ = ["Explanation", "attention", "explain"]
 
@@ -68,6 +69,7 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
+@other_names(OF_ATTENTION)
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -81,6 +83,7 @@ def attention(
     seqlens_k: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **_unknown: object,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention, softmax(scale * q @ k^T) @ v, without storing the scores.
 
@@ -132,6 +135,8 @@ def attention(
     Source:
         FlashAttention-2, arXiv:2307.08691, algorithm 1 (forward) and 2 (backward).
     """
+    if _unknown:
+        refuse(attention, _unknown)
     if is_dynamo_compiling():
         q, k, v, mask = autocast(q, k, v, mask)
     else:

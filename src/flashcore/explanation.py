@@ -23,6 +23,7 @@ from flashcore.plan import Plan, candidates
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Causal, Problem, Window
 from flashcore.ranks import as_rank_4, has_other_rank
+from flashcore.spelling import OF_ATTENTION, other_names, refuse
 from flashcore.validation import HEAD_DIM_MAX
 
 SHOWN_ALTERNATIVES = 3
@@ -63,6 +64,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@other_names(OF_ATTENTION)
 def explain(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -77,6 +79,7 @@ def explain(
     backend: str = "auto",
     arch: int | None = None,
     file: TextIO | None = None,
+    **_unknown: object,
 ) -> Explanation:
     """Print which backend, kernel and tile configuration `attention` would use, and why.
 
@@ -103,6 +106,8 @@ def explain(
     Raises:
         Exception: what `attention` would raise for these arguments.
     """
+    if _unknown:
+        refuse(explain, _unknown)
     ranked = has_other_rank(q, k, v)
     if ranked:
         q, k, v, mask, _, _ = as_rank_4(q, k, v, mask)

@@ -187,9 +187,9 @@ class Sm90Plan(Plan):
 
 def obstacle(problem: Problem) -> str | None:
     """Why the Hopper kernel cannot serve a problem, or None."""
-    if problem.varlen == "packed":
-        if problem.total_q * problem.num_heads_q + problem.batch >= 2**30:
-            return "it counts the row tiles of all packed sequences in 32 bits"
+    num_rows = problem.total_q * problem.num_heads_q  # 0 unless packed
+    if num_rows + problem.batch >= 2**30 and problem.varlen == "packed":
+        return "it counts the row tiles of all packed sequences in 32 bits"
     return next(iter(unreadable(problem).values()), None)
 
 

@@ -1,5 +1,6 @@
-"""`attention` of tensors with no batch dimension, or with several, as the [batch, num_heads, seqlen,
-head_dim] that everything else works on."""
+"""`attention` of tensors with no batch dimension, or with several.
+
+They become the [batch, num_heads, seqlen, head_dim] that everything else works on, and back."""
 
 from __future__ import annotations
 
@@ -76,8 +77,9 @@ def as_rank_4(
     for name, x in (("k", k), ("v", v)):
         if x.shape[:-3] != batch:
             raise ValueError(
-                f"{name} has shape {shape_text(x)} but q has {shape_text(q)}: all dimensions before "
-                f"num_heads are the batch's, and must be equal; {name}.expand(...) makes no copy"
+                f"{name} has shape {shape_text(x)} but q has {shape_text(q)}: the dimensions "
+                f"before num_heads are the batch's, and must be equal; {name}.expand(...) makes no "
+                "copy"
             )
     if isinstance(seqlens_k, Tensor) and seqlens_k.shape == batch:
         seqlens_k = seqlens_k.reshape(-1)

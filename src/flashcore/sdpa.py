@@ -24,6 +24,7 @@ from flashcore.dispatch import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.errors import FallbackWarning
 from flashcore.sdpa_nested import attention_nested, nested_obstacle, packed
 from flashcore.sdpa_shapes import PLAIN_TYPES, as_4d
+from flashcore.spelling import OF_SDPA, other_names, refuse
 from flashcore.validation import HEAD_DIM_MAX, factor_fits
 
 # torch's function itself: torch.nn.functional.scaled_dot_product_attention may be this module's.
@@ -72,6 +73,7 @@ class Call(NamedTuple):
         return torch.overrides.handle_torch_function(public, self.tensors, *positional, **options)
 
 
+@other_names(OF_SDPA)
 def scaled_dot_product_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -82,6 +84,7 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **_unknown: object,
 ) -> torch.Tensor:
     """torch.nn.functional.scaled_dot_product_attention on flashcore's kernels.
 
@@ -118,6 +121,8 @@ def scaled_dot_product_attention(
     Source:
         torch.nn.functional.scaled_dot_product_attention, torch 2.8 to 2.13.
     """
+    if _unknown:
+        refuse(scaled_dot_product_attention, _unknown)
     return route(
         Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), "auto"
     )

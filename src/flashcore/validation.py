@@ -68,9 +68,8 @@ def check_kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if x.dim() != 4:
             raise ValueError(
                 f"{name} has {x.dim()} dimensions (shape {shape_text(x)}); "
-                "it must be [batch, num_heads, seqlen, head_dim], or have as many as the other two: "
-                "add the missing ones with "
-                f"{name}[None] or {name}.unflatten(...)"
+                "it must be [batch, num_heads, seqlen, head_dim], or have as many as the others: "
+                f"add the missing ones with {name}[None] or {name}.unflatten(...)"
             )
     for name, x in named:
         if x.dtype not in DTYPES:

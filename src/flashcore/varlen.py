@@ -17,6 +17,7 @@ from flashcore.packed import (
     run_packed,
 )
 from flashcore.problem import Causal, Problem, Window
+from flashcore.spelling import OF_VARLEN, other_names, refuse
 from flashcore.validation import SEQLEN_MAX, checked_causal, checked_factor, checked_window
 
 __all__ = ["attention_varlen"]
@@ -95,6 +96,7 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
+@other_names(OF_VARLEN)
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -110,6 +112,7 @@ def attention_varlen(
     softcap: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **_unknown: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of sequences of different lengths, packed one after the other, in one launch.
 
@@ -156,6 +159,8 @@ def attention_varlen(
     Source:
         FlashAttention-2, arXiv:2307.08691; the layout is that of its library's varlen functions.
     """
+    if _unknown:
+        refuse(attention_varlen, _unknown)
     q, k, v, _ = autocast(q, k, v, None)
     if not torch.compiler.is_compiling():  # then _forward_fake checks
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)

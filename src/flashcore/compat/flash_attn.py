@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from flashcore.api import attention
+from flashcore.spelling import OF_FLASH_ATTN, other_names, refuse
 from flashcore.varlen import attention_varlen
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -44,6 +46,7 @@ def flash_attn_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_func.
 
@@ -73,6 +76,8 @@ def flash_attn_func(
     Source:
         The interface of flash-attn 2, https://github.com/Dao-AILab/flash-attention.
     """
+    if _unknown:
+        refuse(flash_attn_func, _unknown)
     _refuse_dropout(dropout_p)
     mask = None if alibi_slopes is None else _alibi_mask(alibi_slopes, q, k)
     result = attention(
@@ -92,6 +97,7 @@ def flash_attn_func(
     return result.transpose(1, 2).contiguous()
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_qkvpacked_func(
     qkv: torch.Tensor,
     dropout_p: float = 0.0,
@@ -102,12 +108,15 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` on one tensor.
 
     qkv is [batch, seqlen, 3, num_heads, head_dim]: q, k and v, read in place. The other arguments,
     the result and the errors are those of `flash_attn_func`; a wrong shape raises ValueError.
     """
+    if _unknown:
+        refuse(flash_attn_qkvpacked_func, _unknown)
     q, k, v = _unpacked("qkv", qkv, 3, "[batch, seqlen, 3, num_heads, head_dim]")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
@@ -115,6 +124,7 @@ def flash_attn_qkvpacked_func(
     )  # fmt: skip
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_kvpacked_func(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -126,12 +136,15 @@ def flash_attn_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` with k and v in one tensor.
 
     kv is [batch, seqlen_k, 2, num_heads_kv, head_dim]: k and v, read in place. The other arguments,
     the result and the errors are those of `flash_attn_func`; a wrong shape raises ValueError.
     """
+    if _unknown:
+        refuse(flash_attn_kvpacked_func, _unknown)
     k, v = _unpacked("kv", kv, 2, "[batch, seqlen, 2, num_heads_kv, head_dim]")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
@@ -139,6 +152,7 @@ def flash_attn_kvpacked_func(
     )  # fmt: skip
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -156,6 +170,7 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_varlen_func: sequences packed one after the other.
 
@@ -186,6 +201,8 @@ def flash_attn_varlen_func(
         TypeError: as in `attention_varlen`.
         ValueError: likewise.
     """
+    if _unknown:
+        refuse(flash_attn_varlen_func, _unknown)
     _refuse_dropout(dropout_p)
     if alibi_slopes is not None:
         raise NotImplementedError(
@@ -210,6 +227,7 @@ def flash_attn_varlen_func(
     return (*result, None) if isinstance(result, tuple) else result
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -222,12 +240,15 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` on one tensor.
 
     qkv is [total, 3, num_heads, head_dim], cu_seqlens and max_seqlen hold for queries and keys. The
     other arguments, the result and the errors are those of `flash_attn_varlen_func`.
     """
+    if _unknown:
+        refuse(flash_attn_varlen_qkvpacked_func, _unknown)
     q, k, v = _unpacked("qkv", qkv, 3, "[total, 3, num_heads, head_dim]")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
@@ -235,6 +256,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_varlen_kvpacked_func(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -250,12 +272,15 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func`, k and v in one tensor.
 
     kv is [total_k, 2, num_heads_kv, head_dim]. The other arguments, the result and the errors are
     those of `flash_attn_varlen_func`.
     """
+    if _unknown:
+        refuse(flash_attn_varlen_kvpacked_func, _unknown)
     k, v = _unpacked("kv", kv, 2, "[total, 2, num_heads_kv, head_dim]")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
