@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flashcore import env
+from flashcore import env, sdpa_gpu
 from flashcore.adapting import Adapted, adapt, kernel_for, rather_not_sm90
 from flashcore.errors import BackendUnavailableError, FallbackWarning
 from flashcore.plan_sm90 import obstacle
@@ -355,6 +355,10 @@ def _run_torch(
                 q, k, v, is_causal=problem.window_right == 0, scale=problem.scale
             )
             return out.contiguous(), None
+        if sdpa_gpu.means_the_same(problem):
+            result = sdpa_gpu.attention_by_sdpa(problem, q, k, v, mask)
+            if result is not None:
+                return result
         out, lse = attention_tiled(problem, q, k, v, mask)
     return out, lse if problem.return_lse else None
 

@@ -7,7 +7,7 @@ from typing import TextIO
 
 import torch
 
-from flashcore import env, tuned
+from flashcore import env, sdpa_gpu, tuned
 from flashcore.adapting import adapt, kernel_for, rather_not_sm90
 from flashcore.dispatch import (
     KERNEL_DTYPES,
@@ -181,8 +181,11 @@ def _notes_torch(problem: Problem, backend: str) -> list[str]:
     if problem.is_empty:
         notes.append("there is nothing to compute: the result is 0, lse -inf, without a kernel")
     if backend == "torch":
-        same = sdpa_means_the_same(problem)
-        how = "by torch's SDPA, which means the same here" if same else "tile by tile"
+        how = "tile by tile"
+        if sdpa_means_the_same(problem):
+            how = "by torch's SDPA, which means the same here"
+        elif sdpa_gpu.means_the_same(problem):
+            how = "by torch's SDPA, unless that would store too many scores"
         notes.append(f"computed {how}; memory is linear in seqlen")
     return notes
 

@@ -6,7 +6,7 @@ and windows are aligned at the lower right. Besides:
 
 - dropout_p > 0, and block_table (a paged cache), raise NotImplementedError;
 - alibi_slopes becomes an additive float32 mask, which takes [batch or 1, num_heads, seqlen_q,
-  seqlen_k] of memory; the varlen functions raise instead;
+  seqlen_k] of memory; the varlen functions compute one sequence after another then, and warn;
 - `deterministic` is accepted: the forward gives the same bits on every run, whatever it says;
 - with return_attn_probs, the log-sum-exp of a row with nothing to attend to is -inf, where
   flash-attn has +inf, and the third value is None, where flash-attn has debugging output;
@@ -18,6 +18,7 @@ from __future__ import annotations
 import torch
 
 from flashcore.api import attention
+from flashcore.compat.alibi import alibi_mask, check_slopes, packed_with_alibi
 from flashcore.spelling import OF_FLASH_ATTN, other_names, refuse
 from flashcore.varlen import attention_varlen
 
@@ -79,7 +80,10 @@ def flash_attn_func(
     if _unknown:
         refuse(flash_attn_func, _unknown)
     _refuse_dropout(dropout_p)
-    mask = None if alibi_slopes is None else _alibi_mask(alibi_slopes, q, k)
+    mask = None
+    if alibi_slopes is not None:
+        check_slopes(alibi_slopes, q.shape[0], q.shape[2])
+        mask = alibi_mask(alibi_slopes, q.shape[1], k.shape[1])
     result = attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -187,7 +191,8 @@ def flash_attn_varlen_func(
         causal: likewise, for each sequence by its own lengths.
         window_size: likewise.
         softcap: likewise.
-        alibi_slopes: None.
+        alibi_slopes: [num_heads_q] or [batch, num_heads_q], by each sequence's own lengths. With
+            a FallbackWarning: the host reads the lengths, and each sequence is a call of its own.
         deterministic: likewise.
         return_attn_probs: likewise.
         block_table: None.
@@ -197,19 +202,29 @@ def flash_attn_varlen_func(
         lse float32 [num_heads_q, total_q].
 
     Raises:
-        NotImplementedError: dropout_p, alibi_slopes or block_table is given.
+        NotImplementedError: dropout_p or block_table is given.
         TypeError: as in `attention_varlen`.
         ValueError: likewise.
     """
     if _unknown:
         refuse(flash_attn_varlen_func, _unknown)
     _refuse_dropout(dropout_p)
-    if alibi_slopes is not None:
-        raise NotImplementedError(
-            "alibi_slopes: packed sequences take no mask; pad them and call flash_attn_func"
-        )
     if block_table is not None:
         raise NotImplementedError("block_table: there are no paged caches; gather k and v before")
+    if alibi_slopes is not None:
+        out, lse = packed_with_alibi(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            alibi_slopes,
+            causal=causal,
+            scale=softmax_scale,
+            window=_window(window_size),
+            softcap=softcap or None,
+        )
+        return (out, lse, None) if return_attn_probs else out
     result = attention_varlen(
         q,
         k,
@@ -308,18 +323,3 @@ def _unpacked(name: str, x: torch.Tensor, parts: int, shape: str) -> tuple[torch
     if x.dim() != packed_dim + 3 or x.shape[packed_dim] != parts:
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be {shape}")
     return x.unbind(packed_dim)
-
-
-def _alibi_mask(slopes: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """[batch or 1, num_heads, seqlen_q, seqlen_k], float32."""
-    batch, seqlen_q, num_heads = q.shape[:3]
-    seqlen_k = k.shape[1]
-    if slopes.shape not in ((num_heads,), (batch, num_heads)):
-        raise ValueError(
-            f"alibi_slopes has shape {list(slopes.shape)}; it must be [num_heads_q] = "
-            f"[{num_heads}] or [batch, num_heads_q] = [{batch}, {num_heads}]"
-        )
-    i = torch.arange(seqlen_k - seqlen_q, seqlen_k, device=q.device, dtype=torch.float32)
-    j = torch.arange(seqlen_k, device=q.device, dtype=torch.float32)
-    distance = (i[:, None] - j).abs()
-    return -slopes.float().reshape(-1, num_heads, 1, 1) * distance
