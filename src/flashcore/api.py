@@ -92,9 +92,11 @@ def attention(
     additive mask, also through lse.
 
     Args:
-        q: [batch, num_heads_q, seqlen_q, head_dim]. Any strides (0 from `expand` too) as long as
-            the last dimension is contiguous: `x.transpose(1, 2)` of a [batch, seqlen, num_heads,
-            head_dim] tensor is read in place. head_dim is a multiple of 8 up to 256.
+        q: [batch, num_heads_q, seqlen_q, head_dim]. Any strides, 0 from `expand` too:
+            `x.transpose(1, 2)` of a [batch, seqlen, num_heads, head_dim] tensor is read in place.
+            Any head_dim; the kernels serve up to 256. Where it is no multiple of 8, or the last
+            dimension is not contiguous, they are given padded copies. q, k and v may all lack the
+            batch dimension, or have several.
         k: [batch, num_heads_kv, seqlen_k, head_dim], dtype and device of q. num_heads_q must be a
             multiple of num_heads_kv; q's head h uses head h // (num_heads_q / num_heads_kv).
         v: [batch, num_heads_kv, seqlen_k, head_dim_v], likewise; head_dim_v may differ.
@@ -125,7 +127,8 @@ def attention(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        NotImplementedError: an unsupported head_dim, tensor layout or device type.
+        NotImplementedError: an unsupported tensor layout or device type; a head_dim above 256 with
+            a kernel as the backend.
         BackendUnavailableError: the backend cannot run here: no GPU, or one older than sm_75.
 
     Numerics:

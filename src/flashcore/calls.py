@@ -122,8 +122,10 @@ def attend(
     if found is None:
         if record is not None and has_other_rank(q, k, v):
             given = as_rank_4(q, k, v, mask)
-            options = causal, window, softcap, scale, return_lse, backend, record
-            return given.restored(attend(*given[:4], *options))
+            q, k, v, mask, _, _ = given
+            return given.restored(
+                attend(q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record)
+            )
         found = find(
             q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded, key
         )

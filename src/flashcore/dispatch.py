@@ -242,7 +242,9 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         call = _prepare_adapted(backend, adapted.problem, device)
     else:
         call = functools.partial(_run_of_equal_lengths, backend, adapted.problem)
-    return call if adapted.is_as_asked else functools.partial(_run_adapted, adapted, call)
+    # A launch takes addresses, and k and v of one head begin where they began.
+    as_asked = not adapted.copies if backend in KERNELS else adapted.is_as_asked
+    return call if as_asked else functools.partial(_run_adapted, adapted, call)
 
 
 def adapt_for(backend: str, problem: Problem) -> Adapted:

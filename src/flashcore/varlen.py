@@ -123,8 +123,8 @@ def attention_varlen(
     unspecified. Rows behind the last sequence get out 0 and lse -inf.
 
     Args:
-        q: [total_q, num_heads_q, head_dim]. Any strides (a slice of packed qkv too) as long as the
-            last dimension is contiguous. head_dim is a multiple of 8 up to 256.
+        q: [total_q, num_heads_q, head_dim]. Any strides (a slice of packed qkv too) and any
+            head_dim, as in `attention`.
         k: [total_k, num_heads_kv, head_dim], dtype and device of q. num_heads_q must be a multiple
             of num_heads_kv.
         v: [total_k, num_heads_kv, head_dim_v], likewise; head_dim_v may differ.
@@ -148,8 +148,8 @@ def attention_varlen(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        NotImplementedError: an unsupported head_dim, tensor layout or device type; or the gradient
-            of a gradient.
+        NotImplementedError: an unsupported tensor layout or device type; a head_dim above 256 with
+            a kernel as the backend; or the gradient of a gradient.
         BackendUnavailableError: the backend cannot run here: no GPU, or one older than sm_75.
 
     Numerics:
