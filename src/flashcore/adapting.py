@@ -203,6 +203,8 @@ def adapt(problem: Problem, kernel: str) -> Adapted:
     Returns:
         The call as that kernel reads it. Only plan_sm90.obstacle can still be in the way.
     """
+    if problem.is_readable and _is_read_in_place(problem, kernel):
+        return Adapted(problem, False, (), problem.head_dim_v, ())
     adapting = _Adapting(problem)
     if kernel == "torch":
         _make_readable(adapting, 1)
@@ -220,6 +222,17 @@ def adapt(problem: Problem, kernel: str) -> Adapted:
         reason = "heads that share one of k and v become rows of one row tile by that"
         adapting.copy("q", adapting.problem.head_dim, (False, False, False), reason)
     return adapting.done()
+
+
+def _is_read_in_place(problem: Problem, kernel: str) -> bool:
+    """Whether a problem that is readable needs no change: the common case, which a cache of keys
+    that grows meets anew with every key."""
+    if kernel == "torch":
+        return True
+    if kernel == "sm90" and unreadable(problem):
+        return False
+    shares_heads = problem.k_strides[1] == problem.v_strides[1] == 0 and problem.num_heads_kv > 1
+    return not shares_heads and with_copied_q(problem) is None
 
 
 def _make_readable(adapting: _Adapting, multiple: int) -> None:
@@ -259,6 +272,9 @@ def _make_readable_by_tma(adapting: _Adapting) -> None:
 def rather_not_sm90(problem: Problem) -> str | None:
     """Why the portable kernel should compute a call, though the Hopper kernel can be given copies
     of its tensors; None if the Hopper kernel should."""
+    reason = obstacle(problem)
+    if reason is None and problem.is_readable:
+        return None
     hopper, portable = adapt(problem, "sm90"), adapt(problem, "wmma")
     reason = obstacle(hopper.problem)
     if reason is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,8 @@ def obstacle(problem: Problem) -> str | None:
     return next(iter(unreadable(problem).values()), None)
 
 
-def unreadable(problem: Problem) -> dict[str, str]:
+@functools.lru_cache(maxsize=4096)
+def unreadable(problem: Problem) -> Mapping[str, str]:
     """Those of "q", "k" and "v" that TMA cannot read as they lie, and why: it reads rows that start
     at multiples of 16 bytes, and takes a step in every dimension."""
     found: dict[str, str] = {}

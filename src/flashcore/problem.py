@@ -159,6 +159,7 @@ class Problem:
             for name, x in tensors.items()
             if x.shape[3] % HEAD_DIM_MULTIPLE == 0 and name not in strided
         }
+        width = load_bytes(*in_place.values())
         return cls(
             batch=batch,
             num_heads_q=num_heads_q,
@@ -181,9 +182,9 @@ class Problem:
             q_strides=strides_of(q),
             k_strides=strides_of(k),
             v_strides=strides_of(v),
-            load_bytes=load_bytes(*in_place.values()),
+            load_bytes=width,
             strided=strided,
-            misaligned=misaligned_among(**in_place),
+            misaligned="" if width == 16 else misaligned_among(**in_place),
         )
 
     @property
