@@ -123,6 +123,18 @@ def test_packed_sequences(backend: str, dims: tuple[int, int], arch: str) -> Non
             assert error_report(own, *parts, lse=lse[None, :, rows], causal=True).ok
 
 
+@every_backend
+def test_packed_sequences_whose_heads_are_one(backend: str, arch: str) -> None:
+    q, k, v = (x[0].transpose(0, 1) for x in qkv(16, 8, backend))
+    k, v = (x[:, :1].expand(-1, 4, -1) for x in (k, v))
+    cu_q, cu_k = (
+        torch.tensor(ends, dtype=torch.int32, device=q.device) for ends in ([0, 6], [0, 9])
+    )
+    out = flashcore.attention_varlen(q, k, v, cu_q, cu_k, 6, 9, causal=True, backend=backend)
+    parts = [x.transpose(0, 1)[None] for x in (q, k, v)]
+    assert error_report(out.transpose(0, 1)[None], *parts, causal=True).ok
+
+
 def test_gradients_are_those_of_the_callers_tensors() -> None:
     q, k, v = (strided(x[:1, :, -3:]) for x in qkv(3, 2, dtype=torch.float64))
     q, k, v = (x.requires_grad_() for x in (q, k, v))

@@ -17,20 +17,24 @@ import torch
 from flashcore import env, sdpa_gpu
 from flashcore.adapting import Adapted, adapt, kernel_for, rather_not_sm90
 from flashcore.errors import BackendUnavailableError, FallbackWarning
-from flashcore.plan_sm90 import obstacle
+from flashcore.obstacles import (
+    BFLOAT16_MIN_ARCH,
+    KERNEL_DTYPES,
+    SM90_ARCH,
+    WMMA_MIN_ARCH,
+    gpu_kernel_on_cpu_text,
+    obstacle_to_sm90,
+    obstacle_to_wmma,
+    too_wide,
+)
 from flashcore.problem import Problem
 from flashcore.tiled import attention_tiled
-from flashcore.validation import HEAD_DIM_MAX
 
 if TYPE_CHECKING:
     from flashcore.plan import Plan
 
 BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
 KERNELS = {"sm90": "attn_fwd_sm90", "wmma": "attn_fwd_wmma"}
-KERNEL_DTYPES = ("float16", "bfloat16")
-WMMA_MIN_ARCH = 75
-SM90_ARCH = 90
-BFLOAT16_MIN_ARCH = 80
 
 # Of q, k and v. Whoever makes a call has them, and asking a tensor again takes time.
 Addresses = tuple[int, int, int]
@@ -89,10 +93,10 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         return _choose_sim(problem)
     if backend in KERNELS:
         if problem.device == "cpu":
-            raise BackendUnavailableError(_gpu_kernel_on_cpu_text(backend))
-        obstacle = _obstacle_to_wmma(problem)
+            raise BackendUnavailableError(gpu_kernel_on_cpu_text(backend))
+        obstacle = obstacle_to_wmma(problem)
         if obstacle is None and backend == "sm90":
-            obstacle = _obstacle_to_sm90(problem)
+            obstacle = obstacle_to_sm90(problem)
         if obstacle is not None:
             raise obstacle
         return Choice(backend, f'asked for with backend="{backend}"')
@@ -102,7 +106,7 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
 def _choose_auto(problem: Problem) -> Choice:
     if problem.device == "cpu":
         return Choice("torch", "q, k and v are CPU tensors")
-    obstacle = _obstacle_to_wmma(problem)
+    obstacle = obstacle_to_wmma(problem)
     if obstacle is None:
         reason = f"{problem.dtype} tensors on an sm_{problem.arch} GPU"
         if problem.arch != SM90_ARCH:
@@ -115,66 +119,6 @@ def _choose_auto(problem: Problem) -> Choice:
     if problem.arch and problem.arch < WMMA_MIN_ARCH:
         raise obstacle
     return Choice("torch", str(obstacle), is_fallback=True)
-
-
-def _obstacle_to_wmma(problem: Problem) -> Exception | None:
-    """The exception that says why CUDA tensors cannot go to the WMMA kernel; None if they can."""
-    way_out = 'pass backend="torch"'
-    if problem.arch == 0:
-        return BackendUnavailableError(f"the kernels need an NVIDIA GPU; {way_out}")
-    if problem.arch < WMMA_MIN_ARCH:
-        return BackendUnavailableError(
-            f"the GPU is sm_{problem.arch}, but the kernels need tensor cores as sm_75 (Turing) "
-            f"and later have; {way_out}"
-        )
-    if problem.dtype not in KERNEL_DTYPES:
-        return TypeError(
-            f"no kernel serves dtype {problem.dtype}; convert q, k and v to torch.float16 or "
-            f"torch.bfloat16, or {way_out}"
-        )
-    if problem.dtype == "bfloat16" and problem.arch < BFLOAT16_MIN_ARCH:
-        return BackendUnavailableError(
-            f"bfloat16 needs sm_80 or later, but the GPU is sm_{problem.arch}; use torch.float16, "
-            f"or {way_out}"
-        )
-    return _too_wide(problem)
-
-
-def _too_wide(problem: Problem) -> Exception | None:
-    """The exception that says that no kernel takes such a head_dim."""
-    head_dim = max(problem.head_dim, problem.head_dim_v)
-    if head_dim <= HEAD_DIM_MAX:
-        return None
-    return NotImplementedError(
-        f"no kernel serves head_dim {head_dim}; at most {HEAD_DIM_MAX} is served: pass "
-        'backend="torch"'
-    )
-
-
-def _obstacle_to_sm90(problem: Problem) -> Exception | None:
-    """Likewise for the Hopper kernel, for a problem that the WMMA kernel serves."""
-    if problem.arch != SM90_ARCH:
-        return BackendUnavailableError(
-            f'backend="sm90" needs an sm_90 (Hopper) GPU, but this one is sm_{problem.arch}; '
-            'pass backend="auto"'
-        )
-    reason = obstacle(adapt(problem, "sm90").problem)
-    if reason is not None:
-        return NotImplementedError(f'{reason}; pass backend="wmma"')
-    return None
-
-
-def _gpu_kernel_on_cpu_text(backend: str) -> str:
-    way_out = (
-        'backend="sim" runs the same kernel in the simulator, backend="torch" computes with PyTorch'
-    )
-    if torch.cuda.is_available():
-        return (
-            f'q is on cpu, but backend="{backend}" needs CUDA tensors: pass q.cuda(), or {way_out}'
-        )
-    return (
-        f'backend="{backend}" needs a CUDA GPU, and torch sees none here (q is on cpu): {way_out}'
-    )
 
 
 def _choose_sim(problem: Problem) -> Choice:
@@ -194,9 +138,9 @@ def _choose_sim(problem: Problem) -> Choice:
             f"bfloat16 needs sm_80 or later, but {env.SIM_ARCH.name} is {arch}; unset it or use "
             "torch.float16"
         )
-    too_wide = _too_wide(problem)
-    if too_wide is not None:
-        raise too_wide
+    obstacle = too_wide(problem)
+    if obstacle is not None:
+        raise obstacle
     return Choice("sim", 'asked for with backend="sim"')
 
 

@@ -9,15 +9,9 @@ import torch
 
 from flashcore import env, sdpa_gpu, tuned
 from flashcore.adapting import adapt, kernel_for, rather_not_sm90
-from flashcore.dispatch import (
-    KERNEL_DTYPES,
-    KERNELS,
-    SM90_ARCH,
-    adapt_for,
-    choose_backend,
-    sdpa_means_the_same,
-)
+from flashcore.dispatch import KERNELS, adapt_for, choose_backend, sdpa_means_the_same
 from flashcore.memory_layout import load_bytes
+from flashcore.obstacles import KERNEL_DTYPES, SM90_ARCH
 from flashcore.params_sm90 import num_row_tiles
 from flashcore.plan import Plan, candidates
 from flashcore.plan_sm90 import Sm90Plan

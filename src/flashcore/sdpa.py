@@ -20,8 +20,8 @@ from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from flashcore.api import attention
-from flashcore.dispatch import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.errors import FallbackWarning
+from flashcore.obstacles import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.sdpa_nested import attention_nested, nested_obstacle, packed
 from flashcore.sdpa_shapes import PLAIN_TYPES, as_4d
 from flashcore.spelling import OF_SDPA, other_names, refuse

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import torch
 
+from flashcore.alibi import alibi_mask, check_slopes, packed_with_alibi
 from flashcore.api import attention
-from flashcore.compat.alibi import alibi_mask, check_slopes, packed_with_alibi
 from flashcore.spelling import OF_FLASH_ATTN, other_names, refuse
 from flashcore.varlen import attention_varlen
 
