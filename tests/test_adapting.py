@@ -262,6 +262,24 @@ def test_expanded_keys_of_a_padded_batch(monkeypatch: pytest.MonkeyPatch, backen
         assert error_report(out[own], *parts, causal=True).ok
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dims", [(16, 8), (5, 3)], ids=str)
+def test_a_graph_replays_copies_and_lengths(dims: tuple[int, int]) -> None:
+    """Copies are made again from what the tensors hold at each replay."""
+    q, k, v = qkv(*dims, "auto")
+    spread_k, spread_v = (x[:1].expand_as(x) for x in (k, v))
+    flashcore.attention(q, spread_k, spread_v, causal=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flashcore.attention(q, spread_k, spread_v, causal=True)
+    for seed in (5, 6):
+        q.copy_(randn(*q.shape, seed=seed))
+        k.copy_(randn(*k.shape, seed=seed + 1))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert error_report(out, q, spread_k, spread_v, causal=True).ok
+
+
 def on_hopper(*tensors: torch.Tensor, **options: Any) -> Problem:
     described = Problem.from_tensors(*tensors, **options)
     return dataclasses.replace(described, device="cuda", arch=90)

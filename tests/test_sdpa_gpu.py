@@ -80,6 +80,11 @@ def test_only_for_what_no_kernel_serves() -> None:
     problem = Problem.from_tensors(*inputs(torch.float16))
     assert not sdpa_gpu.means_the_same(dataclasses.replace(problem, device="cuda"))
     assert not sdpa_gpu.means_the_same(Problem.from_tensors(*inputs(torch.float32)))
+    q, k, v = inputs(torch.float16, 264)
+    wide = dataclasses.replace(Problem.from_tensors(q, k, v), device="cuda")
+    assert sdpa_gpu.means_the_same(wide)
+    # Its kernels that store the scores round them to float16.
+    assert sdpa_gpu.attention_by_sdpa(wide, q, k, v, None) is None
 
 
 def test_scores_are_not_stored_where_they_are_many(monkeypatch: pytest.MonkeyPatch) -> None:

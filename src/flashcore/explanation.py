@@ -125,7 +125,9 @@ def explain(
         kernel = choice.backend if choice.backend in KERNELS else kernel_for(problem, arch)
         adapted = adapt(problem, kernel)
         plans = candidates(adapted.problem, arch, kernel=KERNELS[kernel])
-        notes = [*adapted.notes, *_notes_choice(problem, choice.backend, kernel, arch)]
+        where = "on a GPU " if choice.backend == "torch" else ""
+        notes = [where + note for note in adapted.notes]
+        notes += _notes_choice(problem, choice.backend, kernel, arch)
     found = tuned.find(adapted.problem, plans[0]) if adapted and plans else None
     if found is not None:
         plans = [found.plan, *(plan for plan in plans if plan != found.plan)]
