@@ -318,6 +318,19 @@ def test_copies_keep_what_is_expanded() -> None:
     assert adapted.problem.v_strides == own_v.stride()[:3]
 
 
+def test_what_is_added_is_zero() -> None:
+    """Whatever the memory of a copy held; in this mode torch fills it with NaN."""
+    q, k, v = qkv(13, 5)
+    adapted = adapt(Problem.from_tensors(q, k, strided(v)), "wmma")
+    torch.use_deterministic_algorithms(True)
+    try:
+        copies = adapted.tensors(q, k, strided(v))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for copy, x in zip(copies, (q, k, v), strict=True):
+        assert torch.equal(copy, F.pad(x, (0, -x.shape[3] % 8)))
+
+
 def test_explain_says_what_is_copied() -> None:
     q, k, v = qkv(13, 8)
     text = text_of(strided(q), k, v, backend="sim")
