@@ -68,8 +68,11 @@ def test_batches_that_are_no_whole_rows_apart_go_to_the_portable_kernel(
     lengths = torch.tensor([1, 2], dtype=torch.int32)
     flashcore.attention(q, k, k, seqlens_k=lengths)
     assert machine.driver.launches[0].threads == 128
-    with pytest.raises(NotImplementedError, match="whole rows apart, unlike k's"):
-        flashcore.attention(q, k, k, seqlens_k=lengths, backend="sm90")
+    flashcore.attention(q, k, k, seqlens_k=lengths, backend="sm90")  # on copies
+    copied = machine.driver.launches[1]
+    assert copied.threads > 128
+    assert copied.params.attn.k_rows_per_batch == 40
+    assert copied.params.attn.k != k.data_ptr()
 
 
 @pytest.fixture

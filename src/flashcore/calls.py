@@ -17,6 +17,7 @@ from torch import Tensor
 from flashcore.dispatch import Addresses, Call, choose_backend, prepare, warn_once
 from flashcore.options import Options
 from flashcore.problem import Causal, Problem, Window
+from flashcore.ranks import as_rank_4, has_other_rank
 
 Result = Tensor | tuple[Tensor, Tensor]
 # Computes a call so that autograd can differentiate it. Takes a State, q, k, v and perhaps a mask.
@@ -119,6 +120,12 @@ def attend(
     except (AttributeError, TypeError, RuntimeError):
         key = None  # something is wrong, or merely not hashable; now it is looked at closely
     if found is None:
+        if record is not None and has_other_rank(q, k, v):
+            given = as_rank_4(q, k, v, mask)
+            q, k, v, mask, _, _ = given
+            return given.restored(
+                attend(q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record)
+            )
         found = find(
             q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded, key
         )

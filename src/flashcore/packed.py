@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from flashcore import env
-from flashcore.dispatch import KERNELS, without_autocast
+from flashcore.dispatch import KERNELS, adapt_for, without_autocast
 from flashcore.gradients import attention_gradients, choose_backward
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
@@ -190,10 +190,14 @@ def run_packed(
                 lse[:, queries] = own_lse[0]
         return out, lse
 
+    adapted = adapt_for(backend, problem)
+    problem = adapted.problem
+    if problem.head_dim_v != out.shape[2]:
+        out = q.new_empty((*out.shape[:2], problem.head_dim_v))
     arch = env.sim_arch() if backend == "sim" else problem.arch
     plan = _plan(problem, arch, KERNELS.get(backend))
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    inputs = (as_batch(q), as_batch(k), as_batch(v), None)
+    inputs = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
     if backend == "sim":
         from flashcore.sim import simulate
 
@@ -202,7 +206,7 @@ def run_packed(
         from flashcore.launch import run_kernel
 
         run_kernel(problem, plan, *inputs, out, lse, None, lengths)
-    return out, lse
+    return adapted.result(out), lse
 
 
 def packed_backward(

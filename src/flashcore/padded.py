@@ -17,8 +17,14 @@ import torch
 from torch import Tensor
 
 from flashcore import env
-from flashcore.dispatch import KERNELS, check_backend, choose_backend, warn_once, without_autocast
-from flashcore.folding import with_copied_q
+from flashcore.dispatch import (
+    KERNELS,
+    adapt_for,
+    check_backend,
+    choose_backend,
+    warn_once,
+    without_autocast,
+)
 from flashcore.gradients import attention_gradients
 from flashcore.options import Options
 from flashcore.packed import check_lengths
@@ -127,10 +133,41 @@ def _forward(
     choice = choose_backend(problem, asked)
     if choice.is_fallback:
         warn_once(choice)
-    backend = choice.backend
+    if problem.is_empty:
+        return run_padded("torch", problem, q, k, v, mask, seqlens_k)
+    adapted = adapt_for(choice.backend, problem)
+    q, k, v = adapted.tensors(q, k, v)
+    out, lse = run_padded(choice.backend, adapted.problem, q, k, v, mask, seqlens_k)
+    return adapted.result(out), lse
+
+
+def run_padded(
+    backend: str,
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seqlens_k: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Compute on a backend that `choose_backend` returned.
+
+    Args:
+        backend: "sm90", "wmma", "sim" or "torch".
+        problem: the description of the tensors, which that backend reads as they lie.
+        q: [batch, num_heads_q, seqlen_q, head_dim].
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        mask: as in `attention`, or None.
+        seqlens_k: int32, [batch].
+
+    Returns:
+        out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q.
+        lse: [batch, num_heads_q, seqlen_q].
+    """
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
-    if problem.is_empty or backend == "torch":
+    if backend == "torch":
         out.zero_()
         lse.fill_(-math.inf)
         with without_autocast(problem.device):
@@ -138,9 +175,6 @@ def _forward(
                 tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
                 out[b], lse[b] = attention_tiled(own, *tensors)
         return out, lse
-    copied = with_copied_q(problem)
-    if copied is not None:
-        problem, q = copied, q.contiguous()
     arch = env.sim_arch() if backend == "sim" else problem.arch
     plan = _plan(problem, arch, KERNELS.get(backend))
     lengths = {"seqlens_k": seqlens_k}

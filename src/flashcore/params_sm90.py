@@ -175,7 +175,7 @@ def build_params_sm90(
         if packed:
             make_ragged(tensor_map, 0)
         elif problem.varlen == "keys" and name in ("k", "v"):
-            rows_per_batch = batch_bytes // row_bytes if problem.batch > 1 else 0
+            rows_per_batch = batch_bytes // row_bytes if strides[0] else 0
             setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
             make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
         setattr(argument, f"{name}_map", tensor_map)

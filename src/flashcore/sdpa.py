@@ -20,11 +20,12 @@ from torch.autograd import forward_ad
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from flashcore.api import attention
-from flashcore.dispatch import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.errors import FallbackWarning
+from flashcore.obstacles import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.sdpa_nested import attention_nested, nested_obstacle, packed
 from flashcore.sdpa_shapes import PLAIN_TYPES, as_4d
-from flashcore.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, factor_fits
+from flashcore.spelling import OF_SDPA, other_names, refuse
+from flashcore.validation import HEAD_DIM_MAX, factor_fits
 
 # torch's function itself: torch.nn.functional.scaled_dot_product_attention may be this module's.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
@@ -72,6 +73,7 @@ class Call(NamedTuple):
         return torch.overrides.handle_torch_function(public, self.tensors, *positional, **options)
 
 
+@other_names(OF_SDPA)
 def scaled_dot_product_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -82,6 +84,7 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **_unknown: object,
 ) -> torch.Tensor:
     """torch.nn.functional.scaled_dot_product_attention on flashcore's kernels.
 
@@ -118,6 +121,8 @@ def scaled_dot_product_attention(
     Source:
         torch.nn.functional.scaled_dot_product_attention, torch 2.8 to 2.13.
     """
+    if _unknown:
+        refuse(scaled_dot_product_attention, _unknown)
     return route(
         Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), "auto"
     )
@@ -239,7 +244,7 @@ def _obstacle(
         return f"is_causal is a {type(call.is_causal).__name__}, not a bool"
     if call.scale is not None and not (isinstance(call.scale, Real) and factor_fits(call.scale)):
         return f"scale={call.scale} is not a positive number"
-    return _transformed() or _unserved_dtype(q, backend) or _unserved_layout(q, k, v)
+    return _transformed() or _unserved_dtype(q, backend) or _unserved_dim(q, k, v)
 
 
 def _transformed() -> str | None:
@@ -278,18 +283,13 @@ def _arch(device_index: int | None) -> int:
     return 10 * major + minor
 
 
-def _unserved_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def _unserved_dim(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
     for name, x in (("query", q), ("key", k), ("value", v)):
         if x.dim() < 2:
             return ""  # torch raises
         head_dim = x.shape[-1]
-        if head_dim % HEAD_DIM_MULTIPLE or head_dim > HEAD_DIM_MAX:
-            return (
-                f"{name} has head_dim {head_dim}; the kernels take multiples of "
-                f"{HEAD_DIM_MULTIPLE} up to {HEAD_DIM_MAX}"
-            )
-        if x.stride(-1) != 1:
-            return f"{name}'s last dimension is not contiguous"
+        if head_dim > HEAD_DIM_MAX:
+            return f"{name} has head_dim {head_dim}; the kernels take at most {HEAD_DIM_MAX}"
     return None
 
 

@@ -50,6 +50,8 @@ REPLAY_DEFAULTS: dict[str, object] = {
     "varlen": "none",
     "total_q": 0,
     "total_k": 0,
+    "strided": "",
+    "misaligned": "",
 }
 _MAX_SAVED_BYTES = 256 * 2**20
 
