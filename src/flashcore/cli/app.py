@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from flashcore import __version__
 from flashcore.cli import (
     bench,
     bench_host,
@@ -67,12 +68,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            typer.echo(f"flashcore {version('flashcore')}")
-        except PackageNotFoundError:
-            typer.echo("flashcore from a source tree, not installed")
+        typer.echo(f"flashcore {__version__}")
         raise typer.Exit()
 
 

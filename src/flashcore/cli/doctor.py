@@ -101,7 +101,7 @@ def _nvrtc() -> Iterator[Finding]:
 
     core = machine.package_version("cuda-core")
     bindings = machine.package_version("cuda-bindings")
-    install = 'pip install "flashcore[cuda]"'
+    install = machine.install_command()
     if core is None or bindings is None:
         missing = "cuda-core" if core is None else "cuda-bindings"
         yield Finding("cuda-core", "absent", f"{missing} is not installed", install)
