@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashcore import env
-from flashcore.errors import BackendUnavailableError, FallbackWarning
+from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
 from flashcore.folding import with_copied_q
 from flashcore.problem import Problem
 from flashcore.tiled import attention_tiled
@@ -81,6 +80,11 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         BackendUnavailableError: it cannot run on this device.
     """
     check_backend(backend)
+    env.notice_unknown_variables()
+    if env.RECORD.name in os.environ:
+        from flashcore.recording import record_call
+
+        record_call(problem, backend)
     if backend == "torch":
         return Choice("torch", 'asked for with backend="torch"')
     if backend == "sim":
@@ -195,16 +199,6 @@ def warn_once(choice: Choice) -> None:
             FallbackWarning,
             stacklevel=stacklevel_of_caller(),
         )
-
-
-def stacklevel_of_caller() -> int:
-    """For warnings.warn in the function that calls this: who called flashcore, past torch if it
-    stands between."""
-    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
