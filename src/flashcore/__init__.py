@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         FallbackWarning,
         FlashCoreError,
     )
+    from flashcore.preparing import prepare
     from flashcore.problem import Problem
     from flashcore.routing import enable
     from flashcore.sdpa import scaled_dot_product_attention
@@ -40,6 +41,7 @@ _MODULES = {
     "attention_varlen": "varlen",
     "enable": "routing",
     "explain": "api",
+    "prepare": "preparing",
     "scaled_dot_product_attention": "sdpa",
 }
 
@@ -55,6 +57,7 @@ __all__ = [
     "attention_varlen",
     "enable",
     "explain",
+    "prepare",
     "scaled_dot_product_attention",
 ]
 
