@@ -11,6 +11,7 @@ from flashcore.cli import (
     bench,
     bench_host,
     build,
+    cache,
     demo,
     doctor,
     explain,
@@ -48,6 +49,7 @@ _EXAMPLES = """
     flashcore explain --seqlen 4096 --head-dim 128 --causal
     flashcore resources --head-dim 64
     flashcore build --arch sm_80,sm_90 --output kernels.bundle
+    flashcore cache size
     flashcore bench --quick
     flashcore tune --seqlen 4096        # the fastest tiles on this GPU
 
@@ -97,6 +99,7 @@ for _name, _function in (
     ("tune", tune.tune),
 ):
     app.command(_name)(_function)
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
