@@ -8,7 +8,6 @@ of contents in it: `adapt_page` appends one while building.
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,8 +17,10 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))  # the docstrings of this checkout
 
+from flashcore import __version__  # noqa: E402
+
 project = "flashcore"
-release = version = installed_version("flashcore")
+release = version = __version__
 
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "sphinx_copybutton"]
 root_doc = "docs/index"

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from flashcore.api import attention
-from flashcore.dispatch import stacklevel_of_caller
-from flashcore.errors import FallbackWarning
+from flashcore.errors import FallbackWarning, stacklevel_of_caller
 from flashcore.ops import autocast
 from flashcore.packed import as_batch, check_packed
 

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 
 from flashcore import env, sdpa_gpu
 from flashcore.adapting import Adapted, adapt, kernel_for, rather_not_sm90
-from flashcore.errors import BackendUnavailableError, FallbackWarning
+from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
 from flashcore.obstacles import (
     BFLOAT16_MIN_ARCH,
     KERNEL_DTYPES,
@@ -87,6 +86,11 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         BackendUnavailableError: it cannot run on this device.
     """
     check_backend(backend)
+    env.notice_unknown_variables()
+    if env.RECORD.name in os.environ:
+        from flashcore.recording import record_call
+
+        record_call(problem, backend)
     if backend == "torch":
         return Choice("torch", 'asked for with backend="torch"')
     if backend == "sim":
@@ -153,16 +157,6 @@ def warn_once(choice: Choice) -> None:
             FallbackWarning,
             stacklevel=stacklevel_of_caller(),
         )
-
-
-def stacklevel_of_caller() -> int:
-    """For warnings.warn in the function that calls this: who called flashcore, past torch if it
-    stands between."""
-    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def prepare(backend: str, problem: Problem, device: torch.device) -> Call:

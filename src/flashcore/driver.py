@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from flashcore.errors import BackendUnavailableError, FlashCoreError
+from flashcore.machine import install_command
 
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -23,8 +24,8 @@ def import_driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise BackendUnavailableError(
-            f"launching a kernel needs cuda-bindings ({error}); "
-            'install it: pip install "flashcore[cuda]"'
+            f"launching a kernel needs cuda-core and cuda-bindings ({error}); "
+            f"install them: {install_command()}"
         ) from error
     return driver
 

@@ -14,13 +14,12 @@ import torch
 
 from flashcore import descriptors, params_sm90
 from flashcore.allocation import allocator
-from flashcore.codegen import PROBE, generate_probe_source
 from flashcore.compiler import CompiledKernel
 from flashcore.counters import own_counter, work_counters
 from flashcore.dispatch import Addresses
 from flashcore.driver_launch import Argument, Launch, launch_raw
 from flashcore.errors import FlashCoreError
-from flashcore.jit import compile_plan, compile_source
+from flashcore.jit import compile_plan, compile_probe
 from flashcore.launcher import Entry
 from flashcore.options import Options
 from flashcore.params import AttnParams, build_params, grid_size
@@ -48,6 +47,13 @@ def _launch(plan: Plan, grid: int, device_index: int) -> Launch:
     )
 
 
+def load_plan(problem: Problem, plan: Plan, device: torch.device) -> None:
+    """Compiles a plan's kernel, or finds it compiled, and loads it on a GPU, for a later call."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    verify_element_map(index, plan.arch, plan.dtype)
+    _launch(plan, _grid_size(problem, plan, index), index)
+
+
 @functools.cache
 def _num_sms(device_index: int) -> int:
     return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
@@ -73,7 +79,7 @@ def verify_element_map(device_index: int, arch: int, dtype: str) -> None:
     device = torch.device("cuda", device_index)
     mismatches = torch.full((32,), torch.nan, device=device)
     launch_raw(
-        compile_source(generate_probe_source(dtype), arch, PROBE),
+        compile_probe(dtype, arch),
         grid=1,
         num_threads=32,
         smem_bytes=48 * 24 * 2,

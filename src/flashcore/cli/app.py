@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from flashcore import __version__
 from flashcore.cli import (
     bench,
     bench_host,
     build,
+    cache,
     demo,
     doctor,
     explain,
@@ -48,6 +50,7 @@ _EXAMPLES = """
     flashcore explain --seqlen 4096 --head-dim 128 --causal
     flashcore resources --head-dim 64
     flashcore build --arch sm_80,sm_90 --output kernels.bundle
+    flashcore cache size
     flashcore bench --quick
     flashcore tune --seqlen 4096        # the fastest tiles on this GPU
 
@@ -68,12 +71,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            typer.echo(f"flashcore {version('flashcore')}")
-        except PackageNotFoundError:
-            typer.echo("flashcore from a source tree, not installed")
+        typer.echo(f"flashcore {__version__}")
         raise typer.Exit()
 
 
@@ -102,6 +100,7 @@ for _name, _function in (
     ("tune", tune.tune),
 ):
     app.command(_name)(with_verbosity(_function))
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:

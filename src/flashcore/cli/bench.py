@@ -223,6 +223,6 @@ def _write(out: Output, document: dict[str, Any], path: Path) -> None:
         plotting.plot(document, path.with_suffix(".png"))
         out.note(f"wrote {path.with_suffix('.png')}")
     except ImportError:
-        out.note("no plot: matplotlib is missing (pip install 'flashcore[bench]')")
+        out.note("no plot: matplotlib is missing (pip install matplotlib)")
     except ValueError as error:
         out.note(f"no plot: {error}")

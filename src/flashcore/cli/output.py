@@ -81,6 +81,11 @@ class Output:
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
 
+    @property
+    def is_terminal(self) -> bool:
+        """Whether somebody watches the progress: else it goes into a log."""
+        return _console(stderr=True).is_terminal
+
     def print(self, *renderables: Any, wrap: bool = True) -> None:
         """Print for a human; silent with --json. `wrap=False` keeps long lines (a command, a path)
         in one piece, so that they can be copied."""
