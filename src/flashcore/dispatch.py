@@ -17,10 +17,12 @@ import torch
 from flashcore import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning
 from flashcore.folding import with_copied_q
+from flashcore.growing import planned_as
 from flashcore.problem import Problem
 from flashcore.tiled import attention_tiled
 
 if TYPE_CHECKING:
+    from flashcore.launch import KernelCall
     from flashcore.plan import Plan
 
 BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
@@ -229,12 +231,19 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
     if copied is not None:
         return functools.partial(_run_on_copied_q, prepare(backend, copied, device))
     if backend == "sim":
-        return functools.partial(_run_sim, problem, _plan(problem, env.sim_arch()))
+        return functools.partial(_run_sim, problem, _plan(planned_as(problem), env.sim_arch()))
     from flashcore import launcher
-    from flashcore.launch import KernelCall
 
     launcher.start()
-    return KernelCall(problem, _plan(problem, problem.arch, KERNELS[backend]), device).run
+    return _kernel_call(planned_as(problem), KERNELS[backend], device).with_keys(problem).run
+
+
+@functools.lru_cache(maxsize=1024)
+def _kernel_call(problem: Problem, kernel: str, device: torch.device) -> KernelCall:
+    """One for all problems that are planned as one."""
+    from flashcore.launch import KernelCall
+
+    return KernelCall(problem, _plan(problem, problem.arch, kernel), device)
 
 
 def _run_empty(

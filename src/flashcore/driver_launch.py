@@ -42,19 +42,20 @@ def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[i
 
 
 class Argument:
-    """A kernel's one argument as cuLaunchKernelEx takes it. Nothing changes it once it is made, and
-    a launch copies it: threads may share it, launches in flight do not need it.
+    """A kernel's one argument as cuLaunchKernelEx takes it. A launch copies it: launches in flight
+    do not need it, and threads may share one that nobody changes.
 
     Args:
         memory: what holds the kernel's struct; kept.
         address: where in it the struct begins, by default at its own beginning.
     """
 
-    __slots__ = ("address", "memory", "pointers")
+    __slots__ = ("address", "memory", "offset", "pointers")
 
     def __init__(self, memory: Any, address: int | None = None) -> None:
-        self.memory = memory
-        self.address = ctypes.addressof(memory) if address is None else address
+        self.memory, begin = memory, ctypes.addressof(memory)
+        self.address = begin if address is None else address
+        self.offset = self.address - begin
         self.pointers = ctypes.byref(ctypes.c_void_p(self.address))
 
 

@@ -35,7 +35,7 @@ def needs_dispatcher(q: object, k: object, v: object, mask: object) -> bool:
         or forward_ad._current_level >= 0
     ):
         return True
-    if type(q) is type(k) is type(v) is Tensor and mask is None:
+    if type(q) is type(k) is type(v) is Tensor and (mask is None or type(mask) is Tensor):
         return False
     return any(isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES for x in (q, k, v, mask))
 

@@ -10,6 +10,7 @@ import torch
 from flashcore import env, tuned
 from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
 from flashcore.folding import with_copied_q
+from flashcore.growing import planned_as
 from flashcore.memory_layout import load_bytes
 from flashcore.params_sm90 import num_row_tiles
 from flashcore.plan import Plan, candidates
@@ -107,11 +108,12 @@ def explain(
     )
     choice = choose_backend(problem, backend)
     plans: list[Plan] = []
+    found = None
     if problem.dtype in KERNEL_DTYPES and (choice.backend != "torch" or problem.device == "cpu"):
         kernel = KERNELS.get(choice.backend)
-        launched = with_copied_q(problem) or problem
-        plans = candidates(launched, arch or problem.arch or env.sim_arch(), kernel=kernel)
-    found = tuned.find(problem, plans[0]) if plans else None
+        planned = planned_as(with_copied_q(problem) or problem)
+        plans = candidates(planned, arch or problem.arch or env.sim_arch(), kernel=kernel)
+        found = tuned.find(planned, plans[0])
     if found is not None:
         plans = [found.plan, *(plan for plan in plans if plan != found.plan)]
     explanation = Explanation(

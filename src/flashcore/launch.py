@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import itertools
 import math
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -20,10 +21,11 @@ from flashcore.counters import own_counter, work_counters
 from flashcore.dispatch import Addresses
 from flashcore.driver_launch import Argument, Launch, launch_raw
 from flashcore.errors import FlashCoreError
+from flashcore.folding import as_launched
 from flashcore.jit import compile_plan, compile_source
 from flashcore.launcher import Entry
 from flashcore.options import Options
-from flashcore.params import AttnParams, build_params, grid_size
+from flashcore.params import AttnParams, build_params, check_limits, grid_size, set_keys
 from flashcore.plan import Plan
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
@@ -163,7 +165,7 @@ class _Scratch:
         shares = q.new_empty(self.num_floats, dtype=torch.float32)
         return shares, work_counters(q.device, self.num_counters)
 
-    def pointers(self, shares: int, counters: int) -> dict[str, int | None]:
+    def pointers(self, shares: int, counters: int) -> dict[str, int]:
         """Addresses by field of AttnParams."""
         stats = shares + 4 * self.num_out
         return {"split_out": shares, "split_stats": stats, "tile_counter": counters}
@@ -180,10 +182,18 @@ _serial = itertools.count()
 
 
 class KernelCall:
-    """A plan on a device, ready for tensors of one description. See dispatch.prepare."""
+    """A plan on a device, ready for tensors of one description. See dispatch.prepare.
+
+    Args:
+        problem: describes them.
+        plan: for it.
+        device: where they are.
+    """
 
     def __init__(self, problem: Problem, plan: Plan, device: torch.device) -> None:
         self._serial, self._problem, self._plan = next(_serial), problem, plan
+        self._origin: KernelCall | None = None  # see with_keys
+        self._spare: list[Argument] | None = None
         rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
         out_shape = (*rows_shape, problem.head_dim_v)
         self._new_out = allocator(device, out_shape, problem.torch_dtype)
@@ -199,6 +209,21 @@ class KernelCall:
         self.launch = _launch(plan, self._grid, self._index)
         # Looked up once, not in every call.
         self._current_device, self._enqueue = torch._C._cuda_getDevice, self.launch.enqueue
+
+    def with_keys(self, problem: Problem) -> KernelCall:
+        """Return the call of another problem that the same plan serves, and that differs in the
+        keys, the mask and their number alone.
+
+        Keys that grow are new each time, and so are their addresses. Where those of this call are
+        kept with their arguments, that one has few arguments, written over for each launch.
+        """
+        if problem == self._problem:
+            return self
+        check_limits(problem, self._plan)
+        other = copy.copy(self)
+        other._serial, other._problem, other._origin = next(_serial), problem, self
+        other._template, other._spare = None, []
+        return other
 
     def run(
         self,
@@ -226,7 +251,18 @@ class KernelCall:
             0 if lse is None else lse.data_ptr(),
             scratch,
         )
-        self._enqueue(_arguments.get(key) or self.make_argument(key))
+        spare = self._spare
+        if spare is None:
+            self._enqueue(_arguments.get(key) or self.make_argument(key))
+            return out, lse
+        # Whoever takes one has it alone until the launch has copied it.
+        try:
+            argument = spare.pop()
+        except IndexError:
+            argument = self._template_of(*addresses, key[3]).new()
+        self._fill(argument, key)
+        self._enqueue(argument)
+        spare.append(argument)
         return out, lse
 
     def entry(self, q: int, k: int, v: int) -> Entry:
@@ -257,16 +293,8 @@ class KernelCall:
 
     def make_argument(self, key: _Key) -> Argument:
         """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
-        _, (q, k, v), mask, out, lse, scratch = key
-        template = self._template_of(q, k, v, out)
-        others = self._scratch.pointers(*scratch) if scratch else {}
-        lasts = True
-        if self._counts_on is not None:
-            lasts = not torch.cuda.is_current_stream_capturing()
-            counter = own_counter if lasts else work_counters
-            others["tile_counter"] = counter(self._counts_on).data_ptr()
-        argument = template.place(q, k, v, mask, out, lse, others)
-        if not lasts:
+        argument = self._template_of(*key[1], key[3]).new()
+        if not self._fill(argument, key, own_counter):
             return argument
         with _lock:
             while len(_arguments) >= ARGUMENTS_MAX:
@@ -274,16 +302,44 @@ class KernelCall:
             _arguments[key] = argument
         return argument
 
+    def _fill(
+        self,
+        argument: Argument,
+        key: _Key,
+        new_counter: Callable[[torch.device], torch.Tensor] = work_counters,
+    ) -> bool:
+        """Write the addresses of a key. Return whether the argument stays right, which it does not
+        if its counter is that of a capture."""
+        _, (q, k, v), mask, out, lse, scratch = key
+        template, lasts = self._template, True
+        assert template is not None
+        template.place(argument, q, k, v, mask, out, lse)
+        if scratch:
+            template.place_others(argument, self._scratch.pointers(*scratch))
+        if self._counts_on is not None:
+            lasts = not torch.cuda.is_current_stream_capturing()
+            counter = (new_counter if lasts else work_counters)(self._counts_on)
+            template.place_others(argument, {"tile_counter": counter.data_ptr()})
+        return lasts
+
     def _template_of(self, q: int, k: int, v: int, out: int) -> Template:
         """Made once, with these addresses."""
         if self._template is None:
             pointers: dict[str, int | None] = {"q": q, "k": k, "v": v, "out": out}
-            self._template = make_template(self._problem, self._plan, pointers, self._grid)
+            origin = self._origin
+            if origin is None:
+                self._template = make_template(self._problem, self._plan, pointers, self._grid)
+            else:
+                template = origin._template_of(q, k, v, out)
+                self._template = template.with_keys(
+                    self._problem, self._plan, pointers, self._grid
+                )
         return self._template
 
 
 _POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse, with which AttnParams begins
 _POINTER = struct.Struct("Q")
+_OFFSETS = {name: getattr(AttnParams, name).offset for name, *_ in AttnParams._fields_}
 
 
 class Template:
@@ -298,25 +354,39 @@ class Template:
     def __init__(self, content: bytes, attn_offset: int, map_offsets: tuple[int, ...]) -> None:
         self.content, self.attn_offset, self.map_offsets = content, attn_offset, map_offsets
 
+    def new(self) -> Argument:
+        """A copy, whose addresses are still to be placed."""
+        return Argument(*descriptors.aligned(self.content))
+
     def place(
-        self,
-        q: int,
-        k: int,
-        v: int,
-        mask: int,
-        out: int,
-        lse: int,
-        others: Mapping[str, int | None],
-    ) -> Argument:
-        """The argument with these addresses, 0 for none; `others` by field of AttnParams."""
-        memory, address = descriptors.aligned(self.content)
-        offset = address - ctypes.addressof(memory) + self.attn_offset
-        _POINTERS.pack_into(memory, offset, q, k, v, mask, out, lse)
-        for name, other in others.items():
-            _POINTER.pack_into(memory, offset + getattr(AttnParams, name).offset, other)
+        self, argument: Argument, q: int, k: int, v: int, mask: int, out: int, lse: int
+    ) -> None:
+        """Write the addresses of the tensors, 0 for none."""
+        offset = argument.offset + self.attn_offset
+        _POINTERS.pack_into(argument.memory, offset, q, k, v, mask, out, lse)
         if self.map_offsets:
-            descriptors.readdress(address, (*zip(self.map_offsets, (q, k, v, out), strict=True),))
-        return Argument(memory, address)
+            pairs = zip(self.map_offsets, (q, k, v, out), strict=True)
+            descriptors.readdress(argument.address, pairs)
+
+    def place_others(self, argument: Argument, others: Mapping[str, int]) -> None:
+        """Write other addresses, by field of AttnParams."""
+        offset = argument.offset + self.attn_offset
+        for name, other in others.items():
+            _POINTER.pack_into(argument.memory, offset + _OFFSETS[name], other)
+
+    def with_keys(
+        self, problem: Problem, plan: Plan, pointers: dict[str, int | None], grid: int
+    ) -> Template:
+        """Return the template of a problem that differs in the keys, the mask and their number
+        alone: what `make_template` returns, for a third of the time."""
+        if not isinstance(plan, Sm90Plan):
+            attn = AttnParams.from_buffer_copy(self.content)
+            set_keys(attn, as_launched(problem, plan))
+            return Template(bytes(attn), self.attn_offset, self.map_offsets)
+        params = params_sm90.AttnSm90Params.from_buffer_copy(self.content)
+        params_sm90.set_keys_sm90(params, problem, plan, pointers, grid)
+        params_sm90.encode_maps(params, problem.dtype, descriptors.encode_kind, ("k", "v"))
+        return Template(bytes(params), self.attn_offset, self.map_offsets)
 
 
 def make_template(
