@@ -10,7 +10,7 @@ layer for the attention (`attention_forward`). Three kinds of mask pass between 
 
 - None: nothing to hide but what the layer's own causality and sliding window hide;
 - [batch, seqlen_k], True = a token: padding, causality and the layer's sliding window;
-- [batch, 1, seqlen_q, seqlen_k]: the mask says everything, and the layer adds nothing.
+- [batch, 1, seqlen_q or 1, seqlen_k]: the mask says everything, and the layer adds nothing.
 
 Sequences packed into one row (padding-free training) come as cu_seq_lens_q, cu_seq_lens_k,
 max_length_q and max_length_k besides, and go to `attention_varlen`.
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from flashcore.api import attention
-from flashcore.packed_rows import attention_packed, packed_lengths, same_sequence
+from flashcore.packed_rows import PACKED, attention_packed, packed_lengths, same_sequence
 from flashcore.sdpa import scaled_dot_product_attention
 
 __all__ = ["attention_forward", "attention_mask", "register"]
@@ -117,11 +117,11 @@ def attention_mask(
         if missing > 0:  # positions of a static cache that hold no token yet
             tokens = torch.nn.functional.pad(tokens, (0, missing))
         tokens = tokens[:, kv_offset : kv_offset + kv_length].bool()
-        # Reading it waits for the GPU, once per forward, and spares every layer a mask.
-        if not torch.compiler.is_compiling() and bool(tokens.all()):
-            tokens = None
+        tokens = None if _hides_nothing(tokens, kwargs) else _aligned(tokens)
     if _is_causal_band(kwargs) and _ends_are_aligned(kv_offset + kv_length, kv_length, kwargs):
-        return tokens
+        if tokens is None or kwargs.get("q_length") != 1 or kwargs.get("local_size") is not None:
+            return tokens
+        return tokens[:, None, None, :]  # to one query causality hides nothing
     if kwargs.get("allow_is_bidirectional_skip") and kwargs.get("local_size") is None:
         return None if tokens is None else tokens[:, None, None, :]
 
@@ -135,6 +135,31 @@ def attention_mask(
         attention_mask=attention_mask,
         **kwargs,
     )
+
+
+def _hides_nothing(tokens: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether all positions are known to hold tokens.
+
+    Reading that waits for the GPU, once per forward, and spares every layer of a prompt a mask. In a
+    decode step a mask costs layers next to nothing, and whoever captures one must not wait.
+    """
+    if torch.compiler.is_compiling() or kwargs.get("q_length") == 1:
+        return False
+    if tokens.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return bool(tokens.all())
+
+
+_ROW_BYTES = 16  # that a kernel reads at once
+
+
+def _aligned(tokens: torch.Tensor) -> torch.Tensor:
+    """The same with rows that start at multiples of 16 bytes: batches of every length are read by
+    the same kernel. Others would be compiled in the middle of a generation."""
+    length = tokens.shape[1]
+    if tokens.shape[0] == 1 or torch.compiler.is_compiling() or not tokens.is_cuda:
+        return tokens
+    return torch.nn.functional.pad(tokens, (0, -length % _ROW_BYTES))[:, :length]
 
 
 def _is_causal_band(kwargs: dict[str, Any]) -> bool:
@@ -209,10 +234,11 @@ def attention_forward(
         NotImplementedError: a paged cache, a head mask, dropout with softcap or s_aux, packed
             sequences with what `packed_lengths` lists, or what `attention` does not support.
     """
-    _refuse(kwargs)
     causal, window = False, None
-    mask = attention_mask
-    packed = packed_lengths(kwargs, query, mask, dropout, position_bias)
+    mask, packed = attention_mask, None
+    if not _UNUSUAL.isdisjoint(kwargs):
+        _refuse(kwargs)
+        packed = packed_lengths(kwargs, query, mask, dropout, position_bias)
     if packed is not None and mask is not None:
         # A mask that says everything; Transformers' own says this too, where position_ids do.
         mask, packed = _biased(mask[..., : key.shape[2]], same_sequence(packed, query, key)), None
@@ -224,7 +250,8 @@ def attention_forward(
         window = _window(module, sliding_window, causal)
         mask = None if mask is None else mask[:, None, None, :]
     else:
-        mask = mask[..., : key.shape[2]]
+        if mask.shape[-1] != key.shape[2]:
+            mask = mask[..., : key.shape[2]]
         if mask.is_floating_point() and mask.dtype != torch.float32:
             mask = mask.to(query.dtype)
     if position_bias is not None:
@@ -264,11 +291,25 @@ def _window(module: torch.nn.Module, size: Any, causal: bool) -> tuple[int, int]
     """The layer's sliding window as `attention` counts it."""
     if size is _UNSET:  # a model that says it in its config alone
         config: Any = getattr(module, "config", None)
-        types = getattr(config, "layer_types", None)
+        if config is None or not _has(config, "layer_types"):
+            return None
+        types = config.layer_types
         index: Any = getattr(module, "layer_idx", None)
         slides = types is not None and index is not None and types[index] == "sliding_attention"
         size = config.sliding_window if slides else None
     return None if size is None else (size - 1, 0 if causal else size - 1)
+
+
+def _has(config: Any, name: str) -> bool:
+    """Whether a config has an attribute; Transformers' take 10 us to say that they have not."""
+    if torch.compiler.is_compiling():  # which resolves it once
+        return hasattr(config, name)
+    kind = type(config)
+    return (
+        name in object.__getattribute__(config, "__dict__")
+        or hasattr(kind, name)
+        or name in getattr(kind, "attribute_map", ())
+    )
 
 
 def _biased(bias: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -300,6 +341,9 @@ def _dense(
     if mask is None:
         return visible
     return visible & mask if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
+
+
+_UNUSUAL = frozenset((*PACKED, "cache", "head_mask", "output_attentions"))
 
 
 def _refuse(kwargs: dict[str, Any]) -> None:
