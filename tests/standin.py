@@ -139,14 +139,15 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     monkeypatch.setattr(driver_launch, "entry_point", machine.driver.entry_point)
     monkeypatch.setattr(descriptors, "entry_point", machine.driver.entry_point)
     monkeypatch.setattr(driver_launch, "_load", load)
+    monkeypatch.setattr(driver_launch, "allowed_during_a_capture", contextlib.nullcontext)
     monkeypatch.setattr(launch, "_num_sms", lambda index: 132)
     monkeypatch.setattr(launch, "verify_element_map", lambda *args: None)
     monkeypatch.setattr(launch, "_compile", lambda plan: SimpleNamespace(name=plan.kernel))
     for module in (launch, launcher):
         monkeypatch.setattr(
-            module, "work_counters", lambda device, count=1: machine.counters[:count]
+            module, "work_counters", lambda device, count=1: machine.counters.data_ptr()
         )
-    monkeypatch.setattr(launch, "own_counter", lambda device: machine.counters[:1])
+    monkeypatch.setattr(launch, "own_counter", lambda device: machine.counters.data_ptr())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.driver.capturing)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.device)

@@ -14,6 +14,7 @@ from flashcore.driver import (
     PROGRAMMATIC_STREAM_SERIALIZATION,
     LaunchAttribute,
     LaunchConfig,
+    allowed_during_a_capture,
     bind_context,
     check,
     entry_point,
@@ -38,6 +39,8 @@ def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[i
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (status,) = driver.cuKernelSetAttribute(attribute, smem_bytes, handle, device_index)
     check(int(status), f"asking for {smem_bytes} bytes of shared memory")
+    status, _ = driver.cuKernelGetFunction(handle)  # loads it now, not in the first launch
+    check(int(status), f"loading {kernel.name}")
     return int(handle), library
 
 
@@ -87,7 +90,7 @@ class Launch:
     ) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device_index, self._name = index, kernel.name
-        with torch.cuda.device(index):
+        with torch.cuda.device(index), allowed_during_a_capture():
             handle, self._library = _load(kernel, index, smem_bytes)
         self.handle, self._handle = handle, pointer(handle)
         self._shape = (grid, num_threads, smem_bytes)

@@ -90,6 +90,12 @@ def verify_element_map(device_index: int, arch: int, dtype: str) -> None:
         )
 
 
+def _verify(device_index: int, plan: Plan) -> None:
+    """`verify_element_map`, which waits for the GPU; while the stream is captured, not yet."""
+    if not torch.cuda.is_current_stream_capturing():
+        verify_element_map(device_index, plan.arch, plan.dtype)
+
+
 def run_kernel(
     problem: Problem,
     plan: Plan,
@@ -124,17 +130,17 @@ def run_kernel(
     grid = _grid_size(problem, plan, q.device.index)
     if grid == 0:
         return
-    verify_element_map(q.device.index, plan.arch, plan.dtype)
+    _verify(q.device.index, plan)
     tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse}
     tensors |= (gate_buffers or {}) | (lengths or {})
-    if plan.draws_tiles:
-        tensors["tile_counter"] = work_counters(q.device)
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
+    if plan.draws_tiles:
+        pointers["tile_counter"] = work_counters(q.device)
     params: ctypes.Structure
     scratch = _Scratch(problem, plan)
     if scratch.num_floats:
         shares, counters = scratch.allocate(q)
-        pointers |= scratch.pointers(shares.data_ptr(), counters.data_ptr())
+        pointers |= scratch.pointers(shares.data_ptr(), counters)
     if isinstance(plan, Sm90Plan):
         params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
     else:
@@ -159,9 +165,9 @@ class _Scratch:
         self.num_out = math.prod(shapes.get("split_out", (0,)))
         self.num_floats = self.num_out + math.prod(shapes.get("split_stats", (0,)))
 
-    def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shares, from torch's allocator, and counters; both of the current stream. Where blocks
-        share the keys of row tiles."""
+    def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Shares, from torch's allocator, and the address of counters; both of the current stream.
+        Where blocks share the keys of row tiles."""
         shares = q.new_empty(self.num_floats, dtype=torch.float32)
         return shares, work_counters(q.device, self.num_counters)
 
@@ -204,7 +210,7 @@ class KernelCall:
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)
         self._template: Template | None = None
-        verify_element_map(device.index, plan.arch, plan.dtype)
+        _verify(device.index, plan)
         self._index = torch.cuda.current_device() if device.index is None else device.index
         self.launch = _launch(plan, self._grid, self._index)
         # Looked up once, not in every call.
@@ -242,7 +248,7 @@ class KernelCall:
         scratch: tuple[int, ...] = ()
         if self._scratch.num_floats:
             shares, counters = self._scratch.allocate(q)
-            scratch = shares.data_ptr(), counters.data_ptr()
+            scratch = shares.data_ptr(), counters
         key = (
             self._serial,
             addresses,
@@ -306,7 +312,7 @@ class KernelCall:
         self,
         argument: Argument,
         key: _Key,
-        new_counter: Callable[[torch.device], torch.Tensor] = work_counters,
+        new_counter: Callable[[torch.device], int] = work_counters,
     ) -> bool:
         """Write the addresses of a key. Return whether the argument stays right, which it does not
         if its counter is that of a capture."""
@@ -319,7 +325,7 @@ class KernelCall:
         if self._counts_on is not None:
             lasts = not torch.cuda.is_current_stream_capturing()
             counter = (new_counter if lasts else work_counters)(self._counts_on)
-            template.place_others(argument, {"tile_counter": counter.data_ptr()})
+            template.place_others(argument, {"tile_counter": counter})
         return lasts
 
     def _template_of(self, q: int, k: int, v: int, out: int) -> Template:
@@ -331,9 +337,7 @@ class KernelCall:
                 self._template = make_template(self._problem, self._plan, pointers, self._grid)
             else:
                 template = origin._template_of(q, k, v, out)
-                self._template = template.with_keys(
-                    self._problem, self._plan, pointers, self._grid
-                )
+                self._template = template.with_keys(self._problem, self._plan, pointers, self._grid)
         return self._template
 
 
