@@ -4,8 +4,10 @@
     python scripts/bench_generate.py --profile --setups llama-1b --caches dynamic
 
 Models are made from a config, with random weights. Each setup runs with each kind of cache by each
-implementation, in alternating rounds after a warm-up of the same lengths; the median counts. The
-time is that of generate(), prompt included.
+implementation, in alternating rounds; the median counts. The time is that of generate(), prompt
+included. Every round has a prompt of another length, longer than all before, so that nothing was
+ever prepared for its lengths ("first"), and is then repeated ("again"). The first round, which
+compiles, does not count.
 
 `--profile` prints instead what the host does in a decode step: the functions of Python that take
 longest (cProfile), the operators of torch, and how often the host waited for the GPU.
@@ -125,42 +127,47 @@ def measure(
 ) -> dict[str, Any]:
     """One line of the table."""
     setup, device = SETUPS[name], arguments.device
-    batch = make_batch(setup, arguments.prompt, device)
-    seconds: dict[str, list[float]] = {implementation: [] for implementation in IMPLEMENTATIONS}
+    seconds: dict[tuple[str, str], list[float]] = {}
     failed: dict[str, str] = {}
-    for number in range(arguments.rounds + 1):  # the first warms up
+    # A compiled step would be compiled again for another length of its cache.
+    times = ("again", "again") if cache == "static" else ("first", "again")
+    for number in range(arguments.rounds + 1):
         if number > 1 and time.monotonic() > deadline:
             break
+        apart = 0 if cache == "static" else number * (arguments.new_tokens + 1)
+        batch = make_batch(setup, arguments.prompt + apart, device)
         for implementation in IMPLEMENTATIONS:
-            if implementation in failed:
-                continue
-            if cache == "static":  # one compiled call a model: each implementation makes its own
-                torch._dynamo.reset()
-            repeats = 1
-            if cache == "static" and number:
-                repeats = 4  # the first compiles again
-            for repeat in range(repeats):
+            for which in times:
                 wait(device)
                 start = time.perf_counter()
-                try:
-                    generate(model, batch, implementation, cache, arguments.new_tokens)
-                except Exception as error:  # a failure is a result
-                    failed[implementation] = f"{type(error).__name__}: {error}"[:300]
-                    break
+                generate_or_say(failed, model, batch, implementation, cache, arguments.new_tokens)
                 wait(device)
-                if number and (repeats == 1 or repeat):
-                    seconds[implementation].append(time.perf_counter() - start)
+                if number and implementation not in failed:
+                    elapsed = time.perf_counter() - start
+                    seconds.setdefault((implementation, which), []).append(elapsed)
     tokens = setup.batch * arguments.new_tokens
-    line: dict[str, Any] = {"setup": name, "cache": cache, "rounds": len(seconds["sdpa"])}
-    for implementation, values in seconds.items():
-        if values:
-            line[implementation] = tokens / statistics.median(values)
-            line[f"{implementation}_best"] = tokens / min(values)
+    line: dict[str, Any] = {"setup": name, "cache": cache}
+    for which in dict.fromkeys(times):
+        for implementation in IMPLEMENTATIONS:
+            values = seconds.get((implementation, which))
+            if values:
+                line[f"{implementation} {which}"] = round(tokens / statistics.median(values), 1)
+                line["rounds"] = len(values)
+        pair = [line.get(f"{implementation} {which}") for implementation in IMPLEMENTATIONS]
+        if all(pair):
+            line[f"ratio {which}"] = round(pair[1] / pair[0], 3)
     if failed:
         line["failed"] = failed
-    elif all(implementation in line for implementation in IMPLEMENTATIONS):
-        line["ratio"] = line["flashcore"] / line["sdpa"]
     return line
+
+
+def generate_or_say(failed: dict[str, str], model: Any, batch: Any, *how: Any) -> None:
+    """Generate; a failure is a result too."""
+    if how[0] not in failed:
+        try:
+            generate(model, batch, *how)
+        except Exception as error:
+            failed[how[0]] = f"{type(error).__name__}: {error}"[:300]
 
 
 def step_times(
@@ -231,7 +238,7 @@ def main() -> int:
     started, lines = time.monotonic(), []
     parts = len(arguments.setups) * len(arguments.caches)
     for name in arguments.setups:
-        positions = arguments.prompt + arguments.new_tokens
+        positions = arguments.prompt + (arguments.rounds + 2) * (arguments.new_tokens + 1)
         model = make_model(SETUPS[name], positions, arguments.device)
         for cache in arguments.caches:
             if arguments.profile:

@@ -88,9 +88,11 @@ def test_reduce_overhead(cold, call, warm):
 
 def test_reduce_overhead_of_several_graphs_in_turn(cold):
     """Of several functions and lengths, each with its own graph, in one pool."""
-    functions = [
-        torch.compile(lambda q, call=call(): call(q * 2), mode="reduce-overhead") for call in CALLS
-    ]
+
+    def compiled(call):
+        return torch.compile(lambda q: call(q * 2), mode="reduce-overhead")
+
+    functions = [compiled(call()) for call in CALLS]
     for seed in range(4):
         torch.compiler.cudagraph_mark_step_begin()
         for call, fast in zip(CALLS, functions, strict=True):

@@ -1,10 +1,10 @@
 """Calls of few queries whose keys grow, as in decoding: many lengths share one plan.
 
-With each new token there is one more key, which makes another call of it. Choosing a plan and filling
-in the kernel's argument takes the host longer than the call takes the GPU. So plans are chosen for
-steps of lengths, each as for its longest, and a length that was not met before takes over what was
-prepared for another of its step (launch.KernelCall.with_keys). A plan for a few more keys is as
-right, and as fast.
+With each new token there is one more key, which makes another call of it. Choosing a plan and
+filling in the kernel's argument takes the host longer than the call takes the GPU. So plans are
+chosen for steps of lengths, each as for its longest, and a length that was not met before takes
+over what was prepared for another of its step (launch.KernelCall.with_keys). A plan for a few more
+keys is as right, and as fast.
 """
 
 from __future__ import annotations

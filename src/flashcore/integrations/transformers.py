@@ -140,8 +140,8 @@ def attention_mask(
 def _hides_nothing(tokens: torch.Tensor, kwargs: dict[str, Any]) -> bool:
     """Whether all positions are known to hold tokens.
 
-    Reading that waits for the GPU, once per forward, and spares every layer of a prompt a mask. In a
-    decode step a mask costs layers next to nothing, and whoever captures one must not wait.
+    Reading that waits for the GPU, once per forward, and spares every layer of a prompt a mask. In
+    a decode step a mask costs layers next to nothing, and whoever captures one must not wait.
     """
     if torch.compiler.is_compiling() or kwargs.get("q_length") == 1:
         return False
