@@ -156,6 +156,7 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
         torch._C, "_cuda_getCurrentRawStream", lambda index: machine.stream, raising=False
     )
     monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "_growing", {})
     monkeypatch.setattr(launch, "_arguments", {})
     monkeypatch.setattr(descriptors, "_kinds", {})
     # What these hold is the stand-in's own: nobody is to find it afterwards.

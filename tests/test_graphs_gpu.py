@@ -66,6 +66,7 @@ def cold(monkeypatch):
     """Nothing is prepared, no kernel is loaded, and there is no counter yet."""
     torch._dynamo.reset()
     monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "_growing", {})
     monkeypatch.setattr(launch, "_arguments", {})
     for name in ("_free", "_of_streams", "_of_captures"):
         monkeypatch.setattr(counters, name, {})

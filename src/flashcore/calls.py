@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashcore.dispatch import Addresses, Call, choose_backend, prepare, warn_once
+from flashcore.growing import Growing
 from flashcore.options import Options
 from flashcore.problem import Causal, Problem, Window
 
@@ -42,6 +43,7 @@ CALLS_MAX = 1024  # keys
 FOUND_MAX = 16  # under one of them
 
 _calls: dict[object, tuple[Found, ...]] = {}
+_growing: dict[object, Growing] = {}
 _lock = threading.Lock()
 State = tuple[Found, bool, Addresses]  # the bool: return_lse
 _is_grad_enabled = torch.is_grad_enabled  # looked up once, not in every call
@@ -171,6 +173,16 @@ def find(
 ) -> Found:
     """Decides what computes a call of `attend`, and keeps it under the key, unless that is None.
     If the call is recorded, it computes lse in any case."""
+    family = _family_key(
+        q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded
+    )
+    growing = _growing.get(family)
+    if growing is not None:
+        member = growing.of_length(q, k, v, mask)
+        if member is not None:
+            found = Found(guard(q, k, v), member.run, growing.options)
+            _keep(key, found)
+            return found
     problem = Problem.from_tensors(
         q,
         k,
@@ -188,40 +200,96 @@ def find(
         warn_once(choice)
     call = prepare(choice.backend, problem, q.device)
     found = Found(guard(q, k, v), call, Options.of(problem))
-    # The simulator's depends on environment variables.
-    if key is not None and choice.backend != "sim":
+    if choice.backend == "sim":  # depends on environment variables
+        return found
+    _keep(key, found)
+    kernel = getattr(call, "__self__", None)
+    if family is not None and kernel is not None and Growing.serves(problem):
+        fits = guard(q, k, v, any_keys=True)
         with _lock:
-            same = _calls.get(key, ())
-            while not same and len(_calls) >= CALLS_MAX:
-                del _calls[next(iter(_calls))]  # the oldest
-            _calls[key] = (found, *same[: FOUND_MAX - 1])
+            if len(_growing) >= CALLS_MAX:
+                del _growing[next(iter(_growing))]
+            _growing[family] = Growing(problem, kernel, fits, found.options)
     return found
 
 
-def guard(*tensors: Tensor) -> Callable[..., bool]:
+def _keep(key: object, found: Found) -> None:
+    if key is None:
+        return
+    with _lock:
+        same = _calls.get(key, ())
+        while not same and len(_calls) >= CALLS_MAX:
+            del _calls[next(iter(_calls))]  # the oldest
+        _calls[key] = (found, *same[: FOUND_MAX - 1])
+
+
+def _family_key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    backend: str,
+    recorded: bool,
+) -> object:
+    """What calls of one query a head have in common, however many keys there are; None for others.
+    With a window a side is bounded or not by the number of keys."""
+    try:
+        if q.shape[2] != 1 or not (window is None and (causal is True or causal is False)):
+            return None
+        alignment = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+        kind = None
+        if mask is not None:
+            kind = (*mask.shape[:-1], mask.dtype, mask.device, type(mask), *_mask_key(mask)[5:])
+        options = _options_key(causal, window, softcap, scale, return_lse, None)
+        key = q.shape, k.shape[:2], k.shape[3], alignment, options, kind, recorded, backend
+        hash(key)
+    except (AttributeError, IndexError, TypeError, RuntimeError):
+        return None  # the call is wrong, or unusual
+    return key
+
+
+def guard(*tensors: Tensor, any_keys: bool = False) -> Callable[..., bool]:
     """What tells whether other things are tensors of the same types, shapes, strides, dtypes and
-    devices as these, and negated views or not as they are."""
+    devices as these, and negated views or not as they are.
+
+    Args:
+        *tensors: q, k and v.
+        any_keys: k and v may have another length, and other strides but between elements.
+    """
     guards: Any = torch._C._dynamo.guards
+    sizes, strides = _sizes_and_strides(tensors, any_keys)
     try:
         # What the code that torch.compile generates is guarded by: one call, in C++. It also wants
         # the same requires_grad, the same dispatch keys, and no tensor twice.
         check: Callable[..., bool] = guards.TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(x.shape) for x in tensors],
-            dynamic_dims_strides=[list(x.stride()) for x in tensors],
+            *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
         ).check
         if check(*tensors):
             return check
     except (AttributeError, TypeError, RuntimeError):
         pass  # another torch has others
-    expected = _description(*tensors)
-    return lambda *others: _description(*others) == expected
+    expected = _description(tensors, any_keys)
+    return lambda *others: _description(others, any_keys) == expected
 
 
-def _description(*tensors: Tensor) -> list[tuple[object, ...] | None]:
-    return [
-        (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg())
-        if isinstance(x, Tensor)
-        else None
-        for x in tensors
-    ]
+def _sizes_and_strides(
+    tensors: tuple[Tensor, ...], any_keys: bool
+) -> tuple[list[list[int | None]], list[list[int | None]]]:
+    """Of each tensor; None where any will do."""
+    sizes: list[list[int | None]] = [list(x.shape) for x in tensors]
+    strides: list[list[int | None]] = [list(x.stride()) for x in tensors]
+    for i in (1, 2) if any_keys else ():
+        sizes[i][2:3], strides[i][:3] = [None], [None] * 3
+    return sizes, strides
+
+
+def _description(tensors: tuple[Any, ...], any_keys: bool) -> object:
+    if not all(isinstance(x, Tensor) for x in tensors):
+        return None
+    kinds = [(type(x), x.dtype, x.device, x.is_neg()) for x in tensors]
+    return kinds, _sizes_and_strides(tensors, any_keys)

@@ -9,7 +9,7 @@ import itertools
 import math
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -300,7 +300,7 @@ class KernelCall:
     def make_argument(self, key: _Key) -> Argument:
         """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
         argument = self._template_of(*key[1], key[3]).new()
-        if not self._fill(argument, key, own_counter):
+        if not self._fill(argument, key, is_kept=True):
             return argument
         with _lock:
             while len(_arguments) >= ARGUMENTS_MAX:
@@ -308,25 +308,20 @@ class KernelCall:
             _arguments[key] = argument
         return argument
 
-    def _fill(
-        self,
-        argument: Argument,
-        key: _Key,
-        new_counter: Callable[[torch.device], int] = work_counters,
-    ) -> bool:
-        """Write the addresses of a key. Return whether the argument stays right, which it does not
-        if its counter is that of a capture."""
+    def _fill(self, argument: Argument, key: _Key, is_kept: bool = False) -> bool:
+        """Write the addresses of a key. Return whether the argument may be kept: one whose counter
+        is a capture's may not."""
         _, (q, k, v), mask, out, lse, scratch = key
-        template, lasts = self._template, True
+        template = self._template
         assert template is not None
         template.place(argument, q, k, v, mask, out, lse)
         if scratch:
             template.place_others(argument, self._scratch.pointers(*scratch))
         if self._counts_on is not None:
-            lasts = not torch.cuda.is_current_stream_capturing()
-            counter = (new_counter if lasts else work_counters)(self._counts_on)
+            is_kept = is_kept and not torch.cuda.is_current_stream_capturing()
+            counter = (own_counter if is_kept else work_counters)(self._counts_on)
             template.place_others(argument, {"tile_counter": counter})
-        return lasts
+        return is_kept
 
     def _template_of(self, q: int, k: int, v: int, out: int) -> Template:
         """Made once, with these addresses."""

@@ -162,7 +162,8 @@ def set_keys_sm90(
         pointers: of k and v.
         num_blocks: of the launch.
     """
-    argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
+    if plan.has_window_right:  # or nobody reads it
+        argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
     problem = as_launched(problem, plan)
     params.set_keys(argument.attn, problem)
     for name in ("k", "v"):
