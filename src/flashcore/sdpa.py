@@ -248,7 +248,7 @@ def _obstacle(
         return f"is_causal is a {type(call.is_causal).__name__}, not a bool"
     if call.scale is not None and not (isinstance(call.scale, Real) and factor_fits(call.scale)):
         return f"scale={call.scale} is not a positive number"
-    return _transformed() or _unserved_dtype(q, backend) or _unserved_layout(q, k, v)
+    return _transformed() or _unserved_dtype(q, backend) or unserved_layout(q, k, v)
 
 
 def _transformed() -> str | None:
@@ -287,7 +287,8 @@ def _arch(device_index: int | None) -> int:
     return 10 * major + minor
 
 
-def _unserved_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def unserved_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Return why the kernels cannot read such tensors; None if they can, "" if torch raises."""
     for name, x in (("query", q), ("key", k), ("value", v)):
         if x.dim() < 2:
             return ""  # torch raises
