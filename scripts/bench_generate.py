@@ -153,9 +153,9 @@ def measure(
             if values:
                 line[f"{implementation} {which}"] = round(tokens / statistics.median(values), 1)
                 line["rounds"] = len(values)
-        pair = [line.get(f"{implementation} {which}") for implementation in IMPLEMENTATIONS]
-        if all(pair):
-            line[f"ratio {which}"] = round(pair[1] / pair[0], 3)
+        theirs, ours = (line.get(f"{implementation} {which}") for implementation in IMPLEMENTATIONS)
+        if theirs and ours:
+            line[f"ratio {which}"] = round(ours / theirs, 3)
     if failed:
         line["failed"] = failed
     return line
@@ -235,7 +235,8 @@ def main() -> int:
 
     transformers.logging.set_verbosity_error()
     register()
-    started, lines = time.monotonic(), []
+    started = time.monotonic()
+    lines: list[dict[str, Any]] = []
     parts = len(arguments.setups) * len(arguments.caches)
     for name in arguments.setups:
         positions = arguments.prompt + (arguments.rounds + 2) * (arguments.new_tokens + 1)

@@ -13,11 +13,12 @@ import flashcore
 import standin
 from flashcore import calls, dispatch, growing, launch
 from flashcore.growing import planned_as
-from flashcore.launch import KernelCall, make_template
+from flashcore.launch import KernelCall
 from flashcore.params_sm90 import AttnSm90Params
 from flashcore.plan import traits
 from flashcore.plan_sm90 import traits_sm90
 from flashcore.problem import Problem
+from flashcore.templates import make_template
 
 HALF = torch.float16
 

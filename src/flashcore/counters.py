@@ -25,7 +25,7 @@ _COUNTER_BYTES = 4
 
 class _Counters(NamedTuple):
     address: int
-    count: int
+    number: int
 
 
 _lock = threading.Lock()
@@ -49,7 +49,7 @@ def work_counters(device: torch.device, count: int = 1) -> int:
     if torch.cuda.is_current_stream_capturing():
         return _of_capture(key, count)
     found = _of_streams.get(key)
-    if found is None or found.count < count:
+    if found is None or found.number < count:
         with _lock:
             found = _of_streams[key] = _take(device.index, count)
     return found.address
@@ -73,7 +73,7 @@ def _of_capture(key: tuple[int, int], count: int) -> int:
     capture = _capture_id(key[1])
     with _lock:
         known = _of_captures.get(key)
-        if known is not None and known[0] == capture and known[1].count >= count:
+        if known is not None and known[0] == capture and known[1].number >= count:
             return known[1].address
         counters = _take(key[0], count)
         if capture is not None:
@@ -92,8 +92,8 @@ def _capture_id(stream: int) -> int | None:
 def _take(device_index: int, count: int) -> _Counters:
     count = 1 << (count - 1).bit_length()  # who asks for more and more leaves few behind
     free = _free.get(device_index)
-    if free is None or free.count < count:
+    if free is None or free.number < count:
         size = max(_COUNTERS, count)
         free = _Counters(allocate_zeros(device_index, size * _COUNTER_BYTES), size)
-    _free[device_index] = _Counters(free.address + count * _COUNTER_BYTES, free.count - count)
+    _free[device_index] = _Counters(free.address + count * _COUNTER_BYTES, free.number - count)
     return _Counters(free.address, count)

@@ -247,12 +247,7 @@ def _kernel_call(problem: Problem, kernel: str, device: torch.device) -> KernelC
 
 
 def _run_empty(
-    problem: Problem,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    addresses: Addresses,
+    problem: Problem, q: torch.Tensor, *others: object
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out = q.new_zeros((*rows_shape, problem.head_dim_v))
