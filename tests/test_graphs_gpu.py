@@ -70,7 +70,7 @@ def cold(monkeypatch):
     monkeypatch.setattr(launch, "_arguments", {})
     for name in ("_free", "_of_streams", "_of_captures"):
         monkeypatch.setattr(counters, name, {})
-    for function in (dispatch._kernel_call, launch._launch, driver_launch._load):
+    for function in (dispatch.kernel_call, launch._launch, driver_launch._load):
         function.cache_clear()
 
 

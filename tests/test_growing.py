@@ -105,7 +105,7 @@ def test_a_launch_is_told_what_the_first_of_its_kind_would_be(machine):
                 for module, name in ((calls, "_calls"), (calls, "_growing")):
                     patch.setattr(module, name, {})
                 patch.setattr(launch, "_arguments", {})
-                patch.setattr(dispatch, "_kernel_call", dispatch._kernel_call.__wrapped__)
+                patch.setattr(dispatch, "kernel_call", dispatch.kernel_call.__wrapped__)
                 patch.setattr(KernelCall, "with_keys", prepared_alone)
                 flashcore.attention(q, k, v, mask=mask, **options)
             assert ours == told(machine), (length, way)

@@ -166,3 +166,41 @@ def test_counters_are_memory_of_the_drivers(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(flashcore.FlashCoreError, match=r"64 bytes for counters: cuMemAlloc.* 2"):
         driver.allocate_zeros(3, 64)
     assert done[-2:] == [("destroy", 77), ("mode", 0)]
+
+
+def bases(params: Any) -> list[int]:
+    return [getattr(params, f"{name}_map").base for name in ("q", "k", "v", "o")]
+
+
+def test_packed_calls_are_prepared_once(machine: standin.Machine) -> None:
+    """Again, and for other tensors of the same description: other addresses alone."""
+    case = VarlenCase(lengths_q=(300, 5), lengths_k=(300, 5))
+    first, second = make_varlen_inputs(case), make_varlen_inputs(case)
+    for x in (first, second, first):
+        out, lse = flashcore.attention_varlen(*x.arguments(), causal=True, return_lse=True)
+        told = machine.driver.launches[-1].params
+        assert (told.attn.q, told.attn.k, told.attn.v, told.attn.out, told.attn.lse) == tuple(
+            t.data_ptr() for t in (x.q, x.k, x.v, out, lse)
+        )
+        assert (told.attn.cu_seqlens_q, told.attn.cu_seqlens_k) == (
+            x.cu_seqlens_q.data_ptr(), x.cu_seqlens_k.data_ptr()
+        )  # fmt: skip
+        rows = 305 * 2 * 64 * 2
+        assert bases(told) == [t.data_ptr() - rows for t in (x.q, x.k, x.v, out)]
+    assert machine.driver.encodings <= 4
+    assert len({launched.grid for launched in machine.driver.launches}) == 1
+
+
+def test_calls_with_lengths_of_keys_are_prepared_once(machine: standin.Machine) -> None:
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        q, k = torch.randn(3, 2, 10, 64).half(), torch.randn(3, 2, 40, 64).half()
+        seqlens_k = torch.tensor([1, 2, 3], dtype=torch.int32)
+        out, lse = flashcore.attention(q, k, k, seqlens_k=seqlens_k, return_lse=True)
+        told = machine.driver.launches[-1].params
+        assert told.attn.seqlens_k == seqlens_k.data_ptr()
+        assert (told.attn.out, told.attn.lse) == (out.data_ptr(), lse.data_ptr())
+        shifted = k.data_ptr() - 40 * 128
+        assert bases(told) == [q.data_ptr(), shifted, shifted, out.data_ptr()]
+        assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    assert machine.driver.encodings <= 4

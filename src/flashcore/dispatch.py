@@ -32,8 +32,8 @@ WMMA_MIN_ARCH = 75
 SM90_ARCH = 90
 BFLOAT16_MIN_ARCH = 80
 
-# Of q, k and v. Whoever makes a call has them, and asking a tensor again takes time.
-Addresses = tuple[int, int, int]
+# Of q, k and v, and of lengths. Whoever makes a call has them, and asking again takes time.
+Addresses = tuple[int, ...]
 Call = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Addresses],
     tuple[torch.Tensor, torch.Tensor | None],
@@ -235,12 +235,12 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
     from flashcore import launcher
 
     launcher.start()
-    return _kernel_call(planned_as(problem), KERNELS[backend], device).with_keys(problem).run
+    return kernel_call(planned_as(problem), KERNELS[backend], device).with_keys(problem).run
 
 
 @functools.lru_cache(maxsize=1024)
-def _kernel_call(problem: Problem, kernel: str, device: torch.device) -> KernelCall:
-    """One for all problems that are planned as one."""
+def kernel_call(problem: Problem, kernel: str, device: torch.device) -> KernelCall:
+    """Return the call of a kernel, one for all problems that are planned as one."""
     from flashcore.launch import KernelCall
 
     return KernelCall(problem, _plan(problem, problem.arch, kernel), device)

@@ -175,10 +175,13 @@ class _Scratch:
         return {"split_out": shares, "split_stats": stats, "tile_counter": counters}
 
 
+# By Problem.varlen, the fields of AttnParams that say how long sequences are.
+LENGTHS = {"keys": ("seqlens_k",), "packed": ("cu_seqlens_q", "cu_seqlens_k")}
+
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
 # allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
 ARGUMENTS_MAX = 4096
-# Call; q, k, v; mask; out; lse; shares and counters.
+# Call; q, k, v and lengths; mask; out; lse; shares and counters.
 _Key = tuple[int, Addresses, int, int, int, tuple[int, ...]]
 _arguments: dict[_Key, Argument] = {}
 _lock = threading.Lock()
@@ -197,9 +200,14 @@ class KernelCall:
     def __init__(self, problem: Problem, plan: Plan, device: torch.device) -> None:
         self._serial, self._problem, self._plan = next(_serial), problem, plan
         self._origin: KernelCall | None = None  # see with_keys
+        self._model: Template | None = None  # of one of those
         self._spare: list[Argument] | None = None
-        rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
-        out_shape = (*rows_shape, problem.head_dim_v)
+        heads = problem.num_heads_q
+        rows_shape: tuple[int, ...] = (problem.batch, heads, problem.seqlen_q)
+        out_shape: tuple[int, ...] = (*rows_shape, problem.head_dim_v)
+        if problem.varlen == "packed":
+            rows_shape = (heads, problem.total_q)
+            out_shape = (problem.total_q, heads, problem.head_dim_v)
         self._new_out = allocator(device, out_shape, problem.torch_dtype)
         self._new_lse = None
         if problem.return_lse:
@@ -225,8 +233,8 @@ class KernelCall:
             return self
         check_limits(problem, self._plan)
         other = copy.copy(self)
-        other._serial, other._problem, other._origin = next(_serial), problem, self
-        other._template, other._spare = None, []
+        other._serial, other._problem = next(_serial), problem
+        other._origin, other._template, other._spare = self._origin or self, None, []
         return other
 
     def run(
@@ -237,7 +245,8 @@ class KernelCall:
         mask: torch.Tensor | None,
         addresses: Addresses,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See dispatch.Call."""
+        """See dispatch.Call. Where sequences differ in length, addresses go on with those of
+        LENGTHS."""
         if self._current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.run(q, k, v, mask, addresses)
@@ -263,7 +272,7 @@ class KernelCall:
         try:
             argument = spare.pop()
         except IndexError:
-            argument = self._template_of(*addresses, key[3]).new()
+            argument = self._template_of(*addresses[:3], key[3]).new()
         self._fill(argument, key)
         self._enqueue(argument)
         spare.append(argument)
@@ -297,7 +306,7 @@ class KernelCall:
 
     def make_argument(self, key: _Key) -> Argument:
         """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
-        argument = self._template_of(*key[1], key[3]).new()
+        argument = self._template_of(*key[1][:3], key[3]).new()
         if not self._fill(argument, key, is_kept=True):
             return argument
         with _lock:
@@ -309,10 +318,13 @@ class KernelCall:
     def _fill(self, argument: Argument, key: _Key, is_kept: bool = False) -> bool:
         """Write the addresses of a key. Return whether the argument may be kept: one whose counter
         is a capture's may not."""
-        _, (q, k, v), mask, out, lse, scratch = key
+        _, (q, k, v, *lengths), mask, out, lse, scratch = key
         template = self._template
         assert template is not None
         template.place(argument, q, k, v, mask, out, lse)
+        if lengths:
+            names = LENGTHS[self._problem.varlen]
+            template.place_others(argument, dict(zip(names, lengths, strict=True)))
         if scratch:
             template.place_others(argument, self._scratch.pointers(*scratch))
         if self._counts_on is not None:
@@ -325,10 +337,12 @@ class KernelCall:
         """Made once, with these addresses."""
         if self._template is None:
             pointers: dict[str, int | None] = {"q": q, "k": k, "v": v, "out": out}
+            arguments = self._problem, self._plan, pointers, self._grid
             origin = self._origin
-            if origin is None:
-                self._template = make_template(self._problem, self._plan, pointers, self._grid)
+            if origin is not None and origin._model is not None:
+                self._template = origin._model.with_keys(*arguments)
             else:
-                template = origin._template_of(q, k, v, out)
-                self._template = template.with_keys(self._problem, self._plan, pointers, self._grid)
+                self._template = make_template(*arguments)
+                if origin is not None:
+                    origin._model = self._template
         return self._template

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from flashcore import env
-from flashcore.dispatch import KERNELS, check_backend, choose_backend, warn_once, without_autocast
+from flashcore.dispatch import (
+    KERNELS,
+    check_backend,
+    choose_backend,
+    kernel_call,
+    warn_once,
+    without_autocast,
+)
 from flashcore.folding import with_copied_q
 from flashcore.gradients import attention_gradients
 from flashcore.options import Options
@@ -128,6 +135,13 @@ def _forward(
     if choice.is_fallback:
         warn_once(choice)
     backend = choice.backend
+    copied = with_copied_q(problem)
+    if backend in KERNELS and not problem.is_empty:
+        if copied is not None:
+            problem, q = copied, q.contiguous()
+        addresses = tuple(x.data_ptr() for x in (q, k, v, seqlens_k))
+        call = kernel_call(problem, KERNELS[backend], q.device)
+        return call.run(q, k, v, mask, addresses)  # type: ignore[return-value]
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":
@@ -138,20 +152,13 @@ def _forward(
                 tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
                 out[b], lse[b] = attention_tiled(own, *tensors)
         return out, lse
-    copied = with_copied_q(problem)
     if copied is not None:
         problem, q = copied, q.contiguous()
-    arch = env.sim_arch() if backend == "sim" else problem.arch
-    plan = _plan(problem, arch, KERNELS.get(backend))
+    from flashcore.sim import simulate
+
+    plan = _plan(problem, env.sim_arch(), None)
     lengths = {"seqlens_k": seqlens_k}
-    if backend == "sim":
-        from flashcore.sim import simulate
-
-        simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
-    else:
-        from flashcore.launch import run_kernel
-
-        run_kernel(problem, plan, q, k, v, mask, out, lse, None, lengths)
+    simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
     return out, lse
 
 

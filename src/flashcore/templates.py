@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from flashcore import descriptors, params_sm90
 from flashcore.driver_launch import Argument
@@ -25,10 +25,18 @@ class Template:
         content: the struct; TMA descriptors in it are those of tensors of the same description.
         attn_offset: where AttnParams begins in it, in bytes.
         map_offsets: where the descriptors of q, k, v and out are; none for the portable kernel.
+        shifts: by how many bytes each of these begins before its tensor (params_sm90.make_ragged).
     """
 
-    def __init__(self, content: bytes, attn_offset: int, map_offsets: tuple[int, ...]) -> None:
+    def __init__(
+        self,
+        content: bytes,
+        attn_offset: int,
+        map_offsets: tuple[int, ...],
+        shifts: tuple[int, ...] = (),
+    ) -> None:
         self.content, self.attn_offset, self.map_offsets = content, attn_offset, map_offsets
+        self._shifts = shifts if any(shifts) else None
 
     def new(self) -> Argument:
         """A copy, whose addresses are still to be placed."""
@@ -41,7 +49,10 @@ class Template:
         offset = argument.offset + self.attn_offset
         _POINTERS.pack_into(argument.memory, offset, q, k, v, mask, out, lse)
         if self.map_offsets:
-            pairs = zip(self.map_offsets, (q, k, v, out), strict=True)
+            bases: Iterable[int] = (q, k, v, out)
+            if self._shifts is not None:
+                bases = ((x - by) % 2**64 for x, by in zip(bases, self._shifts, strict=True))
+            pairs = zip(self.map_offsets, bases, strict=True)
             descriptors.readdress(argument.address, pairs)
 
     def place_others(self, argument: Argument, others: Mapping[str, int]) -> None:
@@ -72,6 +83,9 @@ def make_template(
     if not isinstance(plan, Sm90Plan):
         return Template(bytes(build_params(problem, plan, pointers)), 0, ())
     params = params_sm90.build_params_sm90(problem, plan, pointers, grid, target="host")
+    tensors = [pointers["out" if name == "o" else name] or 0 for name in params_sm90.MAPS]
+    bases = [getattr(params, f"{name}_map").base for name in params_sm90.MAPS]
+    shifts = tuple(x - base for x, base in zip(tensors, bases, strict=True))
     params_sm90.encode_maps(params, problem.dtype, descriptors.encode_kind)
     offsets = tuple(getattr(type(params), f"{name}_map").offset for name in params_sm90.MAPS)
-    return Template(bytes(params), type(params).attn.offset, offsets)
+    return Template(bytes(params), type(params).attn.offset, offsets, shifts)
