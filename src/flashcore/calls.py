@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashcore.dispatch import Addresses, Call, choose_backend, prepare, warn_once
+from flashcore.dispatch import KERNELS, Addresses, Call, choose_backend, prepare, warn_once
 from flashcore.growing import Growing
+from flashcore.guards import guard
 from flashcore.options import Options
 from flashcore.problem import Causal, Problem, Window
 
@@ -213,6 +214,62 @@ def find(
     return found
 
 
+def attend_lengths(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lengths: tuple[Tensor, ...],
+    options: tuple[Causal, Window, float | None, float | None, bool],
+    longest: tuple[int, int] | None,
+    backend: str,
+    describe: Callable[[], Problem],
+) -> tuple[Tensor, Tensor] | None:
+    """Compute sequences that differ in length by a kernel, if one serves them, around torch's
+    dispatcher; nothing is recorded.
+
+    Args:
+        q: as the caller of these takes it, like k and v.
+        k: see q.
+        v: see q.
+        mask: as in `attention`.
+        lengths: int32 tensors, in the order of launch.LENGTHS.
+        options: causal, window, softcap, scale and return_lse, as in `attention`.
+        longest: the longest sequences of queries and of keys, where sequences are packed.
+        backend: as in `attention`.
+        describe: validates the arguments and returns their Problem.
+
+    Returns:
+        (out, lse); None where the operator has to do it.
+
+    Raises:
+        Exception: what `describe` and `choose_backend` raise.
+    """
+    try:
+        tensors = q, k, v, *lengths
+        addresses = tuple([x.data_ptr() for x in tensors])
+        alignment = (addresses[0] | addresses[1] | addresses[2]) & 15
+        key = (
+            q.shape, k.shape, alignment, _options_key(*options, mask), len(lengths), longest,
+            backend,
+        )  # fmt: skip
+        known = _calls.get(key, ())
+    except (AttributeError, TypeError, RuntimeError):
+        return None  # wrong, or merely unusual
+    if not all(addresses):
+        return None
+    for found in known:
+        if found[0](*tensors):
+            return found[1](q, k, v, mask, addresses)  # type: ignore[return-value]
+    problem = describe()
+    choice = choose_backend(problem, backend)
+    if choice.backend not in KERNELS or problem.is_empty:
+        return None
+    found = Found(guard(*tensors), prepare(choice.backend, problem, q.device), Options.of(problem))
+    _keep(key, found)
+    return found[1](q, k, v, mask, addresses)  # type: ignore[return-value]
+
+
 def _keep(key: object, found: Found) -> None:
     if key is None:
         return
@@ -251,45 +308,3 @@ def _family_key(
     except (AttributeError, IndexError, TypeError, RuntimeError):
         return None  # the call is wrong, or unusual
     return key
-
-
-def guard(*tensors: Tensor, any_keys: bool = False) -> Callable[..., bool]:
-    """What tells whether other things are tensors of the same types, shapes, strides, dtypes and
-    devices as these, and negated views or not as they are.
-
-    Args:
-        *tensors: q, k and v.
-        any_keys: k and v may have another length, and other strides but between elements.
-    """
-    guards: Any = torch._C._dynamo.guards
-    sizes, strides = _sizes_and_strides(tensors, any_keys)
-    try:
-        # What the code that torch.compile generates is guarded by: one call, in C++. It also wants
-        # the same requires_grad, the same dispatch keys, and no tensor twice.
-        check: Callable[..., bool] = guards.TensorGuards(
-            *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides
-        ).check
-        if check(*tensors):
-            return check
-    except (AttributeError, TypeError, RuntimeError):
-        pass  # another torch has others
-    expected = _description(tensors, any_keys)
-    return lambda *others: _description(others, any_keys) == expected
-
-
-def _sizes_and_strides(
-    tensors: tuple[Tensor, ...], any_keys: bool
-) -> tuple[list[list[int | None]], list[list[int | None]]]:
-    """Of each tensor; None where any will do."""
-    sizes: list[list[int | None]] = [list(x.shape) for x in tensors]
-    strides: list[list[int | None]] = [list(x.stride()) for x in tensors]
-    for i in (1, 2) if any_keys else ():
-        sizes[i][2:3], strides[i][:3] = [None], [None] * 3
-    return sizes, strides
-
-
-def _description(tensors: tuple[Any, ...], any_keys: bool) -> object:
-    if not all(isinstance(x, Tensor) for x in tensors):
-        return None
-    kinds = [(type(x), x.dtype, x.device, x.is_neg()) for x in tensors]
-    return kinds, _sizes_and_strides(tensors, any_keys)

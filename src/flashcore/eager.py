@@ -40,6 +40,18 @@ def needs_dispatcher(q: object, k: object, v: object, mask: object) -> bool:
     return any(isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES for x in (q, k, v, mask))
 
 
+def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
+    """Return whether a call with lengths needs neither the dispatcher nor autograd.
+
+    Args:
+        lengths: of its sequences.
+        *tensors: q, k, v and the mask.
+    """
+    if torch.compiler.is_compiling() or not all(type(x) is Tensor for x in lengths):
+        return False
+    return not needs_dispatcher(*tensors) and not ops.needs_grad(*tensors)
+
+
 class _Recorded(torch.autograd.Function):
     """What the operator's autograd does, for half the time. The backward is the operator.
 

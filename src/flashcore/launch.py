@@ -13,13 +13,12 @@ import torch
 
 from flashcore import params_sm90
 from flashcore.allocation import allocator
-from flashcore.codegen import PROBE, generate_probe_source
 from flashcore.compiler import CompiledKernel
 from flashcore.counters import own_counter, work_counters
 from flashcore.dispatch import Addresses
 from flashcore.driver_launch import Argument, Launch, launch_raw
-from flashcore.errors import FlashCoreError
-from flashcore.jit import compile_plan, compile_source
+from flashcore.element_map import verify_element_map
+from flashcore.jit import compile_plan
 from flashcore.launcher import Entry
 from flashcore.options import Options
 from flashcore.params import AttnParams, build_params, check_limits, grid_size
@@ -57,35 +56,6 @@ def _grid_size(problem: Problem, plan: Plan, device_index: int) -> int:
     if isinstance(plan, Sm90Plan):
         return params_sm90.grid_size(problem, plan, _num_sms(device_index))
     return grid_size(problem, plan)
-
-
-@functools.cache
-def verify_element_map(device_index: int, arch: int, dtype: str) -> None:
-    """Checks on the GPU, once a process, that fragments lie where the kernels think they do.
-
-    Raises:
-        FlashCoreError: they do not; the GPU's wmma is not the documented one.
-    """
-
-    class ProbeParams(ctypes.Structure):
-        _fields_ = [("mismatches", ctypes.c_void_p)]
-
-    device = torch.device("cuda", device_index)
-    mismatches = torch.full((32,), torch.nan, device=device)
-    launch_raw(
-        compile_source(generate_probe_source(dtype), arch, PROBE),
-        grid=1,
-        num_threads=32,
-        smem_bytes=48 * 24 * 2,
-        params=ProbeParams(mismatches.data_ptr()),
-        device=device,
-    )
-    found = mismatches.tolist()
-    if any(count != 0 for count in found):
-        raise FlashCoreError(
-            f"{torch.cuda.get_device_name(device)} holds {dtype} fragments in an unknown order "
-            f"(mismatches by lane: {found}); use backend='torch', and please report this"
-        )
 
 
 def _verify(device_index: int, plan: Plan) -> None:
@@ -272,7 +242,7 @@ class KernelCall:
         try:
             argument = spare.pop()
         except IndexError:
-            argument = self._template_of(*addresses[:3], key[3]).new()
+            argument = self._template_of(addresses, key[3]).new()
         self._fill(argument, key)
         self._enqueue(argument)
         spare.append(argument)
@@ -280,7 +250,7 @@ class KernelCall:
 
     def entry(self, q: int, k: int, v: int) -> Entry:
         """The same for the compiled launcher, given the addresses of such tensors."""
-        template = self._template_of(q, k, v, q)  # each call has its own out
+        template = self._template_of((q, k, v), q)  # each call has its own out
         problem, plan, scratch = self._problem, self._plan, self._scratch
         return Entry(
             kernel=self.launch.handle,
@@ -306,7 +276,7 @@ class KernelCall:
 
     def make_argument(self, key: _Key) -> Argument:
         """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
-        argument = self._template_of(*key[1][:3], key[3]).new()
+        argument = self._template_of(key[1], key[3]).new()
         if not self._fill(argument, key, is_kept=True):
             return argument
         with _lock:
@@ -333,9 +303,10 @@ class KernelCall:
             template.place_others(argument, {"tile_counter": counter})
         return is_kept
 
-    def _template_of(self, q: int, k: int, v: int, out: int) -> Template:
+    def _template_of(self, addresses: Addresses, out: int) -> Template:
         """Made once, with these addresses."""
         if self._template is None:
+            q, k, v, *_ = addresses
             pointers: dict[str, int | None] = {"q": q, "k": k, "v": v, "out": out}
             arguments = self._problem, self._plan, pointers, self._grid
             origin = self._origin

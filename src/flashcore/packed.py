@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 
 from flashcore import env
-from flashcore.dispatch import KERNELS, kernel_call, without_autocast
+from flashcore.dispatch import KERNELS, prepare, without_autocast
 from flashcore.gradients import attention_gradients, choose_backward
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
@@ -175,8 +175,8 @@ def run_packed(
     """
     if backend in KERNELS and not problem.is_empty:
         addresses = tuple(x.data_ptr() for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
-        call = kernel_call(problem, KERNELS[backend], q.device)
-        return call.run(q, k, v, None, addresses)  # type: ignore[return-value]
+        call = prepare(backend, problem, q.device)
+        return call(q, k, v, None, addresses)  # type: ignore[return-value]
     out = q.new_empty((problem.total_q, problem.num_heads_q, problem.head_dim_v))
     lse = q.new_empty((problem.num_heads_q, problem.total_q), dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":

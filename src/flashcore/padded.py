@@ -17,14 +17,16 @@ import torch
 from torch import Tensor
 
 from flashcore import env
+from flashcore.calls import attend_lengths
 from flashcore.dispatch import (
     KERNELS,
     check_backend,
     choose_backend,
-    kernel_call,
+    prepare,
     warn_once,
     without_autocast,
 )
+from flashcore.eager import is_plain
 from flashcore.folding import with_copied_q
 from flashcore.gradients import attention_gradients
 from flashcore.options import Options
@@ -32,7 +34,7 @@ from flashcore.packed import check_lengths
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.tiled import attention_tiled
-from flashcore.validation import check_kinds, check_mask_kind
+from flashcore.validation import check_kinds, check_mask_kind, check_return_lse
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor seqlens_k, str causal, "
@@ -66,10 +68,20 @@ def attention_padded(
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` where seqlens_k is given; see there."""
+    if is_plain((seqlens_k,), q, k, v, mask):
+
+        def describe() -> Problem:
+            check_return_lse(return_lse)
+            checked = Options.checked(causal, window, softcap, scale)
+            return _problem(q, k, v, mask, seqlens_k, checked)
+
+        asked = causal, window, softcap, scale, return_lse
+        result = attend_lengths(q, k, v, mask, (seqlens_k,), asked, None, backend, describe)
+        if result is not None:
+            return result if return_lse else result[0]
     options = Options.checked(causal, window, softcap, scale)
     check_backend(backend)
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+    check_return_lse(return_lse)
     if not torch.compiler.is_compiling():  # then _forward_fake checks
         _check(q, k, v, mask, seqlens_k)
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
@@ -135,13 +147,10 @@ def _forward(
     if choice.is_fallback:
         warn_once(choice)
     backend = choice.backend
-    copied = with_copied_q(problem)
     if backend in KERNELS and not problem.is_empty:
-        if copied is not None:
-            problem, q = copied, q.contiguous()
         addresses = tuple(x.data_ptr() for x in (q, k, v, seqlens_k))
-        call = kernel_call(problem, KERNELS[backend], q.device)
-        return call.run(q, k, v, mask, addresses)  # type: ignore[return-value]
+        call = prepare(backend, problem, q.device)
+        return call(q, k, v, mask, addresses)  # type: ignore[return-value]
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":
@@ -152,6 +161,7 @@ def _forward(
                 tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
                 out[b], lse[b] = attention_tiled(own, *tensors)
         return out, lse
+    copied = with_copied_q(problem)
     if copied is not None:
         problem, q = copied, q.contiguous()
     from flashcore.sim import simulate
