@@ -115,7 +115,9 @@ def _aligned(mask: torch.Tensor) -> torch.Tensor:
         return mask
     length = mask.shape[-1]
     missing = -length % _ROW_BYTES
-    return torch.nn.functional.pad(mask, (0, missing))[..., :length] if missing else mask
+    if not missing or mask.numel() == length:  # one row begins where the tensor does
+        return mask
+    return torch.nn.functional.pad(mask, (0, missing))[..., :length]
 
 
 def _all_tokens(kv_length: int, kwargs: dict[str, Any]) -> torch.Tensor:

@@ -19,6 +19,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from flashcore.api import attention
 from flashcore.integrations.hooks import answer_for
@@ -176,7 +177,7 @@ def _window(module: torch.nn.Module, size: Any, causal: bool) -> tuple[int, int]
 
 def _has(config: Any, name: str) -> bool:
     """Whether a config has an attribute; Transformers' take 10 us to say that they have not."""
-    if config is None or torch.compiler.is_compiling():  # which resolves it once
+    if config is None or is_dynamo_compiling():  # which resolves it once
         return hasattr(config, name)
     kind = type(config)
     return (
