@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "src"))  # the docstrings of this checkout
 project = "flashcore"
 release = version = installed_version("flashcore")
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "sphinx_copybutton"]
 root_doc = "docs/index"
 # Any other file that a page links to is copied beside it.
 include_patterns = ["*.md", "docs/*.md", "benchmarks/**.md", "src/flashcore/data/README.md"]

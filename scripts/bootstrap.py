@@ -51,6 +51,7 @@ OPTIONAL = {
     "sphinx": "sphinx",
     "myst_parser": "myst-parser",
     "furo": "furo",
+    "sphinx_copybutton": "sphinx-copybutton",
 }
 
 

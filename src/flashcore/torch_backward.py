@@ -219,7 +219,7 @@ def efficient_gradients(
         repeated(k).transpose(1, 2),
         repeated(v).transpose(1, 2),
         None if mask is None else _bias(problem, mask),
-        out.transpose(1, 2),
+        out.transpose(1, 2).contiguous(),  # the operator assumes it, unlike of the others
         None,
         None,
         problem.seqlen_q,

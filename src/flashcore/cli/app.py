@@ -18,6 +18,7 @@ from flashcore.cli import (
     tune,
     verify,
 )
+from flashcore.cli.output import with_verbosity
 
 _INTRO = """
 Fused attention kernels for PyTorch, and the tools to check, debug and measure them.
@@ -50,7 +51,8 @@ _EXAMPLES = """
     flashcore bench --quick
     flashcore tune --seqlen 4096        # the fastest tiles on this GPU
 
-Every command takes --json. Exit status: 0 fine, 1 a check failed, 2 wrong usage.
+Every command takes --json, -q and -v. `flashcore --install-completion`: completion in the shell.
+Exit status: 0 fine, 1 a check failed, 2 wrong usage.
 """
 
 app = typer.Typer(
@@ -61,7 +63,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
-    add_completion=False,
 )
 
 
@@ -100,7 +101,7 @@ for _name, _function in (
     ("bench-host", bench_host.bench_host),
     ("tune", tune.tune),
 ):
-    app.command(_name)(_function)
+    app.command(_name)(with_verbosity(_function))
 
 
 def main() -> None:
