@@ -130,14 +130,15 @@ def measure(
     seconds: dict[tuple[str, str], list[float]] = {}
     failed: dict[str, str] = {}
     # A compiled step would be compiled again for another length of its cache.
-    times = ("again", "again") if cache == "static" else ("first", "again")
+    again = ("again",) * arguments.again
+    times = again if cache == "static" else ("first", *again)
     for number in range(arguments.rounds + 1):
         if number > 1 and time.monotonic() > deadline:
             break
         apart = 0 if cache == "static" else number * (arguments.new_tokens + 1)
         batch = make_batch(setup, arguments.prompt + apart, device)
-        for implementation in IMPLEMENTATIONS:
-            for which in times:
+        for which in times:
+            for implementation in IMPLEMENTATIONS:
                 wait(device)
                 start = time.perf_counter()
                 generate_or_say(failed, model, batch, implementation, cache, arguments.new_tokens)
@@ -224,6 +225,7 @@ def main() -> int:
     parser.add_argument("--setups", nargs="+", choices=SETUPS, default=list(DEFAULT_SETUPS))
     parser.add_argument("--caches", nargs="+", choices=CACHES, default=["dynamic", "static-eager"])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--again", type=int, default=2, help="repetitions in a round")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--limit-s", type=float, default=90, help="no new round after that")
