@@ -2,14 +2,10 @@
 
 The kernels read rows of whole 16 bytes: head_dim is a multiple of 8, and contiguous. Of other
 tensors they are given copies, padded with zeros: they add nothing to a score, and the columns of
-the output that belong to them are dropped. The Hopper kernel reads by TMA, which also wants rows
-that start at multiples of 16 bytes, and knows no stride of 0:
-
-- k and v that are expanded over their heads have one head that all heads of q share;
-- k and v that are expanded over the batch are read by way of seqlens_k, all of them seqlen_k:
-  there a sequence's first row is part of the argument (params_sm90.make_ragged), and may be 0;
-- other tensors are copied if that takes less time than the Hopper kernel saves, or if the Hopper
-  kernel was asked for.
+the output that belong to them are dropped. k and v that are expanded over their heads have one head
+that all heads of q share. The Hopper kernel reads by TMA, which also wants rows that start at
+multiples of 16 bytes: other tensors are copied for it if that takes less time than it saves, or if
+it was asked for.
 
 Everything here happens once for a description of tensors, below the operators: gradients, which
 PyTorch computes, are those of the caller's own tensors. Read next: dispatch.prepare.
@@ -33,12 +29,12 @@ from flashcore.validation import HEAD_DIM_MULTIPLE
 
 Tensor = torch.Tensor
 
-# Whether a copy pays for the Hopper kernel, from what tables in docs/performance.md say of an H200:
-# the portable kernel computes about 260 TFLOP/s, the Hopper kernel 650 where rows are many, and a
-# copy moves 3 TB/s, each byte twice. Estimates; a copy of its own takes some 3 us at least.
-SECONDS_SAVED_PER_FLOP = 1 / 260e12 - 1 / 650e12
-SECONDS_PER_COPIED_BYTE = 2 / 3e12
-SECONDS_PER_COPY = 3e-6
+# Whether a copy pays for the Hopper kernel. Medians over 14 shapes on an H200 (2026-11-29, float16,
+# head_dim 128, CUDA graphs), both kernels with and without a copy of q: what the Hopper kernel
+# saves an operation, what a copied byte takes, and what a copy takes besides.
+SECONDS_SAVED_PER_FLOP = 3.44e-15
+SECONDS_PER_COPIED_BYTE = 6.61e-13
+SECONDS_PER_COPY = 2.1e-6
 
 _ELEMENT_BYTES = 2  # of what the kernels take
 Dims = tuple[bool, bool, bool]  # of (batch, heads, seqlen)
@@ -101,8 +97,7 @@ class Adapted:
     """A call as a kernel, or PyTorch, gets it.
 
     Args:
-        problem: describes the tensors that `tensors` returns. If its varlen is "keys" and that of
-            the call is not, seqlens_k must be made, of seqlen_k everywhere.
+        problem: describes the tensors that `tensors` returns.
         one_head: k and v are given with the first of their heads alone.
         copies: of q, k and v, one each at most.
         head_dim_v: of the call's output; that of `problem` may be greater.
@@ -252,21 +247,11 @@ def _make_readable(adapting: _Adapting, multiple: int) -> None:
 
 
 def _make_readable_by_tma(adapting: _Adapting) -> None:
-    p = adapting.problem
-    shared = [name for name in "kv" if _expanded(p, name)[0]]
-    if shared and p.varlen == "none":
-        # The bounds are those of sequences that have all of seqlen_k.
-        adapting.change(varlen="keys", diag_offset=0, return_lse=True)
-    if shared and p.varlen != "packed":
-        verb = "is" if len(shared) == 1 else "are"
-        adapting.notes.append(
-            f"{' and '.join(shared)} {verb} expanded over the batch: read in place, by way of "
-            "seqlens_k"
-        )
     for name, reason in unreadable(adapting.problem).items():
         p = adapting.problem
-        keeps = (name in shared, False, False)
-        adapting.copy(name, p.head_dim_v if name == "v" else p.head_dim, keeps, reason)
+        of_batch, of_heads, _ = _expanded(p, name)
+        columns = p.head_dim_v if name == "v" else p.head_dim
+        adapting.copy(name, columns, (of_batch, of_heads, False), reason)
 
 
 def rather_not_sm90(problem: Problem) -> str | None:

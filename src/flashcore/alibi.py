@@ -10,8 +10,9 @@ import torch
 
 from flashcore.api import attention
 from flashcore.errors import FallbackWarning, stacklevel_of_caller
+from flashcore.memory_layout import as_batch
 from flashcore.ops import autocast
-from flashcore.packed import as_batch, check_packed
+from flashcore.packed import check_packed
 
 Tensor = torch.Tensor
 

@@ -16,6 +16,8 @@ import torch
 from flashcore import env, sdpa_gpu
 from flashcore.adapting import Adapted, adapt, kernel_for, rather_not_sm90
 from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
+from flashcore.growing import planned_as
+from flashcore.memory_layout import as_batch
 from flashcore.obstacles import (
     BFLOAT16_MIN_ARCH,
     KERNEL_DTYPES,
@@ -30,13 +32,14 @@ from flashcore.problem import Problem
 from flashcore.tiled import attention_tiled
 
 if TYPE_CHECKING:
+    from flashcore.launch import KernelCall
     from flashcore.plan import Plan
 
 BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
 KERNELS = {"sm90": "attn_fwd_sm90", "wmma": "attn_fwd_wmma"}
 
-# Of q, k and v. Whoever makes a call has them, and asking a tensor again takes time.
-Addresses = tuple[int, int, int]
+# Of q, k and v, and of lengths. Whoever makes a call has them, and asking again takes time.
+Addresses = tuple[int, ...]
 Call = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Addresses],
     tuple[torch.Tensor, torch.Tensor | None],
@@ -176,10 +179,7 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
     if problem.is_empty:
         return functools.partial(_run_empty, problem)
     adapted = adapt_for(backend, problem)
-    if adapted.problem.varlen == problem.varlen:
-        call = _prepare_adapted(backend, adapted.problem, device)
-    else:
-        call = functools.partial(_run_of_equal_lengths, backend, adapted.problem)
+    call = _prepare_adapted(backend, adapted.problem, device)
     # A launch takes addresses, and k and v of one head begin where they began.
     as_asked = not adapted.copies if backend in KERNELS else adapted.is_as_asked
     return call if as_asked else functools.partial(_run_adapted, adapted, call)
@@ -194,21 +194,23 @@ def _prepare_adapted(backend: str, problem: Problem, device: torch.device) -> Ca
     if backend == "torch":
         return functools.partial(_run_torch, problem)
     if backend == "sim":
-        return functools.partial(_run_sim, problem, _plan(problem, env.sim_arch()))
+        return functools.partial(_run_sim, problem, _plan(planned_as(problem), env.sim_arch()))
     from flashcore import launcher
-    from flashcore.launch import KernelCall
 
     launcher.start()
-    return KernelCall(problem, _plan(problem, problem.arch, KERNELS[backend]), device).run
+    return kernel_call(planned_as(problem), KERNELS[backend], device).with_keys(problem).run
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel_call(problem: Problem, kernel: str, device: torch.device) -> KernelCall:
+    """Return the call of a kernel, one for all problems that are planned as one."""
+    from flashcore.launch import KernelCall
+
+    return KernelCall(problem, _plan(problem, problem.arch, kernel), device)
 
 
 def _run_empty(
-    problem: Problem,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    addresses: Addresses,
+    problem: Problem, q: torch.Tensor, *others: object
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out = q.new_zeros((*rows_shape, problem.head_dim_v))
@@ -226,25 +228,12 @@ def _run_adapted(
     mask: torch.Tensor | None,
     addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if adapted.problem.varlen == "packed":
+        q, k, v = as_batch(q), as_batch(k), as_batch(v)
     q, k, v = adapted.tensors(q, k, v)
-    out, lse = call(q, k, v, mask, (q.data_ptr(), k.data_ptr(), v.data_ptr()))
+    # What follows the three are addresses of lengths.
+    out, lse = call(q, k, v, mask, (q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]))
     return adapted.result(out), lse
-
-
-def _run_of_equal_lengths(
-    backend: str,
-    problem: Problem,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    addresses: Addresses,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A call with seqlens_k, which are seqlen_k everywhere."""
-    from flashcore.padded import run_padded  # which builds on this module
-
-    lengths = torch.full((problem.batch,), problem.seqlen_k, dtype=torch.int32, device=q.device)
-    return run_padded(backend, problem, q, k, v, mask, lengths)
 
 
 def _run_sim(

@@ -11,6 +11,7 @@ from flashcore import env, sdpa_gpu, tuned
 from flashcore.adapting import adapt, kernel_for, rather_not_sm90
 from flashcore.dispatch import KERNELS, adapt_for, choose_backend, sdpa_means_the_same
 from flashcore.gradients import BackwardChoice, choose_backward
+from flashcore.growing import planned_as
 from flashcore.memory_layout import load_bytes
 from flashcore.obstacles import KERNEL_DTYPES, SM90_ARCH
 from flashcore.params_sm90 import num_row_tiles
@@ -128,11 +129,11 @@ def explain(
         arch = arch or problem.arch or env.sim_arch()
         kernel = choice.backend if choice.backend in KERNELS else kernel_for(problem, arch)
         adapted = adapt(problem, kernel)
-        plans = candidates(adapted.problem, arch, kernel=KERNELS[kernel])
+        plans = candidates(planned_as(adapted.problem), arch, kernel=KERNELS[kernel])
         where = "on a GPU " if choice.backend == "torch" else ""
         notes = [where + note for note in adapted.notes]
         notes += _notes_choice(problem, choice.backend, kernel, arch)
-    found = tuned.find(adapted.problem, plans[0]) if adapted and plans else None
+    found = tuned.find(planned_as(adapted.problem), plans[0]) if adapted and plans else None
     if found is not None:
         plans = [found.plan, *(plan for plan in plans if plan != found.plan)]
     explanation = Explanation(

@@ -38,6 +38,12 @@ def misaligned_among(**tensors: torch.Tensor) -> str:
     return "".join(name for name, x in tensors.items() if load_bytes(x) < 16)
 
 
+def as_batch(x: torch.Tensor) -> torch.Tensor:
+    """Return [total, num_heads, dim] as the [1, num_heads, total, dim] that everything else works
+    on."""
+    return x.unsqueeze(0).transpose(1, 2)
+
+
 def strides_of(x: torch.Tensor) -> Strides3:
     """Strides of (batch, head, seqlen), 0 where no step is ever taken."""
     (b, h, s, _), (sb, sh, ss, _) = x.shape, x.stride()

@@ -17,21 +17,24 @@ import torch
 from torch import Tensor
 
 from flashcore import env
+from flashcore.calls import attend_lengths
 from flashcore.dispatch import (
     KERNELS,
     adapt_for,
     check_backend,
     choose_backend,
+    prepare,
     warn_once,
     without_autocast,
 )
+from flashcore.eager import is_plain
 from flashcore.gradients import attention_gradients
 from flashcore.options import Options
 from flashcore.packed import check_lengths
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.tiled import attention_tiled
-from flashcore.validation import check_kinds, check_mask_kind
+from flashcore.validation import check_kinds, check_mask_kind, check_return_lse
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor seqlens_k, str causal, "
@@ -65,10 +68,20 @@ def attention_padded(
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` where seqlens_k is given; see there."""
+    if is_plain((seqlens_k,), q, k, v, mask):
+
+        def describe() -> Problem:
+            check_return_lse(return_lse)
+            checked = Options.checked(causal, window, softcap, scale)
+            return _problem(q, k, v, mask, seqlens_k, checked)
+
+        asked = causal, window, softcap, scale, return_lse
+        result = attend_lengths(q, k, v, mask, (seqlens_k,), asked, None, backend, describe)
+        if result is not None:
+            return result if return_lse else result[0]
     options = Options.checked(causal, window, softcap, scale)
     check_backend(backend)
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+    check_return_lse(return_lse)
     if not torch.compiler.is_compiling():  # then _forward_fake checks
         _check(q, k, v, mask, seqlens_k)
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
@@ -133,41 +146,14 @@ def _forward(
     choice = choose_backend(problem, asked)
     if choice.is_fallback:
         warn_once(choice)
-    if problem.is_empty:
-        return run_padded("torch", problem, q, k, v, mask, seqlens_k)
-    adapted = adapt_for(choice.backend, problem)
-    q, k, v = adapted.tensors(q, k, v)
-    out, lse = run_padded(choice.backend, adapted.problem, q, k, v, mask, seqlens_k)
-    return adapted.result(out), lse
-
-
-def run_padded(
-    backend: str,
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seqlens_k: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Compute on a backend that `choose_backend` returned.
-
-    Args:
-        backend: "sm90", "wmma", "sim" or "torch".
-        problem: the description of the tensors, which that backend reads as they lie.
-        q: [batch, num_heads_q, seqlen_q, head_dim].
-        k: [batch, num_heads_kv, seqlen_k, head_dim].
-        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
-        seqlens_k: int32, [batch].
-
-    Returns:
-        out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q.
-        lse: [batch, num_heads_q, seqlen_q].
-    """
+    backend = choice.backend
+    if backend in KERNELS and not problem.is_empty:
+        addresses = tuple(x.data_ptr() for x in (q, k, v, seqlens_k))
+        call = prepare(backend, problem, q.device)
+        return call(q, k, v, mask, addresses)  # type: ignore[return-value]
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
-    if backend == "torch":
+    if problem.is_empty or backend == "torch":
         out.zero_()
         lse.fill_(-math.inf)
         with without_autocast(problem.device):
@@ -175,18 +161,17 @@ def run_padded(
                 tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
                 out[b], lse[b] = attention_tiled(own, *tensors)
         return out, lse
-    arch = env.sim_arch() if backend == "sim" else problem.arch
-    plan = _plan(problem, arch, KERNELS.get(backend))
+    from flashcore.sim import simulate
+
+    adapted = adapt_for(backend, problem)
+    q, k, v = adapted.tensors(q, k, v)
+    problem = adapted.problem
+    if problem.head_dim_v != out.shape[3]:
+        out = q.new_empty((*out.shape[:3], problem.head_dim_v))
+    plan = _plan(problem, env.sim_arch(), None)
     lengths = {"seqlens_k": seqlens_k}
-    if backend == "sim":
-        from flashcore.sim import simulate
-
-        simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
-    else:
-        from flashcore.launch import run_kernel
-
-        run_kernel(problem, plan, q, k, v, mask, out, lse, None, lengths)
-    return out, lse
+    simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
+    return adapted.result(out), lse
 
 
 def _sequences(problem: Problem, seqlens_k: Tensor) -> Iterator[tuple[Problem, slice, int]]:

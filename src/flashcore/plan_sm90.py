@@ -197,7 +197,7 @@ def obstacle(problem: Problem) -> str | None:
 @functools.lru_cache(maxsize=4096)
 def unreadable(problem: Problem) -> Mapping[str, str]:
     """Those of "q", "k" and "v" that TMA cannot read as they lie, and why: it reads rows that start
-    at multiples of 16 bytes, and takes a step in every dimension."""
+    at multiples of 16 bytes. A stride of 0 between batches or heads reads the same rows again."""
     found: dict[str, str] = {}
     if problem.load_bytes < 16:
         for name in problem.misaligned or "qkv":
@@ -206,20 +206,18 @@ def unreadable(problem: Problem) -> Mapping[str, str]:
                 f"multiple of {problem.load_bytes} bytes only"
             )
     packed, keys = problem.varlen == "packed", problem.varlen == "keys"
-    batch = 1 if packed else problem.batch
     rows_q = problem.total_q if packed else problem.seqlen_q
     rows_k = problem.total_k if packed else problem.seqlen_k
-    for name, strides, sizes in (
-        ("q", problem.q_strides, (batch, problem.num_heads_q, rows_q)),
-        ("k", problem.k_strides, (batch, problem.num_heads_kv, rows_k)),
-        ("v", problem.v_strides, (batch, problem.num_heads_kv, rows_k)),
+    for name, strides, rows in (
+        ("q", problem.q_strides, rows_q),
+        ("k", problem.k_strides, rows_k),
+        ("v", problem.v_strides, rows_k),
     ):
-        begins_by_row = keys and name != "q"  # params_sm90.make_ragged: a batch stride may be 0
-        steps = [*zip(strides, sizes, strict=True)][1 if begins_by_row else 0 :]
+        begins_by_row = keys and name != "q"  # params_sm90.make_ragged
         if name in found:
             continue
-        if any(stride == 0 and size > 1 for stride, size in steps):
-            found[name] = f"TMA reads no expanded tensor, and {name} has a stride of 0"
+        if strides[2] == 0 and rows > 1:
+            found[name] = f"the Hopper kernel reads rows apart, and {name} is one row, expanded"
         elif max(strides) >= 2**39:
             found[name] = f"TMA reads no stride of 2^40 bytes, as {name} has"
         elif begins_by_row and strides[2] and strides[0] % strides[2]:

@@ -207,6 +207,12 @@ def checked_factor(name: str, value: object, unset: float, way_out: str) -> floa
     return number
 
 
+def check_return_lse(value: object) -> None:
+    """Raise unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"return_lse must be True or False, but is {value!r}")
+
+
 def checked_window(window: object) -> tuple[int, int]:
     """(left, right), -1 for an unbounded side; None is (-1, -1)."""
     if window is None:

@@ -7,7 +7,9 @@ from typing import Any, Literal, overload
 
 import torch
 
+from flashcore.calls import attend_lengths
 from flashcore.dispatch import BACKENDS, choose_backend, warn_once
+from flashcore.eager import is_plain
 from flashcore.ops import autocast
 from flashcore.packed import (
     check_packed,
@@ -18,7 +20,13 @@ from flashcore.packed import (
 )
 from flashcore.problem import Causal, Problem, Window
 from flashcore.spelling import OF_VARLEN, other_names, refuse
-from flashcore.validation import SEQLEN_MAX, checked_causal, checked_factor, checked_window
+from flashcore.validation import (
+    SEQLEN_MAX,
+    check_return_lse,
+    checked_causal,
+    checked_factor,
+    checked_window,
+)
 
 __all__ = ["attention_varlen"]
 
@@ -162,13 +170,26 @@ def attention_varlen(
     if _unknown:
         refuse(attention_varlen, _unknown)
     q, k, v, _ = autocast(q, k, v, None)
+    lengths = cu_seqlens_q, cu_seqlens_k
+    if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None):
+
+        def describe() -> Problem:
+            check_return_lse(return_lse)
+            return packed_problem(
+                q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
+                softcap=softcap,
+            )  # fmt: skip
+
+        asked, longest = (causal, window, softcap, scale, return_lse), (max_seqlen_q, max_seqlen_k)
+        result = attend_lengths(q, k, v, None, lengths, asked, longest, backend, describe)
+        if result is not None:
+            return result if return_lse else result[0]
     if not torch.compiler.is_compiling():  # then _forward_fake checks
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     left, right = (-1 if size > SEQLEN_MAX else size for size in checked_window(window))
     if scale is not None:
         scale = checked_factor("scale", scale, 1.0, "pass None for 1 / sqrt(head_dim)")
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+    check_return_lse(return_lse)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be one of {', '.join(BACKENDS)}, but is {backend!r}")
     out, lse = forward(

@@ -136,7 +136,7 @@ def configured() -> Any:
 def _counters(device_index: int, count: int) -> int:
     """Address of counters for a launch on the device's current stream, which stay the stream's
     unless it is being captured."""
-    return work_counters(torch.device("cuda", device_index), count).data_ptr()
+    return work_counters(torch.device("cuda", device_index), count)
 
 
 def _prepare(
