@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-# The fork is asked for when the other thread is inside of a run, which the lock guards. A child that
-# waits for ever is ended by its alarm.
+# The fork is asked for when the other thread is inside of a run, which the lock guards. A child
+# that waits for ever is ended by its alarm.
 _SCRIPT = """
 import os, signal, threading, types
 import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,13 +93,13 @@ class VarlenInputs:
         )
 
 
-def draw_varlen_case(seed: int, **fixed: Any) -> VarlenCase:
-    """A random case of short sequences, some of them empty; `fixed` fields stay as given."""
+def draw_varlen_case(seed: int, *, lengths: Sequence[int] = _LENGTHS, **fixed: Any) -> VarlenCase:
+    """A random case of sequences of some of these lengths; `fixed` fields stay as given."""
     rng = random.Random(seed)
     batch = rng.choice((1, 2, 3, 5, 8))
     layout = fixed.get("layout", rng.choice(LAYOUTS))
-    lengths_q = tuple(rng.choice(_LENGTHS) for _ in range(batch))
-    lengths_k = tuple(rng.choice(_LENGTHS) for _ in range(batch))
+    lengths_q = tuple(rng.choice(lengths) for _ in range(batch))
+    lengths_k = tuple(rng.choice(lengths) for _ in range(batch))
     if fixed.get("head_dim", 64) != fixed.get("head_dim_v", 64):
         layout = "apart"
     heads_kv = rng.choice((1, 2))

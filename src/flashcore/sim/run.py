@@ -267,8 +267,11 @@ def simulate(
             )
         return report
     except SimulationError as error:
+        from flashcore.sim.barrier_names import name_barriers
         from flashcore.sim.replay import replay_command
 
+        if isinstance(plan, Sm90Plan):
+            name_barriers(error, plan)
         inputs = {item.name: item.tensor for item in tensors if not (item.writable or item.counter)}
         error.replay = replay_command(problem, plan, inputs, seed=seed, plant=plant)
         raise
