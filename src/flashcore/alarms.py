@@ -49,6 +49,7 @@ _PHASE_OF_FUNCTION = {
     "load_v": "load",
     "zero_padding": "load",
     "store_output": "store",
+    "finish_softmax": "store",
     "store_rows": "store",
     "quad_sum": "store",
 }
@@ -111,6 +112,8 @@ def from_error(error: Exception, problem: Problem, plan: Plan, plant: Plant | No
     function, named = min(places, key=lambda place: _rank(_phase_of(*place)))
     # In a deadlock all wait, and the one that is named is no more to blame than the others.
     phase = None if kind == "deadlock" else _phase_of(function, named)
+    if kind == "double-write" and str(getattr(error, "array", "")).startswith("gate_"):
+        phase = "schedule"  # a gate writes what there is of a row tile: two blocks took this one
     warps = {entry.warp for entry in agents}
     if kind == "atomic-order" and len(warps) > 1:
         numbers = " and ".join(str(warp) for warp in sorted(warps))

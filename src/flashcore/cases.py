@@ -42,7 +42,8 @@ class Case:
     `layout` is the order in memory; "bshd" is passed transposed, as a projection's output is.
     `tail` NaN rows follow every sequence in memory, `offset` elements precede the first one.
     `spread` multiplies q, so that the softmax gets sharper; `growth` is one of GROWTH_KINDS: how
-    scores grow along the keys. With an odd `seed` the mask's rows are aligned for wide loads.
+    scores grow along the keys. With an odd `seed` the mask's rows are aligned for wide loads, with
+    every other even one they are an odd number of elements apart.
     """
 
     batch: int = 1
@@ -150,7 +151,11 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     mask = _make_mask(case, generator)
     q, k, v = (_place(values.to(dtype), case, device) for values in (q, k, v))
     if mask is not None:
-        mask = (_with_aligned_rows(mask) if case.seed % 2 else mask).to(device)
+        if case.seed % 2:
+            mask = _with_rows_apart(mask, case.seqlen_k // 16 * 16 + 16)
+        elif case.seed % 4:
+            mask = _with_rows_apart(mask, case.seqlen_k // 2 * 2 + 3)
+        mask = mask.to(device)
     return Inputs(q, k, v, mask)
 
 
@@ -191,12 +196,12 @@ def _make_mask(case: Case, generator: torch.Generator) -> Tensor | None:
     raise ValueError(f"mask={case.mask!r} is not one of {', '.join(MASK_KINDS)}")
 
 
-def _with_aligned_rows(mask: Tensor) -> Tensor:
-    """The mask with rows that start 16 elements or a multiple of that apart, and what must not be
-    read between them: True, or NaN."""
+def _with_rows_apart(mask: Tensor, width: int) -> Tensor:
+    """The mask with rows that start `width` elements apart, and what must not be read between them:
+    True, or NaN."""
     *sizes, seqlen_k = mask.shape
     between = True if mask.dtype == torch.bool else torch.nan
-    storage = torch.full((*sizes, seqlen_k // 16 * 16 + 16), between, dtype=mask.dtype)
+    storage = torch.full((*sizes, width), between, dtype=mask.dtype)
     storage[..., :seqlen_k] = mask
     return storage[..., :seqlen_k]
 

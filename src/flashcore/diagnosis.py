@@ -39,14 +39,20 @@ def verdict(results: Sequence[StageResult], kernel: str) -> tuple[str | None, li
     first = next((result for result in results if not result.ok), None)
     if first is None:
         return None, ["every stage agrees with its float64 model"]
-    if first.status == "not compiled":
-        assert first.alarm is not None
-        return "compile", [first.alarm.summary]
-    name = first.stage
-    reasons: list[str] = []
+    # A gate that does not compile says nothing, unless the kernel does not compile either.
+    unbuilt = [r for r in results if r.status == "not compiled" and r.alarm is not None]
+    ran = next((r for r in results if not r.ok and r not in unbuilt), None)
+    if ran is None:
+        return "compile", [r.alarm.summary for r in unbuilt if r.alarm is not None]
+    first, name = ran, ran.stage
+    reasons: list[str] = [
+        f"gate {r.stage} alone does not compile, so it says nothing: {r.alarm.summary}"
+        for r in unbuilt
+        if r.alarm is not None
+    ]
     if first.alarm is not None:
-        name, reasons = _place_of(first.alarm, first.stage, results)
-        reasons.append(first.alarm.summary)
+        name, place = _place_of(first.alarm, first.stage, results)
+        reasons += [*place, first.alarm.summary]
         if first.alarm.kind == "deadlock":
             reasons += _who_waits(first.alarm.text)
     bad = first.first_bad_check()

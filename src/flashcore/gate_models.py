@@ -244,7 +244,9 @@ def packed_attention(
         lse [1, num_heads_q, total_q] and out [1, num_heads_q, total_q, head_dim_v]. Rows that
         belong to no sequence are those of one without keys.
     """
-    begins_q, begins_k = lengths["cu_seqlens_q"].tolist(), lengths["cu_seqlens_k"].tolist()
+    # Clamped as the kernels do.
+    begins_q = lengths["cu_seqlens_q"].clamp(0, problem.total_q).tolist()
+    begins_k = lengths["cu_seqlens_k"].clamp(0, problem.total_k).tolist()
     begins_q.append(problem.total_q)
     begins_k.append(begins_k[-1])
     parts: list[list[Expected]] = []

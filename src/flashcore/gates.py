@@ -29,7 +29,7 @@ from flashcore.locate import Check, compare
 from flashcore.packed import as_batch, packed_problem
 from flashcore.plan import Plan, select_plan
 from flashcore.plan_sm90 import ARCH, obstacle
-from flashcore.planned import run_planned, under_gate, with_fields
+from flashcore.planned import compile_planned, run_planned, under_gate, with_fields
 from flashcore.problem import Problem
 from flashcore.stages import Stage, stages_of
 from flashcore.varlen_cases import VarlenCase, make_varlen_inputs
@@ -69,7 +69,8 @@ def isolate(
         on_stage: called before each stage.
 
     Returns:
-        All stages and the verdict. Behind a stage whose source does not compile nothing is run.
+        All stages and the verdict. Where the kernel does not compile, nothing is run behind the
+        first stage.
 
     Raises:
         ValueError: unknown backend or plant, a plant on the GPU or of another kernel, an empty
@@ -96,7 +97,7 @@ def isolate(
             found = runner.run(stage)
             # A CUDA error is sticky: nothing runs in this process any more.
             is_sticky = found.status == "alarm" and backend != "sim"
-            is_over = is_sticky or found.status == "not compiled"
+            is_over = is_sticky or (found.status == "not compiled" and not runner.compiles())
         results.append(found or StageResult(stage.name, stage.title, "", "not run"))
     first_wrong, why = verdict(results, kernel)
     return Isolation(
@@ -223,6 +224,14 @@ class _Runner:
             tuple(self.hints),
             time.perf_counter() - start,
         )
+
+    def compiles(self) -> bool:
+        """Return whether the kernel itself compiles, which a gate of it may not."""
+        try:
+            compile_planned(self._plan(None), self.call.q.is_cuda, self.plant)
+        except CompileError:
+            return False
+        return True
 
     def _checks(self, stage: Stage, plan: Plan) -> Iterator[Check]:
         call = self.call

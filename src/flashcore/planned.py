@@ -118,6 +118,23 @@ def under_gate(tile: Mapping[str, Any]) -> dict[str, Any]:
     return {name: OFF_UNDER_A_GATE.get(name, value) for name, value in tile.items()}
 
 
+def compile_planned(plan: Plan, is_on_gpu: bool, plant: Plant | None = None) -> None:
+    """Compile a plan, for the GPU or for the simulator.
+
+    Raises:
+        CompileError, BackendUnavailableError: what compiling it raises.
+    """
+    if is_on_gpu:
+        from flashcore.jit import compile_plan
+
+        compile_plan(plan)
+        return
+    from flashcore.codegen import generate_source
+    from flashcore.sim.build import load_kernel
+
+    load_kernel(generate_source(plan, "host", plant))
+
+
 def run_planned(
     problem: Problem,
     plan: Plan,

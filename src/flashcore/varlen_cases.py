@@ -28,7 +28,8 @@ class VarlenCase:
 
     Lengths are in tokens, dims in elements. `layout`: "apart", or "qkv" for slices of one packed
     [total, num_heads_q + 2 * num_heads_kv, head_dim] tensor (then lengths_k is lengths_q, and
-    head_dim_v is head_dim). `tail` rows of NaN follow the last sequence.
+    head_dim_v is head_dim). `tail` rows of NaN follow the last sequence, and `overrun` is how far
+    behind the tensors it is said to end.
     """
 
     lengths_q: tuple[int, ...]
@@ -44,6 +45,7 @@ class VarlenCase:
     scale: float | None = None
     layout: str = "apart"
     tail: int = 0
+    overrun: int = 0
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
@@ -146,6 +148,9 @@ def make_varlen_inputs(case: VarlenCase, device: str | torch.device = "cpu") -> 
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
         for lengths in (case.lengths_q, case.lengths_k)
     )
+    if case.overrun:
+        for cu_seqlens in (cu_seqlens_q, cu_seqlens_k):
+            cu_seqlens[-1] += case.tail + case.overrun
     longest = (max(lengths, default=0) for lengths in (case.lengths_q, case.lengths_k))
     return VarlenInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest)
 

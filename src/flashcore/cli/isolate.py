@@ -297,13 +297,15 @@ def _show(out: Output, found: Isolation) -> None:
     if first is None:
         out.print("[green]all stages are right[/]")
         return
-    if first.status == "not compiled":
-        out.print(f"[bold red]the kernel does not compile (gate {first.stage})[/]")
+    if found.first_wrong == "compile":
+        alone = "" if found.stages[-1].status == "not run" else "'s gates alone do not compile:"
+        out.print(f"[bold red]the kernel{alone or ' does not compile'} (gate {first.stage})[/]")
         for reason in found.why:
             out.print(f"- {reason}".replace("[", "\\["), wrap=False)
         if first.alarm is not None:
             out.print(f"\n{first.alarm.text}".replace("[", "\\["), wrap=False)
         return
+    first = next(r for r in found.stages if r.status in ("wrong", "alarm"))
     title = next((r.title for r in found.stages if r.stage == found.first_wrong), None)
     name = found.first_wrong if title is None else f"{title} (gate {found.first_wrong})"
     out.print(f"[bold red]first wrong stage: {name}[/]")

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashcore.cases import Case
-from flashcore.dispatch import KERNELS
+from flashcore.dispatch import KERNELS, SM90_ARCH
+from flashcore.drawing import draw
+from flashcore.plan import SIM_ARCH
 from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants_mask import PLANTS_MASK_SM90
@@ -31,8 +33,9 @@ class Planted:
     """A planted bug of a kernel.
 
     `options` are the fields of the Case that shows it (of a VarlenCase, where `is_packed`) as far
-    as they are not isolate's defaults, `tile` those of its plan; `stage` is the stage, or the phase
-    outside of the stages, that isolate then names.
+    as they are not isolate's defaults, `tile` those of its plan; `drawn` is the number of that case
+    among those of `verify` with seed 0, if it is one. `stage` is the stage, or the phase outside of
+    the stages, that isolate then names.
     """
 
     plant: Plant
@@ -40,6 +43,7 @@ class Planted:
     options: Mapping[str, Any] = field(default_factory=dict)
     tile: Mapping[str, Any] = field(default_factory=dict)
     is_packed: bool = False
+    drawn: int | None = None
     stage: str = ""
 
     def case(self, base: Case, given: Collection[str] = ()) -> Case | VarlenCase:
@@ -49,6 +53,67 @@ class Planted:
         if self.is_packed:
             return VarlenCase(**options)
         return dataclasses.replace(base, **options)
+
+
+# By kernel, the bugs whose first wrong stage it is.
+STAGES: dict[str, dict[str, tuple[str, ...]]] = {
+    _WMMA: {
+        "qk": ("no-barrier", "uninit-smem", "deadlock", "one-stage-unordered"),
+        "softmax": ("accum-map",),
+        "pv": ("pv-atomic", "k-overlap", "k-gap"),
+        "full": ("values-of-the-first",),
+        "load": ("one-ahead", "neighbours-key", "no-clamp"),
+        "store": ("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
+    },
+    _SM90: {
+        "setup": ("no-init-fence", "no-init-barrier", "registers-of-three-warps"),
+        "schedule": (
+            *("coord-slots", "coord-late", "draws-left", "first-tiles-drawn-again"),
+            *("counter-left", "scan", "feed-not-waited-for", "feed-asked-early"),
+        ),
+        "load": (
+            *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
+            "ring-of-all-stages",
+        ),
+        "qk": (
+            *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
+            *("tx-too-many", "no-wgmma-fence", "early-consumers", "q-of-another-group"),
+            *("shares-on-one-ring", "asked-for-last", "q-buffers-in-step"),
+        ),
+        "softmax": (
+            *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
+            *("mask-past-end", "mask-row-mixed-up", "mask-one-tile-late", "mask-front-whole"),
+            *("mask-front-not-copied", "mask-end-not-copied", "mask-unshifted-copies"),
+            *("mask-shift-forgotten", "mask-shift-of-another-row"),
+        ),
+        "pv": (
+            *("no-is-yes", "output-kept", "wrong-parity", "no-commit", "accum-not-waited-for"),
+            *("accum-written-early", "probs-written-early", "v-leading-bytes", "swizzle"),
+        ),
+        "full": (
+            *("turn-count", "turn-not-handed-on", "share-never-taken", "share-without-weight"),
+            *("share-sum-lost", "passed-over-unawaited", "passed-over-kept", "passed-over-turn"),
+            *("passed-over-too-many", "outgrown-unseen", "no-max-yet-unseen"),
+            *("outgrown-in-one-warp", "outgrown-k-kept", "outgrown-k-overwritten"),
+            *("outgrown-sums-kept", "outgrown-no-fence", "outgrown-not-awaited"),
+            *("split-share-dropped", "split-without-weight", "split-sums-not-rescaled"),
+            *("split-last-share-again", "split-gap", "values-off-by-one"),
+            *("passed-over-unsynced", "passed-over-turn-too-many", "outgrown-one-group-early"),
+            *("sum-of-the-neighbour", "turns-of-two", "unseen-q-kept"),
+            *("third-share-unseen", "second-part-alone", "first-part-kept"),
+            *("unmasked-too-far-right", "unmasked-too-far-left", "last-key-alone"),
+            *("folded-as-rows",),
+        ),
+        "store": (
+            *("no-proxy-fence", "no-store-barrier", "o-overwritten", "o-part-overwritten"),
+            *("o-part-misplaced", "no-store-commit", "exit-with-store", "share-not-awaited"),
+            *("share-overwritten", "split-relaxed", "split-no-barrier"),
+            *("split-arrival-not-awaited", "split-last-too-early", "split-never-last"),
+            *("split-counter-left", "split-one-counter", "split-rows-past-the-end"),
+            *("box-of-a-neighbour", "class-left-out"),
+        ),
+    },
+}
 
 
 # Beside others of its kind, two consumers for whom two row tiles follow each other, four key tiles
@@ -77,6 +142,22 @@ _MASKED = {"seqlen_q": 150, "seqlen_k": 117, "head_dim": 64, "head_dim_v": 64}
 _ROWS = _MASKED | {"causal": "lower_right", "mask": "additive", "seed": 1}
 _SHIFTED_ROWS = _MASKED | {"causal": "lower_right", "mask": "bool", "seed": 2}
 _GROWING = {"seqlen_q": 150, "seqlen_k": 181, "head_dim": 64, "head_dim_v": 64, "dtype": "bfloat16"}
+_CASES_SM90 = {
+    "passed-over-unsynced": 37,
+    "passed-over-turn-too-many": 1,
+    "outgrown-one-group-early": 2,
+    "sum-of-the-neighbour": 6,
+    "turns-of-two": 1,
+    "unseen-q-kept": 33,
+    "ring-of-all-stages": 3,
+    "third-share-unseen": 3,
+    "second-part-alone": 37,
+    "first-part-kept": 37,
+    "unmasked-too-far-right": 29,
+    "unmasked-too-far-left": 11,
+    "last-key-alone": 53,
+    "folded-as-rows": 16,
+}
 _GROWTHS = {"no-max-yet-unseen": "none", "outgrown-in-one-warp": "far peak"}
 
 
@@ -102,8 +183,21 @@ def _with_growth(name: str, plant: Plant) -> Planted:
     return Planted(plant, _SM90, options, tile, stage=_stage(name, _SM90))
 
 
-# By kernel, the bugs whose first wrong stage it is.
-STAGES: dict[str, dict[str, tuple[str, ...]]] = {_WMMA: {}, _SM90: {}}
+def _packed(name: str, plant: Plant, more: Mapping[str, Any]) -> Planted:
+    options = {**_PACKED, **more}
+    return Planted(plant, _WMMA, options, is_packed=True, stage=_stage(name, _WMMA))
+
+
+def _drawn(plants: Mapping[str, Plant], kernel: str, cases: Mapping[str, int]) -> list[Planted]:
+    """With the case of `verify` that finds each."""
+    found = []
+    for name, plant in plants.items():
+        number = cases[name]
+        drawn = draw(0, number, "sim", SM90_ARCH if kernel == _SM90 else SIM_ARCH)
+        options = {f.name: getattr(drawn.case, f.name) for f in dataclasses.fields(drawn.case)}
+        stage = _stage(name, kernel)
+        found.append(Planted(plant, kernel, options, drawn.tile, False, number, stage))
+    return found
 
 
 def _stage(name: str, kernel: str) -> str:
@@ -112,18 +206,21 @@ def _stage(name: str, kernel: str) -> str:
 
 PLANTED: tuple[Planted, ...] = (
     *_planted(PLANTS, _WMMA),
-    *_planted(PLANTS_SCHEDULES, _WMMA),
-    *_planted(PLANTS_VARLEN, _WMMA, options=_PACKED, is_packed=True),
+    *_drawn(PLANTS_SCHEDULES, _WMMA, {"one-stage-unordered": 6, "one-ahead": 8}),
+    *(
+        _packed(name, plant, {"overrun": 1000} if name == "no-clamp" else {})
+        for name, plant in PLANTS_VARLEN.items()
+    ),
     *_planted(PLANTS_SM90, _SM90),
     *_planted(
         PLANTS_CAUSAL_SM90,
         _SM90,
-        options={"causal": "lower_right"},
+        options={"causal": "lower_right", "seqlen_q": 200, "seqlen_k": 220},
         tile=_TWO_CONSUMERS | _IN_TURNS,
     ),
     *(_with_growth(name, plant) for name, plant in PLANTS_OLD_MAX_SM90.items()),
     *(_with_mask(name, plant) for name, plant in PLANTS_MASK_SM90.items()),
-    *_planted(PLANTS_SCHEDULES_SM90, _SM90),
+    *_drawn(PLANTS_SCHEDULES_SM90, _SM90, _CASES_SM90),
     *_planted(PLANTS_SPLIT, _SM90, options=_SPLIT, tile=_SHARED_BY_BLOCKS),
     *_planted(
         PLANTS_VARLEN_SM90,
