@@ -105,9 +105,9 @@ def resources(
         if kernel is not None:
             full_name = KERNELS.get(kernel, kernel)
             if full_name not in kernels:
-                known = [short for short, name in KERNELS.items() if name in kernels]
+                short_names = [short for short, name in KERNELS.items() if name in kernels]
                 raise typer.BadParameter(
-                    f"--kernel {kernel} is not one of {', '.join([*known, *kernels])}"
+                    f"--kernel {kernel} is not one of {', '.join([*short_names, *kernels])}"
                 )
             wanted = [entry for entry in wanted if entry.plan.kernel == full_name]
         rows = measure(out, wanted)
