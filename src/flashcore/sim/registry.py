@@ -79,7 +79,6 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "qk": (
             *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
             *("tx-too-many", "no-wgmma-fence", "early-consumers", "q-of-another-group"),
-            *("shares-on-one-ring"),
         ),
         "softmax": (
             *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
@@ -88,18 +87,12 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("mask-shift-forgotten", "mask-shift-of-another-row"),
         ),
         "pv": (
-            *(
-                "asked-for-last",
-                "no-is-yes",
-                "output-kept",
-                "wrong-parity",
-                "no-commit",
-                "accum-not-waited-for",
-            ),
-            *("accum-written-early", "probs-written-early", "v-leading-bytes", "swizzle"),
+            *("asked-for-last", "no-is-yes", "output-kept", "wrong-parity", "no-commit"),
+            *("accum-not-waited-for", "v-leading-bytes", "swizzle"),
         ),
         "full": (
-            *("turn-count", "turn-not-handed-on", "share-never-taken", "share-without-weight"),
+            *("accum-written-early", "probs-written-early", "shares-on-one-ring", "turn-count"),
+            *("turn-not-handed-on", "share-never-taken", "share-without-weight"),
             *("share-sum-lost", "passed-over-unawaited", "passed-over-kept", "passed-over-turn"),
             *("passed-over-too-many", "outgrown-unseen", "no-max-yet-unseen"),
             *("outgrown-in-one-warp", "outgrown-k-kept", "outgrown-k-overwritten"),
@@ -135,6 +128,7 @@ _PACKED = {
     "num_heads_kv": 1,
     "causal": "lower_right",
 }
+_TILES = {"no-is-yes": _TWO_CONSUMERS, "probs-written-early": {"lazy_rescale": False}}
 _EVEN_SHARES = {"seqlen_q": 200, "seqlen_k": 220}
 _SPLIT = {"seqlen_q": 70, "seqlen_k": 250, "head_dim": 32, "head_dim_v": 40, "spread": 4.0}
 _SHARED_BY_BLOCKS = {
@@ -227,7 +221,7 @@ PLANTED: tuple[Planted, ...] = (
             plant,
             _SM90,
             _EVEN_SHARES if "share" in name or name == "no-is-yes" else {},
-            _TWO_CONSUMERS if name == "no-is-yes" else plant.plan,
+            _TILES.get(name, plant.plan),
             stage=stage,
         )
         for name, plant in PLANTS_SM90.items()
