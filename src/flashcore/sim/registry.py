@@ -128,7 +128,10 @@ _PACKED = {
     "num_heads_kv": 1,
     "causal": "lower_right",
 }
-_TILES = {"no-is-yes": _TWO_CONSUMERS, "probs-written-early": {"lazy_rescale": False}}
+_TILES: dict[str, Mapping[str, Any]] = {
+    "no-is-yes": _TWO_CONSUMERS,
+    "probs-written-early": {"lazy_rescale": False},
+}
 _EVEN_SHARES = {"seqlen_q": 200, "seqlen_k": 220}
 _SPLIT = {"seqlen_q": 70, "seqlen_k": 250, "head_dim": 32, "head_dim_v": 40, "spread": 4.0}
 _SHARED_BY_BLOCKS = {
