@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashcore import env
+from flashcore.autocasting import autocast_dtype
 from flashcore.errors import BackendUnavailableError, FallbackWarning
 from flashcore.folding import with_copied_q
 from flashcore.problem import Problem
@@ -45,7 +46,7 @@ class Choice:
     """The backend that serves a call.
 
     Args:
-        backend: "sm90", "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim" or "torch"; "meta" for tensors without values.
         reason: why, in words.
         is_fallback: whether "auto" would have preferred a kernel; worth a warning.
     """
@@ -81,6 +82,8 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         BackendUnavailableError: it cannot run on this device.
     """
     check_backend(backend)
+    if problem.device == "meta":
+        return Choice("meta", "q, k and v are meta tensors, which have shapes and no values")
     if backend == "torch":
         return Choice("torch", 'asked for with backend="torch"')
     if backend == "sim":
@@ -211,7 +214,7 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
     """What computes a problem on a backend that `choose_backend` returned.
 
     Args:
-        backend: "sm90", "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim", "torch" or "meta".
         problem: the description of the tensors to come.
         device: where they are.
 
@@ -221,7 +224,7 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         None unless problem.return_lse. It may be called again with other tensors of the same
         description, by several threads.
     """
-    if problem.is_empty:
+    if problem.is_empty or backend == "meta":
         return functools.partial(_run_empty, problem)
     if backend == "torch":
         return functools.partial(_run_torch, problem)
@@ -292,7 +295,7 @@ def _plan(problem: Problem, arch: int, kernel: str | None = None) -> Plan:
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Inside torch.autocast the tile-wise matmuls would be rounded; nothing else minds it."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_dtype(device_type) is not None:
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 

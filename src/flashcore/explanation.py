@@ -25,7 +25,7 @@ class Explanation:
 
     Args:
         problem: the call, validated and normalised.
-        backend: "sm90", "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim" or "torch"; "meta" for tensors without values.
         reason: why that backend.
         plan: the kernel and its tiles; for "torch" on float16 or bfloat16 CPU tensors, what a GPU
             of the architecture would run; None where no kernel serves the call.
@@ -107,7 +107,9 @@ def explain(
     )
     choice = choose_backend(problem, backend)
     plans: list[Plan] = []
-    if problem.dtype in KERNEL_DTYPES and (choice.backend != "torch" or problem.device == "cpu"):
+    if problem.dtype in KERNEL_DTYPES and (
+        choice.backend not in ("torch", "meta") or problem.device == "cpu"
+    ):
         kernel = KERNELS.get(choice.backend)
         launched = with_copied_q(problem) or problem
         plans = candidates(launched, arch or problem.arch or env.sim_arch(), kernel=kernel)

@@ -10,21 +10,23 @@ routing.py puts this function in torch's place.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
-from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from flashcore.api import attention
+from flashcore.autocasting import autocast_dtype
 from flashcore.dispatch import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.errors import FallbackWarning
 from flashcore.sdpa_nested import attention_nested, nested_obstacle, packed
 from flashcore.sdpa_shapes import PLAIN_TYPES, as_4d
-from flashcore.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, factor_fits
+from flashcore.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, factor_fits, is_number
 
 # torch's function itself: torch.nn.functional.scaled_dot_product_attention may be this module's.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
@@ -57,9 +59,12 @@ class Call(NamedTuple):
 
     def by_torch(self) -> torch.Tensor:
         """What torch makes of it: a result, or its error."""
-        if isinstance(self.attn_mask, CausalBias):
-            return self.by_its_classes()
-        return torch_sdpa(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
+        # Of torch's kernels, only its sequence of plain operations has a forward mode.
+        plain = forward_ad._current_level >= 0
+        with sdpa_kernel(SDPBackend.MATH) if plain else contextlib.nullcontext():
+            if isinstance(self.attn_mask, CausalBias):
+                return self.by_its_classes()
+            return torch_sdpa(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
 
     def by_its_classes(self) -> torch.Tensor:
         """What a tensor subclass makes of it, through its __torch_function__."""
@@ -145,6 +150,11 @@ def route(call: Call, backend: str) -> torch.Tensor:
     return _compute(call, backend, "upper_left" if call.is_causal is True else False)
 
 
+def _left_to_torch(query: torch.Tensor, backend: str) -> bool:
+    """Whether no kernel is passed over: a meta tensor has nothing to compute."""
+    return query.is_meta or (backend == "auto" and query.device.type == "cpu")
+
+
 def _overridden(tensors: list[torch.Tensor]) -> bool:
     """Whether a tensor's class has a __torch_function__ of its own (a mode does not count)."""
     passive = (torch.Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
@@ -163,12 +173,12 @@ def _route_causal_bias(call: Call, backend: str) -> torch.Tensor:
 
 def _route_nested(call: Call, backend: str) -> torch.Tensor:
     """Packed sequences go to attention_varlen; the rest to torch."""
-    if backend == "auto" and call.query.device.type == "cpu":
+    if _left_to_torch(call.query, backend):
         return call.by_torch()
     reason = nested_obstacle(call)
     if reason is None:
         tensors = [packed(x) for x in call.tensors]
-        if not torch.is_autocast_enabled(call.query.device.type):
+        if autocast_dtype(call.query.device.type) is None:
             reason = _obstacle(call, tensors[0], tensors[1], tensors[2], None, backend)
         else:
             reason = "torch.autocast with nested tensors"
@@ -182,12 +192,12 @@ def _route_nested(call: Call, backend: str) -> torch.Tensor:
 
 def _compute(call: Call, backend: str, causal: bool | str) -> torch.Tensor:
     q, k, v, mask = call.query, call.key, call.value, call.attn_mask
-    if backend == "auto" and q.device.type == "cpu":
+    if _left_to_torch(q, backend):
         return call.by_torch()
     if isinstance(mask, CausalBias):  # that is in `causal`
         mask = None
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None:
         q, k, v = (_autocast(x, dtype) for x in (q, k, v))
         mask = None if mask is None else _autocast(mask, dtype)
     reason = _obstacle(call, q, k, v, mask, backend)
@@ -237,7 +247,7 @@ def _obstacle(
         return "attn_mask together with is_causal"
     if not isinstance(call.is_causal, bool):
         return f"is_causal is a {type(call.is_causal).__name__}, not a bool"
-    if call.scale is not None and not (isinstance(call.scale, Real) and factor_fits(call.scale)):
+    if call.scale is not None and not (is_number(call.scale) and factor_fits(call.scale)):
         return f"scale={call.scale} is not a positive number"
     return _transformed() or _unserved_dtype(q, backend) or _unserved_layout(q, k, v)
 

@@ -118,7 +118,7 @@ def attention_mask(
             tokens = torch.nn.functional.pad(tokens, (0, missing))
         tokens = tokens[:, kv_offset : kv_offset + kv_length].bool()
         # Reading it waits for the GPU, once per forward, and spares every layer a mask.
-        if not torch.compiler.is_compiling() and bool(tokens.all()):
+        if not (torch.compiler.is_compiling() or tokens.is_meta) and bool(tokens.all()):
             tokens = None
     if _is_causal_band(kwargs) and _ends_are_aligned(kv_offset + kv_length, kv_length, kwargs):
         return tokens
