@@ -20,8 +20,9 @@ from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 from flashcore import flops
-from flashcore.dispatch import KERNEL_DTYPES, check_backend, stacklevel_of_caller
-from flashcore.errors import FallbackWarning
+from flashcore.dispatch import check_backend
+from flashcore.errors import FallbackWarning, stacklevel_of_caller
+from flashcore.obstacles import KERNEL_DTYPES
 from flashcore.validation import DTYPES
 
 _warned_of_forward_mode = False

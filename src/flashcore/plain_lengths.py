@@ -19,8 +19,9 @@ from torch import Tensor
 
 from flashcore.autograd import warn_of_forward_mode
 from flashcore.dispatch import without_autocast
+from flashcore.memory_layout import as_batch
 from flashcore.options import Options
-from flashcore.packed import as_batch, check_lengths, check_packed, readable, rows_of_sequences
+from flashcore.packed import check_lengths, check_packed, readable, rows_of_sequences
 from flashcore.plain import Hidden, backward_plain, forward_plain, outside_band
 from flashcore.second_order import backward_of_backward
 from flashcore.validation import check_mask, check_qkv
