@@ -31,7 +31,7 @@ class Explanation:
 
     Args:
         problem: the call, validated and normalised.
-        backend: "sm90", "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim" or "torch"; "meta" for tensors without values.
         reason: why that backend.
         plan: the kernel and its tiles; for "torch" on float16 or bfloat16 CPU tensors, what a GPU
             of the architecture would run; None where no kernel serves the call.
@@ -125,7 +125,9 @@ def explain(
     plans: list[Plan] = []
     notes = [*adapt_for(choice.backend, problem).notes]
     adapted = None
-    if _has_kernel(problem) and (choice.backend != "torch" or problem.device == "cpu"):
+    if _has_kernel(problem) and (
+        choice.backend not in ("torch", "meta") or problem.device == "cpu"
+    ):
         arch = arch or problem.arch or env.sim_arch()
         kernel = choice.backend if choice.backend in KERNELS else kernel_for(problem, arch)
         adapted = adapt(problem, kernel)

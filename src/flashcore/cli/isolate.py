@@ -196,7 +196,7 @@ def _draw(seed: int, index: int, backend: str, kernel: str, arch: int | None) ->
     """A case of `verify`, with the arguments that it had there."""
     from flashcore import drawing, env
     from flashcore.dispatch import KERNELS
-from flashcore.obstacles import SM90_ARCH
+    from flashcore.obstacles import SM90_ARCH
 
     if backend in KERNELS:
         return drawing.draw(seed, index, backend)
