@@ -36,6 +36,16 @@ HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 # How sequences of one call may differ in length (tile/sequence.cuh): not, as packed rows
 # (attention_varlen), or in the number of keys (seqlens_k).
 VARLEN_KINDS = ("none", "packed", "keys")
+
+# Of more keys than this the portable kernel adds up O and row_sum a chunk after the other
+# (tile/totals.cuh). Up to here what tensor cores cut off is 2^-13.5 of the sum at most, a third of
+# what rounding to float16 costs.
+MAX_KEYS_OF_A_SUM = 2**16
+KEYS_OF_CHUNK = 2**14
+
+# From here on tanh is computed exactly for scores that are small beside the cap, too: 2^-22 of the
+# cap, what it errs otherwise (tile/mask.cuh), is 2^-12 here, half of what rounding P may cost.
+LARGE_SOFTCAP = 2.0**10
 _MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
 _CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
 
@@ -51,7 +61,8 @@ class Plan:
     `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
     `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
-    0 where none are (folding.py); `min_blocks` the blocks an SM that the register count must allow.
+    0 where none are (folding.py); `min_blocks` the blocks an SM that the register count must allow;
+    `keys_of_chunk` how many keys one sum goes over at most, 0 for all (tile/totals.cuh).
     """
 
     kernel: str
@@ -67,10 +78,12 @@ class Plan:
     has_window_left: bool = False
     has_window_right: bool = False
     has_softcap: bool = False
+    softcap_is_large: bool = False
     mask: str | None = None
     gate: str | None = None
     varlen: str = "none"
     folds_heads: int = 0
+    keys_of_chunk: int = 0
 
     @property
     def params_struct(self) -> str:
@@ -153,7 +166,9 @@ class Plan:
             "HAS_WINDOW_LEFT": self.has_window_left,
             "HAS_WINDOW_RIGHT": self.has_window_right,
             "HAS_SOFTCAP": self.has_softcap,
+            "SOFTCAP_IS_LARGE": self.softcap_is_large,
             "TANH_BY_POLYNOMIAL": False,  # it takes more registers
+            "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
             # Without a bound rows are rows.
@@ -167,10 +182,12 @@ class Plan:
             for name, on in (
                 ("window_left", self.has_window_left),
                 ("window_right", self.has_window_right),
-                ("softcap", self.has_softcap),
+                ("softcap", self.has_softcap and not self.softcap_is_large),
+                ("large softcap", self.softcap_is_large),
                 (f"mask:{self.mask}", self.mask is not None),
                 (f"varlen:{self.varlen}", self.varlen != "none"),
                 (f"folded heads:{self.folds_heads}", self.folds_heads > 0),
+                (f"sums of {self.keys_of_chunk} keys", self.keys_of_chunk > 0),
                 (f"gate:{self.gate}", self.gate is not None),
             )
             if on
@@ -248,6 +265,13 @@ def _rank(plan: Plan) -> tuple[int, ...]:
     return (-resident_warps, abs(plan.block_n - 32), plan.block_m)
 
 
+def most_keys_of_a_row(problem: Problem) -> int:
+    """Keys that one query sees at most."""
+    if problem.window_left >= 0 and problem.window_right >= 0:
+        return min(problem.seqlen_k, problem.window_left + 1 + problem.window_right)
+    return problem.seqlen_k
+
+
 def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     """The fields of a Plan that the problem alone decides, whichever the kernel. What a debug gate
     writes has the shape of the problem as it was asked."""
@@ -258,6 +282,7 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "has_window_left": problem.window_left >= 0,
         "has_window_right": problem.window_right >= 0,
         "has_softcap": problem.softcap != 0.0,
+        "softcap_is_large": problem.softcap >= LARGE_SOFTCAP,
         "mask": None if problem.mask is None else problem.mask.dtype,
         "varlen": problem.varlen,
         "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
@@ -290,6 +315,7 @@ def candidates(
         kernel = KERNEL if plan_sm90.obstacle(problem) else plan_sm90.KERNEL
     if kernel == plan_sm90.KERNEL:
         return plan_sm90.candidates(problem, gate) or candidates(problem, arch, gate, KERNEL)
+    sum_is_short = most_keys_of_a_row(problem) <= MAX_KEYS_OF_A_SUM
     base = Plan(
         kernel=KERNEL,
         arch=arch,
@@ -299,6 +325,7 @@ def candidates(
         min_blocks=1,
         load_bytes=problem.load_bytes,
         gate=gate,
+        keys_of_chunk=0 if gate is not None or sum_is_short else KEYS_OF_CHUNK,
         **traits(problem, gate),
     )
     legal = [plan for plan in _enumerate(base) if _is_legal(plan)]
