@@ -216,9 +216,10 @@ def _estimated_registers(plan: Plan) -> int:
 
 
 def _has_tight_budget(plan: Plan) -> bool:
-    """Whether the register budget of head_dim 64 holds; a debug gate is outside of it, and so is a
-    mask tensor with seqlens_k, which would spill."""
+    """Whether the register budget of head_dim 64 holds; a debug gate is outside of it, and so are a
+    mask tensor with seqlens_k and a large softcap, which would spill."""
     exempt = plan.gate is not None or (plan.varlen == "keys" and plan.mask is not None)
+    exempt |= plan.softcap_is_large
     return max(plan.head_dim, plan.head_dim_v) <= 64 and not exempt
 
 

@@ -147,7 +147,10 @@ class Sm90Plan(Plan):
         launch gave everybody, `max_registers`: a block that asks for more than it was given waits
         for ever."""
         pool = self.max_registers * (self.num_consumers + 1)
-        producer = 32 if self.varlen == "packed" else 24  # at least; one warp deals out tiles
+        # At least; a warp of packed sequences deals out tiles. Lengths take some of many chunks of K
+        # (head_dim 224/40 spilled with a mask and a window); a narrow O leaves some.
+        many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
+        producer = 32 if self.varlen == "packed" or many_chunks else 24
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 

@@ -141,6 +141,9 @@ FC_DEVICE void barrier_faults(const Faulty& s, const FaultsSm90Params& p) {
       if (me == 0) mbar_arrive(s.pair);
       if (me == 40 && !mbar_test(s.pair, 0)) smem_load(s.tile + 7);  // ALARM 24 AGAINST 24
       break;
+    case 25:  // one warp does not vote
+      if (warp_idx() < 3) named_barrier_any(1, 128, false);  // ALARM 25
+      break;
   }
 }
 
