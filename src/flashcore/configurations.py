@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from flashcore import tile_table
-from flashcore.plan import KERNEL, SUPPORTED_ARCHS, Plan, candidates
+from flashcore.plan import KERNEL, MAX_KEYS_OF_A_SUM, SUPPORTED_ARCHS, Plan, candidates
 from flashcore.plan_sm90 import ARCH as SM90_ARCH
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
@@ -46,9 +46,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "columns-mask": {"mask": "columns"},
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
+    # More keys than one sum is exact over (tile/totals.cuh).
+    "long": {"keys": 2 * MAX_KEYS_OF_A_SUM},
+    # Many chunks of K, lengths, a mask and a window, which together are most for the Hopper kernel's
+    # producer. It has head_dims of its own, and is listed beside the widest.
+    "uneven": {"dims": (224, 40), "mask": "bool", "window": (64, 0), "varlen": "keys"},
 }
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
-_HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk", *_MASK_VARIANTS)
+_HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk", "uneven", *_MASK_VARIANTS)
+_PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 # Of the Hopper kernel's table: from one tile to many an SM.
 _HEADS = (1, 4, 16, 64, 256, 1024)
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -69,9 +75,9 @@ class Configuration:
     def is_checked(self) -> bool:
         """Whether the compile gate has to see it. What ships was found to spill in neither dtype
         (tune/search.py), so one of them tells whether a change to the kernel has made it spill; how
-        a mask tensor is read hardly depends on it."""
-        one_is_enough = self.ships or self.variant in _MASK_VARIANTS
-        return not one_is_enough or self.plan.dtype != "float16"
+        a mask tensor is read, or that sums begin anew, hardly depends on it."""
+        one_is_enough = self.ships or self.variant in (*_MASK_VARIANTS, *_PORTABLE_VARIANTS)
+        return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 
 
 def configurations(
@@ -96,12 +102,14 @@ def configurations(
     for head_dim in head_dims:
         for dtype in dtypes:
             for variant in variants:
+                if "dims" in VARIANTS[variant] and head_dim != max(HEAD_DIMS):
+                    continue
                 problem = _problem(head_dim, dtype, VARIANTS[variant])
                 for arch in archs:
                     if dtype == "bfloat16" and arch < 80:
                         continue
                     portable = variant not in _HOPPER_VARIANTS
-                    for ships in (False, True):
+                    for ships in (False,) if variant in _PORTABLE_VARIANTS else (False, True):
                         for plan in _plans(problem, arch, portable, ships):
                             found.setdefault(plan, Configuration(variant, plan, ships))
     return list(found.values())
@@ -114,6 +122,8 @@ def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator
     if portable and not ships:
         yield candidates(problem, arch, kernel=KERNEL)[0]
     table = tile_table.read(arch) if ships else None
+    if problem.seqlen_k > _SEQLEN:
+        return
     if arch == SM90_ARCH and (table is not None or not ships):
         for heads, length in itertools.product(_HEADS, _LENGTHS):
             rules = candidates(_resized(problem, heads, length), arch)[0]
@@ -127,7 +137,9 @@ def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator
 
 
 def _resized(problem: Problem, batch: int, length: int) -> Problem:
-    strides = (length * problem.head_dim, length * problem.head_dim, problem.head_dim)
+    strides, v_strides = (
+        (length * dim, length * dim, dim) for dim in (problem.head_dim, problem.head_dim_v)
+    )
     if problem.group_size > 1:  # as many queries and heads as ever
         _, head_stride, row_stride = problem.q_strides
         return dataclasses.replace(
@@ -136,7 +148,7 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
             seqlen_k=length,
             q_strides=(problem.group_size * head_stride, head_stride, row_stride),
             k_strides=strides,
-            v_strides=strides,
+            v_strides=v_strides,
         )
     total = batch * length if problem.varlen == "packed" else 0
     return dataclasses.replace(
@@ -146,15 +158,18 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
         seqlen_k=length,
         q_strides=strides,
         k_strides=strides,
-        v_strides=strides,
+        v_strides=v_strides,
         total_q=total,
         total_k=total,
     )
 
 
 def _problem(head_dim: int, dtype: str, options: dict[str, Any]) -> Problem:
-    x = torch.empty(1, 1, _SEQLEN, head_dim, dtype=getattr(torch, dtype))
     options = dict(options)
+    head_dim, head_dim_v = options.pop("dims", (head_dim, head_dim))
+    keys = options.pop("keys", _SEQLEN)
+    x = torch.empty(1, 1, _SEQLEN, head_dim, dtype=getattr(torch, dtype))
+    k, v = (x.new_empty(1, 1, keys, dim) for dim in (head_dim, head_dim_v))
     queries = options.pop("queries", None)
     q = x if queries is None else x.new_empty(1, _GROUP, queries, head_dim)
     mask = options.pop("mask", None)
@@ -165,7 +180,9 @@ def _problem(head_dim: int, dtype: str, options: dict[str, Any]) -> Problem:
         values = torch.empty(1, heads, rows, width, dtype=element)[..., :_SEQLEN]
         options["mask"] = values.mT.contiguous().mT if mask == "columns" else values
     varlen = options.pop("varlen", "none")
-    problem = Problem.from_tensors(q, x, x, **options)
+    problem = Problem.from_tensors(q, k, v, **options)
     if varlen == "packed":
         problem = dataclasses.replace(problem, varlen=varlen, total_q=_SEQLEN, total_k=_SEQLEN)
+    elif varlen == "keys":
+        problem = dataclasses.replace(problem, varlen=varlen, diag_offset=0)
     return problem
