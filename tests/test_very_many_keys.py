@@ -14,7 +14,8 @@ from backends import GPU, WMMA
 from flashcore import attention, plan_sm90
 from flashcore.accuracy import error_report
 from flashcore.cases import Case, make_inputs
-from flashcore.plan import KERNEL, KEYS_OF_CHUNK, MAX_KEYS_OF_A_SUM, candidates
+from flashcore.exactness import KEYS_OF_CHUNK, MAX_KEYS_OF_A_SUM, MAX_KEYS_OF_A_SUM_SM90
+from flashcore.plan import KERNEL, candidates
 from flashcore.problem import Problem
 from flashcore.sim import Plant, simulate
 from flashcore.sim.plants_numerics import PLANTS_TOTALS
@@ -118,7 +119,7 @@ def test_only_very_many_keys_are_taken_in_chunks() -> None:
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_blocks_of_the_hopper_kernel_share_very_many_keys(dtype: str) -> None:
     """However many row tiles there are, and whatever was measured for fewer keys."""
-    most = plan_sm90.MAX_KEYS_OF_A_SUM[dtype]
+    most = MAX_KEYS_OF_A_SUM_SM90[dtype]
     problem = dataclasses.replace(problem_of(3 * most, dtype), num_heads_q=4096, num_heads_kv=4096)
     for plan in plan_sm90.candidates(problem):
         assert isinstance(plan, plan_sm90.Sm90Plan)
@@ -130,24 +131,22 @@ def test_blocks_of_the_hopper_kernel_share_very_many_keys(dtype: str) -> None:
 
 
 def test_where_the_hopper_kernel_cannot_split_the_portable_one_serves() -> None:
-    most = plan_sm90.MAX_KEYS_OF_A_SUM["float16"]
+    most = MAX_KEYS_OF_A_SUM_SM90["float16"]
     assert plan_sm90.obstacle(problem_of(3 * most)) is None
     many_rows = dataclasses.replace(
         problem_of(3 * most), num_heads_q=2**17, num_heads_kv=2**17, q_strides=(2**29, 2**12, 2**6)
     )
-    assert "shares of that many would take" in str(plan_sm90.obstacle(many_rows))
+    assert "would take" in str(plan_sm90.obstacle(many_rows))
     packed = dataclasses.replace(
         problem_of(3 * most), varlen="packed", total_q=64, total_k=3 * most
     )
-    assert "does not split packed sequences" in str(plan_sm90.obstacle(packed))
+    assert "cannot split those of packed sequences" in str(plan_sm90.obstacle(packed))
 
 
 @pytest.mark.parametrize("backend", [WMMA, GPU])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_keys", [MAX_KEYS_OF_A_SUM + 70, 18_900_000])
-def test_terms_that_are_all_alike_on_a_gpu(
-    num_keys: int, dtype: torch.dtype, backend: str
-) -> None:
+def test_terms_that_are_all_alike_on_a_gpu(num_keys: int, dtype: torch.dtype, backend: str) -> None:
     """All values are 1 but one, and all scores too small by the same for a weight of 1 but one."""
     q = torch.ones(1, 1, 3, 64, dtype=dtype, device="cuda")
     k = torch.full((1, 1, num_keys, 64), -0.07, dtype=dtype, device="cuda")

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from flashcore import tile_table
-from flashcore.plan import KERNEL, MAX_KEYS_OF_A_SUM, SUPPORTED_ARCHS, Plan, candidates
+from flashcore.exactness import MAX_KEYS_OF_A_SUM
+from flashcore.plan import KERNEL, SUPPORTED_ARCHS, Plan, candidates
 from flashcore.plan_sm90 import ARCH as SM90_ARCH
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
@@ -48,8 +49,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "chunk": {"queries": 100, "causal": True},
     # More keys than one sum is exact over (tile/totals.cuh).
     "long": {"keys": 2 * MAX_KEYS_OF_A_SUM},
-    # Many chunks of K, lengths, a mask and a window, which together are most for the Hopper kernel's
-    # producer. It has head_dims of its own, and is listed beside the widest.
+    # Many chunks of K, lengths, a mask and a window: the most for the Hopper kernel's producer. It
+    # has head_dims of its own, and is listed beside the widest.
     "uneven": {"dims": (224, 40), "mask": "bool", "window": (64, 0), "varlen": "keys"},
 }
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")

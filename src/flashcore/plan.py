@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashcore.exactness import LARGE_SOFTCAP, keys_of_chunk
 from flashcore.folding import can_fold
 from flashcore.limits import blocks_that_fit, smem_limits
 
@@ -36,16 +37,6 @@ HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 # How sequences of one call may differ in length (tile/sequence.cuh): not, as packed rows
 # (attention_varlen), or in the number of keys (seqlens_k).
 VARLEN_KINDS = ("none", "packed", "keys")
-
-# Of more keys than this the portable kernel adds up O and row_sum a chunk after the other
-# (tile/totals.cuh). Up to here what tensor cores cut off is 2^-13.5 of the sum at most, a third of
-# what rounding to float16 costs.
-MAX_KEYS_OF_A_SUM = 2**16
-KEYS_OF_CHUNK = 2**14
-
-# From here on tanh is computed exactly for scores that are small beside the cap, too: 2^-22 of the
-# cap, what it errs otherwise (tile/mask.cuh), is 2^-12 here, half of what rounding P may cost.
-LARGE_SOFTCAP = 2.0**10
 _MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
 _CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
 
@@ -266,13 +257,6 @@ def _rank(plan: Plan) -> tuple[int, ...]:
     return (-resident_warps, abs(plan.block_n - 32), plan.block_m)
 
 
-def most_keys_of_a_row(problem: Problem) -> int:
-    """Keys that one query sees at most."""
-    if problem.window_left >= 0 and problem.window_right >= 0:
-        return min(problem.seqlen_k, problem.window_left + 1 + problem.window_right)
-    return problem.seqlen_k
-
-
 def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     """The fields of a Plan that the problem alone decides, whichever the kernel. What a debug gate
     writes has the shape of the problem as it was asked."""
@@ -316,7 +300,6 @@ def candidates(
         kernel = KERNEL if plan_sm90.obstacle(problem) else plan_sm90.KERNEL
     if kernel == plan_sm90.KERNEL:
         return plan_sm90.candidates(problem, gate) or candidates(problem, arch, gate, KERNEL)
-    sum_is_short = most_keys_of_a_row(problem) <= MAX_KEYS_OF_A_SUM
     base = Plan(
         kernel=KERNEL,
         arch=arch,
@@ -326,7 +309,7 @@ def candidates(
         min_blocks=1,
         load_bytes=problem.load_bytes,
         gate=gate,
-        keys_of_chunk=0 if gate is not None or sum_is_short else KEYS_OF_CHUNK,
+        keys_of_chunk=keys_of_chunk(problem) if gate is None else 0,
         **traits(problem, gate),
     )
     legal = [plan for plan in _enumerate(base) if _is_legal(plan)]

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore import tiles_sm90
+from flashcore.exactness import fewest_splits, obstacle_to_splits
 from flashcore.folding import fold_heads
 from flashcore.limits import blocks_that_fit, smem_limits
-from flashcore.plan import Plan, most_keys_of_a_row, traits
+from flashcore.plan import Plan, traits
 from flashcore.tiles_sm90 import Tile
 
 if TYPE_CHECKING:
@@ -26,12 +27,6 @@ OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_splits": 1, "num_sp
 Q_BUFFERS = (1, 2)
 # In which O may leave. More take longer, but leave shared memory for stages.
 O_PARTS = (1, 2, 4)
-
-# Of more keys than this blocks share them: what tensor cores cut off (tile/totals.cuh) is 2^-11.5 of
-# the sum at most up to here, or 2^-8.5, as much as rounding to the dtype costs at most.
-MAX_KEYS_OF_A_SUM = {"float16": 2**18, "bfloat16": 2**21}
-# Shares of O may take that much memory where they are there for that alone.
-MAX_SHARE_BYTES = 2**31
 
 _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
@@ -50,7 +45,7 @@ class Sm90Plan(Plan):
     tile, of which the machine code knows only whether there are any; `mask_load_bytes`: how much of
     a mask tensor is copied at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all
     queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
-    elements; `fewest_splits`: what `num_splits` must be at least, see MAX_KEYS_OF_A_SUM.
+    elements; `fewest_splits`: what `num_splits` must be at least, see exactness.py.
     """
 
     ping_pong: bool = False
@@ -147,8 +142,8 @@ class Sm90Plan(Plan):
         launch gave everybody, `max_registers`: a block that asks for more than it was given waits
         for ever."""
         pool = self.max_registers * (self.num_consumers + 1)
-        # At least; a warp of packed sequences deals out tiles. Lengths take some of many chunks of K
-        # (head_dim 224/40 spilled with a mask and a window); a narrow O leaves some.
+        # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
+        # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
         producer = 32 if self.varlen == "packed" or many_chunks else 24
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
@@ -218,26 +213,9 @@ def obstacle(problem: Problem) -> str | None:
             return f"TMA reads no stride of 2^40 bytes, as {name} has"
         if problem.varlen == "keys" and name != "q" and strides[2] and strides[0] % strides[2]:
             return f"with seqlens_k it needs batches that are whole rows apart, unlike {name}'s"
-    fewest_splits = _fewest_splits(problem)
-    if fewest_splits > 1:
-        limit = MAX_KEYS_OF_A_SUM[problem.dtype]
-        if problem.varlen == "packed":
-            return f"it does not split packed sequences, and sums over at most {limit} keys are exact"
-        num_rows = batch * problem.num_heads_q * rows_q
-        share_bytes = fewest_splits * num_rows * (problem.head_dim_v + 2) * 4
-        if share_bytes > MAX_SHARE_BYTES:
-            return (
-                f"sums over at most {limit} keys are exact, and shares of that many would take "
-                f"{share_bytes} bytes"
-            )
     if problem.varlen == "packed" and rows_q * problem.num_heads_q + batch >= 2**30:
         return "it counts the row tiles of all packed sequences in 32 bits"
-    return None
-
-
-def _fewest_splits(problem: Problem) -> int:
-    """Blocks that must share a row's keys, so that no sum goes over more than MAX_KEYS_OF_A_SUM."""
-    return max(1, -(-most_keys_of_a_row(problem) // MAX_KEYS_OF_A_SUM[problem.dtype]))
+    return obstacle_to_splits(problem)
 
 
 def _of_mean_lengths(problem: Problem) -> Problem:
@@ -259,7 +237,7 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     """The fields of an Sm90Plan that the problem alone decides; see plan.traits."""
     fields = traits(problem, gate)
     if gate is None:
-        fields["fewest_splits"] = _fewest_splits(problem)
+        fields["fewest_splits"] = fewest_splits(problem)
     folded = fields["folds_heads"]
     mask = (fold_heads(problem, folded) if folded else problem).mask
     if mask is not None:

@@ -21,10 +21,8 @@ struct Faulty {
 
 // A whole tile by TMA, for thread 0; all threads have it afterwards.
 FC_DEVICE void load_tile(const Faulty& s, const TensorMap& in) {
-  if (s.me == 0) {
-    mbar_arrive_expect_tx(s.bar, TILE_BYTES);
-    tma_load(s.tile, in, s.bar, 0, 0, 0, 0);
-  }
+  if (s.me == 0) mbar_arrive_expect_tx(s.bar, TILE_BYTES);
+  if (s.me == 0) tma_load(s.tile, in, s.bar, 0, 0, 0, 0);
   mbar_wait(s.bar, 0);
 }
 

@@ -65,3 +65,5 @@ PLANTS_TOTALS = by_name(
         caught_by="wrong-result",
     ),
 )
+
+PLANTS_NUMERICS = PLANTS_LARGE_SCORES | PLANTS_OLD_LARGE_MAX_SM90 | PLANTS_TOTALS

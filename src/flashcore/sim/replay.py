@@ -29,11 +29,7 @@ from flashcore.problem import Problem
 from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants_mask import PLANTS_MASK_SM90
-from flashcore.sim.plants_numerics import (
-    PLANTS_LARGE_SCORES,
-    PLANTS_OLD_LARGE_MAX_SM90,
-    PLANTS_TOTALS,
-)
+from flashcore.sim.plants_numerics import PLANTS_NUMERICS
 from flashcore.sim.plants_old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants_sm90 import PLANTS_SM90
 from flashcore.sim.plants_split import PLANTS_SPLIT
@@ -254,7 +250,7 @@ def parse_replay(words: Sequence[str]) -> Replay:
     seed, plant_name = int(take("seed", "0")), take("plant", "")
     plants = PLANTS | PLANTS_SM90 | PLANTS_CAUSAL_SM90 | PLANTS_MASK_SM90
     plants |= PLANTS_OLD_MAX_SM90 | PLANTS_SPLIT | PLANTS_VARLEN | PLANTS_VARLEN_SM90
-    plants |= PLANTS_LARGE_SCORES | PLANTS_OLD_LARGE_MAX_SM90 | PLANTS_TOTALS
+    plants |= PLANTS_NUMERICS
     if plant_name and plant_name not in plants:
         raise ValueError(f"plant={plant_name!r} is not one of {', '.join(plants)}")
     path = take("inputs", "")

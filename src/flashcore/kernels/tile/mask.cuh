@@ -2,7 +2,7 @@
 #pragma once
 
 // With a softcap or an additive mask, scores leave here scaled, and what is left for softmax is to
-// take them to log2 units. Not here: a mask's lowest number, in float32 or bfloat16, has none there.
+// take them to log2 units. Not here: the lowest number of float32 or bfloat16 would overflow.
 constexpr bool SCORES_ARE_SCALED = HAS_SOFTCAP || MASK_KIND == 2;
 constexpr float LOG2_E = 1.44269504088896341f;
 
@@ -24,8 +24,8 @@ FC_DEVICE float tanh_ratio(float x2) {
   return fma_rn(x2, y, 1.0f);
 }
 
-// By the polynomial where it serves: beside a large cap, which plan.py knows, scores may be so small
-// that the error of `capped`, 2^-22 of the cap, would be seen.
+// By the polynomial where it serves: beside a large cap (exactness.py), scores may be so small that
+// the error of `capped`, 2^-22 of the cap, would be seen.
 FC_DEVICE float capped_exactly(float score, float softcap) {
   const float x = score * rcp_approx(softcap);
   return abs_f(x) < SMALL_TANH ? score * tanh_ratio(x * x) : capped(score, softcap);

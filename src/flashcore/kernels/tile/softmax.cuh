@@ -77,8 +77,8 @@ FC_DEVICE void subtract_large_max(WmmaAccum (&scores)[NUM_FRAGS], const OnlineSo
   }
 }
 
-// Replaces the scores of fragments [BEGIN, END) by exp(score - row_max). `sum` is that of these terms
-// alone: row_sum is one of few sums then, not of many terms, and as exact as those are few.
+// Replaces the scores of fragments [BEGIN, END) by exp(score - row_max). `sum` is that of these
+// terms alone: row_sum then adds up few sums, not many terms, and loses less.
 template <int BEGIN, int END, int NUM_FRAGS>
 FC_DEVICE void exponentiate(WmmaAccum (&scores)[NUM_FRAGS], float (&sum)[2],
                             const float (&max_log2)[2], float scale_log2) {

@@ -1,4 +1,4 @@
-// tile/totals.cuh - sums of the portable kernel over very many keys, a chunk of them after the other.
+// tile/totals.cuh - sums of the portable kernel over very many keys, one chunk after the other.
 //
 // Tensor cores cut off what an accumulator has no bits for, each time that they add 16 products to
 // it: half a last place on average, so that a sum of n such steps, all alike, is short of n * 2^-25
@@ -9,7 +9,7 @@
 // see through keeps them there. (Where the Hopper kernel's keys are that many, blocks share them.)
 #pragma once
 
-// 0: the keys are so few that one sum will do (plan.py).
+// 0: the keys are so few that one sum will do (exactness.py).
 constexpr bool HAS_TOTALS = KEY_TILES_OF_CHUNK > 0;
 
 // Of one warp's 16 rows, as a lane holds them in accumulators and in OnlineSoftmax.
