@@ -165,8 +165,10 @@ def test_scales_from_small_to_large(size: float, scale: float, kernel: str) -> N
 def test_a_planted_bug_is_caught(kernel: str, name: str) -> None:
     plant = (PLANTS_LARGE_SCORES | PLANTS_OLD_LARGE_MAX_SM90)[name]
     tile = SM90_TILES["old maximum"] if kernel == KERNEL_SM90 else {}
-    # An error of the product by less than 2^10 would not be noticed by the size of a term.
-    values = inputs("float16", 3e4) if name == "large-max-left" else inputs("bfloat16", 1e9)
+    q, k, v = inputs("bfloat16", 1e9)
+    if name == "large-max-left":  # no row sees a larger score in a later key tile
+        q, k = torch.full_like(q, 1001.0), torch.full_like(k, 1002.0)
+    values = q, k, v
     assert simulated(kernel, *values, tile=tile)
     assert not simulated(kernel, *values, plant=plant, tile=tile)
 
