@@ -7,8 +7,8 @@ from typing import TextIO
 
 import torch
 
-from flashcore import env, tuned
-from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
+from flashcore import env, sdpa_cpu, tuned
+from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend
 from flashcore.folding import with_copied_q
 from flashcore.memory_layout import load_bytes
 from flashcore.params_sm90 import num_row_tiles
@@ -147,7 +147,7 @@ def _notes(
     if problem.is_empty:
         notes.append("there is nothing to compute: the result is 0, lse -inf, without a kernel")
     if backend == "torch":
-        same = sdpa_means_the_same(problem)
+        same = sdpa_cpu.means_the_same(problem)
         how = "by torch's SDPA, which means the same here" if same else "tile by tile"
         notes.append(f"computed {how}; memory is linear in seqlen")
     if not plans:
