@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import flashcore
+from flashcore import own_attention
 
 transformers = pytest.importorskip("transformers", reason="needs transformers 4.53 or later")
 pytest.importorskip("transformers.masking_utils", reason="needs transformers 4.53 or later")
 
-from flashcore.integrations import hooks, own_attention  # noqa: E402
+from flashcore import transformers_hooks as hooks  # noqa: E402
 from flashcore.integrations import transformers as integration  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "sweep_transformers.py"

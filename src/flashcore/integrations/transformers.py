@@ -6,8 +6,8 @@
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="flashcore")
 
 Transformers asks an implementation twice: once per forward for a mask (`attention_mask`), once per
-layer for the attention (`attention_forward`). masks.py has the kinds of mask that pass between the
-two; own_attention.py says which models have layers that do not ask.
+layer for the attention (`attention_forward`). transformers_masks.py has the kinds of mask that pass
+between the two; own_attention.py says which models have layers that do not ask.
 
 Sequences packed into one row (padding-free training) come as cu_seq_lens_q, cu_seq_lens_k,
 max_length_q and max_length_k besides, and go to `attention_varlen`.
@@ -21,10 +21,10 @@ from typing import Any
 import torch
 
 from flashcore.api import attention
-from flashcore.integrations.hooks import answer_for
-from flashcore.integrations.masks import attention_mask, is_all_tokens
 from flashcore.packed_rows import attention_packed, packed_lengths, same_sequence
 from flashcore.sdpa import scaled_dot_product_attention, unserved_layout
+from flashcore.transformers_hooks import answer_for
+from flashcore.transformers_masks import attention_mask, is_all_tokens
 
 __all__ = ["attention_forward", "attention_mask", "register"]
 

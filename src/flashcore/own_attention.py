@@ -26,8 +26,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Finding", "examine"]
-
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 NORMALISERS = ("softmax", "Softmax", "scaled_dot_product_attention")
 

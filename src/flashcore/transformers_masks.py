@@ -20,9 +20,7 @@ from typing import Any
 
 import torch
 
-from flashcore.integrations.hooks import judge_config, masks_like, may_deny_causality
-
-__all__ = ["attention_mask", "is_all_tokens"]
+from flashcore.transformers_hooks import judge_config, masks_like, may_deny_causality
 
 
 def attention_mask(

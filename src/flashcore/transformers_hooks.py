@@ -18,9 +18,7 @@ from typing import Any
 
 from flashcore.dispatch import stacklevel_of_caller
 from flashcore.errors import FallbackWarning
-from flashcore.integrations.own_attention import Finding, examine
-
-__all__ = ["answer_for", "judge", "judge_config", "masks_like", "may_deny_causality"]
+from flashcore.own_attention import Finding, examine
 
 _names: set[str] = set()
 _warned: set[type] = set()
