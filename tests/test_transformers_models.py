@@ -48,6 +48,7 @@ ENDS = {
     "paligemma": [EQUAL],  # likewise
     "nllb-moe": [EQUAL],  # likewise, and its router reads the mask
     "deepseek_v4": [EQUAL, EQUAL],  # its layers lay more over the mask
+    "splinter": [EQUAL],  # its layers say nothing, under a mask that is not causal
     "hy_v4": [EQUAL, EQUAL],  # sparse: keys by index
     "inkling2": [EQUAL],  # a sink for each query
     "bigbird_pegasus": [EQUAL, EQUAL],  # the decoder alone asks, the encoder reads the mask

@@ -108,8 +108,10 @@ def attention_forward(
     sink = sinks if s_aux is None else s_aux[:, None, None]
     causal, window = False, None
     mask = attention_mask
-    if is_all_tokens(mask):
-        mask, is_causal = None, True
+    if mask is not None and is_all_tokens(mask):
+        is_causal = mask.dim() == 2
+        sliding_window = sliding_window if is_causal else None
+        mask = None
     packed = packed_lengths(kwargs, query, mask, dropout, position_bias)
     if packed is not None and mask is not None:
         # A mask that says everything; Transformers' own says this too, where position_ids do.
