@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flashcore import env, sdpa_gpu
+from flashcore import env, sdpa_cpu, sdpa_gpu
 from flashcore.adapting import Adapted, adapt, kernel_for, rather_not_sm90
 from flashcore.autocasting import autocast_dtype
 from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
@@ -283,34 +283,10 @@ def _run_torch(
     addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     with without_autocast(problem.device):
-        if sdpa_means_the_same(problem):
-            # Not by torch.nn.functional's name, which enable() may have rebound to our own.
-            out = torch._C._nn.scaled_dot_product_attention(
-                q, k, v, is_causal=problem.window_right == 0, scale=problem.scale
-            )
-            return out.contiguous(), None
-        if sdpa_gpu.means_the_same(problem):
+        result: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        if sdpa_cpu.means_the_same(problem):
+            result = sdpa_cpu.attention_by_sdpa(problem, q, k, v, mask)
+        elif sdpa_gpu.means_the_same(problem):
             result = sdpa_gpu.attention_by_sdpa(problem, q, k, v, mask)
-            if result is not None:
-                return result
-        out, lse = attention_tiled(problem, q, k, v, mask)
+        out, lse = attention_tiled(problem, q, k, v, mask) if result is None else result
     return out, lse if problem.return_lse else None
-
-
-def sdpa_means_the_same(problem: Problem) -> bool:
-    """Whether torch's own SDPA computes this very problem, on the CPU, with linear memory.
-
-    Its fused CPU kernel wants equal head_dims and as many k/v heads as q heads; its is_causal is
-    "upper_left"; it returns no lse, and knows no softcap and no window. Masks go to the tiled path,
-    which defines what an empty row is.
-    """
-    return (
-        problem.device == "cpu"
-        and not problem.return_lse
-        and not problem.softcap
-        and problem.mask is None
-        and problem.num_heads_q == problem.num_heads_kv
-        and problem.head_dim == problem.head_dim_v
-        and problem.window_left == -1
-        and (problem.window_right == -1 or (problem.window_right == problem.diag_offset == 0))
-    )
