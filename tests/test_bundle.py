@@ -303,7 +303,7 @@ def test_build_counts_in_a_log_and_compiles_in_parallel(
     assert bundle.check(tmp_path / "own.bundle") == 33
     wrong = [
         (["--only-calls"], "--calls"),
-        (["--calls", str(tmp_path / "none.json")], "none.json"),
+        (["--calls", "none.json"], "none.json"),
         (["--head-dim", "64/32/16"], "192/128"),
         (["--jobs", "0"], "--jobs"),
     ]

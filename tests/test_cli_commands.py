@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import flashcore
 from flashcore import codegen, jit
 from flashcore import configurations as configurations_module
-from flashcore.bench import report
+from flashcore.bench import plotting, report
 from flashcore.bench.run import run
 from flashcore.bench.timing import Timing, time_on_cpu
 from flashcore.bench.workloads import Workload
@@ -252,7 +252,7 @@ def test_bench_document_report_and_plot(tmp_path: Path) -> None:
     assert "B1 H2 S48 D16 causal" in text
     assert document["versions"]["torch"] in text
     pytest.importorskip("matplotlib")
-    report.plot(document, tmp_path / "plot.png")
+    plotting.plot(document, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
