@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from flashcore import drawing, tile_table
-from flashcore.cases import GROWTH_KINDS, Case, make_inputs
+from flashcore.cases import DRAWN_GROWTHS, GROWTH_KINDS, Case, make_inputs
 from flashcore.dispatch import KERNELS
 from flashcore.drawing import Drawn
 from flashcore.packed import packed_problem
@@ -73,7 +73,7 @@ def test_cases_are_long_and_their_scores_grow(arch: int) -> None:
     cases = [each.case for each in drawn_for_sim(arch) if isinstance(each.case, Case)]
     assert sum(case.seqlen_k > 250 for case in cases) > len(cases) // 3
     growths = {case.growth for case in cases}
-    assert growths == set(GROWTH_KINDS) if arch == 90 else len(growths) > 4
+    assert growths == set(DRAWN_GROWTHS) if arch == 90 else len(growths) > 4
 
 
 def test_cases_for_the_gpu_draw_every_tile_that_ships() -> None:
@@ -96,6 +96,8 @@ def test_scores_grow_as_the_case_says(growth: str) -> None:
         assert late > early + 20  # keys are visited from the last to the first
     elif growth == "falling":
         assert late < early - 20
+    elif growth == "level":
+        assert added.sub(8e6).abs().max() < 1e-3
     elif growth != "none":
         rows = added[0, 0].amax(-1) > 25
         assert rows.tolist() == [row % 7 == 3 for row in range(20)]

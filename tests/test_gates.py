@@ -67,6 +67,20 @@ def test_only_tiles_without_a_visible_key_may_be_skipped() -> None:
     assert blocks.tolist() == torch.ones(4, 4).triu(1).tolist()
 
 
+@pytest.mark.parametrize("spread", [1e3, 1e18])
+def test_bounds_stay_finite_however_large_scores_are(spread: float) -> None:
+    """P is between 0 and 1 and the output is a mean of V, whatever rounding does to the scores."""
+    case = Case(seqlen_q=20, seqlen_k=70, dtype="bfloat16", causal="lower_right", spread=spread)
+    model, _ = model_of(case)
+    row_max, probabilities, row_sum = model.softmax()
+    lse, out = model.attention()
+    for expected in (row_max, probabilities, row_sum, lse, out):
+        assert expected.tolerance.isfinite().all(), expected.name
+    assert probabilities.tolerance.max() <= 1.001
+    assert row_sum.tolerance.max() <= 71
+    assert out.tolerance.max() <= 2.1 * model.v.abs().max()
+
+
 def test_the_bounds_hold_for_float32_arithmetic_and_catch_a_lost_key() -> None:
     case = Case(seqlen_q=70, seqlen_k=150, head_dim=64)
     model, _ = model_of(case)
@@ -160,6 +174,25 @@ def test_an_alarm_is_attributed_by_its_kernel_line(text: str, phase: str | None)
     assert alarm.line == line
     # 70 rows and tiles of 64 or 128 of 4 heads: block 4 lies in head 2 with two tiles a head.
     assert re.match(r"batch \d, head \d, m_block \d; warp 1, lane 7", alarm.place)
+
+
+# Debug gates and waits belong to whichever stage runs.
+NO_PHASE = {"gates", "pipeline_sm90"}
+
+
+def test_every_device_function_of_the_tiles_has_a_phase() -> None:
+    """And every name that is known is one of a device function's."""
+    written = set()
+    for path in (*KERNELS_DIR.glob("attn_*.cuh"), *KERNELS_DIR.glob("tile/*.cuh")):
+        at = Agent(block=0, warp=0, lane=0, file=str(path.relative_to(KERNELS_DIR)), line=1)
+        for line in path.read_text(encoding="utf-8").splitlines():
+            found = alarms._FUNCTION.search(line) or alarms._LAMBDA.search(line)
+            if found is None:
+                continue
+            written.add(found[1])
+            if path.parent.name == "tile" and path.stem not in NO_PHASE:
+                assert alarms._phase_of(found[1], at) is not None, (path.name, found[1])
+    assert set(alarms._PHASE_OF_FUNCTION) <= written
 
 
 def test_the_healthy_kernel_passes_every_stage() -> None:

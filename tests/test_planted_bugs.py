@@ -3,17 +3,20 @@ that show with some tiles, schedules, lengths or scores alone."""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from pathlib import Path
 
 import pytest
 
-from flashcore import gates, verify
+from flashcore import gates, sim, verify
 from flashcore.cases import Case
 from flashcore.plan import SIM_ARCH
 from flashcore.sim import Plant, plants, registry
 from flashcore.sim.plants_schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.report import ALARM_KINDS
 from flashcore.stages import suspects_of
+from flashcore.varlen_cases import VarlenCase
 from plant_checks import check_text, undocumented
 
 SM90, WMMA = "attn_fwd_sm90", "attn_fwd_wmma"
@@ -35,6 +38,25 @@ def test_every_planted_bug_is_in_the_registry() -> None:
     }
     assert len(written) > 110
     assert set(registry.names()) == written
+
+
+def test_every_dictionary_of_planted_bugs_is_in_the_registry() -> None:
+    registered = {(planted.plant, planted.kernel) for planted in registry.PLANTED}
+    kernels = {"SM90": {SM90}, "SPLIT": {SM90}}
+    found, missing = set(), []
+    for module in pkgutil.iter_modules(sim.__path__, "flashcore.sim."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if not name.startswith("PLANTS") or not isinstance(value, dict):
+                continue
+            found.add(name)
+            of = kernels.get(name.rpartition("_")[2], {SM90, WMMA})
+            missing += [
+                f"{name}: {plant.name}"
+                for plant in value.values()
+                if not any((plant, kernel) in registered for kernel in of)
+            ]
+    assert {"PLANTS", "PLANTS_SM90", "PLANTS_TOTALS", "PLANTS_OLD_LARGE_MAX_SM90"} <= found
+    assert missing == []
 
 
 def test_every_planted_bug_has_a_stage_of_its_kernel() -> None:
@@ -71,6 +93,13 @@ def test_without_a_bug_the_same_cases_pass() -> None:
         assert [result.describe() for result in results if not result.ok] == []
 
 
+def planted_case(name: str, kernel: str) -> tuple[registry.Planted, Case | VarlenCase]:
+    planted = registry.find_plant(name, "sim", kernel)
+    seqlen, head_dim = SIZES[kernel]
+    base = Case(seqlen_q=seqlen, seqlen_k=seqlen, head_dim=head_dim, head_dim_v=head_dim)
+    return planted, planted.case(base)
+
+
 # One of each group, and of each stage that is not tried elsewhere; where is what --plant list says.
 @pytest.mark.parametrize(
     ("name", "kernel"),
@@ -86,14 +115,25 @@ def test_without_a_bug_the_same_cases_pass() -> None:
         ("split-never-last", SM90),
         ("counter-left", SM90),
         ("sum-of-the-neighbour", SM90),
+        ("large-max-product", SM90),
+        ("large-max-twice", WMMA),
+        ("large-max-left", SM90),
+        ("totals-not-rescaled", WMMA),
+        ("totals-counted-twice", WMMA),
+        ("totals-lost", WMMA),
     ],
 )
 def test_isolate_finds_it_where_the_list_says(name: str, kernel: str) -> None:
-    planted = registry.find_plant(name, "sim", kernel)
-    seqlen, head_dim = SIZES[kernel]
-    base = Case(seqlen_q=seqlen, seqlen_k=seqlen, head_dim=head_dim, head_dim_v=head_dim)
-    found = gates.isolate(planted.case(base), "sim", plant=name, kernel=kernel)
+    planted, case = planted_case(name, kernel)
+    found = gates.isolate(case, "sim", plant=name, kernel=kernel)
     assert found.first_wrong == planted.stage, found.why
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("large-max-product", WMMA), ("totals-lost", WMMA)])
+def test_without_the_bug_isolate_finds_nothing(name: str, kernel: str) -> None:
+    planted, case = planted_case(name, kernel)
+    found = gates.isolate(case, "sim", kernel=kernel, tile=planted.tile)
+    assert found.ok, found.why
 
 
 # What costs time alone is no fault: more waiting, more ordering, less put off.

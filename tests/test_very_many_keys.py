@@ -16,6 +16,7 @@ from flashcore.accuracy import error_report
 from flashcore.cases import Case, make_inputs
 from flashcore.exactness import KEYS_OF_CHUNK, MAX_KEYS_OF_A_SUM, MAX_KEYS_OF_A_SUM_SM90
 from flashcore.plan import KERNEL, candidates
+from flashcore.planned import under_gate, with_fields
 from flashcore.problem import Problem
 from flashcore.sim import Plant, simulate
 from flashcore.sim.plants_numerics import PLANTS_TOTALS
@@ -52,8 +53,9 @@ def run(
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.2, -0.2])
-@pytest.mark.parametrize("chunk_tiles", [2, 3])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "chunk_tiles"), [*((name, 2) for name in CASES), ("full", 3), ("causal", 3)]
+)
 def test_chunks_add_up(name: str, chunk_tiles: int, growth: float) -> None:
     assert run(CASES[name], chunk_tiles=chunk_tiles, growth=growth)
 
@@ -114,6 +116,15 @@ def test_only_very_many_keys_are_taken_in_chunks() -> None:
     narrow = dataclasses.replace(problem_of(2**20), window_left=100, window_right=0)
     assert candidates(narrow, 80, kernel=KERNEL)[0].keys_of_chunk == 0
     assert candidates(problem_of(2**20), 80, gate="tile", kernel=KERNEL)[0].keys_of_chunk == 0
+
+
+def test_isolate_may_say_how_many_keys_a_sum_goes_over() -> None:
+    problem = problem_of(4096)
+    plan = with_fields(candidates(problem, 80, kernel=KERNEL)[0], {"keys_of_chunk": 128})
+    assert plan.keys_of_chunk == 128
+    assert under_gate({"keys_of_chunk": 128}) == {"keys_of_chunk": 0}
+    with pytest.raises(ValueError, match="keys_of_chunk=128 is no field of a tile of attn_fwd_sm"):
+        with_fields(plan_sm90.candidates(problem)[0], {"keys_of_chunk": 128})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

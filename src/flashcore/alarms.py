@@ -34,7 +34,10 @@ _PHASE_OF_FUNCTION = {
     "raise_max": "softmax",
     "is_far_above": "softmax",
     "rescale_output": "pv",
+    "scale_max": "softmax",
+    "subtract_large_max": "softmax",
     "apply_softcap": "softmax",
+    "capped_exactly": "softmax",
     "softmax_step": "softmax",
     "quad_max": "softmax",
     "accumulate_output": "pv",
@@ -50,6 +53,7 @@ _PHASE_OF_FUNCTION = {
     "zero_padding": "load",
     "store_output": "store",
     "finish_softmax": "store",
+    "natural_lse": "store",
     "store_rows": "store",
     "quad_sum": "store",
 }
@@ -61,6 +65,7 @@ _PHASE_OF_FILE = {
     "producer": "load",
     "mask": "softmax",
     "softmax": "softmax",
+    "totals": "full",  # the kernel itself alone adds up chunks of keys
     "merge": "store",
     "split": "store",
 }

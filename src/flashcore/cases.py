@@ -28,7 +28,11 @@ _GROWTHS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 # And on one key that some rows see so.
 _PEAKS = {"peak": 30.0, "far peak": 120.0}
-GROWTH_KINDS = ("none", *_GROWTHS, *_PEAKS)
+# And on all keys alike, "level": so much that its product with a scale is off by up to 1/2 in log2
+# units when float32 rounds it. Not drawn, as float16 has no such k.
+_LEVEL = 8.0e6
+DRAWN_GROWTHS = ("none", *_GROWTHS, *_PEAKS)
+GROWTH_KINDS = (*DRAWN_GROWTHS, "level")
 _GROWTH_STEP = 32  # keys, or more, for 16 steps at most
 
 
@@ -169,6 +173,8 @@ def _grow(q: Tensor, k: Tensor, case: Case) -> None:
     elif case.growth in _PEAKS:
         of_rows = rows % 7 == 3
         of_keys = (keys == case.seqlen_k * 2 // 3) * _PEAKS[case.growth]
+    elif case.growth == "level":
+        of_rows, of_keys = torch.ones_like(rows), torch.full(keys.shape, _LEVEL)
     else:
         raise ValueError(f"growth={case.growth!r} is not one of {', '.join(GROWTH_KINDS)}")
     q[..., 0] = of_rows

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashcore import tile_table
-from flashcore.cases import GROWTH_KINDS, Case
+from flashcore.cases import DRAWN_GROWTHS, Case
 from flashcore.dispatch import KERNELS
 from flashcore.obstacles import SM90_ARCH
 from flashcore.plan import Plan
@@ -164,7 +164,7 @@ def draw(seed: int, index: int, backend: str, arch: int | None = None) -> Drawn:
 def _draw_values(rng: random.Random) -> dict[str, Any]:
     """The fields of a Case that change no kernel."""
     heads_kv = rng.choice((1, 1, 2, 3))
-    growth = rng.choice(("none", rng.choice(GROWTH_KINDS)))
+    growth = rng.choice(("none", rng.choice(DRAWN_GROWTHS)))
     return {
         "batch": rng.choice((1, 1, 2, 3)),
         "num_heads_q": heads_kv * rng.choice((1, 1, 2, 4)),

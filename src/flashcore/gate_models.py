@@ -137,10 +137,13 @@ class GateModel:
             new_max = torch.maximum(running_max, tile.amax(-1, keepdim=True))
             p = _exp_difference(tile, new_max)
             decay = _exp_difference(running_max, new_max)
-            p_tolerance = p * torch.expm1(2 * (tile_tolerance + slack) + 4 * _APPROX) + 1e-7
+            error = 2 * (tile_tolerance + slack) + 4 * _APPROX
+            p_tolerance = (_exp_difference(tile + error, new_max) - p).clamp(max=1.0) + 1e-7
             running_sum = running_sum * decay + p.sum(-1, keepdim=True)
             sum_tolerance = sum_tolerance * decay + p_tolerance.sum(-1, keepdim=True)
-            sum_tolerance = sum_tolerance + running_sum * torch.expm1(2 * slack + 4 * _APPROX)
+            sum_tolerance = sum_tolerance + running_sum * _relative_error(2 * slack + 4 * _APPROX)
+            # A P is between 0 and 1, however little the scores say about it.
+            sum_tolerance = sum_tolerance.clamp(max=float(self.problem.seqlen_k))
             running_max = new_max
             optional = may_skip[:, span].all(-1, keepdim=True).expand_as(slack)
             parts = (p, p_tolerance, running_max, running_sum, sum_tolerance + 1e-6, optional)
@@ -181,10 +184,12 @@ class GateModel:
         value, magnitude = p @ self.v, p @ self.v.abs()
         slack = self._row_slack()
         unit = _UNIT_ROUNDOFF[self.problem.dtype]
-        relative = torch.expm1(4 * slack) + 2 * unit + 2 * (scores.shape[-1] + 16) * _U32
+        relative = _relative_error(4 * slack) + 2 * unit + 2 * (scores.shape[-1] + 16) * _U32
         # P below the normal range of the element type keeps an absolute step, not a relative one.
         step = _SMALLEST_STEP[self.problem.dtype] * (p > 0).double() @ self.v.abs()
-        tolerance = relative * magnitude + step + self._store_rounding(value)
+        # However little the scores say about P, the output is a mean of V.
+        farthest = 2 * self.v.abs().amax(-2, keepdim=True) if scores.shape[-1] else magnitude
+        tolerance = (relative * magnitude).minimum(farthest) + step + self._store_rounding(value)
         lse_tolerance = 4 * slack[..., 0] + 1e-5
         return [
             Expected("lse", lse, lse_tolerance.expand_as(lse)),
@@ -266,6 +271,11 @@ def packed_attention(
         )
         for of_sequences in zip(*parts, strict=True)
     ]
+
+
+def _relative_error(error: Tensor) -> Tensor:
+    """exp(error) - 1, finite also where scores are so large that their error is."""
+    return torch.expm1(error.clamp(max=600.0))
 
 
 def _exp_difference(a: Tensor, b: Tensor) -> Tensor:

@@ -72,13 +72,16 @@ def format_tile(tile: Mapping[str, Any]) -> str:
 def with_fields(plan: Plan, tile: Mapping[str, Any]) -> Plan:
     """Return the plan with fields of its tile changed. A tile that says how large it is, is a new
     one: its other fields are the plainest there are (two stages, nothing shared, no turns). O
-    leaves in as few parts as fit, unless the tile says in how many.
+    leaves in as few parts as fit, unless the tile says in how many. The portable kernel also has
+    `keys_of_chunk`, how many keys one of its sums goes over, which no tile says otherwise.
 
     Raises:
         ValueError: the kernel has no such field, a value is of another type, or the tile does not
             fit the GPU.
     """
     own = tile_of(plan)
+    if not isinstance(plan, Sm90Plan):
+        own["keys_of_chunk"] = plan.keys_of_chunk
     for name, value in tile.items():
         if name not in own or type(own[name]) is not type(value):
             fields = ", ".join(f"{n} ({type(x).__name__})" for n, x in own.items())
@@ -115,7 +118,8 @@ def fits(plan: Plan, tile: Mapping[str, Any]) -> bool:
 
 def under_gate(tile: Mapping[str, Any]) -> dict[str, Any]:
     """Return a tile as a debug gate leaves it: see OFF_UNDER_A_GATE."""
-    return {name: OFF_UNDER_A_GATE.get(name, value) for name, value in tile.items()}
+    off = OFF_UNDER_A_GATE | {"keys_of_chunk": 0}
+    return {name: off.get(name, value) for name, value in tile.items()}
 
 
 def compile_planned(plan: Plan, is_on_gpu: bool, plant: Plant | None = None) -> None:

@@ -64,7 +64,8 @@ STAGES: tuple[Stage, ...] = (
         None,
         "whole kernel",
         "output and lse",
-        "what the gates replace: the split of P@V over warps",
+        "what the gates replace: the split of P@V over warps, and the sums of very many keys, a "
+        "chunk after the other (tile/totals.cuh)",
     ),
 )
 

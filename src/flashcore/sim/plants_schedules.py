@@ -41,8 +41,8 @@ PLANTS_SCHEDULES_SM90 = by_name(
         name="sum-of-the-neighbour",
         title="a row's sum gets the terms of the lane's other row",
         file=_SM90,
-        find="      c.softmax.row_sum[1] += tile.row_sum[1];",
-        replace="      c.softmax.row_sum[1] += tile.row_sum[0];",
+        find="      c.softmax.row_sum[1] += tile_sum[1];",
+        replace="      c.softmax.row_sum[1] += tile_sum[0];",
         caught_by="wrong-result",
     ),
     Plant(

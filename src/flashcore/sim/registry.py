@@ -19,6 +19,11 @@ from flashcore.plan import SIM_ARCH
 from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants_mask import PLANTS_MASK_SM90
+from flashcore.sim.plants_numerics import (
+    PLANTS_LARGE_SCORES,
+    PLANTS_OLD_LARGE_MAX_SM90,
+    PLANTS_TOTALS,
+)
 from flashcore.sim.plants_old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants_schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants_sm90 import PLANTS_SM90
@@ -60,9 +65,11 @@ class Planted:
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     _WMMA: {
         "qk": ("no-barrier", "uninit-smem", "deadlock", "one-stage-unordered"),
-        "softmax": ("accum-map",),
+        "softmax": ("accum-map", "large-max-product", "large-max-twice"),
         "pv": ("pv-atomic", "k-overlap", "k-gap"),
-        "full": ("values-of-the-first",),
+        "full": (
+            *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
+        ),
         "load": ("one-ahead", "neighbours-key", "no-clamp"),
         "store": ("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
     },
@@ -86,6 +93,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("mask-past-end", "mask-row-mixed-up", "mask-one-tile-late", "mask-front-whole"),
             *("mask-front-not-copied", "mask-end-not-copied", "mask-unshifted-copies"),
             *("mask-shift-forgotten", "mask-shift-of-another-row"),
+            *("large-max-product", "large-max-twice"),
         ),
         "pv": (
             *("asked-for-last", "no-is-yes", "output-kept", "wrong-parity", "no-commit"),
@@ -104,7 +112,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sum-of-the-neighbour", "turns-of-two", "unseen-q-kept"),
             *("third-share-unseen", "second-part-alone", "first-part-kept"),
             *("unmasked-too-far-right", "unmasked-too-far-left", "last-key-alone"),
-            *("folded-as-rows",),
+            *("folded-as-rows", "large-max-left"),
         ),
         "store": (
             *("no-proxy-fence", "no-store-barrier", "o-overwritten", "o-part-overwritten"),
@@ -149,6 +157,16 @@ _MASKED = {"seqlen_q": 150, "seqlen_k": 117, "head_dim": 64, "head_dim_v": 64}
 _ROWS = _MASKED | {"causal": "lower_right", "mask": "additive", "seed": 1}
 _SHIFTED_ROWS = _MASKED | {"causal": "lower_right", "mask": "bool", "seed": 2}
 _GROWING = {"seqlen_q": 150, "seqlen_k": 181, "head_dim": 64, "head_dim_v": 64, "dtype": "bfloat16"}
+_SHORT = {"seqlen_q": 70, "seqlen_k": 150, "head_dim": 64, "head_dim_v": 64}
+# Products of a large maximum are rounded by so much here that a term is nothing, or infinite; to be
+# taken twice it must be large only.
+_LARGE = {
+    "large-max-product": {"dtype": "bfloat16", "spread": 1e18},
+    "large-max-twice": {"spread": 1000.0},
+}
+# No row sees a larger score in a later key tile.
+_LEVEL = _SHORT | {"dtype": "bfloat16", "spread": 0.0, "growth": "level"}
+_CHUNKS = {"block_m": 64, "block_n": 32, "keys_of_chunk": 64}
 _CASES_SM90 = {
     "passed-over-unsynced": 37,
     "passed-over-turn-too-many": 1,
@@ -188,6 +206,10 @@ def _with_growth(name: str, plant: Plant) -> Planted:
         options["causal"] = "lower_right"
     tile = _SHORT_KEY_TILES | _IN_TURNS
     return Planted(plant, _SM90, options, tile, stage=_stage(name, _SM90))
+
+
+def _with_large_scores(name: str, plant: Plant, kernel: str) -> Planted:
+    return Planted(plant, kernel, _SHORT | _LARGE[name], stage=_stage(name, kernel))
 
 
 def _packed(name: str, plant: Plant, more: Mapping[str, Any]) -> Planted:
@@ -240,6 +262,13 @@ PLANTED: tuple[Planted, ...] = (
     *(_with_growth(name, plant) for name, plant in PLANTS_OLD_MAX_SM90.items()),
     *(_with_mask(name, plant) for name, plant in PLANTS_MASK_SM90.items()),
     *_drawn(PLANTS_SCHEDULES_SM90, _SM90, _CASES_SM90),
+    *(
+        _with_large_scores(name, plant, kernel)
+        for kernel in (_WMMA, _SM90)
+        for name, plant in PLANTS_LARGE_SCORES.items()
+    ),
+    *_planted(PLANTS_OLD_LARGE_MAX_SM90, _SM90, options=_LEVEL, tile=_SHORT_KEY_TILES),
+    *_planted(PLANTS_TOTALS, _WMMA, options={"seqlen_q": 70, "seqlen_k": 333}, tile=_CHUNKS),
     *_planted(PLANTS_SPLIT, _SM90, options=_SPLIT, tile=_SHARED_BY_BLOCKS),
     *_planted(
         PLANTS_VARLEN_SM90,
