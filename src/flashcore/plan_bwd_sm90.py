@@ -1,0 +1,185 @@
+"""Plans of the two backward kernels for Hopper: which problems they serve, and with which tiles.
+
+`attn_bwd_dq_sm90` computes dq and delta, then `attn_bwd_dkdv_sm90` dk and dv; see
+kernels/tile/bwd_sm90.cuh.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flashcore import plan_sm90, tiles_sm90
+from flashcore.limits import smem_limits
+from flashcore.plan import Plan, traits
+from flashcore.tiles_sm90 import ROWS_OF_CONSUMER
+
+if TYPE_CHECKING:
+    from flashcore.problem import Problem
+
+DQ_KERNEL = "attn_bwd_dq_sm90"
+DKDV_KERNEL = "attn_bwd_dkdv_sm90"
+ARCH = plan_sm90.ARCH
+
+_BARRIER_BYTES = 8
+_COORD_BYTES = 4 * 16  # places of four tiles
+
+
+@dataclass(frozen=True, slots=True)
+class BwdSm90Plan(Plan):
+    """One compiled form of a backward kernel for Hopper. See `Plan`.
+
+    In the kernel of dq a block owns `block_m` rows and walks over tiles of `block_n` keys, of which
+    K has `num_stages` buffers and V `other_stages`. In that of dk and dv it owns `block_n` keys and
+    walks over tiles of `block_m` rows, of which Q has `num_stages` buffers and dO `other_stages`.
+    `overlaps`: a tile's last product is issued behind the first ones of the next.
+    """
+
+    other_stages: int = 2
+    overlaps: bool = True
+
+    @property
+    def is_dq(self) -> bool:
+        """Whether it is the kernel of dq."""
+        return self.kernel == DQ_KERNEL
+
+    @property
+    def params_struct(self) -> str:
+        """The same of both kernels."""
+        return "AttnBwdSm90Params"
+
+    @property
+    def starts_early(self) -> bool:
+        """Its first instruction on global memory waits for the kernels before (ptx/grid.cuh)."""
+        return True
+
+    @property
+    def draws_tiles(self) -> bool:
+        """Whether blocks draw tiles from a counter (tile/schedule_sm90.cuh)."""
+        return self.has_window_right
+
+    @property
+    def arch_suffix(self) -> str:
+        """WGMMA and setmaxnreg belong to sm_90a."""
+        return "a"
+
+    @property
+    def num_consumers(self) -> int:
+        """Warpgroups of 64 rows, or of 64 keys, each."""
+        return (self.block_m if self.is_dq else self.block_n) // ROWS_OF_CONSUMER
+
+    @property
+    def num_warps(self) -> int:
+        """The consumers' and the producer's warpgroup."""
+        return 4 * (self.num_consumers + 1)
+
+    @property
+    def row_warps(self) -> range:
+        """The consumers'; the producer's warpgroup comes first."""
+        return range(4, self.num_warps)
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a tile that lie together in shared memory, swizzled as one."""
+        return tiles_sm90.chunk_of(self.head_dim, self.head_dim_v)
+
+    @property
+    def has_out_buffer(self) -> bool:
+        """Whether there is room to let dq leave through a buffer of its own."""
+        return self._dq_smem_bytes(True) <= smem_limits(ARCH)[0]
+
+    def _dq_smem_bytes(self, has_out_buffer: bool) -> int:
+        qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
+        elements = self.block_m * (qk_cols + v_cols + (qk_cols if has_out_buffer else 0))
+        elements += self.block_n * (self.num_stages * qk_cols + self.other_stages * v_cols)
+        num_barriers = 2 * (self.num_consumers + self.num_stages + self.other_stages)
+        return 2 * elements + _BARRIER_BYTES * num_barriers + _COORD_BYTES
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        if self.is_dq:
+            return self._dq_smem_bytes(self.has_out_buffer)
+        qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
+        elements = self.block_n * (qk_cols + v_cols + max(qk_cols, v_cols))
+        elements += self.block_m * (self.num_stages * qk_cols + self.other_stages * v_cols)
+        stats = self.num_stages * 2 * self.block_m * 4
+        num_barriers = 4 + 3 * self.num_stages + 2 * self.other_stages
+        return 2 * elements + stats + _BARRIER_BYTES * num_barriers + _COORD_BYTES
+
+    @property
+    def role_registers(self) -> tuple[int, int]:
+        """Registers of a consumer and of a producer thread; see Sm90Plan."""
+        pool = self.max_registers * (self.num_consumers + 1)
+        producer = 24 if self.is_dq else 40  # a warp of it computes
+        consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
+        return consumer, min(40, pool - consumer * self.num_consumers)
+
+    def constants(self) -> dict[str, object]:
+        """The kernel source's compile-time constants."""
+        consumer_registers, producer_registers = self.role_registers
+        # Named, as a slotted dataclass is another class than the one that super() sees here.
+        constants = Plan.constants(self)
+        del constants["NUM_WARPS"], constants["LOAD_BYTES"]
+        return constants | {
+            "CONSUMER_REGISTERS": consumer_registers,
+            "PRODUCER_REGISTERS": producer_registers,
+            "CHUNK": self.chunk,
+            "OVERLAPS": self.overlaps,
+            "KEY_SPLITS": 1,
+            "SPLIT_KEYS": False,
+            "NUM_V_STAGES" if self.is_dq else "NUM_DO_STAGES": self.other_stages,
+        } | ({"HAS_OUT_BUFFER": self.has_out_buffer} if self.is_dq else {})
+
+
+class BwdPlans(NamedTuple):
+    """What a backward pass launches, in this order."""
+
+    dq: BwdSm90Plan
+    dkdv: BwdSm90Plan
+
+
+class BwdTile(NamedTuple):
+    """The fields of a plan that the problem does not decide."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    other_stages: int
+    overlaps: bool = True
+
+
+def obstacle(problem: Problem) -> str | None:
+    """Why the kernels cannot serve a problem that the forward's Hopper kernel serves, or None."""
+    if problem.mask is not None:
+        return "it has no mask tensor yet"
+    if problem.varlen != "none":
+        return "it has no sequences of different lengths yet"
+    if max(problem.head_dim, problem.head_dim_v) > 128:
+        return "it has no head_dim above 128 yet"
+    return plan_sm90.obstacle(problem)
+
+
+def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
+    """Of the kernel of dq, and of that of dk and dv."""
+    if max(problem.head_dim, problem.head_dim_v) <= 64:
+        return BwdTile(128, 128, 3, 2), BwdTile(64, 128, 4, 3)
+    return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2)
+
+
+def select_plans(problem: Problem) -> BwdPlans:
+    """The plans of a problem that has no obstacle."""
+    of_problem = traits(problem)
+    of_problem["folds_heads"] = 0  # it pays where queries are few, and there is little to compute
+    return _plans(*tiles(problem), tuple(of_problem.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plans(dq: BwdTile, dkdv: BwdTile, fields: tuple[tuple[str, Any], ...]) -> BwdPlans:
+    return BwdPlans(make_plan(DQ_KERNEL, dq, dict(fields)), make_plan(DKDV_KERNEL, dkdv, dict(fields)))
+
+
+def make_plan(kernel: str, tile: BwdTile, of_problem: dict[str, Any]) -> BwdSm90Plan:
+    """The plan of a kernel with a tile; `of_problem` as plan.traits gives it."""
+    return BwdSm90Plan(kernel=kernel, arch=ARCH, min_blocks=1, **tile._asdict(), **of_problem)
