@@ -38,6 +38,8 @@ class BwdSm90Plan(Plan):
 
     other_stages: int = 2
     overlaps: bool = True
+    early_dp: bool = True
+    keeps_p: bool = True
 
     @property
     def is_dq(self) -> bool:
@@ -127,6 +129,8 @@ class BwdSm90Plan(Plan):
             "PRODUCER_REGISTERS": producer_registers,
             "CHUNK": self.chunk,
             "OVERLAPS": self.overlaps,
+            "EARLY_DP": self.early_dp,
+            "KEEPS_P": self.keeps_p,
             "KEY_SPLITS": 1,
             "SPLIT_KEYS": False,
             "NUM_V_STAGES" if self.is_dq else "NUM_DO_STAGES": self.other_stages,
@@ -148,6 +152,8 @@ class BwdTile(NamedTuple):
     num_stages: int
     other_stages: int
     overlaps: bool = True
+    early_dp: bool = True
+    keeps_p: bool = True
 
 
 def obstacle(problem: Problem) -> str | None:

@@ -30,9 +30,10 @@ struct Consumer {
   int index;
   int key_row;  // first of its 64 keys
   WmmaAccum dk[QK_FRAGS], dv[V_FRAGS];
-  WmmaAccum scores[QUERY_FRAGS];  // then P^T, times soft-capping's derivative
+  WmmaAccum scores[QUERY_FRAGS];  // then P^T, times soft-capping's derivative, if it KEEPS_P
   WmmaAccum dprobs[QUERY_FRAGS];  // then dS^T
   WmmaA<Element> probs[QUERY_FRAGS], dscores[QUERY_FRAGS];
+  WmmaA<Element> capped_probs[QUERY_FRAGS];  // times that derivative; else `probs` serves
 };
 
 // And of the tile's lse and delta.
@@ -132,7 +133,15 @@ FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, SmemPtr<float> sta
       }
     }
     wmma_accum_to_a(c.probs[n], prob);
+    if (!KEEPS_P && HAS_SOFTCAP) wmma_accum_to_a(c.capped_probs[n], c.scores[n]);
   }
+}
+
+// P^T times soft-capping's derivative. Rounded as it is for dV where float32 takes registers that are
+// not there: dS^T is rounded likewise before it is used.
+FC_DEVICE float prob_of(const Consumer& c, int n, int i) {
+  if (KEEPS_P) return c.scores[n].x[i];
+  return unpacked((HAS_SOFTCAP ? c.capped_probs : c.probs)[n].reg[i / 2], i % 2);
 }
 
 // dP^T becomes dS^T, still to be multiplied by the scale of the scores.
@@ -146,7 +155,7 @@ FC_DEVICE void score_gradient(Consumer& c, SmemPtr<float> stats) {
 #pragma unroll
       for (int i = half * 4; i < half * 4 + 4; ++i) {
         float& x = c.dprobs[n].x[i];
-        x = c.scores[n].x[i] * (x - half_of(pair, i % 2));
+        x = prob_of(c, n, i) * (x - half_of(pair, i % 2));
       }
     }
   }
@@ -161,22 +170,33 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   constexpr bool HAS_DK = OVERLAPS && !FIRST;
   await_q(bar, count);
   issue_s(c, smem, count);
-  await_do(bar, count);
-  issue_dp(c, smem, count);
+  if (EARLY_DP) {
+    await_do(bar, count);
+    issue_dp(c, smem, count);
+  }
   if (HAS_DK) issue_dk(c, smem, count - 1);
-  wgmma_wait<HAS_DK ? 2 : 1>();
+  wgmma_wait<int(EARLY_DP) + int(HAS_DK)>();
   wgmma_hold(c.scores);
+  if (!EARLY_DP) await_do(bar, count);
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
   if (IS_BOUNDED && hides_some(p, c.key_row, m_begin)) {
     exponentiate<true>(c, p, stats, m_begin);
   } else {
     exponentiate<false>(c, p, stats, m_begin);
   }
+  if (!EARLY_DP) {
+    if (HAS_DK) {
+      wgmma_wait<0>();
+      wgmma_hold(c.dk);
+      release_q(bar, count - 1);
+    }
+    issue_dp(c, smem, count);
+  }
   issue_dv(c, smem, count);
-  wgmma_wait<HAS_DK ? 2 : 1>();
+  wgmma_wait<EARLY_DP && HAS_DK ? 2 : 1>();
   wgmma_hold(c.dprobs);
   score_gradient(c, stats);
-  if (HAS_DK) {
+  if (EARLY_DP && HAS_DK) {
     wgmma_wait<1>();
     release_q(bar, count - 1);
   }

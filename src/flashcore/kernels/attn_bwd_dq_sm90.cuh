@@ -87,13 +87,6 @@ FC_DEVICE void issue_dq(Consumer& c, const Buffers& smem, uint32_t count) {
   wgmma_commit();
 }
 
-FC_DEVICE float product_of(uint32_t a, uint32_t b, int shift) {
-  const auto element = [shift](uint32_t bits) {
-    return to_float(from_packet<Element>(Packet<2>{{bits >> shift & 0xffffu}}));
-  };
-  return element(a) * element(b);
-}
-
 // lse and delta of a lane's two rows; one lane of the four that share a row writes delta for the
 // kernel that follows. What is no row, or sees no key, gets lse +inf, which makes probabilities 0.
 FC_DEVICE void load_stats(Consumer& c, const AttnBwdSm90Params& params, const BlockCoord& block,
@@ -120,7 +113,8 @@ FC_DEVICE void load_stats(Consumer& c, const AttnBwdSm90Params& params, const Bl
       const auto g = smem_load_packet<16>(dout + place);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        sum += product_of(o.word[i], g.word[i], 0) + product_of(o.word[i], g.word[i], 16);
+        sum += unpacked(o.word[i], 0) * unpacked(g.word[i], 0);
+        sum += unpacked(o.word[i], 1) * unpacked(g.word[i], 1);
       }
     }
     sum = quad_sum(sum);

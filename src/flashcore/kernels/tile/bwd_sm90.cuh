@@ -74,6 +74,11 @@ FC_DEVICE void issue_gradient(WmmaAccum (&out)[FRAGS], const WmmaA<Element> (&a)
   }
 }
 
+// One of two elements side by side in a register.
+FC_DEVICE float unpacked(uint32_t pair, int i) {
+  return to_float(from_packet<Element>(Packet<2>{{i == 0 ? pair & 0xffffu : pair >> 16}}));
+}
+
 template <int FRAGS>
 FC_DEVICE void clear(WmmaAccum (&x)[FRAGS]) {
 #pragma unroll
