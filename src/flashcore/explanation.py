@@ -10,6 +10,7 @@ import torch
 from flashcore import env, tuned
 from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
 from flashcore.folding import with_copied_q
+from flashcore.gradients import BackwardChoice, choose_backward
 from flashcore.memory_layout import load_bytes
 from flashcore.params_sm90 import num_row_tiles
 from flashcore.plan import Plan, candidates
@@ -31,6 +32,7 @@ class Explanation:
             of the architecture would run; None where no kernel serves the call.
         alternatives: the next best tile configurations, in order.
         notes: what else decided, a sentence each.
+        gradient: the code that computes the gradient, if one is asked for through out alone.
     """
 
     problem: Problem
@@ -39,6 +41,7 @@ class Explanation:
     plan: Plan | None
     alternatives: tuple[Plan, ...]
     notes: tuple[str, ...]
+    gradient: BackwardChoice
 
     def __str__(self) -> str:
         lines = [
@@ -51,6 +54,7 @@ class Explanation:
             lines.append(f"tiles     {_tiles(self.plan)}  <- chosen")
             lines += [f"          {_tiles(plan)}" for plan in self.alternatives]
         lines += [f"note      {note}" for note in self.notes]
+        lines.append(f"gradient  {self.gradient.code}: {self.gradient.reason}")
         return "\n".join(lines)
 
 
@@ -121,6 +125,10 @@ def explain(
         plan=plans[0] if plans else None,
         alternatives=tuple(plans[1 : 1 + SHOWN_ALTERNATIVES]),
         notes=tuple(_notes(problem, choice.backend, plans, found, q, k, v)),
+        gradient=choose_backward(
+            problem,
+            mask_grad_elements=mask.numel() if mask is not None and mask.requires_grad else 0,
+        ),
     )
     print(explanation, file=file)
     return explanation

@@ -20,10 +20,10 @@ from torch.autograd import forward_ad
 from flashcore.batching import backward_vmap, forward_vmap
 from flashcore.calls import attend
 from flashcore.dispatch import check_backend, without_autocast
+from flashcore.gradients import attention_gradients
 from flashcore.options import Options
 from flashcore.problem import Causal, Window
 from flashcore.second_order import backward_of_backward
-from flashcore.tiled import attention_backward_tiled
 from flashcore.validation import check_kinds, check_mask_kind
 
 Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -188,7 +188,7 @@ def _backward(
     options = Options(causal, window_left, window_right, softcap, scale)
     problem = options.problem(q, k, v, mask, return_lse=True)
     with without_autocast(problem.device):
-        dq, dk, dv, dmask = attention_backward_tiled(
+        dq, dk, dv, dmask = attention_gradients(
             problem, q, k, v, mask, out, lse, dout, dlse, needs_mask_grad
         )
     return dq, dk, dv, q.new_empty(0) if dmask is None else dmask

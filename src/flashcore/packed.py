@@ -15,9 +15,11 @@ import torch
 
 from flashcore import env
 from flashcore.dispatch import KERNELS, without_autocast
+from flashcore.gradients import attention_gradients, choose_backward
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
-from flashcore.tiled import attention_backward_tiled, attention_tiled
+from flashcore.tiled import attention_tiled
+from flashcore.torch_backward import packed_flash_gradients
 from flashcore.validation import (
     check_plain_tensor,
     checked_causal,
@@ -215,7 +217,10 @@ def packed_backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v, sequence by sequence in PyTorch; reads the lengths on the host.
+    """Gradients of q, k and v.
+
+    One of torch's operators computes all sequences where it can; else each sequence is computed by
+    itself, for which the host reads the lengths.
 
     Args:
         problem: the description of the call.
@@ -232,12 +237,18 @@ def packed_backward(
     Returns:
         dq, dk, dv: shapes and dtypes of q, k and v; 0 in rows of no sequence.
     """
+    if dout is not None and not problem.is_empty:
+        choice = choose_backward(problem, through_lse=dlse is not None)
+        if choice.code == "flash":
+            return packed_flash_gradients(
+                problem, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout
+            )
     gradients = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     if problem.is_empty:
         return gradients
     with without_autocast(problem.device):
         for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
-            dq, dk, dv, _ = attention_backward_tiled(
+            dq, dk, dv, _ = attention_gradients(
                 own,
                 as_batch(q[queries]),
                 as_batch(k[keys]),

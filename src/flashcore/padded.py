@@ -19,11 +19,12 @@ from torch import Tensor
 from flashcore import env
 from flashcore.dispatch import KERNELS, check_backend, choose_backend, warn_once, without_autocast
 from flashcore.folding import with_copied_q
+from flashcore.gradients import attention_gradients
 from flashcore.options import Options
 from flashcore.packed import check_lengths
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
-from flashcore.tiled import attention_backward_tiled, attention_tiled
+from flashcore.tiled import attention_tiled
 from flashcore.validation import check_kinds, check_mask_kind
 
 _ARGUMENTS = (
@@ -197,7 +198,7 @@ def _backward(
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with without_autocast(problem.device):
         for own, b, n in _sequences(problem, seqlens_k):
-            dq[b], dk[b, :, :n], dv[b, :, :n], _ = attention_backward_tiled(
+            dq[b], dk[b, :, :n], dv[b, :, :n], _ = attention_gradients(
                 own,
                 q[b],
                 k[b, :, :n],
