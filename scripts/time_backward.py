@@ -45,6 +45,19 @@ VARIANTS = {
         ("dkdv", 64, 128, 3, 2, True, False, False),
         ("dkdv", 80, 128, 2, 2, False, True, False),
     ],
+    192: [
+        ("dq", 128, 64, 2, 2, True, True, True),
+        ("dq", 128, 64, 2, 2, False, True, True),
+        ("dq", 128, 64, 3, 2, True, True, True),
+        ("dkdv", 64, 64, 3, 3, True, True, True),
+        ("dkdv", 96, 64, 2, 2, True, True, True),
+    ],
+    256: [
+        ("dq", 128, 48, 2, 2, True, True, True),
+        ("dq", 128, 48, 2, 2, False, True, True),
+        ("dq", 128, 64, 2, 1, False, True, True),
+        ("dkdv", 64, 64, 2, 2, True, True, True),
+    ],
 }
 
 

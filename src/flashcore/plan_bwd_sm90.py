@@ -68,8 +68,15 @@ class BwdSm90Plan(Plan):
 
     @property
     def num_consumers(self) -> int:
-        """Warpgroups of 64 rows, or of 64 keys, each."""
-        return (self.block_m if self.is_dq else self.block_n) // ROWS_OF_CONSUMER
+        """Warpgroups of 64 rows, or of 64 keys, each; or two that share 64 keys."""
+        groups = (self.block_m if self.is_dq else self.block_n) // ROWS_OF_CONSUMER
+        return 2 * groups if self.has_roles else groups
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether two warpgroups share the products of 64 keys, for one could not hold dk and dv
+        (tile/bwd_dkdv_roles_sm90.cuh)."""
+        return not self.is_dq and max(self.head_dim, self.head_dim_v) > 128
 
     @property
     def num_warps(self) -> int:
@@ -104,10 +111,12 @@ class BwdSm90Plan(Plan):
         if self.is_dq:
             return self._dq_smem_bytes(self.has_out_buffer)
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
-        elements = self.block_n * (qk_cols + v_cols + max(qk_cols, v_cols))
+        out_cols = 0 if self.has_roles else max(qk_cols, v_cols)
+        elements = self.block_n * (qk_cols + v_cols + out_cols)
+        elements += self.block_m * ROWS_OF_CONSUMER * self.has_roles
         elements += self.block_m * (self.num_stages * qk_cols + self.other_stages * v_cols)
         stats = self.num_stages * 2 * self.block_m * 4
-        num_barriers = 4 + 3 * self.num_stages + 2 * self.other_stages
+        num_barriers = 6 + 3 * self.num_stages + 2 * self.other_stages
         return 2 * elements + stats + _BARRIER_BYTES * num_barriers + _COORD_BYTES
 
     @property
@@ -133,6 +142,7 @@ class BwdSm90Plan(Plan):
             "KEEPS_P": self.keeps_p,
             "KEY_SPLITS": 1,
             "SPLIT_KEYS": False,
+            "HAS_ROLES": self.has_roles,
             "NUM_V_STAGES" if self.is_dq else "NUM_DO_STAGES": self.other_stages,
         } | ({"HAS_OUT_BUFFER": self.has_out_buffer} if self.is_dq else {})
 
@@ -162,8 +172,6 @@ def obstacle(problem: Problem) -> str | None:
         return "it has no mask tensor yet"
     if problem.varlen != "none":
         return "it has no sequences of different lengths yet"
-    if max(problem.head_dim, problem.head_dim_v) > 128:
-        return "it has no head_dim above 128 yet"
     return plan_sm90.obstacle(problem)
 
 
@@ -171,7 +179,11 @@ def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
     """Of the kernel of dq, and of that of dk and dv."""
     if max(problem.head_dim, problem.head_dim_v) <= 64:
         return BwdTile(128, 128, 3, 2), BwdTile(64, 128, 4, 3)
-    return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2)
+    if max(problem.head_dim, problem.head_dim_v) <= 128:
+        return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2, False, True, False)
+    if max(problem.head_dim, problem.head_dim_v) <= 192:
+        return BwdTile(128, 64, 2, 2), BwdTile(64, 64, 3, 3)
+    return BwdTile(128, 48, 2, 2), BwdTile(64, 64, 2, 2)
 
 
 def select_plans(problem: Problem) -> BwdPlans:

@@ -24,6 +24,8 @@
 #include "tile/mask.cuh"
 #include "tile/bwd_sm90.cuh"
 #include "tile/bwd_dkdv_sm90.cuh"
+#include "tile/bwd_dkdv_steps_sm90.cuh"
+#include "tile/bwd_dkdv_roles_sm90.cuh"
 
 // What one consumer warpgroup carries from query tile to query tile.
 struct Consumer {
@@ -36,129 +38,11 @@ struct Consumer {
   WmmaA<Element> capped_probs[QUERY_FRAGS];  // times that derivative; else `probs` serves
 };
 
-// And of the tile's lse and delta.
-FC_DEVICE void release_q(const Barriers& bar, uint32_t count) {
-  warp_sync();  // orders every lane's reads of those before the arrival
-  arrive_for_warp(bar.q_empty + stage_of<NUM_STAGES>(count));
-}
-
-FC_DEVICE void release_do(const Barriers& bar, uint32_t count) {
-  arrive_for_warp(bar.do_empty + stage_of<NUM_DO_STAGES>(count));
-}
-
-FC_DEVICE void await_do(const Barriers& bar, uint32_t count) {
-  mbar_wait(bar.do_full + stage_of<NUM_DO_STAGES>(count), parity_of<NUM_DO_STAGES>(count));
-  mbar_wait(bar.stats_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
-}
-
-FC_DEVICE void await_q(const Barriers& bar, uint32_t count) {
-  mbar_wait(bar.q_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
-}
-
-// Passes over tiles that only other consumers' keys are seen by.
-FC_DEVICE void skip_tiles(const Barriers& bar, uint32_t& count, int num_tiles) {
-  for (; num_tiles > 0; --num_tiles, ++count) {
-    await_q(bar, count);
-    await_do(bar, count);
-    release_q(bar, count);  // has a warp_sync(), or the next phase could pass a lane that waits
-    release_do(bar, count);
-  }
-}
-
-// S^T = K Q^T.
-FC_DEVICE void issue_s(Consumer& c, const Buffers& smem, uint32_t count) {
-  // Uniform, or each descriptor is moved from general to uniform registers, two moves a product.
-  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
-  wgmma_fence();
-  issue_scores<HEAD_DIM, BLOCK_M>(
-      c.scores, wgmma_desc<CHUNK_BYTES>(smem.k + c.index * K_GROUP_ELEMENTS, 0),
-      wgmma_desc<CHUNK_BYTES>(smem.q, 0) + stage * (Q_ELEMENTS * 2));
-  wgmma_commit();
-}
-
-// dP^T = V dO^T.
-FC_DEVICE void issue_dp(Consumer& c, const Buffers& smem, uint32_t count) {
-  const int stage = warp_uniform(stage_of<NUM_DO_STAGES>(count));
-  wgmma_fence();
-  issue_scores<HEAD_DIM_V, BLOCK_M>(
-      c.dprobs, wgmma_desc<CHUNK_BYTES>(smem.v + c.index * V_GROUP_ELEMENTS, 0),
-      wgmma_desc<CHUNK_BYTES>(smem.dout, 0) + stage * (DO_ELEMENTS * 2));
-  wgmma_commit();
-}
-
-// dV += P^T dO.
-FC_DEVICE void issue_dv(Consumer& c, const Buffers& smem, uint32_t count) {
-  const int stage = warp_uniform(stage_of<NUM_DO_STAGES>(count));
-  wgmma_fence();
-  issue_gradient(c.dv, c.probs, wgmma_desc<CHUNK_BYTES>(smem.dout, BLOCK_M * CHUNK_BYTES) +
-                                    stage * (DO_ELEMENTS * 2));
-  wgmma_commit();
-}
-
-// dK += dS^T Q.
-FC_DEVICE void issue_dk(Consumer& c, const Buffers& smem, uint32_t count) {
-  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
-  wgmma_fence();
-  issue_gradient(c.dk, c.dscores, wgmma_desc<CHUNK_BYTES>(smem.q, BLOCK_M * CHUNK_BYTES) +
-                                      stage * (Q_ELEMENTS * 2));
-  wgmma_commit();
-}
-
-// Two neighbours of a tile's lse or delta, of a lane's columns in fragment n.
-FC_DEVICE Packet<8> column_pair(SmemPtr<float> stats, int n, int half) {
-  return smem_load_packet<8>(stats + (n * 16 + half * 8));
-}
-
-FC_DEVICE float half_of(Packet<8> pair, int i) {
-  return from_packet<float>(Packet<4>{{pair.word[i]}});
-}
-
-// S^T becomes P^T; `stats` is the tile's.
-template <bool MASKED>
-FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, SmemPtr<float> stats, int m_begin) {
-  const VisibleQueries visible(p, c.key_row, m_begin);
-  const auto lse = stats + opaque(lane_idx()) % 4 * 2;
-#pragma unroll
-  for (int n = 0; n < QUERY_FRAGS; ++n) {
-    WmmaAccum prob;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const auto pair = column_pair(lse, n, half);
-#pragma unroll
-      for (int i = half * 4; i < half * 4 + 4; ++i) {
-        const auto result = probability(c.scores[n].x[i], half_of(pair, i % 2), p,
-                                        !MASKED || visible.contain(n, i));
-        prob.x[i] = result.p;
-        c.scores[n].x[i] = result.times_cap;
-      }
-    }
-    wmma_accum_to_a(c.probs[n], prob);
-    if (!KEEPS_P && HAS_SOFTCAP) wmma_accum_to_a(c.capped_probs[n], c.scores[n]);
-  }
-}
-
 // P^T times soft-capping's derivative. Rounded as it is for dV where float32 takes registers that are
 // not there: dS^T is rounded likewise before it is used.
 FC_DEVICE float prob_of(const Consumer& c, int n, int i) {
   if (KEEPS_P) return c.scores[n].x[i];
   return unpacked((HAS_SOFTCAP ? c.capped_probs : c.probs)[n].reg[i / 2], i % 2);
-}
-
-// dP^T becomes dS^T, still to be multiplied by the scale of the scores.
-FC_DEVICE void score_gradient(Consumer& c, SmemPtr<float> stats) {
-  const auto delta = stats + (BLOCK_M + opaque(lane_idx()) % 4 * 2);
-#pragma unroll
-  for (int n = 0; n < QUERY_FRAGS; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const auto pair = column_pair(delta, n, half);
-#pragma unroll
-      for (int i = half * 4; i < half * 4 + 4; ++i) {
-        float& x = c.dprobs[n].x[i];
-        x = prob_of(c, n, i) * (x - half_of(pair, i % 2));
-      }
-    }
-  }
 }
 
 // One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this one's
@@ -169,40 +53,36 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
                           const Buffers& smem, uint32_t count, int m_begin) {
   constexpr bool HAS_DK = OVERLAPS && !FIRST;
   await_q(bar, count);
-  issue_s(c, smem, count);
+  issue_s(c.scores, smem, c.index, count);
   if (EARLY_DP) {
     await_do(bar, count);
-    issue_dp(c, smem, count);
+    issue_dp(c.dprobs, smem, c.index, count);
   }
-  if (HAS_DK) issue_dk(c, smem, count - 1);
+  if (HAS_DK) issue_dk(c.dk, c.dscores, smem, count - 1);
   wgmma_wait<int(EARLY_DP) + int(HAS_DK)>();
   wgmma_hold(c.scores);
   if (!EARLY_DP) await_do(bar, count);
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
-  if (IS_BOUNDED && hides_some(p, c.key_row, m_begin)) {
-    exponentiate<true>(c, p, stats, m_begin);
-  } else {
-    exponentiate<false>(c, p, stats, m_begin);
-  }
+  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.key_row, m_begin);
   if (!EARLY_DP) {
     if (HAS_DK) {
       wgmma_wait<0>();
       wgmma_hold(c.dk);
       release_q(bar, count - 1);
     }
-    issue_dp(c, smem, count);
+    issue_dp(c.dprobs, smem, c.index, count);
   }
-  issue_dv(c, smem, count);
+  issue_dv(c.dv, c.probs, smem, count);
   wgmma_wait<EARLY_DP && HAS_DK ? 2 : 1>();
   wgmma_hold(c.dprobs);
-  score_gradient(c, stats);
+  score_gradient(c.dprobs, stats, [&](int n, int i) { return prob_of(c, n, i); });
   if (EARLY_DP && HAS_DK) {
     wgmma_wait<1>();
     release_q(bar, count - 1);
   }
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) wmma_accum_to_a(c.dscores[n], c.dprobs[n]);
-  if (!OVERLAPS) issue_dk(c, smem, count);
+  if (!OVERLAPS) issue_dk(c.dk, c.dscores, smem, count);
   wgmma_wait<0>();
   wgmma_hold(c.dv);
   wgmma_hold(c.dk);
@@ -224,7 +104,7 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
     query_tile<false>(c, p, bar, smem, count, m_begin);
   }
   if (OVERLAPS) {
-    issue_dk(c, smem, count - 1);
+    issue_dk(c.dk, c.dscores, smem, count - 1);
     wgmma_wait<0>();
     wgmma_hold(c.dk);
     release_q(bar, count - 1);
@@ -272,11 +152,12 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
 FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
   const Buffers smem = {
-      smem_view<Element>(0, NUM_CONSUMERS * K_GROUP_ELEMENTS, "k_smem"),
-      smem_view<Element>(V_OFFSET, NUM_CONSUMERS * V_GROUP_ELEMENTS, "v_smem"),
+      smem_view<Element>(0, NUM_KEY_GROUPS * K_GROUP_ELEMENTS, "k_smem"),
+      smem_view<Element>(V_OFFSET, NUM_KEY_GROUPS * V_GROUP_ELEMENTS, "v_smem"),
       smem_view<Element>(Q_OFFSET, NUM_STAGES * Q_ELEMENTS, "q_smem"),
       smem_view<Element>(DO_OFFSET, NUM_DO_STAGES * DO_ELEMENTS, "dout_smem"),
-      smem_view<Element>(OUT_OFFSET, NUM_CONSUMERS * OUT_ELEMENTS, "out_smem"),
+      smem_view<Element>(OUT_OFFSET, NUM_KEY_GROUPS * OUT_ELEMENTS, "out_smem"),
+      smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),
       smem_view<float>(STATS_OFFSET, NUM_STAGES * STATS_FLOATS, "stats_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
   };
@@ -297,6 +178,12 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
     if (warp_idx() == 1) load_stats(params, bar, smem);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
-    consume(params, bar, smem);
+    if constexpr (!HAS_ROLES) {
+      consume(params, bar, smem);
+    } else if (warp_idx() < 8) {
+      consume_scores(params, bar, smem);
+    } else {
+      consume_gradients(params, bar, smem);
+    }
   }
 }

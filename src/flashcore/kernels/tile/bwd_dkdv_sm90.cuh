@@ -2,7 +2,10 @@
 // memory what lies, and who loads it. Mirrored by plan_bwd_sm90.py.
 #pragma once
 
-constexpr int NUM_CONSUMERS = BLOCK_N / 64;  // warpgroups of 64 keys
+constexpr int NUM_KEY_GROUPS = BLOCK_N / 64;  // of 64 keys
+// Warpgroups: one a group of keys, or two that share its products (tile/bwd_dkdv_roles_sm90.cuh).
+constexpr int NUM_CONSUMERS = NUM_KEY_GROUPS * (HAS_ROLES ? 2 : 1);
+static_assert(!HAS_ROLES || NUM_KEY_GROUPS == 1, "two warpgroups share 64 keys");
 constexpr int QUERY_FRAGS = BLOCK_M / 16;
 constexpr bool IS_BOUNDED = HAS_WINDOW_LEFT || HAS_WINDOW_RIGHT;
 
@@ -65,17 +68,21 @@ constexpr int K_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;  // of one consumer
 constexpr int V_GROUP_ELEMENTS = 64 * V_CHUNKS * CHUNK;
 constexpr int Q_ELEMENTS = BLOCK_M * QK_CHUNKS * CHUNK;  // of one stage
 constexpr int DO_ELEMENTS = BLOCK_M * V_CHUNKS * CHUNK;
-constexpr int OUT_ELEMENTS =
-    K_GROUP_ELEMENTS > V_GROUP_ELEMENTS ? K_GROUP_ELEMENTS : V_GROUP_ELEMENTS;
+// With roles dK and dV leave through the places of K and V.
+constexpr int OUT_ELEMENTS = HAS_ROLES                               ? 0
+                             : K_GROUP_ELEMENTS > V_GROUP_ELEMENTS ? K_GROUP_ELEMENTS
+                                                                     : V_GROUP_ELEMENTS;
+constexpr int PROBS_WORDS = HAS_ROLES ? BLOCK_M * 64 / 2 : 0;  // P^T between the two roles
 constexpr int STATS_FLOATS = 2 * BLOCK_M;  // of one stage: lse in log2 units, delta
 
-constexpr int V_OFFSET = NUM_CONSUMERS * K_GROUP_ELEMENTS * 2;
-constexpr int Q_OFFSET = V_OFFSET + NUM_CONSUMERS * V_GROUP_ELEMENTS * 2;
+constexpr int V_OFFSET = NUM_KEY_GROUPS * K_GROUP_ELEMENTS * 2;
+constexpr int Q_OFFSET = V_OFFSET + NUM_KEY_GROUPS * V_GROUP_ELEMENTS * 2;
 constexpr int DO_OFFSET = Q_OFFSET + NUM_STAGES * Q_ELEMENTS * 2;
 constexpr int OUT_OFFSET = DO_OFFSET + NUM_DO_STAGES * DO_ELEMENTS * 2;
-constexpr int STATS_OFFSET = OUT_OFFSET + NUM_CONSUMERS * OUT_ELEMENTS * 2;
+constexpr int PROBS_OFFSET = OUT_OFFSET + NUM_KEY_GROUPS * OUT_ELEMENTS * 2;
+constexpr int STATS_OFFSET = PROBS_OFFSET + PROBS_WORDS * 4;
 constexpr int BARRIERS_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;
-constexpr int NUM_BARRIERS = 4 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES;
+constexpr int NUM_BARRIERS = 6 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
               "the plan and the kernel disagree on shared memory");
@@ -83,6 +90,7 @@ static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
 struct Buffers {
   SmemPtr<Element> k, v, q, dout;
   SmemPtr<Element> out;  // dV and dK on their way out, one after the other
+  SmemPtr<uint32_t> probs;
   SmemPtr<float> stats;
   SmemPtr<int32_t> coords;  // of the key tiles at hand
 };
@@ -91,6 +99,7 @@ struct Buffers {
 struct Barriers {
   SmemPtr<uint64_t> coord_full;  // two in turn, for who has read one may not yet have met the next
   SmemPtr<uint64_t> kv_full, kv_empty;
+  SmemPtr<uint64_t> probs_full, probs_empty;  // with roles
   SmemPtr<uint64_t> q_full, q_empty, stats_full;  // one a stage
   SmemPtr<uint64_t> do_full, do_empty;
 };
@@ -101,10 +110,12 @@ enum NamedBarrier {
 
 FC_DEVICE Barriers barriers() {
   const auto first = smem_view<uint64_t>(BARRIERS_OFFSET, NUM_BARRIERS, "barriers");
-  const auto ring = first + 4;
+  const auto ring = first + 6;
   return {first,
           first + 2,
           first + 3,
+          first + 4,
+          first + 5,
           ring,
           ring + NUM_STAGES,
           ring + 2 * NUM_STAGES,
@@ -118,6 +129,8 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init(bar.coord_full + 1, 1);
   mbar_init(bar.kv_full, 1);
   mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1);  // one: who loads lse and delta
+  mbar_init(bar.probs_full, 128);
+  mbar_init(bar.probs_empty, 128);
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
     mbar_init(bar.q_full + stage, 1);
     mbar_init(bar.q_empty + stage, NUM_CONSUMERS * 4);
@@ -171,8 +184,8 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     mbar_arrive(bar.coord_full + turn % 2);
 
     mbar_wait(bar.kv_empty, turn % 2 ^ 1);
-    mbar_arrive_expect_tx(bar.kv_full, NUM_CONSUMERS * (K_GROUP_ELEMENTS + V_GROUP_ELEMENTS) * 2);
-    for (int group = 0; group < NUM_CONSUMERS; ++group) {
+    mbar_arrive_expect_tx(bar.kv_full, NUM_KEY_GROUPS * (K_GROUP_ELEMENTS + V_GROUP_ELEMENTS) * 2);
+    for (int group = 0; group < NUM_KEY_GROUPS; ++group) {
       const int row = block.m_begin + group * 64;
       for (int c = 0; c < QK_CHUNKS; ++c) {
         tma_load(smem.k + (group * K_GROUP_ELEMENTS + c * 64 * CHUNK), params.k_map, bar.kv_full,
