@@ -143,8 +143,8 @@ def check(dim, variants):
                 dout.double(), None, False,
             )  # fmt: skip
             plans = BwdPlans(*(plan_of(dim, variant, causal) for variant in variants))
-            first = fused_backward(problem, q, k, v, out, lse, dout, None, run_on_gpu, plans)
-            again = fused_backward(problem, q, k, v, out, lse, dout, None, run_on_gpu, plans)
+            first = fused_backward(problem, q, k, v, None, out, lse, dout, None, run_on_gpu, plans)
+            again = fused_backward(problem, q, k, v, None, out, lse, dout, None, run_on_gpu, plans)
             errors = [
                 float((a.double() - b).abs().max() / b.abs().max())
                 for a, b in zip(first, want, strict=False)

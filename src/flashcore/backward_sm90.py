@@ -19,6 +19,7 @@ def fused_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
     dout: Tensor | None,
@@ -33,6 +34,7 @@ def fused_backward(
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        mask: as in `attention`, or None.
         out: the forward's output, [batch, num_heads_q, seqlen_q, head_dim_v].
         lse: the forward's lse, [batch, num_heads_q, seqlen_q], float32.
         dout: gradient of out, or None for zero.
@@ -58,6 +60,8 @@ def fused_backward(
         "dk": dk,
         "dv": dv,
     }
+    if mask is not None:
+        tensors["mask"] = mask
     if dlse is not None:
         tensors["dlse"] = dlse.contiguous()
     for plan in plans or select_plans(problem):

@@ -86,8 +86,8 @@ def build_params_bwd_sm90(
     Args:
         problem: shapes, strides and options of the forward.
         plan: of the kernel.
-        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; dlse and tile_counter where
-            there are some.
+        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask, dlse and tile_counter
+            where there are some.
         num_blocks: of the launch.
         target: "ptx" for the GPU, "host" for the simulator, which sets addresses itself.
 
@@ -101,7 +101,7 @@ def build_params_bwd_sm90(
     argument = AttnBwdSm90Params()
     inputs = {name: addresses[name] for name in ("q", "k", "v", "out", "lse")}
     argument.attn = params.build_params(
-        problem, plan, inputs | {"tile_counter": addresses.get("tile_counter")}
+        problem, plan, inputs | {x: addresses.get(x) for x in ("mask", "tile_counter")}
     )
     if not plan.is_dq:
         argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles it walks over

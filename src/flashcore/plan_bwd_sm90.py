@@ -168,8 +168,6 @@ class BwdTile(NamedTuple):
 
 def obstacle(problem: Problem) -> str | None:
     """Why the kernels cannot serve a problem that the forward's Hopper kernel serves, or None."""
-    if problem.mask is not None:
-        return "it has no mask tensor yet"
     if problem.varlen != "none":
         return "it has no sequences of different lengths yet"
     return plan_sm90.obstacle(problem)

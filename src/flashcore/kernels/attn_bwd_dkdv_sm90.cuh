@@ -30,7 +30,8 @@
 // What one consumer warpgroup carries from query tile to query tile.
 struct Consumer {
   int index;
-  int key_row;  // first of its 64 keys
+  int key_row;                      // first of its 64 keys
+  GmemPtr<const MaskElement> mask;  // of the batch and head
   WmmaAccum dk[QK_FRAGS], dv[V_FRAGS];
   WmmaAccum scores[QUERY_FRAGS];  // then P^T, times soft-capping's derivative, if it KEEPS_P
   WmmaAccum dprobs[QUERY_FRAGS];  // then dS^T
@@ -63,7 +64,7 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   wgmma_hold(c.scores);
   if (!EARLY_DP) await_do(bar, count);
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
-  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.key_row, m_begin);
+  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin);
   if (!EARLY_DP) {
     if (HAS_DK) {
       wgmma_wait<0>();
@@ -127,10 +128,12 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     clear(c.dk);
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);
-    if (!IS_BOUNDED && tiles.end > 0) {
+    constexpr bool HEAD_BY_HEAD = IS_BOUNDED || MASK_KIND != 0;
+    if (!HEAD_BY_HEAD && tiles.end > 0) {
       accumulate(c, p, bar, smem, count, 0, group_size * tiles.end);
     }
-    for (int head = 0; IS_BOUNDED && head < group_size; ++head) {
+    for (int head = 0; HEAD_BY_HEAD && head < group_size; ++head) {
+      c.mask = mask_of(p, block.batch_idx, block.head_idx + head);
       skip_tiles(bar, count, own.begin - tiles.begin);
       if (own.begin < own.end) {
         accumulate(c, p, bar, smem, count, own.begin, own.end - own.begin);

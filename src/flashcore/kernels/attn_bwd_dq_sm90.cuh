@@ -27,6 +27,7 @@ struct Consumer {
   WmmaAccum dprobs[KEY_FRAGS];  // then dS
   WmmaA<Element> dscores[KEY_FRAGS];
   float lse_log2[2], delta[2];  // of a lane's two rows
+  GmemPtr<const MaskElement> mask;  // of the batch and head
   uint32_t count;               // of all tiles that came through the stages
 };
 
@@ -122,16 +123,16 @@ FC_DEVICE void load_stats(Consumer& c, const AttnBwdSm90Params& params, const Bl
     c.delta[r] = 0.0f;
     if (!exists) continue;
     const int64_t at = lse_offset(p, block, row);
-    const float lse = gmem_load(lse_gmem + at);
-    if (lse != NEG_INF) {
-      c.lse_log2[r] = lse * LOG2_E;
+    const float lse_log2 = gmem_load(lse_gmem + at) * LOG2_E;
+    if (lse_log2 != NEG_INF) {
+      c.lse_log2[r] = lse_log2;
       c.delta[r] = is_null(params.dlse) ? sum : sum - gmem_load(params.dlse + at);
     }
     if (lane % 4 == 0) gmem_store(params.delta + at, c.delta[r]);
   }
 }
 
-// S becomes P.
+// S becomes P, times soft-capping's derivative.
 template <bool MASKED>
 FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, int key_begin) {
   const VisibleColumns visible(p, c.warp_row, key_begin);
@@ -139,9 +140,13 @@ FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, int key_begin) {
   for (int n = 0; n < KEY_FRAGS; ++n) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
+      ScoreMask mask = {!MASKED || visible.contain(n, i), 0.0f};
+      if (MASK_KIND != 0 && mask.visible) {
+        mask = mask_element(p, c.mask, c.warp_row + accum_row(lane_idx(), i),
+                            key_begin + n * 16 + accum_col(lane_idx(), i));
+      }
       float& x = c.scores[n].x[i];
-      x = probability(x, c.lse_log2[row_of_element(i)], p, !MASKED || visible.contain(n, i))
-              .times_cap;
+      x = probability(x, c.lse_log2[row_of_element(i)], p, mask).times_cap;
     }
   }
 }
@@ -172,7 +177,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   if (HAS_DQ) issue_dq(c, smem, c.count - 1);
   wgmma_wait<HAS_DQ ? 2 : 1>();
   wgmma_hold(c.scores);
-  if (strip_needs_mask(p, c.warp_row, key_begin)) {
+  if (MASK_KIND != 0 || strip_needs_mask(p, c.warp_row, key_begin)) {
     exponentiate<true>(c, p, key_begin);
   } else {
     exponentiate<false>(c, p, key_begin);
@@ -227,6 +232,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     c.warp_row = group_row + warp_idx() % 4 * 16;
     const KeyRange keys = key_range(p, block.m_begin);
     const KeyRange own = IS_BOUNDED ? group_key_range(p, keys, group_row) : keys;
+    c.mask = mask_of(p, block.batch_idx, block.head_idx);
     load_stats(c, params, block, smem);
     warp_sync();  // orders every lane's reads of dO before the warp releases it
     clear(c.dq);

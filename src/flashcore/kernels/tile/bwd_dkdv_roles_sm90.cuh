@@ -46,7 +46,8 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
         wgmma_hold(scores);
         await_do(bar, count);
         exponentiate(scores, probs, capped_probs, p,
-                     smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS, block.m_begin,
+                     smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS,
+                     mask_of(p, block.batch_idx, block.head_idx + head), block.m_begin,
                      m_block * BLOCK_M);
         release_q(bar, count);
         mbar_wait(bar.probs_empty, int(count % 2) ^ 1);

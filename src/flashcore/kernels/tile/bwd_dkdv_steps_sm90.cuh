@@ -87,7 +87,8 @@ template <bool MASKED>
 FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
                                  WmmaA<Element> (&probs)[QUERY_FRAGS],
                                  WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
-                                 SmemPtr<float> stats, int key_row, int m_begin) {
+                                 SmemPtr<float> stats, GmemPtr<const MaskElement> mask_gmem,
+                                 int key_row, int m_begin) {
   const VisibleQueries visible(p, key_row, m_begin);
   const auto lse = stats + opaque(lane_idx()) % 4 * 2;
 #pragma unroll
@@ -98,8 +99,12 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
       const auto pair = column_pair(lse, n, half);
 #pragma unroll
       for (int i = half * 4; i < half * 4 + 4; ++i) {
-        const auto result = probability(scores[n].x[i], half_of(pair, i % 2), p,
-                                        !MASKED || visible.contain(n, i));
+        ScoreMask mask = {!MASKED || visible.contain(n, i), 0.0f};
+        if (MASK_KIND != 0 && mask.visible) {
+          mask = mask_element(p, mask_gmem, m_begin + n * 16 + accum_col(lane_idx(), i),
+                              key_row + warp_idx() % 4 * 16 + accum_row(lane_idx(), i));
+        }
+        const auto result = probability(scores[n].x[i], half_of(pair, i % 2), p, mask);
         prob.x[i] = result.p;
         scores[n].x[i] = result.times_cap;
       }
@@ -110,14 +115,15 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
 }
 
 // S^T becomes P^T, rounded in `probs`; in `scores`, and where those are not kept rounded in
-// `capped_probs`, times soft-capping's derivative. `stats` is the tile's.
+// `capped_probs`, times soft-capping's derivative. `stats` is the tile's, `mask` its head's.
 FC_DEVICE void exponentiate(WmmaAccum (&scores)[QUERY_FRAGS], WmmaA<Element> (&probs)[QUERY_FRAGS],
                             WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
-                            SmemPtr<float> stats, int key_row, int m_begin) {
-  if (IS_BOUNDED && hides_some(p, key_row, m_begin)) {
-    exponentiate_tile<true>(scores, probs, capped_probs, p, stats, key_row, m_begin);
+                            SmemPtr<float> stats, GmemPtr<const MaskElement> mask, int key_row,
+                            int m_begin) {
+  if (IS_BOUNDED && (MASK_KIND != 0 || hides_some(p, key_row, m_begin))) {
+    exponentiate_tile<true>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
   } else {
-    exponentiate_tile<false>(scores, probs, capped_probs, p, stats, key_row, m_begin);
+    exponentiate_tile<false>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
   }
 }
 

@@ -85,24 +85,55 @@ FC_DEVICE void clear(WmmaAccum (&x)[FRAGS]) {
   for (int n = 0; n < FRAGS; ++n) wmma_fill(x[n], 0.0f);
 }
 
-// What becomes of one score q.k: its probability, and what p * (dp - delta) must be multiplied by
-// instead of p where there is soft-capping. `lse_log2` is in log2 units, +inf for a row that sees
-// nothing or is none.
+// What hides a score, or is added to it.
+struct ScoreMask {
+  bool visible;
+  float bias;  // natural units; read only where the mask tensor is additive
+};
+
+FC_DEVICE ScoreMask as_score_mask(bool attend) { return {attend, 0.0f}; }
+
+template <class T>
+FC_DEVICE ScoreMask as_score_mask(T bias) {
+  return {true, to_float(bias)};
+}
+
+// A mask tensor's element; `gmem` is the mask of a batch and head. (Each lane loads its own, which
+// takes many more accesses than the forward's copies by rows, but no shared memory.)
+FC_DEVICE ScoreMask mask_element(const AttnParams& p, GmemPtr<const MaskElement> gmem, int row,
+                                 int key) {
+  if (MASK_KIND == 0) return {true, 0.0f};
+  if (row >= p.seqlen_q || key >= p.seqlen_k) return {false, 0.0f};
+  return as_score_mask(gmem_load(gmem + (row * p.mask_row_stride + key * p.mask_col_stride)));
+}
+
+FC_DEVICE GmemPtr<const MaskElement> mask_of(const AttnParams& p, int batch_idx, int head_idx) {
+  return p.mask + (batch_idx * p.mask_batch_stride + head_idx * p.mask_head_stride);
+}
+
+// What becomes of one score q.k: its probability, and that times soft-capping's derivative.
+// `lse_log2` is in log2 units, +inf for a row that sees nothing or is none.
 struct Probability {
   float p, times_cap;
 };
 
-FC_DEVICE Probability probability(float score, float lse_log2, const AttnParams& p, bool visible) {
+FC_DEVICE Probability probability(float score, float lse_log2, const AttnParams& p,
+                                  ScoreMask mask) {
+  float log2_prob;
+  float cap_slope = 1.0f;
   if constexpr (HAS_SOFTCAP) {
     const float s = capped(score * p.softmax_scale, p.softcap);
     const float t = s * rcp_approx(p.softcap);
-    const float prob = visible ? exp2_approx(fma_rn(s, LOG2_E, -lse_log2)) : 0.0f;
-    return {prob, prob * fma_rn(-t, t, 1.0f)};
+    cap_slope = fma_rn(-t, t, 1.0f);
+    log2_prob = fma_rn(MASK_KIND == 2 ? s + mask.bias : s, LOG2_E, -lse_log2);
+  } else if constexpr (MASK_KIND == 2) {
+    log2_prob = fma_rn(fma_rn(score, p.softmax_scale, mask.bias), LOG2_E, -lse_log2);
   } else {
-    const float exponential = exp2_approx(fma_rn(score, p.softmax_scale_log2, -lse_log2));
-    const float prob = visible ? exponential : 0.0f;
-    return {prob, prob};
+    log2_prob = fma_rn(score, p.softmax_scale_log2, -lse_log2);
   }
+  const float exponential = exp2_approx(log2_prob);
+  const float prob = mask.visible ? exponential : 0.0f;
+  return {prob, HAS_SOFTCAP ? prob * cap_slope : prob};
 }
 
 // Rounds 64 rows times `scale` and sends them on their way by TMA, which clips rows and columns
