@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import functools
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from typing import Any
 
 TOKENS, HIDDEN = 16384, 2048
 HANGS_AFTER_S = 25
@@ -61,7 +65,8 @@ VARIANTS = {
 }
 
 
-def plan_of(dim, variant, causal, dtype="bfloat16"):
+def plan_of(dim: int, variant: tuple[Any, ...], causal: bool, dtype: str = "bfloat16") -> Any:
+    """Return the plan of a variant."""
     from flashcore.plan_bwd_sm90 import DKDV_KERNEL, DQ_KERNEL, BwdTile, make_plan
 
     fields = {
@@ -79,7 +84,8 @@ def plan_of(dim, variant, causal, dtype="bfloat16"):
     return make_plan(kernel, BwdTile(*variant[1:]), fields)
 
 
-def compile_variants(dims, part, parts):
+def compile_variants(dims: list[int], part: int, parts: int) -> None:
+    """Compile every `parts`-th variant into the cache."""
     from flashcore.jit import resources
 
     todo = [(d, v, c) for d in dims for v in VARIANTS[d] for c in (False, True)]
@@ -92,15 +98,18 @@ def compile_variants(dims, part, parts):
             print(f"compile D{dim} {variant} causal {causal}: {error!r}"[:300])
 
 
-def inputs(batch, heads, seqlen, dim, dtype):
+def inputs(batch: int, heads: int, seqlen: int, dim: int) -> list[Any]:
+    """Return q, k, v and dout, [batch, heads, seqlen, dim], as projections make them."""
     import torch
 
     torch.manual_seed(0)
-    make = lambda: torch.randn(batch, seqlen, heads, dim, device="cuda", dtype=dtype).transpose(1, 2)
-    return make(), make(), make(), make()
+    shape = batch, seqlen, heads, dim
+    made = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    return [x.transpose(1, 2) for x in made]
 
 
-def time_us(function, repeats=10):
+def time_us(function: Callable[[], object], repeats: int = 10) -> float:
+    """Return microseconds of a call, the best of three runs of some."""
     import torch
 
     for _ in range(3):
@@ -117,12 +126,13 @@ def time_us(function, repeats=10):
     return min(times)
 
 
-def flops(batch, heads, seqlen, dim, causal):
+def flops(batch: int, heads: int, seqlen: int, dim: int, causal: bool) -> float:
+    """Return the operations of the forward."""
     return 4 * batch * heads * seqlen * seqlen * dim * (0.5 if causal else 1.0)
 
 
-def check(dim, variants):
-    """Of pairs of a dq and a dkdv variant: errors against float64, relative to the largest value."""
+def check(dim: int, variants: list[Any]) -> None:
+    """Print a pair's errors against float64, relative to the largest value."""
     import torch
 
     import flashcore
@@ -133,7 +143,7 @@ def check(dim, variants):
 
     for causal in (False, True):
         for seqlen in (333, 1024):
-            q, k, v, dout = inputs(1, 3, seqlen, dim, torch.bfloat16)
+            q, k, v, dout = inputs(1, 3, seqlen, dim)
             problem = Problem.from_tensors(q, k, v, causal=causal, return_lse=True)
             out, lse = flashcore.attention(q, k, v, causal=causal, return_lse=True)
             exact = [x.double() for x in (q, k, v)]
@@ -155,17 +165,17 @@ def check(dim, variants):
             print(f"  check causal {causal} S{seqlen}: {texts} same {same} {verdict}", flush=True)
 
 
-def run_variants(dim, seqlens, skip):
+def run_variants(dim: int, seqlens: list[int], skip: int) -> None:
+    """Check and time the variants of a head_dim from number `skip` on."""
     import torch
 
-    from flashcore.backward_sm90 import run_on_gpu
+    import flashcore
     from flashcore.counters import work_counters
     from flashcore.descriptors import aligned
     from flashcore.driver_launch import Argument
     from flashcore.launch import _launch, _num_sms
     from flashcore.params_bwd_sm90 import build_params_bwd_sm90, grid_size
     from flashcore.problem import Problem
-    import flashcore
 
     signal.signal(signal.SIGALRM, lambda *_: os._exit(3))
     first = {kind: next(v for v in VARIANTS[dim] if v[0] == kind) for kind in ("dq", "dkdv")}
@@ -180,7 +190,7 @@ def run_variants(dim, seqlens, skip):
             for causal in (False, True):
                 for seqlen in seqlens:
                     batch, heads = TOKENS // seqlen, HIDDEN // dim
-                    q, k, v, dout = inputs(batch, heads, seqlen, dim, torch.bfloat16)
+                    q, k, v, dout = inputs(batch, heads, seqlen, dim)
                     problem = Problem.from_tensors(q, k, v, causal=causal, return_lse=True)
                     out, lse = flashcore.attention(q, k, v, causal=causal, return_lse=True)
                     tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
@@ -194,7 +204,7 @@ def run_variants(dim, seqlens, skip):
                         *aligned(bytes(build_params_bwd_sm90(problem, plan, tensors, grid)))
                     )
                     launch = _launch(plan, grid, q.device.index)
-                    us = time_us(lambda: launch(argument))
+                    us = time_us(functools.partial(launch, argument))
                     products = 3 if variant[0] == "dq" else 4
                     rate = flops(batch, heads, seqlen, dim, causal) * products / 2 / us / 1e6
                     print(
@@ -207,27 +217,43 @@ def run_variants(dim, seqlens, skip):
         signal.alarm(0)
 
 
-def run_peers(dim, seqlens):
+def run_peers(dim: int, seqlens: list[int]) -> None:
+    """Time whole backward passes through autograd: ours, cuDNN's and FlashAttention-2's."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    for name, backend in (("cuDNN", SDPBackend.CUDNN_ATTENTION), ("FA2", SDPBackend.FLASH_ATTENTION)):
-        for causal in (False, True):
-            for seqlen in seqlens:
-                batch, heads = TOKENS // seqlen, HIDDEN // dim
-                q, k, v, dout = inputs(batch, heads, seqlen, dim, torch.bfloat16)
-                for x in (q, k, v):
-                    x.requires_grad_()
-                with sdpa_kernel(backend):
-                    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-                us = time_us(
-                    lambda: torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-                )
-                rate = 2.5 * flops(batch, heads, seqlen, dim, causal) / us / 1e6
-                print(f"{name} D{dim} causal {causal} S{seqlen} {us:9.1f} us {rate:6.1f} TFLOP/s", flush=True)
+    import flashcore
+
+    def ours(q: Any, k: Any, v: Any, causal: bool) -> Any:
+        return flashcore.attention(q, k, v, causal=causal)
+
+    def by(backend: Any) -> Any:
+        def function(q: Any, k: Any, v: Any, causal: bool) -> Any:
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        return function
+
+    functions = {
+        "flashcore": ours,
+        "cuDNN": by(SDPBackend.CUDNN_ATTENTION),
+        "FA2": by(SDPBackend.FLASH_ATTENTION),
+    }
+    for name, causal, seqlen in itertools.product(functions, (False, True), seqlens):
+        batch, heads = TOKENS // seqlen, HIDDEN // dim
+        *leaves, dout = inputs(batch, heads, seqlen, dim)
+        for x in leaves:
+            x.requires_grad_()
+        out = functions[name](*leaves, causal)
+        backward = functools.partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
+        us = time_us(backward)
+        rate = 2.5 * flops(batch, heads, seqlen, dim, causal) / us / 1e6
+        shape = f"D{dim} {'causal' if causal else 'full'} S{seqlen}"
+        print(f"whole {name} {shape} {us:.1f} us {rate:.1f} TFLOP/s", flush=True)
 
 
 def main() -> None:
+    """Run what the command line asks for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--dims", type=int, nargs="+", default=list(VARIANTS))
     parser.add_argument("--seqlens", type=int, nargs="+", default=[1024, 4096, 16384])

@@ -81,8 +81,10 @@ def _readable(dout: Tensor) -> Tensor:
     legal = legal and not any(
         stride == 0 and size > 1 for stride, size in zip(dout.stride(), dout.shape, strict=True)
     )
-    return dout if legal and max(strides_of(dout)) < 2**31 else dout.clone(
-        memory_format=torch.contiguous_format
+    return (
+        dout
+        if legal and max(strides_of(dout)) < 2**31
+        else dout.clone(memory_format=torch.contiguous_format)
     )
 
 

@@ -1,7 +1,8 @@
 """The gradient of attention: which code computes it.
 
-Torch's fused backward operators do where they mean the same (torch_backward.py), PyTorch operations
-tile by tile elsewhere (tiled.py).
+On a Hopper GPU fused kernels do (backward_sm90.py). Elsewhere, and for what they do not know,
+torch's fused backward operators do where they mean the same (torch_backward.py), and PyTorch
+operations tile by tile where those do not (tiled.py).
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flashcore import torch_backward
+from flashcore.backward_sm90 import fused_backward, run_on_gpu
+from flashcore.plan_bwd_sm90 import obstacle as obstacle_to_sm90
 from flashcore.problem import Problem
 from flashcore.tiled import attention_backward_tiled
 
@@ -20,7 +23,7 @@ class BackwardChoice:
     """The code that computes a gradient.
 
     Args:
-        code: "flash", "efficient" or "tiled".
+        code: "sm90", "flash", "efficient" or "tiled".
         reason: why, in words.
     """
 
@@ -43,6 +46,9 @@ def choose_backward(
         mask_grad_elements: how many elements an additive mask has that needs a gradient; 0 if none
             does.
     """
+    reason = obstacle_to_sm90(problem, mask_grad_elements > 0)
+    if reason is None:
+        return BackwardChoice("sm90", "fused kernels for Hopper, deterministic")
     obstacle = torch_backward.obstacle_to_fused(problem, through_lse)
     if obstacle is not None:
         return BackwardChoice("tiled", obstacle)
@@ -77,6 +83,9 @@ def attention_gradients(
         return attention_backward_tiled(
             problem, q, k, v, mask, out, lse, dout, dlse, needs_mask_grad
         )
+    if choice.code == "sm90":
+        inputs = problem, q, k, v, mask, out, lse, dout, dlse
+        return *fused_backward(*inputs, run_on_gpu), None
     assert dout is not None
     if choice.code == "flash":
         return torch_backward.flash_gradients(problem, q, k, v, out, lse, dout)

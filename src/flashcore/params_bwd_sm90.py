@@ -10,8 +10,8 @@ import torch
 
 from flashcore import descriptors, params
 from flashcore.descriptors import TensorMap
-from flashcore.params import AttnParams
 from flashcore.memory_layout import strides_of
+from flashcore.params import AttnParams
 from flashcore.plan_bwd_sm90 import BwdSm90Plan
 from flashcore.problem import Problem
 from flashcore.tiles_sm90 import ROWS_OF_CONSUMER

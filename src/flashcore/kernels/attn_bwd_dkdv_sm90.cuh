@@ -1,15 +1,15 @@
 // attn_bwd_dkdv_sm90.cuh - gradients of keys and values for Hopper; tile/bwd_sm90.cuh has the
-// equations. A block owns BLOCK_N keys, 64 a consumer warpgroup, and walks over the query tiles that
-// see some of them, of every query head of the group:
+// equations. A block owns BLOCK_N keys, 64 a consumer warpgroup, and walks over the query tiles
+// that see some of them, of every query head of the group:
 //
 //   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q
 //
 // Scores lie transposed, rows are keys, so that P^T and dS^T are already where the next product
-// wants its A operand, in registers. dK and dV stay in registers too: all heads of a group are added
-// up there.
+// wants its A operand, in registers. dK and dV stay in registers too: all heads of a group are
+// added up there.
 //
-// With OVERLAPS, dK of a query tile is issued behind S^T and dP^T of the next: the next exponentials
-// run beside these, and dS^T beside dV.
+// With OVERLAPS, dK of a query tile is issued behind S^T and dP^T of the next: the next
+// exponentials run beside these, and dS^T beside dV.
 //
 // A thread of the producer warpgroup loads by TMA, a warp of it the rows' lse and delta. That warp
 // also clears rows of dO that see no key: whatever arrives there, infinity and NaN too, is no
@@ -39,16 +39,16 @@ struct Consumer {
   WmmaA<Element> capped_probs[QUERY_FRAGS];  // times that derivative; else `probs` serves
 };
 
-// P^T times soft-capping's derivative. Rounded as it is for dV where float32 takes registers that are
-// not there: dS^T is rounded likewise before it is used.
+// P^T times soft-capping's derivative. Rounded as it is for dV where float32 takes registers that
+// are not there: dS^T is rounded likewise before it is used.
 FC_DEVICE float prob_of(const Consumer& c, int n, int i) {
   if (KEEPS_P) return c.scores[n].x[i];
   return unpacked((HAS_SOFTCAP ? c.capped_probs : c.probs)[n].reg[i / 2], i % 2);
 }
 
-// One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this one's
-// left to the next. All else that is issued here is also waited for: ptxas serialises products that
-// are under way from one turn of a loop to the next.
+// One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this
+// one's left to the next. All else that is issued here is also waited for: ptxas serialises
+// products that are under way from one turn of a loop to the next.
 template <bool FIRST>
 FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
                           const Buffers& smem, uint32_t count, int m_begin) {
@@ -128,11 +128,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     clear(c.dk);
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);
-    constexpr bool HEAD_BY_HEAD = IS_BOUNDED || MASK_KIND != 0;
-    if (!HEAD_BY_HEAD && tiles.end > 0) {
-      accumulate(c, p, bar, smem, count, 0, group_size * tiles.end);
-    }
-    for (int head = 0; HEAD_BY_HEAD && head < group_size; ++head) {
+    for (int head = 0; head < group_size; ++head) {
       c.mask = mask_of(p, block.batch_idx, block.head_idx + head);
       skip_tiles(bar, count, own.begin - tiles.begin);
       if (own.begin < own.end) {

@@ -1,6 +1,7 @@
-// attn_bwd_dq_sm90.cuh - gradient of queries for Hopper, and delta for the kernel of dK and dV, which
-// follows; tile/bwd_sm90.cuh has the equations. It has the forward's shape (attn_fwd_sm90.cuh): a
-// block owns BLOCK_M query rows, 64 a consumer warpgroup, and walks over the key tiles that they see:
+// attn_bwd_dq_sm90.cuh - gradient of queries for Hopper, and delta for the kernel of dK and dV,
+// which follows; tile/bwd_sm90.cuh has the equations. It has the forward's shape
+// (attn_fwd_sm90.cuh): a block owns BLOCK_M query rows, 64 a consumer warpgroup, and walks over the
+// key tiles that they see:
 //
 //   S = Q K^T    dP = dO V^T    dQ += dS K
 //

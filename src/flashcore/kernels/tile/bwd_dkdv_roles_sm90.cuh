@@ -4,8 +4,8 @@
 //   the first one    S^T = K Q^T    P^T    dV += P^T dO
 //   the second one   dP^T = V dO^T  dS^T   dK += dS^T Q
 //
-// and the first hands P^T, rounded as it is for dV, over to the second, each thread to that which has
-// the same elements. While one computes between its products, the other one's are under way.
+// and the first hands P^T, rounded as it is for dV, over to the second, each thread to that which
+// has the same elements. While one computes between its products, the other one's are under way.
 #pragma once
 
 // Fragments of a thread in the buffer for P^T: packets side by side, thread by thread.

@@ -1,5 +1,5 @@
-// tile/bwd_dkdv_sm90.cuh - the kernel of dK and dV: which query tiles see which keys, where in shared
-// memory what lies, and who loads it. Mirrored by plan_bwd_sm90.py.
+// tile/bwd_dkdv_sm90.cuh - the kernel of dK and dV: which query tiles see which keys, where in
+// shared memory what lies, and who loads it. Mirrored by plan_bwd_sm90.py.
 #pragma once
 
 constexpr int NUM_KEY_GROUPS = BLOCK_N / 64;  // of 64 keys
@@ -143,7 +143,8 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init_fence();
 }
 
-// The place of a block's key tile number `turn`, whose first key is m_begin; NO_TILE there at the end.
+// The place of a block's key tile number `turn`, whose first key is m_begin; NO_TILE there at the
+// end.
 FC_DEVICE BlockCoord await_coord(const Barriers& bar, const Buffers& smem, int turn) {
   mbar_wait(bar.coord_full + turn % 2, turn / 2 % 2);
   return coord_or_end(coord_slot(smem.coords, turn));

@@ -1,5 +1,5 @@
-// tile/bwd_dkdv_steps_sm90.cuh - the kernel of dK and dV, step by step: waiting for a query tile and
-// giving back its buffers, its four products, and what is computed between them.
+// tile/bwd_dkdv_steps_sm90.cuh - the kernel of dK and dV, step by step: waiting for a query tile
+// and giving back its buffers, its four products, and what is computed between them.
 #pragma once
 
 // And of the tile's lse and delta.
@@ -93,18 +93,26 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
   const auto lse = stats + opaque(lane_idx()) % 4 * 2;
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) {
+    ScoreMask mask[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) mask[i] = {!MASKED || visible.contain(n, i), 0.0f};
+    // The branch keeps ptxas from fetching the elements of all fragments at once, for which there
+    // are no registers.
+    if (MASK_KIND != 0 && m_begin + n * 16 < p.seqlen_q) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (!mask[i].visible) continue;
+        mask[i] = mask_element(p, mask_gmem, m_begin + n * 16 + accum_col(lane_idx(), i),
+                               key_row + warp_idx() % 4 * 16 + accum_row(lane_idx(), i));
+      }
+    }
     WmmaAccum prob;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto pair = column_pair(lse, n, half);
 #pragma unroll
       for (int i = half * 4; i < half * 4 + 4; ++i) {
-        ScoreMask mask = {!MASKED || visible.contain(n, i), 0.0f};
-        if (MASK_KIND != 0 && mask.visible) {
-          mask = mask_element(p, mask_gmem, m_begin + n * 16 + accum_col(lane_idx(), i),
-                              key_row + warp_idx() % 4 * 16 + accum_row(lane_idx(), i));
-        }
-        const auto result = probability(scores[n].x[i], half_of(pair, i % 2), p, mask);
+        const auto result = probability(scores[n].x[i], half_of(pair, i % 2), p, mask[i]);
         prob.x[i] = result.p;
         scores[n].x[i] = result.times_cap;
       }

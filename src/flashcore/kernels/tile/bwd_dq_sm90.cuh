@@ -15,7 +15,8 @@ constexpr int DO_OFFSET = NUM_CONSUMERS * Q_GROUP_ELEMENTS * 2;
 constexpr int K_OFFSET = DO_OFFSET + NUM_CONSUMERS * DO_GROUP_ELEMENTS * 2;
 constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
 constexpr int OUT_OFFSET = V_OFFSET + NUM_V_STAGES * V_ELEMENTS * 2;
-constexpr int OUT_ELEMENTS = HAS_OUT_BUFFER ? Q_GROUP_ELEMENTS : 0;  // or dQ leaves through Q's place
+// Without a buffer of its own dQ leaves through the place of Q.
+constexpr int OUT_ELEMENTS = HAS_OUT_BUFFER ? Q_GROUP_ELEMENTS : 0;
 constexpr int BARRIERS_OFFSET = OUT_OFFSET + NUM_CONSUMERS * OUT_ELEMENTS * 2;
 constexpr int NUM_BARRIERS = 2 * NUM_CONSUMERS + 2 * NUM_STAGES + 2 * NUM_V_STAGES;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;

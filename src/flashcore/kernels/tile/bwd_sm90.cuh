@@ -1,15 +1,16 @@
 // tile/bwd_sm90.cuh - what the two backward kernels for Hopper share: their argument, products of a
-// warpgroup's 64 rows, probabilities from scores and lse, and 64 rows on their way to global memory.
+// warpgroup's 64 rows, probabilities from scores and lse, and 64 rows on their way to global
+// memory.
 //
-// With s = softcap(scale * q.k) and p = exp(s + mask - lse), which is the softmax, the gradient of a
-// score is (FlashAttention-2, arXiv:2307.08691, algorithm 2)
+// With s = softcap(scale * q.k) and p = exp(s + mask - lse), which is the softmax, the gradient of
+// a score is (FlashAttention-2, arXiv:2307.08691, algorithm 2)
 //
 //   ds = p * (dout.v - delta) * softcap'        delta = sum(dout * out) - dlse of the row
 //
 // and dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q. One kernel computes dq and delta, with
-// the forward's shape (attn_bwd_dq_sm90.cuh); the other one dk and dv (attn_bwd_dkdv_sm90.cuh). Both
-// compute s and dout.v: seven products where five would do, but no element is written twice, so
-// nothing has to be added up between blocks, and results do not differ from run to run.
+// the forward's shape (attn_bwd_dq_sm90.cuh); the other one dk and dv (attn_bwd_dkdv_sm90.cuh).
+// Both compute s and dout.v: seven products where five would do, but no element is written twice,
+// so nothing has to be added up between blocks, and results do not differ from run to run.
 #pragma once
 
 // Mirrored by params_bwd_sm90.py. Boxes of q, k, v and dout are those of the kernel at hand.

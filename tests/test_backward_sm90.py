@@ -1,0 +1,163 @@
+"""The backward kernels for Hopper, in the simulator: no alarm and right gradients, whatever the
+shape, the options and the schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from flashcore.backward_sm90 import fused_backward
+from flashcore.cases import Case, make_inputs
+from flashcore.plan import traits
+from flashcore.plan_bwd_sm90 import (
+    DKDV_KERNEL,
+    DQ_KERNEL,
+    BwdPlans,
+    BwdTile,
+    make_plan,
+    select_plans,
+)
+from flashcore.sim.run_bwd import simulate_backward
+from gradient_rule import forward, wrong_gradients
+from test_sim_healthy import draw_case
+
+SEEDS_OF_A_FAMILY = 12
+
+# name -> (tiles of dq and of dk and dv, None for the selected ones; what is fixed). Between them:
+# one to three consumers, two that share 64 keys, every schedule of the products, every mask kind,
+# both windows, softcap, empty rows, both swizzles, column chunks of which a part is padding.
+SMALL = BwdTile(64, 32, 3, 2), BwdTile(32, 64, 3, 2)
+SIMPLE = BwdTile(64, 48, 1, 1, False), BwdTile(48, 64, 1, 1, False, False, False)
+WIDE = BwdTile(192, 32, 2, 2), BwdTile(16, 192, 3, 2, True, False, False)
+TWO = BwdTile(128, 16, 2, 1), BwdTile(32, 128, 3, 3, True, True, False)
+FAMILIES: dict[str, tuple[tuple[BwdTile, BwdTile] | None, dict[str, Any]]] = {
+    "plain": (None, {}),
+    "causal": (TWO, {"dtype": "bfloat16", "causal": "lower_right", "layout": "bshd"}),
+    "one-stage-bool-mask": (SIMPLE, {"mask": "bool", "causal": "upper_left"}),
+    "window-softcap": (WIDE, {"window": (40, 20), "softcap": 5.0}),
+    "padded-dims-additive-mask": (
+        SMALL,
+        {"head_dim": 40, "head_dim_v": 48, "mask": "additive", "softcap": 3.0},
+    ),
+    "narrow-chunks": (TWO, {"head_dim": 96, "head_dim_v": 80, "causal": "lower_right"}),
+    "shared-keys": (
+        (BwdTile(64, 32, 2, 2), BwdTile(32, 64, 2, 2)),
+        {"head_dim": 144, "head_dim_v": 72, "dtype": "bfloat16", "window": (50, 9)},
+    ),
+    "shared-keys-softcap": (
+        (BwdTile(64, 16, 2, 1, False), BwdTile(16, 64, 3, 2)),
+        {"head_dim": 40, "head_dim_v": 192, "causal": "upper_left", "softcap": 2.0},
+    ),
+}
+
+
+def plans_of(problem, tiles: tuple[BwdTile, BwdTile] | None) -> BwdPlans:
+    if tiles is None:
+        return select_plans(problem)
+    fields = traits(problem) | {"folds_heads": 0}
+    kernels = (DQ_KERNEL, DKDV_KERNEL)
+    return BwdPlans(*(make_plan(k, t, fields) for k, t in zip(kernels, tiles, strict=True)))
+
+
+def check(case: Case, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0) -> None:
+    """Neither an alarm nor a wrong result. What arrives at rows that see nothing is NaN."""
+    x = make_inputs(case)
+    generator = torch.Generator().manual_seed(case.seed)
+    problem, out, lse = forward(x.q, x.k, x.v, x.mask, case.options())
+    dout = torch.randn(out.shape, generator=generator).to(out.dtype)
+    dlse = torch.randn(lse.shape, generator=generator) if seed % 2 else None
+    empty = lse == -math.inf
+    dout = dout.masked_fill(empty[..., None], math.nan)
+    dlse = None if dlse is None else dlse.masked_fill(empty, math.nan)
+    inputs = x.q, x.k, x.v, x.mask
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors, seed=seed)
+
+    plans = plans_of(problem, tiles)
+    gradients = fused_backward(problem, *inputs, out, lse, dout, dlse, run, plans)
+    wrong = wrong_gradients(gradients, *inputs, dout, dlse, case.options())
+    assert not wrong, f"{case.describe()}: {wrong}\n{dataclasses.asdict(case)}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_kernels_are_healthy_and_right(name: str) -> None:
+    tiles, fixed = FAMILIES[name]
+    for seed in range(SEEDS_OF_A_FAMILY):
+        check(draw_case(fixed, seed), tiles, seed)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 104, 128, 192, 256])
+def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
+    """72 and 104 leave the last of 16 columns empty, where others had dq wrong."""
+    case = Case(
+        num_heads_q=4,
+        num_heads_kv=2,
+        seqlen_q=70,
+        seqlen_k=130,
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        dtype="bfloat16",
+        causal="lower_right",
+    )
+    check(case, None)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 300), (300, 1), (193, 64), (64, 193)])
+def test_lengths_that_leave_tiles_nearly_empty(lengths: tuple[int, int]) -> None:
+    """Keys behind the last would count exp(-lse), which is infinite where lse is below -89."""
+    for causal in ("none", "lower_right"):
+        case = Case(seqlen_q=lengths[0], seqlen_k=lengths[1], causal=causal, spread=30.0)
+        check(case, None, seed=1)
+
+
+def test_rows_whose_scores_are_far_below_zero() -> None:
+    """lse -200: exp(0 - lse) overflows for keys that do not exist, and 0 * inf would be NaN."""
+    case = Case(seqlen_q=192, seqlen_k=70, head_dim=32, head_dim_v=32)
+    x = make_inputs(case)
+    x.q[:, :, :, 0], x.k[:, :, :, 0] = 60.0, -20.0
+    problem, out, lse = forward(x.q, x.k, x.v, None, {})
+    assert lse.max() < -150.0
+    dout = torch.ones_like(out)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors)
+
+    gradients = fused_backward(problem, x.q, x.k, x.v, None, out, lse, dout, None, run)
+    assert not wrong_gradients(gradients, x.q, x.k, x.v, None, dout, None, {})
+
+
+@pytest.mark.parametrize("missing", ["dout", "dlse"])
+def test_a_gradient_may_arrive_through_out_or_lse_alone(missing: str) -> None:
+    x = make_inputs(Case(seqlen_q=40, seqlen_k=50))
+    problem, out, lse = forward(x.q, x.k, x.v, None, {})
+    dout = None if missing == "dout" else torch.randn_like(out)
+    dlse = None if missing == "dlse" else torch.randn_like(lse)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors)
+
+    gradients = fused_backward(problem, x.q, x.k, x.v, None, out, lse, dout, dlse, run)
+    zero = torch.zeros_like(out)
+    inputs = x.q, x.k, x.v, None, zero if dout is None else dout, dlse
+    assert not wrong_gradients(gradients, *inputs, {})
+
+
+def test_gradients_of_strided_tensors_and_of_an_expanded_gradient() -> None:
+    """q, k, v cut out of one projection; dout of out.sum(), all of it one number in memory."""
+    packed = torch.randn(2, 70, 3, 2, 64, dtype=torch.float16)
+    q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
+    problem, out, lse = forward(q, k, v, None, {"causal": True})
+    dout = torch.ones((), dtype=out.dtype).expand(out.shape)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors)
+
+    gradients = fused_backward(problem, q, k, v, None, out, lse, dout, None, run)
+    assert not wrong_gradients(gradients, q, k, v, None, dout, None, {"causal": True})
+    for gradient, x in zip(gradients, (q, k, v), strict=True):
+        assert gradient.stride() == torch.empty_like(x).stride()
