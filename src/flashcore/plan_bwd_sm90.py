@@ -95,22 +95,27 @@ class BwdSm90Plan(Plan):
         return tiles_sm90.chunk_of(self.head_dim, self.head_dim_v)
 
     @property
-    def has_out_buffer(self) -> bool:
-        """Whether there is room to let dq leave through a buffer of its own."""
-        return self._dq_smem_bytes(True) <= smem_limits(ARCH)[0]
+    def dq_buffers(self) -> tuple[int, bool]:
+        """How many row tiles' Q and dO there is room for in the kernel of dq, and whether dq leaves
+        through a buffer of its own: first of all, the next row tile is loaded during this one."""
+        limit = smem_limits(ARCH)[0]
+        for found in ((2, True), (2, False), (1, True)):
+            if self._dq_smem_bytes(*found) <= limit:
+                return found
+        return 1, False
 
-    def _dq_smem_bytes(self, has_out_buffer: bool) -> int:
+    def _dq_smem_bytes(self, q_buffers: int, has_out_buffer: bool) -> int:
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
-        elements = self.block_m * (qk_cols + v_cols + (qk_cols if has_out_buffer else 0))
+        elements = self.block_m * (q_buffers * (qk_cols + v_cols) + qk_cols * has_out_buffer)
         elements += self.block_n * (self.num_stages * qk_cols + self.other_stages * v_cols)
-        num_barriers = 2 * (self.num_consumers + self.num_stages + self.other_stages)
+        num_barriers = 2 * (q_buffers * self.num_consumers + self.num_stages + self.other_stages)
         return 2 * elements + _BARRIER_BYTES * num_barriers + _COORD_BYTES
 
     @property
     def smem_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         if self.is_dq:
-            return self._dq_smem_bytes(self.has_out_buffer)
+            return self._dq_smem_bytes(*self.dq_buffers)
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
         out_cols = 0 if self.has_roles else max(qk_cols, v_cols)
         elements = self.block_n * (qk_cols + v_cols + out_cols)
@@ -134,22 +139,31 @@ class BwdSm90Plan(Plan):
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
         del constants["NUM_WARPS"], constants["LOAD_BYTES"]
-        return (
-            constants
-            | {
-                "CONSUMER_REGISTERS": consumer_registers,
-                "PRODUCER_REGISTERS": producer_registers,
-                "CHUNK": self.chunk,
-                "OVERLAPS": self.overlaps,
-                "EARLY_DP": self.early_dp,
-                "KEEPS_P": self.keeps_p,
-                "KEY_SPLITS": 1,
-                "SPLIT_KEYS": False,
-                "HAS_ROLES": self.has_roles,
-                "NUM_V_STAGES" if self.is_dq else "NUM_DO_STAGES": self.other_stages,
-            }
-            | ({"HAS_OUT_BUFFER": self.has_out_buffer} if self.is_dq else {})
-        )
+        constants |= {
+            "CONSUMER_REGISTERS": consumer_registers,
+            "PRODUCER_REGISTERS": producer_registers,
+            "CHUNK": self.chunk,
+            "OVERLAPS": self.overlaps,
+            "KEY_SPLITS": 1,
+            "SPLIT_KEYS": False,
+        }
+        return constants | (self._dq_constants() if self.is_dq else self._dkdv_constants())
+
+    def _dq_constants(self) -> dict[str, object]:
+        q_buffers, has_out_buffer = self.dq_buffers
+        return {
+            "NUM_V_STAGES": self.other_stages,
+            "Q_BUFFERS": q_buffers,
+            "HAS_OUT_BUFFER": has_out_buffer,
+        }
+
+    def _dkdv_constants(self) -> dict[str, object]:
+        return {
+            "NUM_DO_STAGES": self.other_stages,
+            "EARLY_DP": self.early_dp,
+            "KEEPS_P": self.keeps_p,
+            "HAS_ROLES": self.has_roles,
+        }
 
 
 class BwdPlans(NamedTuple):

@@ -22,6 +22,7 @@
 // What one consumer warpgroup carries from key tile to key tile.
 struct Consumer {
   int index;
+  int slot;      // of Q and dO
   int warp_row;  // first of this warp's 16 query rows
   WmmaAccum dq[QK_FRAGS];
   WmmaAccum scores[KEY_FRAGS];  // then P, times soft-capping's derivative
@@ -65,7 +66,7 @@ FC_DEVICE void issue_s(Consumer& c, const Buffers& smem, uint32_t count) {
   const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
   wgmma_fence();
   issue_scores<HEAD_DIM, BLOCK_N>(
-      c.scores, wgmma_desc<CHUNK_BYTES>(smem.q + c.index * Q_GROUP_ELEMENTS, 0),
+      c.scores, wgmma_desc<CHUNK_BYTES>(smem.q + c.slot * Q_GROUP_ELEMENTS, 0),
       wgmma_desc<CHUNK_BYTES>(smem.k, 0) + stage * (K_ELEMENTS * 2));
   wgmma_commit();
 }
@@ -75,7 +76,7 @@ FC_DEVICE void issue_dp(Consumer& c, const Buffers& smem, uint32_t count) {
   const int stage = warp_uniform(stage_of<NUM_V_STAGES>(count));
   wgmma_fence();
   issue_scores<HEAD_DIM_V, BLOCK_N>(
-      c.dprobs, wgmma_desc<CHUNK_BYTES>(smem.dout + c.index * DO_GROUP_ELEMENTS, 0),
+      c.dprobs, wgmma_desc<CHUNK_BYTES>(smem.dout + c.slot * DO_GROUP_ELEMENTS, 0),
       wgmma_desc<CHUNK_BYTES>(smem.v, 0) + stage * (V_ELEMENTS * 2));
   wgmma_commit();
 }
@@ -96,7 +97,7 @@ FC_DEVICE void load_stats(Consumer& c, const AttnBwdSm90Params& params, const Bl
   const AttnParams& p = params.attn;
   const GmemPtr<const float> lse_gmem = {p.lse.address};
   const GmemPtr<const Element> out_gmem = {p.out.address};
-  const auto dout = smem.dout + c.index * DO_GROUP_ELEMENTS;
+  const auto dout = smem.dout + c.slot * DO_GROUP_ELEMENTS;
   const int lane = opaque(lane_idx());
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -164,18 +165,20 @@ FC_DEVICE void score_gradient(Consumer& c) {
   }
 }
 
-// One key tile. With OVERLAPS, dQ of the tile before (unless FIRST) is issued here, and this one's
+// One key tile, the FIRST of a row tile or not. With OVERLAPS, dQ of the tile before is issued here, and this one's
 // left to the next. All else that is issued here is also waited for: ptxas serialises products that
 // are under way from one turn of a loop to the next.
 template <bool FIRST>
-FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
-                        const Buffers& smem, int key_begin) {
+FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
+                        const Buffers& smem, const BlockCoord& block, int key_begin) {
+  const AttnParams& p = params.attn;
   constexpr bool HAS_DQ = OVERLAPS && !FIRST;
   await_k(bar, c.count);
   issue_s(c, smem, c.count);
   await_v(bar, c.count);
   issue_dp(c, smem, c.count);
   if (HAS_DQ) issue_dq(c, smem, c.count - 1);
+  if (FIRST) load_stats(c, params, block, smem);  // beside the products
   wgmma_wait<HAS_DQ ? 2 : 1>();
   wgmma_hold(c.scores);
   if (MASK_KIND != 0 || strip_needs_mask(p, c.warp_row, key_begin)) {
@@ -204,12 +207,12 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
 }
 
 // dQ of a consumer's 64 rows over key tiles, from last to first.
-FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
-                          const Buffers& smem, const KeyRange& keys) {
+FC_DEVICE void accumulate(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
+                          const Buffers& smem, const BlockCoord& block, const KeyRange& keys) {
   int n_block = keys.n_block_end - 1;
-  if (OVERLAPS) key_tile<true>(c, p, bar, smem, n_block-- * BLOCK_N);
-  for (; n_block >= keys.n_block_begin; --n_block) {
-    key_tile<false>(c, p, bar, smem, n_block * BLOCK_N);
+  key_tile<true>(c, params, bar, smem, block, n_block * BLOCK_N);
+  for (--n_block; n_block >= keys.n_block_begin; --n_block) {
+    key_tile<false>(c, params, bar, smem, block, n_block * BLOCK_N);
   }
   if (OVERLAPS) {
     issue_dq(c, smem, c.count - 1);
@@ -226,7 +229,8 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
   c.index = warp_uniform(warp_idx() / 4 - 1);
   c.count = 0;
   for (int turn = 0;; ++turn) {
-    mbar_wait(bar.q_full + c.index, turn % 2);
+    c.slot = slot_of(turn, c.index);
+    mbar_wait(bar.q_full + c.slot, slot_parity(turn));
     const BlockCoord block = coord_or_end(coord_slot(smem.coords, turn));
     if (block.m_begin == NO_TILE) break;
     const int group_row = block.m_begin + c.index * 64;
@@ -234,11 +238,13 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const KeyRange keys = key_range(p, block.m_begin);
     const KeyRange own = IS_BOUNDED ? group_key_range(p, keys, group_row) : keys;
     c.mask = mask_of(p, block.batch_idx, block.head_idx);
-    load_stats(c, params, block, smem);
-    warp_sync();  // orders every lane's reads of dO before the warp releases it
     clear(c.dq);
     if (IS_BOUNDED) skip_tiles(c, bar, keys.n_block_end - own.n_block_end);
-    if (own.n_block_begin < own.n_block_end) accumulate(c, p, bar, smem, own);
+    if (own.n_block_begin < own.n_block_end) {
+      accumulate(c, params, bar, smem, block, own);
+    } else {
+      load_stats(c, params, block, smem);
+    }
     if (IS_BOUNDED) skip_tiles(c, bar, own.n_block_begin - keys.n_block_begin);
 
     const bool is_empty[2] = {c.lse_log2[0] == POS_INF, c.lse_log2[1] == POS_INF};
@@ -251,10 +257,11 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
         }
       }
     }
-    const auto release_q = [&] { arrive_for_warp(bar.q_empty + c.index); };
+    const auto release_q = [&] { arrive_for_warp(bar.q_empty + c.slot); };
+    warp_sync();  // orders every lane's reads of dO before the warp releases it
     if (HAS_OUT_BUFFER) release_q();
     const auto out = HAS_OUT_BUFFER ? smem.out + c.index * OUT_ELEMENTS
-                                    : smem.q + c.index * Q_GROUP_ELEMENTS;
+                                    : smem.q + c.slot * Q_GROUP_ELEMENTS;
     store_rows(c.dq, p.softmax_scale, out, params.dq_map, group_row, block.head_idx,
                block.batch_idx, STORE_BARRIER + c.index);
     if (!HAS_OUT_BUFFER) {
@@ -270,8 +277,8 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
 FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
   const Buffers smem = {
-      smem_view<Element>(0, NUM_CONSUMERS * Q_GROUP_ELEMENTS, "q_smem"),
-      smem_view<Element>(DO_OFFSET, NUM_CONSUMERS * DO_GROUP_ELEMENTS, "dout_smem"),
+      smem_view<Element>(0, NUM_SLOTS * Q_GROUP_ELEMENTS, "q_smem"),
+      smem_view<Element>(DO_OFFSET, NUM_SLOTS * DO_GROUP_ELEMENTS, "dout_smem"),
       smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
       smem_view<Element>(V_OFFSET, NUM_V_STAGES * V_ELEMENTS, "v_smem"),
       smem_view<Element>(OUT_OFFSET, NUM_CONSUMERS * OUT_ELEMENTS, "out_smem"),

@@ -11,14 +11,15 @@ constexpr int DO_GROUP_ELEMENTS = 64 * V_CHUNKS * CHUNK;
 constexpr int K_ELEMENTS = BLOCK_N * QK_CHUNKS * CHUNK;  // of one stage
 constexpr int V_ELEMENTS = BLOCK_N * V_CHUNKS * CHUNK;
 
-constexpr int DO_OFFSET = NUM_CONSUMERS * Q_GROUP_ELEMENTS * 2;
-constexpr int K_OFFSET = DO_OFFSET + NUM_CONSUMERS * DO_GROUP_ELEMENTS * 2;
+constexpr int NUM_SLOTS = Q_BUFFERS * NUM_CONSUMERS;  // of 64 rows of Q and dO
+constexpr int DO_OFFSET = NUM_SLOTS * Q_GROUP_ELEMENTS * 2;
+constexpr int K_OFFSET = DO_OFFSET + NUM_SLOTS * DO_GROUP_ELEMENTS * 2;
 constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
 constexpr int OUT_OFFSET = V_OFFSET + NUM_V_STAGES * V_ELEMENTS * 2;
 // Without a buffer of its own dQ leaves through the place of Q.
 constexpr int OUT_ELEMENTS = HAS_OUT_BUFFER ? Q_GROUP_ELEMENTS : 0;
 constexpr int BARRIERS_OFFSET = OUT_OFFSET + NUM_CONSUMERS * OUT_ELEMENTS * 2;
-constexpr int NUM_BARRIERS = 2 * NUM_CONSUMERS + 2 * NUM_STAGES + 2 * NUM_V_STAGES;
+constexpr int NUM_BARRIERS = 2 * NUM_SLOTS + 2 * NUM_STAGES + 2 * NUM_V_STAGES;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
               "the plan and the kernel disagree on shared memory");
@@ -29,7 +30,7 @@ struct Buffers {
 };
 
 struct Barriers {
-  SmemPtr<uint64_t> q_full, q_empty;  // one a consumer; of Q and dO
+  SmemPtr<uint64_t> q_full, q_empty;  // one a slot; of Q and dO
   SmemPtr<uint64_t> k_full, k_empty, v_full, v_empty;
 };
 
@@ -39,9 +40,9 @@ enum NamedBarrier {
 
 FC_DEVICE Barriers barriers() {
   const auto first = smem_view<uint64_t>(BARRIERS_OFFSET, NUM_BARRIERS, "barriers");
-  const auto ring = first + 2 * NUM_CONSUMERS;
+  const auto ring = first + 2 * NUM_SLOTS;
   return {first,
-          first + NUM_CONSUMERS,
+          first + NUM_SLOTS,
           ring,
           ring + NUM_STAGES,
           ring + 2 * NUM_STAGES,
@@ -50,9 +51,9 @@ FC_DEVICE Barriers barriers() {
 
 // By one thread.
 FC_DEVICE void init_barriers(const Barriers& bar) {
-  for (int group = 0; group < NUM_CONSUMERS; ++group) {
-    mbar_init(bar.q_full + group, 1);
-    mbar_init(bar.q_empty + group, 4);
+  for (int slot = 0; slot < NUM_SLOTS; ++slot) {
+    mbar_init(bar.q_full + slot, 1);
+    mbar_init(bar.q_empty + slot, 4);
   }
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
     mbar_init(bar.k_full + stage, 1);
@@ -65,6 +66,10 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init_fence();
 }
 
+// Which slot belongs to a consumer in a block's row tile number `turn`; the parity of its phase.
+FC_DEVICE int slot_of(int turn, int group) { return turn % Q_BUFFERS * NUM_CONSUMERS + group; }
+FC_DEVICE int slot_parity(int turn) { return turn / Q_BUFFERS % 2; }
+
 // One thread: walks over the block's row tiles, and has TMA load Q and dO, and K and V as far ahead
 // as the stages allow, keys from last to first.
 FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
@@ -76,8 +81,8 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (tile.done(p, params.schedule)) {
       smem_store(coord, NO_TILE);
       for (int group = 0; group < NUM_CONSUMERS; ++group) {
-        mbar_wait(bar.q_empty + group, turn % 2 ^ 1);
-        mbar_arrive(bar.q_full + group);
+        mbar_wait(bar.q_empty + slot_of(turn, group), slot_parity(turn) ^ 1);
+        mbar_arrive(bar.q_full + slot_of(turn, group));
       }
       grid_launch_dependents();
       return;
@@ -85,16 +90,17 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     const BlockCoord block = tile.coord(p, params.schedule);
     store_coord(coord, block);
     for (int group = 0; group < NUM_CONSUMERS; ++group) {
-      const auto full = bar.q_full + group;
+      const int slot = slot_of(turn, group);
+      const auto full = bar.q_full + slot;
       const int row = block.m_begin + group * 64;
-      mbar_wait(bar.q_empty + group, turn % 2 ^ 1);
+      mbar_wait(bar.q_empty + slot, slot_parity(turn) ^ 1);
       mbar_arrive_expect_tx(full, (Q_GROUP_ELEMENTS + DO_GROUP_ELEMENTS) * 2);
       for (int c = 0; c < QK_CHUNKS; ++c) {
-        tma_load(smem.q + (group * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
+        tma_load(smem.q + (slot * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
                  c * CHUNK, row, block.head_idx, block.batch_idx);
       }
       for (int c = 0; c < V_CHUNKS; ++c) {
-        tma_load(smem.dout + (group * DO_GROUP_ELEMENTS + c * 64 * CHUNK), params.dout_map, full,
+        tma_load(smem.dout + (slot * DO_GROUP_ELEMENTS + c * 64 * CHUNK), params.dout_map, full,
                  c * CHUNK, row, block.head_idx, block.batch_idx);
       }
     }
