@@ -52,8 +52,8 @@ gate: $(READY) ## compile the kernels for every architecture and check the resou
 # -n -W: a reference or a link that leads nowhere is an error. Nothing is fetched: links to other sites
 # are not followed. Sphinx is missing where a prepared Python is borrowed, MyST on Python 3.10.
 docs: $(READY) ## pages and reference as HTML in build/site
-	@if ! $(BIN)/python -c 'import sphinx, myst_parser, furo' 2>/dev/null; then \
-	  echo "docs skipped: this environment has no sphinx, myst-parser and furo"; \
+	@if ! $(BIN)/python -c 'import sphinx, myst_parser, furo, sphinx_copybutton' 2>/dev/null; then \
+	  echo "docs skipped: this environment has no sphinx, myst-parser, furo and sphinx-copybutton"; \
 	else \
 	  set -ex; \
 	  $(BIN)/python -m sphinx -q -n -W --keep-going -c docs -d .cache/sphinx . build/site; \

@@ -8,7 +8,6 @@ of contents in it: `adapt_page` appends one while building.
 from __future__ import annotations
 
 import sys
-from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,10 +17,12 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "src"))  # the docstrings of this checkout
 
-project = "flashcore"
-release = version = installed_version("flashcore")
+from flashcore import __version__  # noqa: E402
 
-extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser"]
+project = "flashcore"
+release = version = __version__
+
+extensions = ["sphinx.ext.autodoc", "sphinx.ext.napoleon", "myst_parser", "sphinx_copybutton"]
 root_doc = "docs/index"
 # Any other file that a page links to is copied beside it.
 include_patterns = ["*.md", "docs/*.md", "benchmarks/**.md", "src/flashcore/data/README.md"]

@@ -35,6 +35,7 @@ OLDEST_TORCH = (2, 8)
 NEEDED = {
     "typer": "typer",
     "rich": "rich",
+    "filelock": "filelock",
     "numpy": "numpy",
     "pytest": "pytest",
     "xdist": "pytest-xdist",
@@ -51,6 +52,7 @@ OPTIONAL = {
     "sphinx": "sphinx",
     "myst_parser": "myst-parser",
     "furo": "furo",
+    "sphinx_copybutton": "sphinx-copybutton",
 }
 
 
@@ -102,9 +104,9 @@ def site_folder(python: Path) -> Path:
 
 
 def project_version() -> str:
-    """Return the version in pyproject.toml (tomllib came with Python 3.11)."""
-    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    found = re.search(r'^version = "([^"]+)"', text, re.MULTILINE)
+    """Return flashcore's version, without importing it."""
+    text = (ROOT / "src" / "flashcore" / "__init__.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"', text, re.MULTILINE)
     assert found
     return found.group(1)
 
@@ -131,10 +133,11 @@ def borrow(folder: Path) -> None:
     lenders = [p for p in sys.path if p.endswith(("site-packages", "dist-packages"))]
     (site / "_borrowed.pth").write_text("\n".join(lenders) + "\n", encoding="utf-8")
     (site / "_flashcore.pth").write_text(f"{ROOT / 'src'}\n", encoding="utf-8")
-    metadata = site / f"flashcore-{project_version()}.dist-info"
+    metadata = site / f"flashcore_attention-{project_version()}.dist-info"
     metadata.mkdir(exist_ok=True)
     (metadata / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: flashcore\nVersion: {project_version()}\n", encoding="utf-8"
+        f"Metadata-Version: 2.1\nName: flashcore-attention\nVersion: {project_version()}\n",
+        encoding="utf-8",
     )
     script = folder / "bin" / "flashcore"
     script.write_text(

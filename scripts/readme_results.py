@@ -37,7 +37,6 @@ RESULTS = Path("benchmarks/results/h200.json")
 HOST_RESULTS = Path("benchmarks/results/h200-host.json")
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-README_SEQLENS = (512, 2048, 16384)
 
 
 class MarkerError(ValueError):
@@ -55,12 +54,6 @@ def readme_section(document: Document, folder: Path) -> str:
             means_table(document),
             f"{summary(document)} All shapes, errors, limits and what was tried: "
             "[docs/performance.md](docs/performance.md).",
-            "The first benchmark of this project, 8 heads, 512 tokens, head_dim 64, "
-            f"{dtypes(document, 'seed')}:",
-            seed_table(document),
-            "A sweep at 16k tokens and hidden size 2048, "
-            f"{dtypes(document, 'sweep')}, microseconds / TFLOP/s:",
-            group_table(document, "sweep", README_SEQLENS),
             *plot,
         ]
     )

@@ -21,6 +21,7 @@ from flashcore import (
     launch,
     launcher,
     params_sm90,
+    torch_backward,
 )
 from flashcore.driver import LaunchConfig
 from flashcore.params import AttnParams
@@ -134,19 +135,22 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
         return dataclasses.replace(problem, device="cuda", arch=arch)
 
     monkeypatch.setattr(Problem, "from_tensors", classmethod(from_tensors))
+    # Torch's operators know that these are CPU tensors.
+    monkeypatch.setattr(torch_backward, "obstacle_to_fused", lambda *arguments: "a stand-in")
     monkeypatch.setattr(driver, "import_driver", lambda: SimpleNamespace(CUresult=int))
     monkeypatch.setattr(driver, "entry_address", machine.driver.address_of)
     monkeypatch.setattr(driver_launch, "entry_point", machine.driver.entry_point)
     monkeypatch.setattr(descriptors, "entry_point", machine.driver.entry_point)
     monkeypatch.setattr(driver_launch, "_load", load)
+    monkeypatch.setattr(driver_launch, "allowed_during_a_capture", contextlib.nullcontext)
     monkeypatch.setattr(launch, "_num_sms", lambda index: 132)
     monkeypatch.setattr(launch, "verify_element_map", lambda *args: None)
     monkeypatch.setattr(launch, "_compile", lambda plan: SimpleNamespace(name=plan.kernel))
     for module in (launch, launcher):
         monkeypatch.setattr(
-            module, "work_counters", lambda device, count=1: machine.counters[:count]
+            module, "work_counters", lambda device, count=1: machine.counters.data_ptr()
         )
-    monkeypatch.setattr(launch, "own_counter", lambda device: machine.counters[:1])
+    monkeypatch.setattr(launch, "own_counter", lambda device: machine.counters.data_ptr())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.driver.capturing)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.device)
@@ -155,10 +159,11 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
         torch._C, "_cuda_getCurrentRawStream", lambda index: machine.stream, raising=False
     )
     monkeypatch.setattr(calls, "_calls", {})
+    monkeypatch.setattr(calls, "_growing", {})
     monkeypatch.setattr(launch, "_arguments", {})
     monkeypatch.setattr(descriptors, "_kinds", {})
     # What these hold is the stand-in's own: nobody is to find it afterwards.
-    for module, name in ((launch, "_launch"), (dispatch, "_plan")):
+    for module, name in ((launch, "_launch"), (dispatch, "_plan"), (dispatch, "kernel_call")):
         function = getattr(module, name).__wrapped__
         monkeypatch.setattr(module, name, functools.lru_cache(function))
     return machine

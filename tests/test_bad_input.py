@@ -43,19 +43,11 @@ CASES = {
     "no kv heads": ({"k": K[:, :0], "v": V[:, :0]}, ValueError, "q has 4 heads", "k has 0"),
     "seqlen of v": ({"v": V[:, :, :9]}, ValueError, "v has seqlen 9", "k has 10"),
     "head_dim of k": ({"k": K[..., :8]}, ValueError, "k has head_dim 8", "q has 16"),
-    "head_dim 12": (
-        {"q": Q[..., :12], "k": K[..., :12]}, NotImplementedError, "q has head_dim 12", "pad"
+    "head_dim 264 in a kernel": (
+        {"v": tensor(2, 2, 10, 264), "backend": "sim"},
+        NotImplementedError, "no kernel serves head_dim 264", "256", 'backend="torch"',
     ),
-    "head_dim_v 264": (
-        {"v": tensor(2, 2, 10, 264)}, NotImplementedError, "v has head_dim 264", "256", "pad"
-    ),
-    "head_dim 0": ({"v": V[..., :0]}, NotImplementedError, "v has head_dim 0", "8 to 256"),
-    "strided last dimension": (
-        {"k": tensor(2, 2, 10, 32)[..., ::2]}, ValueError, "k has stride 2", "k.contiguous()"
-    ),
-    "expanded last dimension": (
-        {"q": tensor(2, 4, 6, 1).expand(-1, -1, -1, 16)}, ValueError, "q has stride 0", "contig"
-    ),
+    "head_dim 0": ({"v": V[..., :0]}, NotImplementedError, "v has head_dim 0", "at least 1"),
     "long sequence": (
         {"q": tensor(1, 1, 1, 8).expand(2, 4, 2**30, 8), "k": K[..., :8]},
         NotImplementedError, "q has seqlen 1073741824", "split",

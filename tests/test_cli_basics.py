@@ -11,9 +11,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from flashcore.cli import app
+from flashcore.cli import app, output
 from flashcore.cli.options import parse_archs, parse_window
 from flashcore.cli.output import seconds, to_json
+from flashcore.errors import FlashCoreError
 
 COMMANDS = ["demo", "doctor", "verify", "isolate", "resources", "build", "explain", "bench", "tune"]
 runner = CliRunner()
@@ -127,3 +128,48 @@ def test_option_values() -> None:
     assert parse_archs("sm_80, 90") == [80, 90]
     with pytest.raises(typer.BadParameter, match="sm_80"):
         parse_archs("hopper")
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 110, 200])
+def test_tables_cut_nothing(width):
+    """Numbers stay in one piece, text wraps or is folded, and no line is wider than the console."""
+    import io
+
+    from rich.console import Console
+
+    from flashcore.cli.output import table
+
+    numbers = ["159.3 / 431", "286.4 / 240", "192x128", "1024", "1.14x"]
+    rows = [["B32 H32 S512 D64", "sm_90", *numbers, "[green]right[/]", "a sentence of many words"]]
+    rows += [["seed", "bfloat16", *numbers, "WRONG", "x" * 50]]
+    columns = ["case", "kind", "us / TFLOP/s", "flashcore", "tiles", "seqlen", "of", "is", "note"]
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(table("title", columns, rows))
+    lines = stream.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for piece in [*numbers, "sm_90", "bfloat16", "right", "sentence", "seed"]:
+        assert piece in text, piece
+    assert text.count("x") >= 50
+    assert "…" not in text
+
+
+@pytest.mark.parametrize("flag", [None, "-q", "-v"])
+def test_commands_are_quiet_or_verbose_on_request(flag, capsys):
+    """-q silences progress and notes; -v adds the traceback to an error's one line."""
+
+    def failing(as_json: output.JsonFlag = False) -> None:
+        """Fail."""
+        with output.command(as_json) as out, out.progress("working"):
+            out.note("a note")
+            raise FlashCoreError("the reason")
+
+    app = typer.Typer()
+    app.command()(output.with_verbosity(failing))
+    with pytest.raises(SystemExit) as left:
+        app([] if flag is None else [flag])
+    assert left.value.code == 1
+    text = capsys.readouterr().err
+    assert "the reason" in text
+    assert ("a note" in text) == ("working" in text) == (flag != "-q")
+    assert ("Traceback" in text) == (flag == "-v")

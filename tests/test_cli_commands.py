@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 import flashcore
 from flashcore import codegen, jit
+from flashcore import configurations as configurations_module
 from flashcore.bench import report
 from flashcore.bench.run import run
 from flashcore.bench.timing import Timing, time_on_cpu
@@ -195,12 +196,14 @@ def test_configurations_hold_whatever_the_hopper_kernels_table_chooses() -> None
 def test_a_built_bundle_serves_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setattr(configurations_module, "SERVING_VARIANTS", {})
+    monkeypatch.setattr(configurations_module, "VARIANTS", {"full": {}})
     bundle = tmp_path / "kernels.bundle"
-    arguments = ["build", "--arch", "sm_90", "--head-dim", "64", "--dtype", "float16"]
+    arguments = ["build", "--arch", "sm_90", "--head-dim", "64", "--dtype", "float16", "-j", "1"]
     status, document = invoke(*arguments, "--output", str(bundle))
     assert status == 0
     assert document["kernels"] == len(document["plans"]) + 1 > 1  # and the element map's check
-    (entry, *_) = configurations(archs=[90], head_dims=[64], dtypes=["float16"])
+    (entry, *_) = configurations(archs=[90], head_dims=[64], dtypes=["float16"], variants=["full"])
     monkeypatch.setenv("FLASHCORE_BUNDLE", str(bundle))
     monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path / "empty"))
     monkeypatch.setattr(jit, "compile_uncached", lambda *_: pytest.fail("compiled"))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 
 import pytest
 import torch
 
+import flashcore
+from flashcore import alibi
 from flashcore.compat import flash_attn
 
 B, SQ, SK, HQ, HK, D = 2, 5, 9, 4, 2, 16
@@ -98,9 +101,13 @@ def test_packed_forms(name):
 CUTS_Q, CUTS_K = (0, 3, 3, 5), (0, 4, 6, 9)  # three sequences, the second without queries
 
 
-@pytest.mark.parametrize("name", [name for name in CASES if "alibi" not in name])
+@pytest.mark.filterwarnings("ignore::flashcore.FallbackWarning")
+@pytest.mark.parametrize("name", CASES)
 def test_varlen_is_each_sequence_alone(name):
-    options, _ = CASES[name]
+    options = dict(CASES[name][0])
+    slopes = options.get("alibi_slopes")
+    if slopes is not None and slopes.dim() == 2:
+        slopes = options["alibi_slopes"] = torch.stack([SLOPES, 2 * SLOPES, 3 * SLOPES])
     q, k, v = (x[0] for x in inputs())
     lengths = (*(torch.tensor(x, dtype=torch.int32) for x in (CUTS_Q, CUTS_K)), 3, 4)
     out, lse, probs = flash_attn.flash_attn_varlen_func(
@@ -109,11 +116,15 @@ def test_varlen_is_each_sequence_alone(name):
     assert probs is None
     for b in range(3):
         i, j = slice(*CUTS_Q[b : b + 2]), slice(*CUTS_K[b : b + 2])
+        if slopes is not None and slopes.dim() == 2:
+            options["alibi_slopes"] = slopes[b]
         alone, alone_lse, _ = flash_attn.flash_attn_func(
             q[None, i], k[None, j], v[None, j], **options, return_attn_probs=True
         )
         torch.testing.assert_close(out[i], alone[0])
         torch.testing.assert_close(lse[:, i], alone_lse[0])
+    if slopes is not None:
+        options["alibi_slopes"] = slopes
     kv = torch.stack([k, v], dim=1)
     packed = flash_attn.flash_attn_varlen_kvpacked_func(q, kv, *lengths, **options)
     assert torch.equal(packed, out)
@@ -122,6 +133,44 @@ def test_varlen_is_each_sequence_alone(name):
     split = (lengths[0], lengths[0], 3, 3)
     expected = flash_attn.flash_attn_varlen_func(*qkv.unbind(1), *split, **options)
     assert torch.equal(packed, expected)
+
+
+def test_alibi_of_packed_sequences(monkeypatch):
+    """One warning; gradients; rows of no sequence; and slopes of a wrong shape."""
+    monkeypatch.setattr(alibi, "_warned", set())
+    q, k, v = (x[0].requires_grad_() for x in inputs())
+    ends = torch.tensor([0, 3, 4], dtype=torch.int32)
+    arguments = (q, k, v, ends, ends, 3, 3)
+    with pytest.warns(flashcore.FallbackWarning, match="alibi_slopes with packed") as caught:
+        out = flash_attn.flash_attn_varlen_func(*arguments, alibi_slopes=SLOPES, causal=True)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        flash_attn.flash_attn_varlen_func(*arguments, alibi_slopes=SLOPES, causal=True)
+    assert not out[4:].any()
+    ours = torch.autograd.grad(out.square().sum(), (q, k, v))
+    parts = [
+        flash_attn.flash_attn_func(q[None, i], k[None, i], v[None, i], 0.0, None, True, (-1, -1),
+                                   0.0, SLOPES)[0]
+        for i in (slice(0, 3), slice(3, 4))
+    ]  # fmt: skip
+    alone = torch.autograd.grad(torch.cat(parts).square().sum(), (q, k, v))
+    torch.testing.assert_close(ours, alone)
+    with pytest.raises(ValueError, match=r"alibi_slopes has shape \[3, 4\].*\[2, 4\]"):
+        flash_attn.flash_attn_varlen_func(*arguments, alibi_slopes=SLOPES.expand(3, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::flashcore.FallbackWarning")
+def test_alibi_of_packed_sequences_on_the_gpu():
+    q, k, v = (x[0].cuda().half() for x in inputs())
+    lengths = (*(torch.tensor(x, dtype=torch.int32).cuda() for x in (CUTS_Q, CUTS_K)), 3, 4)
+    ours = flash_attn.flash_attn_varlen_func(q, k, v, *lengths, alibi_slopes=SLOPES.cuda())
+    lengths = (*(x.cpu() for x in lengths[:2]), 3, 4)
+    exact = flash_attn.flash_attn_varlen_func(
+        *(x.double().cpu() for x in (q, k, v)), *lengths, alibi_slopes=SLOPES
+    )
+    torch.testing.assert_close(ours.double().cpu(), exact, atol=2e-3, rtol=2e-3)
 
 
 def test_gradients_flow_to_a_packed_tensor():
@@ -158,7 +207,7 @@ def test_what_is_not_supported_raises_and_names_the_argument():
         flash_attn.flash_attn_func(q, k, v, 0.1)
     cuts = torch.tensor([0, 5], dtype=torch.int32)
     varlen = (q[0], q[0], q[0], cuts, cuts, 5, 5)
-    for options in ({"dropout_p": 0.1}, {"alibi_slopes": SLOPES}, {"block_table": cuts}):
+    for options in ({"dropout_p": 0.1}, {"block_table": cuts}):
         with pytest.raises(NotImplementedError, match=next(iter(options))):
             flash_attn.flash_attn_varlen_func(*varlen, **options)
     with pytest.raises(ValueError, match=r"alibi_slopes has shape \[3\].*\[4\]"):

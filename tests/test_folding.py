@@ -125,7 +125,7 @@ def test_q_is_copied_where_that_pays(
     assert q.is_contiguous()
     assert launched.q_strides == q.stride()[:3]
     text = str(flashcore.explain(x.q, x.k, x.v, backend="sim", file=io.StringIO()))
-    assert "q is copied for that" in text
+    assert "q is copied: heads that share one of k and v" in text
 
 
 @pytest.mark.parametrize(

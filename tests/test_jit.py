@@ -103,7 +103,7 @@ def test_entry_that_stays_corrupt_is_worth_a_warning(cache: Path) -> None:
         entry.write_bytes(b"damaged")
         jit.compile_source.cache_clear()
         if expected:
-            with pytest.warns(RuntimeWarning, match="corrupt again"):
+            with pytest.warns(RuntimeWarning, match="damaged again"):
                 jit.compile_source(SOURCE, 80, "copy")
         else:
             jit.compile_source(SOURCE, 80, "copy")

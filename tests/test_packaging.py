@@ -11,6 +11,10 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+import torch
+
+import flashcore
+from flashcore import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,10 +66,67 @@ def test_wheel_says_what_it_needs(wheel: Path) -> None:
     assert about["License-Expression"] == "Apache-2.0"
     needs = about.get_all("Requires-Dist") or []
     always = {re.split(r"[^\w-]", need)[0] for need in needs if "extra ==" not in need}
-    assert always == {"torch", "typer", "rich"}
+    assert always == {"torch", "typer", "rich", "filelock"}
     assert set(about.get_all("Provides-Extra") or []) >= {"cuda", "cuda12", "bench", "test"}
     points = archive.read(folder.replace("METADATA", "entry_points.txt")).decode()
     assert "flashcore = flashcore.cli:main" in points
+
+
+def test_wheel_has_the_version_of_the_sources_and_a_name_of_its_own(wheel: Path) -> None:
+    """`flashcore` is another project's name on the package index."""
+    assert wheel.name.startswith(f"flashcore_attention-{flashcore.__version__}-")
+
+
+def test_a_source_tree_on_the_path_is_a_module_like_any_other(tmp_path: Path) -> None:
+    """Nothing is installed there: the version does not come from a distribution's metadata."""
+    code = (
+        "import importlib.metadata as metadata, pydoc\n"
+        "def missing(name): raise metadata.PackageNotFoundError(name)\n"
+        "metadata.version = metadata.distribution = missing\n"
+        "import flashcore\n"
+        "from flashcore import *\n"
+        "print(getattr(flashcore, '__version__', None), __version__, attention.__name__)\n"
+        "print(hasattr(flashcore, 'no_such_name'), getattr(flashcore, '__wrapped__', None))\n"
+        "print('attention' in pydoc.render_doc(flashcore))\n"
+        "from flashcore.machine import versions\n"
+        "print(versions()['flashcore'])\n"
+    )
+    shutil.copytree(
+        ROOT / "src" / "flashcore",
+        tmp_path / "flashcore",
+        ignore=shutil.ignore_patterns("__pycache__"),
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path
+    )
+    version = flashcore.__version__
+    expected = [f"{version} {version} attention", "False None", "True", version]
+    assert done.stdout.splitlines() == expected, done.stderr
+
+
+def test_messages_name_packages_and_no_extra_of_a_distribution() -> None:
+    """`pip install "flashcore[cuda]"` would install another project."""
+    found = [
+        path.name
+        for path in (ROOT / "src" / "flashcore").rglob("*.py")
+        if re.search(r"pip install\W+flashcore", path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    ("cuda", "packages"),
+    [
+        (None, ["cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc"]),
+        ("13.0", ["cuda-core", "cuda-bindings", "nvidia-cuda-nvrtc"]),
+        ("12.8", ["cuda-core", '"cuda-bindings<13"', "nvidia-cuda-nvrtc-cu12"]),
+    ],
+)
+def test_what_to_install_follows_torchs_cuda(
+    monkeypatch: pytest.MonkeyPatch, cuda: str | None, packages: list[str]
+) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    assert machine.install_command().split() == ["pip", "install", *packages]
 
 
 def test_lock_pins_what_pyproject_asks_for() -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from flashcore import params_sm90, plan_sm90, tiles_sm90
+from flashcore.adapting import adapt
 from flashcore.dispatch import choose_backend
 from flashcore.plan import select_plan
 from flashcore.plan_sm90 import Sm90Plan
@@ -51,7 +52,7 @@ def test_the_portable_kernels_own_gate_is_refused() -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"load_bytes": 8}, "16-byte aligned"),
+        ({"load_bytes": 8, "misaligned": "q"}, "16-byte aligned"),
         ({"k_strides": (0, 0, 64)}, "k has a stride of 0"),
         ({"v_strides": (2**39, 64, 64)}, "v has"),
     ],
@@ -66,7 +67,18 @@ def test_what_tma_cannot_read_falls_to_the_portable_kernel(
     assert choice.backend == "wmma"
     assert not choice.is_fallback
     assert words in choice.reason
-    with pytest.raises(NotImplementedError, match='backend="wmma"'):
+    assert "would take longer than it saves" in choice.reason
+    assert choose_backend(awkward, "sm90").backend == "sm90"  # by a copy
+    adapted = adapt(awkward, "sm90").problem
+    assert plan_sm90.obstacle(adapted) is None
+    assert select_plan(adapted).kernel == "attn_fwd_sm90"
+
+
+def test_packed_sequences_have_a_number_of_rows_that_is_too_many() -> None:
+    packed = {"varlen": "packed", "total_q": 2**28, "total_k": 256}
+    awkward = dataclasses.replace(problem(), **packed)  # type: ignore[arg-type]
+    assert choose_backend(awkward, "auto").backend == "wmma"
+    with pytest.raises(NotImplementedError, match=r'row tiles.*backend="wmma"'):
         choose_backend(awkward, "sm90")
 
 

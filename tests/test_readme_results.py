@@ -105,7 +105,7 @@ def test_filling_is_idempotent_and_keeps_the_rest(script: ModuleType, repository
 def test_a_changed_number_is_stale(script: ModuleType, repository: Path) -> None:
     script.update(repository, check=False)
     page = repository / "README.md"
-    page.write_text(page.read_text(encoding="utf-8").replace("5.0", "4.0"), encoding="utf-8")
+    page.write_text(page.read_text(encoding="utf-8").replace("1.06x", "1.07x"), encoding="utf-8")
     assert script.update(repository, check=True) == ["README.md"]
 
 
@@ -120,8 +120,7 @@ def test_what_the_tables_say(script: ModuleType) -> None:
         "| B1 H8 S1024 D64 full | 100.0 / 10 | - | 90.0 / 11.1 | 0.90x |",
         "| B1 H8 S16384 D64 full | 400.0 / 2.5 | 300.0 / 3.33 | 500.0 / 2 | 1.25x |",
     ]
-    assert len(script.group_table(DOCUMENT, "sweep", [16384]).splitlines()) == 3
-    assert "hidden size 2048, bfloat16" in script.readme_section(DOCUMENT, ROOT)
+    assert "hidden size 2048, bfloat16" in script.performance_section(DOCUMENT, ROOT)
 
 
 def test_every_group_of_the_file_has_its_table(script: ModuleType) -> None:

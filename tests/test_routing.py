@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import threading
 import types
@@ -202,6 +203,23 @@ def test_torch_compile_follows_the_block_both_ways():
         graphs.append(counter["unique_graphs"] - before)
         assert torch.equal(out, expected)
     assert graphs == [1, 1, 0]  # one for each side, both kept
+
+
+def test_the_compiler_is_not_imported_for_a_plain_call():
+    """torch.nn.attention.bias imports torch._dynamo, which takes a second."""
+    code = """
+import sys, torch, flashcore
+x = torch.randn(1, 2, 4, 8)
+mask = torch.ones(4, 4, dtype=torch.bool)
+for backend in ("auto", "sim"):
+    with flashcore.enable(backend=backend):
+        torch.nn.functional.scaled_dot_product_attention(x.half(), x.half(), x.half(), mask)
+flashcore.scaled_dot_product_attention(x, x, x, is_causal=True)
+flashcore.attention(x, x, x)
+print(sorted({"torch.nn.attention.bias", "torch._dynamo"} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n", done.stdout
 
 
 @pytest.mark.parametrize("backend", ["torch", "cuda", None])

@@ -235,10 +235,7 @@ FALLBACKS = {
     "dropout": ((Q, Q, Q), {"dropout_p": 0.5}, "dropout_p=0.5"),
     "float32": ((Q.float(),) * 3, {}, "float32"),
     "float64": ((Q.double(),) * 3, {}, "float64"),
-    "head_dim 12": ((Q[..., :12],) * 3, {}, "query has head_dim 12"),
-    "head_dim of v": ((Q, Q, Q[..., :9]), {}, "value has head_dim 9"),
     "head_dim 264": ((randn(1, 1, 2, 264, dtype=HALF),) * 3, {}, "264"),
-    "last dimension": ((Q, Q.mT.contiguous().mT, Q), {}, "key's last dimension"),
     "heads of k and v": (
         (Q.repeat(1, 2, 1, 1), Q, Q[:, :1]),
         {"enable_gqa": True},

@@ -62,7 +62,7 @@ def test_a_build_is_found_again_and_a_damaged_one_is_rebuilt(empty_cache: Path) 
     source = barriers_source() + "// a source of this test's own\n"
     expected = run_barriers(source)
     (library,) = empty_cache.glob("kernel-*.so")
-    assert library == build.library_path(source)
+    assert library.name == build.library_name(source)
     assert len(list(empty_cache.glob("runtime-*.o"))) == 1
     assert not [path for path in empty_cache.iterdir() if path.suffix not in (".so", ".o")]
 
@@ -72,7 +72,7 @@ def test_a_build_is_found_again_and_a_damaged_one_is_rebuilt(empty_cache: Path) 
     assert library.stat().st_mtime_ns == written
 
     other = source + "// and another\n"
-    library = build.library_path(other)
+    library = empty_cache / build.library_name(other)
     library.write_bytes(b"damaged")
     assert torch.equal(run_barriers(other), expected)
     assert library.stat().st_size > 1000
@@ -82,14 +82,14 @@ def test_the_name_of_a_build_depends_on_everything_that_goes_in(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     source = barriers_source()
-    names = {build.library_path(source), build.library_path(source + "\n")}
+    names = {build.library_name(source), build.library_name(source + "\n")}
     monkeypatch.setattr(build, "KERNEL_FLAGS", ("-O1",))
-    names.add(build.library_path(source))
+    names.add(build.library_name(source))
     monkeypatch.setattr(build, "_runtime_text", lambda: "another runtime")
-    names.add(build.library_path(source))
+    names.add(build.library_name(source))
     other = cxx.Compiler(("c++",), "another compiler")
     monkeypatch.setattr(build, "find_compiler", lambda what: other)
-    names.add(build.library_path(source))
+    names.add(build.library_name(source))
     assert len(names) == 5
 
 

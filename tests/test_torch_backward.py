@@ -42,6 +42,8 @@ CASES = {
     "bias-of-batch": (64, 80, 4, 2, 64, 64, {}, "batch", "efficient"),
     "bias-float32": (65, 71, 2, 2, 64, 64, {}, "float32", "tiled"),
     "bias-window": (65, 71, 2, 2, 64, 64, {"window": (9, 9)}, "bias", "tiled"),
+    "padded": (65, 65, 4, 2, 35, 35, {"causal": True}, None, "flash"),
+    "padded-mask": (65, 71, 4, 2, 35, 50, {}, "bool", "efficient"),
     "softcap": (65, 71, 2, 2, 64, 64, {"softcap": 5.0}, None, "tiled"),
 }
 every_case = pytest.mark.parametrize("name", CASES)
@@ -157,6 +159,7 @@ def model_efficient(
 ):  # fmt: skip
     assert dropout_p == 0.0
     assert lse.shape[2] % 32 == 0
+    assert out.is_contiguous()  # it is read without its strides
     assert q.shape[2] == k.shape[2]
     if bias is not None:
         assert bias.dtype == q.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 
 import flashcore
 import standin
-from flashcore import counters, packed
+from flashcore import counters, driver, packed
 from flashcore.varlen_cases import VarlenCase, make_varlen_inputs
 
 
@@ -68,33 +69,34 @@ def test_batches_that_are_no_whole_rows_apart_go_to_the_portable_kernel(
     lengths = torch.tensor([1, 2], dtype=torch.int32)
     flashcore.attention(q, k, k, seqlens_k=lengths)
     assert machine.driver.launches[0].threads == 128
-    with pytest.raises(NotImplementedError, match="whole rows apart, unlike k's"):
-        flashcore.attention(q, k, k, seqlens_k=lengths, backend="sm90")
+    flashcore.attention(q, k, k, seqlens_k=lengths, backend="sm90")  # on copies
+    copied = machine.driver.launches[1]
+    assert copied.threads > 128
+    assert copied.params.attn.k_rows_per_batch == 40
+    assert copied.params.attn.k != k.data_ptr()
 
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """What the counters' torch says of the stream and the capture that it is part of (0 for none),
-    and how often it made zeros. Pools have 4."""
-    now = SimpleNamespace(stream=1, capture=0, made=0, status=0)
+    and the pools that were made, of 4 counters each, by address and bytes."""
+    now = SimpleNamespace(stream=1, capture=0, pools=[], status=0)
 
-    def zeros(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        now.made += 1
-        return torch.zeros(size, dtype=dtype)
+    def allocate_zeros(index: int, num_bytes: int) -> int:
+        assert index == 0
+        now.pools.append((4096 * (1 + len(now.pools)), num_bytes))
+        address: int = now.pools[-1][0]
+        return address
 
-    stream = SimpleNamespace(synchronize=lambda: None)
-    cuda = SimpleNamespace(
-        current_stream=lambda device: stream,
-        is_current_stream_capturing=lambda: now.capture > 0,
-    )
+    cuda = SimpleNamespace(is_current_stream_capturing=lambda: now.capture > 0)
     raw = SimpleNamespace(_cuda_getCurrentRawStream=lambda index: now.stream)
-    fake = SimpleNamespace(zeros=zeros, cuda=cuda, int32=torch.int32, _C=raw)
-    monkeypatch.setattr(counters, "torch", fake)
+    monkeypatch.setattr(counters, "torch", SimpleNamespace(cuda=cuda, _C=raw))
+    monkeypatch.setattr(counters, "allocate_zeros", allocate_zeros)
     driver = SimpleNamespace(
         CUstream=int, cuStreamGetCaptureInfo=lambda stream: (now.status, 1, now.capture, None)
     )
     monkeypatch.setattr(counters, "import_driver", lambda: driver)
-    for name in ("_pools", "_num_taken", "_of_streams", "_of_captures"):
+    for name in ("_free", "_of_streams", "_of_captures"):
         monkeypatch.setattr(counters, name, {})
     monkeypatch.setattr(counters, "_COUNTERS", 4)
     return now
@@ -105,12 +107,7 @@ def test_launches_that_may_meet_share_no_counter(fake_cuda: SimpleNamespace) -> 
 
     def address(**changes: Any) -> int:
         vars(now).update(changes)
-        return counters.work_counters(torch.device("cuda", 0)).data_ptr()
-
-    outside_of_a_pool = counters.work_counters  # captured before any pool: cleared at replay
-    vars(now).update(capture=1)
-    assert outside_of_a_pool(torch.device("cuda", 0)).shape == (1,)
-    assert now.made == 1
+        return counters.work_counters(torch.device("cuda", 0))
 
     first = address(capture=0)
     assert address() == first
@@ -119,26 +116,94 @@ def test_launches_that_may_meet_share_no_counter(fake_cuda: SimpleNamespace) -> 
     captured = {address(capture=2), address(capture=3)}
     assert address() in captured  # launches that follow each other in one graph
     assert len({first, second} | captured) == 4
-    assert now.made == 2
-    address(stream=2)  # the pool is used up, and none can be made during a capture
-    assert now.made == 3
+    assert now.pools == [(4096, 16)]
+    other = address(stream=2)  # the pool is used up: another one, though this is a capture
+    assert now.pools == [(4096, 16), (8192, 16)]
     assert address(stream=1, capture=0) == first
-    assert address(stream=3) not in {first, second} | captured
-    assert now.made == 4
-    assert len(counters._pools[0]) == 2  # graphs may have counters of the first
+    assert len({first, second, *captured, other, address(stream=3)}) == 6
     unknown = {address(capture=4, status=1), address()}  # each its own
-    assert len({first, second, *captured, *unknown}) == 6
+    assert len({first, second, *captured, other, *unknown}) == 7
+    device = torch.device("cuda", 0)
+    assert counters.own_counter(device) not in {first, second, *captured, other, *unknown}
 
 
 def test_a_stream_that_asks_for_more_counters_gets_more(fake_cuda: SimpleNamespace) -> None:
     device = torch.device("cuda", 0)
     one = counters.work_counters(device)
-    three = counters.work_counters(device, 3)
-    assert one.shape == (1,)
-    assert three.shape == (4,)
-    assert counters.work_counters(device).data_ptr() == three.data_ptr()
-    ends = {three.data_ptr() - 4, three.data_ptr() + 16}
-    assert one.data_ptr() in ends or fake_cuda.made == 2  # apart, or of another pool
-    many = counters.work_counters(device, 100)  # more than a pool has
-    assert many.shape == (128,)
-    assert not many.any()
+    three = counters.work_counters(device, 3)  # four, of a new pool
+    assert (one, three) == (4096, 8192)
+    assert counters.work_counters(device) == three
+    counters.work_counters(device, 100)  # more than a pool has
+    assert fake_cuda.pools == [(4096, 16), (8192, 16), (12288, 512)]
+
+
+def test_counters_are_memory_of_the_drivers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeroed before anybody gets them, by a stream of their own, as a capture allows it; and the
+    thread's mode is as it was afterwards, whatever happens."""
+    done: list[Any] = []
+
+    def function(name: str, *results: Any, status: int = 0) -> Any:
+        return lambda *arguments: done.append((name, *arguments)) or (status, *results)
+
+    fake = SimpleNamespace(
+        CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2),
+        CUstream_flags=SimpleNamespace(CU_STREAM_NON_BLOCKING=1),
+        CUresult=int,
+        cuThreadExchangeStreamCaptureMode=function("mode", 0),
+        cuStreamCreate=function("stream", 77),
+        cuMemAlloc=function("memory", 4096),
+        cuMemsetD8Async=function("clear"),
+        cuStreamSynchronize=function("wait"),
+        cuStreamDestroy=function("destroy"),
+    )
+    monkeypatch.setattr(driver, "import_driver", lambda: fake)
+    monkeypatch.setattr(driver, "bind_context", lambda index: done.append(("bind", index)))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    assert driver.allocate_zeros(3, 64) == 4096
+    assert done == [
+        ("bind", 3), ("mode", 2), ("stream", 1), ("memory", 64), ("clear", 4096, 0, 64, 77),
+        ("wait", 77), ("destroy", 77), ("mode", 0),
+    ]  # fmt: skip
+    done.clear()
+    fake.cuMemAlloc = function("memory", 0, status=2)
+    with pytest.raises(flashcore.FlashCoreError, match=r"64 bytes for counters: cuMemAlloc.* 2"):
+        driver.allocate_zeros(3, 64)
+    assert done[-2:] == [("destroy", 77), ("mode", 0)]
+
+
+def bases(params: Any) -> list[int]:
+    return [getattr(params, f"{name}_map").base for name in ("q", "k", "v", "o")]
+
+
+def test_packed_calls_are_prepared_once(machine: standin.Machine) -> None:
+    """Again, and for other tensors of the same description: other addresses alone."""
+    case = VarlenCase(lengths_q=(300, 5), lengths_k=(300, 5))
+    first, second = make_varlen_inputs(case), make_varlen_inputs(case)
+    for x in (first, second, first):
+        out, lse = flashcore.attention_varlen(*x.arguments(), causal=True, return_lse=True)
+        told = machine.driver.launches[-1].params
+        assert (told.attn.q, told.attn.k, told.attn.v, told.attn.out, told.attn.lse) == tuple(
+            t.data_ptr() for t in (x.q, x.k, x.v, out, lse)
+        )
+        assert (told.attn.cu_seqlens_q, told.attn.cu_seqlens_k) == (
+            x.cu_seqlens_q.data_ptr(), x.cu_seqlens_k.data_ptr()
+        )  # fmt: skip
+        rows = 305 * 2 * 64 * 2
+        assert bases(told) == [t.data_ptr() - rows for t in (x.q, x.k, x.v, out)]
+    assert machine.driver.encodings <= 4
+    assert len({launched.grid for launched in machine.driver.launches}) == 1
+
+
+def test_calls_with_lengths_of_keys_are_prepared_once(machine: standin.Machine) -> None:
+    for seed in (0, 1, 0):
+        torch.manual_seed(seed)
+        q, k = torch.randn(3, 2, 10, 64).half(), torch.randn(3, 2, 40, 64).half()
+        seqlens_k = torch.tensor([1, 2, 3], dtype=torch.int32)
+        out, lse = flashcore.attention(q, k, k, seqlens_k=seqlens_k, return_lse=True)
+        told = machine.driver.launches[-1].params
+        assert told.attn.seqlens_k == seqlens_k.data_ptr()
+        assert (told.attn.out, told.attn.lse) == (out.data_ptr(), lse.data_ptr())
+        shifted = k.data_ptr() - 40 * 128
+        assert bases(told) == [q.data_ptr(), shifted, shifted, out.data_ptr()]
+        assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    assert machine.driver.encodings <= 4

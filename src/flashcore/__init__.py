@@ -20,12 +20,13 @@ if TYPE_CHECKING:
         FallbackWarning,
         FlashCoreError,
     )
+    from flashcore.preparing import prepare
     from flashcore.problem import Problem
     from flashcore.routing import enable
     from flashcore.sdpa import scaled_dot_product_attention
     from flashcore.varlen import attention_varlen
 
-    __version__: str
+__version__ = "0.1.0"  # the only place; pyproject.toml and scripts/bootstrap.py read it here
 
 # The module that defines each public name. The functions live in api.py and not in attention.py:
 # importing a submodule of that name would put the module in the place of the function.
@@ -40,6 +41,7 @@ _MODULES = {
     "attention_varlen": "varlen",
     "enable": "routing",
     "explain": "api",
+    "prepare": "preparing",
     "scaled_dot_product_attention": "sdpa",
 }
 
@@ -55,19 +57,15 @@ __all__ = [
     "attention_varlen",
     "enable",
     "explain",
+    "prepare",
     "scaled_dot_product_attention",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import version
-
-        value: Any = version("flashcore")
-    elif name in _MODULES:
-        value = getattr(importlib.import_module(f"flashcore.{_MODULES[name]}"), name)
-    else:
+    if name not in _MODULES:
         raise AttributeError(f"module 'flashcore' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"flashcore.{_MODULES[name]}"), name)
     globals()[name] = value  # the next look-up is an ordinary one
     return value
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -14,6 +14,8 @@ from flashcore.explanation import Explanation, explain
 from flashcore.ops import attention_dispatched, autocast
 from flashcore.padded import attention_padded
 from flashcore.problem import Causal, Window
+from flashcore.ranks import as_rank_4, has_other_rank
+from flashcore.spelling import OF_ATTENTION, other_names, refuse
 
 __all__ = ["Explanation", "attention", "explain"]
 
@@ -67,6 +69,7 @@ def attention(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 
 
+@other_names(OF_ATTENTION)
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -80,6 +83,7 @@ def attention(
     seqlens_k: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **_unknown: object,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Scaled dot-product attention, softmax(scale * q @ k^T) @ v, without storing the scores.
 
@@ -88,9 +92,11 @@ def attention(
     additive mask, also through lse.
 
     Args:
-        q: [batch, num_heads_q, seqlen_q, head_dim]. Any strides (0 from `expand` too) as long as
-            the last dimension is contiguous: `x.transpose(1, 2)` of a [batch, seqlen, num_heads,
-            head_dim] tensor is read in place. head_dim is a multiple of 8 up to 256.
+        q: [batch, num_heads_q, seqlen_q, head_dim]. Any strides, 0 from `expand` too:
+            `x.transpose(1, 2)` of a [batch, seqlen, num_heads, head_dim] tensor is read in place.
+            Any head_dim; the kernels serve up to 256. Where it is no multiple of 8, or the last
+            dimension is not contiguous, they are given padded copies. q, k and v may all lack the
+            batch dimension, or have several.
         k: [batch, num_heads_kv, seqlen_k, head_dim], dtype and device of q. num_heads_q must be a
             multiple of num_heads_kv; q's head h uses head h // (num_heads_q / num_heads_kv).
         v: [batch, num_heads_kv, seqlen_k, head_dim_v], likewise; head_dim_v may differ.
@@ -121,7 +127,8 @@ def attention(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        NotImplementedError: an unsupported head_dim, tensor layout or device type.
+        NotImplementedError: an unsupported tensor layout or device type; a head_dim above 256 with
+            a kernel as the backend.
         BackendUnavailableError: the backend cannot run here: no GPU, or one older than sm_75.
 
     Numerics:
@@ -131,6 +138,8 @@ def attention(
     Source:
         FlashAttention-2, arXiv:2307.08691, algorithm 1 (forward) and 2 (backward).
     """
+    if _unknown:
+        refuse(attention, _unknown)
     if is_dynamo_compiling():
         q, k, v, mask = autocast(q, k, v, mask)
     else:
@@ -146,8 +155,23 @@ def attention(
             return attend(
                 q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record
             )
-    if seqlens_k is not None:
-        return attention_padded(
-            q, k, v, mask, seqlens_k, causal, window, softcap, scale, return_lse, backend
-        )
-    return attention_dispatched(q, k, v, mask, causal, window, softcap, scale, return_lse, backend)
+    if has_other_rank(q, k, v):
+        given = as_rank_4(q, k, v, mask, seqlens_k)
+        options = causal, window, softcap, scale, return_lse, backend
+        return given.restored(_by_operator(*given[:5], *options))
+    return _by_operator(
+        q, k, v, mask, seqlens_k, causal, window, softcap, scale, return_lse, backend
+    )
+
+
+def _by_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    seqlens_k: torch.Tensor | None,
+    *options: Any,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    if seqlens_k is None:
+        return attention_dispatched(q, k, v, mask, *options)
+    return attention_padded(q, k, v, mask, seqlens_k, *options)

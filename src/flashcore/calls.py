@@ -14,9 +14,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashcore.dispatch import Addresses, Call, choose_backend, prepare, warn_once
+from flashcore.dispatch import (
+    KERNELS,
+    Addresses,
+    Call,
+    adapt_for,
+    choose_backend,
+    prepare,
+    warn_once,
+)
+from flashcore.growing import Growing
+from flashcore.guards import guard
 from flashcore.options import Options
 from flashcore.problem import Causal, Problem, Window
+from flashcore.ranks import as_rank_4, has_other_rank
 
 Result = Tensor | tuple[Tensor, Tensor]
 # Computes a call so that autograd can differentiate it. Takes a State, q, k, v and perhaps a mask.
@@ -42,6 +53,7 @@ CALLS_MAX = 1024  # keys
 FOUND_MAX = 16  # under one of them
 
 _calls: dict[object, tuple[Found, ...]] = {}
+_growing: dict[object, Growing] = {}
 _lock = threading.Lock()
 State = tuple[Found, bool, Addresses]  # the bool: return_lse
 _is_grad_enabled = torch.is_grad_enabled  # looked up once, not in every call
@@ -119,6 +131,12 @@ def attend(
     except (AttributeError, TypeError, RuntimeError):
         key = None  # something is wrong, or merely not hashable; now it is looked at closely
     if found is None:
+        if record is not None and has_other_rank(q, k, v):
+            given = as_rank_4(q, k, v, mask)
+            q, k, v, mask, _, _ = given
+            return given.restored(
+                attend(q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record)
+            )
         found = find(
             q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded, key
         )
@@ -171,6 +189,16 @@ def find(
 ) -> Found:
     """Decides what computes a call of `attend`, and keeps it under the key, unless that is None.
     If the call is recorded, it computes lse in any case."""
+    family = _family_key(
+        q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded
+    )
+    growing = _growing.get(family)
+    if growing is not None:
+        member = growing.of_length(q, k, v, mask)
+        if member is not None:
+            found = Found(guard(q, k, v), member.run, growing.options)
+            _keep(key, found)
+            return found
     problem = Problem.from_tensors(
         q,
         k,
@@ -188,40 +216,115 @@ def find(
         warn_once(choice)
     call = prepare(choice.backend, problem, q.device)
     found = Found(guard(q, k, v), call, Options.of(problem))
-    # The simulator's depends on environment variables.
-    if key is not None and choice.backend != "sim":
+    if choice.backend == "sim":  # depends on environment variables
+        return found
+    _keep(key, found)
+    kernel = getattr(call, "__self__", None)
+    if (
+        family is not None
+        and kernel is not None
+        and Growing.serves(problem)
+        and adapt_for(choice.backend, problem).problem == problem
+    ):
+        fits = guard(q, k, v, any_keys=True)
         with _lock:
-            same = _calls.get(key, ())
-            while not same and len(_calls) >= CALLS_MAX:
-                del _calls[next(iter(_calls))]  # the oldest
-            _calls[key] = (found, *same[: FOUND_MAX - 1])
+            if len(_growing) >= CALLS_MAX:
+                del _growing[next(iter(_growing))]
+            _growing[family] = Growing(problem, kernel, fits, found.options)
     return found
 
 
-def guard(*tensors: Tensor) -> Callable[..., bool]:
-    """What tells whether other things are tensors of the same types, shapes, strides, dtypes and
-    devices as these, and negated views or not as they are."""
-    guards: Any = torch._C._dynamo.guards
+def attend_lengths(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    lengths: tuple[Tensor, ...],
+    options: tuple[Causal, Window, float | None, float | None, bool],
+    longest: tuple[int, int] | None,
+    backend: str,
+    describe: Callable[[], Problem],
+) -> tuple[Tensor, Tensor] | None:
+    """Compute sequences that differ in length by a kernel, if one serves them, around torch's
+    dispatcher; nothing is recorded.
+
+    Args:
+        q: as the caller of these takes it, like k and v.
+        k: see q.
+        v: see q.
+        mask: as in `attention`.
+        lengths: int32 tensors, in the order of launch.LENGTHS.
+        options: causal, window, softcap, scale and return_lse, as in `attention`.
+        longest: the longest sequences of queries and of keys, where sequences are packed.
+        backend: as in `attention`.
+        describe: validates the arguments and returns their Problem.
+
+    Returns:
+        (out, lse); None where the operator has to do it.
+
+    Raises:
+        Exception: what `describe` and `choose_backend` raise.
+    """
     try:
-        # What the code that torch.compile generates is guarded by: one call, in C++. It also wants
-        # the same requires_grad, the same dispatch keys, and no tensor twice.
-        check: Callable[..., bool] = guards.TensorGuards(
-            *tensors,
-            dynamic_dims_sizes=[list(x.shape) for x in tensors],
-            dynamic_dims_strides=[list(x.stride()) for x in tensors],
-        ).check
-        if check(*tensors):
-            return check
+        tensors = q, k, v, *lengths
+        addresses = tuple([x.data_ptr() for x in tensors])
+        alignment = (addresses[0] | addresses[1] | addresses[2]) & 15
+        key = (
+            q.shape, k.shape, alignment, _options_key(*options, mask), len(lengths), longest,
+            backend,
+        )  # fmt: skip
+        known = _calls.get(key, ())
     except (AttributeError, TypeError, RuntimeError):
-        pass  # another torch has others
-    expected = _description(*tensors)
-    return lambda *others: _description(*others) == expected
+        return None  # wrong, or merely unusual
+    if not all(addresses):
+        return None
+    for found in known:
+        if found[0](*tensors):
+            return found[1](q, k, v, mask, addresses)  # type: ignore[return-value]
+    problem = describe()
+    choice = choose_backend(problem, backend)
+    if choice.backend not in KERNELS or problem.is_empty:
+        return None
+    found = Found(guard(*tensors), prepare(choice.backend, problem, q.device), Options.of(problem))
+    _keep(key, found)
+    return found[1](q, k, v, mask, addresses)  # type: ignore[return-value]
 
 
-def _description(*tensors: Tensor) -> list[tuple[object, ...] | None]:
-    return [
-        (type(x), x.shape, x.stride(), x.dtype, x.device, x.is_neg())
-        if isinstance(x, Tensor)
-        else None
-        for x in tensors
-    ]
+def _keep(key: object, found: Found) -> None:
+    if key is None:
+        return
+    with _lock:
+        same = _calls.get(key, ())
+        while not same and len(_calls) >= CALLS_MAX:
+            del _calls[next(iter(_calls))]  # the oldest
+        _calls[key] = (found, *same[: FOUND_MAX - 1])
+
+
+def _family_key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    backend: str,
+    recorded: bool,
+) -> object:
+    """What calls of one query a head have in common, however many keys there are; None for others.
+    With a window a side is bounded or not by the number of keys."""
+    try:
+        if q.shape[2] != 1 or not (window is None and (causal is True or causal is False)):
+            return None
+        alignment = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+        kind = None
+        if mask is not None:
+            kind = (*mask.shape[:-1], mask.dtype, mask.device, type(mask), *_mask_key(mask)[5:])
+        options = _options_key(causal, window, softcap, scale, return_lse, None)
+        key = q.shape, k.shape[:2], k.shape[3], alignment, options, kind, recorded, backend
+        hash(key)
+    except (AttributeError, IndexError, TypeError, RuntimeError):
+        return None  # the call is wrong, or unusual
+    return key

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from flashcore.errors import BackendUnavailableError, CompileError
+from flashcore.machine import install_command
 
 # What every kernel is compiled with; part of the cache key.
 OPTIONS = ("std=c++17", "lineinfo", "ptxas=-v")
@@ -49,7 +50,7 @@ def _import_nvrtc() -> Any:
     except ImportError as error:
         raise BackendUnavailableError(
             f"compiling a kernel needs cuda-core and cuda-bindings ({error}); "
-            'install them: pip install "flashcore[cuda]"'
+            f"install them: {install_command()}"
         ) from error
     return cuda.core, nvrtc
 
@@ -63,7 +64,7 @@ def nvrtc_version() -> tuple[int, int]:
         status, major, minor = nvrtc.nvrtcVersion()
     except Exception as error:  # the loader's own exception types differ between its versions
         raise BackendUnavailableError(
-            f"NVRTC was not found; install it: pip install nvidia-cuda-nvrtc. Looked here: {error}"
+            f"NVRTC was not found; install it: {install_command()}. Looked here: {error}"
         ) from error
     if int(status) != 0:
         raise BackendUnavailableError(f"NVRTC does not answer: {status!r}")
@@ -161,7 +162,7 @@ def compile_uncached(
         if not older:
             raise BackendUnavailableError(
                 f"sm_{arch}: NVRTC {'.'.join(map(str, nvrtc_version()))} compiles for "
-                f"sm_{archs[0]} to sm_{archs[-1]}; install another: pip install nvidia-cuda-nvrtc"
+                f"sm_{archs[0]} to sm_{archs[-1]}; install another: {install_command()}"
             )
         code_type, target = "ptx", f"compute_{older[-1]}"
     code, log = _run_nvrtc(source, target, code_type, kernel_name)

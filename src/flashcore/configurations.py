@@ -18,9 +18,10 @@ from flashcore import tile_table
 from flashcore.plan import KERNEL, SUPPORTED_ARCHS, Plan, candidates
 from flashcore.plan_sm90 import ARCH as SM90_ARCH
 from flashcore.plan_sm90 import Sm90Plan
-from flashcore.problem import Problem
+from flashcore.problem import Problem, widest_band
 
-HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
+Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
+HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
 # What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
 # takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
@@ -47,6 +48,60 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
 }
+# What else is usual where a model is served: a bundle holds these as well. The compile gate does
+# without, as they take no more registers than one of the above.
+SERVING_VARIANTS: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 30.0},
+    "causal-softcap": {"causal": True, "softcap": 30.0},
+    "causal-padding": {"causal": True, "mask": "padding"},
+    "loose-padding": {"mask": "loose-padding"},
+    "causal-loose-padding": {"causal": True, "mask": "loose-padding"},
+    "padding-bias": {"mask": "padding-bias"},
+    "decode-window": {"queries": 1, "window": (64, 0)},
+    "decode-softcap": {"queries": 1, "softcap": 30.0},
+    "decode-window-softcap": {"queries": 1, "window": (64, 0), "softcap": 30.0},
+    "decode-padding": {"queries": 1, "mask": "padding"},
+    "decode-loose-padding": {"queries": 1, "mask": "loose-padding"},
+    "few-queries": {"queries": 4, "causal": True},
+    "few-queries-window": {"queries": 4, "causal": True, "window": (64, 0)},
+    "few-queries-softcap": {"queries": 4, "causal": True, "softcap": 30.0},
+    "chunk-window": {"queries": 100, "causal": True, "window": (64, 0)},
+    "varlen-full": {"varlen": "packed"},
+    "varlen-window": {"window": (64, 64), "varlen": "packed"},
+    "varlen-causal-softcap": {"causal": True, "softcap": 30.0, "varlen": "packed"},
+    "keys": {"varlen": "keys"},
+    "keys-causal": {"causal": True, "varlen": "keys"},
+    "keys-window": {"window": (64, 64), "varlen": "keys"},
+    "keys-causal-softcap": {"causal": True, "softcap": 30.0, "varlen": "keys"},
+    "keys-decode": {"queries": 1, "varlen": "keys"},
+    "keys-decode-window": {"queries": 1, "window": (64, 0), "varlen": "keys"},
+    "keys-decode-softcap": {"queries": 1, "softcap": 30.0, "varlen": "keys"},
+    "keys-few-queries": {"queries": 4, "causal": True, "varlen": "keys"},
+    "keys-chunk": {"queries": 100, "causal": True, "varlen": "keys"},
+}
+# Of q and k, and of v where they differ: language models.
+SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))
+# Of models of images, speech and the like, and what they ask for.
+OTHER_HEAD_DIMS: tuple[Dims, ...] = (32, 40, 72, 80, 88, 112, 160, 192)
+OTHER_VARIANTS = (
+    "full",
+    "causal",
+    "options",
+    "window",
+    "bool-mask",
+    "padding",
+    "loose-padding",
+    "bias",
+    "decode",
+    "few-queries",
+    "varlen-full",
+    "varlen-causal",
+    "keys",
+    "keys-causal",
+    "keys-decode",
+)
+# Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
+_EXTREME_VARIANTS = ("masked", "decode-masked", "loose-bias", "columns-mask")
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
 _HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk", *_MASK_VARIANTS)
 # Of the Hopper kernel's table: from one tile to many an SM.
@@ -55,6 +110,7 @@ _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 # Long enough that every window and causal mask hides something.
 _SEQLEN = 1024
 _GROUP = 4  # heads that share one of k and v, where queries are few
+_SERVING_GROUPS = (1, _GROUP)  # larger ones have the same kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +133,7 @@ class Configuration:
 def configurations(
     *,
     archs: Sequence[int] = SUPPORTED_ARCHS,
-    head_dims: Sequence[int] = HEAD_DIMS,
+    head_dims: Sequence[Dims] = HEAD_DIMS,
     dtypes: Sequence[str] = DTYPES,
     variants: Sequence[str] = tuple(VARIANTS),
 ) -> list[Configuration]:
@@ -87,7 +143,7 @@ def configurations(
         archs: 90 for sm_90.
         head_dims: of q, k and v.
         dtypes: "float16", "bfloat16" (left out below sm_80, which has none).
-        variants: keys of VARIANTS.
+        variants: keys of VARIANTS or SERVING_VARIANTS.
 
     Returns:
         The configurations, ordered by head_dim, dtype, variant and architecture.
@@ -96,15 +152,52 @@ def configurations(
     for head_dim in head_dims:
         for dtype in dtypes:
             for variant in variants:
-                problem = _problem(head_dim, dtype, VARIANTS[variant])
+                problem = _problem(head_dim, dtype, {**VARIANTS, **SERVING_VARIANTS}[variant])
                 for arch in archs:
                     if dtype == "bfloat16" and arch < 80:
                         continue
-                    portable = variant not in _HOPPER_VARIANTS
+                    portable = variant in VARIANTS and variant not in _HOPPER_VARIANTS
                     for ships in (False, True):
                         for plan in _plans(problem, arch, portable, ships):
                             found.setdefault(plan, Configuration(variant, plan, ships))
     return list(found.values())
+
+
+def serving_plans(
+    archs: Sequence[int],
+    head_dims: Sequence[Dims] = (*SERVING_HEAD_DIMS, *OTHER_HEAD_DIMS),
+    dtypes: Sequence[str] = DTYPES,
+    every_variant: bool = False,
+) -> list[Plan]:
+    """Return the plans of a bundle: what serving a model usually asks for.
+
+    Args:
+        archs: 90 for sm_90.
+        head_dims: of q, k and v; by default those of common models.
+        dtypes: as for `configurations`.
+        every_variant: for OTHER_HEAD_DIMS too, and not their shorter list.
+
+    Returns:
+        Distinct plans: of VARIANTS but the extreme, and of SERVING_VARIANTS, alone and with heads
+        that share keys; of the portable kernel where an architecture has no kernel of its own.
+    """
+    found: dict[Plan, None] = {}
+    for head_dim in head_dims:
+        if head_dim in OTHER_HEAD_DIMS and not every_variant:
+            variants = list(OTHER_VARIANTS)
+        else:
+            variants = [v for v in (*VARIANTS, *SERVING_VARIANTS) if v not in _EXTREME_VARIANTS]
+        for dtype, variant, arch in itertools.product(dtypes, variants, archs):
+            if dtype == "bfloat16" and arch < 80:
+                continue
+            options = {**VARIANTS, **SERVING_VARIANTS}[variant]
+            groups = _SERVING_GROUPS if "queries" in options else (1,)
+            portable = arch != SM90_ARCH or variant in ("full", "causal", "options", "varlen")
+            for group, ships in itertools.product(groups, (False, True)):
+                problem = _problem(head_dim, dtype, options, group)
+                for plan in _plans(problem, arch, portable, ships):
+                    found[machine_code(plan)] = None
+    return list(found)
 
 
 def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator[Plan]:
@@ -119,24 +212,32 @@ def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator
             rules = candidates(_resized(problem, heads, length), arch)[0]
             for plan in [rules] if table is None else table.tiles_for(problem, rules):
                 if isinstance(plan, Sm90Plan):
-                    yield dataclasses.replace(  # the machine code is the same
-                        plan,
-                        num_splits=min(2, plan.num_splits),
-                        folds_heads=int(bool(plan.constants()["FOLDED"])),
-                    )
+                    yield machine_code(plan)
+
+
+def machine_code(plan: Plan) -> Plan:
+    """Return the plan that stands for all with the same machine code, which differ in what only
+    the host reads."""
+    folds_heads = int(bool(plan.constants()["FOLDED"]))
+    if isinstance(plan, Sm90Plan):
+        splits = min(2, plan.num_splits)
+        return dataclasses.replace(plan, num_splits=splits, folds_heads=folds_heads)
+    return dataclasses.replace(plan, folds_heads=folds_heads)
 
 
 def _resized(problem: Problem, batch: int, length: int) -> Problem:
-    strides = (length * problem.head_dim, length * problem.head_dim, problem.head_dim)
-    if problem.group_size > 1:  # as many queries and heads as ever
+    k_strides, v_strides = (
+        (length * dim, length * dim, dim) for dim in (problem.head_dim, problem.head_dim_v)
+    )
+    if problem.seqlen_q < _SEQLEN:  # as many queries and heads as ever
         _, head_stride, row_stride = problem.q_strides
         return dataclasses.replace(
             problem,
             batch=batch,
             seqlen_k=length,
             q_strides=(problem.group_size * head_stride, head_stride, row_stride),
-            k_strides=strides,
-            v_strides=strides,
+            k_strides=k_strides,
+            v_strides=v_strides,
         )
     total = batch * length if problem.varlen == "packed" else 0
     return dataclasses.replace(
@@ -144,28 +245,46 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
         batch=batch,
         seqlen_q=length,
         seqlen_k=length,
-        q_strides=strides,
-        k_strides=strides,
-        v_strides=strides,
+        q_strides=k_strides,
+        k_strides=k_strides,
+        v_strides=v_strides,
         total_q=total,
         total_k=total,
     )
 
 
-def _problem(head_dim: int, dtype: str, options: dict[str, Any]) -> Problem:
-    x = torch.empty(1, 1, _SEQLEN, head_dim, dtype=getattr(torch, dtype))
+def _problem(head_dim: Dims, dtype: str, options: dict[str, Any], group: int = _GROUP) -> Problem:
+    dim, dim_v = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    k = torch.empty(1, 1, _SEQLEN, dim, dtype=getattr(torch, dtype))
+    v = k.new_empty(1, 1, _SEQLEN, dim_v)
     options = dict(options)
     queries = options.pop("queries", None)
-    q = x if queries is None else x.new_empty(1, _GROUP, queries, head_dim)
+    q = k if queries is None else k.new_empty(1, group, queries, dim)
     mask = options.pop("mask", None)
     if mask is not None:
-        heads, rows = (1, 1) if mask == "padding" else q.shape[1:3]
+        is_row = "padding" in mask
+        # Rows of a mask for several sequences are aligned for wide loads or not.
+        batch, heads, rows = (2, 1, 1) if is_row else (1, *q.shape[1:3])
         width = _SEQLEN + mask.startswith("loose")
         element = q.dtype if mask.endswith("bias") else torch.bool
-        values = torch.empty(1, heads, rows, width, dtype=element)[..., :_SEQLEN]
+        values = torch.empty(batch, heads, rows, width, dtype=element)[..., :_SEQLEN]
         options["mask"] = values.mT.contiguous().mT if mask == "columns" else values
+        if is_row:
+            q, k, v = (x.expand(2, -1, -1, -1).contiguous() for x in (q, k, v))
     varlen = options.pop("varlen", "none")
-    problem = Problem.from_tensors(q, x, x, **options)
-    if varlen == "packed":
-        problem = dataclasses.replace(problem, varlen=varlen, total_q=_SEQLEN, total_k=_SEQLEN)
-    return problem
+    if varlen == "none":
+        return Problem.from_tensors(q, k, v, **options)
+    window = options.pop("window", (-1, -1))
+    causal = "lower_right" if options.pop("causal", False) else "none"
+    left, right = widest_band(causal, window, q.shape[2], _SEQLEN)
+    problem = Problem.from_tensors(q, k, v, **options)
+    total = _SEQLEN if varlen == "packed" else 0
+    return dataclasses.replace(
+        problem,
+        causal=causal,
+        window_left=left,
+        window_right=right,
+        varlen=varlen,
+        total_q=total,
+        total_k=total,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from flashcore.driver import INVALID_CONTEXT, bind_context, check, entry_point, pointer
@@ -95,7 +95,7 @@ def encode_kind(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
     return found
 
 
-def readdress(address: int, bases: Sequence[tuple[int, int]]) -> None:
+def readdress(address: int, bases: Iterable[tuple[int, int]]) -> None:
     """Gives descriptors other tensors of the same kind, for much less than encoding them.
 
     Args:

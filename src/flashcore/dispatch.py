@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 import os
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,24 +13,33 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flashcore import env
-from flashcore.errors import BackendUnavailableError, FallbackWarning
-from flashcore.folding import with_copied_q
+from flashcore import env, sdpa_gpu
+from flashcore.adapting import Adapted, adapt, kernel_for, rather_not_sm90
+from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
+from flashcore.growing import planned_as
+from flashcore.memory_layout import as_batch
+from flashcore.obstacles import (
+    BFLOAT16_MIN_ARCH,
+    KERNEL_DTYPES,
+    SM90_ARCH,
+    WMMA_MIN_ARCH,
+    gpu_kernel_on_cpu_text,
+    obstacle_to_sm90,
+    obstacle_to_wmma,
+    too_wide,
+)
 from flashcore.problem import Problem
 from flashcore.tiled import attention_tiled
 
 if TYPE_CHECKING:
+    from flashcore.launch import KernelCall
     from flashcore.plan import Plan
 
 BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
 KERNELS = {"sm90": "attn_fwd_sm90", "wmma": "attn_fwd_wmma"}
-KERNEL_DTYPES = ("float16", "bfloat16")
-WMMA_MIN_ARCH = 75
-SM90_ARCH = 90
-BFLOAT16_MIN_ARCH = 80
 
-# Of q, k and v. Whoever makes a call has them, and asking a tensor again takes time.
-Addresses = tuple[int, int, int]
+# Of q, k and v, and of lengths. Whoever makes a call has them, and asking again takes time.
+Addresses = tuple[int, ...]
 Call = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Addresses],
     tuple[torch.Tensor, torch.Tensor | None],
@@ -81,16 +89,21 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         BackendUnavailableError: it cannot run on this device.
     """
     check_backend(backend)
+    env.notice_unknown_variables()
+    if env.RECORD.name in os.environ:
+        from flashcore.recording import record_call
+
+        record_call(problem, backend)
     if backend == "torch":
         return Choice("torch", 'asked for with backend="torch"')
     if backend == "sim":
         return _choose_sim(problem)
     if backend in KERNELS:
         if problem.device == "cpu":
-            raise BackendUnavailableError(_gpu_kernel_on_cpu_text(backend))
-        obstacle = _obstacle_to_wmma(problem)
+            raise BackendUnavailableError(gpu_kernel_on_cpu_text(backend))
+        obstacle = obstacle_to_wmma(problem)
         if obstacle is None and backend == "sm90":
-            obstacle = _obstacle_to_sm90(problem)
+            obstacle = obstacle_to_sm90(problem)
         if obstacle is not None:
             raise obstacle
         return Choice(backend, f'asked for with backend="{backend}"')
@@ -100,70 +113,19 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
 def _choose_auto(problem: Problem) -> Choice:
     if problem.device == "cpu":
         return Choice("torch", "q, k and v are CPU tensors")
-    obstacle = _obstacle_to_wmma(problem)
+    obstacle = obstacle_to_wmma(problem)
     if obstacle is None:
         reason = f"{problem.dtype} tensors on an sm_{problem.arch} GPU"
-        rather_not = _obstacle_to_sm90(problem)
+        if problem.arch != SM90_ARCH:
+            return Choice("wmma", reason)
+        rather_not = rather_not_sm90(problem)
         if rather_not is None:
             return Choice("sm90", reason)
-        if problem.arch == SM90_ARCH:
-            reason += f", and not sm90: {rather_not}"
-        return Choice("wmma", reason)
+        return Choice("wmma", f"{reason}, and not sm90: {rather_not}")
     # A GPU too old for every kernel is worth an error: whoever bought one expects to be told.
     if problem.arch and problem.arch < WMMA_MIN_ARCH:
         raise obstacle
     return Choice("torch", str(obstacle), is_fallback=True)
-
-
-def _obstacle_to_wmma(problem: Problem) -> Exception | None:
-    """The exception that says why CUDA tensors cannot go to the WMMA kernel; None if they can."""
-    way_out = 'pass backend="torch"'
-    if problem.arch == 0:
-        return BackendUnavailableError(f"the kernels need an NVIDIA GPU; {way_out}")
-    if problem.arch < WMMA_MIN_ARCH:
-        return BackendUnavailableError(
-            f"the GPU is sm_{problem.arch}, but the kernels need tensor cores as sm_75 (Turing) "
-            f"and later have; {way_out}"
-        )
-    if problem.dtype not in KERNEL_DTYPES:
-        return TypeError(
-            f"no kernel serves dtype {problem.dtype}; convert q, k and v to torch.float16 or "
-            f"torch.bfloat16, or {way_out}"
-        )
-    if problem.dtype == "bfloat16" and problem.arch < BFLOAT16_MIN_ARCH:
-        return BackendUnavailableError(
-            f"bfloat16 needs sm_80 or later, but the GPU is sm_{problem.arch}; use torch.float16, "
-            f"or {way_out}"
-        )
-    return None
-
-
-def _obstacle_to_sm90(problem: Problem) -> Exception | None:
-    """Likewise for the Hopper kernel, for a problem that the WMMA kernel serves."""
-    from flashcore.plan_sm90 import obstacle  # not needed by the torch backend
-
-    if problem.arch != SM90_ARCH:
-        return BackendUnavailableError(
-            f'backend="sm90" needs an sm_90 (Hopper) GPU, but this one is sm_{problem.arch}; '
-            'pass backend="auto"'
-        )
-    reason = obstacle(problem)
-    if reason is not None:
-        return NotImplementedError(f'{reason}; pass backend="wmma", or make the tensor contiguous')
-    return None
-
-
-def _gpu_kernel_on_cpu_text(backend: str) -> str:
-    way_out = (
-        'backend="sim" runs the same kernel in the simulator, backend="torch" computes with PyTorch'
-    )
-    if torch.cuda.is_available():
-        return (
-            f'q is on cpu, but backend="{backend}" needs CUDA tensors: pass q.cuda(), or {way_out}'
-        )
-    return (
-        f'backend="{backend}" needs a CUDA GPU, and torch sees none here (q is on cpu): {way_out}'
-    )
 
 
 def _choose_sim(problem: Problem) -> Choice:
@@ -183,6 +145,9 @@ def _choose_sim(problem: Problem) -> Choice:
             f"bfloat16 needs sm_80 or later, but {env.SIM_ARCH.name} is {arch}; unset it or use "
             "torch.float16"
         )
+    obstacle = too_wide(problem)
+    if obstacle is not None:
+        raise obstacle
     return Choice("sim", 'asked for with backend="sim"')
 
 
@@ -195,16 +160,6 @@ def warn_once(choice: Choice) -> None:
             FallbackWarning,
             stacklevel=stacklevel_of_caller(),
         )
-
-
-def stacklevel_of_caller() -> int:
-    """For warnings.warn in the function that calls this: who called flashcore, past torch if it
-    stands between."""
-    inside = (os.path.dirname(__file__), os.path.dirname(torch.__file__))
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
@@ -223,27 +178,39 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
     """
     if problem.is_empty:
         return functools.partial(_run_empty, problem)
+    adapted = adapt_for(backend, problem)
+    call = _prepare_adapted(backend, adapted.problem, device)
+    # A launch takes addresses, and k and v of one head begin where they began.
+    as_asked = not adapted.copies if backend in KERNELS else adapted.is_as_asked
+    return call if as_asked else functools.partial(_run_adapted, adapted, call)
+
+
+def adapt_for(backend: str, problem: Problem) -> Adapted:
+    """The call as a backend that `choose_backend` returned is given it; see adapting.py."""
+    return adapt(problem, kernel_for(problem, env.sim_arch()) if backend == "sim" else backend)
+
+
+def _prepare_adapted(backend: str, problem: Problem, device: torch.device) -> Call:
     if backend == "torch":
         return functools.partial(_run_torch, problem)
-    copied = with_copied_q(problem)
-    if copied is not None:
-        return functools.partial(_run_on_copied_q, prepare(backend, copied, device))
     if backend == "sim":
-        return functools.partial(_run_sim, problem, _plan(problem, env.sim_arch()))
+        return functools.partial(_run_sim, problem, _plan(planned_as(problem), env.sim_arch()))
     from flashcore import launcher
-    from flashcore.launch import KernelCall
 
     launcher.start()
-    return KernelCall(problem, _plan(problem, problem.arch, KERNELS[backend]), device).run
+    return kernel_call(planned_as(problem), KERNELS[backend], device).with_keys(problem).run
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel_call(problem: Problem, kernel: str, device: torch.device) -> KernelCall:
+    """Return the call of a kernel, one for all problems that are planned as one."""
+    from flashcore.launch import KernelCall
+
+    return KernelCall(problem, _plan(problem, problem.arch, kernel), device)
 
 
 def _run_empty(
-    problem: Problem,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    addresses: Addresses,
+    problem: Problem, q: torch.Tensor, *others: object
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out = q.new_zeros((*rows_shape, problem.head_dim_v))
@@ -252,7 +219,8 @@ def _run_empty(
     return out, q.new_full(rows_shape, -math.inf, dtype=problem.lse_dtype)
 
 
-def _run_on_copied_q(
+def _run_adapted(
+    adapted: Adapted,
     call: Call,
     q: torch.Tensor,
     k: torch.Tensor,
@@ -260,8 +228,12 @@ def _run_on_copied_q(
     mask: torch.Tensor | None,
     addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    copied = q.contiguous()
-    return call(copied, k, v, mask, (copied.data_ptr(), *addresses[1:]))
+    if adapted.problem.varlen == "packed":
+        q, k, v = as_batch(q), as_batch(k), as_batch(v)
+    q, k, v = adapted.tensors(q, k, v)
+    # What follows the three are addresses of lengths.
+    out, lse = call(q, k, v, mask, (q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]))
+    return adapted.result(out), lse
 
 
 def _run_sim(
@@ -312,6 +284,10 @@ def _run_torch(
                 q, k, v, is_causal=problem.window_right == 0, scale=problem.scale
             )
             return out.contiguous(), None
+        if sdpa_gpu.means_the_same(problem):
+            result = sdpa_gpu.attention_by_sdpa(problem, q, k, v, mask)
+            if result is not None:
+                return result
         out, lse = attention_tiled(problem, q, k, v, mask)
     return out, lse if problem.return_lse else None
 

@@ -3,14 +3,16 @@ call needs, by address."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from flashcore.errors import BackendUnavailableError, FlashCoreError
+from flashcore.machine import install_command
 
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -23,8 +25,8 @@ def import_driver() -> Any:
         from cuda.bindings import driver
     except ImportError as error:
         raise BackendUnavailableError(
-            f"launching a kernel needs cuda-bindings ({error}); "
-            'install it: pip install "flashcore[cuda]"'
+            f"launching a kernel needs cuda-core and cuda-bindings ({error}); "
+            f"install them: {install_command()}"
         ) from error
     return driver
 
@@ -94,3 +96,45 @@ def bind_context(device_index: int | None = None) -> None:
     from cuda.core import Device
 
     Device(torch._C._cuda_getDevice() if device_index is None else device_index).set_current()
+
+
+@contextlib.contextmanager
+def allowed_during_a_capture() -> Iterator[None]:
+    """Let this thread do what CUDA forbids while a stream is being captured, because a capture that
+    relied on it would be wrong: allocate, load a kernel, wait for a stream that is not captured."""
+    driver = import_driver()
+    relaxed = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    status, before = driver.cuThreadExchangeStreamCaptureMode(relaxed)
+    check(int(status), "cuThreadExchangeStreamCaptureMode")
+    try:
+        yield
+    finally:
+        driver.cuThreadExchangeStreamCaptureMode(before)
+
+
+def allocate_zeros(device_index: int, num_bytes: int) -> int:
+    """Return the address of zeroed memory on a GPU, for as long as the process lives: none of
+    torch's, and of no CUDA graph, though one be captured.
+
+    Raises:
+        FlashCoreError: the driver refuses; the message holds its status.
+    """
+    driver = import_driver()
+
+    def call(name: str, *arguments: Any) -> Any:
+        status, *results = getattr(driver, name)(*arguments)
+        check(int(status), f"allocating {num_bytes} bytes for counters: {name}")
+        return results[0] if results else None
+
+    with torch.cuda.device(device_index):
+        bind_context(device_index)
+        with allowed_during_a_capture():
+            # Not the current stream, which may be captured, and none that waits for others.
+            stream = call("cuStreamCreate", driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+            try:
+                address = call("cuMemAlloc", num_bytes)
+                call("cuMemsetD8Async", address, 0, num_bytes, stream)
+                call("cuStreamSynchronize", stream)
+            finally:
+                call("cuStreamDestroy", stream)
+    return int(address)

@@ -14,6 +14,7 @@ from flashcore.driver import (
     PROGRAMMATIC_STREAM_SERIALIZATION,
     LaunchAttribute,
     LaunchConfig,
+    allowed_during_a_capture,
     bind_context,
     check,
     entry_point,
@@ -38,23 +39,26 @@ def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[i
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
     (status,) = driver.cuKernelSetAttribute(attribute, smem_bytes, handle, device_index)
     check(int(status), f"asking for {smem_bytes} bytes of shared memory")
+    status, _ = driver.cuKernelGetFunction(handle)  # loads it now, not in the first launch
+    check(int(status), f"loading {kernel.name}")
     return int(handle), library
 
 
 class Argument:
-    """A kernel's one argument as cuLaunchKernelEx takes it. Nothing changes it once it is made, and
-    a launch copies it: threads may share it, launches in flight do not need it.
+    """A kernel's one argument as cuLaunchKernelEx takes it. A launch copies it: launches in flight
+    do not need it, and threads may share one that nobody changes.
 
     Args:
         memory: what holds the kernel's struct; kept.
         address: where in it the struct begins, by default at its own beginning.
     """
 
-    __slots__ = ("address", "memory", "pointers")
+    __slots__ = ("address", "memory", "offset", "pointers")
 
     def __init__(self, memory: Any, address: int | None = None) -> None:
-        self.memory = memory
-        self.address = ctypes.addressof(memory) if address is None else address
+        self.memory, begin = memory, ctypes.addressof(memory)
+        self.address = begin if address is None else address
+        self.offset = self.address - begin
         self.pointers = ctypes.byref(ctypes.c_void_p(self.address))
 
 
@@ -86,7 +90,7 @@ class Launch:
     ) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device_index, self._name = index, kernel.name
-        with torch.cuda.device(index):
+        with torch.cuda.device(index), allowed_during_a_capture():
             handle, self._library = _load(kernel, index, smem_bytes)
         self.handle, self._handle = handle, pointer(handle)
         self._shape = (grid, num_threads, smem_bytes)

@@ -35,9 +35,21 @@ def needs_dispatcher(q: object, k: object, v: object, mask: object) -> bool:
         or forward_ad._current_level >= 0
     ):
         return True
-    if type(q) is type(k) is type(v) is Tensor and mask is None:
+    if type(q) is type(k) is type(v) is Tensor and (mask is None or type(mask) is Tensor):
         return False
     return any(isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES for x in (q, k, v, mask))
+
+
+def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
+    """Return whether a call with lengths needs neither the dispatcher nor autograd.
+
+    Args:
+        lengths: of its sequences.
+        *tensors: q, k, v and the mask.
+    """
+    if torch.compiler.is_compiling() or not all(type(x) is Tensor for x in lengths):
+        return False
+    return not needs_dispatcher(*tensors) and not ops.needs_grad(*tensors)
 
 
 class _Recorded(torch.autograd.Function):

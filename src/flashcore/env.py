@@ -5,10 +5,15 @@ Each is read when it is needed, not at import, so a test or a notebook may chang
 
 from __future__ import annotations
 
+import difflib
+import functools
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from flashcore.errors import notice_once
+from flashcore.temporary import private_dir
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +40,11 @@ BUNDLE = Variable(
     "FLASHCORE_BUNDLE",
     "no bundle",
     "Bundle of kernels compiled ahead by `flashcore build`, read before the cache.",
+)
+RECORD = Variable(
+    "FLASHCORE_RECORD",
+    "nothing is recorded",
+    "File that collects the calls of a run, for `flashcore build --calls`.",
 )
 CXX = Variable(
     "FLASHCORE_CXX",
@@ -65,10 +75,42 @@ LAUNCHER = Variable(
     "some microseconds of the host's time. Read when the first kernel is launched.",
 )
 
-VARIABLES: tuple[Variable, ...] = (CACHE_DIR, BUNDLE, CXX, SIM_SEED, SIM_ARCH, TUNED, LAUNCHER)
+VARIABLES: tuple[Variable, ...] = (
+    CACHE_DIR,
+    BUNDLE,
+    RECORD,
+    CXX,
+    SIM_SEED,
+    SIM_ARCH,
+    TUNED,
+    LAUNCHER,
+)
+
+
+def unknown_variables() -> list[str]:
+    """Return a sentence for each FLASHCORE_* variable that is set and means nothing."""
+    prefix = "FLASHCORE_"
+    known = [variable.name.removeprefix(prefix) for variable in VARIABLES]
+    sentences = []
+    for name in sorted(os.environ):
+        own = name.upper().removeprefix(prefix)
+        if name.upper().startswith(prefix) and name.removeprefix(prefix) not in known:
+            close = difflib.get_close_matches(own, known, 1)
+            there_are = f"there are {', '.join(prefix + other for other in known)}"
+            meant = f"did you mean {prefix}{close[0]}?" if close else there_are
+            sentences.append(f"the environment variable {name} means nothing to flashcore: {meant}")
+    return sentences
+
+
+@functools.cache
+def notice_unknown_variables() -> None:
+    """Warn, once a process, of FLASHCORE_* variables that mean nothing."""
+    for sentence in unknown_variables():
+        notice_once(sentence, sentence)
 
 
 def _text(variable: Variable) -> str | None:
+    notice_unknown_variables()
     return os.environ.get(variable.name, "").strip() or None
 
 
@@ -86,21 +128,61 @@ def _non_negative_int(variable: Variable, default: int) -> int:
 
 
 def cache_dir() -> Path:
-    """Folder of the on-disk cache; it need not exist yet."""
+    """Folder of the on-disk cache; it need not exist yet. A private temporary one, with a warning,
+    where the one that was meant cannot be told."""
+    wanted, trouble = wanted_cache_dir()
+    if wanted is not None:
+        return wanted
+    private = private_dir()
+    # Without any temporary folder, one that cannot be made: then nothing is kept.
+    folder = Path(os.devnull, "flashcore") if private is None else private / "cache"
+    notice_once(
+        f"no cache: {trouble}",
+        f"{trouble}, so compiled kernels are kept in {folder}; set {CACHE_DIR.name} to a folder "
+        "that lasts",
+    )
+    return folder
+
+
+def wanted_cache_dir() -> tuple[Path | None, str]:
+    """Return the cache's folder as the environment says it, or None and why it cannot be told."""
     text = _text(CACHE_DIR)
-    if text is not None:
-        return Path(text).expanduser()
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local") / "flashcore"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "flashcore"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flashcore"
+    try:
+        if text is not None:
+            return Path(text).expanduser(), ""
+        if sys.platform == "win32":
+            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData/Local")
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+            if not base.is_absolute():  # then the standard says to ignore it
+                base = Path.home() / ".cache"
+        return base / "flashcore", ""
+    except RuntimeError:  # pathlib's, where a home is not known
+        if text is not None:
+            return None, f"{CACHE_DIR.name}={text}: no such user, or one without a home"
+        return None, "this user has no home directory: HOME is not set, and there is no account"
 
 
 def bundle() -> Path | None:
     """Bundle of kernels compiled ahead of time, or None."""
-    text = _text(BUNDLE)
-    return None if text is None else Path(text).expanduser()
+    return _path(BUNDLE)
+
+
+def record() -> Path | None:
+    """File that collects the calls of this process, or None."""
+    return _path(RECORD)
+
+
+def _path(variable: Variable) -> Path | None:
+    text = _text(variable)
+    if text is None:
+        return None
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # of a user without a home: whoever opens it says that there is none
+        return Path(text)
 
 
 def cxx() -> str | None:

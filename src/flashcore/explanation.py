@@ -7,15 +7,20 @@ from typing import TextIO
 
 import torch
 
-from flashcore import env, tuned
-from flashcore.dispatch import KERNEL_DTYPES, KERNELS, choose_backend, sdpa_means_the_same
-from flashcore.folding import with_copied_q
+from flashcore import env, sdpa_gpu, tuned
+from flashcore.adapting import adapt, kernel_for, rather_not_sm90
+from flashcore.dispatch import KERNELS, adapt_for, choose_backend, sdpa_means_the_same
 from flashcore.gradients import BackwardChoice, choose_backward
+from flashcore.growing import planned_as
 from flashcore.memory_layout import load_bytes
+from flashcore.obstacles import KERNEL_DTYPES, SM90_ARCH
 from flashcore.params_sm90 import num_row_tiles
 from flashcore.plan import Plan, candidates
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Causal, Problem, Window
+from flashcore.ranks import as_rank_4, has_other_rank
+from flashcore.spelling import OF_ATTENTION, other_names, refuse
+from flashcore.validation import HEAD_DIM_MAX
 
 SHOWN_ALTERNATIVES = 3
 
@@ -58,6 +63,7 @@ class Explanation:
         return "\n".join(lines)
 
 
+@other_names(OF_ATTENTION)
 def explain(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -72,6 +78,7 @@ def explain(
     backend: str = "auto",
     arch: int | None = None,
     file: TextIO | None = None,
+    **_unknown: object,
 ) -> Explanation:
     """Print which backend, kernel and tile configuration `attention` would use, and why.
 
@@ -98,6 +105,11 @@ def explain(
     Raises:
         Exception: what `attention` would raise for these arguments.
     """
+    if _unknown:
+        refuse(explain, _unknown)
+    ranked = has_other_rank(q, k, v)
+    if ranked:
+        q, k, v, mask, _, _ = as_rank_4(q, k, v, mask)
     problem = Problem.from_tensors(
         q,
         k,
@@ -111,11 +123,17 @@ def explain(
     )
     choice = choose_backend(problem, backend)
     plans: list[Plan] = []
-    if problem.dtype in KERNEL_DTYPES and (choice.backend != "torch" or problem.device == "cpu"):
-        kernel = KERNELS.get(choice.backend)
-        launched = with_copied_q(problem) or problem
-        plans = candidates(launched, arch or problem.arch or env.sim_arch(), kernel=kernel)
-    found = tuned.find(problem, plans[0]) if plans else None
+    notes = [*adapt_for(choice.backend, problem).notes]
+    adapted = None
+    if _has_kernel(problem) and (choice.backend != "torch" or problem.device == "cpu"):
+        arch = arch or problem.arch or env.sim_arch()
+        kernel = choice.backend if choice.backend in KERNELS else kernel_for(problem, arch)
+        adapted = adapt(problem, kernel)
+        plans = candidates(planned_as(adapted.problem), arch, kernel=KERNELS[kernel])
+        where = "on a GPU " if choice.backend == "torch" else ""
+        notes = [where + note for note in adapted.notes]
+        notes += _notes_choice(problem, choice.backend, kernel, arch)
+    found = tuned.find(planned_as(adapted.problem), plans[0]) if adapted and plans else None
     if found is not None:
         plans = [found.plan, *(plan for plan in plans if plan != found.plan)]
     explanation = Explanation(
@@ -124,7 +142,16 @@ def explain(
         reason=choice.reason,
         plan=plans[0] if plans else None,
         alternatives=tuple(plans[1 : 1 + SHOWN_ALTERNATIVES]),
-        notes=tuple(_notes(problem, choice.backend, plans, found, q, k, v)),
+        notes=(
+            *(
+                [f"q, k and v are taken as [{problem.batch}, ...], of four dimensions"]
+                if ranked
+                else ()
+            ),
+            *_notes_torch(problem, choice.backend),
+            *notes,
+            *(_notes_plan(problem, adapted.problem, plans[0], found, q, k, v) if adapted else ()),
+        ),
         gradient=choose_backward(
             problem,
             mask_grad_elements=mask.numel() if mask is not None and mask.requires_grad else 0,
@@ -132,6 +159,11 @@ def explain(
     )
     print(explanation, file=file)
     return explanation
+
+
+def _has_kernel(problem: Problem) -> bool:
+    dims = problem.head_dim, problem.head_dim_v
+    return problem.dtype in KERNEL_DTYPES and max(dims) <= HEAD_DIM_MAX
 
 
 def _tiles(plan: Plan) -> str:
@@ -142,27 +174,41 @@ def _tiles(plan: Plan) -> str:
     )
 
 
-def _notes(
+def _notes_choice(problem: Problem, backend: str, kernel: str, arch: int) -> list[str]:
+    """Why not the Hopper kernel, where Choice does not say so: for CPU tensors."""
+    if backend in KERNELS or arch != SM90_ARCH or kernel == "sm90":
+        return []
+    return [f"not by the Hopper kernel: {rather_not_sm90(problem)}"]
+
+
+def _notes_torch(problem: Problem, backend: str) -> list[str]:
+    notes = []
+    if problem.is_empty:
+        notes.append("there is nothing to compute: the result is 0, lse -inf, without a kernel")
+    if backend == "torch":
+        how = "tile by tile"
+        if sdpa_means_the_same(problem):
+            how = "by torch's SDPA, which means the same here"
+        elif sdpa_gpu.means_the_same(problem):
+            how = "by torch's SDPA, unless that would store too many scores"
+        notes.append(f"computed {how}; memory is linear in seqlen")
+    return notes
+
+
+def _notes_plan(
     problem: Problem,
-    backend: str,
-    plans: list[Plan],
+    given: Problem,
+    plan: Plan,
     found: tuned.Found | None,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> list[str]:
+    """What decided about a plan, of a problem as it was asked and as the kernel is given it."""
     notes = []
-    if problem.is_empty:
-        notes.append("there is nothing to compute: the result is 0, lse -inf, without a kernel")
-    if backend == "torch":
-        same = sdpa_means_the_same(problem)
-        how = "by torch's SDPA, which means the same here" if same else "tile by tile"
-        notes.append(f"computed {how}; memory is linear in seqlen")
-    if not plans:
-        return notes
     if found is not None:
         notes.append(found.source)
-    elif isinstance(plans[0], Sm90Plan):
+    elif isinstance(plan, Sm90Plan):
         notes.append(
             "tiles come from rules, made from measurements on Hopper GPUs; see tiles_sm90.py"
         )
@@ -171,25 +217,22 @@ def _notes(
             "tiles are ranked by warps resident on an SM, then the block_n that leaves registers "
             "for more warps (32), then small block_m; see plan.py"
         )
-    if problem.load_bytes < 16:
+    if given.load_bytes < 16:
         narrow = [
-            f"{name} allows {own}"
+            f"{name} allows {load_bytes(x)}"
             for name, x in (("q", q), ("k", k), ("v", v))
-            if (own := load_bytes(x)) < 16
+            if name in given.misaligned
         ]
         notes.append(
-            f"loads are {problem.load_bytes} bytes wide instead of 16, for alignment: "
+            f"loads are {given.load_bytes} bytes wide instead of 16, for alignment: "
             + ", ".join(narrow)
         )
-    if plans[0].folds_heads:
-        folded, group = plans[0].folds_heads, problem.group_size
+    if plan.folds_heads:
+        folded, group = plan.folds_heads, given.group_size
         which = f"{folded} heads" if folded == group else f"{folded} of the {group} heads"
-        notes.append(
-            f"{which} of q that share one of k and v are rows of one row tile"
-            + ("; q is copied for that" if with_copied_q(problem) else "")
-        )
-    if isinstance(plans[0], Sm90Plan):
-        notes += _notes_sm90(problem, plans[0])
+        notes.append(f"{which} of q that share one of k and v are rows of one row tile")
+    if isinstance(plan, Sm90Plan):
+        notes += _notes_sm90(given, plan)
     if problem.causal != "none" and problem.window_right == -1:
         notes.append("causality hides no key at these lengths, so the kernel does not test for it")
     return notes

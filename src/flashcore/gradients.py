@@ -87,8 +87,17 @@ def attention_gradients(
         inputs = problem, q, k, v, mask, out, lse, dout, dlse
         return *fused_backward(*inputs, run_on_gpu), None
     assert dout is not None
-    if choice.code == "flash":
-        return torch_backward.flash_gradients(problem, q, k, v, out, lse, dout)
-    return torch_backward.efficient_gradients(
-        problem, q, k, v, mask, out, lse, dout, needs_mask_grad
+    whole_q, whole_k, whole_v, out, dout = (
+        torch_backward.with_whole_packets(x) for x in (q, k, v, out, dout)
     )
+    if choice.code == "flash":
+        gradients = torch_backward.flash_gradients(
+            problem, whole_q, whole_k, whole_v, out, lse, dout
+        )
+    else:
+        gradients = torch_backward.efficient_gradients(
+            problem, whole_q, whole_k, whole_v, mask, out, lse, dout, needs_mask_grad
+        )
+    dq, dk, dv, dmask = gradients
+    like = torch_backward.laid_out_as
+    return like(q, dq), like(k, dk), like(v, dv), dmask

@@ -2,8 +2,8 @@
 
 Looked for in this order: this process, the bundle that FLASHCORE_BUNDLE names, the on-disk cache,
 the compiler. The key is a hash of the flattened source and the options, so a changed header, tile
-or flag is another key and nothing can be stale. An entry on disk is a checksummed file that is
-written under a temporary name and renamed, so processes may race; a corrupt one is a miss.
+or flag is another key and nothing can be stale. What lies on disk is store.py's; processes that
+want the same kernel wait for the one that compiles it.
 """
 
 from __future__ import annotations
@@ -11,21 +11,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import tempfile
-import warnings
-import zipfile
-from collections.abc import Iterable
+import re
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from flashcore import env
+from flashcore import bundle, env, store
 from flashcore.codegen import PROBE, generate_probe_source, generate_source
 from flashcore.compiler import OPTIONS, CompiledKernel, compile_uncached, nvrtc_version
-from flashcore.errors import BackendUnavailableError
+from flashcore.errors import BackendUnavailableError, notice_once
 from flashcore.plan import Plan
 
-_MAGIC = b"flashcore kernel 2\n"
+KIND = "kernels"  # their folder in the cache; below it one for each version of NVRTC
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,88 +44,59 @@ def cache_key(source: str, arch: int, arch_suffix: str = "") -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _pack(kernel: CompiledKernel) -> bytes:
+def pack(kernel: CompiledKernel) -> bytes:
+    """Return a kernel as the bytes of a cache entry."""
     fields = asdict(kernel)
     code = fields.pop("code")
-    body = json.dumps(fields).encode() + b"\n" + code
-    return _MAGIC + hashlib.sha256(body).digest() + body
+    return json.dumps(fields).encode() + b"\n" + code
 
 
-def _unpack(entry: bytes) -> CompiledKernel | None:
-    """The kernel of a cache entry, or None when it is corrupt."""
-    body = entry[len(_MAGIC) + 32 :]
-    if not entry.startswith(_MAGIC) or hashlib.sha256(body).digest() != entry[len(_MAGIC) :][:32]:
-        return None
-    head, _, code = body.partition(b"\n")
-    fields = json.loads(head)
-    remarks = tuple(fields.pop("remarks"))
-    return CompiledKernel(code=code, remarks=remarks, **fields)
-
-
-@functools.cache
-def _corrupt_before(path: Path) -> list[Path]:
-    return []
-
-
-def _read_cached(path: Path) -> CompiledKernel | None:
+def unpack(entry: bytes) -> CompiledKernel | None:
+    """Return the kernel of a cache entry, or None where another version wrote it."""
+    head, _, code = entry.partition(b"\n")
     try:
-        entry = path.read_bytes()
-    except OSError:
+        fields = json.loads(head)
+        remarks = tuple(fields.pop("remarks"))
+        return CompiledKernel(code=code, remarks=remarks, **fields)
+    except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    kernel = _unpack(entry)
-    if kernel is None:
-        seen = _corrupt_before(path)
-        if seen:
-            warnings.warn(
-                f"{path} is corrupt again after it was written anew; check the disk, or set "
-                "FLASHCORE_CACHE_DIR to another folder",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        seen.append(path)
-        path.unlink(missing_ok=True)
+
+
+def _folders_of_versions() -> list[str]:
+    """Where kernels may lie in the cache: those of this NVRTC, or, without one, of any, the newest
+    first, as a kernel that is there needs no compiler."""
+    try:
+        return [f"nvrtc-{'.'.join(map(str, nvrtc_version()))}"]
+    except BackendUnavailableError:
+        found = {
+            path.name for folder in store.folders() for path in (folder / KIND).glob("nvrtc-*")
+        }
+        return sorted(found, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])[::-1]
+
+
+def _read_cached(key: str) -> CompiledKernel | None:
+    for version in _folders_of_versions():
+        entry = store.find(f"{KIND}/{version}", f"{key}.bin")
+        if entry is not None:
+            return unpack(entry)
+    return None
+
+
+def _compile_and_keep(
+    key: str, source: str, arch: int, kernel_name: str, arch_suffix: str
+) -> CompiledKernel:
+    with store.lock(key):
+        kernel = _read_cached(key)  # another process may have had the lock
+        if kernel is None:
+            kernel = compile_uncached(source, arch, kernel_name, arch_suffix)
+            (version,) = _folders_of_versions()
+            store.keep(f"{KIND}/{version}", f"{key}.bin", pack(kernel))
     return kernel
-
-
-def _write_cached(path: Path, kernel: CompiledKernel) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(_pack(kernel))
-        os.replace(temporary, path)
-    except OSError as error:
-        warnings.warn(
-            f"the compiled kernel cannot be cached ({error}); set FLASHCORE_CACHE_DIR to a "
-            "writable folder",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-
-
-@functools.lru_cache(maxsize=4)
-def _bundle_entries(path: Path, modified_ns: int) -> dict[str, bytes]:
-    with zipfile.ZipFile(path) as bundle:
-        return {name: bundle.read(name) for name in bundle.namelist()}
-
-
-def _read_bundled(key: str) -> CompiledKernel | None:
-    path = env.bundle()
-    if path is None:
-        return None
-    try:
-        entry = _bundle_entries(path, path.stat().st_mtime_ns).get(key)
-    except (OSError, zipfile.BadZipFile) as error:
-        raise BackendUnavailableError(
-            f"FLASHCORE_BUNDLE={path} cannot be read ({error}); unset it, or build the bundle "
-            "anew with `flashcore build`"
-        ) from error
-    return None if entry is None else _unpack(entry)
 
 
 @functools.lru_cache(maxsize=4096)
 def compile_source(
-    source: str, arch: int, kernel_name: str, arch_suffix: str = ""
+    source: str, arch: int, kernel_name: str, arch_suffix: str = "", label: str = ""
 ) -> CompiledKernel:
     """Compiles one translation unit, or finds it compiled.
 
@@ -139,30 +105,48 @@ def compile_source(
         arch: architecture, 90 for sm_90.
         kernel_name: the entry point in it.
         arch_suffix: "a" for the architecture-specific instructions of sm_90a.
+        label: what the kernel is, for people; by default its name and architecture.
 
     Returns:
         The compiled kernel.
 
     Raises:
-        BackendUnavailableError: cuda-core or NVRTC is missing and nothing compiled was found.
+        BackendUnavailableError: cuda-core or NVRTC is missing and nothing compiled was found; or
+            the bundle cannot be read.
         CompileError: the compiler rejects the source; the message holds its log.
     """
     key = cache_key(source, arch, arch_suffix)
-    kernel = _read_bundled(key)
+    path = env.bundle()
+    entry = None if path is None else bundle.read(path, key)
+    kernel = None if entry is None else unpack(entry)
+    if kernel is None:
+        kernel = _read_cached(key)
     if kernel is not None:
         return kernel
-    version = ".".join(map(str, nvrtc_version()))
-    path = env.cache_dir() / "kernels" / f"nvrtc-{version}" / f"{key}.bin"
-    kernel = _read_cached(path)
-    if kernel is None:
-        kernel = compile_uncached(source, arch, kernel_name, arch_suffix)
-        _write_cached(path, kernel)
+    missed = ""
+    if path is not None:
+        missed = bundle.describe_miss(path, label or f"{kernel_name} sm_{arch}", arch)
+    try:
+        kernel = _compile_and_keep(key, source, arch, kernel_name, arch_suffix)
+    except BackendUnavailableError as error:
+        if not missed:
+            raise
+        raise BackendUnavailableError(f"{missed} It cannot be compiled here: {error}") from error
+    if missed:
+        notice_once(key, f"{missed} Until then each process without it in its cache compiles it.")
     return kernel
 
 
 def compile_plan(plan: Plan) -> CompiledKernel:
     """Compiles a plan's kernel, or finds it compiled. See `compile_source`."""
-    return compile_source(generate_source(plan), plan.arch, plan.kernel, plan.arch_suffix)
+    source = generate_source(plan)
+    return compile_source(source, plan.arch, plan.kernel, plan.arch_suffix, plan.describe())
+
+
+def compile_probe(dtype: str, arch: int) -> CompiledKernel:
+    """Compiles the check of an element map, or finds it compiled. See `compile_source`."""
+    label = f"the check of the {dtype} element map on sm_{arch}"
+    return compile_source(generate_probe_source(dtype), arch, PROBE, "", label)
 
 
 def resources(plan: Plan) -> Resources:
@@ -179,30 +163,3 @@ def resources(plan: Plan) -> Resources:
         code_bytes=kernel.code_bytes,
         remarks=kernel.remarks,
     )
-
-
-def write_bundle(path: Path, plans: Iterable[Plan]) -> int:
-    """Compiles plans, and what launching them needs, into one file for machines where nothing may
-    be compiled.
-
-    Args:
-        path: the bundle to write (a zip archive); FLASHCORE_BUNDLE names it there.
-        plans: what to compile; duplicates are written once.
-
-    Returns:
-        How many kernels the bundle holds, the check of the element map included.
-    """
-    wanted = {}
-    for plan in plans:
-        wanted[(generate_source(plan), plan.arch, plan.arch_suffix)] = plan.kernel
-        wanted[(generate_probe_source(plan.dtype), plan.arch, "")] = PROBE
-    entries = {
-        cache_key(source, arch, suffix): _pack(compile_source(source, arch, name, suffix))
-        for (source, arch, suffix), name in wanted.items()
-    }
-    temporary = path.with_name(path.name + ".tmp")
-    with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as bundle:
-        for key, entry in sorted(entries.items()):
-            bundle.writestr(key, entry)
-    os.replace(temporary, path)
-    return len(entries)

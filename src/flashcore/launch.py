@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import itertools
 import math
-import struct
 import threading
-from collections.abc import Mapping
 
 import torch
 
-from flashcore import descriptors, params_sm90
+from flashcore import params_sm90
 from flashcore.allocation import allocator
-from flashcore.codegen import PROBE, generate_probe_source
 from flashcore.compiler import CompiledKernel
 from flashcore.counters import own_counter, work_counters
 from flashcore.dispatch import Addresses
 from flashcore.driver_launch import Argument, Launch, launch_raw
-from flashcore.errors import FlashCoreError
-from flashcore.jit import compile_plan, compile_source
+from flashcore.element_map import verify_element_map
+from flashcore.jit import compile_plan
 from flashcore.launcher import Entry
 from flashcore.options import Options
-from flashcore.params import AttnParams, build_params, grid_size
+from flashcore.params import AttnParams, build_params, check_limits, grid_size
 from flashcore.plan import Plan
 from flashcore.plan_sm90 import Sm90Plan
 from flashcore.problem import Problem
+from flashcore.templates import Template, make_template
 
 
 @functools.lru_cache(maxsize=4096)
@@ -48,6 +47,13 @@ def _launch(plan: Plan, grid: int, device_index: int) -> Launch:
     )
 
 
+def load_plan(problem: Problem, plan: Plan, device: torch.device) -> None:
+    """Compiles a plan's kernel, or finds it compiled, and loads it on a GPU, for a later call."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    verify_element_map(index, plan.arch, plan.dtype)
+    _launch(plan, _grid_size(problem, plan, index), index)
+
+
 @functools.cache
 def _num_sms(device_index: int) -> int:
     return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
@@ -59,33 +65,10 @@ def _grid_size(problem: Problem, plan: Plan, device_index: int) -> int:
     return grid_size(problem, plan)
 
 
-@functools.cache
-def verify_element_map(device_index: int, arch: int, dtype: str) -> None:
-    """Checks on the GPU, once a process, that fragments lie where the kernels think they do.
-
-    Raises:
-        FlashCoreError: they do not; the GPU's wmma is not the documented one.
-    """
-
-    class ProbeParams(ctypes.Structure):
-        _fields_ = [("mismatches", ctypes.c_void_p)]
-
-    device = torch.device("cuda", device_index)
-    mismatches = torch.full((32,), torch.nan, device=device)
-    launch_raw(
-        compile_source(generate_probe_source(dtype), arch, PROBE),
-        grid=1,
-        num_threads=32,
-        smem_bytes=48 * 24 * 2,
-        params=ProbeParams(mismatches.data_ptr()),
-        device=device,
-    )
-    found = mismatches.tolist()
-    if any(count != 0 for count in found):
-        raise FlashCoreError(
-            f"{torch.cuda.get_device_name(device)} holds {dtype} fragments in an unknown order "
-            f"(mismatches by lane: {found}); use backend='torch', and please report this"
-        )
+def _verify(device_index: int, plan: Plan) -> None:
+    """`verify_element_map`, which waits for the GPU; while the stream is captured, not yet."""
+    if not torch.cuda.is_current_stream_capturing():
+        verify_element_map(device_index, plan.arch, plan.dtype)
 
 
 def run_kernel(
@@ -122,17 +105,17 @@ def run_kernel(
     grid = _grid_size(problem, plan, q.device.index)
     if grid == 0:
         return
-    verify_element_map(q.device.index, plan.arch, plan.dtype)
+    _verify(q.device.index, plan)
     tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse}
     tensors |= (gate_buffers or {}) | (lengths or {})
-    if plan.draws_tiles:
-        tensors["tile_counter"] = work_counters(q.device)
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
+    if plan.draws_tiles:
+        pointers["tile_counter"] = work_counters(q.device)
     params: ctypes.Structure
     scratch = _Scratch(problem, plan)
     if scratch.num_floats:
         shares, counters = scratch.allocate(q)
-        pointers |= scratch.pointers(shares.data_ptr(), counters.data_ptr())
+        pointers |= scratch.pointers(shares.data_ptr(), counters)
     if isinstance(plan, Sm90Plan):
         params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
     else:
@@ -157,22 +140,25 @@ class _Scratch:
         self.num_out = math.prod(shapes.get("split_out", (0,)))
         self.num_floats = self.num_out + math.prod(shapes.get("split_stats", (0,)))
 
-    def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Shares, from torch's allocator, and counters; both of the current stream. Where blocks
-        share the keys of row tiles."""
+    def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Shares, from torch's allocator, and the address of counters; both of the current stream.
+        Where blocks share the keys of row tiles."""
         shares = q.new_empty(self.num_floats, dtype=torch.float32)
         return shares, work_counters(q.device, self.num_counters)
 
-    def pointers(self, shares: int, counters: int) -> dict[str, int | None]:
+    def pointers(self, shares: int, counters: int) -> dict[str, int]:
         """Addresses by field of AttnParams."""
         stats = shares + 4 * self.num_out
         return {"split_out": shares, "split_stats": stats, "tile_counter": counters}
 
 
+# By Problem.varlen, the fields of AttnParams that say how long sequences are.
+LENGTHS = {"keys": ("seqlens_k",), "packed": ("cu_seqlens_q", "cu_seqlens_k")}
+
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
 # allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
 ARGUMENTS_MAX = 4096
-# Call; q, k, v; mask; out; lse; shares and counters.
+# Call; q, k, v and lengths; mask; out; lse; shares and counters.
 _Key = tuple[int, Addresses, int, int, int, tuple[int, ...]]
 _arguments: dict[_Key, Argument] = {}
 _lock = threading.Lock()
@@ -180,12 +166,25 @@ _serial = itertools.count()
 
 
 class KernelCall:
-    """A plan on a device, ready for tensors of one description. See dispatch.prepare."""
+    """A plan on a device, ready for tensors of one description. See dispatch.prepare.
+
+    Args:
+        problem: describes them.
+        plan: for it.
+        device: where they are.
+    """
 
     def __init__(self, problem: Problem, plan: Plan, device: torch.device) -> None:
         self._serial, self._problem, self._plan = next(_serial), problem, plan
-        rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
-        out_shape = (*rows_shape, problem.head_dim_v)
+        self._origin: KernelCall | None = None  # see with_keys
+        self._model: Template | None = None  # of one of those
+        self._spare: list[Argument] | None = None
+        heads = problem.num_heads_q
+        rows_shape: tuple[int, ...] = (problem.batch, heads, problem.seqlen_q)
+        out_shape: tuple[int, ...] = (*rows_shape, problem.head_dim_v)
+        if problem.varlen == "packed":
+            rows_shape = (heads, problem.total_q)
+            out_shape = (problem.total_q, heads, problem.head_dim_v)
         self._new_out = allocator(device, out_shape, problem.torch_dtype)
         self._new_lse = None
         if problem.return_lse:
@@ -194,11 +193,26 @@ class KernelCall:
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)
         self._template: Template | None = None
-        verify_element_map(device.index, plan.arch, plan.dtype)
+        _verify(device.index, plan)
         self._index = torch.cuda.current_device() if device.index is None else device.index
         self.launch = _launch(plan, self._grid, self._index)
         # Looked up once, not in every call.
         self._current_device, self._enqueue = torch._C._cuda_getDevice, self.launch.enqueue
+
+    def with_keys(self, problem: Problem) -> KernelCall:
+        """Return the call of another problem that the same plan serves, and that differs in the
+        keys, the mask and their number alone.
+
+        Keys that grow are new each time, and so are their addresses. Where those of this call are
+        kept with their arguments, that one has few arguments, written over for each launch.
+        """
+        if problem == self._problem:
+            return self
+        check_limits(problem, self._plan)
+        other = copy.copy(self)
+        other._serial, other._problem = next(_serial), problem
+        other._origin, other._template, other._spare = self._origin or self, None, []
+        return other
 
     def run(
         self,
@@ -208,7 +222,8 @@ class KernelCall:
         mask: torch.Tensor | None,
         addresses: Addresses,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See dispatch.Call."""
+        """See dispatch.Call. Where sequences differ in length, addresses go on with those of
+        LENGTHS."""
         if self._current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.run(q, k, v, mask, addresses)
@@ -217,7 +232,7 @@ class KernelCall:
         scratch: tuple[int, ...] = ()
         if self._scratch.num_floats:
             shares, counters = self._scratch.allocate(q)
-            scratch = shares.data_ptr(), counters.data_ptr()
+            scratch = shares.data_ptr(), counters
         key = (
             self._serial,
             addresses,
@@ -226,12 +241,23 @@ class KernelCall:
             0 if lse is None else lse.data_ptr(),
             scratch,
         )
-        self._enqueue(_arguments.get(key) or self.make_argument(key))
+        spare = self._spare
+        if spare is None:
+            self._enqueue(_arguments.get(key) or self.make_argument(key))
+            return out, lse
+        # Whoever takes one has it alone until the launch has copied it.
+        try:
+            argument = spare.pop()
+        except IndexError:
+            argument = self._template_of(addresses, key[3]).new()
+        self._fill(argument, key)
+        self._enqueue(argument)
+        spare.append(argument)
         return out, lse
 
     def entry(self, q: int, k: int, v: int) -> Entry:
         """The same for the compiled launcher, given the addresses of such tensors."""
-        template = self._template_of(q, k, v, q)  # each call has its own out
+        template = self._template_of((q, k, v), q)  # each call has its own out
         problem, plan, scratch = self._problem, self._plan, self._scratch
         return Entry(
             kernel=self.launch.handle,
@@ -257,16 +283,8 @@ class KernelCall:
 
     def make_argument(self, key: _Key) -> Argument:
         """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
-        _, (q, k, v), mask, out, lse, scratch = key
-        template = self._template_of(q, k, v, out)
-        others = self._scratch.pointers(*scratch) if scratch else {}
-        lasts = True
-        if self._counts_on is not None:
-            lasts = not torch.cuda.is_current_stream_capturing()
-            counter = own_counter if lasts else work_counters
-            others["tile_counter"] = counter(self._counts_on).data_ptr()
-        argument = template.place(q, k, v, mask, out, lse, others)
-        if not lasts:
+        argument = self._template_of(key[1], key[3]).new()
+        if not self._fill(argument, key, is_kept=True):
             return argument
         with _lock:
             while len(_arguments) >= ARGUMENTS_MAX:
@@ -274,58 +292,35 @@ class KernelCall:
             _arguments[key] = argument
         return argument
 
-    def _template_of(self, q: int, k: int, v: int, out: int) -> Template:
+    def _fill(self, argument: Argument, key: _Key, is_kept: bool = False) -> bool:
+        """Write the addresses of a key. Return whether the argument may be kept: one whose counter
+        is a capture's may not."""
+        _, (q, k, v, *lengths), mask, out, lse, scratch = key
+        template = self._template
+        assert template is not None
+        template.place(argument, q, k, v, mask, out, lse)
+        if lengths:
+            names = LENGTHS[self._problem.varlen]
+            template.place_others(argument, dict(zip(names, lengths, strict=True)))
+        if scratch:
+            template.place_others(argument, self._scratch.pointers(*scratch))
+        if self._counts_on is not None:
+            is_kept = is_kept and not torch.cuda.is_current_stream_capturing()
+            counter = (own_counter if is_kept else work_counters)(self._counts_on)
+            template.place_others(argument, {"tile_counter": counter})
+        return is_kept
+
+    def _template_of(self, addresses: Addresses, out: int) -> Template:
         """Made once, with these addresses."""
         if self._template is None:
+            q, k, v, *_ = addresses
             pointers: dict[str, int | None] = {"q": q, "k": k, "v": v, "out": out}
-            self._template = make_template(self._problem, self._plan, pointers, self._grid)
+            arguments = self._problem, self._plan, pointers, self._grid
+            origin = self._origin
+            if origin is not None and origin._model is not None:
+                self._template = origin._model.with_keys(*arguments)
+            else:
+                self._template = make_template(*arguments)
+                if origin is not None:
+                    origin._model = self._template
         return self._template
-
-
-_POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse, with which AttnParams begins
-_POINTER = struct.Struct("Q")
-
-
-class Template:
-    """A kernel's argument, to be copied with other addresses.
-
-    Args:
-        content: the struct; TMA descriptors in it are those of tensors of the same description.
-        attn_offset: where AttnParams begins in it, in bytes.
-        map_offsets: where the descriptors of q, k, v and out are; none for the portable kernel.
-    """
-
-    def __init__(self, content: bytes, attn_offset: int, map_offsets: tuple[int, ...]) -> None:
-        self.content, self.attn_offset, self.map_offsets = content, attn_offset, map_offsets
-
-    def place(
-        self,
-        q: int,
-        k: int,
-        v: int,
-        mask: int,
-        out: int,
-        lse: int,
-        others: Mapping[str, int | None],
-    ) -> Argument:
-        """The argument with these addresses, 0 for none; `others` by field of AttnParams."""
-        memory, address = descriptors.aligned(self.content)
-        offset = address - ctypes.addressof(memory) + self.attn_offset
-        _POINTERS.pack_into(memory, offset, q, k, v, mask, out, lse)
-        for name, other in others.items():
-            _POINTER.pack_into(memory, offset + getattr(AttnParams, name).offset, other)
-        if self.map_offsets:
-            descriptors.readdress(address, (*zip(self.map_offsets, (q, k, v, out), strict=True),))
-        return Argument(memory, address)
-
-
-def make_template(
-    problem: Problem, plan: Plan, pointers: dict[str, int | None], grid: int
-) -> Template:
-    """The argument of a problem, with the addresses of some tensors that it describes."""
-    if not isinstance(plan, Sm90Plan):
-        return Template(bytes(build_params(problem, plan, pointers)), 0, ())
-    params = params_sm90.build_params_sm90(problem, plan, pointers, grid, target="host")
-    params_sm90.encode_maps(params, problem.dtype, descriptors.encode_kind)
-    offsets = tuple(getattr(type(params), f"{name}_map").offset for name in params_sm90.MAPS)
-    return Template(bytes(params), type(params).attn.offset, offsets)

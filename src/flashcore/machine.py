@@ -14,9 +14,10 @@ from pathlib import Path
 
 import torch
 
+from flashcore import __version__
+
 # Distributions whose version decides what can be compiled and launched.
 _PACKAGES = (
-    "flashcore",
     "torch",
     "cuda-core",
     "cuda-bindings",
@@ -103,6 +104,15 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def install_command() -> str:
+    """Return the command that installs what compiles and launches kernels, for torch's CUDA. It
+    names the packages themselves and not an extra of flashcore: on a package index the name
+    `flashcore` is another project's."""
+    if (torch.version.cuda or "").startswith("12."):
+        return 'pip install cuda-core "cuda-bindings<13" nvidia-cuda-nvrtc-cu12'
+    return "pip install cuda-core cuda-bindings nvidia-cuda-nvrtc"
+
+
 def package_version(name: str) -> str | None:
     """Version of an installed distribution, or None."""
     try:
@@ -113,7 +123,7 @@ def package_version(name: str) -> str | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that matter here."""
-    found = {"python": platform.python_version()}
+    found = {"flashcore": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         version = package_version(name)
         if version is not None:

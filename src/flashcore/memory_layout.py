@@ -28,6 +28,22 @@ class MaskSpec:
     load_bytes: int
 
 
+def strided_among(**tensors: torch.Tensor) -> str:
+    """The names of the tensors whose last dimension is not contiguous, joined."""
+    return "".join(name for name, x in tensors.items() if x.shape[-1] > 1 and x.stride(-1) != 1)
+
+
+def misaligned_among(**tensors: torch.Tensor) -> str:
+    """The names of the tensors with rows that do not start at multiples of 16 bytes, joined."""
+    return "".join(name for name, x in tensors.items() if load_bytes(x) < 16)
+
+
+def as_batch(x: torch.Tensor) -> torch.Tensor:
+    """Return [total, num_heads, dim] as the [1, num_heads, total, dim] that everything else works
+    on."""
+    return x.unsqueeze(0).transpose(1, 2)
+
+
 def strides_of(x: torch.Tensor) -> Strides3:
     """Strides of (batch, head, seqlen), 0 where no step is ever taken."""
     (b, h, s, _), (sb, sh, ss, _) = x.shape, x.stride()

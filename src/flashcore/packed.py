@@ -14,8 +14,9 @@ from collections.abc import Iterator
 import torch
 
 from flashcore import env
-from flashcore.dispatch import KERNELS, without_autocast
+from flashcore.dispatch import KERNELS, adapt_for, prepare, without_autocast
 from flashcore.gradients import attention_gradients, choose_backward
+from flashcore.memory_layout import as_batch
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.tiled import attention_tiled
@@ -29,11 +30,6 @@ from flashcore.validation import (
 )
 
 Tensor = torch.Tensor
-
-
-def as_batch(x: Tensor) -> Tensor:
-    """[total, num_heads, dim] as the [1, num_heads, total, dim] that everything else works on."""
-    return x.unsqueeze(0).transpose(1, 2)
 
 
 def check_packed(
@@ -173,6 +169,10 @@ def run_packed(
         out: [total_q, num_heads_q, head_dim_v], dtype of q.
         lse: [num_heads_q, total_q].
     """
+    if backend in KERNELS and not problem.is_empty:
+        addresses = tuple(x.data_ptr() for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
+        call = prepare(backend, problem, q.device)
+        return call(q, k, v, None, addresses)  # type: ignore[return-value]
     out = q.new_empty((problem.total_q, problem.num_heads_q, problem.head_dim_v))
     lse = q.new_empty((problem.num_heads_q, problem.total_q), dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":
@@ -190,19 +190,17 @@ def run_packed(
                 lse[:, queries] = own_lse[0]
         return out, lse
 
-    arch = env.sim_arch() if backend == "sim" else problem.arch
-    plan = _plan(problem, arch, KERNELS.get(backend))
+    from flashcore.sim import simulate
+
+    adapted = adapt_for(backend, problem)
+    problem = adapted.problem
+    if problem.head_dim_v != out.shape[2]:
+        out = q.new_empty((*out.shape[:2], problem.head_dim_v))
+    plan = _plan(problem, env.sim_arch(), None)
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    inputs = (as_batch(q), as_batch(k), as_batch(v), None)
-    if backend == "sim":
-        from flashcore.sim import simulate
-
-        simulate(problem, plan, *inputs, out, lse, None, lengths, seed=env.sim_seed())
-    else:
-        from flashcore.launch import run_kernel
-
-        run_kernel(problem, plan, *inputs, out, lse, None, lengths)
-    return out, lse
+    inputs = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
+    simulate(problem, plan, *inputs, out, lse, None, lengths, seed=env.sim_seed())
+    return adapted.result(out), lse
 
 
 def packed_backward(

@@ -17,15 +17,24 @@ import torch
 from torch import Tensor
 
 from flashcore import env
-from flashcore.dispatch import KERNELS, check_backend, choose_backend, warn_once, without_autocast
-from flashcore.folding import with_copied_q
+from flashcore.calls import attend_lengths
+from flashcore.dispatch import (
+    KERNELS,
+    adapt_for,
+    check_backend,
+    choose_backend,
+    prepare,
+    warn_once,
+    without_autocast,
+)
+from flashcore.eager import is_plain
 from flashcore.gradients import attention_gradients
 from flashcore.options import Options
 from flashcore.packed import check_lengths
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.tiled import attention_tiled
-from flashcore.validation import check_kinds, check_mask_kind
+from flashcore.validation import check_kinds, check_mask_kind, check_return_lse
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor seqlens_k, str causal, "
@@ -59,10 +68,20 @@ def attention_padded(
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` where seqlens_k is given; see there."""
+    if is_plain((seqlens_k,), q, k, v, mask):
+
+        def describe() -> Problem:
+            check_return_lse(return_lse)
+            checked = Options.checked(causal, window, softcap, scale)
+            return _problem(q, k, v, mask, seqlens_k, checked)
+
+        asked = causal, window, softcap, scale, return_lse
+        result = attend_lengths(q, k, v, mask, (seqlens_k,), asked, None, backend, describe)
+        if result is not None:
+            return result if return_lse else result[0]
     options = Options.checked(causal, window, softcap, scale)
     check_backend(backend)
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+    check_return_lse(return_lse)
     if not torch.compiler.is_compiling():  # then _forward_fake checks
         _check(q, k, v, mask, seqlens_k)
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
@@ -128,6 +147,10 @@ def _forward(
     if choice.is_fallback:
         warn_once(choice)
     backend = choice.backend
+    if backend in KERNELS and not problem.is_empty:
+        addresses = tuple(x.data_ptr() for x in (q, k, v, seqlens_k))
+        call = prepare(backend, problem, q.device)
+        return call(q, k, v, mask, addresses)  # type: ignore[return-value]
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":
@@ -138,21 +161,17 @@ def _forward(
                 tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
                 out[b], lse[b] = attention_tiled(own, *tensors)
         return out, lse
-    copied = with_copied_q(problem)
-    if copied is not None:
-        problem, q = copied, q.contiguous()
-    arch = env.sim_arch() if backend == "sim" else problem.arch
-    plan = _plan(problem, arch, KERNELS.get(backend))
+    from flashcore.sim import simulate
+
+    adapted = adapt_for(backend, problem)
+    q, k, v = adapted.tensors(q, k, v)
+    problem = adapted.problem
+    if problem.head_dim_v != out.shape[3]:
+        out = q.new_empty((*out.shape[:3], problem.head_dim_v))
+    plan = _plan(problem, env.sim_arch(), None)
     lengths = {"seqlens_k": seqlens_k}
-    if backend == "sim":
-        from flashcore.sim import simulate
-
-        simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
-    else:
-        from flashcore.launch import run_kernel
-
-        run_kernel(problem, plan, q, k, v, mask, out, lse, None, lengths)
-    return out, lse
+    simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
+    return adapted.result(out), lse
 
 
 def _sequences(problem: Problem, seqlens_k: Tensor) -> Iterator[tuple[Problem, slice, int]]:

@@ -88,7 +88,8 @@ def grid_size(problem: Problem, plan: Plan) -> int:
     return num_m_blocks * problem.num_heads_q * problem.batch
 
 
-def _check_limits(problem: Problem, plan: Plan) -> None:
+def check_limits(problem: Problem, plan: Plan) -> None:
+    """Raise NotImplementedError if a problem is too large for one launch."""
     if grid_size(problem, plan) > _MAX_GRID:
         raise NotImplementedError(
             f"{grid_size(problem, plan)} row tiles exceed a grid's {_MAX_GRID}; split the batch"
@@ -103,6 +104,22 @@ def _check_limits(problem: Problem, plan: Plan) -> None:
                 f"{name} has a stride of {strides[2]} elements between rows, "
                 f"more than {_MAX_ROW_STRIDE}; pass {name}.contiguous()"
             )
+
+
+def set_keys(params: AttnParams, problem: Problem) -> None:
+    """Write what depends on the keys, the mask and their number alone.
+
+    Args:
+        params: to be changed.
+        problem: as the kernel sees it (folding.as_launched).
+    """
+    mask_strides = (0, 0, 0, 0) if problem.mask is None else problem.mask.strides
+    params.k_batch_stride, params.k_head_stride, params.k_row_stride = problem.k_strides
+    params.v_batch_stride, params.v_head_stride, params.v_row_stride = problem.v_strides
+    params.mask_batch_stride, params.mask_head_stride = mask_strides[:2]
+    params.mask_row_stride, params.mask_col_stride = mask_strides[2:]
+    params.seqlen_k, params.diag_offset = problem.seqlen_k, problem.diag_offset
+    params.window_left, params.window_right = problem.window_left, problem.window_right
 
 
 def build_params(
@@ -124,22 +141,16 @@ def build_params(
         NotImplementedError: the problem is too large for one launch.
     """
     num_queries = problem.seqlen_q
-    _check_limits(problem, plan)
+    check_limits(problem, plan)
     problem = as_launched(problem, plan)
-    mask_strides = (0, 0, 0, 0) if problem.mask is None else problem.mask.strides
     params = AttnParams() if plan.gate is None else AttnGateParams()
     for name, address in pointers.items():
         setattr(params, name, address)
     params.q_batch_stride, params.q_head_stride, params.q_row_stride = problem.q_strides
-    params.k_batch_stride, params.k_head_stride, params.k_row_stride = problem.k_strides
-    params.v_batch_stride, params.v_head_stride, params.v_row_stride = problem.v_strides
-    params.mask_batch_stride, params.mask_head_stride = mask_strides[:2]
-    params.mask_row_stride, params.mask_col_stride = mask_strides[2:]
+    set_keys(params, problem)
     params.num_heads_q, params.num_heads_kv = problem.num_heads_q, problem.num_heads_kv
-    params.seqlen_q, params.seqlen_k = problem.seqlen_q, problem.seqlen_k
+    params.seqlen_q = problem.seqlen_q
     params.num_m_blocks = -(-problem.seqlen_q // plan.block_m)
-    params.diag_offset = problem.diag_offset
-    params.window_left, params.window_right = problem.window_left, problem.window_right
     params.softmax_scale = problem.scale
     params.softmax_scale_log2 = problem.scale * LOG2_E
     params.softcap = problem.softcap

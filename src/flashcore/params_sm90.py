@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from flashcore import descriptors, params
@@ -132,13 +132,53 @@ def build_params_sm90(
     Raises:
         NotImplementedError: the problem is too large for one launch.
     """
-    packed = problem.varlen == "packed"
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
     argument.attn.num_splits = plan.num_splits
     argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
     problem = as_launched(problem, plan)
     argument.num_heads = problem.num_heads_q * problem.batch
+    for name in MAPS:
+        _set_map(argument, name, problem, plan, pointers)
+    if target == "ptx":
+        encode_maps(argument, problem.dtype, descriptors.encode)
+    return argument
+
+
+def set_keys_sm90(
+    argument: AttnSm90Params,
+    problem: Problem,
+    plan: Sm90Plan,
+    pointers: dict[str, int | None],
+    num_blocks: int,
+) -> None:
+    """Write what depends on the keys, the mask and their number alone; the maps of k and v as the
+    simulator reads them.
+
+    Args:
+        argument: from `build_params_sm90` for a problem that differs in these alone.
+        problem: shapes, strides and options.
+        plan: as for the argument.
+        pointers: of k and v.
+        num_blocks: of the launch.
+    """
+    if plan.has_window_right:  # or nobody reads it
+        argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
+    problem = as_launched(problem, plan)
+    params.set_keys(argument.attn, problem)
+    for name in ("k", "v"):
+        _set_map(argument, name, problem, plan, pointers)
+
+
+def _set_map(
+    argument: AttnSm90Params | AttnSm90GateParams,
+    name: str,
+    problem: Problem,
+    plan: Sm90Plan,
+    pointers: dict[str, int | None],
+) -> None:
+    """Write the tensor map of one of MAPS, of a problem as the kernel sees it."""
+    packed = problem.varlen == "packed"
     heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v
     rows_q, rows_k = (
         (problem.total_q, problem.total_k) if packed else (problem.seqlen_q, problem.seqlen_k)
@@ -153,44 +193,45 @@ def build_params_sm90(
         "o": (out_strides, dim_v, rows_q, heads),
     }
     box_rows = {"q": ROWS_OF_CONSUMER, "k": plan.block_n, "v": plan.block_n, "o": ROWS_OF_CONSUMER}
-    for name, (strides, cols, num_rows, heads) in tensors.items():
-        # A dimension of size 1 has stride 0 in a Problem; a descriptor wants some legal one.
-        batch_bytes, head_bytes, row_bytes = (
-            _ELEMENT_BYTES * stride if stride else 16 for stride in strides
-        )
-        tensor_map = TensorMap(
-            base=pointers.get("out" if name == "o" else name) or 0,
-            row_stride_bytes=row_bytes,
-            head_stride_bytes=head_bytes,
-            batch_stride_bytes=batch_bytes,
-            cols=cols,
-            rows=num_rows,
-            heads=heads,
-            batches=problem.batch,
-            box_cols=plan.chunk,
-            box_rows=box_rows[name],
-            element_bytes=_ELEMENT_BYTES,
-            swizzle_bytes=plan.chunk * _ELEMENT_BYTES,
-        )
-        if packed:
-            make_ragged(tensor_map, 0)
-        elif problem.varlen == "keys" and name in ("k", "v"):
-            rows_per_batch = batch_bytes // row_bytes if problem.batch > 1 else 0
-            setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
-            make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
-        setattr(argument, f"{name}_map", tensor_map)
-    if target == "ptx":
-        encode_maps(argument, problem.dtype, descriptors.encode)
-    return argument
+    strides, cols, num_rows, heads = tensors[name]
+    # A dimension of size 1 has stride 0 in a Problem; a descriptor wants some legal one. Others
+    # that have it are expanded: TMA reads the same rows again, as was tried on an H200.
+    sizes = (1 if packed else problem.batch, heads, num_rows)
+    batch_bytes, head_bytes, row_bytes = (
+        _ELEMENT_BYTES * stride if stride or size > 1 else 16
+        for stride, size in zip(strides, sizes, strict=True)
+    )
+    tensor_map = TensorMap(
+        base=pointers.get("out" if name == "o" else name) or 0,
+        row_stride_bytes=row_bytes,
+        head_stride_bytes=head_bytes,
+        batch_stride_bytes=batch_bytes,
+        cols=cols,
+        rows=num_rows,
+        heads=heads,
+        batches=problem.batch,
+        box_cols=plan.chunk,
+        box_rows=box_rows[name],
+        element_bytes=_ELEMENT_BYTES,
+        swizzle_bytes=plan.chunk * _ELEMENT_BYTES,
+    )
+    if packed:
+        make_ragged(tensor_map, 0)
+    elif problem.varlen == "keys" and name in ("k", "v"):
+        rows_per_batch = batch_bytes // row_bytes if strides[0] else 0
+        setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
+        make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
+    setattr(argument, f"{name}_map", tensor_map)
 
 
 def encode_maps(
     argument: AttnSm90Params | AttnSm90GateParams,
     dtype_name: str,
     encode: Callable[[TensorMap, str], TensorMap],
+    names: Iterable[str] = MAPS,
 ) -> None:
-    """Replaces the simulator's tensor maps by what `encode` makes of them."""
-    for name in MAPS:
+    """Replace the simulator's tensor maps by what `encode` makes of them."""
+    for name in names:
         field = f"{name}_map"
         setattr(argument, field, encode(getattr(argument, field), dtype_name))
 

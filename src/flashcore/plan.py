@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashcore.folding import can_fold
 from flashcore.limits import blocks_that_fit, smem_limits
+from flashcore.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -282,8 +283,16 @@ def candidates(
 
     Raises:
         ValueError: the kernel has no such gate.
+        NotImplementedError: no kernel reads such tensors as they lie; see adapting.py.
     """
     from flashcore import plan_sm90  # which builds on this module
+
+    if not problem.is_readable or max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
+        raise NotImplementedError(
+            f"no kernel reads {problem.describe()} in place; the kernels read contiguous rows of a "
+            f"multiple of {HEAD_DIM_MULTIPLE} elements up to {HEAD_DIM_MAX}: give them padded "
+            "copies, as flashcore.attention does"
+        )
 
     arch = arch or problem.arch or SIM_ARCH
     if kernel is None and arch == plan_sm90.ARCH:

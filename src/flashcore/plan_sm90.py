@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -186,31 +187,44 @@ class Sm90Plan(Plan):
 
 
 def obstacle(problem: Problem) -> str | None:
-    """Why the Hopper kernel cannot serve a problem, or None. TMA reads 16-byte aligned rows."""
-    if problem.load_bytes < 16:
-        return (
-            "TMA needs 16-byte aligned rows, and some address or stride of q, k or v is a multiple "
-            f"of {problem.load_bytes} bytes only"
-        )
-    batch, rows_q, rows_k = problem.batch, problem.seqlen_q, problem.seqlen_k
-    if problem.varlen == "packed":
-        batch, rows_q, rows_k = 1, problem.total_q, problem.total_k
-    for name, strides, sizes in (
-        ("q", problem.q_strides, (batch, problem.num_heads_q, rows_q)),
-        ("k", problem.k_strides, (batch, problem.num_heads_kv, rows_k)),
-        ("v", problem.v_strides, (batch, problem.num_heads_kv, rows_k)),
-    ):
-        if 0 in strides and any(
-            stride == 0 and size > 1 for stride, size in zip(strides, sizes, strict=True)
-        ):
-            return f"TMA reads no expanded tensor, and {name} has a stride of 0"
-        if max(strides) >= 2**39:
-            return f"TMA reads no stride of 2^40 bytes, as {name} has"
-        if problem.varlen == "keys" and name != "q" and strides[2] and strides[0] % strides[2]:
-            return f"with seqlens_k it needs batches that are whole rows apart, unlike {name}'s"
-    if problem.varlen == "packed" and rows_q * problem.num_heads_q + batch >= 2**30:
+    """Why the Hopper kernel cannot serve a problem, or None."""
+    num_rows = problem.total_q * problem.num_heads_q  # 0 unless packed
+    if num_rows + problem.batch >= 2**30 and problem.varlen == "packed":
         return "it counts the row tiles of all packed sequences in 32 bits"
-    return None
+    return next(iter(unreadable(problem).values()), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def unreadable(problem: Problem) -> Mapping[str, str]:
+    """Those of "q", "k" and "v" that TMA cannot read as they lie, and why: it reads rows that start
+    at multiples of 16 bytes. A stride of 0 between batches or heads reads the same rows again."""
+    found: dict[str, str] = {}
+    if problem.load_bytes < 16:
+        for name in problem.misaligned or "qkv":
+            found[name] = (
+                f"TMA needs 16-byte aligned rows, and some address or stride of {name} is a "
+                f"multiple of {problem.load_bytes} bytes only"
+            )
+    packed, keys = problem.varlen == "packed", problem.varlen == "keys"
+    rows_q = problem.total_q if packed else problem.seqlen_q
+    rows_k = problem.total_k if packed else problem.seqlen_k
+    for name, strides, rows in (
+        ("q", problem.q_strides, rows_q),
+        ("k", problem.k_strides, rows_k),
+        ("v", problem.v_strides, rows_k),
+    ):
+        begins_by_row = keys and name != "q"  # params_sm90.make_ragged
+        if name in found:
+            continue
+        if strides[2] == 0 and rows > 1:
+            found[name] = f"the Hopper kernel reads rows apart, and {name} is one row, expanded"
+        elif max(strides) >= 2**39:
+            found[name] = f"TMA reads no stride of 2^40 bytes, as {name} has"
+        elif begins_by_row and strides[2] and strides[0] % strides[2]:
+            found[name] = (
+                f"with seqlens_k it needs batches that are whole rows apart, unlike {name}'s"
+            )
+    return found
 
 
 def _of_mean_lengths(problem: Problem) -> Problem:

@@ -12,9 +12,18 @@ from dataclasses import dataclass
 
 import torch
 
-from flashcore.memory_layout import MaskSpec, Strides3, load_bytes, mask_spec, strides_of
+from flashcore.memory_layout import (
+    MaskSpec,
+    Strides3,
+    load_bytes,
+    mask_spec,
+    misaligned_among,
+    strided_among,
+    strides_of,
+)
 from flashcore.validation import (
     DTYPES,
+    HEAD_DIM_MULTIPLE,
     check_mask,
     check_qkv,
     checked_causal,
@@ -41,7 +50,7 @@ class Problem:
         num_heads_kv: heads of k and v; head h of q uses head h // (num_heads_q / num_heads_kv).
         seqlen_q: queries per sequence.
         seqlen_k: keys, and values, per sequence.
-        head_dim: of q and k; a multiple of 8, at most 256.
+        head_dim: of q and k, at least 1; the kernels take what is_readable says.
         head_dim_v: of v and the output, likewise.
         dtype: "float16", "bfloat16", "float32" or "float64".
         device: "cpu" or "cuda".
@@ -58,12 +67,14 @@ class Problem:
         k_strides: likewise.
         v_strides: likewise.
         load_bytes: the widest of 16, 8, 4, 2 that divides every address of a row of q, k and v
-            and the bytes of a row.
+            and the bytes of a row, of those that the kernels read in place (adapting.py).
         varlen: how sequences differ in length, one of plan.VARLEN_KINDS. If they do, only the
             device knows by how much: seqlen_q and seqlen_k are the longest possible, and
             diag_offset is 0. "packed": strides are those of [1, heads, total, dim] views.
         total_q: rows of packed q; else 0.
         total_k: rows of packed k and v; else 0.
+        strided: those of "q", "k" and "v" whose last dimension is not contiguous, joined.
+        misaligned: likewise those for which alone load_bytes would be less than 16.
     """
 
     batch: int
@@ -91,6 +102,8 @@ class Problem:
     varlen: str = "none"
     total_q: int = 0
     total_k: int = 0
+    strided: str = ""
+    misaligned: str = ""
 
     @classmethod
     def from_tensors(
@@ -139,6 +152,14 @@ class Problem:
             alignment, checked_window(window), seqlen_q, seqlen_k
         )
         default_scale = 1.0 / math.sqrt(head_dim)
+        tensors = {"q": q, "k": k, "v": v}
+        strided = strided_among(**tensors)
+        in_place = {
+            name: x
+            for name, x in tensors.items()
+            if x.shape[3] % HEAD_DIM_MULTIPLE == 0 and name not in strided
+        }
+        width = load_bytes(*in_place.values())
         return cls(
             batch=batch,
             num_heads_q=num_heads_q,
@@ -161,7 +182,9 @@ class Problem:
             q_strides=strides_of(q),
             k_strides=strides_of(k),
             v_strides=strides_of(v),
-            load_bytes=load_bytes(q, k, v),
+            load_bytes=width,
+            strided=strided,
+            misaligned="" if width == 16 else misaligned_among(**in_place),
         )
 
     @property
@@ -175,6 +198,13 @@ class Problem:
         if self.varlen == "packed":
             return not (self.batch and self.num_heads_q and self.total_q and self.total_k)
         return not (self.batch and self.num_heads_q and self.seqlen_q and self.seqlen_k)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the kernels can read q, k and v as they are: rows of whole 16 bytes, contiguous.
+        See adapting.py for others."""
+        dims = self.head_dim, self.head_dim_v
+        return not self.strided and all(dim % HEAD_DIM_MULTIPLE == 0 for dim in dims)
 
     @property
     def torch_dtype(self) -> torch.dtype:

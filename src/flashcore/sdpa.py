@@ -11,28 +11,31 @@ routing.py puts this function in torch's place.
 from __future__ import annotations
 
 import functools
+import sys
 import warnings
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
-from torch.nn.attention.bias import CausalBias, CausalVariant
 
 from flashcore.api import attention
-from flashcore.dispatch import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.errors import FallbackWarning
+from flashcore.obstacles import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.sdpa_nested import attention_nested, nested_obstacle, packed
 from flashcore.sdpa_shapes import PLAIN_TYPES, as_4d
-from flashcore.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE, factor_fits
+from flashcore.spelling import OF_SDPA, other_names, refuse
+from flashcore.validation import HEAD_DIM_MAX, factor_fits
+
+if TYPE_CHECKING:
+    from torch.nn.attention.bias import CausalBias
 
 # torch's function itself: torch.nn.functional.scaled_dot_product_attention may be this module's.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
 
-CAUSAL_OF_BIAS = {
-    CausalVariant.UPPER_LEFT: "upper_left",
-    CausalVariant.LOWER_RIGHT: "lower_right",
-}
+# The module takes a second to import, for it imports torch's compiler. Whoever has a CausalBias
+# has imported it.
+BIAS_MODULE = "torch.nn.attention.bias"
 
 _warned: set[str] = set()
 
@@ -57,7 +60,7 @@ class Call(NamedTuple):
 
     def by_torch(self) -> torch.Tensor:
         """What torch makes of it: a result, or its error."""
-        if isinstance(self.attn_mask, CausalBias):
+        if causal_bias(self.attn_mask) is not None:
             return self.by_its_classes()
         return torch_sdpa(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
 
@@ -72,6 +75,7 @@ class Call(NamedTuple):
         return torch.overrides.handle_torch_function(public, self.tensors, *positional, **options)
 
 
+@other_names(OF_SDPA)
 def scaled_dot_product_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -82,6 +86,7 @@ def scaled_dot_product_attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    **_unknown: object,
 ) -> torch.Tensor:
     """torch.nn.functional.scaled_dot_product_attention on flashcore's kernels.
 
@@ -118,6 +123,8 @@ def scaled_dot_product_attention(
     Source:
         torch.nn.functional.scaled_dot_product_attention, torch 2.8 to 2.13.
     """
+    if _unknown:
+        refuse(scaled_dot_product_attention, _unknown)
     return route(
         Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), "auto"
     )
@@ -136,8 +143,9 @@ def route(call: Call, backend: str) -> torch.Tensor:
     tensors = call.tensors
     if not all(isinstance(x, torch.Tensor) for x in tensors):
         return call.by_torch()  # raises
-    if isinstance(call.attn_mask, CausalBias):
-        return _route_causal_bias(call, backend)
+    bias = causal_bias(call.attn_mask)
+    if bias is not None:
+        return _route_causal_bias(call, bias, backend)
     if call.query.is_nested:
         return _route_nested(call, backend)
     if any(type(x) not in PLAIN_TYPES for x in tensors) and _overridden(tensors):
@@ -151,14 +159,20 @@ def _overridden(tensors: list[torch.Tensor]) -> bool:
     return any(getattr(type(x), "__torch_function__", None) not in passive for x in tensors)
 
 
-def _route_causal_bias(call: Call, backend: str) -> torch.Tensor:
+def causal_bias(mask: torch.Tensor | None) -> CausalBias | None:
+    """Return the mask if it is a torch.nn.attention.bias.CausalBias, else None."""
+    if mask is None or type(mask) in PLAIN_TYPES:
+        return None
+    module: Any = sys.modules.get(BIAS_MODULE)
+    return mask if module is not None and isinstance(mask, module.CausalBias) else None
+
+
+def _route_causal_bias(call: Call, bias: CausalBias, backend: str) -> torch.Tensor:
     """A CausalBias is an option of the kernels; torch's class would answer for itself otherwise."""
-    bias = call.attn_mask
-    assert isinstance(bias, CausalBias)
     lengths = (call.query.shape[-2], call.key.shape[-2]) if call.query.dim() > 1 else None
     if call.is_causal or lengths != (bias.seq_len_q, bias.seq_len_kv):
         return call.by_torch()
-    return _compute(call, backend, CAUSAL_OF_BIAS[bias.variant])
+    return _compute(call, backend, bias.variant.name.lower())  # "upper_left" or "lower_right"
 
 
 def _route_nested(call: Call, backend: str) -> torch.Tensor:
@@ -184,7 +198,7 @@ def _compute(call: Call, backend: str, causal: bool | str) -> torch.Tensor:
     q, k, v, mask = call.query, call.key, call.value, call.attn_mask
     if backend == "auto" and q.device.type == "cpu":
         return call.by_torch()
-    if isinstance(mask, CausalBias):  # that is in `causal`
+    if causal_bias(mask) is not None:  # that is in `causal`
         mask = None
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
@@ -239,7 +253,7 @@ def _obstacle(
         return f"is_causal is a {type(call.is_causal).__name__}, not a bool"
     if call.scale is not None and not (isinstance(call.scale, Real) and factor_fits(call.scale)):
         return f"scale={call.scale} is not a positive number"
-    return _transformed() or _unserved_dtype(q, backend) or _unserved_layout(q, k, v)
+    return _transformed() or _unserved_dtype(q, backend) or unserved_layout(q, k, v)
 
 
 def _transformed() -> str | None:
@@ -278,18 +292,14 @@ def _arch(device_index: int | None) -> int:
     return 10 * major + minor
 
 
-def _unserved_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+def unserved_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Return why the kernels cannot read such tensors; None if they can, "" if torch raises."""
     for name, x in (("query", q), ("key", k), ("value", v)):
         if x.dim() < 2:
             return ""  # torch raises
         head_dim = x.shape[-1]
-        if head_dim % HEAD_DIM_MULTIPLE or head_dim > HEAD_DIM_MAX:
-            return (
-                f"{name} has head_dim {head_dim}; the kernels take multiples of "
-                f"{HEAD_DIM_MULTIPLE} up to {HEAD_DIM_MAX}"
-            )
-        if x.stride(-1) != 1:
-            return f"{name}'s last dimension is not contiguous"
+        if head_dim > HEAD_DIM_MAX:
+            return f"{name} has head_dim {head_dim}; the kernels take at most {HEAD_DIM_MAX}"
     return None
 
 

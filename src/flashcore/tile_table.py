@@ -13,14 +13,12 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flashcore import env
+from flashcore import env, store
 from flashcore.plan import Plan
 from flashcore.problem import Problem
 from flashcore.tiles_sm90 import splits_sectors
@@ -306,9 +304,4 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
         OSError: the folder cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(temporary, 0o644)  # a temporary file is its owner's alone
-    os.replace(temporary, path)
+    store.write(path.parent, "", path.name, text.encode())

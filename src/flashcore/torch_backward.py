@@ -25,6 +25,7 @@ FLASH_MIN_ARCH = 80
 FLASH_HEAD_DIM_MAX = 256
 EFFICIENT_HEAD_DIM_MAX = 256  # above it the operator recomputes through slow memory
 LSE_ALIGNMENT = 32  # rows of lse, of `_efficient_attention_backward`
+PACKET = 8  # elements; head dims are multiples of it
 BIAS_ALIGNMENT = 16  # elements between two rows of its bias
 CAUSAL_FROM_TOP_LEFT, CAUSAL_FROM_BOTTOM_RIGHT = 1, 2  # its custom_mask_type
 # A broadcast bias gets its gradient from one that is not; up to this many times the bias's size.
@@ -109,7 +110,7 @@ def flash_gradients(
     dout, lse = _without_empty_rows(problem, dout, lse)
     rows = [x.transpose(1, 2) for x in (dout, q, k, v, out)]
     dq, dk, dv = (x.transpose(1, 2) for x in _flash(problem, rows, lse))
-    return _laid_out_as(q, dq), _laid_out_as(k, dk), _laid_out_as(v, dv), None
+    return dq, dk, dv, None
 
 
 def packed_flash_gradients(
@@ -146,14 +147,13 @@ def packed_flash_gradients(
         cu.clamp(0, total).cummax(0).values.to(torch.int32)
         for cu, total in ((cu_seqlens_q, problem.total_q), (cu_seqlens_k, problem.total_k))
     )
-    gradients = _flash(
-        problem, [dout, q, k, v, out], lse.masked_fill(empty, math.inf), lengths=(cu_q, cu_k)
-    )
+    rows = [with_whole_packets(x) for x in (dout, q, k, v, out)]
+    gradients = _flash(problem, rows, lse.masked_fill(empty, math.inf), lengths=(cu_q, cu_k))
     for x, cu in zip(gradients, (cu_q, cu_k, cu_k), strict=True):
         row = torch.arange(x.shape[0], device=x.device)
         x.masked_fill_(((row < cu[0]) | (row >= cu[-1]))[:, None, None], 0.0)
     dq, dk, dv = gradients
-    return _laid_out_as(q, dq), _laid_out_as(k, dk), _laid_out_as(v, dv)
+    return laid_out_as(q, dq), laid_out_as(k, dk), laid_out_as(v, dv)
 
 
 def _flash(
@@ -219,7 +219,7 @@ def efficient_gradients(
         repeated(k).transpose(1, 2),
         repeated(v).transpose(1, 2),
         None if mask is None else _bias(problem, mask),
-        out.transpose(1, 2),
+        out.transpose(1, 2).contiguous(),  # the operator assumes it, unlike of the others
         None,
         None,
         problem.seqlen_q,
@@ -236,7 +236,7 @@ def efficient_gradients(
     if mask is not None and needs_mask_grad:
         dmask = dbias.to(torch.float32).sum_to_size(mask.shape).to(mask.dtype)
     dq = dq.transpose(1, 2)
-    return _laid_out_as(q, dq), _laid_out_as(k, summed(dk)), _laid_out_as(v, summed(dv)), dmask
+    return dq, summed(dk), summed(dv), dmask
 
 
 def _bias(problem: Problem, mask: Tensor) -> Tensor:
@@ -272,7 +272,18 @@ def _without_empty_rows(problem: Problem, dout: Tensor, lse: Tensor) -> tuple[Te
     return dout.masked_fill(empty.unsqueeze(-1), 0.0), lse.masked_fill(empty, math.inf)
 
 
-def _laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with the strides of `torch.empty_like(x)`, which compilers are promised."""
+def with_whole_packets(x: Tensor) -> Tensor:
+    """Return x as the operators read it, columns of zeros behind it: rows that are contiguous, of a
+    multiple of PACKET elements."""
+    missing = -x.shape[-1] % PACKET
+    if missing:
+        return torch.nn.functional.pad(x, (0, missing))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
+    """Return the gradient without padded columns, and with the strides of `torch.empty_like(x)`,
+    which compilers are promised."""
     like = torch.empty_like(x)
+    gradient = gradient[..., : x.shape[-1]]
     return gradient if gradient.stride() == like.stride() else like.copy_(gradient)

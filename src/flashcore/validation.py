@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+# Of the kernels. PyTorch operations take any head_dim, and copies are padded to the next multiple.
 HEAD_DIM_MAX = 256
 HEAD_DIM_MULTIPLE = 8
 # Positions and windows are 32-bit in the kernels; i + diag_offset + window_right must not overflow.
@@ -67,8 +68,8 @@ def check_kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         if x.dim() != 4:
             raise ValueError(
                 f"{name} has {x.dim()} dimensions (shape {shape_text(x)}); "
-                "it must be [batch, num_heads, seqlen, head_dim]: add the missing ones with "
-                f"{name}[None] or {name}.unflatten(...)"
+                "it must be [batch, num_heads, seqlen, head_dim], or have as many as the others: "
+                f"add the missing ones with {name}[None] or {name}.unflatten(...)"
             )
     for name, x in named:
         if x.dtype not in DTYPES:
@@ -100,7 +101,8 @@ def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             )
     _check_heads_and_lengths(q, k, v)
     for name, x in named:
-        _check_last_dimension(name, x)
+        if x.shape[3] == 0:
+            raise NotImplementedError(f"{name} has head_dim 0; it must be at least 1")
 
 
 def _check_heads_and_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -129,21 +131,6 @@ def _check_heads_and_lengths(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) 
                 f"{name} has seqlen {x.shape[2]}; at most {SEQLEN_MAX} is supported: "
                 "split the keys and merge by lse"
             )
-
-
-def _check_last_dimension(name: str, x: torch.Tensor) -> None:
-    head_dim = x.shape[3]
-    if head_dim % HEAD_DIM_MULTIPLE or not 0 < head_dim <= HEAD_DIM_MAX:
-        raise NotImplementedError(
-            f"{name} has head_dim {head_dim}; supported are multiples of {HEAD_DIM_MULTIPLE} from "
-            f"{HEAD_DIM_MULTIPLE} to {HEAD_DIM_MAX}: pad with zeros, e.g. "
-            f"torch.nn.functional.pad({name}, (0, n)), and pass scale for the true head_dim"
-        )
-    if x.stride(3) != 1:
-        raise ValueError(
-            f"{name} has stride {x.stride(3)} in its last dimension (strides {x.stride()}); "
-            f"head_dim must be contiguous: pass {name}.contiguous()"
-        )
 
 
 def check_mask_kind(mask: torch.Tensor, q: torch.Tensor) -> None:
@@ -218,6 +205,12 @@ def checked_factor(name: str, value: object, unset: float, way_out: str) -> floa
             f"{name}={value!r} is outside [1e-18, 1e+18], where float32 cannot overflow; {way_out}"
         )
     return number
+
+
+def check_return_lse(value: object) -> None:
+    """Raise unless it is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"return_lse must be True or False, but is {value!r}")
 
 
 def checked_window(window: object) -> tuple[int, int]:

@@ -7,7 +7,9 @@ from typing import Any, Literal, overload
 
 import torch
 
+from flashcore.calls import attend_lengths
 from flashcore.dispatch import BACKENDS, choose_backend, warn_once
+from flashcore.eager import is_plain
 from flashcore.ops import autocast
 from flashcore.packed import (
     check_packed,
@@ -17,7 +19,14 @@ from flashcore.packed import (
     run_packed,
 )
 from flashcore.problem import Causal, Problem, Window
-from flashcore.validation import SEQLEN_MAX, checked_causal, checked_factor, checked_window
+from flashcore.spelling import OF_VARLEN, other_names, refuse
+from flashcore.validation import (
+    SEQLEN_MAX,
+    check_return_lse,
+    checked_causal,
+    checked_factor,
+    checked_window,
+)
 
 __all__ = ["attention_varlen"]
 
@@ -95,6 +104,7 @@ def attention_varlen(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
+@other_names(OF_VARLEN)
 def attention_varlen(
     q: Tensor,
     k: Tensor,
@@ -110,6 +120,7 @@ def attention_varlen(
     softcap: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    **_unknown: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention` of sequences of different lengths, packed one after the other, in one launch.
 
@@ -120,8 +131,8 @@ def attention_varlen(
     unspecified. Rows behind the last sequence get out 0 and lse -inf.
 
     Args:
-        q: [total_q, num_heads_q, head_dim]. Any strides (a slice of packed qkv too) as long as the
-            last dimension is contiguous. head_dim is a multiple of 8 up to 256.
+        q: [total_q, num_heads_q, head_dim]. Any strides (a slice of packed qkv too) and any
+            head_dim, as in `attention`.
         k: [total_k, num_heads_kv, head_dim], dtype and device of q. num_heads_q must be a multiple
             of num_heads_kv.
         v: [total_k, num_heads_kv, head_dim_v], likewise; head_dim_v may differ.
@@ -145,8 +156,8 @@ def attention_varlen(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        NotImplementedError: an unsupported head_dim, tensor layout or device type; or the gradient
-            of a gradient.
+        NotImplementedError: an unsupported tensor layout or device type; a head_dim above 256 with
+            a kernel as the backend; or the gradient of a gradient.
         BackendUnavailableError: the backend cannot run here: no GPU, or one older than sm_75.
 
     Numerics:
@@ -156,14 +167,29 @@ def attention_varlen(
     Source:
         FlashAttention-2, arXiv:2307.08691; the layout is that of its library's varlen functions.
     """
+    if _unknown:
+        refuse(attention_varlen, _unknown)
     q, k, v, _ = autocast(q, k, v, None)
+    lengths = cu_seqlens_q, cu_seqlens_k
+    if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None):
+
+        def describe() -> Problem:
+            check_return_lse(return_lse)
+            return packed_problem(
+                q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
+                softcap=softcap,
+            )  # fmt: skip
+
+        asked, longest = (causal, window, softcap, scale, return_lse), (max_seqlen_q, max_seqlen_k)
+        result = attend_lengths(q, k, v, None, lengths, asked, longest, backend, describe)
+        if result is not None:
+            return result if return_lse else result[0]
     if not torch.compiler.is_compiling():  # then _forward_fake checks
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     left, right = (-1 if size > SEQLEN_MAX else size for size in checked_window(window))
     if scale is not None:
         scale = checked_factor("scale", scale, 1.0, "pass None for 1 / sqrt(head_dim)")
-    if not isinstance(return_lse, bool):
-        raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+    check_return_lse(return_lse)
     if not isinstance(backend, str):
         raise TypeError(f"backend must be one of {', '.join(BACKENDS)}, but is {backend!r}")
     out, lse = forward(

@@ -19,7 +19,7 @@ import torch
 from flashcore import env
 from flashcore.accuracy import ErrorReport, error_report
 from flashcore.cases import Case, make_inputs
-from flashcore.dispatch import SM90_ARCH
+from flashcore.obstacles import SM90_ARCH
 from flashcore.plan import SIM_ARCH
 
 BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")

@@ -1,10 +1,8 @@
-"""Benchmark results for people: Markdown tables and a plot, both made from the JSON document
-only."""
+"""Benchmark results for people: Markdown tables, made from the JSON document only."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from flashcore.bench.summary import by_workload, speedup, summarize, worst
@@ -102,7 +100,7 @@ def conditions(document: Document) -> str:
     )
 
 
-def _libraries(rows: Sequence[Row]) -> list[str]:
+def libraries_of(rows: Sequence[Row]) -> list[str]:
     """Those that ran on some shape."""
     return list(dict.fromkeys(row["library"] for row in rows if "seconds" in row))
 
@@ -128,7 +126,7 @@ def _reads(group: str) -> bool:
 
 def times_table(rows: Sequence[Row]) -> str:
     """Time and rate of each library, flashcore's share of the limit, its speed beside the best."""
-    libraries = _libraries(rows)
+    libraries = libraries_of(rows)
     group = rows[0]["group"]
     lines = []
     for workload, entries in by_workload(rows, group).items():
@@ -143,7 +141,7 @@ def times_table(rows: Sequence[Row]) -> str:
 
 def errors_table(rows: Sequence[Row]) -> str:
     """Largest / mean absolute error of each library."""
-    libraries = _libraries(rows)
+    libraries = libraries_of(rows)
     lines = [
         [workload, *(errors(entries.get(library)) for library in libraries)]
         for workload, entries in by_workload(rows, rows[0]["group"]).items()
@@ -184,59 +182,3 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def plot(document: Document, path: Path) -> None:
-    """TFLOP/s over seqlen for every library, one panel for each head_dim and causal or full.
-
-    Args:
-        document: what `run` returned.
-        path: the PNG to write.
-
-    Raises:
-        ImportError: matplotlib is missing; it comes with the extra `bench`.
-        ValueError: the document has no sweep in it.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in document["results"] if row["group"] == "sweep" and "seconds" in row]
-    if not rows:
-        raise ValueError("there is no sweep in these results, so there is nothing to plot")
-    panels = sorted({(row["head_dim"], row["causal"]) for row in rows})
-    figure, axes = pyplot.subplots(
-        1,
-        len(panels),
-        figsize=(max(4.2 * len(panels), 8.0), 4.2),
-        sharey=True,
-        squeeze=False,
-        layout="constrained",
-    )
-    for axis, (head_dim, causal) in zip(axes[0], panels, strict=True):
-        for library in _libraries(rows):
-            points = sorted(
-                (row["seqlen"], row["flops_per_second"] / 1e12)
-                for row in rows
-                if (row["head_dim"], row["causal"], row["library"]) == (head_dim, causal, library)
-            )
-            if points:
-                width = 2.5 if library == "flashcore" else 1.2
-                axis.plot(*zip(*points, strict=True), marker="o", linewidth=width, label=library)
-        seqlens = sorted({row["seqlen"] for row in rows})
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(seqlens, [f"{n // 1024}k" if n >= 1024 else str(n) for n in seqlens])
-        axis.minorticks_off()
-        axis.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}")
-        axis.set_xlabel("sequence length")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("TFLOP/s")
-    axes[0][0].set_ylim(bottom=0)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    name = document["gpu"]["name"] if document["gpu"] else document["cpu"]
-    dtypes = ", ".join(sorted({row["dtype"] for row in rows}))
-    figure.suptitle(f"Attention forward, {dtypes}, {name}")
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from flashcore.bench.report import (
@@ -54,16 +54,14 @@ def seed_table(document: Document) -> str:
     return table(header, lines)
 
 
-def group_table(document: Document, group: str, seqlens: Sequence[int] | None = None) -> str:
-    """Time and rate of a group's shapes, of all lengths or of some. A peer that ran nowhere has no
+def group_table(document: Document, group: str) -> str:
+    """Time and rate of a group's shapes. A peer that ran nowhere has no
     column; the best of all peers is named where it is not a column."""
     workloads = by_workload(document["results"], group)
     present = {name for entries in workloads.values() for name in entries}
     columns = [name for name in COLUMNS if name in present]
     lines = []
     for workload, entries in workloads.items():
-        if seqlens is not None and all(row["seqlen"] not in seqlens for row in entries.values()):
-            continue
         ratio, peer = times(speedup(entries)), best_peer(entries)
         if peer is not None and peer["library"] not in columns:
             ratio += f" ({peer['library']})"

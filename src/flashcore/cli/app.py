@@ -6,10 +6,12 @@ from typing import Annotated
 
 import typer
 
+from flashcore import __version__
 from flashcore.cli import (
     bench,
     bench_host,
     build,
+    cache,
     demo,
     doctor,
     explain,
@@ -18,6 +20,7 @@ from flashcore.cli import (
     tune,
     verify,
 )
+from flashcore.cli.output import with_verbosity
 
 _INTRO = """
 Fused attention kernels for PyTorch, and the tools to check, debug and measure them.
@@ -47,10 +50,12 @@ _EXAMPLES = """
     flashcore explain --seqlen 4096 --head-dim 128 --causal
     flashcore resources --head-dim 64
     flashcore build --arch sm_80,sm_90 --output kernels.bundle
+    flashcore cache size
     flashcore bench --quick
     flashcore tune --seqlen 4096        # the fastest tiles on this GPU
 
-Every command takes --json. Exit status: 0 fine, 1 a check failed, 2 wrong usage.
+Every command takes --json, -q and -v. `flashcore --install-completion`: completion in the shell.
+Exit status: 0 fine, 1 a check failed, 2 wrong usage.
 """
 
 app = typer.Typer(
@@ -61,18 +66,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_show_locals=False,
-    add_completion=False,
 )
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
-        try:
-            typer.echo(f"flashcore {version('flashcore')}")
-        except PackageNotFoundError:
-            typer.echo("flashcore from a source tree, not installed")
+        typer.echo(f"flashcore {__version__}")
         raise typer.Exit()
 
 
@@ -100,7 +99,8 @@ for _name, _function in (
     ("bench-host", bench_host.bench_host),
     ("tune", tune.tune),
 ):
-    app.command(_name)(_function)
+    app.command(_name)(with_verbosity(_function))
+app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:

@@ -213,16 +213,16 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _write(out: Output, document: dict[str, Any], path: Path) -> None:
-    from flashcore.bench import report
+    from flashcore.bench import plotting, report
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(to_json(document), indent=1) + "\n")
     path.with_suffix(".md").write_text(report.markdown(document))
     out.note(f"wrote {path} and {path.with_suffix('.md')}")
     try:
-        report.plot(document, path.with_suffix(".png"))
+        plotting.plot(document, path.with_suffix(".png"))
         out.note(f"wrote {path.with_suffix('.png')}")
     except ImportError:
-        out.note("no plot: matplotlib is missing (pip install 'flashcore[bench]')")
+        out.note("no plot: matplotlib is missing (pip install matplotlib)")
     except ValueError as error:
         out.note(f"no plot: {error}")

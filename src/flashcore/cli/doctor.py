@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from flashcore import __version__
 from flashcore.cli.output import JsonFlag, command, si_bytes, table
 
 _MARK = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]broken[/]"}
@@ -38,7 +39,7 @@ def doctor(json_output: JsonFlag = False) -> None:
         findings: list[Finding] = []
         with out.progress("Examining this machine", total=len(_CHECKS)) as advance:
             for check in _CHECKS:
-                findings.extend(check())
+                findings.extend(_findings(check))
                 advance()
         rows = [[f.name, _MARK[f.state], f.detail.replace("[", "\\[")] for f in findings]
         out.print(table("This machine", ["what", "state", "found"], rows))
@@ -57,13 +58,25 @@ def doctor(json_output: JsonFlag = False) -> None:
         out.finish(document, ok=all(finding.state != "broken" for finding in findings))
 
 
+def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What a check finds; that it fails is a finding too, and keeps nobody from the others."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they say what the findings say
+            yield from check()
+    except Exception as error:
+        name = check.__name__.strip("_").replace("_", " ")
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        yield Finding(name, "broken", text, "please report this")
+
+
 def _python() -> Iterator[Finding]:
     import torch
 
     from flashcore import machine
 
     found = machine.versions()
-    yield Finding("flashcore", "ok", f"{found.get('flashcore', 'a source tree, not installed')}")
+    yield Finding("flashcore", "ok", found["flashcore"])
     yield Finding("python", "ok", f"{found['python']}, {machine.cpu_name()}")
     built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield Finding("torch", "ok", f"{torch.__version__}, {built}")
@@ -101,7 +114,7 @@ def _nvrtc() -> Iterator[Finding]:
 
     core = machine.package_version("cuda-core")
     bindings = machine.package_version("cuda-bindings")
-    install = 'pip install "flashcore[cuda]"'
+    install = machine.install_command()
     if core is None or bindings is None:
         missing = "cuda-core" if core is None else "cuda-bindings"
         yield Finding("cuda-core", "absent", f"{missing} is not installed", install)
@@ -160,9 +173,11 @@ def _compiler() -> Iterator[Finding]:
     yield Finding("C++ compiler", "ok", str(found))
 
 
-def _run_small(backend: str, device: str, name: str) -> Iterator[Finding]:
+def _run_small(backend: str, device: str, name: str, is_absent: bool) -> Iterator[Finding]:
+    """Whether a small attention is right. Where it cannot run it `is_absent`, as something else
+    is, or broken."""
     from flashcore.cases import Case, make_inputs
-    from flashcore.errors import BackendUnavailableError
+    from flashcore.errors import BackendUnavailableError, CompileError
 
     try:
         from flashcore import attention
@@ -172,7 +187,13 @@ def _run_small(backend: str, device: str, name: str) -> Iterator[Finding]:
         out = attention(inputs.q, inputs.k, inputs.v, backend=backend)
         report = error_report(out, inputs.q, inputs.k, inputs.v)
     except BackendUnavailableError as error:
-        yield Finding(name, "absent", str(error).splitlines()[0])
+        state = "absent" if is_absent else "broken"
+        yield Finding(name, state, str(error).splitlines()[0])
+    except CompileError as error:
+        lines = str(error).splitlines()
+        told = next((line for line in lines[1:] if "error" in line), "".join(lines[1:2]))
+        remedy = "please report this with the compiler's version, or set FLASHCORE_CXX to another"
+        yield Finding(name, "broken", f"{lines[0]} {told.strip()}", remedy)
     except Exception as error:  # whatever happens, the doctor's answer is "broken"
         text = str(error).splitlines()[0] if str(error) else ""
         yield Finding(name, "broken", f"{type(error).__name__}: {text}", "flashcore isolate")
@@ -183,40 +204,81 @@ def _run_small(backend: str, device: str, name: str) -> Iterator[Finding]:
 
 
 def _simulator() -> Iterator[Finding]:
-    yield from _run_small("sim", "cpu", "simulator")
+    has_compiler = all(finding.state == "ok" for finding in _compiler())
+    yield from _run_small("sim", "cpu", "simulator", is_absent=not has_compiler)
 
 
 def _kernel_on_gpu() -> Iterator[Finding]:
     import torch
 
     if torch.cuda.is_available():
-        yield from _run_small("wmma", "cuda", "kernel on GPU")
+        yield from _run_small("wmma", "cuda", "kernel on GPU", is_absent=True)
 
 
 def _cache() -> Iterator[Finding]:
+    from flashcore import env, store
+    from flashcore.housekeeping import items
+
+    remedy = f"set {env.CACHE_DIR.name} to a folder that can be written"
+    wanted, trouble = env.wanted_cache_dir()
+    stand_in = store.folders()[-1]
+    if wanted is None:
+        text = f"{trouble}; what is compiled is kept in {stand_in}"
+        yield Finding("cache", "absent", text, remedy)
+        return
+    probe = f".doctor-{os.getpid()}"
+    try:
+        store.write(wanted, "", probe, b"")
+        store.remove(wanted / probe)
+    except OSError as error:
+        if wanted.is_dir() and os.access(wanted, os.R_OK | os.X_OK):
+            text = f"{wanted}: read-only; what is not in it is compiled and kept in {stand_in}"
+            yield Finding("cache", "ok", text)
+            return
+        instead = f"what is compiled is kept in {stand_in}"
+        if stand_in == wanted:
+            instead = "each process compiles anew"
+        yield Finding("cache", "broken", f"{wanted}: {error.strerror}; {instead}", remedy)
+        return
+    found = items()
+    size = si_bytes(sum(item.size for item in found))
+    text = f"{wanted}: writable, {len(found)} files, {size}"
+    if os.statvfs(wanted).f_flag & os.ST_NOEXEC:
+        text += f"; mounted noexec, so what a C++ compiler builds is loaded from {stand_in}"
+    yield Finding("cache", "ok", text)
+
+
+def _bundle() -> Iterator[Finding]:
+    from flashcore import bundle, env, machine
+    from flashcore.errors import FlashCoreError
+
+    path = env.bundle()
+    if path is None:
+        return
+    remedy = f"unset {env.BUNDLE.name}, or write the bundle with `flashcore build`"
+    try:
+        count, said = bundle.check(path), bundle.about(path)
+        size = si_bytes(path.stat().st_size)
+    except (FlashCoreError, OSError) as error:
+        yield Finding("bundle", "broken", str(error), remedy)
+        return
+    archs = said.get("archs", [])
+    text = f"{path}: {count} kernels, {size}"
+    text += f", for {', '.join(f'sm_{arch}' for arch in archs)}" if archs else ""
+    gpu, version = machine.gpu(), said.get("flashcore", __version__)
+    if version != __version__:
+        yield Finding("bundle", "broken", f"{text}, by flashcore {version}", remedy)
+    elif gpu is not None and archs and gpu.arch not in archs:
+        yield Finding("bundle", "broken", f"{text}; this GPU is sm_{gpu.arch}", remedy)
+    else:
+        yield Finding("bundle", "ok", text)
+
+
+def _environment() -> Iterator[Finding]:
     from flashcore import env
 
-    folder = env.cache_dir()
-    remedy = (
-        f"set {env.CACHE_DIR.name} to a folder that can be written; "
-        "without it every process compiles anew"
-    )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        yield Finding("cache", "broken", f"{folder}: {error.strerror}", remedy)
-        return
-    files = [Path(top) / name for top, _, names in os.walk(folder) for name in names]
-    size = sum(path.stat().st_size for path in files if path.is_file())
-    yield Finding("cache", "ok", f"{folder}: writable, {len(files)} files, {si_bytes(size)}")
-    bundle = env.bundle()
-    if bundle is not None and not bundle.is_file():
-        text = f"unset {env.BUNDLE.name}, or write the bundle with `flashcore build`"
-        yield Finding("bundle", "broken", f"{bundle} is missing", text)
-    elif bundle is not None:
-        yield Finding("bundle", "ok", f"{bundle}, {si_bytes(bundle.stat().st_size)}")
+    for sentence in env.unknown_variables():
+        yield Finding("environment", "broken", sentence, "unset it, or set the one that is meant")
 
 
 _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
@@ -229,19 +291,21 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _compiler,
     _simulator,
     _cache,
+    _bundle,
+    _environment,
 )
 
 
 def _backends(findings: list[Finding]) -> dict[str, tuple[bool, str]]:
     """Which backends of flashcore.attention work here."""
     state = {finding.name: finding.state for finding in findings}
-    wmma = state.get("kernel on GPU") == "ok"
-    sim = state.get("simulator") == "ok"
+    works = {name: state.get(name) == "ok" for name in ("kernel on GPU", "simulator")}
+    wmma, sim = works.values()
+    why_no_sim = "needs a C++ compiler"
+    if state.get("C++ compiler") == "ok":
+        why_no_sim = "fails: see simulator, above"
     return {
         "wmma": (wmma, "the fused kernel on the GPU" if wmma else "needs a GPU that works"),
-        "sim": (
-            sim,
-            "the fused kernel on the CPU, checked for races" if sim else "needs a C++ compiler",
-        ),
+        "sim": (sim, "the fused kernel on the CPU, checked for races" if sim else why_no_sim),
         "torch": (True, "PyTorch operations, CPU and GPU"),
     }

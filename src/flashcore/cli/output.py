@@ -7,19 +7,24 @@ else, so `flashcore doctor --json | jq .` always works. Progress and errors go t
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import json
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_type_hints
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 EXIT_OK, EXIT_FAILED, EXIT_USAGE = 0, 1, 2
 
@@ -27,8 +32,18 @@ JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")
 ]
 
+QuietFlag = Annotated[
+    bool, typer.Option("-q", "--quiet", help="Print no progress and no notes on stderr.")
+]
+VerboseFlag = Annotated[
+    bool, typer.Option("-v", "--verbose", help="Print the traceback of an error.")
+]
+_is_quiet = _is_verbose = False  # of the command that runs
+
 # A pipe has no width; this keeps tables whole in CI logs.
 _PIPE_WIDTH = 110
+_WORD_MAX = 28  # characters; a longer word (a path, a flag with its value) is folded
+_GAP = 2  # characters between two columns, and at both edges together
 
 
 def _console(*, stderr: bool = False) -> Console:
@@ -37,11 +52,39 @@ def _console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, width=width, highlight=False, soft_wrap=False)
 
 
+def with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the flags -q and -v."""
+
+    @functools.wraps(function)
+    def command_with_flags(*args: Any, quiet: bool, verbose: bool, **options: Any) -> None:
+        global _is_quiet, _is_verbose
+        _is_quiet, _is_verbose = quiet, verbose
+        function(*args, **options)
+
+    flags = {"quiet": QuietFlag, "verbose": VerboseFlag}
+    # Evaluated here: typer would look the names up in this module.
+    hints = {**get_type_hints(function, include_extras=True), **flags}
+    parameters = [
+        *inspect.signature(function).parameters.values(),
+        *(inspect.Parameter(x, inspect.Parameter.KEYWORD_ONLY, default=False) for x in flags),
+    ]
+    command_with_flags.__annotations__ = hints
+    command_with_flags.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [parameter.replace(annotation=hints[parameter.name]) for parameter in parameters]
+    )
+    return command_with_flags
+
+
 class Output:
     """The output of one command: human text or one JSON document, never both on stdout."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether somebody watches the progress: else it goes into a log."""
+        return _console(stderr=True).is_terminal
 
     def print(self, *renderables: Any, wrap: bool = True) -> None:
         """Print for a human; silent with --json. `wrap=False` keeps long lines (a command, a path)
@@ -50,7 +93,9 @@ class Output:
             _console().print(*renderables, soft_wrap=not wrap)
 
     def note(self, text: str) -> None:
-        """One line to stderr, also with --json."""
+        """Print one line to stderr, also with --json, but not with --quiet."""
+        if _is_quiet:
+            return
         _console(stderr=True).print(text, style="dim", markup=False, soft_wrap=True)
 
     def error(self, text: str) -> None:
@@ -63,11 +108,12 @@ class Output:
     def progress(self, description: str, total: int | None = None) -> Iterator[Callable[..., None]]:
         """Show progress on stderr; yields `advance(steps=1, description=None)`.
 
-        A terminal gets a bar that disappears at the end; a log file gets one line.
+        A terminal gets a bar that disappears at the end; a log file gets one line; with --quiet
+        there is neither.
         """
         console = _console(stderr=True)
-        if not console.is_terminal:
-            console.print(f"{description} ...", markup=False, soft_wrap=True)
+        if _is_quiet or not console.is_terminal:
+            self.note(f"{description} ...")
 
             def silent(steps: int = 1, description: str | None = None) -> None:
                 del steps, description
@@ -102,6 +148,8 @@ def command(as_json: bool) -> Iterator[Output]:
         yield output
     except FlashCoreError as error:
         output.error(str(error))
+        if _is_verbose:
+            traceback.print_exc()
         if as_json:
             sys.stdout.write(json.dumps({"error": str(error)}, indent=2) + "\n")
         raise typer.Exit(EXIT_FAILED) from error
@@ -134,28 +182,86 @@ def to_json(value: Any) -> Any:
     return value
 
 
-def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
-    """A table whose first column is left-aligned and whose numbers are right-aligned."""
-    result = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        header_style="bold",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
-    )
-    numeric = [
-        all(isinstance(row[index], (int, float)) or _looks_numeric(str(row[index])) for row in rows)
-        for index in range(len(columns))
-    ]
-    for index, name in enumerate(columns):
-        align = "right" if rows and numeric[index] else "left"
-        wraps = not numeric[index] and index == len(columns) - 1
-        result.add_column(name, justify=align, overflow="fold", no_wrap=not wraps)  # type: ignore[arg-type]
-    for row in rows:
-        result.add_row(*[str(cell) for cell in row])
-    return result
+def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Sheet:
+    """Return a table whose numbers are right-aligned and never cut, on any width."""
+    return Sheet(title, columns, [[str(cell) for cell in row] for row in rows])
+
+
+class Sheet:
+    """A table that fits the console it is printed on.
+
+    Text wraps between words; a word of more than _WORD_MAX characters is folded. Columns that find
+    no place beside the others follow below, behind the first column again: nothing is left out.
+
+    Args:
+        title: above the table, or None.
+        columns: their headings.
+        rows: their cells, in rich's markup.
+    """
+
+    def __init__(
+        self, title: str | None, columns: Sequence[str], rows: Sequence[Sequence[str]]
+    ) -> None:
+        self.title, self.columns = title, columns
+        self.rows = [[Text.from_markup(cell) for cell in row] for row in rows]
+        self._cells = [[row[i].plain for row in self.rows] for i in range(len(columns))]
+        self._is_numeric = [bool(rows) and all(map(_looks_numeric, cells)) for cells in self._cells]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Yield one rich table for each group of columns that fits."""
+        for number, group in enumerate(self._groups(options.max_width)):
+            if number:
+                yield ""
+            yield self._part(self.title if number == 0 else None, group, options.max_width)
+
+    def _groups(self, width: int) -> list[list[int]]:
+        groups: list[list[int]] = [[]]
+        for index in range(len(self.columns)):
+            group = [*groups[-1], index]
+            needed = sum(self._least(i) for i in group) + _GAP * len(group)
+            if needed > width and len(groups[-1]) > 1:
+                groups.append([0, index])
+            else:
+                groups[-1] = group
+        return groups
+
+    def _least(self, index: int) -> int:
+        """Return the width that a column needs: numbers in one piece, words whole, and of the
+        first column, which names the rows, the cells."""
+        is_numeric = self._is_numeric[index]
+        words = [word for cell in self._cells[index] for word in cell.split()]
+        whole = self._cells[index] if is_numeric or index == 0 else words
+        heading = max(map(cell_len, self.columns[index].split()), default=1)
+        widest = max(map(cell_len, whole), default=1)
+        return max(heading, widest if is_numeric else min(widest, _WORD_MAX))
+
+    def _part(self, title: str | None, group: list[int], width: int) -> Table:
+        least = {i: self._least(i) for i in group}
+        widths = {
+            i: max(least[i], *map(cell_len, self._cells[i]), cell_len(self.columns[i]))
+            for i in group
+        }
+        # The widest column that can give gives, until all fit.
+        while sum(widths.values()) + _GAP * len(group) > width:
+            able = [i for i in group if widths[i] > least[i]]
+            if not able:
+                break
+            widths[max(able, key=lambda i: widths[i])] -= 1
+        result = Table(
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            header_style="bold",
+            box=box.SIMPLE_HEAD,
+            pad_edge=False,
+            collapse_padding=True,
+        )
+        for i in group:
+            justify: JustifyMethod = "right" if self._is_numeric[i] else "left"
+            result.add_column(self.columns[i], justify=justify, overflow="fold", width=widths[i])
+        for row in self.rows:
+            result.add_row(*(row[i] for i in group))
+        return result
 
 
 def _looks_numeric(text: str) -> bool:

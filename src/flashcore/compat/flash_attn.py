@@ -6,7 +6,7 @@ and windows are aligned at the lower right. Besides:
 
 - dropout_p > 0, and block_table (a paged cache), raise NotImplementedError;
 - alibi_slopes becomes an additive float32 mask, which takes [batch or 1, num_heads, seqlen_q,
-  seqlen_k] of memory; the varlen functions raise instead;
+  seqlen_k] of memory; the varlen functions compute one sequence after another then, and warn;
 - `deterministic` is accepted: the forward gives the same bits on every run, whatever it says;
 - with return_attn_probs, the log-sum-exp of a row with nothing to attend to is -inf, where
   flash-attn has +inf, and the third value is None, where flash-attn has debugging output;
@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import torch
 
+from flashcore.alibi import alibi_mask, check_slopes, packed_with_alibi
 from flashcore.api import attention
+from flashcore.spelling import OF_FLASH_ATTN, other_names, refuse
 from flashcore.varlen import attention_varlen
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -44,6 +47,7 @@ def flash_attn_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_func.
 
@@ -73,8 +77,13 @@ def flash_attn_func(
     Source:
         The interface of flash-attn 2, https://github.com/Dao-AILab/flash-attention.
     """
+    if _unknown:
+        refuse(flash_attn_func, _unknown)
     _refuse_dropout(dropout_p)
-    mask = None if alibi_slopes is None else _alibi_mask(alibi_slopes, q, k)
+    mask = None
+    if alibi_slopes is not None:
+        check_slopes(alibi_slopes, q.shape[0], q.shape[2])
+        mask = alibi_mask(alibi_slopes, q.shape[1], k.shape[1])
     result = attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -92,6 +101,7 @@ def flash_attn_func(
     return result.transpose(1, 2).contiguous()
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_qkvpacked_func(
     qkv: torch.Tensor,
     dropout_p: float = 0.0,
@@ -102,12 +112,15 @@ def flash_attn_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` on one tensor.
 
     qkv is [batch, seqlen, 3, num_heads, head_dim]: q, k and v, read in place. The other arguments,
     the result and the errors are those of `flash_attn_func`; a wrong shape raises ValueError.
     """
+    if _unknown:
+        refuse(flash_attn_qkvpacked_func, _unknown)
     q, k, v = _unpacked("qkv", qkv, 3, "[batch, seqlen, 3, num_heads, head_dim]")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
@@ -115,6 +128,7 @@ def flash_attn_qkvpacked_func(
     )  # fmt: skip
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_kvpacked_func(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -126,12 +140,15 @@ def flash_attn_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` with k and v in one tensor.
 
     kv is [batch, seqlen_k, 2, num_heads_kv, head_dim]: k and v, read in place. The other arguments,
     the result and the errors are those of `flash_attn_func`; a wrong shape raises ValueError.
     """
+    if _unknown:
+        refuse(flash_attn_kvpacked_func, _unknown)
     k, v = _unpacked("kv", kv, 2, "[batch, seqlen, 2, num_heads_kv, head_dim]")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
@@ -139,6 +156,7 @@ def flash_attn_kvpacked_func(
     )  # fmt: skip
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_varlen_func(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -156,6 +174,7 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_varlen_func: sequences packed one after the other.
 
@@ -172,7 +191,8 @@ def flash_attn_varlen_func(
         causal: likewise, for each sequence by its own lengths.
         window_size: likewise.
         softcap: likewise.
-        alibi_slopes: None.
+        alibi_slopes: [num_heads_q] or [batch, num_heads_q], by each sequence's own lengths. With
+            a FallbackWarning: the host reads the lengths, and each sequence is a call of its own.
         deterministic: likewise.
         return_attn_probs: likewise.
         block_table: None.
@@ -182,17 +202,29 @@ def flash_attn_varlen_func(
         lse float32 [num_heads_q, total_q].
 
     Raises:
-        NotImplementedError: dropout_p, alibi_slopes or block_table is given.
+        NotImplementedError: dropout_p or block_table is given.
         TypeError: as in `attention_varlen`.
         ValueError: likewise.
     """
+    if _unknown:
+        refuse(flash_attn_varlen_func, _unknown)
     _refuse_dropout(dropout_p)
-    if alibi_slopes is not None:
-        raise NotImplementedError(
-            "alibi_slopes: packed sequences take no mask; pad them and call flash_attn_func"
-        )
     if block_table is not None:
         raise NotImplementedError("block_table: there are no paged caches; gather k and v before")
+    if alibi_slopes is not None:
+        out, lse = packed_with_alibi(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            alibi_slopes,
+            causal=causal,
+            scale=softmax_scale,
+            window=_window(window_size),
+            softcap=softcap or None,
+        )
+        return (out, lse, None) if return_attn_probs else out
     result = attention_varlen(
         q,
         k,
@@ -210,6 +242,7 @@ def flash_attn_varlen_func(
     return (*result, None) if isinstance(result, tuple) else result
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
@@ -222,12 +255,15 @@ def flash_attn_varlen_qkvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` on one tensor.
 
     qkv is [total, 3, num_heads, head_dim], cu_seqlens and max_seqlen hold for queries and keys. The
     other arguments, the result and the errors are those of `flash_attn_varlen_func`.
     """
+    if _unknown:
+        refuse(flash_attn_varlen_qkvpacked_func, _unknown)
     q, k, v = _unpacked("qkv", qkv, 3, "[total, 3, num_heads, head_dim]")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
@@ -235,6 +271,7 @@ def flash_attn_varlen_qkvpacked_func(
     )  # fmt: skip
 
 
+@other_names(OF_FLASH_ATTN)
 def flash_attn_varlen_kvpacked_func(
     q: torch.Tensor,
     kv: torch.Tensor,
@@ -250,12 +287,15 @@ def flash_attn_varlen_kvpacked_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    **_unknown: object,
 ) -> Result:
     """flash_attn.flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func`, k and v in one tensor.
 
     kv is [total_k, 2, num_heads_kv, head_dim]. The other arguments, the result and the errors are
     those of `flash_attn_varlen_func`.
     """
+    if _unknown:
+        refuse(flash_attn_varlen_kvpacked_func, _unknown)
     k, v = _unpacked("kv", kv, 2, "[total, 2, num_heads_kv, head_dim]")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
@@ -283,18 +323,3 @@ def _unpacked(name: str, x: torch.Tensor, parts: int, shape: str) -> tuple[torch
     if x.dim() != packed_dim + 3 or x.shape[packed_dim] != parts:
         raise ValueError(f"{name} has shape {list(x.shape)}; it must be {shape}")
     return x.unbind(packed_dim)
-
-
-def _alibi_mask(slopes: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """[batch or 1, num_heads, seqlen_q, seqlen_k], float32."""
-    batch, seqlen_q, num_heads = q.shape[:3]
-    seqlen_k = k.shape[1]
-    if slopes.shape not in ((num_heads,), (batch, num_heads)):
-        raise ValueError(
-            f"alibi_slopes has shape {list(slopes.shape)}; it must be [num_heads_q] = "
-            f"[{num_heads}] or [batch, num_heads_q] = [{batch}, {num_heads}]"
-        )
-    i = torch.arange(seqlen_k - seqlen_q, seqlen_k, device=q.device, dtype=torch.float32)
-    j = torch.arange(seqlen_k, device=q.device, dtype=torch.float32)
-    distance = (i[:, None] - j).abs()
-    return -slopes.float().reshape(-1, num_heads, 1, 1) * distance

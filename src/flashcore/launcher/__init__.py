@@ -16,7 +16,7 @@ import torch
 
 from flashcore import env
 from flashcore.counters import work_counters
-from flashcore.errors import FlashCoreError
+from flashcore.errors import FlashCoreError, stacklevel_of_caller
 from flashcore.options import Options
 
 # The arguments of `attention`, q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse
@@ -80,8 +80,6 @@ def start() -> None:
     try:
         attend = configured().attend
     except (FlashCoreError, OSError, ImportError) as error:
-        from flashcore.dispatch import stacklevel_of_caller
-
         warnings.warn(
             f"{env.LAUNCHER.name}=compiled, but the launcher cannot be built or loaded: {error}\n"
             "Calls go by Python: the same results, a few microseconds later. Unset "
@@ -138,7 +136,7 @@ def configured() -> Any:
 def _counters(device_index: int, count: int) -> int:
     """Address of counters for a launch on the device's current stream, which stay the stream's
     unless it is being captured."""
-    return work_counters(torch.device("cuda", device_index), count).data_ptr()
+    return work_counters(torch.device("cuda", device_index), count)
 
 
 def _prepare(

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from flashcore import env
-from flashcore.cxx import cache_folder, compile_file, digest, find_compiler, load_or_build
+from flashcore.cxx import compile_file, digest, find_compiler, load_or_build
 from flashcore.errors import BackendUnavailableError
 
 SOURCE = Path(__file__).with_name("launcher.cpp")
 _WHAT = "the launcher"
+KIND = "launcher"  # the folder in the cache
 _NAME = "flashcore_launcher"  # as PyInit_... in the source
 
 
@@ -53,8 +53,8 @@ def _check_headers() -> None:
             raise BackendUnavailableError(f"{whose} header {header} is missing: {way_out}")
 
 
-def library_path() -> Path:
-    """Where the launcher is, or will be, in the cache."""
+def library_name() -> str:
+    """Name of the launcher in the cache."""
     abi = str(sysconfig.get_config_var("SOABI"))
     key = digest(
         SOURCE.read_text(encoding="utf-8"),
@@ -64,7 +64,7 @@ def library_path() -> Path:
         find_compiler(_WHAT).identity,
         *_flags(),
     )
-    return cache_folder(env.cache_dir() / "launcher") / f"launcher-{key}.so"
+    return f"launcher-{key}.so"
 
 
 def _build(path: Path) -> None:
@@ -78,11 +78,11 @@ def load() -> Any:
     """The launcher's module: built, which takes some ten seconds, or found built.
 
     Raises:
-        BackendUnavailableError: no compiler, or no headers.
+        BackendUnavailableError: no compiler, or no headers; or what it made does not load, for it
+            is a compiler of another C++ library, say.
         CompileError: the compiler rejects the source.
-        ImportError: what it made does not load, for it is a compiler of another C++ library, say.
     """
-    return load_or_build(library_path(), _build, _import, ImportError)
+    return load_or_build(KIND, library_name(), _build, _import, ImportError, _WHAT)
 
 
 def _import(path: Path) -> Any:

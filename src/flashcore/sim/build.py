@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import tempfile
 from pathlib import Path
 
-from flashcore import env
+from flashcore import env, store
 from flashcore.codegen import KERNELS_DIR
 from flashcore.cxx import (
     Compiler,
-    cache_folder,
     compile_file,
     digest,
     find_compiler,
@@ -23,6 +21,7 @@ from flashcore.cxx import (
 )
 
 _WHAT = "the simulator"
+KIND = "sim"  # the folder in the cache
 RUNTIME_DIR = Path(__file__).parent / "runtime"
 
 # No contraction: a product and a sum are rounded apart on every machine, so results agree.
@@ -53,36 +52,50 @@ def _runtime_text() -> str:
 
 
 def _runtime_object(compiler: Compiler, folder: Path) -> Path:
+    """The runtime, compiled or found compiled, as an object file in a folder."""
     flags = [*COMMON_FLAGS, *RUNTIME_FLAGS]
-    path = folder / f"runtime-{digest(_runtime_text(), compiler.identity, *flags)}.o"
-    if not path.exists():
-        source = RUNTIME_DIR / "runtime.cpp"
-        arguments = [*flags, f"-I{KERNELS_DIR}", "-c", str(source)]
-        compile_file(compiler, arguments, path, "the simulator's runtime")
+    name = f"runtime-{digest(_runtime_text(), compiler.identity, *flags)}.o"
+    path = folder / "runtime.o"
+    content = store.find(KIND, name)
+    if content is None:
+        with store.lock(name):
+            content = store.find(KIND, name)  # another process may have had the lock
+            if content is None:
+                source = RUNTIME_DIR / "runtime.cpp"
+                arguments = [*flags, f"-I{KERNELS_DIR}", "-c", str(source)]
+                compile_file(compiler, arguments, path, "the simulator's runtime")
+                store.keep(KIND, name, path.read_bytes())
+                return path
+    path.write_bytes(content)
     return path
 
 
-def library_path(source: str) -> Path:
-    """Where the library of a kernel source is, or will be, in the cache."""
+def library_name(source: str) -> str:
+    """Name of the library of a kernel source in the cache."""
     compiler = find_compiler(_WHAT)
     key = digest(source, _runtime_text(), compiler.identity, *COMMON_FLAGS, *KERNEL_FLAGS)
-    return cache_folder(env.cache_dir() / "sim") / f"kernel-{key}.so"
+    return f"kernel-{key}.so"
 
 
 def _build(source: str, path: Path) -> None:
     compiler = find_compiler(_WHAT)
     runtime = _runtime_object(compiler, path.parent)
-    with tempfile.TemporaryDirectory(prefix="flashcore-sim-") as folder:
-        unit = Path(folder) / "kernel.cpp"
-        unit.write_text(source, encoding="utf-8")
-        arguments = [*COMMON_FLAGS, *KERNEL_FLAGS, "-shared", str(unit), str(runtime)]
-        compile_file(compiler, arguments, path, "the kernel for the simulator")
+    unit = path.with_name("kernel.cpp")
+    unit.write_text(source, encoding="utf-8")
+    arguments = [*COMMON_FLAGS, *KERNEL_FLAGS, "-shared", str(unit), str(runtime)]
+    compile_file(compiler, arguments, path, "the kernel for the simulator")
 
 
 @functools.lru_cache(maxsize=256)
-def _load(path: Path, source: str) -> ctypes.CDLL:
+def _load(name: str, source: str, cache_dir: Path) -> ctypes.CDLL:
+    """`cache_dir` is where it comes from: tests and notebooks change it."""
     return load_or_build(
-        path, lambda path: _build(source, path), lambda path: ctypes.CDLL(str(path)), OSError
+        KIND,
+        name,
+        lambda path: _build(source, path),
+        lambda path: ctypes.CDLL(str(path)),
+        OSError,
+        _WHAT,
     )
 
 
@@ -96,7 +109,7 @@ def load_kernel(source: str) -> ctypes.CDLL:
         The library, with fc_sim_run and fc_sim_params_bytes (runtime/abi.h).
 
     Raises:
-        BackendUnavailableError: no compiler.
+        BackendUnavailableError: no compiler, or no folder that code can be loaded from.
         CompileError: the compiler rejects the source; its messages name kernel lines.
     """
-    return _load(library_path(source), source)
+    return _load(library_name(source), source, env.cache_dir())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import hashlib
+import io
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore import env
+from flashcore import env, store
 from flashcore.memory_layout import MaskSpec
 from flashcore.plan import KERNEL, Plan, select_plan
 from flashcore.problem import Problem
@@ -50,6 +51,8 @@ REPLAY_DEFAULTS: dict[str, object] = {
     "varlen": "none",
     "total_q": 0,
     "total_k": 0,
+    "strided": "",
+    "misaligned": "",
 }
 _MAX_SAVED_BYTES = 256 * 2**20
 
@@ -108,8 +111,9 @@ def _save_inputs(tensors: Mapping[str, Tensor]) -> Path | None:
     path = env.cache_dir() / "sim" / "inputs" / f"{digest.hexdigest()[:16]}.pt"
     try:
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(values, path)
+            content = io.BytesIO()
+            torch.save(values, content)
+            store.write(env.cache_dir(), "sim/inputs", path.name, content.getvalue())
     except OSError:
         return None
     return path

@@ -6,9 +6,10 @@ import functools
 import multiprocessing
 import re
 import signal
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, TypeVar
 
 from flashcore.codegen import generate_source
 from flashcore.errors import CompileError
@@ -17,27 +18,77 @@ from flashcore.machine import available_cores
 from flashcore.plan import Plan
 from flashcore.tune.space import registers_asked_for
 
+if TYPE_CHECKING:
+    from typing_extensions import Self  # of Python 3.11
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
 _MAX_WORKERS = 16
 _FEW = 4  # compile faster than a worker starts, which imports torch
 _ATTEMPTS = 2  # a process that dies takes with it what others had to do
 
 
-class Compiler:
+class Workers:
     """A pool of processes, as NVRTC compiles one program at a time in a process. They start with
-    the first call that has many plans, and end with the `with` block. What was compiled once is
-    remembered, by its source."""
+    the first call that has many items, and end with the `with` block."""
 
-    def __init__(self, workers: int | None = None) -> None:
-        self.workers = min(_MAX_WORKERS, available_cores()) if workers is None else workers
+    def __init__(self, count: int | None = None) -> None:
+        self.count = min(_MAX_WORKERS, available_cores()) if count is None else count
         self._pool: ProcessPoolExecutor | None = None
-        self._known: dict[str, str | None] = {}
 
-    def __enter__(self) -> Compiler:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Generator[tuple[Item, Result], None, list[Item]]:
+        """Each item, in any order, and what the function makes of it.
+
+        Returns:
+            The items over which processes died.
+        """
+        if self.count < 2 or len(items) <= _FEW:
+            yield from ((item, function(item)) for item in items)
+            return []
+        for _ in range(_ATTEMPTS):
+            items = yield from self._map_in_pool(function, items)
+        return list(items)
+
+    def _map_in_pool(
+        self, function: Callable[[Item], Result], items: Sequence[Item]
+    ) -> Generator[tuple[Item, Result], None, list[Item]]:
+        """Returns those that a process died over, the others' in its queue among them."""
+        if not items:
+            return []
+        if self._pool is None:
+            self._pool = ProcessPoolExecutor(
+                max_workers=self.count,
+                mp_context=multiprocessing.get_context("spawn"),  # CUDA does not survive a fork
+                initializer=ignore_interrupts,
+            )
+        futures = {self._pool.submit(function, item): item for item in items}
+        lost = []
+        for future in as_completed(futures):
+            if isinstance(future.exception(), BrokenProcessPool):
+                lost.append(futures[future])
+            else:
+                yield futures[future], future.result()
+        if lost:
+            self._pool = None  # it takes no more work
+        return lost
+
+
+class Compiler(Workers):
+    """Workers that compile plans. What was compiled once is remembered, by its source."""
+
+    def __init__(self, workers: int | None = None) -> None:
+        super().__init__(workers)
+        self._known: dict[str, str | None] = {}
 
     def __call__(self, plans: Sequence[Plan]) -> Iterator[tuple[Plan, str | None]]:
         """Each plan, in any order, and why it is ruled out or None."""
@@ -53,35 +104,8 @@ class Compiler:
             yield from ((plan, reason) for plan in alike[source])
 
     def _compile(self, plans: Sequence[Plan]) -> Iterator[tuple[Plan, str | None]]:
-        if self.workers < 2 or len(plans) <= _FEW:
-            yield from ((plan, obstacle(plan)) for plan in plans)
-            return
-        for _ in range(_ATTEMPTS):
-            plans = yield from self._compile_in_pool(plans)
-        yield from ((plan, "the compiler's process died") for plan in plans)
-
-    def _compile_in_pool(
-        self, plans: Sequence[Plan]
-    ) -> Generator[tuple[Plan, str | None], None, list[Plan]]:
-        """Returns those that a process died over, the others' in its queue among them."""
-        if not plans:
-            return []
-        if self._pool is None:
-            self._pool = ProcessPoolExecutor(
-                max_workers=self.workers,
-                mp_context=multiprocessing.get_context("spawn"),  # CUDA does not survive a fork
-                initializer=ignore_interrupts,
-            )
-        futures = {self._pool.submit(obstacle, plan): plan for plan in plans}
-        lost = []
-        for future in as_completed(futures):
-            if isinstance(future.exception(), BrokenProcessPool):
-                lost.append(futures[future])
-            else:
-                yield futures[future], future.result()
-        if lost:
-            self._pool = None  # it takes no more work
-        return lost
+        lost = yield from self.map(obstacle, plans)
+        yield from ((plan, "the compiler's process died") for plan in lost)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,0 +1,148 @@
+"""`prepare`: compile what a call needs before the first request has to wait for it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore import env, padded
+from flashcore.codegen import generate_source
+from flashcore.dispatch import KERNELS, choose_backend
+from flashcore.folding import with_copied_q
+from flashcore.options import Options
+from flashcore.packed import packed_problem
+from flashcore.plan import Plan, select_plan
+from flashcore.problem import Causal, Problem, Window, _arch
+
+__all__ = ["prepare"]
+
+Shape = Sequence[int]
+
+
+def prepare(
+    q: Tensor | Shape,
+    k: Tensor | Shape,
+    v: Tensor | Shape,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    mask: Tensor | Shape | None = None,
+    seqlens_k: Tensor | Shape | None = None,
+    cu_seqlens_q: Tensor | Shape | None = None,
+    cu_seqlens_k: Tensor | Shape | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+) -> Plan | None:
+    """Compile and load the kernel of a call of `attention` or `attention_varlen`, and launch
+    nothing for it, so that the first request does not wait for the compiler.
+
+    Which kernel a call takes depends on dtypes, head_dims, options, how its tensors are aligned,
+    and roughly on lengths and heads: prepare a short and a long prompt, and decoding, each.
+
+    Args:
+        q: as in `attention`, a tensor or its shape; with cu_seqlens_q as in `attention_varlen`. A
+            shape stands for a contiguous tensor. Tensors are not read.
+        k: likewise.
+        v: likewise.
+        causal: as in `attention`, like the options that follow.
+        scale: as in `attention`.
+        window: as in `attention`.
+        softcap: as in `attention`.
+        mask: a tensor, or the shape of a boolean one.
+        seqlens_k: int32, [batch], or its shape.
+        cu_seqlens_q: int32, [batch + 1], or its shape; with the three that follow it makes this a
+            call of `attention_varlen`.
+        cu_seqlens_k: likewise of the keys.
+        max_seqlen_q: the longest sequence of queries, in tokens.
+        max_seqlen_k: likewise of the keys.
+        return_lse: as in `attention`.
+        backend: as in `attention`.
+        dtype: of shapes; by default that of q, k or v if one is a tensor, else float16.
+        device: of shapes; by default likewise, else the current GPU, or the CPU without one.
+
+    Returns:
+        The plan of the kernel that is ready; None where PyTorch serves such calls.
+
+    Raises:
+        Exception: what `attention` or `attention_varlen` would raise for these arguments.
+        CompileError: the kernel does not compile.
+    """
+    given = [x for x in (q, k, v) if isinstance(x, Tensor)]
+    dtype = dtype or (given[0].dtype if given else torch.float16)
+    if device is None:
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        device = given[0].device if given else torch.device(default)
+    device = torch.device(device)
+
+    def tensor(name: str, x: Tensor | Shape, element: torch.dtype) -> Tensor:
+        """On the CPU and without values, in the place of a tensor of which there is a shape."""
+        if isinstance(x, Tensor):
+            return x
+        if isinstance(x, str) or not all(type(size) is int and size >= 0 for size in x):
+            raise TypeError(f"{name} must be a tensor or a shape, but is {x!r}")
+        return torch.empty(tuple(x), dtype=element, device="cpu" if given == [] else device)
+
+    packed = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+    }
+    missing = [name for name, value in packed.items() if value is None]
+    if 0 < len(missing) < len(packed):
+        raise ValueError(f"a call of attention_varlen needs {', '.join(missing)} as well")
+    if not missing and (mask is not None or seqlens_k is not None):
+        raise ValueError("attention_varlen takes neither mask nor seqlens_k")
+    q, k, v = (tensor(n, x, dtype) for n, x in (("q", q), ("k", k), ("v", v)))
+    mask = None if mask is None else tensor("mask", mask, torch.bool)
+    options: dict[str, Any] = {
+        "causal": causal,
+        "window": window,
+        "softcap": softcap,
+        "scale": scale,
+    }
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        assert max_seqlen_q is not None
+        assert max_seqlen_k is not None
+        cu_q = tensor("cu_seqlens_q", cu_seqlens_q, torch.int32)
+        cu_k = tensor("cu_seqlens_k", cu_seqlens_k, torch.int32)
+        problem = packed_problem(q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, **options)
+    elif seqlens_k is not None:
+        seqlens_k = tensor("seqlens_k", seqlens_k, torch.int32)
+        checked = Options.checked(causal, window, softcap, scale)
+        problem = padded._problem(q, k, v, mask, seqlens_k, checked)
+    else:
+        problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=return_lse, **options)
+    if device.type == "cuda" and problem.device != "cuda":
+        problem = dataclasses.replace(problem, device="cuda", arch=_arch(device.index))
+    return _ready(problem, backend, device)
+
+
+def _ready(problem: Problem, asked: str, device: torch.device) -> Plan | None:
+    """The plan of a problem, compiled, and on a GPU loaded and checked."""
+    backend = choose_backend(problem, asked).backend
+    if problem.is_empty or backend == "torch":
+        return None
+    copied = None if problem.varlen == "packed" else with_copied_q(problem)
+    launched = copied or problem
+    if backend == "sim":
+        from flashcore.sim.build import load_kernel
+
+        plan = select_plan(launched, env.sim_arch())
+        load_kernel(generate_source(plan, "host"))
+        return plan
+    from flashcore.launch import load_plan
+
+    plan = select_plan(launched, launched.arch, kernel=KERNELS[backend])
+    load_plan(launched, plan, device)
+    return plan
