@@ -110,7 +110,7 @@ def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
 @pytest.mark.parametrize("lengths", [(1, 1), (1, 300), (300, 1), (193, 64), (64, 193)])
 def test_lengths_that_leave_tiles_nearly_empty(lengths: tuple[int, int]) -> None:
     """Keys behind the last would count exp(-lse), which is infinite where lse is below -89."""
-    for causal in ("none", "lower_right"):
+    for causal in ("none", "lower_right", "upper_left"):  # with keys that no query sees
         case = Case(seqlen_q=lengths[0], seqlen_k=lengths[1], causal=causal, spread=30.0)
         check(case, None, seed=1)
 

@@ -227,11 +227,8 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
 
 constexpr int ROWS_OF_LANE = (BLOCK_M + 31) / 32;
 
-// Clears the rows of dO that see no key, as soon as they are there.
-FC_DEVICE void clear_rows(const Barriers& bar, const Buffers& smem, uint32_t count,
-                          const bool (&is_empty)[ROWS_OF_LANE]) {
-  const int stage = stage_of<NUM_DO_STAGES>(count);
-  mbar_wait(bar.do_full + stage, parity_of<NUM_DO_STAGES>(count));
+// Clears the rows of dO that see no key.
+FC_DEVICE void clear_rows(const Buffers& smem, int stage, const bool (&is_empty)[ROWS_OF_LANE]) {
 #pragma unroll
   for (int i = 0; i < ROWS_OF_LANE; ++i) {
     if (!is_empty[i]) continue;
@@ -287,7 +284,10 @@ FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
           smem_store(stats + row, lse[i]);
           smem_store(stats + (BLOCK_M + row), delta[i]);
         }
-        if (warp_any(some_empty)) clear_rows(bar, smem, count, is_empty);
+        // Here always, not only to clear: who skips a phase takes the one before for it.
+        const int do_stage = stage_of<NUM_DO_STAGES>(count);
+        mbar_wait(bar.do_full + do_stage, parity_of<NUM_DO_STAGES>(count));
+        if (warp_any(some_empty)) clear_rows(smem, do_stage, is_empty);
         mbar_arrive(bar.stats_full + stage);
       }
     }
