@@ -38,7 +38,7 @@ from flashcore.integrations import transformers as integration
 NAME = "flashcore"
 BATCH, SEQLEN, PADDING = 2, 12, 4
 VOCABULARY = 100
-SECONDS_PER_MODEL = 60
+SECONDS_PER_MODEL = 300
 BAD = ("wrong", "crash")
 # By the end of an attribute's name; the first that matches counts.
 SIZES: tuple[tuple[str, int], ...] = (
@@ -136,9 +136,8 @@ def inputs_of(model: Any, padded: bool) -> dict[str, Tensor]:
             batch["attention_mask"] = torch.ones(BATCH, 4000, dtype=torch.long)
             batch["attention_mask"][0, 3000:] = 0
     elif main == "input_features":
-        bins = getattr(config, "num_mel_bins", None) or getattr(
-            config, "input_feat_per_channel", 80
-        )
+        bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 0)
+        bins = bins or 80
         frames = 2 * getattr(config, "max_source_positions", 50)
         batch = {"input_features": torch.randn(BATCH, bins, frames, generator=generator)}
     if "decoder_input_ids" in parameters:
@@ -245,7 +244,8 @@ def judge(kind: Any, config: Any, model_type: str) -> Row:
                     continue
             with counted() as calls:
                 ours = [outputs_of(model, batch) for batch in batches]
-                same = tokens is None or torch.equal(tokens_of(model), tokens)
+                again = None if tokens is None else tokens_of(model)
+                same = tokens is None or (again is not None and torch.equal(again, tokens))
             error_now = max(
                 float((a - b).abs().max() / b.abs().max().clamp(min=1e-6))
                 for a, b in zip(ours, exact, strict=True)
@@ -259,7 +259,8 @@ def judge(kind: Any, config: Any, model_type: str) -> Row:
         except Exception as error:  # the model worked by eager attention
             ends.append("crash")
             notes.append(f"{way}: {_short(error)}")
-    return Row(model_type, name, *ends, served, worst, "; ".join(notes))
+    made, switched = ends
+    return Row(model_type, name, made, switched, served, worst, "; ".join(notes))
 
 
 def _short(error: BaseException) -> str:

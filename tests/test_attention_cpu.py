@@ -14,7 +14,7 @@ import torch
 
 import flashcore
 from backends import check, check_case, device_of, every_backend
-from flashcore import tiled
+from flashcore import sdpa_cpu, tiled
 from flashcore.accuracy import error_report
 from flashcore.cases import Case, make_inputs
 from flashcore.reference import attention_oracle, visible_pairs
@@ -72,6 +72,13 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_case(backend, name):
     check_case(backend, CASES[name])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "softcap" not in name])
+def test_case_tile_by_tile(monkeypatch, name):
+    """CPU tensors whose scores are not capped go to torch's fused kernel otherwise."""
+    monkeypatch.setattr(sdpa_cpu, "means_the_same", lambda _: False)
+    check_case("torch", CASES[name])
 
 
 @pytest.fixture
@@ -177,10 +184,8 @@ def test_a_maximum_that_stays_weighs_all_tiles_alike(backend, size):
 def test_equals_torch_sdpa(dtype, causal):
     q, k, v = torch.randn(3, 2, 4, 75, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-    out, lse = flashcore.attention(q, k, v, causal=causal, return_lse=True)  # the tiled path
-    # torch rounds the softmax weights to the dtype, the tiled path does not.
-    tolerance = {torch.float16: 1e-3, torch.bfloat16: 1e-2}.get(dtype, 1e-5)
-    torch.testing.assert_close(out, want, rtol=tolerance, atol=tolerance)
+    out, lse = flashcore.attention(q, k, v, causal=causal, return_lse=True)
+    assert torch.equal(out, want)
     assert torch.equal(flashcore.attention(q, k, v, causal=causal), want)
     assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
@@ -218,10 +223,47 @@ def test_memory_is_linear_in_seqlen(monkeypatch):
 
     monkeypatch.setattr(tiled.Tiles, "scores", spy)
     q, k, v = torch.randn(3, 1, 2, 6000, 8)
-    flashcore.attention(q, k, v, window=(700, 0), return_lse=True)
+    flashcore.attention(q, k, v, window=(700, 0), softcap=5.0)
     assert max(seen) <= tiled.TILE_SCORES
     # The window leaves 700 of 6000 keys to each query: most tiles are never touched.
     assert sum(seen) < 0.35 * 2 * 6000 * 6000
+
+
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (700, 0)}])
+@pytest.mark.parametrize("masked", [False, True])
+def test_memory_is_linear_in_seqlen_on_the_cpu(monkeypatch, options, masked):
+    """No mask is made that is larger than the caller's own, or than a block of rows."""
+    seen = []
+    real = sdpa_cpu._operator
+
+    def spy(q, k, v, dropout, is_causal, *, attn_mask, scale):
+        seen.append((attn_mask.numel() if attn_mask is not None else 0, q.shape[2] * k.shape[2]))
+        return real(q, k, v, dropout, is_causal, attn_mask=attn_mask, scale=scale)
+
+    monkeypatch.setattr(sdpa_cpu, "_operator", spy)
+    q = torch.randn(1, 4, 2000, 8)
+    k, v = torch.randn(2, 1, 2, 3000, 8)
+    mask = torch.ones(1, 1, 1, 3000, dtype=torch.bool) if masked else None
+    flashcore.attention(q, k, v, mask=mask, **options)
+    assert max(elements for elements, _ in seen) <= sdpa_cpu.BLOCK_M * 3000
+    if "window" in options:  # 700 keys to each query, and a block's width
+        assert sum(scores for _, scores in seen) < 0.5 * 2 * 2000 * 3000
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (40, 3)}])
+def test_a_hidden_key_may_be_anything(bad, options):
+    """Torch adds -inf to its score, which is NaN then."""
+    inputs = make_inputs(Case(num_heads_q=4, num_heads_kv=2, dtype="float32", seqlen_q=70))
+    seqlen_k = inputs.k.shape[2]
+    mask = torch.ones(seqlen_k, dtype=torch.bool)
+    mask[[3, 50, -1]] = False
+    want = flashcore.attention(inputs.q, inputs.k, inputs.v, mask=mask, **options)
+    k = inputs.k.clone()
+    k[:, :, [3, 50, -1]] = bad
+    out, lse = flashcore.attention(inputs.q, k, inputs.v, mask=mask, return_lse=True, **options)
+    torch.testing.assert_close(out, want)
+    assert not lse.isnan().any()
 
 
 def test_the_error_rule_rejects_what_is_wrong():

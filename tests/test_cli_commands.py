@@ -161,6 +161,21 @@ def test_the_budget_is_enforced(monkeypatch: pytest.MonkeyPatch, field: str, val
     assert "over budget" in failed.stdout
 
 
+@pytest.mark.usefixtures("nothing_ships")
+@pytest.mark.parametrize("kernel", ["sm90", "attn_fwd_sm90"])
+def test_a_kernel_has_the_name_of_its_backend(monkeypatch: pytest.MonkeyPatch, kernel: str) -> None:
+    compiled = []
+
+    def resources(plan: Any) -> jit.Resources:
+        compiled.append(plan.kernel)
+        return jit.Resources(plan.kernel, "sm_90", 64, plan.dtype, 96, 1024, 0, 1)
+
+    monkeypatch.setattr(jit, "resources", resources)
+    arguments = ["resources", "--head-dim", "64", "--arch", "sm_90", "--variant", "full"]
+    assert runner.invoke(app, [*arguments, "--kernel", kernel]).exit_code == 0
+    assert set(compiled) == {"attn_fwd_sm90"}
+
+
 def test_configurations_cover_every_architecture_and_are_distinct() -> None:
     found = configurations(head_dims=(64,))
     plans = [entry.plan for entry in found]

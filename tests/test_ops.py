@@ -9,6 +9,7 @@ import torch._dynamo.testing
 import flashcore
 from flashcore import ops
 from op_inputs import additive_mask, as_arguments, compiled, gradients, qkv
+from roads import dense_inputs, lengths, packed_inputs
 
 OPTIONS = {
     "plain": {},
@@ -144,3 +145,62 @@ def test_export(strict):
     assert [n.target for n in program.graph.nodes if "attention" in str(n.target)] == [ops.forward]
     tensors = qkv(50, 50)
     torch.testing.assert_close(program.module()(*tensors), Module()(*tensors))
+
+
+@pytest.mark.parametrize("operator", ["padded", "varlen"])
+@pytest.mark.parametrize("mask", [None, "bool", "additive"])
+def test_opcheck_of_the_operators_that_take_lengths(operator, mask):
+    """Schema, fakes and autograd, forward and backward; and under AOT dispatch with options."""
+    options = as_arguments(OPTIONS["softcap, scale"] if mask else OPTIONS["causal, window"])
+    if operator == "varlen":
+        if mask is not None:
+            pytest.skip("packed sequences have no mask")
+        tensors = (*packed_inputs(torch.float32, requires_grad=True), *lengths("cpu"), 3, 4)
+    else:
+        q, k, v = dense_inputs(torch.float32, requires_grad=True)
+        masks = {None: None, "bool": torch.ones(5, 7) > 0, "additive": additive_mask(5, 1)}
+        tensors = (q, k, v, masks[mask], torch.tensor([5, 2], dtype=torch.int32))
+    forward = getattr(torch.ops.flashcore, f"attention_{operator}_forward").default
+    backward = getattr(torch.ops.flashcore, f"attention_{operator}_backward").default
+    traced = mask != "bool"
+    torch.library.opcheck(forward, (*tensors, *options, "torch"), test_utils=_checks(traced))
+    out, lse = forward(*tensors, *options, "torch")
+    # Empty rows have lse -inf, and opcheck's comparison of -inf with itself is NaN.
+    out, lse = out.detach(), lse.detach().clamp(min=-1e30)
+    for dout, dlse in ((torch.ones_like(out), None), (None, torch.ones_like(lse))):
+        gradients_of = (dout, dlse, out, lse, *tensors, *options)
+        traced = mask is None and dlse is None
+        torch.library.opcheck(backward, gradients_of, test_utils=_checks(traced))
+
+
+class Packed(torch.nn.Module):
+    def forward(self, q, k, v, cu_q, cu_k):
+        return flashcore.attention_varlen(q, k, v, cu_q, cu_k, 3, 4, causal=True)
+
+
+class Padded(torch.nn.Module):
+    def forward(self, q, k, v, seqlens_k):
+        return flashcore.attention(q, k, v, seqlens_k=seqlens_k, causal=True)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_calls_with_lengths(strict):
+    q, k, v = packed_inputs(torch.float32)
+    total_q, total_k, ends = (torch.export.Dim(name, min=2, max=4096) for name in ("q", "k", "n"))
+    dynamic = ({0: total_q}, {0: total_k}, {0: total_k}, {0: ends}, {0: ends})
+    program = torch.export.export(
+        Packed(), (q, k, v, *lengths("cpu")), dynamic_shapes=dynamic, strict=strict
+    )
+    cu = torch.tensor([0, 2, 3], dtype=torch.int32)
+    for arguments in ((q, k, v, *lengths("cpu")), (q[:3], k[:5], v[:5], cu, cu)):
+        torch.testing.assert_close(program.module()(*arguments), Packed()(*arguments))
+    tensors = dense_inputs(torch.float32)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(
+        Padded(),
+        (*tensors, torch.tensor([7, 3], dtype=torch.int32)),
+        dynamic_shapes=({0: batch},) * 4,
+        strict=strict,
+    )
+    more = (*(torch.cat([x, x]) for x in tensors), torch.tensor([1, 7, 0, 5], dtype=torch.int32))
+    torch.testing.assert_close(program.module()(*more), Padded()(*more))

@@ -70,7 +70,9 @@ def test_a_read_that_nothing_orders_is_reported(fault: int) -> None:
         ) as caught:
             launch(fault, seed)
         error = caught.value
-        assert (error.kind, error.array, error.line) == ("race", "shares", line)
+        assert (error.kind, error.array) == ("race", "shares")
+        assert (error.file, error.line) == (FAULTS.name, line)
+        assert error.other.file == FAULTS.name
         assert "gmem_store(mine, me)" in lines[error.other.line - 1]
 
 

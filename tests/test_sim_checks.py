@@ -130,7 +130,9 @@ def test_a_mistake_is_reported_by_its_check(fault: int) -> None:
         if lines:
             assert error.file == "faults.cuh"
             assert error.line in lines, f"seed {seed}:\n{error}"
-            assert error.other is None or error.other.line in lines, f"seed {seed}:\n{error}"
+            if error.other is not None:
+                assert error.other.file == "faults.cuh"
+                assert error.other.line in lines, f"seed {seed}:\n{error}"
 
 
 def test_every_fault_and_every_kind_is_tried() -> None:

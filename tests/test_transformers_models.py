@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import flashcore
+from flashcore import own_attention
 
 transformers = pytest.importorskip("transformers", reason="needs transformers 4.53 or later")
 pytest.importorskip("transformers.masking_utils", reason="needs transformers 4.53 or later")
 
-from flashcore.integrations import hooks, own_attention  # noqa: E402
+from flashcore import transformers_hooks as hooks  # noqa: E402
 from flashcore.integrations import transformers as integration  # noqa: E402
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "sweep_transformers.py"
@@ -47,6 +48,7 @@ ENDS = {
     "paligemma": [EQUAL],  # likewise
     "nllb-moe": [EQUAL],  # likewise, and its router reads the mask
     "deepseek_v4": [EQUAL, EQUAL],  # its layers lay more over the mask
+    "splinter": [EQUAL],  # its layers say nothing, under a mask that is not causal
     "hy_v4": [EQUAL, EQUAL],  # sparse: keys by index
     "inkling2": [EQUAL],  # a sink for each query
     "bigbird_pegasus": [EQUAL, EQUAL],  # the decoder alone asks, the encoder reads the mask

@@ -77,12 +77,6 @@ def test_transforms_of_transforms():
     assert vjp(torch.ones(2, 4, 3, 24, dtype=torch.float64))[0].shape == q.shape
 
 
-def test_forward_mode_under_a_transform_is_refused_not_wrong():
-    q, k, v = qkv()
-    with pytest.raises(NotImplementedError, match="forward mode AD"):
-        torch.func.jvp(lambda x: flashcore.attention(x, k, v), (q,), (q,))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
 @pytest.mark.parametrize("compiling", [False, True])
 def test_autocast_is_what_it_is_for_sdpa(dtype, compiling):

@@ -11,7 +11,7 @@ import torch
 
 import flashcore
 import standin
-from flashcore import counters, driver, packed
+from flashcore import counters, driver, packed, padded, varlen
 from flashcore.varlen_cases import VarlenCase, make_varlen_inputs
 
 
@@ -207,3 +207,61 @@ def test_calls_with_lengths_of_keys_are_prepared_once(machine: standin.Machine) 
         assert bases(told) == [q.data_ptr(), shifted, shifted, out.data_ptr()]
         assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
     assert machine.driver.encodings <= 4
+
+
+def test_calls_that_nobody_watches_go_around_the_operators(
+    machine: standin.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mode that watches, and autograd, get the operators."""
+    x = make_varlen_inputs(VarlenCase(lengths_q=(30, 5), lengths_k=(30, 5)))
+    q, n = torch.randn(3, 2, 10, 64).half(), torch.tensor([1, 2, 3], dtype=torch.int32)
+    calls = [
+        (varlen, lambda: flashcore.attention_varlen(*x.arguments())),
+        (padded, lambda: flashcore.attention(q, q, q, seqlens_k=n)),
+    ]
+    for module, call in calls:
+        seen = []
+        operator = module.forward
+        monkeypatch.setattr(
+            module, "forward", lambda *a, op=operator, seen=seen: seen.append(1) or op(*a)
+        )
+        for _ in range(2):
+            call()
+        assert not seen
+        with torch.overrides.BaseTorchFunctionMode():
+            call()
+        assert seen == [1]
+        x.q.requires_grad_()
+        q.requires_grad_()
+        call()
+        assert seen == [1, 1]
+        with torch.no_grad():
+            call()
+        assert seen == [1, 1]
+        x.q.requires_grad_(False)
+        q.requires_grad_(False)
+    assert len(machine.driver.launches) == 10
+
+
+def test_options_of_calls_with_lengths_are_told_apart(machine: standin.Machine) -> None:
+    x = make_varlen_inputs(VarlenCase(lengths_q=(30, 5), lengths_k=(30, 5)))
+    q, k, v, ends, key_ends, longest, _ = x.arguments()
+    options: list[dict[str, Any]] = [
+        {}, {"causal": True}, {"scale": 2.0}, {"softcap": 2.0}, {"window": (2, 1)},
+        {"return_lse": True}, {"causal": True, "backend": "wmma"},
+    ]  # fmt: skip
+    told = []
+    for chosen in (*options, *options):
+        flashcore.attention_varlen(q, k, v, ends, key_ends, longest, longest, **chosen)
+        params = machine.driver.launches[-1].params
+        attn = getattr(params, "attn", params)
+        told.append(
+            (attn.softmax_scale, attn.softcap, attn.window_left, attn.window_right, type(params))
+        )
+    assert told[: len(options)] == told[len(options) :]
+    assert len(set(told)) == len(options) - 1  # lse is computed in any case
+    for wrong in ({"causal": 1}, {"return_lse": 0}, {"scale": True}, {"window": (True, 0)}):
+        with pytest.raises(TypeError, match=next(iter(wrong))):
+            flashcore.attention_varlen(q, k, v, ends, key_ends, longest, longest, **wrong)
+    with pytest.raises(ValueError, match="backend="):
+        flashcore.attention_varlen(q, k, v, ends, key_ends, longest, longest, backend="none")

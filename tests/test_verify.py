@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import env, verify
+from flashcore import drawing, env, verify
 from flashcore.cases import Case, make_inputs
 from flashcore.plan import Plan
 from flashcore.sim import run
@@ -16,14 +16,14 @@ from flashcore.sim import run
 
 @pytest.mark.parametrize("backend", ["torch", "sim", "wmma"])
 def test_a_case_depends_on_seed_and_index_alone(backend: str) -> None:
-    alone = verify.draw_case(3, 17, backend)
-    in_a_run = [verify.draw_case(3, index, backend) for index in range(18)][-1]
+    alone = drawing.draw(3, 17, backend)
+    in_a_run = [drawing.draw(3, index, backend) for index in range(18)][-1]
     assert alone == in_a_run
-    assert alone != verify.draw_case(4, 17, backend)
+    assert alone != drawing.draw(4, 17, backend)
 
 
 def test_cases_cover_what_breaks_kernels() -> None:
-    cases = [verify.draw_case(0, index, "wmma") for index in range(300)]
+    cases = [drawing.draw(0, index, "wmma").case for index in range(300)]
     wanted = {
         "GQA": lambda c: c.num_heads_q > c.num_heads_kv,
         "no query": lambda c: c.seqlen_q == 0,
@@ -36,6 +36,7 @@ def test_cases_cover_what_breaks_kernels() -> None:
         "window": lambda c: c.window,
         "softcap": lambda c: c.softcap,
         "long": lambda c: c.seqlen_k > 1000,
+        "growing scores": lambda c: c.growth != "none",
         "rows that see nothing": lambda c: c.causal == "lower_right" and c.seqlen_q > c.seqlen_k,
     }
     assert [name for name, test in wanted.items() if not any(map(test, cases))] == []
@@ -76,6 +77,7 @@ def test_the_simulated_hopper_kernel_passes(monkeypatch: pytest.MonkeyPatch) -> 
     assert [result.describe() for result in results if not result.ok] == []
     assert kernels == ["attn_fwd_sm90"] * 6
     assert results[5].replay == "flashcore verify --backend sim --seed 1 --case 5 --arch sm_90"
+    assert results[5].isolate == "flashcore isolate --backend sim --seed 1 --case 5 --arch sm_90"
     assert env.sim_arch() == 80
 
 
@@ -94,7 +96,7 @@ def test_a_wrong_result_fails_and_says_how_to_replay(monkeypatch: pytest.MonkeyP
         return out * 1.05, lse
 
     monkeypatch.setattr(flashcore, "attention", wrong)
-    index = next(i for i in range(50) if verify.draw_case(0, i, "torch").seqlen_q > 10)
+    index = next(i for i in range(50) if drawing.draw(0, i, "torch").case.seqlen_q > 10)
     (result,) = verify.verify("torch", seed=0, indices=[index])
     assert not result.ok
     assert result.replay == f"flashcore verify --backend torch --seed 0 --case {index}"
@@ -119,6 +121,6 @@ def test_a_leaked_nan_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         return out, lse
 
     monkeypatch.setattr(flashcore, "attention", leaking)
-    index = next(i for i in range(50) if verify.draw_case(0, i, "torch").seqlen_q > 0)
+    index = next(i for i in range(50) if drawing.draw(0, i, "torch").case.seqlen_q > 0)
     (result,) = verify.verify("torch", seed=0, indices=[index])
     assert not result.ok

@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashcore.codegen import KERNELS_DIR
+from flashcore.errors import CompileError
 from flashcore.folding import as_launched
 from flashcore.plan_sm90 import Sm90Plan
 
@@ -47,9 +49,23 @@ _PHASE_OF_FUNCTION = {
     "load_v": "load",
     "zero_padding": "load",
     "store_output": "store",
+    "finish_softmax": "store",
     "store_rows": "store",
     "quad_sum": "store",
 }
+# Of functions that are not named above, by the start of the file's name.
+_PHASE_OF_FILE = {
+    "schedule": "schedule",
+    "sequence": "schedule",
+    "copy": "load",
+    "producer": "load",
+    "mask": "softmax",
+    "softmax": "softmax",
+    "merge": "store",
+    "split": "store",
+}
+# Of what is found when the run is over.
+_PHASE_OF_KIND = {"counter-left": "schedule", "unwritten-output": "store"}
 _FUNCTION = re.compile(r"(?:\bFC_DEVICE\b[^;={(]*\b|\bFC_KERNEL\()(\w+)\s*[(,]")
 _LAMBDA = re.compile(r"^  const auto (\w+) = \[&\]")
 
@@ -58,8 +74,9 @@ _LAMBDA = re.compile(r"^  const auto (\w+) = \[&\]")
 class Alarm:
     """Why a run was stopped.
 
-    `kind` is the simulator's ("race", "deadlock", ...) or "cuda"; `summary` one line and `text` the
-    whole report; `phase` the stage of the kernel that the line belongs to, None if it is not known.
+    `kind` is the simulator's ("race", "deadlock", ...), "cuda" or "compile"; `summary` one line and
+    `text` the whole report; `phase` the stage of the kernel that the line belongs to, None if it is
+    not known.
     `place` names tile, warp and lane, and `picture` draws the warps of the tile.
     """
 
@@ -89,12 +106,14 @@ def from_error(error: Exception, problem: Problem, plan: Plan, plant: Plant | No
     kind = getattr(error, "kind", None) or type(error).__name__
     summary = f"{kind}: {getattr(error, 'message', '') or lines[0]}"
     if agent is None:
-        return Alarm(kind, summary, text)
+        return Alarm(kind, summary, text, _PHASE_OF_KIND.get(kind))
     agents = [agent] if other is None else [agent, other]
     places = [(_function_at(entry, plant), entry) for entry in agents]
-    function, named = min(places, key=lambda place: _rank(_PHASE_OF_FUNCTION.get(place[0] or "")))
+    function, named = min(places, key=lambda place: _rank(_phase_of(*place)))
     # In a deadlock all wait, and the one that is named is no more to blame than the others.
-    phase = None if kind == "deadlock" else _PHASE_OF_FUNCTION.get(function or "")
+    phase = None if kind == "deadlock" else _phase_of(function, named)
+    if kind == "double-write" and str(getattr(error, "array", "")).startswith("gate_"):
+        phase = "schedule"  # a gate writes what there is of a row tile: two blocks took this one
     warps = {entry.warp for entry in agents}
     if kind == "atomic-order" and len(warps) > 1:
         numbers = " and ".join(str(warp) for warp in sorted(warps))
@@ -110,6 +129,24 @@ def from_error(error: Exception, problem: Problem, plan: Plan, plant: Plant | No
         place=_place(error, agents, problem, plan),
         picture=_picture(agents, problem, plan),
     )
+
+
+# As g++ and clang++ write it, and as NVRTC does.
+_COMPILE_ERROR = re.compile(
+    r"^(?P<file>[^\s:()]+)(?::(?P<line>\d+)(?::\d+)?|\((?P<nvrtc_line>\d+)\)): "
+    r"(?:fatal |catastrophic )?error[^:]*: (?P<message>.*)$",
+    re.MULTILINE,
+)
+
+
+def from_compile_error(error: CompileError) -> Alarm:
+    """Return the alarm of a kernel that a compiler rejects: its first error, with file and line."""
+    text = str(error).strip()
+    found = _COMPILE_ERROR.search(text)
+    if found is None:
+        return Alarm("compile", text.splitlines()[0], text)
+    file, line = found["file"], int(found["line"] or found["nvrtc_line"])
+    return Alarm("compile", f"{file}:{line}: {found['message']}", text, file=file, line=line)
 
 
 def _tile(block: int, problem: Problem, plan: Plan) -> str:
@@ -158,6 +195,14 @@ def _picture(agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
         rows = f"rows {row:5d} to {row + 15:5d}" if warp in plan.row_warps else f"{'producer':19s}"
         lines.append(f"warp {warp:2d} {rows} |{bar}| {', '.join(notes)}")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _phase_of(function: str | None, agent: Any) -> str | None:
+    """The phase of a function's line, or None."""
+    if function in _PHASE_OF_FUNCTION:
+        return _PHASE_OF_FUNCTION[function]
+    file = Path(agent.file).name
+    return next((phase for start, phase in _PHASE_OF_FILE.items() if file.startswith(start)), None)
 
 
 def _rank(phase: str | None) -> int:

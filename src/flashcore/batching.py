@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 
-def _fold(x: Tensor, dim: int | None, size: int) -> Tensor:
+def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
     """The batch that vmap maps over, and the tensor's own, as one."""
     x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.flatten(0, 1)
 
 
-def _fold_mask(mask: Tensor, dim: int | None, size: int, batch: int) -> Tensor:
+def fold_mask(mask: Tensor, dim: int | None, size: int, batch: int) -> Tensor:
     """Likewise, of a mask with up to four dimensions that broadcast."""
     mask = mask.unsqueeze(0).expand(size, *mask.shape) if dim is None else mask.movedim(dim, 0)
     mask = mask.reshape(size, *(1,) * (5 - mask.dim()), *mask.shape[1:])
@@ -25,9 +25,9 @@ def _fold_mask(mask: Tensor, dim: int | None, size: int, batch: int) -> Tensor:
 def forward_vmap(info, in_dims, q, k, v, mask, *arguments):  # type: ignore[no-untyped-def]
     """The forward operator over a batch; arguments as torch.library.register_vmap gives them."""
     n, return_lse = info.batch_size, arguments[-2]
-    q, k, v = (_fold(x, dim, n) for x, dim in zip((q, k, v), in_dims, strict=False))
+    q, k, v = (fold(x, dim, n) for x, dim in zip((q, k, v), in_dims, strict=False))
     if mask is not None:
-        mask = _fold_mask(mask, in_dims[3], n, q.shape[0] // n)
+        mask = fold_mask(mask, in_dims[3], n, q.shape[0] // n)
     out, lse = torch.ops.flashcore.attention_forward(q, k, v, mask, *arguments)
     if not return_lse:
         return (out.unflatten(0, (n, -1)), lse), (0, None)
@@ -38,7 +38,7 @@ def backward_vmap(info, in_dims, dout, dlse, q, k, v, mask, out, lse, *arguments
     """Likewise the backward operator. Each of the batch has its own gradient of a shared mask."""
     n, needs_mask_grad = info.batch_size, arguments[-1]
     dout, dlse, q, k, v, _, out, lse = (
-        None if x is None else _fold(x, dim, n)
+        None if x is None else fold(x, dim, n)
         for x, dim in zip((dout, dlse, q, k, v, None, out, lse), in_dims, strict=False)
     )
     shape: tuple[int, ...] = ()
@@ -47,7 +47,7 @@ def backward_vmap(info, in_dims, dout, dlse, q, k, v, mask, out, lse, *arguments
         if in_dims[5] is not None:
             del dims[in_dims[5]]
         shape = tuple(dims)
-        mask = _fold_mask(mask, in_dims[5], n, q.shape[0] // n)
+        mask = fold_mask(mask, in_dims[5], n, q.shape[0] // n)
     *gradients, dmask = torch.ops.flashcore.attention_backward(
         dout, dlse, q, k, v, mask, out, lse, *arguments
     )

@@ -7,13 +7,13 @@ launches. Addresses and values apart, a call of `attention` depends on nothing e
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flashcore import forks
 from flashcore.dispatch import (
     KERNELS,
     Addresses,
@@ -54,7 +54,7 @@ FOUND_MAX = 16  # under one of them
 
 _calls: dict[object, tuple[Found, ...]] = {}
 _growing: dict[object, Growing] = {}
-_lock = threading.Lock()
+_lock = forks.lock()
 State = tuple[Found, bool, Addresses]  # the bool: return_lse
 _is_grad_enabled = torch.is_grad_enabled  # looked up once, not in every call
 

@@ -7,6 +7,7 @@ A case and its seed always make the same tensors, on every machine (torch's CPU 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,19 @@ from torch import Tensor
 CAUSAL_KINDS = ("none", "upper_left", "lower_right")
 MASK_KINDS = ("none", "bool", "padding", "additive")
 LAYOUTS = ("bhsd", "bshd")
+# What a key's score has on top, in nats, by the number of its step; steps are counted from the last
+# key on, and what falls in this order rises in the other. A softmax that rescales must follow.
+_GROWTHS: dict[str, Callable[[Tensor], Tensor]] = {
+    "slow": lambda step: step * 4.2,  # 2^6 a step
+    "fast": lambda step: step * 21.0,  # 2^30
+    "far": lambda step: step * 200.0,  # past float32
+    "falling": lambda step: step * -40.0,
+    "zigzag": lambda step: (step ^ 1) * 21.0,  # the second half of a key tile above the first one
+}
+# And on one key that some rows see so.
+_PEAKS = {"peak": 30.0, "far peak": 120.0}
+GROWTH_KINDS = ("none", *_GROWTHS, *_PEAKS)
+_GROWTH_STEP = 32  # keys, or more, for 16 steps at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,8 +41,9 @@ class Case:
     tokenizers make it, "additive" a random bias [1, 1, seqlen_q, seqlen_k] with some -inf.
     `layout` is the order in memory; "bshd" is passed transposed, as a projection's output is.
     `tail` NaN rows follow every sequence in memory, `offset` elements precede the first one.
-    `spread` multiplies q, so that the softmax gets sharper. With an odd `seed` the mask's rows are
-    aligned for wide loads.
+    `spread` multiplies q, so that the softmax gets sharper; `growth` is one of GROWTH_KINDS: how
+    scores grow along the keys. With an odd `seed` the mask's rows are aligned for wide loads, with
+    every other even one they are an odd number of elements apart.
     """
 
     batch: int = 1
@@ -48,6 +63,7 @@ class Case:
     tail: int = 0
     offset: int = 0
     spread: float = 1.0
+    growth: str = "none"
     seed: int = 0
 
     @property
@@ -92,6 +108,8 @@ class Case:
                 words.append(f"{name}={getattr(self, name)}")
         if self.spread != 1.0:
             words.append(f"spread={_short(self.spread)}")
+        if self.growth != "none":
+            words.append(f"growth={self.growth.replace(' ', '-')}")
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
@@ -128,11 +146,33 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     q = normal(case.num_heads_q, case.seqlen_q, case.head_dim) * case.spread
     k = normal(case.num_heads_kv, case.seqlen_k, case.head_dim)
     v = normal(case.num_heads_kv, case.seqlen_k, case.head_dim_v)
+    if case.growth != "none":
+        _grow(q, k, case)
     mask = _make_mask(case, generator)
     q, k, v = (_place(values.to(dtype), case, device) for values in (q, k, v))
     if mask is not None:
-        mask = (_with_aligned_rows(mask) if case.seed % 2 else mask).to(device)
+        if case.seed % 2:
+            mask = _with_rows_apart(mask, case.seqlen_k // 16 * 16 + 16)
+        elif case.seed % 4:
+            mask = _with_rows_apart(mask, case.seqlen_k // 2 * 2 + 3)
+        mask = mask.to(device)
     return Inputs(q, k, v, mask)
+
+
+def _grow(q: Tensor, k: Tensor, case: Case) -> None:
+    """Add the case's growth to the scores: the first column of q and of k holds it."""
+    scale = case.head_dim**-0.5 if case.scale is None else case.scale
+    rows, keys = torch.arange(case.seqlen_q), torch.arange(case.seqlen_k).flip(0)
+    if case.growth in _GROWTHS:
+        step = keys // max(_GROWTH_STEP, -(-case.seqlen_k // 16))
+        of_rows, of_keys = torch.ones_like(rows), _GROWTHS[case.growth](step)
+    elif case.growth in _PEAKS:
+        of_rows = rows % 7 == 3
+        of_keys = (keys == case.seqlen_k * 2 // 3) * _PEAKS[case.growth]
+    else:
+        raise ValueError(f"growth={case.growth!r} is not one of {', '.join(GROWTH_KINDS)}")
+    q[..., 0] = of_rows
+    k[..., 0] = of_keys / scale
 
 
 def _make_mask(case: Case, generator: torch.Generator) -> Tensor | None:
@@ -156,12 +196,12 @@ def _make_mask(case: Case, generator: torch.Generator) -> Tensor | None:
     raise ValueError(f"mask={case.mask!r} is not one of {', '.join(MASK_KINDS)}")
 
 
-def _with_aligned_rows(mask: Tensor) -> Tensor:
-    """The mask with rows that start 16 elements or a multiple of that apart, and what must not be
-    read between them: True, or NaN."""
+def _with_rows_apart(mask: Tensor, width: int) -> Tensor:
+    """The mask with rows that start `width` elements apart, and what must not be read between them:
+    True, or NaN."""
     *sizes, seqlen_k = mask.shape
     between = True if mask.dtype == torch.bool else torch.nan
-    storage = torch.full((*sizes, seqlen_k // 16 * 16 + 16), between, dtype=mask.dtype)
+    storage = torch.full((*sizes, width), between, dtype=mask.dtype)
     storage[..., :seqlen_k] = mask
     return storage[..., :seqlen_k]
 

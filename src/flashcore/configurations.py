@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from flashcore import tile_table
+from flashcore.exactness import MAX_KEYS_OF_A_SUM
 from flashcore.plan import KERNEL, SUPPORTED_ARCHS, Plan, candidates
 from flashcore.plan_sm90 import ARCH as SM90_ARCH
 from flashcore.plan_sm90 import Sm90Plan
@@ -47,6 +48,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "columns-mask": {"mask": "columns"},
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
+    # More keys than one sum is exact over (tile/totals.cuh).
+    "long": {"keys": 2 * MAX_KEYS_OF_A_SUM},
+    # Many chunks of K, lengths, a mask and a window: the most for the Hopper kernel's producer. It
+    # has head_dims of its own, and is listed beside the widest.
+    "uneven": {"dims": (224, 40), "mask": "bool", "window": (64, 0), "varlen": "keys"},
 }
 # What else is usual where a model is served: a bundle holds these as well. The compile gate does
 # without, as they take no more registers than one of the above.
@@ -103,7 +109,8 @@ OTHER_VARIANTS = (
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = ("masked", "decode-masked", "loose-bias", "columns-mask")
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
-_HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk", *_MASK_VARIANTS)
+_HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk", "uneven", *_MASK_VARIANTS)
+_PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 # Of the Hopper kernel's table: from one tile to many an SM.
 _HEADS = (1, 4, 16, 64, 256, 1024)
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -125,9 +132,9 @@ class Configuration:
     def is_checked(self) -> bool:
         """Whether the compile gate has to see it. What ships was found to spill in neither dtype
         (tune/search.py), so one of them tells whether a change to the kernel has made it spill; how
-        a mask tensor is read hardly depends on it."""
-        one_is_enough = self.ships or self.variant in _MASK_VARIANTS
-        return not one_is_enough or self.plan.dtype != "float16"
+        a mask tensor is read, or that sums begin anew, hardly depends on it."""
+        one_is_enough = self.ships or self.variant in (*_MASK_VARIANTS, *_PORTABLE_VARIANTS)
+        return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 
 
 def configurations(
@@ -152,12 +159,15 @@ def configurations(
     for head_dim in head_dims:
         for dtype in dtypes:
             for variant in variants:
-                problem = _problem(head_dim, dtype, {**VARIANTS, **SERVING_VARIANTS}[variant])
+                options = {**VARIANTS, **SERVING_VARIANTS}[variant]
+                if "dims" in options and head_dim != max(HEAD_DIMS):
+                    continue
+                problem = _problem(head_dim, dtype, options)
                 for arch in archs:
                     if dtype == "bfloat16" and arch < 80:
                         continue
                     portable = variant in VARIANTS and variant not in _HOPPER_VARIANTS
-                    for ships in (False, True):
+                    for ships in (False,) if variant in _PORTABLE_VARIANTS else (False, True):
                         for plan in _plans(problem, arch, portable, ships):
                             found.setdefault(plan, Configuration(variant, plan, ships))
     return list(found.values())
@@ -207,6 +217,8 @@ def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator
     if portable and not ships:
         yield candidates(problem, arch, kernel=KERNEL)[0]
     table = tile_table.read(arch) if ships else None
+    if problem.seqlen_k > _SEQLEN:
+        return
     if arch == SM90_ARCH and (table is not None or not ships):
         for heads, length in itertools.product(_HEADS, _LENGTHS):
             rules = candidates(_resized(problem, heads, length), arch)[0]
@@ -254,12 +266,14 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
 
 
 def _problem(head_dim: Dims, dtype: str, options: dict[str, Any], group: int = _GROUP) -> Problem:
-    dim, dim_v = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
-    k = torch.empty(1, 1, _SEQLEN, dim, dtype=getattr(torch, dtype))
-    v = k.new_empty(1, 1, _SEQLEN, dim_v)
     options = dict(options)
+    head_dim = options.pop("dims", head_dim)
+    keys = options.pop("keys", _SEQLEN)
+    dim, dim_v = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    x = torch.empty(1, 1, _SEQLEN, dim, dtype=getattr(torch, dtype))
+    k, v = (x.new_empty(1, 1, keys, columns) for columns in (dim, dim_v))
     queries = options.pop("queries", None)
-    q = k if queries is None else k.new_empty(1, group, queries, dim)
+    q = x if queries is None else x.new_empty(1, group, queries, dim)
     mask = options.pop("mask", None)
     if mask is not None:
         is_row = "padding" in mask

@@ -3,6 +3,7 @@ cause."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,15 @@ from torch import Tensor
 from flashcore.stages import suspects_of
 
 if TYPE_CHECKING:
-    from flashcore.gates import StageResult
+    from flashcore.alarms import Alarm
+    from flashcore.isolation import StageResult
 
 _FRAGMENT = 16
+_WAIT = re.compile(
+    r"^ *warp (\d+): .*?in (mbar_wait|\w*_sync|named_barrier_any) at ([^ ;]+:\d+)"
+    r"(?:: (\w+\[\d+\]))?",
+    re.MULTILINE,
+)
 
 
 def verdict(results: Sequence[StageResult], kernel: str) -> tuple[str | None, list[str]]:
@@ -25,19 +32,29 @@ def verdict(results: Sequence[StageResult], kernel: str) -> tuple[str | None, li
         kernel: that they are of.
 
     Returns:
-        Its name (or "setup", "load" or "store", where an alarm came from there; None when all is
-        right) and the reasons, a sentence each.
+        Its name (or "setup", "schedule", "load" or "store", where an alarm came from there;
+        "compile" where the kernel does not; None when all is right) and the reasons, a sentence
+        each.
     """
     first = next((result for result in results if not result.ok), None)
     if first is None:
         return None, ["every stage agrees with its float64 model"]
-    name = first.stage
-    reasons = []
+    # A gate that does not compile says nothing, unless the kernel does not compile either.
+    unbuilt = [r for r in results if r.status == "not compiled" and r.alarm is not None]
+    ran = next((r for r in results if not r.ok and r not in unbuilt), None)
+    if ran is None:
+        return "compile", [r.alarm.summary for r in unbuilt if r.alarm is not None]
+    first, name = ran, ran.stage
+    reasons: list[str] = [
+        f"gate {r.stage} alone does not compile, so it says nothing: {r.alarm.summary}"
+        for r in unbuilt
+        if r.alarm is not None
+    ]
     if first.alarm is not None:
-        if first.alarm.phase is not None and first.alarm.phase != first.stage:
-            name = first.alarm.phase
-            reasons.append(f"the alarm came from the {name} phase while gate {first.stage} ran")
-        reasons.append(first.alarm.summary)
+        name, place = _place_of(first.alarm, first.stage, results)
+        reasons += [*place, first.alarm.summary]
+        if first.alarm.kind == "deadlock":
+            reasons += _who_waits(first.alarm.text)
     bad = first.first_bad_check()
     if bad is not None:
         reasons.append(f"{bad.name}: {bad.wrong} of {bad.total} values are wrong, {bad.pattern}")
@@ -49,10 +66,40 @@ def verdict(results: Sequence[StageResult], kernel: str) -> tuple[str | None, li
     return name, reasons
 
 
+def _who_waits(report: str) -> list[str]:
+    """Which warps of the block wait for what, from the simulator's list of warps."""
+    waits: dict[str, list[str]] = {}
+    for warp, function, place, barrier in _WAIT.findall(report):
+        waits.setdefault(f"{barrier or function} at {place}", []).append(warp)
+    return [
+        f"warp {warps[0]} waits for {what}"
+        if len(warps) == 1
+        else f"warps {', '.join(warps)} wait for {what}"
+        for what, warps in waits.items()
+    ]
+
+
+def _place_of(alarm: Alarm, stage: str, results: Sequence[StageResult]) -> tuple[str, list[str]]:
+    """The stage, or the phase outside of them, that an alarm belongs to. Not a stage that is right
+    by itself: what is wrong then only stands on a line of it."""
+    phase = alarm.phase
+    if phase is None or phase == stage:
+        return stage, []
+    right = {result.stage: result.title for result in results if result.status == "ok"}
+    if phase in right:
+        return stage, [
+            f"the alarm came from a line of {right[phase]}, but gate {phase}, which runs that "
+            f"alone, is right: what matters is what {stage} adds to it"
+        ]
+    return phase, [f"the alarm came from the {phase} phase while gate {stage} ran"]
+
+
 def _comparisons(name: str, results: Sequence[StageResult]) -> list[str]:
     """What the other stages say about the wrong one."""
     status = {result.stage: result.status for result in results}
-    if name != "pv":
+    if name == "tile":
+        return _of_one_tile(results)
+    if name != "pv" or status.get("qk") != "ok":
         return []
     found = ["S = Q@K^T and the softmax before it are right"]
     rows = next(
@@ -72,6 +119,23 @@ def _comparisons(name: str, results: Sequence[StageResult]) -> list[str]:
             "the same product computed by warp 0 alone (pv_serial) is right: the fault is in how "
             "accumulate_output shares it among warps and keys"
         )
+    return found
+
+
+def _of_one_tile(results: Sequence[StageResult]) -> list[str]:
+    """What speaks for the rescale of O, the normalisation or the lse."""
+    checks = {check.name: check for r in results if r.stage == "tile" for check in r.checks}
+    found = []
+    if any(result.stage == "pv" and result.status == "ok" for result in results):
+        found.append("the store is right: gate pv went through it")
+    out, lse = checks.get("out"), checks.get("lse")
+    if out is not None and lse is not None and lse.ok and not out.ok:
+        found.append("the lse is right, and so are the maximum and the sum of every row")
+        if out.first is not None and out.first.actual == 0.0:
+            found.append(
+                "the output is 0: it may have been rescaled behind P@V, for before the first key "
+                "tile the factor is exp(-inf) = 0"
+            )
     return found
 
 

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flashcore import env, sdpa_gpu
+from flashcore import env, sdpa_cpu, sdpa_gpu
 from flashcore.adapting import Adapted, adapt, kernel_for, rather_not_sm90
+from flashcore.autocasting import autocast_dtype
 from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
 from flashcore.growing import planned_as
 from flashcore.memory_layout import as_batch
@@ -53,7 +54,7 @@ class Choice:
     """The backend that serves a call.
 
     Args:
-        backend: "sm90", "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim" or "torch"; "meta" for tensors without values.
         reason: why, in words.
         is_fallback: whether "auto" would have preferred a kernel; worth a warning.
     """
@@ -90,6 +91,8 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
     """
     check_backend(backend)
     env.notice_unknown_variables()
+    if problem.device == "meta":
+        return Choice("meta", "q, k and v are meta tensors, which have shapes and no values")
     if env.RECORD.name in os.environ:
         from flashcore.recording import record_call
 
@@ -166,7 +169,7 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
     """What computes a problem on a backend that `choose_backend` returned.
 
     Args:
-        backend: "sm90", "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim", "torch" or "meta".
         problem: the description of the tensors to come.
         device: where they are.
 
@@ -176,7 +179,7 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         None unless problem.return_lse. It may be called again with other tensors of the same
         description, by several threads.
     """
-    if problem.is_empty:
+    if problem.is_empty or backend == "meta":
         return functools.partial(_run_empty, problem)
     adapted = adapt_for(backend, problem)
     call = _prepare_adapted(backend, adapted.problem, device)
@@ -187,6 +190,8 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
 
 def adapt_for(backend: str, problem: Problem) -> Adapted:
     """The call as a backend that `choose_backend` returned is given it; see adapting.py."""
+    if backend == "meta":
+        backend = "torch"  # what it copies has a shape too
     return adapt(problem, kernel_for(problem, env.sim_arch()) if backend == "sim" else backend)
 
 
@@ -264,7 +269,7 @@ def _plan(problem: Problem, arch: int, kernel: str | None = None) -> Plan:
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
     """Inside torch.autocast the tile-wise matmuls would be rounded; nothing else minds it."""
-    if torch.is_autocast_enabled(device_type):
+    if autocast_dtype(device_type) is not None:
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()
 
@@ -278,34 +283,10 @@ def _run_torch(
     addresses: Addresses,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     with without_autocast(problem.device):
-        if sdpa_means_the_same(problem):
-            # Not by torch.nn.functional's name, which enable() may have rebound to our own.
-            out = torch._C._nn.scaled_dot_product_attention(
-                q, k, v, is_causal=problem.window_right == 0, scale=problem.scale
-            )
-            return out.contiguous(), None
-        if sdpa_gpu.means_the_same(problem):
+        result: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        if sdpa_cpu.means_the_same(problem):
+            result = sdpa_cpu.attention_by_sdpa(problem, q, k, v, mask)
+        elif sdpa_gpu.means_the_same(problem):
             result = sdpa_gpu.attention_by_sdpa(problem, q, k, v, mask)
-            if result is not None:
-                return result
-        out, lse = attention_tiled(problem, q, k, v, mask)
+        out, lse = attention_tiled(problem, q, k, v, mask) if result is None else result
     return out, lse if problem.return_lse else None
-
-
-def sdpa_means_the_same(problem: Problem) -> bool:
-    """Whether torch's own SDPA computes this very problem, on the CPU, with linear memory.
-
-    Its fused CPU kernel wants equal head_dims and as many k/v heads as q heads; its is_causal is
-    "upper_left"; it returns no lse, and knows no softcap and no window. Masks go to the tiled path,
-    which defines what an empty row is.
-    """
-    return (
-        problem.device == "cpu"
-        and not problem.return_lse
-        and not problem.softcap
-        and problem.mask is None
-        and problem.num_heads_q == problem.num_heads_kv
-        and problem.head_dim == problem.head_dim_v
-        and problem.window_left == -1
-        and (problem.window_right == -1 or (problem.window_right == problem.diag_offset == 0))
-    )

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flashcore import ops
+from flashcore.autograd import needs_grad
 from flashcore.calls import Result, State
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
@@ -49,7 +50,7 @@ def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
     """
     if torch.compiler.is_compiling() or not all(type(x) is Tensor for x in lengths):
         return False
-    return not needs_dispatcher(*tensors) and not ops.needs_grad(*tensors)
+    return not needs_dispatcher(*tensors) and not needs_grad(*tensors)
 
 
 class _Recorded(torch.autograd.Function):

@@ -7,9 +7,9 @@ from typing import TextIO
 
 import torch
 
-from flashcore import env, sdpa_gpu, tuned
+from flashcore import env, sdpa_cpu, sdpa_gpu, tuned
 from flashcore.adapting import adapt, kernel_for, rather_not_sm90
-from flashcore.dispatch import KERNELS, adapt_for, choose_backend, sdpa_means_the_same
+from flashcore.dispatch import KERNELS, adapt_for, choose_backend
 from flashcore.gradients import BackwardChoice, choose_backward
 from flashcore.growing import planned_as
 from flashcore.memory_layout import load_bytes
@@ -31,7 +31,7 @@ class Explanation:
 
     Args:
         problem: the call, validated and normalised.
-        backend: "sm90", "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim" or "torch"; "meta" for tensors without values.
         reason: why that backend.
         plan: the kernel and its tiles; for "torch" on float16 or bfloat16 CPU tensors, what a GPU
             of the architecture would run; None where no kernel serves the call.
@@ -125,7 +125,9 @@ def explain(
     plans: list[Plan] = []
     notes = [*adapt_for(choice.backend, problem).notes]
     adapted = None
-    if _has_kernel(problem) and (choice.backend != "torch" or problem.device == "cpu"):
+    if _has_kernel(problem) and (
+        choice.backend not in ("torch", "meta") or problem.device == "cpu"
+    ):
         arch = arch or problem.arch or env.sim_arch()
         kernel = choice.backend if choice.backend in KERNELS else kernel_for(problem, arch)
         adapted = adapt(problem, kernel)
@@ -187,7 +189,7 @@ def _notes_torch(problem: Problem, backend: str) -> list[str]:
         notes.append("there is nothing to compute: the result is 0, lse -inf, without a kernel")
     if backend == "torch":
         how = "tile by tile"
-        if sdpa_means_the_same(problem):
+        if sdpa_cpu.means_the_same(problem):
             how = "by torch's SDPA, which means the same here"
         elif sdpa_gpu.means_the_same(problem):
             how = "by torch's SDPA, unless that would store too many scores"

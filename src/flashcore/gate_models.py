@@ -13,7 +13,9 @@ truncate.
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -218,6 +220,52 @@ class GateModel:
     def _store_rounding(self, value: Tensor) -> Tensor:
         dtype = self.problem.dtype
         return _UNIT_ROUNDOFF[dtype] * value.abs() + _SMALLEST_STEP[dtype] + 1e-9
+
+
+def packed_attention(
+    problem: Problem,
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Mapping[str, Tensor],
+) -> list[Expected]:
+    """Return lse and out of packed sequences, each by a GateModel of its own.
+
+    Args:
+        problem: the call of `attention_varlen`.
+        plan: as in GateModel.
+        q: [1, num_heads_q, total_q, head_dim].
+        k: [1, num_heads_kv, total_k, head_dim].
+        v: [1, num_heads_kv, total_k, head_dim_v].
+        lengths: cu_seqlens_q and cu_seqlens_k, by name.
+
+    Returns:
+        lse [1, num_heads_q, total_q] and out [1, num_heads_q, total_q, head_dim_v]. Rows that
+        belong to no sequence are those of one without keys.
+    """
+    # Clamped as the kernels do.
+    begins_q = lengths["cu_seqlens_q"].clamp(0, problem.total_q).tolist()
+    begins_k = lengths["cu_seqlens_k"].clamp(0, problem.total_k).tolist()
+    begins_q.append(problem.total_q)
+    begins_k.append(begins_k[-1])
+    parts: list[list[Expected]] = []
+    for queries, keys in zip(
+        itertools.pairwise(begins_q), itertools.pairwise(begins_k), strict=True
+    ):
+        if queries[0] < queries[1]:
+            own = problem.of_sequence(queries[1] - queries[0], keys[1] - keys[0])
+            rows = q[:, :, slice(*queries)].nan_to_num()  # what lies behind the last one is NaN
+            tensors = (rows, k[:, :, slice(*keys)], v[:, :, slice(*keys)])
+            parts.append(GateModel(own, plan, *tensors, None).attention())
+    return [
+        Expected(
+            of_sequences[0].name,
+            torch.cat([part.value for part in of_sequences], 2),
+            torch.cat([part.tolerance for part in of_sequences], 2),
+        )
+        for of_sequences in zip(*parts, strict=True)
+    ]
 
 
 def _exp_difference(a: Tensor, b: Tensor) -> Tensor:

@@ -10,181 +10,176 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flashcore import env
-from flashcore.alarms import Alarm, from_error
-from flashcore.cases import Case, Inputs, make_inputs
+from flashcore.alarms import from_compile_error, from_error
+from flashcore.cases import Case, make_inputs
 from flashcore.diagnosis import key_split_hints, verdict
 from flashcore.dispatch import KERNELS
-from flashcore.errors import BackendUnavailableError, FlashCoreError
-from flashcore.gate_models import Expected, GateModel
+from flashcore.errors import BackendUnavailableError, CompileError, FlashCoreError
+from flashcore.gate_models import Expected, GateModel, packed_attention
+from flashcore.isolation import Isolation, StageResult
 from flashcore.locate import Check, compare
+from flashcore.memory_layout import as_batch
+from flashcore.packed import packed_problem
 from flashcore.plan import Plan, select_plan
-from flashcore.plan_sm90 import ARCH, OFF_UNDER_A_GATE, obstacle
+from flashcore.plan_sm90 import ARCH, obstacle
+from flashcore.planned import compile_planned, run_planned, under_gate, with_fields
 from flashcore.problem import Problem
 from flashcore.stages import Stage, stages_of
+from flashcore.varlen_cases import VarlenCase, make_varlen_inputs
 
 if TYPE_CHECKING:
     from flashcore.sim.plants import Plant
+    from flashcore.sim.registry import Planted
 
 
 BACKENDS = ("sim", *KERNELS)
 
 
-@dataclass(frozen=True, slots=True)
-class StageResult:
-    """What came out of one stage. `status` is "ok", "wrong" (values), "alarm" (the simulator or the
-    GPU stopped the kernel) or "not run"."""
-
-    stage: str
-    title: str
-    plan: str
-    status: str
-    checks: tuple[Check, ...] = ()
-    alarm: Alarm | None = None
-    hints: tuple[str, ...] = ()
-    seconds: float = 0.0
-
-    @property
-    def ok(self) -> bool:
-        """True unless a value is wrong or the run was stopped."""
-        return self.status in ("ok", "not run")
-
-    def first_bad_check(self) -> Check | None:
-        """The first check that failed, if any."""
-        return next((check for check in self.checks if not check.ok), None)
-
-
-@dataclass(frozen=True, slots=True)
-class Isolation:
-    """The result of `isolate`.
-
-    `first_wrong` names the first wrong stage (or, where an alarm came from outside the stages,
-    "setup", "load" or "store"), None when all are right; `why` gives the reasons.
-    """
-
-    case: Case
-    backend: str
-    kernel: str
-    seed: int
-    plant: str | None
-    first_wrong: str | None
-    why: tuple[str, ...]
-    stages: tuple[StageResult, ...]
-
-    @property
-    def ok(self) -> bool:
-        """True when every stage is right."""
-        return self.first_wrong is None
-
-
 def isolate(
-    case: Case,
+    case: Case | VarlenCase,
     backend: str,
     *,
     seed: int = 0,
     plant: str | None = None,
     arch: int | None = None,
     kernel: str | None = None,
+    tile: Mapping[str, Any] | None = None,
     on_stage: Callable[[Stage], None] = lambda stage: None,
 ) -> Isolation:
     """Run all stages on one case and find the first wrong one.
 
     Args:
-        case: shape and options; its tensors must not be empty.
+        case: shape and options; its tensors must not be empty. Of packed sequences the whole kernel
+            is run and no gate, for what gates write has the shape of a batch.
         backend: "sim", or "wmma" or "sm90" for that kernel on the GPU.
         seed: seed of the simulator's scheduler.
         plant: name of a bug to plant (simulator only), or None.
         arch: architecture to plan for in the simulator, by default the kernel's own or
             FLASHCORE_SIM_ARCH.
         kernel: kernel to simulate, by default as `kernel_to_run` says.
+        tile: fields of the plan, see planned.with_fields; by default those of the planted bug, and
+            what is chosen for any call.
         on_stage: called before each stage.
 
     Returns:
-        All stages and the verdict.
+        All stages and the verdict. Where the kernel does not compile, nothing is run behind the
+        first stage.
 
     Raises:
         ValueError: unknown backend or plant, a plant on the GPU or of another kernel, an empty
-            case, a dtype, a case or an architecture that the kernel does not take.
+            case, a dtype, a case, a tile or an architecture that the kernel does not take.
     """
-    bug = find_plant(plant, backend)
+    find_plant(plant, backend)
     if kernel is None:
         kernel = kernel_to_run(backend, plant, arch)
+    planted = find_plant(plant, backend, kernel)
     if backend == "sim" and arch is None:
         arch = ARCH if kernel == KERNELS["sm90"] else env.sim_arch()
-    inputs = make_inputs(case, "cpu" if backend == "sim" else "cuda")
-    runner = _Runner(case, inputs, backend, seed, bug, arch, kernel)
+    if tile is None:
+        tile = {} if planted is None else planted.tile
+    bug = None if planted is None else planted.plant
+    call = _call_of(case, "cpu" if backend == "sim" else "cuda")
+    runner = _Runner(call, backend, seed, bug, arch, kernel, dict(tile))
     runner.check()
     results: list[StageResult] = []
+    is_over = False
     for stage in stages_of(kernel):
         on_stage(stage)
-        if results and results[-1].status == "alarm" and backend != "sim":
+        found = None
+        if not is_over and not (call.is_packed and stage.gate is not None):
+            found = runner.run(stage)
             # A CUDA error is sticky: nothing runs in this process any more.
-            results.append(StageResult(stage.name, stage.title, "", "not run"))
-        else:
-            results.append(runner.run(stage))
+            is_sticky = found.status == "alarm" and backend != "sim"
+            is_over = is_sticky or (found.status == "not compiled" and not runner.compiles())
+        results.append(found or StageResult(stage.name, stage.title, "", "not run"))
     first_wrong, why = verdict(results, kernel)
-    return Isolation(case, backend, kernel, seed, plant, first_wrong, tuple(why), tuple(results))
+    return Isolation(
+        case, backend, kernel, seed, plant, tile, first_wrong, tuple(why), tuple(results)
+    )
 
 
-def find_plant(name: str | None, backend: str) -> Plant | None:
-    """The planted bug of that name.
+def find_plant(name: str | None, backend: str, kernel: str | None = None) -> Planted | None:
+    """Return the planted bug of that name.
 
     Raises:
-        ValueError: unknown backend or name, or a plant outside the simulator.
+        ValueError: unknown backend or name, a plant outside the simulator, or one of another
+            kernel.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r} is not one of {', '.join(BACKENDS)}")
     if name is None:
         return None
-    from flashcore.sim import PLANTS, PLANTS_SM90
+    from flashcore.sim import registry
 
-    if backend != "sim":
-        raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")
-    plants = PLANTS | PLANTS_SM90
-    if name not in plants:
-        raise ValueError(f"plant={name!r} is not one of {', '.join(plants)}")
-    return plants[name]
-
-
-def kernels_of_plant(name: str) -> list[str]:
-    """The kernels that have the text that a planted bug replaces."""
-    from flashcore.sim import PLANTS, PLANTS_SM90
-
-    suites = {"wmma": PLANTS, "sm90": PLANTS_SM90}
-    return [KERNELS[backend] for backend, suite in suites.items() if name in suite]
+    return registry.find_plant(name, backend, kernel)
 
 
 def kernel_to_run(backend: str, plant: str | None = None, arch: int | None = None) -> str:
-    """The kernel that isolate takes apart where none is named: the backend's; in the simulator the
-    planted bug's, or the one that serves the architecture (FLASHCORE_SIM_ARCH by default)."""
+    """Return the kernel that isolate takes apart where none is named: the backend's; in the
+    simulator the planted bug's, or the one that serves the architecture (FLASHCORE_SIM_ARCH by
+    default)."""
     if backend != "sim":
         return KERNELS[backend]
     by_arch = KERNELS["sm90" if (arch or env.sim_arch()) == ARCH else "wmma"]
-    possible = [by_arch] if plant is None else kernels_of_plant(plant)
+    if plant is None:
+        return by_arch
+    from flashcore.sim import registry
+
+    possible = registry.kernels_of(plant)
     return by_arch if by_arch in possible else possible[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """What a case asks for, and its tensors as the kernels take them: [batch, num_heads, seqlen,
+    head_dim], where sequences are packed with a batch of 1."""
+
+    problem: Problem
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    lengths: dict[str, Tensor] | None = None
+
+    @property
+    def is_packed(self) -> bool:
+        return self.lengths is not None
+
+
+def _call_of(case: Case | VarlenCase, device: str) -> _Call:
+    if isinstance(case, VarlenCase):
+        packed = make_varlen_inputs(case, device)
+        problem = packed_problem(*packed.arguments(), **case.options())
+        lengths = {"cu_seqlens_q": packed.cu_seqlens_q, "cu_seqlens_k": packed.cu_seqlens_k}
+        q, k, v = (as_batch(tensor) for tensor in (packed.q, packed.k, packed.v))
+        return _Call(problem, q, k, v, None, lengths)
+    x = make_inputs(case, device)
+    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, return_lse=True, **case.options())
+    return _Call(problem, x.q, x.k, x.v, x.mask)
 
 
 @dataclass(slots=True)
 class _Runner:
-    case: Case
-    inputs: Inputs
+    call: _Call
     backend: str
     seed: int
     plant: Plant | None
     arch: int | None
     kernel: str
+    tile: dict[str, Any]
     hints: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raises ValueError unless the kernel takes the case and the plant."""
-        problem = self._problem()
+        """Raises ValueError unless the kernel takes the case and the tile."""
+        problem = self.call.problem
         if problem.is_empty:
             raise ValueError(f"{problem.describe()}: there is nothing to compute in an empty case")
         if problem.dtype not in ("float16", "bfloat16"):
@@ -193,40 +188,33 @@ class _Runner:
             reason = obstacle(problem)
             if self.arch not in (None, ARCH):
                 reason = f"it runs on sm_{ARCH} alone, not on sm_{self.arch}"
-            elif reason is None and self._plan(problem, None).kernel != self.kernel:
+            elif reason is None and self._plan(None).kernel != self.kernel:
                 reason = "no tile of it fits into shared memory"
             if reason is not None:
                 raise ValueError(f"{self.kernel} does not take {problem.describe()}: {reason}")
-        if self.plant is not None and self.kernel not in kernels_of_plant(self.plant.name):
-            raise ValueError(f"plant={self.plant.name!r} is not a bug of {self.kernel}")
+        self._plan(None)
 
-    def _plan(self, problem: Problem, gate: str | None) -> Plan:
-        plan = select_plan(problem, self.arch, gate, self.kernel)
-        if self.plant is None:
-            return plan
-        fields = dict(self.plant.plan)
-        if gate is not None:
-            fields |= {name: off for name, off in OFF_UNDER_A_GATE.items() if name in fields}
-        return dataclasses.replace(plan, **fields)
+    def _plan(self, gate: str | None) -> Plan:
+        plan = select_plan(self.call.problem, self.arch, gate, self.kernel)
+        return with_fields(plan, self.tile if gate is None else under_gate(self.tile))
 
     def run(self, stage: Stage) -> StageResult:
         """Run one stage and judge it. A stage may take several runs (pv takes two)."""
         start = time.perf_counter()
-        problem = self._problem()
-        plan = self._plan(problem, stage.gate)
+        plan = self._plan(stage.gate)
         checks: list[Check] = []
         self.hints = []
-        alarm = None
+        alarm, status = None, "ok"
         try:
-            for check in self._checks(stage, problem, plan):
+            for check in self._checks(stage, plan):
                 checks.append(check)
+                status = status if check.ok else "wrong"
         except BackendUnavailableError:
             raise
+        except CompileError as error:
+            alarm, status = from_compile_error(error), "not compiled"
         except (FlashCoreError, torch.AcceleratorError) as error:
-            alarm = from_error(error, problem, plan, self.plant)
-        bad = any(not check.ok for check in checks)
-        status = "alarm" if alarm is not None else "wrong" if bad else "ok"
-        elapsed = time.perf_counter() - start
+            alarm, status = from_error(error, self.call.problem, plan, self.plant), "alarm"
         return StageResult(
             stage.name,
             stage.title,
@@ -235,23 +223,29 @@ class _Runner:
             tuple(checks),
             alarm,
             tuple(self.hints),
-            elapsed,
+            time.perf_counter() - start,
         )
 
-    def _problem(self) -> Problem:
-        q, k, v = self.inputs.q, self.inputs.k, self.inputs.v
-        return Problem.from_tensors(
-            q, k, v, mask=self.inputs.mask, return_lse=True, **self.case.options()
-        )
+    def compiles(self) -> bool:
+        """Return whether the kernel itself compiles, which a gate of it may not."""
+        try:
+            compile_planned(self._plan(None), self.call.q.is_cuda, self.plant)
+        except CompileError:
+            return False
+        return True
 
-    def _checks(self, stage: Stage, problem: Problem, plan: Plan) -> Iterator[Check]:
-        model = GateModel(
-            problem, plan, self.inputs.q, self.inputs.k, self.inputs.v, self.inputs.mask
-        )
-        if stage.name == "pv":
-            yield from self._pv_checks(problem, plan, model)
+    def _checks(self, stage: Stage, plan: Plan) -> Iterator[Check]:
+        call = self.call
+        if call.lengths is not None:
+            outputs = self._launch(plan)
+            for item in packed_attention(call.problem, plan, call.q, call.k, call.v, call.lengths):
+                yield _compare(item, outputs[item.name], plan)
             return
-        outputs = self._launch(problem, plan)
+        model = GateModel(call.problem, plan, call.q, call.k, call.v, call.mask)
+        if stage.name == "pv":
+            yield from self._pv_checks(plan, model)
+            return
+        outputs = self._launch(plan)
         if stage.name == "qk":
             expected = model.qk()
         elif stage.name == "softmax":
@@ -261,14 +255,14 @@ class _Runner:
         for item in expected:
             yield _compare(item, outputs[item.name], plan)
 
-    def _pv_checks(self, problem: Problem, plan: Plan, model: GateModel) -> Iterator[Check]:
+    def _pv_checks(self, plan: Plan, model: GateModel) -> Iterator[Check]:
         """P = 1/seqlen_k first, whose result needs no reference: every row is the mean of V. Then
         the softmax of the scores, which differs in every element."""
-        dtype = problem.torch_dtype
+        dtype, seqlen_k = self.call.problem.torch_dtype, self.call.problem.seqlen_k
         visited = ~model.skippable()
         if bool(visited.all()):
-            uniform = torch.full_like(model.scores, 1.0 / problem.seqlen_k).to(dtype)
-            out = self._launch(problem, plan, uniform)["out"]
+            uniform = torch.full_like(model.scores, 1.0 / seqlen_k).to(dtype)
+            out = self._launch(plan, uniform)["out"]
             (expected,) = model.pv(uniform)
             check = _compare(dataclasses.replace(expected, name="out, P = 1/S"), out, plan)
             if not check.ok:
@@ -278,56 +272,48 @@ class _Runner:
             same = Expected("rows identical, P = 1/S", first_row, torch.zeros_like(first_row))
             yield _compare(same, out, plan)
         probabilities = model.visible_probabilities().to(dtype)
-        out = self._launch(problem, plan, probabilities)["out"]
+        out = self._launch(plan, probabilities)["out"]
         (expected,) = model.pv(probabilities)
         yield _compare(dataclasses.replace(expected, name="out, P = softmax"), out, plan)
 
-    def _launch(
-        self, problem: Problem, plan: Plan, probabilities: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def _launch(self, plan: Plan, probabilities: Tensor | None = None) -> dict[str, Tensor]:
         """Run the kernel once; returns what it wrote, NaN elsewhere."""
-        device = self.inputs.q.device
-        heads, rows = (problem.batch, problem.num_heads_q), problem.seqlen_q
+        call, problem = self.call, self.call.problem
+        leading: tuple[int, ...] = (problem.batch, problem.num_heads_q, problem.seqlen_q)
+        rows = leading
+        if call.is_packed:
+            leading, rows = (problem.total_q, problem.num_heads_q), call.q.shape[1:3]
 
         def unwritten(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-            return torch.full((*heads, rows, *shape), torch.nan, dtype=dtype, device=device)
+            return torch.full(shape, torch.nan, dtype=dtype, device=call.q.device)
 
-        outputs = {
-            "out": unwritten(problem.head_dim_v, dtype=problem.torch_dtype),
-            "lse": unwritten(),
-        }
+        out = unwritten(*leading, problem.head_dim_v, dtype=problem.torch_dtype)
+        outputs = {"out": out, "lse": unwritten(*rows)}
         buffers = None
         if plan.gate is not None:
             num_n_blocks = -(-problem.seqlen_k // plan.block_n)
-            outputs["scores"] = unwritten(problem.seqlen_k)
+            outputs["scores"] = unwritten(*rows, problem.seqlen_k)
             if probabilities is not None:
                 outputs["scores"].copy_(probabilities)
-            outputs["row_max"] = unwritten(num_n_blocks)
-            outputs["row_sum"] = unwritten(num_n_blocks)
+            outputs["row_max"] = unwritten(*rows, num_n_blocks)
+            outputs["row_sum"] = unwritten(*rows, num_n_blocks)
             buffers = {f"gate_{name}": outputs[name] for name in ("scores", "row_max", "row_sum")}
-        q, k, v, mask = self.inputs.q, self.inputs.k, self.inputs.v, self.inputs.mask
-        out, lse = outputs["out"], outputs["lse"]
-        if self.backend != "sim":
-            from flashcore.launch import run_kernel
-
-            run_kernel(problem, plan, q, k, v, mask, out, lse, buffers)
-            torch.cuda.synchronize()
-        else:
-            from flashcore.sim import simulate
-
-            simulate(
-                problem,
-                plan,
-                q,
-                k,
-                v,
-                mask,
-                out,
-                lse,
-                buffers,
-                seed=self.seed,
-                plant=self.plant,
-            )
+        run_planned(
+            problem,
+            plan,
+            call.q,
+            call.k,
+            call.v,
+            call.mask,
+            out,
+            outputs["lse"],
+            buffers,
+            call.lengths,
+            seed=self.seed,
+            plant=self.plant,
+        )
+        if call.is_packed:
+            outputs |= {"out": as_batch(out), "lse": outputs["lse"][None]}
         return outputs
 
 

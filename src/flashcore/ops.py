@@ -12,23 +12,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import (  # type: ignore[attr-defined]
-    enable_single_level_autograd_function,
-)
-from torch.autograd import forward_ad
 
+from flashcore import flops
+from flashcore.autocasting import autocast_dtype
+from flashcore.autograd import below_autograd, needs_grad, register_autograd, warn_of_forward_mode
 from flashcore.batching import backward_vmap, forward_vmap
 from flashcore.calls import attend
 from flashcore.dispatch import check_backend, without_autocast
 from flashcore.gradients import attention_gradients
 from flashcore.options import Options
+from flashcore.plain import backward_plain, forward_plain
 from flashcore.problem import Causal, Window
 from flashcore.second_order import backward_of_backward
-from flashcore.validation import check_kinds, check_mask_kind
+from flashcore.validation import check_kinds, check_mask, check_mask_kind, check_qkv
 
 Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
 
-_OPTIONS = "str causal, SymInt window_left, SymInt window_right, float softcap, float? scale"
+_OPTIONS = "str causal, SymInt window_left, SymInt window_right, Scalar softcap, Scalar? scale"
 _LIBRARY = torch.library.Library("flashcore", "DEF")
 # A compiler may choose other strides for what lies between operators; head_dim must stay
 # contiguous, an expanded mask should stay expanded, and strides decide which kernel serves.
@@ -70,30 +70,9 @@ def attention_dispatched(
     wants_lse = return_lse or needs_grad(q, k, v, mask)
     if not torch.compiler.is_dynamo_compiling():
         check_kinds(q, k, v)
-        transformed = torch._C._are_functorch_transforms_active()
-        wants_lse = wants_lse or transformed
-        if forward_ad._current_level >= 0:
-            _refuse_forward_mode((q, k, v, mask), transformed)
+        wants_lse = wants_lse or torch._C._are_functorch_transforms_active()
     out, lse = forward(q, k, v, mask, *options, wants_lse, backend)
     return (out, lse) if return_lse else out
-
-
-def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd records a call with these tensors. What is none has no gradient."""
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in tensors
-    )
-
-
-def _refuse_forward_mode(tensors: tuple[Tensor | None, ...], transformed: bool) -> None:
-    """Tangents would be lost silently; under a transform they cannot even be seen."""
-    if transformed or any(
-        x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors
-    ):
-        raise NotImplementedError(
-            "attention has no forward mode AD (jvp, jacfwd, dual numbers); use reverse mode: "
-            "torch.autograd.grad, torch.func.vjp or jacrev"
-        )
 
 
 def autocast(
@@ -102,9 +81,9 @@ def autocast(
     """The tensors as torch.autocast wants them for SDPA: in its dtype, float64 as it is. A float32
     mask is read as it is."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(device)
+    if dtype is None:
         return q, k, v, mask
-    dtype = torch.get_autocast_dtype(device)
 
     def cast(x: Tensor, keep: torch.dtype = torch.float64) -> Tensor:
         if not isinstance(x, Tensor) or x.device.type != device or not x.is_floating_point():
@@ -224,7 +203,7 @@ class _Forward(torch.autograd.Function):
     def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         """See `_forward`."""
         q, k, v, mask, *options, return_lse, backend = inputs
-        out, lse = _below_autograd(forward, keyset, inputs)
+        out, lse = below_autograd(forward, keyset, inputs)
         ctx.options, ctx.lse_backend = Options(*options), None if return_lse else backend
         ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.set_materialize_grads(False)
@@ -251,7 +230,7 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, keyset: Any, *inputs: Any) -> Tensors4:
         """See `_backward`."""
-        gradients: Tensors4 = _below_autograd(backward, keyset, inputs)
+        gradients: Tensors4 = below_autograd(backward, keyset, inputs)
         ctx.options = Options(*inputs[8:13])
         ctx.save_for_backward(*inputs[:6])
         ctx.set_materialize_grads(False)
@@ -270,26 +249,27 @@ class _Backward(torch.autograd.Function):
         return None, *(g if need else None for g, need in pairs), *(None,) * 8
 
 
-def _below_autograd(op: Any, keyset: Any, inputs: tuple[Any, ...]) -> Any:
-    # autograd.Function switches recording off, but the levels of torch.func below this one record.
-    recording = torch._C._are_functorch_transforms_active() or torch.is_grad_enabled()
-    with torch._C._AutoDispatchBelowAutograd(), torch.set_grad_enabled(recording):
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *inputs)
+def _forward_plain(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """`_forward` by operations of torch, for forward mode."""
+    *given, return_lse, backend = arguments
+    check_qkv(q, k, v)
+    if mask is not None:
+        check_mask(mask, q, k.shape[2])
+    options = Options(*given).with_checked_factors()
+    warn_of_forward_mode(q, backend)
+    with without_autocast(q.device.type):
+        out, lse = forward_plain(q, k, v, mask, options)
+    return out, lse if return_lse else lse.new_empty(0)
 
 
-def _register_autograd(op: Any, name: str, function: type[torch.autograd.Function]) -> None:
-    """As torch.library.register_autograd does, but so that torch.func.grad can transform it: when
-    an operator's autograd kernel runs, the transform has already unwrapped the tensors of its
-    level. torch.autograd.Function.apply does not know that, what lies under it does."""
-    record = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def kernel(keyset: Any, *inputs: Any) -> Any:
-        if not needs_grad(*inputs):
-            return _below_autograd(op, keyset, inputs)
-        with enable_single_level_autograd_function():
-            return record(keyset, *inputs)
-
-    _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+def _backward_plain(*inputs: Any) -> Tensors4:
+    """`_backward` likewise."""
+    dout, dlse, q, k, v, mask = inputs[:6]
+    with without_autocast(q.device.type):
+        dq, dk, dv, dmask = backward_plain(dout, dlse, q, k, v, mask, Options(*inputs[8:13]))
+    return dq, dk, dv, dmask if inputs[13] and dmask is not None else q.new_empty(0)
 
 
 for _device in ("CPU", "CUDA"):
@@ -297,7 +277,8 @@ for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("attention_backward", _backward, _device)
 torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
 torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
-_register_autograd(forward, "attention_forward", _Forward)
-_register_autograd(backward, "attention_backward", _Backward)
+register_autograd(_LIBRARY, forward, _Forward, _forward_plain)
+register_autograd(_LIBRARY, backward, _Backward, _backward_plain)
 torch.library.register_vmap(forward, forward_vmap, lib=_LIBRARY)
 torch.library.register_vmap(backward, backward_vmap, lib=_LIBRARY)
+flops.register("attention_forward", "attention_backward")

@@ -7,7 +7,13 @@ from typing import NamedTuple
 import torch
 
 from flashcore.problem import Causal, Problem, Window
-from flashcore.validation import SEQLEN_MAX, checked_causal, checked_factor, checked_window
+from flashcore.validation import (
+    SEQLEN_MAX,
+    certainly,
+    checked_causal,
+    checked_factor,
+    checked_window,
+)
 
 
 class Options(NamedTuple):
@@ -34,11 +40,20 @@ class Options(NamedTuple):
         """From the arguments of `attention`. Raises TypeError or ValueError as it does."""
         alignment = checked_causal(causal)
         # No sequence is that long, and the operators' integers have 64 bits.
-        left, right = (-1 if size > SEQLEN_MAX else size for size in checked_window(window))
+        left, right = (
+            -1 if certainly(size > SEQLEN_MAX) else size for size in checked_window(window)
+        )
         if scale is not None:
             scale = checked_factor("scale", scale, 1.0, "pass None for 1 / sqrt(head_dim)")
         factor = checked_factor("softcap", softcap, 0.0, "pass None for no softcap")
         return cls(alignment, left, right, factor, scale)
+
+    def with_checked_factors(self) -> Options:
+        """The same. Raises ValueError as `checked` does, which may not have known the values, if
+        code was being compiled."""
+        softcap = None if certainly(self.softcap == 0.0) else self.softcap
+        Options.checked(False, None, softcap, self.scale)
+        return self
 
     @classmethod
     def of(cls, problem: Problem) -> Options:

@@ -22,6 +22,7 @@ from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.tiled import attention_tiled
 from flashcore.torch_backward import packed_flash_gradients
 from flashcore.validation import (
+    certainly,
     check_plain_tensor,
     checked_causal,
     checked_window,
@@ -30,6 +31,8 @@ from flashcore.validation import (
 )
 
 Tensor = torch.Tensor
+
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 
 
 def check_packed(
@@ -71,14 +74,35 @@ def check_lengths(name: str, x: object, q: Tensor) -> None:
         raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
 
 
-def checked_max_seqlen(name: str, value: object) -> int:
-    """A length as an int."""
+def readable(x: Tensor) -> bool:
+    """Whether the host may read a tensor's values: it has some, and nobody watches."""
+    return (
+        type(x) is Tensor
+        and not x.is_meta
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def checked_max_seqlen(name: str, value: object, rows: int) -> int:
+    """A length as an int.
+
+    Args:
+        name: of the argument.
+        value: an int, or a tensor with one element. One on a GPU is not read, for that would wait:
+            all rows are a bound too.
+        rows: how many there are.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype in _INTEGERS:
+        if value.device.type != "cpu" or torch.compiler.is_compiling() or not readable(value):
+            return rows
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(
-            f"{name} must be an int, but is {value!r} ({type_name(value)}); the longest sequence "
-            "or any bound on it"
+            f"{name} must be an int or an integer tensor with one element, but is {value!r} "
+            f"({type_name(value)}); the longest sequence or any bound on it"
         )
-    if value < 0:
+    if certainly(value < 0):
         raise ValueError(f"{name}={value!r} must not be negative")
     return value  # type: ignore[return-value]
 
@@ -128,8 +152,8 @@ def packed_problem(
     return dataclasses.replace(
         problem,
         batch=cu_seqlens_q.shape[0] - 1,
-        seqlen_q=min(checked_max_seqlen("max_seqlen_q", max_seqlen_q), q.shape[0]),
-        seqlen_k=min(checked_max_seqlen("max_seqlen_k", max_seqlen_k), k.shape[0]),
+        seqlen_q=min(checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0]), q.shape[0]),
+        seqlen_k=min(checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0]), k.shape[0]),
         window_left=left,
         window_right=right,
         diag_offset=0,
@@ -267,14 +291,23 @@ def packed_backward(
 def _sequences(
     problem: Problem, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Iterator[tuple[Problem, slice, slice]]:
-    """Each sequence that has queries and keys: its Problem, and its rows, as the kernels clamp
-    them (tile/sequence.cuh)."""
+    """Each sequence that has queries and keys: its Problem, and its rows."""
+    rows = rows_of_sequences(cu_seqlens_q, cu_seqlens_k, problem.total_q, problem.total_k)
+    for queries, keys in rows:
+        own = problem.of_sequence(queries.stop - queries.start, keys.stop - keys.start)
+        yield own, queries, keys
+
+
+def rows_of_sequences(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int
+) -> Iterator[tuple[slice, slice]]:
+    """The rows of each sequence that has queries and keys, as the kernels clamp them
+    (tile/sequence.cuh)."""
     begins_q, begins_k = (
         [min(max(0, begin), total) for begin in cu_seqlens.tolist()]
-        for cu_seqlens, total in ((cu_seqlens_q, problem.total_q), (cu_seqlens_k, problem.total_k))
+        for cu_seqlens, total in ((cu_seqlens_q, total_q), (cu_seqlens_k, total_k))
     )
-    for b in range(problem.batch):
+    for b in range(len(begins_q) - 1):
         queries, keys = slice(*begins_q[b : b + 2]), slice(*begins_k[b : b + 2])
         if queries.start < queries.stop and keys.start < keys.stop:
-            own = problem.of_sequence(queries.stop - queries.start, keys.stop - keys.start)
-            yield own, queries, keys
+            yield queries, keys

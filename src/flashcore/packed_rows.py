@@ -58,7 +58,7 @@ def packed_lengths(
         )
     device = query.device
     ends = [kwargs[name].to(device=device, dtype=torch.int32) for name in PACKED[:2]]
-    return *ends, int(kwargs["max_length_q"]), int(kwargs["max_length_k"])
+    return *ends, kwargs["max_length_q"], kwargs["max_length_k"]
 
 
 def same_sequence(packed: tuple[Any, ...], query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore import env
+from flashcore import env, flops
+from flashcore.autograd import (
+    functions_of_lengths,
+    needs_mask_grad,
+    refuse_mask_grad,
+    register_autograd,
+)
+from flashcore.batching_lengths import padded_backward_vmap, padded_forward_vmap
 from flashcore.calls import attend_lengths
 from flashcore.dispatch import (
     KERNELS,
@@ -31,14 +38,19 @@ from flashcore.eager import is_plain
 from flashcore.gradients import attention_gradients
 from flashcore.options import Options
 from flashcore.packed import check_lengths
+from flashcore.plain_lengths import (
+    padded_backward_plain,
+    padded_forward_plain,
+    padded_second_order,
+)
 from flashcore.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.tiled import attention_tiled
-from flashcore.validation import check_kinds, check_mask_kind, check_return_lse
+from flashcore.validation import check_kinds, check_mask_kind, check_return_lse, checked_window
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor seqlens_k, str causal, "
-    "SymInt window_left, SymInt window_right, float softcap, float? scale"
+    "SymInt window_left, SymInt window_right, Scalar softcap, Scalar? scale"
 )
 _LIBRARY = torch.library.Library("flashcore", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -84,11 +96,8 @@ def attention_padded(
     check_return_lse(return_lse)
     if not torch.compiler.is_compiling():  # then _forward_fake checks
         _check(q, k, v, mask, seqlens_k)
-    if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "with seqlens_k a mask has no gradient; pass mask.detach(), or -inf past each "
-            "sequence's end in the mask instead of seqlens_k"
-        )
+    if torch.is_grad_enabled() and needs_mask_grad(mask):
+        refuse_mask_grad()
     out, lse = forward(q, k, v, mask, seqlens_k, *options, backend)
     return (out, lse) if return_lse else out
 
@@ -120,9 +129,8 @@ def _problem(
         mask=mask,
         return_lse=True,
     )
-    left, right = widest_band(
-        options.causal, (options.window_left, options.window_right), q.shape[2], k.shape[2]
-    )
+    window = checked_window((options.window_left, options.window_right))
+    left, right = widest_band(options.causal, window, q.shape[2], k.shape[2])
     return dataclasses.replace(
         problem, window_left=left, window_right=right, diag_offset=0, varlen="keys"
     )
@@ -245,30 +253,14 @@ def _backward_fake(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _setup_forward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.options = inputs[5:10]
-    ctx.save_for_backward(*output, *inputs[:5])
-    ctx.set_materialize_grads(False)
-
-
-def _forward_gradient(ctx, dout: Tensor | None, dlse: Tensor | None):  # type: ignore[no-untyped-def]
-    gradients = backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
-    pairs = zip(gradients, ctx.needs_input_grad[:3], strict=True)
-    return *(gradient if need else None for gradient, need in pairs), *(None,) * 8
-
-
-def _backward_gradient(ctx, *cotangents: Tensor | None):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "the gradient of a gradient is not implemented with seqlens_k; pass a mask instead"
-    )
-
-
+_Forward, _Backward = functions_of_lengths(forward, backward, padded_second_order)
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("attention_padded_forward", _forward, _device)
     _LIBRARY.impl("attention_padded_backward", _backward, _device)
 torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
 torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    forward, _forward_gradient, setup_context=_setup_forward, lib=_LIBRARY
-)
-torch.library.register_autograd(backward, _backward_gradient, lib=_LIBRARY)
+register_autograd(_LIBRARY, forward, _Forward, padded_forward_plain)
+register_autograd(_LIBRARY, backward, _Backward, padded_backward_plain)
+torch.library.register_vmap(forward, padded_forward_vmap, lib=_LIBRARY)
+torch.library.register_vmap(backward, padded_backward_vmap, lib=_LIBRARY)
+flops.register("attention_padded_forward", "attention_padded_backward")

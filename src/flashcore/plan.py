@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from flashcore.exactness import LARGE_SOFTCAP, keys_of_chunk
 from flashcore.folding import can_fold
 from flashcore.limits import blocks_that_fit, smem_limits
 from flashcore.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE
@@ -52,7 +53,8 @@ class Plan:
     `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
     `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
-    0 where none are (folding.py); `min_blocks` the blocks an SM that the register count must allow.
+    0 where none are (folding.py); `min_blocks` the blocks an SM that the register count must allow;
+    `keys_of_chunk` how many keys one sum goes over at most, 0 for all (tile/totals.cuh).
     """
 
     kernel: str
@@ -68,10 +70,12 @@ class Plan:
     has_window_left: bool = False
     has_window_right: bool = False
     has_softcap: bool = False
+    softcap_is_large: bool = False
     mask: str | None = None
     gate: str | None = None
     varlen: str = "none"
     folds_heads: int = 0
+    keys_of_chunk: int = 0
 
     @property
     def params_struct(self) -> str:
@@ -154,7 +158,9 @@ class Plan:
             "HAS_WINDOW_LEFT": self.has_window_left,
             "HAS_WINDOW_RIGHT": self.has_window_right,
             "HAS_SOFTCAP": self.has_softcap,
+            "SOFTCAP_IS_LARGE": self.softcap_is_large,
             "TANH_BY_POLYNOMIAL": False,  # it takes more registers
+            "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
             # Without a bound rows are rows.
@@ -168,10 +174,12 @@ class Plan:
             for name, on in (
                 ("window_left", self.has_window_left),
                 ("window_right", self.has_window_right),
-                ("softcap", self.has_softcap),
+                ("softcap", self.has_softcap and not self.softcap_is_large),
+                ("large softcap", self.softcap_is_large),
                 (f"mask:{self.mask}", self.mask is not None),
                 (f"varlen:{self.varlen}", self.varlen != "none"),
                 (f"folded heads:{self.folds_heads}", self.folds_heads > 0),
+                (f"sums of {self.keys_of_chunk} keys", self.keys_of_chunk > 0),
                 (f"gate:{self.gate}", self.gate is not None),
             )
             if on
@@ -200,9 +208,10 @@ def _estimated_registers(plan: Plan) -> int:
 
 
 def _has_tight_budget(plan: Plan) -> bool:
-    """Whether the register budget of head_dim 64 holds; a debug gate is outside of it, and so is a
-    mask tensor with seqlens_k, which would spill."""
+    """Whether the register budget of head_dim 64 holds; a debug gate is outside of it, and so are a
+    mask tensor with seqlens_k and a large softcap, which would spill."""
     exempt = plan.gate is not None or (plan.varlen == "keys" and plan.mask is not None)
+    exempt |= plan.softcap_is_large
     return max(plan.head_dim, plan.head_dim_v) <= 64 and not exempt
 
 
@@ -259,6 +268,7 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "has_window_left": problem.window_left >= 0,
         "has_window_right": problem.window_right >= 0,
         "has_softcap": problem.softcap != 0.0,
+        "softcap_is_large": problem.softcap >= LARGE_SOFTCAP,
         "mask": None if problem.mask is None else problem.mask.dtype,
         "varlen": problem.varlen,
         "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
@@ -308,6 +318,7 @@ def candidates(
         min_blocks=1,
         load_bytes=problem.load_bytes,
         gate=gate,
+        keys_of_chunk=keys_of_chunk(problem) if gate is None else 0,
         **traits(problem, gate),
     )
     legal = [plan for plan in _enumerate(base) if _is_legal(plan)]

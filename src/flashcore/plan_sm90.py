@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore import tiles_sm90
+from flashcore.exactness import fewest_splits, obstacle_to_splits
 from flashcore.folding import fold_heads
 from flashcore.limits import blocks_that_fit, smem_limits
 from flashcore.plan import Plan, traits
@@ -45,7 +46,7 @@ class Sm90Plan(Plan):
     tile, of which the machine code knows only whether there are any; `mask_load_bytes`: how much of
     a mask tensor is copied at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all
     queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
-    elements.
+    elements; `fewest_splits`: what `num_splits` must be at least, see exactness.py.
     """
 
     ping_pong: bool = False
@@ -57,6 +58,7 @@ class Sm90Plan(Plan):
     mask_load_bytes: int = 0
     mask_is_row: bool = False
     mask_is_shifted: bool = False
+    fewest_splits: int = 1
 
     @property
     def params_struct(self) -> str:
@@ -141,7 +143,10 @@ class Sm90Plan(Plan):
         launch gave everybody, `max_registers`: a block that asks for more than it was given waits
         for ever."""
         pool = self.max_registers * (self.num_consumers + 1)
-        producer = 32 if self.varlen == "packed" else 24  # at least; one warp deals out tiles
+        # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
+        # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some.
+        many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
+        producer = 32 if self.varlen == "packed" or many_chunks else 24
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
@@ -162,7 +167,7 @@ class Sm90Plan(Plan):
         consumer_registers, producer_registers = self.role_registers
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
-        del constants["NUM_WARPS"], constants["LOAD_BYTES"]
+        del constants["NUM_WARPS"], constants["LOAD_BYTES"], constants["KEY_TILES_OF_CHUNK"]
         return constants | {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
@@ -191,7 +196,7 @@ def obstacle(problem: Problem) -> str | None:
     num_rows = problem.total_q * problem.num_heads_q  # 0 unless packed
     if num_rows + problem.batch >= 2**30 and problem.varlen == "packed":
         return "it counts the row tiles of all packed sequences in 32 bits"
-    return next(iter(unreadable(problem).values()), None)
+    return next(iter(unreadable(problem).values()), None) or obstacle_to_splits(problem)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -245,6 +250,8 @@ def _has_registers(plan: Sm90Plan) -> bool:
 def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     """The fields of an Sm90Plan that the problem alone decides; see plan.traits."""
     fields = traits(problem, gate)
+    if gate is None:
+        fields["fewest_splits"] = fewest_splits(problem)
     folded = fields["folds_heads"]
     mask = (fold_heads(problem, folded) if folded else problem).mask
     if mask is not None:
@@ -279,6 +286,8 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     for tile in tiles_sm90.tiles(launched, max(1, folded)):
         if gate is not None:
             tile = tile._replace(**OFF_UNDER_A_GATE)
+        elif tile.num_splits < of_problem["fewest_splits"]:
+            tile = tile._replace(num_splits=of_problem["fewest_splits"])
         plan = _plan(tile, gate, fields)
         if plan is not None:
             plans.append(plan)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from flashcore import env, padded
 from flashcore.codegen import generate_source
-from flashcore.dispatch import KERNELS, choose_backend
-from flashcore.folding import with_copied_q
+from flashcore.dispatch import KERNELS, adapt_for, choose_backend
+from flashcore.growing import planned_as
 from flashcore.options import Options
 from flashcore.packed import packed_problem
 from flashcore.plan import Plan, select_plan
@@ -133,8 +133,7 @@ def _ready(problem: Problem, asked: str, device: torch.device) -> Plan | None:
     backend = choose_backend(problem, asked).backend
     if problem.is_empty or backend == "torch":
         return None
-    copied = None if problem.varlen == "packed" else with_copied_q(problem)
-    launched = copied or problem
+    launched = planned_as(adapt_for(backend, problem).problem)
     if backend == "sim":
         from flashcore.sim.build import load_kernel
 

@@ -53,7 +53,7 @@ class Problem:
         head_dim: of q and k, at least 1; the kernels take what is_readable says.
         head_dim_v: of v and the output, likewise.
         dtype: "float16", "bfloat16", "float32" or "float64".
-        device: "cpu" or "cuda".
+        device: "cpu", "cuda" or "meta".
         arch: compute capability, 90 for sm_90; 0 on the CPU and on GPUs not made by NVIDIA.
         scale: multiplies q.k.
         softcap: scores become softcap * tanh(score / softcap); 0.0 is off.

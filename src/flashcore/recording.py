@@ -145,10 +145,12 @@ def _kernels(calls: Iterable[Call], archs: Sequence[int]) -> Iterable[Any]:
     from flashcore.configurations import machine_code
     from flashcore.dispatch import KERNELS
     from flashcore.folding import with_copied_q
+    from flashcore.growing import planned_as
     from flashcore.plan import SUPPORTED_ARCHS, candidates, select_plan
 
     for asked, backend in calls:
-        problem = (with_copied_q(asked) if asked.varlen != "packed" else None) or asked
+        copied = with_copied_q(asked) if asked.varlen != "packed" else None
+        problem = planned_as(copied or asked)
         kernel = KERNELS["wmma"] if backend == "wmma" else None
         elsewhere = dataclasses.replace(problem, device="cpu", arch=0)
         for arch in archs or SUPPORTED_ARCHS:

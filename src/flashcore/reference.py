@@ -92,6 +92,8 @@ def attention_oracle(
             score = score + mask.double()
     empty = torch.all(score == -math.inf, dim=-1)  # also True where there are no keys at all
     lse = torch.logsumexp(score, dim=-1)
-    # exp(score - 0) = 0 in an empty row, where score - lse would be -inf + inf.
-    weight = torch.exp(score - lse.masked_fill(empty, 0.0)[..., None])
+    # Not exp(score - lse), whose rounding is an exponent where scores are large. An empty row's
+    # scores become 0, for -inf - -inf is NaN.
+    weight = torch.softmax(score.masked_fill(empty[..., None], 0.0), dim=-1)
+    weight = weight.masked_fill(empty[..., None], 0.0)
     return weight @ v64, lse

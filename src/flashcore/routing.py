@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from flashcore import forks
 from flashcore.sdpa import Call, route, scaled_dot_product_attention, torch_sdpa
 
 NAME = "scaled_dot_product_attention"
 BACKENDS = ("auto", "sm90", "wmma", "sim")
 
-_lock = threading.Lock()
+_lock = forks.lock()
 _active: list[Callable[..., torch.Tensor]] = []  # of the open blocks, in the order of entering
 _replaced: Any = torch_sdpa  # what torch.nn.functional had before the first of them
 _had_fast_path = True

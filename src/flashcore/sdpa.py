@@ -10,22 +10,23 @@ routing.py puts this function in torch's place.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import sys
 import warnings
-from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 
 from flashcore.api import attention
+from flashcore.autocasting import autocast_dtype
 from flashcore.errors import FallbackWarning
 from flashcore.obstacles import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.sdpa_nested import attention_nested, nested_obstacle, packed
 from flashcore.sdpa_shapes import PLAIN_TYPES, as_4d
 from flashcore.spelling import OF_SDPA, other_names, refuse
-from flashcore.validation import HEAD_DIM_MAX, factor_fits
+from flashcore.validation import HEAD_DIM_MAX, factor_fits, is_number
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -60,9 +61,10 @@ class Call(NamedTuple):
 
     def by_torch(self) -> torch.Tensor:
         """What torch makes of it: a result, or its error."""
-        if causal_bias(self.attn_mask) is not None:
-            return self.by_its_classes()
-        return torch_sdpa(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
+        with _in_forward_mode():
+            if causal_bias(self.attn_mask) is not None:
+                return self.by_its_classes()
+            return torch_sdpa(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
 
     def by_its_classes(self) -> torch.Tensor:
         """What a tensor subclass makes of it, through its __torch_function__."""
@@ -153,6 +155,20 @@ def route(call: Call, backend: str) -> torch.Tensor:
     return _compute(call, backend, "upper_left" if call.is_causal is True else False)
 
 
+def _in_forward_mode() -> contextlib.AbstractContextManager[None]:
+    """Of torch's kernels, only its sequence of plain operations has a forward mode."""
+    if forward_ad._current_level < 0:
+        return contextlib.nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _left_to_torch(query: torch.Tensor, backend: str) -> bool:
+    """Whether no kernel is passed over: a meta tensor has nothing to compute."""
+    return query.is_meta or (backend == "auto" and query.device.type == "cpu")
+
+
 def _overridden(tensors: list[torch.Tensor]) -> bool:
     """Whether a tensor's class has a __torch_function__ of its own (a mode does not count)."""
     passive = (torch.Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
@@ -177,12 +193,12 @@ def _route_causal_bias(call: Call, bias: CausalBias, backend: str) -> torch.Tens
 
 def _route_nested(call: Call, backend: str) -> torch.Tensor:
     """Packed sequences go to attention_varlen; the rest to torch."""
-    if backend == "auto" and call.query.device.type == "cpu":
+    if _left_to_torch(call.query, backend):
         return call.by_torch()
     reason = nested_obstacle(call)
     if reason is None:
         tensors = [packed(x) for x in call.tensors]
-        if not torch.is_autocast_enabled(call.query.device.type):
+        if autocast_dtype(call.query.device.type) is None:
             reason = _obstacle(call, tensors[0], tensors[1], tensors[2], None, backend)
         else:
             reason = "torch.autocast with nested tensors"
@@ -196,12 +212,12 @@ def _route_nested(call: Call, backend: str) -> torch.Tensor:
 
 def _compute(call: Call, backend: str, causal: bool | str) -> torch.Tensor:
     q, k, v, mask = call.query, call.key, call.value, call.attn_mask
-    if backend == "auto" and q.device.type == "cpu":
+    if _left_to_torch(q, backend):
         return call.by_torch()
     if causal_bias(mask) is not None:  # that is in `causal`
         mask = None
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
+    dtype = autocast_dtype(q.device.type)
+    if dtype is not None:
         q, k, v = (_autocast(x, dtype) for x in (q, k, v))
         mask = None if mask is None else _autocast(mask, dtype)
     reason = _obstacle(call, q, k, v, mask, backend)
@@ -251,7 +267,7 @@ def _obstacle(
         return "attn_mask together with is_causal"
     if not isinstance(call.is_causal, bool):
         return f"is_causal is a {type(call.is_causal).__name__}, not a bool"
-    if call.scale is not None and not (isinstance(call.scale, Real) and factor_fits(call.scale)):
+    if call.scale is not None and not (is_number(call.scale) and factor_fits(call.scale)):
         return f"scale={call.scale} is not a positive number"
     return _transformed() or _unserved_dtype(q, backend) or unserved_layout(q, k, v)
 

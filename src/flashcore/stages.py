@@ -43,14 +43,14 @@ STAGES: tuple[Stage, ...] = (
         "P@V",
         "P@V for given P; with P = 1/seqlen_k all output rows must be identical",
         "who owns an output element (several warps adding to one?), the split of the keys (overlap "
-        "or gap), the accumulator-to-A-fragment map, V's tile and stride",
+        "or gap), the accumulator-to-A-fragment map, V's tile and stride, the store of the output",
     ),
     Stage(
         "tile",
         "tile",
         "one key tile",
         "attention over the first key tile only: nothing is rescaled, one pipeline stage",
-        "the final normalisation, the lse, the store of the output",
+        "the rescale of O and where it stands, the final normalisation, the lse",
     ),
     Stage(
         "pv_serial",
@@ -75,9 +75,10 @@ _SUSPECTS_SM90 = {
     "rescale of the sum, which lanes share a row",
     "pv": "V's boxes, mbarriers and descriptor, P as operand A, what is touched while a product is "
     "under way, the swizzle of O",
-    "tile": "the final normalisation, the lse, the store of the output by TMA",
-    "full": "what the gates switch off: the rescale of O, the lazy one above all, and the "
-    "warpgroups' turns (ping-pong) and the keys that they share",
+    "tile": "the rescale of O and where it stands, the final normalisation, the lse",
+    "full": "what the gates switch off: the rescale of O, the lazy one above all, scores that are "
+    "asked for once more, the warpgroups' turns (ping-pong), the keys that they share, and the key "
+    "tiles that they pass over",
 }
 _STAGES_SM90 = tuple(
     dataclasses.replace(stage, suspects=_SUSPECTS_SM90[stage.name])
@@ -86,15 +87,21 @@ _STAGES_SM90 = tuple(
 )
 
 # Where an alarm can come from besides the stages.
-_OUTSIDE = {
-    "load": "tile/copy.cuh: bounds, strides and the order of copies, waits and barriers",
-    "store": "store_output and tile/copy.cuh: which rows and columns exist, and who writes them",
+_SCHEDULE = {
+    "schedule": "tile/schedule*.cuh, tile/sequence.cuh: which row tiles a block takes, which "
+    "sequence each is of, which keys it sees, and the counter that tiles are drawn from"
 }
-_OUTSIDE_SM90 = {
+_OUTSIDE = _SCHEDULE | {
+    "load": "tile/copy.cuh: bounds, strides and the order of copies, waits and barriers",
+    "store": "store_output and tile/copy.cuh: which rows and columns exist, who "
+    "writes them, and whether somebody takes every row tile",
+}
+_OUTSIDE_SM90 = _SCHEDULE | {
     "setup": "the initialisation of the mbarriers and its fence, the registers of the roles",
     "load": "produce: which stage, which parity, how many bytes, and who gave the stage back",
-    "store": "store_output: the swizzle of O, proxy fence and barrier before its store by TMA, and "
-    "who waits for that store",
+    "store": "store_output: the swizzle of O, proxy fence and barrier before its store by TMA, "
+    "who waits for that store, and whether somebody takes every row tile; shares of the keys and "
+    "how they are added up",
 }
 
 

@@ -11,6 +11,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 # Of the kernels. PyTorch operations take any head_dim, and copies are padded to the next multiple.
 HEAD_DIM_MAX = 256
@@ -25,7 +26,7 @@ DTYPES: dict[torch.dtype, str] = {
     torch.float64: "float64",
 }
 CAUSAL_NAMES = {False: "none", True: "lower_right"}
-DEVICE_TYPES = ("cpu", "cuda")
+DEVICE_TYPES = ("cpu", "cuda", "meta")
 
 
 def type_name(x: object) -> str:
@@ -181,30 +182,49 @@ def checked_causal(causal: object) -> str:
     return causal
 
 
+def certainly(condition: Any) -> bool:
+    """Whether a condition holds, as far as is known: False where code is being compiled for numbers
+    that come only when it runs. Then the operators look again."""
+    if is_dynamo_compiling() or isinstance(condition, torch.SymBool):
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(condition)
+    return bool(condition)
+
+
 def factor_fits(factor: Any) -> bool:
     """Whether a scale or softcap is one that the kernels, which work in float32, can use: neither
     it nor the ratio of two can overflow or vanish there, whatever the finite scores are."""
     # Literals: torch.compile may take a module's floats for variables, and compile a second time.
-    return bool(1e-18 <= factor <= 1e18)
+    too_small, too_large = certainly(factor < 1e-18), certainly(factor > 1e18)
+    return not (too_small or too_large or certainly(factor != factor))
 
 
 def checked_factor(name: str, value: object, unset: float, way_out: str) -> float:
     """A positive finite number, or `unset` for None."""
     if value is None:
         return unset
-    if isinstance(value, bool) or not isinstance(value, Real):
+    if not is_number(value):
         raise TypeError(f"{name} must be a number or None, but is {value!r} ({type_name(value)})")
     try:
-        number = float(value)
+        number = torch.sym_float(value)
     except OverflowError:  # an int or Fraction beyond the largest float
         number = math.inf
-    if not math.isfinite(number) or number <= 0.0:
+    # Not math.isfinite, which takes no symbolic number.
+    if certainly(number <= 0.0) or certainly(number == math.inf) or certainly(number != number):
         raise ValueError(f"{name}={value!r} must be positive and finite; {way_out}")
     if not factor_fits(number):
         raise ValueError(
             f"{name}={value!r} is outside [1e-18, 1e+18], where float32 cannot overflow; {way_out}"
         )
     return number
+
+
+def is_number(value: object) -> bool:
+    """Whether `value` is a real number, perhaps one that compiled code knows only when it runs."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, (Real, torch.SymInt, torch.SymFloat))
 
 
 def check_return_lse(value: object) -> None:
@@ -225,11 +245,11 @@ def checked_window(window: object) -> tuple[int, int]:
     if len(window) != 2:
         raise ValueError(f"window={window!r} has {len(window)} entries; it must be (left, right)")
     for side, size in zip(("left", "right"), window, strict=True):
-        if isinstance(size, bool) or not isinstance(size, int):
+        if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
             raise TypeError(
                 f"window's {side} side must be an int, but is {size!r} ({type_name(size)})"
             )
-        if size < -1:
+        if certainly(size < -1):
             raise ValueError(
                 f"window={window!r}: {side} is {size}; it must be at least 0, or -1 for unbounded"
             )

@@ -7,10 +7,14 @@ from typing import Any, Literal, overload
 
 import torch
 
+from flashcore import flops
+from flashcore.autograd import functions_of_lengths, register_autograd
+from flashcore.batching_lengths import varlen_backward_vmap, varlen_forward_vmap
 from flashcore.calls import attend_lengths
-from flashcore.dispatch import BACKENDS, choose_backend, warn_once
+from flashcore.dispatch import check_backend, choose_backend, warn_once
 from flashcore.eager import is_plain
 from flashcore.ops import autocast
+from flashcore.options import Options
 from flashcore.packed import (
     check_packed,
     checked_max_seqlen,
@@ -18,15 +22,14 @@ from flashcore.packed import (
     packed_problem,
     run_packed,
 )
+from flashcore.plain_lengths import (
+    varlen_backward_plain,
+    varlen_forward_plain,
+    varlen_second_order,
+)
 from flashcore.problem import Causal, Problem, Window
 from flashcore.spelling import OF_VARLEN, other_names, refuse
-from flashcore.validation import (
-    SEQLEN_MAX,
-    check_return_lse,
-    checked_causal,
-    checked_factor,
-    checked_window,
-)
+from flashcore.validation import check_return_lse
 
 __all__ = ["attention_varlen"]
 
@@ -34,8 +37,8 @@ Tensor = torch.Tensor
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, str causal, int window_left, int window_right, float softcap, "
-    "float? scale"
+    "SymInt max_seqlen_k, str causal, SymInt window_left, SymInt window_right, Scalar softcap, "
+    "Scalar? scale"
 )
 _LIBRARY = torch.library.Library("flashcore", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
@@ -58,8 +61,8 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
     causal: Causal = ...,
     scale: float | None = ...,
@@ -75,8 +78,8 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
     causal: Causal = ...,
     scale: float | None = ...,
@@ -92,8 +95,8 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
     causal: Causal = ...,
     scale: float | None = ...,
@@ -111,8 +114,8 @@ def attention_varlen(
     v: Tensor,
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
     *,
     causal: Causal = False,
     scale: float | None = None,
@@ -138,8 +141,10 @@ def attention_varlen(
         v: [total_k, num_heads_kv, head_dim_v], likewise; head_dim_v may differ.
         cu_seqlens_q: int32, [batch + 1], on q's device, contiguous: 0, then each sequence's end.
         cu_seqlens_k: likewise of the keys.
-        max_seqlen_q: the longest sequence of queries, in tokens. It helps to choose tiles; results
-            do not depend on it.
+        max_seqlen_q: the longest sequence of queries, in tokens, or a bound on it. It helps to
+            choose tiles; results do not depend on it. An int, or an integer tensor with one
+            element, which is never waited for: on a GPU, and in compiled code, it counts as
+            total_q, so an int may be faster.
         max_seqlen_k: likewise of the keys.
         causal: as in `attention`, for each sequence by its own lengths.
         scale: as in `attention`.
@@ -157,7 +162,7 @@ def attention_varlen(
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
         NotImplementedError: an unsupported tensor layout or device type; a head_dim above 256 with
-            a kernel as the backend; or the gradient of a gradient.
+            a kernel as the backend.
         BackendUnavailableError: the backend cannot run here: no GPU, or one older than sm_75.
 
     Numerics:
@@ -186,25 +191,18 @@ def attention_varlen(
             return result if return_lse else result[0]
     if not torch.compiler.is_compiling():  # then _forward_fake checks
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    left, right = (-1 if size > SEQLEN_MAX else size for size in checked_window(window))
-    if scale is not None:
-        scale = checked_factor("scale", scale, 1.0, "pass None for 1 / sqrt(head_dim)")
+    options = Options.checked(causal, window, softcap, scale)
+    check_backend(backend)
     check_return_lse(return_lse)
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be one of {', '.join(BACKENDS)}, but is {backend!r}")
     out, lse = forward(
         q,
         k,
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        checked_max_seqlen("max_seqlen_q", max_seqlen_q),
-        checked_max_seqlen("max_seqlen_k", max_seqlen_k),
-        checked_causal(causal),
-        left,
-        right,
-        checked_factor("softcap", softcap, 0.0, "pass None for no softcap"),
-        scale,
+        checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0]),
+        checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0]),
+        *options,
         backend,
     )
     return (out, lse) if return_lse else out
@@ -290,32 +288,14 @@ def _backward_fake(
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
-def _setup_forward(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.options = inputs[5:12]
-    ctx.save_for_backward(*output, *inputs[:5])
-    ctx.set_materialize_grads(False)
-
-
-def _forward_gradient(ctx, dout: Tensor | None, dlse: Tensor | None):  # type: ignore[no-untyped-def]
-    gradients = backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
-    needs = ctx.needs_input_grad[:3]
-    pairs = zip(gradients, needs, strict=True)
-    return *(gradient if need else None for gradient, need in pairs), *(None,) * 10
-
-
-def _backward_gradient(ctx, *cotangents: Tensor | None):  # type: ignore[no-untyped-def]
-    raise NotImplementedError(
-        "the gradient of attention_varlen's gradient is not implemented; call flashcore.attention "
-        "for each sequence"
-    )
-
-
+_Forward, _Backward = functions_of_lengths(forward, backward, varlen_second_order)
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("attention_varlen_forward", _forward, _device)
     _LIBRARY.impl("attention_varlen_backward", _backward, _device)
 torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
 torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
-torch.library.register_autograd(
-    forward, _forward_gradient, setup_context=_setup_forward, lib=_LIBRARY
-)
-torch.library.register_autograd(backward, _backward_gradient, lib=_LIBRARY)
+register_autograd(_LIBRARY, forward, _Forward, varlen_forward_plain)
+register_autograd(_LIBRARY, backward, _Backward, varlen_backward_plain)
+torch.library.register_vmap(forward, varlen_forward_vmap, lib=_LIBRARY)
+torch.library.register_vmap(backward, varlen_backward_vmap, lib=_LIBRARY)
+flops.register("attention_varlen_forward", "attention_varlen_backward")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,8 @@ class VarlenCase:
 
     Lengths are in tokens, dims in elements. `layout`: "apart", or "qkv" for slices of one packed
     [total, num_heads_q + 2 * num_heads_kv, head_dim] tensor (then lengths_k is lengths_q, and
-    head_dim_v is head_dim). `tail` rows of NaN follow the last sequence.
+    head_dim_v is head_dim). `tail` rows of NaN follow the last sequence, and `overrun` is how far
+    behind the tensors it is said to end.
     """
 
     lengths_q: tuple[int, ...]
@@ -43,6 +45,7 @@ class VarlenCase:
     scale: float | None = None
     layout: str = "apart"
     tail: int = 0
+    overrun: int = 0
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
@@ -92,13 +95,13 @@ class VarlenInputs:
         )
 
 
-def draw_varlen_case(seed: int, **fixed: Any) -> VarlenCase:
-    """A random case of short sequences, some of them empty; `fixed` fields stay as given."""
+def draw_varlen_case(seed: int, *, lengths: Sequence[int] = _LENGTHS, **fixed: Any) -> VarlenCase:
+    """A random case of sequences of some of these lengths; `fixed` fields stay as given."""
     rng = random.Random(seed)
     batch = rng.choice((1, 2, 3, 5, 8))
     layout = fixed.get("layout", rng.choice(LAYOUTS))
-    lengths_q = tuple(rng.choice(_LENGTHS) for _ in range(batch))
-    lengths_k = tuple(rng.choice(_LENGTHS) for _ in range(batch))
+    lengths_q = tuple(rng.choice(lengths) for _ in range(batch))
+    lengths_k = tuple(rng.choice(lengths) for _ in range(batch))
     if fixed.get("head_dim", 64) != fixed.get("head_dim_v", 64):
         layout = "apart"
     heads_kv = rng.choice((1, 2))
@@ -145,6 +148,9 @@ def make_varlen_inputs(case: VarlenCase, device: str | torch.device = "cpu") -> 
         torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
         for lengths in (case.lengths_q, case.lengths_k)
     )
+    if case.overrun:
+        for cu_seqlens in (cu_seqlens_q, cu_seqlens_k):
+            cu_seqlens[-1] += case.tail + case.overrun
     longest = (max(lengths, default=0) for lengths in (case.lengths_q, case.lengths_k))
     return VarlenInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest)
 

@@ -1,61 +1,73 @@
 """Random attention calls against the float64 oracle, each replayable from (seed, index) alone.
 
-Cases aim at what breaks kernels: lengths of 0, 1, primes and tile borders, strided and offset
-tensors, NaN behind every sequence, masks with rows that see nothing, windows, softcap, sharp
-softmaxes. The judge is the error rule of accuracy.py.
+drawing.py says which cases there are, and with which tiles. The judge is the error rule of
+accuracy.py, and in the simulator every alarm.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from flashcore import env
 from flashcore.accuracy import ErrorReport, error_report
 from flashcore.cases import Case, make_inputs
+from flashcore.dispatch import KERNELS
+from flashcore.drawing import Drawn, draw
+from flashcore.errors import CompileError
+from flashcore.memory_layout import as_batch
 from flashcore.obstacles import SM90_ARCH
-from flashcore.plan import SIM_ARCH
+from flashcore.packed import packed_problem
+from flashcore.plan import SIM_ARCH, Plan, select_plan
+from flashcore.planned import format_tile, run_planned, with_fields
+from flashcore.problem import Problem
+from flashcore.varlen import attention_varlen
+from flashcore.varlen_cases import (
+    VarlenCase,
+    VarlenInputs,
+    make_varlen_inputs,
+    varlen_error_report,
+)
+
+if TYPE_CHECKING:
+    from flashcore.sim.plants import Plant
 
 BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
 GPU_BACKENDS = ("sm90", "wmma")
 
-# One of a kind each of what goes wrong: nothing, one, primes, a tile less, exactly, and more by
-# one.
-_SHORT = (1, 2, 15, 16, 17, 31, 63, 64, 65, 97, 127, 128, 129)
-_LONG = (*_SHORT, 191, 255, 257, 300, 511, 513, 1000, 1500)
-
-# The simulator compiles every configuration once (seconds), so its cases share these. Lengths,
-# heads, layout, tail and values stay random.
-_SIM_CONFIGURATIONS: tuple[dict[str, Any], ...] = (
-    {},
-    {"causal": "lower_right"},
-    {"head_dim": 32, "head_dim_v": 32, "mask": "bool"},
-    {"head_dim": 40, "head_dim_v": 72, "dtype": "bfloat16", "mask": "additive"},
-    {"head_dim": 128, "head_dim_v": 128, "window": (40, 3), "softcap": 20.0},
-    {"head_dim": 64, "head_dim_v": 64, "causal": "upper_left", "mask": "padding", "offset": 1},
-)
-
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """One verified case. `error` is the exception's text when the call failed."""
+    """One verified case, and the tile it ran with, see drawing.Drawn. `error` is the exception's
+    text when the call failed; `replay` runs the case again, `isolate` takes it apart."""
 
     index: int
-    case: Case
+    case: Case | VarlenCase
+    tile: Mapping[str, Any]
     ok: bool
     replay: str
+    isolate: str | None = None
     report: ErrorReport | None = None
     error: str | None = None
+    does_not_compile: bool = False
 
     def describe(self) -> str:
-        """What went wrong, or how large the errors are."""
+        """Return what went wrong, or how large the errors are."""
+        if self.error is None and self.report is None:
+            return "nothing to compute"
         return self.error if self.error is not None else str(self.report)
+
+    def describe_call(self) -> str:
+        """Return the case, and the tile if it is not the one that is chosen, in a line."""
+        return self.case.describe() + (f", tile {format_tile(self.tile)}" if self.tile else "")
 
 
 def resolve_backend(name: str) -> str:
@@ -73,82 +85,13 @@ def resolve_backend(name: str) -> str:
     return "sm90" if torch.cuda.get_device_capability() == (9, 0) else "wmma"
 
 
-def draw_case(seed: int, index: int, backend: str, arch: int | None = None) -> Case:
-    """The case of a seed and an index. It does not depend on the machine.
-
-    Args:
-        seed: of the whole run.
-        index: of the case in the run.
-        backend: "sm90", "wmma", "sim" or "torch".
-        arch: architecture that is simulated.
-    """
-    rng = random.Random(f"{seed}:{index}:{backend}")
-    options: dict[str, Any] = {}
-    if backend == "sim":
-        options |= _SIM_CONFIGURATIONS[index % len(_SIM_CONFIGURATIONS)]
-        if arch == SM90_ARCH and "offset" in options:
-            options["offset"] = 8  # TMA reads 16-byte aligned rows only
-    else:
-        options |= _draw_configuration(rng, backend)
-    lengths = _SHORT if backend == "sim" else _LONG
-    heads_kv = rng.choice((1, 1, 2, 3))
-    seqlen_q = _draw_length(rng, lengths, zero=backend != "sim")
-    # Half of the cases are self-attention; the rest has one length independent of the other.
-    seqlen_k = seqlen_q if rng.random() < 0.5 else _draw_length(rng, lengths, backend != "sim")
-    if backend != "sim" and rng.random() < 0.2:  # a few queries for a long cache
-        seqlen_q, seqlen_k = rng.choice((1, 1, 2, 5, 16, 100)), rng.randint(1000, 9000)
-    return Case(
-        **{
-            "batch": rng.choice((1, 1, 2, 3)),
-            "num_heads_q": heads_kv * rng.choice((1, 1, 2, 4)),
-            "num_heads_kv": heads_kv,
-            "seqlen_q": seqlen_q,
-            "seqlen_k": seqlen_k,
-            "layout": rng.choice(("bhsd", "bshd")),
-            "tail": rng.choice((0, 1, 7)),
-            "scale": rng.choice((None, None, 0.5, 0.01)),
-            "spread": rng.choice((1.0, 1.0, 1.0, 8.0)),
-            "seed": rng.randrange(2**31),
-            **options,
-        }
-    )
-
-
-def _draw_length(rng: random.Random, lengths: Sequence[int], zero: bool) -> int:
-    if zero and rng.random() < 0.04:
-        return 0
-    return rng.choice(lengths) if rng.random() < 0.7 else rng.randint(1, lengths[-1] // 2)
-
-
-def _draw_configuration(rng: random.Random, backend: str) -> dict[str, Any]:
-    """The options that change the compiled kernel."""
-    dtypes = ["float16", "float16", "bfloat16"]
-    if backend == "torch":
-        dtypes += ["float32", "float64"]
-    head_dim = rng.choice((8, 16, 24, 32, 40, 64, 64, 64, 80, 96, 128, 128, 192, 256))
-    same = rng.random() < 0.8
-    window = None
-    if rng.random() < 0.3:
-        window = (rng.choice((-1, 0, 1, 17, 64, 200)), rng.choice((-1, 0, 3, 64)))
-    return {
-        "head_dim": head_dim,
-        "head_dim_v": head_dim if same else rng.choice((8, 32, 64, 72, 128)),
-        "dtype": rng.choice(dtypes),
-        "causal": rng.choice(("none", "none", "lower_right", "upper_left")),
-        "window": window,
-        "softcap": rng.choice((None, None, None, 20.0)),
-        "mask": rng.choice(("none", "none", "bool", "padding", "additive")),
-        # TMA reads 16-byte aligned rows only.
-        "offset": rng.choice((0, 0, 0, 8) if backend == "sm90" else (0, 0, 0, 1, 2, 8)),
-    }
-
-
 def verify(
     backend: str,
     *,
     seed: int = 0,
     indices: Sequence[int] = range(20),
     arch: int | None = None,
+    plant: str | None = None,
     on_case: Callable[[CaseResult], None] = lambda result: None,
 ) -> list[CaseResult]:
     """Verify cases one after the other.
@@ -158,46 +101,121 @@ def verify(
         seed: of the run.
         indices: which cases of the run.
         arch: architecture whose kernel "sim" runs, by default FLASHCORE_SIM_ARCH.
+        plant: name of a bug to plant (simulator only), or None.
         on_case: called after each case.
 
     Returns:
-        One result a case.
+        One result a case, up to the first one whose kernel does not compile, if there is one.
+
+    Raises:
+        ValueError: unknown backend or plant, or a plant outside the simulator.
     """
     backend = resolve_backend(backend)
     arch = arch or env.sim_arch()
+    bug = find_plant(plant, backend, arch)
     results = []
     for index in indices:
-        result = _verify_one(backend, seed, index, arch)
+        result = _verify_one(backend, seed, index, arch, bug)
         on_case(result)
         results.append(result)
+        if result.does_not_compile:
+            break
     return results
 
 
-def _verify_one(backend: str, seed: int, index: int, arch: int) -> CaseResult:
+def find_plant(name: str | None, backend: str, arch: int | None) -> Plant | None:
+    """Return the planted bug of that name in the kernel that an architecture gets, or None.
+
+    Raises:
+        ValueError: there is no such bug in it, or the backend is not the simulator.
+    """
+    if name is None:
+        return None
+    from flashcore.sim import registry
+
+    kernel = KERNELS["sm90" if (arch or env.sim_arch()) == SM90_ARCH else "wmma"]
+    return registry.find_plant(name, backend, kernel).plant
+
+
+def _verify_one(backend: str, seed: int, index: int, arch: int, plant: Plant | None) -> CaseResult:
+    drawn = draw(seed, index, backend, arch)
+    number = f"--backend {backend} --seed {seed} --case {index}"
+    if backend == "sim" and arch != SIM_ARCH:
+        number += f" --arch sm_{arch}"
+    if plant is not None:
+        number += f" --plant {plant.name}"
+    found = CaseResult(
+        index,
+        drawn.case,
+        drawn.tile,
+        False,
+        replay=f"flashcore verify {number}",
+        isolate=None if backend == "torch" else f"flashcore isolate {number}",
+    )
+    try:
+        with _simulator(drawn.case.seed, arch):
+            report = _judge(drawn, backend, arch, plant)
+    except CompileError as error:
+        return dataclasses.replace(found, error=str(error), does_not_compile=True)
+    except Exception as error:  # whatever a drawn case raises is a failure to report and to replay
+        return dataclasses.replace(found, error=f"{type(error).__name__}: {error}")
+    return dataclasses.replace(found, ok=report is None or report.ok, report=report)
+
+
+def _judge(drawn: Drawn, backend: str, arch: int, plant: Plant | None) -> ErrorReport | None:
+    """Run a case and judge it; None where there is no query."""
+    device = "cuda" if backend in GPU_BACKENDS else "cpu"
+    # The public function, unless there is something to say that it does not take.
+    is_public = not drawn.tile and plant is None
+    if isinstance(drawn.case, VarlenCase):
+        packed_x = make_varlen_inputs(drawn.case, device)
+        packed = _call_packed if is_public else functools.partial(_plan_packed, drawn, arch, plant)
+        return varlen_error_report(*packed(drawn.case, packed_x, backend), drawn.case, packed_x)
     from flashcore import attention
 
-    case = draw_case(seed, index, backend, arch)
-    replay = f"flashcore verify --backend {backend} --seed {seed} --case {index}"
-    if backend == "sim" and arch != SIM_ARCH:
-        replay += f" --arch sm_{arch}"
-    try:
-        inputs = make_inputs(case, "cuda" if backend in GPU_BACKENDS else "cpu")
-        with _simulator(case.seed, arch):
-            out, lse = attention(
-                inputs.q,
-                inputs.k,
-                inputs.v,
-                mask=inputs.mask,
-                return_lse=True,
-                backend=backend,
-                **case.options(),
-            )
-        report = error_report(
-            out, inputs.q, inputs.k, inputs.v, lse=lse, mask=inputs.mask, **case.options()
+    case, x = drawn.case, make_inputs(drawn.case, device)
+    if is_public:
+        out, lse = attention(
+            x.q, x.k, x.v, mask=x.mask, return_lse=True, backend=backend, **case.options()
         )
-    except Exception as error:  # whatever a drawn case raises is a failure to report and to replay
-        return CaseResult(index, case, False, replay, error=f"{type(error).__name__}: {error}")
-    return CaseResult(index, case, report.ok, replay, report=report)
+    else:
+        problem = Problem.from_tensors(
+            x.q, x.k, x.v, mask=x.mask, return_lse=True, **case.options()
+        )
+        plan = _plan(problem, backend, arch, drawn.tile)
+        out = x.q.new_empty((*x.q.shape[:3], case.head_dim_v))
+        lse = x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
+        run_planned(
+            problem, plan, x.q, x.k, x.v, x.mask, out, lse, seed=env.sim_seed(), plant=plant
+        )
+    return error_report(out, x.q, x.k, x.v, lse=lse, mask=x.mask, **case.options())
+
+
+def _call_packed(case: VarlenCase, x: VarlenInputs, backend: str) -> tuple[Tensor, Tensor]:
+    return attention_varlen(*x.arguments(), return_lse=True, backend=backend, **case.options())
+
+
+def _plan_packed(
+    drawn: Drawn, arch: int, plant: Plant | None, case: VarlenCase, x: VarlenInputs, backend: str
+) -> tuple[Tensor, Tensor]:
+    problem = packed_problem(*x.arguments(), **case.options())
+    if problem.is_empty:
+        return _call_packed(case, x, backend)
+    plan = _plan(problem, backend, arch, drawn.tile)
+    out = x.q.new_empty((*x.q.shape[:2], case.head_dim_v))
+    lse = x.q.new_empty((case.num_heads_q, x.q.shape[0]), dtype=torch.float32)
+    lengths = {"cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k}
+    q, k, v = (as_batch(tensor) for tensor in (x.q, x.k, x.v))
+    run_planned(
+        problem, plan, q, k, v, None, out, lse, None, lengths, seed=env.sim_seed(), plant=plant
+    )
+    return out, lse
+
+
+def _plan(problem: Problem, backend: str, arch: int, tile: Mapping[str, Any]) -> Plan:
+    """The plan that is chosen, with the tile's fields."""
+    chosen = select_plan(problem, arch if backend == "sim" else None, None, KERNELS.get(backend))
+    return with_fields(chosen, tile)
 
 
 @contextmanager

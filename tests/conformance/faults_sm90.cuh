@@ -21,10 +21,8 @@ struct Faulty {
 
 // A whole tile by TMA, for thread 0; all threads have it afterwards.
 FC_DEVICE void load_tile(const Faulty& s, const TensorMap& in) {
-  if (s.me == 0) {
-    mbar_arrive_expect_tx(s.bar, TILE_BYTES);
-    tma_load(s.tile, in, s.bar, 0, 0, 0, 0);
-  }
+  if (s.me == 0) mbar_arrive_expect_tx(s.bar, TILE_BYTES);
+  if (s.me == 0) tma_load(s.tile, in, s.bar, 0, 0, 0, 0);
   mbar_wait(s.bar, 0);
 }
 
@@ -140,6 +138,9 @@ FC_DEVICE void barrier_faults(const Faulty& s, const FaultsSm90Params& p) {
       if (me == 0) smem_store(s.tile + 7, bfloat16{});  // ALARM 24 AGAINST 24
       if (me == 0) mbar_arrive(s.pair);
       if (me == 40 && !mbar_test(s.pair, 0)) smem_load(s.tile + 7);  // ALARM 24 AGAINST 24
+      break;
+    case 25:  // one warp does not vote
+      if (warp_idx() < 3) named_barrier_any(1, 128, false);  // ALARM 25
       break;
   }
 }

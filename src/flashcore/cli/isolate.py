@@ -10,15 +10,23 @@ from flashcore.cli import options as o
 from flashcore.cli.output import JsonFlag, Output, command, seconds, table, to_json, usage_errors
 
 if TYPE_CHECKING:
-    from flashcore.gates import Isolation, StageResult
+    from flashcore.drawing import Drawn
+    from flashcore.isolation import Isolation, StageResult
+    from flashcore.sim.registry import Planted
 
 # What shows the most: several key tiles, tails everywhere, and several column chunks on Hopper.
 _SEQLEN = {"attn_fwd_wmma": 150, "attn_fwd_sm90": 300}
 _HEAD_DIM = {"attn_fwd_wmma": 64, "attn_fwd_sm90": 96}
-_STATUS = {"ok": "[green]right[/]", "wrong": "[red]WRONG[/]", "alarm": "[red]ALARM[/]"}
+_STATUS = {
+    "ok": "[green]right[/]",
+    "wrong": "[red]WRONG[/]",
+    "alarm": "[red]ALARM[/]",
+    "not compiled": "[red]NO CODE[/]",
+}
 
 
 def isolate(
+    ctx: typer.Context,
     backend: Annotated[
         str,
         typer.Option(
@@ -56,7 +64,24 @@ def isolate(
     arch: Annotated[
         str | None, typer.Option("--arch", help="Simulate the kernel of this GPU, such as sm_90.")
     ] = None,
+    tile: Annotated[
+        str | None,
+        typer.Option(
+            "--tile",
+            metavar="MxN,FIELD,..",
+            help="Run with this tile, such as 128x64,ping_pong,num_stages=3; `list` names those "
+            "that ship.",
+        ),
+    ] = None,
     seed: o.Seed = 0,
+    drawn_case: Annotated[
+        int | None,
+        typer.Option(
+            "--case",
+            min=0,
+            help="Take apart this case of `verify --seed`, with its shape, options and tile.",
+        ),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Run the kernel stage by stage and name the first stage that is wrong.
@@ -66,7 +91,8 @@ def isolate(
     (portable kernel only), and the whole kernel. Each result is compared with a float64 model. The
     first bad value is named with its tile, warp, lane and accumulator element, and a picture shows
     where errors sit. In the simulator races, deadlocks and bad accesses count as well. Exit status
-    1 when a stage is wrong.
+    1 when a stage is wrong. A planted bug comes with the shape, options and tile that show it,
+    which options given here replace.
 
     Examples:
 
@@ -77,33 +103,50 @@ def isolate(
         flashcore isolate --backend sm90 --plant early-release
 
         flashcore isolate --backend wmma --seqlen 1000 --head-dim 128 --causal
+
+        flashcore isolate --backend sim --arch sm_90 --causal --tile 192x64,ping_pong
+
+        flashcore isolate --backend sim --arch sm_90 --seed 0 --case 7
     """
     with command(json_output) as out:
         from flashcore import gates
+        from flashcore.planned import parse_tile
         from flashcore.stages import Stage, stages_of
 
         if plant == "list":
             _list_plants(out)
-        number = None if arch is None else o.parse_archs(arch)[0]
+        number, asked = None if arch is None else o.parse_archs(arch)[0], backend
         with usage_errors():
             backend, kernel = _where(out, backend, plant, number)
-        case = o.make_case(
-            batch=batch,
-            heads=heads,
-            heads_kv=heads_kv,
-            seqlen=_SEQLEN[kernel] if seqlen is None else seqlen,
-            seqlen_k=seqlen_k,
-            head_dim=_HEAD_DIM[kernel] if head_dim is None else head_dim,
-            head_dim_v=head_dim_v,
-            dtype=dtype,
-            causal=causal,
-            upper_left=upper_left,
-            window=window,
-            softcap=softcap,
-            scale=scale,
-            mask=mask,
-            seed=seed,
-        )
+        if tile == "list":
+            _list_tiles(out, kernel)
+        with usage_errors():
+            wanted = None if tile is None else parse_tile(tile)
+            planted = gates.find_plant(plant, backend, kernel)
+        if drawn_case is not None:
+            drawn = _draw(seed, drawn_case, asked, kernel, number)
+            case, seed = drawn.case, drawn.case.seed
+            wanted = dict(drawn.tile) if wanted is None else wanted
+        else:
+            case = o.make_case(
+                batch=batch,
+                heads=heads,
+                heads_kv=heads_kv,
+                seqlen=_SEQLEN[kernel] if seqlen is None else seqlen,
+                seqlen_k=seqlen_k,
+                head_dim=_HEAD_DIM[kernel] if head_dim is None else head_dim,
+                head_dim_v=head_dim_v,
+                dtype=dtype,
+                causal=causal,
+                upper_left=upper_left,
+                window=window,
+                softcap=softcap,
+                scale=scale,
+                mask=mask,
+                seed=seed,
+            )
+            if planted is not None:
+                case = planted.case(case, _given(ctx, planted))
         with out.progress(f"Isolating on {backend}", total=len(stages_of(kernel))) as advance:
             started = False
 
@@ -120,6 +163,7 @@ def isolate(
                     plant=plant,
                     arch=number,
                     kernel=kernel,
+                    tile=wanted,
                     on_stage=on_stage,
                 )
         _show(out, found)
@@ -148,31 +192,97 @@ def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tu
     return backend, kernel or gates.kernel_to_run(backend, plant, arch)
 
 
+def _draw(seed: int, index: int, backend: str, kernel: str, arch: int | None) -> Drawn:
+    """A case of `verify`, with the arguments that it had there."""
+    from flashcore import drawing, env
+    from flashcore.dispatch import KERNELS
+    from flashcore.obstacles import SM90_ARCH
+
+    if backend in KERNELS:
+        return drawing.draw(seed, index, backend)
+    if arch is None:
+        arch = SM90_ARCH if kernel == KERNELS["sm90"] else env.sim_arch()
+    return drawing.draw(seed, index, "sim", arch)
+
+
+# Fields of a Case by the options that say what they are.
+_FIELDS = {
+    "batch": ("batch",),
+    "heads": ("num_heads_q", "num_heads_kv"),
+    "heads_kv": ("num_heads_kv",),
+    "seqlen": ("seqlen_q", "seqlen_k"),
+    "seqlen_k": ("seqlen_k",),
+    "head_dim": ("head_dim", "head_dim_v"),
+    "head_dim_v": ("head_dim_v",),
+    "dtype": ("dtype",),
+    "causal": ("causal",),
+    "upper_left": ("causal",),
+    "window": ("window",),
+    "softcap": ("softcap",),
+    "scale": ("scale", "growth"),
+    "mask": ("mask",),
+    "seed": ("seed",),
+}
+
+
+def _given(ctx: typer.Context, planted: Planted) -> set[str]:
+    """Fields of the Case that the command line has. Packed sequences have none of them."""
+    options = [
+        name
+        for name in _FIELDS
+        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    if planted.is_packed and set(options) - {"seed"}:
+        raise typer.BadParameter(
+            f"--plant {planted.plant.name} is a bug of packed sequences, whose shape is not to be "
+            f"given: leave out --{sorted(set(options) - {'seed'})[0].replace('_', '-')}"
+        )
+    return {field for name in options for field in _FIELDS[name]}
+
+
 def _document(found: Isolation) -> dict[str, object]:
     document: dict[str, object] = to_json(found)
     return document
 
 
 def _list_plants(out: Output) -> None:
-    from flashcore.gates import kernels_of_plant
-    from flashcore.sim import PLANTS, PLANTS_SM90
+    from rich.table import Table
 
-    plants = PLANTS | PLANTS_SM90
-    rows = [
-        [name, " ".join(kernels_of_plant(name)), plant.caught_by, plant.title]
-        for name, plant in plants.items()
-    ]
-    title = "Bugs that --plant puts into a kernel"
-    out.print(table(title, ["name", "kernel", "caught by", "what"], rows))
+    from flashcore.sim.registry import PLANTED
+
+    listed = Table(title="Bugs that --plant puts into a kernel", title_justify="left", box=None)
+    for name in ("name", "kernel", "stage", "caught by", "what"):
+        listed.add_column(name, overflow="fold")
+    for planted in PLANTED:
+        plant = planted.plant
+        cells = (plant.name, planted.kernel, planted.stage, plant.caught_by, plant.title)
+        listed.add_row(*cells)
+    out.print(listed)
     out.finish(
-        [to_json(plant) | {"kernels": kernels_of_plant(plant.name)} for plant in plants.values()]
+        [
+            to_json(planted.plant) | {"kernel": planted.kernel, "stage": planted.stage}
+            for planted in PLANTED
+        ]
     )
 
 
+def _list_tiles(out: Output, kernel: str) -> None:
+    from flashcore.drawing import shipped_tiles
+    from flashcore.planned import format_tile
+
+    tiles = [format_tile(tile) for tile in shipped_tiles(kernel)]
+    for tile in tiles:
+        out.print(tile, wrap=False)
+    out.finish(tiles)
+
+
 def _show(out: Output, found: Isolation) -> None:
+    from flashcore.planned import format_tile
+
     planted = f", planted bug: {found.plant}" if found.plant else ""
     where = f"{found.kernel} on {found.backend}"
-    out.print(f"{found.case.describe()}, {where}, seed {found.seed}{planted}")
+    tile = f", tile {format_tile(found.tile)}" if found.tile else ""
+    out.print(f"{found.case.describe()}{tile}, {where}, seed {found.seed}{planted}")
     rows = [
         [
             result.stage,
@@ -188,6 +298,15 @@ def _show(out: Output, found: Isolation) -> None:
     if first is None:
         out.print("[green]all stages are right[/]")
         return
+    if found.first_wrong == "compile":
+        alone = "" if found.stages[-1].status == "not run" else "'s gates alone do not compile:"
+        out.print(f"[bold red]the kernel{alone or ' does not compile'} (gate {first.stage})[/]")
+        for reason in found.why:
+            out.print(f"- {reason}".replace("[", "\\["), wrap=False)
+        if first.alarm is not None:
+            out.print(f"\n{first.alarm.text}".replace("[", "\\["), wrap=False)
+        return
+    first = next(r for r in found.stages if r.status in ("wrong", "alarm"))
     title = next((r.title for r in found.stages if r.stage == found.first_wrong), None)
     name = found.first_wrong if title is None else f"{title} (gate {found.first_wrong})"
     out.print(f"[bold red]first wrong stage: {name}[/]")
@@ -198,8 +317,9 @@ def _show(out: Output, found: Isolation) -> None:
         out.print(f"\nfirst bad value of {bad.name}:")
         out.print(bad.first.describe().replace("[", "\\["), wrap=False)
         out.print(f"\n{bad.picture}".replace("[", "\\["), wrap=False)
-    if first.alarm is not None:
+    if first.alarm is not None and first.alarm.place:
         out.print(f"\n{first.alarm.place}\n{first.alarm.picture}".replace("[", "\\["), wrap=False)
+    if first.alarm is not None:
         out.print(f"\n{first.alarm.text}".replace("[", "\\["), wrap=False)
 
 

@@ -47,7 +47,8 @@ class Row:
 
 def resources(
     kernel: Annotated[
-        str | None, typer.Option("--kernel", help="Only this kernel, such as attn_fwd_wmma.")
+        str | None,
+        typer.Option("--kernel", help="Only this kernel: wmma or sm90, or its name in full."),
     ] = None,
     head_dim: Annotated[
         int | None, typer.Option("--head-dim", "-d", min=1, help="Only this head_dim.")
@@ -60,7 +61,8 @@ def resources(
             "--variant",
             help="Only full, causal, window, options (window and softcap), masked (and a mask), "
             "varlen (packed sequences, window and softcap), varlen-causal, decode (one query), "
-            "decode-masked (few, and a mask) or chunk (100 queries, causal).",
+            "decode-masked (few, and a mask), chunk (100 queries, causal), long (more keys than "
+            "one sum takes) or uneven (head_dim 224/40, lengths, a mask and a window).",
         ),
     ] = None,
     check: Annotated[
@@ -86,6 +88,7 @@ def resources(
     """
     with command(json_output) as out:
         from flashcore.configurations import DTYPES, HEAD_DIMS, VARIANTS, configurations
+        from flashcore.dispatch import KERNELS
 
         for name, value, known in (("dtype", dtype, DTYPES), ("variant", variant, VARIANTS)):
             if value is not None and value not in known:
@@ -101,9 +104,13 @@ def resources(
             wanted = [entry for entry in wanted if entry.is_checked]
         kernels = sorted({entry.plan.kernel for entry in wanted})
         if kernel is not None:
-            if kernel not in kernels:
-                raise typer.BadParameter(f"--kernel {kernel} is not one of {', '.join(kernels)}")
-            wanted = [entry for entry in wanted if entry.plan.kernel == kernel]
+            full_name = KERNELS.get(kernel, kernel)
+            if full_name not in kernels:
+                short_names = [short for short, name in KERNELS.items() if name in kernels]
+                raise typer.BadParameter(
+                    f"--kernel {kernel} is not one of {', '.join([*short_names, *kernels])}"
+                )
+            wanted = [entry for entry in wanted if entry.plan.kernel == full_name]
         rows = measure(out, wanted)
         violations = [text for row in rows for text in row.violations]
         _show(out, rows)

@@ -19,7 +19,16 @@ def verify(
         ),
     ] = "auto",
     seed: Seed = 0,
-    cases: Annotated[int, typer.Option("--cases", "-n", min=1, help="How many cases.")] = 20,
+    cases: Annotated[
+        int | None,
+        typer.Option(
+            "--cases",
+            "-n",
+            min=1,
+            help="How many cases; default: 20, with sim two of each configuration (64 for sm_90, "
+            "else 32).",
+        ),
+    ] = None,
     case: Annotated[
         int | None, typer.Option("--case", min=0, help="Replay only this case of the seed.")
     ] = None,
@@ -27,14 +36,21 @@ def verify(
         str | None,
         typer.Option("--arch", help="With sim: the kernel of this GPU, such as sm_90."),
     ] = None,
+    plant: Annotated[
+        str | None,
+        typer.Option(
+            "--plant", help="With sim: plant this bug; `isolate --plant list` names them."
+        ),
+    ] = None,
     json_output: JsonFlag = False,
 ) -> None:
     """Check random shapes and options against a float64 oracle.
 
     Odd lengths, strided and offset tensors, GQA, windows, masks, softcap, rows that see no key, NaN
-    behind the sequences' ends. A case passes when its largest and its mean error are at most twice
-    those of the same attention written plainly in the same dtype, plus 1e-5. A failing case prints
-    the command that replays it.
+    behind the sequences' ends, scores that grow along the keys, packed sequences; in the simulator
+    and on a GPU also the tiles, stages and schedules that ship. A case passes when its largest and
+    its mean error are at most twice those of the same attention written plainly in the same dtype,
+    plus 1e-5. A failing case prints the command that replays it, and the one that takes it apart.
 
     Examples:
 
@@ -45,9 +61,13 @@ def verify(
         flashcore verify --backend sim --arch sm_90
 
         flashcore verify --backend sim --seed 7 --case 3
+
+        flashcore verify --backend sim --arch sm_90 --plant sum-of-the-neighbour
     """
     with command(json_output) as out:
+        from flashcore import env
         from flashcore import verify as verification
+        from flashcore.drawing import num_configurations
 
         with usage_errors():
             chosen = verification.resolve_backend(backend)
@@ -56,24 +76,31 @@ def verify(
             raise typer.BadParameter("--arch goes with --backend sim: a GPU's is its own")
         if chosen in verification.GPU_BACKENDS:
             _require_gpu(chosen)
+        if cases is None:
+            cases = 20 if chosen != "sim" else 2 * num_configurations(number or env.sim_arch())
         indices = range(cases) if case is None else [case]
         if chosen != backend and chosen == "torch":
             out.note("No GPU: verifying the PyTorch path. --backend sim runs the CUDA kernel.")
+        with usage_errors():
+            verification.find_plant(plant, chosen, number)
         with out.progress(f"Verifying {chosen}, seed {seed}", total=len(indices)) as advance:
             results = verification.verify(
                 chosen,
                 seed=seed,
                 indices=indices,
                 arch=number,
+                plant=plant,
                 on_case=lambda result: advance(1, f"case {result.index} done"),
             )
         for result in results:
             if not result.ok or case is not None:
                 state = "passed" if result.ok else "[red]FAILED[/]"
-                out.print(f"case {result.index} {state}: {result.case.describe()}", wrap=False)
+                out.print(f"case {result.index} {state}: {result.describe_call()}", wrap=False)
                 out.print(f"  {result.describe()}".replace("[", "\\["), wrap=False)
             if not result.ok:
                 out.print(f"  replay: {result.replay}", wrap=False)
+                if result.isolate is not None:
+                    out.print(f"  take apart: {result.isolate}", wrap=False)
         failed = sum(not result.ok for result in results)
         worst = max(
             (r for r in results if r.report is not None and r.report.max_limit > 0),
@@ -82,10 +109,12 @@ def verify(
         )
         if worst is not None and case is None:
             out.print(
-                f"closest to its limit: case {worst.index}, {worst.case.describe()}: "
+                f"closest to its limit: case {worst.index}, {worst.describe_call()}: "
                 f"{worst.describe()}".replace("[", "\\["),
                 wrap=False,
             )
+        if results and results[-1].does_not_compile:
+            out.print("the kernel does not compile: no further case was run")
         out.print(f"{len(results) - failed} passed, {failed} failed")
         document = {
             "backend": chosen,

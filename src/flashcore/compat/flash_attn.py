@@ -20,6 +20,7 @@ import torch
 from flashcore.alibi import alibi_mask, check_slopes, packed_with_alibi
 from flashcore.api import attention
 from flashcore.spelling import OF_FLASH_ATTN, other_names, refuse
+from flashcore.validation import certainly
 from flashcore.varlen import attention_varlen
 
 __all__ = [
@@ -91,7 +92,7 @@ def flash_attn_func(
         causal=causal,
         scale=softmax_scale,
         window=_window(window_size),
-        softcap=softcap or None,
+        softcap=None if certainly(softcap == 0.0) else softcap,
         mask=mask,
         return_lse=return_attn_probs,
     )
@@ -163,8 +164,8 @@ def flash_attn_varlen_func(
     v: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | torch.Tensor,
+    max_seqlen_k: int | torch.Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -184,7 +185,8 @@ def flash_attn_varlen_func(
         v: [total_k, num_heads_kv, head_dim_v].
         cu_seqlens_q: int32 [batch + 1]: 0, then where each sequence of queries ends.
         cu_seqlens_k: likewise of the keys.
-        max_seqlen_q: the longest sequence of queries.
+        max_seqlen_q: the longest sequence of queries; an int or a tensor, as in
+            `attention_varlen`.
         max_seqlen_k: likewise of the keys.
         dropout_p: as in `flash_attn_func`, like all up to return_attn_probs.
         softmax_scale: likewise.
@@ -236,7 +238,7 @@ def flash_attn_varlen_func(
         causal=causal,
         scale=softmax_scale,
         window=_window(window_size),
-        softcap=softcap or None,
+        softcap=None if certainly(softcap == 0.0) else softcap,
         return_lse=return_attn_probs,
     )
     return (*result, None) if isinstance(result, tuple) else result
@@ -246,7 +248,7 @@ def flash_attn_varlen_func(
 def flash_attn_varlen_qkvpacked_func(
     qkv: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    max_seqlen: int,
+    max_seqlen: int | torch.Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -277,8 +279,8 @@ def flash_attn_varlen_kvpacked_func(
     kv: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    max_seqlen_q: int | torch.Tensor,
+    max_seqlen_k: int | torch.Tensor,
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
@@ -315,7 +317,7 @@ def _refuse_dropout(dropout_p: float) -> None:
 def _window(window_size: tuple[int, int]) -> tuple[int, int] | None:
     # Any negative number is unbounded in flash-attn.
     left, right = (max(-1, size) for size in window_size)
-    return None if left == right == -1 else (left, right)
+    return None if certainly(left == -1) and certainly(right == -1) else (left, right)
 
 
 def _unpacked(name: str, x: torch.Tensor, parts: int, shape: str) -> tuple[torch.Tensor, ...]:

@@ -6,8 +6,8 @@
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="flashcore")
 
 Transformers asks an implementation twice: once per forward for a mask (`attention_mask`), once per
-layer for the attention (`attention_forward`). masks.py has the kinds of mask that pass between the
-two; own_attention.py says which models have layers that do not ask.
+layer for the attention (`attention_forward`). transformers_masks.py has the kinds of mask that pass
+between the two; own_attention.py says which models have layers that do not ask.
 
 Sequences packed into one row (padding-free training) come as cu_seq_lens_q, cu_seq_lens_k,
 max_length_q and max_length_k besides, and go to `attention_varlen`.
@@ -22,10 +22,10 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from flashcore.api import attention
-from flashcore.integrations.hooks import answer_for
-from flashcore.integrations.masks import attention_mask, is_all_tokens
 from flashcore.packed_rows import PACKED, attention_packed, packed_lengths, same_sequence
 from flashcore.sdpa import scaled_dot_product_attention, unserved_layout
+from flashcore.transformers_hooks import answer_for
+from flashcore.transformers_masks import attention_mask, is_all_tokens
 
 __all__ = ["attention_forward", "attention_mask", "register"]
 
@@ -108,8 +108,10 @@ def attention_forward(
     sink = sinks if s_aux is None else s_aux[:, None, None]
     causal, window = False, None
     mask = attention_mask
-    if is_all_tokens(mask):
-        mask, is_causal = None, True
+    if mask is not None and is_all_tokens(mask):
+        is_causal = mask.dim() == 2
+        sliding_window = sliding_window if is_causal else None
+        mask = None
     packed = None
     if not _UNUSUAL.isdisjoint(kwargs):
         _refuse(module, kwargs)

@@ -187,10 +187,12 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   if constexpr (MASKED) hide_scores(scores, p, c.warp_row, n_block * BLOCK_N);
   bool moved = false;
   if constexpr (TRIES_OLD_MAX) {
-    OnlineSoftmax tile = {{c.softmax.row_max[0], c.softmax.row_max[1]}, {0.0f, 0.0f}};
-    exponentiate<0, KEY_FRAGS>(scores, tile, c.scale_log2);
+    const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
+                               c.softmax.row_max[1] * c.scale_log2};
+    float tile_sum[2];
+    exponentiate<0, KEY_FRAGS>(scores, tile_sum, max_log2, c.scale_log2);
     // Of the whole warpgroup, which issues Q K^T together.
-    if (named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile))) {
+    if (named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))) {
       wgmma_fence();
       issue_scores(scores, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
       wgmma_commit();
@@ -198,8 +200,8 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
       wgmma_hold(scores);
       moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
     } else {
-      c.softmax.row_sum[0] += tile.row_sum[0];
-      c.softmax.row_sum[1] += tile.row_sum[1];
+      c.softmax.row_sum[0] += tile_sum[0];
+      c.softmax.row_sum[1] += tile_sum[1];
     }
     release_inputs();
   } else {
@@ -248,7 +250,7 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
   const auto& p = sequence_params(params.attn, block);
   float inverse_sum[2];
   finish_softmax(c.softmax, p, lse_offset(p, block, c.warp_row), p.seqlen_q - c.warp_row,
-                 c.scale_log2, inverse_sum);
+                 inverse_sum);
 
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
   const auto o_smem = smem.o + c.row_group * (64 * O_CHUNKS * CHUNK);
@@ -295,7 +297,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
   const int share = c.index % KEY_SPLITS;
   c.k_state.ring = share;
   c.mask.smem = smem.mask + (warp_idx() - 4) * MASK_WARP_ELEMENTS;
-  c.scale_log2 = SCORES_ARE_LOG2 ? 1.0f : p.softmax_scale_log2;
+  c.scale_log2 = softmax_scale_log2(p);
   // The first turn is consumer 0's: the last consumer hands it over.
   if (PING_PONG && c.index == NUM_CONSUMERS - 1) named_barrier_arrive(TURN_BARRIER, 256);
 

@@ -17,6 +17,7 @@
 #include "tile/copy.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
+#include "tile/totals.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
@@ -80,14 +81,14 @@ FC_DEVICE void accumulate_output(WmmaAccum (&out)[OUT_FRAGS], const WmmaAccum (&
 // Divides by the row sums and writes 16 rows of O (through this warp's rows of the Q tile, so that
 // global stores are 16 bytes wide) and their lse.
 FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& state,
-                            const AttnParams& params, SmemPtr<Element> o_smem, float scale_log2) {
+                            const AttnParams& params, SmemPtr<Element> o_smem) {
   // Anew: cheaper than registers held over the loop.
   const BlockCoord block = row_tile(params, opaque(block_idx()));
   const auto& p = sequence_params(params, block);
   const int warp_row = block.m_begin + warp_idx() * 16;
   const int num_valid_rows = p.seqlen_q - warp_row;
   float inverse_sum[2];
-  finish_softmax(state, p, lse_offset(p, block, warp_row), num_valid_rows, scale_log2, inverse_sum);
+  finish_softmax(state, p, lse_offset(p, block, warp_row), num_valid_rows, inverse_sum);
   warp_sync();  // orders every lane's last read of the Q rows before the writes below
 #pragma unroll
   for (int d = 0; d < OUT_FRAGS; ++d) {
@@ -156,7 +157,8 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
 #pragma unroll
   for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(out[d], 0.0f);
   OnlineSoftmax state = {{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
-  const float scale_log2 = SCORES_ARE_LOG2 ? 1.0f : p.softmax_scale_log2;
+  Totals<OUT_FRAGS> totals;
+  const float scale_log2 = softmax_scale_log2(p);
 
   for (int n_block = keys.n_block_begin; n_block < keys.n_block_end; ++n_block) {
     // K and V of this tile arrive; the next tile's copy starts into the stage read one step ago.
@@ -199,6 +201,11 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
 //@else
     accumulate_output(out, scores, v_smem + stage * V_ELEMENTS);
 //@end
+    if (totals.ends_chunk(n_block)) {
+      totals.add(state, out, scale_log2);
+#pragma unroll
+      for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(out[d], 0.0f);
+    }
 //@if gate tile
     cp_async_wait<0>();
     break;
@@ -208,5 +215,6 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
   state = {{0.0f, 0.0f}, {0.25f, 0.25f}};  // four lanes' shares add up to 1: no normalisation
 //@end
 
-  store_output(out, state, params, warp_qo_smem, scale_log2);
+  totals.end(state, out, scale_log2);
+  store_output(out, state, params, warp_qo_smem);
 }

@@ -7,14 +7,14 @@ from flashcore.sim.plants import Plant, by_name
 
 _KERNEL = "attn_fwd_sm90.cuh"
 _SOFTMAX = "tile/softmax.cuh"
-_VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile))"
+_VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))"
 
 PLANTS_OLD_MAX_SM90 = by_name(
     Plant(
         name="outgrown-unseen",
         title="terms that are far too large for the old maximum are taken as they are",
         file=_SOFTMAX,
-        find="return (tile.row_sum[0] > 1024.0f) | (tile.row_sum[1] > 1024.0f) | !has_max;",
+        find="return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | !has_max;",
         replace="return !has_max;",
         caught_by="wrong-result",
     ),
@@ -31,7 +31,7 @@ PLANTS_OLD_MAX_SM90 = by_name(
         title="warps that need the scores again issue Q K^T without the others of their warpgroup",
         file=_KERNEL,
         find=_VOTE,
-        replace="warp_any(has_outgrown(tile))",
+        replace="warp_any(has_outgrown(tile_sum, max_log2))",
         caught_by="deadlock",
         or_by=("wgmma",),
     ),
@@ -56,7 +56,7 @@ PLANTS_OLD_MAX_SM90 = by_name(
         title="sums of the terms that were too large are kept",
         file=_KERNEL,
         find="      wgmma_hold(scores);\n      moved =",
-        replace="      wgmma_hold(scores); c.softmax.row_sum[0] += tile.row_sum[0];\n      moved =",
+        replace="      wgmma_hold(scores); c.softmax.row_sum[0] += tile_sum[0];\n      moved =",
         caught_by="wrong-result",
     ),
     Plant(

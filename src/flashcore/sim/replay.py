@@ -27,13 +27,8 @@ from flashcore import env, store
 from flashcore.memory_layout import MaskSpec
 from flashcore.plan import KERNEL, Plan, select_plan
 from flashcore.problem import Problem
-from flashcore.sim.plants import PLANTS, Plant
-from flashcore.sim.plants_causal import PLANTS_CAUSAL_SM90
-from flashcore.sim.plants_mask import PLANTS_MASK_SM90
-from flashcore.sim.plants_old_max import PLANTS_OLD_MAX_SM90
-from flashcore.sim.plants_sm90 import PLANTS_SM90
-from flashcore.sim.plants_split import PLANTS_SPLIT
-from flashcore.sim.plants_varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
+from flashcore.sim import registry
+from flashcore.sim.plants import Plant
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import simulate
 from flashcore.sim.tensors import ADDRESS_ALIGNMENT
@@ -251,15 +246,12 @@ def parse_replay(words: Sequence[str]) -> Replay:
     }
     plan = dataclasses.replace(plan, **changes)
     seed, plant_name = int(take("seed", "0")), take("plant", "")
-    plants = PLANTS | PLANTS_SM90 | PLANTS_CAUSAL_SM90 | PLANTS_MASK_SM90
-    plants |= PLANTS_OLD_MAX_SM90 | PLANTS_SPLIT | PLANTS_VARLEN | PLANTS_VARLEN_SM90
-    if plant_name and plant_name not in plants:
-        raise ValueError(f"plant={plant_name!r} is not one of {', '.join(plants)}")
+    plant = registry.find_plant(plant_name, "sim", plan.kernel).plant if plant_name else None
     path = take("inputs", "")
     offsets = {name: int(take(f"{name}_offset", "0")) for name in ("q", "k", "v", "mask")}
     if given:
         raise ValueError(f"unknown: {', '.join(given)}")
-    return _make(problem, plan, seed, plants.get(plant_name), path, offsets)
+    return _make(problem, plan, seed, plant, path, offsets)
 
 
 def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor] | None:

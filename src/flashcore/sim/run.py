@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from flashcore import forks
 from flashcore.codegen import generate_source
 from flashcore.params import build_params, grid_size
 from flashcore.params_sm90 import build_params_sm90, num_pieces, scratch_shapes
@@ -31,7 +31,7 @@ NO_CP_ASYNC = "#define FC_HOST_NO_CP_ASYNC"
 # Blocks of a kernel whose blocks stride over the work: few, so that each takes several pieces.
 PERSISTENT_BLOCKS = 3
 # The runtime of a loaded kernel has one state, so a kernel runs once at a time.
-_lock = threading.Lock()
+_lock = forks.lock()
 
 
 def _agent(struct: AgentStruct) -> Agent:
@@ -272,8 +272,11 @@ def simulate(
         raise_if_left(counters, seed)
         return report
     except SimulationError as error:
+        from flashcore.sim.barrier_names import name_barriers
         from flashcore.sim.replay import replay_command
 
+        if isinstance(plan, Sm90Plan):
+            name_barriers(error, plan)
         inputs = {item.name: item.tensor for item in tensors if not (item.writable or item.counter)}
         error.replay = replay_command(problem, plan, inputs, seed=seed, plant=plant)
         raise

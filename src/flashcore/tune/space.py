@@ -29,12 +29,15 @@ _GIVEN = frozenset(
         "has_window_left",
         "has_window_right",
         "has_softcap",
+        "softcap_is_large",
         "mask",
         "mask_load_bytes",
         "mask_is_row",
         "mask_is_shifted",
         "varlen",
         "folds_heads",
+        "keys_of_chunk",
+        "fewest_splits",
         "gate",
     }
 )
@@ -83,7 +86,7 @@ def _is_legal_sm90(plan: Sm90Plan) -> bool:
         return False
     if plan.key_splits > 1 and (plan.block_m > 64 or plan.num_stages % plan.key_splits):
         return False
-    if plan.num_splits < 1 or (plan.num_splits > 1 and plan.varlen == "packed"):
+    if plan.num_splits < plan.fewest_splits or (plan.num_splits > 1 and plan.varlen == "packed"):
         return False
     # Turns are given for every key tile of a block; consumers that share keys have their own.
     takes_turns = plan.num_consumers > 1 and plan.key_splits == 1

@@ -1,9 +1,9 @@
 // tile/mask.cuh - turns raw q.k of one 16-row strip into the scores that softmax sees.
 #pragma once
 
-// With a softcap or an additive mask, scores leave here in log2 units and softmax must not scale
-// again.
-constexpr bool SCORES_ARE_LOG2 = HAS_SOFTCAP || MASK_KIND == 2;
+// With a softcap or an additive mask, scores leave here scaled, and what is left for softmax is to
+// take them to log2 units. Not here: the lowest number of float32 or bfloat16 would overflow.
+constexpr bool SCORES_ARE_SCALED = HAS_SOFTCAP || MASK_KIND == 2;
 constexpr float LOG2_E = 1.44269504088896341f;
 
 // softcap * tanh(score / softcap) by tanh(x) = 1 - 2 / (exp(2x) + 1): absolute error about 2^-22,
@@ -24,11 +24,18 @@ FC_DEVICE float tanh_ratio(float x2) {
   return fma_rn(x2, y, 1.0f);
 }
 
-// Scores become softcap * tanh(score * softmax_scale / softcap), in log2 units. A strip whose
+// By the polynomial where it serves: beside a large cap (exactness.py), scores may be so small that
+// the error of `capped`, 2^-22 of the cap, would be seen.
+FC_DEVICE float capped_exactly(float score, float softcap) {
+  const float x = score * rcp_approx(softcap);
+  return abs_f(x) < SMALL_TANH ? score * tanh_ratio(x * x) : capped(score, softcap);
+}
+
+// Scores become softcap * tanh(score * softmax_scale / softcap). A strip whose
 // scores are all far below the cap, as most are, goes the fast way, where that leaves registers.
 template <int NUM_FRAGS>
 FC_DEVICE void apply_softcap(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p) {
-  if constexpr (TANH_BY_POLYNOMIAL) {
+  if constexpr (TANH_BY_POLYNOMIAL && !SOFTCAP_IS_LARGE) {
     const float over_cap = p.softmax_scale * rcp_approx(p.softcap);
     float largest = 0.0f;
 #pragma unroll
@@ -42,7 +49,7 @@ FC_DEVICE void apply_softcap(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const float x = scores[n].x[i] * over_cap;
-          scores[n].x[i] = scores[n].x[i] * p.softmax_scale_log2 * tanh_ratio(x * x);
+          scores[n].x[i] = scores[n].x[i] * p.softmax_scale * tanh_ratio(x * x);
         }
       }
       return;
@@ -52,7 +59,9 @@ FC_DEVICE void apply_softcap(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p
   for (int n = 0; n < NUM_FRAGS; ++n) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      scores[n].x[i] = capped(scores[n].x[i] * p.softmax_scale, p.softcap) * LOG2_E;
+      const float score = scores[n].x[i] * p.softmax_scale;
+      scores[n].x[i] =
+          SOFTCAP_IS_LARGE ? capped_exactly(score, p.softcap) : capped(score, p.softcap);
     }
   }
 }
@@ -64,7 +73,7 @@ FC_DEVICE void add_mask(float& score, bool attend) {
 
 template <class T>
 FC_DEVICE void add_mask(float& score, T x) {
-  score = fma_rn(to_float(x), LOG2_E, score);
+  score += to_float(x);
 }
 
 // Whether some element of rows [row_begin, row_begin + 16) x keys [key_begin, key_begin + BLOCK_N)
@@ -107,15 +116,20 @@ struct VisibleColumns {
   }
 };
 
-// Scales and caps the scores where softmax cannot: see SCORES_ARE_LOG2.
+// What takes scores, as they leave here, to log2 units.
+FC_DEVICE float softmax_scale_log2(const AttnParams& p) {
+  return SCORES_ARE_SCALED ? LOG2_E : p.softmax_scale_log2;
+}
+
+// Scales and caps the scores where softmax cannot: see SCORES_ARE_SCALED.
 template <int NUM_FRAGS>
 FC_DEVICE void scale_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p) {
-  if (!SCORES_ARE_LOG2) return;
+  if (!SCORES_ARE_SCALED) return;
   if (HAS_SOFTCAP) return apply_softcap(scores, p);
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) scores[n].x[i] *= p.softmax_scale_log2;
+    for (int i = 0; i < 8; ++i) scores[n].x[i] *= p.softmax_scale;
   }
 }
 

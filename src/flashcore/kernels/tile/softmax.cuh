@@ -8,7 +8,7 @@
 #pragma once
 
 struct OnlineSoftmax {
-  float row_max[2];  // of the scores as they come: raw q.k, or log2 units under SCORES_ARE_LOG2
+  float row_max[2];  // of the scores as they come: raw q.k, or scaled under SCORES_ARE_SCALED
   float row_sum[2];  // this lane's share
 };
 
@@ -40,18 +40,48 @@ FC_DEVICE void lane_max(const WmmaAccum (&scores)[NUM_FRAGS], float (&max)[2]) {
   max[1] = max_f(chain[2], chain[3]);
 }
 
-// Replaces the scores of fragments [BEGIN, END) by exp(score - row_max) and adds them to row_sum.
-// exp2(score * scale - max * scale) is one FMA and one exponential; the product max * scale is
-// rounded once and enters every term and the lse alike, so its error cancels.
-template <int BEGIN, int END, int NUM_FRAGS>
-FC_DEVICE void exponentiate(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
-                            float scale_log2) {
-  float max_log2[2];
+// exp2(score * scale - max * scale) is one FMA and one exponential, but the product max * scale is
+// rounded. Its error is the same in all terms of a row, a factor that cancels in O and is nothing
+// beside the row's lse, as long as it is near 1: from this product on, 2^11, it may be over 2^-13,
+// which rounding P would make visible; from 2^31 on exp2 would overflow or vanish. Rows with so
+// large a maximum take the difference first, see subtract_large_max.
+constexpr float LARGE_MAX_LOG2 = 2048.0f;
+
+// row_max in log2 units. A row that has seen nothing yet has max -inf; -inf - (-inf) would be NaN.
+FC_DEVICE void scale_max(const OnlineSoftmax& state, float scale_log2, float (&max_log2)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    // A row that has seen nothing yet has max -inf; -inf - (-inf) would be NaN.
     max_log2[r] = state.row_max[r] == NEG_INF ? 0.0f : state.row_max[r] * scale_log2;
   }
+}
+
+FC_DEVICE bool is_large(float max_log2) { return abs_f(max_log2) > LARGE_MAX_LOG2; }
+
+// Takes a large row_max from the scores of fragments [BEGIN, END), which is exact wherever the
+// result matters, and leaves nothing of it for `exponentiate` to take.
+template <int BEGIN, int END, int NUM_FRAGS>
+FC_DEVICE void subtract_large_max(WmmaAccum (&scores)[NUM_FRAGS], const OnlineSoftmax& state,
+                                  float (&max_log2)[2]) {
+  if (!warp_any(is_large(max_log2[0]) || is_large(max_log2[1]))) return;
+  float subtrahend[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const bool large = is_large(max_log2[r]);
+    subtrahend[r] = large ? state.row_max[r] : 0.0f;
+    max_log2[r] = large ? 0.0f : max_log2[r];
+  }
+#pragma unroll
+  for (int n = BEGIN; n < END; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scores[n].x[i] -= subtrahend[row_of_element(i)];
+  }
+}
+
+// Replaces the scores of fragments [BEGIN, END) by exp(score - row_max). `sum` is that of these
+// terms alone: row_sum then adds up few sums, not many terms, and loses less.
+template <int BEGIN, int END, int NUM_FRAGS>
+FC_DEVICE void exponentiate(WmmaAccum (&scores)[NUM_FRAGS], float (&sum)[2],
+                            const float (&max_log2)[2], float scale_log2) {
 #pragma unroll
   for (int n = BEGIN; n < END; ++n) {
 #pragma unroll
@@ -59,7 +89,8 @@ FC_DEVICE void exponentiate(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
       const int r = row_of_element(i);
       const float prob = exp2_approx(fma_rn(scores[n].x[i], scale_log2, -max_log2[r]));
       scores[n].x[i] = prob;
-      state.row_sum[r] += prob;
+      const bool is_first = n == BEGIN && i == r * 2;
+      sum[r] = is_first ? prob : sum[r] + prob;
     }
   }
 }
@@ -80,10 +111,11 @@ FC_DEVICE void raise_max(OnlineSoftmax& state, const float (&max)[2], float (&fa
 }
 
 // Whether some score of the warp's is so far above its row_max that exp(score - row_max) is over
-// 2^8; `max` is this lane's part of the maximum.
-FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state, float scale_log2) {
-  return warp_any((max[0] - state.row_max[0]) * scale_log2 > 8.0f ||
-                  (max[1] - state.row_max[1]) * scale_log2 > 8.0f);
+// 2^8, or some row_max is large; `max` is this lane's part of the maximum.
+FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state,
+                            const float (&max_log2)[2], float scale_log2) {
+  return warp_any((max[0] - state.row_max[0]) * scale_log2 > 8.0f || is_large(max_log2[0]) ||
+                  (max[1] - state.row_max[1]) * scale_log2 > 8.0f || is_large(max_log2[1]));
 }
 
 // Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date. `scale_log2`
@@ -91,7 +123,8 @@ FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state, f
 // multiplied by `rescale`.
 //
 // LAZY leaves row_max where it is until some row's maximum is far above it (FlashAttention-4): the
-// terms stay far from overflow, the result is the same, and the output is hardly ever rescaled.
+// terms stay far from overflow, the result is the same, and the output is hardly ever rescaled. A
+// large row_max is not left: so one vote finds both.
 // Lanes look at their own scores, and exchange maxima only when one of them is that far. It takes
 // the tile in two parts, so that the maxima of the second are found while the exponentials of the
 // first are under way.
@@ -100,16 +133,28 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
                             float (&rescale)[2], float scale_log2) {
   constexpr int FIRST_PART = LAZY ? NUM_FRAGS / 2 : NUM_FRAGS;
   float max[2];
+  float max_log2[2];
   lane_max<0, FIRST_PART>(scores, max);
-  bool moved = !LAZY || is_far_above(max, state, scale_log2);
-  if (moved) raise_max(state, max, rescale, scale_log2);
-  exponentiate<0, FIRST_PART>(scores, state, scale_log2);
+  scale_max(state, scale_log2, max_log2);
+  bool moved = !LAZY || is_far_above(max, state, max_log2, scale_log2);
+  if (moved) {
+    raise_max(state, max, rescale, scale_log2);
+    scale_max(state, scale_log2, max_log2);
+    subtract_large_max<0, FIRST_PART>(scores, state, max_log2);
+  }
+  float sum[2];
+  exponentiate<0, FIRST_PART>(scores, sum, max_log2, scale_log2);
+  state.row_sum[0] += sum[0];
+  state.row_sum[1] += sum[1];
   if (!LAZY) return moved;
 
   lane_max<FIRST_PART, NUM_FRAGS>(scores, max);
-  if (is_far_above(max, state, scale_log2)) {
+  scale_max(state, scale_log2, max_log2);
+  if (is_far_above(max, state, max_log2, scale_log2)) {
     float factor[2];
     raise_max(state, max, factor, scale_log2);
+    scale_max(state, scale_log2, max_log2);
+    subtract_large_max<FIRST_PART, NUM_FRAGS>(scores, state, max_log2);
 #pragma unroll
     for (int n = 0; n < FIRST_PART; ++n) {
 #pragma unroll
@@ -119,18 +164,20 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
     for (int r = 0; r < 2; ++r) rescale[r] = moved ? rescale[r] * factor[r] : factor[r];
     moved = true;
   }
-  exponentiate<FIRST_PART, NUM_FRAGS>(scores, state, scale_log2);
+  exponentiate<FIRST_PART, NUM_FRAGS>(scores, sum, max_log2, scale_log2);
+  state.row_sum[0] += sum[0];
+  state.row_sum[1] += sum[1];
   return moved;
 }
 
 // What softmax_step would cost most, the search for maxima, is for nothing in nearly every tile. So
 // exponentiate first, with row_max as it is, and look at the sums: this says whether a term may be
-// so large, over 2^10, that row_max must be raised, or whether there is no row_max yet. `tile` is
-// the tile's part: row_max as before, row_sum of its own terms. An infinite term makes an infinite
-// sum; NaN is let through.
-FC_DEVICE bool has_outgrown(const OnlineSoftmax& tile) {
-  const bool has_max = (tile.row_max[0] > NEG_INF) & (tile.row_max[1] > NEG_INF);  // no branches
-  return (tile.row_sum[0] > 1024.0f) | (tile.row_sum[1] > 1024.0f) | !has_max;
+// so large, over 2^10, that row_max must be raised, or whether row_max is large, or -inf, as there
+// is none yet. `tile_sum` are sums of the tile's own terms, `max_log2` the product of row_max that
+// they were made with. An infinite term makes an infinite sum; NaN is let through.
+FC_DEVICE bool has_outgrown(const float (&tile_sum)[2], const float (&max_log2)[2]) {
+  const bool has_max = !(is_large(max_log2[0]) | is_large(max_log2[1]));  // no branches
+  return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | !has_max;
 }
 
 template <int NUM_OUT_FRAGS>
@@ -142,10 +189,17 @@ FC_DEVICE void rescale_output(WmmaAccum (&out)[NUM_OUT_FRAGS], const float (&res
   }
 }
 
+// The natural logarithm of a row's sum of exp(score). In natural units from the start: a row_max
+// near the end of float32 would overflow in log2 units.
+FC_DEVICE float natural_lse(float row_max, float row_sum, const AttnParams& p) {
+  const float scale = SCORES_ARE_SCALED ? 1.0f : p.softmax_scale;
+  return fma_rn(row_max, scale, log2_approx(row_sum) * (1.0f / LOG2_E));
+}
+
 // Ends the softmax of a warp's 16 rows: `inverse_sum` is what the output must be multiplied by, and
 // the rows' lse is written where it is asked for. A row that saw no key gives 0 and -inf.
 FC_DEVICE void finish_softmax(const OnlineSoftmax& state, const AttnParams& p,
-                              int64_t first_out_row, int num_valid_rows, float scale_log2,
+                              int64_t first_out_row, int num_valid_rows,
                               float (&inverse_sum)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -154,8 +208,8 @@ FC_DEVICE void finish_softmax(const OnlineSoftmax& state, const AttnParams& p,
     inverse_sum[r] = empty ? 0.0f : rcp_approx(sum);
     const int row = lane_idx() / 4 + r * 8;
     if (!is_null(p.lse) && lane_idx() % 4 == 0 && row < num_valid_rows) {
-      const float lse_log2 = state.row_max[r] * scale_log2 + log2_approx(sum);
-      gmem_store(p.lse + (first_out_row + row), empty ? NEG_INF : lse_log2 * (1.0f / LOG2_E));
+      const float lse = natural_lse(state.row_max[r], sum, p);
+      gmem_store(p.lse + (first_out_row + row), empty ? NEG_INF : lse);
     }
   }
 }

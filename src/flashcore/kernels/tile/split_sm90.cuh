@@ -166,7 +166,7 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
       gmem_store_packet(p.out + (out_offset(p, block, row[i]) + half * HALF + col[i]), packed);
     }
     if (!is_null(p.lse) && col[i] == 0) {
-      const float lse = (row_max[i] * scale_log2 + log2_approx(sum[i])) * (1.0f / LOG2_E);
+      const float lse = natural_lse(row_max[i], sum[i], p);
       gmem_store(p.lse + lse_offset(p, block, row[i]), empty ? NEG_INF : lse);
     }
   }

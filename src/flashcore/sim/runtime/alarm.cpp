@@ -7,6 +7,11 @@
 
 namespace fc_host {
 
+bool same_site(const Site& one, const Site& other) {
+  if (one.line != other.line) return false;
+  return one.file == other.file || std::strcmp(one.file, other.file) == 0;
+}
+
 PackedSite pack_site(Site site) {
   Machine& m = machine;
   if (site.file != m.last_file) {
@@ -193,7 +198,7 @@ void describe_warps(char* text, size_t bytes) {
         const Thread& thread = machine.threads[size_t(w * WARP_SIZE + end)];
         const bool same = thread.state == first.state &&
                           (thread.state == ThreadState::exited ||
-                           (thread.site.line == first.site.line && thread.op == first.op));
+                           (same_site(thread.site, first.site) && thread.op == first.op));
         if (!same) break;
         pending += int(thread.copies.size());
       }

@@ -208,6 +208,7 @@ void async_perform_some();
 void async_check_exit();
 
 // alarm.cpp
+bool same_site(const Site& one, const Site& other);  // in file and line
 PackedSite pack_site(Site site);
 Site unpack_site(PackedSite site);
 struct Alarm {

@@ -167,7 +167,7 @@ static void check_converged(WarpOp op, uint64_t uniform, Site site) {
   const int t = current_thread;
   const Warp& warp = machine.warps[size_t(t / WARP_SIZE)];
   if (warp.arrived != 0 &&
-      (warp.op != op || warp.uniform != uniform || warp.site.line != site.line)) {
+      (warp.op != op || warp.uniform != uniform || !same_site(warp.site, site))) {
     diverged(site, op_name(op), warp.first_lane + __builtin_ctz(warp.arrived));
   }
   // Who polls an mbarrier is on the way.
@@ -250,7 +250,7 @@ void block_barrier(Site site) {
   if (m.num_at_block_barrier == 0) {
     m.block_barrier_site = site;
     m.block_barrier_thread = t;
-  } else if (m.block_barrier_site.line != site.line) {
+  } else if (!same_site(m.block_barrier_site, site)) {
     set_other_thread(current_block, m.block_barrier_thread, m.block_barrier_site);
     describe_warps(m.report->details, sizeof m.report->details);
     raise_alarm(

@@ -42,7 +42,7 @@ static void check_use(const NamedBarrier& bar, WarpOp op, int id, int threads, S
                 "some warps vote at named barrier %d and others do not: the result is undefined",
                 id);
   }
-  if (waits && bar.waiting != 0 && bar.sync_site.line != site.line) {
+  if (waits && bar.waiting != 0 && !same_site(bar.sync_site, site)) {
     set_other_thread(current_block, bar.sync_thread, bar.sync_site);
     raise_alarm({"named-barrier", site},
                 "warps wait at named barrier %d on different lines: two uses of it overlap", id);

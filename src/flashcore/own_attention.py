@@ -26,8 +26,6 @@ from typing import Any
 
 import torch
 
-__all__ = ["Finding", "examine"]
-
 INTERFACE = "ALL_ATTENTION_FUNCTIONS"
 NORMALISERS = ("softmax", "Softmax", "scaled_dot_product_attention")
 
@@ -44,6 +42,8 @@ class Finding:
             none of them does.
         may_deny_causality: a layer that asks may say that it is not causal; some say it under
             causal masks too.
+        claims_causality: a layer that asks says that it is causal, or says nothing, which means the
+            same; some do under masks that are not.
     """
 
     dispatches: bool
@@ -51,6 +51,7 @@ class Finding:
     obstacle: str | None
     masks: str | None
     may_deny_causality: bool
+    claims_causality: bool
 
 
 @functools.cache
@@ -60,7 +61,7 @@ def examine(kind: type) -> Finding:
     Models within it that have a config of another class are left out: Transformers asks each of
     them for itself.
     """
-    dispatches = makes_masks = reads = denies = False
+    dispatches = makes_masks = reads = denies = claims = False
     own = own_masked = table = None
     for part in _parts(kind):
         names = {name for code in _codes(part) for name in code.co_names}
@@ -69,7 +70,9 @@ def examine(kind: type) -> Finding:
         if INTERFACE in names:
             dispatches = True
             reads |= any(_reads_mask(function) for function in _functions(part))
-            denies |= _may_deny_causality(part)
+            said = list(_said_of_causality(part))
+            denies |= any(value is not True for value in said)
+            claims |= not said or True in said
         elif not part.__name__.endswith("Router") and "Attention" not in part.__name__:
             continue  # heads that weigh layers and the like have a softmax too
         elif _attends(part, with_mask=True):
@@ -86,7 +89,7 @@ def examine(kind: type) -> Finding:
             obstacle = (
                 f"{own_masked} computes attention itself, from masks made for eager attention"
             )
-    return Finding(dispatches, own_masked or own, obstacle, masks, denies)
+    return Finding(dispatches, own_masked or own, obstacle, masks, denies, claims)
 
 
 def _parts(kind: type) -> Iterator[type]:
@@ -106,7 +109,8 @@ def _parts(kind: type) -> Iterator[type]:
                     seen.add(found)
                     if not issubclass(found, torch.nn.Module) or _is_library(found.__module__):
                         continue
-                    if issubclass(found, PreTrainedModel) and found.config_class is not config:
+                    its_config = getattr(found, "config_class", None)
+                    if issubclass(found, PreTrainedModel) and its_config is not config:
                         continue
                     todo.append(found)
 
@@ -190,15 +194,13 @@ def _reads_mask(function: types.FunctionType) -> bool:
     )
 
 
-def _may_deny_causality(part: type) -> bool:
-    """Whether a layer's attribute is_causal is set to something else than True itself."""
+def _said_of_causality(part: type) -> Iterator[bool | None]:
+    """The values that a layer's attribute is_causal is set to; None if it is no constant."""
     for code in _codes(part):
         steps = list(dis.get_instructions(code))
         for value, _, store in zip(steps, steps[1:], steps[2:], strict=False):
-            is_true = value.opname == "LOAD_CONST" and value.argval is True
-            if store.opname == "STORE_ATTR" and store.argval == "is_causal" and not is_true:
-                return True
-    return False
+            if store.opname == "STORE_ATTR" and store.argval == "is_causal":
+                yield value.argval if value.opname == "LOAD_CONST" else None
 
 
 def _attends(part: type, *, with_mask: bool) -> bool:

@@ -17,9 +17,7 @@ import warnings
 from typing import Any
 
 from flashcore.errors import FallbackWarning, stacklevel_of_caller
-from flashcore.integrations.own_attention import Finding, examine
-
-__all__ = ["answer_for", "judge", "judge_config", "masks_like", "may_deny_causality"]
+from flashcore.own_attention import Finding, examine
 
 _names: set[str] = set()
 _warned: set[type] = set()
@@ -28,6 +26,7 @@ _judged: set[type] = set()
 _with_masks_of_sdpa: tuple[type, ...] = ()
 _with_masks_of_eager: tuple[type, ...] = ()
 _with_causality_denied: tuple[type, ...] = ()
+_with_causality_claimed: tuple[type, ...] = ()
 
 
 def answer_for(name: str) -> None:
@@ -96,7 +95,8 @@ def judge(kind: type, name: str | None) -> None:
     Raises:
         ValueError: its layers would misread flashcore's masks, or not know its name.
     """
-    global _with_masks_of_sdpa, _with_masks_of_eager, _with_causality_denied
+    global _with_masks_of_sdpa, _with_masks_of_eager
+    global _with_causality_denied, _with_causality_claimed
     if name not in _names:
         return
     finding = examine(kind)
@@ -113,6 +113,8 @@ def judge(kind: type, name: str | None) -> None:
             _with_masks_of_eager = (*_with_masks_of_eager, config)
         if finding.may_deny_causality and config not in _with_causality_denied:
             _with_causality_denied = (*_with_causality_denied, config)
+        if finding.claims_causality and config not in _with_causality_claimed:
+            _with_causality_claimed = (*_with_causality_claimed, config)
     if finding.own is not None and not finding.dispatches and kind not in _warned:
         _warned.add(kind)
         warnings.warn(
@@ -142,7 +144,7 @@ def judge_config(config: Any) -> None:
         return
     from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
-    kinds: Any = MODEL_MAPPING.get(kind_of_config, None)  # type: ignore[no-untyped-call]
+    kinds: Any = MODEL_MAPPING.get(kind_of_config, None)
     for kind in kinds if isinstance(kinds, (tuple, list)) else (kinds,):
         if isinstance(kind, type):
             judge(kind, config._attn_implementation)
@@ -159,3 +161,8 @@ def masks_like(config: Any) -> str | None:
 def may_deny_causality(config: Any) -> bool:
     """Return whether some layer of the config's model may say that it is not causal."""
     return isinstance(config, _with_causality_denied)
+
+
+def claims_causality(config: Any) -> bool:
+    """Return whether some layer of the config's model says that it is causal whatever its mask."""
+    return isinstance(config, _with_causality_claimed)

@@ -5,7 +5,8 @@ Three kinds of mask pass between the two:
 - None: nothing to hide but what the layer's own causality and sliding window hide;
 - [batch or 1, seqlen_k], True = a token: padding, causality and the layer's sliding window. One
   element that is expanded means no padding: models get it whose layers may say that they are not
-  causal, for some of them say it under causal masks too;
+  causal, for some of them say it under causal masks too. The same with four dimensions means that
+  nothing is hidden at all, where layers say that they are causal;
 - [batch, 1, seqlen_q or 1, seqlen_k]: the mask says everything, and the layer adds nothing. Models
   get no other whose layers read masks themselves, as well as asking for an implementation.
 
@@ -20,9 +21,12 @@ from typing import Any
 
 import torch
 
-from flashcore.integrations.hooks import judge_config, masks_like, may_deny_causality
-
-__all__ = ["attention_mask", "is_all_tokens"]
+from flashcore.transformers_hooks import (
+    claims_causality,
+    judge_config,
+    masks_like,
+    may_deny_causality,
+)
 
 
 def attention_mask(
@@ -67,6 +71,8 @@ def attention_mask(
             return tokens
         return tokens[:, None, None, :]  # to one query causality hides nothing
     if kwargs.get("allow_is_bidirectional_skip") and kwargs.get("local_size") is None:
+        if tokens is None and claims_causality(config):
+            return _all_tokens(kv_length, kwargs)[None, None]
         return None if tokens is None else tokens[:, None, None, :]
     kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
     return _mask_of("sdpa", batch_size, kv_length, kv_offset, attention_mask, kwargs)
@@ -128,8 +134,10 @@ def _all_tokens(kv_length: int, kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def is_all_tokens(mask: torch.Tensor | None) -> bool:
-    """Return whether a mask of `attention_mask` is causal and hides no padding."""
-    return mask is not None and mask.dim() == 2 and mask.stride() == (0, 0)
+    """Return whether a mask of `attention_mask` hides no padding; one of 2 dimensions is causal."""
+    if mask is None or mask.dtype != torch.bool or mask.dim() not in (2, 4):
+        return False
+    return mask.shape[:-1].numel() == 1 and not any(mask.stride())
 
 
 def _is_causal_band(kwargs: dict[str, Any]) -> bool:
