@@ -139,18 +139,17 @@ def check(dim: int, variants: list[Any]) -> None:
             q, k, v, dout = inputs(1, 3, seqlen, dim)
             problem = Problem.from_tensors(q, k, v, causal=causal, return_lse=True)
             out, lse = flashcore.attention(q, k, v, causal=causal, return_lse=True)
-            exact = [x.double() for x in (q, k, v)]
-            exact_problem = Problem.from_tensors(*exact, causal=causal, return_lse=True)
-            want = attention_backward_tiled(
-                exact_problem, *exact, None, *attention_tiled(exact_problem, *exact, None),
-                dout.double(), None, False,
-            )  # fmt: skip
+            qe, ke, ve = (x.double() for x in (q, k, v))
+            exact = Problem.from_tensors(qe, ke, ve, causal=causal, return_lse=True)
+            oe, le = attention_tiled(exact, qe, ke, ve, None)
+            given = dout.double(), None, False
+            want = attention_backward_tiled(exact, qe, ke, ve, None, oe, le, *given)[:3]
             plans = BwdPlans(*(plan_of(dim, variant, causal) for variant in variants))
             first = fused_backward(problem, q, k, v, None, out, lse, dout, None, run_on_gpu, plans)
             again = fused_backward(problem, q, k, v, None, out, lse, dout, None, run_on_gpu, plans)
             errors = [
                 float((a.double() - b).abs().max() / b.abs().max())
-                for a, b in zip(first, want, strict=False)
+                for a, b in zip(first, want, strict=True)
             ]
             same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
             verdict = "ok" if max(errors) < 0.01 and same else "WRONG"
@@ -190,11 +189,17 @@ def run_variants(dim: int, seqlens: list[int], skip: int) -> None:
                     for name in ("q", "k", "v"):
                         tensors["d" + name] = torch.empty_like(tensors[name])
                     tensors["delta"] = torch.zeros_like(lse)
-                    tensors["tile_counter"] = work_counters(q.device)
+                    counter = work_counters(q.device)
                     plan = plan_of(dim, variant, causal)
                     grid = grid_size(problem, plan, _num_sms(q.device.index))
                     argument = Argument(
-                        *aligned(bytes(build_params_bwd_sm90(problem, plan, tensors, grid)))
+                        *aligned(
+                            bytes(
+                                build_params_bwd_sm90(
+                                    problem, plan, tensors, grid, tile_counter=counter
+                                )
+                            )
+                        )
                     )
                     launch = _launch(plan, grid, q.device.index)
                     us = time_us(functools.partial(launch, argument))

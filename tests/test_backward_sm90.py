@@ -4,14 +4,17 @@ shape, the options and the schedule."""
 from __future__ import annotations
 
 import dataclasses
+import io
 import math
 from typing import Any
 
 import pytest
 import torch
 
+import flashcore
 from flashcore.backward_sm90 import fused_backward
 from flashcore.cases import Case, make_inputs
+from flashcore.gradients import choose_backward
 from flashcore.plan import traits
 from flashcore.plan_bwd_sm90 import (
     DKDV_KERNEL,
@@ -19,6 +22,7 @@ from flashcore.plan_bwd_sm90 import (
     BwdPlans,
     BwdTile,
     make_plan,
+    obstacle,
     select_plans,
 )
 from flashcore.sim.run_bwd import simulate_backward
@@ -161,3 +165,72 @@ def test_gradients_of_strided_tensors_and_of_an_expanded_gradient() -> None:
     assert not wrong_gradients(gradients, q, k, v, None, dout, None, {"causal": True})
     for gradient, x in zip(gradients, (q, k, v), strict=True):
         assert gradient.stride() == torch.empty_like(x).stride()
+
+
+def test_tensors_that_tma_cannot_read_are_copied() -> None:
+    """head_dim 20, rows at odd multiples of 8 bytes, k and v one head that all heads share."""
+    q = torch.randn(1, 4, 50, 24, dtype=torch.float16)[..., 2:22]
+    k = torch.randn(1, 1, 70, 20, dtype=torch.float16).expand(1, 4, 70, 20)
+    v = torch.randn(1, 1, 70, 12, dtype=torch.float16).expand(1, 4, 70, 12)
+    options = {"causal": True, "scale": 0.4}
+    problem, out, lse = forward(q, k, v, None, options)
+    dout = torch.randn(12, 50, 4, 1, dtype=out.dtype).permute(3, 2, 1, 0)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors)
+
+    gradients = fused_backward(problem, q, k, v, None, out, lse, dout, None, run)
+    assert not wrong_gradients(gradients, q, k, v, None, dout, None, options)
+    for gradient, x in zip(gradients, (q, k, v), strict=True):
+        assert gradient.shape == x.shape
+        assert gradient.stride() == torch.empty_like(x).stride()
+
+
+def test_a_call_in_the_simulator_has_its_gradient_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eagerly, and through the operators of torch; explain says so."""
+    monkeypatch.setenv("FLASHCORE_SIM_ARCH", "90")
+    launched: list[str] = []
+
+    def record(problem, plan, tensors, **options) -> None:
+        launched.append(plan.kernel)
+        simulate_backward(problem, plan, tensors, **options)
+
+    monkeypatch.setattr("flashcore.sim.run_bwd.simulate_backward", record)
+    x = make_inputs(Case(seqlen_q=40, seqlen_k=50))
+    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+    dout = torch.randn(1, 2, 40, 64, dtype=torch.float16)
+
+    def function(*tensors):
+        return flashcore.attention(*tensors, causal=True, backend="sim")
+
+    out, vjp = torch.func.vjp(function, *(t.detach() for t in leaves))
+    through_operators = vjp(dout)
+    eager = torch.autograd.grad(function(*leaves), leaves, dout)
+    assert launched == [DQ_KERNEL, DKDV_KERNEL] * 2
+    for gradients in (eager, through_operators):
+        options = {"causal": True}
+        assert not wrong_gradients(gradients, x.q, x.k, x.v, None, dout, None, options)
+    said = flashcore.explain(*leaves, causal=True, backend="sim", file=io.StringIO())
+    assert said.gradient.code == "sim"
+    monkeypatch.setenv("FLASHCORE_SIM_ARCH", "80")
+    said = flashcore.explain(*leaves, causal=True, backend="sim", file=io.StringIO())
+    assert said.gradient.code == "tiled"
+
+
+def test_what_has_no_fused_backward_says_why() -> None:
+    """The reasons by which gradients go to torch's operators or to tiles."""
+    q, k, v = (torch.randn(1, 2, 16, 64, dtype=torch.float16) for _ in range(3))
+    problem = forward(q, k, v, None, {})[0]
+    hopper = dataclasses.replace(problem, device="cuda", arch=90)
+    assert obstacle(hopper) is None
+    assert choose_backward(hopper).code == "sm90"
+    assert choose_backward(hopper, backend="torch").code == "flash"
+    for changed, word in (
+        ({"arch": 80}, "Hopper"),
+        ({"device": "cpu", "arch": 0}, "Hopper"),
+        ({"dtype": "float32"}, "float32"),
+        ({"head_dim_v": 264}, "256"),
+        ({"varlen": "packed"}, "one length"),
+    ):
+        assert word in (obstacle(dataclasses.replace(hopper, **changed)) or "")
+    assert "mask" in (obstacle(hopper, needs_mask_grad=True) or "")

@@ -6,10 +6,14 @@ from collections.abc import Callable
 
 import torch
 
+from flashcore.memory_layout import load_bytes, strides_of
+from flashcore.options import Options
 from flashcore.plan_bwd_sm90 import BwdPlans, BwdSm90Plan, select_plans
 from flashcore.problem import Problem
+from flashcore.torch_backward import laid_out_as
 
 Tensor = torch.Tensor
+_PACKET = 8  # elements of 16 bytes
 # Runs one kernel on named tensors.
 Run = Callable[[Problem, BwdSm90Plan, dict[str, Tensor]], None]
 
@@ -30,7 +34,7 @@ def fused_backward(
     """Gradients of q, k and v.
 
     Args:
-        problem: description of the forward, with no obstacle (plan_bwd_sm90.py).
+        problem: description of the forward; plan_bwd_sm90.obstacle finds none.
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
@@ -39,26 +43,30 @@ def fused_backward(
         lse: the forward's lse, [batch, num_heads_q, seqlen_q], float32.
         dout: gradient of out, or None for zero.
         dlse: gradient of lse, or None for zero.
-        run: `run_on_gpu`, or what runs a kernel in the simulator.
+        run: `run_on_gpu` or `run_in_simulator`.
         plans: by default what is selected for the problem.
 
     Returns:
-        dq, dk, dv: shapes, dtypes and strides of q, k, v where those are dense.
+        dq, dk, dv: shapes and dtypes of q, k and v, strides of `torch.empty_like`.
     """
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if problem.is_empty:
-        return dq.zero_(), dk.zero_(), dv.zero_()
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    given = q, k, v
+    q, k, v = (_readable(x) for x in given)
+    if any(x is not y for x, y in zip((q, k, v), given, strict=True)):
+        problem = Options.of(problem).problem(q, k, v, mask, return_lse=True)
+    out = _readable(out).contiguous()
     tensors = {
         "q": q,
         "k": k,
         "v": v,
-        "out": _aligned(out.contiguous()),
+        "out": out,
         "lse": lse.contiguous(),
         "dout": torch.zeros_like(out) if dout is None else _readable(dout),
         "delta": torch.empty_like(lse, memory_format=torch.contiguous_format),
-        "dq": dq,
-        "dk": dk,
-        "dv": dv,
+        "dq": torch.empty_like(q),
+        "dk": torch.empty_like(k),
+        "dv": torch.empty_like(v),
     }
     if mask is not None:
         tensors["mask"] = mask
@@ -66,26 +74,25 @@ def fused_backward(
         tensors["dlse"] = dlse.contiguous()
     for plan in plans or select_plans(problem):
         run(problem, plan, tensors)
+    dq, dk, dv = (
+        laid_out_as(x, tensors[name]) for x, name in zip(given, ("dq", "dk", "dv"), strict=True)
+    )
     return dq, dk, dv
 
 
-def _aligned(x: Tensor) -> Tensor:
-    return x if x.data_ptr() % 16 == 0 else x.clone()
-
-
-def _readable(dout: Tensor) -> Tensor:
-    """dout as TMA reads it: rows contiguous and at multiples of 16 bytes, nothing expanded."""
-    from flashcore.memory_layout import load_bytes, strides_of
-
-    legal = dout.stride(3) == 1 and load_bytes(dout) == 16
-    legal = legal and not any(
-        stride == 0 and size > 1 for stride, size in zip(dout.stride(), dout.shape, strict=True)
+def _readable(x: Tensor) -> Tensor:
+    """x if TMA can read it, or a copy: rows that are contiguous, of whole 16 bytes, at multiples of
+    16 bytes, nothing expanded. Columns of zeros behind it add nothing."""
+    x = x.resolve_neg()
+    if x.shape[3] % _PACKET:
+        return torch.nn.functional.pad(x, (0, -x.shape[3] % _PACKET))
+    strides = strides_of(x)
+    is_expanded = any(
+        stride == 0 and size > 1 for stride, size in zip(strides, x.shape[:3], strict=True)
     )
-    return (
-        dout
-        if legal and max(strides_of(dout)) < 2**31
-        else dout.clone(memory_format=torch.contiguous_format)
-    )
+    if x.stride(3) != 1 or is_expanded or load_bytes(x) < 16 or max(strides) >= 2**31:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
 
 
 def run_on_gpu(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) -> None:
@@ -99,7 +106,14 @@ def run_on_gpu(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) 
     device = tensors["q"].device
     assert device.index is not None
     grid = grid_size(problem, plan, _num_sms(device.index))
-    if plan.draws_tiles:
-        tensors = tensors | {"tile_counter": work_counters(device)}
-    params = build_params_bwd_sm90(problem, plan, tensors, grid)
+    counter = work_counters(device) if plan.draws_tiles else None
+    params = build_params_bwd_sm90(problem, plan, tensors, grid, tile_counter=counter)
     _launch(plan, grid, device.index)(Argument(*aligned(bytes(params))))
+
+
+def run_in_simulator(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) -> None:
+    """Likewise on CPU tensors, in the simulator."""
+    from flashcore import env
+    from flashcore.sim.run_bwd import simulate_backward
+
+    simulate_backward(problem, plan, tensors, seed=env.sim_seed())

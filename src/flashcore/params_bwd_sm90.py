@@ -65,6 +65,7 @@ def heads_per_group(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> int
 
 def maps_of(plan: BwdSm90Plan) -> dict[str, int]:
     """The tensors that a kernel reads and writes by TMA, and the rows of their boxes."""
+    written: tuple[str, ...]
     if plan.is_dq:
         own, walked, written = ("q", "dout"), ("k", "v"), ("dq",)
         walked_rows = plan.block_n
@@ -80,15 +81,17 @@ def build_params_bwd_sm90(
     tensors: Mapping[str, torch.Tensor],
     num_blocks: int,
     target: Literal["ptx", "host"] = "ptx",
+    tile_counter: int | None = None,
 ) -> AttnBwdSm90Params:
     """The argument of one of the kernels.
 
     Args:
         problem: shapes, strides and options of the forward.
         plan: of the kernel.
-        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask, dlse and tile_counter
-            where there are some.
+        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask and dlse where
+            there are some.
         num_blocks: of the launch.
+        tile_counter: address of the counter of a plan that draws tiles.
         target: "ptx" for the GPU, "host" for the simulator, which sets addresses itself.
 
     Returns:
@@ -99,9 +102,9 @@ def build_params_bwd_sm90(
     """
     addresses = {name: x.data_ptr() if target == "ptx" else 0 for name, x in tensors.items()}
     argument = AttnBwdSm90Params()
-    inputs = {name: addresses[name] for name in ("q", "k", "v", "out", "lse")}
+    inputs: dict[str, int | None] = {x: addresses[x] for x in ("q", "k", "v", "out", "lse")}
     argument.attn = params.build_params(
-        problem, plan, inputs | {x: addresses.get(x) for x in ("mask", "tile_counter")}
+        problem, plan, inputs | {"mask": addresses.get("mask"), "tile_counter": tile_counter}
     )
     if not plan.is_dq:
         argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles it walks over

@@ -14,6 +14,7 @@ from flashcore import plan_sm90, tiles_sm90
 from flashcore.limits import smem_limits
 from flashcore.plan import Plan, traits
 from flashcore.tiles_sm90 import ROWS_OF_CONSUMER
+from flashcore.validation import HEAD_DIM_MAX
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -186,28 +187,24 @@ class BwdTile(NamedTuple):
 
 
 def obstacle(problem: Problem, needs_mask_grad: bool = False) -> str | None:
-    """Return why the kernels cannot compute the gradient of a call, or None."""
+    """Return why the kernels cannot compute the gradient of a call, or None. Tensors that TMA
+    cannot read are copied."""
     if problem.device != "cuda" or problem.arch != ARCH:
         return "the fused backward needs a Hopper GPU"
-    if problem.dtype not in ("float16", "bfloat16"):
-        return f"the fused backward takes float16 and bfloat16, not {problem.dtype}"
     return obstacle_anywhere(problem, needs_mask_grad)
 
 
 def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | None:
     """Likewise, whatever the device."""
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"the fused backward takes float16 and bfloat16, not {problem.dtype}"
+    if max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
+        return f"the fused backward takes head_dim {HEAD_DIM_MAX} at most"
     if needs_mask_grad:
         return "the fused backward computes no gradient of a mask"
     if problem.varlen != "none":
         return "the fused backward takes sequences of one length"
-    for name, strides, sizes in (
-        ("q", problem.q_strides, (problem.batch, problem.num_heads_q, problem.seqlen_q)),
-        ("k", problem.k_strides, (problem.batch, problem.num_heads_kv, problem.seqlen_k)),
-        ("v", problem.v_strides, (problem.batch, problem.num_heads_kv, problem.seqlen_k)),
-    ):
-        if any(stride == 0 and size > 1 for stride, size in zip(strides, sizes, strict=True)):
-            return f"the fused backward reads no expanded tensor, and {name} has a stride of 0"
-    return plan_sm90.obstacle(problem)
+    return None
 
 
 def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:

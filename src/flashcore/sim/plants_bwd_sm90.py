@@ -96,7 +96,8 @@ _OF_ONE_WARPGROUP = (
         title="K and V are released before they were used",
         file=_DKDV,
         find="    clear(c.dv);\n    mbar_wait(bar.kv_full, turn % 2);",
-        replace="    clear(c.dv); arrive_for_warp(bar.kv_empty);\n    mbar_wait(bar.kv_full, turn % 2);",
+        replace="    clear(c.dv); arrive_for_warp(bar.kv_empty);\n    "
+        "mbar_wait(bar.kv_full, turn % 2);",
         caught_by="race",
         or_by=("mbarrier", "deadlock", "async-pending", "wrong-result"),
     ),

@@ -123,7 +123,8 @@ FC_DEVICE Probability probability(float score, float lse_log2, const AttnParams&
   float log2_prob;
   float cap_slope = 1.0f;
   if constexpr (HAS_SOFTCAP) {
-    const float s = capped(score * p.softmax_scale, p.softcap);
+    const float x = score * p.softmax_scale;
+    const float s = SOFTCAP_IS_LARGE ? capped_exactly(x, p.softcap) : capped(x, p.softcap);
     const float t = s * rcp_approx(p.softcap);
     cap_slope = fma_rn(-t, t, 1.0f);
     log2_prob = fma_rn(MASK_KIND == 2 ? s + mask.bias : s, LOG2_E, -lse_log2);
