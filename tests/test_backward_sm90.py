@@ -203,7 +203,7 @@ def test_a_call_in_the_simulator_has_its_gradient_there(monkeypatch: pytest.Monk
     def function(*tensors):
         return flashcore.attention(*tensors, causal=True, backend="sim")
 
-    out, vjp = torch.func.vjp(function, *(t.detach() for t in leaves))
+    _, vjp = torch.func.vjp(function, *(t.detach() for t in leaves))
     through_operators = vjp(dout)
     eager = torch.autograd.grad(function(*leaves), leaves, dout)
     assert launched == [DQ_KERNEL, DKDV_KERNEL] * 2
