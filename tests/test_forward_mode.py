@@ -303,8 +303,10 @@ def test_derivatives_on_a_gpu(name, dtype):
             (second,) = torch.autograd.grad(first.double().square().sum(), leaf)
             gradient = (*gradient, second)
         results.append([x.double().cpu() for x in (out, tangent, *gradient)])
-    tolerance = {} if dtype == torch.float64 else {"atol": 5e-2, "rtol": 5e-2}
-    torch.testing.assert_close(results[1], results[0], **tolerance)
+    for got, want in zip(results[1], results[0], strict=True):
+        # Terms cancel in some elements, and what each of them was rounded by is left.
+        rounding = {} if dtype == torch.float64 else {"atol": 5e-2 * float(want.abs().max())}
+        torch.testing.assert_close(got, want, **rounding, rtol=0 if rounding else None)
 
 
 @pytest.mark.gpu
