@@ -6,15 +6,19 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
 
 import flashcore
+from flashcore import gradients
 from flashcore.backward_sm90 import fused_backward
 from flashcore.cases import Case, make_inputs
+from flashcore.errors import BackendUnavailableError, FallbackWarning
 from flashcore.gradients import choose_backward
+from flashcore.jit import resources
 from flashcore.plan import traits
 from flashcore.plan_bwd_sm90 import (
     DKDV_KERNEL,
@@ -25,6 +29,7 @@ from flashcore.plan_bwd_sm90 import (
     obstacle,
     select_plans,
 )
+from flashcore.problem import Problem
 from flashcore.sim.run_bwd import simulate_backward
 from gradient_rule import forward, wrong_gradients
 from test_sim_healthy import draw_case
@@ -83,8 +88,8 @@ def check(case: Case, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0) -> N
         simulate_backward(problem, plan, tensors, seed=seed)
 
     plans = plans_of(problem, tiles)
-    gradients = fused_backward(problem, *inputs, out, lse, dout, dlse, run, plans)
-    wrong = wrong_gradients(gradients, *inputs, dout, dlse, case.options())
+    found = fused_backward(problem, *inputs, out, lse, dout, dlse, run, plans)
+    wrong = wrong_gradients(found, *inputs, dout, dlse, case.options())
     assert not wrong, f"{case.describe()}: {wrong}\n{dataclasses.asdict(case)}"
 
 
@@ -131,8 +136,8 @@ def test_rows_whose_scores_are_far_below_zero() -> None:
     def run(problem, plan, tensors) -> None:
         simulate_backward(problem, plan, tensors)
 
-    gradients = fused_backward(problem, x.q, x.k, x.v, None, out, lse, dout, None, run)
-    assert not wrong_gradients(gradients, x.q, x.k, x.v, None, dout, None, {})
+    found = fused_backward(problem, x.q, x.k, x.v, None, out, lse, dout, None, run)
+    assert not wrong_gradients(found, x.q, x.k, x.v, None, dout, None, {})
 
 
 @pytest.mark.parametrize("missing", ["dout", "dlse"])
@@ -145,10 +150,10 @@ def test_a_gradient_may_arrive_through_out_or_lse_alone(missing: str) -> None:
     def run(problem, plan, tensors) -> None:
         simulate_backward(problem, plan, tensors)
 
-    gradients = fused_backward(problem, x.q, x.k, x.v, None, out, lse, dout, dlse, run)
+    found = fused_backward(problem, x.q, x.k, x.v, None, out, lse, dout, dlse, run)
     zero = torch.zeros_like(out)
     inputs = x.q, x.k, x.v, None, zero if dout is None else dout, dlse
-    assert not wrong_gradients(gradients, *inputs, {})
+    assert not wrong_gradients(found, *inputs, {})
 
 
 def test_gradients_of_strided_tensors_and_of_an_expanded_gradient() -> None:
@@ -161,9 +166,9 @@ def test_gradients_of_strided_tensors_and_of_an_expanded_gradient() -> None:
     def run(problem, plan, tensors) -> None:
         simulate_backward(problem, plan, tensors)
 
-    gradients = fused_backward(problem, q, k, v, None, out, lse, dout, None, run)
-    assert not wrong_gradients(gradients, q, k, v, None, dout, None, {"causal": True})
-    for gradient, x in zip(gradients, (q, k, v), strict=True):
+    found = fused_backward(problem, q, k, v, None, out, lse, dout, None, run)
+    assert not wrong_gradients(found, q, k, v, None, dout, None, {"causal": True})
+    for gradient, x in zip(found, (q, k, v), strict=True):
         assert gradient.stride() == torch.empty_like(x).stride()
 
 
@@ -179,9 +184,9 @@ def test_tensors_that_tma_cannot_read_are_copied() -> None:
     def run(problem, plan, tensors) -> None:
         simulate_backward(problem, plan, tensors)
 
-    gradients = fused_backward(problem, q, k, v, None, out, lse, dout, None, run)
-    assert not wrong_gradients(gradients, q, k, v, None, dout, None, options)
-    for gradient, x in zip(gradients, (q, k, v), strict=True):
+    found = fused_backward(problem, q, k, v, None, out, lse, dout, None, run)
+    assert not wrong_gradients(found, q, k, v, None, dout, None, options)
+    for gradient, x in zip(found, (q, k, v), strict=True):
         assert gradient.shape == x.shape
         assert gradient.stride() == torch.empty_like(x).stride()
 
@@ -207,9 +212,9 @@ def test_a_call_in_the_simulator_has_its_gradient_there(monkeypatch: pytest.Monk
     through_operators = vjp(dout)
     eager = torch.autograd.grad(function(*leaves), leaves, dout)
     assert launched == [DQ_KERNEL, DKDV_KERNEL] * 2
-    for gradients in (eager, through_operators):
+    for found in (eager, through_operators):
         options = {"causal": True}
-        assert not wrong_gradients(gradients, x.q, x.k, x.v, None, dout, None, options)
+        assert not wrong_gradients(found, x.q, x.k, x.v, None, dout, None, options)
     said = flashcore.explain(*leaves, causal=True, backend="sim", file=io.StringIO())
     assert said.gradient.code == "sim"
     monkeypatch.setenv("FLASHCORE_SIM_ARCH", "80")
@@ -234,3 +239,36 @@ def test_what_has_no_fused_backward_says_why() -> None:
     ):
         assert word in (obstacle(dataclasses.replace(hopper, **changed)) or "")
     assert "mask" in (obstacle(hopper, needs_mask_grad=True) or "")
+
+
+def test_without_a_compiler_torch_computes_and_one_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bundle may hold the kernels of the forward alone."""
+    q, k, v = (torch.randn(1, 2, 16, 64, dtype=torch.float16) for _ in range(3))
+    problem, out, lse = forward(q, k, v, None, {})
+    hopper = dataclasses.replace(problem, device="cuda", arch=90)
+
+    def unavailable(*_) -> None:
+        raise BackendUnavailableError("no NVRTC")
+
+    monkeypatch.setattr(gradients, "fused_backward", unavailable)
+    monkeypatch.setattr(gradients.torch_backward, "flash_gradients", lambda *_: (q, k, v, None))
+    call = hopper, q, k, v, None, out, lse, torch.ones_like(out), None, False
+    with pytest.warns(FallbackWarning, match="no NVRTC"):
+        assert torch.equal(gradients.attention_gradients(*call)[0], q)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients.attention_gradients(*call)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (9, 9), "softcap": 3.0}])
+def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
+    """Nor does ptxas serialise a product."""
+    pytest.importorskip("cuda.core")
+    x = torch.empty(1, 1, 1024, head_dim, dtype=torch.bfloat16)
+    for plan in select_plans(Problem.from_tensors(x, x, x, **options)):
+        found = resources(plan)
+        assert found.spill_bytes == 0, plan.describe()
+        assert not any("serialized" in remark for remark in found.remarks), plan.describe()

@@ -14,7 +14,7 @@ from flashcore.backward_sm90 import fused_backward
 from flashcore.cases import Case, make_inputs
 from flashcore.plan_bwd_sm90 import BwdPlans, BwdTile
 from flashcore.sim import Plant, SimulationError
-from flashcore.sim.plants_bwd_sm90 import PLANTS_BWD_ROLES_SM90, PLANTS_BWD_SM90
+from flashcore.sim.bwd_plants_sm90 import PLANTS_BWD_ROLES_SM90, PLANTS_BWD_SM90
 from flashcore.sim.run_bwd import simulate_backward
 from gradient_rule import forward, wrong_gradients
 from plant_checks import check_text, undocumented

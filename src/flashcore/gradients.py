@@ -7,12 +7,15 @@ operations tile by tile where those do not (tiled.py).
 
 from __future__ import annotations
 
+import functools
+import warnings
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from flashcore import env, torch_backward
 from flashcore.backward_sm90 import fused_backward, run_in_simulator, run_on_gpu
+from flashcore.errors import BackendUnavailableError, FallbackWarning
 from flashcore.plan_bwd_sm90 import ARCH as SM90_ARCH
 from flashcore.plan_bwd_sm90 import obstacle as obstacle_to_sm90
 from flashcore.plan_bwd_sm90 import obstacle_anywhere
@@ -79,6 +82,16 @@ def _obstacle_to_ours(problem: Problem, backend: str, needs_mask_grad: bool) -> 
     return obstacle_to_sm90(problem, needs_mask_grad)
 
 
+@functools.cache
+def _warn_of_fallback(reason: str) -> None:
+    warnings.warn(
+        f"flashcore's gradients fall back to torch's operators, as the fused backward cannot be "
+        f"compiled: {reason}",
+        FallbackWarning,
+        stacklevel=2,
+    )
+
+
 def attention_gradients(
     problem: Problem,
     q: Tensor,
@@ -107,7 +120,13 @@ def attention_gradients(
     if choice.code in ("sm90", "sim"):
         inputs = problem, q, k, v, mask, out, lse, dout, dlse
         run = run_on_gpu if choice.code == "sm90" else run_in_simulator
-        return *fused_backward(*inputs, run), None
+        try:
+            return *fused_backward(*inputs, run), None
+        except BackendUnavailableError as error:
+            if choice.code == "sim":
+                raise
+            _warn_of_fallback(str(error))  # a bundle without these kernels, and no compiler
+        return attention_gradients(*inputs, needs_mask_grad, "torch")
     assert dout is not None
     whole_q, whole_k, whole_v, out, dout = (
         torch_backward.with_whole_packets(x) for x in (q, k, v, out, dout)
