@@ -16,7 +16,7 @@ export PYTHONUNBUFFERED := 1
 export FLASHCORE_CACHE_DIR ?= $(CURDIR)/.cache/flashcore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint gate docs sanitize clean
+.PHONY: help setup demo test test-gpu lint gate gate-all docs sanitize clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,7 +29,7 @@ setup: $(READY) ## only make .venv
 demo: $(READY) ## attention on real input, checked against a float64 oracle
 	$(BIN)/flashcore demo
 
-test: $(READY) lint gate docs ## style, types, resource gate, pages, simulator and CPU tests; GPU tests where there is one
+test: $(READY) lint gate docs ## style, types, resource gate (a sample), pages, simulator and CPU tests; GPU tests where there is one
 	$(PYTEST)
 
 test-gpu: $(READY) ## the whole suite on the GPU at hand; fails where there is none
@@ -46,7 +46,10 @@ lint: $(READY) ## ruff and mypy
 	  $(BIN)/python -m mypy; \
 	fi
 
-gate: $(READY) ## compile the kernels for every architecture and check the resource budget (no GPU needed)
+gate: $(READY) ## compile a sample of the kernels for every architecture, check the resource budget (no GPU needed)
+	$(BIN)/flashcore resources --check --sample
+
+gate-all: $(READY) ## the same with every configuration (some ten minutes on two cores)
 	$(BIN)/flashcore resources --check
 
 # -n -W: a reference or a link that leads nowhere is an error. Nothing is fetched: links to other sites

@@ -136,8 +136,7 @@ def inputs_of(model: Any, padded: bool) -> dict[str, Tensor]:
             batch["attention_mask"] = torch.ones(BATCH, 4000, dtype=torch.long)
             batch["attention_mask"][0, 3000:] = 0
     elif main == "input_features":
-        bins = getattr(config, "num_mel_bins", None) or getattr(config, "input_feat_per_channel", 0)
-        bins = bins or 80
+        bins = getattr(config, "num_mel_bins", 0) or getattr(config, "input_feat_per_channel", 80)
         frames = 2 * getattr(config, "max_source_positions", 50)
         batch = {"input_features": torch.randn(BATCH, bins, frames, generator=generator)}
     if "decoder_input_ids" in parameters:

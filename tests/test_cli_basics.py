@@ -54,7 +54,7 @@ def test_help_does_not_wait_for_torch() -> None:
         (["explain", "--window", "3"], "LEFT,RIGHT"),
         (["explain", "--mask", "checkers"], "none, bool, padding, additive"),
         (["explain", "--dtype", "int8"], "float16, bfloat16"),
-        (["explain", "--head-dim", "13"], "13"),
+        (["isolate", "--head-dim", "264"], "256"),
         (["explain", "--causal", "--causal-upper-left"], "exclude each other"),
         (["explain", "--heads", "8", "--heads-kv", "3"], "3"),
         (["explain", "--softcap", "-1"], "softcap"),

@@ -292,13 +292,16 @@ def test_wrong_arguments_are_errors_still(monkeypatch):
     assert module.counts()[1] == 2
 
 
-def test_dual_numbers_are_refused_as_without_it(monkeypatch):
-    installed(monkeypatch)
+@pytest.mark.filterwarnings("ignore::flashcore.FallbackWarning")
+def test_dual_numbers_are_left_to_python(monkeypatch):
+    """Which gives their tangents; the launcher would drop them."""
+    machine, _ = installed(monkeypatch)
     q, k, v = tensors()
     with torch.autograd.forward_ad.dual_level():
         dual = torch.autograd.forward_ad.make_dual(q, q)
-        with pytest.raises(NotImplementedError, match="forward mode"):
-            flashcore.attention(dual, k, v)
+        out = flashcore.attention(dual, k, v)
+        assert torch.autograd.forward_ad.unpack_dual(out).tangent is not None
+    assert not machine.driver.launches
 
 
 def test_another_current_device_is_left_to_python(monkeypatch):

@@ -67,7 +67,20 @@ def resources(
     ] = None,
     check: Annotated[
         bool,
-        typer.Option("--check", help="Exit with 1 when a configuration is over its budget."),
+        typer.Option(
+            "--check",
+            help="Print what is over its budget and no table; exit with 1 when something is.",
+        ),
+    ] = False,
+    sample: Annotated[
+        bool,
+        typer.Option(
+            "--sample",
+            help="Only those nearest to a spill, of each kernel, architecture and head_dim.",
+        ),
+    ] = False,
+    with_table: Annotated[
+        bool, typer.Option("--table", help="Print the table with --check, too.")
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
@@ -75,8 +88,9 @@ def resources(
 
     Compiles for every architecture; needs NVRTC but no GPU. Compiled kernels are cached. The
     budget: with head_dim 64 the portable kernel takes at most 96 registers and 48 KB of shared
-    memory; nothing ever spills, and ptxas never serialises WGMMA. Registers of the Hopper kernel:
-    at launch / of a consumer / of a producer.
+    memory; nothing ever spills, and ptxas never serialises WGMMA. Without --sample, --check also
+    fails when the sample would leave out what is nearest to a spill. Registers of the Hopper
+    kernel: at launch / of a consumer / of a producer.
 
     Examples:
 
@@ -84,9 +98,10 @@ def resources(
 
         flashcore resources --arch sm_90 --json
 
-        flashcore resources --check
+        flashcore resources --check --sample
     """
     with command(json_output) as out:
+        from flashcore import compile_gate
         from flashcore.configurations import DTYPES, HEAD_DIMS, VARIANTS, configurations
         from flashcore.dispatch import KERNELS
 
@@ -111,43 +126,58 @@ def resources(
                     f"--kernel {kernel} is not one of {', '.join([*short_names, *kernels])}"
                 )
             wanted = [entry for entry in wanted if entry.plan.kernel == full_name]
-        rows = measure(out, wanted)
+        num_known = len(wanted)
+        if sample:
+            wanted = compile_gate.sample(wanted)
+        measured = measure(out, wanted)
+        rows = [_row(entry, found) for entry, found in measured]
         violations = [text for row in rows for text in row.violations]
-        _show(out, rows)
+        missed = compile_gate.missed_by_sample(measured) if check and not sample else []
+        if with_table or not check:
+            _show(out, rows)
         for text in violations:
             out.print(f"[red]over budget[/] {text}", wrap=False)
-        if not violations:
-            out.print(f"{len(rows)} configurations, all within budget")
-        out.finish(rows, ok=not (check and violations))
+        for text in missed:
+            out.error(f"--sample misses what is nearest to a spill: {text}")
+        counted = f"a sample of {len(rows)} of {num_known}" if sample else f"{len(rows)}"
+        num_over = sum(bool(row.violations) for row in rows)
+        verdict = f"{num_over} over budget" if num_over else "all within budget"
+        out.print(f"{counted} configurations, {verdict}")
+        out.finish(rows, ok=not (check and (violations or missed)))
 
 
-def measure(out: Output, wanted: Sequence[Configuration]) -> list[Row]:
+def measure(out: Output, wanted: Sequence[Configuration]) -> list[tuple[Configuration, Resources]]:
     """Compile configurations, or find them compiled."""
-    rows = []
+    found = []
     with out.progress(f"Compiling {len(wanted)} configurations", len(wanted)) as advance:
-        measured = _compile_all([entry.plan for entry in wanted])
-        for entry, found in zip(wanted, measured, strict=True):
+        for entry, resources in zip(
+            wanted, _compile_all([entry.plan for entry in wanted]), strict=True
+        ):
             advance()
-            row = Row(
-                found.kernel,
-                found.arch,
-                found.head_dim,
-                found.dtype,
-                found.registers,
-                found.smem_bytes,
-                found.spill_bytes,
-                found.code_bytes,
-                entry.variant,
-                f"{entry.plan.block_m}x{entry.plan.block_n}",
-                entry.plan.num_stages,
-                entry.plan.min_blocks,
-                entry.plan.role_registers,
-                found.remarks,
-                [],
-            )
-            row.violations.extend(over_budget(row))
-            rows.append(row)
-    return rows
+            found.append((entry, resources))
+    return found
+
+
+def _row(entry: Configuration, found: Resources) -> Row:
+    from flashcore.compile_gate import over_budget
+
+    return Row(
+        found.kernel,
+        found.arch,
+        found.head_dim,
+        found.dtype,
+        found.registers,
+        found.smem_bytes,
+        found.spill_bytes,
+        found.code_bytes,
+        entry.variant,
+        f"{entry.plan.block_m}x{entry.plan.block_n}",
+        entry.plan.num_stages,
+        entry.plan.min_blocks,
+        entry.plan.role_registers,
+        found.remarks,
+        over_budget(entry, found),
+    )
 
 
 def _compile_all(plans: Sequence[Plan]) -> Iterator[Resources]:
@@ -162,26 +192,6 @@ def _compile_all(plans: Sequence[Plan]) -> Iterator[Resources]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=2, mp_context=context) as pool:
         yield from pool.map(resources_of, plans, chunksize=4)
-
-
-def over_budget(row: Row) -> list[str]:
-    """What a configuration takes more of than it may, one line each."""
-    from flashcore.plan import HEAD_DIM_64_MAX_REGISTERS, HEAD_DIM_64_MAX_SMEM_BYTES, KERNEL
-
-    where = f"{row.kernel} {row.arch} head_dim {row.head_dim} {row.dtype} {row.variant} {row.tile}"
-    found = []
-    if row.spill_bytes > 0:
-        found.append(f"{where}: {row.spill_bytes} spilled bytes, 0 allowed")
-    found += [f"{where}: {remark}" for remark in row.remarks]
-    if row.head_dim == 64 and row.kernel == KERNEL:
-        if row.registers > HEAD_DIM_64_MAX_REGISTERS:
-            found.append(f"{where}: {row.registers} registers, {HEAD_DIM_64_MAX_REGISTERS} allowed")
-        if row.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES:
-            found.append(
-                f"{where}: {row.smem_bytes} bytes of shared memory, "
-                f"{HEAD_DIM_64_MAX_SMEM_BYTES} allowed"
-            )
-    return found
 
 
 def _show(out: Output, rows: Sequence[Row]) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from flashcore.compile_gate import spare_registers
 from flashcore.limits import blocks_that_fit, smem_limits
 from flashcore.plan import Plan
 from flashcore.plan_sm90 import O_PARTS, Q_BUFFERS, Sm90Plan, with_o_fitted
@@ -107,11 +108,7 @@ def registers_asked_for(plan: Plan) -> int:
 
 def may_avoid_spills(plan: Plan) -> bool:
     """Whether scores, output and what else a thread must hold could fit into its registers."""
-    accumulators = (plan.block_n + -(-plan.head_dim_v // 16) * 16) // 2
-    if isinstance(plan, Sm90Plan):
-        # P V of one key tile is under way while the scores of the next are computed.
-        return accumulators + plan.block_n // 4 + _OTHER_REGISTERS <= plan.role_registers[0]
-    return accumulators + _OTHER_REGISTERS <= plan.max_registers
+    return spare_registers(plan) >= _OTHER_REGISTERS
 
 
 def tiles(base: Plan) -> list[Plan]:
