@@ -20,7 +20,7 @@ def check_text(name: str, plant: Plant) -> None:
     assert (KERNELS_DIR / plant.file).read_text(encoding="utf-8").count(plant.find) == 1
 
 
-def undocumented(names: Iterable[str]) -> list[str]:
-    """Those that docs/simulator.md does not list."""
-    text = _PAGE.read_text(encoding="utf-8")
+def undocumented(names: Iterable[str], page: Path = _PAGE) -> list[str]:
+    """Those that docs/simulator.md, or another page, does not list."""
+    text = page.read_text(encoding="utf-8")
     return [name for name in names if f"`{name}`" not in text]

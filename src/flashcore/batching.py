@@ -36,7 +36,7 @@ def forward_vmap(info, in_dims, q, k, v, mask, *arguments):  # type: ignore[no-u
 
 def backward_vmap(info, in_dims, dout, dlse, q, k, v, mask, out, lse, *arguments):  # type: ignore[no-untyped-def]
     """Likewise the backward operator. Each of the batch has its own gradient of a shared mask."""
-    n, needs_mask_grad = info.batch_size, arguments[-1]
+    n, needs_mask_grad = info.batch_size, arguments[5]  # behind the options
     dout, dlse, q, k, v, _, out, lse = (
         None if x is None else fold(x, dim, n)
         for x, dim in zip((dout, dlse, q, k, v, None, out, lse), in_dims, strict=False)

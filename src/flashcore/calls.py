@@ -42,11 +42,13 @@ class Found(NamedTuple):
             and devices included.
         call: see dispatch.Call.
         options: validated.
+        backend: as it was asked for, for the backward pass.
     """
 
     fits: Callable[[Tensor, Tensor, Tensor], bool]
     call: Call
     options: Options
+    backend: str = "auto"
 
 
 CALLS_MAX = 1024  # keys
@@ -215,7 +217,7 @@ def find(
     if choice.is_fallback:
         warn_once(choice)
     call = prepare(choice.backend, problem, q.device)
-    found = Found(guard(q, k, v), call, Options.of(problem))
+    found = Found(guard(q, k, v), call, Options.of(problem), backend)
     if choice.backend == "sim":  # depends on environment variables
         return found
     _keep(key, found)

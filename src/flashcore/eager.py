@@ -61,7 +61,7 @@ class _Recorded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, state: State, q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Result:
-        (_, call, ctx.options), return_lse, addresses = state
+        (_, call, ctx.options, ctx.backend), return_lse, addresses = state
         out, lse = call(q, k, v, mask[0] if mask else None, addresses)
         assert lse is not None
         ctx.save_for_backward(q, k, v, out, lse, *mask)
@@ -77,7 +77,8 @@ class _Recorded(torch.autograd.Function):
         q, k, v, out, lse, *masks = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         mask, needs_mask = (masks[0], needs[3]) if masks else (None, False)
-        gradients = ops.backward(dout, dlse, q, k, v, mask, out, lse, *ctx.options, needs_mask)
+        options = *ctx.options, needs_mask, ctx.backend
+        gradients = ops.backward(dout, dlse, q, k, v, mask, out, lse, *options)
         return None, *(g if need else None for g, need in zip(gradients, needs, strict=False))
 
 

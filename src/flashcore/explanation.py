@@ -157,6 +157,7 @@ def explain(
         gradient=choose_backward(
             problem,
             mask_grad_elements=mask.numel() if mask is not None and mask.requires_grad else 0,
+            backend=backend,
         ),
     )
     print(explanation, file=file)

@@ -40,7 +40,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? mask, "
-    f"Tensor out, Tensor lse, {_OPTIONS}, bool needs_mask_grad) "
+    f'Tensor out, Tensor lse, {_OPTIONS}, bool needs_mask_grad, str backend="auto") '
     "-> (Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -162,13 +162,15 @@ def _backward(
     softcap: float,
     scale: float | None,
     needs_mask_grad: bool,
+    backend: str = "auto",
 ) -> Tensors4:
     """dq, dk, dv, dmask; dmask has no elements unless asked for."""
+    check_backend(backend)
     options = Options(causal, window_left, window_right, softcap, scale)
     problem = options.problem(q, k, v, mask, return_lse=True)
     with without_autocast(problem.device):
         dq, dk, dv, dmask = attention_gradients(
-            problem, q, k, v, mask, out, lse, dout, dlse, needs_mask_grad
+            problem, q, k, v, mask, out, lse, dout, dlse, needs_mask_grad, backend
         )
     return dq, dk, dv, q.new_empty(0) if dmask is None else dmask
 
@@ -188,7 +190,9 @@ def _backward_fake(
     softcap: float,
     scale: float | None,
     needs_mask_grad: bool,
+    backend: str = "auto",
 ) -> Tensors4:
+    check_backend(backend)
     dmask = torch.empty_like(mask) if needs_mask_grad and mask is not None else q.new_empty(0)
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dmask
 
@@ -204,7 +208,7 @@ class _Forward(torch.autograd.Function):
         """See `_forward`."""
         q, k, v, mask, *options, return_lse, backend = inputs
         out, lse = below_autograd(forward, keyset, inputs)
-        ctx.options, ctx.lse_backend = Options(*options), None if return_lse else backend
+        ctx.options, ctx.has_lse, ctx.backend = Options(*options), return_lse, backend
         ctx.save_for_backward(q, k, v, mask, out, lse)
         ctx.set_materialize_grads(False)
         if not return_lse:
@@ -215,10 +219,11 @@ class _Forward(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         """Through the backward operator, which is recorded too."""
         q, k, v, mask, out, lse = ctx.saved_tensors
-        if ctx.lse_backend is not None:  # it was not asked for: compute it now
-            out, lse = forward(q, k, v, mask, *ctx.options, True, ctx.lse_backend)
+        if not ctx.has_lse:  # it was not asked for: compute it now
+            out, lse = forward(q, k, v, mask, *ctx.options, True, ctx.backend)
         needs = ctx.needs_input_grad[1:5]
-        gradients = backward(dout, dlse, q, k, v, mask, out, lse, *ctx.options, needs[3])
+        options = *ctx.options, needs[3], ctx.backend
+        gradients = backward(dout, dlse, q, k, v, mask, out, lse, *options)
         pairs = zip(gradients, needs, strict=True)
         return None, *(g if need else None for g, need in pairs), *(None,) * 7
 
@@ -231,7 +236,7 @@ class _Backward(torch.autograd.Function):
     def forward(ctx: Any, keyset: Any, *inputs: Any) -> Tensors4:
         """See `_backward`."""
         gradients: Tensors4 = below_autograd(backward, keyset, inputs)
-        ctx.options = Options(*inputs[8:13])
+        ctx.options, ctx.num_inputs = Options(*inputs[8:13]), len(inputs)
         ctx.save_for_backward(*inputs[:6])
         ctx.set_materialize_grads(False)
         if not inputs[13]:
@@ -246,7 +251,8 @@ class _Backward(torch.autograd.Function):
             gradients = backward_of_backward(dout, dlse, q, k, v, mask, cotangents, ctx.options)
         needs = ctx.needs_input_grad[1:7]
         pairs = zip(gradients, needs, strict=True)
-        return None, *(g if need else None for g, need in pairs), *(None,) * 8
+        rest = (None,) * (ctx.num_inputs - len(gradients))
+        return None, *(g if need else None for g, need in pairs), *rest
 
 
 def _forward_plain(

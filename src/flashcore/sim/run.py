@@ -148,6 +148,20 @@ def simulate_source(
     )
 
 
+def raise_if_left(counters: Tensor, seed: int) -> None:
+    """Raises SimulationError unless a launch left its counters at 0."""
+    left = counters.nonzero().flatten().tolist()
+    if left:
+        raise SimulationError(
+            kind="counter-left",
+            message=f"a counter is {counters[left[0]].item()} at the kernel's end, and the "
+            "next launch counts on 0",
+            array="tile_counter",
+            element=left[0],
+            seed=seed,
+        )
+
+
 def _finish_output(tensor: Placed, seed: int) -> None:
     item = tensor.item
     missing = tensor.first_unwritten() if item.complete else None
@@ -255,16 +269,7 @@ def simulate(
             seed=seed,
             starts_early=plan.starts_early,
         )
-        left = counters.nonzero().flatten().tolist()
-        if left:
-            raise SimulationError(
-                kind="counter-left",
-                message=f"a counter is {counters[left[0]].item()} at the kernel's end, and the "
-                "next launch counts on 0",
-                array="tile_counter",
-                element=left[0],
-                seed=seed,
-            )
+        raise_if_left(counters, seed)
         return report
     except SimulationError as error:
         from flashcore.sim.barrier_names import name_barriers

@@ -34,21 +34,27 @@ struct TileWalk {
     return number >= num_tiles(p, schedule);
   }
 
+  // Which head, counted over the batch, and which of its tiles.
+  struct Place {
+    int head, m_block;
+  };
+
+  FC_DEVICE Place place(const AttnParams& p, const TileSchedule& schedule) const {
+    if (!DRAWS_TILES) return {number / p.num_m_blocks, number % p.num_m_blocks};
+    const int head = number / p.num_m_blocks;
+    const int last_group = schedule.num_heads / schedule.heads_per_group - 1;
+    const int group = min_i(head / schedule.heads_per_group, last_group);
+    const int first_head = group * schedule.heads_per_group;
+    const int num_heads =
+        group < last_group ? schedule.heads_per_group : schedule.num_heads - first_head;
+    const int tile = number - first_head * p.num_m_blocks;
+    return {first_head + tile % num_heads, p.num_m_blocks - 1 - tile / num_heads};
+  }
+
   FC_DEVICE BlockCoord coord(const AttnParams& p, const TileSchedule& schedule) const {
-    int head = number / p.num_m_blocks;
-    int m_block = number % p.num_m_blocks;
-    if (DRAWS_TILES) {
-      const int last_group = schedule.num_heads / schedule.heads_per_group - 1;
-      const int group = min_i(head / schedule.heads_per_group, last_group);
-      const int first_head = group * schedule.heads_per_group;
-      const int num_heads =
-          group < last_group ? schedule.heads_per_group : schedule.num_heads - first_head;
-      const int tile = number - first_head * p.num_m_blocks;
-      head = first_head + tile % num_heads;
-      m_block = p.num_m_blocks - 1 - tile / num_heads;
-    }
-    BlockCoord block = head_coord(p, head);
-    block.m_begin = m_block * BLOCK_M;
+    const Place at = place(p, schedule);
+    BlockCoord block = head_coord(p, at.head);
+    block.m_begin = at.m_block * BLOCK_M;
     return block;
   }
 

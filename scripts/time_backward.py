@@ -1,0 +1,301 @@
+"""Compiles, checks and times tile variants of the backward kernels on a Hopper GPU, beside torch's.
+
+    PYTHONPATH=src python scripts/time_backward.py [--dims 64 128] [--seqlens 1024 4096] [--peers]
+
+Variants run in a child process, which is killed and begun again behind a variant that hangs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+TOKENS, HIDDEN = 16384, 2048
+HANGS_AFTER_S = 25
+
+# (kernel, block_m, block_n, num_stages, other_stages, overlaps, early_dp, keeps_p)
+VARIANTS = {
+    64: [
+        ("dq", 192, 64, 4, 3, True, True, True),
+        ("dq", 192, 96, 3, 3, True, True, True),
+        ("dq", 128, 128, 3, 2, True, True, True),
+        ("dkdv", 128, 128, 3, 2, False, True, False),
+        ("dkdv", 128, 128, 2, 2, False, False, False),
+        ("dkdv", 96, 128, 3, 2, False, True, True),
+        ("dkdv", 96, 128, 3, 2, True, False, False),
+        ("dkdv", 64, 128, 4, 3, True, False, False),
+    ],
+    128: [
+        ("dq", 128, 64, 3, 2, True, True, True),
+        ("dq", 128, 80, 3, 2, True, True, True),
+        ("dq", 128, 96, 3, 2, True, True, True),
+        ("dkdv", 64, 128, 3, 2, True, False, False),
+        ("dkdv", 64, 128, 4, 2, True, False, False),
+        ("dkdv", 64, 128, 3, 3, True, False, False),
+        ("dkdv", 64, 128, 3, 2, False, True, False),
+    ],
+    192: [
+        ("dq", 128, 64, 3, 2, True, True, True),
+        ("dkdv", 96, 64, 2, 2, True, True, True),
+        ("dkdv", 80, 64, 3, 2, True, True, True),
+        ("dkdv", 64, 64, 3, 3, True, True, True),
+    ],
+    256: [
+        ("dq", 128, 64, 2, 1, False, True, True),
+        ("dq", 128, 48, 3, 1, True, True, True),
+        ("dkdv", 64, 64, 2, 2, True, True, True),
+        ("dkdv", 48, 64, 3, 3, True, True, True),
+    ],
+}
+
+
+def plan_of(dim: int, variant: tuple[Any, ...], causal: bool, dtype: str = "bfloat16") -> Any:
+    """Return the plan of a variant."""
+    from flashcore.plan_bwd_sm90 import DKDV_KERNEL, DQ_KERNEL, BwdTile, make_plan
+
+    fields = {
+        "dtype": dtype,
+        "head_dim": dim,
+        "head_dim_v": dim,
+        "has_window_left": False,
+        "has_window_right": causal,
+        "has_softcap": False,
+        "mask": None,
+        "varlen": "none",
+        "folds_heads": 0,
+    }
+    kernel = DQ_KERNEL if variant[0] == "dq" else DKDV_KERNEL
+    return make_plan(kernel, BwdTile(*variant[1:]), fields)
+
+
+def compile_variants(dims: list[int], part: int, parts: int) -> None:
+    """Compile every `parts`-th variant into the cache."""
+    from flashcore.jit import resources
+
+    todo = [(d, v, c) for d in dims for v in VARIANTS[d] for c in (False, True)]
+    for dim, variant, causal in todo[part::parts]:
+        try:
+            r = resources(plan_of(dim, variant, causal))
+            remarks = sorted({text.split(")")[0][-5:] for text in r.remarks})
+            print(f"compiled D{dim} {variant} causal {causal}: spills {r.spill_bytes} {remarks}")
+        except Exception as error:
+            print(f"compile D{dim} {variant} causal {causal}: {error!r}"[:300])
+
+
+def inputs(batch: int, heads: int, seqlen: int, dim: int) -> list[Any]:
+    """Return q, k, v and dout, [batch, heads, seqlen, dim], as projections make them."""
+    import torch
+
+    torch.manual_seed(0)
+    shape = batch, seqlen, heads, dim
+    made = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    return [x.transpose(1, 2) for x in made]
+
+
+def time_us(function: Callable[[], object], repeats: int = 10) -> float:
+    """Return microseconds of a call, the best of three runs of some."""
+    import torch
+
+    for _ in range(3):
+        function()
+    times = []
+    for _ in range(3):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(repeats):
+            function()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / repeats)
+    return min(times)
+
+
+def flops(batch: int, heads: int, seqlen: int, dim: int, causal: bool) -> float:
+    """Return the operations of the forward."""
+    return 4 * batch * heads * seqlen * seqlen * dim * (0.5 if causal else 1.0)
+
+
+def check(dim: int, variants: list[Any]) -> None:
+    """Print a pair's errors against float64, relative to the largest value."""
+    import torch
+
+    import flashcore
+    from flashcore.backward_sm90 import fused_backward, run_on_gpu
+    from flashcore.plan_bwd_sm90 import BwdPlans
+    from flashcore.problem import Problem
+    from flashcore.tiled import attention_backward_tiled, attention_tiled
+
+    for causal in (False, True):
+        for seqlen in (333, 1024):
+            q, k, v, dout = inputs(1, 3, seqlen, dim)
+            problem = Problem.from_tensors(q, k, v, causal=causal, return_lse=True)
+            out, lse = flashcore.attention(q, k, v, causal=causal, return_lse=True)
+            qe, ke, ve = (x.double() for x in (q, k, v))
+            exact = Problem.from_tensors(qe, ke, ve, causal=causal, return_lse=True)
+            oe, le = attention_tiled(exact, qe, ke, ve, None)
+            given = dout.double(), None, False
+            want = attention_backward_tiled(exact, qe, ke, ve, None, oe, le, *given)[:3]
+            plans = BwdPlans(*(plan_of(dim, variant, causal) for variant in variants))
+            first = fused_backward(problem, q, k, v, None, out, lse, dout, None, run_on_gpu, plans)
+            again = fused_backward(problem, q, k, v, None, out, lse, dout, None, run_on_gpu, plans)
+            errors = [
+                float((a.double() - b).abs().max() / b.abs().max())
+                for a, b in zip(first, want, strict=True)
+            ]
+            same = all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+            verdict = "ok" if max(errors) < 0.01 and same else "WRONG"
+            texts = " ".join(f"{e:.2e}" for e in errors)
+            print(f"  check causal {causal} S{seqlen}: {texts} same {same} {verdict}", flush=True)
+
+
+def run_variants(dim: int, seqlens: list[int], skip: int) -> None:
+    """Check and time the variants of a head_dim from number `skip` on."""
+    import torch
+
+    import flashcore
+    from flashcore.counters import work_counters
+    from flashcore.descriptors import aligned
+    from flashcore.driver_launch import Argument
+    from flashcore.launch import _launch, _num_sms
+    from flashcore.params_bwd_sm90 import build_params_bwd_sm90, grid_size
+    from flashcore.problem import Problem
+
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(3))
+    first = {kind: next(v for v in VARIANTS[dim] if v[0] == kind) for kind in ("dq", "dkdv")}
+    for index, variant in enumerate(VARIANTS[dim]):
+        if index < skip:
+            continue
+        print(f"AT {index}", flush=True)
+        signal.alarm(HANGS_AFTER_S)
+        try:
+            print(f"D{dim} {variant}", flush=True)
+            check(dim, [variant if v[0] == variant[0] else v for v in first.values()])
+            for causal in (False, True):
+                for seqlen in seqlens:
+                    batch, heads = TOKENS // seqlen, HIDDEN // dim
+                    q, k, v, dout = inputs(batch, heads, seqlen, dim)
+                    problem = Problem.from_tensors(q, k, v, causal=causal, return_lse=True)
+                    out, lse = flashcore.attention(q, k, v, causal=causal, return_lse=True)
+                    tensors = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
+                    for name in ("q", "k", "v"):
+                        tensors["d" + name] = torch.empty_like(tensors[name])
+                    tensors["delta"] = torch.zeros_like(lse)
+                    counter = work_counters(q.device)
+                    plan = plan_of(dim, variant, causal)
+                    grid = grid_size(problem, plan, _num_sms(q.device.index))
+                    argument = Argument(
+                        *aligned(
+                            bytes(
+                                build_params_bwd_sm90(
+                                    problem, plan, tensors, grid, tile_counter=counter
+                                )
+                            )
+                        )
+                    )
+                    launch = _launch(plan, grid, q.device.index)
+                    us = time_us(functools.partial(launch, argument))
+                    products = 3 if variant[0] == "dq" else 4
+                    rate = flops(batch, heads, seqlen, dim, causal) * products / 2 / us / 1e6
+                    print(
+                        f"  {'causal' if causal else 'full  '} S{seqlen:<6} {us:9.1f} us "
+                        f"{rate:6.1f} TFLOP/s of its own products",
+                        flush=True,
+                    )
+        except Exception as error:
+            print(f"  FAILED {type(error).__name__}: {str(error)[:600]}", flush=True)
+        signal.alarm(0)
+
+
+def run_peers(dim: int, seqlens: list[int]) -> None:
+    """Time whole backward passes through autograd: ours, cuDNN's and FlashAttention-2's."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    import flashcore
+
+    def ours(q: Any, k: Any, v: Any, causal: bool) -> Any:
+        return flashcore.attention(q, k, v, causal=causal)
+
+    def by(backend: Any) -> Any:
+        def function(q: Any, k: Any, v: Any, causal: bool) -> Any:
+            with sdpa_kernel(backend):
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
+
+        return function
+
+    functions = {
+        "flashcore": ours,
+        "cuDNN": by(SDPBackend.CUDNN_ATTENTION),
+        "FA2": by(SDPBackend.FLASH_ATTENTION),
+    }
+    for name, causal, seqlen in itertools.product(functions, (False, True), seqlens):
+        batch, heads = TOKENS // seqlen, HIDDEN // dim
+        *leaves, dout = inputs(batch, heads, seqlen, dim)
+        for x in leaves:
+            x.requires_grad_()
+        out = functions[name](*leaves, causal)
+        backward = functools.partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
+        us = time_us(backward)
+        rate = 2.5 * flops(batch, heads, seqlen, dim, causal) / us / 1e6
+        shape = f"D{dim} {'causal' if causal else 'full'} S{seqlen}"
+        print(f"whole {name} {shape} {us:.1f} us {rate:.1f} TFLOP/s", flush=True)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--dims", type=int, nargs="+", default=list(VARIANTS))
+    parser.add_argument("--seqlens", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument("--peers", action="store_true")
+    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        kind, *numbers = arguments.child
+        if kind == "compile":
+            compile_variants(arguments.dims, *map(int, numbers))
+        elif kind == "peers":
+            run_peers(int(numbers[0]), arguments.seqlens)
+        else:
+            run_variants(int(numbers[0]), arguments.seqlens, int(numbers[1]))
+        return
+    common = ["--seqlens", *map(str, arguments.seqlens), "--dims", *map(str, arguments.dims)]
+
+    def child(*numbers: object, timeout: float = 600) -> tuple[str, int]:
+        command = [sys.executable, __file__, *common, "--child", *map(str, numbers)]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout
+        )
+        return done.stdout, done.returncode
+
+    start = time.time()
+    workers = max(1, (os.cpu_count() or 1) - 2)
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        for text, _ in pool.map(lambda part: child("compile", part, workers), range(workers)):
+            print(text, end="", flush=True)
+    print(f"compiled in {time.time() - start:.0f} s", flush=True)
+    for dim in arguments.dims:
+        skip = 0
+        while skip < len(VARIANTS[dim]):
+            text, code = child("run", dim, skip)
+            print(text, end="", flush=True)
+            if code == 0:
+                break
+            at = [int(line.split()[1]) for line in text.splitlines() if line.startswith("AT ")]
+            print(f"HUNG OR CRASHED with {code}", flush=True)
+            skip = (at[-1] if at else skip) + 1
+        if arguments.peers:
+            print(child("peers", dim)[0], end="", flush=True)
+    print(f"done in {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Runs a backward kernel in the simulator on CPU tensors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flashcore.codegen import generate_source
+from flashcore.params_bwd_sm90 import build_params_bwd_sm90, maps_of, num_tiles
+from flashcore.sim.run import PERSISTENT_BLOCKS, raise_if_left, simulate_source
+from flashcore.sim.tensors import SimTensor
+
+if TYPE_CHECKING:
+    from flashcore.plan_bwd_sm90 import BwdSm90Plan
+    from flashcore.problem import Problem
+    from flashcore.sim.plants import Plant
+    from flashcore.sim.report import SimReport
+
+_OF_ATTN = ("q", "k", "v", "mask", "out", "lse")
+
+
+def simulate_backward(
+    problem: Problem,
+    plan: BwdSm90Plan,
+    tensors: dict[str, Tensor],
+    *,
+    seed: int = 0,
+    plant: Plant | None = None,
+) -> SimReport:
+    """Runs a plan's kernel in the simulator.
+
+    Args:
+        problem: validated description of the forward.
+        plan: of one of the two kernels.
+        tensors: as in params_bwd_sm90.build_params_bwd_sm90.
+        seed: of the scheduler.
+        plant: bug to plant, for testing the checks.
+
+    Returns:
+        Statistics of the run.
+
+    Raises:
+        SimulationError: the kernel did something that it must not do.
+        BackendUnavailableError: there is no C++ compiler.
+    """
+    written = {"dq", "delta"} if plan.is_dq else {"dk", "dv"}
+    maps = maps_of(plan)
+    placed = []
+    for name, tensor in tensors.items():
+        fields = (f"{name}_map.base",) if name in maps else ()
+        if name in _OF_ATTN:
+            fields = (f"attn.{name}", *fields)
+        elif name in ("delta", "dlse"):
+            fields = (name,)
+        if fields:
+            placed.append(SimTensor(name, tensor, fields, writable=name in written))
+    counter = torch.zeros(int(plan.draws_tiles), dtype=torch.int32)
+    if plan.draws_tiles:
+        placed.append(SimTensor("tile_counter", counter, "attn.tile_counter", counter=True))
+    grid = min(num_tiles(problem, plan), PERSISTENT_BLOCKS)
+    report = simulate_source(
+        generate_source(plan, "host", plant),
+        build_params_bwd_sm90(problem, plan, tensors, grid, target="host"),
+        placed,
+        grid=grid,
+        num_threads=plan.num_threads,
+        smem_bytes=plan.smem_bytes + (plant.extra_smem_bytes if plant else 0),
+        seed=seed,
+        starts_early=plan.starts_early,
+    )
+    raise_if_left(counter, seed)
+    return report
