@@ -318,19 +318,9 @@ class _Runner:
             outputs["row_sum"] = unwritten(*rows, num_n_blocks)
             buffers = {f"gate_{name}": outputs[name] for name in ("scores", "row_max", "row_sum")}
         run_planned(
-            problem,
-            plan,
-            call.q,
-            call.k,
-            call.v,
-            call.mask,
-            out,
-            outputs["lse"],
-            buffers,
-            call.lengths,
-            seed=self.seed,
-            plant=self.plant,
-        )
+            problem, plan, call.q, call.k, call.v, call.mask, out, outputs["lse"], buffers,
+            call.lengths, seed=self.seed, plant=self.plant,
+        )  # fmt: skip
         if call.is_packed:
             outputs |= {"out": as_batch(out), "lse": outputs["lse"][None]}
         return outputs

@@ -209,7 +209,7 @@ def _with_growth(name: str, plant: Plant) -> Planted:
 
 
 def _with_large_scores(name: str, plant: Plant, kernel: str) -> Planted:
-    return Planted(plant, kernel, _SHORT | _LARGE[name], stage=_stage(name, kernel))
+    return Planted(plant, kernel, {**_SHORT, **_LARGE[name]}, stage=_stage(name, kernel))
 
 
 def _packed(name: str, plant: Plant, more: Mapping[str, Any]) -> Planted:

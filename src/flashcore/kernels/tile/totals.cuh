@@ -11,6 +11,7 @@
 
 // 0: the keys are so few that one sum will do (exactness.py).
 constexpr bool HAS_TOTALS = KEY_TILES_OF_CHUNK > 0;
+constexpr int CHUNK_KEY_TILES = HAS_TOTALS ? KEY_TILES_OF_CHUNK : 1;  // 0 would be divided by
 
 // Of one warp's 16 rows, as a lane holds them in accumulators and in OnlineSoftmax.
 template <int NUM_OUT_FRAGS, bool EXISTS = HAS_TOTALS>
@@ -18,7 +19,7 @@ class Totals {
  public:
   // Whether a chunk ends with a key tile.
   FC_DEVICE static bool ends_chunk(int n_block) {
-    return n_block % KEY_TILES_OF_CHUNK == KEY_TILES_OF_CHUNK - 1;
+    return n_block % CHUNK_KEY_TILES == CHUNK_KEY_TILES - 1;
   }
 
   // Moves a chunk's sums here; the caller clears O.
