@@ -12,7 +12,7 @@ import pytest
 from flashcore import gates, sim, verify
 from flashcore.cases import Case
 from flashcore.plan import SIM_ARCH
-from flashcore.sim import Plant, plants, registry
+from flashcore.sim import Plant, plant_stages, plants, registry
 from flashcore.sim.plants_schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.report import ALARM_KINDS
 from flashcore.stages import suspects_of
@@ -66,7 +66,7 @@ def test_every_planted_bug_has_a_stage_of_its_kernel() -> None:
         if suspects_of(planted.kernel, planted.stage) is None
     ]
     assert without == []
-    for kernel, stages in registry.STAGES.items():
+    for kernel, stages in plant_stages.STAGES.items():
         listed = [name for names in stages.values() for name in names]
         assert sorted(listed) == sorted(
             {p.plant.name for p in registry.PLANTED if p.kernel == kernel}

@@ -8,6 +8,9 @@ from flashcore.sim.plants import Plant, by_name
 _KERNEL = "attn_fwd_sm90.cuh"
 _SOFTMAX = "tile/softmax.cuh"
 _VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))"
+_MAX_LOG2 = """\
+    const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
+                               c.softmax.row_max[1] * c.scale_log2};"""
 
 PLANTS_OLD_MAX_SM90 = by_name(
     Plant(
@@ -20,10 +23,10 @@ PLANTS_OLD_MAX_SM90 = by_name(
     ),
     Plant(
         name="no-max-yet-unseen",
-        title="terms are taken as they are though their row has no maximum yet",
-        file=_SOFTMAX,
-        find="1024.0f) | !has_max;",
-        replace="1024.0f);",
+        title="a row that has no maximum yet is taken for one whose maximum is 0",
+        file=_KERNEL,
+        find=_MAX_LOG2,
+        replace="    float max_log2[2];\n    scale_max(c.softmax, c.scale_log2, max_log2);",
         caught_by="wrong-result",
     ),
     Plant(

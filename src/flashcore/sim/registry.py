@@ -1,7 +1,7 @@
 """All planted bugs: the kernel each is in, and a call that shows it.
 
 `flashcore isolate --plant NAME` takes that call unless it is told another one. Which stage is then
-the first wrong one stands in `STAGES`; tests/test_planted_bugs.py holds isolate to it.
+the first wrong one stands in plant_stages.py; tests/test_planted_bugs.py holds isolate to it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from flashcore.dispatch import KERNELS
 from flashcore.drawing import draw
 from flashcore.obstacles import SM90_ARCH
 from flashcore.plan import SIM_ARCH
+from flashcore.sim.plant_stages import STAGES
 from flashcore.sim.plants import PLANTS, Plant
 from flashcore.sim.plants_causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants_mask import PLANTS_MASK_SM90
@@ -61,71 +62,6 @@ class Planted:
         return dataclasses.replace(base, **options)
 
 
-# By kernel, the bugs whose first wrong stage it is.
-STAGES: dict[str, dict[str, tuple[str, ...]]] = {
-    _WMMA: {
-        "qk": ("no-barrier", "uninit-smem", "deadlock", "one-stage-unordered"),
-        "softmax": ("accum-map", "large-max-product", "large-max-twice"),
-        "pv": ("pv-atomic", "k-overlap", "k-gap"),
-        "full": (
-            *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
-        ),
-        "load": ("one-ahead", "neighbours-key", "no-clamp"),
-        "store": ("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
-    },
-    _SM90: {
-        "setup": ("no-init-fence", "no-init-barrier", "registers-of-three-warps"),
-        "schedule": (
-            *("coord-slots", "coord-late", "draws-left", "first-tiles-drawn-again"),
-            *("counter-left", "scan", "feed-not-waited-for", "feed-asked-early"),
-            *("split-counter-left", "q-buffers-in-step"),
-        ),
-        "load": (
-            *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
-            "ring-of-all-stages",
-        ),
-        "qk": (
-            *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
-            *("tx-too-many", "no-wgmma-fence", "early-consumers", "q-of-another-group"),
-        ),
-        "softmax": (
-            *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
-            *("mask-past-end", "mask-row-mixed-up", "mask-one-tile-late", "mask-front-whole"),
-            *("mask-front-not-copied", "mask-end-not-copied", "mask-unshifted-copies"),
-            *("mask-shift-forgotten", "mask-shift-of-another-row"),
-            *("large-max-product", "large-max-twice"),
-        ),
-        "pv": (
-            *("asked-for-last", "no-is-yes", "output-kept", "wrong-parity", "no-commit"),
-            *("accum-not-waited-for", "v-leading-bytes", "swizzle"),
-        ),
-        "full": (
-            *("accum-written-early", "probs-written-early", "shares-on-one-ring", "turn-count"),
-            *("turn-not-handed-on", "share-never-taken", "share-without-weight"),
-            *("share-sum-lost", "passed-over-unawaited", "passed-over-kept", "passed-over-turn"),
-            *("passed-over-too-many", "outgrown-unseen", "no-max-yet-unseen"),
-            *("outgrown-in-one-warp", "outgrown-k-kept", "outgrown-k-overwritten"),
-            *("outgrown-sums-kept", "outgrown-no-fence", "outgrown-not-awaited"),
-            *("split-share-dropped", "split-without-weight", "split-sums-not-rescaled"),
-            *("split-last-share-again", "split-gap", "values-off-by-one"),
-            *("passed-over-unsynced", "passed-over-turn-too-many", "outgrown-one-group-early"),
-            *("sum-of-the-neighbour", "turns-of-two", "unseen-q-kept"),
-            *("third-share-unseen", "second-part-alone", "first-part-kept"),
-            *("unmasked-too-far-right", "unmasked-too-far-left", "last-key-alone"),
-            *("folded-as-rows", "large-max-left"),
-        ),
-        "store": (
-            *("no-proxy-fence", "no-store-barrier", "o-overwritten", "o-part-overwritten"),
-            *("o-part-misplaced", "no-store-commit", "exit-with-store", "share-not-awaited"),
-            *("share-overwritten", "split-relaxed", "split-no-barrier"),
-            *("split-arrival-not-awaited", "split-last-too-early", "split-never-last"),
-            *("split-one-counter", "split-rows-past-the-end"),
-            *("box-of-a-neighbour", "class-left-out"),
-        ),
-    },
-}
-
-
 # Beside others of its kind, two consumers for whom two row tiles follow each other, four key tiles
 # for two stages.
 _TWO_CONSUMERS = {"block_m": 128, "block_n": 64, "num_stages": 2, "min_blocks": 1, "key_splits": 1}
@@ -157,10 +93,10 @@ _MASKED = {"seqlen_q": 150, "seqlen_k": 117, "head_dim": 64, "head_dim_v": 64}
 _ROWS = _MASKED | {"causal": "lower_right", "mask": "additive", "seed": 1}
 _SHIFTED_ROWS = _MASKED | {"causal": "lower_right", "mask": "bool", "seed": 2}
 _GROWING = {"seqlen_q": 150, "seqlen_k": 181, "head_dim": 64, "head_dim_v": 64, "dtype": "bfloat16"}
-_SHORT = {"seqlen_q": 70, "seqlen_k": 150, "head_dim": 64, "head_dim_v": 64}
+_SHORT: dict[str, Any] = {"seqlen_q": 70, "seqlen_k": 150, "head_dim": 64, "head_dim_v": 64}
 # Products of a large maximum are rounded by so much here that a term is nothing, or infinite; to be
 # taken twice it must be large only.
-_LARGE = {
+_LARGE: dict[str, dict[str, Any]] = {
     "large-max-product": {"dtype": "bfloat16", "spread": 1e18},
     "large-max-twice": {"spread": 1000.0},
 }
