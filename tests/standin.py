@@ -18,6 +18,7 @@ from flashcore import (
     dispatch,
     driver,
     driver_launch,
+    gradients,
     launch,
     launcher,
     params_sm90,
@@ -135,7 +136,8 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
         return dataclasses.replace(problem, device="cuda", arch=arch)
 
     monkeypatch.setattr(Problem, "from_tensors", classmethod(from_tensors))
-    # Torch's operators know that these are CPU tensors.
+    # A stand-in computes nothing, and torch's operators know that these are CPU tensors.
+    monkeypatch.setattr(gradients, "obstacle_to_sm90", lambda *arguments: "a stand-in")
     monkeypatch.setattr(torch_backward, "obstacle_to_fused", lambda *arguments: "a stand-in")
     monkeypatch.setattr(driver, "import_driver", lambda: SimpleNamespace(CUresult=int))
     monkeypatch.setattr(driver, "entry_address", machine.driver.address_of)

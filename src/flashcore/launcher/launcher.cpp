@@ -356,7 +356,8 @@ struct Recorded : torch::autograd::Function<Recorded> {
     for (const auto& option : ctx->saved_data.at("options").toTupleRef().elements()) {
       stack.push_back(option);
     }
-    stack.emplace_back(false);  // there is no mask
+    stack.emplace_back(false);                // there is no mask
+    stack.emplace_back(std::string("auto"));  // a boxed call has no defaults
     op.callBoxed(&stack);
     torch::autograd::variable_list result(7);  // as forward has arguments
     for (size_t i = 0; i < 3; ++i) {
