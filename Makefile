@@ -9,14 +9,14 @@ PYTEST_ARGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
-PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 export PYTHONUNBUFFERED := 1
 # Compiled kernels and simulator builds of this checkout stay in it.
 export FLASHCORE_CACHE_DIR ?= $(CURDIR)/.cache/flashcore
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-gpu lint gate gate-all docs sanitize clean
+.PHONY: help setup demo test test-thorough test-gpu lint gate gate-all docs sanitize clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
@@ -30,10 +30,13 @@ demo: $(READY) ## attention on real input, checked against a float64 oracle
 	$(BIN)/flashcore demo
 
 test: $(READY) lint gate docs ## style, types, resource gate (a sample), pages, simulator and CPU tests; GPU tests where there is one
-	$(PYTEST)
+	$(PYTEST) -m "not thorough" $(PYTEST_ARGS)
+
+test-thorough: $(READY) ## the tests that `make test` leaves out: each planted bug, many schedules of the simulator
+	$(PYTEST) -m thorough $(PYTEST_ARGS)
 
 test-gpu: $(READY) ## the whole suite on the GPU at hand; fails where there is none
-	$(PYTEST) --require-gpu
+	$(PYTEST) --require-gpu $(PYTEST_ARGS)
 
 # In an environment that borrows a prepared Python's packages the style tools may be missing.
 lint: $(READY) ## ruff and mypy

@@ -19,6 +19,8 @@ from flashcore.stages import suspects_of
 from flashcore.varlen_cases import VarlenCase
 from plant_checks import check_text, undocumented
 
+pytestmark = pytest.mark.thorough
+
 SM90, WMMA = "attn_fwd_sm90", "attn_fwd_wmma"
 DRAWN = [planted for planted in registry.PLANTED if planted.drawn is not None]
 SIZES = {WMMA: (150, 64), SM90: (300, 96)}  # as the command takes them

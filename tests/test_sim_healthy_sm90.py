@@ -17,6 +17,8 @@ from flashcore.problem import Problem
 from flashcore.sim import simulate
 from test_sim_healthy import draw_case
 
+pytestmark = pytest.mark.thorough
+
 SEEDS_OF_A_FAMILY = 50
 
 # name -> (tile, what is fixed). Between them: one to three consumers, taking turns or not, one or

@@ -17,6 +17,8 @@ from flashcore.sim import simulate
 from test_sim_healthy import draw_case
 from test_sim_healthy_sm90 import make_plan
 
+pytestmark = pytest.mark.thorough
+
 SEEDS_OF_A_FAMILY = 25
 
 # name -> (tile, what is fixed). Between them: one and two groups of rows, keys shared by two

@@ -17,6 +17,8 @@ from flashcore.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_
 from flashcore.varlen_cases import draw_varlen_case as draw
 from test_sim_healthy_sm90 import make_plan
 
+pytestmark = pytest.mark.thorough
+
 SEEDS_OF_A_FAMILY = 25
 
 # name -> (tile of the Hopper kernel or None for the portable one, what is fixed).

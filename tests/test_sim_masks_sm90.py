@@ -20,6 +20,8 @@ from flashcore.sim.replay import parse_replay
 from plant_checks import check_text, undocumented
 from test_sim_healthy_sm90 import make_plan
 
+pytestmark = pytest.mark.thorough
+
 SEEDS = range(20)
 CASE = Case(num_heads_q=4, num_heads_kv=2, seqlen_q=150, seqlen_k=117, causal="lower_right")
 # Not a multiple of what is copied at once, in rows that have a multiple of it.

@@ -20,6 +20,8 @@ from flashcore.sim.plants_old_max import PLANTS_OLD_MAX_SM90
 from plant_checks import check_text, undocumented
 from test_sim_healthy_sm90 import make_plan
 
+pytestmark = pytest.mark.thorough
+
 SEEDS = range(20)
 # Keys are visited from last to first: four key tiles and more, of which the first and, with bounds,
 # some others are masked.

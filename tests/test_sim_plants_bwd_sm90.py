@@ -20,6 +20,8 @@ from gradient_rule import forward, wrong_gradients
 from plant_checks import check_text, undocumented
 from test_backward_sm90 import plans_of
 
+pytestmark = pytest.mark.thorough
+
 SEEDS = range(20)
 
 # Two heads of a group, rows that see nothing, keys that one warpgroup of two passes over, and for

@@ -21,6 +21,8 @@ from flashcore.sim.replay import parse_replay
 from flashcore.sim.report import ALARM_KINDS
 from plant_checks import check_text, undocumented
 
+pytestmark = pytest.mark.thorough
+
 SEEDS = range(20)
 
 # Four row tiles for three blocks, three column chunks, four key tiles for two stages.

@@ -18,6 +18,8 @@ from flashcore.sim.plants_split import PLANTS_SPLIT
 from flashcore.sim.replay import parse_replay
 from plant_checks import check_text, undocumented
 
+pytestmark = pytest.mark.thorough
+
 SEEDS = range(20)
 # Two row tiles a head, in five pieces each for three blocks; of eight key tiles, so that pieces
 # differ in length. Of three blocks an SM, a thread has few registers and loads four shares at once.

@@ -17,6 +17,8 @@ from flashcore.sim.replay import parse_replay
 from flashcore.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
 from plant_checks import check_text, undocumented
 
+pytestmark = pytest.mark.thorough
+
 SEEDS = range(20)
 CASE = VarlenCase(
     lengths_q=(60, 0, 70, 1, 9), lengths_k=(40, 3, 90, 17, 0), num_heads_kv=1, causal="lower_right"
