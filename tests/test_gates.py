@@ -190,7 +190,9 @@ def test_every_device_function_of_the_tiles_has_a_phase() -> None:
             if found is None:
                 continue
             written.add(found[1])
-            if path.parent.name == "tile" and path.stem not in NO_PHASE:
+            # Backward kernels have no stages of isolate.
+            is_forward = not path.stem.startswith("bwd_")
+            if path.parent.name == "tile" and is_forward and path.stem not in NO_PHASE:
                 assert alarms._phase_of(found[1], at) is not None, (path.name, found[1])
     assert set(alarms._PHASE_OF_FUNCTION) <= written
 

@@ -50,6 +50,8 @@ def test_every_dictionary_of_planted_bugs_is_in_the_registry() -> None:
         for name, value in vars(importlib.import_module(module.name)).items():
             if not name.startswith("PLANTS") or not isinstance(value, dict):
                 continue
+            if name.startswith("PLANTS_BWD"):  # isolate takes forward passes apart
+                continue
             found.add(name)
             of = kernels.get(name.rpartition("_")[2], {SM90, WMMA})
             missing += [
