@@ -59,7 +59,7 @@ class ErrorReport:
 
     @property
     def ok(self) -> bool:
-        """Whether the result passes. A NaN fails every comparison, so it never passes."""
+        """Return whether the result passes. A NaN fails every comparison, so it never passes."""
         lse_ok = self.lse_error is None or self.lse_error <= self.lse_limit
         return self.max_error <= self.max_limit and self.mean_error <= self.mean_limit and lse_ok
 

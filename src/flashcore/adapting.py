@@ -112,7 +112,7 @@ class Adapted:
 
     @property
     def is_as_asked(self) -> bool:
-        """Whether tensors and result need no change."""
+        """Return whether tensors and result need no change."""
         return not (self.copies or self.one_head)
 
     def tensors(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -277,7 +277,7 @@ def rather_not_sm90(problem: Problem) -> str | None:
 
 
 def copies_pay(problem: Problem, num_bytes: int, num_copies: int) -> bool:
-    """Whether the Hopper kernel saves more time than copies of so many bytes take."""
+    """Return whether the Hopper kernel saves more time than copies of so many bytes take."""
     rows_q, rows_k = problem.seqlen_q, problem.seqlen_k
     flops = 2 * problem.batch * problem.num_heads_q * rows_q * rows_k
     flops *= problem.head_dim + problem.head_dim_v

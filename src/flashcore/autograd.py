@@ -29,14 +29,14 @@ _warned_of_forward_mode = False
 
 
 def needs_grad(*tensors: Any) -> bool:
-    """Whether autograd records a call with these tensors. What is none has no gradient."""
+    """Return whether autograd records a call with these tensors. What is none has no gradient."""
     return torch.is_grad_enabled() and any(
         isinstance(x, Tensor) and x.requires_grad for x in tensors
     )
 
 
 def in_forward_mode(*inputs: Any) -> bool:
-    """Whether the level that an operator is called at wants tangents of its results."""
+    """Return whether the level that an operator is called at wants tangents of its results."""
     transform = peek_interpreter_stack()
     if transform is not None and transform.key() != TransformType.Vmap:
         return transform.key() == TransformType.Jvp
@@ -172,7 +172,7 @@ def functions_of_lengths(
 
 
 def needs_mask_grad(mask: Tensor | None) -> bool:
-    """Whether a gradient of the mask is wanted; not for what else stands in its place."""
+    """Return whether a gradient of the mask is wanted; not for what else stands in its place."""
     return mask is not None and mask.requires_grad
 
 

@@ -259,7 +259,7 @@ def _draw_for_sim(
 
 
 def _is_bounded(options: Mapping[str, Any]) -> bool:
-    """Whether lengths or bounds are drawn around the border of a key tile, see _beside."""
+    """Return whether lengths or bounds are drawn around the border of a key tile, see _beside."""
     is_bounded = options.get("causal") == "lower_right" or "window" in options
     return is_bounded and not options.get("packed") and not options.get("few_queries")
 

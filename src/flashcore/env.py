@@ -201,12 +201,12 @@ def sim_arch() -> int:
 
 
 def tuned() -> bool:
-    """Whether tile configurations found on this machine are used."""
+    """Return whether tile configurations found on this machine are used."""
     return _tuned() == "1"
 
 
 def tile_table() -> bool:
-    """Whether tile configurations that ship with flashcore are used."""
+    """Return whether tile configurations that ship with flashcore are used."""
     return _tuned() != "rules"
 
 

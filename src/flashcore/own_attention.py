@@ -116,7 +116,7 @@ def _parts(kind: type) -> Iterator[type]:
 
 
 def _is_library(module_name: str) -> bool:
-    """Whether a module is torch's or a part that Transformers' models share."""
+    """Return whether a module is torch's or a part that Transformers' models share."""
     return module_name.startswith("torch.") or module_name in (
         "transformers.modeling_utils",
         "transformers.generation.utils",

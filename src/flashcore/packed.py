@@ -75,7 +75,7 @@ def check_lengths(name: str, x: object, q: Tensor) -> None:
 
 
 def readable(x: Tensor) -> bool:
-    """Whether the host may read a tensor's values: it has some, and nobody watches."""
+    """Return whether the host may read a tensor's values: it has some, and nobody watches."""
     return (
         type(x) is Tensor
         and not x.is_meta

@@ -84,12 +84,12 @@ class Plan:
 
     @property
     def starts_early(self) -> bool:
-        """Whether its blocks may start before the kernels before it have ended."""
+        """Return whether its blocks may start before the kernels before it have ended."""
         return False
 
     @property
     def draws_tiles(self) -> bool:
-        """Whether its blocks share out work by a counter in global memory."""
+        """Return whether its blocks share out work by a counter in global memory."""
         return False
 
     @property
@@ -113,7 +113,7 @@ class Plan:
 
     @property
     def keys_backwards(self) -> bool:
-        """Whether a row tile visits its key tiles from last to first."""
+        """Return whether a row tile visits its key tiles from last to first."""
         return False
 
     @property

@@ -44,7 +44,7 @@ class BwdSm90Plan(Plan):
 
     @property
     def is_dq(self) -> bool:
-        """Whether it is the kernel of dq."""
+        """Return whether it is the kernel of dq."""
         return self.kernel == DQ_KERNEL
 
     @property
@@ -59,7 +59,7 @@ class BwdSm90Plan(Plan):
 
     @property
     def draws_tiles(self) -> bool:
-        """Whether blocks draw tiles from a counter (tile/schedule_sm90.cuh)."""
+        """Return whether blocks draw tiles from a counter (tile/schedule_sm90.cuh)."""
         return self.has_window_right
 
     @property

@@ -241,7 +241,7 @@ def _of_mean_lengths(problem: Problem) -> Problem:
 
 
 def _has_registers(plan: Sm90Plan) -> bool:
-    """Whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
+    """Return whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
     that where the producer's warpgroup is small; a warp that deals out tiles takes from it."""
     held = (plan.block_n + plan.head_dim_v) // 2 + plan.block_n // 4
     return held + 32 <= plan.role_registers[0]

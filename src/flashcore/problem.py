@@ -194,7 +194,7 @@ class Problem:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there is nothing to compute: no output, or no keys (out 0, lse -inf)."""
+        """Return whether there is nothing to compute: no output, or no keys (out 0, lse -inf)."""
         if self.varlen == "packed":
             return not (self.batch and self.num_heads_q and self.total_q and self.total_k)
         return not (self.batch and self.num_heads_q and self.seqlen_q and self.seqlen_k)

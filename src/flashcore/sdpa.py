@@ -165,7 +165,7 @@ def _in_forward_mode() -> contextlib.AbstractContextManager[None]:
 
 
 def _left_to_torch(query: torch.Tensor, backend: str) -> bool:
-    """Whether no kernel is passed over: a meta tensor has nothing to compute."""
+    """Return whether no kernel is passed over: a meta tensor has nothing to compute."""
     return query.is_meta or (backend == "auto" and query.device.type == "cpu")
 
 

@@ -157,7 +157,7 @@ def _is_causal_band(kwargs: dict[str, Any]) -> bool:
 
 
 def _ends_are_aligned(kv_end: int, kv_length: int, kwargs: dict[str, Any]) -> bool:
-    """Whether the last query stands at the last key."""
+    """Return whether the last query stands at the last key."""
     if "q_length" in kwargs:
         q_length, q_offset = kwargs["q_length"], kwargs.get("q_offset", 0)
         if isinstance(q_offset, torch.Tensor):  # a static cache: on the GPU, where we do not look

@@ -120,7 +120,7 @@ def unit(group: str) -> str:
 
 
 def _reads(group: str) -> bool:
-    """Whether it is of decoding, which reads the cache and computes little."""
+    """Return whether it is of decoding, which reads the cache and computes little."""
     return group.startswith("decode")
 
 

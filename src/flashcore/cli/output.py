@@ -83,7 +83,7 @@ class Output:
 
     @property
     def is_terminal(self) -> bool:
-        """Whether somebody watches the progress: else it goes into a log."""
+        """Return whether somebody watches the progress: else it goes into a log."""
         return _console(stderr=True).is_terminal
 
     def print(self, *renderables: Any, wrap: bool = True) -> None:

@@ -135,7 +135,7 @@ def serve_gpu(connection: Connection) -> None:
 
 
 def context_is_sound() -> bool:
-    """Whether CUDA still works in this process, as after a launch that was refused; after an
+    """Return whether CUDA still works in this process, as after a launch that was refused; after an
     illegal address it does not, and only another process helps."""
     import torch
 
