@@ -22,6 +22,8 @@ SAMPLED_VARIANTS = 2
 # What an option takes of a thread's registers, a bound of the band, soft-capping, a mask or
 # lengths: the portable kernel's median on sm_75 and sm_80.
 _REGISTERS_OF_AN_OPTION = 4
+# More than any other option takes: of sums that begin anew, which leave none at head_dim 256.
+_REGISTERS_OF_TOTALS = 64
 # Registers are handed out in eights: nearer to a spill by less than that is as near.
 _REGISTER_STEP = 8
 
@@ -60,7 +62,8 @@ def expected_room(plan: Plan) -> int:
             plan.varlen != "none",
         )
     )
-    return spare_registers(plan) - _REGISTERS_OF_AN_OPTION * num_options
+    of_totals = _REGISTERS_OF_TOTALS if plan.keys_of_chunk else 0
+    return spare_registers(plan) - _REGISTERS_OF_AN_OPTION * num_options - of_totals
 
 
 def sample(found: Iterable[Configuration]) -> list[Configuration]:
