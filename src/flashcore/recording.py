@@ -142,20 +142,20 @@ def plans_of(calls: Iterable[Call], archs: Sequence[int]) -> list[Any]:
 
 
 def _kernels(calls: Iterable[Call], archs: Sequence[int]) -> Iterable[Any]:
+    from flashcore.adapting import adapt, kernel_for
     from flashcore.configurations import machine_code
     from flashcore.dispatch import KERNELS
-    from flashcore.folding import with_copied_q
     from flashcore.growing import planned_as
     from flashcore.plan import SUPPORTED_ARCHS, candidates, select_plan
 
     for asked, backend in calls:
-        copied = with_copied_q(asked) if asked.varlen != "packed" else None
-        problem = planned_as(copied or asked)
         kernel = KERNELS["wmma"] if backend == "wmma" else None
-        elsewhere = dataclasses.replace(problem, device="cpu", arch=0)
         for arch in archs or SUPPORTED_ARCHS:
-            if problem.dtype == "bfloat16" and arch < 80:
+            if asked.dtype == "bfloat16" and arch < 80:
                 continue
+            served_by = "wmma" if backend == "wmma" else kernel_for(asked, arch)
+            problem = planned_as(adapt(asked, served_by).problem)
+            elsewhere = dataclasses.replace(problem, device="cpu", arch=0)
             yield machine_code(candidates(elsewhere, arch, kernel=kernel)[0])
             yield machine_code(select_plan(elsewhere, arch, kernel=kernel))
             if problem.device == "cuda":
