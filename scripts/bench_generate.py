@@ -29,8 +29,9 @@ from typing import Any
 
 import torch
 
-from flashcore import launcher, machine
+from flashcore.base import machine
 from flashcore.integrations.transformers import register
+from flashcore.launch import launcher
 
 VOCABULARY = 32000
 IMPLEMENTATIONS = ("sdpa", "flashcore")

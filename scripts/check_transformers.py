@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore import machine
+from flashcore.base import machine
 from flashcore.integrations.transformers import register
 
 VOCABULARY = 97

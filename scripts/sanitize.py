@@ -21,7 +21,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flashcore.cases import Case, Inputs, make_inputs
+from flashcore.checks.cases import Case, Inputs, make_inputs
 
 TOOLS: dict[str, list[str]] = {
     # The driver's answers to cuda-bindings' search for entry points are no errors of a kernel.
@@ -118,7 +118,7 @@ def backends_for(case: Case) -> list[str]:
 def run_kernel(case: Case, backend: str, x: Inputs, on_gpu: Inputs) -> bool:
     """Run one case on one kernel and judge the result."""
     from flashcore import attention
-    from flashcore.accuracy import error_report
+    from flashcore.checks.accuracy import error_report
 
     out, lse = attention(
         on_gpu.q,
@@ -139,13 +139,13 @@ def launch_planted(case: Case, plant: str, x: Inputs) -> None:
     """Compile the kernel with a planted bug and launch it once."""
     import torch
 
-    from flashcore.codegen import generate_source
-    from flashcore.driver_launch import launch_raw
-    from flashcore.jit import compile_source
-    from flashcore.params import build_params, grid_size
-    from flashcore.plan import select_plan
+    from flashcore.compile.codegen import generate_source
+    from flashcore.compile.jit import compile_source
+    from flashcore.kernels.fwd_wmma.params import build_params, grid_size
+    from flashcore.kernels.fwd_wmma.plan import select_plan
+    from flashcore.launch.driver_launch import launch_raw
     from flashcore.problem import Problem
-    from flashcore.sim.plants import PLANTS
+    from flashcore.sim.plants.wmma import PLANTS
 
     options = {"causal": False, "scale": None, "window": None, "softcap": None, **case.options()}
     problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, return_lse=False, **options)

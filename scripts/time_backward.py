@@ -60,7 +60,7 @@ VARIANTS = {
 
 def plan_of(dim: int, variant: tuple[Any, ...], causal: bool, dtype: str = "bfloat16") -> Any:
     """Return the plan of a variant."""
-    from flashcore.plan_bwd_sm90 import DKDV_KERNEL, DQ_KERNEL, BwdTile, make_plan
+    from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL, BwdTile, make_plan
 
     fields = {
         "dtype": dtype,
@@ -79,7 +79,7 @@ def plan_of(dim: int, variant: tuple[Any, ...], causal: bool, dtype: str = "bflo
 
 def compile_variants(dims: list[int], part: int, parts: int) -> None:
     """Compile every `parts`-th variant into the cache."""
-    from flashcore.jit import resources
+    from flashcore.compile.jit import resources
 
     todo = [(d, v, c) for d in dims for v in VARIANTS[d] for c in (False, True)]
     for dim, variant, causal in todo[part::parts]:
@@ -129,10 +129,10 @@ def check(dim: int, variants: list[Any]) -> None:
     import torch
 
     import flashcore
-    from flashcore.backward_sm90 import fused_backward, run_on_gpu
-    from flashcore.plan_bwd_sm90 import BwdPlans
+    from flashcore.backends.backward_sm90 import fused_backward, run_on_gpu
+    from flashcore.backends.tiled import attention_backward_tiled, attention_tiled
+    from flashcore.kernels.bwd_sm90.plan import BwdPlans
     from flashcore.problem import Problem
-    from flashcore.tiled import attention_backward_tiled, attention_tiled
 
     for causal in (False, True):
         for seqlen in (333, 1024):
@@ -162,11 +162,11 @@ def run_variants(dim: int, seqlens: list[int], skip: int) -> None:
     import torch
 
     import flashcore
-    from flashcore.counters import work_counters
-    from flashcore.descriptors import aligned
-    from flashcore.driver_launch import Argument
-    from flashcore.launch import _launch, _num_sms
-    from flashcore.params_bwd_sm90 import build_params_bwd_sm90, grid_size
+    from flashcore.kernels.bwd_sm90.params import build_params_bwd_sm90, grid_size
+    from flashcore.launch.counters import work_counters
+    from flashcore.launch.descriptors import aligned
+    from flashcore.launch.driver_launch import Argument
+    from flashcore.launch.kernel_call import _launch, _num_sms
     from flashcore.problem import Problem
 
     signal.signal(signal.SIGALRM, lambda *_: os._exit(3))

@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def nothing_ships(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the tiles that ship: by rules, and what the test itself provides."""
-    from flashcore import tile_table
+    from flashcore.selection import tile_table
 
     monkeypatch.setattr(tile_table, "read", lambda arch: None)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import flashcore
-from flashcore.reference import attention_oracle
+from flashcore.checks.reference import attention_oracle
 
 
 def random_qkv(*shape: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

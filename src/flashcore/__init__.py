@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashcore.api import Explanation, attention, explain
+    from flashcore.dropins.routing import enable
+    from flashcore.dropins.sdpa import scaled_dot_product_attention
     from flashcore.errors import (
         BackendUnavailableError,
         CompileError,
         FallbackWarning,
         FlashCoreError,
     )
+    from flashcore.ops.varlen import attention_varlen
     from flashcore.preparing import prepare
     from flashcore.problem import Problem
-    from flashcore.routing import enable
-    from flashcore.sdpa import scaled_dot_product_attention
-    from flashcore.varlen import attention_varlen
 
 __version__ = "0.1.0"  # the only place; pyproject.toml and scripts/bootstrap.py read it here
 
@@ -38,11 +38,11 @@ _MODULES = {
     "FlashCoreError": "errors",
     "Problem": "problem",
     "attention": "api",
-    "attention_varlen": "varlen",
-    "enable": "routing",
+    "attention_varlen": "ops.varlen",
+    "enable": "dropins.routing",
     "explain": "api",
     "prepare": "preparing",
-    "scaled_dot_product_attention": "sdpa",
+    "scaled_dot_product_attention": "dropins.sdpa",
 }
 
 __all__ = [

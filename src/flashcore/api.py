@@ -7,15 +7,15 @@ from typing import Any, Literal, overload
 import torch
 from torch.compiler import is_dynamo_compiling
 
-from flashcore import launcher
-from flashcore.calls import attend
-from flashcore.eager import needs_dispatcher, record
 from flashcore.explanation import Explanation, explain
-from flashcore.ops import attention_dispatched, autocast
-from flashcore.padded import attention_padded
+from flashcore.launch import launcher
+from flashcore.ops.calls import attend
+from flashcore.ops.dense import attention_dispatched, autocast
+from flashcore.ops.eager import needs_dispatcher, record
+from flashcore.ops.padded import attention_padded
 from flashcore.problem import Causal, Window
-from flashcore.ranks import as_rank_4, has_other_rank
-from flashcore.spelling import OF_ATTENTION, other_names, refuse
+from flashcore.problem.ranks import as_rank_4, has_other_rank
+from flashcore.problem.spelling import OF_ATTENTION, other_names, refuse
 
 __all__ = ["Explanation", "attention", "explain"]
 

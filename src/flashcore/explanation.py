@@ -7,20 +7,22 @@ from typing import TextIO
 
 import torch
 
-from flashcore import env, sdpa_cpu, sdpa_gpu, tuned
-from flashcore.adapting import adapt, kernel_for, rather_not_sm90
-from flashcore.dispatch import KERNELS, adapt_for, choose_backend
-from flashcore.gradients import BackwardChoice, choose_backward
-from flashcore.growing import planned_as
-from flashcore.memory_layout import load_bytes
-from flashcore.obstacles import KERNEL_DTYPES, SM90_ARCH
-from flashcore.params_sm90 import num_row_tiles
-from flashcore.plan import Plan, candidates
-from flashcore.plan_sm90 import Sm90Plan
+from flashcore.backends import sdpa_cpu, sdpa_gpu
+from flashcore.backends.adapting import adapt, kernel_for, rather_not_sm90
+from flashcore.backends.dispatch import KERNELS, adapt_for, choose_backend
+from flashcore.backends.gradients import BackwardChoice, choose_backward
+from flashcore.backends.growing import planned_as
+from flashcore.backends.obstacles import KERNEL_DTYPES, SM90_ARCH
+from flashcore.base import env
+from flashcore.kernels.fwd_sm90.params import num_row_tiles
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.fwd_wmma.plan import Plan, candidates
 from flashcore.problem import Causal, Problem, Window
-from flashcore.ranks import as_rank_4, has_other_rank
-from flashcore.spelling import OF_ATTENTION, other_names, refuse
-from flashcore.validation import HEAD_DIM_MAX
+from flashcore.problem.memory_layout import load_bytes
+from flashcore.problem.ranks import as_rank_4, has_other_rank
+from flashcore.problem.spelling import OF_ATTENTION, other_names, refuse
+from flashcore.problem.validation import HEAD_DIM_MAX
+from flashcore.selection import tuned
 
 SHOWN_ALTERNATIVES = 3
 
@@ -213,12 +215,13 @@ def _notes_plan(
         notes.append(found.source)
     elif isinstance(plan, Sm90Plan):
         notes.append(
-            "tiles come from rules, made from measurements on Hopper GPUs; see tiles_sm90.py"
+            "tiles come from rules, made from measurements on Hopper GPUs; see "
+            "kernels/fwd_sm90/tiles.py"
         )
     else:
         notes.append(
             "tiles are ranked by warps resident on an SM, then the block_n that leaves registers "
-            "for more warps (32), then small block_m; see plan.py"
+            "for more warps (32), then small block_m; see kernels/fwd_wmma/plan.py"
         )
     if given.load_bytes < 16:
         narrow = [
@@ -257,6 +260,7 @@ def _notes_sm90(problem: Problem, plan: Sm90Plan) -> list[str]:
     if plan.num_splits > 1:
         notes.append(
             f"the keys of {num_row_tiles(problem, plan)} row tiles are split over "
-            f"{plan.num_splits} blocks each, as few rows leave SMs idle; see plan_splits.py"
+            f"{plan.num_splits} blocks each, as few rows leave SMs idle; see "
+            "kernels/fwd_sm90/splits.py"
         )
     return notes

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore import env, padded
-from flashcore.codegen import generate_source
-from flashcore.dispatch import KERNELS, adapt_for, choose_backend
-from flashcore.growing import planned_as
-from flashcore.options import Options
-from flashcore.packed import packed_problem
-from flashcore.plan import Plan, select_plan
-from flashcore.problem import Causal, Problem, Window, _arch
+from flashcore.backends.dispatch import KERNELS, adapt_for, choose_backend
+from flashcore.backends.growing import planned_as
+from flashcore.backends.packed import packed_problem
+from flashcore.base import env
+from flashcore.compile.codegen import generate_source
+from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
+from flashcore.ops import padded
+from flashcore.problem import Causal, Problem, Window, arch_of_device
+from flashcore.problem.options import Options
 
 __all__ = ["prepare"]
 
@@ -124,7 +125,7 @@ def prepare(
     else:
         problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=return_lse, **options)
     if device.type == "cuda" and problem.device != "cuda":
-        problem = dataclasses.replace(problem, device="cuda", arch=_arch(device.index))
+        problem = dataclasses.replace(problem, device="cuda", arch=arch_of_device(device.index))
     return _ready(problem, backend, device)
 
 
@@ -140,7 +141,7 @@ def _ready(problem: Problem, asked: str, device: torch.device) -> Plan | None:
         plan = select_plan(launched, env.sim_arch())
         load_kernel(generate_source(plan, "host"))
         return plan
-    from flashcore.launch import load_plan
+    from flashcore.launch.kernel_call import load_plan
 
     plan = select_plan(launched, launched.arch, kernel=KERNELS[backend])
     load_plan(launched, plan, device)

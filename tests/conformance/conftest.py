@@ -11,8 +11,8 @@ import torch
 from tensor_maps import Map, encode_map, make_map
 from torch import Tensor
 
-from flashcore.codegen import flatten
-from flashcore.descriptors import TensorMap
+from flashcore.compile.codegen import flatten
+from flashcore.launch.descriptors import TensorMap
 from flashcore.sim import SimTensor, simulate_source
 
 FOLDER = Path(__file__).parent
@@ -94,8 +94,8 @@ def run(request: pytest.FixtureRequest) -> Runner:
                 starts_early=starts_early,
             )
             return {n: tensors[n] for n in outputs + counters}
-        from flashcore.driver_launch import launch_raw
-        from flashcore.jit import compile_source
+        from flashcore.compile.jit import compile_source
+        from flashcore.launch.driver_launch import launch_raw
 
         device = torch.device("cuda")
         major, minor = torch.cuda.get_device_capability()

@@ -1,5 +1,5 @@
 // One mistake a case, for the simulator alone. The line that must be named says `ALARM`, its other
-// side `AGAINST`; tests/test_sim_checks.py has the kind of alarm that each must raise.
+// side `AGAINST`; tests/sim/test_sim_checks.py has the kind of alarm that each must raise.
 #pragma once
 
 #include "prims.cuh"

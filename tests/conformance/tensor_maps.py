@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flashcore.descriptors import TensorMap, encode
-from flashcore.params_sm90 import make_ragged
+from flashcore.kernels.fwd_sm90.params import make_ragged
+from flashcore.launch.descriptors import TensorMap, encode
 
 
 @dataclass(frozen=True)
 class Map:
     """A tensor map of a tensor [batch, heads, rows, cols] and the box that it moves. `ragged`: of a
-    tensor [1, heads, rows, cols], as params_sm90.py makes it for packed sequences."""
+    tensor [1, heads, rows, cols], as kernels/fwd_sm90/params.py makes it for packed sequences."""
 
     tensor: str
     box_rows: int

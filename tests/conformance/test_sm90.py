@@ -12,7 +12,7 @@ import torch
 from tensor_maps import Map
 from torch import Tensor
 
-from flashcore.codegen import flatten
+from flashcore.compile.codegen import flatten
 from flashcore.errors import CompileError
 
 FOLDER = Path(__file__).parent
@@ -41,7 +41,7 @@ PRODUCTS = [(16, 64), (48, 128), (64, 128), (96, 64), (128, 128), (208, 64), (24
 )
 def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, object]) -> None:
     pytest.importorskip("cuda.core")
-    from flashcore.jit import compile_source
+    from flashcore.compile.jit import compile_source
 
     source = flatten(FOLDER / f"{kernel}.cuh", "ptx", constants=constants)
     assert compile_source(source, 90, kernel, "a").code_bytes > 0
@@ -50,7 +50,7 @@ def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, obje
 def test_a_product_that_the_hardware_lacks_does_not_compile() -> None:
     """It once compiled to nothing."""
     pytest.importorskip("cuda.core")
-    from flashcore.jit import compile_source
+    from flashcore.compile.jit import compile_source
 
     constants = {"Element": "float16", "ROW_BYTES": 64, "FRAGS": 17}
     source = flatten(FOLDER / "products.cuh", "ptx", constants=constants)
@@ -258,8 +258,8 @@ def test_a_kernel_that_starts_early_waits_for_what_it_reads(run: Runner) -> None
 def test_a_chain_of_kernels_that_start_early_runs_in_order() -> None:
     """Every one may start as soon as the one before it has; without its wait it would read what
     that one has not written yet."""
-    from flashcore.driver_launch import Argument, Launch
-    from flashcore.jit import compile_source
+    from flashcore.compile.jit import compile_source
+    from flashcore.launch.driver_launch import Argument, Launch
 
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs an sm_90 GPU")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashcore.codegen import flatten
+from flashcore.compile.codegen import flatten
 
 FOLDER = Path(__file__).parent
 DTYPES = ("float16", "bfloat16")
@@ -36,7 +36,7 @@ Runner = Callable[..., dict[str, Tensor]]
 def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, object]) -> None:
     """Where there is no GPU to run them on, at least the device side's signatures are checked."""
     pytest.importorskip("cuda.core")
-    from flashcore.jit import compile_source
+    from flashcore.compile.jit import compile_source
 
     source = flatten(FOLDER / f"{kernel}.cuh", "ptx", constants=constants)
     assert compile_source(source, 80, kernel).code_bytes > 0

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashcore.codegen import flatten
-from flashcore.plan import traits
-from flashcore.plan_sm90 import ARCH, KERNEL, Sm90Plan
+from flashcore.compile.codegen import flatten
+from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan
+from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.problem import Problem
 
 Runner = Callable[..., dict[str, Tensor]]
@@ -78,7 +78,7 @@ def walk(run: Runner, blocks: int, causal: bool) -> list[Tensor]:
 
 def test_the_same_text_compiles_for_a_gpu() -> None:
     pytest.importorskip("cuda.core")
-    from flashcore.jit import compile_source
+    from flashcore.compile.jit import compile_source
 
     path = Path(__file__).parent / "tile_walk.cuh"
     source = flatten(path, "ptx", constants=plan_of(True).constants())

@@ -5,7 +5,7 @@
 #include "prims_sm90.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
-#include "tile/schedule_sm90.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
 
 struct TileWalkParams {
   GmemPtr<const int32_t> cases;  // [num_cases, 4]: heads, heads a group, tiles a head, first place

@@ -19,15 +19,18 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
-from flashcore import calls, eager, launcher, machine, ops
-from flashcore.allocation import allocator
+from flashcore.base import machine
 from flashcore.bench.libraries import Library
 from flashcore.bench.peers import find_peers
 from flashcore.bench.report import table
 from flashcore.bench.run import command_line
 from flashcore.bench.timing import first_line
 from flashcore.bench.workloads import Workload, seed_shape
-from flashcore.options import Options
+from flashcore.launch import launcher
+from flashcore.launch.allocation import allocator
+from flashcore.ops import calls, eager
+from flashcore.ops import dense as ops
+from flashcore.problem.options import Options
 
 Call = Callable[[], object]
 Entry = tuple[Call, Callable[[], AbstractContextManager[Any]]]  # and a context around many calls
@@ -210,7 +213,7 @@ def _launch_layers(call: object, q: Tensor, k: Tensor, v: Tensor) -> dict[str, C
     """Those of a kernel; none where PyTorch computes."""
     if q.device.type != "cuda":
         return {}
-    from flashcore.launch import KernelCall
+    from flashcore.launch.kernel_call import KernelCall
 
     kernel = getattr(call, "__self__", None)
     assert isinstance(kernel, KernelCall)

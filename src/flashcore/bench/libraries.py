@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashcore.bench.workloads import Workload
-from flashcore.memory_layout import as_batch
+from flashcore.problem.memory_layout import as_batch
 
 Call = Callable[[], Tensor]
 Prepare = Callable[[Workload, Tensor, Tensor, Tensor, "Tensor | None"], Call]

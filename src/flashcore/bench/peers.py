@@ -15,7 +15,7 @@ from torch import Tensor
 
 from flashcore.bench.libraries import EVERYTHING, Call, Library, packed
 from flashcore.bench.workloads import Workload
-from flashcore.memory_layout import as_batch
+from flashcore.problem.memory_layout import as_batch
 
 _VARLEN = "torch.nn.attention.varlen"
 _COMPILE_SECONDS = 60.0

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore import env, machine, tile_table, tuned
+from flashcore.base import env, machine
 from flashcore.bench import ceilings
 from flashcore.bench.libraries import Call, Library, cpu_libraries, gpu_libraries
 from flashcore.bench.peers import find_peers
 from flashcore.bench.summary import summarize
 from flashcore.bench.timing import Timing, first_line, time_on_cpu, time_on_gpu
 from flashcore.bench.workloads import GROUPS, Workload, cpu_shapes, sweep
-from flashcore.reference import attention_oracle
+from flashcore.checks.reference import attention_oracle
+from flashcore.selection import tile_table, tuned
 
 # The oracle stores scores in float64, so long sequences are checked on their first and last rows.
 _CHECKED_ROWS = 256

@@ -21,7 +21,7 @@ def build(
         str, typer.Option("--arch", help="Architectures, comma-separated, such as sm_80,sm_90.")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle to write.")] = Path(
-        "flashcore.bundle"
+        "flashcore.compile.bundle"
     ),
     head_dim: Annotated[
         str | None,
@@ -63,16 +63,16 @@ def build(
         flashcore build --arch sm_90 --calls calls.json --only-calls
     """
     with command(json_output) as out:
-        from flashcore import building
-        from flashcore.compiler import nvrtc_version
-        from flashcore.configurations import (
+        from flashcore.backends.recording import plans_of, read_calls
+        from flashcore.base.machine import available_cores
+        from flashcore.compile.compiler import nvrtc_version
+        from flashcore.selection import building
+        from flashcore.selection.configurations import (
             DTYPES,
             OTHER_HEAD_DIMS,
             SERVING_HEAD_DIMS,
             serving_plans,
         )
-        from flashcore.machine import available_cores
-        from flashcore.recording import plans_of, read_calls
 
         archs, dtypes = parse_archs(arch), dtype.split(",")
         if unknown := [name for name in dtypes if name not in DTYPES]:

@@ -12,7 +12,7 @@ import typer
 from flashcore.cli.output import JsonFlag, Output, command, si_bytes, table
 
 if TYPE_CHECKING:
-    from flashcore.housekeeping import Item
+    from flashcore.base.housekeeping import Item
 
 app = typer.Typer(no_args_is_help=True, help="Show and tidy the cache of compiled kernels.")
 
@@ -28,7 +28,7 @@ def show_dir(json_output: JsonFlag = False) -> None:
         flashcore cache dir
     """
     with command(json_output) as out:
-        from flashcore import store
+        from flashcore.base import store
 
         folder, *stand_ins = store.folders()
         out.print(str(folder), wrap=False)
@@ -44,7 +44,7 @@ def show_size(json_output: JsonFlag = False) -> None:
         flashcore cache size
     """
     with command(json_output) as out:
-        from flashcore.housekeeping import items
+        from flashcore.base.housekeeping import items
 
         count: Counter[str] = Counter()
         size: Counter[str] = Counter()
@@ -80,7 +80,7 @@ def prune(
         flashcore cache prune --days 7 --max-size 500M
     """
     with command(json_output) as out:
-        from flashcore.housekeeping import items, to_prune
+        from flashcore.base.housekeeping import items, to_prune
 
         limit = None if max_size is None else _bytes(max_size)
         _delete(out, to_prune(items(), max_bytes=limit, older_than_s=days * 86400))
@@ -100,13 +100,13 @@ def clean(
         flashcore cache clean
     """
     with command(json_output) as out:
-        from flashcore.housekeeping import TUNED, items
+        from flashcore.base.housekeeping import TUNED, items
 
         _delete(out, [item for item in items(0) if tuned or item.kind != TUNED])
 
 
 def _delete(out: Output, found: Sequence[Item]) -> NoReturn:
-    from flashcore.housekeeping import delete
+    from flashcore.base.housekeeping import delete
 
     gone, stayed = delete(found)
     size = sum(item.size for item in gone)

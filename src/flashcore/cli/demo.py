@@ -12,7 +12,7 @@ from flashcore.cli.output import JsonFlag, Output, command, seconds, table
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from flashcore.accuracy import ErrorReport
+    from flashcore.checks.accuracy import ErrorReport
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ def demo(json_output: JsonFlag = False) -> None:
     with command(json_output) as out:
         import torch
 
-        from flashcore import machine
+        from flashcore.base import machine
         from flashcore.data import load_minilm
 
         data = load_minilm()
@@ -163,7 +163,7 @@ def _judged(
     scale: float,
     took: float | None,
 ) -> Row:
-    from flashcore.accuracy import error_report
+    from flashcore.checks.accuracy import error_report
 
     report: ErrorReport = error_report(result, q, k, v, mask=mask, scale=scale)
     return Row(

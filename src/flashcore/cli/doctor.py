@@ -73,7 +73,7 @@ def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
 def _python() -> Iterator[Finding]:
     import torch
 
-    from flashcore import machine
+    from flashcore.base import machine
 
     found = machine.versions()
     yield Finding("flashcore", "ok", found["flashcore"])
@@ -85,7 +85,7 @@ def _python() -> Iterator[Finding]:
 def _gpu() -> Iterator[Finding]:
     import torch
 
-    from flashcore import machine
+    from flashcore.base import machine
 
     gpu = machine.gpu()
     if gpu is None:
@@ -109,7 +109,7 @@ def _gpu() -> Iterator[Finding]:
 
 
 def _nvrtc() -> Iterator[Finding]:
-    from flashcore import machine
+    from flashcore.base import machine
     from flashcore.errors import FlashCoreError
 
     core = machine.package_version("cuda-core")
@@ -121,7 +121,7 @@ def _nvrtc() -> Iterator[Finding]:
         return
     yield Finding("cuda-core", "ok", f"{core}, cuda-bindings {bindings}")
     try:
-        from flashcore.compiler import nvrtc_archs, nvrtc_version
+        from flashcore.compile.compiler import nvrtc_archs, nvrtc_version
 
         version, archs = nvrtc_version(), nvrtc_archs()
     except FlashCoreError as error:
@@ -136,15 +136,15 @@ def _headers() -> Iterator[Finding]:
 
 
 def _compile_for_gpu() -> Iterator[Finding]:
-    from flashcore import machine
-    from flashcore.configurations import configurations
+    from flashcore.base import machine
     from flashcore.errors import BackendUnavailableError, FlashCoreError
+    from flashcore.selection.configurations import configurations
 
     gpu = machine.gpu()
     arch = 80 if gpu is None else gpu.arch
     try:
-        from flashcore.jit import compile_plan
-        from flashcore.plan import SUPPORTED_ARCHS
+        from flashcore.compile.jit import compile_plan
+        from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS
 
         planned = arch if arch in SUPPORTED_ARCHS else max(a for a in SUPPORTED_ARCHS if a <= arch)
         (first, *_) = configurations(
@@ -162,7 +162,7 @@ def _compile_for_gpu() -> Iterator[Finding]:
 
 
 def _compiler() -> Iterator[Finding]:
-    from flashcore.cxx import find_compiler
+    from flashcore.compile.cxx import find_compiler
     from flashcore.errors import FlashCoreError
 
     try:
@@ -176,12 +176,12 @@ def _compiler() -> Iterator[Finding]:
 def _run_small(backend: str, device: str, name: str, is_absent: bool) -> Iterator[Finding]:
     """Whether a small attention is right. Where it cannot run it `is_absent`, as something else
     is, or broken."""
-    from flashcore.cases import Case, make_inputs
+    from flashcore.checks.cases import Case, make_inputs
     from flashcore.errors import BackendUnavailableError, CompileError
 
     try:
         from flashcore import attention
-        from flashcore.accuracy import error_report
+        from flashcore.checks.accuracy import error_report
 
         inputs = make_inputs(Case(seqlen_q=70, seqlen_k=70), device)
         out = attention(inputs.q, inputs.k, inputs.v, backend=backend)
@@ -216,8 +216,8 @@ def _kernel_on_gpu() -> Iterator[Finding]:
 
 
 def _cache() -> Iterator[Finding]:
-    from flashcore import env, store
-    from flashcore.housekeeping import items
+    from flashcore.base import env, store
+    from flashcore.base.housekeeping import items
 
     remedy = f"set {env.CACHE_DIR.name} to a folder that can be written"
     wanted, trouble = env.wanted_cache_dir()
@@ -249,7 +249,8 @@ def _cache() -> Iterator[Finding]:
 
 
 def _bundle() -> Iterator[Finding]:
-    from flashcore import bundle, env, machine
+    from flashcore.base import env, machine
+    from flashcore.compile import bundle
     from flashcore.errors import FlashCoreError
 
     path = env.bundle()
@@ -275,7 +276,7 @@ def _bundle() -> Iterator[Finding]:
 
 
 def _environment() -> Iterator[Finding]:
-    from flashcore import env
+    from flashcore.base import env
 
     for sentence in env.unknown_variables():
         yield Finding("environment", "broken", sentence, "unset it, or set the one that is meant")

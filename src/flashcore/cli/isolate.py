@@ -10,9 +10,9 @@ from flashcore.cli import options as o
 from flashcore.cli.output import JsonFlag, Output, command, seconds, table, to_json, usage_errors
 
 if TYPE_CHECKING:
-    from flashcore.drawing import Drawn
-    from flashcore.isolation import Isolation, StageResult
-    from flashcore.sim.registry import Planted
+    from flashcore.checks.drawing import Drawn
+    from flashcore.isolate.isolation import Isolation, StageResult
+    from flashcore.isolate.registry import Planted
 
 # What shows the most: several key tiles, tails everywhere, and several column chunks on Hopper.
 _SEQLEN = {"attn_fwd_wmma": 150, "attn_fwd_sm90": 300}
@@ -109,9 +109,9 @@ def isolate(
         flashcore isolate --backend sim --arch sm_90 --seed 0 --case 7
     """
     with command(json_output) as out:
-        from flashcore import gates
-        from flashcore.planned import parse_tile
-        from flashcore.stages import Stage, stages_of
+        from flashcore.checks.planned import parse_tile
+        from flashcore.isolate import gates
+        from flashcore.isolate.stages import Stage, stages_of
 
         if plant == "list":
             _list_plants(out)
@@ -174,9 +174,9 @@ def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tu
     """The backend to run on, "sim" or a kernel's on the GPU, and the kernel."""
     import torch
 
-    from flashcore import gates
-    from flashcore.dispatch import KERNELS
-    from flashcore.verify import GPU_BACKENDS, resolve_backend
+    from flashcore.backends.dispatch import KERNELS
+    from flashcore.checks.verify import GPU_BACKENDS, resolve_backend
+    from flashcore.isolate import gates
 
     simulate = plant is not None or arch is not None or not torch.cuda.is_available()
     if backend == "auto":
@@ -194,9 +194,10 @@ def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tu
 
 def _draw(seed: int, index: int, backend: str, kernel: str, arch: int | None) -> Drawn:
     """A case of `verify`, with the arguments that it had there."""
-    from flashcore import drawing, env
-    from flashcore.dispatch import KERNELS
-    from flashcore.obstacles import SM90_ARCH
+    from flashcore.backends.dispatch import KERNELS
+    from flashcore.backends.obstacles import SM90_ARCH
+    from flashcore.base import env
+    from flashcore.checks import drawing
 
     if backend in KERNELS:
         return drawing.draw(seed, index, backend)
@@ -248,7 +249,7 @@ def _document(found: Isolation) -> dict[str, object]:
 def _list_plants(out: Output) -> None:
     from rich.table import Table
 
-    from flashcore.sim.registry import PLANTED
+    from flashcore.isolate.registry import PLANTED
 
     listed = Table(title="Bugs that --plant puts into a kernel", title_justify="left", box=None)
     for name in ("name", "kernel", "stage", "caught by", "what"):
@@ -267,8 +268,8 @@ def _list_plants(out: Output) -> None:
 
 
 def _list_tiles(out: Output, kernel: str) -> None:
-    from flashcore.drawing import shipped_tiles
-    from flashcore.planned import format_tile
+    from flashcore.checks.drawing import shipped_tiles
+    from flashcore.checks.planned import format_tile
 
     tiles = [format_tile(tile) for tile in shipped_tiles(kernel)]
     for tile in tiles:
@@ -277,7 +278,7 @@ def _list_tiles(out: Output, kernel: str) -> None:
 
 
 def _show(out: Output, found: Isolation) -> None:
-    from flashcore.planned import format_tile
+    from flashcore.checks.planned import format_tile
 
     planted = f", planted bug: {found.plant}" if found.plant else ""
     where = f"{found.kernel} on {found.backend}"

@@ -46,8 +46,9 @@ Arch = Annotated[
 
 
 def make_case(**options: Any) -> Any:
-    """A flashcore.cases.Case from the options above, with wrong values turned into usage errors."""
-    from flashcore.cases import CAUSAL_KINDS, MASK_KINDS, Case
+    """A flashcore.checks.cases.Case from the options above, with wrong values turned into usage
+    errors."""
+    from flashcore.checks.cases import CAUSAL_KINDS, MASK_KINDS, Case
 
     causal, upper_left = options.pop("causal"), options.pop("upper_left")
     if causal and upper_left:
@@ -91,7 +92,7 @@ def parse_window(text: str | None) -> tuple[int, int] | None:
 
 def parse_archs(text: str | None) -> list[int]:
     """ "sm_80,sm_90" as [80, 90]; None as every supported architecture."""
-    from flashcore.plan import SUPPORTED_ARCHS
+    from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS
 
     if text is None:
         return list(SUPPORTED_ARCHS)

@@ -14,9 +14,9 @@ from flashcore.cli.options import Arch, parse_archs
 from flashcore.cli.output import JsonFlag, Output, command, table, usage_errors
 
 if TYPE_CHECKING:
-    from flashcore.configurations import Configuration
-    from flashcore.jit import Resources
-    from flashcore.plan import Plan
+    from flashcore.compile.jit import Resources
+    from flashcore.kernels.fwd_wmma.plan import Plan
+    from flashcore.selection.configurations import Configuration
 
 _MANY = 24  # plans that take longer to compile than a second process takes to start
 
@@ -101,9 +101,9 @@ def resources(
         flashcore resources --check --sample
     """
     with command(json_output) as out:
-        from flashcore import compile_gate
-        from flashcore.configurations import DTYPES, HEAD_DIMS, VARIANTS, configurations
-        from flashcore.dispatch import KERNELS
+        from flashcore.backends.dispatch import KERNELS
+        from flashcore.selection import compile_gate
+        from flashcore.selection.configurations import DTYPES, HEAD_DIMS, VARIANTS, configurations
 
         for name, value, known in (("dtype", dtype, DTYPES), ("variant", variant, VARIANTS)):
             if value is not None and value not in known:
@@ -159,7 +159,7 @@ def measure(out: Output, wanted: Sequence[Configuration]) -> list[tuple[Configur
 
 
 def _row(entry: Configuration, found: Resources) -> Row:
-    from flashcore.compile_gate import over_budget
+    from flashcore.selection.compile_gate import over_budget
 
     return Row(
         found.kernel,
@@ -183,8 +183,8 @@ def _row(entry: Configuration, found: Resources) -> Row:
 def _compile_all(plans: Sequence[Plan]) -> Iterator[Resources]:
     """Resources of each plan, in order. NVRTC compiles one program at a time in a process, so many
     plans go to a second process as well; a worker's start (importing torch) takes seconds."""
-    from flashcore.jit import resources as resources_of
-    from flashcore.machine import available_cores
+    from flashcore.base.machine import available_cores
+    from flashcore.compile.jit import resources as resources_of
 
     if len(plans) < _MANY or available_cores() < 2:
         yield from map(resources_of, plans)

@@ -171,9 +171,9 @@ def _search(
     brief: bool,
 ) -> tuple[Session, bool]:
     """The session, and whether it came to its end."""
-    from flashcore import tuned
     from flashcore.errors import BackendUnavailableError
-    from flashcore.tune import compiling, timing
+    from flashcore.selection import compiling, tuned
+    from flashcore.tune import timing
     from flashcore.tune.keeping import CacheKeeper, Keeper, TableKeeper
     from flashcore.tune.session import Session, tasks_for
 
@@ -209,7 +209,7 @@ def _mean_gain(found: list[Found]) -> float | None:
 
 
 def _row(found: Found) -> dict[str, Any]:
-    from flashcore.tune.space import tile_of
+    from flashcore.selection.space import tile_of
 
     return {
         "workload": found.workload.name,
@@ -269,7 +269,7 @@ def _place(found: Found) -> tuple[int, bool, int, int]:
 
 def _tile_text(found: Found) -> str:
     """The winner's rows x keys; unless it is the default, in whose place, and what else differs."""
-    from flashcore.tune.space import tile_of
+    from flashcore.selection.space import tile_of
 
     before, tile = tile_of(found.default), tile_of(found.winner)
     size = f"tile {tile['block_m']}x{tile['block_n']}"

@@ -65,9 +65,9 @@ def verify(
         flashcore verify --backend sim --arch sm_90 --plant sum-of-the-neighbour
     """
     with command(json_output) as out:
-        from flashcore import env
-        from flashcore import verify as verification
-        from flashcore.drawing import num_configurations
+        from flashcore.base import env
+        from flashcore.checks import verify as verification
+        from flashcore.checks.drawing import num_configurations
 
         with usage_errors():
             chosen = verification.resolve_backend(backend)

@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import torch
 
-from flashcore.alibi import alibi_mask, check_slopes, packed_with_alibi
 from flashcore.api import attention
-from flashcore.spelling import OF_FLASH_ATTN, other_names, refuse
-from flashcore.validation import certainly
-from flashcore.varlen import attention_varlen
+from flashcore.dropins.alibi import alibi_mask, check_slopes, packed_with_alibi
+from flashcore.ops.varlen import attention_varlen
+from flashcore.problem.spelling import OF_FLASH_ATTN, other_names, refuse
+from flashcore.problem.validation import certainly
 
 __all__ = [
     "flash_attn_func",

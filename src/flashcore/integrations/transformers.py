@@ -6,8 +6,9 @@
     model = AutoModelForCausalLM.from_pretrained(..., attn_implementation="flashcore")
 
 Transformers asks an implementation twice: once per forward for a mask (`attention_mask`), once per
-layer for the attention (`attention_forward`). transformers_masks.py has the kinds of mask that pass
-between the two; own_attention.py says which models have layers that do not ask.
+layer for the attention (`attention_forward`). dropins/transformers_masks.py has the kinds of
+mask that pass between the two; dropins/own_attention.py says which models have layers that do
+not ask.
 
 Sequences packed into one row (padding-free training) come as cu_seq_lens_q, cu_seq_lens_k,
 max_length_q and max_length_k besides, and go to `attention_varlen`.
@@ -22,10 +23,15 @@ import torch
 from torch.compiler import is_dynamo_compiling
 
 from flashcore.api import attention
-from flashcore.packed_rows import PACKED, attention_packed, packed_lengths, same_sequence
-from flashcore.sdpa import scaled_dot_product_attention, unserved_layout
-from flashcore.transformers_hooks import answer_for
-from flashcore.transformers_masks import attention_mask, is_all_tokens
+from flashcore.dropins.packed_rows import (
+    PACKED,
+    attention_packed,
+    packed_lengths,
+    same_sequence,
+)
+from flashcore.dropins.sdpa import scaled_dot_product_attention, unserved_layout
+from flashcore.dropins.transformers_hooks import answer_for
+from flashcore.dropins.transformers_masks import attention_mask, is_all_tokens
 
 __all__ = ["attention_forward", "attention_mask", "register"]
 

@@ -1,8 +1,9 @@
 // prims.cuh - the contract that every kernel in this folder is written against.
 //
 // A kernel includes this header and nothing else of the outside world. `@target` is replaced by the
-// source generator (codegen.py) with `ptx` for a GPU and with `host` for the simulator, so the same
-// kernel text compiles for both. Both sides define the same names with the same signatures:
+// source generator (compile/codegen.py) with `ptx` for a GPU and with `host` for the simulator, so
+// the same kernel text compiles for both. Both sides define the same names with the same
+// signatures:
 //
 // types.cuh       int32_t uint32_t int64_t uint64_t; float16, bfloat16 (2-byte storage types);
 //                 FC_DEVICE (inline function), FC_KERNEL(name, threads, min_blocks) (entry point)

@@ -9,9 +9,9 @@ import sys
 
 import torch
 
+from flashcore.backends.tiled import attention_tiled
 from flashcore.sim.replay import Replay, parse_replay
 from flashcore.sim.report import SimulationError
-from flashcore.tiled import attention_tiled
 
 
 def _difference(replay: Replay) -> float:

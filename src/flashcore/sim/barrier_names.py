@@ -1,15 +1,15 @@
 """Names of the Hopper kernel's mbarriers, which lie in one shared array.
 
-The order is that of `barriers()` in kernels/tile/pipeline_sm90.cuh; a test compares the two.
+The order is that of `barriers()` in kernels/fwd_sm90/pipeline_sm90.cuh; a test compares the two.
 """
 
 from __future__ import annotations
 
 import re
 
-from flashcore.plan_sm90 import Sm90Plan
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.sim.report import SimulationError
-from flashcore.tiles_sm90 import ROWS_OF_CONSUMER
 
 ARRAY = "barriers"
 _ENTRY = re.compile(rf"\b{ARRAY}\[(\d+)\]")

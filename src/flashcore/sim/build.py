@@ -1,7 +1,7 @@
 """Kernel source -> shared library for this machine, by any C++20 compiler; cached on disk.
 
 A library is the flattened kernel plus the runtime (runtime/*.cpp), which is compiled once. See
-cxx.py.
+compile/cxx.py.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import ctypes
 import functools
 from pathlib import Path
 
-from flashcore import env, store
-from flashcore.codegen import KERNELS_DIR
-from flashcore.cxx import (
+from flashcore.base import env, store
+from flashcore.compile.codegen import KERNELS_DIR
+from flashcore.compile.cxx import (
     Compiler,
     compile_file,
     digest,

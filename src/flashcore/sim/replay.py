@@ -23,12 +23,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore import env, store
-from flashcore.memory_layout import MaskSpec
-from flashcore.plan import KERNEL, Plan, select_plan
+from flashcore.base import env, store
+from flashcore.isolate import registry
+from flashcore.kernels.fwd_wmma.plan import KERNEL, Plan, select_plan
 from flashcore.problem import Problem
-from flashcore.sim import registry
-from flashcore.sim.plants import Plant
+from flashcore.problem.memory_layout import MaskSpec
+from flashcore.sim.plants.wmma import Plant
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import simulate
 from flashcore.sim.tensors import ADDRESS_ALIGNMENT

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flashcore import forks
-from flashcore.codegen import generate_source
-from flashcore.params import build_params, grid_size
-from flashcore.params_sm90 import build_params_sm90, num_pieces, scratch_shapes
-from flashcore.plan_sm90 import Sm90Plan
+from flashcore.base import forks
+from flashcore.compile.codegen import generate_source
+from flashcore.kernels.fwd_sm90.params import build_params_sm90, num_pieces, scratch_shapes
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.fwd_wmma.params import build_params, grid_size
 from flashcore.sim.abi import AgentStruct, LaunchStruct, ReportStruct, TensorStruct
 from flashcore.sim.build import load_kernel
 from flashcore.sim.report import Agent, SimReport, SimulationError
 from flashcore.sim.tensors import Placed, SimTensor
 
 if TYPE_CHECKING:
-    from flashcore.plan import Plan
+    from flashcore.kernels.fwd_wmma.plan import Plan
     from flashcore.problem import Problem
-    from flashcore.sim.plants import Plant
+    from flashcore.sim.plants.wmma import Plant
 
 FIRST_ARCH_WITH_CP_ASYNC = 80
 NO_CP_ASYNC = "#define FC_HOST_NO_CP_ASYNC"
@@ -104,7 +104,7 @@ def simulate_source(
         for field in (fields,) if isinstance(fields, str) else fields:
             *path, name = field.split(".")
             owner = functools.reduce(getattr, path, own_params)
-            # A tensor map may start at a distance from its tensor (params_sm90.py).
+            # A tensor map may start at a distance from its tensor (kernels/fwd_sm90/params.py).
             setattr(owner, name, ((getattr(owner, name) or 0) + tensor.address) % 2**64)
     library.fc_sim_params_bytes.restype = ctypes.c_ulonglong
     if library.fc_sim_params_bytes() != ctypes.sizeof(own_params):

@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flashcore.codegen import generate_source
-from flashcore.params_bwd_sm90 import build_params_bwd_sm90, maps_of, num_tiles
+from flashcore.compile.codegen import generate_source
+from flashcore.kernels.bwd_sm90.params import build_params_bwd_sm90, maps_of, num_tiles
 from flashcore.sim.run import PERSISTENT_BLOCKS, raise_if_left, simulate_source
 from flashcore.sim.tensors import SimTensor
 
 if TYPE_CHECKING:
-    from flashcore.plan_bwd_sm90 import BwdSm90Plan
+    from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
     from flashcore.problem import Problem
-    from flashcore.sim.plants import Plant
+    from flashcore.sim.plants.wmma import Plant
     from flashcore.sim.report import SimReport
 
 _OF_ATTN = ("q", "k", "v", "mask", "out", "lse")

@@ -6,12 +6,12 @@ import dataclasses
 
 import torch
 
-from flashcore import tile_table
+from flashcore.backends.dispatch import KERNELS, choose_backend
 from flashcore.bench.workloads import Workload
-from flashcore.dispatch import KERNELS, choose_backend
 from flashcore.errors import BackendUnavailableError
-from flashcore.plan import Plan, candidates
+from flashcore.kernels.fwd_wmma.plan import Plan, candidates
 from flashcore.problem import Problem
+from flashcore.selection import tile_table
 
 
 def default_plan(

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashcore.bench.workloads import Workload
+from flashcore.kernels.fwd_sm90.tiles import NUM_SMS
 from flashcore.problem import Problem
-from flashcore.tile_table import HEAD_DIMS, Cell, Size, TileTable, class_of
-from flashcore.tiles_sm90 import NUM_SMS
+from flashcore.selection.space import Tile, tile_of
+from flashcore.selection.tile_table import HEAD_DIMS, Cell, Size, TileTable, class_of
 from flashcore.tune.search import Found
-from flashcore.tune.space import Tile, tile_of
 
 _TOKENS, _HIDDEN = 16384, 2048
 # head_dims that models rarely have are measured at every other length.

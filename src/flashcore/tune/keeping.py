@@ -7,13 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
-from flashcore import machine, tile_table, tuned
+from flashcore.base import machine
 from flashcore.bench.run import command_line
 from flashcore.errors import FlashCoreError
 from flashcore.problem import Problem
+from flashcore.selection import tile_table, tuned
+from flashcore.selection.space import tile_of
 from flashcore.tune.grid import table_of
 from flashcore.tune.search import Found
-from flashcore.tune.space import tile_of
 
 
 class Keeper(Protocol):

@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from flashcore.bench.workloads import Workload
-from flashcore.plan import Plan
-from flashcore.tile_table import WORTH
-from flashcore.tune.space import schedules, tiles
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.selection.space import schedules, tiles
+from flashcore.selection.tile_table import WORTH
 from flashcore.tune.timing import Outcome, Timer
 
 Plans = Callable[[Plan], Sequence[Plan]]

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from flashcore.bench.workloads import Workload
-from flashcore.plan import Plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
+from flashcore.selection.space import schedules, tiles
 from flashcore.tune.defaults import default_plan
 from flashcore.tune.keeping import Keeper
 from flashcore.tune.search import Compile, DefaultFailedError, Found, Search, in_other_dtype
 from flashcore.tune.shortlist import shortlist
-from flashcore.tune.space import schedules, tiles
 from flashcore.tune.timing import Timer
 
 Task = tuple[Workload, Problem, Plan]

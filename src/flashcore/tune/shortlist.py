@@ -9,10 +9,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from flashcore.limits import blocks_that_fit
-from flashcore.plan import Plan
-from flashcore.plan_sm90 import Sm90Plan, with_o_fitted
-from flashcore.tune.space import is_legal, may_avoid_spills, tiles
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan, with_o_fitted
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.limits import blocks_that_fit
+from flashcore.selection.space import is_legal, may_avoid_spills, tiles
 
 
 def _tile(block_m: int, block_n: int, **others: Any) -> dict[str, Any]:

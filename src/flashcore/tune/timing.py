@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from flashcore.bench.timing import Timing, first_line, quick_seconds, time_on_gpu
 from flashcore.bench.workloads import Workload
-from flashcore.plan import Plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 
 Outcome = float | str  # seconds a call, or why there are none
 
@@ -114,7 +114,7 @@ def _run_child(serve: Callable[[Connection], None], connection: Connection) -> N
 def serve_gpu(connection: Connection) -> None:
     """The child: answers (what, workload, plans) with (outcomes, whether the CUDA context is
     sound). `what` is the name of a method of Timer; to "check" a plan that is right answers 0."""
-    from flashcore.tune.compiling import ignore_interrupts
+    from flashcore.selection.compiling import ignore_interrupts
 
     ignore_interrupts()
     bench: _Bench | None = None
@@ -198,7 +198,7 @@ class _Bench:
 
 def _wrong_on(workload: Workload, plan: Plan) -> str | None:
     """What is wrong with a plan's results beside a float64 oracle, or None."""
-    from flashcore.accuracy import error_report
+    from flashcore.checks.accuracy import error_report
 
     inputs = _Inputs(workload)
     if not inputs.fits(plan):
@@ -237,22 +237,22 @@ class _Inputs:
 
     def rules(self, kernel: str) -> Plan:
         """What the rules say."""
-        from flashcore.plan import candidates
+        from flashcore.kernels.fwd_wmma.plan import candidates
 
         return candidates(self.problem, kernel=kernel)[0]
 
     def fits(self, plan: Plan) -> bool:
         """Whether a plan's code is made for these options: the bounds of a short workload may hide
         nothing, and such bounds the Problem has not."""
-        from flashcore.plan import traits
-        from flashcore.plan_sm90 import Sm90Plan, traits_sm90
+        from flashcore.kernels.fwd_sm90.plan import Sm90Plan, traits_sm90
+        from flashcore.kernels.fwd_wmma.plan import traits
 
         fields = (traits_sm90 if isinstance(plan, Sm90Plan) else traits)(self.problem)
         return all(getattr(plan, name) == value for name, value in fields.items())
 
     def run(self, plan: Plan) -> Any:
         """The output, NaN where the kernel wrote nothing."""
-        from flashcore.launch import run_kernel
+        from flashcore.launch.kernel_call import run_kernel
 
         out = self.q.new_full((*self.q.shape[:3], self.v.shape[3]), float("nan"))
         run_kernel(self.problem, plan, self.q, self.k, self.v, self.mask, out, None)
@@ -260,7 +260,7 @@ class _Inputs:
 
     def timed_call(self, plan: Plan) -> Callable[[], Any]:
         """What `attention` does for a shape that it has seen."""
-        from flashcore.launch import KernelCall
+        from flashcore.launch.kernel_call import KernelCall
 
         run = KernelCall(self.problem, plan, self.q.device).run
         addresses = self.q.data_ptr(), self.k.data_ptr(), self.v.data_ptr()

@@ -1,6 +1,6 @@
 // tile/gates.cuh - the debug gates: each writes out or takes over one stage of the kernel, so that
 // a wrong stage can be told from the ones before it. Present only in sources generated for a gate;
-// gates.py runs them and compares with float64 models.
+// isolate/gates.py runs them and compares with float64 models.
 #pragma once
 
 FC_DEVICE int64_t gate_row(const AttnParams& p, const BlockCoord& block, int row) {

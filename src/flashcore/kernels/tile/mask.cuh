@@ -24,8 +24,8 @@ FC_DEVICE float tanh_ratio(float x2) {
   return fma_rn(x2, y, 1.0f);
 }
 
-// By the polynomial where it serves: beside a large cap (exactness.py), scores may be so small that
-// the error of `capped`, 2^-22 of the cap, would be seen.
+// By the polynomial where it serves: beside a large cap (problem/exactness.py), scores may be so
+// small that the error of `capped`, 2^-22 of the cap, would be seen.
 FC_DEVICE float capped_exactly(float score, float softcap) {
   const float x = score * rcp_approx(softcap);
   return abs_f(x) < SMALL_TANH ? score * tanh_ratio(x * x) : capped(score, softcap);

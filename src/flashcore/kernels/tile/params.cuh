@@ -1,4 +1,5 @@
-// tile/params.cuh - what one launch is told. Mirrored by AttnParams in params.py, field by field.
+// tile/params.cuh - what one launch is told. Mirrored by AttnParams in kernels/fwd_wmma/params.py,
+// field by field.
 #pragma once
 
 struct AttnParams {
@@ -31,17 +32,18 @@ struct AttnParams {
   int32_t batch, total_q, total_k;
   int32_t lower_right;  // 1: a sequence's last query sees its last key; 0: diagonal at (0, 0)
 
-  // Of the Hopper kernel, see tile/schedule_varlen.cuh and params_sm90.py.
+  // Of the Hopper kernel, see tile/schedule_varlen.cuh and kernels/fwd_sm90/params.py.
   int32_t max_tiles, num_length_classes;
   int32_t k_rows_per_batch, v_rows_per_batch;  // from one batch to the next
   GmemPtr<int32_t> tile_counter;               // one, or one a row tile; 0 between launches
 
-  // Shares of rows whose keys are split over blocks, see tile/split_sm90.cuh.
+  // Shares of rows whose keys are split over blocks, see fwd_sm90/split_sm90.cuh.
   GmemPtr<float> split_out;    // [num_splits, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]
   GmemPtr<float> split_stats;  // [num_splits, batch, num_heads_q, seqlen_q, 2]: row_max, row_sum
   int32_t num_splits;
 
-  int32_t num_queries;  // of a head; seqlen_q rows are more where heads are folded (folding.py)
+  // Of a head; seqlen_q rows are more where heads are folded (problem/folding.py).
+  int32_t num_queries;
 //@if gate
 
   GmemPtr<float> gate_scores;   // [batch, num_heads_q, seqlen_q, seqlen_k]

@@ -6,7 +6,7 @@ struct BlockCoord {
   int head_idx;     // of q
   int head_idx_kv;  // of k and v: num_heads_q / num_heads_kv query heads share one
   int m_begin;      // first query row
-  int split = 0;    // which part of its keys, see tile/split_sm90.cuh
+  int split = 0;    // which part of its keys, see fwd_sm90/split_sm90.cuh
 };
 
 // The heads of a block, from batch_idx * num_heads_q + head_idx; m_begin is left open.

@@ -63,8 +63,8 @@ FC_DEVICE decltype(auto) sequence_params(const AttnParams& p, const BlockCoord& 
   }
 }
 
-// Where TMA finds row 0 of a block's sequence: coordinates in the maps of params_sm90.py, in which
-// a box ends where the sequence ends.
+// Where TMA finds row 0 of a block's sequence: coordinates in the maps of
+// kernels/fwd_sm90/params.py, in which a box ends where the sequence ends.
 struct BoxOrigin {
   int row, batch;
 };

@@ -1,0 +1,1 @@
+"""Backends: which one serves a call, and how a kernel, the simulator or PyTorch runs it."""

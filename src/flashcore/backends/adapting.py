@@ -1,0 +1,292 @@
+"""Tensors that a kernel cannot read as they lie: what is copied, and what is read in another shape.
+
+The kernels read rows of whole 16 bytes: head_dim is a multiple of 8, and contiguous. Of other
+tensors they are given copies, padded with zeros: they add nothing to a score, and the columns of
+the output that belong to them are dropped. k and v that are expanded over their heads have one head
+that all heads of q share. The Hopper kernel reads by TMA, which also wants rows that start at
+multiples of 16 bytes: other tensors are copied for it if that takes less time than it saves, or if
+it was asked for.
+
+Everything here happens once for a description of tensors, below the operators: gradients, which
+PyTorch computes, are those of the caller's own tensors. Read next: dispatch.prepare.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashcore.kernels.fwd_sm90.plan import ARCH as SM90_ARCH
+from flashcore.kernels.fwd_sm90.plan import obstacle, unreadable
+from flashcore.problem import Problem
+from flashcore.problem.folding import with_copied_q
+from flashcore.problem.memory_layout import Strides3
+from flashcore.problem.validation import HEAD_DIM_MULTIPLE
+
+Tensor = torch.Tensor
+
+# Whether a copy pays for the Hopper kernel. Medians over 14 shapes on an H200 (2026-11-29, float16,
+# head_dim 128, CUDA graphs), both kernels with and without a copy of q: what the Hopper kernel
+# saves an operation, what a copied byte takes, and what a copy takes besides.
+SECONDS_SAVED_PER_FLOP = 3.44e-15
+SECONDS_PER_COPIED_BYTE = 6.61e-13
+SECONDS_PER_COPY = 2.1e-6
+
+_ELEMENT_BYTES = 2  # of what the kernels take
+Dims = tuple[bool, bool, bool]  # of (batch, heads, seqlen)
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A copy of q, k or v, padded with zeros.
+
+    Args:
+        name: "q", "k" or "v".
+        columns: of the copy, head_dim or more.
+        keeps: of (batch, heads, seqlen), where the tensor is expanded and its copy is too.
+        sizes: of (batch, heads, seqlen).
+        reason: why, in words.
+    """
+
+    name: str
+    columns: int
+    keeps: Dims
+    sizes: tuple[int, int, int]
+    reason: str
+
+    @property
+    def strides(self) -> Strides3:
+        """Of the copy, as a Problem has them: 0 where no step is ever taken, too."""
+        _, heads, rows = self._stored
+        steps = (heads * rows * self.columns, rows * self.columns, self.columns)
+        of_batch, of_head, of_row = (
+            step if size > 1 else 0 for step, size in zip(steps, self._stored, strict=True)
+        )
+        return of_batch, of_head, of_row
+
+    @property
+    def num_bytes(self) -> int:
+        """That are written."""
+        batch, heads, rows = self._stored
+        return batch * heads * rows * self.columns * _ELEMENT_BYTES
+
+    @property
+    def _stored(self) -> tuple[int, int, int]:
+        batch, heads, rows = (
+            1 if kept else size for kept, size in zip(self.keeps, self.sizes, strict=True)
+        )
+        return batch, heads, rows
+
+    def of(self, x: Tensor) -> Tensor:
+        """Make it, of [batch, num_heads, seqlen, head_dim]."""
+        stored = x[tuple(slice(1) if kept else slice(None) for kept in self.keeps)]
+        copy = x.new_empty((*stored.shape[:3], self.columns))
+        head_dim = x.shape[3]
+        copy[..., :head_dim].copy_(stored)
+        if head_dim < self.columns:
+            copy[..., head_dim:].zero_()
+        return copy.expand(*x.shape[:3], self.columns)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A call as a kernel, or PyTorch, gets it.
+
+    Args:
+        problem: describes the tensors that `tensors` returns.
+        one_head: k and v are given with the first of their heads alone.
+        copies: of q, k and v, one each at most.
+        head_dim_v: of the call's output; that of `problem` may be greater.
+        notes: the same in words, a sentence each.
+    """
+
+    problem: Problem
+    one_head: bool
+    copies: tuple[Copy, ...]
+    head_dim_v: int
+    notes: tuple[str, ...]
+
+    @property
+    def is_as_asked(self) -> bool:
+        """Return whether tensors and result need no change."""
+        return not (self.copies or self.one_head)
+
+    def tensors(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What the kernel reads, of the call's q, k and v: [batch, num_heads, seqlen, dim]."""
+        if self.one_head:
+            k, v = k[:, :1], v[:, :1]
+        given = {"q": q, "k": k, "v": v}
+        for copy in self.copies:
+            given[copy.name] = copy.of(given[copy.name])
+        return given["q"], given["k"], given["v"]
+
+    def result(self, out: Tensor) -> Tensor:
+        """The call's output, of what the kernel wrote: [..., head_dim_v], contiguous."""
+        if out.shape[-1] == self.head_dim_v:
+            return out
+        return out[..., : self.head_dim_v].contiguous()
+
+
+class _Adapting:
+    """Changes one after the other."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.asked = self.problem = problem
+        self.one_head = False
+        self.copies: dict[str, Copy] = {}
+        self.notes: list[str] = []
+
+    def change(self, **fields: Any) -> None:
+        self.problem = dataclasses.replace(self.problem, **fields)
+
+    def copy(self, name: str, columns: int, keeps: Dims, reason: str) -> None:
+        """A copy instead of the tensor, or instead of the copy of it that there is."""
+        p = self.problem
+        if name in self.copies:
+            reason = f"{self.copies[name].reason}; {reason}"
+        copy = self.copies[name] = Copy(name, columns, keeps, _sizes(p, name), reason)
+        misaligned = p.misaligned.replace(name, "")
+        fields: dict[str, Any] = {
+            f"{name}_strides": copy.strides,
+            "head_dim_v" if name == "v" else "head_dim": columns,
+            "strided": p.strided.replace(name, ""),
+            "misaligned": misaligned,
+        }
+        if p.misaligned and not misaligned:
+            fields["load_bytes"] = 16
+        self.change(**fields)
+
+    def done(self) -> Adapted:
+        copies = tuple(self.copies.values())
+        notes = [f"{copy.name} is copied: {copy.reason}" for copy in copies]
+        head_dim_v = self.asked.head_dim_v
+        return Adapted(self.problem, self.one_head, copies, head_dim_v, (*self.notes, *notes))
+
+
+def _sizes(problem: Problem, name: str) -> tuple[int, int, int]:
+    """Of (batch, heads, seqlen) of q, k or v as the kernels see it."""
+    packed = problem.varlen == "packed"
+    batch = 1 if packed else problem.batch
+    if name == "q":
+        return batch, problem.num_heads_q, problem.total_q if packed else problem.seqlen_q
+    return batch, problem.num_heads_kv, problem.total_k if packed else problem.seqlen_k
+
+
+def _expanded(problem: Problem, name: str) -> Dims:
+    """In which of (batch, heads, seqlen) a tensor is."""
+    strides: Strides3 = getattr(problem, f"{name}_strides")
+    batch, heads, rows = (
+        stride == 0 and size > 1
+        for stride, size in zip(strides, _sizes(problem, name), strict=True)
+    )
+    return batch, heads, rows
+
+
+@functools.lru_cache(maxsize=4096)
+def adapt(problem: Problem, kernel: str) -> Adapted:
+    """What a kernel is given instead of the tensors of a call.
+
+    Args:
+        problem: the call.
+        kernel: "wmma", "sm90", or "torch" for PyTorch operations, which only want the last
+            dimension to be contiguous.
+
+    Returns:
+        The call as that kernel reads it. Only plan_sm90.obstacle can still be in the way.
+    """
+    if problem.is_readable and _is_read_in_place(problem, kernel):
+        return Adapted(problem, False, (), problem.head_dim_v, ())
+    adapting = _Adapting(problem)
+    if kernel == "torch":
+        _make_readable(adapting, 1)
+        return adapting.done()
+    if _expanded(problem, "k")[1] and _expanded(problem, "v")[1]:
+        adapting.one_head = True
+        adapting.change(num_heads_kv=1)
+        adapting.notes.append(
+            "k and v are expanded over their heads: all heads of q share one, read in place"
+        )
+    _make_readable(adapting, HEAD_DIM_MULTIPLE)
+    if kernel == "sm90":
+        _make_readable_by_tma(adapting)
+    if with_copied_q(adapting.problem) is not None:
+        reason = "heads that share one of k and v become rows of one row tile by that"
+        adapting.copy("q", adapting.problem.head_dim, (False, False, False), reason)
+    return adapting.done()
+
+
+def _is_read_in_place(problem: Problem, kernel: str) -> bool:
+    """Whether a problem that is readable needs no change: the common case, which a cache of keys
+    that grows meets anew with every key."""
+    if kernel == "torch":
+        return True
+    if kernel == "sm90" and unreadable(problem):
+        return False
+    shares_heads = problem.k_strides[1] == problem.v_strides[1] == 0 and problem.num_heads_kv > 1
+    return not shares_heads and with_copied_q(problem) is None
+
+
+def _make_readable(adapting: _Adapting, multiple: int) -> None:
+    """Rows that are contiguous and a multiple of so many elements."""
+    asked = adapting.asked
+    for name in "qkv":
+        head_dim = asked.head_dim_v if name == "v" else asked.head_dim
+        columns = -(-head_dim // multiple) * multiple
+        reasons = []
+        if name in asked.strided:
+            reasons.append("its last dimension is not contiguous")
+        if columns > head_dim:
+            reasons.append(f"it is padded with zeros from head_dim {head_dim} to {columns}")
+        if reasons:
+            keeps = _expanded(adapting.problem, name)
+            adapting.copy(name, columns, keeps, ", and ".join(reasons))
+
+
+def _make_readable_by_tma(adapting: _Adapting) -> None:
+    for name, reason in unreadable(adapting.problem).items():
+        p = adapting.problem
+        of_batch, of_heads, _ = _expanded(p, name)
+        columns = p.head_dim_v if name == "v" else p.head_dim
+        adapting.copy(name, columns, (of_batch, of_heads, False), reason)
+
+
+def rather_not_sm90(problem: Problem) -> str | None:
+    """Why the portable kernel should compute a call, though the Hopper kernel can be given copies
+    of its tensors; None if the Hopper kernel should."""
+    reason = obstacle(problem)
+    if reason is None and problem.is_readable:
+        return None
+    hopper, portable = adapt(problem, "sm90"), adapt(problem, "wmma")
+    reason = obstacle(hopper.problem)
+    if reason is not None:
+        return reason
+    needed = {copy.name for copy in portable.copies}
+    extra = [copy for copy in hopper.copies if copy.name not in needed]
+    num_bytes = sum(copy.num_bytes for copy in extra)
+    if not extra or copies_pay(problem, num_bytes, len(extra)):
+        return None
+    names = " and ".join(copy.name for copy in extra)
+    return (
+        f"{extra[0].reason}; a copy of {names} ({num_bytes / 1e6:.3g} MB) would take longer than "
+        f"it saves here: where the same {names} serves several calls, make it contiguous once"
+    )
+
+
+def copies_pay(problem: Problem, num_bytes: int, num_copies: int) -> bool:
+    """Return whether the Hopper kernel saves more time than copies of so many bytes take."""
+    rows_q, rows_k = problem.seqlen_q, problem.seqlen_k
+    flops = 2 * problem.batch * problem.num_heads_q * rows_q * rows_k
+    flops *= problem.head_dim + problem.head_dim_v
+    if problem.window_right >= 0 or problem.window_left >= 0:
+        flops //= 2
+    seconds = num_bytes * SECONDS_PER_COPIED_BYTE + num_copies * SECONDS_PER_COPY
+    return flops * SECONDS_SAVED_PER_FLOP > seconds
+
+
+def kernel_for(problem: Problem, arch: int) -> str:
+    """The kernel that "auto" takes on a GPU of an architecture, and the simulator of one."""
+    return "sm90" if arch == SM90_ARCH and rather_not_sm90(problem) is None else "wmma"

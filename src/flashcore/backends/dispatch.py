@@ -1,0 +1,296 @@
+"""Which backend serves a Problem, and what runs it there."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from flashcore.backends import sdpa_cpu, sdpa_gpu
+from flashcore.backends.adapting import Adapted, adapt, kernel_for, rather_not_sm90
+from flashcore.backends.autocasting import autocast_dtype
+from flashcore.backends.growing import planned_as
+from flashcore.backends.obstacles import (
+    BFLOAT16_MIN_ARCH,
+    KERNEL_DTYPES,
+    SM90_ARCH,
+    WMMA_MIN_ARCH,
+    gpu_kernel_on_cpu_text,
+    obstacle_to_sm90,
+    obstacle_to_wmma,
+    too_wide,
+)
+from flashcore.backends.tiled import attention_tiled
+from flashcore.base import env
+from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
+from flashcore.problem import Problem
+from flashcore.problem.memory_layout import as_batch
+
+if TYPE_CHECKING:
+    from flashcore.kernels.fwd_wmma.plan import Plan
+    from flashcore.launch.kernel_call import KernelCall
+
+BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
+KERNELS = {"sm90": "attn_fwd_sm90", "wmma": "attn_fwd_wmma"}
+
+# Of q, k and v, and of lengths. Whoever makes a call has them, and asking again takes time.
+Addresses = tuple[int, ...]
+Call = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Addresses],
+    tuple[torch.Tensor, torch.Tensor | None],
+]
+
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The backend that serves a call.
+
+    Args:
+        backend: "sm90", "wmma", "sim" or "torch"; "meta" for tensors without values.
+        reason: why, in words.
+        is_fallback: whether "auto" would have preferred a kernel; worth a warning.
+    """
+
+    backend: str
+    reason: str
+    is_fallback: bool = False
+
+
+def check_backend(backend: object) -> None:
+    """Raise TypeError or ValueError unless `backend` is one of BACKENDS."""
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be one of {', '.join(BACKENDS)}, but is {backend!r}")
+    if backend not in BACKENDS:
+        raise ValueError(
+            f"backend={backend!r} is unknown; use one of {', '.join(map(repr, BACKENDS))}"
+        )
+
+
+def choose_backend(problem: Problem, backend: str) -> Choice:
+    """Resolve `backend` for a problem.
+
+    Args:
+        problem: what is asked.
+        backend: one of BACKENDS.
+
+    Returns:
+        The backend and why.
+
+    Raises:
+        TypeError: `backend` is no string, or the chosen one does not know the dtype.
+        ValueError: unknown backend.
+        BackendUnavailableError: it cannot run on this device.
+    """
+    check_backend(backend)
+    env.notice_unknown_variables()
+    if problem.device == "meta":
+        return Choice("meta", "q, k and v are meta tensors, which have shapes and no values")
+    if env.RECORD.name in os.environ:
+        from flashcore.backends.recording import record_call
+
+        record_call(problem, backend)
+    if backend == "torch":
+        return Choice("torch", 'asked for with backend="torch"')
+    if backend == "sim":
+        return _choose_sim(problem)
+    if backend in KERNELS:
+        if problem.device == "cpu":
+            raise BackendUnavailableError(gpu_kernel_on_cpu_text(backend))
+        obstacle = obstacle_to_wmma(problem)
+        if obstacle is None and backend == "sm90":
+            obstacle = obstacle_to_sm90(problem)
+        if obstacle is not None:
+            raise obstacle
+        return Choice(backend, f'asked for with backend="{backend}"')
+    return _choose_auto(problem)
+
+
+def _choose_auto(problem: Problem) -> Choice:
+    if problem.device == "cpu":
+        return Choice("torch", "q, k and v are CPU tensors")
+    obstacle = obstacle_to_wmma(problem)
+    if obstacle is None:
+        reason = f"{problem.dtype} tensors on an sm_{problem.arch} GPU"
+        if problem.arch != SM90_ARCH:
+            return Choice("wmma", reason)
+        rather_not = rather_not_sm90(problem)
+        if rather_not is None:
+            return Choice("sm90", reason)
+        return Choice("wmma", f"{reason}, and not sm90: {rather_not}")
+    # A GPU too old for every kernel is worth an error: whoever bought one expects to be told.
+    if problem.arch and problem.arch < WMMA_MIN_ARCH:
+        raise obstacle
+    return Choice("torch", str(obstacle), is_fallback=True)
+
+
+def _choose_sim(problem: Problem) -> Choice:
+    if problem.device != "cpu":
+        raise BackendUnavailableError(
+            f'q is on {problem.device}, but backend="sim" runs on CPU tensors: pass q.cpu(), '
+            'or use backend="wmma" for the GPU'
+        )
+    if problem.dtype not in KERNEL_DTYPES:
+        raise TypeError(
+            f'q has dtype {problem.dtype}, but backend="sim" runs the kernel, which takes float16 '
+            'and bfloat16: convert with q.to(torch.float16), or use backend="torch"'
+        )
+    arch = env.sim_arch()
+    if problem.dtype == "bfloat16" and arch < BFLOAT16_MIN_ARCH:
+        raise BackendUnavailableError(
+            f"bfloat16 needs sm_80 or later, but {env.SIM_ARCH.name} is {arch}; unset it or use "
+            "torch.float16"
+        )
+    obstacle = too_wide(problem)
+    if obstacle is not None:
+        raise obstacle
+    return Choice("sim", 'asked for with backend="sim"')
+
+
+def warn_once(choice: Choice) -> None:
+    """Give the FallbackWarning of a choice, once per reason and process."""
+    if choice.reason not in _warned:
+        _warned.add(choice.reason)
+        warnings.warn(
+            f"flashcore.attention falls back to PyTorch: {choice.reason} to silence this",
+            FallbackWarning,
+            stacklevel=stacklevel_of_caller(),
+        )
+
+
+def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
+    """What computes a problem on a backend that `choose_backend` returned.
+
+    Args:
+        backend: "sm90", "wmma", "sim", "torch" or "meta".
+        problem: the description of the tensors to come.
+        device: where they are.
+
+    Returns:
+        A function of q, k, v, mask and the addresses of the first three that returns out, [batch,
+        num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q, seqlen_q], or
+        None unless problem.return_lse. It may be called again with other tensors of the same
+        description, by several threads.
+    """
+    if problem.is_empty or backend == "meta":
+        return functools.partial(_run_empty, problem)
+    adapted = adapt_for(backend, problem)
+    call = _prepare_adapted(backend, adapted.problem, device)
+    # A launch takes addresses, and k and v of one head begin where they began.
+    as_asked = not adapted.copies if backend in KERNELS else adapted.is_as_asked
+    return call if as_asked else functools.partial(_run_adapted, adapted, call)
+
+
+def adapt_for(backend: str, problem: Problem) -> Adapted:
+    """The call as a backend that `choose_backend` returned is given it; see
+    backends/adapting.py."""
+    if backend == "meta":
+        backend = "torch"  # what it copies has a shape too
+    return adapt(problem, kernel_for(problem, env.sim_arch()) if backend == "sim" else backend)
+
+
+def _prepare_adapted(backend: str, problem: Problem, device: torch.device) -> Call:
+    if backend == "torch":
+        return functools.partial(_run_torch, problem)
+    if backend == "sim":
+        return functools.partial(_run_sim, problem, _plan(planned_as(problem), env.sim_arch()))
+    from flashcore.launch import launcher
+
+    launcher.start()
+    return kernel_call(planned_as(problem), KERNELS[backend], device).with_keys(problem).run
+
+
+@functools.lru_cache(maxsize=1024)
+def kernel_call(problem: Problem, kernel: str, device: torch.device) -> KernelCall:
+    """Return the call of a kernel, one for all problems that are planned as one."""
+    from flashcore.launch.kernel_call import KernelCall
+
+    return KernelCall(problem, _plan(problem, problem.arch, kernel), device)
+
+
+def _run_empty(
+    problem: Problem, q: torch.Tensor, *others: object
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
+    out = q.new_zeros((*rows_shape, problem.head_dim_v))
+    if not problem.return_lse:
+        return out, None
+    return out, q.new_full(rows_shape, -math.inf, dtype=problem.lse_dtype)
+
+
+def _run_adapted(
+    adapted: Adapted,
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    addresses: Addresses,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if adapted.problem.varlen == "packed":
+        q, k, v = as_batch(q), as_batch(k), as_batch(v)
+    q, k, v = adapted.tensors(q, k, v)
+    # What follows the three are addresses of lengths.
+    out, lse = call(q, k, v, mask, (q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]))
+    return adapted.result(out), lse
+
+
+def _run_sim(
+    problem: Problem,
+    plan: Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    addresses: Addresses,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    from flashcore.sim import simulate
+
+    rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
+    out = q.new_empty((*rows_shape, problem.head_dim_v))
+    lse = q.new_empty(rows_shape, dtype=problem.lse_dtype) if problem.return_lse else None
+    simulate(problem, plan, q, k, v, mask, out, lse, seed=env.sim_seed())
+    return out, lse
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem: Problem, arch: int, kernel: str | None = None) -> Plan:
+    """`select_plan`, which takes a third of a millisecond, once per Problem."""
+    from flashcore.kernels.fwd_wmma.plan import (
+        select_plan,  # not needed, hence not loaded, by the torch backend
+    )
+
+    return select_plan(problem, arch, kernel=kernel)
+
+
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
+    """Inside torch.autocast the tile-wise matmuls would be rounded; nothing else minds it."""
+    if autocast_dtype(device_type) is not None:
+        return torch.autocast(device_type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _run_torch(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    addresses: Addresses,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    with without_autocast(problem.device):
+        result: tuple[torch.Tensor, torch.Tensor | None] | None = None
+        if sdpa_cpu.means_the_same(problem):
+            result = sdpa_cpu.attention_by_sdpa(problem, q, k, v, mask)
+        elif sdpa_gpu.means_the_same(problem):
+            result = sdpa_gpu.attention_by_sdpa(problem, q, k, v, mask)
+        out, lse = attention_tiled(problem, q, k, v, mask) if result is None else result
+    return out, lse if problem.return_lse else None

@@ -1,0 +1,145 @@
+"""The gradient of attention: which code computes it.
+
+On a Hopper GPU fused kernels do (backends/backward_sm90.py). Elsewhere, and for what they do not
+know, torch's fused backward operators do where they mean the same (backends/torch_backward.py), and
+PyTorch operations tile by tile where those do not (backends/tiled.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flashcore.backends import torch_backward
+from flashcore.backends.backward_sm90 import fused_backward, run_in_simulator, run_on_gpu
+from flashcore.backends.tiled import attention_backward_tiled
+from flashcore.base import env
+from flashcore.errors import BackendUnavailableError, FallbackWarning
+from flashcore.kernels.bwd_sm90.plan import ARCH as SM90_ARCH
+from flashcore.kernels.bwd_sm90.plan import obstacle as obstacle_to_sm90
+from flashcore.kernels.bwd_sm90.plan import obstacle_anywhere
+from flashcore.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardChoice:
+    """The code that computes a gradient.
+
+    Args:
+        code: "sm90", "sim", "flash", "efficient" or "tiled".
+        reason: why, in words.
+    """
+
+    code: str
+    reason: str
+
+
+def choose_backward(
+    problem: Problem,
+    *,
+    through_lse: bool = False,
+    mask_grad_elements: int = 0,
+    backend: str = "auto",
+) -> BackwardChoice:
+    """Resolve which code computes the gradient of a call.
+
+    Args:
+        problem: the description of the call. Of sequences that differ in length it is `packed`, or
+            one of the sequences.
+        through_lse: whether a gradient arrives through lse, or none through out.
+        mask_grad_elements: how many elements an additive mask has that needs a gradient; 0 if none
+            does.
+        backend: of the call. With "torch" none of our kernels computes its gradient either; with
+            "sim" the simulator runs those for Hopper, where it runs that GPU's code.
+    """
+    reason = _obstacle_to_ours(problem, backend, mask_grad_elements > 0)
+    if reason is None:
+        where = "sim" if backend == "sim" else "sm90"
+        return BackwardChoice(where, "fused kernels for Hopper, deterministic")
+    if backend == "sim":
+        return BackwardChoice("tiled", reason)
+    obstacle = torch_backward.obstacle_to_fused(problem, through_lse)
+    if obstacle is not None:
+        return BackwardChoice("tiled", obstacle)
+    not_flash = torch_backward.obstacle_to_flash(problem)
+    if not_flash is None:
+        return BackwardChoice("flash", "torch's FlashAttention-2 computes the same gradient")
+    not_efficient = torch_backward.obstacle_to_efficient(problem, mask_grad_elements)
+    if not_efficient is None:
+        return BackwardChoice("efficient", not_flash)
+    return BackwardChoice("tiled", f"{not_flash}; {not_efficient}")
+
+
+def _obstacle_to_ours(problem: Problem, backend: str, needs_mask_grad: bool) -> str | None:
+    if backend == "torch":
+        return 'asked for with backend="torch"'
+    if backend == "sim":
+        if env.sim_arch() != SM90_ARCH:
+            return f"the fused backward is Hopper's, and {env.SIM_ARCH.name} is {env.sim_arch()}"
+        return obstacle_anywhere(problem, needs_mask_grad)
+    return obstacle_to_sm90(problem, needs_mask_grad)
+
+
+@functools.cache
+def _warn_of_fallback(reason: str) -> None:
+    warnings.warn(
+        f"flashcore's gradients fall back to torch's operators, as the fused backward cannot be "
+        f"compiled: {reason}",
+        FallbackWarning,
+        stacklevel=2,
+    )
+
+
+def attention_gradients(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    needs_mask_grad: bool,
+    backend: str = "auto",
+) -> torch_backward.Gradients:
+    """Compute dq, dk, dv and dmask; the arguments and results of `attention_backward_tiled`, and
+    the backend of the call."""
+    choice = choose_backward(
+        problem,
+        through_lse=dout is None or dlse is not None,
+        mask_grad_elements=mask.numel() if mask is not None and needs_mask_grad else 0,
+        backend=backend,
+    )
+    if choice.code == "tiled" or problem.is_empty:
+        return attention_backward_tiled(
+            problem, q, k, v, mask, out, lse, dout, dlse, needs_mask_grad
+        )
+    if choice.code in ("sm90", "sim"):
+        inputs = problem, q, k, v, mask, out, lse, dout, dlse
+        run = run_on_gpu if choice.code == "sm90" else run_in_simulator
+        try:
+            return *fused_backward(*inputs, run), None
+        except BackendUnavailableError as error:
+            if choice.code == "sim":
+                raise
+            _warn_of_fallback(str(error))  # a bundle without these kernels, and no compiler
+        return attention_gradients(*inputs, needs_mask_grad, "torch")
+    assert dout is not None
+    whole_q, whole_k, whole_v, out, dout = (
+        torch_backward.with_whole_packets(x) for x in (q, k, v, out, dout)
+    )
+    if choice.code == "flash":
+        gradients = torch_backward.flash_gradients(
+            problem, whole_q, whole_k, whole_v, out, lse, dout
+        )
+    else:
+        gradients = torch_backward.efficient_gradients(
+            problem, whole_q, whole_k, whole_v, mask, out, lse, dout, needs_mask_grad
+        )
+    dq, dk, dv, dmask = gradients
+    like = torch_backward.laid_out_as
+    return like(q, dq), like(k, dk), like(v, dv), dmask

@@ -1,0 +1,313 @@
+"""Packed sequences: the Problem of `attention_varlen`, and computing it on every backend.
+
+q, k and v are [total, num_heads, dim], one sequence after the other; cu_seqlens says where each
+begins. It lies on the device and is never read by the host, except where PyTorch itself computes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+
+import torch
+
+from flashcore.backends.dispatch import KERNELS, adapt_for, prepare, without_autocast
+from flashcore.backends.gradients import attention_gradients, choose_backward
+from flashcore.backends.tiled import attention_tiled
+from flashcore.backends.torch_backward import packed_flash_gradients
+from flashcore.base import env
+from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
+from flashcore.problem import Causal, Problem, Window, widest_band
+from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.validation import (
+    certainly,
+    check_plain_tensor,
+    checked_causal,
+    checked_window,
+    shape_text,
+    type_name,
+)
+
+Tensor = torch.Tensor
+
+_INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+
+
+def check_packed(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> None:
+    """Raise unless ranks, dtypes and devices fit; what cu_seqlens holds only the device knows."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_plain_tensor(name, x)
+        if x.dim() != 3:
+            raise ValueError(
+                f"{name} has {x.dim()} dimensions (shape {shape_text(x)}); packed sequences are "
+                f"[total, num_heads, head_dim]: for a padded [batch, num_heads, seqlen, head_dim] "
+                "tensor call flashcore.attention"
+            )
+    for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        check_lengths(name, x, q)
+        if x.shape[0] == 0:
+            raise ValueError(f"{name} is empty; for n sequences it has n + 1 entries, the first 0")
+    if cu_seqlens_k.shape != cu_seqlens_q.shape:
+        raise ValueError(
+            f"cu_seqlens_k has {cu_seqlens_k.shape[0]} entries but cu_seqlens_q has "
+            f"{cu_seqlens_q.shape[0]}; both have one a sequence, and one more"
+        )
+
+
+def check_lengths(name: str, x: object, q: Tensor) -> None:
+    """Raise unless `x` is a contiguous int32 vector on q's device."""
+    check_plain_tensor(name, x)
+    assert isinstance(x, Tensor)
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name} has dtype {x.dtype}; it must be int32: pass {name}.int()")
+    if x.dim() != 1:
+        raise ValueError(f"{name} has shape {shape_text(x)}; it must have one dimension")
+    if x.device != q.device:
+        raise ValueError(
+            f"{name} is on {x.device} but q is on {q.device}; move it with {name}.to(q.device)"
+        )
+    if not x.is_contiguous():
+        raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def readable(x: Tensor) -> bool:
+    """Return whether the host may read a tensor's values: it has some, and nobody watches."""
+    return (
+        type(x) is Tensor
+        and not x.is_meta
+        and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+        and not torch._C._len_torch_dispatch_stack()
+    )
+
+
+def checked_max_seqlen(name: str, value: object, rows: int) -> int:
+    """A length as an int.
+
+    Args:
+        name: of the argument.
+        value: an int, or a tensor with one element. One on a GPU is not read, for that would wait:
+            all rows are a bound too.
+        rows: how many there are.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and value.dtype in _INTEGERS:
+        if value.device.type != "cpu" or torch.compiler.is_compiling() or not readable(value):
+            return rows
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(
+            f"{name} must be an int or an integer tensor with one element, but is {value!r} "
+            f"({type_name(value)}); the longest sequence or any bound on it"
+        )
+    if certainly(value < 0):
+        raise ValueError(f"{name}={value!r} must not be negative")
+    return value  # type: ignore[return-value]
+
+
+def packed_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+) -> Problem:
+    """Validate the arguments of `attention_varlen` and describe them.
+
+    Args:
+        q: [total_q, num_heads_q, head_dim].
+        k: [total_k, num_heads_kv, head_dim].
+        v: [total_k, num_heads_kv, head_dim_v].
+        cu_seqlens_q: int32, [batch + 1].
+        cu_seqlens_k: int32, [batch + 1].
+        max_seqlen_q: the longest sequence of queries.
+        max_seqlen_k: the longest sequence of keys.
+        causal: as in `attention`.
+        scale: as in `attention`.
+        window: as in `attention`.
+        softcap: as in `attention`.
+
+    Returns:
+        The problem, with return_lse.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention_varlen`.
+    """
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    problem = Problem.from_tensors(
+        as_batch(q), as_batch(k), as_batch(v), causal=causal, scale=scale, softcap=softcap
+    )
+    left, right = widest_band(
+        checked_causal(causal), checked_window(window), q.shape[0], k.shape[0]
+    )
+    return dataclasses.replace(
+        problem,
+        batch=cu_seqlens_q.shape[0] - 1,
+        seqlen_q=min(checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0]), q.shape[0]),
+        seqlen_k=min(checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0]), k.shape[0]),
+        window_left=left,
+        window_right=right,
+        diag_offset=0,
+        return_lse=True,
+        varlen="packed",
+        total_q=q.shape[0],
+        total_k=k.shape[0],
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(problem: Problem, arch: int, kernel: str | None) -> Plan:
+    return select_plan(problem, arch, kernel=kernel)
+
+
+def run_packed(
+    backend: str,
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Compute on a backend that `choose_backend` returned.
+
+    Args:
+        backend: "sm90", "wmma", "sim" or "torch".
+        problem: the description of the tensors.
+        q: [total_q, num_heads_q, head_dim].
+        k: [total_k, num_heads_kv, head_dim].
+        v: [total_k, num_heads_kv, head_dim_v].
+        cu_seqlens_q: int32, [batch + 1].
+        cu_seqlens_k: int32, [batch + 1].
+
+    Returns:
+        out: [total_q, num_heads_q, head_dim_v], dtype of q.
+        lse: [num_heads_q, total_q].
+    """
+    if backend in KERNELS and not problem.is_empty:
+        addresses = tuple(x.data_ptr() for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
+        call = prepare(backend, problem, q.device)
+        return call(q, k, v, None, addresses)  # type: ignore[return-value]
+    out = q.new_empty((problem.total_q, problem.num_heads_q, problem.head_dim_v))
+    lse = q.new_empty((problem.num_heads_q, problem.total_q), dtype=problem.lse_dtype)
+    if problem.is_empty or backend == "torch":
+        out.zero_()
+        lse.fill_(-math.inf)
+    if problem.is_empty:
+        return out, lse
+    if backend == "torch":
+        with without_autocast(problem.device):
+            for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
+                own_out, own_lse = attention_tiled(
+                    own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None
+                )
+                as_batch(out[queries]).copy_(own_out)
+                lse[:, queries] = own_lse[0]
+        return out, lse
+
+    from flashcore.sim import simulate
+
+    adapted = adapt_for(backend, problem)
+    problem = adapted.problem
+    if problem.head_dim_v != out.shape[2]:
+        out = q.new_empty((*out.shape[:2], problem.head_dim_v))
+    plan = _plan(problem, env.sim_arch(), None)
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    inputs = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
+    simulate(problem, plan, *inputs, out, lse, None, lengths, seed=env.sim_seed())
+    return adapted.result(out), lse
+
+
+def packed_backward(
+    problem: Problem,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v.
+
+    One of torch's operators computes all sequences where it can; else each sequence is computed by
+    itself, for which the host reads the lengths.
+
+    Args:
+        problem: the description of the call.
+        dout: gradient of out, or None for zero.
+        dlse: gradient of lse, or None for zero.
+        q: [total_q, num_heads_q, head_dim].
+        k: [total_k, num_heads_kv, head_dim].
+        v: [total_k, num_heads_kv, head_dim_v].
+        cu_seqlens_q: int32, [batch + 1].
+        cu_seqlens_k: int32, [batch + 1].
+        out: the forward's output.
+        lse: the forward's lse.
+
+    Returns:
+        dq, dk, dv: shapes and dtypes of q, k and v; 0 in rows of no sequence.
+    """
+    if dout is not None and not problem.is_empty:
+        choice = choose_backward(problem, through_lse=dlse is not None)
+        if choice.code == "flash":
+            return packed_flash_gradients(
+                problem, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout
+            )
+    gradients = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    if problem.is_empty:
+        return gradients
+    with without_autocast(problem.device):
+        for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
+            dq, dk, dv, _ = attention_gradients(
+                own,
+                as_batch(q[queries]),
+                as_batch(k[keys]),
+                as_batch(v[keys]),
+                None,
+                as_batch(out[queries]),
+                lse[None, :, queries],
+                None if dout is None else as_batch(dout[queries]),
+                None if dlse is None else dlse[None, :, queries],
+                False,
+            )
+            as_batch(gradients[0][queries]).copy_(dq)
+            as_batch(gradients[1][keys]).copy_(dk)
+            as_batch(gradients[2][keys]).copy_(dv)
+    return gradients
+
+
+def _sequences(
+    problem: Problem, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> Iterator[tuple[Problem, slice, slice]]:
+    """Each sequence that has queries and keys: its Problem, and its rows."""
+    rows = rows_of_sequences(cu_seqlens_q, cu_seqlens_k, problem.total_q, problem.total_k)
+    for queries, keys in rows:
+        own = problem.of_sequence(queries.stop - queries.start, keys.stop - keys.start)
+        yield own, queries, keys
+
+
+def rows_of_sequences(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int
+) -> Iterator[tuple[slice, slice]]:
+    """The rows of each sequence that has queries and keys, as the kernels clamp them
+    (tile/sequence.cuh)."""
+    begins_q, begins_k = (
+        [min(max(0, begin), total) for begin in cu_seqlens.tolist()]
+        for cu_seqlens, total in ((cu_seqlens_q, total_q), (cu_seqlens_k, total_k))
+    )
+    for b in range(len(begins_q) - 1):
+        queries, keys = slice(*begins_q[b : b + 2]), slice(*begins_k[b : b + 2])
+        if queries.start < queries.stop and keys.start < keys.stop:
+            yield queries, keys

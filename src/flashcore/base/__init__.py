@@ -1,0 +1,1 @@
+"""The ground floor: environment variables, this machine, files that processes share."""

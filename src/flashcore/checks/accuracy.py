@@ -1,0 +1,212 @@
+"""The error rule: how far from the oracle a result may be.
+
+A fused kernel is right when its error is of the size that the dtype itself makes unavoidable. The
+yardstick is the same attention written plainly in the same dtype (matmul, softmax, matmul, each
+intermediate rounded, as without fusion): a result passes when its maximum and its mean
+error against float64 are at most twice the yardstick's, plus 1e-5. The same rule judges the tests,
+`flashcore verify` and `flashcore demo`.
+
+On a handful of outputs the yardstick may be right by luck, and a right kernel would then fail one
+time in some hundred (measured: 0.1 to 0.5 % of inputs with 16 outputs). So the yardstick counts as
+no better than what rounding the exact result to the dtype costs: at most half a unit in the last
+place, a quarter on average. From some hundred outputs on that changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from flashcore.checks.reference import attention_oracle, visible_pairs
+from flashcore.problem import Causal, Window
+
+FACTOR = 2.0
+ABSOLUTE = {torch.float64: 1e-12}
+ABSOLUTE_DEFAULT = 1e-5
+# lse is float32 whatever the inputs are: |error| / (1 + |lse|). Ten times what a float32 matmul and
+# approximate exp2 and log2 cost, a hundredth of what one lost or doubled key in a hundred costs.
+LSE_LIMIT = {torch.float64: 1e-12}
+LSE_LIMIT_DEFAULT = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReport:
+    """Errors of one result against the float64 oracle.
+
+    Args:
+        max_error: largest `|out - oracle|`; NaN when the result holds a NaN that the oracle
+            has not.
+        mean_error: mean `|out - oracle|`.
+        torch_max_error: largest error of the plain same-dtype computation.
+        torch_mean_error: its mean error.
+        max_limit: what max_error may be.
+        mean_limit: what mean_error may be.
+        lse_error: largest `|lse - oracle| / (1 + |oracle|)`, inf when the rows at -inf differ;
+            None when no lse was given.
+        lse_limit: what lse_error may be.
+    """
+
+    max_error: float
+    mean_error: float
+    torch_max_error: float
+    torch_mean_error: float
+    max_limit: float
+    mean_limit: float
+    lse_error: float | None
+    lse_limit: float
+
+    @property
+    def ok(self) -> bool:
+        """Return whether the result passes. A NaN fails every comparison, so it never passes."""
+        lse_ok = self.lse_error is None or self.lse_error <= self.lse_limit
+        return self.max_error <= self.max_limit and self.mean_error <= self.mean_limit and lse_ok
+
+    def __str__(self) -> str:
+        text = (
+            f"max error {self.max_error:.3g} (limit {self.max_limit:.3g}, "
+            f"torch {self.torch_max_error:.3g}), mean error {self.mean_error:.3g} "
+            f"(limit {self.mean_limit:.3g}, torch {self.torch_mean_error:.3g})"
+        )
+        if self.lse_error is not None:
+            text += f", lse error {self.lse_error:.3g} (limit {self.lse_limit:.3g})"
+        return text
+
+
+def error_report(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    lse: torch.Tensor | None = None,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> ErrorReport:
+    """Judge a result of `attention` by the rule above.
+
+    Args:
+        out: [batch, num_heads_q, seqlen_q, head_dim_v], the result.
+        q: as passed to `attention`.
+        k: likewise.
+        v: likewise.
+        lse: [batch, num_heads_q, seqlen_q], the result's lse, or None not to judge it.
+        causal: as passed to `attention`.
+        scale: likewise.
+        window: likewise.
+        softcap: likewise.
+        mask: likewise.
+
+    Returns:
+        The errors and their limits; `report.ok` is the verdict, `str(report)` a line for people.
+    """
+    want, want_lse = attention_oracle(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
+    )
+    assert out.shape == want.shape, (out.shape, want.shape)
+    plain = torch_math_attention(
+        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
+    )
+    max_error, mean_error = _max_and_mean(out, want)
+    torch_max_error, torch_mean_error = _max_and_mean(plain, want)
+    rounding_max, rounding_mean = _rounding(want, q.dtype)
+    absolute = ABSOLUTE.get(q.dtype, ABSOLUTE_DEFAULT)
+    return ErrorReport(
+        max_error=max_error,
+        mean_error=mean_error,
+        torch_max_error=torch_max_error,
+        torch_mean_error=torch_mean_error,
+        max_limit=FACTOR * max(torch_max_error, rounding_max) + absolute,
+        mean_limit=FACTOR * max(torch_mean_error, rounding_mean) + absolute,
+        lse_error=None if lse is None else lse_error(lse, want_lse),
+        lse_limit=LSE_LIMIT.get(q.dtype, LSE_LIMIT_DEFAULT),
+    )
+
+
+def torch_math_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Unfused attention in the dtype of q: matmul, softmax, matmul, each rounded.
+
+    Args:
+        q: as passed to `attention`.
+        k: likewise.
+        v: likewise.
+        causal: likewise.
+        scale: likewise.
+        window: likewise.
+        softcap: likewise.
+        mask: likewise.
+
+    Returns:
+        [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. Where the scores overflow the dtype
+        (fp16 beyond 65504), the scores alone are kept in float32.
+    """
+    group_size = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    k = k.repeat_interleave(group_size, dim=1)
+    v = v.repeat_interleave(group_size, dim=1)
+    scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else scale
+    # As torch does: half of the scale to each side, so that fp16 overflows later.
+    score = (q * math.sqrt(scale)) @ (k.transpose(-1, -2) * math.sqrt(scale))
+    if not torch.isfinite(score).all():
+        score = (q.float() @ k.float().transpose(-1, -2)) * scale
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    visible = visible_pairs(q.shape[2], k.shape[2], causal, window, q.device)
+    score = score.masked_fill(~visible, -math.inf)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            score = score.masked_fill(~mask, -math.inf)
+        else:
+            score = score + mask
+    empty = torch.all(score == -math.inf, dim=-1, keepdim=True)
+    weight = torch.softmax(score.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+    return weight.to(q.dtype) @ v
+
+
+def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest |lse - want| / (1 + |want|).
+
+    Args:
+        lse: [batch, num_heads_q, seqlen_q], the result.
+        want: the oracle's, float64.
+
+    Returns:
+        The error; inf when -inf is not in the same rows of both.
+    """
+    lse = lse.to(device=want.device, dtype=torch.float64)
+    empty = want == -math.inf
+    if not torch.equal(empty, lse == -math.inf):
+        return math.inf
+    relative = ((lse - want) / (1.0 + want.abs())).masked_fill(empty, 0.0)
+    return _max_and_mean(relative, torch.zeros_like(relative))[0]
+
+
+def _rounding(exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
+    """Largest and mean error that rounding to `dtype` costs: 1/2 and 1/4 of a last place."""
+    if exact.numel() == 0:
+        return 0.0, 0.0
+    # exact = mantissa * 2**e, with |mantissa| in [1/2, 1). Not by torch.ldexp, which faults on a
+    # GPU that is not the current one (torch 2.11). What is 0 or not finite has no last place.
+    mantissa, _ = torch.frexp(exact)
+    last_place = (exact / mantissa).nan_to_num(nan=0.0) * (torch.finfo(dtype).eps / 2)
+    return float(last_place.max()) / 2, float(last_place.mean()) / 4
+
+
+def _max_and_mean(have: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
+    if want.numel() == 0:
+        return 0.0, 0.0
+    difference = (have.to(device=want.device, dtype=torch.float64) - want).abs()
+    return float(difference.max()), float(difference.mean())

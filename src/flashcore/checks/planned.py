@@ -1,0 +1,185 @@
+"""Run a plan that is given, not chosen: what `verify` and `isolate` do beside the public functions.
+
+A tile is a few fields of a Plan by name, as `flashcore isolate --tile` takes them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flashcore.kernels.fwd_sm90.plan import OFF_UNDER_A_GATE, Sm90Plan, with_o_fitted
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.selection.space import is_legal, tile_of
+
+if TYPE_CHECKING:
+    from flashcore.problem import Problem
+    from flashcore.sim.plants.wmma import Plant
+
+_PLAINEST: dict[str, Any] = {
+    "num_stages": 2,
+    "min_blocks": 1,
+    "ping_pong": False,
+    "lazy_rescale": True,
+    "q_buffers": 1,
+    "key_splits": 1,
+    "num_splits": 1,
+}
+_SHORT = {"stages": "num_stages", "blocks": "min_blocks", "splits": "num_splits"}
+
+
+def parse_tile(text: str) -> dict[str, Any]:
+    """Return the fields of a tile: "128x64,ping_pong,num_stages=3" has four.
+
+    Raises:
+        ValueError: a word is neither MxN, nor a field, nor field=value.
+    """
+    tile: dict[str, Any] = {}
+    for word in text.split(","):
+        name, equals, value = (part.strip() for part in word.partition("="))
+        block_m, cross, block_n = name.partition("x")
+        if not equals and cross and block_m.isdecimal() and block_n.isdecimal():
+            tile |= {"block_m": int(block_m), "block_n": int(block_n)}
+        elif value in ("true", "false") or (name and not equals):
+            tile[_SHORT.get(name, name)] = value != "false"
+        elif name and value.isdecimal():
+            tile[_SHORT.get(name, name)] = int(value)
+        else:
+            raise ValueError(
+                f"tile={text!r}: {word!r} is neither rows x keys, such as 128x64, nor a field, "
+                "such as ping_pong, num_stages=3 or lazy_rescale=false"
+            )
+    return tile
+
+
+def format_tile(tile: Mapping[str, Any]) -> str:
+    """Return the text that `parse_tile` reads."""
+    words = [f"{tile['block_m']}x{tile['block_n']}"] if {"block_m", "block_n"} <= set(tile) else []
+    for name, value in tile.items():
+        if name in ("block_m", "block_n") and words:
+            continue
+        if value is True:
+            words.append(name)
+        else:
+            words.append(f"{name}={str(value).lower()}")
+    return ",".join(words)
+
+
+def with_fields(plan: Plan, tile: Mapping[str, Any]) -> Plan:
+    """Return the plan with fields of its tile changed. A tile that says how large it is, is a new
+    one: its other fields are the plainest there are (two stages, nothing shared, no turns). O
+    leaves in as few parts as fit, unless the tile says in how many. The portable kernel also has
+    `keys_of_chunk`, how many keys one of its sums goes over, which no tile says otherwise.
+
+    Raises:
+        ValueError: the kernel has no such field, a value is of another type, or the tile does not
+            fit the GPU.
+    """
+    own = tile_of(plan)
+    if not isinstance(plan, Sm90Plan):
+        own["keys_of_chunk"] = plan.keys_of_chunk
+    for name, value in tile.items():
+        if name not in own or type(own[name]) is not type(value):
+            fields = ", ".join(f"{n} ({type(x).__name__})" for n, x in own.items())
+            raise ValueError(
+                f"tile={format_tile(tile)!r}: {name}={value!r} is no field of a tile of "
+                f"{plan.kernel}, which has {fields}"
+            )
+    if {"block_m", "block_n"} <= set(tile):
+        plainest = {name: value for name, value in _PLAINEST.items() if name in own}
+        plainest["num_stages"] = 2 * int(tile.get("key_splits", 1)) if plan.arch >= 80 else 1
+        if plan.gate is not None:
+            plainest.pop("lazy_rescale", None)
+        tile = plainest | dict(tile)
+    changed = dataclasses.replace(plan, **tile)
+    if isinstance(changed, Sm90Plan) and "o_parts" not in tile:
+        changed = with_o_fitted(changed)
+    if not is_legal(changed):
+        raise ValueError(
+            f"tile={format_tile(tile)!r} is not one that {plan.kernel} can have on sm_{plan.arch} "
+            f"with head_dim {plan.head_dim} and {plan.head_dim_v}: too much shared memory or too "
+            "many registers, or fields that exclude each other (see flashcore.selection.space)"
+        )
+    return changed
+
+
+def fits(plan: Plan, tile: Mapping[str, Any]) -> bool:
+    """Return whether `with_fields` takes the tile."""
+    try:
+        with_fields(plan, tile)
+    except ValueError:
+        return False
+    return True
+
+
+def under_gate(tile: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a tile as a debug gate leaves it: see OFF_UNDER_A_GATE."""
+    off = OFF_UNDER_A_GATE | {"keys_of_chunk": 0}
+    return {name: off.get(name, value) for name, value in tile.items()}
+
+
+def compile_planned(plan: Plan, is_on_gpu: bool, plant: Plant | None = None) -> None:
+    """Compile a plan, for the GPU or for the simulator.
+
+    Raises:
+        CompileError, BackendUnavailableError: what compiling it raises.
+    """
+    if is_on_gpu:
+        from flashcore.compile.jit import compile_plan
+
+        compile_plan(plan)
+        return
+    from flashcore.compile.codegen import generate_source
+    from flashcore.sim.build import load_kernel
+
+    load_kernel(generate_source(plan, "host", plant))
+
+
+def run_planned(
+    problem: Problem,
+    plan: Plan,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    gate_buffers: dict[str, Tensor] | None = None,
+    lengths: dict[str, Tensor] | None = None,
+    *,
+    seed: int = 0,
+    plant: Plant | None = None,
+) -> None:
+    """Run a plan where its tensors are: on their GPU, and wait for it, or in the simulator.
+
+    Args:
+        problem: as in launch.run_kernel, like the arguments up to `lengths`.
+        plan: likewise.
+        q: likewise.
+        k: likewise.
+        v: likewise.
+        mask: likewise.
+        out: likewise.
+        lse: likewise.
+        gate_buffers: likewise.
+        lengths: likewise.
+        seed: of the simulator's scheduler.
+        plant: bug to plant, in the simulator.
+
+    Raises:
+        SimulationError, CompileError, BackendUnavailableError, torch.AcceleratorError: what running
+            it raises.
+    """
+    if q.is_cuda:
+        from flashcore.launch.kernel_call import run_kernel
+
+        run_kernel(problem, plan, q, k, v, mask, out, lse, gate_buffers, lengths)
+        torch.cuda.synchronize()
+        return
+    from flashcore.sim import simulate
+
+    simulate(problem, plan, q, k, v, mask, out, lse, gate_buffers, lengths, seed=seed, plant=plant)

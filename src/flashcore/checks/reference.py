@@ -1,0 +1,100 @@
+"""What `attention` means, as plain as it can be written: the float64 oracle.
+
+Everything else is judged by this file, so it takes no part of the implementation: it reads the
+arguments as the user wrote them, builds the whole seqlen_q x seqlen_k matrix, and shares no masking
+or tiling code with backends/tiled.py or the kernels. Read next: checks/accuracy.py, which turns it
+into a rule.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flashcore.problem import Causal, Window
+
+
+def visible_pairs(
+    seqlen_q: int,
+    seqlen_k: int,
+    causal: Causal = False,
+    window: Window = None,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """Which key each query may attend to by its position, before any mask.
+
+    Args:
+        seqlen_q: number of queries.
+        seqlen_k: number of keys.
+        causal: as in `attention`.
+        window: as in `attention`.
+        device: where to build the result.
+
+    Returns:
+        bool, [seqlen_q, seqlen_k], True where visible.
+    """
+    i = torch.arange(seqlen_q, device=device)[:, None]
+    j = torch.arange(seqlen_k, device=device)[None, :]
+    # How far key j lies after the key that query i is aligned with.
+    ahead = j - i if causal == "upper_left" else (j - seqlen_k) - (i - seqlen_q)
+    visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+    if causal is not False:
+        visible &= ahead <= 0
+    if window is not None:
+        left, right = window
+        if left >= 0:
+            visible &= ahead >= -left
+        if right >= 0:
+            visible &= ahead <= right
+    return visible
+
+
+def attention_oracle(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention in float64 with all scores in memory.
+
+    Args:
+        q: [batch, num_heads_q, seqlen_q, head_dim], any floating dtype and device.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        causal: as in `attention`.
+        scale: as in `attention`.
+        window: as in `attention`.
+        softcap: as in `attention`.
+        mask: as in `attention`.
+
+    Returns:
+        out: float64, [batch, num_heads_q, seqlen_q, head_dim_v]; 0 for a row without a key.
+        lse: float64, [batch, num_heads_q, seqlen_q], natural log; -inf for a row without a key.
+    """
+    group_size = q.shape[1] // k.shape[1] if k.shape[1] else 1
+    k64 = k.double().repeat_interleave(group_size, dim=1)
+    v64 = v.double().repeat_interleave(group_size, dim=1)
+    score = q.double() @ k64.transpose(-1, -2)
+    score = score * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    if softcap is not None:
+        score = softcap * torch.tanh(score / softcap)
+    visible = visible_pairs(q.shape[2], k.shape[2], causal, window, q.device)
+    score = score.masked_fill(~visible, -math.inf)
+    if mask is not None:
+        if mask.dtype == torch.bool:
+            score = score.masked_fill(~mask, -math.inf)
+        else:
+            score = score + mask.double()
+    empty = torch.all(score == -math.inf, dim=-1)  # also True where there are no keys at all
+    lse = torch.logsumexp(score, dim=-1)
+    # Not exp(score - lse), whose rounding is an exponent where scores are large. An empty row's
+    # scores become 0, for -inf - -inf is NaN.
+    weight = torch.softmax(score.masked_fill(empty[..., None], 0.0), dim=-1)
+    weight = weight.masked_fill(empty[..., None], 0.0)
+    return weight @ v64, lse

@@ -1,0 +1,1 @@
+"""From a plan to machine code: the source text, NVRTC, the caches, the C++ compiler."""

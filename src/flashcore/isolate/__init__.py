@@ -1,0 +1,1 @@
+"""`flashcore isolate`: the stages of a kernel in order, and the first wrong value."""

@@ -1,0 +1,71 @@
+"""In which stage of isolate each planted bug is first seen."""
+
+from __future__ import annotations
+
+from flashcore.backends.dispatch import KERNELS
+
+_WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
+
+# By kernel, the bugs whose first wrong stage it is.
+STAGES: dict[str, dict[str, tuple[str, ...]]] = {
+    _WMMA: {
+        "qk": ("no-barrier", "uninit-smem", "deadlock", "one-stage-unordered"),
+        "softmax": ("accum-map", "large-max-product", "large-max-twice"),
+        "pv": ("pv-atomic", "k-overlap", "k-gap"),
+        "full": (
+            *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
+        ),
+        "load": ("one-ahead", "neighbours-key", "no-clamp"),
+        "store": ("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
+    },
+    _SM90: {
+        "setup": ("no-init-fence", "no-init-barrier", "registers-of-three-warps"),
+        "schedule": (
+            *("coord-slots", "coord-late", "draws-left", "first-tiles-drawn-again"),
+            *("counter-left", "scan", "feed-not-waited-for", "feed-asked-early"),
+            *("split-counter-left", "q-buffers-in-step"),
+        ),
+        "load": (
+            *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
+            "ring-of-all-stages",
+        ),
+        "qk": (
+            *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
+            *("tx-too-many", "no-wgmma-fence", "early-consumers", "q-of-another-group"),
+        ),
+        "softmax": (
+            *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
+            *("mask-past-end", "mask-row-mixed-up", "mask-one-tile-late", "mask-front-whole"),
+            *("mask-front-not-copied", "mask-end-not-copied", "mask-unshifted-copies"),
+            *("mask-shift-forgotten", "mask-shift-of-another-row"),
+            *("large-max-product", "large-max-twice"),
+        ),
+        "pv": (
+            *("asked-for-last", "no-is-yes", "output-kept", "wrong-parity", "no-commit"),
+            *("accum-not-waited-for", "v-leading-bytes", "swizzle"),
+        ),
+        "full": (
+            *("accum-written-early", "probs-written-early", "shares-on-one-ring", "turn-count"),
+            *("turn-not-handed-on", "share-never-taken", "share-without-weight"),
+            *("share-sum-lost", "passed-over-unawaited", "passed-over-kept", "passed-over-turn"),
+            *("passed-over-too-many", "outgrown-unseen", "no-max-yet-unseen"),
+            *("outgrown-in-one-warp", "outgrown-k-kept", "outgrown-k-overwritten"),
+            *("outgrown-sums-kept", "outgrown-no-fence", "outgrown-not-awaited"),
+            *("split-share-dropped", "split-without-weight", "split-sums-not-rescaled"),
+            *("split-last-share-again", "split-gap", "values-off-by-one"),
+            *("passed-over-unsynced", "passed-over-turn-too-many", "outgrown-one-group-early"),
+            *("sum-of-the-neighbour", "turns-of-two", "unseen-q-kept"),
+            *("third-share-unseen", "second-part-alone", "first-part-kept"),
+            *("unmasked-too-far-right", "unmasked-too-far-left", "last-key-alone"),
+            *("folded-as-rows", "large-max-left"),
+        ),
+        "store": (
+            *("no-proxy-fence", "no-store-barrier", "o-overwritten", "o-part-overwritten"),
+            *("o-part-misplaced", "no-store-commit", "exit-with-store", "share-not-awaited"),
+            *("share-overwritten", "split-relaxed", "split-no-barrier"),
+            *("split-arrival-not-awaited", "split-last-too-early", "split-never-last"),
+            *("split-one-counter", "split-rows-past-the-end"),
+            *("box-of-a-neighbour", "class-left-out"),
+        ),
+    },
+}

@@ -1,0 +1,1 @@
+"""The kernels: each has a folder with its CUDA C++ text and its Python; the rest they share."""

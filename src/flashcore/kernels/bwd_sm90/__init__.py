@@ -1,0 +1,1 @@
+"""The backward kernels for Hopper: their text, plan and parameters."""

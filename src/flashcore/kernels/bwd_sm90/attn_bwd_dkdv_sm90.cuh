@@ -1,0 +1,188 @@
+// attn_bwd_dkdv_sm90.cuh - gradients of keys and values for Hopper; bwd_sm90/bwd_sm90.cuh has the
+// equations. A block owns BLOCK_N keys, 64 a consumer warpgroup, and walks over the query tiles
+// that see some of them, of every query head of the group:
+//
+//   S^T = K Q^T    dP^T = V dO^T    dV += P^T dO    dK += dS^T Q
+//
+// Scores lie transposed, rows are keys, so that P^T and dS^T are already where the next product
+// wants its A operand, in registers. dK and dV stay in registers too: all heads of a group are
+// added up there.
+//
+// With OVERLAPS, dK of a query tile is issued behind S^T and dP^T of the next: the next
+// exponentials run beside these, and dS^T beside dV.
+//
+// A thread of the producer warpgroup loads by TMA, a warp of it the rows' lse and delta. That warp
+// also clears rows of dO that see no key: whatever arrives there, infinity and NaN too, is no
+// gradient, and 0 * NaN would spread in the product. Blocks are persistent.
+#pragma once
+
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "tile/mask.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
+
+// What one consumer warpgroup carries from query tile to query tile.
+struct Consumer {
+  int index;
+  int key_row;                      // first of its 64 keys
+  GmemPtr<const MaskElement> mask;  // of the batch and head
+  WmmaAccum dk[QK_FRAGS], dv[V_FRAGS];
+  WmmaAccum scores[QUERY_FRAGS];  // then P^T, times soft-capping's derivative, if it KEEPS_P
+  WmmaAccum dprobs[QUERY_FRAGS];  // then dS^T
+  WmmaA<Element> probs[QUERY_FRAGS], dscores[QUERY_FRAGS];
+  WmmaA<Element> capped_probs[QUERY_FRAGS];  // times that derivative; else `probs` serves
+};
+
+// P^T times soft-capping's derivative. Rounded as it is for dV where float32 takes registers that
+// are not there: dS^T is rounded likewise before it is used.
+FC_DEVICE float prob_of(const Consumer& c, int n, int i) {
+  if (KEEPS_P) return c.scores[n].x[i];
+  return unpacked((HAS_SOFTCAP ? c.capped_probs : c.probs)[n].reg[i / 2], i % 2);
+}
+
+// One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this
+// one's left to the next. All else that is issued here is also waited for: ptxas serialises
+// products that are under way from one turn of a loop to the next.
+template <bool FIRST>
+FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
+                          const Buffers& smem, uint32_t count, int m_begin) {
+  constexpr bool HAS_DK = OVERLAPS && !FIRST;
+  await_q(bar, count);
+  issue_s(c.scores, smem, c.index, count);
+  if (EARLY_DP) {
+    await_do(bar, count);
+    issue_dp(c.dprobs, smem, c.index, count);
+  }
+  if (HAS_DK) issue_dk(c.dk, c.dscores, smem, count - 1);
+  wgmma_wait<int(EARLY_DP) + int(HAS_DK)>();
+  wgmma_hold(c.scores);
+  if (!EARLY_DP) await_do(bar, count);
+  const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
+  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin);
+  if (!EARLY_DP) {
+    if (HAS_DK) {
+      wgmma_wait<0>();
+      wgmma_hold(c.dk);
+      release_q(bar, count - 1);
+    }
+    issue_dp(c.dprobs, smem, c.index, count);
+  }
+  issue_dv(c.dv, c.probs, smem, count);
+  wgmma_wait<EARLY_DP && HAS_DK ? 2 : 1>();
+  wgmma_hold(c.dprobs);
+  score_gradient(c.dprobs, stats, [&](int n, int i) { return prob_of(c, n, i); });
+  if (EARLY_DP && HAS_DK) {
+    wgmma_wait<1>();
+    release_q(bar, count - 1);
+  }
+#pragma unroll
+  for (int n = 0; n < QUERY_FRAGS; ++n) wmma_accum_to_a(c.dscores[n], c.dprobs[n]);
+  if (!OVERLAPS) issue_dk(c.dk, c.dscores, smem, count);
+  wgmma_wait<0>();
+  wgmma_hold(c.dv);
+  wgmma_hold(c.dk);
+  release_do(bar, count);
+  if (!OVERLAPS) release_q(bar, count);
+}
+
+// dK and dV of a consumer's 64 keys over query tiles that lie one behind the other in the stages.
+FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
+                          const Buffers& smem, uint32_t& count, int first_tile, int num_tiles) {
+  const uint32_t end = count + uint32_t(num_tiles);
+  int m_begin = first_tile * BLOCK_M;
+  if (OVERLAPS) {
+    query_tile<true>(c, p, bar, smem, count, m_begin);
+    ++count;
+    m_begin += BLOCK_M;
+  }
+  for (; count != end; ++count, m_begin += BLOCK_M) {
+    query_tile<false>(c, p, bar, smem, count, m_begin);
+  }
+  if (OVERLAPS) {
+    issue_dk(c.dk, c.dscores, smem, count - 1);
+    wgmma_wait<0>();
+    wgmma_hold(c.dk);
+    release_q(bar, count - 1);
+  }
+}
+
+// A consumer warpgroup: 64 keys of every key tile of this block.
+FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  const int group_size = p.num_heads_q / p.num_heads_kv;
+  Consumer c;
+  c.index = warp_uniform(warp_idx() / 4 - 1);
+  uint32_t count = 0;
+  for (int turn = 0;; ++turn) {
+    const BlockCoord block = await_coord(bar, smem, turn);
+    if (block.m_begin == NO_TILE) break;
+    c.key_row = block.m_begin + c.index * 64;
+    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    const QueryTiles own = own_query_tiles(p, tiles, c.key_row);
+    clear(c.dk);
+    clear(c.dv);
+    mbar_wait(bar.kv_full, turn % 2);
+    for (int head = 0; head < group_size; ++head) {
+      c.mask = mask_of(p, block.batch_idx, block.head_idx + head);
+      skip_tiles(bar, count, own.begin - tiles.begin);
+      if (own.begin < own.end) {
+        accumulate(c, p, bar, smem, count, own.begin, own.end - own.begin);
+      }
+      skip_tiles(bar, count, tiles.end - own.end);
+    }
+    warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
+    arrive_for_warp(bar.kv_empty);
+    const auto out = smem.out + c.index * OUT_ELEMENTS;
+    store_rows(c.dv, 1.0f, out, params.dv_map, c.key_row, block.head_idx_kv, block.batch_idx,
+               STORE_BARRIER + c.index);
+    store_rows(c.dk, p.softmax_scale, out, params.dk_map, c.key_row, block.head_idx_kv,
+               block.batch_idx, STORE_BARRIER + c.index);
+  }
+  // Shared memory must outlive the stores that read it.
+  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
+}
+
+FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
+(FC_PARAM(AttnBwdSm90Params) params) {
+  const Buffers smem = {
+      smem_view<Element>(0, NUM_KEY_GROUPS * K_GROUP_ELEMENTS, "k_smem"),
+      smem_view<Element>(V_OFFSET, NUM_KEY_GROUPS * V_GROUP_ELEMENTS, "v_smem"),
+      smem_view<Element>(Q_OFFSET, NUM_STAGES * Q_ELEMENTS, "q_smem"),
+      smem_view<Element>(DO_OFFSET, NUM_DO_STAGES * DO_ELEMENTS, "dout_smem"),
+      smem_view<Element>(OUT_OFFSET, NUM_KEY_GROUPS * OUT_ELEMENTS, "out_smem"),
+      smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),
+      smem_view<float>(STATS_OFFSET, NUM_STAGES * STATS_FLOATS, "stats_smem"),
+      smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
+  };
+  const Barriers bar = barriers();
+  if (thread_idx() == 0) {
+    tma_prefetch_map(params.k_map);
+    tma_prefetch_map(params.v_map);
+    tma_prefetch_map(params.q_map);
+    tma_prefetch_map(params.dout_map);
+    init_barriers(bar);
+  }
+  block_sync();  // orders the initialisation before every use
+  grid_dependency_wait();
+
+  if (warp_idx() < 4) {
+    lower_registers<PRODUCER_REGISTERS>();
+    if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
+    if (warp_idx() == 1) load_stats(params, bar, smem);
+  } else {
+    raise_registers<CONSUMER_REGISTERS>();
+    if constexpr (!HAS_ROLES) {
+      consume(params, bar, smem);
+    } else if (warp_idx() < 8) {
+      consume_scores(params, bar, smem);
+    } else {
+      consume_gradients(params, bar, smem);
+    }
+  }
+}

@@ -1,0 +1,305 @@
+// attn_bwd_dq_sm90.cuh - gradient of queries for Hopper, and delta for the kernel of dK and dV,
+// which follows; bwd_sm90/bwd_sm90.cuh has the equations. It has the forward's shape
+// (attn_fwd_sm90.cuh): a block owns BLOCK_M query rows, 64 a consumer warpgroup, and walks over the
+// key tiles that they see:
+//
+//   S = Q K^T    dP = dO V^T    dQ += dS K
+//
+// with dS as A operand in registers. With OVERLAPS, dQ of a key tile is issued behind S and dP of
+// the next, whose exponentials and dS run beside it.
+#pragma once
+
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/softmax.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+#include "bwd_sm90/bwd_dq_sm90.cuh"
+
+// What one consumer warpgroup carries from key tile to key tile.
+struct Consumer {
+  int index;
+  int slot;      // of Q and dO
+  int warp_row;  // first of this warp's 16 query rows
+  WmmaAccum dq[QK_FRAGS];
+  WmmaAccum scores[KEY_FRAGS];  // then P, times soft-capping's derivative
+  WmmaAccum dprobs[KEY_FRAGS];  // then dS
+  WmmaA<Element> dscores[KEY_FRAGS];
+  float lse_log2[2], delta[2];  // of a lane's two rows
+  GmemPtr<const MaskElement> mask;  // of the batch and head
+  uint32_t count;               // of all tiles that came through the stages
+};
+
+FC_DEVICE void release_k(const Barriers& bar, uint32_t count) {
+  arrive_for_warp(bar.k_empty + stage_of<NUM_STAGES>(count));
+}
+
+FC_DEVICE void release_v(const Barriers& bar, uint32_t count) {
+  arrive_for_warp(bar.v_empty + stage_of<NUM_V_STAGES>(count));
+}
+
+FC_DEVICE void await_k(const Barriers& bar, uint32_t count) {
+  mbar_wait(bar.k_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
+}
+
+FC_DEVICE void await_v(const Barriers& bar, uint32_t count) {
+  mbar_wait(bar.v_full + stage_of<NUM_V_STAGES>(count), parity_of<NUM_V_STAGES>(count));
+}
+
+// Passes over key tiles that only other consumers' rows see.
+FC_DEVICE void skip_tiles(Consumer& c, const Barriers& bar, int num_tiles) {
+  for (; num_tiles > 0; --num_tiles, ++c.count) {
+    await_k(bar, c.count);
+    await_v(bar, c.count);
+    warp_sync();  // or the next phase could pass a lane that still waits
+    release_k(bar, c.count);
+    release_v(bar, c.count);
+  }
+}
+
+// S = Q K^T.
+FC_DEVICE void issue_s(Consumer& c, const Buffers& smem, uint32_t count) {
+  // Uniform, or each descriptor is moved from general to uniform registers, two moves a product.
+  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
+  wgmma_fence();
+  issue_scores<HEAD_DIM, BLOCK_N>(
+      c.scores, wgmma_desc<CHUNK_BYTES>(smem.q + c.slot * Q_GROUP_ELEMENTS, 0),
+      wgmma_desc<CHUNK_BYTES>(smem.k, 0) + stage * (K_ELEMENTS * 2));
+  wgmma_commit();
+}
+
+// dP = dO V^T.
+FC_DEVICE void issue_dp(Consumer& c, const Buffers& smem, uint32_t count) {
+  const int stage = warp_uniform(stage_of<NUM_V_STAGES>(count));
+  wgmma_fence();
+  issue_scores<HEAD_DIM_V, BLOCK_N>(
+      c.dprobs, wgmma_desc<CHUNK_BYTES>(smem.dout + c.slot * DO_GROUP_ELEMENTS, 0),
+      wgmma_desc<CHUNK_BYTES>(smem.v, 0) + stage * (V_ELEMENTS * 2));
+  wgmma_commit();
+}
+
+// dQ += dS K.
+FC_DEVICE void issue_dq(Consumer& c, const Buffers& smem, uint32_t count) {
+  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
+  wgmma_fence();
+  issue_gradient(c.dq, c.dscores, wgmma_desc<CHUNK_BYTES>(smem.k, BLOCK_N * CHUNK_BYTES) +
+                                      stage * (K_ELEMENTS * 2));
+  wgmma_commit();
+}
+
+// lse and delta of a lane's two rows; one lane of the four that share a row writes delta for the
+// kernel that follows. What is no row, or sees no key, gets lse +inf, which makes probabilities 0.
+FC_DEVICE void load_stats(Consumer& c, const AttnBwdSm90Params& params, const BlockCoord& block,
+                          const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  const GmemPtr<const float> lse_gmem = {p.lse.address};
+  const GmemPtr<const Element> out_gmem = {p.out.address};
+  const auto dout = smem.dout + c.slot * DO_GROUP_ELEMENTS;
+  const int lane = opaque(lane_idx());
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = c.warp_row + accum_row(lane, r * 2);
+    const int group_row = row - (block.m_begin + c.index * 64);
+    const bool exists = row < p.seqlen_q;
+    const auto out = out_gmem + out_offset(p, block, exists ? row : 0);
+    float sum = 0.0f;
+#pragma unroll
+    for (int begin = 0; begin < HEAD_DIM_V; begin += 32) {
+      const int col = begin + lane % 4 * 8;
+      if (!exists || (HEAD_DIM_V % 32 != 0 && col >= HEAD_DIM_V)) continue;
+      const auto o = gmem_load_packet<16>(out + col);
+      const int place = col / CHUNK * 64 * CHUNK + group_row * CHUNK +
+                        swizzled_col<CHUNK_BYTES>(group_row, col % CHUNK);
+      const auto g = smem_load_packet<16>(dout + place);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        sum += unpacked(o.word[i], 0) * unpacked(g.word[i], 0);
+        sum += unpacked(o.word[i], 1) * unpacked(g.word[i], 1);
+      }
+    }
+    sum = quad_sum(sum);
+    c.lse_log2[r] = POS_INF;
+    c.delta[r] = 0.0f;
+    if (!exists) continue;
+    const int64_t at = lse_offset(p, block, row);
+    const float lse_log2 = gmem_load(lse_gmem + at) * LOG2_E;
+    if (lse_log2 != NEG_INF) {
+      c.lse_log2[r] = lse_log2;
+      c.delta[r] = is_null(params.dlse) ? sum : sum - gmem_load(params.dlse + at);
+    }
+    if (lane % 4 == 0) gmem_store(params.delta + at, c.delta[r]);
+  }
+}
+
+// S becomes P, times soft-capping's derivative.
+template <bool MASKED>
+FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, int key_begin) {
+  const VisibleColumns visible(p, c.warp_row, key_begin);
+#pragma unroll
+  for (int n = 0; n < KEY_FRAGS; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      ScoreMask mask = {!MASKED || visible.contain(n, i), 0.0f};
+      if (MASK_KIND != 0 && mask.visible) {
+        mask = mask_element(p, c.mask, c.warp_row + accum_row(lane_idx(), i),
+                            key_begin + n * 16 + accum_col(lane_idx(), i));
+      }
+      float& x = c.scores[n].x[i];
+      x = probability(x, c.lse_log2[row_of_element(i)], p, mask).times_cap;
+    }
+  }
+}
+
+// dP becomes dS, still to be multiplied by the scale of the scores.
+FC_DEVICE void score_gradient(Consumer& c) {
+#pragma unroll
+  for (int n = 0; n < KEY_FRAGS; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float& x = c.dprobs[n].x[i];
+      x = c.scores[n].x[i] * (x - c.delta[row_of_element(i)]);
+    }
+  }
+}
+
+// One key tile, the FIRST of a row tile or not. With OVERLAPS, dQ of the tile before is issued
+// here, and this one's left to the next. All else that is issued here is also waited for: ptxas
+// serialises products that are under way from one turn of a loop to the next.
+template <bool FIRST>
+FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
+                        const Buffers& smem, const BlockCoord& block, int key_begin) {
+  const AttnParams& p = params.attn;
+  constexpr bool HAS_DQ = OVERLAPS && !FIRST;
+  await_k(bar, c.count);
+  issue_s(c, smem, c.count);
+  await_v(bar, c.count);
+  issue_dp(c, smem, c.count);
+  if (HAS_DQ) issue_dq(c, smem, c.count - 1);
+  if (FIRST) load_stats(c, params, block, smem);  // beside the products
+  wgmma_wait<HAS_DQ ? 2 : 1>();
+  wgmma_hold(c.scores);
+  if (MASK_KIND != 0 || strip_needs_mask(p, c.warp_row, key_begin)) {
+    exponentiate<true>(c, p, key_begin);
+  } else {
+    exponentiate<false>(c, p, key_begin);
+  }
+  wgmma_wait<HAS_DQ ? 1 : 0>();
+  wgmma_hold(c.dprobs);
+  release_v(bar, c.count);
+  score_gradient(c);
+  if (HAS_DQ) {
+    wgmma_wait<0>();
+    wgmma_hold(c.dq);
+    release_k(bar, c.count - 1);
+  }
+#pragma unroll
+  for (int n = 0; n < KEY_FRAGS; ++n) wmma_accum_to_a(c.dscores[n], c.dprobs[n]);
+  if (!OVERLAPS) {
+    issue_dq(c, smem, c.count);
+    wgmma_wait<0>();
+    wgmma_hold(c.dq);
+    release_k(bar, c.count);
+  }
+  ++c.count;
+}
+
+// dQ of a consumer's 64 rows over key tiles, from last to first.
+FC_DEVICE void accumulate(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
+                          const Buffers& smem, const BlockCoord& block, const KeyRange& keys) {
+  int n_block = keys.n_block_end - 1;
+  key_tile<true>(c, params, bar, smem, block, n_block * BLOCK_N);
+  for (--n_block; n_block >= keys.n_block_begin; --n_block) {
+    key_tile<false>(c, params, bar, smem, block, n_block * BLOCK_N);
+  }
+  if (OVERLAPS) {
+    issue_dq(c, smem, c.count - 1);
+    wgmma_wait<0>();
+    wgmma_hold(c.dq);
+    release_k(bar, c.count - 1);
+  }
+}
+
+// A consumer warpgroup: 64 query rows of every row tile of this block.
+FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  Consumer c;
+  c.index = warp_uniform(warp_idx() / 4 - 1);
+  c.count = 0;
+  for (int turn = 0;; ++turn) {
+    c.slot = slot_of(turn, c.index);
+    mbar_wait(bar.q_full + c.slot, slot_parity(turn));
+    const BlockCoord block = coord_or_end(coord_slot(smem.coords, turn));
+    if (block.m_begin == NO_TILE) break;
+    const int group_row = block.m_begin + c.index * 64;
+    c.warp_row = group_row + warp_idx() % 4 * 16;
+    const KeyRange keys = key_range(p, block.m_begin);
+    const KeyRange own = IS_BOUNDED ? group_key_range(p, keys, group_row) : keys;
+    c.mask = mask_of(p, block.batch_idx, block.head_idx);
+    clear(c.dq);
+    if (IS_BOUNDED) skip_tiles(c, bar, keys.n_block_end - own.n_block_end);
+    if (own.n_block_begin < own.n_block_end) {
+      accumulate(c, params, bar, smem, block, own);
+    } else {
+      load_stats(c, params, block, smem);
+    }
+    if (IS_BOUNDED) skip_tiles(c, bar, own.n_block_begin - keys.n_block_begin);
+
+    const bool is_empty[2] = {c.lse_log2[0] == POS_INF, c.lse_log2[1] == POS_INF};
+    if (warp_any(is_empty[0] || is_empty[1])) {  // whatever arrived there, NaN too
+#pragma unroll
+      for (int d = 0; d < QK_FRAGS; ++d) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          if (is_empty[row_of_element(i)]) c.dq[d].x[i] = 0.0f;
+        }
+      }
+    }
+    const auto release_q = [&] { arrive_for_warp(bar.q_empty + c.slot); };
+    warp_sync();  // orders every lane's reads of dO before the warp releases it
+    if (HAS_OUT_BUFFER) release_q();
+    const auto out = HAS_OUT_BUFFER ? smem.out + c.index * OUT_ELEMENTS
+                                    : smem.q + c.slot * Q_GROUP_ELEMENTS;
+    store_rows(c.dq, p.softmax_scale, out, params.dq_map, group_row, block.head_idx,
+               block.batch_idx, STORE_BARRIER + c.index);
+    if (!HAS_OUT_BUFFER) {
+      if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
+      named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders that before the next Q
+      release_q();
+    }
+  }
+  // Shared memory must outlive the stores that read it.
+  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
+}
+
+FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
+(FC_PARAM(AttnBwdSm90Params) params) {
+  const Buffers smem = {
+      smem_view<Element>(0, NUM_SLOTS * Q_GROUP_ELEMENTS, "q_smem"),
+      smem_view<Element>(DO_OFFSET, NUM_SLOTS * DO_GROUP_ELEMENTS, "dout_smem"),
+      smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
+      smem_view<Element>(V_OFFSET, NUM_V_STAGES * V_ELEMENTS, "v_smem"),
+      smem_view<Element>(OUT_OFFSET, NUM_CONSUMERS * OUT_ELEMENTS, "out_smem"),
+      smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
+  };
+  const Barriers bar = barriers();
+  if (thread_idx() == 0) {
+    tma_prefetch_map(params.q_map);
+    tma_prefetch_map(params.dout_map);
+    tma_prefetch_map(params.k_map);
+    tma_prefetch_map(params.v_map);
+    init_barriers(bar);
+  }
+  block_sync();  // orders the initialisation before every use
+  grid_dependency_wait();
+
+  if (warp_idx() < 4) {
+    lower_registers<PRODUCER_REGISTERS>();
+    if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
+  } else {
+    raise_registers<CONSUMER_REGISTERS>();
+    consume(params, bar, smem);
+  }
+}

@@ -1,0 +1,114 @@
+// bwd_sm90/bwd_dkdv_roles_sm90.cuh - dK and dV where one warpgroup's registers cannot hold both of
+// 64 keys (head_dim above 128): two warpgroups share the products,
+//
+//   the first one    S^T = K Q^T    P^T    dV += P^T dO
+//   the second one   dP^T = V dO^T  dS^T   dK += dS^T Q
+//
+// and the first hands P^T, rounded as it is for dV, over to the second, each thread to that which
+// has the same elements. While one computes between its products, the other one's are under way.
+#pragma once
+
+// Fragments of a thread in the buffer for P^T: packets side by side, thread by thread.
+FC_DEVICE SmemPtr<uint32_t> probs_place(const Buffers& smem, int n) {
+  return smem.probs + (n * 128 + thread_idx() % 128) * 4;
+}
+
+// Sends 64 rows of a gradient on their way through the place where their operand lay, which nobody
+// reads any more, and releases it.
+template <int FRAGS>
+FC_DEVICE void store_in_place(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Element> place,
+                              const TensorMap& map, const BlockCoord& block, const Barriers& bar,
+                              int barrier) {
+  store_rows(x, scale, place, map, block.m_begin, block.head_idx_kv, block.batch_idx, barrier);
+  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
+  named_barrier_sync(barrier, 128);  // orders that before the next K and V
+  arrive_for_warp(bar.kv_empty);
+}
+
+// The first role.
+FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& bar,
+                              const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  WmmaAccum dv[V_FRAGS], scores[QUERY_FRAGS];
+  WmmaA<Element> probs[QUERY_FRAGS], capped_probs[QUERY_FRAGS];
+  uint32_t count = 0;
+  for (int turn = 0;; ++turn) {
+    const BlockCoord block = await_coord(bar, smem, turn);
+    if (block.m_begin == NO_TILE) return;
+    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    clear(dv);
+    mbar_wait(bar.kv_full, turn % 2);
+    for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
+      for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
+        await_q(bar, count);
+        issue_s(scores, smem, 0, count);
+        wgmma_wait<0>();
+        wgmma_hold(scores);
+        await_do(bar, count);
+        exponentiate(scores, probs, capped_probs, p,
+                     smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS,
+                     mask_of(p, block.batch_idx, block.head_idx + head), block.m_begin,
+                     m_block * BLOCK_M);
+        release_q(bar, count);
+        mbar_wait(bar.probs_empty, int(count % 2) ^ 1);
+#pragma unroll
+        for (int n = 0; n < QUERY_FRAGS; ++n) {
+          const auto& handed = (HAS_SOFTCAP ? capped_probs : probs)[n].reg;
+          smem_store_packet(probs_place(smem, n),
+                            Packet<16>{{handed[0], handed[1], handed[2], handed[3]}});
+        }
+        mbar_arrive(bar.probs_full);
+        issue_dv(dv, probs, smem, count);
+        wgmma_wait<0>();
+        wgmma_hold(dv);
+        release_do(bar, count);
+      }
+    }
+    // The other role's last dP^T, which read V, was done when it took the last P^T.
+    mbar_wait(bar.probs_empty, int(count % 2) ^ 1);
+    store_in_place(dv, 1.0f, smem.v, params.dv_map, block, bar, STORE_BARRIER);
+  }
+}
+
+// The second role.
+FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers& bar,
+                                 const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  WmmaAccum dk[QK_FRAGS], dprobs[QUERY_FRAGS];
+  WmmaA<Element> dscores[QUERY_FRAGS];
+  uint32_t count = 0;
+  for (int turn = 0;; ++turn) {
+    const BlockCoord block = await_coord(bar, smem, turn);
+    if (block.m_begin == NO_TILE) return;
+    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    clear(dk);
+    mbar_wait(bar.kv_full, turn % 2);
+    for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
+      for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
+        await_do(bar, count);
+        issue_dp(dprobs, smem, 0, count);
+        wgmma_wait<0>();
+        wgmma_hold(dprobs);
+        release_do(bar, count);
+        mbar_wait(bar.probs_full, int(count % 2));
+        Packet<16> probs[QUERY_FRAGS];
+#pragma unroll
+        for (int n = 0; n < QUERY_FRAGS; ++n) {
+          probs[n] = smem_load_packet<16>(probs_place(smem, n));
+        }
+        mbar_arrive(bar.probs_empty);
+        score_gradient(dprobs, smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS,
+                       [&](int n, int i) { return unpacked(probs[n].word[i / 2], i % 2); });
+#pragma unroll
+        for (int n = 0; n < QUERY_FRAGS; ++n) wmma_accum_to_a(dscores[n], dprobs[n]);
+        await_q(bar, count);
+        issue_dk(dk, dscores, smem, count);
+        wgmma_wait<0>();
+        wgmma_hold(dk);
+        release_q(bar, count);
+      }
+    }
+    // The other role's last S^T, which read K, was done when it handed over the last P^T.
+    store_in_place(dk, p.softmax_scale, smem.k, params.dk_map, block, bar, STORE_BARRIER + 1);
+  }
+}

@@ -1,0 +1,300 @@
+// bwd_sm90/bwd_dkdv_sm90.cuh - the kernel of dK and dV: which query tiles see which keys, where in
+// shared memory what lies, and who loads it. Mirrored by kernels/bwd_sm90/plan.py.
+#pragma once
+
+constexpr int NUM_KEY_GROUPS = BLOCK_N / 64;  // of 64 keys
+// Warpgroups: one a group of keys, or two that share its products
+// (bwd_sm90/bwd_dkdv_roles_sm90.cuh).
+constexpr int NUM_CONSUMERS = NUM_KEY_GROUPS * (HAS_ROLES ? 2 : 1);
+static_assert(!HAS_ROLES || NUM_KEY_GROUPS == 1, "two warpgroups share 64 keys");
+constexpr int QUERY_FRAGS = BLOCK_M / 16;
+constexpr bool IS_BOUNDED = HAS_WINDOW_LEFT || HAS_WINDOW_RIGHT;
+
+// --- query tiles ---------------------------------------------------------------------------------
+
+// Query tiles [begin, end) hold every query that sees some of a run of keys.
+struct QueryTiles {
+  int begin, end;
+};
+
+FC_DEVICE QueryTiles query_tiles(const AttnParams& p, int key_begin, int num_keys) {
+  const int last_key = min_i(key_begin + num_keys, p.seqlen_k) - 1;
+  int first = 0;
+  int end = p.seqlen_q;
+  if (HAS_WINDOW_RIGHT) first = max_i(0, key_begin - p.diag_offset - p.window_right);
+  if (HAS_WINDOW_LEFT) end = min_i(end, last_key - p.diag_offset + p.window_left + 1);
+  if (last_key < key_begin || first >= end) return {0, 0};
+  return {first / BLOCK_M, (end + BLOCK_M - 1) / BLOCK_M};
+}
+
+// Of a block's query tiles, those that 64 of its keys need; without a bound all.
+FC_DEVICE QueryTiles own_query_tiles(const AttnParams& p, const QueryTiles& block, int key_row) {
+  if (!IS_BOUNDED) return block;
+  QueryTiles own = query_tiles(p, key_row, 64);
+  own = {max_i(own.begin, block.begin), min_i(own.end, block.end)};
+  return own.begin < own.end ? own : QueryTiles{block.begin, block.begin};
+}
+
+// Whether a window hides some of 64 keys from some query of a tile. The same for all lanes.
+FC_DEVICE bool hides_some(const AttnParams& p, int key_row, int m_begin) {
+  bool hides = false;
+  if (HAS_WINDOW_RIGHT) hides |= key_row + 63 > m_begin + p.diag_offset + p.window_right;
+  if (HAS_WINDOW_LEFT) hides |= key_row < m_begin + BLOCK_M - 1 + p.diag_offset - p.window_left;
+  return hides;
+}
+
+// Which columns of a lane's part of the transposed scores may see its keys, as VisibleColumns in
+// tile/mask.cuh: of the first of its two rows, the second one's are 8 further.
+struct VisibleQueries {
+  int begin, end;
+
+  FC_DEVICE VisibleQueries(const AttnParams& p, int key_row, int m_begin) {
+    const int lane = opaque(lane_idx());
+    const int key = key_row + warp_idx() % 4 * 16 + accum_row(lane, 0);
+    const int diagonal = key - p.diag_offset - m_begin - accum_col(lane, 0);
+    begin = diagonal - p.window_right;
+    end = diagonal + p.window_left + 1;
+  }
+
+  // Element i of fragment n.
+  FC_DEVICE bool contain(int n, int i) const {
+    const int col = n * 16 + accum_col(0, i) - accum_row(0, i);
+    return (!HAS_WINDOW_RIGHT || col >= begin) && (!HAS_WINDOW_LEFT || col < end);
+  }
+};
+
+// --- shared memory -------------------------------------------------------------------------------
+
+constexpr int K_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;  // of one consumer
+constexpr int V_GROUP_ELEMENTS = 64 * V_CHUNKS * CHUNK;
+constexpr int Q_ELEMENTS = BLOCK_M * QK_CHUNKS * CHUNK;  // of one stage
+constexpr int DO_ELEMENTS = BLOCK_M * V_CHUNKS * CHUNK;
+// With roles dK and dV leave through the places of K and V.
+constexpr int OUT_ELEMENTS = HAS_ROLES                               ? 0
+                             : K_GROUP_ELEMENTS > V_GROUP_ELEMENTS ? K_GROUP_ELEMENTS
+                                                                     : V_GROUP_ELEMENTS;
+constexpr int PROBS_WORDS = HAS_ROLES ? BLOCK_M * 64 / 2 : 0;  // P^T between the two roles
+constexpr int STATS_FLOATS = 2 * BLOCK_M;  // of one stage: lse in log2 units, delta
+
+constexpr int V_OFFSET = NUM_KEY_GROUPS * K_GROUP_ELEMENTS * 2;
+constexpr int Q_OFFSET = V_OFFSET + NUM_KEY_GROUPS * V_GROUP_ELEMENTS * 2;
+constexpr int DO_OFFSET = Q_OFFSET + NUM_STAGES * Q_ELEMENTS * 2;
+constexpr int OUT_OFFSET = DO_OFFSET + NUM_DO_STAGES * DO_ELEMENTS * 2;
+constexpr int PROBS_OFFSET = OUT_OFFSET + NUM_KEY_GROUPS * OUT_ELEMENTS * 2;
+constexpr int STATS_OFFSET = PROBS_OFFSET + PROBS_WORDS * 4;
+constexpr int BARRIERS_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;
+constexpr int NUM_BARRIERS = 6 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES;
+constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
+static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
+              "the plan and the kernel disagree on shared memory");
+
+struct Buffers {
+  SmemPtr<Element> k, v, q, dout;
+  SmemPtr<Element> out;  // dV and dK on their way out, one after the other
+  SmemPtr<uint32_t> probs;
+  SmemPtr<float> stats;
+  SmemPtr<int32_t> coords;  // of the key tiles at hand
+};
+
+// A `full` barrier completes when what it guards has arrived, an `empty` one when all have read it.
+struct Barriers {
+  SmemPtr<uint64_t> coord_full;  // two in turn, for who has read one may not yet have met the next
+  SmemPtr<uint64_t> kv_full, kv_empty;
+  SmemPtr<uint64_t> probs_full, probs_empty;  // with roles
+  SmemPtr<uint64_t> q_full, q_empty, stats_full;  // one a stage
+  SmemPtr<uint64_t> do_full, do_empty;
+};
+
+enum NamedBarrier {
+  STORE_BARRIER = 1,  // + consumer: the warps of a warpgroup
+};
+
+FC_DEVICE Barriers barriers() {
+  const auto first = smem_view<uint64_t>(BARRIERS_OFFSET, NUM_BARRIERS, "barriers");
+  const auto ring = first + 6;
+  return {first,
+          first + 2,
+          first + 3,
+          first + 4,
+          first + 5,
+          ring,
+          ring + NUM_STAGES,
+          ring + 2 * NUM_STAGES,
+          ring + 3 * NUM_STAGES,
+          ring + (3 * NUM_STAGES + NUM_DO_STAGES)};
+}
+
+// By one thread.
+FC_DEVICE void init_barriers(const Barriers& bar) {
+  mbar_init(bar.coord_full, 1);
+  mbar_init(bar.coord_full + 1, 1);
+  mbar_init(bar.kv_full, 1);
+  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1);  // one: who loads lse and delta
+  mbar_init(bar.probs_full, 128);
+  mbar_init(bar.probs_empty, 128);
+  for (int stage = 0; stage < NUM_STAGES; ++stage) {
+    mbar_init(bar.q_full + stage, 1);
+    mbar_init(bar.q_empty + stage, NUM_CONSUMERS * 4);
+    mbar_init(bar.stats_full + stage, 32);
+  }
+  for (int stage = 0; stage < NUM_DO_STAGES; ++stage) {
+    mbar_init(bar.do_full + stage, 1);
+    mbar_init(bar.do_empty + stage, NUM_CONSUMERS * 4);
+  }
+  mbar_init_fence();
+}
+
+// The place of a block's key tile number `turn`, whose first key is m_begin; NO_TILE there at the
+// end.
+FC_DEVICE BlockCoord await_coord(const Barriers& bar, const Buffers& smem, int turn) {
+  mbar_wait(bar.coord_full + turn % 2, turn / 2 % 2);
+  return coord_or_end(coord_slot(smem.coords, turn));
+}
+
+// --- the producers -------------------------------------------------------------------------------
+
+// The key tile that a walk is at. Under a right bound the first keys are seen by most queries.
+FC_DEVICE BlockCoord key_tile_coord(const AttnParams& p, const TileWalk& tile,
+                                    const TileSchedule& schedule) {
+  const auto at = tile.place(p, schedule);
+  const int n_block = DRAWS_TILES ? p.num_m_blocks - 1 - at.m_block : at.m_block;
+  BlockCoord block;
+  block.head_idx_kv = at.head % p.num_heads_kv;
+  block.head_idx = block.head_idx_kv * (p.num_heads_q / p.num_heads_kv);
+  block.batch_idx = at.head / p.num_heads_kv;
+  block.m_begin = n_block * BLOCK_N;
+  return block;
+}
+
+// One thread: walks over the block's key tiles, and has TMA load K and V, and Q and dO as far ahead
+// as the stages allow.
+FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  const int group_size = p.num_heads_q / p.num_heads_kv;
+  uint32_t count = 0;
+  TileWalk tile;
+  for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
+    const auto coord = coord_slot(smem.coords, turn);
+    if (tile.done(p, params.schedule)) {
+      smem_store(coord, NO_TILE);
+      mbar_arrive(bar.coord_full + turn % 2);
+      grid_launch_dependents();
+      return;
+    }
+    const BlockCoord block = key_tile_coord(p, tile, params.schedule);
+    store_coord(coord, block);
+    mbar_arrive(bar.coord_full + turn % 2);
+
+    mbar_wait(bar.kv_empty, turn % 2 ^ 1);
+    mbar_arrive_expect_tx(bar.kv_full, NUM_KEY_GROUPS * (K_GROUP_ELEMENTS + V_GROUP_ELEMENTS) * 2);
+    for (int group = 0; group < NUM_KEY_GROUPS; ++group) {
+      const int row = block.m_begin + group * 64;
+      for (int c = 0; c < QK_CHUNKS; ++c) {
+        tma_load(smem.k + (group * K_GROUP_ELEMENTS + c * 64 * CHUNK), params.k_map, bar.kv_full,
+                 c * CHUNK, row, block.head_idx_kv, block.batch_idx);
+      }
+      for (int c = 0; c < V_CHUNKS; ++c) {
+        tma_load(smem.v + (group * V_GROUP_ELEMENTS + c * 64 * CHUNK), params.v_map, bar.kv_full,
+                 c * CHUNK, row, block.head_idx_kv, block.batch_idx);
+      }
+    }
+
+    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    int left = group_size * (tiles.end - tiles.begin);
+    if (left == 0) tile.ask(p, params.schedule);
+    for (int head = 0; head < group_size; ++head) {
+      for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
+        if (--left == 0) tile.ask(p, params.schedule);
+        const int q_stage = stage_of<NUM_STAGES>(count);
+        const auto q_full = bar.q_full + q_stage;
+        mbar_wait(bar.q_empty + q_stage, parity_of<NUM_STAGES>(count) ^ 1);
+        mbar_arrive_expect_tx(q_full, Q_ELEMENTS * 2);
+        for (int c = 0; c < QK_CHUNKS; ++c) {
+          tma_load(smem.q + (q_stage * Q_ELEMENTS + c * BLOCK_M * CHUNK), params.q_map, q_full,
+                   c * CHUNK, m_block * BLOCK_M, block.head_idx + head, block.batch_idx);
+        }
+        const int do_stage = stage_of<NUM_DO_STAGES>(count);
+        const auto do_full = bar.do_full + do_stage;
+        mbar_wait(bar.do_empty + do_stage, parity_of<NUM_DO_STAGES>(count) ^ 1);
+        mbar_arrive_expect_tx(do_full, DO_ELEMENTS * 2);
+        for (int c = 0; c < V_CHUNKS; ++c) {
+          tma_load(smem.dout + (do_stage * DO_ELEMENTS + c * BLOCK_M * CHUNK), params.dout_map,
+                   do_full, c * CHUNK, m_block * BLOCK_M, block.head_idx + head, block.batch_idx);
+        }
+      }
+    }
+  }
+}
+
+constexpr int ROWS_OF_LANE = (BLOCK_M + 31) / 32;
+
+// Clears the rows of dO that see no key.
+FC_DEVICE void clear_rows(const Buffers& smem, int stage, const bool (&is_empty)[ROWS_OF_LANE]) {
+#pragma unroll
+  for (int i = 0; i < ROWS_OF_LANE; ++i) {
+    if (!is_empty[i]) continue;
+    const auto row = smem.dout + (stage * DO_ELEMENTS + (i * 32 + lane_idx()) * CHUNK);
+    for (int c = 0; c < V_CHUNKS; ++c) {
+      for (int col = 0; col < CHUNK; col += 8) {
+        smem_store_packet(row + (c * BLOCK_M * CHUNK + col), Packet<16>{});
+      }
+    }
+  }
+  fence_proxy_async();
+}
+
+// One warp: brings lse and delta of each query tile to shared memory. A row that is none, or sees
+// no key, gets lse +inf: its probabilities are 0.
+FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
+                          const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  const GmemPtr<const float> lse_gmem = {p.lse.address};
+  const GmemPtr<const float> delta_gmem = {params.delta.address};
+  const int group_size = p.num_heads_q / p.num_heads_kv;
+  uint32_t count = 0;
+  for (int turn = 0;; ++turn) {
+    BlockCoord block = await_coord(bar, smem, turn);
+    if (block.m_begin == NO_TILE) return;
+    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    for (int head = 0; head < group_size; ++head, ++block.head_idx) {
+      for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
+        float lse[ROWS_OF_LANE], delta[ROWS_OF_LANE];
+        bool is_empty[ROWS_OF_LANE];
+        bool some_empty = false;
+#pragma unroll
+        for (int i = 0; i < ROWS_OF_LANE; ++i) {
+          const int row = m_block * BLOCK_M + i * 32 + lane_idx();
+          lse[i] = POS_INF;
+          delta[i] = 0.0f;
+          is_empty[i] = false;
+          if (row >= p.seqlen_q || (BLOCK_M % 32 != 0 && i * 32 + lane_idx() >= BLOCK_M)) continue;
+          const int64_t at = lse_offset(p, block, row);
+          lse[i] = gmem_load(lse_gmem + at) * LOG2_E;
+          delta[i] = gmem_load(delta_gmem + at);
+          is_empty[i] = lse[i] == NEG_INF;
+          if (is_empty[i]) lse[i] = POS_INF;
+          some_empty |= is_empty[i];
+        }
+        const int stage = stage_of<NUM_STAGES>(count);
+        mbar_wait(bar.q_empty + stage, parity_of<NUM_STAGES>(count) ^ 1);
+        const auto stats = smem.stats + stage * STATS_FLOATS;
+#pragma unroll
+        for (int i = 0; i < ROWS_OF_LANE; ++i) {
+          const int row = i * 32 + lane_idx();
+          if (BLOCK_M % 32 != 0 && row >= BLOCK_M) continue;
+          smem_store(stats + row, lse[i]);
+          smem_store(stats + (BLOCK_M + row), delta[i]);
+        }
+        // Here always, not only to clear: who skips a phase takes the one before for it.
+        const int do_stage = stage_of<NUM_DO_STAGES>(count);
+        mbar_wait(bar.do_full + do_stage, parity_of<NUM_DO_STAGES>(count));
+        if (warp_any(some_empty)) clear_rows(smem, do_stage, is_empty);
+        mbar_arrive(bar.stats_full + stage);
+      }
+    }
+    // Nobody may be a tile ahead: K and V of this one are there, so those of the last are released.
+    mbar_wait(bar.kv_full, turn % 2);
+    warp_sync();  // orders every lane's look at the place before its slot is free
+    if (lane_idx() == 0) mbar_arrive(bar.kv_empty);
+  }
+}

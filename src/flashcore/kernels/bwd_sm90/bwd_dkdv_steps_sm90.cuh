@@ -1,0 +1,155 @@
+// bwd_sm90/bwd_dkdv_steps_sm90.cuh - the kernel of dK and dV, step by step: waiting for a query
+// tile and giving back its buffers, its four products, and what is computed between them.
+#pragma once
+
+// And of the tile's lse and delta.
+FC_DEVICE void release_q(const Barriers& bar, uint32_t count) {
+  warp_sync();  // orders every lane's reads of those before the arrival
+  arrive_for_warp(bar.q_empty + stage_of<NUM_STAGES>(count));
+}
+
+FC_DEVICE void release_do(const Barriers& bar, uint32_t count) {
+  arrive_for_warp(bar.do_empty + stage_of<NUM_DO_STAGES>(count));
+}
+
+FC_DEVICE void await_do(const Barriers& bar, uint32_t count) {
+  mbar_wait(bar.do_full + stage_of<NUM_DO_STAGES>(count), parity_of<NUM_DO_STAGES>(count));
+  mbar_wait(bar.stats_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
+}
+
+FC_DEVICE void await_q(const Barriers& bar, uint32_t count) {
+  mbar_wait(bar.q_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
+}
+
+// Passes over tiles that only other consumers' keys are seen by.
+FC_DEVICE void skip_tiles(const Barriers& bar, uint32_t& count, int num_tiles) {
+  for (; num_tiles > 0; --num_tiles, ++count) {
+    await_q(bar, count);
+    await_do(bar, count);
+    release_q(bar, count);  // has a warp_sync(), or the next phase could pass a lane that waits
+    release_do(bar, count);
+  }
+}
+
+// S^T = K Q^T.
+FC_DEVICE void issue_s(WmmaAccum (&scores)[QUERY_FRAGS], const Buffers& smem, int group,
+                       uint32_t count) {
+  // Uniform, or each descriptor is moved from general to uniform registers, two moves a product.
+  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
+  wgmma_fence();
+  issue_scores<HEAD_DIM, BLOCK_M>(
+      scores, wgmma_desc<CHUNK_BYTES>(smem.k + group * K_GROUP_ELEMENTS, 0),
+      wgmma_desc<CHUNK_BYTES>(smem.q, 0) + stage * (Q_ELEMENTS * 2));
+  wgmma_commit();
+}
+
+// dP^T = V dO^T.
+FC_DEVICE void issue_dp(WmmaAccum (&dprobs)[QUERY_FRAGS], const Buffers& smem, int group,
+                        uint32_t count) {
+  const int stage = warp_uniform(stage_of<NUM_DO_STAGES>(count));
+  wgmma_fence();
+  issue_scores<HEAD_DIM_V, BLOCK_M>(
+      dprobs, wgmma_desc<CHUNK_BYTES>(smem.v + group * V_GROUP_ELEMENTS, 0),
+      wgmma_desc<CHUNK_BYTES>(smem.dout, 0) + stage * (DO_ELEMENTS * 2));
+  wgmma_commit();
+}
+
+// dV += P^T dO.
+FC_DEVICE void issue_dv(WmmaAccum (&dv)[V_FRAGS], const WmmaA<Element> (&probs)[QUERY_FRAGS],
+                        const Buffers& smem, uint32_t count) {
+  const int stage = warp_uniform(stage_of<NUM_DO_STAGES>(count));
+  wgmma_fence();
+  issue_gradient(dv, probs, wgmma_desc<CHUNK_BYTES>(smem.dout, BLOCK_M * CHUNK_BYTES) +
+                                    stage * (DO_ELEMENTS * 2));
+  wgmma_commit();
+}
+
+// dK += dS^T Q.
+FC_DEVICE void issue_dk(WmmaAccum (&dk)[QK_FRAGS], const WmmaA<Element> (&dscores)[QUERY_FRAGS],
+                        const Buffers& smem, uint32_t count) {
+  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
+  wgmma_fence();
+  issue_gradient(dk, dscores, wgmma_desc<CHUNK_BYTES>(smem.q, BLOCK_M * CHUNK_BYTES) +
+                                      stage * (Q_ELEMENTS * 2));
+  wgmma_commit();
+}
+
+// Two neighbours of a tile's lse or delta, of a lane's columns in fragment n.
+FC_DEVICE Packet<8> column_pair(SmemPtr<float> stats, int n, int half) {
+  return smem_load_packet<8>(stats + (n * 16 + half * 8));
+}
+
+FC_DEVICE float half_of(Packet<8> pair, int i) {
+  return from_packet<float>(Packet<4>{{pair.word[i]}});
+}
+
+template <bool MASKED>
+FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
+                                 WmmaA<Element> (&probs)[QUERY_FRAGS],
+                                 WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
+                                 SmemPtr<float> stats, GmemPtr<const MaskElement> mask_gmem,
+                                 int key_row, int m_begin) {
+  const VisibleQueries visible(p, key_row, m_begin);
+  const auto lse = stats + opaque(lane_idx()) % 4 * 2;
+#pragma unroll
+  for (int n = 0; n < QUERY_FRAGS; ++n) {
+    ScoreMask mask[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) mask[i] = {!MASKED || visible.contain(n, i), 0.0f};
+    // The branch keeps ptxas from fetching the elements of all fragments at once, for which there
+    // are no registers.
+    if (MASK_KIND != 0 && m_begin + n * 16 < p.seqlen_q) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        if (!mask[i].visible) continue;
+        mask[i] = mask_element(p, mask_gmem, m_begin + n * 16 + accum_col(lane_idx(), i),
+                               key_row + warp_idx() % 4 * 16 + accum_row(lane_idx(), i));
+      }
+    }
+    WmmaAccum prob;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto pair = column_pair(lse, n, half);
+#pragma unroll
+      for (int i = half * 4; i < half * 4 + 4; ++i) {
+        const auto result = probability(scores[n].x[i], half_of(pair, i % 2), p, mask[i]);
+        prob.x[i] = result.p;
+        scores[n].x[i] = result.times_cap;
+      }
+    }
+    wmma_accum_to_a(probs[n], prob);
+    if (HAS_SOFTCAP && (!KEEPS_P || HAS_ROLES)) wmma_accum_to_a(capped_probs[n], scores[n]);
+  }
+}
+
+// S^T becomes P^T, rounded in `probs`; in `scores`, and where those are not kept rounded in
+// `capped_probs`, times soft-capping's derivative. `stats` is the tile's, `mask` its head's.
+FC_DEVICE void exponentiate(WmmaAccum (&scores)[QUERY_FRAGS], WmmaA<Element> (&probs)[QUERY_FRAGS],
+                            WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
+                            SmemPtr<float> stats, GmemPtr<const MaskElement> mask, int key_row,
+                            int m_begin) {
+  if (IS_BOUNDED && (MASK_KIND != 0 || hides_some(p, key_row, m_begin))) {
+    exponentiate_tile<true>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
+  } else {
+    exponentiate_tile<false>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
+  }
+}
+
+// dP^T becomes dS^T, still to be multiplied by the scale of the scores. `prob(n, i)` is P^T's
+// element, times soft-capping's derivative.
+template <class Prob>
+FC_DEVICE void score_gradient(WmmaAccum (&dprobs)[QUERY_FRAGS], SmemPtr<float> stats,
+                              const Prob& prob) {
+  const auto delta = stats + (BLOCK_M + opaque(lane_idx()) % 4 * 2);
+#pragma unroll
+  for (int n = 0; n < QUERY_FRAGS; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto pair = column_pair(delta, n, half);
+#pragma unroll
+      for (int i = half * 4; i < half * 4 + 4; ++i) {
+        dprobs[n].x[i] = prob(n, i) * (dprobs[n].x[i] - half_of(pair, i % 2));
+      }
+    }
+  }
+}

@@ -1,0 +1,133 @@
+// bwd_sm90/bwd_dq_sm90.cuh - the kernel of dQ: where in shared memory what lies, and who loads it.
+// Mirrored by kernels/bwd_sm90/plan.py.
+#pragma once
+
+constexpr int NUM_CONSUMERS = BLOCK_M / 64;  // warpgroups of 64 query rows
+constexpr int KEY_FRAGS = BLOCK_N / 16;
+constexpr bool IS_BOUNDED = HAS_WINDOW_LEFT || HAS_WINDOW_RIGHT;
+
+constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;  // of one consumer
+constexpr int DO_GROUP_ELEMENTS = 64 * V_CHUNKS * CHUNK;
+constexpr int K_ELEMENTS = BLOCK_N * QK_CHUNKS * CHUNK;  // of one stage
+constexpr int V_ELEMENTS = BLOCK_N * V_CHUNKS * CHUNK;
+
+constexpr int NUM_SLOTS = Q_BUFFERS * NUM_CONSUMERS;  // of 64 rows of Q and dO
+constexpr int DO_OFFSET = NUM_SLOTS * Q_GROUP_ELEMENTS * 2;
+constexpr int K_OFFSET = DO_OFFSET + NUM_SLOTS * DO_GROUP_ELEMENTS * 2;
+constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
+constexpr int OUT_OFFSET = V_OFFSET + NUM_V_STAGES * V_ELEMENTS * 2;
+// Without a buffer of its own dQ leaves through the place of Q.
+constexpr int OUT_ELEMENTS = HAS_OUT_BUFFER ? Q_GROUP_ELEMENTS : 0;
+constexpr int BARRIERS_OFFSET = OUT_OFFSET + NUM_CONSUMERS * OUT_ELEMENTS * 2;
+constexpr int NUM_BARRIERS = 2 * NUM_SLOTS + 2 * NUM_STAGES + 2 * NUM_V_STAGES;
+constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
+static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
+              "the plan and the kernel disagree on shared memory");
+
+struct Buffers {
+  SmemPtr<Element> q, dout, k, v, out;
+  SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
+};
+
+struct Barriers {
+  SmemPtr<uint64_t> q_full, q_empty;  // one a slot; of Q and dO
+  SmemPtr<uint64_t> k_full, k_empty, v_full, v_empty;
+};
+
+enum NamedBarrier {
+  STORE_BARRIER = 1,  // + consumer: the warps of a warpgroup
+};
+
+FC_DEVICE Barriers barriers() {
+  const auto first = smem_view<uint64_t>(BARRIERS_OFFSET, NUM_BARRIERS, "barriers");
+  const auto ring = first + 2 * NUM_SLOTS;
+  return {first,
+          first + NUM_SLOTS,
+          ring,
+          ring + NUM_STAGES,
+          ring + 2 * NUM_STAGES,
+          ring + (2 * NUM_STAGES + NUM_V_STAGES)};
+}
+
+// By one thread.
+FC_DEVICE void init_barriers(const Barriers& bar) {
+  for (int slot = 0; slot < NUM_SLOTS; ++slot) {
+    mbar_init(bar.q_full + slot, 1);
+    mbar_init(bar.q_empty + slot, 4);
+  }
+  for (int stage = 0; stage < NUM_STAGES; ++stage) {
+    mbar_init(bar.k_full + stage, 1);
+    mbar_init(bar.k_empty + stage, NUM_CONSUMERS * 4);
+  }
+  for (int stage = 0; stage < NUM_V_STAGES; ++stage) {
+    mbar_init(bar.v_full + stage, 1);
+    mbar_init(bar.v_empty + stage, NUM_CONSUMERS * 4);
+  }
+  mbar_init_fence();
+}
+
+// Which slot belongs to a consumer in a block's row tile number `turn`; the parity of its phase.
+FC_DEVICE int slot_of(int turn, int group) { return turn % Q_BUFFERS * NUM_CONSUMERS + group; }
+FC_DEVICE int slot_parity(int turn) { return turn / Q_BUFFERS % 2; }
+
+// One thread: walks over the block's row tiles, and has TMA load Q and dO, and K and V as far ahead
+// as the stages allow, keys from last to first.
+FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  uint32_t count = 0;
+  TileWalk tile;
+  for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
+    const auto coord = coord_slot(smem.coords, turn);
+    if (tile.done(p, params.schedule)) {
+      smem_store(coord, NO_TILE);
+      for (int group = 0; group < NUM_CONSUMERS; ++group) {
+        mbar_wait(bar.q_empty + slot_of(turn, group), slot_parity(turn) ^ 1);
+        mbar_arrive(bar.q_full + slot_of(turn, group));
+      }
+      grid_launch_dependents();
+      return;
+    }
+    const BlockCoord block = tile.coord(p, params.schedule);
+    store_coord(coord, block);
+    for (int group = 0; group < NUM_CONSUMERS; ++group) {
+      const int slot = slot_of(turn, group);
+      const auto full = bar.q_full + slot;
+      const int row = block.m_begin + group * 64;
+      mbar_wait(bar.q_empty + slot, slot_parity(turn) ^ 1);
+      mbar_arrive_expect_tx(full, (Q_GROUP_ELEMENTS + DO_GROUP_ELEMENTS) * 2);
+      for (int c = 0; c < QK_CHUNKS; ++c) {
+        tma_load(smem.q + (slot * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
+                 c * CHUNK, row, block.head_idx, block.batch_idx);
+      }
+      for (int c = 0; c < V_CHUNKS; ++c) {
+        tma_load(smem.dout + (slot * DO_GROUP_ELEMENTS + c * 64 * CHUNK), params.dout_map, full,
+                 c * CHUNK, row, block.head_idx, block.batch_idx);
+      }
+    }
+    const KeyRange keys = key_range(p, block.m_begin);
+    bool asked = false;
+    for (int n_block = keys.n_block_end - 1; n_block >= keys.n_block_begin; --n_block, ++count) {
+      if (!asked && n_block < keys.n_block_begin + ASK_AHEAD) {
+        tile.ask(p, params.schedule);
+        asked = true;
+      }
+      const int k_stage = stage_of<NUM_STAGES>(count);
+      const auto k_full = bar.k_full + k_stage;
+      mbar_wait(bar.k_empty + k_stage, parity_of<NUM_STAGES>(count) ^ 1);
+      mbar_arrive_expect_tx(k_full, K_ELEMENTS * 2);
+      for (int c = 0; c < QK_CHUNKS; ++c) {
+        tma_load(smem.k + (k_stage * K_ELEMENTS + c * BLOCK_N * CHUNK), params.k_map, k_full,
+                 c * CHUNK, n_block * BLOCK_N, block.head_idx_kv, block.batch_idx);
+      }
+      const int v_stage = stage_of<NUM_V_STAGES>(count);
+      const auto v_full = bar.v_full + v_stage;
+      mbar_wait(bar.v_empty + v_stage, parity_of<NUM_V_STAGES>(count) ^ 1);
+      mbar_arrive_expect_tx(v_full, V_ELEMENTS * 2);
+      for (int c = 0; c < V_CHUNKS; ++c) {
+        tma_load(smem.v + (v_stage * V_ELEMENTS + c * BLOCK_N * CHUNK), params.v_map, v_full,
+                 c * CHUNK, n_block * BLOCK_N, block.head_idx_kv, block.batch_idx);
+      }
+    }
+    if (!asked) tile.ask(p, params.schedule);  // it has no key tiles
+  }
+}

@@ -1,0 +1,171 @@
+// bwd_sm90/bwd_sm90.cuh - what the two backward kernels for Hopper share: their argument, products
+// of a warpgroup's 64 rows, probabilities from scores and lse, and 64 rows on their way to global
+// memory.
+//
+// With s = softcap(scale * q.k) and p = exp(s + mask - lse), which is the softmax, the gradient of
+// a score is (FlashAttention-2, arXiv:2307.08691, algorithm 2)
+//
+//   ds = p * (dout.v - delta) * softcap'        delta = sum(dout * out) - dlse of the row
+//
+// and dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q. One kernel computes dq and delta, with
+// the forward's shape (attn_bwd_dq_sm90.cuh); the other one dk and dv (attn_bwd_dkdv_sm90.cuh).
+// Both compute s and dout.v: seven products where five would do, but no element is written twice,
+// so nothing has to be added up between blocks, and results do not differ from run to run.
+#pragma once
+
+// Mirrored by kernels/bwd_sm90/params.py. Boxes of q, k, v and dout are those of the kernel at
+// hand.
+struct AttnBwdSm90Params {
+  TensorMap q_map, k_map, v_map, dout_map;
+  TensorMap dq_map, dk_map, dv_map;  // boxes of 64 rows x CHUNK columns
+  AttnParams attn;                   // out and lse are the forward's
+  TileSchedule schedule;
+  GmemPtr<const float> dlse;  // [batch, num_heads_q, seqlen_q], or null for zero
+  GmemPtr<float> delta;       // [batch, num_heads_q, seqlen_q]
+};
+
+constexpr int CHUNK_BYTES = CHUNK * 2;
+constexpr int QK_CHUNKS = (HEAD_DIM + CHUNK - 1) / CHUNK;
+constexpr int V_CHUNKS = (HEAD_DIM_V + CHUNK - 1) / CHUNK;
+constexpr int QK_FRAGS = (HEAD_DIM + 15) / 16;  // the last chunk's other columns are padding
+constexpr int V_FRAGS = (HEAD_DIM_V + 15) / 16;
+#define POS_INF (-NEG_INF)
+
+// How many tiles went through a ring of stages; see PipelineState in fwd_sm90/pipeline_sm90.cuh.
+template <int STAGES>
+FC_DEVICE int stage_of(uint32_t count) {
+  return int(count % STAGES);
+}
+template <int STAGES>
+FC_DEVICE int parity_of(uint32_t count) {
+  return int(count / STAGES % 2);
+}
+
+// The place in a slot of the ring of coordinates; m_begin is NO_TILE behind the last.
+FC_DEVICE BlockCoord coord_or_end(SmemPtr<int32_t> slot) {
+  BlockCoord block = {};
+  block.m_begin = smem_load(slot);
+  return block.m_begin == NO_TILE ? block : load_coord(slot);
+}
+
+// A consumer warp is done with what a barrier guards.
+FC_DEVICE void arrive_for_warp(SmemPtr<uint64_t> empty) {
+  if (lane_idx() == 0) mbar_arrive(empty);
+}
+
+// out = A B^T of 64 rows of A and ROWS_B rows of B, DIM columns each, issued. Both lie in column
+// chunks, as TMA wrote them.
+template <int DIM, int ROWS_B, int FRAGS>
+FC_DEVICE void issue_scores(WmmaAccum (&out)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc) {
+#pragma unroll
+  for (int d = 0; d < DIM; d += 16) {
+    const int chunk = d / CHUNK;
+    const int col_bytes = d % CHUNK * 2;
+    wgmma_ss<Element>(out, a_desc + (chunk * 64 * CHUNK_BYTES + col_bytes),
+                      b_desc + (chunk * ROWS_B * CHUNK_BYTES + col_bytes), d > 0);
+  }
+}
+
+// out += A B, A from registers, B's rows contiguous; issued.
+template <int FRAGS, int K_FRAGS>
+FC_DEVICE void issue_gradient(WmmaAccum (&out)[FRAGS], const WmmaA<Element> (&a)[K_FRAGS],
+                              WgmmaDesc b_desc) {
+#pragma unroll
+  for (int n = 0; n < K_FRAGS; ++n) {
+    wgmma_rs<Element>(out, a[n], b_desc + n * 16 * CHUNK_BYTES, true);
+  }
+}
+
+// One of two elements side by side in a register.
+FC_DEVICE float unpacked(uint32_t pair, int i) {
+  return to_float(from_packet<Element>(Packet<2>{{i == 0 ? pair & 0xffffu : pair >> 16}}));
+}
+
+template <int FRAGS>
+FC_DEVICE void clear(WmmaAccum (&x)[FRAGS]) {
+#pragma unroll
+  for (int n = 0; n < FRAGS; ++n) wmma_fill(x[n], 0.0f);
+}
+
+// What hides a score, or is added to it.
+struct ScoreMask {
+  bool visible;
+  float bias;  // natural units; read only where the mask tensor is additive
+};
+
+FC_DEVICE ScoreMask as_score_mask(bool attend) { return {attend, 0.0f}; }
+
+template <class T>
+FC_DEVICE ScoreMask as_score_mask(T bias) {
+  return {true, to_float(bias)};
+}
+
+// A mask tensor's element; `gmem` is the mask of a batch and head. (Each lane loads its own, which
+// takes many more accesses than the forward's copies by rows, but no shared memory.)
+FC_DEVICE ScoreMask mask_element(const AttnParams& p, GmemPtr<const MaskElement> gmem, int row,
+                                 int key) {
+  if (MASK_KIND == 0) return {true, 0.0f};
+  if (row >= p.seqlen_q || key >= p.seqlen_k) return {false, 0.0f};
+  return as_score_mask(gmem_load(gmem + (row * p.mask_row_stride + key * p.mask_col_stride)));
+}
+
+FC_DEVICE GmemPtr<const MaskElement> mask_of(const AttnParams& p, int batch_idx, int head_idx) {
+  return p.mask + (batch_idx * p.mask_batch_stride + head_idx * p.mask_head_stride);
+}
+
+// What becomes of one score q.k: its probability, and that times soft-capping's derivative.
+// `lse_log2` is in log2 units, +inf for a row that sees nothing or is none.
+struct Probability {
+  float p, times_cap;
+};
+
+FC_DEVICE Probability probability(float score, float lse_log2, const AttnParams& p,
+                                  ScoreMask mask) {
+  float log2_prob;
+  float cap_slope = 1.0f;
+  if constexpr (HAS_SOFTCAP) {
+    const float x = score * p.softmax_scale;
+    const float s = SOFTCAP_IS_LARGE ? capped_exactly(x, p.softcap) : capped(x, p.softcap);
+    const float t = s * rcp_approx(p.softcap);
+    cap_slope = fma_rn(-t, t, 1.0f);
+    log2_prob = fma_rn(MASK_KIND == 2 ? s + mask.bias : s, LOG2_E, -lse_log2);
+  } else if constexpr (MASK_KIND == 2) {
+    log2_prob = fma_rn(fma_rn(score, p.softmax_scale, mask.bias), LOG2_E, -lse_log2);
+  } else {
+    log2_prob = fma_rn(score, p.softmax_scale_log2, -lse_log2);
+  }
+  const float exponential = exp2_approx(log2_prob);
+  const float prob = mask.visible ? exponential : 0.0f;
+  return {prob, HAS_SOFTCAP ? prob * cap_slope : prob};
+}
+
+// Rounds 64 rows times `scale` and sends them on their way by TMA, which clips rows and columns
+// past the tensor's end. `smem` holds all of them; `barrier` is the warpgroup's own.
+template <int FRAGS>
+FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Element> smem,
+                          const TensorMap& map, int first_row, int head, int batch, int barrier) {
+  constexpr int CHUNKS = (FRAGS * 16 + CHUNK - 1) / CHUNK;
+  const bool leads = warp_idx() % 4 == 0 && elect_lane();
+  if (leads) tma_store_wait_read<0>();  // of what lay here before
+  named_barrier_sync(barrier, 128);     // orders that before the writes below
+  const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live in between
+  const int row = warp_idx() % 4 * 16 + lane % 16;
+#pragma unroll
+  for (int d = 0; d < FRAGS; ++d) {
+    uint32_t packed[4];
+#pragma unroll
+    for (int i = 0; i < 8; i += 2) {
+      packed[i / 2] = pack2<Element>(x[d].x[i] * scale, x[d].x[i + 1] * scale);
+    }
+    const int col = swizzled_col<CHUNK_BYTES>(row, d * 16 % CHUNK + lane / 16 * 8);
+    stmatrix_x4(smem + (d * 16 / CHUNK * 64 * CHUNK + row * CHUNK + col), packed);
+  }
+  fence_proxy_async();
+  named_barrier_sync(barrier, 128);  // orders the writes above before the stores
+  if (leads) {
+    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
+      tma_store(map, smem + chunk * 64 * CHUNK, chunk * CHUNK, first_row, head, batch);
+    }
+    tma_store_commit();
+  }
+}

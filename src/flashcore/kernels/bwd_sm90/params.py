@@ -1,0 +1,145 @@
+"""Arguments of the backward kernels for Hopper."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
+from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
+from flashcore.kernels.fwd_wmma import params
+from flashcore.kernels.fwd_wmma.params import AttnParams
+from flashcore.launch import descriptors
+from flashcore.launch.descriptors import TensorMap
+from flashcore.problem import Problem
+from flashcore.problem.memory_layout import strides_of
+
+_ELEMENT_BYTES = 2
+MAPS = ("q", "k", "v", "dout", "dq", "dk", "dv")
+
+
+class AttnBwdSm90Params(ctypes.Structure):
+    """Mirror of `struct AttnBwdSm90Params` in kernels/bwd_sm90/bwd_sm90.cuh; 64-byte aligned
+    there."""
+
+    _fields_ = [
+        *((f"{name}_map", TensorMap) for name in MAPS),
+        ("attn", AttnParams),
+        ("num_heads", ctypes.c_int32),
+        ("heads_per_group", ctypes.c_int32),
+        ("dlse", ctypes.c_void_p),
+        ("delta", ctypes.c_void_p),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 24) % 64)),
+    ]
+
+
+def num_tiles(problem: Problem, plan: BwdSm90Plan) -> int:
+    """Tiles that blocks take one after the other: of rows of every head of q, or of keys of every
+    head of k and v."""
+    if plan.is_dq:
+        return -(-problem.seqlen_q // plan.block_m) * problem.num_heads_q * problem.batch
+    return -(-problem.seqlen_k // plan.block_n) * problem.num_heads_kv * problem.batch
+
+
+def grid_size(problem: Problem, plan: BwdSm90Plan, num_sms: int) -> int:
+    """As many blocks as run at once on a GPU with `num_sms` multiprocessors."""
+    return min(num_tiles(problem, plan), num_sms * plan.min_blocks)
+
+
+# What blocks that run side by side may have of L2 for the tiles they stream; see
+# kernels/fwd_sm90/params.py.
+_GROUP_BYTES = 8 << 20
+
+
+def heads_per_group(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> int:
+    """Heads whose tiles `num_blocks` blocks draw together under a right bound
+    (fwd_sm90/schedule_sm90.cuh): as many as L2 holds what their blocks stream, and enough tiles to
+    keep the blocks busy. Heads of q in the kernel of dq, else of k and v."""
+    num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
+    streamed = problem.seqlen_k if plan.is_dq else problem.seqlen_q * problem.group_size
+    head_bytes = _ELEMENT_BYTES * streamed * (problem.head_dim + problem.head_dim_v)
+    tiles_of_head = max(1, num_tiles(problem, plan) // (num_heads * problem.batch))
+    wanted = max(1, _GROUP_BYTES // max(1, head_bytes), round(num_blocks / tiles_of_head))
+    return min(num_heads * problem.batch, wanted)
+
+
+def maps_of(plan: BwdSm90Plan) -> dict[str, int]:
+    """The tensors that a kernel reads and writes by TMA, and the rows of their boxes."""
+    written: tuple[str, ...]
+    if plan.is_dq:
+        own, walked, written = ("q", "dout"), ("k", "v"), ("dq",)
+        walked_rows = plan.block_n
+    else:
+        own, walked, written = ("k", "v"), ("q", "dout"), ("dk", "dv")
+        walked_rows = plan.block_m
+    return dict.fromkeys((*own, *written), ROWS_OF_CONSUMER) | dict.fromkeys(walked, walked_rows)
+
+
+def build_params_bwd_sm90(
+    problem: Problem,
+    plan: BwdSm90Plan,
+    tensors: Mapping[str, torch.Tensor],
+    num_blocks: int,
+    target: Literal["ptx", "host"] = "ptx",
+    tile_counter: int | None = None,
+) -> AttnBwdSm90Params:
+    """The argument of one of the kernels.
+
+    Args:
+        problem: shapes, strides and options of the forward.
+        plan: of the kernel.
+        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask and dlse where
+            there are some.
+        num_blocks: of the launch.
+        tile_counter: address of the counter of a plan that draws tiles.
+        target: "ptx" for the GPU, "host" for the simulator, which sets addresses itself.
+
+    Returns:
+        The filled structure.
+
+    Raises:
+        NotImplementedError: the problem is too large for one launch.
+    """
+    addresses = {name: x.data_ptr() if target == "ptx" else 0 for name, x in tensors.items()}
+    argument = AttnBwdSm90Params()
+    inputs: dict[str, int | None] = {x: addresses[x] for x in ("q", "k", "v", "out", "lse")}
+    argument.attn = params.build_params(
+        problem, plan, inputs | {"mask": addresses.get("mask"), "tile_counter": tile_counter}
+    )
+    if not plan.is_dq:
+        argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles it walks over
+    num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
+    argument.num_heads = num_heads * problem.batch
+    argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
+    argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
+    for name, box_rows in maps_of(plan).items():
+        tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)
+        if target == "ptx":
+            tensor_map = descriptors.encode(tensor_map, problem.dtype)
+        setattr(argument, f"{name}_map", tensor_map)
+    return argument
+
+
+def _tensor_map(x: torch.Tensor, address: int, chunk: int, box_rows: int) -> TensorMap:
+    batch, heads, rows, cols = x.shape
+    # A dimension of size 1 has stride 0; a descriptor wants some legal one.
+    batch_bytes, head_bytes, row_bytes = (
+        _ELEMENT_BYTES * stride if stride else 16 for stride in strides_of(x)
+    )
+    return TensorMap(
+        base=address,
+        row_stride_bytes=row_bytes,
+        head_stride_bytes=head_bytes,
+        batch_stride_bytes=batch_bytes,
+        cols=cols,
+        rows=rows,
+        heads=heads,
+        batches=batch,
+        box_cols=chunk,
+        box_rows=box_rows,
+        element_bytes=_ELEMENT_BYTES,
+        swizzle_bytes=chunk * _ELEMENT_BYTES,
+    )

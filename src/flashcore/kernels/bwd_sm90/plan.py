@@ -1,0 +1,248 @@
+"""Plans of the two backward kernels for Hopper: which problems they serve, and with which tiles.
+
+`attn_bwd_dq_sm90` computes dq and delta, then `attn_bwd_dkdv_sm90` dk and dv; see
+kernels/bwd_sm90/bwd_sm90.cuh.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flashcore.kernels.fwd_sm90 import plan as plan_sm90
+from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
+from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
+from flashcore.kernels.fwd_wmma.plan import Plan, traits
+from flashcore.kernels.limits import smem_limits
+from flashcore.problem.validation import HEAD_DIM_MAX
+
+if TYPE_CHECKING:
+    from flashcore.problem import Problem
+
+DQ_KERNEL = "attn_bwd_dq_sm90"
+DKDV_KERNEL = "attn_bwd_dkdv_sm90"
+ARCH = plan_sm90.ARCH
+
+_BARRIER_BYTES = 8
+_COORD_BYTES = 4 * 16  # places of four tiles
+
+
+@dataclass(frozen=True, slots=True)
+class BwdSm90Plan(Plan):
+    """One compiled form of a backward kernel for Hopper. See `Plan`.
+
+    In the kernel of dq a block owns `block_m` rows and walks over tiles of `block_n` keys, of which
+    K has `num_stages` buffers and V `other_stages`. In that of dk and dv it owns `block_n` keys and
+    walks over tiles of `block_m` rows, of which Q has `num_stages` buffers and dO `other_stages`.
+    `overlaps`: a tile's last product is issued behind the first ones of the next.
+    """
+
+    other_stages: int = 2
+    overlaps: bool = True
+    early_dp: bool = True
+    keeps_p: bool = True
+
+    @property
+    def is_dq(self) -> bool:
+        """Return whether it is the kernel of dq."""
+        return self.kernel == DQ_KERNEL
+
+    @property
+    def params_struct(self) -> str:
+        """The same of both kernels."""
+        return "AttnBwdSm90Params"
+
+    @property
+    def starts_early(self) -> bool:
+        """Its first instruction on global memory waits for the kernels before (ptx/grid.cuh)."""
+        return True
+
+    @property
+    def draws_tiles(self) -> bool:
+        """Return whether blocks draw tiles from a counter (fwd_sm90/schedule_sm90.cuh)."""
+        return self.has_window_right
+
+    @property
+    def arch_suffix(self) -> str:
+        """WGMMA and setmaxnreg belong to sm_90a."""
+        return "a"
+
+    @property
+    def num_consumers(self) -> int:
+        """Warpgroups of 64 rows, or of 64 keys, each; or two that share 64 keys."""
+        groups = (self.block_m if self.is_dq else self.block_n) // ROWS_OF_CONSUMER
+        return 2 * groups if self.has_roles else groups
+
+    @property
+    def has_roles(self) -> bool:
+        """Whether two warpgroups share the products of 64 keys, for one could not hold dk and dv
+        and what else there is (bwd_sm90/bwd_dkdv_roles_sm90.cuh)."""
+        is_crowded = self.mask is not None or self.has_softcap
+        return not self.is_dq and max(self.head_dim, self.head_dim_v) > (64 if is_crowded else 128)
+
+    @property
+    def num_warps(self) -> int:
+        """The consumers' and the producer's warpgroup."""
+        return 4 * (self.num_consumers + 1)
+
+    @property
+    def row_warps(self) -> range:
+        """The consumers'; the producer's warpgroup comes first."""
+        return range(4, self.num_warps)
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a tile that lie together in shared memory, swizzled as one."""
+        return tiles_sm90.chunk_of(self.head_dim, self.head_dim_v)
+
+    @property
+    def dq_buffers(self) -> tuple[int, bool]:
+        """How many row tiles' Q and dO there is room for in the kernel of dq, and whether dq leaves
+        through a buffer of its own: first of all, the next row tile is loaded during this one."""
+        limit = smem_limits(ARCH)[0]
+        for found in ((2, True), (2, False), (1, True)):
+            if self._dq_smem_bytes(*found) <= limit:
+                return found
+        return 1, False
+
+    def _dq_smem_bytes(self, q_buffers: int, has_out_buffer: bool) -> int:
+        qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
+        elements = self.block_m * (q_buffers * (qk_cols + v_cols) + qk_cols * has_out_buffer)
+        elements += self.block_n * (self.num_stages * qk_cols + self.other_stages * v_cols)
+        num_barriers = 2 * (q_buffers * self.num_consumers + self.num_stages + self.other_stages)
+        return 2 * elements + _BARRIER_BYTES * num_barriers + _COORD_BYTES
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        if self.is_dq:
+            return self._dq_smem_bytes(*self.dq_buffers)
+        qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
+        out_cols = 0 if self.has_roles else max(qk_cols, v_cols)
+        elements = self.block_n * (qk_cols + v_cols + out_cols)
+        elements += self.block_m * ROWS_OF_CONSUMER * self.has_roles
+        elements += self.block_m * (self.num_stages * qk_cols + self.other_stages * v_cols)
+        stats = self.num_stages * 2 * self.block_m * 4
+        num_barriers = 6 + 3 * self.num_stages + 2 * self.other_stages
+        return 2 * elements + stats + _BARRIER_BYTES * num_barriers + _COORD_BYTES
+
+    @property
+    def role_registers(self) -> tuple[int, int]:
+        """Registers of a consumer and of a producer thread; see Sm90Plan."""
+        pool = self.max_registers * (self.num_consumers + 1)
+        producer = 24 if self.is_dq else 40  # a warp of it computes
+        consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
+        return consumer, min(40, pool - consumer * self.num_consumers)
+
+    def constants(self) -> dict[str, object]:
+        """The kernel source's compile-time constants."""
+        consumer_registers, producer_registers = self.role_registers
+        # Named, as a slotted dataclass is another class than the one that super() sees here.
+        constants = Plan.constants(self)
+        del constants["NUM_WARPS"], constants["LOAD_BYTES"]
+        constants |= {
+            "CONSUMER_REGISTERS": consumer_registers,
+            "PRODUCER_REGISTERS": producer_registers,
+            "CHUNK": self.chunk,
+            "OVERLAPS": self.overlaps,
+            "KEY_SPLITS": 1,
+            "SPLIT_KEYS": False,
+        }
+        return constants | (self._dq_constants() if self.is_dq else self._dkdv_constants())
+
+    def _dq_constants(self) -> dict[str, object]:
+        q_buffers, has_out_buffer = self.dq_buffers
+        return {
+            "NUM_V_STAGES": self.other_stages,
+            "Q_BUFFERS": q_buffers,
+            "HAS_OUT_BUFFER": has_out_buffer,
+        }
+
+    def _dkdv_constants(self) -> dict[str, object]:
+        return {
+            "NUM_DO_STAGES": self.other_stages,
+            "EARLY_DP": self.early_dp,
+            "KEEPS_P": self.keeps_p,
+            "HAS_ROLES": self.has_roles,
+        }
+
+
+class BwdPlans(NamedTuple):
+    """What a backward pass launches, in this order."""
+
+    dq: BwdSm90Plan
+    dkdv: BwdSm90Plan
+
+
+class BwdTile(NamedTuple):
+    """The fields of a plan that the problem does not decide."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    other_stages: int
+    overlaps: bool = True
+    early_dp: bool = True
+    keeps_p: bool = True
+
+
+def obstacle(problem: Problem, needs_mask_grad: bool = False) -> str | None:
+    """Return why the kernels cannot compute the gradient of a call, or None. Tensors that TMA
+    cannot read are copied."""
+    if problem.device != "cuda" or problem.arch != ARCH:
+        return "the fused backward needs a Hopper GPU"
+    return obstacle_anywhere(problem, needs_mask_grad)
+
+
+def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | None:
+    """Likewise, whatever the device."""
+    if problem.dtype not in ("float16", "bfloat16"):
+        return f"the fused backward takes float16 and bfloat16, not {problem.dtype}"
+    if max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
+        return f"the fused backward takes head_dim {HEAD_DIM_MAX} at most"
+    if needs_mask_grad:
+        return "the fused backward computes no gradient of a mask"
+    if problem.varlen != "none":
+        return "the fused backward takes sequences of one length"
+    return None
+
+
+def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
+    """Of the kernel of dq, and of that of dk and dv. Measured on an H200 (2026-11-29,
+    scripts/time_backward.py), 16k tokens, hidden 2048, bfloat16."""
+    dim = max(problem.head_dim, problem.head_dim_v)
+    is_crowded = problem.mask is not None or problem.softcap != 0.0
+    if dim <= 64:
+        dkdv = (
+            BwdTile(64, 128, 4, 3, False)
+            if is_crowded
+            else BwdTile(128, 128, 3, 2, False, True, False)
+        )
+        return BwdTile(192, 64, 4, 3), dkdv
+    if dim <= 128 and is_crowded:
+        return BwdTile(128, 64, 3, 2), BwdTile(64, 64, 3, 3)
+    if dim <= 128:
+        return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2, True, False, False)
+    if dim <= 192:
+        return BwdTile(128, 64, 3, 2), BwdTile(64 if is_crowded else 96, 64, 2, 2)
+    return BwdTile(128, 64, 2, 1, False), BwdTile(64, 64, 2, 2)
+
+
+def select_plans(problem: Problem) -> BwdPlans:
+    """The plans of a problem that has no obstacle."""
+    of_problem = traits(problem)
+    of_problem["folds_heads"] = 0  # it pays where queries are few, and there is little to compute
+    return _plans(*tiles(problem), tuple(of_problem.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _plans(dq: BwdTile, dkdv: BwdTile, fields: tuple[tuple[str, Any], ...]) -> BwdPlans:
+    return BwdPlans(
+        make_plan(DQ_KERNEL, dq, dict(fields)), make_plan(DKDV_KERNEL, dkdv, dict(fields))
+    )
+
+
+def make_plan(kernel: str, tile: BwdTile, of_problem: dict[str, Any]) -> BwdSm90Plan:
+    """The plan of a kernel with a tile; `of_problem` as plan.traits gives it."""
+    return BwdSm90Plan(kernel=kernel, arch=ARCH, min_blocks=1, **tile._asdict(), **of_problem)

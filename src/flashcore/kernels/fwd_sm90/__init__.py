@@ -1,0 +1,1 @@
+"""The forward kernel for Hopper: its text, plan, tiles and parameters."""

@@ -1,0 +1,422 @@
+// attn_fwd_sm90.cuh - fused attention forward for Hopper: TMA loads on mbarriers, WGMMA with the
+// accumulators in registers, a producer warp and NUM_CONSUMERS warpgroups of 64 query rows each.
+//
+//   S = scale * Q K^T      P = softmax(S + mask)      O = P V      lse = log(sum(exp(S + mask)))
+//
+// The algorithm is attn_fwd_wmma.cuh's (read that first); what differs is when things happen
+// (FlashAttention-3, arXiv:2407.08608). A warpgroup issues S = Q K^T of the next key tile, then O
+// += P V of the current one, and computes the next softmax while P V is under way; with PING_PONG,
+// warpgroups take turns at issuing, so that one's softmax runs under another's products. In most
+// key tiles the softmax does without the maxima (has_outgrown in tile/softmax.cuh). Where rows are
+// few, KEY_SPLITS warpgroups share the keys of 64 rows and add up at the end; SPLIT_KEYS spreads
+// the keys of a row tile over blocks (fwd_sm90/split_sm90.cuh).
+//
+// Blocks are persistent: they walk over row tiles (fwd_sm90/schedule_sm90.cuh), keys from last to
+// first, and a warpgroup passes over those that none of its 64 rows sees. One thread walks, loads
+// the tiles as far ahead as the buffers allow, and tells the consumers where they are by a ring of
+// coordinates, which comes with Q. A mask tensor's elements are copied by the consumer warps, each
+// its own rows of the next key tile (fwd_sm90/mask_tile_sm90.cuh). Blocks may start while the
+// kernels before this one still run (ptx/grid.cuh).
+#pragma once
+
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "tile/mask.cuh"
+#include "fwd_sm90/mask_tile_sm90.cuh"
+#include "tile/softmax.cuh"
+#include "fwd_sm90/pipeline_sm90.cuh"
+#include "fwd_sm90/merge_sm90.cuh"
+#include "fwd_sm90/split_sm90.cuh"
+#include "tile/schedule_varlen.cuh"
+#include "fwd_sm90/layout_sm90.cuh"
+//@if gate
+#include "tile/gates.cuh"
+//@end
+#include "fwd_sm90/producer_sm90.cuh"
+
+// What one consumer warpgroup carries from key tile to key tile.
+struct Consumer {
+  int index;
+  int row_group;  // of 64 rows; consumers that share one take the key tiles in turn
+  int q_slot;
+  int warp_row;  // first of this warp's 16 query rows
+  float scale_log2;
+  WmmaAccum out[OUT_FRAGS];
+  bool has_out;  // or `out` is of the row tile before
+  WmmaA<Element> probs[KEY_FRAGS];  // of the tile whose P V is not issued yet
+  OnlineSoftmax softmax;
+  PipelineState k_state;  // of the next K; V's, one tile of this consumer behind, follows from it
+  bool k_is_there, v_is_there;  // of ask_ahead
+  MaskStrip mask;
+//@if gate
+  BlockCoord block;
+//@end
+
+  FC_DEVICE PipelineState v_state() const { return {k_state.ring, k_state.count - 1}; }
+};
+
+// S = Q K^T of a warpgroup's 64 rows, issued.
+FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_smem,
+                            SmemPtr<Element> k_smem, int stage) {
+  const WgmmaDesc q_desc = wgmma_desc<CHUNK_BYTES>(q_smem, 0);
+  // Uniform, or each descriptor is moved from general to uniform registers, two moves a product.
+  stage = warp_uniform(stage);
+  const WgmmaDesc k_desc = wgmma_desc<CHUNK_BYTES>(k_smem, 0) + stage * (K_ELEMENTS * 2);
+#pragma unroll
+  for (int d = 0; d < HEAD_DIM; d += 16) {
+    const int chunk = d / CHUNK;
+    const int col_bytes = d % CHUNK * 2;
+    wgmma_ss<Element>(scores, q_desc + (chunk * 64 * CHUNK_BYTES + col_bytes),
+                      k_desc + (chunk * BLOCK_N * CHUNK_BYTES + col_bytes), d > 0);
+  }
+}
+
+// Whether there are registers to spare: nothing but windows and lengths takes some.
+constexpr bool IS_PLAIN = !SPLIT_KEYS && !HAS_SOFTCAP && MASK_KIND == 0;
+
+// O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
+FC_DEVICE void issue_output(Consumer& c, SmemPtr<Element> v_smem) {
+  const int stage = warp_uniform(c.v_state().stage());  // likewise
+  const WgmmaDesc v_desc =
+      wgmma_desc<CHUNK_BYTES>(v_smem, BLOCK_N * CHUNK_BYTES) + stage * (V_ELEMENTS * 2);
+#pragma unroll
+  for (int n = 0; n < KEY_FRAGS; ++n) {
+    const bool adds = n > 0 || !IS_PLAIN || c.has_out;
+    wgmma_rs<Element>(c.out, c.probs[n], v_desc + n * 16 * CHUNK_BYTES, adds);
+  }
+  c.has_out = true;
+}
+
+FC_DEVICE void clear_output(Consumer& c) {
+#pragma unroll
+  for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(c.out[d], 0.0f);
+}
+
+FC_DEVICE void await_turn(const Consumer& c) { named_barrier_sync(TURN_BARRIER + c.index, 256); }
+
+FC_DEVICE void hand_over_turn(const Consumer& c) {
+  named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);
+}
+
+FC_DEVICE void pass_turn(const Consumer& c) {
+  await_turn(c);
+  hand_over_turn(c);
+}
+
+// A key tile that only other consumers' rows can see.
+FC_DEVICE void skip_key_tile(Consumer& c, const Barriers& bar) {
+  mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
+  mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());
+  warp_sync();  // or the next phase could pass a lane that still waits
+  release(bar.k_empty, c.k_state);
+  release(bar.v_empty, c.k_state);
+  ++c.k_state.count;
+}
+
+// A consumer warp is done with the row tile's Q.
+FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
+  if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.q_slot);
+}
+
+// Right after its last Q K^T, so that the next Q arrives under softmax, P V and the store. To know
+// which is the last takes a register.
+constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
+
+// Whether the softmax of a tile may do without its maxima, see has_outgrown. Where it was wrong it
+// needs the scores again, as Q K^T gives them.
+constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
+
+// Whether V of this tile and K of the next have arrived: an answer takes some 70 cycles, which the
+// exponentials hide. Who is told no waits when it is time.
+FC_DEVICE void ask_ahead(Consumer& c, const Barriers& bar) {
+  const PipelineState next = {c.k_state.ring, c.k_state.count + 1};
+  c.v_is_there = mbar_test(bar.v_full + c.k_state.stage(), c.k_state.parity());
+  c.k_is_there = mbar_test(bar.k_full + next.stage(), next.parity());
+}
+
+// One key tile: S = Q K^T, and (unless FIRST) P V of the tile visited before it, are under way
+// together; then the softmax of S.
+//@if gate qk softmax
+template <bool, bool MASKED, bool FIRST = true>  // there is no P V
+//@else
+template <bool FIRST, bool MASKED>
+//@end
+FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, const Buffers& smem,
+                        int n_block, int n_block_begin) {
+  WmmaAccum scores[KEY_FRAGS];
+  if (FIRST || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
+  if (PING_PONG && !FIRST) await_turn(c);
+  wgmma_fence();
+  issue_scores(scores, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
+  wgmma_commit();
+  if constexpr (!FIRST) {
+    wgmma_fence();
+    issue_output(c, smem.v);
+    wgmma_commit();
+    if (PING_PONG) hand_over_turn(c);
+  }
+  // Masking takes registers, which P V of the tile before gives back as it ends. Under a left bound
+  // every row tile ends in a masked tile, so it pays to hold them, if nothing else takes some.
+  constexpr bool LEFT_BOUND_OVERLAPS = HAS_WINDOW_LEFT && MASK_KIND == 0 && !HAS_SOFTCAP;
+  constexpr bool OVERLAP = OVERLAPS && !FIRST && (!MASKED || LEFT_BOUND_OVERLAPS);
+  wgmma_wait<OVERLAP ? 1 : 0>();
+  wgmma_hold(scores);
+  const auto release_inputs = [&] {
+    release(bar.k_empty, c.k_state);
+    if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
+  };
+  constexpr bool TRIES_OLD_MAX = MAY_TRY_OLD_MAX && !FIRST && !MASKED;
+  if (!TRIES_OLD_MAX) release_inputs();
+//@if gate qk
+  gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
+  ++c.k_state.count;
+  return;
+//@end
+
+  ask_ahead(c, bar);
+  float rescale[2];
+//@if gate pv
+  const bool moved = false;
+  gate_load_probs(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
+//@else
+  scale_scores(scores, p);
+  if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
+  if constexpr (MASKED) hide_scores(scores, p, c.warp_row, n_block * BLOCK_N);
+  bool moved = false;
+  if constexpr (TRIES_OLD_MAX) {
+    const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
+                               c.softmax.row_max[1] * c.scale_log2};
+    float tile_sum[2];
+    exponentiate<0, KEY_FRAGS>(scores, tile_sum, max_log2, c.scale_log2);
+    // Of the whole warpgroup, which issues Q K^T together.
+    if (named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))) {
+      wgmma_fence();
+      issue_scores(scores, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
+      wgmma_commit();
+      wgmma_wait<0>();
+      wgmma_hold(scores);
+      moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+    } else {
+      c.softmax.row_sum[0] += tile_sum[0];
+      c.softmax.row_sum[1] += tile_sum[1];
+    }
+    release_inputs();
+  } else {
+    moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+  }
+//@end
+//@if gate softmax
+  gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
+  gate_store_rows(c.softmax, p, c.block, c.warp_row, n_block, c.scale_log2);
+  ++c.k_state.count;
+  return;
+//@end
+
+  // Here, so that P V of this tile can be issued at once; and as ptxas would move the wait for P V
+  // above the exponentials, were there no branch in between.
+  if (!c.v_is_there) mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());
+  if constexpr (!FIRST) {
+    if (OVERLAP) wgmma_wait<0>();
+    wgmma_hold(c.out);
+    release(bar.v_empty, c.v_state());
+    if (moved) rescale_output(c.out, rescale);
+  }
+#pragma unroll
+  for (int n = 0; n < KEY_FRAGS; ++n) wmma_accum_to_a(c.probs[n], scores[n]);
+  ++c.k_state.count;
+}
+
+// P V of the key tile visited last.
+FC_DEVICE void last_output(Consumer& c, const Barriers& bar, const Buffers& smem) {
+//@if gate qk softmax
+  clear_output(c);
+  return;
+//@end
+  wgmma_fence();
+  issue_output(c, smem.v);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_hold(c.out);
+  release(bar.v_empty, c.v_state());
+}
+
+// Divides by the row sums and sends a warpgroup's 64 rows of O on their way by TMA, which clips
+// rows and columns past the tensor's end; writes their lse.
+FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Barriers& bar,
+                            const Buffers& smem, const BlockCoord& block) {
+  const auto& p = sequence_params(params.attn, block);
+  float inverse_sum[2];
+  finish_softmax(c.softmax, p, lse_offset(p, block, c.warp_row), p.seqlen_q - c.warp_row,
+                 inverse_sum);
+
+  const bool leads = warp_idx() % 4 == 0 && elect_lane();
+  const auto o_smem = smem.o + c.row_group * (64 * O_CHUNKS * CHUNK);
+  const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live in between
+  const int row = warp_idx() % 4 * 16 + lane % 16;
+  const BoxOrigin box = query_box(params.attn, block);
+  const int first_row = block.m_begin + c.row_group * 64;
+  const bool has_rows = !PACKED || first_row < p.seqlen_q;
+#pragma unroll
+  for (int begin = 0; begin < V_CHUNKS; begin += O_CHUNKS) {
+    const int end = min_i(V_CHUNKS, begin + O_CHUNKS);
+    if (leads) tma_store_wait_read<0>();               // of the O that lay here before
+    named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders that before the writes below
+#pragma unroll
+    for (int d = begin * CHUNK / 16; d < min_i(OUT_FRAGS, end * CHUNK / 16); ++d) {
+      uint32_t packed[4];
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const float scale = inverse_sum[row_of_element(i)];
+        packed[i / 2] = pack2<Element>(c.out[d].x[i] * scale, c.out[d].x[i + 1] * scale);
+      }
+      const int chunk = d * 16 / CHUNK - begin;
+      const int col = swizzled_col<CHUNK_BYTES>(row, d * 16 % CHUNK + lane / 16 * 8);
+      stmatrix_x4(o_smem + (chunk * 64 * CHUNK + row * CHUNK + col), packed);
+    }
+    fence_proxy_async();
+    named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above before the stores
+    if (leads) {
+      for (int chunk = begin; has_rows && chunk < end; ++chunk) {
+        tma_store(params.o_map, o_smem + (chunk - begin) * 64 * CHUNK, chunk * CHUNK,
+                  box.row + first_row, block.head_idx, box.batch);
+      }
+      tma_store_commit();
+    }
+  }
+}
+
+// A consumer warpgroup: 64 query rows of every row tile of this block.
+FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  Consumer c;
+  c.index = warp_uniform(warp_idx() / 4 - 1);
+  c.row_group = c.index / KEY_SPLITS;
+  const int share = c.index % KEY_SPLITS;
+  c.k_state.ring = share;
+  c.mask.smem = smem.mask + (warp_idx() - 4) * MASK_WARP_ELEMENTS;
+  c.scale_log2 = softmax_scale_log2(p);
+  // The first turn is consumer 0's: the last consumer hands it over.
+  if (PING_PONG && c.index == NUM_CONSUMERS - 1) named_barrier_arrive(TURN_BARRIER, 256);
+
+  for (int turn = 0;; ++turn) {
+    c.q_slot = q_slot(turn, c.row_group);
+    mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
+    const auto coord = coord_slot(smem.coords, turn);
+    BlockCoord block = {};
+    block.m_begin = smem_load(coord);
+    if (block.m_begin == NO_TILE) break;
+    if (VARLEN != 0 || MASK_KIND != 0 || SPLIT_KEYS) block = load_coord(coord);
+    const auto& own = sequence_params(p, block);
+//@if gate tile
+    const KeyRange keys = gate_last_tile(own_keys(own, block));
+//@else
+    const KeyRange keys = own_keys(own, block);
+//@end
+    const int group_row = block.m_begin + c.row_group * 64;
+//@if gate
+    const KeyRange seen = keys;
+//@else
+    const KeyRange seen = KEY_SPLITS > 1 ? keys : group_key_range(own, keys, group_row);
+//@end
+    const UnmaskedRange unmasked = unmasked_range(own, group_row);
+    c.warp_row = group_row + warp_idx() % 4 * 16;
+    c.mask.n_block_begin = seen.n_block_begin;
+    c.mask.gmem =
+        p.mask + (block.batch_idx * p.mask_batch_stride + block.head_idx * p.mask_head_stride);
+    c.softmax = {{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
+//@if gate
+    c.block = load_coord(coord);
+//@end
+//@if gate pv
+    c.softmax = {{0.0f, 0.0f}, {0.25f, 0.25f}};  // four lanes' shares add up to 1: no normalisation
+//@end
+    c.has_out = false;
+    if (!IS_PLAIN) clear_output(c);
+
+    // All consumers count all key tiles of the block, and all but the first give a turn.
+    int n_block = keys.n_block_end - 1 - share;
+    const auto skip_down_to = [&](int end) {
+      for (; n_block >= end; --n_block) {
+        if (PING_PONG && n_block < keys.n_block_end - 1) pass_turn(c);
+        skip_key_tile(c, bar);
+      }
+    };
+    if (KEY_SPLITS == 1) skip_down_to(seen.n_block_end);
+    const int begin = seen.n_block_begin;
+    const bool sees_keys = n_block >= begin;
+    if (sees_keys) {
+      if (PING_PONG && n_block < keys.n_block_end - 1) pass_turn(c);
+      if constexpr (MASK_KIND != 0) c.mask.fetch(own, c.warp_row, n_block);
+      key_tile<true, true>(c, own, bar, smem, n_block, begin);
+      n_block -= KEY_SPLITS;
+      for (; n_block >= max_i(unmasked.end, begin); n_block -= KEY_SPLITS) {
+        key_tile<false, true>(c, own, bar, smem, n_block, begin);
+      }
+      for (; n_block >= max_i(unmasked.begin, begin); n_block -= KEY_SPLITS) {
+        key_tile<false, false>(c, own, bar, smem, n_block, begin);
+      }
+      if (HAS_WINDOW_LEFT) {
+        for (; n_block >= begin; n_block -= KEY_SPLITS) {
+          key_tile<false, true>(c, own, bar, smem, n_block, begin);
+        }
+      }
+    }
+    if (!RELEASES_Q_EARLY || !sees_keys) {
+      warp_sync();  // lanes may still wait for q_full, whose next phase must not pass them
+      release_q(c, bar);
+    }
+    if (sees_keys) {
+      last_output(c, bar, smem);
+    } else if (IS_PLAIN) {
+      clear_output(c);
+    }
+    if (HAS_WINDOW_LEFT && KEY_SPLITS == 1) skip_down_to(keys.n_block_begin);
+    if (KEY_SPLITS > 1) {
+      merge_shares(share, turn, c.softmax, c.out, bar, smem.merge, c.scale_log2);
+    }
+    if (SPLIT_KEYS && share == 0) {
+      hand_over_share(own, block, c.row_group, c.softmax, c.out, c.scale_log2,
+                      STORE_BARRIER + c.index, smem.arrival + c.row_group);
+    }
+    if (!SPLIT_KEYS && share == 0) store_output(c, params, bar, smem, load_coord(coord));
+  }
+  // Shared memory must outlive the stores that read it.
+  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
+}
+
+FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) params) {
+  const Buffers smem = {
+      smem_view<Element>(0, Q_ELEMENTS, "q_smem"),
+      smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
+      smem_view<Element>(V_OFFSET, NUM_STAGES * V_ELEMENTS, "v_smem"),
+      smem_view<Element>(O_OFFSET, O_ELEMENTS, "o_smem"),
+      smem_view<float>(MERGE_OFFSET, MERGE_FLOATS, "merge_smem"),
+      smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
+      smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
+      PACKED ? feed_at(FEED_OFFSET) : Feed(),
+      smem_view<int32_t>(ARRIVAL_OFFSET, ARRIVAL_BYTES / 4, "arrival_smem"),
+  };
+  const Barriers bar = barriers(BARRIERS_OFFSET);
+  if (thread_idx() == 0) {
+    tma_prefetch_map(params.q_map);
+    tma_prefetch_map(params.k_map);
+    tma_prefetch_map(params.v_map);
+    tma_prefetch_map(params.o_map);
+    if (PACKED) init_feed(smem.feed);
+    init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SPLITS * 4);
+  }
+  block_sync();  // orders the initialisation before every use
+  grid_dependency_wait();
+
+  if (warp_idx() < 4) {
+    lower_registers<PRODUCER_REGISTERS>();
+    if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
+    if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
+  } else {
+    raise_registers<CONSUMER_REGISTERS>();
+    consume(params, bar, smem);
+  }
+}

@@ -1,0 +1,52 @@
+// fwd_sm90/layout_sm90.cuh - what one launch of the Hopper kernel is told, and where in shared
+// memory what lies. Mirrored by kernels/fwd_sm90/params.py and kernels/fwd_sm90/plan.py.
+#pragma once
+
+struct AttnSm90Params {
+  TensorMap q_map;  // boxes of 64 rows x CHUNK columns of q
+  TensorMap k_map;  // boxes of BLOCK_N rows x CHUNK columns of k
+  TensorMap v_map;  // the same of v
+  TensorMap o_map;  // boxes of 64 rows x CHUNK columns of out
+  AttnParams attn;
+  TileSchedule schedule;
+};
+
+// A tile in shared memory is a row of column chunks, each all rows x CHUNK (32 or 64) elements, in
+// rows of CHUNK_BYTES that TMA swizzles. Columns past head_dim are zeros that TMA fills in.
+constexpr int CHUNK_BYTES = CHUNK * 2;
+constexpr int QK_CHUNKS = (HEAD_DIM + CHUNK - 1) / CHUNK;
+constexpr int V_CHUNKS = (HEAD_DIM_V + CHUNK - 1) / CHUNK;
+constexpr int KEY_FRAGS = BLOCK_N / 16;
+constexpr int OUT_FRAGS = (HEAD_DIM_V + 15) / 16;  // the last chunk's other columns are padding
+
+constexpr int Q_ELEMENTS = Q_BUFFERS * BLOCK_M * QK_CHUNKS * CHUNK;
+constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;
+constexpr int K_ELEMENTS = BLOCK_N * QK_CHUNKS * CHUNK;  // of one stage
+constexpr int V_ELEMENTS = BLOCK_N * V_CHUNKS * CHUNK;
+constexpr int O_CHUNKS = (V_CHUNKS + O_PARTS - 1) / O_PARTS;  // of each part but maybe the last
+constexpr int O_ELEMENTS = SPLIT_KEYS ? 0 : BLOCK_M * O_CHUNKS * CHUNK;  // else in global memory
+
+// O leaves through a buffer of its own, so that the next Q need not wait for it: all at once, or in
+// O_PARTS parts one after another where the whole would not fit beside the stages.
+constexpr int K_OFFSET = Q_ELEMENTS * 2;
+constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
+constexpr int O_OFFSET = V_OFFSET + NUM_STAGES * V_ELEMENTS * 2;
+constexpr int MERGE_OFFSET = O_OFFSET + O_ELEMENTS * 2;
+constexpr int MERGE_FLOATS = (KEY_SPLITS - 1) * SHARE_FLOATS<OUT_FRAGS>;
+constexpr int MASK_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
+constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS;
+constexpr int BARRIERS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES;
+constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
+constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
+constexpr int ARRIVAL_OFFSET = FEED_OFFSET + FEED_BYTES;
+static_assert(SMEM_BYTES == ARRIVAL_OFFSET + ARRIVAL_BYTES,
+              "the plan and the kernel disagree on shared memory");
+
+struct Buffers {
+  SmemPtr<Element> q, k, v, o;
+  SmemPtr<float> merge;     // shares of rows whose keys are split
+  SmemPtr<MaskElement> mask;  // of each consumer warp, see fwd_sm90/mask_tile_sm90.cuh
+  SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
+  Feed feed;                // from which the producer has them, where they are dealt out
+  SmemPtr<int32_t> arrival;  // see hand_over_share
+};

@@ -1,0 +1,170 @@
+// fwd_sm90/mask_tile_sm90.cuh - a mask tensor on its way to the scores. Every consumer warp copies
+// the elements of its own 16 rows and the next key tile into shared memory of its own, along the
+// rows, as they lie together in global memory, while the tile before is computed. There its lanes
+// find those of their scores two by two. (A lane's own loads would take 2 to 8 bytes of each of
+// eight rows at a time: eight times as many accesses, and in the middle of the softmax.)
+#pragma once
+
+// A mask that all queries share, such as one of padding, has one row.
+constexpr int MASK_ROWS = MASK_IS_ROW ? 1 : 16;
+constexpr int MASK_ELEMENT_BYTES = int(sizeof(MaskElement));
+// The pairs that the lanes of a warp load at a time, four of each of eight rows, lie in different
+// banks.
+constexpr int MASK_STRIDE = BLOCK_N + (MASK_ELEMENT_BYTES == 1 ? 16 : 8);
+constexpr int MASK_WARP_ELEMENTS = MASK_ROWS * MASK_STRIDE;
+constexpr bool MASK_IN_PACKETS = MASK_LOAD_BYTES >= 4;
+constexpr int MASK_PACKET = MASK_IN_PACKETS ? MASK_LOAD_BYTES / MASK_ELEMENT_BYTES : 2;  // elements
+static_assert(!MASK_IS_SHIFTED || 8 % MASK_PACKET == 0, "rows 8 apart are shifted alike");
+
+// Elements 2 i and 2 i + 1 of a row, the first one in the lowest bits.
+template <class T>
+FC_DEVICE Packet<2 * sizeof(T)> mask_pair(T first, T second) {
+  Packet<2 * sizeof(T)> pair;
+  if constexpr (sizeof(T) == 1) {
+    pair.word[0] = uint32_t(first) | uint32_t(second) << 8;
+  } else if constexpr (sizeof(T) == 2) {
+    pair.word[0] = to_packet(first).word[0] | to_packet(second).word[0] << 16;
+  } else {
+    pair.word[0] = to_packet(first).word[0];
+    pair.word[1] = to_packet(second).word[0];
+  }
+  return pair;
+}
+
+template <class T>
+FC_DEVICE T mask_element(Packet<2 * sizeof(T)> pair, int i) {
+  if constexpr (sizeof(T) == 1) {
+    return (pair.word[0] & (0xffu << 8 * i)) != 0;
+  } else {
+    Packet<sizeof(T)> one;
+    one.word[0] = sizeof(T) == 2 ? pair.word[0] >> 16 * i & 0xffffu : pair.word[i];
+    return from_packet<T>(one);
+  }
+}
+
+// Two neighbours of a row in shared memory.
+FC_DEVICE auto load_pair(SmemPtr<MaskElement> p) {
+  if constexpr (MASK_IS_SHIFTED) {
+    return mask_pair(smem_load(p), smem_load(p + 1));
+  } else {
+    return smem_load_packet<2 * MASK_ELEMENT_BYTES>(p);
+  }
+}
+
+// The mask of a warp's 16 rows: in global memory, and the next key tile's part of it. With
+// MASK_IS_SHIFTED rows start anywhere in a packet of global memory: packets are copied whole, and a
+// row starts as far behind its place in shared memory.
+struct MaskStrip {
+  GmemPtr<const MaskElement> gmem;  // of the batch and head
+  SmemPtr<MaskElement> smem;        // the warp's own
+  int n_block_begin;                // there is no key tile before it
+
+  FC_DEVICE GmemPtr<const MaskElement> row_start(const AttnParams& p, int row) const {
+    return gmem + (MASK_IS_ROW ? 0 : row * p.mask_row_stride);
+  }
+
+  // Elements between the start of a packet and that of a row, the same for every key tile, and for
+  // a lane's two rows, which are 8 apart.
+  FC_DEVICE int shift(const AttnParams& p, int row) const {
+    if constexpr (MASK_IS_SHIFTED) {
+      return misalignment<MASK_LOAD_BYTES>(row_start(p, row)) / MASK_ELEMENT_BYTES;
+    } else {
+      return 0;
+    }
+  }
+
+  // Starts copying a packet of a key tile's part, or copies two elements that are no neighbours;
+  // zeros past the sequences' ends. A packet that lies in a row only in part is left to the call
+  // with AT_ENDS, which takes its elements one by one: beyond there may be no memory.
+  template <bool AT_ENDS>
+  FC_DEVICE void fetch_packet(const AttnParams& p, int row_begin, int n_block, int row,
+                              int col) const {
+    const int key = n_block * BLOCK_N + col - shift(p, row_begin + row);
+    const bool row_exists = MASK_IS_ROW || row_begin + row < p.seqlen_q;
+    const int count = row_exists ? p.seqlen_k - key : 0;  // that exist, or more
+    const auto dst = smem + (row * MASK_STRIDE + col);
+    const auto src =
+        row_start(p, row_begin + row) + key * (MASK_IS_SHIFTED ? 1 : p.mask_col_stride);
+    if constexpr (MASK_IN_PACKETS) {
+      const bool is_whole = key >= 0 && (count <= 0 || count >= MASK_PACKET);
+      if (is_whole) {
+        cp_async<MASK_LOAD_BYTES>(dst, src, count > 0);
+      } else if (AT_ENDS) {
+#pragma unroll
+        for (int i = 0; i < MASK_PACKET; ++i) {
+          MaskElement x = {};
+          if (key + i >= 0 && i < count) x = gmem_load(src + i);
+          smem_store(dst + i, x);
+        }
+      }
+    } else {
+      MaskElement pair[2] = {};
+      if (count > 0) pair[0] = gmem_load(src);
+      if (count > 1) pair[1] = gmem_load(src + p.mask_col_stride);
+      smem_store_packet(dst, mask_pair(pair[0], pair[1]));
+    }
+  }
+
+  // Starts copying a key tile's part. Packets where the elements of a row are neighbours, else
+  // element by element.
+  FC_DEVICE void fetch(const AttnParams& p, int row_begin, int n_block) const {
+//@if gate qk pv
+    return;
+//@end
+    if (n_block < n_block_begin) return;
+    constexpr int PACKETS_PER_ROW = BLOCK_N / MASK_PACKET;
+    constexpr int PACKETS = MASK_ROWS * PACKETS_PER_ROW;
+    constexpr int FRONT = MASK_IS_SHIFTED ? MASK_PACKET : 0;  // elements of a packet more
+    // More would spill. Host compilers do not unroll.
+    [[maybe_unused]] constexpr int UNROLL = MASK_IS_SHIFTED ? 2 : MASK_IN_PACKETS ? 4 : 8;
+    const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live on
+#pragma unroll UNROLL
+    for (int first = 0; first < PACKETS; first += 32) {
+      const int packet = first + lane;
+      if (PACKETS % 32 != 0 && packet >= PACKETS) break;
+      const int row = packet / PACKETS_PER_ROW;
+      const int col = FRONT + packet % PACKETS_PER_ROW * MASK_PACKET;
+      fetch_packet<false>(p, row_begin, n_block, row, col);
+    }
+    const int keys_left = p.seqlen_k - n_block * BLOCK_N;
+    if (MASK_IN_PACKETS && (FRONT > 0 || keys_left < BLOCK_N)) {
+      // Each row's first packet, and that in which the row ends.
+      const int row = lane % 16;
+      const int end = keys_left + shift(p, row_begin + row);
+      const int last = (end - 1) / MASK_PACKET * MASK_PACKET;
+      const bool ends_here = end % MASK_PACKET != 0 && last >= FRONT && last < FRONT + BLOCK_N &&
+                             (MASK_IS_ROW || row_begin + row < p.seqlen_q);
+      if (row < MASK_ROWS && (lane < 16 ? FRONT > 0 : ends_here)) {
+        fetch_packet<true>(p, row_begin, n_block, row, lane < 16 ? 0 : last);
+      }
+    }
+    cp_async_commit();
+  }
+
+  // Adds a key tile's part, which must have been fetched, to its scores; then fetches the next.
+  template <int NUM_FRAGS>
+  FC_DEVICE void add_to(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, int row_begin,
+                        int n_block) const {
+    cp_async_wait<0>();
+    warp_sync();  // orders every lane's arrived copies before the reads below
+    const int lane = opaque(lane_idx());
+    const int first_row = MASK_IS_ROW ? 0 : accum_row(lane, 0);
+    const int first_col = accum_col(lane, 0) + shift(p, row_begin + first_row);
+    const auto own = smem + (first_row * MASK_STRIDE + first_col);
+#pragma unroll
+    for (int n = 0; n < NUM_FRAGS; ++n) {
+#pragma unroll
+      for (int i = 0; i < 8; i += 2) {
+        const int row = MASK_IS_ROW ? 0 : accum_row(0, i);
+        const auto element = own + (row * MASK_STRIDE + n * 16 + accum_col(0, i));
+        const auto pair = load_pair(element);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          add_mask(scores[n].x[i + j], mask_element<MaskElement>(pair, j));
+        }
+      }
+    }
+    warp_sync();  // orders them before the next copies
+    fetch(p, row_begin, n_block - KEY_SPLITS);
+  }
+};

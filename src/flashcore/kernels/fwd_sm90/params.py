@@ -1,0 +1,256 @@
+"""Arguments of the Hopper kernel: TMA descriptors and launch parameters."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
+from flashcore.kernels.fwd_wmma import params
+from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.launch import descriptors
+from flashcore.launch.descriptors import TensorMap
+from flashcore.problem import Problem
+from flashcore.problem.folding import as_launched
+
+_ELEMENT_BYTES = 2
+MAPS = ("q", "k", "v", "o")
+
+
+class AttnSm90Params(ctypes.Structure):
+    """Mirror of `struct AttnSm90Params` in kernels/attn_fwd_sm90.cuh; 64-byte aligned there."""
+
+    _fields_ = [
+        ("q_map", TensorMap),
+        ("k_map", TensorMap),
+        ("v_map", TensorMap),
+        ("o_map", TensorMap),
+        ("attn", AttnParams),
+        ("num_heads", ctypes.c_int32),
+        ("heads_per_group", ctypes.c_int32),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 8) % 64)),
+    ]
+
+
+class AttnSm90GateParams(ctypes.Structure):
+    """AttnSm90Params of a kernel that was built with a debug gate."""
+
+    _fields_ = [
+        *AttnSm90Params._fields_[:4],
+        ("attn", AttnGateParams),
+        *AttnSm90Params._fields_[5:7],
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnGateParams) + 8) % 64)),
+    ]
+
+
+def num_row_tiles(problem: Problem, plan: Sm90Plan) -> int:
+    """Row tiles of all heads; of packed sequences as many as there can be."""
+    if problem.varlen == "packed":
+        return params.grid_size(problem, plan)
+    problem = as_launched(problem, plan)
+    return -(-problem.seqlen_q // plan.block_m) * problem.num_heads_q * problem.batch
+
+
+def num_pieces(problem: Problem, plan: Sm90Plan) -> int:
+    """What blocks take one after the other: row tiles, or parts of their keys."""
+    return num_row_tiles(problem, plan) * plan.num_splits
+
+
+def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
+    """As many blocks as run at once on a GPU with `num_sms` multiprocessors."""
+    return min(num_pieces(problem, plan), num_sms * plan.min_blocks)
+
+
+def scratch_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
+    """What a launch needs beside its tensors, by field of AttnParams: counters, int32, 0 between
+    launches; and shares, float32, of blocks that share the keys of row tiles
+    (fwd_sm90/split_sm90.cuh). On a GPU split_stats lies behind split_out."""
+    if plan.draws_tiles:
+        return {"tile_counter": (1,)}
+    if not isinstance(plan, Sm90Plan) or plan.num_splits == 1:
+        return {}
+    p = as_launched(problem, plan)
+    rows = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
+    num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
+    return {
+        "split_out": (*rows, plan.out_cols),
+        "split_stats": (*rows, 2),
+        "tile_counter": (num_groups,),
+    }
+
+
+# What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half
+# keeps a copy of what its SMs read; two groups are under way at a time, and q and out pass through.
+_GROUP_BYTES = 8 << 20
+# In a long run of tiles of at most 128 rows smaller groups are better, which mix long and short
+# tiles; in a short one the last group would leave blocks without work (docs/ladder.md).
+_LONG_RUN = 6  # row tiles a block
+_SMALL_GROUP_BYTES = 4 << 20
+_SMALL_GROUP = 0.6  # row tiles a block, at least
+
+
+def heads_per_group(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
+    """Query heads whose row tiles `num_blocks` blocks draw together under a right bound
+    (fwd_sm90/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and enough row
+    tiles to keep the blocks busy."""
+    is_long_run = num_row_tiles(problem, plan) >= _LONG_RUN * num_blocks
+    problem = as_launched(problem, plan)
+    num_heads = problem.num_heads_q * problem.batch
+    heads_of_kv = problem.num_heads_q // problem.num_heads_kv
+    bytes_of_kv = _ELEMENT_BYTES * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+    tiles_of_kv = max(1, heads_of_kv * -(-problem.seqlen_q // plan.block_m))
+    if plan.block_m <= 128 and is_long_run:
+        most_bytes, enough = _SMALL_GROUP_BYTES, math.ceil(_SMALL_GROUP * num_blocks / tiles_of_kv)
+    else:
+        most_bytes, enough = _GROUP_BYTES, round(num_blocks / tiles_of_kv)
+    num_kv = max(1, most_bytes // max(1, bytes_of_kv), enough)
+    return min(num_heads, heads_of_kv * num_kv)
+
+
+def build_params_sm90(
+    problem: Problem,
+    plan: Sm90Plan,
+    pointers: dict[str, int | None],
+    num_blocks: int,
+    target: Literal["ptx", "host"] = "ptx",
+) -> AttnSm90Params | AttnSm90GateParams:
+    """The kernel's argument.
+
+    Args:
+        problem: shapes, strides and options.
+        plan: tiles and gate.
+        pointers: address by field name, see params.build_params.
+        num_blocks: of the launch.
+        target: "ptx" encodes the descriptors for the GPU, "host" for the simulator.
+
+    Returns:
+        The filled structure.
+
+    Raises:
+        NotImplementedError: the problem is too large for one launch.
+    """
+    argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
+    argument.attn = params.build_params(problem, plan, pointers)
+    argument.attn.num_splits = plan.num_splits
+    argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
+    problem = as_launched(problem, plan)
+    argument.num_heads = problem.num_heads_q * problem.batch
+    for name in MAPS:
+        _set_map(argument, name, problem, plan, pointers)
+    if target == "ptx":
+        encode_maps(argument, problem.dtype, descriptors.encode)
+    return argument
+
+
+def set_keys_sm90(
+    argument: AttnSm90Params,
+    problem: Problem,
+    plan: Sm90Plan,
+    pointers: dict[str, int | None],
+    num_blocks: int,
+) -> None:
+    """Write what depends on the keys, the mask and their number alone; the maps of k and v as the
+    simulator reads them.
+
+    Args:
+        argument: from `build_params_sm90` for a problem that differs in these alone.
+        problem: shapes, strides and options.
+        plan: as for the argument.
+        pointers: of k and v.
+        num_blocks: of the launch.
+    """
+    if plan.has_window_right:  # or nobody reads it
+        argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
+    problem = as_launched(problem, plan)
+    params.set_keys(argument.attn, problem)
+    for name in ("k", "v"):
+        _set_map(argument, name, problem, plan, pointers)
+
+
+def _set_map(
+    argument: AttnSm90Params | AttnSm90GateParams,
+    name: str,
+    problem: Problem,
+    plan: Sm90Plan,
+    pointers: dict[str, int | None],
+) -> None:
+    """Write the tensor map of one of MAPS, of a problem as the kernel sees it."""
+    packed = problem.varlen == "packed"
+    heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v
+    rows_q, rows_k = (
+        (problem.total_q, problem.total_k) if packed else (problem.seqlen_q, problem.seqlen_k)
+    )
+    out_strides = (0, dim_v, heads * dim_v)
+    if not packed:
+        out_strides = (heads * rows_q * dim_v, rows_q * dim_v, dim_v)
+    tensors: dict[str, tuple[Any, ...]] = {
+        "q": (problem.q_strides, problem.head_dim, rows_q, heads),
+        "k": (problem.k_strides, problem.head_dim, rows_k, kv_heads),
+        "v": (problem.v_strides, dim_v, rows_k, kv_heads),
+        "o": (out_strides, dim_v, rows_q, heads),
+    }
+    box_rows = {"q": ROWS_OF_CONSUMER, "k": plan.block_n, "v": plan.block_n, "o": ROWS_OF_CONSUMER}
+    strides, cols, num_rows, heads = tensors[name]
+    # A dimension of size 1 has stride 0 in a Problem; a descriptor wants some legal one. Others
+    # that have it are expanded: TMA reads the same rows again, as was tried on an H200.
+    sizes = (1 if packed else problem.batch, heads, num_rows)
+    batch_bytes, head_bytes, row_bytes = (
+        _ELEMENT_BYTES * stride if stride or size > 1 else 16
+        for stride, size in zip(strides, sizes, strict=True)
+    )
+    tensor_map = TensorMap(
+        base=pointers.get("out" if name == "o" else name) or 0,
+        row_stride_bytes=row_bytes,
+        head_stride_bytes=head_bytes,
+        batch_stride_bytes=batch_bytes,
+        cols=cols,
+        rows=num_rows,
+        heads=heads,
+        batches=problem.batch,
+        box_cols=plan.chunk,
+        box_rows=box_rows[name],
+        element_bytes=_ELEMENT_BYTES,
+        swizzle_bytes=plan.chunk * _ELEMENT_BYTES,
+    )
+    if packed:
+        make_ragged(tensor_map, 0)
+    elif problem.varlen == "keys" and name in ("k", "v"):
+        rows_per_batch = batch_bytes // row_bytes if strides[0] else 0
+        setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
+        make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
+    setattr(argument, f"{name}_map", tensor_map)
+
+
+def encode_maps(
+    argument: AttnSm90Params | AttnSm90GateParams,
+    dtype_name: str,
+    encode: Callable[[TensorMap, str], TensorMap],
+    names: Iterable[str] = MAPS,
+) -> None:
+    """Replace the simulator's tensor maps by what `encode` makes of them."""
+    for name in names:
+        field = f"{name}_map"
+        setattr(argument, field, encode(getattr(argument, field), dtype_name))
+
+
+def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:
+    """Boxes that end where a sequence ends, though its end is known to the device alone.
+
+    Rows and batches get the same stride, and the map starts `rows` rows before its tensor. Row i of
+    a sequence of `length` rows that starts at row `begin` (at most `last_begin` + `rows`) then has
+    two coordinates: rows - length + i, which from i = length on is outside of the map, where TMA
+    reads zeros and writes nothing; and begin + length, which takes the first one's offset back:
+
+        base - rows * stride + (rows - length + i) * stride + (begin + length) * stride
+
+    The map's base is no address of the tensor's. An H200 faults on a box of such a map that starts
+    behind the last row, where it would only give zeros of another: no box may start there.
+    """
+    m = tensor_map
+    m.base = (m.base - m.rows * m.row_stride_bytes) % 2**64
+    m.batch_stride_bytes = m.row_stride_bytes
+    m.batches = last_begin + m.rows + 1

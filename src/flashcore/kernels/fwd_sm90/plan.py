@@ -1,0 +1,322 @@
+"""Plans of the Hopper kernel: which problems it serves, and how. The rules for its tiles are in
+kernels/fwd_sm90/tiles.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
+from flashcore.kernels.fwd_sm90.tiles import Tile
+from flashcore.kernels.fwd_wmma.plan import Plan, traits
+from flashcore.kernels.limits import blocks_that_fit, smem_limits
+from flashcore.problem.exactness import fewest_splits, obstacle_to_splits
+from flashcore.problem.folding import fold_heads
+
+if TYPE_CHECKING:
+    from flashcore.problem import Problem
+
+KERNEL = "attn_fwd_sm90"
+ARCH = tiles_sm90.ARCH
+GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
+# A stage shows nothing but itself: no turns, no shared rows. Nor is a rescale put off.
+OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_splits": 1, "num_splits": 1}
+
+Q_BUFFERS = (1, 2)
+# In which O may leave. More take longer, but leave shared memory for stages.
+O_PARTS = (1, 2, 4)
+
+_BARRIER_BYTES = 8
+_COORD_BYTES = 4 * 16  # places of four row tiles
+_SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (fwd_sm90/split_sm90.cuh)
+_FEED_BYTES = 32  # tile/schedule_varlen.cuh
+
+
+@dataclass(frozen=True, slots=True)
+class Sm90Plan(Plan):
+    """One compiled form of the Hopper kernel. See `Plan`.
+
+    `ping_pong`: consumer warpgroups take turns at issuing to the tensor cores; `lazy_rescale`: the
+    output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room
+    for; `o_parts`: in how many parts, one after another, O leaves through its buffer; `key_splits`:
+    consumers that share the keys of 64 rows; `num_splits`: blocks that share the keys of a row
+    tile, of which the machine code knows only whether there are any; `mask_load_bytes`: how much of
+    a mask tensor is copied at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all
+    queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
+    elements; `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py.
+    """
+
+    ping_pong: bool = False
+    lazy_rescale: bool = True
+    q_buffers: int = 1
+    o_parts: int = 1
+    key_splits: int = 1
+    num_splits: int = 1
+    mask_load_bytes: int = 0
+    mask_is_row: bool = False
+    mask_is_shifted: bool = False
+    fewest_splits: int = 1
+
+    @property
+    def params_struct(self) -> str:
+        """AttnParams behind the tensor maps."""
+        return "AttnSm90Params"
+
+    @property
+    def starts_early(self) -> bool:
+        """Its first instruction on global memory waits for the kernels before (ptx/grid.cuh)."""
+        return True
+
+    @property
+    def draws_tiles(self) -> bool:
+        """Whether blocks draw row tiles from a counter in global memory
+        (fwd_sm90/schedule_sm90.cuh, tile/schedule_varlen.cuh)."""
+        return self.varlen == "packed" or (self.has_window_right and self.num_splits == 1)
+
+    @property
+    def arch_suffix(self) -> str:
+        """WGMMA and setmaxnreg belong to sm_90a."""
+        return "a"
+
+    @property
+    def num_consumers(self) -> int:
+        """Warpgroups of 64 query rows each, which some may share."""
+        return self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.key_splits
+
+    @property
+    def num_warps(self) -> int:
+        """The consumers' and the producer's warpgroup."""
+        return 4 * (self.num_consumers + 1)
+
+    @property
+    def chunk(self) -> int:
+        """Columns of a tile that lie together in shared memory, swizzled as one."""
+        return tiles_sm90.chunk_of(self.head_dim, self.head_dim_v)
+
+    @property
+    def out_cols(self) -> int:
+        """Columns of O that are computed: products have 16 of them."""
+        return -(-self.head_dim_v // 16) * 16
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: Q, `num_stages` tiles of K and V, O, what consumers
+        hand over, barriers."""
+        qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
+        is_split = self.num_splits > 1  # then O leaves through global memory
+        o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
+        elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
+        elements += self.num_stages * self.block_n * (qk_cols + v_cols)
+        # What consumers that share rows hand over: O and the state of the softmax, in float32.
+        shares = (self.key_splits - 1) * (self.out_cols // 2 + 4) * 128 * 4
+        feed = _FEED_BYTES if self.varlen == "packed" else _SPLIT_BYTES * is_split
+        shares += self.mask_bytes
+        num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
+        num_barriers += 4 * self.num_stages
+        num_barriers += 2 * (self.key_splits > 1)
+        return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
+
+    @property
+    def mask_bytes(self) -> int:
+        """Shared memory for the mask tensor's elements of every consumer warp
+        (fwd_sm90/mask_tile_sm90.cuh)."""
+        if self.mask is None:
+            return 0
+        return self.num_consumers * tiles_sm90.mask_bytes(self.mask, self.mask_is_row, self.block_n)
+
+    @property
+    def row_warps(self) -> range:
+        """The consumers'; the producer's warpgroup comes first."""
+        return range(4, self.num_warps)
+
+    @property
+    def keys_backwards(self) -> bool:
+        """A row tile visits its key tiles from last to first."""
+        return True
+
+    @property
+    def role_registers(self) -> tuple[int, int]:
+        """Registers of a consumer and of a producer thread; setmaxnreg moves them from what the
+        launch gave everybody, `max_registers`: a block that asks for more than it was given waits
+        for ever."""
+        pool = self.max_registers * (self.num_consumers + 1)
+        # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
+        # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some.
+        many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
+        producer = 32 if self.varlen == "packed" or many_chunks else 24
+        consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
+        return consumer, min(40, pool - consumer * self.num_consumers)
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether the softmax of a key tile runs beside P V of the tile before it, whose operands
+        stay in registers as long: not where mask, soft-capping and windows take too many."""
+        if self.mask is not None and self.has_softcap:
+            return False
+        if max(self.head_dim, self.head_dim_v) <= 128:
+            return True
+        if self.mask is not None and self.mask_load_bytes < 4:
+            return False
+        return not (self.has_window_left and (self.mask is not None or self.has_softcap))
+
+    def constants(self) -> dict[str, object]:
+        """The kernel source's compile-time constants."""
+        consumer_registers, producer_registers = self.role_registers
+        # Named, as a slotted dataclass is another class than the one that super() sees here.
+        constants = Plan.constants(self)
+        del constants["NUM_WARPS"], constants["LOAD_BYTES"], constants["KEY_TILES_OF_CHUNK"]
+        return constants | {
+            "CONSUMER_REGISTERS": consumer_registers,
+            "PRODUCER_REGISTERS": producer_registers,
+            "PING_PONG": self.ping_pong,
+            "LAZY_RESCALE": self.lazy_rescale,
+            "Q_BUFFERS": self.q_buffers,
+            "O_PARTS": self.o_parts,
+            "CHUNK": self.chunk,
+            "KEY_SPLITS": self.key_splits,
+            "SPLIT_KEYS": self.num_splits > 1,
+            "OVERLAPS": self.overlaps,
+            "TANH_BY_POLYNOMIAL": self.overlaps,
+            "MASK_LOAD_BYTES": self.mask_load_bytes,
+            "MASK_IS_ROW": self.mask_is_row,
+            "MASK_IS_SHIFTED": self.mask_is_shifted,
+        }
+
+    def describe(self) -> str:
+        """One line for people."""
+        splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
+        return Plan.describe(self) + splits
+
+
+def obstacle(problem: Problem) -> str | None:
+    """Why the Hopper kernel cannot serve a problem, or None."""
+    num_rows = problem.total_q * problem.num_heads_q  # 0 unless packed
+    if num_rows + problem.batch >= 2**30 and problem.varlen == "packed":
+        return "it counts the row tiles of all packed sequences in 32 bits"
+    return next(iter(unreadable(problem).values()), None) or obstacle_to_splits(problem)
+
+
+@functools.lru_cache(maxsize=4096)
+def unreadable(problem: Problem) -> Mapping[str, str]:
+    """Those of "q", "k" and "v" that TMA cannot read as they lie, and why: it reads rows that start
+    at multiples of 16 bytes. A stride of 0 between batches or heads reads the same rows again."""
+    found: dict[str, str] = {}
+    if problem.load_bytes < 16:
+        for name in problem.misaligned or "qkv":
+            found[name] = (
+                f"TMA needs 16-byte aligned rows, and some address or stride of {name} is a "
+                f"multiple of {problem.load_bytes} bytes only"
+            )
+    packed, keys = problem.varlen == "packed", problem.varlen == "keys"
+    rows_q = problem.total_q if packed else problem.seqlen_q
+    rows_k = problem.total_k if packed else problem.seqlen_k
+    for name, strides, rows in (
+        ("q", problem.q_strides, rows_q),
+        ("k", problem.k_strides, rows_k),
+        ("v", problem.v_strides, rows_k),
+    ):
+        begins_by_row = keys and name != "q"  # params_sm90.make_ragged
+        if name in found:
+            continue
+        if strides[2] == 0 and rows > 1:
+            found[name] = f"the Hopper kernel reads rows apart, and {name} is one row, expanded"
+        elif max(strides) >= 2**39:
+            found[name] = f"TMA reads no stride of 2^40 bytes, as {name} has"
+        elif begins_by_row and strides[2] and strides[0] % strides[2]:
+            found[name] = (
+                f"with seqlens_k it needs batches that are whole rows apart, unlike {name}'s"
+            )
+    return found
+
+
+def _of_mean_lengths(problem: Problem) -> Problem:
+    """Packed sequences as a batch of equal ones, for the choice of tiles."""
+    if problem.varlen != "packed":
+        return problem
+    batch = max(1, problem.batch)
+    return dataclasses.replace(problem, batch=batch, seqlen_q=-(-problem.total_q // batch))
+
+
+def _has_registers(plan: Sm90Plan) -> bool:
+    """Return whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
+    that where the producer's warpgroup is small; a warp that deals out tiles takes from it."""
+    held = (plan.block_n + plan.head_dim_v) // 2 + plan.block_n // 4
+    return held + 32 <= plan.role_registers[0]
+
+
+def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
+    """The fields of an Sm90Plan that the problem alone decides; see plan.traits."""
+    fields = traits(problem, gate)
+    if gate is None:
+        fields["fewest_splits"] = fewest_splits(problem)
+    folded = fields["folds_heads"]
+    mask = (fold_heads(problem, folded) if folded else problem).mask
+    if mask is not None:
+        # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
+        load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
+        is_shifted = load_bytes < 4 and mask.strides[3] == 1
+        if is_shifted:
+            load_bytes = 8 * tiles_sm90.MASK_ELEMENT_BYTES[mask.dtype]
+        fields |= {
+            "mask_load_bytes": load_bytes,
+            "mask_is_row": mask.strides[2] == 0,
+            "mask_is_shifted": is_shifted,
+        }
+    return fields
+
+
+def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
+    """Tile configurations for a problem that the kernel can serve, best first. With a debug
+    gate see OFF_UNDER_A_GATE.
+
+    Raises:
+        ValueError: the kernel has no such gate.
+    """
+    if gate is not None and gate not in GATES:
+        raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
+    plans: list[Plan] = []
+    problem = _of_mean_lengths(problem)
+    of_problem = traits_sm90(problem, gate)
+    folded = of_problem["folds_heads"]
+    fields = tuple(of_problem.items())
+    launched = fold_heads(problem, folded) if folded else problem
+    for tile in tiles_sm90.tiles(launched, max(1, folded)):
+        if gate is not None:
+            tile = tile._replace(**OFF_UNDER_A_GATE)
+        elif tile.num_splits < of_problem["fewest_splits"]:
+            tile = tile._replace(num_splits=of_problem["fewest_splits"])
+        plan = _plan(tile, gate, fields)
+        if plan is not None:
+            plans.append(plan)
+    return plans
+
+
+def with_o_fitted(plan: Sm90Plan) -> Sm90Plan:
+    """The plan with O in as few parts as let `min_blocks` blocks, or one if they never do, fit into
+    the shared memory of an SM; the last that was tried, if not even one does."""
+    found = [dataclasses.replace(plan, o_parts=o_parts) for o_parts in O_PARTS]
+    for num_blocks in (plan.min_blocks, 1):
+        for changed in found:
+            if blocks_that_fit(changed.smem_bytes, ARCH) >= num_blocks:
+                return changed
+    return found[-1]
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> Sm90Plan | None:
+    """The plan with a tile, O in as few parts as fit; None if no plan with it fits. Lengths come
+    and go, tiles stay: a plan costs more than to find one."""
+    of_problem = dict(fields)
+    of_problem["folds_heads"] //= tile.parts
+    sizes = tile._asdict()
+    del sizes["parts"]
+    plan = Sm90Plan(
+        kernel=KERNEL, arch=ARCH, lazy_rescale=gate is None, gate=gate, **sizes, **of_problem
+    )
+    if plan.varlen == "packed" and not _has_registers(plan):
+        return None
+    plan = with_o_fitted(plan)
+    return plan if plan.smem_bytes <= smem_limits(ARCH)[0] else None

@@ -1,0 +1,99 @@
+// fwd_sm90/producer_sm90.cuh - the producer of the Hopper kernel: one thread walks over the block's
+// row tiles, has TMA load their Q, and K and V as far ahead as the stages allow, and tells the
+// consumers which row tile it is.
+#pragma once
+
+FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  BoxOrigin q_box, k_box, v_box;  // of the sequence
+  PipelineState k_states[KEY_SPLITS], v_states[KEY_SPLITS];
+#pragma unroll
+  for (int s = 0; s < KEY_SPLITS; ++s) k_states[s].ring = v_states[s].ring = s;
+
+  const auto load_k = [&](PipelineState& k_state, const BlockCoord& block, int n_block) {
+    const auto full = bar.k_full + k_state.stage();
+    mbar_wait(bar.k_empty + k_state.stage(), k_state.parity() ^ 1);
+    mbar_arrive_expect_tx(full, K_ELEMENTS * 2);
+    for (int c = 0; c < QK_CHUNKS; ++c) {
+      tma_load(smem.k + (k_state.stage() * K_ELEMENTS + c * BLOCK_N * CHUNK), params.k_map, full,
+               c * CHUNK, k_box.row + n_block * BLOCK_N, block.head_idx_kv, k_box.batch);
+    }
+    ++k_state.count;
+  };
+  const auto load_v = [&](PipelineState& v_state, const BlockCoord& block, int n_block) {
+//@if gate qk softmax
+    return;  // there is no P V
+//@end
+    const auto full = bar.v_full + v_state.stage();
+    mbar_wait(bar.v_empty + v_state.stage(), v_state.parity() ^ 1);
+    mbar_arrive_expect_tx(full, V_ELEMENTS * 2);
+    for (int c = 0; c < V_CHUNKS; ++c) {
+      tma_load(smem.v + (v_state.stage() * V_ELEMENTS + c * BLOCK_N * CHUNK), params.v_map, full,
+               c * CHUNK, v_box.row + n_block * BLOCK_N, block.head_idx_kv, v_box.batch);
+    }
+    ++v_state.count;
+  };
+
+  const auto load_keys = [&](const BlockCoord& block, const KeyRange& keys, int n_block) {
+#pragma unroll
+    for (int s = 0; s < KEY_SPLITS; ++s) {
+      if (n_block - s >= keys.n_block_begin) load_k(k_states[s], block, n_block - s);
+    }
+  };
+
+  auto tile = row_tiles(p, smem.feed);
+  for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
+    const auto coord = coord_slot(smem.coords, turn);
+    if (tile.done(p, params.schedule)) {
+      smem_store(coord, NO_TILE);
+      for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
+        mbar_wait(bar.q_empty + q_slot(turn, group), q_parity(turn) ^ 1);
+        mbar_arrive(bar.q_full + q_slot(turn, group));
+      }
+      grid_launch_dependents();
+      return;
+    }
+    const BlockCoord block = tile.coord(p, params.schedule);
+    const auto& own = sequence_params(p, block);
+    q_box = query_box(p, block);
+    k_box = key_box(p, block, p.k_rows_per_batch);
+    v_box = key_box(p, block, p.v_rows_per_batch);
+//@if gate tile
+    const KeyRange keys = gate_last_tile(own_keys(own, block));
+//@else
+    const KeyRange keys = own_keys(own, block);
+//@end
+    store_coord(coord, block);
+    // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
+    // first K's stage is free before Q's buffer is.
+    int n_block = keys.n_block_end - 1;
+    load_keys(block, keys, n_block);
+    for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
+      const int slot = q_slot(turn, group);
+      const auto full = bar.q_full + slot;
+      mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
+      mbar_arrive_expect_tx(full, Q_GROUP_ELEMENTS * 2);
+      int row = block.m_begin + group * 64;
+      if (PACKED) row = min_i(row, own.seqlen_q - 1);  // see make_ragged: no box without a row
+      for (int c = 0; c < QK_CHUNKS; ++c) {
+        tma_load(smem.q + (slot * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
+                 c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
+      }
+    }
+    bool asked = false;
+    while (n_block >= keys.n_block_begin) {
+      n_block -= KEY_SPLITS;
+      if (!asked && n_block < keys.n_block_begin + ASK_AHEAD) {
+        tile.ask(p, params.schedule);
+        asked = true;
+      }
+      load_keys(block, keys, n_block);
+#pragma unroll
+      for (int s = 0; s < KEY_SPLITS; ++s) {
+        const int before = n_block - s + KEY_SPLITS;
+        if (before >= keys.n_block_begin) load_v(v_states[s], block, before);
+      }
+    }
+    if (!asked) tile.ask(p, params.schedule);  // it has no key tiles
+  }
+}

@@ -1,0 +1,106 @@
+// fwd_sm90/schedule_sm90.cuh - the order in which a persistent block takes row tiles.
+//
+// Without a right bound all tiles cost the same: blocks stride over them, a head's tiles side by
+// side, so that its K and V stay in L2.
+//
+// Under a right bound (causal) row tile m costs about m + 1 key tiles, so blocks draw tiles from a
+// counter in global memory as they get free, the longest first: no block waits for another one's
+// long tile at the end. Heads go in groups whose K and V fit into L2 together; the short tiles at
+// the end of a group run beside the long ones of the next. The last group takes what does not make
+// a whole one: a small last group would leave most blocks without work.
+#pragma once
+
+struct TileSchedule {
+  int32_t num_heads;        // num_heads_q * batch
+  int32_t heads_per_group;  // of the last group maybe more; read only under a right bound
+};
+
+constexpr bool DRAWS_TILES = HAS_WINDOW_RIGHT && !SPLIT_KEYS;
+
+// When the producer asks for the next row tile: so many key tiles before the end of this one that
+// the answer is there in time. Not sooner, or blocks commit themselves to tiles that others would
+// be free for first, which costs 4 to 18 % of the time.
+constexpr int ASK_AHEAD = 2 * KEY_SPLITS;
+
+struct TileWalk {
+  int number = block_idx();
+  int drawn = -1;  // for the next tile
+
+  FC_DEVICE static int num_tiles(const AttnParams& p, const TileSchedule& schedule) {
+    return schedule.num_heads * p.num_m_blocks;
+  }
+
+  FC_DEVICE bool done(const AttnParams& p, const TileSchedule& schedule) const {
+    return number >= num_tiles(p, schedule);
+  }
+
+  // Which head, counted over the batch, and which of its tiles.
+  struct Place {
+    int head, m_block;
+  };
+
+  FC_DEVICE Place place(const AttnParams& p, const TileSchedule& schedule) const {
+    if (!DRAWS_TILES) return {number / p.num_m_blocks, number % p.num_m_blocks};
+    const int head = number / p.num_m_blocks;
+    const int last_group = schedule.num_heads / schedule.heads_per_group - 1;
+    const int group = min_i(head / schedule.heads_per_group, last_group);
+    const int first_head = group * schedule.heads_per_group;
+    const int num_heads =
+        group < last_group ? schedule.heads_per_group : schedule.num_heads - first_head;
+    const int tile = number - first_head * p.num_m_blocks;
+    return {first_head + tile % num_heads, p.num_m_blocks - 1 - tile / num_heads};
+  }
+
+  FC_DEVICE BlockCoord coord(const AttnParams& p, const TileSchedule& schedule) const {
+    const Place at = place(p, schedule);
+    BlockCoord block = head_coord(p, at.head);
+    block.m_begin = at.m_block * BLOCK_M;
+    return block;
+  }
+
+  // Once a tile, before advance().
+  FC_DEVICE void ask(const AttnParams& p, const TileSchedule& schedule) {
+    // Where every block has one tile at most there is nothing to draw.
+    if (DRAWS_TILES && num_tiles(p, schedule) > num_blocks()) {
+      drawn = gmem_atomic_add(p.tile_counter, 1);
+    }
+  }
+
+  FC_DEVICE void advance(const AttnParams& p, const TileSchedule& schedule) {
+    if (!DRAWS_TILES || drawn < 0) {
+      number += num_blocks();
+      return;
+    }
+    number = num_blocks() + drawn;
+    // Every tile but a block's first is drawn, and every block draws one too many: as many draws as
+    // tiles. The last one leaves the counter at 0 for the next launch.
+    if (drawn == num_tiles(p, schedule) - 1) gmem_atomic_add(p.tile_counter, -(drawn + 1));
+  }
+};
+
+// A row tile's place as the producer hands it to the consumers.
+constexpr int COORD_INTS = SPLIT_KEYS ? 5 : 4;
+// The producer writes a tile's when all groups of rows have done with Q of the tile two before, or
+// with two buffers for Q three before, while one may still store O of that and read its place.
+constexpr int COORD_SLOTS = 4;
+constexpr int NO_TILE = -1;  // in the place of the first row: all tiles are done
+
+// Of a block's tile number `turn`.
+FC_DEVICE SmemPtr<int32_t> coord_slot(SmemPtr<int32_t> coords, int turn) {
+  return coords + turn % COORD_SLOTS * COORD_INTS;
+}
+
+FC_DEVICE void store_coord(SmemPtr<int32_t> to, const BlockCoord& block) {
+  smem_store(to, block.m_begin);
+  smem_store(to + 1, block.head_idx);
+  smem_store(to + 2, block.head_idx_kv);
+  smem_store(to + 3, block.batch_idx);
+  if (SPLIT_KEYS) smem_store(to + 4, block.split);
+}
+
+FC_DEVICE BlockCoord load_coord(SmemPtr<int32_t> from) {
+  BlockCoord block = {smem_load(from + 3), smem_load(from + 1), smem_load(from + 2),
+                      smem_load(from)};
+  if (SPLIT_KEYS) block.split = smem_load(from + 4);
+  return block;
+}

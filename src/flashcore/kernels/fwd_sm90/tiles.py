@@ -1,0 +1,212 @@
+"""Rules for the tiles of the Hopper kernel, made from measurements. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from flashcore.kernels.fwd_sm90.splits import best_sharing, visible_keys
+from flashcore.kernels.limits import smem_limits
+
+if TYPE_CHECKING:
+    from flashcore.problem import Problem
+
+ARCH = 90
+NUM_SMS = 132
+ROWS_OF_CONSUMER = 64
+MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+_STREAMED_BYTES = 96 * 1024
+
+
+def splits_sectors(head_dim: int, head_dim_v: int) -> bool:
+    """Whether rows start inside of a 32-byte sector, so that every piece of one that TMA fetches
+    takes an access more; of those that have several pieces and rules of their own."""
+    is_odd = head_dim % 16 != 0 or head_dim_v % 16 != 0
+    return is_odd and 64 < max(head_dim, head_dim_v) <= 128
+
+
+def chunk_of(head_dim: int, head_dim_v: int) -> int:
+    """Columns of a tile that lie together in shared memory, and that TMA fetches of a row at once:
+    64 where that pads a tile no more than 32 would, or halves accesses that bound the kernel."""
+    of_64, of_32 = (-(-head_dim // size) - (-head_dim_v // size) for size in (64, 32))
+    return 64 if 2 * of_64 == of_32 or splits_sectors(head_dim, head_dim_v) else 32
+
+
+def padded_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """Columns of a tile of q or k and of one of v, whole chunks."""
+    chunk = chunk_of(head_dim, head_dim_v)
+    return -(-head_dim // chunk) * chunk, -(-head_dim_v // chunk) * chunk
+
+
+def mask_bytes(dtype: str, is_row: bool, block_n: int) -> int:
+    """Shared memory of one consumer for a mask tensor's elements."""
+    element = MASK_ELEMENT_BYTES[dtype]
+    row = block_n + (16 if element == 1 else 8)
+    return 4 * (1 if is_row else 16) * row * element
+
+
+class Tile(NamedTuple):
+    """What the rules say; the other fields of a plan follow from the problem."""
+
+    block_m: int
+    block_n: int
+    ping_pong: bool = False
+    min_blocks: int = 1
+    num_stages: int = 2
+    q_buffers: int = 1
+    key_splits: int = 1
+    num_splits: int = 1
+    parts: int = 1  # that folded heads are dealt out to
+
+
+def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
+    """The tile with its keys split over as many blocks as pays, and the rows of `folded` heads
+    dealt out to as many row tiles."""
+    if problem.varlen == "packed":
+        return tile
+    dims = problem.head_dim + problem.head_dim_v
+    sharing = best_sharing(
+        num_heads=problem.batch * problem.num_heads_q,
+        num_rows=problem.seqlen_q,
+        folded=folded,
+        block_m=tile.block_m,
+        key_tiles=-(-visible_keys(problem) // tile.block_n),
+        key_tile_bytes=tile.block_n * dims * 2,
+        share_row_bytes=(problem.head_dim_v + 2) * 4,
+        num_slots=NUM_SMS * tile.min_blocks,
+    )
+    return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)
+
+
+def _streaming_tile(problem: Problem, folded: int) -> Tile:
+    """Of rows so few that reading K and V is all there is to do: one consumer, and 96 KB of stages
+    under way, or 64 KB a block where two are on an SM. More is slower: 192 KB by 2 to 7 %, at each
+    head_dim (docs/ladder-masks.md). An SM's 33 GB/s over 1 us of latency are 32 KB."""
+    dims = padded_dims(problem.head_dim, problem.head_dim_v)
+    narrow = max(dims) <= 64
+    block_n = 128 if narrow else 64
+    if narrow and problem.mask is None:
+        return _split_keys(problem, Tile(64, block_n, num_stages=2, min_blocks=2), folded)
+    room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)
+    if problem.mask is not None:
+        room -= mask_bytes(problem.mask.dtype, problem.mask.strides[2] == 0, block_n)
+    stage = 2 * block_n * sum(dims)
+    read = 2 * block_n * (problem.head_dim + problem.head_dim_v)  # of a stage: the rest is padding
+    num_stages = max(2, min(-(-_STREAMED_BYTES // read), room // stage))
+    return _split_keys(problem, Tile(64, block_n, num_stages=num_stages), folded)
+
+
+def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
+    """Best first, of a problem whose heads are `folded` heads each. Keys much longer than the rows
+    are worth splitting where that fills the GPU."""
+    long_keys = problem.seqlen_k >= max(4096, 8 * problem.seqlen_q)
+    if problem.varlen != "packed" and problem.seqlen_q <= ROWS_OF_CONSUMER:
+        num_tiles = problem.batch * problem.num_heads_q
+        if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
+            yield _streaming_tile(problem, folded)
+    for tile in _table(problem):
+        yield _split_keys(problem, tile) if long_keys else tile
+
+
+def _table(problem: Problem) -> Iterator[Tile]:
+    """Rules made from measurements on an H200 (2026-11-22) and an H100 (2026-11-25), best first;
+    see docs/ladder.md. What `flashcore tune --grid` measures goes before them
+    (selection/tile_table.py)."""
+    dim = max(problem.head_dim, problem.head_dim_v)
+    num_64 = _num_row_tiles(problem, 64)
+    # Few rows: warpgroups share their keys, and hide each other's latency.
+    few = num_64 <= NUM_SMS or (
+        _is_bounded(problem) and num_64 <= 2 * NUM_SMS and problem.seqlen_k >= 1024
+    )
+    if num_64 <= NUM_SMS and dim <= 64 and problem.mask is None and 256 < problem.seqlen_k < 4096:
+        # Three stages each, where there are three key tiles to load at once.
+        num_stages = 6 if _is_bounded(problem) and problem.seqlen_k < 640 else 9
+        yield Tile(64, 64, num_stages=num_stages, key_splits=3)
+    if few and dim <= 128 and problem.seqlen_k > (64 if dim <= 64 else 128):
+        yield Tile(64, 64, num_stages=4, key_splits=2)
+    if problem.mask is None and problem.softcap == 0.0:
+        yield from _plain_table(problem, dim)
+    else:
+        yield from _crowded_table(problem, dim)
+
+
+def _is_bounded(problem: Problem) -> bool:
+    return problem.window_left >= 0 or problem.window_right >= 0
+
+
+def _window(problem: Problem) -> int:
+    """Keys that a query sees at most, by the windows alone."""
+    if problem.window_left < 0:
+        return problem.seqlen_k
+    right = problem.window_right if problem.window_right >= 0 else problem.seqlen_k
+    return problem.window_left + 1 + right
+
+
+def _num_row_tiles(problem: Problem, rows: int) -> int:
+    return problem.batch * problem.num_heads_q * -(-problem.seqlen_q // rows)
+
+
+def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
+    """Of calls with neither mask tensor nor soft-capping."""
+    bounded, keys = _is_bounded(problem), problem.seqlen_k
+    many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
+    if dim <= 64:
+        q_buffers = 1 if problem.window_left >= 0 else 2  # or it spills
+        if many_192 and keys >= (2048 if bounded else 512):
+            yield Tile(192, 128, ping_pong=True, num_stages=3, q_buffers=q_buffers)
+        if _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS:
+            yield Tile(64, 64 if keys < 1024 else 96, min_blocks=3, q_buffers=q_buffers)
+        yield Tile(64, 128, min_blocks=2)
+        yield Tile(128, 128, ping_pong=True)
+    elif dim <= 128:
+        if many_192 and splits_sectors(problem.head_dim, problem.head_dim_v) and keys >= 512:
+            yield Tile(192, 96 if dim <= 96 else 80, ping_pong=True)  # TMA's accesses bound it
+        if many_192 and min(keys, _window(problem)) >= 4096:
+            yield Tile(192, 80, ping_pong=True)
+        if 4 * _num_row_tiles(problem, 128) >= 3 * NUM_SMS:
+            yield Tile(128, 128)
+        yield Tile(64, 64, min_blocks=2)
+        yield Tile(128, 128)
+    elif dim <= 192:
+        yield Tile(128, 96, ping_pong=True)
+        yield Tile(128, 64, ping_pong=True)
+    else:
+        yield Tile(128, 64, ping_pong=True)
+        yield Tile(128, 48, ping_pong=True)
+        yield Tile(128, 32, ping_pong=True)
+
+
+def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
+    """Of calls whose softmax takes registers for more. A mask tensor with a row for every query
+    takes some, more where it holds numbers, and most where its rows are not aligned. One row for
+    all is nearly as good as none."""
+    mask, has_softcap = problem.mask, problem.softcap != 0.0
+    bounded, keys = _is_bounded(problem), problem.seqlen_k
+    has_rows = mask is not None and mask.strides[2] != 0
+    number = mask.dtype if mask is not None and has_rows and mask.dtype != "bool" else None
+    is_aligned = mask is None or mask.load_bytes == 16
+    if dim <= 64:
+        if not has_rows and (mask is None or not has_softcap):
+            many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
+            if many_192 and not has_softcap and not bounded and is_aligned and keys >= 1024:
+                yield Tile(192, 128, ping_pong=True)
+            if _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS:
+                yield Tile(64, 64, min_blocks=3)
+        yield Tile(64, 128, min_blocks=2)
+        yield Tile(64, 64, min_blocks=2)
+    elif dim <= 128:
+        if 4 * _num_row_tiles(problem, 128) >= 3 * NUM_SMS:
+            if number != "float32":
+                yield Tile(128, 128, ping_pong=has_softcap or not is_aligned)
+            yield Tile(128, 80, ping_pong=True)
+        yield Tile(64, 64, min_blocks=2)
+    elif dim <= 192:
+        if number is None:
+            yield Tile(128, 96, ping_pong=not has_softcap)
+        yield Tile(128, 64, ping_pong=True)
+    else:
+        overfull = mask is not None and problem.window_left >= 0 and (has_softcap or not is_aligned)
+        if number is None and not overfull:
+            yield Tile(128, 64, ping_pong=not has_softcap)
+        yield Tile(128, 48, ping_pong=True)
+        yield Tile(128, 32, ping_pong=True)

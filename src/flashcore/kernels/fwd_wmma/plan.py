@@ -1,0 +1,340 @@
+"""Problem -> Plan: which kernel runs, with which tiles. Pure functions, no GPU needed.
+
+Selection is enumerate, filter for legality, rank: `candidates` lists every legal tile configuration
+of a problem on an architecture, best first by rules, and `select_plan` takes the first, unless
+measurements know better (selection/tuned.py, selection/tile_table.py).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from flashcore.kernels.limits import blocks_that_fit, smem_limits
+from flashcore.problem.exactness import LARGE_SOFTCAP, keys_of_chunk
+from flashcore.problem.folding import can_fold
+from flashcore.problem.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE
+
+if TYPE_CHECKING:
+    from flashcore.problem import Problem
+
+GATES = ("qk", "softmax", "pv", "tile", "pv_serial")
+
+_REGISTERS_PER_SM = 65536
+
+KERNEL = "attn_fwd_wmma"
+# What the compile gate compiles for.
+SUPPORTED_ARCHS = (75, 80, 86, 89, 90, 100, 120)
+
+# The simulator runs the code of an architecture that has cp.async.
+SIM_ARCH = 80
+
+# head_dim 64 keeps to this budget on every architecture; the compile gate enforces it.
+HEAD_DIM_64_MAX_REGISTERS = 96
+HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
+
+# How sequences of one call may differ in length (tile/sequence.cuh): not, as packed rows
+# (attention_varlen), or in the number of keys (seqlens_k).
+VARLEN_KINDS = ("none", "packed", "keys")
+_MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
+_CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
+
+
+def _padded(cols: int) -> int:
+    return -(-cols // 16) * 16
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One compiled form of a kernel: everything that its source text depends on.
+
+    `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
+    tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
+    `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
+    0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the register count
+    must allow; `keys_of_chunk` how many keys one sum goes over at most, 0 for all (tile/totals.cuh).
+    """
+
+    kernel: str
+    arch: int
+    dtype: str
+    head_dim: int
+    head_dim_v: int
+    block_m: int
+    block_n: int
+    num_stages: int
+    min_blocks: int
+    load_bytes: int = 16
+    has_window_left: bool = False
+    has_window_right: bool = False
+    has_softcap: bool = False
+    softcap_is_large: bool = False
+    mask: str | None = None
+    gate: str | None = None
+    varlen: str = "none"
+    folds_heads: int = 0
+    keys_of_chunk: int = 0
+
+    @property
+    def params_struct(self) -> str:
+        """The kernel's parameter struct, by its name in the source."""
+        return "AttnParams"
+
+    @property
+    def starts_early(self) -> bool:
+        """Return whether its blocks may start before the kernels before it have ended."""
+        return False
+
+    @property
+    def draws_tiles(self) -> bool:
+        """Return whether its blocks share out work by a counter in global memory."""
+        return False
+
+    @property
+    def arch_suffix(self) -> str:
+        """What follows the architecture's number in the compiler's target."""
+        return ""
+
+    @property
+    def num_warps(self) -> int:
+        """A warp computes 16 query rows."""
+        return self.block_m // 16
+
+    @property
+    def num_threads(self) -> int:
+        return self.num_warps * 32
+
+    @property
+    def row_warps(self) -> range:
+        """The warps that own 16 query rows each, in the order of the rows."""
+        return range(self.num_warps)
+
+    @property
+    def keys_backwards(self) -> bool:
+        """Return whether a row tile visits its key tiles from last to first."""
+        return False
+
+    @property
+    def gate_serial_bytes(self) -> int:
+        """Shared memory that the gate `pv_serial` adds, for P and O of the block."""
+        if self.gate != "pv_serial":
+            return 0
+        return self.block_m * (2 * (self.block_n + 8) + 4 * _padded(self.head_dim_v))
+
+    @property
+    def smem_bytes(self) -> int:
+        """Dynamic shared memory of a block: Q (later O), and `num_stages` tiles of K and V."""
+        k_stride, v_stride = _padded(self.head_dim) + 8, _padded(self.head_dim_v) + 8
+        elements = self.block_m * max(k_stride, v_stride)
+        elements += self.num_stages * self.block_n * (k_stride + v_stride)
+        return 2 * elements + self.gate_serial_bytes
+
+    @property
+    def max_registers(self) -> int:
+        """Registers a thread that `min_blocks` blocks an SM leave, as ptxas rounds them."""
+        return min(255, _REGISTERS_PER_SM // (self.min_blocks * self.num_threads) // 8 * 8)
+
+    @property
+    def role_registers(self) -> tuple[int, ...]:
+        """Registers of a thread by role, where warps have roles."""
+        return ()
+
+    def constants(self) -> dict[str, object]:
+        """The kernel source's compile-time constants."""
+        return {
+            "Element": _CUDA_TYPES[self.dtype],
+            "MaskElement": _CUDA_TYPES[self.mask or "bool"],
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "HEAD_DIM": self.head_dim,
+            "HEAD_DIM_V": self.head_dim_v,
+            "NUM_WARPS": self.num_warps,
+            "NUM_STAGES": self.num_stages,
+            "MIN_BLOCKS": self.min_blocks,
+            "LOAD_BYTES": self.load_bytes,
+            "SMEM_BYTES": self.smem_bytes,
+            "HAS_WINDOW_LEFT": self.has_window_left,
+            "HAS_WINDOW_RIGHT": self.has_window_right,
+            "HAS_SOFTCAP": self.has_softcap,
+            "SOFTCAP_IS_LARGE": self.softcap_is_large,
+            "TANH_BY_POLYNOMIAL": False,  # it takes more registers
+            "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
+            "MASK_KIND": _MASK_KINDS[self.mask],
+            "VARLEN": VARLEN_KINDS.index(self.varlen),
+            # Without a bound rows are rows.
+            "FOLDED": self.folds_heads > 0 and (self.has_window_left or self.has_window_right),
+        } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
+
+    def describe(self) -> str:
+        """One line for people."""
+        options = [
+            name
+            for name, on in (
+                ("window_left", self.has_window_left),
+                ("window_right", self.has_window_right),
+                ("softcap", self.has_softcap and not self.softcap_is_large),
+                ("large softcap", self.softcap_is_large),
+                (f"mask:{self.mask}", self.mask is not None),
+                (f"varlen:{self.varlen}", self.varlen != "none"),
+                (f"folded heads:{self.folds_heads}", self.folds_heads > 0),
+                (f"sums of {self.keys_of_chunk} keys", self.keys_of_chunk > 0),
+                (f"gate:{self.gate}", self.gate is not None),
+            )
+            if on
+        ]
+        dims = str(self.head_dim)
+        if self.head_dim_v != self.head_dim:
+            dims += f"/{self.head_dim_v}"
+        return (
+            f"{self.kernel} sm_{self.arch} {self.dtype} head_dim {dims} "
+            f"tile {self.block_m}x{self.block_n} warps {self.num_warps} stages {self.num_stages} "
+            f"smem {self.smem_bytes} B loads {self.load_bytes} B"
+            + (f" [{' '.join(options)}]" if options else "")
+        )
+
+
+def _estimated_registers(plan: Plan) -> int:
+    """Accumulators of the scores and of O, and what the compile gate showed the rest to need."""
+    rest = 48
+    if plan.arch < 80:
+        rest += 8  # the copies go through registers
+    if plan.mask is not None and not _has_tight_budget(plan):
+        rest += 24  # addresses and values of the mask
+    if plan.head_dim % 64 and max(plan.head_dim, plan.head_dim_v) > 64:
+        rest += 16  # few threads share a row, so each copies more packets
+    return plan.block_n // 2 + _padded(plan.head_dim_v) // 2 + rest
+
+
+def _has_tight_budget(plan: Plan) -> bool:
+    """Whether the register budget of head_dim 64 holds; a debug gate is outside of it, and so are a
+    mask tensor with seqlens_k and a large softcap, which would spill."""
+    exempt = plan.gate is not None or (plan.varlen == "keys" and plan.mask is not None)
+    exempt |= plan.softcap_is_large
+    return max(plan.head_dim, plan.head_dim_v) <= 64 and not exempt
+
+
+def _min_blocks(plan: Plan) -> int:
+    """Blocks an SM that shared memory and registers both allow; under the tight budget, those that
+    the registers must allow."""
+    most = 5 * 128 // plan.num_threads
+    if _has_tight_budget(plan):
+        return most
+    by_smem = blocks_that_fit(plan.smem_bytes, plan.arch)
+    by_registers = _REGISTERS_PER_SM // (_estimated_registers(plan) * plan.num_threads)
+    return max(1, min(by_smem, by_registers, most))
+
+
+def _enumerate(base: Plan) -> Iterator[Plan]:
+    num_stages = 2 if base.arch >= 80 else 1  # double-buffered where copies are asynchronous
+    for block_m in (128, 64):
+        for block_n in (128, 64, 32, 16):
+            plan = dataclasses.replace(
+                base, block_m=block_m, block_n=block_n, num_stages=num_stages
+            )
+            yield dataclasses.replace(plan, min_blocks=_min_blocks(plan))
+
+
+def _is_legal(plan: Plan) -> bool:
+    if plan.smem_bytes > smem_limits(plan.arch)[0]:
+        return False
+    if _has_tight_budget(plan):
+        if plan.mask is not None and plan.head_dim_v > 32 and plan.block_n > 16:
+            return False  # the mask's addresses and values take what wider tiles' scores would
+        if plan.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES:
+            return False
+        return _estimated_registers(plan) <= HEAD_DIM_64_MAX_REGISTERS
+    if plan.arch < 80 and max(plan.head_dim, plan.head_dim_v) > 192 and plan.block_n > 16:
+        return False  # head_dim 224 spills there: copies, scores and O meet in registers
+    return _estimated_registers(plan) <= 240
+
+
+def _rank(plan: Plan) -> tuple[int, ...]:
+    """Smaller is better: warps resident on an SM to hide latencies, as far as that paid; narrow
+    key tiles, whose scores leave registers for more warps; small row tiles, which make more
+    blocks. Measured on sm_90, see docs/performance.md."""
+    resident_warps = min(12, plan.min_blocks * plan.num_warps)
+    return (-resident_warps, abs(plan.block_n - 32), plan.block_m)
+
+
+def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
+    """The fields of a Plan that the problem alone decides, whichever the kernel. What a debug gate
+    writes has the shape of the problem as it was asked."""
+    return {
+        "dtype": problem.dtype,
+        "head_dim": problem.head_dim,
+        "head_dim_v": problem.head_dim_v,
+        "has_window_left": problem.window_left >= 0,
+        "has_window_right": problem.window_right >= 0,
+        "has_softcap": problem.softcap != 0.0,
+        "softcap_is_large": problem.softcap >= LARGE_SOFTCAP,
+        "mask": None if problem.mask is None else problem.mask.dtype,
+        "varlen": problem.varlen,
+        "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
+    }
+
+
+def candidates(
+    problem: Problem,
+    arch: int | None = None,
+    gate: str | None = None,
+    kernel: str | None = None,
+) -> list[Plan]:
+    """Every legal tile configuration for the problem, best first.
+
+    Args:
+        problem: what is asked.
+        arch: architecture to plan for (90 for sm_90); by default the problem's own, and
+            `SIM_ARCH` for CPU tensors.
+        gate: debug gate to build in, one of `GATES` (`plan_sm90.GATES` in the Hopper kernel).
+        kernel: "attn_fwd_wmma" or "attn_fwd_sm90"; by default the latter on sm_90 where it serves
+            the problem, else the former.
+
+    Raises:
+        ValueError: the kernel has no such gate.
+        NotImplementedError: no kernel reads such tensors as they lie; see backends/adapting.py.
+    """
+    from flashcore.kernels.fwd_sm90 import plan as plan_sm90  # which builds on this module
+
+    if not problem.is_readable or max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
+        raise NotImplementedError(
+            f"no kernel reads {problem.describe()} in place; the kernels read contiguous rows of a "
+            f"multiple of {HEAD_DIM_MULTIPLE} elements up to {HEAD_DIM_MAX}: give them padded "
+            "copies, as flashcore.attention does"
+        )
+
+    arch = arch or problem.arch or SIM_ARCH
+    if kernel is None and arch == plan_sm90.ARCH:
+        kernel = KERNEL if plan_sm90.obstacle(problem) else plan_sm90.KERNEL
+    if kernel == plan_sm90.KERNEL:
+        return plan_sm90.candidates(problem, gate) or candidates(problem, arch, gate, KERNEL)
+    base = Plan(
+        kernel=KERNEL,
+        arch=arch,
+        block_m=64,
+        block_n=64,
+        num_stages=1,
+        min_blocks=1,
+        load_bytes=problem.load_bytes,
+        gate=gate,
+        keys_of_chunk=keys_of_chunk(problem) if gate is None else 0,
+        **traits(problem, gate),
+    )
+    legal = [plan for plan in _enumerate(base) if _is_legal(plan)]
+    return sorted(legal, key=_rank)
+
+
+def select_plan(
+    problem: Problem,
+    arch: int | None = None,
+    gate: str | None = None,
+    kernel: str | None = None,
+) -> Plan:
+    """What was measured for such problems, by `flashcore tune` on this GPU or for the table that
+    ships, or else the best by the rules. See `candidates`."""
+    from flashcore.selection import tuned  # which builds on this module
+
+    best = candidates(problem, arch, gate, kernel)[0]
+    found = tuned.find(problem, best)
+    return best if found is None else found.plan

@@ -1,0 +1,1 @@
+"""A launch: arguments, descriptors, memory for results, the driver."""

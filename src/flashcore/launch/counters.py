@@ -1,0 +1,99 @@
+"""Counters on a GPU by which the blocks of one launch share out work, 0 between launches.
+
+A kernel that draws from a counter puts it back to 0 at its end, so no call has to clear it.
+Launches that may run at the same time must not share one: every stream has its own, and so has
+every stream of a CUDA graph's capture, for a graph may be replayed beside anything. A prepared
+argument has its own too: who launches it twice at the same time has two kernels write one output.
+
+Their memory comes from the driver, not from torch's allocator. While a graph is captured, and while
+torch.compile warms one up, that takes all memory from the graph's own pool, whose owner clears it,
+gives it to others, and counts what is left in it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import torch
+
+from flashcore.launch.driver import allocate_zeros, import_driver
+
+_COUNTERS = 1 << 18  # of a pool, 1 MiB; none is freed, for graphs and arguments keep addresses
+_COUNTER_BYTES = 4
+
+
+class _Counters(NamedTuple):
+    address: int
+    number: int
+
+
+_lock = threading.Lock()
+_free: dict[int, _Counters] = {}  # by device index, what is left of the pool in use
+_of_streams: dict[tuple[int, int], _Counters] = {}  # by device index and stream handle
+_of_captures: dict[tuple[int, int], tuple[int, _Counters]] = {}  # likewise, of the last one
+
+
+def work_counters(device: torch.device, count: int = 1) -> int:
+    """Return the address of counters for one launch on the device's current stream.
+
+    Args:
+        device: a CUDA device with its index.
+        count: how many, at least.
+
+    Returns:
+        Where `count` int32 are, or more, which are 0 when the stream gets there.
+    """
+    assert device.index is not None
+    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    if torch.cuda.is_current_stream_capturing():
+        return _of_capture(key, count)
+    found = _of_streams.get(key)
+    if found is None or found.number < count:
+        with _lock:
+            found = _of_streams[key] = _take(device.index, count)
+    return found.address
+
+
+def own_counter(device: torch.device) -> int:
+    """Return the address of a counter that nobody else gets, for as long as the process lives.
+
+    Args:
+        device: a CUDA device with its index.
+
+    Returns:
+        Where one int32 is, which is 0 when the current stream gets there.
+    """
+    assert device.index is not None
+    with _lock:
+        return _take(device.index, 1).address
+
+
+def _of_capture(key: tuple[int, int], count: int) -> int:
+    capture = _capture_id(key[1])
+    with _lock:
+        known = _of_captures.get(key)
+        if known is not None and known[0] == capture and known[1].number >= count:
+            return known[1].address
+        counters = _take(key[0], count)
+        if capture is not None:
+            _of_captures[key] = capture, counters
+        return counters.address
+
+
+def _capture_id(stream: int) -> int | None:
+    """Which capture a stream is part of, unlike all others of the process; None if the driver will
+    not say."""
+    driver = import_driver()
+    status, _, identity, *_ = driver.cuStreamGetCaptureInfo(driver.CUstream(stream))
+    return None if status else int(identity)
+
+
+def _take(device_index: int, count: int) -> _Counters:
+    count = 1 << (count - 1).bit_length()  # who asks for more and more leaves few behind
+    free = _free.get(device_index)
+    if free is None or free.number < count:
+        size = max(_COUNTERS, count)
+        free = _Counters(allocate_zeros(device_index, size * _COUNTER_BYTES), size)
+    _free[device_index] = _Counters(free.address + count * _COUNTER_BYTES, free.number - count)
+    return _Counters(free.address, count)

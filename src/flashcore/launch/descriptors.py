@@ -1,0 +1,119 @@
+"""TMA descriptors as the GPU reads them: made by the driver, and given other addresses."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+from flashcore.launch.driver import INVALID_CONTEXT, bind_context, check, entry_point, pointer
+
+ALIGNMENT = 64  # of a descriptor that the driver writes, in bytes
+_DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
+_SWIZZLE_64B, _SWIZZLE_128B = 2, 3
+_L2_PROMOTION_128B = 2  # with 256 reading a long cache once takes 7 % longer (docs/ladder-masks.md)
+_Sizes, _Strides, _Box = ctypes.c_uint64 * 4, ctypes.c_uint64 * 3, ctypes.c_uint32 * 4
+_EVERY_ELEMENT = _Box(1, 1, 1, 1)
+
+
+class TensorMap(ctypes.Structure):
+    """A tensor and its boxes as the simulator's TMA reads them; on a GPU the driver's own opaque
+    encoding takes the same 128 bytes."""
+
+    _fields_ = [
+        ("base", ctypes.c_uint64),
+        ("row_stride_bytes", ctypes.c_uint64),
+        ("head_stride_bytes", ctypes.c_uint64),
+        ("batch_stride_bytes", ctypes.c_uint64),
+        ("cols", ctypes.c_uint32),
+        ("rows", ctypes.c_uint32),
+        ("heads", ctypes.c_uint32),
+        ("batches", ctypes.c_uint32),
+        ("box_cols", ctypes.c_uint32),
+        ("box_rows", ctypes.c_uint32),
+        ("element_bytes", ctypes.c_uint32),
+        ("swizzle_bytes", ctypes.c_uint32),
+        ("unused", ctypes.c_uint8 * 64),
+    ]
+
+
+def aligned(content: bytes) -> tuple[Any, int]:
+    """Memory that holds `content`, and the address in it where it does, a multiple of ALIGNMENT."""
+    memory = _buffer(len(content) + ALIGNMENT)()
+    address = ctypes.addressof(memory) + ALIGNMENT - 1 & -ALIGNMENT
+    ctypes.memmove(address, content, len(content))
+    return memory, address
+
+
+@functools.cache
+def _buffer(size: int) -> type[ctypes.Array[ctypes.c_char]]:
+    return ctypes.c_char * size
+
+
+def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
+    """The descriptor that the GPU reads, of a "float16" or "bfloat16" tensor.
+
+    Raises:
+        FlashCoreError: the driver refuses; the message holds its status.
+    """
+    m = tensor_map
+    memory, address = aligned(bytes(tensor_map))
+    arguments = (
+        pointer(address),
+        _DATA_TYPES[dtype_name],
+        4,
+        pointer(m.base),
+        _Sizes(m.cols, m.rows, m.heads, m.batches),
+        _Strides(m.row_stride_bytes, m.head_stride_bytes, m.batch_stride_bytes),
+        _Box(m.box_cols, m.box_rows, 1, 1),
+        _EVERY_ELEMENT,
+        0,  # not interleaved
+        _SWIZZLE_128B if m.swizzle_bytes == 128 else _SWIZZLE_64B,
+        _L2_PROMOTION_128B,
+        0,  # zeros out of bounds
+    )
+    status = entry_point("cuTensorMapEncodeTiled")(*arguments)
+    if status:
+        _retry(status, "cuTensorMapEncodeTiled", *arguments)
+    return TensorMap.from_buffer_copy(memory, address - ctypes.addressof(memory))
+
+
+_KINDS_MAX = 4096
+_kinds: dict[tuple[bytes, str], TensorMap] = {}
+
+
+def encode_kind(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
+    """A descriptor for `readdress`, encoded once for all tensors of the same kind: k and v are
+    often of one, and while keys are appended q and out stay of theirs."""
+    key = bytes(tensor_map)[TensorMap.row_stride_bytes.offset :], dtype_name
+    found = _kinds.get(key)
+    if found is None:
+        if len(_kinds) >= _KINDS_MAX:
+            _kinds.clear()
+        found = _kinds[key] = encode(tensor_map, dtype_name)
+    return found
+
+
+def readdress(address: int, bases: Iterable[tuple[int, int]]) -> None:
+    """Gives descriptors other tensors of the same kind, for much less than encoding them.
+
+    Args:
+        address: where the first is, a multiple of ALIGNMENT.
+        bases: for each, its offset from there, likewise, and the tensor's address.
+
+    Raises:
+        FlashCoreError: the driver refuses; the message holds its status.
+    """
+    replace, argument = entry_point("cuTensorMapReplaceAddress"), ctypes.c_void_p.from_param
+    for offset, base in bases:
+        status = replace(argument(address + offset), argument(base))
+        if status:
+            _retry(status, "cuTensorMapReplaceAddress", pointer(address + offset), pointer(base))
+
+
+def _retry(status: int, name: str, *arguments: Any) -> None:
+    if status == INVALID_CONTEXT:
+        bind_context()
+        status = entry_point(name)(*arguments)
+    check(status, name)

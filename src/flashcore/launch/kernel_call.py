@@ -1,0 +1,326 @@
+"""Plan + tensors -> a launch on the current stream."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+import itertools
+import math
+import threading
+
+import torch
+
+from flashcore.backends.dispatch import Addresses
+from flashcore.compile.compiler import CompiledKernel
+from flashcore.compile.jit import compile_plan
+from flashcore.kernels.fwd_sm90 import params as params_sm90
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.fwd_wmma.params import AttnParams, build_params, check_limits, grid_size
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.launch.allocation import allocator
+from flashcore.launch.counters import own_counter, work_counters
+from flashcore.launch.driver_launch import Argument, Launch, launch_raw
+from flashcore.launch.element_map import verify_element_map
+from flashcore.launch.launcher import Entry
+from flashcore.launch.templates import Template, make_template
+from flashcore.problem import Problem
+from flashcore.problem.options import Options
+
+
+@functools.lru_cache(maxsize=4096)
+def _compile(plan: Plan) -> CompiledKernel:
+    """jit.compile_plan, which takes 2 ms to make the source text, once per Plan."""
+    return compile_plan(plan)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(plan: Plan, grid: int, device_index: int) -> Launch:
+    """One for all shapes that share it: while keys are appended, say, each call has a new one."""
+    return Launch(
+        _compile(plan),
+        grid=grid,
+        num_threads=plan.num_threads,
+        smem_bytes=plan.smem_bytes,
+        device=torch.device("cuda", device_index),
+        starts_early=plan.starts_early,
+    )
+
+
+def load_plan(problem: Problem, plan: Plan, device: torch.device) -> None:
+    """Compiles a plan's kernel, or finds it compiled, and loads it on a GPU, for a later call."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    verify_element_map(index, plan.arch, plan.dtype)
+    _launch(plan, _grid_size(problem, plan, index), index)
+
+
+@functools.cache
+def _num_sms(device_index: int) -> int:
+    return int(torch.cuda.get_device_properties(device_index).multi_processor_count)
+
+
+def _grid_size(problem: Problem, plan: Plan, device_index: int) -> int:
+    if isinstance(plan, Sm90Plan):
+        return params_sm90.grid_size(problem, plan, _num_sms(device_index))
+    return grid_size(problem, plan)
+
+
+def _verify(device_index: int, plan: Plan) -> None:
+    """`verify_element_map`, which waits for the GPU; while the stream is captured, not yet."""
+    if not torch.cuda.is_current_stream_capturing():
+        verify_element_map(device_index, plan.arch, plan.dtype)
+
+
+def run_kernel(
+    problem: Problem,
+    plan: Plan,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    gate_buffers: dict[str, torch.Tensor] | None = None,
+    lengths: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Runs a plan on CUDA tensors, on the current stream, without waiting for it.
+
+    Args:
+        problem: validated description of q, k, v and mask.
+        plan: for the tensors' GPU.
+        q: [batch, num_heads_q, seqlen_q, head_dim].
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        mask: as the problem describes it, or None.
+        out: [batch, num_heads_q, seqlen_q, head_dim_v], contiguous; written.
+        lse: [batch, num_heads_q, seqlen_q], float32, contiguous; written unless None.
+        gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
+        lengths: int32, by name cu_seqlens_q, cu_seqlens_k or seqlens_k, where sequences differ in
+            length. Packed tensors come as [1, num_heads, total, dim] views, out as [total,
+            num_heads_q, head_dim_v], lse as [num_heads_q, total].
+
+    Raises:
+        CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, launch_raw.
+    """
+    grid = _grid_size(problem, plan, q.device.index)
+    if grid == 0:
+        return
+    _verify(q.device.index, plan)
+    tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse}
+    tensors |= (gate_buffers or {}) | (lengths or {})
+    pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
+    if plan.draws_tiles:
+        pointers["tile_counter"] = work_counters(q.device)
+    params: ctypes.Structure
+    scratch = _Scratch(problem, plan)
+    if scratch.num_floats:
+        shares, counters = scratch.allocate(q)
+        pointers |= scratch.pointers(shares.data_ptr(), counters)
+    if isinstance(plan, Sm90Plan):
+        params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
+    else:
+        params = build_params(problem, plan, pointers)
+    launch_raw(
+        _compile(plan),
+        grid=grid,
+        num_threads=plan.num_threads,
+        smem_bytes=plan.smem_bytes,
+        params=params,
+        device=q.device,
+        starts_early=plan.starts_early,
+    )
+
+
+class _Scratch:
+    """What a call needs beside its tensors, see params_sm90.scratch_shapes."""
+
+    def __init__(self, problem: Problem, plan: Plan) -> None:
+        shapes = params_sm90.scratch_shapes(problem, plan)
+        (self.num_counters,) = shapes.get("tile_counter", (0,))
+        self.num_out = math.prod(shapes.get("split_out", (0,)))
+        self.num_floats = self.num_out + math.prod(shapes.get("split_stats", (0,)))
+
+    def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Shares, from torch's allocator, and the address of counters; both of the current stream.
+        Where blocks share the keys of row tiles."""
+        shares = q.new_empty(self.num_floats, dtype=torch.float32)
+        return shares, work_counters(q.device, self.num_counters)
+
+    def pointers(self, shares: int, counters: int) -> dict[str, int]:
+        """Addresses by field of AttnParams."""
+        stats = shares + 4 * self.num_out
+        return {"split_out": shares, "split_stats": stats, "tile_counter": counters}
+
+
+# By Problem.varlen, the fields of AttnParams that say how long sequences are.
+LENGTHS = {"keys": ("seqlens_k",), "packed": ("cu_seqlens_q", "cu_seqlens_k")}
+
+# Arguments by call and addresses. A network meets the same addresses again and again: torch's
+# allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
+ARGUMENTS_MAX = 4096
+# Call; q, k, v and lengths; mask; out; lse; shares and counters.
+_Key = tuple[int, Addresses, int, int, int, tuple[int, ...]]
+_arguments: dict[_Key, Argument] = {}
+_lock = threading.Lock()
+_serial = itertools.count()
+
+
+class KernelCall:
+    """A plan on a device, ready for tensors of one description. See dispatch.prepare.
+
+    Args:
+        problem: describes them.
+        plan: for it.
+        device: where they are.
+    """
+
+    def __init__(self, problem: Problem, plan: Plan, device: torch.device) -> None:
+        self._serial, self._problem, self._plan = next(_serial), problem, plan
+        self._origin: KernelCall | None = None  # see with_keys
+        self._model: Template | None = None  # of one of those
+        self._spare: list[Argument] | None = None
+        heads = problem.num_heads_q
+        rows_shape: tuple[int, ...] = (problem.batch, heads, problem.seqlen_q)
+        out_shape: tuple[int, ...] = (*rows_shape, problem.head_dim_v)
+        if problem.varlen == "packed":
+            rows_shape = (heads, problem.total_q)
+            out_shape = (problem.total_q, heads, problem.head_dim_v)
+        self._new_out = allocator(device, out_shape, problem.torch_dtype)
+        self._new_lse = None
+        if problem.return_lse:
+            self._new_lse = allocator(device, rows_shape, torch.float32)
+        self._scratch = _Scratch(problem, plan)
+        self._counts_on = device if plan.draws_tiles else None
+        self._grid = _grid_size(problem, plan, device.index)
+        self._template: Template | None = None
+        _verify(device.index, plan)
+        self._index = torch.cuda.current_device() if device.index is None else device.index
+        self.launch = _launch(plan, self._grid, self._index)
+        # Looked up once, not in every call.
+        self._current_device, self._enqueue = torch._C._cuda_getDevice, self.launch.enqueue
+
+    def with_keys(self, problem: Problem) -> KernelCall:
+        """Return the call of another problem that the same plan serves, and that differs in the
+        keys, the mask and their number alone.
+
+        Keys that grow are new each time, and so are their addresses. Where those of this call are
+        kept with their arguments, that one has few arguments, written over for each launch.
+        """
+        if problem == self._problem:
+            return self
+        check_limits(problem, self._plan)
+        other = copy.copy(self)
+        other._serial, other._problem = next(_serial), problem
+        other._origin, other._template, other._spare = self._origin or self, None, []
+        return other
+
+    def run(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        addresses: Addresses,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """See dispatch.Call. Where sequences differ in length, addresses go on with those of
+        LENGTHS."""
+        if self._current_device() != self._index:
+            with torch.cuda.device(self._index):
+                return self.run(q, k, v, mask, addresses)
+        out = self._new_out()
+        lse = None if self._new_lse is None else self._new_lse()
+        scratch: tuple[int, ...] = ()
+        if self._scratch.num_floats:
+            shares, counters = self._scratch.allocate(q)
+            scratch = shares.data_ptr(), counters
+        key = (
+            self._serial,
+            addresses,
+            0 if mask is None else mask.data_ptr(),
+            out.data_ptr(),
+            0 if lse is None else lse.data_ptr(),
+            scratch,
+        )
+        spare = self._spare
+        if spare is None:
+            self._enqueue(_arguments.get(key) or self.make_argument(key))
+            return out, lse
+        # Whoever takes one has it alone until the launch has copied it.
+        try:
+            argument = spare.pop()
+        except IndexError:
+            argument = self._template_of(addresses, key[3]).new()
+        self._fill(argument, key)
+        self._enqueue(argument)
+        spare.append(argument)
+        return out, lse
+
+    def entry(self, q: int, k: int, v: int) -> Entry:
+        """The same for the compiled launcher, given the addresses of such tensors."""
+        template = self._template_of((q, k, v), q)  # each call has its own out
+        problem, plan, scratch = self._problem, self._plan, self._scratch
+        return Entry(
+            kernel=self.launch.handle,
+            device_index=self._index,
+            grid=self._grid,
+            num_threads=plan.num_threads,
+            smem_bytes=plan.smem_bytes,
+            starts_early=plan.starts_early,
+            argument=template.content,
+            attn_offset=template.attn_offset,
+            map_offsets=template.map_offsets,
+            out_shape=(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim_v),
+            computes_lse=problem.return_lse,
+            options=Options.of(problem),
+            num_counters=scratch.num_counters,
+            num_shares=scratch.num_out,
+            num_floats=scratch.num_floats,
+            scratch_offsets=tuple(
+                template.attn_offset + getattr(AttnParams, name).offset
+                for name in ("tile_counter", "split_out", "split_stats")
+            ),
+        )
+
+    def make_argument(self, key: _Key) -> Argument:
+        """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
+        argument = self._template_of(key[1], key[3]).new()
+        if not self._fill(argument, key, is_kept=True):
+            return argument
+        with _lock:
+            while len(_arguments) >= ARGUMENTS_MAX:
+                del _arguments[next(iter(_arguments))]  # the oldest
+            _arguments[key] = argument
+        return argument
+
+    def _fill(self, argument: Argument, key: _Key, is_kept: bool = False) -> bool:
+        """Write the addresses of a key. Return whether the argument may be kept: one whose counter
+        is a capture's may not."""
+        _, (q, k, v, *lengths), mask, out, lse, scratch = key
+        template = self._template
+        assert template is not None
+        template.place(argument, q, k, v, mask, out, lse)
+        if lengths:
+            names = LENGTHS[self._problem.varlen]
+            template.place_others(argument, dict(zip(names, lengths, strict=True)))
+        if scratch:
+            template.place_others(argument, self._scratch.pointers(*scratch))
+        if self._counts_on is not None:
+            is_kept = is_kept and not torch.cuda.is_current_stream_capturing()
+            counter = (own_counter if is_kept else work_counters)(self._counts_on)
+            template.place_others(argument, {"tile_counter": counter})
+        return is_kept
+
+    def _template_of(self, addresses: Addresses, out: int) -> Template:
+        """Made once, with these addresses."""
+        if self._template is None:
+            q, k, v, *_ = addresses
+            pointers: dict[str, int | None] = {"q": q, "k": k, "v": v, "out": out}
+            arguments = self._problem, self._plan, pointers, self._grid
+            origin = self._origin
+            if origin is not None and origin._model is not None:
+                self._template = origin._model.with_keys(*arguments)
+            else:
+                self._template = make_template(*arguments)
+                if origin is not None:
+                    origin._model = self._template
+        return self._template

@@ -1,0 +1,163 @@
+"""The eager call in C++ (launcher.cpp), for those who set FLASHCORE_LAUNCHER=compiled.
+
+It does what calls.attend does for the common call, for less than half of the time. What it does not
+know it asks Python once: `_prepare`. What is unusual it leaves to Python altogether.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from flashcore.base import env
+from flashcore.errors import FlashCoreError, stacklevel_of_caller
+from flashcore.launch.counters import work_counters
+from flashcore.problem.options import Options
+
+# The arguments of `attention`, q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse
+# and backend, to what it returns, or to None: Python has to. Set by `start`.
+attend: Callable[..., Any] | None = None
+
+
+class Entry(NamedTuple):
+    """What a launch needs, as launcher.cpp reads it.
+
+    Args:
+        kernel: handle.
+        device_index: of the GPU, which must be current.
+        grid: blocks.
+        num_threads: a block.
+        smem_bytes: dynamic shared memory a block.
+        starts_early: see driver_launch.Launch.
+        argument: the kernel's struct, with addresses to be replaced.
+        attn_offset: where AttnParams begins in it, in bytes.
+        map_offsets: where the descriptors of q, k, v and out are; none for the portable kernel.
+        out_shape: [batch, num_heads_q, seqlen_q, head_dim_v].
+        computes_lse: whether lse is wanted, by the caller or by autograd.
+        options: validated, for the backward pass.
+        num_counters: that its blocks share out work by, see launch/counters.py; 0 for none.
+        num_shares: float32 elements of the shares of out, where blocks share the keys of row tiles.
+        num_floats: of all that these hand over, the state of the softmax behind the shares.
+        scratch_offsets: where the addresses of the counters, the shares and the state are.
+    """
+
+    kernel: int
+    device_index: int
+    grid: int
+    num_threads: int
+    smem_bytes: int
+    starts_early: bool
+    argument: bytes
+    attn_offset: int
+    map_offsets: tuple[int, ...]
+    out_shape: tuple[int, ...]
+    computes_lse: bool
+    options: Options
+    num_counters: int
+    num_shares: int
+    num_floats: int
+    scratch_offsets: tuple[int, ...]
+
+
+@functools.cache
+def start() -> None:
+    """Puts the compiled launcher in the way of calls, if the environment asks for it.
+
+    Called when the first kernel is about to be launched. Where it cannot be built, calls go by
+    Python, and a warning says so once.
+
+    Raises:
+        ValueError: the variable has no meaning.
+    """
+    global attend
+    if env.launcher() == "python":
+        return
+    try:
+        attend = configured().attend
+    except (FlashCoreError, OSError, ImportError) as error:
+        warnings.warn(
+            f"{env.LAUNCHER.name}=compiled, but the launcher cannot be built or loaded: {error}\n"
+            "Calls go by Python: the same results, a few microseconds later. Unset "
+            f"{env.LAUNCHER.name} to silence this",
+            RuntimeWarning,
+            stacklevel=stacklevel_of_caller(),
+        )
+
+
+@contextlib.contextmanager
+def using(name: str) -> Iterator[None]:
+    """Launches by "python" or "compiled" in this process, whatever the environment asks for; for
+    benchmarks and tests.
+
+    Raises:
+        FlashCoreError, OSError, ImportError: the launcher cannot be built or loaded.
+    """
+    global attend
+    start()
+    before = attend
+    attend = configured().attend if name == "compiled" else None
+    try:
+        yield
+    finally:
+        attend = before
+
+
+def configured() -> Any:
+    """The extension module, built if need be, with nothing prepared yet.
+
+    Raises:
+        FlashCoreError, OSError, ImportError: it cannot be built or loaded.
+    """
+    from flashcore.backends.dispatch import BACKENDS
+    from flashcore.launch.driver import entry_address
+    from flashcore.launch.launcher.build import load
+    from flashcore.ops.calls import CALLS_MAX
+
+    module = load()
+    module.configure(
+        entry_address("cuLaunchKernelEx"),
+        entry_address("cuTensorMapReplaceAddress"),
+        torch._C._cuda_getDevice,
+        torch._C._cuda_getCurrentRawStream,
+        _counters,
+        entry_address("cuStreamIsCapturing"),
+        _prepare,
+        BACKENDS,
+        CALLS_MAX,
+    )
+    return module
+
+
+def _counters(device_index: int, count: int) -> int:
+    """Address of counters for a launch on the device's current stream, which stay the stream's
+    unless it is being captured."""
+    return work_counters(torch.device("cuda", device_index), count)
+
+
+def _prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    causal: bool,
+    window: tuple[int, int] | None,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    backend: str,
+    recorded: bool,
+) -> Entry | None:
+    """What a call launches, for the launcher to remember; None if it launches no kernel.
+
+    Raises:
+        Exception: what `attention` raises.
+    """
+    from flashcore.ops.calls import find
+
+    found = find(q, k, v, None, causal, window, softcap, scale, return_lse, backend, recorded)
+    kernel = getattr(found.call, "__self__", None)
+    return None if kernel is None else kernel.entry(q.data_ptr(), k.data_ptr(), v.data_ptr())

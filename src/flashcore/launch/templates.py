@@ -1,0 +1,92 @@
+"""The kernel's argument, to be copied with other addresses and other keys."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+
+from flashcore.kernels.fwd_sm90 import params as params_sm90
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.fwd_wmma.params import AttnParams, build_params, set_keys
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.launch import descriptors
+from flashcore.launch.driver_launch import Argument
+from flashcore.problem import Problem
+from flashcore.problem.folding import as_launched
+
+_POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse, with which AttnParams begins
+_POINTER = struct.Struct("Q")
+_OFFSETS = {name: getattr(AttnParams, name).offset for name, *_ in AttnParams._fields_}
+
+
+class Template:
+    """A kernel's argument, to be copied with other addresses.
+
+    Args:
+        content: the struct; TMA descriptors in it are those of tensors of the same description.
+        attn_offset: where AttnParams begins in it, in bytes.
+        map_offsets: where the descriptors of q, k, v and out are; none for the portable kernel.
+        shifts: by how many bytes each of these begins before its tensor (params_sm90.make_ragged).
+    """
+
+    def __init__(
+        self,
+        content: bytes,
+        attn_offset: int,
+        map_offsets: tuple[int, ...],
+        shifts: tuple[int, ...] = (),
+    ) -> None:
+        self.content, self.attn_offset, self.map_offsets = content, attn_offset, map_offsets
+        self._shifts = shifts if any(shifts) else None
+
+    def new(self) -> Argument:
+        """A copy, whose addresses are still to be placed."""
+        return Argument(*descriptors.aligned(self.content))
+
+    def place(
+        self, argument: Argument, q: int, k: int, v: int, mask: int, out: int, lse: int
+    ) -> None:
+        """Write the addresses of the tensors, 0 for none."""
+        offset = argument.offset + self.attn_offset
+        _POINTERS.pack_into(argument.memory, offset, q, k, v, mask, out, lse)
+        if self.map_offsets:
+            bases: Iterable[int] = (q, k, v, out)
+            if self._shifts is not None:
+                bases = ((x - by) % 2**64 for x, by in zip(bases, self._shifts, strict=True))
+            pairs = zip(self.map_offsets, bases, strict=True)
+            descriptors.readdress(argument.address, pairs)
+
+    def place_others(self, argument: Argument, others: Mapping[str, int]) -> None:
+        """Write other addresses, by field of AttnParams."""
+        offset = argument.offset + self.attn_offset
+        for name, other in others.items():
+            _POINTER.pack_into(argument.memory, offset + _OFFSETS[name], other)
+
+    def with_keys(
+        self, problem: Problem, plan: Plan, pointers: dict[str, int | None], grid: int
+    ) -> Template:
+        """Return the template of a problem that differs in the keys, the mask and their number
+        alone: what `make_template` returns, for a third of the time."""
+        if not isinstance(plan, Sm90Plan):
+            attn = AttnParams.from_buffer_copy(self.content)
+            set_keys(attn, as_launched(problem, plan))
+            return Template(bytes(attn), self.attn_offset, self.map_offsets)
+        params = params_sm90.AttnSm90Params.from_buffer_copy(self.content)
+        params_sm90.set_keys_sm90(params, problem, plan, pointers, grid)
+        params_sm90.encode_maps(params, problem.dtype, descriptors.encode_kind, ("k", "v"))
+        return Template(bytes(params), self.attn_offset, self.map_offsets)
+
+
+def make_template(
+    problem: Problem, plan: Plan, pointers: dict[str, int | None], grid: int
+) -> Template:
+    """The argument of a problem, with the addresses of some tensors that it describes."""
+    if not isinstance(plan, Sm90Plan):
+        return Template(bytes(build_params(problem, plan, pointers)), 0, ())
+    params = params_sm90.build_params_sm90(problem, plan, pointers, grid, target="host")
+    tensors = [pointers["out" if name == "o" else name] or 0 for name in params_sm90.MAPS]
+    bases = [getattr(params, f"{name}_map").base for name in params_sm90.MAPS]
+    shifts = tuple(x - base for x, base in zip(tensors, bases, strict=True))
+    params_sm90.encode_maps(params, problem.dtype, descriptors.encode_kind)
+    offsets = tuple(getattr(type(params), f"{name}_map").offset for name in params_sm90.MAPS)
+    return Template(bytes(params), type(params).attn.offset, offsets, shifts)

@@ -1,0 +1,1 @@
+"""The operators of torch: dense, padded and packed calls, their fakes, gradients and transforms."""

@@ -1,0 +1,86 @@
+"""What an eager call of `attention` needs to go around torch's dispatcher.
+
+A layer of the dispatcher costs as much as the launch of a kernel, so it is left to the calls that
+need it: see `needs_dispatcher` and ops/dense.py. The way itself is calls.attend.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flashcore.ops import dense as ops
+from flashcore.ops.autograd import needs_grad
+from flashcore.ops.calls import Result, State
+
+_PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
+
+# Looked up once, not in every call.
+_len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
+_len_torch_function_stack = torch._C._len_torch_function_stack
+_are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+_get_tracing_state = torch._C._get_tracing_state
+
+
+def needs_dispatcher(q: object, k: object, v: object, mask: object) -> bool:
+    """Whether somebody (a mode, a subclass, a transform, a tracer, forward-mode AD) must see the
+    call as an operator."""
+    if (
+        _len_torch_dispatch_stack()
+        or _len_torch_function_stack()
+        or _are_functorch_transforms_active()
+        or _get_tracing_state() is not None
+        or forward_ad._current_level >= 0
+    ):
+        return True
+    if type(q) is type(k) is type(v) is Tensor and (mask is None or type(mask) is Tensor):
+        return False
+    return any(isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES for x in (q, k, v, mask))
+
+
+def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
+    """Return whether a call with lengths needs neither the dispatcher nor autograd.
+
+    Args:
+        lengths: of its sequences.
+        *tensors: q, k, v and the mask.
+    """
+    if torch.compiler.is_compiling() or not all(type(x) is Tensor for x in lengths):
+        return False
+    return not needs_dispatcher(*tensors) and not needs_grad(*tensors)
+
+
+class _Recorded(torch.autograd.Function):
+    """What the operator's autograd does, for half the time. The backward is the operator.
+
+    Saves q, k, v, the mask, out and lse, so memory is linear in seqlen (besides the user's mask).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, state: State, q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Result:
+        (_, call, ctx.options, ctx.backend), return_lse, addresses = state
+        out, lse = call(q, k, v, mask[0] if mask else None, addresses)
+        assert lse is not None
+        ctx.save_for_backward(q, k, v, out, lse, *mask)
+        if not return_lse:
+            return out
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(
+        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *masks = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:]
+        mask, needs_mask = (masks[0], needs[3]) if masks else (None, False)
+        options = *ctx.options, needs_mask, ctx.backend
+        gradients = ops.backward(dout, dlse, q, k, v, mask, out, lse, *options)
+        return None, *(g if need else None for g, need in zip(gradients, needs, strict=False))
+
+
+# torch.autograd.Function.apply first looks for functorch's transforms, which never come here.
+record = super(torch.autograd.Function, _Recorded).apply

@@ -1,0 +1,235 @@
+"""attention and its gradient by plain operations of torch, which every transform can take apart.
+
+For forward mode (jvp, jacfwd, dual numbers) and for derivatives of derivatives. Rare, hence simple:
+nothing happens in place, and all scores of a block of rows exist at once. Without records of
+autograd the forward pass takes memory linear in seqlen, with them quadratic. Sizes may be symbolic,
+tensors fake.
+
+Within, the heads of q that share a head of k and v are stacked as more rows, as in
+backends/tiled.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashcore.backends.tiled import BLOCK_M_MIN, TILE_SCORES
+from flashcore.problem.options import Options
+from flashcore.problem.validation import certainly
+
+# Of a slice of queries: what the positions hide, True = hidden, broadcastable to the scores of
+# these queries, [batch, num_heads_q, queries, seqlen_k].
+Hidden = Callable[[slice], Tensor]
+
+
+class Rows(NamedTuple):
+    """How the rows of q's heads are stacked.
+
+    Args:
+        batch: number of sequences.
+        heads_q: heads of q.
+        heads_kv: heads of k and v.
+        seqlen_q: queries a head.
+        dtype: computed in: float32, or float64 for float64 tensors.
+    """
+
+    batch: int
+    heads_q: int
+    heads_kv: int
+    seqlen_q: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, q: Tensor, k: Tensor) -> Rows:
+        """Those of q's."""
+        dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return cls(q.shape[0], q.shape[1], k.shape[1], q.shape[2], dtype)
+
+    def stacked(self, x: Tensor) -> Tensor:
+        """[batch, num_heads_q, seqlen_q, c] -> [batch, num_heads_kv, group_size * seqlen_q, c]."""
+        rows = self.heads_q // max(self.heads_kv, 1) * self.seqlen_q
+        return x.to(self.dtype).reshape(self.batch, self.heads_kv, rows, x.shape[3])
+
+    def by_head(self, x: Tensor) -> Tensor:
+        """[batch, num_heads_kv, group_size * seqlen_q, c] -> [batch, num_heads_q, seqlen_q, c]."""
+        return x.reshape(self.batch, self.heads_q, self.seqlen_q, x.shape[3])
+
+
+class Weights(NamedTuple):
+    """The softmax of scores, all stacked: [batch, num_heads_kv, group_size * seqlen_q, ..].
+
+    Args:
+        p: the weights, [.., seqlen_k]; 0 in empty rows.
+        lse: [.., 1], -inf in empty rows.
+        empty: [.., 1], True where a row has nothing to attend to.
+        slope: the derivative of softcap(scale * q.k) by its argument, [.., seqlen_k]; None is 1.
+        bend: the second derivative, likewise; None is 0.
+    """
+
+    p: Tensor
+    lse: Tensor
+    empty: Tensor
+    slope: Tensor | None
+    bend: Tensor | None
+
+
+def scale_of(options: Options, q: Tensor) -> float:
+    """The scale that the options mean for q's head_dim."""
+    return 1.0 / math.sqrt(q.shape[3]) if options.scale is None else options.scale
+
+
+def weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, options: Options, hidden: Tensor, rows: Rows
+) -> Weights:
+    """The weights of attention, and what its derivatives need besides.
+
+    Args:
+        q: [batch, num_heads_q, seqlen_q, head_dim].
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        mask: as in `attention`, or None.
+        options: of the call; positions are in `hidden`.
+        hidden: see `Hidden`.
+        rows: of q and k.
+
+    Returns:
+        See `Weights`.
+    """
+    score = rows.stacked(q) @ k.to(rows.dtype).mT * scale_of(options, q)
+    slope = bend = None
+    if not certainly(options.softcap == 0.0):
+        tanh = torch.tanh(score / options.softcap)
+        score, slope = tanh * options.softcap, 1.0 - tanh * tanh
+        bend = -2.0 / options.softcap * tanh * slope
+    score = rows.by_head(score)
+    if mask is not None:
+        score = score.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else score + mask
+    score = rows.stacked(score.masked_fill(hidden, -math.inf))
+    empty = torch.all(score == -math.inf, dim=-1, keepdim=True)
+    score = score.masked_fill(empty, 0.0)
+    lse = torch.logsumexp(score, dim=-1, keepdim=True).masked_fill(empty, -math.inf)
+    return Weights(torch.softmax(score, dim=-1).masked_fill(empty, 0.0), lse, empty, slope, bend)
+
+
+def forward_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    hidden: Hidden | None = None,
+) -> tuple[Tensor, Tensor]:
+    """attention of [batch, num_heads, seqlen, head_dim] tensors.
+
+    Args:
+        q: as in `attention`, like k, v and mask.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        mask: as in `attention`, or None.
+        options: of the call.
+        hidden: what positions hide; None: what the options say.
+
+    Returns:
+        out, [batch, num_heads_q, seqlen_q, head_dim_v], and lse, [batch, num_heads_q, seqlen_q].
+    """
+    hidden = band(options, q, k) if hidden is None else hidden
+    parts = []
+    for m in _blocks_of_rows(q, k):
+        part = q[:, :, m]
+        rows = Rows.of(part, k)
+        mask_part = mask
+        if mask is not None and mask.dim() > 1 and mask.shape[-2] != 1:
+            mask_part = mask[..., m, :]
+        p, lse, *_ = weights(part, k, mask_part, options, hidden(m), rows)
+        parts.append((rows.by_head(p @ v.to(rows.dtype)), rows.by_head(lse)))
+    out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+    return out.to(q.dtype), lse.squeeze(-1)
+
+
+def backward_plain(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    hidden: Hidden | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """attention's gradient, as ops/second_order.py writes it.
+
+    Args:
+        dout: [batch, num_heads_q, seqlen_q, head_dim_v], or None for zero.
+        dlse: [batch, num_heads_q, seqlen_q], or None for zero.
+        q: as in `forward_plain`, like all that follow.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        mask: or None.
+        options: of the call.
+        hidden: what positions hide.
+
+    Returns:
+        Gradients of q, k, v and an additive mask.
+    """
+    rows, scale = Rows.of(q, k), scale_of(options, q)
+    hidden = band(options, q, k) if hidden is None else hidden
+    p, _, empty, slope, _ = weights(q, k, mask, options, hidden(slice(None)), rows)
+    dout_, dlse_ = arriving(dout, dlse, q, v, empty, rows)
+    dp = dout_ @ v.to(rows.dtype).mT
+    g = p * (dp - (p * dp).sum(-1, keepdim=True) + dlse_)
+    dt = (g if slope is None else g * slope) * scale
+    dmask = None
+    if mask is not None and mask.dtype != torch.bool:
+        dmask = rows.by_head(g).sum_to_size(mask.shape).to(mask.dtype)
+    dq = rows.by_head(dt @ k.to(rows.dtype)).to(q.dtype)
+    return dq, (dt.mT @ rows.stacked(q)).to(k.dtype), (p.mT @ dout_).to(v.dtype), dmask
+
+
+def arriving(
+    dout: Tensor | None, dlse: Tensor | None, q: Tensor, v: Tensor, empty: Tensor, rows: Rows
+) -> tuple[Tensor, Tensor]:
+    """The gradients of out and lse, stacked. Whatever arrives at an empty row stops there."""
+    if dout is None:
+        dout = q.new_zeros((*q.shape[:3], v.shape[3]))
+    dlse = q.new_zeros(q.shape[:3]) if dlse is None else dlse
+    return (
+        rows.stacked(dout).masked_fill(empty, 0.0),
+        rows.stacked(dlse.unsqueeze(-1)).masked_fill(empty, 0.0),
+    )
+
+
+def band(options: Options, q: Tensor, k: Tensor) -> Hidden:
+    """What causal masks and windows hide in one pair of lengths."""
+    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    offset = 0 if options.causal == "upper_left" else seqlen_k - seqlen_q
+
+    def hidden(m: slice) -> Tensor:
+        i = torch.arange(seqlen_q, device=q.device)[m, None] + offset
+        return outside_band(options, i, torch.arange(seqlen_k, device=q.device))
+
+    return hidden
+
+
+def outside_band(options: Options, i: Tensor, j: Tensor) -> Tensor:
+    """True where key j is hidden from a query that is aligned with key i; i and j broadcast."""
+    left, right = options.window_left, options.window_right
+    hidden = torch.zeros_like(j < i)
+    if left >= 0:
+        hidden = hidden | (j < i - left)
+    if options.causal != "none":
+        return hidden | (j > i)
+    return hidden | (j > i + right) if right >= 0 else hidden
+
+
+def _blocks_of_rows(q: Tensor, k: Tensor) -> list[slice]:
+    """Slices of queries whose scores are held at once."""
+    sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+    if not all(isinstance(size, int) for size in sizes):
+        return [slice(None)]  # symbolic
+    batch, heads, seqlen_q, seqlen_k = sizes
+    block_m = max(BLOCK_M_MIN, TILE_SCORES // max(1, batch * heads * seqlen_k))
+    return [slice(begin, begin + block_m) for begin in range(0, max(1, seqlen_q), block_m)]

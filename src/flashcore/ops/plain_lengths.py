@@ -1,0 +1,265 @@
+"""Packed and padded calls by plain operations of torch: forward mode and second derivatives.
+
+Packed sequences go one by one through what computes a dense call, where the host can read their
+lengths. Where it cannot (torch.compile traces; vmap maps over them; a meta tensor), all rows are
+one call, in which positions hide the other sequences; it takes the time of one long sequence. A
+padded batch is always one call.
+
+The functions take what the operators take; see ops/varlen.py and ops/padded.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flashcore.backends.dispatch import without_autocast
+from flashcore.backends.packed import check_lengths, check_packed, readable, rows_of_sequences
+from flashcore.ops.autograd import warn_of_forward_mode
+from flashcore.ops.plain import Hidden, backward_plain, forward_plain, outside_band
+from flashcore.ops.second_order import backward_of_backward
+from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.options import Options
+from flashcore.problem.validation import check_mask, check_qkv
+
+Gradients3 = tuple[Tensor, Tensor, Tensor]
+Tensors = tuple[Tensor | None, ...]
+# Computes a dense call; takes what queries have, what keys have, and what positions hide (None:
+# what the options say), all of four dimensions; returns results of queries, and results of keys.
+Compute = Callable[[Tensors, Tensors, Hidden | None], tuple[Tensors, Tensors]]
+
+
+def varlen_forward_plain(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`attention_varlen_forward`."""
+    q, k, v, cu_q, cu_k, _, _, *given, backend = inputs
+    check_packed(q, k, v, cu_q, cu_k)
+    check_qkv(as_batch(q), as_batch(k), as_batch(v))
+    options = Options(*given).with_checked_factors()
+    warn_of_forward_mode(q, backend)
+
+    def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
+        (q,), (k, v) = of_q, of_k
+        out, lse = forward_plain(q, k, v, None, options, hidden)
+        return (out, lse.unsqueeze(-1)), ()
+
+    of_q, of_k = (as_batch(q),), (as_batch(k), as_batch(v))
+    out, lse = _by_sequence(compute, of_q, of_k, cu_q, cu_k, options, (0.0, -math.inf))
+    return _unbatched(out), _lse_unbatched(lse)
+
+
+def varlen_backward_plain(*inputs: Any) -> Gradients3:
+    """`attention_varlen_backward`."""
+    dout, dlse, _, _, q, k, v, cu_q, cu_k, _, _, *given = inputs
+    options = Options(*given)
+
+    def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
+        (dout, dlse, q), (k, v) = of_q, of_k
+        dlse = None if dlse is None else dlse.squeeze(-1)
+        dq, dk, dv, _ = backward_plain(dout, dlse, q, k, v, None, options, hidden)
+        return (dq,), (dk, dv)
+
+    of_q = (_batched(dout), _lse_batched(dlse), as_batch(q))
+    of_k = (as_batch(k), as_batch(v))
+    dq, dk, dv = _by_sequence(compute, of_q, of_k, cu_q, cu_k, options, (0.0,))
+    return _unbatched(dq), _unbatched(dk), _unbatched(dv)
+
+
+def varlen_second_order(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: tuple[Any, ...],
+    cotangents: Tensors,
+) -> Tensors:
+    """Gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
+    checked = Options(*options[2:])
+
+    def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
+        (dout, dlse, q, x), (k, v, y, z) = of_q, of_k
+        dlse = None if dlse is None else dlse.squeeze(-1)
+        of_dout, of_dlse, of_q, of_k, of_v, _ = backward_of_backward(
+            dout, dlse, q, k, v, None, (x, y, z, None), checked, hidden
+        )
+        return (of_dout, of_dlse.unsqueeze(-1), of_q), (of_k, of_v)
+
+    x, y, z = cotangents
+    of_dout, of_dlse, *of_qkv = _by_sequence(
+        compute,
+        (_batched(dout), _lse_batched(dlse), as_batch(q), _batched(x)),
+        (as_batch(k), as_batch(v), _batched(y), _batched(z)),
+        cu_seqlens_q,
+        cu_seqlens_k,
+        checked,
+        (0.0, 0.0, 0.0),
+    )
+    return _unbatched(of_dout), _lse_unbatched(of_dlse), *map(_unbatched, of_qkv)
+
+
+def padded_forward_plain(*inputs: Any) -> tuple[Tensor, Tensor]:
+    """`attention_padded_forward`."""
+    q, k, v, mask, seqlens_k, *given, backend = inputs
+    check_qkv(q, k, v)
+    check_lengths("seqlens_k", seqlens_k, q)
+    if mask is not None:
+        check_mask(mask, q, k.shape[2])
+    options = Options(*given).with_checked_factors()
+    warn_of_forward_mode(q, backend)
+    with without_autocast(q.device.type):
+        k, v, hidden = _behind_hidden(q, k, v, seqlens_k, options)
+        return forward_plain(q, k, v, mask, options, hidden)
+
+
+def padded_backward_plain(*inputs: Any) -> Gradients3:
+    """`attention_padded_backward`."""
+    dout, dlse, _, _, q, k, v, mask, seqlens_k, *given = inputs
+    options = Options(*given)
+    with without_autocast(q.device.type):
+        k, v, hidden = _behind_hidden(q, k, v, seqlens_k, options)
+        return backward_plain(dout, dlse, q, k, v, mask, options, hidden)[:3]
+
+
+def padded_second_order(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seqlens_k: Tensor,
+    options: tuple[Any, ...],
+    cotangents: Tensors,
+) -> Tensors:
+    """Gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
+    checked = Options(*options)
+    x, y, z = cotangents
+    with without_autocast(q.device.type):
+        k, v, hidden = _behind_hidden(q, k, v, seqlens_k, checked)
+        # dk and dv are 0 behind the last key, whatever their cotangents are there.
+        beyond = _beyond(k, seqlens_k).mT
+        y, z = (None if c is None else c.masked_fill(beyond, 0.0) for c in (y, z))
+        return backward_of_backward(dout, dlse, q, k, v, mask, (x, y, z, None), checked, hidden)[:5]
+
+
+def _beyond(k: Tensor, seqlens_k: Tensor) -> Tensor:
+    """[batch, 1, 1, seqlen_k], True behind a sequence's last key."""
+    return torch.arange(k.shape[2], device=k.device) >= seqlens_k[:, None, None, None]
+
+
+def _behind_hidden(
+    q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, options: Options
+) -> tuple[Tensor, Tensor, Hidden]:
+    """k and v with zeros behind the last key of each sequence, and what positions hide then."""
+    seqlen_q, seqlen_k = q.shape[2], k.shape[2]
+    beyond = _beyond(k, seqlens_k)
+    lengths = seqlens_k.long().clamp(0, seqlen_k)[:, None, None, None]
+    offset = torch.zeros_like(lengths) if options.causal == "upper_left" else lengths - seqlen_q
+
+    def hidden(m: slice) -> Tensor:
+        i = torch.arange(seqlen_q, device=q.device)[m, None] + offset
+        return outside_band(options, i, torch.arange(seqlen_k, device=q.device)) | beyond
+
+    return k.masked_fill(beyond.mT, 0.0), v.masked_fill(beyond.mT, 0.0), hidden
+
+
+def _by_sequence(
+    compute: Compute,
+    of_q: Tensors,
+    of_k: Tensors,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    options: Options,
+    fills: tuple[float, ...],
+) -> tuple[Tensor, ...]:
+    """The results of a packed call, [1, num_heads, total, columns] as what it is computed from.
+
+    Args:
+        compute: see `Compute`.
+        of_q: what queries have, q among it.
+        of_k: what keys have, k first.
+        cu_seqlens_q: int32, [batch + 1].
+        cu_seqlens_k: likewise.
+        options: of the call.
+        fills: what results of queries are where no sequence is.
+    """
+    q, k = (next(x for x in side if x is not None) for side in (of_q, of_k))
+    with without_autocast(q.device.type):
+        if not (readable(cu_seqlens_q) and readable(cu_seqlens_k)):
+            of_k, hidden = _others_hidden(q, of_k, cu_seqlens_q, cu_seqlens_k, options)
+            own_q, own_k = compute(of_q, of_k, hidden)
+            return tuple(x for x in (*own_q, *own_k) if x is not None)
+        rows = list(rows_of_sequences(cu_seqlens_q, cu_seqlens_k, q.shape[2], k.shape[2]))
+        if not rows:  # nothing but rows of no sequence
+            rows = [(slice(0, 0), slice(0, 0))]
+        parts = [compute(_rows(of_q, r), _rows(of_k, s), None) for r, s in rows]
+        results_q, results_k = zip(*parts, strict=True)
+        rows_q, rows_k = zip(*rows, strict=True)
+        return (
+            *_assembled(results_q, rows_q, q.shape[2], fills),
+            *_assembled(results_k, rows_k, k.shape[2], (0.0, 0.0)),
+        )
+
+
+def _assembled(
+    parts: tuple[Tensors, ...], rows: tuple[slice, ...], total: int, fills: tuple[float, ...]
+) -> Iterator[Tensor]:
+    """What sequences have, as what all rows have."""
+    for pieces, fill in zip(zip(*parts, strict=True), fills, strict=False):
+        piece = torch.cat(pieces, dim=2)
+        index = torch.cat([torch.arange(r.start, r.stop) for r in rows]).to(piece.device)
+        whole = piece.new_full((*piece.shape[:2], total, piece.shape[3]), fill)
+        yield whole.index_copy(2, index, piece)
+
+
+def _rows(tensors: Tensors, rows: slice) -> Tensors:
+    return tuple(None if x is None else x[:, :, rows] for x in tensors)
+
+
+def _others_hidden(
+    q: Tensor, of_k: Tensors, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: Options
+) -> tuple[Tensors, Hidden]:
+    """What keys have, 0 behind the last sequence; and what hides the other sequences' keys."""
+    k = next(x for x in of_k if x is not None)
+    last = cu_seqlens_q.shape[0] - 1
+    ends_q, ends_k = cu_seqlens_q.long(), cu_seqlens_k.long()
+    rows, keys = (torch.arange(x.shape[2], device=x.device) for x in (q, k))
+    sequence_q, sequence_k = (
+        (x[:, None] >= ends[1:]).sum(-1) for x, ends in ((rows, ends_q), (keys, ends_k))
+    )
+    after_q = (sequence_q + 1).clamp(max=last)
+    offset = 0 * rows
+    if options.causal != "upper_left":
+        offset = (ends_k[after_q] - ends_k[sequence_q]) - (ends_q[after_q] - ends_q[sequence_q])
+    i, j = rows - ends_q[sequence_q] + offset, keys - ends_k[sequence_k]
+
+    def hidden(m: slice) -> Tensor:
+        own = sequence_q[m, None]
+        return (own != sequence_k) | (own == last) | outside_band(options, i[m, None], j)
+
+    behind = (sequence_k == last)[:, None]
+    return tuple(None if x is None else x.masked_fill(behind, 0.0) for x in of_k), hidden
+
+
+def _batched(x: Tensor | None) -> Tensor | None:
+    return None if x is None else as_batch(x)
+
+
+def _lse_batched(lse: Tensor | None) -> Tensor | None:
+    """[num_heads, total] as [1, num_heads, total, 1]."""
+    return None if lse is None else lse[None, ..., None]
+
+
+def _unbatched(x: Tensor) -> Tensor:
+    """[1, num_heads, total, columns] as [total, num_heads, columns], contiguous."""
+    return x.squeeze(0).transpose(0, 1).contiguous()
+
+
+def _lse_unbatched(lse: Tensor) -> Tensor:
+    return lse.squeeze(-1).squeeze(0)

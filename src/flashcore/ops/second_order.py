@@ -1,0 +1,84 @@
+"""The derivative of attention's backward pass, by plain operations of torch, which autograd can
+differentiate again.
+
+Rare, hence simple: all scores at once, so this alone takes memory quadratic in seqlen.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashcore.ops.plain import Hidden, Rows, arriving, band, scale_of, weights
+from flashcore.problem.options import Options
+
+
+def backward_of_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    cotangents: tuple[Tensor | None, ...],
+    options: Options,
+    hidden: Hidden | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """The vector-Jacobian product of attention's backward pass. Sizes may be symbolic.
+
+    With t = scale * q.k, s = softcap(t), p = softmax(s + mask), dp = dout.v and
+    g = p * (dp - sum(p * dp) + dlse), the backward pass is dmask = g, dt = g * s',
+    dq = scale * dt k, dk = scale * dt^T q and dv = p^T dout. The cotangents of dq, dk, dv and
+    dmask, x, y, z and w, meet it in the sum of g * r + p * dout.z with r = s' * u + w and
+    u = scale * (x.k + q.y); what follows is the derivative of that sum, from its end to its start.
+
+    Args:
+        dout: [batch, num_heads_q, seqlen_q, head_dim_v], or None for zero.
+        dlse: [batch, num_heads_q, seqlen_q], or None for zero.
+        q: as in `attention`, like k, v and mask.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        mask: as in `attention`, or None.
+        cotangents: of dq, dk, dv, dmask; None is zero.
+        options: of the call.
+        hidden: what positions hide; None: what the options say.
+
+    Returns:
+        Gradients of dout, dlse, q, k, v and an additive mask.
+    """
+    rows, scale = Rows.of(q, k), scale_of(options, q)
+    hidden = band(options, q, k) if hidden is None else hidden
+    p, _, empty, slope, bend = weights(q, k, mask, options, hidden(slice(None)), rows)
+    dout_, dlse_ = arriving(dout, dlse, q, v, empty, rows)
+    x, y, z, w = cotangents
+    q_, k_, v_ = rows.stacked(q), k.to(rows.dtype), v.to(rows.dtype)
+    x = torch.zeros_like(q_) if x is None else rows.stacked(x)
+    y = torch.zeros_like(k_) if y is None else y.to(rows.dtype)
+    z = torch.zeros_like(v_) if z is None else z.to(rows.dtype)
+
+    dp = dout_ @ v_.mT
+    inner = dp - (p * dp).sum(-1, keepdim=True) + dlse_
+    g = p * inner
+    u = (x @ k_.mT + q_ @ y.mT) * scale
+    r = u if slope is None else slope * u
+    if w is not None:
+        r = r + rows.stacked(w.to(rows.dtype).expand(*q.shape[:3], k.shape[2]))
+    r_sum = (p * r).sum(-1, keepdim=True)
+    from_dp = p * (r - r_sum)
+    from_p = inner * r - dp * r_sum + dout_ @ z.mT
+    from_score = p * (from_p - (p * from_p).sum(-1, keepdim=True))
+    from_t, from_u = from_score, g
+    if slope is not None and bend is not None:
+        from_t, from_u = from_score * slope + g * u * bend, g * slope
+    from_t, from_u = from_t * scale, from_u * scale
+    from_mask = None
+    if mask is not None and mask.dtype != torch.bool:
+        from_mask = rows.by_head(from_score).sum_to_size(mask.shape).to(mask.dtype)
+    return (
+        rows.by_head(from_dp @ v_ + p @ z).to(q.dtype),
+        rows.by_head(r_sum).squeeze(-1),
+        rows.by_head(from_t @ k_ + from_u @ y).to(q.dtype),
+        (from_t.mT @ q_ + from_u.mT @ x).to(k.dtype),
+        (from_dp.mT @ dout_).to(v.dtype),
+        from_mask,
+    )

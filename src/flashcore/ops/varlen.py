@@ -1,0 +1,301 @@
+"""`attention_varlen`: sequences of different lengths, packed one after the other; as operators of
+torch, `flashcore::attention_varlen_forward` and `flashcore::attention_varlen_backward`."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, overload
+
+import torch
+
+from flashcore.backends.dispatch import check_backend, choose_backend, warn_once
+from flashcore.backends.packed import (
+    check_packed,
+    checked_max_seqlen,
+    packed_backward,
+    packed_problem,
+    run_packed,
+)
+from flashcore.ops import flops
+from flashcore.ops.autograd import functions_of_lengths, register_autograd
+from flashcore.ops.batching_lengths import varlen_backward_vmap, varlen_forward_vmap
+from flashcore.ops.calls import attend_lengths
+from flashcore.ops.dense import autocast
+from flashcore.ops.eager import is_plain
+from flashcore.ops.plain_lengths import (
+    varlen_backward_plain,
+    varlen_forward_plain,
+    varlen_second_order,
+)
+from flashcore.problem import Causal, Problem, Window
+from flashcore.problem.options import Options
+from flashcore.problem.spelling import OF_VARLEN, other_names, refuse
+from flashcore.problem.validation import check_return_lse
+
+__all__ = ["attention_varlen"]
+
+Tensor = torch.Tensor
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, str causal, SymInt window_left, SymInt window_right, Scalar softcap, "
+    "Scalar? scale"
+)
+_LIBRARY = torch.library.Library("flashcore", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+_LIBRARY.define(
+    f"attention_varlen_forward({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", tags=_TAGS
+)
+_LIBRARY.define(
+    "attention_varlen_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, "
+    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+forward = torch.ops.flashcore.attention_varlen_forward.default
+backward = torch.ops.flashcore.attention_varlen_backward.default
+
+
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    causal: Causal = ...,
+    scale: float | None = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    causal: Causal = ...,
+    scale: float | None = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    return_lse: Literal[True],
+    backend: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    causal: Causal = ...,
+    scale: float | None = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    return_lse: bool,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+
+@other_names(OF_VARLEN)
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+    **_unknown: object,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of sequences of different lengths, packed one after the other, in one launch.
+
+    Sequence b has queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] and keys cu_seqlens_k[b] to
+    cu_seqlens_k[b + 1]; it may have none of either. The lengths stay on the device: nothing waits
+    for them, so nothing can check them either. Entries are clamped to the tensors, and whatever
+    they hold, nothing outside of the tensors is touched; if they do not grow from 0, results are
+    unspecified. Rows behind the last sequence get out 0 and lse -inf.
+
+    Args:
+        q: [total_q, num_heads_q, head_dim]. Any strides (a slice of packed qkv too) and any
+            head_dim, as in `attention`.
+        k: [total_k, num_heads_kv, head_dim], dtype and device of q. num_heads_q must be a multiple
+            of num_heads_kv.
+        v: [total_k, num_heads_kv, head_dim_v], likewise; head_dim_v may differ.
+        cu_seqlens_q: int32, [batch + 1], on q's device, contiguous: 0, then each sequence's end.
+        cu_seqlens_k: likewise of the keys.
+        max_seqlen_q: the longest sequence of queries, in tokens, or a bound on it. It helps to
+            choose tiles; results do not depend on it. An int, or an integer tensor with one
+            element, which is never waited for: on a GPU, and in compiled code, it counts as
+            total_q, so an int may be faster.
+        max_seqlen_k: likewise of the keys.
+        causal: as in `attention`, for each sequence by its own lengths.
+        scale: as in `attention`.
+        window: as in `attention`, likewise.
+        softcap: as in `attention`.
+        return_lse: also return the log-sum-exp of each row of scores.
+        backend: as in `attention`.
+
+    Returns:
+        out: [total_q, num_heads_q, head_dim_v], dtype of q. With return_lse, the pair (out, lse):
+        lse is natural-log, float32 (float64 for float64 inputs), [num_heads_q, total_q]. A row with
+        nothing to attend to has out 0, lse -inf and zero gradients.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
+        NotImplementedError: an unsupported tensor layout or device type; a head_dim above 256 with
+            a kernel as the backend.
+        BackendUnavailableError: the backend cannot run here: no GPU, or one older than sm_75.
+
+    Numerics:
+        As `attention`, sequence by sequence. The backward pass runs in PyTorch and does read the
+        lengths: on a GPU it waits for them.
+
+    Source:
+        FlashAttention-2, arXiv:2307.08691; the layout is that of its library's varlen functions.
+    """
+    if _unknown:
+        refuse(attention_varlen, _unknown)
+    q, k, v, _ = autocast(q, k, v, None)
+    lengths = cu_seqlens_q, cu_seqlens_k
+    if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None):
+
+        def describe() -> Problem:
+            check_return_lse(return_lse)
+            return packed_problem(
+                q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
+                softcap=softcap,
+            )  # fmt: skip
+
+        asked, longest = (causal, window, softcap, scale, return_lse), (max_seqlen_q, max_seqlen_k)
+        result = attend_lengths(q, k, v, None, lengths, asked, longest, backend, describe)
+        if result is not None:
+            return result if return_lse else result[0]
+    if not torch.compiler.is_compiling():  # then _forward_fake checks
+        check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    options = Options.checked(causal, window, softcap, scale)
+    check_backend(backend)
+    check_return_lse(return_lse)
+    out, lse = forward(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0]),
+        checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0]),
+        *options,
+        backend,
+    )
+    return (out, lse) if return_lse else out
+
+
+def _problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    causal: str,
+    window_left: int,
+    window_right: int,
+    softcap: float,
+    scale: float | None,
+) -> Problem:
+    return packed_problem(
+        q,
+        k,
+        v,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        causal=False if causal == "none" else causal,
+        window=(window_left, window_right),
+        softcap=softcap or None,
+        scale=scale,
+    )
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    *options, backend = options  # type: ignore[assignment]
+    problem = _problem(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+    choice = choose_backend(problem, backend)
+    if choice.is_fallback:
+        warn_once(choice)
+    return run_packed(choice.backend, problem, q, k, v, cu_seqlens_q, cu_seqlens_k)
+
+
+def _forward_fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any
+) -> tuple[Tensor, Tensor]:
+    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    total_q, num_heads_q, _ = q.shape
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    out = q.new_empty((total_q, num_heads_q, v.shape[2]))
+    return out, q.new_empty((num_heads_q, total_q), dtype=lse_dtype)
+
+
+def _backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, *_ = arguments
+    problem = _problem(*arguments)
+    return packed_backward(problem, dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
+
+
+def _backward_fake(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+_Forward, _Backward = functions_of_lengths(forward, backward, varlen_second_order)
+for _device in ("CPU", "CUDA"):
+    _LIBRARY.impl("attention_varlen_forward", _forward, _device)
+    _LIBRARY.impl("attention_varlen_backward", _backward, _device)
+torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
+torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
+register_autograd(_LIBRARY, forward, _Forward, varlen_forward_plain)
+register_autograd(_LIBRARY, backward, _Backward, varlen_backward_plain)
+torch.library.register_vmap(forward, varlen_forward_vmap, lib=_LIBRARY)
+torch.library.register_vmap(backward, varlen_backward_vmap, lib=_LIBRARY)
+flops.register("attention_varlen_forward", "attention_varlen_backward")

@@ -1,0 +1,7 @@
+"""The call that is asked for: its shapes, strides and options; the message for a wrong argument."""
+
+from __future__ import annotations
+
+from flashcore.problem.problem import Causal, Problem, Window, arch_of_device, widest_band
+
+__all__ = ["Causal", "Problem", "Window", "arch_of_device", "widest_band"]

@@ -1,0 +1,107 @@
+"""Few queries a head: the heads of a group as rows of one head, so that they share a row tile.
+
+A row tile has 64 rows or more, and its keys and values are read once. Where a head has one query,
+as in decoding, its tile would be nearly empty, and every head of a group would read the same keys
+again. But [batch, num_heads_kv * group, seqlen_q, dim] is [batch, num_heads_kv, group * seqlen_q,
+dim] in memory, if heads lie seqlen_q rows apart: row r of that is query r % seqlen_q of the group's
+head r / seqlen_q. That is all the kernels need to know of it, and only where a bound depends on the
+query (tile/schedule.cuh). Nor need it be all heads of a group: where the group is large, a divisor
+of it leaves more row tiles (kernels/fwd_sm90/splits.py). Several queries of a q that is [batch,
+seqlen_q, num_heads_q, dim] in memory, as projections write it, are copied first, which is little
+beside the keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from flashcore.kernels.fwd_wmma.plan import Plan
+    from flashcore.problem import Problem
+
+# Above it one head's rows fill a tile, and a tile of rows that follow each other skips more keys.
+MAX_QUERIES = 32
+# What folding must keep from being read again for a copy of q to pay: 16 MB take 3 us from L2, and
+# so does the copy, about. Measured on an H200 (2026-11-29, 24 shapes of 2 to 32 queries, D128):
+# with this bound calls take 0.8 % more, on average, than the better of both, with no other less.
+COPY_PAYS_BYTES = 16 * 2**20
+_MAX_ROW_STRIDE = 2**31 - 1  # in elements, as in kernels/fwd_wmma/params.py
+
+
+def can_fold(problem: Problem) -> bool:
+    """Whether the heads of a group can be rows of one: q and the mask then have one stride between
+    rows. The output and lse, which are contiguous, always have."""
+    length = problem.seqlen_q
+    if problem.varlen == "packed" or problem.group_size < 2 or not 1 <= length <= MAX_QUERIES:
+        return False
+    _, head_stride, row_stride = problem.q_strides
+    if length == 1:
+        return head_stride <= _MAX_ROW_STRIDE
+    if head_stride != length * row_stride:
+        return False
+    return problem.mask is None or problem.mask.strides[1] == length * problem.mask.strides[2]
+
+
+def with_copied_q(problem: Problem) -> Problem | None:
+    """The problem as it is once q has been copied, `q.contiguous()`, where that alone keeps heads
+    from being folded and the copy pays; else None."""
+    heads, length, dim = problem.num_heads_q, problem.seqlen_q, problem.head_dim
+    if problem.group_size < 2 or not 1 < length <= MAX_QUERIES or can_fold(problem):
+        return None
+    again = problem.batch * (heads - problem.num_heads_kv) * problem.seqlen_k
+    if again * (dim + problem.head_dim_v) * 2 < COPY_PAYS_BYTES:
+        return None
+    strides = (heads * length * dim if problem.batch > 1 else 0, length * dim, dim)
+    copied = dataclasses.replace(problem, q_strides=strides)
+    return copied if can_fold(copied) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def fold_heads(problem: Problem, num_heads: int) -> Problem:
+    """The same call with heads of a group as rows of one head.
+
+    Args:
+        problem: one that `can_fold`, and has not been folded.
+        num_heads: heads that become one, a divisor of group_size.
+
+    Returns:
+        A Problem with num_heads_q / num_heads heads and num_heads times the rows. Bounds stay those
+        of the queries: row r has the bounds of query r % problem.seqlen_q.
+
+    Raises:
+        ValueError: num_heads does not divide the group.
+    """
+    length = problem.seqlen_q
+    if num_heads < 1 or problem.group_size % num_heads:
+        raise ValueError(
+            f"num_heads={num_heads}: heads are folded by a divisor of the group's "
+            f"{problem.group_size}; take the plan that was made for this problem"
+        )
+    num_folded = problem.num_heads_q // num_heads
+    batch_stride, head_stride, row_stride = problem.q_strides
+    mask = problem.mask
+    if mask is not None:
+        of_batch, of_head, of_row, of_key = mask.strides
+        strides = (of_batch, num_heads * of_head, of_row if length > 1 else of_head, of_key)
+        mask = dataclasses.replace(mask, strides=strides)
+    return dataclasses.replace(
+        problem,
+        num_heads_q=num_folded,
+        seqlen_q=num_heads * length,
+        q_strides=(
+            batch_stride,
+            num_heads * head_stride if num_folded > 1 else 0,
+            row_stride if length > 1 else head_stride,
+        ),
+        mask=mask,
+    )
+
+
+def as_launched(problem: Problem, plan: Plan) -> Problem:
+    """The problem as the plan's kernel sees it. Of the problem as it was asked: one that is folded
+    in part could be folded again."""
+    if plan.folds_heads and can_fold(problem):
+        return fold_heads(problem, plan.folds_heads)
+    return problem

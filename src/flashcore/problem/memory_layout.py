@@ -1,0 +1,98 @@
+"""How the tensors of a call lie in memory: strides, and the widest loads that all rows allow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from flashcore.problem.validation import DTYPES
+
+Strides3 = tuple[int, int, int]
+Strides4 = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSpec:
+    """How a mask is read.
+
+    Args:
+        dtype: "bool" (True = attend), or the dtype of an additive mask.
+        strides: elements per step in (batch, head of q, query, key); 0 where broadcast.
+        load_bytes: the widest of 16, 8, 4, 2, 1 that divides the address of every row; an element's
+            own where those of a row are not neighbours.
+    """
+
+    dtype: str
+    strides: Strides4
+    load_bytes: int
+
+
+def strided_among(**tensors: torch.Tensor) -> str:
+    """The names of the tensors whose last dimension is not contiguous, joined."""
+    return "".join(name for name, x in tensors.items() if x.shape[-1] > 1 and x.stride(-1) != 1)
+
+
+def misaligned_among(**tensors: torch.Tensor) -> str:
+    """The names of the tensors with rows that do not start at multiples of 16 bytes, joined."""
+    return "".join(name for name, x in tensors.items() if load_bytes(x) < 16)
+
+
+def as_batch(x: torch.Tensor) -> torch.Tensor:
+    """Return [total, num_heads, dim] as the [1, num_heads, total, dim] that everything else works
+    on."""
+    return x.unsqueeze(0).transpose(1, 2)
+
+
+def strides_of(x: torch.Tensor) -> Strides3:
+    """Strides of (batch, head, seqlen), 0 where no step is ever taken."""
+    (b, h, s, _), (sb, sh, ss, _) = x.shape, x.stride()
+    return (sb if b > 1 else 0, sh if h > 1 else 0, ss if s > 1 else 0)
+
+
+def mask_spec(mask: torch.Tensor) -> MaskSpec:
+    """How a mask of up to four dimensions is read."""
+    missing = (0,) * (4 - mask.dim())
+    strides = (
+        stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)
+    )
+    dtype = "bool" if mask.dtype == torch.bool else DTYPES[mask.dtype]
+    of_batch, of_head, of_row, of_key = (*missing, *strides)
+    size = mask.element_size()
+    bits = 16 | _address(mask) | (of_batch | of_head | of_row) * size
+    return MaskSpec(
+        dtype, (of_batch, of_head, of_row, of_key), bits & -bits if of_key == 1 else size
+    )
+
+
+def load_bytes(*tensors: torch.Tensor) -> int:
+    """Widest load, in bytes, that is aligned for every row of the tensors; at most 16.
+
+    Args:
+        tensors: [batch, num_heads, seqlen, head_dim] with a contiguous last dimension.
+
+    Returns:
+        The lowest set bit of all base addresses, byte strides and row lengths.
+    """
+    bits = 16
+    for x in tensors:
+        sb, sh, ss = strides_of(x)
+        bits |= _address(x) | (sb | sh | ss | x.shape[3]) * x.element_size()
+    return bits & -bits
+
+
+def _address(x: torch.Tensor) -> int:
+    if x.is_meta:
+        return 0  # shapes are asked for, whatever the alignment
+    try:
+        address = x.data_ptr()
+        reason = "its address is 0"
+    except RuntimeError as error:
+        address, reason = 0, str(error)
+    if address == 0 and x.numel():
+        raise NotImplementedError(
+            f"q, k, v or mask (shape {list(x.shape)}) has no memory to read: {reason}. A fake "
+            "tensor, or one inside a torch.func transform, can be given to attention, not to what "
+            "needs memory"
+        )
+    return address

@@ -1,0 +1,309 @@
+"""Problem: what one attention call asks for, validated and normalised; hashable and printable.
+
+Read next: kernels/fwd_wmma/plan.py chooses a kernel from a Problem, checks/reference.py computes
+one in PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from flashcore.problem.memory_layout import (
+    MaskSpec,
+    Strides3,
+    load_bytes,
+    mask_spec,
+    misaligned_among,
+    strided_among,
+    strides_of,
+)
+from flashcore.problem.validation import (
+    DTYPES,
+    HEAD_DIM_MULTIPLE,
+    check_mask,
+    check_qkv,
+    checked_causal,
+    checked_factor,
+    checked_window,
+)
+
+Causal = bool | str
+Window = tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One attention call.
+
+    Key j is visible to query i iff
+    `i + diag_offset - window_left <= j <= i + diag_offset + window_right`, where -1 as a window
+    size is an unbounded side, and the mask, if any, allows it. A side that excludes no key at
+    these lengths is normalised to -1, so that a kernel without that test serves.
+
+    Args:
+        batch: number of sequences.
+        num_heads_q: heads of q; a multiple of num_heads_kv.
+        num_heads_kv: heads of k and v; head h of q uses head h // (num_heads_q / num_heads_kv).
+        seqlen_q: queries per sequence.
+        seqlen_k: keys, and values, per sequence.
+        head_dim: of q and k, at least 1; the kernels take what is_readable says.
+        head_dim_v: of v and the output, likewise.
+        dtype: "float16", "bfloat16", "float32" or "float64".
+        device: "cpu", "cuda" or "meta".
+        arch: compute capability, 90 for sm_90; 0 on the CPU and on GPUs not made by NVIDIA.
+        scale: multiplies q.k.
+        softcap: scores become softcap * tanh(score / softcap); 0.0 is off.
+        window_left: keys visible before the diagonal, -1 for all.
+        window_right: keys visible after the diagonal, -1 for all.
+        diag_offset: the diagonal is j = i + diag_offset.
+        causal: "none", "upper_left" or "lower_right", as asked for; for printing.
+        mask: how the mask is read, or None.
+        return_lse: whether the log-sum-exp of the scores is wanted too.
+        q_strides: of (batch, head, seqlen) in elements; 0 for a dimension of size 0 or 1.
+        k_strides: likewise.
+        v_strides: likewise.
+        load_bytes: the widest of 16, 8, 4, 2 that divides every address of a row of q, k and v
+            and the bytes of a row, of those that the kernels read in place (backends/adapting.py).
+        varlen: how sequences differ in length, one of plan.VARLEN_KINDS. If they do, only the
+            device knows by how much: seqlen_q and seqlen_k are the longest possible, and
+            diag_offset is 0. "packed": strides are those of [1, heads, total, dim] views.
+        total_q: rows of packed q; else 0.
+        total_k: rows of packed k and v; else 0.
+        strided: those of "q", "k" and "v" whose last dimension is not contiguous, joined.
+        misaligned: likewise those for which alone load_bytes would be less than 16.
+    """
+
+    batch: int
+    num_heads_q: int
+    num_heads_kv: int
+    seqlen_q: int
+    seqlen_k: int
+    head_dim: int
+    head_dim_v: int
+    dtype: str
+    device: str
+    arch: int
+    scale: float
+    softcap: float
+    window_left: int
+    window_right: int
+    diag_offset: int
+    causal: str
+    mask: MaskSpec | None
+    return_lse: bool
+    q_strides: Strides3
+    k_strides: Strides3
+    v_strides: Strides3
+    load_bytes: int
+    varlen: str = "none"
+    total_q: int = 0
+    total_k: int = 0
+    strided: str = ""
+    misaligned: str = ""
+
+    @classmethod
+    def from_tensors(
+        cls,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        causal: Causal = False,
+        scale: float | None = None,
+        window: Window = None,
+        softcap: float | None = None,
+        mask: torch.Tensor | None = None,
+        return_lse: bool = False,
+    ) -> Problem:
+        """Validate the arguments of `attention` and describe them.
+
+        Args:
+            q: [batch, num_heads_q, seqlen_q, head_dim].
+            k: [batch, num_heads_kv, seqlen_k, head_dim].
+            v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+            causal: as in `attention`.
+            scale: as in `attention`.
+            window: as in `attention`.
+            softcap: as in `attention`.
+            mask: as in `attention`.
+            return_lse: as in `attention`.
+
+        Returns:
+            The problem; it keeps no reference to the tensors.
+
+        Raises:
+            TypeError: an argument of a wrong type or dtype.
+            ValueError: a wrong shape, device or value.
+            NotImplementedError: an unsupported head_dim, tensor layout or device type.
+        """
+        check_qkv(q, k, v)
+        if not isinstance(return_lse, bool):
+            raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+        if mask is not None:
+            check_mask(mask, q, k.shape[2])
+        batch, num_heads_q, seqlen_q, head_dim = q.shape
+        seqlen_k = k.shape[2]
+        alignment = checked_causal(causal)
+        left, right, diag_offset = _visible_band(
+            alignment, checked_window(window), seqlen_q, seqlen_k
+        )
+        default_scale = 1.0 / math.sqrt(head_dim)
+        tensors = {"q": q, "k": k, "v": v}
+        strided = strided_among(**tensors)
+        in_place = {
+            name: x
+            for name, x in tensors.items()
+            if x.shape[3] % HEAD_DIM_MULTIPLE == 0 and name not in strided
+        }
+        width = load_bytes(*in_place.values())
+        return cls(
+            batch=batch,
+            num_heads_q=num_heads_q,
+            num_heads_kv=k.shape[1],
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            head_dim=head_dim,
+            head_dim_v=v.shape[3],
+            dtype=DTYPES[q.dtype],
+            device=q.device.type,
+            arch=arch_of_device(q.device.index) if q.device.type == "cuda" else 0,
+            scale=checked_factor("scale", scale, default_scale, "pass None for 1 / sqrt(head_dim)"),
+            softcap=checked_factor("softcap", softcap, 0.0, "pass None for no softcap"),
+            window_left=left,
+            window_right=right,
+            diag_offset=diag_offset,
+            causal=alignment,
+            mask=None if mask is None else mask_spec(mask),
+            return_lse=return_lse,
+            q_strides=strides_of(q),
+            k_strides=strides_of(k),
+            v_strides=strides_of(v),
+            load_bytes=width,
+            strided=strided,
+            misaligned="" if width == 16 else misaligned_among(**in_place),
+        )
+
+    @property
+    def group_size(self) -> int:
+        """Heads of q that share one head of k and v."""
+        return self.num_heads_q // self.num_heads_kv if self.num_heads_kv else 0
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether there is nothing to compute: no output, or no keys (out 0, lse -inf)."""
+        if self.varlen == "packed":
+            return not (self.batch and self.num_heads_q and self.total_q and self.total_k)
+        return not (self.batch and self.num_heads_q and self.seqlen_q and self.seqlen_k)
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether the kernels can read q, k and v as they are: rows of whole 16 bytes, contiguous.
+        See backends/adapting.py for others."""
+        dims = self.head_dim, self.head_dim_v
+        return not self.strided and all(dim % HEAD_DIM_MULTIPLE == 0 for dim in dims)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of q, k, v and the output."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def lse_dtype(self) -> torch.dtype:
+        """float32, except float64 for float64 inputs."""
+        return torch.float64 if self.dtype == "float64" else torch.float32
+
+    def of_sequence(self, seqlen_q: int, seqlen_k: int) -> Problem:
+        """The call that one of its sequences of different lengths amounts to."""
+        left, right, diag_offset = _visible_band(
+            self.causal, (self.window_left, self.window_right), seqlen_q, seqlen_k
+        )
+        return dataclasses.replace(
+            self,
+            batch=1,
+            seqlen_q=seqlen_q,
+            seqlen_k=seqlen_k,
+            window_left=left,
+            window_right=right,
+            diag_offset=diag_offset,
+            varlen="none",
+            total_q=0,
+            total_k=0,
+        )
+
+    def describe(self) -> str:
+        """One line for people, e.g. in `explain` and in test reports."""
+        heads = f"H{self.num_heads_q}"
+        if self.num_heads_kv != self.num_heads_q:
+            heads += f"/{self.num_heads_kv}"
+        lengths = f"S{self.seqlen_q}"
+        if self.seqlen_k != self.seqlen_q:
+            lengths += f"/{self.seqlen_k}"
+        dims = f"D{self.head_dim}"
+        if self.head_dim_v != self.head_dim:
+            dims += f"/{self.head_dim_v}"
+        parts = [f"B{self.batch} {heads} {lengths} {dims} {self.dtype}"]
+        if self.varlen == "packed":
+            parts.append(f"packed {self.total_q}/{self.total_k} rows")
+        elif self.varlen == "keys":
+            parts.append("seqlens_k")
+        if self.causal != "none":
+            parts.append(f"causal {self.causal}")
+        if self.window_left >= 0 or (self.window_right >= 0 and self.causal == "none"):
+            parts.append(f"window ({self.window_left}, {self.window_right})")
+        if self.softcap:
+            parts.append(f"softcap {self.softcap:g}")
+        if self.mask is not None:
+            parts.append(f"{self.mask.dtype} mask")
+        return ", ".join(parts)
+
+
+def _visible_band(
+    alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
+) -> tuple[int, int, int]:
+    """(window_left, window_right, diag_offset) as Problem defines them."""
+    left, right = window
+    if alignment != "none":
+        right = 0  # right < 0 is unbounded, and any right > 0 is cut back by causality
+    diag_offset = 0 if alignment == "upper_left" else seqlen_k - seqlen_q
+    # The last query has the leftmost bound farthest right, the first query the rightmost bound
+    # farthest left: if neither excludes a key, none does.
+    if left >= 0 and seqlen_q - 1 + diag_offset - left <= 0:
+        left = -1
+    if right >= 0 and diag_offset + right >= seqlen_k - 1:
+        right = -1
+    if left == right == -1:
+        diag_offset = 0  # without bounds the diagonal has no meaning: one Problem, not many
+    return left, right, diag_offset
+
+
+def widest_band(
+    alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
+) -> tuple[int, int]:
+    """(window_left, window_right) of a call whose sequences have at most these lengths: a side is
+    -1 if it excludes no key of any of them.
+
+    The key that the last query is aligned with has at most `last` keys before it, the one of the
+    first query at most `ahead` after it, whatever the lengths.
+    """
+    left, right = window
+    if alignment != "none":
+        right = 0
+    upper_left = alignment == "upper_left"
+    last = (seqlen_q if upper_left else seqlen_k) - 1
+    ahead = (seqlen_k if upper_left else seqlen_q) - 1
+    return (-1 if left >= last else left), (-1 if right >= ahead else right)
+
+
+@functools.cache
+def arch_of_device(device_index: int | None) -> int:
+    """10 * major + minor of an NVIDIA GPU; 0 for any other."""
+    if torch.version.hip is not None:
+        return 0
+    major, minor = torch.cuda.get_device_capability(device_index)
+    return 10 * major + minor

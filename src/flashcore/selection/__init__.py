@@ -1,0 +1,1 @@
+"""Tile configurations: which exist, which ship, which were measured on this GPU."""

@@ -1,0 +1,145 @@
+"""The compile gate: what a configuration may take of a GPU, and the sample that stands for all.
+
+The whole gate compiles every configuration. The sample takes those nearest to a spill, by what
+their plans say, and the whole gate checks, by what the compiler says, that they still are. Pure
+functions: nothing is compiled here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from flashcore.kernels.fwd_wmma.plan import (
+    HEAD_DIM_64_MAX_REGISTERS,
+    HEAD_DIM_64_MAX_SMEM_BYTES,
+    KERNEL,
+    Plan,
+)
+
+if TYPE_CHECKING:
+    from flashcore.compile.jit import Resources
+    from flashcore.selection.configurations import Configuration
+
+# How many variants of a cell are in the sample.
+SAMPLED_VARIANTS = 2
+# What an option takes of a thread's registers, a bound of the band, soft-capping, a mask or
+# lengths: the portable kernel's median on sm_75 and sm_80.
+_REGISTERS_OF_AN_OPTION = 4
+# More than any other option takes: of sums that begin anew, which leave none at head_dim 256.
+_REGISTERS_OF_TOTALS = 64
+# Registers are handed out in eights: nearer to a spill by less than that is as near.
+_REGISTER_STEP = 8
+
+
+class Cell(NamedTuple):
+    """What the sample has configurations of each of."""
+
+    kernel: str
+    arch: int
+    head_dim: int
+
+
+def cell_of(plan: Plan) -> Cell:
+    """Return the cell of the sample that a plan belongs to."""
+    return Cell(plan.kernel, plan.arch, plan.head_dim)
+
+
+def spare_registers(plan: Plan) -> int:
+    """Return the registers that a thread has beside its accumulators, the consumers' where warps
+    have roles: P V of one key tile is under way there while the scores of the next are computed."""
+    accumulators = (plan.block_n + -(-plan.head_dim_v // 16) * 16) // 2
+    if plan.role_registers:
+        return plan.role_registers[0] - accumulators - plan.block_n // 4
+    return plan.max_registers - accumulators
+
+
+def expected_room(plan: Plan) -> int:
+    """Return an estimate of how many registers a thread has left before it spills. It is for
+    comparing plans of one cell: what all of them need is not subtracted."""
+    num_options = sum(
+        (
+            plan.has_window_left,
+            plan.has_window_right,
+            plan.has_softcap,
+            plan.mask is not None,
+            plan.varlen != "none",
+        )
+    )
+    of_totals = _REGISTERS_OF_TOTALS if plan.keys_of_chunk else 0
+    return spare_registers(plan) - _REGISTERS_OF_AN_OPTION * num_options - of_totals
+
+
+def sample(found: Iterable[Configuration]) -> list[Configuration]:
+    """Return the configurations that stand for all: those with the least room, SAMPLED_VARIANTS of
+    each cell that differ in their variant, and one of each kernel, variant and dtype.
+
+    Args:
+        found: configurations in any order; of two with the same room the first is taken.
+
+    Returns:
+        Part of `found`, in its order.
+    """
+    found = list(found)
+    cells: dict[Cell, dict[str, Configuration]] = defaultdict(dict)
+    forms: dict[tuple[str, str, str], Configuration] = {}
+    for entry in sorted(found, key=lambda entry: expected_room(entry.plan)):
+        forms.setdefault((entry.plan.kernel, entry.variant, entry.plan.dtype), entry)
+        cell = cells[cell_of(entry.plan)]
+        if len(cell) < SAMPLED_VARIANTS:
+            cell.setdefault(entry.variant, entry)
+    chosen = {entry.plan for cell in cells.values() for entry in cell.values()}
+    chosen |= {entry.plan for entry in forms.values()}
+    return [entry for entry in found if entry.plan in chosen]
+
+
+def over_budget(entry: Configuration, found: Resources) -> list[str]:
+    """Return what a configuration takes more of than it may, one line each."""
+    plan = entry.plan
+    where = (
+        f"{found.kernel} {found.arch} head_dim {found.head_dim} {found.dtype} {entry.variant} "
+        f"{plan.block_m}x{plan.block_n}"
+    )
+    lines = []
+    if found.spill_bytes > 0:
+        lines.append(f"{where}: {found.spill_bytes} spilled bytes, 0 allowed")
+    lines += [f"{where}: {remark}" for remark in found.remarks]
+    if found.head_dim == 64 and found.kernel == KERNEL:
+        if found.registers > HEAD_DIM_64_MAX_REGISTERS:
+            lines.append(
+                f"{where}: {found.registers} registers, {HEAD_DIM_64_MAX_REGISTERS} allowed"
+            )
+        if found.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES:
+            lines.append(
+                f"{where}: {found.smem_bytes} bytes of shared memory, "
+                f"{HEAD_DIM_64_MAX_SMEM_BYTES} allowed"
+            )
+    return lines
+
+
+def missed_by_sample(found: Sequence[tuple[Configuration, Resources]]) -> list[str]:
+    """Return a line for each cell in which the sample leaves out what the compiler shows to be
+    nearest to a spill: its estimate no longer holds.
+
+    Args:
+        found: configurations and what the compiler said of them. Kernels whose warps have roles
+            are left out: the compiler reports what they are launched with, whatever they need.
+    """
+    rooms: dict[Cell, list[tuple[int, Configuration]]] = defaultdict(list)
+    for entry, resources in found:
+        if resources.registers >= 0 and not entry.plan.role_registers:
+            room = entry.plan.max_registers - resources.registers
+            rooms[cell_of(entry.plan)].append((room, entry))
+    chosen = {entry.plan for entry in sample(entry for entry, _ in found)}
+    lines = []
+    for cell, measured in rooms.items():
+        least, nearest = min(measured, key=lambda item: item[0])
+        sampled = min(room for room, entry in measured if entry.plan in chosen)
+        if sampled - least >= _REGISTER_STEP:
+            lines.append(
+                f"{cell.kernel} sm_{cell.arch} head_dim {cell.head_dim}: "
+                f"{nearest.variant} has {least} registers left, what the sample takes {sampled}; "
+                "mend expected_room in selection/compile_gate.py"
+            )
+    return lines

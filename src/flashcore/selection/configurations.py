@@ -1,0 +1,304 @@
+"""The kernel configurations that are compiled ahead and checked against the resource budget.
+
+A configuration is a Plan, and a Plan comes from a Problem, so each is derived from a problem that
+stands for all of its kind, for the Hopper kernel in several sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from flashcore.kernels.fwd_sm90.plan import ARCH as SM90_ARCH
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan, candidates
+from flashcore.problem import Problem, widest_band
+from flashcore.problem.exactness import MAX_KEYS_OF_A_SUM
+from flashcore.selection import tile_table
+
+Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
+HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
+DTYPES = ("float16", "bfloat16")
+# What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
+# takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
+# has tiles of its own for calls with neither softcap nor mask.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "options": {"window": (64, 64), "softcap": 30.0},
+    "masked": {"window": (64, 64), "softcap": 30.0, "mask": "bool"},
+    "varlen": {"window": (64, 64), "softcap": 30.0, "varlen": "packed"},
+    "window": {"window": (64, 64)},
+    "varlen-causal": {"causal": True, "varlen": "packed"},
+    # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
+    "decode": {"queries": 1},
+    "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
+    # Mask tensors: for each query and key, with rows aligned for wide loads or not; one row of keys
+    # for all queries; numbers, likewise aligned or not; keys that are no neighbours.
+    "bool-mask": {"mask": "bool"},
+    "loose-mask": {"mask": "loose"},
+    "padding": {"mask": "padding"},
+    "bias": {"mask": "bias"},
+    "loose-bias": {"mask": "loose-bias"},
+    "columns-mask": {"mask": "columns"},
+    # A prompt's next part: more rows than a tile has, keys split none the less.
+    "chunk": {"queries": 100, "causal": True},
+    # More keys than one sum is exact over (tile/totals.cuh).
+    "long": {"keys": 2 * MAX_KEYS_OF_A_SUM},
+    # Many chunks of K, lengths, a mask and a window: the most for the Hopper kernel's producer. It
+    # has head_dims of its own, and is listed beside the widest.
+    "uneven": {"dims": (224, 40), "mask": "bool", "window": (64, 0), "varlen": "keys"},
+}
+# What else is usual where a model is served: a bundle holds these as well. The compile gate does
+# without, as they take no more registers than one of the above.
+SERVING_VARIANTS: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 30.0},
+    "causal-softcap": {"causal": True, "softcap": 30.0},
+    "causal-padding": {"causal": True, "mask": "padding"},
+    "loose-padding": {"mask": "loose-padding"},
+    "causal-loose-padding": {"causal": True, "mask": "loose-padding"},
+    "padding-bias": {"mask": "padding-bias"},
+    "decode-window": {"queries": 1, "window": (64, 0)},
+    "decode-softcap": {"queries": 1, "softcap": 30.0},
+    "decode-window-softcap": {"queries": 1, "window": (64, 0), "softcap": 30.0},
+    "decode-padding": {"queries": 1, "mask": "padding"},
+    "decode-loose-padding": {"queries": 1, "mask": "loose-padding"},
+    "few-queries": {"queries": 4, "causal": True},
+    "few-queries-window": {"queries": 4, "causal": True, "window": (64, 0)},
+    "few-queries-softcap": {"queries": 4, "causal": True, "softcap": 30.0},
+    "chunk-window": {"queries": 100, "causal": True, "window": (64, 0)},
+    "varlen-full": {"varlen": "packed"},
+    "varlen-window": {"window": (64, 64), "varlen": "packed"},
+    "varlen-causal-softcap": {"causal": True, "softcap": 30.0, "varlen": "packed"},
+    "keys": {"varlen": "keys"},
+    "keys-causal": {"causal": True, "varlen": "keys"},
+    "keys-window": {"window": (64, 64), "varlen": "keys"},
+    "keys-causal-softcap": {"causal": True, "softcap": 30.0, "varlen": "keys"},
+    "keys-decode": {"queries": 1, "varlen": "keys"},
+    "keys-decode-window": {"queries": 1, "window": (64, 0), "varlen": "keys"},
+    "keys-decode-softcap": {"queries": 1, "softcap": 30.0, "varlen": "keys"},
+    "keys-few-queries": {"queries": 4, "causal": True, "varlen": "keys"},
+    "keys-chunk": {"queries": 100, "causal": True, "varlen": "keys"},
+}
+# Of q and k, and of v where they differ: language models.
+SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))
+# Of models of images, speech and the like, and what they ask for.
+OTHER_HEAD_DIMS: tuple[Dims, ...] = (32, 40, 72, 80, 88, 112, 160, 192)
+OTHER_VARIANTS = (
+    "full",
+    "causal",
+    "options",
+    "window",
+    "bool-mask",
+    "padding",
+    "loose-padding",
+    "bias",
+    "decode",
+    "few-queries",
+    "varlen-full",
+    "varlen-causal",
+    "keys",
+    "keys-causal",
+    "keys-decode",
+)
+# Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
+_EXTREME_VARIANTS = ("masked", "decode-masked", "loose-bias", "columns-mask")
+_MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
+_HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk", "uneven", *_MASK_VARIANTS)
+_PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
+# Of the Hopper kernel's table: from one tile to many an SM.
+_HEADS = (1, 4, 16, 64, 256, 1024)
+_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+# Long enough that every window and causal mask hides something.
+_SEQLEN = 1024
+_GROUP = 4  # heads that share one of k and v, where queries are few
+_SERVING_GROUPS = (1, _GROUP)  # larger ones have the same kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """A plan, the variant it was made for, and whether only the table that ships has it."""
+
+    variant: str
+    plan: Plan
+    ships: bool = False
+
+    @property
+    def is_checked(self) -> bool:
+        """Whether the compile gate has to see it. What ships was found to spill in neither dtype
+        (tune/search.py), so one of them tells whether a change to the kernel has made it spill; how
+        a mask tensor is read, or that sums begin anew, hardly depends on it."""
+        one_is_enough = self.ships or self.variant in (*_MASK_VARIANTS, *_PORTABLE_VARIANTS)
+        return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
+
+
+def configurations(
+    *,
+    archs: Sequence[int] = SUPPORTED_ARCHS,
+    head_dims: Sequence[Dims] = HEAD_DIMS,
+    dtypes: Sequence[str] = DTYPES,
+    variants: Sequence[str] = tuple(VARIANTS),
+) -> list[Configuration]:
+    """Every distinct plan of these architectures, head_dims, dtypes and variants.
+
+    Args:
+        archs: 90 for sm_90.
+        head_dims: of q, k and v.
+        dtypes: "float16", "bfloat16" (left out below sm_80, which has none).
+        variants: keys of VARIANTS or SERVING_VARIANTS.
+
+    Returns:
+        The configurations, ordered by head_dim, dtype, variant and architecture.
+    """
+    found: dict[Plan, Configuration] = {}
+    for head_dim in head_dims:
+        for dtype in dtypes:
+            for variant in variants:
+                options = {**VARIANTS, **SERVING_VARIANTS}[variant]
+                if "dims" in options and head_dim != max(HEAD_DIMS):
+                    continue
+                problem = _problem(head_dim, dtype, options)
+                for arch in archs:
+                    if dtype == "bfloat16" and arch < 80:
+                        continue
+                    portable = variant in VARIANTS and variant not in _HOPPER_VARIANTS
+                    for ships in (False,) if variant in _PORTABLE_VARIANTS else (False, True):
+                        for plan in _plans(problem, arch, portable, ships):
+                            found.setdefault(plan, Configuration(variant, plan, ships))
+    return list(found.values())
+
+
+def serving_plans(
+    archs: Sequence[int],
+    head_dims: Sequence[Dims] = (*SERVING_HEAD_DIMS, *OTHER_HEAD_DIMS),
+    dtypes: Sequence[str] = DTYPES,
+    every_variant: bool = False,
+) -> list[Plan]:
+    """Return the plans of a bundle: what serving a model usually asks for.
+
+    Args:
+        archs: 90 for sm_90.
+        head_dims: of q, k and v; by default those of common models.
+        dtypes: as for `configurations`.
+        every_variant: for OTHER_HEAD_DIMS too, and not their shorter list.
+
+    Returns:
+        Distinct plans: of VARIANTS but the extreme, and of SERVING_VARIANTS, alone and with heads
+        that share keys; of the portable kernel where an architecture has no kernel of its own.
+    """
+    found: dict[Plan, None] = {}
+    for head_dim in head_dims:
+        if head_dim in OTHER_HEAD_DIMS and not every_variant:
+            variants = list(OTHER_VARIANTS)
+        else:
+            variants = [v for v in (*VARIANTS, *SERVING_VARIANTS) if v not in _EXTREME_VARIANTS]
+        for dtype, variant, arch in itertools.product(dtypes, variants, archs):
+            if dtype == "bfloat16" and arch < 80:
+                continue
+            options = {**VARIANTS, **SERVING_VARIANTS}[variant]
+            groups = _SERVING_GROUPS if "queries" in options else (1,)
+            portable = arch != SM90_ARCH or variant in ("full", "causal", "options", "varlen")
+            for group, ships in itertools.product(groups, (False, True)):
+                problem = _problem(head_dim, dtype, options, group)
+                for plan in _plans(problem, arch, portable, ships):
+                    found[machine_code(plan)] = None
+    return list(found)
+
+
+def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator[Plan]:
+    """What the problem's kind may run on an architecture, by rules or, if it `ships`, by the table.
+    The Hopper kernel has other tiles for other sizes, and leaves to the portable one what TMA
+    cannot read."""
+    if portable and not ships:
+        yield candidates(problem, arch, kernel=KERNEL)[0]
+    table = tile_table.read(arch) if ships else None
+    if problem.seqlen_k > _SEQLEN:
+        return
+    if arch == SM90_ARCH and (table is not None or not ships):
+        for heads, length in itertools.product(_HEADS, _LENGTHS):
+            rules = candidates(_resized(problem, heads, length), arch)[0]
+            for plan in [rules] if table is None else table.tiles_for(problem, rules):
+                if isinstance(plan, Sm90Plan):
+                    yield machine_code(plan)
+
+
+def machine_code(plan: Plan) -> Plan:
+    """Return the plan that stands for all with the same machine code, which differ in what only
+    the host reads."""
+    folds_heads = int(bool(plan.constants()["FOLDED"]))
+    if isinstance(plan, Sm90Plan):
+        splits = min(2, plan.num_splits)
+        return dataclasses.replace(plan, num_splits=splits, folds_heads=folds_heads)
+    return dataclasses.replace(plan, folds_heads=folds_heads)
+
+
+def _resized(problem: Problem, batch: int, length: int) -> Problem:
+    k_strides, v_strides = (
+        (length * dim, length * dim, dim) for dim in (problem.head_dim, problem.head_dim_v)
+    )
+    if problem.seqlen_q < _SEQLEN:  # as many queries and heads as ever
+        _, head_stride, row_stride = problem.q_strides
+        return dataclasses.replace(
+            problem,
+            batch=batch,
+            seqlen_k=length,
+            q_strides=(problem.group_size * head_stride, head_stride, row_stride),
+            k_strides=k_strides,
+            v_strides=v_strides,
+        )
+    total = batch * length if problem.varlen == "packed" else 0
+    return dataclasses.replace(
+        problem,
+        batch=batch,
+        seqlen_q=length,
+        seqlen_k=length,
+        q_strides=k_strides,
+        k_strides=k_strides,
+        v_strides=v_strides,
+        total_q=total,
+        total_k=total,
+    )
+
+
+def _problem(head_dim: Dims, dtype: str, options: dict[str, Any], group: int = _GROUP) -> Problem:
+    options = dict(options)
+    head_dim = options.pop("dims", head_dim)
+    keys = options.pop("keys", _SEQLEN)
+    dim, dim_v = head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    x = torch.empty(1, 1, _SEQLEN, dim, dtype=getattr(torch, dtype))
+    k, v = (x.new_empty(1, 1, keys, columns) for columns in (dim, dim_v))
+    queries = options.pop("queries", None)
+    q = x if queries is None else x.new_empty(1, group, queries, dim)
+    mask = options.pop("mask", None)
+    if mask is not None:
+        is_row = "padding" in mask
+        # Rows of a mask for several sequences are aligned for wide loads or not.
+        batch, heads, rows = (2, 1, 1) if is_row else (1, *q.shape[1:3])
+        width = _SEQLEN + mask.startswith("loose")
+        element = q.dtype if mask.endswith("bias") else torch.bool
+        values = torch.empty(batch, heads, rows, width, dtype=element)[..., :_SEQLEN]
+        options["mask"] = values.mT.contiguous().mT if mask == "columns" else values
+        if is_row:
+            q, k, v = (x.expand(2, -1, -1, -1).contiguous() for x in (q, k, v))
+    varlen = options.pop("varlen", "none")
+    if varlen == "none":
+        return Problem.from_tensors(q, k, v, **options)
+    window = options.pop("window", (-1, -1))
+    causal = "lower_right" if options.pop("causal", False) else "none"
+    left, right = widest_band(causal, window, q.shape[2], _SEQLEN)
+    problem = Problem.from_tensors(q, k, v, **options)
+    total = _SEQLEN if varlen == "packed" else 0
+    return dataclasses.replace(
+        problem,
+        causal=causal,
+        window_left=left,
+        window_right=right,
+        varlen=varlen,
+        total_q=total,
+        total_k=total,
+    )

@@ -1,0 +1,239 @@
+"""Planted bugs of the backward kernels for Hopper; see plants.py
+(tests/plants/test_sim_plants_bwd_sm90.py)."""
+
+from __future__ import annotations
+
+from flashcore.sim.plants.wmma import Plant, by_name
+
+_DQ = "attn_bwd_dq_sm90.cuh"
+_DKDV = "attn_bwd_dkdv_sm90.cuh"
+_LOADS = "bwd_sm90/bwd_dkdv_sm90.cuh"
+_STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
+_ROLES = "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
+_SHARED = "bwd_sm90/bwd_sm90.cuh"
+
+# Without head_dim above 128.
+_OF_ONE_WARPGROUP = (
+    Plant(
+        name="stale-stats",
+        title="lse and delta are read without waiting for them",
+        file=_STEPS,
+        find="  mbar_wait(bar.stats_full + stage",
+        replace="  if (false) mbar_wait(bar.stats_full + stage",
+        caught_by="race",
+        or_by=("uninitialized-read",),
+    ),
+    Plant(
+        name="stats-released-by-one-lane",
+        title="a query tile is released while other lanes still read its lse and delta",
+        file=_STEPS,
+        find="  warp_sync();  // orders every lane's reads of those before the arrival",
+        replace="  // orders every lane's reads of those before the arrival",
+        caught_by="race",
+    ),
+    Plant(
+        name="swapped-operand",
+        title="dP^T multiplies K instead of V",
+        file=_STEPS,
+        find="wgmma_desc<CHUNK_BYTES>(smem.v + group * V_GROUP_ELEMENTS, 0)",
+        replace="wgmma_desc<CHUNK_BYTES>(smem.k + group * V_GROUP_ELEMENTS, 0)",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="dp-not-awaited",
+        title="dS^T is computed before dP^T has been waited for",
+        file=_DKDV,
+        find="  wgmma_wait<EARLY_DP && HAS_DK ? 2 : 1>();",
+        replace="  wgmma_wait<2>();",
+        caught_by="wgmma",
+    ),
+    Plant(
+        name="dk-added-twice",
+        title="dK of a key tile starts from that of the one before",
+        file=_DKDV,
+        find="    clear(c.dk);\n",
+        replace="    if (turn == 0) clear(c.dk);\n",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="query-tile-skipped",
+        title="the first query tile that sees a key is passed over where it begins before it",
+        file=_LOADS,
+        find="  return {first / BLOCK_M, (end + BLOCK_M - 1) / BLOCK_M};",
+        replace="  return {(first + BLOCK_M - 1) / BLOCK_M, (end + BLOCK_M - 1) / BLOCK_M};",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="last-of-group-skipped",
+        title="the last query head of a group is left out of dK and dV",
+        file=_DKDV,
+        find="    for (int head = 0; head < group_size; ++head) {",
+        replace="    for (int head = 0; head < max_i(1, group_size - 1); ++head) {",
+        caught_by="deadlock",
+        or_by=("async-pending", "race", "mbarrier", "wrong-result"),
+    ),
+    Plant(
+        name="do-released-early",
+        title="dO's buffer is released while dV is under way",
+        file=_DKDV,
+        find="  issue_dv(c.dv, c.probs, smem, count);\n",
+        replace="  issue_dv(c.dv, c.probs, smem, count); release_do(bar, count); return;\n",
+        caught_by="race",
+        or_by=("wgmma", "deadlock", "async-pending", "mbarrier"),
+    ),
+    Plant(
+        name="q-released-early",
+        title="Q's buffer is released before dK of its tile is issued",
+        file=_DKDV,
+        find="    release_q(bar, count - 1);\n  }\n}",
+        replace="    release_q(bar, count); release_q(bar, count - 1);\n  }\n}",
+        caught_by="race",
+        or_by=("mbarrier", "deadlock", "async-pending", "wrong-result"),
+        plan={"overlaps": True},
+    ),
+    Plant(
+        name="kv-released-early",
+        title="K and V are released before they were used",
+        file=_DKDV,
+        find="    clear(c.dv);\n    mbar_wait(bar.kv_full, turn % 2);",
+        replace="    clear(c.dv); arrive_for_warp(bar.kv_empty);\n    "
+        "mbar_wait(bar.kv_full, turn % 2);",
+        caught_by="race",
+        or_by=("mbarrier", "deadlock", "async-pending", "wrong-result"),
+    ),
+    Plant(
+        name="empty-rows-spread",
+        title="NaN that arrives at a row that sees nothing spreads over all keys of its tile",
+        file=_LOADS,
+        find="        if (warp_any(some_empty)) clear_rows(smem, do_stage, is_empty);",
+        replace="        if (warp_any(false)) clear_rows(smem, do_stage, is_empty);",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="clear-without-fence",
+        title="rows are cleared, but the tensor cores need not see it",
+        file=_LOADS,
+        find="  fence_proxy_async();\n",
+        replace="\n",
+        caught_by="missing-fence",
+    ),
+    Plant(
+        name="scale-forgotten",
+        title="dK is stored without the scale of the scores",
+        file=_DKDV,
+        find="    store_rows(c.dk, p.softmax_scale, out,",
+        replace="    store_rows(c.dk, 1.0f, out,",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="neighbour-lse",
+        title="two neighbours share the lse of the first",
+        file=_STEPS,
+        find="probability(scores[n].x[i], half_of(pair, i % 2), p, mask[i])",
+        replace="probability(scores[n].x[i], half_of(pair, 0), p, mask[i])",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="dk-over-dv",
+        title="dK overwrites dV in shared memory while that leaves",
+        file=_SHARED,
+        find="  if (leads) tma_store_wait_read<0>();  // of what lay here before",
+        replace="  // of what lay here before",
+        caught_by="race",
+    ),
+    Plant(
+        name="diagonal-hidden",
+        title="a query does not see the last key that the window allows",
+        file=_LOADS,
+        find="    begin = diagonal - p.window_right;",
+        replace="    begin = diagonal - p.window_right + 1;",
+        caught_by="wrong-result",
+    ),
+)
+
+# In the kernel of dq.
+_OF_DQ = (
+    Plant(
+        name="delta-of-one-lane",
+        title="delta is a quarter of the row's sum",
+        file=_DQ,
+        find="    sum = quad_sum(sum);\n",
+        replace="\n",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="dlse-forgotten",
+        title="what arrives through lse is left out of delta",
+        file=_DQ,
+        find="is_null(params.dlse) ? sum : sum - gmem_load(params.dlse + at)",
+        replace="sum",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="k-released-early",
+        title="K's buffer is released before dQ is done with it",
+        file=_DQ,
+        find="  release_v(bar, c.count);\n  score_gradient(c);",
+        replace="  release_v(bar, c.count); release_k(bar, c.count);\n  score_gradient(c);",
+        caught_by="race",
+        or_by=("mbarrier", "deadlock", "async-pending"),
+    ),
+    Plant(
+        name="dout-read-late",
+        title="a row tile's dO is released while lanes still read it",
+        file=_DQ,
+        find="    warp_sync();  // orders every lane's reads of dO before the warp releases it\n",
+        replace="\n",
+        caught_by="race",
+    ),
+    Plant(
+        name="empty-rows-kept",
+        title="dq of a row that sees nothing is what arrived there",
+        file=_DQ,
+        find="          if (is_empty[row_of_element(i)]) c.dq[d].x[i] = 0.0f;",
+        replace="          if (false) c.dq[d].x[i] = 0.0f;",
+        caught_by="wrong-result",
+    ),
+)
+
+# With head_dim above 128.
+_OF_ROLES = (
+    Plant(
+        name="probs-not-awaited",
+        title="the second role takes P^T before the first has handed it over",
+        file=_ROLES,
+        find="        mbar_wait(bar.probs_full, int(count % 2));\n",
+        replace="\n",
+        caught_by="race",
+        or_by=("uninitialized-read",),
+    ),
+    Plant(
+        name="probs-overwritten",
+        title="the first role hands over P^T before the last one has been taken",
+        file=_ROLES,
+        find="        mbar_wait(bar.probs_empty, int(count % 2) ^ 1);\n#pragma unroll",
+        replace="\n#pragma unroll",
+        caught_by="race",
+        or_by=("deadlock",),  # two fills of a barrier whose phase nobody saw
+    ),
+    Plant(
+        name="v-overwritten",
+        title="dV leaves through V's place while the other role still reads V",
+        file=_ROLES,
+        find="    mbar_wait(bar.probs_empty, int(count % 2) ^ 1);\n    store_in_place",
+        replace="\n    store_in_place",
+        caught_by="race",
+    ),
+    Plant(
+        name="place-released-early",
+        title="K's place is loaded again while dK leaves through it",
+        file=_ROLES,
+        find="  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();\n",
+        replace="\n",
+        caught_by="race",
+        or_by=("async-pending",),
+    ),
+)
+
+PLANTS_BWD_SM90 = by_name(*_OF_ONE_WARPGROUP, *_OF_DQ)
+PLANTS_BWD_ROLES_SM90 = by_name(*_OF_ROLES)

@@ -1,0 +1,81 @@
+"""Planted bugs of how the Hopper kernel's softmax does without a key tile's maxima, and of what it
+does where that fails."""
+
+from __future__ import annotations
+
+from flashcore.sim.plants.wmma import Plant, by_name
+
+_KERNEL = "attn_fwd_sm90.cuh"
+_SOFTMAX = "tile/softmax.cuh"
+_VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))"
+_MAX_LOG2 = """\
+    const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
+                               c.softmax.row_max[1] * c.scale_log2};"""
+
+PLANTS_OLD_MAX_SM90 = by_name(
+    Plant(
+        name="outgrown-unseen",
+        title="terms that are far too large for the old maximum are taken as they are",
+        file=_SOFTMAX,
+        find="return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | !has_max;",
+        replace="return !has_max;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="no-max-yet-unseen",
+        title="a row that has no maximum yet is taken for one whose maximum is 0",
+        file=_KERNEL,
+        find=_MAX_LOG2,
+        replace="    float max_log2[2];\n    scale_max(c.softmax, c.scale_log2, max_log2);",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="outgrown-in-one-warp",
+        title="warps that need the scores again issue Q K^T without the others of their warpgroup",
+        file=_KERNEL,
+        find=_VOTE,
+        replace="warp_any(has_outgrown(tile_sum, max_log2))",
+        caught_by="deadlock",
+        or_by=("wgmma",),
+    ),
+    Plant(
+        name="outgrown-k-kept",
+        title="K's stage is not given back",
+        file=_KERNEL,
+        find="    release_inputs();\n  } else {",
+        replace="    \n  } else {",
+        caught_by="deadlock",
+    ),
+    Plant(
+        name="outgrown-k-overwritten",
+        title="K's stage is given back before the scores are asked for again",
+        file=_KERNEL,
+        find="  const auto release_inputs = [&] {\n    release(bar.k_empty, c.k_state);",
+        replace="  release(bar.k_empty, c.k_state); const auto release_inputs = [&] {\n",
+        caught_by="race",
+    ),
+    Plant(
+        name="outgrown-sums-kept",
+        title="sums of the terms that were too large are kept",
+        file=_KERNEL,
+        find="      wgmma_hold(scores);\n      moved =",
+        replace="      wgmma_hold(scores); c.softmax.row_sum[0] += tile_sum[0];\n      moved =",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="outgrown-no-fence",
+        title="no wgmma_fence between the exponentials and the products that overwrite them",
+        file=_KERNEL,
+        find="      wgmma_fence();\n      issue_scores(",
+        replace="\n      issue_scores(",
+        caught_by="wgmma",
+    ),
+    Plant(
+        name="outgrown-not-awaited",
+        title="the scores that were asked for again are not waited for",
+        file=_KERNEL,
+        find="      wgmma_commit();\n      wgmma_wait<0>();",
+        replace="      wgmma_commit();\n",
+        caught_by="wgmma",
+    ),
+)

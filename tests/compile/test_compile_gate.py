@@ -1,0 +1,186 @@
+"""The sample of the compile gate stands for all configurations, and says so when it does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from flashcore.cli import app
+from flashcore.compile import jit
+from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
+from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan
+from flashcore.selection import compile_gate
+from flashcore.selection.compile_gate import cell_of, expected_room, missed_by_sample, sample
+from flashcore.selection.configurations import Configuration, configurations
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def checked() -> list[Configuration]:
+    return [entry for entry in configurations() if entry.is_checked]
+
+
+def of_kernels(found: list[Configuration], aspect: Callable[[Configuration], Any]) -> set[Any]:
+    return {(entry.plan.kernel, aspect(entry)) for entry in found}
+
+
+def test_the_sample_has_every_kernel_architecture_and_head_dim(
+    checked: list[Configuration],
+) -> None:
+    sampled = sample(checked)
+    assert {cell_of(entry.plan) for entry in sampled} == {cell_of(entry.plan) for entry in checked}
+    assert {cell.arch for cell in map(cell_of, (e.plan for e in sampled))} == set(SUPPORTED_ARCHS)
+    assert {entry.plan.kernel for entry in sampled} == {KERNEL, SM90_KERNEL}
+
+
+def test_the_sample_has_every_variant_in_every_dtype_of_a_kernel(
+    checked: list[Configuration],
+) -> None:
+    def form(entry: Configuration) -> tuple[str, str]:
+        return entry.variant, entry.plan.dtype
+
+    assert of_kernels(sample(checked), form) == of_kernels(checked, form)
+
+
+def test_the_sample_has_the_variants_with_the_least_room(checked: list[Configuration]) -> None:
+    sampled = sample(checked)
+    for cell in {cell_of(entry.plan) for entry in checked}:
+        ours = [entry for entry in sampled if cell_of(entry.plan) == cell]
+        others = [
+            entry
+            for entry in checked
+            if cell_of(entry.plan) == cell
+            and entry.variant not in {known.variant for known in ours}
+        ]
+        known = {entry.variant for entry in checked if cell_of(entry.plan) == cell}
+        wanted = min(compile_gate.SAMPLED_VARIANTS, len(known))  # a variant may have its own dims
+        assert len({entry.variant for entry in ours}) >= wanted
+        worst = sorted(expected_room(entry.plan) for entry in ours)[wanted - 1]
+        assert all(expected_room(entry.plan) >= worst for entry in others), cell
+
+
+def test_the_sample_is_small_and_does_not_depend_on_chance(checked: list[Configuration]) -> None:
+    sampled = sample(checked)
+    assert sampled == sample(list(checked))
+    assert sampled == sample(sampled)  # and what is nearest stays so among itself
+    assert len(sampled) * 5 < len(checked)
+
+
+def measured(entry: Configuration, room: int) -> tuple[Configuration, jit.Resources]:
+    plan = entry.plan
+    registers = plan.max_registers - room
+    found = jit.Resources(
+        plan.kernel, f"sm_{plan.arch}", plan.head_dim, plan.dtype, registers, 0, 0, 1
+    )
+    return entry, found
+
+
+def test_the_whole_gate_finds_a_sample_that_misses_what_is_nearest(
+    checked: list[Configuration],
+) -> None:
+    sampled = set(sample(checked))
+    portable = [entry for entry in checked if cell_of(entry.plan) == (KERNEL, 80, 128)]
+    left_out = next(entry for entry in portable if entry not in sampled)
+
+    def missed(room: int) -> list[str]:
+        return missed_by_sample(
+            [measured(entry, room if entry is left_out else 24) for entry in checked]
+        )
+
+    assert missed(24) == []
+    assert missed(17) == []  # registers are handed out in eights
+    (line,) = missed(16)
+    assert left_out.variant in line
+    assert "sm_80 head_dim 128" in line
+
+
+def test_what_a_kernel_with_roles_is_launched_with_says_nothing(
+    checked: list[Configuration],
+) -> None:
+    hopper = [entry for entry in checked if entry.plan.kernel == SM90_KERNEL]
+    assert missed_by_sample([measured(entry, i % 50) for i, entry in enumerate(hopper)]) == []
+
+
+class Compiler:
+    """In place of NVRTC: counts plans; `spilling` ones spill, `crowded` ones take all registers."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+        self.spilling: set[Plan] = set()
+        self.crowded: set[Plan] = set()
+
+    def __call__(self, plan: Plan) -> jit.Resources:
+        self.plans.append(plan)
+        return jit.Resources(
+            plan.kernel,
+            f"sm_{plan.arch}",
+            plan.head_dim,
+            plan.dtype,
+            plan.max_registers - (0 if plan in self.crowded else 16),
+            plan.smem_bytes,
+            4 if plan in self.spilling else 0,
+            1,
+        )
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
+    found = Compiler()
+    monkeypatch.setattr(jit, "resources", found)
+    monkeypatch.setattr("flashcore.base.machine.available_cores", lambda: 1)  # no second process
+    return found
+
+
+ARGUMENTS = ("resources", "--kernel", KERNEL, "--head-dim", "128", "--check")
+
+
+def test_a_check_prints_one_line_unless_the_table_is_asked_for(compiler: Compiler) -> None:
+    done = runner.invoke(app, [*ARGUMENTS, "-q"])
+    assert done.exit_code == 0
+    assert done.stdout == f"{len(compiler.plans)} configurations, all within budget\n"
+    with_table = runner.invoke(app, [*ARGUMENTS, "--table", "-q"])
+    assert with_table.exit_code == 0
+    assert len(with_table.stdout.splitlines()) > len(compiler.plans) // 2
+    without_check = runner.invoke(app, [*ARGUMENTS[:-1], "-q"])
+    assert "decode-masked" in without_check.stdout
+
+
+def test_a_check_of_the_sample_compiles_little_and_says_how_much(compiler: Compiler) -> None:
+    runner.invoke(app, [*ARGUMENTS, "-q"])
+    num_known = len(compiler.plans)
+    compiler.plans.clear()
+    done = runner.invoke(app, [*ARGUMENTS, "--sample", "-q"])
+    assert done.exit_code == 0
+    num_sampled = len(set(compiler.plans))
+    assert 0 < num_sampled < num_known
+    assert done.stdout == (
+        f"a sample of {num_sampled} of {num_known} configurations, all within budget\n"
+    )
+
+
+def test_a_check_prints_only_what_is_over_budget(compiler: Compiler) -> None:
+    runner.invoke(app, [*ARGUMENTS, "--sample", "-q"])
+    compiler.spilling = {compiler.plans[0]}
+    done = runner.invoke(app, [*ARGUMENTS, "--sample", "-q"])
+    assert done.exit_code == 1
+    over, summary = done.stdout.splitlines()
+    assert "4 spilled bytes, 0 allowed" in over
+    assert summary.endswith("configurations, 1 over budget")
+
+
+def test_the_whole_check_fails_where_the_sample_misses(compiler: Compiler) -> None:
+    runner.invoke(app, [*ARGUMENTS, "--sample", "-q"])
+    sampled = set(compiler.plans)
+    runner.invoke(app, [*ARGUMENTS, "-q"])
+    compiler.crowded = set(compiler.plans) - sampled
+    for extra in ((), ("--json",)):
+        done = runner.invoke(app, [*ARGUMENTS, "-q", *extra])
+        assert done.exit_code == 1
+        assert "--sample misses" in done.stderr
+    assert {row["violations"] == [] for row in json.loads(done.stdout)} == {True}
+    assert runner.invoke(app, [*ARGUMENTS, "--sample", "-q"]).exit_code == 0

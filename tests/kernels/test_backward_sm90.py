@@ -1,0 +1,285 @@
+"""The backward kernels for Hopper, in the simulator: no alarm and right gradients, whatever the
+shape, the options and the schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from gradient_rule import forward, wrong_gradients
+from test_sim_healthy import draw_case
+
+import flashcore
+from flashcore.backends import gradients
+from flashcore.backends.backward_sm90 import fused_backward
+from flashcore.backends.gradients import choose_backward
+from flashcore.checks.cases import Case, make_inputs
+from flashcore.compile.jit import resources
+from flashcore.errors import BackendUnavailableError, FallbackWarning
+from flashcore.kernels.bwd_sm90.plan import (
+    DKDV_KERNEL,
+    DQ_KERNEL,
+    BwdPlans,
+    BwdTile,
+    make_plan,
+    obstacle,
+    select_plans,
+)
+from flashcore.kernels.fwd_wmma.plan import traits
+from flashcore.problem import Problem
+from flashcore.sim.run_bwd import simulate_backward
+
+SEEDS_OF_A_FAMILY = 12
+
+# name -> (tiles of dq and of dk and dv, None for the selected ones; what is fixed). Between them:
+# one to three consumers, two that share 64 keys, every schedule of the products, every mask kind,
+# both windows, softcap, empty rows, both swizzles, column chunks of which a part is padding.
+SMALL = BwdTile(64, 32, 3, 2), BwdTile(32, 64, 3, 2)
+SIMPLE = BwdTile(64, 48, 1, 1, False), BwdTile(48, 64, 1, 1, False, False, False)
+WIDE = BwdTile(192, 32, 2, 2), BwdTile(16, 192, 3, 2, True, False, False)
+TWO = BwdTile(128, 16, 2, 1), BwdTile(32, 128, 3, 3, True, True, False)
+FAMILIES: dict[str, tuple[tuple[BwdTile, BwdTile] | None, dict[str, Any]]] = {
+    "plain": (None, {}),
+    "causal": (TWO, {"dtype": "bfloat16", "causal": "lower_right", "layout": "bshd"}),
+    "one-stage-bool-mask": (SIMPLE, {"mask": "bool", "causal": "upper_left"}),
+    "window-softcap": (WIDE, {"window": (40, 20), "softcap": 5.0}),
+    "padded-dims-additive-mask": (
+        SMALL,
+        {"head_dim": 40, "head_dim_v": 48, "mask": "additive", "softcap": 3.0},
+    ),
+    "narrow-chunks": (TWO, {"head_dim": 96, "head_dim_v": 80, "causal": "lower_right"}),
+    "shared-keys": (
+        (BwdTile(64, 32, 2, 2), BwdTile(32, 64, 2, 2)),
+        {"head_dim": 144, "head_dim_v": 72, "dtype": "bfloat16", "window": (50, 9)},
+    ),
+    "shared-keys-softcap": (
+        (BwdTile(64, 16, 2, 1, False), BwdTile(16, 64, 3, 2)),
+        {"head_dim": 40, "head_dim_v": 192, "causal": "upper_left", "softcap": 2.0},
+    ),
+}
+
+
+def plans_of(problem, tiles: tuple[BwdTile, BwdTile] | None) -> BwdPlans:
+    if tiles is None:
+        return select_plans(problem)
+    fields = traits(problem) | {"folds_heads": 0}
+    kernels = (DQ_KERNEL, DKDV_KERNEL)
+    return BwdPlans(*(make_plan(k, t, fields) for k, t in zip(kernels, tiles, strict=True)))
+
+
+def check(case: Case, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0) -> None:
+    """Neither an alarm nor a wrong result. What arrives at rows that see nothing is NaN."""
+    x = make_inputs(case)
+    generator = torch.Generator().manual_seed(case.seed)
+    problem, out, lse = forward(x.q, x.k, x.v, x.mask, case.options())
+    dout = torch.randn(out.shape, generator=generator).to(out.dtype)
+    dlse = torch.randn(lse.shape, generator=generator) if seed % 2 else None
+    empty = lse == -math.inf
+    dout = dout.masked_fill(empty[..., None], math.nan)
+    dlse = None if dlse is None else dlse.masked_fill(empty, math.nan)
+    inputs = x.q, x.k, x.v, x.mask
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors, seed=seed)
+
+    plans = plans_of(problem, tiles)
+    found = fused_backward(problem, *inputs, out, lse, dout, dlse, run, plans)
+    wrong = wrong_gradients(found, *inputs, dout, dlse, case.options())
+    assert not wrong, f"{case.describe()}: {wrong}\n{dataclasses.asdict(case)}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_kernels_are_healthy_and_right(name: str) -> None:
+    tiles, fixed = FAMILIES[name]
+    for seed in range(SEEDS_OF_A_FAMILY):
+        check(draw_case(fixed, seed), tiles, seed)
+
+
+@pytest.mark.parametrize("head_dim", [8, 64, 72, 104, 128, 192, 256])
+def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
+    """72 and 104 leave the last of 16 columns empty, where others had dq wrong."""
+    case = Case(
+        num_heads_q=4,
+        num_heads_kv=2,
+        seqlen_q=70,
+        seqlen_k=130,
+        head_dim=head_dim,
+        head_dim_v=head_dim,
+        dtype="bfloat16",
+        causal="lower_right",
+    )
+    check(case, None)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 300), (300, 1), (193, 64), (64, 193)])
+def test_lengths_that_leave_tiles_nearly_empty(lengths: tuple[int, int]) -> None:
+    """Keys behind the last would count exp(-lse), which is infinite where lse is below -89."""
+    for causal in ("none", "lower_right", "upper_left"):  # with keys that no query sees
+        case = Case(seqlen_q=lengths[0], seqlen_k=lengths[1], causal=causal, spread=30.0)
+        check(case, None, seed=1)
+
+
+def test_rows_whose_scores_are_far_below_zero() -> None:
+    """lse -200: exp(0 - lse) overflows for keys that do not exist, and 0 * inf would be NaN."""
+    case = Case(seqlen_q=192, seqlen_k=70, head_dim=32, head_dim_v=32)
+    x = make_inputs(case)
+    x.q[:, :, :, 0], x.k[:, :, :, 0] = 60.0, -20.0
+    problem, out, lse = forward(x.q, x.k, x.v, None, {})
+    assert lse.max() < -150.0
+    dout = torch.ones_like(out)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors)
+
+    found = fused_backward(problem, x.q, x.k, x.v, None, out, lse, dout, None, run)
+    assert not wrong_gradients(found, x.q, x.k, x.v, None, dout, None, {})
+
+
+@pytest.mark.parametrize("missing", ["dout", "dlse"])
+def test_a_gradient_may_arrive_through_out_or_lse_alone(missing: str) -> None:
+    x = make_inputs(Case(seqlen_q=40, seqlen_k=50))
+    problem, out, lse = forward(x.q, x.k, x.v, None, {})
+    dout = None if missing == "dout" else torch.randn_like(out)
+    dlse = None if missing == "dlse" else torch.randn_like(lse)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors)
+
+    found = fused_backward(problem, x.q, x.k, x.v, None, out, lse, dout, dlse, run)
+    zero = torch.zeros_like(out)
+    inputs = x.q, x.k, x.v, None, zero if dout is None else dout, dlse
+    assert not wrong_gradients(found, *inputs, {})
+
+
+def test_gradients_of_strided_tensors_and_of_an_expanded_gradient() -> None:
+    """q, k, v cut out of one projection; dout of out.sum(), all of it one number in memory."""
+    packed = torch.randn(2, 70, 3, 2, 64, dtype=torch.float16)
+    q, k, v = (packed[:, :, i].transpose(1, 2) for i in range(3))
+    problem, out, lse = forward(q, k, v, None, {"causal": True})
+    dout = torch.ones((), dtype=out.dtype).expand(out.shape)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors)
+
+    found = fused_backward(problem, q, k, v, None, out, lse, dout, None, run)
+    assert not wrong_gradients(found, q, k, v, None, dout, None, {"causal": True})
+    for gradient, x in zip(found, (q, k, v), strict=True):
+        assert gradient.stride() == torch.empty_like(x).stride()
+
+
+def test_tensors_that_tma_cannot_read_are_copied() -> None:
+    """head_dim 20, rows at odd multiples of 8 bytes, k and v one head that all heads share."""
+    q = torch.randn(1, 4, 50, 24, dtype=torch.float16)[..., 2:22]
+    k = torch.randn(1, 1, 70, 20, dtype=torch.float16).expand(1, 4, 70, 20)
+    v = torch.randn(1, 1, 70, 12, dtype=torch.float16).expand(1, 4, 70, 12)
+    options = {"causal": True, "scale": 0.4}
+    problem, out, lse = forward(q, k, v, None, options)
+    dout = torch.randn(12, 50, 4, 1, dtype=out.dtype).permute(3, 2, 1, 0)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors)
+
+    found = fused_backward(problem, q, k, v, None, out, lse, dout, None, run)
+    assert not wrong_gradients(found, q, k, v, None, dout, None, options)
+    for gradient, x in zip(found, (q, k, v), strict=True):
+        assert gradient.shape == x.shape
+        assert gradient.stride() == torch.empty_like(x).stride()
+
+
+def test_a_call_in_the_simulator_has_its_gradient_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eagerly, and through the operators of torch; explain says so."""
+    monkeypatch.setenv("FLASHCORE_SIM_ARCH", "90")
+    launched: list[str] = []
+
+    def record(problem, plan, tensors, **options) -> None:
+        launched.append(plan.kernel)
+        simulate_backward(problem, plan, tensors, **options)
+
+    monkeypatch.setattr("flashcore.sim.run_bwd.simulate_backward", record)
+    x = make_inputs(Case(seqlen_q=40, seqlen_k=50))
+    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+    dout = torch.randn(1, 2, 40, 64, dtype=torch.float16)
+
+    def function(*tensors):
+        return flashcore.attention(*tensors, causal=True, backend="sim")
+
+    _, vjp = torch.func.vjp(function, *(t.detach() for t in leaves))
+    through_operators = vjp(dout)
+    eager = torch.autograd.grad(function(*leaves), leaves, dout)
+    assert launched == [DQ_KERNEL, DKDV_KERNEL] * 2
+    for found in (eager, through_operators):
+        options = {"causal": True}
+        assert not wrong_gradients(found, x.q, x.k, x.v, None, dout, None, options)
+    said = flashcore.explain(*leaves, causal=True, backend="sim", file=io.StringIO())
+    assert said.gradient.code == "sim"
+    monkeypatch.setenv("FLASHCORE_SIM_ARCH", "80")
+    said = flashcore.explain(*leaves, causal=True, backend="sim", file=io.StringIO())
+    assert said.gradient.code == "tiled"
+
+
+def test_what_has_no_fused_backward_says_why() -> None:
+    """The reasons by which gradients go to torch's operators or to tiles."""
+    q, k, v = (torch.randn(1, 2, 16, 64, dtype=torch.float16) for _ in range(3))
+    problem = forward(q, k, v, None, {})[0]
+    hopper = dataclasses.replace(problem, device="cuda", arch=90)
+    assert obstacle(hopper) is None
+    assert choose_backward(hopper).code == "sm90"
+    assert choose_backward(hopper, backend="torch").code == "flash"
+    for changed, word in (
+        ({"arch": 80}, "Hopper"),
+        ({"device": "cpu", "arch": 0}, "Hopper"),
+        ({"dtype": "float32"}, "float32"),
+        ({"head_dim_v": 264}, "256"),
+        ({"varlen": "packed"}, "one length"),
+    ):
+        assert word in (obstacle(dataclasses.replace(hopper, **changed)) or "")
+    assert "mask" in (obstacle(hopper, needs_mask_grad=True) or "")
+
+
+def test_without_a_compiler_torch_computes_and_one_warning_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bundle may hold the kernels of the forward alone."""
+    q, k, v = (torch.randn(1, 2, 16, 64, dtype=torch.float16) for _ in range(3))
+    problem, out, lse = forward(q, k, v, None, {})
+    hopper = dataclasses.replace(problem, device="cuda", arch=90)
+
+    def unavailable(*_) -> None:
+        raise BackendUnavailableError("no NVRTC")
+
+    monkeypatch.setattr(gradients, "fused_backward", unavailable)
+    monkeypatch.setattr(gradients.torch_backward, "flash_gradients", lambda *_: (q, k, v, None))
+    call = hopper, q, k, v, None, out, lse, torch.ones_like(out), None, False
+    with pytest.warns(FallbackWarning, match="no NVRTC"):
+        assert torch.equal(gradients.attention_gradients(*call)[0], q)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients.attention_gradients(*call)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options"),
+    [
+        (64, {}),
+        (64, {"causal": True}),
+        (64, {"window": (9, 9), "softcap": 3.0}),
+        (128, {}),
+        (128, {"causal": True}),
+        (128, {"window": (9, 9), "softcap": 3.0}),
+        (192, {"causal": True}),
+        (256, {"causal": True}),
+    ],
+)
+def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
+    """Nor does ptxas serialise a product."""
+    pytest.importorskip("cuda.core")
+    x = torch.empty(1, 1, 1024, head_dim, dtype=torch.bfloat16)
+    for plan in select_plans(Problem.from_tensors(x, x, x, **options)):
+        found = resources(plan)
+        assert found.spill_bytes == 0, plan.describe()
+        assert not any("serialized" in remark for remark in found.remarks), plan.describe()

@@ -1,0 +1,267 @@
+"""Keys of a row tile split over blocks: how many blocks, what a launch is told, and what explain
+says. What the kernel makes of it: test_sim_healthy_split.py, and here on a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+from typing import Any
+
+import pytest
+import standin
+import torch
+
+import flashcore
+from backends import check, check_case
+from flashcore.checks.cases import Case
+from flashcore.kernels.fwd_sm90 import plan as plan_sm90
+from flashcore.kernels.fwd_sm90.params import grid_size, num_pieces, num_row_tiles
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.fwd_sm90.splits import L2_WEIGHT, Reading, best_sharing, visible_keys
+from flashcore.kernels.fwd_wmma.plan import select_plan
+from flashcore.problem import Problem
+from flashcore.selection.space import is_legal, schedules, tiles
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).half()
+
+
+def problem_of(
+    batch: int, heads_q: int, heads_kv: int, seqlen_q: int, seqlen_k: int, **options: Any
+) -> Problem:
+    """Of head_dim 128; tensors of that size are not needed."""
+    q, k = torch.empty(1, heads_q, seqlen_q, 128), torch.empty(1, heads_kv, seqlen_k, 128)
+    problem = Problem.from_tensors(q.half(), k.half(), k.half(), **options)
+    if batch == 1:
+        return problem
+    kv_strides = (heads_kv * seqlen_k * 128, *problem.k_strides[1:])
+    return dataclasses.replace(
+        problem,
+        batch=batch,
+        q_strides=(heads_q * seqlen_q * 128, *problem.q_strides[1:]),
+        k_strides=kv_strides,
+        v_strides=kv_strides,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "row_tiles", "num_splits"),
+    [
+        ((1, 32, 8, 1, 2048), 8, 16),  # 128 of 132 SMs
+        ((1, 32, 8, 1, 16384), 8, 16),
+        ((4, 32, 8, 16, 8192), 32, 4),
+        ((1, 32, 32, 1, 2048), 32, 4),
+        ((20, 32, 8, 1, 8192), 160, 3),  # four rounds of thirds, not two of wholes
+        ((16, 32, 8, 1, 16384), 128, 1),  # as many row tiles as SMs, or nearly
+        ((128, 32, 8, 1, 2048), 1024, 1),
+        ((1, 8, 8, 128, 32768), 16, 8),
+        ((1, 32, 1, 1, 16384), 4, 33),  # eight heads a row tile
+    ],
+)
+def test_splits_fill_the_gpu(shape: tuple[int, ...], row_tiles: int, num_splits: int) -> None:
+    problem = problem_of(*shape)
+    plan = select_plan(problem, 90)
+    assert isinstance(plan, Sm90Plan)
+    assert num_row_tiles(problem, plan) == row_tiles
+    assert plan.num_splits == num_splits
+    assert num_pieces(problem, plan) == row_tiles * num_splits
+    assert grid_size(problem, plan, 132) == min(132, row_tiles * num_splits)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8, 512, 512), (1, 8, 8, 64, 512), (2, 16, 4, 2048, 2048)])
+def test_short_keys_are_not_split(shape: tuple[int, ...]) -> None:
+    assert select_plan(problem_of(*shape), 90).num_splits == 1  # type: ignore[attr-defined]
+
+
+def test_keys_that_a_window_hides_do_not_count() -> None:
+    assert visible_keys(problem_of(1, 8, 2, 1, 4096)) == 4096
+    assert visible_keys(problem_of(1, 8, 2, 1, 4096, window=(255, 0))) == 256
+    assert visible_keys(problem_of(1, 8, 2, 4, 4096, causal="upper_left")) == 4
+    of_device = dataclasses.replace(problem_of(1, 8, 2, 1, 4096, window=(255, 0)), varlen="keys")
+    assert visible_keys(of_device) == 4096
+    narrow = select_plan(problem_of(1, 32, 8, 1, 16384, window=(255, 0)), 90)
+    assert narrow.num_splits == 2  # type: ignore[attr-defined]  # of two key tiles each
+
+
+def test_adding_up_bounds_the_splits() -> None:
+    """One SM reads all shares of a row tile: with many rows fewer splits pay."""
+    sizes = {"row_tiles": 1, "key_tiles": 256, "key_tile_bytes": 32768, "num_slots": 132}
+    few, many = (Reading(share_bytes=rows * 520, **sizes).best_num_splits() for rows in (1, 64))
+    assert 128 == few > many > 8
+
+
+def sharing(folded: int, key_tiles: int, num_heads: int = 1) -> tuple[int, int]:
+    """Parts and splits, of one query and head_dim 128."""
+    found = best_sharing(
+        num_heads=num_heads,
+        num_rows=folded,
+        folded=folded,
+        block_m=64,
+        key_tiles=key_tiles,
+        key_tile_bytes=32768,
+        share_row_bytes=520,
+        num_slots=132,
+    )
+    return found.parts, found.num_splits
+
+
+def test_many_heads_are_dealt_out_where_adding_up_takes_longest() -> None:
+    assert sharing(32, 256) == (4, 33)
+    assert sharing(32, 4096) == (2, 66)  # the keys take longer, and are read fewer times
+    assert sharing(4, 256, num_heads=8) == (1, 16)  # few shares
+    assert sharing(31, 256)[0] == 1  # a prime, and 31 times the keys is too much
+    assert sharing(32, 256, num_heads=132) == (1, 1)  # nothing to add up
+
+
+def test_keys_are_shared_through_l2_only_by_what_runs_at_once() -> None:
+    sizes = {"key_tiles": 64, "key_tile_bytes": 32768, "share_bytes": 520, "num_slots": 132}
+    alone, shared = (Reading(row_tiles=132, readers=n, **sizes).cost(1) for n in (1, 4))
+    assert shared == pytest.approx(L2_WEIGHT * alone)
+    assert Reading(row_tiles=133, readers=4, **sizes).cost(1) == 2 * alone
+    half = Reading(row_tiles=132, readers=2, **sizes).cost(1)  # the first reader's come from memory
+    assert half >= alone / 2
+
+
+def test_a_plan_says_how_many_heads_a_row_tile_has() -> None:
+    problem = problem_of(1, 32, 1, 1, 16384)
+    plan = select_plan(problem, 90)
+    assert (plan.folds_heads, problem.group_size) == (8, 32)
+    assert "folded heads:8" in plan.describe()
+    assert select_plan(problem, 80).folds_heads == 32  # nothing to add up
+
+
+def test_packed_sequences_and_gates_are_not_split() -> None:
+    problem = problem_of(1, 8, 2, 1, 4096)
+    packed = dataclasses.replace(problem, varlen="packed", total_q=1, total_k=4096)
+    for plan in (select_plan(packed, 90), select_plan(problem, 90, gate="qk")):
+        assert plan.num_splits == 1  # type: ignore[attr-defined]
+    split = select_plan(problem, 90)
+    assert is_legal(split)
+    assert not is_legal(dataclasses.replace(split, varlen="packed"))
+    assert not is_legal(dataclasses.replace(split, num_splits=0))
+    assert {plan.num_splits for plan in schedules(split)} > {1, 2, 32}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+@pytest.mark.parametrize("batch", [1, 100])
+def test_every_head_dim_has_several_stages_under_way(head_dim: int, batch: int) -> None:
+    problem = dataclasses.replace(
+        problem_of(batch, 8, 2, 1, 2048), head_dim=head_dim, head_dim_v=head_dim
+    )
+    plan = select_plan(problem, 90)
+    assert isinstance(plan, Sm90Plan)
+    assert plan.num_stages >= 2
+    assert plan.smem_bytes * plan.min_blocks <= 232448
+    bytes_under_way = plan.min_blocks * plan.num_stages * plan.block_n * 4 * head_dim
+    assert bytes_under_way >= min(65536, 4 * 128 * 4 * head_dim)
+
+
+def test_tuning_keeps_memory_busy_with_other_tiles() -> None:
+    base = select_plan(problem_of(1, 32, 8, 1, 4096), 90)
+    listed = tiles(base)
+    assert len(listed) > 5
+    assert {plan.min_blocks for plan in listed} == {1, 2, 3}
+    for plan in listed[1:]:
+        keys = plan.num_stages * plan.block_n * plan.min_blocks
+        assert plan.num_stages == 2 or keys > base.num_stages * base.block_n - 3 * plan.block_n
+
+
+def test_explain_says_so() -> None:
+    q, k = half(1, 8, 1, 64), half(1, 2, 2048, 64)
+    text = str(flashcore.explain(q, k, k, arch=90, file=io.StringIO()))
+    assert "splits 8" in text
+    assert "the keys of 2 row tiles are split over 8 blocks each" in text
+    assert "note      4 heads of q that share one of k and v are rows of one row tile" in text
+
+
+def test_explain_says_how_many_of_a_group() -> None:
+    q, k = half(1, 64, 1, 64), half(1, 1, 16384, 64)
+    text = str(flashcore.explain(q, k, k, arch=90, file=io.StringIO()))
+    folded = select_plan(Problem.from_tensors(q, k, k), 90).folds_heads
+    assert 1 < folded < 64
+    assert f"{folded} of the 64 heads of q that share one of k and v are rows of one row" in text
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:
+    return standin.install(monkeypatch)
+
+
+@pytest.mark.parametrize("with_lengths", [False, True])
+def test_a_launch_is_told_where_shares_go(machine: standin.Machine, with_lengths: bool) -> None:
+    q, k = half(2, 8, 1, 64), half(2, 2, 2048, 64)
+    lengths = torch.tensor([3, 2048], dtype=torch.int32) if with_lengths else None
+    for _ in range(2):
+        out, lse = flashcore.attention(q, k, k, return_lse=True, seqlens_k=lengths)
+        assert (out.shape, lse.shape) == ((2, 8, 1, 64), (2, 8, 1))
+    plan = select_plan(Problem.from_tensors(q, k, k), 90)
+    assert isinstance(plan, Sm90Plan)
+    for told in machine.driver.launches:
+        p = told.params.attn
+        assert told.grid == 4 * plan.num_splits == 4 * p.num_splits
+        assert (p.num_heads_q, p.seqlen_q, p.num_queries) == (2, 4, 1)
+        assert p.tile_counter == machine.counters.data_ptr()
+        assert p.split_stats - p.split_out == 4 * plan.num_splits * 2 * 2 * 4 * 64
+        assert p.split_out % 16 == 0
+    assert machine.driver.launches[-1].params.attn.out == out.data_ptr()
+
+
+def test_a_launch_without_splits_has_no_scratch_memory(machine: standin.Machine) -> None:
+    q = half(1, 2, 64, 64)
+    flashcore.attention(q, q, q)
+    p = machine.driver.launches[0].params.attn
+    assert (p.split_out, p.split_stats, p.tile_counter, p.num_splits) == (None, None, None, 1)
+
+
+DECODE = [
+    Case(num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=4096, head_dim=128, head_dim_v=128),
+    Case(batch=3, num_heads_q=4, num_heads_kv=4, seqlen_q=7, seqlen_k=3001, causal="lower_right"),
+    Case(num_heads_q=16, num_heads_kv=1, seqlen_q=4, seqlen_k=5000, window=(700, 0), tail=2),
+    Case(num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=2050, mask="padding", softcap=9.0),
+    Case(seqlen_q=150, seqlen_k=9000, head_dim=256, head_dim_v=256, causal="lower_right"),
+    Case(seqlen_q=1, seqlen_k=4096, head_dim=80, head_dim_v=40, dtype="bfloat16", layout="bshd"),
+    Case(num_heads_q=32, num_heads_kv=1, seqlen_q=1, seqlen_k=16384, head_dim=128, head_dim_v=128),
+    Case(num_heads_q=24, num_heads_kv=2, seqlen_q=2, seqlen_k=8192, window=(5000, 0), tail=0),
+    Case(num_heads_q=32, num_heads_kv=8, batch=40, seqlen_q=1, seqlen_k=1111, head_dim=64),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", DECODE, ids=Case.describe)
+def test_on_a_gpu(case: Case) -> None:
+    check_case("auto", case)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_results_are_the_same_bit_for_bit_and_graphs_may_be_replayed() -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the portable kernel splits no keys")
+    q, k, v = (torch.randn(1, h, s, 128).half().cuda() for h, s in ((32, 1), (8, 4096), (8, 4096)))
+    want, want_lse = check("auto", q, k, v)
+    for _ in range(50):
+        out, lse = flashcore.attention(q, k, v, return_lse=True)
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outs = [flashcore.attention(q, k, v) for _ in range(3)]
+    other = torch.cuda.Stream()
+    for _ in range(20):
+        for captured in outs:
+            captured.zero_()
+        torch.cuda.synchronize()
+        graph.replay()
+        with torch.cuda.stream(other):  # beside the graph: counters and scratch of its own
+            beside = flashcore.attention(q, k, v)
+        torch.cuda.synchronize()
+        assert all(torch.equal(out, want) for out in (*outs, beside))
+
+
+def test_the_compile_gate_holds_split_kernels() -> None:
+    from flashcore.selection.configurations import configurations
+
+    found = configurations(archs=[90], head_dims=[64], dtypes=["float16"], variants=["decode"])
+    plans = [entry.plan for entry in found]
+    assert {plan.num_splits for plan in plans} == {1, 2}  # type: ignore[attr-defined]
+    assert all(plan.kernel == plan_sm90.KERNEL for plan in plans)

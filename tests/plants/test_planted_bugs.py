@@ -1,0 +1,199 @@
+"""All planted bugs by name: each has a kernel and a call that shows it, and `verify` finds those
+that show with some tiles, schedules, lengths or scores alone."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from pathlib import Path
+
+import pytest
+from plant_checks import check_text, undocumented
+
+from flashcore import sim
+from flashcore.checks import verify
+from flashcore.checks.cases import Case
+from flashcore.checks.varlen_cases import VarlenCase
+from flashcore.isolate import gates, plant_stages, registry
+from flashcore.isolate.stages import suspects_of
+from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
+from flashcore.sim import Plant
+from flashcore.sim.plants import wmma as plants
+from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
+from flashcore.sim.report import ALARM_KINDS
+
+pytestmark = pytest.mark.thorough
+
+SM90, WMMA = "attn_fwd_sm90", "attn_fwd_wmma"
+DRAWN = [planted for planted in registry.PLANTED if planted.drawn is not None]
+SIZES = {WMMA: (150, 64), SM90: (300, 96)}  # as the command takes them
+
+
+def arch_of(kernel: str) -> int:
+    return 90 if kernel == SM90 else SIM_ARCH
+
+
+def test_every_planted_bug_is_in_the_registry() -> None:
+    folder = Path(plants.__file__).parent
+    written = {
+        line.split('"')[1]
+        for path in folder.glob("plants*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("        name=")
+    }
+    assert len(written) > 110
+    assert set(registry.names()) == written
+
+
+def test_every_dictionary_of_planted_bugs_is_in_the_registry() -> None:
+    registered = {(planted.plant, planted.kernel) for planted in registry.PLANTED}
+    kernels = {"SM90": {SM90}, "SPLIT": {SM90}}
+    found, missing = set(), []
+    for module in pkgutil.iter_modules(sim.__path__, "flashcore.sim."):
+        for name, value in vars(importlib.import_module(module.name)).items():
+            if not name.startswith("PLANTS") or not isinstance(value, dict):
+                continue
+            if name.startswith("PLANTS_BWD"):  # isolate takes forward passes apart
+                continue
+            found.add(name)
+            of = kernels.get(name.rpartition("_")[2], {SM90, WMMA})
+            missing += [
+                f"{name}: {plant.name}"
+                for plant in value.values()
+                if not any((plant, kernel) in registered for kernel in of)
+            ]
+    assert {"PLANTS", "PLANTS_SM90", "PLANTS_TOTALS", "PLANTS_OLD_LARGE_MAX_SM90"} <= found
+    assert missing == []
+
+
+def test_every_planted_bug_has_a_stage_of_its_kernel() -> None:
+    without = [
+        planted.plant.name
+        for planted in registry.PLANTED
+        if suspects_of(planted.kernel, planted.stage) is None
+    ]
+    assert without == []
+    for kernel, stages in plant_stages.STAGES.items():
+        listed = [name for names in stages.values() for name in names]
+        assert sorted(listed) == sorted(
+            {p.plant.name for p in registry.PLANTED if p.kernel == kernel}
+        )
+
+
+# They are found though nobody chose the case for them: it is one of those that are drawn anyway.
+@pytest.mark.parametrize("planted", DRAWN, ids=lambda planted: planted.plant.name)
+def test_verify_finds_it(planted: registry.Planted) -> None:
+    assert planted.drawn is not None
+    arch, name = arch_of(planted.kernel), planted.plant.name
+    (found,) = verify.verify("sim", indices=[planted.drawn], arch=arch, plant=name)
+    assert not found.ok
+    kind = "wrong-result" if found.error is None else found.error.split(": ")[2]
+    assert kind in (planted.plant.caught_by, *planted.plant.or_by), found.describe()
+    assert found.isolate is not None
+    assert f"--case {planted.drawn} " in found.isolate + " "
+
+
+def test_without_a_bug_the_same_cases_pass() -> None:
+    for kernel in (SM90, WMMA):
+        indices = sorted({p.drawn for p in DRAWN if p.kernel == kernel and p.drawn is not None})
+        results = verify.verify("sim", indices=indices, arch=arch_of(kernel))
+        assert [result.describe() for result in results if not result.ok] == []
+
+
+def planted_case(name: str, kernel: str) -> tuple[registry.Planted, Case | VarlenCase]:
+    planted = registry.find_plant(name, "sim", kernel)
+    seqlen, head_dim = SIZES[kernel]
+    base = Case(seqlen_q=seqlen, seqlen_k=seqlen, head_dim=head_dim, head_dim_v=head_dim)
+    return planted, planted.case(base)
+
+
+# One of each group, and of each stage that is not tried elsewhere; where is what --plant list says.
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("one-stage-unordered", WMMA),
+        ("neighbours-query", WMMA),
+        ("coord-late", SM90),
+        ("draws-left", SM90),
+        ("passed-over-kept", SM90),
+        ("outgrown-not-awaited", SM90),
+        ("mask-row-mixed-up", SM90),
+        ("mask-shift-forgotten", SM90),
+        ("split-never-last", SM90),
+        ("counter-left", SM90),
+        ("sum-of-the-neighbour", SM90),
+        ("large-max-product", SM90),
+        ("large-max-twice", WMMA),
+        ("large-max-left", SM90),
+        ("totals-not-rescaled", WMMA),
+        ("totals-counted-twice", WMMA),
+        ("totals-lost", WMMA),
+    ],
+)
+def test_isolate_finds_it_where_the_list_says(name: str, kernel: str) -> None:
+    planted, case = planted_case(name, kernel)
+    found = gates.isolate(case, "sim", plant=name, kernel=kernel)
+    assert found.first_wrong == planted.stage, found.why
+
+
+@pytest.mark.parametrize(("name", "kernel"), [("large-max-product", WMMA), ("totals-lost", WMMA)])
+def test_without_the_bug_isolate_finds_nothing(name: str, kernel: str) -> None:
+    planted, case = planted_case(name, kernel)
+    found = gates.isolate(case, "sim", kernel=kernel, tile=planted.tile)
+    assert found.ok, found.why
+
+
+# What costs time alone is no fault: more waiting, more ordering, less put off.
+SLOW = (
+    Plant(
+        "a-barrier-more",
+        "",
+        f"{SM90}.cuh",
+        "  const bool leads = warp_idx() % 4 == 0 && elect_lane();\n",
+        "  named_barrier_sync(STORE_BARRIER + c.index, 128);"
+        " const bool leads = warp_idx() % 4 == 0 && elect_lane();\n",
+        "",
+    ),
+    Plant(
+        "no-overlap", "", f"{SM90}.cuh", "wgmma_wait<OVERLAP ? 1 : 0>();", "wgmma_wait<0>();", ""
+    ),
+    Plant(
+        "never-asked-ahead",
+        "",
+        f"{SM90}.cuh",
+        "  c.v_is_there = mbar_test(bar.v_full + c.k_state.stage(), c.k_state.parity());\n"
+        "  c.k_is_there = mbar_test(bar.k_full + next.stage(), next.parity());",
+        "  c.v_is_there = false;\n  c.k_is_there = false;",
+        "",
+    ),
+)
+
+
+@pytest.mark.parametrize("slow", SLOW, ids=lambda plant: plant.name)
+def test_what_only_costs_time_is_silent(slow: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = registry.Planted(slow, SM90)
+    monkeypatch.setattr(registry, "PLANTED", (planted,))
+    results = verify.verify("sim", indices=[1, 2], arch=90, plant=slow.name)
+    assert [result.describe() for result in results if not result.ok] == []
+
+
+@pytest.mark.parametrize("name", [*PLANTS_SCHEDULES, *PLANTS_SCHEDULES_SM90])
+def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
+    check_text(name, (PLANTS_SCHEDULES | PLANTS_SCHEDULES_SM90)[name])
+
+
+def test_the_documentation_lists_every_plant() -> None:
+    assert undocumented(registry.names()) == []
+
+
+def test_wrong_names_say_what_there_is() -> None:
+    with pytest.raises(ValueError, match="plant='gremlin' is not one of pv-atomic"):
+        registry.find_plant("gremlin", "sim")
+    with pytest.raises(ValueError, match="'pv-atomic' is not a bug of attn_fwd_sm90, but of"):
+        registry.find_plant("pv-atomic", "sim", SM90)
+    with pytest.raises(ValueError, match="needs backend='sim'"):
+        verify.verify("torch", plant="pv-atomic")
+    assert {planted.plant.caught_by for planted in registry.PLANTED} <= {
+        *ALARM_KINDS,
+        "wrong-result",
+    }

@@ -1,0 +1,97 @@
+"""Planted bugs of keys that are split over blocks; see test_sim_plants.py."""
+
+from __future__ import annotations
+
+import functools
+import shlex
+
+import pytest
+import torch
+from plant_checks import check_text, undocumented
+
+from flashcore.checks.accuracy import error_report
+from flashcore.checks.cases import Case, make_inputs
+from flashcore.compile.codegen import generate_source
+from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan, traits_sm90
+from flashcore.problem import Problem
+from flashcore.sim import Plant, SimulationError, simulate
+from flashcore.sim.plants.split import PLANTS_SPLIT
+from flashcore.sim.replay import parse_replay
+
+pytestmark = pytest.mark.thorough
+
+SEEDS = range(20)
+# Two row tiles a head, in five pieces each for three blocks; of eight key tiles, so that pieces
+# differ in length. Of three blocks an SM, a thread has few registers and loads four shares at once.
+# q is large: the shares' maxima differ.
+CASE = Case(seqlen_q=70, seqlen_k=250, head_dim=32, head_dim_v=40, spread=4.0)
+
+
+@functools.cache
+def case_with_inputs() -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = make_inputs(CASE)
+    return Problem.from_tensors(x.q, x.k, x.v, return_lse=True), x.q, x.k, x.v
+
+
+def plan() -> Sm90Plan:
+    problem, *_ = case_with_inputs()
+    return Sm90Plan(
+        kernel=KERNEL,
+        arch=ARCH,
+        block_m=64,
+        block_n=32,
+        num_stages=2,
+        min_blocks=3,
+        num_splits=5,
+        **traits_sm90(problem),
+    )
+
+
+def run_plant(plant: Plant | None, seed: int) -> SimulationError | str:
+    """The alarm, or "wrong-result", or "healthy"."""
+    problem, q, k, v = case_with_inputs()
+    out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.float16)
+    lse = torch.empty(1, 2, CASE.seqlen_q)
+    try:
+        simulate(problem, plan(), q, k, v, None, out, lse, seed=seed, plant=plant)
+    except SimulationError as error:
+        return error
+    return "healthy" if error_report(out, q, k, v, lse=lse).ok else "wrong-result"
+
+
+@pytest.mark.parametrize("name", PLANTS_SPLIT)
+def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
+    plant = PLANTS_SPLIT[name]
+    for seed in SEEDS:
+        found = run_plant(plant, seed)
+        kind = found if isinstance(found, str) else found.kind
+        assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
+        if isinstance(found, SimulationError) and found.agent is not None:
+            assert found.agent.file == plant.file, f"seed {seed}:\n{found}"
+
+
+def test_without_a_plant_the_same_runs_are_healthy() -> None:
+    assert {run_plant(None, seed) for seed in SEEDS} == {"healthy"}
+
+
+def test_the_replay_command_repeats_the_run() -> None:
+    found = run_plant(PLANTS_SPLIT["split-relaxed"], 3)
+    assert isinstance(found, SimulationError)
+    replay = parse_replay(shlex.split(found.replay)[3:])
+    assert replay.plan == plan()
+    with pytest.raises(SimulationError) as again:
+        replay.run()
+    assert str(again.value) == str(found)
+
+
+@pytest.mark.parametrize("name", PLANTS_SPLIT)
+def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
+    check_text(name, PLANTS_SPLIT[name])
+
+
+def test_sources_without_a_plant_have_no_trace_of_one() -> None:
+    assert "plant" not in generate_source(plan(), "host")
+
+
+def test_the_documentation_lists_every_plant() -> None:
+    assert undocumented(PLANTS_SPLIT) == []

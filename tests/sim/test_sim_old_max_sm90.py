@@ -1,0 +1,172 @@
+"""The Hopper kernel's softmax takes terms relative to an old maximum, and looks for a new one where
+they come out too large (tile/softmax.cuh, has_outgrown)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import pytest
+import torch
+from plant_checks import check_text, undocumented
+from test_sim_healthy_sm90 import make_plan
+from torch import Tensor
+
+import flashcore
+from flashcore.checks.accuracy import error_report
+from flashcore.checks.cases import Case, make_inputs
+from flashcore.problem import Problem
+from flashcore.sim import Plant, SimulationError, simulate
+from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
+
+pytestmark = pytest.mark.thorough
+
+SEEDS = range(20)
+# Keys are visited from last to first: four key tiles and more, of which the first and, with bounds,
+# some others are masked.
+CASE = Case(
+    num_heads_q=2,
+    num_heads_kv=1,
+    seqlen_q=150,
+    seqlen_k=181,  # causal, rows 0 and 64 see whole key tiles, none of which is masked
+    head_dim=64,
+    head_dim_v=64,
+    dtype="bfloat16",
+)
+# What the score of a key has on top, by keys as they are visited, and the rows that see it.
+GROWTHS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "none": (lambda key: 0.0 * key, torch.ones_like),
+    "every tile by 2^6": (lambda key: key // 32 * 4.2, torch.ones_like),
+    "every tile by 2^30": (lambda key: key // 32 * 21.0, torch.ones_like),
+    "every tile past float32": (lambda key: key // 32 * 200.0, torch.ones_like),
+    "one key of some rows": (lambda key: (key == 70) * 30.0, lambda row: row % 7 == 3),
+    "one key of one row past float32": (lambda key: (key == 40) * 120.0, lambda row: row == 101),
+    "falling": (lambda key: key // 32 * -40.0, torch.ones_like),
+}
+
+
+def with_growth(case: Case, growth: str, key_tile: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v with scores that grow so: a column of q and of k holds it."""
+    x = make_inputs(case)
+    q, k = x.q.clone(), x.k.clone()
+    of_keys, of_rows = GROWTHS[growth]
+    keys = torch.arange(case.seqlen_k).flip(0) * 32 // key_tile
+    k[..., 0] = of_keys(keys) * case.head_dim**0.5
+    q[..., 0] = of_rows(torch.arange(case.seqlen_q))
+    return q, k, x.v
+
+
+@functools.cache
+def inputs(
+    growth: str, options: tuple[tuple[str, object], ...] = ()
+) -> tuple[Problem, Tensor, Tensor, Tensor]:
+    q, k, v = with_growth(CASE, growth)
+    problem = Problem.from_tensors(q, k, v, return_lse=True, **dict(options))  # type: ignore[arg-type]
+    return problem, q, k, v
+
+
+def run(
+    growth: str,
+    seed: int,
+    plant: Plant | None = None,
+    tile: tuple[tuple[str, object], ...] = (),
+    options: tuple[tuple[str, object], ...] = (),
+) -> SimulationError | str:
+    """The alarm, or "wrong-result", or "healthy"."""
+    problem, q, k, v = inputs(growth, options)
+    plan = make_plan(problem, {"block_m": 128, "ping_pong": True, **dict(tile)})
+    out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
+    lse = torch.empty(1, 2, CASE.seqlen_q)
+    try:
+        simulate(problem, plan, q, k, v, None, out, lse, seed=seed, plant=plant)
+    except SimulationError as error:
+        return error
+    errors = error_report(out, q, k, v, lse=lse, **dict(options))  # type: ignore[arg-type]
+    return "healthy" if errors.ok else "wrong-result"
+
+
+@pytest.mark.parametrize(
+    "tile",
+    [
+        (),
+        (("block_m", 192), ("ping_pong", False), ("num_stages", 3)),
+        (("block_m", 64), ("ping_pong", False), ("key_splits", 3), ("num_stages", 6)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "options", [(), (("causal", "lower_right"),), (("window", (60, 3)),)], ids=str
+)
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_however_scores_grow(
+    growth: str, options: tuple[tuple[str, object], ...], tile: tuple[tuple[str, object], ...]
+) -> None:
+    for seed in range(3):
+        assert run(growth, seed, None, tile, options) == "healthy"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"causal": "lower_right"}, {"window": (700, 3)}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("growth", GROWTHS)
+def test_however_scores_grow_on_a_gpu(
+    growth: str, head_dim: int, options: dict[str, object]
+) -> None:
+    case = dataclasses.replace(
+        CASE, batch=2, seqlen_q=1030, seqlen_k=2077, head_dim=head_dim, head_dim_v=head_dim
+    )
+    q, k, v = (x.cuda() for x in with_growth(case, growth, key_tile=128))
+    out, lse = flashcore.attention(q, k, v, return_lse=True, **options)  # type: ignore[call-overload]
+    report = error_report(out, q, k, v, lse=lse, **options)  # type: ignore[arg-type]
+    assert report.ok, report
+    assert report.max_error < 0.03, report  # torch's own can be 3: bfloat16 scores past float32
+
+
+def test_nan_and_infinity_are_seen() -> None:
+    """As by the oracle, whatever the old maximum is."""
+    _, q, k, v = inputs("none")
+    k = k.clone()
+    k[0, 0, 50, 3] = torch.nan
+    k[0, 0, 20, 5] = torch.inf
+    problem = Problem.from_tensors(q, k, v)
+    out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
+    simulate(problem, make_plan(problem, {"block_m": 64}), q, k, v, None, out, None, seed=1)
+    assert out.isnan().all()
+
+
+def check_plant(plant: Plant, growth: str, options: tuple[tuple[str, object], ...]) -> None:
+    assert run(growth, 0, None, (), options) == "healthy"
+    for seed in SEEDS:
+        found = run(growth, seed, plant, (), options)
+        kind = found if isinstance(found, str) else found.kind
+        assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
+
+
+@pytest.mark.parametrize("name", PLANTS_OLD_MAX_SM90)
+def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
+    causal = (("causal", "lower_right"),)
+    growth, options = {
+        "no-max-yet-unseen": ("none", causal),
+        "outgrown-in-one-warp": ("one key of one row past float32", ()),
+    }.get(name, ("every tile past float32", ()))
+    check_plant(PLANTS_OLD_MAX_SM90[name], growth, options)
+
+
+@pytest.mark.parametrize("name", PLANTS_OLD_MAX_SM90)
+def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
+    check_text(name, PLANTS_OLD_MAX_SM90[name])
+
+
+def test_the_documentation_lists_every_plant() -> None:
+    assert undocumented(PLANTS_OLD_MAX_SM90) == []
+
+
+def test_only_plain_calls_try_it() -> None:
+    """Mask tensors and soft-capping would have to be applied once more."""
+    problem, q, k, v = inputs("every tile by 2^30", (("softcap", 20.0),))
+    plan = make_plan(problem, {"block_m": 64})
+    out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
+    lse = torch.empty(1, 2, CASE.seqlen_q)
+    simulate(problem, plan, q, k, v, None, out, lse, seed=0)
+    assert error_report(out, q, k, v, lse=lse, softcap=20.0).ok

@@ -1,0 +1,26 @@
+"""What holds for every planted bug, whichever kernel it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from flashcore.compile.codegen import KERNELS_DIR
+from flashcore.sim import Plant
+from flashcore.sim.report import ALARM_KINDS
+
+_PAGE = Path(__file__).parents[2] / "docs" / "simulator.md"
+
+
+def check_text(name: str, plant: Plant) -> None:
+    """It changes one place, moves no line, and is caught by what there is."""
+    assert plant.name == name
+    assert {plant.caught_by, *plant.or_by} <= {*ALARM_KINDS, "wrong-result"}
+    assert plant.find.count("\n") == plant.replace.count("\n")
+    assert (KERNELS_DIR / plant.file).read_text(encoding="utf-8").count(plant.find) == 1
+
+
+def undocumented(names: Iterable[str], page: Path = _PAGE) -> list[str]:
+    """Those that docs/simulator.md, or another page, does not list."""
+    text = page.read_text(encoding="utf-8")
+    return [name for name in names if f"`{name}`" not in text]
