@@ -53,8 +53,8 @@ class Plan:
     `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
     `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
-    0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the register count
-    must allow; `keys_of_chunk` how many keys one sum goes over at most, 0 for all (tile/totals.cuh).
+    0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the registers must
+    allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh).
     """
 
     kernel: str
