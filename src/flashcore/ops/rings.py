@@ -86,7 +86,7 @@ def merge(
 def _check_merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
     named = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     for name, x in named.items():
-        check_plain_tensor(name, x)
+        _check_plain(name, x)
         if not x.is_floating_point():
             raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating-point dtype")
         if x.device != out_a.device:
@@ -114,6 +114,12 @@ def _check_merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) ->
                 "the last dimension. With attention_varlen, whose lse is [num_heads, total_q], pass "
                 f"{name}.t()"
             )
+
+
+def _check_plain(name: str, x: object) -> None:
+    """check_plain_tensor; compiled code has no lazily negated views, and no way to ask for them."""
+    if not torch.compiler.is_compiling():
+        check_plain_tensor(name, x)
 
 
 def _weights(lse_a: Tensor, lse_b: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
@@ -255,9 +261,10 @@ def attention_backward(
         FlashAttention-2, arXiv:2307.08691, algorithm 2.
     """
     options = Options.checked(causal, window, softcap, scale)
-    check_kinds(q, k, v)
-    if mask is not None:
-        check_mask_kind(mask, q)
+    if not torch.compiler.is_compiling():
+        check_kinds(q, k, v)
+        if mask is not None:
+            check_mask_kind(mask, q)
     rows = q.shape[:3]
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     _check_like("dout", dout, q, (*rows, v.shape[3]), q.dtype)
@@ -286,7 +293,7 @@ def _check_like(
     name: str, x: object, q: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None
 ) -> None:
     """Raise unless `x` is a tensor of a shape and dtype (None: any floating-point one) beside q."""
-    check_plain_tensor(name, x)
+    _check_plain(name, x)
     assert isinstance(x, Tensor)
     if dtype is None and not x.is_floating_point():
         raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating-point dtype")
