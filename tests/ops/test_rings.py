@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from gradient_rule import wrong_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -13,7 +14,6 @@ from torch.utils import _pytree
 
 import flashcore
 from backends import GPU, SIM, device_of
-from gradient_rule import wrong_gradients
 
 NAMES = ("out_a", "lse_a", "out_b", "lse_b")
 

@@ -2,7 +2,7 @@
 
     import flashcore.integrations.torch as door
 
-    door.activate()  # or torch.nn.attention.activate_flash_attention_impl("flashcore") after register()
+    door.activate()
 
 torch.nn.functional.scaled_dot_product_attention, torch.nn.attention.varlen_attn, context_parallel
 and whoever else calls `aten::_flash_attention_forward`, `_scaled_dot_product_flash_attention` or
@@ -23,7 +23,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flashcore.backends import torch_own
 from flashcore.base import forks

@@ -352,8 +352,7 @@ def _backward(
         return tuple(x.transpose(1, 2) for x in gradients)
     checked = Options.checked(is_causal, window, None, scale)
     with torch.no_grad():
-        gradients = varlen.backward(
+        return varlen.backward(  # type: ignore[no-any-return]
             grad_out.to(query.dtype), None, out, logsumexp, query, key, value, cum_seq_q,
             cum_seq_k, max_q, max_k, *checked,
         )  # fmt: skip
-    return gradients

@@ -1,5 +1,5 @@
-"""What a ring of GPUs needs, each of which holds a part of the keys: `merge`, which makes one result
-of two over different keys, and `attention_backward`, which takes whatever out and lse it is given.
+"""For rings of GPUs, each of which holds a part of the keys: `merge` makes one result of two over
+different keys, and `attention_backward` takes whatever out and lse it is given.
 
 `merge` is an operator of torch, `flashcore::merge`. It has no kernel of its own: it is PyTorch
 arithmetic in float32 (float64 where lse is), which torch.compile fuses into one kernel.
@@ -111,8 +111,8 @@ def _check_merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) ->
         if x.shape != out_a.shape[:-1]:
             raise ValueError(
                 f"{name} has shape {shape_text(x)}; it must be out_a's {shape_text(out_a)} without "
-                "the last dimension. With attention_varlen, whose lse is [num_heads, total_q], pass "
-                f"{name}.t()"
+                "the last dimension. With attention_varlen, whose lse is [num_heads, total_q], "
+                f"pass {name}.t()"
             )
 
 
