@@ -8,14 +8,13 @@ On the CPU torch has no such kernels, so there the operators themselves are call
 from __future__ import annotations
 
 import contextlib
-import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from door_inputs import by_varlen_attn, check, check_packed, dense, packed, randn
 from gradient_rule import wrong_gradients
 from torch import Tensor
 
@@ -23,8 +22,7 @@ import flashcore
 import flashcore.integrations.torch as door
 from backends import SIM
 from flashcore.backends import torch_own
-from flashcore.checks.accuracy import error_report
-from flashcore.integrations import torch_operators
+from flashcore.dropins import aten_fallback, aten_flash
 
 attention_module = pytest.importorskip("torch.nn.attention")
 if not hasattr(attention_module, "register_flash_attention_impl"):
@@ -36,39 +34,15 @@ on_cpu = pytest.mark.parametrize("backend", ["torch", SIM])
 
 @pytest.fixture(autouse=True)
 def _torchs_own_again() -> Iterator[None]:
-    torch_operators._warned.clear()
+    aten_fallback._warned.clear()
     yield
     assert attention_module.current_flash_attention_impl() is None
     assert not torch_own._kept
-    assert not has_kernel(torch_operators.FORWARD, "CPU")
+    assert not has_kernel(aten_flash.FORWARD, "CPU")
 
 
 def has_kernel(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key)
-
-
-def randn(*shape: int, seed: int = 0, device: str = "cpu") -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).half().to(device)
-
-
-def dense(device: str = "cpu", rows: bool = False) -> list[Tensor]:
-    """q, k, v and dout, grouped heads; [batch, num_heads, seqlen, head_dim] over memory of
-    [batch, seqlen, num_heads, head_dim], or with `rows` that memory itself."""
-    x = [
-        randn(2, seqlen, heads, 16, seed=seed, device=device)
-        for seed, (seqlen, heads) in enumerate(((20, 4), (35, 2), (35, 2), (20, 4)))
-    ]
-    return x if rows else [t.transpose(1, 2) for t in x]
-
-
-def check(out: Tensor, lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> None:
-    report = error_report(out, q, k, v, lse=lse, **options)
-    assert report.ok, str(report)
-
-
-def refuse_nested_call(*_: Any, **__: Any) -> None:
-    raise AssertionError("the operator was called, not its own kernel")
 
 
 @on_cpu
@@ -110,44 +84,6 @@ def test_rows_forward_and_backward(
     assert wrong_gradients(gradients, q, k, v, None, dout, None, meant) == []
 
 
-def packed(device: str = "cpu") -> tuple[list[Tensor], Tensor, list[int]]:
-    ends = [0, 7, 7, 30, 41]
-    x = [randn(41, heads, 16, seed=seed, device=device) for seed, heads in enumerate((4, 2, 2, 4))]
-    return x, torch.tensor(ends, dtype=torch.int32, device=device), ends
-
-
-def check_packed(
-    out: Tensor, gradients: tuple[Tensor, ...], lse: Tensor, x: list[Tensor], ends: list[int],
-    **options: Any,
-) -> None:  # fmt: skip
-    for begin, end in itertools.pairwise(ends):
-        if begin == end:
-            continue
-        q, k, v, dout = (t[begin:end].transpose(0, 1)[None] for t in x)
-        part = out[begin:end].transpose(0, 1)[None]
-        check(part, lse[None, :, begin:end], q, k, v, **options)
-        own = tuple(g[begin:end].transpose(0, 1)[None] for g in gradients)
-        assert wrong_gradients(own, q, k, v, None, dout, None, options) == []
-
-
-def by_varlen_attn(
-    x: list[Tensor], cu: Tensor, window: tuple[int, int], backend: str | None = None
-) -> tuple[Any, ...]:
-    """torch.nn.attention.varlen_attn, unmodified: out, lse and gradients. Torch 2.11's knows no
-    grouped heads."""
-    from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Any:
-        aux = AuxRequest(lse=True)
-        return varlen_attn(q, k, v, cu, cu, 23, 23, window_size=window, return_aux=aux)
-
-    leaves = [t.clone().requires_grad_() for t in x[:3]]
-    if backend is not None:
-        attend = torch.compile(attend, fullgraph=True, backend=backend)
-    out, lse = attend(*leaves)
-    return out.detach(), lse.detach(), torch.autograd.grad(out, leaves, x[3])
-
-
 @on_cpu
 @pytest.mark.parametrize("compiled", [None, "aot_eager"])
 @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (5, 0)])
@@ -172,7 +108,7 @@ def test_packed_rows_with_grouped_heads(backend: str) -> None:
     check_packed(out, gradients, lse, x, ends, causal=True)
 
 
-@pytest.mark.skipif(not hasattr(aten, torch_operators.IN_PLACE), reason="newer than this torch")
+@pytest.mark.skipif(not hasattr(aten, aten_flash.IN_PLACE), reason="newer than this torch")
 def test_in_place() -> None:
     x, cu, _ = packed()
     out = torch.empty_like(x[0])
@@ -257,17 +193,17 @@ def torchs_own_on_cpu(calls: list[tuple[str, tuple[Any, ...]]]) -> Iterator[None
     library = torch.library.Library("aten", "IMPL")
 
     def forward(*arguments: Any, **options: Any) -> tuple[Any, ...]:
-        calls.append((torch_operators.FORWARD, arguments))
+        calls.append((aten_flash.FORWARD, arguments))
         q = arguments[0]
         lse = torch.zeros(q.shape[0], q.shape[-2], q.shape[1])
-        return torch.zeros_like(q), lse, *torch_operators._auxiliary(q)
+        return torch.zeros_like(q), lse, *aten_flash._auxiliary(q)
 
     def backward(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
-        calls.append((torch_operators.BACKWARD, arguments))
+        calls.append((aten_flash.BACKWARD, arguments))
         return tuple(torch.zeros_like(x) for x in arguments[1:4])
 
-    library.impl(torch_operators.FORWARD, forward, "CPU")
-    library.impl(torch_operators.BACKWARD, backward, "CPU")
+    library.impl(aten_flash.FORWARD, forward, "CPU")
+    library.impl(aten_flash.BACKWARD, backward, "CPU")
     try:
         yield
     finally:
@@ -309,7 +245,7 @@ def test_what_flashcore_does_not_compute_goes_to_torchs_kernel(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             aten._flash_attention_forward(*arguments, **options)
-    assert [name for name, _ in calls] == [torch_operators.FORWARD] * 2
+    assert [name for name, _ in calls] == [aten_flash.FORWARD] * 2
 
 
 def test_dropouts_backward_goes_to_torchs_kernel() -> None:
@@ -321,7 +257,7 @@ def test_dropouts_backward_goes_to_torchs_kernel() -> None:
             aten._flash_attention_backward(
                 dout, q, k, v, q, lse, None, None, 20, 35, 0.1, False, state, state
             )
-    assert [name for name, _ in calls] == [torch_operators.BACKWARD]
+    assert [name for name, _ in calls] == [aten_flash.BACKWARD]
 
 
 def test_flashcores_own_fallback_is_torchs_kernel() -> None:
@@ -331,8 +267,8 @@ def test_flashcores_own_fallback_is_torchs_kernel() -> None:
     arguments = dout, q, k, v, q, lse, None, None, 20, 35, 0.0, False, state, state
     calls: list[tuple[str, tuple[Any, ...]]] = []
     with torchs_own_on_cpu(calls), door.activate(backend="torch"):
-        torch_own.call_own(torch_operators.BACKWARD, "CPU", *arguments)
-    assert [name for name, _ in calls] == [torch_operators.BACKWARD]
+        torch_own.call_own(aten_flash.BACKWARD, "CPU", *arguments)
+    assert [name for name, _ in calls] == [aten_flash.BACKWARD]
 
 
 def test_without_a_kernel_of_torchs_own_the_error_says_why() -> None:
@@ -345,10 +281,10 @@ def test_without_a_kernel_of_torchs_own_the_error_says_why() -> None:
 
 
 def test_activate_takes_effect_at_once_and_ends() -> None:
-    assert not has_kernel(torch_operators.FORWARD, "CPU")
+    assert not has_kernel(aten_flash.FORWARD, "CPU")
     door.activate(backend="torch")
     assert attention_module.current_flash_attention_impl() == "flashcore"
-    assert has_kernel(torch_operators.FORWARD, "CPU")
+    assert has_kernel(aten_flash.FORWARD, "CPU")
     door.activate(backend="sim")  # again, another backend
     door.deactivate()
     door.deactivate()  # nothing happens
@@ -358,7 +294,7 @@ def test_torchs_own_functions_activate_and_restore_it() -> None:
     door.register(backend="torch")
     assert "flashcore" in attention_module.list_flash_attention_impls()
     attention_module.activate_flash_attention_impl("flashcore")
-    assert has_kernel(torch_operators.SDPA_BACKWARD, "CPU")
+    assert has_kernel(aten_flash.SDPA_BACKWARD, "CPU")
     attention_module.restore_flash_attention_impl()
 
 
@@ -408,131 +344,3 @@ def test_autocast_leaves_the_operators_alone() -> None:
         rows = dense(rows=True)
         other, *_ = aten._flash_attention_forward(*rows[:3], None, None, 20, 35, 0.0, False, False)
     assert out.dtype == other.dtype == torch.float16
-
-
-# On a GPU: everybody's own functions, unmodified.
-
-
-@pytest.fixture
-def _runs_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's own forward kernels must not run."""
-    monkeypatch.setattr(torch_operators, "_by_torch", refuse_nested_call)
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("_runs_ours")
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("transposed", [False, True])
-def test_sdpa_on_a_gpu(transposed: bool, causal: bool, compiled: bool) -> None:
-    shape = (2, 130, 4, 64) if transposed else (2, 4, 130, 64)
-    x = [randn(*shape, seed=seed, device="cuda") for seed in range(4)]
-    q, k, v, dout = (t.transpose(1, 2) for t in x) if transposed else x
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-
-    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-    if compiled:
-        torch.compiler.reset()
-    with door.activate():
-        out = (torch.compile(f, fullgraph=True) if compiled else f)(*leaves)
-        gradients = torch.autograd.grad(out, leaves, dout)
-    q, k, v = (t.detach() for t in leaves)
-    check(out.detach(), None, q, k, v, causal=causal)
-    assert wrong_gradients(gradients, q, k, v, None, dout, None, {"causal": causal}) == []
-
-
-@pytest.mark.gpu
-def test_sdpa_comes_here_and_goes_back_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = (randn(1, 2, 128, 64, seed=seed, device="cuda") for seed in range(3))
-    want = F.scaled_dot_product_attention(q, k, v)
-    calls = []
-    attend = torch_operators.attend
-
-    def spy(*arguments: Any) -> Any:
-        calls.append(arguments)
-        return attend(*arguments)
-
-    monkeypatch.setattr(torch_operators, "attend", spy)
-    order = torch._C._get_sdp_priority_order()
-    with door.activate():
-        F.scaled_dot_product_attention(q, k, v)
-    assert len(calls) == 1
-    assert torch._C._get_sdp_priority_order() == order
-    assert torch.equal(F.scaled_dot_product_attention(q, k, v), want)
-    with door.activate(prefer=False):
-        assert torch._C._get_sdp_priority_order() == order
-        with attention_module.sdpa_kernel(attention_module.SDPBackend.FLASH_ATTENTION):
-            F.scaled_dot_product_attention(q, k, v)
-    assert len(calls) == 2
-
-
-@pytest.mark.gpu
-@pytest.mark.usefixtures("_runs_ours")
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (5, 0)])
-def test_varlen_attn_on_a_gpu(window: tuple[int, int], compiled: bool) -> None:
-    x, cu, ends = packed("cuda")
-    x[1:3] = (t.repeat_interleave(2, 1) for t in x[1:3])
-    with door.activate():
-        out, lse, gradients = by_varlen_attn(x, cu, window, "inductor" if compiled else None)
-    check_packed(out, gradients, lse, x, ends, window=window)
-
-
-@pytest.mark.gpu
-def test_dropout_is_torchs_on_a_gpu() -> None:
-    """Forward and backward: the gradient belongs to the weights that were dropped."""
-    q, k, v, dout = (randn(1, 2, 128, 64, seed=s, device="cuda") for s in range(4))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-
-    def run() -> tuple[Tensor, ...]:
-        torch.manual_seed(0)
-        with attention_module.sdpa_kernel(attention_module.SDPBackend.FLASH_ATTENTION):
-            out = F.scaled_dot_product_attention(*leaves, dropout_p=0.3)
-            return out, *torch.autograd.grad(out, leaves, dout)
-
-    want = run()
-    with door.activate(), pytest.warns(flashcore.FallbackWarning, match=r"dropout_p=0\.3"):
-        have = run()
-    for x, y in zip(have, want, strict=True):
-        torch.testing.assert_close(x, y, atol=2e-3, rtol=2e-3)  # its dq is summed in any order
-
-
-@pytest.mark.gpu
-def test_flashcores_fallback_to_flash_attention_2_ends_on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """With our fused backward out of the way, torch's serves, and not through the door."""
-    from flashcore.backends import gradients
-
-    monkeypatch.setattr(gradients, "_obstacle_to_ours", lambda *_: "not today")
-    q, k, v, dout = (randn(1, 2, 128, 64, seed=s, device="cuda") for s in range(4))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    with door.activate():
-        out = F.scaled_dot_product_attention(*leaves, is_causal=True)
-        have = torch.autograd.grad(out, leaves, dout)
-    q, k, v = (t.detach() for t in leaves)
-    assert wrong_gradients(have, q, k, v, None, dout, None, {"causal": True}) == []
-
-
-@pytest.mark.gpu
-def test_a_cuda_graph_of_forward_and_backward() -> None:
-    leaves = [randn(1, 2, 128, 64, seed=s, device="cuda").requires_grad_() for s in range(3)]
-    dout = randn(1, 2, 128, 64, seed=3, device="cuda")
-
-    def run() -> tuple[Tensor, ...]:
-        out = F.scaled_dot_product_attention(*leaves, is_causal=True)
-        return out, *torch.autograd.grad(out, leaves, dout)
-
-    with door.activate():
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            want = run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            have = run()
-    graph.replay()
-    for x, y in zip(have, want, strict=True):
-        assert torch.equal(x, y)

@@ -26,8 +26,8 @@ import torch
 
 from flashcore.backends import torch_own
 from flashcore.base import forks
+from flashcore.dropins import aten_flash
 from flashcore.errors import BackendUnavailableError
-from flashcore.integrations import torch_operators
 
 __all__ = ["NAME", "Activation", "activate", "deactivate", "register"]
 
@@ -51,7 +51,7 @@ class _Handle:
         self._key = "CPU" if backend in _ON_CPU else "CUDA"
         self._order: tuple[list[int], list[int]] | None = None  # before, and as it was set
         self._library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
-        for name, function in torch_operators.functions(backend, self._key).items():
+        for name, function in aten_flash.functions(backend, self._key).items():
             if hasattr(torch.ops.aten, name):  # some are newer than others
                 torch_own.keep(name, self._key)
                 _impl(self._library, name, function, self._key)
@@ -73,7 +73,7 @@ class _Handle:
         with _lock:
             if self._library is None:
                 return
-            self._library._destroy()  # type: ignore[no-untyped-call]
+            self._library._destroy()
             self._library = None
             torch_own.release(self._key)
             if self._order is not None and torch._C._get_sdp_priority_order() == self._order[1]:

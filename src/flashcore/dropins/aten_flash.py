@@ -10,7 +10,6 @@ so results can be merged.
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -20,12 +19,11 @@ from torch import Tensor
 from flashcore.api import attention
 from flashcore.backends import torch_own
 from flashcore.backends.dispatch import without_autocast
-from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
+from flashcore.dropins.aten_fallback import by_torch, lengths_obstacle, obstacle
 from flashcore.ops import varlen
 from flashcore.ops.calls import attend
 from flashcore.ops.rings import attention_backward
 from flashcore.problem.options import Options
-from flashcore.problem.validation import HEAD_DIM_MAX, factor_fits
 
 FORWARD = "_flash_attention_forward"
 IN_PLACE = "_flash_attention_forward_no_dropout_inplace"
@@ -33,7 +31,6 @@ BACKWARD = torch_own.FLASH_BACKWARD
 SDPA_FORWARD = "_scaled_dot_product_flash_attention"
 SDPA_BACKWARD = "_scaled_dot_product_flash_attention_backward"
 
-_warned: set[str] = set()
 Window = tuple[int, int]
 
 
@@ -55,69 +52,6 @@ def functions(backend: str, key: str) -> dict[str, Callable[..., Any]]:
         SDPA_BACKWARD: _sdpa_backward,
     }
     return {name: functools.partial(f, backend, key) for name, f in by_name.items()}
-
-
-def _by_torch(reason: str, name: str, key: str, *arguments: Any, **options: Any) -> Any:
-    """Call torch's own kernel, with one warning per reason and process."""
-    if not torch_own.has_own(name, key):
-        raise BackendUnavailableError(
-            f"aten::{name} on flashcore: {reason}, and torch has no kernel of its own for {key} "
-            "tensors"
-        )
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(
-            f"aten::{name} falls back to torch's own kernel: {reason}. The result is the same; "
-            "filter flashcore.FallbackWarning to silence this",
-            FallbackWarning,
-            stacklevel=stacklevel_of_caller(),
-        )
-    return torch_own.call_own(name, key, *arguments, **options)
-
-
-def _obstacle(
-    backend: str,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    dropout_p: float,
-    scale: float | None,
-    rank: int = 4,
-) -> str | None:
-    """Return why torch must compute a call: because flashcore does not, or because torch raises."""
-    if dropout_p != 0.0:
-        return f"dropout_p={dropout_p}: the kernels have no dropout"
-    if scale is not None and not factor_fits(scale):
-        return f"scale={scale} is not a positive number"
-    if backend != "torch" and q.dtype not in (torch.float16, torch.bfloat16):
-        return f"no kernel serves {q.dtype}"
-    if not q.dim() == k.dim() == v.dim() == rank:
-        return f"query, key and value have {q.dim()}, {k.dim()} and {v.dim()} dimensions"
-    if not q.shape[-1] == k.shape[-1] == v.shape[-1] <= HEAD_DIM_MAX:
-        return (
-            f"query, key and value have head_dim {q.shape[-1]}, {k.shape[-1]} and {v.shape[-1]}; "
-            f"equal ones up to {HEAD_DIM_MAX} are served"
-        )
-    return None
-
-
-def _lengths_obstacle(
-    cum_seq_q: Tensor | None,
-    cum_seq_k: Tensor | None,
-    seqused_k: Tensor | None,
-    block_table: Tensor | None,
-    num_splits: int | None,
-) -> str | None:
-    if block_table is not None:
-        return "block_table: keys in pages are not read in place"
-    if (cum_seq_q is None) != (cum_seq_k is None):
-        return "one of cum_seq_q and cum_seq_k is None"
-    if seqused_k is not None and cum_seq_q is not None:
-        return "seqused_k with packed sequences"
-    # 1 promises the same bits for a sequence whatever else is in the batch.
-    if num_splits == 1:
-        return "num_splits=1: tiles depend on the batch, and the last bits on tiles"
-    return None
 
 
 def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
@@ -176,12 +110,12 @@ def _sdpa_forward(
     *,
     scale: float | None = None,
 ) -> tuple[Any, ...]:
-    reason = _obstacle(backend, query, key, value, dropout_p, scale)
+    reason = obstacle(backend, query, key, value, dropout_p, scale)
     if reason is None and return_debug_mask:
         reason = "return_debug_mask"
     if reason is not None:
         arguments = query, key, value, dropout_p, is_causal, return_debug_mask
-        return tuple(_by_torch(reason, SDPA_FORWARD, key_, *arguments, scale=scale))
+        return tuple(by_torch(reason, SDPA_FORWARD, key_, *arguments, scale=scale))
     out, lse = _dense(query, key, value, is_causal, None, scale, None, backend)
     sizes = None, None, query.shape[2], key.shape[2]
     return _laid_out_as(query, out), lse, *sizes, *_auxiliary(query)
@@ -207,13 +141,13 @@ def _sdpa_backward(
     *,
     scale: float | None = None,
 ) -> tuple[Tensor, ...]:
-    reason = _obstacle(backend, query, key, value, dropout_p, scale)
+    reason = obstacle(backend, query, key, value, dropout_p, scale)
     if reason is not None:
         arguments = (
             grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k,
             dropout_p, is_causal, philox_seed, philox_offset,
         )  # fmt: skip
-        return tuple(_by_torch(reason, SDPA_BACKWARD, key_, *arguments, scale=scale))
+        return tuple(by_torch(reason, SDPA_BACKWARD, key_, *arguments, scale=scale))
     return _dense_backward(
         grad_out, query, key, value, out, logsumexp, is_causal, None, scale, backend
     )
@@ -260,14 +194,14 @@ def _forward(
     block_table: Tensor | None = None,
     num_splits: int | None = None,
 ) -> tuple[Any, ...]:
-    reason = _lengths_obstacle(cum_seq_q, cum_seq_k, seqused_k, block_table, num_splits)
+    reason = lengths_obstacle(cum_seq_q, cum_seq_k, seqused_k, block_table, num_splits)
     if reason is None and alibi_slopes is not None:
         reason = "alibi_slopes"
     if reason is None and return_debug_mask:
         reason = "return_debug_mask"
     if reason is None:
         rank = 4 if cum_seq_q is None else 3
-        reason = _obstacle(backend, query, key, value, dropout_p, scale, rank)
+        reason = obstacle(backend, query, key, value, dropout_p, scale, rank)
     if reason is not None:
         arguments = (
             query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
@@ -283,7 +217,7 @@ def _forward(
         # Older versions of the operator do not have them.
         newer = {"block_table": block_table, "num_splits": num_splits}
         options |= {name: x for name, x in newer.items() if x is not None}
-        return tuple(_by_torch(reason, FORWARD, key_, *arguments, **options))
+        return tuple(by_torch(reason, FORWARD, key_, *arguments, **options))
     window = _window(window_size_left, window_size_right)
     if cum_seq_q is not None:
         assert cum_seq_k is not None
@@ -305,7 +239,7 @@ def _forward_in_place(
     """Like `_forward`, but write out, and return lse alone."""
     result, lse, *_ = _forward(backend, key_, *arguments, **options)
     out.copy_(result)
-    return lse  # type: ignore[no-any-return]
+    return lse
 
 
 def _backward(
@@ -330,10 +264,10 @@ def _backward(
     window_size_left: int | None = None,
     window_size_right: int | None = None,
 ) -> tuple[Tensor, ...]:
-    reason = _lengths_obstacle(cum_seq_q, cum_seq_k, None, None, None)
+    reason = lengths_obstacle(cum_seq_q, cum_seq_k, None, None, None)
     if reason is None:
         rank = 4 if cum_seq_q is None else 3
-        reason = _obstacle(backend, query, key, value, dropout_p, scale, rank)
+        reason = obstacle(backend, query, key, value, dropout_p, scale, rank)
     if reason is not None:
         arguments = (
             grad_out, query, key, value, out, logsumexp, cum_seq_q, cum_seq_k, max_q, max_k,
@@ -344,15 +278,15 @@ def _backward(
             "window_size_left": window_size_left,
             "window_size_right": window_size_right,
         }
-        return tuple(_by_torch(reason, BACKWARD, key_, *arguments, **options))
+        return tuple(by_torch(reason, BACKWARD, key_, *arguments, **options))
     window = _window(window_size_left, window_size_right)
     if cum_seq_q is None:
-        tensors = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-        gradients = _dense_backward(*tensors, logsumexp, is_causal, window, scale, backend)
+        dout, q, k, v, o = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+        gradients = _dense_backward(dout, q, k, v, o, logsumexp, is_causal, window, scale, backend)
         return tuple(x.transpose(1, 2) for x in gradients)
     checked = Options.checked(is_causal, window, None, scale)
     with torch.no_grad():
-        return varlen.backward(  # type: ignore[no-any-return]
+        return varlen.backward(
             grad_out.to(query.dtype), None, out, logsumexp, query, key, value, cum_seq_q,
             cum_seq_k, max_q, max_k, *checked,
         )  # fmt: skip
