@@ -75,12 +75,13 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """At most twice eager's own error, and a ten-thousandth of the largest logit."""
+        """Return whether the error is at most twice eager's own, and a ten-thousandth of the
+        largest logit."""
         return self.flashcore_error <= 2 * self.eager_error + 1e-4 * self.largest_logit
 
 
 def make_model(name: str, size: Size) -> Any:
-    """A float32 model with eager attention and random weights that attend sharply."""
+    """Return a float32 model with eager attention and random weights that attend sharply."""
     import transformers
 
     hidden = size.head_dim * size.num_heads
@@ -131,7 +132,8 @@ def make_model(name: str, size: Size) -> Any:
 
 
 def make_batch(model: Any, size: Size, device: str, *, padded: bool = True) -> dict[str, Tensor]:
-    """Token ids and mask [2, seqlen]; padding where such a model has it in front or behind."""
+    """Return token ids and mask [2, seqlen]; padding where such a model has it in front or
+    behind."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (2, size.seqlen), generator=generator)
     mask = torch.ones_like(ids)
@@ -143,7 +145,7 @@ def make_batch(model: Any, size: Size, device: str, *, padded: bool = True) -> d
 
 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Float32 logits of the real tokens: [tokens, vocabulary]."""
+    """Return Float32 logits of the real tokens: [tokens, vocabulary]."""
     extra = {"decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else {}
     with torch.inference_mode():
         output = model(**batch, **extra)
@@ -158,7 +160,8 @@ def attends_by_flashcore(model: Any) -> bool:
 
 
 def generated(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
-    """The tokens of greedy generation with a KV cache, as many as a third of the prompt has."""
+    """Return the tokens of greedy generation with a KV cache, as many as a third of the prompt
+    has."""
     count = max(8, batch["input_ids"].shape[1] // 3)
     with torch.inference_mode():
         return model.generate(
@@ -191,7 +194,8 @@ def measure(model: Any, name: str, batch: dict[str, Tensor], dtype: torch.dtype)
 
 
 def make_minilm(folder: str | None) -> tuple[Any, dict[str, Tensor]]:
-    """The real all-MiniLM-L6-v2 and the sentences that this repository's data was made from."""
+    """Return the real all-MiniLM-L6-v2 and the sentences that this repository's data was made
+    from."""
     from transformers import BertModel
 
     from capture_minilm import SENTENCES, pad, tokenize

@@ -46,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def nothing_ships(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the tiles that ship: by rules, and what the test itself provides."""
+    """Take the tiles that ship away: a test goes by rules, and what the test itself provides."""
     from flashcore.selection import tile_table
 
     monkeypatch.setattr(tile_table, "read", lambda arch: None)

@@ -85,7 +85,8 @@ def attention(
     backend: str = "auto",
     **_unknown: object,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention, softmax(scale * q @ k^T) @ v, without storing the scores.
+    """Compute scaled dot-product attention, softmax(scale * q @ k^T) @ v, without storing the
+    scores.
 
     Works on float16 and bfloat16 tensors on a GPU by a fused kernel, and on CPU tensors (float32
     and float64 too) by PyTorch operations with the same meaning. Differentiable in q, k, v and an

@@ -37,8 +37,8 @@ class FallbackWarning(UserWarning):
 
 
 def stacklevel_of_caller() -> int:
-    """For warnings.warn in the function that calls this: who called flashcore, past torch if it
-    stands between."""
+    """Return for warnings.warn in the function that calls this: who called flashcore, past torch if
+    it stands between."""
     inside: tuple[str, ...] = (os.path.dirname(__file__),)
     if "torch" in sys.modules:
         inside += (os.path.dirname(str(sys.modules["torch"].__file__)),)

@@ -172,7 +172,7 @@ def _has_kernel(problem: Problem) -> bool:
 
 
 def _tiles(plan: Plan) -> str:
-    """The numbers by which tile configurations are ranked, in aligned columns."""
+    """Return the numbers by which tile configurations are ranked, in aligned columns."""
     return (
         f"{plan.block_m:>3} x {plan.block_n:<3}  {plan.num_warps} warps  {plan.num_stages} stages  "
         f"{plan.smem_bytes:>6} B shared  {plan.min_blocks * plan.num_warps} warps/SM"
@@ -180,7 +180,7 @@ def _tiles(plan: Plan) -> str:
 
 
 def _notes_choice(problem: Problem, backend: str, kernel: str, arch: int) -> list[str]:
-    """Why not the Hopper kernel, where Choice does not say so: for CPU tensors."""
+    """Return why not the Hopper kernel, where Choice does not say so: for CPU tensors."""
     if backend in KERNELS or arch != SM90_ARCH or kernel == "sm90":
         return []
     return [f"not by the Hopper kernel: {rather_not_sm90(problem)}"]
@@ -209,7 +209,8 @@ def _notes_plan(
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> list[str]:
-    """What decided about a plan, of a problem as it was asked and as the kernel is given it."""
+    """Return what decided about a plan, of a problem as it was asked and as the kernel is given
+    it."""
     notes = []
     if found is not None:
         notes.append(found.source)

@@ -86,7 +86,8 @@ def prepare(
     device = torch.device(device)
 
     def tensor(name: str, x: Tensor | Shape, element: torch.dtype) -> Tensor:
-        """On the CPU and without values, in the place of a tensor of which there is a shape."""
+        """Return a tensor on the CPU and without values, in the place of one of which there is a
+        shape."""
         if isinstance(x, Tensor):
             return x
         if isinstance(x, str) or not all(type(size) is int and size >= 0 for size in x):
@@ -130,7 +131,7 @@ def prepare(
 
 
 def _ready(problem: Problem, asked: str, device: torch.device) -> Plan | None:
-    """The plan of a problem, compiled, and on a GPU loaded and checked."""
+    """Return the plan of a problem, compiled, and on a GPU loaded and checked."""
     backend = choose_backend(problem, asked).backend
     if problem.is_empty or backend == "torch":
         return None

@@ -83,7 +83,7 @@ def test_case_tile_by_tile(monkeypatch, name):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 5 x 7, so that short sequences cross many tile borders."""
+    """Return tiles of 5 x 7, so that short sequences cross many tile borders."""
     monkeypatch.setattr(tiled, "BLOCK_M_MIN", 3)
     monkeypatch.setattr(tiled, "BLOCK_M_MAX", 5)
     monkeypatch.setattr(tiled, "BLOCK_N_MAX", 7)

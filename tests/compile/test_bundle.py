@@ -34,7 +34,7 @@ compile_source = jit.compile_source.__wrapped__
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle of two kernels, in use beside an empty cache, and a compiler that succeeds."""
+    """Make a bundle of two kernels, in use beside an empty cache, and a compiler that succeeds."""
     path = tmp_path / "kernels.bundle"
     entries = [(jit.cache_key(text, 80), jit.pack(KERNEL)) for text in ("one", "two")]
     assert bundle.write(path, entries, [80]) == 2

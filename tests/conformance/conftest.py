@@ -34,7 +34,7 @@ def params_type(
 
 @pytest.fixture(params=["sim", pytest.param("gpu", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest) -> Runner:
-    """Runs a kernel of tests/conformance on CPU tensors and returns what it wrote.
+    """Run a kernel of tests/conformance on CPU tensors and return what it wrote.
 
     The parameter struct holds `maps`, then pointers to `tensors`, then `scalars`; a tensor that a
     map names has no pointer if its own name starts with "_". Those in `outputs` are written by the

@@ -35,6 +35,6 @@ def make_map(spec: Map, tensor: Tensor, base: int | None = None) -> TensorMap:
 
 
 def encode_map(spec: Map, tensor: Tensor) -> TensorMap:
-    """As the GPU reads it."""
+    """Encode the map as the GPU reads it."""
     dtype = "float16" if tensor.dtype == torch.float16 else "bfloat16"  # only the size counts
     return encode(make_map(spec, tensor), dtype)

@@ -25,7 +25,7 @@ LAYER = SimpleNamespace(is_causal=True)
 
 
 def by_formula(*, visible=None, bias=None, sink=None):
-    """[batch, seqlen_q, num_heads, head_dim], with scale 0.4."""
+    """Compute attention by its formula: [batch, seqlen_q, num_heads, head_dim], with scale 0.4."""
     k, v = (x.repeat_interleave(2, dim=1) for x in (K, V))
     scores = 0.4 * Q @ k.mT
     if bias is not None:

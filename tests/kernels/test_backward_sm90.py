@@ -73,7 +73,8 @@ def plans_of(problem, tiles: tuple[BwdTile, BwdTile] | None) -> BwdPlans:
 
 
 def check(case: Case, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0) -> None:
-    """Neither an alarm nor a wrong result. What arrives at rows that see nothing is NaN."""
+    """Check that there is neither an alarm nor a wrong result. What arrives at rows that see
+    nothing is NaN."""
     x = make_inputs(case)
     generator = torch.Generator().manual_seed(case.seed)
     problem, out, lse = forward(x.q, x.k, x.v, x.mask, case.options())

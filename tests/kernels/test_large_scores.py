@@ -35,7 +35,7 @@ SIZED = [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes]
 def inputs(
     dtype: str, size: float, head_dim: int = 64, seqlen_k: int = 150, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of 70 queries, whose rows are as long as `size`; some keys are alike."""
+    """Return q, k and v of 70 queries, whose rows are as long as `size`; some keys are alike."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((1, 2, 70, head_dim), (1, 1, seqlen_k, head_dim), (1, 1, seqlen_k, head_dim))
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -55,7 +55,7 @@ def simulated(
     tile: dict[str, Any] | None = None,
     **options: Any,
 ) -> bool:
-    """Whether the error rule holds."""
+    """Return whether the error rule holds."""
     mask = options.get("mask")
     problem = Problem.from_tensors(q, k, v, return_lse=True, **options)
     arch = 90 if kernel == KERNEL_SM90 else 80

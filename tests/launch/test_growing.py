@@ -31,7 +31,7 @@ def machine(monkeypatch, request):
 
 
 def cache(length, *, batch=2, heads=2, dim=64, layout="grown", dtype=HALF):
-    """k or v: as torch.cat leaves them, the first keys of a longer cache, and others."""
+    """Return k or v: as torch.cat leaves them, the first keys of a longer cache, and others."""
     if layout == "grown":
         return torch.zeros(batch, heads, length, dim, dtype=dtype)
     if layout == "static":
@@ -47,7 +47,7 @@ def cache(length, *, batch=2, heads=2, dim=64, layout="grown", dtype=HALF):
 
 
 def padding(length, *, batch=2, kind="aligned"):
-    """A mask, or none."""
+    """Return a mask, or none."""
     if kind == "none":
         return None
     room = length + (-length % 16 if kind == "aligned" else 0)
@@ -60,7 +60,7 @@ def query(batch=2, heads=8, dim=64, rows=1):
 
 
 def told(machine):
-    """What the last launch was told, but for where its results go; and what nobody reads."""
+    """Return what the last launch was told, but for where its results go; and what nobody reads."""
     entry = machine.driver.launches[-1]
     params = entry.params
     attn = getattr(params, "attn", params)

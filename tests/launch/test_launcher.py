@@ -26,7 +26,7 @@ HALF = torch.float16
 
 
 def installed(monkeypatch, arch=90):
-    """A stand-in's machine, and the launcher's module, in the way of its calls."""
+    """Put a stand-in's machine, and the launcher's module, in the way of its calls."""
     machine = standin.install(monkeypatch, arch)
     try:
         module = launcher.configured()
@@ -81,7 +81,7 @@ SERVED = {
 
 
 def last_launch(machine):
-    """What was launched, but for the addresses of results."""
+    """Return what was launched, but for the addresses of results."""
     entry = machine.driver.launches[-1]
     params = entry.params
     attn = getattr(params, "attn", params)
@@ -125,7 +125,7 @@ def test_inference_mode_is_served(monkeypatch):
 
 
 def computing(machine):
-    """Makes the stand-in compute what it is asked to launch, by PyTorch, from and to the addresses
+    """Make the stand-in compute what it is asked to launch, by PyTorch, from and to the addresses
     that it got."""
 
     def launch(params):

@@ -23,13 +23,13 @@ HALF = torch.float16
 
 @pytest.fixture
 def no_calls(monkeypatch):
-    """An empty memory of calls."""
+    """Start with an empty memory of calls."""
     monkeypatch.setattr(calls, "_calls", {})
     return calls._calls
 
 
 def through_the_operator(q, k, v, **options):
-    """The same call as a mode makes it."""
+    """Make the same call as a mode makes it."""
     arguments = {
         "mask": None, "causal": False, "window": None, "softcap": None, "scale": None,
         "return_lse": False, "backend": "auto", **options,

@@ -22,7 +22,7 @@ three_roads = pytest.mark.parametrize(
 
 
 def total(road):
-    """A scalar whose derivatives do not vanish."""
+    """Return a scalar whose derivatives do not vanish."""
     return lambda *x: road(*x).pow(3).sum()
 
 

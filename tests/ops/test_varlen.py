@@ -41,7 +41,7 @@ def device_of(backend: str) -> str:
 
 
 def attend(backend: str, x: VarlenInputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """attention_varlen with lse; "sim90" simulates the Hopper kernel."""
+    """Compute attention_varlen with lse; "sim90" simulates the Hopper kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "sim90":
             backend = "sim"
@@ -150,7 +150,7 @@ def test_torch_clamps_alike() -> None:
 
 
 def loop(x: VarlenInputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by `attention`, a call a sequence."""
+    """Compute the same by `attention`, a call a sequence."""
     outs, lses = [], []
     begins = zip(x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist(), strict=True)
     (begin_q, begin_k), *ends = begins

@@ -30,7 +30,7 @@ NAMED_LINES = {
 
 
 def run_plant(plant: Plant | None, seed: int) -> SimulationError | str:
-    """The alarm, or "wrong-result", or "healthy"."""
+    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
     case = Case(**SHAPE, seed=seed)
     x = make_inputs(case)
     problem = Problem.from_tensors(x.q, x.k, x.v, return_lse=True)

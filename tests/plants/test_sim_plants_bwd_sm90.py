@@ -62,7 +62,7 @@ def plans_with(case: Case, plant: Plant | None) -> BwdPlans:
 
 
 def run_plant(plant: Plant | None, case: Case, seed: int, plans: BwdPlans) -> SimulationError | str:
-    """The alarm, or "wrong-result", or "healthy"."""
+    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
     problem, x, out, lse, dout, dlse = inputs(case)
 
     def run(problem, plan, tensors) -> None:

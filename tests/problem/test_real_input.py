@@ -22,7 +22,7 @@ def captured() -> CapturedAttention:
 
 
 def part(captured: CapturedAttention, backend: str) -> CapturedAttention:
-    """The whole batch; for the simulator two sentences (one padded) and two heads."""
+    """Return the whole batch; for the simulator two sentences (one padded) and two heads."""
     if backend != "sim":
         return captured
     q, k, v = (x[:2, 4:6] for x in (captured.q, captured.k, captured.v))

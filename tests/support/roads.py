@@ -44,7 +44,7 @@ def _random(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def lengths(device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """cu_seqlens_q and cu_seqlens_k."""
+    """Return cu_seqlens_q and cu_seqlens_k."""
     ends = torch.tensor([(0, 0), *LENGTHS]).cumsum(0).to(device, torch.int32)
     return ends[:, 0].contiguous(), ends[:, 1].contiguous()
 

@@ -47,11 +47,11 @@ class StandInDriver:
         }
 
     def entry_point(self, name):
-        """As driver.entry_point."""
+        """Stand for driver.entry_point."""
         return ctypes.CFUNCTYPE(ctypes.c_int)(self.address_of(name))
 
     def address_of(self, name):
-        """Where the function is."""
+        """Return where the function is."""
         return ctypes.cast(self.functions[name], ctypes.c_void_p).value
 
     def _encode(self, descriptor, dtype, rank, base, *rest):

@@ -183,7 +183,8 @@ def test_a_table_lists_what_is_nearly_the_fastest_and_the_rules() -> None:
 
 @pytest.fixture
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A GPU that the command sees but does not use, an empty cache, and a grid of six shapes."""
+    """Pretend that there is a GPU that the command sees but does not use, an empty cache, and a
+    grid of six shapes."""
     gpu = machine.Gpu("NVIDIA H999", 90, 132, 2**37, "580", 700.0, 1980.0)
     cells = grid.cells()[:6]
     monkeypatch.setattr(machine, "gpu", lambda: gpu)

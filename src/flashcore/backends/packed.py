@@ -85,7 +85,7 @@ def readable(x: Tensor) -> bool:
 
 
 def checked_max_seqlen(name: str, value: object, rows: int) -> int:
-    """A length as an int.
+    """Return a length as an int.
 
     Args:
         name: of the argument.
@@ -239,7 +239,7 @@ def packed_backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v.
+    """Compute the gradients of q, k and v.
 
     One of torch's operators computes all sequences where it can; else each sequence is computed by
     itself, for which the host reads the lengths.
@@ -291,7 +291,7 @@ def packed_backward(
 def _sequences(
     problem: Problem, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Iterator[tuple[Problem, slice, slice]]:
-    """Each sequence that has queries and keys: its Problem, and its rows."""
+    """Yield each sequence that has queries and keys: its Problem, and its rows."""
     rows = rows_of_sequences(cu_seqlens_q, cu_seqlens_k, problem.total_q, problem.total_k)
     for queries, keys in rows:
         own = problem.of_sequence(queries.stop - queries.start, keys.stop - keys.start)
@@ -301,7 +301,7 @@ def _sequences(
 def rows_of_sequences(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int
 ) -> Iterator[tuple[slice, slice]]:
-    """The rows of each sequence that has queries and keys, as the kernels clamp them
+    """Yield the rows of each sequence that has queries and keys, as the kernels clamp them
     (tile/sequence.cuh)."""
     begins_q, begins_k = (
         [min(max(0, begin), total) for begin in cu_seqlens.tolist()]

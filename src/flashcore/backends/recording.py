@@ -115,7 +115,7 @@ def _case(entry: dict[str, Any]) -> Case:
 
 
 def _problem_of_case(case: Case) -> Problem:
-    """The problem of a case, from tensors that nobody fills."""
+    """Return the problem of a case, from tensors that nobody fills."""
 
     def empty(heads: int, seqlen: int, dim: int) -> torch.Tensor:
         return torch.empty(case.batch, heads, seqlen, dim, dtype=case.torch_dtype)

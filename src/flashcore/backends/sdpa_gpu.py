@@ -19,8 +19,9 @@ _WIDE_DTYPES = ("float32", "float64")
 
 
 def means_the_same(problem: Problem) -> bool:
-    """Whether torch's SDPA can compute a problem on a GPU: no softcap, no window, and causality at
-    the upper left. A mask and causality exclude each other there, and so do a mask and lse."""
+    """Return whether torch's SDPA can compute a problem on a GPU: no softcap, no window, and
+    causality at the upper left. A mask and causality exclude each other there, and so do a mask and
+    lse."""
     is_causal = problem.window_right == problem.diag_offset == 0
     has_no_kernel = (
         problem.dtype in _WIDE_DTYPES or max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX
@@ -76,7 +77,7 @@ def attention_by_sdpa(
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:
-    """Every head so many times, as torch's memory-efficient kernel knows no groups."""
+    """Repeat every head so many times, as torch's memory-efficient kernel knows no groups."""
     if times == 1:
         return x
     batch, heads, seqlen, dim = x.shape
@@ -85,13 +86,13 @@ def _repeated(x: Tensor, times: int) -> Tensor:
 
 
 def _expanded(mask: Tensor, problem: Problem) -> Tensor:
-    """A view of the shape of the scores, boolean or of the dtype of q."""
+    """Return a view of the shape of the scores, boolean or of the dtype of q."""
     mask = mask if mask.dtype == torch.bool else mask.to(problem.torch_dtype)
     return mask.expand(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k)
 
 
 def _empty_rows(mask: Tensor) -> Tensor:
-    """[..., rows, 1], True where a mask hides every key."""
+    """Return [..., rows, 1], True where a mask hides every key."""
     if mask.dtype == torch.bool:
         hidden = ~mask
     else:

@@ -138,7 +138,7 @@ def torch_math_attention(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Unfused attention in the dtype of q: matmul, softmax, matmul, each rounded.
+    """Compute unfused attention in the dtype of q: matmul, softmax, matmul, each rounded.
 
     Args:
         q: as passed to `attention`.
@@ -177,7 +177,7 @@ def torch_math_attention(
 
 
 def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest |lse - want| / (1 + |want|).
+    """Return the largest |lse - want| / (1 + |want|).
 
     Args:
         lse: [batch, num_heads_q, seqlen_q], the result.
@@ -195,7 +195,7 @@ def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def _rounding(exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """Largest and mean error that rounding to `dtype` costs: 1/2 and 1/4 of a last place."""
+    """Return largest and mean error that rounding to `dtype` costs: 1/2 and 1/4 of a last place."""
     if exact.numel() == 0:
         return 0.0, 0.0
     # exact = mantissa * 2**e, with |mantissa| in [1/2, 1). Not by torch.ldexp, which faults on a

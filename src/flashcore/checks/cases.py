@@ -72,13 +72,13 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The element type as torch names it."""
+        """Return the element type as torch names it."""
         result = getattr(torch, self.dtype)
         assert isinstance(result, torch.dtype)
         return result
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for flashcore.attention and its relatives (without the mask)."""
+        """Return keyword arguments for flashcore.attention and its relatives (without the mask)."""
         return {
             "causal": False if self.causal == "none" else self.causal,
             "window": self.window,
@@ -87,7 +87,7 @@ class Case:
         }
 
     def describe(self) -> str:
-        """One line that names the shape and every option that is not the default."""
+        """Return one line that names the shape and every option that is not the default."""
         words = [
             f"B{self.batch}",
             f"H{self.num_heads_q}"
@@ -117,7 +117,7 @@ class Case:
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -203,8 +203,8 @@ def _make_mask(case: Case, generator: torch.Generator) -> Tensor | None:
 
 
 def _with_rows_apart(mask: Tensor, width: int) -> Tensor:
-    """The mask with rows that start `width` elements apart, and what must not be read between them:
-    True, or NaN."""
+    """Return the mask with rows that start `width` elements apart, and what must not be read
+    between them: True, or NaN."""
     *sizes, seqlen_k = mask.shape
     between = True if mask.dtype == torch.bool else torch.nan
     storage = torch.full((*sizes, width), between, dtype=mask.dtype)

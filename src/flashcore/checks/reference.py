@@ -22,7 +22,7 @@ def visible_pairs(
     window: Window = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Which key each query may attend to by its position, before any mask.
+    """Return which key each query may attend to by its position, before any mask.
 
     Args:
         seqlen_q: number of queries.
@@ -61,7 +61,7 @@ def attention_oracle(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in float64 with all scores in memory.
+    """Compute attention in float64 with all scores in memory.
 
     Args:
         q: [batch, num_heads_q, seqlen_q, head_dim], any floating dtype and device.

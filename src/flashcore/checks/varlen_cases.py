@@ -50,7 +50,7 @@ class VarlenCase:
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for flashcore.attention_varlen and its relatives."""
+        """Return keyword arguments for flashcore.attention_varlen and its relatives."""
         return {
             "causal": False if self.causal == "none" else self.causal,
             "window": self.window,
@@ -59,7 +59,7 @@ class VarlenCase:
         }
 
     def describe(self) -> str:
-        """One line with every field that is not the default."""
+        """Return one line with every field that is not the default."""
         fields = dataclasses.fields(self)
         values = {field.name: (getattr(self, field.name), field.default) for field in fields}
         return " ".join(
@@ -67,7 +67,7 @@ class VarlenCase:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
 
@@ -84,7 +84,7 @@ class VarlenInputs:
     max_seqlen_k: int
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
-        """In the order of attention_varlen."""
+        """Return the arguments in the order of attention_varlen."""
         return (
             self.q,
             self.k,
@@ -97,7 +97,7 @@ class VarlenInputs:
 
 
 def draw_varlen_case(seed: int, *, lengths: Sequence[int] = _LENGTHS, **fixed: Any) -> VarlenCase:
-    """A random case of sequences of some of these lengths; `fixed` fields stay as given."""
+    """Draw a random case of sequences of some of these lengths; `fixed` fields stay as given."""
     rng = random.Random(seed)
     batch = rng.choice((1, 2, 3, 5, 8))
     layout = fixed.get("layout", rng.choice(LAYOUTS))
@@ -159,7 +159,7 @@ def make_varlen_inputs(case: VarlenCase, device: str | torch.device = "cpu") -> 
 def varlen_error_report(
     out: Tensor, lse: Tensor, case: VarlenCase, x: VarlenInputs
 ) -> ErrorReport | None:
-    """The error rule, sequence by sequence.
+    """Apply the error rule, sequence by sequence.
 
     Args:
         out: [total_q, num_heads_q, head_dim_v], the result.

@@ -71,7 +71,7 @@ class CaseResult:
 
 
 def resolve_backend(name: str) -> str:
-    """The backend that "auto" stands for here: wmma on a GPU, else torch.
+    """Return the backend that "auto" stands for here: wmma on a GPU, else torch.
 
     Raises:
         ValueError: unknown name.
@@ -213,14 +213,14 @@ def _plan_packed(
 
 
 def _plan(problem: Problem, backend: str, arch: int, tile: Mapping[str, Any]) -> Plan:
-    """The plan that is chosen, with the tile's fields."""
+    """Return the plan that is chosen, with the tile's fields."""
     chosen = select_plan(problem, arch if backend == "sim" else None, None, KERNELS.get(backend))
     return with_fields(chosen, tile)
 
 
 @contextmanager
 def _simulator(seed: int, arch: int) -> Iterator[None]:
-    """The simulator's scheduler gets the case's seed, so that replaying a case replays the run."""
+    """Give the simulator's scheduler the case's seed, so that replaying a case replays the run."""
     wanted = {env.SIM_SEED.name: str(seed), env.SIM_ARCH.name: str(arch)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

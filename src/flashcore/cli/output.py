@@ -99,7 +99,7 @@ class Output:
         _console(stderr=True).print(text, style="dim", markup=False, soft_wrap=True)
 
     def error(self, text: str) -> None:
-        """One error line to stderr."""
+        """Print one error line to stderr."""
         console = _console(stderr=True)
         console.print("error:", style="bold red", end=" ")
         console.print(text, markup=False, soft_wrap=True)
@@ -140,7 +140,8 @@ class Output:
 
 @contextmanager
 def command(as_json: bool) -> Iterator[Output]:
-    """The frame of every command: a FlashCoreError becomes one readable line and exit status 1."""
+    """Give every command its frame: a FlashCoreError becomes one readable line and exit status
+    1."""
     from flashcore.errors import FlashCoreError
 
     output = Output(as_json)
@@ -157,7 +158,8 @@ def command(as_json: bool) -> Iterator[Output]:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """What the library rejects in here came from the command line: exit status 2, no traceback."""
+    """Return what the library rejects in here came from the command line: exit status 2, no
+    traceback."""
     try:
         yield
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -165,7 +167,8 @@ def usage_errors() -> Iterator[None]:
 
 
 def to_json(value: Any) -> Any:
-    """Plain JSON values: dataclasses become objects, NaN and infinities become null or strings."""
+    """Return plain JSON values: dataclasses become objects, NaN and infinities become null or
+    strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
@@ -269,7 +272,7 @@ def _looks_numeric(text: str) -> bool:
 
 
 def si_bytes(size: int) -> str:
-    """A size in bytes for a human: 512 B, 48.0 KiB, 1.2 MiB."""
+    """Return a size in bytes for a human: 512 B, 48.0 KiB, 1.2 MiB."""
     if size < 1024:
         return f"{size} B"
     value = size / 1024
@@ -281,7 +284,7 @@ def si_bytes(size: int) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration in seconds for a human, three digits: 9.41 us, 1.33 ms, 2.10 s."""
+    """Return a duration in seconds for a human, three digits: 9.41 us, 1.33 ms, 2.10 s."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if value * factor >= 1.0 or unit == "us":
             scaled = value * factor

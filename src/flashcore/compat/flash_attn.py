@@ -50,7 +50,7 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_func.
+    """Compute what flash_attn.flash_attn_func does.
 
     Args:
         q: [batch, seqlen_q, num_heads_q, head_dim], read in place.
@@ -115,7 +115,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` on one tensor.
+    """Compute what flash_attn.flash_attn_qkvpacked_func does: `flash_attn_func` on one tensor.
 
     qkv is [batch, seqlen, 3, num_heads, head_dim]: q, k and v, read in place. The other arguments,
     the result and the errors are those of `flash_attn_func`; a wrong shape raises ValueError.
@@ -143,7 +143,8 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` with k and v in one tensor.
+    """Compute what flash_attn.flash_attn_kvpacked_func does: `flash_attn_func` with k and v in one
+    tensor.
 
     kv is [batch, seqlen_k, 2, num_heads_kv, head_dim]: k and v, read in place. The other arguments,
     the result and the errors are those of `flash_attn_func`; a wrong shape raises ValueError.
@@ -177,7 +178,8 @@ def flash_attn_varlen_func(
     block_table: torch.Tensor | None = None,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_varlen_func: sequences packed one after the other.
+    """Compute what flash_attn.flash_attn_varlen_func does: attention of sequences packed one after
+    the other.
 
     Args:
         q: [total_q, num_heads_q, head_dim], read in place.
@@ -259,7 +261,8 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` on one tensor.
+    """Compute what flash_attn.flash_attn_varlen_qkvpacked_func does: `flash_attn_varlen_func` on
+    one tensor.
 
     qkv is [total, 3, num_heads, head_dim], cu_seqlens and max_seqlen hold for queries and keys. The
     other arguments, the result and the errors are those of `flash_attn_varlen_func`.
@@ -291,7 +294,8 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func`, k and v in one tensor.
+    """Compute what flash_attn.flash_attn_varlen_kvpacked_func does: `flash_attn_varlen_func`, k and
+    v in one tensor.
 
     kv is [total_k, 2, num_heads_kv, head_dim]. The other arguments, the result and the errors are
     those of `flash_attn_varlen_func`.

@@ -27,8 +27,8 @@ _DAMAGED = (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, NotIm
 
 @functools.lru_cache(maxsize=4)
 def _archive(path: Path, modified_ns: int, size: int, pid: int) -> zipfile.ZipFile:
-    """The archive, of which only the list of entries is read. Each process opens its own, as a
-    child would share the place in the file with its parent."""
+    """Return the archive, of which only the list of entries is read. Each process opens its own, as
+    a child would share the place in the file with its parent."""
     return zipfile.ZipFile(path)
 
 

@@ -83,7 +83,7 @@ def _find_compiler(what: str, explicit: str | None, cxx: str | None, path: str) 
 
 
 def find_compiler(what: str) -> Compiler:
-    """The compiler of this machine.
+    """Return the compiler of this machine.
 
     Args:
         what: needs it, for the error: "the simulator".
@@ -98,7 +98,7 @@ def find_compiler(what: str) -> Compiler:
 
 
 def compile_file(compiler: Compiler, arguments: list[str], target: Path, what: str) -> None:
-    """Runs the compiler, which writes `target`.
+    """Run the compiler, which writes `target`.
 
     Raises:
         CompileError: it does not; the message holds what the compiler said.
@@ -114,8 +114,8 @@ def compile_file(compiler: Compiler, arguments: list[str], target: Path, what: s
 
 
 def _build_folder() -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder to build in. If this process is killed, the next one that builds removes
-    it an hour later."""
+    """Return a temporary folder to build in. If this process is killed, the next one that builds
+    removes it an hour later."""
     private = private_dir()
     if private is not None:
         store.sweep(private)
@@ -125,7 +125,7 @@ def _build_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def digest(*parts: str) -> str:
-    """What names a build that these went into."""
+    """Return what names a build that these went into."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 
@@ -203,9 +203,9 @@ def _load_kept(
     refused: type[Exception],
     refusals: list[Exception],
 ) -> Built | None:
-    """The library, if one is in the cache or the private folder and loads; why one does not is
-    appended to `refusals`. A file is read before it is loaded, as loading half of a library ends
-    the process with SIGBUS."""
+    """Return the library, if one is in the cache or the private folder and loads; the reason why
+    one does not is appended to `refusals`. A file is read before it is loaded, as loading half of a
+    library ends the process with SIGBUS."""
     for root in store.folders():
         path = root / kind / name
         if store.read(path) is None:

@@ -41,7 +41,7 @@ class CapturedAttention:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sentence; what lies behind them is padding."""
+        """Return the tokens of each sentence; what lies behind them is padding."""
         return [int(n) for n in self.mask.sum(dim=(1, 2, 3))]
 
 

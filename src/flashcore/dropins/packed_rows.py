@@ -18,7 +18,7 @@ def packed_lengths(
     dropout: float,
     position_bias: torch.Tensor | None,
 ) -> tuple[Any, ...] | None:
-    """The lengths of packed sequences.
+    """Return the lengths of packed sequences.
 
     Args:
         kwargs: of the attention interface, see PACKED.
@@ -62,7 +62,7 @@ def packed_lengths(
 
 
 def same_sequence(packed: tuple[Any, ...], query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """[1, 1, seqlen_q, seqlen_k], True where a query's sequence is the key's."""
+    """Return [1, 1, seqlen_q, seqlen_k], True where a query's sequence is the key's."""
     rows, cols = (
         torch.bucketize(torch.arange(x.shape[2], device=x.device), ends, right=True)
         for x, ends in ((query, packed[0]), (key, packed[1]))
@@ -77,7 +77,7 @@ def attention_packed(
     packed: tuple[Any, ...],
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`attention_varlen` of rows that look as for `attention`.
+    """Compute `attention_varlen` of rows that look as for `attention`.
 
     Args:
         query: [1, num_heads_q, seqlen_q, head_dim].

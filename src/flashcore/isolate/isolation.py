@@ -29,7 +29,7 @@ class StageResult:
 
     @property
     def ok(self) -> bool:
-        """True unless a value is wrong, the run was stopped, or there was none."""
+        """Return True unless a value is wrong, the run was stopped, or there was none."""
         return self.status in ("ok", "not run")
 
     def first_bad_check(self) -> Check | None:
@@ -58,5 +58,5 @@ class Isolation:
 
     @property
     def ok(self) -> bool:
-        """True when every stage is right."""
+        """Return True when every stage is right."""
         return self.first_wrong is None

@@ -155,7 +155,7 @@ def _packed(name: str, plant: Plant, more: Mapping[str, Any]) -> Planted:
 
 
 def _drawn(plants: Mapping[str, Plant], kernel: str, cases: Mapping[str, int]) -> list[Planted]:
-    """With the case of `verify` that finds each."""
+    """Give plants the case of `verify` that finds each."""
     found = []
     for name, plant in plants.items():
         number = cases[name]

@@ -107,12 +107,13 @@ _OUTSIDE_SM90 = _SCHEDULE | {
 
 
 def stages_of(kernel: str) -> tuple[Stage, ...]:
-    """The stages of a kernel, in order."""
+    """Return the stages of a kernel, in order."""
     return _STAGES_SM90 if kernel == plan_sm90.KERNEL else STAGES
 
 
 def suspects_of(kernel: str, name: str) -> str | None:
-    """Where to look when a stage, or a phase outside of the stages, is the first wrong one."""
+    """Return where to look when a stage, or a phase outside of the stages, is the first wrong
+    one."""
     outside = _OUTSIDE_SM90 if kernel == plan_sm90.KERNEL else _OUTSIDE
     stages = {stage.name: stage.suspects for stage in stages_of(kernel)}
     return (stages | outside).get(name)

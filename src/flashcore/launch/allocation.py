@@ -11,7 +11,7 @@ import torch
 def allocator(
     device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
-    """What makes contiguous tensors of a shape and dtype on a device, not initialised.
+    """Return what makes contiguous tensors of a shape and dtype on a device, not initialised.
 
     No mode and no transform sees them made. A GPU must be the current one then.
     """

@@ -82,8 +82,8 @@ def _of_capture(key: tuple[int, int], count: int) -> int:
 
 
 def _capture_id(stream: int) -> int | None:
-    """Which capture a stream is part of, unlike all others of the process; None if the driver will
-    not say."""
+    """Return which capture a stream is part of, unlike all others of the process; None if the
+    driver will not say."""
     driver = import_driver()
     status, _, identity, *_ = driver.cuStreamGetCaptureInfo(driver.CUstream(stream))
     return None if status else int(identity)

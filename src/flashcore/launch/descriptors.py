@@ -39,7 +39,8 @@ class TensorMap(ctypes.Structure):
 
 
 def aligned(content: bytes) -> tuple[Any, int]:
-    """Memory that holds `content`, and the address in it where it does, a multiple of ALIGNMENT."""
+    """Return memory that holds `content`, and the address in it where it does, a multiple of
+    ALIGNMENT."""
     memory = _buffer(len(content) + ALIGNMENT)()
     address = ctypes.addressof(memory) + ALIGNMENT - 1 & -ALIGNMENT
     ctypes.memmove(address, content, len(content))
@@ -52,7 +53,7 @@ def _buffer(size: int) -> type[ctypes.Array[ctypes.c_char]]:
 
 
 def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
-    """The descriptor that the GPU reads, of a "float16" or "bfloat16" tensor.
+    """Return the descriptor that the GPU reads, of a "float16" or "bfloat16" tensor.
 
     Raises:
         FlashCoreError: the driver refuses; the message holds its status.
@@ -84,8 +85,8 @@ _kinds: dict[tuple[bytes, str], TensorMap] = {}
 
 
 def encode_kind(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
-    """A descriptor for `readdress`, encoded once for all tensors of the same kind: k and v are
-    often of one, and while keys are appended q and out stay of theirs."""
+    """Return a descriptor for `readdress`, encoded once for all tensors of the same kind: k and v
+    are often of one, and while keys are appended q and out stay of theirs."""
     key = bytes(tensor_map)[TensorMap.row_stride_bytes.offset :], dtype_name
     found = _kinds.get(key)
     if found is None:
@@ -96,7 +97,7 @@ def encode_kind(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
 
 
 def readdress(address: int, bases: Iterable[tuple[int, int]]) -> None:
-    """Gives descriptors other tensors of the same kind, for much less than encoding them.
+    """Give descriptors other tensors of the same kind, for much less than encoding them.
 
     Args:
         address: where the first is, a multiple of ALIGNMENT.

@@ -74,7 +74,7 @@ def attend(
     backend: str,
     record: Record | None = None,
 ) -> Result:
-    """`attention` of tensors that nobody else needs to see.
+    """Compute `attention` of tensors that nobody else needs to see.
 
     One function, though a long one: on a small call each frame can be felt.
 
@@ -160,7 +160,8 @@ def _options_key(
     return_lse: bool,
     mask: Tensor | None,
 ) -> tuple[object, ...]:
-    """Types are in it because 1 == True == 1.0, and not all of them are valid."""
+    """Return a key of the options; types are in it because 1 == True == 1.0, and not all of them
+    are valid."""
     return (
         causal, type(causal), scale, type(scale), softcap, type(softcap),
         window if window is None else (type(window), *window, *map(type, window)),
@@ -189,8 +190,8 @@ def find(
     recorded: bool = False,
     key: object = None,
 ) -> Found:
-    """Decides what computes a call of `attend`, and keeps it under the key, unless that is None.
-    If the call is recorded, it computes lse in any case."""
+    """Decide what computes a call of `attend`, and keep it under the key, unless that is None. If
+    the call is recorded, it computes lse in any case."""
     family = _family_key(
         q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded
     )
@@ -315,8 +316,8 @@ def _family_key(
     backend: str,
     recorded: bool,
 ) -> object:
-    """What calls of one query a head have in common, however many keys there are; None for others.
-    With a window a side is bounded or not by the number of keys."""
+    """Return what calls of one query a head have in common, however many keys there are; None for
+    others. With a window a side is bounded or not by the number of keys."""
     try:
         if q.shape[2] != 1 or not (window is None and (causal is True or causal is False)):
             return None

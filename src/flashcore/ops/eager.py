@@ -26,8 +26,8 @@ _get_tracing_state = torch._C._get_tracing_state
 
 
 def needs_dispatcher(q: object, k: object, v: object, mask: object) -> bool:
-    """Whether somebody (a mode, a subclass, a transform, a tracer, forward-mode AD) must see the
-    call as an operator."""
+    """Return whether somebody (a mode, a subclass, a transform, a tracer, forward-mode AD) must see
+    the call as an operator."""
     if (
         _len_torch_dispatch_stack()
         or _len_torch_function_stack()

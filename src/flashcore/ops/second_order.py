@@ -24,7 +24,7 @@ def backward_of_backward(
     options: Options,
     hidden: Hidden | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The vector-Jacobian product of attention's backward pass. Sizes may be symbolic.
+    """Compute the vector-Jacobian product of attention's backward pass. Sizes may be symbolic.
 
     With t = scale * q.k, s = softcap(t), p = softmax(s + mask), dp = dout.v and
     g = p * (dp - sum(p * dp) + dlse), the backward pass is dmask = g, dt = g * s',

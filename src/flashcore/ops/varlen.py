@@ -125,7 +125,8 @@ def attention_varlen(
     backend: str = "auto",
     **_unknown: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of sequences of different lengths, packed one after the other, in one launch.
+    """Compute `attention` of sequences of different lengths, packed one after the other, in one
+    launch.
 
     Sequence b has queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] and keys cu_seqlens_k[b] to
     cu_seqlens_k[b + 1]; it may have none of either. The lengths stay on the device: nothing waits

@@ -37,7 +37,8 @@ class Options(NamedTuple):
     def checked(
         cls, causal: Causal, window: Window, softcap: float | None, scale: float | None
     ) -> Options:
-        """From the arguments of `attention`. Raises TypeError or ValueError as it does."""
+        """Make validated options from the arguments of `attention`. Raises TypeError or ValueError
+        as it does."""
         alignment = checked_causal(causal)
         # No sequence is that long, and the operators' integers have 64 bits.
         left, right = (
@@ -49,15 +50,15 @@ class Options(NamedTuple):
         return cls(alignment, left, right, factor, scale)
 
     def with_checked_factors(self) -> Options:
-        """The same. Raises ValueError as `checked` does, which may not have known the values, if
-        code was being compiled."""
+        """Return the same options, with factors checked. Raises ValueError as `checked` does, which
+        may not have known the values, if code was being compiled."""
         softcap = None if certainly(self.softcap == 0.0) else self.softcap
         Options.checked(False, None, softcap, self.scale)
         return self
 
     @classmethod
     def of(cls, problem: Problem) -> Options:
-        """Those that give the same Problem again for the same tensors."""
+        """Return those options that give the same Problem again for the same tensors."""
         return cls(
             problem.causal,
             problem.window_left,
@@ -74,7 +75,7 @@ class Options(NamedTuple):
         mask: torch.Tensor | None,
         return_lse: bool,
     ) -> Problem:
-        """Problem.from_tensors with these options."""
+        """Return Problem.from_tensors with these options."""
         return Problem.from_tensors(
             q,
             k,

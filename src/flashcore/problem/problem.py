@@ -190,7 +190,7 @@ class Problem:
 
     @property
     def group_size(self) -> int:
-        """Heads of q that share one head of k and v."""
+        """Return how many heads of q share one head of k and v."""
         return self.num_heads_q // self.num_heads_kv if self.num_heads_kv else 0
 
     @property
@@ -202,24 +202,24 @@ class Problem:
 
     @property
     def is_readable(self) -> bool:
-        """Whether the kernels can read q, k and v as they are: rows of whole 16 bytes, contiguous.
-        See backends/adapting.py for others."""
+        """Return whether the kernels can read q, k and v as they are: rows of whole 16 bytes,
+        contiguous. See backends/adapting.py for others."""
         dims = self.head_dim, self.head_dim_v
         return not self.strided and all(dim % HEAD_DIM_MULTIPLE == 0 for dim in dims)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of q, k, v and the output."""
+        """Return the dtype of q, k, v and the output."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
     @property
     def lse_dtype(self) -> torch.dtype:
-        """float32, except float64 for float64 inputs."""
+        """Return float32, except float64 for float64 inputs."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     def of_sequence(self, seqlen_q: int, seqlen_k: int) -> Problem:
-        """The call that one of its sequences of different lengths amounts to."""
+        """Return the call that one of its sequences of different lengths amounts to."""
         left, right, diag_offset = _visible_band(
             self.causal, (self.window_left, self.window_right), seqlen_q, seqlen_k
         )
@@ -237,7 +237,7 @@ class Problem:
         )
 
     def describe(self) -> str:
-        """One line for people, e.g. in `explain` and in test reports."""
+        """Return one line for people, e.g. in `explain` and in test reports."""
         heads = f"H{self.num_heads_q}"
         if self.num_heads_kv != self.num_heads_q:
             heads += f"/{self.num_heads_kv}"
@@ -266,7 +266,7 @@ class Problem:
 def _visible_band(
     alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
 ) -> tuple[int, int, int]:
-    """(window_left, window_right, diag_offset) as Problem defines them."""
+    """Return (window_left, window_right, diag_offset) as Problem defines them."""
     left, right = window
     if alignment != "none":
         right = 0  # right < 0 is unbounded, and any right > 0 is cut back by causality
@@ -285,8 +285,8 @@ def _visible_band(
 def widest_band(
     alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
 ) -> tuple[int, int]:
-    """(window_left, window_right) of a call whose sequences have at most these lengths: a side is
-    -1 if it excludes no key of any of them.
+    """Return (window_left, window_right) of a call whose sequences have at most these lengths: a
+    side is -1 if it excludes no key of any of them.
 
     The key that the last query is aligned with has at most `last` keys before it, the one of the
     first query at most `ahead` after it, whatever the lengths.
@@ -302,7 +302,7 @@ def widest_band(
 
 @functools.cache
 def arch_of_device(device_index: int | None) -> int:
-    """10 * major + minor of an NVIDIA GPU; 0 for any other."""
+    """Return 10 * major + minor of an NVIDIA GPU; 0 for any other."""
     if torch.version.hip is not None:
         return 0
     major, minor = torch.cuda.get_device_capability(device_index)

@@ -16,8 +16,8 @@ Result = Tensor | tuple[Tensor, Tensor]
 
 
 def has_other_rank(q: object, k: object, v: object) -> bool:
-    """Whether q, k and v are dense tensors that agree in a number of dimensions other than 4. What
-    else may be wrong with them is found later."""
+    """Return whether q, k and v are dense tensors that agree in a number of dimensions other than
+    4. What else may be wrong with them is found later."""
     tensors = [x for x in (q, k, v) if isinstance(x, Tensor)]
     if len(tensors) < 3 or any(x.layout != torch.strided or x.is_nested for x in tensors):
         return False
@@ -46,7 +46,7 @@ class Ranked(NamedTuple):
     lead: tuple[int, ...]
 
     def restored(self, result: Result) -> Result:
-        """out and lse as the caller's dimensions have them."""
+        """Return out and lse as the caller's dimensions have them."""
         if isinstance(result, tuple):
             out, lse = result
             return out.reshape(*self.lead, *out.shape[2:]), lse.reshape(*self.lead, *lse.shape[2:])
@@ -60,7 +60,7 @@ def as_rank_4(
     mask: Tensor | None,
     seqlens_k: Tensor | None = None,
 ) -> Ranked:
-    """The call with one batch dimension.
+    """Return the call with one batch dimension.
 
     Args:
         q: [..., num_heads_q, seqlen_q, head_dim], or [seqlen_q, head_dim] for a single head.

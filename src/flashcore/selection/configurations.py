@@ -130,9 +130,9 @@ class Configuration:
 
     @property
     def is_checked(self) -> bool:
-        """Whether the compile gate has to see it. What ships was found to spill in neither dtype
-        (tune/search.py), so one of them tells whether a change to the kernel has made it spill; how
-        a mask tensor is read, or that sums begin anew, hardly depends on it."""
+        """Return whether the compile gate has to see it. What ships was found to spill in neither
+        dtype (tune/search.py), so one of them tells whether a change to the kernel has made it
+        spill; how a mask tensor is read, or that sums begin anew, hardly depends on it."""
         one_is_enough = self.ships or self.variant in (*_MASK_VARIANTS, *_PORTABLE_VARIANTS)
         return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 
@@ -144,7 +144,7 @@ def configurations(
     dtypes: Sequence[str] = DTYPES,
     variants: Sequence[str] = tuple(VARIANTS),
 ) -> list[Configuration]:
-    """Every distinct plan of these architectures, head_dims, dtypes and variants.
+    """Return every distinct plan of these architectures, head_dims, dtypes and variants.
 
     Args:
         archs: 90 for sm_90.
@@ -211,9 +211,9 @@ def serving_plans(
 
 
 def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator[Plan]:
-    """What the problem's kind may run on an architecture, by rules or, if it `ships`, by the table.
-    The Hopper kernel has other tiles for other sizes, and leaves to the portable one what TMA
-    cannot read."""
+    """Return what the problem's kind may run on an architecture, by rules or, if it `ships`, by the
+    table. The Hopper kernel has other tiles for other sizes, and leaves to the portable one what
+    TMA cannot read."""
     if portable and not ships:
         yield candidates(problem, arch, kernel=KERNEL)[0]
     table = tile_table.read(arch) if ships else None

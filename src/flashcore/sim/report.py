@@ -129,17 +129,17 @@ class SimulationError(FlashCoreError):
 
     @property
     def file(self) -> str:
-        """Kernel file of the alarm, "" when the run was over."""
+        """Return kernel file of the alarm, "" when the run was over."""
         return self.agent.file if self.agent else ""
 
     @property
     def line(self) -> int:
-        """Line in the file, 0 when the run was over."""
+        """Return line in the file, 0 when the run was over."""
         return self.agent.line if self.agent else 0
 
     @property
     def place(self) -> str:
-        """The element concerned, such as k_smem[17] or out[0, 1, 5, 63]; "" if none is."""
+        """Return the element concerned, such as k_smem[17] or out[0, 1, 5, 63]; "" if none is."""
         if not self.array:
             return ""
         index = self.coordinates if self.coordinates is not None else (self.element,)

@@ -29,7 +29,7 @@ def simulate_backward(
     seed: int = 0,
     plant: Plant | None = None,
 ) -> SimReport:
-    """Runs a plan's kernel in the simulator.
+    """Run a plan's kernel in the simulator.
 
     Args:
         problem: validated description of the forward.

@@ -85,7 +85,7 @@ class Placed:
         )
 
     def coordinates(self, offset: int) -> tuple[int, ...] | None:
-        """Index of the element at an offset; past a dimension's end, where it would be."""
+        """Return index of the element at an offset; past a dimension's end, where it would be."""
         if offset < 0:
             return None
         shape, strides = self.item.tensor.shape, self.item.tensor.stride()

@@ -21,10 +21,10 @@ class Keeper(Protocol):
     """Keeps what was found, as it is found."""
 
     def key(self, problem: Problem) -> str:
-        """What no two results share: of such problems only one is searched for."""
+        """Return what no two results share: of such problems only one is searched for."""
 
     def keep(self, problem: Problem, found: Found) -> None:
-        """Writes a result. Raises FlashCoreError where that is not possible."""
+        """Write a result. Raises FlashCoreError where that is not possible."""
 
 
 class CacheKeeper:
@@ -35,11 +35,11 @@ class CacheKeeper:
         self.path = tuned.path_for(arch)
 
     def key(self, problem: Problem) -> str:
-        """See Keeper."""
+        """Return the key of a task: see Keeper."""
         return tuned.problem_class(problem)
 
     def keep(self, problem: Problem, found: Found) -> None:
-        """See Keeper."""
+        """Keep a result: see Keeper."""
         entry = tuned.Entry(
             gpu=self.gpu,
             kernel=found.winner.kernel,
@@ -78,11 +78,11 @@ class TableKeeper:
         self.results: list[tuple[Problem, Found]] = []
 
     def key(self, problem: Problem) -> str:
-        """See Keeper."""
+        """Return the key of a task: see Keeper."""
         return f"{tile_table.class_of(problem)} {tile_table.Size.of(problem)}"
 
     def keep(self, problem: Problem, found: Found) -> None:
-        """See Keeper."""
+        """Keep a result: see Keeper."""
         kernel = found.default.kernel
         self.about["kernels"][kernel] = tuned.kernel_version(kernel)
         self.results.append((problem, found))

@@ -96,8 +96,8 @@ _SM90: dict[int, list[dict[str, Any]]] = {
 
 
 def shortlist(base: Plan) -> list[Plan]:
-    """`base` first, then the plans worth trying with its problem; fields that the list does not
-    name stay as in `base`. For the portable kernel all sizes of tiles."""
+    """Return `base` first, then the plans worth trying with its problem; fields that the list does
+    not name stay as in `base`. For the portable kernel all sizes of tiles."""
     if not isinstance(base, Sm90Plan):
         return tiles(base)
     dim = max(base.head_dim, base.head_dim_v)
@@ -111,5 +111,6 @@ def shortlist(base: Plan) -> list[Plan]:
 
 
 def _fits(plan: Sm90Plan) -> bool:
-    """Whether a plan is legal and an SM has room for as many blocks as it has registers for."""
+    """Return whether a plan is legal and an SM has room for as many blocks as it has registers
+    for."""
     return is_legal(plan) and plan.min_blocks <= blocks_that_fit(plan.smem_bytes, plan.arch)

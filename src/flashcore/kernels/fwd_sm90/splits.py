@@ -49,8 +49,8 @@ class Sharing(NamedTuple):
 
 
 def visible_keys(problem: Problem) -> int:
-    """Keys that some query sees; where only the device knows a sequence's length, as many as there
-    can be."""
+    """Return the number of keys that some query sees; where only the device knows a sequence's
+    length, as many as there can be."""
     begin, end = 0, problem.seqlen_k
     if problem.varlen == "none":
         if problem.window_left >= 0:
@@ -81,7 +81,7 @@ class Reading(NamedTuple):
     readers: int = 1
 
     def cost(self, num_splits: int) -> float:
-        """Bytes that the busiest SM has time for until the result is there."""
+        """Return the bytes that the busiest SM has time for until the result is there."""
         rounds = -(-self.row_tiles * num_splits // self.num_slots)
         piece: float = -(-self.key_tiles // num_splits) * self.key_tile_bytes
         if rounds == 1:  # or row tiles that read the same keys do not run at the same time
@@ -93,7 +93,8 @@ class Reading(NamedTuple):
         return rounds * (piece + HAND_OVER_BYTES) + adding_up
 
     def best_num_splits(self) -> int:
-        """Blocks that share a row tile's keys where that costs least, 1 for no sharing."""
+        """Return how many blocks share a row tile's keys where that costs least, 1 for no
+        sharing."""
         most = min(self.key_tiles // MIN_KEY_TILES, self.num_slots)
         # The most splits that a number of rounds has room for, and what reading K and V and adding
         # up would want, were there no rounds.
@@ -115,7 +116,7 @@ def best_sharing(
     share_row_bytes: int,
     num_slots: int,
 ) -> Sharing:
-    """The numbers of splits, and of parts of folded heads, that cost least together.
+    """Return the numbers of splits, and of parts of folded heads, that cost least together.
 
     Args:
         num_heads: in all batches, counted with `folded` heads of a group as one.

@@ -78,8 +78,8 @@ class AttnGateParams(AttnParams):
 
 
 def grid_size(problem: Problem, plan: Plan) -> int:
-    """Blocks of the one-dimensional grid: one a row tile of each head of each sequence. Of packed
-    sequences, as many as there can be."""
+    """Return the number of blocks of the one-dimensional grid: one for a row tile of each head of
+    each sequence. Of packed sequences, as many as there can be."""
     if problem.varlen == "packed":  # tile numbers, see tile/sequence.cuh
         num_m_blocks = problem.total_q // plan.block_m + problem.batch + 1
         return num_m_blocks * problem.num_heads_q
@@ -125,7 +125,7 @@ def set_keys(params: AttnParams, problem: Problem) -> None:
 def build_params(
     problem: Problem, plan: Plan, pointers: dict[str, int | None]
 ) -> AttnParams | AttnGateParams:
-    """The kernel's argument.
+    """Return the kernel's argument.
 
     Args:
         problem: shapes, strides and options.

@@ -66,7 +66,7 @@ class Entry(NamedTuple):
 
 @functools.cache
 def start() -> None:
-    """Puts the compiled launcher in the way of calls, if the environment asks for it.
+    """Put the compiled launcher in the way of calls, if the environment asks for it.
 
     Called when the first kernel is about to be launched. Where it cannot be built, calls go by
     Python, and a warning says so once.
@@ -91,7 +91,7 @@ def start() -> None:
 
 @contextlib.contextmanager
 def using(name: str) -> Iterator[None]:
-    """Launches by "python" or "compiled" in this process, whatever the environment asks for; for
+    """Launch by "python" or "compiled" in this process, whatever the environment asks for; for
     benchmarks and tests.
 
     Raises:
@@ -108,7 +108,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def configured() -> Any:
-    """The extension module, built if need be, with nothing prepared yet.
+    """Return the extension module, built if need be, with nothing prepared yet.
 
     Raises:
         FlashCoreError, OSError, ImportError: it cannot be built or loaded.
@@ -134,8 +134,8 @@ def configured() -> Any:
 
 
 def _counters(device_index: int, count: int) -> int:
-    """Address of counters for a launch on the device's current stream, which stay the stream's
-    unless it is being captured."""
+    """Return address of counters for a launch on the device's current stream, which stay the
+    stream's unless it is being captured."""
     return work_counters(torch.device("cuda", device_index), count)
 
 
@@ -151,7 +151,7 @@ def _prepare(
     backend: str,
     recorded: bool,
 ) -> Entry | None:
-    """What a call launches, for the launcher to remember; None if it launches no kernel.
+    """Return what a call launches, for the launcher to remember; None if it launches no kernel.
 
     Raises:
         Exception: what `attention` raises.

@@ -43,7 +43,7 @@ class Plant:
 
 
 def by_name(*plants: Plant) -> dict[str, Plant]:
-    """Plants as `--plant` finds them."""
+    """Return plants by the name that `--plant` takes."""
     return {plant.name: plant for plant in plants}
 
 
