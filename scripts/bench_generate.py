@@ -1,4 +1,5 @@
-"""Tokens a second of Transformers' generate(): attn_implementation="flashcore" beside "sdpa".
+"""Measure tokens a second of Transformers' generate(): attn_implementation="flashcore" beside
+"sdpa".
 
     python scripts/bench_generate.py --json generate.json
     python scripts/bench_generate.py --profile --setups llama-1b --caches dynamic
@@ -46,7 +47,8 @@ CACHES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setup:
-    """A Llama and a batch. Of a padded batch every second sequence is half padding."""
+    """A setup holds a Llama and a batch. Of a padded batch every second sequence is half
+    padding."""
 
     layers: int
     width: int

@@ -1,4 +1,4 @@
-"""Logits of HuggingFace models with attn_implementation="flashcore" beside eager attention.
+"""Compare logits of HuggingFace models with attn_implementation="flashcore" beside eager attention.
 
     python scripts/check_transformers.py --output benchmarks/results/transformers.json
 
@@ -50,7 +50,8 @@ MODELS = (*DECODERS, "gpt2", "bert", "t5")
 
 @dataclass(frozen=True)
 class Size:
-    """How large the models are. `window` is that of the models that have a sliding one."""
+    """A size says how large the models are. `window` is that of the models that have a sliding
+    one."""
 
     head_dim: int = 64
     num_heads: int = 8
@@ -63,7 +64,8 @@ TINY = Size(head_dim=16, num_heads=4, seqlen=20, window=5)
 
 @dataclass(frozen=True)
 class Row:
-    """Largest differences of logits; `agreeing` of `generated` greedy tokens are the same."""
+    """A row holds the largest differences of logits; `agreeing` of `generated` greedy tokens are
+    the same."""
 
     model: str
     eager_error: float

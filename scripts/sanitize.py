@@ -69,7 +69,7 @@ CASES = (
 
 @dataclass
 class Outcome:
-    """What one tool said about the cases.
+    """An outcome holds what one tool said about the cases.
 
     Attributes:
         verdicts: one word a case.

@@ -1,4 +1,4 @@
-"""Every architecture of Transformers that a config can make small, beside eager attention.
+"""Run every architecture of Transformers that a config can make small, beside eager attention.
 
     python scripts/sweep_transformers.py [--only bert llama ...] [--output sweep.json]
 
@@ -64,7 +64,8 @@ SIZES: tuple[tuple[str, int], ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """How one class ended; `made` by from_config, `switched` by set_attn_implementation."""
+    """A row says how one class ended; `made` by from_config, `switched` by
+    set_attn_implementation."""
 
     model: str
     kind: str

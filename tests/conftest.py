@@ -1,4 +1,5 @@
-"""What all tests share: the gpu marker, one compile cache for all workers, hypothesis settings."""
+"""Provide what all tests share: the gpu marker, one compile cache for all workers, hypothesis
+settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The public functions: `attention`, and `explain`, which says how attention would run."""
+"""This module has the public functions: `attention`, and `explain`, which says how attention would
+run."""
 
 from __future__ import annotations
 

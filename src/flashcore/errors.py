@@ -1,4 +1,4 @@
-"""Exception and warning types.
+"""Define the types of exceptions and warnings.
 
 A mistake in an argument raises a built-in type; the message names the argument, its value and the
 way out:
@@ -18,7 +18,7 @@ import warnings
 
 
 class FlashCoreError(Exception):
-    """Base class of the errors that are not a mistake in an argument."""
+    """This is the base class of the errors that are not a mistake in an argument."""
 
 
 class BackendUnavailableError(FlashCoreError, RuntimeError):

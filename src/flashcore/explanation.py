@@ -1,4 +1,4 @@
-"""explain: how a call of `attention` would run, and why."""
+"""Explain how a call of `attention` would run, and why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN_ALTERNATIVES = 3
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What `explain` found; `str()` is what it prints.
+    """An Explanation holds what `explain` found; `str()` is what it prints.
 
     Args:
         problem: the call, validated and normalised.

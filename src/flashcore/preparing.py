@@ -1,4 +1,4 @@
-"""`prepare`: compile what a call needs before the first request has to wait for it."""
+"""`prepare` compiles what a call needs before the first request has to wait for it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tensors that the kernels cannot read as they lie: any head_dim, strides and expansion."""
+"""Test tensors that the kernels cannot read as they lie: any head_dim, strides and expansion."""
 
 from __future__ import annotations
 

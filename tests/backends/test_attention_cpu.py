@@ -1,4 +1,5 @@
-"""attention against the oracle: the cases that tell one meaning from another, on every backend.
+"""Test attention against the oracle: the cases that tell one meaning from another, on every
+backend.
 
 The kernel backends compile one program per combination of dtype, head_dim and options, about two
 seconds each in the simulator; cases that only change lengths, heads or strides share one.

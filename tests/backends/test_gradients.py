@@ -1,4 +1,5 @@
-"""Gradients: against finite differences in float64, and of every backend against the oracle's."""
+"""Test gradients: against finite differences in float64, and of every backend against the
+oracle's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradients by torch's fused backward operators: which calls take them, and what they compute.
+"""Test gradients by torch's fused backward operators: which calls take them, and what they compute.
 
 The operators need a GPU; here stands a model of each, by PyTorch, which takes the arguments as the
 operators document them. So the CPU tests hold the translation: layouts, windows, lse, empty rows.

@@ -1,4 +1,5 @@
-"""Bundles: what they hold, that one entry is read at a time, what a miss says, recorded calls."""
+"""Test bundles: what they hold, that one entry is read at a time, what a miss says, recorded
+calls."""
 
 from __future__ import annotations
 
@@ -271,7 +272,7 @@ def test_a_call_may_be_written_by_hand(tmp_path: Path) -> None:
 
 
 class InlinePool:
-    """Stands for a pool of processes."""
+    """Stand for a pool of processes."""
 
     submitted = 0
 

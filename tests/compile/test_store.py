@@ -1,4 +1,5 @@
-"""What processes and users leave each other on disk: modes, damage, full disks, locks, no home.
+"""Test what processes and users leave each other on disk: modes, damage, full disks, locks, no
+home.
 
 test_store_users.py has the same with several users and with disks of its own, which needs root.
 """

@@ -1,4 +1,4 @@
-"""A cache that several users share, and one on a full disk or one mounted noexec.
+"""Test a cache that several users share, and one on a full disk or one mounted noexec.
 
 Needs root; what this is about is tested by test_store.py too, in one process.
 """

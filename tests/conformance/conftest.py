@@ -1,4 +1,4 @@
-"""Runs the small kernels of this folder in the simulator and on a GPU, by one fixture."""
+"""Run the small kernels of this folder in the simulator and on a GPU, by one fixture."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Primitives that compute, against models, in the simulator and on a GPU alike."""
+"""Test primitives that compute, against models, in the simulator and on a GPU alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hopper's primitives (prims_sm90.cuh) against models, in the simulator and on a GPU alike."""
+"""Test Hopper's primitives (prims_sm90.cuh) against models, in the simulator and on a GPU alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""flash-attn's functions: its layouts and defaults, against formulas written out here."""
+"""Test flash-attn's functions: its layouts and defaults, against formulas written out here."""
 
 from __future__ import annotations
 

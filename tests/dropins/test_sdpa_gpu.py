@@ -1,4 +1,4 @@
-"""float32 and float64 on a GPU: by torch's own attention where it means the same."""
+"""Test float32 and float64 on a GPU: by torch's own attention where it means the same."""
 
 from __future__ import annotations
 

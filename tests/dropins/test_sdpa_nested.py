@@ -1,4 +1,4 @@
-"""Jagged nested tensors through scaled_dot_product_attention: each sequence as if alone."""
+"""Test jagged nested tensors through scaled_dot_product_attention: each sequence as if alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What layers of HuggingFace models ask of flashcore, against the formula: options, masks, sinks,
-packed rows, and what is refused."""
+"""Test what layers of HuggingFace models ask of flashcore, against the formula: options, masks,
+sinks, packed rows, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The debug gates: float64 models, the search for the first wrong value, and the verdict."""
+"""Test the debug gates: float64 models, the search for the first wrong value, and the verdict."""
 
 from __future__ import annotations
 

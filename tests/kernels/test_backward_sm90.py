@@ -1,5 +1,5 @@
-"""The backward kernels for Hopper, in the simulator: no alarm and right gradients, whatever the
-shape, the options and the schedule."""
+"""Test the backward kernels for Hopper, in the simulator: no alarm and right gradients, whatever
+the shape, the options and the schedule."""
 
 from __future__ import annotations
 

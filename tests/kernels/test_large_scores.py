@@ -1,4 +1,4 @@
-"""Scores as large as float32 holds: the error rule holds as for others, in both kernels and in
+"""Test scores as large as float32 holds: the error rule holds as for others, in both kernels and in
 PyTorch. What is large is taken as a difference (tile/softmax.cuh, subtract_large_max)."""
 
 from __future__ import annotations

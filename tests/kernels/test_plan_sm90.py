@@ -1,4 +1,4 @@
-"""Plans of the Hopper kernel: which problems it takes, and that its tiles fit the machine."""
+"""Test plans of the Hopper kernel: which problems it takes, and that its tiles fit the machine."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Sums over more keys than one accumulator is exact over: the portable kernel's begin anew every
-chunk (tile/totals.cuh), and blocks of the Hopper kernel share the keys."""
+"""Test sums over more keys than one accumulator is exact over: the portable kernel's begin anew
+every chunk (tile/totals.cuh), and blocks of the Hopper kernel share the keys."""
 
 from __future__ import annotations
 

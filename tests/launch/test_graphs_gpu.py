@@ -1,5 +1,5 @@
-"""CUDA graphs of calls whose blocks draw work from counters: by torch.compile and by hand, after a
-warm call and without one, several in turn and side by side."""
+"""Test CUDA graphs of calls whose blocks draw work from counters: by torch.compile and by hand,
+after a warm call and without one, several in turn and side by side."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Keys that grow: what a length that was not met before takes over from another one of its step is
-what it would have been told had it been met first."""
+"""Test keys that grow: what a length that was not met before takes over from another one of its
+step is what it would have been told had it been met first."""
 
 from __future__ import annotations
 

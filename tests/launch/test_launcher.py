@@ -1,4 +1,5 @@
-"""The compiled launcher, with a driver that records: what it launches, what it leaves to Python."""
+"""Test the compiled launcher, with a driver that records: what it launches, what it leaves to
+Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the compiled launcher is asked for, and what happens where it cannot be built."""
+"""Test whether the compiled launcher is asked for, and what happens where it cannot be built."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What tells calls apart that share a key, and memory for results: with torch's private parts, and
-without them."""
+"""Test what tells calls apart that share a key, and memory for results: with torch's private parts,
+and without them."""
 
 from __future__ import annotations
 

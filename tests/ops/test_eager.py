@@ -1,4 +1,4 @@
-"""The eager call: what is decided once, what goes around the dispatcher, and what must not."""
+"""Test the eager call: what is decided once, what goes around the dispatcher, and what must not."""
 
 from __future__ import annotations
 

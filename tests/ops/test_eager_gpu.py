@@ -1,4 +1,4 @@
-"""The eager call on a GPU: streams, graphs, threads, devices. test_eager.py needs none."""
+"""Test the eager call on a GPU: streams, graphs, threads, devices. test_eager.py needs none."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Forward mode, torch.func and derivatives of derivatives, on every way to attention."""
+"""Test forward mode, torch.func and derivatives of derivatives, on every way to attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""attention with seqlens_k: a padded batch with true lengths, against the oracle."""
+"""Test attention with seqlens_k: a padded batch with true lengths, against the oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""attention_varlen: packed sequences against the float64 oracle, sequence by sequence."""
+"""Test attention_varlen: packed sequences against the float64 oracle, sequence by sequence."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_malformed_lengths_touch_nothing_outside(backend: str, name: str) -> Non
 
 
 class RowsOfTwoSequences(Exception):
-    """Or of none: what falling lengths may give."""
+    """Stand for rows of two sequences, or of none: what falling lengths may give."""
 
 
 def test_torch_clamps_alike() -> None:

@@ -1,4 +1,4 @@
-"""What a launch for sequences of different lengths is told, without a GPU: see standin.py."""
+"""Test what a launch for sequences of different lengths is told, without a GPU: see standin.py."""
 
 from __future__ import annotations
 

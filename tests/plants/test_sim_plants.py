@@ -1,5 +1,5 @@
-"""The planted-bug suite: mistakes in the real kernel that must be found, each by the right check,
-with every seed. It tests the simulator and the error rule, as they test the kernel."""
+"""Run the planted-bug suite: mistakes in the real kernel that must be found, each by the right
+check, with every seed. It tests the simulator and the error rule, as they test the kernel."""
 
 from __future__ import annotations
 

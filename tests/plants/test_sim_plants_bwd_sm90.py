@@ -1,4 +1,4 @@
-"""The planted-bug suite of the backward kernels for Hopper; see test_sim_plants.py."""
+"""Run the planted-bug suite of the backward kernels for Hopper; see test_sim_plants.py."""
 
 from __future__ import annotations
 

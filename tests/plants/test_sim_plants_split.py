@@ -1,4 +1,4 @@
-"""Planted bugs of keys that are split over blocks; see test_sim_plants.py."""
+"""Run the planted bugs of keys that are split over blocks; see test_sim_plants.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Planted bugs of sequences of different lengths; see test_sim_plants.py."""
+"""Run the planted bugs of sequences of different lengths; see test_sim_plants.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Attention on what a real model feeds it: MiniLM's first layer, three sentences, padding masked.
+"""Test attention on what a real model feeds it: MiniLM's first layer, three sentences, padding
+masked.
 
 Random inputs have scores of a few units; here they reach from -98 to 56, and 43 % of the keys are
 padding that holds plausible values, so that a mask that is off by one shows.

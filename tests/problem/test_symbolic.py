@@ -1,4 +1,5 @@
-"""torch.compile(fullgraph=True) where it takes numbers for variables: every option, every function.
+"""Test torch.compile(fullgraph=True) where it takes numbers for variables: every option, every
+function.
 
 A number becomes symbolic when it changes from call to call, when it is computed from sizes, or when
 it is read from a tensor as the code runs (`item()`, with capture_scalar_outputs).

@@ -1,4 +1,5 @@
-"""scripts/bootstrap.py: when it borrows a prepared Python's torch, and that what it makes works."""
+"""Test scripts/bootstrap.py: when it borrows a prepared Python's torch, and that what it makes
+works."""
 
 from __future__ import annotations
 

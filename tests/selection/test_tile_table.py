@@ -1,4 +1,5 @@
-"""The tiles that ship: the cell that a problem goes by, and the choice where their sizes differ."""
+"""Test the tiles that ship: the cell that a problem goes by, and the choice where their sizes
+differ."""
 
 from __future__ import annotations
 

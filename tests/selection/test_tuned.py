@@ -1,4 +1,4 @@
-"""The file of tuned configurations: what is used, what is ignored, and that it never breaks a
+"""Test the file of tuned configurations: what is used, what is ignored, and that it never breaks a
 call."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every check of the simulator, by a kernel that makes exactly that mistake."""
+"""Test every check of the simulator, by a kernel that makes exactly that mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every check of Hopper's primitives, by a kernel that makes exactly that mistake."""
+"""Test every check of Hopper's primitives, by a kernel that makes exactly that mistake."""
 
 from __future__ import annotations
 

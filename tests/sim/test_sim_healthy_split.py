@@ -1,5 +1,5 @@
-"""Keys that are split over blocks: no alarm, whatever the shape, the schedule and the number of
-splits, right, and the same bit for bit whoever comes last; see test_sim_healthy.py."""
+"""Simulate keys that are split over blocks: no alarm, whatever the shape, the schedule and the
+number of splits, right, and the same bit for bit whoever comes last; see test_sim_healthy.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mask tensors on the Hopper kernel: any dtype, alignment and stride, and what goes wrong if a
+"""Test mask tensors on the Hopper kernel: any dtype, alignment and stride, and what goes wrong if a
 warp's copies and reads are out of order; see test_sim_healthy.py and test_sim_plants.py."""
 
 from __future__ import annotations

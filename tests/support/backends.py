@@ -1,4 +1,4 @@
-"""The same cases on every backend: the parametrisation, and the check against the oracle."""
+"""Run the same cases on every backend: the parametrisation, and the check against the oracle."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The error rule (flashcore.checks.accuracy) for gradients: each against float64, beside those of
-the same attention written plainly in the dtype."""
+"""Apply the error rule (flashcore.checks.accuracy) for gradients: each against float64, beside
+those of the same attention written plainly in the dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What holds for every planted bug, whichever kernel it is in."""
+"""Check what holds for every planted bug, whichever kernel it is in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Every public way to attention, as functions of q, k and v, for tests of what surrounds a call."""
+"""Provide every public way to attention, as functions of q, k and v, for tests of what surrounds a
+call."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A driver that records launches instead of making them, so that the launch path runs without a
-GPU on CPU tensors that call themselves CUDA ones."""
+"""Provide a driver that records launches instead of making them, so that the launch path runs
+without a GPU on CPU tensors that call themselves CUDA ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUCCESS = 0
 
 
 class StandInDriver:
-    """The functions of the driver that a call needs, as functions of C."""
+    """Provide the functions of the driver that a call needs, as functions of C."""
 
     def __init__(self) -> None:
         self.launches: list[SimpleNamespace] = []
@@ -96,8 +96,8 @@ class StandInDriver:
 
 @dataclasses.dataclass
 class Machine:
-    """What the stand-in pretends: the current device and its stream, whose counters are the same
-    for all launches."""
+    """Hold what the stand-in pretends: the current device and its stream, whose counters are the
+    same for all launches."""
 
     driver: StandInDriver
     counters: torch.Tensor = dataclasses.field(

@@ -1,4 +1,5 @@
-"""`flashcore tune --grid`: the measurement of the table that ships, with stand-ins for the GPU."""
+"""Test `flashcore tune --grid`: the measurement of the table that ships, with stand-ins for the
+GPU."""
 
 from __future__ import annotations
 
@@ -100,7 +101,7 @@ def test_the_portable_kernel_has_no_short_list() -> None:
 
 
 class Listener(FakeCompiler):
-    """Remembers what it was asked to compile."""
+    """Remember what it was asked to compile."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -112,7 +113,7 @@ class Listener(FakeCompiler):
 
 
 class Kept:
-    """A keeper that only remembers."""
+    """Only remember what was found."""
 
     def __init__(self) -> None:
         self.found: list[Found] = []

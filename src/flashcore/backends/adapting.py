@@ -1,4 +1,5 @@
-"""Tensors that a kernel cannot read as they lie: what is copied, and what is read in another shape.
+"""Adapt tensors that a kernel cannot read as they lie: what is copied, and what is read in another
+shape.
 
 The kernels read rows of whole 16 bytes: head_dim is a multiple of 8, and contiguous. Of other
 tensors they are given copies, padded with zeros: they add nothing to a score, and the columns of
@@ -42,7 +43,7 @@ Dims = tuple[bool, bool, bool]  # of (batch, heads, seqlen)
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A copy of q, k or v, padded with zeros.
+    """A Copy describes a copy of q, k or v, padded with zeros.
 
     Args:
         name: "q", "k" or "v".
@@ -95,7 +96,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """A call as a kernel, or PyTorch, gets it.
+    """Adapted describes a call as a kernel, or PyTorch, gets it.
 
     Args:
         problem: describes the tensors that `tensors` returns.
@@ -134,7 +135,7 @@ class Adapted:
 
 
 class _Adapting:
-    """Changes one after the other."""
+    """Collect changes one after the other."""
 
     def __init__(self, problem: Problem) -> None:
         self.asked = self.problem = problem

@@ -1,4 +1,4 @@
-"""The backward pass by fused kernels, on a Hopper GPU or in the simulator."""
+"""Run the backward pass by fused kernels, on a Hopper GPU or in the simulator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend serves a Problem, and what runs it there."""
+"""Decide which backend serves a Problem, and what runs it there."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend that serves a call.
+    """A choice holds the backend that serves a call.
 
     Args:
         backend: "sm90", "wmma", "sim" or "torch"; "meta" for tensors without values.

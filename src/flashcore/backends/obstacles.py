@@ -1,4 +1,4 @@
-"""Why a kernel cannot serve a problem on a GPU: the exceptions that say so."""
+"""Say why a kernel cannot serve a problem on a GPU: the exceptions that say so."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed sequences: the Problem of `attention_varlen`, and computing it on every backend.
+"""Describe packed sequences as a Problem, and compute them on every backend.
 
 q, k and v are [total, num_heads, dim], one sequence after the other; cu_seqlens says where each
 begins. It lies on the device and is never read by the host, except where PyTorch itself computes.

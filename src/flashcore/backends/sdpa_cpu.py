@@ -1,4 +1,5 @@
-"""Attention of CPU tensors by the fused kernel behind torch's SDPA, in memory linear in seqlen.
+"""Compute attention of CPU tensors by the fused kernel behind torch's SDPA, in memory linear in
+seqlen.
 
 That kernel wants as many heads of k and v as of q, equal head_dims and an additive mask; its
 is_causal is "upper_left"; and what it makes of a row with nothing to see differs between versions.

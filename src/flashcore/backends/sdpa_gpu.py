@@ -1,5 +1,5 @@
-"""float32, float64 and head_dims above 256 on a GPU, which no kernel here serves: by torch's own
-attention, where it means the same and does not store all scores."""
+"""Compute float32, float64 and head_dims above 256 on a GPU, which no kernel here serves: by
+torch's own attention, where it means the same and does not store all scores."""
 
 from __future__ import annotations
 

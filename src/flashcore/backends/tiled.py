@@ -1,4 +1,4 @@
-"""Attention and its gradient tile by tile in PyTorch: memory linear in seqlen, any device.
+"""Compute attention and its gradient tile by tile in PyTorch: memory linear in seqlen, any device.
 
 It serves CPU tensors, the dtypes that no kernel serves, and every backend's backward pass.
 
@@ -148,7 +148,7 @@ def attention_backward_tiled(
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Cuts tensors into tiles in the stacked layout [batch, num_heads_kv, rows, columns]."""
+    """Cut tensors into tiles in the stacked layout [batch, num_heads_kv, rows, columns]."""
 
     problem: Problem
     q: torch.Tensor

@@ -1,4 +1,4 @@
-"""Torch's fused backward operators, given out and lse of our forward pass.
+"""Call torch's fused backward operators, given out and lse of our forward pass.
 
 Both recompute the weights from q, k and lse, so they take the results of any forward pass that
 computed the same attention:

@@ -1,4 +1,4 @@
-"""Every environment variable that flashcore reads, documented once.
+"""Define every environment variable that flashcore reads, documented once.
 
 Each is read when it is needed, not at import, so a test or a notebook may change it at any time.
 """
@@ -18,7 +18,7 @@ from flashcore.errors import notice_once
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One environment variable.
+    """A Variable describes one environment variable.
 
     Args:
         name: the variable's name.

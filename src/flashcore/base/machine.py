@@ -1,4 +1,4 @@
-"""What this machine is: GPU, driver, package versions. Used by doctor and written into
+"""Find out what this machine is: GPU, driver, package versions. Used by doctor and written into
 benchmarks."""
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ def now() -> str:
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU. `arch` is 90 for sm_90; sizes in bytes; power in watts, clocks in MHz."""
+    """A Gpu describes one GPU. `arch` is 90 for sm_90; sizes in bytes; power in watts, clocks in
+    MHz."""
 
     name: str
     arch: int

@@ -1,4 +1,4 @@
-"""Files that one process leaves for the next: compiled kernels and what a C++ compiler built.
+"""Keep files that one process leaves for the next: compiled kernels and what a C++ compiler built.
 
 They lie in the cache folder and, where nothing can be written there, in a private temporary one.
 Several processes and several users may share a cache, so

@@ -1,4 +1,4 @@
-"""What an eager call costs the host: flashcore beside torch's SDPA, and flashcore's layers.
+"""Measure what an eager call costs the host: flashcore beside torch's SDPA, and flashcore's layers.
 
 Small calls are bound by the host: their kernels are done before the next one is enqueued.
 """

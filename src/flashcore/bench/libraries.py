@@ -1,5 +1,5 @@
-"""Who is timed: flashcore, torch's SDPA with each of its backends, plain unfused PyTorch; other
-peers are in peers.py."""
+"""Define who is timed: flashcore, torch's SDPA with each of its backends, plain unfused PyTorch;
+other peers are in peers.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prepare = Callable[[Workload, Tensor, Tensor, Tensor, "Tensor | None"], Call]
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """One implementation.
+    """A library describes one implementation.
 
     Args:
         name: for tables.

@@ -1,4 +1,5 @@
-"""Peers that are not always there: FlexAttention (it needs Triton), FlashAttention-3 and -4."""
+"""Find peers that are not always there: FlexAttention (it needs Triton), FlashAttention-3 and
+-4."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shapes drawn at random, which nobody has tuned for."""
+"""Draw shapes at random, which nobody has tuned for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmark results for people: Markdown tables, made from the JSON document only."""
+"""Write benchmark results for people: Markdown tables, made from the JSON document only."""
 
 from __future__ import annotations
 

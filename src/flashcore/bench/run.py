@@ -1,4 +1,4 @@
-"""The benchmark: every workload through every library, with errors, ceilings and conditions."""
+"""Run the benchmark: every workload through every library, with errors, ceilings and conditions."""
 
 from __future__ import annotations
 
@@ -201,7 +201,8 @@ def _figures(workload: Workload, timing: Timing, limits: dict[str, float]) -> di
 
 
 class _Slices:
-    """Float64 output of the first and last query rows of the first and last head of batch 0."""
+    """Hold the float64 output of the first and last query rows of the first and last head of batch
+    0."""
 
     def __init__(
         self, workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None

@@ -1,4 +1,5 @@
-"""What the results of a benchmark say, in few numbers. Made from the JSON document's rows only."""
+"""Say in few numbers what the results of a benchmark are. Made from the JSON document's rows
+only."""
 
 from __future__ import annotations
 

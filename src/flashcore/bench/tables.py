@@ -1,4 +1,4 @@
-"""The tables of a benchmark's document that pages of the documentation show."""
+"""Make the tables of a benchmark's document that pages of the documentation show."""
 
 from __future__ import annotations
 

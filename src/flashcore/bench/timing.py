@@ -1,4 +1,4 @@
-"""Timing on the GPU by CUDA graph replays, on the CPU by the clock.
+"""Time calls on the GPU by CUDA graph replays, on the CPU by the clock.
 
 A graph holds many calls, so the host's launch cost does not show and what is measured is the
 kernel's time, including gaps between dependent kernels. The libraries' replays take turns in every
@@ -30,7 +30,8 @@ _LONG_CALL_SECONDS = 1e-3  # from here on an eager call takes as long as its ker
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds per call. `eager` includes the host: calls back to back, without a graph."""
+    """A timing holds seconds per call. `eager` includes the host: calls back to back, without a
+    graph."""
 
     median: float
     rounds: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""What is timed: the shapes and options, their floating-point operations and their bytes."""
+"""Define what is timed: the shapes and options, their floating-point operations and their bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MASKS = ("bool", "padding", "additive")
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One attention forward on N(0, 1).
+    """A workload is one attention forward on N(0, 1).
 
     Args:
         group: the table it stands in.

@@ -1,4 +1,4 @@
-"""The error rule: how far from the oracle a result may be.
+"""Apply the error rule: how far from the oracle a result may be.
 
 A fused kernel is right when its error is of the size that the dtype itself makes unavoidable. The
 yardstick is the same attention written plainly in the same dtype (matmul, softmax, matmul, each
@@ -33,7 +33,7 @@ LSE_LIMIT_DEFAULT = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
-    """Errors of one result against the float64 oracle.
+    """A report holds the errors of one result against the float64 oracle.
 
     Args:
         max_error: largest `|out - oracle|`; NaN when the result holds a NaN that the oracle

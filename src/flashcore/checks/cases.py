@@ -1,4 +1,4 @@
-"""Case: one attention call written down in numbers, and the tensors made from it.
+"""A Case is one attention call written down in numbers, and the tensors made from it.
 
 verify draws cases, isolate and bench take them from the command line, and tests write them out.
 A case and its seed always make the same tensors, on every machine (torch's CPU generator).
@@ -38,7 +38,7 @@ _GROWTH_STEP = 32  # keys, or more, for 16 steps at most
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One attention call.
+    """A case is one attention call in numbers.
 
     Lengths are in tokens, dims in elements. `mask`: "bool" is a random [1, num_heads_q, seqlen_q,
     seqlen_k] mask whose first row attends to nothing, "padding" a [batch, 1, 1, seqlen_k] one as
@@ -123,7 +123,8 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The tensors of a case: q, k, v [batch, num_heads, seqlen, head_dim] and the mask or None."""
+    """Inputs are the tensors of a case: q, k, v [batch, num_heads, seqlen, head_dim] and the mask
+    or None."""
 
     q: Tensor
     k: Tensor

@@ -1,4 +1,5 @@
-"""What `verify` runs: cases, and the tiles to run them with, drawn from a seed and an index alone.
+"""Draw what `verify` runs: cases, and the tiles to run them with, drawn from a seed and an index
+alone.
 
 Cases aim at what breaks kernels: lengths of 0, 1, primes and tile borders, strided and offset
 tensors, NaN behind every sequence, masks with rows that see nothing, windows that end with a tile,
@@ -107,8 +108,8 @@ _SIM_WMMA: tuple[tuple[Mapping[str, Any], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A case, and the fields of the tile that it runs with; without any, the tile is chosen as for
-    every call, and the call is one of the public function."""
+    """Drawn holds a case, and the fields of the tile that it runs with; without any, the tile is
+    chosen as for every call, and the call is one of the public function."""
 
     case: Case | VarlenCase
     tile: Mapping[str, Any] = field(default_factory=dict)

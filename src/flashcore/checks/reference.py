@@ -1,4 +1,4 @@
-"""What `attention` means, as plain as it can be written: the float64 oracle.
+"""Define what `attention` means, as plain as it can be written: the float64 oracle.
 
 Everything else is judged by this file, so it takes no part of the implementation: it reads the
 arguments as the user wrote them, builds the whole seqlen_q x seqlen_k matrix, and shares no masking

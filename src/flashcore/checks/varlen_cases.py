@@ -1,4 +1,4 @@
-"""VarlenCase: one call of `attention_varlen` in numbers, its tensors, and its judgement.
+"""A VarlenCase is one call of `attention_varlen` in numbers, its tensors, and its judgement.
 
 As checks/cases.py for `attention`: a case and its seed always make the same tensors, on every
 machine.
@@ -25,7 +25,7 @@ _LENGTHS = (0, 1, 2, 15, 16, 17, 31, 63, 64, 65, 97, 127, 128, 129)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VarlenCase:
-    """One call of attention_varlen.
+    """A case is one call of attention_varlen in numbers.
 
     Lengths are in tokens, dims in elements. `layout`: "apart", or "qkv" for slices of one packed
     [total, num_heads_q + 2 * num_heads_kv, head_dim] tensor (then lengths_k is lengths_q, and
@@ -73,7 +73,7 @@ class VarlenCase:
 
 @dataclass(frozen=True, slots=True)
 class VarlenInputs:
-    """The tensors of a case, as attention_varlen takes them."""
+    """Inputs are the tensors of a case, as attention_varlen takes them."""
 
     q: Tensor
     k: Tensor

@@ -1,4 +1,5 @@
-"""Random attention calls against the float64 oracle, each replayable from (seed, index) alone.
+"""Check random attention calls against the float64 oracle, each replayable from (seed, index)
+alone.
 
 checks/drawing.py says which cases there are, and with which tiles. The judge is the error rule of
 checks/accuracy.py, and in the simulator every alarm.
@@ -46,8 +47,9 @@ GPU_BACKENDS = ("sm90", "wmma")
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """One verified case, and the tile it ran with, see drawing.Drawn. `error` is the exception's
-    text when the call failed; `replay` runs the case again, `isolate` takes it apart."""
+    """A result holds one verified case, and the tile it ran with, see drawing.Drawn. `error` is
+    the exception's text when the call failed; `replay` runs the case again, `isolate` takes it
+    apart."""
 
     index: int
     case: Case | VarlenCase

@@ -1,4 +1,4 @@
-"""Puts the commands together. Every command is one module of this folder."""
+"""Put the commands together. Every command is one module of this folder."""
 
 from __future__ import annotations
 

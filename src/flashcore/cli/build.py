@@ -1,4 +1,4 @@
-"""`flashcore build`: compile a bundle of kernels ahead."""
+"""`flashcore build` compiles a bundle of kernels ahead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`flashcore cache`: where compiled kernels lie, how large they are, and how to be rid of them."""
+"""`flashcore cache` shows where compiled kernels lie, how large they are, and how to be rid of
+them."""
 
 from __future__ import annotations
 

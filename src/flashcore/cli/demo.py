@@ -1,4 +1,4 @@
-"""`flashcore demo`: attention on real input, checked and timed."""
+"""`flashcore demo` runs attention on real input, checked and timed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One implementation. `ours` rows decide the exit status; times in seconds."""
+    """A row shows one implementation. `ours` rows decide the exit status; times in seconds."""
 
     name: str
     where: str

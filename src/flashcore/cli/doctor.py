@@ -1,4 +1,4 @@
-"""`flashcore doctor`: what works on this machine, and what to do about what does not."""
+"""`flashcore doctor` says what works on this machine, and what to do about what does not."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MARK = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]br
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. `state` is "ok", "absent" (fine, but something is not possible
-    without it) or "broken"; `remedy` says what to do."""
+    """A finding is one thing that was looked at. `state` is "ok", "absent" (fine, but something is
+    not possible without it) or "broken"; `remedy` says what to do."""
 
     name: str
     state: str

@@ -1,4 +1,4 @@
-"""`flashcore explain`: which kernel and tiles a call would use, and why."""
+"""`flashcore explain` says which kernel and tiles a call would use, and why."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`flashcore isolate`: run the kernel stage by stage and name the first wrong one."""
+"""`flashcore isolate` runs the kernel stage by stage and names the first wrong one."""
 
 from __future__ import annotations
 

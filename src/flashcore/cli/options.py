@@ -1,4 +1,4 @@
-"""Options that several commands share, and the Case that they describe."""
+"""Define the options that several commands share, and the Case that they describe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all commands share: where text goes, the one JSON document, progress, exit codes.
+"""Provide what all commands share: where text goes, the one JSON document, progress, exit codes.
 
 Tables and sentences go to stdout. With `--json` stdout holds exactly one JSON document and nothing
 else, so `flashcore doctor --json | jq .` always works. Progress and errors go to stderr.
@@ -76,7 +76,8 @@ def with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
 
 
 class Output:
-    """The output of one command: human text or one JSON document, never both on stdout."""
+    """An Output takes the output of one command: human text or one JSON document, never both on
+    stdout."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -191,7 +192,7 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
 
 
 class Sheet:
-    """A table that fits the console it is printed on.
+    """A sheet is a table that fits the console it is printed on.
 
     Text wraps between words; a word of more than _WORD_MAX characters is folded. Columns that find
     no place beside the others follow below, behind the first column again: nothing is left out.

@@ -1,4 +1,4 @@
-"""`flashcore resources`: what every kernel configuration costs a GPU, and the budget check."""
+"""`flashcore resources` says what every kernel configuration costs a GPU, and the budget check."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _MANY = 24  # plans that take longer to compile than a second process takes to s
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Resources of one configuration. `smem_bytes` is shared memory of one block, `registers` and
-    `spill_bytes` of one thread, `code_bytes` the machine code; `role_registers` what a consumer and
-    a producer thread have later, where roles differ; `remarks` the compiler's; `violations` of the
-    budget."""
+    """A row holds the resources of one configuration. `smem_bytes` is shared memory of one block,
+    `registers` and `spill_bytes` of one thread, `code_bytes` the machine code; `role_registers`
+    what a consumer and a producer thread have later, where roles differ; `remarks` the compiler's;
+    `violations` of the budget."""
 
     kernel: str
     arch: str

@@ -1,4 +1,4 @@
-"""`flashcore tune`: search the fastest tile configurations on this machine's GPU."""
+"""`flashcore tune` searches the fastest tile configurations on this machine's GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""flash-attn 2's functions on flashcore: `from flashcore.compat.flash_attn import flash_attn_func`.
+"""This module has flash-attn 2's functions on flashcore: `from flashcore.compat.flash_attn import
+flash_attn_func`.
 
 Signatures and layouts are those of the package flash-attn, 2.6 to 2.8: [batch, seqlen, num_heads,
 head_dim], or [total, num_heads, head_dim] for sequences packed one after the other; causal masks

@@ -1,4 +1,4 @@
-"""A bundle: one file of kernels that were compiled ahead, for machines where nothing may be.
+"""A bundle is one file of kernels that were compiled ahead, for machines where nothing may be.
 
 It is a zip archive. An entry's name is a kernel's key (jit.cache_key), its content what the cache
 holds under that key; `about.json` says what wrote it, and for which architectures.

@@ -1,4 +1,4 @@
-"""Plan -> one flattened translation unit, for NVRTC (`ptx`) or for the simulator (`host`).
+"""Turn a Plan into one flattened translation unit, for NVRTC (`ptx`) or for the simulator (`host`).
 
 A kernel file includes its headers by their path below `kernels/`; `@target` in such a path names
 the side. Flattening replaces every include by the file's text once, keeps `#line` directives, so
@@ -53,7 +53,7 @@ def _constant_lines(constants: Mapping[str, object]) -> list[str]:
 
 
 class _Flattener:
-    """Expands one entry file; state is what was included and where `#line` stands."""
+    """Expand one entry file; state is what was included and where `#line` stands."""
 
     def __init__(self, target: Target, gate: str | None, plant: Plant | None) -> None:
         self.target = target

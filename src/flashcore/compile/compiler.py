@@ -1,4 +1,5 @@
-"""NVRTC through cuda-core: source text -> machine code and its resource report; no GPU needed."""
+"""Compile by NVRTC through cuda-core: source text becomes machine code and its resource report; no
+GPU needed."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ OPTIONS = ("std=c++17", "lineinfo", "ptxas=-v")
 
 @dataclass(frozen=True, slots=True)
 class CompiledKernel:
-    """Machine code of one kernel.
+    """A CompiledKernel holds the machine code of one kernel.
 
     Args:
         name: the entry point.

@@ -1,4 +1,4 @@
-"""This machine's C++ compiler, and what it builds: for the simulator, and for the launcher.
+"""Find this machine's C++ compiler, and what it builds: for the simulator, and for the launcher.
 
 Names in the cache are hashes of everything that goes in: sources, compiler, flags. A build is made
 in a private temporary folder and then kept by base/store.py, so whoever looks for it sees all of it
@@ -33,7 +33,8 @@ _SEARCH = ("g++", "clang++", "c++")
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """A C++ compiler: the command's words, and what tells it from another version of itself."""
+    """A Compiler describes a C++ compiler: the command's words, and what tells it from another
+    version of itself."""
 
     command: tuple[str, ...]
     identity: str

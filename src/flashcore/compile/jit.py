@@ -1,4 +1,5 @@
-"""Source text -> compiled kernel, through the caches; compile/compiler.py does the compiling.
+"""Turn source text into a compiled kernel, through the caches; compile/compiler.py does the
+compiling.
 
 Looked for in this order: this process, the bundle that FLASHCORE_BUNDLE names, the on-disk cache,
 the compiler. The key is a hash of the flattened source and the options, so a changed header, tile
@@ -26,7 +27,7 @@ KIND = "kernels"  # their folder in the cache; below it one for each version of 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one configuration costs a GPU; see `flashcore resources`."""
+    """Say what one configuration costs a GPU; see `flashcore resources`."""
 
     kernel: str
     arch: str

@@ -1,4 +1,5 @@
-"""flash-attn's alibi_slopes as additive masks: of a padded batch, and of packed sequences."""
+"""Turn flash-attn's alibi_slopes into additive masks: of a padded batch, and of packed
+sequences."""
 
 from __future__ import annotations
 

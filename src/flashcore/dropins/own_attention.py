@@ -1,4 +1,4 @@
-"""Models of Transformers that bring their own attention, found by reading their classes.
+"""Find models of Transformers that bring their own attention, by reading their classes.
 
 A layer that asks Transformers' attention interface (`ALL_ATTENTION_FUNCTIONS`) gets flashcore's
 function, and hands it the mask that flashcore made. Other layers compute scores and softmax
@@ -32,7 +32,7 @@ NORMALISERS = ("softmax", "Softmax", "scaled_dot_product_attention")
 
 @dataclass(frozen=True)
 class Finding:
-    """How the layers of a model class attend.
+    """A finding says how the layers of a model class attend.
 
     Args:
         dispatches: some of them ask Transformers' attention interface.

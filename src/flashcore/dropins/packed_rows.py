@@ -1,4 +1,5 @@
-"""Sequences packed into one row, as padding-free training with Transformers describes them."""
+"""Attend to sequences packed into one row, as padding-free training with Transformers describes
+them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention, argument for argument, on flashcore's kernels.
+"""Compute torch's scaled_dot_product_attention, argument for argument, on flashcore's kernels.
 
 Every call has one of three ends: the kernels compute it (`as_4d` found the [batch, num_heads,
 seqlen, head_dim] view of its tensors); torch computes it, because the kernels do not (`_obstacle`
@@ -42,7 +42,7 @@ _warned: set[str] = set()
 
 
 class Call(NamedTuple):
-    """One call's arguments, as torch names them."""
+    """A Call holds one call's arguments, as torch names them."""
 
     query: torch.Tensor
     key: torch.Tensor

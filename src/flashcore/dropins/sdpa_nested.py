@@ -1,4 +1,5 @@
-"""torch's scaled_dot_product_attention of nested tensors: packed sequences for attention_varlen.
+"""Compute torch's scaled_dot_product_attention of nested tensors: packed sequences for
+attention_varlen.
 
 A jagged nested tensor [batch, num_heads, seqlen, head_dim], as models make it by transposing
 [batch, seqlen, num_heads, head_dim], is already what attention_varlen reads: all tokens one after

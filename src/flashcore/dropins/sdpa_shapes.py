@@ -1,4 +1,4 @@
-"""The shapes that torch's scaled_dot_product_attention takes, as views of four dimensions."""
+"""Turn the shapes that torch's scaled_dot_product_attention takes, as views of four dimensions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 class View(NamedTuple):
-    """A call in the shape of `attention`.
+    """A view is a call in the shape of `attention`.
 
     Args:
         q: [batch, num_heads_q, seqlen_q, head_dim].

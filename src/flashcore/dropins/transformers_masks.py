@@ -1,4 +1,4 @@
-"""The mask that the layers of one forward share, as flashcore's attention function reads it.
+"""Make the mask that the layers of one forward share, as flashcore's attention function reads it.
 
 Three kinds of mask pass between the two:
 

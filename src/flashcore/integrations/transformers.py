@@ -1,4 +1,4 @@
-"""flashcore as an attention implementation of HuggingFace Transformers, 4.53 or later.
+"""Register flashcore as an attention implementation of HuggingFace Transformers, 4.53 or later.
 
     from flashcore.integrations.transformers import register
 

@@ -1,4 +1,5 @@
-"""What stopped a kernel, and in which phase of it: the simulator's alarms seen by kernel line."""
+"""Say what stopped a kernel, and in which phase of it: the simulator's alarms seen by kernel
+line."""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ _LAMBDA = re.compile(r"^  const auto (\w+) = \[&\]")
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Why a run was stopped.
+    """An alarm says why a run was stopped.
 
     `kind` is the simulator's ("race", "deadlock", ...), "cuda" or "compile"; `summary` one line and
     `text` the whole report; `phase` the stage of the kernel that the line belongs to, None if it is

@@ -1,5 +1,5 @@
-"""From the results of the stages to a verdict: which one is wrong first, and what speaks for which
-cause."""
+"""Turn the results of the stages into a verdict: which one is wrong first, and what speaks for
+which cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Float64 models of what every debug gate of the kernel must produce, with error bounds.
+"""Model in float64 what every debug gate of the kernel must produce, with error bounds.
 
 The models are written without tiles, fragments or online sums, straight from the definition
 
@@ -36,7 +36,7 @@ _APPROX = 2.0**-20
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """One output of a gate.
+    """Expected holds one output of a gate.
 
     `value` and `tolerance` are float64 of one shape, -inf included. Where `optional` is True the
     kernel may skip the element (the tile holds no visible key).
@@ -49,7 +49,8 @@ class Expected:
 
 
 class GateModel:
-    """The attention of one problem in float64, with every intermediate that a gate can show.
+    """Compute the attention of one problem in float64, with every intermediate that a gate can
+    show.
 
     Args:
         problem: what is asked.

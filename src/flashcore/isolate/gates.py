@@ -140,8 +140,8 @@ def kernel_to_run(backend: str, plant: str | None = None, arch: int | None = Non
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What a case asks for, and its tensors as the kernels take them: [batch, num_heads, seqlen,
-    head_dim], where sequences are packed with a batch of 1."""
+    """Hold what a case asks for, and its tensors as the kernels take them: [batch, num_heads,
+    seqlen, head_dim], where sequences are packed with a batch of 1."""
 
     problem: Problem
     q: Tensor

@@ -28,7 +28,7 @@ LEGEND = ". right  - up to 10x over tolerance  + 100x  * 10000x  # more  ? NaN o
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where one value sits, and which warp, lane and accumulator element of the kernel held it.
+    """Say where one value sits, and which warp, lane and accumulator element of the kernel held it.
 
     `column` is the key for scores and the output dim for out. For values of a row (row_max,
     row_sum, lse) there is no column; `lane` is then the first of the four lanes that share the row.
@@ -61,7 +61,7 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One output of a gate against its model."""
+    """A check compares one output of a gate with its model."""
 
     name: str
     wrong: int

@@ -1,4 +1,5 @@
-"""The stages that isolate runs, in order: one for each debug gate of a kernel, and the kernel."""
+"""List the stages that isolate runs, in order: one for each debug gate of a kernel, and the
+kernel."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of the isolation. `gate` is the kernel's debug gate, None for the kernel itself;
-    `suspects` is where to look when this stage is the first wrong one."""
+    """A stage is one step of the isolation. `gate` is the kernel's debug gate, None for the kernel
+    itself; `suspects` is where to look when this stage is the first wrong one."""
 
     name: str
     gate: str | None

@@ -1,4 +1,4 @@
-"""How much shared memory each architecture has."""
+"""Say how much shared memory each architecture has."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory for a kernel's results, without the layers that torch.empty goes through."""
+"""Allocate memory for a kernel's results, without the layers that torch.empty goes through."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counters on a GPU by which the blocks of one launch share out work, 0 between launches.
+"""Keep counters on a GPU by which the blocks of one launch share out work, 0 between launches.
 
 A kernel that draws from a counter puts it back to 0 at its end, so no call has to clear it.
 Launches that may run at the same time must not share one: every stream has its own, and so has

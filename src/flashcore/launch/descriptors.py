@@ -1,4 +1,4 @@
-"""TMA descriptors as the GPU reads them: made by the driver, and given other addresses."""
+"""Encode TMA descriptors as the GPU reads them: made by the driver, and given other addresses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _EVERY_ELEMENT = _Box(1, 1, 1, 1)
 
 
 class TensorMap(ctypes.Structure):
-    """A tensor and its boxes as the simulator's TMA reads them; on a GPU the driver's own opaque
-    encoding takes the same 128 bytes."""
+    """A TensorMap holds a tensor and its boxes as the simulator's TMA reads them; on a GPU the
+    driver's own opaque encoding takes the same 128 bytes."""
 
     _fields_ = [
         ("base", ctypes.c_uint64),

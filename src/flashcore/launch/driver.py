@@ -1,5 +1,5 @@
-"""The CUDA driver: its bindings, imported when a kernel is launched, and the few functions that a
-call needs, by address."""
+"""Reach the CUDA driver: its bindings, imported when a kernel is launched, and the few functions
+that a call needs, by address."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def import_driver() -> Any:
 
 
 class LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute, with the one value that is used here."""
+    """Mirror CUlaunchAttribute, with the one value that is used here."""
 
     _fields_ = [
         ("id", ctypes.c_uint32),
@@ -43,7 +43,7 @@ class LaunchAttribute(ctypes.Structure):
 
 
 class LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig."""
+    """Mirror CUlaunchConfig."""
 
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3),

@@ -1,4 +1,4 @@
-"""A compiled kernel on a device, and its launch on the current stream by the driver."""
+"""Load a compiled kernel on a device, and launch it on the current stream by the driver."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[i
 
 
 class Argument:
-    """A kernel's one argument as cuLaunchKernelEx takes it. A launch copies it: launches in flight
-    do not need it, and threads may share one that nobody changes.
+    """An Argument is a kernel's one argument as cuLaunchKernelEx takes it. A launch copies it:
+    launches in flight do not need it, and threads may share one that nobody changes.
 
     Args:
         memory: what holds the kernel's struct; kept.
@@ -66,7 +66,7 @@ STREAMS_MAX = 64  # whose launches one kernel keeps prepared
 
 
 class Launch:
-    """A kernel on a device, ready to be launched.
+    """A launch is a kernel on a device, ready to be launched.
 
     Args:
         kernel: compiled for the device's architecture.

@@ -1,4 +1,4 @@
-"""The order of elements in a fragment of the portable kernel, looked up on the GPU itself."""
+"""Look up on the GPU itself the order of elements in a fragment of the portable kernel."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plan + tensors -> a launch on the current stream."""
+"""Turn a Plan and tensors into a launch on the current stream."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def run_kernel(
 
 
 class _Scratch:
-    """What a call needs beside its tensors, see params_sm90.scratch_shapes."""
+    """Hold what a call needs beside its tensors, see params_sm90.scratch_shapes."""
 
     def __init__(self, problem: Problem, plan: Plan) -> None:
         shapes = params_sm90.scratch_shapes(problem, plan)
@@ -168,7 +168,8 @@ _serial = itertools.count()
 
 
 class KernelCall:
-    """A plan on a device, ready for tensors of one description. See dispatch.prepare.
+    """A KernelCall is a plan on a device, ready for tensors of one description. See
+    dispatch.prepare.
 
     Args:
         problem: describes them.

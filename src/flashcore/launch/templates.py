@@ -1,4 +1,4 @@
-"""The kernel's argument, to be copied with other addresses and other keys."""
+"""Copy the kernel's argument with other addresses and other keys."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _OFFSETS = {name: getattr(AttnParams, name).offset for name, *_ in AttnParams._f
 
 
 class Template:
-    """A kernel's argument, to be copied with other addresses.
+    """A template is a kernel's argument, to be copied with other addresses.
 
     Args:
         content: the struct; TMA descriptors in it are those of tensors of the same description.

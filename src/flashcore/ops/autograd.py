@@ -1,4 +1,4 @@
-"""How autograd sees the operators: recorded, or taken apart where forward mode wants tangents.
+"""Say how autograd sees the operators: recorded, or taken apart where forward mode wants tangents.
 
 An operator's kernel for the dispatch key Autograd runs once for each level of torch.func around a
 call, and once below them. In forward mode (jvp, jacfwd, dual numbers) it computes the call by plain

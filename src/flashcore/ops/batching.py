@@ -1,4 +1,4 @@
-"""vmap of the operators: the batch that is mapped over joins the tensors' own.
+"""Define vmap of the operators: the batch that is mapped over joins the tensors' own.
 
 What is not batched is expanded, not copied, where the tensors' own batch is 1.
 """

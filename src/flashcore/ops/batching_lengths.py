@@ -1,4 +1,4 @@
-"""vmap of the operators that take lengths: a padded batch grows, packed rows get more heads.
+"""Define vmap of the operators that take lengths: a padded batch grows, packed rows get more heads.
 
 Packed sequences of other lengths in each sample are computed one sample after the other.
 """

@@ -1,4 +1,4 @@
-"""What was decided for a description of tensors is looked up, not decided again.
+"""Look up what was decided for a description of tensors, instead of deciding it again.
 
 Shapes, alignment, options and their types make a key. Under it lies, for each combination of
 strides, dtypes, devices and the like that came with it, a function that only allocates and
@@ -35,7 +35,7 @@ Record = Callable[..., Any]
 
 
 class Found(NamedTuple):
-    """What computes calls of one description.
+    """Hold what computes calls of one description.
 
     Args:
         fits: whether q, k and v are like those that it was found for, shape of v, strides, dtypes

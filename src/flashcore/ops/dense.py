@@ -1,4 +1,5 @@
-"""attention as operators of torch: `flashcore::attention_forward`, `flashcore::attention_backward`.
+"""Define attention as operators of torch: `flashcore::attention_forward`,
+`flashcore::attention_backward`.
 
 An eager call on plain tensors does without them (ops/eager.py). They serve whoever must see a call
 as one node of a graph or take it apart: torch.compile, torch.export, torch.func, modes, subclasses.
@@ -203,7 +204,7 @@ def _backward_fake(
 
 
 class _Forward(torch.autograd.Function):
-    """The forward operator, recorded.
+    """Record the forward operator.
 
     Saves q, k, v, the mask, out and lse, so memory is linear in seqlen (besides the user's mask).
     """
@@ -234,8 +235,8 @@ class _Forward(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """The backward operator, recorded. out and lse get no gradient: they are functions of the
-    others, and counted there."""
+    """Record the backward operator. out and lse get no gradient: they are functions of the others,
+    and counted there."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *inputs: Any) -> Tensors4:

@@ -1,4 +1,4 @@
-"""What an eager call of `attention` needs to go around torch's dispatcher.
+"""Tell what an eager call of `attention` needs to go around torch's dispatcher.
 
 A layer of the dispatcher costs as much as the launch of a kernel, so it is left to the calls that
 need it: see `needs_dispatcher` and ops/dense.py. The way itself is calls.attend.
@@ -54,7 +54,7 @@ def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
 
 
 class _Recorded(torch.autograd.Function):
-    """What the operator's autograd does, for half the time. The backward is the operator.
+    """Do what the operator's autograd does, for half the time. The backward is the operator.
 
     Saves q, k, v, the mask, out and lse, so memory is linear in seqlen (besides the user's mask).
     """

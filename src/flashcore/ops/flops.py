@@ -1,4 +1,4 @@
-"""The operators' floating-point operations, for torch.utils.flop_counter.FlopCounterMode.
+"""Count the operators' floating-point operations, for torch.utils.flop_counter.FlopCounterMode.
 
 Counted as torch counts its own SDPA: two for each product and sum of the matrix products, over all
 scores, whatever is masked. The backward pass computes the scores again, and counts them.

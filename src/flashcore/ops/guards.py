@@ -1,4 +1,5 @@
-"""What tells tensors of one description from others, in one call into C++ where torch has it."""
+"""Find what tells tensors of one description from others, in one call into C++ where torch has
+it."""
 
 from __future__ import annotations
 

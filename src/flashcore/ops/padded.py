@@ -1,4 +1,4 @@
-"""`attention` with seqlens_k: a padded batch whose sequences have different numbers of keys.
+"""Define `attention` with seqlens_k: a padded batch whose sequences have different numbers of keys.
 
 Operators of torch: `flashcore::attention_padded_forward`, `flashcore::attention_padded_backward`.
 

@@ -1,4 +1,5 @@
-"""attention and its gradient by plain operations of torch, which every transform can take apart.
+"""Compute attention and its gradient by plain operations of torch, which every transform can take
+apart.
 
 For forward mode (jvp, jacfwd, dual numbers) and for derivatives of derivatives. Rare, hence simple:
 nothing happens in place, and all scores of a block of rows exist at once. Without records of
@@ -28,7 +29,7 @@ Hidden = Callable[[slice], Tensor]
 
 
 class Rows(NamedTuple):
-    """How the rows of q's heads are stacked.
+    """Say how the rows of q's heads are stacked.
 
     Args:
         batch: number of sequences.
@@ -63,7 +64,8 @@ class Rows(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The softmax of scores, all stacked: [batch, num_heads_kv, group_size * seqlen_q, ..].
+    """Weights hold the softmax of scores, all stacked: [batch, num_heads_kv, group_size * seqlen_q,
+    ..].
 
     Args:
         p: the weights, [.., seqlen_k]; 0 in empty rows.

@@ -1,4 +1,5 @@
-"""Packed and padded calls by plain operations of torch: forward mode and second derivatives.
+"""Compute packed and padded calls by plain operations of torch: forward mode and second
+derivatives.
 
 Packed sequences go one by one through what computes a dense call, where the host can read their
 lengths. Where it cannot (torch.compile traces; vmap maps over them; a meta tensor), all rows are

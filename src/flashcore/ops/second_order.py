@@ -1,5 +1,5 @@
-"""The derivative of attention's backward pass, by plain operations of torch, which autograd can
-differentiate again.
+"""Compute the derivative of attention's backward pass, by plain operations of torch, which autograd
+can differentiate again.
 
 Rare, hence simple: all scores at once, so this alone takes memory quadratic in seqlen.
 """

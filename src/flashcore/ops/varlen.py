@@ -1,5 +1,6 @@
-"""`attention_varlen`: sequences of different lengths, packed one after the other; as operators of
-torch, `flashcore::attention_varlen_forward` and `flashcore::attention_varlen_backward`."""
+"""`attention_varlen` computes sequences of different lengths, packed one after the other; as
+operators of torch, `flashcore::attention_varlen_forward` and
+`flashcore::attention_varlen_backward`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Few queries a head: the heads of a group as rows of one head, so that they share a row tile.
+"""Fold few queries a head (pack-GQA): the heads of a group as rows of one head, so that they share
+a row tile.
 
 A row tile has 64 rows or more, and its keys and values are read once. Where a head has one query,
 as in decoding, its tile would be nearly empty, and every head of a group would read the same keys

@@ -1,4 +1,5 @@
-"""How the tensors of a call lie in memory: strides, and the widest loads that all rows allow."""
+"""Say how the tensors of a call lie in memory: strides, and the widest loads that all rows
+allow."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ Strides4 = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class MaskSpec:
-    """How a mask is read.
+    """A MaskSpec says how a mask is read.
 
     Args:
         dtype: "bool" (True = attend), or the dtype of an additive mask.

@@ -1,4 +1,4 @@
-"""The options of `attention` as the operators take them: plain values, whatever the shapes."""
+"""Hold the options of `attention` as the operators take them: plain values, whatever the shapes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flashcore.problem.validation import (
 
 
 class Options(NamedTuple):
-    """Validated options; also the operators' arguments, in this order.
+    """Hold validated options; also the operators' arguments, in this order.
 
     Args:
         causal: "none", "upper_left" or "lower_right".

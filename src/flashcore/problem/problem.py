@@ -1,4 +1,4 @@
-"""Problem: what one attention call asks for, validated and normalised; hashable and printable.
+"""A Problem is what one attention call asks for, validated and normalised; hashable and printable.
 
 Read next: kernels/fwd_wmma/plan.py chooses a kernel from a Problem, checks/reference.py computes
 one in PyTorch.
@@ -38,7 +38,7 @@ Window = tuple[int, int] | None
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One attention call.
+    """A Problem describes one attention call.
 
     Key j is visible to query i iff
     `i + diag_offset - window_left <= j <= i + diag_offset + window_right`, where -1 as a window

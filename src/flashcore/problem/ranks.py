@@ -1,4 +1,4 @@
-"""`attention` of tensors with no batch dimension, or with several.
+"""Call `attention` of tensors with no batch dimension, or with several.
 
 They become the [batch, num_heads, seqlen, head_dim] that everything else works on, and back."""
 
@@ -26,7 +26,7 @@ def has_other_rank(q: object, k: object, v: object) -> bool:
 
 
 class Ranked(NamedTuple):
-    """A call in the shape that everything else works on.
+    """Ranked is a call in the shape that everything else works on.
 
     Args:
         q: [batch, num_heads_q, seqlen_q, head_dim]; a view, unless several batch dimensions are no

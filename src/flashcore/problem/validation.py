@@ -1,4 +1,4 @@
-"""Checks of the arguments of `attention`; each failure names the argument, its value, the way out.
+"""Check the arguments of `attention`; each failure names the argument, its value, the way out.
 
 Kept apart from problem/problem.py so that one can read what a Problem is without reading what it is
 not.

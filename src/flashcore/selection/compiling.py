@@ -1,4 +1,4 @@
-"""Compiles many configurations at once, and says which of them the compiler rules out."""
+"""Compile many configurations at once, and says which of them the compiler rules out."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _ATTEMPTS = 2  # a process that dies takes with it what others had to do
 
 
 class Workers:
-    """A pool of processes, as NVRTC compiles one program at a time in a process. They start with
-    the first call that has many items, and end with the `with` block."""
+    """Workers are a pool of processes, as NVRTC compiles one program at a time in a process. They
+    start with the first call that has many items, and end with the `with` block."""
 
     def __init__(self, count: int | None = None) -> None:
         self.count = min(_MAX_WORKERS, available_cores()) if count is None else count
@@ -84,7 +84,8 @@ class Workers:
 
 
 class Compiler(Workers):
-    """Workers that compile plans. What was compiled once is remembered, by its source."""
+    """A Compiler is workers that compile plans. What was compiled once is remembered, by its
+    source."""
 
     def __init__(self, workers: int | None = None) -> None:
         super().__init__(workers)

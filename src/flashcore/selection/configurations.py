@@ -1,4 +1,4 @@
-"""The kernel configurations that are compiled ahead and checked against the resource budget.
+"""List the kernel configurations that are compiled ahead and checked against the resource budget.
 
 A configuration is a Plan, and a Plan comes from a Problem, so each is derived from a problem that
 stands for all of its kind, for the Hopper kernel in several sizes.
@@ -122,7 +122,8 @@ _SERVING_GROUPS = (1, _GROUP)  # larger ones have the same kernels
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """A plan, the variant it was made for, and whether only the table that ships has it."""
+    """A configuration is a plan, the variant it was made for, and whether only the table that ships
+    has it."""
 
     variant: str
     plan: Plan

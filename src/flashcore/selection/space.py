@@ -1,4 +1,4 @@
-"""Which tile configurations of a kernel there are to try. Pure functions, no GPU needed.
+"""Say which tile configurations of a kernel there are to try. Pure functions, no GPU needed.
 
 A configuration is the fields of a Plan that the problem does not decide. What is listed fits into
 shared memory and asks for no more registers than a block can be given; what spills only the

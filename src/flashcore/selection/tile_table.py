@@ -1,4 +1,4 @@
-"""The tile configurations that ship with flashcore: `data/tiles-sm_90.json`, measured by
+"""Read the tile configurations that ship with flashcore: `data/tiles-sm_90.json`, measured by
 `flashcore tune --grid`, and the choice among them.
 
 The file holds cells: a class of problems (options and head_dim), a size, and the seconds of the few
@@ -47,7 +47,7 @@ Place = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a problem is: heads of all batches, and lengths."""
+    """A size says how large a problem is: heads of all batches, and lengths."""
 
     heads: int
     seqlen_q: int
@@ -61,7 +61,7 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What was measured for one workload.
+    """A cell holds what was measured for one workload.
 
     Args:
         workload: its name and dtype.
@@ -82,7 +82,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class TileTable:
-    """A file of measured tiles.
+    """A TileTable is a file of measured tiles.
 
     Args:
         about: gpu (see machine.Gpu), date, command, versions, and kernels: the version of each
@@ -141,7 +141,7 @@ class TileTable:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A plan, and the cell of the table that it comes from."""
+    """A choice is a plan, and the cell of the table that it comes from."""
 
     plan: Plan
     cell: Cell

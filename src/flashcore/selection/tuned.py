@@ -1,4 +1,4 @@
-"""Tile configurations that `flashcore tune` found on this machine's GPU, and their file.
+"""Keep the tile configurations that `flashcore tune` found on this machine's GPU, and their file.
 
 The file lies in the cache directory, one for an architecture: `tuned-sm_90.json`. An entry serves
 one GPU model, one version of the kernel's source, and one class of problems: the options, and
@@ -35,7 +35,7 @@ _SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What was found for one class of problems.
+    """An entry holds what was found for one class of problems.
 
     Args:
         gpu: the GPU's name.
@@ -177,7 +177,7 @@ def save(path: Path, entries: Iterable[Entry], dropped: Iterable[Entry] = ()) ->
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A plan that was measured, and a sentence on where."""
+    """Found is a plan that was measured, and a sentence on where."""
 
     plan: Plan
     source: str

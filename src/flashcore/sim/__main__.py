@@ -1,4 +1,4 @@
-"""python -m flashcore.sim: replays a simulated run, as the report of an alarm says.
+"""python -m flashcore.sim replays a simulated run, as the report of an alarm says.
 
 Exit status: 0 when there was no alarm, 1 when there was, 2 for a wrong command.
 """

@@ -1,4 +1,5 @@
-"""Kernel source -> shared library for this machine, by any C++20 compiler; cached on disk.
+"""Compile kernel source to a shared library for this machine, by any C++20 compiler; cached on
+disk.
 
 A library is the flattened kernel plus the runtime (runtime/*.cpp), which is compiled once. See
 compile/cxx.py.

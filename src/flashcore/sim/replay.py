@@ -1,4 +1,4 @@
-"""The command that replays a simulated run, and the run that it replays.
+"""Make the command that replays a simulated run, and the run that it replays.
 
     python -m flashcore.sim seed=17 batch=1 num_heads_q=2 ... [plan.block_m=64] [inputs=FILE]
 
@@ -162,7 +162,7 @@ def replay_command(
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A run to repeat: what `simulate` takes, and what it fills."""
+    """A replay is a run to repeat: what `simulate` takes, and what it fills."""
 
     problem: Problem
     plan: Plan

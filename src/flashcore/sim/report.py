@@ -1,4 +1,5 @@
-"""What a simulated run reports: its statistics when it was healthy, one alarm when it was not."""
+"""Hold what a simulated run reports: its statistics when it was healthy, one alarm when it was
+not."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ SM90_ALARM_KINDS = {"mbarrier", "named-barrier", "missing-fence", "wgmma", "earl
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """Who accessed memory, and where in the kernel.
+    """An agent is who accessed memory, and where in the kernel.
 
     Args:
         block: index of the thread block.
@@ -56,7 +57,7 @@ class Agent:
 
 @dataclass(frozen=True, slots=True)
 class SimReport:
-    """Statistics of a healthy run.
+    """A report holds the statistics of a healthy run.
 
     Args:
         seed: of the scheduler.

@@ -1,4 +1,4 @@
-"""Runs a kernel in the simulator on CPU tensors."""
+"""Run a kernel in the simulator on CPU tensors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a backward kernel in the simulator on CPU tensors."""
+"""Run a backward kernel in the simulator on CPU tensors."""
 
 from __future__ import annotations
 

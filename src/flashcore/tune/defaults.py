@@ -1,4 +1,4 @@
-"""What a workload runs without tuning: the plan that a search starts from and compares with."""
+"""Say what a workload runs without tuning: the plan that a search starts from and compares with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The workloads that the shipped table is measured with, and the table made of their results."""
+"""List the workloads that the shipped table is measured with, and the table made of their
+results."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Where winners go: into the user's cache, from which they are used from then on, or into a table
-of the kind that ships."""
+"""Keep winners: into the user's cache, from which they are used from then on, or into a table of
+the kind that ships."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flashcore.tune.search import Found
 
 
 class Keeper(Protocol):
-    """Keeps what was found, as it is found."""
+    """Keep what was found, as it is found."""
 
     def key(self, problem: Problem) -> str:
         """Return what no two results share: of such problems only one is searched for."""
@@ -28,7 +28,7 @@ class Keeper(Protocol):
 
 
 class CacheKeeper:
-    """Keeps winners in the user's cache; where none was found, an earlier one goes."""
+    """Keep winners in the user's cache; where none was found, an earlier one goes."""
 
     def __init__(self, gpu: str, arch: int) -> None:
         self.gpu = gpu
@@ -62,7 +62,7 @@ class CacheKeeper:
 
 
 class TableKeeper:
-    """Writes a table of the kind that ships, anew with each result."""
+    """Write a table of the kind that ships, anew with each result."""
 
     def __init__(self, path: Path) -> None:
         gpu = machine.gpu()

@@ -1,4 +1,5 @@
-"""The search: sizes of tiles first, then schedules around the fastest, then a final in turns.
+"""Search for the best plan: sizes of tiles first, then schedules around the fastest, then a final
+in turns.
 
 A full product would be a thousand compilations for each class of problems. Sizes decide most, and
 the other choices hardly change which sizes are good (docs/ladder.md). What is timed first is timed
@@ -28,7 +29,7 @@ ODD = 1.25
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The result for one workload.
+    """Found is the result for one workload.
 
     Args:
         workload: what was timed.
@@ -63,7 +64,7 @@ class DefaultFailedError(RuntimeError):
 
 
 class Search:
-    """One search for the best plan of a workload.
+    """A Search is one search for the best plan of a workload.
 
     Args:
         workload: what to tune for.

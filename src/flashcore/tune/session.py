@@ -1,4 +1,4 @@
-"""Many searches one after the other, with one compiler and one timer."""
+"""Run many searches one after the other, with one compiler and one timer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OnProgress = Callable[[int, str], None]
 
 @dataclass
 class Session:
-    """What is searched for, and what was found so far.
+    """A session holds what is searched for, and what was found so far.
 
     Args:
         tasks: workloads with what they run without tuning.

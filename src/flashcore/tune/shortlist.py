@@ -1,4 +1,5 @@
-"""The tiles worth trying where time is short: a list by head_dim, instead of all that is legal.
+"""List the tiles worth trying where time is short: a list by head_dim, instead of all that is
+legal.
 
 By what earlier searches and docs/ladder.md found good somewhere, and their neighbours. A wide tile
 with few row tiles an SM, a narrow one with many, shared keys for calls that leave SMs idle.

@@ -1,4 +1,4 @@
-"""Checks and times configurations on the GPU, in a child process.
+"""Check and time configurations on the GPU, in a child process.
 
 A wrong configuration may hang or spoil the CUDA context; then the child is ended, and the next
 question starts another one. Nothing takes part in a final before its results are right.
@@ -25,7 +25,7 @@ _CHECKED_WINDOW = 40
 
 
 class Timer(Protocol):
-    """What `search` needs to know about a GPU."""
+    """A timer knows what `search` needs to know about a GPU."""
 
     def quick(self, workload: Workload, plan: Plan) -> Outcome:
         """Return a plan's time, roughly and unchecked, or why it was not timed."""
@@ -39,7 +39,7 @@ class Timer(Protocol):
 
 
 class GpuTimer:
-    """A Timer on the current GPU.
+    """Time on the current GPU.
 
     Args:
         timeout_seconds: for one plan; what takes longer hangs.
@@ -148,7 +148,7 @@ def context_is_sound() -> bool:
 
 
 class _Bench:
-    """One workload's tensors, and what its results must be.
+    """Hold one workload's tensors, and what its results must be.
 
     Args:
         workload: what is timed.
@@ -219,7 +219,7 @@ def _wrong_on(workload: Workload, plan: Plan) -> str | None:
 
 
 class _Inputs:
-    """A workload's tensors on the GPU."""
+    """Hold a workload's tensors on the GPU."""
 
     def __init__(self, workload: Workload) -> None:
         from flashcore.problem import Problem

@@ -1,4 +1,4 @@
-"""Arguments of the backward kernels for Hopper."""
+"""Make the arguments of the backward kernels for Hopper."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ MAPS = ("q", "k", "v", "dout", "dq", "dk", "dv")
 
 
 class AttnBwdSm90Params(ctypes.Structure):
-    """Mirror of `struct AttnBwdSm90Params` in kernels/bwd_sm90/bwd_sm90.cuh; 64-byte aligned
-    there."""
+    """Mirror `struct AttnBwdSm90Params` in kernels/bwd_sm90/bwd_sm90.cuh; 64-byte aligned there."""
 
     _fields_ = [
         *((f"{name}_map", TensorMap) for name in MAPS),

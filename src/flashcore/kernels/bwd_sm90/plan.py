@@ -1,4 +1,5 @@
-"""Plans of the two backward kernels for Hopper: which problems they serve, and with which tiles.
+"""Make plans of the two backward kernels for Hopper: which problems they serve, and with which
+tiles.
 
 `attn_bwd_dq_sm90` computes dq and delta, then `attn_bwd_dkdv_sm90` dk and dv; see
 kernels/bwd_sm90/bwd_sm90.cuh.
@@ -30,7 +31,7 @@ _COORD_BYTES = 4 * 16  # places of four tiles
 
 @dataclass(frozen=True, slots=True)
 class BwdSm90Plan(Plan):
-    """One compiled form of a backward kernel for Hopper. See `Plan`.
+    """A plan is one compiled form of a backward kernel for Hopper. See `Plan`.
 
     In the kernel of dq a block owns `block_m` rows and walks over tiles of `block_n` keys, of which
     K has `num_stages` buffers and V `other_stages`. In that of dk and dv it owns `block_n` keys and
@@ -172,14 +173,14 @@ class BwdSm90Plan(Plan):
 
 
 class BwdPlans(NamedTuple):
-    """What a backward pass launches, in this order."""
+    """Hold the plans that a backward pass launches, in this order."""
 
     dq: BwdSm90Plan
     dkdv: BwdSm90Plan
 
 
 class BwdTile(NamedTuple):
-    """The fields of a plan that the problem does not decide."""
+    """A tile holds the fields of a plan that the problem does not decide."""
 
     block_m: int
     block_n: int

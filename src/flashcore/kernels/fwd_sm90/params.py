@@ -1,4 +1,4 @@
-"""Arguments of the Hopper kernel: TMA descriptors and launch parameters."""
+"""Make the arguments of the Hopper kernel: TMA descriptors and launch parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAPS = ("q", "k", "v", "o")
 
 
 class AttnSm90Params(ctypes.Structure):
-    """Mirror of `struct AttnSm90Params` in kernels/attn_fwd_sm90.cuh; 64-byte aligned there."""
+    """Mirror `struct AttnSm90Params` in kernels/attn_fwd_sm90.cuh; 64-byte aligned there."""
 
     _fields_ = [
         ("q_map", TensorMap),
@@ -37,7 +37,7 @@ class AttnSm90Params(ctypes.Structure):
 
 
 class AttnSm90GateParams(ctypes.Structure):
-    """AttnSm90Params of a kernel that was built with a debug gate."""
+    """Extend AttnSm90Params of a kernel that was built with a debug gate."""
 
     _fields_ = [
         *AttnSm90Params._fields_[:4],

@@ -1,5 +1,5 @@
-"""Plans of the Hopper kernel: which problems it serves, and how. The rules for its tiles are in
-kernels/fwd_sm90/tiles.py."""
+"""Make plans of the Hopper kernel: which problems it serves, and how. The rules for its tiles are
+in kernels/fwd_sm90/tiles.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FEED_BYTES = 32  # tile/schedule_varlen.cuh
 
 @dataclass(frozen=True, slots=True)
 class Sm90Plan(Plan):
-    """One compiled form of the Hopper kernel. See `Plan`.
+    """A plan is one compiled form of the Hopper kernel. See `Plan`.
 
     `ping_pong`: consumer warpgroups take turns at issuing to the tensor cores; `lazy_rescale`: the
     output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room

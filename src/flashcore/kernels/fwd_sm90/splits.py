@@ -1,6 +1,6 @@
-"""How many blocks of the Hopper kernel share the keys of a row tile, and how many row tiles the
-heads of a group are: a model of a call with few query rows and many keys, which reads K and V and
-does little else. Pure functions.
+"""Choose how many blocks of the Hopper kernel share the keys of a row tile, and how many row tiles
+the heads of a group are: a model of a call with few query rows and many keys, which reads K and V
+and does little else. Pure functions.
 
 Time is counted in bytes that one SM reads from memory in it, while all SMs read. A block takes its
 pieces one after the other, so a call takes as many rounds as the busiest block has pieces. A share
@@ -40,8 +40,9 @@ _MAX_ROUNDS = 4
 
 
 class Sharing(NamedTuple):
-    """`num_splits` blocks share the keys of a row tile, 1 for no sharing; folded heads are dealt
-    out to `parts` row tiles, if they fit in one, or so many times as many. `cost`: Reading.cost."""
+    """Say that `num_splits` blocks share the keys of a row tile, 1 for no sharing; folded heads are
+    dealt out to `parts` row tiles, if they fit in one, or so many times as many. `cost`:
+    Reading.cost."""
 
     cost: float
     parts: int
@@ -62,7 +63,7 @@ def visible_keys(problem: Problem) -> int:
 
 
 class Reading(NamedTuple):
-    """A call of few rows, as the model sees it.
+    """A reading is a call of few rows, as the model sees it.
 
     Args:
         row_tiles: of all heads.

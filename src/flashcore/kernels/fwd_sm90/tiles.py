@@ -1,4 +1,4 @@
-"""Rules for the tiles of the Hopper kernel, made from measurements. Pure functions."""
+"""Choose by rules the tiles of the Hopper kernel, made from measurements. Pure functions."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def mask_bytes(dtype: str, is_row: bool, block_n: int) -> int:
 
 
 class Tile(NamedTuple):
-    """What the rules say; the other fields of a plan follow from the problem."""
+    """A tile holds what the rules say; the other fields of a plan follow from the problem."""
 
     block_m: int
     block_n: int

@@ -1,4 +1,5 @@
-"""Problem and Plan -> the kernel's argument: mirrors of the structs in kernels/tile/params.cuh."""
+"""Make the kernel's argument from Problem and Plan, in mirrors of the structs in
+kernels/tile/params.cuh."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ _MAX_ROW_STRIDE = 2**31 - 1
 
 
 class AttnParams(ctypes.Structure):
-    """Mirror of `struct AttnParams` in kernels/tile/params.cuh, field by field."""
+    """Mirror `struct AttnParams` in kernels/tile/params.cuh, field by field."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "out", "lse")]
@@ -72,7 +73,7 @@ class AttnParams(ctypes.Structure):
 
 
 class AttnGateParams(AttnParams):
-    """AttnParams of a kernel that was built with a debug gate."""
+    """Extend AttnParams of a kernel that was built with a debug gate."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("gate_scores", "gate_row_max", "gate_row_sum")]
 

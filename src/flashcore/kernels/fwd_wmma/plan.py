@@ -1,4 +1,4 @@
-"""Problem -> Plan: which kernel runs, with which tiles. Pure functions, no GPU needed.
+"""Choose the Plan of a Problem: which kernel runs, with which tiles. Pure functions, no GPU needed.
 
 Selection is enumerate, filter for legality, rank: `candidates` lists every legal tile configuration
 of a problem on an architecture, best first by rules, and `select_plan` takes the first, unless
@@ -48,7 +48,7 @@ def _padded(cols: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One compiled form of a kernel: everything that its source text depends on.
+    """A plan is one compiled form of a kernel: everything that its source text depends on.
 
     `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;

@@ -1,4 +1,5 @@
-"""The eager call in C++ (launcher.cpp), for those who set FLASHCORE_LAUNCHER=compiled.
+"""This package makes the eager call in C++ (launcher.cpp), for those who set
+FLASHCORE_LAUNCHER=compiled.
 
 It does what calls.attend does for the common call, for less than half of the time. What it does not
 know it asks Python once: `_prepare`. What is unusual it leaves to Python altogether.
@@ -25,7 +26,7 @@ attend: Callable[..., Any] | None = None
 
 
 class Entry(NamedTuple):
-    """What a launch needs, as launcher.cpp reads it.
+    """Hold what a launch needs, as launcher.cpp reads it.
 
     Args:
         kernel: handle.

@@ -1,4 +1,4 @@
-"""launcher.cpp -> a Python extension for this Python and this torch; cached on disk."""
+"""Compile launcher.cpp to a Python extension for this Python and this torch; cached on disk."""
 
 from __future__ import annotations
 
