@@ -64,8 +64,7 @@ SIZES: tuple[tuple[str, int], ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """A row says how one class ended; `made` by from_config, `switched` by
-    set_attn_implementation."""
+    """A row says how a class ended, `made` by from_config and `switched` afterwards."""
 
     model: str
     kind: str
@@ -77,8 +76,7 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Return whether neither way ended in something else than eager's outputs, a refusal or
-        what was there."""
+        """Return whether both ways gave eager's outputs, a refusal or what was there."""
         return self.made not in BAD and self.switched not in BAD
 
 
@@ -111,8 +109,7 @@ def small(config: Any, **given: Any) -> Any:
 
 
 def inputs_of(model: Any, padded: bool) -> dict[str, Tensor]:
-    """Return what the model's forward asks for, with padding in front where it generates, else
-    behind."""
+    """Return what the model's forward asks for, padded in front where it generates, else behind."""
     config, generator = model.config, torch.Generator().manual_seed(1)
     parameters = inspect.signature(model.forward).parameters
     ids = torch.randint(4, VOCABULARY - 10, (BATCH, SEQLEN), generator=generator)

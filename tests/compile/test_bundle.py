@@ -182,7 +182,7 @@ TYPICAL = {
 
 @pytest.mark.parametrize("arch", [75, 80, 90])
 def test_a_bundle_holds_what_serving_asks_for(arch: int) -> None:
-    """On sm_90 for some head_dims, as there are many tiles to choose from."""
+    """On sm_90 only some head_dims are looked at, as there are many tiles to choose from."""
     head_dims = (40, (192, 128), 128) if arch == 90 else (*configurations.SERVING_HEAD_DIMS,)
     if arch != 90:
         head_dims += configurations.OTHER_HEAD_DIMS

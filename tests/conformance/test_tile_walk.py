@@ -1,4 +1,4 @@
-"""The Hopper kernel's schedule: whatever the sizes, every row tile is some block's, once."""
+"""Whatever the sizes, the Hopper kernel's schedule makes every row tile some block's, once."""
 
 from __future__ import annotations
 

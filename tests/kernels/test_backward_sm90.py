@@ -277,7 +277,7 @@ def test_without_a_compiler_torch_computes_and_one_warning_says_so(
     ],
 )
 def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
-    """Nor does ptxas serialise a product."""
+    """No kernel spills, and ptxas serialises no product."""
     pytest.importorskip("cuda.core")
     x = torch.empty(1, 1, 1024, head_dim, dtype=torch.bfloat16)
     for plan in select_plans(Problem.from_tensors(x, x, x, **options)):

@@ -106,7 +106,7 @@ def test_on_every_road_of_the_hopper_kernel(dtype: str, size: float, tile: str) 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("head_dim", [8, 256])
 def test_scores_that_are_all_alike(head_dim: int, sign: int, kernel: str) -> None:
-    """As in the first report: |score| of 1e9 gave 0, and lse -inf."""
+    """The first report had these: |score| of 1e9 gave 0, and lse -inf."""
     q = torch.full((1, 1, 3, head_dim), 1e4, dtype=torch.float16)
     assert simulated(kernel, q, sign * q, torch.ones_like(q))
 

@@ -91,7 +91,7 @@ def test_reduce_overhead(cold, call, warm):
 
 
 def test_reduce_overhead_of_several_graphs_in_turn(cold):
-    """Of several functions and lengths, each with its own graph, in one pool."""
+    """Several functions and lengths take turns, each with its own graph, in one pool."""
 
     def compiled(call):
         return torch.compile(lambda q: call(q * 2), mode="reduce-overhead")

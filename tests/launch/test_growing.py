@@ -148,7 +148,7 @@ def test_a_wrong_call_is_refused_though_its_family_is_known(machine):
 
 
 def test_threads_write_over_no_argument_that_another_is_about_to_launch(machine):
-    """Of one length, whose arguments are few and written over."""
+    """All calls have one length, whose arguments are few and written over."""
     sets = [(query(), cache(40), cache(40)) for _ in range(8)]
     flashcore.attention(*sets[0])
     machine.driver.launches.clear()

@@ -296,7 +296,7 @@ def test_wrong_arguments_are_errors_still(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::flashcore.FallbackWarning")
 def test_dual_numbers_are_left_to_python(monkeypatch):
-    """Which gives their tangents; the launcher would drop them."""
+    """Python gives their tangents; the launcher would drop them."""
     machine, _ = installed(monkeypatch)
     q, k, v = tensors()
     with torch.autograd.forward_ad.dual_level():
@@ -316,7 +316,7 @@ def test_another_current_device_is_left_to_python(monkeypatch):
 
 
 def test_a_launch_that_fails_is_tried_again_by_python(monkeypatch):
-    """Which binds a context, or says what is wrong."""
+    """Python binds a context, or says what is wrong."""
     machine, module = installed(monkeypatch)
     bound = []
     monkeypatch.setattr(driver_launch, "bind_context", bound.append)

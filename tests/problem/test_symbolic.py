@@ -47,7 +47,7 @@ def _float32(inputs, requires_grad=False):
     ("name", "backend"), [*((name, "aot_eager") for name in FUNCTIONS), ("dense", "inductor")]
 )
 def test_options_computed_from_sizes(name, backend):
-    """As scale = head_dim ** -0.5 is, of a dimension that is dynamic."""
+    """The scale may be head_dim ** -0.5 of a dimension that is dynamic."""
     function, inputs = FUNCTIONS[name]
 
     def call(q, k, v, like):

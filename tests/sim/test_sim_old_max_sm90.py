@@ -124,7 +124,7 @@ def test_however_scores_grow_on_a_gpu(
 
 
 def test_nan_and_infinity_are_seen() -> None:
-    """As by the oracle, whatever the old maximum is."""
+    """The oracle sees them too, whatever the old maximum is."""
     _, q, k, v = inputs("none")
     k = k.clone()
     k[0, 0, 50, 3] = torch.nan

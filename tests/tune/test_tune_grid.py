@@ -282,7 +282,8 @@ def test_a_compiler_that_dies_is_replaced_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_child_times_checks_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, with the oracle in place of the kernel; a tile of 80 keys is wrong."""
+    """The child runs on the CPU, with the oracle in place of the kernel; a tile of 80 keys is
+    wrong."""
     tensors, checks = Workload.tensors, []
 
     def run(self: Any, plan: Plan) -> torch.Tensor:

@@ -125,8 +125,7 @@ class Plan:
 
     @property
     def smem_bytes(self) -> int:
-        """Return dynamic shared memory of a block: Q (later O), and `num_stages` tiles of K and
-        V."""
+        """Return a block's dynamic shared memory: Q (later O), `num_stages` tiles of K and V."""
         k_stride, v_stride = _padded(self.head_dim) + 8, _padded(self.head_dim_v) + 8
         elements = self.block_m * max(k_stride, v_stride)
         elements += self.num_stages * self.block_n * (k_stride + v_stride)
@@ -134,8 +133,7 @@ class Plan:
 
     @property
     def max_registers(self) -> int:
-        """Return the registers a thread that `min_blocks` blocks an SM leave, as ptxas rounds
-        them."""
+        """Return a thread's registers if an SM has `min_blocks` blocks, as ptxas rounds them."""
         return min(255, _REGISTERS_PER_SM // (self.min_blocks * self.num_threads) // 8 * 8)
 
     @property
@@ -219,8 +217,7 @@ def _has_tight_budget(plan: Plan) -> bool:
 
 
 def _min_blocks(plan: Plan) -> int:
-    """Return the number of blocks an SM that shared memory and registers both allow; under the
-    tight budget, those that the registers must allow."""
+    """Return the blocks an SM that shared memory and registers allow, or that the tight budget asks."""
     most = 5 * 128 // plan.num_threads
     if _has_tight_budget(plan):
         return most
