@@ -217,7 +217,7 @@ def _has_tight_budget(plan: Plan) -> bool:
 
 
 def _min_blocks(plan: Plan) -> int:
-    """Return the blocks an SM that shared memory and registers allow, or that the tight budget asks."""
+    """Return the blocks an SM that shared memory and registers, or the tight budget, allow."""
     most = 5 * 128 // plan.num_threads
     if _has_tight_budget(plan):
         return most
