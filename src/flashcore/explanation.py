@@ -90,13 +90,13 @@ def explain(
         q: as in `attention`, like all the arguments that follow.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        causal: as in `attention`.
-        scale: as in `attention`.
-        window: as in `attention`.
-        softcap: as in `attention`.
-        mask: as in `attention`.
-        return_lse: as in `attention`.
-        backend: as in `attention`.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        return_lse: whether the log-sum-exp of each row of scores is returned too.
+        backend: "auto", "sm90", "wmma", "sim" or "torch".
         arch: GPU architecture to plan for, 90 for sm_90; by default that of q's device, and what
             the simulator runs for CPU tensors.
         file: where to print; by default standard output.

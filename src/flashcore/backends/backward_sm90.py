@@ -38,7 +38,7 @@ def fused_backward(
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         out: the forward's output, [batch, num_heads_q, seqlen_q, head_dim_v].
         lse: the forward's lse, [batch, num_heads_q, seqlen_q], float32.
         dout: gradient of out, or None for zero.

@@ -131,10 +131,10 @@ def packed_problem(
         cu_seqlens_k: int32, [batch + 1].
         max_seqlen_q: the longest sequence of queries.
         max_seqlen_k: the longest sequence of keys.
-        causal: as in `attention`.
-        scale: as in `attention`.
-        window: as in `attention`.
-        softcap: as in `attention`.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
 
     Returns:
         The problem, with return_lse.

@@ -46,7 +46,7 @@ def attention_by_sdpa(
         q: [batch, num_heads_q, seqlen_q, head_dim], on a GPU.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         out, [batch, num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q,

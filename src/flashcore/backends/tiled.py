@@ -38,7 +38,7 @@ def attention_tiled(
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         out: dtype of q, [batch, num_heads_q, seqlen_q, head_dim_v].
@@ -93,7 +93,7 @@ def attention_backward_tiled(
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         out: the forward's output.
         lse: the forward's lse.
         dout: gradient of out, or None for zero.

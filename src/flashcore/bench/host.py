@@ -129,7 +129,7 @@ def _libraries(
             with context():
                 call()
             _wait(device)
-        except Exception as error:  # likewise
+        except Exception as error:  # a library may raise anything
             failed[name] = first_line(error)
             del found[name]
     return found, failed

@@ -33,7 +33,7 @@ class Workload:
         num_heads_kv: heads of k and v; None: as of q.
         seqlen_k: of k and v; None: as of q.
         window: (left, right) as in `attention`.
-        softcap: as in `attention`.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: "bool" [1, 1, seqlen, seqlen], "padding" (bool, [batch, 1, 1, seqlen]) or "additive"
             [1, num_heads, seqlen, seqlen].
         lengths: of sequences packed one after the other, `seqlen` tokens in all; batch is 1.

@@ -91,15 +91,15 @@ def error_report(
 
     Args:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], the result.
-        q: as passed to `attention`.
-        k: likewise.
-        v: likewise.
+        q: [batch, num_heads_q, seqlen_q, head_dim], as passed to `attention`.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
         lse: [batch, num_heads_q, seqlen_q], the result's lse, or None not to judge it.
-        causal: as passed to `attention`.
-        scale: likewise.
-        window: likewise.
-        softcap: likewise.
-        mask: likewise.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         The errors and their limits; `report.ok` is the verdict, `str(report)` a line for people.
@@ -141,14 +141,14 @@ def torch_math_attention(
     """Compute unfused attention in the dtype of q: matmul, softmax, matmul, each rounded.
 
     Args:
-        q: as passed to `attention`.
-        k: likewise.
-        v: likewise.
-        causal: likewise.
-        scale: likewise.
-        window: likewise.
-        softcap: likewise.
-        mask: likewise.
+        q: [batch, num_heads_q, seqlen_q, head_dim], as passed to `attention`.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. Where the scores overflow the dtype

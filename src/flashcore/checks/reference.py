@@ -27,8 +27,8 @@ def visible_pairs(
     Args:
         seqlen_q: number of queries.
         seqlen_k: number of keys.
-        causal: as in `attention`.
-        window: as in `attention`.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        window: (left, right), the keys visible on either side of the diagonal, or None.
         device: where to build the result.
 
     Returns:
@@ -67,11 +67,11 @@ def attention_oracle(
         q: [batch, num_heads_q, seqlen_q, head_dim], any floating dtype and device.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        causal: as in `attention`.
-        scale: as in `attention`.
-        window: as in `attention`.
-        softcap: as in `attention`.
-        mask: as in `attention`.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         out: float64, [batch, num_heads_q, seqlen_q, head_dim_v]; 0 for a row without a key.

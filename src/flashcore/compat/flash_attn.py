@@ -187,19 +187,19 @@ def flash_attn_varlen_func(
         k: [total_k, num_heads_kv, head_dim].
         v: [total_k, num_heads_kv, head_dim_v].
         cu_seqlens_q: int32 [batch + 1]: 0, then where each sequence of queries ends.
-        cu_seqlens_k: likewise of the keys.
+        cu_seqlens_k: int32 [batch + 1]: 0, then where each sequence of keys ends.
         max_seqlen_q: the longest sequence of queries; an int or a tensor, as in
             `attention_varlen`.
-        max_seqlen_k: likewise of the keys.
-        dropout_p: as in `flash_attn_func`, like all up to return_attn_probs.
-        softmax_scale: likewise.
-        causal: likewise, for each sequence by its own lengths.
-        window_size: likewise.
-        softcap: likewise.
+        max_seqlen_k: the longest sequence of keys; an int or a tensor.
+        dropout_p: 0.0; there is no dropout.
+        softmax_scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        causal: aligned at the lower right, for each sequence by its own lengths.
+        window_size: (left, right), -1 for an unbounded side; by each sequence's lengths.
+        softcap: bound of the scores; 0.0 is off.
         alibi_slopes: [num_heads_q] or [batch, num_heads_q], by each sequence's own lengths. With
             a FallbackWarning: the host reads the lengths, and each sequence is a call of its own.
-        deterministic: likewise.
-        return_attn_probs: likewise.
+        deterministic: without effect; the forward pass always is.
+        return_attn_probs: also return lse, and None in place of the probabilities.
         block_table: None.
 
     Returns:
@@ -208,8 +208,7 @@ def flash_attn_varlen_func(
 
     Raises:
         NotImplementedError: dropout_p or block_table is given.
-        TypeError: as in `attention_varlen`.
-        ValueError: likewise.
+        TypeError, ValueError: those of `attention_varlen`.
     """
     if _unknown:
         refuse(flash_attn_varlen_func, _unknown)

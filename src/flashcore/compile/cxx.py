@@ -1,8 +1,8 @@
-"""Find this machine's C++ compiler, and what it builds: for the simulator, and for the launcher.
+"""Find this machine's C++ compiler, and build libraries of the simulator and the launcher with it.
 
-Names in the cache are hashes of everything that goes in: sources, compiler, flags. A build is made
-in a private temporary folder and then kept by base/store.py, so whoever looks for it sees all of it
-or nothing, and a damaged one is made again.
+The name of a build in the cache is a hash of its sources, compiler and flags. A build is made in a
+private temporary folder and then kept by base/store.py, so another process sees the whole build or
+none, and a damaged build is made again.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _SEARCH = ("g++", "clang++", "c++")
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """A Compiler describes a C++ compiler: the command's words, and what tells it from another
-    version of itself."""
+    """A Compiler is a C++ compiler: the words of its command, and an identity, which differs
+    between versions of one compiler."""
 
     command: tuple[str, ...]
     identity: str

@@ -25,8 +25,8 @@ def packed_lengths(
         kwargs: of the attention interface, see PACKED.
         query: [1, num_heads_q, seqlen_q, head_dim].
         mask: as the interface gets it.
-        dropout: likewise.
-        position_bias: likewise.
+        dropout: as the interface gets it.
+        position_bias: as the interface gets it.
 
     Returns:
         What `attention_varlen` takes after q, k and v; None where nothing is packed.

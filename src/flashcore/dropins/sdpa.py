@@ -137,7 +137,7 @@ def route(call: Call, backend: str) -> torch.Tensor:
 
     Args:
         call: the arguments.
-        backend: as in `attention`.
+        backend: "auto", "sm90", "wmma", "sim" or "torch".
 
     Returns:
         The output, as torch shapes it.

@@ -41,7 +41,7 @@ def as_4d(
     """Return the call in the shape of `attention`.
 
     Args:
-        q: [..., num_heads_q, seqlen_q, head_dim], or without heads; likewise k and v.
+        q: [..., num_heads_q, seqlen_q, head_dim], or without heads; k and v have the same rank.
         k: [..., num_heads_kv, seqlen_k, head_dim].
         v: [..., num_heads_kv, seqlen_k, head_dim_v].
         mask: broadcastable to [..., num_heads_q, seqlen_q, seqlen_k], or None.

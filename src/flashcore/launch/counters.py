@@ -31,7 +31,7 @@ class _Counters(NamedTuple):
 _lock = threading.Lock()
 _free: dict[int, _Counters] = {}  # by device index, what is left of the pool in use
 _of_streams: dict[tuple[int, int], _Counters] = {}  # by device index and stream handle
-_of_captures: dict[tuple[int, int], tuple[int, _Counters]] = {}  # likewise, of the last one
+_of_captures: dict[tuple[int, int], tuple[int, _Counters]] = {}  # the last capture of each
 
 
 def work_counters(device: torch.device, count: int = 1) -> int:

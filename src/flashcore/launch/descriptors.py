@@ -101,7 +101,8 @@ def readdress(address: int, bases: Iterable[tuple[int, int]]) -> None:
 
     Args:
         address: where the first is, a multiple of ALIGNMENT.
-        bases: for each, its offset from there, likewise, and the tensor's address.
+        bases: for each descriptor its offset from `address`, a multiple of ALIGNMENT, and the
+            tensor's address.
 
     Raises:
         FlashCoreError: the driver refuses; the message holds its status.

@@ -72,7 +72,7 @@ class Weights(NamedTuple):
         lse: [.., 1], -inf in empty rows.
         empty: [.., 1], True where a row has nothing to attend to.
         slope: the derivative of softcap(scale * q.k) by its argument, [.., seqlen_k]; None is 1.
-        bend: the second derivative, likewise; None is 0.
+        bend: the second derivative of the same, [.., seqlen_k]; None is 0.
     """
 
     p: Tensor
@@ -95,7 +95,7 @@ def weights(
     Args:
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         options: of the call; positions are in `hidden`.
         hidden: see `Hidden`.
         rows: of q and k.
@@ -133,7 +133,7 @@ def forward_plain(
         q: as in `attention`, like k, v and mask.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         options: of the call.
         hidden: what positions hide; None: what the options say.
 

@@ -188,7 +188,7 @@ def _by_sequence(
         of_q: what queries have, q among it.
         of_k: what keys have, k first.
         cu_seqlens_q: int32, [batch + 1].
-        cu_seqlens_k: likewise.
+        cu_seqlens_k: int32, [batch + 1].
         options: of the call.
         fills: what results of queries are where no sequence is.
     """

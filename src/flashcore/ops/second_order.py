@@ -38,7 +38,7 @@ def backward_of_backward(
         q: as in `attention`, like k, v and mask.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         cotangents: of dq, dk, dv, dmask; None is zero.
         options: of the call.
         hidden: what positions hide; None: what the options say.

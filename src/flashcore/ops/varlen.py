@@ -140,20 +140,21 @@ def attention_varlen(
             head_dim, as in `attention`.
         k: [total_k, num_heads_kv, head_dim], dtype and device of q. num_heads_q must be a multiple
             of num_heads_kv.
-        v: [total_k, num_heads_kv, head_dim_v], likewise; head_dim_v may differ.
+        v: [total_k, num_heads_kv, head_dim_v], dtype and device of q; head_dim_v may
+            differ from head_dim.
         cu_seqlens_q: int32, [batch + 1], on q's device, contiguous: 0, then each sequence's end.
-        cu_seqlens_k: likewise of the keys.
+        cu_seqlens_k: int32, [batch + 1]: where the sequences of keys end.
         max_seqlen_q: the longest sequence of queries, in tokens, or a bound on it. It helps to
             choose tiles; results do not depend on it. An int, or an integer tensor with one
             element, which is never waited for: on a GPU, and in compiled code, it counts as
             total_q, so an int may be faster.
-        max_seqlen_k: likewise of the keys.
-        causal: as in `attention`, for each sequence by its own lengths.
-        scale: as in `attention`.
-        window: as in `attention`, likewise.
-        softcap: as in `attention`.
+        max_seqlen_k: the longest sequence of keys, or a bound on it, as max_seqlen_q is.
+        causal: False, True or "upper_left", for each sequence by its own lengths.
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), for each sequence by its own lengths, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
         return_lse: also return the log-sum-exp of each row of scores.
-        backend: as in `attention`.
+        backend: "auto", "sm90", "wmma", "sim" or "torch".
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q. With return_lse, the pair (out, lse):

@@ -21,10 +21,11 @@ class Options(NamedTuple):
 
     Args:
         causal: "none", "upper_left" or "lower_right".
-        window_left: keys visible before the diagonal, -1 for all.
-        window_right: keys visible after it, -1 for all; 0 is meant where causal is not "none".
-        softcap: 0.0 is off.
-        scale: None is 1 / sqrt(head_dim).
+        window_left: number of keys visible before the diagonal, -1 for all.
+        window_right: number of keys visible after the diagonal, -1 for all. If causal is not
+            "none", the kernels see 0 here, whatever it says.
+        softcap: the bound of the scores; 0.0 means no soft-capping.
+        scale: the factor of the scores; None means 1 / sqrt(head_dim).
     """
 
     causal: str
@@ -37,8 +38,10 @@ class Options(NamedTuple):
     def checked(
         cls, causal: Causal, window: Window, softcap: float | None, scale: float | None
     ) -> Options:
-        """Make validated options from the arguments of `attention`. Raises TypeError or ValueError
-        as it does."""
+        """Make validated options from the arguments of `attention`.
+
+        Raises the TypeError or ValueError of `attention` for a wrong argument.
+        """
         alignment = checked_causal(causal)
         # No sequence is that long, and the operators' integers have 64 bits.
         left, right = (
@@ -50,8 +53,11 @@ class Options(NamedTuple):
         return cls(alignment, left, right, factor, scale)
 
     def with_checked_factors(self) -> Options:
-        """Return the same options, with factors checked. Raises ValueError as `checked` does, which
-        may not have known the values, if code was being compiled."""
+        """Return the same options after checking softcap and scale again.
+
+        While code was being compiled, `checked` may not have known their values. Raises ValueError
+        for a wrong one.
+        """
         softcap = None if certainly(self.softcap == 0.0) else self.softcap
         Options.checked(False, None, softcap, self.scale)
         return self

@@ -52,7 +52,7 @@ class Problem:
         seqlen_q: queries per sequence.
         seqlen_k: keys, and values, per sequence.
         head_dim: of q and k, at least 1; the kernels take what is_readable says.
-        head_dim_v: of v and the output, likewise.
+        head_dim_v: of v and the output, at least 1.
         dtype: "float16", "bfloat16", "float32" or "float64".
         device: "cpu", "cuda" or "meta".
         arch: compute capability, 90 for sm_90; 0 on the CPU and on GPUs not made by NVIDIA.
@@ -65,8 +65,8 @@ class Problem:
         mask: how the mask is read, or None.
         return_lse: whether the log-sum-exp of the scores is wanted too.
         q_strides: of (batch, head, seqlen) in elements; 0 for a dimension of size 0 or 1.
-        k_strides: likewise.
-        v_strides: likewise.
+        k_strides: of (batch, head, seqlen) of k, in elements.
+        v_strides: of (batch, head, seqlen) of v, in elements.
         load_bytes: the widest of 16, 8, 4, 2 that divides every address of a row of q, k and v
             and the bytes of a row, of those that the kernels read in place (backends/adapting.py).
         varlen: how sequences differ in length, one of plan.VARLEN_KINDS. If they do, only the
@@ -75,7 +75,7 @@ class Problem:
         total_q: rows of packed q; else 0.
         total_k: rows of packed k and v; else 0.
         strided: those of "q", "k" and "v" whose last dimension is not contiguous, joined.
-        misaligned: likewise those for which alone load_bytes would be less than 16.
+        misaligned: those of "q", "k" and "v" whose own load_bytes is less than 16, joined.
     """
 
     batch: int
@@ -126,12 +126,12 @@ class Problem:
             q: [batch, num_heads_q, seqlen_q, head_dim].
             k: [batch, num_heads_kv, seqlen_k, head_dim].
             v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-            causal: as in `attention`.
-            scale: as in `attention`.
-            window: as in `attention`.
-            softcap: as in `attention`.
-            mask: as in `attention`.
-            return_lse: as in `attention`.
+            causal: False, True (aligned at the lower right) or "upper_left".
+            scale: the factor of q.k; None is 1 / sqrt(head_dim).
+            window: (left, right), the keys visible on either side of the diagonal, or None.
+            softcap: scores become softcap * tanh(score / softcap); None is off.
+            mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+            return_lse: whether the log-sum-exp of each row of scores is returned too.
 
         Returns:
             The problem; it keeps no reference to the tensors.

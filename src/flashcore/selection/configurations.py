@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decode": {"queries": 1},
     "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
     # Mask tensors: for each query and key, with rows aligned for wide loads or not; one row of keys
-    # for all queries; numbers, likewise aligned or not; keys that are no neighbours.
+    # for all queries; numbers, with rows that are aligned or not; keys that are no neighbours.
     "bool-mask": {"mask": "bool"},
     "loose-mask": {"mask": "loose"},
     "padding": {"mask": "padding"},

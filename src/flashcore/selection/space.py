@@ -116,7 +116,7 @@ def may_avoid_spills(plan: Plan) -> bool:
 
 
 def tiles(base: Plan) -> list[Plan]:
-    """Return all sizes of tiles, the other choices as in `base`; `base` first."""
+    """Return all sizes of tiles, with `base`'s other choices; `base` first."""
     found = {base: None}
     for plan in _tiles_sm90(base) if isinstance(base, Sm90Plan) else _tiles_wmma(base):
         if is_legal(plan) and may_avoid_spills(plan):

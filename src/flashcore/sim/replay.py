@@ -127,7 +127,7 @@ def replay_command(
 
     Args:
         problem: as given to `simulate`.
-        plan: likewise.
+        plan: as given to `simulate`.
         inputs: by name q, k, v and, where there is one, mask and gate_scores.
         seed: of the scheduler.
         plant: bug planted, or None.

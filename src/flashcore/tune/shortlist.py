@@ -98,7 +98,7 @@ _SM90: dict[int, list[dict[str, Any]]] = {
 
 def shortlist(base: Plan) -> list[Plan]:
     """Return `base` first, then the plans worth trying with its problem; fields that the list does
-    not name stay as in `base`. For the portable kernel all sizes of tiles."""
+    not name keep `base`'s values. For the portable kernel the list has all sizes of tiles."""
     if not isinstance(base, Sm90Plan):
         return tiles(base)
     dim = max(base.head_dim, base.head_dim_v)
