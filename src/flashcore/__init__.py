@@ -1,4 +1,4 @@
-"""flashcore: fused attention kernels for PyTorch, readable, and provable on any machine.
+"""flashcore has fused attention kernels for PyTorch, readable, and provable on any machine.
 
     >>> import torch, flashcore
     >>> q, k, v = (torch.randn(1, 8, 512, 64, dtype=torch.float16) for _ in range(3))

@@ -1,5 +1,5 @@
-"""All planted bugs by name: each has a kernel and a call that shows it, and `verify` finds those
-that show with some tiles, schedules, lengths or scores alone."""
+"""Test all planted bugs by name: each has a kernel and a call that shows it, and `verify` finds
+those that show with some tiles, schedules, lengths or scores alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The planted-bug suite of the Hopper kernel; see test_sim_plants.py."""
+"""Run the planted-bug suite of the Hopper kernel; see test_sim_plants.py."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def plan_of(plant: Plant | None, causal: bool = False) -> Sm90Plan:
 def run_plant(
     plant: Plant | None, seed: int, plan: Sm90Plan | None = None, causal: bool = False
 ) -> SimulationError | str:
-    """The alarm, or "wrong-result", or "healthy"."""
+    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
     problem, q, k, v = case_with_inputs(causal)
     out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
     lse = torch.empty(1, 2, CASE.seqlen_q)

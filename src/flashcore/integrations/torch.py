@@ -29,9 +29,9 @@ from flashcore.base import forks
 from flashcore.dropins import aten_flash
 from flashcore.errors import BackendUnavailableError
 
-__all__ = ["NAME", "Activation", "activate", "deactivate", "register"]
+__all__ = ["Activation", "activate", "deactivate", "register"]
 
-NAME = "flashcore"  # of the implementation, for torch
+_NAME = "flashcore"  # of the implementation, for torch
 BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
 _ON_CPU = ("sim", "torch")  # what they compute lies on the CPU
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
@@ -149,7 +149,7 @@ def register(*, backend: str = "auto", prefer: bool = True) -> None:
     if not isinstance(prefer, bool):
         raise TypeError(f"prefer must be True or False, but is {prefer!r}")
     make = functools.partial(_Handle, backend, prefer)
-    _attention_module().register_flash_attention_impl(NAME, register_fn=make)
+    _attention_module().register_flash_attention_impl(_NAME, register_fn=make)
 
 
 def activate(*, backend: str = "auto", prefer: bool = True) -> Activation:
@@ -181,13 +181,13 @@ def activate(*, backend: str = "auto", prefer: bool = True) -> Activation:
     register(backend=backend, prefer=prefer)
     module = _attention_module()
     previous = module.current_flash_attention_impl()
-    module.activate_flash_attention_impl(NAME)
-    return Activation(None if previous == NAME else previous)
+    module.activate_flash_attention_impl(_NAME)
+    return Activation(None if previous == _NAME else previous)
 
 
 def deactivate() -> None:
     """Give aten's flash operators torch's own kernels back. Does nothing where flashcore is not the
     active implementation."""
     module = _attention_module()
-    if module.current_flash_attention_impl() == NAME:
+    if module.current_flash_attention_impl() == _NAME:
         module.restore_flash_attention_impl()

@@ -1,4 +1,5 @@
-"""Problem and Plan -> the kernel's argument: mirrors of the structs in kernels/tile/params.cuh."""
+"""Make the kernel's argument from Problem and Plan, in mirrors of the structs in
+kernels/tile/params.cuh."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ _MAX_ROW_STRIDE = 2**31 - 1
 
 
 class AttnParams(ctypes.Structure):
-    """Mirror of `struct AttnParams` in kernels/tile/params.cuh, field by field."""
+    """Mirror `struct AttnParams` in kernels/tile/params.cuh, field by field."""
 
     _fields_ = (
         [(name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "out", "lse")]
@@ -72,14 +73,14 @@ class AttnParams(ctypes.Structure):
 
 
 class AttnGateParams(AttnParams):
-    """AttnParams of a kernel that was built with a debug gate."""
+    """Extend AttnParams of a kernel that was built with a debug gate."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("gate_scores", "gate_row_max", "gate_row_sum")]
 
 
 def grid_size(problem: Problem, plan: Plan) -> int:
-    """Blocks of the one-dimensional grid: one a row tile of each head of each sequence. Of packed
-    sequences, as many as there can be."""
+    """Return the number of blocks of the one-dimensional grid: one for a row tile of each head of
+    each sequence. Of packed sequences, as many as there can be."""
     if problem.varlen == "packed":  # tile numbers, see tile/sequence.cuh
         num_m_blocks = problem.total_q // plan.block_m + problem.batch + 1
         return num_m_blocks * problem.num_heads_q
@@ -125,7 +126,7 @@ def set_keys(params: AttnParams, problem: Problem) -> None:
 def build_params(
     problem: Problem, plan: Plan, pointers: dict[str, int | None]
 ) -> AttnParams | AttnGateParams:
-    """The kernel's argument.
+    """Return the kernel's argument.
 
     Args:
         problem: shapes, strides and options.

@@ -1,4 +1,4 @@
-"""Planted bugs of the backward kernels for Hopper; see plants.py
+"""This module plants bugs in the backward kernels for Hopper; see plants.py
 (tests/plants/test_sim_plants_bwd_sm90.py)."""
 
 from __future__ import annotations

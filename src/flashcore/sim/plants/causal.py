@@ -1,5 +1,5 @@
-"""Planted bugs of what the Hopper kernel does under a right bound: row tiles drawn from a counter,
-and key tiles that a consumer passes over because none of its rows sees them."""
+"""This module plants bugs in what the Hopper kernel does under a right bound: row tiles drawn from
+a counter, and key tiles that a consumer passes over because none of its rows sees them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Planted bugs of how both kernels keep their digits: with scores that are large, and in sums over
-very many keys."""
+"""This module plants bugs in how both kernels keep their digits: with scores that are large, and in
+sums over very many keys."""
 
 from __future__ import annotations
 

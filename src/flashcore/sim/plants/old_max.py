@@ -1,5 +1,5 @@
-"""Planted bugs of how the Hopper kernel's softmax does without a key tile's maxima, and of what it
-does where that fails."""
+"""This module plants bugs in how the Hopper kernel's softmax does without a key tile's maxima, and
+of what it does where that fails."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Planted bugs of how the Hopper kernel's row tiles come and go: when the first may be loaded, how
-consumers learn of them, and how shares of their keys are added up; part of plants_sm90.py."""
+"""This module plants bugs in how the Hopper kernel's row tiles come and go: when the first may be
+loaded, how consumers learn of them, and how shares of their keys are added up; part of
+plants_sm90.py."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Planted bugs that show with some tiles, schedules, lengths or scores alone: what `verify` draws
-must reach each of them (tests/plants/test_planted_bugs.py)."""
+"""This module has planted bugs that show with some tiles, schedules, lengths or scores alone: what
+`verify` draws must reach each of them (tests/plants/test_planted_bugs.py)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Planted bugs of the Hopper kernel; see plants.py. Most are about who waits for whom: the
-simulator must find each with every seed (tests/plants/test_sim_plants_sm90.py)."""
+"""This module plants bugs in the Hopper kernel; see plants.py. Most are about who waits for whom:
+the simulator must find each with every seed (tests/plants/test_sim_plants_sm90.py)."""
 
 from __future__ import annotations
 
