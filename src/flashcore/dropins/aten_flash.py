@@ -55,20 +55,20 @@ def functions(backend: str, key: str) -> dict[str, Callable[..., Any]]:
 
 
 def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
-    """x with the strides of `torch.empty_like(like)`, which torch's fakes promise."""
+    """Return x with the strides of `torch.empty_like(like)`, which torch's fakes promise."""
     promised = torch.empty_like(like)
     return x if x.stride() == promised.stride() else promised.copy_(x)
 
 
 def _auxiliary(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The state of the random numbers, which nobody reads without dropout, and no debug mask."""
+    """Make the random numbers' state, which nobody reads without dropout, and no debug mask."""
     rng_state = torch.empty(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty((), dtype=torch.uint64, device=q.device)
     return rng_state, unused, torch.empty(0, dtype=q.dtype, device=q.device)
 
 
 def _window(left: int | None, right: int | None) -> Window | None:
-    """The operators know None and -1 for all."""
+    """Return the window as `attention` takes it; the operators know None and -1 for all."""
     window = (
         -1 if left is None or left < 0 else left,
         -1 if right is None or right < 0 else right,
@@ -86,7 +86,7 @@ def _dense(
     seqused_k: Tensor | None,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse) of [batch, num_heads, seqlen, head_dim] tensors."""
+    """Return (out, lse) of [batch, num_heads, seqlen, head_dim] tensors."""
     with torch.no_grad(), without_autocast(q.device.type):
         if seqused_k is not None:
             return attention(
@@ -165,7 +165,7 @@ def _dense_backward(
     scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of [batch, num_heads, seqlen, head_dim] tensors, laid out as they are."""
+    """Return the gradients of [batch, num_heads, seqlen, head_dim] tensors, laid out as they are."""
     return attention_backward(
         grad_out.to(q.dtype), q, k, v, out, lse,
         causal=causal, window=window, scale=scale, backend=backend,
@@ -236,7 +236,7 @@ def _forward(
 def _forward_in_place(
     backend: str, key_: str, out: Tensor, *arguments: Any, **options: Any
 ) -> Tensor:
-    """Like `_forward`, but write out, and return lse alone."""
+    """Compute `_forward`, write out, and return lse alone."""
     result, lse, *_ = _forward(backend, key_, *arguments, **options)
     out.copy_(result)
     return lse

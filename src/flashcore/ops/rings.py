@@ -123,13 +123,13 @@ def _check_plain(name: str, x: object) -> None:
 
 
 def _weights(lse_a: Tensor, lse_b: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of each side in a row, [..., 1]; 0 for a side that attends to nothing."""
+    """Return the share of each side in a row, [..., 1]; 0 for one that attends to nothing."""
     base = lse.masked_fill(lse == -math.inf, 0.0)  # -inf - -inf is NaN
     return torch.exp(lse_a - base).unsqueeze(-1), torch.exp(lse_b - base).unsqueeze(-1)
 
 
 def _side(lse: Tensor, x: Tensor) -> Tensor:
-    """out or a gradient in the dtype of lse, 0 where the side attends to nothing: whatever stands
+    """Return out or a gradient in the dtype of lse, 0 where the side attends to nothing: whatever stands
     there, NaN too, has no part in the result."""
     return x.to(lse.dtype).masked_fill((lse == -math.inf).unsqueeze(-1), 0.0)
 
@@ -156,7 +156,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """By operations of torch, which are recorded too.
+    """Compute the gradient by operations of torch, which are recorded too.
 
     A share's derivative by its own lse is share * (1 - share): with the row sums of dout * out, the
     gradient of lse_a is share_a * (sum_a - sum + dlse). A row that is -inf on both sides gets 0
@@ -187,7 +187,7 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 
 
 def _merge_vmap(info, in_dims, out_a, lse_a, out_b, lse_b, out_dtype):  # type: ignore[no-untyped-def]
-    """The batch that vmap maps over is one more dimension in front."""
+    """Merge a batch: what vmap maps over is one more dimension in front."""
     tensors = [
         x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip((out_a, lse_a, out_b, lse_b), in_dims, strict=False)
