@@ -165,7 +165,7 @@ def _dense_backward(
     scale: float | None,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of [batch, num_heads, seqlen, head_dim] tensors, laid out as they are."""
+    """Return gradients of [batch, num_heads, seqlen, head_dim] tensors, laid out as they are."""
     return attention_backward(
         grad_out.to(q.dtype), q, k, v, out, lse,
         causal=causal, window=window, scale=scale, backend=backend,

@@ -129,8 +129,8 @@ def _weights(lse_a: Tensor, lse_b: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]
 
 
 def _side(lse: Tensor, x: Tensor) -> Tensor:
-    """Return out or a gradient in the dtype of lse, 0 where the side attends to nothing: whatever stands
-    there, NaN too, has no part in the result."""
+    """Return out or a gradient in the dtype of lse, 0 where the side attends to nothing: whatever
+    stands there, NaN too, has no part in the result."""
     return x.to(lse.dtype).masked_fill((lse == -math.inf).unsqueeze(-1), 0.0)
 
 
