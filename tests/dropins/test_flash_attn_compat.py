@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.dropins import alibi, flash_attn
+from flashcore.compat import flash_attn
+from flashcore.dropins import alibi
 
 B, SQ, SK, HQ, HK, D = 2, 5, 9, 4, 2, 16
 

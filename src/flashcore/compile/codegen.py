@@ -66,7 +66,7 @@ class _Flattener:
     def text_of(self, path: Path) -> str:
         text = _read(path)
         plant = self.plant
-        if plant is not None and path.name == plant.file.rpartition("/")[2]:
+        if plant is not None and path == KERNELS_DIR / plant.file:
             if text.count(plant.find) != 1:
                 raise AssertionError(
                     f"plant {plant.name}: its text occurs {text.count(plant.find)} times in {path}"

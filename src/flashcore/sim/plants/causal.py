@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from flashcore.sim.plants.wmma import Plant, by_name
 
-_KERNEL = "attn_fwd_sm90.cuh"
+_KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _SCHEDULE = "fwd_sm90/schedule_sm90.cuh"
 
 PLANTS_CAUSAL_SM90 = by_name(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from flashcore.sim.plants.wmma import Plant, by_name
 
-_KERNEL = "attn_fwd_wmma.cuh"
+_KERNEL = "fwd_wmma/attn_fwd_wmma.cuh"
 _SOFTMAX = "tile/softmax.cuh"
 _TOTALS = "tile/totals.cuh"
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from flashcore.sim.plants.wmma import Plant
 
-_KERNEL = "attn_fwd_sm90.cuh"
+_KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _MERGE = "fwd_sm90/merge_sm90.cuh"
 _COORD_BEFORE_ARRIVAL = """\
     store_coord(coord, block);

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from flashcore.sim.plants.wmma import Plant, by_name
 
-_WMMA = "attn_fwd_wmma.cuh"
-_SM90 = "attn_fwd_sm90.cuh"
+_WMMA = "fwd_wmma/attn_fwd_wmma.cuh"
+_SM90 = "fwd_sm90/attn_fwd_sm90.cuh"
 _SCHEDULE = "tile/schedule.cuh"
 _SOFTMAX = "tile/softmax.cuh"
 

@@ -47,7 +47,7 @@ def by_name(*plants: Plant) -> dict[str, Plant]:
     return {plant.name: plant for plant in plants}
 
 
-_KERNEL = "attn_fwd_wmma.cuh"
+_KERNEL = "fwd_wmma/attn_fwd_wmma.cuh"
 _PV_LOOP = """\
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
