@@ -3,7 +3,7 @@ run."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -11,10 +11,11 @@ from torch.compiler import is_dynamo_compiling
 from flashcore.explanation import Explanation, explain
 from flashcore.launch import launcher
 from flashcore.ops.calls import attend
-from flashcore.ops.dense import attention_dispatched, autocast
+from flashcore.ops.dense import OPERATORS, autocast
 from flashcore.ops.eager import needs_dispatcher, record
 from flashcore.ops.padded import attention_padded
 from flashcore.problem import Causal, Window
+from flashcore.problem.options import Inputs, Options, Wanted
 from flashcore.problem.ranks import as_rank_4, has_other_rank
 from flashcore.problem.spelling import OF_ATTENTION, other_names, refuse
 
@@ -160,21 +161,26 @@ def attention(
             )
     if has_other_rank(q, k, v):
         given = as_rank_4(q, k, v, mask, seqlens_k)
-        options = causal, window, softcap, scale, return_lse, backend
-        return given.restored(_by_operator(*given[:5], *options))
-    return _by_operator(
-        q, k, v, mask, seqlens_k, causal, window, softcap, scale, return_lse, backend
-    )
+        return given.restored(
+            _by_operator(Inputs(*given[:5]), causal, window, softcap, scale, return_lse, backend)
+        )
+    inputs = Inputs(q, k, v, mask, seqlens_k)
+    return _by_operator(inputs, causal, window, softcap, scale, return_lse, backend)
 
 
 def _by_operator(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    seqlens_k: torch.Tensor | None,
-    *options: Any,
+    inputs: Inputs,
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    backend: str,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    if seqlens_k is None:
-        return attention_dispatched(q, k, v, mask, *options)
-    return attention_padded(q, k, v, mask, seqlens_k, *options)
+    if inputs.seqlens_k is not None:
+        return attention_padded(inputs, causal, window, softcap, scale, return_lse, backend)
+    options = Options.checked(causal, window, softcap, scale)
+    result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse), backend
+    )
+    return result

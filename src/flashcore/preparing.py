@@ -15,9 +15,9 @@ from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.compile.codegen import generate_source
 from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
-from flashcore.ops import padded
+from flashcore.ops.padded import padded_problem
 from flashcore.problem import Causal, Problem, Window, arch_of_device
-from flashcore.problem.options import Options
+from flashcore.problem.options import Inputs, Options
 
 __all__ = ["prepare"]
 
@@ -123,7 +123,7 @@ def prepare(
     elif seqlens_k is not None:
         seqlens_k = tensor("seqlens_k", seqlens_k, torch.int32)
         checked = Options.checked(causal, window, softcap, scale)
-        problem = padded._problem(q, k, v, mask, seqlens_k, checked)
+        problem = padded_problem(Inputs(q, k, v, mask, seqlens_k), checked)
     else:
         problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=return_lse, **options)
     if device.type == "cuda" and problem.device != "cuda":

@@ -17,7 +17,7 @@ from flashcore.backends import gradients, torch_backward
 from flashcore.backends.tiled import attention_backward_tiled, attention_tiled
 from flashcore.checks.accuracy import torch_math_attention
 from flashcore.checks.reference import attention_oracle
-from flashcore.problem.options import Options
+from flashcore.problem.options import Inputs, Options, Results
 
 # seqlen_q, seqlen_k, num_heads_q, num_heads_kv, head_dim, head_dim_v, options, mask, the code.
 CASES = {
@@ -272,11 +272,13 @@ def test_packed_sequences_in_one_operator(name, modelled):
         q, k, v, cu_q, cu_k, 80, 80, causal=options.get("causal", False), scale=None,
         window=options.get("window"), softcap=None,
     )  # fmt: skip
-    out, lse = packed.run_packed("torch", problem, q, k, v, cu_q, cu_k)
-    want = packed.packed_backward(problem, dout, None, q, k, v, cu_q, cu_k, out, lse)
+    inputs = Inputs(q, k, v, None, None, cu_q, cu_k, 80, 80)
+    results = packed.run_packed("torch", problem, inputs)
+    arriving = Results(dout, None)
+    want = packed.packed_backward(problem, arriving, inputs, results)
     object.__setattr__(problem, "device", "cuda")
     object.__setattr__(problem, "arch", 80)
-    found = packed.packed_backward(problem, dout, None, q, k, v, cu_q, cu_k, out, lse)
+    found = packed.packed_backward(problem, arriving, inputs, results)
     for gradient, expected in zip(found, want, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=2e-3, atol=2e-3)
 

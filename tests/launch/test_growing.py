@@ -207,7 +207,7 @@ def test_a_template_with_other_keys_is_the_one_made_for_them(machine):
         for length in (first, second):
             problem = Problem.from_tensors(q, cache(length), cache(length), mask=padding(length))
             kernel = "attn_fwd_sm90" if problem.arch == 90 else "attn_fwd_wmma"
-            plan = dispatch._plan(planned_as(problem), problem.arch, kernel)
+            plan = dispatch.plan_of(planned_as(problem), problem.arch, kernel)
             templates.append(make_template(problem, plan, pointers, 4))
         changed = templates[0].with_keys(problem, plan, pointers, 4)
         assert changed.content == templates[1].content

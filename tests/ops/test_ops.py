@@ -64,7 +64,7 @@ def test_opcheck_of_the_backward(name, given):
     dlse = None if given == "only dout" else torch.ones_like(lse).requires_grad_()
     # Empty rows have lse -inf, and opcheck's comparison of -inf with itself is NaN.
     lse = lse.clamp(min=-1e30)
-    arguments = (dout, dlse, q, k, v, mask, out, lse, *options, True)
+    arguments = (dout, dlse, q, k, v, mask, out, lse, *options, True, "auto")
     all_of_them = name == "softcap, scale" and given == "both"
     torch.library.opcheck(ops.backward, arguments, test_utils=_checks(all_of_them))
 
@@ -163,12 +163,12 @@ def test_opcheck_of_the_operators_that_take_lengths(operator, mask):
     forward = getattr(torch.ops.flashcore, f"attention_{operator}_forward").default
     backward = getattr(torch.ops.flashcore, f"attention_{operator}_backward").default
     traced = mask != "bool"
-    torch.library.opcheck(forward, (*tensors, *options, "torch"), test_utils=_checks(traced))
-    out, lse = forward(*tensors, *options, "torch")
+    torch.library.opcheck(forward, (*tensors, *options, True, "torch"), test_utils=_checks(traced))
+    out, lse = forward(*tensors, *options, True, "torch")
     # Empty rows have lse -inf, and opcheck's comparison of -inf with itself is NaN.
     out, lse = out.detach(), lse.detach().clamp(min=-1e30)
     for dout, dlse in ((torch.ones_like(out), None), (None, torch.ones_like(lse))):
-        gradients_of = (dout, dlse, out, lse, *tensors, *options)
+        gradients_of = (dout, dlse, *tensors, out, lse, *options, "torch")
         traced = mask is None and dlse is None
         torch.library.opcheck(backward, gradients_of, test_utils=_checks(traced))
 

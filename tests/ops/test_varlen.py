@@ -214,12 +214,15 @@ def test_the_operators_are_well_made(name: str) -> None:
     left, right = options["window"] or (-1, -1)
     arguments = (*x.arguments(), case.causal, left, right, options["softcap"] or 0.0, None)
     forward = torch.ops.flashcore.attention_varlen_forward.default
-    torch.library.opcheck(forward, (*arguments, "torch"))
-    out, lse = forward(*arguments, "torch")
+    torch.library.opcheck(forward, (*arguments, True, "torch"))
+    out, lse = forward(*arguments, True, "torch")
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
     torch.library.opcheck(
         torch.ops.flashcore.attention_varlen_backward.default,
-        (torch.ones_like(out), None, out.detach(), lse.detach(), *detached),
+        (
+            torch.ones_like(out), None, *detached[:7], out.detach(), lse.detach(), *detached[7:],
+            "torch",
+        ),
     )
 
 

@@ -26,7 +26,7 @@ def test_packed_sequences_on_hopper(machine: standin.Machine) -> None:
     x = make_varlen_inputs(VarlenCase(lengths_q=(300, 5), lengths_k=(300, 5), layout="qkv"))
     out, lse = flashcore.attention_varlen(*x.arguments(), causal=True, return_lse=True)
     (launched,) = machine.driver.launches
-    plan = packed._plan(packed.packed_problem(*x.arguments(), causal=True), 90, "attn_fwd_sm90")
+    plan = dispatch.plan_of(packed.packed_problem(*x.arguments(), causal=True), 90, "attn_fwd_sm90")
     told = launched.params.attn
     tiles = (305 // plan.block_m + 3) * 2
     assert launched.grid == min(tiles, 132 * plan.min_blocks)

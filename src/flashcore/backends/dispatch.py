@@ -201,7 +201,7 @@ def _prepare_adapted(backend: str, problem: Problem, device: torch.device) -> Ca
     if backend == "torch":
         return functools.partial(_run_torch, problem)
     if backend == "sim":
-        return functools.partial(_run_sim, problem, _plan(planned_as(problem), env.sim_arch()))
+        return functools.partial(_run_sim, problem, plan_of(planned_as(problem), env.sim_arch()))
     from flashcore.launch import launcher
 
     launcher.start()
@@ -213,7 +213,7 @@ def kernel_call(problem: Problem, kernel: str, device: torch.device) -> KernelCa
     """Return the call of a kernel, one for all problems that are planned as one."""
     from flashcore.launch.kernel_call import KernelCall
 
-    return KernelCall(problem, _plan(problem, problem.arch, kernel), device)
+    return KernelCall(problem, plan_of(problem, problem.arch, kernel), device)
 
 
 def _run_empty(
@@ -262,7 +262,7 @@ def _run_sim(
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, arch: int, kernel: str | None = None) -> Plan:
+def plan_of(problem: Problem, arch: int, kernel: str | None = None) -> Plan:
     """Return the plan of `select_plan`, which takes a third of a millisecond, once per Problem."""
     from flashcore.kernels.fwd_wmma.plan import (
         select_plan,  # not needed, hence not loaded, by the torch backend

@@ -7,20 +7,20 @@ begins. It lies on the device and is never read by the host, except where PyTorc
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
-from flashcore.backends.dispatch import KERNELS, adapt_for, prepare, without_autocast
+from flashcore.backends.dispatch import KERNELS, adapt_for, plan_of, prepare, without_autocast
 from flashcore.backends.gradients import attention_gradients, choose_backward
 from flashcore.backends.tiled import attention_tiled
 from flashcore.backends.torch_backward import packed_flash_gradients
 from flashcore.base import env
-from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.options import Inputs, Results
 from flashcore.problem.validation import (
     certainly,
     check_plain_tensor,
@@ -164,46 +164,35 @@ def packed_problem(
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, arch: int, kernel: str | None) -> Plan:
-    return select_plan(problem, arch, kernel=kernel)
+def of_packed(inputs: Inputs) -> tuple[Any, ...]:
+    """Return the arguments of `packed_problem`."""
+    q, k, v, _, _, *lengths = inputs
+    return q, k, v, *lengths
 
 
-def run_packed(
-    backend: str,
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-) -> tuple[Tensor, Tensor]:
+def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     """Compute on a backend that `choose_backend` returned.
 
     Args:
         backend: "sm90", "wmma", "sim" or "torch".
         problem: the description of the tensors.
-        q: [total_q, num_heads_q, head_dim].
-        k: [total_k, num_heads_kv, head_dim].
-        v: [total_k, num_heads_kv, head_dim_v].
-        cu_seqlens_q: int32, [batch + 1].
-        cu_seqlens_k: int32, [batch + 1].
+        inputs: of `attention_varlen`.
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q.
         lse: [num_heads_q, total_q].
     """
+    q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
     if backend in KERNELS and not problem.is_empty:
         addresses = tuple(x.data_ptr() for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
-        call = prepare(backend, problem, q.device)
-        return call(q, k, v, None, addresses)  # type: ignore[return-value]
+        return Results(*prepare(backend, problem, q.device)(q, k, v, None, addresses))
     out = q.new_empty((problem.total_q, problem.num_heads_q, problem.head_dim_v))
     lse = q.new_empty((problem.num_heads_q, problem.total_q), dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":
         out.zero_()
         lse.fill_(-math.inf)
     if problem.is_empty:
-        return out, lse
+        return Results(out, lse)
     if backend == "torch":
         with without_autocast(problem.device):
             for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
@@ -212,7 +201,7 @@ def run_packed(
                 )
                 as_batch(out[queries]).copy_(own_out)
                 lse[:, queries] = own_lse[0]
-        return out, lse
+        return Results(out, lse)
 
     from flashcore.sim import simulate
 
@@ -220,24 +209,15 @@ def run_packed(
     problem = adapted.problem
     if problem.head_dim_v != out.shape[2]:
         out = q.new_empty((*out.shape[:2], problem.head_dim_v))
-    plan = _plan(problem, env.sim_arch(), None)
+    plan = plan_of(problem, env.sim_arch())
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    inputs = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
-    simulate(problem, plan, *inputs, out, lse, None, lengths, seed=env.sim_seed())
-    return adapted.result(out), lse
+    tensors = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
+    simulate(problem, plan, *tensors, out, lse, None, lengths, seed=env.sim_seed())
+    return Results(adapted.result(out), lse)
 
 
 def packed_backward(
-    problem: Problem,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    problem: Problem, arriving: Results, inputs: Inputs, results: Results, backend: str = "auto"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v.
 
@@ -246,21 +226,18 @@ def packed_backward(
 
     Args:
         problem: the description of the call.
-        dout: gradient of out, or None for zero.
-        dlse: gradient of lse, or None for zero.
-        q: [total_q, num_heads_q, head_dim].
-        k: [total_k, num_heads_kv, head_dim].
-        v: [total_k, num_heads_kv, head_dim_v].
-        cu_seqlens_q: int32, [batch + 1].
-        cu_seqlens_k: int32, [batch + 1].
-        out: the forward's output.
-        lse: the forward's lse.
+        arriving: gradients of out and lse, or None for zero.
+        inputs: of `attention_varlen`.
+        results: the forward's.
+        backend: of the call, see `choose_backward`.
 
     Returns:
         dq, dk, dv: shapes and dtypes of q, k and v; 0 in rows of no sequence.
     """
+    q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
+    (out, lse), (dout, dlse) = results[:2], arriving[:2]
     if dout is not None and not problem.is_empty:
-        choice = choose_backward(problem, through_lse=dlse is not None)
+        choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
         if choice.code == "flash":
             return packed_flash_gradients(
                 problem, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout
@@ -281,6 +258,7 @@ def packed_backward(
                 None if dout is None else as_batch(dout[queries]),
                 None if dlse is None else dlse[None, :, queries],
                 False,
+                backend,
             )
             as_batch(gradients[0][queries]).copy_(dq)
             as_batch(gradients[1][keys]).copy_(dk)

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from flashcore.ops import dense as ops
 from flashcore.ops.autograd import needs_grad
 from flashcore.ops.calls import Result, State
+from flashcore.ops.dense import OPERATORS
+from flashcore.ops.operators import BackwardCall
+from flashcore.problem.options import Inputs, Results
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
@@ -77,8 +79,10 @@ class _Recorded(torch.autograd.Function):
         q, k, v, out, lse, *masks = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         mask, needs_mask = (masks[0], needs[3]) if masks else (None, False)
-        options = *ctx.options, needs_mask, ctx.backend
-        gradients = ops.backward(dout, dlse, q, k, v, mask, out, lse, *options)
+        arriving, inputs, results = Results(dout, dlse), Inputs(q, k, v, mask), Results(out, lse)
+        gradients = OPERATORS.gradients(
+            BackwardCall(arriving, inputs, results, ctx.options, (needs_mask,), ctx.backend)
+        )
         return None, *(g if need else None for g, need in zip(gradients, needs, strict=False))
 
 

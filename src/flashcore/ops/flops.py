@@ -6,6 +6,7 @@ scores, whatever is masked. The backward pass computes the scores again, and cou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,89 +14,58 @@ from torch import Tensor
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from flashcore.problem.options import Inputs
 
-def _forward(scores: int, q: Tensor, v: Tensor) -> int:
-    """Count the scores, over the whole batch and all heads of q."""
+
+def forward(scores: int, q: Tensor, v: Tensor) -> int:
+    """Return the operations of a forward pass with so many scores over the whole batch and all
+    heads of q."""
     return 2 * scores * (q.shape[-1] + v.shape[-1])
 
 
-def _backward(scores: int, q: Tensor, v: Tensor) -> int:
-    """Count the scores, dq and dk; the weights' gradients and dv."""
+def backward(scores: int, q: Tensor, v: Tensor) -> int:
+    """Return those of a backward pass: scores, dq and dk; the weights' gradients and dv."""
     return 2 * scores * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
-def _dense_scores(q: Tensor, k: Tensor) -> int:
-    return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
+def dense_scores(inputs: Inputs) -> int:
+    """Return the number of scores of [batch, num_heads, seqlen, head_dim] tensors."""
+    q = inputs.q
+    return q.shape[0] * q.shape[1] * q.shape[2] * inputs.k.shape[2]
 
 
-def _packed_scores(
-    q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
-) -> int:
-    """Count scores sequence by sequence; where lengths cannot be read, each counts as the
-    longest."""
+def packed_scores(inputs: Inputs) -> int:
+    """Return the number of scores sequence by sequence; where lengths cannot be read, each counts
+    as the longest."""
+    assert inputs.cu_seqlens_q is not None
+    assert inputs.cu_seqlens_k is not None
     lengths = [
         cu_seqlens.diff().tolist()
         if type(cu_seqlens) is Tensor and not cu_seqlens.is_meta
         else [longest] * (cu_seqlens.shape[0] - 1)
-        for cu_seqlens, longest in ((cu_seqlens_q, max_seqlen_q), (cu_seqlens_k, max_seqlen_k))
+        for cu_seqlens, longest in (
+            (inputs.cu_seqlens_q, inputs.max_seqlen_q),
+            (inputs.cu_seqlens_k, inputs.max_seqlen_k),
+        )
     ]
-    return q.shape[1] * sum(max(0, n) * max(0, m) for n, m in zip(*lengths, strict=True))
-
-
-def _attention_forward(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> int:
-    return _forward(_dense_scores(q, k), q, v)
-
-
-def _attention_backward(
-    dout: Any, dlse: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
-) -> int:
-    return _backward(_dense_scores(q, k), q, v)
-
-
-def _padded_backward(
-    dout: Any, dlse: Any, out: Any, lse: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any
-) -> int:
-    return _backward(_dense_scores(q, k), q, v)
-
-
-def _varlen_forward(q: Tensor, k: Tensor, v: Tensor, *arguments: Any, **_: Any) -> int:
-    return _forward(_packed_scores(q, *arguments[:4]), q, v)
-
-
-def _varlen_backward(
-    dout: Any,
-    dlse: Any,
-    out: Any,
-    lse: Any,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *arguments: Any,
-    **_: Any,
-) -> int:
-    return _backward(_packed_scores(q, *arguments[:4]), q, v)
-
-
-_FORMULAS = {
-    "attention_forward": _attention_forward,
-    "attention_backward": _attention_backward,
-    "attention_padded_forward": _attention_forward,
-    "attention_padded_backward": _padded_backward,
-    "attention_varlen_forward": _varlen_forward,
-    "attention_varlen_backward": _varlen_backward,
-}
+    pairs = zip(*lengths, strict=True)
+    return inputs.q.shape[1] * sum(max(0, n) * max(0, m) for n, m in pairs)
 
 
 _registered: dict[Any, Any] = {}
 
 
-def register(*names: str) -> None:
-    """Make the formulas of these operators known, to counters that count already too."""
-    for name in names:
-        packet = getattr(torch.ops.flashcore, name)
-        known_to: Any = flop_counter.register_flop_formula(packet, get_raw=True)
-        known_to(_FORMULAS[name])
-        _registered[packet] = flop_counter.flop_registry[packet]
+def register(name: str, formula: Callable[..., int]) -> None:
+    """Make the formula of an operator known, to counters that count already too.
+
+    Args:
+        name: of the operator.
+        formula: takes the operator's arguments, returns its operations.
+    """
+    packet = getattr(torch.ops.flashcore, name)
+    known_to: Any = flop_counter.register_flop_formula(packet, get_raw=True)
+    known_to(formula)
+    _registered[packet] = flop_counter.flop_registry[packet]
     introduce()
 
 

@@ -8,10 +8,8 @@ The lengths lie on the device; the host reads them only where PyTorch itself com
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +17,8 @@ from torch import Tensor
 from flashcore.backends.dispatch import (
     KERNELS,
     adapt_for,
-    check_backend,
     choose_backend,
+    plan_of,
     prepare,
     warn_once,
     without_autocast,
@@ -29,55 +27,22 @@ from flashcore.backends.gradients import attention_gradients
 from flashcore.backends.packed import check_lengths
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
-from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
-from flashcore.ops import flops
-from flashcore.ops.autograd import (
-    functions_of_lengths,
-    needs_mask_grad,
-    refuse_mask_grad,
-    register_autograd,
-)
-from flashcore.ops.batching_lengths import padded_backward_vmap, padded_forward_vmap
+from flashcore.ops import dense, flops
 from flashcore.ops.calls import attend_lengths
 from flashcore.ops.eager import is_plain
+from flashcore.ops.operators import Family, Gradients, Operators
 from flashcore.ops.plain_lengths import (
     padded_backward_plain,
     padded_forward_plain,
     padded_second_order,
 )
 from flashcore.problem import Causal, Problem, Window, widest_band
-from flashcore.problem.options import Options
-from flashcore.problem.validation import (
-    check_kinds,
-    check_mask_kind,
-    check_return_lse,
-    checked_window,
-)
-
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor seqlens_k, str causal, "
-    "SymInt window_left, SymInt window_right, Scalar softcap, Scalar? scale"
-)
-_LIBRARY = torch.library.Library("flashcore", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_LIBRARY.define(
-    f"attention_padded_forward({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", tags=_TAGS
-)
-_LIBRARY.define(
-    "attention_padded_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, "
-    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-forward = torch.ops.flashcore.attention_padded_forward.default
-backward = torch.ops.flashcore.attention_padded_backward.default
+from flashcore.problem.options import Inputs, Options, Results, Wanted
+from flashcore.problem.validation import check_return_lse, checked_window
 
 
 def attention_padded(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seqlens_k: Tensor,
+    inputs: Inputs,
     causal: Causal,
     window: Window,
     softcap: float | None,
@@ -86,33 +51,31 @@ def attention_padded(
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `attention` where seqlens_k is given; see there."""
+    q, k, v, mask, seqlens_k, *_ = inputs
+    assert seqlens_k is not None
     if is_plain((seqlens_k,), q, k, v, mask):
 
         def describe() -> Problem:
             check_return_lse(return_lse)
-            checked = Options.checked(causal, window, softcap, scale)
-            return _problem(q, k, v, mask, seqlens_k, checked)
+            return padded_problem(inputs, Options.checked(causal, window, softcap, scale))
 
         asked = causal, window, softcap, scale, return_lse
         result = attend_lengths(q, k, v, mask, (seqlens_k,), asked, None, backend, describe)
         if result is not None:
             return result if return_lse else result[0]
     options = Options.checked(causal, window, softcap, scale)
-    check_backend(backend)
-    check_return_lse(return_lse)
-    if not torch.compiler.is_compiling():  # then _forward_fake checks
-        _check(q, k, v, mask, seqlens_k)
-    if torch.is_grad_enabled() and needs_mask_grad(mask):
-        refuse_mask_grad()
-    out, lse = forward(q, k, v, mask, seqlens_k, *options, backend)
-    return (out, lse) if return_lse else out
+    returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse), backend
+    )
+    return returned
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seqlens_k: Tensor) -> None:
-    check_kinds(q, k, v)
-    if mask is not None:
-        check_mask_kind(mask, q)
+def check(inputs: Inputs) -> None:
+    """Raise unless ranks, dtypes and devices fit."""
+    dense.check(inputs)
+    q, seqlens_k = inputs.q, inputs.seqlens_k
     check_lengths("seqlens_k", seqlens_k, q)
+    assert seqlens_k is not None
     if seqlens_k.shape[0] != q.shape[0]:
         raise ValueError(
             f"seqlens_k has {seqlens_k.shape[0]} entries, but q has batch {q.shape[0]}; it holds "
@@ -120,21 +83,16 @@ def _check(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seqlens_k: Tens
         )
 
 
-def _problem(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seqlens_k: Tensor, options: Options
-) -> Problem:
-    _check(q, k, v, mask, seqlens_k)
-    causal = False if options.causal == "none" else options.causal
-    problem = Problem.from_tensors(
-        q,
-        k,
-        v,
-        causal=causal,
-        softcap=options.softcap or None,
-        scale=options.scale,
-        mask=mask,
-        return_lse=True,
-    )
+def padded_problem(inputs: Inputs, options: Options) -> Problem:
+    """Validate the tensors of a padded batch and describe them.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention`.
+    """
+    check(inputs)
+    q, k, v, mask, *_ = inputs
+    asked = {**options.asked(), "window": None}
+    problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=True, **asked)
     window = checked_window((options.window_left, options.window_right))
     left, right = widest_band(options.causal, window, q.shape[2], k.shape[2])
     return dataclasses.replace(
@@ -142,29 +100,17 @@ def _problem(
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(problem: Problem, arch: int, kernel: str | None) -> Plan:
-    return select_plan(problem, arch, kernel=kernel)
-
-
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seqlens_k: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    *values, asked = options
-    problem = _problem(q, k, v, mask, seqlens_k, Options(*values))
+def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Results:
+    q, k, v, mask, seqlens_k, *_ = inputs
+    assert seqlens_k is not None
+    problem = padded_problem(inputs, options)
     choice = choose_backend(problem, asked)
     if choice.is_fallback:
         warn_once(choice)
     backend = choice.backend
     if backend in KERNELS and not problem.is_empty:
         addresses = tuple(x.data_ptr() for x in (q, k, v, seqlens_k))
-        call = prepare(backend, problem, q.device)
-        return call(q, k, v, mask, addresses)  # type: ignore[return-value]
+        return Results(*prepare(backend, problem, q.device)(q, k, v, mask, addresses))
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":
@@ -174,7 +120,7 @@ def _forward(
             for own, b, n in _sequences(problem, seqlens_k):
                 tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
                 out[b], lse[b] = attention_tiled(own, *tensors)
-        return out, lse
+        return Results(out, lse)
     from flashcore.sim import simulate
 
     adapted = adapt_for(backend, problem)
@@ -182,10 +128,10 @@ def _forward(
     problem = adapted.problem
     if problem.head_dim_v != out.shape[3]:
         out = q.new_empty((*out.shape[:3], problem.head_dim_v))
-    plan = _plan(problem, env.sim_arch(), None)
+    plan = plan_of(problem, env.sim_arch())
     lengths = {"seqlens_k": seqlens_k}
     simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
-    return adapted.result(out), lse
+    return Results(adapted.result(out), lse)
 
 
 def _sequences(problem: Problem, seqlens_k: Tensor) -> Iterator[tuple[Problem, slice, int]]:
@@ -207,66 +153,48 @@ def _part(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
     return mask[..., :n] if mask.shape[3] > 1 else mask
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, seqlens_k: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, v, mask, seqlens_k)
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=lse_dtype)
-
-
-def _backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seqlens_k: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    problem = _problem(q, k, v, mask, seqlens_k, Options(*options))
+def _differentiate(
+    arriving: Results,
+    inputs: Inputs,
+    results: Results,
+    options: Options,
+    needs: tuple[bool, ...],
+    backend: str,
+) -> Gradients:
+    q, k, v, mask, seqlens_k, *_ = inputs
+    assert seqlens_k is not None
+    problem = padded_problem(inputs, options)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    with without_autocast(problem.device):
-        for own, b, n in _sequences(problem, seqlens_k):
-            dq[b], dk[b, :, :n], dv[b, :, :n], _ = attention_gradients(
-                own,
-                q[b],
-                k[b, :, :n],
-                v[b, :, :n],
-                _part(mask, b, n),
-                out[b],
-                lse[b],
-                None if dout is None else dout[b],
-                None if dlse is None else dlse[b],
-                False,
-            )
+    for own, b, n in _sequences(problem, seqlens_k):
+        dq[b], dk[b, :, :n], dv[b, :, :n], _ = attention_gradients(
+            own,
+            q[b],
+            k[b, :, :n],
+            v[b, :, :n],
+            _part(mask, b, n),
+            results.out[b],
+            results.lse[b],
+            None if arriving.out is None else arriving.out[b],
+            None if arriving.lse is None else arriving.lse[b],
+            False,
+            backend,
+        )
     return dq, dk, dv
 
 
-def _backward_fake(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-_Forward, _Backward = functions_of_lengths(forward, backward, padded_second_order)
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("attention_padded_forward", _forward, _device)
-    _LIBRARY.impl("attention_padded_backward", _backward, _device)
-torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
-torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
-register_autograd(_LIBRARY, forward, _Forward, padded_forward_plain)
-register_autograd(_LIBRARY, backward, _Backward, padded_backward_plain)
-torch.library.register_vmap(forward, padded_forward_vmap, lib=_LIBRARY)
-torch.library.register_vmap(backward, padded_backward_vmap, lib=_LIBRARY)
-flops.register("attention_padded_forward", "attention_padded_backward")
+OPERATORS = Operators(
+    Family(
+        name="attention_padded",
+        inputs=("q", "k", "v", "mask", "seqlens_k"),
+        differentiable=("q", "k", "v"),
+        places={"q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "out": 0, "lse": 0},
+        check=check,
+        compute=_compute,
+        differentiate=_differentiate,
+        shapes=dense.shapes,
+        plain=padded_forward_plain,
+        differentiate_plain=padded_backward_plain,
+        second_order=padded_second_order,
+        scores=flops.dense_scores,
+    )
+)

@@ -6,7 +6,7 @@ lengths. Where it cannot (torch.compile traces; vmap maps over them; a meta tens
 one call, in which positions hide the other sequences; it takes the time of one long sequence. A
 padded batch is always one call.
 
-The functions take what the operators take; see ops/varlen.py and ops/padded.py.
+The functions are those of a Family; see ops/operators.py.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from flashcore.backends.dispatch import without_autocast
-from flashcore.backends.packed import check_lengths, check_packed, readable, rows_of_sequences
-from flashcore.ops.autograd import warn_of_forward_mode
+from flashcore.backends.packed import of_packed, readable, rows_of_sequences
 from flashcore.ops.plain import Hidden, backward_plain, forward_plain, outside_band
 from flashcore.ops.second_order import backward_of_backward
 from flashcore.problem.memory_layout import as_batch
-from flashcore.problem.options import Options
+from flashcore.problem.options import Inputs, Options, Results
 from flashcore.problem.validation import check_mask, check_qkv
 
 Gradients3 = tuple[Tensor, Tensor, Tensor]
@@ -34,13 +33,10 @@ Tensors = tuple[Tensor | None, ...]
 Compute = Callable[[Tensors, Tensors, Hidden | None], tuple[Tensors, Tensors]]
 
 
-def varlen_forward_plain(*inputs: Any) -> tuple[Tensor, Tensor]:
+def varlen_forward_plain(inputs: Inputs, options: Options) -> Results:
     """Compute `attention_varlen_forward`."""
-    q, k, v, cu_q, cu_k, _, _, *given, backend = inputs
-    check_packed(q, k, v, cu_q, cu_k)
+    q, k, v, cu_q, cu_k, _, _ = of_packed(inputs)
     check_qkv(as_batch(q), as_batch(k), as_batch(v))
-    options = Options(*given).with_checked_factors()
-    warn_of_forward_mode(q, backend)
 
     def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
         (q,), (k, v) = of_q, of_k
@@ -49,13 +45,13 @@ def varlen_forward_plain(*inputs: Any) -> tuple[Tensor, Tensor]:
 
     of_q, of_k = (as_batch(q),), (as_batch(k), as_batch(v))
     out, lse = _by_sequence(compute, of_q, of_k, cu_q, cu_k, options, (0.0, -math.inf))
-    return _unbatched(out), _lse_unbatched(lse)
+    return Results(_unbatched(out), _lse_unbatched(lse))
 
 
-def varlen_backward_plain(*inputs: Any) -> Gradients3:
+def varlen_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Gradients3:
     """Compute `attention_varlen_backward`."""
-    dout, dlse, _, _, q, k, v, cu_q, cu_k, _, _, *given = inputs
-    options = Options(*given)
+    q, k, v, cu_q, cu_k, _, _ = of_packed(inputs)
+    dout, dlse = arriving.out, arriving.lse
 
     def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
         (dout, dlse, q), (k, v) = of_q, of_k
@@ -70,97 +66,77 @@ def varlen_backward_plain(*inputs: Any) -> Gradients3:
 
 
 def varlen_second_order(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    options: tuple[Any, ...],
-    cotangents: Tensors,
+    arriving: Results, inputs: Inputs, cotangents: Tensors, options: Options
 ) -> Tensors:
     """Return gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
-    checked = Options(*options[2:])
+    q, k, v, cu_q, cu_k, _, _ = of_packed(inputs)
 
     def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
         (dout, dlse, q, x), (k, v, y, z) = of_q, of_k
         dlse = None if dlse is None else dlse.squeeze(-1)
         of_dout, of_dlse, of_q, of_k, of_v, _ = backward_of_backward(
-            dout, dlse, q, k, v, None, (x, y, z, None), checked, hidden
+            dout, dlse, q, k, v, None, (x, y, z, None), options, hidden
         )
         return (of_dout, of_dlse.unsqueeze(-1), of_q), (of_k, of_v)
 
     x, y, z = cotangents
     of_dout, of_dlse, *of_qkv = _by_sequence(
         compute,
-        (_batched(dout), _lse_batched(dlse), as_batch(q), _batched(x)),
+        (_batched(arriving.out), _lse_batched(arriving.lse), as_batch(q), _batched(x)),
         (as_batch(k), as_batch(v), _batched(y), _batched(z)),
-        cu_seqlens_q,
-        cu_seqlens_k,
-        checked,
+        cu_q,
+        cu_k,
+        options,
         (0.0, 0.0, 0.0),
     )
     return _unbatched(of_dout), _lse_unbatched(of_dlse), *map(_unbatched, of_qkv)
 
 
-def padded_forward_plain(*inputs: Any) -> tuple[Tensor, Tensor]:
+def padded_forward_plain(inputs: Inputs, options: Options) -> Results:
     """Compute `attention_padded_forward`."""
-    q, k, v, mask, seqlens_k, *given, backend = inputs
+    q, k, v, mask, *_ = inputs
     check_qkv(q, k, v)
-    check_lengths("seqlens_k", seqlens_k, q)
     if mask is not None:
         check_mask(mask, q, k.shape[2])
-    options = Options(*given).with_checked_factors()
-    warn_of_forward_mode(q, backend)
-    with without_autocast(q.device.type):
-        k, v, hidden = _behind_hidden(q, k, v, seqlens_k, options)
-        return forward_plain(q, k, v, mask, options, hidden)
+    k, v, hidden = _behind_hidden(inputs, options)
+    return Results(*forward_plain(q, k, v, mask, options, hidden))
 
 
-def padded_backward_plain(*inputs: Any) -> Gradients3:
+def padded_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Gradients3:
     """Compute `attention_padded_backward`."""
-    dout, dlse, _, _, q, k, v, mask, seqlens_k, *given = inputs
-    options = Options(*given)
-    with without_autocast(q.device.type):
-        k, v, hidden = _behind_hidden(q, k, v, seqlens_k, options)
-        return backward_plain(dout, dlse, q, k, v, mask, options, hidden)[:3]
+    k, v, hidden = _behind_hidden(inputs, options)
+    q, mask = inputs.q, inputs.mask
+    return backward_plain(arriving.out, arriving.lse, q, k, v, mask, options, hidden)[:3]
 
 
 def padded_second_order(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    seqlens_k: Tensor,
-    options: tuple[Any, ...],
-    cotangents: Tensors,
+    arriving: Results, inputs: Inputs, cotangents: Tensors, options: Options
 ) -> Tensors:
     """Return gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
-    checked = Options(*options)
     x, y, z = cotangents
-    with without_autocast(q.device.type):
-        k, v, hidden = _behind_hidden(q, k, v, seqlens_k, checked)
-        # dk and dv are 0 behind the last key, whatever their cotangents are there.
-        beyond = _beyond(k, seqlens_k).mT
-        y, z = (None if c is None else c.masked_fill(beyond, 0.0) for c in (y, z))
-        return backward_of_backward(dout, dlse, q, k, v, mask, (x, y, z, None), checked, hidden)[:5]
+    k, v, hidden = _behind_hidden(inputs, options)
+    # dk and dv are 0 behind the last key, whatever their cotangents are there.
+    beyond = _beyond(inputs).mT
+    y, z = (None if c is None else c.masked_fill(beyond, 0.0) for c in (y, z))
+    return backward_of_backward(
+        arriving.out, arriving.lse, inputs.q, k, v, inputs.mask, (x, y, z, None), options, hidden
+    )[:5]
 
 
-def _beyond(k: Tensor, seqlens_k: Tensor) -> Tensor:
+def _beyond(inputs: Inputs) -> Tensor:
     """Return [batch, 1, 1, seqlen_k], True behind a sequence's last key."""
+    k, seqlens_k = inputs.k, inputs.seqlens_k
+    assert seqlens_k is not None
     return torch.arange(k.shape[2], device=k.device) >= seqlens_k[:, None, None, None]
 
 
-def _behind_hidden(
-    q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, options: Options
-) -> tuple[Tensor, Tensor, Hidden]:
+def _behind_hidden(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor, Hidden]:
     """Return k and v with zeros behind the last key of each sequence, and what positions hide
     then."""
+    q, k, v, _, seqlens_k, *_ = inputs
+    assert seqlens_k is not None
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
-    beyond = _beyond(k, seqlens_k)
+    beyond = _beyond(inputs)
     lengths = seqlens_k.long().clamp(0, seqlen_k)[:, None, None, None]
     offset = torch.zeros_like(lengths) if options.causal == "upper_left" else lengths - seqlen_q
 

@@ -4,55 +4,37 @@ operators of torch, `flashcore::attention_varlen_forward` and
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 
-from flashcore.backends.dispatch import check_backend, choose_backend, warn_once
+from flashcore.backends.dispatch import choose_backend, warn_once
 from flashcore.backends.packed import (
     check_packed,
     checked_max_seqlen,
+    of_packed,
     packed_backward,
     packed_problem,
     run_packed,
 )
 from flashcore.ops import flops
-from flashcore.ops.autograd import functions_of_lengths, register_autograd
-from flashcore.ops.batching_lengths import varlen_backward_vmap, varlen_forward_vmap
 from flashcore.ops.calls import attend_lengths
 from flashcore.ops.dense import autocast
 from flashcore.ops.eager import is_plain
+from flashcore.ops.operators import Family, Gradients, Operators
 from flashcore.ops.plain_lengths import (
     varlen_backward_plain,
     varlen_forward_plain,
     varlen_second_order,
 )
 from flashcore.problem import Causal, Problem, Window
-from flashcore.problem.options import Options
+from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.spelling import OF_VARLEN, other_names, refuse
 from flashcore.problem.validation import check_return_lse
 
 __all__ = ["attention_varlen"]
 
 Tensor = torch.Tensor
-
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, str causal, SymInt window_left, SymInt window_right, Scalar softcap, "
-    "Scalar? scale"
-)
-_LIBRARY = torch.library.Library("flashcore", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-_LIBRARY.define(
-    f"attention_varlen_forward({_ARGUMENTS}, str backend) -> (Tensor, Tensor)", tags=_TAGS
-)
-_LIBRARY.define(
-    "attention_varlen_backward(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, "
-    f"{_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-forward = torch.ops.flashcore.attention_varlen_forward.default
-backward = torch.ops.flashcore.attention_varlen_backward.default
 
 
 @overload
@@ -192,113 +174,73 @@ def attention_varlen(
         result = attend_lengths(q, k, v, None, lengths, asked, longest, backend, describe)
         if result is not None:
             return result if return_lse else result[0]
-    if not torch.compiler.is_compiling():  # then _forward_fake checks
+    if not torch.compiler.is_compiling():  # then the operator's fake checks
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    inputs = Inputs(
+        q,
+        k,
+        v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        max_seqlen_q=checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0]),
+        max_seqlen_k=checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0]),
+    )
     options = Options.checked(causal, window, softcap, scale)
-    check_backend(backend)
-    check_return_lse(return_lse)
-    out, lse = forward(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0]),
-        checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0]),
-        *options,
-        backend,
+    returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse), backend
     )
-    return (out, lse) if return_lse else out
+    return returned
 
 
-def _problem(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    causal: str,
-    window_left: int,
-    window_right: int,
-    softcap: float,
-    scale: float | None,
-) -> Problem:
-    return packed_problem(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal=False if causal == "none" else causal,
-        window=(window_left, window_right),
-        softcap=softcap or None,
-        scale=scale,
-    )
+def _check(inputs: Inputs) -> None:
+    check_packed(*of_packed(inputs)[:5])
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    *options: Any,
-) -> tuple[Tensor, Tensor]:
-    *options, backend = options  # type: ignore[assignment]
-    problem = _problem(q, k, v, cu_seqlens_q, cu_seqlens_k, *options)
+def _shapes(inputs: Inputs) -> Results:
+    total_q, num_heads_q, _ = inputs.q.shape
+    return Results(out=(total_q, num_heads_q, inputs.v.shape[2]), lse=(num_heads_q, total_q))
+
+
+def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> Results:
+    problem = packed_problem(*of_packed(inputs), **options.asked())
     choice = choose_backend(problem, backend)
     if choice.is_fallback:
         warn_once(choice)
-    return run_packed(choice.backend, problem, q, k, v, cu_seqlens_q, cu_seqlens_k)
+    return run_packed(choice.backend, problem, inputs)
 
 
-def _forward_fake(
-    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *options: Any
-) -> tuple[Tensor, Tensor]:
-    check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    total_q, num_heads_q, _ = q.shape
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_empty((total_q, num_heads_q, v.shape[2]))
-    return out, q.new_empty((num_heads_q, total_q), dtype=lse_dtype)
+def _differentiate(
+    arriving: Results,
+    inputs: Inputs,
+    results: Results,
+    options: Options,
+    needs: tuple[bool, ...],
+    backend: str,
+) -> Gradients:
+    problem = packed_problem(*of_packed(inputs), **options.asked())
+    return packed_backward(problem, arriving, inputs, results, backend)
 
 
-def _backward(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, *_ = arguments
-    problem = _problem(*arguments)
-    return packed_backward(problem, dout, dlse, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse)
+_HEADS = 1  # of [total, num_heads, head_dim]
 
-
-def _backward_fake(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *arguments: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-_Forward, _Backward = functions_of_lengths(forward, backward, varlen_second_order)
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("attention_varlen_forward", _forward, _device)
-    _LIBRARY.impl("attention_varlen_backward", _backward, _device)
-torch.library.register_fake(forward, _forward_fake, lib=_LIBRARY)
-torch.library.register_fake(backward, _backward_fake, lib=_LIBRARY)
-register_autograd(_LIBRARY, forward, _Forward, varlen_forward_plain)
-register_autograd(_LIBRARY, backward, _Backward, varlen_backward_plain)
-torch.library.register_vmap(forward, varlen_forward_vmap, lib=_LIBRARY)
-torch.library.register_vmap(backward, varlen_backward_vmap, lib=_LIBRARY)
-flops.register("attention_varlen_forward", "attention_varlen_backward")
+OPERATORS = Operators(
+    Family(
+        name="attention_varlen",
+        inputs=(
+            "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
+        ),
+        differentiable=("q", "k", "v"),
+        places={
+            "q": _HEADS, "k": _HEADS, "v": _HEADS, "cu_seqlens_q": None, "cu_seqlens_k": None,
+            "out": _HEADS, "lse": 0,
+        },
+        check=_check,
+        compute=_compute,
+        differentiate=_differentiate,
+        shapes=_shapes,
+        plain=varlen_forward_plain,
+        differentiate_plain=varlen_backward_plain,
+        second_order=varlen_second_order,
+        scores=flops.packed_scores,
+    )
+)  # fmt: skip

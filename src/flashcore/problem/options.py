@@ -1,10 +1,17 @@
-"""Hold the options of `attention` as the operators take them: plain values, whatever the shapes."""
+"""Hold what a call of attention hands on: options, inputs, what is wanted, results.
+
+The operators' schemas, their autograd and their vmap are derived from the fields here (see
+ops/operators.py): a field's name, type and place are those of an operator's argument.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import typing
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.validation import (
@@ -14,6 +21,69 @@ from flashcore.problem.validation import (
     checked_factor,
     checked_window,
 )
+
+
+class Inputs(NamedTuple):
+    """Hold the tensors of a call, and the bounds that go with them.
+
+    A family of operators takes some of these; the others stay None. Shapes are those of the
+    public functions.
+
+    Args:
+        q: queries.
+        k: keys.
+        v: values.
+        mask: boolean or additive.
+        seqlens_k: int32, [batch]: the number of keys of each sequence of a padded batch.
+        cu_seqlens_q: int32, [batch + 1]: where packed sequences of queries begin and end.
+        cu_seqlens_k: int32, [batch + 1]: where packed sequences of keys begin and end.
+        max_seqlen_q: a bound on the length of packed sequences of queries.
+        max_seqlen_k: a bound on the length of packed sequences of keys.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    mask: Tensor | None = None
+    seqlens_k: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+
+
+class Wanted(NamedTuple):
+    """Say which results a call returns besides out: a flag for each of the others in Results, in
+    their order.
+
+    Args:
+        return_lse: the log-sum-exp of each row of scores.
+    """
+
+    return_lse: bool = False
+
+
+class Results(NamedTuple):
+    """Hold what a call returns, or the gradients that arrive at it.
+
+    A result that is not wanted has no elements; a gradient that is zero is None.
+
+    Args:
+        out: the weighted sums of v.
+        lse: natural-log, float32 (float64 for float64 inputs).
+    """
+
+    out: Any
+    lse: Any
+
+    def returned(self, wanted: Wanted) -> Any:
+        """Return what a public function does: out, or a tuple of it and what else is wanted."""
+        others = [x for x, want in zip(self[1:], wanted, strict=True) if want]
+        return (self.out, *others) if others else self.out
+
+
+# Those through which gradients flow; the backward pass is given them, too.
+DIFFERENTIABLE_RESULTS = ("out", "lse")
 
 
 class Options(NamedTuple):
@@ -82,14 +152,37 @@ class Options(NamedTuple):
         return_lse: bool,
     ) -> Problem:
         """Return Problem.from_tensors with these options."""
-        return Problem.from_tensors(
-            q,
-            k,
-            v,
-            causal=False if self.causal == "none" else self.causal,
-            window=(self.window_left, self.window_right),
-            softcap=self.softcap or None,
-            scale=self.scale,
-            mask=mask,
-            return_lse=return_lse,
-        )
+        return Problem.from_tensors(q, k, v, mask=mask, return_lse=return_lse, **self.asked())
+
+    def asked(self) -> dict[str, Any]:
+        """Return the keyword arguments of `attention` that mean these options."""
+        return {
+            "causal": False if self.causal == "none" else self.causal,
+            "window": (self.window_left, self.window_right),
+            "softcap": self.softcap or None,
+            "scale": self.scale,
+        }
+
+
+_SCHEMA_TYPES = {
+    Any: "Tensor",
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    str: "str",
+    bool: "bool",
+    int: "SymInt",
+    float: "Scalar",
+    float | None: "Scalar?",
+}
+
+
+@functools.cache
+def schema_of(fields: type, *names: str) -> str:
+    """Return the fields of a class here as an operator's schema has them: "Tensor q, Tensor k".
+
+    Args:
+        fields: Inputs, Options, Wanted or Results.
+        *names: of the fields; all by default.
+    """
+    hints = typing.get_type_hints(fields)
+    return ", ".join(f"{_SCHEMA_TYPES[hints[name]]} {name}" for name in names or hints)
