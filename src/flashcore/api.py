@@ -11,11 +11,11 @@ from torch.compiler import is_dynamo_compiling
 from flashcore.explanation import Explanation, explain
 from flashcore.launch import launcher
 from flashcore.ops.calls import attend
-from flashcore.ops.dense import OPERATORS, autocast
+from flashcore.ops.dense import attention_dense, autocast
 from flashcore.ops.eager import needs_dispatcher, record
 from flashcore.ops.padded import attention_padded
 from flashcore.problem import Causal, Window
-from flashcore.problem.options import Inputs, Options, Wanted
+from flashcore.problem.options import Inputs
 from flashcore.problem.ranks import as_rank_4, has_other_rank
 from flashcore.problem.spelling import OF_ATTENTION, other_names, refuse
 
@@ -177,10 +177,5 @@ def _by_operator(
     return_lse: bool,
     backend: str,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    if inputs.seqlens_k is not None:
-        return attention_padded(inputs, causal, window, softcap, scale, return_lse, backend)
-    options = Options.checked(causal, window, softcap, scale)
-    result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] = OPERATORS.attend(
-        inputs, options, Wanted(return_lse), backend
-    )
-    return result
+    compute = attention_dense if inputs.seqlens_k is None else attention_padded
+    return compute(inputs, causal, window, softcap, scale, return_lse, backend)

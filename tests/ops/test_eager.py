@@ -17,6 +17,7 @@ from flashcore.launch import kernel_call as launch
 from flashcore.launch.driver import INVALID_CONTEXT
 from flashcore.ops import calls, eager
 from flashcore.ops import dense as ops
+from flashcore.problem.options import Inputs
 
 HALF = torch.float16
 
@@ -31,10 +32,11 @@ def no_calls(monkeypatch):
 def through_the_operator(q, k, v, **options):
     """Make the same call as a mode makes it."""
     arguments = {
-        "mask": None, "causal": False, "window": None, "softcap": None, "scale": None,
+        "causal": False, "window": None, "softcap": None, "scale": None,
         "return_lse": False, "backend": "auto", **options,
     }  # fmt: skip
-    return ops.attention_dispatched(q, k, v, **arguments)
+    inputs = Inputs(q, k, v, arguments.pop("mask", None))
+    return ops.attention_dense(inputs, **arguments)
 
 
 CALLS = {

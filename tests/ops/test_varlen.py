@@ -220,7 +220,12 @@ def test_the_operators_are_well_made(name: str) -> None:
     torch.library.opcheck(
         torch.ops.flashcore.attention_varlen_backward.default,
         (
-            torch.ones_like(out), None, *detached[:7], out.detach(), lse.detach(), *detached[7:],
+            torch.ones_like(out),
+            None,
+            *detached[:7],
+            out.detach(),
+            lse.detach(),
+            *detached[7:],
             "torch",
         ),
     )

@@ -11,7 +11,7 @@ import standin
 import torch
 
 import flashcore
-from flashcore.backends import packed
+from flashcore.backends import dispatch, packed
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
 from flashcore.launch import counters, driver
 from flashcore.ops import padded, varlen

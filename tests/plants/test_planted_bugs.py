@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from plant_checks import check_text, undocumented
 
-from flashcore import sim
 from flashcore.checks import verify
 from flashcore.checks.cases import Case
 from flashcore.checks.varlen_cases import VarlenCase

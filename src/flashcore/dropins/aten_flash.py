@@ -22,8 +22,9 @@ from flashcore.backends.dispatch import without_autocast
 from flashcore.dropins.aten_fallback import by_torch, lengths_obstacle, obstacle
 from flashcore.ops import varlen
 from flashcore.ops.calls import attend
+from flashcore.ops.family import BackwardCall
 from flashcore.ops.rings import attention_backward
-from flashcore.problem.options import Options
+from flashcore.problem.options import Inputs, Options, Results
 
 FORWARD = "_flash_attention_forward"
 IN_PLACE = "_flash_attention_forward_no_dropout_inplace"
@@ -286,7 +287,12 @@ def _backward(
         return tuple(x.transpose(1, 2) for x in gradients)
     checked = Options.checked(is_causal, window, None, scale)
     with torch.no_grad():
-        return varlen.backward(
-            grad_out.to(query.dtype), None, out, logsumexp, query, key, value, cum_seq_q,
-            cum_seq_k, max_q, max_k, *checked,
-        )  # fmt: skip
+        call = BackwardCall(
+            Results(grad_out.to(query.dtype), None),
+            Inputs(query, key, value, None, None, cum_seq_q, cum_seq_k, max_q, max_k),
+            Results(out, logsumexp),
+            checked,
+            (),
+            backend,
+        )
+        return varlen.OPERATORS.gradients(call)

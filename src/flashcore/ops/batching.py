@@ -102,14 +102,15 @@ def _all_join(places: Places, dims: Dims) -> bool:
 
 def _joined(places: Places, n: int, dims: Dims, tensors: Mapping[str, Any]) -> list[Any]:
     """Join the batch that vmap maps over and what the tensors have at its place into one."""
-    batch = tensors["q"].shape[0 if dims["q"] is None or dims["q"] > 0 else 1]
+    batch = tensors["q"].shape[1 if dims["q"] == 0 else 0]
     joined = []
     for name, x in tensors.items():
         place = places.get(name)
         if not isinstance(x, Tensor) or place is None:
             joined.append(x)
             continue
-        x = x.unsqueeze(0).expand(n, *x.shape) if dims[name] is None else x.movedim(dims[name], 0)
+        dim = dims[name]
+        x = x.unsqueeze(0).expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
         if place == "mask":
             x = x.reshape(n, *(1,) * (5 - x.dim()), *x.shape[1:])
             joined.append(x.expand(n, batch, *x.shape[2:]).flatten(0, 1))

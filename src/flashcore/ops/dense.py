@@ -16,9 +16,11 @@ from flashcore.backends.autocasting import autocast_dtype
 from flashcore.backends.gradients import attention_gradients
 from flashcore.ops import flops
 from flashcore.ops.calls import attend
-from flashcore.ops.operators import Family, Gradients, Operators
+from flashcore.ops.family import Family, Gradients
+from flashcore.ops.operators import Operators
 from flashcore.ops.plain import backward_plain, forward_plain
 from flashcore.ops.second_order import backward_of_backward
+from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.validation import check_kinds, check_mask, check_mask_kind, check_qkv
 
@@ -39,6 +41,23 @@ def autocast(
         return x if x.dtype in (torch.float64, keep) else x.to(dtype)
 
     return cast(q), cast(k), cast(v), None if mask is None else cast(mask, torch.float32)
+
+
+def attention_dense(
+    inputs: Inputs,
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `attention` through the operator. torch.compile traces this function."""
+    options = Options.checked(causal, window, softcap, scale)
+    returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse), backend
+    )
+    return returned
 
 
 def check(inputs: Inputs) -> None:
@@ -76,9 +95,10 @@ def _differentiate(
     backend: str,
 ) -> Gradients:
     q, k, v, mask, *_ = inputs
+    (needs_mask_grad,) = needs
     problem = options.problem(q, k, v, mask, return_lse=True)
     return attention_gradients(
-        problem, q, k, v, mask, results.out, results.lse, arriving.out, arriving.lse, *needs,
+        problem, q, k, v, mask, results.out, results.lse, arriving.out, arriving.lse, needs_mask_grad,
         backend,
     )  # fmt: skip
 

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from flashcore.ops.autograd import needs_grad
 from flashcore.ops.calls import Result, State
 from flashcore.ops.dense import OPERATORS
-from flashcore.ops.operators import BackwardCall
+from flashcore.ops.family import BackwardCall
 from flashcore.problem.options import Inputs, Results
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)

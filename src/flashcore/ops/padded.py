@@ -30,7 +30,8 @@ from flashcore.base import env
 from flashcore.ops import dense, flops
 from flashcore.ops.calls import attend_lengths
 from flashcore.ops.eager import is_plain
-from flashcore.ops.operators import Family, Gradients, Operators
+from flashcore.ops.family import Family, Gradients
+from flashcore.ops.operators import Operators
 from flashcore.ops.plain_lengths import (
     padded_backward_plain,
     padded_forward_plain,

@@ -21,7 +21,8 @@ from flashcore.ops import flops
 from flashcore.ops.calls import attend_lengths
 from flashcore.ops.dense import autocast
 from flashcore.ops.eager import is_plain
-from flashcore.ops.operators import Family, Gradients, Operators
+from flashcore.ops.family import Family, Gradients
+from flashcore.ops.operators import Operators
 from flashcore.ops.plain_lengths import (
     varlen_backward_plain,
     varlen_forward_plain,
