@@ -98,8 +98,8 @@ def _differentiate(
     (needs_mask_grad,) = needs
     problem = options.problem(q, k, v, mask, return_lse=True)
     return attention_gradients(
-        problem, q, k, v, mask, results.out, results.lse, arriving.out, arriving.lse, needs_mask_grad,
-        backend,
+        problem, q, k, v, mask, results.out, results.lse, arriving.out, arriving.lse,
+        needs_mask_grad, backend,
     )  # fmt: skip
 
 
