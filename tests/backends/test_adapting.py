@@ -167,9 +167,11 @@ def test_opcheck(layout: str) -> None:
     lengths, cu = torch.tensor([9, 4]).int(), torch.tensor([0, 2, 6]).int()
     rows = [x.detach()[0].transpose(0, 1).requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(ops.forward, (q, k, v, None, *options, True, "auto"))
-    torch.library.opcheck(padded.forward, (q, k, v, None, lengths, *options, "auto"))
-    arguments = (*rows, cu, cu, 6, 9, *options, "auto")
-    torch.library.opcheck(varlen.forward, arguments)
+    torch.library.opcheck(
+        padded.OPERATORS.forward, (q, k, v, None, lengths, *options, True, "auto")
+    )
+    arguments = (*rows, cu, cu, 6, 9, *options, True, "auto")
+    torch.library.opcheck(varlen.OPERATORS.forward, arguments)
 
 
 def test_compiled_and_mapped_calls_agree() -> None:

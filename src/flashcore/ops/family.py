@@ -25,7 +25,7 @@ ALWAYS_DIFFERENTIABLE = 3  # q, k and v; the gradient of another input is comput
 
 @dataclass(frozen=True)
 class Family:
-    """What a pair of operators, forward and backward, has of its own.
+    """Hold what a pair of operators, forward and backward, has of its own.
 
     Args:
         name: of the operators, without _forward and _backward.
@@ -62,7 +62,7 @@ class Family:
 
 
 class ForwardCall(NamedTuple):
-    """The arguments of a forward operator."""
+    """Hold the arguments of a forward operator."""
 
     inputs: Inputs
     options: Options
@@ -71,7 +71,7 @@ class ForwardCall(NamedTuple):
 
 
 class BackwardCall(NamedTuple):
-    """The arguments of a backward operator; `needs` says which inputs that follow v need a
+    """Hold the arguments of a backward operator; `needs` says which inputs that follow v need a
     gradient."""
 
     arriving: Results

@@ -1,4 +1,4 @@
-"""One factory of operators: forward, backward, fakes, autograd, vmap and FLOPs of a family.
+"""Make operators by one factory: forward, backward, fakes, autograd, vmap and FLOPs of a family.
 
 A Family describes what is its own: which inputs it takes, how it computes, where a batch that vmap
 maps over finds room. Everything that follows from that is derived here, from the fields of
@@ -46,7 +46,7 @@ _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
 
 class Operators:
-    """The operators of a family, defined and registered.
+    """Define and register the operators of a family.
 
     Args:
         family: see Family.
@@ -265,7 +265,7 @@ def _tensors(count: int) -> str:
 
 
 def _cut(arguments: tuple[Any, ...], *counts: int) -> list[tuple[Any, ...]]:
-    """Arguments in groups of so many; the rest comes last."""
+    """Return arguments in groups of so many; the rest comes last."""
     groups, start = [], 0
     for count in counts:
         groups.append(arguments[start : start + count])
