@@ -1,4 +1,4 @@
-"""Define vmap of the operators: the batch that is mapped over joins a dimension that the tensors have.
+"""Define vmap of the operators: the batch that is mapped over joins a dimension of the tensors.
 
 That is the batch of dense and padded tensors, the heads of packed ones. What is not batched is
 expanded, not copied, where the tensors' own batch is 1. Where a tensor has no room for a batch (the

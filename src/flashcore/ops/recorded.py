@@ -100,7 +100,7 @@ def recording(
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-            """By operations of torch, which are recorded too."""
+            """Compute the gradient by operations of torch, which are recorded too."""
             number = len(DIFFERENTIABLE_RESULTS)
             saved = ctx.saved_tensors
             inputs = ctx.bounds._replace(**dict(zip(is_tensor, saved[number:], strict=True)))
