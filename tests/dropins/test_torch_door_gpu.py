@@ -34,7 +34,9 @@ def refuse_nested_call(*_: Any, **__: Any) -> None:
 
 @pytest.fixture
 def _runs_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's own forward kernels must not run."""
+    """Check the calls.
+
+    Torch's own forward kernels must not run."""
     monkeypatch.setattr(aten_flash, "by_torch", refuse_nested_call)
 
 

@@ -40,7 +40,9 @@ _lock = forks.lock()
 
 
 class _Handle:
-    """What torch keeps while the implementation is active: the replaced kernels.
+    """Hold the handle of torch.
+
+    What torch keeps while the implementation is active: the replaced kernels.
 
     Args:
         backend: as in `activate`.
@@ -90,7 +92,9 @@ def _impl(
 
 
 class Activation:
-    """What `activate` returns: a context manager, at whose end the implementation that was active
+    """Hold an activation.
+
+    What `activate` returns: a context manager, at whose end the implementation that was active
     before is active again.
 
     Args:
