@@ -189,9 +189,7 @@ def test_compiled_code() -> None:
 
 @contextlib.contextmanager
 def torchs_own_on_cpu(calls: list[tuple[str, tuple[Any, ...]]]) -> Iterator[None]:
-    """Record calls.
-
-    Stand-ins for torch's kernels, which write down that they were called."""
+    """Put functions in the place of torch's kernels, which write down that they were called."""
     library = torch.library.Library("aten", "IMPL")
 
     def forward(*arguments: Any, **options: Any) -> tuple[Any, ...]:

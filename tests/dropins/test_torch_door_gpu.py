@@ -34,9 +34,7 @@ def refuse_nested_call(*_: Any, **__: Any) -> None:
 
 @pytest.fixture
 def _runs_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check the calls.
-
-    Torch's own forward kernels must not run."""
+    """Fail where one of torch's own forward kernels runs."""
     monkeypatch.setattr(aten_flash, "by_torch", refuse_nested_call)
 
 

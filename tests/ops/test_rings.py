@@ -24,9 +24,7 @@ def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Ten
 
 
 def sides(empty: str = "", dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    """Return two sides.
-
-    Arguments of merge with rows that are empty on side "a", on "b", or on both."""
+    """Return arguments of merge with rows that are empty on side "a", on "b", or on both."""
     lse_dtype = dtype if dtype == torch.float64 else torch.float32
     out_a, out_b = (randn(2, 3, 5, 4, dtype=dtype, seed=seed) for seed in (1, 2))
     lse_a, lse_b = (randn(2, 3, 5, dtype=lse_dtype, seed=seed) for seed in (3, 4))

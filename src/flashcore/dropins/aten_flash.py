@@ -1,6 +1,6 @@
 """aten's flash operators by flashcore: the same arguments, the same results, laid out alike.
 
-What torch's fakes say of the results holds here, strides included: out is laid out as
+The results have the shapes and strides that torch's fakes give them: out is laid out as
 `torch.empty_like(query)`. Causal masks and windows are aligned at the last query and the last key,
 as FlashAttention-2's are, and as flashcore's are by default. A row with nothing to attend to has
 lse -inf, as in FlashAttention-3 and -4, which use the same door (in FlashAttention-2 it is +inf):

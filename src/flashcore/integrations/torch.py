@@ -40,9 +40,7 @@ _lock = forks.lock()
 
 
 class _Handle:
-    """Hold the handle of torch.
-
-    What torch keeps while the implementation is active: the replaced kernels.
+    """Hold the replaced kernels, which torch keeps while the implementation is active.
 
     Args:
         backend: as in `activate`.
@@ -92,10 +90,8 @@ def _impl(
 
 
 class Activation:
-    """Hold an activation.
-
-    What `activate` returns: a context manager, at whose end the implementation that was active
-    before is active again.
+    """An activation is the context manager that `activate` returns. At its end the implementation
+    that was active before is active again.
 
     Args:
         previous: its name; None is torch's own.

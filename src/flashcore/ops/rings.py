@@ -1,6 +1,4 @@
-"""Serve rings of GPUs.
-
-For rings of GPUs, each of which holds a part of the keys: `merge` makes one result of two over
+"""Serve rings of GPUs, each of which holds a part of the keys: `merge` makes one result of two over
 different keys, and `attention_backward` takes whatever out and lse it is given.
 
 `merge` is an operator of torch, `flashcore::merge`. It has no kernel of its own: it is PyTorch
@@ -119,9 +117,8 @@ def _check_merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) ->
 
 
 def _check_plain(name: str, x: object) -> None:
-    """Refuse other tensors.
-
-    check_plain_tensor; compiled code has no lazily negated views, and no way to ask for them."""
+    """Refuse what check_plain_tensor refuses, except in compiled code, which has no lazily negated
+    views and no way to ask for them."""
     if not torch.compiler.is_compiling():
         check_plain_tensor(name, x)
 
