@@ -31,7 +31,8 @@ CASE = Case(num_heads_q=1, num_heads_kv=1, seqlen_q=70, seqlen_k=100)
 
 def plant(monkeypatch: pytest.MonkeyPatch, kernel: str, find: str, replace: str) -> str:
     """Make a bug of this test's own known by the name that is returned."""
-    own = Plant("own", "", f"{kernel}.cuh", find, replace, "")
+    file = kernel_file(kernel).relative_to(KERNELS_DIR).as_posix()
+    own = Plant("own", "", file, find, replace, "")
     monkeypatch.setattr(registry, "PLANTED", (registry.Planted(own, kernel),))
     return own.name
 

@@ -224,7 +224,7 @@ def _function_at(agent: Any, plant: Plant | None) -> str | None:
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8")
-    if plant is not None and path.name == plant.file.rpartition("/")[2]:
+    if plant is not None and path == KERNELS_DIR / plant.file:
         text = text.replace(plant.find, plant.replace)
     in_lambda = True
     for line in reversed(text.splitlines()[: agent.line]):
