@@ -147,19 +147,24 @@ SLOW = (
     Plant(
         "a-barrier-more",
         "",
-        f"{SM90}.cuh",
+        f"fwd_sm90/{SM90}.cuh",
         "  const bool leads = warp_idx() % 4 == 0 && elect_lane();\n",
         "  named_barrier_sync(STORE_BARRIER + c.index, 128);"
         " const bool leads = warp_idx() % 4 == 0 && elect_lane();\n",
         "",
     ),
     Plant(
-        "no-overlap", "", f"{SM90}.cuh", "wgmma_wait<OVERLAP ? 1 : 0>();", "wgmma_wait<0>();", ""
+        "no-overlap",
+        "",
+        f"fwd_sm90/{SM90}.cuh",
+        "wgmma_wait<OVERLAP ? 1 : 0>();",
+        "wgmma_wait<0>();",
+        "",
     ),
     Plant(
         "never-asked-ahead",
         "",
-        f"{SM90}.cuh",
+        f"fwd_sm90/{SM90}.cuh",
         "  c.v_is_there = mbar_test(bar.v_full + c.k_state.stage(), c.k_state.parity());\n"
         "  c.k_is_there = mbar_test(bar.k_full + next.stage(), next.parity());",
         "  c.v_is_there = false;\n  c.k_is_there = false;",
