@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flashcore.backends import torch_own
 from flashcore.problem import Problem
+from flashcore.problem.memory_layout import with_strides_of_empty_like
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -285,6 +286,4 @@ def with_whole_packets(x: Tensor) -> Tensor:
 def laid_out_as(x: Tensor, gradient: Tensor) -> Tensor:
     """Return the gradient without padded columns, and with the strides of `torch.empty_like(x)`,
     which compilers are promised."""
-    like = torch.empty_like(x)
-    gradient = gradient[..., : x.shape[-1]]
-    return gradient if gradient.stride() == like.stride() else like.copy_(gradient)
+    return with_strides_of_empty_like(x, gradient[..., : x.shape[-1]])

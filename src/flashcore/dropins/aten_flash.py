@@ -24,6 +24,7 @@ from flashcore.ops import varlen
 from flashcore.ops.calls import attend
 from flashcore.ops.family import BackwardCall
 from flashcore.ops.rings import attention_backward
+from flashcore.problem.memory_layout import with_strides_of_empty_like
 from flashcore.problem.options import Inputs, Options, Results
 
 FORWARD = "_flash_attention_forward"
@@ -53,12 +54,6 @@ def functions(backend: str, key: str) -> dict[str, Callable[..., Any]]:
         SDPA_BACKWARD: _sdpa_backward,
     }
     return {name: functools.partial(f, backend, key) for name, f in by_name.items()}
-
-
-def _laid_out_as(like: Tensor, x: Tensor) -> Tensor:
-    """Return x with the strides of `torch.empty_like(like)`, which torch's fakes promise."""
-    promised = torch.empty_like(like)
-    return x if x.stride() == promised.stride() else promised.copy_(x)
 
 
 def _auxiliary(q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +114,7 @@ def _sdpa_forward(
         return tuple(by_torch(reason, SDPA_FORWARD, key_, *arguments, scale=scale))
     out, lse = _dense(query, key, value, is_causal, None, scale, None, backend)
     sizes = None, None, query.shape[2], key.shape[2]
-    return _laid_out_as(query, out), lse, *sizes, *_auxiliary(query)
+    return with_strides_of_empty_like(query, out), lse, *sizes, *_auxiliary(query)
 
 
 def _sdpa_backward(
@@ -231,7 +226,7 @@ def _forward(
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         out, lse = _dense(q, k, v, is_causal, window, scale, seqused_k, backend)
         out = out.transpose(1, 2)
-    return _laid_out_as(query, out), lse, *_auxiliary(query)
+    return with_strides_of_empty_like(query, out), lse, *_auxiliary(query)
 
 
 def _forward_in_place(
