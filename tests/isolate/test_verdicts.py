@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from flashcore.backends.dispatch import KERNELS
 from flashcore.checks import verify
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.checks.planned import with_fields
 from flashcore.cli.app import app
 from flashcore.compile.codegen import KERNELS_DIR, kernel_file
@@ -20,8 +20,9 @@ from flashcore.isolate.alarms import Alarm, from_compile_error
 from flashcore.isolate.diagnosis import verdict
 from flashcore.isolate.isolation import StageResult
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.plan import select_plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
+from flashcore.selection.select import select_plan
 from flashcore.sim import Agent, Plant, SimulationError
 from flashcore.sim.barrier_names import barrier_places, name_barriers
 

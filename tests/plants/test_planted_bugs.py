@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 from plant_checks import check_text, undocumented
 
-from flashcore import sim
 from flashcore.checks import verify
-from flashcore.checks.cases import Case
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.isolate import gates, plant_stages, registry
 from flashcore.isolate.stages import suspects_of
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
+from flashcore.problem.case import Case
 from flashcore.sim import Plant, plants
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.report import ALARM_KINDS

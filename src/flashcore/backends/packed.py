@@ -18,7 +18,7 @@ from flashcore.backends.gradients import attention_gradients, choose_backward
 from flashcore.backends.tiled import attention_tiled
 from flashcore.backends.torch_backward import packed_flash_gradients
 from flashcore.base import env
-from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import as_batch
 from flashcore.problem.validation import (
@@ -29,6 +29,7 @@ from flashcore.problem.validation import (
     shape_text,
     type_name,
 )
+from flashcore.selection.select import select_plan
 
 Tensor = torch.Tensor
 

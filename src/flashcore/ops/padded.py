@@ -29,7 +29,7 @@ from flashcore.backends.gradients import attention_gradients
 from flashcore.backends.packed import check_lengths
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
-from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.ops import flops
 from flashcore.ops.autograd import (
     functions_of_lengths,
@@ -53,6 +53,7 @@ from flashcore.problem.validation import (
     check_return_lse,
     checked_window,
 )
+from flashcore.selection.select import select_plan
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor seqlens_k, str causal, "
