@@ -21,7 +21,7 @@ from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.plants.wmma import PLANTS
 
-PLANTS_OF: Mapping[str, Mapping[str, Plant]] = {
+BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
     WMMA_KERNEL: {
         **PLANTS,
         **PLANTS_SCHEDULES,
@@ -49,10 +49,10 @@ def find_plant(name: str, kernel: str) -> Plant:
     Raises:
         ValueError: an unknown name, or a bug of another kernel.
     """
-    if name in PLANTS_OF[kernel]:
-        return PLANTS_OF[kernel][name]
-    names = dict.fromkeys(name for plants in PLANTS_OF.values() for name in plants)
+    if name in BY_KERNEL[kernel]:
+        return BY_KERNEL[kernel][name]
+    names = dict.fromkeys(name for plants in BY_KERNEL.values() for name in plants)
     if name not in names:
         raise ValueError(f"plant={name!r} is not one of {', '.join(names)}")
-    owner = next(other for other, plants in PLANTS_OF.items() if name in plants)
+    owner = next(other for other, plants in BY_KERNEL.items() if name in plants)
     raise ValueError(f"plant={name!r} is not a bug of {kernel}, but of {owner}")
