@@ -21,7 +21,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from flashcore.checks.cases import Case, Inputs, make_inputs
+from flashcore.checks.cases import Inputs, make_inputs
+from flashcore.problem.case import Case
 
 TOOLS: dict[str, list[str]] = {
     # The driver's answers to cuda-bindings' search for entry points are no errors of a kernel.
@@ -142,9 +143,9 @@ def launch_planted(case: Case, plant: str, x: Inputs) -> None:
     from flashcore.compile.codegen import generate_source
     from flashcore.compile.jit import compile_source
     from flashcore.kernels.fwd_wmma.params import build_params, grid_size
-    from flashcore.kernels.fwd_wmma.plan import select_plan
     from flashcore.launch.driver_launch import launch_raw
     from flashcore.problem import Problem
+    from flashcore.selection.select import select_plan
     from flashcore.sim.plants.wmma import PLANTS
 
     options = {"causal": False, "scale": None, "window": None, "softcap": None, **case.options()}

@@ -16,13 +16,14 @@ from flashcore.backends.obstacles import KERNEL_DTYPES, SM90_ARCH
 from flashcore.base import env
 from flashcore.kernels.fwd_sm90.params import num_row_tiles
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.plan import Plan, candidates
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.memory_layout import load_bytes
 from flashcore.problem.ranks import as_rank_4, has_other_rank
 from flashcore.problem.spelling import OF_ATTENTION, other_names, refuse
 from flashcore.problem.validation import HEAD_DIM_MAX
 from flashcore.selection import tuned
+from flashcore.selection.select import candidates
 
 SHOWN_ALTERNATIVES = 3
 

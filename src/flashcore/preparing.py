@@ -14,10 +14,11 @@ from flashcore.backends.growing import planned_as
 from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.compile.codegen import generate_source
-from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.ops.padded import padded_problem
 from flashcore.problem import Causal, Problem, Window, arch_of_device
 from flashcore.problem.options import Inputs, Options
+from flashcore.selection.select import select_plan
 
 __all__ = ["prepare"]
 

@@ -17,8 +17,9 @@ import flashcore
 from backends import check, check_case, device_of, every_backend
 from flashcore.backends import sdpa_cpu, tiled
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.checks.reference import attention_oracle, visible_pairs
+from flashcore.problem.case import Case
 
 CASES = {
     # One program: fp16, head_dim 64, no options. Tiles are 64 x 64.

@@ -9,7 +9,7 @@ import torch
 
 import flashcore
 from flashcore.base import env
-from flashcore.kernels.fwd_wmma.plan import select_plan
+from flashcore.selection.select import select_plan
 
 
 def half(*shape):

@@ -9,13 +9,15 @@ import pytest
 from flashcore.backends.dispatch import KERNELS
 from flashcore.backends.packed import packed_problem
 from flashcore.checks import drawing
-from flashcore.checks.cases import DRAWN_GROWTHS, GROWTH_KINDS, Case, make_inputs
+from flashcore.checks.cases import DRAWN_GROWTHS, GROWTH_KINDS, make_inputs
 from flashcore.checks.drawing import Drawn
 from flashcore.checks.planned import fits, format_tile, parse_tile, with_fields
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
-from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.selection import tile_table
+from flashcore.selection.select import select_plan
 
 
 def problem_of(case: Case | VarlenCase) -> Problem:

@@ -10,8 +10,9 @@ import torch
 import flashcore
 from flashcore.base import env
 from flashcore.checks import drawing, verify
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.problem.case import Case
 from flashcore.sim import run
 
 

@@ -20,10 +20,10 @@ from flashcore.bench.workloads import Workload
 from flashcore.cli import app
 from flashcore.compile import codegen, jit
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.plan import select_plan
 from flashcore.problem import Problem
 from flashcore.selection import configurations as configurations_module
 from flashcore.selection.configurations import configurations
+from flashcore.selection.select import select_plan
 
 runner = CliRunner()
 

@@ -22,11 +22,12 @@ from flashcore.base import env
 from flashcore.cli import app
 from flashcore.compile import bundle, compiler, jit
 from flashcore.errors import BackendUnavailableError
-from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.ops import calls as calls_module
 from flashcore.problem import Problem
 from flashcore.selection import building, compiling, configurations
 from flashcore.selection.configurations import machine_code, serving_plans
+from flashcore.selection.select import select_plan
 
 KERNEL = compiler.CompiledKernel("copy", "sm_80", "cubin", b"code", 8, 0, 0, 128)
 PLAN = Plan("attn_fwd_wmma", 80, "float16", 64, 64, 64, 32, num_stages=2, min_blocks=5)

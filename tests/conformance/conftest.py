@@ -12,7 +12,7 @@ from tensor_maps import Map, encode_map, make_map
 from torch import Tensor
 
 from flashcore.compile.codegen import flatten
-from flashcore.launch.descriptors import TensorMap
+from flashcore.kernels.tensor_map import TensorMap
 from flashcore.sim import SimTensor, simulate_source
 
 FOLDER = Path(__file__).parent

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flashcore.kernels.fwd_sm90.params import make_ragged
-from flashcore.launch.descriptors import TensorMap, encode
+from flashcore.kernels.tensor_map import TensorMap
+from flashcore.launch.descriptors import encode
 
 
 @dataclass(frozen=True)

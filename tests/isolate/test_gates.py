@@ -8,7 +8,7 @@ import re
 import pytest
 import torch
 
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.checks.reference import attention_oracle
 from flashcore.compile.codegen import KERNELS_DIR
 from flashcore.isolate import alarms, gates
@@ -16,8 +16,10 @@ from flashcore.isolate.diagnosis import key_split_hints
 from flashcore.isolate.gate_models import Expected, GateModel
 from flashcore.isolate.locate import compare
 from flashcore.isolate.stages import STAGES
-from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
+from flashcore.selection.select import select_plan
 from flashcore.sim import Agent, SimulationError
 
 PLAN_64 = Plan("attn_fwd_wmma", 80, "float16", 64, 64, 64, 64, num_stages=2, min_blocks=1)

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 from flashcore.base import env
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.compile.codegen import KERNELS_DIR
 from flashcore.isolate import alarms, gates
 from flashcore.isolate.gate_models import Expected, GateModel
 from flashcore.isolate.locate import compare
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
-from flashcore.kernels.fwd_wmma.plan import select_plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
+from flashcore.selection.select import select_plan
 from flashcore.sim import PLANTS, PLANTS_SM90, Agent, SimulationError
 from flashcore.sim.report import ALARM_KINDS
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from flashcore.backends.dispatch import KERNELS
 from flashcore.checks import verify
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.checks.planned import with_fields
 from flashcore.cli.app import app
 from flashcore.compile.codegen import KERNELS_DIR, kernel_file
@@ -20,10 +20,12 @@ from flashcore.isolate.alarms import Alarm, from_compile_error
 from flashcore.isolate.diagnosis import verdict
 from flashcore.isolate.isolation import StageResult
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.plan import select_plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
+from flashcore.selection.select import select_plan
 from flashcore.sim import Agent, Plant, SimulationError
 from flashcore.sim.barrier_names import barrier_places, name_barriers
+from flashcore.sim.plants import index
 
 WMMA, SM90 = KERNELS["wmma"], KERNELS["sm90"]
 CASE = Case(num_heads_q=1, num_heads_kv=1, seqlen_q=70, seqlen_k=100)
@@ -34,6 +36,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, kernel: str, find: str, replace: str)
     file = kernel_file(kernel).relative_to(KERNELS_DIR).as_posix()
     own = Plant("own", "", file, find, replace, "")
     monkeypatch.setattr(registry, "PLANTED", (registry.Planted(own, kernel),))
+    monkeypatch.setattr(index, "BY_KERNEL", {kernel: {own.name: own}})
     return own.name
 
 

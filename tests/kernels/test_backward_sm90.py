@@ -18,7 +18,7 @@ import flashcore
 from flashcore.backends import gradients
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.backends.gradients import choose_backward
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.compile.jit import resources
 from flashcore.errors import BackendUnavailableError, FallbackWarning
 from flashcore.kernels.bwd_sm90.plan import (
@@ -32,6 +32,7 @@ from flashcore.kernels.bwd_sm90.plan import (
 )
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.sim.run_bwd import simulate_backward
 
 SEEDS_OF_A_FAMILY = 12

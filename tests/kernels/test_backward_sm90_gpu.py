@@ -14,8 +14,9 @@ from test_sim_healthy import draw_case
 import flashcore
 from flashcore.backends.backward_sm90 import fused_backward, run_on_gpu
 from flashcore.backends.gradients import choose_backward
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 
 pytestmark = pytest.mark.gpu
 

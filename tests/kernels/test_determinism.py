@@ -7,7 +7,8 @@ import torch
 
 import flashcore
 from backends import GPU, WMMA
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
+from flashcore.problem.case import Case
 
 CASES = [
     Case(seqlen_q=200, seqlen_k=200, causal="lower_right"),

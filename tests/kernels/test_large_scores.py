@@ -15,9 +15,10 @@ from torch import Tensor
 from backends import GPU, WMMA, check, device_of
 from flashcore.checks.accuracy import error_report
 from flashcore.kernels.fwd_sm90.plan import KERNEL as KERNEL_SM90
-from flashcore.kernels.fwd_wmma.plan import KERNEL, select_plan
+from flashcore.kernels.fwd_wmma.plan import KERNEL
 from flashcore.problem import Problem
 from flashcore.problem.exactness import LARGE_SOFTCAP
+from flashcore.selection.select import select_plan
 from flashcore.sim import Plant, simulate
 from flashcore.sim.plants.numerics import PLANTS_LARGE_SCORES, PLANTS_OLD_LARGE_MAX_SM90
 

@@ -14,8 +14,8 @@ from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.plan import select_plan
 from flashcore.problem import Problem
+from flashcore.selection.select import select_plan
 
 
 def problem(
@@ -150,7 +150,7 @@ def test_parameters_describe_the_tensors() -> None:
     plan = select_plan(asked)
     assert isinstance(plan, Sm90Plan)
     pointers = {"q": 1024, "k": 2048, "v": 4096, "out": 8192}
-    params = params_sm90.build_params_sm90(asked, plan, pointers, 8, "host")
+    params = params_sm90.build_params_sm90(asked, plan, pointers, 8)
     assert ctypes.sizeof(params) % 64 == 0
     assert params_sm90.AttnSm90Params.attn.offset == 512
     assert [getattr(params, f"{name}_map").base for name in "qkvo"] == [1024, 2048, 4096, 8192]

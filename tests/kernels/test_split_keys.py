@@ -13,13 +13,13 @@ import torch
 
 import flashcore
 from backends import check, check_case
-from flashcore.checks.cases import Case
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90.params import grid_size, num_pieces, num_row_tiles
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_sm90.splits import L2_WEIGHT, Reading, best_sharing, visible_keys
-from flashcore.kernels.fwd_wmma.plan import select_plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
+from flashcore.selection.select import select_plan
 from flashcore.selection.space import is_legal, schedules, tiles
 
 

@@ -14,12 +14,14 @@ from torch import Tensor
 from backends import GPU, WMMA
 from flashcore import attention
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.checks.planned import under_gate, with_fields
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
-from flashcore.kernels.fwd_wmma.plan import KERNEL, candidates
+from flashcore.kernels.fwd_wmma.plan import KERNEL
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.problem.exactness import KEYS_OF_CHUNK, MAX_KEYS_OF_A_SUM, MAX_KEYS_OF_A_SUM_SM90
+from flashcore.selection.select import candidates
 from flashcore.selection.space import tile_of, with_tile
 from flashcore.sim import Plant, simulate
 from flashcore.sim.plants.numerics import PLANTS_TOTALS

@@ -10,7 +10,8 @@ import torch
 import flashcore
 from backends import GPU, SIM, WMMA
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, Inputs, make_inputs
+from flashcore.checks.cases import Inputs, make_inputs
+from flashcore.problem.case import Case
 
 SIM90 = pytest.param("sim90", id="sim90")
 every_backend = pytest.mark.parametrize("backend", ["torch", SIM, SIM90, WMMA, GPU])

@@ -11,12 +11,13 @@ import pytest
 from plant_checks import check_text, undocumented
 
 from flashcore.checks import verify
-from flashcore.checks.cases import Case
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.isolate import gates, plant_stages, registry
 from flashcore.isolate.stages import suspects_of
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
+from flashcore.problem.case import Case
 from flashcore.sim import Plant, plants
+from flashcore.sim.plants import index
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.report import ALARM_KINDS
 
@@ -63,6 +64,11 @@ def test_every_dictionary_of_planted_bugs_is_in_the_registry() -> None:
             ]
     assert {"PLANTS", "PLANTS_SM90", "PLANTS_TOTALS", "PLANTS_OLD_LARGE_MAX_SM90"} <= found
     assert missing == []
+
+
+def test_the_index_and_the_registry_have_the_same_planted_bugs() -> None:
+    indexed = {(plant, k) for k, of in index.BY_KERNEL.items() for plant in of.values()}
+    assert indexed == {(planted.plant, planted.kernel) for planted in registry.PLANTED}
 
 
 def test_every_planted_bug_has_a_stage_of_its_kernel() -> None:

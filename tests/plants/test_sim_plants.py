@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.compile.codegen import KERNELS_DIR, generate_source
-from flashcore.kernels.fwd_wmma.plan import select_plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
+from flashcore.selection.select import select_plan
 from flashcore.sim import PLANTS, Plant, SimulationError, simulate
 from flashcore.sim.report import ALARM_KINDS
 

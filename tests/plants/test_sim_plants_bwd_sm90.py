@@ -14,8 +14,9 @@ from plant_checks import check_text, undocumented
 from test_backward_sm90 import plans_of
 
 from flashcore.backends.backward_sm90 import fused_backward
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdTile
+from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError
 from flashcore.sim.plants.bwd_sm90 import PLANTS_BWD_ROLES_SM90, PLANTS_BWD_SM90
 from flashcore.sim.run_bwd import simulate_backward

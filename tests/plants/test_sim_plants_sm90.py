@@ -11,10 +11,11 @@ import torch
 from plant_checks import check_text, undocumented
 
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.compile.codegen import KERNELS_DIR, generate_source
 from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, O_PARTS, Sm90Plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.sm90 import PLANTS_SM90

@@ -11,8 +11,9 @@ from plant_checks import check_text, undocumented
 from flashcore.backends.packed import as_batch, packed_problem
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
 from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan, traits_sm90
-from flashcore.kernels.fwd_wmma.plan import Plan, candidates
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
+from flashcore.selection.select import candidates
 from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.replay import parse_replay

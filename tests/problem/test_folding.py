@@ -15,10 +15,11 @@ import flashcore.sim
 from backends import check, check_case
 from flashcore.base import env
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
-from flashcore.kernels.fwd_wmma.plan import select_plan
+from flashcore.checks.cases import make_inputs
 from flashcore.problem import Problem, folding
+from flashcore.problem.case import Case
 from flashcore.problem.folding import MAX_QUERIES, can_fold, fold_heads, with_copied_q
+from flashcore.selection.select import select_plan
 from flashcore.sim import simulate
 
 ARCHS = ["80", "90"]

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 import flashcore
 from backends import check, check_case, device_of, every_backend
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.checks.reference import attention_oracle
+from flashcore.problem.case import Case
 
 few = settings(max_examples=15)
 seeds = st.integers(0, 2**32 - 1)

@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "flashcore"
 MAX_FILES = 17
@@ -44,6 +42,8 @@ FLOOR = {room: floor for floor, room in enumerate(ROOMS)}
 
 
 def room_of(module: str) -> str:
+    if module.endswith(".__main__"):
+        return "__main__"  # a program, which nobody imports: it stands above the rooms
     return module.split(".")[1] if "." in module else "flashcore"
 
 
@@ -74,7 +74,6 @@ def test_every_room_has_a_floor() -> None:
     assert rooms == set(ROOMS)
 
 
-@pytest.mark.xfail(reason="fifteen arrows are left", strict=True)
 def test_imports_point_downwards() -> None:
     upwards = []
     for module, path in MODULES.items():
@@ -88,7 +87,6 @@ def test_imports_point_downwards() -> None:
     assert sorted(upwards) == []
 
 
-@pytest.mark.xfail(reason="circles are left", strict=True)
 def test_no_files_import_each_other_in_a_circle() -> None:
     arrows = {
         module: {m for m in imports(path) if m != module}

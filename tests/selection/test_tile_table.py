@@ -12,10 +12,11 @@ import torch
 
 import flashcore
 from flashcore import explanation
-from flashcore.kernels.fwd_wmma.plan import Plan, candidates, select_plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection import tile_table, tuned
 from flashcore.selection.configurations import configurations
+from flashcore.selection.select import candidates, select_plan
 from flashcore.selection.space import tile_of, with_tile
 from flashcore.selection.tile_table import Cell, Size, TileTable
 

@@ -14,9 +14,10 @@ import torch
 
 import flashcore
 from flashcore import explanation
-from flashcore.kernels.fwd_wmma.plan import Plan, candidates, select_plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection import tuned
+from flashcore.selection.select import candidates, select_plan
 from flashcore.selection.space import tile_of
 
 pytestmark = pytest.mark.usefixtures("nothing_ships")

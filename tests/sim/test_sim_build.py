@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from flashcore.base import env
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.compile import cxx
 from flashcore.compile.codegen import flatten, generate_source
 from flashcore.errors import BackendUnavailableError, CompileError
-from flashcore.kernels.fwd_wmma.plan import select_plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
+from flashcore.selection.select import select_plan
 from flashcore.sim import SimTensor, build, simulate_source
 
 BARRIERS = Path(__file__).parents[1] / "conformance" / "barriers.cuh"

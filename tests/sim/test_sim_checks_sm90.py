@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flashcore.compile.codegen import flatten
-from flashcore.launch.descriptors import TensorMap
+from flashcore.kernels.tensor_map import TensorMap
 from flashcore.sim import SimTensor, SimulationError, simulate_source
 from flashcore.sim.report import SM90_ALARM_KINDS
 

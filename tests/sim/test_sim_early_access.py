@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from flashcore.compile.codegen import flatten
-from flashcore.launch.descriptors import TensorMap
+from flashcore.kernels.tensor_map import TensorMap
 from flashcore.sim import SimTensor, SimulationError, simulate_source
 
 FAULTS = Path(__file__).parents[1] / "conformance" / "faults_grid.cuh"

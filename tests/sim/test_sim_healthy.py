@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
-from flashcore.kernels.fwd_wmma.plan import candidates
+from flashcore.checks.cases import make_inputs
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
+from flashcore.selection.select import candidates
 from flashcore.sim import simulate
 
 SEEDS_OF_A_FAMILY = 50

@@ -11,10 +11,11 @@ import torch
 from test_sim_healthy import draw_case
 
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan, traits_sm90
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.sim import simulate
 
 pytestmark = pytest.mark.thorough

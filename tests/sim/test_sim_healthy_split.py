@@ -13,8 +13,9 @@ from test_sim_healthy import draw_case
 from test_sim_healthy_sm90 import make_plan
 
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.sim import simulate
 
 pytestmark = pytest.mark.thorough

@@ -13,8 +13,9 @@ from test_sim_healthy_sm90 import make_plan
 from flashcore.backends.packed import as_batch, packed_problem
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
 from flashcore.checks.varlen_cases import draw_varlen_case as draw
-from flashcore.kernels.fwd_wmma.plan import Plan, candidates
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
+from flashcore.selection.select import candidates
 from flashcore.sim import simulate
 
 pytestmark = pytest.mark.thorough

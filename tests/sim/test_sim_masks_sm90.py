@@ -13,9 +13,10 @@ from plant_checks import check_text, undocumented
 from test_sim_healthy_sm90 import make_plan
 
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
 from flashcore.sim.replay import parse_replay

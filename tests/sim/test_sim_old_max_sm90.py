@@ -15,8 +15,9 @@ from torch import Tensor
 
 import flashcore
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError, simulate
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 

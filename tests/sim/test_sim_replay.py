@@ -10,9 +10,11 @@ import sys
 import pytest
 import torch
 
-from flashcore.checks.cases import Case, make_inputs
-from flashcore.kernels.fwd_wmma.plan import Plan, candidates, select_plan
+from flashcore.checks.cases import make_inputs
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
+from flashcore.selection.select import candidates, select_plan
 from flashcore.sim import PLANTS, SimulationError, simulate
 from flashcore.sim.replay import parse_replay
 

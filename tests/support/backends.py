@@ -9,7 +9,8 @@ import torch
 
 import flashcore
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
+from flashcore.problem.case import Case
 
 SIM = pytest.param("sim", id="sim")
 WMMA = pytest.param("wmma", id="wmma", marks=pytest.mark.gpu)

@@ -26,10 +26,11 @@ from flashcore.bench.workloads import Workload
 from flashcore.checks.reference import attention_oracle
 from flashcore.cli import app
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.plan import Plan, candidates
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.limits import smem_limits
 from flashcore.problem import Problem
 from flashcore.selection import compiling, tile_table, tuned
+from flashcore.selection.select import candidates
 from flashcore.selection.space import is_legal, tile_of
 from flashcore.tune import grid, timing
 from flashcore.tune.defaults import default_plan

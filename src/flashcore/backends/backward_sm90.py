@@ -99,7 +99,7 @@ def run_on_gpu(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) 
     """Run a kernel on CUDA tensors, on the current stream, without waiting for it."""
     from flashcore.kernels.bwd_sm90.params import build_params_bwd_sm90, grid_size
     from flashcore.launch.counters import work_counters
-    from flashcore.launch.descriptors import aligned
+    from flashcore.launch.descriptors import aligned, encode
     from flashcore.launch.driver_launch import Argument
     from flashcore.launch.kernel_call import _launch, _num_sms
 
@@ -107,7 +107,7 @@ def run_on_gpu(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) 
     assert device.index is not None
     grid = grid_size(problem, plan, _num_sms(device.index))
     counter = work_counters(device) if plan.draws_tiles else None
-    params = build_params_bwd_sm90(problem, plan, tensors, grid, tile_counter=counter)
+    params = build_params_bwd_sm90(problem, plan, tensors, grid, encode, counter)
     _launch(plan, grid, device.index)(Argument(*aligned(bytes(params))))
 
 

@@ -7,7 +7,6 @@ import functools
 import math
 import os
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,6 +29,7 @@ from flashcore.backends.obstacles import (
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
+from flashcore.launch.types import Addresses, Call
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import as_batch
 
@@ -39,13 +39,6 @@ if TYPE_CHECKING:
 
 BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
 KERNELS = {"sm90": "attn_fwd_sm90", "wmma": "attn_fwd_wmma"}
-
-# Of q, k and v, and of lengths. Whoever makes a call has them, and asking again takes time.
-Addresses = tuple[int, ...]
-Call = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Addresses],
-    tuple[torch.Tensor, torch.Tensor | None],
-]
 
 _warned: set[str] = set()
 
@@ -264,9 +257,8 @@ def _run_sim(
 @functools.lru_cache(maxsize=4096)
 def plan_of(problem: Problem, arch: int, kernel: str | None = None) -> Plan:
     """Return the plan of `select_plan`, which takes a third of a millisecond, once per Problem."""
-    from flashcore.kernels.fwd_wmma.plan import (
-        select_plan,  # not needed, hence not loaded, by the torch backend
-    )
+    # Not needed, hence not loaded, by the torch backend.
+    from flashcore.selection.select import select_plan
 
     return select_plan(problem, arch, kernel=kernel)
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from flashcore.base import env, store
-from flashcore.checks.cases import Case
 from flashcore.errors import notice_once
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import MaskSpec
 
 Call = tuple[Problem, str]  # and the backend that was asked for
@@ -143,13 +143,13 @@ def plans_of(calls: Iterable[Call], archs: Sequence[int]) -> list[Any]:
 
 def _kernels(calls: Iterable[Call], archs: Sequence[int]) -> Iterable[Any]:
     from flashcore.backends.adapting import adapt, kernel_for
-    from flashcore.backends.dispatch import KERNELS
     from flashcore.backends.growing import planned_as
-    from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS, candidates, select_plan
+    from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS
     from flashcore.selection.configurations import machine_code
+    from flashcore.selection.select import candidates, select_plan
 
     for asked, backend in calls:
-        kernel = KERNELS["wmma"] if backend == "wmma" else None
+        kernel = KERNEL if backend == "wmma" else None
         for arch in archs or SUPPORTED_ARCHS:
             if asked.dtype == "bfloat16" and arch < 80:
                 continue

@@ -19,11 +19,12 @@ from typing import Any
 
 from flashcore.backends.dispatch import KERNELS
 from flashcore.backends.obstacles import SM90_ARCH
-from flashcore.checks.cases import DRAWN_GROWTHS, Case
+from flashcore.checks.cases import DRAWN_GROWTHS
 from flashcore.checks.planned import fits, parse_tile
 from flashcore.checks.varlen_cases import VarlenCase, draw_varlen_case
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.problem.case import Case
 from flashcore.selection import tile_table
 
 # One of a kind each of what goes wrong: nothing, one, primes, a tile less, exactly, and more by

@@ -17,8 +17,8 @@ from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.selection.space import is_legal, tile_of
 
 if TYPE_CHECKING:
+    from flashcore.compile.plant import Plant
     from flashcore.problem import Problem
-    from flashcore.sim.plants.wmma import Plant
 
 _PLAINEST: dict[str, Any] = {
     "num_stages": 2,

@@ -23,7 +23,7 @@ from flashcore.backends.obstacles import SM90_ARCH
 from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.checks.accuracy import ErrorReport, error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.checks.drawing import Drawn, draw
 from flashcore.checks.planned import format_tile, run_planned, with_fields
 from flashcore.checks.varlen_cases import (
@@ -33,13 +33,15 @@ from flashcore.checks.varlen_cases import (
     varlen_error_report,
 )
 from flashcore.errors import CompileError
-from flashcore.kernels.fwd_wmma.plan import SIM_ARCH, Plan, select_plan
+from flashcore.kernels.fwd_wmma.plan import SIM_ARCH, Plan
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import as_batch
+from flashcore.selection.select import select_plan
 
 if TYPE_CHECKING:
-    from flashcore.sim.plants.wmma import Plant
+    from flashcore.compile.plant import Plant
 
 BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
 GPU_BACKENDS = ("sm90", "wmma")
@@ -133,10 +135,12 @@ def find_plant(name: str | None, backend: str, arch: int | None) -> Plant | None
     """
     if name is None:
         return None
-    from flashcore.isolate import registry
+    if backend != "sim":
+        raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")
+    from flashcore.sim.plants import index
 
     kernel = KERNELS["sm90" if (arch or env.sim_arch()) == SM90_ARCH else "wmma"]
-    return registry.find_plant(name, backend, kernel).plant
+    return index.find_plant(name, kernel)
 
 
 def _verify_one(backend: str, seed: int, index: int, arch: int, plant: Plant | None) -> CaseResult:

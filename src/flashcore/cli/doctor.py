@@ -177,8 +177,9 @@ def _compiler() -> Iterator[Finding]:
 def _run_small(backend: str, device: str, name: str, is_absent: bool) -> Iterator[Finding]:
     """Return whether a small attention is right. Where it cannot run it `is_absent`, as something
     else is, or broken."""
-    from flashcore.checks.cases import Case, make_inputs
+    from flashcore.checks.cases import make_inputs
     from flashcore.errors import BackendUnavailableError, CompileError
+    from flashcore.problem.case import Case
 
     try:
         from flashcore import attention

@@ -48,7 +48,8 @@ Arch = Annotated[
 def make_case(**options: Any) -> Any:
     """Return a flashcore.checks.cases.Case from the options above, with wrong values turned into
     usage errors."""
-    from flashcore.checks.cases import CAUSAL_KINDS, MASK_KINDS, Case
+    from flashcore.checks.cases import CAUSAL_KINDS, MASK_KINDS
+    from flashcore.problem.case import Case
 
     causal, upper_left = options.pop("causal"), options.pop("upper_left")
     if causal and upper_left:

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from flashcore.compile.plant import Plant
     from flashcore.kernels.fwd_wmma.plan import Plan
-    from flashcore.sim.plants.wmma import Plant
 
 Target = Literal["ptx", "host"]
 

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import sys
 import warnings
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
@@ -22,6 +22,7 @@ from torch.autograd import forward_ad
 from flashcore.api import attention
 from flashcore.backends.autocasting import autocast_dtype
 from flashcore.backends.obstacles import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
+from flashcore.dropins.sdpa_call import Arguments
 from flashcore.dropins.sdpa_nested import attention_nested, nested_obstacle, packed
 from flashcore.dropins.sdpa_shapes import PLAIN_TYPES, as_4d
 from flashcore.errors import FallbackWarning
@@ -41,23 +42,10 @@ BIAS_MODULE = "torch.nn.attention.bias"
 _warned: set[str] = set()
 
 
-class Call(NamedTuple):
-    """A Call holds one call's arguments, as torch names them."""
+class Call(Arguments):
+    """A Call is one that torch, or its classes, can compute too."""
 
-    query: torch.Tensor
-    key: torch.Tensor
-    value: torch.Tensor
-    attn_mask: torch.Tensor | None
-    dropout_p: float
-    is_causal: bool
-    scale: float | None
-    enable_gqa: bool
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """Return the arguments that are tensors, or should be."""
-        required = [self.query, self.key, self.value]
-        return required if self.attn_mask is None else [*required, self.attn_mask]
+    __slots__ = ()
 
     def by_torch(self) -> torch.Tensor:
         """Return what torch makes of it: a result, or its error."""

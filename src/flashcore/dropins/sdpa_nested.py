@@ -15,10 +15,10 @@ import torch
 from flashcore.ops.varlen import attention_varlen
 
 if TYPE_CHECKING:
-    from flashcore.dropins.sdpa import Call
+    from flashcore.dropins.sdpa_call import Arguments
 
 
-def nested_obstacle(call: Call) -> str | None:
+def nested_obstacle(call: Arguments) -> str | None:
     """Return why attention_varlen does not serve a call whose query is nested; None if it does."""
     q, k, v = call.query, call.key, call.value
     if torch.compiler.is_compiling():
@@ -51,7 +51,7 @@ def packed(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).values()
 
 
-def attention_nested(call: Call, backend: str) -> torch.Tensor:
+def attention_nested(call: Arguments, backend: str) -> torch.Tensor:
     """Compute a call that has no `nested_obstacle`.
 
     Args:

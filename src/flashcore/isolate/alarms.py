@@ -15,9 +15,9 @@ from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.problem.folding import as_launched
 
 if TYPE_CHECKING:
+    from flashcore.compile.plant import Plant
     from flashcore.kernels.fwd_wmma.plan import Plan
     from flashcore.problem import Problem
-    from flashcore.sim.plants.wmma import Plant
 
 # Which phase of a kernel a function belongs to. "setup", "load" and "store" are not stages of their
 # own: every gate runs them.
@@ -160,7 +160,7 @@ def _tile(block: int, problem: Problem, plan: Plan) -> str:
     say which it was at."""
     if isinstance(plan, Sm90Plan):
         return f"block {block}"
-    launched = as_launched(problem, plan)
+    launched = as_launched(problem, plan.folds_heads)
     head_and_batch = block // -(-launched.seqlen_q // plan.block_m)
     batch, head = divmod(head_and_batch, launched.num_heads_q)
     return f"batch {batch}, head {head}, m_block {_m_block(block, problem, plan)}"
@@ -168,7 +168,7 @@ def _tile(block: int, problem: Problem, plan: Plan) -> str:
 
 def _m_block(block: int, problem: Problem, plan: Plan) -> int:
     """Return row tile of a block, as tile/schedule.cuh orders them."""
-    num_m_blocks = -(-as_launched(problem, plan).seqlen_q // plan.block_m)
+    num_m_blocks = -(-as_launched(problem, plan.folds_heads).seqlen_q // plan.block_m)
     m_block = block % num_m_blocks
     return num_m_blocks - 1 - m_block if plan.has_window_right else m_block
 

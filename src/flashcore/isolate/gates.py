@@ -21,7 +21,7 @@ from flashcore.backends.dispatch import KERNELS
 from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import Case, make_inputs
+from flashcore.checks.cases import make_inputs
 from flashcore.checks.planned import compile_planned, run_planned, under_gate, with_fields
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
 from flashcore.errors import BackendUnavailableError, CompileError, FlashCoreError
@@ -32,13 +32,15 @@ from flashcore.isolate.isolation import Isolation, StageResult
 from flashcore.isolate.locate import Check, compare
 from flashcore.isolate.stages import Stage, stages_of
 from flashcore.kernels.fwd_sm90.plan import ARCH, obstacle
-from flashcore.kernels.fwd_wmma.plan import Plan, select_plan
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
+from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import as_batch
+from flashcore.selection.select import select_plan
 
 if TYPE_CHECKING:
+    from flashcore.compile.plant import Plant
     from flashcore.isolate.registry import Planted
-    from flashcore.sim.plants.wmma import Plant
 
 
 BACKENDS = ("sim", *KERNELS)

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flashcore.checks.cases import Case
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.isolate.alarms import Alarm
 from flashcore.isolate.locate import Check
+from flashcore.problem.case import Case
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,12 @@ from typing import Any
 
 from flashcore.backends.dispatch import KERNELS
 from flashcore.backends.obstacles import SM90_ARCH
-from flashcore.checks.cases import Case
 from flashcore.checks.drawing import draw
 from flashcore.checks.varlen_cases import VarlenCase
+from flashcore.compile.plant import Plant
 from flashcore.isolate.plant_stages import STAGES
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
+from flashcore.problem.case import Case
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.numerics import (
@@ -31,7 +32,7 @@ from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
-from flashcore.sim.plants.wmma import PLANTS, Plant
+from flashcore.sim.plants.wmma import PLANTS
 
 _WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
 

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
+from flashcore.kernels.tensor_map import TensorMap
 from flashcore.launch.driver import INVALID_CONTEXT, bind_context, check, entry_point, pointer
 
 ALIGNMENT = 64  # of a descriptor that the driver writes, in bytes
@@ -15,27 +16,6 @@ _SWIZZLE_64B, _SWIZZLE_128B = 2, 3
 _L2_PROMOTION_128B = 2  # with 256 reading a long cache once takes 7 % longer (docs/ladder-masks.md)
 _Sizes, _Strides, _Box = ctypes.c_uint64 * 4, ctypes.c_uint64 * 3, ctypes.c_uint32 * 4
 _EVERY_ELEMENT = _Box(1, 1, 1, 1)
-
-
-class TensorMap(ctypes.Structure):
-    """A TensorMap holds a tensor and its boxes as the simulator's TMA reads them; on a GPU the
-    driver's own opaque encoding takes the same 128 bytes."""
-
-    _fields_ = [
-        ("base", ctypes.c_uint64),
-        ("row_stride_bytes", ctypes.c_uint64),
-        ("head_stride_bytes", ctypes.c_uint64),
-        ("batch_stride_bytes", ctypes.c_uint64),
-        ("cols", ctypes.c_uint32),
-        ("rows", ctypes.c_uint32),
-        ("heads", ctypes.c_uint32),
-        ("batches", ctypes.c_uint32),
-        ("box_cols", ctypes.c_uint32),
-        ("box_rows", ctypes.c_uint32),
-        ("element_bytes", ctypes.c_uint32),
-        ("swizzle_bytes", ctypes.c_uint32),
-        ("unused", ctypes.c_uint8 * 64),
-    ]
 
 
 def aligned(content: bytes) -> tuple[Any, int]:

@@ -11,19 +11,20 @@ import threading
 
 import torch
 
-from flashcore.backends.dispatch import Addresses
 from flashcore.compile.compiler import CompiledKernel
 from flashcore.compile.jit import compile_plan
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_wmma.params import AttnParams, build_params, check_limits, grid_size
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.launch import descriptors
 from flashcore.launch.allocation import allocator
 from flashcore.launch.counters import own_counter, work_counters
 from flashcore.launch.driver_launch import Argument, Launch, launch_raw
 from flashcore.launch.element_map import verify_element_map
 from flashcore.launch.launcher import Entry
 from flashcore.launch.templates import Template, make_template
+from flashcore.launch.types import Addresses
 from flashcore.problem import Problem
 from flashcore.problem.options import Options
 
@@ -120,6 +121,7 @@ def run_kernel(
         pointers |= scratch.pointers(shares.data_ptr(), counters)
     if isinstance(plan, Sm90Plan):
         params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
+        params_sm90.encode_maps(params, problem.dtype, descriptors.encode)
     else:
         params = build_params(problem, plan, pointers)
     launch_raw(
@@ -225,7 +227,7 @@ class KernelCall:
         mask: torch.Tensor | None,
         addresses: Addresses,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the call: see dispatch.Call. Where sequences differ in length, addresses go on with
+        """Run the call: see launch/types.py. Where sequences differ in length, addresses go on with
         those of LENGTHS."""
         if self._current_device() != self._index:
             with torch.cuda.device(self._index):

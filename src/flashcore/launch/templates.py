@@ -69,7 +69,7 @@ class Template:
         alone: what `make_template` returns, for a third of the time."""
         if not isinstance(plan, Sm90Plan):
             attn = AttnParams.from_buffer_copy(self.content)
-            set_keys(attn, as_launched(problem, plan))
+            set_keys(attn, as_launched(problem, plan.folds_heads))
             return Template(bytes(attn), self.attn_offset, self.map_offsets)
         params = params_sm90.AttnSm90Params.from_buffer_copy(self.content)
         params_sm90.set_keys_sm90(params, problem, plan, pointers, grid)
@@ -83,7 +83,7 @@ def make_template(
     """Return the argument of a problem, with the addresses of some tensors that it describes."""
     if not isinstance(plan, Sm90Plan):
         return Template(bytes(build_params(problem, plan, pointers)), 0, ())
-    params = params_sm90.build_params_sm90(problem, plan, pointers, grid, target="host")
+    params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
     tensors = [pointers["out" if name == "o" else name] or 0 for name in params_sm90.MAPS]
     bases = [getattr(params, f"{name}_map").base for name in params_sm90.MAPS]
     shifts = tuple(x - base for x, base in zip(tensors, bases, strict=True))

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from flashcore.backends.dispatch import (
+    BACKENDS,
     KERNELS,
-    Addresses,
-    Call,
     adapt_for,
     choose_backend,
     prepare,
@@ -25,6 +24,8 @@ from flashcore.backends.dispatch import (
 )
 from flashcore.backends.growing import Growing
 from flashcore.base import forks
+from flashcore.launch import launcher
+from flashcore.launch.types import Addresses, Call
 from flashcore.ops.guards import guard
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.options import Options
@@ -42,7 +43,7 @@ class Found(NamedTuple):
     Args:
         fits: returns whether q, k and v have the strides, dtypes and devices of those that the
             entry was made for, and v its shape.
-        call: computes; see dispatch.Call.
+        call: computes; see launch/types.py.
         options: the validated options.
         backend: the backend that the caller asked for, which the backward pass takes too.
     """
@@ -333,3 +334,6 @@ def _family_key(
     except (AttributeError, IndexError, TypeError, RuntimeError):
         return None  # the call is wrong, or unusual
     return key
+
+
+launcher.lookup = launcher.Lookup(find, BACKENDS, CALLS_MAX)

@@ -19,7 +19,6 @@ import functools
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from flashcore.kernels.fwd_wmma.plan import Plan
     from flashcore.problem import Problem
 
 # Above it one head's rows fill a tile, and a tile of rows that follow each other skips more keys.
@@ -100,9 +99,9 @@ def fold_heads(problem: Problem, num_heads: int) -> Problem:
     )
 
 
-def as_launched(problem: Problem, plan: Plan) -> Problem:
-    """Return the problem as the plan's kernel sees it. Of the problem as it was asked: one that is
-    folded in part could be folded again."""
-    if plan.folds_heads and can_fold(problem):
-        return fold_heads(problem, plan.folds_heads)
+def as_launched(problem: Problem, folds_heads: int) -> Problem:
+    """Return the problem as the kernel of a plan with so many `folds_heads` sees it. Of the problem
+    as it was asked: one that is folded in part could be folded again."""
+    if folds_heads and can_fold(problem):
+        return fold_heads(problem, folds_heads)
     return problem

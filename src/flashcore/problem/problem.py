@@ -1,6 +1,6 @@
 """A Problem is what one attention call asks for, validated and normalised; hashable and printable.
 
-Read next: kernels/fwd_wmma/plan.py chooses a kernel from a Problem, checks/reference.py computes
+Read next: selection/select.py chooses a kernel from a Problem, checks/reference.py computes
 one in PyTorch.
 """
 

@@ -18,6 +18,7 @@ from flashcore.kernels.fwd_wmma.plan import (
     KERNEL,
     Plan,
 )
+from flashcore.selection.registers import spare_registers
 
 if TYPE_CHECKING:
     from flashcore.compile.jit import Resources
@@ -45,15 +46,6 @@ class Cell(NamedTuple):
 def cell_of(plan: Plan) -> Cell:
     """Return the cell of the sample that a plan belongs to."""
     return Cell(plan.kernel, plan.arch, plan.head_dim)
-
-
-def spare_registers(plan: Plan) -> int:
-    """Return the registers that a thread has beside its accumulators, the consumers' where warps
-    have roles: P V of one key tile is under way there while the scores of the next are computed."""
-    accumulators = (plan.block_n + -(-plan.head_dim_v // 16) * 16) // 2
-    if plan.role_registers:
-        return plan.role_registers[0] - accumulators - plan.block_n // 4
-    return plan.max_registers - accumulators
 
 
 def expected_room(plan: Plan) -> int:

@@ -16,10 +16,11 @@ import torch
 
 from flashcore.kernels.fwd_sm90.plan import ARCH as SM90_ARCH
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan, candidates
+from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan
 from flashcore.problem import Problem, widest_band
 from flashcore.problem.exactness import MAX_KEYS_OF_A_SUM
 from flashcore.selection import tile_table
+from flashcore.selection.select import candidates
 
 Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)

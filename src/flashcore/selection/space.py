@@ -14,7 +14,7 @@ from typing import Any
 from flashcore.kernels.fwd_sm90.plan import O_PARTS, Q_BUFFERS, Sm90Plan, with_o_fitted
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
-from flashcore.selection.compile_gate import spare_registers
+from flashcore.selection.registers import spare_registers
 
 Tile = dict[str, Any]
 

@@ -1,4 +1,4 @@
-"""Make the command that replays a simulated run, and the run that it replays.
+"""Read the command that replays a simulated run (replay_command.py), and make the run.
 
     python -m flashcore.sim seed=17 batch=1 num_heads_q=2 ... [plan.block_m=64] [inputs=FILE]
 
@@ -10,11 +10,7 @@ drawn anew from the seed: what a kernel accesses depends on shapes and strides, 
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import hashlib
-import io
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -23,41 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore.base import env, store
-from flashcore.isolate import registry
-from flashcore.kernels.fwd_wmma.plan import KERNEL, Plan, select_plan
+from flashcore.compile.plant import Plant
+from flashcore.kernels.fwd_wmma.plan import KERNEL, Plan
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import MaskSpec
-from flashcore.sim.plants.wmma import Plant
+from flashcore.selection.select import select_plan
+from flashcore.sim.plants.index import find_plant
+from flashcore.sim.replay_command import REPLAY_DEFAULTS, distinct
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import simulate
-from flashcore.sim.tensors import ADDRESS_ALIGNMENT
-
-REPLAY_DEFAULTS: dict[str, object] = {
-    "device": "cpu",
-    "arch": 0,
-    "softcap": 0.0,
-    "window_left": -1,
-    "window_right": -1,
-    "diag_offset": 0,
-    "causal": "none",
-    "mask": None,
-    "return_lse": True,
-    "varlen": "none",
-    "total_q": 0,
-    "total_k": 0,
-    "strided": "",
-    "misaligned": "",
-}
-_MAX_SAVED_BYTES = 256 * 2**20
-
-
-def _to_text(value: object) -> str:
-    if isinstance(value, MaskSpec):
-        return ":".join((value.dtype, _to_text(value.strides), str(value.load_bytes)))
-    if isinstance(value, tuple):
-        return ",".join(map(str, value))
-    return repr(value) if isinstance(value, float) else str(value)
 
 
 def _from_text(text: str, name: str, like: object) -> Any:
@@ -78,86 +48,6 @@ def _from_text(text: str, name: str, like: object) -> Any:
 
 def _integers(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in text.split(","))
-
-
-def _storage_offset(tensor: Tensor) -> int:
-    """Return elements between an allocation's alignment and the tensor's first element."""
-    return tensor.data_ptr() % ADDRESS_ALIGNMENT // tensor.element_size()
-
-
-def _distinct(tensor: Tensor) -> Tensor:
-    """Return the tensor in four dimensions, each value once: broadcast dimensions cut to one
-    element."""
-    tensor = tensor.detach()[(None,) * (4 - tensor.dim())]
-    for dim, stride in enumerate(tensor.stride()):
-        if stride == 0:
-            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
-    return tensor
-
-
-def _save_inputs(tensors: Mapping[str, Tensor]) -> Path | None:
-    """Save the values, named by their content; None when they are too large, or on a full disk."""
-    values = {name: _distinct(tensor).contiguous() for name, tensor in tensors.items()}
-    if sum(value.nbytes for value in values.values()) > _MAX_SAVED_BYTES:
-        return None
-    digest = hashlib.sha256()
-    for name, value in values.items():
-        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(ctypes.string_at(value.data_ptr(), value.nbytes))
-    path = env.cache_dir() / "sim" / "inputs" / f"{digest.hexdigest()[:16]}.pt"
-    try:
-        if not path.exists():
-            content = io.BytesIO()
-            torch.save(values, content)
-            store.write(env.cache_dir(), "sim/inputs", path.name, content.getvalue())
-    except OSError:
-        return None
-    return path
-
-
-def replay_command(
-    problem: Problem,
-    plan: Plan,
-    inputs: Mapping[str, Tensor],
-    *,
-    seed: int,
-    plant: Plant | None,
-) -> str:
-    """Return the command line that runs the same again; the inputs are saved for it.
-
-    Args:
-        problem: as given to `simulate`.
-        plan: as given to `simulate`.
-        inputs: by name q, k, v and, where there is one, mask and gate_scores.
-        seed: of the scheduler.
-        plant: bug planted, or None.
-
-    Returns:
-        A line for a shell.
-    """
-    words = [f"seed={seed}", f"sim_arch={plan.arch}"]
-    if plan.kernel != KERNEL:
-        words.append(f"kernel={plan.kernel}")
-    if plan.gate is not None:
-        words.append(f"gate={plan.gate}")
-    if plant is not None:
-        words.append(f"plant={plant.name}")
-    for field in fields(problem):
-        value = getattr(problem, field.name)
-        if field.name not in REPLAY_DEFAULTS or value != REPLAY_DEFAULTS[field.name]:
-            words.append(f"{field.name}={_to_text(value)}")
-    chosen = select_plan(problem, plan.arch, plan.gate, plan.kernel)
-    for field in fields(plan):
-        value = getattr(plan, field.name)
-        if value != getattr(chosen, field.name):
-            words.append(f"plan.{field.name}={_to_text(value)}")
-    for name, tensor in inputs.items():
-        if _storage_offset(tensor):
-            words.append(f"{name}_offset={_storage_offset(tensor)}")
-    saved = _save_inputs(inputs)
-    if saved is not None:
-        words.append(f"inputs={saved}")
-    return "python -m flashcore.sim " + " ".join(map(shlex.quote, words))
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,8 +92,8 @@ def _place(values: Tensor, shape: Sequence[int], strides: Sequence[int], offset:
     span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     placed = torch.zeros(offset + max(span, 1), dtype=values.dtype)
     placed = placed.as_strided(tuple(shape), tuple(strides), offset)
-    distinct = _distinct(placed)
-    distinct.copy_(values.expand(tuple(shape))[tuple(slice(n) for n in distinct.shape)])
+    values_once = distinct(placed)
+    values_once.copy_(values.expand(tuple(shape))[tuple(slice(n) for n in values_once.shape)])
     return placed
 
 
@@ -248,7 +138,7 @@ def parse_replay(words: Sequence[str]) -> Replay:
     }
     plan = dataclasses.replace(plan, **changes)
     seed, plant_name = int(take("seed", "0")), take("plant", "")
-    plant = registry.find_plant(plant_name, "sim", plan.kernel).plant if plant_name else None
+    plant = find_plant(plant_name, plan.kernel) if plant_name else None
     path = take("inputs", "")
     offsets = {name: int(take(f"{name}_offset", "0")) for name in ("q", "k", "v", "mask")}
     if given:

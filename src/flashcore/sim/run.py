@@ -22,9 +22,9 @@ from flashcore.sim.report import Agent, SimReport, SimulationError
 from flashcore.sim.tensors import Placed, SimTensor
 
 if TYPE_CHECKING:
+    from flashcore.compile.plant import Plant
     from flashcore.kernels.fwd_wmma.plan import Plan
     from flashcore.problem import Problem
-    from flashcore.sim.plants.wmma import Plant
 
 FIRST_ARCH_WITH_CP_ASYNC = 80
 NO_CP_ASYNC = "#define FC_HOST_NO_CP_ASYNC"
@@ -192,7 +192,7 @@ def _arguments(
         return (f"attn.{name}", *tensor_map)
 
     num_blocks = min(num_pieces(problem, plan), PERSISTENT_BLOCKS)
-    params = build_params_sm90(problem, plan, dict.fromkeys(names), num_blocks, target="host")
+    params = build_params_sm90(problem, plan, dict.fromkeys(names), num_blocks)
     return params, fields, num_blocks
 
 
@@ -273,7 +273,7 @@ def simulate(
         return report
     except SimulationError as error:
         from flashcore.sim.barrier_names import name_barriers
-        from flashcore.sim.replay import replay_command
+        from flashcore.sim.replay_command import replay_command
 
         if isinstance(plan, Sm90Plan):
             name_barriers(error, plan)

@@ -13,9 +13,9 @@ from flashcore.sim.run import PERSISTENT_BLOCKS, raise_if_left, simulate_source
 from flashcore.sim.tensors import SimTensor
 
 if TYPE_CHECKING:
+    from flashcore.compile.plant import Plant
     from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
     from flashcore.problem import Problem
-    from flashcore.sim.plants.wmma import Plant
     from flashcore.sim.report import SimReport
 
 _OF_ATTN = ("q", "k", "v", "mask", "out", "lse")
@@ -62,7 +62,7 @@ def simulate_backward(
     grid = min(num_tiles(problem, plan), PERSISTENT_BLOCKS)
     report = simulate_source(
         generate_source(plan, "host", plant),
-        build_params_bwd_sm90(problem, plan, tensors, grid, target="host"),
+        build_params_bwd_sm90(problem, plan, tensors, grid),
         placed,
         grid=grid,
         num_threads=plan.num_threads,

@@ -9,9 +9,10 @@ import torch
 from flashcore.backends.dispatch import KERNELS, choose_backend
 from flashcore.bench.workloads import Workload
 from flashcore.errors import BackendUnavailableError
-from flashcore.kernels.fwd_wmma.plan import Plan, candidates
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection import tile_table
+from flashcore.selection.select import candidates
 
 
 def default_plan(

@@ -239,7 +239,7 @@ class _Inputs:
 
     def rules(self, kernel: str) -> Plan:
         """Return what the rules say."""
-        from flashcore.kernels.fwd_wmma.plan import candidates
+        from flashcore.selection.select import candidates
 
         return candidates(self.problem, kernel=kernel)[0]
 

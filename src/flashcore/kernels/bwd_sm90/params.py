@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -12,8 +11,7 @@ from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnParams
-from flashcore.launch import descriptors
-from flashcore.launch.descriptors import TensorMap
+from flashcore.kernels.tensor_map import TensorMap
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import strides_of
 
@@ -83,7 +81,7 @@ def build_params_bwd_sm90(
     plan: BwdSm90Plan,
     tensors: Mapping[str, torch.Tensor],
     num_blocks: int,
-    target: Literal["ptx", "host"] = "ptx",
+    encode: Callable[[TensorMap, str], TensorMap] | None = None,
     tile_counter: int | None = None,
 ) -> AttnBwdSm90Params:
     """Return the argument of one of the kernels.
@@ -95,7 +93,8 @@ def build_params_bwd_sm90(
             there are some.
         num_blocks: of the launch.
         tile_counter: address of the counter of a plan that draws tiles.
-        target: "ptx" for the GPU, "host" for the simulator, which sets addresses itself.
+        encode: makes the descriptors that a GPU reads (launch/descriptors.py); None for the
+            simulator, which sets addresses itself.
 
     Returns:
         The filled structure.
@@ -103,7 +102,7 @@ def build_params_bwd_sm90(
     Raises:
         NotImplementedError: the problem is too large for one launch.
     """
-    addresses = {name: x.data_ptr() if target == "ptx" else 0 for name, x in tensors.items()}
+    addresses = {name: x.data_ptr() if encode else 0 for name, x in tensors.items()}
     argument = AttnBwdSm90Params()
     inputs: dict[str, int | None] = {x: addresses[x] for x in ("q", "k", "v", "out", "lse")}
     argument.attn = params.build_params(
@@ -117,8 +116,8 @@ def build_params_bwd_sm90(
     argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
     for name, box_rows in maps_of(plan).items():
         tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)
-        if target == "ptx":
-            tensor_map = descriptors.encode(tensor_map, problem.dtype)
+        if encode:
+            tensor_map = encode(tensor_map, problem.dtype)
         setattr(argument, f"{name}_map", tensor_map)
     return argument
 

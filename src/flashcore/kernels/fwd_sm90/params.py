@@ -5,15 +5,14 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, Literal
+from typing import Any
 
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
 from flashcore.kernels.fwd_wmma.plan import Plan
-from flashcore.launch import descriptors
-from flashcore.launch.descriptors import TensorMap
+from flashcore.kernels.tensor_map import TensorMap
 from flashcore.problem import Problem
 from flashcore.problem.folding import as_launched
 
@@ -51,7 +50,7 @@ def num_row_tiles(problem: Problem, plan: Sm90Plan) -> int:
     """Return the number of row tiles of all heads; of packed sequences as many as there can be."""
     if problem.varlen == "packed":
         return params.grid_size(problem, plan)
-    problem = as_launched(problem, plan)
+    problem = as_launched(problem, plan.folds_heads)
     return -(-problem.seqlen_q // plan.block_m) * problem.num_heads_q * problem.batch
 
 
@@ -74,7 +73,7 @@ def scratch_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
         return {"tile_counter": (1,)}
     if not isinstance(plan, Sm90Plan) or plan.num_splits == 1:
         return {}
-    p = as_launched(problem, plan)
+    p = as_launched(problem, plan.folds_heads)
     rows = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
     num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
     return {
@@ -99,7 +98,7 @@ def heads_per_group(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
     right bound (fwd_sm90/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and
     enough row tiles to keep the blocks busy."""
     is_long_run = num_row_tiles(problem, plan) >= _LONG_RUN * num_blocks
-    problem = as_launched(problem, plan)
+    problem = as_launched(problem, plan.folds_heads)
     num_heads = problem.num_heads_q * problem.batch
     heads_of_kv = problem.num_heads_q // problem.num_heads_kv
     bytes_of_kv = _ELEMENT_BYTES * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
@@ -117,7 +116,6 @@ def build_params_sm90(
     plan: Sm90Plan,
     pointers: dict[str, int | None],
     num_blocks: int,
-    target: Literal["ptx", "host"] = "ptx",
 ) -> AttnSm90Params | AttnSm90GateParams:
     """Return the kernel's argument.
 
@@ -126,10 +124,9 @@ def build_params_sm90(
         plan: tiles and gate.
         pointers: address by field name, see params.build_params.
         num_blocks: of the launch.
-        target: "ptx" encodes the descriptors for the GPU, "host" for the simulator.
 
     Returns:
-        The filled structure.
+        The filled structure, with tensor maps as the simulator reads them; see `encode_maps`.
 
     Raises:
         NotImplementedError: the problem is too large for one launch.
@@ -138,12 +135,10 @@ def build_params_sm90(
     argument.attn = params.build_params(problem, plan, pointers)
     argument.attn.num_splits = plan.num_splits
     argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
-    problem = as_launched(problem, plan)
+    problem = as_launched(problem, plan.folds_heads)
     argument.num_heads = problem.num_heads_q * problem.batch
     for name in MAPS:
         _set_map(argument, name, problem, plan, pointers)
-    if target == "ptx":
-        encode_maps(argument, problem.dtype, descriptors.encode)
     return argument
 
 
@@ -166,7 +161,7 @@ def set_keys_sm90(
     """
     if plan.has_window_right:  # or nobody reads it
         argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
-    problem = as_launched(problem, plan)
+    problem = as_launched(problem, plan.folds_heads)
     params.set_keys(argument.attn, problem)
     for name in ("k", "v"):
         _set_map(argument, name, problem, plan, pointers)

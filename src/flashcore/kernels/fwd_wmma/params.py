@@ -84,7 +84,7 @@ def grid_size(problem: Problem, plan: Plan) -> int:
     if problem.varlen == "packed":  # tile numbers, see tile/sequence.cuh
         num_m_blocks = problem.total_q // plan.block_m + problem.batch + 1
         return num_m_blocks * problem.num_heads_q
-    problem = as_launched(problem, plan)
+    problem = as_launched(problem, plan.folds_heads)
     num_m_blocks = -(-problem.seqlen_q // plan.block_m)
     return num_m_blocks * problem.num_heads_q * problem.batch
 
@@ -143,7 +143,7 @@ def build_params(
     """
     num_queries = problem.seqlen_q
     check_limits(problem, plan)
-    problem = as_launched(problem, plan)
+    problem = as_launched(problem, plan.folds_heads)
     params = AttnParams() if plan.gate is None else AttnGateParams()
     for name, address in pointers.items():
         setattr(params, name, address)

@@ -25,6 +25,24 @@ from flashcore.problem.options import Options
 attend: Callable[..., Any] | None = None
 
 
+class Lookup(NamedTuple):
+    """Hold how calls are looked up by whoever prepares them (ops/calls.py).
+
+    Args:
+        find: returns what computes calls like one, see calls.find.
+        backends: that a caller may name.
+        calls_max: how many descriptions of calls are remembered.
+    """
+
+    find: Callable[..., Any]
+    backends: tuple[str, ...]
+    calls_max: int
+
+
+# Handed over by ops/calls.py when that is imported.
+lookup: Lookup | None = None
+
+
 class Entry(NamedTuple):
     """Hold what a launch needs, as launcher.cpp reads it.
 
@@ -114,11 +132,10 @@ def configured() -> Any:
     Raises:
         FlashCoreError, OSError, ImportError: it cannot be built or loaded.
     """
-    from flashcore.backends.dispatch import BACKENDS
     from flashcore.launch.driver import entry_address
     from flashcore.launch.launcher.build import load
-    from flashcore.ops.calls import CALLS_MAX
 
+    assert lookup is not None
     module = load()
     module.configure(
         entry_address("cuLaunchKernelEx"),
@@ -128,8 +145,8 @@ def configured() -> Any:
         _counters,
         entry_address("cuStreamIsCapturing"),
         _prepare,
-        BACKENDS,
-        CALLS_MAX,
+        lookup.backends,
+        lookup.calls_max,
     )
     return module
 
@@ -157,8 +174,8 @@ def _prepare(
     Raises:
         Exception: what `attention` raises.
     """
-    from flashcore.ops.calls import find
-
-    found = find(q, k, v, None, causal, window, softcap, scale, return_lse, backend, recorded)
+    assert lookup is not None
+    options = (causal, window, softcap, scale)
+    found = lookup.find(q, k, v, None, *options, return_lse, backend, recorded)
     kernel = getattr(found.call, "__self__", None)
     return None if kernel is None else kernel.entry(q.data_ptr(), k.data_ptr(), v.data_ptr())

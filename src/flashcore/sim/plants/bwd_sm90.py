@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from flashcore.sim.plants.wmma import Plant, by_name
+from flashcore.compile.plant import Plant, by_name
 
 _DQ = "bwd_sm90/attn_bwd_dq_sm90.cuh"
 _DKDV = "bwd_sm90/attn_bwd_dkdv_sm90.cuh"

@@ -3,7 +3,7 @@ a counter, and key tiles that a consumer passes over because none of its rows se
 
 from __future__ import annotations
 
-from flashcore.sim.plants.wmma import Plant, by_name
+from flashcore.compile.plant import Plant, by_name
 
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _SCHEDULE = "fwd_sm90/schedule_sm90.cuh"

@@ -3,7 +3,7 @@ scores."""
 
 from __future__ import annotations
 
-from flashcore.sim.plants.wmma import Plant, by_name
+from flashcore.compile.plant import Plant, by_name
 
 _TILE = "fwd_sm90/mask_tile_sm90.cuh"
 _SHIFTED = {"mask_is_shifted": True}

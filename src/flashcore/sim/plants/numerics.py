@@ -3,7 +3,7 @@ sums over very many keys."""
 
 from __future__ import annotations
 
-from flashcore.sim.plants.wmma import Plant, by_name
+from flashcore.compile.plant import Plant, by_name
 
 _KERNEL = "fwd_wmma/attn_fwd_wmma.cuh"
 _SOFTMAX = "tile/softmax.cuh"

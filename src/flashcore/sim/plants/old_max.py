@@ -3,7 +3,7 @@ of what it does where that fails."""
 
 from __future__ import annotations
 
-from flashcore.sim.plants.wmma import Plant, by_name
+from flashcore.compile.plant import Plant, by_name
 
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _SOFTMAX = "tile/softmax.cuh"

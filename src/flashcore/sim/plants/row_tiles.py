@@ -4,7 +4,7 @@ plants_sm90.py."""
 
 from __future__ import annotations
 
-from flashcore.sim.plants.wmma import Plant
+from flashcore.compile.plant import Plant
 
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _MERGE = "fwd_sm90/merge_sm90.cuh"

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from flashcore.sim.plants.wmma import Plant, by_name
+from flashcore.compile.plant import Plant, by_name
 
 _WMMA = "fwd_wmma/attn_fwd_wmma.cuh"
 _SM90 = "fwd_sm90/attn_fwd_sm90.cuh"

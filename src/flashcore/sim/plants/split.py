@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from flashcore.sim.plants.wmma import Plant, by_name
+from flashcore.compile.plant import Plant, by_name
 
 _SPLIT = "fwd_sm90/split_sm90.cuh"
 

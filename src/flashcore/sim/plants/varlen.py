@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from flashcore.sim.plants.wmma import Plant, by_name
+from flashcore.compile.plant import Plant, by_name
 
 _SEQUENCE = "tile/sequence.cuh"
 _SCHEDULE = "tile/schedule_varlen.cuh"

@@ -1,0 +1,26 @@
+"""A tensor map says how TMA reads boxes of a tensor: the argument of the kernels for Hopper."""
+
+from __future__ import annotations
+
+import ctypes
+
+
+class TensorMap(ctypes.Structure):
+    """A TensorMap holds a tensor and its boxes as the simulator's TMA reads them; on a GPU the
+    driver's own opaque encoding takes the same 128 bytes."""
+
+    _fields_ = [
+        ("base", ctypes.c_uint64),
+        ("row_stride_bytes", ctypes.c_uint64),
+        ("head_stride_bytes", ctypes.c_uint64),
+        ("batch_stride_bytes", ctypes.c_uint64),
+        ("cols", ctypes.c_uint32),
+        ("rows", ctypes.c_uint32),
+        ("heads", ctypes.c_uint32),
+        ("batches", ctypes.c_uint32),
+        ("box_cols", ctypes.c_uint32),
+        ("box_rows", ctypes.c_uint32),
+        ("element_bytes", ctypes.c_uint32),
+        ("swizzle_bytes", ctypes.c_uint32),
+        ("unused", ctypes.c_uint8 * 64),
+    ]

@@ -1,0 +1,100 @@
+"""A Case is one attention call written down in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A case is one attention call in numbers.
+
+    Lengths are in tokens, dims in elements. `mask`: "bool" is a random [1, num_heads_q, seqlen_q,
+    seqlen_k] mask whose first row attends to nothing, "padding" a [batch, 1, 1, seqlen_k] one as
+    tokenizers make it, "additive" a random bias [1, 1, seqlen_q, seqlen_k] with some -inf.
+    `layout` is the order in memory; "bshd" is passed transposed, as a projection's output is.
+    `tail` NaN rows follow every sequence in memory, `offset` elements precede the first one.
+    `spread` multiplies q, so that the softmax gets sharper; `growth` is one of
+    cases.GROWTH_KINDS: how scores grow along the keys. With an odd `seed` the mask's rows are
+    aligned for wide loads, with every other even one they are an odd number of elements apart.
+    """
+
+    batch: int = 1
+    num_heads_q: int = 2
+    num_heads_kv: int = 2
+    seqlen_q: int = 128
+    seqlen_k: int = 128
+    head_dim: int = 64
+    head_dim_v: int = 64
+    dtype: str = "float16"
+    causal: str = "none"
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    mask: str = "none"
+    layout: str = "bhsd"
+    tail: int = 0
+    offset: int = 0
+    spread: float = 1.0
+    growth: str = "none"
+    seed: int = 0
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Return the element type as torch names it."""
+        result = getattr(torch, self.dtype)
+        assert isinstance(result, torch.dtype)
+        return result
+
+    def options(self) -> dict[str, Any]:
+        """Return keyword arguments for flashcore.attention and its relatives (without the mask)."""
+        return {
+            "causal": False if self.causal == "none" else self.causal,
+            "window": self.window,
+            "softcap": self.softcap,
+            "scale": self.scale,
+        }
+
+    def describe(self) -> str:
+        """Return one line that names the shape and every option that is not the default."""
+        words = [
+            f"B{self.batch}",
+            f"H{self.num_heads_q}"
+            + (f"/{self.num_heads_kv}" if self.num_heads_kv != self.num_heads_q else ""),
+            f"S{self.seqlen_q}" + (f"/{self.seqlen_k}" if self.seqlen_k != self.seqlen_q else ""),
+            f"D{self.head_dim}"
+            + (f"/{self.head_dim_v}" if self.head_dim_v != self.head_dim else ""),
+            self.dtype,
+        ]
+        if self.causal != "none":
+            words.append(f"causal={self.causal}")
+        for name in ("window", "softcap", "scale"):
+            value = getattr(self, name)
+            if value is not None:
+                words.append(f"{name}={_short(value)}")
+        if self.mask != "none":
+            words.append(f"mask={self.mask}")
+        if self.layout != "bhsd":
+            words.append(self.layout)
+        for name in ("tail", "offset"):
+            if getattr(self, name):
+                words.append(f"{name}={getattr(self, name)}")
+        if self.spread != 1.0:
+            words.append(f"spread={_short(self.spread)}")
+        if self.growth != "none":
+            words.append(f"growth={self.growth.replace(' ', '-')}")
+        return " ".join(words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(str(item) for item in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
