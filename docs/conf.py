@@ -1,4 +1,5 @@
-"""Sphinx: the pages as they are, plus the reference made from docstrings. `make docs` builds it.
+"""Configure Sphinx: the pages as they are, plus the reference made from docstrings. `make docs`
+builds it.
 
 The source folder is the repository, not docs/, so that a relative link from any page to any file
 means the same here and where the Markdown is read in place. For the same reason no page has a table

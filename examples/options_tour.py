@@ -47,7 +47,7 @@ def show(title: str, **options: Any) -> None:
 
 
 def masks() -> None:
-    """Causality, windows and masks, and where they are aligned."""
+    """Show causality, windows and masks, and where they are aligned."""
     show("causal=True: the last query sees all (a cache of 4 keys before 4 new ones)", causal=True)
     show('causal="upper_left": as is_causal of torch', causal="upper_left")
     show("window=(2, 0), causal=True: two keys back", causal=True, window=(2, 0))
@@ -58,7 +58,7 @@ def masks() -> None:
 
 
 def bias() -> None:
-    """An additive mask shifts scores: here by distance, as in ALiBi."""
+    """Show an additive mask, which shifts scores: here by distance, as ALiBi does."""
     distance = (torch.arange(4)[:, None] + 4 - torch.arange(8)).abs()
     print("\nmask=-0.5 * distance, causal=True: weights of the last query")
     last = weights(4, 8, mask=-0.5 * distance, causal=True)[-1]
@@ -66,7 +66,7 @@ def bias() -> None:
 
 
 def softcap() -> None:
-    """Soft-capping bounds scores, so that no key can take everything."""
+    """Show soft-capping, which bounds scores, so that no key can take everything."""
     q, k = torch.ones(1, 1, 1, 8), torch.arange(8.0).repeat_interleave(8).view(1, 1, 8, 8)
     v = torch.eye(8)[None, None]
     print("\nscores 0, 2.8, 5.7 ... 19.8: weights without and with softcap=2.0")
@@ -76,7 +76,7 @@ def softcap() -> None:
 
 
 def grouped_heads() -> None:
-    """Fewer heads of k and v than of q: head h of q reads head h // 4, nothing is repeated."""
+    """Show fewer heads of k and v than of q: head h of q reads head h // 4, nothing is repeated."""
     q = torch.randn(1, 8, 16, 32)
     k, v = torch.randn(2, 1, 2, 16, 32)
     out = flashcore.attention(q, k, v, causal=True)
@@ -86,7 +86,7 @@ def grouped_heads() -> None:
 
 
 def empty_rows() -> None:
-    """A query that sees nothing gets 0 and lse -inf, not NaN."""
+    """Show that a query that sees nothing gets 0 and lse -inf, not NaN."""
     q = torch.zeros(1, 1, 4, 8)
     k = v = torch.ones(1, 1, 2, 8)
     out, lse = flashcore.attention(q, k, v, causal=True, return_lse=True)
@@ -95,7 +95,7 @@ def empty_rows() -> None:
 
 
 def which_kernel() -> None:
-    """`explain` says how a call would run, and computes nothing."""
+    """Show `explain`, which says how a call would run, and computes nothing."""
     q = torch.empty(1, 32, 4096, 128, dtype=torch.bfloat16)
     k = torch.empty(1, 8, 4096, 128, dtype=torch.bfloat16)
     print("\nflashcore.explain, for an sm_90 GPU")

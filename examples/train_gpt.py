@@ -29,7 +29,7 @@ Cache = tuple[Tensor, Tensor]  # the keys and values of a layer so far, [batch, 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of the model.
+    """A shape holds the sizes of the model.
 
     Args:
         vocabulary: number of different letters.
@@ -47,7 +47,7 @@ class Shape:
 
 
 class SelfAttention(nn.Module):
-    """Causal attention of a sequence to itself, and to what a cache holds of its past."""
+    """Compute causal attention of a sequence to itself, and to what a cache holds of its past."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and an MLP, each on a normalised copy and added back."""
+    """Apply attention and an MLP, each on a normalised copy and added back."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer over letters."""
+    """A GPT is a decoder-only transformer over letters."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()

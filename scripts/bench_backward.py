@@ -81,7 +81,7 @@ def measure(head_dim: int, seqlen: int, causal: bool, rounds: int) -> dict[str, 
 
 
 def main() -> None:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=5)

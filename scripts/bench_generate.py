@@ -1,4 +1,5 @@
-"""Tokens a second of Transformers' generate(): attn_implementation="flashcore" beside "sdpa".
+"""Measure tokens a second of Transformers' generate(): attn_implementation="flashcore" beside
+"sdpa".
 
     python scripts/bench_generate.py --json generate.json
     python scripts/bench_generate.py --profile --setups llama-1b --caches dynamic
@@ -46,7 +47,8 @@ CACHES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Setup:
-    """A Llama and a batch. Of a padded batch every second sequence is half padding."""
+    """A setup holds a Llama and a batch. Of a padded batch every second sequence is half
+    padding."""
 
     layers: int
     width: int
@@ -67,7 +69,7 @@ DEFAULT_SETUPS = ("llama-1b", "llama-1b-padded", "small")
 
 
 def make_model(setup: Setup, positions: int, device: str) -> Any:
-    """A Llama with random weights, float16 on a GPU, bfloat16 on a CPU."""
+    """Return a Llama with random weights, float16 on a GPU, bfloat16 on a CPU."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -89,7 +91,7 @@ def make_model(setup: Setup, positions: int, device: str) -> Any:
 
 
 def make_batch(setup: Setup, prompt: int, device: str) -> dict[str, torch.Tensor]:
-    """Token ids and where they are tokens; padding is on the left."""
+    """Return token ids and where they are tokens; padding is on the left."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(1, VOCABULARY, (setup.batch, prompt), generator=generator)
     tokens = torch.ones(setup.batch, prompt, dtype=torch.int64)
@@ -100,7 +102,7 @@ def make_batch(setup: Setup, prompt: int, device: str) -> dict[str, torch.Tensor
 
 
 def wait(device: str) -> None:
-    """Until the GPU has nothing left to do."""
+    """Wait until the GPU has nothing left to do."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -113,7 +115,7 @@ def generate(
     new_tokens: int,
     **options: Any,
 ) -> torch.Tensor:
-    """All tokens, those of the prompt first."""
+    """Generate, and return all tokens, those of the prompt first."""
     if model.config._attn_implementation != implementation:
         model.set_attn_implementation(implementation)
     tokens: torch.Tensor = model.generate(
@@ -126,7 +128,7 @@ def generate(
 def measure(
     name: str, model: Any, cache: str, arguments: argparse.Namespace, deadline: float
 ) -> dict[str, Any]:
-    """One line of the table."""
+    """Return one line of the table."""
     setup, device = SETUPS[name], arguments.device
     seconds: dict[tuple[str, str], list[float]] = {}
     failed: dict[str, str] = {}
@@ -164,7 +166,7 @@ def measure(
 
 
 def generate_or_say(failed: dict[str, str], model: Any, batch: Any, *how: Any) -> None:
-    """Generate; a failure is a result too."""
+    """Generate, and return a failure as a result, too."""
     if how[0] not in failed:
         try:
             generate(model, batch, *how)
@@ -175,7 +177,7 @@ def generate_or_say(failed: dict[str, str], model: Any, batch: Any, *how: Any) -
 def step_times(
     model: Any, batch: dict[str, torch.Tensor], implementation: str, cache: str, new_tokens: int
 ) -> list[float]:
-    """Milliseconds of each decode step, from one new token to the next."""
+    """Return milliseconds of each decode step, from one new token to the next."""
     times: list[float] = []
 
     def stamp(input_ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
@@ -187,7 +189,7 @@ def step_times(
 
 
 def profile(name: str, model: Any, cache: str, arguments: argparse.Namespace) -> None:
-    """Prints what the host does, for each implementation."""
+    """Print what the host does, for each implementation."""
     device = arguments.device
     batch = make_batch(SETUPS[name], arguments.prompt, device)
     for implementation in IMPLEMENTATIONS:

@@ -89,7 +89,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 class Encoder:
-    """The encoder's forward pass; keeps q, k and v of every layer of the last run in `captured`."""
+    """Compute the encoder's forward pass; keep q, k and v of every layer of the last run in
+    `captured`."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
         self.weights = weights

@@ -1,4 +1,4 @@
-"""Logits of HuggingFace models with attn_implementation="flashcore" beside eager attention.
+"""Compare logits of HuggingFace models with attn_implementation="flashcore" beside eager attention.
 
     python scripts/check_transformers.py --output benchmarks/results/transformers.json
 
@@ -50,7 +50,8 @@ MODELS = (*DECODERS, "gpt2", "bert", "t5")
 
 @dataclass(frozen=True)
 class Size:
-    """How large the models are. `window` is that of the models that have a sliding one."""
+    """A size says how large the models are. `window` is that of the models that have a sliding
+    one."""
 
     head_dim: int = 64
     num_heads: int = 8
@@ -63,7 +64,8 @@ TINY = Size(head_dim=16, num_heads=4, seqlen=20, window=5)
 
 @dataclass(frozen=True)
 class Row:
-    """Largest differences of logits; `agreeing` of `generated` greedy tokens are the same."""
+    """A row holds the largest differences of logits; `agreeing` of `generated` greedy tokens are
+    the same."""
 
     model: str
     eager_error: float
@@ -75,12 +77,13 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """At most twice eager's own error, and a ten-thousandth of the largest logit."""
+        """Return whether the error is at most twice eager's own, and a ten-thousandth of the
+        largest logit."""
         return self.flashcore_error <= 2 * self.eager_error + 1e-4 * self.largest_logit
 
 
 def make_model(name: str, size: Size) -> Any:
-    """A float32 model with eager attention and random weights that attend sharply."""
+    """Return a float32 model with eager attention and random weights that attend sharply."""
     import transformers
 
     hidden = size.head_dim * size.num_heads
@@ -131,7 +134,8 @@ def make_model(name: str, size: Size) -> Any:
 
 
 def make_batch(model: Any, size: Size, device: str, *, padded: bool = True) -> dict[str, Tensor]:
-    """Token ids and mask [2, seqlen]; padding where such a model has it in front or behind."""
+    """Return token ids and mask [2, seqlen]; padding where such a model has it in front or
+    behind."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCABULARY, (2, size.seqlen), generator=generator)
     mask = torch.ones_like(ids)
@@ -143,7 +147,7 @@ def make_batch(model: Any, size: Size, device: str, *, padded: bool = True) -> d
 
 
 def logits(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """Float32 logits of the real tokens: [tokens, vocabulary]."""
+    """Return Float32 logits of the real tokens: [tokens, vocabulary]."""
     extra = {"decoder_input_ids": batch["input_ids"]} if model.config.is_encoder_decoder else {}
     with torch.inference_mode():
         output = model(**batch, **extra)
@@ -158,7 +162,8 @@ def attends_by_flashcore(model: Any) -> bool:
 
 
 def generated(model: Any, batch: dict[str, Tensor], **options: Any) -> Tensor:
-    """The tokens of greedy generation with a KV cache, as many as a third of the prompt has."""
+    """Return the tokens of greedy generation with a KV cache, as many as a third of the prompt
+    has."""
     count = max(8, batch["input_ids"].shape[1] // 3)
     with torch.inference_mode():
         return model.generate(
@@ -191,7 +196,8 @@ def measure(model: Any, name: str, batch: dict[str, Tensor], dtype: torch.dtype)
 
 
 def make_minilm(folder: str | None) -> tuple[Any, dict[str, Tensor]]:
-    """The real all-MiniLM-L6-v2 and the sentences that this repository's data was made from."""
+    """Return the real all-MiniLM-L6-v2 and the sentences that this repository's data was made
+    from."""
     from transformers import BertModel
 
     from capture_minilm import SENTENCES, pad, tokenize

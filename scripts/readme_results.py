@@ -44,7 +44,7 @@ class MarkerError(ValueError):
 
 
 def readme_section(document: Document, folder: Path) -> str:
-    """What README.md says."""
+    """Return what README.md says."""
     plot = _plot(folder, RESULTS.with_suffix(".png").as_posix())
     return "\n\n".join(
         [
@@ -60,7 +60,7 @@ def readme_section(document: Document, folder: Path) -> str:
 
 
 def performance_section(document: Document, folder: Path) -> str:
-    """What docs/performance.md says."""
+    """Return what docs/performance.md says."""
     name = f"../{RESULTS.as_posix()}"
     report = Path(name).with_suffix(".md").as_posix()
     rows = document["results"]
@@ -85,7 +85,7 @@ def performance_section(document: Document, folder: Path) -> str:
 
 
 def numerics_section(document: Document, folder: Path) -> str:
-    """What docs/numerics.md says."""
+    """Return what docs/numerics.md says."""
     del folder
     return (
         f"{where(document)}; inputs from N(0, 1), rows at the start and the end of the first and "
@@ -94,7 +94,7 @@ def numerics_section(document: Document, folder: Path) -> str:
 
 
 def _plot(root: Path, link: str) -> list[str]:
-    """The plot as an image, where there is one."""
+    """Return the plot as an image, where there is one."""
     exists = (root / RESULTS.with_suffix(".png")).is_file()
     return [f"![TFLOP/s over sequence length]({link})"] if exists else []
 
@@ -107,7 +107,7 @@ PAGES: dict[str, Callable[[Document, Path], str]] = {
 
 
 def host_section(document: Document, folder: Path) -> str:
-    """What docs/host-overhead.md says."""
+    """Return what docs/host-overhead.md says."""
     del folder
     source = f"[{HOST_RESULTS.name}](../{HOST_RESULTS.as_posix()})"
     return f"{where(document)} ({source}); {document['method']}.\n\n{host_markdown(document)}"
@@ -120,7 +120,7 @@ SOURCES: dict[Path, dict[str, Callable[[Document, Path], str]]] = {
 
 
 def filled(text: str, section: str, page: str) -> str:
-    """`text` with `section` between its markers. Raises MarkerError."""
+    """Return `text` with `section` between its markers. Raises MarkerError."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise MarkerError(f"{page} needs one line {BEGIN} and below it one line {END}")
     head, _, rest = text.partition(BEGIN)
@@ -158,7 +158,7 @@ def update(root: Path, check: bool) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="change nothing, fail where stale")
     check = parser.parse_args(arguments).check

@@ -69,7 +69,7 @@ CASES = (
 
 @dataclass
 class Outcome:
-    """What one tool said about the cases.
+    """An outcome holds what one tool said about the cases.
 
     Attributes:
         verdicts: one word a case.
@@ -83,12 +83,12 @@ class Outcome:
 
     @property
     def clean(self) -> bool:
-        """Whether every case ran, was right, and no tool complained."""
+        """Return whether every case ran, was right, and no tool complained."""
         return self.problem is None and all(verdict == "clean" for verdict in self.verdicts)
 
 
 def run_cases(cases: list[Case], plant: str | None) -> None:
-    """Child process: run every case on the GPU, print one `@case` line after each."""
+    """Run every case on the GPU, in a child process, and print one `@case` line after each."""
     import torch
 
     for number, case in enumerate(cases):
@@ -108,7 +108,7 @@ def run_case(case: Case, plant: str | None) -> bool:
 
 
 def backends_for(case: Case) -> list[str]:
-    """The kernels of this GPU that take the case."""
+    """Return the kernels of this GPU that take the case."""
     import torch
 
     is_hopper = torch.cuda.get_device_capability() == (9, 0)

@@ -1,4 +1,4 @@
-"""Every architecture of Transformers that a config can make small, beside eager attention.
+"""Run every architecture of Transformers that a config can make small, beside eager attention.
 
     python scripts/sweep_transformers.py [--only bert llama ...] [--output sweep.json]
 
@@ -64,7 +64,7 @@ SIZES: tuple[tuple[str, int], ...] = (
 
 @dataclass(frozen=True)
 class Row:
-    """How one class ended; `made` by from_config, `switched` by set_attn_implementation."""
+    """A row says how a class ended, `made` by from_config and `switched` afterwards."""
 
     model: str
     kind: str
@@ -76,12 +76,12 @@ class Row:
 
     @property
     def ok(self) -> bool:
-        """Neither way ended in something else than eager's outputs, a refusal or what was there."""
+        """Return whether both ways gave eager's outputs, a refusal or what was there."""
         return self.made not in BAD and self.switched not in BAD
 
 
 def small(config: Any, **given: Any) -> Any:
-    """A config of the same class with small sizes."""
+    """Return a config of the same class with small sizes."""
     defaults = config.to_dict()
     values: dict[str, Any] = {}
     sub_configs = getattr(type(config), "sub_configs", {})
@@ -109,7 +109,7 @@ def small(config: Any, **given: Any) -> Any:
 
 
 def inputs_of(model: Any, padded: bool) -> dict[str, Tensor]:
-    """What the model's forward asks for, with padding in front where it generates, else behind."""
+    """Return what the model's forward asks for, padded in front where it generates, else behind."""
     config, generator = model.config, torch.Generator().manual_seed(1)
     parameters = inspect.signature(model.forward).parameters
     ids = torch.randint(4, VOCABULARY - 10, (BATCH, SEQLEN), generator=generator)
@@ -147,7 +147,7 @@ def inputs_of(model: Any, padded: bool) -> dict[str, Tensor]:
 
 
 def outputs_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The first floating tensor that the model returns, without rows of padding."""
+    """Return the first floating tensor that the model returns, without rows of padding."""
     torch.manual_seed(2)
     with torch.inference_mode():
         output = model(**batch, return_dict=True)
@@ -161,7 +161,7 @@ def outputs_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
 
 
 def tokens_of(model: Any) -> Tensor | None:
-    """A few tokens after a padded batch, greedily with a KV cache; None where it cannot."""
+    """Return a few tokens after a padded batch, greedily with a KV cache; None where it cannot."""
     if not model.can_generate() or model.main_input_name != "input_ids":
         return None
     batch = inputs_of(model, padded=True)
@@ -198,7 +198,7 @@ def counted() -> Iterator[Counter[str]]:
 
 
 def make(kind: Any, config: Any, implementation: str) -> Any:
-    """A model that asks for an implementation as `from_config` does."""
+    """Return a model that asks for an implementation as `from_config` does."""
     model = kind._from_config(copy.deepcopy(config), attn_implementation=implementation)
     return model.eval()
 
@@ -268,7 +268,7 @@ def _short(error: BaseException) -> str:
 
 
 def classes(model_type: str) -> Iterator[tuple[Any, Any]]:
-    """The classes of an architecture and a small config for each: the base, and the one that
+    """Return the classes of an architecture and a small config for each: the base, and the one that
     generates."""
     from transformers import CONFIG_MAPPING
     from transformers.models.auto import modeling_auto as auto
@@ -297,7 +297,7 @@ def _too_long(*_: Any) -> None:
 
 
 def sweep(names: list[str]) -> Iterator[Row]:
-    """The rows of some architectures."""
+    """Return the rows of some architectures."""
     for model_type in names:
         signal.signal(signal.SIGALRM, _too_long)
         signal.alarm(SECONDS_PER_MODEL)

@@ -1,4 +1,4 @@
-"""Compiles, checks and times tile variants of the backward kernels on a Hopper GPU, beside torch's.
+"""Compile, check and time tile variants of the backward kernels on a Hopper GPU, beside torch's.
 
     PYTHONPATH=src python scripts/time_backward.py [--dims 64 128] [--seqlens 1024 4096] [--peers]
 

@@ -1,4 +1,5 @@
-"""What all tests share: the gpu marker, one compile cache for all workers, hypothesis settings."""
+"""Provide what all tests share: the gpu marker, one compile cache for all workers, hypothesis
+settings."""
 
 from __future__ import annotations
 
@@ -46,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def nothing_ships(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the tiles that ship: by rules, and what the test itself provides."""
+    """Take the tiles that ship away: a test goes by rules, and what the test itself provides."""
     from flashcore.selection import tile_table
 
     monkeypatch.setattr(tile_table, "read", lambda arch: None)

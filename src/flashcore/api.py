@@ -1,4 +1,5 @@
-"""The public functions: `attention`, and `explain`, which says how attention would run."""
+"""This module has the public functions: `attention`, and `explain`, which says how attention would
+run."""
 
 from __future__ import annotations
 
@@ -85,7 +86,8 @@ def attention(
     backend: str = "auto",
     **_unknown: object,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Scaled dot-product attention, softmax(scale * q @ k^T) @ v, without storing the scores.
+    """Compute scaled dot-product attention, softmax(scale * q @ k^T) @ v, without storing the
+    scores.
 
     Works on float16 and bfloat16 tensors on a GPU by a fused kernel, and on CPU tensors (float32
     and float64 too) by PyTorch operations with the same meaning. Differentiable in q, k, v and an
@@ -99,7 +101,8 @@ def attention(
             batch dimension, or have several.
         k: [batch, num_heads_kv, seqlen_k, head_dim], dtype and device of q. num_heads_q must be a
             multiple of num_heads_kv; q's head h uses head h // (num_heads_q / num_heads_kv).
-        v: [batch, num_heads_kv, seqlen_k, head_dim_v], likewise; head_dim_v may differ.
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v], dtype and device of q; head_dim_v may
+            differ from head_dim.
         causal: True or "lower_right": query i sees keys up to i + seqlen_k - seqlen_q, so the last
             query sees all. "upper_left": up to key i, as torch's is_causal. False: all.
         scale: multiplies q.k; a positive number, by default 1 / sqrt(head_dim).

@@ -1,4 +1,4 @@
-"""Exception and warning types.
+"""Define the types of exceptions and warnings.
 
 A mistake in an argument raises a built-in type; the message names the argument, its value and the
 way out:
@@ -18,7 +18,7 @@ import warnings
 
 
 class FlashCoreError(Exception):
-    """Base class of the errors that are not a mistake in an argument."""
+    """This is the base class of the errors that are not a mistake in an argument."""
 
 
 class BackendUnavailableError(FlashCoreError, RuntimeError):
@@ -37,8 +37,8 @@ class FallbackWarning(UserWarning):
 
 
 def stacklevel_of_caller() -> int:
-    """For warnings.warn in the function that calls this: who called flashcore, past torch if it
-    stands between."""
+    """Return for warnings.warn in the function that calls this: who called flashcore, past torch if
+    it stands between."""
     inside: tuple[str, ...] = (os.path.dirname(__file__),)
     if "torch" in sys.modules:
         inside += (os.path.dirname(str(sys.modules["torch"].__file__)),)

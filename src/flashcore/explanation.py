@@ -1,4 +1,4 @@
-"""explain: how a call of `attention` would run, and why."""
+"""Explain how a call of `attention` would run, and why."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN_ALTERNATIVES = 3
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What `explain` found; `str()` is what it prints.
+    """An Explanation holds what `explain` found; `str()` is what it prints.
 
     Args:
         problem: the call, validated and normalised.
@@ -90,13 +90,13 @@ def explain(
         q: as in `attention`, like all the arguments that follow.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        causal: as in `attention`.
-        scale: as in `attention`.
-        window: as in `attention`.
-        softcap: as in `attention`.
-        mask: as in `attention`.
-        return_lse: as in `attention`.
-        backend: as in `attention`.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        return_lse: whether the log-sum-exp of each row of scores is returned too.
+        backend: "auto", "sm90", "wmma", "sim" or "torch".
         arch: GPU architecture to plan for, 90 for sm_90; by default that of q's device, and what
             the simulator runs for CPU tensors.
         file: where to print; by default standard output.
@@ -172,7 +172,7 @@ def _has_kernel(problem: Problem) -> bool:
 
 
 def _tiles(plan: Plan) -> str:
-    """The numbers by which tile configurations are ranked, in aligned columns."""
+    """Return the numbers by which tile configurations are ranked, in aligned columns."""
     return (
         f"{plan.block_m:>3} x {plan.block_n:<3}  {plan.num_warps} warps  {plan.num_stages} stages  "
         f"{plan.smem_bytes:>6} B shared  {plan.min_blocks * plan.num_warps} warps/SM"
@@ -180,7 +180,7 @@ def _tiles(plan: Plan) -> str:
 
 
 def _notes_choice(problem: Problem, backend: str, kernel: str, arch: int) -> list[str]:
-    """Why not the Hopper kernel, where Choice does not say so: for CPU tensors."""
+    """Return why not the Hopper kernel, where Choice does not say so: for CPU tensors."""
     if backend in KERNELS or arch != SM90_ARCH or kernel == "sm90":
         return []
     return [f"not by the Hopper kernel: {rather_not_sm90(problem)}"]
@@ -209,7 +209,8 @@ def _notes_plan(
     k: torch.Tensor,
     v: torch.Tensor,
 ) -> list[str]:
-    """What decided about a plan, of a problem as it was asked and as the kernel is given it."""
+    """Return what decided about a plan, of a problem as it was asked and as the kernel is given
+    it."""
     notes = []
     if found is not None:
         notes.append(found.source)

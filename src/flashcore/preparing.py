@@ -1,4 +1,4 @@
-"""`prepare`: compile what a call needs before the first request has to wait for it."""
+"""`prepare` compiles what a call needs before the first request has to wait for it."""
 
 from __future__ import annotations
 
@@ -53,23 +53,24 @@ def prepare(
     Args:
         q: as in `attention`, a tensor or its shape; with cu_seqlens_q as in `attention_varlen`. A
             shape stands for a contiguous tensor. Tensors are not read.
-        k: likewise.
-        v: likewise.
-        causal: as in `attention`, like the options that follow.
-        scale: as in `attention`.
-        window: as in `attention`.
-        softcap: as in `attention`.
+        k: a tensor or its shape.
+        v: a tensor or its shape.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: a tensor, or the shape of a boolean one.
         seqlens_k: int32, [batch], or its shape.
         cu_seqlens_q: int32, [batch + 1], or its shape; with the three that follow it makes this a
             call of `attention_varlen`.
-        cu_seqlens_k: likewise of the keys.
+        cu_seqlens_k: int32, [batch + 1], or its shape.
         max_seqlen_q: the longest sequence of queries, in tokens.
-        max_seqlen_k: likewise of the keys.
-        return_lse: as in `attention`.
-        backend: as in `attention`.
+        max_seqlen_k: the longest sequence of keys, in tokens.
+        return_lse: whether the log-sum-exp of each row of scores is returned too.
+        backend: "auto", "sm90", "wmma", "sim" or "torch".
         dtype: of shapes; by default that of q, k or v if one is a tensor, else float16.
-        device: of shapes; by default likewise, else the current GPU, or the CPU without one.
+        device: of shapes; by default that of a tensor among q, k and v, else the current GPU, or
+            the CPU without one.
 
     Returns:
         The plan of the kernel that is ready; None where PyTorch serves such calls.
@@ -86,7 +87,8 @@ def prepare(
     device = torch.device(device)
 
     def tensor(name: str, x: Tensor | Shape, element: torch.dtype) -> Tensor:
-        """On the CPU and without values, in the place of a tensor of which there is a shape."""
+        """Return a tensor on the CPU and without values, in the place of one of which there is a
+        shape."""
         if isinstance(x, Tensor):
             return x
         if isinstance(x, str) or not all(type(size) is int and size >= 0 for size in x):
@@ -130,7 +132,7 @@ def prepare(
 
 
 def _ready(problem: Problem, asked: str, device: torch.device) -> Plan | None:
-    """The plan of a problem, compiled, and on a GPU loaded and checked."""
+    """Return the plan of a problem, compiled, and on a GPU loaded and checked."""
     backend = choose_backend(problem, asked).backend
     if problem.is_empty or backend == "torch":
         return None

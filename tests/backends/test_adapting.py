@@ -1,4 +1,4 @@
-"""Tensors that the kernels cannot read as they lie: any head_dim, strides and expansion."""
+"""Test tensors that the kernels cannot read as they lie: any head_dim, strides and expansion."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ hopper_backends = pytest.mark.parametrize("backend", [SIM, GPU])
 
 @pytest.fixture(params=ARCHS)
 def arch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What the simulator runs."""
+    """Return what the simulator runs."""
     monkeypatch.setenv(env.SIM_ARCH.name, request.param)
     return str(request.param)
 
@@ -42,7 +42,7 @@ def randn(*shape: int, device: str = "cpu", dtype: torch.dtype = HALF, seed: int
 
 
 def strided(x: torch.Tensor) -> torch.Tensor:
-    """The same values, a step of seqlen apart in the last dimension, NaN around them."""
+    """Return the same values, a step of seqlen apart in the last dimension, NaN around them."""
     room = x.new_full((*x.shape[:2], x.shape[3] + 1, x.shape[2] + 1), torch.nan).mT
     room = room[:, :, : x.shape[2], : x.shape[3]]
     return room.copy_(x)

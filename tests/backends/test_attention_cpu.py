@@ -1,4 +1,5 @@
-"""attention against the oracle: the cases that tell one meaning from another, on every backend.
+"""Test attention against the oracle: the cases that tell one meaning from another, on every
+backend.
 
 The kernel backends compile one program per combination of dtype, head_dim and options, about two
 seconds each in the simulator; cases that only change lengths, heads or strides share one.
@@ -83,7 +84,7 @@ def test_case_tile_by_tile(monkeypatch, name):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 5 x 7, so that short sequences cross many tile borders."""
+    """Return tiles of 5 x 7, so that short sequences cross many tile borders."""
     monkeypatch.setattr(tiled, "BLOCK_M_MIN", 3)
     monkeypatch.setattr(tiled, "BLOCK_M_MAX", 5)
     monkeypatch.setattr(tiled, "BLOCK_N_MAX", 7)

@@ -1,4 +1,5 @@
-"""Gradients: against finite differences in float64, and of every backend against the oracle's."""
+"""Test gradients: against finite differences in float64, and of every backend against the
+oracle's."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from flashcore.checks.reference import attention_oracle
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    """Tiles of 3 x 4, so that short sequences cross tile borders."""
+    """Return tiles of 3 x 4, so that short sequences cross tile borders."""
     monkeypatch.setattr(tiled, "BLOCK_M_MIN", 1)
     monkeypatch.setattr(tiled, "BLOCK_M_MAX", 3)
     monkeypatch.setattr(tiled, "BLOCK_N_MAX", 4)

@@ -1,4 +1,4 @@
-"""Gradients by torch's fused backward operators: which calls take them, and what they compute.
+"""Test gradients by torch's fused backward operators: which calls take them, and what they compute.
 
 The operators need a GPU; here stands a model of each, by PyTorch, which takes the arguments as the
 operators document them. So the CPU tests hold the translation: layouts, windows, lse, empty rows.
@@ -82,7 +82,7 @@ def inputs_of(name, dtype=torch.float16, device="cpu"):
 
 
 def described(q, k, v, mask, options):
-    """The Problem as an A100 would have it, which has no fused backward of ours."""
+    """Return the Problem as an A100 would have it, which has no fused backward of ours."""
     checked = Options.checked(
         options.get("causal", False), options.get("window"), options.get("softcap"),
         options.get("scale"),
@@ -94,7 +94,8 @@ def described(q, k, v, mask, options):
 
 
 def model_attention(q, k, v, bias, visible, lse, out, dout, scale):
-    """dq, dk, dv and the scores' gradient in float64, as both operators compute them from lse."""
+    """Return dq, dk, dv and the scores' gradient in float64, as both operators compute them from
+    lse."""
     group = q.shape[1] // k.shape[1]
     q, k, v, out, dout = (x.double() for x in (q, k, v, out, dout))
     k_all, v_all = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
@@ -189,7 +190,7 @@ def modelled(monkeypatch):
 
 
 def limits(q, k, v, mask, dout, options):
-    """True gradients, and by the error rule how far from them a result may be."""
+    """Return True gradients, and by the error rule how far from them a result may be."""
     wide = [None if x is None else x.detach().cpu() for x in (q, k, v, mask)]
 
     def grads(function, dtype):

@@ -1,4 +1,4 @@
-"""The benchmark's shapes, peers and sums, on the CPU; times themselves are never looked at."""
+"""Test the benchmark's shapes, peers and sums, on the CPU; times themselves are never looked at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""`flashcore bench --random`: the shapes that it draws, its sums, and that no peer holds it up."""
+"""Test `flashcore bench --random`: the shapes that it draws, its sums, and that no peer holds it
+up."""
 
 from __future__ import annotations
 

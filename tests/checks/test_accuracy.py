@@ -1,4 +1,4 @@
-"""The yardstick of the error rule; what it is for is in flashcore/accuracy.py."""
+"""Test the yardstick of the error rule; what it is for is in flashcore/accuracy.py."""
 
 from __future__ import annotations
 

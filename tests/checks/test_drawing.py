@@ -1,4 +1,4 @@
-"""What verify draws: every tile and schedule that ships, long sequences, scores that grow."""
+"""Test what verify draws: every tile and schedule that ships, long sequences, scores that grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all commands share: help that teaches, one JSON document, exit status 0, 1 and 2."""
+"""Test what all commands share: help that teaches, one JSON document, exit status 0, 1 and 2."""
 
 from __future__ import annotations
 

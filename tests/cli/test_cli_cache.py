@@ -35,7 +35,7 @@ FOREIGN = ("thesis.tex", "sim/kernel.so", "kernels/notes.txt", "photos/kernels/a
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache in a folder that somebody also uses for other things."""
+    """Make a cache in a folder that somebody also uses for other things."""
     folder = tmp_path / "cache"
     monkeypatch.setenv(env.CACHE_DIR.name, str(folder))
     monkeypatch.setattr(errors, "_warned", set())

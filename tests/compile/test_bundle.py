@@ -1,4 +1,5 @@
-"""Bundles: what they hold, that one entry is read at a time, what a miss says, recorded calls."""
+"""Test bundles: what they hold, that one entry is read at a time, what a miss says, recorded
+calls."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ compile_source = jit.compile_source.__wrapped__
 
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle of two kernels, in use beside an empty cache, and a compiler that succeeds."""
+    """Make a bundle of two kernels, in use beside an empty cache, and a compiler that succeeds."""
     path = tmp_path / "kernels.bundle"
     entries = [(jit.cache_key(text, 80), jit.pack(KERNEL)) for text in ("one", "two")]
     assert bundle.write(path, entries, [80]) == 2
@@ -181,7 +182,7 @@ TYPICAL = {
 
 @pytest.mark.parametrize("arch", [75, 80, 90])
 def test_a_bundle_holds_what_serving_asks_for(arch: int) -> None:
-    """On sm_90 for some head_dims, as there are many tiles to choose from."""
+    """On sm_90 only some head_dims are looked at, as there are many tiles to choose from."""
     head_dims = (40, (192, 128), 128) if arch == 90 else (*configurations.SERVING_HEAD_DIMS,)
     if arch != 90:
         head_dims += configurations.OTHER_HEAD_DIMS
@@ -271,7 +272,7 @@ def test_a_call_may_be_written_by_hand(tmp_path: Path) -> None:
 
 
 class InlinePool:
-    """Stands for a pool of processes."""
+    """Stand for a pool of processes."""
 
     submitted = 0
 

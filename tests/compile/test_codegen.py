@@ -1,4 +1,4 @@
-"""Source generation: what gates, targets and constants put into the one translation unit."""
+"""Test source generation: what gates, targets and constants put into the one translation unit."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def test_what_a_kernel_with_roles_is_launched_with_says_nothing(
 
 
 class Compiler:
-    """In place of NVRTC: counts plans; `spilling` ones spill, `crowded` ones take all registers."""
+    """Stand for NVRTC: count plans; `spilling` ones spill, `crowded` ones take all registers."""
 
     def __init__(self) -> None:
         self.plans: list[Plan] = []

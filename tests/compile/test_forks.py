@@ -1,4 +1,4 @@
-"""A process that forks while another of its threads simulates: the child simulates too."""
+"""Test a process that forks while another of its threads simulates: the child simulates too."""
 
 from __future__ import annotations
 

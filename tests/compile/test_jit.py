@@ -1,4 +1,4 @@
-"""The compiler path: cache keys, the on-disk cache, bundles. No GPU; skipped without NVRTC."""
+"""Test the compiler path: cache keys, the on-disk cache, bundles. No GPU; skipped without NVRTC."""
 
 from __future__ import annotations
 

@@ -17,14 +17,14 @@ Q, KV = (1, 4, 40, 32), (1, 2, 50, 32)
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Sources that the simulator would compile; nothing is compiled or run."""
+    """Return sources that the simulator would compile; nothing is compiled or run."""
     sources: list[str] = []
     monkeypatch.setattr(build, "load_kernel", sources.append)
     return sources
 
 
 def simulated(monkeypatch: pytest.MonkeyPatch, call: Any) -> str:
-    """The source that a call runs in the simulator."""
+    """Return the source that a call runs in the simulator."""
     from flashcore.compile.codegen import generate_source
 
     plans: list[Any] = []

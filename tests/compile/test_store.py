@@ -1,4 +1,5 @@
-"""What processes and users leave each other on disk: modes, damage, full disks, locks, no home.
+"""Test what processes and users leave each other on disk: modes, damage, full disks, locks, no
+home.
 
 test_store_users.py has the same with several users and with disks of its own, which needs root.
 """
@@ -24,7 +25,7 @@ from flashcore.errors import BackendUnavailableError
 
 
 def start_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, an empty private folder, and nobody warned yet."""
+    """Give each test an empty cache, an empty private folder, and nobody warned yet."""
     folder = tmp_path / "cache"
     monkeypatch.setenv(env.CACHE_DIR.name, str(folder))
     monkeypatch.delenv(env.BUNDLE.name, raising=False)
@@ -97,7 +98,8 @@ def test_a_file_that_is_cut_off_is_missing_and_is_replaced(cache: Path, keep_byt
 
 
 def fail_to_replace(monkeypatch: pytest.MonkeyPatch, below: Path, code: int) -> None:
-    """A disk that is full when a file is to get its name, or one that is not ours to change."""
+    """Stand for a disk that is full when a file is to get its name, or one that is not ours to
+    change."""
     replace = os.replace
 
     def failing(source: Path, target: Path) -> None:
@@ -221,7 +223,7 @@ KERNEL = compiler.CompiledKernel("copy", "sm_80", "cubin", b"code", 8, 0, 0, 128
 
 @pytest.fixture
 def fake_nvrtc(cache: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Counts what is compiled, without NVRTC."""
+    """Count what is compiled, without NVRTC."""
     compiled: list[str] = []
 
     def compile_uncached(source: str, *_: object) -> compiler.CompiledKernel:
@@ -313,7 +315,7 @@ def test_a_warm_cache_serves_without_nvrtc(
 
 
 def load_text(path: Path) -> str:
-    """Stands for dlopen; refuses what lies in a folder called noexec."""
+    """Stand for dlopen; refuses what lies in a folder called noexec."""
     if any("noexec" in part for part in path.parts):
         raise OSError("failed to map segment from shared object")
     return path.read_text(errors="replace").partition("\n")[0]

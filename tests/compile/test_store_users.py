@@ -1,4 +1,4 @@
-"""A cache that several users share, and one on a full disk or one mounted noexec.
+"""Test a cache that several users share, and one on a full disk or one mounted noexec.
 
 Needs root; what this is about is tested by test_store.py too, in one process.
 """
@@ -62,7 +62,7 @@ def as_user(uid: int, name: str, **variables: str) -> list[str]:
 
 @pytest.fixture
 def open_folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder that every user can reach, which pytest's are not."""
+    """Return a folder that every user can reach, which pytest's are not."""
     tempfile.tempdir = None
     folder = Path(tempfile.mkdtemp(prefix="flashcore-test-"))
     folder.chmod(0o755)
@@ -101,7 +101,7 @@ def test_a_user_without_account_and_home_has_a_cache(open_folder: Path) -> None:
 
 @pytest.fixture
 def small_disk(open_folder: Path) -> Iterator[Path]:
-    """A file system of its own of 64 KiB, mounted noexec, or a skip."""
+    """Make a file system of its own of 64 KiB, mounted noexec, or skip."""
     place = open_folder / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k,noexec,mode=1777", "tmpfs", str(place)]

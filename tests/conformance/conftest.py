@@ -1,4 +1,4 @@
-"""Runs the small kernels of this folder in the simulator and on a GPU, by one fixture."""
+"""Run the small kernels of this folder in the simulator and on a GPU, by one fixture."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def params_type(
 
 @pytest.fixture(params=["sim", pytest.param("gpu", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest) -> Runner:
-    """Runs a kernel of tests/conformance on CPU tensors and returns what it wrote.
+    """Run a kernel of tests/conformance on CPU tensors and return what it wrote.
 
     The parameter struct holds `maps`, then pointers to `tensors`, then `scalars`; a tensor that a
     map names has no pointer if its own name starts with "_". Those in `outputs` are written by the

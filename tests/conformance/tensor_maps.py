@@ -1,4 +1,4 @@
-"""Tensor maps for the kernels of this folder."""
+"""Make tensor maps for the kernels of this folder."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from flashcore.launch.descriptors import TensorMap, encode
 
 @dataclass(frozen=True)
 class Map:
-    """A tensor map of a tensor [batch, heads, rows, cols] and the box that it moves. `ragged`: of a
-    tensor [1, heads, rows, cols], as kernels/fwd_sm90/params.py makes it for packed sequences."""
+    """A Map is a tensor map of a tensor [batch, heads, rows, cols] and the box that it moves.
+    `ragged`: of a tensor [1, heads, rows, cols], as kernels/fwd_sm90/params.py makes it for packed
+    sequences."""
 
     tensor: str
     box_rows: int
@@ -35,6 +36,6 @@ def make_map(spec: Map, tensor: Tensor, base: int | None = None) -> TensorMap:
 
 
 def encode_map(spec: Map, tensor: Tensor) -> TensorMap:
-    """As the GPU reads it."""
+    """Encode the map as the GPU reads it."""
     dtype = "float16" if tensor.dtype == torch.float16 else "bfloat16"  # only the size counts
     return encode(make_map(spec, tensor), dtype)

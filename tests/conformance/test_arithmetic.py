@@ -1,4 +1,4 @@
-"""Primitives that compute, against models, in the simulator and on a GPU alike."""
+"""Test primitives that compute, against models, in the simulator and on a GPU alike."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    """Equal bit by bit, sign of zero included; a NaN equals any NaN."""
+    """Assert that tensors are equal bit by bit, sign of zero included; a NaN equals any NaN."""
     same = (bits(actual) == bits(expected)) | (actual.isnan() & expected.isnan())
     wrong = (~same).nonzero().flatten()
     assert not wrong.numel(), [
@@ -28,13 +28,13 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 
 
 def all_values(dtype: torch.dtype) -> Tensor:
-    """All 65536 values of a 2-byte type, NaNs and subnormals among them."""
+    """Return all 65536 values of a 2-byte type, NaNs and subnormals among them."""
     return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
 
 
 def rounding_cases(dtype: torch.dtype) -> Tensor:
-    """float32 values where rounding is decided: each value of the type, the midpoint to the next
-    (a tie), the float32 neighbours of the midpoint, and values beyond the type's range."""
+    """Return float32 values where rounding is decided: each value of the type, the midpoint to the
+    next (a tie), the float32 neighbours of the midpoint, and values beyond the type's range."""
     values = all_values(dtype).float()
     values = values[values.isfinite()].sort().values
     middle = (values[:-1].double() + values[1:].double()).mul(0.5).float()
@@ -171,7 +171,7 @@ def test_functions(run: Runner) -> None:
 
 
 def flush(x: Tensor) -> Tensor:
-    """Subnormals to zero, as .ftz does."""
+    """Flush subnormals to zero, as .ftz does."""
     return torch.where(x.abs() < torch.finfo(torch.float32).tiny, x * 0.0, x)
 
 

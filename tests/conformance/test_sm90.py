@@ -1,4 +1,4 @@
-"""Hopper's primitives (prims_sm90.cuh) against models, in the simulator and on a GPU alike."""
+"""Test Hopper's primitives (prims_sm90.cuh) against models, in the simulator and on a GPU alike."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_a_product_that_the_hardware_lacks_does_not_compile() -> None:
 def padded_box(
     x: Tensor, col: int, row: int, head: int, batch: int, shape: tuple[int, int]
 ) -> Tensor:
-    """The box of a tensor [batch, heads, rows, cols], zeros outside."""
+    """Return the box of a tensor [batch, heads, rows, cols], zeros outside."""
     box = torch.zeros(shape, dtype=x.dtype)
     if not (0 <= head < x.shape[1] and 0 <= batch < x.shape[0]):
         return box
@@ -72,7 +72,8 @@ def padded_box(
 
 
 def swizzled(box: Tensor, row_bytes: int) -> Tensor:
-    """As TMA lays it out: units of 8 elements are permuted by row, in a pattern of 8 rows."""
+    """Lay a tile out as TMA does: units of 8 elements are permuted by row, in a pattern of 8
+    rows."""
     laid_out = torch.empty_like(box)
     for row, unit in itertools.product(range(box.shape[0]), range(row_bytes // 16)):
         place = unit ^ (row % 8 if row_bytes == 128 else row // 2 % 4)

@@ -1,5 +1,5 @@
-"""Primitives that move data or order it, against models, in the simulator and on a GPU alike: what
-the simulator says holds only as far as its primitives mean what the GPU's mean."""
+"""Test primitives that move data or order it, against models, in the simulator and on a GPU alike:
+what the simulator says holds only as far as its primitives mean what the GPU's mean."""
 
 from __future__ import annotations
 

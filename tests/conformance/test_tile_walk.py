@@ -1,4 +1,4 @@
-"""The Hopper kernel's schedule: whatever the sizes, every row tile is some block's, once."""
+"""Whatever the sizes, the Hopper kernel's schedule makes every row tile some block's, once."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def plan_of(causal: bool) -> Sm90Plan:
 
 
 def walk(run: Runner, blocks: int, causal: bool) -> list[Tensor]:
-    """Of every case the place of each tile in the order, from 1 on: [heads, tiles]."""
+    """Return, of every case, the place of each tile in the order, from 1 on: [heads, tiles]."""
     plan, rows, size = plan_of(causal), [], 0
     for heads, tiles, heads_per_section in CASES:
         rows.append((heads, heads_per_section, tiles, size))

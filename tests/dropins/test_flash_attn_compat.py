@@ -1,4 +1,4 @@
-"""flash-attn's functions: its layouts and defaults, against formulas written out here."""
+"""Test flash-attn's functions: its layouts and defaults, against formulas written out here."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.dropins import alibi, flash_attn
+from flashcore.compat import flash_attn
+from flashcore.dropins import alibi
 
 B, SQ, SK, HQ, HK, D = 2, 5, 9, 4, 2, 16
 
@@ -28,7 +29,7 @@ def inputs(**kwargs):
 
 
 def by_formula(q, k, v, *, scale=D**-0.5, visible=None, softcap=0.0, bias=None):
-    """(out, lse): [batch, seqlen_q, heads, dim] and [batch, heads, seqlen_q]."""
+    """Return (out, lse): [batch, seqlen_q, heads, dim] and [batch, heads, seqlen_q]."""
     groups = q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, dim=2) for x in (k, v))
     scores = scale * torch.einsum("bihd,bjhd->bhij", q, k)
@@ -42,7 +43,7 @@ def by_formula(q, k, v, *, scale=D**-0.5, visible=None, softcap=0.0, bias=None):
 
 
 def distance():
-    """How far key j lies behind query i, aligned at the lower right."""
+    """Return how far key j lies behind query i, aligned at the lower right."""
     return torch.arange(SK - SQ, SK)[:, None] - torch.arange(SK)
 
 

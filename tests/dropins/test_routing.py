@@ -24,7 +24,7 @@ def randn(*shape):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The shapes of q that reached flashcore.attention, and on which backend."""
+    """Return the shapes of q that reached flashcore.attention, and on which backend."""
     calls = []
     attention = sdpa.attention
 

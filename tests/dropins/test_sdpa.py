@@ -26,12 +26,12 @@ HALF = torch.float16
 
 @pytest.fixture(autouse=True)
 def _warn_anew(monkeypatch):
-    """Each test meets its FallbackWarnings for the first time."""
+    """Let each test meet its FallbackWarnings for the first time."""
     monkeypatch.setattr(sdpa, "_warned", set())
 
 
 def on(backend):
-    """torch's signature on a backend of `attention`."""
+    """Return torch's signature on a backend of `attention`."""
 
     def call(
         q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None, enable_gqa=False
@@ -52,7 +52,7 @@ def tolerances(dtype):
 
 
 def opinfo_samples(device, dtype):
-    """torch's own samples of this function."""
+    """Return torch's own samples of this function."""
     try:
         importlib.import_module("expecttest")
     except ModuleNotFoundError:  # op_db needs a base class of it, for tests that do not run here
@@ -67,7 +67,7 @@ def opinfo_samples(device, dtype):
 
 
 def with_gradients(function, tensors, options, dtype):
-    """The output, and the gradients of its sum of squares."""
+    """Return the output, and the gradients of its sum of squares."""
     torch.manual_seed(5)
     leaves = [x.detach().to(dtype, copy=True).requires_grad_() for x in tensors]
     if isinstance(mask := options.get("attn_mask"), torch.Tensor):
@@ -78,8 +78,8 @@ def with_gradients(function, tensors, options, dtype):
 
 
 def check_opinfo_samples(function, device, dtype):
-    """Outputs and gradients are at most twice as far from float64 as torch's own, apart from
-    roundings; with dropout, which is torch's, they are the same bits."""
+    """Check that outputs and gradients are at most twice as far from float64 as torch's own, apart
+    from roundings; with dropout, which is torch's, they are the same bits."""
     # A rounding of the result, and of scores, which reach 230 here, in what they are computed in.
     computed_in = torch.float64 if dtype == torch.float64 else torch.float32
     roundings = torch.finfo(dtype).eps + 230 * torch.finfo(computed_in).eps

@@ -1,4 +1,4 @@
-"""float32 and float64 on a GPU: by torch's own attention where it means the same."""
+"""Test float32 and float64 on a GPU: by torch's own attention where it means the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def inputs(dtype: torch.dtype, head_dim: int = 8, device: str = "cpu") -> Any:
 
 
 def mask_of(name: str, device: str = "cpu") -> torch.Tensor | None:
-    """Some of which hide all keys from some row."""
+    """Return a mask, which may hide all keys from some row."""
     generator = torch.Generator().manual_seed(1)
     rows = torch.rand(2, 1, 5, 7, generator=generator) > 0.8
     masks = {

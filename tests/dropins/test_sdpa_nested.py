@@ -1,4 +1,4 @@
-"""Jagged nested tensors through scaled_dot_product_attention: each sequence as if alone."""
+"""Test jagged nested tensors through scaled_dot_product_attention: each sequence as if alone."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def sequences(heads, lengths=LENGTHS, seed=0, **kwargs):
 
 
 def nested(parts):
-    """[batch, num_heads, jagged, head_dim]"""
+    """Return a nested tensor [batch, num_heads, jagged, head_dim]."""
     return torch.nested.as_nested_tensor(parts, layout=torch.jagged).transpose(1, 2)
 
 
 def like(parts, other):
-    """Likewise, with the very lengths of `other`, as projections of one input have."""
+    """Return a nested tensor with the very lengths of `other`, as projections of one input have."""
     values = torch.cat(parts)
     return torch.nested.nested_tensor_from_jagged(values, other.offsets()).transpose(1, 2)
 

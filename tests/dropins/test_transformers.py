@@ -43,7 +43,7 @@ def _registered():
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The options of each call of flashcore.attention."""
+    """Return the options of each call of flashcore.attention."""
     calls = []
 
     def spy(q, k, v, **options):

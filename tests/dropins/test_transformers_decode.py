@@ -1,4 +1,4 @@
-"""Masks of a decode step with Transformers: never read, and of rows that kernels read fast."""
+"""Test masks of a decode step with Transformers: never read, and of rows that kernels read fast."""
 
 from __future__ import annotations
 

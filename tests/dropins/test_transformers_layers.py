@@ -1,5 +1,5 @@
-"""What layers of HuggingFace models ask of flashcore, against the formula: options, masks, sinks,
-packed rows, and what is refused."""
+"""Test what layers of HuggingFace models ask of flashcore, against the formula: options, masks,
+sinks, packed rows, and what is refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAYER = SimpleNamespace(is_causal=True)
 
 
 def by_formula(*, visible=None, bias=None, sink=None):
-    """[batch, seqlen_q, num_heads, head_dim], with scale 0.4."""
+    """Compute attention by its formula: [batch, seqlen_q, num_heads, head_dim], with scale 0.4."""
     k, v = (x.repeat_interleave(2, dim=1) for x in (K, V))
     scores = 0.4 * Q @ k.mT
     if bias is not None:

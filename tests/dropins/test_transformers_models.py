@@ -141,7 +141,7 @@ def test_a_model_that_keeps_its_own_attention_says_so_once(monkeypatch):
 
 
 class _Attention(torch.nn.Module):
-    """Attention as a user's own file may have it."""
+    """Compute attention as a user's own file may have it."""
 
     def forward(self, x, mask):
         return torch.softmax(x @ x.mT + mask, -1) @ x

@@ -1,4 +1,4 @@
-"""The debug gates: float64 models, the search for the first wrong value, and the verdict."""
+"""Test the debug gates: float64 models, the search for the first wrong value, and the verdict."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ NO_PHASE = {"gates", "pipeline_sm90"}
 
 
 def test_every_device_function_of_the_tiles_has_a_phase() -> None:
-    """And every name that is known is one of a device function's."""
+    """Every name that is known is one of a device function's, too."""
     written = set()
     for path in (*KERNELS_DIR.glob("*_*/*.cuh"), *KERNELS_DIR.glob("tile/*.cuh")):
         at = Agent(block=0, warp=0, lane=0, file=str(path.relative_to(KERNELS_DIR)), line=1)

@@ -1,4 +1,4 @@
-"""The debug gates and isolate with the Hopper kernel; see test_gates.py."""
+"""Test the debug gates and isolate with the Hopper kernel; see test_gates.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What isolate says in a line: it agrees with the table, and names what is known by its name."""
+"""Test what isolate says in a line: it agrees with the table, and names what is known by its
+name."""
 
 from __future__ import annotations
 

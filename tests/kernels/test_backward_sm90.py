@@ -1,5 +1,5 @@
-"""The backward kernels for Hopper, in the simulator: no alarm and right gradients, whatever the
-shape, the options and the schedule."""
+"""Test the backward kernels for Hopper, in the simulator: no alarm and right gradients, whatever
+the shape, the options and the schedule."""
 
 from __future__ import annotations
 
@@ -73,7 +73,8 @@ def plans_of(problem, tiles: tuple[BwdTile, BwdTile] | None) -> BwdPlans:
 
 
 def check(case: Case, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0) -> None:
-    """Neither an alarm nor a wrong result. What arrives at rows that see nothing is NaN."""
+    """Check that there is neither an alarm nor a wrong result. What arrives at rows that see
+    nothing is NaN."""
     x = make_inputs(case)
     generator = torch.Generator().manual_seed(case.seed)
     problem, out, lse = forward(x.q, x.k, x.v, x.mask, case.options())
@@ -276,7 +277,7 @@ def test_without_a_compiler_torch_computes_and_one_warning_says_so(
     ],
 )
 def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
-    """Nor does ptxas serialise a product."""
+    """No kernel spills, and ptxas serialises no product."""
     pytest.importorskip("cuda.core")
     x = torch.empty(1, 1, 1024, head_dim, dtype=torch.bfloat16)
     for plan in select_plans(Problem.from_tensors(x, x, x, **options)):

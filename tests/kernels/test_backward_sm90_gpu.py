@@ -1,4 +1,4 @@
-"""The fused backward on a Hopper GPU, through `attention` and autograd."""
+"""Test the fused backward on a Hopper GPU, through `attention` and autograd."""
 
 from __future__ import annotations
 

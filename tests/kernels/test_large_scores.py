@@ -1,4 +1,4 @@
-"""Scores as large as float32 holds: the error rule holds as for others, in both kernels and in
+"""Test scores as large as float32 holds: the error rule holds as for others, in both kernels and in
 PyTorch. What is large is taken as a difference (tile/softmax.cuh, subtract_large_max)."""
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SIZED = [(dtype, size) for dtype, sizes in SIZES.items() for size in sizes]
 def inputs(
     dtype: str, size: float, head_dim: int = 64, seqlen_k: int = 150, seed: int = 0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of 70 queries, whose rows are as long as `size`; some keys are alike."""
+    """Return q, k and v of 70 queries, whose rows are as long as `size`; some keys are alike."""
     generator = torch.Generator().manual_seed(seed)
     shapes = ((1, 2, 70, head_dim), (1, 1, seqlen_k, head_dim), (1, 1, seqlen_k, head_dim))
     q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
@@ -55,7 +55,7 @@ def simulated(
     tile: dict[str, Any] | None = None,
     **options: Any,
 ) -> bool:
-    """Whether the error rule holds."""
+    """Return whether the error rule holds."""
     mask = options.get("mask")
     problem = Problem.from_tensors(q, k, v, return_lse=True, **options)
     arch = 90 if kernel == KERNEL_SM90 else 80
@@ -106,7 +106,7 @@ def test_on_every_road_of_the_hopper_kernel(dtype: str, size: float, tile: str) 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("head_dim", [8, 256])
 def test_scores_that_are_all_alike(head_dim: int, sign: int, kernel: str) -> None:
-    """As in the first report: |score| of 1e9 gave 0, and lse -inf."""
+    """The first report had these: |score| of 1e9 gave 0, and lse -inf."""
     q = torch.full((1, 1, 3, head_dim), 1e4, dtype=torch.float16)
     assert simulated(kernel, q, sign * q, torch.ones_like(q))
 

@@ -17,8 +17,7 @@ from flashcore.compile.codegen import KERNELS_DIR, generate_source
 from flashcore.compile.cxx import compile_file, find_compiler
 from flashcore.errors import CompileError
 from flashcore.kernels.bwd_sm90.params import AttnBwdSm90Params
-from flashcore.kernels.bwd_sm90.plan import DQ_KERNEL, BwdTile
-from flashcore.kernels.bwd_sm90.plan import make_plan as make_backward_plan
+from flashcore.kernels.bwd_sm90.plan import DQ_KERNEL, select_plans
 from flashcore.kernels.fwd_sm90.params import AttnSm90GateParams, AttnSm90Params
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
@@ -50,8 +49,7 @@ def source_of(kernel: str, gate: str | None = None) -> str:
     q = torch.empty(1, 2, 64, 64, dtype=torch.float16)
     problem = dataclasses.replace(Problem.from_tensors(q, q, q), device="cuda", arch=90)
     if kernel == DQ_KERNEL:
-        tile = BwdTile(block_m=64, block_n=64, num_stages=2)
-        return generate_source(make_backward_plan(DQ_KERNEL, problem, tile), "host")
+        return generate_source(select_plans(problem).dq, "host")
     return generate_source(select_plan(problem, kernel=kernel, gate=gate), "host")
 
 
@@ -77,6 +75,7 @@ def asserts_of(case: str) -> list[str]:
     asserts = [f"static_assert(sizeof({name}) == {ctypes.sizeof(argument)});"]
     for field, offset, size in fields_of(attn, path, start):
         asserts.append(f'static_assert(offsetof({name}, {field}) == {offset}, "{field}");')
+        asserts.append(f'static_assert(sizeof((({name}*)nullptr)->{field}) == {size}, "{field}");')
     return asserts
 
 

@@ -1,4 +1,4 @@
-"""Plans of the Hopper kernel: which problems it takes, and that its tiles fit the machine."""
+"""Test plans of the Hopper kernel: which problems it takes, and that its tiles fit the machine."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_rows_are_fetched_in_few_pieces() -> None:
 def masked(
     rows: int, dtype: torch.dtype = torch.bool, width: int = 4096, **options: object
 ) -> Sm90Plan:
-    """The plan of a call that fills the GPU, with a mask of 1 or 4096 rows."""
+    """Return the plan of a call that fills the GPU, with a mask of 1 or 4096 rows."""
     mask = torch.empty(1, 1, rows, width, dtype=dtype)[..., :4096]
     asked = problem(heads=64, seqlen=4096, mask=mask, **options)
     plan = select_plan(asked)

@@ -1,5 +1,5 @@
-"""Keys of a row tile split over blocks: how many blocks, what a launch is told, and what explain
-says. What the kernel makes of it: test_sim_healthy_split.py, and here on a GPU."""
+"""Test keys of a row tile split over blocks: how many blocks, what a launch is told, and what
+explain says. What the kernel makes of it: test_sim_healthy_split.py, and here on a GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def half(*shape: int) -> torch.Tensor:
 def problem_of(
     batch: int, heads_q: int, heads_kv: int, seqlen_q: int, seqlen_k: int, **options: Any
 ) -> Problem:
-    """Of head_dim 128; tensors of that size are not needed."""
+    """Return a problem of head_dim 128; tensors of that size are not needed."""
     q, k = torch.empty(1, heads_q, seqlen_q, 128), torch.empty(1, heads_kv, seqlen_k, 128)
     problem = Problem.from_tensors(q.half(), k.half(), k.half(), **options)
     if batch == 1:
@@ -92,7 +92,7 @@ def test_adding_up_bounds_the_splits() -> None:
 
 
 def sharing(folded: int, key_tiles: int, num_heads: int = 1) -> tuple[int, int]:
-    """Parts and splits, of one query and head_dim 128."""
+    """Return parts and splits, of one query and head_dim 128."""
     found = best_sharing(
         num_heads=num_heads,
         num_rows=folded,

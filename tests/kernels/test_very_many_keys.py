@@ -1,5 +1,5 @@
-"""Sums over more keys than one accumulator is exact over: the portable kernel's begin anew every
-chunk (tile/totals.cuh), and blocks of the Hopper kernel share the keys."""
+"""Test sums over more keys than one accumulator is exact over: the portable kernel's begin anew
+every chunk (tile/totals.cuh), and blocks of the Hopper kernel share the keys."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ CASES = {
 def run(
     options: dict[str, Any], plant: Plant | None = None, chunk_tiles: int = 2, growth: float = 0.0
 ) -> bool:
-    """Whether the error rule holds. Scores grow by `growth` from key to key."""
+    """Return whether the error rule holds. Scores grow by `growth` from key to key."""
     case = Case(**{"seqlen_q": 70, "seqlen_k": 333, "num_heads_q": 1, "num_heads_kv": 1} | options)
     x = make_inputs(case)
     q, k = x.q.clone(), x.k.clone()
@@ -103,7 +103,7 @@ def test_chunks_keep_the_digits_that_one_sum_loses() -> None:
 
 
 def problem_of(seqlen_k: int, dtype: str = "float16", **options: Any) -> Problem:
-    """Tensors of that size are not needed."""
+    """Return a problem; tensors of that size are not needed."""
     x = torch.empty(1, 1, 64, 64, dtype=getattr(torch, dtype))
     problem = Problem.from_tensors(x, x, x, **options)
     strides = (seqlen_k * 64, seqlen_k * 64, 64)

@@ -1,4 +1,5 @@
-"""What is known of the driver without asking it, against its bindings; and what it may lack."""
+"""Test what is known of the driver without asking it, against its bindings; and what it may
+lack."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""CUDA graphs of calls whose blocks draw work from counters: by torch.compile and by hand, after a
-warm call and without one, several in turn and side by side."""
+"""Test CUDA graphs of calls whose blocks draw work from counters: by torch.compile and by hand,
+after a warm call and without one, several in turn and side by side."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def lengths(*values):
 
 
 def dense():
-    """Persistent blocks draw row tiles."""
+    """Run calls whose persistent blocks draw row tiles."""
     return lambda q: flashcore.attention(q, q, q, causal=True)
 
 
 def decode():
-    """Blocks share the keys of a row tile, and count who is last."""
+    """Run calls whose blocks share the keys of a row tile, and count who is last."""
     keys = randn(1, 2, 8192, 64, seed=1)
     return lambda q: flashcore.attention(q[:, :, :1], keys, keys)
 
@@ -66,7 +66,7 @@ def launched_by(request):
 
 @pytest.fixture
 def cold(monkeypatch):
-    """Nothing is prepared, no kernel is loaded, and there is no counter yet."""
+    """Start cold: nothing is prepared, no kernel is loaded, and there is no counter yet."""
     torch._dynamo.reset()
     monkeypatch.setattr(calls, "_calls", {})
     monkeypatch.setattr(calls, "_growing", {})
@@ -91,7 +91,7 @@ def test_reduce_overhead(cold, call, warm):
 
 
 def test_reduce_overhead_of_several_graphs_in_turn(cold):
-    """Of several functions and lengths, each with its own graph, in one pool."""
+    """Several functions and lengths take turns, each with its own graph, in one pool."""
 
     def compiled(call):
         return torch.compile(lambda q: call(q * 2), mode="reduce-overhead")

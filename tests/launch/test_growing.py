@@ -1,5 +1,5 @@
-"""Keys that grow: what a length that was not met before takes over from another one of its step is
-what it would have been told had it been met first."""
+"""Test keys that grow: what a length that was not met before takes over from another one of its
+step is what it would have been told had it been met first."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def machine(monkeypatch, request):
 
 
 def cache(length, *, batch=2, heads=2, dim=64, layout="grown", dtype=HALF):
-    """k or v: as torch.cat leaves them, the first keys of a longer cache, and others."""
+    """Return k or v: as torch.cat leaves them, the first keys of a longer cache, and others."""
     if layout == "grown":
         return torch.zeros(batch, heads, length, dim, dtype=dtype)
     if layout == "static":
@@ -47,7 +47,7 @@ def cache(length, *, batch=2, heads=2, dim=64, layout="grown", dtype=HALF):
 
 
 def padding(length, *, batch=2, kind="aligned"):
-    """A mask, or none."""
+    """Return a mask, or none."""
     if kind == "none":
         return None
     room = length + (-length % 16 if kind == "aligned" else 0)
@@ -60,7 +60,7 @@ def query(batch=2, heads=8, dim=64, rows=1):
 
 
 def told(machine):
-    """What the last launch was told, but for where its results go; and what nobody reads."""
+    """Return what the last launch was told, but for where its results go; and what nobody reads."""
     entry = machine.driver.launches[-1]
     params = entry.params
     attn = getattr(params, "attn", params)
@@ -148,7 +148,7 @@ def test_a_wrong_call_is_refused_though_its_family_is_known(machine):
 
 
 def test_threads_write_over_no_argument_that_another_is_about_to_launch(machine):
-    """Of one length, whose arguments are few and written over."""
+    """All calls have one length, whose arguments are few and written over."""
     sets = [(query(), cache(40), cache(40)) for _ in range(8)]
     flashcore.attention(*sets[0])
     machine.driver.launches.clear()

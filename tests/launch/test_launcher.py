@@ -1,4 +1,5 @@
-"""The compiled launcher, with a driver that records: what it launches, what it leaves to Python."""
+"""Test the compiled launcher, with a driver that records: what it launches, what it leaves to
+Python."""
 
 from __future__ import annotations
 
@@ -26,7 +27,7 @@ HALF = torch.float16
 
 
 def installed(monkeypatch, arch=90):
-    """A stand-in's machine, and the launcher's module, in the way of its calls."""
+    """Put a stand-in's machine, and the launcher's module, in the way of its calls."""
     machine = standin.install(monkeypatch, arch)
     try:
         module = launcher.configured()
@@ -81,7 +82,7 @@ SERVED = {
 
 
 def last_launch(machine):
-    """What was launched, but for the addresses of results."""
+    """Return what was launched, but for the addresses of results."""
     entry = machine.driver.launches[-1]
     params = entry.params
     attn = getattr(params, "attn", params)
@@ -125,7 +126,7 @@ def test_inference_mode_is_served(monkeypatch):
 
 
 def computing(machine):
-    """Makes the stand-in compute what it is asked to launch, by PyTorch, from and to the addresses
+    """Make the stand-in compute what it is asked to launch, by PyTorch, from and to the addresses
     that it got."""
 
     def launch(params):
@@ -295,7 +296,7 @@ def test_wrong_arguments_are_errors_still(monkeypatch):
 
 @pytest.mark.filterwarnings("ignore::flashcore.FallbackWarning")
 def test_dual_numbers_are_left_to_python(monkeypatch):
-    """Which gives their tangents; the launcher would drop them."""
+    """Python gives their tangents; the launcher would drop them."""
     machine, _ = installed(monkeypatch)
     q, k, v = tensors()
     with torch.autograd.forward_ad.dual_level():
@@ -315,7 +316,7 @@ def test_another_current_device_is_left_to_python(monkeypatch):
 
 
 def test_a_launch_that_fails_is_tried_again_by_python(monkeypatch):
-    """Which binds a context, or says what is wrong."""
+    """Python binds a context, or says what is wrong."""
     machine, module = installed(monkeypatch)
     bound = []
     monkeypatch.setattr(driver_launch, "bind_context", bound.append)

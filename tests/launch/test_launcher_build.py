@@ -1,4 +1,4 @@
-"""Whether the compiled launcher is asked for, and what happens where it cannot be built."""
+"""Test whether the compiled launcher is asked for, and what happens where it cannot be built."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flashcore.ops import calls
 
 @pytest.fixture
 def unbuilt(monkeypatch, tmp_path):
-    """As if nobody had asked for it in this process, nor ever on this machine."""
+    """Act as if nobody had asked for the launcher in this process, nor ever on this machine."""
     standin.install(monkeypatch)
     monkeypatch.setattr(launcher, "attend", None)
     monkeypatch.setattr(launcher, "start", launcher.start.__wrapped__)

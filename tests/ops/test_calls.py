@@ -1,5 +1,5 @@
-"""What tells calls apart that share a key, and memory for results: with torch's private parts, and
-without them."""
+"""Test what tells calls apart that share a key, and memory for results: with torch's private parts,
+and without them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HALF = torch.float16
 
 
 def vary_in_what_no_key_holds():
-    """Calls of one key, each with q, k and v of its own kind."""
+    """Yield calls of one key, each with q, k and v of its own kind."""
     q, k, v = (torch.zeros(2, 2, 6, 8, dtype=HALF) for _ in range(3))
     wide = torch.zeros(2, 2, 6, 16, dtype=HALF)
     negated = torch._neg_view(q)

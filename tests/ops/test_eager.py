@@ -1,4 +1,4 @@
-"""The eager call: what is decided once, what goes around the dispatcher, and what must not."""
+"""Test the eager call: what is decided once, what goes around the dispatcher, and what must not."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ HALF = torch.float16
 
 @pytest.fixture
 def no_calls(monkeypatch):
-    """An empty memory of calls."""
+    """Start with an empty memory of calls."""
     monkeypatch.setattr(calls, "_calls", {})
     return calls._calls
 
 
 def through_the_operator(q, k, v, **options):
-    """The same call as a mode makes it."""
+    """Make the same call as a mode makes it."""
     arguments = {
         "mask": None, "causal": False, "window": None, "softcap": None, "scale": None,
         "return_lse": False, "backend": "auto", **options,
@@ -79,7 +79,7 @@ def test_equal_is_not_the_same(no_calls):
 
 
 def test_what_was_decided_without_autograd_serves_no_recorded_call(no_calls):
-    """Which needs lse."""
+    """A recorded call needs lse."""
     q, k, v = qkv(requires_grad=True)
     with torch.no_grad():
         flashcore.attention(q, k, v)
@@ -200,7 +200,7 @@ def test_a_launch_gets_the_addresses_of_its_tensors(machine):
 
 @pytest.mark.parametrize(("arch", "early"), [(80, False), (90, True)])
 def test_the_hopper_kernel_starts_before_the_kernels_ahead_have_ended(monkeypatch, arch, early):
-    """On every stream: what a launch is told is kept by stream."""
+    """This holds on every stream: what a launch is told is kept by stream."""
     machine = standin.install(monkeypatch, arch)
     q = half(1, 4, 40, 64)
     for stream in (7, 8, 7):
@@ -253,7 +253,7 @@ def test_output_is_contiguous_whatever_the_layout_of_q(monkeypatch, arch):
 
 
 def test_the_tensors_device_is_current_for_the_launch(machine):
-    """And the one before afterwards."""
+    """The device that was current before is current afterwards."""
     seen = []
     machine.driver.on_launch = lambda: seen.append(machine.device)
     call = driver_launch.Launch(

@@ -1,4 +1,4 @@
-"""The eager call on a GPU: streams, graphs, threads, devices. test_eager.py needs none."""
+"""Test the eager call on a GPU: streams, graphs, threads, devices. test_eager.py needs none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.gpu
 
 @pytest.fixture(autouse=True, params=["python", "compiled"])
 def launched_by(request):
-    """Every test here runs with both launchers."""
+    """Run every test here with both launchers."""
     try:
         with launcher.using(request.param):
             yield request.param

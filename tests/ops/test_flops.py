@@ -26,7 +26,7 @@ PACKED = {
 
 
 def counted(road, *tensors):
-    """(forward, both)."""
+    """Return (forward, both)."""
     counter = FlopCounterMode(display=False)
     with counter:
         out = road(*tensors)

@@ -1,4 +1,4 @@
-"""Forward mode, torch.func and derivatives of derivatives, on every way to attention."""
+"""Test forward mode, torch.func and derivatives of derivatives, on every way to attention."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ three_roads = pytest.mark.parametrize(
 
 
 def total(road):
-    """A scalar whose derivatives do not vanish."""
+    """Return a scalar whose derivatives do not vanish."""
     return lambda *x: road(*x).pow(3).sum()
 
 

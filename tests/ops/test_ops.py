@@ -1,4 +1,4 @@
-"""attention as an operator: opcheck, torch.compile, torch.export."""
+"""Test attention as an operator: opcheck, torch.compile, torch.export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""attention with seqlens_k: a padded batch with true lengths, against the oracle."""
+"""Test attention with seqlens_k: a padded batch with true lengths, against the oracle."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def make(backend: str, **fixed: Any) -> tuple[Case, Inputs, torch.Tensor]:
-    """Inputs with NaN and infinities past each sequence's end, and the lengths, two of which are
-    outside of what they may be."""
+    """Return inputs with NaN and infinities past each sequence's end, and the lengths, two of which
+    are outside of what they may be."""
     fields = {"batch": 4, "num_heads_kv": 1, "seqlen_q": 50, "seqlen_k": 70, "tail": 3} | fixed
     case = Case(**fields)
     x = make_inputs(case, "cuda" if backend in ("wmma", "auto") else "cpu")

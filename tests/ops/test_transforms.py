@@ -1,4 +1,5 @@
-"""attention under torch.func, autocast, checkpointing, data parallel wrappers, modes, threads."""
+"""Test attention under torch.func, autocast, checkpointing, data parallel wrappers, modes,
+threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""attention_varlen: packed sequences against the float64 oracle, sequence by sequence."""
+"""Test attention_varlen: packed sequences against the float64 oracle, sequence by sequence."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def device_of(backend: str) -> str:
 
 
 def attend(backend: str, x: VarlenInputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """attention_varlen with lse; "sim90" simulates the Hopper kernel."""
+    """Compute attention_varlen with lse; "sim90" simulates the Hopper kernel."""
     with pytest.MonkeyPatch.context() as patch:
         if backend == "sim90":
             backend = "sim"
@@ -138,7 +138,7 @@ def test_malformed_lengths_touch_nothing_outside(backend: str, name: str) -> Non
 
 
 class RowsOfTwoSequences(Exception):
-    """Or of none: what falling lengths may give."""
+    """Stand for rows of two sequences, or of none: what falling lengths may give."""
 
 
 def test_torch_clamps_alike() -> None:
@@ -150,7 +150,7 @@ def test_torch_clamps_alike() -> None:
 
 
 def loop(x: VarlenInputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by `attention`, a call a sequence."""
+    """Compute the same by `attention`, a call a sequence."""
     outs, lses = [], []
     begins = zip(x.cu_seqlens_q.tolist(), x.cu_seqlens_k.tolist(), strict=True)
     (begin_q, begin_k), *ends = begins

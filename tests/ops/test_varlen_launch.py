@@ -1,4 +1,4 @@
-"""What a launch for sequences of different lengths is told, without a GPU: see standin.py."""
+"""Test what a launch for sequences of different lengths is told, without a GPU: see standin.py."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ def test_batches_that_are_no_whole_rows_apart_go_to_the_portable_kernel(
 
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """What the counters' torch says of the stream and the capture that it is part of (0 for none),
-    and the pools that were made, of 4 counters each, by address and bytes."""
+    """Return what the counters' torch says of the stream and the capture that it is part of (0 for
+    none), and the pools that were made, of 4 counters each, by address and bytes."""
     now = SimpleNamespace(stream=1, capture=0, pools=[], status=0)
 
     def allocate_zeros(index: int, num_bytes: int) -> int:

@@ -1,5 +1,5 @@
-"""All planted bugs by name: each has a kernel and a call that shows it, and `verify` finds those
-that show with some tiles, schedules, lengths or scores alone."""
+"""Test all planted bugs by name: each has a kernel and a call that shows it, and `verify` finds
+those that show with some tiles, schedules, lengths or scores alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.isolate import gates, plant_stages, registry
 from flashcore.isolate.stages import suspects_of
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
-from flashcore.sim import Plant
-from flashcore.sim.plants import wmma as plants
+from flashcore.sim import Plant, plants
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.report import ALARM_KINDS
 
@@ -37,7 +36,8 @@ def test_every_planted_bug_is_in_the_registry() -> None:
     folder = Path(plants.__file__).parent
     written = {
         line.split('"')[1]
-        for path in folder.glob("plants*.py")
+        for path in folder.glob("*.py")
+        if path.name != "bwd_sm90.py"  # isolate takes forward passes apart
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.startswith("        name=")
     }
@@ -49,7 +49,7 @@ def test_every_dictionary_of_planted_bugs_is_in_the_registry() -> None:
     registered = {(planted.plant, planted.kernel) for planted in registry.PLANTED}
     kernels = {"SM90": {SM90}, "SPLIT": {SM90}}
     found, missing = set(), []
-    for module in pkgutil.iter_modules(sim.__path__, "flashcore.sim."):
+    for module in pkgutil.iter_modules(plants.__path__, "flashcore.sim.plants."):
         for name, value in vars(importlib.import_module(module.name)).items():
             if not name.startswith("PLANTS") or not isinstance(value, dict):
                 continue

@@ -1,5 +1,5 @@
-"""The planted-bug suite: mistakes in the real kernel that must be found, each by the right check,
-with every seed. It tests the simulator and the error rule, as they test the kernel."""
+"""Run the planted-bug suite: mistakes in the real kernel that must be found, each by the right
+check, with every seed. It tests the simulator and the error rule, as they test the kernel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAMED_LINES = {
 
 
 def run_plant(plant: Plant | None, seed: int) -> SimulationError | str:
-    """The alarm, or "wrong-result", or "healthy"."""
+    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
     case = Case(**SHAPE, seed=seed)
     x = make_inputs(case)
     problem = Problem.from_tensors(x.q, x.k, x.v, return_lse=True)

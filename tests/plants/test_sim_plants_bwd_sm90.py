@@ -1,4 +1,4 @@
-"""The planted-bug suite of the backward kernels for Hopper; see test_sim_plants.py."""
+"""Run the planted-bug suite of the backward kernels for Hopper; see test_sim_plants.py."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def plans_with(case: Case, plant: Plant | None) -> BwdPlans:
 
 
 def run_plant(plant: Plant | None, case: Case, seed: int, plans: BwdPlans) -> SimulationError | str:
-    """The alarm, or "wrong-result", or "healthy"."""
+    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
     problem, x, out, lse, dout, dlse = inputs(case)
 
     def run(problem, plan, tensors) -> None:

@@ -1,4 +1,4 @@
-"""The planted-bug suite of the Hopper kernel; see test_sim_plants.py."""
+"""Run the planted-bug suite of the Hopper kernel; see test_sim_plants.py."""
 
 from __future__ import annotations
 
@@ -76,11 +76,11 @@ NAMED_LINES: dict[str, tuple[str, ...]] = {
     "o-overwritten": ("stmatrix_x4(", "tma_store("),
     "no-store-commit": ("stmatrix_x4(", "tma_store("),
     "turn-count": ("named_barrier_", "mbar_wait("),
-    "turn-not-handed-on": ("named_barrier_sync(TURN", "mbar_wait("),
+    "turn-not-handed-on": ("named_barrier_sync(ISSUE", "mbar_wait("),
     "no-init-fence": ("mbar_init(", "tma_load("),
     "no-init-barrier": ("mbar_init(", "mbar_"),
     "registers-of-three-warps": ("raise_registers<",),
-    "early-consumers": ("gmem_store(p.lse", "tma_store("),
+    "early-consumers": ("gmem_store(p.tensors.lse", "tma_store("),
     "early-loads": ("tma_load(",),
     "q-of-another-group": (*WGMMA, "tma_load(smem.q"),
     "q-buffers-in-step": (*WGMMA, "tma_load(", "mbar_", "smem_store(", "smem_load("),
@@ -107,7 +107,7 @@ def plan_of(plant: Plant | None, causal: bool = False) -> Sm90Plan:
 def run_plant(
     plant: Plant | None, seed: int, plan: Sm90Plan | None = None, causal: bool = False
 ) -> SimulationError | str:
-    """The alarm, or "wrong-result", or "healthy"."""
+    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
     problem, q, k, v = case_with_inputs(causal)
     out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
     lse = torch.empty(1, 2, CASE.seqlen_q)

@@ -1,4 +1,4 @@
-"""Planted bugs of keys that are split over blocks; see test_sim_plants.py."""
+"""Run the planted bugs of keys that are split over blocks; see test_sim_plants.py."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def plan() -> Sm90Plan:
 
 
 def run_plant(plant: Plant | None, seed: int) -> SimulationError | str:
-    """The alarm, or "wrong-result", or "healthy"."""
+    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
     problem, q, k, v = case_with_inputs()
     out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.float16)
     lse = torch.empty(1, 2, CASE.seqlen_q)

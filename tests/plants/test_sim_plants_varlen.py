@@ -1,4 +1,4 @@
-"""Planted bugs of sequences of different lengths; see test_sim_plants.py."""
+"""Run the planted bugs of sequences of different lengths; see test_sim_plants.py."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ ALL_PLANTS = PLANTS_VARLEN | PLANTS_VARLEN_SM90
 
 
 def plan_of(problem: Problem, sm90: bool) -> Plan:
-    """Small tiles: many of them."""
+    """Return a plan with small tiles, so that there are many of them."""
     if not sm90:
         return min(candidates(problem, 80), key=lambda p: (p.block_m, p.block_n))
     return Sm90Plan(
@@ -49,7 +49,7 @@ def plan_of(problem: Problem, sm90: bool) -> Plan:
 def run_plant(
     plant: Plant | None, seed: int, sm90: bool, past_the_end: bool = False
 ) -> SimulationError | str:
-    """The alarm, or "wrong-result", or "healthy"."""
+    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
     x = make_varlen_inputs(CASE)
     problem = packed_problem(*x.arguments(), **CASE.options())
     lengths = {"cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k}

@@ -19,7 +19,7 @@ HALF = torch.float16
 
 
 def quietly(make):
-    """Nested and quantized tensors warn on creation."""
+    """Silence the warnings that nested and quantized tensors give on creation."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make()
@@ -178,7 +178,7 @@ def test_what_looks_odd_but_is_meant_to_work():
 
 
 def on_gpu(arch: int, dtype: str = "float16") -> Problem:
-    """The problem of these tests as if its tensors were on a GPU."""
+    """Return the problem of these tests as if its tensors were on a GPU."""
     problem = Problem.from_tensors(Q, K, V)
     return dataclasses.replace(problem, device="cuda", arch=arch, dtype=dtype)
 

@@ -1,4 +1,4 @@
-"""Few queries a head: the heads of a group are rows of one, on both kernels; see
+"""Test few queries a head (pack-GQA): the heads of a group are rows of one, on both kernels; see
 problem/folding.py."""
 
 from __future__ import annotations

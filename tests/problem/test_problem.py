@@ -1,4 +1,4 @@
-"""Problem: what the arguments are normalised to."""
+"""Test Problem: what the arguments are normalised to."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ KERNEL_OPTIONS = (
 
 @st.composite
 def plain_cases(draw, backend, min_seqlen=1, max_seqlen=150):
-    """Shapes and values without options. Kernels: one program."""
+    """Draw shapes and values without options. Kernels: one program."""
     dtype = "float16" if backend != "torch" else draw(st.sampled_from(("float16", "float64")))
     heads_kv = draw(st.integers(1, 2))
     return Case(
@@ -56,7 +56,7 @@ def plain_cases(draw, backend, min_seqlen=1, max_seqlen=150):
 
 @st.composite
 def any_cases(draw, backend):
-    """Everything a Case can say."""
+    """Draw everything that a Case can say."""
     case = draw(plain_cases(backend, min_seqlen=0))
     case = dataclasses.replace(case, tail=draw(st.integers(0, 3)))
     if backend != "torch":

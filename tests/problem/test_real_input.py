@@ -1,4 +1,5 @@
-"""Attention on what a real model feeds it: MiniLM's first layer, three sentences, padding masked.
+"""Test attention on what a real model feeds it: MiniLM's first layer, three sentences, padding
+masked.
 
 Random inputs have scores of a few units; here they reach from -98 to 56, and 43 % of the keys are
 padding that holds plausible values, so that a mask that is off by one shows.
@@ -22,7 +23,7 @@ def captured() -> CapturedAttention:
 
 
 def part(captured: CapturedAttention, backend: str) -> CapturedAttention:
-    """The whole batch; for the simulator two sentences (one padded) and two heads."""
+    """Return the whole batch; for the simulator two sentences (one padded) and two heads."""
     if backend != "sim":
         return captured
     q, k, v = (x[:2, 4:6] for x in (captured.q, captured.k, captured.v))

@@ -1,4 +1,4 @@
-"""Keyword arguments as other libraries spell them: what the error says."""
+"""Test keyword arguments as other libraries spell them: what the error says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""torch.compile(fullgraph=True) where it takes numbers for variables: every option, every function.
+"""Test torch.compile(fullgraph=True) where it takes numbers for variables: every option, every
+function.
 
 A number becomes symbolic when it changes from call to call, when it is computed from sizes, or when
 it is read from a tensor as the code runs (`item()`, with capture_scalar_outputs).
@@ -46,7 +47,7 @@ def _float32(inputs, requires_grad=False):
     ("name", "backend"), [*((name, "aot_eager") for name in FUNCTIONS), ("dense", "inductor")]
 )
 def test_options_computed_from_sizes(name, backend):
-    """As scale = head_dim ** -0.5 is, of a dimension that is dynamic."""
+    """The scale may be head_dim ** -0.5 of a dimension that is dynamic."""
     function, inputs = FUNCTIONS[name]
 
     def call(q, k, v, like):

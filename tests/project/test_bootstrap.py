@@ -1,4 +1,5 @@
-"""scripts/bootstrap.py: when it borrows a prepared Python's torch, and that what it makes works."""
+"""Test scripts/bootstrap.py: when it borrows a prepared Python's torch, and that what it makes
+works."""
 
 from __future__ import annotations
 
@@ -62,7 +63,7 @@ def test_borrows_only_a_cuda_torch_that_is_new_enough(
 def test_borrowed_environment_runs_flashcore_without_a_network(
     bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """What happens on a prepared GPU machine, with this test's own Python as the lender."""
+    """This happens on a prepared GPU machine, with this test's own Python as the lender."""
     monkeypatch.setattr(bootstrap, "OPTIONAL", {"a_module_nobody_has": "a-module-nobody-has"})
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")

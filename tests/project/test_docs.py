@@ -19,7 +19,8 @@ PUBLIC_PACKAGES = ("compat", "integrations")  # of flashcore; each of their modu
 
 
 def public_names() -> list[str]:
-    """Dotted names of all that is meant to be used: flashcore's, and the public packages'."""
+    """Return dotted names of all that is meant to be used: flashcore's, and the public
+    packages'."""
     modules = ["flashcore"]
     for package in PUBLIC_PACKAGES:
         folder = Path(flashcore.__path__[0]) / package
@@ -37,7 +38,7 @@ def public_names() -> list[str]:
 
 
 def reference_names() -> list[str]:
-    """Dotted names that docs/reference.md takes a docstring of."""
+    """Return dotted names that docs/reference.md takes a docstring of."""
     module, names = "", []
     text = (ROOT / "docs" / "reference.md").read_text(encoding="utf-8")
     directive = r"^\.\. (currentmodule|auto(?:function|class|exception|data)):: (\S+)"

@@ -94,7 +94,7 @@ def test_tour_shows_attention_and_not_a_drawing(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with an encoder of random weights and a tokenizer that knows letters."""
+    """Return a folder with an encoder of random weights and a tokenizer that knows letters."""
     transformers = pytest.importorskip("transformers", reason="needs Transformers")
     folder = tmp_path_factory.mktemp("bert")
     letters = [chr(code) for code in range(33, 127)]

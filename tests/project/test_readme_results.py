@@ -69,7 +69,7 @@ DOCUMENT: dict[str, Any] = {
 
 @pytest.fixture
 def repository(script: ModuleType, tmp_path: Path) -> Path:
-    """Both pages with empty markers, and results."""
+    """Return both pages with empty markers, and results."""
     (tmp_path / "docs").mkdir()
     for page in script.PAGES:
         text = f"before\n\n{script.BEGIN}\nold\n{script.END}\n\nafter\n"

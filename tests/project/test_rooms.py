@@ -1,4 +1,5 @@
-"""Rooms: imports point downwards, no circle of files, no folder too full to find a file in."""
+"""Rooms are kept: imports point downwards, no circle of files, no folder too full to find a file
+in."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ ASSEMBLY = {
 
 @cache
 def tracked_files() -> tuple[Path, ...]:
-    """Files of the repository that git would commit, or a skip where there is no git."""
+    """Return files of the repository that git would commit, or a skip where there is no git."""
     if shutil.which("git") is None:
         pytest.skip("needs git")
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
@@ -50,7 +50,7 @@ def read(path: Path) -> str:
 
 
 def code_blocks(text: str) -> str:
-    """The fenced blocks and inline code of a Markdown text."""
+    """Return the fenced blocks and inline code of a Markdown text."""
     return "\n".join(re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL))
 
 

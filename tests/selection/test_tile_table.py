@@ -1,4 +1,5 @@
-"""The tiles that ship: the cell that a problem goes by, and the choice where their sizes differ."""
+"""Test the tiles that ship: the cell that a problem goes by, and the choice where their sizes
+differ."""
 
 from __future__ import annotations
 
@@ -30,7 +31,7 @@ def problem(
     head_dim_v: int | None = None,
     **options: Any,
 ) -> Problem:
-    """Causal unless told otherwise, of a GPU that nobody has."""
+    """Return a problem, causal unless told otherwise, of a GPU that nobody has."""
     options = {"causal": True} | options
     q = torch.empty(1, 1, 1, head_dim, dtype=torch.bfloat16).expand(1, heads, seqlen, -1)
     k = torch.empty(1, 1, 1, head_dim, dtype=torch.bfloat16)
@@ -44,14 +45,14 @@ def problem(
 
 
 def plan_with(asked: Problem, block_m: int, block_n: int, **others: Any) -> Plan:
-    """The rules' plan with other tiles, of the plainest kind."""
+    """Return the rules' plan with other tiles, of the plainest kind."""
     plain = {"num_stages": 2, "min_blocks": 1, "ping_pong": False, "key_slices": 1}
     sizes = {"block_m": block_m, "block_n": block_n}
     return dataclasses.replace(candidates(asked)[0], **sizes, **(plain | others))
 
 
 def table_of(*cells: tuple[Problem, dict[Plan, float]], **about: Any) -> TileTable:
-    """A table of problems with the seconds of their plans; the first is the rules'."""
+    """Return a table of problems with the seconds of their plans; the first is the rules'."""
     tiles: list[Any] = []
     rows = []
     for asked, seconds in cells:
@@ -72,7 +73,7 @@ def table_of(*cells: tuple[Problem, dict[Plan, float]], **about: Any) -> TileTab
 
 @pytest.fixture
 def ship(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Makes a table the one that ships."""
+    """Make a table the one that ships."""
 
     def ship(*cells: tuple[Problem, dict[Plan, float]], **about: Any) -> TileTable:
         table = table_of(*cells, **about)

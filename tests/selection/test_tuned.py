@@ -1,4 +1,4 @@
-"""The file of tuned configurations: what is used, what is ignored, and that it never breaks a
+"""Test the file of tuned configurations: what is used, what is ignored, and that it never breaks a
 call."""
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def problem(seqlen: int = 1024, head_dim: int = 64, **options: Any) -> Problem:
 
 
 def entry(asked: Problem, **changes: Any) -> tuned.Entry:
-    """Another tile than the table's."""
+    """Return another tile than the table's."""
     default = candidates(asked)[0]
     tile = tile_of(default) | {"block_m": 128, "block_n": 80, "min_blocks": 1}
     if default.kernel == "attn_fwd_sm90":

@@ -1,5 +1,5 @@
-"""What one block wrote another may read only where barriers and an atomic order the two; the
-simulator says so although its blocks run one after the other."""
+"""Test that what one block wrote another may read only where barriers and an atomic order the two;
+the simulator says so although its blocks run one after the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Finding a compiler, and the cache of simulator builds."""
+"""Test finding a compiler, and the cache of simulator builds."""
 
 from __future__ import annotations
 

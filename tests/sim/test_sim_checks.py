@@ -1,4 +1,4 @@
-"""Every check of the simulator, by a kernel that makes exactly that mistake."""
+"""Test every check of the simulator, by a kernel that makes exactly that mistake."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def source(prefix: str = "") -> str:
 
 @functools.cache
 def marked_lines(fault: int) -> set[int]:
-    """Lines that a report of the fault may name: either side may come second."""
+    """Return lines that a report of the fault may name: either side may come second."""
     lines = FAULTS.read_text(encoding="utf-8").splitlines()
     mark = re.compile(rf"//.*\b(ALARM|AGAINST) {fault}\b")
     return {number for number, line in enumerate(lines, 1) if mark.search(line)}

@@ -1,4 +1,4 @@
-"""Every check of Hopper's primitives, by a kernel that makes exactly that mistake."""
+"""Test every check of Hopper's primitives, by a kernel that makes exactly that mistake."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def box(rows: int) -> TensorMap:
 
 
 def marked_lines(fault: int) -> set[int]:
-    """Lines that a report of the fault may name: either side may come second."""
+    """Return lines that a report of the fault may name: either side may come second."""
     lines = FAULTS.read_text(encoding="utf-8").splitlines()
     mark = re.compile(rf"//.*\b(ALARM|AGAINST) {fault}\b")
     marked = {

@@ -1,5 +1,5 @@
-"""A kernel that is launched before those ahead of it have ended must wait for them, thread by
-thread, before it touches global memory."""
+"""A launch may start before the kernels ahead of it have ended; each thread must wait for them
+before it touches global memory."""
 
 from __future__ import annotations
 

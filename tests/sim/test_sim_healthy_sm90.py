@@ -60,7 +60,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def make_plan(problem: Problem, tile: dict[str, Any]) -> Sm90Plan:
-    """Short key tiles: more steps of the loop over keys for a length."""
+    """Return a plan with short key tiles: more steps of the loop over keys for a length."""
     plan = Sm90Plan(
         kernel=KERNEL,
         arch=ARCH,
@@ -104,7 +104,7 @@ def test_whatever_number_of_heads_makes_a_group(
 
 
 def run(case: Case, tile: dict[str, Any], seed: int) -> None:
-    """Neither an alarm nor a wrong result."""
+    """Check that there is neither an alarm nor a wrong result."""
     x = make_inputs(case)
     problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, return_lse=True, **case.options())
     # A bound that excludes nothing is dropped from the problem, and a block loops over less.

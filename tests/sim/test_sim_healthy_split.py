@@ -1,5 +1,5 @@
-"""Keys that are split over blocks: no alarm, whatever the shape, the schedule and the number of
-splits, right, and the same bit for bit whoever comes last; see test_sim_healthy.py."""
+"""Simulate keys that are split over blocks: no alarm, whatever the shape, the schedule and the
+number of splits, right, and the same bit for bit whoever comes last; see test_sim_healthy.py."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def run(case: Case, tile: dict[str, Any], seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Neither an alarm nor a wrong result."""
+    """Check that there is neither an alarm nor a wrong result."""
     x = make_inputs(case)
     problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, return_lse=True, **case.options())
     out = torch.empty(*x.q.shape[:3], case.head_dim_v, dtype=case.torch_dtype)

@@ -40,7 +40,7 @@ FAMILIES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
 
 
 def draw_case(name: str, fixed: dict[str, Any], seed: int) -> VarlenCase:
-    """Long enough that a bound excludes something: else another kernel serves."""
+    """Draw a case long enough that a bound excludes something: else another kernel serves."""
     rng = random.Random(seed)
     if name == "hopper-many-sequences":  # more than the scheduler looks at together
         lengths = tuple(

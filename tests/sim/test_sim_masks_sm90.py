@@ -1,4 +1,4 @@
-"""Mask tensors on the Hopper kernel: any dtype, alignment and stride, and what goes wrong if a
+"""Test mask tensors on the Hopper kernel: any dtype, alignment and stride, and what goes wrong if a
 warp's copies and reads are out of order; see test_sim_healthy.py and test_sim_plants.py."""
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def inputs(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def mask_of(
     kind: str, dtype: torch.dtype, width: int = WIDTH, offset: int = 0, case: Case = CASE
 ) -> torch.Tensor:
-    """A mask in a storage where every row is `width` elements, the first one `offset` behind its
-    start. What lies between rows hides, or gives NaN, unlike what belongs to the mask."""
+    """Return a mask in a storage where every row is `width` elements, the first one `offset` behind
+    its start. What lies between rows hides, or gives NaN, unlike what belongs to the mask."""
     generator = torch.Generator().manual_seed(width + offset)
     heads, rows = 4 if kind == "heads" else 1, 1 if kind == "row" else case.seqlen_q
     values = torch.randn(heads, rows, case.seqlen_k, generator=generator)
@@ -65,7 +65,7 @@ def run(
     plant: Plant | None = None,
     case: Case = CASE,
 ) -> SimulationError | str:
-    """The alarm, or "wrong-result", or "healthy"."""
+    """Run a case; return the alarm, or "wrong-result", or "healthy"."""
     q, k, v = inputs(case)
     out = torch.empty(1, 4, case.seqlen_q, case.head_dim_v, dtype=case.torch_dtype)
     lse = torch.empty(1, 4, case.seqlen_q)

@@ -47,7 +47,7 @@ GROWTHS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]
 
 
 def with_growth(case: Case, growth: str, key_tile: int = 32) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v with scores that grow so: a column of q and of k holds it."""
+    """Return q, k and v with scores that grow so: a column of q and of k holds it."""
     x = make_inputs(case)
     q, k = x.q.clone(), x.k.clone()
     of_keys, of_rows = GROWTHS[growth]
@@ -73,7 +73,7 @@ def run(
     tile: tuple[tuple[str, object], ...] = (),
     options: tuple[tuple[str, object], ...] = (),
 ) -> SimulationError | str:
-    """The alarm, or "wrong-result", or "healthy"."""
+    """Run a case; return the alarm, or "wrong-result", or "healthy"."""
     problem, q, k, v = inputs(growth, options)
     plan = make_plan(problem, {"block_m": 128, "ping_pong": True, **dict(tile)})
     out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
@@ -124,7 +124,7 @@ def test_however_scores_grow_on_a_gpu(
 
 
 def test_nan_and_infinity_are_seen() -> None:
-    """As by the oracle, whatever the old maximum is."""
+    """The oracle sees them too, whatever the old maximum is."""
     _, q, k, v = inputs("none")
     k = k.clone()
     k[0, 0, 50, 3] = torch.nan

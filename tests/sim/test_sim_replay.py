@@ -49,7 +49,7 @@ CASES = {
 
 
 def fail(case: Case, gate: str | None, plant: str, other_plan: bool) -> tuple[Plan, str, str]:
-    """The plan, the report and the command of a planted bug."""
+    """Run a planted bug; return the plan, the report and the command."""
     x = make_inputs(case)
     problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, return_lse=True, **case.options())
     plan = select_plan(problem, 80, gate)

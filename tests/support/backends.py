@@ -1,4 +1,4 @@
-"""The same cases on every backend: the parametrisation, and the check against the oracle."""
+"""Run the same cases on every backend: the parametrisation, and the check against the oracle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ kernel_backends = pytest.mark.parametrize("backend", [SIM, WMMA, GPU])
 
 
 def device_of(backend: str) -> str:
-    """Where a backend's tensors live."""
+    """Return where a backend's tensors live."""
     return "cuda" if backend in ("wmma", "auto") else "cpu"
 
 
@@ -43,7 +43,7 @@ def check(
 
 
 def check_case(backend: str, case: Case) -> None:
-    """`check` for a case, with and without lse (which may take another path)."""
+    """Check a case with and without lse (which may take another path)."""
     inputs = make_inputs(case, device_of(backend))
     q, k, v, mask = inputs.q, inputs.k, inputs.v, inputs.mask
     out, _ = check(backend, q, k, v, case.describe(), mask=mask, **case.options())

@@ -1,5 +1,5 @@
-"""The error rule (flashcore.checks.accuracy) for gradients: each against float64, beside those of
-the same attention written plainly in the dtype."""
+"""Apply the error rule (flashcore.checks.accuracy) for gradients: each against float64, beside
+those of the same attention written plainly in the dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from flashcore.problem import Problem
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[str, Any]):
-    """The Problem of a call, its out and its lse."""
+    """Return the Problem of a call, its out and its lse."""
     problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=True, **options)
     return problem, *attention_tiled(problem, q, k, v, mask)
 
@@ -25,7 +25,7 @@ def exact_gradients(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dout: Tensor, dlse: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """dq, dk, dv in float64; tests/backends/test_gradients.py checks what computes them."""
+    """Return dq, dk, dv in float64; tests/backends/test_gradients.py checks what computes them."""
     q, k, v, dout = (x.double() for x in (q, k, v, dout))
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.double()
@@ -38,7 +38,7 @@ def plain_gradients(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dout: Tensor, dlse: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """Likewise by autograd, everything in the dtype of q, lse in float32."""
+    """Compute the gradients by autograd, everything in the dtype of q, lse in float32."""
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     q, k, v = leaves
     group = q.shape[1] // k.shape[1]
@@ -68,7 +68,7 @@ def wrong_gradients(
     gradients: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
     dout: Tensor, dlse: Tensor | None, options: dict[str, Any],
 ) -> list[str]:  # fmt: skip
-    """What breaks the rule: a line for each of dq, dk, dv that does."""
+    """Return what breaks the rule: a line for each of dq, dk, dv that does."""
     exact = exact_gradients(q, k, v, mask, dout, dlse, options)
     plain = plain_gradients(q, k, v, mask, dout, dlse, options)
     wrong = []

@@ -1,4 +1,4 @@
-"""Inputs of the tests of operators and of the eager call."""
+"""Provide inputs of the tests of operators and of the eager call."""
 
 from __future__ import annotations
 

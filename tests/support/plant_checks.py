@@ -1,4 +1,4 @@
-"""What holds for every planted bug, whichever kernel it is in."""
+"""Check what holds for every planted bug, whichever kernel it is in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _PAGE = Path(__file__).parents[2] / "docs" / "simulator.md"
 
 
 def check_text(name: str, plant: Plant) -> None:
-    """It changes one place, moves no line, and is caught by what there is."""
+    """Check that a plant changes one place, moves no line, and is caught by what there is."""
     assert plant.name == name
     assert {plant.caught_by, *plant.or_by} <= {*ALARM_KINDS, "wrong-result"}
     assert plant.find.count("\n") == plant.replace.count("\n")
@@ -21,6 +21,6 @@ def check_text(name: str, plant: Plant) -> None:
 
 
 def undocumented(names: Iterable[str], page: Path = _PAGE) -> list[str]:
-    """Those that docs/simulator.md, or another page, does not list."""
+    """Return those plants that docs/simulator.md, or another page, does not list."""
     text = page.read_text(encoding="utf-8")
     return [name for name in names if f"`{name}`" not in text]

@@ -1,4 +1,5 @@
-"""Every public way to attention, as functions of q, k and v, for tests of what surrounds a call."""
+"""Provide every public way to attention, as functions of q, k and v, for tests of what surrounds a
+call."""
 
 from __future__ import annotations
 
@@ -44,7 +45,7 @@ def _random(*arguments: Any) -> tuple[torch.Tensor, ...]:
 
 
 def lengths(device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """cu_seqlens_q and cu_seqlens_k."""
+    """Return cu_seqlens_q and cu_seqlens_k."""
     ends = torch.tensor([(0, 0), *LENGTHS]).cumsum(0).to(device, torch.int32)
     return ends[:, 0].contiguous(), ends[:, 1].contiguous()
 

@@ -1,5 +1,5 @@
-"""A driver that records launches instead of making them, so that the launch path runs without a
-GPU on CPU tensors that call themselves CUDA ones."""
+"""Provide a driver that records launches instead of making them, so that the launch path runs
+without a GPU on CPU tensors that call themselves CUDA ones."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SUCCESS = 0
 
 
 class StandInDriver:
-    """The functions of the driver that a call needs, as functions of C."""
+    """Provide the functions of the driver that a call needs, as functions of C."""
 
     def __init__(self) -> None:
         self.launches: list[SimpleNamespace] = []
@@ -47,11 +47,11 @@ class StandInDriver:
         }
 
     def entry_point(self, name):
-        """As driver.entry_point."""
+        """Stand for driver.entry_point."""
         return ctypes.CFUNCTYPE(ctypes.c_int)(self.address_of(name))
 
     def address_of(self, name):
-        """Where the function is."""
+        """Return where the function is."""
         return ctypes.cast(self.functions[name], ctypes.c_void_p).value
 
     def _encode(self, descriptor, dtype, rank, base, *rest):
@@ -96,8 +96,8 @@ class StandInDriver:
 
 @dataclasses.dataclass
 class Machine:
-    """What the stand-in pretends: the current device and its stream, whose counters are the same
-    for all launches."""
+    """Hold what the stand-in pretends: the current device and its stream, whose counters are the
+    same for all launches."""
 
     driver: StandInDriver
     counters: torch.Tensor = dataclasses.field(

@@ -1,4 +1,5 @@
-"""Stand-ins for what `flashcore tune` asks: a timer without a GPU, a compiler without NVRTC."""
+"""Provide stand-ins for what `flashcore tune` asks: a timer without a GPU, a compiler without
+NVRTC."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from flashcore.tune import timing
 
 
 class FakeTimer:
-    """Times by a formula; `broken` maps a tile's size to why it is not timed, `wrong` to what is
+    """Time by a formula; `broken` maps a tile's size to why it is not timed, `wrong` to what is
     wrong with its results."""
 
     def __init__(
@@ -52,7 +53,7 @@ class FakeTimer:
 
 
 class FakeCompiler:
-    """Rules out by `reasons`, a tile's size and a dtype at a time."""
+    """Rule out by `reasons`, a tile's size and a dtype at a time."""
 
     def __init__(self, reasons: dict[tuple[int, int, str], str] | None = None) -> None:
         self.reasons = reasons or {}

@@ -209,7 +209,7 @@ def test_a_table_that_fails_is_an_error() -> None:
 
 
 def serve(connection: Connection) -> None:
-    """A child that answers, dies or hangs, as the plans ask."""
+    """Run a child that answers, dies or hangs, as the plans ask."""
     while True:
         what, _, plans = connection.recv()
         if plans[0].block_m == 128:
@@ -262,7 +262,7 @@ def test_small_workloads_have_the_same_options(group: str) -> None:
 
 @pytest.fixture
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A GPU that the command sees but does not use, and an empty cache."""
+    """Pretend that there is a GPU that the command sees but does not use, and an empty cache."""
     monkeypatch.setattr(tuned, "gpu_name", lambda: "NVIDIA H999")
     monkeypatch.setattr(tuned, "gpu_arch", lambda: 90)
     monkeypatch.setattr(timing, "GpuTimer", lambda timeout: FakeTimer())

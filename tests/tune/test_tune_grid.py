@@ -1,4 +1,5 @@
-"""`flashcore tune --grid`: the measurement of the table that ships, with stand-ins for the GPU."""
+"""Test `flashcore tune --grid`: the measurement of the table that ships, with stand-ins for the
+GPU."""
 
 from __future__ import annotations
 
@@ -100,7 +101,7 @@ def test_the_portable_kernel_has_no_short_list() -> None:
 
 
 class Listener(FakeCompiler):
-    """Remembers what it was asked to compile."""
+    """Remember what it was asked to compile."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -112,7 +113,7 @@ class Listener(FakeCompiler):
 
 
 class Kept:
-    """A keeper that only remembers."""
+    """Only remember what was found."""
 
     def __init__(self) -> None:
         self.found: list[Found] = []
@@ -183,7 +184,8 @@ def test_a_table_lists_what_is_nearly_the_fastest_and_the_rules() -> None:
 
 @pytest.fixture
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A GPU that the command sees but does not use, an empty cache, and a grid of six shapes."""
+    """Pretend that there is a GPU that the command sees but does not use, an empty cache, and a
+    grid of six shapes."""
     gpu = machine.Gpu("NVIDIA H999", 90, 132, 2**37, "580", 700.0, 1980.0)
     cells = grid.cells()[:6]
     monkeypatch.setattr(machine, "gpu", lambda: gpu)
@@ -280,7 +282,8 @@ def test_a_compiler_that_dies_is_replaced_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_child_times_checks_and_remembers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU, with the oracle in place of the kernel; a tile of 80 keys is wrong."""
+    """The child runs on the CPU, with the oracle in place of the kernel; a tile of 80 keys is
+    wrong."""
     tensors, checks = Workload.tensors, []
 
     def run(self: Any, plan: Plan) -> torch.Tensor:

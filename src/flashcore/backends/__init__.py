@@ -1,1 +1,2 @@
-"""Backends: which one serves a call, and how a kernel, the simulator or PyTorch runs it."""
+"""This package says which backend serves a call, and how a kernel, the simulator or PyTorch runs
+it."""

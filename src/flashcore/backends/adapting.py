@@ -1,4 +1,5 @@
-"""Tensors that a kernel cannot read as they lie: what is copied, and what is read in another shape.
+"""Adapt tensors that a kernel cannot read as they lie: what is copied, and what is read in another
+shape.
 
 The kernels read rows of whole 16 bytes: head_dim is a multiple of 8, and contiguous. Of other
 tensors they are given copies, padded with zeros: they add nothing to a score, and the columns of
@@ -42,7 +43,7 @@ Dims = tuple[bool, bool, bool]  # of (batch, heads, seqlen)
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """A copy of q, k or v, padded with zeros.
+    """A Copy describes a copy of q, k or v, padded with zeros.
 
     Args:
         name: "q", "k" or "v".
@@ -60,7 +61,8 @@ class Copy:
 
     @property
     def strides(self) -> Strides3:
-        """Of the copy, as a Problem has them: 0 where no step is ever taken, too."""
+        """Return the strides of the copy, as a Problem has them: 0 where no step is ever taken,
+        too."""
         _, heads, rows = self._stored
         steps = (heads * rows * self.columns, rows * self.columns, self.columns)
         of_batch, of_head, of_row = (
@@ -70,7 +72,7 @@ class Copy:
 
     @property
     def num_bytes(self) -> int:
-        """That are written."""
+        """Return the number of bytes that are written."""
         batch, heads, rows = self._stored
         return batch * heads * rows * self.columns * _ELEMENT_BYTES
 
@@ -94,7 +96,7 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """A call as a kernel, or PyTorch, gets it.
+    """Adapted describes a call as a kernel, or PyTorch, gets it.
 
     Args:
         problem: describes the tensors that `tensors` returns.
@@ -116,7 +118,8 @@ class Adapted:
         return not (self.copies or self.one_head)
 
     def tensors(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What the kernel reads, of the call's q, k and v: [batch, num_heads, seqlen, dim]."""
+        """Return what the kernel reads, of the call's q, k and v: [batch, num_heads, seqlen,
+        dim]."""
         if self.one_head:
             k, v = k[:, :1], v[:, :1]
         given = {"q": q, "k": k, "v": v}
@@ -125,14 +128,14 @@ class Adapted:
         return given["q"], given["k"], given["v"]
 
     def result(self, out: Tensor) -> Tensor:
-        """The call's output, of what the kernel wrote: [..., head_dim_v], contiguous."""
+        """Return the call's output, of what the kernel wrote: [..., head_dim_v], contiguous."""
         if out.shape[-1] == self.head_dim_v:
             return out
         return out[..., : self.head_dim_v].contiguous()
 
 
 class _Adapting:
-    """Changes one after the other."""
+    """Collect changes one after the other."""
 
     def __init__(self, problem: Problem) -> None:
         self.asked = self.problem = problem
@@ -144,7 +147,7 @@ class _Adapting:
         self.problem = dataclasses.replace(self.problem, **fields)
 
     def copy(self, name: str, columns: int, keeps: Dims, reason: str) -> None:
-        """A copy instead of the tensor, or instead of the copy of it that there is."""
+        """Replace the tensor, or the copy of it that there is, by a copy."""
         p = self.problem
         if name in self.copies:
             reason = f"{self.copies[name].reason}; {reason}"
@@ -168,7 +171,7 @@ class _Adapting:
 
 
 def _sizes(problem: Problem, name: str) -> tuple[int, int, int]:
-    """Of (batch, heads, seqlen) of q, k or v as the kernels see it."""
+    """Return (batch, heads, seqlen) of q, k or v as the kernels see it."""
     packed = problem.varlen == "packed"
     batch = 1 if packed else problem.batch
     if name == "q":
@@ -177,7 +180,7 @@ def _sizes(problem: Problem, name: str) -> tuple[int, int, int]:
 
 
 def _expanded(problem: Problem, name: str) -> Dims:
-    """In which of (batch, heads, seqlen) a tensor is."""
+    """Return in which of (batch, heads, seqlen) a tensor is expanded."""
     strides: Strides3 = getattr(problem, f"{name}_strides")
     batch, heads, rows = (
         stride == 0 and size > 1
@@ -188,7 +191,7 @@ def _expanded(problem: Problem, name: str) -> Dims:
 
 @functools.lru_cache(maxsize=4096)
 def adapt(problem: Problem, kernel: str) -> Adapted:
-    """What a kernel is given instead of the tensors of a call.
+    """Return what a kernel is given instead of the tensors of a call.
 
     Args:
         problem: the call.
@@ -220,8 +223,8 @@ def adapt(problem: Problem, kernel: str) -> Adapted:
 
 
 def _is_read_in_place(problem: Problem, kernel: str) -> bool:
-    """Whether a problem that is readable needs no change: the common case, which a cache of keys
-    that grows meets anew with every key."""
+    """Return whether a problem that is readable needs no change: the common case, which a cache of
+    keys that grows meets anew with every key."""
     if kernel == "torch":
         return True
     if kernel == "sm90" and unreadable(problem):
@@ -231,7 +234,7 @@ def _is_read_in_place(problem: Problem, kernel: str) -> bool:
 
 
 def _make_readable(adapting: _Adapting, multiple: int) -> None:
-    """Rows that are contiguous and a multiple of so many elements."""
+    """Make rows contiguous and a multiple of so many elements."""
     asked = adapting.asked
     for name in "qkv":
         head_dim = asked.head_dim_v if name == "v" else asked.head_dim
@@ -255,8 +258,8 @@ def _make_readable_by_tma(adapting: _Adapting) -> None:
 
 
 def rather_not_sm90(problem: Problem) -> str | None:
-    """Why the portable kernel should compute a call, though the Hopper kernel can be given copies
-    of its tensors; None if the Hopper kernel should."""
+    """Return why the portable kernel should compute a call, though the Hopper kernel can be given
+    copies of its tensors; None if the Hopper kernel should."""
     reason = obstacle(problem)
     if reason is None and problem.is_readable:
         return None
@@ -288,5 +291,5 @@ def copies_pay(problem: Problem, num_bytes: int, num_copies: int) -> bool:
 
 
 def kernel_for(problem: Problem, arch: int) -> str:
-    """The kernel that "auto" takes on a GPU of an architecture, and the simulator of one."""
+    """Return the kernel that "auto" takes on a GPU of an architecture, and the simulator of one."""
     return "sm90" if arch == SM90_ARCH and rather_not_sm90(problem) is None else "wmma"

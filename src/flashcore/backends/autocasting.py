@@ -1,4 +1,4 @@
-"""torch.autocast, asked in a way that every type of device can answer."""
+"""Ask torch.autocast in a way that every type of device can answer."""
 
 from __future__ import annotations
 

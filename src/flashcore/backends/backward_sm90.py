@@ -1,4 +1,4 @@
-"""The backward pass by fused kernels, on a Hopper GPU or in the simulator."""
+"""Run the backward pass by fused kernels, on a Hopper GPU or in the simulator."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def fused_backward(
     run: Run,
     plans: BwdPlans | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v.
+    """Compute the gradients of q, k and v.
 
     Args:
         problem: description of the forward; plan_bwd_sm90.obstacle finds none.
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         out: the forward's output, [batch, num_heads_q, seqlen_q, head_dim_v].
         lse: the forward's lse, [batch, num_heads_q, seqlen_q], float32.
         dout: gradient of out, or None for zero.
@@ -81,8 +81,8 @@ def fused_backward(
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x if TMA can read it, or a copy: rows that are contiguous, of whole 16 bytes, at multiples of
-    16 bytes, nothing expanded. Columns of zeros behind it add nothing."""
+    """Return x if TMA can read it, or a copy: rows that are contiguous, of whole 16 bytes, at
+    multiples of 16 bytes, nothing expanded. Columns of zeros behind it add nothing."""
     x = x.resolve_neg()
     if x.shape[3] % _PACKET:
         return torch.nn.functional.pad(x, (0, -x.shape[3] % _PACKET))
@@ -96,7 +96,7 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def run_on_gpu(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) -> None:
-    """Runs a kernel on CUDA tensors, on the current stream, without waiting for it."""
+    """Run a kernel on CUDA tensors, on the current stream, without waiting for it."""
     from flashcore.kernels.bwd_sm90.params import build_params_bwd_sm90, grid_size
     from flashcore.launch.counters import work_counters
     from flashcore.launch.descriptors import aligned
@@ -112,7 +112,7 @@ def run_on_gpu(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) 
 
 
 def run_in_simulator(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) -> None:
-    """Likewise on CPU tensors, in the simulator."""
+    """Run a kernel on CPU tensors, in the simulator."""
     from flashcore.base import env
     from flashcore.sim.run_bwd import simulate_backward
 

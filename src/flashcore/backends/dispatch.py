@@ -1,4 +1,4 @@
-"""Which backend serves a Problem, and what runs it there."""
+"""Decide which backend serves a Problem, and what runs it there."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The backend that serves a call.
+    """A choice holds the backend that serves a call.
 
     Args:
         backend: "sm90", "wmma", "sim" or "torch"; "meta" for tensors without values.
@@ -167,7 +167,7 @@ def warn_once(choice: Choice) -> None:
 
 
 def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
-    """What computes a problem on a backend that `choose_backend` returned.
+    """Return what computes a problem on a backend that `choose_backend` returned.
 
     Args:
         backend: "sm90", "wmma", "sim", "torch" or "meta".
@@ -190,7 +190,7 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
 
 
 def adapt_for(backend: str, problem: Problem) -> Adapted:
-    """The call as a backend that `choose_backend` returned is given it; see
+    """Return the call as a backend that `choose_backend` returned is given it; see
     backends/adapting.py."""
     if backend == "meta":
         backend = "torch"  # what it copies has a shape too
@@ -263,7 +263,7 @@ def _run_sim(
 
 @functools.lru_cache(maxsize=4096)
 def _plan(problem: Problem, arch: int, kernel: str | None = None) -> Plan:
-    """`select_plan`, which takes a third of a millisecond, once per Problem."""
+    """Return the plan of `select_plan`, which takes a third of a millisecond, once per Problem."""
     from flashcore.kernels.fwd_wmma.plan import (
         select_plan,  # not needed, hence not loaded, by the torch backend
     )
@@ -272,7 +272,8 @@ def _plan(problem: Problem, arch: int, kernel: str | None = None) -> Plan:
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[object]:
-    """Inside torch.autocast the tile-wise matmuls would be rounded; nothing else minds it."""
+    """Turn torch.autocast off: inside it the tile-wise matmuls would be rounded; nothing else minds
+    it."""
     if autocast_dtype(device_type) is not None:
         return torch.autocast(device_type, enabled=False)
     return contextlib.nullcontext()

@@ -1,4 +1,4 @@
-"""The gradient of attention: which code computes it.
+"""Decide which code computes the gradient of attention.
 
 On a Hopper GPU fused kernels do (backends/backward_sm90.py). Elsewhere, and for what they do not
 know, torch's fused backward operators do where they mean the same (backends/torch_backward.py), and
@@ -26,7 +26,7 @@ from flashcore.problem import Problem
 
 @dataclass(frozen=True, slots=True)
 class BackwardChoice:
-    """The code that computes a gradient.
+    """A choice holds the code that computes a gradient.
 
     Args:
         code: "sm90", "sim", "flash", "efficient" or "tiled".

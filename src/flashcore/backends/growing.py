@@ -1,4 +1,5 @@
-"""Calls of few queries whose keys grow, as in decoding: many lengths share one plan.
+"""Prepare calls of few queries whose keys grow, for example in decoding: many lengths share one
+plan.
 
 With each new token there is one more key, which makes another call of it. Choosing a plan and
 filling in the kernel's argument takes the host longer than the call takes the GPU. So plans are
@@ -68,7 +69,7 @@ def _kind(strides: Strides3) -> Strides3:
 
 
 class Growing:
-    """What was decided for one query a head, of a cache of any length of the same step.
+    """Hold what was decided for one query a head, of a cache of any length of the same step.
 
     Args:
         problem: of the first of them.

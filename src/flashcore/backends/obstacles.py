@@ -1,4 +1,4 @@
-"""Why a kernel cannot serve a problem on a GPU: the exceptions that say so."""
+"""Say why a kernel cannot serve a problem on a GPU: the exceptions that say so."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ BFLOAT16_MIN_ARCH = 80
 
 
 def obstacle_to_wmma(problem: Problem) -> Exception | None:
-    """The exception that says why CUDA tensors cannot go to the WMMA kernel; None if they can."""
+    """Return the exception that says why CUDA tensors cannot go to the WMMA kernel; None if they
+    can."""
     way_out = 'pass backend="torch"'
     if problem.arch == 0:
         return BackendUnavailableError(f"the kernels need an NVIDIA GPU; {way_out}")
@@ -40,7 +41,7 @@ def obstacle_to_wmma(problem: Problem) -> Exception | None:
 
 
 def too_wide(problem: Problem) -> Exception | None:
-    """The exception that says that no kernel takes such a head_dim."""
+    """Return the exception that says that no kernel takes such a head_dim."""
     head_dim = max(problem.head_dim, problem.head_dim_v)
     if head_dim <= HEAD_DIM_MAX:
         return None
@@ -51,7 +52,8 @@ def too_wide(problem: Problem) -> Exception | None:
 
 
 def obstacle_to_sm90(problem: Problem) -> Exception | None:
-    """Likewise for the Hopper kernel, for a problem that the WMMA kernel serves."""
+    """Return the exception that says why the Hopper kernel cannot take a problem that the WMMA
+    kernel serves; None if it can."""
     if problem.arch != SM90_ARCH:
         return BackendUnavailableError(
             f'backend="sm90" needs an sm_90 (Hopper) GPU, but this one is sm_{problem.arch}; '

@@ -1,4 +1,4 @@
-"""Packed sequences: the Problem of `attention_varlen`, and computing it on every backend.
+"""Describe packed sequences as a Problem, and compute them on every backend.
 
 q, k and v are [total, num_heads, dim], one sequence after the other; cu_seqlens says where each
 begins. It lies on the device and is never read by the host, except where PyTorch itself computes.
@@ -85,7 +85,7 @@ def readable(x: Tensor) -> bool:
 
 
 def checked_max_seqlen(name: str, value: object, rows: int) -> int:
-    """A length as an int.
+    """Return a length as an int.
 
     Args:
         name: of the argument.
@@ -131,10 +131,10 @@ def packed_problem(
         cu_seqlens_k: int32, [batch + 1].
         max_seqlen_q: the longest sequence of queries.
         max_seqlen_k: the longest sequence of keys.
-        causal: as in `attention`.
-        scale: as in `attention`.
-        window: as in `attention`.
-        softcap: as in `attention`.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
 
     Returns:
         The problem, with return_lse.
@@ -239,7 +239,7 @@ def packed_backward(
     out: Tensor,
     lse: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v.
+    """Compute the gradients of q, k and v.
 
     One of torch's operators computes all sequences where it can; else each sequence is computed by
     itself, for which the host reads the lengths.
@@ -291,7 +291,7 @@ def packed_backward(
 def _sequences(
     problem: Problem, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> Iterator[tuple[Problem, slice, slice]]:
-    """Each sequence that has queries and keys: its Problem, and its rows."""
+    """Yield each sequence that has queries and keys: its Problem, and its rows."""
     rows = rows_of_sequences(cu_seqlens_q, cu_seqlens_k, problem.total_q, problem.total_k)
     for queries, keys in rows:
         own = problem.of_sequence(queries.stop - queries.start, keys.stop - keys.start)
@@ -301,7 +301,7 @@ def _sequences(
 def rows_of_sequences(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int
 ) -> Iterator[tuple[slice, slice]]:
-    """The rows of each sequence that has queries and keys, as the kernels clamp them
+    """Yield the rows of each sequence that has queries and keys, as the kernels clamp them
     (tile/sequence.cuh)."""
     begins_q, begins_k = (
         [min(max(0, begin), total) for begin in cu_seqlens.tolist()]

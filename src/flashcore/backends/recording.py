@@ -1,4 +1,4 @@
-"""The calls of a run, written down for `flashcore build`, and the kernels that they need.
+"""Write the calls of a run down for `flashcore build`, and the kernels that they need.
 
 FLASHCORE_RECORD names the file, a JSON object with a list under "calls". What is recorded is a
 Problem and the backend that was asked for. An entry that somebody writes has the fields of
@@ -115,7 +115,7 @@ def _case(entry: dict[str, Any]) -> Case:
 
 
 def _problem_of_case(case: Case) -> Problem:
-    """The problem of a case, from tensors that nobody fills."""
+    """Return the problem of a case, from tensors that nobody fills."""
 
     def empty(heads: int, seqlen: int, dim: int) -> torch.Tensor:
         return torch.empty(case.batch, heads, seqlen, dim, dtype=case.torch_dtype)

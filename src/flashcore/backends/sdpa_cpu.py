@@ -1,4 +1,5 @@
-"""Attention of CPU tensors by the fused kernel behind torch's SDPA, in memory linear in seqlen.
+"""Compute attention of CPU tensors by the fused kernel behind torch's SDPA, in memory linear in
+seqlen.
 
 That kernel wants as many heads of k and v as of q, equal head_dims and an additive mask; its
 is_causal is "upper_left"; and what it makes of a row with nothing to see differs between versions.
@@ -38,7 +39,7 @@ def attention_by_sdpa(
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         out, [batch, num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q,
@@ -74,7 +75,8 @@ def _has_bounds(problem: Problem) -> bool:
 
 
 def _of_equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Tensors with one head_dim, by columns of zeros; and with a contiguous last dimension."""
+    """Return tensors with one head_dim, by columns of zeros; and with a contiguous last
+    dimension."""
     width = max(q.shape[3], v.shape[3])
     q, k, v = (
         x if x.shape[3] == width else torch.nn.functional.pad(x, (0, width - x.shape[3]))
@@ -85,7 +87,7 @@ def _of_equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def _visible_keys(problem: Problem, m: slice) -> slice:
-    """The keys that some query of a block may see by its position."""
+    """Return the keys that some query of a block may see by its position."""
     begin, end = 0, problem.seqlen_k
     if problem.window_left >= 0:
         begin = max(0, m.start + problem.diag_offset - problem.window_left)
@@ -97,7 +99,8 @@ def _visible_keys(problem: Problem, m: slice) -> slice:
 def _mask_of_block(
     problem: Problem, q: Tensor, mask: Tensor | None, m: slice, n: slice
 ) -> Tensor | None:
-    """An additive mask with all that hides keys of a block; its sizes are the block's, or 1."""
+    """Return an additive mask with all that hides keys of a block; its sizes are the block's, or
+    1."""
     if mask is not None:
         mask = mask[:, :, m] if mask.shape[2] > 1 else mask
         mask = mask[..., n] if mask.shape[3] > 1 else mask.expand(-1, -1, -1, n.stop - n.start)

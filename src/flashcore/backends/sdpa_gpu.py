@@ -1,5 +1,5 @@
-"""float32, float64 and head_dims above 256 on a GPU, which no kernel here serves: by torch's own
-attention, where it means the same and does not store all scores."""
+"""Compute float32, float64 and head_dims above 256 on a GPU, which no kernel here serves: by
+torch's own attention, where it means the same and does not store all scores."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _WIDE_DTYPES = ("float32", "float64")
 
 
 def means_the_same(problem: Problem) -> bool:
-    """Whether torch's SDPA can compute a problem on a GPU: no softcap, no window, and causality at
-    the upper left. A mask and causality exclude each other there, and so do a mask and lse."""
+    """Return whether torch's SDPA can compute a problem on a GPU: no softcap, no window, and
+    causality at the upper left. A mask and causality exclude each other there, and so do a mask and
+    lse."""
     is_causal = problem.window_right == problem.diag_offset == 0
     has_no_kernel = (
         problem.dtype in _WIDE_DTYPES or max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX
@@ -45,7 +46,7 @@ def attention_by_sdpa(
         q: [batch, num_heads_q, seqlen_q, head_dim], on a GPU.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         out, [batch, num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q,
@@ -76,7 +77,7 @@ def attention_by_sdpa(
 
 
 def _repeated(x: Tensor, times: int) -> Tensor:
-    """Every head so many times, as torch's memory-efficient kernel knows no groups."""
+    """Repeat every head so many times, as torch's memory-efficient kernel knows no groups."""
     if times == 1:
         return x
     batch, heads, seqlen, dim = x.shape
@@ -85,13 +86,13 @@ def _repeated(x: Tensor, times: int) -> Tensor:
 
 
 def _expanded(mask: Tensor, problem: Problem) -> Tensor:
-    """A view of the shape of the scores, boolean or of the dtype of q."""
+    """Return a view of the shape of the scores, boolean or of the dtype of q."""
     mask = mask if mask.dtype == torch.bool else mask.to(problem.torch_dtype)
     return mask.expand(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k)
 
 
 def _empty_rows(mask: Tensor) -> Tensor:
-    """[..., rows, 1], True where a mask hides every key."""
+    """Return [..., rows, 1], True where a mask hides every key."""
     if mask.dtype == torch.bool:
         hidden = ~mask
     else:

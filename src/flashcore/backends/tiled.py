@@ -1,4 +1,4 @@
-"""Attention and its gradient tile by tile in PyTorch: memory linear in seqlen, any device.
+"""Compute attention and its gradient tile by tile in PyTorch: memory linear in seqlen, any device.
 
 It serves CPU tensors, the dtypes that no kernel serves, and every backend's backward pass.
 
@@ -31,14 +31,14 @@ def attention_tiled(
     v: torch.Tensor,
     mask: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Forward pass by online softmax.
+    """Compute the forward pass by online softmax.
 
     Args:
         problem: the description of the call.
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         out: dtype of q, [batch, num_heads_q, seqlen_q, head_dim_v].
@@ -83,7 +83,7 @@ def attention_backward_tiled(
     dlse: torch.Tensor | None,
     needs_mask_grad: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Backward pass; recomputes the scores tile by tile.
+    """Compute the backward pass; it recomputes the scores tile by tile.
 
     With p = exp(score - lse) and delta = sum(dout * out) - dlse per row, the gradient of a score is
     p * (dout.v - delta): the first term of delta is the softmax's, the second flows through lse.
@@ -93,7 +93,7 @@ def attention_backward_tiled(
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         out: the forward's output.
         lse: the forward's lse.
         dout: gradient of out, or None for zero.
@@ -148,7 +148,7 @@ def attention_backward_tiled(
 
 @dataclass(frozen=True, slots=True)
 class Tiles:
-    """Cuts tensors into tiles in the stacked layout [batch, num_heads_kv, rows, columns]."""
+    """Cut tensors into tiles in the stacked layout [batch, num_heads_kv, rows, columns]."""
 
     problem: Problem
     q: torch.Tensor
@@ -158,11 +158,11 @@ class Tiles:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in."""
+        """Return what is computed in."""
         return self.problem.lse_dtype
 
     def m_blocks(self) -> Iterator[slice]:
-        """Slices of queries."""
+        """Return slices of queries."""
         p = self.problem
         if p.is_empty:
             return
@@ -172,7 +172,7 @@ class Tiles:
             yield slice(begin, min(begin + block_m, p.seqlen_q))
 
     def n_blocks(self, m: slice) -> Iterator[slice]:
-        """Slices of the keys that some query of `m` may see by its position."""
+        """Return slices of the keys that some query of `m` may see by its position."""
         p = self.problem
         begin, end = 0, p.seqlen_k
         if p.window_left >= 0:
@@ -183,20 +183,22 @@ class Tiles:
             yield slice(start, min(start + BLOCK_N_MAX, end))
 
     def rows(self, x: torch.Tensor, m: slice) -> torch.Tensor:
-        """[batch, num_heads_q, seqlen_q, c] -> [batch, num_heads_kv, group_size * rows, c]."""
+        """Return [batch, num_heads_q, seqlen_q, c] -> [batch, num_heads_kv, group_size * rows,
+        c]."""
         tile = x[:, :, m].to(self.dtype)
         return tile.reshape(tile.shape[0], self.problem.num_heads_kv, -1, tile.shape[3])
 
     def keys(self, x: torch.Tensor, n: slice) -> torch.Tensor:
-        """Rows `n` of k or v."""
+        """Return rows `n` of k or v."""
         return x[:, :, n].to(self.dtype)
 
     def to_heads(self, tile: torch.Tensor) -> torch.Tensor:
-        """[batch, num_heads_kv, group_size * rows, c] -> [batch, num_heads_q, rows, c]."""
+        """Return [batch, num_heads_kv, group_size * rows, c] -> [batch, num_heads_q, rows, c]."""
         return tile.view(tile.shape[0], self.problem.num_heads_q, -1, tile.shape[3])
 
     def mask_tile(self, mask: torch.Tensor, m: slice, n: slice) -> torch.Tensor:
-        """The part of `mask` for queries `m` and keys `n`: a view, broadcast sizes stay 1."""
+        """Return the part of `mask` for queries `m` and keys `n`: a view, broadcast sizes stay
+        1."""
         tile = mask[(None,) * (4 - mask.dim())]
         tile = tile[:, :, m] if tile.shape[2] > 1 else tile
         return tile[:, :, :, n] if tile.shape[3] > 1 else tile
@@ -204,7 +206,8 @@ class Tiles:
     def scores(
         self, q_tile: torch.Tensor, k_tile: torch.Tensor, m: slice, n: slice
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Scores of a tile, -inf where hidden; and the softcap's derivative, None without one."""
+        """Return scores of a tile, -inf where hidden; and the softcap's derivative, None without
+        one."""
         p = self.problem
         score = (q_tile @ k_tile.transpose(-1, -2)).mul_(p.scale)
         dcap = None
@@ -225,7 +228,7 @@ class Tiles:
         return score, dcap
 
     def hidden(self, m: slice, n: slice) -> torch.Tensor | None:
-        """[rows, columns], True where the position hides a key; None where it hides none."""
+        """Return [rows, columns], True where the position hides a key; None where it hides none."""
         p = self.problem
         first, last = m.start + p.diag_offset, m.stop - 1 + p.diag_offset
         cut_left = p.window_left >= 0 and n.start < last - p.window_left

@@ -1,4 +1,4 @@
-"""Torch's fused backward operators, given out and lse of our forward pass.
+"""Call torch's fused backward operators, given out and lse of our forward pass.
 
 Both recompute the weights from q, k and lse, so they take the results of any forward pass that
 computed the same attention:
@@ -14,11 +14,12 @@ import math
 import torch
 from torch import Tensor
 
+from flashcore.backends import torch_own
 from flashcore.problem import Problem
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
-_flash_operator = torch.ops.aten._flash_attention_backward
+_flash_operator = torch_own.flash_attention_backward
 _efficient_operator = torch.ops.aten._efficient_attention_backward
 
 FLASH_MIN_ARCH = 80
@@ -75,8 +76,8 @@ def obstacle_to_efficient(problem: Problem, mask_grad_elements: int) -> str | No
 
 
 def _flash_window(problem: Problem) -> tuple[int, int] | None:
-    """(left, right) around the diagonal of the last query, -1 for all; None where FlashAttention-2
-    has no such band."""
+    """Return (left, right) around the diagonal of the last query, -1 for all; None where
+    FlashAttention-2 has no such band."""
     if problem.varlen == "packed":
         if problem.causal == "upper_left" and problem.window_right >= 0:
             return None  # where that diagonal lies depends on each sequence's lengths
@@ -91,7 +92,7 @@ def _flash_window(problem: Problem) -> tuple[int, int] | None:
 
 
 def _efficient_band(problem: Problem) -> int | None:
-    """custom_mask_type; None where there is no such."""
+    """Return custom_mask_type; None where there is no such."""
     if problem.window_left >= 0:
         return None
     if problem.window_right < 0:
@@ -240,7 +241,7 @@ def efficient_gradients(
 
 
 def _bias(problem: Problem, mask: Tensor) -> Tensor:
-    """The mask as an additive one of q's dtype, rows BIAS_ALIGNMENT apart, expanded."""
+    """Return the mask as an additive one of q's dtype, rows BIAS_ALIGNMENT apart, expanded."""
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask.expand(*mask.shape[:3], problem.seqlen_k)
     columns = problem.seqlen_k + -problem.seqlen_k % BIAS_ALIGNMENT
@@ -255,12 +256,12 @@ def _bias(problem: Problem, mask: Tensor) -> Tensor:
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:
-    """x, or a copy of it: a gradient may arrive expanded."""
+    """Return x, or a copy of it: a gradient may arrive expanded."""
     return x if x.stride(-1) == 1 and 0 not in x.stride() else x.contiguous()
 
 
 def _without_empty_rows(problem: Problem, dout: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """dout and lse so that empty rows contribute 0: torch writes +inf for their lse."""
+    """Return dout and lse so that empty rows contribute 0: torch writes +inf for their lse."""
     last = problem.seqlen_q - 1 + problem.diag_offset
     if (
         problem.mask is None

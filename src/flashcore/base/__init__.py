@@ -1,1 +1,1 @@
-"""The ground floor: environment variables, this machine, files that processes share."""
+"""The ground floor holds environment variables, this machine, files that processes share."""

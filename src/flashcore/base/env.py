@@ -1,4 +1,4 @@
-"""Every environment variable that flashcore reads, documented once.
+"""Define every environment variable that flashcore reads, documented once.
 
 Each is read when it is needed, not at import, so a test or a notebook may change it at any time.
 """
@@ -18,7 +18,7 @@ from flashcore.errors import notice_once
 
 @dataclass(frozen=True, slots=True)
 class Variable:
-    """One environment variable.
+    """A Variable describes one environment variable.
 
     Args:
         name: the variable's name.
@@ -128,8 +128,8 @@ def _non_negative_int(variable: Variable, default: int) -> int:
 
 
 def cache_dir() -> Path:
-    """Folder of the on-disk cache; it need not exist yet. A private temporary one, with a warning,
-    where the one that was meant cannot be told."""
+    """Return folder of the on-disk cache; it need not exist yet. A private temporary one, with a
+    warning, where the one that was meant cannot be told."""
     wanted, trouble = wanted_cache_dir()
     if wanted is not None:
         return wanted
@@ -166,12 +166,12 @@ def wanted_cache_dir() -> tuple[Path | None, str]:
 
 
 def bundle() -> Path | None:
-    """Bundle of kernels compiled ahead of time, or None."""
+    """Return bundle of kernels compiled ahead of time, or None."""
     return _path(BUNDLE)
 
 
 def record() -> Path | None:
-    """File that collects the calls of this process, or None."""
+    """Return file that collects the calls of this process, or None."""
     return _path(RECORD)
 
 
@@ -186,17 +186,17 @@ def _path(variable: Variable) -> Path | None:
 
 
 def cxx() -> str | None:
-    """C++ compiler for the simulator, or None to search for one."""
+    """Return C++ compiler for the simulator, or None to search for one."""
     return _text(CXX)
 
 
 def sim_seed() -> int:
-    """Seed of the simulator's scheduler."""
+    """Return seed of the simulator's scheduler."""
     return _non_negative_int(SIM_SEED, 0)
 
 
 def sim_arch() -> int:
-    """Architecture (80 for sm_80) whose kernel the simulator runs."""
+    """Return architecture (80 for sm_80) whose kernel the simulator runs."""
     return _non_negative_int(SIM_ARCH, 80)
 
 
@@ -220,7 +220,7 @@ def _tuned() -> str:
 
 
 def launcher() -> str:
-    """What launches eager calls: "python" or "compiled"."""
+    """Return what launches eager calls: "python" or "compiled"."""
     text = _text(LAUNCHER) or "python"
     if text not in ("python", "compiled"):
         raise ValueError(

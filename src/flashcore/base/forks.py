@@ -1,4 +1,4 @@
-"""Locks that a forked child finds free.
+"""Make locks that a forked child finds free.
 
 A fork copies locks as they are, and only the thread that forks lives on in the child: a lock that
 another thread held at that moment stays locked there for ever, and what it guards is half changed.

@@ -1,4 +1,4 @@
-"""What lies in the cache, and what of it may go; see `flashcore cache`."""
+"""List what lies in the cache, and remove what of it may go; see `flashcore cache`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TUNED = "tuned tiles"  # minutes of work, and small: they stay unless they are a
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One file of a cache.
+    """An item describes one file of a cache.
 
     Args:
         kind: a key of what is kept, or LEFTOVERS.

@@ -1,4 +1,4 @@
-"""What this machine is: GPU, driver, package versions. Used by doctor and written into
+"""Find out what this machine is: GPU, driver, package versions. Used by doctor and written into
 benchmarks."""
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ _PACKAGES = (
 
 
 def now() -> str:
-    """The date and time of a measurement: UTC, ISO 8601, to the second."""
+    """Return the date and time of a measurement: UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU. `arch` is 90 for sm_90; sizes in bytes; power in watts, clocks in MHz."""
+    """A Gpu describes one GPU. `arch` is 90 for sm_90; sizes in bytes; power in watts, clocks in
+    MHz."""
 
     name: str
     arch: int
@@ -48,7 +49,7 @@ class Gpu:
 
 
 def gpu(index: int = 0) -> Gpu | None:
-    """The GPU that torch would use, or None."""
+    """Return the GPU that torch would use, or None."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(index)
@@ -86,7 +87,7 @@ def _number(text: str) -> float | None:
 
 
 def cpu_name() -> str:
-    """The CPU's model name and the number of cores this process may use."""
+    """Return the CPU's model name and the number of cores this process may use."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -98,7 +99,7 @@ def cpu_name() -> str:
 
 
 def available_cores() -> int:
-    """Cores this process may use, at least 1."""
+    """Return cores this process may use, at least 1."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -114,7 +115,7 @@ def install_command() -> str:
 
 
 def package_version(name: str) -> str | None:
-    """Version of an installed distribution, or None."""
+    """Return version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -122,7 +123,7 @@ def package_version(name: str) -> str | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the installed packages that matter here."""
+    """Return versions of Python and of the installed packages that matter here."""
     found = {"flashcore": __version__, "python": platform.python_version()}
     for name in _PACKAGES:
         version = package_version(name)

@@ -1,4 +1,4 @@
-"""Files that one process leaves for the next: compiled kernels and what a C++ compiler built.
+"""Keep files that one process leaves for the next: compiled kernels and what a C++ compiler built.
 
 They lie in the cache folder and, where nothing can be written there, in a private temporary one.
 Several processes and several users may share a cache, so
@@ -149,7 +149,7 @@ def write(root: Path, kind: str, name: str, data: bytes) -> None:
 
 
 def _made(root: Path, kind: str) -> Path:
-    """A folder below a root, with the root's mode: where others may write, they may here."""
+    """Return a folder below a root, with the root's mode: where others may write, they may here."""
     root.mkdir(parents=True, exist_ok=True)
     folder = root
     for part in Path(kind).parts:

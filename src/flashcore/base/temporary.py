@@ -1,4 +1,4 @@
-"""A folder for temporary files that only this user reads and writes."""
+"""Make a folder for temporary files that only this user reads and writes."""
 
 from __future__ import annotations
 

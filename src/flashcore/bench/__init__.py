@@ -1,4 +1,4 @@
-"""Side-by-side timing of attention implementations. `run` does the work, `report` shows it."""
+"""Time side by side the attention implementations. `run` does the work, `report` shows it."""
 
 from flashcore.bench.run import run
 

@@ -1,4 +1,4 @@
-"""What the hardware gives at most, measured in the same run: a large matmul and a large copy."""
+"""Measure what the hardware gives at most, in the same run: a large matmul and a large copy."""
 
 from __future__ import annotations
 

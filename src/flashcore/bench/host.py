@@ -1,4 +1,4 @@
-"""What an eager call costs the host: flashcore beside torch's SDPA, and flashcore's layers.
+"""Measure what an eager call costs the host: flashcore beside torch's SDPA, and flashcore's layers.
 
 Small calls are bound by the host: their kernels are done before the next one is enqueued.
 """
@@ -96,7 +96,7 @@ def run(device: str, rounds: int = 9) -> dict[str, Any]:
 def _libraries(
     device: str, workload: Workload, peers: Sequence[Library], q: Tensor, k: Tensor, v: Tensor
 ) -> tuple[dict[str, Entry], dict[str, str]]:
-    """What runs, by name; and why others, of those that are meant for such calls, do not."""
+    """Return what runs, by name; and why others, of those that are meant for such calls, do not."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
     found: dict[str, Entry] = {
         name: (lambda: flashcore.attention(q, k, v), functools.partial(launcher.using, how))
@@ -129,7 +129,7 @@ def _libraries(
             with context():
                 call()
             _wait(device)
-        except Exception as error:  # likewise
+        except Exception as error:  # a library may raise anything
             failed[name] = first_line(error)
             del found[name]
     return found, failed
@@ -145,7 +145,7 @@ def _times(
     device: str,
     rounds: int,
 ) -> dict[str, tuple[float, float]]:
-    """(host, latency) in microseconds by name."""
+    """Return (host, latency) in microseconds by name."""
     host: dict[str, list[float]] = {name: [] for name in entries}
     latency: dict[str, list[float]] = {name: [] for name in entries}
     for _ in range(rounds + 1):  # the first warms up
@@ -181,7 +181,8 @@ def _latency_us(call: Call, device: str, count: int = 50) -> float:
 
 
 def _layers(device: str, q: Tensor, k: Tensor, v: Tensor, rounds: int) -> list[dict[str, Any]]:
-    """Parts of a flashcore call, and what it would cost through the dispatcher."""
+    """Return the times of the parts of a flashcore call, and what it would cost through the
+    dispatcher."""
     call = calls.find(q, k, v, None, False, None, None, None, False, "auto").call
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
     leaf = q.detach().requires_grad_()
@@ -210,7 +211,7 @@ def _layers(device: str, q: Tensor, k: Tensor, v: Tensor, rounds: int) -> list[d
 
 
 def _launch_layers(call: object, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Call]:
-    """Those of a kernel; none where PyTorch computes."""
+    """Return the times of a kernel's layers; none where PyTorch computes."""
     if q.device.type != "cuda":
         return {}
     from flashcore.launch.kernel_call import KernelCall
@@ -227,7 +228,7 @@ def _launch_layers(call: object, q: Tensor, k: Tensor, v: Tensor) -> dict[str, C
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """The tables."""
+    """Return the tables as Markdown."""
     rows = document["results"]
     timed = [row for row in rows if "host_us" in row]
     lines = []

@@ -1,5 +1,5 @@
-"""Who is timed: flashcore, torch's SDPA with each of its backends, plain unfused PyTorch; other
-peers are in peers.py."""
+"""Define who is timed: flashcore, torch's SDPA with each of its backends, plain unfused PyTorch;
+other peers are in peers.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Prepare = Callable[[Workload, Tensor, Tensor, Tensor, "Tensor | None"], Call]
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """One implementation.
+    """A library describes one implementation.
 
     Args:
         name: for tables.
@@ -40,7 +40,7 @@ class Library:
     compiles_slowly: bool = False
 
     def skip_reason(self, workload: Workload) -> str | None:
-        """Why this workload is not run, or None."""
+        """Return why this workload is not run, or None."""
         if self.groups is not None and workload.group not in self.groups:
             return f"timed only in the groups {' and '.join(self.groups)}"
         if self.compiles_slowly and not workload.compiles:
@@ -65,8 +65,8 @@ EVERYTHING = frozenset({"window", "softcap", "mask", "gqa"})
 
 
 def packed(workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ...]:
-    """The arguments that all functions for packed sequences begin with, on a workload that has
-    them: q, k, v [total, num_heads, head_dim], cu_seqlens twice, the longest length twice."""
+    """Return the arguments that all functions for packed sequences begin with, on a workload that
+    has them: q, k, v [total, num_heads, head_dim], cu_seqlens twice, the longest length twice."""
     lengths = workload.lengths
     assert lengths is not None
     ends = torch.tensor((0, *lengths), device=q.device).cumsum(0).int()
@@ -75,7 +75,7 @@ def packed(workload: Workload, q: Tensor, k: Tensor, v: Tensor) -> tuple[Any, ..
 
 
 def flashcore_call(backend: str) -> Prepare:
-    """flashcore.attention with a given backend."""
+    """Return a call of flashcore.attention with a given backend."""
 
     def prepare(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
         from flashcore import attention, attention_varlen
@@ -121,8 +121,8 @@ def _sdpa(backend: SDPBackend | None) -> Prepare:
 
 
 def _flash(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
-    """torch's FlashAttention-2. SDPA has no window, but the operation under it has; it takes
-    [batch, seqlen, num_heads, head_dim]."""
+    """Return a call of torch's FlashAttention-2. SDPA has no window, but the operation under it
+    has; it takes [batch, seqlen, num_heads, head_dim]."""
     if workload.window is None:
         return _sdpa(SDPBackend.FLASH_ATTENTION)(workload, q, k, v, mask)
     rows_first = [x.transpose(1, 2) for x in (q, k, v)]
@@ -145,7 +145,7 @@ def _flash(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | N
 
 
 def _unfused(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
-    """Three separate operations, the scores in memory between them."""
+    """Compute attention by three separate operations, the scores in memory between them."""
     del mask  # timed without
     scale = 1.0 / math.sqrt(workload.head_dim)
     hidden = None
@@ -167,7 +167,7 @@ _STORING = {"groups": ("seed", "sweep"), "max_score_bytes": _SCORES_LIMIT}
 
 
 def gpu_libraries() -> list[Library]:
-    """What is always there on a GPU, flashcore first."""
+    """Return what is always there on a GPU, flashcore first."""
     masks = frozenset({"mask", "gqa"})
     return [
         Library("flashcore", flashcore_call("auto"), EVERYTHING | {"varlen"}),
@@ -181,7 +181,7 @@ def gpu_libraries() -> list[Library]:
 
 
 def cpu_libraries() -> list[Library]:
-    """What a CPU can run fast."""
+    """Return what a CPU can run fast."""
     return [
         Library("flashcore", flashcore_call("auto"), EVERYTHING | {"varlen"}),
         Library("sdpa", _sdpa(None), frozenset({"mask", "gqa"})),

@@ -1,4 +1,5 @@
-"""Peers that are not always there: FlexAttention (it needs Triton), FlashAttention-3 and -4."""
+"""Find peers that are not always there: FlexAttention (it needs Triton), FlashAttention-3 and
+-4."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ _POSITIONS = frozenset({"window", "softcap", "gqa"})
 
 
 def find_peers() -> tuple[list[Library], list[dict[str, str]]]:
-    """The peers that can be imported; and for each of the others {"library", "reason"}."""
+    """Return the peers that can be imported; and for each of the others {"library", "reason"}."""
     candidates = [
         (Library("flex", _flex, EVERYTHING, compiles_slowly=True), "triton"),
         (Library("fa3", _fa3, _POSITIONS | {"varlen"}), "flash_attn_interface"),
@@ -43,7 +44,7 @@ def find_peers() -> tuple[list[Library], list[dict[str, str]]]:
 
 
 def _flex(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
-    """FlexAttention, compiled for this shape."""
+    """Return a call of FlexAttention, compiled for this shape."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     block_mask = None
@@ -73,7 +74,7 @@ def _flex(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | No
 
 @contextlib.contextmanager
 def _time_limit(what: str) -> Iterator[None]:
-    """Raises TimeoutError when its block takes longer than _COMPILE_SECONDS; in the main thread, as
+    """Raise TimeoutError when the block takes longer than _COMPILE_SECONDS; in the main thread, as
     only that is interrupted by signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -92,7 +93,7 @@ def _time_limit(what: str) -> Iterator[None]:
 
 
 def _visible(workload: Workload, mask: Tensor | None) -> Callable[..., Tensor] | None:
-    """FlexAttention's mask_mod of a workload (self-attention where causal), or None."""
+    """Return FlexAttention's mask_mod of a workload (self-attention where causal), or None."""
     left = -1 if workload.window is None else workload.window[0]
     if mask is not None and mask.dtype == torch.bool:
         keep = mask
@@ -118,7 +119,7 @@ def _score_mod(workload: Workload, mask: Tensor | None) -> Callable[..., Tensor]
 
 
 def _fa3(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
-    """FlashAttention-3."""
+    """Return a call of FlashAttention-3."""
     del mask
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
@@ -131,7 +132,8 @@ def _fa3(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | Non
 
 
 def _torch_varlen(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
-    """torch's own, FlashAttention-2; the option's name depends on its version."""
+    """Return a call of torch's own FlashAttention-2 for packed sequences; the option's name depends
+    on its version."""
     del mask
     function = importlib.import_module(_VARLEN).varlen_attn
     options: dict[str, Any] = {"is_causal": workload.causal}
@@ -141,7 +143,8 @@ def _torch_varlen(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Ten
 
 
 def packed_call(function: Callable[..., Any], arguments: Any, options: dict[str, Any]) -> Call:
-    """A call of a function for packed sequences that returns out, or a tuple that starts with it.
+    """Return a call of a function for packed sequences that returns out, or a tuple that starts
+    with it.
 
     Args:
         function: of q, k and v, [total, num_heads, head_dim] each, and the lengths.
@@ -158,7 +161,7 @@ def packed_call(function: Callable[..., Any], arguments: Any, options: dict[str,
 
 
 def _fa4(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
-    """FlashAttention-4, where None is an unbounded side of a window."""
+    """Return a call of FlashAttention-4, where None is an unbounded side of a window."""
     del mask
     from flash_attn.cute import flash_attn_func
 
@@ -173,8 +176,8 @@ def rows_first_call(
     qkv: tuple[Tensor, Tensor, Tensor],
     window: tuple[int | None, int | None],
 ) -> Call:
-    """A call of a function that takes [batch, seqlen, num_heads, head_dim] and returns out, or a
-    tuple that starts with it, depending on its version.
+    """Return a call of a function that takes [batch, seqlen, num_heads, head_dim] and returns out,
+    or a tuple that starts with it, depending on its version.
 
     Args:
         function: `flash_attn_func` of FlashAttention-3 or -4.

@@ -1,4 +1,4 @@
-"""A plot of benchmark results: TFLOP/s over sequence length, made from the JSON document."""
+"""Draw a plot of benchmark results: TFLOP/s over sequence length, made from the JSON document."""
 
 from __future__ import annotations
 

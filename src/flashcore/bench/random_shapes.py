@@ -1,4 +1,4 @@
-"""Shapes drawn at random, which nobody has tuned for."""
+"""Draw shapes at random, which nobody has tuned for."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _NUM_COMPILED = 3
 
 
 def random_shapes(count: int, seed: int = 0) -> list[Workload]:
-    """Self-attention of the group "random": lengths of any remainder, grouped queries, head_dims
-    64 to 256, full, causal or with a window, small and large, half of them float16.
+    """Draw self-attention of the group "random": lengths of any remainder, grouped queries,
+    head_dims 64 to 256, full, causal or with a window, small and large, half of them float16.
 
     Args:
         count: how many, all different.

@@ -1,4 +1,4 @@
-"""Benchmark results for people: Markdown tables, made from the JSON document only."""
+"""Write benchmark results for people: Markdown tables, made from the JSON document only."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ TITLES = {
 
 
 def markdown(document: Document) -> str:
-    """The whole report: conditions, summary, one table for each group of workloads, errors."""
+    """Return the whole report: conditions, summary, one table for each group of workloads,
+    errors."""
     everything = document["results"]
     parts = [conditions(document), "### Summary", summary_table(everything)]
     parts += ["\n".join(f"- {line}" for line in remarks(document))]
@@ -38,7 +39,7 @@ def markdown(document: Document) -> str:
 
 
 def summary_table(rows: Sequence[Row]) -> str:
-    """One line a group: geometric means of time over flashcore's time."""
+    """Return one line a group: geometric means of time over flashcore's time."""
     lines = []
     for group, found in summarize(rows).items():
         each = ", ".join(f"{name} {times(ratio)}" for name, ratio in found["vs"].items())
@@ -47,7 +48,7 @@ def summary_table(rows: Sequence[Row]) -> str:
 
 
 def mean_cells(group: str, found: Mapping[str, Any]) -> list[str]:
-    """A group's part of `summarize`, its shapes taken together."""
+    """Return the cells of a group's part of `summarize`, its shapes taken together."""
     return [
         group,
         str(found["shapes"]),
@@ -58,7 +59,7 @@ def mean_cells(group: str, found: Mapping[str, Any]) -> list[str]:
 
 
 def window_lines(rows: Sequence[Row]) -> list[str]:
-    """A sentence for each window: its time over its share of the work."""
+    """Return a sentence for each window: its time over its share of the work."""
     return [
         f"{workload}: time over the share of 128 x 128 tiles touched, relative to the same without "
         "a window: " + ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items())
@@ -68,7 +69,7 @@ def window_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def worst_lines(rows: Sequence[Row]) -> list[str]:
-    """Of shapes drawn at random, a sentence for each on which flashcore stands worst."""
+    """Return a sentence for each of the shapes drawn at random on which flashcore stands worst."""
     return [
         f"among the worst of the shapes drawn at random: {name}, {ratio:.2f}x the speed of {peer}"
         for name, ratio, peer in worst(rows, "random")
@@ -76,13 +77,13 @@ def worst_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def remarks(document: Document) -> list[str]:
-    """What the tables do not say, a sentence each."""
+    """Return what the tables do not say, a sentence each."""
     rows = document["results"]
     return [*worst_lines(rows), *window_lines(rows), *skipped(document)]
 
 
 def conditions(document: Document) -> str:
-    """One paragraph: hardware, versions, method, ceilings, command."""
+    """Return one paragraph: hardware, versions, method, ceilings, command."""
     gpu, versions = document["gpu"], document["versions"]
     where = document["cpu"]
     if gpu is not None:
@@ -101,12 +102,12 @@ def conditions(document: Document) -> str:
 
 
 def libraries_of(rows: Sequence[Row]) -> list[str]:
-    """Those that ran on some shape."""
+    """Return those libraries that ran on some shape."""
     return list(dict.fromkeys(row["library"] for row in rows if "seconds" in row))
 
 
 def time_and_rate(row: Row | None) -> str:
-    """A row in its group's `unit`."""
+    """Return a row's time and rate, in its group's `unit`."""
     if row is None:
         return "-"
     if _reads(row["group"]):
@@ -115,7 +116,7 @@ def time_and_rate(row: Row | None) -> str:
 
 
 def unit(group: str) -> str:
-    """Of `time_and_rate`, for rows of a group."""
+    """Return the unit of `time_and_rate`, for rows of a group."""
     return "us / GB/s" if _reads(group) else "us / TFLOP/s"
 
 
@@ -140,7 +141,7 @@ def times_table(rows: Sequence[Row]) -> str:
 
 
 def errors_table(rows: Sequence[Row]) -> str:
-    """Largest / mean absolute error of each library."""
+    """Return largest / mean absolute error of each library."""
     libraries = libraries_of(rows)
     lines = [
         [workload, *(errors(entries.get(library)) for library in libraries)]
@@ -150,22 +151,23 @@ def errors_table(rows: Sequence[Row]) -> str:
 
 
 def errors(row: Row | None) -> str:
-    """A row's largest / mean absolute error."""
+    """Return a row's largest / mean absolute error."""
     return "-" if row is None else f"{row['max_error']:.1e} / {row['mean_error']:.1e}"
 
 
 def times(ratio: float | None) -> str:
-    """How many times as fast."""
+    """Return how many times as fast."""
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def left_out(document: Document) -> list[str]:
-    """One line for each library that ran on no shape."""
+    """Return one line for each library that ran on no shape."""
     return [f"{row['library']}: {row['reason']}" for row in document.get("left_out", [])]
 
 
 def skipped(document: Document) -> list[str]:
-    """One line for each library and reason that kept it from running, altogether or on a shape."""
+    """Return one line for each library and reason that kept it from running, altogether or on a
+    shape."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in document["results"]:
         if "skipped" in row:
@@ -179,6 +181,6 @@ def skipped(document: Document) -> list[str]:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Markdown."""
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

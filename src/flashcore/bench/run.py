@@ -1,4 +1,4 @@
-"""The benchmark: every workload through every library, with errors, ceilings and conditions."""
+"""Run the benchmark: every workload through every library, with errors, ceilings and conditions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CHECKED_ROWS = 256
 def workloads_for(
     device: str, quick: bool = False, groups: Sequence[str] | None = None
 ) -> list[Workload]:
-    """The shapes a run covers on a device.
+    """Return the shapes a run covers on a device.
 
     Args:
         device: "cuda" or "cpu".
@@ -127,7 +127,8 @@ def _tile_table_date() -> str | None:
 
 
 def command_line() -> str:
-    """The command as typed, without the folders of absolute paths: they mean nothing elsewhere."""
+    """Return the command as typed, without the folders of absolute paths: they mean nothing
+    elsewhere."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return shlex.join(["flashcore", *words])
 
@@ -174,7 +175,7 @@ def _run_workload(
 
 
 def _row(workload: Workload, library: Library) -> dict[str, Any]:
-    """What a row of the results begins with."""
+    """Return what a row of the results begins with."""
     row = {"workload": workload.name, **asdict(workload), "library": library.name}
     if workload.group == "window":
         row["window_tiles"] = workload.window_tiles
@@ -200,7 +201,8 @@ def _figures(workload: Workload, timing: Timing, limits: dict[str, float]) -> di
 
 
 class _Slices:
-    """Float64 output of the first and last query rows of the first and last head of batch 0."""
+    """Hold the float64 output of the first and last query rows of the first and last head of batch
+    0."""
 
     def __init__(
         self, workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
@@ -220,7 +222,7 @@ class _Slices:
         )[0]
 
     def _bias(self, workload: Workload, mask: Tensor | None) -> Tensor:
-        """Mask tensor, causality and window as one additive mask of the checked rows."""
+        """Return mask tensor, causality and window as one additive mask of the checked rows."""
         keys = torch.arange(workload.keys, device=self.rows.device)
         ahead = keys[None, :] - (self.rows[:, None] + workload.keys - workload.seqlen)
         left, right = (-1, -1) if workload.window is None else workload.window
@@ -245,6 +247,6 @@ class _Slices:
         return bias.masked_fill(hidden, -torch.inf)
 
     def errors(self, out: Tensor) -> dict[str, float]:
-        """Largest and mean absolute error of an output."""
+        """Return largest and mean absolute error of an output."""
         error = (out[:1, self.heads][:, :, self.rows].double() - self.expected).abs()
         return {"max_error": float(error.max()), "mean_error": float(error.mean())}

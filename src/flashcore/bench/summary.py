@@ -1,4 +1,5 @@
-"""What the results of a benchmark say, in few numbers. Made from the JSON document's rows only."""
+"""Say in few numbers what the results of a benchmark are. Made from the JSON document's rows
+only."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ OURS = "flashcore"
 
 
 def by_workload(rows: Iterable[Row], group: str) -> dict[str, dict[str, Row]]:
-    """The timed rows of a group: workload name -> library -> row, in the file's order."""
+    """Return the timed rows of a group: workload name -> library -> row, in the file's order."""
     grouped: dict[str, dict[str, Row]] = {}
     for row in rows:
         if row["group"] == group:
@@ -24,7 +25,7 @@ def by_workload(rows: Iterable[Row], group: str) -> dict[str, dict[str, Row]]:
 
 
 def best_peer(entries: Entries) -> Row | None:
-    """The fastest row that is not flashcore's, or None."""
+    """Return the fastest row that is not flashcore's, or None."""
     others = [row for name, row in entries.items() if not name.startswith(OURS)]
     return min(others, key=lambda row: float(row["seconds"]), default=None)
 
@@ -38,12 +39,12 @@ def speedup(entries: Entries) -> float | None:
 
 
 def geometric_mean(values: Sequence[float]) -> float:
-    """Of at least one positive number."""
+    """Return the geometric mean of at least one positive number."""
     return math.exp(math.fsum(map(math.log, values)) / len(values))
 
 
 def summarize(rows: Sequence[Row]) -> dict[str, Any]:
-    """flashcore beside its peers.
+    """Compare flashcore with its peers.
 
     Args:
         rows: the document's results.
@@ -80,7 +81,7 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def worst(rows: Sequence[Row], group: str, count: int = 5) -> list[tuple[str, float, str]]:
-    """The workloads of a group on which flashcore stands worst, the worst first.
+    """Return the workloads of a group on which flashcore stands worst, the worst first.
 
     Args:
         rows: the document's results.

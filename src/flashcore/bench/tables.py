@@ -1,4 +1,4 @@
-"""The tables of a benchmark's document that pages of the documentation show."""
+"""Make the tables of a benchmark's document that pages of the documentation show."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _microseconds(row: Row | None) -> str:
 
 
 def seed_table(document: Document) -> str:
-    """The project's first shape: microseconds, and errors against float64."""
+    """Return the project's first shape: microseconds, and errors against float64."""
     header = ["us", "unfused", "sdpa-flash", "best peer", "flashcore-wmma", "flashcore"]
     header.append("largest / mean error")
     lines = []
@@ -70,7 +70,7 @@ def group_table(document: Document, group: str) -> str:
 
 
 def group_sections(document: Document) -> list[str]:
-    """Heading and table of each group of GROUPS that the file has."""
+    """Return heading and table of each group of GROUPS that the file has."""
     present = {row["group"] for row in document["results"]}
     sections = []
     for group in (group for group in GROUPS if group in present):
@@ -80,14 +80,14 @@ def group_sections(document: Document) -> list[str]:
 
 
 def means_table(document: Document) -> str:
-    """One line a group: the geometric mean of flashcore's speed over the best peer's."""
+    """Return one line a group: the geometric mean of flashcore's speed over the best peer's."""
     rows = [mean_cells(group, found) for group, found in summarize(document["results"]).items()]
     header = ["flashcore's speed over the best peer's", "shapes", "geometric mean", "ahead on"]
     return table([*header, "at least"], rows)
 
 
 def error_table(document: Document) -> str:
-    """Largest / mean error against float64, of the seed's shape and a slice of the sweep."""
+    """Return largest / mean error against float64, of the seed's shape and a slice of the sweep."""
     rows = {
         f"{workload}, {first['dtype']}": entries
         for group in ("seed", "sweep")
@@ -104,7 +104,7 @@ def error_table(document: Document) -> str:
 
 
 def summary(document: Document) -> str:
-    """One sentence on all shapes of the file, the worst one named."""
+    """Return one sentence on all shapes of the file, the worst one named."""
     groups = dict.fromkeys(row["group"] for row in document["results"])
     ratios = {
         (group, workload): ratio
@@ -124,13 +124,13 @@ def summary(document: Document) -> str:
 
 
 def where(document: Document) -> str:
-    """Machine, torch and day."""
+    """Return machine, torch and day."""
     gpu, torch = document["gpu"], document["versions"]["torch"]
     name = document["cpu"] if gpu is None else gpu["name"]
     return f"{name}, torch {torch}, {document['date'][:10]}"
 
 
 def dtypes(document: Document, group: str) -> str:
-    """Of a group's shapes."""
+    """Return the dtypes of a group's shapes."""
     rows = (row["dtype"] for row in document["results"] if row["group"] == group)
     return " and ".join(dict.fromkeys(rows))

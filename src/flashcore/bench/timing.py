@@ -1,4 +1,4 @@
-"""Timing on the GPU by CUDA graph replays, on the CPU by the clock.
+"""Time calls on the GPU by CUDA graph replays, on the CPU by the clock.
 
 A graph holds many calls, so the host's launch cost does not show and what is measured is the
 kernel's time, including gaps between dependent kernels. The libraries' replays take turns in every
@@ -30,7 +30,8 @@ _LONG_CALL_SECONDS = 1e-3  # from here on an eager call takes as long as its ker
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds per call. `eager` includes the host: calls back to back, without a graph."""
+    """A timing holds seconds per call. `eager` includes the host: calls back to back, without a
+    graph."""
 
     median: float
     rounds: tuple[float, ...]
@@ -82,14 +83,16 @@ def time_on_gpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing 
 
 
 def orders(names: Sequence[str], rounds: int) -> Iterator[list[str]]:
-    """All names once a round, in an order that differs from round to round, not from run to run."""
+    """Return all names once a round, in an order that differs from round to round, not from run to
+    run."""
     shuffle = random.Random(0)
     for _ in range(rounds):
         yield shuffle.sample(names, len(names))
 
 
 def quick_seconds(call: Call, replays: int = 3) -> float:
-    """Seconds of a call on the GPU in little time: to tell what is worth `time_on_gpu`.
+    """Return the seconds of a call on the GPU, measured in little time: to tell what is worth
+    `time_on_gpu`.
 
     Args:
         call: as there.
@@ -113,7 +116,8 @@ def quick_seconds(call: Call, replays: int = 3) -> float:
 
 
 def _eager_seconds(call: Call) -> float:
-    """Seconds per call, back to back, after a warm-up that also compiles and fills caches."""
+    """Return seconds per call, back to back, after a warm-up that also compiles and fills
+    caches."""
     for _ in range(3):
         call()
     torch.cuda.synchronize()
@@ -157,7 +161,7 @@ def _replay_seconds(entry: _Captured) -> float:
 
 
 def time_on_cpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing | str]:
-    """The same on the CPU: every round times one call of each, after a warm-up."""
+    """Time calls on the CPU: every round times one call of each, after a warm-up."""
     results: dict[str, Timing | str] = {}
     samples: dict[str, list[float]] = {}
     for name, call in calls.items():
@@ -177,14 +181,14 @@ def time_on_cpu(calls: Mapping[str, Call], rounds: int = 5) -> dict[str, Timing 
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, short enough for a table."""
+    """Return what an exception says, short enough for a table."""
     lines = str(error).strip().splitlines()
     return lines[0][:160] if lines else type(error).__name__
 
 
 def _reason(error: Exception, caught: Sequence[warnings.WarningMessage]) -> str:
-    """`first_line`, and the why that torch's SDPA gives in warnings only: one about each backend,
-    of which those that were not asked for are "disabled"."""
+    """Return `first_line`, and the reason that torch's SDPA gives in warnings only: one about each
+    backend, of which those that were not asked for are "disabled"."""
     texts = (str(warning.message).partition(" (Triggered")[0] for warning in caught)
     why = [
         text

@@ -1,4 +1,4 @@
-"""What is timed: the shapes and options, their floating-point operations and their bytes."""
+"""Define what is timed: the shapes and options, their floating-point operations and their bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MASKS = ("bool", "padding", "additive")
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """One attention forward on N(0, 1).
+    """A workload is one attention forward on N(0, 1).
 
     Args:
         group: the table it stands in.
@@ -33,7 +33,7 @@ class Workload:
         num_heads_kv: heads of k and v; None: as of q.
         seqlen_k: of k and v; None: as of q.
         window: (left, right) as in `attention`.
-        softcap: as in `attention`.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: "bool" [1, 1, seqlen, seqlen], "padding" (bool, [batch, 1, 1, seqlen]) or "additive"
             [1, num_heads, seqlen, seqlen].
         lengths: of sequences packed one after the other, `seqlen` tokens in all; batch is 1.
@@ -57,17 +57,17 @@ class Workload:
 
     @property
     def heads_kv(self) -> int:
-        """Heads of k and v."""
+        """Return heads of k and v."""
         return self.num_heads if self.num_heads_kv is None else self.num_heads_kv
 
     @property
     def keys(self) -> int:
-        """Keys of a sequence."""
+        """Return keys of a sequence."""
         return self.seqlen if self.seqlen_k is None else self.seqlen_k
 
     @property
     def name(self) -> str:
-        """Such as "B1 H8 S512 D64 causal", "B1 H32/8 S1/2048 D128 full"."""
+        """Return a name such as "B1 H8 S512 D64 causal", "B1 H32/8 S1/2048 D128 full"."""
         heads = str(self.num_heads)
         if self.num_heads_kv is not None:
             heads += f"/{self.num_heads_kv}"
@@ -91,8 +91,8 @@ class Workload:
 
     @property
     def flops(self) -> float:
-        """Two matrix products, 2 operations a multiply-add. Causal counts half, as is usual, a
-        window the keys in it, a mask tensor nothing less."""
+        """Return the operations of two matrix products, 2 operations a multiply-add. Causal counts
+        half, as is usual, a window the keys in it, a mask tensor nothing less."""
         pairs = float(self.seqlen * self.keys)
         if self.lengths is not None:
             pairs = float(sum(length * length for length in self.lengths))
@@ -104,7 +104,7 @@ class Workload:
 
     @property
     def num_bytes(self) -> float:
-        """q, k, v and the mask tensor read once and out written once, in bytes."""
+        """Return the bytes of q, k, v and the mask tensor, read once, and of out, written once."""
         element = 4 if self.dtype == "float32" else 2
         rows = 2 * self.num_heads * self.seqlen + 2 * self.heads_kv * self.keys
         square = self.seqlen * self.keys
@@ -118,7 +118,8 @@ class Workload:
 
     @property
     def window_tiles(self) -> int:
-        """Tiles of 128 queries x 128 keys of one head that hold a visible pair."""
+        """Return the number of tiles of 128 queries x 128 keys of one head that hold a visible
+        pair."""
         count = 0
         for row in range(0, self.seqlen, _WINDOW_TILE):
             first, _ = self._band(row)
@@ -127,7 +128,7 @@ class Workload:
         return count
 
     def _band(self, row: int) -> tuple[int, int]:
-        """First key that a query sees, and the one after its last, by position."""
+        """Return first key that a query sees, and the one after its last, by position."""
         left, right = (-1, -1) if self.window is None else self.window
         aligned = row + self.keys - self.seqlen
         first = 0 if left < 0 else max(0, aligned - left)
@@ -137,7 +138,8 @@ class Workload:
         return first, last
 
     def tensors(self, device: str) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v: views of [batch, seqlen, num_heads, head_dim], as projections write them."""
+        """Return q, k, v: views of [batch, seqlen, num_heads, head_dim], as projections write
+        them."""
         generator = torch.Generator(device=device).manual_seed(0)
         dtype = getattr(torch, self.dtype)
 
@@ -149,8 +151,8 @@ class Workload:
         return draw(self.seqlen, self.num_heads), draw(keys, heads_kv), draw(keys, heads_kv)
 
     def mask_tensor(self, device: str) -> Tensor | None:
-        """The mask, as `attention` takes it. Every row keeps a key: what an empty row is differs
-        between libraries."""
+        """Return the mask, as `attention` takes it. Every row keeps a key: what an empty row is
+        differs between libraries."""
         if self.mask is None:
             return None
         generator = torch.Generator(device=device).manual_seed(1)
@@ -167,14 +169,15 @@ class Workload:
 
 
 def seed_shape(dtype: str = "float16") -> list[Workload]:
-    """The project's first benchmark: B1 H8 S512 D64."""
+    """Return the project's first benchmark: B1 H8 S512 D64."""
     return [
         Workload("seed", 1, 8, 512, 64, causal, dtype, compiles=True) for causal in (False, True)
     ]
 
 
 def sweep(quick: bool = False) -> list[Workload]:
-    """16k tokens, hidden size 2048, head_dim 64 to 256, seqlen 512 to 16k, full and causal."""
+    """Return 16k tokens at hidden size 2048: head_dim 64 to 256, seqlen 512 to 16k, full and
+    causal."""
     return [
         Workload(
             "sweep",
@@ -193,7 +196,7 @@ def sweep(quick: bool = False) -> list[Workload]:
 
 
 def gqa() -> list[Workload]:
-    """Fewer heads of k and v, as in Llama and Mistral."""
+    """Return shapes with fewer heads of k and v, as Llama and Mistral have."""
     return [
         Workload(
             "gqa", 1, heads, seqlen, 128, True, "bfloat16", 8, compiles=heads * seqlen == 2**18
@@ -204,8 +207,8 @@ def gqa() -> list[Workload]:
 
 
 def small() -> list[Workload]:
-    """Calls that do not fill a GPU: each length and number of heads full at one head_dim, causal at
-    the other; float16 at head_dim 64, bfloat16 at 128."""
+    """Return calls that do not fill a GPU: each length and number of heads full at one head_dim,
+    causal at the other; float16 at head_dim 64, bfloat16 at 128."""
     return [
         Workload(
             "small",
@@ -223,7 +226,7 @@ def small() -> list[Workload]:
 
 
 def window() -> list[Workload]:
-    """A sliding window over long sequences, and the same without it, to compare with."""
+    """Return a sliding window over long sequences, and the same without it, to compare with."""
     return [
         Workload(
             "window", 1, 2048 // dim, 16384, dim, True, "bfloat16", window=bounds, compiles=True
@@ -234,7 +237,7 @@ def window() -> list[Workload]:
 
 
 def masked() -> list[Workload]:
-    """Mask tensors, and soft-capping as in Gemma 2."""
+    """Return shapes with mask tensors, and with soft-capping as Gemma 2 has it."""
     return [
         Workload("masked", 4, 32, 2048, 64, False, mask="bool"),
         Workload("masked", 4, 16, 2048, 128, False, "bfloat16", mask="bool", compiles=True),
@@ -248,7 +251,7 @@ def masked() -> list[Workload]:
 
 
 def decode() -> list[Workload]:
-    """One new query for a cache of keys and values."""
+    """Return shapes with one new query for a cache of keys and values."""
     return [
         Workload(
             "decode",
@@ -268,8 +271,8 @@ def decode() -> list[Workload]:
 
 
 def decode_more() -> list[Workload]:
-    """Decoding with other heads, head_dims and batches, and a few queries at once, as where drafted
-    tokens are checked."""
+    """Return decoding with other heads, head_dims and batches, and a few queries at once, as
+    drafted tokens are checked."""
     shapes = [
         (1, 32, 32, 1, 4096, 128),
         (1, 32, 1, 1, 16384, 128),
@@ -287,7 +290,7 @@ def decode_more() -> list[Workload]:
 
 
 def varlen() -> list[Workload]:
-    """32 packed sequences of log-normal lengths, 16k tokens in all."""
+    """Return 32 packed sequences of log-normal lengths, 16k tokens in all."""
     return [
         Workload(
             "varlen",
@@ -305,7 +308,7 @@ def varlen() -> list[Workload]:
 
 
 def log_normal_lengths(count: int, total: int, sigma: float) -> tuple[int, ...]:
-    """Lengths with the given sum; the same in every run."""
+    """Return lengths with the given sum; the same in every run."""
     rng = random.Random(0)
     drawn = [rng.lognormvariate(0.0, sigma) for _ in range(count)]
     lengths = [max(1, int(x * total / sum(drawn))) for x in drawn]
@@ -327,5 +330,5 @@ GROUPS: dict[str, Callable[[], list[Workload]]] = {
 
 
 def cpu_shapes() -> list[Workload]:
-    """What a CPU can do in seconds."""
+    """Return what a CPU can do in seconds."""
     return seed_shape("float32")

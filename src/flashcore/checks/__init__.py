@@ -1,1 +1,1 @@
-"""Checks of results: the float64 oracle, the error rule, random calls."""
+"""This package checks results: the float64 oracle, the error rule, random calls."""

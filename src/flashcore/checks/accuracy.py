@@ -1,4 +1,4 @@
-"""The error rule: how far from the oracle a result may be.
+"""Apply the error rule: how far from the oracle a result may be.
 
 A fused kernel is right when its error is of the size that the dtype itself makes unavoidable. The
 yardstick is the same attention written plainly in the same dtype (matmul, softmax, matmul, each
@@ -33,7 +33,7 @@ LSE_LIMIT_DEFAULT = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class ErrorReport:
-    """Errors of one result against the float64 oracle.
+    """A report holds the errors of one result against the float64 oracle.
 
     Args:
         max_error: largest `|out - oracle|`; NaN when the result holds a NaN that the oracle
@@ -91,15 +91,15 @@ def error_report(
 
     Args:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], the result.
-        q: as passed to `attention`.
-        k: likewise.
-        v: likewise.
+        q: [batch, num_heads_q, seqlen_q, head_dim], as passed to `attention`.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
         lse: [batch, num_heads_q, seqlen_q], the result's lse, or None not to judge it.
-        causal: as passed to `attention`.
-        scale: likewise.
-        window: likewise.
-        softcap: likewise.
-        mask: likewise.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         The errors and their limits; `report.ok` is the verdict, `str(report)` a line for people.
@@ -138,17 +138,17 @@ def torch_math_attention(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Unfused attention in the dtype of q: matmul, softmax, matmul, each rounded.
+    """Compute unfused attention in the dtype of q: matmul, softmax, matmul, each rounded.
 
     Args:
-        q: as passed to `attention`.
-        k: likewise.
-        v: likewise.
-        causal: likewise.
-        scale: likewise.
-        window: likewise.
-        softcap: likewise.
-        mask: likewise.
+        q: [batch, num_heads_q, seqlen_q, head_dim], as passed to `attention`.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. Where the scores overflow the dtype
@@ -177,7 +177,7 @@ def torch_math_attention(
 
 
 def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
-    """Largest |lse - want| / (1 + |want|).
+    """Return the largest |lse - want| / (1 + |want|).
 
     Args:
         lse: [batch, num_heads_q, seqlen_q], the result.
@@ -195,7 +195,7 @@ def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def _rounding(exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
-    """Largest and mean error that rounding to `dtype` costs: 1/2 and 1/4 of a last place."""
+    """Return largest and mean error that rounding to `dtype` costs: 1/2 and 1/4 of a last place."""
     if exact.numel() == 0:
         return 0.0, 0.0
     # exact = mantissa * 2**e, with |mantissa| in [1/2, 1). Not by torch.ldexp, which faults on a

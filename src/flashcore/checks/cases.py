@@ -1,4 +1,4 @@
-"""Case: one attention call written down in numbers, and the tensors made from it.
+"""A Case is one attention call written down in numbers, and the tensors made from it.
 
 verify draws cases, isolate and bench take them from the command line, and tests write them out.
 A case and its seed always make the same tensors, on every machine (torch's CPU generator).
@@ -38,7 +38,7 @@ _GROWTH_STEP = 32  # keys, or more, for 16 steps at most
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One attention call.
+    """A case is one attention call in numbers.
 
     Lengths are in tokens, dims in elements. `mask`: "bool" is a random [1, num_heads_q, seqlen_q,
     seqlen_k] mask whose first row attends to nothing, "padding" a [batch, 1, 1, seqlen_k] one as
@@ -72,13 +72,13 @@ class Case:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The element type as torch names it."""
+        """Return the element type as torch names it."""
         result = getattr(torch, self.dtype)
         assert isinstance(result, torch.dtype)
         return result
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for flashcore.attention and its relatives (without the mask)."""
+        """Return keyword arguments for flashcore.attention and its relatives (without the mask)."""
         return {
             "causal": False if self.causal == "none" else self.causal,
             "window": self.window,
@@ -87,7 +87,7 @@ class Case:
         }
 
     def describe(self) -> str:
-        """One line that names the shape and every option that is not the default."""
+        """Return one line that names the shape and every option that is not the default."""
         words = [
             f"B{self.batch}",
             f"H{self.num_heads_q}"
@@ -117,13 +117,14 @@ class Case:
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """The tensors of a case: q, k, v [batch, num_heads, seqlen, head_dim] and the mask or None."""
+    """Inputs are the tensors of a case: q, k, v [batch, num_heads, seqlen, head_dim] and the mask
+    or None."""
 
     q: Tensor
     k: Tensor
@@ -203,8 +204,8 @@ def _make_mask(case: Case, generator: torch.Generator) -> Tensor | None:
 
 
 def _with_rows_apart(mask: Tensor, width: int) -> Tensor:
-    """The mask with rows that start `width` elements apart, and what must not be read between them:
-    True, or NaN."""
+    """Return the mask with rows that start `width` elements apart, and what must not be read
+    between them: True, or NaN."""
     *sizes, seqlen_k = mask.shape
     between = True if mask.dtype == torch.bool else torch.nan
     storage = torch.full((*sizes, width), between, dtype=mask.dtype)

@@ -1,4 +1,5 @@
-"""What `verify` runs: cases, and the tiles to run them with, drawn from a seed and an index alone.
+"""Draw what `verify` runs: cases, and the tiles to run them with, drawn from a seed and an index
+alone.
 
 Cases aim at what breaks kernels: lengths of 0, 1, primes and tile borders, strided and offset
 tensors, NaN behind every sequence, masks with rows that see nothing, windows that end with a tile,
@@ -107,8 +108,8 @@ _SIM_WMMA: tuple[tuple[Mapping[str, Any], str], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A case, and the fields of the tile that it runs with; without any, the tile is chosen as for
-    every call, and the call is one of the public function."""
+    """Drawn holds a case, and the fields of the tile that it runs with; without any, the tile is
+    chosen as for every call, and the call is one of the public function."""
 
     case: Case | VarlenCase
     tile: Mapping[str, Any] = field(default_factory=dict)
@@ -162,7 +163,7 @@ def draw(seed: int, index: int, backend: str, arch: int | None = None) -> Drawn:
 
 
 def _draw_values(rng: random.Random) -> dict[str, Any]:
-    """The fields of a Case that change no kernel."""
+    """Draw the fields of a Case that change no kernel."""
     heads_kv = rng.choice((1, 1, 2, 3))
     growth = rng.choice(("none", rng.choice(DRAWN_GROWTHS)))
     return {
@@ -185,7 +186,7 @@ def _draw_length(rng: random.Random, lengths: Sequence[int], zero: bool) -> int:
 
 
 def _draw_configuration(rng: random.Random, backend: str) -> dict[str, Any]:
-    """The options that change the compiled kernel."""
+    """Draw the options that change the compiled kernel."""
     dtypes = ["float16", "float16", "bfloat16"]
     if backend == "torch":
         dtypes += ["float32", "float64"]
@@ -208,8 +209,8 @@ def _draw_configuration(rng: random.Random, backend: str) -> dict[str, Any]:
 
 
 def _draw_tile(rng: random.Random, case: Case, backend: str) -> dict[str, Any]:
-    """A tile that ships, if there is a table of the kernel's, or else one of the portable one's,
-    that fits whatever the GPU is; none where the one that is drawn does not."""
+    """Return a tile that ships, if there is a table of the kernel's, or else one of the portable
+    one's, that fits whatever the GPU is; none where the one that is drawn does not."""
     common: dict[str, Any] = {
         "kernel": KERNELS[backend],
         "dtype": case.dtype,
@@ -230,7 +231,7 @@ def _draw_tile(rng: random.Random, case: Case, backend: str) -> dict[str, Any]:
 def _draw_for_sim(
     rng: random.Random, options: dict[str, Any], tile: dict[str, Any], turn: int
 ) -> Drawn:
-    """Lengths of several hundred, around the borders of the tile, or short ones."""
+    """Draw lengths of several hundred, around the borders of the tile, or short ones."""
     values = _draw_values(rng)
     block_m, block_n = tile.get("block_m", 64), tile.get("block_n", 64)
     if options.pop("packed", False):
@@ -265,19 +266,19 @@ def _is_bounded(options: Mapping[str, Any]) -> bool:
 
 
 def _beside(turn: int, block: int) -> int:
-    """How far the diagonal is from a tile's border: each of these in turn, for a bound that is off
-    by one is wrong with one of them alone."""
+    """Return how far the diagonal is from a tile's border: each of these in turn, for a bound that
+    is off by one is wrong with one of them alone."""
     return turn // 5 % 2 * block + turn % 5 - 2
 
 
 def _around(rng: random.Random, block: int, most: int) -> int:
-    """A length of one block or several, or beside it."""
+    """Draw a length of one block or several, or beside it."""
     blocks = max(rng.randint(1, max(1, most // block)) for _ in range(2))
     return max(1, blocks * block + rng.choice((-1, 0, 0, 1, rng.randrange(block))))
 
 
 def _within_reach(case: Case) -> Case:
-    """The case with fewer heads where a simulation would take long."""
+    """Return the case with fewer heads where a simulation would take long."""
     while True:
         scores = case.batch * case.num_heads_q * case.seqlen_q * case.seqlen_k
         scores = scores * max(64, case.head_dim) // 64

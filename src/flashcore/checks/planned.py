@@ -157,16 +157,16 @@ def run_planned(
     """Run a plan where its tensors are: on their GPU, and wait for it, or in the simulator.
 
     Args:
-        problem: as in launch.run_kernel, like the arguments up to `lengths`.
-        plan: likewise.
-        q: likewise.
-        k: likewise.
-        v: likewise.
-        mask: likewise.
-        out: likewise.
-        lse: likewise.
-        gate_buffers: likewise.
-        lengths: likewise.
+        problem: what the call asks for.
+        plan: the kernel and tile to run.
+        q: [batch, num_heads_q, seqlen_q, head_dim], or [total_q, num_heads_q, head_dim].
+        k: the keys, in the same layout.
+        v: the values, in the same layout.
+        mask: the mask tensor, or None.
+        out: where the output is written.
+        lse: where the log-sum-exp is written, or None.
+        gate_buffers: what a debug gate reads and writes, by name.
+        lengths: tensors of the sequences' lengths, if they differ.
         seed: of the simulator's scheduler.
         plant: bug to plant, in the simulator.
 

@@ -1,4 +1,4 @@
-"""What `attention` means, as plain as it can be written: the float64 oracle.
+"""Define what `attention` means, as plain as it can be written: the float64 oracle.
 
 Everything else is judged by this file, so it takes no part of the implementation: it reads the
 arguments as the user wrote them, builds the whole seqlen_q x seqlen_k matrix, and shares no masking
@@ -22,13 +22,13 @@ def visible_pairs(
     window: Window = None,
     device: torch.device | str = "cpu",
 ) -> torch.Tensor:
-    """Which key each query may attend to by its position, before any mask.
+    """Return which key each query may attend to by its position, before any mask.
 
     Args:
         seqlen_q: number of queries.
         seqlen_k: number of keys.
-        causal: as in `attention`.
-        window: as in `attention`.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        window: (left, right), the keys visible on either side of the diagonal, or None.
         device: where to build the result.
 
     Returns:
@@ -61,17 +61,17 @@ def attention_oracle(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention in float64 with all scores in memory.
+    """Compute attention in float64 with all scores in memory.
 
     Args:
         q: [batch, num_heads_q, seqlen_q, head_dim], any floating dtype and device.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        causal: as in `attention`.
-        scale: as in `attention`.
-        window: as in `attention`.
-        softcap: as in `attention`.
-        mask: as in `attention`.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
 
     Returns:
         out: float64, [batch, num_heads_q, seqlen_q, head_dim_v]; 0 for a row without a key.

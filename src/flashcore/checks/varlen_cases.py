@@ -1,4 +1,4 @@
-"""VarlenCase: one call of `attention_varlen` in numbers, its tensors, and its judgement.
+"""A VarlenCase is one call of `attention_varlen` in numbers, its tensors, and its judgement.
 
 As checks/cases.py for `attention`: a case and its seed always make the same tensors, on every
 machine.
@@ -25,7 +25,7 @@ _LENGTHS = (0, 1, 2, 15, 16, 17, 31, 63, 64, 65, 97, 127, 128, 129)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VarlenCase:
-    """One call of attention_varlen.
+    """A case is one call of attention_varlen in numbers.
 
     Lengths are in tokens, dims in elements. `layout`: "apart", or "qkv" for slices of one packed
     [total, num_heads_q + 2 * num_heads_kv, head_dim] tensor (then lengths_k is lengths_q, and
@@ -50,7 +50,7 @@ class VarlenCase:
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
-        """Keyword arguments for flashcore.attention_varlen and its relatives."""
+        """Return keyword arguments for flashcore.attention_varlen and its relatives."""
         return {
             "causal": False if self.causal == "none" else self.causal,
             "window": self.window,
@@ -59,7 +59,7 @@ class VarlenCase:
         }
 
     def describe(self) -> str:
-        """One line with every field that is not the default."""
+        """Return one line with every field that is not the default."""
         fields = dataclasses.fields(self)
         values = {field.name: (getattr(self, field.name), field.default) for field in fields}
         return " ".join(
@@ -67,13 +67,13 @@ class VarlenCase:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class VarlenInputs:
-    """The tensors of a case, as attention_varlen takes them."""
+    """Inputs are the tensors of a case, as attention_varlen takes them."""
 
     q: Tensor
     k: Tensor
@@ -84,7 +84,7 @@ class VarlenInputs:
     max_seqlen_k: int
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
-        """In the order of attention_varlen."""
+        """Return the arguments in the order of attention_varlen."""
         return (
             self.q,
             self.k,
@@ -97,7 +97,7 @@ class VarlenInputs:
 
 
 def draw_varlen_case(seed: int, *, lengths: Sequence[int] = _LENGTHS, **fixed: Any) -> VarlenCase:
-    """A random case of sequences of some of these lengths; `fixed` fields stay as given."""
+    """Draw a random case of sequences of some of these lengths; `fixed` fields stay as given."""
     rng = random.Random(seed)
     batch = rng.choice((1, 2, 3, 5, 8))
     layout = fixed.get("layout", rng.choice(LAYOUTS))
@@ -159,7 +159,7 @@ def make_varlen_inputs(case: VarlenCase, device: str | torch.device = "cpu") -> 
 def varlen_error_report(
     out: Tensor, lse: Tensor, case: VarlenCase, x: VarlenInputs
 ) -> ErrorReport | None:
-    """The error rule, sequence by sequence.
+    """Apply the error rule, sequence by sequence.
 
     Args:
         out: [total_q, num_heads_q, head_dim_v], the result.

@@ -1,4 +1,5 @@
-"""Random attention calls against the float64 oracle, each replayable from (seed, index) alone.
+"""Check random attention calls against the float64 oracle, each replayable from (seed, index)
+alone.
 
 checks/drawing.py says which cases there are, and with which tiles. The judge is the error rule of
 checks/accuracy.py, and in the simulator every alarm.
@@ -46,8 +47,9 @@ GPU_BACKENDS = ("sm90", "wmma")
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
-    """One verified case, and the tile it ran with, see drawing.Drawn. `error` is the exception's
-    text when the call failed; `replay` runs the case again, `isolate` takes it apart."""
+    """A result holds one verified case, and the tile it ran with, see drawing.Drawn. `error` is
+    the exception's text when the call failed; `replay` runs the case again, `isolate` takes it
+    apart."""
 
     index: int
     case: Case | VarlenCase
@@ -71,7 +73,7 @@ class CaseResult:
 
 
 def resolve_backend(name: str) -> str:
-    """The backend that "auto" stands for here: wmma on a GPU, else torch.
+    """Return the backend that "auto" stands for here: wmma on a GPU, else torch.
 
     Raises:
         ValueError: unknown name.
@@ -213,14 +215,14 @@ def _plan_packed(
 
 
 def _plan(problem: Problem, backend: str, arch: int, tile: Mapping[str, Any]) -> Plan:
-    """The plan that is chosen, with the tile's fields."""
+    """Return the plan that is chosen, with the tile's fields."""
     chosen = select_plan(problem, arch if backend == "sim" else None, None, KERNELS.get(backend))
     return with_fields(chosen, tile)
 
 
 @contextmanager
 def _simulator(seed: int, arch: int) -> Iterator[None]:
-    """The simulator's scheduler gets the case's seed, so that replaying a case replays the run."""
+    """Give the simulator's scheduler the case's seed, so that replaying a case replays the run."""
     wanted = {env.SIM_SEED.name: str(seed), env.SIM_ARCH.name: str(arch)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

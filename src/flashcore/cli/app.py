@@ -1,4 +1,4 @@
-"""Puts the commands together. Every command is one module of this folder."""
+"""Put the commands together. Every command is one module of this folder."""
 
 from __future__ import annotations
 
@@ -104,5 +104,5 @@ app.add_typer(cache.app, name="cache")
 
 
 def main() -> None:
-    """Entry point of the `flashcore` script and of `python -m flashcore`."""
+    """Run the `flashcore` script, and `python -m flashcore`."""
     app(prog_name="flashcore")

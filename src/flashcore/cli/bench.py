@@ -1,4 +1,4 @@
-"""`flashcore bench`: time flashcore beside PyTorch's own attention."""
+"""`flashcore bench` times flashcore beside PyTorch's own attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`flashcore bench-host`: what an eager call costs the host."""
+"""`flashcore bench-host` measures what an eager call costs the host."""
 
 from __future__ import annotations
 

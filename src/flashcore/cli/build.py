@@ -1,4 +1,4 @@
-"""`flashcore build`: compile a bundle of kernels ahead."""
+"""`flashcore build` compiles a bundle of kernels ahead."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def build(
 
 
 def _dims(text: str) -> int | tuple[int, int]:
-    """ "192/128" as (192, 128), "64" as 64."""
+    """Return "192/128" as (192, 128), "64" as 64."""
     try:
         dims = [int(part) for part in text.split("/")]
     except ValueError:
@@ -121,7 +121,8 @@ def _dims(text: str) -> int | tuple[int, int]:
 
 @contextmanager
 def _counting(out: Output, description: str, total: int) -> Iterator[Callable[[], None]]:
-    """Progress on a terminal; in a log, lines that count, and say how long the rest may take."""
+    """Show progress on a terminal; in a log, lines that count, and say how long the rest may
+    take."""
     started, done = time.monotonic(), 0
     every = max(1, -(-total // _LOG_LINES))
     with out.progress(description, total) as show:

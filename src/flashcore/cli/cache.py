@@ -1,4 +1,5 @@
-"""`flashcore cache`: where compiled kernels lie, how large they are, and how to be rid of them."""
+"""`flashcore cache` shows where compiled kernels lie, how large they are, and how to be rid of
+them."""
 
 from __future__ import annotations
 
@@ -117,7 +118,7 @@ def _delete(out: Output, found: Sequence[Item]) -> NoReturn:
 
 
 def _bytes(text: str) -> int:
-    """ "500M" as 500 * 2**20."""
+    """Return "500M" as 500 * 2**20."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?) *([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if found is None:
         raise typer.BadParameter(f"--max-size {text} is not a size such as 500M or 2G")

@@ -1,4 +1,4 @@
-"""`flashcore demo`: attention on real input, checked and timed."""
+"""`flashcore demo` runs attention on real input, checked and timed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One implementation. `ours` rows decide the exit status; times in seconds."""
+    """A row shows one implementation. `ours` rows decide the exit status; times in seconds."""
 
     name: str
     where: str
@@ -32,7 +32,7 @@ class Row:
 
 
 def demo(json_output: JsonFlag = False) -> None:
-    """Attention on real input, against a float64 oracle and beside torch's SDPA.
+    """Compute attention on real input, against a float64 oracle and beside torch's SDPA.
 
     The input is Q, K and V of a layer of the language model all-MiniLM-L6-v2 on three sentences,
     with the padding mask (12 heads of 32, float16). On a GPU the fused WMMA kernel computes it
@@ -127,7 +127,8 @@ def _on_cpu(
 
 
 def _timed(call: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    """A result and the fastest of up to five calls, after one that warms up; half a second each."""
+    """Return a result and the fastest of up to five calls, after one that warms up; half a second
+    each."""
     result = call()
     best, spent, calls = float("inf"), 0.0, 0
     while calls < 5 and spent < 0.5:

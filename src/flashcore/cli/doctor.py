@@ -1,4 +1,4 @@
-"""`flashcore doctor`: what works on this machine, and what to do about what does not."""
+"""`flashcore doctor` says what works on this machine, and what to do about what does not."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MARK = {"ok": "[green]ok[/]", "absent": "[yellow]absent[/]", "broken": "[red]br
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at. `state` is "ok", "absent" (fine, but something is not possible
-    without it) or "broken"; `remedy` says what to do."""
+    """A finding is one thing that was looked at. `state` is "ok", "absent" (fine, but something is
+    not possible without it) or "broken"; `remedy` says what to do."""
 
     name: str
     state: str
@@ -59,7 +59,8 @@ def doctor(json_output: JsonFlag = False) -> None:
 
 
 def _findings(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What a check finds; that it fails is a finding too, and keeps nobody from the others."""
+    """Return what a check finds; that it fails is a finding too, and keeps nobody from the
+    others."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they say what the findings say
@@ -174,8 +175,8 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _run_small(backend: str, device: str, name: str, is_absent: bool) -> Iterator[Finding]:
-    """Whether a small attention is right. Where it cannot run it `is_absent`, as something else
-    is, or broken."""
+    """Return whether a small attention is right. Where it cannot run it `is_absent`, as something
+    else is, or broken."""
     from flashcore.checks.cases import Case, make_inputs
     from flashcore.errors import BackendUnavailableError, CompileError
 
@@ -298,7 +299,7 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 
 
 def _backends(findings: list[Finding]) -> dict[str, tuple[bool, str]]:
-    """Which backends of flashcore.attention work here."""
+    """Return which backends of flashcore.attention work here."""
     state = {finding.name: finding.state for finding in findings}
     works = {name: state.get(name) == "ok" for name in ("kernel on GPU", "simulator")}
     wmma, sim = works.values()

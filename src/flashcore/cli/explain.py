@@ -1,4 +1,4 @@
-"""`flashcore explain`: which kernel and tiles a call would use, and why."""
+"""`flashcore explain` says which kernel and tiles a call would use, and why."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def explain(
 
 
 def _empty_inputs(case: Any, backend: str) -> tuple[Any, ...]:
-    """Tensors of the case's shapes that are never filled: explain reads no values."""
+    """Return tensors of the case's shapes that are never filled: explain reads no values."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() and backend != "sim" else "cpu"

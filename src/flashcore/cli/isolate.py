@@ -1,4 +1,4 @@
-"""`flashcore isolate`: run the kernel stage by stage and name the first wrong one."""
+"""`flashcore isolate` runs the kernel stage by stage and names the first wrong one."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def isolate(
 
 
 def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tuple[str, str]:
-    """The backend to run on, "sim" or a kernel's on the GPU, and the kernel."""
+    """Return the backend to run on, "sim" or a kernel's on the GPU, and the kernel."""
     import torch
 
     from flashcore.backends.dispatch import KERNELS
@@ -193,7 +193,7 @@ def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tu
 
 
 def _draw(seed: int, index: int, backend: str, kernel: str, arch: int | None) -> Drawn:
-    """A case of `verify`, with the arguments that it had there."""
+    """Return a case of `verify`, with the arguments that it had there."""
     from flashcore.backends.dispatch import KERNELS
     from flashcore.backends.obstacles import SM90_ARCH
     from flashcore.base import env
@@ -227,7 +227,7 @@ _FIELDS = {
 
 
 def _given(ctx: typer.Context, planted: Planted) -> set[str]:
-    """Fields of the Case that the command line has. Packed sequences have none of them."""
+    """Return fields of the Case that the command line has. Packed sequences have none of them."""
     options = [
         name
         for name in _FIELDS

@@ -1,4 +1,4 @@
-"""Options that several commands share, and the Case that they describe."""
+"""Define the options that several commands share, and the Case that they describe."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ Arch = Annotated[
 
 
 def make_case(**options: Any) -> Any:
-    """A flashcore.checks.cases.Case from the options above, with wrong values turned into usage
-    errors."""
+    """Return a flashcore.checks.cases.Case from the options above, with wrong values turned into
+    usage errors."""
     from flashcore.checks.cases import CAUSAL_KINDS, MASK_KINDS, Case
 
     causal, upper_left = options.pop("causal"), options.pop("upper_left")
@@ -78,7 +78,7 @@ def make_case(**options: Any) -> Any:
 
 
 def parse_window(text: str | None) -> tuple[int, int] | None:
-    """ "16,0" as (16, 0)."""
+    """Return "16,0" as (16, 0)."""
     if text is None:
         return None
     try:
@@ -91,7 +91,7 @@ def parse_window(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_archs(text: str | None) -> list[int]:
-    """ "sm_80,sm_90" as [80, 90]; None as every supported architecture."""
+    """Return "sm_80,sm_90" as [80, 90]; None as every supported architecture."""
     from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS
 
     if text is None:

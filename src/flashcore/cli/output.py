@@ -1,4 +1,4 @@
-"""What all commands share: where text goes, the one JSON document, progress, exit codes.
+"""Provide what all commands share: where text goes, the one JSON document, progress, exit codes.
 
 Tables and sentences go to stdout. With `--json` stdout holds exactly one JSON document and nothing
 else, so `flashcore doctor --json | jq .` always works. Progress and errors go to stderr.
@@ -76,7 +76,8 @@ def with_verbosity(function: Callable[..., None]) -> Callable[..., None]:
 
 
 class Output:
-    """The output of one command: human text or one JSON document, never both on stdout."""
+    """An Output takes the output of one command: human text or one JSON document, never both on
+    stdout."""
 
     def __init__(self, as_json: bool) -> None:
         self.as_json = as_json
@@ -99,7 +100,7 @@ class Output:
         _console(stderr=True).print(text, style="dim", markup=False, soft_wrap=True)
 
     def error(self, text: str) -> None:
-        """One error line to stderr."""
+        """Print one error line to stderr."""
         console = _console(stderr=True)
         console.print("error:", style="bold red", end=" ")
         console.print(text, markup=False, soft_wrap=True)
@@ -140,7 +141,8 @@ class Output:
 
 @contextmanager
 def command(as_json: bool) -> Iterator[Output]:
-    """The frame of every command: a FlashCoreError becomes one readable line and exit status 1."""
+    """Give every command its frame: a FlashCoreError becomes one readable line and exit status
+    1."""
     from flashcore.errors import FlashCoreError
 
     output = Output(as_json)
@@ -157,7 +159,8 @@ def command(as_json: bool) -> Iterator[Output]:
 
 @contextmanager
 def usage_errors() -> Iterator[None]:
-    """What the library rejects in here came from the command line: exit status 2, no traceback."""
+    """Return what the library rejects in here came from the command line: exit status 2, no
+    traceback."""
     try:
         yield
     except (ValueError, TypeError, NotImplementedError) as error:
@@ -165,7 +168,8 @@ def usage_errors() -> Iterator[None]:
 
 
 def to_json(value: Any) -> Any:
-    """Plain JSON values: dataclasses become objects, NaN and infinities become null or strings."""
+    """Return plain JSON values: dataclasses become objects, NaN and infinities become null or
+    strings."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)
@@ -188,7 +192,7 @@ def table(title: str | None, columns: Sequence[str], rows: Sequence[Sequence[obj
 
 
 class Sheet:
-    """A table that fits the console it is printed on.
+    """A sheet is a table that fits the console it is printed on.
 
     Text wraps between words; a word of more than _WORD_MAX characters is folded. Columns that find
     no place beside the others follow below, behind the first column again: nothing is left out.
@@ -269,7 +273,7 @@ def _looks_numeric(text: str) -> bool:
 
 
 def si_bytes(size: int) -> str:
-    """A size in bytes for a human: 512 B, 48.0 KiB, 1.2 MiB."""
+    """Return a size in bytes for a human: 512 B, 48.0 KiB, 1.2 MiB."""
     if size < 1024:
         return f"{size} B"
     value = size / 1024
@@ -281,7 +285,7 @@ def si_bytes(size: int) -> str:
 
 
 def seconds(value: float) -> str:
-    """A duration in seconds for a human, three digits: 9.41 us, 1.33 ms, 2.10 s."""
+    """Return a duration in seconds for a human, three digits: 9.41 us, 1.33 ms, 2.10 s."""
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if value * factor >= 1.0 or unit == "us":
             scaled = value * factor

@@ -1,4 +1,4 @@
-"""`flashcore resources`: what every kernel configuration costs a GPU, and the budget check."""
+"""`flashcore resources` says what every kernel configuration costs a GPU, and the budget check."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _MANY = 24  # plans that take longer to compile than a second process takes to s
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Resources of one configuration. `smem_bytes` is shared memory of one block, `registers` and
-    `spill_bytes` of one thread, `code_bytes` the machine code; `role_registers` what a consumer and
-    a producer thread have later, where roles differ; `remarks` the compiler's; `violations` of the
-    budget."""
+    """A row holds the resources of one configuration. `smem_bytes` is shared memory of one block,
+    `registers` and `spill_bytes` of one thread, `code_bytes` the machine code; `role_registers`
+    what a consumer and a producer thread have later, where roles differ; `remarks` the compiler's;
+    `violations` of the budget."""
 
     kernel: str
     arch: str
@@ -84,7 +84,7 @@ def resources(
     ] = False,
     json_output: JsonFlag = False,
 ) -> None:
-    """Registers, shared memory, spills and code size of every kernel configuration.
+    """Show registers, shared memory, spills and code size of every kernel configuration.
 
     Compiles for every architecture; needs NVRTC but no GPU. Compiled kernels are cached. The
     budget: with head_dim 64 the portable kernel takes at most 96 registers and 48 KB of shared
@@ -181,8 +181,9 @@ def _row(entry: Configuration, found: Resources) -> Row:
 
 
 def _compile_all(plans: Sequence[Plan]) -> Iterator[Resources]:
-    """Resources of each plan, in order. NVRTC compiles one program at a time in a process, so many
-    plans go to a second process as well; a worker's start (importing torch) takes seconds."""
+    """Return resources of each plan, in order. NVRTC compiles one program at a time in a
+    process, so many plans go to a second process as well; a worker's start (importing torch)
+    takes seconds."""
     from flashcore.base.machine import available_cores
     from flashcore.compile.jit import resources as resources_of
 

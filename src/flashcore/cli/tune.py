@@ -1,4 +1,4 @@
-"""`flashcore tune`: search the fastest tile configurations on this machine's GPU."""
+"""`flashcore tune` searches the fastest tile configurations on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def tune(
 
 
 def _shape(**options: Any) -> Workload:
-    """The one shape that the options describe; `make_case` checks them."""
+    """Return the one shape that the options describe; `make_case` checks them."""
     from flashcore.bench.workloads import Workload
 
     if options["dtype"] not in ("float16", "bfloat16"):
@@ -170,7 +170,7 @@ def _search(
     output: Path | None,
     brief: bool,
 ) -> tuple[Session, bool]:
-    """The session, and whether it came to its end."""
+    """Search; return the session, and whether it came to its end."""
     from flashcore.errors import BackendUnavailableError
     from flashcore.selection import compiling, tuned
     from flashcore.tune import timing
@@ -268,7 +268,8 @@ def _place(found: Found) -> tuple[int, bool, int, int]:
 
 
 def _tile_text(found: Found) -> str:
-    """The winner's rows x keys; unless it is the default, in whose place, and what else differs."""
+    """Return the winner's rows x keys; the default has words in their place. Name what else
+    differs."""
     from flashcore.selection.space import tile_of
 
     before, tile = tile_of(found.default), tile_of(found.winner)

@@ -1,4 +1,4 @@
-"""`flashcore verify`: random cases against the float64 oracle."""
+"""`flashcore verify` compares random cases with against the float64 oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Other libraries' attention functions, on flashcore: the same signatures, layouts and meaning."""
+"""This package has other libraries' attention functions on flashcore: the same signatures, layouts
+and meaning."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""flash-attn 2's functions on flashcore: `from flashcore.compat.flash_attn import flash_attn_func`.
+"""This module has flash-attn 2's functions on flashcore: `from flashcore.compat.flash_attn import
+flash_attn_func`.
 
 Signatures and layouts are those of the package flash-attn, 2.6 to 2.8: [batch, seqlen, num_heads,
 head_dim], or [total, num_heads, head_dim] for sequences packed one after the other; causal masks
@@ -50,7 +51,7 @@ def flash_attn_func(
     return_attn_probs: bool = False,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_func.
+    """Compute what flash_attn.flash_attn_func does.
 
     Args:
         q: [batch, seqlen_q, num_heads_q, head_dim], read in place.
@@ -115,7 +116,7 @@ def flash_attn_qkvpacked_func(
     return_attn_probs: bool = False,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_qkvpacked_func: `flash_attn_func` on one tensor.
+    """Compute what flash_attn.flash_attn_qkvpacked_func does: `flash_attn_func` on one tensor.
 
     qkv is [batch, seqlen, 3, num_heads, head_dim]: q, k and v, read in place. The other arguments,
     the result and the errors are those of `flash_attn_func`; a wrong shape raises ValueError.
@@ -143,7 +144,8 @@ def flash_attn_kvpacked_func(
     return_attn_probs: bool = False,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_kvpacked_func: `flash_attn_func` with k and v in one tensor.
+    """Compute what flash_attn.flash_attn_kvpacked_func does: `flash_attn_func` with k and v in one
+    tensor.
 
     kv is [batch, seqlen_k, 2, num_heads_kv, head_dim]: k and v, read in place. The other arguments,
     the result and the errors are those of `flash_attn_func`; a wrong shape raises ValueError.
@@ -177,26 +179,27 @@ def flash_attn_varlen_func(
     block_table: torch.Tensor | None = None,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_varlen_func: sequences packed one after the other.
+    """Compute what flash_attn.flash_attn_varlen_func does: attention of sequences packed one after
+    the other.
 
     Args:
         q: [total_q, num_heads_q, head_dim], read in place.
         k: [total_k, num_heads_kv, head_dim].
         v: [total_k, num_heads_kv, head_dim_v].
         cu_seqlens_q: int32 [batch + 1]: 0, then where each sequence of queries ends.
-        cu_seqlens_k: likewise of the keys.
+        cu_seqlens_k: int32 [batch + 1]: 0, then where each sequence of keys ends.
         max_seqlen_q: the longest sequence of queries; an int or a tensor, as in
             `attention_varlen`.
-        max_seqlen_k: likewise of the keys.
-        dropout_p: as in `flash_attn_func`, like all up to return_attn_probs.
-        softmax_scale: likewise.
-        causal: likewise, for each sequence by its own lengths.
-        window_size: likewise.
-        softcap: likewise.
+        max_seqlen_k: the longest sequence of keys; an int or a tensor.
+        dropout_p: 0.0; there is no dropout.
+        softmax_scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        causal: aligned at the lower right, for each sequence by its own lengths.
+        window_size: (left, right), -1 for an unbounded side; by each sequence's lengths.
+        softcap: bound of the scores; 0.0 is off.
         alibi_slopes: [num_heads_q] or [batch, num_heads_q], by each sequence's own lengths. With
             a FallbackWarning: the host reads the lengths, and each sequence is a call of its own.
-        deterministic: likewise.
-        return_attn_probs: likewise.
+        deterministic: without effect; the forward pass always is.
+        return_attn_probs: also return lse, and None in place of the probabilities.
         block_table: None.
 
     Returns:
@@ -205,8 +208,7 @@ def flash_attn_varlen_func(
 
     Raises:
         NotImplementedError: dropout_p or block_table is given.
-        TypeError: as in `attention_varlen`.
-        ValueError: likewise.
+        TypeError, ValueError: those of `attention_varlen`.
     """
     if _unknown:
         refuse(flash_attn_varlen_func, _unknown)
@@ -259,7 +261,8 @@ def flash_attn_varlen_qkvpacked_func(
     return_attn_probs: bool = False,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_varlen_qkvpacked_func: `flash_attn_varlen_func` on one tensor.
+    """Compute what flash_attn.flash_attn_varlen_qkvpacked_func does: `flash_attn_varlen_func` on
+    one tensor.
 
     qkv is [total, 3, num_heads, head_dim], cu_seqlens and max_seqlen hold for queries and keys. The
     other arguments, the result and the errors are those of `flash_attn_varlen_func`.
@@ -291,7 +294,8 @@ def flash_attn_varlen_kvpacked_func(
     return_attn_probs: bool = False,
     **_unknown: object,
 ) -> Result:
-    """flash_attn.flash_attn_varlen_kvpacked_func: `flash_attn_varlen_func`, k and v in one tensor.
+    """Compute what flash_attn.flash_attn_varlen_kvpacked_func does: `flash_attn_varlen_func`, k and
+    v in one tensor.
 
     kv is [total_k, 2, num_heads_kv, head_dim]. The other arguments, the result and the errors are
     those of `flash_attn_varlen_func`.

@@ -1,1 +1,2 @@
-"""From a plan to machine code: the source text, NVRTC, the caches, the C++ compiler."""
+"""This package goes from a plan to machine code: the source text, NVRTC, the caches, the C++
+compiler."""

@@ -1,4 +1,4 @@
-"""A bundle: one file of kernels that were compiled ahead, for machines where nothing may be.
+"""A bundle is one file of kernels that were compiled ahead, for machines where nothing may be.
 
 It is a zip archive. An entry's name is a kernel's key (jit.cache_key), its content what the cache
 holds under that key; `about.json` says what wrote it, and for which architectures.
@@ -27,8 +27,8 @@ _DAMAGED = (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, NotIm
 
 @functools.lru_cache(maxsize=4)
 def _archive(path: Path, modified_ns: int, size: int, pid: int) -> zipfile.ZipFile:
-    """The archive, of which only the list of entries is read. Each process opens its own, as a
-    child would share the place in the file with its parent."""
+    """Return the archive, of which only the list of entries is read. Each process opens its own, as
+    a child would share the place in the file with its parent."""
     return zipfile.ZipFile(path)
 
 

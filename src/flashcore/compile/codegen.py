@@ -1,4 +1,4 @@
-"""Plan -> one flattened translation unit, for NVRTC (`ptx`) or for the simulator (`host`).
+"""Turn a Plan into one flattened translation unit, for NVRTC (`ptx`) or for the simulator (`host`).
 
 A kernel file includes its headers by their path below `kernels/`; `@target` in such a path names
 the side. Flattening replaces every include by the file's text once, keeps `#line` directives, so
@@ -38,7 +38,7 @@ def _read(path: Path) -> str:
 
 
 def _constant_lines(constants: Mapping[str, object]) -> list[str]:
-    """`constexpr` definitions; a `str` value names a type (`using`)."""
+    """Return `constexpr` definitions; a `str` value names a type (`using`)."""
     lines = []
     for name, value in constants.items():
         if isinstance(value, bool):
@@ -53,7 +53,7 @@ def _constant_lines(constants: Mapping[str, object]) -> list[str]:
 
 
 class _Flattener:
-    """Expands one entry file; state is what was included and where `#line` stands."""
+    """Expand one entry file; state is what was included and where `#line` stands."""
 
     def __init__(self, target: Target, gate: str | None, plant: Plant | None) -> None:
         self.target = target
@@ -66,7 +66,7 @@ class _Flattener:
     def text_of(self, path: Path) -> str:
         text = _read(path)
         plant = self.plant
-        if plant is not None and path.name == plant.file.rpartition("/")[2]:
+        if plant is not None and path == KERNELS_DIR / plant.file:
             if text.count(plant.find) != 1:
                 raise AssertionError(
                     f"plant {plant.name}: its text occurs {text.count(plant.find)} times in {path}"
@@ -76,7 +76,7 @@ class _Flattener:
         return text
 
     def expand(self, path: Path, after_types: list[str]) -> None:
-        """Appends the file's text. `after_types` goes in behind the types header, which the
+        """Append the file's text. `after_types` goes in behind the types header, which the
         constants' types come from."""
         path = path.resolve()
         if path in self.seen:
@@ -142,7 +142,7 @@ def flatten(
     plant: Plant | None = None,
     params: str | None = None,
 ) -> str:
-    """The translation unit of one kernel file that is written against `prims.cuh`.
+    """Return the translation unit of one kernel file that is written against `prims.cuh`.
 
     Args:
         entry: path of the file; a relative one is looked up below `kernels/`. The kernel's name is
@@ -169,7 +169,7 @@ def flatten(
 
 
 def kernel_file(kernel: str) -> Path:
-    """The file of a kernel's text: `NAME.cuh` in the kernel's own folder below `kernels/`.
+    """Return the file of a kernel's text: `NAME.cuh` in the kernel's own folder below `kernels/`.
 
     Raises:
         FileNotFoundError: if no folder has it.
@@ -180,7 +180,7 @@ def kernel_file(kernel: str) -> Path:
 
 
 def generate_source(plan: Plan, target: Target = "ptx", plant: Plant | None = None) -> str:
-    """The translation unit of a plan's kernel. See `flatten`."""
+    """Return the translation unit of a plan's kernel. See `flatten`."""
     return flatten(
         kernel_file(plan.kernel),
         target,
@@ -195,5 +195,5 @@ PROBE = "wmma_probe"
 
 
 def generate_probe_source(dtype: str) -> str:
-    """The kernel that checks a GPU's element map for a dtype before its first attention."""
+    """Return the kernel that checks a GPU's element map for a dtype before its first attention."""
     return flatten(kernel_file(PROBE), "ptx", constants={"Element": dtype})

@@ -1,4 +1,5 @@
-"""NVRTC through cuda-core: source text -> machine code and its resource report; no GPU needed."""
+"""Compile by NVRTC through cuda-core: source text becomes machine code and its resource report; no
+GPU needed."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ OPTIONS = ("std=c++17", "lineinfo", "ptxas=-v")
 
 @dataclass(frozen=True, slots=True)
 class CompiledKernel:
-    """Machine code of one kernel.
+    """A CompiledKernel holds the machine code of one kernel.
 
     Args:
         name: the entry point.
@@ -57,8 +58,8 @@ def _import_nvrtc() -> Any:
 
 @functools.cache
 def nvrtc_version() -> tuple[int, int]:
-    """Version of the NVRTC that would compile. Raises BackendUnavailableError when there is none;
-    its message says where NVRTC was looked for."""
+    """Return version of the NVRTC that would compile. Raises BackendUnavailableError when there is
+    none; its message says where NVRTC was looked for."""
     _, nvrtc = _import_nvrtc()
     try:
         status, major, minor = nvrtc.nvrtcVersion()
@@ -73,7 +74,7 @@ def nvrtc_version() -> tuple[int, int]:
 
 @functools.cache
 def nvrtc_archs() -> tuple[int, ...]:
-    """Architectures that this NVRTC compiles for (90 for sm_90), ascending."""
+    """Return architectures that this NVRTC compiles for (90 for sm_90), ascending."""
     nvrtc_version()
     _, nvrtc = _import_nvrtc()
     status, archs = nvrtc.nvrtcGetSupportedArchs()
@@ -83,7 +84,7 @@ def nvrtc_archs() -> tuple[int, ...]:
 
 
 def _code_bytes(elf: bytes, kernel_name: str) -> int:
-    """Size of a kernel's `.text` section in a cubin (ELF64: section header table)."""
+    """Return size of a kernel's `.text` section in a cubin (ELF64: section header table)."""
     (table,) = struct.unpack_from("<Q", elf, 0x28)
     entry_size, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
 
@@ -101,7 +102,7 @@ def _code_bytes(elf: bytes, kernel_name: str) -> int:
 
 
 def _parse_ptxas_log(log: str) -> tuple[int, int, int]:
-    """Registers, static shared memory and spilled bytes in `ptxas -v` output."""
+    """Return registers, static shared memory and spilled bytes in `ptxas -v` output."""
     registers = static_smem = spills = 0
     words = log.replace(",", " ").split()
     for i, word in enumerate(words):
@@ -119,7 +120,8 @@ def _parse_ptxas_log(log: str) -> tuple[int, int, int]:
 def _run_nvrtc(
     source: str, target: str, code_type: str, kernel_name: str, *, no_cache: bool = False
 ) -> tuple[bytes, str]:
-    """The image and ptxas's report, which is empty when NVRTC had the image in its own cache."""
+    """Return the image and ptxas's report, which is empty when NVRTC had the image in its own
+    cache."""
     core, _ = _import_nvrtc()
     log = io.StringIO()
     options = core.ProgramOptions(
@@ -142,7 +144,7 @@ def _run_nvrtc(
 def compile_uncached(
     source: str, arch: int, kernel_name: str, arch_suffix: str = ""
 ) -> CompiledKernel:
-    """Compiles one translation unit.
+    """Compile one translation unit.
 
     Args:
         source: flattened source text.

@@ -1,8 +1,8 @@
-"""This machine's C++ compiler, and what it builds: for the simulator, and for the launcher.
+"""Find this machine's C++ compiler, and build libraries of the simulator and the launcher with it.
 
-Names in the cache are hashes of everything that goes in: sources, compiler, flags. A build is made
-in a private temporary folder and then kept by base/store.py, so whoever looks for it sees all of it
-or nothing, and a damaged one is made again.
+The name of a build in the cache is a hash of its sources, compiler and flags. A build is made in a
+private temporary folder and then kept by base/store.py, so another process sees the whole build or
+none, and a damaged build is made again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ _SEARCH = ("g++", "clang++", "c++")
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """A C++ compiler: the command's words, and what tells it from another version of itself."""
+    """A Compiler is a C++ compiler: the words of its command, and an identity, which differs
+    between versions of one compiler."""
 
     command: tuple[str, ...]
     identity: str
@@ -83,7 +84,7 @@ def _find_compiler(what: str, explicit: str | None, cxx: str | None, path: str) 
 
 
 def find_compiler(what: str) -> Compiler:
-    """The compiler of this machine.
+    """Return the compiler of this machine.
 
     Args:
         what: needs it, for the error: "the simulator".
@@ -98,7 +99,7 @@ def find_compiler(what: str) -> Compiler:
 
 
 def compile_file(compiler: Compiler, arguments: list[str], target: Path, what: str) -> None:
-    """Runs the compiler, which writes `target`.
+    """Run the compiler, which writes `target`.
 
     Raises:
         CompileError: it does not; the message holds what the compiler said.
@@ -114,8 +115,8 @@ def compile_file(compiler: Compiler, arguments: list[str], target: Path, what: s
 
 
 def _build_folder() -> tempfile.TemporaryDirectory[str]:
-    """A temporary folder to build in. If this process is killed, the next one that builds removes
-    it an hour later."""
+    """Return a temporary folder to build in. If this process is killed, the next one that builds
+    removes it an hour later."""
     private = private_dir()
     if private is not None:
         store.sweep(private)
@@ -125,7 +126,7 @@ def _build_folder() -> tempfile.TemporaryDirectory[str]:
 
 
 def digest(*parts: str) -> str:
-    """What names a build that these went into."""
+    """Return what names a build that these went into."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 
 
@@ -203,9 +204,9 @@ def _load_kept(
     refused: type[Exception],
     refusals: list[Exception],
 ) -> Built | None:
-    """The library, if one is in the cache or the private folder and loads; why one does not is
-    appended to `refusals`. A file is read before it is loaded, as loading half of a library ends
-    the process with SIGBUS."""
+    """Return the library, if one is in the cache or the private folder and loads; the reason why
+    one does not is appended to `refusals`. A file is read before it is loaded, as loading half of a
+    library ends the process with SIGBUS."""
     for root in store.folders():
         path = root / kind / name
         if store.read(path) is None:

@@ -1,4 +1,5 @@
-"""Source text -> compiled kernel, through the caches; compile/compiler.py does the compiling.
+"""Turn source text into a compiled kernel, through the caches; compile/compiler.py does the
+compiling.
 
 Looked for in this order: this process, the bundle that FLASHCORE_BUNDLE names, the on-disk cache,
 the compiler. The key is a hash of the flattened source and the options, so a changed header, tile
@@ -26,7 +27,7 @@ KIND = "kernels"  # their folder in the cache; below it one for each version of 
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one configuration costs a GPU; see `flashcore resources`."""
+    """Say what one configuration costs a GPU; see `flashcore resources`."""
 
     kernel: str
     arch: str
@@ -64,8 +65,8 @@ def unpack(entry: bytes) -> CompiledKernel | None:
 
 
 def _folders_of_versions() -> list[str]:
-    """Where kernels may lie in the cache: those of this NVRTC, or, without one, of any, the newest
-    first, as a kernel that is there needs no compiler."""
+    """Return where kernels may lie in the cache: those of this NVRTC, or, without one, of any, the
+    newest first, as a kernel that is there needs no compiler."""
     try:
         return [f"nvrtc-{'.'.join(map(str, nvrtc_version()))}"]
     except BackendUnavailableError:
@@ -99,7 +100,7 @@ def _compile_and_keep(
 def compile_source(
     source: str, arch: int, kernel_name: str, arch_suffix: str = "", label: str = ""
 ) -> CompiledKernel:
-    """Compiles one translation unit, or finds it compiled.
+    """Compile one translation unit, or find it compiled.
 
     Args:
         source: flattened source text (see codegen.flatten).
@@ -139,19 +140,19 @@ def compile_source(
 
 
 def compile_plan(plan: Plan) -> CompiledKernel:
-    """Compiles a plan's kernel, or finds it compiled. See `compile_source`."""
+    """Compile a plan's kernel, or find it compiled. See `compile_source`."""
     source = generate_source(plan)
     return compile_source(source, plan.arch, plan.kernel, plan.arch_suffix, plan.describe())
 
 
 def compile_probe(dtype: str, arch: int) -> CompiledKernel:
-    """Compiles the check of an element map, or finds it compiled. See `compile_source`."""
+    """Compile the check of an element map, or find it compiled. See `compile_source`."""
     label = f"the check of the {dtype} element map on sm_{arch}"
     return compile_source(generate_probe_source(dtype), arch, PROBE, "", label)
 
 
 def resources(plan: Plan) -> Resources:
-    """Registers, shared memory, spills and code size of a plan's kernel."""
+    """Return registers, shared memory, spills and code size of a plan's kernel."""
     kernel = compile_plan(plan)
     return Resources(
         kernel=plan.kernel,

@@ -1,4 +1,4 @@
-"""Real attention inputs that ship with the package; see README.md beside this file."""
+"""Load real attention inputs that ship with the package; see README.md beside this file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DTYPES = {"F16": torch.float16, "BOOL": torch.bool}
 
 @dataclass(frozen=True)
 class CapturedAttention:
-    """What one attention layer of a model gets as input for one batch of text.
+    """Hold what one attention layer of a model gets as input for one batch of text.
 
     Attributes:
         q: queries [batch, num_heads, seqlen, head_dim] float16, contiguous, on the CPU.
@@ -41,7 +41,7 @@ class CapturedAttention:
 
     @property
     def lengths(self) -> list[int]:
-        """Tokens of each sentence; what lies behind them is padding."""
+        """Return the tokens of each sentence; what lies behind them is padding."""
         return [int(n) for n in self.mask.sum(dim=(1, 2, 3))]
 
 

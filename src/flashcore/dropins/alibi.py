@@ -1,4 +1,5 @@
-"""flash-attn's alibi_slopes as additive masks: of a padded batch, and of packed sequences."""
+"""Turn flash-attn's alibi_slopes into additive masks: of a padded batch, and of packed
+sequences."""
 
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ def check_slopes(slopes: Tensor, batch: int, num_heads: int) -> None:
 
 
 def alibi_mask(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
-    """The bias -slope * abs(i + seqlen_k - seqlen_q - j) of query i and key j.
+    """Return the bias -slope * abs(i + seqlen_k - seqlen_q - j) of query i and key j.
 
     Args:
         slopes: [num_heads] or [batch, num_heads], on the device of the scores.
@@ -54,8 +55,8 @@ def packed_with_alibi(
     slopes: Tensor,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`attention_varlen` with a bias, a call of `attention` for each sequence. The host reads the
-    lengths for that, and so waits for them.
+    """Compute `attention_varlen` with a bias by a call of `attention` for each sequence. The host
+    reads the lengths for that, and so waits for them.
 
     Args:
         q: [total_q, num_heads_q, head_dim].
@@ -103,7 +104,7 @@ def packed_with_alibi(
 
 
 def _rows(cu_seqlens: Tensor, total: int) -> list[slice]:
-    """Of each sequence, clamped as the kernels do (tile/sequence.cuh)."""
+    """Return the rows of each sequence, clamped as the kernels do (tile/sequence.cuh)."""
     ends = [min(max(0, end), total) for end in cu_seqlens.tolist()]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
 

@@ -1,4 +1,4 @@
-"""Models of Transformers that bring their own attention, found by reading their classes.
+"""Find models of Transformers that bring their own attention, by reading their classes.
 
 A layer that asks Transformers' attention interface (`ALL_ATTENTION_FUNCTIONS`) gets flashcore's
 function, and hands it the mask that flashcore made. Other layers compute scores and softmax
@@ -32,7 +32,7 @@ NORMALISERS = ("softmax", "Softmax", "scaled_dot_product_attention")
 
 @dataclass(frozen=True)
 class Finding:
-    """How the layers of a model class attend.
+    """A finding says how the layers of a model class attend.
 
     Args:
         dispatches: some of them ask Transformers' attention interface.
@@ -93,7 +93,7 @@ def examine(kind: type) -> Finding:
 
 
 def _parts(kind: type) -> Iterator[type]:
-    """A model class and, as often as they lead on, the modules that its code names."""
+    """Yield a model class and, as often as they lead on, the modules that its code names."""
     from transformers import PreTrainedModel
 
     config = getattr(kind, "config_class", None)
@@ -124,7 +124,7 @@ def _is_library(module_name: str) -> bool:
 
 
 def _functions(part: type) -> Iterator[types.FunctionType]:
-    """The functions of a class and of its bases, as they were before decorators."""
+    """Return the functions of a class and of its bases, as they were before decorators."""
     for base in part.__mro__:
         if base is object or _is_library(base.__module__):
             continue
@@ -154,7 +154,7 @@ def _nested(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _named(function: types.FunctionType) -> Iterator[Any]:
-    """The global values that a function names."""
+    """Return the global values that a function names."""
     for code in _nested(function.__code__):
         for name in code.co_names:
             if name in function.__globals__:
@@ -162,7 +162,8 @@ def _named(function: types.FunctionType) -> Iterator[Any]:
 
 
 def _table_of_classes(part: type) -> str | None:
-    """The name of a table in which a class looks up its config's implementation, if it does."""
+    """Return the name of a table in which a class looks up its config's implementation, if it
+    does."""
     for function in _functions(part):
         for code in _nested(function.__code__):
             if "_attn_implementation" not in code.co_names:
@@ -175,7 +176,8 @@ def _table_of_classes(part: type) -> str | None:
 
 
 def _reads_mask(function: types.FunctionType) -> bool:
-    """Whether a function looks into a mask that it is given: an attribute, elements, torch.cat."""
+    """Return whether a function looks into a mask that it is given: an attribute, elements,
+    torch.cat."""
     code = function.__code__
     arguments = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
     masks = {name for name in arguments if "mask" in name}
@@ -195,7 +197,7 @@ def _reads_mask(function: types.FunctionType) -> bool:
 
 
 def _said_of_causality(part: type) -> Iterator[bool | None]:
-    """The values that a layer's attribute is_causal is set to; None if it is no constant."""
+    """Return the values that a layer's attribute is_causal is set to; None if it is no constant."""
     for code in _codes(part):
         steps = list(dis.get_instructions(code))
         for value, _, store in zip(steps, steps[1:], steps[2:], strict=False):
@@ -204,7 +206,8 @@ def _said_of_causality(part: type) -> Iterator[bool | None]:
 
 
 def _attends(part: type, *, with_mask: bool) -> bool:
-    """Whether a class computes a softmax itself, in a function that takes a mask or in any."""
+    """Return whether a class computes a softmax itself, in a function that takes a mask or in
+    any."""
     for function in _functions(part):
         helpers = [
             value

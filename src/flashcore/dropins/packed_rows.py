@@ -1,4 +1,5 @@
-"""Sequences packed into one row, as padding-free training with Transformers describes them."""
+"""Attend to sequences packed into one row, as padding-free training with Transformers describes
+them."""
 
 from __future__ import annotations
 
@@ -18,14 +19,14 @@ def packed_lengths(
     dropout: float,
     position_bias: torch.Tensor | None,
 ) -> tuple[Any, ...] | None:
-    """The lengths of packed sequences.
+    """Return the lengths of packed sequences.
 
     Args:
         kwargs: of the attention interface, see PACKED.
         query: [1, num_heads_q, seqlen_q, head_dim].
         mask: as the interface gets it.
-        dropout: likewise.
-        position_bias: likewise.
+        dropout: as the interface gets it.
+        position_bias: as the interface gets it.
 
     Returns:
         What `attention_varlen` takes after q, k and v; None where nothing is packed.
@@ -62,7 +63,7 @@ def packed_lengths(
 
 
 def same_sequence(packed: tuple[Any, ...], query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """[1, 1, seqlen_q, seqlen_k], True where a query's sequence is the key's."""
+    """Return [1, 1, seqlen_q, seqlen_k], True where a query's sequence is the key's."""
     rows, cols = (
         torch.bucketize(torch.arange(x.shape[2], device=x.device), ends, right=True)
         for x, ends in ((query, packed[0]), (key, packed[1]))
@@ -77,7 +78,7 @@ def attention_packed(
     packed: tuple[Any, ...],
     **options: Any,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """`attention_varlen` of rows that look as for `attention`.
+    """Compute `attention_varlen` of rows that look as for `attention`.
 
     Args:
         query: [1, num_heads_q, seqlen_q, head_dim].

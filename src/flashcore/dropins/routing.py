@@ -1,4 +1,4 @@
-"""`enable()`: unmodified code calls flashcore where it calls torch's SDPA.
+"""`enable()` makes unmodified code call flashcore where it calls torch's SDPA.
 
 How: the name `scaled_dot_product_attention` is rebound in torch.nn.functional and in the loaded
 modules that imported it by that name. The alternative, a TorchFunctionMode, would also see aliases,

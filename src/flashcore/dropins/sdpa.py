@@ -1,4 +1,4 @@
-"""torch's scaled_dot_product_attention, argument for argument, on flashcore's kernels.
+"""Compute torch's scaled_dot_product_attention, argument for argument, on flashcore's kernels.
 
 Every call has one of three ends: the kernels compute it (`as_4d` found the [batch, num_heads,
 seqlen, head_dim] view of its tensors); torch computes it, because the kernels do not (`_obstacle`
@@ -42,7 +42,7 @@ _warned: set[str] = set()
 
 
 class Call(NamedTuple):
-    """One call's arguments, as torch names them."""
+    """A Call holds one call's arguments, as torch names them."""
 
     query: torch.Tensor
     key: torch.Tensor
@@ -55,19 +55,19 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """The arguments that are tensors, or should be."""
+        """Return the arguments that are tensors, or should be."""
         required = [self.query, self.key, self.value]
         return required if self.attn_mask is None else [*required, self.attn_mask]
 
     def by_torch(self) -> torch.Tensor:
-        """What torch makes of it: a result, or its error."""
+        """Return what torch makes of it: a result, or its error."""
         with _in_forward_mode():
             if causal_bias(self.attn_mask) is not None:
                 return self.by_its_classes()
             return torch_sdpa(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
 
     def by_its_classes(self) -> torch.Tensor:
-        """What a tensor subclass makes of it, through its __torch_function__."""
+        """Return what a tensor subclass makes of it, through its __torch_function__."""
         if not torch.overrides.has_torch_function(self.tensors):  # a class calls from within
             return torch_sdpa(*self[:6], scale=self.scale, enable_gqa=self.enable_gqa)
         # Classes compare what they are given with this name, which enable() may have rebound.
@@ -90,7 +90,7 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     **_unknown: object,
 ) -> torch.Tensor:
-    """torch.nn.functional.scaled_dot_product_attention on flashcore's kernels.
+    """Compute torch.nn.functional.scaled_dot_product_attention on flashcore's kernels.
 
     Signature, meaning and errors are torch's. What the kernels do not compute goes to torch's own
     function, with one FallbackWarning per reason and process; see docs/drop-ins.md for the list.
@@ -137,7 +137,7 @@ def route(call: Call, backend: str) -> torch.Tensor:
 
     Args:
         call: the arguments.
-        backend: as in `attention`.
+        backend: "auto", "sm90", "wmma", "sim" or "torch".
 
     Returns:
         The output, as torch shapes it.
@@ -156,7 +156,8 @@ def route(call: Call, backend: str) -> torch.Tensor:
 
 
 def _in_forward_mode() -> contextlib.AbstractContextManager[None]:
-    """Of torch's kernels, only its sequence of plain operations has a forward mode."""
+    """Return whether forward mode asks for torch's sequence of plain operations, the only one of
+    its kernels that has it."""
     if forward_ad._current_level < 0:
         return contextlib.nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -170,7 +171,8 @@ def _left_to_torch(query: torch.Tensor, backend: str) -> bool:
 
 
 def _overridden(tensors: list[torch.Tensor]) -> bool:
-    """Whether a tensor's class has a __torch_function__ of its own (a mode does not count)."""
+    """Return whether a tensor's class has a __torch_function__ of its own (a mode does not
+    count)."""
     passive = (torch.Tensor.__torch_function__, torch._C._disabled_torch_function_impl)
     return any(getattr(type(x), "__torch_function__", None) not in passive for x in tensors)
 
@@ -184,7 +186,8 @@ def causal_bias(mask: torch.Tensor | None) -> CausalBias | None:
 
 
 def _route_causal_bias(call: Call, bias: CausalBias, backend: str) -> torch.Tensor:
-    """A CausalBias is an option of the kernels; torch's class would answer for itself otherwise."""
+    """Compute a call whose mask is a CausalBias, an option of the kernels; torch's class would
+    answer for itself otherwise."""
     lengths = (call.query.shape[-2], call.key.shape[-2]) if call.query.dim() > 1 else None
     if call.is_causal or lengths != (bias.seq_len_q, bias.seq_len_kv):
         return call.by_torch()
@@ -192,7 +195,7 @@ def _route_causal_bias(call: Call, bias: CausalBias, backend: str) -> torch.Tens
 
 
 def _route_nested(call: Call, backend: str) -> torch.Tensor:
-    """Packed sequences go to attention_varlen; the rest to torch."""
+    """Send packed sequences to attention_varlen, and the rest to torch."""
     if _left_to_torch(call.query, backend):
         return call.by_torch()
     reason = nested_obstacle(call)
@@ -237,7 +240,7 @@ def _compute(call: Call, backend: str, causal: bool | str) -> torch.Tensor:
 
 
 def _autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The cast that torch.autocast gives an argument of SDPA."""
+    """Return an argument of SDPA, cast as torch.autocast does."""
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
@@ -249,7 +252,8 @@ def _obstacle(
     mask: torch.Tensor | None,
     backend: str,
 ) -> str | None:
-    """Why torch must be asked; None if there is no such reason, "" if it is not worth a warning."""
+    """Return why torch must be asked; None if there is no such reason, "" if it is not worth a
+    warning."""
     if k.is_nested or v.is_nested:
         return "key or value is a nested tensor, and query is not"
     if any(type(x) not in PLAIN_TYPES for x in (q, k, v)):
@@ -320,7 +324,8 @@ def unserved_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | 
 
 
 def _warn(reason: str) -> None:
-    """One FallbackWarning per reason and process; none while compiling, which runs but once."""
+    """Give one FallbackWarning per reason and process; none while compiling, which runs but
+    once."""
     if torch.compiler.is_compiling() or reason in _warned:
         return
     _warned.add(reason)

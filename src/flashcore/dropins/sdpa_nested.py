@@ -1,4 +1,5 @@
-"""torch's scaled_dot_product_attention of nested tensors: packed sequences for attention_varlen.
+"""Compute torch's scaled_dot_product_attention of nested tensors: packed sequences for
+attention_varlen.
 
 A jagged nested tensor [batch, num_heads, seqlen, head_dim], as models make it by transposing
 [batch, seqlen, num_heads, head_dim], is already what attention_varlen reads: all tokens one after
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def nested_obstacle(call: Call) -> str | None:
-    """Why attention_varlen does not serve a call whose query is nested; None if it does."""
+    """Return why attention_varlen does not serve a call whose query is nested; None if it does."""
     q, k, v = call.query, call.key, call.value
     if torch.compiler.is_compiling():
         return "nested tensors in compiled code"
@@ -46,7 +47,7 @@ def _is_jagged(x: Any) -> bool:
 
 
 def packed(x: torch.Tensor) -> torch.Tensor:
-    """[total, num_heads, head_dim], a view."""
+    """Return [total, num_heads, head_dim], a view."""
     return x.transpose(1, 2).values()
 
 
@@ -83,6 +84,7 @@ def attention_nested(call: Call, backend: str) -> torch.Tensor:
 
 
 def _longest(x: Any, tokens: torch.Tensor) -> int:
-    """The longest sequence where it is known; else a bound, for asking would wait for the GPU."""
+    """Return the longest sequence where it is known; else a bound, for asking would wait for the
+    GPU."""
     known = x._maybe_max_seqlen
     return tokens.shape[0] if known is None else int(known)

@@ -1,4 +1,4 @@
-"""The shapes that torch's scaled_dot_product_attention takes, as views of four dimensions."""
+"""Turn the shapes that torch's scaled_dot_product_attention takes, as views of four dimensions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor)
 
 
 class View(NamedTuple):
-    """A call in the shape of `attention`.
+    """A view is a call in the shape of `attention`.
 
     Args:
         q: [batch, num_heads_q, seqlen_q, head_dim].
@@ -38,10 +38,10 @@ def as_4d(
     mask: torch.Tensor | None,
     enable_gqa: bool,
 ) -> View | None:
-    """The call in the shape of `attention`.
+    """Return the call in the shape of `attention`.
 
     Args:
-        q: [..., num_heads_q, seqlen_q, head_dim], or without heads; likewise k and v.
+        q: [..., num_heads_q, seqlen_q, head_dim], or without heads; k and v have the same rank.
         k: [..., num_heads_kv, seqlen_k, head_dim].
         v: [..., num_heads_kv, seqlen_k, head_dim_v].
         mask: broadcastable to [..., num_heads_q, seqlen_q, seqlen_k], or None.
@@ -86,7 +86,7 @@ def as_4d(
 
 
 def _expanded(x: torch.Tensor, batch: tuple[int, ...], heads: int) -> torch.Tensor:
-    """[batch..., heads, rows, columns] with the batch dimensions made one."""
+    """Return [batch..., heads, rows, columns] with the batch dimensions made one."""
     shape = (*batch, heads, *x.shape[-2:])
     if x.shape != shape:
         x = x.expand(shape)
@@ -100,7 +100,8 @@ def _mask_as_4d(
     head_shape: tuple[int, ...],
     seqlen_k: int,
 ) -> torch.Tensor | None:
-    """The mask with at most one batch dimension, broadcast sizes kept; None if torch must judge."""
+    """Return the mask with at most one batch dimension, broadcast sizes kept; None if torch must
+    judge."""
     if mask.dtype not in (torch.bool, q.dtype, torch.float32) or mask.device != q.device:
         return None
     if mask.layout != torch.strided or type(mask) not in PLAIN_TYPES:

@@ -1,4 +1,4 @@
-"""What Transformers asks about an implementation's name, answered for ours.
+"""Answer for ours what Transformers asks about an implementation's name.
 
 Transformers has two questions and no way to register an answer, so `install` puts functions in the
 place of its own that answer for our names and pass on all others:

@@ -1,4 +1,4 @@
-"""The mask that the layers of one forward share, as flashcore's attention function reads it.
+"""Make the mask that the layers of one forward share, as flashcore's attention function reads it.
 
 Three kinds of mask pass between the two:
 
@@ -36,7 +36,7 @@ def attention_mask(
     attention_mask: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask that the layers of one forward share; Transformers' mask interface.
+    """Return the mask that the layers of one forward share; this is Transformers' mask interface.
 
     Args:
         batch_size: number of sequences.
@@ -127,7 +127,7 @@ def _aligned(mask: torch.Tensor) -> torch.Tensor:
 
 
 def _all_tokens(kv_length: int, kwargs: dict[str, Any]) -> torch.Tensor:
-    """[1, kv_length] of one element: a causal mask without padding."""
+    """Return [1, kv_length] of one element: a causal mask without padding."""
     positions = kwargs.get("cache_position")  # Transformers 4 names no device
     device = kwargs.get("device", "cpu") if positions is None else positions.device
     return torch.ones((), dtype=torch.bool, device=device).expand(1, kv_length)
@@ -141,7 +141,8 @@ def is_all_tokens(mask: torch.Tensor | None) -> bool:
 
 
 def _is_causal_band(kwargs: dict[str, Any]) -> bool:
-    """Whether the mask is causal, perhaps with the sliding window that layers know themselves."""
+    """Return whether the mask is causal, perhaps with the sliding window that layers know
+    themselves."""
     if not kwargs.get("allow_is_causal_skip", True):
         return False  # something is laid over it, or the caller wants it as a tensor
     local_size, config = kwargs.get("local_size"), kwargs.get("config")

@@ -1,4 +1,5 @@
-"""flashcore inside other libraries; each module here needs the library it is named after."""
+"""This package puts flashcore inside other libraries; each module here needs the library it is
+named after."""
 
 from __future__ import annotations
 

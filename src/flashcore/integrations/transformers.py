@@ -1,4 +1,4 @@
-"""flashcore as an attention implementation of HuggingFace Transformers, 4.53 or later.
+"""Register flashcore as an attention implementation of HuggingFace Transformers, 4.53 or later.
 
     from flashcore.integrations.transformers import register
 
@@ -78,7 +78,7 @@ def attention_forward(
     position_bias: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of one layer; Transformers' attention interface.
+    """Compute the attention of one layer; this is Transformers' attention interface.
 
     Args:
         module: the layer; says whether it is causal unless is_causal does.
@@ -173,7 +173,7 @@ def attention_forward(
 
 
 def _window(module: torch.nn.Module, size: Any, causal: bool) -> tuple[int, int] | None:
-    """The layer's sliding window as `attention` counts it."""
+    """Return the layer's sliding window as `attention` counts it."""
     if size is _UNSET:  # a model that says it in its config alone
         config: Any = getattr(module, "config", None)
         types = config.layer_types if _has(config, "layer_types") else None
@@ -184,7 +184,8 @@ def _window(module: torch.nn.Module, size: Any, causal: bool) -> tuple[int, int]
 
 
 def _has(config: Any, name: str) -> bool:
-    """Whether a config has an attribute; Transformers' take 10 us to say that they have not."""
+    """Return whether a config has an attribute; Transformers' take 10 us to say that they have
+    not."""
     if config is None or is_dynamo_compiling():  # which resolves it once
         return hasattr(config, name)
     kind = type(config)
@@ -196,7 +197,7 @@ def _has(config: Any, name: str) -> bool:
 
 
 def _chosen(indices: torch.Tensor, seqlen_k: int) -> torch.Tensor:
-    """[batch, 1, seqlen_q, seqlen_k], True for the keys that are listed for a query."""
+    """Return [batch, 1, seqlen_q, seqlen_k], True for the keys that are listed for a query."""
     chosen = indices.new_zeros((*indices.shape[:2], seqlen_k), dtype=torch.bool)
     return chosen.scatter(-1, indices.long(), True)[:, None]
 
@@ -209,7 +210,8 @@ def _by_torch(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """The drop-in with a mask that says everything; it warns where torch computes for a kernel."""
+    """Compute by the drop-in, with a mask that says everything; it warns where torch computes for a
+    kernel."""
     empty = None
     if mask is not None:
         # torch may give NaN for a row with nothing to see, or the mean of the values.
@@ -239,7 +241,7 @@ def _dense(
     query: torch.Tensor,
     key: torch.Tensor,
 ) -> torch.Tensor | None:
-    """One mask that says everything, for torch."""
+    """Return one mask that says everything, for torch."""
     if not causal and window is None:
         return mask
     left, right = window or (-1, 0)

@@ -1,4 +1,5 @@
-"""What stopped a kernel, and in which phase of it: the simulator's alarms seen by kernel line."""
+"""Say what stopped a kernel, and in which phase of it: the simulator's alarms seen by kernel
+line."""
 
 from __future__ import annotations
 
@@ -77,7 +78,7 @@ _LAMBDA = re.compile(r"^  const auto (\w+) = \[&\]")
 
 @dataclass(frozen=True, slots=True)
 class Alarm:
-    """Why a run was stopped.
+    """An alarm says why a run was stopped.
 
     `kind` is the simulator's ("race", "deadlock", ...), "cuda" or "compile"; `summary` one line and
     `text` the whole report; `phase` the stage of the kernel that the line belongs to, None if it is
@@ -97,7 +98,7 @@ class Alarm:
 
 
 def from_error(error: Exception, problem: Problem, plan: Plan, plant: Plant | None = None) -> Alarm:
-    """The alarm of an exception that a run raised.
+    """Return the alarm of an exception that a run raised.
 
     Args:
         error: a SimulationError, or what CUDA raised.
@@ -155,8 +156,8 @@ def from_compile_error(error: CompileError) -> Alarm:
 
 
 def _tile(block: int, problem: Problem, plan: Plan) -> str:
-    """What a block computes. A persistent one takes several row tiles, and an alarm does not say
-    which it was at."""
+    """Return what a block computes. A persistent one takes several row tiles, and an alarm does not
+    say which it was at."""
     if isinstance(plan, Sm90Plan):
         return f"block {block}"
     launched = as_launched(problem, plan)
@@ -166,14 +167,14 @@ def _tile(block: int, problem: Problem, plan: Plan) -> str:
 
 
 def _m_block(block: int, problem: Problem, plan: Plan) -> int:
-    """Row tile of a block, as tile/schedule.cuh orders them."""
+    """Return row tile of a block, as tile/schedule.cuh orders them."""
     num_m_blocks = -(-as_launched(problem, plan).seqlen_q // plan.block_m)
     m_block = block % num_m_blocks
     return num_m_blocks - 1 - m_block if plan.has_window_right else m_block
 
 
 def _place(error: Any, agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
-    """The alarm's tile, warp, lane and element in a line."""
+    """Return the alarm's tile, warp, lane and element in a line."""
     who = " against ".join(
         f"warp {entry.warp}, " + ("all lanes" if entry.lane is None else f"lane {entry.lane}")
         for entry in agents
@@ -183,8 +184,8 @@ def _place(error: Any, agents: Sequence[Any], problem: Problem, plan: Plan) -> s
 
 
 def _picture(agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
-    """The rows of the alarm's tile by warp, with who was involved; rows within the tile, where the
-    tile is not known."""
+    """Return the rows of the alarm's tile by warp, with who was involved; rows within the tile,
+    where the tile is not known."""
     first_row = 0
     if not isinstance(plan, Sm90Plan):
         first_row = _m_block(agents[0].block, problem, plan) * plan.block_m
@@ -203,7 +204,7 @@ def _picture(agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
 
 
 def _phase_of(function: str | None, agent: Any) -> str | None:
-    """The phase of a function's line, or None."""
+    """Return the phase of a function's line, or None."""
     if function in _PHASE_OF_FUNCTION:
         return _PHASE_OF_FUNCTION[function]
     file = Path(agent.file).name
@@ -211,8 +212,9 @@ def _phase_of(function: str | None, agent: Any) -> str | None:
 
 
 def _rank(phase: str | None) -> int:
-    """A race has two sides: the one in a stage names it, rather than the store, and rather than a
-    load, which is where another's mistake shows. What collides with the set-up came too early."""
+    """Return the rank of a phase in a race, which has two sides: the one in a stage names it,
+    rather than the store, and rather than a load, which is where another's mistake shows. What
+    collides with the set-up came too early."""
     return {"setup": 0, "store": 2, "load": 3, None: 4}.get(phase, 1)
 
 

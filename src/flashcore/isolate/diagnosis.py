@@ -1,5 +1,5 @@
-"""From the results of the stages to a verdict: which one is wrong first, and what speaks for which
-cause."""
+"""Turn the results of the stages into a verdict: which one is wrong first, and what speaks for
+which cause."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def verdict(results: Sequence[StageResult], kernel: str) -> tuple[str | None, li
 
 
 def _who_waits(report: str) -> list[str]:
-    """Which warps of the block wait for what, from the simulator's list of warps."""
+    """Return which warps of the block wait for what, from the simulator's list of warps."""
     waits: dict[str, list[str]] = {}
     for warp, function, place, barrier in _WAIT.findall(report):
         waits.setdefault(f"{barrier or function} at {place}", []).append(warp)
@@ -80,8 +80,8 @@ def _who_waits(report: str) -> list[str]:
 
 
 def _place_of(alarm: Alarm, stage: str, results: Sequence[StageResult]) -> tuple[str, list[str]]:
-    """The stage, or the phase outside of them, that an alarm belongs to. Not a stage that is right
-    by itself: what is wrong then only stands on a line of it."""
+    """Return the stage, or the phase outside of them, that an alarm belongs to. Not a stage that is
+    right by itself: what is wrong then only stands on a line of it."""
     phase = alarm.phase
     if phase is None or phase == stage:
         return stage, []
@@ -95,7 +95,7 @@ def _place_of(alarm: Alarm, stage: str, results: Sequence[StageResult]) -> tuple
 
 
 def _comparisons(name: str, results: Sequence[StageResult]) -> list[str]:
-    """What the other stages say about the wrong one."""
+    """Return what the other stages say about the wrong one."""
     status = {result.stage: result.status for result in results}
     if name == "tile":
         return _of_one_tile(results)
@@ -123,7 +123,7 @@ def _comparisons(name: str, results: Sequence[StageResult]) -> list[str]:
 
 
 def _of_one_tile(results: Sequence[StageResult]) -> list[str]:
-    """What speaks for the rescale of O, the normalisation or the lse."""
+    """Return what speaks for the rescale of O, the normalisation or the lse."""
     checks = {check.name: check for r in results if r.stage == "tile" for check in r.checks}
     found = []
     if any(result.stage == "pv" and result.status == "ok" for result in results):

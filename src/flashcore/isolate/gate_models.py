@@ -1,4 +1,4 @@
-"""Float64 models of what every debug gate of the kernel must produce, with error bounds.
+"""Model in float64 what every debug gate of the kernel must produce, with error bounds.
 
 The models are written without tiles, fragments or online sums, straight from the definition
 
@@ -36,7 +36,7 @@ _APPROX = 2.0**-20
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """One output of a gate.
+    """Expected holds one output of a gate.
 
     `value` and `tolerance` are float64 of one shape, -inf included. Where `optional` is True the
     kernel may skip the element (the tile holds no visible key).
@@ -49,7 +49,8 @@ class Expected:
 
 
 class GateModel:
-    """The attention of one problem in float64, with every intermediate that a gate can show.
+    """Compute the attention of one problem in float64, with every intermediate that a gate can
+    show.
 
     Args:
         problem: what is asked.
@@ -76,7 +77,8 @@ class GateModel:
         self.scores, self.score_tolerance = self._scores(mask)
 
     def _in_window(self) -> Tensor:
-        """[seqlen_q, seqlen_k]: True where window and causality let the query see the key."""
+        """Return [seqlen_q, seqlen_k]: True where window and causality let the query see the
+        key."""
         center = self.rows + self.problem.diag_offset
         visible = torch.ones(self.problem.seqlen_q, self.problem.seqlen_k, dtype=torch.bool)
         if self.problem.window_left >= 0:
@@ -103,11 +105,12 @@ class GateModel:
         return scores, tolerance + magnitude * _APPROX
 
     def num_n_blocks(self) -> int:
-        """Number of key tiles, the last one partial or not."""
+        """Return number of key tiles, the last one partial or not."""
         return -(-self.problem.seqlen_k // self.plan.block_n)
 
     def skippable(self) -> Tensor:
-        """[seqlen_q, seqlen_k]: True where the (m_block, n_block) tile has no key in the window."""
+        """Return [seqlen_q, seqlen_k]: True where the (m_block, n_block) tile has no key in the
+        window."""
         block_m, block_n = self.plan.block_m, self.plan.block_n
         m_block = (self.rows // block_m).expand_as(self.in_window)
         n_block = (self.keys // block_n).expand_as(self.in_window)
@@ -117,12 +120,13 @@ class GateModel:
         return counts[tile] == 0
 
     def qk(self) -> list[Expected]:
-        """Gate qk: raw Q K^T [batch, num_heads_q, seqlen_q, seqlen_k], before scale and masks."""
+        """Model gate qk: raw Q K^T [batch, num_heads_q, seqlen_q, seqlen_k], before scale and
+        masks."""
         optional = self.skippable().expand_as(self.raw)
         return [Expected("scores", self.raw, self.raw_tolerance, optional)]
 
     def softmax(self) -> list[Expected]:
-        """Gate softmax: P of every key tile against the running max after that tile, and the
+        """Model gate softmax: P of every key tile against the running max after that tile, and the
         running max and sum [batch, num_heads_q, seqlen_q, num_n_blocks] after every tile, in the
         order in which the kernel visits them."""
         block_n, tiles = self.plan.block_n, self.num_n_blocks()
@@ -160,14 +164,14 @@ class GateModel:
         ]
 
     def pv(self, p: Tensor) -> list[Expected]:
-        """Gate pv: P V for a P that the element type represents exactly, no normalisation."""
+        """Model gate pv: P V for a P that the element type represents exactly, no normalisation."""
         p = p.double()
         value, magnitude = p @ self.v, p.abs() @ self.v.abs()
         accumulation = 2 * (self.problem.seqlen_k + 16) * _U32 * magnitude
         return [Expected("out", value, accumulation + self._store_rounding(value))]
 
     def attention(self, first_tile_only: bool = False) -> list[Expected]:
-        """Gates tile, pv_serial and no gate: out and lse.
+        """Model the gates tile and pv_serial, and no gate: out and lse.
 
         Args:
             first_tile_only: attend only to the keys of the first key tile that the block of
@@ -198,7 +202,7 @@ class GateModel:
         ]
 
     def visible_probabilities(self) -> Tensor:
-        """softmax(s) [batch, num_heads_q, seqlen_q, seqlen_k] float64, 0 in rows that see
+        """Return softmax(s) [batch, num_heads_q, seqlen_q, seqlen_k] float64, 0 in rows that see
         nothing."""
         return _exp_difference(self.scores, torch.logsumexp(self.scores, -1, keepdim=True))
 
@@ -218,7 +222,8 @@ class GateModel:
         return self.keys // block_n == key.div(block_n, rounding_mode="floor")
 
     def _row_slack(self) -> Tensor:
-        """[batch, num_heads_q, seqlen_q, 1]: error of the largest score of a row, for exp."""
+        """Return the error of the largest score of a row, for exp: [batch, num_heads_q, seqlen_q,
+        1]."""
         if self.problem.seqlen_k == 0:
             return self.score_tolerance.new_zeros((*self.score_tolerance.shape[:-1], 1))
         return self.score_tolerance.amax(-1, keepdim=True)
@@ -286,10 +291,10 @@ def packed_attention(
 
 
 def _relative_error(error: Tensor) -> Tensor:
-    """exp(error) - 1, finite also where scores are so large that their error is."""
+    """Return exp(error) - 1, finite also where scores are so large that their error is."""
     return torch.expm1(error.clamp(max=600.0))
 
 
 def _exp_difference(a: Tensor, b: Tensor) -> Tensor:
-    """exp(a - b), and 0 where a is -inf, also where b is -inf too."""
+    """Return exp(a - b), and 0 where a is -inf, also where b is -inf too."""
     return torch.where(a == -math.inf, torch.zeros_like(a), torch.exp(a - b))

@@ -140,8 +140,8 @@ def kernel_to_run(backend: str, plant: str | None = None, arch: int | None = Non
 
 @dataclass(frozen=True, slots=True)
 class _Call:
-    """What a case asks for, and its tensors as the kernels take them: [batch, num_heads, seqlen,
-    head_dim], where sequences are packed with a batch of 1."""
+    """Hold what a case asks for, and its tensors as the kernels take them: [batch, num_heads,
+    seqlen, head_dim], where sequences are packed with a batch of 1."""
 
     problem: Problem
     q: Tensor
@@ -180,7 +180,7 @@ class _Runner:
     hints: list[str] = field(default_factory=list)
 
     def check(self) -> None:
-        """Raises ValueError unless the kernel takes the case and the tile."""
+        """Raise ValueError unless the kernel takes the case and the tile."""
         problem = self.call.problem
         if problem.is_empty:
             raise ValueError(f"{problem.describe()}: there is nothing to compute in an empty case")
@@ -263,8 +263,8 @@ class _Runner:
                 yield _compare(by_error_rule(item, rule), outputs[item.name], plan)
 
     def _pv_checks(self, plan: Plan, model: GateModel) -> Iterator[Check]:
-        """P = 1/seqlen_k first, whose result needs no reference: every row is the mean of V. Then
-        the softmax of the scores, which differs in every element."""
+        """Check P = 1/seqlen_k first, whose result needs no reference: every row is the mean of V.
+        Then the softmax of the scores, which differs in every element."""
         dtype, seqlen_k = self.call.problem.torch_dtype, self.call.problem.seqlen_k
         visited = ~model.skippable()
         if bool(visited.all()):

@@ -1,4 +1,4 @@
-"""The results of `gates.isolate`."""
+"""Hold the results of `gates.isolate`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from flashcore.isolate.locate import Check
 
 @dataclass(frozen=True, slots=True)
 class StageResult:
-    """What came out of one stage. `status` is "ok", "wrong" (values), "alarm" (the simulator or the
-    GPU stopped the kernel), "not compiled" (the compiler rejects the kernel's source) or "not run".
-    """
+    """A result holds what came out of one stage. `status` is "ok", "wrong" (values), "alarm" (the
+    simulator or the GPU stopped the kernel), "not compiled" (the compiler rejects the kernel's
+    source) or "not run"."""
 
     stage: str
     title: str
@@ -29,7 +29,7 @@ class StageResult:
 
     @property
     def ok(self) -> bool:
-        """True unless a value is wrong, the run was stopped, or there was none."""
+        """Return True unless a value is wrong, the run was stopped, or there was none."""
         return self.status in ("ok", "not run")
 
     def first_bad_check(self) -> Check | None:
@@ -39,7 +39,7 @@ class StageResult:
 
 @dataclass(frozen=True, slots=True)
 class Isolation:
-    """The result of `isolate`.
+    """An isolation is the result of `isolate`.
 
     `tile` has the fields of the plan that were asked for. `first_wrong` names the first wrong stage
     (or, where an alarm came from outside the stages, "setup", "schedule", "load" or "store"; where
@@ -58,5 +58,5 @@ class Isolation:
 
     @property
     def ok(self) -> bool:
-        """True when every stage is right."""
+        """Return True when every stage is right."""
         return self.first_wrong is None

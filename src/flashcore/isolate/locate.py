@@ -28,7 +28,7 @@ LEGEND = ". right  - up to 10x over tolerance  + 100x  * 10000x  # more  ? NaN o
 
 @dataclass(frozen=True, slots=True)
 class Location:
-    """Where one value sits, and which warp, lane and accumulator element of the kernel held it.
+    """Say where one value sits, and which warp, lane and accumulator element of the kernel held it.
 
     `column` is the key for scores and the output dim for out. For values of a row (row_max,
     row_sum, lse) there is no column; `lane` is then the first of the four lanes that share the row.
@@ -47,7 +47,7 @@ class Location:
     expected: float
 
     def describe(self) -> str:
-        """One line for a human."""
+        """Return one line for a human."""
         column = "" if self.column is None else f", column {self.column}"
         tile = f"m_block {self.m_block}"
         if self.n_block is not None:
@@ -61,7 +61,7 @@ class Location:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One output of a gate against its model."""
+    """A check compares one output of a gate with its model."""
 
     name: str
     wrong: int
@@ -74,7 +74,7 @@ class Check:
 
     @property
     def ok(self) -> bool:
-        """True when no element is off by more than rounding explains."""
+        """Return True when no element is off by more than rounding explains."""
         return self.wrong == 0
 
 
@@ -133,7 +133,7 @@ class _Finder:
     kind: str
 
     def first(self, bad: Tensor) -> tuple[int, int, int, int]:
-        """Index of the first bad element in the order in which the kernel computes them."""
+        """Return index of the first bad element in the order in which the kernel computes them."""
         batch, head, row, column = bad.nonzero(as_tuple=True)
         width = {"scores": self.block_n, "out": 1 << 30}.get(self.kind, 1)
         step = column // width
@@ -174,7 +174,7 @@ class _Finder:
         return self.warps[row % self.block_m // _FRAGMENT]
 
     def pattern(self, bad: Tensor) -> str:
-        """What the wrong elements have in common: warps, accumulator elements, tiles."""
+        """Return what the wrong elements have in common: warps, accumulator elements, tiles."""
         _, _, rows, columns = bad.nonzero(as_tuple=True)
         traits: list[str] = []
         warps = Counter((rows % self.block_m // _FRAGMENT + self.warps.start).tolist())
@@ -193,8 +193,8 @@ class _Finder:
         return "; ".join(found) if found else "spread over all warps, elements and tiles"
 
     def picture(self, ratio: Tensor, index: tuple[int, int, int, int]) -> str:
-        """A heat map of one head [rows, columns], at most 32 x 64 characters; each shows the worst
-        of the elements it stands for. Row labels give the row and its warp."""
+        """Return a heat map of one head [rows, columns], at most 32 x 64 characters; each shows the
+        worst of the elements it stands for. Row labels give the row and its warp."""
         rows, columns = ratio.shape
         step_r, step_c = -(-rows // _MAP_ROWS), -(-columns // _MAP_COLUMNS)
         # Cells that divide 16 keep the borders of fragments and tiles visible.
@@ -217,7 +217,7 @@ class _Finder:
 
 
 def _share(name: str, counts: Counter[int], of: int) -> str:
-    """ "" when every member is hit, else which ones are."""
+    """Return "" when every member is hit, else the names of those that are."""
     if len(counts) >= of:
         return ""
     members = ", ".join(str(member) for member in sorted(counts)[:8])
@@ -233,7 +233,7 @@ def _severity(cells: Tensor) -> str:
 
 
 def _gap(column: int, columns: int) -> str:
-    """A blank between fragments."""
+    """Return a blank between fragments."""
     return " " if column % _FRAGMENT == 0 and column < columns else ""
 
 

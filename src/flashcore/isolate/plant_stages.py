@@ -1,4 +1,4 @@
-"""In which stage of isolate each planted bug is first seen."""
+"""Say in which stage of isolate each planted bug is first seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All planted bugs: the kernel each is in, and a call that shows it.
+"""List all planted bugs: the kernel each is in, and a call that shows it.
 
 `flashcore isolate --plant NAME` takes that call unless it is told another one. Which stage is then
 the first wrong one stands in plant_stages.py; tests/plants/test_planted_bugs.py holds isolate to
@@ -38,7 +38,7 @@ _WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
 
 @dataclass(frozen=True, slots=True)
 class Planted:
-    """A planted bug of a kernel.
+    """Planted describes a planted bug of a kernel.
 
     `options` are the fields of the Case that shows it (of a VarlenCase, where `is_packed`) as far
     as they are not isolate's defaults, `tile` those of its plan; `drawn` is the number of that case
@@ -155,7 +155,7 @@ def _packed(name: str, plant: Plant, more: Mapping[str, Any]) -> Planted:
 
 
 def _drawn(plants: Mapping[str, Plant], kernel: str, cases: Mapping[str, int]) -> list[Planted]:
-    """With the case of `verify` that finds each."""
+    """Give plants the case of `verify` that finds each."""
     found = []
     for name, plant in plants.items():
         number = cases[name]

@@ -1,4 +1,5 @@
-"""The stages that isolate runs, in order: one for each debug gate of a kernel, and the kernel."""
+"""List the stages that isolate runs, in order: one for each debug gate of a kernel, and the
+kernel."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One step of the isolation. `gate` is the kernel's debug gate, None for the kernel itself;
-    `suspects` is where to look when this stage is the first wrong one."""
+    """A stage is one step of the isolation. `gate` is the kernel's debug gate, None for the kernel
+    itself; `suspects` is where to look when this stage is the first wrong one."""
 
     name: str
     gate: str | None
@@ -107,12 +108,13 @@ _OUTSIDE_SM90 = _SCHEDULE | {
 
 
 def stages_of(kernel: str) -> tuple[Stage, ...]:
-    """The stages of a kernel, in order."""
+    """Return the stages of a kernel, in order."""
     return _STAGES_SM90 if kernel == plan_sm90.KERNEL else STAGES
 
 
 def suspects_of(kernel: str, name: str) -> str | None:
-    """Where to look when a stage, or a phase outside of the stages, is the first wrong one."""
+    """Return where to look when a stage, or a phase outside of the stages, is the first wrong
+    one."""
     outside = _OUTSIDE_SM90 if kernel == plan_sm90.KERNEL else _OUTSIDE
     stages = {stage.name: stage.suspects for stage in stages_of(kernel)}
     return (stages | outside).get(name)

@@ -1,4 +1,4 @@
-"""How much shared memory each architecture has."""
+"""Say how much shared memory each architecture has."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ _RESERVED_BYTES_PER_BLOCK = 1024  # what the system takes of an SM's for each bl
 
 
 def smem_limits(arch: int) -> tuple[int, int]:
-    """Shared-memory bytes of one block at most, and of one SM. An architecture that is not listed
-    counts as the smallest of its generation."""
+    """Return the bytes of shared memory of one block at most, and of one SM. An architecture that
+    is not listed counts as the smallest of its generation."""
     if arch in _SMEM_BYTES:
         return _SMEM_BYTES[arch]
     family = [limits for known, limits in _SMEM_BYTES.items() if known // 10 == arch // 10]
@@ -30,5 +30,5 @@ def smem_limits(arch: int) -> tuple[int, int]:
 
 
 def blocks_that_fit(smem_bytes: int, arch: int) -> int:
-    """Blocks of an SM that its shared memory has room for, of `smem_bytes` each."""
+    """Return how many blocks of `smem_bytes` each fit into the shared memory of an SM."""
     return smem_limits(arch)[1] // (smem_bytes + _RESERVED_BYTES_PER_BLOCK)

@@ -11,7 +11,8 @@
 // thread.cuh      thread_idx() block_idx() lane_idx() warp_idx()
 //                 shfl_xor(x, lane_mask) of float or int, warp_any(predicate): all 32 lanes must
 //                 arrive; they order no memory
-//                 warp_uniform(x): an int that all lanes have alike, known to be so; likewise
+//                 warp_uniform(x): x, an int with the same value in all lanes, so that the compiler
+//                 keeps it in a uniform register; all 32 lanes must arrive
 // math.cuh        exp2_approx log2_approx rcp_approx fma_rn max_f abs_f min_i max_i, NEG_INF
 //                 opaque(x): x, hidden from the optimiser
 // memory.cuh      SmemPtr<T>, GmemPtr<T>: bounded pointers; p + n moves by n elements
@@ -22,7 +23,8 @@
 //                 is_null(p); misalignment<BYTES>(gmem_p): bytes past the last multiple of BYTES
 // async_copy.cuh  cp_async<BYTES>(smem_dst, gmem_src, valid): BYTES in 4, 8, 16; zero-fills the
 //                 destination and does not touch the source when !valid (PTX ISA: cp.async)
-//                 cp_async_commit(), cp_async_wait<N>(): own groups of this thread, but newest N
+//                 cp_async_commit() closes a group of this thread's copies; cp_async_wait<N>()
+//                 waits for all groups of this thread but the newest N
 // sync.cuh        block_sync() (orders all memory of the block), warp_sync() (of the warp)
 // wmma.cuh        WmmaA<T> WmmaBCol<T> WmmaBRow<T> WmmaAccum: 16x16 fragments of one warp
 //                 (PTX ISA: wmma; B's two types differ by the layout they are loaded from)
@@ -36,8 +38,9 @@
 //                 another lane wrote must have been ordered by warp_sync() or block_sync() before.
 // atomics.cuh     smem_atomic_add(p, x): float32, relaxed
 //                 gmem_atomic_add(p, x): int32, relaxed; returns what was there before
-//                 gmem_atomic_add_acq_rel(p, x): the same; what this thread did and knows of before
-//                 it is known to who finds the sum by another one, after that, in any block
+//                 gmem_atomic_add_acq_rel(p, x): the same with acquire and release: what this
+//                 thread has written or seen before its add is visible, in any block, to every
+//                 thread whose later gmem_atomic_add_acq_rel finds that add in the sum
 #pragma once
 
 #include "@target/types.cuh"

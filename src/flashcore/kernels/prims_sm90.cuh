@@ -2,7 +2,7 @@
 //
 // grid.cuh        grid_dependency_wait(): until the kernels before this one are done and their
 //                 writes visible; before a thread's first access to global memory
-//                 grid_launch_dependents(): the next kernel's blocks may start, and wait likewise
+//                 grid_launch_dependents(): the next kernel's blocks may start and wait for it
 //                 (PTX ISA: griddepcontrol)
 // mbarrier.cuh    A barrier in shared memory is a SmemPtr<uint64_t> (PTX ISA: mbarrier).
 //                 mbar_init(bar, count), mbar_init_fence(): by one thread, then block_sync()

@@ -1,1 +1,1 @@
-"""A launch: arguments, descriptors, memory for results, the driver."""
+"""This package makes launches: arguments, descriptors, memory for results, the driver."""

@@ -1,4 +1,4 @@
-"""Memory for a kernel's results, without the layers that torch.empty goes through."""
+"""Allocate memory for a kernel's results, without the layers that torch.empty goes through."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 def allocator(
     device: torch.device, shape: tuple[int, ...], dtype: torch.dtype
 ) -> Callable[[], torch.Tensor]:
-    """What makes contiguous tensors of a shape and dtype on a device, not initialised.
+    """Return what makes contiguous tensors of a shape and dtype on a device, not initialised.
 
     No mode and no transform sees them made. A GPU must be the current one then.
     """

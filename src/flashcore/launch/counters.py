@@ -1,4 +1,4 @@
-"""Counters on a GPU by which the blocks of one launch share out work, 0 between launches.
+"""Keep counters on a GPU by which the blocks of one launch share out work, 0 between launches.
 
 A kernel that draws from a counter puts it back to 0 at its end, so no call has to clear it.
 Launches that may run at the same time must not share one: every stream has its own, and so has
@@ -31,7 +31,7 @@ class _Counters(NamedTuple):
 _lock = threading.Lock()
 _free: dict[int, _Counters] = {}  # by device index, what is left of the pool in use
 _of_streams: dict[tuple[int, int], _Counters] = {}  # by device index and stream handle
-_of_captures: dict[tuple[int, int], tuple[int, _Counters]] = {}  # likewise, of the last one
+_of_captures: dict[tuple[int, int], tuple[int, _Counters]] = {}  # the last capture of each
 
 
 def work_counters(device: torch.device, count: int = 1) -> int:
@@ -82,8 +82,8 @@ def _of_capture(key: tuple[int, int], count: int) -> int:
 
 
 def _capture_id(stream: int) -> int | None:
-    """Which capture a stream is part of, unlike all others of the process; None if the driver will
-    not say."""
+    """Return which capture a stream is part of, unlike all others of the process; None if the
+    driver will not say."""
     driver = import_driver()
     status, _, identity, *_ = driver.cuStreamGetCaptureInfo(driver.CUstream(stream))
     return None if status else int(identity)

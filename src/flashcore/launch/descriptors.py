@@ -1,4 +1,4 @@
-"""TMA descriptors as the GPU reads them: made by the driver, and given other addresses."""
+"""Encode TMA descriptors as the GPU reads them: made by the driver, and given other addresses."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _EVERY_ELEMENT = _Box(1, 1, 1, 1)
 
 
 class TensorMap(ctypes.Structure):
-    """A tensor and its boxes as the simulator's TMA reads them; on a GPU the driver's own opaque
-    encoding takes the same 128 bytes."""
+    """A TensorMap holds a tensor and its boxes as the simulator's TMA reads them; on a GPU the
+    driver's own opaque encoding takes the same 128 bytes."""
 
     _fields_ = [
         ("base", ctypes.c_uint64),
@@ -39,7 +39,8 @@ class TensorMap(ctypes.Structure):
 
 
 def aligned(content: bytes) -> tuple[Any, int]:
-    """Memory that holds `content`, and the address in it where it does, a multiple of ALIGNMENT."""
+    """Return memory that holds `content`, and the address in it where it does, a multiple of
+    ALIGNMENT."""
     memory = _buffer(len(content) + ALIGNMENT)()
     address = ctypes.addressof(memory) + ALIGNMENT - 1 & -ALIGNMENT
     ctypes.memmove(address, content, len(content))
@@ -52,7 +53,7 @@ def _buffer(size: int) -> type[ctypes.Array[ctypes.c_char]]:
 
 
 def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
-    """The descriptor that the GPU reads, of a "float16" or "bfloat16" tensor.
+    """Return the descriptor that the GPU reads, of a "float16" or "bfloat16" tensor.
 
     Raises:
         FlashCoreError: the driver refuses; the message holds its status.
@@ -84,8 +85,8 @@ _kinds: dict[tuple[bytes, str], TensorMap] = {}
 
 
 def encode_kind(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
-    """A descriptor for `readdress`, encoded once for all tensors of the same kind: k and v are
-    often of one, and while keys are appended q and out stay of theirs."""
+    """Return a descriptor for `readdress`, encoded once for all tensors of the same kind: k and v
+    are often of one, and while keys are appended q and out stay of theirs."""
     key = bytes(tensor_map)[TensorMap.row_stride_bytes.offset :], dtype_name
     found = _kinds.get(key)
     if found is None:
@@ -96,11 +97,12 @@ def encode_kind(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
 
 
 def readdress(address: int, bases: Iterable[tuple[int, int]]) -> None:
-    """Gives descriptors other tensors of the same kind, for much less than encoding them.
+    """Give descriptors other tensors of the same kind, for much less than encoding them.
 
     Args:
         address: where the first is, a multiple of ALIGNMENT.
-        bases: for each, its offset from there, likewise, and the tensor's address.
+        bases: for each descriptor its offset from `address`, a multiple of ALIGNMENT, and the
+            tensor's address.
 
     Raises:
         FlashCoreError: the driver refuses; the message holds its status.

@@ -1,5 +1,5 @@
-"""The CUDA driver: its bindings, imported when a kernel is launched, and the few functions that a
-call needs, by address."""
+"""Reach the CUDA driver: its bindings, imported when a kernel is launched, and the few functions
+that a call needs, by address."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _API_VERSION = 12000  # all of the functions by address are as old
 
 
 def import_driver() -> Any:
-    """The driver's bindings. Raises BackendUnavailableError when they are not installed."""
+    """Return the driver's bindings. Raises BackendUnavailableError when they are not installed."""
     try:
         from cuda.bindings import driver
     except ImportError as error:
@@ -32,7 +32,7 @@ def import_driver() -> Any:
 
 
 class LaunchAttribute(ctypes.Structure):
-    """CUlaunchAttribute, with the one value that is used here."""
+    """Mirror CUlaunchAttribute, with the one value that is used here."""
 
     _fields_ = [
         ("id", ctypes.c_uint32),
@@ -43,7 +43,7 @@ class LaunchAttribute(ctypes.Structure):
 
 
 class LaunchConfig(ctypes.Structure):
-    """CUlaunchConfig."""
+    """Mirror CUlaunchConfig."""
 
     _fields_ = [
         ("grid", ctypes.c_uint32 * 3),
@@ -56,7 +56,7 @@ class LaunchConfig(ctypes.Structure):
 
 
 def entry_address(name: str) -> int:
-    """Where a function of the driver is, such as "cuLaunchKernelEx".
+    """Return where a function of the driver is, such as "cuLaunchKernelEx".
 
     Raises:
         BackendUnavailableError: the bindings are not installed, or the driver lacks the function.
@@ -71,7 +71,8 @@ def entry_address(name: str) -> int:
 
 @functools.cache
 def entry_point(name: str) -> Callable[..., int]:
-    """A function of the driver that returns a CUresult, here as an int; raises as `entry_address`.
+    """Return a function of the driver that returns a CUresult, here as an int; raises as
+    `entry_address`.
 
     It takes what ctypes takes. Arguments that are kept from call to call, made by `pointer` or
     ctypes.byref, cost it half of what the bindings take to convert theirs.
@@ -80,7 +81,7 @@ def entry_point(name: str) -> Callable[..., int]:
 
 
 def pointer(address: int | None) -> Any:
-    """An address as an argument of a function by `entry_point`."""
+    """Return an address as an argument of a function by `entry_point`."""
     return ctypes.c_void_p.from_param(address)
 
 
@@ -91,7 +92,7 @@ def check(status: int, what: str) -> None:
 
 
 def bind_context(device_index: int | None = None) -> None:
-    """Binds a GPU's context to this thread, by default the current device's. A thread that has not
+    """Bind a GPU's context to this thread, by default the current device's. A thread that has not
     used the GPU yet has none, and torch need not have bound one for what the thread did so far."""
     from cuda.core import Device
 

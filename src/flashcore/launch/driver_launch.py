@@ -1,4 +1,4 @@
-"""A compiled kernel on a device, and its launch on the current stream by the driver."""
+"""Load a compiled kernel on a device, and launch it on the current stream by the driver."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from flashcore.launch.driver import (
 
 @functools.lru_cache(maxsize=4096)
 def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[int, Any]:
-    """The kernel's handle, allowed `smem_bytes` of dynamic shared memory on the device; and its
-    library, which must live as long."""
+    """Load a kernel; return its handle, allowed `smem_bytes` of dynamic shared memory on the
+    device, and its library, which must live as long."""
     from cuda.core import ObjectCode
 
     driver = import_driver()
@@ -45,8 +45,8 @@ def _load(kernel: CompiledKernel, device_index: int, smem_bytes: int) -> tuple[i
 
 
 class Argument:
-    """A kernel's one argument as cuLaunchKernelEx takes it. A launch copies it: launches in flight
-    do not need it, and threads may share one that nobody changes.
+    """An Argument is a kernel's one argument as cuLaunchKernelEx takes it. A launch copies it:
+    launches in flight do not need it, and threads may share one that nobody changes.
 
     Args:
         memory: what holds the kernel's struct; kept.
@@ -66,7 +66,7 @@ STREAMS_MAX = 64  # whose launches one kernel keeps prepared
 
 
 class Launch:
-    """A kernel on a device, ready to be launched.
+    """A launch is a kernel on a device, ready to be launched.
 
     Args:
         kernel: compiled for the device's architecture.
@@ -112,7 +112,7 @@ class Launch:
                 self.enqueue(argument)
 
     def enqueue(self, argument: Argument) -> None:
-        """Likewise, where the device is the current one."""
+        """Enqueue a launch where the device is the current one."""
         stream = self._current_stream(self._device_index)
         configuration = self._configurations.get(stream) or self._configure(stream)
         status = self._cu_launch_kernel(configuration, self._handle, argument.pointers, None)
@@ -120,7 +120,7 @@ class Launch:
             self._retry(status, argument)
 
     def _configure(self, stream: int) -> Any:
-        """What a launch on the stream is told beside the argument."""
+        """Return what a launch on the stream is told beside the argument."""
         grid, num_threads, smem_bytes = self._shape
         configuration = LaunchConfig((grid, 1, 1), (num_threads, 1, 1), smem_bytes, stream)
         if self._starts_early:
@@ -151,7 +151,7 @@ def launch_raw(
     device: torch.device,
     starts_early: bool = False,
 ) -> None:
-    """Launches a kernel once on the device's current stream. See `Launch`."""
+    """Launch a kernel once on the device's current stream. See `Launch`."""
     launch = Launch(
         kernel,
         grid=grid,

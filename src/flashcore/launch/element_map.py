@@ -1,4 +1,4 @@
-"""The order of elements in a fragment of the portable kernel, looked up on the GPU itself."""
+"""Look up on the GPU itself the order of elements in a fragment of the portable kernel."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from flashcore.launch.driver_launch import launch_raw
 
 @functools.cache
 def verify_element_map(device_index: int, arch: int, dtype: str) -> None:
-    """Checks on the GPU, once a process, that fragments lie where the kernels think they do.
+    """Check on the GPU, once a process, that fragments lie where the kernels think they do.
 
     Raises:
         FlashCoreError: they do not; the GPU's wmma is not the documented one.

@@ -1,4 +1,4 @@
-"""Plan + tensors -> a launch on the current stream."""
+"""Turn a Plan and tensors into a launch on the current stream."""
 
 from __future__ import annotations
 
@@ -30,13 +30,14 @@ from flashcore.problem.options import Options
 
 @functools.lru_cache(maxsize=4096)
 def _compile(plan: Plan) -> CompiledKernel:
-    """jit.compile_plan, which takes 2 ms to make the source text, once per Plan."""
+    """Compile by jit.compile_plan, which takes 2 ms to make the source text, once per Plan."""
     return compile_plan(plan)
 
 
 @functools.lru_cache(maxsize=4096)
 def _launch(plan: Plan, grid: int, device_index: int) -> Launch:
-    """One for all shapes that share it: while keys are appended, say, each call has a new one."""
+    """Return a launch for all shapes that share it: while keys are appended, say, each call has a
+    new one."""
     return Launch(
         _compile(plan),
         grid=grid,
@@ -48,7 +49,7 @@ def _launch(plan: Plan, grid: int, device_index: int) -> Launch:
 
 
 def load_plan(problem: Problem, plan: Plan, device: torch.device) -> None:
-    """Compiles a plan's kernel, or finds it compiled, and loads it on a GPU, for a later call."""
+    """Compile a plan's kernel, or find it compiled, and load it on a GPU, for a later call."""
     index = torch.cuda.current_device() if device.index is None else device.index
     verify_element_map(index, plan.arch, plan.dtype)
     _launch(plan, _grid_size(problem, plan, index), index)
@@ -66,7 +67,8 @@ def _grid_size(problem: Problem, plan: Plan, device_index: int) -> int:
 
 
 def _verify(device_index: int, plan: Plan) -> None:
-    """`verify_element_map`, which waits for the GPU; while the stream is captured, not yet."""
+    """Verify the element map by `verify_element_map`, which waits for the GPU; while the stream is
+    captured, not yet."""
     if not torch.cuda.is_current_stream_capturing():
         verify_element_map(device_index, plan.arch, plan.dtype)
 
@@ -83,7 +85,7 @@ def run_kernel(
     gate_buffers: dict[str, torch.Tensor] | None = None,
     lengths: dict[str, torch.Tensor] | None = None,
 ) -> None:
-    """Runs a plan on CUDA tensors, on the current stream, without waiting for it.
+    """Run a plan on CUDA tensors, on the current stream, without waiting for it.
 
     Args:
         problem: validated description of q, k, v and mask.
@@ -132,7 +134,7 @@ def run_kernel(
 
 
 class _Scratch:
-    """What a call needs beside its tensors, see params_sm90.scratch_shapes."""
+    """Hold what a call needs beside its tensors, see params_sm90.scratch_shapes."""
 
     def __init__(self, problem: Problem, plan: Plan) -> None:
         shapes = params_sm90.scratch_shapes(problem, plan)
@@ -141,13 +143,13 @@ class _Scratch:
         self.num_floats = self.num_out + math.prod(shapes.get("split_stats", (0,)))
 
     def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Shares, from torch's allocator, and the address of counters; both of the current stream.
-        Where blocks share the keys of row tiles."""
+        """Allocate shares, from torch's allocator, and the address of counters; both of the current
+        stream. Where blocks share the keys of row tiles."""
         shares = q.new_empty(self.num_floats, dtype=torch.float32)
         return shares, work_counters(q.device, self.num_counters)
 
     def pointers(self, shares: int, counters: int) -> dict[str, int]:
-        """Addresses by field of AttnParams."""
+        """Return addresses by field of AttnParams."""
         stats = shares + 4 * self.num_out
         return {"split_out": shares, "split_stats": stats, "tile_counter": counters}
 
@@ -166,7 +168,8 @@ _serial = itertools.count()
 
 
 class KernelCall:
-    """A plan on a device, ready for tensors of one description. See dispatch.prepare.
+    """A KernelCall is a plan on a device, ready for tensors of one description. See
+    dispatch.prepare.
 
     Args:
         problem: describes them.
@@ -222,8 +225,8 @@ class KernelCall:
         mask: torch.Tensor | None,
         addresses: Addresses,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """See dispatch.Call. Where sequences differ in length, addresses go on with those of
-        LENGTHS."""
+        """Run the call: see dispatch.Call. Where sequences differ in length, addresses go on with
+        those of LENGTHS."""
         if self._current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.run(q, k, v, mask, addresses)
@@ -256,7 +259,7 @@ class KernelCall:
         return out, lse
 
     def entry(self, q: int, k: int, v: int) -> Entry:
-        """The same for the compiled launcher, given the addresses of such tensors."""
+        """Return the entry for the compiled launcher, given the addresses of such tensors."""
         template = self._template_of((q, k, v), q)  # each call has its own out
         problem, plan, scratch = self._problem, self._plan, self._scratch
         return Entry(
@@ -282,7 +285,7 @@ class KernelCall:
         )
 
     def make_argument(self, key: _Key) -> Argument:
-        """The kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
+        """Return the kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
         argument = self._template_of(key[1], key[3]).new()
         if not self._fill(argument, key, is_kept=True):
             return argument
@@ -311,7 +314,7 @@ class KernelCall:
         return is_kept
 
     def _template_of(self, addresses: Addresses, out: int) -> Template:
-        """Made once, with these addresses."""
+        """Return the template of the argument, made once, with these addresses."""
         if self._template is None:
             q, k, v, *_ = addresses
             pointers: dict[str, int | None] = {"q": q, "k": k, "v": v, "out": out}

@@ -1,4 +1,4 @@
-"""The kernel's argument, to be copied with other addresses and other keys."""
+"""Copy the kernel's argument with other addresses and other keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _OFFSETS = {
 
 
 class Template:
-    """A kernel's argument, to be copied with other addresses.
+    """A template is a kernel's argument, to be copied with other addresses.
 
     Args:
         content: the struct; TMA descriptors in it are those of tensors of the same description.
@@ -43,7 +43,7 @@ class Template:
         self._shifts = shifts if any(shifts) else None
 
     def new(self) -> Argument:
-        """A copy, whose addresses are still to be placed."""
+        """Return a copy, whose addresses are still to be placed."""
         return Argument(*descriptors.aligned(self.content))
 
     def place(
@@ -83,7 +83,7 @@ class Template:
 def make_template(
     problem: Problem, plan: Plan, pointers: dict[str, int | None], grid: int
 ) -> Template:
-    """The argument of a problem, with the addresses of some tensors that it describes."""
+    """Return the argument of a problem, with the addresses of some tensors that it describes."""
     if not isinstance(plan, Sm90Plan):
         return Template(bytes(build_params(problem, plan, pointers)), 0, ())
     params = params_sm90.build_params_sm90(problem, plan, pointers, grid, target="host")

@@ -1,1 +1,2 @@
-"""The operators of torch: dense, padded and packed calls, their fakes, gradients and transforms."""
+"""This package holds the operators of torch: dense, padded and packed calls, their fakes, gradients
+and transforms."""

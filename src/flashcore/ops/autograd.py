@@ -1,4 +1,4 @@
-"""How autograd sees the operators: recorded, or taken apart where forward mode wants tangents.
+"""Say how autograd sees the operators: recorded, or taken apart where forward mode wants tangents.
 
 An operator's kernel for the dispatch key Autograd runs once for each level of torch.func around a
 call, and once below them. In forward mode (jvp, jacfwd, dual numbers) it computes the call by plain
@@ -113,7 +113,7 @@ def register_autograd(
 def functions_of_lengths(
     forward: Any, backward: Any, second_order: Callable[..., Any]
 ) -> tuple[type[torch.autograd.Function], type[torch.autograd.Function]]:
-    """The autograd.Functions of a pair of operators that take lengths.
+    """Return the autograd.Functions of a pair of operators that take lengths.
 
     Args:
         forward: takes five tensors, q, k and v first, options and a backend; returns out and lse.

@@ -1,4 +1,4 @@
-"""vmap of the operators: the batch that is mapped over joins the tensors' own.
+"""Define vmap of the operators: the batch that is mapped over joins the tensors' own.
 
 What is not batched is expanded, not copied, where the tensors' own batch is 1.
 """
@@ -10,20 +10,22 @@ from torch import Tensor
 
 
 def fold(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """The batch that vmap maps over, and the tensor's own, as one."""
+    """Join the batch that vmap maps over and the tensor's own into one."""
     x = x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.flatten(0, 1)
 
 
 def fold_mask(mask: Tensor, dim: int | None, size: int, batch: int) -> Tensor:
-    """Likewise, of a mask with up to four dimensions that broadcast."""
+    """Join the batch that vmap maps over and that of a mask with up to four dimensions that
+    broadcast."""
     mask = mask.unsqueeze(0).expand(size, *mask.shape) if dim is None else mask.movedim(dim, 0)
     mask = mask.reshape(size, *(1,) * (5 - mask.dim()), *mask.shape[1:])
     return mask.expand(size, batch, *mask.shape[2:]).flatten(0, 1)
 
 
 def forward_vmap(info, in_dims, q, k, v, mask, *arguments):  # type: ignore[no-untyped-def]
-    """The forward operator over a batch; arguments as torch.library.register_vmap gives them."""
+    """Compute the forward operator over a batch; arguments as torch.library.register_vmap gives
+    them."""
     n, return_lse = info.batch_size, arguments[-2]
     q, k, v = (fold(x, dim, n) for x, dim in zip((q, k, v), in_dims, strict=False))
     if mask is not None:
@@ -35,7 +37,8 @@ def forward_vmap(info, in_dims, q, k, v, mask, *arguments):  # type: ignore[no-u
 
 
 def backward_vmap(info, in_dims, dout, dlse, q, k, v, mask, out, lse, *arguments):  # type: ignore[no-untyped-def]
-    """Likewise the backward operator. Each of the batch has its own gradient of a shared mask."""
+    """Compute the backward operator over a batch. Each of the batch has its own gradient of a
+    shared mask."""
     n, needs_mask_grad = info.batch_size, arguments[5]  # behind the options
     dout, dlse, q, k, v, _, out, lse = (
         None if x is None else fold(x, dim, n)

@@ -1,4 +1,4 @@
-"""vmap of the operators that take lengths: a padded batch grows, packed rows get more heads.
+"""Define vmap of the operators that take lengths: a padded batch grows, packed rows get more heads.
 
 Packed sequences of other lengths in each sample are computed one sample after the other.
 """
@@ -16,7 +16,8 @@ Dims = tuple[int | None, ...]
 
 
 def padded_forward_vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
-    """`attention_padded_forward` over a batch; arguments as torch.library.register_vmap wants."""
+    """Compute `attention_padded_forward` over a batch; arguments as torch.library.register_vmap
+    wants."""
     n = info.batch_size
     out, lse = torch.ops.flashcore.attention_padded_forward(
         *_folded(n, in_dims, *inputs[:5]), *inputs[5:]
@@ -25,7 +26,7 @@ def padded_forward_vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, An
 
 
 def padded_backward_vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
-    """Likewise `attention_padded_backward`."""
+    """Compute `attention_padded_backward` over a batch."""
     n = info.batch_size
     of_out = [_or_none(x, dim, n) for x, dim in zip(inputs[:4], in_dims, strict=False)]
     gradients = torch.ops.flashcore.attention_padded_backward(
@@ -52,7 +53,7 @@ def _unfolded(x: Tensor, n: int) -> Tensor:
 
 
 def varlen_forward_vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
-    """`attention_varlen_forward` over a batch, likewise."""
+    """Compute `attention_varlen_forward` over a batch."""
     operator, n = torch.ops.flashcore.attention_varlen_forward, info.batch_size
     if not _same_lengths(in_dims[3:5]):
         return _one_by_one(operator, n, in_dims, inputs)
@@ -62,7 +63,7 @@ def varlen_forward_vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, An
 
 
 def varlen_backward_vmap(info: Any, in_dims: Dims, *inputs: Any) -> tuple[Any, Any]:
-    """Likewise `attention_varlen_backward`."""
+    """Compute `attention_varlen_backward` over a batch."""
     operator, n = torch.ops.flashcore.attention_varlen_backward, info.batch_size
     if not _same_lengths(in_dims[7:9]):
         return _one_by_one(operator, n, in_dims, inputs)
@@ -80,7 +81,7 @@ def _same_lengths(in_dims: Dims) -> bool:
 
 
 def _more_heads(x: Tensor, dim: int | None, n: int, place: int) -> Tensor:
-    """The batch that vmap maps over, and the heads at `place`, as one."""
+    """Join the batch that vmap maps over and the heads at `place` into one."""
     x = x.unsqueeze(0).expand(n, *x.shape) if dim is None else x.movedim(dim, 0)
     return x.movedim(0, place).flatten(place, place + 1)
 

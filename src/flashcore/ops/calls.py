@@ -1,8 +1,9 @@
-"""What was decided for a description of tensors is looked up, not decided again.
+"""Look up what was decided for a description of tensors, instead of deciding it again.
 
-Shapes, alignment, options and their types make a key. Under it lies, for each combination of
-strides, dtypes, devices and the like that came with it, a function that only allocates and
-launches. Addresses and values apart, a call of `attention` depends on nothing else.
+The shapes, alignment, options and the options' types make a key. Under a key there are entries
+(`Found`), one for each combination of strides, dtypes and devices that such calls came with. An
+entry holds a function that only allocates and launches. A call of `attention` depends on nothing
+else but addresses and values.
 """
 
 from __future__ import annotations
@@ -30,19 +31,20 @@ from flashcore.problem.options import Options
 from flashcore.problem.ranks import as_rank_4, has_other_rank
 
 Result = Tensor | tuple[Tensor, Tensor]
-# Computes a call so that autograd can differentiate it. Takes a State, q, k, v and perhaps a mask.
+# A Record computes a call so that autograd can differentiate it; it takes a State, q, k, v and
+# perhaps a mask.
 Record = Callable[..., Any]
 
 
 class Found(NamedTuple):
-    """What computes calls of one description.
+    """Hold what computes calls of one description.
 
     Args:
-        fits: whether q, k and v are like those that it was found for, shape of v, strides, dtypes
-            and devices included.
-        call: see dispatch.Call.
-        options: validated.
-        backend: as it was asked for, for the backward pass.
+        fits: returns whether q, k and v have the strides, dtypes and devices of those that the
+            entry was made for, and v its shape.
+        call: computes; see dispatch.Call.
+        options: the validated options.
+        backend: the backend that the caller asked for, which the backward pass takes too.
     """
 
     fits: Callable[[Tensor, Tensor, Tensor], bool]
@@ -51,8 +53,8 @@ class Found(NamedTuple):
     backend: str = "auto"
 
 
-CALLS_MAX = 1024  # keys
-FOUND_MAX = 16  # under one of them
+CALLS_MAX = 1024  # keys that are remembered
+FOUND_MAX = 16  # entries under one key
 
 _calls: dict[object, tuple[Found, ...]] = {}
 _growing: dict[object, Growing] = {}
@@ -74,7 +76,7 @@ def attend(
     backend: str,
     record: Record | None = None,
 ) -> Result:
-    """`attention` of tensors that nobody else needs to see.
+    """Compute `attention` of tensors that nobody else needs to see.
 
     One function, though a long one: on a small call each frame can be felt.
 
@@ -82,13 +84,13 @@ def attend(
         q: as in `attention`, like all the arguments that follow.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`.
-        causal: as in `attention`.
-        window: as in `attention`.
-        softcap: as in `attention`.
-        scale: as in `attention`.
-        return_lse: as in `attention`.
-        backend: as in `attention`.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        causal: False, True (aligned at the lower right) or "upper_left".
+        window: (left, right), the keys visible on either side of the diagonal, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        return_lse: whether the log-sum-exp of each row of scores is returned too.
+        backend: "auto", "sm90", "wmma", "sim" or "torch".
         record: what records the call if autograd is to; None: nothing is recorded.
 
     Returns:
@@ -110,9 +112,9 @@ def attend(
             )
         )
         addresses = at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        # Without memory it is a stand-in for a tensor, whatever else it looks like, or empty.
+        # A tensor without memory is empty, or a stand-in for a tensor (fake, meta, functional).
         if at_q and at_k and at_v:
-            # By identity: 1 == True == 1.0, and not all of them are valid.
+            # `is`, not `==`: 1 == True == 1.0, but 1 and 1.0 are not valid here.
             if (
                 (causal is False or causal is True)
                 and return_lse is False
@@ -131,7 +133,7 @@ def attend(
             else:
                 found = None
     except (AttributeError, TypeError, RuntimeError):
-        key = None  # something is wrong, or merely not hashable; now it is looked at closely
+        key = None  # an argument is wrong or not hashable; validation below finds out which
     if found is None:
         if record is not None and has_other_rank(q, k, v):
             given = as_rank_4(q, k, v, mask)
@@ -160,7 +162,8 @@ def _options_key(
     return_lse: bool,
     mask: Tensor | None,
 ) -> tuple[object, ...]:
-    """Types are in it because 1 == True == 1.0, and not all of them are valid."""
+    """Return a key of the options; types are in it because 1 == True == 1.0, and not all of them
+    are valid."""
     return (
         causal, type(causal), scale, type(scale), softcap, type(softcap),
         window if window is None else (type(window), *window, *map(type, window)),
@@ -189,8 +192,8 @@ def find(
     recorded: bool = False,
     key: object = None,
 ) -> Found:
-    """Decides what computes a call of `attend`, and keeps it under the key, unless that is None.
-    If the call is recorded, it computes lse in any case."""
+    """Decide what computes a call of `attend`, and keep it under the key, unless that is None. If
+    the call is recorded, it computes lse in any case."""
     family = _family_key(
         q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded
     )
@@ -254,11 +257,11 @@ def attend_lengths(
         q: as the caller of these takes it, like k and v.
         k: see q.
         v: see q.
-        mask: as in `attention`.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         lengths: int32 tensors, in the order of launch.LENGTHS.
         options: causal, window, softcap, scale and return_lse, as in `attention`.
         longest: the longest sequences of queries and of keys, where sequences are packed.
-        backend: as in `attention`.
+        backend: "auto", "sm90", "wmma", "sim" or "torch".
         describe: validates the arguments and returns their Problem.
 
     Returns:
@@ -315,8 +318,8 @@ def _family_key(
     backend: str,
     recorded: bool,
 ) -> object:
-    """What calls of one query a head have in common, however many keys there are; None for others.
-    With a window a side is bounded or not by the number of keys."""
+    """Return what calls of one query a head have in common, however many keys there are; None for
+    others. With a window a side is bounded or not by the number of keys."""
     try:
         if q.shape[2] != 1 or not (window is None and (causal is True or causal is False)):
             return None

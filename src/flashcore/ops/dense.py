@@ -1,4 +1,5 @@
-"""attention as operators of torch: `flashcore::attention_forward`, `flashcore::attention_backward`.
+"""Define attention as operators of torch: `flashcore::attention_forward`,
+`flashcore::attention_backward`.
 
 An eager call on plain tensors does without them (ops/eager.py). They serve whoever must see a call
 as one node of a graph or take it apart: torch.compile, torch.export, torch.func, modes, subclasses.
@@ -65,7 +66,7 @@ def attention_dispatched(
     return_lse: bool,
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` through the operator. torch.compile traces this function."""
+    """Compute `attention` through the operator. torch.compile traces this function."""
     options = Options.checked(causal, window, softcap, scale)
     check_backend(backend)
     if not isinstance(return_lse, bool):
@@ -83,8 +84,8 @@ def attention_dispatched(
 def autocast(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The tensors as torch.autocast wants them for SDPA: in its dtype, float64 as it is. A float32
-    mask is read as it is."""
+    """Return the tensors as torch.autocast wants them for SDPA: in its dtype, float64 as it is. A
+    float32 mask is read as it is."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
     dtype = autocast_dtype(device)
     if dtype is None:
@@ -111,7 +112,7 @@ def _forward(
     return_lse: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse); lse has no elements unless asked for."""
+    """Compute (out, lse); lse has no elements unless asked for."""
     result = attend(
         q,
         k,
@@ -169,7 +170,7 @@ def _backward(
     needs_mask_grad: bool,
     backend: str = "auto",
 ) -> Tensors4:
-    """dq, dk, dv, dmask; dmask has no elements unless asked for."""
+    """Compute dq, dk, dv and dmask; dmask has no elements unless asked for."""
     check_backend(backend)
     options = Options(causal, window_left, window_right, softcap, scale)
     problem = options.problem(q, k, v, mask, return_lse=True)
@@ -203,14 +204,14 @@ def _backward_fake(
 
 
 class _Forward(torch.autograd.Function):
-    """The forward operator, recorded.
+    """Record the forward operator.
 
     Saves q, k, v, the mask, out and lse, so memory is linear in seqlen (besides the user's mask).
     """
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        """See `_forward`."""
+        """Call the operator of `_forward`."""
         q, k, v, mask, *options, return_lse, backend = inputs
         out, lse = below_autograd(forward, keyset, inputs)
         ctx.options, ctx.has_lse, ctx.backend = Options(*options), return_lse, backend
@@ -222,7 +223,7 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        """Through the backward operator, which is recorded too."""
+        """Compute the gradient through the backward operator, which is recorded too."""
         q, k, v, mask, out, lse = ctx.saved_tensors
         if not ctx.has_lse:  # it was not asked for: compute it now
             out, lse = forward(q, k, v, mask, *ctx.options, True, ctx.backend)
@@ -234,12 +235,12 @@ class _Forward(torch.autograd.Function):
 
 
 class _Backward(torch.autograd.Function):
-    """The backward operator, recorded. out and lse get no gradient: they are functions of the
-    others, and counted there."""
+    """Record the backward operator. out and lse get no gradient: they are functions of the others,
+    and counted there."""
 
     @staticmethod
     def forward(ctx: Any, keyset: Any, *inputs: Any) -> Tensors4:
-        """See `_backward`."""
+        """Call the operator of `_backward`."""
         gradients: Tensors4 = below_autograd(backward, keyset, inputs)
         ctx.options, ctx.num_inputs = Options(*inputs[8:13]), len(inputs)
         ctx.save_for_backward(*inputs[:6])
@@ -250,7 +251,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        """By operations of torch, which are recorded too."""
+        """Compute the gradient by operations of torch, which are recorded too."""
         dout, dlse, q, k, v, mask = ctx.saved_tensors
         with without_autocast(q.device.type):
             gradients = backward_of_backward(dout, dlse, q, k, v, mask, cotangents, ctx.options)
@@ -263,7 +264,7 @@ class _Backward(torch.autograd.Function):
 def _forward_plain(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
-    """`_forward` by operations of torch, for forward mode."""
+    """Compute `_forward` by operations of torch, for forward mode."""
     *given, return_lse, backend = arguments
     check_qkv(q, k, v)
     if mask is not None:
@@ -276,7 +277,7 @@ def _forward_plain(
 
 
 def _backward_plain(*inputs: Any) -> Tensors4:
-    """`_backward` likewise."""
+    """Compute `_backward` by operations of torch, for forward mode."""
     dout, dlse, q, k, v, mask = inputs[:6]
     with without_autocast(q.device.type):
         dq, dk, dv, dmask = backward_plain(dout, dlse, q, k, v, mask, Options(*inputs[8:13]))

@@ -1,4 +1,4 @@
-"""What an eager call of `attention` needs to go around torch's dispatcher.
+"""Tell what an eager call of `attention` needs to go around torch's dispatcher.
 
 A layer of the dispatcher costs as much as the launch of a kernel, so it is left to the calls that
 need it: see `needs_dispatcher` and ops/dense.py. The way itself is calls.attend.
@@ -26,8 +26,8 @@ _get_tracing_state = torch._C._get_tracing_state
 
 
 def needs_dispatcher(q: object, k: object, v: object, mask: object) -> bool:
-    """Whether somebody (a mode, a subclass, a transform, a tracer, forward-mode AD) must see the
-    call as an operator."""
+    """Return whether somebody (a mode, a subclass, a transform, a tracer, forward-mode AD) must see
+    the call as an operator."""
     if (
         _len_torch_dispatch_stack()
         or _len_torch_function_stack()
@@ -54,7 +54,7 @@ def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
 
 
 class _Recorded(torch.autograd.Function):
-    """What the operator's autograd does, for half the time. The backward is the operator.
+    """Do what the operator's autograd does, for half the time. The backward is the operator.
 
     Saves q, k, v, the mask, out and lse, so memory is linear in seqlen (besides the user's mask).
     """

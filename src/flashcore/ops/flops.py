@@ -1,4 +1,4 @@
-"""The operators' floating-point operations, for torch.utils.flop_counter.FlopCounterMode.
+"""Count the operators' floating-point operations, for torch.utils.flop_counter.FlopCounterMode.
 
 Counted as torch counts its own SDPA: two for each product and sum of the matrix products, over all
 scores, whatever is masked. The backward pass computes the scores again, and counts them.
@@ -15,12 +15,12 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 
 def _forward(scores: int, q: Tensor, v: Tensor) -> int:
-    """scores: how many there are, over the whole batch and all heads of q."""
+    """Count the scores, over the whole batch and all heads of q."""
     return 2 * scores * (q.shape[-1] + v.shape[-1])
 
 
 def _backward(scores: int, q: Tensor, v: Tensor) -> int:
-    """Scores, dq and dk; the weights' gradients and dv."""
+    """Count the scores, dq and dk; the weights' gradients and dv."""
     return 2 * scores * (3 * q.shape[-1] + 2 * v.shape[-1])
 
 
@@ -31,7 +31,8 @@ def _dense_scores(q: Tensor, k: Tensor) -> int:
 def _packed_scores(
     q: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int, max_seqlen_k: int
 ) -> int:
-    """Sequence by sequence; where lengths cannot be read, each counts as the longest."""
+    """Count scores sequence by sequence; where lengths cannot be read, each counts as the
+    longest."""
     lengths = [
         cu_seqlens.diff().tolist()
         if type(cu_seqlens) is Tensor and not cu_seqlens.is_meta

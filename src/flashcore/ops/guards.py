@@ -1,4 +1,5 @@
-"""What tells tensors of one description from others, in one call into C++ where torch has it."""
+"""Find what tells tensors of one description from others, in one call into C++ where torch has
+it."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 
 def guard(*tensors: Tensor, any_keys: bool = False) -> Callable[..., bool]:
-    """What tells whether other things are tensors of the same types, shapes, strides, dtypes and
-    devices as these, and negated views or not as they are.
+    """Return what tells whether other things are tensors of the same types, shapes, strides, dtypes
+    and devices as these, and negated views or not as they are.
 
     Args:
         *tensors: q, k and v.
@@ -36,7 +37,7 @@ def guard(*tensors: Tensor, any_keys: bool = False) -> Callable[..., bool]:
 def _sizes_and_strides(
     tensors: tuple[Tensor, ...], any_keys: bool
 ) -> tuple[list[list[int | None]], list[list[int | None]]]:
-    """Of each tensor; None where any will do."""
+    """Return sizes and strides of each tensor; None where any will do."""
     sizes: list[list[int | None]] = [list(x.shape) for x in tensors]
     strides: list[list[int | None]] = [list(x.stride()) for x in tensors]
     for i in (1, 2) if any_keys else ():

@@ -1,4 +1,4 @@
-"""`attention` with seqlens_k: a padded batch whose sequences have different numbers of keys.
+"""Define `attention` with seqlens_k: a padded batch whose sequences have different numbers of keys.
 
 Operators of torch: `flashcore::attention_padded_forward`, `flashcore::attention_padded_backward`.
 
@@ -85,7 +85,7 @@ def attention_padded(
     return_lse: bool,
     backend: str,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` where seqlens_k is given; see there."""
+    """Compute `attention` where seqlens_k is given; see there."""
     if is_plain((seqlens_k,), q, k, v, mask):
 
         def describe() -> Problem:
@@ -189,7 +189,7 @@ def _forward(
 
 
 def _sequences(problem: Problem, seqlens_k: Tensor) -> Iterator[tuple[Problem, slice, int]]:
-    """Each sequence that has keys: its Problem, its place in the batch, and how many keys."""
+    """Yield each sequence that has keys: its Problem, its place in the batch, and how many keys."""
     if problem.is_empty:
         return
     for b, length in enumerate(seqlens_k.tolist()):
@@ -199,7 +199,7 @@ def _sequences(problem: Problem, seqlens_k: Tensor) -> Iterator[tuple[Problem, s
 
 
 def _part(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
-    """A sequence's part of a mask that broadcasts."""
+    """Return a sequence's part of a mask that broadcasts."""
     if mask is None:
         return None
     mask = mask[(None,) * (4 - mask.dim())]

@@ -1,4 +1,5 @@
-"""attention and its gradient by plain operations of torch, which every transform can take apart.
+"""Compute attention and its gradient by plain operations of torch, which every transform can take
+apart.
 
 For forward mode (jvp, jacfwd, dual numbers) and for derivatives of derivatives. Rare, hence simple:
 nothing happens in place, and all scores of a block of rows exist at once. Without records of
@@ -28,7 +29,7 @@ Hidden = Callable[[slice], Tensor]
 
 
 class Rows(NamedTuple):
-    """How the rows of q's heads are stacked.
+    """Say how the rows of q's heads are stacked.
 
     Args:
         batch: number of sequences.
@@ -46,29 +47,32 @@ class Rows(NamedTuple):
 
     @classmethod
     def of(cls, q: Tensor, k: Tensor) -> Rows:
-        """Those of q's."""
+        """Return the rows of q's heads."""
         dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return cls(q.shape[0], q.shape[1], k.shape[1], q.shape[2], dtype)
 
     def stacked(self, x: Tensor) -> Tensor:
-        """[batch, num_heads_q, seqlen_q, c] -> [batch, num_heads_kv, group_size * seqlen_q, c]."""
+        """Stack heads as rows: [batch, num_heads_q, seqlen_q, c] -> [batch, num_heads_kv,
+        group_size * seqlen_q, c]."""
         rows = self.heads_q // max(self.heads_kv, 1) * self.seqlen_q
         return x.to(self.dtype).reshape(self.batch, self.heads_kv, rows, x.shape[3])
 
     def by_head(self, x: Tensor) -> Tensor:
-        """[batch, num_heads_kv, group_size * seqlen_q, c] -> [batch, num_heads_q, seqlen_q, c]."""
+        """Undo `stacked`: [batch, num_heads_kv, group_size * seqlen_q, c] -> [batch, num_heads_q,
+        seqlen_q, c]."""
         return x.reshape(self.batch, self.heads_q, self.seqlen_q, x.shape[3])
 
 
 class Weights(NamedTuple):
-    """The softmax of scores, all stacked: [batch, num_heads_kv, group_size * seqlen_q, ..].
+    """Weights hold the softmax of scores, all stacked: [batch, num_heads_kv, group_size * seqlen_q,
+    ..].
 
     Args:
         p: the weights, [.., seqlen_k]; 0 in empty rows.
         lse: [.., 1], -inf in empty rows.
         empty: [.., 1], True where a row has nothing to attend to.
         slope: the derivative of softcap(scale * q.k) by its argument, [.., seqlen_k]; None is 1.
-        bend: the second derivative, likewise; None is 0.
+        bend: the second derivative of the same, [.., seqlen_k]; None is 0.
     """
 
     p: Tensor
@@ -79,19 +83,19 @@ class Weights(NamedTuple):
 
 
 def scale_of(options: Options, q: Tensor) -> float:
-    """The scale that the options mean for q's head_dim."""
+    """Return the scale that the options mean for q's head_dim."""
     return 1.0 / math.sqrt(q.shape[3]) if options.scale is None else options.scale
 
 
 def weights(
     q: Tensor, k: Tensor, mask: Tensor | None, options: Options, hidden: Tensor, rows: Rows
 ) -> Weights:
-    """The weights of attention, and what its derivatives need besides.
+    """Compute the weights of attention, and what its derivatives need besides.
 
     Args:
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         options: of the call; positions are in `hidden`.
         hidden: see `Hidden`.
         rows: of q and k.
@@ -123,13 +127,13 @@ def forward_plain(
     options: Options,
     hidden: Hidden | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """attention of [batch, num_heads, seqlen, head_dim] tensors.
+    """Compute attention of [batch, num_heads, seqlen, head_dim] tensors.
 
     Args:
         q: as in `attention`, like k, v and mask.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         options: of the call.
         hidden: what positions hide; None: what the options say.
 
@@ -160,7 +164,7 @@ def backward_plain(
     options: Options,
     hidden: Hidden | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """attention's gradient, as ops/second_order.py writes it.
+    """Compute attention's gradient, as ops/second_order.py writes it.
 
     Args:
         dout: [batch, num_heads_q, seqlen_q, head_dim_v], or None for zero.
@@ -192,7 +196,8 @@ def backward_plain(
 def arriving(
     dout: Tensor | None, dlse: Tensor | None, q: Tensor, v: Tensor, empty: Tensor, rows: Rows
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of out and lse, stacked. Whatever arrives at an empty row stops there."""
+    """Return the gradients of out and lse, stacked. Whatever arrives at an empty row stops
+    there."""
     if dout is None:
         dout = q.new_zeros((*q.shape[:3], v.shape[3]))
     dlse = q.new_zeros(q.shape[:3]) if dlse is None else dlse
@@ -203,7 +208,7 @@ def arriving(
 
 
 def band(options: Options, q: Tensor, k: Tensor) -> Hidden:
-    """What causal masks and windows hide in one pair of lengths."""
+    """Return what causal masks and windows hide in one pair of lengths."""
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     offset = 0 if options.causal == "upper_left" else seqlen_k - seqlen_q
 
@@ -215,7 +220,8 @@ def band(options: Options, q: Tensor, k: Tensor) -> Hidden:
 
 
 def outside_band(options: Options, i: Tensor, j: Tensor) -> Tensor:
-    """True where key j is hidden from a query that is aligned with key i; i and j broadcast."""
+    """Return True where key j is hidden from a query that is aligned with key i; i and j
+    broadcast."""
     left, right = options.window_left, options.window_right
     hidden = torch.zeros_like(j < i)
     if left >= 0:
@@ -226,7 +232,7 @@ def outside_band(options: Options, i: Tensor, j: Tensor) -> Tensor:
 
 
 def _blocks_of_rows(q: Tensor, k: Tensor) -> list[slice]:
-    """Slices of queries whose scores are held at once."""
+    """Return slices of queries whose scores are held at once."""
     sizes = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     if not all(isinstance(size, int) for size in sizes):
         return [slice(None)]  # symbolic

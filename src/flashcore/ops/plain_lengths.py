@@ -1,4 +1,5 @@
-"""Packed and padded calls by plain operations of torch: forward mode and second derivatives.
+"""Compute packed and padded calls by plain operations of torch: forward mode and second
+derivatives.
 
 Packed sequences go one by one through what computes a dense call, where the host can read their
 lengths. Where it cannot (torch.compile traces; vmap maps over them; a meta tensor), all rows are
@@ -34,7 +35,7 @@ Compute = Callable[[Tensors, Tensors, Hidden | None], tuple[Tensors, Tensors]]
 
 
 def varlen_forward_plain(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """`attention_varlen_forward`."""
+    """Compute `attention_varlen_forward`."""
     q, k, v, cu_q, cu_k, _, _, *given, backend = inputs
     check_packed(q, k, v, cu_q, cu_k)
     check_qkv(as_batch(q), as_batch(k), as_batch(v))
@@ -52,7 +53,7 @@ def varlen_forward_plain(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def varlen_backward_plain(*inputs: Any) -> Gradients3:
-    """`attention_varlen_backward`."""
+    """Compute `attention_varlen_backward`."""
     dout, dlse, _, _, q, k, v, cu_q, cu_k, _, _, *given = inputs
     options = Options(*given)
 
@@ -79,7 +80,7 @@ def varlen_second_order(
     options: tuple[Any, ...],
     cotangents: Tensors,
 ) -> Tensors:
-    """Gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
+    """Return gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
     checked = Options(*options[2:])
 
     def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
@@ -104,7 +105,7 @@ def varlen_second_order(
 
 
 def padded_forward_plain(*inputs: Any) -> tuple[Tensor, Tensor]:
-    """`attention_padded_forward`."""
+    """Compute `attention_padded_forward`."""
     q, k, v, mask, seqlens_k, *given, backend = inputs
     check_qkv(q, k, v)
     check_lengths("seqlens_k", seqlens_k, q)
@@ -118,7 +119,7 @@ def padded_forward_plain(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def padded_backward_plain(*inputs: Any) -> Gradients3:
-    """`attention_padded_backward`."""
+    """Compute `attention_padded_backward`."""
     dout, dlse, _, _, q, k, v, mask, seqlens_k, *given = inputs
     options = Options(*given)
     with without_autocast(q.device.type):
@@ -137,7 +138,7 @@ def padded_second_order(
     options: tuple[Any, ...],
     cotangents: Tensors,
 ) -> Tensors:
-    """Gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
+    """Return gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
     checked = Options(*options)
     x, y, z = cotangents
     with without_autocast(q.device.type):
@@ -149,14 +150,15 @@ def padded_second_order(
 
 
 def _beyond(k: Tensor, seqlens_k: Tensor) -> Tensor:
-    """[batch, 1, 1, seqlen_k], True behind a sequence's last key."""
+    """Return [batch, 1, 1, seqlen_k], True behind a sequence's last key."""
     return torch.arange(k.shape[2], device=k.device) >= seqlens_k[:, None, None, None]
 
 
 def _behind_hidden(
     q: Tensor, k: Tensor, v: Tensor, seqlens_k: Tensor, options: Options
 ) -> tuple[Tensor, Tensor, Hidden]:
-    """k and v with zeros behind the last key of each sequence, and what positions hide then."""
+    """Return k and v with zeros behind the last key of each sequence, and what positions hide
+    then."""
     seqlen_q, seqlen_k = q.shape[2], k.shape[2]
     beyond = _beyond(k, seqlens_k)
     lengths = seqlens_k.long().clamp(0, seqlen_k)[:, None, None, None]
@@ -178,14 +180,15 @@ def _by_sequence(
     options: Options,
     fills: tuple[float, ...],
 ) -> tuple[Tensor, ...]:
-    """The results of a packed call, [1, num_heads, total, columns] as what it is computed from.
+    """Return the results of a packed call, [1, num_heads, total, columns] as what it is computed
+    from.
 
     Args:
         compute: see `Compute`.
         of_q: what queries have, q among it.
         of_k: what keys have, k first.
         cu_seqlens_q: int32, [batch + 1].
-        cu_seqlens_k: likewise.
+        cu_seqlens_k: int32, [batch + 1].
         options: of the call.
         fills: what results of queries are where no sequence is.
     """
@@ -210,7 +213,7 @@ def _by_sequence(
 def _assembled(
     parts: tuple[Tensors, ...], rows: tuple[slice, ...], total: int, fills: tuple[float, ...]
 ) -> Iterator[Tensor]:
-    """What sequences have, as what all rows have."""
+    """Return what sequences have, as what all rows have."""
     for pieces, fill in zip(zip(*parts, strict=True), fills, strict=False):
         piece = torch.cat(pieces, dim=2)
         index = torch.cat([torch.arange(r.start, r.stop) for r in rows]).to(piece.device)
@@ -225,7 +228,8 @@ def _rows(tensors: Tensors, rows: slice) -> Tensors:
 def _others_hidden(
     q: Tensor, of_k: Tensors, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, options: Options
 ) -> tuple[Tensors, Hidden]:
-    """What keys have, 0 behind the last sequence; and what hides the other sequences' keys."""
+    """Return what keys have, 0 behind the last sequence; and what hides the other sequences'
+    keys."""
     k = next(x for x in of_k if x is not None)
     last = cu_seqlens_q.shape[0] - 1
     ends_q, ends_k = cu_seqlens_q.long(), cu_seqlens_k.long()
@@ -252,12 +256,12 @@ def _batched(x: Tensor | None) -> Tensor | None:
 
 
 def _lse_batched(lse: Tensor | None) -> Tensor | None:
-    """[num_heads, total] as [1, num_heads, total, 1]."""
+    """Return [num_heads, total] as [1, num_heads, total, 1]."""
     return None if lse is None else lse[None, ..., None]
 
 
 def _unbatched(x: Tensor) -> Tensor:
-    """[1, num_heads, total, columns] as [total, num_heads, columns], contiguous."""
+    """Return [1, num_heads, total, columns] as [total, num_heads, columns], contiguous."""
     return x.squeeze(0).transpose(0, 1).contiguous()
 
 

@@ -1,5 +1,5 @@
-"""The derivative of attention's backward pass, by plain operations of torch, which autograd can
-differentiate again.
+"""Compute the derivative of attention's backward pass, by plain operations of torch, which autograd
+can differentiate again.
 
 Rare, hence simple: all scores at once, so this alone takes memory quadratic in seqlen.
 """
@@ -24,7 +24,7 @@ def backward_of_backward(
     options: Options,
     hidden: Hidden | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """The vector-Jacobian product of attention's backward pass. Sizes may be symbolic.
+    """Compute the vector-Jacobian product of attention's backward pass. Sizes may be symbolic.
 
     With t = scale * q.k, s = softcap(t), p = softmax(s + mask), dp = dout.v and
     g = p * (dp - sum(p * dp) + dlse), the backward pass is dmask = g, dt = g * s',
@@ -38,7 +38,7 @@ def backward_of_backward(
         q: as in `attention`, like k, v and mask.
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, or None.
+        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         cotangents: of dq, dk, dv, dmask; None is zero.
         options: of the call.
         hidden: what positions hide; None: what the options say.

@@ -1,5 +1,6 @@
-"""`attention_varlen`: sequences of different lengths, packed one after the other; as operators of
-torch, `flashcore::attention_varlen_forward` and `flashcore::attention_varlen_backward`."""
+"""`attention_varlen` computes sequences of different lengths, packed one after the other; as
+operators of torch, `flashcore::attention_varlen_forward` and
+`flashcore::attention_varlen_backward`."""
 
 from __future__ import annotations
 
@@ -125,7 +126,8 @@ def attention_varlen(
     backend: str = "auto",
     **_unknown: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of sequences of different lengths, packed one after the other, in one launch.
+    """Compute `attention` of sequences of different lengths, packed one after the other, in one
+    launch.
 
     Sequence b has queries cu_seqlens_q[b] to cu_seqlens_q[b + 1] and keys cu_seqlens_k[b] to
     cu_seqlens_k[b + 1]; it may have none of either. The lengths stay on the device: nothing waits
@@ -138,20 +140,21 @@ def attention_varlen(
             head_dim, as in `attention`.
         k: [total_k, num_heads_kv, head_dim], dtype and device of q. num_heads_q must be a multiple
             of num_heads_kv.
-        v: [total_k, num_heads_kv, head_dim_v], likewise; head_dim_v may differ.
+        v: [total_k, num_heads_kv, head_dim_v], dtype and device of q; head_dim_v may
+            differ from head_dim.
         cu_seqlens_q: int32, [batch + 1], on q's device, contiguous: 0, then each sequence's end.
-        cu_seqlens_k: likewise of the keys.
+        cu_seqlens_k: int32, [batch + 1]: where the sequences of keys end.
         max_seqlen_q: the longest sequence of queries, in tokens, or a bound on it. It helps to
             choose tiles; results do not depend on it. An int, or an integer tensor with one
             element, which is never waited for: on a GPU, and in compiled code, it counts as
             total_q, so an int may be faster.
-        max_seqlen_k: likewise of the keys.
-        causal: as in `attention`, for each sequence by its own lengths.
-        scale: as in `attention`.
-        window: as in `attention`, likewise.
-        softcap: as in `attention`.
+        max_seqlen_k: the longest sequence of keys, or a bound on it, as max_seqlen_q is.
+        causal: False, True or "upper_left", for each sequence by its own lengths.
+        scale: the factor of q.k; None is 1 / sqrt(head_dim).
+        window: (left, right), for each sequence by its own lengths, or None.
+        softcap: scores become softcap * tanh(score / softcap); None is off.
         return_lse: also return the log-sum-exp of each row of scores.
-        backend: as in `attention`.
+        backend: "auto", "sm90", "wmma", "sim" or "torch".
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q. With return_lse, the pair (out, lse):

@@ -1,4 +1,5 @@
-"""The call that is asked for: its shapes, strides and options; the message for a wrong argument."""
+"""This package describes the call that is asked for: its shapes, strides and options; the message
+for a wrong argument."""
 
 from __future__ import annotations
 

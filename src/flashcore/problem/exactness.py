@@ -1,5 +1,5 @@
-"""What an exact result asks of a kernel: how many keys one sum may go over, and from which size on
-a softcap is a large one. Pure functions."""
+"""Say what an exact result asks of a kernel: how many keys one sum may go over, and from which size
+on a softcap is a large one. Pure functions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Few queries a head: the heads of a group as rows of one head, so that they share a row tile.
+"""Fold few queries a head (pack-GQA): the heads of a group as rows of one head, so that they share
+a row tile.
 
 A row tile has 64 rows or more, and its keys and values are read once. Where a head has one query,
 as in decoding, its tile would be nearly empty, and every head of a group would read the same keys
@@ -31,8 +32,8 @@ _MAX_ROW_STRIDE = 2**31 - 1  # in elements, as in kernels/fwd_wmma/params.py
 
 
 def can_fold(problem: Problem) -> bool:
-    """Whether the heads of a group can be rows of one: q and the mask then have one stride between
-    rows. The output and lse, which are contiguous, always have."""
+    """Return whether the heads of a group can be rows of one: q and the mask then have one stride
+    between rows. The output and lse, which are contiguous, always have."""
     length = problem.seqlen_q
     if problem.varlen == "packed" or problem.group_size < 2 or not 1 <= length <= MAX_QUERIES:
         return False
@@ -45,8 +46,8 @@ def can_fold(problem: Problem) -> bool:
 
 
 def with_copied_q(problem: Problem) -> Problem | None:
-    """The problem as it is once q has been copied, `q.contiguous()`, where that alone keeps heads
-    from being folded and the copy pays; else None."""
+    """Return the problem as it is once q has been copied, `q.contiguous()`, where that alone keeps
+    heads from being folded and the copy pays; else None."""
     heads, length, dim = problem.num_heads_q, problem.seqlen_q, problem.head_dim
     if problem.group_size < 2 or not 1 < length <= MAX_QUERIES or can_fold(problem):
         return None
@@ -60,7 +61,7 @@ def with_copied_q(problem: Problem) -> Problem | None:
 
 @functools.lru_cache(maxsize=4096)
 def fold_heads(problem: Problem, num_heads: int) -> Problem:
-    """The same call with heads of a group as rows of one head.
+    """Return the same call with heads of a group as rows of one head.
 
     Args:
         problem: one that `can_fold`, and has not been folded.
@@ -100,8 +101,8 @@ def fold_heads(problem: Problem, num_heads: int) -> Problem:
 
 
 def as_launched(problem: Problem, plan: Plan) -> Problem:
-    """The problem as the plan's kernel sees it. Of the problem as it was asked: one that is folded
-    in part could be folded again."""
+    """Return the problem as the plan's kernel sees it. Of the problem as it was asked: one that is
+    folded in part could be folded again."""
     if plan.folds_heads and can_fold(problem):
         return fold_heads(problem, plan.folds_heads)
     return problem

@@ -1,4 +1,5 @@
-"""How the tensors of a call lie in memory: strides, and the widest loads that all rows allow."""
+"""Say how the tensors of a call lie in memory: strides, and the widest loads that all rows
+allow."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ Strides4 = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class MaskSpec:
-    """How a mask is read.
+    """A MaskSpec says how a mask is read.
 
     Args:
         dtype: "bool" (True = attend), or the dtype of an additive mask.
@@ -29,12 +30,13 @@ class MaskSpec:
 
 
 def strided_among(**tensors: torch.Tensor) -> str:
-    """The names of the tensors whose last dimension is not contiguous, joined."""
+    """Return the names of the tensors whose last dimension is not contiguous, joined."""
     return "".join(name for name, x in tensors.items() if x.shape[-1] > 1 and x.stride(-1) != 1)
 
 
 def misaligned_among(**tensors: torch.Tensor) -> str:
-    """The names of the tensors with rows that do not start at multiples of 16 bytes, joined."""
+    """Return the names of the tensors with rows that do not start at multiples of 16 bytes,
+    joined."""
     return "".join(name for name, x in tensors.items() if load_bytes(x) < 16)
 
 
@@ -45,13 +47,13 @@ def as_batch(x: torch.Tensor) -> torch.Tensor:
 
 
 def strides_of(x: torch.Tensor) -> Strides3:
-    """Strides of (batch, head, seqlen), 0 where no step is ever taken."""
+    """Return strides of (batch, head, seqlen), 0 where no step is ever taken."""
     (b, h, s, _), (sb, sh, ss, _) = x.shape, x.stride()
     return (sb if b > 1 else 0, sh if h > 1 else 0, ss if s > 1 else 0)
 
 
 def mask_spec(mask: torch.Tensor) -> MaskSpec:
-    """How a mask of up to four dimensions is read."""
+    """Return how a mask of up to four dimensions is read."""
     missing = (0,) * (4 - mask.dim())
     strides = (
         stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)
@@ -66,7 +68,7 @@ def mask_spec(mask: torch.Tensor) -> MaskSpec:
 
 
 def load_bytes(*tensors: torch.Tensor) -> int:
-    """Widest load, in bytes, that is aligned for every row of the tensors; at most 16.
+    """Return widest load, in bytes, that is aligned for every row of the tensors; at most 16.
 
     Args:
         tensors: [batch, num_heads, seqlen, head_dim] with a contiguous last dimension.

@@ -1,4 +1,4 @@
-"""The options of `attention` as the operators take them: plain values, whatever the shapes."""
+"""Hold the options of `attention` as the operators take them: plain values, whatever the shapes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from flashcore.problem.validation import (
 
 
 class Options(NamedTuple):
-    """Validated options; also the operators' arguments, in this order.
+    """Hold validated options; also the operators' arguments, in this order.
 
     Args:
         causal: "none", "upper_left" or "lower_right".
-        window_left: keys visible before the diagonal, -1 for all.
-        window_right: keys visible after it, -1 for all; 0 is meant where causal is not "none".
-        softcap: 0.0 is off.
-        scale: None is 1 / sqrt(head_dim).
+        window_left: number of keys visible before the diagonal, -1 for all.
+        window_right: number of keys visible after the diagonal, -1 for all. If causal is not
+            "none", the kernels see 0 here, whatever it says.
+        softcap: the bound of the scores; 0.0 means no soft-capping.
+        scale: the factor of the scores; None means 1 / sqrt(head_dim).
     """
 
     causal: str
@@ -37,7 +38,10 @@ class Options(NamedTuple):
     def checked(
         cls, causal: Causal, window: Window, softcap: float | None, scale: float | None
     ) -> Options:
-        """From the arguments of `attention`. Raises TypeError or ValueError as it does."""
+        """Make validated options from the arguments of `attention`.
+
+        Raises the TypeError or ValueError of `attention` for a wrong argument.
+        """
         alignment = checked_causal(causal)
         # No sequence is that long, and the operators' integers have 64 bits.
         left, right = (
@@ -49,15 +53,18 @@ class Options(NamedTuple):
         return cls(alignment, left, right, factor, scale)
 
     def with_checked_factors(self) -> Options:
-        """The same. Raises ValueError as `checked` does, which may not have known the values, if
-        code was being compiled."""
+        """Return the same options after checking softcap and scale again.
+
+        While code was being compiled, `checked` may not have known their values. Raises ValueError
+        for a wrong one.
+        """
         softcap = None if certainly(self.softcap == 0.0) else self.softcap
         Options.checked(False, None, softcap, self.scale)
         return self
 
     @classmethod
     def of(cls, problem: Problem) -> Options:
-        """Those that give the same Problem again for the same tensors."""
+        """Return those options that give the same Problem again for the same tensors."""
         return cls(
             problem.causal,
             problem.window_left,
@@ -74,7 +81,7 @@ class Options(NamedTuple):
         mask: torch.Tensor | None,
         return_lse: bool,
     ) -> Problem:
-        """Problem.from_tensors with these options."""
+        """Return Problem.from_tensors with these options."""
         return Problem.from_tensors(
             q,
             k,

@@ -1,4 +1,4 @@
-"""Problem: what one attention call asks for, validated and normalised; hashable and printable.
+"""A Problem is what one attention call asks for, validated and normalised; hashable and printable.
 
 Read next: kernels/fwd_wmma/plan.py chooses a kernel from a Problem, checks/reference.py computes
 one in PyTorch.
@@ -38,7 +38,7 @@ Window = tuple[int, int] | None
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One attention call.
+    """A Problem describes one attention call.
 
     Key j is visible to query i iff
     `i + diag_offset - window_left <= j <= i + diag_offset + window_right`, where -1 as a window
@@ -52,7 +52,7 @@ class Problem:
         seqlen_q: queries per sequence.
         seqlen_k: keys, and values, per sequence.
         head_dim: of q and k, at least 1; the kernels take what is_readable says.
-        head_dim_v: of v and the output, likewise.
+        head_dim_v: of v and the output, at least 1.
         dtype: "float16", "bfloat16", "float32" or "float64".
         device: "cpu", "cuda" or "meta".
         arch: compute capability, 90 for sm_90; 0 on the CPU and on GPUs not made by NVIDIA.
@@ -65,8 +65,8 @@ class Problem:
         mask: how the mask is read, or None.
         return_lse: whether the log-sum-exp of the scores is wanted too.
         q_strides: of (batch, head, seqlen) in elements; 0 for a dimension of size 0 or 1.
-        k_strides: likewise.
-        v_strides: likewise.
+        k_strides: of (batch, head, seqlen) of k, in elements.
+        v_strides: of (batch, head, seqlen) of v, in elements.
         load_bytes: the widest of 16, 8, 4, 2 that divides every address of a row of q, k and v
             and the bytes of a row, of those that the kernels read in place (backends/adapting.py).
         varlen: how sequences differ in length, one of plan.VARLEN_KINDS. If they do, only the
@@ -75,7 +75,7 @@ class Problem:
         total_q: rows of packed q; else 0.
         total_k: rows of packed k and v; else 0.
         strided: those of "q", "k" and "v" whose last dimension is not contiguous, joined.
-        misaligned: likewise those for which alone load_bytes would be less than 16.
+        misaligned: those of "q", "k" and "v" whose own load_bytes is less than 16, joined.
     """
 
     batch: int
@@ -126,12 +126,12 @@ class Problem:
             q: [batch, num_heads_q, seqlen_q, head_dim].
             k: [batch, num_heads_kv, seqlen_k, head_dim].
             v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-            causal: as in `attention`.
-            scale: as in `attention`.
-            window: as in `attention`.
-            softcap: as in `attention`.
-            mask: as in `attention`.
-            return_lse: as in `attention`.
+            causal: False, True (aligned at the lower right) or "upper_left".
+            scale: the factor of q.k; None is 1 / sqrt(head_dim).
+            window: (left, right), the keys visible on either side of the diagonal, or None.
+            softcap: scores become softcap * tanh(score / softcap); None is off.
+            mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+            return_lse: whether the log-sum-exp of each row of scores is returned too.
 
         Returns:
             The problem; it keeps no reference to the tensors.
@@ -190,7 +190,7 @@ class Problem:
 
     @property
     def group_size(self) -> int:
-        """Heads of q that share one head of k and v."""
+        """Return how many heads of q share one head of k and v."""
         return self.num_heads_q // self.num_heads_kv if self.num_heads_kv else 0
 
     @property
@@ -202,24 +202,24 @@ class Problem:
 
     @property
     def is_readable(self) -> bool:
-        """Whether the kernels can read q, k and v as they are: rows of whole 16 bytes, contiguous.
-        See backends/adapting.py for others."""
+        """Return whether the kernels can read q, k and v as they are: rows of whole 16 bytes,
+        contiguous. See backends/adapting.py for others."""
         dims = self.head_dim, self.head_dim_v
         return not self.strided and all(dim % HEAD_DIM_MULTIPLE == 0 for dim in dims)
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype of q, k, v and the output."""
+        """Return the dtype of q, k, v and the output."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         return dtype
 
     @property
     def lse_dtype(self) -> torch.dtype:
-        """float32, except float64 for float64 inputs."""
+        """Return float32, except float64 for float64 inputs."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
     def of_sequence(self, seqlen_q: int, seqlen_k: int) -> Problem:
-        """The call that one of its sequences of different lengths amounts to."""
+        """Return the call that one of its sequences of different lengths amounts to."""
         left, right, diag_offset = _visible_band(
             self.causal, (self.window_left, self.window_right), seqlen_q, seqlen_k
         )
@@ -237,7 +237,7 @@ class Problem:
         )
 
     def describe(self) -> str:
-        """One line for people, e.g. in `explain` and in test reports."""
+        """Return one line for people, e.g. in `explain` and in test reports."""
         heads = f"H{self.num_heads_q}"
         if self.num_heads_kv != self.num_heads_q:
             heads += f"/{self.num_heads_kv}"
@@ -266,7 +266,7 @@ class Problem:
 def _visible_band(
     alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
 ) -> tuple[int, int, int]:
-    """(window_left, window_right, diag_offset) as Problem defines them."""
+    """Return (window_left, window_right, diag_offset) as Problem defines them."""
     left, right = window
     if alignment != "none":
         right = 0  # right < 0 is unbounded, and any right > 0 is cut back by causality
@@ -285,8 +285,8 @@ def _visible_band(
 def widest_band(
     alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
 ) -> tuple[int, int]:
-    """(window_left, window_right) of a call whose sequences have at most these lengths: a side is
-    -1 if it excludes no key of any of them.
+    """Return (window_left, window_right) of a call whose sequences have at most these lengths: a
+    side is -1 if it excludes no key of any of them.
 
     The key that the last query is aligned with has at most `last` keys before it, the one of the
     first query at most `ahead` after it, whatever the lengths.
@@ -302,7 +302,7 @@ def widest_band(
 
 @functools.cache
 def arch_of_device(device_index: int | None) -> int:
-    """10 * major + minor of an NVIDIA GPU; 0 for any other."""
+    """Return 10 * major + minor of an NVIDIA GPU; 0 for any other."""
     if torch.version.hip is not None:
         return 0
     major, minor = torch.cuda.get_device_capability(device_index)

@@ -1,4 +1,4 @@
-"""`attention` of tensors with no batch dimension, or with several.
+"""Call `attention` of tensors with no batch dimension, or with several.
 
 They become the [batch, num_heads, seqlen, head_dim] that everything else works on, and back."""
 
@@ -16,8 +16,8 @@ Result = Tensor | tuple[Tensor, Tensor]
 
 
 def has_other_rank(q: object, k: object, v: object) -> bool:
-    """Whether q, k and v are dense tensors that agree in a number of dimensions other than 4. What
-    else may be wrong with them is found later."""
+    """Return whether q, k and v are dense tensors that agree in a number of dimensions other than
+    4. What else may be wrong with them is found later."""
     tensors = [x for x in (q, k, v) if isinstance(x, Tensor)]
     if len(tensors) < 3 or any(x.layout != torch.strided or x.is_nested for x in tensors):
         return False
@@ -26,7 +26,7 @@ def has_other_rank(q: object, k: object, v: object) -> bool:
 
 
 class Ranked(NamedTuple):
-    """A call in the shape that everything else works on.
+    """Ranked is a call in the shape that everything else works on.
 
     Args:
         q: [batch, num_heads_q, seqlen_q, head_dim]; a view, unless several batch dimensions are no
@@ -46,7 +46,7 @@ class Ranked(NamedTuple):
     lead: tuple[int, ...]
 
     def restored(self, result: Result) -> Result:
-        """out and lse as the caller's dimensions have them."""
+        """Return out and lse as the caller's dimensions have them."""
         if isinstance(result, tuple):
             out, lse = result
             return out.reshape(*self.lead, *out.shape[2:]), lse.reshape(*self.lead, *lse.shape[2:])
@@ -60,7 +60,7 @@ def as_rank_4(
     mask: Tensor | None,
     seqlens_k: Tensor | None = None,
 ) -> Ranked:
-    """The call with one batch dimension.
+    """Return the call with one batch dimension.
 
     Args:
         q: [..., num_heads_q, seqlen_q, head_dim], or [seqlen_q, head_dim] for a single head.

@@ -1,4 +1,5 @@
-"""Keyword arguments as other libraries spell them: an error that says what they are called here.
+"""Recognise keyword arguments as other libraries spell them: an error that says what they are
+called here.
 
 A public function ends its parameters with `**_unknown`, which costs a call some 20 ns, hands what
 arrives there to `refuse`, and hides it from its signature by `other_names`.

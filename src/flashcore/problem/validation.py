@@ -1,4 +1,4 @@
-"""Checks of the arguments of `attention`; each failure names the argument, its value, the way out.
+"""Check the arguments of `attention`; each failure names the argument, its value, the way out.
 
 Kept apart from problem/problem.py so that one can read what a Problem is without reading what it is
 not.
@@ -31,13 +31,13 @@ DEVICE_TYPES = ("cpu", "cuda", "meta")
 
 
 def type_name(x: object) -> str:
-    """The type of `x` as a user would write it."""
+    """Return the type of `x` as a user would write it."""
     cls = type(x)
     return cls.__name__ if cls.__module__ == "builtins" else f"{cls.__module__}.{cls.__name__}"
 
 
 def shape_text(x: torch.Tensor) -> str:
-    """`[2, 8, 512, 64]`."""
+    """Return `[2, 8, 512, 64]`."""
     return str(list(x.shape))
 
 
@@ -167,7 +167,7 @@ def check_mask(mask: torch.Tensor, q: torch.Tensor, seqlen_k: int) -> None:
 
 
 def checked_causal(causal: object) -> str:
-    """The alignment's name: "none", "upper_left" or "lower_right"."""
+    """Return the alignment's name: "none", "upper_left" or "lower_right"."""
     if isinstance(causal, bool):
         return CAUSAL_NAMES[causal]
     if not isinstance(causal, str):
@@ -184,8 +184,8 @@ def checked_causal(causal: object) -> str:
 
 
 def certainly(condition: Any) -> bool:
-    """Whether a condition holds, as far as is known: False where code is being compiled for numbers
-    that come only when it runs. Then the operators look again."""
+    """Return whether a condition holds, as far as is known: False where code is being compiled for
+    numbers that come only when it runs. Then the operators look again."""
     if is_dynamo_compiling() or isinstance(condition, torch.SymBool):
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -194,15 +194,15 @@ def certainly(condition: Any) -> bool:
 
 
 def factor_fits(factor: Any) -> bool:
-    """Whether a scale or softcap is one that the kernels, which work in float32, can use: neither
-    it nor the ratio of two can overflow or vanish there, whatever the finite scores are."""
+    """Return whether a scale or softcap is one that the kernels, which work in float32, can use:
+    neither it nor the ratio of two can overflow or vanish there, whatever the finite scores are."""
     # Literals: torch.compile may take a module's floats for variables, and compile a second time.
     too_small, too_large = certainly(factor < 1e-18), certainly(factor > 1e18)
     return not (too_small or too_large or certainly(factor != factor))
 
 
 def checked_factor(name: str, value: object, unset: float, way_out: str) -> float:
-    """A positive finite number, or `unset` for None."""
+    """Return a positive finite number, or `unset` for None."""
     if value is None:
         return unset
     if not is_number(value):
@@ -222,7 +222,8 @@ def checked_factor(name: str, value: object, unset: float, way_out: str) -> floa
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a real number, perhaps one that compiled code knows only when it runs."""
+    """Return whether `value` is a real number, perhaps one that compiled code knows only when it
+    runs."""
     if isinstance(value, bool):
         return False
     return isinstance(value, (Real, torch.SymInt, torch.SymFloat))
@@ -235,7 +236,7 @@ def check_return_lse(value: object) -> None:
 
 
 def checked_window(window: object) -> tuple[int, int]:
-    """(left, right), -1 for an unbounded side; None is (-1, -1)."""
+    """Return (left, right), -1 for an unbounded side; None is (-1, -1)."""
     if window is None:
         return -1, -1
     if isinstance(window, (str, bytes)) or not isinstance(window, Sequence):

@@ -1,1 +1,2 @@
-"""Tile configurations: which exist, which ship, which were measured on this GPU."""
+"""This package selects tile configurations: which exist, which ship, which were measured on this
+GPU."""

@@ -1,4 +1,4 @@
-"""Plans -> a bundle, by several processes at once."""
+"""Compile plans into a bundle, by several processes at once."""
 
 from __future__ import annotations
 

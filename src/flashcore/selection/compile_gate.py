@@ -1,4 +1,5 @@
-"""The compile gate: what a configuration may take of a GPU, and the sample that stands for all.
+"""Define the compile gate: what a configuration may take of a GPU, and the sample that stands for
+all.
 
 The whole gate compiles every configuration. The sample takes those nearest to a spill, by what
 their plans say, and the whole gate checks, by what the compiler says, that they still are. Pure
@@ -34,7 +35,7 @@ _REGISTER_STEP = 8
 
 
 class Cell(NamedTuple):
-    """What the sample has configurations of each of."""
+    """Name what the sample has configurations of each of."""
 
     kernel: str
     arch: int

@@ -1,4 +1,4 @@
-"""Compiles many configurations at once, and says which of them the compiler rules out."""
+"""Compile many configurations at once, and says which of them the compiler rules out."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _ATTEMPTS = 2  # a process that dies takes with it what others had to do
 
 
 class Workers:
-    """A pool of processes, as NVRTC compiles one program at a time in a process. They start with
-    the first call that has many items, and end with the `with` block."""
+    """Workers are a pool of processes, as NVRTC compiles one program at a time in a process. They
+    start with the first call that has many items, and end with the `with` block."""
 
     def __init__(self, count: int | None = None) -> None:
         self.count = min(_MAX_WORKERS, available_cores()) if count is None else count
@@ -47,7 +47,7 @@ class Workers:
     def map(
         self, function: Callable[[Item], Result], items: Sequence[Item]
     ) -> Generator[tuple[Item, Result], None, list[Item]]:
-        """Each item, in any order, and what the function makes of it.
+        """Yield each item, in any order, and what the function makes of it.
 
         Returns:
             The items over which processes died.
@@ -62,7 +62,7 @@ class Workers:
     def _map_in_pool(
         self, function: Callable[[Item], Result], items: Sequence[Item]
     ) -> Generator[tuple[Item, Result], None, list[Item]]:
-        """Returns those that a process died over, the others' in its queue among them."""
+        """Return those that a process died over, the others' in its queue among them."""
         if not items:
             return []
         if self._pool is None:
@@ -84,14 +84,15 @@ class Workers:
 
 
 class Compiler(Workers):
-    """Workers that compile plans. What was compiled once is remembered, by its source."""
+    """A Compiler is workers that compile plans. What was compiled once is remembered, by its
+    source."""
 
     def __init__(self, workers: int | None = None) -> None:
         super().__init__(workers)
         self._known: dict[str, str | None] = {}
 
     def __call__(self, plans: Sequence[Plan]) -> Iterator[tuple[Plan, str | None]]:
-        """Each plan, in any order, and why it is ruled out or None."""
+        """Yield each plan, in any order, and why it is ruled out or None."""
         alike: dict[str, list[Plan]] = {}
         for plan in plans:
             alike.setdefault(_source(plan), []).append(plan)
@@ -110,17 +111,19 @@ class Compiler(Workers):
 
 @functools.lru_cache(maxsize=4096)
 def _source(plan: Plan) -> str:
-    """The hash of a plan's source text: plans may differ in what only the host reads."""
+    """Return the hash of a plan's source text: plans may differ in what only the host reads."""
     return cache_key(generate_source(plan), plan.arch, plan.arch_suffix)
 
 
 def ignore_interrupts() -> None:
-    """Ctrl-C reaches the whole process group; only the parent decides what it means."""
+    """Ignore Ctrl-C, which reaches the whole process group; only the parent decides what it
+    means."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def obstacle(plan: Plan) -> str | None:
-    """Compiles a plan, or finds it compiled. Why it must or should not run, or None."""
+    """Compile a plan, or find it compiled; return why it must or should not run, or None. Why it
+    must or should not run, or None."""
     try:
         return rejection(plan, resources(plan))
     except CompileError as error:
@@ -130,7 +133,7 @@ def obstacle(plan: Plan) -> str | None:
 
 
 def rejection(plan: Plan, found: Resources) -> str | None:
-    """What the compiler's report has against a plan, or None."""
+    """Return what the compiler's report has against a plan, or None."""
     if found.spill_bytes > 0:
         return f"spills {found.spill_bytes} bytes"
     if found.remarks:

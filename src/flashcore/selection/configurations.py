@@ -1,4 +1,4 @@
-"""The kernel configurations that are compiled ahead and checked against the resource budget.
+"""List the kernel configurations that are compiled ahead and checked against the resource budget.
 
 A configuration is a Plan, and a Plan comes from a Problem, so each is derived from a problem that
 stands for all of its kind, for the Hopper kernel in several sizes.
@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "decode": {"queries": 1},
     "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
     # Mask tensors: for each query and key, with rows aligned for wide loads or not; one row of keys
-    # for all queries; numbers, likewise aligned or not; keys that are no neighbours.
+    # for all queries; numbers, with rows that are aligned or not; keys that are no neighbours.
     "bool-mask": {"mask": "bool"},
     "loose-mask": {"mask": "loose"},
     "padding": {"mask": "padding"},
@@ -122,7 +122,8 @@ _SERVING_GROUPS = (1, _GROUP)  # larger ones have the same kernels
 
 @dataclass(frozen=True, slots=True)
 class Configuration:
-    """A plan, the variant it was made for, and whether only the table that ships has it."""
+    """A configuration is a plan, the variant it was made for, and whether only the table that ships
+    has it."""
 
     variant: str
     plan: Plan
@@ -130,9 +131,9 @@ class Configuration:
 
     @property
     def is_checked(self) -> bool:
-        """Whether the compile gate has to see it. What ships was found to spill in neither dtype
-        (tune/search.py), so one of them tells whether a change to the kernel has made it spill; how
-        a mask tensor is read, or that sums begin anew, hardly depends on it."""
+        """Return whether the compile gate has to see it. What ships was found to spill in neither
+        dtype (tune/search.py), so one of them tells whether a change to the kernel has made it
+        spill; how a mask tensor is read, or that sums begin anew, hardly depends on it."""
         one_is_enough = self.ships or self.variant in (*_MASK_VARIANTS, *_PORTABLE_VARIANTS)
         return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 
@@ -144,7 +145,7 @@ def configurations(
     dtypes: Sequence[str] = DTYPES,
     variants: Sequence[str] = tuple(VARIANTS),
 ) -> list[Configuration]:
-    """Every distinct plan of these architectures, head_dims, dtypes and variants.
+    """Return every distinct plan of these architectures, head_dims, dtypes and variants.
 
     Args:
         archs: 90 for sm_90.
@@ -211,9 +212,9 @@ def serving_plans(
 
 
 def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator[Plan]:
-    """What the problem's kind may run on an architecture, by rules or, if it `ships`, by the table.
-    The Hopper kernel has other tiles for other sizes, and leaves to the portable one what TMA
-    cannot read."""
+    """Return what the problem's kind may run on an architecture, by rules or, if it `ships`, by the
+    table. The Hopper kernel has other tiles for other sizes, and leaves to the portable one what
+    TMA cannot read."""
     if portable and not ships:
         yield candidates(problem, arch, kernel=KERNEL)[0]
     table = tile_table.read(arch) if ships else None

@@ -1,4 +1,4 @@
-"""Which tile configurations of a kernel there are to try. Pure functions, no GPU needed.
+"""Say which tile configurations of a kernel there are to try. Pure functions, no GPU needed.
 
 A configuration is the fields of a Plan that the problem does not decide. What is listed fits into
 shared memory and asks for no more registers than a block can be given; what spills only the
@@ -52,13 +52,14 @@ _STAGES_OF_PRODUCTS = 4
 
 
 def tile_of(plan: Plan) -> Tile:
-    """The fields of a plan that the problem does not decide, by name."""
+    """Return the fields of a plan that the problem does not decide, by name."""
     names = (field.name for field in dataclasses.fields(plan))
     return {name: getattr(plan, name) for name in names if name not in _GIVEN}
 
 
 def with_tile(plan: Plan, tile: Mapping[str, Any]) -> Plan | None:
-    """The plan with another tile; None where the tile is not one of this kernel, or not legal."""
+    """Return the plan with another tile; None where the tile is not one of this kernel, or not
+    legal."""
     own = tile_of(plan)
     if set(tile) != set(own) or any(type(tile[name]) is not type(own[name]) for name in own):
         return None
@@ -67,8 +68,9 @@ def with_tile(plan: Plan, tile: Mapping[str, Any]) -> Plan | None:
 
 
 def is_legal(plan: Plan) -> bool:
-    """Whether a plan fits the GPU: shared memory, threads, and the registers of its roles. A block
-    of the Hopper kernel that asks for more registers than it was given would wait for ever."""
+    """Return whether a plan fits the GPU: shared memory, threads, and the registers of its
+    roles. A block of the Hopper kernel that asks for more registers than it was given would wait
+    for ever."""
     rows_a_warp = 64 if isinstance(plan, Sm90Plan) else 16
     sizes = (plan.block_m, plan.block_n, plan.num_stages, plan.min_blocks)
     if min(sizes) < 1 or plan.block_m % rows_a_warp or plan.block_n % 16:
@@ -99,7 +101,8 @@ def _is_legal_sm90(plan: Sm90Plan) -> bool:
 
 
 def registers_asked_for(plan: Plan) -> int:
-    """Registers that the roles of a block's warpgroups ask for together; 0 without roles."""
+    """Return the registers that the roles of a block's warpgroups ask for together; 0 without
+    roles."""
     if not isinstance(plan, Sm90Plan):
         return 0
     consumer, producer = plan.role_registers
@@ -107,12 +110,13 @@ def registers_asked_for(plan: Plan) -> int:
 
 
 def may_avoid_spills(plan: Plan) -> bool:
-    """Whether scores, output and what else a thread must hold could fit into its registers."""
+    """Return whether scores, output and what else a thread must hold could fit into its
+    registers."""
     return spare_registers(plan) >= _OTHER_REGISTERS
 
 
 def tiles(base: Plan) -> list[Plan]:
-    """All sizes of tiles, the other choices as in `base`; `base` first."""
+    """Return all sizes of tiles, with `base`'s other choices; `base` first."""
     found = {base: None}
     for plan in _tiles_sm90(base) if isinstance(base, Sm90Plan) else _tiles_wmma(base):
         if is_legal(plan) and may_avoid_spills(plan):
@@ -121,7 +125,8 @@ def tiles(base: Plan) -> list[Plan]:
 
 
 def _tiles_wmma(base: Plan) -> Iterator[Plan]:
-    """With as many blocks an SM as shared memory allows, or fewer, with more registers each."""
+    """Return tiles with as many blocks an SM as shared memory allows, or fewer, with more registers
+    each."""
     for block_m in (64, 128):
         for block_n in (16, 32, 64, 128):
             for num_stages in (1, 2, 3):
@@ -146,7 +151,7 @@ def _tiles_sm90(base: Sm90Plan) -> Iterator[Plan]:
 
 
 def schedules(base: Plan) -> list[Plan]:
-    """What there is to choose once the tile's sizes are known, one or several choices unlike
+    """Return what there is to choose once the tile's sizes are known, one or several choices unlike
     `base`'s."""
     if not isinstance(base, Sm90Plan):
         return []

@@ -1,4 +1,4 @@
-"""The tile configurations that ship with flashcore: `data/tiles-sm_90.json`, measured by
+"""Read the tile configurations that ship with flashcore: `data/tiles-sm_90.json`, measured by
 `flashcore tune --grid`, and the choice among them.
 
 The file holds cells: a class of problems (options and head_dim), a size, and the seconds of the few
@@ -47,7 +47,7 @@ Place = tuple[float, float, float]
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How large a problem is: heads of all batches, and lengths."""
+    """A size says how large a problem is: heads of all batches, and lengths."""
 
     heads: int
     seqlen_q: int
@@ -55,13 +55,13 @@ class Size:
 
     @classmethod
     def of(cls, problem: Problem) -> Size:
-        """A problem's."""
+        """Return the size of a problem."""
         return cls(problem.batch * problem.num_heads_q, problem.seqlen_q, problem.seqlen_k)
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """What was measured for one workload.
+    """A cell holds what was measured for one workload.
 
     Args:
         workload: its name and dtype.
@@ -82,7 +82,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class TileTable:
-    """A file of measured tiles.
+    """A TileTable is a file of measured tiles.
 
     Args:
         about: gpu (see machine.Gpu), date, command, versions, and kernels: the version of each
@@ -110,11 +110,11 @@ class TileTable:
 
     @property
     def num_sms(self) -> int:
-        """Multiprocessors of the GPU that it was measured on."""
+        """Return the number of multiprocessors of the GPU that the table was measured on."""
         return int(self.about["gpu"]["num_sms"])
 
     def nearest(self, kernel: str, problem_class: str, size: Size) -> tuple[float, Cell] | None:
-        """The cell of a class whose size is nearest, and how many octaves away it is."""
+        """Return the cell of a class whose size is nearest, and how many octaves away it is."""
         cells = self._index.get((kernel, problem_class))
         if cells is None:
             return None
@@ -122,7 +122,7 @@ class TileTable:
         return min(((math.dist(asked, place), cell) for place, cell in cells), key=_first)
 
     def with_tile(self, plan: Plan, number: int) -> Plan | None:
-        """A plan with a tile of the table; None where that is not legal."""
+        """Return a plan with a tile of the table; None where that is not legal."""
         key = plan, number
         if key not in self._changed:
             if len(self._changed) >= _CHANGED_MAX:
@@ -131,7 +131,8 @@ class TileTable:
         return self._changed[key]
 
     def tiles_for(self, problem: Problem, plan: Plan) -> list[Plan]:
-        """`plan`, the rules' for a problem, with each tile that a problem of its class may get."""
+        """Return `plan`, the rules' for a problem, with each tile that a problem of its class may
+        get."""
         cells = self._index.get((plan.kernel, class_of(problem)), [])
         numbers = {number for _, cell in cells for number in cell.seconds}
         plans = (self.with_tile(plan, number) for number in sorted(numbers))
@@ -140,7 +141,7 @@ class TileTable:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A plan, and the cell of the table that it comes from."""
+    """A choice is a plan, and the cell of the table that it comes from."""
 
     plan: Plan
     cell: Cell
@@ -148,7 +149,7 @@ class Choice:
 
 
 def options_of(problem: Problem) -> list[str]:
-    """The options that decide which tiles are fast, in words."""
+    """Return the options that decide which tiles are fast, in words."""
     parts = []
     if problem.window_left >= 0:
         parts.append("window_left")
@@ -166,9 +167,9 @@ def options_of(problem: Problem) -> list[str]:
 
 
 def class_of(problem: Problem) -> str:
-    """Problems whose cells are compared: the same options, and head_dims that round up to the same
-    of HEAD_DIMS. "" where head_dim and head_dim_v do not, or where reading them takes so much more
-    that other tiles are best: no table serves it."""
+    """Return the class of problems whose cells are compared: the same options, and head_dims that
+    round up to the same of HEAD_DIMS. "" where head_dim and head_dim_v do not, or where reading
+    them takes so much more that other tiles are best: no table serves it."""
     dims = {
         next((known for known in HEAD_DIMS if known >= dim), 0)
         for dim in (problem.head_dim, problem.head_dim_v)
@@ -188,7 +189,7 @@ def _place(size: Size, num_sms: int) -> Place:
 
 
 def distance(one: Size, other: Size, num_sms: int) -> float:
-    """Octaves between two sizes."""
+    """Return the octaves between two sizes."""
     return math.dist(_place(one, num_sms), _place(other, num_sms))
 
 
@@ -197,8 +198,8 @@ def _first(pair: tuple[float, Cell]) -> float:
 
 
 def work_of_fullest_sm(tile: Tile, size: Size, num_sms: int, is_causal: bool) -> float:
-    """Scores that the busiest SM computes, those of rows and keys past the ends included: what a
-    tile's time grows by from one size to another.
+    """Return the number of scores that the busiest SM computes, those of rows and keys past the
+    ends included: what a tile's time grows by from one size to another.
 
     Args:
         tile: block_m and block_n are read.
@@ -217,7 +218,7 @@ def work_of_fullest_sm(tile: Tile, size: Size, num_sms: int, is_causal: bool) ->
 
 
 def find(problem: Problem, plan: Plan) -> Choice | None:
-    """What the shipped table says.
+    """Return what the shipped table says.
 
     Args:
         problem: what is asked.
@@ -234,7 +235,7 @@ def find(problem: Problem, plan: Plan) -> Choice | None:
 
 
 def choose(table: TileTable, problem: Problem, plan: Plan) -> Choice | None:
-    """What a table says; see `find`."""
+    """Return what a table says; see `find`."""
     asked, num_sms = Size.of(problem), table.num_sms
     nearest = table.nearest(plan.kernel, class_of(problem), asked)
     if nearest is None or nearest[0] > MAX_DISTANCE:
@@ -259,19 +260,19 @@ def choose(table: TileTable, problem: Problem, plan: Plan) -> Choice | None:
 
 
 def path_for(arch: int) -> Path:
-    """The shipped file for an architecture, 90 for sm_90; it need not exist."""
+    """Return the shipped file for an architecture, 90 for sm_90; it need not exist."""
     return _FOLDER / f"tiles-sm_{arch}.json"
 
 
 @functools.cache
 def read(arch: int) -> TileTable | None:
-    """The shipped table for an architecture, or None."""
+    """Return the shipped table for an architecture, or None."""
     path = path_for(arch)
     return from_json(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def from_json(text: str) -> TileTable:
-    """The table that `to_json` wrote.
+    """Return the table that `to_json` wrote.
 
     Raises:
         ValueError: it is of another version of flashcore.
@@ -288,7 +289,7 @@ def from_json(text: str) -> TileTable:
 
 
 def to_json(table: TileTable) -> str:
-    """A table as text: one line for each tile and each cell, so that a diff can be read."""
+    """Return a table as text: one line for each tile and each cell, so that a diff can be read."""
 
     def lines(rows: list[Any]) -> str:
         return "[\n" + ",\n".join("  " + json.dumps(row) for row in rows) + "\n ]"
@@ -300,7 +301,7 @@ def to_json(table: TileTable) -> str:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file. A process that reads meanwhile sees the old file or the new one.
+    """Write a file. A process that reads meanwhile sees the old file or the new one.
 
     Raises:
         OSError: the folder cannot be written.

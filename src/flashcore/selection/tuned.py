@@ -1,4 +1,4 @@
-"""Tile configurations that `flashcore tune` found on this machine's GPU, and their file.
+"""Keep the tile configurations that `flashcore tune` found on this machine's GPU, and their file.
 
 The file lies in the cache directory, one for an architecture: `tuned-sm_90.json`. An entry serves
 one GPU model, one version of the kernel's source, and one class of problems: the options, and
@@ -35,7 +35,7 @@ _SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What was found for one class of problems.
+    """An entry holds what was found for one class of problems.
 
     Args:
         gpu: the GPU's name.
@@ -61,13 +61,13 @@ class Entry:
 
     @property
     def key(self) -> tuple[str, str, str, str]:
-        """What no two entries of a file share."""
+        """Return what no two entries of a file share."""
         return self.gpu, self.kernel, self.version, self.problem_class
 
 
 def problem_class(problem: Problem) -> str:
-    """Problems that one entry serves: the same head_dims and options; lengths, and heads times
-    batch, that round to the same powers of two. float16 and bfloat16 are alike."""
+    """Return the class of problems that one entry serves: the same head_dims and options; lengths,
+    and heads times batch, that round to the same powers of two. float16 and bfloat16 are alike."""
     dims = f"D{problem.head_dim}"
     if problem.head_dim_v != problem.head_dim:
         dims += f"/{problem.head_dim_v}"
@@ -78,13 +78,13 @@ def problem_class(problem: Problem) -> str:
 
 
 def _power_of_two(size: int) -> int:
-    """The nearest power of two, by ratio."""
+    """Return the nearest power of two, by ratio."""
     return 0 if size < 1 else int(2 ** round(math.log2(size)))
 
 
 @functools.cache
 def kernel_version(kernel: str) -> str:
-    """Hash of a kernel's source text, without a plan's constants and without comments."""
+    """Return hash of a kernel's source text, without a plan's constants and without comments."""
     lines = (
         line.partition("//")[0].strip() for line in flatten(kernel_file(kernel), "ptx").splitlines()
     )
@@ -93,12 +93,12 @@ def kernel_version(kernel: str) -> str:
 
 
 def gpu_name() -> str | None:
-    """The current GPU's name, or None."""
+    """Return the current GPU's name, or None."""
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
 
 
 def gpu_arch() -> int:
-    """The current GPU's architecture, 90 for sm_90; 0 without one."""
+    """Return the current GPU's architecture, 90 for sm_90; 0 without one."""
     if not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability()
@@ -106,19 +106,19 @@ def gpu_arch() -> int:
 
 
 def path_for(arch: int) -> Path:
-    """The file for an architecture, 90 for sm_90; it need not exist."""
+    """Return the file for an architecture, 90 for sm_90; it need not exist."""
     return env.cache_dir() / f"tuned-sm_{arch}.json"
 
 
 @functools.lru_cache(maxsize=64)
 def _path_for(arch: int, cache_dir: str | None) -> Path:
-    """`path_for`, which reads this variable; of others, what they were at first."""
+    """Return `path_for`, which reads this variable; of others, what they were at first."""
     return path_for(arch)
 
 
 def read(path: Path) -> list[Entry]:
-    """The entries of a file; none where there is no file, and none with a RuntimeWarning where it
-    cannot be understood."""
+    """Return the entries of a file; none where there is no file, and none with a RuntimeWarning
+    where it cannot be understood."""
     try:
         modified_ns = os.stat(path).st_mtime_ns
     except OSError:
@@ -154,7 +154,7 @@ def _entry(row: dict[str, Any]) -> Entry:
 
 
 def save(path: Path, entries: Iterable[Entry], dropped: Iterable[Entry] = ()) -> None:
-    """Adds entries to a file, in place of those with the same key. A process that reads meanwhile
+    """Add entries to a file, in place of those with the same key. A process that reads meanwhile
     sees the old file or the new one.
 
     Args:
@@ -177,14 +177,15 @@ def save(path: Path, entries: Iterable[Entry], dropped: Iterable[Entry] = ()) ->
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """A plan that was measured, and a sentence on where."""
+    """Found is a plan that was measured, and a sentence on where."""
 
     plan: Plan
     source: str
 
 
 def find(problem: Problem, plan: Plan) -> Found | None:
-    """What was measured for a problem: on this machine's GPU, or else for the table that ships.
+    """Return what was measured for a problem: on this machine's GPU, or else for the table that
+    ships.
 
     Args:
         problem: what is asked.
@@ -218,8 +219,8 @@ def find(problem: Problem, plan: Plan) -> Found | None:
 
 
 def _find_own(problem: Problem, plan: Plan) -> tuple[Plan, Entry] | None:
-    """What `flashcore tune` found on this GPU, with this version of the kernel; for CUDA tensors,
-    as nothing is tuned for others."""
+    """Return what `flashcore tune` found on this GPU, with this version of the kernel; for CUDA
+    tensors, as nothing is tuned for others."""
     if problem.device != "cuda" or plan.arch != problem.arch or not env.tuned():
         return None
     # Asked for each new shape: a path costs more to make than a look whether there is a file.

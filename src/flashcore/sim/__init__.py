@@ -1,4 +1,5 @@
-"""The simulator: kernels compiled for the host and run with every access checked.
+"""This package is the simulator: kernels are compiled for the host and run with every access
+checked.
 
 `simulate` runs a plan on CPU tensors, `simulate_source` any kernel written against prims.cuh. A
 race, an out-of-bounds access, a deadlock and the like raise SimulationError, which names the kernel

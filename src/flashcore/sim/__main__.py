@@ -1,4 +1,4 @@
-"""python -m flashcore.sim: replays a simulated run, as the report of an alarm says.
+"""python -m flashcore.sim replays a simulated run, as the report of an alarm says.
 
 Exit status: 0 when there was no alarm, 1 when there was, 2 for a wrong command.
 """
@@ -15,7 +15,7 @@ from flashcore.sim.report import SimulationError
 
 
 def _difference(replay: Replay) -> float:
-    """Largest difference of the output to the tile-wise PyTorch path in float64."""
+    """Return largest difference of the output to the tile-wise PyTorch path in float64."""
     q, k, v = (tensor.double() for tensor in (replay.q, replay.k, replay.v))
     expected, _ = attention_tiled(replay.problem, q, k, v, replay.mask)
     return float((replay.out.double() - expected).abs().max())

@@ -1,4 +1,4 @@
-"""Mirror of runtime/abi.h, field by field."""
+"""Mirror runtime/abi.h, field by field."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from ctypes import c_char, c_char_p, c_int32, c_int64, c_uint64, c_void_p
 
 
 class TensorStruct(ctypes.Structure):
-    """FcTensor."""
+    """Mirror FcTensor."""
 
     _fields_ = (
         ("name", c_char_p),
@@ -24,7 +24,7 @@ class TensorStruct(ctypes.Structure):
 
 
 class LaunchStruct(ctypes.Structure):
-    """FcLaunch."""
+    """Mirror FcLaunch."""
 
     _fields_ = (
         ("params", c_void_p),
@@ -39,7 +39,7 @@ class LaunchStruct(ctypes.Structure):
 
 
 class AgentStruct(ctypes.Structure):
-    """FcAgent."""
+    """Mirror FcAgent."""
 
     _fields_ = (
         ("block", c_int32),
@@ -51,7 +51,7 @@ class AgentStruct(ctypes.Structure):
 
 
 class ReportStruct(ctypes.Structure):
-    """FcReport."""
+    """Mirror FcReport."""
 
     _fields_ = (
         ("kind", c_char * 32),

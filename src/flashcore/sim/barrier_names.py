@@ -1,4 +1,4 @@
-"""Names of the Hopper kernel's mbarriers, which lie in one shared array.
+"""Name the Hopper kernel's mbarriers, which lie in one shared array.
 
 The order is that of `barriers()` in kernels/fwd_sm90/pipeline_sm90.cuh; a test compares the two.
 """

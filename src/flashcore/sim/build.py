@@ -1,4 +1,5 @@
-"""Kernel source -> shared library for this machine, by any C++20 compiler; cached on disk.
+"""Compile kernel source to a shared library for this machine, by any C++20 compiler; cached on
+disk.
 
 A library is the flattened kernel plus the runtime (runtime/*.cpp), which is compiled once. See
 compile/cxx.py.
@@ -45,14 +46,14 @@ _RUNTIME_HEADERS = ("machine.cuh", "machine_sm90.cuh", "types.cuh")
 
 @functools.cache
 def _runtime_text() -> str:
-    """All that the runtime is made of, as text for the cache key."""
+    """Return all that the runtime is made of, as text for the cache key."""
     files = [*sorted(RUNTIME_DIR.glob("*.h")), *sorted(RUNTIME_DIR.glob("*.cpp"))]
     headers = [KERNELS_DIR / "host" / name for name in _RUNTIME_HEADERS]
     return "\0".join(path.read_text(encoding="utf-8") for path in [*files, *headers])
 
 
 def _runtime_object(compiler: Compiler, folder: Path) -> Path:
-    """The runtime, compiled or found compiled, as an object file in a folder."""
+    """Return the runtime, compiled or found compiled, as an object file in a folder."""
     flags = [*COMMON_FLAGS, *RUNTIME_FLAGS]
     name = f"runtime-{digest(_runtime_text(), compiler.identity, *flags)}.o"
     path = folder / "runtime.o"
@@ -88,7 +89,7 @@ def _build(source: str, path: Path) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _load(name: str, source: str, cache_dir: Path) -> ctypes.CDLL:
-    """`cache_dir` is where it comes from: tests and notebooks change it."""
+    """Load a library; `cache_dir` is where it comes from: tests and notebooks change it."""
     return load_or_build(
         KIND,
         name,
@@ -100,7 +101,7 @@ def _load(name: str, source: str, cache_dir: Path) -> ctypes.CDLL:
 
 
 def load_kernel(source: str) -> ctypes.CDLL:
-    """Compiles a flattened kernel source for the simulator, or finds it compiled.
+    """Compile a flattened kernel source for the simulator, or find it compiled.
 
     Args:
         source: from codegen.flatten(..., target="host").

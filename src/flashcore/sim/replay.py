@@ -1,4 +1,4 @@
-"""The command that replays a simulated run, and the run that it replays.
+"""Make the command that replays a simulated run, and the run that it replays.
 
     python -m flashcore.sim seed=17 batch=1 num_heads_q=2 ... [plan.block_m=64] [inputs=FILE]
 
@@ -81,12 +81,13 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def _storage_offset(tensor: Tensor) -> int:
-    """Elements between an allocation's alignment and the tensor's first element."""
+    """Return elements between an allocation's alignment and the tensor's first element."""
     return tensor.data_ptr() % ADDRESS_ALIGNMENT // tensor.element_size()
 
 
 def _distinct(tensor: Tensor) -> Tensor:
-    """The tensor in four dimensions, each value once: broadcast dimensions cut to one element."""
+    """Return the tensor in four dimensions, each value once: broadcast dimensions cut to one
+    element."""
     tensor = tensor.detach()[(None,) * (4 - tensor.dim())]
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0:
@@ -95,7 +96,7 @@ def _distinct(tensor: Tensor) -> Tensor:
 
 
 def _save_inputs(tensors: Mapping[str, Tensor]) -> Path | None:
-    """Saves the values, named by their content; None when they are too large, or on a full disk."""
+    """Save the values, named by their content; None when they are too large, or on a full disk."""
     values = {name: _distinct(tensor).contiguous() for name, tensor in tensors.items()}
     if sum(value.nbytes for value in values.values()) > _MAX_SAVED_BYTES:
         return None
@@ -122,11 +123,11 @@ def replay_command(
     seed: int,
     plant: Plant | None,
 ) -> str:
-    """The command line that runs the same again; the inputs are saved for it.
+    """Return the command line that runs the same again; the inputs are saved for it.
 
     Args:
         problem: as given to `simulate`.
-        plan: likewise.
+        plan: as given to `simulate`.
         inputs: by name q, k, v and, where there is one, mask and gate_scores.
         seed: of the scheduler.
         plant: bug planted, or None.
@@ -161,7 +162,7 @@ def replay_command(
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """A run to repeat: what `simulate` takes, and what it fills."""
+    """A replay is a run to repeat: what `simulate` takes, and what it fills."""
 
     problem: Problem
     plan: Plan
@@ -178,7 +179,7 @@ class Replay:
     inputs_are_saved: bool
 
     def run(self) -> SimReport:
-        """Runs it. Raises SimulationError as the first run did."""
+        """Run it. Raises SimulationError as the first run did."""
         return simulate(
             self.problem,
             self.plan,
@@ -196,7 +197,8 @@ class Replay:
 
 
 def _place(values: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
-    """Values, broadcast to a shape with the given strides, `offset` elements into an allocation."""
+    """Return values, broadcast to a shape with the given strides, `offset` elements into an
+    allocation."""
     span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
     placed = torch.zeros(offset + max(span, 1), dtype=values.dtype)
     placed = placed.as_strided(tuple(shape), tuple(strides), offset)
@@ -206,7 +208,7 @@ def _place(values: Tensor, shape: Sequence[int], strides: Sequence[int], offset:
 
 
 def parse_replay(words: Sequence[str]) -> Replay:
-    """Reads the words of a replay command.
+    """Read the words of a replay command.
 
     Args:
         words: `name=value`, see the module's docstring.
@@ -255,7 +257,8 @@ def parse_replay(words: Sequence[str]) -> Replay:
 
 
 def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """The saved lengths of the sequences, or equal ones; None where there are none to give."""
+    """Return the saved lengths of the sequences, or equal ones; None where there are none to
+    give."""
     steps = torch.arange(problem.batch + 1, dtype=torch.int32)
     lengths: dict[str, Tensor]
     if problem.varlen == "packed":

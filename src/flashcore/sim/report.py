@@ -1,4 +1,5 @@
-"""What a simulated run reports: its statistics when it was healthy, one alarm when it was not."""
+"""Hold what a simulated run reports: its statistics when it was healthy, one alarm when it was
+not."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ SM90_ALARM_KINDS = {"mbarrier", "named-barrier", "missing-fence", "wgmma", "earl
 
 @dataclass(frozen=True, slots=True)
 class Agent:
-    """Who accessed memory, and where in the kernel.
+    """An agent is who accessed memory, and where in the kernel.
 
     Args:
         block: index of the thread block.
@@ -56,7 +57,7 @@ class Agent:
 
 @dataclass(frozen=True, slots=True)
 class SimReport:
-    """Statistics of a healthy run.
+    """A report holds the statistics of a healthy run.
 
     Args:
         seed: of the scheduler.
@@ -129,17 +130,17 @@ class SimulationError(FlashCoreError):
 
     @property
     def file(self) -> str:
-        """Kernel file of the alarm, "" when the run was over."""
+        """Return kernel file of the alarm, "" when the run was over."""
         return self.agent.file if self.agent else ""
 
     @property
     def line(self) -> int:
-        """Line in the file, 0 when the run was over."""
+        """Return line in the file, 0 when the run was over."""
         return self.agent.line if self.agent else 0
 
     @property
     def place(self) -> str:
-        """The element concerned, such as k_smem[17] or out[0, 1, 5, 63]; "" if none is."""
+        """Return the element concerned, such as k_smem[17] or out[0, 1, 5, 63]; "" if none is."""
         if not self.array:
             return ""
         index = self.coordinates if self.coordinates is not None else (self.element,)

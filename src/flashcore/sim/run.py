@@ -1,4 +1,4 @@
-"""Runs a kernel in the simulator on CPU tensors."""
+"""Run a kernel in the simulator on CPU tensors."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def simulate_source(
     seed: int = 0,
     starts_early: bool = False,
 ) -> SimReport:
-    """Runs one launch of a kernel, thread by thread.
+    """Run one launch of a kernel, thread by thread.
 
     Args:
         source: flattened for the host, see codegen.flatten.
@@ -149,7 +149,7 @@ def simulate_source(
 
 
 def raise_if_left(counters: Tensor, seed: int) -> None:
-    """Raises SimulationError unless a launch left its counters at 0."""
+    """Raise SimulationError unless a launch left its counters at 0."""
     left = counters.nonzero().flatten().tolist()
     if left:
         raise SimulationError(
@@ -181,8 +181,8 @@ def _finish_output(tensor: Placed, seed: int) -> None:
 def _arguments(
     problem: Problem, plan: Plan
 ) -> tuple[ctypes.Structure, Callable[[str], tuple[str, ...]], int]:
-    """The kernel's argument without pointers, the fields that a tensor's address goes to, and the
-    number of blocks."""
+    """Return the kernel's argument without pointers, the fields that a tensor's address goes to,
+    and the number of blocks."""
     if not isinstance(plan, Sm90Plan):
         return build_params(problem, plan, {}), lambda name: (name,), grid_size(problem, plan)
     names = ("q", "k", "v", "out")
@@ -211,7 +211,7 @@ def simulate(
     seed: int = 0,
     plant: Plant | None = None,
 ) -> SimReport:
-    """Runs a plan's kernel in the simulator. Same arguments as launch.run_kernel, on CPU tensors.
+    """Run a plan's kernel in the simulator. Same arguments as launch.run_kernel, on CPU tensors.
 
     Args:
         problem: validated description of q, k, v and mask.

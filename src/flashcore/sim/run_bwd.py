@@ -1,4 +1,4 @@
-"""Runs a backward kernel in the simulator on CPU tensors."""
+"""Run a backward kernel in the simulator on CPU tensors."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def simulate_backward(
     seed: int = 0,
     plant: Plant | None = None,
 ) -> SimReport:
-    """Runs a plan's kernel in the simulator.
+    """Run a plan's kernel in the simulator.
 
     Args:
         problem: validated description of the forward.

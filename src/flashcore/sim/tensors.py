@@ -1,4 +1,4 @@
-"""Tensors as a simulated kernel sees them.
+"""Lay tensors out as a simulated kernel sees them.
 
 They are copied: the kernel sees simulated addresses, 16 TiB apart, with the strides and the
 alignment of the originals, so that no overrun of one tensor lands in another, and memory between a
@@ -24,7 +24,7 @@ _POISON = {1: 0xA5, 2: 0x7FA5, 4: 0x7FA57FA5, 8: 0x7FA57FA57FA57FA5}  # NaN wher
 
 @dataclass(frozen=True, slots=True)
 class SimTensor:
-    """A tensor that a simulated kernel may touch.
+    """A SimTensor is a tensor that a simulated kernel may touch.
 
     Args:
         name: for reports.
@@ -48,7 +48,8 @@ class SimTensor:
 
 
 class Placed:
-    """A tensor's copy in a flat buffer with its strides, and what is known of each element."""
+    """Placed is a tensor's copy in a flat buffer with its strides, and what is known of each
+    element."""
 
     def __init__(self, item: SimTensor, index: int) -> None:
         self.item = item
@@ -85,7 +86,7 @@ class Placed:
         )
 
     def coordinates(self, offset: int) -> tuple[int, ...] | None:
-        """Index of the element at an offset; past a dimension's end, where it would be."""
+        """Return index of the element at an offset; past a dimension's end, where it would be."""
         if offset < 0:
             return None
         shape, strides = self.item.tensor.shape, self.item.tensor.stride()

@@ -1,4 +1,4 @@
-"""What a workload runs without tuning: the plan that a search starts from and compares with."""
+"""Say what a workload runs without tuning: the plan that a search starts from and compares with."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from flashcore.selection import tile_table
 def default_plan(
     workload: Workload, backend: str, arch: int, *, shipped: bool = True
 ) -> tuple[Problem, Plan]:
-    """The workload as a Problem on a GPU of an architecture, and its plan.
+    """Return the workload as a Problem on a GPU of an architecture, and its plan.
 
     Args:
         workload: dense, not packed sequences.

@@ -1,4 +1,5 @@
-"""The workloads that the shipped table is measured with, and the table made of their results."""
+"""List the workloads that the shipped table is measured with, and the table made of their
+results."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ _LISTED = 1.1
 
 
 def cells() -> list[Workload]:
-    """Self-attention, full and causal: 128 to 16k tokens, from 2 heads (of all batches) to the 16k
-    tokens at a hidden size of 2048 of the benchmark's sweep. In an order by chance, the same each
-    time, so that a run that is cut short has seen some of everything."""
+    """Return self-attention, full and causal: 128 to 16k tokens, from 2 heads (of all batches) to
+    the 16k tokens at a hidden size of 2048 of the benchmark's sweep. In an order by chance, the
+    same each time, so that a run that is cut short has seen some of everything."""
     found = []
     for head_dim, lengths in _LENGTHS.items():
         num_heads = _HIDDEN // head_dim
@@ -51,7 +52,7 @@ def cells() -> list[Workload]:
 
 
 def table_of(about: Mapping[str, Any], results: Sequence[tuple[Problem, Found]]) -> TileTable:
-    """The table of some results, in an order that does not depend on theirs.
+    """Return the table of some results, in an order that does not depend on theirs.
 
     Args:
         about: see TileTable.

@@ -1,5 +1,5 @@
-"""Where winners go: into the user's cache, from which they are used from then on, or into a table
-of the kind that ships."""
+"""Keep winners: into the user's cache, from which they are used from then on, or into a table of
+the kind that ships."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from flashcore.tune.search import Found
 
 
 class Keeper(Protocol):
-    """Keeps what was found, as it is found."""
+    """Keep what was found, as it is found."""
 
     def key(self, problem: Problem) -> str:
-        """What no two results share: of such problems only one is searched for."""
+        """Return what no two results share: of such problems only one is searched for."""
 
     def keep(self, problem: Problem, found: Found) -> None:
-        """Writes a result. Raises FlashCoreError where that is not possible."""
+        """Write a result. Raises FlashCoreError where that is not possible."""
 
 
 class CacheKeeper:
-    """Keeps winners in the user's cache; where none was found, an earlier one goes."""
+    """Keep winners in the user's cache; where none was found, an earlier one goes."""
 
     def __init__(self, gpu: str, arch: int) -> None:
         self.gpu = gpu
         self.path = tuned.path_for(arch)
 
     def key(self, problem: Problem) -> str:
-        """See Keeper."""
+        """Return the key of a task: see Keeper."""
         return tuned.problem_class(problem)
 
     def keep(self, problem: Problem, found: Found) -> None:
-        """See Keeper."""
+        """Keep a result: see Keeper."""
         entry = tuned.Entry(
             gpu=self.gpu,
             kernel=found.winner.kernel,
@@ -62,7 +62,7 @@ class CacheKeeper:
 
 
 class TableKeeper:
-    """Writes a table of the kind that ships, anew with each result."""
+    """Write a table of the kind that ships, anew with each result."""
 
     def __init__(self, path: Path) -> None:
         gpu = machine.gpu()
@@ -78,11 +78,11 @@ class TableKeeper:
         self.results: list[tuple[Problem, Found]] = []
 
     def key(self, problem: Problem) -> str:
-        """See Keeper."""
+        """Return the key of a task: see Keeper."""
         return f"{tile_table.class_of(problem)} {tile_table.Size.of(problem)}"
 
     def keep(self, problem: Problem, found: Found) -> None:
-        """See Keeper."""
+        """Keep a result: see Keeper."""
         kernel = found.default.kernel
         self.about["kernels"][kernel] = tuned.kernel_version(kernel)
         self.results.append((problem, found))

@@ -1,4 +1,5 @@
-"""The search: sizes of tiles first, then schedules around the fastest, then a final in turns.
+"""Search for the best plan: sizes of tiles first, then schedules around the fastest, then a final
+in turns.
 
 A full product would be a thousand compilations for each class of problems. Sizes decide most, and
 the other choices hardly change which sizes are good (docs/ladder.md). What is timed first is timed
@@ -28,7 +29,7 @@ ODD = 1.25
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """The result for one workload.
+    """Found is the result for one workload.
 
     Args:
         workload: what was timed.
@@ -54,7 +55,7 @@ class Found:
 
     @property
     def gain(self) -> float:
-        """The default's time over the winner's."""
+        """Return the default's time over the winner's."""
         return self.default_seconds / self.seconds
 
 
@@ -63,7 +64,7 @@ class DefaultFailedError(RuntimeError):
 
 
 class Search:
-    """One search for the best plan of a workload.
+    """A Search is one search for the best plan of a workload.
 
     Args:
         workload: what to tune for.
@@ -142,8 +143,8 @@ class Search:
             self.on_step("timing", done, len(allowed))
 
     def _final(self) -> list[tuple[Plan, float]]:
-        """The default and the fastest that are right, with their times in turns, so that clocks
-        drift for all alike."""
+        """Time the default and the fastest that are right, with their times in turns, so that
+        clocks drift for all alike."""
         finalists = [self.default]
         for plan, _ in self._ranking():
             if len(finalists) > _FINALISTS:
@@ -167,14 +168,14 @@ class Search:
         ]
 
     def _is_odd(self, plan: Plan, time: Outcome) -> bool:
-        """Whether a time is so far above the plan's brief one that the GPU was held up: seen on
-        one cell in a hundred, where a card was at its power limit."""
+        """Return whether a time is so far above the plan's brief one that the GPU was held up: seen
+        on one cell in a hundred, where a card was at its power limit."""
         brief = self.outcomes[plan]
         return isinstance(time, float) and isinstance(brief, float) and time > ODD * brief
 
     def _against_other_dtype(self, plan: Plan) -> str | None:
-        """Why the plan is ruled out in the other dtype: what is found serves float16 and bfloat16,
-        so neither may be."""
+        """Return why the plan is ruled out in the other dtype: what is found serves float16 and
+        bfloat16, so neither may be."""
         if plan.arch < 80:  # has no bfloat16
             return None
         ((_, reason),) = self.compile_plans([in_other_dtype(plan)])
@@ -182,6 +183,6 @@ class Search:
 
 
 def in_other_dtype(plan: Plan) -> Plan:
-    """The bfloat16 plan of a float16 one, and the other way round."""
+    """Return the bfloat16 plan of a float16 one, and the other way round."""
     other = "float16" if plan.dtype == "bfloat16" else "bfloat16"
     return dataclasses.replace(plan, dtype=other)

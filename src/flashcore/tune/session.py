@@ -1,4 +1,4 @@
-"""Many searches one after the other, with one compiler and one timer."""
+"""Run many searches one after the other, with one compiler and one timer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OnProgress = Callable[[int, str], None]
 
 @dataclass
 class Session:
-    """What is searched for, and what was found so far.
+    """A session holds what is searched for, and what was found so far.
 
     Args:
         tasks: workloads with what they run without tuning.
@@ -48,7 +48,7 @@ class Session:
     search_seconds: float = 0.0
 
     def run(self, on_progress: OnProgress = lambda steps, text: None) -> None:
-        """Searches. An interruption leaves `found` as far as it came."""
+        """Search until all is done. An interruption leaves `found` as far as it came."""
         start = time.monotonic()
         if self.brief:
             self._compile_all(on_progress)
@@ -95,7 +95,8 @@ class Session:
 def tasks_for(
     workloads: Iterable[Workload], backend: str, arch: int, keeper: Keeper, *, shipped: bool
 ) -> list[Task]:
-    """The workloads with their plans. Of those that a keeper does not tell apart the first one.
+    """Return the workloads with their plans. Of those that a keeper does not tell apart the first
+    one.
 
     Raises:
         BackendUnavailableError, NotImplementedError, TypeError: see default_plan.

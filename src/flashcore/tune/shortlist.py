@@ -1,4 +1,5 @@
-"""The tiles worth trying where time is short: a list by head_dim, instead of all that is legal.
+"""List the tiles worth trying where time is short: a list by head_dim, instead of all that is
+legal.
 
 By what earlier searches and docs/ladder.md found good somewhere, and their neighbours. A wide tile
 with few row tiles an SM, a narrow one with many, shared keys for calls that leave SMs idle.
@@ -96,8 +97,8 @@ _SM90: dict[int, list[dict[str, Any]]] = {
 
 
 def shortlist(base: Plan) -> list[Plan]:
-    """`base` first, then the plans worth trying with its problem; fields that the list does not
-    name stay as in `base`. For the portable kernel all sizes of tiles."""
+    """Return `base` first, then the plans worth trying with its problem; fields that the list does
+    not name keep `base`'s values. For the portable kernel the list has all sizes of tiles."""
     if not isinstance(base, Sm90Plan):
         return tiles(base)
     dim = max(base.head_dim, base.head_dim_v)
@@ -111,5 +112,6 @@ def shortlist(base: Plan) -> list[Plan]:
 
 
 def _fits(plan: Sm90Plan) -> bool:
-    """Whether a plan is legal and an SM has room for as many blocks as it has registers for."""
+    """Return whether a plan is legal and an SM has room for as many blocks as it has registers
+    for."""
     return is_legal(plan) and plan.min_blocks <= blocks_that_fit(plan.smem_bytes, plan.arch)

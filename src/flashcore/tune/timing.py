@@ -1,4 +1,4 @@
-"""Checks and times configurations on the GPU, in a child process.
+"""Check and time configurations on the GPU, in a child process.
 
 A wrong configuration may hang or spoil the CUDA context; then the child is ended, and the next
 question starts another one. Nothing takes part in a final before its results are right.
@@ -25,20 +25,21 @@ _CHECKED_WINDOW = 40
 
 
 class Timer(Protocol):
-    """What `search` needs to know about a GPU."""
+    """A timer knows what `search` needs to know about a GPU."""
 
     def quick(self, workload: Workload, plan: Plan) -> Outcome:
-        """A plan's time, roughly and unchecked, or why it was not timed."""
+        """Return a plan's time, roughly and unchecked, or why it was not timed."""
 
     def check(self, workload: Workload, plan: Plan) -> str | None:
-        """What is wrong with a plan's results, or None."""
+        """Return what is wrong with a plan's results, or None."""
 
     def in_turns(self, workload: Workload, plans: Sequence[Plan]) -> list[Outcome]:
-        """Times of plans that take turns, or why one was not timed. Nothing that is wrong is."""
+        """Return times of plans that take turns, or why one was not timed. Nothing that is wrong
+        is."""
 
 
 class GpuTimer:
-    """A Timer on the current GPU.
+    """Time on the current GPU.
 
     Args:
         timeout_seconds: for one plan; what takes longer hangs.
@@ -57,16 +58,16 @@ class GpuTimer:
         self._end()
 
     def quick(self, workload: Workload, plan: Plan) -> Outcome:
-        """See Timer."""
+        """Return a plan's rough time: see Timer."""
         return self._ask("quick", workload, [plan])[0]
 
     def check(self, workload: Workload, plan: Plan) -> str | None:
-        """See Timer."""
+        """Check a plan: see Timer."""
         (verdict,) = self._ask("check", workload, [plan])
         return verdict if isinstance(verdict, str) else None
 
     def in_turns(self, workload: Workload, plans: Sequence[Plan]) -> list[Outcome]:
-        """See Timer."""
+        """Time plans in turns: see Timer."""
         return self._ask("in_turns", workload, list(plans))
 
     def _ask(self, what: str, workload: Workload, plans: list[Plan]) -> list[Outcome]:
@@ -87,7 +88,7 @@ class GpuTimer:
         return list(outcomes)
 
     def _start(self) -> None:
-        """Starts a child. Raises EOFError where it does not answer."""
+        """Start a child. Raises EOFError where it does not answer."""
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._child = context.Process(target=_run_child, args=(self._serve, theirs), daemon=True)
@@ -106,14 +107,15 @@ class GpuTimer:
 
 
 def _run_child(serve: Callable[[Connection], None], connection: Connection) -> None:
-    """Says that imports are done, which may take longer than any plan, and serves."""
+    """Say that imports are done, which may take longer than any plan, and serve."""
     connection.send("ready")
     serve(connection)
 
 
 def serve_gpu(connection: Connection) -> None:
-    """The child: answers (what, workload, plans) with (outcomes, whether the CUDA context is
-    sound). `what` is the name of a method of Timer; to "check" a plan that is right answers 0."""
+    """Serve as the child: answer (what, workload, plans) with (outcomes, whether the CUDA
+    context is sound). `what` is the name of a method of Timer; to "check" a plan that is right
+    answers 0."""
     from flashcore.selection.compiling import ignore_interrupts
 
     ignore_interrupts()
@@ -146,7 +148,7 @@ def context_is_sound() -> bool:
 
 
 class _Bench:
-    """One workload's tensors, and what its results must be.
+    """Hold one workload's tensors, and what its results must be.
 
     Args:
         workload: what is timed.
@@ -181,8 +183,8 @@ class _Bench:
         return found
 
     def _wrong(self, plan: Plan) -> str | None:
-        """What is wrong with a plan's results, or None: against float64 on few and ragged tiles,
-        against the plan of the rules on the workload itself."""
+        """Return what is wrong with a plan's results, or None: against float64 on few and ragged
+        tiles, against the plan of the rules on the workload itself."""
         if plan not in self._checked:
             small = small_workload(self.workload), plan
             if small not in self._checked_small:
@@ -197,7 +199,7 @@ class _Bench:
 
 
 def _wrong_on(workload: Workload, plan: Plan) -> str | None:
-    """What is wrong with a plan's results beside a float64 oracle, or None."""
+    """Return what is wrong with a plan's results beside a float64 oracle, or None."""
     from flashcore.checks.accuracy import error_report
 
     inputs = _Inputs(workload)
@@ -217,7 +219,7 @@ def _wrong_on(workload: Workload, plan: Plan) -> str | None:
 
 
 class _Inputs:
-    """A workload's tensors on the GPU."""
+    """Hold a workload's tensors on the GPU."""
 
     def __init__(self, workload: Workload) -> None:
         from flashcore.problem import Problem
@@ -236,14 +238,14 @@ class _Inputs:
         )
 
     def rules(self, kernel: str) -> Plan:
-        """What the rules say."""
+        """Return what the rules say."""
         from flashcore.kernels.fwd_wmma.plan import candidates
 
         return candidates(self.problem, kernel=kernel)[0]
 
     def fits(self, plan: Plan) -> bool:
-        """Whether a plan's code is made for these options: the bounds of a short workload may hide
-        nothing, and such bounds the Problem has not."""
+        """Return whether a plan's code is made for these options: the bounds of a short workload
+        may hide nothing, and such bounds the Problem has not."""
         from flashcore.kernels.fwd_sm90.plan import Sm90Plan, traits_sm90
         from flashcore.kernels.fwd_wmma.plan import traits
 
@@ -251,7 +253,7 @@ class _Inputs:
         return all(getattr(plan, name) == value for name, value in fields.items())
 
     def run(self, plan: Plan) -> Any:
-        """The output, NaN where the kernel wrote nothing."""
+        """Return the output, NaN where the kernel wrote nothing."""
         from flashcore.launch.kernel_call import run_kernel
 
         out = self.q.new_full((*self.q.shape[:3], self.v.shape[3]), float("nan"))
@@ -259,7 +261,7 @@ class _Inputs:
         return out
 
     def timed_call(self, plan: Plan) -> Callable[[], Any]:
-        """What `attention` does for a shape that it has seen."""
+        """Return what `attention` does for a shape that it has seen."""
         from flashcore.launch.kernel_call import KernelCall
 
         run = KernelCall(self.problem, plan, self.q.device).run
@@ -268,7 +270,7 @@ class _Inputs:
 
 
 def small_workload(workload: Workload) -> Workload:
-    """The same options on few tiles, small enough for a float64 oracle."""
+    """Return the same options on few tiles, small enough for a float64 oracle."""
     group = workload.num_heads // workload.heads_kv
     left, right = workload.window or (-1, -1)
     window = (min(left, _CHECKED_WINDOW), min(right, _CHECKED_WINDOW))
@@ -284,8 +286,8 @@ def small_workload(workload: Workload) -> Workload:
 
 
 def difference(out: Any, reference: Any) -> str | None:
-    """Why two outputs [batch, num_heads, seqlen, head_dim] cannot both be right, or None. Two tile
-    sizes round different sums, each by far less than the dtype's last place of an output.
+    """Return why two outputs [batch, num_heads, seqlen, head_dim] cannot both be right, or None.
+    Two tile sizes round different sums, each by far less than the dtype's last place of an output.
 
     Args:
         out: the output in question.

@@ -1,1 +1,1 @@
-"""The backward kernels for Hopper: their text, plan and parameters."""
+"""This package holds the backward kernels for Hopper: their text, plan and parameters."""

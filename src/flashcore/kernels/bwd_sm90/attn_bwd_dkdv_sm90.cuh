@@ -39,8 +39,8 @@ struct Consumer {
   WmmaA<Element> capped_probs[QUERY_FRAGS];  // times that derivative; else `probs` serves
 };
 
-// P^T times soft-capping's derivative. Rounded as it is for dV where float32 takes registers that
-// are not there: dS^T is rounded likewise before it is used.
+// Returns P^T times soft-capping's derivative. Where float32 values would take registers that are
+// not there, it is the rounded P^T of dV: dS^T is rounded to the same dtype before it is used.
 FC_DEVICE float prob_of(const Consumer& c, int n, int i) {
   if (KEEPS_P) return c.scores[n].x[i];
   return unpacked((HAS_SOFTCAP ? c.capped_probs : c.probs)[n].reg[i / 2], i % 2);

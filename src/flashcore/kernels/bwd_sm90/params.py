@@ -1,4 +1,4 @@
-"""Arguments of the backward kernels for Hopper."""
+"""Make the arguments of the backward kernels for Hopper."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ MAPS = ("q", "k", "v", "dout", "dq", "dk", "dv")
 
 
 class AttnBwdSm90Params(ctypes.Structure):
-    """Mirror of `struct AttnBwdSm90Params` in kernels/bwd_sm90/bwd_sm90.cuh; 64-byte aligned
-    there."""
+    """Mirror `struct AttnBwdSm90Params` in kernels/bwd_sm90/bwd_sm90.cuh; 64-byte aligned there."""
 
     _fields_ = [
         *((f"{name}_map", TensorMap) for name in MAPS),
@@ -37,15 +36,16 @@ class AttnBwdSm90Params(ctypes.Structure):
 
 
 def num_tiles(problem: Problem, plan: BwdSm90Plan) -> int:
-    """Tiles that blocks take one after the other: of rows of every head of q, or of keys of every
-    head of k and v."""
+    """Return the number of tiles that blocks take one after the other: of rows of every head of q,
+    or of keys of every head of k and v."""
     if plan.is_dq:
         return -(-problem.seqlen_q // plan.block_m) * problem.num_heads_q * problem.batch
     return -(-problem.seqlen_k // plan.block_n) * problem.num_heads_kv * problem.batch
 
 
 def grid_size(problem: Problem, plan: BwdSm90Plan, num_sms: int) -> int:
-    """As many blocks as run at once on a GPU with `num_sms` multiprocessors."""
+    """Return the number of blocks: as many as run at once on a GPU with `num_sms`
+    multiprocessors."""
     return min(num_tiles(problem, plan), num_sms * plan.min_blocks)
 
 
@@ -55,7 +55,7 @@ _GROUP_BYTES = 8 << 20
 
 
 def heads_per_section(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> int:
-    """Heads whose tiles `num_blocks` blocks draw together under a right bound
+    """Return the number of heads whose tiles `num_blocks` blocks draw together under a right bound
     (fwd_sm90/schedule_sm90.cuh): as many as L2 holds what their blocks stream, and enough tiles to
     keep the blocks busy. Heads of q in the kernel of dq, else of k and v."""
     num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
@@ -67,7 +67,7 @@ def heads_per_section(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> i
 
 
 def maps_of(plan: BwdSm90Plan) -> dict[str, int]:
-    """The tensors that a kernel reads and writes by TMA, and the rows of their boxes."""
+    """Return the tensors that a kernel reads and writes by TMA, and the rows of their boxes."""
     written: tuple[str, ...]
     if plan.is_dq:
         own, walked, written = ("q", "dout"), ("k", "v"), ("dq",)
@@ -86,7 +86,7 @@ def build_params_bwd_sm90(
     target: Literal["ptx", "host"] = "ptx",
     tile_counter: int | None = None,
 ) -> AttnBwdSm90Params:
-    """The argument of one of the kernels.
+    """Return the argument of one of the kernels.
 
     Args:
         problem: shapes, strides and options of the forward.

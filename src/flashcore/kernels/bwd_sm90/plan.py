@@ -1,4 +1,5 @@
-"""Plans of the two backward kernels for Hopper: which problems they serve, and with which tiles.
+"""Make plans of the two backward kernels for Hopper: which problems they serve, and with which
+tiles.
 
 `attn_bwd_dq_sm90` computes dq and delta, then `attn_bwd_dkdv_sm90` dk and dv; see
 kernels/bwd_sm90/bwd_sm90.cuh.
@@ -30,7 +31,7 @@ _COORD_BYTES = 4 * 16  # places of four tiles
 
 @dataclass(frozen=True, slots=True)
 class BwdSm90Plan(Plan):
-    """One compiled form of a backward kernel for Hopper. See `Plan`.
+    """A plan is one compiled form of a backward kernel for Hopper. See `Plan`.
 
     In the kernel of dq a block owns `block_m` rows and walks over tiles of `block_n` keys, of which
     K has `num_stages` buffers and V `other_stages`. In that of dk and dv it owns `block_n` keys and
@@ -50,12 +51,13 @@ class BwdSm90Plan(Plan):
 
     @property
     def params_struct(self) -> str:
-        """The same of both kernels."""
+        """Return the name of the parameter struct, which both kernels share."""
         return "AttnBwdSm90Params"
 
     @property
     def starts_early(self) -> bool:
-        """Its first instruction on global memory waits for the kernels before (ptx/grid.cuh)."""
+        """Return whether the kernel starts early: its first instruction on global memory waits for
+        the kernels before (ptx/grid.cuh)."""
         return True
 
     @property
@@ -65,41 +67,43 @@ class BwdSm90Plan(Plan):
 
     @property
     def arch_suffix(self) -> str:
-        """WGMMA and setmaxnreg belong to sm_90a."""
+        """Return "a", as WGMMA and setmaxnreg belong to sm_90a."""
         return "a"
 
     @property
     def num_consumers(self) -> int:
-        """Warpgroups of 64 rows, or of 64 keys, each; or two that share 64 keys."""
+        """Return the number of consumer warpgroups, of 64 rows or 64 keys each; two may share 64
+        keys."""
         groups = (self.block_m if self.is_dq else self.block_n) // ROWS_OF_CONSUMER
         return 2 * groups if self.has_roles else groups
 
     @property
     def has_roles(self) -> bool:
-        """Whether two warpgroups share the products of 64 keys, for one could not hold dk and dv
-        and what else there is (bwd_sm90/bwd_dkdv_roles_sm90.cuh)."""
+        """Return whether two warpgroups share the products of 64 keys, for one could not hold dk
+        and dv and what else there is (bwd_sm90/bwd_dkdv_roles_sm90.cuh)."""
         is_crowded = self.mask is not None or self.has_softcap
         return not self.is_dq and max(self.head_dim, self.head_dim_v) > (64 if is_crowded else 128)
 
     @property
     def num_warps(self) -> int:
-        """The consumers' and the producer's warpgroup."""
+        """Return the number of warps: the consumers' and the producer's warpgroup."""
         return 4 * (self.num_consumers + 1)
 
     @property
     def row_warps(self) -> range:
-        """The consumers'; the producer's warpgroup comes first."""
+        """Return the consumers' warps; the producer's warpgroup comes first."""
         return range(4, self.num_warps)
 
     @property
     def chunk(self) -> int:
-        """Columns of a tile that lie together in shared memory, swizzled as one."""
+        """Return the columns of a tile that lie together in shared memory, swizzled as one."""
         return tiles_sm90.chunk_of(self.head_dim, self.head_dim_v)
 
     @property
     def dq_buffers(self) -> tuple[int, bool]:
-        """How many row tiles' Q and dO there is room for in the kernel of dq, and whether dq leaves
-        through a buffer of its own: first of all, the next row tile is loaded during this one."""
+        """Return how many row tiles' Q and dO there is room for in the kernel of dq, and whether dq
+        leaves through a buffer of its own: first of all, the next row tile is loaded during this
+        one."""
         limit = smem_limits(ARCH)[0]
         for found in ((2, True), (2, False), (1, True)):
             if self._dq_smem_bytes(*found) <= limit:
@@ -115,7 +119,7 @@ class BwdSm90Plan(Plan):
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of a block."""
+        """Return dynamic shared memory of a block."""
         if self.is_dq:
             return self._dq_smem_bytes(*self.dq_buffers)
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
@@ -129,14 +133,14 @@ class BwdSm90Plan(Plan):
 
     @property
     def role_registers(self) -> tuple[int, int]:
-        """Registers of a consumer and of a producer thread; see Sm90Plan."""
+        """Return the registers of a consumer and of a producer thread; see Sm90Plan."""
         pool = self.max_registers * (self.num_consumers + 1)
         producer = 24 if self.is_dq else 40  # a warp of it computes
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
     def constants(self) -> dict[str, object]:
-        """The kernel source's compile-time constants."""
+        """Return the kernel source's compile-time constants."""
         consumer_registers, producer_registers = self.role_registers
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
@@ -169,14 +173,14 @@ class BwdSm90Plan(Plan):
 
 
 class BwdPlans(NamedTuple):
-    """What a backward pass launches, in this order."""
+    """Hold the plans that a backward pass launches, in this order."""
 
     dq: BwdSm90Plan
     dkdv: BwdSm90Plan
 
 
 class BwdTile(NamedTuple):
-    """The fields of a plan that the problem does not decide."""
+    """A tile holds the fields of a plan that the problem does not decide."""
 
     block_m: int
     block_n: int
@@ -196,7 +200,8 @@ def obstacle(problem: Problem, needs_mask_grad: bool = False) -> str | None:
 
 
 def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | None:
-    """Likewise, whatever the device."""
+    """Return why the kernels cannot compute the gradient of a call, whatever the device, or
+    None."""
     if problem.dtype not in ("float16", "bfloat16"):
         return f"the fused backward takes float16 and bfloat16, not {problem.dtype}"
     if max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
@@ -209,8 +214,8 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
 
 
 def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
-    """Of the kernel of dq, and of that of dk and dv. Measured on an H200 (2026-11-29,
-    scripts/time_backward.py), 16k tokens, hidden 2048, bfloat16."""
+    """Return the tile of the kernel of dq, and that of the kernel of dk and dv. Measured on an H200
+    (2026-11-29, scripts/time_backward.py), 16k tokens, hidden 2048, bfloat16."""
     dim = max(problem.head_dim, problem.head_dim_v)
     is_crowded = problem.mask is not None or problem.softcap != 0.0
     if dim <= 64:
@@ -230,7 +235,7 @@ def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
 
 
 def select_plans(problem: Problem) -> BwdPlans:
-    """The plans of a problem that has no obstacle."""
+    """Return the plans of a problem that has no obstacle."""
     of_problem = traits(problem)
     of_problem["folds_heads"] = 0  # it pays where queries are few, and there is little to compute
     return _plans(*tiles(problem), tuple(of_problem.items()))
@@ -244,5 +249,5 @@ def _plans(dq: BwdTile, dkdv: BwdTile, fields: tuple[tuple[str, Any], ...]) -> B
 
 
 def make_plan(kernel: str, tile: BwdTile, of_problem: dict[str, Any]) -> BwdSm90Plan:
-    """The plan of a kernel with a tile; `of_problem` as plan.traits gives it."""
+    """Return the plan of a kernel with a tile; `of_problem` as plan.traits gives it."""
     return BwdSm90Plan(kernel=kernel, arch=ARCH, min_blocks=1, **tile._asdict(), **of_problem)

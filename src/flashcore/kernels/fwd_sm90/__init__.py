@@ -1,1 +1,1 @@
-"""The forward kernel for Hopper: its text, plan, tiles and parameters."""
+"""This package holds the forward kernel for Hopper: its text, plan, tiles and parameters."""

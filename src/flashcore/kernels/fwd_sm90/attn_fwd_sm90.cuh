@@ -79,7 +79,7 @@ constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
 
 // O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
 FC_DEVICE void issue_output(Consumer& c, SmemPtr<Element> v_smem) {
-  const int stage = warp_uniform(c.v_state().stage());  // likewise
+  const int stage = warp_uniform(c.v_state().stage());  // uniform, as K's
   const WgmmaDesc v_desc =
       wgmma_desc<CHUNK_BYTES>(v_smem, BLOCK_N * CHUNK_BYTES) + stage * (V_ELEMENTS * 2);
 #pragma unroll

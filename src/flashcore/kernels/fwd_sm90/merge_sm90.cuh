@@ -5,7 +5,7 @@
 // m = -inf and counts nothing.
 #pragma once
 
-// What a consumer hands over: O and the state of the softmax, 128 threads' registers.
+// A consumer hands this over: O and the state of the softmax, 128 threads' registers.
 template <int NUM_OUT_FRAGS>
 constexpr int SLICE_FLOATS = (NUM_OUT_FRAGS * 8 + 4) * 128;
 

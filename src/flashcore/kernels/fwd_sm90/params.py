@@ -1,4 +1,4 @@
-"""Arguments of the Hopper kernel: TMA descriptors and launch parameters."""
+"""Make the arguments of the Hopper kernel: TMA descriptors and launch parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAPS = ("q", "k", "v", "o")
 
 
 class AttnSm90Params(ctypes.Structure):
-    """Mirror of `struct AttnSm90Params` in kernels/attn_fwd_sm90.cuh; 64-byte aligned there."""
+    """Mirror `struct AttnSm90Params` in kernels/attn_fwd_sm90.cuh; 64-byte aligned there."""
 
     _fields_ = [
         ("q_map", TensorMap),
@@ -37,7 +37,7 @@ class AttnSm90Params(ctypes.Structure):
 
 
 class AttnSm90GateParams(ctypes.Structure):
-    """AttnSm90Params of a kernel that was built with a debug gate."""
+    """Extend AttnSm90Params of a kernel that was built with a debug gate."""
 
     _fields_ = [
         *AttnSm90Params._fields_[:4],
@@ -48,7 +48,7 @@ class AttnSm90GateParams(ctypes.Structure):
 
 
 def num_row_tiles(problem: Problem, plan: Sm90Plan) -> int:
-    """Row tiles of all heads; of packed sequences as many as there can be."""
+    """Return the number of row tiles of all heads; of packed sequences as many as there can be."""
     if problem.varlen == "packed":
         return params.grid_size(problem, plan)
     problem = as_launched(problem, plan)
@@ -56,18 +56,19 @@ def num_row_tiles(problem: Problem, plan: Sm90Plan) -> int:
 
 
 def num_pieces(problem: Problem, plan: Sm90Plan) -> int:
-    """What blocks take one after the other: row tiles, or parts of their keys."""
+    """Return what blocks take one after the other: row tiles, or parts of their keys."""
     return num_row_tiles(problem, plan) * plan.num_splits
 
 
 def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
-    """As many blocks as run at once on a GPU with `num_sms` multiprocessors."""
+    """Return the number of blocks: as many as run at once on a GPU with `num_sms`
+    multiprocessors."""
     return min(num_pieces(problem, plan), num_sms * plan.min_blocks)
 
 
 def scratch_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """What a launch needs beside its tensors, by field of AttnParams: counters, int32, 0 between
-    launches; and shares, float32, of blocks that share the keys of row tiles
+    """Return what a launch needs beside its tensors, by field of AttnParams: counters, int32, 0
+    between launches; and shares, float32, of blocks that share the keys of row tiles
     (fwd_sm90/split_sm90.cuh). On a GPU split_stats lies behind split_out."""
     if plan.draws_tiles:
         return {"tile_counter": (1,)}
@@ -94,9 +95,9 @@ _SMALL_GROUP = 0.6  # row tiles a block, at least
 
 
 def heads_per_section(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
-    """Query heads whose row tiles `num_blocks` blocks draw together under a right bound
-    (fwd_sm90/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and enough row
-    tiles to keep the blocks busy."""
+    """Return the number of query heads whose row tiles `num_blocks` blocks draw together under a
+    right bound (fwd_sm90/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and
+    enough row tiles to keep the blocks busy."""
     is_long_run = num_row_tiles(problem, plan) >= _LONG_RUN * num_blocks
     problem = as_launched(problem, plan)
     num_heads = problem.num_heads_q * problem.batch
@@ -118,7 +119,7 @@ def build_params_sm90(
     num_blocks: int,
     target: Literal["ptx", "host"] = "ptx",
 ) -> AttnSm90Params | AttnSm90GateParams:
-    """The kernel's argument.
+    """Return the kernel's argument.
 
     Args:
         problem: shapes, strides and options.
@@ -238,7 +239,7 @@ def encode_maps(
 
 
 def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:
-    """Boxes that end where a sequence ends, though its end is known to the device alone.
+    """Let boxes end where a sequence ends, though its end is known to the device alone.
 
     Rows and batches get the same stride, and the map starts `rows` rows before its tensor. Row i of
     a sequence of `length` rows that starts at row `begin` (at most `last_begin` + `rows`) then has

@@ -29,7 +29,7 @@ FC_DEVICE Barriers barriers(int byte_offset) {
           ring + (4 * NUM_STAGES + 1)};
 }
 
-// By one thread. The counts say how many threads arrive at an `empty` barrier.
+// Must be called by one thread. The counts say how many threads arrive at an `empty` barrier.
 FC_DEVICE void init_barriers(const Barriers& bar, int kv_empty_count, int q_empty_count) {
   for (int slot = 0; slot < NUM_Q_SLOTS; ++slot) {
     mbar_init(bar.q_full + slot, 1);

@@ -1,5 +1,5 @@
-"""Plans of the Hopper kernel: which problems it serves, and how. The rules for its tiles are in
-kernels/fwd_sm90/tiles.py."""
+"""Make plans of the Hopper kernel: which problems it serves, and how. The rules for its tiles are
+in kernels/fwd_sm90/tiles.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _FEED_BYTES = 32  # tile/schedule_varlen.cuh
 
 @dataclass(frozen=True, slots=True)
 class Sm90Plan(Plan):
-    """One compiled form of the Hopper kernel. See `Plan`.
+    """A plan is one compiled form of the Hopper kernel. See `Plan`.
 
     `ping_pong`: consumer warpgroups take turns at issuing to the tensor cores; `lazy_rescale`: the
     output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room
@@ -62,49 +62,50 @@ class Sm90Plan(Plan):
 
     @property
     def params_struct(self) -> str:
-        """AttnParams behind the tensor maps."""
+        """Return the name of the parameter struct: AttnParams behind the tensor maps."""
         return "AttnSm90Params"
 
     @property
     def starts_early(self) -> bool:
-        """Its first instruction on global memory waits for the kernels before (ptx/grid.cuh)."""
+        """Return whether the kernel starts early: its first instruction on global memory waits for
+        the kernels before (ptx/grid.cuh)."""
         return True
 
     @property
     def draws_tiles(self) -> bool:
-        """Whether blocks draw row tiles from a counter in global memory
+        """Return whether blocks draw row tiles from a counter in global memory
         (fwd_sm90/schedule_sm90.cuh, tile/schedule_varlen.cuh)."""
         return self.varlen == "packed" or (self.has_window_right and self.num_splits == 1)
 
     @property
     def arch_suffix(self) -> str:
-        """WGMMA and setmaxnreg belong to sm_90a."""
+        """Return "a", as WGMMA and setmaxnreg belong to sm_90a."""
         return "a"
 
     @property
     def num_consumers(self) -> int:
-        """Warpgroups of 64 query rows each, which some may share."""
+        """Return the number of consumer warpgroups; some may share their 64 query rows."""
         return self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.key_slices
 
     @property
     def num_warps(self) -> int:
-        """The consumers' and the producer's warpgroup."""
+        """Return the number of warps: the consumers' and the producer's warpgroup."""
         return 4 * (self.num_consumers + 1)
 
     @property
     def chunk(self) -> int:
-        """Columns of a tile that lie together in shared memory, swizzled as one."""
+        """Return columns of a tile that lie together in shared memory, swizzled as one."""
         return tiles_sm90.chunk_of(self.head_dim, self.head_dim_v)
 
     @property
     def out_cols(self) -> int:
-        """Columns of O that are computed: products have 16 of them."""
+        """Return columns of O that are computed: products have 16 of them."""
         return -(-self.head_dim_v // 16) * 16
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of a block: Q, `num_stages` tiles of K and V, O, what consumers
-        hand over, barriers."""
+        """Return dynamic shared memory of a block: Q, `num_stages` tiles of K and V, O, what
+        consumers hand over, barriers."""
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
         is_split = self.num_splits > 1  # then O leaves through global memory
         o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
@@ -121,7 +122,7 @@ class Sm90Plan(Plan):
 
     @property
     def mask_bytes(self) -> int:
-        """Shared memory for the mask tensor's elements of every consumer warp
+        """Return shared memory for the mask tensor's elements of every consumer warp
         (fwd_sm90/mask_tile_sm90.cuh)."""
         if self.mask is None:
             return 0
@@ -129,19 +130,19 @@ class Sm90Plan(Plan):
 
     @property
     def row_warps(self) -> range:
-        """The consumers'; the producer's warpgroup comes first."""
+        """Return the consumers' warps; the producer's warpgroup comes first."""
         return range(4, self.num_warps)
 
     @property
     def keys_backwards(self) -> bool:
-        """A row tile visits its key tiles from last to first."""
+        """Return True: a row tile visits its key tiles from last to first."""
         return True
 
     @property
     def role_registers(self) -> tuple[int, int]:
-        """Registers of a consumer and of a producer thread; setmaxnreg moves them from what the
-        launch gave everybody, `max_registers`: a block that asks for more than it was given waits
-        for ever."""
+        """Return the registers of a consumer and of a producer thread; setmaxnreg moves them from
+        what the launch gave everybody, `max_registers`: a block that asks for more than it was
+        given waits for ever."""
         pool = self.max_registers * (self.num_consumers + 1)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some.
@@ -152,8 +153,9 @@ class Sm90Plan(Plan):
 
     @property
     def overlaps(self) -> bool:
-        """Whether the softmax of a key tile runs beside P V of the tile before it, whose operands
-        stay in registers as long: not where mask, soft-capping and windows take too many."""
+        """Return whether the softmax of a key tile runs beside P V of the tile before it, whose
+        operands stay in registers as long: not where mask, soft-capping and windows take too
+        many."""
         if self.mask is not None and self.has_softcap:
             return False
         if max(self.head_dim, self.head_dim_v) <= 128:
@@ -163,7 +165,7 @@ class Sm90Plan(Plan):
         return not (self.has_window_left and (self.mask is not None or self.has_softcap))
 
     def constants(self) -> dict[str, object]:
-        """The kernel source's compile-time constants."""
+        """Return the kernel source's compile-time constants."""
         consumer_registers, producer_registers = self.role_registers
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
@@ -186,13 +188,13 @@ class Sm90Plan(Plan):
         }
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
         return Plan.describe(self) + splits
 
 
 def obstacle(problem: Problem) -> str | None:
-    """Why the Hopper kernel cannot serve a problem, or None."""
+    """Return why the Hopper kernel cannot serve a problem, or None."""
     num_rows = problem.total_q * problem.num_heads_q  # 0 unless packed
     if num_rows + problem.batch >= 2**30 and problem.varlen == "packed":
         return "it counts the row tiles of all packed sequences in 32 bits"
@@ -201,8 +203,9 @@ def obstacle(problem: Problem) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def unreadable(problem: Problem) -> Mapping[str, str]:
-    """Those of "q", "k" and "v" that TMA cannot read as they lie, and why: it reads rows that start
-    at multiples of 16 bytes. A stride of 0 between batches or heads reads the same rows again."""
+    """Return those of "q", "k" and "v" that TMA cannot read as they lie, and why: it reads rows
+    that start at multiples of 16 bytes. A stride of 0 between batches or heads reads the same rows
+    again."""
     found: dict[str, str] = {}
     if problem.load_bytes < 16:
         for name in problem.misaligned or "qkv":
@@ -233,7 +236,7 @@ def unreadable(problem: Problem) -> Mapping[str, str]:
 
 
 def _of_mean_lengths(problem: Problem) -> Problem:
-    """Packed sequences as a batch of equal ones, for the choice of tiles."""
+    """Return packed sequences as a batch of equal ones, for the choice of tiles."""
     if problem.varlen != "packed":
         return problem
     batch = max(1, problem.batch)
@@ -248,7 +251,7 @@ def _has_registers(plan: Sm90Plan) -> bool:
 
 
 def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
-    """The fields of an Sm90Plan that the problem alone decides; see plan.traits."""
+    """Return the fields of an Sm90Plan that the problem alone decides; see plan.traits."""
     fields = traits(problem, gate)
     if gate is None:
         fields["fewest_splits"] = fewest_splits(problem)
@@ -269,7 +272,7 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
 
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
-    """Tile configurations for a problem that the kernel can serve, best first. With a debug
+    """Return tile configurations for a problem that the kernel can serve, best first. With a debug
     gate see OFF_UNDER_A_GATE.
 
     Raises:
@@ -295,8 +298,8 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
 
 
 def with_o_fitted(plan: Sm90Plan) -> Sm90Plan:
-    """The plan with O in as few parts as let `min_blocks` blocks, or one if they never do, fit into
-    the shared memory of an SM; the last that was tried, if not even one does."""
+    """Return the plan with O in as few parts as let `min_blocks` blocks, or one if they never do,
+    fit into the shared memory of an SM; the last that was tried, if not even one does."""
     found = [dataclasses.replace(plan, o_parts=o_parts) for o_parts in O_PARTS]
     for num_blocks in (plan.min_blocks, 1):
         for changed in found:
@@ -307,8 +310,8 @@ def with_o_fitted(plan: Sm90Plan) -> Sm90Plan:
 
 @functools.lru_cache(maxsize=4096)
 def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> Sm90Plan | None:
-    """The plan with a tile, O in as few parts as fit; None if no plan with it fits. Lengths come
-    and go, tiles stay: a plan costs more than to find one."""
+    """Return the plan with a tile, O in as few parts as fit; None if no plan with it fits. Lengths
+    come and go, tiles stay: a plan costs more than to find one."""
     of_problem = dict(fields)
     of_problem["folds_heads"] //= tile.parts
     sizes = tile._asdict()

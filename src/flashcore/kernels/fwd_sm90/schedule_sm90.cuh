@@ -11,20 +11,20 @@
 #pragma once
 
 struct TileSchedule {
-  int32_t num_heads;        // num_heads_q * batch
+  int32_t num_heads;          // num_heads_q * batch
   int32_t heads_per_section;  // of the last section maybe more; read only under a right bound
 };
 
 constexpr bool DRAWS_TILES = HAS_WINDOW_RIGHT && !SPLIT_KV;
 
-// When the producer asks for the next row tile: so many key tiles before the end of this one that
-// the answer is there in time. Not sooner, or blocks commit themselves to tiles that others would
-// be free for first, which costs 4 to 18 % of the time.
+// The producer draws the next row tile this many key tiles before the end of the current one, so
+// that the counter's answer is there in time. Drawing sooner costs 4 to 18 % of the time: a block
+// then commits itself to a tile that another block would have been free for first.
 constexpr int ASK_AHEAD = 2 * KEY_SLICES;
 
 struct TileWalk {
   int number = block_idx();
-  int drawn = -1;  // for the next tile
+  int drawn = -1;  // what the counter gave for the next tile; -1: nothing was drawn
 
   FC_DEVICE static int num_tiles(const AttnParams& p, const TileSchedule& schedule) {
     return schedule.num_heads * p.num_m_blocks;
@@ -34,7 +34,7 @@ struct TileWalk {
     return number >= num_tiles(p, schedule);
   }
 
-  // Which head, counted over the batch, and which of its tiles.
+  // A place is a head, counted over the whole batch, and one of its row tiles.
   struct Place {
     int head, m_block;
   };
@@ -58,9 +58,9 @@ struct TileWalk {
     return block;
   }
 
-  // Once a tile, before advance().
+  // Draws the number of the next tile. Must be called once a tile, before advance().
   FC_DEVICE void ask(const AttnParams& p, const TileSchedule& schedule) {
-    // Where every block has one tile at most there is nothing to draw.
+    // If every block has at most one tile, there is nothing to draw.
     if (DRAWS_TILES && num_tiles(p, schedule) > num_blocks()) {
       drawn = gmem_atomic_add(p.tile_counter, 1);
     }
@@ -72,20 +72,21 @@ struct TileWalk {
       return;
     }
     number = num_blocks() + drawn;
-    // Every tile but a block's first is drawn, and every block draws one too many: as many draws as
-    // tiles. The last one leaves the counter at 0 for the next launch.
+    // A block's first tile is not drawn, and its last draw finds no tile: so there are as many
+    // draws as tiles. The last draw of all sets the counter back to 0 for the next launch.
     if (drawn == num_tiles(p, schedule) - 1) gmem_atomic_add(p.tile_counter, -(drawn + 1));
   }
 };
 
-// A row tile's place as the producer hands it to the consumers.
+// The number of integers by which the producer tells the consumers a row tile's place.
 constexpr int COORD_INTS = SPLIT_KV ? 5 : 4;
-// The producer writes a tile's when all groups of rows have done with Q of the tile two before, or
-// with two buffers for Q three before, while one may still store O of that and read its place.
+// The producer writes a tile's place once all groups of rows are done with Q of the tile two before
+// (three before, with two buffers for Q). A group may still be storing that tile's O and read its
+// place then, so there are four slots.
 constexpr int COORD_SLOTS = 4;
 constexpr int NO_TILE = -1;  // in the place of the first row: all tiles are done
 
-// Of a block's tile number `turn`.
+// Returns the slot of a block's row tile number `turn`.
 FC_DEVICE SmemPtr<int32_t> coord_slot(SmemPtr<int32_t> coords, int turn) {
   return coords + turn % COORD_SLOTS * COORD_INTS;
 }

@@ -7,7 +7,7 @@
 // order of the splits, so that the result does not depend on who it was.
 #pragma once
 
-// Pieces of a row tile side by side, and row tiles as in block_coord.
+// The pieces of a row tile come side by side; row tiles are in the order of block_coord.
 struct SplitWalk {
   int piece = block_idx();
 
@@ -94,7 +94,7 @@ constexpr int PARTIAL_PACKETS = CONSUMER_REGISTERS < 224 ? 16 : MASK_KIND != 0 ?
 // Adds up the splits of PARTS parts of a warpgroup's rows as merge_slices does, divides, and stores
 // O and lse. A part is two packets of a row, half a row apart, so that most threads work though
 // rows are few. Past the last split it is loaded again. The sums so far are brought to a new
-// maximum as in the online softmax.
+// maximum, which is the step of the online softmax.
 template <int NUM_OUT_FRAGS, int PARTS>
 FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
                             int first_part, int num_parts, float scale_log2) {
@@ -156,7 +156,7 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
 #pragma unroll
   for (int i = 0; i < PARTS; ++i) {
     if (first_part + i * 128 >= num_parts) continue;
-    const bool empty = sum[i] == 0.0f;  // as in finish_softmax
+    const bool empty = sum[i] == 0.0f;  // finish_softmax has the same rule
     const float inverse = empty ? 0.0f : rcp_approx(sum[i]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {

@@ -1,13 +1,15 @@
-"""How many blocks of the Hopper kernel share the keys of a row tile, and how many row tiles the
-heads of a group are: a model of a call with few query rows and many keys, which reads K and V and
-does little else. Pure functions.
+"""Choose how many blocks of the Hopper kernel share the keys of a row tile, and how many row tiles
+the heads of a group are: a model of a call with few query rows and many keys, which reads K and V
+and does little else. Pure functions.
 
-Time is counted in bytes that one SM reads from memory in it, while all SMs read. A block takes its
-pieces one after the other, so a call takes as many rounds as the busiest block has pieces. A share
-that is not the only one is written, counted, and read again by whoever adds up: all of a row tile's
-by one SM. Where that takes longer than reading keys, as with many heads for one of k and v, the
-heads are dealt out to several row tiles: more SMs add up, fewer rows each, but every row tile reads
-the keys. One reads them from memory and the others from L2, if they run at the same time.
+The model's unit of time is a byte: the time in which one SM reads a byte from memory while all SMs
+read. A block takes its pieces (a row tile's keys, or a part of them) one after the other, so a call
+takes as many rounds as the busiest block has pieces. If several blocks share the keys of a row tile
+(split-KV), each writes its share of the result to memory, and one SM reads all shares of that row
+tile and adds them up. With many query heads for one head of k and v, adding up may take longer than
+reading keys. Then the heads are dealt out to several row tiles: more SMs add up, each fewer rows,
+but every row tile reads the keys, the first from memory and the others from L2 if they run at the
+same time.
 """
 
 from __future__ import annotations
@@ -18,30 +20,37 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from flashcore.problem import Problem
 
-# A piece has more than that many key tiles, or its start and end would be most of it.
+# A piece has at least this many key tiles; fewer would take less time than its start and end.
 MIN_KEY_TILES = 2
 # H100, 2026-11-25, `flashcore bench --groups decode,decode-more`: an SM reads 26 KB/us of K and V,
 # as B1 H32/8 S1 D128 took 6.55 us with 64 KB a piece and 24.2 with 512. What is left of the 6.55 is
 # 4.0, of which a row tile that shares nothing takes 2.7 to 3. Writing a share, the counter, and the
 # wait for what is added up take the rest, about 1.
 HAND_OVER_BYTES = 26 * 1024
-# Of a share's bytes, as one SM alone adds up. There 64 bytes a thread and load were under way, and
-# 508 KB of B1 H32/1 S1/16384 took some 12 us, 43 KB/us, as latency has it. Twice as many are now:
-# 26 / 86, and something for the arithmetic. By that, and 3 us for start and end, 4 row tiles of 33
-# splits take 11.8 us there; measured since: 11.8 (docs/ladder-masks.md).
+# The weight of a byte of a share when one SM alone adds up. With 64 bytes a thread and load under
+# way the 508 KB of B1 H32/1 S1/16384 took some 12 us: 43 KB/us, which latency explains. Now it is
+# 128 bytes, so 86 KB/us: the weight is 26 / 86 and something for the arithmetic. With it, and
+# 3 us for start and end, the model gives 11.8 us for 4 row tiles of 33 splits; measured: 11.8
+# (docs/ladder-masks.md).
 SHARE_WEIGHT = 0.35
-# Of a byte of K or V where memory is not what limits: few SMs read, or several row tiles the same
-# keys, all but one of them from L2: 42 KB/us for an SM. It got more where few read, so fewer splits
-# cost less than the model says: 16 and 22 in place of the 33 took 14.1 and 12.9 us, not 16.7, 14.1.
+# The weight of a byte of K or V when memory is not the limit, because few SMs read, or several row
+# tiles read the same keys, all but one of them from L2: 42 KB/us for an SM. When few SMs read,
+# each got more, so fewer splits cost less than the model says: 16 and 22 splits instead of 33 took
+# 14.1 and 12.9 us, where the model says 16.7 and 14.1.
 L2_WEIGHT = 0.6
-# What more parts must save: the model is not good to less.
+# More parts must save at least this fraction of the cost: the model is not more exact than that.
 _PARTS_SAVE = 0.1
 _MAX_ROUNDS = 4
 
 
 class Sharing(NamedTuple):
-    """`num_splits` blocks share the keys of a row tile, 1 for no sharing; folded heads are dealt
-    out to `parts` row tiles, if they fit in one, or so many times as many. `cost`: Reading.cost."""
+    """A sharing says how the keys of a row tile are split.
+
+    Args:
+        cost: see Reading.cost.
+        parts: the factor by which folded heads are dealt out to more row tiles than they need.
+        num_splits: how many blocks share the keys of a row tile, 1 for no sharing.
+    """
 
     cost: float
     parts: int
@@ -49,8 +58,8 @@ class Sharing(NamedTuple):
 
 
 def visible_keys(problem: Problem) -> int:
-    """Keys that some query sees; where only the device knows a sequence's length, as many as there
-    can be."""
+    """Return the number of keys that some query sees; where only the device knows a sequence's
+    length, as many as there can be."""
     begin, end = 0, problem.seqlen_k
     if problem.varlen == "none":
         if problem.window_left >= 0:
@@ -62,7 +71,7 @@ def visible_keys(problem: Problem) -> int:
 
 
 class Reading(NamedTuple):
-    """A call of few rows, as the model sees it.
+    """A reading is a call of few rows, as the model sees it.
 
     Args:
         row_tiles: of all heads.
@@ -81,7 +90,7 @@ class Reading(NamedTuple):
     readers: int = 1
 
     def cost(self, num_splits: int) -> float:
-        """Bytes that the busiest SM has time for until the result is there."""
+        """Return the bytes that the busiest SM has time for until the result is there."""
         rounds = -(-self.row_tiles * num_splits // self.num_slots)
         piece: float = -(-self.key_tiles // num_splits) * self.key_tile_bytes
         if rounds == 1:  # or row tiles that read the same keys do not run at the same time
@@ -93,7 +102,8 @@ class Reading(NamedTuple):
         return rounds * (piece + HAND_OVER_BYTES) + adding_up
 
     def best_num_splits(self) -> int:
-        """Blocks that share a row tile's keys where that costs least, 1 for no sharing."""
+        """Return how many blocks share a row tile's keys where that costs least, 1 for no
+        sharing."""
         most = min(self.key_tiles // MIN_KEY_TILES, self.num_slots)
         # The most splits that a number of rounds has room for, and what reading K and V and adding
         # up would want, were there no rounds.
@@ -115,7 +125,7 @@ def best_sharing(
     share_row_bytes: int,
     num_slots: int,
 ) -> Sharing:
-    """The numbers of splits, and of parts of folded heads, that cost least together.
+    """Return the numbers of splits, and of parts of folded heads, that cost least together.
 
     Args:
         num_heads: in all batches, counted with `folded` heads of a group as one.

@@ -1,4 +1,4 @@
-"""Rules for the tiles of the Hopper kernel, made from measurements. Pure functions."""
+"""Choose by rules the tiles of the Hopper kernel, made from measurements. Pure functions."""
 
 from __future__ import annotations
 
@@ -19,34 +19,35 @@ _STREAMED_BYTES = 96 * 1024
 
 
 def splits_sectors(head_dim: int, head_dim_v: int) -> bool:
-    """Whether rows start inside of a 32-byte sector, so that every piece of one that TMA fetches
-    takes an access more; of those that have several pieces and rules of their own."""
+    """Return whether rows start inside of a 32-byte sector, so that every piece of one that TMA
+    fetches takes an access more; of those that have several pieces and rules of their own."""
     is_odd = head_dim % 16 != 0 or head_dim_v % 16 != 0
     return is_odd and 64 < max(head_dim, head_dim_v) <= 128
 
 
 def chunk_of(head_dim: int, head_dim_v: int) -> int:
-    """Columns of a tile that lie together in shared memory, and that TMA fetches of a row at once:
-    64 where that pads a tile no more than 32 would, or halves accesses that bound the kernel."""
+    """Return the number of columns of a tile that lie together in shared memory, and that TMA
+    fetches of a row at once: 64 where that pads a tile no more than 32 would, or halves accesses
+    that bound the kernel."""
     of_64, of_32 = (-(-head_dim // size) - (-head_dim_v // size) for size in (64, 32))
     return 64 if 2 * of_64 == of_32 or splits_sectors(head_dim, head_dim_v) else 32
 
 
 def padded_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:
-    """Columns of a tile of q or k and of one of v, whole chunks."""
+    """Return the number of columns of a tile of q or k and of one of v, whole chunks."""
     chunk = chunk_of(head_dim, head_dim_v)
     return -(-head_dim // chunk) * chunk, -(-head_dim_v // chunk) * chunk
 
 
 def mask_bytes(dtype: str, is_row: bool, block_n: int) -> int:
-    """Shared memory of one consumer for a mask tensor's elements."""
+    """Return shared memory of one consumer for a mask tensor's elements."""
     element = MASK_ELEMENT_BYTES[dtype]
     row = block_n + (16 if element == 1 else 8)
     return 4 * (1 if is_row else 16) * row * element
 
 
 class Tile(NamedTuple):
-    """What the rules say; the other fields of a plan follow from the problem."""
+    """A tile holds what the rules say; the other fields of a plan follow from the problem."""
 
     block_m: int
     block_n: int
@@ -60,8 +61,8 @@ class Tile(NamedTuple):
 
 
 def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
-    """The tile with its keys split over as many blocks as pays, and the rows of `folded` heads
-    dealt out to as many row tiles."""
+    """Return the tile with its keys split over as many blocks as pays, and the rows of `folded`
+    heads dealt out to as many row tiles."""
     if problem.varlen == "packed":
         return tile
     dims = problem.head_dim + problem.head_dim_v
@@ -79,9 +80,10 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
 
 
 def _streaming_tile(problem: Problem, folded: int) -> Tile:
-    """Of rows so few that reading K and V is all there is to do: one consumer, and 96 KB of stages
-    under way, or 64 KB a block where two are on an SM. More is slower: 192 KB by 2 to 7 %, at each
-    head_dim (docs/ladder-masks.md). An SM's 33 GB/s over 1 us of latency are 32 KB."""
+    """Return the tile for rows so few that reading K and V is all there is to do: one consumer,
+    and 96 KB of stages under way, or 64 KB a block where two are on an SM. More is slower: 192
+    KB by 2 to 7 %, at each head_dim (docs/ladder-masks.md). An SM's 33 GB/s over 1 us of latency
+    are 32 KB."""
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
     narrow = max(dims) <= 64
     block_n = 128 if narrow else 64
@@ -97,8 +99,8 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
 
 
 def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
-    """Best first, of a problem whose heads are `folded` heads each. Keys much longer than the rows
-    are worth splitting where that fills the GPU."""
+    """Return tiles, best first, of a problem whose heads are `folded` heads each. Keys much longer
+    than the rows are worth splitting where that fills the GPU."""
     long_keys = problem.seqlen_k >= max(4096, 8 * problem.seqlen_q)
     if problem.varlen != "packed" and problem.seqlen_q <= ROWS_OF_CONSUMER:
         num_tiles = problem.batch * problem.num_heads_q
@@ -109,9 +111,9 @@ def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
 
 
 def _table(problem: Problem) -> Iterator[Tile]:
-    """Rules made from measurements on an H200 (2026-11-22) and an H100 (2026-11-25), best first;
-    see docs/ladder.md. What `flashcore tune --grid` measures goes before them
-    (selection/tile_table.py)."""
+    """Return tiles by rules made from measurements on an H200 (2026-11-22) and an H100
+    (2026-11-25), best first; see docs/ladder.md. What `flashcore tune --grid` measures goes before
+    them (selection/tile_table.py)."""
     dim = max(problem.head_dim, problem.head_dim_v)
     num_64 = _num_row_tiles(problem, 64)
     # Few rows: warpgroups share their keys, and hide each other's latency.
@@ -135,7 +137,7 @@ def _is_bounded(problem: Problem) -> bool:
 
 
 def _window(problem: Problem) -> int:
-    """Keys that a query sees at most, by the windows alone."""
+    """Return the number of keys that a query sees at most, by the windows alone."""
     if problem.window_left < 0:
         return problem.seqlen_k
     right = problem.window_right if problem.window_right >= 0 else problem.seqlen_k
@@ -147,7 +149,7 @@ def _num_row_tiles(problem: Problem, rows: int) -> int:
 
 
 def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
-    """Of calls with neither mask tensor nor soft-capping."""
+    """Return the table of calls with neither mask tensor nor soft-capping."""
     bounded, keys = _is_bounded(problem), problem.seqlen_k
     many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
     if dim <= 64:
@@ -177,9 +179,9 @@ def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
 
 
 def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
-    """Of calls whose softmax takes registers for more. A mask tensor with a row for every query
-    takes some, more where it holds numbers, and most where its rows are not aligned. One row for
-    all is nearly as good as none."""
+    """Return the table of calls whose softmax takes registers for more. A mask tensor with a row
+    for every query takes some, more where it holds numbers, and most where its rows are not
+    aligned. One row for all is nearly as good as none."""
     mask, has_softcap = problem.mask, problem.softcap != 0.0
     bounded, keys = _is_bounded(problem), problem.seqlen_k
     has_rows = mask is not None and mask.strides[2] != 0

@@ -1,1 +1,1 @@
-"""The portable forward kernel: its text, plan and parameters."""
+"""This package holds the portable forward kernel: its text, plan and parameters."""

@@ -1,4 +1,5 @@
-"""Problem and Plan -> the kernel's argument: mirrors of the structs in kernels/tile/params.cuh."""
+"""Make the kernel's argument from Problem and Plan, in mirrors of the structs in
+kernels/tile/params.cuh."""
 
 from __future__ import annotations
 
@@ -20,37 +21,37 @@ def _fields(kind: type[Any], names: str) -> list[tuple[str, type[Any]]]:
 
 
 class Tensors(ctypes.Structure):
-    """Addresses of what every kernel reads and writes."""
+    """Hold the addresses of what every kernel reads and writes."""
 
     _fields_ = _fields(ctypes.c_void_p, "q k v mask out lse")
 
 
 class TensorStrides(ctypes.Structure):
-    """Strides of q, k or v in elements."""
+    """Hold the strides of q, k or v in elements."""
 
     _fields_ = _fields(ctypes.c_int64, "batch head") + _fields(ctypes.c_int32, "row")
 
 
 class MaskStrides(ctypes.Structure):
-    """Strides of the mask in elements."""
+    """Hold the strides of the mask in elements."""
 
     _fields_ = _fields(ctypes.c_int64, "batch head row col")
 
 
 class Strides(ctypes.Structure):
-    """Strides by tensor."""
+    """Hold the strides by tensor."""
 
     _fields_ = [*_fields(TensorStrides, "q k v"), ("mask", MaskStrides)]
 
 
 class Band(ctypes.Structure):
-    """The keys that a query sees."""
+    """Say which keys a query sees."""
 
     _fields_ = _fields(ctypes.c_int32, "diag_offset window_left window_right")
 
 
 class Lengths(ctypes.Structure):
-    """Sequences of different lengths."""
+    """Describe sequences of different lengths."""
 
     _fields_ = _fields(ctypes.c_void_p, "cu_seqlens_q cu_seqlens_k seqlens_k") + _fields(
         ctypes.c_int32,
@@ -60,19 +61,19 @@ class Lengths(ctypes.Structure):
 
 
 class Splits(ctypes.Structure):
-    """Partial results of rows whose keys are split over blocks."""
+    """Hold partial results of rows whose keys are split over blocks."""
 
     _fields_ = [*_fields(ctypes.c_void_p, "split_out split_stats"), ("num_splits", ctypes.c_int32)]
 
 
 class Gate(ctypes.Structure):
-    """What a debug gate writes or reads."""
+    """Hold the addresses of what a debug gate writes or reads."""
 
     _fields_ = _fields(ctypes.c_void_p, "gate_scores gate_row_max gate_row_sum")
 
 
 class AttnParams(ctypes.Structure):
-    """Mirror of `struct AttnParams` in kernels/tile/params.cuh, group by group and field by field.
+    """Mirror `struct AttnParams` in kernels/tile/params.cuh, group by group and field by field.
     The fields of all groups but `strides` are attributes of this structure too, with their offsets
     in it: an address is placed by its field's name."""
 
@@ -93,15 +94,15 @@ class AttnParams(ctypes.Structure):
 
 
 class AttnGateParams(AttnParams):
-    """AttnParams of a kernel that was built with a debug gate."""
+    """Extend AttnParams of a kernel that was built with a debug gate."""
 
     _anonymous_ = ("gate",)
     _fields_ = [("gate", Gate)]
 
 
 def grid_size(problem: Problem, plan: Plan) -> int:
-    """Blocks of the one-dimensional grid: one a row tile of each head of each sequence. Of packed
-    sequences, as many as there can be."""
+    """Return the number of blocks of the one-dimensional grid: one for a row tile of each head of
+    each sequence. Of packed sequences, as many as there can be."""
     if problem.varlen == "packed":  # tile numbers, see tile/sequence.cuh
         num_m_blocks = problem.total_q // plan.block_m + problem.batch + 1
         return num_m_blocks * problem.num_heads_q
@@ -146,7 +147,7 @@ def set_keys(params: AttnParams, problem: Problem) -> None:
 def build_params(
     problem: Problem, plan: Plan, pointers: dict[str, int | None]
 ) -> AttnParams | AttnGateParams:
-    """The kernel's argument.
+    """Return the kernel's argument.
 
     Args:
         problem: shapes, strides and options.

@@ -1,4 +1,4 @@
-"""Problem -> Plan: which kernel runs, with which tiles. Pure functions, no GPU needed.
+"""Choose the Plan of a Problem: which kernel runs, with which tiles. Pure functions, no GPU needed.
 
 Selection is enumerate, filter for legality, rank: `candidates` lists every legal tile configuration
 of a problem on an architecture, best first by rules, and `select_plan` takes the first, unless
@@ -48,7 +48,7 @@ def _padded(cols: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One compiled form of a kernel: everything that its source text depends on.
+    """A plan is one compiled form of a kernel: everything that its source text depends on.
 
     `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
@@ -79,7 +79,7 @@ class Plan:
 
     @property
     def params_struct(self) -> str:
-        """The kernel's parameter struct, by its name in the source."""
+        """Return the kernel's parameter struct, by its name in the source."""
         return "AttnParams"
 
     @property
@@ -94,12 +94,12 @@ class Plan:
 
     @property
     def arch_suffix(self) -> str:
-        """What follows the architecture's number in the compiler's target."""
+        """Return what follows the architecture's number in the compiler's target."""
         return ""
 
     @property
     def num_warps(self) -> int:
-        """A warp computes 16 query rows."""
+        """Return the number of warps; each computes 16 query rows."""
         return self.block_m // 16
 
     @property
@@ -108,7 +108,7 @@ class Plan:
 
     @property
     def row_warps(self) -> range:
-        """The warps that own 16 query rows each, in the order of the rows."""
+        """Return the warps that own 16 query rows each, in the order of the rows."""
         return range(self.num_warps)
 
     @property
@@ -118,14 +118,14 @@ class Plan:
 
     @property
     def gate_serial_bytes(self) -> int:
-        """Shared memory that the gate `pv_serial` adds, for P and O of the block."""
+        """Return shared memory that the gate `pv_serial` adds, for P and O of the block."""
         if self.gate != "pv_serial":
             return 0
         return self.block_m * (2 * (self.block_n + 8) + 4 * _padded(self.head_dim_v))
 
     @property
     def smem_bytes(self) -> int:
-        """Dynamic shared memory of a block: Q (later O), and `num_stages` tiles of K and V."""
+        """Return a block's dynamic shared memory: Q (later O), `num_stages` tiles of K and V."""
         k_stride, v_stride = _padded(self.head_dim) + 8, _padded(self.head_dim_v) + 8
         elements = self.block_m * max(k_stride, v_stride)
         elements += self.num_stages * self.block_n * (k_stride + v_stride)
@@ -133,16 +133,16 @@ class Plan:
 
     @property
     def max_registers(self) -> int:
-        """Registers a thread that `min_blocks` blocks an SM leave, as ptxas rounds them."""
+        """Return a thread's registers if an SM has `min_blocks` blocks, as ptxas rounds them."""
         return min(255, _REGISTERS_PER_SM // (self.min_blocks * self.num_threads) // 8 * 8)
 
     @property
     def role_registers(self) -> tuple[int, ...]:
-        """Registers of a thread by role, where warps have roles."""
+        """Return the registers of a thread by role, where warps have roles."""
         return ()
 
     def constants(self) -> dict[str, object]:
-        """The kernel source's compile-time constants."""
+        """Return the kernel source's compile-time constants."""
         return {
             "Element": _CUDA_TYPES[self.dtype],
             "MaskElement": _CUDA_TYPES[self.mask or "bool"],
@@ -168,7 +168,7 @@ class Plan:
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
 
     def describe(self) -> str:
-        """One line for people."""
+        """Return one line for people."""
         options = [
             name
             for name, on in (
@@ -196,7 +196,8 @@ class Plan:
 
 
 def _estimated_registers(plan: Plan) -> int:
-    """Accumulators of the scores and of O, and what the compile gate showed the rest to need."""
+    """Return an estimate of a thread's registers: accumulators of the scores and of O, and what the
+    compile gate showed the rest to need."""
     rest = 48
     if plan.arch < 80:
         rest += 8  # the copies go through registers
@@ -208,16 +209,15 @@ def _estimated_registers(plan: Plan) -> int:
 
 
 def _has_tight_budget(plan: Plan) -> bool:
-    """Whether the register budget of head_dim 64 holds; a debug gate is outside of it, and so are a
-    mask tensor with seqlens_k and a large softcap, which would spill."""
+    """Return whether the register budget of head_dim 64 holds; a debug gate is outside of it, and
+    so are a mask tensor with seqlens_k and a large softcap, which would spill."""
     exempt = plan.gate is not None or (plan.varlen == "keys" and plan.mask is not None)
     exempt |= plan.softcap_is_large
     return max(plan.head_dim, plan.head_dim_v) <= 64 and not exempt
 
 
 def _min_blocks(plan: Plan) -> int:
-    """Blocks an SM that shared memory and registers both allow; under the tight budget, those that
-    the registers must allow."""
+    """Return the blocks an SM that shared memory and registers, or the tight budget, allow."""
     most = 5 * 128 // plan.num_threads
     if _has_tight_budget(plan):
         return most
@@ -251,16 +251,16 @@ def _is_legal(plan: Plan) -> bool:
 
 
 def _rank(plan: Plan) -> tuple[int, ...]:
-    """Smaller is better: warps resident on an SM to hide latencies, as far as that paid; narrow
-    key tiles, whose scores leave registers for more warps; small row tiles, which make more
-    blocks. Measured on sm_90, see docs/performance.md."""
+    """Return a rank, of which smaller is better: warps resident on an SM to hide latencies, as far
+    as that paid; narrow key tiles, whose scores leave registers for more warps; small row tiles,
+    which make more blocks. Measured on sm_90, see docs/performance.md."""
     resident_warps = min(12, plan.min_blocks * plan.num_warps)
     return (-resident_warps, abs(plan.block_n - 32), plan.block_m)
 
 
 def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
-    """The fields of a Plan that the problem alone decides, whichever the kernel. What a debug gate
-    writes has the shape of the problem as it was asked."""
+    """Return the fields of a Plan that the problem alone decides, whichever the kernel. What a
+    debug gate writes has the shape of the problem as it was asked."""
     return {
         "dtype": problem.dtype,
         "head_dim": problem.head_dim,
@@ -281,7 +281,7 @@ def candidates(
     gate: str | None = None,
     kernel: str | None = None,
 ) -> list[Plan]:
-    """Every legal tile configuration for the problem, best first.
+    """Return every legal tile configuration for the problem, best first.
 
     Args:
         problem: what is asked.
@@ -331,8 +331,8 @@ def select_plan(
     gate: str | None = None,
     kernel: str | None = None,
 ) -> Plan:
-    """What was measured for such problems, by `flashcore tune` on this GPU or for the table that
-    ships, or else the best by the rules. See `candidates`."""
+    """Return what was measured for such problems, by `flashcore tune` on this GPU or for the table
+    that ships, or else the best by the rules. See `candidates`."""
     from flashcore.selection import tuned  # which builds on this module
 
     best = candidates(problem, arch, gate, kernel)[0]

@@ -6,7 +6,7 @@ struct BlockCoord {
   int head_idx;     // of q
   int head_idx_kv;  // of k and v: num_heads_q / num_heads_kv query heads share one
   int m_begin;      // first query row
-  int split = 0;    // which part of its keys, see fwd_sm90/split_sm90.cuh
+  int split = 0;    // the part of the row tile's keys, see fwd_sm90/split_sm90.cuh
 };
 
 // The heads of a block, from batch_idx * num_heads_q + head_idx; m_begin is left open.
@@ -18,8 +18,8 @@ FC_DEVICE BlockCoord head_coord(const AttnParams& p, int head_and_batch) {
   return coord;
 }
 
-// Row tiles fastest, so that blocks running side by side share K and V in L2. Under a right bound
-// (causal) later rows see more keys: the longest tiles start first.
+// Row tiles vary fastest, so that blocks running side by side share K and V in L2. Under a right
+// bound (causal) later rows see more keys: the longest tiles start first.
 FC_DEVICE BlockCoord block_coord(const AttnParams& p, int tile) {
   const int m_block = tile % p.num_m_blocks;
   BlockCoord coord = head_coord(p, tile / p.num_m_blocks);
@@ -27,8 +27,8 @@ FC_DEVICE BlockCoord block_coord(const AttnParams& p, int tile) {
   return coord;
 }
 
-// The queries among rows [row_begin, row_begin + count). Where heads are FOLDED row r is query
-// r % num_queries of some head, and rows of one tile may be any of them.
+// The queries among rows [row_begin, row_begin + count). Under pack-GQA (FOLDED) row r is query
+// r % num_queries of some head, so the rows of one tile may be any of the queries.
 struct QueryRange {
   int first, last;
 };

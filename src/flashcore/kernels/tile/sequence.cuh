@@ -130,7 +130,7 @@ FC_DEVICE BlockCoord packed_block_coord(const AttnParams& p, int number) {
   coord.head_idx = rest / num_tiles;
   coord.head_idx_kv = coord.head_idx / (p.num_heads_q / p.num_heads_kv);
   const int tile = rest % num_tiles;
-  // Under a right bound the longest tiles first, as in block_coord.
+  // Under a right bound the longest tiles come first, in the order of block_coord.
   const int m_begin = (HAS_WINDOW_RIGHT ? num_tiles - 1 - tile : tile) * BLOCK_M;
   if (m_begin < query_rows(p, sequence).count) coord.m_begin = m_begin;
   return coord;

@@ -1,4 +1,5 @@
-"""The eager call in C++ (launcher.cpp), for those who set FLASHCORE_LAUNCHER=compiled.
+"""This package makes the eager call in C++ (launcher.cpp), for those who set
+FLASHCORE_LAUNCHER=compiled.
 
 It does what calls.attend does for the common call, for less than half of the time. What it does not
 know it asks Python once: `_prepare`. What is unusual it leaves to Python altogether.
@@ -25,7 +26,7 @@ attend: Callable[..., Any] | None = None
 
 
 class Entry(NamedTuple):
-    """What a launch needs, as launcher.cpp reads it.
+    """Hold what a launch needs, as launcher.cpp reads it.
 
     Args:
         kernel: handle.
@@ -66,7 +67,7 @@ class Entry(NamedTuple):
 
 @functools.cache
 def start() -> None:
-    """Puts the compiled launcher in the way of calls, if the environment asks for it.
+    """Put the compiled launcher in the way of calls, if the environment asks for it.
 
     Called when the first kernel is about to be launched. Where it cannot be built, calls go by
     Python, and a warning says so once.
@@ -91,7 +92,7 @@ def start() -> None:
 
 @contextlib.contextmanager
 def using(name: str) -> Iterator[None]:
-    """Launches by "python" or "compiled" in this process, whatever the environment asks for; for
+    """Launch by "python" or "compiled" in this process, whatever the environment asks for; for
     benchmarks and tests.
 
     Raises:
@@ -108,7 +109,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def configured() -> Any:
-    """The extension module, built if need be, with nothing prepared yet.
+    """Return the extension module, built if need be, with nothing prepared yet.
 
     Raises:
         FlashCoreError, OSError, ImportError: it cannot be built or loaded.
@@ -134,8 +135,8 @@ def configured() -> Any:
 
 
 def _counters(device_index: int, count: int) -> int:
-    """Address of counters for a launch on the device's current stream, which stay the stream's
-    unless it is being captured."""
+    """Return address of counters for a launch on the device's current stream, which stay the
+    stream's unless it is being captured."""
     return work_counters(torch.device("cuda", device_index), count)
 
 
@@ -151,7 +152,7 @@ def _prepare(
     backend: str,
     recorded: bool,
 ) -> Entry | None:
-    """What a call launches, for the launcher to remember; None if it launches no kernel.
+    """Return what a call launches, for the launcher to remember; None if it launches no kernel.
 
     Raises:
         Exception: what `attention` raises.

@@ -1,4 +1,4 @@
-"""launcher.cpp -> a Python extension for this Python and this torch; cached on disk."""
+"""Compile launcher.cpp to a Python extension for this Python and this torch; cached on disk."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _build(path: Path) -> None:
 
 @functools.cache
 def load() -> Any:
-    """The launcher's module: built, which takes some ten seconds, or found built.
+    """Return the launcher's module: built, which takes some ten seconds, or found built.
 
     Raises:
         BackendUnavailableError: no compiler, or no headers; or what it made does not load, for it

@@ -1,1 +1,1 @@
-"""Planted bugs: text replacements on the kernels, so that the checks are checked."""
+"""Planted bugs are text replacements on the kernels, so that the checks are checked."""

@@ -1,12 +1,12 @@
-"""Planted bugs of the backward kernels for Hopper; see plants.py
+"""This module plants bugs in the backward kernels for Hopper; see plants.py
 (tests/plants/test_sim_plants_bwd_sm90.py)."""
 
 from __future__ import annotations
 
 from flashcore.sim.plants.wmma import Plant, by_name
 
-_DQ = "attn_bwd_dq_sm90.cuh"
-_DKDV = "attn_bwd_dkdv_sm90.cuh"
+_DQ = "bwd_sm90/attn_bwd_dq_sm90.cuh"
+_DKDV = "bwd_sm90/attn_bwd_dkdv_sm90.cuh"
 _LOADS = "bwd_sm90/bwd_dkdv_sm90.cuh"
 _STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 _ROLES = "bwd_sm90/bwd_dkdv_roles_sm90.cuh"

@@ -1,11 +1,11 @@
-"""Planted bugs of what the Hopper kernel does under a right bound: row tiles drawn from a counter,
-and key tiles that a consumer passes over because none of its rows sees them."""
+"""This module plants bugs in what the Hopper kernel does under a right bound: row tiles drawn from
+a counter, and key tiles that a consumer passes over because none of its rows sees them."""
 
 from __future__ import annotations
 
 from flashcore.sim.plants.wmma import Plant, by_name
 
-_KERNEL = "attn_fwd_sm90.cuh"
+_KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _SCHEDULE = "fwd_sm90/schedule_sm90.cuh"
 
 PLANTS_CAUSAL_SM90 = by_name(

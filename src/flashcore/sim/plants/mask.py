@@ -1,4 +1,5 @@
-"""Planted bugs of how the Hopper kernel's warps bring a mask tensor's elements to their scores."""
+"""This module plants bugs in how the Hopper kernel's warps bring a mask tensor's elements to their
+scores."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
-"""Planted bugs of how both kernels keep their digits: with scores that are large, and in sums over
-very many keys."""
+"""This module plants bugs in how both kernels keep their digits: with scores that are large, and in
+sums over very many keys."""
 
 from __future__ import annotations
 
 from flashcore.sim.plants.wmma import Plant, by_name
 
-_KERNEL = "attn_fwd_wmma.cuh"
+_KERNEL = "fwd_wmma/attn_fwd_wmma.cuh"
 _SOFTMAX = "tile/softmax.cuh"
 _TOTALS = "tile/totals.cuh"
 

@@ -1,11 +1,11 @@
-"""Planted bugs of how the Hopper kernel's softmax does without a key tile's maxima, and of what it
-does where that fails."""
+"""This module plants bugs in how the Hopper kernel's softmax does without a key tile's maxima, and
+of what it does where that fails."""
 
 from __future__ import annotations
 
 from flashcore.sim.plants.wmma import Plant, by_name
 
-_KERNEL = "attn_fwd_sm90.cuh"
+_KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _SOFTMAX = "tile/softmax.cuh"
 _VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))"
 _MAX_LOG2 = """\

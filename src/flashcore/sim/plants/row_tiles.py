@@ -1,11 +1,12 @@
-"""Planted bugs of how the Hopper kernel's row tiles come and go: when the first may be loaded, how
-consumers learn of them, and how shares of their keys are added up; part of plants_sm90.py."""
+"""This module plants bugs in how the Hopper kernel's row tiles come and go: when the first may be
+loaded, how consumers learn of them, and how shares of their keys are added up; part of
+plants_sm90.py."""
 
 from __future__ import annotations
 
 from flashcore.sim.plants.wmma import Plant
 
-_KERNEL = "attn_fwd_sm90.cuh"
+_KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _MERGE = "fwd_sm90/merge_sm90.cuh"
 _COORD_BEFORE_ARRIVAL = """\
     store_coord(coord, block);

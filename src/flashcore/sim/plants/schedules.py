@@ -1,12 +1,12 @@
-"""Planted bugs that show with some tiles, schedules, lengths or scores alone: what `verify` draws
-must reach each of them (tests/plants/test_planted_bugs.py)."""
+"""This module has planted bugs that show with some tiles, schedules, lengths or scores alone: what
+`verify` draws must reach each of them (tests/plants/test_planted_bugs.py)."""
 
 from __future__ import annotations
 
 from flashcore.sim.plants.wmma import Plant, by_name
 
-_WMMA = "attn_fwd_wmma.cuh"
-_SM90 = "attn_fwd_sm90.cuh"
+_WMMA = "fwd_wmma/attn_fwd_wmma.cuh"
+_SM90 = "fwd_sm90/attn_fwd_sm90.cuh"
 _SCHEDULE = "tile/schedule.cuh"
 _SOFTMAX = "tile/softmax.cuh"
 

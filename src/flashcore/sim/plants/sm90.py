@@ -1,12 +1,12 @@
-"""Planted bugs of the Hopper kernel; see plants.py. Most are about who waits for whom: the
-simulator must find each with every seed (tests/plants/test_sim_plants_sm90.py)."""
+"""This module plants bugs in the Hopper kernel; see plants.py. Most are about who waits for whom:
+the simulator must find each with every seed (tests/plants/test_sim_plants_sm90.py)."""
 
 from __future__ import annotations
 
 from flashcore.sim.plants.row_tiles import ROW_TILE_PLANTS
 from flashcore.sim.plants.wmma import PLANTS, Plant, by_name
 
-_KERNEL = "attn_fwd_sm90.cuh"
+_KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _PRODUCER = "fwd_sm90/producer_sm90.cuh"
 _PIPELINE = "fwd_sm90/pipeline_sm90.cuh"
 _SCORES_WAIT = """\

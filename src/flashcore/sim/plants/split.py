@@ -1,4 +1,4 @@
-"""Planted bugs of keys that are split over blocks; see plants.py
+"""This module plants bugs in the code for keys that are split over blocks; see plants.py
 (tests/plants/test_sim_plants_split.py)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Planted bugs of what sequences of different lengths add to the kernels; see plants.py
+"""This module plants bugs in what sequences of different lengths add to the kernels; see plants.py
 (tests/plants/test_sim_plants_varlen.py)."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Planted bugs: text replacements on the real kernel, so that the checks are checked.
+"""Planted bugs are text replacements on the real kernel, so that the checks are checked.
 
 Each is a mistake that someone made or could make. The simulator, or the comparison with the float64
 oracle, must find every one of them with every seed (tests/plants/test_sim_plants.py), and
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Plant:
-    """A bug as a text replacement.
+    """A plant is a bug as a text replacement.
 
     Args:
         name: as `--plant` takes it.
@@ -43,11 +43,11 @@ class Plant:
 
 
 def by_name(*plants: Plant) -> dict[str, Plant]:
-    """Plants as `--plant` finds them."""
+    """Return plants by the name that `--plant` takes."""
     return {plant.name: plant for plant in plants}
 
 
-_KERNEL = "attn_fwd_wmma.cuh"
+_KERNEL = "fwd_wmma/attn_fwd_wmma.cuh"
 _PV_LOOP = """\
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
