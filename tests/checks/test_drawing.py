@@ -52,7 +52,7 @@ def test_the_hopper_kernels_cases_have_every_schedule(seed: int) -> None:
         return {getattr(plan, name) for plan in plans}
 
     assert seen("ping_pong") == {False, True}
-    assert seen("key_splits") == {1, 2, 3}
+    assert seen("key_slices") == {1, 2, 3}
     assert seen("q_buffers") == {1, 2}
     assert seen("o_parts") == {1, 2, 4}
     assert seen("num_consumers") == {1, 2, 3}
@@ -150,8 +150,8 @@ def test_a_tile_that_a_kernel_cannot_have_is_refused(text: str, words: str) -> N
 
 def test_a_tile_with_its_size_is_a_new_one_and_without_changes_the_chosen() -> None:
     plan = select_plan(problem_of(Case(seqlen_q=100, seqlen_k=300, head_dim=96)), 90)
-    assert plan.key_splits > 1  # type: ignore[attr-defined]
+    assert plan.key_slices > 1  # type: ignore[attr-defined]
     new = with_fields(plan, {"block_m": 128, "block_n": 64})
-    assert (new.num_stages, new.key_splits) == (2, 1)  # type: ignore[attr-defined]
+    assert (new.num_stages, new.key_slices) == (2, 1)  # type: ignore[attr-defined]
     changed = with_fields(plan, {"lazy_rescale": False})
     assert changed == dataclasses.replace(plan, lazy_rescale=False)  # type: ignore[call-arg]

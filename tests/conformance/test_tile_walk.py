@@ -48,8 +48,8 @@ def plan_of(causal: bool) -> Sm90Plan:
 def walk(run: Runner, blocks: int, causal: bool) -> list[Tensor]:
     """Return, of every case, the place of each tile in the order, from 1 on: [heads, tiles]."""
     plan, rows, size = plan_of(causal), [], 0
-    for heads, tiles, heads_per_group in CASES:
-        rows.append((heads, heads_per_group, tiles, size))
+    for heads, tiles, heads_per_section in CASES:
+        rows.append((heads, heads_per_section, tiles, size))
         size += heads * tiles
     tensors = {
         "cases": torch.tensor(rows, dtype=torch.int32),
@@ -94,8 +94,8 @@ def test_every_row_tile_is_visited_once(run: Runner, blocks: int, causal: bool) 
 
 
 def test_under_a_right_bound_long_tiles_come_first_group_by_group(run: Runner) -> None:
-    for (heads, tiles, heads_per_group), places in zip(CASES, walk(run, 1, True), strict=True):
-        last_group = heads // heads_per_group - 1
+    for (heads, tiles, heads_per_section), places in zip(CASES, walk(run, 1, True), strict=True):
+        last_section = heads // heads_per_section - 1
         order = places.flatten().argsort().tolist()
-        seen = [(min(i // tiles // heads_per_group, last_group), -(i % tiles)) for i in order]
-        assert seen == sorted(seen), (heads, tiles, heads_per_group)
+        seen = [(min(i // tiles // heads_per_section, last_section), -(i % tiles)) for i in order]
+        assert seen == sorted(seen), (heads, tiles, heads_per_section)

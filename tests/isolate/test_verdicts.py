@@ -133,7 +133,7 @@ def test_a_rescale_behind_the_product_is_not_blamed_on_the_store(
     "tile",
     [
         {"block_m": 128, "block_n": 64, "num_stages": 3, "q_buffers": 2},
-        {"block_m": 64, "block_n": 64, "num_stages": 6, "key_splits": 3},
+        {"block_m": 64, "block_n": 64, "num_stages": 6, "key_slices": 3},
     ],
 )
 def test_the_mbarriers_are_named_in_the_kernels_order(tile: dict[str, object]) -> None:
@@ -147,13 +147,13 @@ def test_the_mbarriers_are_named_in_the_kernels_order(tile: dict[str, object]) -
     begins = [eval(offset, {}, sizes) for offset in re.split(r",\s*", offsets)]
     places = barrier_places(plan)
     for member, begin in zip(members, begins, strict=True):
-        if plan.key_splits > 1 or "merge" not in member:
+        if plan.key_slices > 1 or "merge" not in member:
             assert places[begin] == (member, 0)
-    assert len(places) == 2 * slots + 4 * plan.num_stages + 2 * (plan.key_splits > 1)
+    assert len(places) == 2 * slots + 4 * plan.num_stages + 2 * (plan.key_slices > 1)
 
 
 def test_an_alarm_names_the_mbarrier_that_is_waited_for() -> None:
-    plan = plan_sm90({"block_m": 64, "block_n": 64, "num_stages": 4, "key_splits": 2})
+    plan = plan_sm90({"block_m": 64, "block_n": 64, "num_stages": 4, "key_slices": 2})
     agent = Agent(0, 0, 3, "fwd_sm90/producer_sm90.cuh", 28)
     error = SimulationError(
         kind="deadlock",

@@ -78,19 +78,19 @@ def test_however_large_scores_are(
 
 
 SM90_TILES: dict[str, dict[str, Any]] = {
-    "old maximum": {"block_m": 64, "block_n": 32, "key_splits": 1, "num_stages": 2},
-    "shared keys": {"block_m": 64, "block_n": 32, "key_splits": 2, "num_stages": 4},
+    "old maximum": {"block_m": 64, "block_n": 32, "key_slices": 1, "num_stages": 2},
+    "shared keys": {"block_m": 64, "block_n": 32, "key_slices": 2, "num_stages": 4},
     "split keys": {
         "block_m": 64,
         "block_n": 32,
-        "key_splits": 1,
+        "key_slices": 1,
         "num_stages": 2,
         "num_splits": 3,
     },
     "eager": {
         "block_m": 64,
         "block_n": 32,
-        "key_splits": 1,
+        "key_slices": 1,
         "num_stages": 2,
         "lazy_rescale": False,
     },

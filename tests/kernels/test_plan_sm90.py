@@ -140,9 +140,9 @@ def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
         long = dataclasses.replace(causal, batch=1, num_heads_q=heads, num_heads_kv=heads)
         long = dataclasses.replace(long, seqlen_q=seqlen, seqlen_k=seqlen)
         plan = dataclasses.replace(plan_sm90.candidates(causal)[0], block_m=block_m)
-        assert params_sm90.heads_per_group(long, plan, num_blocks) == in_a_group
+        assert params_sm90.heads_per_section(long, plan, num_blocks) == in_a_group
         few_kv = dataclasses.replace(long, num_heads_kv=heads // 4)
-        assert params_sm90.heads_per_group(few_kv, plan, num_blocks) % 4 == 0
+        assert params_sm90.heads_per_section(few_kv, plan, num_blocks) % 4 == 0
 
 
 def test_parameters_describe_the_tensors() -> None:
@@ -156,7 +156,7 @@ def test_parameters_describe_the_tensors() -> None:
     assert [getattr(params, f"{name}_map").base for name in "qkvo"] == [1024, 2048, 4096, 8192]
     assert (params.q_map.box_rows, params.k_map.box_rows) == (64, plan.block_n)
     assert (params.o_map.rows, params.o_map.row_stride_bytes) == (200, 128)
-    assert (params.num_heads, params.heads_per_group) == (4, 4)
+    assert (params.num_heads, params.heads_per_section) == (4, 4)
 
 
 def test_rows_are_fetched_in_few_pieces() -> None:

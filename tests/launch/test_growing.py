@@ -67,7 +67,7 @@ def told(machine):
     attn.out, attn.lse = 0, bool(attn.lse)
     attn.split_out, attn.split_stats = bool(attn.split_out), bool(attn.split_stats)
     if isinstance(params, AttnSm90Params):
-        params.o_map.base = params.heads_per_group = 0
+        params.o_map.base = params.heads_per_section = 0
     return entry.grid, entry.threads, bytes(params)
 
 

@@ -183,6 +183,7 @@ SLOW = (
 def test_what_only_costs_time_is_silent(slow: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     planted = registry.Planted(slow, SM90)
     monkeypatch.setattr(registry, "PLANTED", (planted,))
+    monkeypatch.setattr(index, "BY_KERNEL", {SM90: {slow.name: slow}})
     results = verify.verify("sim", indices=[1, 2], arch=90, plant=slow.name)
     assert [result.describe() for result in results if not result.ok] == []
 

@@ -47,7 +47,7 @@ def problem(
 
 def plan_with(asked: Problem, block_m: int, block_n: int, **others: Any) -> Plan:
     """Return the rules' plan with other tiles, of the plainest kind."""
-    plain = {"num_stages": 2, "min_blocks": 1, "ping_pong": False, "key_splits": 1}
+    plain = {"num_stages": 2, "min_blocks": 1, "ping_pong": False, "key_slices": 1}
     sizes = {"block_m": block_m, "block_n": block_n}
     return dataclasses.replace(candidates(asked)[0], **sizes, **(plain | others))
 

@@ -36,7 +36,7 @@ def entry(asked: Problem, **changes: Any) -> tuned.Entry:
     default = candidates(asked)[0]
     tile = tile_of(default) | {"block_m": 128, "block_n": 80, "min_blocks": 1}
     if default.kernel == "attn_fwd_sm90":
-        tile |= {"num_stages": 2, "key_splits": 1}
+        tile |= {"num_stages": 2, "key_slices": 1}
     found = tuned.Entry(
         gpu=GPU,
         kernel=default.kernel,
@@ -119,7 +119,7 @@ def test_entries_of_other_times_and_places_are_ignored(changes: dict[str, Any], 
 def test_an_illegal_tile_is_ignored(file: Path) -> None:
     """Whatever a file says, no kernel is launched that cannot run."""
     asked = problem()
-    for bad in ({"block_n": 4096}, {"block_m": 64, "key_splits": 2, "ping_pong": False}):
+    for bad in ({"block_n": 4096}, {"block_m": 64, "key_slices": 2, "ping_pong": False}):
         tuned.save(file, [entry(asked, tile=entry(asked).tile | bad)])
         assert select_plan(asked) == candidates(asked)[0]
 

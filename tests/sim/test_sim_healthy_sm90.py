@@ -48,13 +48,13 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"block_m": 128, "ping_pong": False, "block_n": 64, "o_parts": 4},
         {"head_dim": 96, "head_dim_v": 80, "causal": "lower_right"},
     ),
-    "shared-keys": ({"block_m": 64, "key_splits": 2, "num_stages": 4}, {"dtype": "bfloat16"}),
+    "shared-keys": ({"block_m": 64, "key_slices": 2, "num_stages": 4}, {"dtype": "bfloat16"}),
     "shared-keys-causal": (
-        {"block_m": 64, "key_splits": 2, "num_stages": 4, "lazy_rescale": False},
+        {"block_m": 64, "key_slices": 2, "num_stages": 4, "lazy_rescale": False},
         {"causal": "lower_right", "head_dim": 40, "head_dim_v": 72},
     ),
     "shared-keys-window": (
-        {"block_m": 64, "key_splits": 2, "num_stages": 6},
+        {"block_m": 64, "key_slices": 2, "num_stages": 6},
         {"window": (30, 9), "mask": "additive"},
     ),
 }
@@ -88,7 +88,7 @@ def test_whatever_number_of_heads_makes_a_group(
     heads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight heads of six row tiles for three blocks; the last group takes the rest."""
-    monkeypatch.setattr(params_sm90, "heads_per_group", lambda *_: heads)
+    monkeypatch.setattr(params_sm90, "heads_per_section", lambda *_: heads)
     for seed in range(4):
         case = Case(
             batch=2,

@@ -28,7 +28,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "plain": ({}, {"dtype": "bfloat16"}),
     "causal": ({"block_m": 128}, {"causal": "lower_right", "layout": "bshd"}),
     "shared-keys": (
-        {"key_splits": 2, "num_stages": 4},
+        {"key_slices": 2, "num_stages": 4},
         {"head_dim": 40, "head_dim_v": 96, "causal": "upper_left"},
     ),
     "window-softcap": ({}, {"window": (40, 20), "softcap": 5.0}),

@@ -33,7 +33,7 @@ FAMILIES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     ),
     "hopper-three-consumers": ({"block_m": 192, "ping_pong": True}, {"causal": "upper_left"}),
     "hopper-shared-keys": (
-        {"block_m": 64, "key_splits": 2, "num_stages": 4},
+        {"block_m": 64, "key_slices": 2, "num_stages": 4},
         {"causal": "lower_right", "dtype": "bfloat16"},
     ),
     "hopper-many-sequences": ({"block_m": 64}, {}),

@@ -89,7 +89,7 @@ def test_any_alignment(dtype: torch.dtype, kind: str, width: int, offset: int) -
     mask = mask_of(kind, dtype, width, offset)
     one_tile = {"block_m": 128, "ping_pong": True}
     plan = make_plan(
-        problem_of(mask), {"key_splits": 2, "num_stages": 4} if kind == "heads" else one_tile
+        problem_of(mask), {"key_slices": 2, "num_stages": 4} if kind == "heads" else one_tile
     )
     assert plan.mask_is_row == (kind == "row")
     assert run(mask, 0, plan) == "healthy"

@@ -92,7 +92,7 @@ def run(
     [
         (),
         (("block_m", 192), ("ping_pong", False), ("num_stages", 3)),
-        (("block_m", 64), ("ping_pong", False), ("key_splits", 3), ("num_stages", 6)),
+        (("block_m", 64), ("ping_pong", False), ("key_slices", 3), ("num_stages", 6)),
     ],
     ids=str,
 )

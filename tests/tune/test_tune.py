@@ -91,8 +91,8 @@ def test_a_tile_has_nothing_of_the_problem() -> None:
         {"block_n": 256},  # shared memory
         {"block_m": 64, "ping_pong": True},  # nobody to take turns with
         # Of consumers that share keys one may have a key tile more, and wait for its turn for ever.
-        {"block_m": 64, "ping_pong": True, "key_splits": 2, "num_stages": 4},
-        {"block_m": 64, "ping_pong": False, "key_splits": 2},  # a stage each would deadlock
+        {"block_m": 64, "ping_pong": True, "key_slices": 2, "num_stages": 4},
+        {"block_m": 64, "ping_pong": False, "key_slices": 2},  # a stage each would deadlock
         {"num_stages": 0},
         {"num_stages": 1},
         {"num_stages": True},

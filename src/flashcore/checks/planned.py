@@ -26,7 +26,7 @@ _PLAINEST: dict[str, Any] = {
     "ping_pong": False,
     "lazy_rescale": True,
     "q_buffers": 1,
-    "key_splits": 1,
+    "key_slices": 1,
     "num_splits": 1,
 }
 _SHORT = {"stages": "num_stages", "blocks": "min_blocks", "splits": "num_splits"}
@@ -91,7 +91,7 @@ def with_fields(plan: Plan, tile: Mapping[str, Any]) -> Plan:
             )
     if {"block_m", "block_n"} <= set(tile):
         plainest = {name: value for name, value in _PLAINEST.items() if name in own}
-        plainest["num_stages"] = 2 * int(tile.get("key_splits", 1)) if plan.arch >= 80 else 1
+        plainest["num_stages"] = 2 * int(tile.get("key_slices", 1)) if plan.arch >= 80 else 1
         if plan.gate is not None:
             plainest.pop("lazy_rescale", None)
         tile = plainest | dict(tile)

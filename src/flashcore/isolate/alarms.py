@@ -44,7 +44,7 @@ _PHASE_OF_FUNCTION = {
     "accumulate_output": "pv",
     "issue_output": "pv",
     "last_output": "pv",
-    "merge_shares": "store",
+    "merge_slices": "store",
     "gate_accumulate_serially": "pv_serial",
     "load_tile": "load",
     "load_keys": "load",

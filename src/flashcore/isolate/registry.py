@@ -66,7 +66,7 @@ class Planted:
 
 # Beside others of its kind, two consumers for whom two row tiles follow each other, four key tiles
 # for two stages.
-_TWO_CONSUMERS = {"block_m": 128, "block_n": 64, "num_stages": 2, "min_blocks": 1, "key_splits": 1}
+_TWO_CONSUMERS = {"block_m": 128, "block_n": 64, "num_stages": 2, "min_blocks": 1, "key_slices": 1}
 _SHORT_KEY_TILES = _TWO_CONSUMERS | {"block_n": 32, "q_buffers": 1}
 _IN_TURNS = {"ping_pong": True}
 _PACKED = {
@@ -87,7 +87,7 @@ _SHARED_BY_BLOCKS = {
     "num_stages": 2,
     "min_blocks": 3,
     "num_splits": 5,
-    "key_splits": 1,
+    "key_slices": 1,
     "ping_pong": False,
 }
 _MASKED = {"seqlen_q": 150, "seqlen_k": 117, "head_dim": 64, "head_dim_v": 64}

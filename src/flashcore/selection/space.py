@@ -85,14 +85,14 @@ def is_legal(plan: Plan) -> bool:
 
 
 def _is_legal_sm90(plan: Sm90Plan) -> bool:
-    if plan.num_consumers > 3 or plan.num_stages < 2 * plan.key_splits:
+    if plan.num_consumers > 3 or plan.num_stages < 2 * plan.key_slices:
         return False
-    if plan.key_splits > 1 and (plan.block_m > 64 or plan.num_stages % plan.key_splits):
+    if plan.key_slices > 1 and (plan.block_m > 64 or plan.num_stages % plan.key_slices):
         return False
     if plan.num_splits < plan.fewest_splits or (plan.num_splits > 1 and plan.varlen == "packed"):
         return False
     # Turns are given for every key tile of a block; consumers that share keys have their own.
-    takes_turns = plan.num_consumers > 1 and plan.key_splits == 1
+    takes_turns = plan.num_consumers > 1 and plan.key_slices == 1
     if plan.block_n > 256 or (plan.ping_pong and not takes_turns):
         return False
     if plan.o_parts not in O_PARTS or plan.q_buffers not in Q_BUFFERS:
@@ -163,5 +163,5 @@ def schedules(base: Plan) -> list[Plan]:
     ]
     found += [dataclasses.replace(base, num_stages=stages) for stages in (2, 3, 4, 6)]
     found += [dataclasses.replace(base, num_splits=splits) for splits in (1, 2, 4, 8, 16, 32)]
-    found.append(dataclasses.replace(base, key_splits=2, num_stages=4, ping_pong=False))
+    found.append(dataclasses.replace(base, key_slices=2, num_stages=4, ping_pong=False))
     return [plan for plan in dict.fromkeys(found) if plan != base and is_legal(plan)]

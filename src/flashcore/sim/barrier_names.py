@@ -20,7 +20,7 @@ def barrier_places(plan: Sm90Plan) -> list[tuple[str, int]]:
     slots = plan.q_buffers * plan.block_m // ROWS_OF_CONSUMER
     members = {"q_full": slots, "q_empty": slots}
     members |= dict.fromkeys(("k_full", "k_empty", "v_full", "v_empty"), plan.num_stages)
-    if plan.key_splits > 1:
+    if plan.key_slices > 1:
         members |= {"merge_full": 1, "merge_empty": 1}
     return [(name, index) for name, count in members.items() for index in range(count)]
 

@@ -18,19 +18,19 @@ from flashcore.selection.space import is_legal, may_avoid_spills, tiles
 
 def _tile(block_m: int, block_n: int, **others: Any) -> dict[str, Any]:
     defaults = {"num_stages": 2, "min_blocks": 1, "ping_pong": False}
-    defaults |= {"key_splits": 1, "q_buffers": 1}
+    defaults |= {"key_slices": 1, "q_buffers": 1}
     return {"block_m": block_m, "block_n": block_n, **defaults, **others}
 
 
-_SHARED_KEYS: dict[str, Any] = {"key_splits": 2, "num_stages": 4}
+_SHARED_KEYS: dict[str, Any] = {"key_slices": 2, "num_stages": 4}
 _PING_PONG: dict[str, Any] = {"ping_pong": True}
 _AHEAD: dict[str, Any] = {"q_buffers": 2}
 # By the largest head_dim that a list is for.
 _SM90: dict[int, list[dict[str, Any]]] = {
     64: [
         _tile(64, 128, **_SHARED_KEYS),
-        _tile(64, 64, key_splits=3, num_stages=6),
-        _tile(64, 64, key_splits=3, num_stages=9),
+        _tile(64, 64, key_slices=3, num_stages=6),
+        _tile(64, 64, key_slices=3, num_stages=9),
         _tile(64, 64, min_blocks=3, num_stages=3),
         _tile(64, 64, min_blocks=3, num_stages=3, **_AHEAD),
         _tile(64, 64, min_blocks=2, num_stages=3),

@@ -115,7 +115,7 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
 // A consumer warpgroup: 64 keys of every key tile of this block.
 FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
-  const int group_size = p.num_heads_q / p.num_heads_kv;
+  const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
   Consumer c;
   c.index = warp_uniform(warp_idx() / 4 - 1);
   uint32_t count = 0;
@@ -128,7 +128,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     clear(c.dk);
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);
-    for (int head = 0; head < group_size; ++head) {
+    for (int head = 0; head < heads_per_kv; ++head) {
       c.mask = mask_of(p, block.batch_idx, block.head_idx + head);
       skip_tiles(bar, count, own.begin - tiles.begin);
       if (own.begin < own.end) {

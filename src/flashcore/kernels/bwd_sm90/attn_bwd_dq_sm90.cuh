@@ -95,8 +95,8 @@ FC_DEVICE void issue_dq(Consumer& c, const Buffers& smem, uint32_t count) {
 FC_DEVICE void load_stats(Consumer& c, const AttnBwdSm90Params& params, const BlockCoord& block,
                           const Buffers& smem) {
   const AttnParams& p = params.attn;
-  const GmemPtr<const float> lse_gmem = {p.lse.address};
-  const GmemPtr<const Element> out_gmem = {p.out.address};
+  const GmemPtr<const float> lse_gmem = {p.tensors.lse.address};
+  const GmemPtr<const Element> out_gmem = {p.tensors.out.address};
   const auto dout = smem.dout + c.slot * DO_GROUP_ELEMENTS;
   const int lane = opaque(lane_idx());
 #pragma unroll

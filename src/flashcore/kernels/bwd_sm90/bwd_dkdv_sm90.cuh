@@ -21,8 +21,8 @@ FC_DEVICE QueryTiles query_tiles(const AttnParams& p, int key_begin, int num_key
   const int last_key = min_i(key_begin + num_keys, p.seqlen_k) - 1;
   int first = 0;
   int end = p.seqlen_q;
-  if (HAS_WINDOW_RIGHT) first = max_i(0, key_begin - p.diag_offset - p.window_right);
-  if (HAS_WINDOW_LEFT) end = min_i(end, last_key - p.diag_offset + p.window_left + 1);
+  if (HAS_WINDOW_RIGHT) first = max_i(0, key_begin - p.band.diag_offset - p.band.window_right);
+  if (HAS_WINDOW_LEFT) end = min_i(end, last_key - p.band.diag_offset + p.band.window_left + 1);
   if (last_key < key_begin || first >= end) return {0, 0};
   return {first / BLOCK_M, (end + BLOCK_M - 1) / BLOCK_M};
 }
@@ -38,8 +38,9 @@ FC_DEVICE QueryTiles own_query_tiles(const AttnParams& p, const QueryTiles& bloc
 // Whether a window hides some of 64 keys from some query of a tile. The same for all lanes.
 FC_DEVICE bool hides_some(const AttnParams& p, int key_row, int m_begin) {
   bool hides = false;
-  if (HAS_WINDOW_RIGHT) hides |= key_row + 63 > m_begin + p.diag_offset + p.window_right;
-  if (HAS_WINDOW_LEFT) hides |= key_row < m_begin + BLOCK_M - 1 + p.diag_offset - p.window_left;
+  const int diagonal = m_begin + p.band.diag_offset;
+  if (HAS_WINDOW_RIGHT) hides |= key_row + 63 > diagonal + p.band.window_right;
+  if (HAS_WINDOW_LEFT) hides |= key_row < diagonal + BLOCK_M - 1 - p.band.window_left;
   return hides;
 }
 
@@ -51,9 +52,9 @@ struct VisibleQueries {
   FC_DEVICE VisibleQueries(const AttnParams& p, int key_row, int m_begin) {
     const int lane = opaque(lane_idx());
     const int key = key_row + warp_idx() % 4 * 16 + accum_row(lane, 0);
-    const int diagonal = key - p.diag_offset - m_begin - accum_col(lane, 0);
-    begin = diagonal - p.window_right;
-    end = diagonal + p.window_left + 1;
+    const int diagonal = key - p.band.diag_offset - m_begin - accum_col(lane, 0);
+    begin = diagonal - p.band.window_right;
+    end = diagonal + p.band.window_left + 1;
   }
 
   // Element i of fragment n.
@@ -170,7 +171,7 @@ FC_DEVICE BlockCoord key_tile_coord(const AttnParams& p, const TileWalk& tile,
 // as the stages allow.
 FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
-  const int group_size = p.num_heads_q / p.num_heads_kv;
+  const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
   uint32_t count = 0;
   TileWalk tile;
   for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
@@ -200,9 +201,9 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     }
 
     const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
-    int left = group_size * (tiles.end - tiles.begin);
+    int left = heads_per_kv * (tiles.end - tiles.begin);
     if (left == 0) tile.ask(p, params.schedule);
-    for (int head = 0; head < group_size; ++head) {
+    for (int head = 0; head < heads_per_kv; ++head) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
         if (--left == 0) tile.ask(p, params.schedule);
         const int q_stage = stage_of<NUM_STAGES>(count);
@@ -248,15 +249,15 @@ FC_DEVICE void clear_rows(const Buffers& smem, int stage, const bool (&is_empty)
 FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
                           const Buffers& smem) {
   const AttnParams& p = params.attn;
-  const GmemPtr<const float> lse_gmem = {p.lse.address};
+  const GmemPtr<const float> lse_gmem = {p.tensors.lse.address};
   const GmemPtr<const float> delta_gmem = {params.delta.address};
-  const int group_size = p.num_heads_q / p.num_heads_kv;
+  const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
   uint32_t count = 0;
   for (int turn = 0;; ++turn) {
     BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
     const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
-    for (int head = 0; head < group_size; ++head, ++block.head_idx) {
+    for (int head = 0; head < heads_per_kv; ++head, ++block.head_idx) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
         float lse[ROWS_OF_LANE], delta[ROWS_OF_LANE];
         bool is_empty[ROWS_OF_LANE];

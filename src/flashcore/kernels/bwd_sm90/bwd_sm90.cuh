@@ -106,11 +106,7 @@ FC_DEVICE ScoreMask mask_element(const AttnParams& p, GmemPtr<const MaskElement>
                                  int key) {
   if (MASK_KIND == 0) return {true, 0.0f};
   if (row >= p.seqlen_q || key >= p.seqlen_k) return {false, 0.0f};
-  return as_score_mask(gmem_load(gmem + (row * p.mask_row_stride + key * p.mask_col_stride)));
-}
-
-FC_DEVICE GmemPtr<const MaskElement> mask_of(const AttnParams& p, int batch_idx, int head_idx) {
-  return p.mask + (batch_idx * p.mask_batch_stride + head_idx * p.mask_head_stride);
+  return as_score_mask(gmem_load(gmem + (row * p.strides.mask.row + key * p.strides.mask.col)));
 }
 
 // What becomes of one score q.k: its probability, and that times soft-capping's derivative.

@@ -26,7 +26,7 @@ class AttnBwdSm90Params(ctypes.Structure):
         *((f"{name}_map", TensorMap) for name in MAPS),
         ("attn", AttnParams),
         ("num_heads", ctypes.c_int32),
-        ("heads_per_group", ctypes.c_int32),
+        ("heads_per_section", ctypes.c_int32),
         ("dlse", ctypes.c_void_p),
         ("delta", ctypes.c_void_p),
         ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 24) % 64)),
@@ -52,7 +52,7 @@ def grid_size(problem: Problem, plan: BwdSm90Plan, num_sms: int) -> int:
 _GROUP_BYTES = 8 << 20
 
 
-def heads_per_group(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> int:
+def heads_per_section(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> int:
     """Return the number of heads whose tiles `num_blocks` blocks draw together under a right bound
     (fwd_sm90/schedule_sm90.cuh): as many as L2 holds what their blocks stream, and enough tiles to
     keep the blocks busy. Heads of q in the kernel of dq, else of k and v."""
@@ -112,7 +112,7 @@ def build_params_bwd_sm90(
         argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles it walks over
     num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
     argument.num_heads = num_heads * problem.batch
-    argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
+    argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
     argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
     for name, box_rows in maps_of(plan).items():
         tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)

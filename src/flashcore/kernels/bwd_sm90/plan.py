@@ -150,8 +150,8 @@ class BwdSm90Plan(Plan):
             "PRODUCER_REGISTERS": producer_registers,
             "CHUNK": self.chunk,
             "OVERLAPS": self.overlaps,
-            "KEY_SPLITS": 1,
-            "SPLIT_KEYS": False,
+            "KEY_SLICES": 1,
+            "SPLIT_KV": False,
         }
         return constants | (self._dq_constants() if self.is_dq else self._dkdv_constants())
 

@@ -8,7 +8,7 @@
 // += P V of the current one, and computes the next softmax while P V is under way; with PING_PONG,
 // warpgroups take turns at issuing, so that one's softmax runs under another's products. In most
 // key tiles the softmax does without the maxima (has_outgrown in tile/softmax.cuh). Where rows are
-// few, KEY_SPLITS warpgroups share the keys of 64 rows and add up at the end; SPLIT_KEYS spreads
+// few, KEY_SLICES warpgroups share the keys of 64 rows and add up at the end; SPLIT_KV spreads
 // the keys of a row tile over blocks (fwd_sm90/split_sm90.cuh).
 //
 // Blocks are persistent: they walk over row tiles (fwd_sm90/schedule_sm90.cuh), keys from last to
@@ -75,7 +75,7 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_s
 }
 
 // Whether there are registers to spare: nothing but windows and lengths takes some.
-constexpr bool IS_PLAIN = !SPLIT_KEYS && !HAS_SOFTCAP && MASK_KIND == 0;
+constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
 
 // O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
 FC_DEVICE void issue_output(Consumer& c, SmemPtr<Element> v_smem) {
@@ -95,15 +95,15 @@ FC_DEVICE void clear_output(Consumer& c) {
   for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(c.out[d], 0.0f);
 }
 
-FC_DEVICE void await_turn(const Consumer& c) { named_barrier_sync(TURN_BARRIER + c.index, 256); }
+FC_DEVICE void await_issue(const Consumer& c) { named_barrier_sync(ISSUE_BARRIER + c.index, 256); }
 
-FC_DEVICE void hand_over_turn(const Consumer& c) {
-  named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);
+FC_DEVICE void hand_over_issue(const Consumer& c) {
+  named_barrier_arrive(ISSUE_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);
 }
 
-FC_DEVICE void pass_turn(const Consumer& c) {
-  await_turn(c);
-  hand_over_turn(c);
+FC_DEVICE void pass_issue(const Consumer& c) {
+  await_issue(c);
+  hand_over_issue(c);
 }
 
 // A key tile that only other consumers' rows can see.
@@ -148,7 +148,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
                         int n_block, int n_block_begin) {
   WmmaAccum scores[KEY_FRAGS];
   if (FIRST || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
-  if (PING_PONG && !FIRST) await_turn(c);
+  if (PING_PONG && !FIRST) await_issue(c);
   wgmma_fence();
   issue_scores(scores, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
   wgmma_commit();
@@ -156,7 +156,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     wgmma_fence();
     issue_output(c, smem.v);
     wgmma_commit();
-    if (PING_PONG) hand_over_turn(c);
+    if (PING_PONG) hand_over_issue(c);
   }
   // Masking takes registers, which P V of the tile before gives back as it ends. Under a left bound
   // every row tile ends in a masked tile, so it pays to hold them, if nothing else takes some.
@@ -166,7 +166,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   wgmma_hold(scores);
   const auto release_inputs = [&] {
     release(bar.k_empty, c.k_state);
-    if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
+    if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SLICES) release_q(c, bar);
   };
   constexpr bool TRIES_OLD_MAX = MAY_TRY_OLD_MAX && !FIRST && !MASKED;
   if (!TRIES_OLD_MAX) release_inputs();
@@ -293,13 +293,13 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
   const AttnParams& p = params.attn;
   Consumer c;
   c.index = warp_uniform(warp_idx() / 4 - 1);
-  c.row_group = c.index / KEY_SPLITS;
-  const int share = c.index % KEY_SPLITS;
-  c.k_state.ring = share;
+  c.row_group = c.index / KEY_SLICES;
+  const int slice = c.index % KEY_SLICES;
+  c.k_state.ring = slice;
   c.mask.smem = smem.mask + (warp_idx() - 4) * MASK_WARP_ELEMENTS;
   c.scale_log2 = softmax_scale_log2(p);
   // The first turn is consumer 0's: the last consumer hands it over.
-  if (PING_PONG && c.index == NUM_CONSUMERS - 1) named_barrier_arrive(TURN_BARRIER, 256);
+  if (PING_PONG && c.index == NUM_CONSUMERS - 1) named_barrier_arrive(ISSUE_BARRIER, 256);
 
   for (int turn = 0;; ++turn) {
     c.q_slot = q_slot(turn, c.row_group);
@@ -308,7 +308,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     BlockCoord block = {};
     block.m_begin = smem_load(coord);
     if (block.m_begin == NO_TILE) break;
-    if (VARLEN != 0 || MASK_KIND != 0 || SPLIT_KEYS) block = load_coord(coord);
+    if (VARLEN != 0 || MASK_KIND != 0 || SPLIT_KV) block = load_coord(coord);
     const auto& own = sequence_params(p, block);
 //@if gate tile
     const KeyRange keys = gate_last_tile(own_keys(own, block));
@@ -319,13 +319,12 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 //@if gate
     const KeyRange seen = keys;
 //@else
-    const KeyRange seen = KEY_SPLITS > 1 ? keys : group_key_range(own, keys, group_row);
+    const KeyRange seen = KEY_SLICES > 1 ? keys : group_key_range(own, keys, group_row);
 //@end
     const UnmaskedRange unmasked = unmasked_range(own, group_row);
     c.warp_row = group_row + warp_idx() % 4 * 16;
     c.mask.n_block_begin = seen.n_block_begin;
-    c.mask.gmem =
-        p.mask + (block.batch_idx * p.mask_batch_stride + block.head_idx * p.mask_head_stride);
+    c.mask.gmem = mask_of(p, block.batch_idx, block.head_idx);
     c.softmax = {{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
 //@if gate
     c.block = load_coord(coord);
@@ -337,29 +336,29 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     if (!IS_PLAIN) clear_output(c);
 
     // All consumers count all key tiles of the block, and all but the first give a turn.
-    int n_block = keys.n_block_end - 1 - share;
+    int n_block = keys.n_block_end - 1 - slice;
     const auto skip_down_to = [&](int end) {
       for (; n_block >= end; --n_block) {
-        if (PING_PONG && n_block < keys.n_block_end - 1) pass_turn(c);
+        if (PING_PONG && n_block < keys.n_block_end - 1) pass_issue(c);
         skip_key_tile(c, bar);
       }
     };
-    if (KEY_SPLITS == 1) skip_down_to(seen.n_block_end);
+    if (KEY_SLICES == 1) skip_down_to(seen.n_block_end);
     const int begin = seen.n_block_begin;
     const bool sees_keys = n_block >= begin;
     if (sees_keys) {
-      if (PING_PONG && n_block < keys.n_block_end - 1) pass_turn(c);
+      if (PING_PONG && n_block < keys.n_block_end - 1) pass_issue(c);
       if constexpr (MASK_KIND != 0) c.mask.fetch(own, c.warp_row, n_block);
       key_tile<true, true>(c, own, bar, smem, n_block, begin);
-      n_block -= KEY_SPLITS;
-      for (; n_block >= max_i(unmasked.end, begin); n_block -= KEY_SPLITS) {
+      n_block -= KEY_SLICES;
+      for (; n_block >= max_i(unmasked.end, begin); n_block -= KEY_SLICES) {
         key_tile<false, true>(c, own, bar, smem, n_block, begin);
       }
-      for (; n_block >= max_i(unmasked.begin, begin); n_block -= KEY_SPLITS) {
+      for (; n_block >= max_i(unmasked.begin, begin); n_block -= KEY_SLICES) {
         key_tile<false, false>(c, own, bar, smem, n_block, begin);
       }
       if (HAS_WINDOW_LEFT) {
-        for (; n_block >= begin; n_block -= KEY_SPLITS) {
+        for (; n_block >= begin; n_block -= KEY_SLICES) {
           key_tile<false, true>(c, own, bar, smem, n_block, begin);
         }
       }
@@ -373,15 +372,15 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     } else if (IS_PLAIN) {
       clear_output(c);
     }
-    if (HAS_WINDOW_LEFT && KEY_SPLITS == 1) skip_down_to(keys.n_block_begin);
-    if (KEY_SPLITS > 1) {
-      merge_shares(share, turn, c.softmax, c.out, bar, smem.merge, c.scale_log2);
+    if (HAS_WINDOW_LEFT && KEY_SLICES == 1) skip_down_to(keys.n_block_begin);
+    if (KEY_SLICES > 1) {
+      merge_slices(slice, turn, c.softmax, c.out, bar, smem.merge, c.scale_log2);
     }
-    if (SPLIT_KEYS && share == 0) {
-      hand_over_share(own, block, c.row_group, c.softmax, c.out, c.scale_log2,
+    if (SPLIT_KV && slice == 0) {
+      hand_over_partial(own, block, c.row_group, c.softmax, c.out, c.scale_log2,
                       STORE_BARRIER + c.index, smem.arrival + c.row_group);
     }
-    if (!SPLIT_KEYS && share == 0) store_output(c, params, bar, smem, load_coord(coord));
+    if (!SPLIT_KV && slice == 0) store_output(c, params, bar, smem, load_coord(coord));
   }
   // Shared memory must outlive the stores that read it.
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
@@ -406,7 +405,7 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
     tma_prefetch_map(params.v_map);
     tma_prefetch_map(params.o_map);
     if (PACKED) init_feed(smem.feed);
-    init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SPLITS * 4);
+    init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SLICES * 4);
   }
   block_sync();  // orders the initialisation before every use
   grid_dependency_wait();

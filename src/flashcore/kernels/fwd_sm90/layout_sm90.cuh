@@ -24,7 +24,7 @@ constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;
 constexpr int K_ELEMENTS = BLOCK_N * QK_CHUNKS * CHUNK;  // of one stage
 constexpr int V_ELEMENTS = BLOCK_N * V_CHUNKS * CHUNK;
 constexpr int O_CHUNKS = (V_CHUNKS + O_PARTS - 1) / O_PARTS;  // of each part but maybe the last
-constexpr int O_ELEMENTS = SPLIT_KEYS ? 0 : BLOCK_M * O_CHUNKS * CHUNK;  // else in global memory
+constexpr int O_ELEMENTS = SPLIT_KV ? 0 : BLOCK_M * O_CHUNKS * CHUNK;  // else in global memory
 
 // O leaves through a buffer of its own, so that the next Q need not wait for it: all at once, or in
 // O_PARTS parts one after another where the whole would not fit beside the stages.
@@ -32,7 +32,7 @@ constexpr int K_OFFSET = Q_ELEMENTS * 2;
 constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
 constexpr int O_OFFSET = V_OFFSET + NUM_STAGES * V_ELEMENTS * 2;
 constexpr int MERGE_OFFSET = O_OFFSET + O_ELEMENTS * 2;
-constexpr int MERGE_FLOATS = (KEY_SPLITS - 1) * SHARE_FLOATS<OUT_FRAGS>;
+constexpr int MERGE_FLOATS = (KEY_SLICES - 1) * SLICE_FLOATS<OUT_FRAGS>;
 constexpr int MASK_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
 constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS;
 constexpr int BARRIERS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES;
@@ -44,9 +44,9 @@ static_assert(SMEM_BYTES == ARRIVAL_OFFSET + ARRIVAL_BYTES,
 
 struct Buffers {
   SmemPtr<Element> q, k, v, o;
-  SmemPtr<float> merge;     // shares of rows whose keys are split
+  SmemPtr<float> merge;     // slices of keys of the same rows
   SmemPtr<MaskElement> mask;  // of each consumer warp, see fwd_sm90/mask_tile_sm90.cuh
   SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
   Feed feed;                // from which the producer has them, where they are dealt out
-  SmemPtr<int32_t> arrival;  // see hand_over_share
+  SmemPtr<int32_t> arrival;  // see hand_over_partial
 };

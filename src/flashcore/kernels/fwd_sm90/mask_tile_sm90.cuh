@@ -60,7 +60,7 @@ struct MaskStrip {
   int n_block_begin;                // there is no key tile before it
 
   FC_DEVICE GmemPtr<const MaskElement> row_start(const AttnParams& p, int row) const {
-    return gmem + (MASK_IS_ROW ? 0 : row * p.mask_row_stride);
+    return gmem + (MASK_IS_ROW ? 0 : row * p.strides.mask.row);
   }
 
   // Elements between the start of a packet and that of a row, the same for every key tile, and for
@@ -84,7 +84,7 @@ struct MaskStrip {
     const int count = row_exists ? p.seqlen_k - key : 0;  // that exist, or more
     const auto dst = smem + (row * MASK_STRIDE + col);
     const auto src =
-        row_start(p, row_begin + row) + key * (MASK_IS_SHIFTED ? 1 : p.mask_col_stride);
+        row_start(p, row_begin + row) + key * (MASK_IS_SHIFTED ? 1 : p.strides.mask.col);
     if constexpr (MASK_IN_PACKETS) {
       const bool is_whole = key >= 0 && (count <= 0 || count >= MASK_PACKET);
       if (is_whole) {
@@ -100,7 +100,7 @@ struct MaskStrip {
     } else {
       MaskElement pair[2] = {};
       if (count > 0) pair[0] = gmem_load(src);
-      if (count > 1) pair[1] = gmem_load(src + p.mask_col_stride);
+      if (count > 1) pair[1] = gmem_load(src + p.strides.mask.col);
       smem_store_packet(dst, mask_pair(pair[0], pair[1]));
     }
   }
@@ -165,6 +165,6 @@ struct MaskStrip {
       }
     }
     warp_sync();  // orders them before the next copies
-    fetch(p, row_begin, n_block - KEY_SPLITS);
+    fetch(p, row_begin, n_block - KEY_SLICES);
   }
 };

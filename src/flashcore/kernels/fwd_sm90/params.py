@@ -30,7 +30,7 @@ class AttnSm90Params(ctypes.Structure):
         ("o_map", TensorMap),
         ("attn", AttnParams),
         ("num_heads", ctypes.c_int32),
-        ("heads_per_group", ctypes.c_int32),
+        ("heads_per_section", ctypes.c_int32),
         ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 8) % 64)),
     ]
 
@@ -93,7 +93,7 @@ _SMALL_GROUP_BYTES = 4 << 20
 _SMALL_GROUP = 0.6  # row tiles a block, at least
 
 
-def heads_per_group(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
+def heads_per_section(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
     """Return the number of query heads whose row tiles `num_blocks` blocks draw together under a
     right bound (fwd_sm90/schedule_sm90.cuh): those of as many heads of K and V as L2 holds, and
     enough row tiles to keep the blocks busy."""
@@ -134,7 +134,7 @@ def build_params_sm90(
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
     argument.attn.num_splits = plan.num_splits
-    argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
+    argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
     problem = as_launched(problem, plan.folds_heads)
     argument.num_heads = problem.num_heads_q * problem.batch
     for name in MAPS:
@@ -160,7 +160,7 @@ def set_keys_sm90(
         num_blocks: of the launch.
     """
     if plan.has_window_right:  # or nobody reads it
-        argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
+        argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
     problem = as_launched(problem, plan.folds_heads)
     params.set_keys(argument.attn, problem)
     for name in ("k", "v"):

@@ -2,18 +2,18 @@
 // each in the ring of stages, and the barriers among consumers.
 #pragma once
 
-constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;
-constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SPLITS;  // warpgroups
-static_assert(KEY_SPLITS == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");
+constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup
+constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SLICES;  // warpgroups
+static_assert(KEY_SLICES == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");
 constexpr int NUM_Q_SLOTS = Q_BUFFERS * NUM_ROW_GROUPS;
-constexpr int NUM_BARRIERS = 2 * NUM_Q_SLOTS + 4 * NUM_STAGES + (KEY_SPLITS > 1 ? 2 : 0);
+constexpr int NUM_BARRIERS = 2 * NUM_Q_SLOTS + 4 * NUM_STAGES + (KEY_SLICES > 1 ? 2 : 0);
 
 // A `full` barrier completes when the bytes announced by the producer have arrived; an `empty` one
 // when all consumers have read the buffer.
 struct Barriers {
   SmemPtr<uint64_t> q_full, q_empty;                   // one a slot, see q_slot
   SmemPtr<uint64_t> k_full, k_empty, v_full, v_empty;  // one a stage
-  SmemPtr<uint64_t> merge_full, merge_empty;           // with KEY_SPLITS, see merge_sm90.cuh
+  SmemPtr<uint64_t> merge_full, merge_empty;           // with KEY_SLICES, see merge_sm90.cuh
 };
 
 FC_DEVICE Barriers barriers(int byte_offset) {
@@ -41,8 +41,8 @@ FC_DEVICE void init_barriers(const Barriers& bar, int kv_empty_count, int q_empt
     mbar_init(bar.k_empty + stage, kv_empty_count);
     mbar_init(bar.v_empty + stage, kv_empty_count);
   }
-  if (KEY_SPLITS > 1) {
-    mbar_init(bar.merge_full, (KEY_SPLITS - 1) * 128);
+  if (KEY_SLICES > 1) {
+    mbar_init(bar.merge_full, (KEY_SLICES - 1) * 128);
     mbar_init(bar.merge_empty, 128);
   }
   mbar_init_fence();
@@ -54,8 +54,8 @@ FC_DEVICE int q_slot(int turn, int group) { return turn % Q_BUFFERS * NUM_ROW_GR
 FC_DEVICE int q_parity(int turn) { return turn / Q_BUFFERS % 2; }
 
 // Consumers that share the keys of some rows have a ring of stages each.
-constexpr uint32_t STAGES_PER_RING = NUM_STAGES / KEY_SPLITS;
-static_assert(NUM_STAGES % KEY_SPLITS == 0, "the rings are of one size");
+constexpr uint32_t STAGES_PER_RING = NUM_STAGES / KEY_SLICES;
+static_assert(NUM_STAGES % KEY_SLICES == 0, "the rings are of one size");
 static_assert(STAGES_PER_RING >= 2, "a consumer holds one V while it waits for the next");
 
 // How many tiles went through a ring of stages; where the next one goes, and the parity of the
@@ -66,7 +66,7 @@ struct PipelineState {
   uint32_t count = 0;  // unsigned, for short remainders: the next product waits for them
 
   FC_DEVICE int stage() const {
-    return (KEY_SPLITS > 1 ? ring * int(STAGES_PER_RING) : 0) + int(count % STAGES_PER_RING);
+    return (KEY_SLICES > 1 ? ring * int(STAGES_PER_RING) : 0) + int(count % STAGES_PER_RING);
   }
   FC_DEVICE int parity() const { return int(count / STAGES_PER_RING % 2); }
 };
@@ -77,6 +77,6 @@ FC_DEVICE void release(SmemPtr<uint64_t> empty, PipelineState state) {
 }
 
 enum NamedBarrier {
-  TURN_BARRIER = 1,                              // + consumer: its turn at the tensor cores
-  STORE_BARRIER = TURN_BARRIER + NUM_CONSUMERS,  // + consumer: the warps of a warpgroup
+  ISSUE_BARRIER = 1,                              // + consumer: it may issue products
+  STORE_BARRIER = ISSUE_BARRIER + NUM_CONSUMERS,  // + consumer: the warps of a warpgroup
 };

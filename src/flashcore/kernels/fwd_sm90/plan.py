@@ -23,7 +23,7 @@ KERNEL = "attn_fwd_sm90"
 ARCH = tiles_sm90.ARCH
 GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
 # A stage shows nothing but itself: no turns, no shared rows. Nor is a rescale put off.
-OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_splits": 1, "num_splits": 1}
+OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_slices": 1, "num_splits": 1}
 
 Q_BUFFERS = (1, 2)
 # In which O may leave. More take longer, but leave shared memory for stages.
@@ -41,7 +41,7 @@ class Sm90Plan(Plan):
 
     `ping_pong`: consumer warpgroups take turns at issuing to the tensor cores; `lazy_rescale`: the
     output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room
-    for; `o_parts`: in how many parts, one after another, O leaves through its buffer; `key_splits`:
+    for; `o_parts`: in how many parts, one after another, O leaves through its buffer; `key_slices`:
     consumers that share the keys of 64 rows; `num_splits`: blocks that share the keys of a row
     tile, of which the machine code knows only whether there are any; `mask_load_bytes`: how much of
     a mask tensor is copied at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all
@@ -53,7 +53,7 @@ class Sm90Plan(Plan):
     lazy_rescale: bool = True
     q_buffers: int = 1
     o_parts: int = 1
-    key_splits: int = 1
+    key_slices: int = 1
     num_splits: int = 1
     mask_load_bytes: int = 0
     mask_is_row: bool = False
@@ -85,7 +85,7 @@ class Sm90Plan(Plan):
     @property
     def num_consumers(self) -> int:
         """Return the number of consumer warpgroups; some may share their 64 query rows."""
-        return self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.key_splits
+        return self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.key_slices
 
     @property
     def num_warps(self) -> int:
@@ -112,12 +112,12 @@ class Sm90Plan(Plan):
         elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
-        shares = (self.key_splits - 1) * (self.out_cols // 2 + 4) * 128 * 4
+        shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4
         feed = _FEED_BYTES if self.varlen == "packed" else _SPLIT_BYTES * is_split
         shares += self.mask_bytes
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
         num_barriers += 4 * self.num_stages
-        num_barriers += 2 * (self.key_splits > 1)
+        num_barriers += 2 * (self.key_slices > 1)
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
     @property
@@ -178,8 +178,8 @@ class Sm90Plan(Plan):
             "Q_BUFFERS": self.q_buffers,
             "O_PARTS": self.o_parts,
             "CHUNK": self.chunk,
-            "KEY_SPLITS": self.key_splits,
-            "SPLIT_KEYS": self.num_splits > 1,
+            "KEY_SLICES": self.key_slices,
+            "SPLIT_KV": self.num_splits > 1,
             "OVERLAPS": self.overlaps,
             "TANH_BY_POLYNOMIAL": self.overlaps,
             "MASK_LOAD_BYTES": self.mask_load_bytes,

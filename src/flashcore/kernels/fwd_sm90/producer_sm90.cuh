@@ -6,9 +6,9 @@
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
   BoxOrigin q_box, k_box, v_box;  // of the sequence
-  PipelineState k_states[KEY_SPLITS], v_states[KEY_SPLITS];
+  PipelineState k_states[KEY_SLICES], v_states[KEY_SLICES];
 #pragma unroll
-  for (int s = 0; s < KEY_SPLITS; ++s) k_states[s].ring = v_states[s].ring = s;
+  for (int s = 0; s < KEY_SLICES; ++s) k_states[s].ring = v_states[s].ring = s;
 
   const auto load_k = [&](PipelineState& k_state, const BlockCoord& block, int n_block) {
     const auto full = bar.k_full + k_state.stage();
@@ -36,7 +36,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 
   const auto load_keys = [&](const BlockCoord& block, const KeyRange& keys, int n_block) {
 #pragma unroll
-    for (int s = 0; s < KEY_SPLITS; ++s) {
+    for (int s = 0; s < KEY_SLICES; ++s) {
       if (n_block - s >= keys.n_block_begin) load_k(k_states[s], block, n_block - s);
     }
   };
@@ -56,8 +56,8 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     const BlockCoord block = tile.coord(p, params.schedule);
     const auto& own = sequence_params(p, block);
     q_box = query_box(p, block);
-    k_box = key_box(p, block, p.k_rows_per_batch);
-    v_box = key_box(p, block, p.v_rows_per_batch);
+    k_box = key_box(p, block, p.lengths.k_rows_per_batch);
+    v_box = key_box(p, block, p.lengths.v_rows_per_batch);
 //@if gate tile
     const KeyRange keys = gate_last_tile(own_keys(own, block));
 //@else
@@ -82,15 +82,15 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     }
     bool asked = false;
     while (n_block >= keys.n_block_begin) {
-      n_block -= KEY_SPLITS;
+      n_block -= KEY_SLICES;
       if (!asked && n_block < keys.n_block_begin + ASK_AHEAD) {
         tile.ask(p, params.schedule);
         asked = true;
       }
       load_keys(block, keys, n_block);
 #pragma unroll
-      for (int s = 0; s < KEY_SPLITS; ++s) {
-        const int before = n_block - s + KEY_SPLITS;
+      for (int s = 0; s < KEY_SLICES; ++s) {
+        const int before = n_block - s + KEY_SLICES;
         if (before >= keys.n_block_begin) load_v(v_states[s], block, before);
       }
     }

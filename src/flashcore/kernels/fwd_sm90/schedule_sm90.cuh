@@ -5,22 +5,22 @@
 //
 // Under a right bound (causal) row tile m costs about m + 1 key tiles, so blocks draw tiles from a
 // counter in global memory as they get free, the longest first: no block waits for another one's
-// long tile at the end. Heads go in groups whose K and V fit into L2 together; the short tiles at
-// the end of a group run beside the long ones of the next. The last group takes what does not make
-// a whole one: a small last group would leave most blocks without work.
+// long tile at the end. Heads go in sections whose K and V fit into L2 together; the short tiles at
+// the end of a section run beside the long ones of the next. The last section takes what does not
+// make a whole one: a small last section would leave most blocks without work.
 #pragma once
 
 struct TileSchedule {
-  int32_t num_heads;        // num_heads_q * batch
-  int32_t heads_per_group;  // of the last group maybe more; read only under a right bound
+  int32_t num_heads;          // num_heads_q * batch
+  int32_t heads_per_section;  // of the last section maybe more; read only under a right bound
 };
 
-constexpr bool DRAWS_TILES = HAS_WINDOW_RIGHT && !SPLIT_KEYS;
+constexpr bool DRAWS_TILES = HAS_WINDOW_RIGHT && !SPLIT_KV;
 
 // The producer draws the next row tile this many key tiles before the end of the current one, so
 // that the counter's answer is there in time. Drawing sooner costs 4 to 18 % of the time: a block
 // then commits itself to a tile that another block would have been free for first.
-constexpr int ASK_AHEAD = 2 * KEY_SPLITS;
+constexpr int ASK_AHEAD = 2 * KEY_SLICES;
 
 struct TileWalk {
   int number = block_idx();
@@ -42,11 +42,11 @@ struct TileWalk {
   FC_DEVICE Place place(const AttnParams& p, const TileSchedule& schedule) const {
     if (!DRAWS_TILES) return {number / p.num_m_blocks, number % p.num_m_blocks};
     const int head = number / p.num_m_blocks;
-    const int last_group = schedule.num_heads / schedule.heads_per_group - 1;
-    const int group = min_i(head / schedule.heads_per_group, last_group);
-    const int first_head = group * schedule.heads_per_group;
+    const int last_section = schedule.num_heads / schedule.heads_per_section - 1;
+    const int section = min_i(head / schedule.heads_per_section, last_section);
+    const int first_head = section * schedule.heads_per_section;
     const int num_heads =
-        group < last_group ? schedule.heads_per_group : schedule.num_heads - first_head;
+        section < last_section ? schedule.heads_per_section : schedule.num_heads - first_head;
     const int tile = number - first_head * p.num_m_blocks;
     return {first_head + tile % num_heads, p.num_m_blocks - 1 - tile / num_heads};
   }
@@ -79,7 +79,7 @@ struct TileWalk {
 };
 
 // The number of integers by which the producer tells the consumers a row tile's place.
-constexpr int COORD_INTS = SPLIT_KEYS ? 5 : 4;
+constexpr int COORD_INTS = SPLIT_KV ? 5 : 4;
 // The producer writes a tile's place once all groups of rows are done with Q of the tile two before
 // (three before, with two buffers for Q). A group may still be storing that tile's O and read its
 // place then, so there are four slots.
@@ -96,12 +96,12 @@ FC_DEVICE void store_coord(SmemPtr<int32_t> to, const BlockCoord& block) {
   smem_store(to + 1, block.head_idx);
   smem_store(to + 2, block.head_idx_kv);
   smem_store(to + 3, block.batch_idx);
-  if (SPLIT_KEYS) smem_store(to + 4, block.split);
+  if (SPLIT_KV) smem_store(to + 4, block.split);
 }
 
 FC_DEVICE BlockCoord load_coord(SmemPtr<int32_t> from) {
   BlockCoord block = {smem_load(from + 3), smem_load(from + 1), smem_load(from + 2),
                       smem_load(from)};
-  if (SPLIT_KEYS) block.split = smem_load(from + 4);
+  if (SPLIT_KV) block.split = smem_load(from + 4);
   return block;
 }

@@ -2,8 +2,8 @@
 // than SMs or rows so few that reading K and V is all there is to do.
 //
 // A block takes pieces: a row tile and one of num_splits runs of its key tiles. What comes out, a
-// share of O with its row_max and row_sum, goes to global memory, only the rows that exist. A
-// counter says who hands over a row tile's last share. That warpgroup adds up all of them, in the
+// partial O with its row_max and row_sum, goes to global memory, only the rows that exist. A
+// counter says who hands over a row tile's last part. That warpgroup adds up all of them, in the
 // order of the splits, so that the result does not depend on who it was.
 #pragma once
 
@@ -12,12 +12,12 @@ struct SplitWalk {
   int piece = block_idx();
 
   FC_DEVICE bool done(const AttnParams& p, const TileSchedule& schedule) const {
-    return piece >= schedule.num_heads * p.num_m_blocks * p.num_splits;
+    return piece >= schedule.num_heads * p.num_m_blocks * p.splits.num_splits;
   }
 
   FC_DEVICE BlockCoord coord(const AttnParams& p, const TileSchedule&) const {
-    BlockCoord block = block_coord(p, piece / p.num_splits);
-    block.split = piece % p.num_splits;
+    BlockCoord block = block_coord(p, piece / p.splits.num_splits);
+    block.split = piece % p.splits.num_splits;
     return block;
   }
 
@@ -25,47 +25,47 @@ struct SplitWalk {
   FC_DEVICE void advance(const AttnParams&, const TileSchedule&) { piece += num_blocks(); }
 };
 
-// The key tiles of a block's piece; of the whole row tile unless SPLIT_KEYS.
+// The key tiles of a block's piece; of the whole row tile unless SPLIT_KV.
 FC_DEVICE KeyRange own_keys(const AttnParams& p, const BlockCoord& block) {
   const KeyRange keys = key_range(p, block.m_begin);
-  if (!SPLIT_KEYS) return keys;
+  if (!SPLIT_KV) return keys;
   const int num_tiles = keys.n_block_end - keys.n_block_begin;
-  const int at_least = num_tiles / p.num_splits;
-  const int one_more = num_tiles % p.num_splits;  // so many pieces, the first ones
+  const int at_least = num_tiles / p.splits.num_splits;
+  const int one_more = num_tiles % p.splits.num_splits;  // so many pieces, the first ones
   const int begin =
       keys.n_block_begin + block.split * at_least + min_i(block.split, one_more);
   return {begin, begin + at_least + (block.split < one_more ? 1 : 0)};
 }
 
 // Whether a warpgroup was the last of its rows, one int a group of rows.
-constexpr int ARRIVAL_BYTES = SPLIT_KEYS ? 16 : 0;
-static_assert(!SPLIT_KEYS || NUM_ROW_GROUPS <= 4, "no room for more");
+constexpr int ARRIVAL_BYTES = SPLIT_KV ? 16 : 0;
+static_assert(!SPLIT_KV || NUM_ROW_GROUPS <= 4, "no room for more");
 
 FC_DEVICE Packet<8> pair_of(float first, float second) {
   return {{to_packet(first).word[0], to_packet(second).word[0]}};
 }
 
-// Where a split's share of a row lies, counted in rows.
-FC_DEVICE int64_t share_row(const AttnParams& p, const BlockCoord& block, int split, int row) {
+// Where a split's part of a row lies, counted in rows.
+FC_DEVICE int64_t partial_row(const AttnParams& p, const BlockCoord& block, int split, int row) {
   const int64_t num_rows = int64_t(p.batch) * p.num_heads_q * p.seqlen_q;
   return split * num_rows + lse_offset(p, block, row);
 }
 
 // Writes a warp's 16 rows of O, row_max and row_sum; not yet divided.
 template <int NUM_OUT_FRAGS>
-FC_DEVICE void store_share(const AttnParams& p, const BlockCoord& block, int warp_row,
+FC_DEVICE void store_partial(const AttnParams& p, const BlockCoord& block, int warp_row,
                            const OnlineSoftmax& softmax, const WmmaAccum (&out)[NUM_OUT_FRAGS]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(softmax.row_sum[r]);
     const int row = warp_row + accum_row(lane_idx(), r * 2);
     if (row >= p.seqlen_q) continue;
-    const int64_t at = share_row(p, block, block.split, row);
+    const int64_t at = partial_row(p, block, block.split, row);
     if (lane_idx() % 4 == 0) {
-      gmem_store_packet(p.split_stats + at * 2, pair_of(softmax.row_max[r], sum));
+      gmem_store_packet(p.splits.split_stats + at * 2, pair_of(softmax.row_max[r], sum));
     }
     // Columns behind HEAD_DIM_V too: were accumulators dead, ptxas would serialise WGMMA.
-    const auto to = p.split_out + (at * (NUM_OUT_FRAGS * 16) + accum_col(lane_idx(), 0));
+    const auto to = p.splits.split_out + (at * (NUM_OUT_FRAGS * 16) + accum_col(lane_idx(), 0));
 #pragma unroll
     for (int d = 0; d < NUM_OUT_FRAGS * 2; ++d) {  // 8 columns each
       const auto& x = out[d / 2].x;
@@ -75,25 +75,25 @@ FC_DEVICE void store_share(const AttnParams& p, const BlockCoord& block, int war
   }
 }
 
-// A row's share of one split.
-struct ShareStats {
+// A row's softmax over the keys of one split.
+struct PartialStats {
   float row_max, row_sum;
 };
 
-FC_DEVICE ShareStats load_stats(const AttnParams& p, int64_t at) {
-  const GmemPtr<const float> stats = {p.split_stats.address};
+FC_DEVICE PartialStats load_stats(const AttnParams& p, int64_t at) {
+  const GmemPtr<const float> stats = {p.splits.split_stats.address};
   const auto packet = gmem_load_packet<8>(stats + at * 2);
   return {from_packet<float>(Packet<4>{{packet.word[0]}}),
           from_packet<float>(Packet<4>{{packet.word[1]}})};
 }
 
-// Packets of shares that a thread has under way at once, for it is their latency that counts: as
-// many as registers hold, of which a mask takes some.
-constexpr int SHARE_PACKETS = CONSUMER_REGISTERS < 224 ? 16 : MASK_KIND != 0 ? 24 : 32;
+// Packets of partial results that a thread has under way at once, for it is their latency that
+// counts: as many as registers hold, of which a mask takes some.
+constexpr int PARTIAL_PACKETS = CONSUMER_REGISTERS < 224 ? 16 : MASK_KIND != 0 ? 24 : 32;
 
-// Adds up the shares of PARTS parts of a warpgroup's rows as merge_shares does, divides, and stores
+// Adds up the splits of PARTS parts of a warpgroup's rows as merge_slices does, divides, and stores
 // O and lse. A part is two packets of a row, half a row apart, so that most threads work though
-// rows are few. Past the last share it is loaded again. The sums so far are brought to a new
+// rows are few. Past the last split it is loaded again. The sums so far are brought to a new
 // maximum, which is the step of the online softmax.
 template <int NUM_OUT_FRAGS, int PARTS>
 FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
@@ -101,9 +101,9 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
   static_assert(HEAD_DIM_V % 8 == 0, "as TMA wants of rows");
   constexpr int HALF = HEAD_DIM_V / 2;
   constexpr int PARTS_OF_ROW = HALF / 4;
-  constexpr int AT_ONCE = SHARE_PACKETS / 2 / PARTS;
-  const GmemPtr<const float> shares = {p.split_out.address};
-  const int64_t num_rows = share_row(p, block, 1, 0) - share_row(p, block, 0, 0);
+  constexpr int AT_ONCE = PARTIAL_PACKETS / 2 / PARTS;
+  const GmemPtr<const float> partials = {p.splits.split_out.address};
+  const int64_t num_rows = partial_row(p, block, 1, 0) - partial_row(p, block, 0, 0);
   int row[PARTS], col[PARTS];
   float row_max[PARTS], sum[PARTS];
   float out[PARTS][2][4] = {};
@@ -115,19 +115,19 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
     row_max[i] = NEG_INF;
     sum[i] = 0.0f;
   }
-  for (int begin = 0; begin < p.num_splits; begin += AT_ONCE) {
-    ShareStats stats[AT_ONCE][PARTS];
-    Packet<16> share[AT_ONCE][PARTS][2];
+  for (int begin = 0; begin < p.splits.num_splits; begin += AT_ONCE) {
+    PartialStats stats[AT_ONCE][PARTS];
+    Packet<16> partial[AT_ONCE][PARTS][2];
 #pragma unroll
     for (int s = 0; s < AT_ONCE; ++s) {
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
         const int64_t at =
-            share_row(p, block, 0, row[i]) + min_i(begin + s, p.num_splits - 1) * num_rows;
-        const auto from = shares + (at * (NUM_OUT_FRAGS * 16) + col[i]);
+            partial_row(p, block, 0, row[i]) + min_i(begin + s, p.splits.num_splits - 1) * num_rows;
+        const auto from = partials + (at * (NUM_OUT_FRAGS * 16) + col[i]);
         stats[s][i] = load_stats(p, at);
-        share[s][i][0] = gmem_load_packet<16>(from);
-        share[s][i][1] = gmem_load_packet<16>(from + HALF);
+        partial[s][i][0] = gmem_load_packet<16>(from);
+        partial[s][i][1] = gmem_load_packet<16>(from + HALF);
       }
     }
 #pragma unroll
@@ -142,12 +142,12 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
       for (int c = 0; c < 8; ++c) out[i][c / 4][c % 4] *= factor;
 #pragma unroll
       for (int s = 0; s < AT_ONCE; ++s) {
-        if (begin + s >= p.num_splits) continue;
+        if (begin + s >= p.splits.num_splits) continue;
         const float weight = exp2_approx((stats[s][i].row_max - finite_max) * scale_log2);
         sum[i] += weight * stats[s][i].row_sum;
 #pragma unroll
         for (int c = 0; c < 8; ++c) {
-          const Packet<4> x = {{share[s][i][c / 4].word[c % 4]}};
+          const Packet<4> x = {{partial[s][i][c / 4].word[c % 4]}};
           out[i][c / 4][c % 4] += weight * from_packet<float>(x);
         }
       }
@@ -163,11 +163,12 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
       const auto& x = out[i][half];
       const Packet<8> packed = {{pack2<Element>(x[0] * inverse, x[1] * inverse),
                                  pack2<Element>(x[2] * inverse, x[3] * inverse)}};
-      gmem_store_packet(p.out + (out_offset(p, block, row[i]) + half * HALF + col[i]), packed);
+      const int64_t at = out_offset(p, block, row[i]) + half * HALF + col[i];
+      gmem_store_packet(p.tensors.out + at, packed);
     }
-    if (!is_null(p.lse) && col[i] == 0) {
+    if (!is_null(p.tensors.lse) && col[i] == 0) {
       const float lse = natural_lse(row_max[i], sum[i], p);
-      gmem_store(p.lse + lse_offset(p, block, row[i]), empty ? NEG_INF : lse);
+      gmem_store(p.tensors.lse + lse_offset(p, block, row[i]), empty ? NEG_INF : lse);
     }
   }
 }
@@ -175,7 +176,7 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
 // Of all rows of a warpgroup: two parts a thread at once where there are so many, or one after the
 // other would wait.
 template <int NUM_OUT_FRAGS>
-FC_DEVICE void add_up_shares(const AttnParams& p, const BlockCoord& block, int group_row,
+FC_DEVICE void add_up_partials(const AttnParams& p, const BlockCoord& block, int group_row,
                              float scale_log2) {
   const int num_parts = min_i(64, p.seqlen_q - group_row) * (HEAD_DIM_V / 8);
   int part = thread_idx() % 128;
@@ -190,23 +191,23 @@ FC_DEVICE void add_up_shares(const AttnParams& p, const BlockCoord& block, int g
   }
 }
 
-// Hands over a warpgroup's share of its rows, and adds up all of them if it was the last one.
+// Hands over a warpgroup's partial result, and adds up all of them if it was the last one.
 // `barrier` is the warpgroup's own; `arrival` its int in shared memory.
 template <int NUM_OUT_FRAGS>
-FC_DEVICE void hand_over_share(const AttnParams& p, const BlockCoord& block, int row_group,
+FC_DEVICE void hand_over_partial(const AttnParams& p, const BlockCoord& block, int row_group,
                                const OnlineSoftmax& softmax, const WmmaAccum (&out)[NUM_OUT_FRAGS],
                                float scale_log2, int barrier, SmemPtr<int32_t> arrival) {
   const int group_row = block.m_begin + row_group * 64;
-  store_share(p, block, group_row + warp_idx() % 4 * 16, softmax, out);
+  store_partial(p, block, group_row + warp_idx() % 4 * 16, softmax, out);
   named_barrier_sync(barrier, 128);  // orders all warps' writes before the count
   if (thread_idx() % 128 == 0) {
     const int head = block.batch_idx * p.num_heads_q + block.head_idx;
     const int row_tile = head * p.num_m_blocks + block.m_begin / BLOCK_M;
     const auto counter = p.tile_counter + (row_tile * NUM_ROW_GROUPS + row_group);
-    const bool last = gmem_atomic_add_acq_rel(counter, 1) == p.num_splits - 1;
-    if (last) gmem_atomic_add(counter, -p.num_splits);  // for the next launch
+    const bool last = gmem_atomic_add_acq_rel(counter, 1) == p.splits.num_splits - 1;
+    if (last) gmem_atomic_add(counter, -p.splits.num_splits);  // for the next launch
     smem_store(arrival, last ? 1 : 0);
   }
   named_barrier_sync(barrier, 128);  // hands on what the count made known
-  if (smem_load(arrival) != 0) add_up_shares<NUM_OUT_FRAGS>(p, block, group_row, scale_log2);
+  if (smem_load(arrival) != 0) add_up_partials<NUM_OUT_FRAGS>(p, block, group_row, scale_log2);
 }

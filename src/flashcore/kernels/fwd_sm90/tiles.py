@@ -55,7 +55,7 @@ class Tile(NamedTuple):
     min_blocks: int = 1
     num_stages: int = 2
     q_buffers: int = 1
-    key_splits: int = 1
+    key_slices: int = 1
     num_splits: int = 1
     parts: int = 1  # that folded heads are dealt out to
 
@@ -123,9 +123,9 @@ def _table(problem: Problem) -> Iterator[Tile]:
     if num_64 <= NUM_SMS and dim <= 64 and problem.mask is None and 256 < problem.seqlen_k < 4096:
         # Three stages each, where there are three key tiles to load at once.
         num_stages = 6 if _is_bounded(problem) and problem.seqlen_k < 640 else 9
-        yield Tile(64, 64, num_stages=num_stages, key_splits=3)
+        yield Tile(64, 64, num_stages=num_stages, key_slices=3)
     if few and dim <= 128 and problem.seqlen_k > (64 if dim <= 64 else 128):
-        yield Tile(64, 64, num_stages=4, key_splits=2)
+        yield Tile(64, 64, num_stages=4, key_slices=2)
     if problem.mask is None and problem.softcap == 0.0:
         yield from _plain_table(problem, dim)
     else:

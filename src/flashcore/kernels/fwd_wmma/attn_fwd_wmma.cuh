@@ -103,8 +103,8 @@ FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& st
     }
   }
   warp_sync();  // orders the writes above before store_rows reads them from other lanes
-  store_rows<HEAD_DIM_V, QO_STRIDE>(p.out + out_offset(p, block, warp_row), out_row_stride(p),
-                                    o_smem, num_valid_rows);
+  const auto out_gmem = p.tensors.out + out_offset(p, block, warp_row);
+  store_rows<HEAD_DIM_V, QO_STRIDE>(out_gmem, out_row_stride(p), o_smem, num_valid_rows);
 }
 
 FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
@@ -114,13 +114,13 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
   const auto& p = sequence_params(params, block);
   const KeyRange keys = key_range(p, block.m_begin);
   const int warp_row = block.m_begin + warp_idx() * 16;
-  const auto q_gmem = p.q + (block.batch_idx * p.q_batch_stride + block.head_idx * p.q_head_stride);
+  const auto q_gmem =
+      p.tensors.q + (block.batch_idx * p.strides.q.batch + block.head_idx * p.strides.q.head);
   const auto k_gmem =
-      p.k + (block.batch_idx * p.k_batch_stride + block.head_idx_kv * p.k_head_stride);
+      p.tensors.k + (block.batch_idx * p.strides.k.batch + block.head_idx_kv * p.strides.k.head);
   const auto v_gmem =
-      p.v + (block.batch_idx * p.v_batch_stride + block.head_idx_kv * p.v_head_stride);
-  const auto mask_gmem =
-      p.mask + (block.batch_idx * p.mask_batch_stride + block.head_idx * p.mask_head_stride);
+      p.tensors.v + (block.batch_idx * p.strides.v.batch + block.head_idx_kv * p.strides.v.head);
+  const auto mask_gmem = mask_of(p, block.batch_idx, block.head_idx);
 
   const auto qo_smem = smem_view<Element>(0, QO_ELEMENTS, "qo_smem");
   const auto k_smem =
@@ -135,9 +135,9 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
     if (n_block < keys.n_block_end) {
       const int stage = n_block % NUM_STAGES;
       const int key_begin = n_block * BLOCK_N;
-      load_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem + stage * K_ELEMENTS, k_gmem, p.k_row_stride,
+      load_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem + stage * K_ELEMENTS, k_gmem, p.strides.k.row,
                                              key_begin, p.seqlen_k);
-      load_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem + stage * V_ELEMENTS, v_gmem, p.v_row_stride,
+      load_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem + stage * V_ELEMENTS, v_gmem, p.strides.v.row,
                                                key_begin, p.seqlen_k);
     }
     cp_async_commit();
@@ -148,7 +148,7 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
     zero_padding<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem);
     zero_padding<NUM_STAGES * BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem);
     zero_padding<NUM_STAGES * BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem);
-    load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, q_gmem, p.q_row_stride, block.m_begin,
+    load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, q_gmem, p.strides.q.row, block.m_begin,
                                             p.seqlen_q);
     for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) load_keys(keys.n_block_begin + ahead);
   }

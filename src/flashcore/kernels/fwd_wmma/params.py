@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from typing import Any
 
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
@@ -15,67 +16,88 @@ _MAX_GRID = 2**31 - 1
 _MAX_ROW_STRIDE = 2**31 - 1
 
 
-class AttnParams(ctypes.Structure):
-    """Mirror `struct AttnParams` in kernels/tile/params.cuh, field by field."""
+def _fields(kind: type[Any], names: str) -> list[tuple[str, type[Any]]]:
+    return [(name, kind) for name in names.split()]
 
-    _fields_ = (
-        [(name, ctypes.c_void_p) for name in ("q", "k", "v", "mask", "out", "lse")]
-        + [
-            (name, ctypes.c_int64)
-            for name in (
-                "q_batch_stride",
-                "q_head_stride",
-                "k_batch_stride",
-                "k_head_stride",
-                "v_batch_stride",
-                "v_head_stride",
-                "mask_batch_stride",
-                "mask_head_stride",
-                "mask_row_stride",
-                "mask_col_stride",
-            )
-        ]
-        + [
-            (name, ctypes.c_int32)
-            for name in (
-                "q_row_stride",
-                "k_row_stride",
-                "v_row_stride",
-                "num_heads_q",
-                "num_heads_kv",
-                "seqlen_q",
-                "seqlen_k",
-                "num_m_blocks",
-                "diag_offset",
-                "window_left",
-                "window_right",
-            )
-        ]
-        + [(name, ctypes.c_float) for name in ("softmax_scale", "softmax_scale_log2", "softcap")]
-        + [(name, ctypes.c_void_p) for name in ("cu_seqlens_q", "cu_seqlens_k", "seqlens_k")]
-        + [
-            (name, ctypes.c_int32)
-            for name in (
-                "batch",
-                "total_q",
-                "total_k",
-                "lower_right",
-                "max_tiles",
-                "num_length_classes",
-                "k_rows_per_batch",
-                "v_rows_per_batch",
-            )
-        ]
-        + [("tile_counter", ctypes.c_void_p)]
-        + [(name, ctypes.c_void_p) for name in ("split_out", "split_stats")]
-        + [(name, ctypes.c_int32) for name in ("num_splits", "num_queries")]
+
+class Tensors(ctypes.Structure):
+    """Hold the addresses of what every kernel reads and writes."""
+
+    _fields_ = _fields(ctypes.c_void_p, "q k v mask out lse")
+
+
+class TensorStrides(ctypes.Structure):
+    """Hold the strides of q, k or v in elements."""
+
+    _fields_ = _fields(ctypes.c_int64, "batch head") + _fields(ctypes.c_int32, "row")
+
+
+class MaskStrides(ctypes.Structure):
+    """Hold the strides of the mask in elements."""
+
+    _fields_ = _fields(ctypes.c_int64, "batch head row col")
+
+
+class Strides(ctypes.Structure):
+    """Hold the strides by tensor."""
+
+    _fields_ = [*_fields(TensorStrides, "q k v"), ("mask", MaskStrides)]
+
+
+class Band(ctypes.Structure):
+    """Say which keys a query sees."""
+
+    _fields_ = _fields(ctypes.c_int32, "diag_offset window_left window_right")
+
+
+class Lengths(ctypes.Structure):
+    """Describe sequences of different lengths."""
+
+    _fields_ = _fields(ctypes.c_void_p, "cu_seqlens_q cu_seqlens_k seqlens_k") + _fields(
+        ctypes.c_int32,
+        "total_q total_k lower_right max_tiles num_length_classes"
+        " k_rows_per_batch v_rows_per_batch",
     )
+
+
+class Splits(ctypes.Structure):
+    """Hold partial results of rows whose keys are split over blocks."""
+
+    _fields_ = [*_fields(ctypes.c_void_p, "split_out split_stats"), ("num_splits", ctypes.c_int32)]
+
+
+class Gate(ctypes.Structure):
+    """Hold the addresses of what a debug gate writes or reads."""
+
+    _fields_ = _fields(ctypes.c_void_p, "gate_scores gate_row_max gate_row_sum")
+
+
+class AttnParams(ctypes.Structure):
+    """Mirror `struct AttnParams` in kernels/tile/params.cuh, group by group and field by field.
+    The fields of all groups but `strides` are attributes of this structure too, with their offsets
+    in it: an address is placed by its field's name."""
+
+    _anonymous_ = ("tensors", "band", "lengths", "splits")
+    _fields_ = [
+        ("tensors", Tensors),
+        ("strides", Strides),
+        *_fields(
+            ctypes.c_int32,
+            "batch num_heads_q num_heads_kv seqlen_q seqlen_k num_queries num_m_blocks",
+        ),
+        *_fields(ctypes.c_float, "softmax_scale softmax_scale_log2 softcap"),
+        ("band", Band),
+        ("lengths", Lengths),
+        ("splits", Splits),
+        ("tile_counter", ctypes.c_void_p),
+    ]
 
 
 class AttnGateParams(AttnParams):
     """Extend AttnParams of a kernel that was built with a debug gate."""
 
-    _fields_ = [(name, ctypes.c_void_p) for name in ("gate_scores", "gate_row_max", "gate_row_sum")]
+    _anonymous_ = ("gate",)
+    _fields_ = [("gate", Gate)]
 
 
 def grid_size(problem: Problem, plan: Plan) -> int:
@@ -115,10 +137,9 @@ def set_keys(params: AttnParams, problem: Problem) -> None:
         problem: as the kernel sees it (folding.as_launched).
     """
     mask_strides = (0, 0, 0, 0) if problem.mask is None else problem.mask.strides
-    params.k_batch_stride, params.k_head_stride, params.k_row_stride = problem.k_strides
-    params.v_batch_stride, params.v_head_stride, params.v_row_stride = problem.v_strides
-    params.mask_batch_stride, params.mask_head_stride = mask_strides[:2]
-    params.mask_row_stride, params.mask_col_stride = mask_strides[2:]
+    params.strides.k = TensorStrides(*problem.k_strides)
+    params.strides.v = TensorStrides(*problem.v_strides)
+    params.strides.mask = MaskStrides(*mask_strides)
     params.seqlen_k, params.diag_offset = problem.seqlen_k, problem.diag_offset
     params.window_left, params.window_right = problem.window_left, problem.window_right
 
@@ -147,7 +168,7 @@ def build_params(
     params = AttnParams() if plan.gate is None else AttnGateParams()
     for name, address in pointers.items():
         setattr(params, name, address)
-    params.q_batch_stride, params.q_head_stride, params.q_row_stride = problem.q_strides
+    params.strides.q = TensorStrides(*problem.q_strides)
     set_keys(params, problem)
     params.num_heads_q, params.num_heads_kv = problem.num_heads_q, problem.num_heads_kv
     params.seqlen_q = problem.seqlen_q

@@ -23,7 +23,8 @@ FC_DEVICE void gate_store_scores(const WmmaAccum (&scores)[NUM_FRAGS], const Att
       const int row = warp_row + accum_row(lane_idx(), i);
       const int key = key_begin + n * 16 + accum_col(lane_idx(), i);
       if (row < p.seqlen_q && key < p.seqlen_k) {
-        gmem_store(p.gate_scores + (gate_row(p, block, row) * p.seqlen_k + key), scores[n].x[i]);
+        const int64_t at = gate_row(p, block, row) * p.seqlen_k + key;
+        gmem_store(p.gate.gate_scores + at, scores[n].x[i]);
       }
     }
   }
@@ -41,8 +42,8 @@ FC_DEVICE void gate_store_rows(const OnlineSoftmax& state, const AttnParams& p,
     const float sum = quad_sum(state.row_sum[r]);
     if (lane_idx() % 4 == 0 && row < p.seqlen_q) {
       const int64_t index = gate_row(p, block, row) * num_n_blocks + n_block;
-      gmem_store(p.gate_row_max + index, state.row_max[r] * scale_log2 * (1.0f / LOG2_E));
-      gmem_store(p.gate_row_sum + index, sum);
+      gmem_store(p.gate.gate_row_max + index, state.row_max[r] * scale_log2 * (1.0f / LOG2_E));
+      gmem_store(p.gate.gate_row_sum + index, sum);
     }
   }
 }
@@ -57,7 +58,7 @@ FC_DEVICE void gate_load_probs(WmmaAccum (&probs)[NUM_FRAGS], const AttnParams& 
       const int row = warp_row + accum_row(lane_idx(), i);
       const int key = key_begin + n * 16 + accum_col(lane_idx(), i);
       const bool inside = row < p.seqlen_q && key < p.seqlen_k;
-      const GmemPtr<const float> scores = {p.gate_scores.address};
+      const GmemPtr<const float> scores = {p.gate.gate_scores.address};
       probs[n].x[i] =
           inside ? gmem_load(scores + (gate_row(p, block, row) * p.seqlen_k + key)) : 0.0f;
     }

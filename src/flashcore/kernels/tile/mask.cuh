@@ -66,6 +66,11 @@ FC_DEVICE void apply_softcap(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p
   }
 }
 
+// The mask tensor of a batch and query head.
+FC_DEVICE GmemPtr<const MaskElement> mask_of(const AttnParams& p, int batch_idx, int head_idx) {
+  return p.tensors.mask + (batch_idx * p.strides.mask.batch + head_idx * p.strides.mask.head);
+}
+
 // A mask tensor's element joins its score.
 FC_DEVICE void add_mask(float& score, bool attend) {
   if (!attend) score = NEG_INF;
@@ -82,8 +87,9 @@ FC_DEVICE bool strip_needs_mask(const AttnParams& p, int row_begin, int key_begi
   const int last_key = key_begin + BLOCK_N - 1;
   const QueryRange queries = queries_of(p, row_begin, 16);
   bool needed = last_key >= p.seqlen_k;
-  if (HAS_WINDOW_RIGHT) needed |= last_key > queries.first + p.diag_offset + p.window_right;
-  if (HAS_WINDOW_LEFT) needed |= key_begin < queries.last + p.diag_offset - p.window_left;
+  const Band& band = p.band;
+  if (HAS_WINDOW_RIGHT) needed |= last_key > queries.first + band.diag_offset + band.window_right;
+  if (HAS_WINDOW_LEFT) needed |= key_begin < queries.last + band.diag_offset - band.window_left;
   return needed;
 }
 
@@ -99,10 +105,10 @@ struct VisibleColumns {
     const int first_col = key_begin + accum_col(lane, 0);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int diagonal = query_of(p, row + accum_row(0, r * 2)) + p.diag_offset;
-      if (r == 0 || FOLDED) begin[FOLDED ? r : 0] = diagonal - p.window_left - first_col;
+      const int diagonal = query_of(p, row + accum_row(0, r * 2)) + p.band.diag_offset;
+      if (r == 0 || FOLDED) begin[FOLDED ? r : 0] = diagonal - p.band.window_left - first_col;
       end[r] = p.seqlen_k;
-      if (HAS_WINDOW_RIGHT) end[r] = min_i(end[r], diagonal + p.window_right + 1);
+      if (HAS_WINDOW_RIGHT) end[r] = min_i(end[r], diagonal + p.band.window_right + 1);
       end[r] -= first_col;
     }
   }
@@ -174,7 +180,7 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
         const int row = row_begin + accum_row(lane_idx(), i);
         const int key = frag_key + accum_col(lane_idx(), i);
         if (row < p.seqlen_q && visible.contain(n, i)) {
-          const auto element = mask_gmem + (row * p.mask_row_stride + key * p.mask_col_stride);
+          const auto element = mask_gmem + (row * p.strides.mask.row + key * p.strides.mask.col);
           add_mask(scores[n].x[i], gmem_load(element));
         }
       }

@@ -51,10 +51,12 @@ FC_DEVICE KeyRange key_range(const AttnParams& p, int m_begin, int num_rows = BL
   const QueryRange queries = queries_of(p, m_begin, num_rows);
   int first_key = 0;
   int end_key = p.seqlen_k;
-  if (HAS_WINDOW_LEFT) first_key = max_i(0, queries.first + p.diag_offset - p.window_left);
+  if (HAS_WINDOW_LEFT) {
+    first_key = max_i(0, queries.first + p.band.diag_offset - p.band.window_left);
+  }
   if (HAS_WINDOW_RIGHT) {
     const int last = min_i(queries.last, p.seqlen_q - 1);
-    end_key = min_i(end_key, last + p.diag_offset + p.window_right + 1);
+    end_key = min_i(end_key, last + p.band.diag_offset + p.band.window_right + 1);
   }
   if (first_key >= end_key) return {0, 0};
   return {first_key / BLOCK_N, (end_key + BLOCK_N - 1) / BLOCK_N};
@@ -80,11 +82,11 @@ FC_DEVICE UnmaskedRange unmasked_range(const AttnParams& p, int row_begin) {
   const QueryRange queries = queries_of(p, row_begin, 64);
   int end_key = p.seqlen_k;
   if (HAS_WINDOW_RIGHT) {
-    end_key = min_i(end_key, queries.first + p.diag_offset + p.window_right + 1);
+    end_key = min_i(end_key, queries.first + p.band.diag_offset + p.band.window_right + 1);
   }
   UnmaskedRange range = {0, max_i(end_key, 0) / BLOCK_N};
   if (HAS_WINDOW_LEFT) {
-    const int first_key = max_i(0, queries.last + p.diag_offset - p.window_left);
+    const int first_key = max_i(0, queries.last + p.band.diag_offset - p.band.window_left);
     range.begin = min_i(range.end, (first_key + BLOCK_N - 1) / BLOCK_N);
   }
   return range;

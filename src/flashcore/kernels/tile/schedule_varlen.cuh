@@ -52,7 +52,8 @@ struct SequenceWalk {
   int num_tiles = 0;       // of this lane's sequence, of one head
   WarpScan tiles = {0, 0};
 
-  FC_DEVICE explicit SequenceWalk(const AttnParams& p) : length_class(p.num_length_classes - 1) {
+  FC_DEVICE explicit SequenceWalk(const AttnParams& p)
+      : length_class(p.lengths.num_length_classes - 1) {
     look(p);
   }
 
@@ -73,8 +74,8 @@ struct SequenceWalk {
   // Goes on until tile `number` is among those of the 32 sequences. False past the last tile;
   // then `before` is their number.
   FC_DEVICE bool seek(const AttnParams& p, int number) {
-    while (number >= before + tiles.total || number >= p.max_tiles) {
-      before = min_i(before + tiles.total, p.max_tiles);
+    while (number >= before + tiles.total || number >= p.lengths.max_tiles) {
+      before = min_i(before + tiles.total, p.lengths.max_tiles);
       first_sequence += 32;
       if (first_sequence > p.batch) {
         first_sequence = 0;
@@ -146,7 +147,7 @@ struct TileFeed {
 };
 
 // The row tiles of a block, one after the other.
-template <bool FROM_FEED = PACKED, bool IN_PIECES = SPLIT_KEYS>
+template <bool FROM_FEED = PACKED, bool IN_PIECES = SPLIT_KV>
 FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
   if constexpr (FROM_FEED) {
     static_assert(!IN_PIECES, "packed sequences are not split");

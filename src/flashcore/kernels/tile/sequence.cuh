@@ -27,13 +27,13 @@ FC_DEVICE RowRange sequence_rows(const AttnParams& p, GmemPtr<const int32_t> cu_
 }
 
 FC_DEVICE RowRange query_rows(const AttnParams& p, int sequence) {
-  return sequence_rows(p, p.cu_seqlens_q, sequence, p.total_q);
+  return sequence_rows(p, p.lengths.cu_seqlens_q, sequence, p.lengths.total_q);
 }
 
 // The rows behind the last sequence see nothing.
 FC_DEVICE RowRange key_rows(const AttnParams& p, int sequence) {
   if (sequence == p.batch) return {0, 0};
-  return sequence_rows(p, p.cu_seqlens_k, sequence, p.total_k);
+  return sequence_rows(p, p.lengths.cu_seqlens_k, sequence, p.lengths.total_k);
 }
 
 // The parameters as one sequence sees them: its lengths and its part of packed tensors. Without
@@ -49,16 +49,16 @@ FC_DEVICE decltype(auto) sequence_params(const AttnParams& p, const BlockCoord& 
       const RowRange keys = key_rows(p, block.batch_idx);
       own.seqlen_q = queries.count;
       own.seqlen_k = keys.count;
-      own.q = p.q + int64_t(queries.begin) * p.q_row_stride;
-      own.k = p.k + int64_t(keys.begin) * p.k_row_stride;
-      own.v = p.v + int64_t(keys.begin) * p.v_row_stride;
-      own.out = p.out + int64_t(queries.begin) * p.num_heads_q * HEAD_DIM_V;
-      if (!is_null(p.lse)) own.lse = p.lse + queries.begin;
+      own.tensors.q = p.tensors.q + int64_t(queries.begin) * p.strides.q.row;
+      own.tensors.k = p.tensors.k + int64_t(keys.begin) * p.strides.k.row;
+      own.tensors.v = p.tensors.v + int64_t(keys.begin) * p.strides.v.row;
+      own.tensors.out = p.tensors.out + int64_t(queries.begin) * p.num_heads_q * HEAD_DIM_V;
+      if (!is_null(p.tensors.lse)) own.tensors.lse = p.tensors.lse + queries.begin;
     } else {
-      own.seqlen_k = clamp_i(gmem_load(p.seqlens_k + block.batch_idx), 0, p.seqlen_k);
+      own.seqlen_k = clamp_i(gmem_load(p.lengths.seqlens_k + block.batch_idx), 0, p.seqlen_k);
     }
     const int num_queries = FOLDED ? p.num_queries : own.seqlen_q;
-    own.diag_offset = p.lower_right ? own.seqlen_k - num_queries : 0;
+    own.band.diag_offset = p.lengths.lower_right ? own.seqlen_k - num_queries : 0;
     return own;
   }
 }
@@ -72,22 +72,22 @@ struct BoxOrigin {
 FC_DEVICE BoxOrigin query_box(const AttnParams& p, const BlockCoord& block) {
   if (!PACKED) return {0, block.batch_idx};
   const RowRange rows = query_rows(p, block.batch_idx);
-  return {p.total_q - rows.count, rows.begin + rows.count};
+  return {p.lengths.total_q - rows.count, rows.begin + rows.count};
 }
 
 FC_DEVICE BoxOrigin key_box(const AttnParams& p, const BlockCoord& block, int rows_per_batch) {
   if (VARLEN == 0) return {0, block.batch_idx};
   if (PACKED) {
     const RowRange rows = key_rows(p, block.batch_idx);
-    return {p.total_k - rows.count, rows.begin + rows.count};
+    return {p.lengths.total_k - rows.count, rows.begin + rows.count};
   }
-  const int count = clamp_i(gmem_load(p.seqlens_k + block.batch_idx), 0, p.seqlen_k);
+  const int count = clamp_i(gmem_load(p.lengths.seqlens_k + block.batch_idx), 0, p.seqlen_k);
   return {p.seqlen_k - count, block.batch_idx * rows_per_batch + count};
 }
 
 // Where a query row of a block's head lies in the sequence's lse; and in its out, in elements.
 FC_DEVICE int64_t lse_offset(const AttnParams& p, const BlockCoord& block, int row) {
-  if (PACKED) return int64_t(block.head_idx) * p.total_q + row;
+  if (PACKED) return int64_t(block.head_idx) * p.lengths.total_q + row;
   return (int64_t(block.batch_idx) * p.num_heads_q + block.head_idx) * p.seqlen_q + row;
 }
 
@@ -104,9 +104,10 @@ FC_DEVICE int64_t out_offset(const AttnParams& p, const BlockCoord& block, int r
 // lengths: sequence b starts at number begin / BLOCK_M + b, which leaves it as many numbers as it
 // has tiles, or one more.
 FC_DEVICE int first_tile_number(const AttnParams& p, int sequence) {
+  const int total = p.lengths.total_q;
   const int begin = sequence > p.batch
-                        ? p.total_q
-                        : clamp_i(gmem_load(p.cu_seqlens_q + sequence), 0, p.total_q);
+                        ? total
+                        : clamp_i(gmem_load(p.lengths.cu_seqlens_q + sequence), 0, total);
   return begin / BLOCK_M + sequence;
 }
 

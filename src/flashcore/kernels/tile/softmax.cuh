@@ -207,9 +207,9 @@ FC_DEVICE void finish_softmax(const OnlineSoftmax& state, const AttnParams& p,
     const bool empty = sum == 0.0f;  // else the largest term alone is near 1; NaN stays NaN
     inverse_sum[r] = empty ? 0.0f : rcp_approx(sum);
     const int row = lane_idx() / 4 + r * 8;
-    if (!is_null(p.lse) && lane_idx() % 4 == 0 && row < num_valid_rows) {
+    if (!is_null(p.tensors.lse) && lane_idx() % 4 == 0 && row < num_valid_rows) {
       const float lse = natural_lse(state.row_max[r], sum, p);
-      gmem_store(p.lse + (first_out_row + row), empty ? NEG_INF : lse);
+      gmem_store(p.tensors.lse + (first_out_row + row), empty ? NEG_INF : lse);
     }
   }
 }

@@ -57,7 +57,7 @@ PLANTS_MASK_SM90 = by_name(
         title="a mask tile is that of the key tile before",
         file=_TILE,
         find="const int key = n_block * BLOCK_N + col",
-        replace="const int key = (n_block + KEY_SPLITS) * BLOCK_N + col",
+        replace="const int key = (n_block + KEY_SLICES) * BLOCK_N + col",
         caught_by="wrong-result",
         or_by=("race",),  # where a row's end is found, and copied once more
     ),

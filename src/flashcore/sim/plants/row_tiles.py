@@ -28,7 +28,7 @@ _TAKEN_BEFORE_STORE = """\
       smem_store(mine + (r + 2) * 128, softmax.row_sum[r]);
     }
 """
-_SHARED_KEYS = {"block_m": 64, "key_splits": 2, "num_stages": 4, "ping_pong": False}
+_SHARED_KEYS = {"block_m": 64, "key_slices": 2, "num_stages": 4, "ping_pong": False}
 
 ROW_TILE_PLANTS = (
     Plant(
@@ -66,7 +66,7 @@ ROW_TILE_PLANTS = (
         find="    mbar_wait(bar.q_full + c.q_slot, q_parity(turn));",
         replace="    mbar_wait(bar.q_full + q_slot(turn, 0), q_parity(turn));",
         caught_by="race",
-        plan={"block_m": 128, "key_splits": 1, "num_stages": 2},
+        plan={"block_m": 128, "key_slices": 1, "num_stages": 2},
     ),
     Plant(
         name="q-buffers-in-step",
@@ -131,7 +131,7 @@ ROW_TILE_PLANTS = (
         name="shares-on-one-ring",
         title="consumers that share keys take them from one ring of stages",
         file=_KERNEL,
-        find="  c.k_state.ring = share;",
+        find="  c.k_state.ring = slice;",
         replace="",
         caught_by="race",
         plan=_SHARED_KEYS,

@@ -17,7 +17,7 @@ _SCORES_WAIT = """\
 _RELEASES = """\
   const auto release_inputs = [&] {
     release(bar.k_empty, c.k_state);
-    if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SPLITS) release_q(c, bar);
+    if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SLICES) release_q(c, bar);
   };
 """
 _OUTPUT_WAIT = """\
@@ -26,7 +26,7 @@ _OUTPUT_WAIT = """\
     release(bar.v_empty, c.v_state());
     if (moved) rescale_output(c.out, rescale);
 """
-_TURNS = {"block_m": 128, "min_blocks": 1, "key_splits": 1, "num_stages": 2, "ping_pong": True}
+_TURNS = {"block_m": 128, "min_blocks": 1, "key_slices": 1, "num_stages": 2, "ping_pong": True}
 
 _ALL = (
     PLANTS["accum-map"],
@@ -284,8 +284,8 @@ _ALL = (
         name="turn-count",
         title="the barrier of the turns counts one warpgroup on one side and two on the other",
         file=_KERNEL,
-        find="named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);",
-        replace="named_barrier_arrive(TURN_BARRIER + (c.index + 1) % NUM_CONSUMERS, 128);",
+        find="named_barrier_arrive(ISSUE_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);",
+        replace="named_barrier_arrive(ISSUE_BARRIER + (c.index + 1) % NUM_CONSUMERS, 128);",
         caught_by="deadlock",
         or_by=("named-barrier",),  # when the other side waits already
         plan=_TURNS,
@@ -294,7 +294,7 @@ _ALL = (
         name="turn-not-handed-on",
         title="a warpgroup does not hand its turn on",
         file=_KERNEL,
-        find="    if (PING_PONG) hand_over_turn(c);",
+        find="    if (PING_PONG) hand_over_issue(c);",
         replace="",
         caught_by="deadlock",
         plan=_TURNS,
