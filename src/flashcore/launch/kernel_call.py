@@ -182,6 +182,7 @@ class KernelCall:
         self._origin: KernelCall | None = None  # see with_keys
         self._model: Template | None = None  # of one of those
         self._spare: list[Argument] | None = None
+        self._out_is_rows_first, self._device = False, device
         heads = problem.num_heads_q
         rows_shape: tuple[int, ...] = (problem.batch, heads, problem.seqlen_q)
         out_shape: tuple[int, ...] = (*rows_shape, problem.head_dim_v)
@@ -215,6 +216,24 @@ class KernelCall:
         other = copy.copy(self)
         other._serial, other._problem = next(_serial), problem
         other._origin, other._template, other._spare = self._origin or self, None, []
+        return other
+
+    def with_rows_first(self) -> KernelCall | None:
+        """Return the same call with out as [batch, seqlen_q, num_heads_q, head_dim_v]; None if
+        the kernel writes rows of one head next to each other.
+
+        Addresses are all that it reads of q, k and v, so they may be given in any shape.
+        """
+        problem, plan = self._problem, self._plan
+        if not isinstance(plan, Sm90Plan) or plan.num_splits > 1 or plan.folds_heads:
+            return None
+        if problem.varlen != "none" or self._spare is not None:
+            return None
+        other = copy.copy(self)
+        other._serial, other._template, other._out_is_rows_first = next(_serial), None, True
+        shape = (problem.batch, problem.seqlen_q, problem.num_heads_q, problem.head_dim_v)
+        device = torch.device("cuda", self._index)
+        other._new_out = allocator(self._device, shape, problem.torch_dtype)
         return other
 
     def run(
@@ -323,7 +342,7 @@ class KernelCall:
             if origin is not None and origin._model is not None:
                 self._template = origin._model.with_keys(*arguments)
             else:
-                self._template = make_template(*arguments)
+                self._template = make_template(*arguments, self._out_is_rows_first)
                 if origin is not None:
                     origin._model = self._template
         return self._template

@@ -22,6 +22,7 @@ _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 _len_torch_function_stack = torch._C._len_torch_function_stack
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
+_is_grad_enabled = torch.is_grad_enabled
 _get_tracing_state = torch._C._get_tracing_state
 
 
@@ -48,9 +49,11 @@ def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
         lengths: of its sequences.
         *tensors: q, k, v and the mask.
     """
-    if torch.compiler.is_compiling() or not all(type(x) is Tensor for x in lengths):
+    if torch.compiler.is_compiling() or any([type(x) is not Tensor for x in lengths]):
         return False
-    return not needs_dispatcher(*tensors) and not needs_grad(*tensors)
+    if needs_dispatcher(*tensors):
+        return False
+    return not (_is_grad_enabled() and needs_grad(*tensors))
 
 
 class _Recorded(torch.autograd.Function):

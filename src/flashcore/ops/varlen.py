@@ -4,9 +4,11 @@ operators of torch, `flashcore::attention_varlen_forward` and
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, overload
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from flashcore.backends.dispatch import check_backend, choose_backend, warn_once
 from flashcore.backends.packed import (
@@ -35,6 +37,7 @@ from flashcore.problem.validation import check_return_lse
 __all__ = ["attention_varlen"]
 
 Tensor = torch.Tensor
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # looked up once, not in every call
 
 _ARGUMENTS = (
     "Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
@@ -177,21 +180,23 @@ def attention_varlen(
     """
     if _unknown:
         refuse(attention_varlen, _unknown)
-    q, k, v, _ = autocast(q, k, v, None)
+    if is_dynamo_compiling() or _is_any_autocast_enabled():
+        q, k, v, _ = autocast(q, k, v, None)
     lengths = cu_seqlens_q, cu_seqlens_k
     if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None):
 
         def describe() -> Problem:
             check_return_lse(return_lse)
-            return packed_problem(
+            problem = packed_problem(
                 q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
                 softcap=softcap,
             )  # fmt: skip
+            return dataclasses.replace(problem, return_lse=return_lse)
 
         asked, longest = (causal, window, softcap, scale, return_lse), (max_seqlen_q, max_seqlen_k)
         result = attend_lengths(q, k, v, None, lengths, asked, longest, backend, describe)
         if result is not None:
-            return result if return_lse else result[0]
+            return result if return_lse else result[0]  # type: ignore[return-value]
     if not torch.compiler.is_compiling():  # then _forward_fake checks
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     options = Options.checked(causal, window, softcap, scale)
