@@ -260,6 +260,8 @@ def attend_lengths(
     try:
         at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
         at_lengths = [x.data_ptr() for x in lengths]
+        # Queries and keys may have the same lengths; a guard takes no tensor twice.
+        guarded = lengths[:1] if lengths[0] is lengths[-1] else lengths
         causal, window, softcap, scale, return_lse = options
         key = (
             q.shape, k.shape, (at_q | at_k | at_v) & 15,
@@ -267,7 +269,7 @@ def attend_lengths(
                 (causal is False or causal is True) and return_lse is False and mask is None
                 and window is None and scale is None and softcap is None
             ) else options_key(*options, mask),
-            len(lengths), longest, backend,
+            len(guarded), longest, backend,
         )  # fmt: skip
         known = _calls.get(key, ())
     except (AttributeError, TypeError, RuntimeError):
@@ -276,13 +278,13 @@ def attend_lengths(
         return None
     addresses = at_q, at_k, at_v, *at_lengths
     for found in known:
-        if found[0](q, k, v, *lengths):
+        if found[0](q, k, v, *guarded):
             return found[1](q, k, v, mask, addresses)
     problem = describe()
     choice = choose_backend(problem, backend)
     if choice.backend not in KERNELS or problem.is_empty:
         return None
-    fits = guard(q, k, v, *lengths)
+    fits = guard(q, k, v, *guarded)
     found = Found(fits, prepare(choice.backend, problem, q.device), Options.of(problem))
     keep(key, found)
     return found[1](q, k, v, mask, addresses)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from flashcore.ops import dense as ops
 from flashcore.ops.autograd import needs_grad
 from flashcore.ops.calls import Result, State
+from flashcore.ops.gradient_calls import gradients, is_current
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
@@ -22,7 +24,6 @@ _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 _len_torch_function_stack = torch._C._len_torch_function_stack
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
-_is_grad_enabled = torch.is_grad_enabled
 _get_tracing_state = torch._C._get_tracing_state
 
 
@@ -49,11 +50,12 @@ def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
         lengths: of its sequences.
         *tensors: q, k, v and the mask.
     """
-    if torch.compiler.is_compiling() or any([type(x) is not Tensor for x in lengths]):
+    if is_compiling() or needs_dispatcher(*tensors):
         return False
-    if needs_dispatcher(*tensors):
-        return False
-    return not (_is_grad_enabled() and needs_grad(*tensors))
+    for x in lengths:
+        if type(x) is not Tensor:
+            return False
+    return not needs_grad(*tensors)
 
 
 class _Recorded(torch.autograd.Function):
@@ -80,9 +82,21 @@ class _Recorded(torch.autograd.Function):
         q, k, v, out, lse, *masks = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         mask, needs_mask = (masks[0], needs[3]) if masks else (None, False)
+        if (
+            dout is not None
+            and dlse is None
+            and not needs_mask
+            and not torch.is_grad_enabled()
+            and is_current(q)
+            and not needs_dispatcher(q, k, dout, mask)
+        ):
+            found = gradients(q, k, v, mask, out, lse, dout, ctx.options, ctx.backend)
+            if found is not None:
+                pairs = zip((*found, None), needs, strict=False)
+                return None, *(g if need else None for g, need in pairs)
         options = *ctx.options, needs_mask, ctx.backend
-        gradients = ops.backward(dout, dlse, q, k, v, mask, out, lse, *options)
-        return None, *(g if need else None for g, need in zip(gradients, needs, strict=False))
+        computed = ops.backward(dout, dlse, q, k, v, mask, out, lse, *options)
+        return None, *(g if need else None for g, need in zip(computed, needs, strict=False))
 
 
 # torch.autograd.Function.apply first looks for functorch's transforms, which never come here.

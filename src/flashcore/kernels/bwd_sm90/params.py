@@ -83,7 +83,7 @@ def build_params_bwd_sm90(
     plan: BwdSm90Plan,
     tensors: Mapping[str, torch.Tensor],
     num_blocks: int,
-    target: Literal["ptx", "host"] = "ptx",
+    target: Literal["ptx", "host", "template"] = "ptx",
     tile_counter: int | None = None,
 ) -> AttnBwdSm90Params:
     """Return the argument of one of the kernels.
@@ -95,7 +95,8 @@ def build_params_bwd_sm90(
             there are some.
         num_blocks: of the launch.
         tile_counter: address of the counter of a plan that draws tiles.
-        target: "ptx" for the GPU, "host" for the simulator, which sets addresses itself.
+        target: "ptx" for the GPU, "host" for the simulator, which sets addresses itself,
+            "template" for maps that are still to be encoded.
 
     Returns:
         The filled structure.
@@ -103,7 +104,7 @@ def build_params_bwd_sm90(
     Raises:
         NotImplementedError: the problem is too large for one launch.
     """
-    addresses = {name: x.data_ptr() if target == "ptx" else 0 for name, x in tensors.items()}
+    addresses = {name: 0 if target == "host" else x.data_ptr() for name, x in tensors.items()}
     argument = AttnBwdSm90Params()
     inputs: dict[str, int | None] = {x: addresses[x] for x in ("q", "k", "v", "out", "lse")}
     argument.attn = params.build_params(
