@@ -12,6 +12,8 @@ from flashcore.compat.flash_attn import flash_attn_func
 from flashcore.dropins import rows_first, sdpa, sdpa_obstacles
 from flashcore.ops import eager
 
+_SCALARS = 6 * 8  # behind the addresses, with which AttnParams begins
+
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:
@@ -38,8 +40,9 @@ def test_sdpa_is_looked_at_closely_once(
     other = [half(2, 4, 40, 64) for _ in range(3)]
     out = flashcore.scaled_dot_product_attention(*other, **options)
     first, second = (x.params.attn for x in machine.driver.launches)
+    assert bytes(first)[_SCALARS:] == bytes(second)[_SCALARS:]
     assert [second.q, second.k, second.v] == [x.data_ptr() for x in other]
-    assert second.out == out.data_ptr() and first.scale_log2 == second.scale_log2
+    assert second.out == out.data_ptr()
 
 
 def test_what_torch_refuses_is_refused_after_calls_that_are_known(

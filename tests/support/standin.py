@@ -162,7 +162,12 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     monkeypatch.setattr(launch, "_arguments", {})
     monkeypatch.setattr(descriptors, "_kinds", {})
     # What these hold is the stand-in's own: nobody is to find it afterwards.
-    for module, name in ((launch, "_launch"), (backward_call, "_kernel"), (dispatch, "_plan"), (dispatch, "kernel_call")):
+    for module, name in (
+        (launch, "_launch"),
+        (backward_call, "_kernel"),
+        (dispatch, "_plan"),
+        (dispatch, "kernel_call"),
+    ):
         function = getattr(module, name).__wrapped__
         monkeypatch.setattr(module, name, functools.lru_cache(function))
     return machine

@@ -1,5 +1,4 @@
-"""Compute `attention` of [batch, seqlen, num_heads, head_dim] tensors, as flash-attn lays them out.
-"""
+"""Compute `attention` of [batch, seqlen, num_heads, head_dim] tensors, as flash-attn lays them out."""
 
 from __future__ import annotations
 

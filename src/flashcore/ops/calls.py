@@ -163,8 +163,6 @@ def attend(
     return out if lse is None else (out, lse)
 
 
-
-
 def find(
     q: Tensor,
     k: Tensor,
