@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         FallbackWarning,
         FlashCoreError,
     )
+    from flashcore.ops.rings import attention_backward, merge
     from flashcore.ops.varlen import attention_varlen
     from flashcore.preparing import prepare
     from flashcore.problem import Problem
@@ -38,9 +39,11 @@ _MODULES = {
     "FlashCoreError": "errors",
     "Problem": "problem",
     "attention": "api",
+    "attention_backward": "ops.rings",
     "attention_varlen": "ops.varlen",
     "enable": "dropins.routing",
     "explain": "api",
+    "merge": "ops.rings",
     "prepare": "preparing",
     "scaled_dot_product_attention": "dropins.sdpa",
 }
@@ -54,9 +57,11 @@ __all__ = [
     "Problem",
     "__version__",
     "attention",
+    "attention_backward",
     "attention_varlen",
     "enable",
     "explain",
+    "merge",
     "prepare",
     "scaled_dot_product_attention",
 ]

@@ -14,11 +14,12 @@ import math
 import torch
 from torch import Tensor
 
+from flashcore.backends import torch_own
 from flashcore.problem import Problem
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
-_flash_operator = torch.ops.aten._flash_attention_backward
+_flash_operator = torch_own.flash_attention_backward
 _efficient_operator = torch.ops.aten._efficient_attention_backward
 
 FLASH_MIN_ARCH = 80
