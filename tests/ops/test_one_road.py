@@ -68,7 +68,8 @@ def test_dropout_and_autocast_are_seen_after_calls_that_are_known(
     flashcore.scaled_dot_product_attention(q, q, q, dropout_p=0.5)
     with torch.autocast("cpu", torch.bfloat16):
         flashcore.scaled_dot_product_attention(q, q, q)
-    assert seen == [0.5, 0.0] and len(machine.driver.launches) == 1
+    assert seen == [0.5, 0.0]
+    assert len(machine.driver.launches) == 1
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -81,7 +82,8 @@ def test_flash_attn_func_launches_on_its_tensors_as_they_are(
             monkeypatch.setattr(rows_first, "find", None)  # it is known
         q, k, v = (half(2, 300, 8, 64) for _ in range(3))
         out = flash_attn_func(q, k, v)
-        assert out.shape == q.shape and out.is_contiguous()
+        assert out.shape == q.shape
+        assert out.is_contiguous()
     params = machine.driver.launches[-1].params
     if arch == 90:
         assert params.attn.out == params.o_map.base == out.data_ptr()
@@ -118,12 +120,14 @@ def test_a_backward_pass_is_prepared_once(
         out = flashcore.attention(q, k, v, causal=causal)
         dout = torch.ones_like(out)
         out.backward(dout)
-        assert q.grad is not None and q.grad.shape == q.shape
+        assert q.grad is not None
+        assert q.grad.shape == q.shape
         of_dq, of_dkdv = (x.params for x in machine.driver.launches[-2:])
         assert of_dq.attn.q == of_dkdv.q_map.base == q.data_ptr()
         assert of_dq.attn.out == out.data_ptr()
         assert of_dq.dout_map.base == of_dkdv.dout_map.base == dout.data_ptr()
-        assert of_dq.delta == of_dkdv.delta and not of_dq.dlse
+        assert of_dq.delta == of_dkdv.delta
+        assert not of_dq.dlse
         assert bool(of_dq.attn.tile_counter) == causal
         encodings.append(machine.driver.encodings)
     assert encodings[0] == encodings[1] == encodings[2]

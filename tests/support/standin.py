@@ -16,7 +16,7 @@ from flashcore.backends import dispatch, gradients, torch_backward
 from flashcore.kernels.bwd_sm90.params import AttnBwdSm90Params
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_wmma.params import AttnParams
-from flashcore.launch import backward_call, descriptors, driver, driver_launch, launcher
+from flashcore.launch import backward_call, descriptors, driver, driver_launch, launcher, scratch
 from flashcore.launch import kernel_call as launch
 from flashcore.launch.driver import LaunchConfig
 from flashcore.ops import calls, gradient_calls
@@ -143,7 +143,7 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     monkeypatch.setattr(launch, "_num_sms", lambda index: 132)
     monkeypatch.setattr(launch, "verify_element_map", lambda *args: None)
     monkeypatch.setattr(launch, "_compile", lambda plan: SimpleNamespace(name=plan.kernel))
-    for module in (launch, launcher, backward_call):
+    for module in (launch, launcher, backward_call, scratch):
         monkeypatch.setattr(
             module, "work_counters", lambda device, count=1: machine.counters.data_ptr()
         )

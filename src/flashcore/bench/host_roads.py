@@ -11,8 +11,8 @@ from torch import Tensor
 
 import flashcore
 from flashcore.bench.report import table
-from flashcore.compat.flash_attn import flash_attn_func
 from flashcore.bench.timing import first_line
+from flashcore.compat.flash_attn import flash_attn_func
 from flashcore.launch import launcher
 
 
@@ -44,7 +44,8 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
     seqlens_k = torch.full((batch,), seqlen - 1, dtype=torch.int32, device=q.device)
     ends = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen
     rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
-    packed = [x.flatten(0, 1) for x in rows]
+    rows_q, rows_k, rows_v = rows
+    packed_q, packed_k, packed_v = (x.flatten(0, 1) for x in rows)
     leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
     dout = torch.ones_like(q)
 
@@ -59,11 +60,13 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
             lambda: flashcore.attention(q, k, v, seqlens_k=seqlens_k), "attention", 1.3
         ),
         "attention_varlen": Road(
-            lambda: flashcore.attention_varlen(*packed, ends, ends, seqlen, seqlen),
+            lambda: flashcore.attention_varlen(
+                packed_q, packed_k, packed_v, ends, ends, seqlen, seqlen
+            ),
             "attention",
             1.3,
         ),
-        "flash_attn_func": Road(lambda: flash_attn_func(*rows), "attention", 1.2),
+        "flash_attn_func": Road(lambda: flash_attn_func(rows_q, rows_k, rows_v), "attention", 1.2),
         "scaled_dot_product_attention": Road(
             lambda: flashcore.scaled_dot_product_attention(q, k, v),
             "scaled_dot_product_attention of torch",

@@ -24,8 +24,8 @@ def bench_host(
     On a GPU: B1 H8 S512 D64 in float16, without and with autograd recording; host time of a call,
     and its latency with a wait behind it; flashcore-compiled is the launcher that
     FLASHCORE_LAUNCHER=compiled asks for. Then every road to a launch: masks, lengths, drop-in
-    functions, forward and backward, each with the share of its peer's time that it may take. Without a GPU: the CPU path with next to nothing to
-    compute.
+    functions, forward and backward, each with the share of its peer's time that it may take.
+    Without a GPU: the CPU path with next to nothing to compute.
 
     Examples:
 

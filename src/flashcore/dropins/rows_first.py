@@ -1,4 +1,4 @@
-"""Compute `attention` of [batch, seqlen, num_heads, head_dim] tensors, as flash-attn lays them out."""
+"""Compute `attention` of [batch, seqlen, num_heads, head_dim] tensors, as flash-attn has them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from flashcore.backends.dispatch import Addresses, Call
-from flashcore.launch.kernel_call import KernelCall
 from flashcore.ops.calls import Found, attend, find, keep
 from flashcore.ops.eager import needs_dispatcher, record
 from flashcore.ops.guards import guard
@@ -76,10 +75,10 @@ def _decide(
     """Return what computes the call; None where no kernel does, or autograd records."""
     if key is None or recorded or q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
         return None
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     found = find(*heads_first, mask, causal, window, softcap, scale, return_lse, backend)
     kernel = getattr(found.call, "__self__", None)
-    if not isinstance(kernel, KernelCall):
+    if kernel is None:  # it is no KernelCall's
         return None
     direct = kernel.with_rows_first()
     call = _transposed(found.call) if direct is None else direct.run

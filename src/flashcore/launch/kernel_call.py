@@ -6,7 +6,6 @@ import copy
 import ctypes
 import functools
 import itertools
-import math
 import threading
 
 import torch
@@ -23,6 +22,7 @@ from flashcore.launch.counters import own_counter, work_counters
 from flashcore.launch.driver_launch import Argument, Launch, launch_raw
 from flashcore.launch.element_map import verify_element_map
 from flashcore.launch.launcher import Entry
+from flashcore.launch.scratch import Scratch
 from flashcore.launch.templates import Template, make_template
 from flashcore.problem import Problem
 from flashcore.problem.options import Options
@@ -114,7 +114,7 @@ def run_kernel(
     if plan.draws_tiles:
         pointers["tile_counter"] = work_counters(q.device)
     params: ctypes.Structure
-    scratch = _Scratch(problem, plan)
+    scratch = Scratch(problem, plan)
     if scratch.num_floats:
         shares, counters = scratch.allocate(q)
         pointers |= scratch.pointers(shares.data_ptr(), counters)
@@ -131,27 +131,6 @@ def run_kernel(
         device=q.device,
         starts_early=plan.starts_early,
     )
-
-
-class _Scratch:
-    """Hold what a call needs beside its tensors, see params_sm90.scratch_shapes."""
-
-    def __init__(self, problem: Problem, plan: Plan) -> None:
-        shapes = params_sm90.scratch_shapes(problem, plan)
-        (self.num_counters,) = shapes.get("tile_counter", (0,))
-        self.num_out = math.prod(shapes.get("split_out", (0,)))
-        self.num_floats = self.num_out + math.prod(shapes.get("split_stats", (0,)))
-
-    def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Allocate shares, from torch's allocator, and the address of counters; both of the current
-        stream. Where blocks share the keys of row tiles."""
-        shares = q.new_empty(self.num_floats, dtype=torch.float32)
-        return shares, work_counters(q.device, self.num_counters)
-
-    def pointers(self, shares: int, counters: int) -> dict[str, int]:
-        """Return addresses by field of AttnParams."""
-        stats = shares + 4 * self.num_out
-        return {"split_out": shares, "split_stats": stats, "tile_counter": counters}
 
 
 # By Problem.varlen, the fields of AttnParams that say how long sequences are.
@@ -193,7 +172,7 @@ class KernelCall:
         self._new_lse = None
         if problem.return_lse:
             self._new_lse = allocator(device, rows_shape, torch.float32)
-        self._scratch = _Scratch(problem, plan)
+        self._scratch = Scratch(problem, plan)
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)
         self._template: Template | None = None
@@ -232,7 +211,6 @@ class KernelCall:
         other = copy.copy(self)
         other._serial, other._template, other._out_is_rows_first = next(_serial), None, True
         shape = (problem.batch, problem.seqlen_q, problem.num_heads_q, problem.head_dim_v)
-        device = torch.device("cuda", self._index)
         other._new_out = allocator(self._device, shape, problem.torch_dtype)
         return other
 

@@ -32,7 +32,7 @@ def needs_grad(*tensors: Any) -> bool:
     """Return whether autograd records a call with these tensors. What is none has no gradient."""
     if not torch.is_grad_enabled():
         return False
-    for x in tensors:
+    for x in tensors:  # noqa: SIM110 - a generator takes as long again
         if isinstance(x, Tensor) and x.requires_grad:
             return True
     return False
