@@ -162,11 +162,7 @@ def run_variants(dim: int, seqlens: list[int], skip: int) -> None:
     import torch
 
     import flashcore
-    from flashcore.kernels.bwd_sm90.params import build_params_bwd_sm90, grid_size
-    from flashcore.launch.counters import work_counters
-    from flashcore.launch.descriptors import aligned
-    from flashcore.launch.driver_launch import Argument
-    from flashcore.launch.kernel_call import _launch, _num_sms
+    from flashcore.launch.backward_call import BackwardKernel
     from flashcore.problem import Problem
 
     signal.signal(signal.SIGALRM, lambda *_: os._exit(3))
@@ -189,20 +185,11 @@ def run_variants(dim: int, seqlens: list[int], skip: int) -> None:
                     for name in ("q", "k", "v"):
                         tensors["d" + name] = torch.empty_like(tensors[name])
                     tensors["delta"] = torch.zeros_like(lse)
-                    counter = work_counters(q.device)
-                    plan = plan_of(dim, variant, causal)
-                    grid = grid_size(problem, plan, _num_sms(q.device.index))
-                    argument = Argument(
-                        *aligned(
-                            bytes(
-                                build_params_bwd_sm90(
-                                    problem, plan, tensors, grid, tile_counter=counter
-                                )
-                            )
-                        )
+                    kernel = BackwardKernel(
+                        problem, plan_of(dim, variant, causal), tensors, q.device.index
                     )
-                    launch = _launch(plan, grid, q.device.index)
-                    us = time_us(functools.partial(launch, argument))
+                    addresses = tuple(x.data_ptr() for x in tensors.values())
+                    us = time_us(functools.partial(kernel.launch, tuple(tensors), addresses))
                     products = 3 if variant[0] == "dq" else 4
                     rate = flops(batch, heads, seqlen, dim, causal) * products / 2 / us / 1e6
                     print(

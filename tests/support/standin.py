@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from flashcore.backends import dispatch, gradients, torch_backward
+from flashcore.kernels.bwd_sm90.params import AttnBwdSm90Params
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_wmma.params import AttnParams
-from flashcore.launch import descriptors, driver, driver_launch, launcher
+from flashcore.launch import backward_call, descriptors, driver, driver_launch, launcher, scratch
 from flashcore.launch import kernel_call as launch
 from flashcore.launch.driver import LaunchConfig
-from flashcore.ops import calls
+from flashcore.ops import calls, gradient_calls
 from flashcore.problem import Problem
 
 SUCCESS = 0
@@ -118,8 +119,9 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
         machine.device = before
 
     def load(kernel, device_index, smem_bytes):
-        sm90 = kernel.name == "attn_fwd_sm90"
-        machine.driver.params_types.append(params_sm90.AttnSm90Params if sm90 else AttnParams)
+        kinds = {"attn_fwd_sm90": params_sm90.AttnSm90Params, "attn_fwd_wmma": AttnParams}
+        kind = kinds.get(kernel.name, AttnBwdSm90Params)
+        machine.driver.params_types.append(kind)
         return len(machine.driver.params_types), None
 
     real = Problem.from_tensors.__func__
@@ -141,11 +143,12 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     monkeypatch.setattr(launch, "_num_sms", lambda index: 132)
     monkeypatch.setattr(launch, "verify_element_map", lambda *args: None)
     monkeypatch.setattr(launch, "_compile", lambda plan: SimpleNamespace(name=plan.kernel))
-    for module in (launch, launcher):
+    for module in (launch, launcher, backward_call, scratch):
         monkeypatch.setattr(
             module, "work_counters", lambda device, count=1: machine.counters.data_ptr()
         )
-    monkeypatch.setattr(launch, "own_counter", lambda device: machine.counters.data_ptr())
+    for module in (launch, backward_call):
+        monkeypatch.setattr(module, "own_counter", lambda device: machine.counters.data_ptr())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.driver.capturing)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.device)
@@ -155,10 +158,16 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     )
     monkeypatch.setattr(calls, "_calls", {})
     monkeypatch.setattr(calls, "_growing", {})
+    monkeypatch.setattr(gradient_calls, "_calls", {})
     monkeypatch.setattr(launch, "_arguments", {})
     monkeypatch.setattr(descriptors, "_kinds", {})
     # What these hold is the stand-in's own: nobody is to find it afterwards.
-    for module, name in ((launch, "_launch"), (dispatch, "plan_of"), (dispatch, "kernel_call")):
+    for module, name in (
+        (launch, "_launch"),
+        (backward_call, "_kernel"),
+        (dispatch, "plan_of"),
+        (dispatch, "kernel_call"),
+    ):
         function = getattr(module, name).__wrapped__
         monkeypatch.setattr(module, name, functools.lru_cache(function))
     return machine

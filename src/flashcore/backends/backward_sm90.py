@@ -14,6 +14,10 @@ from flashcore.problem.options import Options
 
 Tensor = torch.Tensor
 _PACKET = 8  # elements of 16 bytes
+# Computes dq, dk and dv of q, k, v, out, lse, dout and the mask's address.
+Prepared = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]
+]
 # Runs one kernel on named tensors.
 Run = Callable[[Problem, BwdSm90Plan, dict[str, Tensor]], None]
 
@@ -55,6 +59,27 @@ def fused_backward(
     q, k, v = (_readable(x) for x in given)
     if any(x is not y for x, y in zip((q, k, v), given, strict=True)):
         problem = Options.of(problem).problem(q, k, v, mask, return_lse=True)
+    tensors = _named(q, k, v, mask, out, lse, dout, dlse)
+    for plan in plans or select_plans(problem):
+        run(problem, plan, tensors)
+    dq, dk, dv = (
+        laid_out_as(x, tensors[name]) for x, name in zip(given, ("dq", "dk", "dv"), strict=True)
+    )
+    return dq, dk, dv
+
+
+def _named(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+) -> dict[str, Tensor]:
+    """Return the kernels' tensors by name, copied where they cannot be read as they are; those that
+    are written are new, and hold anything."""
     out = _readable(out).contiguous()
     tensors = {
         "q": q,
@@ -72,12 +97,71 @@ def fused_backward(
         tensors["mask"] = mask
     if dlse is not None:
         tensors["dlse"] = dlse.contiguous()
-    for plan in plans or select_plans(problem):
-        run(problem, plan, tensors)
-    dq, dk, dv = (
-        laid_out_as(x, tensors[name]) for x, name in zip(given, ("dq", "dk", "dv"), strict=True)
-    )
-    return dq, dk, dv
+    return tensors
+
+
+def prepare_on_gpu(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+) -> Prepared | None:
+    """Return what computes the gradients of such tensors, whose addresses alone may differ; None
+    where `fused_backward` has to copy some.
+
+    Args:
+        problem: description of the forward; its choice of backward is "sm90".
+        q: as in `fused_backward`, like all the arguments that follow.
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        mask: boolean or additive, without a gradient; or None.
+        out: the forward's output.
+        lse: the forward's lse.
+        dout: gradient of out.
+
+    Returns:
+        A function of q, k, v, out, lse, dout and the mask's address, 0 for none, that returns dq,
+        dk and dv. The tensors' device must be the current one.
+    """
+    from flashcore.launch.allocation import allocator
+    from flashcore.launch.backward_call import kernel_of
+
+    if problem.is_empty or any(_readable(x) is not x for x in (q, k, v)):
+        return None
+    given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
+    tensors = _named(q, k, v, mask, out, lse, dout, None)
+    if any(tensors[name] is not x for name, x in given.items()):
+        return None
+    tensors = given | tensors  # in this order, then the mask and what is made
+    if mask is not None:
+        tensors = given | {"mask": mask} | tensors
+    new = [name for name in tensors if name not in given and name != "mask"]
+    makers = [
+        allocator(x.device, tuple(x.shape), x.dtype, x.stride()) for x in map(tensors.get, new)
+        if x is not None
+    ]  # fmt: skip
+    names = tuple(tensors)
+    kernels = [kernel_of(problem, plan, tensors) for plan in select_plans(problem)]
+    results = [new.index(name) for name in ("dq", "dk", "dv")]
+
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, at_mask: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        made = [make() for make in makers]
+        addresses = (
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
+            dout.data_ptr(), *((at_mask,) if at_mask else ()), *[x.data_ptr() for x in made],
+        )  # fmt: skip
+        for kernel in kernels:
+            kernel.launch(names, addresses)
+        dq, dk, dv = (made[i] for i in results)
+        return dq, dk, dv
+
+    return run
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -97,18 +181,10 @@ def _readable(x: Tensor) -> Tensor:
 
 def run_on_gpu(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) -> None:
     """Run a kernel on CUDA tensors, on the current stream, without waiting for it."""
-    from flashcore.kernels.bwd_sm90.params import build_params_bwd_sm90, grid_size
-    from flashcore.launch.counters import work_counters
-    from flashcore.launch.descriptors import aligned, encode
-    from flashcore.launch.driver_launch import Argument
-    from flashcore.launch.kernel_call import _launch, _num_sms
+    from flashcore.launch.backward_call import kernel_of
 
-    device = tensors["q"].device
-    assert device.index is not None
-    grid = grid_size(problem, plan, _num_sms(device.index))
-    counter = work_counters(device) if plan.draws_tiles else None
-    params = build_params_bwd_sm90(problem, plan, tensors, grid, encode, counter)
-    _launch(plan, grid, device.index)(Argument(*aligned(bytes(params))))
+    addresses = tuple([x.data_ptr() for x in tensors.values()])
+    kernel_of(problem, plan, tensors).launch(tuple(tensors), addresses)
 
 
 def run_in_simulator(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) -> None:

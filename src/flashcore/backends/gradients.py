@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from flashcore.backends import torch_backward
-from flashcore.backends.backward_sm90 import fused_backward, run_in_simulator, run_on_gpu
+from flashcore.backends.backward_sm90 import (
+    Prepared,
+    fused_backward,
+    prepare_on_gpu,
+    run_in_simulator,
+    run_on_gpu,
+)
 from flashcore.backends.tiled import attention_backward_tiled
 from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning
@@ -143,3 +149,24 @@ def attention_gradients(
     dq, dk, dv, dmask = gradients
     like = torch_backward.laid_out_as
     return like(q, dq), like(k, dk), like(v, dv), dmask
+
+
+def prepare_gradients(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    backend: str,
+) -> Prepared | None:
+    """Return what computes dq, dk and dv of such tensors; None where `attention_gradients` has to
+    look at each call. See prepare_on_gpu."""
+    if choose_backward(problem, backend=backend).code != "sm90":
+        return None
+    try:
+        return prepare_on_gpu(problem, q, k, v, mask, out, lse, dout)
+    except BackendUnavailableError:
+        return None  # of which attention_gradients warns

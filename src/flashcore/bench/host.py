@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
 from flashcore.base import machine
+from flashcore.bench import host_roads
 from flashcore.bench.libraries import Library
 from flashcore.bench.peers import find_peers
 from flashcore.bench.report import table
@@ -55,7 +56,7 @@ def run(device: str, rounds: int = 9) -> dict[str, Any]:
     Returns:
         A document of plain values: date, command, machine, results (host_us and latency_us by
         library, without and with autograd recording, or the reason why one did not run), left_out
-        (libraries that are not here, and why) and layers (us by name).
+        (libraries that are not here, and why), layers (us by name) and roads (host_roads.run).
     """
     workload = seed_shape()[0] if device == "cuda" else _SMALLEST
     q, k, v = workload.tensors(device)[:3]
@@ -90,6 +91,7 @@ def run(device: str, rounds: int = 9) -> dict[str, Any]:
         "left_out": left_out,
         "results": results,
         "layers": _layers(device, q, k, v, rounds),
+        "roads": host_roads.run(q, k, v, rounds, functools.partial(_host_us, device=device)),
     }
 
 
@@ -240,7 +242,10 @@ def markdown(document: Mapping[str, Any]) -> str:
         lines.append(cells)
     calls = table(["us", "host", "latency", "host, recorded", "latency, recorded"], lines)
     layers = [[entry["layer"], f"{entry['us']:.2f}"] for entry in document["layers"]]
-    return f"{calls}\n\n{_ratios(timed)}\n\n{table(['layer of a flashcore call', 'us'], layers)}"
+    parts = [calls, _ratios(timed), table(["layer of a flashcore call", "us"], layers)]
+    if "roads" in document:  # older documents have none
+        parts.insert(2, host_roads.markdown(document["roads"]))
+    return "\n\n".join(parts)
 
 
 def _ratios(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -23,8 +23,9 @@ def bench_host(
 
     On a GPU: B1 H8 S512 D64 in float16, without and with autograd recording; host time of a call,
     and its latency with a wait behind it; flashcore-compiled is the launcher that
-    FLASHCORE_LAUNCHER=compiled asks for. Without a GPU: the CPU path with next to nothing to
-    compute.
+    FLASHCORE_LAUNCHER=compiled asks for. Then every road to a launch: masks, lengths, drop-in
+    functions, forward and backward, each with the share of its peer's time that it may take.
+    Without a GPU: the CPU path with next to nothing to compute.
 
     Examples:
 
@@ -35,10 +36,11 @@ def bench_host(
     with command(json_output) as out:
         import torch
 
-        from flashcore.bench import host
+        from flashcore.bench import host, host_roads
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         document = host.run(device, rounds)
+        roads = document["roads"]
         for recorded in (False, True):
             rows = [
                 [row["library"], f"{row['host_us']:.1f}", f"{row['latency_us']:.1f}"]
@@ -49,6 +51,10 @@ def bench_host(
             out.print("", table(f"us a call, {title}", ["library", "host", "latency"], rows))
         layers = [[entry["layer"], f"{entry['us']:.2f}"] for entry in document["layers"]]
         out.print("", table("layers of a flashcore call", ["layer", "us"], layers))
+        out.print("", table("host us of every road", host_roads.HEADINGS, host_roads.cells(roads)))
+        for row in roads:
+            if "skipped" in row:
+                out.print(f"{row['road']} did not run: {row['skipped']}", wrap=False)
         for row in document["results"]:
             if "skipped" in row:
                 out.print(f"{row['library']} did not run: {row['skipped']}", wrap=False)

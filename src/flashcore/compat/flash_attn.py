@@ -20,6 +20,7 @@ import torch
 
 from flashcore.api import attention
 from flashcore.dropins.alibi import alibi_mask, check_slopes, packed_with_alibi
+from flashcore.dropins.rows_first import rows_first
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem.spelling import OF_FLASH_ATTN, other_names, refuse
 from flashcore.problem.validation import certainly
@@ -82,6 +83,10 @@ def flash_attn_func(
     if _unknown:
         refuse(flash_attn_func, _unknown)
     _refuse_dropout(dropout_p)
+    if alibi_slopes is None:
+        known = rows_first(q, k, v, causal, window_size, softcap, softmax_scale, return_attn_probs)
+        if known is not None:
+            return (*known, None) if isinstance(known, tuple) else known
     mask = None
     if alibi_slopes is not None:
         check_slopes(alibi_slopes, q.shape[0], q.shape[2])

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from flashcore.base import forks
-from flashcore.dropins.sdpa import Call, route, scaled_dot_product_attention, torch_sdpa
+from flashcore.dropins.sdpa import Call, known, route, scaled_dot_product_attention, torch_sdpa
 
 NAME = "scaled_dot_product_attention"
 BACKENDS = ("auto", "sm90", "wmma", "sim")
@@ -87,8 +87,9 @@ def _insist_on(backend: str) -> Callable[..., torch.Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        call = Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-        return route(call, backend)
+        arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        result = known(*arguments, backend)
+        return route(Call(*arguments), backend) if result is None else result
 
     return insisted
 

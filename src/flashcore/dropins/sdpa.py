@@ -1,7 +1,7 @@
 """Compute torch's scaled_dot_product_attention, argument for argument, on flashcore's kernels.
 
 Every call has one of three ends: the kernels compute it (`as_4d` found the [batch, num_heads,
-seqlen, head_dim] view of its tensors); torch computes it, because the kernels do not (`_obstacle`
+seqlen, head_dim] view of its tensors); torch computes it, because the kernels do not (`obstacle`
 says why, as a FallbackWarning); or torch refuses it, with torch's own message, because the call is
 wrong. The last two are the same line of code: torch is asked, and the warning follows its success.
 
@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.compiler import is_dynamo_compiling
 
 from flashcore.api import attention
 from flashcore.backends.autocasting import autocast_dtype
-from flashcore.backends.obstacles import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
 from flashcore.dropins.sdpa_call import Arguments
 from flashcore.dropins.sdpa_nested import attention_nested, nested_obstacle, packed
+from flashcore.dropins.sdpa_obstacles import obstacle
 from flashcore.dropins.sdpa_shapes import PLAIN_TYPES, as_4d
 from flashcore.errors import FallbackWarning
+from flashcore.ops.calls import Found, attend, find
+from flashcore.ops.eager import needs_dispatcher, record
 from flashcore.problem.spelling import OF_SDPA, other_names, refuse
-from flashcore.problem.validation import HEAD_DIM_MAX, factor_fits, is_number
 
 if TYPE_CHECKING:
     from torch.nn.attention.bias import CausalBias
@@ -40,6 +42,7 @@ torch_sdpa = torch._C._nn.scaled_dot_product_attention
 BIAS_MODULE = "torch.nn.attention.bias"
 
 _warned: set[str] = set()
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # looked up once, not in every call
 
 
 class Call(Arguments):
@@ -115,9 +118,79 @@ def scaled_dot_product_attention(
     """
     if _unknown:
         refuse(scaled_dot_product_attention, _unknown)
+    result = known(
+        query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, "auto"
+    )  # fmt: skip
+    if result is not None:
+        return result
     return route(
         Call(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa), "auto"
     )
+
+
+def known(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+    backend: str,
+) -> torch.Tensor | None:
+    """Compute a call whose tensors are what `attention` takes, and which nobody else needs to see.
+
+    One such call in a row is looked at closely; those like it are looked up by their arguments.
+
+    Returns:
+        The output; None where `route` has to look at the call.
+    """
+    if (
+        is_dynamo_compiling()
+        or dropout_p != 0.0
+        or (is_causal is not False and is_causal is not True)
+        or _is_any_autocast_enabled()
+        or needs_dispatcher(query, key, value, attn_mask)
+    ):
+        return None
+    return attend(  # type: ignore[return-value]
+        query, key, value, attn_mask, "upper_left" if is_causal else False, None, None, scale,
+        False, backend, record, _decide_grouped if enable_gqa else _decide_equal,
+    )  # fmt: skip
+
+
+def _decide(
+    enable_gqa: bool,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: Any,
+    window: None,
+    softcap: None,
+    scale: float | None,
+    return_lse: bool,
+    backend: str,
+    recorded: bool,
+    key: object,
+) -> Found | None:
+    """Return what `find` does for a call that means the same there; None for others."""
+    if key is None or _left_to_torch(q, backend):
+        return None
+    call = Call(q, k, v, mask, 0.0, causal is not False, scale, enable_gqa)
+    if obstacle(call, q, k, v, mask, backend) is not None:
+        return None
+    view = as_4d(q, k, v, mask, enable_gqa)
+    if view is None or any(x is not y for x, y in zip(view, (q, k, v, mask), strict=False)):
+        return None
+    return find(
+        q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded, key
+    )  # fmt: skip
+
+
+# One for each meaning of enable_gqa, for what they find is kept apart.
+_decide_equal, _decide_grouped = (functools.partial(_decide, x) for x in (False, True))
 
 
 def route(call: Call, backend: str) -> torch.Tensor:
@@ -190,7 +263,7 @@ def _route_nested(call: Call, backend: str) -> torch.Tensor:
     if reason is None:
         tensors = [packed(x) for x in call.tensors]
         if autocast_dtype(call.query.device.type) is None:
-            reason = _obstacle(call, tensors[0], tensors[1], tensors[2], None, backend)
+            reason = obstacle(call, tensors[0], tensors[1], tensors[2], None, backend)
         else:
             reason = "torch.autocast with nested tensors"
         if reason is None:
@@ -211,7 +284,7 @@ def _compute(call: Call, backend: str, causal: bool | str) -> torch.Tensor:
     if dtype is not None:
         q, k, v = (_autocast(x, dtype) for x in (q, k, v))
         mask = None if mask is None else _autocast(mask, dtype)
-    reason = _obstacle(call, q, k, v, mask, backend)
+    reason = obstacle(call, q, k, v, mask, backend)
     if reason is None:
         view = as_4d(q, k, v, mask, call.enable_gqa)
         if view is not None:
@@ -230,85 +303,6 @@ def _compute(call: Call, backend: str, causal: bool | str) -> torch.Tensor:
 def _autocast(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Return an argument of SDPA, cast as torch.autocast does."""
     return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
-
-
-def _obstacle(
-    call: Call,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    backend: str,
-) -> str | None:
-    """Return why torch must be asked; None if there is no such reason, "" if it is not worth a
-    warning."""
-    if k.is_nested or v.is_nested:
-        return "key or value is a nested tensor, and query is not"
-    if any(type(x) not in PLAIN_TYPES for x in (q, k, v)):
-        return f"{type(q).__name__} is not a plain tensor"
-    if any(x.layout != torch.strided for x in (q, k, v)):
-        return "query, key or value is sparse"
-    # Compiled code has no lazily negated views, and no way to ask for them.
-    if not torch.compiler.is_compiling() and any(x.is_neg() for x in (q, k, v)):
-        return "query, key or value is a lazily negated view"
-    if q.numel() == 0 or k.numel() == 0 or v.numel() == 0:
-        return ""
-    if call.dropout_p != 0.0:
-        return f"dropout_p={call.dropout_p}: the kernels have no dropout"
-    if mask is not None and call.is_causal:
-        return "attn_mask together with is_causal"
-    if not isinstance(call.is_causal, bool):
-        return f"is_causal is a {type(call.is_causal).__name__}, not a bool"
-    if call.scale is not None and not (is_number(call.scale) and factor_fits(call.scale)):
-        return f"scale={call.scale} is not a positive number"
-    return _transformed() or _unserved_dtype(q, backend) or unserved_layout(q, k, v)
-
-
-def _transformed() -> str | None:
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    if torch.compiler.is_compiling():
-        return None
-    transforms = torch._C._functorch.get_interpreter_stack() or ()
-    if any(t.key() != torch._C._functorch.TransformType.Vmap for t in transforms):
-        return "a torch.func transform other than vmap"
-    return None
-
-
-def _unserved_dtype(q: torch.Tensor, backend: str) -> str | None:
-    if q.device.type == "cpu":
-        # Reached with an explicit backend alone: PyTorch operations take any of the four dtypes.
-        served = q.dtype in (torch.float16, torch.bfloat16) or backend == "torch"
-        return None if served else f"no kernel serves {q.dtype}"
-    if q.device.type != "cuda" or torch.version.hip is not None:
-        return f"the kernels do not run on {q.device.type} devices of this kind"
-    if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"no kernel serves {q.dtype}; float16 and bfloat16 are fused"
-    if torch.compiler.is_compiling():
-        return None  # the operator looks at the GPU when it runs
-    arch = _arch(q.device.index)
-    if arch < (BFLOAT16_MIN_ARCH if q.dtype == torch.bfloat16 else WMMA_MIN_ARCH):
-        return f"no kernel serves {q.dtype} on sm_{arch}"
-    return None
-
-
-@functools.cache
-def _arch(device_index: int | None) -> int:
-    if not torch.cuda.is_available():  # a fake tensor on a device that is not here
-        return 0
-    major, minor = torch.cuda.get_device_capability(device_index)
-    return 10 * major + minor
-
-
-def unserved_layout(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Return why the kernels cannot read such tensors; None if they can, "" if torch raises."""
-    for name, x in (("query", q), ("key", k), ("value", v)):
-        if x.dim() < 2:
-            return ""  # torch raises
-        head_dim = x.shape[-1]
-        if head_dim > HEAD_DIM_MAX:
-            return f"{name} has head_dim {head_dim}; the kernels take at most {HEAD_DIM_MAX}"
-    return None
 
 
 def _warn(reason: str) -> None:

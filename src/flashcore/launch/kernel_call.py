@@ -6,7 +6,6 @@ import copy
 import ctypes
 import functools
 import itertools
-import math
 import threading
 
 import torch
@@ -23,6 +22,7 @@ from flashcore.launch.counters import own_counter, work_counters
 from flashcore.launch.driver_launch import Argument, Launch, launch_raw
 from flashcore.launch.element_map import verify_element_map
 from flashcore.launch.launcher import Entry
+from flashcore.launch.scratch import Scratch
 from flashcore.launch.templates import Template, make_template
 from flashcore.launch.types import Addresses
 from flashcore.problem import Problem
@@ -115,7 +115,7 @@ def run_kernel(
     if plan.draws_tiles:
         pointers["tile_counter"] = work_counters(q.device)
     params: ctypes.Structure
-    scratch = _Scratch(problem, plan)
+    scratch = Scratch(problem, plan)
     if scratch.num_floats:
         shares, counters = scratch.allocate(q)
         pointers |= scratch.pointers(shares.data_ptr(), counters)
@@ -133,27 +133,6 @@ def run_kernel(
         device=q.device,
         starts_early=plan.starts_early,
     )
-
-
-class _Scratch:
-    """Hold what a call needs beside its tensors, see params_sm90.scratch_shapes."""
-
-    def __init__(self, problem: Problem, plan: Plan) -> None:
-        shapes = params_sm90.scratch_shapes(problem, plan)
-        (self.num_counters,) = shapes.get("tile_counter", (0,))
-        self.num_out = math.prod(shapes.get("split_out", (0,)))
-        self.num_floats = self.num_out + math.prod(shapes.get("split_stats", (0,)))
-
-    def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Allocate shares, from torch's allocator, and the address of counters; both of the current
-        stream. Where blocks share the keys of row tiles."""
-        shares = q.new_empty(self.num_floats, dtype=torch.float32)
-        return shares, work_counters(q.device, self.num_counters)
-
-    def pointers(self, shares: int, counters: int) -> dict[str, int]:
-        """Return addresses by field of AttnParams."""
-        stats = shares + 4 * self.num_out
-        return {"split_out": shares, "split_stats": stats, "tile_counter": counters}
 
 
 # By Problem.varlen, the fields of AttnParams that say how long sequences are.
@@ -184,6 +163,7 @@ class KernelCall:
         self._origin: KernelCall | None = None  # see with_keys
         self._model: Template | None = None  # of one of those
         self._spare: list[Argument] | None = None
+        self._out_is_rows_first, self._device = False, device
         heads = problem.num_heads_q
         rows_shape: tuple[int, ...] = (problem.batch, heads, problem.seqlen_q)
         out_shape: tuple[int, ...] = (*rows_shape, problem.head_dim_v)
@@ -194,7 +174,7 @@ class KernelCall:
         self._new_lse = None
         if problem.return_lse:
             self._new_lse = allocator(device, rows_shape, torch.float32)
-        self._scratch = _Scratch(problem, plan)
+        self._scratch = Scratch(problem, plan)
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)
         self._template: Template | None = None
@@ -217,6 +197,23 @@ class KernelCall:
         other = copy.copy(self)
         other._serial, other._problem = next(_serial), problem
         other._origin, other._template, other._spare = self._origin or self, None, []
+        return other
+
+    def with_rows_first(self) -> KernelCall | None:
+        """Return the same call with out as [batch, seqlen_q, num_heads_q, head_dim_v]; None if
+        the kernel writes rows of one head next to each other.
+
+        Addresses are all that it reads of q, k and v, so they may be given in any shape.
+        """
+        problem, plan = self._problem, self._plan
+        if not isinstance(plan, Sm90Plan) or plan.num_splits > 1 or plan.folds_heads:
+            return None
+        if problem.varlen != "none" or self._spare is not None:
+            return None
+        other = copy.copy(self)
+        other._serial, other._template, other._out_is_rows_first = next(_serial), None, True
+        shape = (problem.batch, problem.seqlen_q, problem.num_heads_q, problem.head_dim_v)
+        other._new_out = allocator(self._device, shape, problem.torch_dtype)
         return other
 
     def run(
@@ -325,7 +322,7 @@ class KernelCall:
             if origin is not None and origin._model is not None:
                 self._template = origin._model.with_keys(*arguments)
             else:
-                self._template = make_template(*arguments)
+                self._template = make_template(*arguments, self._out_is_rows_first)
                 if origin is not None:
                     origin._model = self._template
         return self._template

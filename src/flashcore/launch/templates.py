@@ -81,12 +81,23 @@ class Template:
 
 
 def make_template(
-    problem: Problem, plan: Plan, pointers: dict[str, int | None], grid: int
+    problem: Problem,
+    plan: Plan,
+    pointers: dict[str, int | None],
+    grid: int,
+    out_is_rows_first: bool = False,
 ) -> Template:
-    """Return the argument of a problem, with the addresses of some tensors that it describes."""
+    """Return the argument of a problem, with the addresses of some tensors that it describes. With
+    `out_is_rows_first` out is [batch, seqlen_q, num_heads_q, head_dim_v], which a kernel writes
+    that knows it by its descriptor alone; see KernelCall.with_rows_first."""
     if not isinstance(plan, Sm90Plan):
         return Template(bytes(build_params(problem, plan, pointers)), 0, ())
     params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
+    if out_is_rows_first:
+        of_out = params.o_map
+        of_out.head_stride_bytes = problem.head_dim_v * of_out.element_bytes
+        of_out.row_stride_bytes = problem.num_heads_q * of_out.head_stride_bytes
+        of_out.batch_stride_bytes = problem.seqlen_q * of_out.row_stride_bytes
     tensors = [pointers["out" if name == "o" else name] or 0 for name in params_sm90.MAPS]
     bases = [getattr(params, f"{name}_map").base for name in params_sm90.MAPS]
     shifts = tuple(x - base for x, base in zip(tensors, bases, strict=True))

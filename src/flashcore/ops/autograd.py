@@ -30,9 +30,12 @@ _warned_of_forward_mode = False
 
 def needs_grad(*tensors: Any) -> bool:
     """Return whether autograd records a call with these tensors. What is none has no gradient."""
-    return torch.is_grad_enabled() and any(
-        isinstance(x, Tensor) and x.requires_grad for x in tensors
-    )
+    if not torch.is_grad_enabled():
+        return False
+    for x in tensors:  # noqa: SIM110 - a generator takes as long again
+        if isinstance(x, Tensor) and x.requires_grad:
+            return True
+    return False
 
 
 def in_forward_mode(*inputs: Any) -> bool:

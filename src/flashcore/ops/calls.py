@@ -27,6 +27,7 @@ from flashcore.base import forks
 from flashcore.launch import launcher
 from flashcore.launch.types import Addresses, Call
 from flashcore.ops.guards import guard
+from flashcore.ops.keys import family_key, options_key
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.options import Options
 from flashcore.problem.ranks import as_rank_4, has_other_rank
@@ -35,6 +36,8 @@ Result = Tensor | tuple[Tensor, Tensor]
 # A Record computes a call so that autograd can differentiate it; it takes a State, q, k, v and
 # perhaps a mask.
 Record = Callable[..., Any]
+# Decides what computes a call; takes the arguments of `find`.
+Decide = Callable[..., "Found | None"]
 
 
 class Found(NamedTuple):
@@ -76,6 +79,7 @@ def attend(
     return_lse: bool,
     backend: str,
     record: Record | None = None,
+    decide: Decide | None = None,
 ) -> Result:
     """Compute `attention` of tensors that nobody else needs to see.
 
@@ -93,9 +97,11 @@ def attend(
         return_lse: whether the log-sum-exp of each row of scores is returned too.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         record: what records the call if autograd is to; None: nothing is recorded.
+        decide: by default `find`. A drop-in function's own takes the tensors as they were given
+            there; what it found is remembered for it alone.
 
     Returns:
-        out, or (out, lse) with return_lse.
+        out, or (out, lse) with return_lse; None where `decide` found nothing.
 
     Raises:
         Exception: what `attention` raises.
@@ -126,8 +132,9 @@ def attend(
             ):
                 options: object = causal
             else:
-                options = _options_key(causal, window, softcap, scale, return_lse, mask)
-            key = q.shape, k.shape, (at_q | at_k | at_v) & 15, options, recorded, backend
+                options = options_key(causal, window, softcap, scale, return_lse, mask)
+            alignment = (at_q | at_k | at_v) & 15
+            key = q.shape, k.shape, alignment, options, recorded, backend, decide
             for found in _calls.get(key, ()):
                 if found[0](q, k, v):
                     break
@@ -136,15 +143,17 @@ def attend(
     except (AttributeError, TypeError, RuntimeError):
         key = None  # an argument is wrong or not hashable; validation below finds out which
     if found is None:
-        if record is not None and has_other_rank(q, k, v):
+        if decide is None and record is not None and has_other_rank(q, k, v):
             given = as_rank_4(q, k, v, mask)
             q, k, v, mask, _, _ = given
             return given.restored(
                 attend(q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record)
             )
-        found = find(
+        found = (decide or find)(
             q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded, key
         )
+        if found is None:
+            return None  # type: ignore[return-value]
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
     if recorded:
         assert record is not None
@@ -153,30 +162,6 @@ def attend(
         return result
     out, lse = found[1](q, k, v, mask, addresses)
     return out if lse is None else (out, lse)
-
-
-def _options_key(
-    causal: Causal,
-    window: Window,
-    softcap: float | None,
-    scale: float | None,
-    return_lse: bool,
-    mask: Tensor | None,
-) -> tuple[object, ...]:
-    """Return a key of the options; types are in it because 1 == True == 1.0, and not all of them
-    are valid."""
-    return (
-        causal, type(causal), scale, type(scale), softcap, type(softcap),
-        window if window is None else (type(window), *window, *map(type, window)),
-        return_lse, type(return_lse), None if mask is None else _mask_key(mask),
-    )  # fmt: skip
-
-
-def _mask_key(mask: Tensor) -> tuple[object, ...]:
-    address = mask.data_ptr()
-    if not address:
-        raise RuntimeError("a mask without memory")
-    return mask.shape, mask.stride(), address & 15, mask.dtype, mask.device, mask.is_neg()
 
 
 def find(
@@ -195,7 +180,7 @@ def find(
 ) -> Found:
     """Decide what computes a call of `attend`, and keep it under the key, unless that is None. If
     the call is recorded, it computes lse in any case."""
-    family = _family_key(
+    family = family_key(
         q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded
     )
     growing = _growing.get(family)
@@ -203,7 +188,7 @@ def find(
         member = growing.of_length(q, k, v, mask)
         if member is not None:
             found = Found(guard(q, k, v), member.run, growing.options)
-            _keep(key, found)
+            keep(key, found)
             return found
     problem = Problem.from_tensors(
         q,
@@ -224,7 +209,7 @@ def find(
     found = Found(guard(q, k, v), call, Options.of(problem), backend)
     if choice.backend == "sim":  # depends on environment variables
         return found
-    _keep(key, found)
+    keep(key, found)
     kernel = getattr(call, "__self__", None)
     if (
         family is not None
@@ -250,7 +235,7 @@ def attend_lengths(
     longest: tuple[int, int] | None,
     backend: str,
     describe: Callable[[], Problem],
-) -> tuple[Tensor, Tensor] | None:
+) -> tuple[Tensor, Tensor | None] | None:
     """Compute sequences that differ in length by a kernel, if one serves them, around torch's
     dispatcher; nothing is recorded.
 
@@ -266,37 +251,46 @@ def attend_lengths(
         describe: validates the arguments and returns their Problem.
 
     Returns:
-        (out, lse); None where the operator has to do it.
+        (out, lse), lse None unless it is asked for; None where the operator has to do it.
 
     Raises:
         Exception: what `describe` and `choose_backend` raise.
     """
     try:
-        tensors = q, k, v, *lengths
-        addresses = tuple([x.data_ptr() for x in tensors])
-        alignment = (addresses[0] | addresses[1] | addresses[2]) & 15
+        at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
+        at_lengths = [x.data_ptr() for x in lengths]
+        # Queries and keys may have the same lengths; a guard takes no tensor twice.
+        guarded = lengths[:1] if lengths[0] is lengths[-1] else lengths
+        causal, window, softcap, scale, return_lse = options
         key = (
-            q.shape, k.shape, alignment, _options_key(*options, mask), len(lengths), longest,
-            backend,
+            q.shape, k.shape, (at_q | at_k | at_v) & 15,
+            causal if (
+                (causal is False or causal is True) and return_lse is False and mask is None
+                and window is None and scale is None and softcap is None
+            ) else options_key(*options, mask),
+            len(guarded), longest, backend,
         )  # fmt: skip
         known = _calls.get(key, ())
     except (AttributeError, TypeError, RuntimeError):
         return None  # wrong, or merely unusual
-    if not all(addresses):
+    if not (at_q and at_k and at_v and all(at_lengths)):
         return None
+    addresses = at_q, at_k, at_v, *at_lengths
     for found in known:
-        if found[0](*tensors):
-            return found[1](q, k, v, mask, addresses)  # type: ignore[return-value]
+        if found[0](q, k, v, *guarded):
+            return found[1](q, k, v, mask, addresses)
     problem = describe()
     choice = choose_backend(problem, backend)
     if choice.backend not in KERNELS or problem.is_empty:
         return None
-    found = Found(guard(*tensors), prepare(choice.backend, problem, q.device), Options.of(problem))
-    _keep(key, found)
-    return found[1](q, k, v, mask, addresses)  # type: ignore[return-value]
+    fits = guard(q, k, v, *guarded)
+    found = Found(fits, prepare(choice.backend, problem, q.device), Options.of(problem))
+    keep(key, found)
+    return found[1](q, k, v, mask, addresses)
 
 
-def _keep(key: object, found: Found) -> None:
+def keep(key: object, found: Found) -> None:
+    """Remember what computes the calls of a key, unless that is None."""
     if key is None:
         return
     with _lock:
@@ -304,36 +298,6 @@ def _keep(key: object, found: Found) -> None:
         while not same and len(_calls) >= CALLS_MAX:
             del _calls[next(iter(_calls))]  # the oldest
         _calls[key] = (found, *same[: FOUND_MAX - 1])
-
-
-def _family_key(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: Causal,
-    window: Window,
-    softcap: float | None,
-    scale: float | None,
-    return_lse: bool,
-    backend: str,
-    recorded: bool,
-) -> object:
-    """Return what calls of one query a head have in common, however many keys there are; None for
-    others. With a window a side is bounded or not by the number of keys."""
-    try:
-        if q.shape[2] != 1 or not (window is None and (causal is True or causal is False)):
-            return None
-        alignment = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
-        kind = None
-        if mask is not None:
-            kind = (*mask.shape[:-1], mask.dtype, mask.device, type(mask), *_mask_key(mask)[5:])
-        options = _options_key(causal, window, softcap, scale, return_lse, None)
-        key = q.shape, k.shape[:2], k.shape[3], alignment, options, kind, recorded, backend
-        hash(key)
-    except (AttributeError, IndexError, TypeError, RuntimeError):
-        return None  # the call is wrong, or unusual
-    return key
 
 
 launcher.lookup = launcher.Lookup(find, BACKENDS, CALLS_MAX)

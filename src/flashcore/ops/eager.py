@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 from flashcore.ops.autograd import needs_grad
 from flashcore.ops.calls import Result, State
 from flashcore.ops.dense import OPERATORS
 from flashcore.ops.family import BackwardCall
+from flashcore.ops.gradient_calls import gradients, is_current
 from flashcore.problem.options import Inputs, Results
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
@@ -50,9 +52,12 @@ def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
         lengths: of its sequences.
         *tensors: q, k, v and the mask.
     """
-    if torch.compiler.is_compiling() or not all(type(x) is Tensor for x in lengths):
+    if is_compiling() or needs_dispatcher(*tensors):
         return False
-    return not needs_dispatcher(*tensors) and not needs_grad(*tensors)
+    for x in lengths:
+        if type(x) is not Tensor:
+            return False
+    return not needs_grad(*tensors)
 
 
 class _Recorded(torch.autograd.Function):
@@ -79,11 +84,23 @@ class _Recorded(torch.autograd.Function):
         q, k, v, out, lse, *masks = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         mask, needs_mask = (masks[0], needs[3]) if masks else (None, False)
+        if (
+            dout is not None
+            and dlse is None
+            and not needs_mask
+            and not torch.is_grad_enabled()
+            and is_current(q)
+            and not needs_dispatcher(q, k, dout, mask)
+        ):
+            found = gradients(q, k, v, mask, out, lse, dout, ctx.options, ctx.backend)
+            if found is not None:
+                pairs = zip((*found, None), needs, strict=False)
+                return None, *(g if need else None for g, need in pairs)
         arriving, inputs, results = Results(dout, dlse), Inputs(q, k, v, mask), Results(out, lse)
-        gradients = OPERATORS.gradients(
+        computed = OPERATORS.gradients(
             BackwardCall(arriving, inputs, results, ctx.options, (needs_mask,), ctx.backend)
         )
-        return None, *(g if need else None for g, need in zip(gradients, needs, strict=False))
+        return None, *(g if need else None for g, need in zip(computed, needs, strict=False))
 
 
 # torch.autograd.Function.apply first looks for functorch's transforms, which never come here.

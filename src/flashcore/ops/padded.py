@@ -58,12 +58,13 @@ def attention_padded(
 
         def describe() -> Problem:
             check_return_lse(return_lse)
-            return padded_problem(inputs, Options.checked(causal, window, softcap, scale))
+            problem = padded_problem(inputs, Options.checked(causal, window, softcap, scale))
+            return dataclasses.replace(problem, return_lse=return_lse)
 
         asked = causal, window, softcap, scale, return_lse
         result = attend_lengths(q, k, v, mask, (seqlens_k,), asked, None, backend, describe)
         if result is not None:
-            return result if return_lse else result[0]
+            return result if return_lse else result[0]  # type: ignore[return-value]
     options = Options.checked(causal, window, softcap, scale)
     returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
         inputs, options, Wanted(return_lse), backend

@@ -4,9 +4,11 @@ operators of torch, `flashcore::attention_varlen_forward` and
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal, overload
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from flashcore.backends.dispatch import choose_backend, warn_once
 from flashcore.backends.packed import (
@@ -36,6 +38,7 @@ from flashcore.problem.validation import check_return_lse
 __all__ = ["attention_varlen"]
 
 Tensor = torch.Tensor
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # looked up once, not in every call
 
 
 @overload
@@ -160,21 +163,23 @@ def attention_varlen(
     """
     if _unknown:
         refuse(attention_varlen, _unknown)
-    q, k, v, _ = autocast(q, k, v, None)
+    if is_dynamo_compiling() or _is_any_autocast_enabled():
+        q, k, v, _ = autocast(q, k, v, None)
     lengths = cu_seqlens_q, cu_seqlens_k
     if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None):
 
         def describe() -> Problem:
             check_return_lse(return_lse)
-            return packed_problem(
+            problem = packed_problem(
                 q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
                 softcap=softcap,
             )  # fmt: skip
+            return dataclasses.replace(problem, return_lse=return_lse)
 
         asked, longest = (causal, window, softcap, scale, return_lse), (max_seqlen_q, max_seqlen_k)
         result = attend_lengths(q, k, v, None, lengths, asked, longest, backend, describe)
         if result is not None:
-            return result if return_lse else result[0]
+            return result if return_lse else result[0]  # type: ignore[return-value]
     if not torch.compiler.is_compiling():  # then the operator's fake checks
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     inputs = Inputs(

@@ -18,6 +18,8 @@ Result = Tensor | tuple[Tensor, Tensor]
 def has_other_rank(q: object, k: object, v: object) -> bool:
     """Return whether q, k and v are dense tensors that agree in a number of dimensions other than
     4. What else may be wrong with them is found later."""
+    if isinstance(q, Tensor) and q.dim() == 4:
+        return False
     tensors = [x for x in (q, k, v) if isinstance(x, Tensor)]
     if len(tensors) < 3 or any(x.layout != torch.strided or x.is_nested for x in tensors):
         return False

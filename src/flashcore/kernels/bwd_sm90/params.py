@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -81,7 +81,6 @@ def build_params_bwd_sm90(
     plan: BwdSm90Plan,
     tensors: Mapping[str, torch.Tensor],
     num_blocks: int,
-    encode: Callable[[TensorMap, str], TensorMap] | None = None,
     tile_counter: int | None = None,
 ) -> AttnBwdSm90Params:
     """Return the argument of one of the kernels.
@@ -93,16 +92,14 @@ def build_params_bwd_sm90(
             there are some.
         num_blocks: of the launch.
         tile_counter: address of the counter of a plan that draws tiles.
-        encode: makes the descriptors that a GPU reads (launch/descriptors.py); None for the
-            simulator, which sets addresses itself.
 
     Returns:
-        The filled structure.
+        The filled structure, with descriptors that are still to be encoded.
 
     Raises:
         NotImplementedError: the problem is too large for one launch.
     """
-    addresses = {name: x.data_ptr() if encode else 0 for name, x in tensors.items()}
+    addresses = {name: x.data_ptr() for name, x in tensors.items()}
     argument = AttnBwdSm90Params()
     inputs: dict[str, int | None] = {x: addresses[x] for x in ("q", "k", "v", "out", "lse")}
     argument.attn = params.build_params(
@@ -116,8 +113,6 @@ def build_params_bwd_sm90(
     argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
     for name, box_rows in maps_of(plan).items():
         tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)
-        if encode:
-            tensor_map = encode(tensor_map, problem.dtype)
         setattr(argument, f"{name}_map", tensor_map)
     return argument
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
@@ -77,7 +77,7 @@ class AttnParams(ctypes.Structure):
     The fields of all groups but `strides` are attributes of this structure too, with their offsets
     in it: an address is placed by its field's name."""
 
-    _anonymous_ = ("tensors", "band", "lengths", "splits")
+    _anonymous_: ClassVar[tuple[str, ...]] = ("tensors", "band", "lengths", "splits")
     _fields_ = [
         ("tensors", Tensors),
         ("strides", Strides),
@@ -96,7 +96,7 @@ class AttnParams(ctypes.Structure):
 class AttnGateParams(AttnParams):
     """Extend AttnParams of a kernel that was built with a debug gate."""
 
-    _anonymous_ = ("gate",)
+    _anonymous_: ClassVar[tuple[str, ...]] = ("gate",)
     _fields_ = [("gate", Gate)]
 
 

@@ -1,0 +1,143 @@
+"""Time every road to a launch: the host's microseconds of an eager call, and what it may take."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+import flashcore
+from flashcore.bench.report import table
+from flashcore.bench.timing import first_line
+from flashcore.compat.flash_attn import flash_attn_func
+from flashcore.launch import launcher
+
+
+class Road(NamedTuple):
+    """A Road is one way to call flashcore or torch.
+
+    Args:
+        call: makes one eager call.
+        than: the road that its bar is a multiple of; "" for none.
+        bar: by how much of that road's time it may take.
+    """
+
+    call: Callable[[], object]
+    than: str = ""
+    bar: float | None = None
+
+
+def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
+    """Return the roads by name.
+
+    Args:
+        q: [batch, num_heads, seqlen, head_dim].
+        k: like q.
+        v: like q.
+    """
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    batch, _, seqlen, _ = q.shape
+    mask = torch.ones(1, 1, seqlen, seqlen, dtype=torch.bool, device=q.device)
+    seqlens_k = torch.full((batch,), seqlen - 1, dtype=torch.int32, device=q.device)
+    ends = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * seqlen
+    rows = [x.transpose(1, 2).contiguous() for x in (q, k, v)]
+    rows_q, rows_k, rows_v = rows
+    packed_q, packed_k, packed_v = (x.flatten(0, 1) for x in rows)
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
+    dout = torch.ones_like(q)
+
+    def step(function: Callable[..., Any]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
+
+    training = "scaled_dot_product_attention of torch, forward and backward"
+    return {
+        "attention": Road(lambda: flashcore.attention(q, k, v)),
+        "attention, mask": Road(lambda: flashcore.attention(q, k, v, mask=mask), "attention", 1.3),
+        "attention, seqlens_k": Road(
+            lambda: flashcore.attention(q, k, v, seqlens_k=seqlens_k), "attention", 1.3
+        ),
+        "attention_varlen": Road(
+            lambda: flashcore.attention_varlen(
+                packed_q, packed_k, packed_v, ends, ends, seqlen, seqlen
+            ),
+            "attention",
+            1.3,
+        ),
+        "flash_attn_func": Road(lambda: flash_attn_func(rows_q, rows_k, rows_v), "attention", 1.2),
+        "scaled_dot_product_attention": Road(
+            lambda: flashcore.scaled_dot_product_attention(q, k, v),
+            "scaled_dot_product_attention of torch",
+            0.9,
+        ),
+        "scaled_dot_product_attention of torch": Road(lambda: sdpa(q, k, v)),
+        "attention, forward and backward": Road(step(flashcore.attention), training, 0.7),
+        training: Road(step(sdpa)),
+    }
+
+
+def run(
+    q: Tensor, k: Tensor, v: Tensor, rounds: int, host_us: Callable[[Callable[[], object]], float]
+) -> list[dict[str, Any]]:
+    """Time the roads in turns.
+
+    Args:
+        q: [batch, num_heads, seqlen, head_dim], without a gradient.
+        k: like q.
+        v: like q.
+        rounds: timed ones; another warms up.
+        host_us: microseconds of a call.
+
+    Returns:
+        For each road plain values: road; us, its median, and of_dense, that over the time of
+        `attention`, or skipped, why it did not run; than and bar as in Road, and ratio, its time
+        over that of the road `than`.
+    """
+    known, failed = roads(q, k, v), {}
+    samples: dict[str, list[float]] = {}
+    with launcher.using("python"):
+        for name, road in known.items():
+            try:
+                road.call()
+                samples[name] = []
+            except Exception as error:  # whatever a road raises is a reason to leave it out
+                failed[name] = first_line(error)
+        for _ in range(rounds + 1):
+            for name, times in samples.items():
+                times.append(host_us(known[name].call))
+    medians = {name: statistics.median(times[1:]) for name, times in samples.items()}
+    rows: list[dict[str, Any]] = []
+    for name, road in known.items():
+        if name in failed:
+            rows.append({"road": name, "skipped": failed[name]})
+            continue
+        row: dict[str, Any] = {"road": name, "us": medians[name]}
+        if "attention" in medians:
+            row["of_dense"] = medians[name] / medians["attention"]
+        if road.than in medians:
+            row |= {"than": road.than, "bar": road.bar, "ratio": medians[name] / medians[road.than]}
+        rows.append(row)
+    return rows
+
+
+def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return a table's rows: road, us, over dense, over the road of its bar, bar."""
+    lines = []
+    for row in rows:
+        if "us" not in row:
+            lines.append([row["road"], "-", "-", "-", "-"])
+            continue
+        of_dense = f"{row['of_dense']:.2f}" if "of_dense" in row else "-"
+        ratio, bar = (f"{row[x]:.2f}" if x in row else "-" for x in ("ratio", "bar"))
+        lines.append([row["road"], f"{row['us']:.1f}", of_dense, ratio, bar])
+    return lines
+
+
+HEADINGS = ("eager call", "us", "of dense", "of its peer", "bar")
+
+
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the table. The peer is `attention`, or torch's own where the road has such a one."""
+    return table(list(HEADINGS), cells(rows))

@@ -1,0 +1,33 @@
+"""Hold what a launch needs beside its tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from flashcore.kernels.fwd_sm90 import params as params_sm90
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.launch.counters import work_counters
+from flashcore.problem import Problem
+
+
+class Scratch:
+    """Hold what a call needs beside its tensors, see params_sm90.scratch_shapes."""
+
+    def __init__(self, problem: Problem, plan: Plan) -> None:
+        shapes = params_sm90.scratch_shapes(problem, plan)
+        (self.num_counters,) = shapes.get("tile_counter", (0,))
+        self.num_out = math.prod(shapes.get("split_out", (0,)))
+        self.num_floats = self.num_out + math.prod(shapes.get("split_stats", (0,)))
+
+    def allocate(self, q: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Allocate shares, from torch's allocator, and the address of counters; both of the current
+        stream. Where blocks share the keys of row tiles."""
+        shares = q.new_empty(self.num_floats, dtype=torch.float32)
+        return shares, work_counters(q.device, self.num_counters)
+
+    def pointers(self, shares: int, counters: int) -> dict[str, int]:
+        """Return addresses by field of AttnParams."""
+        stats = shares + 4 * self.num_out
+        return {"split_out": shares, "split_stats": stats, "tile_counter": counters}

@@ -1,0 +1,62 @@
+"""Make keys under which calls are remembered: what tells the arguments of one from another's."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from flashcore.problem import Causal, Window
+
+
+def options_key(
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    mask: Tensor | None,
+) -> tuple[object, ...]:
+    """Return a key of the options; types are in it because 1 == True == 1.0, and not all of them
+    are valid."""
+    return (
+        causal, type(causal), scale, type(scale), softcap, type(softcap),
+        window if window is None else (type(window), *window, *map(type, window)),
+        return_lse, type(return_lse), None if mask is None else mask_key(mask),
+    )  # fmt: skip
+
+
+def mask_key(mask: Tensor) -> tuple[object, ...]:
+    """Return a key of how a mask is read."""
+    address = mask.data_ptr()
+    if not address:
+        raise RuntimeError("a mask without memory")
+    return mask.shape, mask.stride(), address & 15, mask.dtype, mask.device, mask.is_neg()
+
+
+def family_key(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    backend: str,
+    recorded: bool,
+) -> object:
+    """Return what calls of one query a head have in common, however many keys there are; None for
+    others. With a window a side is bounded or not by the number of keys."""
+    try:
+        if q.shape[2] != 1 or not (window is None and (causal is True or causal is False)):
+            return None
+        alignment = (q.data_ptr() | k.data_ptr() | v.data_ptr()) & 15
+        kind = None
+        if mask is not None:
+            kind = (*mask.shape[:-1], mask.dtype, mask.device, type(mask), *mask_key(mask)[5:])
+        options = options_key(causal, window, softcap, scale, return_lse, None)
+        key = q.shape, k.shape[:2], k.shape[3], alignment, options, kind, recorded, backend
+        hash(key)
+    except (AttributeError, IndexError, TypeError, RuntimeError):
+        return None  # the call is wrong, or unusual
+    return key
