@@ -25,7 +25,7 @@ from flashcore.backends.dispatch import (
     warn_once,
     without_autocast,
 )
-from flashcore.backends.gradients import attention_gradients
+from flashcore.backends.gradients import attention_gradients, padded_gradients
 from flashcore.backends.packed import check_lengths
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
@@ -228,6 +228,9 @@ def _backward(
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     problem = _problem(q, k, v, mask, seqlens_k, Options(*options))
+    fused = padded_gradients(problem, q, k, v, mask, seqlens_k, out, lse, dout, dlse)
+    if fused is not None:
+        return fused
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     with without_autocast(problem.device):
         for own, b, n in _sequences(problem, seqlens_k):

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
+from flashcore.kernels.fwd_sm90.params import make_ragged
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnParams
@@ -92,7 +93,7 @@ def build_params_bwd_sm90(
         problem: shapes, strides and options of the forward.
         plan: of the kernel.
         tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask and dlse where
-            there are some.
+            there are some; seqlens_k where the problem has lengths.
         num_blocks: of the launch.
         tile_counter: address of the counter of a plan that draws tiles.
         target: "ptx" for the GPU, "host" for the simulator, which sets addresses itself.
@@ -107,7 +108,11 @@ def build_params_bwd_sm90(
     argument = AttnBwdSm90Params()
     inputs: dict[str, int | None] = {x: addresses[x] for x in ("q", "k", "v", "out", "lse")}
     argument.attn = params.build_params(
-        problem, plan, inputs | {"mask": addresses.get("mask"), "tile_counter": tile_counter}
+        problem,
+        plan,
+        inputs
+        | {name: addresses.get(name) for name in ("mask", "seqlens_k")}
+        | {"tile_counter": tile_counter},
     )
     if not plan.is_dq:
         argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles it walks over
@@ -117,6 +122,12 @@ def build_params_bwd_sm90(
     argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
     for name, box_rows in maps_of(plan).items():
         tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)
+        if problem.varlen == "keys" and name in ("k", "v"):
+            rows_per_batch = tensor_map.batch_stride_bytes // tensor_map.row_stride_bytes
+            if problem.batch == 1:
+                rows_per_batch = 0
+            setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
+            make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
         if target == "ptx":
             tensor_map = descriptors.encode(tensor_map, problem.dtype)
         setattr(argument, f"{name}_map", tensor_map)

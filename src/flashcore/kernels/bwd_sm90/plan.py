@@ -208,8 +208,8 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
         return f"the fused backward takes head_dim {HEAD_DIM_MAX} at most"
     if needs_mask_grad:
         return "the fused backward computes no gradient of a mask"
-    if problem.varlen != "none":
-        return "the fused backward takes sequences of one length"
+    if problem.varlen == "packed":
+        return "the fused backward takes no packed sequences"
     return None
 
 
