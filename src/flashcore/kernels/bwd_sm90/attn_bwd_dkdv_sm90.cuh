@@ -139,8 +139,10 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     }
     warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
     arrive_for_warp(bar.kv_empty);
-    clear_behind(c.dv, sequence, c.key_row);
-    clear_behind(c.dk, sequence, c.key_row);
+    // Read again, as a register that held it all along would be one too many.
+    const int num_keys = KEY_LENGTHS ? sequence_params(p, block).seqlen_k : 0;
+    clear_behind(c.dv, num_keys, c.key_row);
+    clear_behind(c.dk, num_keys, c.key_row);
     const auto out = smem.out + c.index * OUT_ELEMENTS;
     store_rows(c.dv, 1.0f, out, params.dv_map, c.key_row, block.head_idx_kv, block.batch_idx,
                STORE_BARRIER + c.index);

@@ -67,7 +67,7 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
     }
     // The other role's last dP^T, which read V, was done when it took the last P^T.
     mbar_wait(bar.probs_empty, int(count % 2) ^ 1);
-    clear_behind(dv, own, block.m_begin);
+    clear_behind(dv, own.seqlen_k, block.m_begin);
     store_in_place(dv, 1.0f, smem.v, params.dv_map, block, bar, STORE_BARRIER);
   }
 }
@@ -112,7 +112,7 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
       }
     }
     // The other role's last S^T, which read K, was done when it handed over the last P^T.
-    clear_behind(dk, own, block.m_begin);
+    clear_behind(dk, own.seqlen_k, block.m_begin);
     store_in_place(dk, p.softmax_scale, smem.k, params.dk_map, block, bar, STORE_BARRIER + 1);
   }
 }

@@ -154,14 +154,14 @@ FC_DEVICE BlockCoord await_coord(const Barriers& bar, const Buffers& smem, int t
 // Keys behind a sequence's last one have gradient 0, whatever was added up in their rows, of which
 // `first_row` is the first.
 template <int FRAGS>
-FC_DEVICE void clear_behind(WmmaAccum (&x)[FRAGS], const AttnParams& own, int first_row) {
-  if (!KEY_LENGTHS || first_row + 64 <= own.seqlen_k) return;
+FC_DEVICE void clear_behind(WmmaAccum (&x)[FRAGS], int num_keys, int first_row) {
+  if (!KEY_LENGTHS || first_row + 64 <= num_keys) return;
   const int row = first_row + warp_idx() % 4 * 16 + accum_row(opaque(lane_idx()), 0);
 #pragma unroll
   for (int n = 0; n < FRAGS; ++n) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (row + accum_row(0, i) >= own.seqlen_k) x[n].x[i] = 0.0f;
+      if (row + accum_row(0, i) >= num_keys) x[n].x[i] = 0.0f;
     }
   }
 }
