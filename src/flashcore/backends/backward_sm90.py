@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -34,6 +35,7 @@ def fused_backward(
     dlse: Tensor | None,
     run: Run,
     plans: BwdPlans | None = None,
+    seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v.
 
@@ -49,17 +51,26 @@ def fused_backward(
         dlse: gradient of lse, or None for zero.
         run: `run_on_gpu` or `run_in_simulator`.
         plans: by default what is selected for the problem.
+        seqlens_k: int32, [batch], how many keys each sequence has, where the problem says "keys".
 
     Returns:
         dq, dk, dv: shapes and dtypes of q, k and v, strides of `torch.empty_like`.
+        Keys behind a sequence's last one have gradient 0.
     """
     if problem.is_empty:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     given = q, k, v
     q, k, v = (_readable(x) for x in given)
+    if seqlens_k is not None:
+        k, v = _with_whole_rows(k), _with_whole_rows(v)
     if any(x is not y for x, y in zip((q, k, v), given, strict=True)):
-        problem = Options.of(problem).problem(q, k, v, mask, return_lse=True)
-    tensors = _named(q, k, v, mask, out, lse, dout, dlse)
+        changed = Options.of(problem).problem(q, k, v, mask, return_lse=True)
+        if problem.varlen == "keys":  # whose band does not depend on the lengths
+            names = "window_left", "window_right", "diag_offset", "varlen"
+            band = {name: getattr(problem, name) for name in names}
+            changed = dataclasses.replace(changed, **band, causal=problem.causal)
+        problem = changed
+    tensors = _named(q, k, v, mask, seqlens_k, out, lse, dout, dlse)
     for plan in plans or select_plans(problem):
         run(problem, plan, tensors)
     dq, dk, dv = (
@@ -73,6 +84,7 @@ def _named(
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
+    seqlens_k: Tensor | None,
     out: Tensor,
     lse: Tensor,
     dout: Tensor | None,
@@ -95,6 +107,8 @@ def _named(
     }
     if mask is not None:
         tensors["mask"] = mask
+    if seqlens_k is not None:
+        tensors["seqlens_k"] = seqlens_k
     if dlse is not None:
         tensors["dlse"] = dlse.contiguous()
     return tensors
@@ -133,7 +147,7 @@ def prepare_on_gpu(
     if problem.is_empty or any(_readable(x) is not x for x in (q, k, v)):
         return None
     given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
-    tensors = _named(q, k, v, mask, out, lse, dout, None)
+    tensors = _named(q, k, v, mask, None, out, lse, dout, None)
     if any(tensors[name] is not x for name, x in given.items()):
         return None
     tensors = given | tensors  # in this order, then the mask and what is made
@@ -175,6 +189,15 @@ def _readable(x: Tensor) -> Tensor:
         stride == 0 and size > 1 for stride, size in zip(strides, x.shape[:3], strict=True)
     )
     if x.stride(3) != 1 or is_expanded or load_bytes(x) < 16 or max(strides) >= 2**31:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
+def _with_whole_rows(x: Tensor) -> Tensor:
+    """Return x, or a copy: batches are a whole number of rows apart, so that a box may end where a
+    sequence does (make_ragged in kernels/fwd_sm90/params.py)."""
+    batch_stride, _, row_stride = strides_of(x)
+    if batch_stride % (row_stride or _PACKET):
         return x.clone(memory_format=torch.contiguous_format)
     return x
 

@@ -99,6 +99,36 @@ def _warn_of_fallback(reason: str) -> None:
     )
 
 
+def padded_gradients(
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seqlens_k: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Compute dq, dk and dv of a padded batch without reading its lengths, or return None where no
+    fused kernel does; the arguments are those of `attention_gradients`."""
+    code = choose_backward(problem, backend=backend).code
+    if code not in ("sm90", "sim") or problem.is_empty:
+        return None
+    run = run_on_gpu if code == "sm90" else run_in_simulator
+    try:
+        return fused_backward(
+            problem, q, k, v, mask, out, lse, dout, dlse, run, seqlens_k=seqlens_k
+        )
+    except BackendUnavailableError as error:
+        if code == "sim":
+            raise
+        _warn_of_fallback(str(error))
+    return None
+
+
 def attention_gradients(
     problem: Problem,
     q: Tensor,

@@ -31,7 +31,7 @@ _lock = threading.Lock()
 def _pointer_offsets() -> dict[str, int]:
     """Return where the kernels' argument has addresses, by name of the tensor."""
     attn = AttnBwdSm90Params.attn.offset
-    names = ("q", "k", "v", "mask", "out", "lse", "tile_counter")
+    names = ("q", "k", "v", "mask", "out", "lse", "seqlens_k", "tile_counter")
     offsets = {name: attn + getattr(AttnParams, name).offset for name in names}
     return offsets | {name: getattr(AttnBwdSm90Params, name).offset for name in ("dlse", "delta")}
 
@@ -55,7 +55,8 @@ class BackwardKernel:
         grid = grid_size(problem, plan, kernel_call._num_sms(device_index))
         self._launch = kernel_call._launch(plan, grid, device_index)
         self._counts_on = torch.device("cuda", device_index) if plan.draws_tiles else None
-        params = build_params_bwd_sm90(problem, plan, tensors, grid)
+        addresses = {name: x.data_ptr() for name, x in tensors.items()}
+        params = build_params_bwd_sm90(problem, plan, tensors, grid, addresses)
         self._maps: list[tuple[str, int, int]] = []  # tensor, offset, bytes of it before the map
         for name in maps_of(plan):
             field = f"{name}_map"

@@ -23,7 +23,7 @@ from flashcore.backends.dispatch import (
     warn_once,
     without_autocast,
 )
-from flashcore.backends.gradients import attention_gradients
+from flashcore.backends.gradients import attention_gradients, padded_gradients
 from flashcore.backends.packed import check_lengths
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
@@ -166,6 +166,12 @@ def _differentiate(
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
     problem = padded_problem(inputs, options)
+    fused = padded_gradients(
+        problem, q, k, v, mask, seqlens_k, results.out, results.lse, arriving.out, arriving.lse,
+        backend,
+    )  # fmt: skip
+    if fused is not None:
+        return fused
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for own, b, n in _sequences(problem, seqlens_k):
         dq[b], dk[b, :, :n], dv[b, :, :n], _ = attention_gradients(

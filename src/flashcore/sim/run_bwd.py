@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flashcore.problem import Problem
     from flashcore.sim.report import SimReport
 
-_OF_ATTN = ("q", "k", "v", "mask", "out", "lse")
+_OF_ATTN = ("q", "k", "v", "mask", "out", "lse", "seqlens_k")
 
 
 def simulate_backward(

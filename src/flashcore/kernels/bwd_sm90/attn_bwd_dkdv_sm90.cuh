@@ -123,8 +123,9 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) break;
     c.key_row = block.m_begin + c.index * 64;
-    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
-    const QueryTiles own = own_query_tiles(p, tiles, c.key_row);
+    const auto& sequence = sequence_params(p, block);
+    const QueryTiles tiles = query_tiles(sequence, block.m_begin, BLOCK_N);
+    const QueryTiles own = own_query_tiles(sequence, tiles, c.key_row);
     clear(c.dk);
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);
@@ -132,12 +133,16 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
       c.mask = mask_of(p, block.batch_idx, block.head_idx + head);
       skip_tiles(bar, count, own.begin - tiles.begin);
       if (own.begin < own.end) {
-        accumulate(c, p, bar, smem, count, own.begin, own.end - own.begin);
+        accumulate(c, sequence, bar, smem, count, own.begin, own.end - own.begin);
       }
       skip_tiles(bar, count, tiles.end - own.end);
     }
     warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
     arrive_for_warp(bar.kv_empty);
+    // Read again, as a register that held it all along would be one too many.
+    const int num_keys = KEY_LENGTHS ? sequence_params(p, block).seqlen_k : 0;
+    clear_behind(c.dv, num_keys, c.key_row);
+    clear_behind(c.dk, num_keys, c.key_row);
     const auto out = smem.out + c.index * OUT_ELEMENTS;
     store_rows(c.dv, 1.0f, out, params.dv_map, c.key_row, block.head_idx_kv, block.batch_idx,
                STORE_BARRIER + c.index);

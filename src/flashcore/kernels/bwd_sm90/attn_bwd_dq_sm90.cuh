@@ -165,13 +165,13 @@ FC_DEVICE void score_gradient(Consumer& c) {
   }
 }
 
-// One key tile, the FIRST of a row tile or not. With OVERLAPS, dQ of the tile before is issued
+// One key tile, the FIRST of a row tile or not; `p` as its sequence sees them. With OVERLAPS, dQ of the tile before is issued
 // here, and this one's left to the next. All else that is issued here is also waited for: ptxas
 // serialises products that are under way from one turn of a loop to the next.
 template <bool FIRST>
-FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
-                        const Buffers& smem, const BlockCoord& block, int key_begin) {
-  const AttnParams& p = params.attn;
+FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const AttnParams& p,
+                        const Barriers& bar, const Buffers& smem, const BlockCoord& block,
+                        int key_begin) {
   constexpr bool HAS_DQ = OVERLAPS && !FIRST;
   await_k(bar, c.count);
   issue_s(c, smem, c.count);
@@ -207,12 +207,13 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Barr
 }
 
 // dQ of a consumer's 64 rows over key tiles, from last to first.
-FC_DEVICE void accumulate(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
-                          const Buffers& smem, const BlockCoord& block, const KeyRange& keys) {
+FC_DEVICE void accumulate(Consumer& c, const AttnBwdSm90Params& params, const AttnParams& p,
+                          const Barriers& bar, const Buffers& smem, const BlockCoord& block,
+                          const KeyRange& keys) {
   int n_block = keys.n_block_end - 1;
-  key_tile<true>(c, params, bar, smem, block, n_block * BLOCK_N);
+  key_tile<true>(c, params, p, bar, smem, block, n_block * BLOCK_N);
   for (--n_block; n_block >= keys.n_block_begin; --n_block) {
-    key_tile<false>(c, params, bar, smem, block, n_block * BLOCK_N);
+    key_tile<false>(c, params, p, bar, smem, block, n_block * BLOCK_N);
   }
   if (OVERLAPS) {
     issue_dq(c, smem, c.count - 1);
@@ -235,13 +236,14 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (block.m_begin == NO_TILE) break;
     const int group_row = block.m_begin + c.index * 64;
     c.warp_row = group_row + warp_idx() % 4 * 16;
-    const KeyRange keys = key_range(p, block.m_begin);
-    const KeyRange own = IS_BOUNDED ? group_key_range(p, keys, group_row) : keys;
+    const auto& sequence = sequence_params(p, block);
+    const KeyRange keys = key_range(sequence, block.m_begin);
+    const KeyRange own = IS_BOUNDED ? group_key_range(sequence, keys, group_row) : keys;
     c.mask = mask_of(p, block.batch_idx, block.head_idx);
     clear(c.dq);
     if (IS_BOUNDED) skip_tiles(c, bar, keys.n_block_end - own.n_block_end);
     if (own.n_block_begin < own.n_block_end) {
-      accumulate(c, params, bar, smem, block, own);
+      accumulate(c, params, sequence, bar, smem, block, own);
     } else {
       load_stats(c, params, block, smem);
     }

@@ -35,7 +35,8 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
   for (int turn = 0;; ++turn) {
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
-    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    const auto& own = sequence_params(p, block);
+    const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
     clear(dv);
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
@@ -45,7 +46,7 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
         wgmma_wait<0>();
         wgmma_hold(scores);
         await_do(bar, count);
-        exponentiate(scores, probs, capped_probs, p,
+        exponentiate(scores, probs, capped_probs, own,
                      smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS,
                      mask_of(p, block.batch_idx, block.head_idx + head), block.m_begin,
                      m_block * BLOCK_M);
@@ -66,6 +67,7 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
     }
     // The other role's last dP^T, which read V, was done when it took the last P^T.
     mbar_wait(bar.probs_empty, int(count % 2) ^ 1);
+    clear_behind(dv, own.seqlen_k, block.m_begin);
     store_in_place(dv, 1.0f, smem.v, params.dv_map, block, bar, STORE_BARRIER);
   }
 }
@@ -80,7 +82,8 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
   for (int turn = 0;; ++turn) {
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
-    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    const auto& own = sequence_params(p, block);
+    const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
     clear(dk);
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
@@ -109,6 +112,7 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
       }
     }
     // The other role's last S^T, which read K, was done when it handed over the last P^T.
+    clear_behind(dk, own.seqlen_k, block.m_begin);
     store_in_place(dk, p.softmax_scale, smem.k, params.dk_map, block, bar, STORE_BARRIER + 1);
   }
 }

@@ -152,6 +152,21 @@ FC_DEVICE BlockCoord await_coord(const Barriers& bar, const Buffers& smem, int t
   return coord_or_end(coord_slot(smem.coords, turn));
 }
 
+// Keys behind a sequence's last one have gradient 0, whatever was added up in their rows, of which
+// `first_row` is the first.
+template <int FRAGS>
+FC_DEVICE void clear_behind(WmmaAccum (&x)[FRAGS], int num_keys, int first_row) {
+  if (!KEY_LENGTHS || first_row + 64 <= num_keys) return;
+  const int row = first_row + warp_idx() % 4 * 16 + accum_row(opaque(lane_idx()), 0);
+#pragma unroll
+  for (int n = 0; n < FRAGS; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (row + accum_row(0, i) >= num_keys) x[n].x[i] = 0.0f;
+    }
+  }
+}
+
 // --- the producers -------------------------------------------------------------------------------
 
 // The key tile that a walk is at. Under a right bound the first keys are seen by most queries.
@@ -187,20 +202,31 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     mbar_arrive(bar.coord_full + turn % 2);
 
     mbar_wait(bar.kv_empty, turn % 2 ^ 1);
-    mbar_arrive_expect_tx(bar.kv_full, NUM_KEY_GROUPS * (K_GROUP_ELEMENTS + V_GROUP_ELEMENTS) * 2);
-    for (int group = 0; group < NUM_KEY_GROUPS; ++group) {
-      const int row = block.m_begin + group * 64;
+    const auto& own = sequence_params(p, block);
+    const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
+    // Behind a sequence's last key no box may start (make_ragged in fwd_sm90/params.py).
+    const bool has_keys = !KEY_LENGTHS || block.m_begin < own.seqlen_k;
+    if (has_keys) {
+      mbar_arrive_expect_tx(bar.kv_full,
+                            NUM_KEY_GROUPS * (K_GROUP_ELEMENTS + V_GROUP_ELEMENTS) * 2);
+    } else {
+      mbar_arrive(bar.kv_full);
+    }
+    const BoxOrigin k_box = key_box(p, block, p.lengths.k_rows_per_batch);
+    const BoxOrigin v_box = key_box(p, block, p.lengths.v_rows_per_batch);
+    for (int group = 0; has_keys && group < NUM_KEY_GROUPS; ++group) {
+      int row = block.m_begin + group * 64;
+      if (KEY_LENGTHS) row = min_i(row, own.seqlen_k - 1);
       for (int c = 0; c < QK_CHUNKS; ++c) {
         tma_load(smem.k + (group * K_GROUP_ELEMENTS + c * 64 * CHUNK), params.k_map, bar.kv_full,
-                 c * CHUNK, row, block.head_idx_kv, block.batch_idx);
+                 c * CHUNK, k_box.row + row, block.head_idx_kv, k_box.batch);
       }
       for (int c = 0; c < V_CHUNKS; ++c) {
         tma_load(smem.v + (group * V_GROUP_ELEMENTS + c * 64 * CHUNK), params.v_map, bar.kv_full,
-                 c * CHUNK, row, block.head_idx_kv, block.batch_idx);
+                 c * CHUNK, v_box.row + row, block.head_idx_kv, v_box.batch);
       }
     }
 
-    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
     int left = heads_per_kv * (tiles.end - tiles.begin);
     if (left == 0) tile.ask(p, params.schedule);
     for (int head = 0; head < heads_per_kv; ++head) {
@@ -256,7 +282,8 @@ FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
   for (int turn = 0;; ++turn) {
     BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
-    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    const auto& own = sequence_params(p, block);
+    const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
     for (int head = 0; head < heads_per_kv; ++head, ++block.head_idx) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
         float lse[ROWS_OF_LANE], delta[ROWS_OF_LANE];

@@ -89,6 +89,9 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     }
     const BlockCoord block = tile.coord(p, params.schedule);
     store_coord(coord, block);
+    const auto& own = sequence_params(p, block);
+    const BoxOrigin k_box = key_box(p, block, p.lengths.k_rows_per_batch);
+    const BoxOrigin v_box = key_box(p, block, p.lengths.v_rows_per_batch);
     for (int group = 0; group < NUM_CONSUMERS; ++group) {
       const int slot = slot_of(turn, group);
       const auto full = bar.q_full + slot;
@@ -104,7 +107,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
                  c * CHUNK, row, block.head_idx, block.batch_idx);
       }
     }
-    const KeyRange keys = key_range(p, block.m_begin);
+    const KeyRange keys = key_range(own, block.m_begin);
     bool asked = false;
     for (int n_block = keys.n_block_end - 1; n_block >= keys.n_block_begin; --n_block, ++count) {
       if (!asked && n_block < keys.n_block_begin + ASK_AHEAD) {
@@ -117,7 +120,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
       mbar_arrive_expect_tx(k_full, K_ELEMENTS * 2);
       for (int c = 0; c < QK_CHUNKS; ++c) {
         tma_load(smem.k + (k_stage * K_ELEMENTS + c * BLOCK_N * CHUNK), params.k_map, k_full,
-                 c * CHUNK, n_block * BLOCK_N, block.head_idx_kv, block.batch_idx);
+                 c * CHUNK, k_box.row + n_block * BLOCK_N, block.head_idx_kv, k_box.batch);
       }
       const int v_stage = stage_of<NUM_V_STAGES>(count);
       const auto v_full = bar.v_full + v_stage;
@@ -125,7 +128,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
       mbar_arrive_expect_tx(v_full, V_ELEMENTS * 2);
       for (int c = 0; c < V_CHUNKS; ++c) {
         tma_load(smem.v + (v_stage * V_ELEMENTS + c * BLOCK_N * CHUNK), params.v_map, v_full,
-                 c * CHUNK, n_block * BLOCK_N, block.head_idx_kv, block.batch_idx);
+                 c * CHUNK, v_box.row + n_block * BLOCK_N, block.head_idx_kv, v_box.batch);
       }
     }
     if (!asked) tile.ask(p, params.schedule);  // it has no key tiles

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
+from flashcore.kernels.fwd_sm90.params import make_ragged
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnParams
@@ -81,7 +82,7 @@ def build_params_bwd_sm90(
     plan: BwdSm90Plan,
     tensors: Mapping[str, torch.Tensor],
     num_blocks: int,
-    tile_counter: int | None = None,
+    addresses: Mapping[str, int] | None = None,
 ) -> AttnBwdSm90Params:
     """Return the argument of one of the kernels.
 
@@ -89,9 +90,9 @@ def build_params_bwd_sm90(
         problem: shapes, strides and options of the forward.
         plan: of the kernel.
         tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask and dlse where
-            there are some.
+            there are some; seqlens_k where the problem has lengths.
         num_blocks: of the launch.
-        tile_counter: address of the counter of a plan that draws tiles.
+        addresses: of the tensors, by name; None for the simulator, which places them itself.
 
     Returns:
         The filled structure, with descriptors that are still to be encoded.
@@ -99,12 +100,11 @@ def build_params_bwd_sm90(
     Raises:
         NotImplementedError: the problem is too large for one launch.
     """
-    addresses = {name: x.data_ptr() for name, x in tensors.items()}
+    addresses = addresses or dict.fromkeys(tensors, 0)
     argument = AttnBwdSm90Params()
     inputs: dict[str, int | None] = {x: addresses[x] for x in ("q", "k", "v", "out", "lse")}
-    argument.attn = params.build_params(
-        problem, plan, inputs | {"mask": addresses.get("mask"), "tile_counter": tile_counter}
-    )
+    others = {name: addresses.get(name) for name in ("mask", "seqlens_k")}
+    argument.attn = params.build_params(problem, plan, inputs | others)
     if not plan.is_dq:
         argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles it walks over
     num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
@@ -113,6 +113,12 @@ def build_params_bwd_sm90(
     argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
     for name, box_rows in maps_of(plan).items():
         tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)
+        if problem.varlen == "keys" and name in ("k", "v"):
+            rows_per_batch = tensor_map.batch_stride_bytes // tensor_map.row_stride_bytes
+            if problem.batch == 1:
+                rows_per_batch = 0
+            setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
+            make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
         setattr(argument, f"{name}_map", tensor_map)
     return argument
 
