@@ -21,8 +21,8 @@ from flashcore.kernels.bwd_sm90.plan import DQ_KERNEL, select_plans
 from flashcore.kernels.fwd_sm90.params import AttnSm90GateParams, AttnSm90Params
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
-from flashcore.kernels.fwd_wmma.plan import select_plan
 from flashcore.problem import Problem
+from flashcore.selection.select import select_plan
 from flashcore.sim.build import COMMON_FLAGS
 
 _TEXT = (KERNELS_DIR / "tile" / "params.cuh").read_text(encoding="utf-8")

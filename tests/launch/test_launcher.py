@@ -344,6 +344,7 @@ def test_an_address_that_the_driver_refuses_is_left_to_python(monkeypatch):
 
 def test_what_it_remembers_is_bounded(monkeypatch):
     monkeypatch.setattr(calls, "CALLS_MAX", 3)
+    monkeypatch.setattr(launcher, "lookup", launcher.lookup._replace(calls_max=3))
     machine, module = installed(monkeypatch)
     q, keys = torch.zeros(1, 4, 1, 64).half(), torch.zeros(1, 4, 64, 64).half()
     for length in (9, 10, 11, 12, 13, 9, 13):

@@ -18,8 +18,8 @@ from flashcore.ops import flops
 from flashcore.ops.calls import attend
 from flashcore.ops.family import Family, Gradients
 from flashcore.ops.operators import Operators
-from flashcore.ops.plain import backward_plain, forward_plain
-from flashcore.ops.second_order import backward_of_backward
+from flashcore.plain.attention import backward_plain, forward_plain
+from flashcore.plain.second_order import backward_of_backward
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.validation import check_kinds, check_mask, check_mask_kind, check_qkv

@@ -32,7 +32,7 @@ from flashcore.ops.calls import attend_lengths
 from flashcore.ops.eager import is_plain
 from flashcore.ops.family import Family, Gradients
 from flashcore.ops.operators import Operators
-from flashcore.ops.plain_lengths import (
+from flashcore.plain.lengths import (
     padded_backward_plain,
     padded_forward_plain,
     padded_second_order,

@@ -25,7 +25,7 @@ from flashcore.ops.dense import autocast
 from flashcore.ops.eager import is_plain
 from flashcore.ops.family import Family, Gradients
 from flashcore.ops.operators import Operators
-from flashcore.ops.plain_lengths import (
+from flashcore.plain.lengths import (
     varlen_backward_plain,
     varlen_forward_plain,
     varlen_second_order,

@@ -164,7 +164,7 @@ def backward_plain(
     options: Options,
     hidden: Hidden | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Compute attention's gradient, as ops/second_order.py writes it.
+    """Compute attention's gradient, as plain/second_order.py writes it.
 
     Args:
         dout: [batch, num_heads_q, seqlen_q, head_dim_v], or None for zero.

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.packed import of_packed, readable, rows_of_sequences
-from flashcore.ops.plain import Hidden, backward_plain, forward_plain, outside_band
-from flashcore.ops.second_order import backward_of_backward
+from flashcore.plain.attention import Hidden, backward_plain, forward_plain, outside_band
+from flashcore.plain.second_order import backward_of_backward
 from flashcore.problem.memory_layout import as_batch
 from flashcore.problem.options import Inputs, Options, Results
 from flashcore.problem.validation import check_mask, check_qkv

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcore.ops.plain import Hidden, Rows, arriving, band, scale_of, weights
+from flashcore.plain.attention import Hidden, Rows, arriving, band, scale_of, weights
 from flashcore.problem.options import Options
 
 

@@ -241,7 +241,7 @@ def test_many_rows_are_computed_in_blocks():
     call = lambda q: flashcore.attention(q, k, v, mask=mask, causal=True, window=(30, 0))
     want = torch.func.jvp(call, (q,), (q,))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("flashcore.ops.plain.TILE_SCORES", 1)
+        patch.setattr("flashcore.plain.attention.TILE_SCORES", 1)
         torch.testing.assert_close(torch.func.jvp(call, (q,), (q,)), want)
 
 
