@@ -1,5 +1,5 @@
-"""The backward kernels for Hopper with seqlens_k, in the simulator: no alarm, right gradients, and
-0 for keys behind a sequence's last one, where q, k, v and the lengths may hold anything."""
+"""Test the backward kernels for Hopper with seqlens_k, in the simulator: no alarm, right gradients,
+and 0 for keys behind a sequence's last one, where q, k, v and the lengths may hold anything."""
 
 from __future__ import annotations
 
