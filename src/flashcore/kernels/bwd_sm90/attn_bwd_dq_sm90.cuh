@@ -165,9 +165,10 @@ FC_DEVICE void score_gradient(Consumer& c) {
   }
 }
 
-// One key tile, the FIRST of a row tile or not; `p` as its sequence sees them. With OVERLAPS, dQ of
+// One key tile, the FIRST of a row tile or not; `p` is what its sequence sees. With OVERLAPS, dQ of
 // the tile before is issued here, and this one's left to the next. All else that is issued here is
-// also waited for: ptxas serialises products that are under way from one turn of a loop to the next.
+// also waited for: ptxas serialises products that are under way from one turn of a loop to the
+// next.
 template <bool FIRST>
 FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const AttnParams& p,
                         const Barriers& bar, const Buffers& smem, const BlockCoord& block,
