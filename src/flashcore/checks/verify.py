@@ -25,6 +25,7 @@ from flashcore.base import env
 from flashcore.checks.accuracy import ErrorReport, error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.checks.drawing import Drawn, draw
+from flashcore.checks.gradient_drawing import GradientCase
 from flashcore.checks.planned import format_tile, run_planned, with_fields
 from flashcore.checks.varlen_cases import (
     VarlenCase,
@@ -54,7 +55,7 @@ class CaseResult:
     apart."""
 
     index: int
-    case: Case | VarlenCase
+    case: Case | VarlenCase | GradientCase
     tile: Mapping[str, Any]
     ok: bool
     replay: str
@@ -159,7 +160,7 @@ def _verify_one(backend: str, seed: int, index: int, arch: int, plant: Plant | N
         isolate=None if backend == "torch" else f"flashcore isolate {number}",
     )
     try:
-        with _simulator(drawn.case.seed, arch):
+        with simulator(drawn.case.seed, arch):
             report = _judge(drawn, backend, arch, plant)
     except CompileError as error:
         return dataclasses.replace(found, error=str(error), does_not_compile=True)
@@ -225,7 +226,7 @@ def _plan(problem: Problem, backend: str, arch: int, tile: Mapping[str, Any]) ->
 
 
 @contextmanager
-def _simulator(seed: int, arch: int) -> Iterator[None]:
+def simulator(seed: int, arch: int) -> Iterator[None]:
     """Give the simulator's scheduler the case's seed, so that replaying a case replays the run."""
     wanted = {env.SIM_SEED.name: str(seed), env.SIM_ARCH.name: str(arch)}
     before = {name: os.environ.get(name) for name in wanted}
