@@ -11,9 +11,11 @@ from typer.testing import CliRunner
 
 from flashcore.cli import app
 from flashcore.compile import jit
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan
 from flashcore.selection import compile_gate
+from flashcore.selection.backward_configurations import backward_configurations
 from flashcore.selection.compile_gate import cell_of, expected_room, missed_by_sample, sample
 from flashcore.selection.configurations import Configuration, configurations
 
@@ -22,7 +24,8 @@ runner = CliRunner()
 
 @pytest.fixture(scope="module")
 def checked() -> list[Configuration]:
-    return [entry for entry in configurations() if entry.is_checked]
+    found = configurations() + backward_configurations()
+    return [entry for entry in found if entry.is_checked]
 
 
 def of_kernels(found: list[Configuration], aspect: Callable[[Configuration], Any]) -> set[Any]:
@@ -35,7 +38,12 @@ def test_the_sample_has_every_kernel_architecture_and_head_dim(
     sampled = sample(checked)
     assert {cell_of(entry.plan) for entry in sampled} == {cell_of(entry.plan) for entry in checked}
     assert {cell.arch for cell in map(cell_of, (e.plan for e in sampled))} == set(SUPPORTED_ARCHS)
-    assert {entry.plan.kernel for entry in sampled} == {KERNEL, SM90_KERNEL}
+    assert {entry.plan.kernel for entry in sampled} == {
+        KERNEL,
+        SM90_KERNEL,
+        DQ_KERNEL,
+        DKDV_KERNEL,
+    }
 
 
 def test_the_sample_has_every_variant_in_every_dtype_of_a_kernel(
@@ -104,6 +112,29 @@ def test_what_a_kernel_with_roles_is_launched_with_says_nothing(
 ) -> None:
     hopper = [entry for entry in checked if entry.plan.kernel == SM90_KERNEL]
     assert missed_by_sample([measured(entry, i % 50) for i, entry in enumerate(hopper)]) == []
+
+
+def test_backward_kernels_are_listed_where_they_are() -> None:
+    found = backward_configurations()
+    assert {entry.plan.kernel for entry in found} == {DQ_KERNEL, DKDV_KERNEL}
+    assert {entry.plan.arch for entry in found} == {90}
+    assert {entry.plan.varlen for entry in found} >= {"none", "keys"}
+    assert {entry.plan.mask is not None for entry in found} == {False, True}
+    assert len({entry.plan for entry in found}) == len(found)
+    checked = [entry for entry in found if entry.is_checked]
+    assert {e.variant for e in checked} == {e.variant for e in found}
+    assert len(checked) < len(found)
+    assert backward_configurations(archs=[80]) == []
+
+
+def test_the_gate_reports_a_spill_of_a_backward_kernel(compiler: Compiler) -> None:
+    arguments = ["resources", "--kernel", DKDV_KERNEL, "--head-dim", "64", "--check", "-q"]
+    assert runner.invoke(app, arguments).exit_code == 0
+    assert {plan.kernel for plan in compiler.plans} == {DKDV_KERNEL}
+    compiler.spilling = {compiler.plans[0]}
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 1
+    assert f"{DKDV_KERNEL} sm_90 head_dim 64" in done.stdout
 
 
 class Compiler:

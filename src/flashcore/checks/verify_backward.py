@@ -265,8 +265,11 @@ def _packed_reports(
 ) -> Iterator[ErrorReport]:
     x = make_varlen_inputs(call, device)
     leaves = [tensor.detach().requires_grad_() for tensor in (x.q, x.k, x.v)]
-    arguments = (*leaves, *x.arguments()[3:])
-    out, lse = attention_varlen(*arguments, return_lse=True, backend=backend, **call.options())
+    q, k, v = leaves
+    lengths = x.arguments()[3:]
+    out, lse = attention_varlen(
+        q, k, v, *lengths, return_lse=True, backend=backend, **call.options()
+    )
     dout, dlse = _cotangents(case, out, lse)
     dq, dk, dv = _gradients(out, lse, leaves, dout, dlse)
 

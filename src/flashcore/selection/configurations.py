@@ -164,7 +164,7 @@ def configurations(
                 options = {**VARIANTS, **SERVING_VARIANTS}[variant]
                 if "dims" in options and head_dim != max(HEAD_DIMS):
                     continue
-                problem = _problem(head_dim, dtype, options)
+                problem = problem_of(head_dim, dtype, options)
                 for arch in archs:
                     if dtype == "bfloat16" and arch < 80:
                         continue
@@ -206,7 +206,7 @@ def serving_plans(
             groups = _SERVING_GROUPS if "queries" in options else (1,)
             portable = arch != SM90_ARCH or variant in ("full", "causal", "options", "varlen")
             for group, ships in itertools.product(groups, (False, True)):
-                problem = _problem(head_dim, dtype, options, group)
+                problem = problem_of(head_dim, dtype, options, group)
                 for plan in _plans(problem, arch, portable, ships):
                     found[machine_code(plan)] = None
     return list(found)
@@ -267,7 +267,9 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
     )
 
 
-def _problem(head_dim: Dims, dtype: str, options: dict[str, Any], group: int = _GROUP) -> Problem:
+def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int = _GROUP) -> Problem:
+    """Return the problem that stands for a variant; `group` heads share keys where queries are
+    few."""
     options = dict(options)
     head_dim = options.pop("dims", head_dim)
     keys = options.pop("keys", _SEQLEN)
