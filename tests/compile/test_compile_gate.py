@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,13 @@ from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan
 from flashcore.selection import compile_gate
 from flashcore.selection.backward_configurations import backward_configurations
-from flashcore.selection.compile_gate import cell_of, expected_room, missed_by_sample, sample
+from flashcore.selection.compile_gate import (
+    cell_of,
+    expected_room,
+    missed_by_sample,
+    over_budget,
+    sample,
+)
 from flashcore.selection.configurations import Configuration, configurations
 
 runner = CliRunner()
@@ -135,6 +142,16 @@ def test_the_gate_reports_a_spill_of_a_backward_kernel(compiler: Compiler) -> No
     done = runner.invoke(app, arguments)
     assert done.exit_code == 1
     assert f"{DKDV_KERNEL} sm_90 head_dim 64" in done.stdout
+
+
+def test_serialised_products_are_over_budget_and_a_fence_more_is_not() -> None:
+    (entry, *_) = backward_configurations(head_dims=[128], variants=["full"])
+    fence = "ptxas info : (C7519) warpgroup.arrive is injected in around line 3"
+    serialised = "ptxas info : (C7510) Potential Performance Loss: wgmma is serialized"
+    _, found = measured(entry, 16)
+    assert over_budget(entry, dataclasses.replace(found, remarks=(fence,))) == []
+    (line,) = over_budget(entry, dataclasses.replace(found, remarks=(fence, serialised)))
+    assert line.endswith(serialised)
 
 
 class Compiler:
