@@ -8,6 +8,7 @@ import torch
 
 from flashcore.backends.torch_backward import laid_out_as
 from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdSm90Plan, select_plans
+from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans, sums_shape
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import load_bytes, strides_of
 from flashcore.problem.options import Options
@@ -29,7 +30,7 @@ def fused_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     run: Run,
-    plans: BwdPlans | None = None,
+    plans: BwdPlans | OneKernelPlans | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v.
 
@@ -44,7 +45,8 @@ def fused_backward(
         dout: gradient of out, or None for zero.
         dlse: gradient of lse, or None for zero.
         run: `run_on_gpu` or `run_in_simulator`.
-        plans: by default what is selected for the problem.
+        plans: by default what is selected for the problem. Those of one kernel take float32
+            memory as large as q besides, and dq may differ in its last bits from run to run.
 
     Returns:
         dq, dk, dv: shapes and dtypes of q, k and v, strides of `torch.empty_like`.
@@ -72,6 +74,8 @@ def fused_backward(
         tensors["mask"] = mask
     if dlse is not None:
         tensors["dlse"] = dlse.contiguous()
+    if isinstance(plans, OneKernelPlans):
+        tensors["dq_sums"] = q.new_empty(sums_shape(problem), dtype=torch.float32)
     for plan in plans or select_plans(problem):
         run(problem, plan, tensors)
     dq, dk, dv = (

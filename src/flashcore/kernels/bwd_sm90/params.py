@@ -32,7 +32,8 @@ class AttnBwdSm90Params(ctypes.Structure):
         ("heads_per_group", ctypes.c_int32),
         ("dlse", ctypes.c_void_p),
         ("delta", ctypes.c_void_p),
-        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 24) % 64)),
+        ("dq_sums", ctypes.c_void_p),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 32) % 64)),
     ]
 
 
@@ -46,7 +47,8 @@ def num_tiles(problem: Problem, plan: BwdSm90Plan) -> int:
 
 def grid_size(problem: Problem, plan: BwdSm90Plan, num_sms: int) -> int:
     """As many blocks as run at once on a GPU with `num_sms` multiprocessors."""
-    return min(num_tiles(problem, plan), num_sms * plan.min_blocks)
+    tiles = num_tiles(problem, plan)
+    return min(tiles, num_sms * plan.min_blocks) if plan.is_persistent else tiles
 
 
 # What blocks that run side by side may have of L2 for the tiles they stream; see
@@ -66,18 +68,6 @@ def heads_per_group(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> int
     return min(num_heads * problem.batch, wanted)
 
 
-def maps_of(plan: BwdSm90Plan) -> dict[str, int]:
-    """The tensors that a kernel reads and writes by TMA, and the rows of their boxes."""
-    written: tuple[str, ...]
-    if plan.is_dq:
-        own, walked, written = ("q", "dout"), ("k", "v"), ("dq",)
-        walked_rows = plan.block_n
-    else:
-        own, walked, written = ("k", "v"), ("q", "dout"), ("dk", "dv")
-        walked_rows = plan.block_m
-    return dict.fromkeys((*own, *written), ROWS_OF_CONSUMER) | dict.fromkeys(walked, walked_rows)
-
-
 def build_params_bwd_sm90(
     problem: Problem,
     plan: BwdSm90Plan,
@@ -91,7 +81,7 @@ def build_params_bwd_sm90(
     Args:
         problem: shapes, strides and options of the forward.
         plan: of the kernel.
-        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask and dlse where
+        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask, dlse and dq_sums where
             there are some.
         num_blocks: of the launch.
         tile_counter: address of the counter of a plan that draws tiles.
@@ -115,7 +105,8 @@ def build_params_bwd_sm90(
     argument.num_heads = num_heads * problem.batch
     argument.heads_per_group = heads_per_group(problem, plan, num_blocks)
     argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
-    for name, box_rows in maps_of(plan).items():
+    argument.dq_sums = addresses.get("dq_sums")
+    for name, box_rows in plan.box_rows.items():
         tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)
         if target == "ptx":
             tensor_map = descriptors.encode(tensor_map, problem.dtype)
