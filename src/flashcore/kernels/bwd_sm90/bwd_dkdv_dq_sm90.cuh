@@ -54,7 +54,7 @@ FC_DEVICE void add_rows(const WmmaAccum (&dq)[QK_FRAGS], SmemPtr<float> group_sm
 FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
                           const Buffers& smem) {
   const AttnParams& p = params.attn;
-  WmmaAccum dq[ROW_GROUPS][QK_FRAGS];
+  WmmaAccum dq[QK_FRAGS];
   uint32_t count = 0;
   for (int turn = 0;; ++turn) {
     BlockCoord block = await_coord(bar, smem, turn);
@@ -66,22 +66,15 @@ FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
         const int stage = stage_of<NUM_DS_STAGES>(count);
         mbar_wait(bar.ds_full + stage, parity_of<NUM_DS_STAGES>(count));
 #pragma unroll
-        for (int group = 0; group < ROW_GROUPS; ++group) issue_dq(dq[group], smem, group, count);
-        const auto add = [&](int group) {
-          const int row = m_block * BLOCK_M + group * 64;
-          add_rows(dq[group], smem.dq + group * SUMS_OF_GROUP,
-                   sums_of(params, block.batch_idx, block.head_idx, row), row < p.seqlen_q);
-        };
-        wgmma_wait<ROW_GROUPS - 1>();
-        wgmma_hold(dq[0]);
-        if constexpr (ROW_GROUPS > 1) {
-          static_assert(ROW_GROUPS <= 2, "a warpgroup holds dQ of 128 rows at most");
-          add(0);
+        for (int group = 0; group < ROW_GROUPS; ++group) {
+          issue_dq(dq, smem, group, count);
           wgmma_wait<0>();
-          wgmma_hold(dq[1]);
+          wgmma_hold(dq);
+          if (group == ROW_GROUPS - 1) arrive_for_warp(bar.ds_empty + stage);
+          const int row = m_block * BLOCK_M + group * 64;
+          add_rows(dq, smem.dq + group * SUMS_OF_GROUP,
+                   sums_of(params, block.batch_idx, block.head_idx, row), row < p.seqlen_q);
         }
-        arrive_for_warp(bar.ds_empty + stage);
-        add(ROW_GROUPS - 1);
       }
     }
     warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them

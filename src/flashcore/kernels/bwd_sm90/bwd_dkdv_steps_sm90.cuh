@@ -48,7 +48,11 @@ FC_DEVICE void skip_tiles(const Barriers& bar, const Buffers& smem, int group, u
     await_q(bar, count);
     await_do(bar, count);
     if constexpr (ALSO_DQ) {
-      hand_over_ds(bar, smem, group, count, [](int) { return WmmaA<Element>{}; });
+      WmmaAccum none;
+      WmmaA<Element> zeros;
+      wmma_fill(none, 0.0f);
+      wmma_accum_to_a(zeros, none);
+      hand_over_ds(bar, smem, group, count, [&](int) { return zeros; });
     }
     release_q(bar, count);  // has a warp_sync(), or the next phase could pass a lane that waits
     release_do(bar, count);

@@ -25,9 +25,9 @@ DKDV_KERNEL = "attn_bwd_dkdv_sm90"
 ARCH = plan_sm90.ARCH
 
 _BARRIER_BYTES = 8
-# With two consumers: of a consumer's, a producer's and dq's threads up to head_dim 64 and above,
-# where dq takes 64 for its accumulators. 512 together.
-DQ_ROLE_REGISTERS = {False: (200, 24, 88), True: (200, 24, 88)}
+# With two consumers: of a consumer's, a producer's and dq's threads up to head_dim 64, and above,
+# where dq takes more accumulators. 512 together.
+DQ_ROLE_REGISTERS = {False: (200, 40, 72), True: (192, 40, 88)}
 _COORD_BYTES = 4 * 16  # places of four tiles
 
 
