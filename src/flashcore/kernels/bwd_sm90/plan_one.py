@@ -127,9 +127,7 @@ def select_one_kernel_plans(problem: Problem) -> OneKernelPlans:
     return make_plans(tile(problem), traits(problem) | {"folds_heads": 0}, ds_stages=2)
 
 
-def make_plans(
-    of_main: BwdTile, of_problem: dict[str, Any], ds_stages: int = 1
-) -> OneKernelPlans:
+def make_plans(of_main: BwdTile, of_problem: dict[str, Any], ds_stages: int = 1) -> OneKernelPlans:
     """The plans with a tile of the kernel in the middle; `of_problem` as plan.traits gives it."""
     fields = of_problem | {"also_dq": True, "ds_stages": ds_stages}
     common: dict[str, Any] = {

@@ -7,7 +7,6 @@ from flashcore.sim.plants.wmma import Plant, by_name
 
 _SUM = "bwd_sm90/bwd_dkdv_dq_sm90.cuh"
 _STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
-_DKDV = "attn_bwd_dkdv_sm90.cuh"
 
 PLANTS_BWD_ONE_SM90 = by_name(
     Plant(
@@ -71,14 +70,6 @@ PLANTS_BWD_ONE_SM90 = by_name(
         replace="    mbar_wait(bar.kv_full, turn % 2); arrive_for_warp(bar.kv_empty);\n",
         caught_by="race",
         or_by=("mbarrier", "deadlock", "async-pending", "wrong-result"),
-    ),
-    Plant(
-        name="keys-behind-the-last",
-        title="keys that do not exist get into dQ",
-        file=_DKDV,
-        find="      if (key + i % 2 * 8 >= p.seqlen_k) dscores.reg[i] = 0;",
-        replace="      if (false) dscores.reg[i] = 0;",
-        caught_by="wrong-result",
     ),
     Plant(
         name="neighbour-rows",
