@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradient_rule import forward, wrong_gradients
 
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.checks.cases import Case, make_inputs
@@ -23,7 +24,6 @@ from flashcore.kernels.bwd_sm90.plan_one import (
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.problem import Problem
 from flashcore.sim.run_bwd import simulate_backward
-from gradient_rule import forward, wrong_gradients
 
 CAUSAL = {"causal": "lower_right", "dtype": "bfloat16"}
 # name -> (tile, buffers of dS, what is fixed). Between them: 64 and 128 rows a tile, one and two

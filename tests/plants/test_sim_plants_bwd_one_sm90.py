@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gradient_rule import forward, wrong_gradients
+from plant_checks import check_text, undocumented
 
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.checks.cases import Case, make_inputs
@@ -17,8 +19,6 @@ from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.sim import Plant, SimulationError
 from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90 as PLANTS
 from flashcore.sim.run_bwd import simulate_backward
-from gradient_rule import forward, wrong_gradients
-from plant_checks import check_text, undocumented
 
 pytestmark = pytest.mark.thorough
 

@@ -9,7 +9,6 @@ from typing import Literal
 import torch
 
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
-from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnParams
 from flashcore.launch import descriptors
