@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from flashcore.compile.codegen import KERNELS_DIR
 from flashcore.errors import CompileError
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
-from flashcore.kernels.bwd_sm90.stages import PHASE_OF_FUNCTION_DKDV, PHASE_OF_FUNCTION_DQ
+from flashcore.kernels.bwd_sm90.stages import PHASE_OF_FUNCTION as PHASE_DKDV
+from flashcore.kernels.bwd_sm90.stages import PHASE_OF_FUNCTION_DQ
 from flashcore.problem.folding import as_launched
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ _PHASE_OF_FUNCTION = {
     "store_rows": "store",
     "quad_sum": "store",
 }
-PHASE_OF_FUNCTION = {DQ_KERNEL: PHASE_OF_FUNCTION_DQ, DKDV_KERNEL: PHASE_OF_FUNCTION_DKDV}
+PHASE_OF_FUNCTION = {DQ_KERNEL: PHASE_OF_FUNCTION_DQ, DKDV_KERNEL: PHASE_DKDV}
 # Of functions that are not named above, by the start of the file's name.
 _PHASE_OF_FILE = {
     "schedule": "schedule",

@@ -83,6 +83,11 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("dp-not-awaited", "query-tile-skipped", "last-of-group-skipped"),
             *("empty-rows-spread", "neighbour-lse", "diagonal-hidden", "probs-overwritten"),
         ),
+        "dq": (
+            *("ds-not-awaited", "ds-overwritten", "ds-without-fence", "sums-overwritten"),
+            *("sums-without-fence", "ds-released-early", "k-released-before-dq"),
+            *("neighbour-rows", "head-of-group"),
+        ),
         "dk": ("swapped-operand", "dk-added-twice", "scale-forgotten"),
         "store": ("dk-over-dv", "place-released-early"),
     },

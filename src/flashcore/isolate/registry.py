@@ -22,6 +22,7 @@ from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.problem.case import Case
 from flashcore.sim.plants import index
+from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
 from flashcore.sim.plants.bwd_sm90 import PLANTS_BWD_ROLES_SM90
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
@@ -135,6 +136,7 @@ _BACKWARD_ROLES = _BACKWARD | {"seqlen_q": 110, "head_dim": 136, "head_dim_v": 1
 _TILE_OF_DQ = {"block_m": 64, "block_n": 32, "num_stages": 3, "other_stages": 2}
 _TILE_OF_DKDV = {"block_m": 32, "block_n": 128, "num_stages": 3, "other_stages": 2}
 _TILE_OF_DKDV |= {"overlaps": False, "early_dp": True, "keeps_p": False}
+_TILE_OF_ONE = _TILE_OF_DKDV | {"block_m": 64, "overlaps": True, "also_dq": True}
 _TILE_OF_ROLES = {"block_m": 32, "block_n": 64, "num_stages": 2, "other_stages": 2}
 _GROWTHS = {"no-max-yet-unseen": "none", "outgrown-in-one-warp": "far peak"}
 
@@ -213,7 +215,10 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
     },
-    DKDV_KERNEL: _calls(PLANTS_BWD_ROLES_SM90, _TILE_OF_ROLES, options=_BACKWARD_ROLES),
+    DKDV_KERNEL: {
+        **_calls(PLANTS_BWD_ROLES_SM90, _TILE_OF_ROLES, options=_BACKWARD_ROLES),
+        **_calls(PLANTS_BWD_ONE_SM90, _TILE_OF_ONE, options=_BACKWARD | {"seqlen_q": 200}),
+    },
 }
 # The call of all other bugs of a kernel; of those of a forward kernel, isolate's own.
 _DEFAULTS: Mapping[str, dict[str, Any]] = {

@@ -96,7 +96,7 @@ _OUTSIDE_SM90 = _SCHEDULE | {
 }
 
 
-_BACKWARD = stages_bwd_sm90.STAGES_DQ + stages_bwd_sm90.STAGES_DKDV  # isolate runs both kernels
+_BACKWARD = stages_bwd_sm90.STAGES  # isolate runs all of the kernels
 _STAGES_OF = {
     plan_sm90.KERNEL: _STAGES_SM90,
     DQ_KERNEL: _BACKWARD,

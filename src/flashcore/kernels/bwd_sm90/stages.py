@@ -1,20 +1,20 @@
-"""List the stages of the two backward kernels for Hopper: one for each tensor that they write.
+"""List the stages of the backward kernels for Hopper: one for each tensor that they write.
 
-The kernels have no debug gates: both are run as they are, and the first wrong one of delta, dq, dk
-and dv says where to look.
+The kernels have no debug gates: all are run as they are, and the first wrong one of delta, dq, dv
+and dk says where to look.
 """
 
 from __future__ import annotations
 
 from flashcore.kernels.stage import Stage
 
-STAGES_DQ = (
+STAGES = (
     Stage(
         "delta",
         None,
         "delta = sum(dO O) - dlse",
         "delta of every row",
-        "load_stats in attn_bwd_dq_sm90.cuh: which lanes share a row, dlse, rows that see nothing",
+        "load_row_stats in bwd_delta_sm90.cuh: which lanes share a row, dlse, rows without a key",
     ),
     Stage(
         "dq",
@@ -22,10 +22,9 @@ STAGES_DQ = (
         "dQ = scale dS K",
         "dq",
         "score_gradient and issue_dq in attn_bwd_dq_sm90.cuh: delta, what is hidden, K's stage, "
-        "rows that see nothing, the scale",
+        "rows that see nothing, the scale; of one kernel for all, issue_dq and add_rows in "
+        "bwd_dkdv_dq_sm90.cuh: dS from two warpgroups, and which rows it is added to",
     ),
-)
-STAGES_DKDV = (
     Stage(
         "dv",
         None,
@@ -58,25 +57,11 @@ OUTSIDE = {
 
 # Which phase of the kernels a function belongs to. Of those that are not named a race's other side
 # decides.
-PHASE_OF_FUNCTION_DQ = {
+PHASE_OF_FUNCTION = {
     "attn_bwd_dq_sm90": "setup",
-    "init_barriers": "setup",
-    "coord_or_end": "schedule",
-    "produce": "load",
-    "load_stats": "delta",
-    "issue_s": "scores",
-    "issue_scores": "scores",
-    "issue_dp": "scores",
-    "exponentiate": "scores",
-    "probability": "scores",
-    "mask_element": "scores",
-    "score_gradient": "scores",
-    "issue_dq": "dq",
-    "issue_gradient": "dq",
-    "store_rows": "store",
-}
-PHASE_OF_FUNCTION_DKDV = {
     "attn_bwd_dkdv_sm90": "setup",
+    "attn_bwd_delta_sm90": "setup",
+    "attn_bwd_round_sm90": "store",
     "init_barriers": "setup",
     "await_coord": "schedule",
     "coord_or_end": "schedule",
@@ -84,6 +69,7 @@ PHASE_OF_FUNCTION_DKDV = {
     "produce": "load",
     "load_stats": "load",
     "clear_rows": "load",
+    "load_row_stats": "delta",
     "issue_s": "scores",
     "issue_scores": "scores",
     "issue_dp": "scores",
@@ -95,8 +81,13 @@ PHASE_OF_FUNCTION_DKDV = {
     "score_gradient": "scores",
     "consume_scores": "scores",
     "consume_gradients": "scores",
+    "issue_dq": "dq",
+    "consume_ds": "dq",
+    "add_rows": "dq",
     "issue_dv": "dv",
     "issue_dk": "dk",
     "store_rows": "store",
     "store_in_place": "store",
 }
+# Which gradient it is of, one kernel alone says.
+PHASE_OF_FUNCTION_DQ = PHASE_OF_FUNCTION | {"issue_gradient": "dq"}

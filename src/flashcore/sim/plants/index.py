@@ -9,6 +9,7 @@ from flashcore.compile.plant import Plant
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA_KERNEL
+from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
 from flashcore.sim.plants.bwd_sm90 import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
@@ -48,7 +49,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_VARLEN_SM90,
     },
     DQ_KERNEL: PLANTS_BWD_DQ_SM90,
-    DKDV_KERNEL: {**PLANTS_BWD_DKDV_SM90, **PLANTS_BWD_ROLES_SM90},
+    DKDV_KERNEL: {**PLANTS_BWD_DKDV_SM90, **PLANTS_BWD_ROLES_SM90, **PLANTS_BWD_ONE_SM90},
 }
 
 
