@@ -134,6 +134,11 @@ class Sm90Plan(Plan):
         return range(4, self.num_warps)
 
     @property
+    def is_persistent(self) -> bool:
+        """Return True: a block takes several row tiles, one after the other."""
+        return True
+
+    @property
     def keys_backwards(self) -> bool:
         """Return True: a row tile visits its key tiles from last to first."""
         return True

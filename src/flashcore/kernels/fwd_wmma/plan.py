@@ -108,6 +108,16 @@ class Plan:
         return range(self.num_warps)
 
     @property
+    def is_persistent(self) -> bool:
+        """Return whether a block takes several row tiles, one after the other."""
+        return False
+
+    @property
+    def owns_keys(self) -> bool:
+        """Return whether a block owns keys, and walks over rows."""
+        return False
+
+    @property
     def keys_backwards(self) -> bool:
         """Return whether a row tile visits its key tiles from last to first."""
         return False
