@@ -145,6 +145,21 @@ OF_FLASH_ATTN: dict[str, str] = {
     "backend": "flashcore.attention has a backend",
 }
 
+_CACHE_LSE = _mean("return_softmax_lse=True, which returns (out, lse)")
+OF_FLASH_ATTN_CACHE: dict[str, str] = {
+    **OF_FLASH_ATTN,
+    **dict.fromkeys(("return_lse", "return_attn_probs"), _CACHE_LSE),
+    **dict.fromkeys(("dropout", "dropout_p", "p"), "leave it out, there is no dropout"),
+    "k_new": _mean("k=..."),
+    "v_new": _mean("v=..."),
+    "seqlens_k": _mean("cache_seqlens=..."),
+    "seqused_k": _mean("cache_seqlens=..."),
+    "page_table": _mean("block_table=..."),
+    "mask": "flashcore.attention_with_kvcache has a mask and a tree_mask",
+    "out": "flashcore.attention_with_kvcache has out",
+    "cu_seqlens_q": "flashcore.compat.flash_attn_3.flash_attn_with_kvcache takes packed queries",
+}
+
 
 def refuse(function: Callable[..., Any], unknown: Iterable[str]) -> NoReturn:
     """Raise the TypeError for keyword arguments that a function does not have.

@@ -17,7 +17,7 @@ _LIBRARY.define(
     "append_to_kvcache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k_new, "
     "Tensor v_new, Tensor seqlens_k, Tensor? page_table, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_new, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
-    "Tensor? rotary_offsets, Tensor? rotary_positions, bool rotary_first_alone) "
+    "Tensor? rotary_offsets, Tensor? rotary_positions, str rotary_queries) "
     "-> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
@@ -53,7 +53,7 @@ def append(
         q: rotated.
         seqlens_k: int32, [batch]: tokens in the cache now.
     """
-    asked = (None, None, False, None, None, False) if rotary is None else rotary
+    asked = (None, None, False, None, None, "") if rotary is None else rotary
     rotated, lengths = torch.ops.flashcore.append_to_kvcache(
         k_cache, v_cache, q, k_new, v_new, seqlens_k, page_table, cu_seqlens_q, cu_seqlens_new,
         *asked,
@@ -68,8 +68,7 @@ def rotated_queries(
     rotary: Rotary,
     number_new: Tensor | int,
 ) -> Tensor:
-    """Return the queries rotated: the last of a sequence stands at its last new token, as causal
-    masks have it.
+    """Return the queries rotated.
 
     Args:
         q: as `append` takes it.
@@ -80,8 +79,12 @@ def rotated_queries(
     """
     if 0 in q.shape or before.shape[0] == 0:
         return q.clone()
-    ahead = number_new - number_of(q, cu_seqlens_q)
-    return rotary.queries(q, Rows.of(q, cu_seqlens_q), before, ahead)
+    rows, ahead = Rows.of(q, cu_seqlens_q), number_new - number_of(q, cu_seqlens_q)
+    if rotary.queries != "end":
+        ahead = 0
+    if rotary.queries == "first":
+        rows = rows._replace(token=torch.zeros_like(rows.token))
+    return rotary.rotate(q, rotary.positions_of(rows, before, ahead))
 
 
 def _append(

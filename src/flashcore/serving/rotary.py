@@ -20,7 +20,8 @@ class Rotary(NamedTuple):
         offsets: int32, [batch]: the position of each sequence's first new token; None: behind what
             the cache has.
         positions: int32, [batch, seqlen_q] or [total_q], of each token; instead of offsets.
-        first_alone: whether all queries of a sequence are rotated as its first new token is.
+        queries: where they stand. "end": the last at the last new token, as causal masks have it;
+            "begin": the first at the first new token; "first": all of them at that.
     """
 
     cos: Tensor
@@ -28,7 +29,7 @@ class Rotary(NamedTuple):
     interleaved: bool
     offsets: Tensor | None = None
     positions: Tensor | None = None
-    first_alone: bool = False
+    queries: str = "end"
 
     def positions_of(self, rows: Rows, before: Tensor, ahead: Tensor | int = 0) -> Tensor:
         """Return the position of each row.
@@ -43,12 +44,6 @@ class Rotary(NamedTuple):
             return self.positions.long()
         base = before if self.offsets is None else self.offsets
         return (base.long() + ahead)[rows.sequence] + rows.token
-
-    def queries(self, q: Tensor, rows: Rows, before: Tensor, ahead: Tensor | int) -> Tensor:
-        """Return queries rotated; see `positions_of`."""
-        if self.first_alone:
-            rows, ahead = rows._replace(token=torch.zeros_like(rows.token)), 0
-        return self.rotate(q, self.positions_of(rows, before, ahead))
 
     def rotate(self, x: Tensor, position: Tensor) -> Tensor:
         """Return a tensor rotated; computed in float32 (float64 for float64) and rounded once.
