@@ -6,6 +6,7 @@ from __future__ import annotations
 from flashcore.compile.plant import Plant, by_name
 
 _DQ = "bwd_sm90/attn_bwd_dq_sm90.cuh"
+_DELTA = "bwd_sm90/bwd_delta_sm90.cuh"
 _DKDV = "bwd_sm90/attn_bwd_dkdv_sm90.cuh"
 _LOADS = "bwd_sm90/bwd_dkdv_sm90.cuh"
 _STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
@@ -156,7 +157,7 @@ _OF_DQ = (
     Plant(
         name="delta-of-one-lane",
         title="delta is a quarter of the row's sum",
-        file=_DQ,
+        file=_DELTA,
         find="    sum = quad_sum(sum);\n",
         replace="\n",
         caught_by="wrong-result",
@@ -164,7 +165,7 @@ _OF_DQ = (
     Plant(
         name="dlse-forgotten",
         title="what arrives through lse is left out of delta",
-        file=_DQ,
+        file=_DELTA,
         find="is_null(params.dlse) ? sum : sum - gmem_load(params.dlse + at)",
         replace="sum",
         caught_by="wrong-result",
