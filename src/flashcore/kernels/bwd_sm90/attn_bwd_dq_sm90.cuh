@@ -14,6 +14,7 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
+#include "tile/schedule_varlen.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
@@ -92,19 +93,21 @@ FC_DEVICE void issue_dq(Consumer& c, const Buffers& smem, uint32_t count) {
 
 // lse and delta of a lane's two rows; one lane of the four that share a row writes delta for the
 // kernel that follows. What is no row, or sees no key, gets lse +inf, which makes probabilities 0.
-FC_DEVICE void load_stats(Consumer& c, const AttnBwdSm90Params& params, const BlockCoord& block,
-                          const Buffers& smem) {
+// `seqlen_q` is the sequence's.
+FC_DEVICE void load_stats(Consumer& c, const AttnBwdSm90Params& params, int seqlen_q,
+                          const BlockCoord& block, const Buffers& smem) {
   const AttnParams& p = params.attn;
   const GmemPtr<const float> lse_gmem = {p.tensors.lse.address};
   const GmemPtr<const Element> out_gmem = {p.tensors.out.address};
   const auto dout = smem.dout + c.slot * DO_GROUP_ELEMENTS;
+  const int first_row = PACKED ? query_rows(p, block.batch_idx).begin : 0;
   const int lane = opaque(lane_idx());
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = c.warp_row + accum_row(lane, r * 2);
     const int group_row = row - (block.m_begin + c.index * 64);
-    const bool exists = row < p.seqlen_q;
-    const auto out = out_gmem + out_offset(p, block, exists ? row : 0);
+    const bool exists = row < seqlen_q;
+    const auto out = out_gmem + out_offset(p, block, exists ? first_row + row : 0);
     float sum = 0.0f;
 #pragma unroll
     for (int begin = 0; begin < HEAD_DIM_V; begin += 32) {
@@ -124,7 +127,7 @@ FC_DEVICE void load_stats(Consumer& c, const AttnBwdSm90Params& params, const Bl
     c.lse_log2[r] = POS_INF;
     c.delta[r] = 0.0f;
     if (!exists) continue;
-    const int64_t at = lse_offset(p, block, row);
+    const int64_t at = lse_offset(p, block, first_row + row);
     const float lse_log2 = gmem_load(lse_gmem + at) * LOG2_E;
     if (lse_log2 != NEG_INF) {
       c.lse_log2[r] = lse_log2;
@@ -179,7 +182,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
   await_v(bar, c.count);
   issue_dp(c, smem, c.count);
   if (HAS_DQ) issue_dq(c, smem, c.count - 1);
-  if (FIRST) load_stats(c, params, block, smem);  // beside the products
+  if (FIRST) load_stats(c, params, p.seqlen_q, block, smem);  // beside the products
   wgmma_wait<HAS_DQ ? 2 : 1>();
   wgmma_hold(c.scores);
   if (MASK_KIND != 0 || strip_needs_mask(p, c.warp_row, key_begin)) {
@@ -246,7 +249,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (own.n_block_begin < own.n_block_end) {
       accumulate(c, params, sequence, bar, smem, block, own);
     } else {
-      load_stats(c, params, block, smem);
+      load_stats(c, params, sequence.seqlen_q, block, smem);
     }
     if (IS_BOUNDED) skip_tiles(c, bar, own.n_block_begin - keys.n_block_begin);
 
@@ -265,8 +268,10 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (HAS_OUT_BUFFER) release_q();
     const auto out = HAS_OUT_BUFFER ? smem.out + c.index * OUT_ELEMENTS
                                     : smem.q + c.slot * Q_GROUP_ELEMENTS;
-    store_rows(c.dq, p.softmax_scale, out, params.dq_map, group_row, block.head_idx,
-               block.batch_idx, STORE_BARRIER + c.index);
+    store_rows(c.dq, p.softmax_scale, out,
+               {params.dq_map, query_box(p, block), group_row, block.head_idx,
+                !PACKED || group_row < query_rows(p, block.batch_idx).count},
+               STORE_BARRIER + c.index);
     if (!HAS_OUT_BUFFER) {
       if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
       named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders that before the next Q
@@ -286,6 +291,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
       smem_view<Element>(V_OFFSET, NUM_V_STAGES * V_ELEMENTS, "v_smem"),
       smem_view<Element>(OUT_OFFSET, NUM_CONSUMERS * OUT_ELEMENTS, "out_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
+      PACKED ? feed_at(FEED_OFFSET) : Feed(),
   };
   const Barriers bar = barriers();
   if (thread_idx() == 0) {
@@ -293,6 +299,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
     tma_prefetch_map(params.dout_map);
     tma_prefetch_map(params.k_map);
     tma_prefetch_map(params.v_map);
+    if (PACKED) init_feed(smem.feed);
     init_barriers(bar);
   }
   block_sync();  // orders the initialisation before every use
@@ -301,6 +308,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
+    if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     consume(params, bar, smem);

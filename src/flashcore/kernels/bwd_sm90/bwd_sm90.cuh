@@ -20,8 +20,8 @@ struct AttnBwdSm90Params {
   TensorMap dq_map, dk_map, dv_map;  // boxes of 64 rows x CHUNK columns
   AttnParams attn;                   // out and lse are the forward's
   TileSchedule schedule;
-  GmemPtr<const float> dlse;  // [batch, num_heads_q, seqlen_q], or null for zero
-  GmemPtr<float> delta;       // [batch, num_heads_q, seqlen_q]
+  GmemPtr<const float> dlse;  // as lse, or null for zero
+  GmemPtr<float> delta;       // as lse
 };
 
 constexpr int CHUNK_BYTES = CHUNK * 2;
@@ -39,6 +39,16 @@ FC_DEVICE int stage_of(uint32_t count) {
 template <int STAGES>
 FC_DEVICE int parity_of(uint32_t count) {
   return int(count / STAGES % 2);
+}
+
+// The tiles of a block, one after the other.
+template <bool OWNS_KEYS, bool FROM_FEED = PACKED>
+FC_DEVICE auto own_tiles(const AttnParams& p, const Feed& feed) {
+  if constexpr (FROM_FEED) {
+    return TileFeed<OWNS_KEYS>(p, feed);
+  } else {
+    return TileWalk();
+  }
 }
 
 // The place in a slot of the ring of coordinates; m_begin is NO_TILE behind the last.
@@ -135,11 +145,20 @@ FC_DEVICE Probability probability(float score, float lse_log2, const AttnParams&
   return {prob, HAS_SOFTCAP ? prob * cap_slope : prob};
 }
 
+// Where 64 rows go: a tensor, the box of their sequence there, the first of them and the head.
+struct RowsInTensor {
+  const TensorMap& map;
+  BoxOrigin box;
+  int first_row, head;
+  bool exist = true;  // or there is none: a packed sequence ends before
+};
+
 // Rounds 64 rows times `scale` and sends them on their way by TMA, which clips rows and columns
-// past the tensor's end. `smem` holds all of them; `barrier` is the warpgroup's own.
+// past the end of the tensor, or of a packed sequence. `smem` holds all of them; `barrier` is the
+// warpgroup's own.
 template <int FRAGS>
 FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Element> smem,
-                          const TensorMap& map, int first_row, int head, int batch, int barrier) {
+                          const RowsInTensor& to, int barrier) {
   constexpr int CHUNKS = (FRAGS * 16 + CHUNK - 1) / CHUNK;
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
   if (leads) tma_store_wait_read<0>();  // of what lay here before
@@ -159,8 +178,9 @@ FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Elem
   fence_proxy_async();
   named_barrier_sync(barrier, 128);  // orders the writes above before the stores
   if (leads) {
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      tma_store(map, smem + chunk * 64 * CHUNK, chunk * CHUNK, first_row, head, batch);
+    for (int chunk = 0; to.exist && chunk < CHUNKS; ++chunk) {
+      tma_store(to.map, smem + chunk * 64 * CHUNK, chunk * CHUNK, to.box.row + to.first_row,
+                to.head, to.box.batch);
     }
     tma_store_commit();
   }
