@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashcore.api import Explanation, attention, explain
+    from flashcore.base.determinism import allow_nondeterministic_gradients
     from flashcore.dropins.routing import enable
     from flashcore.dropins.sdpa import scaled_dot_product_attention
     from flashcore.errors import (
@@ -38,6 +39,7 @@ _MODULES = {
     "FallbackWarning": "errors",
     "FlashCoreError": "errors",
     "Problem": "problem",
+    "allow_nondeterministic_gradients": "base.determinism",
     "attention": "api",
     "attention_backward": "ops.rings",
     "attention_varlen": "ops.varlen",
@@ -56,6 +58,7 @@ __all__ = [
     "FlashCoreError",
     "Problem",
     "__version__",
+    "allow_nondeterministic_gradients",
     "attention",
     "attention_backward",
     "attention_varlen",

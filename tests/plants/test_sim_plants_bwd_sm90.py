@@ -67,7 +67,7 @@ def run_plant(plant: Plant | None, case: Case, seed: int, plans: BwdPlans) -> Si
     problem, x, out, lse, dout, dlse = inputs(case)
 
     def run(problem, plan, tensors) -> None:
-        in_dq = plant is not None and "_dq_" in plant.file
+        in_dq = plant is not None and ("_dq_" in plant.file or "_delta_" in plant.file)
         planted = plant if plan.is_dq == in_dq else None
         simulate_backward(problem, plan, tensors, seed=seed, plant=planted)
 

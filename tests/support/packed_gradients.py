@@ -129,7 +129,7 @@ def wrong_packed_gradients(
             tuple(as_batch(g) for g in own),
             *(as_batch(t) for t in (x.q[queries], x.k[keys], x.v[keys])), None,
             as_batch(x.dout[queries]), None if x.dlse is None else x.dlse[None, :, queries],
-            case.options(),
+            case.options(), as_batch(x.out[queries]),
         )  # fmt: skip
         wrong += [f"sequence {number}: {line}" for line in lines]
     end_q, end_k = sum(case.lengths_q), sum(case.lengths_k)

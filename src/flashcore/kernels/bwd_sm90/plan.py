@@ -26,9 +26,17 @@ DKDV_KERNEL = "attn_bwd_dkdv_sm90"
 ARCH = plan_sm90.ARCH
 
 _BARRIER_BYTES = 8
+# With two consumers: of a consumer's, a producer's and dq's threads up to head_dim 64, and above,
+# where dq takes more accumulators. 512 together.
+DQ_ROLE_REGISTERS = {False: (200, 40, 72), True: (192, 40, 88)}
 _COORD_BYTES = 4 * 16  # places of four tiles
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
 _MAX_PACKED_ROWS = 2**30  # of all heads, a tile of each at most
+
+
+def padded_to_16(cols: int) -> int:
+    """Return the columns of the fragments that hold so many."""
+    return -(-cols // 16) * 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +47,15 @@ class BwdSm90Plan(Plan):
     K has `num_stages` buffers and V `other_stages`. In that of dk and dv it owns `block_n` keys and
     walks over tiles of `block_m` rows, of which Q has `num_stages` buffers and dO `other_stages`.
     `overlaps`: a tile's last product is issued behind the first ones of the next.
+    `also_dq`: the kernel of dk and dv computes dq too, see plan_one.py; dS has `ds_stages` buffers.
     """
 
     other_stages: int = 2
     overlaps: bool = True
     early_dp: bool = True
     keeps_p: bool = True
+    also_dq: bool = False
+    ds_stages: int = 1
 
     @property
     def is_dq(self) -> bool:
@@ -60,6 +71,11 @@ class BwdSm90Plan(Plan):
     def starts_early(self) -> bool:
         """Return whether the kernel starts early: its first instruction on global memory waits for
         the kernels before (ptx/grid.cuh)."""
+        return True
+
+    @property
+    def is_persistent(self) -> bool:
+        """Return whether a block takes tiles until none are left, or one."""
         return True
 
     @property
@@ -89,13 +105,14 @@ class BwdSm90Plan(Plan):
 
     @property
     def num_warps(self) -> int:
-        """Return the number of warps: the consumers' and the producer's warpgroup."""
-        return 4 * (self.num_consumers + 1)
+        """Return the number of warps: the consumers', the producer's warpgroup, and with `also_dq`
+        that of dq."""
+        return 4 * (self.num_consumers + 1 + self.also_dq)
 
     @property
     def row_warps(self) -> range:
         """Return the consumers' warps; the producer's warpgroup comes first."""
-        return range(4, self.num_warps)
+        return range(4, 4 * (self.num_consumers + 1))
 
     @property
     def chunk(self) -> int:
@@ -137,12 +154,19 @@ class BwdSm90Plan(Plan):
         elements += self.block_m * (self.num_stages * qk_cols + self.other_stages * v_cols)
         stats = self.num_stages * 2 * self.block_m * 4
         num_barriers = 6 + 3 * self.num_stages + 2 * self.other_stages
+        if self.also_dq:
+            elements += self.ds_stages * self.block_m * self.block_n
+            elements += self.block_m * 2 * padded_to_16(self.head_dim)  # of four bytes
+            num_barriers += 2 * self.ds_stages
         barriers = _BARRIER_BYTES * num_barriers
         return 2 * elements + stats + barriers + _COORD_BYTES + self._feed_bytes
 
     @property
-    def role_registers(self) -> tuple[int, int]:
-        """Return the registers of a consumer and of a producer thread; see Sm90Plan."""
+    def role_registers(self) -> tuple[int, ...]:
+        """Return the registers of a consumer and of a producer thread, and with `also_dq` of a
+        thread that computes dq; see Sm90Plan."""
+        if self.also_dq:
+            return DQ_ROLE_REGISTERS[max(self.head_dim, self.head_dim_v) > 64]
         pool = self.max_registers * (self.num_consumers + 1)
         producer = 24 if self.is_dq else 40  # a warp of it computes
         if self.is_dq and self.varlen == "packed":
@@ -150,15 +174,40 @@ class BwdSm90Plan(Plan):
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
+    @property
+    def box_rows(self) -> dict[str, int]:
+        """Return the tensors that the kernel reads and writes by TMA, and their boxes' rows."""
+        written: tuple[str, ...]
+        if self.is_dq:
+            own, walked, written = ("q", "dout"), ("k", "v"), ("dq",)
+            walked_rows = self.block_n
+        else:
+            own, walked, written = ("k", "v"), ("q", "dout"), ("dk", "dv")
+            walked_rows = self.block_m
+        return dict.fromkeys((*own, *written), ROWS_OF_CONSUMER) | dict.fromkeys(
+            walked, walked_rows
+        )
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Return the tensors that the kernel writes."""
+        return ("dq", "delta") if self.is_dq else ("dk", "dv")
+
+    @property
+    def added_to(self) -> tuple[str, ...]:
+        """Return the tensors that blocks add up in, in no fixed order."""
+        return ("dq_sums",) if self.also_dq else ()
+
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
-        consumer_registers, producer_registers = self.role_registers
+        consumer_registers, producer_registers, *of_dq = self.role_registers
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
         del constants["NUM_WARPS"], constants["LOAD_BYTES"]
         constants |= {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
+            "DQ_REGISTERS": of_dq[0] if of_dq else producer_registers,
             "CHUNK": self.chunk,
             "OVERLAPS": self.overlaps,
             "KEY_SLICES": 1,
@@ -180,6 +229,8 @@ class BwdSm90Plan(Plan):
             "EARLY_DP": self.early_dp,
             "KEEPS_P": self.keeps_p,
             "HAS_ROLES": self.has_roles,
+            "ALSO_DQ": self.also_dq,
+            "NUM_DS_STAGES": self.ds_stages,
         }
 
 
