@@ -1,5 +1,4 @@
-"""This module plants bugs in the backward kernels for Hopper; see plants.py
-(tests/plants/test_sim_plants_bwd_sm90.py)."""
+"""Plant bugs in the backward kernels for Hopper (tests/plants/test_sim_plants_bwd_sm90.py)."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ _ROLES = "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
 _SHARED = "bwd_sm90/bwd_sm90.cuh"
 _SCHEDULE = "tile/schedule_varlen.cuh"
 
-# Without head_dim above 128.
+# In the kernel of dk and dv, without head_dim above 128.
 _OF_ONE_WARPGROUP = (
     Plant(
         name="stale-stats",
@@ -198,7 +197,7 @@ _OF_DQ = (
     ),
 )
 
-# With head_dim above 128.
+# In the kernel of dk and dv, with head_dim above 128.
 _OF_ROLES = (
     Plant(
         name="probs-not-awaited",
@@ -328,7 +327,8 @@ _OF_PADDED = (
     ),
 )
 
-PLANTS_BWD_SM90 = by_name(*_OF_ONE_WARPGROUP, *_OF_DQ)
+PLANTS_BWD_DQ_SM90 = by_name(*_OF_DQ)
+PLANTS_BWD_DKDV_SM90 = by_name(*_OF_ONE_WARPGROUP)
 PLANTS_BWD_ROLES_SM90 = by_name(*_OF_ROLES)
 PLANTS_BWD_PACKED_SM90 = by_name(*_OF_PACKED)
 PLANTS_BWD_PADDED_SM90 = by_name(*_OF_PADDED)
