@@ -45,7 +45,7 @@ def gradients_by_operator(
 ) -> tuple[torch.Tensor, ...]:
     options = Options.checked(causal, None, None, None)
     with torch.no_grad():
-        out, lse = ops.forward(q, k, v, None, *options, True, "auto")
+        out, lse, _ = ops.forward(q, k, v, None, *options, *ops.Wanted(True), "auto")
         found = ops.backward(dout, None, q, k, v, None, out, lse, *options, False, "auto")
     return tuple(found[:3])
 

@@ -201,6 +201,15 @@ class GateModel:
             Expected("out", value, tolerance),
         ]
 
+    def max_score(self) -> tuple[Expected, Tensor]:
+        """Model the largest score of each head: it in the row that has it, -inf in the others,
+        [batch, num_heads_q, seqlen_q]; and True in that row."""
+        row_max = self.scores.amax(-1)
+        row = row_max.argmax(-1, keepdim=True)
+        own = torch.zeros_like(row_max, dtype=torch.bool).scatter(-1, row, True)
+        value = row_max.masked_fill(~own, -torch.inf)
+        return Expected("max_score", value, 2 * self._row_slack()[..., 0] + 1e-5), own
+
     def visible_probabilities(self) -> Tensor:
         """Return softmax(s) [batch, num_heads_q, seqlen_q, seqlen_k] float64, 0 in rows that see
         nothing."""

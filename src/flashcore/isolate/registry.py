@@ -22,6 +22,7 @@ from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.problem.case import Case
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import (
     PLANTS_LARGE_SCORES,
     PLANTS_OLD_LARGE_MAX_SM90,
@@ -105,6 +106,13 @@ _LARGE: dict[str, dict[str, Any]] = {
 # No row sees a larger score in a later key tile.
 _LEVEL = _SHORT | {"dtype": "bfloat16", "spread": 0.0, "growth": "level"}
 _CHUNKS = {"block_m": 64, "block_n": 32, "keys_of_chunk": 64}
+_MAX_SCORE = _SHORT | {"return_max_score": True}
+_MAX_SCORES = {
+    "max-score-of-one-head": _MAX_SCORE | {"seqlen_q": 1, "num_heads_q": 4, "num_heads_kv": 1}
+}
+# The first of four key tiles has the largest scores.
+_IN_SECOND_SLICE = _MAX_SCORE | {"seqlen_k": 128, "growth": "slow"}
+_IN_SLICES = {"block_m": 64, "block_n": 32, "num_stages": 4, "key_slices": 2}
 _CASES_SM90 = {
     "passed-over-unsynced": 37,
     "passed-over-turn-too-many": 1,
@@ -208,6 +216,12 @@ PLANTED: tuple[Planted, ...] = (
     *_planted(PLANTS_OLD_LARGE_MAX_SM90, _SM90, options=_LEVEL, tile=_SHORT_KEY_TILES),
     *_planted(PLANTS_TOTALS, _WMMA, options={"seqlen_q": 70, "seqlen_k": 333}, tile=_CHUNKS),
     *_planted(PLANTS_SPLIT, _SM90, options=_SPLIT, tile=_SHARED_BY_BLOCKS),
+    *(
+        Planted(plant, kernel, _MAX_SCORES.get(name, _MAX_SCORE), stage=_stage(name, kernel))
+        for kernel in (_WMMA, _SM90)
+        for name, plant in PLANTS_MAX_SCORE.items()
+    ),
+    *_planted(PLANTS_MAX_SCORE_SM90, _SM90, options=_IN_SECOND_SLICE, tile=_IN_SLICES),
     *_planted(
         PLANTS_VARLEN_SM90,
         _SM90,

@@ -18,7 +18,10 @@ _POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse: Tensors, with whi
 _POINTER = struct.Struct("Q")
 _OFFSETS = {
     name: getattr(AttnParams, name).offset
-    for name in (*(x[0] for group in (Lengths, Splits) for x in group._fields_), "tile_counter")
+    for name in (
+        *(x[0] for group in (Lengths, Splits) for x in group._fields_),
+        *("tile_counter", "max_score"),
+    )
 }
 
 

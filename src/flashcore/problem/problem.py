@@ -25,6 +25,7 @@ from flashcore.problem.memory_layout import (
 from flashcore.problem.validation import (
     DTYPES,
     HEAD_DIM_MULTIPLE,
+    check_flag,
     check_mask,
     check_qkv,
     checked_causal,
@@ -76,6 +77,7 @@ class Problem:
         total_k: rows of packed k and v; else 0.
         strided: those of "q", "k" and "v" whose last dimension is not contiguous, joined.
         misaligned: those of "q", "k" and "v" whose own load_bytes is less than 16, joined.
+        return_max_score: whether the largest score of each head is wanted too.
     """
 
     batch: int
@@ -105,6 +107,7 @@ class Problem:
     total_k: int = 0
     strided: str = ""
     misaligned: str = ""
+    return_max_score: bool = False
 
     @classmethod
     def from_tensors(
@@ -119,6 +122,7 @@ class Problem:
         softcap: float | None = None,
         mask: torch.Tensor | None = None,
         return_lse: bool = False,
+        return_max_score: bool = False,
     ) -> Problem:
         """Validate the arguments of `attention` and describe them.
 
@@ -132,6 +136,7 @@ class Problem:
             softcap: scores become softcap * tanh(score / softcap); None is off.
             mask: boolean (True = attend) or additive, broadcast to the scores; or None.
             return_lse: whether the log-sum-exp of each row of scores is returned too.
+            return_max_score: whether the largest score of each head is returned too.
 
         Returns:
             The problem; it keeps no reference to the tensors.
@@ -142,8 +147,8 @@ class Problem:
             NotImplementedError: an unsupported head_dim, tensor layout or device type.
         """
         check_qkv(q, k, v)
-        if not isinstance(return_lse, bool):
-            raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+        check_flag("return_lse", return_lse)
+        check_flag("return_max_score", return_max_score)
         if mask is not None:
             check_mask(mask, q, k.shape[2])
         batch, num_heads_q, seqlen_q, head_dim = q.shape
@@ -186,6 +191,7 @@ class Problem:
             load_bytes=width,
             strided=strided,
             misaligned="" if width == 16 else misaligned_among(**in_place),
+            return_max_score=return_max_score,
         )
 
     @property

@@ -89,7 +89,7 @@ class AttnParams(ctypes.Structure):
         ("band", Band),
         ("lengths", Lengths),
         ("splits", Splits),
-        ("tile_counter", ctypes.c_void_p),
+        *_fields(ctypes.c_void_p, "tile_counter max_score"),
     ]
 
 
@@ -152,9 +152,9 @@ def build_params(
     Args:
         problem: shapes, strides and options.
         plan: tiles and gate.
-        pointers: address by field name: q, k, v, mask, out, lse; for sequences of different
-            lengths cu_seqlens_q, cu_seqlens_k or seqlens_k; for a gate gate_scores, gate_row_max,
-            gate_row_sum. A missing one is null.
+        pointers: address by field name: q, k, v, mask, out, lse, max_score; for sequences of
+            different lengths cu_seqlens_q, cu_seqlens_k or seqlens_k; for a gate gate_scores,
+            gate_row_max, gate_row_sum. A missing one is null.
 
     Returns:
         The filled structure.

@@ -72,6 +72,7 @@ class Plan:
     varlen: str = "none"
     folds_heads: int = 0
     keys_of_chunk: int = 0
+    returns_max_score: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -161,6 +162,7 @@ class Plan:
             "VARLEN": VARLEN_KINDS.index(self.varlen),
             # Without a bound rows are rows.
             "FOLDED": self.folds_heads > 0 and (self.has_window_left or self.has_window_right),
+            "RETURNS_MAX_SCORE": self.returns_max_score,
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
 
     def describe(self) -> str:
@@ -177,6 +179,7 @@ class Plan:
                 (f"folded heads:{self.folds_heads}", self.folds_heads > 0),
                 (f"sums of {self.keys_of_chunk} keys", self.keys_of_chunk > 0),
                 (f"gate:{self.gate}", self.gate is not None),
+                ("max_score", self.returns_max_score),
             )
             if on
         ]
@@ -268,6 +271,7 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "mask": None if problem.mask is None else problem.mask.dtype,
         "varlen": problem.varlen,
         "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
+        "returns_max_score": gate is None and problem.return_max_score,
     }
 
 

@@ -9,6 +9,7 @@ from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA_KERNEL
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import (
     PLANTS_LARGE_SCORES,
     PLANTS_OLD_LARGE_MAX_SM90,
@@ -28,6 +29,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_VARLEN,
         **PLANTS_LARGE_SCORES,
         **PLANTS_TOTALS,
+        **PLANTS_MAX_SCORE,
     },
     SM90_KERNEL: {
         **PLANTS_SM90,
@@ -39,6 +41,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
         **PLANTS_VARLEN_SM90,
+        **PLANTS_MAX_SCORE,
+        **PLANTS_MAX_SCORE_SM90,
     },
 }
 
