@@ -52,9 +52,9 @@ def score_error(max_score: Tensor, q: Tensor, k: Tensor, **options: Any) -> floa
     return lse_error(max_score, want)
 
 
-# Lengths that leave rows of a tile and keys of a tile empty; heads that share one of k and v, folded
-# where there are few queries, with their keys split over blocks; scores that grow from key tile to
-# key tile, which a maximum that lags behind would miss.
+# Lengths that leave rows and keys of a tile empty; heads that share one of k and v, folded
+# where there are few queries, with keys split over blocks; scores that grow from key tile to key
+# tile, which a maximum that lags behind would miss.
 CASES = {
     "plain": Case(seqlen_q=70, seqlen_k=150, batch=2),
     "growing": Case(seqlen_q=70, seqlen_k=150, growth="slow", dtype="bfloat16"),
@@ -146,7 +146,7 @@ def test_lengths_of_a_padded_batch(options: dict[str, Any], backend: str) -> Non
     for b, n in enumerate(LENGTHS):
         k[b, :, n:] = 100.0  # must not be seen
     wanted = {"return_max_score": True, "backend": backend, **options}
-    out, lse, max_score = flashcore.attention(q, k, k, seqlens_k=lengths, return_lse=True, **wanted)
+    out, _, max_score = flashcore.attention(q, k, k, seqlens_k=lengths, return_lse=True, **wanted)
     for b, n in enumerate(LENGTHS):
         own = slice(b, b + 1)
         assert score_error(max_score[own], q[own], k[own, :, :n], **options) <= LIMIT

@@ -50,7 +50,7 @@ class Ranked(NamedTuple):
     def restored(self, result: Result) -> Result:
         """Return results as the caller's dimensions have them."""
         if isinstance(result, tuple):
-            return tuple(x.reshape(*self.lead, *x.shape[2:]) for x in result)
+            return tuple(x.reshape((*self.lead, *x.shape[2:])) for x in result)
         return result.reshape(*self.lead, *result.shape[2:])
 
 

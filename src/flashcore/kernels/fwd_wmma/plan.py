@@ -160,8 +160,9 @@ class Plan:
             "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
-            # Without a bound rows are rows.
-            "FOLDED": self.folds_heads > 0 and (self.has_window_left or self.has_window_right),
+            # Without a bound rows are rows, unless it is asked which head each belongs to.
+            "FOLDED": self.folds_heads > 0
+            and (self.has_window_left or self.has_window_right or self.returns_max_score),
             "RETURNS_MAX_SCORE": self.returns_max_score,
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
 

@@ -7,10 +7,10 @@
 // plan that returns maxima does not rescale lazily (LAZY_RESCALE).
 #pragma once
 
-// The float of a row's head. Where heads are folded, their rows follow one another in one head.
+// The float of a row's head. Where heads are FOLDED, their rows follow one another in one head.
 FC_DEVICE GmemPtr<float> max_score_of(const AttnParams& p, const BlockCoord& block, int row) {
   const int head = block.batch_idx * p.num_heads_q + block.head_idx;
-  if (PACKED) return p.max_score + head;
+  if (!FOLDED) return p.max_score + head;
   return p.max_score + (head * (p.seqlen_q / p.num_queries) + row / p.num_queries);
 }
 
