@@ -290,7 +290,7 @@ def test_kernels_are_free_of_races(name: str) -> None:
 
 SHOWN_BY = {
     "max-score-stored": ("wmma", "turns"),
-    "max-score-of-padding": ("wmma", "splits"),
+    "max-score-of-padding": ("folded", "folded splits"),
     "max-score-of-one-head": ("folded", "folded splits"),
     "max-score-of-first-slice": ("slices",),
 }

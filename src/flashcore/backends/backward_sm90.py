@@ -8,7 +8,10 @@ from collections.abc import Callable
 import torch
 
 from flashcore.backends.torch_backward import laid_out_as
+from flashcore.base import determinism
+from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdSm90Plan, select_plans
+from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import load_bytes, strides_of
 from flashcore.problem.options import Options
@@ -34,7 +37,7 @@ def fused_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     run: Run,
-    plans: BwdPlans | None = None,
+    plans: BwdPlans | OneKernelPlans | None = None,
     seqlens_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v.
@@ -50,7 +53,8 @@ def fused_backward(
         dout: gradient of out, or None for zero.
         dlse: gradient of lse, or None for zero.
         run: `run_on_gpu` or `run_in_simulator`.
-        plans: by default what is selected for the problem.
+        plans: by default what is selected for the problem. Those of one kernel take float32
+            memory as large as q besides, and dq may differ in its last bits from run to run.
         seqlens_k: int32, [batch], how many keys each sequence has, where the problem says "keys".
 
     Returns:
@@ -71,12 +75,27 @@ def fused_backward(
             changed = dataclasses.replace(changed, **band, causal=problem.causal)
         problem = changed
     tensors = _named(q, k, v, mask, seqlens_k, out, lse, dout, dlse)
-    for plan in plans or select_plans(problem):
+    plans = plans or _select(problem)
+    tensors |= _sums_of(problem, plans, q)
+    for plan in plans:
         run(problem, plan, tensors)
     dq, dk, dv = (
         laid_out_as(x, tensors[name]) for x, name in zip(given, ("dq", "dk", "dv"), strict=True)
     )
     return dq, dk, dv
+
+
+def _select(problem: Problem) -> BwdPlans | OneKernelPlans:
+    if determinism.may_differ() and plan_one.obstacle(problem) is None:
+        return plan_one.select_one_kernel_plans(problem)
+    return select_plans(problem)
+
+
+def _sums_of(problem: Problem, plans: BwdPlans | OneKernelPlans, q: Tensor) -> dict[str, Tensor]:
+    """Return by name the memory that blocks add up in, if the plans have some."""
+    if not isinstance(plans, OneKernelPlans):
+        return {}
+    return {"dq_sums": q.new_empty(plan_one.sums_shape(problem), dtype=torch.float32)}
 
 
 def _named(
@@ -148,6 +167,8 @@ def prepare_on_gpu(
         return None
     given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
     tensors = _named(q, k, v, mask, None, out, lse, dout, None)
+    plans = _select(problem)
+    tensors |= _sums_of(problem, plans, q)
     if any(tensors[name] is not x for name, x in given.items()):
         return None
     tensors = given | tensors  # in this order, then the mask and what is made
@@ -159,7 +180,7 @@ def prepare_on_gpu(
         if x is not None
     ]  # fmt: skip
     names = tuple(tensors)
-    kernels = [kernel_of(problem, plan, tensors) for plan in select_plans(problem)]
+    kernels = [kernel_of(problem, plan, tensors) for plan in plans]
     results = [new.index(name) for name in ("dq", "dk", "dv")]
 
     def run(

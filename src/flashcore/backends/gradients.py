@@ -22,8 +22,9 @@ from flashcore.backends.backward_sm90 import (
     run_on_gpu,
 )
 from flashcore.backends.tiled import attention_backward_tiled
-from flashcore.base import env
+from flashcore.base import determinism, env
 from flashcore.errors import BackendUnavailableError, FallbackWarning
+from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.plan import ARCH as SM90_ARCH
 from flashcore.kernels.bwd_sm90.plan import obstacle as obstacle_to_sm90
 from flashcore.kernels.bwd_sm90.plan import obstacle_anywhere
@@ -64,6 +65,10 @@ def choose_backward(
     reason = _obstacle_to_ours(problem, backend, mask_grad_elements > 0)
     if reason is None:
         where = "sim" if backend == "sim" else "sm90"
+        if determinism.may_differ() and plan_one.obstacle(problem) is None:
+            return BackwardChoice(
+                where, "one fused kernel for Hopper; its sums have no fixed order"
+            )
         return BackwardChoice(where, "fused kernels for Hopper, deterministic")
     if backend == "sim":
         return BackwardChoice("tiled", reason)

@@ -14,7 +14,6 @@ from flashcore.kernels.bwd_sm90.params import (
     AttnBwdSm90Params,
     build_params_bwd_sm90,
     grid_size,
-    maps_of,
 )
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_wmma.params import AttnParams
@@ -33,7 +32,9 @@ def _pointer_offsets() -> dict[str, int]:
     attn = AttnBwdSm90Params.attn.offset
     names = ("q", "k", "v", "mask", "out", "lse", "seqlens_k", "tile_counter")
     offsets = {name: attn + getattr(AttnParams, name).offset for name in names}
-    return offsets | {name: getattr(AttnBwdSm90Params, name).offset for name in ("dlse", "delta")}
+    return offsets | {
+        name: getattr(AttnBwdSm90Params, name).offset for name in ("dlse", "delta", "dq_sums")
+    }
 
 
 _OFFSETS = _pointer_offsets()
@@ -58,7 +59,7 @@ class BackwardKernel:
         addresses = {name: x.data_ptr() for name, x in tensors.items()}
         params = build_params_bwd_sm90(problem, plan, tensors, grid, addresses)
         self._maps: list[tuple[str, int, int]] = []  # tensor, offset, bytes of it before the map
-        for name in maps_of(plan):
+        for name in plan.box_rows:
             field = f"{name}_map"
             tensor_map = getattr(params, field)
             shift = (tensors[name].data_ptr() - tensor_map.base) % 2**64

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -105,16 +105,44 @@ def padded_problem(inputs: Inputs, options: Options) -> Problem:
 
 
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Results:
+    _, k, v, *_ = inputs
+
+    def keys(b: slice, n: int) -> tuple[Tensor, Tensor]:
+        return k[b, :, :n], v[b, :, :n]
+
+    problem = padded_problem(inputs, options)
+    return compute_lengths(problem, inputs, ("seqlens_k",), keys, wanted, asked)
+
+
+def compute_lengths(
+    problem: Problem,
+    inputs: Inputs,
+    names: tuple[str, ...],
+    keys: Callable[[slice, int], tuple[Tensor, Tensor]],
+    wanted: Wanted,
+    asked: str,
+) -> Results:
+    """Compute sequences with seqlens_k on a backend.
+
+    Args:
+        problem: the description of the call.
+        inputs: of the call.
+        names: the fields of `inputs` that say where a sequence's keys are and how many, in the
+            order of launch.LENGTHS.
+        keys: returns k and v of one sequence, given its place in the batch and how many keys.
+        wanted: besides out and lse.
+        asked: the backend that was asked for.
+    """
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
-    problem = padded_problem(inputs, options)
     problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
     choice = choose_backend(problem, asked)
     if choice.is_fallback:
         warn_once(choice)
     backend = choice.backend
+    lengths = {name: getattr(inputs, name) for name in names}
     if backend in KERNELS and not problem.is_empty:
-        addresses = tuple(x.data_ptr() for x in (q, k, v, seqlens_k))
+        addresses = tuple(x.data_ptr() for x in (q, k, v, *lengths.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, mask, addresses))
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
@@ -124,8 +152,8 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Re
         lse.fill_(-math.inf)
         with without_autocast(problem.device):
             for own, b, n in _sequences(problem, seqlens_k):
-                tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
                 row_maxima = None if max_score is None else torch.empty_like(lse[b])
+                tensors = q[b], *keys(b, n), _part(mask, b, n)
                 out[b], lse[b] = attention_tiled(own, *tensors, row_maxima)
                 if max_score is not None and row_maxima is not None:
                     max_score[b] = row_maxima.amax(2)
@@ -138,7 +166,6 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Re
     if problem.head_dim_v != out.shape[3]:
         out = q.new_empty((*out.shape[:3], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
-    lengths = {"seqlens_k": seqlens_k}
     seed = env.sim_seed()
     simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, max_score=max_score, seed=seed)
     return Results(adapted.result(out), lse, max_score)
@@ -163,7 +190,7 @@ def _part(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
     return mask[..., :n] if mask.shape[3] > 1 else mask
 
 
-def _differentiate(
+def differentiate(
     arriving: Results,
     inputs: Inputs,
     results: Results,
@@ -171,6 +198,7 @@ def _differentiate(
     needs: tuple[bool, ...],
     backend: str,
 ) -> Gradients:
+    """Compute gradients; see Family."""
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
     problem = padded_problem(inputs, options)
@@ -209,7 +237,7 @@ OPERATORS = Operators(
         },
         check=check,
         compute=_compute,
-        differentiate=_differentiate,
+        differentiate=differentiate,
         shapes=dense.shapes,
         plain=padded_forward_plain,
         differentiate_plain=padded_backward_plain,

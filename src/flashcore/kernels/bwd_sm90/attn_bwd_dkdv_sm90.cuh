@@ -11,6 +11,9 @@
 // With OVERLAPS, dK of a query tile is issued behind S^T and dP^T of the next: the next
 // exponentials run beside these, and dS^T beside dV.
 //
+// With ALSO_DQ it computes dQ as well: five products, none of them twice. One more warpgroup takes
+// dS^T from shared memory and adds dQ of the tile to that of other blocks (bwd_dkdv_dq_sm90.cuh).
+//
 // A thread of the producer warpgroup loads by TMA, a warp of it the rows' lse and delta. That warp
 // also clears rows of dO that see no key: whatever arrives there, infinity and NaN too, is no
 // gradient, and 0 * NaN would spread in the product. Blocks are persistent.
@@ -26,6 +29,7 @@
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_dq_sm90.cuh"
 
 // What one consumer warpgroup carries from query tile to query tile.
 struct Consumer {
@@ -44,6 +48,18 @@ struct Consumer {
 FC_DEVICE float prob_of(const Consumer& c, int n, int i) {
   if (KEEPS_P) return c.scores[n].x[i];
   return unpacked((HAS_SOFTCAP ? c.capped_probs : c.probs)[n].reg[i / 2], i % 2);
+}
+
+// dS^T, 0 for keys behind the last, whose scores may be anything: 0 * infinity would get into dQ.
+FC_DEVICE WmmaA<Element> of_keys(WmmaA<Element> dscores, const Consumer& c, const AttnParams& p) {
+  if (c.key_row + 64 > p.seqlen_k) {
+    const int key = c.key_row + warp_idx() % 4 * 16 + lane_idx() / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (key + i % 2 * 8 >= p.seqlen_k) dscores.reg[i] = 0;
+    }
+  }
+  return dscores;
 }
 
 // One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this
@@ -84,6 +100,9 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) wmma_accum_to_a(c.dscores[n], c.dprobs[n]);
   if (!OVERLAPS) issue_dk(c.dk, c.dscores, smem, count);
+  if constexpr (ALSO_DQ) {
+    hand_over_ds(bar, smem, c.index, count, [&](int n) { return of_keys(c.dscores[n], c, p); });
+  }
   wgmma_wait<0>();
   wgmma_hold(c.dv);
   wgmma_hold(c.dk);
@@ -131,11 +150,11 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < heads_per_kv; ++head) {
       c.mask = mask_of(p, block.batch_idx, block.head_idx + head);
-      skip_tiles(bar, count, own.begin - tiles.begin);
+      skip_tiles(bar, smem, c.index, count, own.begin - tiles.begin);
       if (own.begin < own.end) {
         accumulate(c, sequence, bar, smem, count, own.begin, own.end - own.begin);
       }
-      skip_tiles(bar, count, tiles.end - own.end);
+      skip_tiles(bar, smem, c.index, count, tiles.end - own.end);
     }
     warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
     arrive_for_warp(bar.kv_empty);
@@ -153,7 +172,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
 }
 
-FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
+FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + ALSO_DQ) * 128, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
   const Buffers smem = {
       smem_view<Element>(0, NUM_KEY_GROUPS * K_GROUP_ELEMENTS, "k_smem"),
@@ -161,6 +180,8 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
       smem_view<Element>(Q_OFFSET, NUM_STAGES * Q_ELEMENTS, "q_smem"),
       smem_view<Element>(DO_OFFSET, NUM_DO_STAGES * DO_ELEMENTS, "dout_smem"),
       smem_view<Element>(OUT_OFFSET, NUM_KEY_GROUPS * OUT_ELEMENTS, "out_smem"),
+      smem_view<Element>(DS_OFFSET, NUM_DS_STAGES * DS_ELEMENTS, "ds_smem"),
+      smem_view<float>(DQ_OFFSET, DQ_FLOATS, "dq_smem"),
       smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),
       smem_view<float>(STATS_OFFSET, NUM_STAGES * STATS_FLOATS, "stats_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
@@ -180,6 +201,9 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
     if (warp_idx() == 1) load_stats(params, bar, smem);
+  } else if (ALSO_DQ && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
+    lower_registers<DQ_REGISTERS>();
+    consume_ds(params, bar, smem);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     if constexpr (!HAS_ROLES) {

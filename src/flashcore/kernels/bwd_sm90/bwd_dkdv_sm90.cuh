@@ -75,16 +75,24 @@ constexpr int OUT_ELEMENTS = HAS_ROLES                               ? 0
                              : K_GROUP_ELEMENTS > V_GROUP_ELEMENTS ? K_GROUP_ELEMENTS
                                                                      : V_GROUP_ELEMENTS;
 constexpr int PROBS_WORDS = HAS_ROLES ? BLOCK_M * 64 / 2 : 0;  // P^T between the two roles
+// dS^T, a column chunk of 64 queries after the other, and dQ of 64 of them each on its way out.
+constexpr int ROW_GROUPS = (BLOCK_M + 63) / 64;
+constexpr int DS_ELEMENTS = ALSO_DQ ? BLOCK_N * BLOCK_M : 0;  // of one stage
+constexpr int DQ_FLOATS = ALSO_DQ ? ROW_GROUPS * SUMS_OF_GROUP : 0;
+static_assert(!ALSO_DQ || (BLOCK_M % 64 == 0 && !HAS_ROLES), "dQ is computed by 64 rows");
 constexpr int STATS_FLOATS = 2 * BLOCK_M;  // of one stage: lse in log2 units, delta
 
 constexpr int V_OFFSET = NUM_KEY_GROUPS * K_GROUP_ELEMENTS * 2;
 constexpr int Q_OFFSET = V_OFFSET + NUM_KEY_GROUPS * V_GROUP_ELEMENTS * 2;
 constexpr int DO_OFFSET = Q_OFFSET + NUM_STAGES * Q_ELEMENTS * 2;
 constexpr int OUT_OFFSET = DO_OFFSET + NUM_DO_STAGES * DO_ELEMENTS * 2;
-constexpr int PROBS_OFFSET = OUT_OFFSET + NUM_KEY_GROUPS * OUT_ELEMENTS * 2;
+constexpr int DS_OFFSET = OUT_OFFSET + NUM_KEY_GROUPS * OUT_ELEMENTS * 2;
+constexpr int DQ_OFFSET = DS_OFFSET + NUM_DS_STAGES * DS_ELEMENTS * 2;
+constexpr int PROBS_OFFSET = DQ_OFFSET + DQ_FLOATS * 4;
 constexpr int STATS_OFFSET = PROBS_OFFSET + PROBS_WORDS * 4;
 constexpr int BARRIERS_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;
-constexpr int NUM_BARRIERS = 6 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES;
+constexpr int NUM_BARRIERS =
+    6 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0);
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
               "the plan and the kernel disagree on shared memory");
@@ -92,6 +100,8 @@ static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
 struct Buffers {
   SmemPtr<Element> k, v, q, dout;
   SmemPtr<Element> out;  // dV and dK on their way out, one after the other
+  SmemPtr<Element> ds;
+  SmemPtr<float> dq;
   SmemPtr<uint32_t> probs;
   SmemPtr<float> stats;
   SmemPtr<int32_t> coords;  // of the key tiles at hand
@@ -104,6 +114,7 @@ struct Barriers {
   SmemPtr<uint64_t> probs_full, probs_empty;  // with roles
   SmemPtr<uint64_t> q_full, q_empty, stats_full;  // one a stage
   SmemPtr<uint64_t> do_full, do_empty;
+  SmemPtr<uint64_t> ds_full, ds_empty;  // where dQ is computed too
 };
 
 enum NamedBarrier {
@@ -122,7 +133,9 @@ FC_DEVICE Barriers barriers() {
           ring + NUM_STAGES,
           ring + 2 * NUM_STAGES,
           ring + 3 * NUM_STAGES,
-          ring + (3 * NUM_STAGES + NUM_DO_STAGES)};
+          ring + (3 * NUM_STAGES + NUM_DO_STAGES),
+          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES),
+          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? NUM_DS_STAGES : 0))};
 }
 
 // By one thread.
@@ -130,7 +143,8 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init(bar.coord_full, 1);
   mbar_init(bar.coord_full + 1, 1);
   mbar_init(bar.kv_full, 1);
-  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1);  // one: who loads lse and delta
+  // One: who loads lse and delta. Four: who computes dQ.
+  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (ALSO_DQ ? 4 : 0));
   mbar_init(bar.probs_full, 128);
   mbar_init(bar.probs_empty, 128);
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
@@ -141,6 +155,10 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   for (int stage = 0; stage < NUM_DO_STAGES; ++stage) {
     mbar_init(bar.do_full + stage, 1);
     mbar_init(bar.do_empty + stage, NUM_CONSUMERS * 4);
+  }
+  for (int stage = 0; ALSO_DQ && stage < NUM_DS_STAGES; ++stage) {
+    mbar_init(bar.ds_full + stage, NUM_CONSUMERS * 4);
+    mbar_init(bar.ds_empty + stage, 4);
   }
   mbar_init_fence();
 }

@@ -22,6 +22,7 @@ struct AttnBwdSm90Params {
   TileSchedule schedule;
   GmemPtr<const float> dlse;  // [batch, num_heads_q, seqlen_q], or null for zero
   GmemPtr<float> delta;       // [batch, num_heads_q, seqlen_q]
+  GmemPtr<float> dq_sums;     // see sums_of; read only where several blocks add up dQ
 };
 
 constexpr int CHUNK_BYTES = CHUNK * 2;
@@ -133,6 +134,23 @@ FC_DEVICE Probability probability(float score, float lse_log2, const AttnParams&
   const float exponential = exp2_approx(log2_prob);
   const float prob = mask.visible ? exponential : 0.0f;
   return {prob, HAS_SOFTCAP ? prob * cap_slope : prob};
+}
+
+// Where blocks add up dQ of 64 rows in float32, all groups of 64 of a head side by side: not row by
+// row, but as an accumulator's registers lie in the threads of a warpgroup.
+constexpr int SUMS_OF_WARP = QK_FRAGS * 8 * 32;
+constexpr int SUMS_OF_GROUP = 4 * SUMS_OF_WARP;
+
+FC_DEVICE GmemPtr<float> sums_of(const AttnBwdSm90Params& params, int batch, int head, int row) {
+  const AttnParams& p = params.attn;
+  const int groups_of_head = (p.seqlen_q + 63) / 64;
+  const int64_t group = int64_t(batch * p.num_heads_q + head) * groups_of_head + row / 64;
+  return params.dq_sums + group * SUMS_OF_GROUP;
+}
+
+// Within a warp's part of that: four registers of a lane, half a fragment.
+FC_DEVICE int place_of_sums(int frag, int half) {
+  return ((frag * 2 + half) * 32 + lane_idx()) * 4;
 }
 
 // Rounds 64 rows times `scale` and sends them on their way by TMA, which clips rows and columns

@@ -9,7 +9,6 @@ import torch
 
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_sm90.params import make_ragged
-from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnParams
 from flashcore.kernels.tensor_map import TensorMap
@@ -30,7 +29,8 @@ class AttnBwdSm90Params(ctypes.Structure):
         ("heads_per_section", ctypes.c_int32),
         ("dlse", ctypes.c_void_p),
         ("delta", ctypes.c_void_p),
-        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 24) % 64)),
+        ("dq_sums", ctypes.c_void_p),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 32) % 64)),
     ]
 
 
@@ -44,8 +44,9 @@ def num_tiles(problem: Problem, plan: BwdSm90Plan) -> int:
 
 def grid_size(problem: Problem, plan: BwdSm90Plan, num_sms: int) -> int:
     """Return the number of blocks: as many as run at once on a GPU with `num_sms`
-    multiprocessors."""
-    return min(num_tiles(problem, plan), num_sms * plan.min_blocks)
+    multiprocessors, or one for each tile."""
+    tiles = num_tiles(problem, plan)
+    return min(tiles, num_sms * plan.min_blocks) if plan.is_persistent else tiles
 
 
 # What blocks that run side by side may have of L2 for the tiles they stream; see
@@ -65,18 +66,6 @@ def heads_per_section(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> i
     return min(num_heads * problem.batch, wanted)
 
 
-def maps_of(plan: BwdSm90Plan) -> dict[str, int]:
-    """Return the tensors that a kernel reads and writes by TMA, and the rows of their boxes."""
-    written: tuple[str, ...]
-    if plan.is_dq:
-        own, walked, written = ("q", "dout"), ("k", "v"), ("dq",)
-        walked_rows = plan.block_n
-    else:
-        own, walked, written = ("k", "v"), ("q", "dout"), ("dk", "dv")
-        walked_rows = plan.block_m
-    return dict.fromkeys((*own, *written), ROWS_OF_CONSUMER) | dict.fromkeys(walked, walked_rows)
-
-
 def build_params_bwd_sm90(
     problem: Problem,
     plan: BwdSm90Plan,
@@ -89,7 +78,7 @@ def build_params_bwd_sm90(
     Args:
         problem: shapes, strides and options of the forward.
         plan: of the kernel.
-        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask and dlse where
+        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask, dlse and dq_sums where
             there are some; seqlens_k where the problem has lengths.
         num_blocks: of the launch.
         addresses: of the tensors, by name; None for the simulator, which places them itself.
@@ -111,7 +100,8 @@ def build_params_bwd_sm90(
     argument.num_heads = num_heads * problem.batch
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
     argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
-    for name, box_rows in maps_of(plan).items():
+    argument.dq_sums = addresses.get("dq_sums")
+    for name, box_rows in plan.box_rows.items():
         tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)
         if problem.varlen == "keys" and name in ("k", "v"):
             rows_per_batch = tensor_map.batch_stride_bytes // tensor_map.row_stride_bytes

@@ -1,18 +1,18 @@
-"""This module plants bugs in the backward kernels for Hopper; see plants.py
-(tests/plants/test_sim_plants_bwd_sm90.py)."""
+"""Plant bugs in the backward kernels for Hopper (tests/plants/test_sim_plants_bwd_sm90.py)."""
 
 from __future__ import annotations
 
 from flashcore.compile.plant import Plant, by_name
 
 _DQ = "bwd_sm90/attn_bwd_dq_sm90.cuh"
+_DELTA = "bwd_sm90/bwd_delta_sm90.cuh"
 _DKDV = "bwd_sm90/attn_bwd_dkdv_sm90.cuh"
 _LOADS = "bwd_sm90/bwd_dkdv_sm90.cuh"
 _STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 _ROLES = "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
 _SHARED = "bwd_sm90/bwd_sm90.cuh"
 
-# Without head_dim above 128.
+# In the kernel of dk and dv, without head_dim above 128.
 _OF_ONE_WARPGROUP = (
     Plant(
         name="stale-stats",
@@ -156,7 +156,7 @@ _OF_DQ = (
     Plant(
         name="delta-of-one-lane",
         title="delta is a quarter of the row's sum",
-        file=_DQ,
+        file=_DELTA,
         find="    sum = quad_sum(sum);\n",
         replace="\n",
         caught_by="wrong-result",
@@ -164,7 +164,7 @@ _OF_DQ = (
     Plant(
         name="dlse-forgotten",
         title="what arrives through lse is left out of delta",
-        file=_DQ,
+        file=_DELTA,
         find="is_null(params.dlse) ? sum : sum - gmem_load(params.dlse + at)",
         replace="sum",
         caught_by="wrong-result",
@@ -196,7 +196,7 @@ _OF_DQ = (
     ),
 )
 
-# With head_dim above 128.
+# In the kernel of dk and dv, with head_dim above 128.
 _OF_ROLES = (
     Plant(
         name="probs-not-awaited",
@@ -220,8 +220,8 @@ _OF_ROLES = (
         name="v-overwritten",
         title="dV leaves through V's place while the other role still reads V",
         file=_ROLES,
-        find="    mbar_wait(bar.probs_empty, int(count % 2) ^ 1);\n    store_in_place",
-        replace="\n    store_in_place",
+        find="    mbar_wait(bar.probs_empty, int(count % 2) ^ 1);\n    clear_behind",
+        replace="\n    clear_behind",
         caught_by="race",
     ),
     Plant(
@@ -235,5 +235,6 @@ _OF_ROLES = (
     ),
 )
 
-PLANTS_BWD_SM90 = by_name(*_OF_ONE_WARPGROUP, *_OF_DQ)
+PLANTS_BWD_DQ_SM90 = by_name(*_OF_DQ)
+PLANTS_BWD_DKDV_SM90 = by_name(*_OF_ONE_WARPGROUP)
 PLANTS_BWD_ROLES_SM90 = by_name(*_OF_ROLES)

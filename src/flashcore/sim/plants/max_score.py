@@ -18,7 +18,7 @@ PLANTS_MAX_SCORE = by_name(
     ),
     Plant(
         name="max-score-of-padding",
-        title="rows behind the last query count, for the head that follows",
+        title="rows behind the last query count, with folded heads for a head that follows",
         file=_MAX_SCORE,
         find="    if (lane_idx() % 4 != 0 || row >= p.seqlen_q) continue;",
         replace="    if (lane_idx() % 4 != 0) continue;",
