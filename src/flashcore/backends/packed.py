@@ -18,6 +18,7 @@ from flashcore.backends.gradients import attention_gradients, choose_backward, g
 from flashcore.backends.tiled import attention_tiled
 from flashcore.backends.torch_backward import packed_flash_gradients
 from flashcore.base import env
+from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import as_batch, as_rows, with_strides_of_empty_like
 from flashcore.problem.options import Inputs, Results
@@ -189,6 +190,7 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q.
         lse: [num_heads_q, total_q].
+        max_score: [num_sequences, num_heads_q], or None unless problem.return_max_score.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
     if backend in KERNELS and not problem.is_empty:
@@ -199,17 +201,22 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     if problem.is_empty or backend == "torch":
         out.zero_()
         lse.fill_(-math.inf)
+    max_score = unseen_scores(problem, q) if problem.return_max_score else None
     if problem.is_empty:
-        return Results(out, lse)
+        return Results(out, lse, max_score)
     if backend == "torch":
+        row_maxima = None if max_score is None else torch.full_like(lse, -math.inf)
         with without_autocast(problem.device):
             for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
                 own_out, own_lse = attention_tiled(
-                    own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None
-                )
+                    own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None,
+                    None if row_maxima is None else row_maxima[None, :, queries],
+                )  # fmt: skip
                 as_batch(out[queries]).copy_(own_out)
                 lse[:, queries] = own_lse[0]
-        return Results(out, lse)
+        if row_maxima is not None:
+            max_score = max_score_of_rows(row_maxima, cu_seqlens_q)
+        return Results(out, lse, max_score)
 
     from flashcore.sim import simulate
 
@@ -220,8 +227,21 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     plan = plan_of(problem, env.sim_arch())
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     tensors = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
-    simulate(problem, plan, *tensors, out, lse, None, lengths, seed=env.sim_seed())
-    return Results(adapted.result(out), lse)
+    seed = env.sim_seed()
+    simulate(problem, plan, *tensors, out, lse, None, lengths, max_score=max_score, seed=seed)
+    return Results(adapted.result(out), lse, max_score)
+
+
+def max_score_of_rows(row_maxima: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+    """Return the largest score of each head of each sequence, [num_sequences, num_heads_q], given
+    those of packed rows, [num_heads_q, total_q]."""
+    heads, total = row_maxima.shape
+    rows = torch.arange(total, device=row_maxima.device)
+    # Rows behind the last sequence count as one more.
+    sequence = (rows[:, None] >= cu_seqlens_q[1:]).sum(-1)
+    lowest = row_maxima.new_full((cu_seqlens_q.shape[0], heads), -math.inf)
+    index = sequence[:, None].expand(total, heads)
+    return lowest.scatter_reduce(0, index, row_maxima.mT, "amax")[:-1]
 
 
 def packed_backward(
