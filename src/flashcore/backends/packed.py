@@ -60,18 +60,25 @@ def check_packed(
 
 def check_lengths(name: str, x: object, q: Tensor) -> None:
     """Raise unless `x` is a contiguous int32 vector on q's device."""
+    check_integers(name, x, q, 1, "one dimension")
+    assert isinstance(x, Tensor)
+    if not x.is_contiguous():
+        raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def check_integers(name: str, x: object, q: Tensor, rank: int, dimensions: str) -> None:
+    """Raise unless `x` is an int32 tensor on q's device with so many `dimensions`, as a message
+    says it."""
     check_plain_tensor(name, x)
     assert isinstance(x, Tensor)
     if x.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be int32: pass {name}.int()")
-    if x.dim() != 1:
-        raise ValueError(f"{name} has shape {shape_text(x)}; it must have one dimension")
+    if x.dim() != rank:
+        raise ValueError(f"{name} has shape {shape_text(x)}; it must have {dimensions}")
     if x.device != q.device:
         raise ValueError(
             f"{name} is on {x.device} but q is on {q.device}; move it with {name}.to(q.device)"
         )
-    if not x.is_contiguous():
-        raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
 
 
 def readable(x: Tensor) -> bool:
@@ -166,8 +173,9 @@ def packed_problem(
 
 def of_packed(inputs: Inputs) -> tuple[Any, ...]:
     """Return the arguments of `packed_problem`."""
-    q, k, v, _, _, *lengths = inputs
-    return q, k, v, *lengths
+    q, k, v, *_ = inputs
+    lengths = inputs.cu_seqlens_q, inputs.cu_seqlens_k
+    return q, k, v, *lengths, inputs.max_seqlen_q, inputs.max_seqlen_k
 
 
 def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:

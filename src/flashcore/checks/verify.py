@@ -135,10 +135,9 @@ def find_plant(name: str | None, backend: str, arch: int | None) -> Plant | None
     """
     if name is None:
         return None
-    if backend != "sim":
-        raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")
     from flashcore.sim.plants import index
 
+    index.check_backend(name, backend)
     kernel = KERNELS["sm90" if (arch or env.sim_arch()) == SM90_ARCH else "wmma"]
     return index.find_plant(name, kernel)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flashcore.backends.dispatch import KERNELS
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 
 _WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
 
@@ -67,5 +68,27 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("split-one-counter", "split-rows-past-the-end"),
             *("box-of-a-neighbour", "class-left-out"),
         ),
+    },
+    DQ_KERNEL: {
+        "delta": ("delta-of-one-lane", "dlse-forgotten", "dout-read-late"),
+        "dq": ("k-released-early", "empty-rows-kept"),
+    },
+    DKDV_KERNEL: {
+        "load": ("do-released-early", "q-released-early"),
+        "scores": (
+            *("stale-stats", "stats-released-by-one-lane", "kv-released-early"),
+            *("clear-without-fence", "probs-not-awaited", "v-overwritten"),
+        ),
+        "dv": (
+            *("dp-not-awaited", "query-tile-skipped", "last-of-group-skipped"),
+            *("empty-rows-spread", "neighbour-lse", "diagonal-hidden", "probs-overwritten"),
+        ),
+        "dq": (
+            *("ds-not-awaited", "ds-overwritten", "ds-without-fence", "sums-overwritten"),
+            *("sums-without-fence", "ds-released-early", "k-released-before-dq"),
+            *("neighbour-rows", "head-of-group"),
+        ),
+        "dk": ("swapped-operand", "dk-added-twice", "scale-forgotten"),
+        "store": ("dk-over-dv", "place-released-early"),
     },
 }

@@ -98,9 +98,9 @@ def run_kernel(
         out: [batch, num_heads_q, seqlen_q, head_dim_v], contiguous; written.
         lse: [batch, num_heads_q, seqlen_q], float32, contiguous; written unless None.
         gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
-        lengths: int32, by name cu_seqlens_q, cu_seqlens_k or seqlens_k, where sequences differ in
-            length. Packed tensors come as [1, num_heads, total, dim] views, out as [total,
-            num_heads_q, head_dim_v], lse as [num_heads_q, total].
+        lengths: int32, by name cu_seqlens_q, cu_seqlens_k, seqlens_k or page_table, where
+            sequences differ in length. Packed tensors come as [1, num_heads, total, dim] views, out
+            as [total, num_heads_q, head_dim_v], lse as [num_heads_q, total]; pages as k and v.
 
     Raises:
         CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, launch_raw.
@@ -135,8 +135,13 @@ def run_kernel(
     )
 
 
-# By Problem.varlen, the fields of AttnParams that say how long sequences are.
-LENGTHS = {"keys": ("seqlens_k",), "packed": ("cu_seqlens_q", "cu_seqlens_k")}
+# By Problem.varlen, the fields of AttnParams that say how long sequences are and where their keys
+# lie.
+LENGTHS = {
+    "keys": ("seqlens_k",),
+    "packed": ("cu_seqlens_q", "cu_seqlens_k"),
+    "pages": ("seqlens_k", "page_table"),
+}
 
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
 # allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.

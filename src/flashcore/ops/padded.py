@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -103,15 +103,40 @@ def padded_problem(inputs: Inputs, options: Options) -> Problem:
 
 
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Results:
+    _, k, v, *_ = inputs
+
+    def keys(b: slice, n: int) -> tuple[Tensor, Tensor]:
+        return k[b, :, :n], v[b, :, :n]
+
+    return compute_lengths(padded_problem(inputs, options), inputs, ("seqlens_k",), keys, asked)
+
+
+def compute_lengths(
+    problem: Problem,
+    inputs: Inputs,
+    names: tuple[str, ...],
+    keys: Callable[[slice, int], tuple[Tensor, Tensor]],
+    asked: str,
+) -> Results:
+    """Compute sequences with seqlens_k on a backend.
+
+    Args:
+        problem: the description of the call.
+        inputs: of the call.
+        names: the fields of `inputs` that say where a sequence's keys are and how many, in the
+            order of launch.LENGTHS.
+        keys: returns k and v of one sequence, given its place in the batch and how many keys.
+        asked: the backend that was asked for.
+    """
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
-    problem = padded_problem(inputs, options)
     choice = choose_backend(problem, asked)
     if choice.is_fallback:
         warn_once(choice)
     backend = choice.backend
+    lengths = {name: getattr(inputs, name) for name in names}
     if backend in KERNELS and not problem.is_empty:
-        addresses = tuple(x.data_ptr() for x in (q, k, v, seqlens_k))
+        addresses = tuple(x.data_ptr() for x in (q, k, v, *lengths.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, mask, addresses))
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
@@ -120,8 +145,7 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Re
         lse.fill_(-math.inf)
         with without_autocast(problem.device):
             for own, b, n in _sequences(problem, seqlens_k):
-                tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
-                out[b], lse[b] = attention_tiled(own, *tensors)
+                out[b], lse[b] = attention_tiled(own, q[b], *keys(b, n), _part(mask, b, n))
         return Results(out, lse)
     from flashcore.sim import simulate
 
@@ -131,7 +155,6 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Re
     if problem.head_dim_v != out.shape[3]:
         out = q.new_empty((*out.shape[:3], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
-    lengths = {"seqlens_k": seqlens_k}
     simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
     return Results(adapted.result(out), lse)
 
@@ -155,7 +178,7 @@ def _part(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
     return mask[..., :n] if mask.shape[3] > 1 else mask
 
 
-def _differentiate(
+def differentiate(
     arriving: Results,
     inputs: Inputs,
     results: Results,
@@ -163,6 +186,7 @@ def _differentiate(
     needs: tuple[bool, ...],
     backend: str,
 ) -> Gradients:
+    """Compute gradients; see Family."""
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
     problem = padded_problem(inputs, options)
@@ -198,7 +222,7 @@ OPERATORS = Operators(
         places={"q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "out": 0, "lse": 0},
         check=check,
         compute=_compute,
-        differentiate=_differentiate,
+        differentiate=differentiate,
         shapes=dense.shapes,
         plain=padded_forward_plain,
         differentiate_plain=padded_backward_plain,

@@ -39,6 +39,8 @@ class Inputs(NamedTuple):
         cu_seqlens_k: int32, [batch + 1]: where packed sequences of keys begin and end.
         max_seqlen_q: a bound on the length of packed sequences of queries.
         max_seqlen_k: a bound on the length of packed sequences of keys.
+        page_table: int32, [batch, max_pages]: the pages of each sequence, where k and v are
+            [num_pages, num_heads_kv, page_size, dim].
     """
 
     q: Tensor
@@ -50,6 +52,7 @@ class Inputs(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    page_table: Tensor | None = None
 
 
 class Wanted(NamedTuple):

@@ -156,11 +156,17 @@ def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor
             "cu_seqlens_q": steps * (problem.total_q // problem.batch),
             "cu_seqlens_k": steps * (problem.total_k // problem.batch),
         }
-    elif problem.varlen == "keys":
+    elif problem.varlen in ("keys", "pages"):
         lengths = {"seqlens_k": torch.full_like(steps[1:], problem.seqlen_k)}
     else:
         return None
-    return {name: values.get(name, even).flatten() for name, even in lengths.items()}
+    lengths = {name: values.get(name, even).flatten() for name, even in lengths.items()}
+    if problem.varlen == "pages":
+        shape = problem.batch, problem.seqlen_k // problem.page_size
+        pages = torch.arange(shape[0] * shape[1], dtype=torch.int32) % problem.num_pages
+        pages = values.get("page_table", pages).reshape(shape)
+        lengths["page_table"] = _place(pages, shape, (problem.page_table_stride, 1), 0)
+    return lengths
 
 
 def _make(
@@ -182,6 +188,8 @@ def _make(
         rows_k = (1, problem.num_heads_kv, problem.total_k)
         rows_out = (problem.total_q, problem.num_heads_q, problem.head_dim_v)
         rows_lse = (problem.num_heads_q, problem.total_q)
+    elif problem.varlen == "pages":
+        rows_k = (problem.num_pages, problem.num_heads_kv, problem.page_size)
 
     def tensor(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Tensor:
         drawn = torch.randn(shape, generator=generator)

@@ -76,7 +76,7 @@ constexpr int OUT_ELEMENTS = HAS_ROLES                               ? 0
                                                                      : V_GROUP_ELEMENTS;
 constexpr int PROBS_WORDS = HAS_ROLES ? BLOCK_M * 64 / 2 : 0;  // P^T between the two roles
 // dS^T, a column chunk of 64 queries after the other, and dQ of 64 of them each on its way out.
-constexpr int ROW_GROUPS = BLOCK_M / 64;
+constexpr int ROW_GROUPS = (BLOCK_M + 63) / 64;
 constexpr int DS_ELEMENTS = ALSO_DQ ? BLOCK_N * BLOCK_M : 0;  // of one stage
 constexpr int DQ_FLOATS = ALSO_DQ ? ROW_GROUPS * SUMS_OF_GROUP : 0;
 static_assert(!ALSO_DQ || (BLOCK_M % 64 == 0 && !HAS_ROLES), "dQ is computed by 64 rows");

@@ -8,7 +8,9 @@
 // Tensors are [total, num_heads, HEAD_DIM]; sequence b has rows cu_seqlens[b] to cu_seqlens[b + 1].
 constexpr bool PACKED = VARLEN == 1;
 // Tensors are as ever; sequence b has the first seqlens_k[b] keys.
-constexpr bool KEY_LENGTHS = VARLEN == 2;
+constexpr bool KEY_LENGTHS = VARLEN >= 2;
+// Likewise, but keys and values lie in pages, see tile/pages.cuh.
+constexpr bool PAGED = VARLEN == 3;
 
 FC_DEVICE int clamp_i(int x, int low, int high) { return max_i(low, min_i(x, high)); }
 

@@ -1,4 +1,4 @@
-"""Planted bugs of dq in the kernel of dk and dv for Hopper; see plants.py
+"""Plant bugs of dq in the kernel of dk and dv for Hopper
 (tests/plants/test_sim_plants_bwd_one_sm90.py)."""
 
 from __future__ import annotations

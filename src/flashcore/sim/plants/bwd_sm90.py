@@ -1,5 +1,4 @@
-"""This module plants bugs in the backward kernels for Hopper; see plants.py
-(tests/plants/test_sim_plants_bwd_sm90.py)."""
+"""Plant bugs in the backward kernels for Hopper (tests/plants/test_sim_plants_bwd_sm90.py)."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ _STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 _ROLES = "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
 _SHARED = "bwd_sm90/bwd_sm90.cuh"
 
-# Without head_dim above 128.
+# In the kernel of dk and dv, without head_dim above 128.
 _OF_ONE_WARPGROUP = (
     Plant(
         name="stale-stats",
@@ -197,7 +196,7 @@ _OF_DQ = (
     ),
 )
 
-# With head_dim above 128.
+# In the kernel of dk and dv, with head_dim above 128.
 _OF_ROLES = (
     Plant(
         name="probs-not-awaited",
@@ -221,8 +220,8 @@ _OF_ROLES = (
         name="v-overwritten",
         title="dV leaves through V's place while the other role still reads V",
         file=_ROLES,
-        find="    mbar_wait(bar.probs_empty, int(count % 2) ^ 1);\n    store_in_place",
-        replace="\n    store_in_place",
+        find="    mbar_wait(bar.probs_empty, int(count % 2) ^ 1);\n    clear_behind",
+        replace="\n    clear_behind",
         caught_by="race",
     ),
     Plant(
@@ -236,5 +235,6 @@ _OF_ROLES = (
     ),
 )
 
-PLANTS_BWD_SM90 = by_name(*_OF_ONE_WARPGROUP, *_OF_DQ)
+PLANTS_BWD_DQ_SM90 = by_name(*_OF_DQ)
+PLANTS_BWD_DKDV_SM90 = by_name(*_OF_ONE_WARPGROUP)
 PLANTS_BWD_ROLES_SM90 = by_name(*_OF_ROLES)
