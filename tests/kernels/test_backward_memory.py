@@ -80,7 +80,8 @@ def test_kernels_are_given_no_more(name: str, padded: bool, with_dlse: bool) -> 
         made.update(storages(list(tensors.values())))
 
     given = x.q, x.k, x.v, x.mask, out, lse, dout, dlse
-    fused_backward(problem, *given, run, seqlens_k=seqlens_k)
+    lengths = {} if seqlens_k is None else {"seqlens_k": seqlens_k}
+    fused_backward(problem, *given, run, lengths=lengths)
     own = storages(inputs)
     extra = sum(size for address, size in made.items() if address not in own)
     assert extra <= allowed(x.q, x.k, x.v, lse.numel())

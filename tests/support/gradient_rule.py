@@ -19,8 +19,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, options: dict[
 
 def wrong_gradients(
     gradients: tuple[Tensor, ...], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
-    dout: Tensor, dlse: Tensor | None, options: dict[str, Any],
+    dout: Tensor, dlse: Tensor | None, options: dict[str, Any], out: Tensor | None = None,
 ) -> list[str]:  # fmt: skip
-    """Return what breaks the rule: a line for each of dq, dk, dv that does."""
-    reports = gradient_reports(gradients, q, k, v, dout, dlse, mask=mask, **options)
+    """Return what breaks the rule: a line for each of dq, dk, dv that does. `out` is what the
+    backward pass was given; by default the exact one, rounded to the dtype."""
+    reports = gradient_reports(gradients, q, k, v, dout, dlse, out=out, mask=mask, **options)
     return [str(report) for report in reports if not report.ok]

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from flashcore.checks.reference import attention_oracle, visible_pairs
+from flashcore.checks.reference import attention_oracle, max_score_oracle, visible_pairs
 from flashcore.problem import Causal, Window
 
 FACTOR = 2.0
@@ -47,7 +47,8 @@ class ErrorReport:
         mean_limit: what mean_error may be.
         lse_error: largest `|lse - oracle| / (1 + |oracle|)`, inf when the rows at -inf differ;
             None when no lse was given.
-        lse_limit: what lse_error may be.
+        lse_limit: what lse_error may be, and max_score_error.
+        max_score_error: the same of the largest score of each head; None when it was not given.
         of: which tensor it is, such as "dk"; nothing for an output.
     """
 
@@ -59,12 +60,16 @@ class ErrorReport:
     mean_limit: float
     lse_error: float | None
     lse_limit: float
+    max_score_error: float | None = None
     of: str = ""
 
     @property
     def ok(self) -> bool:
         """Return whether the result passes. A NaN fails every comparison, so it never passes."""
-        lse_ok = self.lse_error is None or self.lse_error <= self.lse_limit
+        lse_ok = all(
+            error is None or error <= self.lse_limit
+            for error in (self.lse_error, self.max_score_error)
+        )
         return self.max_error <= self.max_limit and self.mean_error <= self.mean_limit and lse_ok
 
     def __str__(self) -> str:
@@ -76,6 +81,8 @@ class ErrorReport:
         )
         if self.lse_error is not None:
             text += f", lse error {self.lse_error:.3g} (limit {self.lse_limit:.3g})"
+        if self.max_score_error is not None:
+            text += f", max_score error {self.max_score_error:.3g} (limit {self.lse_limit:.3g})"
         return text
 
 
@@ -91,6 +98,7 @@ def error_report(
     window: Window = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    max_score: torch.Tensor | None = None,
 ) -> ErrorReport:
     """Judge a result of `attention` by the rule above.
 
@@ -105,6 +113,7 @@ def error_report(
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        max_score: [batch, num_heads_q], the result's max_score, or None not to judge it.
 
     Returns:
         The errors and their limits; `report.ok` is the verdict, `str(report)` a line for people.
@@ -112,6 +121,12 @@ def error_report(
     want, want_lse = attention_oracle(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
     )
+    max_score_error = None
+    if max_score is not None:
+        largest = max_score_oracle(
+            q, k, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
+        )
+        max_score_error = lse_error(max_score, largest)
     assert out.shape == want.shape, (out.shape, want.shape)
     plain = torch_math_attention(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
@@ -120,6 +135,7 @@ def error_report(
         compared(out, want, plain, q.dtype),
         lse_error=None if lse is None else lse_error(lse, want_lse),
         lse_limit=LSE_LIMIT.get(q.dtype, LSE_LIMIT_DEFAULT),
+        max_score_error=max_score_error,
     )
 
 
@@ -129,6 +145,7 @@ def compared(
     plain: torch.Tensor,
     dtype: torch.dtype,
     slack: float = 1.0,
+    least: tuple[float, float] = (0.0, 0.0),
     of: str = "",
 ) -> ErrorReport:
     """Judge a tensor by the rule above.
@@ -139,24 +156,26 @@ def compared(
         plain: the plain same-dtype computation's.
         dtype: of the computation.
         slack: how much more than the rule adds may be added where the plain computation is exact.
+        least: the largest and the mean error that the plain computation counts as no better than,
+            beside that of rounding.
         of: which tensor it is, for people.
     """
     absolute = ABSOLUTE.get(dtype, ABSOLUTE_DEFAULT)
-    max_error, mean_error = _max_and_mean(have, want)
-    torch_max_error, torch_mean_error = _max_and_mean(plain, want)
+    max_error, mean_error = max_and_mean(have, want)
+    torch_max_error, torch_mean_error = max_and_mean(plain, want)
     rounding_max, rounding_mean = _rounding(want, dtype)
 
-    def limit(torch_error: float, rounding: float) -> float:
+    def limit(torch_error: float, *others: float) -> float:
         added = absolute * (slack if torch_error == 0 else 1.0)
-        return FACTOR * max(torch_error, rounding) + added
+        return FACTOR * max(torch_error, *others) + added
 
     return ErrorReport(
         max_error=max_error,
         mean_error=mean_error,
         torch_max_error=torch_max_error,
         torch_mean_error=torch_mean_error,
-        max_limit=limit(torch_max_error, rounding_max),
-        mean_limit=limit(torch_mean_error, rounding_mean),
+        max_limit=limit(torch_max_error, rounding_max, least[0]),
+        mean_limit=limit(torch_mean_error, rounding_mean, least[1]),
         lse_error=None,
         lse_limit=LSE_LIMIT.get(dtype, LSE_LIMIT_DEFAULT),
         of=of,
@@ -227,7 +246,7 @@ def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
     """Return the largest |lse - want| / (1 + |want|).
 
     Args:
-        lse: [batch, num_heads_q, seqlen_q], the result.
+        lse: [batch, num_heads_q, seqlen_q], the result; or the largest score of each head.
         want: the oracle's, float64.
 
     Returns:
@@ -238,7 +257,7 @@ def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
     if not torch.equal(empty, lse == -math.inf):
         return math.inf
     relative = ((lse - want) / (1.0 + want.abs())).masked_fill(empty, 0.0)
-    return _max_and_mean(relative, torch.zeros_like(relative))[0]
+    return max_and_mean(relative, torch.zeros_like(relative))[0]
 
 
 def _rounding(exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
@@ -252,7 +271,8 @@ def _rounding(exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
     return float(last_place.max()) / 2, float(last_place.mean()) / 4
 
 
-def _max_and_mean(have: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
+def max_and_mean(have: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
+    """Return the largest and the mean absolute difference; 0 without any element."""
     if want.numel() == 0:
         return 0.0, 0.0
     difference = (have.to(device=want.device, dtype=torch.float64) - want).abs()

@@ -52,10 +52,12 @@ _SIM: tuple[tuple[str, Mapping[str, Any], Tiles | None], ...] = (
     ("dense", _dims(96, 80) | {"causal": "lower_right"}, _TWO),
     ("keys", {"window": (30, 9), "dtype": "bfloat16"}, _WIDE),
     ("dense", _dims(144, 72) | {"window": (50, 9), "dtype": "bfloat16"}, _SHARED),
-    ("packed", {"window": (33, 20)}, None),
+    ("packed", {"window": (33, 20)}, _WIDE),
     ("keys", _dims(136), _SHARED),
     ("dense", {"mask": "padding", "offset": 1}, _SMALL),
     ("dense", _dims(104) | {"causal": "upper_left"}, None),
+    ("packed", _dims(136) | {"dtype": "bfloat16"}, _SHARED),
+    ("packed", {"causal": "upper_left", "softcap": 5.0}, _TWO),
 )
 
 

@@ -11,19 +11,19 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.backends.obstacles import SM90_ARCH
-from flashcore.backends.tiled import attention_tiled
+from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.checks.accuracy import ErrorReport, compared
 from flashcore.checks.cases import make_inputs
 from flashcore.checks.gradient_accuracy import gradient_reports, worst
-from flashcore.checks.gradient_drawing import GradientCase, draw_gradients
+from flashcore.checks.gradient_drawing import GradientCase, Tiles, draw_gradients
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
 from flashcore.checks.verify import GPU_BACKENDS, CaseResult, resolve_backend, simulator
 from flashcore.errors import CompileError
@@ -40,6 +40,7 @@ from flashcore.ops.padded import padded_problem
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
+from flashcore.problem.memory_layout import as_batch
 from flashcore.problem.options import Inputs, Options
 
 if TYPE_CHECKING:
@@ -91,9 +92,15 @@ def find_backward_plant(name: str | None, backend: str) -> Plant | None:
         return None
     if backend != "sim":
         raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")
-    from flashcore.sim.plants.bwd_sm90 import PLANTS_BWD_ROLES_SM90, PLANTS_BWD_SM90
+    from flashcore.sim.plants import bwd_sm90
 
-    plants = {**PLANTS_BWD_SM90, **PLANTS_BWD_ROLES_SM90}
+    plants = {
+        **bwd_sm90.PLANTS_BWD_DQ_SM90,
+        **bwd_sm90.PLANTS_BWD_DKDV_SM90,
+        **bwd_sm90.PLANTS_BWD_ROLES_SM90,
+        **bwd_sm90.PLANTS_BWD_PADDED_SM90,
+        **bwd_sm90.PLANTS_BWD_PACKED_SM90,
+    }
     if name not in plants:
         raise ValueError(f"plant={name!r} is not one of the backward's: {', '.join(plants)}")
     return plants[name]
@@ -118,7 +125,7 @@ def _verify_one(backend: str, seed: int, index: int, plant: Plant | None) -> Cas
 def _reports(case: GradientCase, backend: str, plant: Plant | None) -> list[ErrorReport]:
     device = "cuda" if backend in GPU_BACKENDS else "cpu"
     if isinstance(case.call, VarlenCase):
-        return list(_packed_reports(case, case.call, backend, device))
+        return list(_packed_reports(case, case.call, backend, device, plant))
     call = case.call
     x = make_inputs(call, device)
     leaves = [tensor.detach().requires_grad_() for tensor in (x.q, x.k, x.v)]
@@ -128,17 +135,35 @@ def _reports(case: GradientCase, backend: str, plant: Plant | None) -> list[Erro
         for batch, length in enumerate(case.seqlens_k):
             x.k[batch, :, length:] = torch.nan
             x.v[batch, :, length:] = torch.nan
-    if case.tiles is not None or plant is not None:
-        gradients, dout, dlse = _fused(case, call, (x.q, x.k, x.v), x.mask, seqlens_k, plant)
-    else:
-        from flashcore import attention
+    from flashcore import attention
 
-        options = {"mask": x.mask, "seqlens_k": seqlens_k, "backend": backend, **call.options()}
-        q, k, v = leaves
-        out, lse = attention(q, k, v, return_lse=True, **options)
-        dout, dlse = _cotangents(case, out, lse)
+    is_public = case.tiles is None and plant is None
+    q, k, v = leaves
+    out, lse = attention(
+        q,
+        k,
+        v,
+        mask=x.mask,
+        seqlens_k=seqlens_k,
+        return_lse=True,
+        backend=backend if is_public else "torch",
+        **call.options(),
+    )
+    dout, dlse = _cotangents(case, out, lse)
+    if is_public:
         gradients = _gradients(out, lse, leaves, dout, dlse)
-    return list(_judged(case, call, gradients, (x.q, x.k, x.v), x.mask, dout, dlse))
+    else:
+        options = Options.checked(call.options()["causal"], call.window, call.softcap, call.scale)
+        inputs = Inputs(x.q, x.k, x.v, x.mask, seqlens_k)
+        if seqlens_k is None:
+            problem = options.problem(x.q, x.k, x.v, x.mask, return_lse=True)
+        else:
+            problem = padded_problem(inputs, options)
+        lengths = {} if seqlens_k is None else {"seqlens_k": seqlens_k}
+        given = x.q, x.k, x.v, x.mask, out.detach(), lse.detach(), dout, dlse
+        gradients = _fused(case.tiles, plant, problem, given, lengths)
+    judged = (x.q, x.k, x.v), x.mask, dout, dlse, out.detach()
+    return list(_judged(case, call, gradients, *judged))
 
 
 def _judged(
@@ -149,10 +174,13 @@ def _judged(
     mask: Tensor | None,
     dout: Tensor | None,
     dlse: Tensor | None,
+    out: Tensor,
 ) -> Iterator[ErrorReport]:
     """Judge the whole, or sequence by sequence where each has its own number of keys."""
     if case.seqlens_k is None:
-        yield from gradient_reports(gradients, *qkv, dout, dlse, mask=mask, **call.options())
+        yield from gradient_reports(
+            gradients, *qkv, dout, dlse, out=out, mask=mask, **call.options()
+        )
         return
     dq, dk, dv = gradients
     q, k, v = qkv
@@ -168,6 +196,7 @@ def _judged(
             v[one, :, :length],
             None if dout is None else dout[one],
             None if dlse is None else dlse[one],
+            out=out[one],
             where=f" of sequence {batch}",
             mask=own_mask,
             **call.options(),
@@ -210,35 +239,19 @@ def _gradients(
 
 
 def _fused(
-    case: GradientCase,
-    call: Case,
-    qkv: tuple[Tensor, Tensor, Tensor],
-    mask: Tensor | None,
-    seqlens_k: Tensor | None,
+    tiles: Tiles | None,
     plant: Plant | None,
-) -> tuple[tuple[Tensor, ...], Tensor | None, Tensor | None]:
-    """Run the kernels in the simulator; return the gradients, and what arrived at out and lse."""
-    q, k, v = qkv
-    if seqlens_k is None:
-        problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=True, **call.options())
-        out, lse = attention_tiled(problem, q, k, v, mask)
-    else:
-        options = Options.checked(call.options()["causal"], call.window, call.softcap, call.scale)
-        problem = padded_problem(Inputs(q, k, v, mask, seqlens_k), options)
-        out = q.new_zeros(*q.shape[:3], call.head_dim_v)
-        lse = torch.full(q.shape[:3], -torch.inf)
-        for batch, length in enumerate(case.seqlens_k or ()):
-            one, own = slice(batch, batch + 1), problem.of_sequence(call.seqlen_q, length)
-            if length:
-                keys, values = k[one, :, :length], v[one, :, :length]
-                out[one], lse[one] = attention_tiled(own, q[one], keys, values, None)
-    dout, dlse = _cotangents(case, out, lse)
+    problem: Problem,
+    given: tuple[Any, ...],
+    lengths: dict[str, Tensor],
+) -> tuple[Tensor, ...]:
+    """Run the kernels in the simulator with tiles, None for those that are chosen; `given` and
+    `lengths` are what fused_backward takes."""
     plans = select_plans(problem)
-    if case.tiles is not None:
+    if tiles is not None:
         fields = traits(problem) | {"folds_heads": 0}
-        dq_tile, dkdv_tile = case.tiles
         plans = BwdPlans(
-            make_plan(DQ_KERNEL, dq_tile, fields), make_plan(DKDV_KERNEL, dkdv_tile, fields)
+            make_plan(DQ_KERNEL, tiles[0], fields), make_plan(DKDV_KERNEL, tiles[1], fields)
         )
 
     def run(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) -> None:
@@ -249,29 +262,44 @@ def _fused(
             plan = dataclasses.replace(plan, **dict(own.plan))
         simulate_backward(problem, plan, tensors, seed=env.sim_seed(), plant=own)
 
-    given = q, k, v, mask, out, lse, dout, dlse
-    return fused_backward(problem, *given, run, plans, seqlens_k), dout, dlse
+    return fused_backward(problem, *given, run, plans, lengths)
 
 
 def _is_in(plant: Plant, plan: BwdSm90Plan) -> bool:
     """Return whether a plan's kernel has the text that a bug changes."""
-    if ("_dq_" in plant.file) != plan.is_dq:
+    is_of_dq = "_dq_" in plant.file or "_delta_" in plant.file
+    if is_of_dq != plan.is_dq:
         return False
     return "_roles_" not in plant.file or plan.has_roles
 
 
 def _packed_reports(
-    case: GradientCase, call: VarlenCase, backend: str, device: str
+    case: GradientCase, call: VarlenCase, backend: str, device: str, plant: Plant | None
 ) -> Iterator[ErrorReport]:
     x = make_varlen_inputs(call, device)
     leaves = [tensor.detach().requires_grad_() for tensor in (x.q, x.k, x.v)]
     q, k, v = leaves
-    lengths = x.arguments()[3:]
+    is_public = case.tiles is None and plant is None
     out, lse = attention_varlen(
-        q, k, v, *lengths, return_lse=True, backend=backend, **call.options()
+        q,
+        k,
+        v,
+        *x.arguments()[3:],
+        return_lse=True,
+        backend=backend if is_public else "torch",
+        **call.options(),
     )
     dout, dlse = _cotangents(case, out, lse)
-    dq, dk, dv = _gradients(out, lse, leaves, dout, dlse)
+    if is_public:
+        dq, dk, dv = _gradients(out, lse, leaves, dout, dlse)
+    else:
+        problem = packed_problem(*x.arguments(), **call.options())
+        lengths = {"cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k}
+        of_out = None if dout is None else as_batch(dout)
+        tensors = (as_batch(tensor) for tensor in (x.q, x.k, x.v))
+        given = *tensors, None, as_batch(out.detach()), lse.detach(), of_out, dlse
+        batched = _fused(case.tiles, plant, problem, given, lengths)
+        dq, dk, dv = (gradient[0].transpose(0, 1) for gradient in batched)
 
     def rows(tensor: Tensor, part: slice) -> Tensor:
         return tensor[part].unsqueeze(0).transpose(1, 2)
@@ -290,6 +318,7 @@ def _packed_reports(
             rows(x.v, of_k),
             None if dout is None else rows(dout, of_q),
             None if dlse is None else dlse[None, :, of_q],
+            out=rows(out.detach(), of_q),
             where=f" of sequence {number}",
             **call.options(),
         )

@@ -33,7 +33,7 @@ def verify(
             "-n",
             min=1,
             help="How many cases; default: 20, with sim two of each configuration (64 for sm_90, "
-            "else 32; 28 with --backward).",
+            "else 32; 32 with --backward).",
         ),
     ] = None,
     case: Annotated[
