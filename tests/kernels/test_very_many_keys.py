@@ -18,6 +18,7 @@ from flashcore.checks.cases import make_inputs
 from flashcore.checks.planned import under_gate, with_fields
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_wmma.plan import KERNEL
+from flashcore.kernels.registry import PORTABLE
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.problem.exactness import KEYS_OF_CHUNK, MAX_KEYS_OF_A_SUM, MAX_KEYS_OF_A_SUM_SM90
@@ -125,7 +126,7 @@ def test_isolate_may_say_how_many_keys_a_sum_goes_over() -> None:
     problem = problem_of(4096)
     plan = with_fields(candidates(problem, 80, kernel=KERNEL)[0], {"keys_of_chunk": 128})
     assert plan.keys_of_chunk == 128
-    assert under_gate({"keys_of_chunk": 128}) == {"keys_of_chunk": 0}
+    assert under_gate(PORTABLE, {"keys_of_chunk": 128}) == {"keys_of_chunk": 0}
     with pytest.raises(ValueError, match="keys_of_chunk=128 is no field of a tile of attn_fwd_sm"):
         with_fields(plan_sm90.candidates(problem)[0], {"keys_of_chunk": 128})
 

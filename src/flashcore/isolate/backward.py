@@ -26,13 +26,13 @@ from flashcore.isolate.diagnosis import verdict
 from flashcore.isolate.gradient_model import GradientModel
 from flashcore.isolate.isolation import Isolation, StageResult
 from flashcore.isolate.locate import compare
+from flashcore.kernels.bwd_sm90.kernel import DKDV, DQ
 from flashcore.kernels.bwd_sm90.plan import (
     ARCH,
     BwdPlans,
     BwdSm90Plan,
     obstacle_anywhere,
     select_plans,
-    with_tile,
 )
 from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans, select_one_kernel_plans
 from flashcore.kernels.bwd_sm90.plan_one import obstacle as obstacle_to_one_kernel
@@ -44,6 +44,9 @@ from flashcore.sim.run_bwd import simulate_backward
 
 if TYPE_CHECKING:
     from flashcore.compile.plant import Plant
+
+
+_KERNELS = {kernel.name: kernel for kernel in (DQ, DKDV)}
 
 
 class _Call(NamedTuple):
@@ -143,8 +146,8 @@ def _plans_of(problem: Problem, kernel: str, tile: Mapping[str, Any]) -> BwdPlan
     padded = dataclasses.replace(problem, **dims)
     select = select_one_kernel_plans if tile.get("also_dq") else select_plans
     plans: BwdPlans | OneKernelPlans = select(padded)
-    own = {
-        name: with_tile(plan, tile)
+    own: dict[str, Any] = {
+        name: _KERNELS[kernel].with_tile(plan, tile)
         for name, plan in plans._asdict().items()
         if plan.kernel == kernel
     }

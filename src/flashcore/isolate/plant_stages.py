@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from flashcore.backends.dispatch import KERNELS
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
-
-_WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
+from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
+from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 
 # By kernel, the bugs whose first wrong stage it is.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -12,14 +12,15 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashcore.backends.dispatch import KERNELS
-from flashcore.backends.obstacles import SM90_ARCH
 from flashcore.checks.drawing import draw
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.compile.plant import Plant
 from flashcore.isolate.plant_stages import STAGES
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
+from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
+from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
+from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
 from flashcore.sim.plants import index
 from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
@@ -31,8 +32,6 @@ from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
-
-_WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +152,7 @@ def _drawn(kernel: str, cases: Mapping[str, int]) -> _Calls:
     """Give plants the case of `verify` that finds each."""
     calls: _Calls = {}
     for name, number in cases.items():
-        drawn = draw(0, number, "sim", SM90_ARCH if kernel == _SM90 else SIM_ARCH)
+        drawn = draw(0, number, "sim", BY_NAME[kernel].only_arch or SIM_ARCH)
         options = {f.name: getattr(drawn.case, f.name) for f in dataclasses.fields(drawn.case)}
         calls[name] = {"options": options, "tile": drawn.tile, "drawn": number}
     return calls

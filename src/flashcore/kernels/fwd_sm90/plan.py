@@ -169,6 +169,16 @@ class Sm90Plan(Plan):
             return False
         return not (self.has_window_left and (self.mask is not None or self.has_softcap))
 
+    @property
+    def finds_out_by_map(self) -> bool:
+        """Return whether out is written by its tensor map alone, in the rows of q's heads."""
+        return self.num_splits == 1 and not self.folds_heads
+
+    def machine_code(self) -> Sm90Plan:
+        """Return the plan that stands for all with the same machine code: see `Plan`."""
+        folded = int(bool(self.constants()["FOLDED"]))
+        return dataclasses.replace(self, num_splits=min(2, self.num_splits), folds_heads=folded)
+
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
         consumer_registers, producer_registers = self.role_registers
