@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from flashcore.ops.varlen import attention_varlen
     from flashcore.preparing import prepare
     from flashcore.problem import Problem
+    from flashcore.serving.with_kvcache import attention_with_kvcache
 
 __version__ = "0.1.0"  # the only place; pyproject.toml and scripts/bootstrap.py read it here
 
@@ -43,6 +44,7 @@ _MODULES = {
     "attention": "api",
     "attention_backward": "ops.rings",
     "attention_varlen": "ops.varlen",
+    "attention_with_kvcache": "serving.with_kvcache",
     "enable": "dropins.routing",
     "explain": "api",
     "merge": "ops.rings",
@@ -62,6 +64,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "attention_varlen",
+    "attention_with_kvcache",
     "enable",
     "explain",
     "merge",

@@ -64,7 +64,7 @@ def test_what_tma_cannot_read_falls_to_the_portable_kernel(
     changes: dict[str, object], words: str
 ) -> None:
     awkward = dataclasses.replace(problem(), **changes)  # type: ignore[arg-type]
-    assert words in str(plan_sm90.obstacle(awkward))
+    assert words in str(SM90.obstacle(awkward))
     assert select_plan(awkward).kernel == "attn_fwd_wmma"
     choice = choose_backend(awkward, "auto")
     assert choice.backend == "wmma"
@@ -73,7 +73,7 @@ def test_what_tma_cannot_read_falls_to_the_portable_kernel(
     assert "would take longer than it saves" in choice.reason
     assert choose_backend(awkward, "sm90").backend == "sm90"  # by a copy
     adapted = adapt(awkward, "sm90").problem
-    assert plan_sm90.obstacle(adapted) is None
+    assert SM90.obstacle(adapted) is None
     assert select_plan(adapted).kernel == "attn_fwd_sm90"
 
 

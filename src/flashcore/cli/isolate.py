@@ -148,13 +148,12 @@ def isolate(
             )
             if planted is not None:
                 case = planted.case(case, _given(ctx, planted))
-        part = _part_of(kernel)
         with out.progress(f"Isolating on {backend}", total=len(BY_NAME[kernel].stages)) as advance:
             started = False
 
             def on_stage(stage: Stage) -> None:
                 nonlocal started
-                advance(1 if started else 0, f"{part} {stage.name}: {stage.title}")
+                advance(1 if started else 0, f"{stage.name}: {stage.title}")
                 started = True
 
             with usage_errors():
@@ -178,7 +177,7 @@ def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tu
 
     from flashcore.backends.dispatch import KERNELS
     from flashcore.checks.verify import resolve_backend
-    from flashcore.isolate import gates
+    from flashcore.isolate import choosing, gates
     from flashcore.kernels.registry import BY_BACKEND
 
     simulate = plant is not None or arch is not None or not torch.cuda.is_available()
@@ -193,9 +192,9 @@ def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tu
             out.note(f"No GPU that runs {kernel}: simulating it (`flashcore doctor` says more).")
         backend = "sim"
     gates.find_plant(plant, backend)  # raises for an unknown backend or plant
-    if kernel is None:
-        return backend, gates.kernel_to_run(backend, plant, arch)
-    return backend, gates.kernel_of_backend(kernel, plant)
+    if kernel is not None:
+        return backend, choosing.kernel_of_backend(kernel, plant)
+    return backend, choosing.kernel_to_run(backend, plant, arch)
 
 
 def _draw(seed: int, index: int, backend: str, kernel: str, arch: int | None) -> Drawn:

@@ -27,18 +27,20 @@ from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
 from flashcore.errors import BackendUnavailableError, CompileError, FlashCoreError
 from flashcore.isolate.alarms import from_compile_error, from_error
 from flashcore.isolate.backward import isolate_backward
+from flashcore.isolate.choosing import kernel_to_run
 from flashcore.isolate.diagnosis import key_split_hints, verdict
 from flashcore.isolate.gate_models import Expected, GateModel, by_error_rule, packed_attention
 from flashcore.isolate.isolation import Isolation, StageResult
 from flashcore.isolate.locate import Check, compare
 from flashcore.kernels.fwd_wmma.plan import Plan
-from flashcore.kernels.registry import BY_NAME, forward, forward_for
+from flashcore.kernels.registry import BY_NAME, forward
 from flashcore.kernels.stage import Stage
+from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.options import Wanted
 from flashcore.selection.select import select_plan
-from flashcore.sim.plants import index
 
 if TYPE_CHECKING:
     from flashcore.compile.plant import Plant
@@ -132,29 +134,6 @@ def find_plant(name: str | None, backend: str, kernel: str | None = None) -> Pla
     return registry.find_plant(name, backend, kernel)
 
 
-def kernel_to_run(backend: str, plant: str | None = None, arch: int | None = None) -> str:
-    """Return the kernel that isolate takes apart where none is named: the backend's; in the
-    simulator the planted bug's, or the one that serves the architecture (FLASHCORE_SIM_ARCH by
-    default)."""
-    if backend != "sim":
-        return KERNELS[backend]
-    by_arch = forward_for(arch or env.sim_arch()).name
-    if plant is None:
-        return by_arch
-    possible = index.kernels_of(plant)
-    return by_arch if by_arch in possible else possible[0]
-
-
-def kernel_of_backend(kernel: str, plant: str | None) -> str:
-    """Return the kernel itself; where a bug is planted that it has not, one of the same backend
-    that has."""
-    if plant is None:
-        return kernel
-    backend = BY_NAME[kernel].backend
-    found = [name for name in index.kernels_of(plant) if BY_NAME[name].backend == backend]
-    return found[0] if found and kernel not in found else kernel
-
-
 @dataclass(frozen=True, slots=True)
 class _Call:
     """Hold what a case asks for, and its tensors as the kernels take them: [batch, num_heads,
@@ -181,7 +160,8 @@ def _call_of(case: Case | VarlenCase, device: str) -> _Call:
         q, k, v = (as_batch(tensor) for tensor in (packed.q, packed.k, packed.v))
         return _Call(problem, q, k, v, None, lengths)
     x = make_inputs(case, device)
-    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, return_lse=True, **case.options())
+    wanted = Wanted(return_lse=True, return_max_score=case.return_max_score)._asdict()
+    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **wanted, **case.options())
     return _Call(problem, x.q, x.k, x.v, x.mask, options=case.options())
 
 
@@ -278,6 +258,8 @@ class _Runner:
             rule = error_report(out, call.q, call.k, call.v, mask=call.mask, **call.options)
             for item in expected:
                 yield _compare(by_error_rule(item, rule), outputs[item.name], plan)
+            if plan.returns_max_score:
+                yield _compare(*model.max_score(outputs["max_score"]), plan)
 
     def _pv_checks(self, plan: Plan, model: GateModel) -> Iterator[Check]:
         """Check P = 1/seqlen_k first, whose result needs no reference: every row is the mean of V.
@@ -322,16 +304,19 @@ class _Runner:
             outputs["row_max"] = unwritten(*rows, num_n_blocks)
             outputs["row_sum"] = unwritten(*rows, num_n_blocks)
             buffers = {f"gate_{name}": outputs[name] for name in ("scores", "row_max", "row_sum")}
+        if plan.returns_max_score:
+            outputs["max_score"] = unseen_scores(problem, call.q)
         run_planned(
             problem, plan, call.q, call.k, call.v, call.mask, out, outputs["lse"], buffers,
-            call.lengths, seed=self.seed, plant=self.plant,
+            call.lengths, max_score=outputs.get("max_score"), seed=self.seed, plant=self.plant,
         )  # fmt: skip
         if call.is_packed:
             outputs |= {"out": as_batch(out), "lse": outputs["lse"][None]}
         return outputs
 
 
-_KINDS = {"scores": "scores", "row_max": "row_tiles", "row_sum": "row_tiles", "lse": "rows"}
+_KINDS = {"scores": "scores", "row_max": "row_tiles", "row_sum": "row_tiles"}
+_KINDS |= {"lse": "rows", "max_score": "rows"}
 
 
 def _compare(expected: Expected, actual: Tensor, plan: Plan) -> Check:

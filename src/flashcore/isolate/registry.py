@@ -15,6 +15,7 @@ from typing import Any
 from flashcore.checks.drawing import draw
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.compile.plant import Plant
+from flashcore.isolate.backward_calls import planted_case
 from flashcore.isolate.plant_stages import STAGES
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
@@ -24,9 +25,15 @@ from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
 from flashcore.sim.plants import index
 from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
-from flashcore.sim.plants.bwd_sm90 import PLANTS_BWD_ROLES_SM90
+from flashcore.sim.plants.bwd_sm90 import (
+    PLANTS_BWD_PACKED_DQ_SM90,
+    PLANTS_BWD_PACKED_SM90,
+    PLANTS_BWD_PADDED_SM90,
+    PLANTS_BWD_ROLES_SM90,
+)
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.sm90 import PLANTS_SM90
@@ -58,7 +65,7 @@ class Planted:
         options = {name: value for name, value in self.options.items() if name not in given}
         if self.is_packed:
             return VarlenCase(**options)
-        return dataclasses.replace(base, **options)
+        return planted_case(base, options)
 
 
 # Beside others of its kind, two consumers for whom two row tiles follow each other, four key tiles
@@ -102,6 +109,11 @@ _LARGE: dict[str, dict[str, Any]] = {
 # No row sees a larger score in a later key tile.
 _LEVEL = _SHORT | {"dtype": "bfloat16", "spread": 0.0, "growth": "level"}
 _CHUNKS = {"block_m": 64, "block_n": 32, "keys_of_chunk": 64}
+_MAX_SCORE = _SHORT | {"return_max_score": True}
+_ONE_QUERY = {"seqlen_q": 1, "num_heads_q": 4, "num_heads_kv": 1}
+# The first of four key tiles has the largest scores.
+_IN_SECOND_SLICE = _MAX_SCORE | {"seqlen_k": 128, "growth": "slow"}
+_IN_SLICES = {"block_m": 64, "block_n": 32, "num_stages": 4, "key_slices": 2}
 _CASES_SM90 = {
     "passed-over-unsynced": 37,
     "passed-over-turn-too-many": 1,
@@ -132,6 +144,28 @@ _BACKWARD: dict[str, Any] = {
     "causal": "lower_right",
 }
 _BACKWARD_ROLES = _BACKWARD | {"seqlen_q": 110, "head_dim": 136, "head_dim_v": 136}
+# Two warpgroups of rows and of keys, of which some sequences fill one; rows behind the last one.
+_BACKWARD_PACKED: dict[str, Any] = {
+    "lengths_q": (70, 5, 30),
+    "lengths_k": (40, 130, 90),
+    "tail": 70,
+    "num_heads_q": 4,
+    "num_heads_kv": 2,
+    "head_dim": 32,
+    "head_dim_v": 32,
+    "dtype": "bfloat16",
+    "causal": "lower_right",
+}
+# The last queries would see keys behind a sequence's last one, were there any.
+_BACKWARD_PADDED = _BACKWARD | {
+    "batch": 3,
+    "num_heads_q": 2,
+    "num_heads_kv": 1,
+    "seqlen_q": 70,
+    "causal": "none",
+    "window": (-1, 5),
+    "lengths_k": (40, 150, 97),
+}
 _TILE_OF_DQ = {"block_m": 64, "block_n": 32, "num_stages": 3, "other_stages": 2}
 _TILE_OF_DKDV = {"block_m": 32, "block_n": 128, "num_stages": 3, "other_stages": 2}
 _TILE_OF_DKDV |= {"overlaps": False, "early_dp": True, "keeps_p": False}
@@ -190,6 +224,9 @@ def _of_sm90() -> _Calls:
 
 
 _WITH_LARGE_SCORES: _Calls = {name: {"options": _SHORT | more} for name, more in _LARGE.items()}
+_WITH_MAX_SCORE = _calls(PLANTS_MAX_SCORE, {}, options=_MAX_SCORE)
+for _name in ("max-score-of-one-head", "max-score-of-padding"):
+    _WITH_MAX_SCORE[_name]["options"] = _MAX_SCORE | _ONE_QUERY
 # By kernel, the calls of bugs that not every call shows.
 CALLS: Mapping[str, _Calls] = {
     _WMMA: {
@@ -198,6 +235,7 @@ CALLS: Mapping[str, _Calls] = {
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
+        **_WITH_MAX_SCORE,
     },
     _SM90: {
         **_of_sm90(),
@@ -213,11 +251,21 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
         **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
+        **_WITH_MAX_SCORE,
+        **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
     },
     DKDV_KERNEL: {
         **_calls(PLANTS_BWD_ROLES_SM90, _TILE_OF_ROLES, options=_BACKWARD_ROLES),
         **_calls(PLANTS_BWD_ONE_SM90, _TILE_OF_ONE, options=_BACKWARD | {"seqlen_q": 200}),
+        **_calls(PLANTS_BWD_PACKED_SM90, _TILE_OF_DKDV, options=_BACKWARD_PACKED, is_packed=True),
+        **_calls(PLANTS_BWD_PADDED_SM90, _TILE_OF_DKDV, options=_BACKWARD_PADDED),
     },
+    DQ_KERNEL: _calls(
+        PLANTS_BWD_PACKED_DQ_SM90,
+        _TILE_OF_DQ | {"block_m": 128},
+        options=_BACKWARD_PACKED,
+        is_packed=True,
+    ),
 }
 # The call of all other bugs of a kernel; of those of a forward kernel, isolate's own.
 _DEFAULTS: Mapping[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 
-from flashcore.kernels.fwd_wmma.params import AttnParams, Lengths, Splits
+from flashcore.kernels.fwd_wmma.params import AttnParams, Lengths, Pages, Splits
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.registry import forward_of
 from flashcore.kernels.tensor_map import TensorMap, encode_maps
@@ -17,7 +17,10 @@ _POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse: Tensors, with whi
 _POINTER = struct.Struct("Q")
 _OFFSETS = {
     name: getattr(AttnParams, name).offset
-    for name in (*(x[0] for group in (Lengths, Splits) for x in group._fields_), "tile_counter")
+    for name in (
+        *(x[0] for group in (Lengths, Splits, Pages) for x in group._fields_),
+        *("tile_counter", "max_score"),
+    )
 }
 
 

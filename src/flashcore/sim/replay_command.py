@@ -37,6 +37,10 @@ REPLAY_DEFAULTS: dict[str, object] = {
     "total_k": 0,
     "strided": "",
     "misaligned": "",
+    "page_size": 0,
+    "num_pages": 0,
+    "page_table_stride": 0,
+    "return_max_score": False,
 }
 _MAX_SAVED_BYTES = 256 * 2**20
 

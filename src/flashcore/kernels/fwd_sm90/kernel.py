@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from flashcore.kernels.fwd_sm90 import obstacles, shortlist, stages
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
-from flashcore.kernels.fwd_sm90 import shortlist, stages
 from flashcore.kernels.fwd_sm90.plan import O_PARTS, Q_BUFFERS, Sm90Plan
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma.plan import Plan
@@ -26,11 +26,11 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
 
     def obstacle(self, problem: Problem) -> str | None:
         """Return why the kernel cannot serve a problem, or None."""
-        return plan_sm90.obstacle(problem)
+        return obstacles.obstacle(problem)
 
     def unreadable(self, problem: Problem) -> Mapping[str, str]:
         """Return the tensors that TMA cannot read as they lie, and why."""
-        return plan_sm90.unreadable(problem)
+        return obstacles.unreadable(problem)
 
     def traits(self, problem: Problem, gate: str | None = None) -> dict[str, Any]:
         """Return the fields of a plan that the problem alone decides."""

@@ -99,6 +99,7 @@ PHASES = {
     "load_v": "load",
     "zero_padding": "load",
     "store_output": "store",
+    "raise_max_score": "store",
     "finish_softmax": "store",
     "natural_lse": "store",
     "store_rows": "store",
