@@ -1,5 +1,5 @@
 """Test `return_max_score` where only a GPU shows it: the same bits on every run, streams, CUDA
-graphs, calls that were prepared, and what is left of the compiled launcher. Values are compared with
+graphs, calls that were prepared, both launchers. Values are compared with
 the oracle's in test_max_score.py, on a GPU too."""
 
 from __future__ import annotations
