@@ -113,13 +113,19 @@ def test_a_tree_of_drafts_sees_its_ancestors_and_the_prefix(
 
 
 @pytest.mark.parametrize("page_size", [None, 8])
-def test_packed_queries_are_as_if_alone(page_size: int | None) -> None:
+@pytest.mark.parametrize(
+    ("counts", "longest"), [([1, 4, 20, 0], None), ([3, 4, 2, 3], 4), ([1, 1, 0, 1], 1)]
+)
+def test_packed_queries_are_as_if_alone(
+    counts: list[int], longest: int | None, page_size: int | None
+) -> None:
+    """With a bound that is near, they are padded, so that pages are read in place."""
     step = make_step([3, 17, 0, 31], seqlen_q=20, page_size=page_size)
-    counts = [1, 4, 20, 0]
-    arguments = packed(step, counts)
+    arguments = packed(step, counts) | {"max_seqlen_q": longest}
     arguments["q"] = torch.cat([arguments["q"], step.q[0, :, :2].transpose(0, 1)])  # of no sequence
     out, lse = flashcore.attention_with_kvcache(**arguments, return_lse=True)
-    assert not out[25:].any()
+    assert not out[sum(counts) :].any()
+    assert (lse[:, sum(counts) :] == -torch.inf).all()
     begin = 0
     for b, count in enumerate(counts):
         own = make_step([0], seqlen_q=1)

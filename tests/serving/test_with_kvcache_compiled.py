@@ -105,11 +105,28 @@ def test_a_graph_is_replayed_with_other_lengths_and_pages(name: str, is_packed: 
 
 
 @pytest.mark.gpu
-def test_a_copy_of_the_cache_is_announced_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashcore.serving import with_kvcache
+@pytest.mark.parametrize("what", ["cache_leftpad", "a mask", "packed queries"])
+def test_a_copy_of_the_cache_is_announced_once(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashcore.serving import attend
 
-    monkeypatch.setattr(with_kvcache, "_warned", set())
+    monkeypatch.setattr(attend, "_warned", set())
     step = make_step([3, 17], page_size=8, dtype=torch.float16, device="cuda", head_dim=64)
-    with pytest.warns(flashcore.FallbackWarning, match="attention_with_kvcache copies") as caught:
-        flashcore.attention_with_kvcache(**step.arguments())
+    given = step.arguments()
+    if what == "packed queries":
+        given = packed(step) | {"max_seqlen_q": None}
+    elif what == "a mask":
+        given["mask"] = torch.ones(1, 32, dtype=torch.bool, device="cuda")
+    else:
+        given["cache_leftpad"] = torch.ones_like(given["seqlens_k"])
+    words = f"attention_with_kvcache copies .*: with {what}"
+    with pytest.warns(flashcore.FallbackWarning, match=words) as caught:
+        flashcore.attention_with_kvcache(**given)
     assert caught[0].filename == __file__
+
+
+@pytest.mark.gpu
+def test_pages_are_read_in_place(recwarn: pytest.WarningsRecorder) -> None:
+    step = make_step([3, 17], page_size=8, dtype=torch.float16, device="cuda", head_dim=64)
+    flashcore.attention_with_kvcache(**step.arguments())
+    flashcore.attention_with_kvcache(**packed(step), max_seqlen_q=1)
+    assert not [w for w in recwarn if "copies" in str(w.message)]

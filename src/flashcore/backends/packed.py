@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from flashcore.backends.dispatch import KERNELS, adapt_for, plan_of, prepare, without_autocast
-from flashcore.backends.gradients import attention_gradients, choose_backward
+from flashcore.backends.gradients import attention_gradients, choose_backward, gradients_with_lengths
 from flashcore.backends.tiled import attention_tiled
 from flashcore.backends.torch_backward import packed_flash_gradients
 from flashcore.base import env
 from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Causal, Problem, Window, widest_band
-from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.memory_layout import as_batch, as_rows, with_strides_of_empty_like
 from flashcore.problem.options import Inputs, Results
 from flashcore.problem.validation import (
     certainly,
@@ -249,8 +249,8 @@ def packed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v.
 
-    One of torch's operators computes all sequences where it can; else each sequence is computed by
-    itself, for which the host reads the lengths.
+    The fused kernels, or one of torch's operators, compute all sequences where they can; else each
+    sequence is computed by itself, for which the host reads the lengths.
 
     Args:
         problem: the description of the call.
@@ -264,8 +264,20 @@ def packed_backward(
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
     (out, lse), (dout, dlse) = results[:2], arriving[:2]
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    fused = gradients_with_lengths(
+        problem, as_batch(q), as_batch(k), as_batch(v), None, lengths, as_batch(out), lse,
+        None if dout is None else as_batch(dout), dlse, backend,
+    )  # fmt: skip
+    if fused is not None:
+        dq, dk, dv = map(as_rows, fused)
+        like = with_strides_of_empty_like
+        return like(q, dq), like(k, dk), like(v, dv)
     if dout is not None and not problem.is_empty:
         choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
+        if choice.code == "sm90":  # which could not be compiled
+            backend = "torch"
+            choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
         if choice.code == "flash":
             return packed_flash_gradients(
                 problem, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout

@@ -23,7 +23,7 @@ from flashcore.backends.dispatch import (
     warn_once,
     without_autocast,
 )
-from flashcore.backends.gradients import attention_gradients, padded_gradients
+from flashcore.backends.gradients import attention_gradients, gradients_with_lengths
 from flashcore.backends.packed import check_lengths
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
@@ -202,9 +202,9 @@ def differentiate(
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
     problem = padded_problem(inputs, options)
-    fused = padded_gradients(
-        problem, q, k, v, mask, seqlens_k, results.out, results.lse, arriving.out, arriving.lse,
-        backend,
+    fused = gradients_with_lengths(
+        problem, q, k, v, mask, {"seqlens_k": seqlens_k}, results.out, results.lse, arriving.out,
+        arriving.lse, backend,
     )  # fmt: skip
     if fused is not None:
         return fused

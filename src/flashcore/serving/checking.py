@@ -14,6 +14,7 @@ from flashcore.backends.packed import check_lengths
 from flashcore.problem import Problem
 from flashcore.problem.validation import (
     DTYPES,
+    SEQLEN_MAX,
     check_mask,
     check_mask_kind,
     check_plain_tensor,
@@ -142,6 +143,16 @@ def check_table(
         raise ValueError(
             f"page_table is on {page_table.device} but q is on {q.device}; move it with "
             "page_table.to(q.device)"
+        )
+    if page_table.shape[1] > 1 and page_table.stride(1) != 1:
+        raise ValueError(
+            f"page_table has a stride of {page_table.stride(1)} between the pages of a sequence; "
+            "pass page_table.contiguous()"
+        )
+    if page_table.shape[1] * k_cache.shape[2] > SEQLEN_MAX:
+        raise NotImplementedError(
+            f"page_table reaches {page_table.shape[1] * k_cache.shape[2]} tokens; at most "
+            f"{SEQLEN_MAX} are supported: pass fewer columns of it"
         )
 
 

@@ -3,34 +3,28 @@ queries attend to all of it."""
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 from torch import Tensor
-from torch.compiler import is_compiling
 
-from flashcore.api import attention
 from flashcore.backends.autocasting import autocast_dtype
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.packed import checked_max_seqlen
-from flashcore.errors import FallbackWarning, stacklevel_of_caller
 from flashcore.ops.autograd import needs_grad
-from flashcore.ops.varlen import attention_varlen
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Options
 from flashcore.problem.spelling import OF_KVCACHE, other_names, refuse
 from flashcore.problem.validation import check_flag
 from flashcore.serving import checking
 from flashcore.serving.append import append, rotated_queries
+from flashcore.serving.attend import attend_pages
 from flashcore.serving.checking_rotary import check_rotary
 from flashcore.serving.masks import tree_over_cache
-from flashcore.serving.pages import capacity_of, gather_packed, gather_padded, one_page_each
+from flashcore.serving.pages import capacity_of
 from flashcore.serving.rotary import Rotary
 from flashcore.serving.rows import lengths_before, lengths_of_keys
 
 __all__ = ["attention_with_kvcache"]
-
-_warned: set[str] = set()
 
 
 @other_names(OF_KVCACHE)
@@ -93,14 +87,15 @@ def attention_with_kvcache(
             t % page_size of page page_table[b, t // page_size]. Sequences may share pages that
             nobody writes to. Entries behind a sequence's last page may hold anything.
         cache_batch_idx: int32, [batch]: the row of the cache that each sequence has, where there is
-            no page table; by default sequence b has row b. Rows are copied first.
+            no page table; by default sequence b has row b.
         cache_leftpad: int32, [batch]: tokens at the beginning of each sequence that do not count
             (padding on the left); seqlens_k includes them. Such caches are copied first.
         cu_seqlens_q: int32, [batch + 1]: 0, then where each sequence of packed queries ends.
         cu_seqlens_new: int32, [batch + 1]: where those of k_new and v_new end; by default
             cu_seqlens_q, as each query's token is new.
-        max_seqlen_q: the longest sequence of packed queries, or a bound on it: see
-            `attention_varlen`; by default total_q.
+        max_seqlen_q: the longest sequence of packed queries, or a bound on it, as
+            `attention_varlen` takes it; by default total_q. Where it is exceeded, results are
+            unspecified. With a near bound pages are read in place; see docs/serving.md.
         rotary_cos: [positions, rotary_dim / 2], dtype of q or float32: rotates the first rotary_dim
             elements of q and of k_new (rotary embedding). Positions beyond its rows count as the
             last.
@@ -222,51 +217,11 @@ def with_kvcache(
         if tree_mask is not None:
             lengths = lengths_of_keys(seqlens_k, capacity, cache_leftpad)
             mask = tree_over_cache(tree_mask, mask, q, lengths, capacity)
-        results = _attend_pages(
+        results = attend_pages(
             q, k_cache, v_cache, page_table, seqlens_k, cache_leftpad, cu_seqlens_q, max_seqlen_q,
             mask, backend, options, return_lse or lse is not None,
         )  # fmt: skip
     return _handed_out(results, return_lse, out, lse)
-
-
-def _attend_pages(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor | None,
-    seqlens_k: Tensor,
-    leftpad: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    mask: Tensor | None,
-    backend: str,
-    options: dict[str, Any],
-    return_lse: bool,
-) -> tuple[Tensor, ...]:
-    """Attend to the first seqlens_k tokens of each sequence of a cache.
-
-    Padded queries on a contiguous cache are a call of `attention`; of any other cache the tokens
-    are copied into one piece first.
-    """
-    options = {**options, "return_lse": return_lse, "backend": backend}
-    if page_table is None and leftpad is None and cu_seqlens_q is None:
-        result = attention(q, k_cache, v_cache, seqlens_k=seqlens_k, mask=mask, **options)
-        return result if isinstance(result, tuple) else (result,)
-    if page_table is None:
-        page_table = one_page_each(k_cache)
-    if q.is_cuda and backend != "torch" and not is_compiling():
-        _warn_of_copy()
-    capacity = capacity_of(k_cache, page_table)
-    lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
-    if cu_seqlens_q is None:
-        k, v = (gather_padded(x, page_table, leftpad) for x in (k_cache, v_cache))
-        result = attention(q, k, v, seqlens_k=lengths, mask=mask, **options)
-    else:
-        caches = k_cache, v_cache
-        k, v, cu_seqlens_k = gather_packed(caches, page_table, leftpad, lengths)
-        longest = q.shape[0] if max_seqlen_q is None else max_seqlen_q
-        result = attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, capacity, **options)
-    return result if isinstance(result, tuple) else (result,)
 
 
 def _handed_out(
@@ -283,16 +238,3 @@ def _handed_out(
 def _cast(x: Tensor | None, cache: Tensor) -> Tensor | None:
     wanted = isinstance(x, Tensor) and isinstance(cache, Tensor) and x.is_floating_point()
     return x.to(cache.dtype) if wanted and x is not None else x
-
-
-def _warn_of_copy() -> None:
-    if "copy" in _warned:
-        return
-    _warned.add("copy")
-    warnings.warn(
-        "flashcore.attention_with_kvcache copies the cache's tokens into one piece in every call: "
-        "no kernel reads pages, cache_batch_idx, cache_leftpad or packed queries over a cache in "
-        "place yet; filter flashcore.FallbackWarning to silence this",
-        FallbackWarning,
-        stacklevel=stacklevel_of_caller(),
-    )
