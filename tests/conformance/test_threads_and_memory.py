@@ -159,7 +159,7 @@ def test_atomics_add(run: Runner) -> None:
 
 
 def test_atomic_maxima(run: Runner) -> None:
-    """Of numbers of one sign and both, zeros of both signs, infinities and NaN of both signs."""
+    """Numbers of one sign and of both, zeros, infinities and NaN of both signs have a maximum."""
     values = torch.randn(3 * 64, 9)
     values[:, 0] = -values[:, 0].abs() - 1e-30
     values[:, 1] *= 10.0 ** torch.linspace(-40, 38, 3 * 64)
