@@ -13,7 +13,7 @@ from test_backward_sm90 import SIMPLE, SMALL, TWO, WIDE, plans_of
 
 import flashcore
 from flashcore.backends.backward_sm90 import fused_backward
-from flashcore.kernels.bwd_sm90.plan import BwdTile
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.problem.memory_layout import as_batch, as_rows
 from flashcore.sim.run_bwd import simulate_backward
 

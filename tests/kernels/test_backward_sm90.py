@@ -25,11 +25,11 @@ from flashcore.kernels.bwd_sm90.plan import (
     DKDV_KERNEL,
     DQ_KERNEL,
     BwdPlans,
-    BwdTile,
     make_plan,
     obstacle,
     select_plans,
 )
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
