@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from flashcore.kernels.bwd_sm90 import plan_one, stages
 from flashcore.kernels.bwd_sm90.params import num_tiles
-from flashcore.kernels.bwd_sm90.plan import ARCH, DKDV_KERNEL, DQ_KERNEL, BwdSm90Plan, BwdTile
+from flashcore.kernels.bwd_sm90.plan import ARCH, DKDV_KERNEL, DQ_KERNEL, BwdSm90Plan
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.kernel import Kernel
 from flashcore.kernels.limits import smem_limits

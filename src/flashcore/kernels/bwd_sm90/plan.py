@@ -11,6 +11,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flashcore.kernels.bwd_sm90.tiles import BwdTile, tiles
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
@@ -253,18 +254,6 @@ class BwdPlans(NamedTuple):
     dkdv: BwdSm90Plan
 
 
-class BwdTile(NamedTuple):
-    """A tile holds the fields of a plan that the problem does not decide."""
-
-    block_m: int
-    block_n: int
-    num_stages: int
-    other_stages: int
-    overlaps: bool = True
-    early_dp: bool = True
-    keeps_p: bool = True
-
-
 def obstacle(problem: Problem, needs_mask_grad: bool = False) -> str | None:
     """Return why the kernels cannot compute the gradient of a call, or None. Tensors that TMA
     cannot read are copied."""
@@ -286,33 +275,6 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
     if problem.varlen == "packed" and rows + problem.batch >= _MAX_PACKED_ROWS:
         return "the fused backward counts the tiles of all packed sequences in 32 bits"
     return None
-
-
-def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
-    """Return the tile of the kernel of dq, and that of the kernel of dk and dv. Measured on an H200
-    (2026-11-29, scripts/time_backward.py), 16k tokens, hidden 2048, bfloat16."""
-    dim = max(problem.head_dim, problem.head_dim_v)
-    is_crowded = problem.mask is not None or problem.softcap != 0.0
-    if dim <= 64:
-        dkdv = (
-            BwdTile(64, 128, 4, 3, False)
-            if is_crowded
-            else BwdTile(128, 128, 3, 2, False, True, False)
-        )
-        if problem.varlen == "packed" and max(problem.window_left, problem.window_right) >= 0:
-            # With three consumers the producer's warps spill 16 bytes; not measured on a GPU.
-            return BwdTile(128, 128, 3, 2), dkdv
-        return BwdTile(192, 64, 4, 3), dkdv
-    if dim <= 128 and is_crowded:
-        return BwdTile(128, 64, 3, 2), BwdTile(64, 64, 3, 3)
-    if dim <= 128 and problem.varlen == "keys" and problem.window_right >= 0:
-        # With products that overlap, ptxas spills 8 bytes; not measured on a GPU.
-        return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2, False, True, False)
-    if dim <= 128:
-        return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2, True, False, False)
-    if dim <= 192:
-        return BwdTile(128, 64, 3, 2), BwdTile(64 if is_crowded else 96, 64, 2, 2)
-    return BwdTile(128, 64, 2, 1, False), BwdTile(64, 64, 2, 2)
 
 
 def select_plans(problem: Problem) -> BwdPlans:
