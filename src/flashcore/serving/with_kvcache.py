@@ -193,6 +193,7 @@ def with_kvcache(
         check_rotary(rotary, q, k_new, batch)
     checking.check_given(out, lse, q, v_cache)
     capacity = capacity_of(k_cache, page_table)
+    checking.check_capacity(capacity)
     checking.check_masks(q, mask, tree_mask, is_packed, capacity)
     checking.check_backend_serves(q, k_cache, v_cache, backend, batch, capacity)
     Options.checked(options["causal"], options["window"], options["softcap"], options["scale"])
@@ -209,7 +210,7 @@ def with_kvcache(
         if new is not None:
             q, seqlens_k = append(
                 k_cache, v_cache, q, *new, seqlens_k, page_table, cu_seqlens_q,
-                cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary,
+                cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary, backend,
             )  # fmt: skip
         elif rotary is not None:
             before = lengths_before(seqlens_k, capacity)
