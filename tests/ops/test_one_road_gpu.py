@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import flashcore
 from flashcore.compat.flash_attn import flash_attn_func
 from flashcore.ops.dense import OPERATORS
-from flashcore.problem.options import Options
+from flashcore.problem.options import Options, Wanted
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,7 @@ def gradients_by_operator(
 ) -> tuple[torch.Tensor, ...]:
     options = Options.checked(causal, None, None, None)
     with torch.no_grad():
-        out, lse = OPERATORS.forward(q, k, v, None, *options, True, "auto")
+        out, lse, _ = OPERATORS.forward(q, k, v, None, *options, *Wanted(True), "auto")
         found = OPERATORS.backward(dout, None, q, k, v, None, out, lse, *options, False, "auto")
     return tuple(found[:3])
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -104,29 +105,27 @@ def _warn_of_fallback(reason: str) -> None:
     )
 
 
-def padded_gradients(
+def gradients_with_lengths(
     problem: Problem,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    seqlens_k: Tensor,
+    lengths: Mapping[str, Tensor],
     out: Tensor,
     lse: Tensor,
     dout: Tensor | None,
     dlse: Tensor | None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Compute dq, dk and dv of a padded batch without reading its lengths, or return None where no
-    fused kernel does; the arguments are those of `attention_gradients`."""
+    """Compute dq, dk and dv of sequences of different lengths without reading these, or return None
+    where no fused kernel does; the arguments are those of `fused_backward`."""
     code = choose_backward(problem, backend=backend).code
     if code not in ("sm90", "sim") or problem.is_empty:
         return None
     run = run_on_gpu if code == "sm90" else run_in_simulator
     try:
-        return fused_backward(
-            problem, q, k, v, mask, out, lse, dout, dlse, run, seqlens_k=seqlens_k
-        )
+        return fused_backward(problem, q, k, v, mask, out, lse, dout, dlse, run, lengths=lengths)
     except BackendUnavailableError as error:
         if code == "sim":
             raise

@@ -55,6 +55,7 @@ _PHASE_OF_FUNCTION = {
     "load_v": "load",
     "zero_padding": "load",
     "store_output": "store",
+    "raise_max_score": "store",
     "finish_softmax": "store",
     "natural_lse": "store",
     "store_rows": "store",

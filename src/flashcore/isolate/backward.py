@@ -143,7 +143,7 @@ def _plans_of(problem: Problem, kernel: str, tile: Mapping[str, Any]) -> BwdPlan
     padded = dataclasses.replace(problem, **dims)
     select = select_one_kernel_plans if tile.get("also_dq") else select_plans
     plans: BwdPlans | OneKernelPlans = select(padded)
-    own = {
+    own: dict[str, Any] = {
         name: with_tile(plan, tile)
         for name, plan in plans._asdict().items()
         if plan.kernel == kernel

@@ -201,6 +201,18 @@ class GateModel:
             Expected("out", value, tolerance),
         ]
 
+    def max_score(self, found: Tensor) -> tuple[Expected, Tensor]:
+        """Model the largest score of each head, and return what was found beside it: both in the
+        row that has it, of [batch, num_heads_q, seqlen_q], and -inf in the others."""
+        row_max = self.scores.amax(-1)
+        row = row_max.argmax(-1, keepdim=True)
+        others = torch.ones_like(row_max, dtype=torch.bool).scatter(-1, row, False)
+        value, found = (
+            x.masked_fill(others, -torch.inf)
+            for x in (row_max, found.cpu()[..., None].expand_as(row_max))
+        )
+        return Expected("max_score", value, 2 * self._row_slack()[..., 0] + 1e-5), found
+
     def visible_probabilities(self) -> Tensor:
         """Return softmax(s) [batch, num_heads_q, seqlen_q, seqlen_k] float64, 0 in rows that see
         nothing."""

@@ -36,9 +36,11 @@ from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import ARCH, obstacle
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.stage import Stage
+from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.options import Wanted
 from flashcore.selection.select import select_plan
 from flashcore.sim.plants import index
 
@@ -173,7 +175,8 @@ def _call_of(case: Case | VarlenCase, device: str) -> _Call:
         q, k, v = (as_batch(tensor) for tensor in (packed.q, packed.k, packed.v))
         return _Call(problem, q, k, v, None, lengths)
     x = make_inputs(case, device)
-    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, return_lse=True, **case.options())
+    wanted = Wanted(return_lse=True, return_max_score=case.return_max_score)._asdict()
+    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **wanted, **case.options())
     return _Call(problem, x.q, x.k, x.v, x.mask, options=case.options())
 
 
@@ -270,6 +273,8 @@ class _Runner:
             rule = error_report(out, call.q, call.k, call.v, mask=call.mask, **call.options)
             for item in expected:
                 yield _compare(by_error_rule(item, rule), outputs[item.name], plan)
+            if plan.returns_max_score:
+                yield _compare(*model.max_score(outputs["max_score"]), plan)
 
     def _pv_checks(self, plan: Plan, model: GateModel) -> Iterator[Check]:
         """Check P = 1/seqlen_k first, whose result needs no reference: every row is the mean of V.
@@ -314,16 +319,19 @@ class _Runner:
             outputs["row_max"] = unwritten(*rows, num_n_blocks)
             outputs["row_sum"] = unwritten(*rows, num_n_blocks)
             buffers = {f"gate_{name}": outputs[name] for name in ("scores", "row_max", "row_sum")}
+        if plan.returns_max_score:
+            outputs["max_score"] = unseen_scores(problem, call.q)
         run_planned(
             problem, plan, call.q, call.k, call.v, call.mask, out, outputs["lse"], buffers,
-            call.lengths, seed=self.seed, plant=self.plant,
+            call.lengths, max_score=outputs.get("max_score"), seed=self.seed, plant=self.plant,
         )  # fmt: skip
         if call.is_packed:
             outputs |= {"out": as_batch(out), "lse": outputs["lse"][None]}
         return outputs
 
 
-_KINDS = {"scores": "scores", "row_max": "row_tiles", "row_sum": "row_tiles", "lse": "rows"}
+_KINDS = {"scores": "scores", "row_max": "row_tiles", "row_sum": "row_tiles"}
+_KINDS |= {"lse": "rows", "max_score": "rows"}
 
 
 def _compare(expected: Expected, actual: Tensor, plan: Plan) -> Check:

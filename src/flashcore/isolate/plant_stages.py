@@ -15,9 +15,13 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "pv": ("pv-atomic", "k-overlap", "k-gap"),
         "full": (
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
+            "max-score-of-one-head",
         ),
         "load": ("one-ahead", "neighbours-key", "no-clamp"),
-        "store": ("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
+        "store": (
+            *("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
+            *("max-score-stored", "max-score-of-padding"),
+        ),
     },
     _SM90: {
         "setup": ("no-init-fence", "no-init-barrier", "registers-of-three-warps"),
@@ -59,6 +63,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("third-share-unseen", "second-part-alone", "first-part-kept"),
             *("unmasked-too-far-right", "unmasked-too-far-left", "last-key-alone"),
             *("folded-as-rows", "large-max-left"),
+            *("max-score-of-one-head", "max-score-of-first-slice"),
         ),
         "store": (
             *("no-proxy-fence", "no-store-barrier", "o-overwritten", "o-part-overwritten"),
@@ -67,6 +72,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("split-arrival-not-awaited", "split-last-too-early", "split-never-last"),
             *("split-one-counter", "split-rows-past-the-end"),
             *("box-of-a-neighbour", "class-left-out"),
+            *("max-score-stored", "max-score-of-padding"),
         ),
     },
     DQ_KERNEL: {

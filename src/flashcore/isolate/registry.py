@@ -26,6 +26,7 @@ from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
 from flashcore.sim.plants.bwd_sm90 import PLANTS_BWD_ROLES_SM90
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.sm90 import PLANTS_SM90
@@ -103,6 +104,11 @@ _LARGE: dict[str, dict[str, Any]] = {
 # No row sees a larger score in a later key tile.
 _LEVEL = _SHORT | {"dtype": "bfloat16", "spread": 0.0, "growth": "level"}
 _CHUNKS = {"block_m": 64, "block_n": 32, "keys_of_chunk": 64}
+_MAX_SCORE = _SHORT | {"return_max_score": True}
+_ONE_QUERY = {"seqlen_q": 1, "num_heads_q": 4, "num_heads_kv": 1}
+# The first of four key tiles has the largest scores.
+_IN_SECOND_SLICE = _MAX_SCORE | {"seqlen_k": 128, "growth": "slow"}
+_IN_SLICES = {"block_m": 64, "block_n": 32, "num_stages": 4, "key_slices": 2}
 _CASES_SM90 = {
     "passed-over-unsynced": 37,
     "passed-over-turn-too-many": 1,
@@ -191,6 +197,9 @@ def _of_sm90() -> _Calls:
 
 
 _WITH_LARGE_SCORES: _Calls = {name: {"options": _SHORT | more} for name, more in _LARGE.items()}
+_WITH_MAX_SCORE = _calls(PLANTS_MAX_SCORE, {}, options=_MAX_SCORE)
+for _name in ("max-score-of-one-head", "max-score-of-padding"):
+    _WITH_MAX_SCORE[_name]["options"] = _MAX_SCORE | _ONE_QUERY
 # By kernel, the calls of bugs that not every call shows.
 CALLS: Mapping[str, _Calls] = {
     _WMMA: {
@@ -199,6 +208,7 @@ CALLS: Mapping[str, _Calls] = {
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
+        **_WITH_MAX_SCORE,
     },
     _SM90: {
         **_of_sm90(),
@@ -214,6 +224,8 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
         **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
+        **_WITH_MAX_SCORE,
+        **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
     },
     DKDV_KERNEL: {
         **_calls(PLANTS_BWD_ROLES_SM90, _TILE_OF_ROLES, options=_BACKWARD_ROLES),

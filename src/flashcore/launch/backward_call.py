@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flashcore.kernels.bwd_sm90.params import (
+    LENGTHS,
     AttnBwdSm90Params,
     build_params_bwd_sm90,
     grid_size,
@@ -30,7 +31,7 @@ _lock = threading.Lock()
 def _pointer_offsets() -> dict[str, int]:
     """Return where the kernels' argument has addresses, by name of the tensor."""
     attn = AttnBwdSm90Params.attn.offset
-    names = ("q", "k", "v", "mask", "out", "lse", "seqlens_k", "tile_counter")
+    names = ("q", "k", "v", "mask", "out", "lse", "tile_counter", *LENGTHS)
     offsets = {name: attn + getattr(AttnParams, name).offset for name in names}
     return offsets | {
         name: getattr(AttnBwdSm90Params, name).offset for name in ("dlse", "delta", "dq_sums")

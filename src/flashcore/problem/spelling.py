@@ -59,6 +59,7 @@ OF_ATTENTION: dict[str, str] = {
     "soft_cap": _mean("softcap=..."),
     "return_attn_probs": _LSE,
     "return_softmax_lse": _LSE,
+    "return_max_logit": _mean("return_max_score=True"),
     "need_weights": _LSE,
     "output_attentions": _LSE,
     "enable_gqa": "leave it out, k and v may have fewer heads than q anyway",

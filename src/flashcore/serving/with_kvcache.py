@@ -14,7 +14,7 @@ from flashcore.ops.autograd import needs_grad
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Options
 from flashcore.problem.spelling import OF_KVCACHE, other_names, refuse
-from flashcore.problem.validation import check_return_lse
+from flashcore.problem.validation import check_flag
 from flashcore.serving import checking
 from flashcore.serving.append import append, rotated_queries
 from flashcore.serving.attend import attend_pages
@@ -180,7 +180,7 @@ def with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `attention_with_kvcache`; see there. `rotary` holds its arguments on rotation,
     `options` those that `attention` and `attention_varlen` share."""
-    check_return_lse(return_lse)
+    check_flag("return_lse", return_lse)
     is_packed = cu_seqlens_q is not None
     if autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
         # What the cache holds is there; the rest is cast to it.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashcore.compile.codegen import generate_source
-from flashcore.kernels.bwd_sm90.params import build_params_bwd_sm90, grid_size
+from flashcore.kernels.bwd_sm90.params import LENGTHS, build_params_bwd_sm90, grid_size
 from flashcore.sim.run import PERSISTENT_BLOCKS, raise_if_left, simulate_source
 from flashcore.sim.tensors import SimTensor
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flashcore.problem import Problem
     from flashcore.sim.report import SimReport
 
-_OF_ATTN = ("q", "k", "v", "mask", "out", "lse", "seqlens_k")
+_OF_ATTN = ("q", "k", "v", "mask", "out", "lse", *LENGTHS)
 
 
 def simulate_backward(

@@ -39,6 +39,6 @@ FC_KERNEL(attn_bwd_delta_sm90, 128, MIN_BLOCKS)
     gmem_store_packet(sums + i, Packet<16>{});
   }
   mbar_wait(full, 0);
-  load_row_stats(params, block, dout, block.m_begin);
+  load_row_stats(params, block, dout, block.m_begin, params.attn.seqlen_q);
   grid_launch_dependents();
 }

@@ -16,7 +16,8 @@
 //
 // A thread of the producer warpgroup loads by TMA, a warp of it the rows' lse and delta. That warp
 // also clears rows of dO that see no key: whatever arrives there, infinity and NaN too, is no
-// gradient, and 0 * NaN would spread in the product. Blocks are persistent.
+// gradient, and 0 * NaN would spread in the product. Another warp deals out the tiles of packed
+// sequences. Blocks are persistent.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -142,7 +143,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) break;
     c.key_row = block.m_begin + c.index * 64;
-    const auto& sequence = sequence_params(p, block);
+    const auto& sequence = own_params(p, block);
     const QueryTiles tiles = query_tiles(sequence, block.m_begin, BLOCK_N);
     const QueryTiles own = own_query_tiles(sequence, tiles, c.key_row);
     clear(c.dk);
@@ -159,14 +160,15 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
     arrive_for_warp(bar.kv_empty);
     // Read again, as a register that held it all along would be one too many.
-    const int num_keys = KEY_LENGTHS ? sequence_params(p, block).seqlen_k : 0;
+    const int num_keys = VARLEN != 0 ? own_params(p, block).seqlen_k : 0;
     clear_behind(c.dv, num_keys, c.key_row);
     clear_behind(c.dk, num_keys, c.key_row);
     const auto out = smem.out + c.index * OUT_ELEMENTS;
-    store_rows(c.dv, 1.0f, out, params.dv_map, c.key_row, block.head_idx_kv, block.batch_idx,
+    store_rows(c.dv, 1.0f, out, rows_of_keys(params.dv_map, p, block, c.key_row, num_keys),
                STORE_BARRIER + c.index);
-    store_rows(c.dk, p.softmax_scale, out, params.dk_map, c.key_row, block.head_idx_kv,
-               block.batch_idx, STORE_BARRIER + c.index);
+    store_rows(c.dk, p.softmax_scale, out,
+               rows_of_keys(params.dk_map, p, block, c.key_row, num_keys),
+               STORE_BARRIER + c.index);
   }
   // Shared memory must outlive the stores that read it.
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
@@ -185,6 +187,7 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + ALSO_DQ) * 128, MIN_BLOCKS)
       smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),
       smem_view<float>(STATS_OFFSET, NUM_STAGES * STATS_FLOATS, "stats_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
+      PACKED ? feed_at(FEED_OFFSET) : Feed(),
   };
   const Barriers bar = barriers();
   if (thread_idx() == 0) {
@@ -192,6 +195,7 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + ALSO_DQ) * 128, MIN_BLOCKS)
     tma_prefetch_map(params.v_map);
     tma_prefetch_map(params.q_map);
     tma_prefetch_map(params.dout_map);
+    if (PACKED) init_feed(smem.feed);
     init_barriers(bar);
   }
   block_sync();  // orders the initialisation before every use
@@ -201,6 +205,7 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + ALSO_DQ) * 128, MIN_BLOCKS)
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
     if (warp_idx() == 1) load_stats(params, bar, smem);
+    if (PACKED && warp_idx() == 2) schedule_tiles<true>(params.attn, smem.feed);
   } else if (ALSO_DQ && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
     lower_registers<DQ_REGISTERS>();
     consume_ds(params, bar, smem);

@@ -91,10 +91,10 @@ FC_DEVICE void issue_dq(Consumer& c, const Buffers& smem, uint32_t count) {
   wgmma_commit();
 }
 
-FC_DEVICE void load_own_stats(Consumer& c, const AttnBwdSm90Params& params,
+FC_DEVICE void load_own_stats(Consumer& c, const AttnBwdSm90Params& params, int seqlen_q,
                               const BlockCoord& block, const Buffers& smem) {
   c.stats = load_row_stats(params, block, smem.dout + c.slot * DO_GROUP_ELEMENTS,
-                           block.m_begin + c.index * 64);
+                           block.m_begin + c.index * 64, seqlen_q);
 }
 
 // S becomes P, times soft-capping's derivative.
@@ -142,7 +142,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
   await_v(bar, c.count);
   issue_dp(c, smem, c.count);
   if (HAS_DQ) issue_dq(c, smem, c.count - 1);
-  if (FIRST) load_own_stats(c, params, block, smem);  // beside the products
+  if (FIRST) load_own_stats(c, params, p.seqlen_q, block, smem);  // beside the products
   wgmma_wait<HAS_DQ ? 2 : 1>();
   wgmma_hold(c.scores);
   if (MASK_KIND != 0 || strip_needs_mask(p, c.warp_row, key_begin)) {
@@ -209,7 +209,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (own.n_block_begin < own.n_block_end) {
       accumulate(c, params, sequence, bar, smem, block, own);
     } else {
-      load_own_stats(c, params, block, smem);
+      load_own_stats(c, params, sequence.seqlen_q, block, smem);
     }
     if (IS_BOUNDED) skip_tiles(c, bar, own.n_block_begin - keys.n_block_begin);
 
@@ -228,8 +228,10 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (HAS_OUT_BUFFER) release_q();
     const auto out = HAS_OUT_BUFFER ? smem.out + c.index * OUT_ELEMENTS
                                     : smem.q + c.slot * Q_GROUP_ELEMENTS;
-    store_rows(c.dq, p.softmax_scale, out, params.dq_map, group_row, block.head_idx,
-               block.batch_idx, STORE_BARRIER + c.index);
+    store_rows(c.dq, p.softmax_scale, out,
+               {params.dq_map, query_box(p, block), group_row, block.head_idx,
+                !PACKED || group_row < query_rows(p, block.batch_idx).count},
+               STORE_BARRIER + c.index);
     if (!HAS_OUT_BUFFER) {
       if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
       named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders that before the next Q
@@ -249,6 +251,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
       smem_view<Element>(V_OFFSET, NUM_V_STAGES * V_ELEMENTS, "v_smem"),
       smem_view<Element>(OUT_OFFSET, NUM_CONSUMERS * OUT_ELEMENTS, "out_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
+      PACKED ? feed_at(FEED_OFFSET) : Feed(),
   };
   const Barriers bar = barriers();
   if (thread_idx() == 0) {
@@ -256,6 +259,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
     tma_prefetch_map(params.dout_map);
     tma_prefetch_map(params.k_map);
     tma_prefetch_map(params.v_map);
+    if (PACKED) init_feed(smem.feed);
     init_barriers(bar);
   }
   block_sync();  // orders the initialisation before every use
@@ -264,6 +268,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
+    if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     consume(params, bar, smem);

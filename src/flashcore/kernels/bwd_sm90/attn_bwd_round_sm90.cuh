@@ -31,8 +31,8 @@ FC_KERNEL(attn_bwd_round_sm90, 128, MIN_BLOCKS)
       }
     }
   }
-  store_rows(dq, params.attn.softmax_scale, out, params.dq_map, block.m_begin, block.head_idx,
-             block.batch_idx, 1);
+  store_rows(dq, params.attn.softmax_scale, out,
+             {params.dq_map, {0, block.batch_idx}, block.m_begin, block.head_idx}, 1);
   if (warp_idx() == 0 && elect_lane()) tma_store_wait_read<0>();
   grid_launch_dependents();
 }

@@ -8,20 +8,21 @@ struct RowStats {
 
 // lse and delta of a lane's two rows; one lane of the four that share a row writes delta for the
 // kernel that follows. What is no row, or sees no key, gets lse +inf, which makes probabilities 0.
-// `dout` holds the 64 rows from `group_begin` on, as TMA wrote them.
+// `dout` holds the 64 rows from `group_begin` on, as TMA wrote them; `seqlen_q` is the sequence's.
 FC_DEVICE RowStats load_row_stats(const AttnBwdSm90Params& params, const BlockCoord& block,
-                                  SmemPtr<Element> dout, int group_begin) {
+                                  SmemPtr<Element> dout, int group_begin, int seqlen_q) {
   const AttnParams& p = params.attn;
   const GmemPtr<const float> lse_gmem = {p.tensors.lse.address};
   const GmemPtr<const Element> out_gmem = {p.tensors.out.address};
+  const int first_row = PACKED ? query_rows(p, block.batch_idx).begin : 0;
   const int lane = opaque(lane_idx());
   RowStats stats;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int group_row = warp_idx() % 4 * 16 + accum_row(lane, r * 2);
     const int row = group_begin + group_row;
-    const bool exists = row < p.seqlen_q;
-    const auto out = out_gmem + out_offset(p, block, exists ? row : 0);
+    const bool exists = row < seqlen_q;
+    const auto out = out_gmem + out_offset(p, block, exists ? first_row + row : 0);
     float sum = 0.0f;
 #pragma unroll
     for (int begin = 0; begin < HEAD_DIM_V; begin += 32) {
@@ -41,7 +42,7 @@ FC_DEVICE RowStats load_row_stats(const AttnBwdSm90Params& params, const BlockCo
     stats.lse_log2[r] = POS_INF;
     stats.delta[r] = 0.0f;
     if (!exists) continue;
-    const int64_t at = lse_offset(p, block, row);
+    const int64_t at = lse_offset(p, block, first_row + row);
     const float lse_log2 = gmem_load(lse_gmem + at) * LOG2_E;
     if (lse_log2 != NEG_INF) {
       stats.lse_log2[r] = lse_log2;

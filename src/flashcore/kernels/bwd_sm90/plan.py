@@ -32,6 +32,8 @@ _BARRIER_BYTES = 8
 # where dq takes more accumulators. 512 together.
 DQ_ROLE_REGISTERS = {False: (200, 40, 72), True: (192, 40, 88)}
 _COORD_BYTES = 4 * 16  # places of four tiles
+_FEED_BYTES = 32  # tile/schedule_varlen.cuh
+_MAX_PACKED_ROWS = 2**30  # of all heads, a tile of each at most
 
 
 def padded_to_16(cols: int) -> int:
@@ -80,8 +82,9 @@ class BwdSm90Plan(Plan):
 
     @property
     def draws_tiles(self) -> bool:
-        """Return whether blocks draw tiles from a counter (fwd_sm90/schedule_sm90.cuh)."""
-        return self.has_window_right
+        """Return whether blocks draw tiles from a counter (fwd_sm90/schedule_sm90.cuh,
+        tile/schedule_varlen.cuh)."""
+        return self.has_window_right or self.varlen == "packed"
 
     @property
     def arch_suffix(self) -> str:
@@ -146,7 +149,12 @@ class BwdSm90Plan(Plan):
         elements = self.block_m * (q_buffers * (qk_cols + v_cols) + qk_cols * has_out_buffer)
         elements += self.block_n * (self.num_stages * qk_cols + self.other_stages * v_cols)
         num_barriers = 2 * (q_buffers * self.num_consumers + self.num_stages + self.other_stages)
-        return 2 * elements + _BARRIER_BYTES * num_barriers + _COORD_BYTES
+        return 2 * elements + _BARRIER_BYTES * num_barriers + _COORD_BYTES + self._feed_bytes
+
+    @property
+    def _feed_bytes(self) -> int:
+        """Return shared memory for the places of tiles that a warp deals out."""
+        return _FEED_BYTES if self.varlen == "packed" else 0
 
     @property
     def smem_bytes(self) -> int:
@@ -164,7 +172,8 @@ class BwdSm90Plan(Plan):
             elements += self.ds_stages * self.block_m * self.block_n
             elements += self.block_m * 2 * padded_to_16(self.head_dim)  # of four bytes
             num_barriers += 2 * self.ds_stages
-        return 2 * elements + stats + _BARRIER_BYTES * num_barriers + _COORD_BYTES
+        barriers = _BARRIER_BYTES * num_barriers
+        return 2 * elements + stats + barriers + _COORD_BYTES + self._feed_bytes
 
     @property
     def role_registers(self) -> tuple[int, ...]:
@@ -174,6 +183,8 @@ class BwdSm90Plan(Plan):
             return DQ_ROLE_REGISTERS[max(self.head_dim, self.head_dim_v) > 64]
         pool = self.max_registers * (self.num_consumers + 1)
         producer = 24 if self.is_dq else 40  # a warp of it computes
+        if self.is_dq and self.varlen == "packed":
+            producer = 32  # a warp of it deals out tiles
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
@@ -276,8 +287,9 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
         return f"the fused backward takes head_dim {HEAD_DIM_MAX} at most"
     if needs_mask_grad:
         return "the fused backward computes no gradient of a mask"
-    if problem.varlen == "packed":
-        return "the fused backward takes no packed sequences"
+    rows = max(problem.total_q * problem.num_heads_q, problem.total_k * problem.num_heads_kv)
+    if problem.varlen == "packed" and rows + problem.batch >= _MAX_PACKED_ROWS:
+        return "the fused backward counts the tiles of all packed sequences in 32 bits"
     return None
 
 
@@ -292,6 +304,9 @@ def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
             if is_crowded
             else BwdTile(128, 128, 3, 2, False, True, False)
         )
+        if problem.varlen == "packed" and max(problem.window_left, problem.window_right) >= 0:
+            # With three consumers the producer's warps spill 16 bytes; not measured on a GPU.
+            return BwdTile(128, 128, 3, 2), dkdv
         return BwdTile(192, 64, 4, 3), dkdv
     if dim <= 128 and is_crowded:
         return BwdTile(128, 64, 3, 2), BwdTile(64, 64, 3, 3)

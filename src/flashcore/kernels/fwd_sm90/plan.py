@@ -179,7 +179,7 @@ class Sm90Plan(Plan):
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
             "PING_PONG": self.ping_pong,
-            "LAZY_RESCALE": self.lazy_rescale,
+            "LAZY_RESCALE": self.lazy_rescale and not self.returns_max_score,
             "Q_BUFFERS": self.q_buffers,
             "O_PARTS": self.o_parts,
             "CHUNK": self.chunk,

@@ -17,6 +17,7 @@ from flashcore.sim.plants.bwd_sm90 import (
 )
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import (
     PLANTS_LARGE_SCORES,
     PLANTS_OLD_LARGE_MAX_SM90,
@@ -36,6 +37,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_VARLEN,
         **PLANTS_LARGE_SCORES,
         **PLANTS_TOTALS,
+        **PLANTS_MAX_SCORE,
     },
     SM90_KERNEL: {
         **PLANTS_SM90,
@@ -47,6 +49,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
         **PLANTS_VARLEN_SM90,
+        **PLANTS_MAX_SCORE,
+        **PLANTS_MAX_SCORE_SM90,
     },
     DQ_KERNEL: PLANTS_BWD_DQ_SM90,
     DKDV_KERNEL: {**PLANTS_BWD_DKDV_SM90, **PLANTS_BWD_ROLES_SM90, **PLANTS_BWD_ONE_SM90},
