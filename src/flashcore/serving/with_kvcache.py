@@ -3,7 +3,7 @@ queries attend to all of it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -27,6 +27,42 @@ from flashcore.serving.rows import lengths_before, lengths_of_keys
 __all__ = ["attention_with_kvcache"]
 
 
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    *,
+    seqlens_k: Tensor,
+    return_lse: Literal[False] = ...,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    *,
+    seqlens_k: Tensor,
+    return_lse: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    *,
+    seqlens_k: Tensor,
+    return_lse: bool,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @other_names(OF_KVCACHE)
 def attention_with_kvcache(
     q: Tensor,
