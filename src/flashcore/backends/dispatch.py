@@ -93,6 +93,12 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         from flashcore.backends.recording import record_call
 
         record_call(problem, backend)
+    return resolved(problem, backend)
+
+
+def resolved(problem: Problem, backend: str) -> Choice:
+    """Return what `choose_backend` does, or raise as it does, of a problem that need not be that of
+    a call: nothing is recorded."""
     if backend == "torch":
         return Choice("torch", 'asked for with backend="torch"')
     if backend == "sim":
