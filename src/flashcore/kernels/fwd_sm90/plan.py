@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -121,6 +122,11 @@ class Sm90Plan(Plan):
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
     @property
+    def box_rows(self) -> int:
+        """Return the rows of a box of K and V: of a key tile, as far as they lie in one page."""
+        return math.gcd(self.block_n, self.page_size)
+
+    @property
     def mask_bytes(self) -> int:
         """Return shared memory for the mask tensor's elements of every consumer warp
         (fwd_sm90/mask_tile_sm90.cuh)."""
@@ -145,9 +151,10 @@ class Sm90Plan(Plan):
         given waits for ever."""
         pool = self.max_registers * (self.num_consumers + 1)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
-        # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some.
+        # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
+        # take some in each lane of the producer's warp.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
-        producer = 32 if self.varlen == "packed" or many_chunks else 24
+        producer = 32 if self.varlen in ("packed", "pages") or many_chunks else 24
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
@@ -198,9 +205,20 @@ def obstacle(problem: Problem) -> str | None:
     num_rows = problem.total_q * problem.num_heads_q  # 0 unless packed
     if num_rows + problem.batch >= 2**30 and problem.varlen == "packed":
         return "it counts the row tiles of all packed sequences in 32 bits"
-    if problem.varlen == "pages":
-        return "it reads no pages"
-    return next(iter(unreadable(problem).values()), None) or obstacle_to_splits(problem)
+    reason = _obstacle_to_pages(problem) if problem.varlen == "pages" else None
+    return reason or next(iter(unreadable(problem).values()), None) or obstacle_to_splits(problem)
+
+
+def _obstacle_to_pages(problem: Problem) -> str | None:
+    if problem.page_size % tiles_sm90.PAGE_ROWS:
+        return (
+            f"it reads pages of a multiple of {tiles_sm90.PAGE_ROWS} keys, not of "
+            f"{problem.page_size}"
+        )
+    of_page, _, of_row = problem.v_strides
+    if of_row and problem.num_pages * (of_page // of_row) + problem.page_size >= 2**31:
+        return "it counts the rows of all pages of v in 32 bits"
+    return None
 
 
 @functools.lru_cache(maxsize=4096)
@@ -215,15 +233,16 @@ def unreadable(problem: Problem) -> Mapping[str, str]:
                 f"TMA needs 16-byte aligned rows, and some address or stride of {name} is a "
                 f"multiple of {problem.load_bytes} bytes only"
             )
-    packed, keys = problem.varlen == "packed", problem.varlen == "keys"
+    packed, pages = problem.varlen == "packed", problem.varlen == "pages"
+    ragged = {"keys": "kv", "pages": "v"}.get(problem.varlen, "")
     rows_q = problem.total_q if packed else problem.seqlen_q
-    rows_k = problem.total_k if packed else problem.seqlen_k
+    rows_k = problem.total_k if packed else problem.page_size if pages else problem.seqlen_k
     for name, strides, rows in (
         ("q", problem.q_strides, rows_q),
         ("k", problem.k_strides, rows_k),
         ("v", problem.v_strides, rows_k),
     ):
-        begins_by_row = keys and name != "q"  # params_sm90.make_ragged
+        begins_by_row = name in ragged  # params_sm90.make_ragged
         if name in found:
             continue
         if strides[2] == 0 and rows > 1:
@@ -232,7 +251,8 @@ def unreadable(problem: Problem) -> Mapping[str, str]:
             found[name] = f"TMA reads no stride of 2^40 bytes, as {name} has"
         elif begins_by_row and strides[2] and strides[0] % strides[2]:
             found[name] = (
-                f"with seqlens_k it needs batches that are whole rows apart, unlike {name}'s"
+                f"with seqlens_k it needs {'pages' if pages else 'batches'} that are whole rows "
+                f"apart, unlike {name}'s"
             )
     return found
 
