@@ -37,6 +37,7 @@ def attention(
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
+    return_max_score: Literal[False] = ...,
     backend: str = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -52,6 +53,7 @@ def attention(
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
     return_lse: Literal[True],
+    return_max_score: Literal[False] = ...,
     backend: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
@@ -66,9 +68,10 @@ def attention(
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
-    return_lse: bool,
+    return_lse: bool = ...,
+    return_max_score: bool = ...,
     backend: str = ...,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+) -> torch.Tensor | tuple[torch.Tensor, ...]: ...
 
 
 @other_names(OF_ATTENTION)
@@ -84,9 +87,10 @@ def attention(
     mask: torch.Tensor | None = None,
     seqlens_k: torch.Tensor | None = None,
     return_lse: bool = False,
+    return_max_score: bool = False,
     backend: str = "auto",
     **_unknown: object,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Compute scaled dot-product attention, softmax(scale * q @ k^T) @ v, without storing the
     scores.
 
@@ -119,6 +123,7 @@ def attention(
             are aligned as if it were not there. The forward pass never waits for it; the backward
             pass does, and a mask gets no gradient then. See docs/varlen.md.
         return_lse: also return the log-sum-exp of each row of scores.
+        return_max_score: also return the largest score of each head, as QK-clip needs it.
         backend: "auto" (by device and dtype), "sm90" (the Hopper kernel), "wmma" (the portable
             tensor-core kernel), "sim" (a kernel in the simulator, on CPU tensors), or "torch"
             (PyTorch operations).
@@ -126,7 +131,10 @@ def attention(
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. With return_lse, the pair
         (out, lse): lse is natural-log, float32 (float64 for float64 inputs), [batch, num_heads_q,
-        seqlen_q]. A row with nothing to attend to has out 0, lse -inf and zero gradients.
+        seqlen_q]. A row with nothing to attend to has out 0, lse -inf and zero gradients. With
+        return_max_score, max_score comes last: the largest of what enters the softmax (scaled,
+        soft-capped, with the additive mask; hidden keys do not count), dtype of lse, [batch,
+        num_heads_q], -inf where a head sees no key. It has no gradient.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -147,8 +155,8 @@ def attention(
     if is_dynamo_compiling():
         q, k, v, mask = autocast(q, k, v, mask)
     else:
-        if launcher.attend is not None:
-            result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = launcher.attend(
+        if launcher.attend is not None and return_max_score is False:
+            result: torch.Tensor | tuple[torch.Tensor, ...] | None = launcher.attend(
                 q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
             )
             if result is not None:
@@ -157,15 +165,21 @@ def attention(
             q, k, v, mask = autocast(q, k, v, mask)
         if seqlens_k is None and not needs_dispatcher(q, k, v, mask):
             return attend(
-                q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record
-            )
+                q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
+                None, return_max_score,
+            )  # fmt: skip
     if has_other_rank(q, k, v):
         given = as_rank_4(q, k, v, mask, seqlens_k)
+        inputs = Inputs(*given[:5])
         return given.restored(
-            _by_operator(Inputs(*given[:5]), causal, window, softcap, scale, return_lse, backend)
+            _by_operator(
+                inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
+            )
         )
     inputs = Inputs(q, k, v, mask, seqlens_k)
-    return _by_operator(inputs, causal, window, softcap, scale, return_lse, backend)
+    return _by_operator(
+        inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
+    )
 
 
 def _by_operator(
@@ -175,7 +189,8 @@ def _by_operator(
     softcap: float | None,
     scale: float | None,
     return_lse: bool,
+    return_max_score: bool,
     backend: str,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     compute = attention_dense if inputs.seqlens_k is None else attention_padded
-    return compute(inputs, causal, window, softcap, scale, return_lse, backend)
+    return compute(inputs, causal, window, softcap, scale, return_lse, return_max_score, backend)

@@ -78,6 +78,7 @@ def explain(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
     return_lse: bool = False,
+    return_max_score: bool = False,
     backend: str = "auto",
     arch: int | None = None,
     file: TextIO | None = None,
@@ -97,6 +98,7 @@ def explain(
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         return_lse: whether the log-sum-exp of each row of scores is returned too.
+        return_max_score: whether the largest score of each head is returned too.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         arch: GPU architecture to plan for, 90 for sm_90; by default that of q's device, and what
             the simulator runs for CPU tensors.
@@ -123,6 +125,7 @@ def explain(
         softcap=softcap,
         mask=mask,
         return_lse=return_lse,
+        return_max_score=return_max_score,
     )
     choice = choose_backend(problem, backend)
     plans: list[Plan] = []

@@ -41,6 +41,7 @@ def prepare(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     return_lse: bool = False,
+    return_max_score: bool = False,
     backend: str = "auto",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -68,6 +69,7 @@ def prepare(
         max_seqlen_q: the longest sequence of queries, in tokens.
         max_seqlen_k: the longest sequence of keys, in tokens.
         return_lse: whether the log-sum-exp of each row of scores is returned too.
+        return_max_score: whether the largest score of each head is returned too.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         dtype: of shapes; by default that of q, k or v if one is a tensor, else float16.
         device: of shapes; by default that of a tensor among q, k and v, else the current GPU, or
@@ -127,6 +129,7 @@ def prepare(
         problem = padded_problem(Inputs(q, k, v, mask, seqlens_k), checked)
     else:
         problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=return_lse, **options)
+    problem = dataclasses.replace(problem, return_max_score=return_max_score)
     if device.type == "cuda" and problem.device != "cuda":
         problem = dataclasses.replace(problem, device="cuda", arch=arch_of_device(device.index))
     return _ready(problem, backend, device)

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from flashcore.backends.dispatch import KERNELS, adapt_for, plan_of, prepare, without_autocast
-from flashcore.backends.gradients import attention_gradients, choose_backward
+from flashcore.backends.gradients import attention_gradients, choose_backward, gradients_with_lengths
 from flashcore.backends.tiled import attention_tiled
 from flashcore.backends.torch_backward import packed_flash_gradients
 from flashcore.base import env
+from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Causal, Problem, Window, widest_band
-from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.memory_layout import as_batch, as_rows, with_strides_of_empty_like
 from flashcore.problem.options import Inputs, Results
 from flashcore.problem.validation import (
     certainly,
@@ -189,6 +190,7 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q.
         lse: [num_heads_q, total_q].
+        max_score: [num_sequences, num_heads_q], or None unless problem.return_max_score.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
     if backend in KERNELS and not problem.is_empty:
@@ -199,17 +201,22 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     if problem.is_empty or backend == "torch":
         out.zero_()
         lse.fill_(-math.inf)
+    max_score = unseen_scores(problem, q) if problem.return_max_score else None
     if problem.is_empty:
-        return Results(out, lse)
+        return Results(out, lse, max_score)
     if backend == "torch":
+        row_maxima = None if max_score is None else torch.full_like(lse, -math.inf)
         with without_autocast(problem.device):
             for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
                 own_out, own_lse = attention_tiled(
-                    own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None
-                )
+                    own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None,
+                    None if row_maxima is None else row_maxima[None, :, queries],
+                )  # fmt: skip
                 as_batch(out[queries]).copy_(own_out)
                 lse[:, queries] = own_lse[0]
-        return Results(out, lse)
+        if row_maxima is not None:
+            max_score = max_score_of_rows(row_maxima, cu_seqlens_q)
+        return Results(out, lse, max_score)
 
     from flashcore.sim import simulate
 
@@ -220,8 +227,21 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     plan = plan_of(problem, env.sim_arch())
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     tensors = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
-    simulate(problem, plan, *tensors, out, lse, None, lengths, seed=env.sim_seed())
-    return Results(adapted.result(out), lse)
+    seed = env.sim_seed()
+    simulate(problem, plan, *tensors, out, lse, None, lengths, max_score=max_score, seed=seed)
+    return Results(adapted.result(out), lse, max_score)
+
+
+def max_score_of_rows(row_maxima: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+    """Return the largest score of each head of each sequence, [num_sequences, num_heads_q], given
+    those of packed rows, [num_heads_q, total_q]."""
+    heads, total = row_maxima.shape
+    rows = torch.arange(total, device=row_maxima.device)
+    # Rows behind the last sequence count as one more.
+    sequence = (rows[:, None] >= cu_seqlens_q[1:]).sum(-1)
+    lowest = row_maxima.new_full((cu_seqlens_q.shape[0], heads), -math.inf)
+    index = sequence[:, None].expand(total, heads)
+    return lowest.scatter_reduce(0, index, row_maxima.mT, "amax")[:-1]
 
 
 def packed_backward(
@@ -229,8 +249,8 @@ def packed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v.
 
-    One of torch's operators computes all sequences where it can; else each sequence is computed by
-    itself, for which the host reads the lengths.
+    The fused kernels, or one of torch's operators, compute all sequences where they can; else each
+    sequence is computed by itself, for which the host reads the lengths.
 
     Args:
         problem: the description of the call.
@@ -244,8 +264,20 @@ def packed_backward(
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
     (out, lse), (dout, dlse) = results[:2], arriving[:2]
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    fused = gradients_with_lengths(
+        problem, as_batch(q), as_batch(k), as_batch(v), None, lengths, as_batch(out), lse,
+        None if dout is None else as_batch(dout), dlse, backend,
+    )  # fmt: skip
+    if fused is not None:
+        dq, dk, dv = map(as_rows, fused)
+        like = with_strides_of_empty_like
+        return like(q, dq), like(k, dk), like(v, dv)
     if dout is not None and not problem.is_empty:
         choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
+        if choice.code == "sm90":  # which could not be compiled
+            backend = "torch"
+            choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
         if choice.code == "flash":
             return packed_flash_gradients(
                 problem, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout

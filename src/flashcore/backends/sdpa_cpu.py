@@ -26,7 +26,8 @@ _operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 def means_the_same(problem: Problem) -> bool:
     """Return whether `attention_by_sdpa` computes this very problem."""
-    return problem.device == "cpu" and not problem.softcap and not problem.is_empty
+    is_known = not (problem.softcap or problem.return_max_score)
+    return problem.device == "cpu" and is_known and not problem.is_empty
 
 
 def attention_by_sdpa(

@@ -19,9 +19,9 @@ _WIDE_DTYPES = ("float32", "float64")
 
 
 def means_the_same(problem: Problem) -> bool:
-    """Return whether torch's SDPA can compute a problem on a GPU: no softcap, no window, and
-    causality at the upper left. A mask and causality exclude each other there, and so do a mask and
-    lse."""
+    """Return whether torch's SDPA can compute a problem on a GPU: no softcap, no window, no
+    max_score, and causality at the upper left. A mask and causality exclude each other there, and
+    so do a mask and lse."""
     is_causal = problem.window_right == problem.diag_offset == 0
     has_no_kernel = (
         problem.dtype in _WIDE_DTYPES or max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX
@@ -29,7 +29,7 @@ def means_the_same(problem: Problem) -> bool:
     return (
         problem.device == "cuda"
         and has_no_kernel
-        and not problem.softcap
+        and not (problem.softcap or problem.return_max_score)
         and problem.window_left == -1
         and (is_causal or problem.window_right == -1)
         and (problem.mask is None or not (is_causal or problem.return_lse))

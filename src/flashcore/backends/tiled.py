@@ -30,6 +30,7 @@ def attention_tiled(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
+    row_maxima: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the forward pass by online softmax.
 
@@ -39,6 +40,7 @@ def attention_tiled(
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        row_maxima: where the largest score of each row is written, dtype and shape of lse; or None.
 
     Returns:
         out: dtype of q, [batch, num_heads_q, seqlen_q, head_dim_v].
@@ -68,6 +70,8 @@ def attention_tiled(
         accum = accum.div_(row_sum.masked_fill(empty, 1.0))
         out[:, :, m] = tiles.to_heads(accum)
         lse[:, :, m] = tiles.to_heads(row_max + row_sum.log()).squeeze(-1)
+        if row_maxima is not None:
+            row_maxima[:, :, m] = tiles.to_heads(row_max).squeeze(-1)
     return out, lse
 
 

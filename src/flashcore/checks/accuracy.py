@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import torch
 
-from flashcore.checks.reference import attention_oracle, visible_pairs
+from flashcore.checks.reference import attention_oracle, max_score_oracle, visible_pairs
 from flashcore.problem import Causal, Window
 
 FACTOR = 2.0
@@ -45,7 +45,8 @@ class ErrorReport:
         mean_limit: what mean_error may be.
         lse_error: largest `|lse - oracle| / (1 + |oracle|)`, inf when the rows at -inf differ;
             None when no lse was given.
-        lse_limit: what lse_error may be.
+        lse_limit: what lse_error may be, and max_score_error.
+        max_score_error: the same of the largest score of each head; None when it was not given.
     """
 
     max_error: float
@@ -56,11 +57,15 @@ class ErrorReport:
     mean_limit: float
     lse_error: float | None
     lse_limit: float
+    max_score_error: float | None = None
 
     @property
     def ok(self) -> bool:
         """Return whether the result passes. A NaN fails every comparison, so it never passes."""
-        lse_ok = self.lse_error is None or self.lse_error <= self.lse_limit
+        lse_ok = all(
+            error is None or error <= self.lse_limit
+            for error in (self.lse_error, self.max_score_error)
+        )
         return self.max_error <= self.max_limit and self.mean_error <= self.mean_limit and lse_ok
 
     def __str__(self) -> str:
@@ -71,6 +76,8 @@ class ErrorReport:
         )
         if self.lse_error is not None:
             text += f", lse error {self.lse_error:.3g} (limit {self.lse_limit:.3g})"
+        if self.max_score_error is not None:
+            text += f", max_score error {self.max_score_error:.3g} (limit {self.lse_limit:.3g})"
         return text
 
 
@@ -86,6 +93,7 @@ def error_report(
     window: Window = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    max_score: torch.Tensor | None = None,
 ) -> ErrorReport:
     """Judge a result of `attention` by the rule above.
 
@@ -100,6 +108,7 @@ def error_report(
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        max_score: [batch, num_heads_q], the result's max_score, or None not to judge it.
 
     Returns:
         The errors and their limits; `report.ok` is the verdict, `str(report)` a line for people.
@@ -107,6 +116,12 @@ def error_report(
     want, want_lse = attention_oracle(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
     )
+    max_score_error = None
+    if max_score is not None:
+        largest = max_score_oracle(
+            q, k, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
+        )
+        max_score_error = lse_error(max_score, largest)
     assert out.shape == want.shape, (out.shape, want.shape)
     plain = torch_math_attention(
         q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
@@ -124,6 +139,7 @@ def error_report(
         mean_limit=FACTOR * max(torch_mean_error, rounding_mean) + absolute,
         lse_error=None if lse is None else lse_error(lse, want_lse),
         lse_limit=LSE_LIMIT.get(q.dtype, LSE_LIMIT_DEFAULT),
+        max_score_error=max_score_error,
     )
 
 
@@ -180,7 +196,7 @@ def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
     """Return the largest |lse - want| / (1 + |want|).
 
     Args:
-        lse: [batch, num_heads_q, seqlen_q], the result.
+        lse: [batch, num_heads_q, seqlen_q], the result; or the largest score of each head.
         want: the oracle's, float64.
 
     Returns:

@@ -5,7 +5,7 @@ Signatures and layouts are those of the package flash-attn, 2.6 to 2.8: [batch, 
 head_dim], or [total, num_heads, head_dim] for sequences packed one after the other; causal masks
 and windows are aligned at the lower right. Besides:
 
-- dropout_p > 0, and block_table (a paged cache), raise NotImplementedError;
+- dropout_p > 0 raises NotImplementedError;
 - alibi_slopes becomes an additive float32 mask, which takes [batch or 1, num_heads, seqlen_q,
   seqlen_k] of memory; the varlen functions compute one sequence after another then, and warn;
 - `deterministic` is accepted: the forward gives the same bits on every run, whatever it says;
@@ -19,7 +19,10 @@ from __future__ import annotations
 import torch
 
 from flashcore.api import attention
+from flashcore.backends.packed import check_lengths
 from flashcore.dropins.alibi import alibi_mask, check_slopes, packed_with_alibi
+from flashcore.dropins.flash_arguments import refuse_dropout, window_of
+from flashcore.dropins.flash_kvcache import attend_over_pages, flash_attn_with_kvcache
 from flashcore.dropins.rows_first import rows_first
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem.spelling import OF_FLASH_ATTN, other_names, refuse
@@ -32,6 +35,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
@@ -82,7 +86,7 @@ def flash_attn_func(
     """
     if _unknown:
         refuse(flash_attn_func, _unknown)
-    _refuse_dropout(dropout_p)
+    refuse_dropout(dropout_p)
     if alibi_slopes is None:
         known = rows_first(q, k, v, causal, window_size, softcap, softmax_scale, return_attn_probs)
         if known is not None:
@@ -97,7 +101,7 @@ def flash_attn_func(
         v.transpose(1, 2),
         causal=causal,
         scale=softmax_scale,
-        window=_window(window_size),
+        window=window_of(window_size),
         softcap=None if certainly(softcap == 0.0) else softcap,
         mask=mask,
         return_lse=return_attn_probs,
@@ -205,21 +209,28 @@ def flash_attn_varlen_func(
             a FallbackWarning: the host reads the lengths, and each sequence is a call of its own.
         deterministic: without effect; the forward pass always is.
         return_attn_probs: also return lse, and None in place of the probabilities.
-        block_table: None.
+        block_table: int32, [batch, pages]: k and v are [num_pages, page_size, num_heads_kv,
+            head_dim], as in `flash_attn_with_kvcache`, and have no gradients.
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v]. With return_attn_probs the triple (out, lse, None),
         lse float32 [num_heads_q, total_q].
 
     Raises:
-        NotImplementedError: dropout_p or block_table is given.
+        NotImplementedError: dropout_p is given; alibi_slopes together with block_table.
         TypeError, ValueError: those of `attention_varlen`.
     """
     if _unknown:
         refuse(flash_attn_varlen_func, _unknown)
-    _refuse_dropout(dropout_p)
+    refuse_dropout(dropout_p)
     if block_table is not None:
-        raise NotImplementedError("block_table: there are no paged caches; gather k and v before")
+        check_lengths("cu_seqlens_k", cu_seqlens_k, q)
+        lengths = cu_seqlens_k.diff()
+        found = attend_over_pages(
+            q, k, v, cu_seqlens_q, max_seqlen_q, lengths, block_table, softmax_scale, causal,
+            window_size, softcap, alibi_slopes, return_attn_probs,
+        )  # fmt: skip
+        return (*found, None) if isinstance(found, tuple) else found
     if alibi_slopes is not None:
         out, lse = packed_with_alibi(
             q,
@@ -230,7 +241,7 @@ def flash_attn_varlen_func(
             alibi_slopes,
             causal=causal,
             scale=softmax_scale,
-            window=_window(window_size),
+            window=window_of(window_size),
             softcap=softcap or None,
         )
         return (out, lse, None) if return_attn_probs else out
@@ -244,7 +255,7 @@ def flash_attn_varlen_func(
         max_seqlen_k,
         causal=causal,
         scale=softmax_scale,
-        window=_window(window_size),
+        window=window_of(window_size),
         softcap=None if certainly(softcap == 0.0) else softcap,
         return_lse=return_attn_probs,
     )
@@ -312,21 +323,6 @@ def flash_attn_varlen_kvpacked_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
-
-
-def _refuse_dropout(dropout_p: float) -> None:
-    if dropout_p != 0.0:
-        raise NotImplementedError(
-            f"dropout_p={dropout_p}: flashcore has no dropout of attention weights; pass 0.0 (in "
-            "evaluation it has no effect), or use flashcore.scaled_dot_product_attention, which "
-            "leaves dropout to torch"
-        )
-
-
-def _window(window_size: tuple[int, int]) -> tuple[int, int] | None:
-    # Any negative number is unbounded in flash-attn.
-    left, right = (max(-1, size) for size in window_size)
-    return None if certainly(left == -1) and certainly(right == -1) else (left, right)
 
 
 def _unpacked(name: str, x: torch.Tensor, parts: int, shape: str) -> tuple[torch.Tensor, ...]:

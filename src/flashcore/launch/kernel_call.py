@@ -85,6 +85,7 @@ def run_kernel(
     lse: torch.Tensor | None,
     gate_buffers: dict[str, torch.Tensor] | None = None,
     lengths: dict[str, torch.Tensor] | None = None,
+    max_score: torch.Tensor | None = None,
 ) -> None:
     """Run a plan on CUDA tensors, on the current stream, without waiting for it.
 
@@ -101,6 +102,8 @@ def run_kernel(
         lengths: int32, by name cu_seqlens_q, cu_seqlens_k, seqlens_k or page_table, where
             sequences differ in length. Packed tensors come as [1, num_heads, total, dim] views, out
             as [total, num_heads_q, head_dim_v], lse as [num_heads_q, total]; pages as k and v.
+        max_score: [batch, num_heads_q], float32, contiguous, of -inf; raised by a plan that
+            returns_max_score.
 
     Raises:
         CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, launch_raw.
@@ -109,7 +112,7 @@ def run_kernel(
     if grid == 0:
         return
     _verify(q.device.index, plan)
-    tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse}
+    tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse, "max_score": max_score}
     tensors |= (gate_buffers or {}) | (lengths or {})
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     if plan.draws_tiles:
@@ -146,7 +149,7 @@ LENGTHS = {
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
 # allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
 ARGUMENTS_MAX = 4096
-# Call; q, k, v and lengths; mask; out; lse; shares and counters.
+# Call; q, k, v, lengths and max_score; mask; out; lse; shares and counters.
 _Key = tuple[int, Addresses, int, int, int, tuple[int, ...]]
 _arguments: dict[_Key, Argument] = {}
 _lock = threading.Lock()
@@ -179,6 +182,9 @@ class KernelCall:
         self._new_lse = None
         if problem.return_lse:
             self._new_lse = allocator(device, rows_shape, torch.float32)
+        self._others = LENGTHS.get(problem.varlen, ())  # addresses behind q, k and v
+        if problem.return_max_score:
+            self._others += ("max_score",)
         self._scratch = Scratch(problem, plan)
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)
@@ -230,7 +236,7 @@ class KernelCall:
         addresses: Addresses,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the call: see launch/types.py. Where sequences differ in length, addresses go on with
-        those of LENGTHS."""
+        those of LENGTHS; then with that of max_score, if the problem returns it."""
         if self._current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.run(q, k, v, mask, addresses)
@@ -302,13 +308,12 @@ class KernelCall:
     def _fill(self, argument: Argument, key: _Key, is_kept: bool = False) -> bool:
         """Write the addresses of a key. Return whether the argument may be kept: one whose counter
         is a capture's may not."""
-        _, (q, k, v, *lengths), mask, out, lse, scratch = key
+        _, (q, k, v, *others), mask, out, lse, scratch = key
         template = self._template
         assert template is not None
         template.place(argument, q, k, v, mask, out, lse)
-        if lengths:
-            names = LENGTHS[self._problem.varlen]
-            template.place_others(argument, dict(zip(names, lengths, strict=True)))
+        if others:
+            template.place_others(argument, dict(zip(self._others, others, strict=True)))
         if scratch:
             template.place_others(argument, self._scratch.pointers(*scratch))
         if self._counts_on is not None:

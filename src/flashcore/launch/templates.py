@@ -27,7 +27,7 @@ _OFFSETS = {
     name: getattr(AttnParams, name).offset
     for name in (
         *(x[0] for group in (Lengths, Splits, Pages) for x in group._fields_),
-        "tile_counter",
+        *("tile_counter", "max_score"),
     )
 }
 

@@ -18,7 +18,7 @@ from flashcore.ops import flops
 from flashcore.ops.calls import attend
 from flashcore.ops.family import Family, Gradients
 from flashcore.ops.operators import Operators
-from flashcore.plain.attention import backward_plain, forward_plain
+from flashcore.plain.attention import backward_plain, forward_plain, largest
 from flashcore.plain.second_order import backward_of_backward
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs, Options, Results, Wanted
@@ -50,12 +50,13 @@ def attention_dense(
     softcap: float | None,
     scale: float | None,
     return_lse: bool,
+    return_max_score: bool,
     backend: str,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` through the operator. torch.compile traces this function."""
     options = Options.checked(causal, window, softcap, scale)
-    returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
-        inputs, options, Wanted(return_lse), backend
+    returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse, return_max_score), backend
     )
     return returned
 
@@ -77,13 +78,13 @@ def check_sizes(inputs: Inputs) -> None:
 def shapes(inputs: Inputs) -> Results:
     """Return the shapes of the results."""
     rows = inputs.q.shape[:3]
-    return Results(out=(*rows, inputs.v.shape[3]), lse=rows)
+    return Results(out=(*rows, inputs.v.shape[3]), lse=rows, max_score=rows[:2])
 
 
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> Results:
     q, k, v, mask, *_ = inputs
     result = attend(q, k, v, mask, **options.asked(), **wanted._asdict(), backend=backend)
-    return Results(*result) if isinstance(result, tuple) else Results(result, None)
+    return Results.of_returned(result, wanted)
 
 
 def _differentiate(
@@ -105,7 +106,8 @@ def _differentiate(
 
 def _plain(inputs: Inputs, options: Options) -> Results:
     check_sizes(inputs)
-    return Results(*forward_plain(inputs.q, inputs.k, inputs.v, inputs.mask, options))
+    out, lse, row_max = forward_plain(inputs.q, inputs.k, inputs.v, inputs.mask, options)
+    return Results(out, lse, largest(row_max))
 
 
 def _differentiate_plain(arriving: Results, inputs: Inputs, options: Options) -> Gradients:
@@ -125,7 +127,7 @@ OPERATORS = Operators(
         name="attention",
         inputs=("q", "k", "v", "mask"),
         differentiable=("q", "k", "v", "mask"),
-        places={"q": 0, "k": 0, "v": 0, "mask": "mask", "out": 0, "lse": 0},
+        places={"q": 0, "k": 0, "v": 0, "mask": "mask", "out": 0, "lse": 0, "max_score": 0},
         check=check,
         compute=_compute,
         differentiate=_differentiate,

@@ -69,18 +69,20 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: State, q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Result:
         (_, call, ctx.options, ctx.backend), return_lse, addresses = state
-        out, lse = call(q, k, v, mask[0] if mask else None, addresses)
+        out, lse, *max_score = call(q, k, v, mask[0] if mask else None, addresses)
         assert lse is not None
         ctx.save_for_backward(q, k, v, out, lse, *mask)
-        if not return_lse:
-            return out
+        if not (return_lse or max_score):
+            return out  # type: ignore[no-any-return]
         ctx.set_materialize_grads(False)
-        return out, lse
+        ctx.mark_non_differentiable(*max_score)
+        return (out, lse, *max_score) if return_lse else (out, *max_score)
 
     @staticmethod
     def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None
+        ctx: Any, dout: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        dlse = others[0] if others else None  # in its place max_score has none
         q, k, v, out, lse, *masks = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         mask, needs_mask = (masks[0], needs[3]) if masks else (None, False)

@@ -23,10 +23,11 @@ from flashcore.backends.dispatch import (
     warn_once,
     without_autocast,
 )
-from flashcore.backends.gradients import attention_gradients, padded_gradients
+from flashcore.backends.gradients import attention_gradients, gradients_with_lengths
 from flashcore.backends.packed import check_lengths
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
+from flashcore.launch.allocation import unseen_scores
 from flashcore.ops import dense, flops
 from flashcore.ops.calls import attend_lengths
 from flashcore.ops.eager import is_plain
@@ -39,7 +40,7 @@ from flashcore.plain.lengths import (
 )
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.options import Inputs, Options, Results, Wanted
-from flashcore.problem.validation import check_return_lse, checked_window
+from flashcore.problem.validation import checked_window
 
 
 def attention_padded(
@@ -49,25 +50,26 @@ def attention_padded(
     softcap: float | None,
     scale: float | None,
     return_lse: bool,
+    return_max_score: bool,
     backend: str,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` where seqlens_k is given; see there."""
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
     if is_plain((seqlens_k,), q, k, v, mask):
 
         def describe() -> Problem:
-            check_return_lse(return_lse)
+            wanted = Wanted(return_lse, return_max_score).checked()
             problem = padded_problem(inputs, Options.checked(causal, window, softcap, scale))
-            return dataclasses.replace(problem, return_lse=return_lse)
+            return dataclasses.replace(problem, **wanted._asdict())
 
-        asked = causal, window, softcap, scale, return_lse
+        asked = causal, window, softcap, scale, return_lse, return_max_score
         result = attend_lengths(q, k, v, mask, (seqlens_k,), asked, None, backend, describe)
         if result is not None:
-            return result if return_lse else result[0]  # type: ignore[return-value]
+            return result
     options = Options.checked(causal, window, softcap, scale)
-    returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
-        inputs, options, Wanted(return_lse), backend
+    returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse, return_max_score), backend
     )
     return returned
 
@@ -108,7 +110,8 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Re
     def keys(b: slice, n: int) -> tuple[Tensor, Tensor]:
         return k[b, :, :n], v[b, :, :n]
 
-    return compute_lengths(padded_problem(inputs, options), inputs, ("seqlens_k",), keys, asked)
+    problem = padded_problem(inputs, options)
+    return compute_lengths(problem, inputs, ("seqlens_k",), keys, wanted, asked)
 
 
 def compute_lengths(
@@ -116,6 +119,7 @@ def compute_lengths(
     inputs: Inputs,
     names: tuple[str, ...],
     keys: Callable[[slice, int], tuple[Tensor, Tensor]],
+    wanted: Wanted,
     asked: str,
 ) -> Results:
     """Compute sequences with seqlens_k on a backend.
@@ -126,10 +130,12 @@ def compute_lengths(
         names: the fields of `inputs` that say where a sequence's keys are and how many, in the
             order of launch.LENGTHS.
         keys: returns k and v of one sequence, given its place in the batch and how many keys.
+        wanted: besides out and lse.
         asked: the backend that was asked for.
     """
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
+    problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
     choice = choose_backend(problem, asked)
     if choice.is_fallback:
         warn_once(choice)
@@ -140,13 +146,18 @@ def compute_lengths(
         return Results(*prepare(backend, problem, q.device)(q, k, v, mask, addresses))
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
+    max_score = unseen_scores(problem, q) if problem.return_max_score else None
     if problem.is_empty or backend == "torch":
         out.zero_()
         lse.fill_(-math.inf)
         with without_autocast(problem.device):
             for own, b, n in _sequences(problem, seqlens_k):
-                out[b], lse[b] = attention_tiled(own, q[b], *keys(b, n), _part(mask, b, n))
-        return Results(out, lse)
+                row_maxima = None if max_score is None else torch.empty_like(lse[b])
+                tensors = q[b], *keys(b, n), _part(mask, b, n)
+                out[b], lse[b] = attention_tiled(own, *tensors, row_maxima)
+                if max_score is not None and row_maxima is not None:
+                    max_score[b] = row_maxima.amax(2)
+        return Results(out, lse, max_score)
     from flashcore.sim import simulate
 
     adapted = adapt_for(backend, problem)
@@ -155,8 +166,9 @@ def compute_lengths(
     if problem.head_dim_v != out.shape[3]:
         out = q.new_empty((*out.shape[:3], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
-    simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
-    return Results(adapted.result(out), lse)
+    seed = env.sim_seed()
+    simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, max_score=max_score, seed=seed)
+    return Results(adapted.result(out), lse, max_score)
 
 
 def _sequences(problem: Problem, seqlens_k: Tensor) -> Iterator[tuple[Problem, slice, int]]:
@@ -190,9 +202,9 @@ def differentiate(
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
     problem = padded_problem(inputs, options)
-    fused = padded_gradients(
-        problem, q, k, v, mask, seqlens_k, results.out, results.lse, arriving.out, arriving.lse,
-        backend,
+    fused = gradients_with_lengths(
+        problem, q, k, v, mask, {"seqlens_k": seqlens_k}, results.out, results.lse, arriving.out,
+        arriving.lse, backend,
     )  # fmt: skip
     if fused is not None:
         return fused
@@ -219,7 +231,10 @@ OPERATORS = Operators(
         name="attention_padded",
         inputs=("q", "k", "v", "mask", "seqlens_k"),
         differentiable=("q", "k", "v"),
-        places={"q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "out": 0, "lse": 0},
+        places={
+            "q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "out": 0, "lse": 0,
+            "max_score": 0,
+        },
         check=check,
         compute=_compute,
         differentiate=differentiate,
@@ -229,4 +244,4 @@ OPERATORS = Operators(
         second_order=padded_second_order,
         scores=flops.dense_scores,
     )
-)
+)  # fmt: skip

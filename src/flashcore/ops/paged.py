@@ -33,7 +33,6 @@ from flashcore.problem.validation import (
     certainly,
     check_kinds,
     check_qkv,
-    check_return_lse,
     checked_window,
     shape_text,
 )
@@ -54,7 +53,8 @@ def attention_paged(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+    return_max_score: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of queries over a cache in pages.
 
     Key j of sequence b lies in page `page_table[b, j // page_size]`, row `j % page_size`. The
@@ -78,10 +78,12 @@ def attention_paged(
         scale: the factor of q.k; None is 1 / sqrt(head_dim).
         return_lse: whether the log-sum-exp of each row of scores is returned too.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
+        return_max_score: whether the largest score of each head is returned too.
 
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q; with return_lse the pair (out,
-        lse): [batch, num_heads_q, seqlen_q], float32 (float64 for float64 inputs).
+        lse): [batch, num_heads_q, seqlen_q], float32 (float64 for float64 inputs); with
+        return_max_score max_score comes last, see `attention`.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -93,17 +95,18 @@ def attention_paged(
     if is_plain((seqlens_k, page_table), q, k_pages, v_pages, None):
 
         def describe() -> Problem:
-            check_return_lse(return_lse)
+            wanted = Wanted(return_lse, return_max_score).checked()
             problem = paged_problem(inputs, Options.checked(causal, window, softcap, scale))
-            return dataclasses.replace(problem, return_lse=return_lse)
+            return dataclasses.replace(problem, **wanted._asdict())
 
-        asked, lengths = (causal, window, softcap, scale, return_lse), (seqlens_k, page_table)
+        asked = causal, window, softcap, scale, return_lse, return_max_score
+        lengths = seqlens_k, page_table
         result = attend_lengths(q, k_pages, v_pages, None, lengths, asked, None, backend, describe)
         if result is not None:
-            return result if return_lse else result[0]  # type: ignore[return-value]
+            return result
     options = Options.checked(causal, window, softcap, scale)
-    returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
-        inputs, options, Wanted(return_lse), backend
+    returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse, return_max_score), backend
     )
     return returned
 
@@ -192,7 +195,7 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Re
         return keys_of_sequence(inputs.k, entries, n), keys_of_sequence(inputs.v, entries, n)
 
     problem = paged_problem(inputs, options)
-    return padded.compute_lengths(problem, inputs, NAMES, keys, asked)
+    return padded.compute_lengths(problem, inputs, NAMES, keys, wanted, asked)
 
 
 def _differentiate(
@@ -220,6 +223,7 @@ OPERATORS = Operators(
         differentiable=("q", "k", "v"),
         places={
             "q": 0, "k": None, "v": None, "page_table": 0, "seqlens_k": 0, "out": 0, "lse": 0,
+            "max_score": 0,
         },
         check=check,
         compute=_compute,

@@ -33,7 +33,6 @@ from flashcore.plain.lengths import (
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.spelling import OF_VARLEN, other_names, refuse
-from flashcore.problem.validation import check_return_lse
 
 __all__ = ["attention_varlen"]
 
@@ -56,6 +55,7 @@ def attention_varlen(
     window: Window = ...,
     softcap: float | None = ...,
     return_lse: Literal[False] = ...,
+    return_max_score: Literal[False] = ...,
     backend: str = ...,
 ) -> Tensor: ...
 @overload
@@ -73,6 +73,7 @@ def attention_varlen(
     window: Window = ...,
     softcap: float | None = ...,
     return_lse: Literal[True],
+    return_max_score: Literal[False] = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -89,9 +90,10 @@ def attention_varlen(
     scale: float | None = ...,
     window: Window = ...,
     softcap: float | None = ...,
-    return_lse: bool,
+    return_lse: bool = ...,
+    return_max_score: bool = ...,
     backend: str = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 @other_names(OF_VARLEN)
@@ -109,9 +111,10 @@ def attention_varlen(
     window: Window = None,
     softcap: float | None = None,
     return_lse: bool = False,
+    return_max_score: bool = False,
     backend: str = "auto",
     **_unknown: object,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` of sequences of different lengths, packed one after the other, in one
     launch.
 
@@ -140,12 +143,14 @@ def attention_varlen(
         window: (left, right), for each sequence by its own lengths, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         return_lse: also return the log-sum-exp of each row of scores.
+        return_max_score: also return the largest score of each head of each sequence.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q. With return_lse, the pair (out, lse):
         lse is natural-log, float32 (float64 for float64 inputs), [num_heads_q, total_q]. A row with
-        nothing to attend to has out 0, lse -inf and zero gradients.
+        nothing to attend to has out 0, lse -inf and zero gradients. With return_max_score,
+        max_score comes last: dtype of lse, [num_sequences, num_heads_q], see `attention`.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -169,17 +174,18 @@ def attention_varlen(
     if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None):
 
         def describe() -> Problem:
-            check_return_lse(return_lse)
+            wanted = Wanted(return_lse, return_max_score).checked()
             problem = packed_problem(
                 q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
                 softcap=softcap,
             )  # fmt: skip
-            return dataclasses.replace(problem, return_lse=return_lse)
+            return dataclasses.replace(problem, **wanted._asdict())
 
-        asked, longest = (causal, window, softcap, scale, return_lse), (max_seqlen_q, max_seqlen_k)
+        asked = causal, window, softcap, scale, return_lse, return_max_score
+        longest = max_seqlen_q, max_seqlen_k
         result = attend_lengths(q, k, v, None, lengths, asked, longest, backend, describe)
         if result is not None:
-            return result if return_lse else result[0]  # type: ignore[return-value]
+            return result
     if not torch.compiler.is_compiling():  # then the operator's fake checks
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     inputs = Inputs(
@@ -192,8 +198,8 @@ def attention_varlen(
         max_seqlen_k=checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0]),
     )
     options = Options.checked(causal, window, softcap, scale)
-    returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
-        inputs, options, Wanted(return_lse), backend
+    returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse, return_max_score), backend
     )
     return returned
 
@@ -204,11 +210,16 @@ def _check(inputs: Inputs) -> None:
 
 def _shapes(inputs: Inputs) -> Results:
     total_q, num_heads_q, _ = inputs.q.shape
-    return Results(out=(total_q, num_heads_q, inputs.v.shape[2]), lse=(num_heads_q, total_q))
+    return Results(
+        out=(total_q, num_heads_q, inputs.v.shape[2]),
+        lse=(num_heads_q, total_q),
+        max_score=(inputs.cu_seqlens_q.shape[0] - 1, num_heads_q),  # type: ignore[union-attr]
+    )
 
 
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> Results:
     problem = packed_problem(*of_packed(inputs), **options.asked())
+    problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
     choice = choose_backend(problem, backend)
     if choice.is_fallback:
         warn_once(choice)
@@ -238,7 +249,7 @@ OPERATORS = Operators(
         differentiable=("q", "k", "v"),
         places={
             "q": _HEADS, "k": _HEADS, "v": _HEADS, "cu_seqlens_q": None, "cu_seqlens_k": None,
-            "out": _HEADS, "lse": 0,
+            "out": _HEADS, "lse": 0, "max_score": _HEADS,
         },
         check=_check,
         compute=_compute,

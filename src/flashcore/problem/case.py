@@ -42,6 +42,7 @@ class Case:
     spread: float = 1.0
     growth: str = "none"
     seed: int = 0
+    return_max_score: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -87,6 +88,8 @@ class Case:
             words.append(f"spread={_short(self.spread)}")
         if self.growth != "none":
             words.append(f"growth={self.growth.replace(' ', '-')}")
+        if self.return_max_score:
+            words.append("return_max_score")
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:

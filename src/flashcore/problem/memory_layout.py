@@ -47,6 +47,11 @@ def as_batch(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(0).transpose(1, 2)
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return [1, num_heads, total, dim] as the [total, num_heads, dim] that `as_batch` takes."""
+    return x.squeeze(0).transpose(0, 1)
+
+
 def strides_of(x: torch.Tensor) -> Strides3:
     """Return strides of (batch, head, seqlen), 0 where no step is ever taken."""
     (b, h, s, _), (sb, sh, ss, _) = x.shape, x.stride()

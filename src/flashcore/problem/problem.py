@@ -22,6 +22,7 @@ from flashcore.problem.memory_layout import (
 from flashcore.problem.validation import (
     DTYPES,
     HEAD_DIM_MULTIPLE,
+    check_flag,
     check_mask,
     check_qkv,
     checked_causal,
@@ -77,6 +78,7 @@ class Problem:
             the page table reaches, and the first strides of k and v are those of pages.
         num_pages: of the cache.
         page_table_stride: entries from one sequence's row of the page table to the next one's.
+        return_max_score: whether the largest score of each head is wanted too.
     """
 
     batch: int
@@ -109,6 +111,7 @@ class Problem:
     page_size: int = 0
     num_pages: int = 0
     page_table_stride: int = 0
+    return_max_score: bool = False
 
     @classmethod
     def from_tensors(
@@ -123,6 +126,7 @@ class Problem:
         softcap: float | None = None,
         mask: torch.Tensor | None = None,
         return_lse: bool = False,
+        return_max_score: bool = False,
     ) -> Problem:
         """Validate the arguments of `attention` and describe them.
 
@@ -136,6 +140,7 @@ class Problem:
             softcap: scores become softcap * tanh(score / softcap); None is off.
             mask: boolean (True = attend) or additive, broadcast to the scores; or None.
             return_lse: whether the log-sum-exp of each row of scores is returned too.
+            return_max_score: whether the largest score of each head is returned too.
 
         Returns:
             The problem; it keeps no reference to the tensors.
@@ -146,8 +151,8 @@ class Problem:
             NotImplementedError: an unsupported head_dim, tensor layout or device type.
         """
         check_qkv(q, k, v)
-        if not isinstance(return_lse, bool):
-            raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+        check_flag("return_lse", return_lse)
+        check_flag("return_max_score", return_max_score)
         if mask is not None:
             check_mask(mask, q, k.shape[2])
         batch, num_heads_q, seqlen_q, head_dim = q.shape
@@ -177,6 +182,7 @@ class Problem:
             mask=None if mask is None else mask_spec(mask),
             return_lse=return_lse,
             **described_memory(q, k, v),
+            return_max_score=return_max_score,
         )
 
     @property

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flashcore.compile.plant import Plant
 from flashcore.kernels.fwd_wmma.plan import KERNEL, Plan
+from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import MaskSpec
 from flashcore.selection.select import select_plan
@@ -67,6 +68,7 @@ class Replay:
     gate_buffers: dict[str, Tensor] | None
     lengths: dict[str, Tensor] | None
     inputs_are_saved: bool
+    max_score: Tensor | None = None
 
     def run(self) -> SimReport:
         """Run it. Raises SimulationError as the first run did."""
@@ -81,6 +83,7 @@ class Replay:
             self.lse if self.problem.return_lse else None,
             self.gate_buffers,
             self.lengths,
+            max_score=self.max_score,
             seed=self.seed,
             plant=self.plant,
         )
@@ -230,4 +233,5 @@ def _make(
         gate_buffers,
         _lengths(problem, values),
         bool(values),
+        unseen_scores(problem, q) if problem.return_max_score else None,
     )

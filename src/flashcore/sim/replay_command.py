@@ -39,6 +39,7 @@ REPLAY_DEFAULTS: dict[str, object] = {
     "page_size": 0,
     "num_pages": 0,
     "page_table_stride": 0,
+    "return_max_score": False,
 }
 _MAX_SAVED_BYTES = 256 * 2**20
 

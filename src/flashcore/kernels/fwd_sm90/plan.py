@@ -140,6 +140,11 @@ class Sm90Plan(Plan):
         return range(4, self.num_warps)
 
     @property
+    def is_persistent(self) -> bool:
+        """Return True: a block takes several row tiles, one after the other."""
+        return True
+
+    @property
     def keys_backwards(self) -> bool:
         """Return True: a row tile visits its key tiles from last to first."""
         return True
@@ -181,7 +186,7 @@ class Sm90Plan(Plan):
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
             "PING_PONG": self.ping_pong,
-            "LAZY_RESCALE": self.lazy_rescale,
+            "LAZY_RESCALE": self.lazy_rescale and not self.returns_max_score,
             "Q_BUFFERS": self.q_buffers,
             "O_PARTS": self.o_parts,
             "CHUNK": self.chunk,

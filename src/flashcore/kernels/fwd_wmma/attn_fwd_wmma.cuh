@@ -17,6 +17,7 @@
 #include "tile/copy.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
+#include "tile/max_score.cuh"
 #include "tile/totals.cuh"
 //@if gate
 #include "tile/gates.cuh"
@@ -89,6 +90,7 @@ FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& st
   const int num_valid_rows = p.seqlen_q - warp_row;
   float inverse_sum[2];
   finish_softmax(state, p, lse_offset(p, block, warp_row), num_valid_rows, inverse_sum);
+  if (RETURNS_MAX_SCORE) raise_max_score(state, p, block, warp_row);
   warp_sync();  // orders every lane's last read of the Q rows before the writes below
 #pragma unroll
   for (int d = 0; d < OUT_FRAGS; ++d) {

@@ -100,6 +100,7 @@ class AttnParams(ctypes.Structure):
         ("splits", Splits),
         ("tile_counter", ctypes.c_void_p),
         ("pages", Pages),
+        ("max_score", ctypes.c_void_p),
     ]
 
 
@@ -162,9 +163,9 @@ def build_params(
     Args:
         problem: shapes, strides and options.
         plan: tiles and gate.
-        pointers: address by field name: q, k, v, mask, out, lse; for sequences of different
-            lengths cu_seqlens_q, cu_seqlens_k, seqlens_k or page_table; for a gate gate_scores,
-            gate_row_max, gate_row_sum. A missing one is null.
+        pointers: address by field name: q, k, v, mask, out, lse, max_score; for sequences of
+            different lengths cu_seqlens_q, cu_seqlens_k, seqlens_k or page_table; for a gate
+            gate_scores, gate_row_max, gate_row_sum. A missing one is null.
 
     Returns:
         The filled structure.

@@ -74,6 +74,7 @@ class Plan:
     folds_heads: int = 0
     keys_of_chunk: int = 0
     page_size: int = 0
+    returns_max_score: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -108,6 +109,16 @@ class Plan:
     def row_warps(self) -> range:
         """Return the warps that own 16 query rows each, in the order of the rows."""
         return range(self.num_warps)
+
+    @property
+    def is_persistent(self) -> bool:
+        """Return whether a block takes several row tiles, one after the other."""
+        return False
+
+    @property
+    def owns_keys(self) -> bool:
+        """Return whether a block owns keys, and walks over rows."""
+        return False
 
     @property
     def keys_backwards(self) -> bool:
@@ -162,8 +173,10 @@ class Plan:
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
             "PAGE_SIZE": max(1, self.page_size),
-            # Without a bound rows are rows.
-            "FOLDED": self.folds_heads > 0 and (self.has_window_left or self.has_window_right),
+            # Without a bound rows are rows, unless it is asked which head each belongs to.
+            "FOLDED": self.folds_heads > 0
+            and (self.has_window_left or self.has_window_right or self.returns_max_score),
+            "RETURNS_MAX_SCORE": self.returns_max_score,
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
 
     def describe(self) -> str:
@@ -181,6 +194,7 @@ class Plan:
                 (f"folded heads:{self.folds_heads}", self.folds_heads > 0),
                 (f"sums of {self.keys_of_chunk} keys", self.keys_of_chunk > 0),
                 (f"gate:{self.gate}", self.gate is not None),
+                ("max_score", self.returns_max_score),
             )
             if on
         ]
@@ -275,6 +289,7 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "varlen": problem.varlen,
         "page_size": problem.page_size,
         "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
+        "returns_max_score": gate is None and problem.return_max_score,
     }
 
 

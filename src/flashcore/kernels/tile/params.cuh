@@ -84,6 +84,7 @@ struct AttnParams {
   Splits splits;
   GmemPtr<int32_t> tile_counter;  // one, or one a row tile; 0 between launches
   Pages pages;
+  GmemPtr<float> max_score;  // [batch, num_heads_q], -inf at the start; see tile/max_score.cuh
 //@if gate
   Gate gate;
 //@end
