@@ -262,7 +262,7 @@ def _fused(
             plan = dataclasses.replace(plan, **dict(own.plan))
         simulate_backward(problem, plan, tensors, seed=env.sim_seed(), plant=own)
 
-    return fused_backward(problem, *given, run, plans, lengths)
+    return fused_backward(problem, *given, run=run, plans=plans, lengths=lengths)
 
 
 def _is_in(plant: Plant, plan: BwdSm90Plan) -> bool:
