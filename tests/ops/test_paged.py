@@ -13,6 +13,7 @@ import flashcore
 from backends import GPU, SIM, WMMA, device_of
 from flashcore.checks.accuracy import error_report
 from flashcore.ops.paged import attention_paged
+from flashcore.problem.options import Wanted
 
 SIM90 = pytest.param("sim90", id="sim90")
 every_backend = pytest.mark.parametrize("backend", ["torch", SIM, SIM90, WMMA, GPU])
@@ -159,7 +160,8 @@ def test_the_operators_are_well_made() -> None:
     q, k, v = (x.nan_to_num(0.5).requires_grad_() for x in (q, k, v))
     options = ("lower_right", -1, -1, 0.0, None)
     forward = torch.ops.flashcore.attention_paged_forward.default
-    torch.library.opcheck(forward, (q, k, v, table.clamp(0, 5), lengths, *options, True, "torch"))
+    arguments = (q, k, v, table.clamp(0, 5), lengths, *options, *Wanted(True), "torch")
+    torch.library.opcheck(forward, arguments)
     compiled = torch.compile(attention_paged, fullgraph=True, backend="eager")
     plain = attention_paged(q, k, v, table, lengths, causal=True)
     assert torch.equal(compiled(q, k, v, table, lengths, causal=True), plain)

@@ -38,6 +38,7 @@ _GIVEN = frozenset(
         "keys_of_chunk",
         "fewest_splits",
         "gate",
+        "page_size",
         "returns_max_score",
     }
 )
