@@ -82,7 +82,7 @@ def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
 
 
 def test_more_sequences_than_a_warp_looks_at_once() -> None:
-    """Of 40 sequences most are empty; their tiles are found all the same."""
+    """Most of 40 sequences are empty, and the tiles of the others are found."""
     lengths = tuple(19 if i in (0, 31, 32, 39) else 0 for i in range(40))
     check(PackedCase(lengths_q=lengths, lengths_k=lengths, causal=True), SMALL)
 
