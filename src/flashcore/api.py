@@ -14,6 +14,7 @@ from flashcore.ops.calls import attend
 from flashcore.ops.dense import attention_dense, autocast
 from flashcore.ops.eager import needs_dispatcher, record
 from flashcore.ops.padded import attention_padded
+from flashcore.ops.with_sinks import attention_with_sinks
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs
 from flashcore.problem.ranks import as_rank_4, has_other_rank
@@ -36,6 +37,7 @@ def attention(
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
     backend: str = ...,
 ) -> torch.Tensor: ...
@@ -51,6 +53,7 @@ def attention(
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: Literal[True],
     backend: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -66,6 +69,7 @@ def attention(
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: bool,
     backend: str = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
@@ -83,6 +87,7 @@ def attention(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
     seqlens_k: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
     **_unknown: object,
@@ -91,8 +96,8 @@ def attention(
     scores.
 
     Works on float16 and bfloat16 tensors on a GPU by a fused kernel, and on CPU tensors (float32
-    and float64 too) by PyTorch operations with the same meaning. Differentiable in q, k, v and an
-    additive mask, also through lse.
+    and float64 too) by PyTorch operations with the same meaning. Differentiable in q, k, v, sinks
+    and an additive mask, also through lse.
 
     Args:
         q: [batch, num_heads_q, seqlen_q, head_dim]. Any strides, 0 from `expand` too:
@@ -118,6 +123,10 @@ def attention(
             values (clamped to 0 and seqlen_k), the rest is not read, and causal masks and windows
             are aligned as if it were not there. The forward pass never waits for it; the backward
             pass does, and a mask gets no gradient then. See docs/varlen.md.
+        sinks: [num_heads_q], float32 or the dtype of q: a logit of each head that joins the softmax
+            of each of its rows and has no value, lse = log(sum(exp(score)) + exp(sink)). Taken as
+            it is: neither scaled nor soft-capped nor masked. -inf is none. Where sinks need a
+            gradient, the backward pass computes it. See docs/sinks.md.
         return_lse: also return the log-sum-exp of each row of scores.
         backend: "auto" (by device and dtype), "sm90" (the Hopper kernel), "wmma" (the portable
             tensor-core kernel), "sim" (a kernel in the simulator, on CPU tensors), or "torch"
@@ -126,7 +135,8 @@ def attention(
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. With return_lse, the pair
         (out, lse): lse is natural-log, float32 (float64 for float64 inputs), [batch, num_heads_q,
-        seqlen_q]. A row with nothing to attend to has out 0, lse -inf and zero gradients.
+        seqlen_q]. A row with nothing to attend to has out 0 and lse -inf, or with sinks the sink,
+        and gives q, k, v and the mask zero gradients.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -145,26 +155,27 @@ def attention(
     if _unknown:
         refuse(attention, _unknown)
     if is_dynamo_compiling():
-        q, k, v, mask = autocast(q, k, v, mask)
+        q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
     else:
-        if launcher.attend is not None:
+        if launcher.attend is not None and sinks is None:
             result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = launcher.attend(
                 q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
             )
             if result is not None:
                 return result
         if _is_any_autocast_enabled():
-            q, k, v, mask = autocast(q, k, v, mask)
-        if seqlens_k is None and not needs_dispatcher(q, k, v, mask):
+            q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
+        if seqlens_k is None and sinks is None and not needs_dispatcher(q, k, v, mask):
             return attend(
                 q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record
             )
     if has_other_rank(q, k, v):
         given = as_rank_4(q, k, v, mask, seqlens_k)
+        inputs = Inputs(*given[:5], sinks=sinks)
         return given.restored(
-            _by_operator(Inputs(*given[:5]), causal, window, softcap, scale, return_lse, backend)
+            _by_operator(inputs, causal, window, softcap, scale, return_lse, backend)
         )
-    inputs = Inputs(q, k, v, mask, seqlens_k)
+    inputs = Inputs(q, k, v, mask, seqlens_k, sinks=sinks)
     return _by_operator(inputs, causal, window, softcap, scale, return_lse, backend)
 
 
@@ -177,5 +188,7 @@ def _by_operator(
     return_lse: bool,
     backend: str,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    compute = attention_dense if inputs.seqlens_k is None else attention_padded
+    compute = attention_dense if inputs.sinks is None else attention_with_sinks
+    if inputs.seqlens_k is not None:
+        compute = attention_padded
     return compute(inputs, causal, window, softcap, scale, return_lse, backend)

@@ -45,8 +45,10 @@ def gradients_by_operator(
 ) -> tuple[torch.Tensor, ...]:
     options = Options.checked(causal, None, None, None)
     with torch.no_grad():
-        out, lse = ops.forward(q, k, v, None, *options, True, "auto")
-        found = ops.backward(dout, None, q, k, v, None, out, lse, *options, False, "auto")
+        out, lse = ops.forward(q, k, v, None, None, *options, True, "auto")
+        found = ops.backward(
+            dout, None, q, k, v, None, None, out, lse, *options, False, False, "auto"
+        )
     return tuple(found[:3])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from flashcore.backends.obstacles import (
     obstacle_to_wmma,
     too_wide,
 )
+from flashcore.backends.sinks import joined_by_sinks, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
@@ -171,7 +171,7 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         A function of q, k, v, mask and the addresses of the first three that returns out, [batch,
         num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q, seqlen_q], or
         None unless problem.return_lse. It may be called again with other tensors of the same
-        description, by several threads.
+        description, by several threads. Where there are sinks, see launch/types.py.
     """
     if problem.is_empty or backend == "meta":
         return functools.partial(_run_empty, problem)
@@ -210,13 +210,19 @@ def kernel_call(problem: Problem, kernel: str, device: torch.device) -> KernelCa
 
 
 def _run_empty(
-    problem: Problem, q: torch.Tensor, *others: object
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    addresses: Addresses,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out = q.new_zeros((*rows_shape, problem.head_dim_v))
     if not problem.return_lse:
         return out, None
-    return out, q.new_full(rows_shape, -math.inf, dtype=problem.lse_dtype)
+    return out, lse_of_no_keys(q.new_empty(rows_shape, dtype=problem.lse_dtype), sinks)
 
 
 def _run_adapted(
@@ -227,12 +233,14 @@ def _run_adapted(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     addresses: Addresses,
+    *sinks: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     if adapted.problem.varlen == "packed":
         q, k, v = as_batch(q), as_batch(k), as_batch(v)
     q, k, v = adapted.tensors(q, k, v)
-    # What follows the three are addresses of lengths.
-    out, lse = call(q, k, v, mask, (q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]))
+    # What follows the three are addresses of lengths and sinks.
+    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:])
+    out, lse = call(q, k, v, mask, addresses, *sinks)
     return adapted.result(out), lse
 
 
@@ -244,13 +252,15 @@ def _run_sim(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     addresses: Addresses,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     from flashcore.sim import simulate
 
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out = q.new_empty((*rows_shape, problem.head_dim_v))
     lse = q.new_empty(rows_shape, dtype=problem.lse_dtype) if problem.return_lse else None
-    simulate(problem, plan, q, k, v, mask, out, lse, seed=env.sim_seed())
+    others = None if sinks is None else {"sinks": sinks}
+    simulate(problem, plan, q, k, v, mask, out, lse, None, others, seed=env.sim_seed())
     return out, lse
 
 
@@ -278,6 +288,7 @@ def _run_torch(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     addresses: Addresses,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     with without_autocast(problem.device):
         result: tuple[torch.Tensor, torch.Tensor | None] | None = None
@@ -285,5 +296,9 @@ def _run_torch(
             result = sdpa_cpu.attention_by_sdpa(problem, q, k, v, mask)
         elif sdpa_gpu.means_the_same(problem):
             result = sdpa_gpu.attention_by_sdpa(problem, q, k, v, mask)
-        out, lse = attention_tiled(problem, q, k, v, mask) if result is None else result
+        if result is None:
+            result = attention_tiled(problem, q, k, v, mask, sinks)
+        elif sinks is not None:
+            result = joined_by_sinks(*result, sinks)
+    out, lse = result
     return out, lse if problem.return_lse else None

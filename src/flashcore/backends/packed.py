@@ -7,7 +7,6 @@ begins. It lies on the device and is never read by the host, except where PyTorc
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from flashcore.backends.dispatch import KERNELS, adapt_for, plan_of, prepare, without_autocast
 from flashcore.backends.gradients import attention_gradients, choose_backward
+from flashcore.backends.sinks import as_logits, gradient_of_sinks, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.backends.torch_backward import packed_flash_gradients
 from flashcore.base import env
@@ -120,6 +120,7 @@ def packed_problem(
     scale: float | None = None,
     window: Window = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Problem:
     """Validate the arguments of `attention_varlen` and describe them.
 
@@ -135,6 +136,7 @@ def packed_problem(
         scale: the factor of q.k; None is 1 / sqrt(head_dim).
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
     Returns:
         The problem, with return_lse.
@@ -144,8 +146,9 @@ def packed_problem(
     """
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     problem = Problem.from_tensors(
-        as_batch(q), as_batch(k), as_batch(v), causal=causal, scale=scale, softcap=softcap
-    )
+        as_batch(q), as_batch(k), as_batch(v), causal=causal, scale=scale, softcap=softcap,
+        sinks=sinks,
+    )  # fmt: skip
     left, right = widest_band(
         checked_causal(causal), checked_window(window), q.shape[0], k.shape[0]
     )
@@ -165,9 +168,9 @@ def packed_problem(
 
 
 def of_packed(inputs: Inputs) -> tuple[Any, ...]:
-    """Return the arguments of `packed_problem`."""
-    q, k, v, _, _, *lengths = inputs
-    return q, k, v, *lengths
+    """Return the arguments of `packed_problem` that lead it."""
+    x = inputs
+    return x.q, x.k, x.v, x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k
 
 
 def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
@@ -183,21 +186,25 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
         lse: [num_heads_q, total_q].
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
+    sinks = None if inputs.sinks is None else as_logits(inputs.sinks, problem.lse_dtype)
+    others = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    if sinks is not None:
+        others["sinks"] = sinks
     if backend in KERNELS and not problem.is_empty:
-        addresses = tuple(x.data_ptr() for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
+        addresses = tuple(x.data_ptr() for x in (q, k, v, *others.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, None, addresses))
     out = q.new_empty((problem.total_q, problem.num_heads_q, problem.head_dim_v))
     lse = q.new_empty((problem.num_heads_q, problem.total_q), dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":
         out.zero_()
-        lse.fill_(-math.inf)
+        lse_of_no_keys(lse, sinks)
     if problem.is_empty:
         return Results(out, lse)
     if backend == "torch":
         with without_autocast(problem.device):
             for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
                 own_out, own_lse = attention_tiled(
-                    own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None
+                    own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None, sinks
                 )
                 as_batch(out[queries]).copy_(own_out)
                 lse[:, queries] = own_lse[0]
@@ -210,9 +217,8 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     if problem.head_dim_v != out.shape[2]:
         out = q.new_empty((*out.shape[:2], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
-    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     tensors = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
-    simulate(problem, plan, *tensors, out, lse, None, lengths, seed=env.sim_seed())
+    simulate(problem, plan, *tensors, out, lse, None, others, seed=env.sim_seed())
     return Results(adapted.result(out), lse)
 
 
@@ -264,6 +270,15 @@ def packed_backward(
             as_batch(gradients[1][keys]).copy_(dk)
             as_batch(gradients[2][keys]).copy_(dv)
     return gradients
+
+
+def packed_gradient_of_sinks(inputs: Inputs, results: Results, arriving: Results) -> Tensor | None:
+    """Return the gradient of sinks, of results and gradients as `attention_varlen` has them."""
+    if inputs.sinks is None:
+        return None
+    dout = None if arriving.out is None else as_batch(arriving.out)
+    dlse = None if arriving.lse is None else arriving.lse[None]
+    return gradient_of_sinks(inputs.sinks, as_batch(results.out), results.lse[None], dout, dlse)
 
 
 def _sequences(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -86,6 +87,7 @@ def error_report(
     window: Window = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> ErrorReport:
     """Judge a result of `attention` by the rule above.
 
@@ -100,17 +102,22 @@ def error_report(
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
     Returns:
         The errors and their limits; `report.ok` is the verdict, `str(report)` a line for people.
     """
-    want, want_lse = attention_oracle(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
-    )
+    options: dict[str, Any] = {
+        "causal": causal,
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "mask": mask,
+        "sinks": sinks,
+    }
+    want, want_lse = attention_oracle(q, k, v, **options)
     assert out.shape == want.shape, (out.shape, want.shape)
-    plain = torch_math_attention(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
-    )
+    plain = torch_math_attention(q, k, v, **options)
     max_error, mean_error = _max_and_mean(out, want)
     torch_max_error, torch_mean_error = _max_and_mean(plain, want)
     rounding_max, rounding_mean = _rounding(want, q.dtype)
@@ -137,6 +144,7 @@ def torch_math_attention(
     window: Window = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Compute unfused attention in the dtype of q: matmul, softmax, matmul, each rounded.
 
@@ -149,6 +157,7 @@ def torch_math_attention(
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
     Returns:
         [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. Where the scores overflow the dtype
@@ -171,6 +180,9 @@ def torch_math_attention(
             score = score.masked_fill(~mask, -math.inf)
         else:
             score = score + mask
+    if sinks is not None:
+        of_rows = sinks.to(score.dtype)[None, :, None, None].expand(*score.shape[:3], 1)
+        score, v = torch.cat([score, of_rows], dim=-1), torch.nn.functional.pad(v, (0, 0, 0, 1))
     empty = torch.all(score == -math.inf, dim=-1, keepdim=True)
     weight = torch.softmax(score.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     return weight.to(q.dtype) @ v

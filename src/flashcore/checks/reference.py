@@ -60,6 +60,7 @@ def attention_oracle(
     window: Window = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention in float64 with all scores in memory.
 
@@ -72,10 +73,12 @@ def attention_oracle(
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        sinks: [num_heads_q], one more score of every row, whose value is 0; or None.
 
     Returns:
         out: float64, [batch, num_heads_q, seqlen_q, head_dim_v]; 0 for a row without a key.
-        lse: float64, [batch, num_heads_q, seqlen_q], natural log; -inf for a row without a key.
+        lse: float64, [batch, num_heads_q, seqlen_q], natural log; -inf, or with sinks the sink, for
+            a row without a key.
     """
     group_size = q.shape[1] // k.shape[1] if k.shape[1] else 1
     k64 = k.double().repeat_interleave(group_size, dim=1)
@@ -91,6 +94,10 @@ def attention_oracle(
             score = score.masked_fill(~mask, -math.inf)
         else:
             score = score + mask.double()
+    if sinks is not None:
+        of_rows = sinks.double()[None, :, None, None].expand(*score.shape[:3], 1)
+        score = torch.cat([score, of_rows], dim=-1)
+        v64 = torch.nn.functional.pad(v64, (0, 0, 0, 1))
     empty = torch.all(score == -math.inf, dim=-1)  # also True where there are no keys at all
     lse = torch.logsumexp(score, dim=-1)
     # Not exp(score - lse), whose rounding is an exponent where scores are large. An empty row's

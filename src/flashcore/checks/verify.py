@@ -182,35 +182,42 @@ def _judge(drawn: Drawn, backend: str, arch: int, plant: Plant | None) -> ErrorR
     case, x = drawn.case, make_inputs(drawn.case, device)
     if is_public:
         out, lse = attention(
-            x.q, x.k, x.v, mask=x.mask, return_lse=True, backend=backend, **case.options()
-        )
+            x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, return_lse=True, backend=backend,
+            **case.options(),
+        )  # fmt: skip
     else:
         problem = Problem.from_tensors(
-            x.q, x.k, x.v, mask=x.mask, return_lse=True, **case.options()
+            x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, return_lse=True, **case.options()
         )
         plan = _plan(problem, backend, arch, drawn.tile)
         out = x.q.new_empty((*x.q.shape[:3], case.head_dim_v))
         lse = x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
+        others = None if x.sinks is None else {"sinks": x.sinks}
         run_planned(
-            problem, plan, x.q, x.k, x.v, x.mask, out, lse, seed=env.sim_seed(), plant=plant
-        )
-    return error_report(out, x.q, x.k, x.v, lse=lse, mask=x.mask, **case.options())
+            problem, plan, x.q, x.k, x.v, x.mask, out, lse, None, others, seed=env.sim_seed(),
+            plant=plant,
+        )  # fmt: skip
+    return error_report(out, x.q, x.k, x.v, lse=lse, mask=x.mask, sinks=x.sinks, **case.options())
 
 
 def _call_packed(case: VarlenCase, x: VarlenInputs, backend: str) -> tuple[Tensor, Tensor]:
-    return attention_varlen(*x.arguments(), return_lse=True, backend=backend, **case.options())
+    return attention_varlen(
+        *x.arguments(), sinks=x.sinks, return_lse=True, backend=backend, **case.options()
+    )
 
 
 def _plan_packed(
     drawn: Drawn, arch: int, plant: Plant | None, case: VarlenCase, x: VarlenInputs, backend: str
 ) -> tuple[Tensor, Tensor]:
-    problem = packed_problem(*x.arguments(), **case.options())
+    problem = packed_problem(*x.arguments(), sinks=x.sinks, **case.options())
     if problem.is_empty:
         return _call_packed(case, x, backend)
     plan = _plan(problem, backend, arch, drawn.tile)
     out = x.q.new_empty((*x.q.shape[:2], case.head_dim_v))
     lse = x.q.new_empty((case.num_heads_q, x.q.shape[0]), dtype=torch.float32)
     lengths = {"cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k}
+    if x.sinks is not None:
+        lengths["sinks"] = x.sinks
     q, k, v = (as_batch(tensor) for tensor in (x.q, x.k, x.v))
     run_planned(
         problem, plan, q, k, v, None, out, lse, None, lengths, seed=env.sim_seed(), plant=plant

@@ -61,6 +61,7 @@ def isolate(
     softcap: o.Softcap = None,
     scale: o.Scale = None,
     mask: o.Mask = "none",
+    sinks: o.Sinks = False,
     arch: Annotated[
         str | None, typer.Option("--arch", help="Simulate the kernel of this GPU, such as sm_90.")
     ] = None,
@@ -143,6 +144,7 @@ def isolate(
                 softcap=softcap,
                 scale=scale,
                 mask=mask,
+                sinks=sinks,
                 seed=seed,
             )
             if planted is not None:
@@ -222,6 +224,7 @@ _FIELDS = {
     "softcap": ("softcap",),
     "scale": ("scale", "growth"),
     "mask": ("mask",),
+    "sinks": ("sinks",),
     "seed": ("seed",),
 }
 

@@ -11,6 +11,8 @@ and windows are aligned at the lower right. Besides:
 - `deterministic` is accepted: the forward gives the same bits on every run, whatever it says;
 - with return_attn_probs, the log-sum-exp of a row with nothing to attend to is -inf, where
   flash-attn has +inf, and the third value is None, where flash-attn has debugging output;
+- `flash_attn_func` and `flash_attn_varlen_func` take `learnable_sink` as flash-attn 4 does, and
+  `s_aux`, as builds of flash-attn 3 call it: the sinks of `flashcore.attention`;
 - CPU tensors, float32 and float64 work as in `flashcore.attention`.
 """
 
@@ -20,6 +22,12 @@ import torch
 
 from flashcore.api import attention
 from flashcore.dropins.alibi import alibi_mask, check_slopes, packed_with_alibi
+from flashcore.dropins.flash_attn_arguments import (
+    refuse_dropout,
+    sinks_of,
+    unpacked,
+    window_of,
+)
 from flashcore.dropins.rows_first import rows_first
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem.spelling import OF_FLASH_ATTN, other_names, refuse
@@ -50,6 +58,9 @@ def flash_attn_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **_unknown: object,
 ) -> Result:
     """Compute what flash_attn.flash_attn_func does.
@@ -67,6 +78,8 @@ def flash_attn_func(
             gets -slope * abs(i + seqlen_k - seqlen_q - j).
         deterministic: accepted, without effect.
         return_attn_probs: also return the log-sum-exp of the scores, and None.
+        learnable_sink: [num_heads_q], the sinks of `attention`.
+        s_aux: the same by another name.
 
     Returns:
         out: [batch, seqlen_q, num_heads_q, head_dim_v], contiguous. With return_attn_probs the
@@ -74,7 +87,7 @@ def flash_attn_func(
 
     Raises:
         NotImplementedError: dropout_p is not 0; an unsupported head_dim.
-        TypeError: as in `attention`.
+        TypeError: as in `attention`; learnable_sink and s_aux together.
         ValueError: as in `attention`; alibi_slopes of another shape.
 
     Source:
@@ -82,8 +95,9 @@ def flash_attn_func(
     """
     if _unknown:
         refuse(flash_attn_func, _unknown)
-    _refuse_dropout(dropout_p)
-    if alibi_slopes is None:
+    refuse_dropout(dropout_p)
+    sinks = sinks_of(learnable_sink, s_aux)
+    if alibi_slopes is None and sinks is None:
         known = rows_first(q, k, v, causal, window_size, softcap, softmax_scale, return_attn_probs)
         if known is not None:
             return (*known, None) if isinstance(known, tuple) else known
@@ -97,9 +111,10 @@ def flash_attn_func(
         v.transpose(1, 2),
         causal=causal,
         scale=softmax_scale,
-        window=_window(window_size),
+        window=window_of(window_size),
         softcap=None if certainly(softcap == 0.0) else softcap,
         mask=mask,
+        sinks=sinks,
         return_lse=return_attn_probs,
     )
     if isinstance(result, tuple):
@@ -128,7 +143,7 @@ def flash_attn_qkvpacked_func(
     """
     if _unknown:
         refuse(flash_attn_qkvpacked_func, _unknown)
-    q, k, v = _unpacked("qkv", qkv, 3, "[batch, seqlen, 3, num_heads, head_dim]")
+    q, k, v = unpacked("qkv", qkv, 3, "[batch, seqlen, 3, num_heads, head_dim]")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
@@ -157,7 +172,7 @@ def flash_attn_kvpacked_func(
     """
     if _unknown:
         refuse(flash_attn_kvpacked_func, _unknown)
-    k, v = _unpacked("kv", kv, 2, "[batch, seqlen, 2, num_heads_kv, head_dim]")
+    k, v = unpacked("kv", kv, 2, "[batch, seqlen, 2, num_heads_kv, head_dim]")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
@@ -182,6 +197,9 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
+    *,
+    learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **_unknown: object,
 ) -> Result:
     """Compute what flash_attn.flash_attn_varlen_func does: attention of sequences packed one after
@@ -206,6 +224,8 @@ def flash_attn_varlen_func(
         deterministic: without effect; the forward pass always is.
         return_attn_probs: also return lse, and None in place of the probabilities.
         block_table: None.
+        learnable_sink: [num_heads_q], the sinks of `attention_varlen`.
+        s_aux: the same by another name.
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v]. With return_attn_probs the triple (out, lse, None),
@@ -217,9 +237,10 @@ def flash_attn_varlen_func(
     """
     if _unknown:
         refuse(flash_attn_varlen_func, _unknown)
-    _refuse_dropout(dropout_p)
+    refuse_dropout(dropout_p)
     if block_table is not None:
         raise NotImplementedError("block_table: there are no paged caches; gather k and v before")
+    sinks = sinks_of(learnable_sink, s_aux)
     if alibi_slopes is not None:
         out, lse = packed_with_alibi(
             q,
@@ -230,8 +251,9 @@ def flash_attn_varlen_func(
             alibi_slopes,
             causal=causal,
             scale=softmax_scale,
-            window=_window(window_size),
+            window=window_of(window_size),
             softcap=softcap or None,
+            sinks=sinks,
         )
         return (out, lse, None) if return_attn_probs else out
     result = attention_varlen(
@@ -244,8 +266,9 @@ def flash_attn_varlen_func(
         max_seqlen_k,
         causal=causal,
         scale=softmax_scale,
-        window=_window(window_size),
+        window=window_of(window_size),
         softcap=None if certainly(softcap == 0.0) else softcap,
+        sinks=sinks,
         return_lse=return_attn_probs,
     )
     return (*result, None) if isinstance(result, tuple) else result
@@ -274,7 +297,7 @@ def flash_attn_varlen_qkvpacked_func(
     """
     if _unknown:
         refuse(flash_attn_varlen_qkvpacked_func, _unknown)
-    q, k, v = _unpacked("qkv", qkv, 3, "[total, 3, num_heads, head_dim]")
+    q, k, v = unpacked("qkv", qkv, 3, "[total, 3, num_heads, head_dim]")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -307,30 +330,8 @@ def flash_attn_varlen_kvpacked_func(
     """
     if _unknown:
         refuse(flash_attn_varlen_kvpacked_func, _unknown)
-    k, v = _unpacked("kv", kv, 2, "[total, 2, num_heads_kv, head_dim]")
+    k, v = unpacked("kv", kv, 2, "[total, 2, num_heads_kv, head_dim]")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
-
-
-def _refuse_dropout(dropout_p: float) -> None:
-    if dropout_p != 0.0:
-        raise NotImplementedError(
-            f"dropout_p={dropout_p}: flashcore has no dropout of attention weights; pass 0.0 (in "
-            "evaluation it has no effect), or use flashcore.scaled_dot_product_attention, which "
-            "leaves dropout to torch"
-        )
-
-
-def _window(window_size: tuple[int, int]) -> tuple[int, int] | None:
-    # Any negative number is unbounded in flash-attn.
-    left, right = (max(-1, size) for size in window_size)
-    return None if certainly(left == -1) and certainly(right == -1) else (left, right)
-
-
-def _unpacked(name: str, x: torch.Tensor, parts: int, shape: str) -> tuple[torch.Tensor, ...]:
-    packed_dim = shape.count(",") - 2
-    if x.dim() != packed_dim + 3 or x.shape[packed_dim] != parts:
-        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {shape}")
-    return x.unbind(packed_dim)

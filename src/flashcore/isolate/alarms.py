@@ -55,6 +55,8 @@ _PHASE_OF_FUNCTION = {
     "store_output": "store",
     "finish_softmax": "store",
     "natural_lse": "store",
+    "sink_of": "store",
+    "join_sink": "store",
     "store_rows": "store",
     "quad_sum": "store",
 }

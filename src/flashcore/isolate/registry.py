@@ -29,6 +29,7 @@ from flashcore.sim.plants.numerics import (
 )
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
+from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -104,6 +105,8 @@ _LARGE: dict[str, dict[str, Any]] = {
 }
 # No row sees a larger score in a later key tile.
 _LEVEL = _SHORT | {"dtype": "bfloat16", "spread": 0.0, "growth": "level"}
+# Heads of a group are rows of one row tile, which they do not fill.
+_SINKS = _SHORT | {"seqlen_q": 9, "num_heads_q": 4, "num_heads_kv": 2, "sinks": True}
 _CHUNKS = {"block_m": 64, "block_n": 32, "keys_of_chunk": 64}
 _CASES_SM90 = {
     "passed-over-unsynced": 37,
@@ -208,6 +211,12 @@ PLANTED: tuple[Planted, ...] = (
     *_planted(PLANTS_OLD_LARGE_MAX_SM90, _SM90, options=_LEVEL, tile=_SHORT_KEY_TILES),
     *_planted(PLANTS_TOTALS, _WMMA, options={"seqlen_q": 70, "seqlen_k": 333}, tile=_CHUNKS),
     *_planted(PLANTS_SPLIT, _SM90, options=_SPLIT, tile=_SHARED_BY_BLOCKS),
+    *(
+        planted
+        for kernel in (_WMMA, _SM90)
+        for planted in _planted(PLANTS_SINKS, kernel, options=_SINKS)
+    ),
+    *_planted(PLANTS_SINKS_SPLIT, _SM90, options=_SPLIT | {"sinks": True}, tile=_SHARED_BY_BLOCKS),
     *_planted(
         PLANTS_VARLEN_SM90,
         _SM90,

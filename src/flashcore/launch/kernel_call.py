@@ -100,7 +100,8 @@ def run_kernel(
         gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
         lengths: int32, by name cu_seqlens_q, cu_seqlens_k or seqlens_k, where sequences differ in
             length. Packed tensors come as [1, num_heads, total, dim] views, out as [total,
-            num_heads_q, head_dim_v], lse as [num_heads_q, total].
+            num_heads_q, head_dim_v], lse as [num_heads_q, total]. And `sinks`, float32
+            [num_heads_q], where the problem has sinks.
 
     Raises:
         CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, launch_raw.
@@ -141,7 +142,7 @@ LENGTHS = {"keys": ("seqlens_k",), "packed": ("cu_seqlens_q", "cu_seqlens_k")}
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
 # allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
 ARGUMENTS_MAX = 4096
-# Call; q, k, v and lengths; mask; out; lse; shares and counters.
+# Call; q, k, v, lengths and sinks; mask; out; lse; shares and counters.
 _Key = tuple[int, Addresses, int, int, int, tuple[int, ...]]
 _arguments: dict[_Key, Argument] = {}
 _lock = threading.Lock()
@@ -174,6 +175,9 @@ class KernelCall:
         self._new_lse = None
         if problem.return_lse:
             self._new_lse = allocator(device, rows_shape, torch.float32)
+        # What addresses go on with, behind those of q, k and v.
+        sinks = ("sinks",) if problem.has_sinks else ()
+        self._others = LENGTHS.get(problem.varlen, ()) + sinks
         self._scratch = Scratch(problem, plan)
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)
@@ -225,7 +229,7 @@ class KernelCall:
         addresses: Addresses,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the call: see launch/types.py. Where sequences differ in length, addresses go on with
-        those of LENGTHS."""
+        those of LENGTHS; where there are sinks, with that of sinks, float32, at their end."""
         if self._current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.run(q, k, v, mask, addresses)
@@ -297,13 +301,12 @@ class KernelCall:
     def _fill(self, argument: Argument, key: _Key, is_kept: bool = False) -> bool:
         """Write the addresses of a key. Return whether the argument may be kept: one whose counter
         is a capture's may not."""
-        _, (q, k, v, *lengths), mask, out, lse, scratch = key
+        _, (q, k, v, *others), mask, out, lse, scratch = key
         template = self._template
         assert template is not None
         template.place(argument, q, k, v, mask, out, lse)
-        if lengths:
-            names = LENGTHS[self._problem.varlen]
-            template.place_others(argument, dict(zip(names, lengths, strict=True)))
+        if others:
+            template.place_others(argument, dict(zip(self._others, others, strict=True)))
         if scratch:
             template.place_others(argument, self._scratch.pointers(*scratch))
         if self._counts_on is not None:

@@ -14,11 +14,14 @@ from flashcore.launch.driver_launch import Argument
 from flashcore.problem import Problem
 from flashcore.problem.folding import as_launched
 
-_POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse: Tensors, with which AttnParams begins
+_POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse, with which AttnParams begins
 _POINTER = struct.Struct("Q")
 _OFFSETS = {
     name: getattr(AttnParams, name).offset
-    for name in (*(x[0] for group in (Lengths, Splits) for x in group._fields_), "tile_counter")
+    for name in (
+        *(x[0] for group in (Lengths, Splits) for x in group._fields_),
+        *("tile_counter", "sinks"),
+    )
 }
 
 

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-# Of q, k and v, and of lengths. Whoever makes a call has them, and asking again takes time.
+# Of q, k and v, of lengths, and of sinks. Whoever makes a call has them, and asking again takes
+# time.
 Addresses = tuple[int, ...]
-Call = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, Addresses],
-    tuple[torch.Tensor, torch.Tensor | None],
-]
+# Takes q, k, v, the mask and addresses; where there are sinks and no kernel is launched, sinks too.
+Call = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]

@@ -45,19 +45,25 @@ def needs_dispatcher(q: object, k: object, v: object, mask: object) -> bool:
     return any(isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES for x in (q, k, v, mask))
 
 
-def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
-    """Return whether a call with lengths needs neither the dispatcher nor autograd.
+def is_plain(lengths: tuple[object, ...], q: Any, k: Any, v: Any, mask: Any, sinks: Any) -> bool:
+    """Return whether a call with lengths or sinks needs neither the dispatcher nor autograd.
 
     Args:
         lengths: of its sequences.
-        *tensors: q, k, v and the mask.
+        q: as in `attention`, like all that follow.
+        k: see q.
+        v: see q.
+        mask: or None.
+        sinks: or None.
     """
-    if is_compiling() or needs_dispatcher(*tensors):
+    if is_compiling() or needs_dispatcher(q, k, v, mask):
         return False
     for x in lengths:
         if type(x) is not Tensor:
             return False
-    return not needs_grad(*tensors)
+    if sinks is not None and type(sinks) not in _PLAIN_TYPES:
+        return False
+    return not needs_grad(q, k, v, mask, sinks)
 
 
 class _Recorded(torch.autograd.Function):
@@ -98,7 +104,7 @@ class _Recorded(torch.autograd.Function):
                 return None, *(g if need else None for g, need in pairs)
         arriving, inputs, results = Results(dout, dlse), Inputs(q, k, v, mask), Results(out, lse)
         computed = OPERATORS.gradients(
-            BackwardCall(arriving, inputs, results, ctx.options, (needs_mask,), ctx.backend)
+            BackwardCall(arriving, inputs, results, ctx.options, (needs_mask, False), ctx.backend)
         )
         return None, *(g if need else None for g, need in zip(computed, needs, strict=False))
 

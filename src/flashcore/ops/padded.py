@@ -8,7 +8,6 @@ The lengths lie on the device; the host reads them only where PyTorch itself com
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +24,7 @@ from flashcore.backends.dispatch import (
 )
 from flashcore.backends.gradients import attention_gradients, padded_gradients
 from flashcore.backends.packed import check_lengths
+from flashcore.backends.sinks import as_logits, gradient_of_sinks, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.ops import dense, flops
@@ -53,8 +53,9 @@ def attention_padded(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `attention` where seqlens_k is given; see there."""
     q, k, v, mask, seqlens_k, *_ = inputs
+    sinks = inputs.sinks
     assert seqlens_k is not None
-    if is_plain((seqlens_k,), q, k, v, mask):
+    if is_plain((seqlens_k,), q, k, v, mask, sinks):
 
         def describe() -> Problem:
             check_return_lse(return_lse)
@@ -62,7 +63,8 @@ def attention_padded(
             return dataclasses.replace(problem, return_lse=return_lse)
 
         asked = causal, window, softcap, scale, return_lse
-        result = attend_lengths(q, k, v, mask, (seqlens_k,), asked, None, backend, describe)
+        lengths = (seqlens_k,)
+        result = attend_lengths(q, k, v, mask, lengths, sinks, asked, None, backend, describe)
         if result is not None:
             return result if return_lse else result[0]  # type: ignore[return-value]
     options = Options.checked(causal, window, softcap, scale)
@@ -93,8 +95,9 @@ def padded_problem(inputs: Inputs, options: Options) -> Problem:
     """
     check(inputs)
     q, k, v, mask, *_ = inputs
+    sinks = inputs.sinks
     asked = {**options.asked(), "window": None}
-    problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=True, **asked)
+    problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=True, sinks=sinks, **asked)
     window = checked_window((options.window_left, options.window_right))
     left, right = widest_band(options.causal, window, q.shape[2], k.shape[2])
     return dataclasses.replace(
@@ -104,23 +107,27 @@ def padded_problem(inputs: Inputs, options: Options) -> Problem:
 
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Results:
     q, k, v, mask, seqlens_k, *_ = inputs
+    sinks = inputs.sinks
     assert seqlens_k is not None
     problem = padded_problem(inputs, options)
+    others = {"seqlens_k": seqlens_k}
+    if sinks is not None:
+        others["sinks"] = sinks = as_logits(sinks, problem.lse_dtype)
     choice = choose_backend(problem, asked)
     if choice.is_fallback:
         warn_once(choice)
     backend = choice.backend
     if backend in KERNELS and not problem.is_empty:
-        addresses = tuple(x.data_ptr() for x in (q, k, v, seqlens_k))
+        addresses = tuple(x.data_ptr() for x in (q, k, v, *others.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, mask, addresses))
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":
         out.zero_()
-        lse.fill_(-math.inf)
+        lse_of_no_keys(lse, sinks)
         with without_autocast(problem.device):
             for own, b, n in _sequences(problem, seqlens_k):
-                tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n)
+                tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n), sinks
                 out[b], lse[b] = attention_tiled(own, *tensors)
         return Results(out, lse)
     from flashcore.sim import simulate
@@ -131,8 +138,7 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Re
     if problem.head_dim_v != out.shape[3]:
         out = q.new_empty((*out.shape[:3], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
-    lengths = {"seqlens_k": seqlens_k}
-    simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, seed=env.sim_seed())
+    simulate(problem, plan, q, k, v, mask, out, lse, None, others, seed=env.sim_seed())
     return Results(adapted.result(out), lse)
 
 
@@ -165,13 +171,18 @@ def _differentiate(
 ) -> Gradients:
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
-    problem = padded_problem(inputs, options)
+    dsinks = None
+    if inputs.sinks is not None and needs[0]:
+        dsinks = gradient_of_sinks(
+            inputs.sinks, results.out, results.lse, arriving.out, arriving.lse
+        )
+    problem = padded_problem(inputs._replace(sinks=None), options)
     fused = padded_gradients(
         problem, q, k, v, mask, seqlens_k, results.out, results.lse, arriving.out, arriving.lse,
         backend,
     )  # fmt: skip
     if fused is not None:
-        return fused
+        return *fused, dsinks
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for own, b, n in _sequences(problem, seqlens_k):
         dq[b], dk[b, :, :n], dv[b, :, :n], _ = attention_gradients(
@@ -187,15 +198,24 @@ def _differentiate(
             False,
             backend,
         )
-    return dq, dk, dv
+    return dq, dk, dv, dsinks
 
 
 OPERATORS = Operators(
     Family(
         name="attention_padded",
-        inputs=("q", "k", "v", "mask", "seqlens_k"),
-        differentiable=("q", "k", "v"),
-        places={"q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "out": 0, "lse": 0},
+        inputs=("q", "k", "v", "mask", "seqlens_k", "sinks"),
+        differentiable=("q", "k", "v", "sinks"),
+        places={
+            "q": 0,
+            "k": 0,
+            "v": 0,
+            "mask": "mask",
+            "seqlens_k": 0,
+            "sinks": None,
+            "out": 0,
+            "lse": 0,
+        },
         check=check,
         compute=_compute,
         differentiate=_differentiate,

@@ -19,7 +19,8 @@ class Case:
     `layout` is the order in memory; "bshd" is passed transposed, as a projection's output is.
     `tail` NaN rows follow every sequence in memory, `offset` elements precede the first one.
     `spread` multiplies q, so that the softmax gets sharper; `growth` is one of
-    cases.GROWTH_KINDS: how scores grow along the keys. With an odd `seed` the mask's rows are
+    cases.GROWTH_KINDS: how scores grow along the keys. `sinks`: whether a random logit of each head
+    joins the softmax. With an odd `seed` the mask's rows are
     aligned for wide loads, with every other even one they are an odd number of elements apart.
     """
 
@@ -41,6 +42,7 @@ class Case:
     offset: int = 0
     spread: float = 1.0
     growth: str = "none"
+    sinks: bool = False
     seed: int = 0
 
     @property
@@ -51,7 +53,8 @@ class Case:
         return result
 
     def options(self) -> dict[str, Any]:
-        """Return keyword arguments for flashcore.attention and its relatives (without the mask)."""
+        """Return keyword arguments for flashcore.attention and its relatives (without the mask and
+        the sinks)."""
         return {
             "causal": False if self.causal == "none" else self.causal,
             "window": self.window,
@@ -87,6 +90,8 @@ class Case:
             words.append(f"spread={_short(self.spread)}")
         if self.growth != "none":
             words.append(f"growth={self.growth.replace(' ', '-')}")
+        if self.sinks:
+            words.append("sinks")
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:

@@ -39,6 +39,7 @@ class Inputs(NamedTuple):
         cu_seqlens_k: int32, [batch + 1]: where packed sequences of keys begin and end.
         max_seqlen_q: a bound on the length of packed sequences of queries.
         max_seqlen_k: a bound on the length of packed sequences of keys.
+        sinks: [num_heads_q], a logit of each head that joins the softmax and has no value.
     """
 
     q: Tensor
@@ -50,6 +51,7 @@ class Inputs(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    sinks: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -150,9 +152,13 @@ class Options(NamedTuple):
         v: torch.Tensor,
         mask: torch.Tensor | None,
         return_lse: bool,
+        sinks: torch.Tensor | None = None,
     ) -> Problem:
-        """Return Problem.from_tensors with these options."""
-        return Problem.from_tensors(q, k, v, mask=mask, return_lse=return_lse, **self.asked())
+        """Return Problem.from_tensors with these options. A backward pass needs no sinks: they are
+        part of lse."""
+        return Problem.from_tensors(
+            q, k, v, mask=mask, return_lse=return_lse, sinks=sinks, **self.asked()
+        )
 
     def asked(self) -> dict[str, Any]:
         """Return the keyword arguments of `attention` that mean these options."""

@@ -27,6 +27,7 @@ from flashcore.problem.validation import (
     HEAD_DIM_MULTIPLE,
     check_mask,
     check_qkv,
+    check_sinks,
     checked_causal,
     checked_factor,
     checked_window,
@@ -76,6 +77,7 @@ class Problem:
         total_k: rows of packed k and v; else 0.
         strided: those of "q", "k" and "v" whose last dimension is not contiguous, joined.
         misaligned: those of "q", "k" and "v" whose own load_bytes is less than 16, joined.
+        has_sinks: whether a logit of each head joins the softmax.
     """
 
     batch: int
@@ -105,6 +107,7 @@ class Problem:
     total_k: int = 0
     strided: str = ""
     misaligned: str = ""
+    has_sinks: bool = False
 
     @classmethod
     def from_tensors(
@@ -119,6 +122,7 @@ class Problem:
         softcap: float | None = None,
         mask: torch.Tensor | None = None,
         return_lse: bool = False,
+        sinks: torch.Tensor | None = None,
     ) -> Problem:
         """Validate the arguments of `attention` and describe them.
 
@@ -132,6 +136,7 @@ class Problem:
             softcap: scores become softcap * tanh(score / softcap); None is off.
             mask: boolean (True = attend) or additive, broadcast to the scores; or None.
             return_lse: whether the log-sum-exp of each row of scores is returned too.
+            sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
         Returns:
             The problem; it keeps no reference to the tensors.
@@ -146,6 +151,8 @@ class Problem:
             raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
         if mask is not None:
             check_mask(mask, q, k.shape[2])
+        if sinks is not None:
+            check_sinks(sinks, q, q.shape[1])
         batch, num_heads_q, seqlen_q, head_dim = q.shape
         seqlen_k = k.shape[2]
         alignment = checked_causal(causal)
@@ -186,6 +193,7 @@ class Problem:
             load_bytes=width,
             strided=strided,
             misaligned="" if width == 16 else misaligned_among(**in_place),
+            has_sinks=sinks is not None,
         )
 
     @property
@@ -195,7 +203,8 @@ class Problem:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether there is nothing to compute: no output, or no keys (out 0, lse -inf)."""
+        """Return whether there is nothing to compute: no output, or no keys (out 0, lse -inf, or
+        the sink)."""
         if self.varlen == "packed":
             return not (self.batch and self.num_heads_q and self.total_q and self.total_k)
         return not (self.batch and self.num_heads_q and self.seqlen_q and self.seqlen_k)
@@ -260,6 +269,8 @@ class Problem:
             parts.append(f"softcap {self.softcap:g}")
         if self.mask is not None:
             parts.append(f"{self.mask.dtype} mask")
+        if self.has_sinks:
+            parts.append("sinks")
         return ", ".join(parts)
 
 

@@ -147,10 +147,10 @@ def parse_replay(words: Sequence[str]) -> Replay:
 
 
 def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return the saved lengths of the sequences, or equal ones; None where there are none to
-    give."""
+    """Return the saved lengths of the sequences, or equal ones, and the sinks; None where there are
+    none to give."""
     steps = torch.arange(problem.batch + 1, dtype=torch.int32)
-    lengths: dict[str, Tensor]
+    lengths: dict[str, Tensor] = {}
     if problem.varlen == "packed":
         lengths = {
             "cu_seqlens_q": steps * (problem.total_q // problem.batch),
@@ -158,9 +158,9 @@ def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor
         }
     elif problem.varlen == "keys":
         lengths = {"seqlens_k": torch.full_like(steps[1:], problem.seqlen_k)}
-    else:
-        return None
-    return {name: values.get(name, even).flatten() for name, even in lengths.items()}
+    if problem.has_sinks:
+        lengths["sinks"] = torch.zeros(problem.num_heads_q)
+    return {name: values.get(name, given).flatten() for name, given in lengths.items()} or None
 
 
 def _make(

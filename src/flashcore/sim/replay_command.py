@@ -36,6 +36,7 @@ REPLAY_DEFAULTS: dict[str, object] = {
     "total_k": 0,
     "strided": "",
     "misaligned": "",
+    "has_sinks": False,
 }
 _MAX_SAVED_BYTES = 256 * 2**20
 

@@ -88,7 +88,8 @@ FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& st
   const int warp_row = block.m_begin + warp_idx() * 16;
   const int num_valid_rows = p.seqlen_q - warp_row;
   float inverse_sum[2];
-  finish_softmax(state, p, lse_offset(p, block, warp_row), num_valid_rows, inverse_sum);
+  finish_softmax(state, p, lse_offset(p, block, warp_row), num_valid_rows, block.head_idx,
+                 inverse_sum);
   warp_sync();  // orders every lane's last read of the Q rows before the writes below
 #pragma unroll
   for (int d = 0; d < OUT_FRAGS; ++d) {

@@ -50,7 +50,8 @@ class Plan:
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
     `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
     0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the registers must
-    allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh).
+    allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh); `has_sinks`
+    whether a logit of each head joins the softmax.
     """
 
     kernel: str
@@ -72,6 +73,7 @@ class Plan:
     varlen: str = "none"
     folds_heads: int = 0
     keys_of_chunk: int = 0
+    has_sinks: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -155,6 +157,7 @@ class Plan:
             "HAS_WINDOW_RIGHT": self.has_window_right,
             "HAS_SOFTCAP": self.has_softcap,
             "SOFTCAP_IS_LARGE": self.softcap_is_large,
+            "HAS_SINKS": self.has_sinks,
             "TANH_BY_POLYNOMIAL": False,  # it takes more registers
             "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
@@ -176,6 +179,7 @@ class Plan:
                 (f"varlen:{self.varlen}", self.varlen != "none"),
                 (f"folded heads:{self.folds_heads}", self.folds_heads > 0),
                 (f"sums of {self.keys_of_chunk} keys", self.keys_of_chunk > 0),
+                ("sinks", self.has_sinks),
                 (f"gate:{self.gate}", self.gate is not None),
             )
             if on
@@ -268,6 +272,8 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "mask": None if problem.mask is None else problem.mask.dtype,
         "varlen": problem.varlen,
         "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
+        # What the gate of P V is given is not normalised.
+        "has_sinks": problem.has_sinks and gate != "pv",
     }
 
 

@@ -16,6 +16,7 @@ from flashcore.sim.plants.numerics import (
 )
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
+from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -28,6 +29,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_VARLEN,
         **PLANTS_LARGE_SCORES,
         **PLANTS_TOTALS,
+        **PLANTS_SINKS,
     },
     SM90_KERNEL: {
         **PLANTS_SM90,
@@ -39,6 +41,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
         **PLANTS_VARLEN_SM90,
+        **PLANTS_SINKS,
+        **PLANTS_SINKS_SPLIT,
     },
 }
 
