@@ -20,6 +20,7 @@ import os
 import socket
 import statistics
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
 import flashcore.integrations.torch as door
+from flashcore.base import machine
 
 ROTATIONS = ("allgather", "alltoall")
 LIBRARIES = ("flashcore", "cudnn", "fa2")
@@ -207,7 +209,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     if options.json:
         head = {
             "date": date.today().isoformat(),
-            "gpu": torch.cuda.get_device_name(),
+            "gpu": asdict(found) if (found := machine.gpu()) else None,
             "torch": torch.__version__,
             "ranks": options.ranks,
             "heads": options.heads,

@@ -1,6 +1,6 @@
-"""Compile, check and time tile variants of the backward kernels on a Hopper GPU, beside torch's.
+"""Compile, check and time tile variants of the backward kernels on a Hopper GPU.
 
-    PYTHONPATH=src python scripts/time_backward.py [--dims 64 128] [--seqlens 1024 4096] [--peers]
+    PYTHONPATH=src python scripts/time_backward.py [--dims 64 128] [--seqlens 1024 4096]
 
 Variants run in a child process, which is killed and begun again behind a variant that hangs.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import functools
-import itertools
 import os
 import signal
 import subprocess
@@ -202,55 +201,17 @@ def run_variants(dim: int, seqlens: list[int], skip: int) -> None:
         signal.alarm(0)
 
 
-def run_peers(dim: int, seqlens: list[int]) -> None:
-    """Time whole backward passes through autograd: ours, cuDNN's and FlashAttention-2's."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    import flashcore
-
-    def ours(q: Any, k: Any, v: Any, causal: bool) -> Any:
-        return flashcore.attention(q, k, v, causal=causal)
-
-    def by(backend: Any) -> Any:
-        def function(q: Any, k: Any, v: Any, causal: bool) -> Any:
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal)
-
-        return function
-
-    functions = {
-        "flashcore": ours,
-        "cuDNN": by(SDPBackend.CUDNN_ATTENTION),
-        "FA2": by(SDPBackend.FLASH_ATTENTION),
-    }
-    for name, causal, seqlen in itertools.product(functions, (False, True), seqlens):
-        batch, heads = TOKENS // seqlen, HIDDEN // dim
-        *leaves, dout = inputs(batch, heads, seqlen, dim)
-        for x in leaves:
-            x.requires_grad_()
-        out = functions[name](*leaves, causal)
-        backward = functools.partial(torch.autograd.grad, out, leaves, dout, retain_graph=True)
-        us = time_us(backward)
-        rate = 2.5 * flops(batch, heads, seqlen, dim, causal) / us / 1e6
-        shape = f"D{dim} {'causal' if causal else 'full'} S{seqlen}"
-        print(f"whole {name} {shape} {us:.1f} us {rate:.1f} TFLOP/s", flush=True)
-
-
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--dims", type=int, nargs="+", default=list(VARIANTS))
     parser.add_argument("--seqlens", type=int, nargs="+", default=[1024, 4096, 16384])
-    parser.add_argument("--peers", action="store_true")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         kind, *numbers = arguments.child
         if kind == "compile":
             compile_variants(arguments.dims, *map(int, numbers))
-        elif kind == "peers":
-            run_peers(int(numbers[0]), arguments.seqlens)
         else:
             run_variants(int(numbers[0]), arguments.seqlens, int(numbers[1]))
         return
@@ -279,8 +240,6 @@ def main() -> None:
             at = [int(line.split()[1]) for line in text.splitlines() if line.startswith("AT ")]
             print(f"HUNG OR CRASHED with {code}", flush=True)
             skip = (at[-1] if at else skip) + 1
-        if arguments.peers:
-            print(child("peers", dim)[0], end="", flush=True)
     print(f"done in {time.time() - start:.0f} s")
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashcore.api import Explanation, attention, explain
+    from flashcore.base.determinism import allow_nondeterministic_gradients
     from flashcore.dropins.routing import enable
     from flashcore.dropins.sdpa import scaled_dot_product_attention
     from flashcore.errors import (
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from flashcore.ops.varlen import attention_varlen
     from flashcore.preparing import prepare
     from flashcore.problem import Problem
+    from flashcore.serving.with_kvcache import attention_with_kvcache
 
 __version__ = "0.1.0"  # the only place; pyproject.toml and scripts/bootstrap.py read it here
 
@@ -38,9 +40,11 @@ _MODULES = {
     "FallbackWarning": "errors",
     "FlashCoreError": "errors",
     "Problem": "problem",
+    "allow_nondeterministic_gradients": "base.determinism",
     "attention": "api",
     "attention_backward": "ops.rings",
     "attention_varlen": "ops.varlen",
+    "attention_with_kvcache": "serving.with_kvcache",
     "enable": "dropins.routing",
     "explain": "api",
     "merge": "ops.rings",
@@ -56,9 +60,11 @@ __all__ = [
     "FlashCoreError",
     "Problem",
     "__version__",
+    "allow_nondeterministic_gradients",
     "attention",
     "attention_backward",
     "attention_varlen",
+    "attention_with_kvcache",
     "enable",
     "explain",
     "merge",

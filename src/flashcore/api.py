@@ -12,9 +12,8 @@ from flashcore.explanation import Explanation, explain
 from flashcore.launch import launcher
 from flashcore.ops.calls import attend
 from flashcore.ops.dense import attention_dense, autocast
-from flashcore.ops.eager import needs_dispatcher, record
+from flashcore.ops.eager import attention_with_sinks, needs_dispatcher, record
 from flashcore.ops.padded import attention_padded
-from flashcore.ops.with_sinks import attention_with_sinks
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs
 from flashcore.problem.ranks import as_rank_4, has_other_rank
@@ -39,6 +38,7 @@ def attention(
     seqlens_k: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
+    return_max_score: Literal[False] = ...,
     backend: str = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -55,6 +55,7 @@ def attention(
     seqlens_k: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ...,
     return_lse: Literal[True],
+    return_max_score: Literal[False] = ...,
     backend: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
@@ -70,9 +71,10 @@ def attention(
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ...,
-    return_lse: bool,
+    return_lse: bool = ...,
+    return_max_score: bool = ...,
     backend: str = ...,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+) -> torch.Tensor | tuple[torch.Tensor, ...]: ...
 
 
 @other_names(OF_ATTENTION)
@@ -89,9 +91,10 @@ def attention(
     seqlens_k: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    return_max_score: bool = False,
     backend: str = "auto",
     **_unknown: object,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """Compute scaled dot-product attention, softmax(scale * q @ k^T) @ v, without storing the
     scores.
 
@@ -128,6 +131,7 @@ def attention(
             it is: neither scaled nor soft-capped nor masked. -inf is none. Where sinks need a
             gradient, the backward pass computes it. See docs/sinks.md.
         return_lse: also return the log-sum-exp of each row of scores.
+        return_max_score: also return the largest score of each head, as QK-clip needs it.
         backend: "auto" (by device and dtype), "sm90" (the Hopper kernel), "wmma" (the portable
             tensor-core kernel), "sim" (a kernel in the simulator, on CPU tensors), or "torch"
             (PyTorch operations).
@@ -136,7 +140,10 @@ def attention(
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. With return_lse, the pair
         (out, lse): lse is natural-log, float32 (float64 for float64 inputs), [batch, num_heads_q,
         seqlen_q]. A row with nothing to attend to has out 0 and lse -inf, or with sinks the sink,
-        and gives q, k, v and the mask zero gradients.
+        and gives q, k, v and the mask zero gradients. With return_max_score, max_score comes last:
+        the largest of what enters the softmax (scaled, soft-capped, with the additive mask; hidden
+        keys and sinks do not count), dtype of lse, [batch, num_heads_q], -inf where a head sees no
+        key. It has no gradient.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -157,8 +164,8 @@ def attention(
     if is_dynamo_compiling():
         q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
     else:
-        if launcher.attend is not None and sinks is None:
-            result: torch.Tensor | tuple[torch.Tensor, torch.Tensor] | None = launcher.attend(
+        if launcher.attend is not None and return_max_score is False and sinks is None:
+            result: torch.Tensor | tuple[torch.Tensor, ...] | None = launcher.attend(
                 q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
             )
             if result is not None:
@@ -167,16 +174,21 @@ def attention(
             q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
         if seqlens_k is None and sinks is None and not needs_dispatcher(q, k, v, mask):
             return attend(
-                q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record
-            )
+                q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
+                None, return_max_score,
+            )  # fmt: skip
     if has_other_rank(q, k, v):
         given = as_rank_4(q, k, v, mask, seqlens_k)
         inputs = Inputs(*given[:5], sinks=sinks)
         return given.restored(
-            _by_operator(inputs, causal, window, softcap, scale, return_lse, backend)
+            _by_operator(
+                inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
+            )
         )
     inputs = Inputs(q, k, v, mask, seqlens_k, sinks=sinks)
-    return _by_operator(inputs, causal, window, softcap, scale, return_lse, backend)
+    return _by_operator(
+        inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
+    )
 
 
 def _by_operator(
@@ -186,9 +198,10 @@ def _by_operator(
     softcap: float | None,
     scale: float | None,
     return_lse: bool,
+    return_max_score: bool,
     backend: str,
-) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor | tuple[torch.Tensor, ...]:
     compute = attention_dense if inputs.sinks is None else attention_with_sinks
     if inputs.seqlens_k is not None:
         compute = attention_padded
-    return compute(inputs, causal, window, softcap, scale, return_lse, backend)
+    return compute(inputs, causal, window, softcap, scale, return_lse, return_max_score, backend)

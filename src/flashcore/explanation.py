@@ -79,6 +79,7 @@ def explain(
     mask: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
+    return_max_score: bool = False,
     backend: str = "auto",
     arch: int | None = None,
     file: TextIO | None = None,
@@ -99,6 +100,7 @@ def explain(
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
         return_lse: whether the log-sum-exp of each row of scores is returned too.
+        return_max_score: whether the largest score of each head is returned too.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         arch: GPU architecture to plan for, 90 for sm_90; by default that of q's device, and what
             the simulator runs for CPU tensors.
@@ -126,6 +128,7 @@ def explain(
         mask=mask,
         sinks=sinks,
         return_lse=return_lse,
+        return_max_score=return_max_score,
     )
     choice = choose_backend(problem, backend)
     plans: list[Plan] = []

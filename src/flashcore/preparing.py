@@ -42,6 +42,7 @@ def prepare(
     max_seqlen_k: int | None = None,
     sinks: Tensor | Shape | None = None,
     return_lse: bool = False,
+    return_max_score: bool = False,
     backend: str = "auto",
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -70,6 +71,7 @@ def prepare(
         max_seqlen_k: the longest sequence of keys, in tokens.
         sinks: [num_heads_q], a tensor, or the shape of a float32 one.
         return_lse: whether the log-sum-exp of each row of scores is returned too.
+        return_max_score: whether the largest score of each head is returned too.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         dtype: of shapes; by default that of q, k or v if one is a tensor, else float16.
         device: of shapes; by default that of a tensor among q, k and v, else the current GPU, or
@@ -134,6 +136,7 @@ def prepare(
         problem = Problem.from_tensors(
             q, k, v, mask=mask, sinks=sinks, return_lse=return_lse, **options
         )
+    problem = dataclasses.replace(problem, return_max_score=return_max_score)
     if device.type == "cuda" and problem.device != "cuda":
         problem = dataclasses.replace(problem, device="cuda", arch=arch_of_device(device.index))
     return _ready(problem, backend, device)

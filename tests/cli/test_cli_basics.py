@@ -78,6 +78,8 @@ def test_help_does_not_wait_for_torch() -> None:
         (["build"], "--arch"),
         (["bench", "--device", "tpu"], "cpu"),
         (["bench", "--device", "cpu", "--groups", "gqa"], "without a GPU"),
+        (["bench", "--shape", "B1 H8 S64"], "B, H, S and D are needed"),
+        (["bench", "--match", "D512"], "no shape's name"),
         (["tune", "--groups", "huge"], "small"),
         (["tune", "--groups", "gqa", "--seqlen", "64"], "exclude each other"),
         (["tune", "--seqlen", "64", "--dtype", "float32"], "no kernel"),

@@ -23,6 +23,7 @@ Runner = Callable[..., dict[str, Tensor]]
 
 # Columns of a product and bytes of a swizzled row.
 PRODUCTS = [(16, 64), (48, 128), (64, 128), (96, 64), (128, 128), (208, 64), (240, 128), (256, 128)]
+COLUMNS = [(16, 64), (64, 128), (96, 64), (128, 128)]
 
 
 @pytest.mark.parametrize(
@@ -36,6 +37,10 @@ PRODUCTS = [(16, 64), (48, 128), (64, 128), (96, 64), (128, 128), (208, 64), (24
         *(
             ("products", {"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": cols // 16})
             for dtype, (cols, row_bytes) in itertools.product(DTYPES, PRODUCTS)
+        ),
+        *(
+            ("columns", {"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": cols // 16})
+            for dtype, (cols, row_bytes) in itertools.product(DTYPES, COLUMNS)
         ),
     ],
 )
@@ -245,6 +250,45 @@ def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: 
         )
         assert torch.equal(result["by_smem"], a.float() @ b.float().T + c)
         assert torch.equal(result["by_registers"], a.float() @ bt.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("cols", "row_bytes"), COLUMNS)
+def test_blocks_add_up_products_of_columns(
+    run: Runner, dtype: str, cols: int, row_bytes: int
+) -> None:
+    """A^T B of every block, added to what was there. Integers are exact in whatever order."""
+    generator = torch.Generator().manual_seed(cols)
+    a = torch.randint(-8, 9, (64, 64), generator=generator).to(getattr(torch, dtype))
+    b = torch.randint(-8, 9, (64, cols), generator=generator).to(getattr(torch, dtype))
+    frags, grid, before = cols // 16, 3, 5.0
+    chunk = row_bytes // 2
+    for seed in SEEDS:
+        result = run(
+            "columns",
+            {
+                "_a": a[None, None],
+                "_b": b[None, None],
+                "sums": torch.full((4, frags, 2, 32, 4), before),
+            },
+            (),
+            num_threads=128,
+            grid=grid,
+            counters=("sums",),
+            smem_bytes=2 * 64 * (64 + -(-cols // chunk) * chunk) + 4 * 64 * cols + 8,
+            constants={"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": frags},
+            maps={"a_map": Map("_a", 64, 64), "b_map": Map("_b", 64, chunk)},
+            arch_suffix="a",
+            seed=seed,
+        )
+        product = torch.empty(64, cols)
+        for warp, frag, half, lane, i in itertools.product(
+            range(4), range(frags), range(2), range(32), range(4)
+        ):
+            row = warp * 16 + lane // 4 + i // 2 * 8
+            col = frag * 16 + half * 8 + lane % 4 * 2 + i % 2
+            product[row, col] = result["sums"][warp, frag, half, lane, i]
+        assert torch.equal(product, grid * (a.float().T @ b.float()) + before)
 
 
 def test_a_kernel_that_starts_early_waits_for_what_it_reads(run: Runner) -> None:

@@ -15,7 +15,7 @@ from flashcore.checks.planned import with_fields
 from flashcore.cli.app import app
 from flashcore.compile.codegen import KERNELS_DIR, kernel_file
 from flashcore.errors import CompileError
-from flashcore.isolate import gates, registry
+from flashcore.isolate import gates
 from flashcore.isolate.alarms import Alarm, from_compile_error
 from flashcore.isolate.diagnosis import verdict
 from flashcore.isolate.isolation import StageResult
@@ -35,7 +35,6 @@ def plant(monkeypatch: pytest.MonkeyPatch, kernel: str, find: str, replace: str)
     """Make a bug of this test's own known by the name that is returned."""
     file = kernel_file(kernel).relative_to(KERNELS_DIR).as_posix()
     own = Plant("own", "", file, find, replace, "")
-    monkeypatch.setattr(registry, "PLANTED", (registry.Planted(own, kernel),))
     monkeypatch.setattr(index, "BY_KERNEL", {kernel: {own.name: own}})
     return own.name
 

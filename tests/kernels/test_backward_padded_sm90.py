@@ -74,8 +74,9 @@ def test_gradients_of_wild_lengths(name: str) -> None:
             simulate_backward(problem, plan, tensors, seed=seed)
 
         dq, dk, dv = fused_backward(
-            problem, q, k, v, None, out, lse, dout, dlse, run, plans_of(problem, tiles), seqlens_k
-        )
+            problem, q, k, v, None, out, lse, dout, dlse, run, plans_of(problem, tiles),
+            {"seqlens_k": seqlens_k},
+        )  # fmt: skip
         for b, n in enumerate(lengths):
             assert not dk[b, :, n:].any(), (seed, b, n)
             assert not dv[b, :, n:].any(), (seed, b, n)

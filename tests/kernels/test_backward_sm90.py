@@ -73,11 +73,13 @@ def plans_of(problem, tiles: tuple[BwdTile, BwdTile] | None) -> BwdPlans:
     return BwdPlans(*(make_plan(k, t, fields) for k, t in zip(kernels, tiles, strict=True)))
 
 
-def check(case: Case, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0) -> None:
+def check(
+    case: Case, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0, dout_seed: int | None = None
+) -> None:
     """Check that there is neither an alarm nor a wrong result. What arrives at rows that see
     nothing is NaN."""
     x = make_inputs(case)
-    generator = torch.Generator().manual_seed(case.seed)
+    generator = torch.Generator().manual_seed(case.seed if dout_seed is None else dout_seed)
     problem, out, lse = forward(x.q, x.k, x.v, x.mask, case.options())
     dout = torch.randn(out.shape, generator=generator).to(out.dtype)
     dlse = torch.randn(lse.shape, generator=generator) if seed % 2 else None
@@ -91,7 +93,7 @@ def check(case: Case, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0) -> N
 
     plans = plans_of(problem, tiles)
     found = fused_backward(problem, *inputs, out, lse, dout, dlse, run, plans)
-    wrong = wrong_gradients(found, *inputs, dout, dlse, case.options())
+    wrong = wrong_gradients(found, *inputs, dout, dlse, case.options(), out)
     assert not wrong, f"{case.describe()}: {wrong}\n{dataclasses.asdict(case)}"
 
 
@@ -124,6 +126,15 @@ def test_lengths_that_leave_tiles_nearly_empty(lengths: tuple[int, int]) -> None
     for causal in ("none", "lower_right", "upper_left"):  # with keys that no query sees
         case = Case(seqlen_q=lengths[0], seqlen_k=lengths[1], causal=causal, spread=30.0)
         check(case, None, seed=1)
+
+
+def test_two_queries_with_nearly_all_weight_on_one_key() -> None:
+    """There plain attention errs 4 to 11 times less with some of these gradients: it has delta from
+    the weights, a fused backward pass from out, which is rounded. The rule knows that."""
+    fixed = FAMILIES["one-stage-bool-mask"][1]
+    for seed, dout_seeds in ((29, (6, 19)), (38, (9, 52))):
+        for dout_seed in dout_seeds:
+            check(draw_case(fixed, seed), None, dout_seed=dout_seed)
 
 
 def test_rows_whose_scores_are_far_below_zero() -> None:

@@ -35,11 +35,14 @@ def check(case: Case, through_lse: bool = False) -> None:
     assert choice.code == "sm90" or problem.load_bytes < 16, choice.reason
     out, lse = flashcore.attention(*leaves, mask=x.mask, return_lse=True, **case.options())
     empty = lse == -math.inf
-    dout = torch.randn_like(out).masked_fill(empty[..., None], math.nan)
-    dlse = torch.randn_like(lse).masked_fill(empty, math.nan) if through_lse else None
+    generator = torch.Generator().manual_seed(case.seed)
+    dout = torch.randn(out.shape, generator=generator).to(out)
+    dout = dout.masked_fill(empty[..., None], math.nan)
+    dlse = torch.randn(lse.shape, generator=generator).to(lse) if through_lse else None
+    dlse = None if dlse is None else dlse.masked_fill(empty, math.nan)
     results, cotangents = ([out, lse], [dout, dlse]) if through_lse else ([out], [dout])
     gradients = torch.autograd.grad(results, leaves, cotangents)
-    wrong = wrong_gradients(gradients, x.q, x.k, x.v, x.mask, dout, dlse, case.options())
+    wrong = wrong_gradients(gradients, x.q, x.k, x.v, x.mask, dout, dlse, case.options(), out.detach())
     assert not wrong, f"{case.describe()}: {wrong}"
 
 

@@ -322,9 +322,10 @@ def test_a_launch_that_fails_is_tried_again_by_python(monkeypatch):
     monkeypatch.setattr(driver_launch, "bind_context", bound.append)
     q, k, v = tensors()
     flashcore.attention(q, k, v)
+    assert bound == [0]  # to load the kernel
     machine.driver.statuses = [INVALID_CONTEXT] * 2
     flashcore.attention(q, k, v)
-    assert bound == [0]
+    assert bound == [0, 0]
     machine.driver.statuses = [719] * 2
     with pytest.raises(flashcore.FlashCoreError, match="launching attn_fwd_sm90 failed: 719"):
         flashcore.attention(q, k, v)

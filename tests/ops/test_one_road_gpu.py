@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import flashcore
 from flashcore.compat.flash_attn import flash_attn_func
-from flashcore.ops import dense as ops
-from flashcore.problem.options import Options
+from flashcore.ops.dense import OPERATORS
+from flashcore.problem.options import Options, Wanted
 
 pytestmark = pytest.mark.gpu
 
@@ -45,8 +48,8 @@ def gradients_by_operator(
 ) -> tuple[torch.Tensor, ...]:
     options = Options.checked(causal, None, None, None)
     with torch.no_grad():
-        out, lse = ops.forward(q, k, v, None, None, *options, True, "auto")
-        found = ops.backward(
+        out, lse, _ = OPERATORS.forward(q, k, v, None, None, *options, *Wanted(True), "auto")
+        found = OPERATORS.backward(
             dout, None, q, k, v, None, None, out, lse, *options, False, False, "auto"
         )
     return tuple(found[:3])
@@ -77,3 +80,12 @@ def test_a_backward_pass_can_be_captured_before_and_after_it_is_known() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_a_backward_pass_may_be_the_first_that_its_thread_does_on_the_gpu() -> None:
+    program = (
+        "import torch, flashcore\n"
+        "x = torch.randn(1, 2, 64, 64, device='cuda', dtype=torch.float16, requires_grad=True)\n"
+        "torch.autograd.grad(flashcore.attention(x, x, x), x, torch.ones_like(x))\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)

@@ -30,7 +30,8 @@ def test_opcheck_of_the_forward(name, mask):
         "additive": additive_mask(9, 6, requires_grad=True).mT,
     }
     for return_lse in (True, False):
-        arguments = (q, k, v, masks[mask], None, *as_arguments(OPTIONS[name]), return_lse, "auto")
+        wanted = ops.Wanted(return_lse, return_max_score=not return_lse)
+        arguments = (q, k, v, masks[mask], None, *as_arguments(OPTIONS[name]), *wanted, "auto")
         torch.library.opcheck(ops.forward, arguments, test_utils=_checks(name == "softcap, scale"))
 
 
@@ -47,12 +48,12 @@ def test_opcheck_of_layouts_and_dtypes(layout):
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
     torch.library.opcheck(
         ops.forward,
-        (q, k, v, None, None, *as_arguments({}), True, "torch"),
+        (q, k, v, None, None, *as_arguments({}), *ops.Wanted(True), "torch"),
         test_utils=_checks(False),
     )
     torch.library.opcheck(
         ops.forward,
-        (q, k, v, None, None, *as_arguments({}), False, "auto"),
+        (q, k, v, None, None, *as_arguments({}), *ops.Wanted(), "auto"),
         test_utils=_checks(False),
     )
 
@@ -63,7 +64,8 @@ def test_opcheck_of_the_backward(name, given):
     q, k, v = qkv(requires_grad=True)
     mask = additive_mask(6, 9, requires_grad=True)
     options = as_arguments(OPTIONS[name])
-    out, lse = (x.detach() for x in ops.forward(q, k, v, mask, None, *options, True, "auto"))
+    results = ops.forward(q, k, v, mask, None, *options, *ops.Wanted(True), "auto")
+    out, lse, _ = (x.detach() for x in results)
     dout = None if given == "only dlse" else torch.ones_like(out).requires_grad_()
     dlse = None if given == "only dout" else torch.ones_like(lse).requires_grad_()
     # Empty rows have lse -inf, and opcheck's comparison of -inf with itself is NaN.
@@ -167,8 +169,9 @@ def test_opcheck_of_the_operators_that_take_lengths(operator, mask):
     forward = getattr(torch.ops.flashcore, f"attention_{operator}_forward").default
     backward = getattr(torch.ops.flashcore, f"attention_{operator}_backward").default
     traced = mask != "bool"
-    torch.library.opcheck(forward, (*tensors, *options, True, "torch"), test_utils=_checks(traced))
-    out, lse = forward(*tensors, *options, True, "torch")
+    arguments = (*tensors, *options, *ops.Wanted(True, True), "torch")
+    torch.library.opcheck(forward, arguments, test_utils=_checks(traced))
+    out, lse, _ = forward(*arguments)
     # Empty rows have lse -inf, and opcheck's comparison of -inf with itself is NaN.
     out, lse = out.detach(), lse.detach().clamp(min=-1e30)
     for dout, dlse in ((torch.ones_like(out), None), (None, torch.ones_like(lse))):

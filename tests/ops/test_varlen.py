@@ -21,6 +21,7 @@ from flashcore.checks.varlen_cases import (
     varlen_error_report,
 )
 from flashcore.problem import Problem
+from flashcore.problem.options import Wanted
 from flashcore.sim import SimulationError
 
 # The portable kernel, the Hopper kernel, and what serves by default.
@@ -214,8 +215,8 @@ def test_the_operators_are_well_made(name: str) -> None:
     left, right = options["window"] or (-1, -1)
     arguments = (*x.arguments(), None, case.causal, left, right, options["softcap"] or 0.0, None)
     forward = torch.ops.flashcore.attention_varlen_forward.default
-    torch.library.opcheck(forward, (*arguments, True, "torch"))
-    out, lse = forward(*arguments, True, "torch")
+    torch.library.opcheck(forward, (*arguments, *Wanted(True), "torch"))
+    out, lse, _ = forward(*arguments, *Wanted(True), "torch")
     detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
     torch.library.opcheck(
         torch.ops.flashcore.attention_varlen_backward.default,

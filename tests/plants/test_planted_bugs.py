@@ -14,6 +14,7 @@ from flashcore.checks import verify
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.isolate import gates, plant_stages, registry
 from flashcore.isolate.stages import suspects_of
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, plants
@@ -24,7 +25,9 @@ from flashcore.sim.report import ALARM_KINDS
 pytestmark = pytest.mark.thorough
 
 SM90, WMMA = "attn_fwd_sm90", "attn_fwd_wmma"
-DRAWN = [planted for planted in registry.PLANTED if planted.drawn is not None]
+EVERY = registry.all_planted()
+DRAWN = [planted for planted in EVERY if planted.drawn is not None]
+BACKWARD = [planted for planted in EVERY if planted.kernel in (DQ_KERNEL, DKDV_KERNEL)]
 SIZES = {WMMA: (150, 64), SM90: (300, 96)}  # as the command takes them
 
 
@@ -37,51 +40,50 @@ def test_every_planted_bug_is_in_the_registry() -> None:
     written = {
         line.split('"')[1]
         for path in folder.glob("*.py")
-        if path.name != "bwd_sm90.py"  # isolate takes forward passes apart
         for line in path.read_text(encoding="utf-8").splitlines()
         if line.startswith("        name=")
     }
-    assert len(written) > 110
-    assert set(registry.names()) == written
+    assert len(written) > 140
+    assert set(index.names()) == written
 
 
 def test_every_dictionary_of_planted_bugs_is_in_the_registry() -> None:
-    registered = {(planted.plant, planted.kernel) for planted in registry.PLANTED}
+    registered = {(planted.plant, planted.kernel) for planted in EVERY}
     kernels = {"SM90": {SM90}, "SPLIT": {SM90}}
     found, missing = set(), []
     for module in pkgutil.iter_modules(plants.__path__, "flashcore.sim.plants."):
         for name, value in vars(importlib.import_module(module.name)).items():
             if not name.startswith("PLANTS") or not isinstance(value, dict):
                 continue
-            if name.startswith("PLANTS_BWD"):  # isolate takes forward passes apart
-                continue
             found.add(name)
             of = kernels.get(name.rpartition("_")[2], {SM90, WMMA})
+            if name.startswith("PLANTS_BWD"):
+                of = {DQ_KERNEL} if "_DQ_" in name else {DKDV_KERNEL}
             missing += [
                 f"{name}: {plant.name}"
                 for plant in value.values()
                 if not any((plant, kernel) in registered for kernel in of)
             ]
-    assert {"PLANTS", "PLANTS_SM90", "PLANTS_TOTALS", "PLANTS_OLD_LARGE_MAX_SM90"} <= found
+    assert {"PLANTS", "PLANTS_SM90", "PLANTS_TOTALS", "PLANTS_BWD_ROLES_SM90"} <= found
     assert missing == []
 
 
-def test_the_index_and_the_registry_have_the_same_planted_bugs() -> None:
-    indexed = {(plant, k) for k, of in index.BY_KERNEL.items() for plant in of.values()}
-    assert indexed == {(planted.plant, planted.kernel) for planted in registry.PLANTED}
+def test_no_call_is_left_of_a_planted_bug_that_is_gone() -> None:
+    for kernel, calls in registry.CALLS.items():
+        assert calls.keys() <= index.BY_KERNEL[kernel].keys()
 
 
 def test_every_planted_bug_has_a_stage_of_its_kernel() -> None:
     without = [
         planted.plant.name
-        for planted in registry.PLANTED
+        for planted in EVERY
         if suspects_of(planted.kernel, planted.stage) is None
     ]
     assert without == []
     for kernel, stages in plant_stages.STAGES.items():
         listed = [name for names in stages.values() for name in names]
         assert sorted(listed) == sorted(
-            {p.plant.name for p in registry.PLANTED if p.kernel == kernel}
+            {planted.plant.name for planted in EVERY if planted.kernel == kernel}
         )
 
 
@@ -141,6 +143,21 @@ def test_isolate_finds_it_where_the_list_says(name: str, kernel: str) -> None:
     assert found.first_wrong == planted.stage, found.why
 
 
+@pytest.mark.parametrize("planted", BACKWARD, ids=lambda planted: planted.plant.name)
+def test_isolate_finds_every_bug_of_the_backward_kernels(planted: registry.Planted) -> None:
+    plant = planted.plant
+    found = gates.isolate(planted.case(Case()), "sim", plant=plant.name, kernel=planted.kernel)
+    assert found.first_wrong == planted.stage, found.why
+    bad = next(result for result in found.stages if not result.ok)
+    kind = "wrong-result" if bad.alarm is None else bad.alarm.kind
+    assert kind in (plant.caught_by, *plant.or_by)
+    if bad.alarm is None:
+        assert bad.stage == planted.stage
+        check = bad.first_bad_check()
+        assert check is not None
+        assert check.first is not None
+
+
 @pytest.mark.parametrize(("name", "kernel"), [("large-max-product", WMMA), ("totals-lost", WMMA)])
 def test_without_the_bug_isolate_finds_nothing(name: str, kernel: str) -> None:
     planted, case = planted_case(name, kernel)
@@ -181,8 +198,6 @@ SLOW = (
 
 @pytest.mark.parametrize("slow", SLOW, ids=lambda plant: plant.name)
 def test_what_only_costs_time_is_silent(slow: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
-    planted = registry.Planted(slow, SM90)
-    monkeypatch.setattr(registry, "PLANTED", (planted,))
     monkeypatch.setattr(index, "BY_KERNEL", {SM90: {slow.name: slow}})
     results = verify.verify("sim", indices=[1, 2], arch=90, plant=slow.name)
     assert [result.describe() for result in results if not result.ok] == []
@@ -194,7 +209,10 @@ def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
 
 
 def test_the_documentation_lists_every_plant() -> None:
-    assert undocumented(registry.names()) == []
+    of_forward = (name for kernel in (WMMA, SM90) for name in index.BY_KERNEL[kernel])
+    assert undocumented(of_forward) == []
+    # Of the others see test_sim_plants_bwd_sm90.py.
+    assert {kernel for kernel in index.BY_KERNEL if "bwd" in kernel} == {DQ_KERNEL, DKDV_KERNEL}
 
 
 def test_wrong_names_say_what_there_is() -> None:
@@ -204,7 +222,7 @@ def test_wrong_names_say_what_there_is() -> None:
         registry.find_plant("pv-atomic", "sim", SM90)
     with pytest.raises(ValueError, match="needs backend='sim'"):
         verify.verify("torch", plant="pv-atomic")
-    assert {planted.plant.caught_by for planted in registry.PLANTED} <= {
+    assert {planted.plant.caught_by for planted in EVERY} <= {
         *ALARM_KINDS,
         "wrong-result",
     }

@@ -18,7 +18,11 @@ from flashcore.checks.cases import make_inputs
 from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdTile
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError
-from flashcore.sim.plants.bwd_sm90 import PLANTS_BWD_ROLES_SM90, PLANTS_BWD_SM90
+from flashcore.sim.plants.bwd_sm90 import (
+    PLANTS_BWD_DKDV_SM90,
+    PLANTS_BWD_DQ_SM90,
+    PLANTS_BWD_ROLES_SM90,
+)
 from flashcore.sim.run_bwd import simulate_backward
 
 pytestmark = pytest.mark.thorough
@@ -41,7 +45,7 @@ CASE = Case(
 TILES = BwdTile(64, 32, 3, 2), BwdTile(32, 128, 3, 2, False, True, False)
 ROLES_CASE = dataclasses.replace(CASE, seqlen_q=110, head_dim=136, head_dim_v=136)
 ROLES_TILES = BwdTile(64, 32, 2, 1), BwdTile(32, 64, 2, 2)
-PLANTS = PLANTS_BWD_SM90 | PLANTS_BWD_ROLES_SM90
+PLANTS = PLANTS_BWD_DKDV_SM90 | PLANTS_BWD_DQ_SM90 | PLANTS_BWD_ROLES_SM90
 
 
 @functools.cache
@@ -67,7 +71,7 @@ def run_plant(plant: Plant | None, case: Case, seed: int, plans: BwdPlans) -> Si
     problem, x, out, lse, dout, dlse = inputs(case)
 
     def run(problem, plan, tensors) -> None:
-        in_dq = plant is not None and "_dq_" in plant.file
+        in_dq = plant is not None and plant.name in PLANTS_BWD_DQ_SM90
         planted = plant if plan.is_dq == in_dq else None
         simulate_backward(problem, plan, tensors, seed=seed, plant=planted)
 

@@ -92,6 +92,46 @@ def test_tour_shows_attention_and_not_a_drawing(monkeypatch: pytest.MonkeyPatch)
     assert tour.picture(tour.weights(2, 8, causal=True)) == ["xxxxxxxx"] * 2
 
 
+SERVED = {"width": "32", "layers": "2", "tokens": "6"}
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_prompts_are_served_as_if_alone(device: str, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = [f"--{name}={value}" for name, value in SERVED.items()]
+    found = load("serve_paged").main(["--device", device, "--check", *sizes])
+    assert [len(ids) for ids in found] == [6] * 8
+    assert len({tuple(ids) for ids in found}) > 4  # the past of each has a say
+    if device == "cpu":  # on a GPU other splits may round otherwise
+        assert "8 of 8 say the same" in capsys.readouterr().out
+
+
+def test_a_served_prompt_says_what_whole_attention_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No cache, no pages and no chunks: each step anew by flashcore.attention."""
+    serve = load("serve_paged")
+    torch.manual_seed(0)
+    model = serve.Decoder(32, 2, 4, 2, pages=8)
+    with torch.no_grad():
+        (found,) = serve.Engine(model, 8, 1, chunk=7).serve(["Call me Ishmael"], 6)
+
+        def whole(q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, **_):  # type: ignore[no-untyped-def]
+            half = q.shape[2] // 2
+            cos, sin = (t[: q.shape[0], None] for t in (rotary_cos, rotary_sin))
+            q, k = (
+                torch.cat([a * cos - b * sin, a * sin + b * cos], -1)
+                for a, b in (x.split(half, -1) for x in (q, k))
+            )
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            return serve.flashcore.attention(q, k, v, causal=True)[0].transpose(0, 1)
+
+        monkeypatch.setattr(serve.flashcore, "attention_with_kvcache", whole)
+        ids = list(b"Call me Ishmael")
+        for _ in range(6):
+            ends = torch.tensor([0, len(ids)], dtype=torch.int32)
+            batch = serve.Batch(torch.tensor(ids), ends, ends[:1], ends[None], len(ids))
+            ids.append(int(model(batch).argmax()))
+    assert ids[-6:] == found
+
+
 @pytest.fixture(scope="module")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return a folder with an encoder of random weights and a tokenizer that knows letters."""

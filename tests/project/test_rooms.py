@@ -29,6 +29,7 @@ ROOMS = (
     "explanation",
     "api",
     "preparing",
+    "serving",
     "dropins",
     "compat",
     "integrations",

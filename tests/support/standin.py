@@ -139,6 +139,7 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     monkeypatch.setattr(driver_launch, "entry_point", machine.driver.entry_point)
     monkeypatch.setattr(descriptors, "entry_point", machine.driver.entry_point)
     monkeypatch.setattr(driver_launch, "_load", load)
+    monkeypatch.setattr(driver_launch, "bind_context", lambda device_index=None: None)
     monkeypatch.setattr(driver_launch, "allowed_during_a_capture", contextlib.nullcontext)
     monkeypatch.setattr(launch, "_num_sms", lambda index: 132)
     monkeypatch.setattr(launch, "verify_element_map", lambda *args: None)

@@ -171,11 +171,14 @@ class _Adapting:
 
 
 def _sizes(problem: Problem, name: str) -> tuple[int, int, int]:
-    """Return (batch, heads, seqlen) of q, k or v as the kernels see it."""
+    """Return (batch, heads, seqlen) of q, k or v as the kernels see it; of pages their number and
+    size."""
     packed = problem.varlen == "packed"
     batch = 1 if packed else problem.batch
     if name == "q":
         return batch, problem.num_heads_q, problem.total_q if packed else problem.seqlen_q
+    if problem.varlen == "pages":
+        return problem.num_pages, problem.num_heads_kv, problem.page_size
     return batch, problem.num_heads_kv, problem.total_k if packed else problem.seqlen_k
 
 

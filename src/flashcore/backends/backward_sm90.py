@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from flashcore.backends.torch_backward import laid_out_as
+from flashcore.base import determinism
+from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdSm90Plan, select_plans
+from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans
 from flashcore.problem import Problem
-from flashcore.problem.memory_layout import load_bytes, strides_of
-from flashcore.problem.options import Options
+from flashcore.problem.memory_layout import as_batch, as_rows, load_bytes, strides_of
 
 Tensor = torch.Tensor
 _PACKET = 8  # elements of 16 bytes
+# The fields of a Problem that say how q, k and v lie in memory.
+_LAYOUT = (
+    "head_dim", "head_dim_v", "q_strides", "k_strides", "v_strides", "load_bytes", "strided",
+    "misaligned",
+)  # fmt: skip
 # Computes dq, dk and dv of q, k, v, out, lse, dout and the mask's address.
 Prepared = Callable[
     [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]
@@ -34,10 +41,11 @@ def fused_backward(
     dout: Tensor | None,
     dlse: Tensor | None,
     run: Run,
-    plans: BwdPlans | None = None,
-    seqlens_k: Tensor | None = None,
+    plans: BwdPlans | OneKernelPlans | None = None,
+    lengths: Mapping[str, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute the gradients of q, k and v.
+    """Compute the gradients of q, k and v. Packed tensors are given as views, see `as_batch`; the
+    shapes below then have batch 1 and all rows, and no batch dimension in that of lse.
 
     Args:
         problem: description of the forward; plan_bwd_sm90.obstacle finds none.
@@ -50,28 +58,30 @@ def fused_backward(
         dout: gradient of out, or None for zero.
         dlse: gradient of lse, or None for zero.
         run: `run_on_gpu` or `run_in_simulator`.
-        plans: by default what is selected for the problem.
-        seqlens_k: int32, [batch], how many keys each sequence has, where the problem says "keys".
+        plans: by default what is selected for the problem. Those of one kernel take float32
+            memory as large as q besides, and dq may differ in its last bits from run to run.
+        lengths: what says where sequences end, int32: seqlens_k, [batch], where the problem says
+            "keys"; cu_seqlens_q and cu_seqlens_k, [batch + 1], where it says "packed".
 
     Returns:
         dq, dk, dv: shapes and dtypes of q, k and v, strides of `torch.empty_like`.
-        Keys behind a sequence's last one have gradient 0.
+        Keys behind a sequence's last one, and rows behind the last sequence, have gradient 0.
     """
     if problem.is_empty:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     given = q, k, v
     q, k, v = (_readable(x) for x in given)
-    if seqlens_k is not None:
+    if problem.varlen == "keys":
         k, v = _with_whole_rows(k), _with_whole_rows(v)
     if any(x is not y for x, y in zip((q, k, v), given, strict=True)):
-        changed = Options.of(problem).problem(q, k, v, mask, return_lse=True)
-        if problem.varlen == "keys":  # whose band does not depend on the lengths
-            names = "window_left", "window_right", "diag_offset", "varlen"
-            band = {name: getattr(problem, name) for name in names}
-            changed = dataclasses.replace(changed, **band, causal=problem.causal)
-        problem = changed
-    tensors = _named(q, k, v, mask, seqlens_k, out, lse, dout, dlse)
-    for plan in plans or select_plans(problem):
+        copied = Problem.from_tensors(q, k, v)
+        layout = {name: getattr(copied, name) for name in _LAYOUT}
+        problem = dataclasses.replace(problem, **layout)
+    is_packed = problem.varlen == "packed"
+    tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, dlse, is_packed)
+    plans = plans or _select(problem)
+    tensors |= _sums_of(problem, plans, q)
+    for plan in plans:
         run(problem, plan, tensors)
     dq, dk, dv = (
         laid_out_as(x, tensors[name]) for x, name in zip(given, ("dq", "dk", "dv"), strict=True)
@@ -79,20 +89,35 @@ def fused_backward(
     return dq, dk, dv
 
 
+def _select(problem: Problem) -> BwdPlans | OneKernelPlans:
+    if determinism.may_differ() and plan_one.obstacle(problem) is None:
+        return plan_one.select_one_kernel_plans(problem)
+    return select_plans(problem)
+
+
+def _sums_of(problem: Problem, plans: BwdPlans | OneKernelPlans, q: Tensor) -> dict[str, Tensor]:
+    """Return by name the memory that blocks add up in, if the plans have some."""
+    if not isinstance(plans, OneKernelPlans):
+        return {}
+    return {"dq_sums": q.new_empty(plan_one.sums_shape(problem), dtype=torch.float32)}
+
+
 def _named(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    seqlens_k: Tensor | None,
+    lengths: Mapping[str, Tensor],
     out: Tensor,
     lse: Tensor,
     dout: Tensor | None,
     dlse: Tensor | None,
+    is_packed: bool = False,
 ) -> dict[str, Tensor]:
     """Return the kernels' tensors by name, copied where they cannot be read as they are; those that
     are written are new, and hold anything."""
-    out = _readable(out).contiguous()
+    out = _readable(out)
+    out = as_batch(as_rows(out).contiguous()) if is_packed else out.contiguous()
     tensors = {
         "q": q,
         "k": k,
@@ -107,8 +132,7 @@ def _named(
     }
     if mask is not None:
         tensors["mask"] = mask
-    if seqlens_k is not None:
-        tensors["seqlens_k"] = seqlens_k
+    tensors |= lengths
     if dlse is not None:
         tensors["dlse"] = dlse.contiguous()
     return tensors
@@ -147,7 +171,9 @@ def prepare_on_gpu(
     if problem.is_empty or any(_readable(x) is not x for x in (q, k, v)):
         return None
     given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
-    tensors = _named(q, k, v, mask, None, out, lse, dout, None)
+    tensors = _named(q, k, v, mask, {}, out, lse, dout, None)
+    plans = _select(problem)
+    tensors |= _sums_of(problem, plans, q)
     if any(tensors[name] is not x for name, x in given.items()):
         return None
     tensors = given | tensors  # in this order, then the mask and what is made
@@ -159,7 +185,7 @@ def prepare_on_gpu(
         if x is not None
     ]  # fmt: skip
     names = tuple(tensors)
-    kernels = [kernel_of(problem, plan, tensors) for plan in select_plans(problem)]
+    kernels = [kernel_of(problem, plan, tensors) for plan in plans]
     results = [new.index(name) for name in ("dq", "dk", "dv")]
 
     def run(

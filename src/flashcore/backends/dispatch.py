@@ -29,7 +29,8 @@ from flashcore.backends.sinks import joined_by_sinks, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
-from flashcore.launch.types import Addresses, Call
+from flashcore.launch.allocation import unseen_scores
+from flashcore.launch.types import Addresses, Call, Computed
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import as_batch
 
@@ -170,8 +171,9 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
     Returns:
         A function of q, k, v, mask and the addresses of the first three that returns out, [batch,
         num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q, seqlen_q], or
-        None unless problem.return_lse. It may be called again with other tensors of the same
-        description, by several threads. Where there are sinks, see launch/types.py.
+        None unless problem.return_lse; with problem.return_max_score also max_score, [batch,
+        num_heads_q]. It may be called again with other tensors of the same description, by several
+        threads. Where there are sinks, see launch/types.py.
     """
     if problem.is_empty or backend == "meta":
         return functools.partial(_run_empty, problem)
@@ -198,7 +200,8 @@ def _prepare_adapted(backend: str, problem: Problem, device: torch.device) -> Ca
     from flashcore.launch import launcher
 
     launcher.start()
-    return kernel_call(planned_as(problem), KERNELS[backend], device).with_keys(problem).run
+    call = kernel_call(planned_as(problem), KERNELS[backend], device).with_keys(problem).run
+    return functools.partial(_run_max_score, problem, call) if problem.return_max_score else call
 
 
 @functools.lru_cache(maxsize=1024)
@@ -209,6 +212,19 @@ def kernel_call(problem: Problem, kernel: str, device: torch.device) -> KernelCa
     return KernelCall(problem, plan_of(problem, problem.arch, kernel), device)
 
 
+def _run_max_score(
+    problem: Problem,
+    call: Call,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    addresses: Addresses,
+) -> Computed:
+    max_score = unseen_scores(problem, q)
+    return *call(q, k, v, mask, (*addresses, max_score.data_ptr())), max_score
+
+
 def _run_empty(
     problem: Problem,
     q: torch.Tensor,
@@ -217,12 +233,12 @@ def _run_empty(
     mask: torch.Tensor | None,
     addresses: Addresses,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Computed:
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
-    out = q.new_zeros((*rows_shape, problem.head_dim_v))
-    if not problem.return_lse:
-        return out, None
-    return out, lse_of_no_keys(q.new_empty(rows_shape, dtype=problem.lse_dtype), sinks)
+    out, lse = q.new_zeros((*rows_shape, problem.head_dim_v)), None
+    if problem.return_lse:
+        lse = lse_of_no_keys(q.new_empty(rows_shape, dtype=problem.lse_dtype), sinks)
+    return (out, lse, unseen_scores(problem, q)) if problem.return_max_score else (out, lse)
 
 
 def _run_adapted(
@@ -234,14 +250,14 @@ def _run_adapted(
     mask: torch.Tensor | None,
     addresses: Addresses,
     *sinks: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Computed:
     if adapted.problem.varlen == "packed":
         q, k, v = as_batch(q), as_batch(k), as_batch(v)
     q, k, v = adapted.tensors(q, k, v)
     # What follows the three are addresses of lengths and sinks.
-    addresses = (q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:])
-    out, lse = call(q, k, v, mask, addresses, *sinks)
-    return adapted.result(out), lse
+    addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]
+    out, *others = call(q, k, v, mask, addresses, *sinks)
+    return adapted.result(out), *others
 
 
 def _run_sim(
@@ -253,15 +269,17 @@ def _run_sim(
     mask: torch.Tensor | None,
     addresses: Addresses,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Computed:
     from flashcore.sim import simulate
 
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out = q.new_empty((*rows_shape, problem.head_dim_v))
     lse = q.new_empty(rows_shape, dtype=problem.lse_dtype) if problem.return_lse else None
+    max_score = unseen_scores(problem, q) if problem.return_max_score else None
     others = None if sinks is None else {"sinks": sinks}
-    simulate(problem, plan, q, k, v, mask, out, lse, None, others, seed=env.sim_seed())
-    return out, lse
+    seed = env.sim_seed()
+    simulate(problem, plan, q, k, v, mask, out, lse, None, others, max_score=max_score, seed=seed)
+    return (out, lse) if max_score is None else (out, lse, max_score)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -289,7 +307,10 @@ def _run_torch(
     mask: torch.Tensor | None,
     addresses: Addresses,
     sinks: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> Computed:
+    row_maxima = None
+    if problem.return_max_score:
+        row_maxima = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
     with without_autocast(problem.device):
         result: tuple[torch.Tensor, torch.Tensor | None] | None = None
         if sdpa_cpu.means_the_same(problem):
@@ -297,8 +318,8 @@ def _run_torch(
         elif sdpa_gpu.means_the_same(problem):
             result = sdpa_gpu.attention_by_sdpa(problem, q, k, v, mask)
         if result is None:
-            result = attention_tiled(problem, q, k, v, mask, sinks)
+            result = attention_tiled(problem, q, k, v, mask, row_maxima, sinks)
         elif sinks is not None:
             result = joined_by_sinks(*result, sinks)
-    out, lse = result
-    return out, lse if problem.return_lse else None
+    out, lse = result[0], result[1] if problem.return_lse else None
+    return (out, lse) if row_maxima is None else (out, lse, row_maxima.amax(2))

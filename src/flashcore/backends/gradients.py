@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,8 +23,9 @@ from flashcore.backends.backward_sm90 import (
     run_on_gpu,
 )
 from flashcore.backends.tiled import attention_backward_tiled
-from flashcore.base import env
+from flashcore.base import determinism, env
 from flashcore.errors import BackendUnavailableError, FallbackWarning
+from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.plan import ARCH as SM90_ARCH
 from flashcore.kernels.bwd_sm90.plan import obstacle as obstacle_to_sm90
 from flashcore.kernels.bwd_sm90.plan import obstacle_anywhere
@@ -64,6 +66,10 @@ def choose_backward(
     reason = _obstacle_to_ours(problem, backend, mask_grad_elements > 0)
     if reason is None:
         where = "sim" if backend == "sim" else "sm90"
+        if determinism.may_differ() and plan_one.obstacle(problem) is None:
+            return BackwardChoice(
+                where, "one fused kernel for Hopper; its sums have no fixed order"
+            )
         return BackwardChoice(where, "fused kernels for Hopper, deterministic")
     if backend == "sim":
         return BackwardChoice("tiled", reason)
@@ -99,29 +105,27 @@ def _warn_of_fallback(reason: str) -> None:
     )
 
 
-def padded_gradients(
+def gradients_with_lengths(
     problem: Problem,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     mask: Tensor | None,
-    seqlens_k: Tensor,
+    lengths: Mapping[str, Tensor],
     out: Tensor,
     lse: Tensor,
     dout: Tensor | None,
     dlse: Tensor | None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Compute dq, dk and dv of a padded batch without reading its lengths, or return None where no
-    fused kernel does; the arguments are those of `attention_gradients`."""
+    """Compute dq, dk and dv of sequences of different lengths without reading these, or return None
+    where no fused kernel does; the arguments are those of `fused_backward`."""
     code = choose_backward(problem, backend=backend).code
     if code not in ("sm90", "sim") or problem.is_empty:
         return None
     run = run_on_gpu if code == "sm90" else run_in_simulator
     try:
-        return fused_backward(
-            problem, q, k, v, mask, out, lse, dout, dlse, run, seqlens_k=seqlens_k
-        )
+        return fused_backward(problem, q, k, v, mask, out, lse, dout, dlse, run, lengths=lengths)
     except BackendUnavailableError as error:
         if code == "sim":
             raise

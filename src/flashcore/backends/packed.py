@@ -7,6 +7,7 @@ begins. It lies on the device and is never read by the host, except where PyTorc
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,12 +15,14 @@ import torch
 
 from flashcore.backends.dispatch import KERNELS, adapt_for, plan_of, prepare, without_autocast
 from flashcore.backends.gradients import attention_gradients, choose_backward
-from flashcore.backends.sinks import as_logits, gradient_of_sinks, lse_of_no_keys
+from flashcore.backends.gradients import gradients_with_lengths as fused_gradients
+from flashcore.backends.sinks import as_logits, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.backends.torch_backward import packed_flash_gradients
 from flashcore.base import env
+from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Causal, Problem, Window, widest_band
-from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.memory_layout import as_batch, as_rows, with_strides_of_empty_like
 from flashcore.problem.options import Inputs, Results
 from flashcore.problem.validation import (
     certainly,
@@ -60,18 +63,25 @@ def check_packed(
 
 def check_lengths(name: str, x: object, q: Tensor) -> None:
     """Raise unless `x` is a contiguous int32 vector on q's device."""
+    check_integers(name, x, q, 1, "one dimension")
+    assert isinstance(x, Tensor)
+    if not x.is_contiguous():
+        raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
+
+
+def check_integers(name: str, x: object, q: Tensor, rank: int, dimensions: str) -> None:
+    """Raise unless `x` is an int32 tensor on q's device with so many `dimensions`, as a message
+    says it."""
     check_plain_tensor(name, x)
     assert isinstance(x, Tensor)
     if x.dtype != torch.int32:
         raise TypeError(f"{name} has dtype {x.dtype}; it must be int32: pass {name}.int()")
-    if x.dim() != 1:
-        raise ValueError(f"{name} has shape {shape_text(x)}; it must have one dimension")
+    if x.dim() != rank:
+        raise ValueError(f"{name} has shape {shape_text(x)}; it must have {dimensions}")
     if x.device != q.device:
         raise ValueError(
             f"{name} is on {x.device} but q is on {q.device}; move it with {name}.to(q.device)"
         )
-    if not x.is_contiguous():
-        raise ValueError(f"{name} is not contiguous; pass {name}.contiguous()")
 
 
 def readable(x: Tensor) -> bool:
@@ -168,9 +178,10 @@ def packed_problem(
 
 
 def of_packed(inputs: Inputs) -> tuple[Any, ...]:
-    """Return the arguments of `packed_problem` that lead it."""
-    x = inputs
-    return x.q, x.k, x.v, x.cu_seqlens_q, x.cu_seqlens_k, x.max_seqlen_q, x.max_seqlen_k
+    """Return the arguments of `packed_problem`."""
+    q, k, v, *_ = inputs
+    lengths = inputs.cu_seqlens_q, inputs.cu_seqlens_k
+    return q, k, v, *lengths, inputs.max_seqlen_q, inputs.max_seqlen_k
 
 
 def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
@@ -184,12 +195,12 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q.
         lse: [num_heads_q, total_q].
+        max_score: [num_sequences, num_heads_q], or None unless problem.return_max_score.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
-    sinks = None if inputs.sinks is None else as_logits(inputs.sinks, problem.lse_dtype)
-    others = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    others, sinks = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}, inputs.sinks
     if sinks is not None:
-        others["sinks"] = sinks
+        others["sinks"] = sinks = as_logits(sinks, problem.lse_dtype)
     if backend in KERNELS and not problem.is_empty:
         addresses = tuple(x.data_ptr() for x in (q, k, v, *others.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, None, addresses))
@@ -198,17 +209,23 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     if problem.is_empty or backend == "torch":
         out.zero_()
         lse_of_no_keys(lse, sinks)
+    max_score = unseen_scores(problem, q) if problem.return_max_score else None
     if problem.is_empty:
-        return Results(out, lse)
+        return Results(out, lse, max_score)
     if backend == "torch":
+        row_maxima = None if max_score is None else torch.full_like(lse, -math.inf)
         with without_autocast(problem.device):
             for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
                 own_out, own_lse = attention_tiled(
-                    own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None, sinks
-                )
+                    own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None,
+                    None if row_maxima is None else row_maxima[None, :, queries],
+                    sinks,
+                )  # fmt: skip
                 as_batch(out[queries]).copy_(own_out)
                 lse[:, queries] = own_lse[0]
-        return Results(out, lse)
+        if row_maxima is not None:
+            max_score = max_score_of_rows(row_maxima, cu_seqlens_q)
+        return Results(out, lse, max_score)
 
     from flashcore.sim import simulate
 
@@ -218,8 +235,21 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
         out = q.new_empty((*out.shape[:2], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
     tensors = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
-    simulate(problem, plan, *tensors, out, lse, None, others, seed=env.sim_seed())
-    return Results(adapted.result(out), lse)
+    seed = env.sim_seed()
+    simulate(problem, plan, *tensors, out, lse, None, others, max_score=max_score, seed=seed)
+    return Results(adapted.result(out), lse, max_score)
+
+
+def max_score_of_rows(row_maxima: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+    """Return the largest score of each head of each sequence, [num_sequences, num_heads_q], given
+    those of packed rows, [num_heads_q, total_q]."""
+    heads, total = row_maxima.shape
+    rows = torch.arange(total, device=row_maxima.device)
+    # Rows behind the last sequence count as one more.
+    sequence = (rows[:, None] >= cu_seqlens_q[1:]).sum(-1)
+    lowest = row_maxima.new_full((cu_seqlens_q.shape[0], heads), -math.inf)
+    index = sequence[:, None].expand(total, heads)
+    return lowest.scatter_reduce(0, index, row_maxima.mT, "amax")[:-1]
 
 
 def packed_backward(
@@ -227,8 +257,8 @@ def packed_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v.
 
-    One of torch's operators computes all sequences where it can; else each sequence is computed by
-    itself, for which the host reads the lengths.
+    The fused kernels, or one of torch's operators, compute all sequences where they can; else each
+    sequence is computed by itself, for which the host reads the lengths.
 
     Args:
         problem: the description of the call.
@@ -242,8 +272,20 @@ def packed_backward(
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
     (out, lse), (dout, dlse) = results[:2], arriving[:2]
+    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    fused = fused_gradients(
+        problem, as_batch(q), as_batch(k), as_batch(v), None, lengths, as_batch(out), lse,
+        None if dout is None else as_batch(dout), dlse, backend,
+    )  # fmt: skip
+    if fused is not None:
+        dq, dk, dv = map(as_rows, fused)
+        like = with_strides_of_empty_like
+        return like(q, dq), like(k, dk), like(v, dv)
     if dout is not None and not problem.is_empty:
         choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
+        if choice.code == "sm90":  # which could not be compiled
+            backend = "torch"
+            choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
         if choice.code == "flash":
             return packed_flash_gradients(
                 problem, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout
@@ -270,15 +312,6 @@ def packed_backward(
             as_batch(gradients[1][keys]).copy_(dk)
             as_batch(gradients[2][keys]).copy_(dv)
     return gradients
-
-
-def packed_gradient_of_sinks(inputs: Inputs, results: Results, arriving: Results) -> Tensor | None:
-    """Return the gradient of sinks, of results and gradients as `attention_varlen` has them."""
-    if inputs.sinks is None:
-        return None
-    dout = None if arriving.out is None else as_batch(arriving.out)
-    dlse = None if arriving.lse is None else arriving.lse[None]
-    return gradient_of_sinks(inputs.sinks, as_batch(results.out), results.lse[None], dout, dlse)
 
 
 def _sequences(

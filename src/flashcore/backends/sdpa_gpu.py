@@ -19,9 +19,10 @@ _WIDE_DTYPES = ("float32", "float64")
 
 
 def means_the_same(problem: Problem) -> bool:
-    """Return whether torch's SDPA can compute a problem on a GPU: no softcap, no window, and
-    causality at the upper left. A mask and causality exclude each other there, and so do a mask and
-    lse, which sinks need (backends/sinks.py), besides a result that is not rounded to two bytes."""
+    """Return whether torch's SDPA can compute a problem on a GPU: no softcap, no window, no
+    max_score, and causality at the upper left. A mask and causality exclude each other there, and
+    so do a mask and lse, which sinks need (backends/sinks.py), besides a result that is not rounded
+    to two bytes."""
     is_causal = problem.window_right == problem.diag_offset == 0
     has_no_kernel = (
         problem.dtype in _WIDE_DTYPES or max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX
@@ -31,7 +32,7 @@ def means_the_same(problem: Problem) -> bool:
         problem.device == "cuda"
         and has_no_kernel
         and (problem.dtype in _WIDE_DTYPES or not problem.has_sinks)
-        and not problem.softcap
+        and not (problem.softcap or problem.return_max_score)
         and problem.window_left == -1
         and (is_causal or problem.window_right == -1)
         and (problem.mask is None or not (is_causal or needs_lse))

@@ -16,6 +16,9 @@ import math
 import torch
 from torch import Tensor
 
+from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.options import Inputs, Results
+
 
 def as_logits(sinks: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Return sinks as they are computed with: contiguous, in the dtype of lse."""
@@ -70,3 +73,12 @@ def gradient_of_sinks(
     logits = sinks.to(lse.dtype).unsqueeze(-1).expand_as(lse)
     terms = torch.exp(logits - lse) * delta
     return -terms.masked_fill(logits == -math.inf, 0.0).sum(dim=(0, 2)).to(sinks.dtype)
+
+
+def packed_gradient_of_sinks(inputs: Inputs, results: Results, arriving: Results) -> Tensor | None:
+    """Return the gradient of sinks, of results and gradients as `attention_varlen` has them."""
+    if inputs.sinks is None:
+        return None
+    dout = None if arriving.out is None else as_batch(arriving.out)
+    dlse = None if arriving.lse is None else arriving.lse[None]
+    return gradient_of_sinks(inputs.sinks, as_batch(results.out), results.lse[None], dout, dlse)

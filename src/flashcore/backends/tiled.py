@@ -30,6 +30,7 @@ def attention_tiled(
     k: torch.Tensor,
     v: torch.Tensor,
     mask: torch.Tensor | None,
+    row_maxima: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the forward pass by online softmax.
@@ -40,6 +41,7 @@ def attention_tiled(
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        row_maxima: where the largest score of each row is written, dtype and shape of lse; or None.
         sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
     Returns:
@@ -65,6 +67,8 @@ def attention_tiled(
             row_sum = row_sum * rescale + weight.sum(dim=-1, keepdim=True)
             accum = accum.mul_(rescale).add_(weight @ tiles.keys(v, n))
             row_max = new_max
+        if row_maxima is not None:
+            row_maxima[:, :, m] = tiles.to_heads(row_max).squeeze(-1)
         if sinks is not None:  # one more key, whose value is 0
             sink = tiles.rows(sinks[:, None, None].expand(*rows_shape, 1), m)
             new_max = torch.maximum(row_max, sink)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flashcore.bench.timing import Timing, time_on_cpu, time_on_gpu
@@ -37,4 +39,32 @@ def measure(device: str, dtype: torch.dtype) -> dict[str, float]:
         "matmul_n": float(size),
         "matmul_flops": 2.0 * size**3 / matmul.median,
         "copy_bytes": 2.0 * source.numel() * source.element_size() / copy.median,
+    }
+
+
+def figures(
+    flops: float, num_bytes: float, timing: Timing, limits: dict[str, float]
+) -> dict[str, Any]:
+    """Return what a row of the results says of a timing: rates, the limit, the share of it.
+
+    Args:
+        flops: operations of a call.
+        num_bytes: bytes that it reads and writes at least.
+        timing: of the call.
+        limits: what `measure` returns.
+    """
+    compute = flops / limits["matmul_flops"]
+    memory = num_bytes / limits["copy_bytes"]
+    limit = max(compute, memory)
+    return {
+        "seconds": timing.median,
+        "rounds_seconds": list(timing.rounds),
+        "eager_seconds": timing.eager,
+        "flops": flops,
+        "bytes": num_bytes,
+        "flops_per_second": flops / timing.median,
+        "bytes_per_second": num_bytes / timing.median,
+        "limit_seconds": limit,
+        "limited_by": "compute" if compute >= memory else "memory",
+        "fraction_of_limit": limit / timing.median,
     }

@@ -31,7 +31,7 @@ from flashcore.launch import launcher
 from flashcore.launch.allocation import allocator
 from flashcore.ops import calls, eager
 from flashcore.ops import dense as ops
-from flashcore.problem.options import Options
+from flashcore.problem.options import Options, Wanted
 
 Call = Callable[[], object]
 Entry = tuple[Call, Callable[[], AbstractContextManager[Any]]]  # and a context around many calls
@@ -200,8 +200,12 @@ def _layers(device: str, q: Tensor, k: Tensor, v: Tensor, rounds: int) -> list[d
             q, k, v, None, False, None, None, None, False, "auto"
         ),
         "attention, recorded": lambda: flashcore.attention(leaf, k, v),
-        "the operator, without autograd": lambda: ops.forward(q, k, v, *arguments, False, "auto"),
-        "the operator, recorded": lambda: ops.forward(leaf, k, v, *arguments, True, "auto"),
+        "the operator, without autograd": lambda: ops.forward(
+            q, k, v, *arguments, *Wanted(), "auto"
+        ),
+        "the operator, recorded": lambda: ops.forward(
+            leaf, k, v, *arguments, *Wanted(True), "auto"
+        ),
     }
     samples: dict[str, list[float]] = {name: [] for name in layers}
     with launcher.using("python"):

@@ -4,19 +4,21 @@ other peers are in peers.py."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from flashcore.bench.timing import Passes
 from flashcore.bench.workloads import Workload
 from flashcore.problem.memory_layout import as_batch
 
 Call = Callable[[], Tensor]
 Prepare = Callable[[Workload, Tensor, Tensor, Tensor, "Tensor | None"], Call]
+BindPasses = Callable[[Workload, Sequence[Tensor], Tensor], Passes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,9 @@ class Library:
         groups: where it is timed; None: everywhere.
         max_score_bytes: for those that store all scores.
         compiles_slowly: takes seconds to compile for a shape.
+        head_dims: those that it was built for; None: any.
+        bind_passes: of one that autograd cannot differentiate; binds its backward to a workload, q,
+            k, v and the gradient of the output.
     """
 
     name: str
@@ -38,6 +43,15 @@ class Library:
     groups: tuple[str, ...] | None = None
     max_score_bytes: float | None = None
     compiles_slowly: bool = False
+    head_dims: tuple[int, ...] | None = None
+    bind_passes: BindPasses | None = None
+
+    def row(self, workload: Workload) -> dict[str, Any]:
+        """Return what a row of the results begins with."""
+        row = {"workload": workload.name, **asdict(workload), "library": self.name}
+        if workload.group in ("window", "given"):
+            row["window_tiles"] = workload.window_tiles
+        return row
 
     def skip_reason(self, workload: Workload) -> str | None:
         """Return why this workload is not run, or None."""
@@ -45,6 +59,8 @@ class Library:
             return f"timed only in the groups {' and '.join(self.groups)}"
         if self.compiles_slowly and not workload.compiles:
             return "compiles for seconds per shape, so timed on some shapes only"
+        if self.head_dims is not None and workload.head_dim not in self.head_dims:
+            return f"built for head_dim {', '.join(map(str, self.head_dims))} only"
         wanted = {
             "a window": ("window", workload.window is not None),
             "softcap": ("softcap", workload.softcap is not None),

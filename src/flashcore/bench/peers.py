@@ -4,17 +4,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flashcore.bench.libraries import EVERYTHING, Call, Library, packed
+from flashcore.bench.timing import Passes
 from flashcore.bench.workloads import Workload
 from flashcore.problem.memory_layout import as_batch
 
@@ -31,6 +34,35 @@ def find_peers() -> tuple[list[Library], list[dict[str, str]]]:
         (Library("fa4", _fa4, _POSITIONS), "flash_attn.cute"),
         (Library("torch-varlen", _torch_varlen, frozenset({"varlen"}), ("varlen",)), _VARLEN),
     ]
+    return _importable(candidates)
+
+
+def find_backward_peers() -> tuple[list[Library], list[dict[str, str]]]:
+    """Return the peers with a backward pass, as `find_peers` does."""
+    # JAX would take most of the GPU's memory when it starts.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    deterministic = functools.partial(_fa4, deterministic=True)
+    by_jax = Library(
+        "fa3-jax",
+        _not_by_torch,
+        frozenset({"gqa"}),
+        head_dims=(128,),
+        bind_passes=_fa3_jax_passes,
+    )
+    candidates = [
+        (Library("flex", _flex, EVERYTHING, compiles_slowly=True), "triton"),
+        (Library("fa3", _fa3, _POSITIONS | {"varlen"}), "flash_attn_interface"),
+        (by_jax, "flash_attn3_jax"),
+        (Library("fa4", _fa4, _POSITIONS), "flash_attn.cute"),
+        (Library("fa4-deterministic", deterministic, _POSITIONS), "flash_attn.cute"),
+        (Library("torch-varlen", _torch_varlen, frozenset({"varlen"}), ("varlen",)), _VARLEN),
+    ]
+    return _importable(candidates)
+
+
+def _importable(
+    candidates: Sequence[tuple[Library, str]],
+) -> tuple[list[Library], list[dict[str, str]]]:
     found, left_out = [], []
     for library, module in candidates:
         try:
@@ -160,14 +192,56 @@ def packed_call(function: Callable[..., Any], arguments: Any, options: dict[str,
     return call
 
 
-def _fa4(workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Call:
+def _fa4(
+    workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any
+) -> Call:
     """Return a call of FlashAttention-4, where None is an unbounded side of a window."""
     del mask
     from flash_attn.cute import flash_attn_func
 
     left, right = (-1, -1) if workload.window is None else workload.window
     window = (left if left >= 0 else None, right if right >= 0 else None)
-    return rows_first_call(flash_attn_func, workload, (q, k, v), window)
+    return rows_first_call(flash_attn_func, workload, (q, k, v), window, **options)
+
+
+def _not_by_torch(*_: object) -> Call:
+    raise NotImplementedError("autograd cannot differentiate it")
+
+
+def _fa3_jax_passes(workload: Workload, leaves: Sequence[Tensor], dout: Tensor) -> Passes:
+    """Return FlashAttention-3's passes by its binding for JAX, which takes [batch, seqlen,
+    num_heads, head_dim]. No CUDA graph of torch holds them: they are timed by the clock."""
+    import jax
+    from flash_attn3_jax import flash_mha
+    from jax import dlpack
+
+    rows_first = [
+        dlpack.from_dlpack(x.detach().transpose(1, 2).contiguous()) for x in (*leaves, dout)
+    ]
+    *qkv, cotangent = rows_first
+
+    def attend(*of_call: Any) -> Any:
+        return flash_mha(*of_call, is_causal=workload.causal)
+
+    forward = jax.jit(lambda *of_call: jax.vjp(attend, *of_call))
+    pull_back = jax.jit(lambda pull, of_call: pull(of_call))
+    _, pull = forward(*qkv)
+    last: list[Any] = []  # JAX returns before the GPU has done its work
+
+    def backward() -> Any:
+        last[:] = pull_back(pull, cotangent)
+        return last
+
+    def step() -> Any:
+        _, pull = forward(*qkv)
+        last[:] = pull_back(pull, cotangent)
+        return last
+
+    def gradients() -> list[Tensor]:
+        jax.block_until_ready(backward())
+        return [torch.utils.dlpack.from_dlpack(x).transpose(1, 2) for x in last]
+
+    return Passes(backward, step, gradients, lambda: jax.block_until_ready(last))
 
 
 def rows_first_call(
@@ -175,6 +249,7 @@ def rows_first_call(
     workload: Workload,
     qkv: tuple[Tensor, Tensor, Tensor],
     window: tuple[int | None, int | None],
+    **further: Any,
 ) -> Call:
     """Return a call of a function that takes [batch, seqlen, num_heads, head_dim] and returns out,
     or a tuple that starts with it, depending on its version.
@@ -184,9 +259,10 @@ def rows_first_call(
         workload: what to call it for.
         qkv: [batch, num_heads, seqlen, head_dim] each.
         window: as the function wants it.
+        further: keyword arguments.
     """
     rows_first = [x.transpose(1, 2) for x in qkv]
-    options: dict[str, Any] = {"causal": workload.causal}
+    options: dict[str, Any] = {"causal": workload.causal, **further}
     if workload.window is not None:
         options["window_size"] = window
     if workload.softcap is not None:

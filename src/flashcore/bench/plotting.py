@@ -9,8 +9,8 @@ from flashcore.bench.report import Document, Row, libraries_of
 
 # Okabe and Ito's colours, which colour-blind readers tell apart. flashcore has the strongest.
 _OURS = "#D55E00"
-_OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_MARKERS = "osD^vPX"
+_OTHERS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000", "#999999")
+_MARKERS = "osD^vPXh"
 _LABEL_GAP = 0.055  # between two names at the lines' ends, as a part of the axis
 
 
@@ -55,7 +55,7 @@ def plot(document: Document, path: Path) -> None:
         axis.set_xlabel("sequence length")
     name = document["gpu"]["name"] if document["gpu"] else document["cpu"]
     dtypes = ", ".join(sorted({row["dtype"] for row in rows}))
-    figure.suptitle(f"Attention forward, {dtypes}, {name}", fontsize=11)
+    figure.suptitle(f"Attention {document.get('pass', 'forward')}, {dtypes}, {name}", fontsize=11)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -22,6 +22,7 @@ TITLES = {
     "decode-more": "Decoding: other heads, head_dims and batches; several queries",
     "varlen": "Packed sequences of different lengths",
     "random": "Shapes drawn at random",
+    "given": "Shapes that were asked for",
 }
 
 
@@ -34,17 +35,32 @@ def markdown(document: Document) -> str:
     for group in dict.fromkeys(row["group"] for row in everything):
         rows = [row for row in everything if row["group"] == group]
         parts.append(f"### {TITLES.get(group, group)}\n\n{times_table(rows)}")
-        parts.append(f"Largest / mean absolute error against float64:\n\n{errors_table(rows)}")
+        if document.get("pass") == "backward":
+            parts.append(f"Forward and backward, host included:\n\n{eager_table(rows)}")
+        what = "of dq, dk and dv " if document.get("pass") == "backward" else ""
+        title = f"Largest / mean absolute error {what}against float64:"
+        parts.append(f"{title}\n\n{errors_table(rows)}")
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def summary_table(rows: Sequence[Row]) -> str:
     """Return one line a group: geometric means of time over flashcore's time."""
     lines = []
-    for group, found in summarize(rows).items():
+    for group, found in means(rows):
         each = ", ".join(f"{name} {times(ratio)}" for name, ratio in found["vs"].items())
         lines.append([*mean_cells(group, found), each])
     return table(["group", "shapes", "vs best peer", "ahead on", "at least", "vs each"], lines)
+
+
+def means(rows: Sequence[Row]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Return the parts of `summarize` with a name: groups, and of a backward pass also the same
+    together with the forward and the host."""
+    parts = []
+    for group, found in summarize(rows).items():
+        parts.append((group, found))
+        if found.get("with_host"):
+            parts.append((f"{group}, with forward and host", found["with_host"]))
+    return parts
 
 
 def mean_cells(group: str, found: Mapping[str, Any]) -> list[str]:
@@ -138,6 +154,22 @@ def times_table(rows: Sequence[Row]) -> str:
         )
         lines.append([*cells, times(speedup(entries))])
     return table([unit(group), *libraries, "flashcore: of limit", "vs best peer"], lines)
+
+
+def eager_table(rows: Sequence[Row]) -> str:
+    """Return microseconds of an eager call of each library, and flashcore's speed beside the
+    best."""
+    libraries = libraries_of(rows)
+    lines = []
+    for workload, entries in by_workload(rows, rows[0]["group"]).items():
+        cells = [eager_time(entries.get(library)) for library in libraries]
+        lines.append([workload, *cells, times(speedup(entries, "eager_seconds"))])
+    return table(["us", *libraries, "vs best peer"], lines)
+
+
+def eager_time(row: Row | None) -> str:
+    """Return a row's microseconds of an eager call."""
+    return "-" if row is None else f"{row['eager_seconds'] * 1e6:.1f}"
 
 
 def errors_table(rows: Sequence[Row]) -> str:

@@ -11,34 +11,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flashcore.base import env, machine
-from flashcore.bench import ceilings
+from flashcore.bench import backward, ceilings
+from flashcore.bench.checking import Slices
 from flashcore.bench.libraries import Call, Library, cpu_libraries, gpu_libraries
 from flashcore.bench.peers import find_peers
 from flashcore.bench.summary import summarize
 from flashcore.bench.timing import Timing, first_line, time_on_cpu, time_on_gpu
 from flashcore.bench.workloads import GROUPS, Workload, cpu_shapes, sweep
-from flashcore.checks.reference import attention_oracle
 from flashcore.selection import tile_table, tuned
-
-# The oracle stores scores in float64, so long sequences are checked on their first and last rows.
-_CHECKED_ROWS = 256
 
 
 def workloads_for(
-    device: str, quick: bool = False, groups: Sequence[str] | None = None
+    device: str,
+    quick: bool = False,
+    groups: Sequence[str] | None = None,
+    is_backward: bool = False,
 ) -> list[Workload]:
     """Return the shapes a run covers on a device.
 
     Args:
         device: "cuda" or "cpu".
         quick: the seed's shape and a short sweep, unless `groups` says otherwise.
-        groups: keys of GROUPS, or None for all.
+        groups: keys of GROUPS, or None for all; of the backward's own groups, or None for its
+            sweep.
+        is_backward: of the backward pass.
     """
     if device == "cpu":
         return cpu_shapes()
+    if is_backward:
+        names = ("sweep",) if groups is None else groups
+        of_groups = [
+            backward.sweep(quick) if name == "sweep" else backward.GROUPS[name]() for name in names
+        ]
+        return [shape for shapes in of_groups for shape in shapes]
     if groups is None and quick:
         groups = ("seed", "sweep")
     chosen: list[Workload] = []
@@ -54,6 +61,7 @@ def run(
     workloads: Sequence[Workload] | None = None,
     without: Sequence[str] = (),
     minutes: float | None = None,
+    is_backward: bool = False,
     on_step: Callable[[str], None] = lambda name: None,
 ) -> dict[str, Any]:
     """Run the benchmark.
@@ -64,54 +72,55 @@ def run(
         workloads: the shapes, or None for all.
         without: names of libraries to leave out.
         minutes: after so long no other shape is begun; those left say so in the results.
+        is_backward: time gradients of q, k and v, and both passes together, host included.
         on_step: called with the name of each workload before it runs.
 
     Returns:
-        A document of plain values: date, command, machine, ceilings, tuned (whether tiles found by
-        `flashcore tune` were there to be used), tile_table (date of the table that ships, if it
-        was), left_out (libraries that are not here, and why),
+        A document of plain values: pass ("forward" or "backward"), date, command, machine,
+        ceilings, tuned (whether tiles found by `flashcore tune` were there to be used), tile_table
+        (date of the table that ships, if it was), left_out (libraries that are not here, and why),
         summary (see summary.py), results (one object for each workload and library, seconds and
         errors, or the reason why it did not run).
     """
     on_gpu = device == "cuda"
     libraries = cpu_libraries()
     left_out: list[dict[str, str]] = []
-    if on_gpu:
+    if is_backward:
+        libraries, left_out = backward.find_libraries(device)
+    elif on_gpu:
         peers, left_out = find_peers()
         libraries = gpu_libraries() + peers
     left_out += [{"library": name, "reason": "not asked for"} for name in without]
     libraries = [library for library in libraries if library.name not in without]
-    chosen = list(workloads) if workloads is not None else workloads_for(device)
+    if workloads is None:
+        workloads = workloads_for(device, is_backward=is_backward)
+    run_workload = backward.run_workload if is_backward else _run_workload
     begun = time.monotonic()
     on_step("ceilings")
     limits = ceilings.measure(device, torch.float16 if on_gpu else torch.float32)
     results: list[dict[str, Any]] = []
-    for workload in chosen:
+    for workload in workloads:
         if minutes is not None and time.monotonic() - begun >= 60 * minutes:
             reason = f"not begun within {minutes:g} minutes"
-            results += [_row(workload, library) | {"skipped": reason} for library in libraries]
+            results += [library.row(workload) | {"skipped": reason} for library in libraries]
             continue
         on_step(workload.name)
         try:
-            results += _run_workload(workload, libraries, device, rounds, limits)
+            results += run_workload(workload, libraries, device, rounds, limits)
         except Exception as error:  # such as no memory for its tensors; what is measured is kept
             reason = first_line(error)
-            results += [_row(workload, library) | {"skipped": reason} for library in libraries]
+            results += [library.row(workload) | {"skipped": reason} for library in libraries]
     gpu = machine.gpu() if on_gpu else None
     return {
         "schema": 1,
+        "pass": "backward" if is_backward else "forward",
         "date": machine.now(),
         "command": command_line(),
         "device": device,
         "gpu": None if gpu is None else asdict(gpu),
         "cpu": machine.cpu_name(),
         "versions": machine.versions(),
-        "method": (
-            "CUDA graph replays, libraries in a new order every round, "
-            f"median of {rounds} rounds, warm L2"
-            if on_gpu
-            else f"one call a round, libraries in turn, median of {rounds} rounds"
-        ),
+        "method": _method(on_gpu, rounds, is_backward),
         "ceilings": limits,
         "tuned": on_gpu and env.tuned() and bool(tuned.read(tuned.path_for(tuned.gpu_arch()))),
         "tile_table": _tile_table_date() if on_gpu else None,
@@ -119,6 +128,43 @@ def run(
         "summary": summarize(results),
         "results": results,
     }
+
+
+def _method(on_gpu: bool, rounds: int, is_backward: bool) -> str:
+    what = "gradients of q, k and v by autograd; " if is_backward else ""
+    if not on_gpu:
+        return f"{what}one call a round, libraries in turn, median of {rounds} rounds"
+    text = (
+        f"{what}CUDA graph replays, libraries in a new order every round, median of {rounds} "
+        "rounds, warm L2"
+    )
+    eager = "; forward and backward together by the clock, eager calls back to back"
+    return text + (eager if is_backward else "")
+
+
+def joined(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return one document with the results of several, that were measured in parts.
+
+    Args:
+        documents: of one machine and one kind, the date, command and ceilings are the first one's.
+
+    Raises:
+        ValueError: they are of different machines, versions or passes, or have a shape in common.
+    """
+    first, *others = documents
+    results = list(first["results"])
+    for other in others:
+        for name in ("pass", "device", "cpu", "versions"):
+            if first.get(name) != other.get(name):
+                raise ValueError(f"{name} differs: {first.get(name)} and {other.get(name)}")
+        if (first["gpu"] or {}).get("name") != (other["gpu"] or {}).get("name"):
+            raise ValueError(f"gpu differs: {first['gpu']} and {other['gpu']}")
+        known = {(row["group"], row["workload"]) for row in results}
+        for row in other["results"]:
+            if (row["group"], row["workload"]) in known:
+                raise ValueError(f"{row['group']}: {row['workload']} was measured in both")
+        results += other["results"]
+    return first | {"results": results, "summary": summarize(results)}
 
 
 def _tile_table_date() -> str | None:
@@ -155,98 +201,20 @@ def _run_workload(
             outcomes[library.name] = reason
     with torch.no_grad():
         outcomes |= (time_on_gpu if device == "cuda" else time_on_cpu)(calls, rounds)
-        expected = _Slices(workload, q, k, v, mask)
+        expected = Slices(workload, q, k, v, mask)
         rows = []
         for library in libraries:
             outcome = outcomes[library.name]
-            row = _row(workload, library)
+            row = library.row(workload)
             if isinstance(outcome, str):
                 row["skipped"] = outcome
             else:
                 try:
                     row |= expected.errors(calls[library.name]())
-                    row |= _figures(workload, outcome, limits)
+                    row |= ceilings.figures(workload.flops, workload.num_bytes, outcome, limits)
                 except Exception as error:  # such as a result of another shape
                     row["skipped"] = first_line(error)
             rows.append(row)
     if device == "cuda":
         torch.cuda.empty_cache()
     return rows
-
-
-def _row(workload: Workload, library: Library) -> dict[str, Any]:
-    """Return what a row of the results begins with."""
-    row = {"workload": workload.name, **asdict(workload), "library": library.name}
-    if workload.group == "window":
-        row["window_tiles"] = workload.window_tiles
-    return row
-
-
-def _figures(workload: Workload, timing: Timing, limits: dict[str, float]) -> dict[str, Any]:
-    compute = workload.flops / limits["matmul_flops"]
-    memory = workload.num_bytes / limits["copy_bytes"]
-    limit = max(compute, memory)
-    return {
-        "seconds": timing.median,
-        "rounds_seconds": list(timing.rounds),
-        "eager_seconds": timing.eager,
-        "flops": workload.flops,
-        "bytes": workload.num_bytes,
-        "flops_per_second": workload.flops / timing.median,
-        "bytes_per_second": workload.num_bytes / timing.median,
-        "limit_seconds": limit,
-        "limited_by": "compute" if compute >= memory else "memory",
-        "fraction_of_limit": limit / timing.median,
-    }
-
-
-class _Slices:
-    """Hold the float64 output of the first and last query rows of the first and last head of batch
-    0."""
-
-    def __init__(
-        self, workload: Workload, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> None:
-        heads_q, heads_kv, length = workload.num_heads, workload.heads_kv, workload.seqlen
-        self.heads = sorted({0, heads_q - 1})
-        heads_of_k = [head // (heads_q // heads_kv) for head in self.heads]
-        count = min(_CHECKED_ROWS, length)
-        self.rows = torch.tensor(sorted({*range(count), *range(length - count, length)}))
-        self.rows = self.rows.to(q.device)
-        self.expected = attention_oracle(
-            q[:1, self.heads][:, :, self.rows],
-            k[:1, heads_of_k],
-            v[:1, heads_of_k],
-            softcap=workload.softcap,
-            mask=self._bias(workload, mask),
-        )[0]
-
-    def _bias(self, workload: Workload, mask: Tensor | None) -> Tensor:
-        """Return mask tensor, causality and window as one additive mask of the checked rows."""
-        keys = torch.arange(workload.keys, device=self.rows.device)
-        ahead = keys[None, :] - (self.rows[:, None] + workload.keys - workload.seqlen)
-        left, right = (-1, -1) if workload.window is None else workload.window
-        hidden = torch.zeros_like(ahead, dtype=torch.bool)
-        if workload.causal or right >= 0:
-            hidden |= ahead > (0 if workload.causal else right)
-        if left >= 0:
-            hidden |= ahead < -left
-        if workload.lengths is not None:
-            numbers = torch.arange(len(workload.lengths), device=keys.device)
-            lengths = torch.tensor(workload.lengths, device=keys.device)
-            sequence = numbers.repeat_interleave(lengths)
-            hidden |= sequence[None, :] != sequence[self.rows][:, None]
-        bias = torch.zeros(ahead.shape, dtype=torch.float64, device=ahead.device)[None, None]
-        if mask is not None:
-            shape = (1, workload.num_heads, workload.seqlen, workload.keys)
-            part = mask[:1].expand(shape)[:, self.heads][:, :, self.rows]
-            if mask.dtype == torch.bool:
-                hidden = hidden | ~part
-            else:
-                bias = part.double()
-        return bias.masked_fill(hidden, -torch.inf)
-
-    def errors(self, out: Tensor) -> dict[str, float]:
-        """Return largest and mean absolute error of an output."""
-        error = (out[:1, self.heads][:, :, self.rows].double() - self.expected).abs()
-        return {"max_error": float(error.max()), "mean_error": float(error.mean())}

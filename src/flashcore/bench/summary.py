@@ -24,18 +24,18 @@ def by_workload(rows: Iterable[Row], group: str) -> dict[str, dict[str, Row]]:
     return grouped
 
 
-def best_peer(entries: Entries) -> Row | None:
-    """Return the fastest row that is not flashcore's, or None."""
+def best_peer(entries: Entries, time: str = "seconds") -> Row | None:
+    """Return the row with the least time that is not flashcore's, or None."""
     others = [row for name, row in entries.items() if not name.startswith(OURS)]
-    return min(others, key=lambda row: float(row["seconds"]), default=None)
+    return min(others, key=lambda row: float(row[time]), default=None)
 
 
-def speedup(entries: Entries) -> float | None:
-    """Time of the best peer over flashcore's."""
-    ours, other = entries.get(OURS), best_peer(entries)
+def speedup(entries: Entries, time: str = "seconds") -> float | None:
+    """Return the time of the best peer over flashcore's; `time` names the field of a row."""
+    ours, other = entries.get(OURS), best_peer(entries, time)
     if ours is None or other is None:
         return None
-    return float(other["seconds"]) / float(ours["seconds"])
+    return float(other[time]) / float(ours[time])
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -53,31 +53,42 @@ def summarize(rows: Sequence[Row]) -> dict[str, Any]:
         By group: `shapes` compared; the geometric mean of time of the best peer / flashcore's
         (`vs_best_peer`), its smallest with the workload's name (`least`, `least_at`), and on how
         many shapes it is above 1 (`ahead`); `vs`, the mean against each library on the shapes that
-        both ran. For windows also `window_cost`, see there.
+        both ran. For windows also `window_cost`, see there. Of a backward pass also `with_host`,
+        the same of forward and backward together, host included.
     """
     result: dict[str, Any] = {}
     for group in dict.fromkeys(row["group"] for row in rows):
         workloads = by_workload(rows, group)
-        speedups = {
-            name: value
-            for name, entries in workloads.items()
-            if (value := speedup(entries)) is not None
-        }
-        if not speedups:
+        found = _beside_the_best(workloads, "seconds")
+        if found is None:
             continue
-        least = min(speedups, key=speedups.__getitem__)
-        result[group] = {
-            "shapes": len(speedups),
-            "vs_best_peer": geometric_mean(list(speedups.values())),
-            "ahead": sum(value > 1 for value in speedups.values()),
-            "least": speedups[least],
-            "least_at": least,
-            "vs": _by_library(workloads.values()),
-        }
+        result[group] = found
+        if any(row.get("pass") == "backward" for row in rows if row["group"] == group):
+            result[group]["with_host"] = _beside_the_best(workloads, "eager_seconds")
         costs = window_cost(list(workloads.values()))
         if costs:
             result[group]["window_cost"] = costs
     return result
+
+
+def _beside_the_best(workloads: Mapping[str, Entries], time: str) -> dict[str, Any] | None:
+    """Return the means of a group, or None where nobody else was timed."""
+    speedups = {
+        name: value
+        for name, entries in workloads.items()
+        if (value := speedup(entries, time)) is not None
+    }
+    if not speedups:
+        return None
+    least = min(speedups, key=speedups.__getitem__)
+    return {
+        "shapes": len(speedups),
+        "vs_best_peer": geometric_mean(list(speedups.values())),
+        "ahead": sum(value > 1 for value in speedups.values()),
+        "least": speedups[least],
+        "least_at": least,
+        "vs": _by_library(workloads.values(), time),
+    }
 
 
 def worst(rows: Sequence[Row], group: str, count: int = 5) -> list[tuple[str, float, str]]:
@@ -99,12 +110,12 @@ def worst(rows: Sequence[Row], group: str, count: int = 5) -> list[tuple[str, fl
     return sorted(found, key=lambda entry: entry[1])[:count]
 
 
-def _by_library(workloads: Iterable[Entries]) -> dict[str, float]:
+def _by_library(workloads: Iterable[Entries], time: str) -> dict[str, float]:
     ratios: dict[str, list[float]] = {}
     for entries in workloads:
         for name, row in entries.items():
             if OURS in entries and name != OURS:
-                ratio = float(row["seconds"]) / float(entries[OURS]["seconds"])
+                ratio = float(row[time]) / float(entries[OURS][time])
                 ratios.setdefault(name, []).append(ratio)
     return {name: geometric_mean(values) for name, values in ratios.items()}
 
@@ -134,7 +145,7 @@ def window_cost(workloads: Sequence[Entries]) -> dict[str, dict[str, float]]:
     for entries in workloads:
         for library, row in entries.items():
             base = plain.get(shape(row))
-            if row.get("window") is None or base is None:
+            if row.get("window") is None or base is None or "window_tiles" not in row:
                 continue
             time = row["seconds"] / base["seconds"]
             share = row["window_tiles"] / base["window_tiles"]

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from flashcore.checks.reference import attention_oracle, visible_pairs
+from flashcore.checks.reference import attention_oracle, max_score_oracle, visible_pairs
 from flashcore.problem import Causal, Window
 
 FACTOR = 2.0
@@ -46,7 +46,8 @@ class ErrorReport:
         mean_limit: what mean_error may be.
         lse_error: largest `|lse - oracle| / (1 + |oracle|)`, inf when the rows at -inf differ;
             None when no lse was given.
-        lse_limit: what lse_error may be.
+        lse_limit: what lse_error may be, and max_score_error.
+        max_score_error: the same of the largest score of each head; None when it was not given.
     """
 
     max_error: float
@@ -57,11 +58,15 @@ class ErrorReport:
     mean_limit: float
     lse_error: float | None
     lse_limit: float
+    max_score_error: float | None = None
 
     @property
     def ok(self) -> bool:
         """Return whether the result passes. A NaN fails every comparison, so it never passes."""
-        lse_ok = self.lse_error is None or self.lse_error <= self.lse_limit
+        lse_ok = all(
+            error is None or error <= self.lse_limit
+            for error in (self.lse_error, self.max_score_error)
+        )
         return self.max_error <= self.max_limit and self.mean_error <= self.mean_limit and lse_ok
 
     def __str__(self) -> str:
@@ -72,6 +77,8 @@ class ErrorReport:
         )
         if self.lse_error is not None:
             text += f", lse error {self.lse_error:.3g} (limit {self.lse_limit:.3g})"
+        if self.max_score_error is not None:
+            text += f", max_score error {self.max_score_error:.3g} (limit {self.lse_limit:.3g})"
         return text
 
 
@@ -88,6 +95,7 @@ def error_report(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    max_score: torch.Tensor | None = None,
 ) -> ErrorReport:
     """Judge a result of `attention` by the rule above.
 
@@ -103,19 +111,23 @@ def error_report(
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
+        max_score: [batch, num_heads_q], the result's max_score, or None not to judge it.
 
     Returns:
         The errors and their limits; `report.ok` is the verdict, `str(report)` a line for people.
     """
-    options: dict[str, Any] = {
+    of_scores: dict[str, Any] = {
         "causal": causal,
         "scale": scale,
         "window": window,
         "softcap": softcap,
         "mask": mask,
-        "sinks": sinks,
     }
+    options = of_scores | {"sinks": sinks}
     want, want_lse = attention_oracle(q, k, v, **options)
+    max_score_error = None
+    if max_score is not None:
+        max_score_error = lse_error(max_score, max_score_oracle(q, k, **of_scores))
     assert out.shape == want.shape, (out.shape, want.shape)
     plain = torch_math_attention(q, k, v, **options)
     max_error, mean_error = _max_and_mean(out, want)
@@ -131,6 +143,7 @@ def error_report(
         mean_limit=FACTOR * max(torch_mean_error, rounding_mean) + absolute,
         lse_error=None if lse is None else lse_error(lse, want_lse),
         lse_limit=LSE_LIMIT.get(q.dtype, LSE_LIMIT_DEFAULT),
+        max_score_error=max_score_error,
     )
 
 
@@ -192,7 +205,7 @@ def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
     """Return the largest |lse - want| / (1 + |want|).
 
     Args:
-        lse: [batch, num_heads_q, seqlen_q], the result.
+        lse: [batch, num_heads_q, seqlen_q], the result; or the largest score of each head.
         want: the oracle's, float64.
 
     Returns:

@@ -47,6 +47,11 @@ class Inputs:
     mask: Tensor | None
     sinks: Tensor | None = None
 
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """Return what a kernel is given besides, by name."""
+        return {} if self.sinks is None else {"sinks": self.sinks}
+
 
 def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
     """Make the tensors of a case.

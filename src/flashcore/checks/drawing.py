@@ -42,6 +42,7 @@ _BFLOAT16 = {"dtype": "bfloat16"}
 _PACKED = {"packed": True}
 _SINKS = {"sinks": True}
 _FEW = {"few_queries": True}  # with several heads a group, as rows of one
+_MAX_SCORE = {"return_max_score": True}
 
 
 def _dims(head_dim: int, head_dim_v: int | None = None) -> dict[str, Any]:
@@ -63,18 +64,18 @@ _SIM_SM90: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({}, "64x32,key_slices=3,stages=9"),
     (_PACKED | _CAUSAL, "128x32,ping_pong"),
     (_dims(96, 80) | _SINKS, "192x48,ping_pong,stages=3"),
-    (_dims(40, 72) | _BFLOAT16 | {"mask": "additive"}, "128x32,ping_pong"),
+    (_dims(40, 72) | _BFLOAT16 | {"mask": "additive"} | _MAX_SCORE, "128x32,ping_pong"),
     (_CAUSAL, "64x64,blocks=3,stages=3,q_buffers=2"),
     ({"window": (100, -1)}, "192x64,ping_pong"),
     (_dims(128) | {"window": (40, 3), "softcap": 20.0}, "128x48,ping_pong"),
-    (_FEW | _SINKS, "64x32,splits=4"),
+    (_FEW | _MAX_SCORE | _SINKS, "64x32,splits=4"),
     (_TOP_LEFT | {"mask": "padding", "offset": 8}, "128x64"),
     (_dims(128), "128x64,q_buffers=2,ping_pong"),
     (_FEW | _CAUSAL, "64x32,key_slices=2,stages=4"),
     (_PACKED | _BFLOAT16 | _SINKS, "64x64,key_slices=2,stages=4"),
     (_CAUSAL | {"softcap": 20.0}, "192x32"),
     (_dims(256), "128x32,ping_pong,o_parts=4"),
-    (_CAUSAL | {"mask": "bool"}, "64x32,key_slices=2,stages=6"),
+    (_CAUSAL | {"mask": "bool"} | _MAX_SCORE, "64x32,key_slices=2,stages=6"),
     (_dims(192, 128) | _CAUSAL, "128x48,ping_pong,o_parts=2"),
     (_BFLOAT16, "64x64,key_slices=2,stages=4"),
     (_TOP_LEFT, "192x128,ping_pong,stages=3,q_buffers=2"),
@@ -82,7 +83,7 @@ _SIM_SM90: tuple[tuple[Mapping[str, Any], str], ...] = (
     (_dims(64, 96) | {"mask": "bool", "softcap": 5.0}, "128x32"),
     (_FEW | {"window": (90, -1)}, "64x32,splits=3"),
     (_PACKED | {"window": (33, 20)}, "192x32,ping_pong"),
-    (_BFLOAT16, "192x64,stages=2"),
+    (_BFLOAT16 | _MAX_SCORE, "192x64,stages=2"),
     (_dims(128) | _CAUSAL, "128x128,ping_pong"),
     ({}, "128x128,ping_pong,stages=2"),
     (_dims(16) | {"window": (-1, 40)}, "128x64,ping_pong,q_buffers=2"),
@@ -92,14 +93,14 @@ _SIM_WMMA: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({}, ""),
     (_CAUSAL, "64x16,stages=2"),
     (_dims(32) | {"mask": "bool"}, ""),
-    (_dims(40, 72) | _BFLOAT16 | {"mask": "additive"}, "64x32,stages=2"),
+    (_dims(40, 72) | _BFLOAT16 | {"mask": "additive"} | _MAX_SCORE, "64x32,stages=2"),
     (_dims(128) | {"window": (40, 3), "softcap": 20.0}, ""),
     (_TOP_LEFT | _SINKS | {"mask": "padding", "offset": 1}, ""),
     ({}, "128x64,stages=1"),
     (_PACKED | _CAUSAL, ""),
     (_BFLOAT16, "64x64,stages=3"),
     (_dims(96, 80) | {"window": (70, 9)}, "64x32,stages=2"),
-    (_FEW | _CAUSAL | _SINKS, "64x32,stages=2"),
+    (_FEW | _CAUSAL | _MAX_SCORE | _SINKS, "64x32,stages=2"),
     (_dims(256), "64x32,stages=2"),
     (_CAUSAL | {"softcap": 20.0}, "128x32,stages=2"),
     (_PACKED | _SINKS, "128x32,stages=1"),
@@ -163,7 +164,8 @@ def draw(seed: int, index: int, backend: str, arch: int | None = None) -> Drawn:
     lengths = {"seqlen_q": seqlen_q, "seqlen_k": seqlen_k}
     case = Case(**(_draw_values(rng) | lengths | options))
     has_tile = backend in KERNELS and min(lengths.values()) > 0 and rng.random() < 0.5
-    return Drawn(case, _draw_tile(rng, case, backend) if has_tile else {})
+    tile = _draw_tile(rng, case, backend) if has_tile else {}
+    return Drawn(dataclasses.replace(case, return_max_score=rng.random() < 0.1), tile)
 
 
 def _draw_values(rng: random.Random) -> dict[str, Any]:

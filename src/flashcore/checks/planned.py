@@ -151,6 +151,7 @@ def run_planned(
     gate_buffers: dict[str, Tensor] | None = None,
     lengths: dict[str, Tensor] | None = None,
     *,
+    max_score: Tensor | None = None,
     seed: int = 0,
     plant: Plant | None = None,
 ) -> None:
@@ -167,6 +168,7 @@ def run_planned(
         lse: where the log-sum-exp is written, or None.
         gate_buffers: what a debug gate reads and writes, by name.
         lengths: tensors of the sequences' lengths, if they differ, and of sinks.
+        max_score: where the largest scores are raised, or None.
         seed: of the simulator's scheduler.
         plant: bug to plant, in the simulator.
 
@@ -177,9 +179,12 @@ def run_planned(
     if q.is_cuda:
         from flashcore.launch.kernel_call import run_kernel
 
-        run_kernel(problem, plan, q, k, v, mask, out, lse, gate_buffers, lengths)
+        run_kernel(problem, plan, q, k, v, mask, out, lse, gate_buffers, lengths, max_score)
         torch.cuda.synchronize()
         return
     from flashcore.sim import simulate
 
-    simulate(problem, plan, q, k, v, mask, out, lse, gate_buffers, lengths, seed=seed, plant=plant)
+    simulate(
+        problem, plan, q, k, v, mask, out, lse, gate_buffers, lengths,
+        max_score=max_score, seed=seed, plant=plant,
+    )  # fmt: skip

@@ -80,9 +80,56 @@ def attention_oracle(
         lse: float64, [batch, num_heads_q, seqlen_q], natural log; -inf, or with sinks the sink, for
             a row without a key.
     """
-    group_size = q.shape[1] // k.shape[1] if k.shape[1] else 1
-    k64 = k.double().repeat_interleave(group_size, dim=1)
-    v64 = v.double().repeat_interleave(group_size, dim=1)
+    score = _scores(q, k, causal, scale, window, softcap, mask)
+    v64 = v.double().repeat_interleave(_group_size(q, k), dim=1)
+    if sinks is not None:
+        of_rows = sinks.double()[None, :, None, None].expand(*score.shape[:3], 1)
+        score, v64 = torch.cat([score, of_rows], dim=-1), torch.nn.functional.pad(v64, (0, 0, 0, 1))
+    empty = torch.all(score == -math.inf, dim=-1)  # also True where there are no keys at all
+    lse = torch.logsumexp(score, dim=-1)
+    # Not exp(score - lse), whose rounding is an exponent where scores are large. An empty row's
+    # scores become 0, for -inf - -inf is NaN.
+    weight = torch.softmax(score.masked_fill(empty[..., None], 0.0), dim=-1)
+    weight = weight.masked_fill(empty[..., None], 0.0)
+    return weight @ v64, lse
+
+
+def max_score_oracle(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    causal: Causal = False,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    mask: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Compute the largest score of each head in float64; the arguments are those of
+    `attention_oracle`.
+
+    Returns:
+        float64, [batch, num_heads_q]; -inf for a head that sees no key.
+    """
+    score = _scores(q, k, causal, scale, window, softcap, mask).flatten(2)
+    lowest = score.new_full((*score.shape[:2], 1), -math.inf)
+    return torch.cat([score, lowest], dim=2).amax(2)
+
+
+def _group_size(q: torch.Tensor, k: torch.Tensor) -> int:
+    return q.shape[1] // k.shape[1] if k.shape[1] else 1
+
+
+def _scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    causal: Causal,
+    scale: float | None,
+    window: Window,
+    softcap: float | None,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return what enters the softmax, float64, [batch, num_heads_q, seqlen_q, seqlen_k]."""
+    k64 = k.double().repeat_interleave(_group_size(q, k), dim=1)
     score = q.double() @ k64.transpose(-1, -2)
     score = score * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)
     if softcap is not None:
@@ -94,14 +141,4 @@ def attention_oracle(
             score = score.masked_fill(~mask, -math.inf)
         else:
             score = score + mask.double()
-    if sinks is not None:
-        of_rows = sinks.double()[None, :, None, None].expand(*score.shape[:3], 1)
-        score = torch.cat([score, of_rows], dim=-1)
-        v64 = torch.nn.functional.pad(v64, (0, 0, 0, 1))
-    empty = torch.all(score == -math.inf, dim=-1)  # also True where there are no keys at all
-    lse = torch.logsumexp(score, dim=-1)
-    # Not exp(score - lse), whose rounding is an exponent where scores are large. An empty row's
-    # scores become 0, for -inf - -inf is NaN.
-    weight = torch.softmax(score.masked_fill(empty[..., None], 0.0), dim=-1)
-    weight = weight.masked_fill(empty[..., None], 0.0)
-    return weight @ v64, lse
+    return score

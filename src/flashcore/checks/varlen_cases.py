@@ -98,6 +98,12 @@ class VarlenInputs:
             self.max_seqlen_k,
         )
 
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """Return what a kernel is given besides q, k and v, by name."""
+        sinks = {} if self.sinks is None else {"sinks": self.sinks}
+        return {"cu_seqlens_q": self.cu_seqlens_q, "cu_seqlens_k": self.cu_seqlens_k} | sinks
+
 
 def draw_varlen_case(seed: int, *, lengths: Sequence[int] = _LENGTHS, **fixed: Any) -> VarlenCase:
     """Draw a random case of sequences of some of these lengths; `fixed` fields stay as given."""
@@ -155,11 +161,13 @@ def make_varlen_inputs(case: VarlenCase, device: str | torch.device = "cpu") -> 
     if case.overrun:
         for cu_seqlens in (cu_seqlens_q, cu_seqlens_k):
             cu_seqlens[-1] += case.tail + case.overrun
-    longest = (max(lengths, default=0) for lengths in (case.lengths_q, case.lengths_k))
     sinks = None
     if case.sinks:
         sinks = (torch.randn(heads_q, generator=generator) * 4.0 + 3.0).to(device)
-    return VarlenInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest, sinks=sinks)
+    return VarlenInputs(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max(case.lengths_q, default=0),
+        max(case.lengths_k, default=0), sinks,
+    )  # fmt: skip
 
 
 def varlen_error_report(

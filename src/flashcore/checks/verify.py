@@ -34,6 +34,7 @@ from flashcore.checks.varlen_cases import (
 )
 from flashcore.errors import CompileError
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH, Plan
+from flashcore.launch.allocation import unseen_scores
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
@@ -135,10 +136,9 @@ def find_plant(name: str | None, backend: str, arch: int | None) -> Plant | None
     """
     if name is None:
         return None
-    if backend != "sim":
-        raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")
     from flashcore.sim.plants import index
 
+    index.check_backend(name, backend)
     kernel = KERNELS["sm90" if (arch or env.sim_arch()) == SM90_ARCH else "wmma"]
     return index.find_plant(name, kernel)
 
@@ -180,24 +180,29 @@ def _judge(drawn: Drawn, backend: str, arch: int, plant: Plant | None) -> ErrorR
     from flashcore import attention
 
     case, x = drawn.case, make_inputs(drawn.case, device)
+    asked: dict[str, Any] = {"return_lse": True, "return_max_score": case.return_max_score}
+    max_score = None
     if is_public:
-        out, lse = attention(
-            x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, return_lse=True, backend=backend,
-            **case.options(),
-        )  # fmt: skip
+        out, lse, *others = attention(
+            x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, backend=backend, **asked, **case.options()
+        )
+        max_score = others[0] if others else None
     else:
         problem = Problem.from_tensors(
-            x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, return_lse=True, **case.options()
+            x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, **asked, **case.options()
         )
+        max_score = unseen_scores(problem, x.q) if case.return_max_score else None
         plan = _plan(problem, backend, arch, drawn.tile)
         out = x.q.new_empty((*x.q.shape[:3], case.head_dim_v))
         lse = x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
-        others = None if x.sinks is None else {"sinks": x.sinks}
         run_planned(
-            problem, plan, x.q, x.k, x.v, x.mask, out, lse, None, others, seed=env.sim_seed(),
-            plant=plant,
+            problem, plan, x.q, x.k, x.v, x.mask, out, lse, None, x.others,
+            max_score=max_score, seed=env.sim_seed(), plant=plant,
         )  # fmt: skip
-    return error_report(out, x.q, x.k, x.v, lse=lse, mask=x.mask, sinks=x.sinks, **case.options())
+    return error_report(
+        out, x.q, x.k, x.v, lse=lse, mask=x.mask, sinks=x.sinks, max_score=max_score,
+        **case.options(),
+    )  # fmt: skip
 
 
 def _call_packed(case: VarlenCase, x: VarlenInputs, backend: str) -> tuple[Tensor, Tensor]:
@@ -215,12 +220,9 @@ def _plan_packed(
     plan = _plan(problem, backend, arch, drawn.tile)
     out = x.q.new_empty((*x.q.shape[:2], case.head_dim_v))
     lse = x.q.new_empty((case.num_heads_q, x.q.shape[0]), dtype=torch.float32)
-    lengths = {"cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k}
-    if x.sinks is not None:
-        lengths["sinks"] = x.sinks
     q, k, v = (as_batch(tensor) for tensor in (x.q, x.k, x.v))
     run_planned(
-        problem, plan, q, k, v, None, out, lse, None, lengths, seed=env.sim_seed(), plant=plant
+        problem, plan, q, k, v, None, out, lse, None, x.others, seed=env.sim_seed(), plant=plant
     )
     return out, lse
 

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from flashcore.cli import options as o
-from flashcore.cli.output import JsonFlag, Output, command, seconds, table, to_json
+from flashcore.cli.output import (
+    JsonFlag,
+    Output,
+    command,
+    seconds,
+    table,
+    to_json,
+    usage_errors,
+)
+
+if TYPE_CHECKING:
+    from flashcore.bench.workloads import Workload
 
 
 def bench(
@@ -19,8 +30,24 @@ def bench(
         typer.Option(
             "--groups",
             help="Only these, such as seed,gqa: seed, sweep, gqa, small, window, masked, decode, "
-            "varlen.",
+            "varlen; with --backward: sweep, gqa, small, window, masked, varlen.",
         ),
+    ] = None,
+    backward: Annotated[
+        bool,
+        typer.Option("--backward", help="Gradients of q, k and v, and both passes together."),
+    ] = False,
+    shapes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            help='This shape instead or with --groups: "B4 H32/8 S4096 D128 causal"; may be '
+            "given several times.",
+        ),
+    ] = None,
+    match: Annotated[
+        str | None,
+        typer.Option("--match", help="Of these shapes those whose name has this in it, as D64."),
     ] = None,
     drawn: Annotated[
         int | None,
@@ -46,9 +73,13 @@ def bench(
             "--output", "-o", help="Write this JSON file, and a .md and a .png beside it."
         ),
     ] = None,
-    from_file: Annotated[
-        Path | None,
-        typer.Option("--from", help="Measure nothing: show (and plot) an earlier JSON file."),
+    from_files: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--from",
+            help="Measure nothing: show (and plot) an earlier JSON file, or several that were "
+            "measured in parts, as one.",
+        ),
     ] = None,
     json_output: JsonFlag = False,
 ) -> None:
@@ -62,6 +93,11 @@ def bench(
     matmul and copy ceilings) beside the fraction of it that was reached. Without a GPU: the CPU
     paths on one small shape.
 
+    With --backward gradients are timed the same way, beside the peers that have a backward pass; on
+    a GPU, of 16k tokens with head_dim 64 to 256, unless --groups or --shape says otherwise.
+    Operations count 2.5 times the forward's. Forward and backward together are timed by the clock,
+    the host included.
+
     Examples:
 
         flashcore bench --quick
@@ -70,17 +106,21 @@ def bench(
 
         flashcore bench --random 40 --seed 1
 
+        flashcore bench --backward --match D128
+
+        flashcore bench --backward --shape "B4 H32/8 S4096 D128 causal window 1024,0"
+
         flashcore bench --output benchmarks/results/my-gpu.json
 
         flashcore bench --from benchmarks/results/my-gpu.json
     """
     with command(json_output) as out:
-        if from_file is not None:
-            document = _load(from_file)
+        if from_files:
+            document = _load(from_files)
         else:
-            document = _measure(
-                out, _device(device), quick, groups, drawn, seed, without, rounds, minutes
-            )
+            where = _device(device)
+            chosen = _chosen(where, quick, groups, drawn, seed, shapes or [], match, backward)
+            document = _measure(out, where, chosen, without, rounds, minutes, backward)
         _show(out, document)
         if output is not None:
             _write(out, document, output)
@@ -100,42 +140,69 @@ def _device(name: str) -> str:
     return name
 
 
-def _groups(text: str | None, device: str) -> list[str] | None:
+def _groups(text: str | None, device: str, backward: bool) -> list[str] | None:
+    from flashcore.bench.backward import GROUPS as BACKWARD_GROUPS
     from flashcore.bench.workloads import GROUPS
 
     if text is None:
         return None
     names = [name.strip() for name in text.split(",")]
-    known = list(GROUPS) if device == "cuda" else ["seed"]
+    known = list(BACKWARD_GROUPS if backward else GROUPS) if device == "cuda" else ["seed"]
     for name in names:
         if name not in known:
             where = "" if device == "cuda" else " (all that there is without a GPU)"
+            where += " with --backward" if backward else ""
             raise typer.BadParameter(f"--groups {name} is not one of {', '.join(known)}{where}")
     return names
 
 
-def _measure(
-    out: Output,
+def _chosen(
     device: str,
     quick: bool,
     groups: str | None,
     drawn: int | None,
     seed: int,
-    without: str | None,
-    rounds: int,
-    minutes: float | None,
-) -> dict[str, Any]:
+    shapes: list[str],
+    match: str | None,
+    backward: bool,
+) -> list[Workload]:
+    """Return the shapes that the command line asks for."""
     from flashcore.bench.random_shapes import random_shapes
-    from flashcore.bench.run import run, workloads_for
-
-    names = [name.strip() for name in without.split(",")] if without else []
+    from flashcore.bench.run import workloads_for
+    from flashcore.bench.shapes import parse_shape
 
     if drawn is not None and device == "cpu":
         raise typer.BadParameter(f"--random {drawn} needs a GPU: a CPU would take minutes a shape")
-    wanted = _groups(groups, device)
-    chosen = [] if drawn is not None and wanted is None else workloads_for(device, quick, wanted)
+    wanted = _groups(groups, device, backward)
+    is_said = drawn is not None or shapes
+    chosen = [] if is_said and wanted is None else workloads_for(device, quick, wanted, backward)
+    with usage_errors():
+        chosen += [parse_shape(text) for text in shapes]
     if drawn is not None:
         chosen += random_shapes(drawn, seed)
+    names = [(shape.group, shape.name) for shape in chosen]
+    for name in shapes:
+        if names.count(("given", parse_shape(name).name)) > 1:
+            raise typer.BadParameter(f"--shape {name} is given twice, but for its dtype")
+    found = [shape for shape in chosen if match is None or match in shape.name]
+    if not found:
+        some = ", ".join(shape.name for shape in chosen[:3])
+        raise typer.BadParameter(f"--match {match} is in no shape's name, such as {some}")
+    return found
+
+
+def _measure(
+    out: Output,
+    device: str,
+    chosen: list[Workload],
+    without: str | None,
+    rounds: int,
+    minutes: float | None,
+    backward: bool,
+) -> dict[str, Any]:
+    from flashcore.bench.run import run
+
+    names = [name.strip() for name in without.split(",")] if without else []
     if device == "cpu":
         out.note(
             "No GPU: these are the CPU paths on a small shape. They say nothing about the kernels."
@@ -154,6 +221,7 @@ def _measure(
             workloads=chosen,
             without=names,
             minutes=minutes,
+            is_backward=backward,
             on_step=on_step,
         )
 
@@ -161,6 +229,7 @@ def _measure(
 def _show(out: Output, document: dict[str, Any]) -> None:
     from flashcore.bench import report
 
+    is_backward = document.get("pass") == "backward"
     out.print(report.conditions(document).replace("[", "\\["))
     shapes = dict.fromkeys((row["group"], row["workload"]) for row in document["results"])
     for group, workload in shapes:
@@ -176,9 +245,11 @@ def _show(out: Output, document: dict[str, Any]) -> None:
                     f"{row['fraction_of_limit']:.0%}",
                     f"{row['max_error']:.1e}",
                     f"{row['mean_error']:.1e}",
+                    *([seconds(row["eager_seconds"])] if is_backward else []),
                 ]
             )
         columns = ["library", "time", "TFLOP/s", "of limit", "max error", "mean error"]
+        columns += ["with forward and host"] if is_backward else []
         out.print("", table(f"{group}: {workload}", columns, rows))
     out.print("", _summary(document))
     for line in report.remarks(document):
@@ -186,7 +257,7 @@ def _show(out: Output, document: dict[str, Any]) -> None:
 
 
 def _summary(document: dict[str, Any]) -> Any:
-    from flashcore.bench.summary import summarize
+    from flashcore.bench.report import means
 
     rows = [
         [
@@ -196,13 +267,24 @@ def _summary(document: dict[str, Any]) -> Any:
             found["ahead"],
             f"{found['least']:.2f}x ({found['least_at']})",
         ]
-        for group, found in summarize(document["results"]).items()
+        for group, found in means(document["results"])
     ]
     title = "flashcore's speed over the best peer's, geometric means"
     return table(title, ["group", "shapes", "mean", "ahead on", "at least"], rows)
 
 
-def _load(path: Path) -> dict[str, Any]:
+def _load(paths: list[Path]) -> dict[str, Any]:
+    from flashcore.bench.run import joined
+
+    documents = [_load_one(path) for path in paths]
+    try:
+        return joined(documents)
+    except ValueError as error:
+        names = " and ".join(map(str, paths))
+        raise typer.BadParameter(f"--from {names} cannot be shown as one: {error}") from error
+
+
+def _load_one(path: Path) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError) as error:

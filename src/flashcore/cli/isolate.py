@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from flashcore.isolate.registry import Planted
 
 # What shows the most: several key tiles, tails everywhere, and several column chunks on Hopper.
-_SEQLEN = {"attn_fwd_wmma": 150, "attn_fwd_sm90": 300}
-_HEAD_DIM = {"attn_fwd_wmma": 64, "attn_fwd_sm90": 96}
+_SEQLEN, _HEAD_DIM = {"attn_fwd_sm90": 300}, {"attn_fwd_sm90": 96}
+_SEQLEN_DEFAULT, _HEAD_DIM_DEFAULT = 150, 64
 _STATUS = {
     "ok": "[green]right[/]",
     "wrong": "[red]WRONG[/]",
@@ -93,7 +93,8 @@ def isolate(
     first bad value is named with its tile, warp, lane and accumulator element, and a picture shows
     where errors sit. In the simulator races, deadlocks and bad accesses count as well. Exit status
     1 when a stage is wrong. A planted bug comes with the shape, options and tile that show it,
-    which options given here replace.
+    which options given here replace. Bugs of the backward kernels have no gates: the first wrong
+    one of delta, dq, dv and dk is named.
 
     Examples:
 
@@ -103,7 +104,7 @@ def isolate(
 
         flashcore isolate --backend sm90 --plant early-release
 
-        flashcore isolate --backend wmma --seqlen 1000 --head-dim 128 --causal
+        flashcore isolate --plant scale-forgotten
 
         flashcore isolate --backend sim --arch sm_90 --causal --tile 192x64,ping_pong
 
@@ -112,7 +113,8 @@ def isolate(
     with command(json_output) as out:
         from flashcore.checks.planned import parse_tile
         from flashcore.isolate import gates
-        from flashcore.isolate.stages import Stage, stages_of
+        from flashcore.isolate.stages import stages_of
+        from flashcore.kernels.stage import Stage
 
         if plant == "list":
             _list_plants(out)
@@ -133,9 +135,11 @@ def isolate(
                 batch=batch,
                 heads=heads,
                 heads_kv=heads_kv,
-                seqlen=_SEQLEN[kernel] if seqlen is None else seqlen,
+                seqlen=_SEQLEN.get(kernel, _SEQLEN_DEFAULT) if seqlen is None else seqlen,
                 seqlen_k=seqlen_k,
-                head_dim=_HEAD_DIM[kernel] if head_dim is None else head_dim,
+                head_dim=(
+                    _HEAD_DIM.get(kernel, _HEAD_DIM_DEFAULT) if head_dim is None else head_dim
+                ),
                 head_dim_v=head_dim_v,
                 dtype=dtype,
                 causal=causal,
@@ -252,12 +256,13 @@ def _document(found: Isolation) -> dict[str, object]:
 def _list_plants(out: Output) -> None:
     from rich.table import Table
 
-    from flashcore.isolate.registry import PLANTED
+    from flashcore.isolate.registry import all_planted
 
+    every = all_planted()
     listed = Table(title="Bugs that --plant puts into a kernel", title_justify="left", box=None)
     for name in ("name", "kernel", "stage", "caught by", "what"):
         listed.add_column(name, overflow="fold")
-    for planted in PLANTED:
+    for planted in every:
         plant = planted.plant
         cells = (plant.name, planted.kernel, planted.stage, plant.caught_by, plant.title)
         listed.add_row(*cells)
@@ -265,7 +270,7 @@ def _list_plants(out: Output) -> None:
     out.finish(
         [
             to_json(planted.plant) | {"kernel": planted.kernel, "stage": planted.stage}
-            for planted in PLANTED
+            for planted in every
         ]
     )
 

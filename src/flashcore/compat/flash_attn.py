@@ -5,7 +5,7 @@ Signatures and layouts are those of the package flash-attn, 2.6 to 2.8: [batch, 
 head_dim], or [total, num_heads, head_dim] for sequences packed one after the other; causal masks
 and windows are aligned at the lower right. Besides:
 
-- dropout_p > 0, and block_table (a paged cache), raise NotImplementedError;
+- dropout_p > 0 raises NotImplementedError;
 - alibi_slopes becomes an additive float32 mask, which takes [batch or 1, num_heads, seqlen_q,
   seqlen_k] of memory; the varlen functions compute one sequence after another then, and warn;
 - `deterministic` is accepted: the forward gives the same bits on every run, whatever it says;
@@ -21,13 +21,10 @@ from __future__ import annotations
 import torch
 
 from flashcore.api import attention
+from flashcore.backends.packed import check_lengths
 from flashcore.dropins.alibi import alibi_mask, check_slopes, packed_with_alibi
-from flashcore.dropins.flash_attn_arguments import (
-    refuse_dropout,
-    sinks_of,
-    unpacked,
-    window_of,
-)
+from flashcore.dropins.flash_arguments import refuse_dropout, sinks_of, unpacked, window_of
+from flashcore.dropins.flash_kvcache import attend_over_pages, flash_attn_with_kvcache
 from flashcore.dropins.rows_first import rows_first
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem.spelling import OF_FLASH_ATTN, other_names, refuse
@@ -40,6 +37,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]
 
 Result = torch.Tensor | tuple[torch.Tensor, torch.Tensor, None]
@@ -223,8 +221,9 @@ def flash_attn_varlen_func(
             a FallbackWarning: the host reads the lengths, and each sequence is a call of its own.
         deterministic: without effect; the forward pass always is.
         return_attn_probs: also return lse, and None in place of the probabilities.
-        block_table: None.
-        learnable_sink: [num_heads_q], the sinks of `attention_varlen`.
+        block_table: int32, [batch, pages]: k and v are [num_pages, page_size, num_heads_kv,
+            head_dim], as in `flash_attn_with_kvcache`, and have no gradients.
+        learnable_sink: [num_heads_q], the sinks of `attention_varlen`; not with block_table.
         s_aux: the same by another name.
 
     Returns:
@@ -232,15 +231,25 @@ def flash_attn_varlen_func(
         lse float32 [num_heads_q, total_q].
 
     Raises:
-        NotImplementedError: dropout_p or block_table is given.
+        NotImplementedError: dropout_p is given; alibi_slopes together with block_table.
         TypeError, ValueError: those of `attention_varlen`.
     """
     if _unknown:
         refuse(flash_attn_varlen_func, _unknown)
     refuse_dropout(dropout_p)
-    if block_table is not None:
-        raise NotImplementedError("block_table: there are no paged caches; gather k and v before")
     sinks = sinks_of(learnable_sink, s_aux)
+    if block_table is not None:
+        if sinks is not None:
+            raise NotImplementedError(
+                "sinks with block_table: caches in pages have none; gather k and v before"
+            )
+        check_lengths("cu_seqlens_k", cu_seqlens_k, q)
+        lengths = cu_seqlens_k.diff()
+        found = attend_over_pages(
+            q, k, v, cu_seqlens_q, max_seqlen_q, lengths, block_table, softmax_scale, causal,
+            window_size, softcap, alibi_slopes, return_attn_probs,
+        )  # fmt: skip
+        return (*found, None) if isinstance(found, tuple) else found
     if alibi_slopes is not None:
         out, lse = packed_with_alibi(
             q,
@@ -257,20 +266,10 @@ def flash_attn_varlen_func(
         )
         return (out, lse, None) if return_attn_probs else out
     result = attention_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal=causal,
-        scale=softmax_scale,
-        window=window_of(window_size),
-        softcap=None if certainly(softcap == 0.0) else softcap,
-        sinks=sinks,
-        return_lse=return_attn_probs,
-    )
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
+        scale=softmax_scale, window=window_of(window_size), sinks=sinks,
+        softcap=None if certainly(softcap == 0.0) else softcap, return_lse=return_attn_probs,
+    )  # fmt: skip
     return (*result, None) if isinstance(result, tuple) else result
 
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from flashcore.compile.codegen import KERNELS_DIR
 from flashcore.errors import CompileError
-from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
+from flashcore.kernels.bwd_sm90.stages import PHASE_OF_FUNCTION as PHASE_DKDV
+from flashcore.kernels.bwd_sm90.stages import PHASE_OF_FUNCTION_DQ
 from flashcore.problem.folding import as_launched
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ _PHASE_OF_FUNCTION = {
     "load_v": "load",
     "zero_padding": "load",
     "store_output": "store",
+    "raise_max_score": "store",
     "finish_softmax": "store",
     "natural_lse": "store",
     "sink_of": "store",
@@ -60,6 +63,7 @@ _PHASE_OF_FUNCTION = {
     "store_rows": "store",
     "quad_sum": "store",
 }
+PHASE_OF_FUNCTION = {DQ_KERNEL: PHASE_OF_FUNCTION_DQ, DKDV_KERNEL: PHASE_DKDV}
 # Of functions that are not named above, by the start of the file's name.
 _PHASE_OF_FILE = {
     "schedule": "schedule",
@@ -117,9 +121,12 @@ def from_error(error: Exception, problem: Problem, plan: Plan, plant: Plant | No
         return Alarm(kind, summary, text, _PHASE_OF_KIND.get(kind))
     agents = [agent] if other is None else [agent, other]
     places = [(_function_at(entry, plant), entry) for entry in agents]
-    function, named = min(places, key=lambda place: _rank(_phase_of(*place)))
-    # In a deadlock all wait, and the one that is named is no more to blame than the others.
-    phase = None if kind == "deadlock" else _phase_of(function, named)
+    phases = [_phase_of(function, entry, plan.kernel) for function, entry in places]
+    phase, (function, named) = min(
+        zip(phases, places, strict=True), key=lambda place: _rank(place[0])
+    )
+    if kind == "deadlock":
+        phase = None  # all wait, and the one that is named is no more to blame than the others
     if kind == "double-write" and str(getattr(error, "array", "")).startswith("gate_"):
         phase = "schedule"  # a gate writes what there is of a row tile: two blocks took this one
     warps = {entry.warp for entry in agents}
@@ -160,7 +167,7 @@ def from_compile_error(error: CompileError) -> Alarm:
 def _tile(block: int, problem: Problem, plan: Plan) -> str:
     """Return what a block computes. A persistent one takes several row tiles, and an alarm does not
     say which it was at."""
-    if isinstance(plan, Sm90Plan):
+    if plan.is_persistent:
         return f"block {block}"
     launched = as_launched(problem, plan.folds_heads)
     head_and_batch = block // -(-launched.seqlen_q // plan.block_m)
@@ -189,7 +196,7 @@ def _picture(agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
     """Return the rows of the alarm's tile by warp, with who was involved; rows within the tile,
     where the tile is not known."""
     first_row = 0
-    if not isinstance(plan, Sm90Plan):
+    if not plan.is_persistent:
         first_row = _m_block(agents[0].block, problem, plan) * plan.block_m
     lines = []
     for warp in range(plan.num_warps):
@@ -200,15 +207,18 @@ def _picture(agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
             if entry.warp == warp and entry.block == agents[0].block
         ]
         bar = ("#" if notes else ".") * 16
-        rows = f"rows {row:5d} to {row + 15:5d}" if warp in plan.row_warps else f"{'producer':19s}"
+        rows = f"{'keys' if plan.owns_keys else 'rows'} {row:5d} to {row + 15:5d}"
+        if warp not in plan.row_warps:
+            rows = f"{'producer':19s}"
         lines.append(f"warp {warp:2d} {rows} |{bar}| {', '.join(notes)}")
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _phase_of(function: str | None, agent: Any) -> str | None:
-    """Return the phase of a function's line, or None."""
-    if function in _PHASE_OF_FUNCTION:
-        return _PHASE_OF_FUNCTION[function]
+def _phase_of(function: str | None, agent: Any, kernel: str) -> str | None:
+    """Return the phase of a kernel that a function's line belongs to, or None."""
+    of_function = PHASE_OF_FUNCTION.get(kernel, _PHASE_OF_FUNCTION)
+    if function in of_function:
+        return of_function[function]
     file = Path(agent.file).name
     return next((phase for start, phase in _PHASE_OF_FILE.items() if file.startswith(start)), None)
 

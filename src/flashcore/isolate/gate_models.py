@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from flashcore.kernels.fwd_wmma.plan import Plan
     from flashcore.problem import Problem
 
-_U32 = 2.0**-24  # unit roundoff of float32
-_UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
-_SMALLEST_STEP = {"float16": 2.0**-24, "bfloat16": 2.0**-133}  # spacing of the subnormals
+U32 = 2.0**-24  # unit roundoff of float32
+UNIT_ROUNDOFF = {"float16": 2.0**-11, "bfloat16": 2.0**-8}
+SMALLEST_STEP = {"float16": 2.0**-24, "bfloat16": 2.0**-133}  # spacing of the subnormals
 # exp2_approx, rcp_approx and the tanh made from them: a few units in the last place of float32.
-_APPROX = 2.0**-20
+APPROX = 2.0**-20
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class GateModel:
         self.in_window = self._in_window()
         self.raw = self.q @ self.k.mT
         self.raw_tolerance = (
-            2 * (problem.head_dim + 16) * _U32 * (self.q.abs() @ self.k.abs().mT) + 1e-9
+            2 * (problem.head_dim + 16) * U32 * (self.q.abs() @ self.k.abs().mT) + 1e-9
         )
         self.scores, self.score_tolerance = self._scores(mask)
 
@@ -102,7 +102,7 @@ class GateModel:
         tolerance = self.raw_tolerance * abs(problem.scale)
         if problem.softcap:
             scores = problem.softcap * torch.tanh(scores / problem.softcap)
-            tolerance = tolerance + problem.softcap * _APPROX
+            tolerance = tolerance + problem.softcap * APPROX
         if mask is not None:
             mask = mask.cpu()
             if mask.dtype == torch.bool:
@@ -111,7 +111,7 @@ class GateModel:
                 scores = scores + mask.double()
         scores = scores.masked_fill(~self.in_window, -torch.inf)
         magnitude = scores.abs().nan_to_num(posinf=0.0)
-        return scores, tolerance + magnitude * _APPROX
+        return scores, tolerance + magnitude * APPROX
 
     def num_n_blocks(self) -> int:
         """Return number of key tiles, the last one partial or not."""
@@ -151,11 +151,11 @@ class GateModel:
             new_max = torch.maximum(running_max, tile.amax(-1, keepdim=True))
             p = _exp_difference(tile, new_max)
             decay = _exp_difference(running_max, new_max)
-            error = 2 * (tile_tolerance + slack) + 4 * _APPROX
+            error = 2 * (tile_tolerance + slack) + 4 * APPROX
             p_tolerance = (_exp_difference(tile + error, new_max) - p).clamp(max=1.0) + 1e-7
             running_sum = running_sum * decay + p.sum(-1, keepdim=True)
             sum_tolerance = sum_tolerance * decay + p_tolerance.sum(-1, keepdim=True)
-            sum_tolerance = sum_tolerance + running_sum * _relative_error(2 * slack + 4 * _APPROX)
+            sum_tolerance = sum_tolerance + running_sum * _relative_error(2 * slack + 4 * APPROX)
             # A P is between 0 and 1, however little the scores say about it.
             sum_tolerance = sum_tolerance.clamp(max=float(self.problem.seqlen_k))
             running_max = new_max
@@ -176,8 +176,8 @@ class GateModel:
         """Model gate pv: P V for a P that the element type represents exactly, no normalisation."""
         p = p.double()
         value, magnitude = p @ self.v, p.abs() @ self.v.abs()
-        accumulation = 2 * (self.problem.seqlen_k + 16) * _U32 * magnitude
-        return [Expected("out", value, accumulation + self._store_rounding(value))]
+        accumulation = 2 * (self.problem.seqlen_k + 16) * U32 * magnitude
+        return [Expected("out", value, accumulation + self.store_rounding(value))]
 
     def attention(self, first_tile_only: bool = False) -> list[Expected]:
         """Model the gates tile and pv_serial, and no gate: out and lse.
@@ -199,18 +199,30 @@ class GateModel:
         p = _exp_difference(scores, lse[..., None])
         value, magnitude = p @ self.v, p @ self.v.abs()
         slack = self._row_slack()
-        unit = _UNIT_ROUNDOFF[self.problem.dtype]
-        relative = _relative_error(4 * slack) + 2 * unit + 2 * (scores.shape[-1] + 16) * _U32
+        unit = UNIT_ROUNDOFF[self.problem.dtype]
+        relative = _relative_error(4 * slack) + 2 * unit + 2 * (scores.shape[-1] + 16) * U32
         # P below the normal range of the element type keeps an absolute step, not a relative one.
-        step = _SMALLEST_STEP[self.problem.dtype] * (p > 0).double() @ self.v.abs()
+        step = SMALLEST_STEP[self.problem.dtype] * (p > 0).double() @ self.v.abs()
         # However little the scores say about P, the output is a mean of V.
         farthest = 2 * self.v.abs().amax(-2, keepdim=True) if scores.shape[-1] else magnitude
-        tolerance = (relative * magnitude).minimum(farthest) + step + self._store_rounding(value)
+        tolerance = (relative * magnitude).minimum(farthest) + step + self.store_rounding(value)
         lse_tolerance = 4 * slack[..., 0] + 1e-5
         return [
             Expected("lse", lse, lse_tolerance.expand_as(lse)),
             Expected("out", value, tolerance),
         ]
+
+    def max_score(self, found: Tensor) -> tuple[Expected, Tensor]:
+        """Model the largest score of each head, and return what was found beside it: both in the
+        row that has it, of [batch, num_heads_q, seqlen_q], and -inf in the others."""
+        row_max = self.scores.amax(-1)
+        row = row_max.argmax(-1, keepdim=True)
+        others = torch.ones_like(row_max, dtype=torch.bool).scatter(-1, row, False)
+        value, found = (
+            x.masked_fill(others, -torch.inf)
+            for x in (row_max, found.cpu()[..., None].expand_as(row_max))
+        )
+        return Expected("max_score", value, 2 * self._row_slack()[..., 0] + 1e-5), found
 
     def visible_probabilities(self) -> Tensor:
         """Return softmax(s) [batch, num_heads_q, seqlen_q, seqlen_k] float64, 0 in rows that see
@@ -239,9 +251,10 @@ class GateModel:
             return self.score_tolerance.new_zeros((*self.score_tolerance.shape[:-1], 1))
         return self.score_tolerance.amax(-1, keepdim=True)
 
-    def _store_rounding(self, value: Tensor) -> Tensor:
+    def store_rounding(self, value: Tensor) -> Tensor:
+        """Return what rounding to the dtype of q may change in a result."""
         dtype = self.problem.dtype
-        return _UNIT_ROUNDOFF[dtype] * value.abs() + _SMALLEST_STEP[dtype] + 1e-9
+        return UNIT_ROUNDOFF[dtype] * value.abs() + SMALLEST_STEP[dtype] + 1e-9
 
 
 def by_error_rule(expected: Expected, rule: ErrorReport) -> Expected:

@@ -26,17 +26,23 @@ from flashcore.checks.planned import compile_planned, run_planned, under_gate, w
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
 from flashcore.errors import BackendUnavailableError, CompileError, FlashCoreError
 from flashcore.isolate.alarms import from_compile_error, from_error
+from flashcore.isolate.backward import isolate_backward
 from flashcore.isolate.diagnosis import key_split_hints, verdict
 from flashcore.isolate.gate_models import Expected, GateModel, by_error_rule, packed_attention
 from flashcore.isolate.isolation import Isolation, StageResult
 from flashcore.isolate.locate import Check, compare
-from flashcore.isolate.stages import Stage, stages_of
+from flashcore.isolate.stages import stages_of
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import ARCH, obstacle
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.stage import Stage
+from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.options import Wanted
 from flashcore.selection.select import select_plan
+from flashcore.sim.plants import index
 
 if TYPE_CHECKING:
     from flashcore.compile.plant import Plant
@@ -67,7 +73,8 @@ def isolate(
         plant: name of a bug to plant (simulator only), or None.
         arch: architecture to plan for in the simulator, by default the kernel's own or
             FLASHCORE_SIM_ARCH.
-        kernel: kernel to simulate, by default as `kernel_to_run` says.
+        kernel: kernel to simulate, by default as `kernel_to_run` says; both backward kernels for
+            either of them, see isolate/backward.py.
         tile: fields of the plan, see planned.with_fields; by default those of the planted bug, and
             what is chosen for any call.
         on_stage: called before each stage.
@@ -84,11 +91,15 @@ def isolate(
     if kernel is None:
         kernel = kernel_to_run(backend, plant, arch)
     planted = find_plant(plant, backend, kernel)
-    if backend == "sim" and arch is None:
-        arch = ARCH if kernel == KERNELS["sm90"] else env.sim_arch()
     if tile is None:
         tile = {} if planted is None else planted.tile
     bug = None if planted is None else planted.plant
+    if kernel in (DQ_KERNEL, DKDV_KERNEL):
+        return isolate_backward(
+            case, kernel, seed=seed, plant=bug, arch=arch, tile=tile, on_stage=on_stage
+        )
+    if backend == "sim" and arch is None:
+        arch = ARCH if kernel == KERNELS["sm90"] else env.sim_arch()
     call = _call_of(case, "cpu" if backend == "sim" else "cuda")
     runner = _Runner(call, backend, seed, bug, arch, kernel, dict(tile))
     runner.check()
@@ -134,9 +145,7 @@ def kernel_to_run(backend: str, plant: str | None = None, arch: int | None = Non
     by_arch = KERNELS["sm90" if (arch or env.sim_arch()) == ARCH else "wmma"]
     if plant is None:
         return by_arch
-    from flashcore.isolate import registry
-
-    possible = registry.kernels_of(plant)
+    possible = index.kernels_of(plant)
     return by_arch if by_arch in possible else possible[0]
 
 
@@ -162,16 +171,13 @@ def _call_of(case: Case | VarlenCase, device: str) -> _Call:
     if isinstance(case, VarlenCase):
         packed = make_varlen_inputs(case, device)
         problem = packed_problem(*packed.arguments(), sinks=packed.sinks, **case.options())
-        lengths = {"cu_seqlens_q": packed.cu_seqlens_q, "cu_seqlens_k": packed.cu_seqlens_k}
-        lengths |= {} if packed.sinks is None else {"sinks": packed.sinks}
         q, k, v = (as_batch(tensor) for tensor in (packed.q, packed.k, packed.v))
-        return _Call(problem, q, k, v, None, lengths)
+        return _Call(problem, q, k, v, None, packed.others)
     x = make_inputs(case, device)
-    problem = Problem.from_tensors(
-        x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, return_lse=True, **case.options()
-    )
-    sinks = {} if x.sinks is None else {"sinks": x.sinks}
-    return _Call(problem, x.q, x.k, x.v, x.mask, sinks, case.options())
+    wanted = Wanted(return_lse=True, return_max_score=case.return_max_score)._asdict()
+    options = case.options() | {"sinks": x.sinks}
+    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **wanted, **options)
+    return _Call(problem, x.q, x.k, x.v, x.mask, x.others, options)
 
 
 @dataclass(slots=True)
@@ -265,11 +271,11 @@ class _Runner:
             yield _compare(item, outputs[item.name], plan)
         if stage.gate is None:
             out = outputs["out"]
-            rule = error_report(
-                out, call.q, call.k, call.v, mask=call.mask, sinks=sinks, **call.options
-            )
+            rule = error_report(out, call.q, call.k, call.v, mask=call.mask, **call.options)
             for item in expected:
                 yield _compare(by_error_rule(item, rule), outputs[item.name], plan)
+            if plan.returns_max_score:
+                yield _compare(*model.max_score(outputs["max_score"]), plan)
 
     def _pv_checks(self, plan: Plan, model: GateModel) -> Iterator[Check]:
         """Check P = 1/seqlen_k first, whose result needs no reference: every row is the mean of V.
@@ -314,16 +320,19 @@ class _Runner:
             outputs["row_max"] = unwritten(*rows, num_n_blocks)
             outputs["row_sum"] = unwritten(*rows, num_n_blocks)
             buffers = {f"gate_{name}": outputs[name] for name in ("scores", "row_max", "row_sum")}
+        if plan.returns_max_score:
+            outputs["max_score"] = unseen_scores(problem, call.q)
         run_planned(
             problem, plan, call.q, call.k, call.v, call.mask, out, outputs["lse"], buffers,
-            call.lengths, seed=self.seed, plant=self.plant,
+            call.lengths, max_score=outputs.get("max_score"), seed=self.seed, plant=self.plant,
         )  # fmt: skip
         if call.is_packed:
             outputs |= {"out": as_batch(out), "lse": outputs["lse"][None]}
         return outputs
 
 
-_KINDS = {"scores": "scores", "row_max": "row_tiles", "row_sum": "row_tiles", "lse": "rows"}
+_KINDS = {"scores": "scores", "row_max": "row_tiles", "row_sum": "row_tiles"}
+_KINDS |= {"lse": "rows", "max_score": "rows"}
 
 
 def _compare(expected: Expected, actual: Tensor, plan: Plan) -> Check:

@@ -31,14 +31,15 @@ class Location:
     """Say where one value sits, and which warp, lane and accumulator element of the kernel held it.
 
     `column` is the key for scores and the output dim for out. For values of a row (row_max,
-    row_sum, lse) there is no column; `lane` is then the first of the four lanes that share the row.
+    row_sum, lse, delta) there is no column; `lane` is then the first of the four lanes that share
+    the row. A row of dk or dv is a key: it has an n_block and no m_block.
     """
 
     batch: int
     head: int
     row: int
     column: int | None
-    m_block: int
+    m_block: int | None
     n_block: int | None
     warp: int
     lane: int
@@ -49,12 +50,12 @@ class Location:
     def describe(self) -> str:
         """Return one line for a human."""
         column = "" if self.column is None else f", column {self.column}"
-        tile = f"m_block {self.m_block}"
-        if self.n_block is not None:
-            tile += f", n_block {self.n_block}"
+        blocks = {"m_block": self.m_block, "n_block": self.n_block}
+        tile = ", ".join(f"{name} {x}" for name, x in blocks.items() if x is not None)
+        row = "key" if self.m_block is None else "row"
         return (
-            f"batch {self.batch}, head {self.head}, row {self.row}{column}: got {self.actual:.6g}, "
-            f"expected {self.expected:.6g}\n"
+            f"batch {self.batch}, head {self.head}, {row} {self.row}{column}: "
+            f"got {self.actual:.6g}, expected {self.expected:.6g}\n"
             f"{tile}; warp {self.warp}, lane {self.lane}, accumulator element {self.element}"
         )
 
@@ -78,7 +79,9 @@ class Check:
         return self.wrong == 0
 
 
-def compare(actual: Tensor, expected: Expected, plan: Plan, kind: str) -> Check:
+def compare(
+    actual: Tensor, expected: Expected, plan: Plan, kind: str, warps: range | None = None
+) -> Check:
     """Compare one output with its model.
 
     Args:
@@ -86,7 +89,8 @@ def compare(actual: Tensor, expected: Expected, plan: Plan, kind: str) -> Check:
         expected: the model.
         plan: tiles, which warps own their rows, and the order of the key tiles.
         kind: "scores" (last dim is the key), "out" (last dim is head_dim_v), "row_tiles" (last dim
-            is the key tile) or "rows" (last dim is the query row).
+            is the key tile), "rows" (last dim is the query row) or "keys" (as "out", of keys).
+        warps: which own 16 rows each, in the order of the rows; by default the plan's.
 
     Returns:
         The check; with `first`, `pattern` and `picture` filled in when something is wrong.
@@ -110,7 +114,9 @@ def compare(actual: Tensor, expected: Expected, plan: Plan, kind: str) -> Check:
         got, value = got[..., None], expected.value[..., None]
     else:
         value = expected.value
-    finder = _Finder(plan.block_m, plan.block_n, plan.row_warps, plan.keys_backwards, kind)
+    block_m = plan.block_n if kind == "keys" else plan.block_m
+    warps = plan.row_warps if warps is None else warps
+    finder = _Finder(block_m, plan.block_n, warps, plan.keys_backwards, kind)
     index = finder.first(bad)
     return Check(
         expected.name,
@@ -135,7 +141,7 @@ class _Finder:
     def first(self, bad: Tensor) -> tuple[int, int, int, int]:
         """Return index of the first bad element in the order in which the kernel computes them."""
         batch, head, row, column = bad.nonzero(as_tuple=True)
-        width = {"scores": self.block_n, "out": 1 << 30}.get(self.kind, 1)
+        width = {"scores": self.block_n, "out": 1 << 30, "keys": 1 << 30}.get(self.kind, 1)
         step = column // width
         if self.keys_backwards and self.kind in ("scores", "row_tiles"):
             step = -step
@@ -150,18 +156,21 @@ class _Finder:
         self, index: tuple[int, int, int, int], actual: float, expected: float
     ) -> Location:
         batch, head, row, column = index
-        per_element = self.kind in ("scores", "out")
+        per_element = self.kind in ("scores", "out", "keys")
         lane = (row % 8) * 4 + (column % 8 // 2 if per_element else 0)
         element = 2 * (row % _FRAGMENT // 8)
         if per_element:
             element += column % 2 + 4 * (column % _FRAGMENT // 8)
+        block: int | None = row // self.block_m
         n_block = {"scores": column // self.block_n, "row_tiles": column}.get(self.kind)
+        if self.kind == "keys":
+            block, n_block = None, block
         return Location(
             batch,
             head,
             row,
             column if per_element else None,
-            row // self.block_m,
+            block,
             n_block,
             self._warp(row),
             lane,
@@ -179,7 +188,7 @@ class _Finder:
         traits: list[str] = []
         warps = Counter((rows % self.block_m // _FRAGMENT + self.warps.start).tolist())
         traits.append(_share("warp", warps, len(self.warps)))
-        if self.kind in ("scores", "out"):
+        if self.kind in ("scores", "out", "keys"):
             elements = columns % 2 + 2 * (rows % _FRAGMENT // 8) + 4 * (columns % _FRAGMENT // 8)
             traits.append(_share("accumulator element", Counter(elements.tolist()), 8))
         if self.kind in ("scores", "row_tiles"):
@@ -188,7 +197,8 @@ class _Finder:
             count = (last // self.block_n if self.kind == "scores" else last) + 1
             traits.append(_share("n_block", Counter(blocks.tolist()), count))
         m_blocks = -(-bad.shape[-2] // self.block_m)
-        traits.append(_share("m_block", Counter((rows // self.block_m).tolist()), m_blocks))
+        name = "n_block" if self.kind == "keys" else "m_block"
+        traits.append(_share(name, Counter((rows // self.block_m).tolist()), m_blocks))
         found = [trait for trait in traits if trait]
         return "; ".join(found) if found else "spread over all warps, elements and tiles"
 
@@ -211,7 +221,8 @@ class _Finder:
             )
             if top and top % self.block_m == 0:
                 lines.append("")
-            lines.append(f"row {top:5d} warp {self._warp(top):2d} |{text}|")
+            label = "key" if self.kind == "keys" else "row"
+            lines.append(f"{label} {top:5d} warp {self._warp(top):2d} |{text}|")
         lines.append(LEGEND)
         return "\n".join(lines)
 

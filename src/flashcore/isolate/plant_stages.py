@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from flashcore.backends.dispatch import KERNELS
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 
 _WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
 
@@ -15,15 +16,13 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "full": (
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
             "sink-of-the-first",
+            "max-score-of-one-head",
         ),
         "tile": ("sink-beside-raw-scores",),
         "load": ("one-ahead", "neighbours-key", "no-clamp"),
         "store": (
-            "tail-oob",
-            "neighbours-query",
-            "tile-search",
-            "tile-numbers",
-            "sink-past-the-heads",
+            *("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
+            *("max-score-stored", "max-score-of-padding", "sink-past-the-heads"),
         ),
     },
     _SM90: {
@@ -65,7 +64,9 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sum-of-the-neighbour", "turns-of-two", "unseen-q-kept"),
             *("third-share-unseen", "second-part-alone", "first-part-kept"),
             *("unmasked-too-far-right", "unmasked-too-far-left", "last-key-alone"),
-            *("folded-as-rows", "large-max-left", "sink-of-the-first", "sink-of-every-split"),
+            *("folded-as-rows", "large-max-left"),
+            *("max-score-of-one-head", "max-score-of-first-slice"),
+            *("sink-of-the-first", "sink-of-every-split"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "store": (
@@ -75,6 +76,29 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("split-arrival-not-awaited", "split-last-too-early", "split-never-last"),
             *("split-one-counter", "split-rows-past-the-end"),
             *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
+            *("max-score-stored", "max-score-of-padding"),
         ),
+    },
+    DQ_KERNEL: {
+        "delta": ("delta-of-one-lane", "dlse-forgotten", "dout-read-late"),
+        "dq": ("k-released-early", "empty-rows-kept"),
+    },
+    DKDV_KERNEL: {
+        "load": ("do-released-early", "q-released-early"),
+        "scores": (
+            *("stale-stats", "stats-released-by-one-lane", "kv-released-early"),
+            *("clear-without-fence", "probs-not-awaited", "v-overwritten"),
+        ),
+        "dv": (
+            *("dp-not-awaited", "query-tile-skipped", "last-of-group-skipped"),
+            *("empty-rows-spread", "neighbour-lse", "diagonal-hidden", "probs-overwritten"),
+        ),
+        "dq": (
+            *("ds-not-awaited", "ds-overwritten", "ds-without-fence", "sums-overwritten"),
+            *("sums-without-fence", "ds-released-early", "k-released-before-dq"),
+            *("neighbour-rows", "head-of-group"),
+        ),
+        "dk": ("swapped-operand", "dk-added-twice", "scale-forgotten"),
+        "store": ("dk-over-dv", "place-released-early"),
     },
 }

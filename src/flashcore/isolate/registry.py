@@ -1,14 +1,14 @@
-"""List all planted bugs: the kernel each is in, and a call that shows it.
+"""Give every planted bug the call that shows it, and the stage that is then the first wrong one.
 
-`flashcore isolate --plant NAME` takes that call unless it is told another one. Which stage is then
-the first wrong one stands in plant_stages.py; tests/plants/test_planted_bugs.py holds isolate to
-it.
+Which bugs there are stands in sim/plants/index.py alone. `flashcore isolate --plant NAME` takes the
+call unless it is told another one; tests/plants/test_planted_bugs.py holds isolate to the stages,
+which stand in plant_stages.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,22 +18,21 @@ from flashcore.checks.drawing import draw
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.compile.plant import Plant
 from flashcore.isolate.plant_stages import STAGES
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.problem.case import Case
+from flashcore.sim.plants import index
+from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
+from flashcore.sim.plants.bwd_sm90 import PLANTS_BWD_ROLES_SM90
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
-from flashcore.sim.plants.numerics import (
-    PLANTS_LARGE_SCORES,
-    PLANTS_OLD_LARGE_MAX_SM90,
-    PLANTS_TOTALS,
-)
+from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
+from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
-from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
-from flashcore.sim.plants.wmma import PLANTS
 
 _WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
 
@@ -108,6 +107,11 @@ _LEVEL = _SHORT | {"dtype": "bfloat16", "spread": 0.0, "growth": "level"}
 # Heads of a group are rows of one row tile, which they do not fill.
 _SINKS = _SHORT | {"seqlen_q": 9, "num_heads_q": 4, "num_heads_kv": 2, "sinks": True}
 _CHUNKS = {"block_m": 64, "block_n": 32, "keys_of_chunk": 64}
+_MAX_SCORE = _SHORT | {"return_max_score": True}
+_ONE_QUERY = {"seqlen_q": 1, "num_heads_q": 4, "num_heads_kv": 1}
+# The first of four key tiles has the largest scores.
+_IN_SECOND_SLICE = _MAX_SCORE | {"seqlen_k": 128, "growth": "slow"}
+_IN_SLICES = {"block_m": 64, "block_n": 32, "num_stages": 4, "key_slices": 2}
 _CASES_SM90 = {
     "passed-over-unsynced": 37,
     "passed-over-turn-too-many": 1,
@@ -124,117 +128,139 @@ _CASES_SM90 = {
     "last-key-alone": 53,
     "folded-as-rows": 16,
 }
+# Two heads of a group, rows that see nothing, keys that a warpgroup passes over, and more tiles of
+# rows and of keys than the simulator has blocks.
+_BACKWARD: dict[str, Any] = {
+    "batch": 2,
+    "num_heads_q": 4,
+    "num_heads_kv": 2,
+    "seqlen_q": 170,
+    "seqlen_k": 150,
+    "head_dim": 32,
+    "head_dim_v": 32,
+    "dtype": "bfloat16",
+    "causal": "lower_right",
+}
+_BACKWARD_ROLES = _BACKWARD | {"seqlen_q": 110, "head_dim": 136, "head_dim_v": 136}
+_TILE_OF_DQ = {"block_m": 64, "block_n": 32, "num_stages": 3, "other_stages": 2}
+_TILE_OF_DKDV = {"block_m": 32, "block_n": 128, "num_stages": 3, "other_stages": 2}
+_TILE_OF_DKDV |= {"overlaps": False, "early_dp": True, "keeps_p": False}
+_TILE_OF_ONE = _TILE_OF_DKDV | {"block_m": 64, "overlaps": True, "also_dq": True}
+_TILE_OF_ROLES = {"block_m": 32, "block_n": 64, "num_stages": 2, "other_stages": 2}
 _GROWTHS = {"no-max-yet-unseen": "none", "outgrown-in-one-warp": "far peak"}
 
-
-def _planted(plants: Mapping[str, Plant], kernel: str, **needs: Any) -> list[Planted]:
-    tile = needs.pop("tile", {})
-    return [
-        Planted(plant, kernel, tile={**tile, **plant.plan}, stage=_stage(name, kernel), **needs)
-        for name, plant in plants.items()
-    ]
+# By name of a bug, fields of its Planted.
+_Calls = dict[str, dict[str, Any]]
 
 
-def _with_mask(name: str, plant: Plant) -> Planted:
-    is_shifted = plant.plan.get("mask_is_shifted", False)
-    options = _SHIFTED_ROWS if is_shifted else _ROWS
-    return Planted(plant, _SM90, options, _SHORT_KEY_TILES, stage=_stage(name, _SM90))
+def _calls(plants: Mapping[str, Plant], tile: Mapping[str, Any], **fields: Any) -> _Calls:
+    """Give plants one call, with the tile that each needs."""
+    return {name: fields | {"tile": {**tile, **plant.plan}} for name, plant in plants.items()}
 
 
-def _with_growth(name: str, plant: Plant) -> Planted:
-    options = {**_GROWING, "growth": _GROWTHS.get(name, "far")}
-    if name == "no-max-yet-unseen":
-        options["causal"] = "lower_right"
-    tile = _SHORT_KEY_TILES | _IN_TURNS
-    return Planted(plant, _SM90, options, tile, stage=_stage(name, _SM90))
-
-
-def _with_large_scores(name: str, plant: Plant, kernel: str) -> Planted:
-    return Planted(plant, kernel, {**_SHORT, **_LARGE[name]}, stage=_stage(name, kernel))
-
-
-def _packed(name: str, plant: Plant, more: Mapping[str, Any]) -> Planted:
-    options = {**_PACKED, **more}
-    return Planted(plant, _WMMA, options, is_packed=True, stage=_stage(name, _WMMA))
-
-
-def _drawn(plants: Mapping[str, Plant], kernel: str, cases: Mapping[str, int]) -> list[Planted]:
+def _drawn(kernel: str, cases: Mapping[str, int]) -> _Calls:
     """Give plants the case of `verify` that finds each."""
-    found = []
-    for name, plant in plants.items():
-        number = cases[name]
+    calls: _Calls = {}
+    for name, number in cases.items():
         drawn = draw(0, number, "sim", SM90_ARCH if kernel == _SM90 else SIM_ARCH)
         options = {f.name: getattr(drawn.case, f.name) for f in dataclasses.fields(drawn.case)}
-        stage = _stage(name, kernel)
-        found.append(Planted(plant, kernel, options, drawn.tile, False, number, stage))
-    return found
+        calls[name] = {"options": options, "tile": drawn.tile, "drawn": number}
+    return calls
 
 
-def _stage(name: str, kernel: str) -> str:
-    return next((stage for stage, names in STAGES[kernel].items() if name in names), "")
+def _masked(plants: Mapping[str, Plant]) -> _Calls:
+    calls: _Calls = {}
+    for name, plant in plants.items():
+        is_shifted = plant.plan.get("mask_is_shifted", False)
+        options = _SHIFTED_ROWS if is_shifted else _ROWS
+        calls[name] = {"options": options, "tile": _SHORT_KEY_TILES}
+    return calls
 
 
-PLANTED: tuple[Planted, ...] = (
-    *_planted(PLANTS, _WMMA),
-    *_drawn(PLANTS_SCHEDULES, _WMMA, {"one-stage-unordered": 6, "one-ahead": 8}),
-    *(
-        _packed(name, plant, {"overrun": 1000} if name == "no-clamp" else {})
-        for name, plant in PLANTS_VARLEN.items()
-    ),
-    *(
-        # With as many key tiles in each share nothing else orders the shares of two row tiles. Nor
-        # is every V there in time for two consumers.
-        Planted(
-            plant,
-            _SM90,
-            _EVEN_SHARES if "share" in name or name == "no-is-yes" else {},
-            _TILES.get(name, plant.plan),
-            stage=stage,
-        )
-        for name, plant in PLANTS_SM90.items()
-        for stage in [_stage(name, _SM90)]
-    ),
-    *_planted(
-        PLANTS_CAUSAL_SM90,
-        _SM90,
-        options={"causal": "lower_right", "seqlen_q": 200, "seqlen_k": 220},
-        tile=_TWO_CONSUMERS | _IN_TURNS,
-    ),
-    *(_with_growth(name, plant) for name, plant in PLANTS_OLD_MAX_SM90.items()),
-    *(_with_mask(name, plant) for name, plant in PLANTS_MASK_SM90.items()),
-    *_drawn(PLANTS_SCHEDULES_SM90, _SM90, _CASES_SM90),
-    *(
-        _with_large_scores(name, plant, kernel)
-        for kernel in (_WMMA, _SM90)
-        for name, plant in PLANTS_LARGE_SCORES.items()
-    ),
-    *_planted(PLANTS_OLD_LARGE_MAX_SM90, _SM90, options=_LEVEL, tile=_SHORT_KEY_TILES),
-    *_planted(PLANTS_TOTALS, _WMMA, options={"seqlen_q": 70, "seqlen_k": 333}, tile=_CHUNKS),
-    *_planted(PLANTS_SPLIT, _SM90, options=_SPLIT, tile=_SHARED_BY_BLOCKS),
-    *(
-        planted
-        for kernel in (_WMMA, _SM90)
-        for planted in _planted(PLANTS_SINKS, kernel, options=_SINKS)
-    ),
-    *_planted(PLANTS_SINKS_SPLIT, _SM90, options=_SPLIT | {"sinks": True}, tile=_SHARED_BY_BLOCKS),
-    *_planted(
-        PLANTS_VARLEN_SM90,
-        _SM90,
-        options=_PACKED,
-        tile=_SHORT_KEY_TILES | _IN_TURNS,
-        is_packed=True,
-    ),
-)
+def _growing(names: Iterable[str]) -> _Calls:
+    calls: _Calls = {}
+    for name in names:
+        options = {**_GROWING, "growth": _GROWTHS.get(name, "far")}
+        if name == "no-max-yet-unseen":
+            options["causal"] = "lower_right"
+        calls[name] = {"options": options, "tile": _SHORT_KEY_TILES | _IN_TURNS}
+    return calls
 
 
-def names() -> list[str]:
-    """Return the name of every planted bug, once."""
-    return list(dict.fromkeys(planted.plant.name for planted in PLANTED))
+def _of_sm90() -> _Calls:
+    # With as many key tiles in each share nothing else orders the shares of two row tiles. Nor is
+    # every V there in time for two consumers.
+    calls: _Calls = {
+        name: {"options": _EVEN_SHARES if "share" in name or name == "no-is-yes" else {}}
+        for name in PLANTS_SM90
+    }
+    for name, tile in _TILES.items():
+        calls[name]["tile"] = tile
+    return calls
 
 
-def kernels_of(name: str) -> list[str]:
-    """Return the kernels that a planted bug is one of."""
-    return [planted.kernel for planted in PLANTED if planted.plant.name == name]
+_WITH_LARGE_SCORES: _Calls = {name: {"options": _SHORT | more} for name, more in _LARGE.items()}
+_WITH_MAX_SCORE = _calls(PLANTS_MAX_SCORE, {}, options=_MAX_SCORE)
+for _name in ("max-score-of-one-head", "max-score-of-padding"):
+    _WITH_MAX_SCORE[_name]["options"] = _MAX_SCORE | _ONE_QUERY
+# By kernel, the calls of bugs that not every call shows.
+CALLS: Mapping[str, _Calls] = {
+    _WMMA: {
+        **_drawn(_WMMA, {"one-stage-unordered": 6, "one-ahead": 8}),
+        **_calls(PLANTS_VARLEN, {}, options=_PACKED, is_packed=True),
+        "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
+        **_WITH_LARGE_SCORES,
+        **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
+        **_WITH_MAX_SCORE,
+        **_calls(PLANTS_SINKS, {}, options=_SINKS),
+    },
+    _SM90: {
+        **_of_sm90(),
+        **_calls(
+            PLANTS_CAUSAL_SM90,
+            _TWO_CONSUMERS | _IN_TURNS,
+            options=_EVEN_SHARES | {"causal": "lower_right"},
+        ),
+        **_growing(PLANTS_OLD_MAX_SM90),
+        **_masked(PLANTS_MASK_SM90),
+        **_drawn(_SM90, _CASES_SM90),
+        **_WITH_LARGE_SCORES,
+        **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
+        **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
+        **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
+        **_WITH_MAX_SCORE,
+        **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
+        **_calls(PLANTS_SINKS, {}, options=_SINKS),
+        **_calls(PLANTS_SINKS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT | {"sinks": True}),
+    },
+    DKDV_KERNEL: {
+        **_calls(PLANTS_BWD_ROLES_SM90, _TILE_OF_ROLES, options=_BACKWARD_ROLES),
+        **_calls(PLANTS_BWD_ONE_SM90, _TILE_OF_ONE, options=_BACKWARD | {"seqlen_q": 200}),
+    },
+}
+# The call of all other bugs of a kernel; of those of a forward kernel, isolate's own.
+_DEFAULTS: Mapping[str, dict[str, Any]] = {
+    DQ_KERNEL: {"options": _BACKWARD, "tile": _TILE_OF_DQ},
+    DKDV_KERNEL: {"options": _BACKWARD, "tile": _TILE_OF_DKDV},
+}
+
+
+def _planted(plant: Plant, kernel: str) -> Planted:
+    fields = dict(_DEFAULTS.get(kernel, {}))
+    fields["tile"] = {**fields.get("tile", {}), **plant.plan}
+    fields |= CALLS.get(kernel, {}).get(plant.name, {})
+    by_stage = STAGES[kernel].items()
+    stage = next((stage for stage, names in by_stage if plant.name in names), "")
+    return Planted(plant, kernel, stage=stage, **fields)
+
+
+def all_planted() -> tuple[Planted, ...]:
+    """Return every planted bug of every kernel."""
+    return tuple(
+        _planted(plant, kernel)
+        for kernel, plants in index.BY_KERNEL.items()
+        for plant in plants.values()
+    )
 
 
 def find_plant(name: str, backend: str, kernel: str | None = None) -> Planted:
@@ -249,12 +275,6 @@ def find_plant(name: str, backend: str, kernel: str | None = None) -> Planted:
         ValueError: an unknown name, a bug of another kernel, or a backend that is not the
             simulator.
     """
-    if backend != "sim":
-        raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")
-    found = [planted for planted in PLANTED if planted.plant.name == name]
-    if not found:
-        raise ValueError(f"plant={name!r} is not one of {', '.join(names())}")
-    for planted in found:
-        if kernel in (None, planted.kernel):
-            return planted
-    raise ValueError(f"plant={name!r} is not a bug of {kernel}, but of {found[0].kernel}")
+    index.check_backend(name, backend)
+    kernel = kernel or index.kernels_of(name)[0]
+    return _planted(index.find_plant(name, kernel), kernel)

@@ -1,25 +1,14 @@
-"""List the stages that isolate runs, in order: one for each debug gate of a kernel, and the
-kernel."""
+"""List the stages that isolate runs, in order: of a forward kernel one for each debug gate, and the
+kernel; of the backward kernels one for each tensor."""
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 
+from flashcore.kernels.bwd_sm90 import stages as stages_bwd_sm90
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """A stage is one step of the isolation. `gate` is the kernel's debug gate, None for the kernel
-    itself; `suspects` is where to look when this stage is the first wrong one."""
-
-    name: str
-    gate: str | None
-    title: str
-    checks: str
-    suspects: str
-
+from flashcore.kernels.stage import Stage
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -107,14 +96,26 @@ _OUTSIDE_SM90 = _SCHEDULE | {
 }
 
 
+_BACKWARD = stages_bwd_sm90.STAGES  # isolate runs all of the kernels
+_STAGES_OF = {
+    plan_sm90.KERNEL: _STAGES_SM90,
+    DQ_KERNEL: _BACKWARD,
+    DKDV_KERNEL: _BACKWARD,
+}
+_OUTSIDE_OF = {
+    plan_sm90.KERNEL: _OUTSIDE_SM90,
+    DQ_KERNEL: stages_bwd_sm90.OUTSIDE,
+    DKDV_KERNEL: stages_bwd_sm90.OUTSIDE,
+}
+
+
 def stages_of(kernel: str) -> tuple[Stage, ...]:
     """Return the stages of a kernel, in order."""
-    return _STAGES_SM90 if kernel == plan_sm90.KERNEL else STAGES
+    return _STAGES_OF.get(kernel, STAGES)
 
 
 def suspects_of(kernel: str, name: str) -> str | None:
     """Return where to look when a stage, or a phase outside of the stages, is the first wrong
     one."""
-    outside = _OUTSIDE_SM90 if kernel == plan_sm90.KERNEL else _OUTSIDE
     stages = {stage.name: stage.suspects for stage in stages_of(kernel)}
-    return (stages | outside).get(name)
+    return (stages | _OUTSIDE_OF.get(kernel, _OUTSIDE)).get(name)

@@ -41,6 +41,8 @@
 //                 gmem_atomic_add_acq_rel(p, x): the same with acquire and release: what this
 //                 thread has written or seen before its add is visible, in any block, to every
 //                 thread whose later gmem_atomic_add_acq_rel finds that add in the sum
+//                 gmem_atomic_max(p, x): float32, relaxed; NaN is larger than any number, so that
+//                 the order of such calls makes no difference
 #pragma once
 
 #include "@target/types.cuh"

@@ -15,6 +15,8 @@
 //                 towards bar; zeros outside of the tensor (PTX ISA: cp.async.bulk.tensor)
 //                 tma_store(map, smem_src, col, row, head, batch), tma_store_commit(),
 //                 tma_store_wait_read<N>(): all but the newest N groups have read their source
+//                 bulk_add(gmem_dst, smem_src, bytes): adds floats to floats that everybody adds to
+//                 and nobody reads, in any order; in groups as tma_store (cp.reduce.async.bulk)
 // warpgroup.cuh   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)
 //                 named_barrier_any(id, threads, predicate): whether it holds for any of them
 //                 raise_registers<N>(), lower_registers<N>(): of the whole warpgroup (setmaxnreg)
@@ -29,6 +31,8 @@
 //                 (MN-major); desc + bytes: the same operand further on
 //                 swizzled_col<ROW_BYTES>(row, col): where a column lies in such a tile
 //                 wgmma_ss<T>(d, a_desc, b_desc, accumulate): A[m][k] and B[n][k], k contiguous
+//                 wgmma_ss_mn<T>(d, a_desc, b_desc, accumulate): A[k][m] and B[k][n], m and n
+//                 contiguous
 //                 wgmma_rs<T>(d, a, b_desc, accumulate): A from registers, B[k][n], n contiguous
 //                 wgmma_fence(): orders register writes before the wgmma that read them
 //                 wgmma_commit(), wgmma_wait<N>(): groups, as for cp.async; until then nobody may

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
+
+from flashcore.problem import Problem
+
+
+def unseen_scores(problem: Problem, q: torch.Tensor) -> torch.Tensor:
+    """Return the largest score of each head of [batch, num_heads_q] before any key is seen: -inf.
+    Kernels raise it."""
+    shape = (problem.batch, problem.num_heads_q)
+    return q.new_full(shape, -math.inf, dtype=problem.lse_dtype)
 
 
 def allocator(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from flashcore.kernels.bwd_sm90.params import (
+    LENGTHS,
     AttnBwdSm90Params,
     build_params_bwd_sm90,
     grid_size,
-    maps_of,
 )
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_wmma.params import AttnParams
@@ -31,9 +31,11 @@ _lock = threading.Lock()
 def _pointer_offsets() -> dict[str, int]:
     """Return where the kernels' argument has addresses, by name of the tensor."""
     attn = AttnBwdSm90Params.attn.offset
-    names = ("q", "k", "v", "mask", "out", "lse", "seqlens_k", "tile_counter")
+    names = ("q", "k", "v", "mask", "out", "lse", "tile_counter", *LENGTHS)
     offsets = {name: attn + getattr(AttnParams, name).offset for name in names}
-    return offsets | {name: getattr(AttnBwdSm90Params, name).offset for name in ("dlse", "delta")}
+    return offsets | {
+        name: getattr(AttnBwdSm90Params, name).offset for name in ("dlse", "delta", "dq_sums")
+    }
 
 
 _OFFSETS = _pointer_offsets()
@@ -58,7 +60,7 @@ class BackwardKernel:
         addresses = {name: x.data_ptr() for name, x in tensors.items()}
         params = build_params_bwd_sm90(problem, plan, tensors, grid, addresses)
         self._maps: list[tuple[str, int, int]] = []  # tensor, offset, bytes of it before the map
-        for name in maps_of(plan):
+        for name in plan.box_rows:
             field = f"{name}_map"
             tensor_map = getattr(params, field)
             shift = (tensors[name].data_ptr() - tensor_map.base) % 2**64

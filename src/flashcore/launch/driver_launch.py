@@ -91,6 +91,7 @@ class Launch:
         index = torch.cuda.current_device() if device.index is None else device.index
         self._device_index, self._name = index, kernel.name
         with torch.cuda.device(index), allowed_during_a_capture():
+            bind_context(index)  # autograd's threads may come here before torch used theirs
             handle, self._library = _load(kernel, index, smem_bytes)
         self.handle, self._handle = handle, pointer(handle)
         self._shape = (grid, num_threads, smem_bytes)

@@ -85,6 +85,7 @@ def run_kernel(
     lse: torch.Tensor | None,
     gate_buffers: dict[str, torch.Tensor] | None = None,
     lengths: dict[str, torch.Tensor] | None = None,
+    max_score: torch.Tensor | None = None,
 ) -> None:
     """Run a plan on CUDA tensors, on the current stream, without waiting for it.
 
@@ -98,10 +99,12 @@ def run_kernel(
         out: [batch, num_heads_q, seqlen_q, head_dim_v], contiguous; written.
         lse: [batch, num_heads_q, seqlen_q], float32, contiguous; written unless None.
         gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
-        lengths: int32, by name cu_seqlens_q, cu_seqlens_k or seqlens_k, where sequences differ in
-            length. Packed tensors come as [1, num_heads, total, dim] views, out as [total,
-            num_heads_q, head_dim_v], lse as [num_heads_q, total]. And `sinks`, float32
-            [num_heads_q], where the problem has sinks.
+        lengths: int32, by name cu_seqlens_q, cu_seqlens_k, seqlens_k or page_table, where
+            sequences differ in length. Packed tensors come as [1, num_heads, total, dim] views, out
+            as [total, num_heads_q, head_dim_v], lse as [num_heads_q, total]; pages as k and v. And
+            `sinks`, float32 [num_heads_q], where the problem has sinks.
+        max_score: [batch, num_heads_q], float32, contiguous, of -inf; raised by a plan that
+            returns_max_score.
 
     Raises:
         CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, launch_raw.
@@ -110,7 +113,7 @@ def run_kernel(
     if grid == 0:
         return
     _verify(q.device.index, plan)
-    tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse}
+    tensors = {"q": q, "k": k, "v": v, "mask": mask, "out": out, "lse": lse, "max_score": max_score}
     tensors |= (gate_buffers or {}) | (lengths or {})
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     if plan.draws_tiles:
@@ -136,13 +139,18 @@ def run_kernel(
     )
 
 
-# By Problem.varlen, the fields of AttnParams that say how long sequences are.
-LENGTHS = {"keys": ("seqlens_k",), "packed": ("cu_seqlens_q", "cu_seqlens_k")}
+# By Problem.varlen, the fields of AttnParams that say how long sequences are and where their keys
+# lie.
+LENGTHS = {
+    "keys": ("seqlens_k",),
+    "packed": ("cu_seqlens_q", "cu_seqlens_k"),
+    "pages": ("seqlens_k", "page_table"),
+}
 
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
 # allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
 ARGUMENTS_MAX = 4096
-# Call; q, k, v, lengths and sinks; mask; out; lse; shares and counters.
+# Call; q, k, v, lengths, sinks and max_score; mask; out; lse; shares and counters.
 _Key = tuple[int, Addresses, int, int, int, tuple[int, ...]]
 _arguments: dict[_Key, Argument] = {}
 _lock = threading.Lock()
@@ -175,9 +183,8 @@ class KernelCall:
         self._new_lse = None
         if problem.return_lse:
             self._new_lse = allocator(device, rows_shape, torch.float32)
-        # What addresses go on with, behind those of q, k and v.
-        sinks = ("sinks",) if problem.has_sinks else ()
-        self._others = LENGTHS.get(problem.varlen, ()) + sinks
+        self._others = LENGTHS.get(problem.varlen, ())  # addresses behind q, k and v
+        self._others += ("sinks",) * problem.has_sinks + ("max_score",) * problem.return_max_score
         self._scratch = Scratch(problem, plan)
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)
@@ -229,7 +236,8 @@ class KernelCall:
         addresses: Addresses,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the call: see launch/types.py. Where sequences differ in length, addresses go on with
-        those of LENGTHS; where there are sinks, with that of sinks, float32, at their end."""
+        those of LENGTHS; then with that of sinks, float32, if there are any; then with that of
+        max_score, if the problem returns it."""
         if self._current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.run(q, k, v, mask, addresses)

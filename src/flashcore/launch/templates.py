@@ -7,7 +7,14 @@ from collections.abc import Iterable, Mapping
 
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.params import AttnParams, Lengths, Splits, build_params, set_keys
+from flashcore.kernels.fwd_wmma.params import (
+    AttnParams,
+    Lengths,
+    Pages,
+    Splits,
+    build_params,
+    set_keys,
+)
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.launch import descriptors
 from flashcore.launch.driver_launch import Argument
@@ -19,8 +26,8 @@ _POINTER = struct.Struct("Q")
 _OFFSETS = {
     name: getattr(AttnParams, name).offset
     for name in (
-        *(x[0] for group in (Lengths, Splits) for x in group._fields_),
-        *("tile_counter", "sinks"),
+        *(x[0] for group in (Lengths, Splits, Pages) for x in group._fields_),
+        *("tile_counter", "sinks", "max_score"),
     )
 }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-import torch
+from typing import Any
 
 # Of q, k and v, of lengths, and of sinks. Whoever makes a call has them, and asking again takes
 # time.
 Addresses = tuple[int, ...]
+# What calls return: out, lse (None unless it is wanted), and max_score only if it is wanted.
+Computed = tuple[Any, ...]
 # Takes q, k, v, the mask and addresses; where there are sinks and no kernel is launched, sinks too.
-Call = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
+Call = Callable[..., Computed]

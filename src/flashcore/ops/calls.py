@@ -26,14 +26,14 @@ from flashcore.backends.growing import Growing
 from flashcore.backends.sinks import as_logits
 from flashcore.base import forks
 from flashcore.launch import launcher
-from flashcore.launch.types import Addresses, Call
+from flashcore.launch.types import Addresses, Call, Computed
 from flashcore.ops.guards import guard
 from flashcore.ops.keys import family_key, options_key
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.options import Options
 from flashcore.problem.ranks import as_rank_4, has_other_rank
 
-Result = Tensor | tuple[Tensor, Tensor]
+Result = Tensor | tuple[Tensor, ...]
 # A Record computes a call so that autograd can differentiate it; it takes a State, q, k, v and
 # perhaps a mask.
 Record = Callable[..., Any]
@@ -81,6 +81,7 @@ def attend(
     backend: str,
     record: Record | None = None,
     decide: Decide | None = None,
+    return_max_score: bool = False,
 ) -> Result:
     """Compute `attention` of tensors that nobody else needs to see.
 
@@ -100,9 +101,11 @@ def attend(
         record: what records the call if autograd is to; None: nothing is recorded.
         decide: by default `find`. A drop-in function's own takes the tensors as they were given
             there; what it found is remembered for it alone.
+        return_max_score: whether the largest score of each head is returned too; not with `decide`.
 
     Returns:
-        out, or (out, lse) with return_lse; None where `decide` found nothing.
+        out, or (out, lse) with return_lse, and max_score behind them with return_max_score; None
+        where `decide` found nothing.
 
     Raises:
         Exception: what `attention` raises.
@@ -126,6 +129,7 @@ def attend(
             if (
                 (causal is False or causal is True)
                 and return_lse is False
+                and return_max_score is False
                 and mask is None
                 and window is None
                 and scale is None
@@ -133,7 +137,9 @@ def attend(
             ):
                 options: object = causal
             else:
-                options = options_key(causal, window, softcap, scale, return_lse, mask)
+                options = options_key(
+                    causal, window, softcap, scale, return_lse, return_max_score, mask
+                )
             alignment = (at_q | at_k | at_v) & 15
             key = q.shape, k.shape, alignment, options, recorded, backend, decide
             for found in _calls.get(key, ()):
@@ -148,11 +154,13 @@ def attend(
             given = as_rank_4(q, k, v, mask)
             q, k, v, mask, _, _ = given
             return given.restored(
-                attend(q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record)
-            )
-        found = (decide or find)(
-            q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded, key
-        )
+                attend(
+                    q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
+                    None, return_max_score,
+                )
+            )  # fmt: skip
+        asked = q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded, key
+        found = find(*asked, return_max_score) if decide is None else decide(*asked)
         if found is None:
             return None  # type: ignore[return-value]
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -161,8 +169,10 @@ def attend(
         state = found, return_lse, addresses
         result: Result = record(state, q, k, v) if mask is None else record(state, q, k, v, mask)
         return result
-    out, lse = found[1](q, k, v, mask, addresses)
-    return out if lse is None else (out, lse)
+    computed = found[1](q, k, v, mask, addresses)
+    if computed[1] is None and not return_max_score:  # the common case, without another frame
+        return computed[0]  # type: ignore[no-any-return]
+    return _asked_for(computed)
 
 
 def find(
@@ -178,11 +188,16 @@ def find(
     backend: str,
     recorded: bool = False,
     key: object = None,
+    return_max_score: bool = False,
 ) -> Found:
     """Decide what computes a call of `attend`, and keep it under the key, unless that is None. If
     the call is recorded, it computes lse in any case."""
-    family = family_key(
-        q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded
+    family = (
+        None
+        if return_max_score
+        else family_key(
+            q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded
+        )
     )
     growing = _growing.get(family)
     if growing is not None:
@@ -202,6 +217,7 @@ def find(
         mask=mask,
         # What is no bool stays what it is, for the error.
         return_lse=True if recorded and return_lse is False else return_lse,
+        return_max_score=return_max_score,
     )
     choice = choose_backend(problem, backend)
     if choice.is_fallback:
@@ -233,11 +249,11 @@ def attend_lengths(
     mask: Tensor | None,
     lengths: tuple[Tensor, ...],
     sinks: Tensor | None,
-    options: tuple[Causal, Window, float | None, float | None, bool],
+    options: tuple[Causal, Window, float | None, float | None, bool, bool],
     longest: tuple[int, int] | None,
     backend: str,
     describe: Callable[[], Problem],
-) -> tuple[Tensor, Tensor | None] | None:
+) -> Result | None:
     """Compute sequences that differ in length, or have sinks, by a kernel, if one serves them,
     around torch's dispatcher; nothing is recorded.
 
@@ -248,13 +264,14 @@ def attend_lengths(
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         lengths: int32 tensors, in the order of launch.LENGTHS; none where they do not differ.
         sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
-        options: causal, window, softcap, scale and return_lse, as in `attention`.
+        options: causal, window, softcap, scale, return_lse and return_max_score, as in
+            `attention`.
         longest: the longest sequences of queries and of keys, where sequences are packed.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         describe: validates the arguments and returns their Problem.
 
     Returns:
-        (out, lse), lse None unless it is asked for; None where the operator has to do it.
+        What `attend` returns; None where the operator has to do it.
 
     Raises:
         Exception: what `describe` and `choose_backend` raise.
@@ -268,12 +285,13 @@ def attend_lengths(
             of_sinks, sinks = sinks.dtype, as_logits(sinks)
             at_others.append(sinks.data_ptr())
             guarded = (*guarded, sinks)
-        causal, window, softcap, scale, return_lse = options
+        causal, window, softcap, scale, return_lse, return_max_score = options
         key = (
             q.shape, k.shape, (at_q | at_k | at_v) & 15,
             causal if (
                 (causal is False or causal is True) and return_lse is False and mask is None
                 and window is None and scale is None and softcap is None
+                and return_max_score is False
             ) else options_key(*options, mask),
             len(guarded), longest, backend, of_sinks,
         )  # fmt: skip
@@ -285,7 +303,7 @@ def attend_lengths(
     addresses = at_q, at_k, at_v, *at_others
     for found in known:
         if found[0](q, k, v, *guarded):
-            return found[1](q, k, v, mask, addresses)
+            return _asked_for(found[1](q, k, v, mask, addresses))
     problem = describe()
     choice = choose_backend(problem, backend)
     if choice.backend not in KERNELS or problem.is_empty:
@@ -293,7 +311,14 @@ def attend_lengths(
     fits = guard(q, k, v, *guarded)
     found = Found(fits, prepare(choice.backend, problem, q.device), Options.of(problem))
     keep(key, found)
-    return found[1](q, k, v, mask, addresses)
+    return _asked_for(found[1](q, k, v, mask, addresses))
+
+
+def _asked_for(computed: Computed) -> Result:
+    """Return what a call computed as the caller gets it."""
+    if computed[1] is None:  # lse
+        return computed[0] if len(computed) == 2 else (computed[0], computed[2])
+    return computed
 
 
 def keep(key: object, found: Found) -> None:

@@ -20,7 +20,7 @@ from flashcore.ops import flops
 from flashcore.ops.calls import attend
 from flashcore.ops.family import Family, Gradients
 from flashcore.ops.operators import Operators
-from flashcore.plain.attention import backward_plain, forward_plain
+from flashcore.plain.attention import backward_plain, forward_plain, largest
 from flashcore.plain.second_order import backward_of_backward
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs, Options, Results, Wanted
@@ -60,12 +60,13 @@ def attention_dense(
     softcap: float | None,
     scale: float | None,
     return_lse: bool,
+    return_max_score: bool,
     backend: str,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` through the operator. torch.compile traces this function."""
     options = Options.checked(causal, window, softcap, scale)
-    returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
-        inputs, options, Wanted(return_lse), backend
+    returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse, return_max_score), backend
     )
     return returned
 
@@ -89,7 +90,7 @@ def check_sizes(inputs: Inputs) -> None:
 def shapes(inputs: Inputs) -> Results:
     """Return the shapes of the results."""
     rows = inputs.q.shape[:3]
-    return Results(out=(*rows, inputs.v.shape[3]), lse=rows)
+    return Results(out=(*rows, inputs.v.shape[3]), lse=rows, max_score=rows[:2])
 
 
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> Results:
@@ -107,7 +108,7 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> 
             return Results(*call(q, k, v, mask, addresses))
         return Results(*call(q, k, v, mask, (), sinks))
     result = attend(q, k, v, mask, **options.asked(), **wanted._asdict(), backend=backend)
-    return Results(*result) if isinstance(result, tuple) else Results(result, None)
+    return Results.of_returned(result, wanted)
 
 
 def _differentiate(
@@ -132,8 +133,8 @@ def _differentiate(
 def _plain(inputs: Inputs, options: Options) -> Results:
     check_sizes(inputs)
     q, k, v, mask, *_ = inputs
-    sinks = inputs.sinks
-    return Results(*forward_plain(q, k, v, mask, options, sinks=sinks))
+    out, lse, row_max = forward_plain(q, k, v, mask, options, sinks=inputs.sinks)
+    return Results(out, lse, largest(row_max))
 
 
 def _differentiate_plain(arriving: Results, inputs: Inputs, options: Options) -> Gradients:
@@ -157,7 +158,16 @@ OPERATORS = Operators(
         name="attention",
         inputs=("q", "k", "v", "mask", "sinks"),
         differentiable=("q", "k", "v", "mask", "sinks"),
-        places={"q": 0, "k": 0, "v": 0, "mask": "mask", "sinks": None, "out": 0, "lse": 0},
+        places={
+            "q": 0,
+            "k": 0,
+            "v": 0,
+            "mask": "mask",
+            "sinks": None,
+            "out": 0,
+            "lse": 0,
+            "max_score": 0,
+        },
         check=check,
         compute=_compute,
         differentiate=_differentiate,

@@ -6,6 +6,7 @@ need it: see `needs_dispatcher` and ops/dense.py. The way itself is calls.attend
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from flashcore.ops.autograd import needs_grad
-from flashcore.ops.calls import Result, State
-from flashcore.ops.dense import OPERATORS
+from flashcore.ops.calls import Result, State, attend_lengths
+from flashcore.ops.dense import OPERATORS, attention_dense
 from flashcore.ops.family import BackwardCall
 from flashcore.ops.gradient_calls import gradients, is_current
-from flashcore.problem.options import Inputs, Results
+from flashcore.problem import Causal, Problem, Window
+from flashcore.problem.options import Inputs, Options, Results, Wanted
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
@@ -66,6 +68,36 @@ def is_plain(lengths: tuple[object, ...], q: Any, k: Any, v: Any, mask: Any, sin
     return not needs_grad(q, k, v, mask, sinks)
 
 
+def attention_with_sinks(
+    inputs: Inputs,
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    return_max_score: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, ...]:
+    """Compute `attention` where sinks are given, and seqlens_k is not; see there."""
+    q, k, v, mask, *_ = inputs
+    sinks = inputs.sinks
+    if is_plain((), q, k, v, mask, sinks):
+
+        def describe() -> Problem:
+            wanted = Wanted(return_lse, return_max_score).checked()
+            options = Options.checked(causal, window, softcap, scale)
+            problem = options.problem(q, k, v, mask, return_lse, sinks)
+            return dataclasses.replace(problem, **wanted._asdict())
+
+        asked = causal, window, softcap, scale, return_lse, return_max_score
+        result = attend_lengths(q, k, v, mask, (), sinks, asked, None, backend, describe)
+        if result is not None:
+            return result
+    return attention_dense(
+        inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
+    )
+
+
 class _Recorded(torch.autograd.Function):
     """Do what the operator's autograd does, for half the time. The backward is the operator.
 
@@ -75,18 +107,20 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: State, q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Result:
         (_, call, ctx.options, ctx.backend), return_lse, addresses = state
-        out, lse = call(q, k, v, mask[0] if mask else None, addresses)
+        out, lse, *max_score = call(q, k, v, mask[0] if mask else None, addresses)
         assert lse is not None
         ctx.save_for_backward(q, k, v, out, lse, *mask)
-        if not return_lse:
-            return out
+        if not (return_lse or max_score):
+            return out  # type: ignore[no-any-return]
         ctx.set_materialize_grads(False)
-        return out, lse
+        ctx.mark_non_differentiable(*max_score)
+        return (out, lse, *max_score) if return_lse else (out, *max_score)
 
     @staticmethod
     def backward(
-        ctx: Any, dout: Tensor | None, dlse: Tensor | None = None
+        ctx: Any, dout: Tensor | None, *others: Tensor | None
     ) -> tuple[Tensor | None, ...]:
+        dlse = others[0] if others else None  # in its place max_score has none
         q, k, v, out, lse, *masks = ctx.saved_tensors
         needs = ctx.needs_input_grad[1:]
         mask, needs_mask = (masks[0], needs[3]) if masks else (None, False)

@@ -11,7 +11,7 @@ from torch import Tensor
 from flashcore.backends.backward_sm90 import Prepared
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.gradients import prepare_gradients
-from flashcore.base import forks
+from flashcore.base import determinism, forks
 from flashcore.ops.calls import CALLS_MAX, FOUND_MAX
 from flashcore.ops.guards import guard
 from flashcore.ops.keys import mask_key
@@ -54,7 +54,7 @@ def gradients(
     try:
         at = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr() | dout.data_ptr()
         of_mask = None if mask is None else mask_key(mask)
-        key = q.shape, k.shape, at & 15, options, backend, of_mask
+        key = q.shape, k.shape, at & 15, options, backend, of_mask, determinism.may_differ()
         known = _calls.get(key, ())
     except (AttributeError, TypeError, RuntimeError):
         return None

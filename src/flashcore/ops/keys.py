@@ -13,6 +13,7 @@ def options_key(
     softcap: float | None,
     scale: float | None,
     return_lse: bool,
+    return_max_score: bool,
     mask: Tensor | None,
 ) -> tuple[object, ...]:
     """Return a key of the options; types are in it because 1 == True == 1.0, and not all of them
@@ -20,7 +21,8 @@ def options_key(
     return (
         causal, type(causal), scale, type(scale), softcap, type(softcap),
         window if window is None else (type(window), *window, *map(type, window)),
-        return_lse, type(return_lse), None if mask is None else mask_key(mask),
+        return_lse, type(return_lse), return_max_score, type(return_max_score),
+        None if mask is None else mask_key(mask),
     )  # fmt: skip
 
 
@@ -54,7 +56,7 @@ def family_key(
         kind = None
         if mask is not None:
             kind = (*mask.shape[:-1], mask.dtype, mask.device, type(mask), *mask_key(mask)[5:])
-        options = options_key(causal, window, softcap, scale, return_lse, None)
+        options = options_key(causal, window, softcap, scale, return_lse, False, None)
         key = q.shape, k.shape[:2], k.shape[3], alignment, options, kind, recorded, backend
         hash(key)
     except (AttributeError, IndexError, TypeError, RuntimeError):

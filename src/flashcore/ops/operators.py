@@ -37,7 +37,6 @@ from flashcore.problem.options import (
     Wanted,
     schema_of,
 )
-from flashcore.problem.validation import check_return_lse
 
 _LIBRARY = torch.library.Library("flashcore", "DEF")
 # A compiler may choose other strides for what lies between operators; head_dim must stay
@@ -85,7 +84,7 @@ class Operators:
     def attend(self, inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> Any:
         """Compute what a public function returns. torch.compile traces this function."""
         check_backend(backend)
-        check_return_lse(wanted.return_lse)
+        wanted.checked()
         if not torch.compiler.is_dynamo_compiling():  # then the fake checks
             self.family.check(inputs)
         if torch.is_grad_enabled():

@@ -8,7 +8,7 @@ The lengths lie on the device; the host reads them only where PyTorch itself com
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -22,11 +22,12 @@ from flashcore.backends.dispatch import (
     warn_once,
     without_autocast,
 )
-from flashcore.backends.gradients import attention_gradients, padded_gradients
+from flashcore.backends.gradients import attention_gradients, gradients_with_lengths
 from flashcore.backends.packed import check_lengths
 from flashcore.backends.sinks import as_logits, gradient_of_sinks, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
+from flashcore.launch.allocation import unseen_scores
 from flashcore.ops import dense, flops
 from flashcore.ops.calls import attend_lengths
 from flashcore.ops.eager import is_plain
@@ -39,7 +40,7 @@ from flashcore.plain.lengths import (
 )
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.options import Inputs, Options, Results, Wanted
-from flashcore.problem.validation import check_return_lse, checked_window
+from flashcore.problem.validation import checked_window
 
 
 def attention_padded(
@@ -49,8 +50,9 @@ def attention_padded(
     softcap: float | None,
     scale: float | None,
     return_lse: bool,
+    return_max_score: bool,
     backend: str,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` where seqlens_k is given; see there."""
     q, k, v, mask, seqlens_k, *_ = inputs
     sinks = inputs.sinks
@@ -58,18 +60,18 @@ def attention_padded(
     if is_plain((seqlens_k,), q, k, v, mask, sinks):
 
         def describe() -> Problem:
-            check_return_lse(return_lse)
+            wanted = Wanted(return_lse, return_max_score).checked()
             problem = padded_problem(inputs, Options.checked(causal, window, softcap, scale))
-            return dataclasses.replace(problem, return_lse=return_lse)
+            return dataclasses.replace(problem, **wanted._asdict())
 
-        asked = causal, window, softcap, scale, return_lse
+        asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = (seqlens_k,)
         result = attend_lengths(q, k, v, mask, lengths, sinks, asked, None, backend, describe)
         if result is not None:
-            return result if return_lse else result[0]  # type: ignore[return-value]
+            return result
     options = Options.checked(causal, window, softcap, scale)
-    returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
-        inputs, options, Wanted(return_lse), backend
+    returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse, return_max_score), backend
     )
     return returned
 
@@ -106,30 +108,62 @@ def padded_problem(inputs: Inputs, options: Options) -> Problem:
 
 
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Results:
+    _, k, v, *_ = inputs
+
+    def keys(b: slice, n: int) -> tuple[Tensor, Tensor]:
+        return k[b, :, :n], v[b, :, :n]
+
+    problem = padded_problem(inputs, options)
+    return compute_lengths(problem, inputs, ("seqlens_k",), keys, wanted, asked)
+
+
+def compute_lengths(
+    problem: Problem,
+    inputs: Inputs,
+    names: tuple[str, ...],
+    keys: Callable[[slice, int], tuple[Tensor, Tensor]],
+    wanted: Wanted,
+    asked: str,
+) -> Results:
+    """Compute sequences with seqlens_k on a backend.
+
+    Args:
+        problem: the description of the call.
+        inputs: of the call.
+        names: the fields of `inputs` that say where a sequence's keys are and how many, in the
+            order of launch.LENGTHS.
+        keys: returns k and v of one sequence, given its place in the batch and how many keys.
+        wanted: besides out and lse.
+        asked: the backend that was asked for.
+    """
     q, k, v, mask, seqlens_k, *_ = inputs
     sinks = inputs.sinks
     assert seqlens_k is not None
-    problem = padded_problem(inputs, options)
-    others = {"seqlens_k": seqlens_k}
-    if sinks is not None:
-        others["sinks"] = sinks = as_logits(sinks, problem.lse_dtype)
+    problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
     choice = choose_backend(problem, asked)
     if choice.is_fallback:
         warn_once(choice)
     backend = choice.backend
+    others = {name: getattr(inputs, name) for name in names}
+    if sinks is not None:
+        others["sinks"] = sinks = as_logits(sinks, problem.lse_dtype)
     if backend in KERNELS and not problem.is_empty:
         addresses = tuple(x.data_ptr() for x in (q, k, v, *others.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, mask, addresses))
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
+    max_score = unseen_scores(problem, q) if problem.return_max_score else None
     if problem.is_empty or backend == "torch":
         out.zero_()
         lse_of_no_keys(lse, sinks)
         with without_autocast(problem.device):
             for own, b, n in _sequences(problem, seqlens_k):
-                tensors = q[b], k[b, :, :n], v[b, :, :n], _part(mask, b, n), sinks
-                out[b], lse[b] = attention_tiled(own, *tensors)
-        return Results(out, lse)
+                row_maxima = None if max_score is None else torch.empty_like(lse[b])
+                tensors = q[b], *keys(b, n), _part(mask, b, n)
+                out[b], lse[b] = attention_tiled(own, *tensors, row_maxima, sinks)
+                if max_score is not None and row_maxima is not None:
+                    max_score[b] = row_maxima.amax(2)
+        return Results(out, lse, max_score)
     from flashcore.sim import simulate
 
     adapted = adapt_for(backend, problem)
@@ -138,8 +172,9 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Re
     if problem.head_dim_v != out.shape[3]:
         out = q.new_empty((*out.shape[:3], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
-    simulate(problem, plan, q, k, v, mask, out, lse, None, others, seed=env.sim_seed())
-    return Results(adapted.result(out), lse)
+    seed = env.sim_seed()
+    simulate(problem, plan, q, k, v, mask, out, lse, None, others, max_score=max_score, seed=seed)
+    return Results(adapted.result(out), lse, max_score)
 
 
 def _sequences(problem: Problem, seqlens_k: Tensor) -> Iterator[tuple[Problem, slice, int]]:
@@ -161,7 +196,7 @@ def _part(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
     return mask[..., :n] if mask.shape[3] > 1 else mask
 
 
-def _differentiate(
+def differentiate(
     arriving: Results,
     inputs: Inputs,
     results: Results,
@@ -169,17 +204,18 @@ def _differentiate(
     needs: tuple[bool, ...],
     backend: str,
 ) -> Gradients:
+    """Compute gradients; see Family."""
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
     dsinks = None
-    if inputs.sinks is not None and needs[0]:
+    if inputs.sinks is not None and any(needs):
         dsinks = gradient_of_sinks(
             inputs.sinks, results.out, results.lse, arriving.out, arriving.lse
         )
     problem = padded_problem(inputs._replace(sinks=None), options)
-    fused = padded_gradients(
-        problem, q, k, v, mask, seqlens_k, results.out, results.lse, arriving.out, arriving.lse,
-        backend,
+    fused = gradients_with_lengths(
+        problem, q, k, v, mask, {"seqlens_k": seqlens_k}, results.out, results.lse, arriving.out,
+        arriving.lse, backend,
     )  # fmt: skip
     if fused is not None:
         return *fused, dsinks
@@ -207,22 +243,16 @@ OPERATORS = Operators(
         inputs=("q", "k", "v", "mask", "seqlens_k", "sinks"),
         differentiable=("q", "k", "v", "sinks"),
         places={
-            "q": 0,
-            "k": 0,
-            "v": 0,
-            "mask": "mask",
-            "seqlens_k": 0,
-            "sinks": None,
-            "out": 0,
-            "lse": 0,
+            "q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "sinks": None, "out": 0,
+            "lse": 0, "max_score": 0,
         },
         check=check,
         compute=_compute,
-        differentiate=_differentiate,
+        differentiate=differentiate,
         shapes=dense.shapes,
         plain=padded_forward_plain,
         differentiate_plain=padded_backward_plain,
         second_order=padded_second_order,
         scores=flops.dense_scores,
     )
-)
+)  # fmt: skip

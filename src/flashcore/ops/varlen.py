@@ -16,10 +16,10 @@ from flashcore.backends.packed import (
     checked_max_seqlen,
     of_packed,
     packed_backward,
-    packed_gradient_of_sinks,
     packed_problem,
     run_packed,
 )
+from flashcore.backends.sinks import packed_gradient_of_sinks
 from flashcore.ops import flops
 from flashcore.ops.calls import attend_lengths
 from flashcore.ops.dense import autocast
@@ -34,7 +34,7 @@ from flashcore.plain.lengths import (
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.spelling import OF_VARLEN, other_names, refuse
-from flashcore.problem.validation import check_return_lse, check_sinks
+from flashcore.problem.validation import check_sinks
 
 __all__ = ["attention_varlen"]
 
@@ -58,6 +58,7 @@ def attention_varlen(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
+    return_max_score: Literal[False] = ...,
     backend: str = ...,
 ) -> Tensor: ...
 @overload
@@ -76,6 +77,7 @@ def attention_varlen(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     return_lse: Literal[True],
+    return_max_score: Literal[False] = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -93,9 +95,10 @@ def attention_varlen(
     window: Window = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
-    return_lse: bool,
+    return_lse: bool = ...,
+    return_max_score: bool = ...,
     backend: str = ...,
-) -> Tensor | tuple[Tensor, Tensor]: ...
+) -> Tensor | tuple[Tensor, ...]: ...
 
 
 @other_names(OF_VARLEN)
@@ -114,9 +117,10 @@ def attention_varlen(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    return_max_score: bool = False,
     backend: str = "auto",
     **_unknown: object,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` of sequences of different lengths, packed one after the other, in one
     launch.
 
@@ -147,13 +151,15 @@ def attention_varlen(
         sinks: [num_heads_q], float32 or the dtype of q, or None: a logit of each head that joins
             the softmax and has no value, as in `attention`.
         return_lse: also return the log-sum-exp of each row of scores.
+        return_max_score: also return the largest score of each head of each sequence.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q. With return_lse, the pair (out, lse):
         lse is natural-log, float32 (float64 for float64 inputs), [num_heads_q, total_q]. A row with
         nothing to attend to has out 0, lse -inf, or with sinks the sink, and gives q, k and v zero
-        gradients.
+        gradients. With return_max_score, max_score comes last: dtype of lse, [num_sequences,
+        num_heads_q], see `attention`.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -177,17 +183,18 @@ def attention_varlen(
     if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None, sinks):
 
         def describe() -> Problem:
-            check_return_lse(return_lse)
+            wanted = Wanted(return_lse, return_max_score).checked()
             problem = packed_problem(
                 q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
                 softcap=softcap, sinks=sinks,
             )  # fmt: skip
-            return dataclasses.replace(problem, return_lse=return_lse)
+            return dataclasses.replace(problem, **wanted._asdict())
 
-        asked, longest = (causal, window, softcap, scale, return_lse), (max_seqlen_q, max_seqlen_k)
+        asked = causal, window, softcap, scale, return_lse, return_max_score
+        longest = max_seqlen_q, max_seqlen_k
         result = attend_lengths(q, k, v, None, lengths, sinks, asked, longest, backend, describe)
         if result is not None:
-            return result if return_lse else result[0]  # type: ignore[return-value]
+            return result
     if not torch.compiler.is_compiling():  # then the operator's fake checks
         check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     inputs = Inputs(
@@ -201,8 +208,8 @@ def attention_varlen(
         sinks=sinks,
     )
     options = Options.checked(causal, window, softcap, scale)
-    returned: Tensor | tuple[Tensor, Tensor] = OPERATORS.attend(
-        inputs, options, Wanted(return_lse), backend
+    returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
+        inputs, options, Wanted(return_lse, return_max_score), backend
     )
     return returned
 
@@ -215,11 +222,16 @@ def _check(inputs: Inputs) -> None:
 
 def _shapes(inputs: Inputs) -> Results:
     total_q, num_heads_q, _ = inputs.q.shape
-    return Results(out=(total_q, num_heads_q, inputs.v.shape[2]), lse=(num_heads_q, total_q))
+    return Results(
+        out=(total_q, num_heads_q, inputs.v.shape[2]),
+        lse=(num_heads_q, total_q),
+        max_score=(inputs.cu_seqlens_q.shape[0] - 1, num_heads_q),  # type: ignore[union-attr]
+    )
 
 
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> Results:
     problem = packed_problem(*of_packed(inputs), **options.asked(), sinks=inputs.sinks)
+    problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
     choice = choose_backend(problem, backend)
     if choice.is_fallback:
         warn_once(choice)
@@ -252,7 +264,7 @@ OPERATORS = Operators(
         differentiable=("q", "k", "v", "sinks"),
         places={
             "q": _HEADS, "k": _HEADS, "v": _HEADS, "cu_seqlens_q": None, "cu_seqlens_k": None,
-            "sinks": 0, "out": _HEADS, "lse": 0,
+            "sinks": 0, "out": _HEADS, "lse": 0, "max_score": _HEADS,
         },
         check=_check,
         compute=_compute,

@@ -142,7 +142,7 @@ def forward_plain(
     options: Options,
     hidden: Hidden | None = None,
     sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compute attention of [batch, num_heads, seqlen, head_dim] tensors.
 
     Args:
@@ -155,7 +155,8 @@ def forward_plain(
         sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
     Returns:
-        out, [batch, num_heads_q, seqlen_q, head_dim_v], and lse, [batch, num_heads_q, seqlen_q].
+        out, [batch, num_heads_q, seqlen_q, head_dim_v], and lse and the largest score of each row,
+        [batch, num_heads_q, seqlen_q]; the last has no gradient.
     """
     hidden = band(options, q, k) if hidden is None else hidden
     parts = []
@@ -167,9 +168,16 @@ def forward_plain(
             mask_part = mask[..., m, :]
         p, lse, *_ = weights(part, k, mask_part, options, hidden(m), rows, sinks)
         p = without_sink(p, sinks)
-        parts.append((rows.by_head(p @ v.to(rows.dtype)), rows.by_head(lse)))
-    out, lse = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
-    return out.to(q.dtype), lse.squeeze(-1)
+        # The largest weight is that of the largest score.
+        row_max = lse.detach() + largest(p.detach()).clamp(min=0.0).log().unsqueeze(-1)
+        parts.append((rows.by_head(p @ v.to(rows.dtype)), rows.by_head(lse), rows.by_head(row_max)))
+    out, lse, row_max = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
+    return out.to(q.dtype), lse.squeeze(-1), row_max.squeeze(-1)
+
+
+def largest(x: Tensor) -> Tensor:
+    """Return the largest element along the last dimension, -inf if it has none."""
+    return torch.cat((x, x.new_full((*x.shape[:-1], 1), -math.inf)), dim=-1).amax(-1)
 
 
 def backward_plain(

@@ -20,12 +20,19 @@ from torch import Tensor
 
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.packed import (
+    max_score_of_rows,
     of_packed,
-    packed_gradient_of_sinks,
     readable,
     rows_of_sequences,
 )
-from flashcore.plain.attention import Hidden, backward_plain, forward_plain, outside_band
+from flashcore.backends.sinks import packed_gradient_of_sinks
+from flashcore.plain.attention import (
+    Hidden,
+    backward_plain,
+    forward_plain,
+    largest,
+    outside_band,
+)
 from flashcore.plain.second_order import backward_of_backward
 from flashcore.problem.memory_layout import as_batch
 from flashcore.problem.options import Inputs, Options, Results
@@ -44,16 +51,18 @@ def varlen_forward_plain(inputs: Inputs, options: Options) -> Results:
 
     def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
         (q,), (k, v) = of_q, of_k
-        out, lse = forward_plain(q, k, v, None, options, hidden, inputs.sinks)
-        return (out, lse.unsqueeze(-1)), ()
+        out, *of_rows = forward_plain(q, k, v, None, options, hidden, inputs.sinks)
+        return (out, *(x.unsqueeze(-1) for x in of_rows)), ()
 
     of_q, of_k = (as_batch(q),), (as_batch(k), as_batch(v))
-    out, lse = _by_sequence(compute, of_q, of_k, cu_q, cu_k, options, (0.0, -math.inf))
+    fills = 0.0, -math.inf, -math.inf
+    out, lse, row_max = _by_sequence(compute, of_q, of_k, cu_q, cu_k, options, fills)
+    max_score = max_score_of_rows(_lse_unbatched(row_max), cu_q)
     lse = _lse_unbatched(lse)
     if inputs.sinks is not None:  # of rows that no sequence has, too
         of_rows = inputs.sinks.to(lse.dtype).unsqueeze(-1)
         lse = torch.where(lse == -math.inf, of_rows, lse)
-    return Results(_unbatched(out), lse)
+    return Results(_unbatched(out), lse, max_score)
 
 
 def varlen_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Tensors:
@@ -114,7 +123,8 @@ def padded_forward_plain(inputs: Inputs, options: Options) -> Results:
     if mask is not None:
         check_mask(mask, q, k.shape[2])
     k, v, hidden = _behind_hidden(inputs, options)
-    return Results(*forward_plain(q, k, v, mask, options, hidden, inputs.sinks))
+    out, lse, row_max = forward_plain(q, k, v, mask, options, hidden, inputs.sinks)
+    return Results(out, lse, largest(row_max))
 
 
 def padded_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Tensors:

@@ -44,6 +44,7 @@ class Case:
     growth: str = "none"
     sinks: bool = False
     seed: int = 0
+    return_max_score: bool = False
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -90,6 +91,8 @@ class Case:
             words.append(f"spread={_short(self.spread)}")
         if self.growth != "none":
             words.append(f"growth={self.growth.replace(' ', '-')}")
+        if self.return_max_score:
+            words.append("return_max_score")
         if self.sinks:
             words.append("sinks")
         return " ".join(words)

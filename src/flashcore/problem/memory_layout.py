@@ -4,10 +4,11 @@ allow."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from flashcore.problem.validation import DTYPES
+from flashcore.problem.validation import DTYPES, HEAD_DIM_MULTIPLE
 
 Strides3 = tuple[int, int, int]
 Strides4 = tuple[int, int, int, int]
@@ -46,10 +47,35 @@ def as_batch(x: torch.Tensor) -> torch.Tensor:
     return x.unsqueeze(0).transpose(1, 2)
 
 
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """Return [1, num_heads, total, dim] as the [total, num_heads, dim] that `as_batch` takes."""
+    return x.squeeze(0).transpose(0, 1)
+
+
 def strides_of(x: torch.Tensor) -> Strides3:
     """Return strides of (batch, head, seqlen), 0 where no step is ever taken."""
     (b, h, s, _), (sb, sh, ss, _) = x.shape, x.stride()
     return (sb if b > 1 else 0, sh if h > 1 else 0, ss if s > 1 else 0)
+
+
+def described_memory(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[str, Any]:
+    """Return the fields of Problem that say how q, k and v lie in memory."""
+    tensors = {"q": q, "k": k, "v": v}
+    strided = strided_among(**tensors)
+    in_place = {
+        name: x
+        for name, x in tensors.items()
+        if x.shape[3] % HEAD_DIM_MULTIPLE == 0 and name not in strided
+    }
+    width = load_bytes(*in_place.values())
+    return {
+        "q_strides": strides_of(q),
+        "k_strides": strides_of(k),
+        "v_strides": strides_of(v),
+        "load_bytes": width,
+        "strided": strided,
+        "misaligned": "" if width == 16 else misaligned_among(**in_place),
+    }
 
 
 def mask_spec(mask: torch.Tensor) -> MaskSpec:

@@ -17,6 +17,7 @@ from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.validation import (
     SEQLEN_MAX,
     certainly,
+    check_flag,
     checked_causal,
     checked_factor,
     checked_window,
@@ -39,6 +40,8 @@ class Inputs(NamedTuple):
         cu_seqlens_k: int32, [batch + 1]: where packed sequences of keys begin and end.
         max_seqlen_q: a bound on the length of packed sequences of queries.
         max_seqlen_k: a bound on the length of packed sequences of keys.
+        page_table: int32, [batch, max_pages]: the pages of each sequence, where k and v are
+            [num_pages, num_heads_kv, page_size, dim].
         sinks: [num_heads_q], a logit of each head that joins the softmax and has no value.
     """
 
@@ -51,6 +54,7 @@ class Inputs(NamedTuple):
     cu_seqlens_k: Tensor | None = None
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
+    page_table: Tensor | None = None
     sinks: Tensor | None = None
 
 
@@ -60,9 +64,17 @@ class Wanted(NamedTuple):
 
     Args:
         return_lse: the log-sum-exp of each row of scores.
+        return_max_score: the largest score of each head.
     """
 
     return_lse: bool = False
+    return_max_score: bool = False
+
+    def checked(self) -> Wanted:
+        """Return this; raise TypeError unless each is True or False."""
+        for name, value in zip(self._fields, self, strict=True):
+            check_flag(name, value)
+        return self
 
 
 class Results(NamedTuple):
@@ -73,15 +85,26 @@ class Results(NamedTuple):
     Args:
         out: the weighted sums of v.
         lse: natural-log, float32 (float64 for float64 inputs).
+        max_score: what enters the softmax at most, dtype of lse.
     """
 
     out: Any
     lse: Any
+    max_score: Any = None
 
     def returned(self, wanted: Wanted) -> Any:
         """Return what a public function does: out, or a tuple of it and what else is wanted."""
         others = [x for x, want in zip(self[1:], wanted, strict=True) if want]
         return (self.out, *others) if others else self.out
+
+    @classmethod
+    def of_returned(cls, returned: Any, wanted: Wanted) -> Results:
+        """Return the results of which `returned` made what a public function returns."""
+        if not any(wanted):
+            return cls(returned, None)
+        out, *others = returned
+        found = iter(others)
+        return cls(out, *(next(found) if want else None for want in wanted))
 
 
 # Those through which gradients flow; the backward pass is given them, too.

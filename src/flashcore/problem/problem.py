@@ -16,15 +16,13 @@ import torch
 from flashcore.problem.memory_layout import (
     MaskSpec,
     Strides3,
-    load_bytes,
+    described_memory,
     mask_spec,
-    misaligned_among,
-    strided_among,
-    strides_of,
 )
 from flashcore.problem.validation import (
     DTYPES,
     HEAD_DIM_MULTIPLE,
+    check_flag,
     check_mask,
     check_qkv,
     check_sinks,
@@ -77,6 +75,11 @@ class Problem:
         total_k: rows of packed k and v; else 0.
         strided: those of "q", "k" and "v" whose last dimension is not contiguous, joined.
         misaligned: those of "q", "k" and "v" whose own load_bytes is less than 16, joined.
+        page_size: keys of a page of the cache; 0 unless varlen is "pages". Then seqlen_k is what
+            the page table reaches, and the first strides of k and v are those of pages.
+        num_pages: of the cache.
+        page_table_stride: entries from one sequence's row of the page table to the next one's.
+        return_max_score: whether the largest score of each head is wanted too.
         has_sinks: whether a logit of each head joins the softmax.
     """
 
@@ -107,6 +110,10 @@ class Problem:
     total_k: int = 0
     strided: str = ""
     misaligned: str = ""
+    page_size: int = 0
+    num_pages: int = 0
+    page_table_stride: int = 0
+    return_max_score: bool = False
     has_sinks: bool = False
 
     @classmethod
@@ -122,6 +129,7 @@ class Problem:
         softcap: float | None = None,
         mask: torch.Tensor | None = None,
         return_lse: bool = False,
+        return_max_score: bool = False,
         sinks: torch.Tensor | None = None,
     ) -> Problem:
         """Validate the arguments of `attention` and describe them.
@@ -136,6 +144,7 @@ class Problem:
             softcap: scores become softcap * tanh(score / softcap); None is off.
             mask: boolean (True = attend) or additive, broadcast to the scores; or None.
             return_lse: whether the log-sum-exp of each row of scores is returned too.
+            return_max_score: whether the largest score of each head is returned too.
             sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
         Returns:
@@ -147,8 +156,8 @@ class Problem:
             NotImplementedError: an unsupported head_dim, tensor layout or device type.
         """
         check_qkv(q, k, v)
-        if not isinstance(return_lse, bool):
-            raise TypeError(f"return_lse must be True or False, but is {return_lse!r}")
+        check_flag("return_lse", return_lse)
+        check_flag("return_max_score", return_max_score)
         if mask is not None:
             check_mask(mask, q, k.shape[2])
         if sinks is not None:
@@ -160,14 +169,6 @@ class Problem:
             alignment, checked_window(window), seqlen_q, seqlen_k
         )
         default_scale = 1.0 / math.sqrt(head_dim)
-        tensors = {"q": q, "k": k, "v": v}
-        strided = strided_among(**tensors)
-        in_place = {
-            name: x
-            for name, x in tensors.items()
-            if x.shape[3] % HEAD_DIM_MULTIPLE == 0 and name not in strided
-        }
-        width = load_bytes(*in_place.values())
         return cls(
             batch=batch,
             num_heads_q=num_heads_q,
@@ -187,12 +188,8 @@ class Problem:
             causal=alignment,
             mask=None if mask is None else mask_spec(mask),
             return_lse=return_lse,
-            q_strides=strides_of(q),
-            k_strides=strides_of(k),
-            v_strides=strides_of(v),
-            load_bytes=width,
-            strided=strided,
-            misaligned="" if width == 16 else misaligned_among(**in_place),
+            **described_memory(q, k, v),
+            return_max_score=return_max_score,
             has_sinks=sinks is not None,
         )
 
@@ -243,6 +240,9 @@ class Problem:
             varlen="none",
             total_q=0,
             total_k=0,
+            page_size=0,
+            num_pages=0,
+            page_table_stride=0,
         )
 
     def describe(self) -> str:
@@ -261,6 +261,8 @@ class Problem:
             parts.append(f"packed {self.total_q}/{self.total_k} rows")
         elif self.varlen == "keys":
             parts.append("seqlens_k")
+        elif self.varlen == "pages":
+            parts.append(f"pages of {self.page_size}")
         if self.causal != "none":
             parts.append(f"causal {self.causal}")
         if self.window_left >= 0 or (self.window_right >= 0 and self.causal == "none"):

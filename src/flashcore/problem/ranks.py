@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flashcore.problem.validation import shape_text
 
-Result = Tensor | tuple[Tensor, Tensor]
+Result = Tensor | tuple[Tensor, ...]
 
 
 def has_other_rank(q: object, k: object, v: object) -> bool:
@@ -48,10 +48,9 @@ class Ranked(NamedTuple):
     lead: tuple[int, ...]
 
     def restored(self, result: Result) -> Result:
-        """Return out and lse as the caller's dimensions have them."""
+        """Return results as the caller's dimensions have them."""
         if isinstance(result, tuple):
-            out, lse = result
-            return out.reshape(*self.lead, *out.shape[2:]), lse.reshape(*self.lead, *lse.shape[2:])
+            return tuple(x.reshape((*self.lead, *x.shape[2:])) for x in result)
         return result.reshape(*self.lead, *result.shape[2:])
 
 

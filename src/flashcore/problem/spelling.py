@@ -29,6 +29,7 @@ _WINDOW = _mean("window=(left, right)")
 _BACKEND = _mean('backend="auto", "sm90", "wmma", "sim" or "torch"')
 _LENGTHS = _mean("seqlens_k=..., int32, [batch]")
 _LSE = _mean("return_lse=True, which returns (out, lse)")
+_PAGES = "flashcore.attention_with_kvcache takes caches in pages, page_table=..."
 _PACKED = "flashcore.attention_varlen takes packed sequences"
 
 # By what torch, flash-attn, xformers, JAX and Transformers say: how `attention` says it.
@@ -58,6 +59,7 @@ OF_ATTENTION: dict[str, str] = {
     "soft_cap": _mean("softcap=..."),
     "return_attn_probs": _LSE,
     "return_softmax_lse": _LSE,
+    "return_max_logit": _mean("return_max_score=True"),
     "need_weights": _LSE,
     "output_attentions": _LSE,
     "s_aux": _mean("sinks=..., [num_heads_q]"),
@@ -75,7 +77,25 @@ OF_ATTENTION: dict[str, str] = {
     "seqused_k": _LENGTHS,
     "cu_seqlens_q": _PACKED,
     "cu_seqlens_k": _PACKED,
-    "block_table": "there are no paged caches; gather k and v before",
+    "block_table": _PAGES,
+    "page_table": _PAGES,
+}
+_K_NEW = _mean("k_new=..., v_new=...")
+OF_KVCACHE: dict[str, str] = {
+    **OF_ATTENTION,
+    "k": _K_NEW,
+    "v": _K_NEW,
+    "key": _K_NEW,
+    "value": _K_NEW,
+    "cache_seqlens": _mean("seqlens_k=..., int32, [batch], without the new tokens"),
+    "seqused_k": _mean("seqlens_k=..., int32, [batch]"),
+    "block_table": _mean("page_table=..., int32, [batch, pages]"),
+    "block_tables": _mean("page_table=..., int32, [batch, pages]"),
+    "cu_seqlens_k_new": _mean("cu_seqlens_new=..."),
+    "rotary_seqlens": _mean("rotary_offsets=..., int32, [batch]"),
+    "custom_mask": _mean("tree_mask=..., boolean, [batch, 1, seqlen_q, seqlen_q]"),
+    "num_splits": "leave it out, how keys are split is chosen for each call",
+    "scheduler_metadata": "leave it out, nothing is scheduled before a call",
 }
 _NO_MASK = (
     "packed sequences take no mask and no bias: cu_seqlens keeps them apart, causal and window say "
@@ -129,6 +149,21 @@ OF_FLASH_ATTN: dict[str, str] = {
     "seqlens_k": "flashcore.attention has seqlens_k",
     "cache_seqlens": "flashcore.attention has seqlens_k",
     "backend": "flashcore.attention has a backend",
+}
+
+_CACHE_LSE = _mean("return_softmax_lse=True, which returns (out, lse)")
+OF_FLASH_ATTN_CACHE: dict[str, str] = {
+    **OF_FLASH_ATTN,
+    **dict.fromkeys(("return_lse", "return_attn_probs"), _CACHE_LSE),
+    **dict.fromkeys(("dropout", "dropout_p", "p"), "leave it out, there is no dropout"),
+    "k_new": _mean("k=..."),
+    "v_new": _mean("v=..."),
+    "seqlens_k": _mean("cache_seqlens=..."),
+    "seqused_k": _mean("cache_seqlens=..."),
+    "page_table": _mean("block_table=..."),
+    "mask": "flashcore.attention_with_kvcache has a mask and a tree_mask",
+    "out": "flashcore.attention_with_kvcache has out",
+    "cu_seqlens_q": "flashcore.compat.flash_attn_3.flash_attn_with_kvcache takes packed queries",
 }
 
 

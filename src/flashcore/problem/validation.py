@@ -250,10 +250,10 @@ def is_number(value: object) -> bool:
     return isinstance(value, (Real, torch.SymInt, torch.SymFloat))
 
 
-def check_return_lse(value: object) -> None:
-    """Raise unless it is True or False."""
+def check_flag(name: str, value: object) -> None:
+    """Raise TypeError unless the argument of that name is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"return_lse must be True or False, but is {value!r}")
+        raise TypeError(f"{name} must be True or False, but is {value!r}")
 
 
 def checked_window(window: object) -> tuple[int, int]:

@@ -51,6 +51,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "chunk": {"queries": 100, "causal": True},
     # More keys than one sum is exact over (tile/totals.cuh).
     "long": {"keys": 2 * MAX_KEYS_OF_A_SUM},
+    "max-score": {"causal": True, "return_max_score": True},
     # Many chunks of K, lengths, a mask and a window: the most for the Hopper kernel's producer. It
     # has head_dims of its own, and is listed beside the widest.
     "uneven": {"dims": (224, 40), "mask": "bool", "window": (64, 0), "varlen": "keys"},
@@ -113,7 +114,7 @@ OTHER_VARIANTS = (
     "keys-decode",
 )
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
-_EXTREME_VARIANTS = ("masked", "decode-masked", "loose-bias", "columns-mask")
+_EXTREME_VARIANTS = ("masked", "decode-masked", "loose-bias", "columns-mask", "max-score")
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
 _HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk", "uneven", *_MASK_VARIANTS)
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same

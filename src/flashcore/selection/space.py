@@ -41,6 +41,7 @@ _GIVEN = frozenset(
         "keys_of_chunk",
         "fewest_splits",
         "gate",
+        "returns_max_score",
     }
 )
 

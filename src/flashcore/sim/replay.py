@@ -21,6 +21,7 @@ from torch import Tensor
 
 from flashcore.compile.plant import Plant
 from flashcore.kernels.fwd_wmma.plan import KERNEL, Plan
+from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import MaskSpec
 from flashcore.selection.select import select_plan
@@ -67,6 +68,7 @@ class Replay:
     gate_buffers: dict[str, Tensor] | None
     lengths: dict[str, Tensor] | None
     inputs_are_saved: bool
+    max_score: Tensor | None = None
 
     def run(self) -> SimReport:
         """Run it. Raises SimulationError as the first run did."""
@@ -81,6 +83,7 @@ class Replay:
             self.lse if self.problem.return_lse else None,
             self.gate_buffers,
             self.lengths,
+            max_score=self.max_score,
             seed=self.seed,
             plant=self.plant,
         )
@@ -156,11 +159,17 @@ def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor
             "cu_seqlens_q": steps * (problem.total_q // problem.batch),
             "cu_seqlens_k": steps * (problem.total_k // problem.batch),
         }
-    elif problem.varlen == "keys":
+    elif problem.varlen in ("keys", "pages"):
         lengths = {"seqlens_k": torch.full_like(steps[1:], problem.seqlen_k)}
+    lengths = {name: values.get(name, even).flatten() for name, even in lengths.items()}
+    if problem.varlen == "pages":
+        shape = problem.batch, problem.seqlen_k // problem.page_size
+        pages = torch.arange(shape[0] * shape[1], dtype=torch.int32) % problem.num_pages
+        pages = values.get("page_table", pages).reshape(shape)
+        lengths["page_table"] = _place(pages, shape, (problem.page_table_stride, 1), 0)
     if problem.has_sinks:
-        lengths["sinks"] = torch.zeros(problem.num_heads_q)
-    return {name: values.get(name, given).flatten() for name, given in lengths.items()} or None
+        lengths["sinks"] = values.get("sinks", torch.zeros(problem.num_heads_q)).flatten()
+    return lengths or None
 
 
 def _make(
@@ -182,6 +191,8 @@ def _make(
         rows_k = (1, problem.num_heads_kv, problem.total_k)
         rows_out = (problem.total_q, problem.num_heads_q, problem.head_dim_v)
         rows_lse = (problem.num_heads_q, problem.total_q)
+    elif problem.varlen == "pages":
+        rows_k = (problem.num_pages, problem.num_heads_kv, problem.page_size)
 
     def tensor(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Tensor:
         drawn = torch.randn(shape, generator=generator)
@@ -222,4 +233,5 @@ def _make(
         gate_buffers,
         _lengths(problem, values),
         bool(values),
+        unseen_scores(problem, q) if problem.return_max_score else None,
     )

@@ -36,6 +36,10 @@ REPLAY_DEFAULTS: dict[str, object] = {
     "total_k": 0,
     "strided": "",
     "misaligned": "",
+    "page_size": 0,
+    "num_pages": 0,
+    "page_table_stride": 0,
+    "return_max_score": False,
     "has_sinks": False,
 }
 _MAX_SAVED_BYTES = 256 * 2**20

@@ -208,6 +208,7 @@ def simulate(
     gate_buffers: dict[str, Tensor] | None = None,
     lengths: dict[str, Tensor] | None = None,
     *,
+    max_score: Tensor | None = None,
     seed: int = 0,
     plant: Plant | None = None,
 ) -> SimReport:
@@ -224,6 +225,7 @@ def simulate(
         lse: [batch, num_heads_q, seqlen_q], float32, contiguous; written unless None.
         gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
         lengths: as in launch.run_kernel, `sinks` among them.
+        max_score: as in launch.run_kernel.
         seed: of the scheduler.
         plant: bug to plant, for testing the checks.
 
@@ -248,6 +250,9 @@ def simulate(
     if counters.numel():
         field = pointer_fields("tile_counter")
         tensors.append(SimTensor("tile_counter", counters, field, counter=True))
+    if max_score is not None:
+        field = pointer_fields("max_score")
+        tensors.append(SimTensor("max_score", max_score, field, counter=True))
     tensors.append(SimTensor("out", out, pointer_fields("out"), writable=True))
     if lse is not None:
         tensors.append(SimTensor("lse", lse, pointer_fields("lse"), writable=True))

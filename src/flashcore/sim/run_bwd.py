@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashcore.compile.codegen import generate_source
-from flashcore.kernels.bwd_sm90.params import build_params_bwd_sm90, maps_of, num_tiles
+from flashcore.kernels.bwd_sm90.params import LENGTHS, build_params_bwd_sm90, grid_size
 from flashcore.sim.run import PERSISTENT_BLOCKS, raise_if_left, simulate_source
 from flashcore.sim.tensors import SimTensor
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from flashcore.problem import Problem
     from flashcore.sim.report import SimReport
 
-_OF_ATTN = ("q", "k", "v", "mask", "out", "lse", "seqlens_k")
+_OF_ATTN = ("q", "k", "v", "mask", "out", "lse", *LENGTHS)
 
 
 def simulate_backward(
@@ -45,21 +45,21 @@ def simulate_backward(
         SimulationError: the kernel did something that it must not do.
         BackendUnavailableError: there is no C++ compiler.
     """
-    written = {"dq", "delta"} if plan.is_dq else {"dk", "dv"}
-    maps = maps_of(plan)
+    maps = plan.box_rows
     placed = []
     for name, tensor in tensors.items():
         fields = (f"{name}_map.base",) if name in maps else ()
         if name in _OF_ATTN:
             fields = (f"attn.{name}", *fields)
-        elif name in ("delta", "dlse"):
+        elif name in ("delta", "dlse", "dq_sums"):
             fields = (name,)
         if fields:
-            placed.append(SimTensor(name, tensor, fields, writable=name in written))
+            kind = {"writable": name in plan.written, "counter": name in plan.added_to}
+            placed.append(SimTensor(name, tensor, fields, **kind))
     counter = torch.zeros(int(plan.draws_tiles), dtype=torch.int32)
     if plan.draws_tiles:
         placed.append(SimTensor("tile_counter", counter, "attn.tile_counter", counter=True))
-    grid = min(num_tiles(problem, plan), PERSISTENT_BLOCKS)
+    grid = grid_size(problem, plan, PERSISTENT_BLOCKS)
     report = simulate_source(
         generate_source(plan, "host", plant),
         build_params_bwd_sm90(problem, plan, tensors, grid),

@@ -11,9 +11,13 @@
 // With OVERLAPS, dK of a query tile is issued behind S^T and dP^T of the next: the next
 // exponentials run beside these, and dS^T beside dV.
 //
+// With ALSO_DQ it computes dQ as well: five products, none of them twice. One more warpgroup takes
+// dS^T from shared memory and adds dQ of the tile to that of other blocks (bwd_dkdv_dq_sm90.cuh).
+//
 // A thread of the producer warpgroup loads by TMA, a warp of it the rows' lse and delta. That warp
 // also clears rows of dO that see no key: whatever arrives there, infinity and NaN too, is no
-// gradient, and 0 * NaN would spread in the product. Blocks are persistent.
+// gradient, and 0 * NaN would spread in the product. Another warp deals out the tiles of packed
+// sequences. Blocks are persistent.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -26,6 +30,7 @@
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_dq_sm90.cuh"
 
 // What one consumer warpgroup carries from query tile to query tile.
 struct Consumer {
@@ -44,6 +49,18 @@ struct Consumer {
 FC_DEVICE float prob_of(const Consumer& c, int n, int i) {
   if (KEEPS_P) return c.scores[n].x[i];
   return unpacked((HAS_SOFTCAP ? c.capped_probs : c.probs)[n].reg[i / 2], i % 2);
+}
+
+// dS^T, 0 for keys behind the last, whose scores may be anything: 0 * infinity would get into dQ.
+FC_DEVICE WmmaA<Element> of_keys(WmmaA<Element> dscores, const Consumer& c, const AttnParams& p) {
+  if (c.key_row + 64 > p.seqlen_k) {
+    const int key = c.key_row + warp_idx() % 4 * 16 + lane_idx() / 4;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (key + i % 2 * 8 >= p.seqlen_k) dscores.reg[i] = 0;
+    }
+  }
+  return dscores;
 }
 
 // One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this
@@ -84,6 +101,9 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) wmma_accum_to_a(c.dscores[n], c.dprobs[n]);
   if (!OVERLAPS) issue_dk(c.dk, c.dscores, smem, count);
+  if constexpr (ALSO_DQ) {
+    hand_over_ds(bar, smem, c.index, count, [&](int n) { return of_keys(c.dscores[n], c, p); });
+  }
   wgmma_wait<0>();
   wgmma_hold(c.dv);
   wgmma_hold(c.dk);
@@ -123,7 +143,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) break;
     c.key_row = block.m_begin + c.index * 64;
-    const auto& sequence = sequence_params(p, block);
+    const auto& sequence = own_params(p, block);
     const QueryTiles tiles = query_tiles(sequence, block.m_begin, BLOCK_N);
     const QueryTiles own = own_query_tiles(sequence, tiles, c.key_row);
     clear(c.dk);
@@ -131,29 +151,30 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < heads_per_kv; ++head) {
       c.mask = mask_of(p, block.batch_idx, block.head_idx + head);
-      skip_tiles(bar, count, own.begin - tiles.begin);
+      skip_tiles(bar, smem, c.index, count, own.begin - tiles.begin);
       if (own.begin < own.end) {
         accumulate(c, sequence, bar, smem, count, own.begin, own.end - own.begin);
       }
-      skip_tiles(bar, count, tiles.end - own.end);
+      skip_tiles(bar, smem, c.index, count, tiles.end - own.end);
     }
     warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
     arrive_for_warp(bar.kv_empty);
     // Read again, as a register that held it all along would be one too many.
-    const int num_keys = KEY_LENGTHS ? sequence_params(p, block).seqlen_k : 0;
+    const int num_keys = VARLEN != 0 ? own_params(p, block).seqlen_k : 0;
     clear_behind(c.dv, num_keys, c.key_row);
     clear_behind(c.dk, num_keys, c.key_row);
     const auto out = smem.out + c.index * OUT_ELEMENTS;
-    store_rows(c.dv, 1.0f, out, params.dv_map, c.key_row, block.head_idx_kv, block.batch_idx,
+    store_rows(c.dv, 1.0f, out, rows_of_keys(params.dv_map, p, block, c.key_row, num_keys),
                STORE_BARRIER + c.index);
-    store_rows(c.dk, p.softmax_scale, out, params.dk_map, c.key_row, block.head_idx_kv,
-               block.batch_idx, STORE_BARRIER + c.index);
+    store_rows(c.dk, p.softmax_scale, out,
+               rows_of_keys(params.dk_map, p, block, c.key_row, num_keys),
+               STORE_BARRIER + c.index);
   }
   // Shared memory must outlive the stores that read it.
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
 }
 
-FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
+FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + ALSO_DQ) * 128, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
   const Buffers smem = {
       smem_view<Element>(0, NUM_KEY_GROUPS * K_GROUP_ELEMENTS, "k_smem"),
@@ -161,9 +182,12 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
       smem_view<Element>(Q_OFFSET, NUM_STAGES * Q_ELEMENTS, "q_smem"),
       smem_view<Element>(DO_OFFSET, NUM_DO_STAGES * DO_ELEMENTS, "dout_smem"),
       smem_view<Element>(OUT_OFFSET, NUM_KEY_GROUPS * OUT_ELEMENTS, "out_smem"),
+      smem_view<Element>(DS_OFFSET, NUM_DS_STAGES * DS_ELEMENTS, "ds_smem"),
+      smem_view<float>(DQ_OFFSET, DQ_FLOATS, "dq_smem"),
       smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),
       smem_view<float>(STATS_OFFSET, NUM_STAGES * STATS_FLOATS, "stats_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
+      PACKED ? feed_at(FEED_OFFSET) : Feed(),
   };
   const Barriers bar = barriers();
   if (thread_idx() == 0) {
@@ -171,6 +195,7 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
     tma_prefetch_map(params.v_map);
     tma_prefetch_map(params.q_map);
     tma_prefetch_map(params.dout_map);
+    if (PACKED) init_feed(smem.feed);
     init_barriers(bar);
   }
   block_sync();  // orders the initialisation before every use
@@ -180,6 +205,10 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
     if (warp_idx() == 1) load_stats(params, bar, smem);
+    if (PACKED && warp_idx() == 2) schedule_tiles<true>(params.attn, smem.feed);
+  } else if (ALSO_DQ && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
+    lower_registers<DQ_REGISTERS>();
+    consume_ds(params, bar, smem);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     if constexpr (!HAS_ROLES) {

@@ -18,6 +18,7 @@
 #include "tile/softmax.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
 #include "bwd_sm90/bwd_dq_sm90.cuh"
+#include "bwd_sm90/bwd_delta_sm90.cuh"
 
 // What one consumer warpgroup carries from key tile to key tile.
 struct Consumer {
@@ -28,7 +29,7 @@ struct Consumer {
   WmmaAccum scores[KEY_FRAGS];  // then P, times soft-capping's derivative
   WmmaAccum dprobs[KEY_FRAGS];  // then dS
   WmmaA<Element> dscores[KEY_FRAGS];
-  float lse_log2[2], delta[2];  // of a lane's two rows
+  RowStats stats;  // of a lane's two rows
   GmemPtr<const MaskElement> mask;  // of the batch and head
   uint32_t count;               // of all tiles that came through the stages
 };
@@ -90,48 +91,10 @@ FC_DEVICE void issue_dq(Consumer& c, const Buffers& smem, uint32_t count) {
   wgmma_commit();
 }
 
-// lse and delta of a lane's two rows; one lane of the four that share a row writes delta for the
-// kernel that follows. What is no row, or sees no key, gets lse +inf, which makes probabilities 0.
-FC_DEVICE void load_stats(Consumer& c, const AttnBwdSm90Params& params, const BlockCoord& block,
-                          const Buffers& smem) {
-  const AttnParams& p = params.attn;
-  const GmemPtr<const float> lse_gmem = {p.tensors.lse.address};
-  const GmemPtr<const Element> out_gmem = {p.tensors.out.address};
-  const auto dout = smem.dout + c.slot * DO_GROUP_ELEMENTS;
-  const int lane = opaque(lane_idx());
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = c.warp_row + accum_row(lane, r * 2);
-    const int group_row = row - (block.m_begin + c.index * 64);
-    const bool exists = row < p.seqlen_q;
-    const auto out = out_gmem + out_offset(p, block, exists ? row : 0);
-    float sum = 0.0f;
-#pragma unroll
-    for (int begin = 0; begin < HEAD_DIM_V; begin += 32) {
-      const int col = begin + lane % 4 * 8;
-      if (!exists || (HEAD_DIM_V % 32 != 0 && col >= HEAD_DIM_V)) continue;
-      const auto o = gmem_load_packet<16>(out + col);
-      const int place = col / CHUNK * 64 * CHUNK + group_row * CHUNK +
-                        swizzled_col<CHUNK_BYTES>(group_row, col % CHUNK);
-      const auto g = smem_load_packet<16>(dout + place);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        sum += unpacked(o.word[i], 0) * unpacked(g.word[i], 0);
-        sum += unpacked(o.word[i], 1) * unpacked(g.word[i], 1);
-      }
-    }
-    sum = quad_sum(sum);
-    c.lse_log2[r] = POS_INF;
-    c.delta[r] = 0.0f;
-    if (!exists) continue;
-    const int64_t at = lse_offset(p, block, row);
-    const float lse_log2 = gmem_load(lse_gmem + at) * LOG2_E;
-    if (lse_log2 != NEG_INF) {
-      c.lse_log2[r] = lse_log2;
-      c.delta[r] = is_null(params.dlse) ? sum : sum - gmem_load(params.dlse + at);
-    }
-    if (lane % 4 == 0) gmem_store(params.delta + at, c.delta[r]);
-  }
+FC_DEVICE void load_own_stats(Consumer& c, const AttnBwdSm90Params& params, int seqlen_q,
+                              const BlockCoord& block, const Buffers& smem) {
+  c.stats = load_row_stats(params, block, smem.dout + c.slot * DO_GROUP_ELEMENTS,
+                           block.m_begin + c.index * 64, seqlen_q);
 }
 
 // S becomes P, times soft-capping's derivative.
@@ -148,7 +111,7 @@ FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, int key_begin) {
                             key_begin + n * 16 + accum_col(lane_idx(), i));
       }
       float& x = c.scores[n].x[i];
-      x = probability(x, c.lse_log2[row_of_element(i)], p, mask).times_cap;
+      x = probability(x, c.stats.lse_log2[row_of_element(i)], p, mask).times_cap;
     }
   }
 }
@@ -160,7 +123,7 @@ FC_DEVICE void score_gradient(Consumer& c) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       float& x = c.dprobs[n].x[i];
-      x = c.scores[n].x[i] * (x - c.delta[row_of_element(i)]);
+      x = c.scores[n].x[i] * (x - c.stats.delta[row_of_element(i)]);
     }
   }
 }
@@ -179,7 +142,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
   await_v(bar, c.count);
   issue_dp(c, smem, c.count);
   if (HAS_DQ) issue_dq(c, smem, c.count - 1);
-  if (FIRST) load_stats(c, params, block, smem);  // beside the products
+  if (FIRST) load_own_stats(c, params, p.seqlen_q, block, smem);  // beside the products
   wgmma_wait<HAS_DQ ? 2 : 1>();
   wgmma_hold(c.scores);
   if (MASK_KIND != 0 || strip_needs_mask(p, c.warp_row, key_begin)) {
@@ -246,11 +209,11 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (own.n_block_begin < own.n_block_end) {
       accumulate(c, params, sequence, bar, smem, block, own);
     } else {
-      load_stats(c, params, block, smem);
+      load_own_stats(c, params, sequence.seqlen_q, block, smem);
     }
     if (IS_BOUNDED) skip_tiles(c, bar, own.n_block_begin - keys.n_block_begin);
 
-    const bool is_empty[2] = {c.lse_log2[0] == POS_INF, c.lse_log2[1] == POS_INF};
+    const bool is_empty[2] = {c.stats.lse_log2[0] == POS_INF, c.stats.lse_log2[1] == POS_INF};
     if (warp_any(is_empty[0] || is_empty[1])) {  // whatever arrived there, NaN too
 #pragma unroll
       for (int d = 0; d < QK_FRAGS; ++d) {
@@ -265,8 +228,10 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (HAS_OUT_BUFFER) release_q();
     const auto out = HAS_OUT_BUFFER ? smem.out + c.index * OUT_ELEMENTS
                                     : smem.q + c.slot * Q_GROUP_ELEMENTS;
-    store_rows(c.dq, p.softmax_scale, out, params.dq_map, group_row, block.head_idx,
-               block.batch_idx, STORE_BARRIER + c.index);
+    store_rows(c.dq, p.softmax_scale, out,
+               {params.dq_map, query_box(p, block), group_row, block.head_idx,
+                !PACKED || group_row < query_rows(p, block.batch_idx).count},
+               STORE_BARRIER + c.index);
     if (!HAS_OUT_BUFFER) {
       if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
       named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders that before the next Q
@@ -286,6 +251,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
       smem_view<Element>(V_OFFSET, NUM_V_STAGES * V_ELEMENTS, "v_smem"),
       smem_view<Element>(OUT_OFFSET, NUM_CONSUMERS * OUT_ELEMENTS, "out_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
+      PACKED ? feed_at(FEED_OFFSET) : Feed(),
   };
   const Barriers bar = barriers();
   if (thread_idx() == 0) {
@@ -293,6 +259,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
     tma_prefetch_map(params.dout_map);
     tma_prefetch_map(params.k_map);
     tma_prefetch_map(params.v_map);
+    if (PACKED) init_feed(smem.feed);
     init_barriers(bar);
   }
   block_sync();  // orders the initialisation before every use
@@ -301,6 +268,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
+    if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     consume(params, bar, smem);

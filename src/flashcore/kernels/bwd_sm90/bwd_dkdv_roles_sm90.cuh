@@ -17,9 +17,8 @@ FC_DEVICE SmemPtr<uint32_t> probs_place(const Buffers& smem, int n) {
 // reads any more, and releases it.
 template <int FRAGS>
 FC_DEVICE void store_in_place(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Element> place,
-                              const TensorMap& map, const BlockCoord& block, const Barriers& bar,
-                              int barrier) {
-  store_rows(x, scale, place, map, block.m_begin, block.head_idx_kv, block.batch_idx, barrier);
+                              const RowsInTensor& to, const Barriers& bar, int barrier) {
+  store_rows(x, scale, place, to, barrier);
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
   named_barrier_sync(barrier, 128);  // orders that before the next K and V
   arrive_for_warp(bar.kv_empty);
@@ -35,7 +34,7 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
   for (int turn = 0;; ++turn) {
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
-    const auto& own = sequence_params(p, block);
+    const auto& own = own_params(p, block);
     const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
     clear(dv);
     mbar_wait(bar.kv_full, turn % 2);
@@ -68,7 +67,9 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
     // The other role's last dP^T, which read V, was done when it took the last P^T.
     mbar_wait(bar.probs_empty, int(count % 2) ^ 1);
     clear_behind(dv, own.seqlen_k, block.m_begin);
-    store_in_place(dv, 1.0f, smem.v, params.dv_map, block, bar, STORE_BARRIER);
+    store_in_place(dv, 1.0f, smem.v,
+                   rows_of_keys(params.dv_map, p, block, block.m_begin, own.seqlen_k), bar,
+                   STORE_BARRIER);
   }
 }
 
@@ -82,7 +83,7 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
   for (int turn = 0;; ++turn) {
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
-    const auto& own = sequence_params(p, block);
+    const auto& own = own_params(p, block);
     const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
     clear(dk);
     mbar_wait(bar.kv_full, turn % 2);
@@ -113,6 +114,8 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
     }
     // The other role's last S^T, which read K, was done when it handed over the last P^T.
     clear_behind(dk, own.seqlen_k, block.m_begin);
-    store_in_place(dk, p.softmax_scale, smem.k, params.dk_map, block, bar, STORE_BARRIER + 1);
+    store_in_place(dk, p.softmax_scale, smem.k,
+                   rows_of_keys(params.dk_map, p, block, block.m_begin, own.seqlen_k), bar,
+                   STORE_BARRIER + 1);
   }
 }

@@ -10,6 +10,11 @@ static_assert(!HAS_ROLES || NUM_KEY_GROUPS == 1, "two warpgroups share 64 keys")
 constexpr int QUERY_FRAGS = BLOCK_M / 16;
 constexpr bool IS_BOUNDED = HAS_WINDOW_LEFT || HAS_WINDOW_RIGHT;
 
+// The parameters as the sequence of a key tile sees them.
+FC_DEVICE decltype(auto) own_params(const AttnParams& p, const BlockCoord& block) {
+  return sequence_params<VARLEN, true>(p, block);
+}
+
 // --- query tiles ---------------------------------------------------------------------------------
 
 // Query tiles [begin, end) hold every query that sees some of a run of keys.
@@ -75,16 +80,25 @@ constexpr int OUT_ELEMENTS = HAS_ROLES                               ? 0
                              : K_GROUP_ELEMENTS > V_GROUP_ELEMENTS ? K_GROUP_ELEMENTS
                                                                      : V_GROUP_ELEMENTS;
 constexpr int PROBS_WORDS = HAS_ROLES ? BLOCK_M * 64 / 2 : 0;  // P^T between the two roles
+// dS^T, a column chunk of 64 queries after the other, and dQ of 64 of them each on its way out.
+constexpr int ROW_GROUPS = (BLOCK_M + 63) / 64;
+constexpr int DS_ELEMENTS = ALSO_DQ ? BLOCK_N * BLOCK_M : 0;  // of one stage
+constexpr int DQ_FLOATS = ALSO_DQ ? ROW_GROUPS * SUMS_OF_GROUP : 0;
+static_assert(!ALSO_DQ || (BLOCK_M % 64 == 0 && !HAS_ROLES), "dQ is computed by 64 rows");
 constexpr int STATS_FLOATS = 2 * BLOCK_M;  // of one stage: lse in log2 units, delta
 
 constexpr int V_OFFSET = NUM_KEY_GROUPS * K_GROUP_ELEMENTS * 2;
 constexpr int Q_OFFSET = V_OFFSET + NUM_KEY_GROUPS * V_GROUP_ELEMENTS * 2;
 constexpr int DO_OFFSET = Q_OFFSET + NUM_STAGES * Q_ELEMENTS * 2;
 constexpr int OUT_OFFSET = DO_OFFSET + NUM_DO_STAGES * DO_ELEMENTS * 2;
-constexpr int PROBS_OFFSET = OUT_OFFSET + NUM_KEY_GROUPS * OUT_ELEMENTS * 2;
+constexpr int DS_OFFSET = OUT_OFFSET + NUM_KEY_GROUPS * OUT_ELEMENTS * 2;
+constexpr int DQ_OFFSET = DS_OFFSET + NUM_DS_STAGES * DS_ELEMENTS * 2;
+constexpr int PROBS_OFFSET = DQ_OFFSET + DQ_FLOATS * 4;
 constexpr int STATS_OFFSET = PROBS_OFFSET + PROBS_WORDS * 4;
-constexpr int BARRIERS_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;
-constexpr int NUM_BARRIERS = 6 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES;
+constexpr int FEED_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;  // at 16 bytes
+constexpr int BARRIERS_OFFSET = FEED_OFFSET + FEED_BYTES;
+constexpr int NUM_BARRIERS =
+    6 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0);
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
               "the plan and the kernel disagree on shared memory");
@@ -92,9 +106,12 @@ static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
 struct Buffers {
   SmemPtr<Element> k, v, q, dout;
   SmemPtr<Element> out;  // dV and dK on their way out, one after the other
+  SmemPtr<Element> ds;
+  SmemPtr<float> dq;
   SmemPtr<uint32_t> probs;
   SmemPtr<float> stats;
   SmemPtr<int32_t> coords;  // of the key tiles at hand
+  Feed feed;  // from which the producer has them, where they are dealt out
 };
 
 // A `full` barrier completes when what it guards has arrived, an `empty` one when all have read it.
@@ -104,6 +121,7 @@ struct Barriers {
   SmemPtr<uint64_t> probs_full, probs_empty;  // with roles
   SmemPtr<uint64_t> q_full, q_empty, stats_full;  // one a stage
   SmemPtr<uint64_t> do_full, do_empty;
+  SmemPtr<uint64_t> ds_full, ds_empty;  // where dQ is computed too
 };
 
 enum NamedBarrier {
@@ -122,7 +140,9 @@ FC_DEVICE Barriers barriers() {
           ring + NUM_STAGES,
           ring + 2 * NUM_STAGES,
           ring + 3 * NUM_STAGES,
-          ring + (3 * NUM_STAGES + NUM_DO_STAGES)};
+          ring + (3 * NUM_STAGES + NUM_DO_STAGES),
+          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES),
+          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? NUM_DS_STAGES : 0))};
 }
 
 // By one thread.
@@ -130,7 +150,8 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init(bar.coord_full, 1);
   mbar_init(bar.coord_full + 1, 1);
   mbar_init(bar.kv_full, 1);
-  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1);  // one: who loads lse and delta
+  // One: who loads lse and delta. Four: who computes dQ.
+  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (ALSO_DQ ? 4 : 0));
   mbar_init(bar.probs_full, 128);
   mbar_init(bar.probs_empty, 128);
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
@@ -142,6 +163,10 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
     mbar_init(bar.do_full + stage, 1);
     mbar_init(bar.do_empty + stage, NUM_CONSUMERS * 4);
   }
+  for (int stage = 0; ALSO_DQ && stage < NUM_DS_STAGES; ++stage) {
+    mbar_init(bar.ds_full + stage, NUM_CONSUMERS * 4);
+    mbar_init(bar.ds_empty + stage, 4);
+  }
   mbar_init_fence();
 }
 
@@ -150,6 +175,13 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
 FC_DEVICE BlockCoord await_coord(const Barriers& bar, const Buffers& smem, int turn) {
   mbar_wait(bar.coord_full + turn % 2, turn / 2 % 2);
   return coord_or_end(coord_slot(smem.coords, turn));
+}
+
+// Where the gradients of 64 keys of a block's tile go; `num_keys` is the sequence's.
+FC_DEVICE RowsInTensor rows_of_keys(const TensorMap& map, const AttnParams& p,
+                                    const BlockCoord& block, int key_row, int num_keys) {
+  const BoxOrigin box = PACKED ? key_box<true>(p, block, 0) : BoxOrigin{0, block.batch_idx};
+  return {map, box, key_row, block.head_idx_kv, !PACKED || key_row < num_keys};
 }
 
 // Keys behind a sequence's last one have gradient 0, whatever was added up in their rows, of which
@@ -170,16 +202,21 @@ FC_DEVICE void clear_behind(WmmaAccum (&x)[FRAGS], int num_keys, int first_row) 
 // --- the producers -------------------------------------------------------------------------------
 
 // The key tile that a walk is at. Under a right bound the first keys are seen by most queries.
-FC_DEVICE BlockCoord key_tile_coord(const AttnParams& p, const TileWalk& tile,
+template <class Walk>
+FC_DEVICE BlockCoord key_tile_coord(const AttnParams& p, const Walk& tile,
                                     const TileSchedule& schedule) {
-  const auto at = tile.place(p, schedule);
-  const int n_block = DRAWS_TILES ? p.num_m_blocks - 1 - at.m_block : at.m_block;
-  BlockCoord block;
-  block.head_idx_kv = at.head % p.num_heads_kv;
-  block.head_idx = block.head_idx_kv * (p.num_heads_q / p.num_heads_kv);
-  block.batch_idx = at.head / p.num_heads_kv;
-  block.m_begin = n_block * BLOCK_N;
-  return block;
+  if constexpr (PACKED) {
+    return tile.coord(p, schedule);
+  } else {
+    const auto at = tile.place(p, schedule);
+    const int n_block = DRAWS_TILES ? p.num_m_blocks - 1 - at.m_block : at.m_block;
+    BlockCoord block;
+    block.head_idx_kv = at.head % p.num_heads_kv;
+    block.head_idx = block.head_idx_kv * (p.num_heads_q / p.num_heads_kv);
+    block.batch_idx = at.head / p.num_heads_kv;
+    block.m_begin = n_block * BLOCK_N;
+    return block;
+  }
 }
 
 // One thread: walks over the block's key tiles, and has TMA load K and V, and Q and dO as far ahead
@@ -188,7 +225,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
   const AttnParams& p = params.attn;
   const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
   uint32_t count = 0;
-  TileWalk tile;
+  auto tile = own_tiles<true>(p, smem.feed);
   for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
     const auto coord = coord_slot(smem.coords, turn);
     if (tile.done(p, params.schedule)) {
@@ -202,7 +239,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     mbar_arrive(bar.coord_full + turn % 2);
 
     mbar_wait(bar.kv_empty, turn % 2 ^ 1);
-    const auto& own = sequence_params(p, block);
+    const auto& own = own_params(p, block);
     const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
     // Behind a sequence's last key no box may start (make_ragged in fwd_sm90/params.py).
     const bool has_keys = !KEY_LENGTHS || block.m_begin < own.seqlen_k;
@@ -212,11 +249,12 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     } else {
       mbar_arrive(bar.kv_full);
     }
-    const BoxOrigin k_box = key_box(p, block, p.lengths.k_rows_per_batch);
-    const BoxOrigin v_box = key_box(p, block, p.lengths.v_rows_per_batch);
+    const BoxOrigin q_box = query_box<true>(p, block);
+    const BoxOrigin k_box = key_box<true>(p, block, p.lengths.k_rows_per_batch);
+    const BoxOrigin v_box = key_box<true>(p, block, p.lengths.v_rows_per_batch);
     for (int group = 0; has_keys && group < NUM_KEY_GROUPS; ++group) {
       int row = block.m_begin + group * 64;
-      if (KEY_LENGTHS) row = min_i(row, own.seqlen_k - 1);
+      if (VARLEN != 0) row = min_i(row, own.seqlen_k - 1);
       for (int c = 0; c < QK_CHUNKS; ++c) {
         tma_load(smem.k + (group * K_GROUP_ELEMENTS + c * 64 * CHUNK), params.k_map, bar.kv_full,
                  c * CHUNK, k_box.row + row, block.head_idx_kv, k_box.batch);
@@ -238,7 +276,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
         mbar_arrive_expect_tx(q_full, Q_ELEMENTS * 2);
         for (int c = 0; c < QK_CHUNKS; ++c) {
           tma_load(smem.q + (q_stage * Q_ELEMENTS + c * BLOCK_M * CHUNK), params.q_map, q_full,
-                   c * CHUNK, m_block * BLOCK_M, block.head_idx + head, block.batch_idx);
+                   c * CHUNK, q_box.row + m_block * BLOCK_M, block.head_idx + head, q_box.batch);
         }
         const int do_stage = stage_of<NUM_DO_STAGES>(count);
         const auto do_full = bar.do_full + do_stage;
@@ -246,7 +284,8 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
         mbar_arrive_expect_tx(do_full, DO_ELEMENTS * 2);
         for (int c = 0; c < V_CHUNKS; ++c) {
           tma_load(smem.dout + (do_stage * DO_ELEMENTS + c * BLOCK_M * CHUNK), params.dout_map,
-                   do_full, c * CHUNK, m_block * BLOCK_M, block.head_idx + head, block.batch_idx);
+                   do_full, c * CHUNK, q_box.row + m_block * BLOCK_M, block.head_idx + head,
+                   q_box.batch);
         }
       }
     }
@@ -282,8 +321,9 @@ FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
   for (int turn = 0;; ++turn) {
     BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
-    const auto& own = sequence_params(p, block);
+    const auto& own = own_params(p, block);
     const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
+    const int first_row = PACKED ? query_rows<true>(p, block.batch_idx).begin : 0;
     for (int head = 0; head < heads_per_kv; ++head, ++block.head_idx) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
         float lse[ROWS_OF_LANE], delta[ROWS_OF_LANE];
@@ -295,8 +335,9 @@ FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
           lse[i] = POS_INF;
           delta[i] = 0.0f;
           is_empty[i] = false;
-          if (row >= p.seqlen_q || (BLOCK_M % 32 != 0 && i * 32 + lane_idx() >= BLOCK_M)) continue;
-          const int64_t at = lse_offset(p, block, row);
+          if (row >= own.seqlen_q) continue;
+          if (BLOCK_M % 32 != 0 && i * 32 + lane_idx() >= BLOCK_M) continue;
+          const int64_t at = lse_offset(p, block, first_row + row);
           lse[i] = gmem_load(lse_gmem + at) * LOG2_E;
           delta[i] = gmem_load(delta_gmem + at);
           is_empty[i] = lse[i] == NEG_INF;

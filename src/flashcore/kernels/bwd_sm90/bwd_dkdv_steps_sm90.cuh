@@ -21,11 +21,39 @@ FC_DEVICE void await_q(const Barriers& bar, uint32_t count) {
   mbar_wait(bar.q_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
 }
 
+// Hands a consumer's 64 keys of dS^T over to who computes dQ; `dscores(n)` are the registers of
+// query fragment n.
+template <class Dscores>
+FC_DEVICE void hand_over_ds(const Barriers& bar, const Buffers& smem, int group, uint32_t count,
+                            const Dscores& dscores) {
+  const int stage = stage_of<NUM_DS_STAGES>(count);
+  mbar_wait(bar.ds_empty + stage, parity_of<NUM_DS_STAGES>(count) ^ 1);
+  const int lane = opaque(lane_idx());
+  const int key = group * 64 + warp_idx() % 4 * 16 + lane % 16;
+  const auto row = smem.ds + (stage * DS_ELEMENTS + key * 64);
+#pragma unroll
+  for (int n = 0; n < QUERY_FRAGS; ++n) {
+    const int col = swizzled_col<128>(key, n * 16 % 64 + lane / 16 * 8);
+    stmatrix_x4(row + (n / 4 * BLOCK_N * 64 + col), dscores(n).reg);
+  }
+  fence_proxy_async();
+  warp_sync();  // orders every lane's writes before the arrival
+  arrive_for_warp(bar.ds_full + stage);
+}
+
 // Passes over tiles that only other consumers' keys are seen by.
-FC_DEVICE void skip_tiles(const Barriers& bar, uint32_t& count, int num_tiles) {
+FC_DEVICE void skip_tiles(const Barriers& bar, const Buffers& smem, int group, uint32_t& count,
+                          int num_tiles) {
   for (; num_tiles > 0; --num_tiles, ++count) {
     await_q(bar, count);
     await_do(bar, count);
+    if constexpr (ALSO_DQ) {
+      WmmaAccum none;
+      WmmaA<Element> zeros;
+      wmma_fill(none, 0.0f);
+      wmma_accum_to_a(zeros, none);
+      hand_over_ds(bar, smem, group, count, [&](int) { return zeros; });
+    }
     release_q(bar, count);  // has a warp_sync(), or the next phase could pass a lane that waits
     release_do(bar, count);
   }

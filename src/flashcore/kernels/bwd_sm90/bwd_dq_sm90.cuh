@@ -21,12 +21,14 @@ constexpr int OUT_ELEMENTS = HAS_OUT_BUFFER ? Q_GROUP_ELEMENTS : 0;
 constexpr int BARRIERS_OFFSET = OUT_OFFSET + NUM_CONSUMERS * OUT_ELEMENTS * 2;
 constexpr int NUM_BARRIERS = 2 * NUM_SLOTS + 2 * NUM_STAGES + 2 * NUM_V_STAGES;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
-static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
+constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
+static_assert(SMEM_BYTES == FEED_OFFSET + FEED_BYTES,
               "the plan and the kernel disagree on shared memory");
 
 struct Buffers {
   SmemPtr<Element> q, dout, k, v, out;
   SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
+  Feed feed;                // from which the producer has them, where they are dealt out
 };
 
 struct Barriers {
@@ -75,7 +77,7 @@ FC_DEVICE int slot_parity(int turn) { return turn / Q_BUFFERS % 2; }
 FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
   uint32_t count = 0;
-  TileWalk tile;
+  auto tile = own_tiles<false>(p, smem.feed);
   for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
     const auto coord = coord_slot(smem.coords, turn);
     if (tile.done(p, params.schedule)) {
@@ -90,21 +92,23 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     const BlockCoord block = tile.coord(p, params.schedule);
     store_coord(coord, block);
     const auto& own = sequence_params(p, block);
+    const BoxOrigin q_box = query_box(p, block);
     const BoxOrigin k_box = key_box(p, block, p.lengths.k_rows_per_batch);
     const BoxOrigin v_box = key_box(p, block, p.lengths.v_rows_per_batch);
     for (int group = 0; group < NUM_CONSUMERS; ++group) {
       const int slot = slot_of(turn, group);
       const auto full = bar.q_full + slot;
-      const int row = block.m_begin + group * 64;
+      int row = block.m_begin + group * 64;
+      if (PACKED) row = min_i(row, own.seqlen_q - 1);  // see make_ragged: no box without a row
       mbar_wait(bar.q_empty + slot, slot_parity(turn) ^ 1);
       mbar_arrive_expect_tx(full, (Q_GROUP_ELEMENTS + DO_GROUP_ELEMENTS) * 2);
       for (int c = 0; c < QK_CHUNKS; ++c) {
         tma_load(smem.q + (slot * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
-                 c * CHUNK, row, block.head_idx, block.batch_idx);
+                 c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
       }
       for (int c = 0; c < V_CHUNKS; ++c) {
         tma_load(smem.dout + (slot * DO_GROUP_ELEMENTS + c * 64 * CHUNK), params.dout_map, full,
-                 c * CHUNK, row, block.head_idx, block.batch_idx);
+                 c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
       }
     }
     const KeyRange keys = key_range(own, block.m_begin);

@@ -13,6 +13,8 @@
 // so nothing has to be added up between blocks, and results do not differ from run to run.
 #pragma once
 
+#include "tile/schedule_varlen.cuh"
+
 // Mirrored by kernels/bwd_sm90/params.py. Boxes of q, k, v and dout are those of the kernel at
 // hand.
 struct AttnBwdSm90Params {
@@ -20,8 +22,9 @@ struct AttnBwdSm90Params {
   TensorMap dq_map, dk_map, dv_map;  // boxes of 64 rows x CHUNK columns
   AttnParams attn;                   // out and lse are the forward's
   TileSchedule schedule;
-  GmemPtr<const float> dlse;  // [batch, num_heads_q, seqlen_q], or null for zero
-  GmemPtr<float> delta;       // [batch, num_heads_q, seqlen_q]
+  GmemPtr<const float> dlse;  // as lse, or null for zero
+  GmemPtr<float> delta;       // as lse
+  GmemPtr<float> dq_sums;     // see sums_of; read only where several blocks add up dQ
 };
 
 constexpr int CHUNK_BYTES = CHUNK * 2;
@@ -39,6 +42,16 @@ FC_DEVICE int stage_of(uint32_t count) {
 template <int STAGES>
 FC_DEVICE int parity_of(uint32_t count) {
   return int(count / STAGES % 2);
+}
+
+// The tiles of a block, one after the other.
+template <bool OWNS_KEYS, bool FROM_FEED = PACKED>
+FC_DEVICE auto own_tiles(const AttnParams& p, const Feed& feed) {
+  if constexpr (FROM_FEED) {
+    return TileFeed<OWNS_KEYS>(p, feed);
+  } else {
+    return TileWalk();
+  }
 }
 
 // The place in a slot of the ring of coordinates; m_begin is NO_TILE behind the last.
@@ -135,11 +148,37 @@ FC_DEVICE Probability probability(float score, float lse_log2, const AttnParams&
   return {prob, HAS_SOFTCAP ? prob * cap_slope : prob};
 }
 
+// Where blocks add up dQ of 64 rows in float32, all groups of 64 of a head side by side: not row by
+// row, but as an accumulator's registers lie in the threads of a warpgroup.
+constexpr int SUMS_OF_WARP = QK_FRAGS * 8 * 32;
+constexpr int SUMS_OF_GROUP = 4 * SUMS_OF_WARP;
+
+FC_DEVICE GmemPtr<float> sums_of(const AttnBwdSm90Params& params, int batch, int head, int row) {
+  const AttnParams& p = params.attn;
+  const int groups_of_head = (p.seqlen_q + 63) / 64;
+  const int64_t group = int64_t(batch * p.num_heads_q + head) * groups_of_head + row / 64;
+  return params.dq_sums + group * SUMS_OF_GROUP;
+}
+
+// Within a warp's part of that: four registers of a lane, half a fragment.
+FC_DEVICE int place_of_sums(int frag, int half) {
+  return ((frag * 2 + half) * 32 + lane_idx()) * 4;
+}
+
+// Where 64 rows go: a tensor, the box of their sequence there, the first of them and the head.
+struct RowsInTensor {
+  const TensorMap& map;
+  BoxOrigin box;
+  int first_row, head;
+  bool exist = true;  // or there is none: a packed sequence ends before
+};
+
 // Rounds 64 rows times `scale` and sends them on their way by TMA, which clips rows and columns
-// past the tensor's end. `smem` holds all of them; `barrier` is the warpgroup's own.
+// past the end of the tensor, or of a packed sequence. `smem` holds all of them; `barrier` is the
+// warpgroup's own.
 template <int FRAGS>
 FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Element> smem,
-                          const TensorMap& map, int first_row, int head, int batch, int barrier) {
+                          const RowsInTensor& to, int barrier) {
   constexpr int CHUNKS = (FRAGS * 16 + CHUNK - 1) / CHUNK;
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
   if (leads) tma_store_wait_read<0>();  // of what lay here before
@@ -159,8 +198,9 @@ FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Elem
   fence_proxy_async();
   named_barrier_sync(barrier, 128);  // orders the writes above before the stores
   if (leads) {
-    for (int chunk = 0; chunk < CHUNKS; ++chunk) {
-      tma_store(map, smem + chunk * 64 * CHUNK, chunk * CHUNK, first_row, head, batch);
+    for (int chunk = 0; to.exist && chunk < CHUNKS; ++chunk) {
+      tma_store(to.map, smem + chunk * 64 * CHUNK, chunk * CHUNK, to.box.row + to.first_row,
+                to.head, to.box.batch);
     }
     tma_store_commit();
   }

@@ -9,7 +9,6 @@ import torch
 
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_sm90.params import make_ragged
-from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnParams
 from flashcore.kernels.tensor_map import TensorMap
@@ -18,6 +17,7 @@ from flashcore.problem.memory_layout import strides_of
 
 _ELEMENT_BYTES = 2
 MAPS = ("q", "k", "v", "dout", "dq", "dk", "dv")
+LENGTHS = ("seqlens_k", "cu_seqlens_q", "cu_seqlens_k")  # those that a problem may have
 
 
 class AttnBwdSm90Params(ctypes.Structure):
@@ -30,22 +30,30 @@ class AttnBwdSm90Params(ctypes.Structure):
         ("heads_per_section", ctypes.c_int32),
         ("dlse", ctypes.c_void_p),
         ("delta", ctypes.c_void_p),
-        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 24) % 64)),
+        ("dq_sums", ctypes.c_void_p),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 32) % 64)),
     ]
 
 
 def num_tiles(problem: Problem, plan: BwdSm90Plan) -> int:
     """Return the number of tiles that blocks take one after the other: of rows of every head of q,
-    or of keys of every head of k and v."""
+    or of keys of every head of k and v; of packed sequences as many as there can be."""
     if plan.is_dq:
-        return -(-problem.seqlen_q // plan.block_m) * problem.num_heads_q * problem.batch
-    return -(-problem.seqlen_k // plan.block_n) * problem.num_heads_kv * problem.batch
+        total, rows = problem.total_q, problem.seqlen_q
+        rows_of_tile, num_heads = plan.block_m, problem.num_heads_q
+    else:
+        total, rows = problem.total_k, problem.seqlen_k
+        rows_of_tile, num_heads = plan.block_n, problem.num_heads_kv
+    if problem.varlen == "packed":
+        return (total // rows_of_tile + problem.batch + 1) * num_heads
+    return -(-rows // rows_of_tile) * num_heads * problem.batch
 
 
 def grid_size(problem: Problem, plan: BwdSm90Plan, num_sms: int) -> int:
     """Return the number of blocks: as many as run at once on a GPU with `num_sms`
-    multiprocessors."""
-    return min(num_tiles(problem, plan), num_sms * plan.min_blocks)
+    multiprocessors, or one for each tile."""
+    tiles = num_tiles(problem, plan)
+    return min(tiles, num_sms * plan.min_blocks) if plan.is_persistent else tiles
 
 
 # What blocks that run side by side may have of L2 for the tiles they stream; see
@@ -65,18 +73,6 @@ def heads_per_section(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> i
     return min(num_heads * problem.batch, wanted)
 
 
-def maps_of(plan: BwdSm90Plan) -> dict[str, int]:
-    """Return the tensors that a kernel reads and writes by TMA, and the rows of their boxes."""
-    written: tuple[str, ...]
-    if plan.is_dq:
-        own, walked, written = ("q", "dout"), ("k", "v"), ("dq",)
-        walked_rows = plan.block_n
-    else:
-        own, walked, written = ("k", "v"), ("q", "dout"), ("dk", "dv")
-        walked_rows = plan.block_m
-    return dict.fromkeys((*own, *written), ROWS_OF_CONSUMER) | dict.fromkeys(walked, walked_rows)
-
-
 def build_params_bwd_sm90(
     problem: Problem,
     plan: BwdSm90Plan,
@@ -89,8 +85,9 @@ def build_params_bwd_sm90(
     Args:
         problem: shapes, strides and options of the forward.
         plan: of the kernel.
-        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask and dlse where
-            there are some; seqlens_k where the problem has lengths.
+        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask, dlse and dq_sums where
+            there are some; seqlens_k, or cu_seqlens_q and cu_seqlens_k, where the problem has
+            lengths. Of packed sequences out is contiguous as [total, heads, dim].
         num_blocks: of the launch.
         addresses: of the tensors, by name; None for the simulator, which places them itself.
 
@@ -103,17 +100,26 @@ def build_params_bwd_sm90(
     addresses = addresses or dict.fromkeys(tensors, 0)
     argument = AttnBwdSm90Params()
     inputs: dict[str, int | None] = {x: addresses[x] for x in ("q", "k", "v", "out", "lse")}
-    others = {name: addresses.get(name) for name in ("mask", "seqlens_k")}
+    others = {name: addresses.get(name) for name in ("mask", *LENGTHS)}
     argument.attn = params.build_params(problem, plan, inputs | others)
     if not plan.is_dq:
-        argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles it walks over
+        argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles of a head
+    if problem.varlen == "packed":
+        argument.attn.max_tiles = num_tiles(problem, plan)
+        walked = -(-problem.total_k // plan.block_n)
+        if not plan.is_dq:
+            walked = -(-problem.total_q // plan.block_m)
+        argument.attn.num_length_classes = (walked - 1).bit_length() + 1
     num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
     argument.num_heads = num_heads * problem.batch
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
     argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
-    for name, box_rows in maps_of(plan).items():
+    argument.dq_sums = addresses.get("dq_sums")
+    for name, box_rows in plan.box_rows.items():
         tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)
-        if problem.varlen == "keys" and name in ("k", "v"):
+        if problem.varlen == "packed":
+            make_ragged(tensor_map, 0)
+        elif problem.varlen == "keys" and name in ("k", "v"):
             rows_per_batch = tensor_map.batch_stride_bytes // tensor_map.row_stride_bytes
             if problem.batch == 1:
                 rows_per_batch = 0

@@ -7,7 +7,9 @@ kernels/bwd_sm90/bwd_sm90.cuh.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +28,17 @@ DKDV_KERNEL = "attn_bwd_dkdv_sm90"
 ARCH = plan_sm90.ARCH
 
 _BARRIER_BYTES = 8
+# With two consumers: of a consumer's, a producer's and dq's threads up to head_dim 64, and above,
+# where dq takes more accumulators. 512 together.
+DQ_ROLE_REGISTERS = {False: (200, 40, 72), True: (192, 40, 88)}
 _COORD_BYTES = 4 * 16  # places of four tiles
+_FEED_BYTES = 32  # tile/schedule_varlen.cuh
+_MAX_PACKED_ROWS = 2**30  # of all heads, a tile of each at most
+
+
+def padded_to_16(cols: int) -> int:
+    """Return the columns of the fragments that hold so many."""
+    return -(-cols // 16) * 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +49,15 @@ class BwdSm90Plan(Plan):
     K has `num_stages` buffers and V `other_stages`. In that of dk and dv it owns `block_n` keys and
     walks over tiles of `block_m` rows, of which Q has `num_stages` buffers and dO `other_stages`.
     `overlaps`: a tile's last product is issued behind the first ones of the next.
+    `also_dq`: the kernel of dk and dv computes dq too, see plan_one.py; dS has `ds_stages` buffers.
     """
 
     other_stages: int = 2
     overlaps: bool = True
     early_dp: bool = True
     keeps_p: bool = True
+    also_dq: bool = False
+    ds_stages: int = 1
 
     @property
     def is_dq(self) -> bool:
@@ -61,9 +76,15 @@ class BwdSm90Plan(Plan):
         return True
 
     @property
+    def is_persistent(self) -> bool:
+        """Return True: a block takes several tiles, one after the other."""
+        return True
+
+    @property
     def draws_tiles(self) -> bool:
-        """Return whether blocks draw tiles from a counter (fwd_sm90/schedule_sm90.cuh)."""
-        return self.has_window_right
+        """Return whether blocks draw tiles from a counter (fwd_sm90/schedule_sm90.cuh,
+        tile/schedule_varlen.cuh)."""
+        return self.has_window_right or self.varlen == "packed"
 
     @property
     def arch_suffix(self) -> str:
@@ -86,13 +107,26 @@ class BwdSm90Plan(Plan):
 
     @property
     def num_warps(self) -> int:
-        """Return the number of warps: the consumers' and the producer's warpgroup."""
-        return 4 * (self.num_consumers + 1)
+        """Return the number of warps: the consumers', the producer's warpgroup, and with `also_dq`
+        that of dq."""
+        return 4 * (self.num_consumers + 1 + self.also_dq)
 
     @property
     def row_warps(self) -> range:
         """Return the consumers' warps; the producer's warpgroup comes first."""
-        return range(4, self.num_warps)
+        return range(4, 4 * (self.num_consumers + 1))
+
+    def warps_of(self, name: str) -> range:
+        """Return the warps that own 16 rows or keys each of delta, dq, dk or dv. Of two that share
+        64 keys the second warpgroup has dk."""
+        if not self.has_roles:
+            return self.row_warps
+        return range(8, 12) if name == "dk" else range(4, 8)
+
+    @property
+    def owns_keys(self) -> bool:
+        """Return whether a block owns keys, and walks over rows."""
+        return not self.is_dq
 
     @property
     def chunk(self) -> int:
@@ -115,7 +149,12 @@ class BwdSm90Plan(Plan):
         elements = self.block_m * (q_buffers * (qk_cols + v_cols) + qk_cols * has_out_buffer)
         elements += self.block_n * (self.num_stages * qk_cols + self.other_stages * v_cols)
         num_barriers = 2 * (q_buffers * self.num_consumers + self.num_stages + self.other_stages)
-        return 2 * elements + _BARRIER_BYTES * num_barriers + _COORD_BYTES
+        return 2 * elements + _BARRIER_BYTES * num_barriers + _COORD_BYTES + self._feed_bytes
+
+    @property
+    def _feed_bytes(self) -> int:
+        """Return shared memory for the places of tiles that a warp deals out."""
+        return _FEED_BYTES if self.varlen == "packed" else 0
 
     @property
     def smem_bytes(self) -> int:
@@ -129,25 +168,60 @@ class BwdSm90Plan(Plan):
         elements += self.block_m * (self.num_stages * qk_cols + self.other_stages * v_cols)
         stats = self.num_stages * 2 * self.block_m * 4
         num_barriers = 6 + 3 * self.num_stages + 2 * self.other_stages
-        return 2 * elements + stats + _BARRIER_BYTES * num_barriers + _COORD_BYTES
+        if self.also_dq:
+            elements += self.ds_stages * self.block_m * self.block_n
+            elements += self.block_m * 2 * padded_to_16(self.head_dim)  # of four bytes
+            num_barriers += 2 * self.ds_stages
+        barriers = _BARRIER_BYTES * num_barriers
+        return 2 * elements + stats + barriers + _COORD_BYTES + self._feed_bytes
 
     @property
-    def role_registers(self) -> tuple[int, int]:
-        """Return the registers of a consumer and of a producer thread; see Sm90Plan."""
+    def role_registers(self) -> tuple[int, ...]:
+        """Return the registers of a consumer and of a producer thread, and with `also_dq` of a
+        thread that computes dq; see Sm90Plan."""
+        if self.also_dq:
+            return DQ_ROLE_REGISTERS[max(self.head_dim, self.head_dim_v) > 64]
         pool = self.max_registers * (self.num_consumers + 1)
         producer = 24 if self.is_dq else 40  # a warp of it computes
+        if self.is_dq and self.varlen == "packed":
+            producer = 32  # a warp of it deals out tiles
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
+    @property
+    def box_rows(self) -> dict[str, int]:
+        """Return the tensors that the kernel reads and writes by TMA, and their boxes' rows."""
+        written: tuple[str, ...]
+        if self.is_dq:
+            own, walked, written = ("q", "dout"), ("k", "v"), ("dq",)
+            walked_rows = self.block_n
+        else:
+            own, walked, written = ("k", "v"), ("q", "dout"), ("dk", "dv")
+            walked_rows = self.block_m
+        return dict.fromkeys((*own, *written), ROWS_OF_CONSUMER) | dict.fromkeys(
+            walked, walked_rows
+        )
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Return the tensors that the kernel writes."""
+        return ("dq", "delta") if self.is_dq else ("dk", "dv")
+
+    @property
+    def added_to(self) -> tuple[str, ...]:
+        """Return the tensors that blocks add up in, in no fixed order."""
+        return ("dq_sums",) if self.also_dq else ()
+
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
-        consumer_registers, producer_registers = self.role_registers
+        consumer_registers, producer_registers, *of_dq = self.role_registers
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
         del constants["NUM_WARPS"], constants["LOAD_BYTES"]
         constants |= {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
+            "DQ_REGISTERS": of_dq[0] if of_dq else producer_registers,
             "CHUNK": self.chunk,
             "OVERLAPS": self.overlaps,
             "KEY_SLICES": 1,
@@ -169,6 +243,8 @@ class BwdSm90Plan(Plan):
             "EARLY_DP": self.early_dp,
             "KEEPS_P": self.keeps_p,
             "HAS_ROLES": self.has_roles,
+            "ALSO_DQ": self.also_dq,
+            "NUM_DS_STAGES": self.ds_stages,
         }
 
 
@@ -191,6 +267,9 @@ class BwdTile(NamedTuple):
     keeps_p: bool = True
 
 
+_TILE_FIELDS = (*BwdTile._fields, "also_dq", "ds_stages")
+
+
 def obstacle(problem: Problem, needs_mask_grad: bool = False) -> str | None:
     """Return why the kernels cannot compute the gradient of a call, or None. Tensors that TMA
     cannot read are copied."""
@@ -208,8 +287,9 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
         return f"the fused backward takes head_dim {HEAD_DIM_MAX} at most"
     if needs_mask_grad:
         return "the fused backward computes no gradient of a mask"
-    if problem.varlen == "packed":
-        return "the fused backward takes no packed sequences"
+    rows = max(problem.total_q * problem.num_heads_q, problem.total_k * problem.num_heads_kv)
+    if problem.varlen == "packed" and rows + problem.batch >= _MAX_PACKED_ROWS:
+        return "the fused backward counts the tiles of all packed sequences in 32 bits"
     return None
 
 
@@ -224,6 +304,9 @@ def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
             if is_crowded
             else BwdTile(128, 128, 3, 2, False, True, False)
         )
+        if problem.varlen == "packed" and max(problem.window_left, problem.window_right) >= 0:
+            # With three consumers the producer's warps spill 16 bytes; not measured on a GPU.
+            return BwdTile(128, 128, 3, 2), dkdv
         return BwdTile(192, 64, 4, 3), dkdv
     if dim <= 128 and is_crowded:
         return BwdTile(128, 64, 3, 2), BwdTile(64, 64, 3, 3)
@@ -249,6 +332,36 @@ def _plans(dq: BwdTile, dkdv: BwdTile, fields: tuple[tuple[str, Any], ...]) -> B
     return BwdPlans(
         make_plan(DQ_KERNEL, dq, dict(fields)), make_plan(DKDV_KERNEL, dkdv, dict(fields))
     )
+
+
+def with_tile(plan: BwdSm90Plan, tile: Mapping[str, Any]) -> BwdSm90Plan:
+    """Return the plan with fields of its tile changed.
+
+    Raises:
+        ValueError: a tile has no such field, a value is of another type, or the tile does not fit
+            a block.
+    """
+    for name, value in tile.items():
+        if name not in _TILE_FIELDS or type(getattr(plan, name)) is not type(value):
+            raise ValueError(
+                f"tile={dict(tile)!r}: {name}={value!r} is no field of a tile of {plan.kernel}, "
+                f"which has {', '.join(_TILE_FIELDS)}"
+            )
+    changed = dataclasses.replace(plan, **tile)
+    own, other = (
+        (changed.block_m, changed.block_n) if plan.is_dq else (changed.block_n, changed.block_m)
+    )
+    sizes = other, changed.num_stages, changed.other_stages, changed.ds_stages
+    if (
+        own < 1 or own % ROWS_OF_CONSUMER or min(sizes) < 1 or other % 16
+        or changed.smem_bytes > smem_limits(ARCH)[0] or changed.num_threads > 512
+    ):  # fmt: skip
+        raise ValueError(
+            f"tile={dict(tile)!r} is not one that {plan.kernel} can have with head_dim "
+            f"{plan.head_dim} and {plan.head_dim_v}: too much shared memory, too many warps, or "
+            "sizes that are no multiples of 64 and 16"
+        )
+    return changed
 
 
 def make_plan(kernel: str, tile: BwdTile, of_problem: dict[str, Any]) -> BwdSm90Plan:

@@ -27,6 +27,7 @@
 #include "tile/mask.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "tile/softmax.cuh"
+#include "tile/max_score.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"
 #include "fwd_sm90/merge_sm90.cuh"
 #include "fwd_sm90/split_sm90.cuh"
@@ -373,6 +374,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
       clear_output(c);
     }
     if (HAS_WINDOW_LEFT && KEY_SLICES == 1) skip_down_to(keys.n_block_begin);
+    if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, load_coord(coord), c.warp_row);
     if (KEY_SLICES > 1) {
       merge_slices(slice, turn, c.softmax, c.out, bar, smem.merge, c.scale_log2);
     }

@@ -134,6 +134,11 @@ class Sm90Plan(Plan):
         return range(4, self.num_warps)
 
     @property
+    def is_persistent(self) -> bool:
+        """Return True: a block takes several row tiles, one after the other."""
+        return True
+
+    @property
     def keys_backwards(self) -> bool:
         """Return True: a row tile visits its key tiles from last to first."""
         return True
@@ -174,7 +179,7 @@ class Sm90Plan(Plan):
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
             "PING_PONG": self.ping_pong,
-            "LAZY_RESCALE": self.lazy_rescale,
+            "LAZY_RESCALE": self.lazy_rescale and not self.returns_max_score,
             "Q_BUFFERS": self.q_buffers,
             "O_PARTS": self.o_parts,
             "CHUNK": self.chunk,
@@ -198,6 +203,8 @@ def obstacle(problem: Problem) -> str | None:
     num_rows = problem.total_q * problem.num_heads_q  # 0 unless packed
     if num_rows + problem.batch >= 2**30 and problem.varlen == "packed":
         return "it counts the row tiles of all packed sequences in 32 bits"
+    if problem.varlen == "pages":
+        return "it reads no pages"
     return next(iter(unreadable(problem).values()), None) or obstacle_to_splits(problem)
 
 

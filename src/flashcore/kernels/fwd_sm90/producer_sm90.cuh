@@ -3,6 +3,19 @@
 // consumers which row tile it is.
 #pragma once
 
+// The row tiles of a block, one after the other.
+template <bool FROM_FEED = PACKED, bool IN_PIECES = SPLIT_KV>
+FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
+  if constexpr (FROM_FEED) {
+    static_assert(!IN_PIECES, "packed sequences are not split");
+    return TileFeed<>(p, feed);
+  } else if constexpr (IN_PIECES) {
+    return SplitWalk();
+  } else {
+    return TileWalk();
+  }
+}
+
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
   BoxOrigin q_box, k_box, v_box;  // of the sequence

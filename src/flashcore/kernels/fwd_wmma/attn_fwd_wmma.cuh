@@ -15,8 +15,10 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 #include "tile/copy.cuh"
+#include "tile/pages.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
+#include "tile/max_score.cuh"
 #include "tile/totals.cuh"
 //@if gate
 #include "tile/gates.cuh"
@@ -90,6 +92,7 @@ FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& st
   float inverse_sum[2];
   finish_softmax(state, p, lse_offset(p, block, warp_row), num_valid_rows, block.head_idx,
                  inverse_sum);
+  if (RETURNS_MAX_SCORE) raise_max_score(state, p, block, warp_row);
   warp_sync();  // orders every lane's last read of the Q rows before the writes below
 #pragma unroll
   for (int d = 0; d < OUT_FRAGS; ++d) {
@@ -117,10 +120,8 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
   const int warp_row = block.m_begin + warp_idx() * 16;
   const auto q_gmem =
       p.tensors.q + (block.batch_idx * p.strides.q.batch + block.head_idx * p.strides.q.head);
-  const auto k_gmem =
-      p.tensors.k + (block.batch_idx * p.strides.k.batch + block.head_idx_kv * p.strides.k.head);
-  const auto v_gmem =
-      p.tensors.v + (block.batch_idx * p.strides.v.batch + block.head_idx_kv * p.strides.v.head);
+  const auto k_gmem = keys_of_head(block, p.tensors.k, p.strides.k);
+  const auto v_gmem = keys_of_head(block, p.tensors.v, p.strides.v);
   const auto mask_gmem = mask_of(p, block.batch_idx, block.head_idx);
 
   const auto qo_smem = smem_view<Element>(0, QO_ELEMENTS, "qo_smem");
@@ -136,10 +137,12 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
     if (n_block < keys.n_block_end) {
       const int stage = n_block % NUM_STAGES;
       const int key_begin = n_block * BLOCK_N;
-      load_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem + stage * K_ELEMENTS, k_gmem, p.strides.k.row,
-                                             key_begin, p.seqlen_k);
-      load_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem + stage * V_ELEMENTS, v_gmem, p.strides.v.row,
-                                               key_begin, p.seqlen_k);
+      const auto k_rows = rows_of_keys(p, block, k_gmem, p.strides.k);
+      const auto v_rows = rows_of_keys(p, block, v_gmem, p.strides.v);
+      load_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem + stage * K_ELEMENTS, k_rows, key_begin,
+                                             p.seqlen_k);
+      load_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem + stage * V_ELEMENTS, v_rows, key_begin,
+                                               p.seqlen_k);
     }
     cp_async_commit();
   };
@@ -149,8 +152,8 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
     zero_padding<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem);
     zero_padding<NUM_STAGES * BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem);
     zero_padding<NUM_STAGES * BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem);
-    load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, q_gmem, p.strides.q.row, block.m_begin,
-                                            p.seqlen_q);
+    load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, EvenRows{q_gmem, p.strides.q.row},
+                                            block.m_begin, p.seqlen_q);
     for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) load_keys(keys.n_block_begin + ahead);
   }
 

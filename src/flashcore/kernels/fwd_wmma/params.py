@@ -66,6 +66,15 @@ class Splits(ctypes.Structure):
     _fields_ = [*_fields(ctypes.c_void_p, "split_out split_stats"), ("num_splits", ctypes.c_int32)]
 
 
+class Pages(ctypes.Structure):
+    """Describe a cache in pages."""
+
+    _fields_ = [
+        ("page_table", ctypes.c_void_p),
+        *_fields(ctypes.c_int32, "page_table_stride num_pages"),
+    ]
+
+
 class Gate(ctypes.Structure):
     """Hold the addresses of what a debug gate writes or reads."""
 
@@ -77,7 +86,7 @@ class AttnParams(ctypes.Structure):
     The fields of all groups but `strides` are attributes of this structure too, with their offsets
     in it: an address is placed by its field's name."""
 
-    _anonymous_: ClassVar[tuple[str, ...]] = ("tensors", "band", "lengths", "splits")
+    _anonymous_: ClassVar[tuple[str, ...]] = ("tensors", "band", "lengths", "splits", "pages")
     _fields_ = [
         ("tensors", Tensors),
         ("strides", Strides),
@@ -90,6 +99,8 @@ class AttnParams(ctypes.Structure):
         ("lengths", Lengths),
         ("splits", Splits),
         ("tile_counter", ctypes.c_void_p),
+        ("pages", Pages),
+        ("max_score", ctypes.c_void_p),
     ]
 
 
@@ -152,9 +163,9 @@ def build_params(
     Args:
         problem: shapes, strides and options.
         plan: tiles and gate.
-        pointers: address by field name: q, k, v, mask, out, lse; for sequences of different
-            lengths cu_seqlens_q, cu_seqlens_k or seqlens_k; sinks; for a gate gate_scores,
-            gate_row_max, gate_row_sum. A missing one is null.
+        pointers: address by field name: q, k, v, mask, out, lse, sinks, max_score; for sequences of
+            different lengths cu_seqlens_q, cu_seqlens_k, seqlens_k or page_table; for a gate
+            gate_scores, gate_row_max, gate_row_sum. A missing one is null.
 
     Returns:
         The filled structure.
@@ -179,6 +190,7 @@ def build_params(
     params.num_queries = num_queries
     params.batch = problem.batch
     params.total_q, params.total_k = problem.total_q, problem.total_k
+    params.num_pages, params.page_table_stride = problem.num_pages, problem.page_table_stride
     params.lower_right = problem.causal != "upper_left"
     if problem.varlen == "packed":
         params.max_tiles = grid_size(problem, plan)

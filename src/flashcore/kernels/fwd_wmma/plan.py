@@ -32,8 +32,8 @@ HEAD_DIM_64_MAX_REGISTERS = 96
 HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 
 # How sequences of one call may differ in length (tile/sequence.cuh): not, as packed rows
-# (attention_varlen), or in the number of keys (seqlens_k).
-VARLEN_KINDS = ("none", "packed", "keys")
+# (attention_varlen), in the number of keys (seqlens_k), or so with keys in pages (page_table).
+VARLEN_KINDS = ("none", "packed", "keys", "pages")
 _MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
 _CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
 
@@ -50,8 +50,9 @@ class Plan:
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
     `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
     0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the registers must
-    allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh); `has_sinks`
-    whether a logit of each head joins the softmax.
+    allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh); `page_size`
+    keys of a page, 0 where there are no pages (tile/pages.cuh); `has_sinks` whether a logit of each
+    head joins the softmax.
     """
 
     kernel: str
@@ -73,6 +74,8 @@ class Plan:
     varlen: str = "none"
     folds_heads: int = 0
     keys_of_chunk: int = 0
+    page_size: int = 0
+    returns_max_score: bool = False
     has_sinks: bool = False
 
     @property
@@ -108,6 +111,16 @@ class Plan:
     def row_warps(self) -> range:
         """Return the warps that own 16 query rows each, in the order of the rows."""
         return range(self.num_warps)
+
+    @property
+    def is_persistent(self) -> bool:
+        """Return whether a block takes several row tiles, one after the other."""
+        return False
+
+    @property
+    def owns_keys(self) -> bool:
+        """Return whether a block owns keys, and walks over rows."""
+        return False
 
     @property
     def keys_backwards(self) -> bool:
@@ -162,8 +175,11 @@ class Plan:
             "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
-            # Without a bound rows are rows.
-            "FOLDED": self.folds_heads > 0 and (self.has_window_left or self.has_window_right),
+            "PAGE_SIZE": self.page_size,
+            # Without a bound rows are rows, unless it is asked which head each belongs to.
+            "FOLDED": self.folds_heads > 0
+            and (self.has_window_left or self.has_window_right or self.returns_max_score),
+            "RETURNS_MAX_SCORE": self.returns_max_score,
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
 
     def describe(self) -> str:
@@ -176,11 +192,13 @@ class Plan:
                 ("softcap", self.has_softcap and not self.softcap_is_large),
                 ("large softcap", self.softcap_is_large),
                 (f"mask:{self.mask}", self.mask is not None),
-                (f"varlen:{self.varlen}", self.varlen != "none"),
+                (f"varlen:{self.varlen}", self.varlen not in ("none", "pages")),
+                (f"pages of {self.page_size}", self.page_size > 0),
                 (f"folded heads:{self.folds_heads}", self.folds_heads > 0),
                 (f"sums of {self.keys_of_chunk} keys", self.keys_of_chunk > 0),
                 ("sinks", self.has_sinks),
                 (f"gate:{self.gate}", self.gate is not None),
+                ("max_score", self.returns_max_score),
             )
             if on
         ]
@@ -203,6 +221,8 @@ def _estimated_registers(plan: Plan) -> int:
         rest += 8  # the copies go through registers
     if plan.mask is not None and not _has_tight_budget(plan):
         rest += 24  # addresses and values of the mask
+    if plan.page_size:
+        rest += 16  # each row that a thread copies has an address of its own
     if plan.head_dim % 64 and max(plan.head_dim, plan.head_dim_v) > 64:
         rest += 16  # few threads share a row, so each copies more packets
     return plan.block_n // 2 + _padded(plan.head_dim_v) // 2 + rest
@@ -210,9 +230,9 @@ def _estimated_registers(plan: Plan) -> int:
 
 def _has_tight_budget(plan: Plan) -> bool:
     """Return whether the register budget of head_dim 64 holds; a debug gate is outside of it, and
-    so are a mask tensor with seqlens_k and a large softcap, which would spill."""
+    so are a mask tensor with seqlens_k, pages and a large softcap, which would spill."""
     exempt = plan.gate is not None or (plan.varlen == "keys" and plan.mask is not None)
-    exempt |= plan.softcap_is_large
+    exempt |= plan.softcap_is_large or plan.page_size > 0
     return max(plan.head_dim, plan.head_dim_v) <= 64 and not exempt
 
 
@@ -271,7 +291,9 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "softcap_is_large": problem.softcap >= LARGE_SOFTCAP,
         "mask": None if problem.mask is None else problem.mask.dtype,
         "varlen": problem.varlen,
+        "page_size": problem.page_size,
         "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
+        "returns_max_score": gate is None and problem.return_max_score,
         # What the gate of P V is given is not normalised.
         "has_sinks": problem.has_sinks and gate != "pv",
     }

@@ -36,3 +36,11 @@ FC_DEVICE int gmem_atomic_add_acq_rel(GmemPtr<int32_t> p, int x, FC_SITE) {
   fc_host::meet_blocks(p.address);
   return fc_host::add(place, x);
 }
+
+// Of a float32 tensor that the launch declares a counter. NaN is larger than any number.
+FC_DEVICE void gmem_atomic_max(GmemPtr<float> p, float x, FC_SITE) {
+  void* place = fc_host::gmem_atomic(p.address, 4, FC_HERE);
+  float before;
+  std::memcpy(&before, place, 4);
+  if (x != x || x > before) std::memcpy(place, &x, 4);
+}

@@ -33,6 +33,7 @@ void mbar_wait(SmemRef bar, int parity, Site site);
 void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar, int col, int row, int head, int batch,
               Site site);
 void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, int batch, Site site);
+void bulk_add(uint64_t dst, SmemRef src, int bytes, Site site);  // float32; committed as stores
 void tma_store_commit(Site site);
 void tma_store_wait_read(int pending_groups, Site site);
 
@@ -59,6 +60,7 @@ struct WgmmaIssue {
   int frags;
   bool accumulate;
   bool is_float16;  // else bfloat16
+  bool mn_major;    // operands in shared memory are contiguous along m and n, not along k
 };
 
 void wgmma_issue(const WgmmaIssue& issue, Site site);

@@ -52,7 +52,16 @@ template <class T, int FRAGS>
 FC_DEVICE void wgmma_ss(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc, bool accumulate,
                         FC_SITE) {
   static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
-  fc_host::wgmma_issue({d[0].x, nullptr, a_desc, b_desc, FRAGS, accumulate, IS_FLOAT16<T>},
+  fc_host::wgmma_issue({d[0].x, nullptr, a_desc, b_desc, FRAGS, accumulate, IS_FLOAT16<T>, false},
+                       FC_HERE);
+}
+
+// d = A^T B (+ d): A 16 x 64 and B 16 x N in shared memory, contiguous along m and n.
+template <class T, int FRAGS>
+FC_DEVICE void wgmma_ss_mn(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
+                           bool accumulate, FC_SITE) {
+  static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
+  fc_host::wgmma_issue({d[0].x, nullptr, a_desc, b_desc, FRAGS, accumulate, IS_FLOAT16<T>, true},
                        FC_HERE);
 }
 
@@ -61,5 +70,6 @@ template <class T, int FRAGS>
 FC_DEVICE void wgmma_rs(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc, bool accumulate,
                         FC_SITE) {
   static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
-  fc_host::wgmma_issue({d[0].x, a.reg, {}, b_desc, FRAGS, accumulate, IS_FLOAT16<T>}, FC_HERE);
+  fc_host::wgmma_issue({d[0].x, a.reg, {}, b_desc, FRAGS, accumulate, IS_FLOAT16<T>, true},
+                       FC_HERE);
 }

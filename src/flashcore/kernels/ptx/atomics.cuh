@@ -1,5 +1,6 @@
-// ptx/atomics.cuh - the order of float atomics is not fixed, so no kernel that ships uses them;
-// they are here for the planted bugs and the conformance tests. Integers count work.
+// ptx/atomics.cuh - the order of float atomics is not fixed, so no kernel that ships adds by them;
+// that is here for the planted bugs and the conformance tests. Integers count work, and of a maximum
+// the order does not matter.
 #pragma once
 
 FC_DEVICE void smem_atomic_add(SmemPtr<float> p, float x) {
@@ -24,4 +25,15 @@ FC_DEVICE int gmem_atomic_add_acq_rel(GmemPtr<int32_t> p, int x) {
                : "l"(p.address), "r"(x)
                : "memory");
   return before;
+}
+
+// As an integer: floats from 0 on are in the order of their bits, those below in the reverse order,
+// and all of these are above the others where bits count as unsigned.
+FC_DEVICE void gmem_atomic_max(GmemPtr<float> p, float x) {
+  const int bits = x != x ? 0x7fffffff : __float_as_int(x);
+  if (bits >= 0) {
+    asm volatile("red.relaxed.gpu.global.max.s32 [%0], %1;" ::"l"(p.address), "r"(bits) : "memory");
+  } else {
+    asm volatile("red.relaxed.gpu.global.min.u32 [%0], %1;" ::"l"(p.address), "r"(bits) : "memory");
+  }
 }

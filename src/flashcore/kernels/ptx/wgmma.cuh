@@ -117,10 +117,10 @@ constexpr bool IS_FLOAT16<float16> = true;
 #define FC_RS_16 FC_RS_15 ", " FC_R15
 
 // `c` is the number of the first operand behind the accumulators.
-#define FC_WGMMA_SS(frags, n, types, c0, c1, c2)                                                   \
+#define FC_WGMMA_SS(frags, n, types, c0, c1, c2, mn_major)                                         \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " c2 ", 0;\n"                                     \
                "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." types " {" FC_RS_##frags "}, " c0  \
-               ", " c1 ", p, 1, 1, 0, 0;\n}\n"                                                     \
+               ", " c1 ", p, 1, 1, " mn_major ", " mn_major ";\n}\n"                               \
                : FC_ACC_##frags                                                                    \
                : "l"(wgmma_bits(a_desc)),                                                          \
                  "l"(wgmma_bits(b_desc)), "r"(int(accumulate)))
@@ -133,16 +133,20 @@ constexpr bool IS_FLOAT16<float16> = true;
                : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]),                       \
                  "l"(wgmma_bits(b_desc)), "r"(int(accumulate)))
 
-// d = A B^T (+ d): A 64 x 16 and B N x 16 in shared memory, both contiguous along k.
-template <class T, int FRAGS>
-FC_DEVICE void wgmma_ss(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
-                        bool accumulate) {
+// A and B in shared memory, both contiguous along k, or, MN_MAJOR, along m and n.
+template <class T, bool MN_MAJOR, int FRAGS>
+FC_DEVICE void wgmma_of_smem(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
+                             bool accumulate) {
 #define FC_CASE(frags, n, c0, c1, c2)                                                              \
   if constexpr (FRAGS == frags) {                                                                  \
-    if constexpr (IS_FLOAT16<T>) {                                                                 \
-      FC_WGMMA_SS(frags, n, "f16.f16", c0, c1, c2);                                                \
+    if constexpr (IS_FLOAT16<T> && MN_MAJOR) {                                                     \
+      FC_WGMMA_SS(frags, n, "f16.f16", c0, c1, c2, "1");                                           \
+    } else if constexpr (IS_FLOAT16<T>) {                                                          \
+      FC_WGMMA_SS(frags, n, "f16.f16", c0, c1, c2, "0");                                           \
+    } else if constexpr (MN_MAJOR) {                                                               \
+      FC_WGMMA_SS(frags, n, "bf16.bf16", c0, c1, c2, "1");                                         \
     } else {                                                                                       \
-      FC_WGMMA_SS(frags, n, "bf16.bf16", c0, c1, c2);                                              \
+      FC_WGMMA_SS(frags, n, "bf16.bf16", c0, c1, c2, "0");                                         \
     }                                                                                              \
   } else
   FC_CASE(1, "16", "%8", "%9", "%10")
@@ -163,6 +167,20 @@ FC_DEVICE void wgmma_ss(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_des
   FC_CASE(16, "256", "%128", "%129", "%130")
   { static_assert(FRAGS < 0, "N is 16, 32, .. or 256"); }
 #undef FC_CASE
+}
+
+// d = A B^T (+ d): A 64 x 16 and B N x 16 in shared memory, both contiguous along k.
+template <class T, int FRAGS>
+FC_DEVICE void wgmma_ss(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
+                        bool accumulate) {
+  wgmma_of_smem<T, false>(d, a_desc, b_desc, accumulate);
+}
+
+// d = A^T B (+ d): A 16 x 64 and B 16 x N in shared memory, contiguous along m and n.
+template <class T, int FRAGS>
+FC_DEVICE void wgmma_ss_mn(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
+                           bool accumulate) {
+  wgmma_of_smem<T, true>(d, a_desc, b_desc, accumulate);
 }
 
 // d = A B (+ d): A 64 x 16 in registers, B 16 x N in shared memory, contiguous along n.

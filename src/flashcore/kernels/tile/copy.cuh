@@ -7,13 +7,28 @@
 FC_DEVICE constexpr int padded_cols(int cols) { return (cols + 15) / 16 * 16; }
 FC_DEVICE constexpr int smem_stride(int cols) { return padded_cols(cols) + 8; }
 
+// The rows of a matrix that are one stride apart. Those of a cache in pages are in tile/pages.cuh.
+struct EvenRows {
+  GmemPtr<const Element> gmem;
+  int stride;
+
+  // The matrix from some row and column on.
+  FC_DEVICE EvenRows from(int row, int col) const {
+    return {gmem + (int64_t(row) * stride + col), stride};
+  }
+  // What lies in a row and column; the row may be read where it is `valid`.
+  FC_DEVICE GmemPtr<const Element> at(int row, int col, bool valid) const {
+    return gmem + (int64_t(row) * stride + col);
+  }
+};
+
 // Starts copying ROWS x COLS elements from row `first_row` of a matrix; rows from `num_rows` on are
 // filled with zeros and not read. With cp.async the copy is pending until this thread's group is
 // waited for. Neighbouring threads copy neighbouring packets of a row; every thread keeps to its
 // own columns, so that its addresses are one base each plus constants.
-template <int ROWS, int COLS, int SMEM_STRIDE>
-FC_DEVICE void load_tile(SmemPtr<Element> dst_smem, GmemPtr<const Element> src_gmem,
-                         int src_row_stride, int first_row, int num_rows) {
+template <int ROWS, int COLS, int SMEM_STRIDE, class Rows>
+FC_DEVICE void load_tile(SmemPtr<Element> dst_smem, const Rows& rows, int first_row,
+                         int num_rows) {
   constexpr int PACKET = LOAD_BYTES / int(sizeof(Element));
   constexpr int PACKETS_PER_ROW = COLS / PACKET;
   constexpr int LOWEST_BIT = PACKETS_PER_ROW & -PACKETS_PER_ROW;
@@ -22,7 +37,7 @@ FC_DEVICE void load_tile(SmemPtr<Element> dst_smem, GmemPtr<const Element> src_g
   const int thread_row = thread_idx() / THREADS_PER_ROW;
   const int thread_col = thread_idx() % THREADS_PER_ROW * PACKET;
   const int thread_src_row = opaque(first_row) + thread_row;
-  const auto src = src_gmem + (int64_t(thread_src_row) * src_row_stride + thread_col);
+  const auto src = rows.from(thread_src_row, thread_col);
   const auto dst = dst_smem + (thread_row * SMEM_STRIDE + thread_col);
 #pragma unroll
   for (int row = 0; row < ROWS; row += ROWS_PER_PASS) {
@@ -30,7 +45,7 @@ FC_DEVICE void load_tile(SmemPtr<Element> dst_smem, GmemPtr<const Element> src_g
     const bool valid = thread_src_row + row < num_rows;
 #pragma unroll
     for (int col = 0; col < COLS; col += THREADS_PER_ROW * PACKET) {
-      const auto packet_src = src + (int64_t(row) * src_row_stride + col);
+      const auto packet_src = src.at(row, col, valid);
       const auto packet_dst = dst + (row * SMEM_STRIDE + col);
       if constexpr (LOAD_BYTES >= 4) {
         cp_async<LOAD_BYTES>(packet_dst, packet_src, valid);

@@ -42,7 +42,7 @@ struct Lengths {
   int32_t lower_right;  // 1: a sequence's last query sees its last key; 0: diagonal at (0, 0)
   // Of the Hopper kernel, see tile/schedule_varlen.cuh and kernels/fwd_sm90/params.py.
   int32_t max_tiles, num_length_classes;
-  int32_t k_rows_per_batch, v_rows_per_batch;  // from one batch to the next
+  int32_t k_rows_per_batch, v_rows_per_batch;  // from one batch, or page, to the next
 };
 
 // Partial results of rows whose keys are split over blocks, see fwd_sm90/split_sm90.cuh.
@@ -50,6 +50,13 @@ struct Splits {
   GmemPtr<float> split_out;    // [num_splits, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]
   GmemPtr<float> split_stats;  // [num_splits, batch, num_heads_q, seqlen_q, 2]: row_max, row_sum
   int32_t num_splits;
+};
+
+// A cache in pages; read only under PAGED, see tile/pages.cuh.
+struct Pages {
+  GmemPtr<const int32_t> page_table;  // [batch, max_pages]
+  int32_t page_table_stride;          // from one sequence's row to the next one's, in entries
+  int32_t num_pages;
 };
 //@if gate
 
@@ -77,6 +84,8 @@ struct AttnParams {
   Lengths lengths;
   Splits splits;
   GmemPtr<int32_t> tile_counter;  // one, or one a row tile; 0 between launches
+  Pages pages;
+  GmemPtr<float> max_score;  // [batch, num_heads_q], -inf at the start; see tile/max_score.cuh
 //@if gate
   Gate gate;
 //@end

@@ -1,18 +1,19 @@
-// tile/schedule_varlen.cuh - row tiles of packed sequences, dealt out to persistent blocks as they
-// ask for them.
+// tile/schedule_varlen.cuh - tiles of packed sequences, dealt out to persistent blocks as they ask
+// for them: of queries, or of keys where a kernel OWNS_KEYS (tile/sequence.cuh).
 //
 // Only the device knows the lengths, and tiles of different sequences differ in cost. So a warp of
 // each block, the scheduler, draws numbers from a counter in global memory and finds the number's
-// tile: sequences in classes of falling length (powers of two of key tiles), in a sequence head by
-// head, whose tiles run side by side and share K and V in L2; under a right bound (causal) the
-// longest first. With short tiles last, blocks end nearly together. Coordinates reach the producer
-// through shared memory, each when it asks for them.
+// tile: sequences in classes of falling length (powers of two of the tiles that a block walks
+// over), in a sequence head by head, whose tiles run side by side and share in L2 what they walk
+// over; under a right bound (causal) the longest first. With short tiles last, blocks end nearly
+// together. Coordinates reach the producer through shared memory, each when it asks for them.
 #pragma once
 
 constexpr int FEED_BYTES = PACKED ? 16 + 2 * 8 : 0;
 
 struct Feed {
-  SmemPtr<int32_t> coord;  // [4]: sequence, head, first row or -1 at the end, unused
+  // [4]: sequence, head (of k and v where the kernel OWNS_KEYS), first row or -1 at the end, unused
+  SmemPtr<int32_t> coord;
   SmemPtr<uint64_t> full, asked;
 };
 
@@ -45,7 +46,11 @@ FC_DEVICE WarpScan warp_scan(int x) {
 
 // Walks over all tiles in the order above, 32 sequences at a time, a lane each. Forward only.
 // max_tiles is what lengths that do not overlap can have at most; others are cut off there.
+template <bool OWNS_KEYS>
 struct SequenceWalk {
+  static constexpr int OWN_ROWS = OWNS_KEYS ? BLOCK_N : BLOCK_M;  // of a tile
+  static constexpr int WALKED_ROWS = OWNS_KEYS ? BLOCK_M : BLOCK_N;
+
   int length_class;
   int first_sequence = 0;  // of the 32
   int before = 0;          // tiles before those of the 32 sequences
@@ -57,18 +62,24 @@ struct SequenceWalk {
     look(p);
   }
 
+  FC_DEVICE static int num_heads(const AttnParams& p) {
+    return OWNS_KEYS ? p.num_heads_kv : p.num_heads_q;
+  }
+
   FC_DEVICE void look(const AttnParams& p) {
     const int sequence = first_sequence + lane_idx();
     num_tiles = 0;
     if (sequence <= p.batch) {
-      const int key_tiles = (key_rows(p, sequence).count + BLOCK_N - 1) / BLOCK_N;
-      const bool longest = key_tiles > 1 << length_class;  // than the class holds
-      const bool shorter = length_class > 0 && key_tiles <= 1 << (length_class - 1);
+      const int queries = query_rows<OWNS_KEYS>(p, sequence).count;
+      const int keys = key_rows<OWNS_KEYS>(p, sequence).count;
+      const int walked = ((OWNS_KEYS ? queries : keys) + WALKED_ROWS - 1) / WALKED_ROWS;
+      const bool longest = walked > 1 << length_class;  // than the class holds
+      const bool shorter = length_class > 0 && walked <= 1 << (length_class - 1);
       if (!longest && !shorter) {
-        num_tiles = (query_rows(p, sequence).count + BLOCK_M - 1) / BLOCK_M;
+        num_tiles = ((OWNS_KEYS ? keys : queries) + OWN_ROWS - 1) / OWN_ROWS;
       }
     }
-    tiles = warp_scan(num_tiles * p.num_heads_q);
+    tiles = warp_scan(num_tiles * num_heads(p));
   }
 
   // Goes on until tile `number` is among those of the 32 sequences. False past the last tile;
@@ -88,14 +99,18 @@ struct SequenceWalk {
 };
 
 // The scheduler: the whole warp.
+template <bool OWNS_KEYS = false>
 FC_DEVICE void schedule_tiles(const AttnParams& p, const Feed& feed) {
-  SequenceWalk walk(p);
+  using Walk = SequenceWalk<OWNS_KEYS>;
+  // The last rows see the most keys, the first keys are seen by the most rows.
+  constexpr bool LAST_IS_LONGEST = HAS_WINDOW_RIGHT && !OWNS_KEYS;
+  Walk walk(p);
   int number = block_idx();
   int drawn = -1;
   bool found = walk.seek(p, number);
   for (int count = 0;; ++count) {
     const int mine = number - walk.before - walk.tiles.below;  // of this lane's sequence
-    if (found ? mine >= 0 && mine < walk.num_tiles * p.num_heads_q : lane_idx() == 0) {
+    if (found ? mine >= 0 && mine < walk.num_tiles * Walk::num_heads(p) : lane_idx() == 0) {
       Packet<16> coord = {};
       coord.word[2] = uint32_t(-1);
       if (found) {
@@ -103,7 +118,7 @@ FC_DEVICE void schedule_tiles(const AttnParams& p, const Feed& feed) {
         coord.word[0] = uint32_t(walk.first_sequence + lane_idx());
         coord.word[1] = uint32_t(mine / walk.num_tiles);
         coord.word[2] =
-            uint32_t((HAS_WINDOW_RIGHT ? walk.num_tiles - 1 - tile : tile) * BLOCK_M);
+            uint32_t((LAST_IS_LONGEST ? walk.num_tiles - 1 - tile : tile) * Walk::OWN_ROWS);
       }
       smem_store_packet(feed.coord, coord);
       mbar_arrive(feed.full);
@@ -123,6 +138,7 @@ FC_DEVICE void schedule_tiles(const AttnParams& p, const Feed& feed) {
 }
 
 // The producer's view of the feed, in the form of TileWalk.
+template <bool OWNS_KEYS = false>
 struct TileFeed {
   Feed feed;
   BlockCoord block;
@@ -139,22 +155,11 @@ struct TileFeed {
     mbar_wait(feed.full, count % 2);
     const auto coord = smem_load_packet<16>(feed.coord);
     block.batch_idx = int(coord.word[0]);
-    block.head_idx = int(coord.word[1]);
-    block.head_idx_kv = block.head_idx / (p.num_heads_q / p.num_heads_kv);
+    const int head = int(coord.word[1]);
+    const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
+    block.head_idx = OWNS_KEYS ? head * heads_per_kv : head;  // the first of the group
+    block.head_idx_kv = OWNS_KEYS ? head : head / heads_per_kv;
     block.m_begin = int(coord.word[2]);
     ++count;
   }
 };
-
-// The row tiles of a block, one after the other.
-template <bool FROM_FEED = PACKED, bool IN_PIECES = SPLIT_KV>
-FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
-  if constexpr (FROM_FEED) {
-    static_assert(!IN_PIECES, "packed sequences are not split");
-    return TileFeed(p, feed);
-  } else if constexpr (IN_PIECES) {
-    return SplitWalk();
-  } else {
-    return TileWalk();
-  }
-}

@@ -8,7 +8,9 @@
 // Tensors are [total, num_heads, HEAD_DIM]; sequence b has rows cu_seqlens[b] to cu_seqlens[b + 1].
 constexpr bool PACKED = VARLEN == 1;
 // Tensors are as ever; sequence b has the first seqlens_k[b] keys.
-constexpr bool KEY_LENGTHS = VARLEN == 2;
+constexpr bool KEY_LENGTHS = VARLEN >= 2;
+// Likewise, but keys and values lie in pages, see tile/pages.cuh.
+constexpr bool PAGED = VARLEN == 3;
 
 FC_DEVICE int clamp_i(int x, int low, int high) { return max_i(low, min_i(x, high)); }
 
@@ -17,7 +19,8 @@ struct RowRange {
   int count;
 };
 
-// Rows of packed sequence b. The rows behind the last sequence count as one more, number `batch`.
+// A kernel's tiles are of queries, or, where it OWNS_KEYS, of keys. Whichever they are, the rows
+// behind the last sequence count as one more, number `batch`, which has nothing of the other kind.
 FC_DEVICE RowRange sequence_rows(const AttnParams& p, GmemPtr<const int32_t> cu_seqlens,
                                  int sequence, int total) {
   const int begin = clamp_i(gmem_load(cu_seqlens + sequence), 0, total);
@@ -26,27 +29,29 @@ FC_DEVICE RowRange sequence_rows(const AttnParams& p, GmemPtr<const int32_t> cu_
   return {begin, max_i(0, end - begin)};
 }
 
+template <bool OWNS_KEYS = false>
 FC_DEVICE RowRange query_rows(const AttnParams& p, int sequence) {
+  if (OWNS_KEYS && sequence == p.batch) return {0, 0};
   return sequence_rows(p, p.lengths.cu_seqlens_q, sequence, p.lengths.total_q);
 }
 
-// The rows behind the last sequence see nothing.
+template <bool OWNS_KEYS = false>
 FC_DEVICE RowRange key_rows(const AttnParams& p, int sequence) {
-  if (sequence == p.batch) return {0, 0};
+  if (!OWNS_KEYS && sequence == p.batch) return {0, 0};
   return sequence_rows(p, p.lengths.cu_seqlens_k, sequence, p.lengths.total_k);
 }
 
 // The parameters as one sequence sees them: its lengths and its part of packed tensors. Without
 // VARLEN the parameters themselves.
-template <int KIND = VARLEN>
+template <int KIND = VARLEN, bool OWNS_KEYS = false>
 FC_DEVICE decltype(auto) sequence_params(const AttnParams& p, const BlockCoord& block) {
   if constexpr (KIND == 0) {
     return (p);
   } else {
     AttnParams own = p;
     if constexpr (PACKED) {
-      const RowRange queries = query_rows(p, block.batch_idx);
-      const RowRange keys = key_rows(p, block.batch_idx);
+      const RowRange queries = query_rows<OWNS_KEYS>(p, block.batch_idx);
+      const RowRange keys = key_rows<OWNS_KEYS>(p, block.batch_idx);
       own.seqlen_q = queries.count;
       own.seqlen_k = keys.count;
       own.tensors.q = p.tensors.q + int64_t(queries.begin) * p.strides.q.row;
@@ -69,16 +74,18 @@ struct BoxOrigin {
   int row, batch;
 };
 
+template <bool OWNS_KEYS = false>
 FC_DEVICE BoxOrigin query_box(const AttnParams& p, const BlockCoord& block) {
   if (!PACKED) return {0, block.batch_idx};
-  const RowRange rows = query_rows(p, block.batch_idx);
+  const RowRange rows = query_rows<OWNS_KEYS>(p, block.batch_idx);
   return {p.lengths.total_q - rows.count, rows.begin + rows.count};
 }
 
+template <bool OWNS_KEYS = false>
 FC_DEVICE BoxOrigin key_box(const AttnParams& p, const BlockCoord& block, int rows_per_batch) {
   if (VARLEN == 0) return {0, block.batch_idx};
   if (PACKED) {
-    const RowRange rows = key_rows(p, block.batch_idx);
+    const RowRange rows = key_rows<OWNS_KEYS>(p, block.batch_idx);
     return {p.lengths.total_k - rows.count, rows.begin + rows.count};
   }
   const int count = clamp_i(gmem_load(p.lengths.seqlens_k + block.batch_idx), 0, p.seqlen_k);

@@ -1,18 +1,19 @@
-"""This module plants bugs in the backward kernels for Hopper; see plants.py
-(tests/plants/test_sim_plants_bwd_sm90.py)."""
+"""Plant bugs in the backward kernels for Hopper (tests/plants/test_sim_plants_bwd_sm90.py)."""
 
 from __future__ import annotations
 
 from flashcore.compile.plant import Plant, by_name
 
 _DQ = "bwd_sm90/attn_bwd_dq_sm90.cuh"
+_DELTA = "bwd_sm90/bwd_delta_sm90.cuh"
 _DKDV = "bwd_sm90/attn_bwd_dkdv_sm90.cuh"
 _LOADS = "bwd_sm90/bwd_dkdv_sm90.cuh"
 _STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 _ROLES = "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
 _SHARED = "bwd_sm90/bwd_sm90.cuh"
+_SCHEDULE = "tile/schedule_varlen.cuh"
 
-# Without head_dim above 128.
+# In the kernel of dk and dv, without head_dim above 128.
 _OF_ONE_WARPGROUP = (
     Plant(
         name="stale-stats",
@@ -156,7 +157,7 @@ _OF_DQ = (
     Plant(
         name="delta-of-one-lane",
         title="delta is a quarter of the row's sum",
-        file=_DQ,
+        file=_DELTA,
         find="    sum = quad_sum(sum);\n",
         replace="\n",
         caught_by="wrong-result",
@@ -164,7 +165,7 @@ _OF_DQ = (
     Plant(
         name="dlse-forgotten",
         title="what arrives through lse is left out of delta",
-        file=_DQ,
+        file=_DELTA,
         find="is_null(params.dlse) ? sum : sum - gmem_load(params.dlse + at)",
         replace="sum",
         caught_by="wrong-result",
@@ -196,7 +197,7 @@ _OF_DQ = (
     ),
 )
 
-# With head_dim above 128.
+# In the kernel of dk and dv, with head_dim above 128.
 _OF_ROLES = (
     Plant(
         name="probs-not-awaited",
@@ -220,8 +221,8 @@ _OF_ROLES = (
         name="v-overwritten",
         title="dV leaves through V's place while the other role still reads V",
         file=_ROLES,
-        find="    mbar_wait(bar.probs_empty, int(count % 2) ^ 1);\n    store_in_place",
-        replace="\n    store_in_place",
+        find="    mbar_wait(bar.probs_empty, int(count % 2) ^ 1);\n    clear_behind",
+        replace="\n    clear_behind",
         caught_by="race",
     ),
     Plant(
@@ -235,5 +236,99 @@ _OF_ROLES = (
     ),
 )
 
-PLANTS_BWD_SM90 = by_name(*_OF_ONE_WARPGROUP, *_OF_DQ)
+# With sequences of different lengths: packed ones, or keys whose number the device knows.
+_OF_PACKED = (
+    Plant(
+        name="neighbour-keys-stored",
+        title="64 keys behind a sequence's last one are stored, too",
+        file=_LOADS,
+        find="block.head_idx_kv, !PACKED || key_row < num_keys};",
+        replace="block.head_idx_kv, true};",
+        caught_by="misuse",
+    ),
+    Plant(
+        name="box-of-a-key-late",
+        title="dK and dV are stored one row late, the last one where the next sequence begins",
+        file=_LOADS,
+        find="PACKED ? key_box<true>(p, block, 0) :",
+        replace="PACKED ? BoxOrigin{key_box<true>(p, block, 0).row, "
+        "key_box<true>(p, block, 0).batch + 1} :",
+        caught_by="unwritten-output",
+        or_by=("out-of-bounds", "double-write"),
+    ),
+    Plant(
+        name="last-keys-forgotten",
+        title="the keys behind the last sequence have no rows, and are seen by the queries there",
+        file=_LOADS,
+        find="  return sequence_params<VARLEN, true>(p, block);",
+        replace="  return sequence_params<VARLEN, false>(p, block);",
+        caught_by="unwritten-output",
+        or_by=("misuse", "out-of-bounds", "deadlock"),
+    ),
+    Plant(
+        name="stats-of-the-first",
+        title="every sequence has lse and delta of the first",
+        file=_LOADS,
+        find="    const int first_row = PACKED ? query_rows<true>(p, block.batch_idx).begin : 0;",
+        replace="    const int first_row = 0;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="heads-of-queries",
+        title="key tiles are dealt out once for each head of q",
+        file=_SCHEDULE,
+        find="    return OWNS_KEYS ? p.num_heads_kv : p.num_heads_q;",
+        replace="    return p.num_heads_q;",
+        caught_by="out-of-bounds",
+        or_by=("double-write", "unwritten-output", "counter-left", "misuse"),
+    ),
+    Plant(
+        name="delta-of-a-neighbour",
+        title="delta is written where the first sequence has it",
+        file=_DELTA,
+        find="    const int64_t at = lse_offset(p, block, first_row + row);",
+        replace="    const int64_t at = lse_offset(p, block, row);",
+        caught_by="double-write",
+        or_by=("unwritten-output",),
+    ),
+    Plant(
+        name="queries-behind-stored",
+        title="64 queries behind a sequence's last one are stored, too",
+        file=_DQ,
+        find="                !PACKED || group_row < query_rows(p, block.batch_idx).count},",
+        replace="                true},",
+        caught_by="misuse",
+    ),
+)
+_OF_PADDED = (
+    Plant(
+        name="keys-behind-kept",
+        title="keys behind a sequence's last one keep what was added up in their rows",
+        file=_LOADS,
+        find="  if (!KEY_LENGTHS || first_row + 64 <= num_keys) return;",
+        replace="  if (!KEY_LENGTHS || first_row <= num_keys) return;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="box-without-a-key",
+        title="a box of 64 keys starts behind the sequence's last one",
+        file=_LOADS,
+        find="      if (VARLEN != 0) row = min_i(row, own.seqlen_k - 1);",
+        replace="",
+        caught_by="misuse",
+    ),
+    Plant(
+        name="longest-instead-of-own",
+        title="the diagonal of every sequence is that of the longest",
+        file=_DKDV,
+        find="        accumulate(c, sequence, bar, smem, count, own.begin, own.end - own.begin);",
+        replace="        accumulate(c, p, bar, smem, count, own.begin, own.end - own.begin);",
+        caught_by="wrong-result",
+    ),
+)
+
+PLANTS_BWD_DQ_SM90 = by_name(*_OF_DQ)
+PLANTS_BWD_DKDV_SM90 = by_name(*_OF_ONE_WARPGROUP)
 PLANTS_BWD_ROLES_SM90 = by_name(*_OF_ROLES)
+PLANTS_BWD_PACKED_SM90 = by_name(*_OF_PACKED)
+PLANTS_BWD_PADDED_SM90 = by_name(*_OF_PADDED)

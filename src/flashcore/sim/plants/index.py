@@ -1,14 +1,23 @@
-"""List the planted bugs of every forward kernel, by name."""
+"""List the planted bugs of every kernel, by name. isolate/registry.py adds the call that shows
+each."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from flashcore.compile.plant import Plant
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA_KERNEL
+from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
+from flashcore.sim.plants.bwd_sm90 import (
+    PLANTS_BWD_DKDV_SM90,
+    PLANTS_BWD_DQ_SM90,
+    PLANTS_BWD_ROLES_SM90,
+)
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import (
     PLANTS_LARGE_SCORES,
     PLANTS_OLD_LARGE_MAX_SM90,
@@ -29,6 +38,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_VARLEN,
         **PLANTS_LARGE_SCORES,
         **PLANTS_TOTALS,
+        **PLANTS_MAX_SCORE,
         **PLANTS_SINKS,
     },
     SM90_KERNEL: {
@@ -41,10 +51,31 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
         **PLANTS_VARLEN_SM90,
+        **PLANTS_MAX_SCORE,
+        **PLANTS_MAX_SCORE_SM90,
         **PLANTS_SINKS,
         **PLANTS_SINKS_SPLIT,
     },
+    DQ_KERNEL: PLANTS_BWD_DQ_SM90,
+    DKDV_KERNEL: {**PLANTS_BWD_DKDV_SM90, **PLANTS_BWD_ROLES_SM90, **PLANTS_BWD_ONE_SM90},
 }
+
+
+def names() -> list[str]:
+    """Return the name of every planted bug, once."""
+    return list(dict.fromkeys(name for plants in BY_KERNEL.values() for name in plants))
+
+
+def kernels_of(name: str) -> list[str]:
+    """Return the kernels that a planted bug is one of.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    found = [kernel for kernel, plants in BY_KERNEL.items() if name in plants]
+    if not found:
+        raise ValueError(f"plant={name!r} is not one of {', '.join(names())}")
+    return found
 
 
 def find_plant(name: str, kernel: str) -> Plant:
@@ -53,10 +84,13 @@ def find_plant(name: str, kernel: str) -> Plant:
     Raises:
         ValueError: an unknown name, or a bug of another kernel.
     """
-    if name in BY_KERNEL[kernel]:
-        return BY_KERNEL[kernel][name]
-    names = dict.fromkeys(name for plants in BY_KERNEL.values() for name in plants)
-    if name not in names:
-        raise ValueError(f"plant={name!r} is not one of {', '.join(names)}")
-    owner = next(other for other, plants in BY_KERNEL.items() if name in plants)
-    raise ValueError(f"plant={name!r} is not a bug of {kernel}, but of {owner}")
+    owners = kernels_of(name)
+    if kernel not in owners:
+        raise ValueError(f"plant={name!r} is not a bug of {kernel}, but of {owners[0]}")
+    return BY_KERNEL[kernel][name]
+
+
+def check_backend(name: str, backend: str) -> None:
+    """Raise ValueError unless the backend is the simulator."""
+    if backend != "sim":
+        raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")

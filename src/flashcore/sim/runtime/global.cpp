@@ -131,12 +131,21 @@ void* gmem_write(uint64_t address, int bytes, Site site) {
   return claim(address, bytes, bytes, site);
 }
 
-void* gmem_atomic(uint64_t address, int bytes, Site site) {
+static uint8_t* added_to(uint64_t address, int bytes, int alignment, Site site) {
   ++machine.report->gmem_accesses;
   int64_t offset = 0;
-  const FcTensor& tensor = locate(address, bytes, bytes, "adds to", site, offset);
+  const FcTensor& tensor = locate(address, bytes, alignment, "adds to", site, offset);
   check_kind(tensor, true, site);
   return tensor.data + offset;
+}
+
+void* gmem_atomic(uint64_t address, int bytes, Site site) {
+  return added_to(address, bytes, bytes, site);
+}
+
+// Of bulk_add.
+uint8_t* global_sums(uint64_t address, int bytes, Site site) {
+  return added_to(address, bytes, 16, site);
 }
 
 uint8_t* global_claim_row(uint64_t address, int bytes, Site site) {

@@ -197,6 +197,7 @@ void* smem_write_as(int thread, SmemRef ref, int bytes, int alignment, Site site
 // global.cpp
 const uint8_t* global_source(uint64_t address, int bytes, int alignment, Site site);
 uint8_t* global_claim_row(uint64_t address, int bytes, Site site);
+uint8_t* global_sums(uint64_t address, int bytes, Site site);
 // between_blocks.cpp
 void between_blocks_start();
 void between_blocks_reset();

@@ -70,6 +70,7 @@ struct TmaStore {
   std::vector<uint8_t*> dst;  // one a row; null: clipped
   int valid_bytes;
   bool performed;
+  bool adds;  // bulk_add: floats, all in one row
 };
 
 struct Storer {

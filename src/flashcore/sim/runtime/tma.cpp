@@ -212,9 +212,49 @@ void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, in
   maybe_reschedule();
 }
 
+// As a store of one row, which the destination is not claimed for: everybody adds to it.
+void bulk_add(uint64_t dst, SmemRef src, int bytes, Site site) {
+  Machine& m = machine;
+  ++m.report->async_copies;
+  const int t = current_thread;
+  if (bytes <= 0 || bytes % 16 != 0) {
+    misuse(site, "bulk_add moves a multiple of 16 bytes, not %d", bytes);
+  }
+  const int offset = shadow_locate(src, bytes, 16, false, site);
+  Storer& storer = storer_of(t, site);
+  TmaStore store = {};
+  store.adds = true;
+  store.group = storer.committed;
+  store.src = src;
+  store.src_offset = offset;
+  store.row_bytes = store.valid_bytes = bytes;
+  store.site = pack_site(site);
+  const Epoch me = make_epoch(m.agents.stores + m.threads[size_t(t)].store_slot,
+                              storer.committed + 1);
+  shadow_read_by_unit(src, offset, bytes, me, clock_row(t), site);
+  store.dst.assign(1, global_sums(dst, bytes, site));
+  storer.stores.push_back(std::move(store));
+  ++m.sm90.num_pending_stores;
+  maybe_reschedule();
+}
+
+static void add_floats(uint8_t* dst, const uint8_t* src, int bytes) {
+  for (int b = 0; b < bytes; b += 4) {
+    float sum, x;
+    std::memcpy(&sum, dst + b, 4);
+    std::memcpy(&x, src + b, 4);
+    sum += x;
+    std::memcpy(dst + b, &sum, 4);
+  }
+}
+
 static void perform(TmaStore& store) {
   if (store.performed) return;
   store.performed = true;
+  if (store.adds) {
+    add_floats(store.dst[0], machine.smem + store.src_offset, store.valid_bytes);
+    return;
+  }
   for (size_t r = 0; r < store.dst.size(); ++r) {
     if (!store.dst[r]) continue;
     for (int b = 0; b < store.valid_bytes; b += 16) {

@@ -375,10 +375,9 @@ void wgmma_issue(const WgmmaIssue& mine, Site site) {
   join_product(group, product, number, w, site);
   const Epoch me = make_epoch(m.agents.groups + w / GROUP_WARPS, number);
   if (!issue.a_reg) {
-    check_operand(issue.a, decode(issue.a, 64, false, "A", site), w, me, site);
+    check_operand(issue.a, decode(issue.a, 64, issue.mn_major, "A", site), w, me, site);
   }
-  const bool mn_major = issue.a_reg != nullptr;
-  check_operand(issue.b, decode(issue.b, issue.frags * 16, mn_major, "B", site), w, me, site);
+  check_operand(issue.b, decode(issue.b, issue.frags * 16, issue.mn_major, "B", site), w, me, site);
   warp.last_issue = pack_site(site);
   if (product.joined == 0xf) {
     group.ready = number;
@@ -405,15 +404,17 @@ static void multiply(const Product& product, Chain& chain) {
         a[row * 16 + accum_col(t % WARP_SIZE, i)] = to_float(T{bits});
       }
     }
-    fetch<T>(decode(issue.b, cols, true, "B", product.site), b_by_k[0]);
-    // Lines of k lie `cols` apart: spread them from the last on.
-    for (int k = 15; k > 0; --k) std::memmove(b_by_k[k], b_by_k[0] + k * cols, size_t(cols) * 4);
   } else {
-    fetch<T>(decode(issue.a, 64, false, "A", product.site), a);
-    fetch<T>(decode(issue.b, cols, false, "B", product.site), b);
-    for (int n = 0; n < cols; ++n) {
-      for (int k = 0; k < 16; ++k) b_by_k[k][n] = b[n * 16 + k];
+    fetch<T>(decode(issue.a, 64, issue.mn_major, "A", product.site), issue.mn_major ? b : a);
+    for (int k = 0; issue.mn_major && k < 16; ++k) {
+      for (int row = 0; row < 64; ++row) a[row * 16 + k] = b[k * 64 + row];
     }
+  }
+  fetch<T>(decode(issue.b, cols, issue.mn_major, "B", product.site), b);
+  const int step_of_n = issue.mn_major ? 1 : 16;
+  const int step_of_k = issue.mn_major ? cols : 1;
+  for (int n = 0; n < cols; ++n) {
+    for (int k = 0; k < 16; ++k) b_by_k[k][n] = b[n * step_of_n + k * step_of_k];
   }
   if (!issue.accumulate) std::fill(chain.accum.begin(), chain.accum.end(), 0.0f);
   for (int row = 0; row < 64; ++row) {

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from roads import HEADS_Q, LENGTHS, SEQLENS_K, dense_inputs, lengths, packed_inputs, padded, varlen
+from roads import HEADS_Q, SEQLENS_K, dense_inputs, lengths
+from sinks_by_formula import ROADS, SINKS, by_formula, expected
 
 import flashcore
 from backends import device_of, every_backend
@@ -16,7 +16,6 @@ from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.checks.reference import attention_oracle
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
-from flashcore.compat import flash_attn
 from flashcore.ops import dense as dense_ops
 from flashcore.ops import padded as padded_ops
 from flashcore.ops import varlen as varlen_ops
@@ -24,66 +23,12 @@ from flashcore.problem.case import Case
 
 Tensor = torch.Tensor
 
-SINKS = torch.tensor([0.5, -1.0, 2.5, 7.0], dtype=torch.float64)
-ROADS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "dense": (flashcore.attention, dense_inputs),
-    "padded": (padded, dense_inputs),
-    "packed": (varlen, packed_inputs),
-}
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "causal": {"causal": True},
     "window, softcap, scale": {"window": (2, 1), "softcap": 1.5, "scale": 0.7},
     "some rows see nothing": {"causal": True, "window": (0, -1)},
 }
-
-
-def by_formula(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Tensor | None = None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Return out and lse, with the sink as one more key whose value is 0. Autograd sees it."""
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    score = (q @ k.mT) * (options.get("scale") or q.shape[-1] ** -0.5)
-    if options.get("softcap"):
-        score = options["softcap"] * torch.tanh(score / options["softcap"])
-    ahead = torch.arange(k.shape[2]) - torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None]
-    left, right = options.get("window") or (-1, -1)
-    right = 0 if options.get("causal") else right
-    hidden = torch.zeros_like(ahead, dtype=torch.bool)
-    hidden |= (ahead < -left) & (left >= 0)
-    hidden |= (ahead > right) & (right >= 0)
-    score = score.masked_fill(hidden, -math.inf)
-    if visible is not None:
-        score = score.masked_fill(~visible, -math.inf)
-    score = torch.cat([score, sinks[:, None, None].expand(*score.shape[:3], 1)], dim=-1)
-    return score.softmax(-1)[..., :-1] @ v, score.logsumexp(-1)
-
-
-def expected(
-    name: str, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, **options: Any
-) -> tuple[Tensor, Tensor]:
-    """Return what a road computes, by the formula, sequence by sequence."""
-    if name == "dense":
-        return by_formula(q, k, v, sinks, **options)
-    if name == "padded":
-        parts = [
-            by_formula(q[b, None], k[b, None, :, :n], v[b, None, :, :n], sinks, **options)
-            for b, n in enumerate(SEQLENS_K)
-        ]
-        return torch.cat([out for out, _ in parts]), torch.cat([lse for _, lse in parts])
-    outs, lses, begin_q, begin_k = [], [], 0, 0
-    behind = (q.shape[0] - sum(n for n, _ in LENGTHS), 0)  # rows of no sequence
-    for num_q, num_k in (*LENGTHS, behind):
-        own = (
-            x[begin : begin + num].transpose(0, 1)[None]
-            for x, begin, num in ((q, begin_q, num_q), (k, begin_k, num_k), (v, begin_k, num_k))
-        )
-        out, lse = by_formula(*own, sinks, **options)
-        outs.append(out[0].transpose(0, 1))
-        lses.append(lse[0])
-        begin_q, begin_k = begin_q + num_q, begin_k + num_k
-    return torch.cat(outs), torch.cat(lses, dim=1)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -367,70 +312,3 @@ def test_the_oracle_has_the_formula() -> None:
         strict=True,
     ):
         torch.testing.assert_close(x, y)
-
-
-BAD: dict[str, tuple[Any, type[Exception], str]] = {
-    "a list": ([0.0] * 4, TypeError, "sinks must be a torch.Tensor"),
-    "integers": (torch.zeros(4, dtype=torch.int32), TypeError, r"sinks has dtype .*sinks\.float"),
-    "float64": (torch.zeros(4).double(), TypeError, "sinks has dtype torch.float64"),
-    "bfloat16": (torch.zeros(4).bfloat16(), TypeError, "sinks has dtype torch.bfloat16"),
-    "too many": (torch.zeros(5), ValueError, r"sinks has shape \[5\], but q has 4 heads"),
-    "one for all": (torch.zeros(1), ValueError, r"sinks has shape \[1\], but q has 4 heads"),
-    "a column": (torch.zeros(4, 1), ValueError, r"sinks has shape \[4, 1\]"),
-    "meta": (torch.zeros(4, device="meta"), ValueError, "sinks is on meta but q is on cpu"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("name", ROADS)
-@pytest.mark.parametrize("requires_grad", [False, True])
-def test_wrong_sinks_are_refused(name: str, bad: str, requires_grad: bool) -> None:
-    road, inputs = ROADS[name]
-    sinks, kind, message = BAD[bad]
-    q, k, v = inputs(torch.float16, requires_grad=requires_grad)
-    with pytest.raises(kind, match=message):
-        road(q, k, v, sinks=sinks)
-
-
-@pytest.mark.parametrize("name", ["sink", "s_aux", "learnable_sink"])
-def test_other_names_are_pointed_to_it(name: str) -> None:
-    with pytest.raises(TypeError, match=r"did you mean sinks="):
-        flashcore.attention(*dense_inputs(), **{name: SINKS})
-
-
-def test_explain_names_them() -> None:
-    q, k, v = dense_inputs(torch.float16)
-    found = flashcore.explain(q, k, v, sinks=SINKS.float())
-    assert found.problem.has_sinks
-    assert "sinks" in str(found)
-    assert found.plan is not None
-    assert found.plan.has_sinks
-
-
-@pytest.mark.filterwarnings("ignore::flashcore.FallbackWarning")
-@pytest.mark.parametrize("argument", ["learnable_sink", "s_aux"])
-def test_flash_attns_arguments(argument: str) -> None:
-    q, k, v = dense_inputs()
-    out, lse = by_formula(q, k, v, SINKS, causal=True)
-    rows = [x.transpose(1, 2) for x in (q, k, v)]
-    have = flash_attn.flash_attn_func(
-        *rows, causal=True, return_attn_probs=True, **{argument: SINKS}
-    )
-    torch.testing.assert_close(have[0], out.transpose(1, 2))
-    torch.testing.assert_close(have[1], lse)
-    q, k, v = packed_inputs()
-    slopes = torch.zeros(HEADS_Q)
-    no_bias = {"alibi_slopes": slopes}  # a call for each sequence
-    for options in ({}, no_bias):
-        out, lse, _ = flash_attn.flash_attn_varlen_func(
-            q, k, v, *lengths("cpu"), 3, 4, return_attn_probs=True, **options, **{argument: SINKS}
-        )
-        want = expected("packed", q, k, v, SINKS)
-        torch.testing.assert_close(out, want[0])
-        torch.testing.assert_close(lse, want[1])
-
-
-def test_flash_attns_two_names_exclude_each_other() -> None:
-    q, k, v = (x.transpose(1, 2) for x in dense_inputs())
-    with pytest.raises(TypeError, match="learnable_sink and s_aux"):
-        flash_attn.flash_attn_func(q, k, v, learnable_sink=SINKS, s_aux=SINKS)

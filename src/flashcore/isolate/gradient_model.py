@@ -1,0 +1,114 @@
+"""Model in float64 what the backward kernels must produce, with error bounds.
+
+As in gate_models.py, straight from the definition and without tiles:
+
+    P = exp(s - lse)          delta = sum(dO O) - dlse      dS = P (dO V^T - delta) softcap'(s)
+    dV = P^T dO               dK = scale dS^T Q             dQ = scale dS K
+
+out and lse are those that the kernels are given, whatever they are, so that the forward's rounding
+is no part of the error.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashcore.isolate.gate_models import (
+    APPROX,
+    SMALLEST_STEP,
+    U32,
+    UNIT_ROUNDOFF,
+    Expected,
+    GateModel,
+)
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.problem import Problem
+
+
+class GradientModel:
+    """Compute the gradients of one problem in float64.
+
+    Args:
+        problem: of the forward.
+        plan: of one of the kernels.
+        q: [batch, num_heads_q, seqlen_q, head_dim].
+        k: [batch, num_heads_kv, seqlen_k, head_dim].
+        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        mask: as in flashcore.attention, or None.
+        out: [batch, num_heads_q, seqlen_q, head_dim_v], the forward's.
+        lse: [batch, num_heads_q, seqlen_q], the forward's; -inf in rows that see nothing.
+        dout: gradient of out; anything in rows that see nothing.
+        dlse: gradient of lse.
+    """
+
+    def __init__(
+        self, problem: Problem, plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None,
+        out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor,
+    ) -> None:  # fmt: skip
+        self._problem = problem
+        forward = GateModel(problem, plan, q, k, v, mask)
+        self._forward, lse = forward, lse.double()[..., None]
+        is_empty = lse == -torch.inf
+        self._dout = dout.double().masked_fill(is_empty, 0.0)
+
+        p = torch.exp(forward.scores - lse.masked_fill(is_empty, 0.0)).masked_fill(is_empty, 0.0)
+        slack = 2 * forward.score_tolerance + lse.abs().nan_to_num(posinf=0.0) * APPROX
+        p_error = p * torch.expm1((slack + 4 * APPROX).clamp(max=600.0)) + 1e-9
+        self._p = p, p_error
+
+        dlse = dlse.double()[..., None].masked_fill(is_empty, 0.0)
+        products = self._dout * out.double()
+        delta = products.sum(-1, keepdim=True) - dlse
+        magnitude = products.abs().sum(-1, keepdim=True) + dlse.abs()
+        delta_error = 2 * (problem.head_dim_v + 16) * U32 * magnitude + 1e-9
+        self._delta = delta, delta_error
+
+        dp = self._dout @ forward.v.mT
+        dp_error = 2 * (problem.head_dim_v + 16) * U32 * (self._dout.abs() @ forward.v.abs().mT)
+        slope, slope_error = self._slope()
+        difference = (dp - delta).abs()
+        ds = p * (dp - delta) * slope
+        # P may have been rounded to the dtype on its way here.
+        p_error = p_error + self._rounding(p)
+        error = p_error * difference + p * (dp_error + delta_error) + p * difference * slope_error
+        self._ds = ds, error + 1e-9
+
+    def _slope(self) -> tuple[Tensor, Tensor]:
+        """Return the derivative of soft-capping for every score, and its error."""
+        problem, raw = self._problem, self._forward.raw
+        if not problem.softcap:
+            return torch.ones_like(raw), torch.zeros_like(raw)
+        capped = torch.tanh(raw * problem.scale / problem.softcap)
+        return 1 - capped**2, torch.full_like(raw, 8 * APPROX)
+
+    def of_rows(self) -> list[Expected]:
+        """Return delta [batch, num_heads_q, seqlen_q] and dq, as the first kernel writes them."""
+        delta, delta_error = self._delta
+        ds, ds_error = self._ds
+        dq = self._sum(ds, ds_error, self._forward.k, self._problem.scale)
+        return [Expected("delta", delta[..., 0], delta_error[..., 0]), self._stored("dq", *dq)]
+
+    def of_keys(self) -> list[Expected]:
+        """Return dv and dk, as the second kernel writes them."""
+        (p, p_error), (ds, ds_error) = self._p, self._ds
+        dv = self._sum(p.mT, p_error.mT, self._dout, 1.0)
+        dk = self._sum(ds.mT, ds_error.mT, self._forward.q, self._problem.scale)
+        heads = self._problem.num_heads_kv  # the query heads that share one are summed up
+        return [
+            self._stored(name, *(x.unflatten(1, (heads, -1)).sum(2) for x in pair))
+            for name, pair in (("dv", dv), ("dk", dk))
+        ]
+
+    def _sum(self, a: Tensor, a_error: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Return scale a b and its error. A tensor core takes `a` rounded to the dtype."""
+        accumulated = 2 * (a.shape[-1] + 16) * U32 * a.abs()
+        error = (a_error + self._rounding(a) + accumulated) @ b.abs() * abs(scale)
+        return a @ b * scale, error
+
+    def _rounding(self, x: Tensor) -> Tensor:
+        dtype = self._problem.dtype
+        return UNIT_ROUNDOFF[dtype] * x.abs() + SMALLEST_STEP[dtype] * (x != 0)
+
+    def _stored(self, name: str, value: Tensor, error: Tensor) -> Expected:
+        return Expected(name, value, error + self._forward.store_rounding(value))

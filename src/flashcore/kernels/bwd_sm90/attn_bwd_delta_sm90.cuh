@@ -1,0 +1,44 @@
+// attn_bwd_delta_sm90.cuh - delta of every row before the kernel that computes dQ, dK and dV at
+// once (attn_bwd_dkdv_sm90.cuh with ALSO_DQ), and zeros where blocks will add up dQ. A block of one
+// warpgroup takes 64 rows of a head.
+#pragma once
+
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/softmax.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+#include "bwd_sm90/bwd_delta_sm90.cuh"
+
+constexpr int DO_ELEMENTS = 64 * V_CHUNKS * CHUNK;
+static_assert(SMEM_BYTES == DO_ELEMENTS * 2 + 8, "the plan and the kernel disagree");
+
+FC_KERNEL(attn_bwd_delta_sm90, 128, MIN_BLOCKS)
+(FC_PARAM(AttnBwdSm90Params) params) {
+  const auto dout = smem_view<Element>(0, DO_ELEMENTS, "dout_smem");
+  const auto full = smem_view<uint64_t>(DO_ELEMENTS * 2, 1, "barriers");
+  const BlockCoord block = block_coord(params.attn, block_idx());
+  if (thread_idx() == 0) {
+    mbar_init(full, 1);
+    mbar_init_fence();
+  }
+  block_sync();  // orders the initialisation before every use
+  grid_dependency_wait();
+  if (thread_idx() == 0) {
+    mbar_arrive_expect_tx(full, DO_ELEMENTS * 2);
+    for (int c = 0; c < V_CHUNKS; ++c) {
+      tma_load(dout + c * 64 * CHUNK, params.dout_map, full, c * CHUNK, block.m_begin,
+               block.head_idx, block.batch_idx);
+    }
+  }
+  const auto sums = sums_of(params, block.batch_idx, block.head_idx, block.m_begin);
+  for (int i = thread_idx() * 4; i < SUMS_OF_GROUP; i += 128 * 4) {
+    gmem_store_packet(sums + i, Packet<16>{});
+  }
+  mbar_wait(full, 0);
+  load_row_stats(params, block, dout, block.m_begin, params.attn.seqlen_q);
+  grid_launch_dependents();
+}

@@ -1,0 +1,38 @@
+// attn_bwd_round_sm90.cuh - dQ from what the blocks of attn_bwd_dkdv_sm90.cuh added up (ALSO_DQ):
+// scaled and rounded. A block of one warpgroup takes 64 rows of a head.
+#pragma once
+
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "tile/mask.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
+static_assert(SMEM_BYTES == 64 * QK_CHUNKS * CHUNK * 2, "the plan and the kernel disagree");
+
+FC_KERNEL(attn_bwd_round_sm90, 128, MIN_BLOCKS)
+(FC_PARAM(AttnBwdSm90Params) params) {
+  const auto out = smem_view<Element>(0, 64 * QK_CHUNKS * CHUNK, "out_smem");
+  const BlockCoord block = block_coord(params.attn, block_idx());
+  grid_dependency_wait();
+  const auto group = sums_of(params, block.batch_idx, block.head_idx, block.m_begin);
+  const GmemPtr<const float> sums = {(group + warp_idx() * SUMS_OF_WARP).address};
+  WmmaAccum dq[QK_FRAGS];
+#pragma unroll
+  for (int d = 0; d < QK_FRAGS; ++d) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto x = gmem_load_packet<16>(sums + place_of_sums(d, half));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        dq[d].x[half * 4 + i] = from_packet<float>(Packet<4>{{x.word[i]}});
+      }
+    }
+  }
+  store_rows(dq, params.attn.softmax_scale, out,
+             {params.dq_map, {0, block.batch_idx}, block.m_begin, block.head_idx}, 1);
+  if (warp_idx() == 0 && elect_lane()) tma_store_wait_read<0>();
+  grid_launch_dependents();
+}

@@ -1,0 +1,85 @@
+// bwd_dkdv_dq_sm90.cuh - dQ in the kernel of dK and dV: a warpgroup of its own takes dS^T of all
+// the block's keys from shared memory,
+//
+//   dQ = dS K
+//
+// and adds it, in float32, to what blocks of other keys have for these rows. The order in which
+// they come is not fixed, so the last bits of dQ may differ from run to run.
+//
+// Its products fill the tensor cores while the other warpgroups compute between theirs.
+#pragma once
+
+// dQ of 64 rows: dS^T and K lie with keys as lines.
+FC_DEVICE void issue_dq(WmmaAccum (&dq)[QK_FRAGS], const Buffers& smem, int row_group,
+                        uint32_t count) {
+  const int stage = warp_uniform(stage_of<NUM_DS_STAGES>(count));
+  const WgmmaDesc ds = wgmma_desc<128>(smem.ds, 0) +
+                       (stage * DS_ELEMENTS * 2 + row_group * BLOCK_N * 128);
+  const WgmmaDesc k = wgmma_desc<CHUNK_BYTES>(smem.k, 64 * CHUNK_BYTES);
+  wgmma_fence();
+#pragma unroll
+  for (int n = 0; n < BLOCK_N / 16; ++n) {
+    wgmma_ss_mn<Element>(dq, ds + n * 16 * 128,
+                         k + (n / 4 * K_GROUP_ELEMENTS * 2 + n % 4 * 16 * CHUNK_BYTES), n > 0);
+  }
+  wgmma_commit();
+}
+
+// Each warp sends its 16 rows on their way by itself. `exists`: whether there are such rows.
+FC_DEVICE void add_rows(const WmmaAccum (&dq)[QK_FRAGS], SmemPtr<float> group_smem,
+                        GmemPtr<float> group_sums, bool exists) {
+  const auto smem = group_smem + warp_idx() % 4 * SUMS_OF_WARP;
+  const bool leads = elect_lane();
+  if (leads) tma_store_wait_read<ROW_GROUPS - 1>();  // of what lay here before
+  warp_sync();  // orders that before the writes below
+#pragma unroll
+  for (int d = 0; d < QK_FRAGS; ++d) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float* x = dq[d].x + half * 4;
+      smem_store_packet(smem + place_of_sums(d, half),
+                        Packet<16>{{to_packet(x[0]).word[0], to_packet(x[1]).word[0],
+                                    to_packet(x[2]).word[0], to_packet(x[3]).word[0]}});
+    }
+  }
+  fence_proxy_async();
+  warp_sync();  // orders the writes above before they are read
+  if (leads) {
+    if (exists) bulk_add(group_sums + warp_idx() % 4 * SUMS_OF_WARP, smem, SUMS_OF_WARP * 4);
+    tma_store_commit();
+  }
+}
+
+// The warpgroup of dQ.
+FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
+                          const Buffers& smem) {
+  const AttnParams& p = params.attn;
+  WmmaAccum dq[QK_FRAGS];
+  uint32_t count = 0;
+  for (int turn = 0;; ++turn) {
+    BlockCoord block = await_coord(bar, smem, turn);
+    if (block.m_begin == NO_TILE) break;
+    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    mbar_wait(bar.kv_full, turn % 2);
+    for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++block.head_idx) {
+      for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
+        const int stage = stage_of<NUM_DS_STAGES>(count);
+        mbar_wait(bar.ds_full + stage, parity_of<NUM_DS_STAGES>(count));
+#pragma unroll
+        for (int group = 0; group < ROW_GROUPS; ++group) {
+          issue_dq(dq, smem, group, count);
+          wgmma_wait<0>();
+          wgmma_hold(dq);
+          if (group == ROW_GROUPS - 1) arrive_for_warp(bar.ds_empty + stage);
+          const int row = m_block * BLOCK_M + group * 64;
+          add_rows(dq, smem.dq + group * SUMS_OF_GROUP,
+                   sums_of(params, block.batch_idx, block.head_idx, row), row < p.seqlen_q);
+        }
+      }
+    }
+    warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
+    arrive_for_warp(bar.kv_empty);
+  }
+  // Shared memory must outlive the sums that are read from it.
+  if (elect_lane()) tma_store_wait_read<0>();
+}

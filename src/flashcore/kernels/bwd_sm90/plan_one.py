@@ -1,0 +1,152 @@
+"""Plans of the backward that computes dq, dk and dv in one kernel, five products instead of seven.
+
+`attn_bwd_delta_sm90` computes delta and clears float32 sums of dq, `attn_bwd_dkdv_sm90` with
+`also_dq` adds to these from every block of keys, and `attn_bwd_round_sm90` scales and rounds them.
+The order of the additions is not fixed: dq may differ in its last bits from run to run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from flashcore.kernels.bwd_sm90.plan import (
+    ARCH,
+    DKDV_KERNEL,
+    BwdSm90Plan,
+    BwdTile,
+    make_plan,
+    obstacle_anywhere,
+    padded_to_16,
+)
+from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
+from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
+from flashcore.kernels.fwd_wmma.plan import Plan, traits
+
+if TYPE_CHECKING:
+    from flashcore.problem import Problem
+
+DELTA_KERNEL = "attn_bwd_delta_sm90"
+ROUND_KERNEL = "attn_bwd_round_sm90"
+# Above it dk and dv of 64 keys leave a consumer no registers beside a warpgroup of dq: 208 spill.
+HEAD_DIM_MAX = 96
+
+
+@dataclass(frozen=True, slots=True)
+class RowsPlan(BwdSm90Plan):
+    """A RowsPlan is of a kernel before or behind, where a warpgroup takes 64 rows of a head."""
+
+    @property
+    def is_dq(self) -> bool:
+        """Return True: the kernel goes over rows of q."""
+        return True
+
+    @property
+    def is_persistent(self) -> bool:
+        """Return False: a block takes 64 rows."""
+        return False
+
+    @property
+    def draws_tiles(self) -> bool:
+        """Return False: there is a tile for each block."""
+        return False
+
+    @property
+    def num_warps(self) -> int:
+        """Return the warps of one warpgroup."""
+        return 4
+
+    @property
+    def row_warps(self) -> range:
+        """Return all warps."""
+        return range(4)
+
+    @property
+    def role_registers(self) -> tuple[int, ...]:
+        """Return no registers: warps have no roles."""
+        return ()
+
+    @property
+    def smem_bytes(self) -> int:
+        """Return the dynamic shared memory of a block: dout and a barrier, or dq."""
+        qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
+        if self.kernel == ROUND_KERNEL:
+            return ROWS_OF_CONSUMER * 2 * qk_cols
+        return ROWS_OF_CONSUMER * 2 * v_cols + 8
+
+    @property
+    def box_rows(self) -> dict[str, int]:
+        """Return the tensor that the kernel reads or writes by TMA, and the rows of its boxes."""
+        return {"dq" if self.kernel == ROUND_KERNEL else "dout": ROWS_OF_CONSUMER}
+
+    @property
+    def written(self) -> tuple[str, ...]:
+        """Return the tensors that the kernel writes."""
+        return ("dq",) if self.kernel == ROUND_KERNEL else ("delta", "dq_sums")
+
+    def constants(self) -> dict[str, object]:
+        """Return the kernel source's compile-time constants."""
+        constants = Plan.constants(self)
+        del constants["NUM_WARPS"], constants["LOAD_BYTES"]
+        return constants | {"CHUNK": self.chunk, "KEY_SLICES": 1, "SPLIT_KV": False}
+
+
+class OneKernelPlans(NamedTuple):
+    """Hold what such a backward pass launches, in this order."""
+
+    delta: RowsPlan
+    main: BwdSm90Plan
+    round: RowsPlan
+
+
+def obstacle(problem: Problem) -> str | None:
+    """Return why one kernel cannot compute the gradient of a call, or None."""
+    if max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
+        return f"dq, dk and dv by one kernel take head_dim {HEAD_DIM_MAX} at most"
+    if problem.mask is not None or problem.softcap != 0.0:
+        return "dq, dk and dv by one kernel take neither a mask tensor nor soft-capping"
+    if problem.varlen != "none":
+        return "dq, dk and dv by one kernel take sequences of one length"
+    return obstacle_anywhere(problem)
+
+
+def tile(problem: Problem) -> tuple[BwdTile, int]:
+    """Return the tile of the kernel in the middle, and its buffers of dS. Measured on an H200
+    (2026-11-29), 16k tokens, hidden 2048, bfloat16; see docs/backward.md."""
+    is_bounded = problem.window_left >= 0 or problem.window_right >= 0
+    if max(problem.head_dim, problem.head_dim_v) <= 64:
+        if is_bounded:
+            return BwdTile(128, 128, 3, 2, False, False, False), 1
+        return BwdTile(64, 128, 3, 3, True, False, False), 2
+    return BwdTile(64, 128, 3, 2, False, False, False), 1
+
+
+def sums_shape(problem: Problem) -> tuple[int, int, int, int]:
+    """Return the shape of the float32 sums of dq: groups of 64 rows, in the order of
+    registers."""
+    groups = -(-problem.seqlen_q // ROWS_OF_CONSUMER)
+    floats = ROWS_OF_CONSUMER * padded_to_16(problem.head_dim)
+    return problem.batch, problem.num_heads_q, groups, floats
+
+
+def select_one_kernel_plans(problem: Problem) -> OneKernelPlans:
+    """Return the plans of a problem that has no obstacle."""
+    of_main, ds_stages = tile(problem)
+    return make_plans(of_main, traits(problem) | {"folds_heads": 0}, ds_stages)
+
+
+def make_plans(of_main: BwdTile, of_problem: dict[str, Any], ds_stages: int = 1) -> OneKernelPlans:
+    """Return the plans with a tile of the kernel in the middle; `of_problem` is what plan.traits
+    gives."""
+    fields = of_problem | {"also_dq": True, "ds_stages": ds_stages}
+    common: dict[str, Any] = {
+        "arch": ARCH,
+        "block_m": ROWS_OF_CONSUMER,
+        "block_n": ROWS_OF_CONSUMER,
+        "num_stages": 1,
+        "min_blocks": 4,
+    }
+    delta, rounding = (
+        RowsPlan(kernel=kernel, **common, **of_problem) for kernel in (DELTA_KERNEL, ROUND_KERNEL)
+    )
+    return OneKernelPlans(delta, make_plan(DKDV_KERNEL, of_main, fields), rounding)

@@ -1,0 +1,91 @@
+"""Gather the keys and values of sequences from the pages of a cache, and add their gradients up
+there.
+
+Pages are [num_pages, num_heads_kv, page_size, dim]; entry j of a sequence's row of the page table
+is the page of its keys j * page_size to (j + 1) * page_size - 1. Sequences may share pages.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from flashcore.plain.lengths import (
+    Tensors,
+    padded_backward_plain,
+    padded_forward_plain,
+    padded_second_order,
+)
+from flashcore.problem.options import Inputs, Options, Results
+
+
+def gathered(pages: Tensor, page_table: Tensor) -> Tensor:
+    """Return [batch, num_heads_kv, max_pages * page_size, dim]. Behind a sequence's last page,
+    where entries may be anything, it holds some page of the cache."""
+    return pages[_valid(page_table, pages)].transpose(1, 2).flatten(2, 3)
+
+
+def scattered(gradient: Tensor, pages: Tensor, page_table: Tensor) -> Tensor:
+    """Return the gradient of the pages from that of what `gathered` returned, which is 0 behind
+    each sequence's last key."""
+    shares = gradient.unflatten(2, (page_table.shape[1], pages.shape[2])).transpose(1, 2)
+    index = _valid(page_table, pages).flatten()
+    return torch.zeros_like(pages).index_add(0, index, shares.flatten(0, 1))
+
+
+def keys_of_sequence(pages: Tensor, entries: Tensor, num_keys: int) -> Tensor:
+    """Return [1, num_heads_kv, num_keys, dim], a sequence's own.
+
+    Args:
+        pages: of k or v.
+        entries: [max_pages], its row of the page table.
+        num_keys: how many it has; entries behind their last page are not read.
+    """
+    used = entries[: -(-num_keys // pages.shape[2])]
+    return gathered(pages, used.unsqueeze(0))[:, :, :num_keys]
+
+
+def padded_inputs(inputs: Inputs) -> Inputs:
+    """Return the call with seqlens_k alone that a call with pages amounts to."""
+    table = inputs.page_table
+    assert table is not None
+    k, v = gathered(inputs.k, table), gathered(inputs.v, table)
+    return inputs._replace(k=k, v=v, page_table=None)
+
+
+def paged_forward_plain(inputs: Inputs, options: Options) -> Results:
+    """Compute `attention_paged_forward`."""
+    return padded_forward_plain(padded_inputs(inputs), options)
+
+
+def paged_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Tensors:
+    """Compute `attention_paged_backward`."""
+    dq, dk, dv = padded_backward_plain(arriving, padded_inputs(inputs), options)
+    return dq, *_of_pages((dk, dv), inputs)
+
+
+def paged_second_order(
+    arriving: Results, inputs: Inputs, cotangents: Tensors, options: Options
+) -> Tensors:
+    """Return gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
+    table = inputs.page_table
+    assert table is not None
+    x, *others = cotangents
+    y, z = (None if c is None else gathered(c, table) for c in others)
+    *firsts, of_k, of_v = padded_second_order(arriving, padded_inputs(inputs), (x, y, z), options)
+    return *firsts, *_of_pages((of_k, of_v), inputs)
+
+
+def _of_pages(gradients: Tensors, inputs: Inputs) -> Tensors:
+    """Return the gradients of the pages from those of the keys and values of sequences."""
+    table = inputs.page_table
+    assert table is not None
+    return tuple(
+        None if x is None else scattered(x, pages, table)
+        for x, pages in zip(gradients, (inputs.k, inputs.v), strict=True)
+    )
+
+
+def _valid(page_table: Tensor, pages: Tensor) -> Tensor:
+    """Return the page table with every entry a page that there is."""
+    return page_table.long().clamp(0, max(0, pages.shape[0] - 1))

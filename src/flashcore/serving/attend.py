@@ -1,0 +1,123 @@
+"""Attend to a cache whose tokens are all there: choose the function that reads it as it lies."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from flashcore.api import attention
+from flashcore.errors import FallbackWarning, stacklevel_of_caller
+from flashcore.ops.paged import attention_paged
+from flashcore.ops.varlen import attention_varlen
+from flashcore.serving.pages import capacity_of, gather_packed, gather_padded, one_page_each
+from flashcore.serving.rows import Rows, lengths_of_keys, number_of
+
+# Packed queries are padded where that makes at most so many rows of each. Pages are then read in
+# place; padding a chunk of a prompt beside single tokens would cost more than a copy of the pages.
+PADDED_ROWS_MAX = 2
+
+_warned: set[str] = set()
+
+
+def attend_pages(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor | None,
+    seqlens_k: Tensor,
+    leftpad: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    mask: Tensor | None,
+    backend: str,
+    options: dict[str, Any],
+    return_lse: bool,
+) -> tuple[Tensor, ...]:
+    """Attend to the first seqlens_k tokens of each sequence of a cache.
+
+    A contiguous cache is read in place by `attention`, pages by `attention_paged`. For what neither
+    takes (a mask over pages, padding on the left, packed queries of very different lengths), tokens
+    are copied into one piece.
+
+    Returns:
+        out, and lse with return_lse.
+    """
+    options = {**options, "return_lse": return_lse, "backend": backend}
+    if page_table is None and leftpad is None and cu_seqlens_q is None:
+        return _several(attention(q, k_cache, v_cache, seqlens_k=seqlens_k, mask=mask, **options))
+    if page_table is None:
+        page_table = one_page_each(k_cache)
+    capacity = capacity_of(k_cache, page_table)
+    lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
+    is_readable = leftpad is None and mask is None and k_cache.shape[0] > 0 and k_cache.shape[2] > 0
+    if cu_seqlens_q is None:
+        if is_readable:
+            return _several(attention_paged(q, k_cache, v_cache, page_table, lengths, **options))
+        _warn_of_copy(q, backend, "a mask" if leftpad is None else "cache_leftpad")
+        k, v = (gather_padded(x, page_table, leftpad) for x in (k_cache, v_cache))
+        return _several(attention(q, k, v, seqlens_k=lengths, mask=mask, **options))
+    batch, longest = page_table.shape[0], q.shape[0] if max_seqlen_q is None else max_seqlen_q
+    if (
+        is_readable
+        and isinstance(longest, int)
+        and options["causal"] != "upper_left"
+        and 0 < batch * longest <= PADDED_ROWS_MAX * q.shape[0]
+    ):
+        padded = _padded(q, cu_seqlens_q, longest)
+        results = _several(
+            attention_paged(padded, k_cache, v_cache, page_table, lengths, **options)
+        )
+        return _packed(results, q, cu_seqlens_q, longest)
+    _warn_of_copy(q, backend, "packed queries of different numbers")
+    k, v, cu_seqlens_k = gather_packed((k_cache, v_cache), page_table, leftpad, lengths)
+    return _several(
+        attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, capacity, **options)
+    )
+
+
+def _several(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    return result if isinstance(result, tuple) else (result,)
+
+
+def _padded(q: Tensor, cu_seqlens_q: Tensor, longest: int) -> Tensor:
+    """Return packed queries as [batch, num_heads_q, longest, head_dim], each sequence's at the end,
+    where masks are aligned; before them stand any others."""
+    ends = cu_seqlens_q[1:].long().clamp(0, q.shape[0])
+    row = ends[:, None] - longest + torch.arange(longest, device=q.device)
+    return q[row.clamp(0, q.shape[0] - 1)].transpose(1, 2)
+
+
+def _packed(
+    results: tuple[Tensor, ...], q: Tensor, cu_seqlens_q: Tensor, longest: int
+) -> tuple[Tensor, ...]:
+    """Return results of padded queries as those of packed ones; 0 and -inf in rows of no
+    sequence."""
+    rows = Rows.of(q, cu_seqlens_q)
+    number = number_of(q, cu_seqlens_q)
+    assert isinstance(number, Tensor)
+    assert rows.is_any is not None
+    place = (rows.token + longest - number[rows.sequence]).clamp(0, longest - 1)
+    out = results[0].transpose(1, 2)[rows.sequence, place]
+    packed = [out.masked_fill(~rows.is_any[:, None, None], 0.0)]
+    for lse in results[1:]:
+        by_row = lse.transpose(1, 2)[rows.sequence, place]
+        packed.append(by_row.masked_fill(~rows.is_any[:, None], -math.inf).t().contiguous())
+    return tuple(packed)
+
+
+def _warn_of_copy(q: Tensor, backend: str, what: str) -> None:
+    """Say once what no kernel reads a cache in place with."""
+    if not q.is_cuda or backend == "torch" or is_compiling() or what in _warned:
+        return
+    _warned.add(what)
+    warnings.warn(
+        f"flashcore.attention_with_kvcache copies the cache's tokens into one piece: with {what} "
+        "no kernel reads it in place; filter flashcore.FallbackWarning to silence this",
+        FallbackWarning,
+        stacklevel=stacklevel_of_caller(),
+    )

@@ -1,0 +1,240 @@
+"""`attention_with_kvcache` computes one step of a decoder: new keys and values go into a cache, and
+queries attend to all of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from flashcore.backends.autocasting import autocast_dtype
+from flashcore.backends.dispatch import without_autocast
+from flashcore.backends.packed import checked_max_seqlen
+from flashcore.ops.autograd import needs_grad
+from flashcore.problem import Causal, Window
+from flashcore.problem.options import Options
+from flashcore.problem.spelling import OF_KVCACHE, other_names, refuse
+from flashcore.problem.validation import check_flag
+from flashcore.serving import checking
+from flashcore.serving.append import append, rotated_queries
+from flashcore.serving.attend import attend_pages
+from flashcore.serving.checking_rotary import check_rotary
+from flashcore.serving.masks import tree_over_cache
+from flashcore.serving.pages import capacity_of
+from flashcore.serving.rotary import Rotary
+from flashcore.serving.rows import lengths_before, lengths_of_keys
+
+__all__ = ["attention_with_kvcache"]
+
+
+@other_names(OF_KVCACHE)
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None = None,
+    v_new: Tensor | None = None,
+    *,
+    seqlens_k: Tensor,
+    page_table: Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_new: Tensor | None = None,
+    max_seqlen_q: int | Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    rotary_interleaved: bool | None = None,
+    rotary_offsets: Tensor | None = None,
+    rotary_positions: Tensor | None = None,
+    causal: Causal = True,
+    scale: float | None = None,
+    window: Window = None,
+    softcap: float | None = None,
+    mask: Tensor | None = None,
+    tree_mask: Tensor | None = None,
+    return_lse: bool = False,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    backend: str = "auto",
+    **_unknown: object,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Append new keys and values to a cache, in place, and compute `attention` over all of it.
+
+    This is one step of a decoder, for sequences of different lengths: one new token each, a few
+    (speculation), a prompt or a chunk of one, or all of these packed into one call. Lengths and
+    page tables stay on the device: nothing waits for them, so a call can be captured in a CUDA
+    graph and replayed with other lengths, and nothing can check them either. Whatever they hold,
+    nothing outside of the caches is read or written. There is no backward pass.
+
+    Args:
+        q: [batch, num_heads_q, seqlen_q, head_dim], any strides; with cu_seqlens_q
+            [total_q, num_heads_q, head_dim], sequences one after the other.
+        k_cache: [batch, num_heads_kv, seqlen_cache, head_dim]; with page_table
+            [num_pages, num_heads_kv, page_size, head_dim]. Any strides: of a cache with heads third
+            pass `k_cache.transpose(1, 2)`, a view that is read and written in place. dtype and
+            device of q. num_heads_q must be a multiple of num_heads_kv.
+        v_cache: likewise, with head_dim_v, which may differ.
+        k_new: [batch, num_heads_kv, seqlen_new, head_dim], written behind each sequence's last
+            token; with cu_seqlens_q [total_new, num_heads_kv, head_dim]. A token for which there is
+            no room, or whose page is none of the cache's, is dropped; a sequence that runs out of
+            room counts as full. None: the cache has all keys already.
+        v_new: likewise, with head_dim_v.
+        seqlens_k: int32, [batch], contiguous, on q's device: the tokens that each sequence has in
+            the cache before the call, clamped to 0 and its room. It is not changed: add what was
+            appended before the next step. Tokens behind a sequence's end are not read.
+        page_table: int32, [batch, pages of the longest sequence]: token t of sequence b is at place
+            t % page_size of page page_table[b, t // page_size]. Sequences may share pages that
+            nobody writes to. Entries behind a sequence's last page may hold anything.
+        cache_batch_idx: int32, [batch]: the row of the cache that each sequence has, where there is
+            no page table; by default sequence b has row b.
+        cache_leftpad: int32, [batch]: tokens at the beginning of each sequence that do not count
+            (padding on the left); seqlens_k includes them. Such caches are copied first.
+        cu_seqlens_q: int32, [batch + 1]: 0, then where each sequence of packed queries ends.
+        cu_seqlens_new: int32, [batch + 1]: where those of k_new and v_new end; by default
+            cu_seqlens_q, as each query's token is new.
+        max_seqlen_q: the longest sequence of packed queries, or a bound on it, as
+            `attention_varlen` takes it; by default total_q. Where it is exceeded, results are
+            unspecified. With a near bound pages are read in place; see docs/serving.md.
+        rotary_cos: [positions, rotary_dim / 2], dtype of q or float32: rotates the first rotary_dim
+            elements of q and of k_new (rotary embedding). Positions beyond its rows count as the
+            last.
+        rotary_sin: likewise.
+        rotary_interleaved: True: elements 0 and 1, 2 and 3 ... are pairs (GPT-J). False: 0 and
+            rotary_dim / 2 ... (Llama, GPT-NeoX). It must be given with rotary_cos.
+        rotary_offsets: int32, [batch]: the position of each sequence's first new token; by default
+            its seqlens_k. The last query is at the position of the last new token.
+        rotary_positions: int32, [batch, seqlen_q] or [total_q]: the position of each token, where
+            they do not follow each other (a tree of drafts).
+        causal: True or "lower_right": the last query sees all keys; see `attention`.
+        scale: multiplies q.k; a positive number, by default 1 / sqrt(head_dim).
+        window: (left, right), as in `attention`; by each sequence's own length.
+        softcap: a positive number c turns each scaled score s into c * tanh(s / c).
+        mask: boolean or additive, broadcastable to [batch, num_heads_q, seqlen_q, seqlen_cache], by
+            a key's place in its sequence; not with packed queries.
+        tree_mask: boolean, broadcastable to [batch, num_heads_q, seqlen_q, seqlen_q]: which of the
+            last seqlen_q keys a query sees, besides all before them (speculation with a tree of
+            drafts). It takes a mask of [batch, 1 or num_heads_q, seqlen_q, seqlen_cache] bytes.
+        return_lse: also return the log-sum-exp of each row of scores.
+        out: receives the result: its shape, dtype and device, any strides. By a copy.
+        lse: receives the log-sum-exp, whether it is returned or not. By a copy.
+        backend: "auto", "sm90", "wmma", "sim" or "torch", as in `attention`.
+
+    Returns:
+        out: [batch, num_heads_q, seqlen_q, head_dim_v] or [total_q, num_heads_q, head_dim_v], dtype
+        of q; the tensor given as `out`, if any. With return_lse, the pair (out, lse): lse is
+        natural-log, float32 (float64 for float64 inputs), [batch, num_heads_q, seqlen_q] or
+        [num_heads_q, total_q]. A row with nothing to attend to has out 0 and lse -inf.
+
+    Raises:
+        TypeError: an argument of a wrong type or dtype.
+        ValueError: a wrong shape, device or value.
+        NotImplementedError: what `attention` does not support; caches of 8 bits; a mask with packed
+            queries; tensors that require a gradient while gradients are recorded.
+        BackendUnavailableError: as `attention`.
+
+    Numerics:
+        As `attention`. Rotations are computed in float32 (float64) and rounded once.
+
+    Source:
+        FlashAttention-2, arXiv:2307.08691; pages: PagedAttention, arXiv:2309.06180; rotary
+        embedding: RoFormer, arXiv:2104.09864.
+    """
+    if _unknown:
+        refuse(attention_with_kvcache, _unknown)
+    rotary = None
+    if rotary_cos is not None or rotary_sin is not None:
+        # Some may be missing, which is found below.
+        by: Any = rotary_cos, rotary_sin, rotary_interleaved, rotary_offsets, rotary_positions
+        rotary = Rotary(*by)
+    elif rotary_offsets is not None or rotary_positions is not None:
+        raise ValueError("rotary_offsets or rotary_positions is given without rotary_cos")
+    return with_kvcache(
+        q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
+        cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask, return_lse, out, lse,
+        backend, {"causal": causal, "scale": scale, "window": window, "softcap": softcap},
+    )  # fmt: skip
+
+
+def with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    seqlens_k: Tensor,
+    page_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_new: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    rotary: Rotary | None,
+    mask: Tensor | None,
+    tree_mask: Tensor | None,
+    return_lse: bool,
+    out: Tensor | None,
+    lse: Tensor | None,
+    backend: str,
+    options: dict[str, Any],
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `attention_with_kvcache`; see there. `rotary` holds its arguments on rotation,
+    `options` those that `attention` and `attention_varlen` share."""
+    check_flag("return_lse", return_lse)
+    is_packed = cu_seqlens_q is not None
+    if autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
+        # What the cache holds is there; the rest is cast to it.
+        q, k_new, v_new = (_cast(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
+    checking.check_caches(q, k_cache, v_cache, is_packed, page_table is not None)
+    batch = checking.batch_of(q, cu_seqlens_q, cu_seqlens_new)
+    checking.check_table(q, k_cache, seqlens_k, page_table, cache_batch_idx, cache_leftpad, batch)
+    new = checking.check_new(q, k_cache, v_cache, k_new, v_new, batch)
+    if rotary is not None:
+        check_rotary(rotary, q, k_new, batch)
+    checking.check_given(out, lse, q, v_cache)
+    capacity = capacity_of(k_cache, page_table)
+    checking.check_masks(q, mask, tree_mask, is_packed, capacity)
+    checking.check_backend_serves(q, k_cache, v_cache, backend, batch, capacity)
+    Options.checked(options["causal"], options["window"], options["softcap"], options["scale"])
+    if is_packed and max_seqlen_q is not None:
+        checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])
+    if needs_grad(q, k_cache, v_cache, k_new, v_new):
+        raise NotImplementedError(
+            "q, a cache or a new token requires a gradient, but attention_with_kvcache has no "
+            "backward pass; call it under torch.no_grad(), or attention or attention_varlen"
+        )
+    with without_autocast(q.device.type):
+        if cache_batch_idx is not None:
+            page_table = cache_batch_idx[:, None]
+        if new is not None:
+            q, seqlens_k = append(
+                k_cache, v_cache, q, *new, seqlens_k, page_table, cu_seqlens_q,
+                cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary,
+            )  # fmt: skip
+        elif rotary is not None:
+            before = lengths_before(seqlens_k, capacity)
+            q = rotated_queries(q, before, cu_seqlens_q, rotary, 0)
+        if tree_mask is not None:
+            lengths = lengths_of_keys(seqlens_k, capacity, cache_leftpad)
+            mask = tree_over_cache(tree_mask, mask, q, lengths, capacity)
+        results = attend_pages(
+            q, k_cache, v_cache, page_table, seqlens_k, cache_leftpad, cu_seqlens_q, max_seqlen_q,
+            mask, backend, options, return_lse or lse is not None,
+        )  # fmt: skip
+    return _handed_out(results, return_lse, out, lse)
+
+
+def _handed_out(
+    results: tuple[Tensor, ...], return_lse: bool, out: Tensor | None, lse: Tensor | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return what the caller asked for, in the memory that was given."""
+    returned = [
+        result if given is None else given.copy_(result)
+        for given, result in zip((out, lse), results, strict=False)
+    ]
+    return (returned[0], returned[1]) if return_lse else returned[0]
+
+
+def _cast(x: Tensor | None, cache: Tensor) -> Tensor | None:
+    wanted = isinstance(x, Tensor) and isinstance(cache, Tensor) and x.is_floating_point()
+    return x.to(cache.dtype) if wanted and x is not None else x

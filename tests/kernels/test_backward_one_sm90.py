@@ -1,0 +1,181 @@
+"""Test dq, dk and dv by one kernel for Hopper, in the simulator: no alarm and right gradients,
+whatever the shape, the options and the schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from gradient_rule import forward, wrong_gradients
+
+import flashcore
+from flashcore.backends import backward_sm90
+from flashcore.backends import gradients as gradients_module
+from flashcore.backends.backward_sm90 import fused_backward
+from flashcore.backends.gradients import choose_backward
+from flashcore.base import determinism
+from flashcore.checks.cases import Case, make_inputs
+from flashcore.compile.jit import resources
+from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan, BwdTile
+from flashcore.kernels.bwd_sm90.plan_one import (
+    OneKernelPlans,
+    make_plans,
+    obstacle,
+    select_one_kernel_plans,
+)
+from flashcore.kernels.fwd_wmma.plan import traits
+from flashcore.problem import Problem
+from flashcore.sim.run_bwd import simulate_backward
+
+CAUSAL = {"causal": "lower_right", "dtype": "bfloat16"}
+# name -> (tile, buffers of dS, what is fixed). Between them: 64 and 128 rows a tile, one and two
+# consumers, both swizzles, every schedule of the products.
+FAMILIES: dict[str, tuple[BwdTile | None, int, dict[str, Any]]] = {
+    "plain": (None, 1, {"head_dim": 64, "head_dim_v": 64}),
+    "wide": (
+        BwdTile(64, 128, 3, 2, True, False, False),
+        1,
+        {"head_dim": 128, "head_dim_v": 128, **CAUSAL},
+    ),
+    "grouped": (
+        BwdTile(64, 128, 3, 2, True, False, False),
+        2,
+        {"head_dim": 40, "head_dim_v": 48, "num_heads_q": 4, "num_heads_kv": 2, **CAUSAL},
+    ),
+    "narrow-chunks": (
+        BwdTile(64, 64, 1, 1, False, False, True),
+        1,
+        {"head_dim": 96, "head_dim_v": 80, "causal": "upper_left"},
+    ),
+    "window": (
+        BwdTile(128, 128, 2, 2, True, True, False),
+        1,
+        {"head_dim": 32, "head_dim_v": 32, "window": (40, 20)},
+    ),
+}
+BASE = {
+    "batch": 2,
+    "num_heads_q": 2,
+    "num_heads_kv": 2,
+    "seqlen_q": 170,
+    "seqlen_k": 150,
+}
+SEEDS = range(3)
+
+
+def plans_of(problem: Problem, tile: BwdTile | None, ds_stages: int) -> OneKernelPlans:
+    if tile is None:
+        return select_one_kernel_plans(problem)
+    return make_plans(tile, traits(problem) | {"folds_heads": 0}, ds_stages)
+
+
+def check(case: Case, tile: BwdTile | None = None, ds_stages: int = 1, seed: int = 0) -> None:
+    """Assert that there is neither an alarm nor a wrong result. What arrives at rows that see
+    nothing is NaN."""
+    x = make_inputs(case)
+    generator = torch.Generator().manual_seed(case.seed)
+    problem, out, lse = forward(x.q, x.k, x.v, None, case.options())
+    dout = torch.randn(out.shape, generator=generator).to(out.dtype)
+    dlse = torch.randn(lse.shape, generator=generator) if seed % 2 else None
+    empty = lse == -math.inf
+    dout = dout.masked_fill(empty[..., None], math.nan)
+    dlse = None if dlse is None else dlse.masked_fill(empty, math.nan)
+    inputs = x.q, x.k, x.v, None
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors, seed=seed)
+
+    plans = plans_of(problem, tile, ds_stages)
+    found = fused_backward(problem, *inputs, out, lse, dout, dlse, run, plans)
+    wrong = wrong_gradients(found, *inputs, dout, dlse, case.options())
+    assert not wrong, f"{case.describe()}: {wrong}\n{dataclasses.asdict(case)}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_kernels_are_healthy_and_right(name: str) -> None:
+    tile, ds_stages, fixed = FAMILIES[name]
+    for seed in SEEDS:
+        check(Case(**(BASE | fixed), seed=seed), tile, ds_stages, seed)
+
+
+@pytest.mark.parametrize("lengths", [(1, 1), (1, 300), (300, 1), (193, 64), (64, 193)])
+def test_lengths_that_leave_tiles_nearly_empty(lengths: tuple[int, int]) -> None:
+    """Keys behind the last have p = exp(-lse), which is infinite where lse is below -89: none of
+    that may get into dq."""
+    for causal in ("none", "lower_right"):
+        case = Case(seqlen_q=lengths[0], seqlen_k=lengths[1], causal=causal, spread=30.0)
+        check(case, seed=1)
+
+
+def test_rows_whose_scores_are_far_below_zero() -> None:
+    """lse -200: exp(0 - lse) overflows for keys that do not exist, and 0 * inf would be NaN."""
+    x = make_inputs(Case(seqlen_q=192, seqlen_k=70, head_dim=32, head_dim_v=32))
+    x.q[:, :, :, 0], x.k[:, :, :, 0] = 60.0, -20.0
+    problem, out, lse = forward(x.q, x.k, x.v, None, {})
+    assert lse.max() < -150.0
+    dout = torch.ones_like(out)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors)
+
+    plans = select_one_kernel_plans(problem)
+    found = fused_backward(problem, x.q, x.k, x.v, None, out, lse, dout, None, run, plans)
+    assert not wrong_gradients(found, x.q, x.k, x.v, None, dout, None, {})
+
+
+def test_what_one_kernel_cannot_do_says_why() -> None:
+    q, k, v = (torch.randn(1, 2, 16, 64, dtype=torch.float16) for _ in range(3))
+    problem = forward(q, k, v, None, {})[0]
+    assert obstacle(problem) is None
+    for changed, word in (({"head_dim": 104}, "96"), ({"softcap": 1.0}, "soft-capping")):
+        assert word in (obstacle(dataclasses.replace(problem, **changed)) or "")
+
+
+@pytest.mark.parametrize("head_dim", [40, 64, 72, 96])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (9, 9)}])
+def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
+    """ptxas serialises no product either."""
+    pytest.importorskip("cuda.core")
+    x = torch.empty(1, 1, 1024, head_dim, dtype=torch.bfloat16)
+    for plan in select_one_kernel_plans(Problem.from_tensors(x, x, x, **options)):
+        found = resources(plan)
+        assert found.spill_bytes == 0, plan.describe()
+        assert not any("serialized" in remark for remark in found.remarks), plan.describe()
+
+
+def test_one_kernel_computes_where_gradients_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLASHCORE_SIM_ARCH", "90")
+    leaves = [torch.randn(1, 1, 70, 64, dtype=torch.float16, requires_grad=True) for _ in range(3)]
+    problem = Problem.from_tensors(*leaves, return_lse=True)
+
+    def gradients() -> tuple[str, tuple[torch.Tensor, ...]]:
+        reason = choose_backward(problem, backend="sim").reason
+        out = flashcore.attention(*leaves, backend="sim")
+        return reason, torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    with pytest.raises(TypeError, match="allowed is 1"):
+        flashcore.allow_nondeterministic_gradients(1)  # type: ignore[arg-type]
+    reason, by_two = gradients()
+    assert reason.endswith("deterministic")
+    monkeypatch.setattr(determinism, "_allowed", True)
+    ran: list[str] = []
+    real = backward_sm90.run_in_simulator
+
+    def run(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, torch.Tensor]) -> None:
+        ran.append(plan.kernel)
+        real(problem, plan, tensors)
+
+    monkeypatch.setattr(gradients_module, "run_in_simulator", run)
+    reason, by_one = gradients()
+    assert "no fixed order" in reason
+    assert ran == ["attn_bwd_delta_sm90", "attn_bwd_dkdv_sm90", "attn_bwd_round_sm90"]
+    for x, y in zip(by_one, by_two, strict=True):
+        torch.testing.assert_close(x, y, atol=2e-3, rtol=2e-3)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert choose_backward(problem, backend="sim").reason.endswith("deterministic")
+    finally:
+        torch.use_deterministic_algorithms(False)

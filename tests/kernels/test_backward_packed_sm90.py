@@ -1,0 +1,120 @@
+"""Test the backward kernels for Hopper with packed sequences, in the simulator: no alarm and right
+gradients whatever the lengths are, and 0 in the rows behind the last sequence."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from packed_gradients import PackedCase, make_packed, wrong_packed_gradients
+from test_backward_sm90 import SIMPLE, SMALL, TWO, WIDE, plans_of
+
+import flashcore
+from flashcore.backends.backward_sm90 import fused_backward
+from flashcore.kernels.bwd_sm90.plan import BwdTile
+from flashcore.problem.memory_layout import as_batch, as_rows
+from flashcore.sim.run_bwd import simulate_backward
+
+SEEDS_OF_A_FAMILY = 6
+# Nothing, one, around 64 rows and keys, primes, and a few tiles.
+LENGTHS = (0, 0, 1, 2, 17, 63, 64, 65, 97, 127, 131)
+
+# name -> (tiles of dq and of dk and dv, None for the selected ones; what is fixed).
+FAMILIES: dict[str, tuple[tuple[BwdTile, BwdTile] | None, dict[str, Any]]] = {
+    "plain": (SMALL, {}),
+    "selected": (None, {"causal": True}),
+    "two-groups-of-keys": (TWO, {"causal": "upper_left", "group": 2}),
+    "three-groups-of-keys": (WIDE, {"head_dim": 32, "window": (40, 20), "softcap": 5.0}),
+    "one-stage": (SIMPLE, {"head_dim": 40, "causal": True, "window": (30, 0), "group": 3}),
+    "narrow-values": (SMALL, {"head_dim": 96, "head_dim_v": 40, "causal": True}),
+    "shared-keys": ((BwdTile(64, 32, 2, 2), BwdTile(32, 64, 2, 2)), {"head_dim": 144}),
+    "shared-keys-window": (
+        (BwdTile(64, 16, 2, 1, False), BwdTile(16, 64, 3, 2)),
+        {"head_dim": 136, "causal": "upper_left", "window": (50, 9)},
+    ),
+}
+
+
+def check(case: PackedCase, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0) -> None:
+    """Check that there is neither an alarm nor a wrong result."""
+    x = make_packed(case)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors, seed=seed)
+
+    found = fused_backward(
+        x.problem, as_batch(x.q), as_batch(x.k), as_batch(x.v), None, as_batch(x.out), x.lse,
+        as_batch(x.dout), x.dlse, run, plans_of(x.problem, tiles), x.lengths(),
+    )  # fmt: skip
+    wrong = wrong_packed_gradients(case, x, tuple(map(as_rows, found)))
+    assert not wrong, f"{case}: {wrong}"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_gradients_of_wild_lengths(name: str) -> None:
+    tiles, fixed = FAMILIES[name]
+    for seed in range(SEEDS_OF_A_FAMILY):
+        rng = random.Random(seed)
+        batch = rng.choice((1, 2, 3, 5))
+        lengths_q = tuple(rng.choice(LENGTHS) for _ in range(batch))
+        lengths_k = tuple(rng.choice(LENGTHS) for _ in range(batch))
+        case = PackedCase(
+            lengths_q=(*lengths_q, 33),  # so that there are some
+            lengths_k=(*lengths_k, 70),
+            tails=(rng.choice((0, 5, 70)), rng.choice((0, 5, 70))),
+            **({"group": rng.choice((1, 2))} | fixed),
+            through_lse=seed % 2 == 1,
+            seed=seed,
+        )
+        check(case, tiles, seed)
+
+
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
+    check(PackedCase(lengths_q=(70, 0, 9), lengths_k=(130, 20, 9), head_dim=head_dim), None)
+
+
+def test_more_sequences_than_a_warp_looks_at_once() -> None:
+    """Of 40 sequences most are empty; their tiles are found all the same."""
+    lengths = tuple(19 if i in (0, 31, 32, 39) else 0 for i in range(40))
+    check(PackedCase(lengths_q=lengths, lengths_k=lengths, causal=True), SMALL)
+
+
+def test_slices_of_one_projection_and_an_expanded_gradient() -> None:
+    case = PackedCase(lengths_q=(40, 33), lengths_k=(40, 33), causal=True, layout="qkv")
+    x = make_packed(case)
+    dout = torch.ones((), dtype=x.out.dtype).expand(x.out.shape)
+    x = x._replace(dout=dout)
+
+    def run(problem, plan, tensors) -> None:
+        simulate_backward(problem, plan, tensors)
+
+    found = fused_backward(
+        x.problem, as_batch(x.q), as_batch(x.k), as_batch(x.v), None, as_batch(x.out), x.lse,
+        as_batch(dout), None, run, None, x.lengths(),
+    )  # fmt: skip
+    assert not wrong_packed_gradients(case, x, tuple(map(as_rows, found)))
+
+
+def test_a_call_in_the_simulator_has_its_gradient_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches for all sequences, of tensors that TMA cannot read as they are: head_dim 20."""
+    monkeypatch.setenv("FLASHCORE_SIM_ARCH", "90")
+    launched: list[str] = []
+
+    def record(problem, plan, tensors, **options) -> None:
+        launched.append(plan.kernel)
+        simulate_backward(problem, plan, tensors, **options)
+
+    monkeypatch.setattr("flashcore.sim.run_bwd.simulate_backward", record)
+    case = PackedCase(lengths_q=(40, 0, 7), lengths_k=(33, 9, 0), head_dim=20, causal=True)
+    x = make_packed(case)
+    leaves = [t.detach().requires_grad_() for t in (x.q, x.k, x.v)]
+    cu_seqlens = x.cu_seqlens_q, x.cu_seqlens_k
+    out = flashcore.attention_varlen(*leaves, *cu_seqlens, 40, 33, causal=True, backend="sim")
+    found = torch.autograd.grad(out, leaves, x.dout.nan_to_num())
+    assert launched == ["attn_bwd_dq_sm90", "attn_bwd_dkdv_sm90"]
+    assert not wrong_packed_gradients(case, x, found)
+    for gradient, leaf in zip(found, leaves, strict=True):
+        assert gradient.stride() == torch.empty_like(leaf).stride()
