@@ -102,6 +102,8 @@ PHASES = {
     "raise_max_score": "store",
     "finish_softmax": "store",
     "natural_lse": "store",
+    "sink_of": "store",
+    "join_sink": "store",
     "store_rows": "store",
     "quad_sum": "store",
 }
