@@ -192,7 +192,7 @@ class Plan:
             "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
-            "PAGE_SIZE": self.page_size,
+            "PAGE_SIZE": max(1, self.page_size),
             # Without a bound rows are rows, unless it is asked which head each belongs to.
             "FOLDED": self.folds_heads > 0
             and (self.has_window_left or self.has_window_right or self.returns_max_score),
