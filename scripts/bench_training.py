@@ -74,7 +74,9 @@ def llama_steps(options: argparse.Namespace) -> tuple[dict[str, Step], int]:
         loss: Tensor = model(input_ids=ids, labels=ids).loss
         return finish(optimizer, loss)
 
-    steps = {name: functools.partial(step, name) for name in options.implementations}
+    steps: dict[str, Step] = {}
+    for name in options.implementations:
+        steps[name] = functools.partial(step, name)
     return steps, num_parameters(model)
 
 
@@ -143,7 +145,7 @@ def adam_w(model: torch.nn.Module, device: str) -> torch.optim.Optimizer:
 
 def finish(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """Do the backward pass and the update; return the loss."""
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()

@@ -262,7 +262,8 @@ def _fused(
             plan = dataclasses.replace(plan, **dict(own.plan))
         simulate_backward(problem, plan, tensors, seed=env.sim_seed(), plant=own)
 
-    return fused_backward(problem, *given, run, plans, lengths)
+    q, k, v, mask, out, lse, dout, dlse = given
+    return fused_backward(problem, q, k, v, mask, out, lse, dout, dlse, run, plans, lengths)
 
 
 def _is_in(plant: Plant, plan: BwdSm90Plan) -> bool:
