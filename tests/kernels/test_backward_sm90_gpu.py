@@ -42,7 +42,8 @@ def check(case: Case, through_lse: bool = False) -> None:
     dlse = None if dlse is None else dlse.masked_fill(empty, math.nan)
     results, cotangents = ([out, lse], [dout, dlse]) if through_lse else ([out], [dout])
     gradients = torch.autograd.grad(results, leaves, cotangents)
-    wrong = wrong_gradients(gradients, x.q, x.k, x.v, x.mask, dout, dlse, case.options(), out.detach())
+    inputs = x.q, x.k, x.v, x.mask
+    wrong = wrong_gradients(gradients, *inputs, dout, dlse, case.options(), out.detach())
     assert not wrong, f"{case.describe()}: {wrong}"
 
 

@@ -78,6 +78,9 @@ def fused_backward(
         layout = {name: getattr(copied, name) for name in _LAYOUT}
         problem = dataclasses.replace(problem, **layout)
     is_packed = problem.varlen == "packed"
+    if is_packed:  # nothing depends on the longest sequences: a launch is prepared once for all
+        longest = {"seqlen_q": problem.total_q, "seqlen_k": problem.total_k}
+        problem = dataclasses.replace(problem, **longest)
     tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, dlse, is_packed)
     plans = plans or _select(problem)
     tensors |= _sums_of(problem, plans, q)
