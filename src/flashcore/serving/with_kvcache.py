@@ -3,7 +3,7 @@ queries attend to all of it."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 from torch import Tensor
 
@@ -27,6 +27,42 @@ from flashcore.serving.rows import lengths_before, lengths_of_keys
 __all__ = ["attention_with_kvcache"]
 
 
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    *,
+    seqlens_k: Tensor,
+    return_lse: Literal[False] = ...,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    *,
+    seqlens_k: Tensor,
+    return_lse: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    *,
+    seqlens_k: Tensor,
+    return_lse: bool,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @other_names(OF_KVCACHE)
 def attention_with_kvcache(
     q: Tensor,
@@ -193,6 +229,7 @@ def with_kvcache(
         check_rotary(rotary, q, k_new, batch)
     checking.check_given(out, lse, q, v_cache)
     capacity = capacity_of(k_cache, page_table)
+    checking.check_capacity(capacity)
     checking.check_masks(q, mask, tree_mask, is_packed, capacity)
     checking.check_backend_serves(q, k_cache, v_cache, backend, batch, capacity)
     Options.checked(options["causal"], options["window"], options["softcap"], options["scale"])
@@ -209,7 +246,7 @@ def with_kvcache(
         if new is not None:
             q, seqlens_k = append(
                 k_cache, v_cache, q, *new, seqlens_k, page_table, cu_seqlens_q,
-                cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary,
+                cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary, backend,
             )  # fmt: skip
         elif rotary is not None:
             before = lengths_before(seqlens_k, capacity)

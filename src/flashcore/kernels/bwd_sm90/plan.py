@@ -7,9 +7,7 @@ kernels/bwd_sm90/bwd_sm90.cuh.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -256,9 +254,6 @@ class BwdPlans(NamedTuple):
     dkdv: BwdSm90Plan
 
 
-_TILE_FIELDS = (*BwdTile._fields, "also_dq", "ds_stages")
-
-
 def obstacle(problem: Problem, needs_mask_grad: bool = False) -> str | None:
     """Return why the kernels cannot compute the gradient of a call, or None. Tensors that TMA
     cannot read are copied."""
@@ -294,36 +289,6 @@ def _plans(dq: BwdTile, dkdv: BwdTile, fields: tuple[tuple[str, Any], ...]) -> B
     return BwdPlans(
         make_plan(DQ_KERNEL, dq, dict(fields)), make_plan(DKDV_KERNEL, dkdv, dict(fields))
     )
-
-
-def with_tile(plan: BwdSm90Plan, tile: Mapping[str, Any]) -> BwdSm90Plan:
-    """Return the plan with fields of its tile changed.
-
-    Raises:
-        ValueError: a tile has no such field, a value is of another type, or the tile does not fit
-            a block.
-    """
-    for name, value in tile.items():
-        if name not in _TILE_FIELDS or type(getattr(plan, name)) is not type(value):
-            raise ValueError(
-                f"tile={dict(tile)!r}: {name}={value!r} is no field of a tile of {plan.kernel}, "
-                f"which has {', '.join(_TILE_FIELDS)}"
-            )
-    changed = dataclasses.replace(plan, **tile)
-    own, other = (
-        (changed.block_m, changed.block_n) if plan.is_dq else (changed.block_n, changed.block_m)
-    )
-    sizes = other, changed.num_stages, changed.other_stages, changed.ds_stages
-    if (
-        own < 1 or own % ROWS_OF_CONSUMER or min(sizes) < 1 or other % 16
-        or changed.smem_bytes > smem_limits(ARCH)[0] or changed.num_threads > 512
-    ):  # fmt: skip
-        raise ValueError(
-            f"tile={dict(tile)!r} is not one that {plan.kernel} can have with head_dim "
-            f"{plan.head_dim} and {plan.head_dim_v}: too much shared memory, too many warps, or "
-            "sizes that are no multiples of 64 and 16"
-        )
-    return changed
 
 
 def make_plan(kernel: str, tile: BwdTile, of_problem: dict[str, Any]) -> BwdSm90Plan:
