@@ -14,7 +14,11 @@ from typing import Any
 import torch
 
 from flashcore.backends.dispatch import KERNELS, adapt_for, plan_of, prepare, without_autocast
-from flashcore.backends.gradients import attention_gradients, choose_backward, gradients_with_lengths
+from flashcore.backends.gradients import (
+    attention_gradients,
+    choose_backward,
+    gradients_with_lengths,
+)
 from flashcore.backends.tiled import attention_tiled
 from flashcore.backends.torch_backward import packed_flash_gradients
 from flashcore.base import env

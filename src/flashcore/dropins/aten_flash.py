@@ -19,6 +19,7 @@ from torch import Tensor
 from flashcore.api import attention
 from flashcore.backends import torch_own
 from flashcore.backends.dispatch import without_autocast
+from flashcore.dropins import aten_pages
 from flashcore.dropins.aten_fallback import by_torch, lengths_obstacle, obstacle
 from flashcore.ops import varlen
 from flashcore.ops.calls import attend
@@ -197,7 +198,8 @@ def _forward(
         reason = "return_debug_mask"
     if reason is None:
         rank = 4 if cum_seq_q is None else 3
-        reason = obstacle(backend, query, key, value, dropout_p, scale, rank)
+        of_keys = (key, value) if block_table is None else (key.select(1, 0), value.select(1, 0))
+        reason = obstacle(backend, query, *of_keys, dropout_p, scale, rank)
     if reason is not None:
         arguments = (
             query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
@@ -215,7 +217,12 @@ def _forward(
         options |= {name: x for name, x in newer.items() if x is not None}
         return tuple(by_torch(reason, FORWARD, key_, *arguments, **options))
     window = _window(window_size_left, window_size_right)
-    if cum_seq_q is not None:
+    if cum_seq_q is not None and aten_pages.is_over_pages(cum_seq_q, seqused_k, block_table):
+        out, lse = aten_pages.attend(
+            query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, seqused_k, block_table,
+            is_causal, window, scale, backend,
+        )  # fmt: skip
+    elif cum_seq_q is not None:
         assert cum_seq_k is not None
         with torch.no_grad(), without_autocast(query.device.type):
             out, lse = varlen.attention_varlen(
