@@ -22,10 +22,9 @@ from torch import Tensor
 
 from flashcore.backends.packed import checked_max_seqlen
 from flashcore.compat import flash_attn
-from flashcore.dropins.aten_pages import rows_as_pages
 from flashcore.dropins.flash_3_kvcache import flash_attn_with_kvcache, get_scheduler_metadata
 from flashcore.dropins.flash_arguments import refuse_dropout, refuse_unsupported
-from flashcore.dropins.flash_kvcache import attend_over_pages
+from flashcore.dropins.flash_kvcache import attend_over_pages, rows_as_pages
 from flashcore.problem.spelling import OF_FLASH_ATTN, other_names, refuse
 
 __all__ = [

@@ -19,8 +19,8 @@ from torch import Tensor
 from flashcore.api import attention
 from flashcore.backends import torch_own
 from flashcore.backends.dispatch import without_autocast
-from flashcore.dropins import aten_pages
 from flashcore.dropins.aten_fallback import by_torch, lengths_obstacle, obstacle
+from flashcore.dropins.flash_kvcache import attend_over_pages, rows_as_pages
 from flashcore.ops import varlen
 from flashcore.ops.calls import attend
 from flashcore.ops.family import BackwardCall
@@ -217,10 +217,10 @@ def _forward(
         options |= {name: x for name, x in newer.items() if x is not None}
         return tuple(by_torch(reason, FORWARD, key_, *arguments, **options))
     window = _window(window_size_left, window_size_right)
-    if cum_seq_q is not None and aten_pages.is_over_pages(cum_seq_q, seqused_k, block_table):
-        out, lse = aten_pages.attend(
-            query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, seqused_k, block_table,
-            is_causal, window, scale, backend,
+    if cum_seq_q is not None and (seqused_k is not None or block_table is not None):
+        out, lse = _over_pages(
+            query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, is_causal, window, scale,
+            seqused_k, block_table, backend,
         )  # fmt: skip
     elif cum_seq_q is not None:
         assert cum_seq_k is not None
@@ -234,6 +234,38 @@ def _forward(
         out, lse = _dense(q, k, v, is_causal, window, scale, seqused_k, backend)
         out = out.transpose(1, 2)
     return with_strides_of_empty_like(query, out), lse, *_auxiliary(query)
+
+
+def _over_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    window: Window | None,
+    scale: float | None,
+    seqused_k: Tensor | None,
+    block_table: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of packed queries over keys in pages, or over the first of packed keys."""
+    if seqused_k is None:
+        assert cum_seq_k is not None
+        seqused_k = cum_seq_k.diff()
+    if block_table is None:
+        assert cum_seq_k is not None
+        block_table = rows_as_pages(cum_seq_k, min(max_k, k.shape[0]))
+        k, v = k.unsqueeze(1), v.unsqueeze(1)
+    with torch.no_grad():
+        result = attend_over_pages(
+            q, k, v, cum_seq_q, max_q, seqused_k, block_table, scale, causal, window or (-1, -1),
+            0.0, None, True, backend=backend,
+        )  # fmt: skip
+    assert isinstance(result, tuple)
+    return result
 
 
 def _forward_in_place(
