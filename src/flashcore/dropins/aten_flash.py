@@ -90,9 +90,8 @@ def _dense(
                 q, k, v, causal=causal, window=window, scale=scale, seqlens_k=seqused_k,
                 return_lse=True, backend=backend,
             )  # fmt: skip
-        result = attend(q, k, v, None, causal, window, None, scale, True, backend)
-    assert isinstance(result, tuple)
-    return result
+        out, lse = attend(q, k, v, None, causal, window, None, scale, True, backend)
+    return out, lse
 
 
 def _sdpa_forward(
