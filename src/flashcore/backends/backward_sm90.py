@@ -101,7 +101,7 @@ def _select(problem: Problem) -> BwdPlans | OneKernelPlans:
 
 def _sums_of(problem: Problem, plans: BwdPlans | OneKernelPlans, q: Tensor) -> dict[str, Tensor]:
     """Return by name the memory that blocks add up in, if the plans have some."""
-    if not isinstance(plans, OneKernelPlans):
+    if not any(plan.added_to for plan in plans):
         return {}
     return {"dq_sums": q.new_empty(plan_one.sums_shape(problem), dtype=torch.float32)}
 
