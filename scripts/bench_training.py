@@ -74,9 +74,9 @@ def llama_steps(options: argparse.Namespace) -> tuple[dict[str, Step], int]:
         loss: Tensor = model(input_ids=ids, labels=ids).loss
         return finish(optimizer, loss)
 
-    steps: dict[str, Callable[[], Tensor]] = {
-        name: functools.partial(step, name) for name in options.implementations
-    }
+    steps: dict[str, Step] = {}
+    for name in options.implementations:
+        steps[name] = functools.partial(step, name)
     return steps, num_parameters(model)
 
 

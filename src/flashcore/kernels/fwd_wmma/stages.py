@@ -88,6 +88,8 @@ SHARED_PHASES = {
     "raise_max_score": "store",
     "finish_softmax": "store",
     "natural_lse": "store",
+    "sink_of": "store",
+    "join_sink": "store",
     "quad_sum": "store",
 }
 PHASES = SHARED_PHASES | {
