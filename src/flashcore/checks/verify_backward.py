@@ -36,6 +36,7 @@ from flashcore.kernels.bwd_sm90.plan import (
     select_plans,
 )
 from flashcore.kernels.fwd_wmma.plan import traits
+from flashcore.kernels.registry import BY_NAME
 from flashcore.ops.padded import padded_problem
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem import Problem
@@ -90,16 +91,14 @@ def find_backward_plant(name: str | None, backend: str) -> Plant | None:
     """
     if name is None:
         return None
-    if backend != "sim":
-        raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")
-    from flashcore.sim.plants import bwd_sm90
+    from flashcore.sim.plants import index
 
+    index.check_backend(name, backend)
     plants = {
-        **bwd_sm90.PLANTS_BWD_DQ_SM90,
-        **bwd_sm90.PLANTS_BWD_DKDV_SM90,
-        **bwd_sm90.PLANTS_BWD_ROLES_SM90,
-        **bwd_sm90.PLANTS_BWD_PADDED_SM90,
-        **bwd_sm90.PLANTS_BWD_PACKED_SM90,
+        own: plant
+        for kernel, of_kernel in index.BY_KERNEL.items()
+        if BY_NAME[kernel].is_backward
+        for own, plant in of_kernel.items()
     }
     if name not in plants:
         raise ValueError(f"plant={name!r} is not one of the backward's: {', '.join(plants)}")
@@ -268,8 +267,9 @@ def _fused(
 
 def _is_in(plant: Plant, plan: BwdSm90Plan) -> bool:
     """Return whether a plan's kernel has the text that a bug changes."""
-    is_of_dq = "_dq_" in plant.file or "_delta_" in plant.file
-    if is_of_dq != plan.is_dq:
+    from flashcore.sim.plants import index
+
+    if plan.kernel not in index.kernels_of(plant.name):
         return False
     return "_roles_" not in plant.file or plan.has_roles
 
