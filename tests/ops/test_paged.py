@@ -137,7 +137,7 @@ def test_gradients_add_up_in_shared_pages() -> None:
     cache = make_cache(
         8, (20, 30, 0), shared=2, seqlen_q=4, dtype=torch.float64, head_dim=16, head_dim_v=16
     )
-    leaves = [x.detach().clone().requires_grad_() for x in cache[:3]]
+    leaves = [x.detach().clone().requires_grad_() for x in cache.arguments()[:3]]
     alike = cache._replace(q=leaves[0], k_pages=leaves[1], v_pages=leaves[2])
 
     def loss(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -167,7 +167,7 @@ def test_the_operators_are_well_made() -> None:
 
 def test_second_derivatives_and_forward_mode() -> None:
     cache = make_cache(4, (6, 3), dtype=torch.float64, head_dim=4, head_dim_v=4, seqlen_q=2)
-    q, k, v = (x.nan_to_num(0.5).requires_grad_() for x in cache[:3])
+    q, k, v = (x.nan_to_num(0.5).requires_grad_() for x in cache.arguments()[:3])
 
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
         return attention_paged(q, k, v, cache.page_table, cache.seqlens_k, backend="torch")

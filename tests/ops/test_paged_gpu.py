@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pages import Cache, make_cache
 
 from flashcore.checks.accuracy import error_report
 from flashcore.ops.paged import attention_paged
-from pages import Cache, make_cache
 
 pytestmark = pytest.mark.gpu
 

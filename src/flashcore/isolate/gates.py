@@ -18,17 +18,17 @@ import torch
 from torch import Tensor
 
 from flashcore.backends.dispatch import KERNELS
-from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import make_inputs
+from flashcore.checks.paged_cases import PagedCase
 from flashcore.checks.planned import compile_planned, run_planned, under_gate, with_fields
-from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
+from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.errors import BackendUnavailableError, CompileError, FlashCoreError
 from flashcore.isolate.alarms import from_compile_error, from_error
 from flashcore.isolate.backward import isolate_backward
+from flashcore.isolate.call import Call, call_of
 from flashcore.isolate.diagnosis import key_split_hints, verdict
-from flashcore.isolate.gate_models import Expected, GateModel, by_error_rule, packed_attention
+from flashcore.isolate.gate_models import Expected, GateModel, by_error_rule
 from flashcore.isolate.isolation import Isolation, StageResult
 from flashcore.isolate.locate import Check, compare
 from flashcore.isolate.stages import stages_of
@@ -37,10 +37,8 @@ from flashcore.kernels.fwd_sm90.plan import ARCH, obstacle
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.stage import Stage
 from flashcore.launch.allocation import unseen_scores
-from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import as_batch
-from flashcore.problem.options import Wanted
 from flashcore.selection.select import select_plan
 from flashcore.sim.plants import index
 
@@ -53,7 +51,7 @@ BACKENDS = ("sim", *KERNELS)
 
 
 def isolate(
-    case: Case | VarlenCase,
+    case: Case | VarlenCase | PagedCase,
     backend: str,
     *,
     seed: int = 0,
@@ -100,7 +98,7 @@ def isolate(
         )
     if backend == "sim" and arch is None:
         arch = ARCH if kernel == KERNELS["sm90"] else env.sim_arch()
-    call = _call_of(case, "cpu" if backend == "sim" else "cuda")
+    call = call_of(case, "cpu" if backend == "sim" else "cuda")
     runner = _Runner(call, backend, seed, bug, arch, kernel, dict(tile))
     runner.check()
     results: list[StageResult] = []
@@ -108,7 +106,7 @@ def isolate(
     for stage in stages_of(kernel):
         on_stage(stage)
         found = None
-        if not is_over and not (call.is_packed and stage.gate is not None):
+        if not is_over and (call.lengths is None or stage.gate is None):
             found = runner.run(stage)
             # A CUDA error is sticky: nothing runs in this process any more.
             is_sticky = found.status == "alarm" and backend != "sim"
@@ -149,40 +147,9 @@ def kernel_to_run(backend: str, plant: str | None = None, arch: int | None = Non
     return by_arch if by_arch in possible else possible[0]
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """Hold what a case asks for, and its tensors as the kernels take them: [batch, num_heads,
-    seqlen, head_dim], where sequences are packed with a batch of 1."""
-
-    problem: Problem
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None = None
-    lengths: dict[str, Tensor] | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)  # as error_report takes them
-
-    @property
-    def is_packed(self) -> bool:
-        return self.lengths is not None
-
-
-def _call_of(case: Case | VarlenCase, device: str) -> _Call:
-    if isinstance(case, VarlenCase):
-        packed = make_varlen_inputs(case, device)
-        problem = packed_problem(*packed.arguments(), **case.options())
-        lengths = {"cu_seqlens_q": packed.cu_seqlens_q, "cu_seqlens_k": packed.cu_seqlens_k}
-        q, k, v = (as_batch(tensor) for tensor in (packed.q, packed.k, packed.v))
-        return _Call(problem, q, k, v, None, lengths)
-    x = make_inputs(case, device)
-    wanted = Wanted(return_lse=True, return_max_score=case.return_max_score)._asdict()
-    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **wanted, **case.options())
-    return _Call(problem, x.q, x.k, x.v, x.mask, options=case.options())
-
-
 @dataclass(slots=True)
 class _Runner:
-    call: _Call
+    call: Call
     backend: str
     seed: int
     plant: Plant | None
@@ -252,7 +219,7 @@ class _Runner:
         call = self.call
         if call.lengths is not None:
             outputs = self._launch(plan)
-            for item in packed_attention(call.problem, plan, call.q, call.k, call.v, call.lengths):
+            for item in call.expected(plan):
                 yield _compare(item, outputs[item.name], plan)
             return
         model = GateModel(call.problem, plan, call.q, call.k, call.v, call.mask)

@@ -15,9 +15,12 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "pv": ("pv-atomic", "k-overlap", "k-gap"),
         "full": (
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
-            "max-score-of-one-head",
+            *("max-score-of-one-head", "page-of-the-first", "page-of-the-tile"),
         ),
-        "load": ("one-ahead", "neighbours-key", "no-clamp"),
+        "load": (
+            *("one-ahead", "neighbours-key", "no-clamp"),
+            *("page-unchecked", "page-of-no-key", "page-row-unbounded"),
+        ),
         "store": (
             *("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
             *("max-score-stored", "max-score-of-padding"),
@@ -28,11 +31,13 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "schedule": (
             *("coord-slots", "coord-late", "draws-left", "first-tiles-drawn-again"),
             *("counter-left", "scan", "feed-not-waited-for", "feed-asked-early"),
-            *("split-counter-left", "q-buffers-in-step"),
+            *("split-counter-left", "q-buffers-in-step", "page-two-leaders"),
         ),
         "load": (
             *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
             "ring-of-all-stages",
+            *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
+            "page-place-ahead",
         ),
         "qk": (
             *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
@@ -64,6 +69,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("unmasked-too-far-right", "unmasked-too-far-left", "last-key-alone"),
             *("folded-as-rows", "large-max-left"),
             *("max-score-of-one-head", "max-score-of-first-slice"),
+            *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
+            *("page-not-advanced", "page-of-the-next-keys"),
         ),
         "store": (
             *("no-proxy-fence", "no-store-barrier", "o-overwritten", "o-part-overwritten"),

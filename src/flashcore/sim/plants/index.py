@@ -24,6 +24,7 @@ from flashcore.sim.plants.numerics import (
     PLANTS_TOTALS,
 )
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
+from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
@@ -38,6 +39,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_LARGE_SCORES,
         **PLANTS_TOTALS,
         **PLANTS_MAX_SCORE,
+        **PLANTS_PAGES,
+        **PLANTS_PAGES_WMMA,
     },
     SM90_KERNEL: {
         **PLANTS_SM90,
@@ -51,6 +54,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_VARLEN_SM90,
         **PLANTS_MAX_SCORE,
         **PLANTS_MAX_SCORE_SM90,
+        **PLANTS_PAGES,
+        **PLANTS_PAGES_SM90,
     },
     DQ_KERNEL: PLANTS_BWD_DQ_SM90,
     DKDV_KERNEL: {**PLANTS_BWD_DKDV_SM90, **PLANTS_BWD_ROLES_SM90, **PLANTS_BWD_ONE_SM90},
