@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -13,22 +12,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashcore.backends import sdpa_cpu, sdpa_gpu
-from flashcore.backends.adapting import Adapted, adapt, kernel_for, rather_not_sm90
+from flashcore.backends.adapting import Adapted, adapt, kernel_for, rather_portable
 from flashcore.backends.autocasting import autocast_dtype
 from flashcore.backends.growing import planned_as
 from flashcore.backends.obstacles import (
     BFLOAT16_MIN_ARCH,
     KERNEL_DTYPES,
-    SM90_ARCH,
     WMMA_MIN_ARCH,
     gpu_kernel_on_cpu_text,
-    obstacle_to_sm90,
-    obstacle_to_wmma,
+    obstacle_to,
+    obstacle_to_kernels,
     too_wide,
 )
+from flashcore.backends.sinks import joined_by_sinks, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
+from flashcore.kernels.registry import BY_BACKEND, FORWARD, PORTABLE, forward_for
 from flashcore.launch.allocation import unseen_scores
 from flashcore.launch.types import Addresses, Call, Computed
 from flashcore.problem import Problem
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from flashcore.kernels.fwd_wmma.plan import Plan
     from flashcore.launch.kernel_call import KernelCall
 
-BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
-KERNELS = {"sm90": "attn_fwd_sm90", "wmma": "attn_fwd_wmma"}
+# Names of the forward kernels, by the backend that asks for each.
+KERNELS = {kernel.backend: kernel.name for kernel in FORWARD}
+BACKENDS = ("auto", *KERNELS, "sim", "torch")
 
 _warned: set[str] = set()
 
@@ -92,6 +93,12 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         from flashcore.backends.recording import record_call
 
         record_call(problem, backend)
+    return resolved(problem, backend)
+
+
+def resolved(problem: Problem, backend: str) -> Choice:
+    """Return what `choose_backend` does, or raise as it does, of a problem that need not be that of
+    a call: nothing is recorded."""
     if backend == "torch":
         return Choice("torch", 'asked for with backend="torch"')
     if backend == "sim":
@@ -99,9 +106,7 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
     if backend in KERNELS:
         if problem.device == "cpu":
             raise BackendUnavailableError(gpu_kernel_on_cpu_text(backend))
-        obstacle = obstacle_to_wmma(problem)
-        if obstacle is None and backend == "sm90":
-            obstacle = obstacle_to_sm90(problem)
+        obstacle = obstacle_to(BY_BACKEND[backend], problem)
         if obstacle is not None:
             raise obstacle
         return Choice(backend, f'asked for with backend="{backend}"')
@@ -111,15 +116,14 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
 def _choose_auto(problem: Problem) -> Choice:
     if problem.device == "cpu":
         return Choice("torch", "q, k and v are CPU tensors")
-    obstacle = obstacle_to_wmma(problem)
+    obstacle = obstacle_to_kernels(problem)
     if obstacle is None:
         reason = f"{problem.dtype} tensors on an sm_{problem.arch} GPU"
-        if problem.arch != SM90_ARCH:
-            return Choice("wmma", reason)
-        rather_not = rather_not_sm90(problem)
+        preferred = forward_for(problem.arch)
+        rather_not = rather_portable(problem, preferred)
         if rather_not is None:
-            return Choice("sm90", reason)
-        return Choice("wmma", f"{reason}, and not sm90: {rather_not}")
+            return Choice(preferred.backend, reason)
+        return Choice(PORTABLE.backend, f"{reason}, and not {preferred.backend}: {rather_not}")
     # A GPU too old for every kernel is worth an error: whoever bought one expects to be told.
     if problem.arch and problem.arch < WMMA_MIN_ARCH:
         raise obstacle
@@ -173,7 +177,7 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q, seqlen_q], or
         None unless problem.return_lse; with problem.return_max_score also max_score, [batch,
         num_heads_q]. It may be called again with other tensors of the same description, by several
-        threads.
+        threads. Where there are sinks, see launch/types.py.
     """
     if problem.is_empty or backend == "meta":
         return functools.partial(_run_empty, problem)
@@ -225,11 +229,19 @@ def _run_max_score(
     return *call(q, k, v, mask, (*addresses, max_score.data_ptr())), max_score
 
 
-def _run_empty(problem: Problem, q: torch.Tensor, *others: object) -> Computed:
+def _run_empty(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    addresses: Addresses,
+    sinks: torch.Tensor | None = None,
+) -> Computed:
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out, lse = q.new_zeros((*rows_shape, problem.head_dim_v)), None
     if problem.return_lse:
-        lse = q.new_full(rows_shape, -math.inf, dtype=problem.lse_dtype)
+        lse = lse_of_no_keys(q.new_empty(rows_shape, dtype=problem.lse_dtype), sinks)
     return (out, lse, unseen_scores(problem, q)) if problem.return_max_score else (out, lse)
 
 
@@ -241,13 +253,14 @@ def _run_adapted(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     addresses: Addresses,
+    *sinks: torch.Tensor,
 ) -> Computed:
     if adapted.problem.varlen == "packed":
         q, k, v = as_batch(q), as_batch(k), as_batch(v)
     q, k, v = adapted.tensors(q, k, v)
-    # What follows the three are addresses of lengths.
+    # What follows the three are addresses of lengths and sinks.
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]
-    out, *others = call(q, k, v, mask, addresses)
+    out, *others = call(q, k, v, mask, addresses, *sinks)
     return adapted.result(out), *others
 
 
@@ -259,6 +272,7 @@ def _run_sim(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     addresses: Addresses,
+    sinks: torch.Tensor | None = None,
 ) -> Computed:
     from flashcore.sim import simulate
 
@@ -266,8 +280,9 @@ def _run_sim(
     out = q.new_empty((*rows_shape, problem.head_dim_v))
     lse = q.new_empty(rows_shape, dtype=problem.lse_dtype) if problem.return_lse else None
     max_score = unseen_scores(problem, q) if problem.return_max_score else None
+    others = None if sinks is None else {"sinks": sinks}
     seed = env.sim_seed()
-    simulate(problem, plan, q, k, v, mask, out, lse, max_score=max_score, seed=seed)
+    simulate(problem, plan, q, k, v, mask, out, lse, None, others, max_score=max_score, seed=seed)
     return (out, lse) if max_score is None else (out, lse, max_score)
 
 
@@ -295,6 +310,7 @@ def _run_torch(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     addresses: Addresses,
+    sinks: torch.Tensor | None = None,
 ) -> Computed:
     row_maxima = None
     if problem.return_max_score:
@@ -306,6 +322,8 @@ def _run_torch(
         elif sdpa_gpu.means_the_same(problem):
             result = sdpa_gpu.attention_by_sdpa(problem, q, k, v, mask)
         if result is None:
-            result = attention_tiled(problem, q, k, v, mask, row_maxima)
+            result = attention_tiled(problem, q, k, v, mask, row_maxima, sinks)
+        elif sinks is not None:
+            result = joined_by_sinks(*result, sinks)
     out, lse = result[0], result[1] if problem.return_lse else None
     return (out, lse) if row_maxima is None else (out, lse, row_maxima.amax(2))

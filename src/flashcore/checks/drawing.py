@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashcore.backends.dispatch import KERNELS
-from flashcore.backends.obstacles import SM90_ARCH
 from flashcore.checks.cases import DRAWN_GROWTHS
 from flashcore.checks.planned import fits, parse_tile
 from flashcore.checks.varlen_cases import VarlenCase, draw_varlen_case
-from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.fwd_sm90.kernel import SM90
+from flashcore.kernels.fwd_wmma.kernel import WMMA
+from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
+from flashcore.kernels.registry import BY_BACKEND, forward, forward_for
 from flashcore.problem.case import Case
 from flashcore.selection import tile_table
 
@@ -40,6 +41,7 @@ _CAUSAL = {"causal": "lower_right"}
 _TOP_LEFT = {"causal": "upper_left"}
 _BFLOAT16 = {"dtype": "bfloat16"}
 _PACKED = {"packed": True}
+_SINKS = {"sinks": True}
 _FEW = {"few_queries": True}  # with several heads a group, as rows of one
 _MAX_SCORE = {"return_max_score": True}
 
@@ -62,16 +64,16 @@ _SIM_SM90: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"window": (70, 9)}, "192x32"),
     ({}, "64x32,key_slices=3,stages=9"),
     (_PACKED | _CAUSAL, "128x32,ping_pong"),
-    (_dims(96, 80), "192x48,ping_pong,stages=3"),
+    (_dims(96, 80) | _SINKS, "192x48,ping_pong,stages=3"),
     (_dims(40, 72) | _BFLOAT16 | {"mask": "additive"} | _MAX_SCORE, "128x32,ping_pong"),
     (_CAUSAL, "64x64,blocks=3,stages=3,q_buffers=2"),
     ({"window": (100, -1)}, "192x64,ping_pong"),
     (_dims(128) | {"window": (40, 3), "softcap": 20.0}, "128x48,ping_pong"),
-    (_FEW | _MAX_SCORE, "64x32,splits=4"),
+    (_FEW | _MAX_SCORE | _SINKS, "64x32,splits=4"),
     (_TOP_LEFT | {"mask": "padding", "offset": 8}, "128x64"),
     (_dims(128), "128x64,q_buffers=2,ping_pong"),
     (_FEW | _CAUSAL, "64x32,key_slices=2,stages=4"),
-    (_PACKED | _BFLOAT16, "64x64,key_slices=2,stages=4"),
+    (_PACKED | _BFLOAT16 | _SINKS, "64x64,key_slices=2,stages=4"),
     (_CAUSAL | {"softcap": 20.0}, "192x32"),
     (_dims(256), "128x32,ping_pong,o_parts=4"),
     (_CAUSAL | {"mask": "bool"} | _MAX_SCORE, "64x32,key_slices=2,stages=6"),
@@ -94,18 +96,21 @@ _SIM_WMMA: tuple[tuple[Mapping[str, Any], str], ...] = (
     (_dims(32) | {"mask": "bool"}, ""),
     (_dims(40, 72) | _BFLOAT16 | {"mask": "additive"} | _MAX_SCORE, "64x32,stages=2"),
     (_dims(128) | {"window": (40, 3), "softcap": 20.0}, ""),
-    (_TOP_LEFT | {"mask": "padding", "offset": 1}, ""),
+    (_TOP_LEFT | _SINKS | {"mask": "padding", "offset": 1}, ""),
     ({}, "128x64,stages=1"),
     (_PACKED | _CAUSAL, ""),
     (_BFLOAT16, "64x64,stages=3"),
     (_dims(96, 80) | {"window": (70, 9)}, "64x32,stages=2"),
-    (_FEW | _CAUSAL | _MAX_SCORE, "64x32,stages=2"),
+    (_FEW | _CAUSAL | _MAX_SCORE | _SINKS, "64x32,stages=2"),
     (_dims(256), "64x32,stages=2"),
     (_CAUSAL | {"softcap": 20.0}, "128x32,stages=2"),
-    (_PACKED, "128x32,stages=1"),
+    (_PACKED | _SINKS, "128x32,stages=1"),
     ({"window": (100, -1)}, "64x128,stages=2"),
     (_dims(64, 16), "128x16,stages=3"),
 )
+
+
+_SIM = {SM90: _SIM_SM90, WMMA: _SIM_WMMA}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,14 +128,15 @@ def num_configurations(arch: int | None) -> int:
 
 
 def _configurations(arch: int | None) -> tuple[tuple[Mapping[str, Any], str], ...]:
-    return _SIM_SM90 if arch == SM90_ARCH else _SIM_WMMA
+    return _SIM[forward_for(arch or SIM_ARCH)]
 
 
 def shipped_tiles(kernel: str) -> list[Mapping[str, Any]]:
     """Return the tiles of a kernel that ship with flashcore: measured ones, or all that its rules
     choose among."""
-    table = tile_table.read(SM90_ARCH)
-    if kernel == KERNELS["sm90"] and table is not None:
+    arch = forward(kernel).only_arch
+    table = None if arch is None else tile_table.read(arch)
+    if table is not None:
         return list(table.tiles)
     return [{"block_m": m, "block_n": n} for m in _WMMA_ROWS for n in _WMMA_KEYS]
 
@@ -153,6 +159,8 @@ def draw(seed: int, index: int, backend: str, arch: int | None = None) -> Drawn:
         turn = turn * (len(bounded) + 3) + bisect.bisect_left(bounded, own)
         return _draw_for_sim(rng, dict(options), parse_tile(text) if text else {}, turn)
     options = _draw_configuration(rng, backend)
+    # Drawn apart, so that the numbers of all other cases stay what they are.
+    options["sinks"] = random.Random(f"{seed}:{index}:{backend}:sinks").random() < 0.2
     seqlen_q = _draw_length(rng, _LONG, zero=True)
     # Half of the cases are self-attention; the rest has one length independent of the other.
     seqlen_k = seqlen_q if rng.random() < 0.5 else _draw_length(rng, _LONG, zero=True)
@@ -193,6 +201,7 @@ def _draw_configuration(rng: random.Random, backend: str) -> dict[str, Any]:
     dtypes = ["float16", "float16", "bfloat16"]
     if backend == "torch":
         dtypes += ["float32", "float64"]
+    reads_by_tma = backend in KERNELS and bool(BY_BACKEND[backend].maps)
     head_dim = rng.choice((8, 16, 24, 32, 40, 64, 64, 64, 80, 96, 128, 128, 192, 256))
     same = rng.random() < 0.8
     window = None
@@ -207,15 +216,17 @@ def _draw_configuration(rng: random.Random, backend: str) -> dict[str, Any]:
         "softcap": rng.choice((None, None, None, 20.0)),
         "mask": rng.choice(("none", "none", "bool", "padding", "additive")),
         # TMA reads 16-byte aligned rows only.
-        "offset": rng.choice((0, 0, 0, 8) if backend == "sm90" else (0, 0, 0, 1, 2, 8)),
+        "offset": rng.choice((0, 0, 0, 8) if reads_by_tma else (0, 0, 0, 1, 2, 8)),
     }
 
 
 def _draw_tile(rng: random.Random, case: Case, backend: str) -> dict[str, Any]:
     """Return a tile that ships, if there is a table of the kernel's, or else one of the portable
     one's, that fits whatever the GPU is; none where the one that is drawn does not."""
+    kernel = BY_BACKEND[backend]
     common: dict[str, Any] = {
-        "kernel": KERNELS[backend],
+        "kernel": kernel.name,
+        "arch": kernel.only_arch or _SMALLEST_ARCH,
         "dtype": case.dtype,
         "head_dim": case.head_dim,
         "head_dim_v": case.head_dim_v,
@@ -225,10 +236,8 @@ def _draw_tile(rng: random.Random, case: Case, backend: str) -> dict[str, Any]:
         "min_blocks": 1,
         "mask": {"none": None, "additive": "float32"}.get(case.mask, "bool"),
     }
-    tile = dict(rng.choice(shipped_tiles(KERNELS[backend])))
-    if backend == "sm90":
-        return tile if fits(Sm90Plan(arch=SM90_ARCH, **common), tile) else {}
-    return tile if fits(Plan(arch=_SMALLEST_ARCH, **common), tile | {"num_stages": 2}) else {}
+    tile = dict(rng.choice(shipped_tiles(kernel.name)))
+    return tile if fits(kernel.plan(**common), tile) else {}
 
 
 def _draw_for_sim(

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashcore.backends.dispatch import KERNELS
-from flashcore.backends.obstacles import SM90_ARCH
+from flashcore.backends.dispatch import BACKENDS, KERNELS
 from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.checks.accuracy import ErrorReport, error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.checks.drawing import Drawn, draw
+from flashcore.checks.gradient_drawing import GradientCase
 from flashcore.checks.planned import format_tile, run_planned, with_fields
 from flashcore.checks.varlen_cases import (
     VarlenCase,
@@ -34,6 +34,7 @@ from flashcore.checks.varlen_cases import (
 )
 from flashcore.errors import CompileError
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH, Plan
+from flashcore.kernels.registry import forward_for
 from flashcore.launch.allocation import unseen_scores
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem import Problem
@@ -44,8 +45,7 @@ from flashcore.selection.select import select_plan
 if TYPE_CHECKING:
     from flashcore.compile.plant import Plant
 
-BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
-GPU_BACKENDS = ("sm90", "wmma")
+GPU_BACKENDS = tuple(KERNELS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class CaseResult:
     apart."""
 
     index: int
-    case: Case | VarlenCase
+    case: Case | VarlenCase | GradientCase
     tile: Mapping[str, Any]
     ok: bool
     replay: str
@@ -76,7 +76,7 @@ class CaseResult:
 
 
 def resolve_backend(name: str) -> str:
-    """Return the backend that "auto" stands for here: wmma on a GPU, else torch.
+    """Return the backend that "auto" stands for here: the GPU's preferred kernel, else torch.
 
     Raises:
         ValueError: unknown name.
@@ -87,7 +87,8 @@ def resolve_backend(name: str) -> str:
         return name
     if not torch.cuda.is_available():
         return "torch"
-    return "sm90" if torch.cuda.get_device_capability() == (9, 0) else "wmma"
+    major, minor = torch.cuda.get_device_capability()
+    return forward_for(10 * major + minor).backend
 
 
 def verify(
@@ -139,8 +140,7 @@ def find_plant(name: str | None, backend: str, arch: int | None) -> Plant | None
     from flashcore.sim.plants import index
 
     index.check_backend(name, backend)
-    kernel = KERNELS["sm90" if (arch or env.sim_arch()) == SM90_ARCH else "wmma"]
-    return index.find_plant(name, kernel)
+    return index.find_plant(name, forward_for(arch or env.sim_arch()).name)
 
 
 def _verify_one(backend: str, seed: int, index: int, arch: int, plant: Plant | None) -> CaseResult:
@@ -159,7 +159,7 @@ def _verify_one(backend: str, seed: int, index: int, arch: int, plant: Plant | N
         isolate=None if backend == "torch" else f"flashcore isolate {number}",
     )
     try:
-        with _simulator(drawn.case.seed, arch):
+        with simulator(drawn.case.seed, arch):
             report = _judge(drawn, backend, arch, plant)
     except CompileError as error:
         return dataclasses.replace(found, error=str(error), does_not_compile=True)
@@ -184,41 +184,45 @@ def _judge(drawn: Drawn, backend: str, arch: int, plant: Plant | None) -> ErrorR
     max_score = None
     if is_public:
         out, lse, *others = attention(
-            x.q, x.k, x.v, mask=x.mask, backend=backend, **asked, **case.options()
+            x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, backend=backend, **asked, **case.options()
         )
         max_score = others[0] if others else None
     else:
-        problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **asked, **case.options())
+        problem = Problem.from_tensors(
+            x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, **asked, **case.options()
+        )
         max_score = unseen_scores(problem, x.q) if case.return_max_score else None
         plan = _plan(problem, backend, arch, drawn.tile)
         out = x.q.new_empty((*x.q.shape[:3], case.head_dim_v))
         lse = x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
         run_planned(
-            problem, plan, x.q, x.k, x.v, x.mask, out, lse,
+            problem, plan, x.q, x.k, x.v, x.mask, out, lse, None, x.others,
             max_score=max_score, seed=env.sim_seed(), plant=plant,
         )  # fmt: skip
     return error_report(
-        out, x.q, x.k, x.v, lse=lse, mask=x.mask, max_score=max_score, **case.options()
-    )
+        out, x.q, x.k, x.v, lse=lse, mask=x.mask, sinks=x.sinks, max_score=max_score,
+        **case.options(),
+    )  # fmt: skip
 
 
 def _call_packed(case: VarlenCase, x: VarlenInputs, backend: str) -> tuple[Tensor, Tensor]:
-    return attention_varlen(*x.arguments(), return_lse=True, backend=backend, **case.options())
+    return attention_varlen(
+        *x.arguments(), sinks=x.sinks, return_lse=True, backend=backend, **case.options()
+    )
 
 
 def _plan_packed(
     drawn: Drawn, arch: int, plant: Plant | None, case: VarlenCase, x: VarlenInputs, backend: str
 ) -> tuple[Tensor, Tensor]:
-    problem = packed_problem(*x.arguments(), **case.options())
+    problem = packed_problem(*x.arguments(), sinks=x.sinks, **case.options())
     if problem.is_empty:
         return _call_packed(case, x, backend)
     plan = _plan(problem, backend, arch, drawn.tile)
     out = x.q.new_empty((*x.q.shape[:2], case.head_dim_v))
     lse = x.q.new_empty((case.num_heads_q, x.q.shape[0]), dtype=torch.float32)
-    lengths = {"cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k}
     q, k, v = (as_batch(tensor) for tensor in (x.q, x.k, x.v))
     run_planned(
-        problem, plan, q, k, v, None, out, lse, None, lengths, seed=env.sim_seed(), plant=plant
+        problem, plan, q, k, v, None, out, lse, None, x.others, seed=env.sim_seed(), plant=plant
     )
     return out, lse
 
@@ -230,7 +234,7 @@ def _plan(problem: Problem, backend: str, arch: int, tile: Mapping[str, Any]) ->
 
 
 @contextmanager
-def _simulator(seed: int, arch: int) -> Iterator[None]:
+def simulator(seed: int, arch: int) -> Iterator[None]:
     """Give the simulator's scheduler the case's seed, so that replaying a case replays the run."""
     wanted = {env.SIM_SEED.name: str(seed), env.SIM_ARCH.name: str(arch)}
     before = {name: os.environ.get(name) for name in wanted}

@@ -31,9 +31,14 @@ class Call:
     k: Tensor
     v: Tensor
     mask: Tensor | None = None
-    lengths: dict[str, Tensor] | None = None
+    lengths: dict[str, Tensor] = field(default_factory=dict)  # and sinks
     options: Mapping[str, Any] = field(default_factory=dict)  # as error_report takes them
     cache: Cache | None = None
+
+    @property
+    def has_lengths(self) -> bool:
+        """Return whether its sequences differ in length: then no gate shows a part of it."""
+        return self.problem.varlen != "none"
 
     @property
     def is_packed(self) -> bool:
@@ -42,7 +47,6 @@ class Call:
 
     def expected(self, plan: Plan) -> list[Expected]:
         """Return lse and out of sequences that differ in length."""
-        assert self.lengths is not None
         if self.cache is not None:
             return paged_attention(self.problem, plan, self.cache)
         return packed_attention(self.problem, plan, self.q, self.k, self.v, self.lengths)
@@ -59,11 +63,11 @@ def call_of(case: Case | VarlenCase | PagedCase, device: str) -> Call:
         return Call(problem, q, k, v, None, lengths, cache=cache)
     if isinstance(case, VarlenCase):
         packed = make_varlen_inputs(case, device)
-        problem = packed_problem(*packed.arguments(), **case.options())
-        lengths = {"cu_seqlens_q": packed.cu_seqlens_q, "cu_seqlens_k": packed.cu_seqlens_k}
+        problem = packed_problem(*packed.arguments(), sinks=packed.sinks, **case.options())
         q, k, v = (as_batch(tensor) for tensor in (packed.q, packed.k, packed.v))
-        return Call(problem, q, k, v, None, lengths)
+        return Call(problem, q, k, v, None, packed.others)
     x = make_inputs(case, device)
     wanted = Wanted(return_lse=True, return_max_score=case.return_max_score)._asdict()
-    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **wanted, **case.options())
-    return Call(problem, x.q, x.k, x.v, x.mask, options=case.options())
+    options = case.options() | {"sinks": x.sinks}
+    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **wanted, **options)
+    return Call(problem, x.q, x.k, x.v, x.mask, x.others, options)

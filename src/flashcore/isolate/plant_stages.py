@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from flashcore.backends.dispatch import KERNELS
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
-
-_WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
+from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
+from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 
 # By kernel, the bugs whose first wrong stage it is.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -15,15 +14,17 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "pv": ("pv-atomic", "k-overlap", "k-gap"),
         "full": (
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
-            *("max-score-of-one-head", "page-of-the-first", "page-of-the-tile"),
+            *("sink-of-the-first", "max-score-of-one-head"),
+            *("page-of-the-first", "page-of-the-tile"),
         ),
+        "tile": ("sink-beside-raw-scores",),
         "load": (
             *("one-ahead", "neighbours-key", "no-clamp"),
             *("page-unchecked", "page-of-no-key", "page-row-unbounded"),
         ),
         "store": (
             *("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
-            *("max-score-stored", "max-score-of-padding"),
+            *("max-score-stored", "max-score-of-padding", "sink-past-the-heads"),
         ),
     },
     _SM90: {
@@ -69,25 +70,32 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("unmasked-too-far-right", "unmasked-too-far-left", "last-key-alone"),
             *("folded-as-rows", "large-max-left"),
             *("max-score-of-one-head", "max-score-of-first-slice"),
+            *("sink-of-the-first", "sink-of-every-split"),
             *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
             *("page-not-advanced", "page-of-the-next-keys"),
         ),
+        "tile": ("sink-beside-raw-scores",),
         "store": (
             *("no-proxy-fence", "no-store-barrier", "o-overwritten", "o-part-overwritten"),
             *("o-part-misplaced", "no-store-commit", "exit-with-store", "share-not-awaited"),
             *("share-overwritten", "split-relaxed", "split-no-barrier"),
             *("split-arrival-not-awaited", "split-last-too-early", "split-never-last"),
             *("split-one-counter", "split-rows-past-the-end"),
-            *("box-of-a-neighbour", "class-left-out"),
+            *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
             *("max-score-stored", "max-score-of-padding"),
         ),
     },
     DQ_KERNEL: {
-        "delta": ("delta-of-one-lane", "dlse-forgotten", "dout-read-late"),
+        "delta": (
+            *("delta-of-one-lane", "dlse-forgotten", "dout-read-late", "delta-of-a-neighbour"),
+        ),
+        "store": ("queries-behind-stored",),
         "dq": ("k-released-early", "empty-rows-kept"),
     },
     DKDV_KERNEL: {
-        "load": ("do-released-early", "q-released-early"),
+        "load": (
+            *("do-released-early", "q-released-early", "heads-of-queries", "box-without-a-key"),
+        ),
         "scores": (
             *("stale-stats", "stats-released-by-one-lane", "kv-released-early"),
             *("clear-without-fence", "probs-not-awaited", "v-overwritten"),
@@ -95,6 +103,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "dv": (
             *("dp-not-awaited", "query-tile-skipped", "last-of-group-skipped"),
             *("empty-rows-spread", "neighbour-lse", "diagonal-hidden", "probs-overwritten"),
+            *("stats-of-the-first", "keys-behind-kept", "longest-instead-of-own"),
         ),
         "dq": (
             *("ds-not-awaited", "ds-overwritten", "ds-without-fence", "sums-overwritten"),
@@ -102,6 +111,9 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("neighbour-rows", "head-of-group"),
         ),
         "dk": ("swapped-operand", "dk-added-twice", "scale-forgotten"),
-        "store": ("dk-over-dv", "place-released-early"),
+        "store": (
+            *("dk-over-dv", "place-released-early", "neighbour-keys-stored"),
+            *("box-of-a-key-late", "last-keys-forgotten"),
+        ),
     },
 }

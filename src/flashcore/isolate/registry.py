@@ -12,30 +12,36 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashcore.backends.dispatch import KERNELS
-from flashcore.backends.obstacles import SM90_ARCH
 from flashcore.checks.drawing import draw
 from flashcore.checks.paged_cases import PagedCase
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.compile.plant import Plant
+from flashcore.isolate.backward_calls import planted_case
 from flashcore.isolate.plant_stages import STAGES
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
+from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
+from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
+from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
 from flashcore.sim.plants import index
 from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
-from flashcore.sim.plants.bwd_sm90 import PLANTS_BWD_ROLES_SM90
+from flashcore.sim.plants.bwd_sm90 import (
+    PLANTS_BWD_PACKED_DQ_SM90,
+    PLANTS_BWD_PACKED_SM90,
+    PLANTS_BWD_PADDED_SM90,
+    PLANTS_BWD_ROLES_SM90,
+)
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
+from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
-
-_WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +76,7 @@ class Planted:
             return VarlenCase(**options)
         if self.is_paged:
             return PagedCase(**options)
-        return dataclasses.replace(base, **options)
+        return planted_case(base, options)
 
 
 # Beside others of its kind, two consumers for whom two row tiles follow each other, four key tiles
@@ -123,6 +129,8 @@ _LARGE: dict[str, dict[str, Any]] = {
 }
 # No row sees a larger score in a later key tile.
 _LEVEL = _SHORT | {"dtype": "bfloat16", "spread": 0.0, "growth": "level"}
+# Heads of a group are rows of one row tile, which they do not fill.
+_SINKS = _SHORT | {"seqlen_q": 9, "num_heads_q": 4, "num_heads_kv": 2, "sinks": True}
 _CHUNKS = {"block_m": 64, "block_n": 32, "keys_of_chunk": 64}
 _MAX_SCORE = _SHORT | {"return_max_score": True}
 _ONE_QUERY = {"seqlen_q": 1, "num_heads_q": 4, "num_heads_kv": 1}
@@ -159,6 +167,28 @@ _BACKWARD: dict[str, Any] = {
     "causal": "lower_right",
 }
 _BACKWARD_ROLES = _BACKWARD | {"seqlen_q": 110, "head_dim": 136, "head_dim_v": 136}
+# Two warpgroups of rows and of keys, of which some sequences fill one; rows behind the last one.
+_BACKWARD_PACKED: dict[str, Any] = {
+    "lengths_q": (70, 5, 30),
+    "lengths_k": (40, 130, 90),
+    "tail": 70,
+    "num_heads_q": 4,
+    "num_heads_kv": 2,
+    "head_dim": 32,
+    "head_dim_v": 32,
+    "dtype": "bfloat16",
+    "causal": "lower_right",
+}
+# The last queries would see keys behind a sequence's last one, were there any.
+_BACKWARD_PADDED = _BACKWARD | {
+    "batch": 3,
+    "num_heads_q": 2,
+    "num_heads_kv": 1,
+    "seqlen_q": 70,
+    "causal": "none",
+    "window": (-1, 5),
+    "lengths_k": (40, 150, 97),
+}
 _TILE_OF_DQ = {"block_m": 64, "block_n": 32, "num_stages": 3, "other_stages": 2}
 _TILE_OF_DKDV = {"block_m": 32, "block_n": 128, "num_stages": 3, "other_stages": 2}
 _TILE_OF_DKDV |= {"overlaps": False, "early_dp": True, "keeps_p": False}
@@ -179,7 +209,7 @@ def _drawn(kernel: str, cases: Mapping[str, int]) -> _Calls:
     """Give plants the case of `verify` that finds each."""
     calls: _Calls = {}
     for name, number in cases.items():
-        drawn = draw(0, number, "sim", SM90_ARCH if kernel == _SM90 else SIM_ARCH)
+        drawn = draw(0, number, "sim", BY_NAME[kernel].only_arch or SIM_ARCH)
         options = {f.name: getattr(drawn.case, f.name) for f in dataclasses.fields(drawn.case)}
         calls[name] = {"options": options, "tile": drawn.tile, "drawn": number}
     return calls
@@ -230,6 +260,7 @@ CALLS: Mapping[str, _Calls] = {
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
         **_WITH_MAX_SCORE,
+        **_calls(PLANTS_SINKS, {}, options=_SINKS),
     },
     _SM90: {
         **_of_sm90(),
@@ -248,11 +279,21 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
+        **_calls(PLANTS_SINKS, {}, options=_SINKS),
+        **_calls(PLANTS_SINKS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT | {"sinks": True}),
     },
     DKDV_KERNEL: {
         **_calls(PLANTS_BWD_ROLES_SM90, _TILE_OF_ROLES, options=_BACKWARD_ROLES),
         **_calls(PLANTS_BWD_ONE_SM90, _TILE_OF_ONE, options=_BACKWARD | {"seqlen_q": 200}),
+        **_calls(PLANTS_BWD_PACKED_SM90, _TILE_OF_DKDV, options=_BACKWARD_PACKED, is_packed=True),
+        **_calls(PLANTS_BWD_PADDED_SM90, _TILE_OF_DKDV, options=_BACKWARD_PADDED),
     },
+    DQ_KERNEL: _calls(
+        PLANTS_BWD_PACKED_DQ_SM90,
+        _TILE_OF_DQ | {"block_m": 128},
+        options=_BACKWARD_PACKED,
+        is_packed=True,
+    ),
 }
 # The call of all other bugs of a kernel; of those of a forward kernel, isolate's own.
 _DEFAULTS: Mapping[str, dict[str, Any]] = {

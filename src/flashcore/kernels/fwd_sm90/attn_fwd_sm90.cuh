@@ -253,7 +253,7 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
   const auto& p = sequence_params(params.attn, block);
   float inverse_sum[2];
   finish_softmax(c.softmax, p, lse_offset(p, block, c.warp_row), p.seqlen_q - c.warp_row,
-                 inverse_sum);
+                 block.head_idx, inverse_sum);
 
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
   const auto o_smem = smem.o + c.row_group * (64 * O_CHUNKS * CHUNK);

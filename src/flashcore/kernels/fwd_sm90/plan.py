@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import Tile
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
-from flashcore.problem.exactness import fewest_splits, obstacle_to_splits
+from flashcore.problem.exactness import fewest_splits
 from flashcore.problem.folding import fold_heads
 
 if TYPE_CHECKING:
@@ -176,6 +175,16 @@ class Sm90Plan(Plan):
             return False
         return not (self.has_window_left and (self.mask is not None or self.has_softcap))
 
+    @property
+    def finds_out_by_map(self) -> bool:
+        """Return whether out is written by its tensor map alone, in the rows of q's heads."""
+        return self.num_splits == 1 and not self.folds_heads
+
+    def machine_code(self) -> Sm90Plan:
+        """Return the plan that stands for all with the same machine code: see `Plan`."""
+        folded = int(bool(self.constants()["FOLDED"]))
+        return dataclasses.replace(self, num_splits=min(2, self.num_splits), folds_heads=folded)
+
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
         consumer_registers, producer_registers = self.role_registers
@@ -203,63 +212,6 @@ class Sm90Plan(Plan):
         """Return one line for people."""
         splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
         return Plan.describe(self) + splits
-
-
-def obstacle(problem: Problem) -> str | None:
-    """Return why the Hopper kernel cannot serve a problem, or None."""
-    num_rows = problem.total_q * problem.num_heads_q  # 0 unless packed
-    if num_rows + problem.batch >= 2**30 and problem.varlen == "packed":
-        return "it counts the row tiles of all packed sequences in 32 bits"
-    reason = _obstacle_to_pages(problem) if problem.varlen == "pages" else None
-    return reason or next(iter(unreadable(problem).values()), None) or obstacle_to_splits(problem)
-
-
-def _obstacle_to_pages(problem: Problem) -> str | None:
-    if problem.page_size % tiles_sm90.PAGE_ROWS:
-        return (
-            f"it reads pages of a multiple of {tiles_sm90.PAGE_ROWS} keys, not of "
-            f"{problem.page_size}"
-        )
-    of_page, _, of_row = problem.v_strides
-    if of_row and problem.num_pages * (of_page // of_row) + problem.page_size >= 2**31:
-        return "it counts the rows of all pages of v in 32 bits"
-    return None
-
-
-@functools.lru_cache(maxsize=4096)
-def unreadable(problem: Problem) -> Mapping[str, str]:
-    """Return those of "q", "k" and "v" that TMA cannot read as they lie, and why: it reads rows
-    that start at multiples of 16 bytes. A stride of 0 between batches or heads reads the same rows
-    again."""
-    found: dict[str, str] = {}
-    if problem.load_bytes < 16:
-        for name in problem.misaligned or "qkv":
-            found[name] = (
-                f"TMA needs 16-byte aligned rows, and some address or stride of {name} is a "
-                f"multiple of {problem.load_bytes} bytes only"
-            )
-    packed, pages = problem.varlen == "packed", problem.varlen == "pages"
-    ragged = {"keys": "kv", "pages": "v"}.get(problem.varlen, "")
-    rows_q = problem.total_q if packed else problem.seqlen_q
-    rows_k = problem.total_k if packed else problem.page_size if pages else problem.seqlen_k
-    for name, strides, rows in (
-        ("q", problem.q_strides, rows_q),
-        ("k", problem.k_strides, rows_k),
-        ("v", problem.v_strides, rows_k),
-    ):
-        begins_by_row = name in ragged  # params_sm90.make_ragged
-        if name in found:
-            continue
-        if strides[2] == 0 and rows > 1:
-            found[name] = f"the Hopper kernel reads rows apart, and {name} is one row, expanded"
-        elif max(strides) >= 2**39:
-            found[name] = f"TMA reads no stride of 2^40 bytes, as {name} has"
-        elif begins_by_row and strides[2] and strides[0] % strides[2]:
-            found[name] = (
-                f"with seqlens_k it needs {'pages' if pages else 'batches'} that are whole rows "
-                f"apart, unlike {name}'s"
-            )
-    return found
 
 
 def _of_mean_lengths(problem: Problem) -> Problem:

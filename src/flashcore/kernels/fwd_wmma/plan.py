@@ -51,7 +51,8 @@ class Plan:
     `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
     0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the registers must
     allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh); `page_size`
-    keys of a page, 0 where there are no pages (tile/pages.cuh).
+    keys of a page, 0 where there are no pages (tile/pages.cuh); `has_sinks` whether a logit of each
+    head joins the softmax.
     """
 
     kernel: str
@@ -75,6 +76,7 @@ class Plan:
     keys_of_chunk: int = 0
     page_size: int = 0
     returns_max_score: bool = False
+    has_sinks: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -150,6 +152,26 @@ class Plan:
         """Return the registers of a thread by role, where warps have roles."""
         return ()
 
+    @property
+    def registers_asked_for(self) -> int:
+        """Return the registers that the roles of a block's warpgroups ask for together; 0 without
+        roles."""
+        if not self.role_registers:
+            return 0
+        consumer, *others = self.role_registers
+        return 128 * ((self.num_warps // 4 - len(others)) * consumer + sum(others))
+
+    @property
+    def finds_out_by_map(self) -> bool:
+        """Return whether out is written by its tensor map alone, so that its rows may lie
+        anywhere."""
+        return False
+
+    def machine_code(self) -> Plan:
+        """Return the plan that stands for all with the same machine code, which differ in what only
+        the host reads."""
+        return dataclasses.replace(self, folds_heads=int(bool(self.constants()["FOLDED"])))
+
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
         return {
@@ -168,6 +190,7 @@ class Plan:
             "HAS_WINDOW_RIGHT": self.has_window_right,
             "HAS_SOFTCAP": self.has_softcap,
             "SOFTCAP_IS_LARGE": self.softcap_is_large,
+            "HAS_SINKS": self.has_sinks,
             "TANH_BY_POLYNOMIAL": False,  # it takes more registers
             "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
@@ -193,6 +216,7 @@ class Plan:
                 (f"pages of {self.page_size}", self.page_size > 0),
                 (f"folded heads:{self.folds_heads}", self.folds_heads > 0),
                 (f"sums of {self.keys_of_chunk} keys", self.keys_of_chunk > 0),
+                ("sinks", self.has_sinks),
                 (f"gate:{self.gate}", self.gate is not None),
                 ("max_score", self.returns_max_score),
             )
@@ -290,6 +314,8 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "page_size": problem.page_size,
         "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
         "returns_max_score": gate is None and problem.return_max_score,
+        # What the gate of P V is given is not normalised.
+        "has_sinks": problem.has_sinks and gate != "pv",
     }
 
 

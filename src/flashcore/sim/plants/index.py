@@ -13,6 +13,9 @@ from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
 from flashcore.sim.plants.bwd_sm90 import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
+    PLANTS_BWD_PACKED_DQ_SM90,
+    PLANTS_BWD_PACKED_SM90,
+    PLANTS_BWD_PADDED_SM90,
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
@@ -26,6 +29,7 @@ from flashcore.sim.plants.numerics import (
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
+from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -39,6 +43,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_LARGE_SCORES,
         **PLANTS_TOTALS,
         **PLANTS_MAX_SCORE,
+        **PLANTS_SINKS,
         **PLANTS_PAGES,
         **PLANTS_PAGES_WMMA,
     },
@@ -54,11 +59,19 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_VARLEN_SM90,
         **PLANTS_MAX_SCORE,
         **PLANTS_MAX_SCORE_SM90,
+        **PLANTS_SINKS,
+        **PLANTS_SINKS_SPLIT,
         **PLANTS_PAGES,
         **PLANTS_PAGES_SM90,
     },
-    DQ_KERNEL: PLANTS_BWD_DQ_SM90,
-    DKDV_KERNEL: {**PLANTS_BWD_DKDV_SM90, **PLANTS_BWD_ROLES_SM90, **PLANTS_BWD_ONE_SM90},
+    DQ_KERNEL: {**PLANTS_BWD_DQ_SM90, **PLANTS_BWD_PACKED_DQ_SM90},
+    DKDV_KERNEL: {
+        **PLANTS_BWD_DKDV_SM90,
+        **PLANTS_BWD_ROLES_SM90,
+        **PLANTS_BWD_ONE_SM90,
+        **PLANTS_BWD_PACKED_SM90,
+        **PLANTS_BWD_PADDED_SM90,
+    },
 }
 
 
