@@ -17,7 +17,7 @@ from typing import Any
 from flashcore.backends.obstacles import SM90_ARCH
 from flashcore.checks.drawing import draw
 from flashcore.checks.varlen_cases import VarlenCase, draw_varlen_case
-from flashcore.kernels.bwd_sm90.plan import BwdTile
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.problem.case import Case
 
 ARRIVALS = ("out", "both", "lse")
