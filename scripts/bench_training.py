@@ -145,7 +145,7 @@ def adam_w(model: torch.nn.Module, device: str) -> torch.optim.Optimizer:
 
 def finish(optimizer: torch.optim.Optimizer, loss: Tensor) -> Tensor:
     """Do the backward pass and the update; return the loss."""
-    loss.backward()
+    torch.autograd.backward(loss)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.detach()

@@ -12,7 +12,7 @@ from flashcore.explanation import Explanation, explain
 from flashcore.launch import launcher
 from flashcore.ops.calls import attend
 from flashcore.ops.dense import attention_dense, autocast
-from flashcore.ops.eager import needs_dispatcher, record
+from flashcore.ops.eager import attention_with_sinks, needs_dispatcher, record
 from flashcore.ops.padded import attention_padded
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs
@@ -36,6 +36,7 @@ def attention(
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_max_score: Literal[False] = ...,
     backend: str = ...,
@@ -52,6 +53,7 @@ def attention(
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: Literal[True],
     return_max_score: Literal[False] = ...,
     backend: str = ...,
@@ -68,6 +70,7 @@ def attention(
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: bool,
     return_max_score: Literal[False] = ...,
     backend: str = ...,
@@ -84,6 +87,7 @@ def attention(
     softcap: float | None = ...,
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: bool = ...,
     return_max_score: bool = ...,
     backend: str = ...,
@@ -102,6 +106,7 @@ def attention(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
     seqlens_k: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     return_max_score: bool = False,
     backend: str = "auto",
@@ -111,8 +116,8 @@ def attention(
     scores.
 
     Works on float16 and bfloat16 tensors on a GPU by a fused kernel, and on CPU tensors (float32
-    and float64 too) by PyTorch operations with the same meaning. Differentiable in q, k, v and an
-    additive mask, also through lse.
+    and float64 too) by PyTorch operations with the same meaning. Differentiable in q, k, v, sinks
+    and an additive mask, also through lse.
 
     Args:
         q: [batch, num_heads_q, seqlen_q, head_dim]. Any strides, 0 from `expand` too:
@@ -138,6 +143,10 @@ def attention(
             values (clamped to 0 and seqlen_k), the rest is not read, and causal masks and windows
             are aligned as if it were not there. The forward pass never waits for it; the backward
             pass does, and a mask gets no gradient then. See docs/varlen.md.
+        sinks: [num_heads_q], float32 or the dtype of q: a logit of each head that joins the softmax
+            of each of its rows and has no value, lse = log(sum(exp(score)) + exp(sink)). Taken as
+            it is: neither scaled nor soft-capped nor masked. -inf is none. Where sinks need a
+            gradient, the backward pass computes it. See docs/sinks.md.
         return_lse: also return the log-sum-exp of each row of scores.
         return_max_score: also return the largest score of each head, as QK-clip needs it.
         backend: "auto" (by device and dtype), "sm90" (the Hopper kernel), "wmma" (the portable
@@ -147,10 +156,11 @@ def attention(
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. With return_lse, the pair
         (out, lse): lse is natural-log, float32 (float64 for float64 inputs), [batch, num_heads_q,
-        seqlen_q]. A row with nothing to attend to has out 0, lse -inf and zero gradients. With
-        return_max_score, max_score comes last: the largest of what enters the softmax (scaled,
-        soft-capped, with the additive mask; hidden keys do not count), dtype of lse, [batch,
-        num_heads_q], -inf where a head sees no key. It has no gradient.
+        seqlen_q]. A row with nothing to attend to has out 0 and lse -inf, or with sinks the sink,
+        and gives q, k, v and the mask zero gradients. With return_max_score, max_score comes last:
+        the largest of what enters the softmax (scaled, soft-capped, with the additive mask; hidden
+        keys and sinks do not count), dtype of lse, [batch, num_heads_q], -inf where a head sees no
+        key. It has no gradient.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -169,30 +179,30 @@ def attention(
     if _unknown:
         refuse(attention, _unknown)
     if is_dynamo_compiling():
-        q, k, v, mask = autocast(q, k, v, mask)
+        q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
     else:
-        if launcher.attend is not None and return_max_score is False:
+        if launcher.attend is not None and return_max_score is False and sinks is None:
             result: torch.Tensor | tuple[torch.Tensor, ...] | None = launcher.attend(
                 q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
             )
             if result is not None:
                 return result
         if _is_any_autocast_enabled():
-            q, k, v, mask = autocast(q, k, v, mask)
-        if seqlens_k is None and not needs_dispatcher(q, k, v, mask):
+            q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
+        if seqlens_k is None and sinks is None and not needs_dispatcher(q, k, v, mask):
             return attend(
                 q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
                 None, return_max_score,
             )  # fmt: skip
     if has_other_rank(q, k, v):
         given = as_rank_4(q, k, v, mask, seqlens_k)
-        inputs = Inputs(*given[:5])
+        inputs = Inputs(*given[:5], sinks=sinks)
         return given.restored(
             _by_operator(
                 inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
             )
         )
-    inputs = Inputs(q, k, v, mask, seqlens_k)
+    inputs = Inputs(q, k, v, mask, seqlens_k, sinks=sinks)
     return _by_operator(
         inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
     )
@@ -208,5 +218,7 @@ def _by_operator(
     return_max_score: bool,
     backend: str,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-    compute = attention_dense if inputs.seqlens_k is None else attention_padded
+    compute = attention_dense if inputs.sinks is None else attention_with_sinks
+    if inputs.seqlens_k is not None:
+        compute = attention_padded
     return compute(inputs, causal, window, softcap, scale, return_lse, return_max_score, backend)

@@ -76,6 +76,7 @@ def explain(
     window: Window = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     return_max_score: bool = False,
     backend: str = "auto",
@@ -96,6 +97,7 @@ def explain(
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
         return_lse: whether the log-sum-exp of each row of scores is returned too.
         return_max_score: whether the largest score of each head is returned too.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
@@ -123,6 +125,7 @@ def explain(
         window=window,
         softcap=softcap,
         mask=mask,
+        sinks=sinks,
         return_lse=return_lse,
         return_max_score=return_max_score,
     )
@@ -194,7 +197,8 @@ def _notes_choice(problem: Problem, backend: str, kernel: str, arch: int) -> lis
 def _notes_torch(problem: Problem, backend: str) -> list[str]:
     notes = []
     if problem.is_empty:
-        notes.append("there is nothing to compute: the result is 0, lse -inf, without a kernel")
+        lse = "the sink" if problem.has_sinks else "-inf"
+        notes.append(f"there is nothing to compute: the result is 0, lse {lse}, without a kernel")
     if backend == "torch":
         how = "tile by tile"
         if sdpa_cpu.means_the_same(problem):

@@ -40,6 +40,7 @@ def prepare(
     cu_seqlens_k: Tensor | Shape | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
+    sinks: Tensor | Shape | None = None,
     return_lse: bool = False,
     return_max_score: bool = False,
     backend: str = "auto",
@@ -68,6 +69,7 @@ def prepare(
         cu_seqlens_k: int32, [batch + 1], or its shape.
         max_seqlen_q: the longest sequence of queries, in tokens.
         max_seqlen_k: the longest sequence of keys, in tokens.
+        sinks: [num_heads_q], a tensor, or the shape of a float32 one.
         return_lse: whether the log-sum-exp of each row of scores is returned too.
         return_max_score: whether the largest score of each head is returned too.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
@@ -111,6 +113,7 @@ def prepare(
         raise ValueError("attention_varlen takes neither mask nor seqlens_k")
     q, k, v = (tensor(n, x, dtype) for n, x in (("q", q), ("k", k), ("v", v)))
     mask = None if mask is None else tensor("mask", mask, torch.bool)
+    sinks = None if sinks is None else tensor("sinks", sinks, torch.float32)
     options: dict[str, Any] = {
         "causal": causal,
         "window": window,
@@ -122,13 +125,17 @@ def prepare(
         assert max_seqlen_k is not None
         cu_q = tensor("cu_seqlens_q", cu_seqlens_q, torch.int32)
         cu_k = tensor("cu_seqlens_k", cu_seqlens_k, torch.int32)
-        problem = packed_problem(q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, **options)
+        problem = packed_problem(
+            q, k, v, cu_q, cu_k, max_seqlen_q, max_seqlen_k, sinks=sinks, **options
+        )
     elif seqlens_k is not None:
         seqlens_k = tensor("seqlens_k", seqlens_k, torch.int32)
         checked = Options.checked(causal, window, softcap, scale)
-        problem = padded_problem(Inputs(q, k, v, mask, seqlens_k), checked)
+        problem = padded_problem(Inputs(q, k, v, mask, seqlens_k, sinks=sinks), checked)
     else:
-        problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=return_lse, **options)
+        problem = Problem.from_tensors(
+            q, k, v, mask=mask, sinks=sinks, return_lse=return_lse, **options
+        )
     problem = dataclasses.replace(problem, return_max_score=return_max_score)
     if device.type == "cuda" and problem.device != "cuda":
         problem = dataclasses.replace(problem, device="cuda", arch=arch_of_device(device.index))

@@ -16,7 +16,9 @@ import flashcore
 from flashcore.backends import gradients, packed
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.backends.gradients import choose_backward
+from flashcore.compile.jit import resources
 from flashcore.errors import BackendUnavailableError, FallbackWarning
+from flashcore.kernels.bwd_sm90.plan import select_plans
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.problem.memory_layout import as_batch, as_rows
 from flashcore.problem.options import Inputs, Results
@@ -82,7 +84,7 @@ def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
 
 
 def test_more_sequences_than_a_warp_looks_at_once() -> None:
-    """Of 40 sequences most are empty; their tiles are found all the same."""
+    """Most of 40 sequences are empty, and the tiles of the others are found."""
     lengths = tuple(19 if i in (0, 31, 32, 39) else 0 for i in range(40))
     check(PackedCase(lengths_q=lengths, lengths_k=lengths, causal=True), SMALL)
 
@@ -163,3 +165,25 @@ def test_without_a_compiler_torch_computes_all_sequences_at_once(
     with pytest.warns(FallbackWarning, match="no NVRTC here"):
         found = packed.packed_backward(hopper, Results(x.dout, None), inputs, Results(x.out, x.lse))
     assert found[0] is x.q
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options"),
+    [
+        (64, {}),
+        (64, {"causal": True}),
+        (64, {"window": (40, 20), "softcap": 5.0}),
+        (128, {"causal": True}),
+        (128, {"window": (40, 20), "softcap": 5.0}),
+        (192, {"causal": True}),
+        (256, {"window": (40, 20)}),
+    ],
+)
+def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
+    """A warp that deals out tiles takes registers from the others. ptxas serialises no product."""
+    pytest.importorskip("cuda.core")
+    case = PackedCase(lengths_q=(200,), lengths_k=(200,), head_dim=head_dim, **options)
+    for plan in select_plans(make_packed(case).problem):
+        found = resources(plan)
+        assert found.spill_bytes == 0, plan.describe()
+        assert not any("serialized" in remark for remark in found.remarks), plan.describe()

@@ -39,7 +39,8 @@ def qkv(seqlen=256, heads=4, dim=64, device="cuda", seed=0, dtype=torch.float16)
 
 def through_the_operator(q, k, v, return_lse=False, backend="auto", **options):
     checked = ops.Options.checked(options.get("causal", False), None, None, None)
-    out, lse, _ = ops.forward(q, k, v, options.get("mask"), *checked, *ops.Wanted(True), backend)
+    wanted = *ops.Wanted(True), backend
+    out, lse, _ = ops.forward(q, k, v, options.get("mask"), None, *checked, *wanted)
     return (out, lse) if return_lse else out
 
 

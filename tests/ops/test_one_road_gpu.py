@@ -48,8 +48,10 @@ def gradients_by_operator(
 ) -> tuple[torch.Tensor, ...]:
     options = Options.checked(causal, None, None, None)
     with torch.no_grad():
-        out, lse, _ = OPERATORS.forward(q, k, v, None, *options, *Wanted(True), "auto")
-        found = OPERATORS.backward(dout, None, q, k, v, None, out, lse, *options, False, "auto")
+        out, lse, _ = OPERATORS.forward(q, k, v, None, None, *options, *Wanted(True), "auto")
+        found = OPERATORS.backward(
+            dout, None, q, k, v, None, None, out, lse, *options, False, False, "auto"
+        )
     return tuple(found[:3])
 
 

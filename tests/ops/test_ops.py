@@ -31,7 +31,7 @@ def test_opcheck_of_the_forward(name, mask):
     }
     for return_lse in (True, False):
         wanted = ops.Wanted(return_lse, return_max_score=not return_lse)
-        arguments = (q, k, v, masks[mask], *as_arguments(OPTIONS[name]), *wanted, "auto")
+        arguments = (q, k, v, masks[mask], None, *as_arguments(OPTIONS[name]), *wanted, "auto")
         torch.library.opcheck(ops.forward, arguments, test_utils=_checks(name == "softcap, scale"))
 
 
@@ -48,12 +48,12 @@ def test_opcheck_of_layouts_and_dtypes(layout):
         q, k, v = (x.detach().to(dtype).requires_grad_() for x in (q, k, v))
     torch.library.opcheck(
         ops.forward,
-        (q, k, v, None, *as_arguments({}), *ops.Wanted(True), "torch"),
+        (q, k, v, None, None, *as_arguments({}), *ops.Wanted(True), "torch"),
         test_utils=_checks(False),
     )
     torch.library.opcheck(
         ops.forward,
-        (q, k, v, None, *as_arguments({}), *ops.Wanted(), "auto"),
+        (q, k, v, None, None, *as_arguments({}), *ops.Wanted(), "auto"),
         test_utils=_checks(False),
     )
 
@@ -64,13 +64,13 @@ def test_opcheck_of_the_backward(name, given):
     q, k, v = qkv(requires_grad=True)
     mask = additive_mask(6, 9, requires_grad=True)
     options = as_arguments(OPTIONS[name])
-    results = ops.forward(q, k, v, mask, *options, *ops.Wanted(True), "auto")
+    results = ops.forward(q, k, v, mask, None, *options, *ops.Wanted(True), "auto")
     out, lse, _ = (x.detach() for x in results)
     dout = None if given == "only dlse" else torch.ones_like(out).requires_grad_()
     dlse = None if given == "only dout" else torch.ones_like(lse).requires_grad_()
     # Empty rows have lse -inf, and opcheck's comparison of -inf with itself is NaN.
     lse = lse.clamp(min=-1e30)
-    arguments = (dout, dlse, q, k, v, mask, out, lse, *options, True, "auto")
+    arguments = (dout, dlse, q, k, v, mask, None, out, lse, *options, True, False, "auto")
     all_of_them = name == "softcap, scale" and given == "both"
     torch.library.opcheck(ops.backward, arguments, test_utils=_checks(all_of_them))
 
@@ -161,11 +161,11 @@ def test_opcheck_of_the_operators_that_take_lengths(operator, mask):
     if operator == "varlen":
         if mask is not None:
             pytest.skip("packed sequences have no mask")
-        tensors = (*packed_inputs(torch.float32, requires_grad=True), *lengths("cpu"), 3, 4)
+        tensors = (*packed_inputs(torch.float32, requires_grad=True), *lengths("cpu"), 3, 4, None)
     else:
         q, k, v = dense_inputs(torch.float32, requires_grad=True)
         masks = {None: None, "bool": torch.ones(5, 7) > 0, "additive": additive_mask(5, 1)}
-        tensors = (q, k, v, masks[mask], torch.tensor([5, 2], dtype=torch.int32))
+        tensors = (q, k, v, masks[mask], torch.tensor([5, 2], dtype=torch.int32), None)
     forward = getattr(torch.ops.flashcore, f"attention_{operator}_forward").default
     backward = getattr(torch.ops.flashcore, f"attention_{operator}_backward").default
     traced = mask != "bool"
@@ -175,7 +175,7 @@ def test_opcheck_of_the_operators_that_take_lengths(operator, mask):
     # Empty rows have lse -inf, and opcheck's comparison of -inf with itself is NaN.
     out, lse = out.detach(), lse.detach().clamp(min=-1e30)
     for dout, dlse in ((torch.ones_like(out), None), (None, torch.ones_like(lse))):
-        gradients_of = (dout, dlse, *tensors, out, lse, *options, "torch")
+        gradients_of = (dout, dlse, *tensors, out, lse, *options, False, "torch")
         traced = mask is None and dlse is None
         torch.library.opcheck(backward, gradients_of, test_utils=_checks(traced))
 

@@ -213,7 +213,7 @@ def test_the_operators_are_well_made(name: str) -> None:
         tensor.requires_grad_()
     options = case.options()
     left, right = options["window"] or (-1, -1)
-    arguments = (*x.arguments(), case.causal, left, right, options["softcap"] or 0.0, None)
+    arguments = (*x.arguments(), None, case.causal, left, right, options["softcap"] or 0.0, None)
     forward = torch.ops.flashcore.attention_varlen_forward.default
     torch.library.opcheck(forward, (*arguments, *Wanted(True), "torch"))
     out, lse, _ = forward(*arguments, *Wanted(True), "torch")
@@ -223,10 +223,11 @@ def test_the_operators_are_well_made(name: str) -> None:
         (
             torch.ones_like(out),
             None,
-            *detached[:7],
+            *detached[:8],
             out.detach(),
             lse.detach(),
-            *detached[7:],
+            *detached[8:],
+            False,
             "torch",
         ),
     )

@@ -273,6 +273,8 @@ def rather_portable(problem: Problem, preferred: ForwardKernel[Any]) -> str | No
         return reason
     needed = {copy.name for copy in portable.copies}
     extra = [copy for copy in hopper.copies if copy.name not in needed]
+    if problem.varlen == "pages" and any(copy.name in "kv" for copy in extra):
+        return f"{extra[0].reason}; a cache in pages is not copied for it"
     num_bytes = sum(copy.num_bytes for copy in extra)
     if not extra or copies_pay(problem, num_bytes, len(extra)):
         return None

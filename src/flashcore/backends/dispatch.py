@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 import warnings
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from flashcore.backends.obstacles import (
     obstacle_to_kernels,
     too_wide,
 )
+from flashcore.backends.sinks import joined_by_sinks, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
@@ -177,7 +177,7 @@ def prepare(backend: str, problem: Problem, device: torch.device) -> Call:
         num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q, seqlen_q], or
         None unless problem.return_lse; with problem.return_max_score also max_score, [batch,
         num_heads_q]. It may be called again with other tensors of the same description, by several
-        threads.
+        threads. Where there are sinks, see launch/types.py.
     """
     if problem.is_empty or backend == "meta":
         return functools.partial(_run_empty, problem)
@@ -229,11 +229,19 @@ def _run_max_score(
     return *call(q, k, v, mask, (*addresses, max_score.data_ptr())), max_score
 
 
-def _run_empty(problem: Problem, q: torch.Tensor, *others: object) -> Computed:
+def _run_empty(
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    addresses: Addresses,
+    sinks: torch.Tensor | None = None,
+) -> Computed:
     rows_shape = (problem.batch, problem.num_heads_q, problem.seqlen_q)
     out, lse = q.new_zeros((*rows_shape, problem.head_dim_v)), None
     if problem.return_lse:
-        lse = q.new_full(rows_shape, -math.inf, dtype=problem.lse_dtype)
+        lse = lse_of_no_keys(q.new_empty(rows_shape, dtype=problem.lse_dtype), sinks)
     return (out, lse, unseen_scores(problem, q)) if problem.return_max_score else (out, lse)
 
 
@@ -245,13 +253,14 @@ def _run_adapted(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     addresses: Addresses,
+    *sinks: torch.Tensor,
 ) -> Computed:
     if adapted.problem.varlen == "packed":
         q, k, v = as_batch(q), as_batch(k), as_batch(v)
     q, k, v = adapted.tensors(q, k, v)
-    # What follows the three are addresses of lengths.
+    # What follows the three are addresses of lengths and sinks.
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]
-    out, *others = call(q, k, v, mask, addresses)
+    out, *others = call(q, k, v, mask, addresses, *sinks)
     return adapted.result(out), *others
 
 
@@ -263,6 +272,7 @@ def _run_sim(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     addresses: Addresses,
+    sinks: torch.Tensor | None = None,
 ) -> Computed:
     from flashcore.sim import simulate
 
@@ -270,8 +280,9 @@ def _run_sim(
     out = q.new_empty((*rows_shape, problem.head_dim_v))
     lse = q.new_empty(rows_shape, dtype=problem.lse_dtype) if problem.return_lse else None
     max_score = unseen_scores(problem, q) if problem.return_max_score else None
+    others = None if sinks is None else {"sinks": sinks}
     seed = env.sim_seed()
-    simulate(problem, plan, q, k, v, mask, out, lse, max_score=max_score, seed=seed)
+    simulate(problem, plan, q, k, v, mask, out, lse, None, others, max_score=max_score, seed=seed)
     return (out, lse) if max_score is None else (out, lse, max_score)
 
 
@@ -299,6 +310,7 @@ def _run_torch(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     addresses: Addresses,
+    sinks: torch.Tensor | None = None,
 ) -> Computed:
     row_maxima = None
     if problem.return_max_score:
@@ -310,6 +322,8 @@ def _run_torch(
         elif sdpa_gpu.means_the_same(problem):
             result = sdpa_gpu.attention_by_sdpa(problem, q, k, v, mask)
         if result is None:
-            result = attention_tiled(problem, q, k, v, mask, row_maxima)
+            result = attention_tiled(problem, q, k, v, mask, row_maxima, sinks)
+        elif sinks is not None:
+            result = joined_by_sinks(*result, sinks)
     out, lse = result[0], result[1] if problem.return_lse else None
     return (out, lse) if row_maxima is None else (out, lse, row_maxima.amax(2))

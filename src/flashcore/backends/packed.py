@@ -14,11 +14,9 @@ from typing import Any
 import torch
 
 from flashcore.backends.dispatch import KERNELS, adapt_for, plan_of, prepare, without_autocast
-from flashcore.backends.gradients import (
-    attention_gradients,
-    choose_backward,
-    gradients_with_lengths,
-)
+from flashcore.backends.gradients import attention_gradients, choose_backward
+from flashcore.backends.gradients import gradients_with_lengths as fused_gradients
+from flashcore.backends.sinks import as_logits, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.backends.torch_backward import packed_flash_gradients
 from flashcore.base import env
@@ -132,6 +130,7 @@ def packed_problem(
     scale: float | None = None,
     window: Window = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Problem:
     """Validate the arguments of `attention_varlen` and describe them.
 
@@ -147,6 +146,7 @@ def packed_problem(
         scale: the factor of q.k; None is 1 / sqrt(head_dim).
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
     Returns:
         The problem, with return_lse.
@@ -156,8 +156,9 @@ def packed_problem(
     """
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     problem = Problem.from_tensors(
-        as_batch(q), as_batch(k), as_batch(v), causal=causal, scale=scale, softcap=softcap
-    )
+        as_batch(q), as_batch(k), as_batch(v), causal=causal, scale=scale, softcap=softcap,
+        sinks=sinks,
+    )  # fmt: skip
     left, right = widest_band(
         checked_causal(causal), checked_window(window), q.shape[0], k.shape[0]
     )
@@ -197,14 +198,17 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
         max_score: [num_sequences, num_heads_q], or None unless problem.return_max_score.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
+    others, sinks = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}, inputs.sinks
+    if sinks is not None:
+        others["sinks"] = sinks = as_logits(sinks, problem.lse_dtype)
     if backend in KERNELS and not problem.is_empty:
-        addresses = tuple(x.data_ptr() for x in (q, k, v, cu_seqlens_q, cu_seqlens_k))
+        addresses = tuple(x.data_ptr() for x in (q, k, v, *others.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, None, addresses))
     out = q.new_empty((problem.total_q, problem.num_heads_q, problem.head_dim_v))
     lse = q.new_empty((problem.num_heads_q, problem.total_q), dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":
         out.zero_()
-        lse.fill_(-math.inf)
+        lse_of_no_keys(lse, sinks)
     max_score = unseen_scores(problem, q) if problem.return_max_score else None
     if problem.is_empty:
         return Results(out, lse, max_score)
@@ -215,6 +219,7 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
                 own_out, own_lse = attention_tiled(
                     own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None,
                     None if row_maxima is None else row_maxima[None, :, queries],
+                    sinks,
                 )  # fmt: skip
                 as_batch(out[queries]).copy_(own_out)
                 lse[:, queries] = own_lse[0]
@@ -229,10 +234,9 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     if problem.head_dim_v != out.shape[2]:
         out = q.new_empty((*out.shape[:2], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
-    lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
     tensors = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
     seed = env.sim_seed()
-    simulate(problem, plan, *tensors, out, lse, None, lengths, max_score=max_score, seed=seed)
+    simulate(problem, plan, *tensors, out, lse, None, others, max_score=max_score, seed=seed)
     return Results(adapted.result(out), lse, max_score)
 
 
@@ -269,7 +273,7 @@ def packed_backward(
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
     (out, lse), (dout, dlse) = results[:2], arriving[:2]
     lengths = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
-    fused = gradients_with_lengths(
+    fused = fused_gradients(
         problem, as_batch(q), as_batch(k), as_batch(v), None, lengths, as_batch(out), lse,
         None if dout is None else as_batch(dout), dlse, backend,
     )  # fmt: skip
@@ -279,7 +283,7 @@ def packed_backward(
         return like(q, dq), like(k, dk), like(v, dv)
     if dout is not None and not problem.is_empty:
         choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
-        if choice.code == "sm90":  # which could not be compiled
+        if choice.is_on_gpu:  # which could not be compiled
             backend = "torch"
             choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
         if choice.code == "flash":

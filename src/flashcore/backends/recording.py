@@ -131,6 +131,7 @@ def _problem_of_case(case: Case) -> Problem:
         empty(case.num_heads_kv, case.seqlen_k, case.head_dim),
         empty(case.num_heads_kv, case.seqlen_k, case.head_dim_v),
         mask=mask,
+        sinks=torch.empty(case.num_heads_q) if case.sinks else None,
         return_max_score=case.return_max_score,
         **case.options(),
     )

@@ -21,18 +21,21 @@ _WIDE_DTYPES = ("float32", "float64")
 def means_the_same(problem: Problem) -> bool:
     """Return whether torch's SDPA can compute a problem on a GPU: no softcap, no window, no
     max_score, and causality at the upper left. A mask and causality exclude each other there, and
-    so do a mask and lse."""
+    so do a mask and lse, which sinks need (backends/sinks.py), besides a result that is not rounded
+    to two bytes."""
     is_causal = problem.window_right == problem.diag_offset == 0
     has_no_kernel = (
         problem.dtype in _WIDE_DTYPES or max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX
     )
+    needs_lse = problem.return_lse or problem.has_sinks
     return (
         problem.device == "cuda"
         and has_no_kernel
+        and (problem.dtype in _WIDE_DTYPES or not problem.has_sinks)
         and not (problem.softcap or problem.return_max_score)
         and problem.window_left == -1
         and (is_causal or problem.window_right == -1)
-        and (problem.mask is None or not (is_causal or problem.return_lse))
+        and (problem.mask is None or not (is_causal or needs_lse))
     )
 
 
@@ -50,14 +53,15 @@ def attention_by_sdpa(
 
     Returns:
         out, [batch, num_heads_q, seqlen_q, head_dim_v], contiguous, and lse, [batch, num_heads_q,
-        seqlen_q], or None unless problem.return_lse. None if it should be computed tile by tile.
+        seqlen_q], or None where neither problem.return_lse nor sinks ask for it. None if it should
+        be computed tile by tile.
     """
     is_causal = problem.window_right == 0
     k, v = _repeated(k, problem.group_size), _repeated(v, problem.group_size)
     bias = None if mask is None else _expanded(mask, problem)
     params = SDPAParams(q, k, v, bias, 0.0, is_causal, False)
     is_efficient = problem.dtype != "float64" and can_use_efficient_attention(params)
-    if problem.return_lse:
+    if problem.return_lse or problem.has_sinks:
         if not is_efficient:
             return None
         out, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(

@@ -31,6 +31,7 @@ def attention_tiled(
     v: torch.Tensor,
     mask: torch.Tensor | None,
     row_maxima: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the forward pass by online softmax.
 
@@ -41,6 +42,7 @@ def attention_tiled(
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         row_maxima: where the largest score of each row is written, dtype and shape of lse; or None.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
     Returns:
         out: dtype of q, [batch, num_heads_q, seqlen_q, head_dim_v].
@@ -65,13 +67,21 @@ def attention_tiled(
             row_sum = row_sum * rescale + weight.sum(dim=-1, keepdim=True)
             accum = accum.mul_(rescale).add_(weight @ tiles.keys(v, n))
             row_max = new_max
+        if row_maxima is not None:
+            row_maxima[:, :, m] = tiles.to_heads(row_max).squeeze(-1)
+        if sinks is not None:  # one more key, whose value is 0
+            sink = tiles.rows(sinks[:, None, None].expand(*rows_shape, 1), m)
+            new_max = torch.maximum(row_max, sink)
+            shift = new_max.masked_fill(new_max == -math.inf, 0.0)
+            rescale = torch.exp(row_max - shift)
+            row_sum = row_sum * rescale + torch.exp(sink - shift)
+            accum.mul_(rescale)
+            row_max = new_max
         # row_sum is 0 exactly in empty rows (elsewhere the maximum contributes 1); NaN stays NaN.
         empty = row_sum == 0.0
         accum = accum.div_(row_sum.masked_fill(empty, 1.0))
         out[:, :, m] = tiles.to_heads(accum)
         lse[:, :, m] = tiles.to_heads(row_max + row_sum.log()).squeeze(-1)
-        if row_maxima is not None:
-            row_maxima[:, :, m] = tiles.to_heads(row_max).squeeze(-1)
     return out, lse
 
 

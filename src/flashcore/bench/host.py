@@ -188,7 +188,7 @@ def _layers(device: str, q: Tensor, k: Tensor, v: Tensor, rounds: int) -> list[d
     call = calls.find(q, k, v, None, False, None, None, None, False, "auto").call
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
     leaf = q.detach().requires_grad_()
-    arguments = (None, *Options.checked(False, None, None, None))
+    arguments = (None, None, *Options.checked(False, None, None, None))
     layers: dict[str, Call] = {
         "does anybody need the dispatcher": lambda: eager.needs_dispatcher(q, k, v, None),
         "allocation of out": allocator(q.device, tuple(q.shape), q.dtype),

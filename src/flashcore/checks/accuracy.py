@@ -98,6 +98,7 @@ def error_report(
     window: Window = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
     max_score: torch.Tensor | None = None,
 ) -> ErrorReport:
     """Judge a result of `attention` by the rule above.
@@ -113,24 +114,26 @@ def error_report(
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
         max_score: [batch, num_heads_q], the result's max_score, or None not to judge it.
 
     Returns:
         The errors and their limits; `report.ok` is the verdict, `str(report)` a line for people.
     """
-    want, want_lse = attention_oracle(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
-    )
+    of_scores: dict[str, Any] = {
+        "causal": causal,
+        "scale": scale,
+        "window": window,
+        "softcap": softcap,
+        "mask": mask,
+    }
+    options = of_scores | {"sinks": sinks}
+    want, want_lse = attention_oracle(q, k, v, **options)
     max_score_error = None
     if max_score is not None:
-        largest = max_score_oracle(
-            q, k, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
-        )
-        max_score_error = lse_error(max_score, largest)
+        max_score_error = lse_error(max_score, max_score_oracle(q, k, **of_scores))
     assert out.shape == want.shape, (out.shape, want.shape)
-    plain = torch_math_attention(
-        q, k, v, causal=causal, scale=scale, window=window, softcap=softcap, mask=mask
-    )
+    plain = torch_math_attention(q, k, v, **options)
     return dataclasses.replace(
         compared(out, want, plain, q.dtype),
         lse_error=None if lse is None else lse_error(lse, want_lse),
@@ -199,6 +202,7 @@ def torch_math_results(
     window: Window = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute unfused attention in the dtype of q: matmul, softmax, matmul, each rounded.
 
@@ -211,6 +215,7 @@ def torch_math_results(
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. Where the scores overflow the
@@ -234,6 +239,9 @@ def torch_math_results(
             score = score.masked_fill(~mask, -math.inf)
         else:
             score = score + mask
+    if sinks is not None:
+        of_rows = sinks.to(score.dtype)[None, :, None, None].expand(*score.shape[:3], 1)
+        score, v = torch.cat([score, of_rows], dim=-1), torch.nn.functional.pad(v, (0, 0, 0, 1))
     empty = torch.all(score == -math.inf, dim=-1, keepdim=True)
     score = score.masked_fill(empty, 0.0)
     weight = torch.softmax(score, dim=-1).masked_fill(empty, 0.0)

@@ -38,13 +38,19 @@ _GROWTH_STEP = 32  # keys, or more, for 16 steps at most
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Inputs are the tensors of a case: q, k, v [batch, num_heads, seqlen, head_dim] and the mask
-    or None."""
+    """Inputs are the tensors of a case: q, k, v [batch, num_heads, seqlen, head_dim], the mask or
+    None, and sinks [num_heads_q] or None."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     mask: Tensor | None
+    sinks: Tensor | None = None
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """Return what a kernel is given besides, by name."""
+        return {} if self.sinks is None else {"sinks": self.sinks}
 
 
 def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
@@ -55,7 +61,7 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
         device: where the tensors go; the values do not depend on it.
 
     Returns:
-        q, k, v with the strides, offset and NaN tail that the case asks for, and the mask.
+        q, k, v with the strides, offset and NaN tail that the case asks for, the mask and sinks.
     """
     generator = torch.Generator().manual_seed(case.seed)
     dtype = case.torch_dtype
@@ -76,7 +82,12 @@ def make_inputs(case: Case, device: str | torch.device = "cpu") -> Inputs:
         elif case.seed % 4:
             mask = _with_rows_apart(mask, case.seqlen_k // 2 * 2 + 3)
         mask = mask.to(device)
-    return Inputs(q, k, v, mask)
+    # Some above and some below what rows of scores add up to, log(seqlen_k) and a little.
+    sinks = None
+    if case.sinks:
+        sinks = torch.randn(case.num_heads_q, generator=generator) * 4.0 + 3.0
+        sinks = sinks.to(torch.float64 if dtype == torch.float64 else torch.float32).to(device)
+    return Inputs(q, k, v, mask, sinks)
 
 
 def _grow(q: Tensor, k: Tensor, case: Case) -> None:

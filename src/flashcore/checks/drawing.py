@@ -41,6 +41,7 @@ _CAUSAL = {"causal": "lower_right"}
 _TOP_LEFT = {"causal": "upper_left"}
 _BFLOAT16 = {"dtype": "bfloat16"}
 _PACKED = {"packed": True}
+_SINKS = {"sinks": True}
 _FEW = {"few_queries": True}  # with several heads a group, as rows of one
 _MAX_SCORE = {"return_max_score": True}
 
@@ -63,16 +64,16 @@ _SIM_SM90: tuple[tuple[Mapping[str, Any], str], ...] = (
     ({"window": (70, 9)}, "192x32"),
     ({}, "64x32,key_slices=3,stages=9"),
     (_PACKED | _CAUSAL, "128x32,ping_pong"),
-    (_dims(96, 80), "192x48,ping_pong,stages=3"),
+    (_dims(96, 80) | _SINKS, "192x48,ping_pong,stages=3"),
     (_dims(40, 72) | _BFLOAT16 | {"mask": "additive"} | _MAX_SCORE, "128x32,ping_pong"),
     (_CAUSAL, "64x64,blocks=3,stages=3,q_buffers=2"),
     ({"window": (100, -1)}, "192x64,ping_pong"),
     (_dims(128) | {"window": (40, 3), "softcap": 20.0}, "128x48,ping_pong"),
-    (_FEW | _MAX_SCORE, "64x32,splits=4"),
+    (_FEW | _MAX_SCORE | _SINKS, "64x32,splits=4"),
     (_TOP_LEFT | {"mask": "padding", "offset": 8}, "128x64"),
     (_dims(128), "128x64,q_buffers=2,ping_pong"),
     (_FEW | _CAUSAL, "64x32,key_slices=2,stages=4"),
-    (_PACKED | _BFLOAT16, "64x64,key_slices=2,stages=4"),
+    (_PACKED | _BFLOAT16 | _SINKS, "64x64,key_slices=2,stages=4"),
     (_CAUSAL | {"softcap": 20.0}, "192x32"),
     (_dims(256), "128x32,ping_pong,o_parts=4"),
     (_CAUSAL | {"mask": "bool"} | _MAX_SCORE, "64x32,key_slices=2,stages=6"),
@@ -95,15 +96,15 @@ _SIM_WMMA: tuple[tuple[Mapping[str, Any], str], ...] = (
     (_dims(32) | {"mask": "bool"}, ""),
     (_dims(40, 72) | _BFLOAT16 | {"mask": "additive"} | _MAX_SCORE, "64x32,stages=2"),
     (_dims(128) | {"window": (40, 3), "softcap": 20.0}, ""),
-    (_TOP_LEFT | {"mask": "padding", "offset": 1}, ""),
+    (_TOP_LEFT | _SINKS | {"mask": "padding", "offset": 1}, ""),
     ({}, "128x64,stages=1"),
     (_PACKED | _CAUSAL, ""),
     (_BFLOAT16, "64x64,stages=3"),
     (_dims(96, 80) | {"window": (70, 9)}, "64x32,stages=2"),
-    (_FEW | _CAUSAL | _MAX_SCORE, "64x32,stages=2"),
+    (_FEW | _CAUSAL | _MAX_SCORE | _SINKS, "64x32,stages=2"),
     (_dims(256), "64x32,stages=2"),
     (_CAUSAL | {"softcap": 20.0}, "128x32,stages=2"),
-    (_PACKED, "128x32,stages=1"),
+    (_PACKED | _SINKS, "128x32,stages=1"),
     ({"window": (100, -1)}, "64x128,stages=2"),
     (_dims(64, 16), "128x16,stages=3"),
 )
@@ -158,6 +159,8 @@ def draw(seed: int, index: int, backend: str, arch: int | None = None) -> Drawn:
         turn = turn * (len(bounded) + 3) + bisect.bisect_left(bounded, own)
         return _draw_for_sim(rng, dict(options), parse_tile(text) if text else {}, turn)
     options = _draw_configuration(rng, backend)
+    # Drawn apart, so that the numbers of all other cases stay what they are.
+    options["sinks"] = random.Random(f"{seed}:{index}:{backend}:sinks").random() < 0.2
     seqlen_q = _draw_length(rng, _LONG, zero=True)
     # Half of the cases are self-attention; the rest has one length independent of the other.
     seqlen_k = seqlen_q if rng.random() < 0.5 else _draw_length(rng, _LONG, zero=True)

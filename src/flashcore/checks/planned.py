@@ -166,7 +166,7 @@ def run_planned(
         out: where the output is written.
         lse: where the log-sum-exp is written, or None.
         gate_buffers: what a debug gate reads and writes, by name.
-        lengths: tensors of the sequences' lengths, if they differ.
+        lengths: tensors of the sequences' lengths, if they differ, and of sinks.
         max_score: where the largest scores are raised, or None.
         seed: of the simulator's scheduler.
         plant: bug to plant, in the simulator.

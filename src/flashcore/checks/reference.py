@@ -60,6 +60,7 @@ def attention_oracle(
     window: Window = None,
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention in float64 with all scores in memory.
 
@@ -72,19 +73,25 @@ def attention_oracle(
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
+        sinks: [num_heads_q], one more score of every row, whose value is 0; or None.
 
     Returns:
         out: float64, [batch, num_heads_q, seqlen_q, head_dim_v]; 0 for a row without a key.
-        lse: float64, [batch, num_heads_q, seqlen_q], natural log; -inf for a row without a key.
+        lse: float64, [batch, num_heads_q, seqlen_q], natural log; -inf, or with sinks the sink, for
+            a row without a key.
     """
     score = _scores(q, k, causal, scale, window, softcap, mask)
+    v64 = v.double().repeat_interleave(_group_size(q, k), dim=1)
+    if sinks is not None:
+        of_rows = sinks.double()[None, :, None, None].expand(*score.shape[:3], 1)
+        score, v64 = torch.cat([score, of_rows], dim=-1), torch.nn.functional.pad(v64, (0, 0, 0, 1))
     empty = torch.all(score == -math.inf, dim=-1)  # also True where there are no keys at all
     # An empty row's scores become 0, for -inf - -inf is NaN, in gradients too.
     score = score.masked_fill(empty[..., None], 0.0)
     lse = torch.logsumexp(score, dim=-1).masked_fill(empty, -math.inf)
     # Not exp(score - lse), whose rounding is an exponent where scores are large.
     weight = torch.softmax(score, dim=-1).masked_fill(empty[..., None], 0.0)
-    return weight @ v.double().repeat_interleave(_group_size(q, k), dim=1), lse
+    return weight @ v64, lse
 
 
 def max_score_oracle(

@@ -30,7 +30,8 @@ class VarlenCase:
     Lengths are in tokens, dims in elements. `layout`: "apart", or "qkv" for slices of one packed
     [total, num_heads_q + 2 * num_heads_kv, head_dim] tensor (then lengths_k is lengths_q, and
     head_dim_v is head_dim). `tail` rows of NaN follow the last sequence, and `overrun` is how far
-    behind the tensors it is said to end.
+    behind the tensors it is said to end. `sinks`: whether a random logit of each head joins the
+    softmax.
     """
 
     lengths_q: tuple[int, ...]
@@ -47,6 +48,7 @@ class VarlenCase:
     layout: str = "apart"
     tail: int = 0
     overrun: int = 0
+    sinks: bool = False
     seed: int = 0
 
     def options(self) -> dict[str, Any]:
@@ -82,9 +84,10 @@ class VarlenInputs:
     cu_seqlens_k: Tensor
     max_seqlen_q: int
     max_seqlen_k: int
+    sinks: Tensor | None = None
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, int, int]:
-        """Return the arguments in the order of attention_varlen."""
+        """Return the arguments in the order of attention_varlen, without the sinks."""
         return (
             self.q,
             self.k,
@@ -94,6 +97,12 @@ class VarlenInputs:
             self.max_seqlen_q,
             self.max_seqlen_k,
         )
+
+    @property
+    def others(self) -> dict[str, Tensor]:
+        """Return what a kernel is given besides q, k and v, by name."""
+        sinks = {} if self.sinks is None else {"sinks": self.sinks}
+        return {"cu_seqlens_q": self.cu_seqlens_q, "cu_seqlens_k": self.cu_seqlens_k} | sinks
 
 
 def draw_varlen_case(seed: int, *, lengths: Sequence[int] = _LENGTHS, **fixed: Any) -> VarlenCase:
@@ -126,7 +135,7 @@ def make_varlen_inputs(case: VarlenCase, device: str | torch.device = "cpu") -> 
         device: where the tensors go; the values do not depend on it.
 
     Returns:
-        q, k, v with the strides and the NaN tail that the case asks for, and the lengths.
+        q, k, v with the strides and the NaN tail that the case asks for, the lengths and the sinks.
     """
     generator = torch.Generator().manual_seed(case.seed)
     dtype = getattr(torch, case.dtype)
@@ -152,8 +161,13 @@ def make_varlen_inputs(case: VarlenCase, device: str | torch.device = "cpu") -> 
     if case.overrun:
         for cu_seqlens in (cu_seqlens_q, cu_seqlens_k):
             cu_seqlens[-1] += case.tail + case.overrun
-    longest = (max(lengths, default=0) for lengths in (case.lengths_q, case.lengths_k))
-    return VarlenInputs(q, k, v, cu_seqlens_q, cu_seqlens_k, *longest)
+    sinks = None
+    if case.sinks:
+        sinks = (torch.randn(heads_q, generator=generator) * 4.0 + 3.0).to(device)
+    return VarlenInputs(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max(case.lengths_q, default=0),
+        max(case.lengths_k, default=0), sinks,
+    )  # fmt: skip
 
 
 def varlen_error_report(
@@ -186,6 +200,7 @@ def varlen_error_report(
                 rows(x.k, begin_k, length_k),
                 rows(x.v, begin_k, length_k),
                 lse=lse[None, :, begin_q : begin_q + length_q],
+                sinks=x.sinks,
                 **case.options(),
             )
             if not report.ok:

@@ -184,41 +184,45 @@ def _judge(drawn: Drawn, backend: str, arch: int, plant: Plant | None) -> ErrorR
     max_score = None
     if is_public:
         out, lse, *others = attention(
-            x.q, x.k, x.v, mask=x.mask, backend=backend, **asked, **case.options()
+            x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, backend=backend, **asked, **case.options()
         )
         max_score = others[0] if others else None
     else:
-        problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **asked, **case.options())
+        problem = Problem.from_tensors(
+            x.q, x.k, x.v, mask=x.mask, sinks=x.sinks, **asked, **case.options()
+        )
         max_score = unseen_scores(problem, x.q) if case.return_max_score else None
         plan = _plan(problem, backend, arch, drawn.tile)
         out = x.q.new_empty((*x.q.shape[:3], case.head_dim_v))
         lse = x.q.new_empty(x.q.shape[:3], dtype=torch.float32)
         run_planned(
-            problem, plan, x.q, x.k, x.v, x.mask, out, lse,
+            problem, plan, x.q, x.k, x.v, x.mask, out, lse, None, x.others,
             max_score=max_score, seed=env.sim_seed(), plant=plant,
         )  # fmt: skip
     return error_report(
-        out, x.q, x.k, x.v, lse=lse, mask=x.mask, max_score=max_score, **case.options()
-    )
+        out, x.q, x.k, x.v, lse=lse, mask=x.mask, sinks=x.sinks, max_score=max_score,
+        **case.options(),
+    )  # fmt: skip
 
 
 def _call_packed(case: VarlenCase, x: VarlenInputs, backend: str) -> tuple[Tensor, Tensor]:
-    return attention_varlen(*x.arguments(), return_lse=True, backend=backend, **case.options())
+    return attention_varlen(
+        *x.arguments(), sinks=x.sinks, return_lse=True, backend=backend, **case.options()
+    )
 
 
 def _plan_packed(
     drawn: Drawn, arch: int, plant: Plant | None, case: VarlenCase, x: VarlenInputs, backend: str
 ) -> tuple[Tensor, Tensor]:
-    problem = packed_problem(*x.arguments(), **case.options())
+    problem = packed_problem(*x.arguments(), sinks=x.sinks, **case.options())
     if problem.is_empty:
         return _call_packed(case, x, backend)
     plan = _plan(problem, backend, arch, drawn.tile)
     out = x.q.new_empty((*x.q.shape[:2], case.head_dim_v))
     lse = x.q.new_empty((case.num_heads_q, x.q.shape[0]), dtype=torch.float32)
-    lengths = {"cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k}
     q, k, v = (as_batch(tensor) for tensor in (x.q, x.k, x.v))
     run_planned(
-        problem, plan, q, k, v, None, out, lse, None, lengths, seed=env.sim_seed(), plant=plant
+        problem, plan, q, k, v, None, out, lse, None, x.others, seed=env.sim_seed(), plant=plant
     )
     return out, lse
 

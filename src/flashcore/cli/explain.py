@@ -26,6 +26,7 @@ def explain(
     softcap: o.Softcap = None,
     scale: o.Scale = None,
     mask: o.Mask = "none",
+    sinks: o.Sinks = False,
     layout: Annotated[
         str, typer.Option("--layout", help="Order in memory: bhsd or bshd (passed transposed).")
     ] = "bhsd",
@@ -65,10 +66,11 @@ def explain(
             softcap=softcap,
             scale=scale,
             mask=mask,
+            sinks=sinks,
             layout=layout,
         )
         with usage_errors():
-            q, k, v, mask_tensor = _empty_inputs(case, backend)
+            q, k, v, mask_tensor, sinks_tensor = _empty_inputs(case, backend)
             number = None if arch is None else o.parse_archs(arch)[0]
             text = io.StringIO()
             explanation = explain_call(
@@ -76,6 +78,7 @@ def explain(
                 k,
                 v,
                 mask=mask_tensor,
+                sinks=sinks_tensor,
                 backend=backend,
                 arch=number,
                 file=text,
@@ -110,4 +113,5 @@ def _empty_inputs(case: Any, backend: str) -> tuple[Any, ...]:
         empty(case.num_heads_kv, case.seqlen_k, case.head_dim),
         empty(case.num_heads_kv, case.seqlen_k, case.head_dim_v),
         mask,
+        torch.empty(case.num_heads_q, device=device) if case.sinks else None,
     )

@@ -58,6 +58,7 @@ def isolate(
     softcap: o.Softcap = None,
     scale: o.Scale = None,
     mask: o.Mask = "none",
+    sinks: o.Sinks = False,
     arch: Annotated[
         str | None, typer.Option("--arch", help="Simulate the kernel of this GPU, such as sm_90.")
     ] = None,
@@ -102,8 +103,6 @@ def isolate(
 
         flashcore isolate --plant scale-forgotten
 
-        flashcore isolate --backend wmma --seqlen 1000 --head-dim 128 --causal
-
         flashcore isolate --backend sim --arch sm_90 --causal --tile 192x64,ping_pong
 
         flashcore isolate --backend sim --arch sm_90 --seed 0 --case 7
@@ -144,6 +143,7 @@ def isolate(
                 softcap=softcap,
                 scale=scale,
                 mask=mask,
+                sinks=sinks,
                 seed=seed,
             )
             if planted is not None:
@@ -227,6 +227,7 @@ _FIELDS = {
     "softcap": ("softcap",),
     "scale": ("scale", "growth"),
     "mask": ("mask",),
+    "sinks": ("sinks",),
     "seed": ("seed",),
 }
 

@@ -39,6 +39,9 @@ Scale = Annotated[
     float | None, typer.Option("--scale", help="Factor of q.k; default 1/sqrt(head_dim).")
 ]
 Mask = Annotated[str, typer.Option("--mask", help="Random mask: none, bool, padding or additive.")]
+Sinks = Annotated[
+    bool, typer.Option("--sinks", help="A random logit of each head joins the softmax.")
+]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of the random numbers.")]
 Arch = Annotated[
     str | None, typer.Option("--arch", help="GPU architecture, such as sm_90; default: all.")

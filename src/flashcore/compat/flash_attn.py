@@ -11,6 +11,8 @@ and windows are aligned at the lower right. Besides:
 - `deterministic` is accepted: the forward gives the same bits on every run, whatever it says;
 - with return_attn_probs, the log-sum-exp of a row with nothing to attend to is -inf, where
   flash-attn has +inf, and the third value is None, where flash-attn has debugging output;
+- `flash_attn_func` and `flash_attn_varlen_func` take `learnable_sink` as flash-attn 4 does, and
+  `s_aux`, as builds of flash-attn 3 call it: the sinks of `flashcore.attention`;
 - CPU tensors, float32 and float64 work as in `flashcore.attention`.
 """
 
@@ -21,7 +23,7 @@ import torch
 from flashcore.api import attention
 from flashcore.backends.packed import check_lengths
 from flashcore.dropins.alibi import alibi_mask, check_slopes, packed_with_alibi
-from flashcore.dropins.flash_arguments import refuse_dropout, window_of
+from flashcore.dropins.flash_arguments import refuse_dropout, sinks_of, unpacked, window_of
 from flashcore.dropins.flash_kvcache import attend_over_pages, flash_attn_with_kvcache
 from flashcore.dropins.rows_first import rows_first
 from flashcore.ops.varlen import attention_varlen
@@ -54,6 +56,9 @@ def flash_attn_func(
     alibi_slopes: torch.Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **_unknown: object,
 ) -> Result:
     """Compute what flash_attn.flash_attn_func does.
@@ -71,6 +76,8 @@ def flash_attn_func(
             gets -slope * abs(i + seqlen_k - seqlen_q - j).
         deterministic: accepted, without effect.
         return_attn_probs: also return the log-sum-exp of the scores, and None.
+        learnable_sink: [num_heads_q], the sinks of `attention`.
+        s_aux: the same by another name.
 
     Returns:
         out: [batch, seqlen_q, num_heads_q, head_dim_v], contiguous. With return_attn_probs the
@@ -78,7 +85,7 @@ def flash_attn_func(
 
     Raises:
         NotImplementedError: dropout_p is not 0; an unsupported head_dim.
-        TypeError: as in `attention`.
+        TypeError: as in `attention`; learnable_sink and s_aux together.
         ValueError: as in `attention`; alibi_slopes of another shape.
 
     Source:
@@ -87,7 +94,8 @@ def flash_attn_func(
     if _unknown:
         refuse(flash_attn_func, _unknown)
     refuse_dropout(dropout_p)
-    if alibi_slopes is None:
+    sinks = sinks_of(learnable_sink, s_aux)
+    if alibi_slopes is None and sinks is None:
         known = rows_first(q, k, v, causal, window_size, softcap, softmax_scale, return_attn_probs)
         if known is not None:
             return (*known, None) if isinstance(known, tuple) else known
@@ -104,6 +112,7 @@ def flash_attn_func(
         window=window_of(window_size),
         softcap=None if certainly(softcap == 0.0) else softcap,
         mask=mask,
+        sinks=sinks,
         return_lse=return_attn_probs,
     )
     if isinstance(result, tuple):
@@ -132,7 +141,7 @@ def flash_attn_qkvpacked_func(
     """
     if _unknown:
         refuse(flash_attn_qkvpacked_func, _unknown)
-    q, k, v = _unpacked("qkv", qkv, 3, "[batch, seqlen, 3, num_heads, head_dim]")
+    q, k, v = unpacked("qkv", qkv, 3, "[batch, seqlen, 3, num_heads, head_dim]")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
@@ -161,7 +170,7 @@ def flash_attn_kvpacked_func(
     """
     if _unknown:
         refuse(flash_attn_kvpacked_func, _unknown)
-    k, v = _unpacked("kv", kv, 2, "[batch, seqlen, 2, num_heads_kv, head_dim]")
+    k, v = unpacked("kv", kv, 2, "[batch, seqlen, 2, num_heads_kv, head_dim]")
     return flash_attn_func(
         q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
         deterministic, return_attn_probs,
@@ -186,6 +195,9 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: torch.Tensor | None = None,
+    *,
+    learnable_sink: torch.Tensor | None = None,
+    s_aux: torch.Tensor | None = None,
     **_unknown: object,
 ) -> Result:
     """Compute what flash_attn.flash_attn_varlen_func does: attention of sequences packed one after
@@ -211,6 +223,8 @@ def flash_attn_varlen_func(
         return_attn_probs: also return lse, and None in place of the probabilities.
         block_table: int32, [batch, pages]: k and v are [num_pages, page_size, num_heads_kv,
             head_dim], as in `flash_attn_with_kvcache`, and have no gradients.
+        learnable_sink: [num_heads_q], the sinks of `attention_varlen`; not with block_table.
+        s_aux: the same by another name.
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v]. With return_attn_probs the triple (out, lse, None),
@@ -223,7 +237,12 @@ def flash_attn_varlen_func(
     if _unknown:
         refuse(flash_attn_varlen_func, _unknown)
     refuse_dropout(dropout_p)
+    sinks = sinks_of(learnable_sink, s_aux)
     if block_table is not None:
+        if sinks is not None:
+            raise NotImplementedError(
+                "sinks with block_table: caches in pages have none; gather k and v before"
+            )
         check_lengths("cu_seqlens_k", cu_seqlens_k, q)
         lengths = cu_seqlens_k.diff()
         found = attend_over_pages(
@@ -243,22 +262,14 @@ def flash_attn_varlen_func(
             scale=softmax_scale,
             window=window_of(window_size),
             softcap=softcap or None,
+            sinks=sinks,
         )
         return (out, lse, None) if return_attn_probs else out
     result = attention_varlen(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        causal=causal,
-        scale=softmax_scale,
-        window=window_of(window_size),
-        softcap=None if certainly(softcap == 0.0) else softcap,
-        return_lse=return_attn_probs,
-    )
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
+        scale=softmax_scale, window=window_of(window_size), sinks=sinks,
+        softcap=None if certainly(softcap == 0.0) else softcap, return_lse=return_attn_probs,
+    )  # fmt: skip
     return (*result, None) if isinstance(result, tuple) else result
 
 
@@ -285,7 +296,7 @@ def flash_attn_varlen_qkvpacked_func(
     """
     if _unknown:
         refuse(flash_attn_varlen_qkvpacked_func, _unknown)
-    q, k, v = _unpacked("qkv", qkv, 3, "[total, 3, num_heads, head_dim]")
+    q, k, v = unpacked("qkv", qkv, 3, "[total, 3, num_heads, head_dim]")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p, softmax_scale, causal,
         window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
@@ -318,15 +329,8 @@ def flash_attn_varlen_kvpacked_func(
     """
     if _unknown:
         refuse(flash_attn_varlen_kvpacked_func, _unknown)
-    k, v = _unpacked("kv", kv, 2, "[total, 2, num_heads_kv, head_dim]")
+    k, v = unpacked("kv", kv, 2, "[total, 2, num_heads_kv, head_dim]")
     return flash_attn_varlen_func(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p, softmax_scale,
         causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
     )  # fmt: skip
-
-
-def _unpacked(name: str, x: torch.Tensor, parts: int, shape: str) -> tuple[torch.Tensor, ...]:
-    packed_dim = shape.count(",") - 2
-    if x.dim() != packed_dim + 3 or x.shape[packed_dim] != parts:
-        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {shape}")
-    return x.unbind(packed_dim)

@@ -11,6 +11,7 @@ import torch
 
 from flashcore.api import attention
 from flashcore.backends.packed import check_packed
+from flashcore.backends.sinks import lse_of_no_keys
 from flashcore.errors import FallbackWarning, stacklevel_of_caller
 from flashcore.ops.dense import autocast
 from flashcore.problem.memory_layout import as_batch
@@ -53,6 +54,8 @@ def packed_with_alibi(
     cu_seqlens_q: Tensor,
     cu_seqlens_k: Tensor,
     slopes: Tensor,
+    *,
+    sinks: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Compute `attention_varlen` with a bias by a call of `attention` for each sequence. The host
@@ -65,23 +68,24 @@ def packed_with_alibi(
         cu_seqlens_q: int32, [batch + 1].
         cu_seqlens_k: int32, [batch + 1].
         slopes: [num_heads_q] or [batch, num_heads_q].
+        sinks: of `attention`, or None.
         options: of `attention`: causal, scale, window, softcap.
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q; 0 in rows of no sequence.
-        lse: [num_heads_q, total_q]; -inf there.
+        lse: [num_heads_q, total_q]; -inf there, or the sink.
 
     Raises:
         Exception: what `attention_varlen` and `attention` raise; see `check_slopes` too.
     """
-    q, k, v, _ = autocast(q, k, v, None)
+    q, k, v, _, sinks = autocast(q, k, v, None, sinks)
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     total_q, num_heads, _ = q.shape
     check_slopes(slopes, cu_seqlens_q.shape[0] - 1, num_heads)
     _warn_once()
     out = q.new_zeros((total_q, num_heads, v.shape[2]))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_full((num_heads, total_q), -torch.inf, dtype=lse_dtype)
+    lse = lse_of_no_keys(q.new_empty((num_heads, total_q), dtype=lse_dtype), sinks)
     pairs = zip(_rows(cu_seqlens_q, total_q), _rows(cu_seqlens_k, k.shape[0]), strict=True)
     for b, (queries, keys) in enumerate(pairs):
         if queries.start >= queries.stop or keys.start >= keys.stop:
@@ -95,6 +99,7 @@ def packed_with_alibi(
                 queries.stop - queries.start,
                 keys.stop - keys.start,
             ),
+            sinks=sinks,
             return_lse=True,
             **options,
         )

@@ -54,3 +54,22 @@ def renamed(error: Exception, names: dict[str, str]) -> Exception:
     """
     words = re.compile(r"\b(" + "|".join(names) + r")\b")
     return type(error)(words.sub(lambda found: names[found[1]], str(error)))
+
+
+def unpacked(name: str, x: Tensor, parts: int, shape: str) -> tuple[Tensor, ...]:
+    """Return the parts of a tensor whose shape is written out, with their number in it."""
+    packed_dim = shape.count(",") - 2
+    if x.dim() != packed_dim + 3 or x.shape[packed_dim] != parts:
+        raise ValueError(f"{name} has shape {list(x.shape)}; it must be {shape}")
+    return x.unbind(packed_dim)
+
+
+def sinks_of(learnable_sink: Tensor | None, s_aux: Tensor | None) -> Tensor | None:
+    """Return the sinks, which flash-attn 4 calls learnable_sink, and builds of flash-attn 3 s_aux.
+
+    Raises:
+        TypeError: both are given.
+    """
+    if learnable_sink is not None and s_aux is not None:
+        raise TypeError("learnable_sink and s_aux are two names of one argument; pass one of them")
+    return s_aux if learnable_sink is None else learnable_sink

@@ -97,8 +97,8 @@ def attention_forward(
         sliding_window: a query sees itself and at most sliding_window - 1 keys before it.
         softcap: scores become softcap * tanh(score / softcap).
         s_aux: [num_heads_q], a score of each head that takes part in the softmax and has no value
-            (an attention sink).
-        sinks: the same for each query, [batch, num_heads_q, seqlen_q, 1].
+            (an attention sink): the sinks of `attention`.
+        sinks: the same for each query, [batch, num_heads_q, seqlen_q, 1]. By lse, behind the call.
         indices: [batch, seqlen_q, any number], the keys that a query may see (sparse attention).
         position_bias: [batch or 1, num_heads_q, seqlen_q, seqlen_k], added to the scores.
         **kwargs: what models pass to every implementation. With cu_seq_lens_q, cu_seq_lens_k
@@ -114,7 +114,11 @@ def attention_forward(
         NotImplementedError: a head mask, block_indices, dropout with softcap or sinks, packed
             sequences with what `packed_lengths` lists, or what `attention` does not support.
     """
-    sink = sinks if s_aux is None else s_aux[:, None, None]
+    has_sinks = s_aux is not None or sinks is not None
+    if s_aux is not None:
+        sinks = None
+        if s_aux.dtype != query.dtype:
+            s_aux = s_aux.float()
     causal, window = False, None
     mask = attention_mask
     if mask is not None and is_all_tokens(mask):
@@ -148,12 +152,12 @@ def attention_forward(
         mask = chosen if mask is None else _biased(mask, chosen)
     if position_bias is not None:
         mask = _biased(position_bias[..., : key.shape[2]].to(query.dtype), mask)
-    if dropout and (softcap or sink is not None):
+    if dropout and (softcap or has_sinks):
         raise NotImplementedError(
             f"dropout={dropout} together with softcap, s_aux or sinks; set the model's "
             "attention_dropout to 0, or its attn_implementation to 'eager'"
         )
-    unread = unserved_layout(query, key, value) and not softcap and sink is None
+    unread = unserved_layout(query, key, value) and not softcap and not has_sinks
     if dropout or (unread and packed is None):
         mask = _dense(mask, causal, window, query, key)
         out = _by_torch(query, key, value, mask, dropout, scaling)
@@ -161,18 +165,18 @@ def attention_forward(
     if packed is not None:
         result = attention_packed(
             query, key, value, packed, causal=causal, scale=scaling, window=window,
-            softcap=softcap or None, return_lse=sink is not None,
+            softcap=softcap or None, sinks=s_aux, return_lse=sinks is not None,
         )  # fmt: skip
     else:
         result = attention(
             query, key, value, causal=causal, scale=scaling, window=window,
-            softcap=softcap or None, mask=mask, return_lse=sink is not None,
+            softcap=softcap or None, mask=mask, sinks=s_aux, return_lse=sinks is not None,
         )  # fmt: skip
     if isinstance(result, tuple):
-        assert sink is not None
+        assert sinks is not None
         out, lse = result
         # exp(lse) is the sum of the softmax; the sink adds exp(sink) to it and nothing to out.
-        out = out * torch.sigmoid(lse[..., None] - sink.to(lse.dtype)).to(out.dtype)
+        out = out * torch.sigmoid(lse[..., None] - sinks.to(lse.dtype)).to(out.dtype)
     else:
         out = result
     return out.transpose(1, 2).contiguous(), None

@@ -57,12 +57,21 @@ class GateModel:
         plan: only BLOCK_M, BLOCK_N and the order of the key tiles matter.
         q, k, v: [batch, num_heads, seqlen, head_dim], any device.
         mask: as in flashcore.attention, or None.
+        sinks: as in flashcore.attention, or None.
     """
 
     def __init__(
-        self, problem: Problem, plan: Plan, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+        self,
+        problem: Problem,
+        plan: Plan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        sinks: Tensor | None = None,
     ) -> None:
         self.problem, self.plan = problem, plan
+        self.sinks = None if sinks is None else sinks.double().cpu()
         group = problem.num_heads_q // max(1, problem.num_heads_kv)
         self.q = q.double().cpu()
         self.k = k.double().cpu().repeat_interleave(group, dim=1)
@@ -185,6 +194,8 @@ class GateModel:
             if scores.shape[-1]
             else scores.new_full(scores.shape[:-1], -torch.inf)
         )
+        if self.sinks is not None:
+            lse = torch.logaddexp(lse, self.sinks[:, None].expand_as(lse))
         p = _exp_difference(scores, lse[..., None])
         value, magnitude = p @ self.v, p @ self.v.abs()
         slack = self._row_slack()
@@ -273,7 +284,7 @@ def packed_attention(
         q: [1, num_heads_q, total_q, head_dim].
         k: [1, num_heads_kv, total_k, head_dim].
         v: [1, num_heads_kv, total_k, head_dim_v].
-        lengths: cu_seqlens_q and cu_seqlens_k, by name.
+        lengths: cu_seqlens_q and cu_seqlens_k, by name, and sinks if there are any.
 
     Returns:
         lse [1, num_heads_q, total_q] and out [1, num_heads_q, total_q, head_dim_v]. Rows that
@@ -292,7 +303,8 @@ def packed_attention(
             own = problem.of_sequence(queries[1] - queries[0], keys[1] - keys[0])
             rows = q[:, :, slice(*queries)].nan_to_num()  # what lies behind the last one is NaN
             tensors = (rows, k[:, :, slice(*keys)], v[:, :, slice(*keys)])
-            parts.append(GateModel(own, plan, *tensors, None).attention())
+            model = GateModel(own, plan, *tensors, None, lengths.get("sinks"))
+            parts.append(model.attention())
     return [
         Expected(
             of_sequences[0].name,

@@ -144,25 +144,25 @@ class _Call:
     k: Tensor
     v: Tensor
     mask: Tensor | None = None
-    lengths: dict[str, Tensor] | None = None
+    lengths: dict[str, Tensor] = field(default_factory=dict)  # and sinks
     options: Mapping[str, Any] = field(default_factory=dict)  # as error_report takes them
 
     @property
     def is_packed(self) -> bool:
-        return self.lengths is not None
+        return self.problem.varlen == "packed"
 
 
 def _call_of(case: Case | VarlenCase, device: str) -> _Call:
     if isinstance(case, VarlenCase):
         packed = make_varlen_inputs(case, device)
-        problem = packed_problem(*packed.arguments(), **case.options())
-        lengths = {"cu_seqlens_q": packed.cu_seqlens_q, "cu_seqlens_k": packed.cu_seqlens_k}
+        problem = packed_problem(*packed.arguments(), sinks=packed.sinks, **case.options())
         q, k, v = (as_batch(tensor) for tensor in (packed.q, packed.k, packed.v))
-        return _Call(problem, q, k, v, None, lengths)
+        return _Call(problem, q, k, v, None, packed.others)
     x = make_inputs(case, device)
     wanted = Wanted(return_lse=True, return_max_score=case.return_max_score)._asdict()
-    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **wanted, **case.options())
-    return _Call(problem, x.q, x.k, x.v, x.mask, options=case.options())
+    options = case.options() | {"sinks": x.sinks}
+    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **wanted, **options)
+    return _Call(problem, x.q, x.k, x.v, x.mask, x.others, options)
 
 
 @dataclass(slots=True)
@@ -235,12 +235,13 @@ class _Runner:
 
     def _checks(self, stage: Stage, plan: Plan) -> Iterator[Check]:
         call = self.call
-        if call.lengths is not None:
+        if call.is_packed:
             outputs = self._launch(plan)
             for item in packed_attention(call.problem, plan, call.q, call.k, call.v, call.lengths):
                 yield _compare(item, outputs[item.name], plan)
             return
-        model = GateModel(call.problem, plan, call.q, call.k, call.v, call.mask)
+        sinks = call.lengths.get("sinks")
+        model = GateModel(call.problem, plan, call.q, call.k, call.v, call.mask, sinks)
         if stage.name == "pv":
             yield from self._pv_checks(plan, model)
             return

@@ -14,12 +14,14 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "pv": ("pv-atomic", "k-overlap", "k-gap"),
         "full": (
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
+            "sink-of-the-first",
             "max-score-of-one-head",
         ),
+        "tile": ("sink-beside-raw-scores",),
         "load": ("one-ahead", "neighbours-key", "no-clamp"),
         "store": (
             *("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
-            *("max-score-stored", "max-score-of-padding"),
+            *("max-score-stored", "max-score-of-padding", "sink-past-the-heads"),
         ),
     },
     _SM90: {
@@ -63,14 +65,16 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("unmasked-too-far-right", "unmasked-too-far-left", "last-key-alone"),
             *("folded-as-rows", "large-max-left"),
             *("max-score-of-one-head", "max-score-of-first-slice"),
+            *("sink-of-the-first", "sink-of-every-split"),
         ),
+        "tile": ("sink-beside-raw-scores",),
         "store": (
             *("no-proxy-fence", "no-store-barrier", "o-overwritten", "o-part-overwritten"),
             *("o-part-misplaced", "no-store-commit", "exit-with-store", "share-not-awaited"),
             *("share-overwritten", "split-relaxed", "split-no-barrier"),
             *("split-arrival-not-awaited", "split-last-too-early", "split-never-last"),
             *("split-one-counter", "split-rows-past-the-end"),
-            *("box-of-a-neighbour", "class-left-out"),
+            *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
             *("max-score-stored", "max-score-of-padding"),
         ),
     },

@@ -36,6 +36,7 @@ from flashcore.sim.plants.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
+from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -108,6 +109,8 @@ _LARGE: dict[str, dict[str, Any]] = {
 }
 # No row sees a larger score in a later key tile.
 _LEVEL = _SHORT | {"dtype": "bfloat16", "spread": 0.0, "growth": "level"}
+# Heads of a group are rows of one row tile, which they do not fill.
+_SINKS = _SHORT | {"seqlen_q": 9, "num_heads_q": 4, "num_heads_kv": 2, "sinks": True}
 _CHUNKS = {"block_m": 64, "block_n": 32, "keys_of_chunk": 64}
 _MAX_SCORE = _SHORT | {"return_max_score": True}
 _ONE_QUERY = {"seqlen_q": 1, "num_heads_q": 4, "num_heads_kv": 1}
@@ -236,6 +239,7 @@ CALLS: Mapping[str, _Calls] = {
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
         **_WITH_MAX_SCORE,
+        **_calls(PLANTS_SINKS, {}, options=_SINKS),
     },
     _SM90: {
         **_of_sm90(),
@@ -253,6 +257,8 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
+        **_calls(PLANTS_SINKS, {}, options=_SINKS),
+        **_calls(PLANTS_SINKS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT | {"sinks": True}),
     },
     DKDV_KERNEL: {
         **_calls(PLANTS_BWD_ROLES_SM90, _TILE_OF_ROLES, options=_BACKWARD_ROLES),

@@ -99,7 +99,8 @@ def run_kernel(
         gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
         lengths: int32, by name cu_seqlens_q, cu_seqlens_k, seqlens_k or page_table, where
             sequences differ in length. Packed tensors come as [1, num_heads, total, dim] views, out
-            as [total, num_heads_q, head_dim_v], lse as [num_heads_q, total]; pages as k and v.
+            as [total, num_heads_q, head_dim_v], lse as [num_heads_q, total]; pages as k and v. And
+            `sinks`, float32 [num_heads_q], where the problem has sinks.
         max_score: [batch, num_heads_q], float32, contiguous, of -inf; raised by a plan that
             returns_max_score.
 
@@ -144,7 +145,7 @@ LENGTHS = {
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
 # allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
 ARGUMENTS_MAX = 4096
-# Call; q, k, v, lengths and max_score; mask; out; lse; shares and counters.
+# Call; q, k, v, lengths, sinks and max_score; mask; out; lse; shares and counters.
 _Key = tuple[int, Addresses, int, int, int, tuple[int, ...]]
 _arguments: dict[_Key, Argument] = {}
 _lock = threading.Lock()
@@ -178,8 +179,7 @@ class KernelCall:
         if problem.return_lse:
             self._new_lse = allocator(device, rows_shape, torch.float32)
         self._others = LENGTHS.get(problem.varlen, ())  # addresses behind q, k and v
-        if problem.return_max_score:
-            self._others += ("max_score",)
+        self._others += ("sinks",) * problem.has_sinks + ("max_score",) * problem.return_max_score
         self._scratch = Scratch(problem, plan)
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)
@@ -229,7 +229,8 @@ class KernelCall:
         addresses: Addresses,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Run the call: see launch/types.py. Where sequences differ in length, addresses go on with
-        those of LENGTHS; then with that of max_score, if the problem returns it."""
+        those of LENGTHS; then with that of sinks, float32, if there are any; then with that of
+        max_score, if the problem returns it."""
         if self._current_device() != self._index:
             with torch.cuda.device(self._index):
                 return self.run(q, k, v, mask, addresses)

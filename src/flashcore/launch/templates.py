@@ -13,13 +13,13 @@ from flashcore.launch import descriptors
 from flashcore.launch.driver_launch import Argument
 from flashcore.problem import Problem
 
-_POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse: Tensors, with which AttnParams begins
+_POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse, with which AttnParams begins
 _POINTER = struct.Struct("Q")
 _OFFSETS = {
     name: getattr(AttnParams, name).offset
     for name in (
         *(x[0] for group in (Lengths, Splits, Pages) for x in group._fields_),
-        *("tile_counter", "max_score"),
+        *("tile_counter", "sinks", "max_score"),
     )
 }
 

@@ -23,6 +23,7 @@ from flashcore.backends.dispatch import (
     warn_once,
 )
 from flashcore.backends.growing import Growing
+from flashcore.backends.sinks import as_logits
 from flashcore.base import forks
 from flashcore.launch import launcher
 from flashcore.launch.types import Addresses, Call, Computed
@@ -247,20 +248,22 @@ def attend_lengths(
     v: Tensor,
     mask: Tensor | None,
     lengths: tuple[Tensor, ...],
+    sinks: Tensor | None,
     options: tuple[Causal, Window, float | None, float | None, bool, bool],
     longest: tuple[int, int] | None,
     backend: str,
     describe: Callable[[], Problem],
 ) -> Result | None:
-    """Compute sequences that differ in length by a kernel, if one serves them, around torch's
-    dispatcher; nothing is recorded.
+    """Compute sequences that differ in length, or have sinks, by a kernel, if one serves them,
+    around torch's dispatcher; nothing is recorded.
 
     Args:
         q: as the caller of these takes it, like k and v.
         k: see q.
         v: see q.
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
-        lengths: int32 tensors, in the order of launch.LENGTHS.
+        lengths: int32 tensors, in the order of launch.LENGTHS; none where they do not differ.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
         options: causal, window, softcap, scale, return_lse and return_max_score, as in
             `attention`.
         longest: the longest sequences of queries and of keys, where sequences are packed.
@@ -275,9 +278,13 @@ def attend_lengths(
     """
     try:
         at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        at_lengths = [x.data_ptr() for x in lengths]
         # Queries and keys may have the same lengths; a guard takes no tensor twice.
-        guarded = lengths[:1] if lengths[0] is lengths[-1] else lengths
+        guarded = lengths[:1] if len(lengths) == 2 and lengths[0] is lengths[1] else lengths
+        at_others, of_sinks = [x.data_ptr() for x in lengths], None
+        if sinks is not None:
+            of_sinks, sinks = sinks.dtype, as_logits(sinks)
+            at_others.append(sinks.data_ptr())
+            guarded = (*guarded, sinks)
         causal, window, softcap, scale, return_lse, return_max_score = options
         key = (
             q.shape, k.shape, (at_q | at_k | at_v) & 15,
@@ -286,14 +293,14 @@ def attend_lengths(
                 and window is None and scale is None and softcap is None
                 and return_max_score is False
             ) else options_key(*options, mask),
-            len(guarded), longest, backend,
+            len(guarded), longest, backend, of_sinks,
         )  # fmt: skip
         known = _calls.get(key, ())
     except (AttributeError, TypeError, RuntimeError):
         return None  # wrong, or merely unusual
-    if not (at_q and at_k and at_v and all(at_lengths)):
+    if not (at_q and at_k and at_v and all(at_others)):
         return None
-    addresses = at_q, at_k, at_v, *at_lengths
+    addresses = at_q, at_k, at_v, *at_others
     for found in known:
         if found[0](q, k, v, *guarded):
             return _asked_for(found[1](q, k, v, mask, addresses))

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from flashcore.backends.autocasting import autocast_dtype
+from flashcore.backends.dispatch import KERNELS, choose_backend, prepare, warn_once
 from flashcore.backends.gradients import attention_gradients
+from flashcore.backends.sinks import as_logits, gradient_of_sinks
 from flashcore.ops import flops
 from flashcore.ops.calls import attend
 from flashcore.ops.family import Family, Gradients
@@ -22,25 +24,33 @@ from flashcore.plain.attention import backward_plain, forward_plain, largest
 from flashcore.plain.second_order import backward_of_backward
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs, Options, Results, Wanted
-from flashcore.problem.validation import check_kinds, check_mask, check_mask_kind, check_qkv
+from flashcore.problem.validation import (
+    check_kinds,
+    check_mask,
+    check_mask_kind,
+    check_qkv,
+    check_sinks,
+)
 
 
 def autocast(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Return the tensors as torch.autocast wants them for SDPA: in its dtype, float64 as it is. A
-    float32 mask is read as it is."""
+    float32 mask is read as it is, and so are float32 sinks."""
     device = q.device.type if isinstance(q, Tensor) else "cpu"
     dtype = autocast_dtype(device)
     if dtype is None:
-        return q, k, v, mask
+        return q, k, v, mask, sinks
 
     def cast(x: Tensor, keep: torch.dtype = torch.float64) -> Tensor:
         if not isinstance(x, Tensor) or x.device.type != device or not x.is_floating_point():
             return x
         return x if x.dtype in (torch.float64, keep) else x.to(dtype)
 
-    return cast(q), cast(k), cast(v), None if mask is None else cast(mask, torch.float32)
+    mask = None if mask is None else cast(mask, torch.float32)
+    sinks = None if sinks is None else cast(sinks, torch.float32)
+    return cast(q), cast(k), cast(v), mask, sinks
 
 
 def attention_dense(
@@ -66,6 +76,8 @@ def check(inputs: Inputs) -> None:
     check_kinds(inputs.q, inputs.k, inputs.v)
     if inputs.mask is not None:
         check_mask_kind(inputs.mask, inputs.q)
+    if inputs.sinks is not None:
+        check_sinks(inputs.sinks, inputs.q, inputs.q.shape[1])
 
 
 def check_sizes(inputs: Inputs) -> None:
@@ -83,6 +95,18 @@ def shapes(inputs: Inputs) -> Results:
 
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> Results:
     q, k, v, mask, *_ = inputs
+    sinks = inputs.sinks
+    if sinks is not None:
+        problem = options.problem(q, k, v, mask, wanted.return_lse, sinks)
+        choice = choose_backend(problem, backend)
+        if choice.is_fallback:
+            warn_once(choice)
+        sinks = as_logits(sinks, problem.lse_dtype)
+        call = prepare(choice.backend, problem, q.device)
+        if choice.backend in KERNELS and not problem.is_empty:
+            addresses = tuple(x.data_ptr() for x in (q, k, v, sinks))
+            return Results(*call(q, k, v, mask, addresses))
+        return Results(*call(q, k, v, mask, (), sinks))
     result = attend(q, k, v, mask, **options.asked(), **wanted._asdict(), backend=backend)
     return Results.of_returned(result, wanted)
 
@@ -96,38 +120,54 @@ def _differentiate(
     backend: str,
 ) -> Gradients:
     q, k, v, mask, *_ = inputs
-    (needs_mask_grad,) = needs
+    needs_mask_grad, needs_sinks_grad = needs
     problem = options.problem(q, k, v, mask, return_lse=True)
-    return attention_gradients(
-        problem, q, k, v, mask, results.out, results.lse, arriving.out, arriving.lse,
-        needs_mask_grad, backend,
-    )  # fmt: skip
+    of_rows = results.out, results.lse, arriving.out, arriving.lse
+    gradients = attention_gradients(problem, q, k, v, mask, *of_rows, needs_mask_grad, backend)
+    dsinks = None
+    if inputs.sinks is not None and needs_sinks_grad:
+        dsinks = gradient_of_sinks(inputs.sinks, *of_rows)
+    return *gradients, dsinks
 
 
 def _plain(inputs: Inputs, options: Options) -> Results:
     check_sizes(inputs)
-    out, lse, row_max = forward_plain(inputs.q, inputs.k, inputs.v, inputs.mask, options)
+    q, k, v, mask, *_ = inputs
+    out, lse, row_max = forward_plain(q, k, v, mask, options, sinks=inputs.sinks)
     return Results(out, lse, largest(row_max))
 
 
 def _differentiate_plain(arriving: Results, inputs: Inputs, options: Options) -> Gradients:
     q, k, v, mask, *_ = inputs
-    return backward_plain(arriving.out, arriving.lse, q, k, v, mask, options)
+    sinks = inputs.sinks
+    return backward_plain(arriving.out, arriving.lse, q, k, v, mask, options, sinks=sinks)
 
 
 def _second_order(
     arriving: Results, inputs: Inputs, cotangents: Gradients, options: Options
 ) -> Gradients:
     q, k, v, mask, *_ = inputs
-    return backward_of_backward(arriving.out, arriving.lse, q, k, v, mask, cotangents, options)
+    sinks = inputs.sinks
+    return backward_of_backward(
+        arriving.out, arriving.lse, q, k, v, mask, cotangents, options, sinks=sinks
+    )
 
 
 OPERATORS = Operators(
     Family(
         name="attention",
-        inputs=("q", "k", "v", "mask"),
-        differentiable=("q", "k", "v", "mask"),
-        places={"q": 0, "k": 0, "v": 0, "mask": "mask", "out": 0, "lse": 0, "max_score": 0},
+        inputs=("q", "k", "v", "mask", "sinks"),
+        differentiable=("q", "k", "v", "mask", "sinks"),
+        places={
+            "q": 0,
+            "k": 0,
+            "v": 0,
+            "mask": "mask",
+            "sinks": None,
+            "out": 0,
+            "lse": 0,
+            "max_score": 0,
+        },
         check=check,
         compute=_compute,
         differentiate=_differentiate,

@@ -6,6 +6,7 @@ need it: see `needs_dispatcher` and ops/dense.py. The way itself is calls.attend
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -14,11 +15,12 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from flashcore.ops.autograd import needs_grad
-from flashcore.ops.calls import Result, State
-from flashcore.ops.dense import OPERATORS
+from flashcore.ops.calls import Result, State, attend_lengths
+from flashcore.ops.dense import OPERATORS, attention_dense
 from flashcore.ops.family import BackwardCall
 from flashcore.ops.gradient_calls import gradients, is_current
-from flashcore.problem.options import Inputs, Results
+from flashcore.problem import Causal, Problem, Window
+from flashcore.problem.options import Inputs, Options, Results, Wanted
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
@@ -45,19 +47,55 @@ def needs_dispatcher(q: object, k: object, v: object, mask: object) -> bool:
     return any(isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES for x in (q, k, v, mask))
 
 
-def is_plain(lengths: tuple[object, ...], *tensors: Any) -> bool:
-    """Return whether a call with lengths needs neither the dispatcher nor autograd.
+def is_plain(lengths: tuple[object, ...], q: Any, k: Any, v: Any, mask: Any, sinks: Any) -> bool:
+    """Return whether a call with lengths or sinks needs neither the dispatcher nor autograd.
 
     Args:
         lengths: of its sequences.
-        *tensors: q, k, v and the mask.
+        q: as in `attention`, like all that follow.
+        k: see q.
+        v: see q.
+        mask: or None.
+        sinks: or None.
     """
-    if is_compiling() or needs_dispatcher(*tensors):
+    if is_compiling() or needs_dispatcher(q, k, v, mask):
         return False
     for x in lengths:
         if type(x) is not Tensor:
             return False
-    return not needs_grad(*tensors)
+    if sinks is not None and type(sinks) not in _PLAIN_TYPES:
+        return False
+    return not needs_grad(q, k, v, mask, sinks)
+
+
+def attention_with_sinks(
+    inputs: Inputs,
+    causal: Causal,
+    window: Window,
+    softcap: float | None,
+    scale: float | None,
+    return_lse: bool,
+    return_max_score: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, ...]:
+    """Compute `attention` where sinks are given, and seqlens_k is not; see there."""
+    q, k, v, mask, *_ = inputs
+    sinks = inputs.sinks
+    if is_plain((), q, k, v, mask, sinks):
+
+        def describe() -> Problem:
+            wanted = Wanted(return_lse, return_max_score).checked()
+            options = Options.checked(causal, window, softcap, scale)
+            problem = options.problem(q, k, v, mask, return_lse, sinks)
+            return dataclasses.replace(problem, **wanted._asdict())
+
+        asked = causal, window, softcap, scale, return_lse, return_max_score
+        result = attend_lengths(q, k, v, mask, (), sinks, asked, None, backend, describe)
+        if result is not None:
+            return result
+    return attention_dense(
+        inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
+    )
 
 
 class _Recorded(torch.autograd.Function):
@@ -100,7 +138,7 @@ class _Recorded(torch.autograd.Function):
                 return None, *(g if need else None for g, need in pairs)
         arriving, inputs, results = Results(dout, dlse), Inputs(q, k, v, mask), Results(out, lse)
         computed = OPERATORS.gradients(
-            BackwardCall(arriving, inputs, results, ctx.options, (needs_mask,), ctx.backend)
+            BackwardCall(arriving, inputs, results, ctx.options, (needs_mask, False), ctx.backend)
         )
         return None, *(g if need else None for g, need in zip(computed, needs, strict=False))
 

@@ -8,7 +8,6 @@ The lengths lie on the device; the host reads them only where PyTorch itself com
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -25,6 +24,7 @@ from flashcore.backends.dispatch import (
 )
 from flashcore.backends.gradients import attention_gradients, gradients_with_lengths
 from flashcore.backends.packed import check_lengths
+from flashcore.backends.sinks import as_logits, gradient_of_sinks, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.launch.allocation import unseen_scores
@@ -55,8 +55,9 @@ def attention_padded(
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` where seqlens_k is given; see there."""
     q, k, v, mask, seqlens_k, *_ = inputs
+    sinks = inputs.sinks
     assert seqlens_k is not None
-    if is_plain((seqlens_k,), q, k, v, mask):
+    if is_plain((seqlens_k,), q, k, v, mask, sinks):
 
         def describe() -> Problem:
             wanted = Wanted(return_lse, return_max_score).checked()
@@ -64,7 +65,8 @@ def attention_padded(
             return dataclasses.replace(problem, **wanted._asdict())
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
-        result = attend_lengths(q, k, v, mask, (seqlens_k,), asked, None, backend, describe)
+        lengths = (seqlens_k,)
+        result = attend_lengths(q, k, v, mask, lengths, sinks, asked, None, backend, describe)
         if result is not None:
             return result
     options = Options.checked(causal, window, softcap, scale)
@@ -95,8 +97,9 @@ def padded_problem(inputs: Inputs, options: Options) -> Problem:
     """
     check(inputs)
     q, k, v, mask, *_ = inputs
+    sinks = inputs.sinks
     asked = {**options.asked(), "window": None}
-    problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=True, **asked)
+    problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=True, sinks=sinks, **asked)
     window = checked_window((options.window_left, options.window_right))
     left, right = widest_band(options.causal, window, q.shape[2], k.shape[2])
     return dataclasses.replace(
@@ -134,27 +137,30 @@ def compute_lengths(
         asked: the backend that was asked for.
     """
     q, k, v, mask, seqlens_k, *_ = inputs
+    sinks = inputs.sinks
     assert seqlens_k is not None
     problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
     choice = choose_backend(problem, asked)
     if choice.is_fallback:
         warn_once(choice)
     backend = choice.backend
-    lengths = {name: getattr(inputs, name) for name in names}
+    others = {name: getattr(inputs, name) for name in names}
+    if sinks is not None:
+        others["sinks"] = sinks = as_logits(sinks, problem.lse_dtype)
     if backend in KERNELS and not problem.is_empty:
-        addresses = tuple(x.data_ptr() for x in (q, k, v, *lengths.values()))
+        addresses = tuple(x.data_ptr() for x in (q, k, v, *others.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, mask, addresses))
     out = q.new_empty((*q.shape[:3], v.shape[3]))
     lse = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)
     max_score = unseen_scores(problem, q) if problem.return_max_score else None
     if problem.is_empty or backend == "torch":
         out.zero_()
-        lse.fill_(-math.inf)
+        lse_of_no_keys(lse, sinks)
         with without_autocast(problem.device):
             for own, b, n in _sequences(problem, seqlens_k):
                 row_maxima = None if max_score is None else torch.empty_like(lse[b])
                 tensors = q[b], *keys(b, n), _part(mask, b, n)
-                out[b], lse[b] = attention_tiled(own, *tensors, row_maxima)
+                out[b], lse[b] = attention_tiled(own, *tensors, row_maxima, sinks)
                 if max_score is not None and row_maxima is not None:
                     max_score[b] = row_maxima.amax(2)
         return Results(out, lse, max_score)
@@ -167,7 +173,7 @@ def compute_lengths(
         out = q.new_empty((*out.shape[:3], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
     seed = env.sim_seed()
-    simulate(problem, plan, q, k, v, mask, out, lse, None, lengths, max_score=max_score, seed=seed)
+    simulate(problem, plan, q, k, v, mask, out, lse, None, others, max_score=max_score, seed=seed)
     return Results(adapted.result(out), lse, max_score)
 
 
@@ -201,13 +207,18 @@ def differentiate(
     """Compute gradients; see Family."""
     q, k, v, mask, seqlens_k, *_ = inputs
     assert seqlens_k is not None
-    problem = padded_problem(inputs, options)
+    dsinks = None
+    if inputs.sinks is not None and any(needs):
+        dsinks = gradient_of_sinks(
+            inputs.sinks, results.out, results.lse, arriving.out, arriving.lse
+        )
+    problem = padded_problem(inputs._replace(sinks=None), options)
     fused = gradients_with_lengths(
         problem, q, k, v, mask, {"seqlens_k": seqlens_k}, results.out, results.lse, arriving.out,
         arriving.lse, backend,
     )  # fmt: skip
     if fused is not None:
-        return fused
+        return *fused, dsinks
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for own, b, n in _sequences(problem, seqlens_k):
         dq[b], dk[b, :, :n], dv[b, :, :n], _ = attention_gradients(
@@ -223,17 +234,17 @@ def differentiate(
             False,
             backend,
         )
-    return dq, dk, dv
+    return dq, dk, dv, dsinks
 
 
 OPERATORS = Operators(
     Family(
         name="attention_padded",
-        inputs=("q", "k", "v", "mask", "seqlens_k"),
-        differentiable=("q", "k", "v"),
+        inputs=("q", "k", "v", "mask", "seqlens_k", "sinks"),
+        differentiable=("q", "k", "v", "sinks"),
         places={
-            "q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "out": 0, "lse": 0,
-            "max_score": 0,
+            "q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "sinks": None, "out": 0,
+            "lse": 0, "max_score": 0,
         },
         check=check,
         compute=_compute,

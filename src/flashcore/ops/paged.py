@@ -92,7 +92,7 @@ def attention_paged(
         BackendUnavailableError: the backend cannot run here.
     """
     inputs = Inputs(q, k_pages, v_pages, seqlens_k=seqlens_k, page_table=page_table)
-    if is_plain((seqlens_k, page_table), q, k_pages, v_pages, None):
+    if is_plain((seqlens_k, page_table), q, k_pages, v_pages, None, None):
 
         def describe() -> Problem:
             wanted = Wanted(return_lse, return_max_score).checked()
@@ -101,7 +101,9 @@ def attention_paged(
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = seqlens_k, page_table
-        result = attend_lengths(q, k_pages, v_pages, None, lengths, asked, None, backend, describe)
+        result = attend_lengths(
+            q, k_pages, v_pages, None, lengths, None, asked, None, backend, describe
+        )
         if result is not None:
             return result
     options = Options.checked(causal, window, softcap, scale)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from flashcore.ops import dense
+from flashcore.ops.family import BackwardCall, results_of
 from flashcore.problem import Causal, Window
-from flashcore.problem.options import Options
+from flashcore.problem.options import Inputs, Options
 from flashcore.problem.validation import (
     check_kinds,
     check_mask_kind,
@@ -283,10 +284,10 @@ def attention_backward(
             out = torch.zeros_like(dout, memory_format=torch.contiguous_format)
             dlse = -delta if dlse is None else dlse - delta
         assert out is not None
-        gradients = dense.backward(
-            dout, dlse, q, k, v, mask, out.to(q.dtype), lse, *options, False, backend
-        )
-    dq, dk, dv, _ = gradients
+        arriving, results = results_of((dout, dlse)), results_of((out.to(q.dtype), lse))
+        inputs, needs = Inputs(q, k, v, mask), (False, False)  # of mask and sinks
+        call = BackwardCall(arriving, inputs, results, options, needs, backend)
+        dq, dk, dv, *_ = dense.OPERATORS.gradients(call)
     return dq, dk, dv
 
 

@@ -19,6 +19,7 @@ from flashcore.backends.packed import (
     packed_problem,
     run_packed,
 )
+from flashcore.backends.sinks import packed_gradient_of_sinks
 from flashcore.ops import flops
 from flashcore.ops.calls import attend_lengths
 from flashcore.ops.dense import autocast
@@ -33,6 +34,7 @@ from flashcore.plain.lengths import (
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.spelling import OF_VARLEN, other_names, refuse
+from flashcore.problem.validation import check_sinks
 
 __all__ = ["attention_varlen"]
 
@@ -54,6 +56,7 @@ def attention_varlen(
     scale: float | None = ...,
     window: Window = ...,
     softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_max_score: Literal[False] = ...,
     backend: str = ...,
@@ -72,6 +75,7 @@ def attention_varlen(
     scale: float | None = ...,
     window: Window = ...,
     softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: Literal[True],
     return_max_score: Literal[False] = ...,
     backend: str = ...,
@@ -90,6 +94,7 @@ def attention_varlen(
     scale: float | None = ...,
     window: Window = ...,
     softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: bool,
     return_max_score: Literal[False] = ...,
     backend: str = ...,
@@ -108,6 +113,7 @@ def attention_varlen(
     scale: float | None = ...,
     window: Window = ...,
     softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: bool = ...,
     return_max_score: bool = ...,
     backend: str = ...,
@@ -128,6 +134,7 @@ def attention_varlen(
     scale: float | None = None,
     window: Window = None,
     softcap: float | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     return_max_score: bool = False,
     backend: str = "auto",
@@ -140,7 +147,7 @@ def attention_varlen(
     cu_seqlens_k[b + 1]; it may have none of either. The lengths stay on the device: nothing waits
     for them, so nothing can check them either. Entries are clamped to the tensors, and whatever
     they hold, nothing outside of the tensors is touched; if they do not grow from 0, results are
-    unspecified. Rows behind the last sequence get out 0 and lse -inf.
+    unspecified. Rows behind the last sequence are such with nothing to attend to.
 
     Args:
         q: [total_q, num_heads_q, head_dim]. Any strides (a slice of packed qkv too) and any
@@ -160,6 +167,8 @@ def attention_varlen(
         scale: the factor of q.k; None is 1 / sqrt(head_dim).
         window: (left, right), for each sequence by its own lengths, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
+        sinks: [num_heads_q], float32 or the dtype of q, or None: a logit of each head that joins
+            the softmax and has no value, as in `attention`.
         return_lse: also return the log-sum-exp of each row of scores.
         return_max_score: also return the largest score of each head of each sequence.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
@@ -167,8 +176,9 @@ def attention_varlen(
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q. With return_lse, the pair (out, lse):
         lse is natural-log, float32 (float64 for float64 inputs), [num_heads_q, total_q]. A row with
-        nothing to attend to has out 0, lse -inf and zero gradients. With return_max_score,
-        max_score comes last: dtype of lse, [num_sequences, num_heads_q], see `attention`.
+        nothing to attend to has out 0, lse -inf, or with sinks the sink, and gives q, k and v zero
+        gradients. With return_max_score, max_score comes last: dtype of lse, [num_sequences,
+        num_heads_q], see `attention`.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -188,21 +198,21 @@ def attention_varlen(
     if _unknown:
         refuse(attention_varlen, _unknown)
     if is_dynamo_compiling() or _is_any_autocast_enabled():
-        q, k, v, _ = autocast(q, k, v, None)
+        q, k, v, _, sinks = autocast(q, k, v, None, sinks)
     lengths = cu_seqlens_q, cu_seqlens_k
-    if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None):
+    if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None, sinks):
 
         def describe() -> Problem:
             wanted = Wanted(return_lse, return_max_score).checked()
             problem = packed_problem(
                 q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
-                softcap=softcap,
+                softcap=softcap, sinks=sinks,
             )  # fmt: skip
             return dataclasses.replace(problem, **wanted._asdict())
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         longest = max_seqlen_q, max_seqlen_k
-        result = attend_lengths(q, k, v, None, lengths, asked, longest, backend, describe)
+        result = attend_lengths(q, k, v, None, lengths, sinks, asked, longest, backend, describe)
         if result is not None:
             return result
     if not torch.compiler.is_compiling():  # then the operator's fake checks
@@ -215,6 +225,7 @@ def attention_varlen(
         cu_seqlens_k=cu_seqlens_k,
         max_seqlen_q=checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0]),
         max_seqlen_k=checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0]),
+        sinks=sinks,
     )
     options = Options.checked(causal, window, softcap, scale)
     returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
@@ -225,6 +236,8 @@ def attention_varlen(
 
 def _check(inputs: Inputs) -> None:
     check_packed(*of_packed(inputs)[:5])
+    if inputs.sinks is not None:
+        check_sinks(inputs.sinks, inputs.q, inputs.q.shape[1])
 
 
 def _shapes(inputs: Inputs) -> Results:
@@ -237,7 +250,7 @@ def _shapes(inputs: Inputs) -> Results:
 
 
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> Results:
-    problem = packed_problem(*of_packed(inputs), **options.asked())
+    problem = packed_problem(*of_packed(inputs), **options.asked(), sinks=inputs.sinks)
     problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
     choice = choose_backend(problem, backend)
     if choice.is_fallback:
@@ -254,7 +267,10 @@ def _differentiate(
     backend: str,
 ) -> Gradients:
     problem = packed_problem(*of_packed(inputs), **options.asked())
-    return packed_backward(problem, arriving, inputs, results, backend)
+    gradients = packed_backward(problem, arriving, inputs, results, backend)
+    (needs_sinks_grad,) = needs
+    dsinks = packed_gradient_of_sinks(inputs, results, arriving) if needs_sinks_grad else None
+    return *gradients, dsinks
 
 
 _HEADS = 1  # of [total, num_heads, head_dim]
@@ -263,12 +279,12 @@ OPERATORS = Operators(
     Family(
         name="attention_varlen",
         inputs=(
-            "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k",
+            "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "sinks",
         ),
-        differentiable=("q", "k", "v"),
+        differentiable=("q", "k", "v", "sinks"),
         places={
             "q": _HEADS, "k": _HEADS, "v": _HEADS, "cu_seqlens_q": None, "cu_seqlens_k": None,
-            "out": _HEADS, "lse": 0, "max_score": _HEADS,
+            "sinks": 0, "out": _HEADS, "lse": 0, "max_score": _HEADS,
         },
         check=_check,
         compute=_compute,

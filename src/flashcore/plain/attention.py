@@ -67,6 +67,8 @@ class Weights(NamedTuple):
     """Weights hold the softmax of scores, all stacked: [batch, num_heads_kv, group_size * seqlen_q,
     ..].
 
+    With sinks there is one more key, the last one: its score is the sink, its value 0.
+
     Args:
         p: the weights, [.., seqlen_k]; 0 in empty rows.
         lse: [.., 1], -inf in empty rows.
@@ -88,7 +90,13 @@ def scale_of(options: Options, q: Tensor) -> float:
 
 
 def weights(
-    q: Tensor, k: Tensor, mask: Tensor | None, options: Options, hidden: Tensor, rows: Rows
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    options: Options,
+    hidden: Tensor,
+    rows: Rows,
+    sinks: Tensor | None,
 ) -> Weights:
     """Compute the weights of attention, and what its derivatives need besides.
 
@@ -99,6 +107,7 @@ def weights(
         options: of the call; positions are in `hidden`.
         hidden: see `Hidden`.
         rows: of q and k.
+        sinks: [num_heads_q], or None.
 
     Returns:
         See `Weights`.
@@ -112,7 +121,13 @@ def weights(
     score = rows.by_head(score)
     if mask is not None:
         score = score.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else score + mask
-    score = rows.stacked(score.masked_fill(hidden, -math.inf))
+    score = score.masked_fill(hidden, -math.inf)
+    if sinks is not None:
+        of_rows = sinks.to(rows.dtype)[:, None, None].expand(*score.shape[:3], 1)
+        score = torch.cat([score, of_rows], dim=-1)
+        if slope is not None and bend is not None:
+            slope, bend = with_sink(slope, sinks, 1.0), with_sink(bend, sinks)
+    score = rows.stacked(score)
     empty = torch.all(score == -math.inf, dim=-1, keepdim=True)
     score = score.masked_fill(empty, 0.0)
     lse = torch.logsumexp(score, dim=-1, keepdim=True).masked_fill(empty, -math.inf)
@@ -126,6 +141,7 @@ def forward_plain(
     mask: Tensor | None,
     options: Options,
     hidden: Hidden | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute attention of [batch, num_heads, seqlen, head_dim] tensors.
 
@@ -136,6 +152,7 @@ def forward_plain(
         mask: boolean (True = attend) or additive, broadcast to the scores; or None.
         options: of the call.
         hidden: what positions hide; None: what the options say.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
     Returns:
         out, [batch, num_heads_q, seqlen_q, head_dim_v], and lse and the largest score of each row,
@@ -149,7 +166,8 @@ def forward_plain(
         mask_part = mask
         if mask is not None and mask.dim() > 1 and mask.shape[-2] != 1:
             mask_part = mask[..., m, :]
-        p, lse, *_ = weights(part, k, mask_part, options, hidden(m), rows)
+        p, lse, *_ = weights(part, k, mask_part, options, hidden(m), rows, sinks)
+        p = without_sink(p, sinks)
         # The largest weight is that of the largest score.
         row_max = lse.detach() + largest(p.detach()).clamp(min=0.0).log().unsqueeze(-1)
         parts.append((rows.by_head(p @ v.to(rows.dtype)), rows.by_head(lse), rows.by_head(row_max)))
@@ -171,7 +189,8 @@ def backward_plain(
     mask: Tensor | None,
     options: Options,
     hidden: Hidden | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """Compute attention's gradient, as plain/second_order.py writes it.
 
     Args:
@@ -183,22 +202,45 @@ def backward_plain(
         mask: or None.
         options: of the call.
         hidden: what positions hide.
+        sinks: or None.
 
     Returns:
-        Gradients of q, k, v and an additive mask.
+        Gradients of q, k, v, an additive mask and sinks.
     """
     rows, scale = Rows.of(q, k), scale_of(options, q)
     hidden = band(options, q, k) if hidden is None else hidden
-    p, _, empty, slope, _ = weights(q, k, mask, options, hidden(slice(None)), rows)
+    p, _, empty, slope, _ = weights(q, k, mask, options, hidden(slice(None)), rows, sinks)
     dout_, dlse_ = arriving(dout, dlse, q, v, empty, rows)
-    dp = dout_ @ v.to(rows.dtype).mT
+    dp = with_sink(dout_ @ v.to(rows.dtype).mT, sinks)
     g = p * (dp - (p * dp).sum(-1, keepdim=True) + dlse_)
-    dt = (g if slope is None else g * slope) * scale
+    dsinks = of_sinks(g, sinks, rows)
+    dt = without_sink(g if slope is None else g * slope, sinks) * scale
+    p, g = without_sink(p, sinks), without_sink(g, sinks)
     dmask = None
     if mask is not None and mask.dtype != torch.bool:
         dmask = rows.by_head(g).sum_to_size(mask.shape).to(mask.dtype)
     dq = rows.by_head(dt @ k.to(rows.dtype)).to(q.dtype)
-    return dq, (dt.mT @ rows.stacked(q)).to(k.dtype), (p.mT @ dout_).to(v.dtype), dmask
+    dk, dv = (dt.mT @ rows.stacked(q)).to(k.dtype), (p.mT @ dout_).to(v.dtype)
+    return dq, dk, dv, dmask, dsinks
+
+
+def with_sink(x: Tensor, sinks: Tensor | None, value: float = 0.0) -> Tensor:
+    """Return what keys have, [.., seqlen_k], with a column for the sink where there is one."""
+    if sinks is None:
+        return x
+    return torch.cat([x, torch.full_like(x[..., :1], value)], dim=-1)
+
+
+def without_sink(x: Tensor, sinks: Tensor | None) -> Tensor:
+    """Return what keys have without the sink's column."""
+    return x if sinks is None else x[..., :-1]
+
+
+def of_sinks(x: Tensor, sinks: Tensor | None, rows: Rows) -> Tensor | None:
+    """Return the sum of the sink's column over the rows of each head, as a gradient of sinks."""
+    if sinks is None:
+        return None
+    return rows.by_head(x[..., -1:]).sum(dim=(0, 2, 3)).to(sinks.dtype)
 
 
 def arriving(

@@ -25,6 +25,7 @@ from flashcore.backends.packed import (
     readable,
     rows_of_sequences,
 )
+from flashcore.backends.sinks import packed_gradient_of_sinks
 from flashcore.plain.attention import (
     Hidden,
     backward_plain,
@@ -37,7 +38,6 @@ from flashcore.problem.memory_layout import as_batch
 from flashcore.problem.options import Inputs, Options, Results
 from flashcore.problem.validation import check_mask, check_qkv
 
-Gradients3 = tuple[Tensor, Tensor, Tensor]
 Tensors = tuple[Tensor | None, ...]
 # Computes a dense call; takes what queries have, what keys have, and what positions hide (None:
 # what the options say), all of four dimensions; returns results of queries, and results of keys.
@@ -51,17 +51,21 @@ def varlen_forward_plain(inputs: Inputs, options: Options) -> Results:
 
     def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
         (q,), (k, v) = of_q, of_k
-        out, *of_rows = forward_plain(q, k, v, None, options, hidden)
+        out, *of_rows = forward_plain(q, k, v, None, options, hidden, inputs.sinks)
         return (out, *(x.unsqueeze(-1) for x in of_rows)), ()
 
     of_q, of_k = (as_batch(q),), (as_batch(k), as_batch(v))
     fills = 0.0, -math.inf, -math.inf
     out, lse, row_max = _by_sequence(compute, of_q, of_k, cu_q, cu_k, options, fills)
     max_score = max_score_of_rows(_lse_unbatched(row_max), cu_q)
-    return Results(_unbatched(out), _lse_unbatched(lse), max_score)
+    lse = _lse_unbatched(lse)
+    if inputs.sinks is not None:  # of rows that no sequence has, too
+        of_rows = inputs.sinks.to(lse.dtype).unsqueeze(-1)
+        lse = torch.where(lse == -math.inf, of_rows, lse)
+    return Results(_unbatched(out), lse, max_score)
 
 
-def varlen_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Gradients3:
+def varlen_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Tensors:
     """Compute `attention_varlen_backward`."""
     q, k, v, cu_q, cu_k, _, _ = of_packed(inputs)
     dout, dlse = arriving.out, arriving.lse
@@ -69,31 +73,36 @@ def varlen_backward_plain(arriving: Results, inputs: Inputs, options: Options) -
     def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
         (dout, dlse, q), (k, v) = of_q, of_k
         dlse = None if dlse is None else dlse.squeeze(-1)
-        dq, dk, dv, _ = backward_plain(dout, dlse, q, k, v, None, options, hidden)
+        dq, dk, dv, *_ = backward_plain(dout, dlse, q, k, v, None, options, hidden, inputs.sinks)
         return (dq,), (dk, dv)
 
     of_q = (_batched(dout), _lse_batched(dlse), as_batch(q))
     of_k = (as_batch(k), as_batch(v))
     dq, dk, dv = _by_sequence(compute, of_q, of_k, cu_q, cu_k, options, (0.0,))
-    return _unbatched(dq), _unbatched(dk), _unbatched(dv)
+    dsinks = None
+    if inputs.sinks is not None:
+        results = varlen_forward_plain(inputs, options)
+        dsinks = packed_gradient_of_sinks(inputs, results, arriving)
+    return _unbatched(dq), _unbatched(dk), _unbatched(dv), dsinks
 
 
 def varlen_second_order(
     arriving: Results, inputs: Inputs, cotangents: Tensors, options: Options
 ) -> Tensors:
-    """Return gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
+    """Return gradients of dout, dlse, q, k, v and sinks from the cotangents of dq, dk, dv and
+    dsinks. With sinks all rows are one call, for each has a part in what is of the sinks."""
     q, k, v, cu_q, cu_k, _, _ = of_packed(inputs)
+    x, y, z, of_dsinks = cotangents
 
     def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
         (dout, dlse, q, x), (k, v, y, z) = of_q, of_k
         dlse = None if dlse is None else dlse.squeeze(-1)
-        of_dout, of_dlse, of_q, of_k, of_v, _ = backward_of_backward(
-            dout, dlse, q, k, v, None, (x, y, z, None), options, hidden
+        of_dout, of_dlse, of_q, of_k, of_v, _, from_sinks = backward_of_backward(
+            dout, dlse, q, k, v, None, (x, y, z, None, of_dsinks), options, hidden, inputs.sinks
         )
-        return (of_dout, of_dlse.unsqueeze(-1), of_q), (of_k, of_v)
+        return (of_dout, of_dlse.unsqueeze(-1), of_q), (of_k, of_v, from_sinks)
 
-    x, y, z = cotangents
-    of_dout, of_dlse, *of_qkv = _by_sequence(
+    of_dout, of_dlse, of_q, of_k, of_v, *from_sinks = _by_sequence(
         compute,
         (_batched(arriving.out), _lse_batched(arriving.lse), as_batch(q), _batched(x)),
         (as_batch(k), as_batch(v), _batched(y), _batched(z)),
@@ -101,8 +110,10 @@ def varlen_second_order(
         cu_k,
         options,
         (0.0, 0.0, 0.0),
+        as_one=inputs.sinks is not None,
     )
-    return _unbatched(of_dout), _lse_unbatched(of_dlse), *map(_unbatched, of_qkv)
+    gradients = (_unbatched(of_dout), _lse_unbatched(of_dlse), *map(_unbatched, (of_q, of_k, of_v)))
+    return *gradients, *(from_sinks or (None,))
 
 
 def padded_forward_plain(inputs: Inputs, options: Options) -> Results:
@@ -112,29 +123,35 @@ def padded_forward_plain(inputs: Inputs, options: Options) -> Results:
     if mask is not None:
         check_mask(mask, q, k.shape[2])
     k, v, hidden = _behind_hidden(inputs, options)
-    out, lse, row_max = forward_plain(q, k, v, mask, options, hidden)
+    out, lse, row_max = forward_plain(q, k, v, mask, options, hidden, inputs.sinks)
     return Results(out, lse, largest(row_max))
 
 
-def padded_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Gradients3:
+def padded_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Tensors:
     """Compute `attention_padded_backward`."""
     k, v, hidden = _behind_hidden(inputs, options)
-    q, mask = inputs.q, inputs.mask
-    return backward_plain(arriving.out, arriving.lse, q, k, v, mask, options, hidden)[:3]
+    q, mask, sinks = inputs.q, inputs.mask, inputs.sinks
+    dq, dk, dv, _, dsinks = backward_plain(
+        arriving.out, arriving.lse, q, k, v, mask, options, hidden, sinks
+    )
+    return dq, dk, dv, dsinks
 
 
 def padded_second_order(
     arriving: Results, inputs: Inputs, cotangents: Tensors, options: Options
 ) -> Tensors:
-    """Return gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
-    x, y, z = cotangents
+    """Return gradients of dout, dlse, q, k, v and sinks from the cotangents of dq, dk, dv and
+    dsinks."""
+    x, y, z, of_dsinks = cotangents
     k, v, hidden = _behind_hidden(inputs, options)
     # dk and dv are 0 behind the last key, whatever their cotangents are there.
     beyond = _beyond(inputs).mT
     y, z = (None if c is None else c.masked_fill(beyond, 0.0) for c in (y, z))
-    return backward_of_backward(
-        arriving.out, arriving.lse, inputs.q, k, v, inputs.mask, (x, y, z, None), options, hidden
-    )[:5]
+    *gradients, _, from_sinks = backward_of_backward(
+        arriving.out, arriving.lse, inputs.q, k, v, inputs.mask, (x, y, z, None, of_dsinks),
+        options, hidden, inputs.sinks,
+    )  # fmt: skip
+    return *gradients, from_sinks
 
 
 def _beyond(inputs: Inputs) -> Tensor:
@@ -169,6 +186,7 @@ def _by_sequence(
     cu_seqlens_k: Tensor,
     options: Options,
     fills: tuple[float, ...],
+    as_one: bool = False,
 ) -> tuple[Tensor, ...]:
     """Return the results of a packed call, [1, num_heads, total, columns] as what it is computed
     from.
@@ -181,10 +199,11 @@ def _by_sequence(
         cu_seqlens_k: int32, [batch + 1].
         options: of the call.
         fills: what results of queries are where no sequence is.
+        as_one: whether all rows are one call, though the lengths can be read.
     """
     q, k = (next(x for x in side if x is not None) for side in (of_q, of_k))
     with without_autocast(q.device.type):
-        if not (readable(cu_seqlens_q) and readable(cu_seqlens_k)):
+        if as_one or not (readable(cu_seqlens_q) and readable(cu_seqlens_k)):
             of_k, hidden = _others_hidden(q, of_k, cu_seqlens_q, cu_seqlens_k, options)
             own_q, own_k = compute(of_q, of_k, hidden)
             return tuple(x for x in (*own_q, *own_k) if x is not None)

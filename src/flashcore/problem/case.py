@@ -19,7 +19,8 @@ class Case:
     `layout` is the order in memory; "bshd" is passed transposed, as a projection's output is.
     `tail` NaN rows follow every sequence in memory, `offset` elements precede the first one.
     `spread` multiplies q, so that the softmax gets sharper; `growth` is one of
-    cases.GROWTH_KINDS: how scores grow along the keys. With an odd `seed` the mask's rows are
+    cases.GROWTH_KINDS: how scores grow along the keys. `sinks`: whether a random logit of each head
+    joins the softmax. With an odd `seed` the mask's rows are
     aligned for wide loads, with every other even one they are an odd number of elements apart.
     """
 
@@ -41,6 +42,7 @@ class Case:
     offset: int = 0
     spread: float = 1.0
     growth: str = "none"
+    sinks: bool = False
     seed: int = 0
     return_max_score: bool = False
 
@@ -52,7 +54,8 @@ class Case:
         return result
 
     def options(self) -> dict[str, Any]:
-        """Return keyword arguments for flashcore.attention and its relatives (without the mask)."""
+        """Return keyword arguments for flashcore.attention and its relatives (without the mask and
+        the sinks)."""
         return {
             "causal": False if self.causal == "none" else self.causal,
             "window": self.window,
@@ -90,6 +93,8 @@ class Case:
             words.append(f"growth={self.growth.replace(' ', '-')}")
         if self.return_max_score:
             words.append("return_max_score")
+        if self.sinks:
+            words.append("sinks")
         return " ".join(words)
 
     def to_dict(self) -> dict[str, Any]:

@@ -42,6 +42,7 @@ class Inputs(NamedTuple):
         max_seqlen_k: a bound on the length of packed sequences of keys.
         page_table: int32, [batch, max_pages]: the pages of each sequence, where k and v are
             [num_pages, num_heads_kv, page_size, dim].
+        sinks: [num_heads_q], a logit of each head that joins the softmax and has no value.
     """
 
     q: Tensor
@@ -54,6 +55,7 @@ class Inputs(NamedTuple):
     max_seqlen_q: int = 0
     max_seqlen_k: int = 0
     page_table: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -173,9 +175,13 @@ class Options(NamedTuple):
         v: torch.Tensor,
         mask: torch.Tensor | None,
         return_lse: bool,
+        sinks: torch.Tensor | None = None,
     ) -> Problem:
-        """Return Problem.from_tensors with these options."""
-        return Problem.from_tensors(q, k, v, mask=mask, return_lse=return_lse, **self.asked())
+        """Return Problem.from_tensors with these options. A backward pass needs no sinks: they are
+        part of lse."""
+        return Problem.from_tensors(
+            q, k, v, mask=mask, return_lse=return_lse, sinks=sinks, **self.asked()
+        )
 
     def asked(self) -> dict[str, Any]:
         """Return the keyword arguments of `attention` that mean these options."""

@@ -25,6 +25,7 @@ from flashcore.problem.validation import (
     check_flag,
     check_mask,
     check_qkv,
+    check_sinks,
     checked_causal,
     checked_factor,
     checked_window,
@@ -79,6 +80,7 @@ class Problem:
         num_pages: of the cache.
         page_table_stride: entries from one sequence's row of the page table to the next one's.
         return_max_score: whether the largest score of each head is wanted too.
+        has_sinks: whether a logit of each head joins the softmax.
     """
 
     batch: int
@@ -112,6 +114,7 @@ class Problem:
     num_pages: int = 0
     page_table_stride: int = 0
     return_max_score: bool = False
+    has_sinks: bool = False
 
     @classmethod
     def from_tensors(
@@ -127,6 +130,7 @@ class Problem:
         mask: torch.Tensor | None = None,
         return_lse: bool = False,
         return_max_score: bool = False,
+        sinks: torch.Tensor | None = None,
     ) -> Problem:
         """Validate the arguments of `attention` and describe them.
 
@@ -141,6 +145,7 @@ class Problem:
             mask: boolean (True = attend) or additive, broadcast to the scores; or None.
             return_lse: whether the log-sum-exp of each row of scores is returned too.
             return_max_score: whether the largest score of each head is returned too.
+            sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
         Returns:
             The problem; it keeps no reference to the tensors.
@@ -155,6 +160,8 @@ class Problem:
         check_flag("return_max_score", return_max_score)
         if mask is not None:
             check_mask(mask, q, k.shape[2])
+        if sinks is not None:
+            check_sinks(sinks, q, q.shape[1])
         batch, num_heads_q, seqlen_q, head_dim = q.shape
         seqlen_k = k.shape[2]
         alignment = checked_causal(causal)
@@ -183,6 +190,7 @@ class Problem:
             return_lse=return_lse,
             **described_memory(q, k, v),
             return_max_score=return_max_score,
+            has_sinks=sinks is not None,
         )
 
     @property
@@ -192,7 +200,8 @@ class Problem:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether there is nothing to compute: no output, or no keys (out 0, lse -inf)."""
+        """Return whether there is nothing to compute: no output, or no keys (out 0, lse -inf, or
+        the sink)."""
         if self.varlen == "packed":
             return not (self.batch and self.num_heads_q and self.total_q and self.total_k)
         return not (self.batch and self.num_heads_q and self.seqlen_q and self.seqlen_k)
@@ -262,6 +271,8 @@ class Problem:
             parts.append(f"softcap {self.softcap:g}")
         if self.mask is not None:
             parts.append(f"{self.mask.dtype} mask")
+        if self.has_sinks:
+            parts.append("sinks")
         return ", ".join(parts)
 
 

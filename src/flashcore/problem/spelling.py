@@ -62,6 +62,9 @@ OF_ATTENTION: dict[str, str] = {
     "return_max_logit": _mean("return_max_score=True"),
     "need_weights": _LSE,
     "output_attentions": _LSE,
+    "s_aux": _mean("sinks=..., [num_heads_q]"),
+    "learnable_sink": _mean("sinks=..., [num_heads_q]"),
+    "sink": _mean("sinks=..., [num_heads_q]"),
     "enable_gqa": "leave it out, k and v may have fewer heads than q anyway",
     "deterministic": "leave it out, results are the same bits on every run",
     "op": _BACKEND,
@@ -124,6 +127,7 @@ OF_SDPA: dict[str, str] = {
     "softcap": "flashcore.attention has softcap",
     "seqlens_k": "flashcore.attention has seqlens_k",
     "return_lse": "flashcore.attention has return_lse",
+    "sinks": "flashcore.attention has sinks",
     "backend": "flashcore.attention and flashcore.enable have backend",
 }
 _PROBS = _mean("return_attn_probs=True, which returns (out, lse, None)")
@@ -137,6 +141,7 @@ OF_FLASH_ATTN: dict[str, str] = {
     "window": _mean("window_size=(left, right)"),
     "sliding_window": _mean("causal=True, window_size=(sliding_window - 1, 0)"),
     "return_lse": _PROBS,
+    "sinks": _mean("learnable_sink=..., [num_heads_q]"),
     "return_softmax_lse": _PROBS,
     "mask": "flashcore.attention has a mask",
     "attn_mask": "flashcore.attention has a mask",

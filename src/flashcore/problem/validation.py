@@ -166,6 +166,27 @@ def check_mask(mask: torch.Tensor, q: torch.Tensor, seqlen_k: int) -> None:
         )
 
 
+def check_sinks(sinks: object, q: torch.Tensor, num_heads_q: int) -> None:
+    """Raise unless `sinks` is a vector of one logit a head of `q`, where `q` lies."""
+    check_plain_tensor("sinks", sinks)
+    assert isinstance(sinks, torch.Tensor)
+    if sinks.dtype not in (q.dtype, torch.float32):
+        allowed = " or ".join(dict.fromkeys(map(str, (torch.float32, q.dtype))))
+        raise TypeError(
+            f"sinks has dtype {sinks.dtype}; with {q.dtype} tensors it must be {allowed}: pass "
+            "sinks.float()"
+        )
+    if sinks.device != q.device:
+        raise ValueError(
+            f"sinks is on {sinks.device} but q is on {q.device}; move it with sinks.to(q.device)"
+        )
+    if sinks.dim() != 1 or sinks.shape[0] != num_heads_q:
+        raise ValueError(
+            f"sinks has shape {shape_text(sinks)}, but q has {num_heads_q} heads; it holds one "
+            "logit for each of them, [num_heads_q]"
+        )
+
+
 def checked_causal(causal: object) -> str:
     """Return the alignment's name: "none", "upper_left" or "lower_right"."""
     if isinstance(causal, bool):

@@ -26,7 +26,7 @@ _IN_BOTH_DTYPES = ("full", "causal", "masked")
 
 @dataclass(frozen=True, slots=True)
 class BackwardConfiguration(Configuration):
-    """A configuration of a backward kernel. See `Configuration`."""
+    """A BackwardConfiguration is one of a backward kernel. See `Configuration`."""
 
     @property
     def is_checked(self) -> bool:

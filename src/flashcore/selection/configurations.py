@@ -84,6 +84,11 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "keys-decode-window": {"queries": 1, "window": (64, 0), "varlen": "keys"},
     "keys-decode-softcap": {"queries": 1, "softcap": 30.0, "varlen": "keys"},
     "keys-few-queries": {"queries": 4, "causal": True, "varlen": "keys"},
+    "causal-sinks": {"causal": True, "sinks": True},
+    "causal-window-sinks": {"causal": True, "window": (127, 0), "sinks": True},
+    "decode-sinks": {"queries": 1, "sinks": True},
+    "decode-window-sinks": {"queries": 1, "window": (127, 0), "sinks": True},
+    "varlen-causal-sinks": {"causal": True, "sinks": True, "varlen": "packed"},
     "keys-chunk": {"queries": 100, "causal": True, "varlen": "keys"},
 }
 # Of q and k, and of v where they differ: language models.
@@ -284,6 +289,8 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
         options["mask"] = values.mT.contiguous().mT if mask == "columns" else values
         if is_row:
             q, k, v = (x.expand(2, -1, -1, -1).contiguous() for x in (q, k, v))
+    if options.pop("sinks", False):
+        options["sinks"] = torch.empty(q.shape[1])
     varlen = options.pop("varlen", "none")
     if varlen == "none":
         return Problem.from_tensors(q, k, v, **options)

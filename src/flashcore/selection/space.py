@@ -27,6 +27,7 @@ _GIVEN = frozenset(
         "load_bytes",
         "has_window_left",
         "has_window_right",
+        "has_sinks",
         "has_softcap",
         "softcap_is_large",
         "mask",

@@ -151,10 +151,10 @@ def parse_replay(words: Sequence[str]) -> Replay:
 
 
 def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    """Return the saved lengths of the sequences, or equal ones; None where there are none to
-    give."""
+    """Return the saved lengths of the sequences, or equal ones, and the sinks; None where there are
+    none to give."""
     steps = torch.arange(problem.batch + 1, dtype=torch.int32)
-    lengths: dict[str, Tensor]
+    lengths: dict[str, Tensor] = {}
     if problem.varlen == "packed":
         lengths = {
             "cu_seqlens_q": steps * (problem.total_q // problem.batch),
@@ -162,15 +162,15 @@ def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor
         }
     elif problem.varlen in ("keys", "pages"):
         lengths = {"seqlens_k": torch.full_like(steps[1:], problem.seqlen_k)}
-    else:
-        return None
     lengths = {name: values.get(name, even).flatten() for name, even in lengths.items()}
     if problem.varlen == "pages":
         shape = problem.batch, problem.seqlen_k // problem.page_size
         pages = torch.arange(shape[0] * shape[1], dtype=torch.int32) % problem.num_pages
         pages = values.get("page_table", pages).reshape(shape)
         lengths["page_table"] = _place(pages, shape, (problem.page_table_stride, 1), 0)
-    return lengths
+    if problem.has_sinks:
+        lengths["sinks"] = values.get("sinks", torch.zeros(problem.num_heads_q)).flatten()
+    return lengths or None
 
 
 def _make(

@@ -41,6 +41,7 @@ REPLAY_DEFAULTS: dict[str, object] = {
     "num_pages": 0,
     "page_table_stride": 0,
     "return_max_score": False,
+    "has_sinks": False,
 }
 _MAX_SAVED_BYTES = 256 * 2**20
 

@@ -204,7 +204,7 @@ def simulate(
         out: [batch, num_heads_q, seqlen_q, head_dim_v], contiguous; written.
         lse: [batch, num_heads_q, seqlen_q], float32, contiguous; written unless None.
         gate_buffers: by name gate_scores, gate_row_max, gate_row_sum, for a plan with a gate.
-        lengths: as in launch.run_kernel.
+        lengths: as in launch.run_kernel, `sinks` among them.
         max_score: as in launch.run_kernel.
         seed: of the scheduler.
         plant: bug to plant, for testing the checks.

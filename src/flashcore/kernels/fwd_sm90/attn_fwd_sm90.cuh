@@ -36,6 +36,8 @@
 //@if gate
 #include "tile/gates.cuh"
 //@end
+#include "tile/pages.cuh"
+#include "fwd_sm90/pages_sm90.cuh"
 #include "fwd_sm90/producer_sm90.cuh"
 
 // What one consumer warpgroup carries from key tile to key tile.
@@ -251,7 +253,7 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
   const auto& p = sequence_params(params.attn, block);
   float inverse_sum[2];
   finish_softmax(c.softmax, p, lse_offset(p, block, c.warp_row), p.seqlen_q - c.warp_row,
-                 inverse_sum);
+                 block.head_idx, inverse_sum);
 
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
   const auto o_smem = smem.o + c.row_group * (64 * O_CHUNKS * CHUNK);
@@ -414,7 +416,7 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
-    if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
+    if (warp_idx() == 0 && (PAGED || elect_lane())) produce(params, bar, smem);
     if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
   } else {
     raise_registers<CONSUMER_REGISTERS>();

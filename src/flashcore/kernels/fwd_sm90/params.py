@@ -165,7 +165,7 @@ def _set_map(
     pointers: dict[str, int | None],
 ) -> None:
     """Write the tensor map of one of MAPS, of a problem as the kernel sees it."""
-    packed = problem.varlen == "packed"
+    packed, pages = problem.varlen == "packed", problem.varlen == "pages"
     heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v
     rows_q, rows_k = (
         (problem.total_q, problem.total_k) if packed else (problem.seqlen_q, problem.seqlen_k)
@@ -179,11 +179,14 @@ def _set_map(
         "v": (problem.v_strides, dim_v, rows_k, kv_heads),
         "o": (out_strides, dim_v, rows_q, heads),
     }
-    box_rows = {"q": ROWS_OF_CONSUMER, "k": plan.block_n, "v": plan.block_n, "o": ROWS_OF_CONSUMER}
+    of_keys = name in ("k", "v")
     strides, cols, num_rows, heads = tensors[name]
+    batches = problem.batch
+    if pages and of_keys:
+        num_rows, batches = problem.page_size, problem.num_pages
     # A dimension of size 1 has stride 0 in a Problem; a descriptor wants some legal one. Others
     # that have it are expanded: TMA reads the same rows again, as was tried on an H200.
-    sizes = (1 if packed else problem.batch, heads, num_rows)
+    sizes = (1 if packed else batches, heads, num_rows)
     batch_bytes, head_bytes, row_bytes = (
         _ELEMENT_BYTES * stride if stride or size > 1 else 16
         for stride, size in zip(strides, sizes, strict=True)
@@ -196,18 +199,22 @@ def _set_map(
         cols=cols,
         rows=num_rows,
         heads=heads,
-        batches=problem.batch,
+        batches=batches,
         box_cols=plan.chunk,
-        box_rows=box_rows[name],
+        box_rows=plan.box_rows if of_keys else ROWS_OF_CONSUMER,
         element_bytes=_ELEMENT_BYTES,
         swizzle_bytes=plan.chunk * _ELEMENT_BYTES,
     )
     if packed:
         make_ragged(tensor_map, 0)
-    elif problem.varlen == "keys" and name in ("k", "v"):
+    elif (problem.varlen == "keys" and of_keys) or (pages and name == "v"):
         rows_per_batch = batch_bytes // row_bytes if strides[0] else 0
         setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
-        make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
+        last_begin = (batches - 1) * rows_per_batch
+        if pages:  # of which a box may begin in the middle
+            last_begin += num_rows - plan.box_rows
+            tensor_map.rows = plan.box_rows
+        make_ragged(tensor_map, last_begin)
     setattr(argument, f"{name}_map", tensor_map)
 
 

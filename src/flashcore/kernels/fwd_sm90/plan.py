@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +121,11 @@ class Sm90Plan(Plan):
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
     @property
+    def box_rows(self) -> int:
+        """Return the rows of a box of K and V: of a key tile, as far as they lie in one page."""
+        return math.gcd(self.block_n, self.page_size)
+
+    @property
     def mask_bytes(self) -> int:
         """Return shared memory for the mask tensor's elements of every consumer warp
         (fwd_sm90/mask_tile_sm90.cuh)."""
@@ -149,9 +155,10 @@ class Sm90Plan(Plan):
         given waits for ever."""
         pool = self.max_registers * (self.num_consumers + 1)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
-        # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some.
+        # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
+        # take some in each lane of the producer's warp.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
-        producer = 32 if self.varlen == "packed" or many_chunks else 24
+        producer = 32 if self.varlen in ("packed", "pages") or many_chunks else 24
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 

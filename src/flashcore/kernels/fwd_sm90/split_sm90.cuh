@@ -156,8 +156,12 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
 #pragma unroll
   for (int i = 0; i < PARTS; ++i) {
     if (first_part + i * 128 >= num_parts) continue;
+    float weight = 1.0f;
+    if constexpr (HAS_SINKS) {  // here, so that it counts once
+      weight = join_sink(row_max[i], sum[i], sink_of(p, block.head_idx, row[i]), p);
+    }
     const bool empty = sum[i] == 0.0f;  // finish_softmax has the same rule
-    const float inverse = empty ? 0.0f : rcp_approx(sum[i]);
+    const float inverse = empty ? 0.0f : weight * rcp_approx(sum[i]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto& x = out[i][half];

@@ -32,4 +32,14 @@ OUTSIDE = SCHEDULE | {
     "who waits for that store, and whether somebody takes every row tile; shares of the keys and "
     "how they are added up",
 }
-PHASES = stages.PHASES
+PHASES = stages.SHARED_PHASES | {
+    "attn_fwd_sm90": "setup",
+    "init_barriers": "setup",
+    "issue_scores": "qk",
+    "issue_output": "pv",
+    "last_output": "pv",
+    "merge_slices": "store",
+    "produce": "load",
+    "load_k": "load",
+    "load_v": "load",
+}

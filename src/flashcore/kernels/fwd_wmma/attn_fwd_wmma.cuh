@@ -15,7 +15,6 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 #include "tile/copy.cuh"
-#include "tile/pages.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "tile/max_score.cuh"
@@ -90,7 +89,8 @@ FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& st
   const int warp_row = block.m_begin + warp_idx() * 16;
   const int num_valid_rows = p.seqlen_q - warp_row;
   float inverse_sum[2];
-  finish_softmax(state, p, lse_offset(p, block, warp_row), num_valid_rows, inverse_sum);
+  finish_softmax(state, p, lse_offset(p, block, warp_row), num_valid_rows, block.head_idx,
+                 inverse_sum);
   if (RETURNS_MAX_SCORE) raise_max_score(state, p, block, warp_row);
   warp_sync();  // orders every lane's last read of the Q rows before the writes below
 #pragma unroll

@@ -23,7 +23,7 @@ def _fields(kind: type[Any], names: str) -> list[tuple[str, type[Any]]]:
 class Tensors(ctypes.Structure):
     """Hold the addresses of what every kernel reads and writes."""
 
-    _fields_ = _fields(ctypes.c_void_p, "q k v mask out lse")
+    _fields_ = _fields(ctypes.c_void_p, "q k v mask out lse sinks")
 
 
 class TensorStrides(ctypes.Structure):
@@ -163,7 +163,7 @@ def build_params(
     Args:
         problem: shapes, strides and options.
         plan: tiles and gate.
-        pointers: address by field name: q, k, v, mask, out, lse, max_score; for sequences of
+        pointers: address by field name: q, k, v, mask, out, lse, sinks, max_score; for sequences of
             different lengths cu_seqlens_q, cu_seqlens_k, seqlens_k or page_table; for a gate
             gate_scores, gate_row_max, gate_row_sum. A missing one is null.
 

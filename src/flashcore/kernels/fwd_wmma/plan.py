@@ -51,7 +51,8 @@ class Plan:
     `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
     0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the registers must
     allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh); `page_size`
-    keys of a page, 0 where there are no pages (tile/pages.cuh).
+    keys of a page, 0 where there are no pages (tile/pages.cuh); `has_sinks` whether a logit of each
+    head joins the softmax.
     """
 
     kernel: str
@@ -75,6 +76,7 @@ class Plan:
     keys_of_chunk: int = 0
     page_size: int = 0
     returns_max_score: bool = False
+    has_sinks: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -188,11 +190,12 @@ class Plan:
             "HAS_WINDOW_RIGHT": self.has_window_right,
             "HAS_SOFTCAP": self.has_softcap,
             "SOFTCAP_IS_LARGE": self.softcap_is_large,
+            "HAS_SINKS": self.has_sinks,
             "TANH_BY_POLYNOMIAL": False,  # it takes more registers
             "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
-            "PAGE_SIZE": self.page_size,
+            "PAGE_SIZE": max(1, self.page_size),
             # Without a bound rows are rows, unless it is asked which head each belongs to.
             "FOLDED": self.folds_heads > 0
             and (self.has_window_left or self.has_window_right or self.returns_max_score),
@@ -213,6 +216,7 @@ class Plan:
                 (f"pages of {self.page_size}", self.page_size > 0),
                 (f"folded heads:{self.folds_heads}", self.folds_heads > 0),
                 (f"sums of {self.keys_of_chunk} keys", self.keys_of_chunk > 0),
+                ("sinks", self.has_sinks),
                 (f"gate:{self.gate}", self.gate is not None),
                 ("max_score", self.returns_max_score),
             )
@@ -310,6 +314,8 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "page_size": problem.page_size,
         "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
         "returns_max_score": gate is None and problem.return_max_score,
+        # What the gate of P V is given is not normalised.
+        "has_sinks": problem.has_sinks and gate != "pv",
     }
 
 

@@ -65,13 +65,9 @@ OUTSIDE = SCHEDULE | {
     "writes them, and whether somebody takes every row tile",
 }
 
-# Which phase of a forward kernel a function belongs to. "setup", "load" and "store" are not stages
-# of their own: every gate runs them.
-PHASES = {
-    "attn_fwd_sm90": "setup",
-    "init_barriers": "setup",
-    "compute_scores": "qk",
-    "issue_scores": "qk",
+# Which phase a function belongs to: of those that the forward kernels share (kernels/tile/), and of
+# the portable kernel's own. "load" and "store" are not stages of their own: every gate runs them.
+SHARED_PHASES = {
     "mask_scores": "softmax",
     "strip_needs_mask": "softmax",
     "VisibleColumns": "softmax",
@@ -87,21 +83,20 @@ PHASES = {
     "capped_exactly": "softmax",
     "softmax_step": "softmax",
     "quad_max": "softmax",
-    "accumulate_output": "pv",
-    "issue_output": "pv",
-    "last_output": "pv",
-    "merge_slices": "store",
-    "gate_accumulate_serially": "pv_serial",
-    "load_tile": "load",
     "load_keys": "load",
-    "produce": "load",
-    "load_k": "load",
-    "load_v": "load",
-    "zero_padding": "load",
     "store_output": "store",
     "raise_max_score": "store",
     "finish_softmax": "store",
     "natural_lse": "store",
-    "store_rows": "store",
+    "sink_of": "store",
+    "join_sink": "store",
     "quad_sum": "store",
+}
+PHASES = SHARED_PHASES | {
+    "compute_scores": "qk",
+    "accumulate_output": "pv",
+    "gate_accumulate_serially": "pv_serial",
+    "load_tile": "load",
+    "zero_padding": "load",
+    "store_rows": "store",
 }

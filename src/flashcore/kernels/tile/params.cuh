@@ -11,6 +11,7 @@ struct Tensors {
   GmemPtr<const MaskElement> mask;  // [batch, num_heads_q, seqlen_q, seqlen_k], or null
   GmemPtr<Element> out;             // [batch, num_heads_q, seqlen_q, HEAD_DIM_V], contiguous
   GmemPtr<float> lse;               // [batch, num_heads_q, seqlen_q], contiguous, or null
+  GmemPtr<const float> sinks;       // [num_heads_q], natural log; read only under HAS_SINKS
 };
 
 // In elements; the last dimension of q, k and v is contiguous.

@@ -189,26 +189,54 @@ FC_DEVICE void rescale_output(WmmaAccum (&out)[NUM_OUT_FRAGS], const float (&res
   }
 }
 
-// The natural logarithm of a row's sum of exp(score). In natural units from the start: a row_max
-// near the end of float32 would overflow in log2 units.
+// The sink of a row's head, a natural logarithm as lse is. Where heads are folded (pack-GQA) a
+// block's head stands for several, of num_queries rows each. What is no row has the last one's.
+FC_DEVICE float sink_of(const AttnParams& p, int head_idx, int row) {
+  if (PACKED) return gmem_load(p.tensors.sinks + head_idx);
+  const int heads_of_rows = p.seqlen_q / p.num_queries;
+  const int head = min_i(row, p.seqlen_q - 1) / p.num_queries;
+  return gmem_load(p.tensors.sinks + (head_idx * heads_of_rows + head));
+}
+
+// Lets the sink join a row's softmax: one more term, exp(sink), whose value is 0. row_max becomes
+// the larger of both, in natural units, and row_sum the sum relative to it. Returns what else the
+// output must be multiplied by. The sink may be far above row_max, which is -inf without a key.
+FC_DEVICE float join_sink(float& row_max, float& row_sum, float sink, const AttnParams& p) {
+  const float own_max = SCORES_ARE_SCALED ? row_max : row_max * p.softmax_scale;
+  row_max = max_f(own_max, sink);
+  const float finite_max = row_max == NEG_INF ? 0.0f : row_max;
+  const float weight = exp2_approx((own_max - finite_max) * LOG2_E);
+  row_sum = fma_rn(row_sum, weight, exp2_approx((sink - finite_max) * LOG2_E));
+  return weight;
+}
+
+// The natural logarithm of a row's sum of exp(score), sink included. In natural units from the
+// start: a row_max near the end of float32 would overflow in log2 units.
 FC_DEVICE float natural_lse(float row_max, float row_sum, const AttnParams& p) {
-  const float scale = SCORES_ARE_SCALED ? 1.0f : p.softmax_scale;
+  const float scale = SCORES_ARE_SCALED || HAS_SINKS ? 1.0f : p.softmax_scale;
   return fma_rn(row_max, scale, log2_approx(row_sum) * (1.0f / LOG2_E));
 }
 
-// Ends the softmax of a warp's 16 rows: `inverse_sum` is what the output must be multiplied by, and
-// the rows' lse is written where it is asked for. A row that saw no key gives 0 and -inf.
+// Ends the softmax of a warp's 16 rows of head `head_idx`: `inverse_sum` is what the output must be
+// multiplied by, and the rows' lse is written where it is asked for. A row that saw no key gives 0
+// and -inf, or its sink.
 FC_DEVICE void finish_softmax(const OnlineSoftmax& state, const AttnParams& p,
-                              int64_t first_out_row, int num_valid_rows,
+                              int64_t first_out_row, int num_valid_rows, int head_idx,
                               float (&inverse_sum)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    const float sum = quad_sum(state.row_sum[r]);
+    float sum = quad_sum(state.row_sum[r]);
+    float row_max = state.row_max[r];
+    float weight = 1.0f;
+    if constexpr (HAS_SINKS) {
+      const int row = p.seqlen_q - num_valid_rows + lane_idx() / 4 + r * 8;
+      weight = join_sink(row_max, sum, sink_of(p, head_idx, row), p);
+    }
     const bool empty = sum == 0.0f;  // else the largest term alone is near 1; NaN stays NaN
-    inverse_sum[r] = empty ? 0.0f : rcp_approx(sum);
+    inverse_sum[r] = empty ? 0.0f : weight * rcp_approx(sum);
     const int row = lane_idx() / 4 + r * 8;
     if (!is_null(p.tensors.lse) && lane_idx() % 4 == 0 && row < num_valid_rows) {
-      const float lse = natural_lse(state.row_max[r], sum, p);
+      const float lse = natural_lse(row_max, sum, p);
       gmem_store(p.tensors.lse + (first_out_row + row), empty ? NEG_INF : lse);
     }
   }

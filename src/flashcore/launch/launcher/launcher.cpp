@@ -352,11 +352,12 @@ struct Recorded : torch::autograd::Function<Recorded> {
     };
     torch::jit::Stack stack = {
         optional(gradients[0]), gradients.size() > 1 ? optional(gradients[1]) : c10::IValue(),
-        saved[0], saved[1], saved[2], c10::IValue(), saved[3], saved[4]};
+        saved[0], saved[1], saved[2], c10::IValue(), c10::IValue(), saved[3], saved[4]};
     for (const auto& option : ctx->saved_data.at("options").toTupleRef().elements()) {
       stack.push_back(option);
     }
-    stack.emplace_back(false);                // there is no mask
+    stack.emplace_back(false);                // there is no mask,
+    stack.emplace_back(false);                // and there are no sinks
     stack.emplace_back(std::string("auto"));  // a boxed call has no defaults
     op.callBoxed(&stack);
     torch::autograd::variable_list result(7);  // as forward has arguments

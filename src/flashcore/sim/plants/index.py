@@ -28,6 +28,7 @@ from flashcore.sim.plants.numerics import (
 )
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
+from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -41,6 +42,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_LARGE_SCORES,
         **PLANTS_TOTALS,
         **PLANTS_MAX_SCORE,
+        **PLANTS_SINKS,
     },
     SM90_KERNEL: {
         **PLANTS_SM90,
@@ -54,6 +56,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_VARLEN_SM90,
         **PLANTS_MAX_SCORE,
         **PLANTS_MAX_SCORE_SM90,
+        **PLANTS_SINKS,
+        **PLANTS_SINKS_SPLIT,
     },
     DQ_KERNEL: {**PLANTS_BWD_DQ_SM90, **PLANTS_BWD_PACKED_DQ_SM90},
     DKDV_KERNEL: {
