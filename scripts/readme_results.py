@@ -1,5 +1,5 @@
-"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json, and
-docs/host-overhead.md from h200-host.json.
+"""Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json,
+docs/host-overhead.md from h200-host.json and docs/backward.md from h200-gradients.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
@@ -19,7 +19,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flashcore.bench.host import markdown as host_markdown
-from flashcore.bench.report import conditions, left_out, window_lines, worst_lines
+from flashcore.bench.report import (
+    TITLES,
+    conditions,
+    eager_table,
+    left_out,
+    window_lines,
+    worst_lines,
+)
 from flashcore.bench.tables import (
     Document,
     dtypes,
@@ -27,6 +34,7 @@ from flashcore.bench.tables import (
     group_sections,
     group_table,
     means_table,
+    rates_table,
     seed_table,
     summary,
     where,
@@ -35,6 +43,7 @@ from flashcore.bench.tables import (
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results/h200.json")
 HOST_RESULTS = Path("benchmarks/results/h200-host.json")
+BACKWARD_RESULTS = Path("benchmarks/results/h200-gradients.json")
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -113,9 +122,24 @@ def host_section(document: Document, folder: Path) -> str:
     return f"{where(document)} ({source}); {document['method']}.\n\n{host_markdown(document)}"
 
 
+def backward_section(document: Document, folder: Path) -> str:
+    """Return what docs/backward.md says."""
+    del folder
+    source = f"[{BACKWARD_RESULTS.name}](../{BACKWARD_RESULTS.as_posix()})"
+    parts = [f"From {source}. {conditions(document)}", means_table(document)]
+    groups = dict.fromkeys(row["group"] for row in document["results"])
+    for group in groups:
+        parts += [f"{TITLES[group]} ({dtypes(document, group)}):", rates_table(document, group)]
+    if "small" in groups:
+        rows = [row for row in document["results"] if row["group"] == "small"]
+        parts += ["Small calls, forward and backward by the clock:", eager_table(rows)]
+    return "\n\n".join(parts)
+
+
 SOURCES: dict[Path, dict[str, Callable[[Document, Path], str]]] = {
     RESULTS: PAGES,
     HOST_RESULTS: {"docs/host-overhead.md": host_section},
+    BACKWARD_RESULTS: {"docs/backward.md": backward_section},
 }
 
 

@@ -59,7 +59,8 @@ VARIANTS = {
 
 def plan_of(dim: int, variant: tuple[Any, ...], causal: bool, dtype: str = "bfloat16") -> Any:
     """Return the plan of a variant."""
-    from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL, BwdTile, make_plan
+    from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL, make_plan
+    from flashcore.kernels.bwd_sm90.tiles import BwdTile
 
     fields = {
         "dtype": dtype,

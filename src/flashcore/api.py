@@ -71,6 +71,23 @@ def attention(
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ...,
+    return_lse: bool,
+    return_max_score: Literal[False] = ...,
+    backend: str = ...,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
+@overload
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    causal: Causal = ...,
+    scale: float | None = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    mask: torch.Tensor | None = ...,
+    seqlens_k: torch.Tensor | None = ...,
+    sinks: torch.Tensor | None = ...,
     return_lse: bool = ...,
     return_max_score: bool = ...,
     backend: str = ...,

@@ -8,15 +8,14 @@ from typing import TextIO
 import torch
 
 from flashcore.backends import sdpa_cpu, sdpa_gpu
-from flashcore.backends.adapting import adapt, kernel_for, rather_not_sm90
+from flashcore.backends.adapting import adapt, kernel_for, rather_portable
 from flashcore.backends.dispatch import KERNELS, adapt_for, choose_backend
 from flashcore.backends.gradients import BackwardChoice, choose_backward
 from flashcore.backends.growing import planned_as
-from flashcore.backends.obstacles import KERNEL_DTYPES, SM90_ARCH
+from flashcore.backends.obstacles import KERNEL_DTYPES
 from flashcore.base import env
-from flashcore.kernels.fwd_sm90.params import num_row_tiles
-from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.registry import BY_BACKEND, forward_for, forward_of
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.memory_layout import load_bytes
 from flashcore.problem.ranks import as_rank_4, has_other_rank
@@ -140,7 +139,7 @@ def explain(
         arch = arch or problem.arch or env.sim_arch()
         kernel = choice.backend if choice.backend in KERNELS else kernel_for(problem, arch)
         adapted = adapt(problem, kernel)
-        plans = candidates(planned_as(adapted.problem), arch, kernel=KERNELS[kernel])
+        plans = candidates(planned_as(adapted.problem), arch, kernel=BY_BACKEND[kernel].name)
         where = "on a GPU " if choice.backend == "torch" else ""
         notes = [where + note for note in adapted.notes]
         notes += _notes_choice(problem, choice.backend, kernel, arch)
@@ -187,10 +186,12 @@ def _tiles(plan: Plan) -> str:
 
 
 def _notes_choice(problem: Problem, backend: str, kernel: str, arch: int) -> list[str]:
-    """Return why not the Hopper kernel, where Choice does not say so: for CPU tensors."""
-    if backend in KERNELS or arch != SM90_ARCH or kernel == "sm90":
+    """Return why not the architecture's own kernel, where Choice does not say so: for CPU
+    tensors."""
+    preferred = forward_for(arch)
+    if backend in KERNELS or kernel == preferred.backend:
         return []
-    return [f"not by the Hopper kernel: {rather_not_sm90(problem)}"]
+    return [f"not by {preferred.title}: {rather_portable(problem, preferred)}"]
 
 
 def _notes_torch(problem: Problem, backend: str) -> list[str]:
@@ -222,16 +223,8 @@ def _notes_plan(
     notes = []
     if found is not None:
         notes.append(found.source)
-    elif isinstance(plan, Sm90Plan):
-        notes.append(
-            "tiles come from rules, made from measurements on Hopper GPUs; see "
-            "kernels/fwd_sm90/tiles.py"
-        )
     else:
-        notes.append(
-            "tiles are ranked by warps resident on an SM, then the block_n that leaves registers "
-            "for more warps (32), then small block_m; see kernels/fwd_wmma/plan.py"
-        )
+        notes.append(forward_of(plan).rules)
     if given.load_bytes < 16:
         narrow = [
             f"{name} allows {load_bytes(x)}"
@@ -246,30 +239,7 @@ def _notes_plan(
         folded, group = plan.folds_heads, given.group_size
         which = f"{folded} heads" if folded == group else f"{folded} of the {group} heads"
         notes.append(f"{which} of q that share one of k and v are rows of one row tile")
-    if isinstance(plan, Sm90Plan):
-        notes += _notes_sm90(given, plan)
+    notes += forward_of(plan).notes(given, plan)
     if problem.causal != "none" and problem.window_right == -1:
         notes.append("causality hides no key at these lengths, so the kernel does not test for it")
-    return notes
-
-
-def _notes_sm90(problem: Problem, plan: Sm90Plan) -> list[str]:
-    notes = []
-    if problem.mask and plan.mask_is_shifted:
-        notes.append(
-            f"the mask's rows are aligned to {problem.mask.load_bytes} bytes only: they are copied "
-            f"{plan.mask_load_bytes} bytes at a time and read element by element; rows that "
-            "start 16 bytes apart, or a multiple of that, are faster"
-        )
-    elif problem.mask and plan.mask_load_bytes < 4:
-        notes.append(
-            "the mask's keys are no neighbours in memory: its elements are copied one by one; a "
-            "contiguous mask is faster"
-        )
-    if plan.num_splits > 1:
-        notes.append(
-            f"the keys of {num_row_tiles(problem, plan)} row tiles are split over "
-            f"{plan.num_splits} blocks each, as few rows leave SMs idle; see "
-            "kernels/fwd_sm90/splits.py"
-        )
     return notes

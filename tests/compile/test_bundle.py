@@ -26,7 +26,7 @@ from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.ops import calls as calls_module
 from flashcore.problem import Problem
 from flashcore.selection import building, compiling, configurations
-from flashcore.selection.configurations import machine_code, serving_plans
+from flashcore.selection.configurations import serving_plans
 from flashcore.selection.select import select_plan
 
 KERNEL = compiler.CompiledKernel("copy", "sm_80", "cubin", b"code", 8, 0, 0, 128)
@@ -193,7 +193,7 @@ def test_a_bundle_holds_what_serving_asks_for(arch: int) -> None:
     for name, (*sizes, dims, options) in TYPICAL.items():
         if dims in head_dims:
             asked = dataclasses.replace(problem(*sizes, dims, **options), dtype=dtype)
-            if machine_code(select_plan(asked, arch)) not in held:
+            if select_plan(asked, arch).machine_code() not in held:
                 missing.append(name)
     assert missing == []
 
@@ -205,7 +205,7 @@ def test_lengths_on_the_device_are_served_too() -> None:
             asked = dataclasses.replace(
                 problem(500, 500, 8, 8, 128, **options), varlen=varlen, total_q=900, total_k=900
             )
-            assert machine_code(select_plan(asked, 80)) in held
+            assert select_plan(asked, 80).machine_code() in held
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_the_calls_of_a_run_are_recorded_once_a_kernel(record: Path) -> None:
     plans = recording.plans_of(calls, [80, 90])
     for asked, _ in calls:
         for arch in (80, 90):
-            assert machine_code(select_plan(asked, arch)) in plans
+            assert select_plan(asked, arch).machine_code() in plans
 
 
 def test_processes_add_to_one_record(record: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +12,18 @@ from typer.testing import CliRunner
 
 from flashcore.cli import app
 from flashcore.compile import jit
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan
 from flashcore.selection import compile_gate
-from flashcore.selection.compile_gate import cell_of, expected_room, missed_by_sample, sample
+from flashcore.selection.backward_configurations import backward_configurations
+from flashcore.selection.compile_gate import (
+    cell_of,
+    expected_room,
+    missed_by_sample,
+    over_budget,
+    sample,
+)
 from flashcore.selection.configurations import Configuration, configurations
 
 runner = CliRunner()
@@ -22,7 +31,8 @@ runner = CliRunner()
 
 @pytest.fixture(scope="module")
 def checked() -> list[Configuration]:
-    return [entry for entry in configurations() if entry.is_checked]
+    found = configurations() + backward_configurations()
+    return [entry for entry in found if entry.is_checked]
 
 
 def of_kernels(found: list[Configuration], aspect: Callable[[Configuration], Any]) -> set[Any]:
@@ -35,7 +45,12 @@ def test_the_sample_has_every_kernel_architecture_and_head_dim(
     sampled = sample(checked)
     assert {cell_of(entry.plan) for entry in sampled} == {cell_of(entry.plan) for entry in checked}
     assert {cell.arch for cell in map(cell_of, (e.plan for e in sampled))} == set(SUPPORTED_ARCHS)
-    assert {entry.plan.kernel for entry in sampled} == {KERNEL, SM90_KERNEL}
+    assert {entry.plan.kernel for entry in sampled} == {
+        KERNEL,
+        SM90_KERNEL,
+        DQ_KERNEL,
+        DKDV_KERNEL,
+    }
 
 
 def test_the_sample_has_every_variant_in_every_dtype_of_a_kernel(
@@ -104,6 +119,39 @@ def test_what_a_kernel_with_roles_is_launched_with_says_nothing(
 ) -> None:
     hopper = [entry for entry in checked if entry.plan.kernel == SM90_KERNEL]
     assert missed_by_sample([measured(entry, i % 50) for i, entry in enumerate(hopper)]) == []
+
+
+def test_backward_kernels_are_listed_where_they_are() -> None:
+    found = backward_configurations()
+    assert {entry.plan.kernel for entry in found} == {DQ_KERNEL, DKDV_KERNEL}
+    assert {entry.plan.arch for entry in found} == {90}
+    assert {entry.plan.varlen for entry in found} >= {"none", "keys"}
+    assert {entry.plan.mask is not None for entry in found} == {False, True}
+    assert len({entry.plan for entry in found}) == len(found)
+    checked = [entry for entry in found if entry.is_checked]
+    assert {e.variant for e in checked} == {e.variant for e in found}
+    assert len(checked) < len(found)
+    assert backward_configurations(archs=[80]) == []
+
+
+def test_the_gate_reports_a_spill_of_a_backward_kernel(compiler: Compiler) -> None:
+    arguments = ["resources", "--kernel", DKDV_KERNEL, "--head-dim", "64", "--check", "-q"]
+    assert runner.invoke(app, arguments).exit_code == 0
+    assert {plan.kernel for plan in compiler.plans} == {DKDV_KERNEL}
+    compiler.spilling = {compiler.plans[0]}
+    done = runner.invoke(app, arguments)
+    assert done.exit_code == 1
+    assert f"{DKDV_KERNEL} sm_90 head_dim 64" in done.stdout
+
+
+def test_serialised_products_are_over_budget_and_a_fence_more_is_not() -> None:
+    (entry, *_) = backward_configurations(head_dims=[128], variants=["full"])
+    fence = "ptxas info : (C7519) warpgroup.arrive is injected in around line 3"
+    serialised = "ptxas info : (C7510) Potential Performance Loss: wgmma is serialized"
+    _, found = measured(entry, 16)
+    assert over_budget(entry, dataclasses.replace(found, remarks=(fence,))) == []
+    (line,) = over_budget(entry, dataclasses.replace(found, remarks=(fence, serialised)))
+    assert line.endswith(serialised)
 
 
 class Compiler:

@@ -30,6 +30,7 @@ Runner = Callable[..., dict[str, Tensor]]
         *(("fragments", {"Element": dtype}) for dtype in DTYPES),
         ("functions", {}),
         ("atomics", {}),
+        ("maxima", {"NUM_MAXIMA": 3}),
         ("between_blocks", {}),
     ],
 )
@@ -155,3 +156,30 @@ def test_atomics_add(run: Runner) -> None:
     numbers = 100 + 3 * torch.arange(3 * 64, dtype=torch.int32)
     assert torch.equal(result["drawn"].flatten().sort().values, numbers)
     assert result["counter"].tolist() == [100 + 3 * 3 * 64, 2**30 - int(numbers.sum())]
+
+
+def test_atomic_maxima(run: Runner) -> None:
+    """Numbers of one sign and of both, zeros, infinities and NaN of both signs have a maximum."""
+    values = torch.randn(3 * 64, 9)
+    values[:, 0] = -values[:, 0].abs() - 1e-30
+    values[:, 1] *= 10.0 ** torch.linspace(-40, 38, 3 * 64)
+    values[:, 2] = -0.0
+    values[70, 3], values[100, 4] = torch.inf, -torch.inf
+    values[:, 5] = -torch.inf
+    values[50, 6], values[130, 7] = torch.nan, -torch.nan
+    values[131, 7] = torch.inf
+    values[:, 8] = -values[:, 1].abs()
+    largest = torch.full((9,), -torch.inf)
+    expected = values.amax(0)
+    result = run(
+        "maxima",
+        {"values": values, "largest": largest},
+        (),
+        counters=("largest",),
+        constants={"NUM_MAXIMA": 9},
+        grid=3,
+        num_threads=64,
+    )["largest"]
+    assert torch.equal(result.isnan(), expected.isnan())
+    assert expected.isnan().tolist() == [False] * 6 + [True, True, False]
+    assert torch.equal(result[~expected.isnan()], expected[~expected.isnan()])

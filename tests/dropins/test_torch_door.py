@@ -133,6 +133,47 @@ def test_used_keys_of_a_padded_batch() -> None:
         check(out[b : b + 1].transpose(1, 2), lse[b : b + 1], *parts, causal=True)
 
 
+@pytest.mark.parametrize("kind", ["pages", "pages by cum_seq_k", "a part of packed keys"])
+@pytest.mark.parametrize(
+    ("backend", "device"),
+    [("torch", "cpu"), ("sim", "cpu"), pytest.param("auto", "cuda", marks=pytest.mark.gpu)],
+)
+@pytest.mark.filterwarnings("ignore:flashcore.attention_with_kvcache copies")
+def test_packed_queries_over_a_cache(backend: str, device: str, kind: str) -> None:
+    """varlen_attn passes these on: keys in pages, with wild entries behind the end; seqused_k."""
+    known = {a.name for a in aten._flash_attention_forward.default._schema.arguments}
+    if kind != "a part of packed keys" and "block_table" not in known:
+        pytest.skip("newer than this torch")
+    counts, used = [3, 1], [20, 9]
+    q = randn(4, 4, 16).to(device)
+    k, v = randn(6, 8, 2, 16).to(device), randn(6, 8, 2, 16).to(device) + 1
+    table = torch.tensor([[4, 0, 5], [2, 1, -1]], dtype=torch.int32, device=device)
+    cu_q = torch.tensor([0, 3, 4], dtype=torch.int32, device=device)
+    cu_k = torch.tensor([0, *used], device=device).cumsum(0).int()
+    lengths = torch.tensor(used, dtype=torch.int32, device=device)
+    tokens = [torch.stack([k, v])[:, table[b].clamp(min=0)].flatten(1, 2) for b in range(2)]
+    options: dict[str, Any] = {"block_table": table, "seqused_k": lengths}
+    arguments = [q, k, v, cu_q, None, 3, 24, 0.0, True, False]
+    if kind == "pages by cum_seq_k":
+        del options["seqused_k"]
+        arguments[4] = cu_k
+    elif kind == "a part of packed keys":
+        rows = torch.cat([tokens[0][:, :22], tokens[1][:, :11]], dim=1)
+        rows[:, 20:22], rows[:, 31:] = torch.nan, torch.nan
+        cu_k = torch.tensor([0, 22, 33], dtype=torch.int32, device=device)
+        arguments = [q, *rows, cu_q, cu_k, 3, 22, 0.0, True, False]
+        options = {"seqused_k": lengths}
+    with door.activate(backend=backend):
+        out, lse, *_ = aten._flash_attention_forward(*arguments, **options)
+    assert out.stride() == q.stride()
+    begin = 0
+    for b, (count, n) in enumerate(zip(counts, used, strict=True)):
+        own = slice(begin, begin + count)
+        parts = (x.transpose(0, 1)[None] for x in (q[own], *tokens[b][:, :n]))
+        check(out[own].transpose(0, 1)[None], lse[None, :, own], *parts, causal=True)
+        begin += count
+
+
 LAYOUTS = {
     "contiguous": lambda x: x.contiguous(),
     "transposed": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
@@ -216,15 +257,10 @@ def torchs_own_on_cpu(calls: list[tuple[str, tuple[Any, ...]]]) -> Iterator[None
         ({7: 0.5}, {}, "dropout_p=0.5"),
         ({9: True}, {}, "return_debug_mask"),
         ({}, {"alibi_slopes": torch.ones(4)}, "alibi_slopes"),
-        ({}, {"block_table": torch.zeros(2, 1, dtype=torch.int32)}, "block_table"),
+        ({}, {"block_table": torch.zeros(2, 1, dtype=torch.int32)}, "block_table without"),
         ({}, {"num_splits": 1}, "num_splits=1"),
         ({}, {"scale": -1.0}, "scale=-1.0"),
         ({3: torch.zeros(3, dtype=torch.int32)}, {}, "one of cum_seq_q and cum_seq_k"),
-        (
-            {i: torch.zeros(3, dtype=torch.int32) for i in (3, 4)},
-            {"seqused_k": torch.zeros(2, dtype=torch.int32)},
-            "seqused_k with packed",
-        ),
         ({2: randn(2, 35, 2, 8)}, {}, "head_dim 16, 16 and 8"),
     ],
 )

@@ -8,19 +8,21 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.cli.app import app
 from flashcore.isolate import gates
 from flashcore.isolate.backward import isolate_backward
+from flashcore.isolate.backward_calls import PaddedCase
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.problem.case import Case
 
 CASE = Case(num_heads_q=2, num_heads_kv=1, seqlen_q=70, seqlen_k=50, head_dim=32, head_dim_v=32)
 BFLOAT16 = {"dtype": "bfloat16", "causal": "lower_right"}  # and rows that see nothing
 SOFTCAP = {"softcap": 3.0, "mask": "additive", "head_dim_v": 40}
-PADDED = {"head_dim": 20, "head_dim_v": 20, "window": (20, 5), "mask": "bool"}
+ODD = {"head_dim": 20, "head_dim_v": 20, "window": (20, 5), "mask": "bool"}
 
 
-@pytest.mark.parametrize("options", [BFLOAT16, SOFTCAP, PADDED], ids=["bfloat16", "softcap", "20"])
+@pytest.mark.parametrize("options", [BFLOAT16, SOFTCAP, ODD], ids=["bfloat16", "softcap", "20"])
 def test_right_kernels_are_right(options: dict[str, object]) -> None:
     case = Case(**{**vars_of(CASE), **options})
     found = isolate_backward(case, DQ_KERNEL)
@@ -31,6 +33,23 @@ def test_right_kernels_are_right(options: dict[str, object]) -> None:
 
 def vars_of(case: Case) -> dict[str, object]:
     return {name: getattr(case, name) for name in case.__dataclass_fields__}
+
+
+PADDED = PaddedCase(
+    batch=2, num_heads_q=2, num_heads_kv=1, seqlen_q=40, seqlen_k=80, head_dim=32, head_dim_v=32,
+    window=(-1, 5), lengths_k=(80, 33),
+)  # fmt: skip
+PACKED = VarlenCase(
+    lengths_q=(30, 0, 9), lengths_k=(40, 12, 70), num_heads_kv=1, head_dim=32, head_dim_v=32,
+    causal="lower_right", tail=5,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", [PADDED, PACKED], ids=["padded", "packed"])
+def test_sequences_of_different_lengths_are_right(case: Case | VarlenCase) -> None:
+    found = isolate_backward(case, DKDV_KERNEL)
+    assert found.ok, found.why
+    assert [result.status for result in found.stages] == ["ok"] * 4
 
 
 def test_the_first_wrong_value_is_named() -> None:

@@ -15,8 +15,8 @@ from flashcore.isolate import alarms, gates
 from flashcore.isolate.diagnosis import key_split_hints
 from flashcore.isolate.gate_models import Expected, GateModel
 from flashcore.isolate.locate import compare
-from flashcore.isolate.stages import STAGES
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.fwd_wmma.stages import STAGES
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.selection.select import select_plan

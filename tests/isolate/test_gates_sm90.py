@@ -12,6 +12,7 @@ from flashcore.base import env
 from flashcore.checks.cases import make_inputs
 from flashcore.compile.codegen import KERNELS_DIR
 from flashcore.isolate import alarms, gates
+from flashcore.isolate.choosing import kernel_to_run
 from flashcore.isolate.gate_models import Expected, GateModel
 from flashcore.isolate.locate import compare
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
@@ -159,13 +160,13 @@ def test_the_plant_the_backend_and_the_architecture_say_which_kernel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     portable = select_plan(problem_of(CASES[0]), 80).kernel
-    assert gates.kernel_to_run("sm90") == gates.kernel_to_run("sim", arch=90) == KERNEL
-    assert gates.kernel_to_run("wmma") == gates.kernel_to_run("sim") == portable
-    assert gates.kernel_to_run("sim", "early-release") == KERNEL
-    assert gates.kernel_to_run("sim", "accum-map") == portable
+    assert kernel_to_run("sm90") == kernel_to_run("sim", arch=90) == KERNEL
+    assert kernel_to_run("wmma") == kernel_to_run("sim") == portable
+    assert kernel_to_run("sim", "early-release") == KERNEL
+    assert kernel_to_run("sim", "accum-map") == portable
     monkeypatch.setenv(env.SIM_ARCH.name, "90")
-    assert gates.kernel_to_run("sim") == gates.kernel_to_run("sim", "accum-map") == KERNEL
-    assert gates.kernel_to_run("sim", "pv-atomic") == portable
+    assert kernel_to_run("sim") == kernel_to_run("sim", "accum-map") == KERNEL
+    assert kernel_to_run("sim", "pv-atomic") == portable
     assert {name for name in PLANTS_SM90 if name in PLANTS} == {"accum-map"}
 
 

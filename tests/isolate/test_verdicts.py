@@ -19,12 +19,13 @@ from flashcore.isolate import gates
 from flashcore.isolate.alarms import Alarm, from_compile_error
 from flashcore.isolate.diagnosis import verdict
 from flashcore.isolate.isolation import StageResult
+from flashcore.kernels.fwd_sm90.kernel import SM90 as SM90_KERNEL
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.selection.select import select_plan
 from flashcore.sim import Agent, Plant, SimulationError
-from flashcore.sim.barrier_names import barrier_places, name_barriers
+from flashcore.sim.barrier_names import name_barriers
 from flashcore.sim.plants import index
 
 WMMA, SM90 = KERNELS["wmma"], KERNELS["sm90"]
@@ -144,7 +145,7 @@ def test_the_mbarriers_are_named_in_the_kernels_order(tile: dict[str, object]) -
     slots = plan.q_buffers * plan.block_m // 64
     sizes = {"NUM_Q_SLOTS": slots, "NUM_STAGES": plan.num_stages, "first": 0, "ring": 2 * slots}
     begins = [eval(offset, {}, sizes) for offset in re.split(r",\s*", offsets)]
-    places = barrier_places(plan)
+    places = SM90_KERNEL.barrier_places(plan)
     for member, begin in zip(members, begins, strict=True):
         if plan.key_slices > 1 or "merge" not in member:
             assert places[begin] == (member, 0)

@@ -19,13 +19,14 @@ from flashcore.backends.gradients import choose_backward
 from flashcore.base import determinism
 from flashcore.checks.cases import Case, make_inputs
 from flashcore.compile.jit import resources
-from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan, BwdTile
+from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.bwd_sm90.plan_one import (
     OneKernelPlans,
     make_plans,
     obstacle,
     select_one_kernel_plans,
 )
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.problem import Problem
 from flashcore.sim.run_bwd import simulate_backward

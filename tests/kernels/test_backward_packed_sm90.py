@@ -3,6 +3,7 @@ gradients whatever the lengths are, and 0 in the rows behind the last sequence."
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from typing import Any
 
@@ -12,9 +13,15 @@ from packed_gradients import PackedCase, make_packed, wrong_packed_gradients
 from test_backward_sm90 import SIMPLE, SMALL, TWO, WIDE, plans_of
 
 import flashcore
+from flashcore.backends import gradients, packed
 from flashcore.backends.backward_sm90 import fused_backward
-from flashcore.kernels.bwd_sm90.plan import BwdTile
+from flashcore.backends.gradients import choose_backward
+from flashcore.compile.jit import resources
+from flashcore.errors import BackendUnavailableError, FallbackWarning
+from flashcore.kernels.bwd_sm90.plan import select_plans
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.problem.memory_layout import as_batch, as_rows
+from flashcore.problem.options import Inputs, Results
 from flashcore.sim.run_bwd import simulate_backward
 
 SEEDS_OF_A_FAMILY = 6
@@ -77,7 +84,7 @@ def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
 
 
 def test_more_sequences_than_a_warp_looks_at_once() -> None:
-    """Of 40 sequences most are empty; their tiles are found all the same."""
+    """Most of 40 sequences are empty, and the tiles of the others are found."""
     lengths = tuple(19 if i in (0, 31, 32, 39) else 0 for i in range(40))
     check(PackedCase(lengths_q=lengths, lengths_k=lengths, causal=True), SMALL)
 
@@ -118,3 +125,65 @@ def test_a_call_in_the_simulator_has_its_gradient_there(monkeypatch: pytest.Monk
     assert not wrong_packed_gradients(case, x, found)
     for gradient, leaf in zip(found, leaves, strict=True):
         assert gradient.stride() == torch.empty_like(leaf).stride()
+
+
+def test_the_longest_sequences_make_no_difference_to_what_is_prepared() -> None:
+    """They change from step to step in training, and a launch is prepared for a description."""
+    x = make_packed(PackedCase(lengths_q=(40, 33), lengths_k=(40, 33)))
+    described = []
+
+    def run(problem, plan, tensors) -> None:
+        described.append(problem)
+
+    for longest in (40, 73):
+        problem = dataclasses.replace(x.problem, seqlen_q=longest, seqlen_k=longest)
+        fused_backward(
+            problem, as_batch(x.q), as_batch(x.k), as_batch(x.v), None, as_batch(x.out), x.lse,
+            as_batch(x.dout), None, run, None, x.lengths(),
+        )  # fmt: skip
+    assert len(described) == 4
+    assert len(set(described)) == 1
+
+
+def test_without_a_compiler_torch_computes_all_sequences_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bundle may hold the kernels of the forward alone. The host reads no length then either."""
+    x = make_packed(PackedCase(lengths_q=(40, 33), lengths_k=(40, 33)))
+    hopper = dataclasses.replace(x.problem, device="cuda", arch=90)
+    assert choose_backward(hopper).code == "sm90"
+
+    def unavailable(*_, **__) -> None:
+        raise BackendUnavailableError("no NVRTC here")
+
+    monkeypatch.setattr(gradients, "fused_backward", unavailable)
+    monkeypatch.setattr(packed, "packed_flash_gradients", lambda *_: (x.q, x.k, x.v))
+    inputs = Inputs(
+        x.q, x.k, x.v, cu_seqlens_q=x.cu_seqlens_q, cu_seqlens_k=x.cu_seqlens_k, max_seqlen_q=40,
+        max_seqlen_k=40,
+    )  # fmt: skip
+    with pytest.warns(FallbackWarning, match="no NVRTC here"):
+        found = packed.packed_backward(hopper, Results(x.dout, None), inputs, Results(x.out, x.lse))
+    assert found[0] is x.q
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "options"),
+    [
+        (64, {}),
+        (64, {"causal": True}),
+        (64, {"window": (40, 20), "softcap": 5.0}),
+        (128, {"causal": True}),
+        (128, {"window": (40, 20), "softcap": 5.0}),
+        (192, {"causal": True}),
+        (256, {"window": (40, 20)}),
+    ],
+)
+def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
+    """A warp that deals out tiles takes registers from the others. ptxas serialises no product."""
+    pytest.importorskip("cuda.core")
+    case = PackedCase(lengths_q=(200,), lengths_k=(200,), head_dim=head_dim, **options)
+    for plan in select_plans(make_packed(case).problem):
+        found = resources(plan)
+        assert found.spill_bytes == 0, plan.describe()
+        assert not any("serialized" in remark for remark in found.remarks), plan.describe()

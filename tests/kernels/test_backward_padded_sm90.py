@@ -14,7 +14,7 @@ from test_backward_sm90 import SIMPLE, SMALL, TWO, WIDE, plans_of
 
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.backends.tiled import attention_tiled
-from flashcore.kernels.bwd_sm90.plan import BwdTile
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.ops.padded import padded_problem
 from flashcore.problem.options import Inputs, Options
 from flashcore.sim.run_bwd import simulate_backward

@@ -25,11 +25,11 @@ from flashcore.kernels.bwd_sm90.plan import (
     DKDV_KERNEL,
     DQ_KERNEL,
     BwdPlans,
-    BwdTile,
     make_plan,
     obstacle,
     select_plans,
 )
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
@@ -248,7 +248,7 @@ def test_what_has_no_fused_backward_says_why() -> None:
         ({"device": "cpu", "arch": 0}, "Hopper"),
         ({"dtype": "float32"}, "float32"),
         ({"head_dim_v": 264}, "256"),
-        ({"varlen": "packed"}, "packed"),
+        ({"varlen": "packed", "total_q": 2**29}, "32 bits"),
     ):
         assert word in (obstacle(dataclasses.replace(hopper, **changed)) or "")
     assert "mask" in (obstacle(hopper, needs_mask_grad=True) or "")

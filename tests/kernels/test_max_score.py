@@ -22,6 +22,7 @@ from flashcore.compile.codegen import generate_source
 from flashcore.kernels.fwd_sm90.plan import KERNEL as KERNEL_SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL, Plan
 from flashcore.launch.allocation import unseen_scores
+from flashcore.ops.paged import attention_paged
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.selection.select import select_plan
@@ -178,6 +179,22 @@ def test_packed_sequences(options: dict[str, Any], backend: str) -> None:
     assert torch.equal(again[0], out)
     assert torch.equal(again[1], max_score)
     assert lse.shape == (4, 125)
+
+
+@every_backend
+def test_pages(backend: str) -> None:
+    device = device_of(backend)
+    q, pages = torch.randn(2, 4, 3, 64, device=device).half(), torch.randn(9, 2, 16, 64).half()
+    pages = pages.to(device)
+    table = torch.tensor([[3, 1, 8], [0, 2, 5]], dtype=torch.int32, device=device)
+    lengths = [40, 17]
+    found = attention_paged(
+        q, pages, pages, table, torch.tensor(lengths, dtype=torch.int32, device=device),
+        return_max_score=True, backend=backend,
+    )  # fmt: skip
+    for b, n in enumerate(lengths):
+        k = pages[table[b].long()].transpose(0, 1).flatten(1, 2)[None, :, :n]
+        assert score_error(found[1][b : b + 1], q[b : b + 1], k) <= LIMIT
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

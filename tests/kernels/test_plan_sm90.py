@@ -13,6 +13,7 @@ from flashcore.backends.dispatch import choose_backend
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
+from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.problem import Problem
 from flashcore.selection.select import select_plan
@@ -63,7 +64,7 @@ def test_what_tma_cannot_read_falls_to_the_portable_kernel(
     changes: dict[str, object], words: str
 ) -> None:
     awkward = dataclasses.replace(problem(), **changes)  # type: ignore[arg-type]
-    assert words in str(plan_sm90.obstacle(awkward))
+    assert words in str(SM90.obstacle(awkward))
     assert select_plan(awkward).kernel == "attn_fwd_wmma"
     choice = choose_backend(awkward, "auto")
     assert choice.backend == "wmma"
@@ -72,7 +73,7 @@ def test_what_tma_cannot_read_falls_to_the_portable_kernel(
     assert "would take longer than it saves" in choice.reason
     assert choose_backend(awkward, "sm90").backend == "sm90"  # by a copy
     adapted = adapt(awkward, "sm90").problem
-    assert plan_sm90.obstacle(adapted) is None
+    assert SM90.obstacle(adapted) is None
     assert select_plan(adapted).kernel == "attn_fwd_sm90"
 
 
@@ -124,8 +125,8 @@ def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
     full, causal = problem(seqlen=640), problem(seqlen=640, causal=True)
     plan = dataclasses.replace(plan_sm90.candidates(full)[0], block_m=64)
     assert params_sm90.num_row_tiles(full, plan) == 4 * 10
-    assert params_sm90.grid_size(full, plan, 1000) == 4 * 10
-    assert params_sm90.grid_size(full, plan, 3) == 3 * plan.min_blocks
+    assert SM90.num_blocks(full, plan, 1000) == 4 * 10
+    assert SM90.num_blocks(full, plan, 3) == 3
     for heads, seqlen, block_m, num_blocks, in_a_group in (
         (4, 640, 64, 5, 4),  # all K and V fit
         (64, 512, 64, 132, 64),  # as many as fit

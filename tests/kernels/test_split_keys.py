@@ -14,7 +14,8 @@ import torch
 import flashcore
 from backends import check, check_case
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
-from flashcore.kernels.fwd_sm90.params import grid_size, num_pieces, num_row_tiles
+from flashcore.kernels.fwd_sm90.kernel import SM90
+from flashcore.kernels.fwd_sm90.params import num_pieces, num_row_tiles
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_sm90.splits import L2_WEIGHT, Reading, best_sharing, visible_keys
 from flashcore.problem import Problem
@@ -66,7 +67,7 @@ def test_splits_fill_the_gpu(shape: tuple[int, ...], row_tiles: int, num_splits:
     assert num_row_tiles(problem, plan) == row_tiles
     assert plan.num_splits == num_splits
     assert num_pieces(problem, plan) == row_tiles * num_splits
-    assert grid_size(problem, plan, 132) == min(132, row_tiles * num_splits)
+    assert SM90.num_blocks(problem, plan, 132 * plan.min_blocks) == min(132, row_tiles * num_splits)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 8, 512, 512), (1, 8, 8, 64, 512), (2, 16, 4, 2048, 2048)])

@@ -17,7 +17,9 @@ from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.checks.planned import under_gate, with_fields
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
+from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL
+from flashcore.kernels.registry import PORTABLE
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.problem.exactness import KEYS_OF_CHUNK, MAX_KEYS_OF_A_SUM, MAX_KEYS_OF_A_SUM_SM90
@@ -125,7 +127,7 @@ def test_isolate_may_say_how_many_keys_a_sum_goes_over() -> None:
     problem = problem_of(4096)
     plan = with_fields(candidates(problem, 80, kernel=KERNEL)[0], {"keys_of_chunk": 128})
     assert plan.keys_of_chunk == 128
-    assert under_gate({"keys_of_chunk": 128}) == {"keys_of_chunk": 0}
+    assert under_gate(PORTABLE, {"keys_of_chunk": 128}) == {"keys_of_chunk": 0}
     with pytest.raises(ValueError, match="keys_of_chunk=128 is no field of a tile of attn_fwd_sm"):
         with_fields(plan_sm90.candidates(problem)[0], {"keys_of_chunk": 128})
 
@@ -146,15 +148,15 @@ def test_blocks_of_the_hopper_kernel_share_very_many_keys(dtype: str) -> None:
 
 def test_where_the_hopper_kernel_cannot_split_the_portable_one_serves() -> None:
     most = MAX_KEYS_OF_A_SUM_SM90["float16"]
-    assert plan_sm90.obstacle(problem_of(3 * most)) is None
+    assert SM90.obstacle(problem_of(3 * most)) is None
     many_rows = dataclasses.replace(
         problem_of(3 * most), num_heads_q=2**17, num_heads_kv=2**17, q_strides=(2**29, 2**12, 2**6)
     )
-    assert "would take" in str(plan_sm90.obstacle(many_rows))
+    assert "would take" in str(SM90.obstacle(many_rows))
     packed = dataclasses.replace(
         problem_of(3 * most), varlen="packed", total_q=64, total_k=3 * most
     )
-    assert "cannot split those of packed sequences" in str(plan_sm90.obstacle(packed))
+    assert "cannot split those of packed sequences" in str(SM90.obstacle(packed))
 
 
 @pytest.mark.parametrize("backend", [WMMA, GPU])

@@ -13,9 +13,9 @@ from plant_checks import check_text, undocumented
 from flashcore.checks import verify
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.isolate import gates, plant_stages, registry
-from flashcore.isolate.stages import suspects_of
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
+from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, plants
 from flashcore.sim.plants import index
@@ -77,7 +77,7 @@ def test_every_planted_bug_has_a_stage_of_its_kernel() -> None:
     without = [
         planted.plant.name
         for planted in EVERY
-        if suspects_of(planted.kernel, planted.stage) is None
+        if BY_NAME[planted.kernel].suspects_of(planted.stage) is None
     ]
     assert without == []
     for kernel, stages in plant_stages.STAGES.items():

@@ -16,12 +16,16 @@ from test_backward_sm90 import plans_of
 
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.backends.tiled import attention_tiled
-from flashcore.kernels.bwd_sm90.plan import BwdTile
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.ops.padded import padded_problem
 from flashcore.problem.memory_layout import as_batch, as_rows
 from flashcore.problem.options import Inputs, Options
 from flashcore.sim import Plant, SimulationError
-from flashcore.sim.plants.bwd_sm90 import PLANTS_BWD_PACKED_SM90, PLANTS_BWD_PADDED_SM90
+from flashcore.sim.plants.bwd_sm90 import (
+    PLANTS_BWD_PACKED_DQ_SM90,
+    PLANTS_BWD_PACKED_SM90,
+    PLANTS_BWD_PADDED_SM90,
+)
 from flashcore.sim.run_bwd import simulate_backward
 
 pytestmark = pytest.mark.thorough
@@ -36,8 +40,7 @@ CASE = PackedCase(
 # The last queries would see keys behind a sequence's last one, were there any.
 LENGTHS_K, WINDOW = (40, 150, 97), (-1, 5)
 TILES = BwdTile(128, 32, 3, 2), BwdTile(32, 128, 3, 2, False, True, False)
-PLANTS = PLANTS_BWD_PACKED_SM90 | PLANTS_BWD_PADDED_SM90
-OF_DQ = {"bwd_sm90/attn_bwd_dq_sm90.cuh", "bwd_sm90/bwd_delta_sm90.cuh"}
+PLANTS = PLANTS_BWD_PACKED_SM90 | PLANTS_BWD_PACKED_DQ_SM90 | PLANTS_BWD_PADDED_SM90
 
 
 @functools.cache
@@ -95,7 +98,7 @@ def run_plant(plant: Plant | None, is_packed: bool, seed: int) -> SimulationErro
     """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
 
     def run(problem, plan, tensors) -> None:
-        planted = plant is not None and plan.is_dq == (plant.file in OF_DQ)
+        planted = plant is not None and plan.is_dq == (plant.name in PLANTS_BWD_PACKED_DQ_SM90)
         simulate_backward(problem, plan, tensors, seed=seed, plant=plant if planted else None)
 
     try:
@@ -109,7 +112,7 @@ def run_plant(plant: Plant | None, is_packed: bool, seed: int) -> SimulationErro
 def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
     plant = PLANTS[name]
     for seed in SEEDS:
-        found = run_plant(plant, name in PLANTS_BWD_PACKED_SM90, seed)
+        found = run_plant(plant, name not in PLANTS_BWD_PADDED_SM90, seed)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 

@@ -13,8 +13,8 @@ from plant_checks import check_text, undocumented
 
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.checks.cases import Case, make_inputs
-from flashcore.kernels.bwd_sm90.plan import BwdTile
 from flashcore.kernels.bwd_sm90.plan_one import make_plans
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.sim import Plant, SimulationError
 from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90 as PLANTS

@@ -15,7 +15,8 @@ from test_backward_sm90 import plans_of
 
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.checks.cases import make_inputs
-from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdTile
+from flashcore.kernels.bwd_sm90.plan import BwdPlans
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError
 from flashcore.sim.plants.bwd_sm90 import (

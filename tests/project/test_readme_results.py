@@ -91,6 +91,31 @@ def test_pages_of_this_repository_have_their_markers(script: ModuleType) -> None
         script.filled((ROOT / page).read_text(encoding="utf-8"), "", page)
 
 
+def test_the_page_of_the_backward_pass_is_made_of_its_file(
+    script: ModuleType, repository: Path
+) -> None:
+    page = repository / "docs" / "backward.md"
+    page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\n", encoding="utf-8")
+    assert "docs/backward.md" not in script.update(repository, check=True)  # nothing measured
+    rows = []
+    for group in ("sweep", "small"):
+        for library, backward_us, both_us in (("flashcore", 50.0, 90.0), ("fa4", 100.0, 99.0)):
+            rows.append(
+                row(group, 1024, library, backward_us)
+                | {"pass": "backward", "eager_seconds": both_us * 1e-6, "fraction_of_limit": 0.61}
+            )
+    path = repository / script.BACKWARD_RESULTS
+    path.write_text(json.dumps(DOCUMENT | {"pass": "backward", "results": rows}))
+    assert "docs/backward.md" in script.update(repository, check=False)
+    lines = page.read_text(encoding="utf-8").splitlines()
+    name = "B1 H8 S1024 D64 full"
+    assert "| TFLOP/s | flashcore | of limit | fa4 | vs best peer |" in lines
+    assert f"| {name} | 20 | 61% | 10 | 2.00x |" in lines
+    assert f"| {name} | 90.0 | 99.0 | 1.10x |" in lines
+    assert any(x.startswith("| sweep, with forward and host | 1 | 1.10x |") for x in lines)
+    script.filled((ROOT / "docs" / "backward.md").read_text(encoding="utf-8"), "", "backward.md")
+
+
 def test_filling_is_idempotent_and_keeps_the_rest(script: ModuleType, repository: Path) -> None:
     assert script.update(repository, check=True) == list(script.PAGES)
     assert script.update(repository, check=False) == list(script.PAGES)

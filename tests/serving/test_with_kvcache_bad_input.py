@@ -157,3 +157,22 @@ def test_tensors_on_another_device(name: str) -> None:
     given[name] = given[name].cpu()
     with pytest.raises(ValueError, match=f"{name} is on cpu but q is on cuda"):
         flashcore.attention_with_kvcache(**given)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_right_call_before_a_wrong_one_changes_nothing(name: str) -> None:
+    """What was checked is remembered by its description, which a wrong call does not share."""
+    changes, kind, words = BAD[name]
+    flashcore.attention_with_kvcache(**arguments(None))
+    if "rotary_cos" in changes:
+        flashcore.attention_with_kvcache(**arguments(None), **ROTARY)
+    with pytest.raises(kind, match=words):
+        flashcore.attention_with_kvcache(**arguments(None) | changes)
+
+
+def test_what_was_checked_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashcore.serving import with_kvcache
+
+    flashcore.attention_with_kvcache(**arguments(8))
+    monkeypatch.setattr(with_kvcache, "_check", lambda *_: pytest.fail("checked again"))
+    flashcore.attention_with_kvcache(**arguments(8))

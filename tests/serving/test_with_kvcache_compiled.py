@@ -60,8 +60,8 @@ def test_the_operator_is_well_made() -> None:
         arguments = (*(given[name] for name in names), None, None)
         op = torch.ops.flashcore.append_to_kvcache.default
         cos = COS.double()
-        torch.library.opcheck(op, (*arguments, None, None, False, None, None, ""))
-        torch.library.opcheck(op, (*arguments, cos, cos, True, None, None, "end"))
+        torch.library.opcheck(op, (*arguments, None, None, False, None, None, "", "auto"))
+        torch.library.opcheck(op, (*arguments, cos, cos, True, None, None, "end", "auto"))
 
 
 @pytest.mark.gpu

@@ -113,9 +113,7 @@ def make_packed(case: PackedCase, device: str = "cpu") -> Packed:
     return Packed(problem, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout, dlse)
 
 
-def wrong_packed_gradients(
-    case: PackedCase, x: Packed, gradients: tuple[Tensor, ...]
-) -> list[str]:
+def wrong_packed_gradients(case: PackedCase, x: Packed, gradients: tuple[Tensor, ...]) -> list[str]:
     """Return what is wrong: a line for each gradient of a sequence that breaks the error rule, and
     for what is not 0 where there is nothing to attend to."""
     wrong = []

@@ -4,7 +4,6 @@ GPU."""
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import threading
 from collections import Counter
@@ -25,6 +24,7 @@ from flashcore.base import machine
 from flashcore.bench.workloads import Workload
 from flashcore.checks.reference import attention_oracle
 from flashcore.cli import app
+from flashcore.kernels.fwd_sm90 import shortlist as listed_sm90
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.limits import smem_limits
@@ -90,9 +90,8 @@ def test_listed_tiles_fit(head_dim: int, causal: bool) -> None:
 
 def test_a_listed_tile_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     default = base(128)
-    module = importlib.import_module("flashcore.tune.shortlist")
-    listed = [module._tile(*size) for size in ((128, 1024), (192, 128), (128, 96))]
-    monkeypatch.setitem(module._SM90, 128, listed)
+    listed = [listed_sm90._tile(*size) for size in ((128, 1024), (192, 128), (128, 96))]
+    monkeypatch.setitem(listed_sm90._BY_HEAD_DIM, 128, listed)
     assert [(plan.block_m, plan.block_n) for plan in shortlist(default)[1:]] == [(128, 96)]
 
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from flashcore.kernels.fwd_sm90.plan import ARCH as SM90_ARCH
-from flashcore.kernels.fwd_sm90.plan import obstacle, unreadable
+from flashcore.kernels.kernel import ForwardKernel
+from flashcore.kernels.registry import BY_BACKEND, PORTABLE, forward_for
 from flashcore.problem import Problem
 from flashcore.problem.folding import with_copied_q
 from flashcore.problem.memory_layout import Strides3
@@ -198,11 +198,11 @@ def adapt(problem: Problem, kernel: str) -> Adapted:
 
     Args:
         problem: the call.
-        kernel: "wmma", "sm90", or "torch" for PyTorch operations, which only want the last
-            dimension to be contiguous.
+        kernel: a kernel's backend, "wmma" or "sm90"; or "torch" for PyTorch operations, which only
+            want the last dimension to be contiguous.
 
     Returns:
-        The call as that kernel reads it. Only plan_sm90.obstacle can still be in the way.
+        The call as that kernel reads it. Only the kernel's `obstacle` can still be in the way.
     """
     if problem.is_readable and _is_read_in_place(problem, kernel):
         return Adapted(problem, False, (), problem.head_dim_v, ())
@@ -217,8 +217,7 @@ def adapt(problem: Problem, kernel: str) -> Adapted:
             "k and v are expanded over their heads: all heads of q share one, read in place"
         )
     _make_readable(adapting, HEAD_DIM_MULTIPLE)
-    if kernel == "sm90":
-        _make_readable_by_tma(adapting)
+    _make_readable_by(BY_BACKEND[kernel], adapting)
     if with_copied_q(adapting.problem) is not None:
         reason = "heads that share one of k and v become rows of one row tile by that"
         adapting.copy("q", adapting.problem.head_dim, (False, False, False), reason)
@@ -230,7 +229,7 @@ def _is_read_in_place(problem: Problem, kernel: str) -> bool:
     keys that grows meets anew with every key."""
     if kernel == "torch":
         return True
-    if kernel == "sm90" and unreadable(problem):
+    if BY_BACKEND[kernel].unreadable(problem):
         return False
     shares_heads = problem.k_strides[1] == problem.v_strides[1] == 0 and problem.num_heads_kv > 1
     return not shares_heads and with_copied_q(problem) is None
@@ -252,26 +251,30 @@ def _make_readable(adapting: _Adapting, multiple: int) -> None:
             adapting.copy(name, columns, keeps, ", and ".join(reasons))
 
 
-def _make_readable_by_tma(adapting: _Adapting) -> None:
-    for name, reason in unreadable(adapting.problem).items():
+def _make_readable_by(kernel: ForwardKernel[Any], adapting: _Adapting) -> None:
+    for name, reason in kernel.unreadable(adapting.problem).items():
         p = adapting.problem
         of_batch, of_heads, _ = _expanded(p, name)
         columns = p.head_dim_v if name == "v" else p.head_dim
         adapting.copy(name, columns, (of_batch, of_heads, False), reason)
 
 
-def rather_not_sm90(problem: Problem) -> str | None:
-    """Return why the portable kernel should compute a call, though the Hopper kernel can be given
-    copies of its tensors; None if the Hopper kernel should."""
-    reason = obstacle(problem)
+def rather_portable(problem: Problem, preferred: ForwardKernel[Any]) -> str | None:
+    """Return why the portable kernel should compute a call, though the one that the architecture
+    prefers can be given copies of its tensors; None if that one should."""
+    if preferred is PORTABLE:
+        return None
+    reason = preferred.obstacle(problem)
     if reason is None and problem.is_readable:
         return None
-    hopper, portable = adapt(problem, "sm90"), adapt(problem, "wmma")
-    reason = obstacle(hopper.problem)
+    hopper, portable = (adapt(problem, kernel.backend) for kernel in (preferred, PORTABLE))
+    reason = preferred.obstacle(hopper.problem)
     if reason is not None:
         return reason
     needed = {copy.name for copy in portable.copies}
     extra = [copy for copy in hopper.copies if copy.name not in needed]
+    if problem.varlen == "pages" and any(copy.name in "kv" for copy in extra):
+        return f"{extra[0].reason}; a cache in pages is not copied for it"
     num_bytes = sum(copy.num_bytes for copy in extra)
     if not extra or copies_pay(problem, num_bytes, len(extra)):
         return None
@@ -294,5 +297,8 @@ def copies_pay(problem: Problem, num_bytes: int, num_copies: int) -> bool:
 
 
 def kernel_for(problem: Problem, arch: int) -> str:
-    """Return the kernel that "auto" takes on a GPU of an architecture, and the simulator of one."""
-    return "sm90" if arch == SM90_ARCH and rather_not_sm90(problem) is None else "wmma"
+    """Return the kernel, by its backend, that "auto" takes on a GPU of an architecture, and the
+    simulator of one."""
+    preferred = forward_for(arch)
+    chosen = preferred if rather_portable(problem, preferred) is None else PORTABLE
+    return chosen.backend

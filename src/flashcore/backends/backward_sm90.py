@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -75,9 +76,12 @@ def fused_backward(
         k, v = _with_whole_rows(k), _with_whole_rows(v)
     if any(x is not y for x, y in zip((q, k, v), given, strict=True)):
         copied = Problem.from_tensors(q, k, v)
-        layout = {name: getattr(copied, name) for name in _LAYOUT}
+        layout: dict[str, Any] = {name: getattr(copied, name) for name in _LAYOUT}
         problem = dataclasses.replace(problem, **layout)
     is_packed = problem.varlen == "packed"
+    if is_packed:  # nothing depends on the longest sequences: a launch is prepared once for all
+        longest: dict[str, Any] = {"seqlen_q": problem.total_q, "seqlen_k": problem.total_k}
+        problem = dataclasses.replace(problem, **longest)
     tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, dlse, is_packed)
     plans = plans or _select(problem)
     tensors |= _sums_of(problem, plans, q)
@@ -97,7 +101,7 @@ def _select(problem: Problem) -> BwdPlans | OneKernelPlans:
 
 def _sums_of(problem: Problem, plans: BwdPlans | OneKernelPlans, q: Tensor) -> dict[str, Tensor]:
     """Return by name the memory that blocks add up in, if the plans have some."""
-    if not isinstance(plans, OneKernelPlans):
+    if not any(plan.added_to for plan in plans):
         return {}
     return {"dq_sums": q.new_empty(plan_one.sums_shape(problem), dtype=torch.float32)}
 

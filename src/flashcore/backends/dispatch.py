@@ -12,23 +12,23 @@ from typing import TYPE_CHECKING
 import torch
 
 from flashcore.backends import sdpa_cpu, sdpa_gpu
-from flashcore.backends.adapting import Adapted, adapt, kernel_for, rather_not_sm90
+from flashcore.backends.adapting import Adapted, adapt, kernel_for, rather_portable
 from flashcore.backends.autocasting import autocast_dtype
 from flashcore.backends.growing import planned_as
 from flashcore.backends.obstacles import (
     BFLOAT16_MIN_ARCH,
     KERNEL_DTYPES,
-    SM90_ARCH,
     WMMA_MIN_ARCH,
     gpu_kernel_on_cpu_text,
-    obstacle_to_sm90,
-    obstacle_to_wmma,
+    obstacle_to,
+    obstacle_to_kernels,
     too_wide,
 )
 from flashcore.backends.sinks import joined_by_sinks, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
+from flashcore.kernels.registry import BY_BACKEND, FORWARD, PORTABLE, forward_for
 from flashcore.launch.allocation import unseen_scores
 from flashcore.launch.types import Addresses, Call, Computed
 from flashcore.problem import Problem
@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from flashcore.kernels.fwd_wmma.plan import Plan
     from flashcore.launch.kernel_call import KernelCall
 
-BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
-KERNELS = {"sm90": "attn_fwd_sm90", "wmma": "attn_fwd_wmma"}
+# Names of the forward kernels, by the backend that asks for each.
+KERNELS = {kernel.backend: kernel.name for kernel in FORWARD}
+BACKENDS = ("auto", *KERNELS, "sim", "torch")
 
 _warned: set[str] = set()
 
@@ -92,6 +93,12 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
         from flashcore.backends.recording import record_call
 
         record_call(problem, backend)
+    return resolved(problem, backend)
+
+
+def resolved(problem: Problem, backend: str) -> Choice:
+    """Return what `choose_backend` does, or raise as it does, of a problem that need not be that of
+    a call: nothing is recorded."""
     if backend == "torch":
         return Choice("torch", 'asked for with backend="torch"')
     if backend == "sim":
@@ -99,9 +106,7 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
     if backend in KERNELS:
         if problem.device == "cpu":
             raise BackendUnavailableError(gpu_kernel_on_cpu_text(backend))
-        obstacle = obstacle_to_wmma(problem)
-        if obstacle is None and backend == "sm90":
-            obstacle = obstacle_to_sm90(problem)
+        obstacle = obstacle_to(BY_BACKEND[backend], problem)
         if obstacle is not None:
             raise obstacle
         return Choice(backend, f'asked for with backend="{backend}"')
@@ -111,15 +116,14 @@ def choose_backend(problem: Problem, backend: str) -> Choice:
 def _choose_auto(problem: Problem) -> Choice:
     if problem.device == "cpu":
         return Choice("torch", "q, k and v are CPU tensors")
-    obstacle = obstacle_to_wmma(problem)
+    obstacle = obstacle_to_kernels(problem)
     if obstacle is None:
         reason = f"{problem.dtype} tensors on an sm_{problem.arch} GPU"
-        if problem.arch != SM90_ARCH:
-            return Choice("wmma", reason)
-        rather_not = rather_not_sm90(problem)
+        preferred = forward_for(problem.arch)
+        rather_not = rather_portable(problem, preferred)
         if rather_not is None:
-            return Choice("sm90", reason)
-        return Choice("wmma", f"{reason}, and not sm90: {rather_not}")
+            return Choice(preferred.backend, reason)
+        return Choice(PORTABLE.backend, f"{reason}, and not {preferred.backend}: {rather_not}")
     # A GPU too old for every kernel is worth an error: whoever bought one expects to be told.
     if problem.arch and problem.arch < WMMA_MIN_ARCH:
         raise obstacle

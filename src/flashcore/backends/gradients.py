@@ -26,6 +26,7 @@ from flashcore.backends.tiled import attention_backward_tiled
 from flashcore.base import determinism, env
 from flashcore.errors import BackendUnavailableError, FallbackWarning
 from flashcore.kernels.bwd_sm90 import plan_one
+from flashcore.kernels.bwd_sm90.kernel import DQ
 from flashcore.kernels.bwd_sm90.plan import ARCH as SM90_ARCH
 from flashcore.kernels.bwd_sm90.plan import obstacle as obstacle_to_sm90
 from flashcore.kernels.bwd_sm90.plan import obstacle_anywhere
@@ -43,6 +44,16 @@ class BackwardChoice:
 
     code: str
     reason: str
+
+    @property
+    def is_fused(self) -> bool:
+        """Return whether flashcore's own kernels compute it, on a GPU or in the simulator."""
+        return self.code == "sim" or self.is_on_gpu
+
+    @property
+    def is_on_gpu(self) -> bool:
+        """Return whether flashcore's own kernels compute it on a GPU."""
+        return self.code == DQ.backend
 
 
 def choose_backward(
@@ -65,7 +76,7 @@ def choose_backward(
     """
     reason = _obstacle_to_ours(problem, backend, mask_grad_elements > 0)
     if reason is None:
-        where = "sim" if backend == "sim" else "sm90"
+        where = "sim" if backend == "sim" else DQ.backend
         if determinism.may_differ() and plan_one.obstacle(problem) is None:
             return BackwardChoice(
                 where, "one fused kernel for Hopper; its sums have no fixed order"
@@ -120,14 +131,14 @@ def gradients_with_lengths(
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Compute dq, dk and dv of sequences of different lengths without reading these, or return None
     where no fused kernel does; the arguments are those of `fused_backward`."""
-    code = choose_backward(problem, backend=backend).code
-    if code not in ("sm90", "sim") or problem.is_empty:
+    choice = choose_backward(problem, backend=backend)
+    if not choice.is_fused or problem.is_empty:
         return None
-    run = run_on_gpu if code == "sm90" else run_in_simulator
+    run = run_on_gpu if choice.is_on_gpu else run_in_simulator
     try:
         return fused_backward(problem, q, k, v, mask, out, lse, dout, dlse, run, lengths=lengths)
     except BackendUnavailableError as error:
-        if code == "sim":
+        if not choice.is_on_gpu:
             raise
         _warn_of_fallback(str(error))
     return None
@@ -158,13 +169,13 @@ def attention_gradients(
         return attention_backward_tiled(
             problem, q, k, v, mask, out, lse, dout, dlse, needs_mask_grad
         )
-    if choice.code in ("sm90", "sim"):
+    if choice.is_fused:
         inputs = problem, q, k, v, mask, out, lse, dout, dlse
-        run = run_on_gpu if choice.code == "sm90" else run_in_simulator
+        run = run_on_gpu if choice.is_on_gpu else run_in_simulator
         try:
             return *fused_backward(*inputs, run), None
         except BackendUnavailableError as error:
-            if choice.code == "sim":
+            if not choice.is_on_gpu:
                 raise
             _warn_of_fallback(str(error))  # a bundle without these kernels, and no compiler
         return attention_gradients(*inputs, needs_mask_grad, "torch")
@@ -198,7 +209,7 @@ def prepare_gradients(
 ) -> Prepared | None:
     """Return what computes dq, dk and dv of such tensors; None where `attention_gradients` has to
     look at each call. See prepare_on_gpu."""
-    if choose_backward(problem, backend=backend).code != "sm90":
+    if not choose_backward(problem, backend=backend).is_on_gpu:
         return None
     try:
         return prepare_on_gpu(problem, q, k, v, mask, out, lse, dout)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flashcore.backends.adapting import adapt
 from flashcore.errors import BackendUnavailableError
-from flashcore.kernels.fwd_sm90.plan import obstacle
+from flashcore.kernels.kernel import ForwardKernel
+from flashcore.kernels.registry import PORTABLE
 from flashcore.problem import Problem
 from flashcore.problem.validation import HEAD_DIM_MAX
 
@@ -16,9 +19,9 @@ SM90_ARCH = 90
 BFLOAT16_MIN_ARCH = 80
 
 
-def obstacle_to_wmma(problem: Problem) -> Exception | None:
-    """Return the exception that says why CUDA tensors cannot go to the WMMA kernel; None if they
-    can."""
+def obstacle_to_kernels(problem: Problem) -> Exception | None:
+    """Return the exception that says why CUDA tensors cannot go to any kernel; None if they can go
+    to the portable one."""
     way_out = 'pass backend="torch"'
     if problem.arch == 0:
         return BackendUnavailableError(f"the kernels need an NVIDIA GPU; {way_out}")
@@ -51,17 +54,19 @@ def too_wide(problem: Problem) -> Exception | None:
     )
 
 
-def obstacle_to_sm90(problem: Problem) -> Exception | None:
-    """Return the exception that says why the Hopper kernel cannot take a problem that the WMMA
-    kernel serves; None if it can."""
-    if problem.arch != SM90_ARCH:
+def obstacle_to(kernel: ForwardKernel[Any], problem: Problem) -> Exception | None:
+    """Return the exception that says why CUDA tensors cannot go to a kernel; None if they can."""
+    found = obstacle_to_kernels(problem)
+    if found is not None:
+        return found
+    if not kernel.serves(problem.arch):
         return BackendUnavailableError(
-            f'backend="sm90" needs an sm_90 (Hopper) GPU, but this one is sm_{problem.arch}; '
-            'pass backend="auto"'
+            f'backend="{kernel.backend}" is {kernel.title}, which needs an sm_{kernel.only_arch} '
+            f'GPU, but this one is sm_{problem.arch}; pass backend="auto"'
         )
-    reason = obstacle(adapt(problem, "sm90").problem)
+    reason = kernel.obstacle(adapt(problem, kernel.backend).problem)
     if reason is not None:
-        return NotImplementedError(f'{reason}; pass backend="wmma"')
+        return NotImplementedError(f'{reason}; pass backend="{PORTABLE.backend}"')
     return None
 
 

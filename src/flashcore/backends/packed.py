@@ -283,7 +283,7 @@ def packed_backward(
         return like(q, dq), like(k, dk), like(v, dv)
     if dout is not None and not problem.is_empty:
         choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
-        if choice.code == "sm90":  # which could not be compiled
+        if choice.is_on_gpu:  # which could not be compiled
             backend = "torch"
             choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
         if choice.code == "flash":

@@ -146,19 +146,20 @@ def plans_of(calls: Iterable[Call], archs: Sequence[int]) -> list[Any]:
 def _kernels(calls: Iterable[Call], archs: Sequence[int]) -> Iterable[Any]:
     from flashcore.backends.adapting import adapt, kernel_for
     from flashcore.backends.growing import planned_as
-    from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS
-    from flashcore.selection.configurations import machine_code
+    from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS
+    from flashcore.kernels.registry import PORTABLE
     from flashcore.selection.select import candidates, select_plan
 
     for asked, backend in calls:
-        kernel = KERNEL if backend == "wmma" else None
+        asked_for = PORTABLE if backend == PORTABLE.backend else None
+        kernel = None if asked_for is None else asked_for.name
         for arch in archs or SUPPORTED_ARCHS:
             if asked.dtype == "bfloat16" and arch < 80:
                 continue
-            served_by = "wmma" if backend == "wmma" else kernel_for(asked, arch)
+            served_by = kernel_for(asked, arch) if asked_for is None else asked_for.backend
             problem = planned_as(adapt(asked, served_by).problem)
             elsewhere = dataclasses.replace(problem, device="cpu", arch=0)
-            yield machine_code(candidates(elsewhere, arch, kernel=kernel)[0])
-            yield machine_code(select_plan(elsewhere, arch, kernel=kernel))
+            yield candidates(elsewhere, arch, kernel=kernel)[0].machine_code()
+            yield select_plan(elsewhere, arch, kernel=kernel).machine_code()
             if problem.device == "cuda":
-                yield machine_code(select_plan(problem, arch, kernel=kernel))
+                yield select_plan(problem, arch, kernel=kernel).machine_code()

@@ -8,13 +8,15 @@ from typing import Any
 from flashcore.bench.report import (
     TITLES,
     errors,
+    libraries_of,
     mean_cells,
+    means,
     table,
     time_and_rate,
     times,
     unit,
 )
-from flashcore.bench.summary import best_peer, by_workload, speedup, summarize
+from flashcore.bench.summary import OURS, best_peer, by_workload, speedup
 
 # Columns of the tables, where the file has them; the seed's table names the best of all instead.
 COLUMNS = ("flashcore", "flashcore-wmma", "sdpa-flash", "sdpa-cudnn", "flex", "fa3", "fa4")
@@ -69,6 +71,24 @@ def group_table(document: Document, group: str) -> str:
     return table([unit(group), *columns, "vs best peer"], lines)
 
 
+def rates_table(document: Document, group: str) -> str:
+    """Return TFLOP/s of every library, flashcore's share of the limit, its speed beside the
+    best."""
+    rows = [row for row in document["results"] if row["group"] == group]
+    others = [name for name in libraries_of(rows) if name != OURS]
+    lines = []
+    for workload, entries in by_workload(rows, group).items():
+        ours = entries.get(OURS)
+        share = "-" if ours is None else f"{ours['fraction_of_limit']:.0%}"
+        rates = [_rate(entries.get(name)) for name in (OURS, *others)]
+        lines.append([workload, rates[0], share, *rates[1:], times(speedup(entries))])
+    return table(["TFLOP/s", OURS, "of limit", *others, "vs best peer"], lines)
+
+
+def _rate(row: Row | None) -> str:
+    return "-" if row is None else f"{row['flops_per_second'] / 1e12:.0f}"
+
+
 def group_sections(document: Document) -> list[str]:
     """Return heading and table of each group of GROUPS that the file has."""
     present = {row["group"] for row in document["results"]}
@@ -80,8 +100,9 @@ def group_sections(document: Document) -> list[str]:
 
 
 def means_table(document: Document) -> str:
-    """Return one line a group: the geometric mean of flashcore's speed over the best peer's."""
-    rows = [mean_cells(group, found) for group, found in summarize(document["results"]).items()]
+    """Return one line a group: the geometric mean of flashcore's speed over the best peer's; of a
+    backward pass also together with the forward and the host."""
+    rows = [mean_cells(group, found) for group, found in means(document["results"])]
     header = ["flashcore's speed over the best peer's", "shapes", "geometric mean", "ahead on"]
     return table([*header, "at least"], rows)
 

@@ -14,6 +14,7 @@ place, a quarter on average. From some hundred outputs on that changes nothing.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ class ErrorReport:
             None when no lse was given.
         lse_limit: what lse_error may be, and max_score_error.
         max_score_error: the same of the largest score of each head; None when it was not given.
+        of: which tensor it is, such as "dk"; nothing for an output.
     """
 
     max_error: float
@@ -59,6 +61,7 @@ class ErrorReport:
     lse_error: float | None
     lse_limit: float
     max_score_error: float | None = None
+    of: str = ""
 
     @property
     def ok(self) -> bool:
@@ -70,7 +73,8 @@ class ErrorReport:
         return self.max_error <= self.max_limit and self.mean_error <= self.mean_limit and lse_ok
 
     def __str__(self) -> str:
-        text = (
+        text = f"{self.of}: " if self.of else ""
+        text += (
             f"max error {self.max_error:.3g} (limit {self.max_limit:.3g}, "
             f"torch {self.torch_max_error:.3g}), mean error {self.mean_error:.3g} "
             f"(limit {self.mean_limit:.3g}, torch {self.torch_mean_error:.3g})"
@@ -130,24 +134,65 @@ def error_report(
         max_score_error = lse_error(max_score, max_score_oracle(q, k, **of_scores))
     assert out.shape == want.shape, (out.shape, want.shape)
     plain = torch_math_attention(q, k, v, **options)
-    max_error, mean_error = _max_and_mean(out, want)
-    torch_max_error, torch_mean_error = _max_and_mean(plain, want)
-    rounding_max, rounding_mean = _rounding(want, q.dtype)
-    absolute = ABSOLUTE.get(q.dtype, ABSOLUTE_DEFAULT)
-    return ErrorReport(
-        max_error=max_error,
-        mean_error=mean_error,
-        torch_max_error=torch_max_error,
-        torch_mean_error=torch_mean_error,
-        max_limit=FACTOR * max(torch_max_error, rounding_max) + absolute,
-        mean_limit=FACTOR * max(torch_mean_error, rounding_mean) + absolute,
+    return dataclasses.replace(
+        compared(out, want, plain, q.dtype),
         lse_error=None if lse is None else lse_error(lse, want_lse),
         lse_limit=LSE_LIMIT.get(q.dtype, LSE_LIMIT_DEFAULT),
         max_score_error=max_score_error,
     )
 
 
+def compared(
+    have: torch.Tensor,
+    want: torch.Tensor,
+    plain: torch.Tensor,
+    dtype: torch.dtype,
+    slack: float = 1.0,
+    least: tuple[float, float] = (0.0, 0.0),
+    of: str = "",
+) -> ErrorReport:
+    """Judge a tensor by the rule above.
+
+    Args:
+        have: the result.
+        want: the oracle's, float64, of the same shape.
+        plain: the plain same-dtype computation's.
+        dtype: of the computation.
+        slack: how much more than the rule adds may be added where the plain computation is exact.
+        least: the largest and the mean error that the plain computation counts as no better than,
+            beside that of rounding.
+        of: which tensor it is, for people.
+    """
+    absolute = ABSOLUTE.get(dtype, ABSOLUTE_DEFAULT)
+    max_error, mean_error = max_and_mean(have, want)
+    torch_max_error, torch_mean_error = max_and_mean(plain, want)
+    rounding_max, rounding_mean = _rounding(want, dtype)
+
+    def limit(torch_error: float, *others: float) -> float:
+        added = absolute * (slack if torch_error == 0 else 1.0)
+        return FACTOR * max(torch_error, *others) + added
+
+    return ErrorReport(
+        max_error=max_error,
+        mean_error=mean_error,
+        torch_max_error=torch_max_error,
+        torch_mean_error=torch_mean_error,
+        max_limit=limit(torch_max_error, rounding_max, least[0]),
+        mean_limit=limit(torch_mean_error, rounding_mean, least[1]),
+        lse_error=None,
+        lse_limit=LSE_LIMIT.get(dtype, LSE_LIMIT_DEFAULT),
+        of=of,
+    )
+
+
 def torch_math_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
+) -> torch.Tensor:
+    """Return the output of `torch_math_results`, without its lse."""
+    return torch_math_results(q, k, v, **options)[0]
+
+
+def torch_math_results(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -158,7 +203,7 @@ def torch_math_attention(
     softcap: float | None = None,
     mask: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute unfused attention in the dtype of q: matmul, softmax, matmul, each rounded.
 
     Args:
@@ -173,8 +218,9 @@ def torch_math_attention(
         sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
 
     Returns:
-        [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. Where the scores overflow the dtype
-        (fp16 beyond 65504), the scores alone are kept in float32.
+        out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q. Where the scores overflow the
+            dtype (fp16 beyond 65504), the scores alone are kept in float32.
+        lse: [batch, num_heads_q, seqlen_q], of the same scores, but summed in float32 at least.
     """
     group_size = q.shape[1] // k.shape[1] if k.shape[1] else 1
     k = k.repeat_interleave(group_size, dim=1)
@@ -197,8 +243,11 @@ def torch_math_attention(
         of_rows = sinks.to(score.dtype)[None, :, None, None].expand(*score.shape[:3], 1)
         score, v = torch.cat([score, of_rows], dim=-1), torch.nn.functional.pad(v, (0, 0, 0, 1))
     empty = torch.all(score == -math.inf, dim=-1, keepdim=True)
-    weight = torch.softmax(score.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
-    return weight.to(q.dtype) @ v
+    score = score.masked_fill(empty, 0.0)
+    weight = torch.softmax(score, dim=-1).masked_fill(empty, 0.0)
+    wide = torch.promote_types(score.dtype, torch.float32)
+    lse = score.to(wide).logsumexp(-1).masked_fill(empty[..., 0], -math.inf)
+    return weight.to(q.dtype) @ v, lse
 
 
 def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
@@ -216,7 +265,7 @@ def lse_error(lse: torch.Tensor, want: torch.Tensor) -> float:
     if not torch.equal(empty, lse == -math.inf):
         return math.inf
     relative = ((lse - want) / (1.0 + want.abs())).masked_fill(empty, 0.0)
-    return _max_and_mean(relative, torch.zeros_like(relative))[0]
+    return max_and_mean(relative, torch.zeros_like(relative))[0]
 
 
 def _rounding(exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
@@ -230,7 +279,8 @@ def _rounding(exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
     return float(last_place.max()) / 2, float(last_place.mean()) / 4
 
 
-def _max_and_mean(have: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
+def max_and_mean(have: torch.Tensor, want: torch.Tensor) -> tuple[float, float]:
+    """Return the largest and the mean absolute difference; 0 without any element."""
     if want.numel() == 0:
         return 0.0, 0.0
     difference = (have.to(device=want.device, dtype=torch.float64) - want).abs()

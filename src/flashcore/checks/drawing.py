@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashcore.backends.dispatch import KERNELS
-from flashcore.backends.obstacles import SM90_ARCH
 from flashcore.checks.cases import DRAWN_GROWTHS
 from flashcore.checks.planned import fits, parse_tile
 from flashcore.checks.varlen_cases import VarlenCase, draw_varlen_case
-from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.fwd_sm90.kernel import SM90
+from flashcore.kernels.fwd_wmma.kernel import WMMA
+from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
+from flashcore.kernels.registry import BY_BACKEND, forward, forward_for
 from flashcore.problem.case import Case
 from flashcore.selection import tile_table
 
@@ -109,6 +110,9 @@ _SIM_WMMA: tuple[tuple[Mapping[str, Any], str], ...] = (
 )
 
 
+_SIM = {SM90: _SIM_SM90, WMMA: _SIM_WMMA}
+
+
 @dataclass(frozen=True, slots=True)
 class Drawn:
     """Drawn holds a case, and the fields of the tile that it runs with; without any, the tile is
@@ -124,14 +128,15 @@ def num_configurations(arch: int | None) -> int:
 
 
 def _configurations(arch: int | None) -> tuple[tuple[Mapping[str, Any], str], ...]:
-    return _SIM_SM90 if arch == SM90_ARCH else _SIM_WMMA
+    return _SIM[forward_for(arch or SIM_ARCH)]
 
 
 def shipped_tiles(kernel: str) -> list[Mapping[str, Any]]:
     """Return the tiles of a kernel that ship with flashcore: measured ones, or all that its rules
     choose among."""
-    table = tile_table.read(SM90_ARCH)
-    if kernel == KERNELS["sm90"] and table is not None:
+    arch = forward(kernel).only_arch
+    table = None if arch is None else tile_table.read(arch)
+    if table is not None:
         return list(table.tiles)
     return [{"block_m": m, "block_n": n} for m in _WMMA_ROWS for n in _WMMA_KEYS]
 
@@ -196,6 +201,7 @@ def _draw_configuration(rng: random.Random, backend: str) -> dict[str, Any]:
     dtypes = ["float16", "float16", "bfloat16"]
     if backend == "torch":
         dtypes += ["float32", "float64"]
+    reads_by_tma = backend in KERNELS and bool(BY_BACKEND[backend].maps)
     head_dim = rng.choice((8, 16, 24, 32, 40, 64, 64, 64, 80, 96, 128, 128, 192, 256))
     same = rng.random() < 0.8
     window = None
@@ -210,15 +216,17 @@ def _draw_configuration(rng: random.Random, backend: str) -> dict[str, Any]:
         "softcap": rng.choice((None, None, None, 20.0)),
         "mask": rng.choice(("none", "none", "bool", "padding", "additive")),
         # TMA reads 16-byte aligned rows only.
-        "offset": rng.choice((0, 0, 0, 8) if backend == "sm90" else (0, 0, 0, 1, 2, 8)),
+        "offset": rng.choice((0, 0, 0, 8) if reads_by_tma else (0, 0, 0, 1, 2, 8)),
     }
 
 
 def _draw_tile(rng: random.Random, case: Case, backend: str) -> dict[str, Any]:
     """Return a tile that ships, if there is a table of the kernel's, or else one of the portable
     one's, that fits whatever the GPU is; none where the one that is drawn does not."""
+    kernel = BY_BACKEND[backend]
     common: dict[str, Any] = {
-        "kernel": KERNELS[backend],
+        "kernel": kernel.name,
+        "arch": kernel.only_arch or _SMALLEST_ARCH,
         "dtype": case.dtype,
         "head_dim": case.head_dim,
         "head_dim_v": case.head_dim_v,
@@ -228,10 +236,8 @@ def _draw_tile(rng: random.Random, case: Case, backend: str) -> dict[str, Any]:
         "min_blocks": 1,
         "mask": {"none": None, "additive": "float32"}.get(case.mask, "bool"),
     }
-    tile = dict(rng.choice(shipped_tiles(KERNELS[backend])))
-    if backend == "sm90":
-        return tile if fits(Sm90Plan(arch=SM90_ARCH, **common), tile) else {}
-    return tile if fits(Plan(arch=_SMALLEST_ARCH, **common), tile | {"num_stages": 2}) else {}
+    tile = dict(rng.choice(shipped_tiles(kernel.name)))
+    return tile if fits(kernel.plan(**common), tile) else {}
 
 
 def _draw_for_sim(

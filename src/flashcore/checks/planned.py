@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashcore.kernels.fwd_sm90.plan import OFF_UNDER_A_GATE, Sm90Plan, with_o_fitted
 from flashcore.kernels.fwd_wmma.plan import Plan
-from flashcore.selection.space import is_legal, tile_of
+from flashcore.kernels.registry import forward_of
+from flashcore.selection.space import tile_of
 
 if TYPE_CHECKING:
     from flashcore.compile.plant import Plant
+    from flashcore.kernels.kernel import ForwardKernel
     from flashcore.problem import Problem
 
 _PLAINEST: dict[str, Any] = {
@@ -79,9 +80,8 @@ def with_fields(plan: Plan, tile: Mapping[str, Any]) -> Plan:
         ValueError: the kernel has no such field, a value is of another type, or the tile does not
             fit the GPU.
     """
-    own = tile_of(plan)
-    if not isinstance(plan, Sm90Plan):
-        own["keys_of_chunk"] = plan.keys_of_chunk
+    kernel = forward_of(plan)
+    own = tile_of(plan) | {name: getattr(plan, name) for name in kernel.beside_the_tile}
     for name, value in tile.items():
         if name not in own or type(own[name]) is not type(value):
             fields = ", ".join(f"{n} ({type(x).__name__})" for n, x in own.items())
@@ -96,9 +96,9 @@ def with_fields(plan: Plan, tile: Mapping[str, Any]) -> Plan:
             plainest.pop("lazy_rescale", None)
         tile = plainest | dict(tile)
     changed = dataclasses.replace(plan, **tile)
-    if isinstance(changed, Sm90Plan) and "o_parts" not in tile:
-        changed = with_o_fitted(changed)
-    if not is_legal(changed):
+    if "o_parts" not in tile:
+        changed = kernel.fitted(changed)
+    if not kernel.is_legal(changed):
         raise ValueError(
             f"tile={format_tile(tile)!r} is not one that {plan.kernel} can have on sm_{plan.arch} "
             f"with head_dim {plan.head_dim} and {plan.head_dim_v}: too much shared memory or too "
@@ -116,10 +116,9 @@ def fits(plan: Plan, tile: Mapping[str, Any]) -> bool:
     return True
 
 
-def under_gate(tile: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a tile as a debug gate leaves it: see OFF_UNDER_A_GATE."""
-    off = OFF_UNDER_A_GATE | {"keys_of_chunk": 0}
-    return {name: off.get(name, value) for name, value in tile.items()}
+def under_gate(kernel: ForwardKernel[Any], tile: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a kernel's tile as a debug gate leaves it."""
+    return {name: kernel.off_under_a_gate.get(name, value) for name, value in tile.items()}
 
 
 def compile_planned(plan: Plan, is_on_gpu: bool, plant: Plant | None = None) -> None:

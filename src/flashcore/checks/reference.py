@@ -2,8 +2,8 @@
 
 Everything else is judged by this file, so it takes no part of the implementation: it reads the
 arguments as the user wrote them, builds the whole seqlen_q x seqlen_k matrix, and shares no masking
-or tiling code with backends/tiled.py or the kernels. Read next: checks/accuracy.py, which turns it
-into a rule.
+or tiling code with backends/tiled.py or the kernels. Its gradients are autograd's. Read next:
+checks/accuracy.py, which turns it into a rule.
 """
 
 from __future__ import annotations
@@ -86,11 +86,11 @@ def attention_oracle(
         of_rows = sinks.double()[None, :, None, None].expand(*score.shape[:3], 1)
         score, v64 = torch.cat([score, of_rows], dim=-1), torch.nn.functional.pad(v64, (0, 0, 0, 1))
     empty = torch.all(score == -math.inf, dim=-1)  # also True where there are no keys at all
-    lse = torch.logsumexp(score, dim=-1)
-    # Not exp(score - lse), whose rounding is an exponent where scores are large. An empty row's
-    # scores become 0, for -inf - -inf is NaN.
-    weight = torch.softmax(score.masked_fill(empty[..., None], 0.0), dim=-1)
-    weight = weight.masked_fill(empty[..., None], 0.0)
+    # An empty row's scores become 0, for -inf - -inf is NaN, in gradients too.
+    score = score.masked_fill(empty[..., None], 0.0)
+    lse = torch.logsumexp(score, dim=-1).masked_fill(empty, -math.inf)
+    # Not exp(score - lse), whose rounding is an exponent where scores are large.
+    weight = torch.softmax(score, dim=-1).masked_fill(empty[..., None], 0.0)
     return weight @ v64, lse
 
 

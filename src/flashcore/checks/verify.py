@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashcore.backends.dispatch import KERNELS
-from flashcore.backends.obstacles import SM90_ARCH
+from flashcore.backends.dispatch import BACKENDS, KERNELS
 from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.checks.accuracy import ErrorReport, error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.checks.drawing import Drawn, draw
+from flashcore.checks.gradient_drawing import GradientCase
 from flashcore.checks.planned import format_tile, run_planned, with_fields
 from flashcore.checks.varlen_cases import (
     VarlenCase,
@@ -34,6 +34,7 @@ from flashcore.checks.varlen_cases import (
 )
 from flashcore.errors import CompileError
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH, Plan
+from flashcore.kernels.registry import forward_for
 from flashcore.launch.allocation import unseen_scores
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem import Problem
@@ -44,8 +45,7 @@ from flashcore.selection.select import select_plan
 if TYPE_CHECKING:
     from flashcore.compile.plant import Plant
 
-BACKENDS = ("auto", "sm90", "wmma", "sim", "torch")
-GPU_BACKENDS = ("sm90", "wmma")
+GPU_BACKENDS = tuple(KERNELS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +55,7 @@ class CaseResult:
     apart."""
 
     index: int
-    case: Case | VarlenCase
+    case: Case | VarlenCase | GradientCase
     tile: Mapping[str, Any]
     ok: bool
     replay: str
@@ -76,7 +76,7 @@ class CaseResult:
 
 
 def resolve_backend(name: str) -> str:
-    """Return the backend that "auto" stands for here: wmma on a GPU, else torch.
+    """Return the backend that "auto" stands for here: the GPU's preferred kernel, else torch.
 
     Raises:
         ValueError: unknown name.
@@ -87,7 +87,8 @@ def resolve_backend(name: str) -> str:
         return name
     if not torch.cuda.is_available():
         return "torch"
-    return "sm90" if torch.cuda.get_device_capability() == (9, 0) else "wmma"
+    major, minor = torch.cuda.get_device_capability()
+    return forward_for(10 * major + minor).backend
 
 
 def verify(
@@ -139,8 +140,7 @@ def find_plant(name: str | None, backend: str, arch: int | None) -> Plant | None
     from flashcore.sim.plants import index
 
     index.check_backend(name, backend)
-    kernel = KERNELS["sm90" if (arch or env.sim_arch()) == SM90_ARCH else "wmma"]
-    return index.find_plant(name, kernel)
+    return index.find_plant(name, forward_for(arch or env.sim_arch()).name)
 
 
 def _verify_one(backend: str, seed: int, index: int, arch: int, plant: Plant | None) -> CaseResult:
@@ -159,7 +159,7 @@ def _verify_one(backend: str, seed: int, index: int, arch: int, plant: Plant | N
         isolate=None if backend == "torch" else f"flashcore isolate {number}",
     )
     try:
-        with _simulator(drawn.case.seed, arch):
+        with simulator(drawn.case.seed, arch):
             report = _judge(drawn, backend, arch, plant)
     except CompileError as error:
         return dataclasses.replace(found, error=str(error), does_not_compile=True)
@@ -234,7 +234,7 @@ def _plan(problem: Problem, backend: str, arch: int, tile: Mapping[str, Any]) ->
 
 
 @contextmanager
-def _simulator(seed: int, arch: int) -> Iterator[None]:
+def simulator(seed: int, arch: int) -> Iterator[None]:
     """Give the simulator's scheduler the case's seed, so that replaying a case replays the run."""
     wanted = {env.SIM_SEED.name: str(seed), env.SIM_ARCH.name: str(arch)}
     before = {name: os.environ.get(name) for name in wanted}

@@ -14,9 +14,6 @@ if TYPE_CHECKING:
     from flashcore.isolate.isolation import Isolation, StageResult
     from flashcore.isolate.registry import Planted
 
-# What shows the most: several key tiles, tails everywhere, and several column chunks on Hopper.
-_SEQLEN, _HEAD_DIM = {"attn_fwd_sm90": 300}, {"attn_fwd_sm90": 96}
-_SEQLEN_DEFAULT, _HEAD_DIM_DEFAULT = 150, 64
 _STATUS = {
     "ok": "[green]right[/]",
     "wrong": "[red]WRONG[/]",
@@ -113,7 +110,7 @@ def isolate(
     with command(json_output) as out:
         from flashcore.checks.planned import parse_tile
         from flashcore.isolate import gates
-        from flashcore.isolate.stages import stages_of
+        from flashcore.kernels.registry import BY_NAME
         from flashcore.kernels.stage import Stage
 
         if plant == "list":
@@ -135,11 +132,9 @@ def isolate(
                 batch=batch,
                 heads=heads,
                 heads_kv=heads_kv,
-                seqlen=_SEQLEN.get(kernel, _SEQLEN_DEFAULT) if seqlen is None else seqlen,
+                seqlen=BY_NAME[kernel].shown_sizes[0] if seqlen is None else seqlen,
                 seqlen_k=seqlen_k,
-                head_dim=(
-                    _HEAD_DIM.get(kernel, _HEAD_DIM_DEFAULT) if head_dim is None else head_dim
-                ),
+                head_dim=BY_NAME[kernel].shown_sizes[1] if head_dim is None else head_dim,
                 head_dim_v=head_dim_v,
                 dtype=dtype,
                 causal=causal,
@@ -153,12 +148,12 @@ def isolate(
             )
             if planted is not None:
                 case = planted.case(case, _given(ctx, planted))
-        with out.progress(f"Isolating on {backend}", total=len(stages_of(kernel))) as advance:
+        with out.progress(f"Isolating on {backend}", total=len(BY_NAME[kernel].stages)) as advance:
             started = False
 
             def on_stage(stage: Stage) -> None:
                 nonlocal started
-                advance(1 if started else 0, f"gate {stage.name}: {stage.title}")
+                advance(1 if started else 0, f"{stage.name}: {stage.title}")
                 started = True
 
             with usage_errors():
@@ -173,7 +168,7 @@ def isolate(
                     on_stage=on_stage,
                 )
         _show(out, found)
-        out.finish({**_document(found), "ok": found.ok}, ok=found.ok)
+        out.finish({**to_json(found), "ok": found.ok}, ok=found.ok)
 
 
 def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tuple[str, str]:
@@ -181,34 +176,38 @@ def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tu
     import torch
 
     from flashcore.backends.dispatch import KERNELS
-    from flashcore.checks.verify import GPU_BACKENDS, resolve_backend
-    from flashcore.isolate import gates
+    from flashcore.checks.verify import resolve_backend
+    from flashcore.isolate import choosing, gates
+    from flashcore.kernels.registry import BY_BACKEND
 
     simulate = plant is not None or arch is not None or not torch.cuda.is_available()
     if backend == "auto":
         backend = "sim" if simulate else resolve_backend("auto")
     kernel = KERNELS.get(backend)
-    if backend == "sm90" and not simulate:
-        simulate = torch.cuda.get_device_capability() != (9, 0)
-    if backend in GPU_BACKENDS and simulate:
+    if backend in KERNELS and not simulate:
+        major, minor = torch.cuda.get_device_capability()
+        simulate = not BY_BACKEND[backend].serves(10 * major + minor)
+    if backend in KERNELS and simulate:
         if plant is None and arch is None:
             out.note(f"No GPU that runs {kernel}: simulating it (`flashcore doctor` says more).")
         backend = "sim"
     gates.find_plant(plant, backend)  # raises for an unknown backend or plant
-    return backend, kernel or gates.kernel_to_run(backend, plant, arch)
+    if kernel is not None:
+        return backend, choosing.kernel_of_backend(kernel, plant)
+    return backend, choosing.kernel_to_run(backend, plant, arch)
 
 
 def _draw(seed: int, index: int, backend: str, kernel: str, arch: int | None) -> Drawn:
     """Return a case of `verify`, with the arguments that it had there."""
     from flashcore.backends.dispatch import KERNELS
-    from flashcore.backends.obstacles import SM90_ARCH
     from flashcore.base import env
     from flashcore.checks import drawing
+    from flashcore.kernels.registry import BY_NAME
 
     if backend in KERNELS:
         return drawing.draw(seed, index, backend)
     if arch is None:
-        arch = SM90_ARCH if kernel == KERNELS["sm90"] else env.sim_arch()
+        arch = BY_NAME[kernel].only_arch or env.sim_arch()
     return drawing.draw(seed, index, "sim", arch)
 
 
@@ -248,9 +247,11 @@ def _given(ctx: typer.Context, planted: Planted) -> set[str]:
     return {field for name in options for field in _FIELDS[name]}
 
 
-def _document(found: Isolation) -> dict[str, object]:
-    document: dict[str, object] = to_json(found)
-    return document
+def _part_of(kernel: str) -> str:
+    """Return what the stages of a kernel are, in a word."""
+    from flashcore.kernels.registry import BY_NAME
+
+    return "gate" if BY_NAME[kernel].gates else "tensor"
 
 
 def _list_plants(out: Output) -> None:
@@ -263,9 +264,8 @@ def _list_plants(out: Output) -> None:
     for name in ("name", "kernel", "stage", "caught by", "what"):
         listed.add_column(name, overflow="fold")
     for planted in every:
-        plant = planted.plant
-        cells = (plant.name, planted.kernel, planted.stage, plant.caught_by, plant.title)
-        listed.add_row(*cells)
+        bug = planted.plant
+        listed.add_row(bug.name, planted.kernel, planted.stage, bug.caught_by, bug.title)
     out.print(listed)
     out.finish(
         [
@@ -302,14 +302,15 @@ def _show(out: Output, found: Isolation) -> None:
         ]
         for result in found.stages
     ]
-    out.print(table(None, ["gate", "stage", "result", "error / tolerance", "took"], rows))
+    part = _part_of(found.kernel)
+    out.print(table(None, [part, "stage", "result", "error / tolerance", "took"], rows))
     first = next((result for result in found.stages if not result.ok), None)
     if first is None:
         out.print("[green]all stages are right[/]")
         return
     if found.first_wrong == "compile":
         alone = "" if found.stages[-1].status == "not run" else "'s gates alone do not compile:"
-        out.print(f"[bold red]the kernel{alone or ' does not compile'} (gate {first.stage})[/]")
+        out.print(f"[bold red]the kernel{alone or ' does not compile'} ({part} {first.stage})[/]")
         for reason in found.why:
             out.print(f"- {reason}".replace("[", "\\["), wrap=False)
         if first.alarm is not None:
@@ -317,7 +318,7 @@ def _show(out: Output, found: Isolation) -> None:
         return
     first = next(r for r in found.stages if r.status in ("wrong", "alarm"))
     title = next((r.title for r in found.stages if r.stage == found.first_wrong), None)
-    name = found.first_wrong if title is None else f"{title} (gate {found.first_wrong})"
+    name = found.first_wrong if title is None else f"{title} ({part} {found.first_wrong})"
     out.print(f"[bold red]first wrong stage: {name}[/]")
     for reason in found.why:
         out.print(f"- {reason}".replace("[", "\\["))

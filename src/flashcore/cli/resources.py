@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -90,7 +90,7 @@ def resources(
     budget: with head_dim 64 the portable kernel takes at most 96 registers and 48 KB of shared
     memory; nothing ever spills, and ptxas never serialises WGMMA. Without --sample, --check also
     fails when the sample would leave out what is nearest to a spill. Registers of the Hopper
-    kernel: at launch / of a consumer / of a producer.
+    kernels, forward and backward: at launch / of a consumer / of a producer.
 
     Examples:
 
@@ -103,18 +103,20 @@ def resources(
     with command(json_output) as out:
         from flashcore.backends.dispatch import KERNELS
         from flashcore.selection import compile_gate
+        from flashcore.selection.backward_configurations import backward_configurations
         from flashcore.selection.configurations import DTYPES, HEAD_DIMS, VARIANTS, configurations
 
         for name, value, known in (("dtype", dtype, DTYPES), ("variant", variant, VARIANTS)):
             if value is not None and value not in known:
                 raise typer.BadParameter(f"--{name} {value} is not one of {', '.join(known)}")
         with usage_errors():
-            wanted = configurations(
-                archs=parse_archs(arch),
-                head_dims=HEAD_DIMS if head_dim is None else (head_dim,),
-                dtypes=DTYPES if dtype is None else (dtype,),
-                variants=tuple(VARIANTS) if variant is None else (variant,),
-            )
+            asked: dict[str, Any] = {
+                "archs": parse_archs(arch),
+                "head_dims": HEAD_DIMS if head_dim is None else (head_dim,),
+                "dtypes": DTYPES if dtype is None else (dtype,),
+                "variants": tuple(VARIANTS) if variant is None else (variant,),
+            }
+            wanted = configurations(**asked) + backward_configurations(**asked)
         if check and dtype is None:
             wanted = [entry for entry in wanted if entry.is_checked]
         kernels = sorted({entry.plan.kernel for entry in wanted})

@@ -82,6 +82,8 @@ def tune(
         flashcore tune --grid --output tiles-sm_90.json
     """
     with command(json_output) as out:
+        from flashcore.backends.dispatch import KERNELS
+
         with usage_errors():
             shape: Workload | None = None
             if (groups is not None) + (seqlen is not None) + grid > 1:
@@ -100,8 +102,9 @@ def tune(
                     softcap=softcap,
                 )
             workloads = _workloads(groups, grid) if shape is None else [shape]
-            if backend not in ("auto", "sm90", "wmma"):
-                raise ValueError(f"--backend {backend} is not one of auto, sm90, wmma")
+            known = ("auto", *KERNELS)
+            if backend not in known:
+                raise ValueError(f"--backend {backend} is not one of {', '.join(known)}")
         session, complete = _search(out, workloads, backend, timeout, minutes, output, grid)
         _show(out, session)
         document = {

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flashcore.cli.options import Seed, parse_archs
 from flashcore.cli.output import JsonFlag, command, usage_errors
+
+if TYPE_CHECKING:
+    from flashcore.checks.verify import CaseResult
+
+    Verify = Callable[..., list[CaseResult]]
 
 
 def verify(
@@ -26,12 +33,15 @@ def verify(
             "-n",
             min=1,
             help="How many cases; default: 20, with sim two of each configuration (64 for sm_90, "
-            "else 32).",
+            "else 32; 32 with --backward).",
         ),
     ] = None,
     case: Annotated[
         int | None, typer.Option("--case", min=0, help="Replay only this case of the seed.")
     ] = None,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="The gradients of q, k and v instead of the output.")
+    ] = False,
     arch: Annotated[
         str | None,
         typer.Option("--arch", help="With sim: the kernel of this GPU, such as sm_90."),
@@ -52,6 +62,10 @@ def verify(
     its mean error are at most twice those of the same attention written plainly in the same dtype,
     plus 1e-5. A failing case prints the command that replays it, and the one that takes it apart.
 
+    With --backward dq, dk and dv are checked, of dense calls, of padded batches with seqlens_k and
+    of packed sequences, with gradients that arrive through out, lse or both; in the simulator the
+    kernels for Hopper.
+
     Examples:
 
         flashcore verify --cases 100
@@ -63,11 +77,11 @@ def verify(
         flashcore verify --backend sim --seed 7 --case 3
 
         flashcore verify --backend sim --arch sm_90 --plant sum-of-the-neighbour
+
+        flashcore verify --backward --backend sim
     """
     with command(json_output) as out:
-        from flashcore.base import env
         from flashcore.checks import verify as verification
-        from flashcore.checks.drawing import num_configurations
 
         with usage_errors():
             chosen = verification.resolve_backend(backend)
@@ -76,20 +90,17 @@ def verify(
             raise typer.BadParameter("--arch goes with --backend sim: a GPU's is its own")
         if chosen in verification.GPU_BACKENDS:
             _require_gpu(chosen)
+        run = _backward(number, plant, chosen) if backward else _forward(number, plant, chosen)
         if cases is None:
-            cases = 20 if chosen != "sim" else 2 * num_configurations(number or env.sim_arch())
+            cases = 20 if chosen != "sim" else 2 * _configurations(number, backward)
         indices = range(cases) if case is None else [case]
         if chosen != backend and chosen == "torch":
             out.note("No GPU: verifying the PyTorch path. --backend sim runs the CUDA kernel.")
-        with usage_errors():
-            verification.find_plant(plant, chosen, number)
         with out.progress(f"Verifying {chosen}, seed {seed}", total=len(indices)) as advance:
-            results = verification.verify(
+            results = run(
                 chosen,
                 seed=seed,
                 indices=indices,
-                arch=number,
-                plant=plant,
                 on_case=lambda result: advance(1, f"case {result.index} done"),
             )
         for result in results:
@@ -124,6 +135,38 @@ def verify(
             "cases": results,
         }
         out.finish(document, ok=failed == 0)
+
+
+def _forward(arch: int | None, plant: str | None, backend: str) -> Verify:
+    """Return what verifies outputs, or refuse the plant."""
+    from flashcore.checks import verify as verification
+
+    with usage_errors():
+        verification.find_plant(plant, backend, arch)
+    return functools.partial(verification.verify, arch=arch, plant=plant)
+
+
+def _backward(arch: int | None, plant: str | None, backend: str) -> Verify:
+    """Return what verifies gradients, or refuse the plant or the architecture."""
+    from flashcore.backends.obstacles import SM90_ARCH
+    from flashcore.checks import verify_backward as verification
+
+    if arch not in (None, SM90_ARCH):
+        raise typer.BadParameter(
+            f"--arch sm_{arch} has no backward kernels, sm_{SM90_ARCH} alone: leave it out"
+        )
+    with usage_errors():
+        verification.find_backward_plant(plant, backend)
+    return functools.partial(verification.verify_backward, plant=plant)
+
+
+def _configurations(arch: int | None, backward: bool) -> int:
+    from flashcore.base import env
+    from flashcore.checks import drawing, gradient_drawing
+
+    if backward:
+        return gradient_drawing.num_configurations()
+    return drawing.num_configurations(arch or env.sim_arch())
 
 
 def _require_gpu(backend: str) -> None:

@@ -24,7 +24,7 @@ from flashcore.backends.packed import checked_max_seqlen
 from flashcore.compat import flash_attn
 from flashcore.dropins.flash_3_kvcache import flash_attn_with_kvcache, get_scheduler_metadata
 from flashcore.dropins.flash_arguments import refuse_dropout, refuse_unsupported
-from flashcore.dropins.flash_kvcache import attend_over_pages
+from flashcore.dropins.flash_kvcache import attend_over_pages, rows_as_pages
 from flashcore.problem.spelling import OF_FLASH_ATTN, other_names, refuse
 
 __all__ = [
@@ -224,13 +224,8 @@ def flash_attn_varlen_func(
         seqused_k = torch.full((k.shape[0],), k.shape[1], dtype=torch.int32, device=k.device)
     if table is None and cu_seqlens_k is not None:
         # Rows of packed keys are pages of one token, one after the other.
-        longest = (
-            k.shape[0]
-            if max_seqlen_k is None
-            else checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0])
-        )
-        places = torch.arange(longest, dtype=torch.int32, device=k.device)
-        table = cu_seqlens_k[:-1, None] + places
+        bound = k.shape[0] if max_seqlen_k is None else max_seqlen_k
+        table = rows_as_pages(cu_seqlens_k, checked_max_seqlen("max_seqlen_k", bound, k.shape[0]))
         k, v = k.unsqueeze(1), v.unsqueeze(1)
     return attend_over_pages(
         q, k, v, cu_seqlens_q, max_seqlen_q, seqused_k, table, softmax_scale, causal, window_size,

@@ -67,12 +67,11 @@ def lengths_obstacle(
     num_splits: int | None,
 ) -> str | None:
     """Return why torch must compute a call with such lengths; None is each one's default."""
-    if block_table is not None:
-        return "block_table: keys in pages are not read in place"
-    if (cum_seq_q is None) != (cum_seq_k is None):
+    if block_table is not None and cum_seq_q is None:
+        return "block_table without cum_seq_q"
+    has_lengths = block_table is not None and seqused_k is not None
+    if (cum_seq_q is None) != (cum_seq_k is None) and not has_lengths:
         return "one of cum_seq_q and cum_seq_k is None"
-    if seqused_k is not None and cum_seq_q is not None:
-        return "seqused_k with packed sequences"
     # 1 promises the same bits for a sequence whatever else is in the batch.
     if num_splits == 1:
         return "num_splits=1: tiles depend on the batch, and the last bits on tiles"

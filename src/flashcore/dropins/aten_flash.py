@@ -20,6 +20,7 @@ from flashcore.api import attention
 from flashcore.backends import torch_own
 from flashcore.backends.dispatch import without_autocast
 from flashcore.dropins.aten_fallback import by_torch, lengths_obstacle, obstacle
+from flashcore.dropins.flash_kvcache import attend_over_pages, rows_as_pages
 from flashcore.ops import varlen
 from flashcore.ops.calls import attend
 from flashcore.ops.family import BackwardCall
@@ -89,9 +90,8 @@ def _dense(
                 q, k, v, causal=causal, window=window, scale=scale, seqlens_k=seqused_k,
                 return_lse=True, backend=backend,
             )  # fmt: skip
-        result = attend(q, k, v, None, causal, window, None, scale, True, backend)
-    assert isinstance(result, tuple)
-    return result
+        out, lse = attend(q, k, v, None, causal, window, None, scale, True, backend)
+    return out, lse
 
 
 def _sdpa_forward(
@@ -197,7 +197,8 @@ def _forward(
         reason = "return_debug_mask"
     if reason is None:
         rank = 4 if cum_seq_q is None else 3
-        reason = obstacle(backend, query, key, value, dropout_p, scale, rank)
+        of_keys = (key, value) if block_table is None else (key.select(1, 0), value.select(1, 0))
+        reason = obstacle(backend, query, *of_keys, dropout_p, scale, rank)
     if reason is not None:
         arguments = (
             query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, dropout_p, is_causal,
@@ -215,7 +216,12 @@ def _forward(
         options |= {name: x for name, x in newer.items() if x is not None}
         return tuple(by_torch(reason, FORWARD, key_, *arguments, **options))
     window = _window(window_size_left, window_size_right)
-    if cum_seq_q is not None:
+    if cum_seq_q is not None and (seqused_k is not None or block_table is not None):
+        out, lse = _over_pages(
+            query, key, value, cum_seq_q, cum_seq_k, max_q, max_k, is_causal, window, scale,
+            seqused_k, block_table, backend,
+        )  # fmt: skip
+    elif cum_seq_q is not None:
         assert cum_seq_k is not None
         with torch.no_grad(), without_autocast(query.device.type):
             out, lse = varlen.attention_varlen(
@@ -227,6 +233,38 @@ def _forward(
         out, lse = _dense(q, k, v, is_causal, window, scale, seqused_k, backend)
         out = out.transpose(1, 2)
     return with_strides_of_empty_like(query, out), lse, *_auxiliary(query)
+
+
+def _over_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    window: Window | None,
+    scale: float | None,
+    seqused_k: Tensor | None,
+    block_table: Tensor | None,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of packed queries over keys in pages, or over the first of packed keys."""
+    if seqused_k is None:
+        assert cum_seq_k is not None
+        seqused_k = cum_seq_k.diff()
+    if block_table is None:
+        assert cum_seq_k is not None
+        block_table = rows_as_pages(cum_seq_k, min(max_k, k.shape[0]))
+        k, v = k.unsqueeze(1), v.unsqueeze(1)
+    with torch.no_grad():
+        result = attend_over_pages(
+            q, k, v, cum_seq_q, max_q, seqused_k, block_table, scale, causal, window or (-1, -1),
+            0.0, None, True, backend=backend,
+        )  # fmt: skip
+    assert isinstance(result, tuple)
+    return result
 
 
 def _forward_in_place(

@@ -100,6 +100,18 @@ def attend_without_gradients(*arguments: Any, **options: Any) -> Any:
         return attend_over_cache(*arguments, **options)
 
 
+def rows_as_pages(cu_seqlens_k: Tensor, longest: int) -> Tensor:
+    """Return the page table of packed keys whose rows are pages of one token: int32,
+    [batch, longest]. Entries behind a sequence's own rows are rows of others, or of none.
+
+    Args:
+        cu_seqlens_k: int32, [batch + 1]: where each sequence's rows begin.
+        longest: a bound on the keys of a sequence.
+    """
+    places = torch.arange(longest, dtype=torch.int32, device=cu_seqlens_k.device)
+    return cu_seqlens_k[:-1, None] + places
+
+
 def attend_over_pages(
     q: Tensor,
     k: Tensor,
@@ -115,6 +127,7 @@ def attend_over_pages(
     alibi_slopes: Tensor | None,
     return_lse: bool,
     out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute flash_attn_varlen_func over keys and values in pages, or in rows.
 
@@ -135,6 +148,7 @@ def attend_over_pages(
         alibi_slopes: None, or those of padded queries.
         return_lse: whether lse is returned too.
         out: receives the result.
+        backend: of `attention`.
 
     Returns:
         out: as q, with head_dim_v; or (out, lse), lse [num_heads_q, total_q].
@@ -142,7 +156,7 @@ def attend_over_pages(
     return attend_over_cache(
         q, k, v, None, None, lengths=seqused_k, page_table=block_table, cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q, scale=softmax_scale, causal=causal, window_size=window_size,
-        softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse, out=out,
+        softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse, out=out, backend=backend,
         names={**_PAGES, "seqlens_k": "seqused_k", "page_table": "block_table"},
     )  # fmt: skip
 
@@ -173,6 +187,7 @@ def attend_over_cache(
     max_seqlen_q: int | Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     out: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute what the functions above do; tensors have heads next to last. `names` says what the
     caller calls the arguments of `attention_with_kvcache`, in messages."""
@@ -216,7 +231,7 @@ def attend_over_cache(
         result = with_kvcache(
             q, k_cache, v_cache, k, v, lengths, page_table, cache_batch_idx, cache_leftpad,
             cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, None, return_lse, given,
-            None, "auto", options,
+            None, backend, options,
         )  # fmt: skip
     except (TypeError, ValueError, NotImplementedError) as error:
         raise renamed(error, names) from None

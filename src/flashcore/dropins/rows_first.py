@@ -55,7 +55,9 @@ def rows_first(
         return None
     cap = None if softcap == 0.0 else softcap
     sides = None if window == _UNBOUNDED else window
-    return attend(q, k, v, None, causal, sides, cap, scale, return_lse, "auto", record, _decide)
+    return attend(  # type: ignore[return-value]
+        q, k, v, None, causal, sides, cap, scale, return_lse, "auto", record, _decide
+    )
 
 
 def _decide(

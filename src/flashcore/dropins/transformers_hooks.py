@@ -4,7 +4,8 @@ Transformers has two questions and no way to register an answer, so `install` pu
 place of its own that answer for our names and pass on all others:
 
 - Is it a version of flash-attn? Transformers 5 says yes to every name with "flash" in it, wants to
-  import it, and denies it static caches, other models and other dtypes. We say no.
+  import it, and denies it static caches, other models and other dtypes. We say no, except to
+  continuous batching, which prepares packed sequences for such names and masks for the others.
 - Does this model support it? Transformers looks at flags for "sdpa" and at nothing for other names.
   We look at the model's layers (dropins/own_attention.py).
 """
@@ -54,9 +55,21 @@ def _be_no_flash_attention() -> None:
             return False
         return bool(theirs(config, requested_attention_implementation, version))
 
-    for module in list(sys.modules.values()):  # a model's own code may have imported it too
+    def takes_packed_sequences(
+        config: Any = None,
+        requested_attention_implementation: str | None = None,
+        version: int | list[int] | None = None,
+    ) -> bool:
+        name = getattr(config, "_attn_implementation", requested_attention_implementation)
+        if name in _names:
+            return version is None  # of no version of flash-attn, whose functions it would import
+        return bool(theirs(config, requested_attention_implementation, version))
+
+    for path, module in list(sys.modules.items()):  # a model's own code may have imported it too
         if getattr(module, "__dict__", {}).get("is_flash_attention_requested") is theirs:
-            module.is_flash_attention_requested = is_flash_attention_requested  # type: ignore[attr-defined]
+            batches = path.startswith("transformers.generation.continuous_batching")
+            answer = takes_packed_sequences if batches else is_flash_attention_requested
+            module.is_flash_attention_requested = answer  # type: ignore[attr-defined]
 
 
 def _look_at_models() -> None:

@@ -16,6 +16,8 @@ max_length_q and max_length_k besides, and go to `attention_varlen`.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import warnings
 from typing import Any
 
@@ -101,16 +103,16 @@ def attention_forward(
         position_bias: [batch or 1, num_heads_q, seqlen_q, seqlen_k], added to the scores.
         **kwargs: what models pass to every implementation. With cu_seq_lens_q, cu_seq_lens_k
             (int32, [sequences + 1]), max_length_q and max_length_k, batch is 1 and sequences that
-            are packed in it do not see each other. Paged caches, head masks and block_indices are
-            refused; nothing else in it changes the result.
+            are packed in it do not see each other; with cache (continuous batching) the step's keys
+            and values are written into that first. Head masks and block_indices are refused;
+            nothing else in it changes the result.
 
     Returns:
         out: [batch, seqlen_q, num_heads_q, head_dim_v], contiguous; and None for the weights.
 
     Raises:
-        NotImplementedError: a paged cache, a head mask, block_indices, dropout with softcap or
-            sinks, packed sequences with what `packed_lengths` lists, or what `attention` does not
-            support.
+        NotImplementedError: a head mask, block_indices, dropout with softcap or sinks, packed
+            sequences with what `packed_lengths` lists, or what `attention` does not support.
     """
     has_sinks = s_aux is not None or sinks is not None
     if s_aux is not None:
@@ -122,6 +124,9 @@ def attention_forward(
     if mask is not None and is_all_tokens(mask):
         is_causal = mask.dim() == 2
         sliding_window = sliding_window if is_causal else None
+        mask = None
+    if kwargs.get("cache") is not None:  # continuous batching: its sequences are packed, causal
+        key, value = _with_past(module, key, value, kwargs)
         mask = None
     packed = None
     if not _UNUSUAL.isdisjoint(kwargs):
@@ -175,6 +180,31 @@ def attention_forward(
     else:
         out = result
     return out.transpose(1, 2).contiguous(), None
+
+
+def _with_past(
+    module: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write the keys and values of a step of continuous batching into its cache, and return those
+    of all its sequences, packed; their lengths go into kwargs."""
+    cache = kwargs.pop("cache")
+    kind: Any = type(cache)
+    if not _takes_kwargs(kind):
+        raise NotImplementedError(
+            "continuous batching of this version of Transformers is not supported; update it "
+            "(5.23 is), or use generate()"
+        )
+    layer: Any = module
+    past: tuple[torch.Tensor, torch.Tensor] = cache.update(
+        key_states=key, value_states=value, layer_idx=layer.layer_idx, kwargs=kwargs
+    )
+    return past
+
+
+@functools.cache
+def _takes_kwargs(kind: Any) -> bool:
+    """Return whether a kind of cache finds what it needs in the keyword arguments of a layer."""
+    return "kwargs" in inspect.signature(kind.update).parameters
 
 
 def _window(module: torch.nn.Module, size: Any, causal: bool) -> tuple[int, int] | None:
@@ -260,14 +290,10 @@ def _dense(
     return visible & mask if mask.dtype == torch.bool else mask.masked_fill(~visible, -torch.inf)
 
 
-_UNUSUAL = frozenset((*PACKED, "cache", "head_mask", "block_indices", "output_attentions"))
+_UNUSUAL = frozenset((*PACKED, "head_mask", "block_indices", "output_attentions"))
 
 
 def _refuse(module: torch.nn.Module, kwargs: dict[str, Any]) -> None:
-    if kwargs.get("cache") is not None:
-        raise NotImplementedError(
-            "a paged cache (continuous batching) is not supported; use generate()"
-        )
     for name in ("head_mask", "block_indices"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(

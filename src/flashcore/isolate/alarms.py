@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from flashcore.compile.codegen import KERNELS_DIR
 from flashcore.errors import CompileError
-from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
-from flashcore.kernels.bwd_sm90.stages import PHASE_OF_FUNCTION as PHASE_DKDV
-from flashcore.kernels.bwd_sm90.stages import PHASE_OF_FUNCTION_DQ
+from flashcore.kernels.kernel import Kernel
+from flashcore.kernels.registry import kernel_of
 from flashcore.problem.folding import as_launched
 
 if TYPE_CHECKING:
@@ -21,50 +20,7 @@ if TYPE_CHECKING:
     from flashcore.kernels.fwd_wmma.plan import Plan
     from flashcore.problem import Problem
 
-# Which phase of a kernel a function belongs to. "setup", "load" and "store" are not stages of their
-# own: every gate runs them.
-_PHASE_OF_FUNCTION = {
-    "attn_fwd_sm90": "setup",
-    "init_barriers": "setup",
-    "compute_scores": "qk",
-    "issue_scores": "qk",
-    "mask_scores": "softmax",
-    "strip_needs_mask": "softmax",
-    "VisibleColumns": "softmax",
-    "contain": "softmax",
-    "lane_max": "softmax",
-    "exponentiate": "softmax",
-    "raise_max": "softmax",
-    "is_far_above": "softmax",
-    "rescale_output": "pv",
-    "scale_max": "softmax",
-    "subtract_large_max": "softmax",
-    "apply_softcap": "softmax",
-    "capped_exactly": "softmax",
-    "softmax_step": "softmax",
-    "quad_max": "softmax",
-    "accumulate_output": "pv",
-    "issue_output": "pv",
-    "last_output": "pv",
-    "merge_slices": "store",
-    "gate_accumulate_serially": "pv_serial",
-    "load_tile": "load",
-    "load_keys": "load",
-    "produce": "load",
-    "load_k": "load",
-    "load_v": "load",
-    "zero_padding": "load",
-    "store_output": "store",
-    "raise_max_score": "store",
-    "finish_softmax": "store",
-    "natural_lse": "store",
-    "sink_of": "store",
-    "join_sink": "store",
-    "store_rows": "store",
-    "quad_sum": "store",
-}
-PHASE_OF_FUNCTION = {DQ_KERNEL: PHASE_OF_FUNCTION_DQ, DKDV_KERNEL: PHASE_DKDV}
-# Of functions that are not named above, by the start of the file's name.
+# The phase of functions that their kernel does not name, by the start of the file's name.
 _PHASE_OF_FILE = {
     "schedule": "schedule",
     "sequence": "schedule",
@@ -121,7 +77,7 @@ def from_error(error: Exception, problem: Problem, plan: Plan, plant: Plant | No
         return Alarm(kind, summary, text, _PHASE_OF_KIND.get(kind))
     agents = [agent] if other is None else [agent, other]
     places = [(_function_at(entry, plant), entry) for entry in agents]
-    phases = [_phase_of(function, entry, plan.kernel) for function, entry in places]
+    phases = [_phase_of(function, entry, kernel_of(plan)) for function, entry in places]
     phase, (function, named) = min(
         zip(phases, places, strict=True), key=lambda place: _rank(place[0])
     )
@@ -214,11 +170,10 @@ def _picture(agents: Sequence[Any], problem: Problem, plan: Plan) -> str:
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _phase_of(function: str | None, agent: Any, kernel: str) -> str | None:
+def _phase_of(function: str | None, agent: Any, kernel: Kernel[Any]) -> str | None:
     """Return the phase of a kernel that a function's line belongs to, or None."""
-    of_function = PHASE_OF_FUNCTION.get(kernel, _PHASE_OF_FUNCTION)
-    if function in of_function:
-        return of_function[function]
+    if function is not None and function in kernel.phases:
+        return kernel.phases[function]
     file = Path(agent.file).name
     return next((phase for start, phase in _PHASE_OF_FILE.items() if file.startswith(start)), None)
 

@@ -11,28 +11,25 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from flashcore.backends.backward_sm90 import fused_backward
-from flashcore.backends.tiled import attention_tiled
-from flashcore.checks.cases import make_inputs
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.errors import BackendUnavailableError, CompileError, FlashCoreError
 from flashcore.isolate.alarms import from_compile_error, from_error
+from flashcore.isolate.backward_calls import BackwardCall, backward_call
 from flashcore.isolate.diagnosis import verdict
-from flashcore.isolate.gradient_model import GradientModel
 from flashcore.isolate.isolation import Isolation, StageResult
 from flashcore.isolate.locate import compare
+from flashcore.kernels.bwd_sm90.kernel import DKDV, DQ
 from flashcore.kernels.bwd_sm90.plan import (
     ARCH,
     BwdPlans,
     BwdSm90Plan,
     obstacle_anywhere,
     select_plans,
-    with_tile,
 )
 from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans, select_one_kernel_plans
 from flashcore.kernels.bwd_sm90.plan_one import obstacle as obstacle_to_one_kernel
@@ -46,18 +43,7 @@ if TYPE_CHECKING:
     from flashcore.compile.plant import Plant
 
 
-class _Call(NamedTuple):
-    """Hold the arguments of a backward pass. What arrives at rows that see nothing is NaN."""
-
-    problem: Problem
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None
-    out: Tensor
-    lse: Tensor
-    dout: Tensor
-    dlse: Tensor
+_KERNELS = {kernel.name: kernel for kernel in (DQ, DKDV)}
 
 
 def isolate_backward(
@@ -73,7 +59,8 @@ def isolate_backward(
     """Run the backward kernels on one case, in the simulator, and find the first wrong tensor.
 
     Args:
-        case: shape and options; its tensors must not be empty.
+        case: shape and options, of a batch, a padded one (PaddedCase) or packed sequences; its
+            tensors must not be empty.
         kernel: the one that `plant` and `tile` belong to.
         seed: seed of the simulator's scheduler.
         plant: bug to plant in that kernel, or None.
@@ -89,9 +76,7 @@ def isolate_backward(
         ValueError: an empty case, or a dtype, a case, a tile or an architecture that the kernels do
             not take.
     """
-    if isinstance(case, VarlenCase):
-        raise ValueError(f"{kernel} is not taken apart on packed sequences: give it a batch")
-    call = _call_of(case)
+    call = backward_call(case)
     _check(call.problem, kernel, arch, bool((tile or {}).get("also_dq")))
     results: list[StageResult] = []
 
@@ -106,26 +91,18 @@ def isolate_backward(
         else:
             results.extend(_run(call._replace(problem=problem), plan, stages, tensors, seed, own))
 
-    fused_backward(*call, run, _plans_of(call.problem, kernel, tile or {}))
+    is_packed = call.problem.varlen == "packed"
+    lse, dlse = (x[0] if is_packed else x for x in (call.lse, call.dlse))
+    plans = _plans_of(call.problem, kernel, tile or {})
+    fused_backward(
+        call.problem, call.q, call.k, call.v, call.mask, call.out, lse, call.dout, dlse,
+        run, plans, call.lengths,
+    )  # fmt: skip
     first_wrong, why = verdict(results, kernel)
     name = None if plant is None else plant.name
     return Isolation(
         case, "sim", kernel, seed, name, tile or {}, first_wrong, tuple(why), tuple(results)
     )
-
-
-def _call_of(case: Case) -> _Call:
-    x = make_inputs(case)
-    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, return_lse=True, **case.options())
-    if problem.is_empty:
-        raise ValueError(f"{problem.describe()}: there is nothing to compute in an empty case")
-    out, lse = attention_tiled(problem, x.q, x.k, x.v, x.mask)
-    generator = torch.Generator().manual_seed(case.seed)
-    dout, dlse = (torch.randn(y.shape, generator=generator).to(y.dtype) for y in (out, lse))
-    is_empty = lse == -math.inf
-    dout = dout.masked_fill(is_empty[..., None], math.nan)
-    dlse = dlse.masked_fill(is_empty, math.nan)
-    return _Call(problem, x.q, x.k, x.v, x.mask, out, lse, dout, dlse)
 
 
 def _check(problem: Problem, kernel: str, arch: int | None, also_dq: bool) -> None:
@@ -144,7 +121,7 @@ def _plans_of(problem: Problem, kernel: str, tile: Mapping[str, Any]) -> BwdPlan
     select = select_one_kernel_plans if tile.get("also_dq") else select_plans
     plans: BwdPlans | OneKernelPlans = select(padded)
     own: dict[str, Any] = {
-        name: with_tile(plan, tile)
+        name: _KERNELS[kernel].with_tile(plan, tile)
         for name, plan in plans._asdict().items()
         if plan.kernel == kernel
     }
@@ -152,8 +129,8 @@ def _plans_of(problem: Problem, kernel: str, tile: Mapping[str, Any]) -> BwdPlan
 
 
 def _run(
-    call: _Call, plan: BwdSm90Plan, stages: Sequence[Stage], tensors: dict[str, Tensor], seed: int,
-    plant: Plant | None,
+    call: BackwardCall, plan: BwdSm90Plan, stages: Sequence[Stage], tensors: dict[str, Tensor],
+    seed: int, plant: Plant | None,
 ) -> list[StageResult]:  # fmt: skip
     """Run one of the kernels and judge the tensors that it writes."""
     title = plan.describe()
@@ -174,8 +151,7 @@ def _run(
         first, *others = stages
         stopped = StageResult(first.name, first.title, title, status, alarm=alarm, seconds=took)
         return [stopped, *(StageResult(x.name, x.title, "", "not run") for x in others)]
-    model = GradientModel(call.problem, plan, *call[1:])
-    expectations = {x.name: x for x in (*model.of_rows(), *model.of_keys())}
+    expectations = call.expected(plan)
     found = []
     for stage in stages:
         expected = expectations[stage.name]
@@ -183,6 +159,7 @@ def _run(
         actual = tensors[stage.name]
         if kind != "rows":
             actual = actual[..., : expected.value.shape[-1]]  # what follows is padding
+        actual = actual.reshape(expected.value.shape)  # delta of packed sequences has no batch
         check = compare(actual, expected, plan, kind, plan.warps_of(stage.name))
         status = "ok" if check.ok else "wrong"
         found.append(StageResult(stage.name, stage.title, title, status, (check,), seconds=took))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flashcore.isolate.stages import suspects_of
+from flashcore.kernels.registry import BY_NAME
 
 if TYPE_CHECKING:
     from flashcore.isolate.alarms import Alarm
@@ -60,7 +60,7 @@ def verdict(results: Sequence[StageResult], kernel: str) -> tuple[str | None, li
         reasons.append(f"{bad.name}: {bad.wrong} of {bad.total} values are wrong, {bad.pattern}")
     reasons += first.hints
     reasons += _comparisons(name, results)
-    suspects = suspects_of(kernel, name)
+    suspects = BY_NAME[kernel].suspects_of(name)
     if suspects is not None:
         reasons.append(f"look at: {suspects}")
     return name, reasons

@@ -27,14 +27,13 @@ from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
 from flashcore.errors import BackendUnavailableError, CompileError, FlashCoreError
 from flashcore.isolate.alarms import from_compile_error, from_error
 from flashcore.isolate.backward import isolate_backward
+from flashcore.isolate.choosing import kernel_to_run
 from flashcore.isolate.diagnosis import key_split_hints, verdict
 from flashcore.isolate.gate_models import Expected, GateModel, by_error_rule, packed_attention
 from flashcore.isolate.isolation import Isolation, StageResult
 from flashcore.isolate.locate import Check, compare
-from flashcore.isolate.stages import stages_of
-from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
-from flashcore.kernels.fwd_sm90.plan import ARCH, obstacle
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.registry import BY_NAME, forward
 from flashcore.kernels.stage import Stage
 from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Problem
@@ -42,7 +41,6 @@ from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import as_batch
 from flashcore.problem.options import Wanted
 from flashcore.selection.select import select_plan
-from flashcore.sim.plants import index
 
 if TYPE_CHECKING:
     from flashcore.compile.plant import Plant
@@ -94,18 +92,18 @@ def isolate(
     if tile is None:
         tile = {} if planted is None else planted.tile
     bug = None if planted is None else planted.plant
-    if kernel in (DQ_KERNEL, DKDV_KERNEL):
+    if BY_NAME[kernel].is_backward:
         return isolate_backward(
             case, kernel, seed=seed, plant=bug, arch=arch, tile=tile, on_stage=on_stage
         )
     if backend == "sim" and arch is None:
-        arch = ARCH if kernel == KERNELS["sm90"] else env.sim_arch()
+        arch = BY_NAME[kernel].only_arch or env.sim_arch()
     call = _call_of(case, "cpu" if backend == "sim" else "cuda")
     runner = _Runner(call, backend, seed, bug, arch, kernel, dict(tile))
     runner.check()
     results: list[StageResult] = []
     is_over = False
-    for stage in stages_of(kernel):
+    for stage in BY_NAME[kernel].stages:
         on_stage(stage)
         found = None
         if not is_over and not (call.is_packed and stage.gate is not None):
@@ -134,19 +132,6 @@ def find_plant(name: str | None, backend: str, kernel: str | None = None) -> Pla
     from flashcore.isolate import registry
 
     return registry.find_plant(name, backend, kernel)
-
-
-def kernel_to_run(backend: str, plant: str | None = None, arch: int | None = None) -> str:
-    """Return the kernel that isolate takes apart where none is named: the backend's; in the
-    simulator the planted bug's, or the one that serves the architecture (FLASHCORE_SIM_ARCH by
-    default)."""
-    if backend != "sim":
-        return KERNELS[backend]
-    by_arch = KERNELS["sm90" if (arch or env.sim_arch()) == ARCH else "wmma"]
-    if plant is None:
-        return by_arch
-    possible = index.kernels_of(plant)
-    return by_arch if by_arch in possible else possible[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,19 +183,19 @@ class _Runner:
             raise ValueError(f"{problem.describe()}: there is nothing to compute in an empty case")
         if problem.dtype not in ("float16", "bfloat16"):
             raise ValueError(f"dtype={problem.dtype!r}: the kernel has float16 and bfloat16")
-        if self.kernel == KERNELS["sm90"]:
-            reason = obstacle(problem)
-            if self.arch not in (None, ARCH):
-                reason = f"it runs on sm_{ARCH} alone, not on sm_{self.arch}"
-            elif reason is None and self._plan(None).kernel != self.kernel:
-                reason = "no tile of it fits into shared memory"
-            if reason is not None:
-                raise ValueError(f"{self.kernel} does not take {problem.describe()}: {reason}")
-        self._plan(None)
+        kernel = forward(self.kernel)
+        reason = kernel.obstacle(problem)
+        if self.arch is not None and not kernel.serves(self.arch):
+            reason = f"it runs on sm_{kernel.only_arch} alone, not on sm_{self.arch}"
+        elif reason is None and self._plan(None).kernel != self.kernel:
+            reason = "no tile of it fits into shared memory"
+        if reason is not None:
+            raise ValueError(f"{self.kernel} does not take {problem.describe()}: {reason}")
 
     def _plan(self, gate: str | None) -> Plan:
         plan = select_plan(self.call.problem, self.arch, gate, self.kernel)
-        return with_fields(plan, self.tile if gate is None else under_gate(self.tile))
+        tile = self.tile if gate is None else under_gate(forward(self.kernel), self.tile)
+        return with_fields(plan, tile)
 
     def run(self, stage: Stage) -> StageResult:
         """Run one stage and judge it. A stage may take several runs (pv takes two)."""

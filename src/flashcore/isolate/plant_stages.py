@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from flashcore.backends.dispatch import KERNELS
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
-
-_WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
+from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
+from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 
 # By kernel, the bugs whose first wrong stage it is.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -80,11 +79,16 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     DQ_KERNEL: {
-        "delta": ("delta-of-one-lane", "dlse-forgotten", "dout-read-late"),
+        "delta": (
+            *("delta-of-one-lane", "dlse-forgotten", "dout-read-late", "delta-of-a-neighbour"),
+        ),
+        "store": ("queries-behind-stored",),
         "dq": ("k-released-early", "empty-rows-kept"),
     },
     DKDV_KERNEL: {
-        "load": ("do-released-early", "q-released-early"),
+        "load": (
+            *("do-released-early", "q-released-early", "heads-of-queries", "box-without-a-key"),
+        ),
         "scores": (
             *("stale-stats", "stats-released-by-one-lane", "kv-released-early"),
             *("clear-without-fence", "probs-not-awaited", "v-overwritten"),
@@ -92,6 +96,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "dv": (
             *("dp-not-awaited", "query-tile-skipped", "last-of-group-skipped"),
             *("empty-rows-spread", "neighbour-lse", "diagonal-hidden", "probs-overwritten"),
+            *("stats-of-the-first", "keys-behind-kept", "longest-instead-of-own"),
         ),
         "dq": (
             *("ds-not-awaited", "ds-overwritten", "ds-without-fence", "sums-overwritten"),
@@ -99,6 +104,9 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("neighbour-rows", "head-of-group"),
         ),
         "dk": ("swapped-operand", "dk-added-twice", "scale-forgotten"),
-        "store": ("dk-over-dv", "place-released-early"),
+        "store": (
+            *("dk-over-dv", "place-released-early", "neighbour-keys-stored"),
+            *("box-of-a-key-late", "last-keys-forgotten"),
+        ),
     },
 }

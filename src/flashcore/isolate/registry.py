@@ -12,18 +12,25 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from flashcore.backends.dispatch import KERNELS
-from flashcore.backends.obstacles import SM90_ARCH
 from flashcore.checks.drawing import draw
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.compile.plant import Plant
+from flashcore.isolate.backward_calls import planted_case
 from flashcore.isolate.plant_stages import STAGES
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
+from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
+from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
+from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
 from flashcore.sim.plants import index
 from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
-from flashcore.sim.plants.bwd_sm90 import PLANTS_BWD_ROLES_SM90
+from flashcore.sim.plants.bwd_sm90 import (
+    PLANTS_BWD_PACKED_DQ_SM90,
+    PLANTS_BWD_PACKED_SM90,
+    PLANTS_BWD_PADDED_SM90,
+    PLANTS_BWD_ROLES_SM90,
+)
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
@@ -33,8 +40,6 @@ from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
-
-_WMMA, _SM90 = KERNELS["wmma"], KERNELS["sm90"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,7 @@ class Planted:
         options = {name: value for name, value in self.options.items() if name not in given}
         if self.is_packed:
             return VarlenCase(**options)
-        return dataclasses.replace(base, **options)
+        return planted_case(base, options)
 
 
 # Beside others of its kind, two consumers for whom two row tiles follow each other, four key tiles
@@ -142,6 +147,28 @@ _BACKWARD: dict[str, Any] = {
     "causal": "lower_right",
 }
 _BACKWARD_ROLES = _BACKWARD | {"seqlen_q": 110, "head_dim": 136, "head_dim_v": 136}
+# Two warpgroups of rows and of keys, of which some sequences fill one; rows behind the last one.
+_BACKWARD_PACKED: dict[str, Any] = {
+    "lengths_q": (70, 5, 30),
+    "lengths_k": (40, 130, 90),
+    "tail": 70,
+    "num_heads_q": 4,
+    "num_heads_kv": 2,
+    "head_dim": 32,
+    "head_dim_v": 32,
+    "dtype": "bfloat16",
+    "causal": "lower_right",
+}
+# The last queries would see keys behind a sequence's last one, were there any.
+_BACKWARD_PADDED = _BACKWARD | {
+    "batch": 3,
+    "num_heads_q": 2,
+    "num_heads_kv": 1,
+    "seqlen_q": 70,
+    "causal": "none",
+    "window": (-1, 5),
+    "lengths_k": (40, 150, 97),
+}
 _TILE_OF_DQ = {"block_m": 64, "block_n": 32, "num_stages": 3, "other_stages": 2}
 _TILE_OF_DKDV = {"block_m": 32, "block_n": 128, "num_stages": 3, "other_stages": 2}
 _TILE_OF_DKDV |= {"overlaps": False, "early_dp": True, "keeps_p": False}
@@ -162,7 +189,7 @@ def _drawn(kernel: str, cases: Mapping[str, int]) -> _Calls:
     """Give plants the case of `verify` that finds each."""
     calls: _Calls = {}
     for name, number in cases.items():
-        drawn = draw(0, number, "sim", SM90_ARCH if kernel == _SM90 else SIM_ARCH)
+        drawn = draw(0, number, "sim", BY_NAME[kernel].only_arch or SIM_ARCH)
         options = {f.name: getattr(drawn.case, f.name) for f in dataclasses.fields(drawn.case)}
         calls[name] = {"options": options, "tile": drawn.tile, "drawn": number}
     return calls
@@ -236,7 +263,15 @@ CALLS: Mapping[str, _Calls] = {
     DKDV_KERNEL: {
         **_calls(PLANTS_BWD_ROLES_SM90, _TILE_OF_ROLES, options=_BACKWARD_ROLES),
         **_calls(PLANTS_BWD_ONE_SM90, _TILE_OF_ONE, options=_BACKWARD | {"seqlen_q": 200}),
+        **_calls(PLANTS_BWD_PACKED_SM90, _TILE_OF_DKDV, options=_BACKWARD_PACKED, is_packed=True),
+        **_calls(PLANTS_BWD_PADDED_SM90, _TILE_OF_DKDV, options=_BACKWARD_PADDED),
     },
+    DQ_KERNEL: _calls(
+        PLANTS_BWD_PACKED_DQ_SM90,
+        _TILE_OF_DQ | {"block_m": 128},
+        options=_BACKWARD_PACKED,
+        is_packed=True,
+    ),
 }
 # The call of all other bugs of a kernel; of those of a forward kernel, isolate's own.
 _DEFAULTS: Mapping[str, dict[str, Any]] = {

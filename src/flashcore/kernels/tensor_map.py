@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Iterable
 
 
 class TensorMap(ctypes.Structure):
@@ -24,3 +25,16 @@ class TensorMap(ctypes.Structure):
         ("swizzle_bytes", ctypes.c_uint32),
         ("unused", ctypes.c_uint8 * 64),
     ]
+
+
+def encode_maps(
+    argument: ctypes.Structure,
+    dtype_name: str,
+    encode: Callable[[TensorMap, str], TensorMap],
+    names: Iterable[str],
+) -> None:
+    """Replace the simulator's tensor maps in a kernel's argument, `NAME_map` of each of `names`, by
+    what `encode` makes of them."""
+    for name in names:
+        field = f"{name}_map"
+        setattr(argument, field, encode(getattr(argument, field), dtype_name))

@@ -14,7 +14,6 @@ from flashcore.kernels.bwd_sm90.params import (
     LENGTHS,
     AttnBwdSm90Params,
     build_params_bwd_sm90,
-    grid_size,
 )
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_wmma.params import AttnParams
@@ -54,7 +53,7 @@ class BackwardKernel:
     def __init__(
         self, problem: Problem, plan: BwdSm90Plan, tensors: Mapping[str, Tensor], device_index: int
     ) -> None:
-        grid = grid_size(problem, plan, kernel_call._num_sms(device_index))
+        grid = kernel_call._grid_size(problem, plan, device_index)
         self._launch = kernel_call._launch(plan, grid, device_index)
         self._counts_on = torch.device("cuda", device_index) if plan.draws_tiles else None
         addresses = {name: x.data_ptr() for name, x in tensors.items()}

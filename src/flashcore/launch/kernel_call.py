@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import functools
 import itertools
 import threading
@@ -12,10 +11,10 @@ import torch
 
 from flashcore.compile.compiler import CompiledKernel
 from flashcore.compile.jit import compile_plan
-from flashcore.kernels.fwd_sm90 import params as params_sm90
-from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.params import AttnParams, build_params, check_limits, grid_size
+from flashcore.kernels.fwd_wmma.params import AttnParams, check_limits
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.registry import forward_of, kernel_of
+from flashcore.kernels.tensor_map import encode_maps
 from flashcore.launch import descriptors
 from flashcore.launch.allocation import allocator
 from flashcore.launch.counters import own_counter, work_counters
@@ -62,9 +61,8 @@ def _num_sms(device_index: int) -> int:
 
 
 def _grid_size(problem: Problem, plan: Plan, device_index: int) -> int:
-    if isinstance(plan, Sm90Plan):
-        return params_sm90.grid_size(problem, plan, _num_sms(device_index))
-    return grid_size(problem, plan)
+    at_once = _num_sms(device_index) * plan.min_blocks
+    return kernel_of(plan).num_blocks(problem, plan, at_once)
 
 
 def _verify(device_index: int, plan: Plan) -> None:
@@ -118,16 +116,13 @@ def run_kernel(
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     if plan.draws_tiles:
         pointers["tile_counter"] = work_counters(q.device)
-    params: ctypes.Structure
     scratch = Scratch(problem, plan)
     if scratch.num_floats:
         shares, counters = scratch.allocate(q)
         pointers |= scratch.pointers(shares.data_ptr(), counters)
-    if isinstance(plan, Sm90Plan):
-        params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
-        params_sm90.encode_maps(params, problem.dtype, descriptors.encode)
-    else:
-        params = build_params(problem, plan, pointers)
+    kernel = forward_of(plan)
+    params = kernel.build_params(problem, plan, pointers, grid)
+    encode_maps(params, problem.dtype, descriptors.encode, kernel.maps)
     launch_raw(
         _compile(plan),
         grid=grid,
@@ -217,9 +212,7 @@ class KernelCall:
         Addresses are all that it reads of q, k and v, so they may be given in any shape.
         """
         problem, plan = self._problem, self._plan
-        if not isinstance(plan, Sm90Plan) or plan.num_splits > 1 or plan.folds_heads:
-            return None
-        if problem.varlen != "none" or self._spare is not None:
+        if not plan.finds_out_by_map or problem.varlen != "none" or self._spare is not None:
             return None
         other = copy.copy(self)
         other._serial, other._template, other._out_is_rows_first = next(_serial), None, True

@@ -6,17 +6,17 @@ import math
 
 import torch
 
-from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.registry import forward_of
 from flashcore.launch.counters import work_counters
 from flashcore.problem import Problem
 
 
 class Scratch:
-    """Hold what a call needs beside its tensors, see params_sm90.scratch_shapes."""
+    """Hold what a call needs beside its tensors, see ForwardKernel.scratch_shapes."""
 
     def __init__(self, problem: Problem, plan: Plan) -> None:
-        shapes = params_sm90.scratch_shapes(problem, plan)
+        shapes = forward_of(plan).scratch_shapes(problem, plan)
         (self.num_counters,) = shapes.get("tile_counter", (0,))
         self.num_out = math.prod(shapes.get("split_out", (0,)))
         self.num_floats = self.num_out + math.prod(shapes.get("split_stats", (0,)))

@@ -5,21 +5,13 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 
-from flashcore.kernels.fwd_sm90 import params as params_sm90
-from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.params import (
-    AttnParams,
-    Lengths,
-    Pages,
-    Splits,
-    build_params,
-    set_keys,
-)
+from flashcore.kernels.fwd_wmma.params import AttnParams, Lengths, Pages, Splits
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.registry import forward_of
+from flashcore.kernels.tensor_map import TensorMap, encode_maps
 from flashcore.launch import descriptors
 from flashcore.launch.driver_launch import Argument
 from flashcore.problem import Problem
-from flashcore.problem.folding import as_launched
 
 _POINTERS = struct.Struct("6Q")  # q, k, v, mask, out and lse, with which AttnParams begins
 _POINTER = struct.Struct("Q")
@@ -80,13 +72,11 @@ class Template:
     ) -> Template:
         """Return the template of a problem that differs in the keys, the mask and their number
         alone: what `make_template` returns, for a third of the time."""
-        if not isinstance(plan, Sm90Plan):
-            attn = AttnParams.from_buffer_copy(self.content)
-            set_keys(attn, as_launched(problem, plan.folds_heads))
-            return Template(bytes(attn), self.attn_offset, self.map_offsets)
-        params = params_sm90.AttnSm90Params.from_buffer_copy(self.content)
-        params_sm90.set_keys_sm90(params, problem, plan, pointers, grid)
-        params_sm90.encode_maps(params, problem.dtype, descriptors.encode_kind, ("k", "v"))
+        kernel = forward_of(plan)
+        params = kernel.params.from_buffer_copy(self.content)
+        kernel.set_keys(params, problem, plan, pointers, grid)
+        of_keys = [name for name in kernel.maps if name in ("k", "v")]
+        encode_maps(params, problem.dtype, descriptors.encode_kind, of_keys)
         return Template(bytes(params), self.attn_offset, self.map_offsets)
 
 
@@ -100,17 +90,16 @@ def make_template(
     """Return the argument of a problem, with the addresses of some tensors that it describes. With
     `out_is_rows_first` out is [batch, seqlen_q, num_heads_q, head_dim_v], which a kernel writes
     that knows it by its descriptor alone; see KernelCall.with_rows_first."""
-    if not isinstance(plan, Sm90Plan):
-        return Template(bytes(build_params(problem, plan, pointers)), 0, ())
-    params = params_sm90.build_params_sm90(problem, plan, pointers, grid)
+    kernel = forward_of(plan)
+    params = kernel.build_params(problem, plan, pointers, grid)
     if out_is_rows_first:
-        of_out = params.o_map
+        of_out: TensorMap = params.o_map
         of_out.head_stride_bytes = problem.head_dim_v * of_out.element_bytes
         of_out.row_stride_bytes = problem.num_heads_q * of_out.head_stride_bytes
         of_out.batch_stride_bytes = problem.seqlen_q * of_out.row_stride_bytes
-    tensors = [pointers["out" if name == "o" else name] or 0 for name in params_sm90.MAPS]
-    bases = [getattr(params, f"{name}_map").base for name in params_sm90.MAPS]
+    tensors = [pointers["out" if name == "o" else name] or 0 for name in kernel.maps]
+    bases = [getattr(params, f"{name}_map").base for name in kernel.maps]
     shifts = tuple(x - base for x, base in zip(tensors, bases, strict=True))
-    params_sm90.encode_maps(params, problem.dtype, descriptors.encode_kind)
-    offsets = tuple(getattr(type(params), f"{name}_map").offset for name in params_sm90.MAPS)
-    return Template(bytes(params), type(params).attn.offset, offsets, shifts)
+    encode_maps(params, problem.dtype, descriptors.encode_kind, kernel.maps)
+    offsets = tuple(getattr(type(params), f"{name}_map").offset for name in kernel.maps)
+    return Template(bytes(params), kernel.attn_offset, offsets, shifts)

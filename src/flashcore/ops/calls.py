@@ -171,7 +171,7 @@ def attend(
         return result
     computed = found[1](q, k, v, mask, addresses)
     if computed[1] is None and not return_max_score:  # the common case, without another frame
-        return computed[0]  # type: ignore[no-any-return]
+        return computed[0]
     return _asked_for(computed)
 
 

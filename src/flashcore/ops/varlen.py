@@ -95,6 +95,25 @@ def attention_varlen(
     window: Window = ...,
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
+    return_lse: bool,
+    return_max_score: Literal[False] = ...,
+    backend: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+@overload
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor,
+    max_seqlen_k: int | Tensor,
+    *,
+    causal: Causal = ...,
+    scale: float | None = ...,
+    window: Window = ...,
+    softcap: float | None = ...,
+    sinks: Tensor | None = ...,
     return_lse: bool = ...,
     return_max_score: bool = ...,
     backend: str = ...,
@@ -169,8 +188,9 @@ def attention_varlen(
         BackendUnavailableError: the backend cannot run here: no GPU, or one older than sm_75.
 
     Numerics:
-        As `attention`, sequence by sequence. The backward pass runs in PyTorch and does read the
-        lengths: on a GPU it waits for them.
+        As `attention`, sequence by sequence. Where neither the fused kernels nor one of torch's
+        operators computes the gradients (docs/varlen.md), the host reads the lengths for them: on
+        a GPU it waits.
 
     Source:
         FlashAttention-2, arXiv:2307.08691; the layout is that of its library's varlen functions.

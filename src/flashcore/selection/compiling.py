@@ -16,7 +16,6 @@ from flashcore.compile.codegen import generate_source
 from flashcore.compile.jit import Resources, cache_key, resources
 from flashcore.errors import CompileError
 from flashcore.kernels.fwd_wmma.plan import Plan
-from flashcore.selection.space import registers_asked_for
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # of Python 3.11
@@ -139,6 +138,6 @@ def rejection(plan: Plan, found: Resources) -> str | None:
     if found.remarks:
         return found.remarks[0]
     given = found.registers * plan.num_threads
-    if found.registers >= 0 and registers_asked_for(plan) > given:
-        return f"its roles ask for {registers_asked_for(plan)} registers of {given}: would hang"
+    if found.registers >= 0 and plan.registers_asked_for > given:
+        return f"its roles ask for {plan.registers_asked_for} registers of {given}: would hang"
     return None

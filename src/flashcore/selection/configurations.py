@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 
-from flashcore.kernels.fwd_sm90.plan import ARCH as SM90_ARCH
-from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan
+from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS, Plan
+from flashcore.kernels.registry import PORTABLE, forward_for, forward_of
 from flashcore.problem import Problem, widest_band
 from flashcore.problem.exactness import MAX_KEYS_OF_A_SUM
 from flashcore.selection import tile_table
@@ -170,7 +169,7 @@ def configurations(
                 options = {**VARIANTS, **SERVING_VARIANTS}[variant]
                 if "dims" in options and head_dim != max(HEAD_DIMS):
                     continue
-                problem = _problem(head_dim, dtype, options)
+                problem = problem_of(head_dim, dtype, options)
                 for arch in archs:
                     if dtype == "bfloat16" and arch < 80:
                         continue
@@ -210,11 +209,16 @@ def serving_plans(
                 continue
             options = {**VARIANTS, **SERVING_VARIANTS}[variant]
             groups = _SERVING_GROUPS if "queries" in options else (1,)
-            portable = arch != SM90_ARCH or variant in ("full", "causal", "options", "varlen")
+            portable = forward_for(arch) is PORTABLE or variant in (
+                "full",
+                "causal",
+                "options",
+                "varlen",
+            )
             for group, ships in itertools.product(groups, (False, True)):
-                problem = _problem(head_dim, dtype, options, group)
+                problem = problem_of(head_dim, dtype, options, group)
                 for plan in _plans(problem, arch, portable, ships):
-                    found[machine_code(plan)] = None
+                    found[plan.machine_code()] = None
     return list(found)
 
 
@@ -223,26 +227,16 @@ def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator
     table. The Hopper kernel has other tiles for other sizes, and leaves to the portable one what
     TMA cannot read."""
     if portable and not ships:
-        yield candidates(problem, arch, kernel=KERNEL)[0]
+        yield candidates(problem, arch, kernel=PORTABLE.name)[0]
     table = tile_table.read(arch) if ships else None
     if problem.seqlen_k > _SEQLEN:
         return
-    if arch == SM90_ARCH and (table is not None or not ships):
+    if forward_for(arch) is not PORTABLE and (table is not None or not ships):
         for heads, length in itertools.product(_HEADS, _LENGTHS):
             rules = candidates(_resized(problem, heads, length), arch)[0]
             for plan in [rules] if table is None else table.tiles_for(problem, rules):
-                if isinstance(plan, Sm90Plan):
-                    yield machine_code(plan)
-
-
-def machine_code(plan: Plan) -> Plan:
-    """Return the plan that stands for all with the same machine code, which differ in what only
-    the host reads."""
-    folds_heads = int(bool(plan.constants()["FOLDED"]))
-    if isinstance(plan, Sm90Plan):
-        splits = min(2, plan.num_splits)
-        return dataclasses.replace(plan, num_splits=splits, folds_heads=folds_heads)
-    return dataclasses.replace(plan, folds_heads=folds_heads)
+                if forward_of(plan) is not PORTABLE:
+                    yield plan.machine_code()
 
 
 def _resized(problem: Problem, batch: int, length: int) -> Problem:
@@ -273,7 +267,9 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
     )
 
 
-def _problem(head_dim: Dims, dtype: str, options: dict[str, Any], group: int = _GROUP) -> Problem:
+def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int = _GROUP) -> Problem:
+    """Return the problem that stands for a variant; `group` heads share keys where queries are
+    few."""
     options = dict(options)
     head_dim = options.pop("dims", head_dim)
     keys = options.pop("keys", _SEQLEN)

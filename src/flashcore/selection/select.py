@@ -7,8 +7,7 @@ measurements know better (selection/tuned.py, selection/tile_table.py).
 
 from __future__ import annotations
 
-from flashcore.kernels.fwd_sm90 import plan as plan_sm90
-from flashcore.kernels.fwd_wmma import plan as plan_wmma
+from flashcore.kernels import registry
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH, Plan
 from flashcore.problem import Problem
 from flashcore.problem.validation import HEAD_DIM_MAX, HEAD_DIM_MULTIPLE
@@ -27,12 +26,12 @@ def candidates(
         problem: what is asked.
         arch: architecture to plan for (90 for sm_90); by default the problem's own, and
             `SIM_ARCH` for CPU tensors.
-        gate: debug gate to build in, one of `GATES` in the kernel's module of plans.
-        kernel: "attn_fwd_wmma" or "attn_fwd_sm90"; by default the latter on sm_90 where it serves
-            the problem, else the former.
+        gate: debug gate to build in, one of the kernel's `gates`.
+        kernel: name of a forward kernel; by default the one that is preferred on the architecture
+            (kernels/registry.py), or where that does not serve the problem, the portable one.
 
     Raises:
-        ValueError: the kernel has no such gate.
+        ValueError: there is no such kernel, or it has no such gate.
         NotImplementedError: no kernel reads such tensors as they lie; see backends/adapting.py.
     """
     if not problem.is_readable or max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
@@ -42,13 +41,15 @@ def candidates(
             "copies, as flashcore.attention does"
         )
     arch = arch or problem.arch or SIM_ARCH
-    if kernel is None and arch == plan_sm90.ARCH:
-        kernel = plan_wmma.KERNEL if plan_sm90.obstacle(problem) else plan_sm90.KERNEL
-    if kernel == plan_sm90.KERNEL:
-        found = plan_sm90.candidates(problem, gate)
-        if found:
-            return found
-    return plan_wmma.candidates(problem, arch, gate)
+    if kernel is not None:
+        chosen = registry.forward(kernel)
+    else:
+        chosen = registry.forward_for(arch)
+        if chosen.obstacle(problem):
+            chosen = registry.PORTABLE
+    return chosen.candidates(problem, arch, gate) or registry.PORTABLE.candidates(
+        problem, arch, gate
+    )
 
 
 def select_plan(

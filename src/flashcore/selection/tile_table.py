@@ -22,8 +22,9 @@ from typing import Any
 from flashcore.base import env, store
 from flashcore.kernels.fwd_sm90.tiles import splits_sectors
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.kernel import Tile
 from flashcore.problem import Problem
-from flashcore.selection.space import Tile, with_tile
+from flashcore.selection.space import with_tile
 
 _SCHEMA = 1
 _FOLDER = Path(__file__).parent.parent / "data"

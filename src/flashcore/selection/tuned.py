@@ -26,9 +26,10 @@ import torch
 from flashcore.base import env
 from flashcore.compile.codegen import flatten, kernel_file
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.kernel import Tile
 from flashcore.problem import Problem
 from flashcore.selection import tile_table
-from flashcore.selection.space import Tile, with_tile
+from flashcore.selection.space import with_tile
 
 _SCHEMA = 1
 

@@ -1,5 +1,6 @@
 """Write new keys and values into caches, and rotate queries and keys; as an operator of torch,
-`flashcore::append_to_kvcache`, which says that it changes the caches."""
+`flashcore::append_to_kvcache`, which says that it changes the caches. On a GPU one kernel computes
+it (kernels/append), elsewhere operations of PyTorch."""
 
 from __future__ import annotations
 
@@ -7,7 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
+from flashcore.backends.obstacles import BFLOAT16_MIN_ARCH, KERNEL_DTYPES, WMMA_MIN_ARCH
+from flashcore.errors import BackendUnavailableError, notice_once
+from flashcore.kernels.append.params import AppendPlan, AppendTensors
+from flashcore.launch.append_call import launch_append
+from flashcore.ops.eager import needs_dispatcher
+from flashcore.problem.problem import arch_of_device
+from flashcore.problem.validation import DTYPES
 from flashcore.serving.pages import capacity_of, write
 from flashcore.serving.rotary import Rotary
 from flashcore.serving.rows import Rows, lengths_after, lengths_before, number_of
@@ -17,7 +26,7 @@ _LIBRARY.define(
     "append_to_kvcache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k_new, "
     "Tensor v_new, Tensor seqlens_k, Tensor? page_table, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_new, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
-    "Tensor? rotary_offsets, Tensor? rotary_positions, str rotary_queries) "
+    "Tensor? rotary_offsets, Tensor? rotary_positions, str rotary_queries, str backend) "
     "-> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
@@ -34,6 +43,7 @@ def append(
     cu_seqlens_q: Tensor | None,
     cu_seqlens_new: Tensor | None,
     rotary: Rotary | None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Write new tokens into the caches, in place; rotate the new keys before, and the queries.
 
@@ -48,16 +58,21 @@ def append(
         cu_seqlens_q: int32, [batch + 1], where q is packed.
         cu_seqlens_new: int32, [batch + 1], where k_new and v_new are packed.
         rotary: what rotates; None for nothing.
+        backend: of the call; with "torch", PyTorch appends on a GPU, too.
 
     Returns:
         q: rotated.
         seqlens_k: int32, [batch]: tokens in the cache now.
     """
     asked = (None, None, False, None, None, "") if rotary is None else rotary
-    rotated, lengths = torch.ops.flashcore.append_to_kvcache(
+    arguments = (
         k_cache, v_cache, q, k_new, v_new, seqlens_k, page_table, cu_seqlens_q, cu_seqlens_new,
-        *asked,
+        *asked, backend,
     )  # fmt: skip
+    if q.is_cuda and not is_compiling() and not needs_dispatcher(q, k_new, v_new, None):
+        rotated, lengths = _append_on_gpu(*arguments)
+    else:
+        rotated, lengths = torch.ops.flashcore.append_to_kvcache(*arguments)
     return q if rotary is None else rotated, lengths
 
 
@@ -101,13 +116,14 @@ def _append(
     rotary_sin: Tensor | None,
     *asked: Any,
 ) -> tuple[Tensor, Tensor]:
+    """Compute the operator by operations of PyTorch."""
     capacity = capacity_of(k_cache, page_table)
     before, number_new = lengths_before(seqlens_k, capacity), number_of(k_new, cu_seqlens_new)
     rotated = q.new_empty(0)
     has_rows = 0 not in k_new.shape and before.shape[0] > 0
     rows = Rows.of(k_new, cu_seqlens_new) if has_rows else None
     if rotary_cos is not None and rotary_sin is not None:
-        rotary = Rotary(rotary_cos, rotary_sin, *asked)
+        rotary = Rotary(rotary_cos, rotary_sin, *asked[:4])
         rotated = rotated_queries(q, before, cu_seqlens_q, rotary, number_new)
         if rows is not None:
             k_new = rotary.rotate(k_new, rotary.positions_of(rows, before))
@@ -116,11 +132,40 @@ def _append(
     return rotated.contiguous(), lengths_after(seqlens_k, capacity, number_new)
 
 
+def _append_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Compute the operator by one kernel, if it takes the tensors' dtype."""
+    k_cache, v_cache, q, k_new, v_new, seqlens_k, table, cu_q, cu_new, cos, sin = arguments[:11]
+    interleaved, offsets, positions, queries, backend = arguments[11:]
+    dtype, arch = DTYPES[q.dtype], arch_of_device(q.device.index)
+    lowest = BFLOAT16_MIN_ARCH if dtype == "bfloat16" else WMMA_MIN_ARCH
+    sizes = k_cache.numel(), k_new.numel(), q.numel(), seqlens_k.numel()
+    if backend == "torch" or dtype not in KERNEL_DTYPES or arch < lowest or 0 in sizes:
+        return _append(*arguments)
+    rotated = q.new_empty(0 if cos is None else q.shape)
+    lengths = torch.empty_like(seqlens_k)
+    rotary_dtype = dtype
+    if cos is not None:
+        # The kernel reads rows whose elements are contiguous.
+        cos, sin = (x if x.stride(1) == 1 else x.contiguous() for x in (cos, sin))
+        positions = None if positions is None else positions.contiguous()
+        rotary_dtype = DTYPES[cos.dtype]
+    tensors = AppendTensors(
+        None if cos is None else q, k_new, v_new, None if cos is None else rotated, k_cache,
+        v_cache, cos, sin, seqlens_k, lengths, table, cu_q, cu_new, offsets, positions,
+    )  # fmt: skip
+    try:
+        launch_append(AppendPlan(dtype, rotary_dtype, interleaved), arch, tensors, queries or "end")
+    except BackendUnavailableError as error:  # it cannot be compiled here
+        notice_once("append", f"PyTorch appends to caches, which takes more launches: {error}")
+        return _append(*arguments)
+    return rotated, lengths
+
+
 def _fake(k_cache: Tensor, v_cache: Tensor, q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     rotated = q.new_empty(0 if others[6] is None else q.shape)
     return rotated, torch.empty_like(others[2])
 
 
-for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("append_to_kvcache", _append, _device)
+_LIBRARY.impl("append_to_kvcache", _append, "CPU")
+_LIBRARY.impl("append_to_kvcache", _append_on_gpu, "CUDA")
 torch.library.register_fake("flashcore::append_to_kvcache", _fake, lib=_LIBRARY)

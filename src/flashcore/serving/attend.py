@@ -80,7 +80,7 @@ def attend_pages(
     )
 
 
-def _several(result: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+def _several(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from flashcore.backends.dispatch import check_backend, choose_backend
+from flashcore.backends.dispatch import check_backend, resolved
 from flashcore.backends.packed import check_lengths
 from flashcore.problem import Problem
 from flashcore.problem.validation import (
@@ -62,6 +62,9 @@ def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, is_packed: bool, p
             f"k_cache has head_dim {k_cache.shape[3]} but q has {q.shape[-1]}; they must be equal "
             "(only v_cache's may differ)"
         )
+    for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
+        if x.shape[3] == 0:
+            raise NotImplementedError(f"{name} has head_dim 0; it must be at least 1")
     num_heads_q, num_heads_kv = q.shape[1], k_cache.shape[1]
     if num_heads_q % num_heads_kv if num_heads_kv else num_heads_q:
         raise ValueError(
@@ -149,10 +152,14 @@ def check_table(
             f"page_table has a stride of {page_table.stride(1)} between the pages of a sequence; "
             "pass page_table.contiguous()"
         )
-    if page_table.shape[1] * k_cache.shape[2] > SEQLEN_MAX:
+
+
+def check_capacity(capacity: int) -> None:
+    """Raise unless positions in a sequence have few enough digits."""
+    if capacity > SEQLEN_MAX:
         raise NotImplementedError(
-            f"page_table reaches {page_table.shape[1] * k_cache.shape[2]} tokens; at most "
-            f"{SEQLEN_MAX} are supported: pass fewer columns of it"
+            f"a sequence has room for {capacity} tokens; at most {SEQLEN_MAX} are supported: pass "
+            "a part of the cache, or fewer columns of page_table"
         )
 
 
@@ -213,13 +220,13 @@ def check_backend_serves(
     """Raise unless the backend that the caller insists on can compute here, before the caches are
     changed."""
     check_backend(backend)
-    if backend in ("auto", "torch") or is_compiling():
+    if backend in ("auto", "torch") or is_compiling() or q.is_meta:
         return
     k, v = (
         x.new_empty(1).expand(batch, x.shape[1], capacity, x.shape[3]) for x in (k_cache, v_cache)
     )
     given = q if q.dim() == 4 else q.new_empty(1).expand(batch, q.shape[1], q.shape[0], q.shape[2])
-    choose_backend(Problem.from_tensors(given, k, v), backend)
+    resolved(Problem.from_tensors(given, k, v), backend)
 
 
 def check_new(

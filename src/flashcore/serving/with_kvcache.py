@@ -3,9 +3,12 @@ queries attend to all of it."""
 
 from __future__ import annotations
 
-from typing import Any
+import contextlib
+from typing import Any, Literal, overload
 
+import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from flashcore.backends.autocasting import autocast_dtype
 from flashcore.backends.dispatch import without_autocast
@@ -15,7 +18,7 @@ from flashcore.problem import Causal, Window
 from flashcore.problem.options import Options
 from flashcore.problem.spelling import OF_KVCACHE, other_names, refuse
 from flashcore.problem.validation import check_flag
-from flashcore.serving import checking
+from flashcore.serving import checking, remembered
 from flashcore.serving.append import append, rotated_queries
 from flashcore.serving.attend import attend_pages
 from flashcore.serving.checking_rotary import check_rotary
@@ -26,7 +29,45 @@ from flashcore.serving.rows import lengths_before, lengths_of_keys
 
 __all__ = ["attention_with_kvcache"]
 
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # looked up once, not in every call
 
+
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    *,
+    seqlens_k: Tensor,
+    return_lse: Literal[False] = ...,
+    **options: Any,
+) -> Tensor: ...
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    *,
+    seqlens_k: Tensor,
+    return_lse: Literal[True],
+    **options: Any,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None = ...,
+    v_new: Tensor | None = ...,
+    *,
+    seqlens_k: Tensor,
+    return_lse: bool,
+    **options: Any,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 @other_names(OF_KVCACHE)
 def attention_with_kvcache(
     q: Tensor,
@@ -180,36 +221,33 @@ def with_kvcache(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute `attention_with_kvcache`; see there. `rotary` holds its arguments on rotation,
     `options` those that `attention` and `attention_varlen` share."""
-    check_flag("return_lse", return_lse)
-    is_packed = cu_seqlens_q is not None
-    if autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
+    autocasts = is_dynamo_compiling() or _is_any_autocast_enabled()
+    if autocasts and autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
         # What the cache holds is there; the rest is cast to it.
         q, k_new, v_new = (_cast(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
-    checking.check_caches(q, k_cache, v_cache, is_packed, page_table is not None)
-    batch = checking.batch_of(q, cu_seqlens_q, cu_seqlens_new)
-    checking.check_table(q, k_cache, seqlens_k, page_table, cache_batch_idx, cache_leftpad, batch)
-    new = checking.check_new(q, k_cache, v_cache, k_new, v_new, batch)
-    if rotary is not None:
-        check_rotary(rotary, q, k_new, batch)
-    checking.check_given(out, lse, q, v_cache)
+    tensors = (
+        q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
+        cu_seqlens_q, cu_seqlens_new, mask, tree_mask, out, lse,
+        *(() if rotary is None else (rotary.cos, rotary.sin, rotary.offsets, rotary.positions)),
+    )  # fmt: skip
+    pairs = None if rotary is None else (rotary.interleaved, rotary.queries)
+    asked = max_seqlen_q, type(max_seqlen_q), backend, pairs, lse is None
+    key = remembered.key_of(tensors, asked, options, return_lse)
+    if not remembered.is_known(key, tensors):
+        _check(
+            q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx,
+            cache_leftpad, cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask,
+            return_lse, out, lse, backend, options,
+        )  # fmt: skip
+        remembered.keep(key, tensors)
     capacity = capacity_of(k_cache, page_table)
-    checking.check_masks(q, mask, tree_mask, is_packed, capacity)
-    checking.check_backend_serves(q, k_cache, v_cache, backend, batch, capacity)
-    Options.checked(options["causal"], options["window"], options["softcap"], options["scale"])
-    if is_packed and max_seqlen_q is not None:
-        checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])
-    if needs_grad(q, k_cache, v_cache, k_new, v_new):
-        raise NotImplementedError(
-            "q, a cache or a new token requires a gradient, but attention_with_kvcache has no "
-            "backward pass; call it under torch.no_grad(), or attention or attention_varlen"
-        )
-    with without_autocast(q.device.type):
+    with without_autocast(q.device.type) if autocasts else contextlib.nullcontext():
         if cache_batch_idx is not None:
             page_table = cache_batch_idx[:, None]
-        if new is not None:
+        if k_new is not None and v_new is not None:
             q, seqlens_k = append(
-                k_cache, v_cache, q, *new, seqlens_k, page_table, cu_seqlens_q,
-                cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary,
+                k_cache, v_cache, q, k_new, v_new, seqlens_k, page_table, cu_seqlens_q,
+                cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary, backend,
             )  # fmt: skip
         elif rotary is not None:
             before = lengths_before(seqlens_k, capacity)
@@ -222,6 +260,52 @@ def with_kvcache(
             mask, backend, options, return_lse or lse is not None,
         )  # fmt: skip
     return _handed_out(results, return_lse, out, lse)
+
+
+def _check(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_new: Tensor | None,
+    v_new: Tensor | None,
+    seqlens_k: Tensor,
+    page_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
+    cache_leftpad: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_new: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    rotary: Rotary | None,
+    mask: Tensor | None,
+    tree_mask: Tensor | None,
+    return_lse: bool,
+    out: Tensor | None,
+    lse: Tensor | None,
+    backend: str,
+    options: dict[str, Any],
+) -> None:
+    """Raise unless the arguments of `with_kvcache` fit, before anything is written."""
+    check_flag("return_lse", return_lse)
+    is_packed = cu_seqlens_q is not None
+    checking.check_caches(q, k_cache, v_cache, is_packed, page_table is not None)
+    batch = checking.batch_of(q, cu_seqlens_q, cu_seqlens_new)
+    checking.check_table(q, k_cache, seqlens_k, page_table, cache_batch_idx, cache_leftpad, batch)
+    checking.check_new(q, k_cache, v_cache, k_new, v_new, batch)
+    if rotary is not None:
+        check_rotary(rotary, q, k_new, batch)
+    checking.check_given(out, lse, q, v_cache)
+    capacity = capacity_of(k_cache, page_table)
+    checking.check_capacity(capacity)
+    checking.check_masks(q, mask, tree_mask, is_packed, capacity)
+    checking.check_backend_serves(q, k_cache, v_cache, backend, batch, capacity)
+    Options.checked(options["causal"], options["window"], options["softcap"], options["scale"])
+    if is_packed and max_seqlen_q is not None:
+        checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])
+    if needs_grad(q, k_cache, v_cache, k_new, v_new):
+        raise NotImplementedError(
+            "q, a cache or a new token requires a gradient, but attention_with_kvcache has no "
+            "backward pass; call it under torch.no_grad(), or attention or attention_varlen"
+        )
 
 
 def _handed_out(

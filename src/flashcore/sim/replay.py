@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from flashcore.compile.plant import Plant
-from flashcore.kernels.fwd_wmma.plan import KERNEL, Plan
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.registry import PORTABLE
 from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import MaskSpec
@@ -133,7 +134,7 @@ def parse_replay(words: Sequence[str]) -> Replay:
             raise ValueError(f"{field.name} is missing")
     problem = Problem(**problem_values)
     arch, gate = int(take("sim_arch", "80")), take("gate", "") or None
-    plan = select_plan(problem, arch, gate, take("kernel", KERNEL))
+    plan = select_plan(problem, arch, gate, take("kernel", PORTABLE.name))
     changes = {
         field.name: _from_text(given.pop(f"plan.{field.name}"), field.name, None)
         for field in fields(plan)

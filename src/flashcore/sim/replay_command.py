@@ -15,7 +15,8 @@ from torch import Tensor
 
 from flashcore.base import env, store
 from flashcore.compile.plant import Plant
-from flashcore.kernels.fwd_wmma.plan import KERNEL, Plan
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.registry import PORTABLE, kernel_of
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import MaskSpec
 from flashcore.selection.select import select_plan
@@ -109,7 +110,7 @@ def replay_command(
         A line for a shell.
     """
     words = [f"seed={seed}", f"sim_arch={plan.arch}"]
-    if plan.kernel != KERNEL:
+    if kernel_of(plan) is not PORTABLE:
         words.append(f"kernel={plan.kernel}")
     if plan.gate is not None:
         words.append(f"gate={plan.gate}")

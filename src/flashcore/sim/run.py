@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +13,7 @@ from torch import Tensor
 
 from flashcore.base import forks
 from flashcore.compile.codegen import generate_source
-from flashcore.kernels.fwd_sm90.params import build_params_sm90, num_pieces, scratch_shapes
-from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_wmma.params import build_params, grid_size
+from flashcore.kernels.registry import forward_of
 from flashcore.sim.abi import AgentStruct, LaunchStruct, ReportStruct, TensorStruct
 from flashcore.sim.build import load_kernel
 from flashcore.sim.report import Agent, SimReport, SimulationError
@@ -178,24 +176,6 @@ def _finish_output(tensor: Placed, seed: int) -> None:
     tensor.copy_back()
 
 
-def _arguments(
-    problem: Problem, plan: Plan
-) -> tuple[ctypes.Structure, Callable[[str], tuple[str, ...]], int]:
-    """Return the kernel's argument without pointers, the fields that a tensor's address goes to,
-    and the number of blocks."""
-    if not isinstance(plan, Sm90Plan):
-        return build_params(problem, plan, {}), lambda name: (name,), grid_size(problem, plan)
-    names = ("q", "k", "v", "out")
-
-    def fields(name: str) -> tuple[str, ...]:
-        tensor_map = (f"{name[0]}_map.base",) if name in names else ()
-        return (f"attn.{name}", *tensor_map)
-
-    num_blocks = min(num_pieces(problem, plan), PERSISTENT_BLOCKS)
-    params = build_params_sm90(problem, plan, dict.fromkeys(names), num_blocks)
-    return params, fields, num_blocks
-
-
 def simulate(
     problem: Problem,
     plan: Plan,
@@ -237,12 +217,16 @@ def simulate(
             command that replays the run.
         BackendUnavailableError: there is no C++ compiler.
     """
-    params, pointer_fields, grid = _arguments(problem, plan)
+    kernel = forward_of(plan)
+    pointer_fields = kernel.pointer_fields
+    grid = kernel.num_blocks(problem, plan, PERSISTENT_BLOCKS)
+    # The simulator writes the addresses itself.
+    params = kernel.build_params(problem, plan, dict.fromkeys(("q", "k", "v", "out")), grid)
     named = {"q": q, "k": k, "v": v} | ({} if mask is None else {"mask": mask})
     tensors = [SimTensor(name, t, pointer_fields(name)) for name, t in named.items()]
     for name, t in (lengths or {}).items():
         tensors.append(SimTensor(name, t, pointer_fields(name)))
-    shapes = scratch_shapes(problem, plan)
+    shapes = kernel.scratch_shapes(problem, plan)
     counters = torch.zeros(shapes.pop("tile_counter", 0), dtype=torch.int32)
     for name, shape in shapes.items():
         shares, field = torch.empty(shape), pointer_fields(name)
@@ -280,8 +264,7 @@ def simulate(
         from flashcore.sim.barrier_names import name_barriers
         from flashcore.sim.replay_command import replay_command
 
-        if isinstance(plan, Sm90Plan):
-            name_barriers(error, plan)
+        name_barriers(error, plan)
         inputs = {item.name: item.tensor for item in tensors if not (item.writable or item.counter)}
         error.replay = replay_command(problem, plan, inputs, seed=seed, plant=plant)
         raise

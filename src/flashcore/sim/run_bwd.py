@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from flashcore.compile.codegen import generate_source
-from flashcore.kernels.bwd_sm90.params import LENGTHS, build_params_bwd_sm90, grid_size
+from flashcore.kernels.bwd_sm90.params import LENGTHS, build_params_bwd_sm90
+from flashcore.kernels.registry import kernel_of
 from flashcore.sim.run import PERSISTENT_BLOCKS, raise_if_left, simulate_source
 from flashcore.sim.tensors import SimTensor
 
@@ -59,7 +60,7 @@ def simulate_backward(
     counter = torch.zeros(int(plan.draws_tiles), dtype=torch.int32)
     if plan.draws_tiles:
         placed.append(SimTensor("tile_counter", counter, "attn.tile_counter", counter=True))
-    grid = grid_size(problem, plan, PERSISTENT_BLOCKS)
+    grid = kernel_of(plan).num_blocks(problem, plan, PERSISTENT_BLOCKS)
     report = simulate_source(
         generate_source(plan, "host", plant),
         build_params_bwd_sm90(problem, plan, tensors, grid),

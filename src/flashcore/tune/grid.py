@@ -9,8 +9,9 @@ from typing import Any
 
 from flashcore.bench.workloads import Workload
 from flashcore.kernels.fwd_sm90.tiles import NUM_SMS
+from flashcore.kernels.kernel import Tile
 from flashcore.problem import Problem
-from flashcore.selection.space import Tile, tile_of
+from flashcore.selection.space import tile_of
 from flashcore.selection.tile_table import HEAD_DIMS, Cell, Size, TileTable, class_of
 from flashcore.tune.search import Found
 

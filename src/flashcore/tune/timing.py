@@ -246,10 +246,9 @@ class _Inputs:
     def fits(self, plan: Plan) -> bool:
         """Return whether a plan's code is made for these options: the bounds of a short workload
         may hide nothing, and such bounds the Problem has not."""
-        from flashcore.kernels.fwd_sm90.plan import Sm90Plan, traits_sm90
-        from flashcore.kernels.fwd_wmma.plan import traits
+        from flashcore.kernels.registry import forward_of
 
-        fields = (traits_sm90 if isinstance(plan, Sm90Plan) else traits)(self.problem)
+        fields = forward_of(plan).traits(self.problem)
         return all(getattr(plan, name) == value for name, value in fields.items())
 
     def run(self, plan: Plan) -> Any:

@@ -49,13 +49,6 @@ def num_tiles(problem: Problem, plan: BwdSm90Plan) -> int:
     return -(-rows // rows_of_tile) * num_heads * problem.batch
 
 
-def grid_size(problem: Problem, plan: BwdSm90Plan, num_sms: int) -> int:
-    """Return the number of blocks: as many as run at once on a GPU with `num_sms`
-    multiprocessors, or one for each tile."""
-    tiles = num_tiles(problem, plan)
-    return min(tiles, num_sms * plan.min_blocks) if plan.is_persistent else tiles
-
-
 # What blocks that run side by side may have of L2 for the tiles they stream; see
 # kernels/fwd_sm90/params.py.
 _GROUP_BYTES = 8 << 20

@@ -7,12 +7,11 @@ kernels/bwd_sm90/bwd_sm90.cuh.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flashcore.kernels.bwd_sm90.tiles import BwdTile, tiles
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
@@ -255,21 +254,6 @@ class BwdPlans(NamedTuple):
     dkdv: BwdSm90Plan
 
 
-class BwdTile(NamedTuple):
-    """A tile holds the fields of a plan that the problem does not decide."""
-
-    block_m: int
-    block_n: int
-    num_stages: int
-    other_stages: int
-    overlaps: bool = True
-    early_dp: bool = True
-    keeps_p: bool = True
-
-
-_TILE_FIELDS = (*BwdTile._fields, "also_dq", "ds_stages")
-
-
 def obstacle(problem: Problem, needs_mask_grad: bool = False) -> str | None:
     """Return why the kernels cannot compute the gradient of a call, or None. Tensors that TMA
     cannot read are copied."""
@@ -293,33 +277,6 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
     return None
 
 
-def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
-    """Return the tile of the kernel of dq, and that of the kernel of dk and dv. Measured on an H200
-    (2026-11-29, scripts/time_backward.py), 16k tokens, hidden 2048, bfloat16."""
-    dim = max(problem.head_dim, problem.head_dim_v)
-    is_crowded = problem.mask is not None or problem.softcap != 0.0
-    if dim <= 64:
-        dkdv = (
-            BwdTile(64, 128, 4, 3, False)
-            if is_crowded
-            else BwdTile(128, 128, 3, 2, False, True, False)
-        )
-        if problem.varlen == "packed" and max(problem.window_left, problem.window_right) >= 0:
-            # With three consumers the producer's warps spill 16 bytes; not measured on a GPU.
-            return BwdTile(128, 128, 3, 2), dkdv
-        return BwdTile(192, 64, 4, 3), dkdv
-    if dim <= 128 and is_crowded:
-        return BwdTile(128, 64, 3, 2), BwdTile(64, 64, 3, 3)
-    if dim <= 128 and problem.varlen == "keys" and problem.window_right >= 0:
-        # With products that overlap, ptxas spills 8 bytes; not measured on a GPU.
-        return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2, False, True, False)
-    if dim <= 128:
-        return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2, True, False, False)
-    if dim <= 192:
-        return BwdTile(128, 64, 3, 2), BwdTile(64 if is_crowded else 96, 64, 2, 2)
-    return BwdTile(128, 64, 2, 1, False), BwdTile(64, 64, 2, 2)
-
-
 def select_plans(problem: Problem) -> BwdPlans:
     """Return the plans of a problem that has no obstacle."""
     of_problem = traits(problem)
@@ -332,36 +289,6 @@ def _plans(dq: BwdTile, dkdv: BwdTile, fields: tuple[tuple[str, Any], ...]) -> B
     return BwdPlans(
         make_plan(DQ_KERNEL, dq, dict(fields)), make_plan(DKDV_KERNEL, dkdv, dict(fields))
     )
-
-
-def with_tile(plan: BwdSm90Plan, tile: Mapping[str, Any]) -> BwdSm90Plan:
-    """Return the plan with fields of its tile changed.
-
-    Raises:
-        ValueError: a tile has no such field, a value is of another type, or the tile does not fit
-            a block.
-    """
-    for name, value in tile.items():
-        if name not in _TILE_FIELDS or type(getattr(plan, name)) is not type(value):
-            raise ValueError(
-                f"tile={dict(tile)!r}: {name}={value!r} is no field of a tile of {plan.kernel}, "
-                f"which has {', '.join(_TILE_FIELDS)}"
-            )
-    changed = dataclasses.replace(plan, **tile)
-    own, other = (
-        (changed.block_m, changed.block_n) if plan.is_dq else (changed.block_n, changed.block_m)
-    )
-    sizes = other, changed.num_stages, changed.other_stages, changed.ds_stages
-    if (
-        own < 1 or own % ROWS_OF_CONSUMER or min(sizes) < 1 or other % 16
-        or changed.smem_bytes > smem_limits(ARCH)[0] or changed.num_threads > 512
-    ):  # fmt: skip
-        raise ValueError(
-            f"tile={dict(tile)!r} is not one that {plan.kernel} can have with head_dim "
-            f"{plan.head_dim} and {plan.head_dim_v}: too much shared memory, too many warps, or "
-            "sizes that are no multiples of 64 and 16"
-        )
-    return changed
 
 
 def make_plan(kernel: str, tile: BwdTile, of_problem: dict[str, Any]) -> BwdSm90Plan:

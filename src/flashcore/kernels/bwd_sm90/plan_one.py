@@ -14,11 +14,11 @@ from flashcore.kernels.bwd_sm90.plan import (
     ARCH,
     DKDV_KERNEL,
     BwdSm90Plan,
-    BwdTile,
     make_plan,
     obstacle_anywhere,
     padded_to_16,
 )
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma.plan import Plan, traits

@@ -57,7 +57,7 @@ OUTSIDE = {
 
 # Which phase of the kernels a function belongs to. Of those that are not named a race's other side
 # decides.
-PHASE_OF_FUNCTION = {
+PHASES = {
     "attn_bwd_dq_sm90": "setup",
     "attn_bwd_dkdv_sm90": "setup",
     "attn_bwd_delta_sm90": "setup",
@@ -90,4 +90,4 @@ PHASE_OF_FUNCTION = {
     "store_in_place": "store",
 }
 # Which gradient it is of, one kernel alone says.
-PHASE_OF_FUNCTION_DQ = PHASE_OF_FUNCTION | {"issue_gradient": "dq"}
+PHASES_DQ = PHASES | {"issue_gradient": "dq"}

@@ -36,6 +36,8 @@
 //@if gate
 #include "tile/gates.cuh"
 //@end
+#include "tile/pages.cuh"
+#include "fwd_sm90/pages_sm90.cuh"
 #include "fwd_sm90/producer_sm90.cuh"
 
 // What one consumer warpgroup carries from key tile to key tile.
@@ -414,7 +416,7 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
-    if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
+    if (warp_idx() == 0 && (PAGED || elect_lane())) produce(params, bar, smem);
     if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
   } else {
     raise_registers<CONSUMER_REGISTERS>();

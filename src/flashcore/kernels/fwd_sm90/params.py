@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
-from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.tensor_map import TensorMap
 from flashcore.problem import Problem
 from flashcore.problem.folding import as_launched
@@ -59,19 +57,10 @@ def num_pieces(problem: Problem, plan: Sm90Plan) -> int:
     return num_row_tiles(problem, plan) * plan.num_splits
 
 
-def grid_size(problem: Problem, plan: Sm90Plan, num_sms: int) -> int:
-    """Return the number of blocks: as many as run at once on a GPU with `num_sms`
-    multiprocessors."""
-    return min(num_pieces(problem, plan), num_sms * plan.min_blocks)
-
-
-def scratch_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Return what a launch needs beside its tensors, by field of AttnParams: counters, int32, 0
-    between launches; and shares, float32, of blocks that share the keys of row tiles
-    (fwd_sm90/split_sm90.cuh). On a GPU split_stats lies behind split_out."""
-    if plan.draws_tiles:
-        return {"tile_counter": (1,)}
-    if not isinstance(plan, Sm90Plan) or plan.num_splits == 1:
+def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]:
+    """Return what blocks need that share the keys of row tiles (fwd_sm90/split_sm90.cuh), by field
+    of AttnParams: counters and shares. On a GPU split_stats lies behind split_out."""
+    if plan.num_splits == 1:
         return {}
     p = as_launched(problem, plan.folds_heads)
     rows = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
@@ -126,7 +115,8 @@ def build_params_sm90(
         num_blocks: of the launch.
 
     Returns:
-        The filled structure, with tensor maps as the simulator reads them; see `encode_maps`.
+        The filled structure, with tensor maps as the simulator reads them; see
+        `tensor_map.encode_maps`.
 
     Raises:
         NotImplementedError: the problem is too large for one launch.
@@ -175,7 +165,7 @@ def _set_map(
     pointers: dict[str, int | None],
 ) -> None:
     """Write the tensor map of one of MAPS, of a problem as the kernel sees it."""
-    packed = problem.varlen == "packed"
+    packed, pages = problem.varlen == "packed", problem.varlen == "pages"
     heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v
     rows_q, rows_k = (
         (problem.total_q, problem.total_k) if packed else (problem.seqlen_q, problem.seqlen_k)
@@ -189,11 +179,14 @@ def _set_map(
         "v": (problem.v_strides, dim_v, rows_k, kv_heads),
         "o": (out_strides, dim_v, rows_q, heads),
     }
-    box_rows = {"q": ROWS_OF_CONSUMER, "k": plan.block_n, "v": plan.block_n, "o": ROWS_OF_CONSUMER}
+    of_keys = name in ("k", "v")
     strides, cols, num_rows, heads = tensors[name]
+    batches = problem.batch
+    if pages and of_keys:
+        num_rows, batches = problem.page_size, problem.num_pages
     # A dimension of size 1 has stride 0 in a Problem; a descriptor wants some legal one. Others
     # that have it are expanded: TMA reads the same rows again, as was tried on an H200.
-    sizes = (1 if packed else problem.batch, heads, num_rows)
+    sizes = (1 if packed else batches, heads, num_rows)
     batch_bytes, head_bytes, row_bytes = (
         _ELEMENT_BYTES * stride if stride or size > 1 else 16
         for stride, size in zip(strides, sizes, strict=True)
@@ -206,31 +199,23 @@ def _set_map(
         cols=cols,
         rows=num_rows,
         heads=heads,
-        batches=problem.batch,
+        batches=batches,
         box_cols=plan.chunk,
-        box_rows=box_rows[name],
+        box_rows=plan.box_rows if of_keys else ROWS_OF_CONSUMER,
         element_bytes=_ELEMENT_BYTES,
         swizzle_bytes=plan.chunk * _ELEMENT_BYTES,
     )
     if packed:
         make_ragged(tensor_map, 0)
-    elif problem.varlen == "keys" and name in ("k", "v"):
+    elif (problem.varlen == "keys" and of_keys) or (pages and name == "v"):
         rows_per_batch = batch_bytes // row_bytes if strides[0] else 0
         setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
-        make_ragged(tensor_map, (problem.batch - 1) * rows_per_batch)
+        last_begin = (batches - 1) * rows_per_batch
+        if pages:  # of which a box may begin in the middle
+            last_begin += num_rows - plan.box_rows
+            tensor_map.rows = plan.box_rows
+        make_ragged(tensor_map, last_begin)
     setattr(argument, f"{name}_map", tensor_map)
-
-
-def encode_maps(
-    argument: AttnSm90Params | AttnSm90GateParams,
-    dtype_name: str,
-    encode: Callable[[TensorMap, str], TensorMap],
-    names: Iterable[str] = MAPS,
-) -> None:
-    """Replace the simulator's tensor maps by what `encode` makes of them."""
-    for name in names:
-        field = f"{name}_map"
-        setattr(argument, field, encode(getattr(argument, field), dtype_name))
 
 
 def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:

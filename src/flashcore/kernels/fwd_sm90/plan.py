@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,7 @@ from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import Tile
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
-from flashcore.problem.exactness import fewest_splits, obstacle_to_splits
+from flashcore.problem.exactness import fewest_splits
 from flashcore.problem.folding import fold_heads
 
 if TYPE_CHECKING:
@@ -121,6 +121,11 @@ class Sm90Plan(Plan):
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
     @property
+    def box_rows(self) -> int:
+        """Return the rows of a box of K and V: of a key tile, as far as they lie in one page."""
+        return math.gcd(self.block_n, self.page_size)
+
+    @property
     def mask_bytes(self) -> int:
         """Return shared memory for the mask tensor's elements of every consumer warp
         (fwd_sm90/mask_tile_sm90.cuh)."""
@@ -150,9 +155,10 @@ class Sm90Plan(Plan):
         given waits for ever."""
         pool = self.max_registers * (self.num_consumers + 1)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
-        # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some.
+        # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
+        # take some in each lane of the producer's warp.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
-        producer = 32 if self.varlen == "packed" or many_chunks else 24
+        producer = 32 if self.varlen in ("packed", "pages") or many_chunks else 24
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
@@ -168,6 +174,16 @@ class Sm90Plan(Plan):
         if self.mask is not None and self.mask_load_bytes < 4:
             return False
         return not (self.has_window_left and (self.mask is not None or self.has_softcap))
+
+    @property
+    def finds_out_by_map(self) -> bool:
+        """Return whether out is written by its tensor map alone, in the rows of q's heads."""
+        return self.num_splits == 1 and not self.folds_heads
+
+    def machine_code(self) -> Sm90Plan:
+        """Return the plan that stands for all with the same machine code: see `Plan`."""
+        folded = int(bool(self.constants()["FOLDED"]))
+        return dataclasses.replace(self, num_splits=min(2, self.num_splits), folds_heads=folded)
 
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
@@ -196,50 +212,6 @@ class Sm90Plan(Plan):
         """Return one line for people."""
         splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
         return Plan.describe(self) + splits
-
-
-def obstacle(problem: Problem) -> str | None:
-    """Return why the Hopper kernel cannot serve a problem, or None."""
-    num_rows = problem.total_q * problem.num_heads_q  # 0 unless packed
-    if num_rows + problem.batch >= 2**30 and problem.varlen == "packed":
-        return "it counts the row tiles of all packed sequences in 32 bits"
-    if problem.varlen == "pages":
-        return "it reads no pages"
-    return next(iter(unreadable(problem).values()), None) or obstacle_to_splits(problem)
-
-
-@functools.lru_cache(maxsize=4096)
-def unreadable(problem: Problem) -> Mapping[str, str]:
-    """Return those of "q", "k" and "v" that TMA cannot read as they lie, and why: it reads rows
-    that start at multiples of 16 bytes. A stride of 0 between batches or heads reads the same rows
-    again."""
-    found: dict[str, str] = {}
-    if problem.load_bytes < 16:
-        for name in problem.misaligned or "qkv":
-            found[name] = (
-                f"TMA needs 16-byte aligned rows, and some address or stride of {name} is a "
-                f"multiple of {problem.load_bytes} bytes only"
-            )
-    packed, keys = problem.varlen == "packed", problem.varlen == "keys"
-    rows_q = problem.total_q if packed else problem.seqlen_q
-    rows_k = problem.total_k if packed else problem.seqlen_k
-    for name, strides, rows in (
-        ("q", problem.q_strides, rows_q),
-        ("k", problem.k_strides, rows_k),
-        ("v", problem.v_strides, rows_k),
-    ):
-        begins_by_row = keys and name != "q"  # params_sm90.make_ragged
-        if name in found:
-            continue
-        if strides[2] == 0 and rows > 1:
-            found[name] = f"the Hopper kernel reads rows apart, and {name} is one row, expanded"
-        elif max(strides) >= 2**39:
-            found[name] = f"TMA reads no stride of 2^40 bytes, as {name} has"
-        elif begins_by_row and strides[2] and strides[0] % strides[2]:
-            found[name] = (
-                f"with seqlens_k it needs batches that are whole rows apart, unlike {name}'s"
-            )
-    return found
 
 
 def _of_mean_lengths(problem: Problem) -> Problem:

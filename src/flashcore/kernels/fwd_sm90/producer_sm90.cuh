@@ -1,6 +1,7 @@
 // fwd_sm90/producer_sm90.cuh - the producer of the Hopper kernel: one thread walks over the block's
 // row tiles, has TMA load their Q, and K and V as far ahead as the stages allow, and tells the
-// consumers which row tile it is.
+// consumers which row tile it is. If keys lie in pages, the other lanes of its warp follow it, and
+// load K and V with it (fwd_sm90/pages_sm90.cuh).
 #pragma once
 
 // The row tiles of a block, one after the other.
@@ -18,16 +19,24 @@ FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
 
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
+  const bool leads = !PAGED || lane_idx() == 0;
   BoxOrigin q_box, k_box, v_box;  // of the sequence
+  PageBoxes pages = {params};     // read only under PAGED
   PipelineState k_states[KEY_SLICES], v_states[KEY_SLICES];
 #pragma unroll
   for (int s = 0; s < KEY_SLICES; ++s) k_states[s].ring = v_states[s].ring = s;
 
   const auto load_k = [&](PipelineState& k_state, const BlockCoord& block, int n_block) {
     const auto full = bar.k_full + k_state.stage();
-    mbar_wait(bar.k_empty + k_state.stage(), k_state.parity() ^ 1);
-    mbar_arrive_expect_tx(full, K_ELEMENTS * 2);
-    for (int c = 0; c < QK_CHUNKS; ++c) {
+    if (leads) {
+      mbar_wait(bar.k_empty + k_state.stage(), k_state.parity() ^ 1);
+      mbar_arrive_expect_tx(full, K_ELEMENTS * 2);
+    }
+    if (PAGED) {
+      warp_sync();  // orders the wait and what was announced before every lane's loads
+      pages.load_k(smem.k + k_state.stage() * K_ELEMENTS, full, k_state.ring, n_block);
+    }
+    for (int c = 0; !PAGED && c < QK_CHUNKS; ++c) {
       tma_load(smem.k + (k_state.stage() * K_ELEMENTS + c * BLOCK_N * CHUNK), params.k_map, full,
                c * CHUNK, k_box.row + n_block * BLOCK_N, block.head_idx_kv, k_box.batch);
     }
@@ -38,9 +47,15 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     return;  // there is no P V
 //@end
     const auto full = bar.v_full + v_state.stage();
-    mbar_wait(bar.v_empty + v_state.stage(), v_state.parity() ^ 1);
-    mbar_arrive_expect_tx(full, V_ELEMENTS * 2);
-    for (int c = 0; c < V_CHUNKS; ++c) {
+    if (leads) {
+      mbar_wait(bar.v_empty + v_state.stage(), v_state.parity() ^ 1);
+      mbar_arrive_expect_tx(full, V_ELEMENTS * 2);
+    }
+    if (PAGED) {
+      warp_sync();  // as for K
+      pages.load_v(smem.v + v_state.stage() * V_ELEMENTS, full, v_state.ring, n_block);
+    }
+    for (int c = 0; !PAGED && c < V_CHUNKS; ++c) {
       tma_load(smem.v + (v_state.stage() * V_ELEMENTS + c * BLOCK_N * CHUNK), params.v_map, full,
                c * CHUNK, v_box.row + n_block * BLOCK_N, block.head_idx_kv, v_box.batch);
     }
@@ -50,38 +65,46 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   const auto load_keys = [&](const BlockCoord& block, const KeyRange& keys, int n_block) {
 #pragma unroll
     for (int s = 0; s < KEY_SLICES; ++s) {
+      if (PAGED) pages.advance(s, keys, n_block - s - KEY_SLICES);
       if (n_block - s >= keys.n_block_begin) load_k(k_states[s], block, n_block - s);
     }
   };
 
   auto tile = row_tiles(p, smem.feed);
-  for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
+  for (int turn = 0;; ++turn, leads ? tile.advance(p, params.schedule) : void()) {
     const auto coord = coord_slot(smem.coords, turn);
-    if (tile.done(p, params.schedule)) {
-      smem_store(coord, NO_TILE);
-      for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
+    bool done = leads && tile.done(p, params.schedule);
+    if (done) smem_store(coord, NO_TILE);
+    if (PAGED) {
+      if (leads && !done) store_coord(coord, tile.coord(p, params.schedule));
+      warp_sync();  // orders the place before the other lanes read it
+      done = smem_load(coord) == NO_TILE;
+    }
+    if (done) {
+      for (int group = 0; leads && group < NUM_ROW_GROUPS; ++group) {
         mbar_wait(bar.q_empty + q_slot(turn, group), q_parity(turn) ^ 1);
         mbar_arrive(bar.q_full + q_slot(turn, group));
       }
-      grid_launch_dependents();
+      if (leads) grid_launch_dependents();
       return;
     }
-    const BlockCoord block = tile.coord(p, params.schedule);
+    const BlockCoord block = PAGED ? load_coord(coord) : tile.coord(p, params.schedule);
     const auto& own = sequence_params(p, block);
     q_box = query_box(p, block);
-    k_box = key_box(p, block, p.lengths.k_rows_per_batch);
-    v_box = key_box(p, block, p.lengths.v_rows_per_batch);
+    if (!PAGED) k_box = key_box(p, block, p.lengths.k_rows_per_batch);
+    if (!PAGED) v_box = key_box(p, block, p.lengths.v_rows_per_batch);
 //@if gate tile
     const KeyRange keys = gate_last_tile(own_keys(own, block));
 //@else
     const KeyRange keys = own_keys(own, block);
 //@end
-    store_coord(coord, block);
+    if (!PAGED) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
     int n_block = keys.n_block_end - 1;
+    if (PAGED) pages.begin(own, block, keys, n_block);
     load_keys(block, keys, n_block);
-    for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
+    for (int group = 0; leads && group < NUM_ROW_GROUPS; ++group) {
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
@@ -97,7 +120,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     while (n_block >= keys.n_block_begin) {
       n_block -= KEY_SLICES;
       if (!asked && n_block < keys.n_block_begin + ASK_AHEAD) {
-        tile.ask(p, params.schedule);
+        if (leads) tile.ask(p, params.schedule);
         asked = true;
       }
       load_keys(block, keys, n_block);
@@ -107,6 +130,6 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
         if (before >= keys.n_block_begin) load_v(v_states[s], block, before);
       }
     }
-    if (!asked) tile.ask(p, params.schedule);  // it has no key tiles
+    if (leads && !asked) tile.ask(p, params.schedule);  // it has no key tiles
   }
 }

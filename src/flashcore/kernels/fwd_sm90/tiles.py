@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 ARCH = 90
 NUM_SMS = 132
 ROWS_OF_CONSUMER = 64
+PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
 
@@ -87,6 +88,8 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
     narrow = max(dims) <= 64
     block_n = 128 if narrow else 64
+    if narrow and problem.page_size:  # whose producer leaves too few registers for 128 keys
+        return _split_keys(problem, Tile(64, 64, num_stages=4, min_blocks=2), folded)
     if narrow and problem.mask is None:
         return _split_keys(problem, Tile(64, block_n, num_stages=2, min_blocks=2), folded)
     room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)

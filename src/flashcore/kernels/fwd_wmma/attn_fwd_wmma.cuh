@@ -15,7 +15,6 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 #include "tile/copy.cuh"
-#include "tile/pages.cuh"
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "tile/max_score.cuh"

@@ -152,6 +152,26 @@ class Plan:
         """Return the registers of a thread by role, where warps have roles."""
         return ()
 
+    @property
+    def registers_asked_for(self) -> int:
+        """Return the registers that the roles of a block's warpgroups ask for together; 0 without
+        roles."""
+        if not self.role_registers:
+            return 0
+        consumer, *others = self.role_registers
+        return 128 * ((self.num_warps // 4 - len(others)) * consumer + sum(others))
+
+    @property
+    def finds_out_by_map(self) -> bool:
+        """Return whether out is written by its tensor map alone, so that its rows may lie
+        anywhere."""
+        return False
+
+    def machine_code(self) -> Plan:
+        """Return the plan that stands for all with the same machine code, which differ in what only
+        the host reads."""
+        return dataclasses.replace(self, folds_heads=int(bool(self.constants()["FOLDED"])))
+
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
         return {
@@ -175,7 +195,7 @@ class Plan:
             "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
-            "PAGE_SIZE": self.page_size,
+            "PAGE_SIZE": max(1, self.page_size),
             # Without a bound rows are rows, unless it is asked which head each belongs to.
             "FOLDED": self.folds_heads > 0
             and (self.has_window_left or self.has_window_right or self.returns_max_score),

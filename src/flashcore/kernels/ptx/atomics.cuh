@@ -1,6 +1,6 @@
 // ptx/atomics.cuh - the order of float atomics is not fixed, so no kernel that ships adds by them;
-// that is here for the planted bugs and the conformance tests. Integers count work, and of a maximum
-// the order does not matter.
+// that is here for the planted bugs and the conformance tests. Integers count work; the order of
+// maxima makes no difference.
 #pragma once
 
 FC_DEVICE void smem_atomic_add(SmemPtr<float> p, float x) {

@@ -1,26 +1,13 @@
 // tile/copy.cuh - row tiles between global and shared memory.
 #pragma once
 
+#include "tile/rows.cuh"
+
 // Row stride of a tile in shared memory, in elements: the columns rounded up to whole 16-wide
 // fragments, plus 8 elements (16 bytes) so that the eight rows of an 8x8 matrix fall into different
 // banks.
 FC_DEVICE constexpr int padded_cols(int cols) { return (cols + 15) / 16 * 16; }
 FC_DEVICE constexpr int smem_stride(int cols) { return padded_cols(cols) + 8; }
-
-// The rows of a matrix that are one stride apart. Those of a cache in pages are in tile/pages.cuh.
-struct EvenRows {
-  GmemPtr<const Element> gmem;
-  int stride;
-
-  // The matrix from some row and column on.
-  FC_DEVICE EvenRows from(int row, int col) const {
-    return {gmem + (int64_t(row) * stride + col), stride};
-  }
-  // What lies in a row and column; the row may be read where it is `valid`.
-  FC_DEVICE GmemPtr<const Element> at(int row, int col, bool valid) const {
-    return gmem + (int64_t(row) * stride + col);
-  }
-};
 
 // Starts copying ROWS x COLS elements from row `first_row` of a matrix; rows from `num_rows` on are
 // filled with zeros and not read. With cp.async the copy is pending until this thread's group is

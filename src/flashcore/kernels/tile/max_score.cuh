@@ -2,9 +2,9 @@
 // softmax at most, over all rows and keys.
 //
 // The launch fills the memory with -inf, and every quad raises it to its rows' row_max by an atomic
-// maximum, whose order makes no difference. Blocks, warps and warpgroups that share the keys of a row
-// do so each for its own, before they add up. row_max must be the maximum, not one of long ago: a
-// plan that returns maxima does not rescale lazily (LAZY_RESCALE).
+// maximum, whose order makes no difference. Warpgroups and blocks that share the keys of a row each
+// do so for their own, before they add up. row_max must be the maximum, not one of long ago: a plan
+// that returns it does not rescale lazily (LAZY_RESCALE).
 #pragma once
 
 // The float of a row's head. Where heads are FOLDED, their rows follow one another in one head.
@@ -14,7 +14,7 @@ FC_DEVICE GmemPtr<float> max_score_of(const AttnParams& p, const BlockCoord& blo
   return p.max_score + (head * (p.seqlen_q / p.num_queries) + row / p.num_queries);
 }
 
-// Of a warp's 16 rows. Rows that see no key leave it alone, and so do the rows behind the last packed
+// Of a warp's 16 rows. Rows that see no key leave it alone, and so do those behind the last packed
 // sequence, which have no float. A score that is NaN is not in row_max, but it is in row_sum.
 FC_DEVICE void raise_max_score(const OnlineSoftmax& state, const AttnParams& p,
                                const BlockCoord& block, int warp_row) {

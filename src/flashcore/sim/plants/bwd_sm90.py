@@ -282,6 +282,8 @@ _OF_PACKED = (
         caught_by="out-of-bounds",
         or_by=("double-write", "unwritten-output", "counter-left", "misuse"),
     ),
+)
+_OF_PACKED_DQ = (
     Plant(
         name="delta-of-a-neighbour",
         title="delta is written where the first sequence has it",
@@ -331,4 +333,5 @@ PLANTS_BWD_DQ_SM90 = by_name(*_OF_DQ)
 PLANTS_BWD_DKDV_SM90 = by_name(*_OF_ONE_WARPGROUP)
 PLANTS_BWD_ROLES_SM90 = by_name(*_OF_ROLES)
 PLANTS_BWD_PACKED_SM90 = by_name(*_OF_PACKED)
+PLANTS_BWD_PACKED_DQ_SM90 = by_name(*_OF_PACKED_DQ)
 PLANTS_BWD_PADDED_SM90 = by_name(*_OF_PADDED)

@@ -13,6 +13,9 @@ from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
 from flashcore.sim.plants.bwd_sm90 import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
+    PLANTS_BWD_PACKED_DQ_SM90,
+    PLANTS_BWD_PACKED_SM90,
+    PLANTS_BWD_PADDED_SM90,
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
@@ -56,8 +59,14 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS,
         **PLANTS_SINKS_SPLIT,
     },
-    DQ_KERNEL: PLANTS_BWD_DQ_SM90,
-    DKDV_KERNEL: {**PLANTS_BWD_DKDV_SM90, **PLANTS_BWD_ROLES_SM90, **PLANTS_BWD_ONE_SM90},
+    DQ_KERNEL: {**PLANTS_BWD_DQ_SM90, **PLANTS_BWD_PACKED_DQ_SM90},
+    DKDV_KERNEL: {
+        **PLANTS_BWD_DKDV_SM90,
+        **PLANTS_BWD_ROLES_SM90,
+        **PLANTS_BWD_ONE_SM90,
+        **PLANTS_BWD_PACKED_SM90,
+        **PLANTS_BWD_PADDED_SM90,
+    },
 }
 
 

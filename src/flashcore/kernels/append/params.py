@@ -1,0 +1,161 @@
+"""Describe the kernel that appends to a cache: its constants, and its argument, a mirror of the
+struct in append_kvcache.cuh."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+WARPS = 4  # of a block; APPEND_WARPS in append_kvcache.cuh
+QUERIES = ("end", "begin", "first")  # where queries stand; the kernel knows the numbers
+
+
+@dataclass(frozen=True, slots=True)
+class AppendPlan:
+    """An AppendPlan says which variant of the kernel computes a call.
+
+    Args:
+        dtype: "float16" or "bfloat16", of all but cos and sin.
+        rotary_dtype: of cos and sin; "float32" or dtype.
+        interleaved: whether neighbours are the pairs that turn.
+    """
+
+    dtype: str
+    rotary_dtype: str
+    interleaved: bool
+
+    kernel = "append_kvcache"
+    params_struct = "AppendParams"
+    gate = None
+    num_threads = 32 * WARPS
+
+    def constants(self) -> dict[str, object]:
+        """Return the constants of the source text."""
+        rotary = "float" if self.rotary_dtype == "float32" else self.rotary_dtype
+        return {"Element": self.dtype, "RotaryElement": rotary, "INTERLEAVED": self.interleaved}
+
+    def describe(self) -> str:
+        """Return what the kernel is, for people."""
+        pairs = "neighbours" if self.interleaved else "halves"
+        return f"{self.kernel} {self.dtype}, {self.rotary_dtype} angles of {pairs}"
+
+
+class AppendTensors(NamedTuple):
+    """Hold what the kernel reads and writes, in the order of its argument.
+
+    Args:
+        q: [batch, num_heads_q, seqlen_q, head_dim] or [total_q, num_heads_q, head_dim]; None:
+            queries are not rotated.
+        k_new: [batch, num_heads_kv, seqlen_new, head_dim] or [total_new, num_heads_kv, head_dim].
+        v_new: likewise, with head_dim_v.
+        q_rotated: as q, contiguous; written.
+        k_cache: [num_pages, num_heads_kv, page_size, head_dim]; written.
+        v_cache: likewise, with head_dim_v; written.
+        cos: [positions, rotary_dim / 2], its last dimension contiguous; None: nothing is rotated.
+        sin: likewise.
+        seqlens_k: int32, [batch]: tokens before.
+        lengths: int32, [batch]: tokens after; written.
+        page_table: int32, [batch, columns], its last dimension contiguous, or None.
+        cu_seqlens_q: int32, [batch + 1], where q is packed.
+        cu_seqlens_new: int32, [batch + 1], where k_new is packed.
+        offsets: int32, [batch], or None.
+        positions: int32, one for each row of q, contiguous, or None.
+    """
+
+    q: Tensor | None
+    k_new: Tensor
+    v_new: Tensor
+    q_rotated: Tensor | None
+    k_cache: Tensor
+    v_cache: Tensor
+    cos: Tensor | None
+    sin: Tensor | None
+    seqlens_k: Tensor
+    lengths: Tensor
+    page_table: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_new: Tensor | None
+    offsets: Tensor | None
+    positions: Tensor | None
+
+
+class RowStrides(ctypes.Structure):
+    """Hold the strides of a tensor in elements."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "head", "row", "col")]
+
+    @classmethod
+    def of(cls, x: Tensor | None) -> RowStrides:
+        """Return the strides of a padded tensor, a cache, or a packed tensor; 0 of none."""
+        if x is None:
+            return cls(0, 0, 0, 0)
+        if x.dim() == 4:
+            return cls(*x.stride())
+        row, head, col = x.stride()
+        return cls(0, head, row, col)
+
+
+_STRIDED = ("q", "k_new", "v_new", "q_rotated", "k_cache", "v_cache")
+_NUMBERS = (
+    "batch rows_q rows_new seqlen_q seqlen_new num_heads_q num_heads_kv head_dim head_dim_v "
+    "page_size num_pages columns table_stride rotary_rows rotary_half queries"
+)
+
+
+class AppendParams(ctypes.Structure):
+    """Mirror `struct AppendParams` in append_kvcache.cuh, field by field."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in AppendTensors._fields),
+        *((f"{name}_strides", RowStrides) for name in _STRIDED),
+        ("cos_stride", ctypes.c_int64),
+        ("sin_stride", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in _NUMBERS.split()),
+    ]
+
+
+def build_append_params(x: AppendTensors, queries: str) -> AppendParams:
+    """Return the kernel's argument, without addresses.
+
+    Args:
+        x: what it reads and writes.
+        queries: where queries stand, of QUERIES.
+    """
+    rows_q, seqlen_q = (0, 1) if x.q is None else _rows(x.q)
+    rows_new, seqlen_new = _rows(x.k_new)
+    table = x.page_table
+    return AppendParams(
+        **{f"{name}_strides": RowStrides.of(getattr(x, name)) for name in _STRIDED},
+        cos_stride=0 if x.cos is None else x.cos.stride(0),
+        sin_stride=0 if x.sin is None else x.sin.stride(0),
+        batch=x.seqlens_k.shape[0],
+        rows_q=rows_q,
+        rows_new=rows_new,
+        seqlen_q=seqlen_q,
+        seqlen_new=seqlen_new,
+        num_heads_q=0 if x.q is None else x.q.shape[1],
+        num_heads_kv=x.k_new.shape[1],
+        head_dim=x.k_new.shape[-1],
+        head_dim_v=x.v_new.shape[-1],
+        page_size=x.k_cache.shape[2],
+        num_pages=x.k_cache.shape[0],
+        columns=1 if table is None else table.shape[1],
+        table_stride=0 if table is None else table.stride(0),
+        rotary_rows=0 if x.cos is None else x.cos.shape[0],
+        rotary_half=0 if x.cos is None else x.cos.shape[1],
+        queries=QUERIES.index(queries),
+    )
+
+
+def append_grid_size(params: AppendParams) -> int:
+    """Return the number of blocks: a warp for each head of each token, a thread for each length."""
+    items = params.rows_q * params.num_heads_q + 2 * params.rows_new * params.num_heads_kv
+    return max(-(-items // WARPS), -(-params.batch // (32 * WARPS)))
+
+
+def _rows(x: Tensor) -> tuple[int, int]:
+    """Return how many rows there are, and how many of them a padded sequence has."""
+    return (x.shape[0] * x.shape[2], x.shape[2]) if x.dim() == 4 else (x.shape[0], 1)

@@ -1,0 +1,56 @@
+"""Give the tiles of the two backward kernels for Hopper, by rules made from measurements."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from flashcore.problem import Problem
+
+
+class BwdTile(NamedTuple):
+    """A tile holds the fields of a plan that the problem does not decide."""
+
+    block_m: int
+    block_n: int
+    num_stages: int
+    other_stages: int
+    overlaps: bool = True
+    early_dp: bool = True
+    keeps_p: bool = True
+
+
+def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
+    """Return the tile of the kernel of dq, and that of the kernel of dk and dv. Measured on an H200
+    (2026-11-29, scripts/time_backward.py), 16k tokens, hidden 2048, bfloat16."""
+    dim = max(problem.head_dim, problem.head_dim_v)
+    is_crowded = problem.mask is not None or problem.softcap != 0.0
+    if problem.mask is not None and (problem.softcap != 0.0 or problem.varlen != "none"):
+        # The tiles below spill 24 to 168 bytes at some head_dims; not measured on a GPU.
+        dq = BwdTile(128, 64, 3, 2) if dim <= 128 else BwdTile(128, 48, 2, 1, False)
+        return dq, BwdTile(64, 128, 4, 3, False) if dim <= 64 else _crowded_dkdv(dim)
+    if dim <= 64:
+        dkdv = (
+            BwdTile(64, 128, 4, 3, False)
+            if is_crowded
+            else BwdTile(128, 128, 3, 2, False, True, False)
+        )
+        if problem.varlen == "packed" and max(problem.window_left, problem.window_right) >= 0:
+            # With three consumers the producer's warps spill 16 bytes; not measured on a GPU.
+            return BwdTile(128, 128, 3, 2), dkdv
+        return BwdTile(192, 64, 4, 3), dkdv
+    if dim <= 128 and is_crowded:
+        return BwdTile(128, 64, 3, 2), _crowded_dkdv(dim)
+    if dim <= 128 and problem.varlen == "keys" and problem.window_right >= 0:
+        # With products that overlap, ptxas spills 8 bytes; not measured on a GPU.
+        return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2, False, True, False)
+    if dim <= 128:
+        return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2, True, False, False)
+    if dim <= 192:
+        return BwdTile(128, 64, 3, 2), BwdTile(64 if is_crowded else 96, 64, 2, 2)
+    return BwdTile(128, 64, 2, 1, False), BwdTile(64, 64, 2, 2)
+
+
+def _crowded_dkdv(dim: int) -> BwdTile:
+    """Return the tile of dk and dv with a mask tensor or soft-capping, above head_dim 64."""
+    return BwdTile(64, 64, 3, 3) if dim <= 128 else BwdTile(64, 64, 2, 2)

@@ -1,0 +1,86 @@
+// fwd_sm90/pages_sm90.cuh - K and V from the pages of a cache by TMA.
+//
+// A key tile comes in boxes, each of which lies in one page. Lane l of the producer warp looks up
+// and loads box l of every tile, so that the entries of the page table come side by side, and a
+// tile ahead: they take as long as the keys.
+//
+// Of the last page there are rows behind the sequence's last key, which may hold NaN. Scores of
+// such keys are hidden; but 0 times NaN is NaN, so values must be zeros there: boxes of V end where
+// the sequence ends (make_ragged in kernels/fwd_sm90/params.py). A box without a key of the
+// sequence comes from behind the end of a page of K, where TMA reads zeros.
+#pragma once
+
+FC_DEVICE constexpr int common_divisor(int a, int b) {
+  return b == 0 ? a : common_divisor(b, a % b);
+}
+
+constexpr int BOX_ROWS = PAGED ? common_divisor(BLOCK_N, PAGE_SIZE) : BLOCK_N;
+constexpr int NUM_BOXES = BLOCK_N / BOX_ROWS;
+static_assert(NUM_BOXES <= 32, "a lane each");
+static_assert(BOX_ROWS % 8 == 0, "swizzling goes over eight rows");
+
+// The boxes of one lane.
+struct PageBoxes {
+  const AttnSm90Params& params;
+  GmemPtr<const int32_t> entries;  // of the sequence
+  int num_keys;                    // of the sequence
+  int head;                        // of K and V
+  // Entries of the page table: of the next K to be loaded, of K, and of V, one tile behind K.
+  int next[KEY_SLICES], of_k[KEY_SLICES], of_v[KEY_SLICES];
+
+  // Goes to another row tile, whose first key tile of each slice is `n_block` - slice.
+  FC_DEVICE void begin(const AttnParams& own, const BlockCoord& block, const KeyRange& keys,
+                       int n_block) {
+    entries = pages_of(params.attn, block.batch_idx);
+    num_keys = own.seqlen_k;
+    head = block.head_idx_kv;
+#pragma unroll
+    for (int s = 0; s < KEY_SLICES; ++s) next[s] = look_up(keys, n_block - s);
+  }
+
+  // Makes the entry that was looked up that of K, and looks up that of key tile `n_block`.
+  FC_DEVICE void advance(int slice, const KeyRange& keys, int n_block) {
+    of_v[slice] = of_k[slice];
+    of_k[slice] = next[slice];
+    next[slice] = look_up(keys, n_block);
+  }
+
+  FC_DEVICE static int first_key(int n_block) { return n_block * BLOCK_N + lane_idx() * BOX_ROWS; }
+
+  // The entry as it is: who waits for it to check it would wait here.
+  FC_DEVICE int look_up(const KeyRange& keys, int n_block) const {
+    const int key = first_key(n_block);
+    const bool is_read = n_block >= keys.n_block_begin && lane_idx() < NUM_BOXES && key < num_keys;
+    return is_read ? gmem_load(entries + key / PAGE_SIZE) : 0;
+  }
+
+  FC_DEVICE void load_k(SmemPtr<Element> tile_smem, SmemPtr<uint64_t> full, int slice,
+                        int n_block) const {
+    if (lane_idx() >= NUM_BOXES) return;
+    const int key = first_key(n_block);
+    const int row = key < num_keys ? key % PAGE_SIZE : PAGE_SIZE;
+    const int page = checked_page(params.attn, of_k[slice]);
+    const auto to = tile_smem + lane_idx() * BOX_ROWS * CHUNK;
+    for (int c = 0; c < QK_CHUNKS; ++c) {
+      tma_load(to + c * BLOCK_N * CHUNK, params.k_map, full, c * CHUNK, row, head, page);
+    }
+  }
+
+  FC_DEVICE void load_v(SmemPtr<Element> tile_smem, SmemPtr<uint64_t> full, int slice,
+                        int n_block) const {
+    if (lane_idx() >= NUM_BOXES) return;
+    const int key = first_key(n_block);
+    const int count = min_i(BOX_ROWS, num_keys - key);
+    const int page = checked_page(params.attn, of_v[slice]);
+    const int begin = page * params.attn.lengths.v_rows_per_batch + key % PAGE_SIZE;
+    const auto to = tile_smem + lane_idx() * BOX_ROWS * CHUNK;
+    for (int c = 0; c < V_CHUNKS; ++c) {
+      if (count > 0) {
+        tma_load(to + c * BLOCK_N * CHUNK, params.v_map, full, c * CHUNK, BOX_ROWS - count, head,
+                 begin + count);
+      } else {
+        tma_load(to + c * BLOCK_N * CHUNK, params.k_map, full, 0, PAGE_SIZE, head, 0);
+      }
+    }
+  }
+};

@@ -1,0 +1,83 @@
+"""Describe the portable kernel, attn_fwd_wmma.cuh: what kernels/kernel.py asks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from flashcore.kernels.fwd_wmma import params as params_wmma
+from flashcore.kernels.fwd_wmma import plan as plan_wmma
+from flashcore.kernels.fwd_wmma import stages
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.kernel import ForwardKernel, Pointers, Tile
+from flashcore.kernels.limits import blocks_that_fit
+from flashcore.problem import Problem
+from flashcore.problem.folding import as_launched
+
+
+class WmmaKernel(ForwardKernel[Plan]):
+    """A WmmaKernel is the portable kernel. See `ForwardKernel`."""
+
+    def traits(self, problem: Problem, gate: str | None = None) -> dict[str, Any]:
+        """Return the fields of a plan that the problem alone decides."""
+        return plan_wmma.traits(problem, gate)
+
+    def candidates(self, problem: Problem, arch: int, gate: str | None = None) -> list[Plan]:
+        """Return legal plans for a problem, best first by rules."""
+        return plan_wmma.candidates(problem, arch, gate)
+
+    def num_pieces(self, problem: Problem, plan: Plan) -> int:
+        """Return the number of row tiles of all heads."""
+        return params_wmma.grid_size(problem, plan)
+
+    def build_params(
+        self, problem: Problem, plan: Plan, pointers: Pointers, num_blocks: int
+    ) -> params_wmma.AttnParams:
+        """Return the kernel's argument."""
+        return params_wmma.build_params(problem, plan, pointers)
+
+    def set_keys(
+        self, params: Any, problem: Problem, plan: Plan, pointers: Pointers, num_blocks: int
+    ) -> None:
+        """Write what depends on the keys, the mask and their number alone."""
+        params_wmma.set_keys(params, as_launched(problem, plan.folds_heads))
+
+    def is_legal(self, plan: Plan) -> bool:
+        """Return whether a plan fits the GPU. Without asynchronous copies there is one stage."""
+        return super().is_legal(plan) and (plan.arch >= 80 or plan.num_stages == 1)
+
+    def tiles(self, base: Plan) -> Sequence[Plan]:
+        """Return tiles with as many blocks an SM as shared memory allows, or fewer, with more
+        registers each."""
+        return tuple(_tiles(base))
+
+
+def _tiles(base: Plan) -> Iterator[Plan]:
+    for block_m in (64, 128):
+        for block_n in (16, 32, 64, 128):
+            for num_stages in (1, 2, 3):
+                sizes: Tile = {"block_m": block_m, "block_n": block_n, "num_stages": num_stages}
+                sized = dataclasses.replace(base, **sizes)
+                by_smem = blocks_that_fit(sized.smem_bytes, sized.arch)
+                most = min(5 * 128 // sized.num_threads, by_smem)
+                for min_blocks in range(max(1, most - 2), most + 1):
+                    yield dataclasses.replace(sized, min_blocks=min_blocks)
+
+
+WMMA = WmmaKernel(
+    name=plan_wmma.KERNEL,
+    backend="wmma",
+    title="the portable kernel",
+    plan=Plan,
+    only_arch=None,
+    stages=stages.STAGES,
+    outside=stages.OUTSIDE,
+    phases=stages.PHASES,
+    params=params_wmma.AttnParams,
+    off_under_a_gate={"keys_of_chunk": 0},
+    beside_the_tile=("keys_of_chunk",),
+    budget=(plan_wmma.HEAD_DIM_64_MAX_REGISTERS, plan_wmma.HEAD_DIM_64_MAX_SMEM_BYTES),
+    rules="tiles are ranked by warps resident on an SM, then the block_n that leaves registers "
+    "for more warps (32), then small block_m; see kernels/fwd_wmma/plan.py",
+)

@@ -1,0 +1,57 @@
+// tile/rows.cuh - where the rows of Q, K and V lie, for load_tile in tile/copy.cuh.
+#pragma once
+
+#include "tile/pages.cuh"
+
+// The rows of a matrix that are one stride apart.
+struct EvenRows {
+  GmemPtr<const Element> gmem;
+  int stride;
+
+  // The matrix from some row and column on.
+  FC_DEVICE EvenRows from(int row, int col) const {
+    return {gmem + (int64_t(row) * stride + col), stride};
+  }
+  // What lies in a row and column; the row may be read where it is `valid`.
+  FC_DEVICE GmemPtr<const Element> at(int row, int col, bool valid) const {
+    return gmem + (int64_t(row) * stride + col);
+  }
+};
+
+// The rows of K or V of a sequence's head, in the form of EvenRows.
+struct PagedRows {
+  const AttnParams& p;
+  GmemPtr<const int32_t> entries;
+  GmemPtr<const Element> head;  // in page 0
+  TensorStrides strides;
+  int first = 0;
+
+  FC_DEVICE PagedRows from(int row, int col) const {
+    return {p, entries, head + col, strides, first + row};
+  }
+  FC_DEVICE GmemPtr<const Element> at(int row, int col, bool valid) const {
+    if (!valid) return head;
+    const int key = first + row;
+    const int64_t page = checked_page(p, gmem_load(entries + key / PAGE_SIZE));
+    return head + (page * strides.batch + int64_t(key % PAGE_SIZE) * strides.row + col);
+  }
+};
+
+// Where the keys or values of a block's head begin: of its sequence, or of page 0.
+FC_DEVICE GmemPtr<const Element> keys_of_head(const BlockCoord& block,
+                                              GmemPtr<const Element> tensor,
+                                              const TensorStrides& strides) {
+  const int first = PAGED ? 0 : block.batch_idx;
+  return tensor + (first * strides.batch + block.head_idx_kv * strides.head);
+}
+
+// The rows from there on.
+template <bool IN_PAGES = PAGED>
+FC_DEVICE auto rows_of_keys(const AttnParams& p, const BlockCoord& block,
+                            GmemPtr<const Element> head, const TensorStrides& strides) {
+  if constexpr (IN_PAGES) {
+    return PagedRows{p, pages_of(p, block.batch_idx), head, strides};
+  } else {
+    return EvenRows{head, strides.row};
+  }
+}

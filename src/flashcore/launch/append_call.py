@@ -1,0 +1,80 @@
+"""Launch the kernel that appends to a cache; what depends on the description of tensors alone is
+prepared once."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+from typing import NamedTuple
+
+import torch
+
+from flashcore.base import forks
+from flashcore.compile.codegen import generate_source
+from flashcore.compile.jit import compile_source
+from flashcore.kernels.append.params import (
+    AppendPlan,
+    AppendTensors,
+    append_grid_size,
+    build_append_params,
+)
+from flashcore.launch.driver_launch import Argument, Launch
+
+_POINTERS = struct.Struct(f"{len(AppendTensors._fields)}Q")
+PREPARED_MAX = 1024  # descriptions that are remembered
+
+_lock = forks.lock()
+
+
+class _Prepared(NamedTuple):
+    """Hold a launch, and the bytes of its argument behind the addresses."""
+
+    launch: Launch
+    content: bytes
+
+
+_prepared: dict[object, _Prepared] = {}
+
+
+def launch_append(plan: AppendPlan, arch: int, tensors: AppendTensors, queries: str) -> None:
+    """Append on the GPU, on the current stream, without waiting for it.
+
+    Args:
+        plan: the variant.
+        arch: of the GPU, 90 for sm_90.
+        tensors: on one GPU.
+        queries: where queries stand, of QUERIES.
+
+    Raises:
+        CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, Launch.
+    """
+    description = tuple([None if x is None else (x.shape, x.stride()) for x in tensors])
+    index = tensors.k_cache.device.index
+    key = plan, index, queries, description
+    found = _prepared.get(key)
+    if found is None:
+        found = _prepare(plan, arch, index, tensors, queries)
+        with _lock:
+            while len(_prepared) >= PREPARED_MAX:
+                del _prepared[next(iter(_prepared))]  # the oldest
+            _prepared[key] = found
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    content = _POINTERS.pack(*addresses) + found.content
+    found.launch(Argument(ctypes.create_string_buffer(content, len(content))))
+
+
+def _prepare(
+    plan: AppendPlan, arch: int, index: int, tensors: AppendTensors, queries: str
+) -> _Prepared:
+    params = build_append_params(tensors, queries)
+    launch = _launch(plan, arch, index, append_grid_size(params))
+    return _Prepared(launch, bytes(params)[_POINTERS.size :])
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch(plan: AppendPlan, arch: int, index: int, grid: int) -> Launch:
+    source = generate_source(plan)  # type: ignore[arg-type]
+    kernel = compile_source(source, arch, plan.kernel, "", f"{plan.describe()}, sm_{arch}")
+    device = torch.device("cuda", index)
+    return Launch(kernel, grid=grid, num_threads=plan.num_threads, smem_bytes=0, device=device)

@@ -1,0 +1,74 @@
+"""List the configurations of the backward kernels that are checked against the resource budget.
+
+They are derived from the same problems as those of the forward (configurations.py). How many
+queries or keys a call has decides no tile of theirs, so variants that differ in that are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from flashcore.kernels.bwd_sm90.plan import ARCH, obstacle_anywhere, select_plans
+from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.selection.configurations import (
+    DTYPES,
+    HEAD_DIMS,
+    VARIANTS,
+    Configuration,
+    Dims,
+    problem_of,
+)
+
+# In both dtypes; of the others one tells whether a change has made a kernel spill.
+_IN_BOTH_DTYPES = ("full", "causal", "masked")
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardConfiguration(Configuration):
+    """A BackwardConfiguration is one of a backward kernel. See `Configuration`."""
+
+    @property
+    def is_checked(self) -> bool:
+        """Return whether the compile gate has to see it."""
+        return self.variant in _IN_BOTH_DTYPES or self.plan.dtype != "float16"
+
+
+def backward_configurations(
+    *,
+    archs: Sequence[int] = (ARCH,),
+    head_dims: Sequence[Dims] = HEAD_DIMS,
+    dtypes: Sequence[str] = DTYPES,
+    variants: Sequence[str] = tuple(VARIANTS),
+) -> list[Configuration]:
+    """Return every distinct plan of the backward kernels.
+
+    Args:
+        archs: 90 for sm_90; others have no such kernels.
+        head_dims: of q, k and v.
+        dtypes: "float16", "bfloat16".
+        variants: keys of VARIANTS. A variant of packed sequences stands for seqlens_k, too.
+
+    Returns:
+        The configurations, ordered by head_dim, dtype and variant.
+    """
+    found: dict[Plan, Configuration] = {}
+    if ARCH not in archs:
+        return []
+    for head_dim in head_dims:
+        for dtype in dtypes:
+            for variant in variants:
+                options = VARIANTS[variant]
+                if "queries" in options or "keys" in options:
+                    continue
+                if "dims" in options and head_dim != max(HEAD_DIMS):
+                    continue
+                kinds = [options]
+                if options.get("varlen") == "packed":
+                    kinds.append(options | {"varlen": "keys"})
+                for kind in kinds:
+                    problem = problem_of(head_dim, dtype, kind)
+                    if obstacle_anywhere(problem) is None:
+                        for plan in select_plans(problem):
+                            found.setdefault(plan, BackwardConfiguration(variant, plan))
+    return list(found.values())
