@@ -11,8 +11,11 @@ from flashcore.cli.output import JsonFlag, Output, command, seconds, table, to_j
 
 if TYPE_CHECKING:
     from flashcore.checks.drawing import Drawn
+    from flashcore.checks.paged_cases import PagedCase
+    from flashcore.checks.varlen_cases import VarlenCase
     from flashcore.isolate.isolation import Isolation, StageResult
     from flashcore.isolate.registry import Planted
+    from flashcore.problem.case import Case
 
 _STATUS = {
     "ok": "[green]right[/]",
@@ -123,6 +126,7 @@ def isolate(
         with usage_errors():
             wanted = None if tile is None else parse_tile(tile)
             planted = gates.find_plant(plant, backend, kernel)
+        case: Case | VarlenCase | PagedCase
         if drawn_case is not None:
             drawn = _draw(seed, drawn_case, asked, kernel, number)
             case, seed = drawn.case, drawn.case.seed

@@ -40,7 +40,6 @@ _GIVEN = frozenset(
         "keys_of_chunk",
         "fewest_splits",
         "gate",
-        "page_size",
         "returns_max_score",
     }
 )
