@@ -159,7 +159,10 @@ def test_the_operators_are_well_made() -> None:
     q, k, v = (x.nan_to_num(0.5).requires_grad_() for x in (q, k, v))
     options = ("lower_right", -1, -1, 0.0, None)
     forward = torch.ops.flashcore.attention_paged_forward.default
-    torch.library.opcheck(forward, (q, k, v, table.clamp(0, 5), lengths, *options, True, "torch"))
+    sinks = torch.randn(q.shape[1], requires_grad=True)
+    for given in (None, sinks):
+        arguments = (q, k, v, table.clamp(0, 5), lengths, given, *options, True, False, "torch")
+        torch.library.opcheck(forward, arguments)
     compiled = torch.compile(attention_paged, fullgraph=True, backend="eager")
     plain = attention_paged(q, k, v, table, lengths, causal=True)
     assert torch.equal(compiled(q, k, v, table, lengths, causal=True), plain)
