@@ -220,10 +220,9 @@ _FIELDS = {
     "upper_left": ("causal",),
     "scale": ("scale", "growth"),
 }
-_FIELDS |= {
-    name: (name,)
-    for name in "batch seqlen_k head_dim_v dtype causal window softcap mask sinks seed".split()
-}
+_FIELDS |= {name: (name,) for name in (
+    "batch", "seqlen_k", "head_dim_v", "dtype", "causal", "window", "softcap", "mask", "sinks", "seed",
+)}  # fmt: skip
 
 
 def _given(ctx: typer.Context, planted: Planted) -> set[str]:
