@@ -31,9 +31,7 @@ from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.validation import (
     SEQLEN_MAX,
     certainly,
-    check_kinds,
     check_qkv,
-    check_sinks,
     checked_window,
     shape_text,
 )
@@ -81,7 +79,7 @@ def attention_paged(
         return_lse: whether the log-sum-exp of each row of scores is returned too.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         return_max_score: whether the largest score of each head is returned too.
-        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; see `attention`.
 
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q; with return_lse the pair (out,
@@ -120,9 +118,7 @@ def check(inputs: Inputs) -> None:
     """Raise unless ranks, dtypes, devices and numbers of sequences and pages fit."""
     q, k, v, _, seqlens_k, *_ = inputs
     table = inputs.page_table
-    check_kinds(q, k, v)
-    if inputs.sinks is not None:
-        check_sinks(inputs.sinks, q, q.shape[1])
+    dense.check(inputs)
     check_lengths("seqlens_k", seqlens_k, q)
     check_integers("page_table", table, q, 2, "two dimensions, [batch, max_pages]")
     assert table is not None
@@ -217,8 +213,9 @@ def _differentiate(
     table = inputs.page_table
     assert table is not None
     of_sequences = padded_inputs(inputs)
-    found = padded.differentiate(arriving, of_sequences, results, options, needs, backend)
-    dq, dk, dv, dsinks = found
+    dq, dk, dv, dsinks = padded.differentiate(
+        arriving, of_sequences, results, options, needs, backend
+    )
     assert dk is not None
     assert dv is not None
     return dq, scattered(dk, k, table), scattered(dv, v, table), dsinks

@@ -71,8 +71,8 @@ def paged_second_order(
     dsinks."""
     table = inputs.page_table
     assert table is not None
-    x, *of_pages, of_dsinks = cotangents
-    y, z = (None if c is None else gathered(c, table) for c in of_pages)
+    x, y, z, of_dsinks = cotangents
+    y, z = (None if c is None else gathered(c, table) for c in (y, z))
     *firsts, of_k, of_v, from_sinks = padded_second_order(
         arriving, padded_inputs(inputs), (x, y, z, of_dsinks), options
     )
