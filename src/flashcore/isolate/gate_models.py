@@ -24,6 +24,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from flashcore.checks.accuracy import ErrorReport
+    from flashcore.checks.paged_cases import Cache
     from flashcore.kernels.fwd_wmma.plan import Plan
     from flashcore.problem import Problem
 
@@ -305,11 +306,34 @@ def packed_attention(
             tensors = (rows, k[:, :, slice(*keys)], v[:, :, slice(*keys)])
             model = GateModel(own, plan, *tensors, None, lengths.get("sinks"))
             parts.append(model.attention())
+    return _joined(parts, 2)
+
+
+def paged_attention(problem: Problem, plan: Plan, cache: Cache) -> list[Expected]:
+    """Return lse and out of a call with pages, each sequence by a GateModel of its own.
+
+    Args:
+        problem: the call of `attention_paged`.
+        plan: as in GateModel.
+        cache: what it was given.
+
+    Returns:
+        lse [batch, num_heads_q, seqlen_q] and out [batch, num_heads_q, seqlen_q, head_dim_v].
+    """
+    parts = []
+    for b, n in enumerate(cache.lengths):
+        own = problem.of_sequence(problem.seqlen_q, n)
+        parts.append(GateModel(own, plan, *cache.sequence(b), None).attention())
+    return _joined(parts, 0)
+
+
+def _joined(parts: list[list[Expected]], dim: int) -> list[Expected]:
+    """Return what is expected of sequences as what is expected of the call that has them all."""
     return [
         Expected(
             of_sequences[0].name,
-            torch.cat([part.value for part in of_sequences], 2),
-            torch.cat([part.tolerance for part in of_sequences], 2),
+            torch.cat([part.value for part in of_sequences], dim),
+            torch.cat([part.tolerance for part in of_sequences], dim),
         )
         for of_sequences in zip(*parts, strict=True)
     ]

@@ -35,11 +35,11 @@ _GIVEN = frozenset(
         "mask_is_row",
         "mask_is_shifted",
         "varlen",
+        "page_size",
         "folds_heads",
         "keys_of_chunk",
         "fewest_splits",
         "gate",
-        "page_size",
         "returns_max_score",
     }
 )
