@@ -132,8 +132,6 @@ def find_plant(name: str | None, backend: str, kernel: str | None = None) -> Pla
     return registry.find_plant(name, backend, kernel)
 
 
-
-
 @dataclass(slots=True)
 class _Runner:
     call: Call
