@@ -13,6 +13,7 @@ from flashcore.cli.app import app
 from flashcore.isolate import gates
 from flashcore.isolate.backward import isolate_backward
 from flashcore.isolate.backward_calls import PaddedCase
+from flashcore.isolate.choosing import kernel_to_run
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.problem.case import Case
 
@@ -75,6 +76,12 @@ def test_the_command_names_kernel_tensor_and_alarm() -> None:
     assert DQ_KERNEL in result.stdout
     assert "race" in result.stdout
     assert result.stdout.count("not run") == 3
+
+
+def test_a_backend_has_the_bugs_of_its_backward_kernels() -> None:
+    assert kernel_to_run("sm90", "scale-forgotten") == DKDV_KERNEL
+    assert kernel_to_run("sim", "dlse-forgotten") == DQ_KERNEL
+    assert kernel_to_run("wmma", "scale-forgotten") == "attn_fwd_wmma"  # which has no such bug
 
 
 def test_the_list_has_the_backward_kernels() -> None:

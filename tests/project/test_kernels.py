@@ -1,5 +1,5 @@
-"""A kernel answers for itself: all are registered, each answers, and nobody outside of its folder
-asks which one it is."""
+"""Test that kernels answer for themselves: all are registered, each answers, and nobody outside of
+their folders asks which one it is."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ from flashcore.kernels.bwd_sm90.plan import (
     select_plans,
 )
 from flashcore.kernels.fwd_wmma.plan import traits
+from flashcore.kernels.registry import BY_NAME
 from flashcore.ops.padded import padded_problem
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem import Problem
@@ -90,16 +91,14 @@ def find_backward_plant(name: str | None, backend: str) -> Plant | None:
     """
     if name is None:
         return None
-    if backend != "sim":
-        raise ValueError(f"plant={name!r} needs backend='sim': bugs are planted in the simulator")
-    from flashcore.sim.plants import bwd_sm90
+    from flashcore.sim.plants import index
 
+    index.check_backend(name, backend)
     plants = {
-        **bwd_sm90.PLANTS_BWD_DQ_SM90,
-        **bwd_sm90.PLANTS_BWD_DKDV_SM90,
-        **bwd_sm90.PLANTS_BWD_ROLES_SM90,
-        **bwd_sm90.PLANTS_BWD_PADDED_SM90,
-        **bwd_sm90.PLANTS_BWD_PACKED_SM90,
+        own: plant
+        for kernel, of_kernel in index.BY_KERNEL.items()
+        if BY_NAME[kernel].is_backward
+        for own, plant in of_kernel.items()
     }
     if name not in plants:
         raise ValueError(f"plant={name!r} is not one of the backward's: {', '.join(plants)}")
@@ -144,6 +143,7 @@ def _reports(case: GradientCase, backend: str, plant: Plant | None) -> list[Erro
         k,
         v,
         mask=x.mask,
+        sinks=x.sinks,
         seqlens_k=seqlens_k,
         return_lse=True,
         backend=backend if is_public else "torch",
@@ -162,7 +162,7 @@ def _reports(case: GradientCase, backend: str, plant: Plant | None) -> list[Erro
         lengths = {} if seqlens_k is None else {"seqlens_k": seqlens_k}
         given = x.q, x.k, x.v, x.mask, out.detach(), lse.detach(), dout, dlse
         gradients = _fused(case.tiles, plant, problem, given, lengths)
-    judged = (x.q, x.k, x.v), x.mask, dout, dlse, out.detach()
+    judged = (x.q, x.k, x.v), x.mask, x.sinks, dout, dlse, out.detach()
     return list(_judged(case, call, gradients, *judged))
 
 
@@ -172,6 +172,7 @@ def _judged(
     gradients: Sequence[Tensor],
     qkv: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
+    sinks: Tensor | None,
     dout: Tensor | None,
     dlse: Tensor | None,
     out: Tensor,
@@ -179,7 +180,7 @@ def _judged(
     """Judge the whole, or sequence by sequence where each has its own number of keys."""
     if case.seqlens_k is None:
         yield from gradient_reports(
-            gradients, *qkv, dout, dlse, out=out, mask=mask, **call.options()
+            gradients, *qkv, dout, dlse, out=out, mask=mask, sinks=sinks, **call.options()
         )
         return
     dq, dk, dv = gradients
@@ -199,6 +200,7 @@ def _judged(
             out=out[one],
             where=f" of sequence {batch}",
             mask=own_mask,
+            sinks=sinks,
             **call.options(),
         )
         for name, x in (("dk", dk), ("dv", dv)):
@@ -268,8 +270,9 @@ def _fused(
 
 def _is_in(plant: Plant, plan: BwdSm90Plan) -> bool:
     """Return whether a plan's kernel has the text that a bug changes."""
-    is_of_dq = "_dq_" in plant.file or "_delta_" in plant.file
-    if is_of_dq != plan.is_dq:
+    from flashcore.sim.plants import index
+
+    if plan.kernel not in index.kernels_of(plant.name):
         return False
     return "_roles_" not in plant.file or plan.has_roles
 
@@ -286,6 +289,7 @@ def _packed_reports(
         k,
         v,
         *x.arguments()[3:],
+        sinks=x.sinks,
         return_lse=True,
         backend=backend if is_public else "torch",
         **call.options(),
@@ -321,6 +325,7 @@ def _packed_reports(
             None if dlse is None else dlse[None, :, of_q],
             out=rows(out.detach(), of_q),
             where=f" of sequence {number}",
+            sinks=x.sinks,
             **call.options(),
         )
     for name, tensor, ends in (("dq", dq, ends_q), ("dk", dk, ends_k), ("dv", dv, ends_k)):

@@ -11,8 +11,11 @@ from flashcore.cli.output import JsonFlag, Output, command, seconds, table, to_j
 
 if TYPE_CHECKING:
     from flashcore.checks.drawing import Drawn
+    from flashcore.checks.paged_cases import PagedCase
+    from flashcore.checks.varlen_cases import VarlenCase
     from flashcore.isolate.isolation import Isolation, StageResult
     from flashcore.isolate.registry import Planted
+    from flashcore.problem.case import Case
 
 _STATUS = {
     "ok": "[green]right[/]",
@@ -123,6 +126,7 @@ def isolate(
         with usage_errors():
             wanted = None if tile is None else parse_tile(tile)
             planted = gates.find_plant(plant, backend, kernel)
+        case: Case | VarlenCase | PagedCase
         if drawn_case is not None:
             drawn = _draw(seed, drawn_case, asked, kernel, number)
             case, seed = drawn.case, drawn.case.seed
@@ -183,18 +187,16 @@ def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tu
     simulate = plant is not None or arch is not None or not torch.cuda.is_available()
     if backend == "auto":
         backend = "sim" if simulate else resolve_backend("auto")
-    kernel = KERNELS.get(backend)
-    if backend in KERNELS and not simulate:
+    asked, kernel = backend, KERNELS.get(backend)
+    if kernel is not None and not simulate:
         major, minor = torch.cuda.get_device_capability()
         simulate = not BY_BACKEND[backend].serves(10 * major + minor)
-    if backend in KERNELS and simulate:
+    if kernel is not None and simulate:
         if plant is None and arch is None:
             out.note(f"No GPU that runs {kernel}: simulating it (`flashcore doctor` says more).")
         backend = "sim"
     gates.find_plant(plant, backend)  # raises for an unknown backend or plant
-    if kernel is not None:
-        return backend, choosing.kernel_of_backend(kernel, plant)
-    return backend, choosing.kernel_to_run(backend, plant, arch)
+    return backend, choosing.kernel_to_run(asked, plant, arch)
 
 
 def _draw(seed: int, index: int, backend: str, kernel: str, arch: int | None) -> Drawn:

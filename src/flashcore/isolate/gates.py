@@ -91,6 +91,8 @@ def isolate(
         tile = {} if planted is None else planted.tile
     bug = None if planted is None else planted.plant
     if BY_NAME[kernel].is_backward:
+        if isinstance(case, PagedCase):
+            raise ValueError(f"case={case!r} has pages, which {kernel} does not read")
         return isolate_backward(
             case, kernel, seed=seed, plant=bug, arch=arch, tile=tile, on_stage=on_stage
         )

@@ -35,6 +35,7 @@ _GIVEN = frozenset(
         "mask_is_row",
         "mask_is_shifted",
         "varlen",
+        "page_size",
         "folds_heads",
         "keys_of_chunk",
         "fewest_splits",
