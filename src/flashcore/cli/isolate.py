@@ -235,10 +235,9 @@ def _given(ctx: typer.Context, planted: Planted) -> set[str]:
         for name in _FIELDS
         if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
     ]
-    if planted.has_own_shape and set(options) - {"seed"}:
-        kind = "packed sequences" if planted.is_packed else "caches in pages"
+    if planted.kind and set(options) - {"seed"}:
         raise typer.BadParameter(
-            f"--plant {planted.plant.name} is a bug of {kind}, whose shape is not to be "
+            f"--plant {planted.plant.name} is a bug of {planted.kind}, whose shape is not to be "
             f"given: leave out --{sorted(set(options) - {'seed'})[0].replace('_', '-')}"
         )
     return {field for name in options for field in _FIELDS[name]}
