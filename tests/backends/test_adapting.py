@@ -22,6 +22,7 @@ from flashcore.checks.accuracy import error_report
 from flashcore.ops import dense as ops
 from flashcore.ops import padded, varlen
 from flashcore.problem import Problem
+from flashcore.problem.options import Wanted
 from flashcore.sim import simulate
 
 HALF = torch.float16
@@ -166,11 +167,11 @@ def test_opcheck(layout: str) -> None:
     options = as_arguments({"causal": True})
     lengths, cu = torch.tensor([9, 4]).int(), torch.tensor([0, 2, 6]).int()
     rows = [x.detach()[0].transpose(0, 1).requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(ops.forward, (q, k, v, None, *options, True, "auto"))
+    torch.library.opcheck(ops.forward, (q, k, v, None, *options, *Wanted(True), "auto"))
     torch.library.opcheck(
-        padded.OPERATORS.forward, (q, k, v, None, lengths, *options, True, "auto")
+        padded.OPERATORS.forward, (q, k, v, None, lengths, *options, *Wanted(True), "auto")
     )
-    arguments = (*rows, cu, cu, 6, 9, *options, True, "auto")
+    arguments = (*rows, cu, cu, 6, 9, *options, *Wanted(True), "auto")
     torch.library.opcheck(varlen.OPERATORS.forward, arguments)
 
 

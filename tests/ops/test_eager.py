@@ -33,7 +33,7 @@ def through_the_operator(q, k, v, **options):
     """Make the same call as a mode makes it."""
     arguments = {
         "causal": False, "window": None, "softcap": None, "scale": None,
-        "return_lse": False, "backend": "auto", **options,
+        "return_lse": False, "return_max_score": False, "backend": "auto", **options,
     }  # fmt: skip
     inputs = Inputs(q, k, v, arguments.pop("mask", None))
     return ops.attention_dense(inputs, **arguments)

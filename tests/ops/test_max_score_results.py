@@ -1,5 +1,5 @@
 """Test how max_score of `return_max_score` travels: gradients, torch.compile, vmap, forward mode,
-other numbers of dimensions, wrong arguments. tests/kernels/test_max_score.py tests its value."""
+other numbers of dimensions, wrong arguments. tests/backends/test_max_score.py tests its value."""
 
 from __future__ import annotations
 
@@ -163,3 +163,16 @@ def test_explain_and_prepare_take_it(capsys: pytest.CaptureFixture[str]) -> None
     plan = flashcore.prepare(q, k, v, return_max_score=True, backend="sim")
     assert plan is not None
     assert plan.returns_max_score
+
+
+def test_a_large_sink_hides_it_from_nobody() -> None:
+    q, k, v = (torch.randn(2, 2, n, 16) for n in (9, 20, 20))
+    sinks = torch.tensor([300.0, -torch.inf])
+
+    def largest(q: Tensor) -> Tensor:
+        return flashcore.attention(q, k, v, sinks=sinks, return_max_score=True)[1]
+
+    want = max_score_oracle(q, k).float()
+    torch.testing.assert_close(largest(q), want)
+    torch.testing.assert_close(torch.func.jvp(largest, (q,), (q,))[0], want)
+    torch.testing.assert_close(torch.compile(largest, backend="eager")(q), want)

@@ -34,7 +34,9 @@ TILES: dict[str, tuple[int, dict[str, Any]]] = {
     "split": (90, {"block_m": 64, "block_n": 32, "num_splits": 3}),
 }
 CAUGHT = [
-    *((tile, name) for tile in TILES for name in PLANTS_SINKS),
+    *((tile, name) for tile in ("wmma", "sm90") for name in PLANTS_SINKS),
+    ("split", "sink-of-the-first"),  # whose splits are added up for rows that there are, alone
+    ("split", "sink-beside-raw-scores"),
     *(("split", name) for name in PLANTS_SINKS_SPLIT),
 ]
 

@@ -84,6 +84,14 @@ def test_both_layouts_of_pages_and_groups_of_heads(backend: str, heads: tuple[in
         check(backend, cache)
 
 
+@pytest.mark.parametrize("page_size", [1, 16])
+@every_backend
+def test_sinks(backend: str, page_size: int) -> None:
+    """A sequence without keys has the sink alone."""
+    cache = make(page_size, backend, num_heads_q=4, num_heads_kv=2)
+    check(backend, cache, sinks=torch.randn(4, device=cache.q.device))
+
+
 @every_backend
 def test_sequences_may_share_pages(backend: str) -> None:
     check(
@@ -137,7 +145,7 @@ def test_gradients_add_up_in_shared_pages() -> None:
     cache = make_cache(
         8, (20, 30, 0), shared=2, seqlen_q=4, dtype=torch.float64, head_dim=16, head_dim_v=16
     )
-    leaves = [x.detach().clone().requires_grad_() for x in cache[:3]]
+    leaves = [x.detach().clone().requires_grad_() for x in cache.arguments()[:3]]
     alike = cache._replace(q=leaves[0], k_pages=leaves[1], v_pages=leaves[2])
 
     def loss(out: torch.Tensor, lse: torch.Tensor) -> torch.Tensor:
@@ -159,7 +167,10 @@ def test_the_operators_are_well_made() -> None:
     q, k, v = (x.nan_to_num(0.5).requires_grad_() for x in (q, k, v))
     options = ("lower_right", -1, -1, 0.0, None)
     forward = torch.ops.flashcore.attention_paged_forward.default
-    torch.library.opcheck(forward, (q, k, v, table.clamp(0, 5), lengths, *options, True, "torch"))
+    sinks = torch.randn(q.shape[1], requires_grad=True)
+    for given in (None, sinks):
+        arguments = (q, k, v, table.clamp(0, 5), lengths, given, *options, True, False, "torch")
+        torch.library.opcheck(forward, arguments)
     compiled = torch.compile(attention_paged, fullgraph=True, backend="eager")
     plain = attention_paged(q, k, v, table, lengths, causal=True)
     assert torch.equal(compiled(q, k, v, table, lengths, causal=True), plain)
@@ -167,13 +178,15 @@ def test_the_operators_are_well_made() -> None:
 
 def test_second_derivatives_and_forward_mode() -> None:
     cache = make_cache(4, (6, 3), dtype=torch.float64, head_dim=4, head_dim_v=4, seqlen_q=2)
-    q, k, v = (x.nan_to_num(0.5).requires_grad_() for x in cache[:3])
+    q, k, v = (x.nan_to_num(0.5).requires_grad_() for x in cache.arguments()[:3])
+    sinks = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
 
-    def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Any:
-        return attention_paged(q, k, v, cache.page_table, cache.seqlens_k, backend="torch")
+    def function(*x: torch.Tensor) -> Any:
+        table, lengths = cache.page_table, cache.seqlens_k
+        return attention_paged(*x[:3], table, lengths, sinks=x[3], backend="torch")
 
-    assert torch.autograd.gradcheck(function, (q, k, v), check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, (q, k, v))
+    assert torch.autograd.gradcheck(function, (q, k, v, sinks), check_forward_ad=True)
+    assert torch.autograd.gradgradcheck(function, (q, k, v, sinks))
 
 
 def test_vmap_over_queries_shares_the_cache() -> None:

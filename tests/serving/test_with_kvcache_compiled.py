@@ -113,7 +113,7 @@ def test_a_copy_of_the_cache_is_announced_once(what: str, monkeypatch: pytest.Mo
     step = make_step([3, 17], page_size=8, dtype=torch.float16, device="cuda", head_dim=64)
     given = step.arguments()
     if what == "packed queries":
-        given = packed(step) | {"max_seqlen_q": None}
+        given = packed(step) | {"max_seqlen_q": 64}
     elif what == "a mask":
         given["mask"] = torch.ones(1, 32, dtype=torch.bool, device="cuda")
     else:

@@ -44,7 +44,7 @@ def gradient_oracle(
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
         dout: gradient of out, [batch, num_heads_q, seqlen_q, head_dim_v], or None for zero.
         dlse: gradient of lse, [batch, num_heads_q, seqlen_q], or None for zero.
-        options: causal, scale, window, softcap and mask, as for `attention_oracle`.
+        options: causal, scale, window, softcap, mask and sinks, as for `attention_oracle`.
 
     Returns:
         dq, dk and dv, float64, of the shapes of q, k and v.
@@ -89,7 +89,7 @@ def gradient_reports(
         dlse: the gradient that arrived at lse, or None.
         out: what the backward pass was given; by default the exact one, rounded to the dtype of q.
         where: which part of a call it is, for people.
-        options: causal, scale, window, softcap and mask.
+        options: causal, scale, window, softcap, mask and sinks.
     """
     wide = q.double(), k.double(), v.double()
     rounded = (q.dtype, out)

@@ -55,7 +55,7 @@ _SIM: tuple[tuple[str, Mapping[str, Any], Tiles | None], ...] = (
     ("packed", {"window": (33, 20)}, _WIDE),
     ("keys", _dims(136), _SHARED),
     ("dense", {"mask": "padding", "offset": 1}, _SMALL),
-    ("dense", _dims(104) | {"causal": "upper_left"}, None),
+    ("dense", _dims(104) | {"causal": "upper_left", "sinks": True}, None),
     ("packed", _dims(136) | {"dtype": "bfloat16"}, _SHARED),
     ("packed", {"causal": "upper_left", "softcap": 5.0}, _TWO),
 )
@@ -132,7 +132,7 @@ def _draw(rng: random.Random, seed: int, index: int, kind: str, backend: str) ->
     case = draw(seed, index, backend, SM90_ARCH).case
     assert isinstance(case, Case)
     if kind == "packed":
-        shared = ("head_dim", "head_dim_v", "dtype", "causal", "window", "softcap")
+        shared = ("head_dim", "head_dim_v", "dtype", "causal", "window", "softcap", "sinks")
         fixed = {name: getattr(case, name) for name in shared}
         return draw_varlen_case(rng.randrange(2**31), **fixed)
     case = dataclasses.replace(case, seqlen_k=min(case.seqlen_k, _MAX_KEYS))

@@ -143,6 +143,7 @@ def _reports(case: GradientCase, backend: str, plant: Plant | None) -> list[Erro
         k,
         v,
         mask=x.mask,
+        sinks=x.sinks,
         seqlens_k=seqlens_k,
         return_lse=True,
         backend=backend if is_public else "torch",
@@ -161,7 +162,7 @@ def _reports(case: GradientCase, backend: str, plant: Plant | None) -> list[Erro
         lengths = {} if seqlens_k is None else {"seqlens_k": seqlens_k}
         given = x.q, x.k, x.v, x.mask, out.detach(), lse.detach(), dout, dlse
         gradients = _fused(case.tiles, plant, problem, given, lengths)
-    judged = (x.q, x.k, x.v), x.mask, dout, dlse, out.detach()
+    judged = (x.q, x.k, x.v), x.mask, x.sinks, dout, dlse, out.detach()
     return list(_judged(case, call, gradients, *judged))
 
 
@@ -171,6 +172,7 @@ def _judged(
     gradients: Sequence[Tensor],
     qkv: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
+    sinks: Tensor | None,
     dout: Tensor | None,
     dlse: Tensor | None,
     out: Tensor,
@@ -178,7 +180,7 @@ def _judged(
     """Judge the whole, or sequence by sequence where each has its own number of keys."""
     if case.seqlens_k is None:
         yield from gradient_reports(
-            gradients, *qkv, dout, dlse, out=out, mask=mask, **call.options()
+            gradients, *qkv, dout, dlse, out=out, mask=mask, sinks=sinks, **call.options()
         )
         return
     dq, dk, dv = gradients
@@ -198,6 +200,7 @@ def _judged(
             out=out[one],
             where=f" of sequence {batch}",
             mask=own_mask,
+            sinks=sinks,
             **call.options(),
         )
         for name, x in (("dk", dk), ("dv", dv)):
@@ -286,6 +289,7 @@ def _packed_reports(
         k,
         v,
         *x.arguments()[3:],
+        sinks=x.sinks,
         return_lse=True,
         backend=backend if is_public else "torch",
         **call.options(),
@@ -321,6 +325,7 @@ def _packed_reports(
             None if dlse is None else dlse[None, :, of_q],
             out=rows(out.detach(), of_q),
             where=f" of sequence {number}",
+            sinks=x.sinks,
             **call.options(),
         )
     for name, tensor, ends in (("dq", dq, ends_q), ("dk", dk, ends_k), ("dv", dv, ends_k)):

@@ -11,8 +11,11 @@ from flashcore.cli.output import JsonFlag, Output, command, seconds, table, to_j
 
 if TYPE_CHECKING:
     from flashcore.checks.drawing import Drawn
+    from flashcore.checks.paged_cases import PagedCase
+    from flashcore.checks.varlen_cases import VarlenCase
     from flashcore.isolate.isolation import Isolation, StageResult
     from flashcore.isolate.registry import Planted
+    from flashcore.problem.case import Case
 
 _STATUS = {
     "ok": "[green]right[/]",
@@ -123,12 +126,13 @@ def isolate(
         with usage_errors():
             wanted = None if tile is None else parse_tile(tile)
             planted = gates.find_plant(plant, backend, kernel)
+        case: Case | VarlenCase | PagedCase
         if drawn_case is not None:
             drawn = _draw(seed, drawn_case, asked, kernel, number)
             case, seed = drawn.case, drawn.case.seed
             wanted = dict(drawn.tile) if wanted is None else wanted
         else:
-            case = o.make_case(
+            case = given = o.make_case(
                 batch=batch,
                 heads=heads,
                 heads_kv=heads_kv,
@@ -147,7 +151,7 @@ def isolate(
                 seed=seed,
             )
             if planted is not None:
-                case = planted.case(case, _given(ctx, planted))
+                case = planted.case(given, _given(ctx, planted))
         with out.progress(f"Isolating on {backend}", total=len(BY_NAME[kernel].stages)) as advance:
             started = False
 
@@ -211,23 +215,17 @@ def _draw(seed: int, index: int, backend: str, kernel: str, arch: int | None) ->
 
 # Fields of a Case by the options that say what they are.
 _FIELDS = {
-    "batch": ("batch",),
     "heads": ("num_heads_q", "num_heads_kv"),
     "heads_kv": ("num_heads_kv",),
     "seqlen": ("seqlen_q", "seqlen_k"),
-    "seqlen_k": ("seqlen_k",),
     "head_dim": ("head_dim", "head_dim_v"),
-    "head_dim_v": ("head_dim_v",),
-    "dtype": ("dtype",),
-    "causal": ("causal",),
     "upper_left": ("causal",),
-    "window": ("window",),
-    "softcap": ("softcap",),
     "scale": ("scale", "growth"),
-    "mask": ("mask",),
-    "sinks": ("sinks",),
-    "seed": ("seed",),
 }
+_FIELDS |= {name: (name,) for name in (
+    "batch", "seqlen_k", "head_dim_v", "dtype", "causal", "window", "softcap", "mask", "sinks",
+    "seed",
+)}  # fmt: skip
 
 
 def _given(ctx: typer.Context, planted: Planted) -> set[str]:
@@ -237,9 +235,9 @@ def _given(ctx: typer.Context, planted: Planted) -> set[str]:
         for name in _FIELDS
         if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
     ]
-    if planted.is_packed and set(options) - {"seed"}:
+    if planted.kind and set(options) - {"seed"}:
         raise typer.BadParameter(
-            f"--plant {planted.plant.name} is a bug of packed sequences, whose shape is not to be "
+            f"--plant {planted.plant.name} is a bug of {planted.kind}, whose shape is not to be "
             f"given: leave out --{sorted(set(options) - {'seed'})[0].replace('_', '-')}"
         )
     return {field for name in options for field in _FIELDS[name]}

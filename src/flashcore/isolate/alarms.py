@@ -25,6 +25,8 @@ _PHASE_OF_FILE = {
     "schedule": "schedule",
     "sequence": "schedule",
     "copy": "load",
+    "rows": "load",
+    "pages": "load",
     "producer": "load",
     "mask": "softmax",
     "softmax": "softmax",

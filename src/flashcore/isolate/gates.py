@@ -18,28 +18,26 @@ import torch
 from torch import Tensor
 
 from flashcore.backends.dispatch import KERNELS
-from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.checks.accuracy import error_report
-from flashcore.checks.cases import make_inputs
+from flashcore.checks.paged_cases import PagedCase
 from flashcore.checks.planned import compile_planned, run_planned, under_gate, with_fields
-from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
+from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.errors import BackendUnavailableError, CompileError, FlashCoreError
 from flashcore.isolate.alarms import from_compile_error, from_error
 from flashcore.isolate.backward import isolate_backward
+from flashcore.isolate.call import Call, call_of
 from flashcore.isolate.choosing import kernel_to_run
 from flashcore.isolate.diagnosis import key_split_hints, verdict
-from flashcore.isolate.gate_models import Expected, GateModel, by_error_rule, packed_attention
+from flashcore.isolate.gate_models import Expected, GateModel, by_error_rule
 from flashcore.isolate.isolation import Isolation, StageResult
 from flashcore.isolate.locate import Check, compare
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.registry import BY_NAME, forward
 from flashcore.kernels.stage import Stage
 from flashcore.launch.allocation import unseen_scores
-from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import as_batch
-from flashcore.problem.options import Wanted
 from flashcore.selection.select import select_plan
 
 if TYPE_CHECKING:
@@ -51,7 +49,7 @@ BACKENDS = ("sim", *KERNELS)
 
 
 def isolate(
-    case: Case | VarlenCase,
+    case: Case | VarlenCase | PagedCase,
     backend: str,
     *,
     seed: int = 0,
@@ -93,12 +91,14 @@ def isolate(
         tile = {} if planted is None else planted.tile
     bug = None if planted is None else planted.plant
     if BY_NAME[kernel].is_backward:
+        if isinstance(case, PagedCase):
+            raise ValueError(f"case={case!r} has pages, which {kernel} does not read")
         return isolate_backward(
             case, kernel, seed=seed, plant=bug, arch=arch, tile=tile, on_stage=on_stage
         )
     if backend == "sim" and arch is None:
         arch = BY_NAME[kernel].only_arch or env.sim_arch()
-    call = _call_of(case, "cpu" if backend == "sim" else "cuda")
+    call = call_of(case, "cpu" if backend == "sim" else "cuda")
     runner = _Runner(call, backend, seed, bug, arch, kernel, dict(tile))
     runner.check()
     results: list[StageResult] = []
@@ -106,7 +106,7 @@ def isolate(
     for stage in BY_NAME[kernel].stages:
         on_stage(stage)
         found = None
-        if not is_over and not (call.is_packed and stage.gate is not None):
+        if not is_over and not (call.has_lengths and stage.gate is not None):
             found = runner.run(stage)
             # A CUDA error is sticky: nothing runs in this process any more.
             is_sticky = found.status == "alarm" and backend != "sim"
@@ -134,40 +134,9 @@ def find_plant(name: str | None, backend: str, kernel: str | None = None) -> Pla
     return registry.find_plant(name, backend, kernel)
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """Hold what a case asks for, and its tensors as the kernels take them: [batch, num_heads,
-    seqlen, head_dim], where sequences are packed with a batch of 1."""
-
-    problem: Problem
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    mask: Tensor | None = None
-    lengths: dict[str, Tensor] = field(default_factory=dict)  # and sinks
-    options: Mapping[str, Any] = field(default_factory=dict)  # as error_report takes them
-
-    @property
-    def is_packed(self) -> bool:
-        return self.problem.varlen == "packed"
-
-
-def _call_of(case: Case | VarlenCase, device: str) -> _Call:
-    if isinstance(case, VarlenCase):
-        packed = make_varlen_inputs(case, device)
-        problem = packed_problem(*packed.arguments(), sinks=packed.sinks, **case.options())
-        q, k, v = (as_batch(tensor) for tensor in (packed.q, packed.k, packed.v))
-        return _Call(problem, q, k, v, None, packed.others)
-    x = make_inputs(case, device)
-    wanted = Wanted(return_lse=True, return_max_score=case.return_max_score)._asdict()
-    options = case.options() | {"sinks": x.sinks}
-    problem = Problem.from_tensors(x.q, x.k, x.v, mask=x.mask, **wanted, **options)
-    return _Call(problem, x.q, x.k, x.v, x.mask, x.others, options)
-
-
 @dataclass(slots=True)
 class _Runner:
-    call: _Call
+    call: Call
     backend: str
     seed: int
     plant: Plant | None
@@ -235,9 +204,9 @@ class _Runner:
 
     def _checks(self, stage: Stage, plan: Plan) -> Iterator[Check]:
         call = self.call
-        if call.is_packed:
+        if call.has_lengths:
             outputs = self._launch(plan)
-            for item in packed_attention(call.problem, plan, call.q, call.k, call.v, call.lengths):
+            for item in call.expected(plan):
                 yield _compare(item, outputs[item.name], plan)
             return
         sinks = call.lengths.get("sinks")

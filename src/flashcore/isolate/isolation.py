@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from flashcore.checks.paged_cases import PagedCase
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.isolate.alarms import Alarm
 from flashcore.isolate.locate import Check
@@ -46,7 +47,7 @@ class Isolation:
     the kernel does not compile, "compile"), None when all are right; `why` gives the reasons.
     """
 
-    case: Case | VarlenCase
+    case: Case | VarlenCase | PagedCase
     backend: str
     kernel: str
     seed: int

@@ -14,11 +14,14 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "pv": ("pv-atomic", "k-overlap", "k-gap"),
         "full": (
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
-            "sink-of-the-first",
-            "max-score-of-one-head",
+            *("sink-of-the-first", "max-score-of-one-head"),
+            *("page-of-the-first", "page-of-the-tile"),
         ),
         "tile": ("sink-beside-raw-scores",),
-        "load": ("one-ahead", "neighbours-key", "no-clamp"),
+        "load": (
+            *("one-ahead", "neighbours-key", "no-clamp"),
+            *("page-unchecked", "page-of-no-key", "page-row-unbounded"),
+        ),
         "store": (
             *("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
             *("max-score-stored", "max-score-of-padding", "sink-past-the-heads"),
@@ -29,11 +32,13 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "schedule": (
             *("coord-slots", "coord-late", "draws-left", "first-tiles-drawn-again"),
             *("counter-left", "scan", "feed-not-waited-for", "feed-asked-early"),
-            *("split-counter-left", "q-buffers-in-step"),
+            *("split-counter-left", "q-buffers-in-step", "page-two-leaders"),
         ),
         "load": (
             *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
             "ring-of-all-stages",
+            *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
+            "page-place-ahead",
         ),
         "qk": (
             *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
@@ -66,6 +71,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("folded-as-rows", "large-max-left"),
             *("max-score-of-one-head", "max-score-of-first-slice"),
             *("sink-of-the-first", "sink-of-every-split"),
+            *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
+            *("page-not-advanced", "page-of-the-next-keys"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "store": (

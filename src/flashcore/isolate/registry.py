@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flashcore.checks.drawing import draw
+from flashcore.checks.paged_cases import PagedCase
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.compile.plant import Plant
 from flashcore.isolate.backward_calls import planted_case
@@ -36,6 +37,7 @@ from flashcore.sim.plants.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
+from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
 from flashcore.sim.plants.split import PLANTS_SPLIT
@@ -46,10 +48,10 @@ from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 class Planted:
     """Planted describes a planted bug of a kernel.
 
-    `options` are the fields of the Case that shows it (of a VarlenCase, where `is_packed`) as far
-    as they are not isolate's defaults, `tile` those of its plan; `drawn` is the number of that case
-    among those of `verify` with seed 0, if it is one. `stage` is the stage, or the phase outside of
-    the stages, that isolate then names.
+    `options` are the fields of the Case that shows it (of a VarlenCase, where `is_packed`, of a
+    PagedCase, where `is_paged`) as far as they are not isolate's defaults, `tile` those of its
+    plan; `drawn` is the number of that case among those of `verify` with seed 0, if it is one.
+    `stage` is the stage, or the phase outside of the stages, that isolate then names.
     """
 
     plant: Plant
@@ -57,15 +59,23 @@ class Planted:
     options: Mapping[str, Any] = field(default_factory=dict)
     tile: Mapping[str, Any] = field(default_factory=dict)
     is_packed: bool = False
+    is_paged: bool = False
     drawn: int | None = None
     stage: str = ""
 
-    def case(self, base: Case, given: Collection[str] = ()) -> Case | VarlenCase:
+    @property
+    def kind(self) -> str:
+        """Return what the call that shows it is of, where that is no Case; else nothing."""
+        return "packed sequences" if self.is_packed else "caches in pages" * self.is_paged
+
+    def case(self, base: Case, given: Collection[str] = ()) -> Case | VarlenCase | PagedCase:
         """Return the call that shows the bug: `base` with `options`, except for fields that are
         `given`."""
         options = {name: value for name, value in self.options.items() if name not in given}
         if self.is_packed:
             return VarlenCase(**options)
+        if self.is_paged:
+            return PagedCase(**options)
         return planted_case(base, options)
 
 
@@ -79,6 +89,16 @@ _PACKED = {
     "lengths_k": (40, 3, 90, 17, 0),
     "num_heads_kv": 1,
     "causal": "lower_right",
+}
+# Sequences that end inside of a box and of a page, behind whose last page the table ends, too. The
+# first page belongs to none of them.
+_PAGED: dict[str, Any] = {
+    "lengths": (33, 0, 20, 70),
+    "page_size": 16,
+    "max_pages": 5,
+    "seqlen_q": 40,
+    "astray": True,
+    "seed": 12,
 }
 _TILES: dict[str, Mapping[str, Any]] = {
     "no-is-yes": _TWO_CONSUMERS,
@@ -236,6 +256,7 @@ CALLS: Mapping[str, _Calls] = {
         **_drawn(_WMMA, {"one-stage-unordered": 6, "one-ahead": 8}),
         **_calls(PLANTS_VARLEN, {}, options=_PACKED, is_packed=True),
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
+        **_calls(PLANTS_PAGES | PLANTS_PAGES_WMMA, {}, options=_PAGED, is_paged=True),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
         **_WITH_MAX_SCORE,
@@ -255,6 +276,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
         **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
+        **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
         **_calls(PLANTS_SINKS, {}, options=_SINKS),

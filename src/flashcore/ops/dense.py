@@ -9,6 +9,8 @@ run, and only kinds (rank, dtype, device) when they are traced.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,7 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> 
     sinks = inputs.sinks
     if sinks is not None:
         problem = options.problem(q, k, v, mask, wanted.return_lse, sinks)
+        problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
         choice = choose_backend(problem, backend)
         if choice.is_fallback:
             warn_once(choice)

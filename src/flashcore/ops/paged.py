@@ -31,7 +31,6 @@ from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.validation import (
     SEQLEN_MAX,
     certainly,
-    check_kinds,
     check_qkv,
     checked_window,
     shape_text,
@@ -54,6 +53,7 @@ def attention_paged(
     return_lse: bool = False,
     backend: str = "auto",
     return_max_score: bool = False,
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of queries over a cache in pages.
 
@@ -79,6 +79,7 @@ def attention_paged(
         return_lse: whether the log-sum-exp of each row of scores is returned too.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         return_max_score: whether the largest score of each head is returned too.
+        sinks: [num_heads_q], a logit of each head that joins the softmax; see `attention`.
 
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q; with return_lse the pair (out,
@@ -91,8 +92,8 @@ def attention_paged(
         NotImplementedError: an unsupported tensor layout or device type.
         BackendUnavailableError: the backend cannot run here.
     """
-    inputs = Inputs(q, k_pages, v_pages, seqlens_k=seqlens_k, page_table=page_table)
-    if is_plain((seqlens_k, page_table), q, k_pages, v_pages, None, None):
+    inputs = Inputs(q, k_pages, v_pages, seqlens_k=seqlens_k, page_table=page_table, sinks=sinks)
+    if is_plain((seqlens_k, page_table), q, k_pages, v_pages, None, sinks):
 
         def describe() -> Problem:
             wanted = Wanted(return_lse, return_max_score).checked()
@@ -102,7 +103,7 @@ def attention_paged(
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = seqlens_k, page_table
         result = attend_lengths(
-            q, k_pages, v_pages, None, lengths, None, asked, None, backend, describe
+            q, k_pages, v_pages, None, lengths, sinks, asked, None, backend, describe
         )
         if result is not None:
             return result
@@ -117,7 +118,7 @@ def check(inputs: Inputs) -> None:
     """Raise unless ranks, dtypes, devices and numbers of sequences and pages fit."""
     q, k, v, _, seqlens_k, *_ = inputs
     table = inputs.page_table
-    check_kinds(q, k, v)
+    dense.check(inputs)
     check_lengths("seqlens_k", seqlens_k, q)
     check_integers("page_table", table, q, 2, "two dimensions, [batch, max_pages]")
     assert table is not None
@@ -170,7 +171,7 @@ def paged_problem(inputs: Inputs, options: Options) -> Problem:
     of_k, of_v = of_page
     check_qkv(q, of_k, of_v)
     asked = {**options.asked(), "window": None}
-    problem = Problem.from_tensors(q, of_k, of_v, return_lse=True, **asked)
+    problem = Problem.from_tensors(q, of_k, of_v, return_lse=True, sinks=inputs.sinks, **asked)
     window = checked_window((options.window_left, options.window_right))
     reach = table.shape[1] * page_size
     left, right = widest_band(options.causal, window, q.shape[2], reach)
@@ -212,20 +213,22 @@ def _differentiate(
     table = inputs.page_table
     assert table is not None
     of_sequences = padded_inputs(inputs)
-    dq, dk, dv = padded.differentiate(arriving, of_sequences, results, options, needs, backend)
+    dq, dk, dv, dsinks = padded.differentiate(
+        arriving, of_sequences, results, options, needs, backend
+    )
     assert dk is not None
     assert dv is not None
-    return dq, scattered(dk, k, table), scattered(dv, v, table)
+    return dq, scattered(dk, k, table), scattered(dv, v, table), dsinks
 
 
 OPERATORS = Operators(
     Family(
         name="attention_paged",
-        inputs=("q", "k", "v", "page_table", "seqlens_k"),
-        differentiable=("q", "k", "v"),
+        inputs=("q", "k", "v", "page_table", "seqlens_k", "sinks"),
+        differentiable=("q", "k", "v", "sinks"),
         places={
-            "q": 0, "k": None, "v": None, "page_table": 0, "seqlens_k": 0, "out": 0, "lse": 0,
-            "max_score": 0,
+            "q": 0, "k": None, "v": None, "page_table": 0, "seqlens_k": 0, "sinks": None,
+            "out": 0, "lse": 0, "max_score": 0,
         },
         check=check,
         compute=_compute,

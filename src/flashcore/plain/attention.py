@@ -166,10 +166,12 @@ def forward_plain(
         mask_part = mask
         if mask is not None and mask.dim() > 1 and mask.shape[-2] != 1:
             mask_part = mask[..., m, :]
-        p, lse, *_ = weights(part, k, mask_part, options, hidden(m), rows, sinks)
-        p = without_sink(p, sinks)
-        # The largest weight is that of the largest score.
-        row_max = lse.detach() + largest(p.detach()).clamp(min=0.0).log().unsqueeze(-1)
+        asked = part, k, mask_part, options, hidden(m), rows
+        p, lse, *_ = weights(*asked, sinks)
+        # The largest weight is that of the largest score; beside a large sink it may vanish.
+        of_keys, lse_of_keys, *_ = (p, lse) if sinks is None else weights(*asked, None)
+        row_max = lse_of_keys + largest(of_keys).clamp(min=0.0).log().unsqueeze(-1)
+        row_max, p = row_max.detach(), without_sink(p, sinks)
         parts.append((rows.by_head(p @ v.to(rows.dtype)), rows.by_head(lse), rows.by_head(row_max)))
     out, lse, row_max = (torch.cat(x, dim=2) for x in zip(*parts, strict=True))
     return out.to(q.dtype), lse.squeeze(-1), row_max.squeeze(-1)

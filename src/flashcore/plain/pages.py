@@ -60,20 +60,23 @@ def paged_forward_plain(inputs: Inputs, options: Options) -> Results:
 
 def paged_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Tensors:
     """Compute `attention_paged_backward`."""
-    dq, dk, dv = padded_backward_plain(arriving, padded_inputs(inputs), options)
-    return dq, *_of_pages((dk, dv), inputs)
+    dq, dk, dv, dsinks = padded_backward_plain(arriving, padded_inputs(inputs), options)
+    return dq, *_of_pages((dk, dv), inputs), dsinks
 
 
 def paged_second_order(
     arriving: Results, inputs: Inputs, cotangents: Tensors, options: Options
 ) -> Tensors:
-    """Return gradients of dout, dlse, q, k and v from the cotangents of dq, dk and dv."""
+    """Return gradients of dout, dlse, q, k, v and sinks from the cotangents of dq, dk, dv and
+    dsinks."""
     table = inputs.page_table
     assert table is not None
-    x, *others = cotangents
-    y, z = (None if c is None else gathered(c, table) for c in others)
-    *firsts, of_k, of_v = padded_second_order(arriving, padded_inputs(inputs), (x, y, z), options)
-    return *firsts, *_of_pages((of_k, of_v), inputs)
+    x, y, z, of_dsinks = cotangents
+    y, z = (None if c is None else gathered(c, table) for c in (y, z))
+    *firsts, of_k, of_v, from_sinks = padded_second_order(
+        arriving, padded_inputs(inputs), (x, y, z, of_dsinks), options
+    )
+    return *firsts, *_of_pages((of_k, of_v), inputs), from_sinks
 
 
 def _of_pages(gradients: Tensors, inputs: Inputs) -> Tensors:

@@ -33,7 +33,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       mbar_arrive_expect_tx(full, K_ELEMENTS * 2);
     }
     if (PAGED) {
-      warp_sync();  // orders the wait and what was announced before every lane's loads
+      warp_sync();  // orders the wait and the announcement before all lanes' loads
       pages.load_k(smem.k + k_state.stage() * K_ELEMENTS, full, k_state.ring, n_block);
     }
     for (int c = 0; !PAGED && c < QK_CHUNKS; ++c) {

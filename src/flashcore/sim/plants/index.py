@@ -27,6 +27,7 @@ from flashcore.sim.plants.numerics import (
     PLANTS_TOTALS,
 )
 from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
+from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
@@ -43,6 +44,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_TOTALS,
         **PLANTS_MAX_SCORE,
         **PLANTS_SINKS,
+        **PLANTS_PAGES,
+        **PLANTS_PAGES_WMMA,
     },
     SM90_KERNEL: {
         **PLANTS_SM90,
@@ -58,6 +61,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_MAX_SCORE_SM90,
         **PLANTS_SINKS,
         **PLANTS_SINKS_SPLIT,
+        **PLANTS_PAGES,
+        **PLANTS_PAGES_SM90,
     },
     DQ_KERNEL: {**PLANTS_BWD_DQ_SM90, **PLANTS_BWD_PACKED_DQ_SM90},
     DKDV_KERNEL: {

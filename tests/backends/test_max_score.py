@@ -328,3 +328,18 @@ def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
 
 def test_the_documentation_lists_every_plant() -> None:
     assert undocumented(PLANTS) == []
+
+
+@every_backend
+def test_a_sink_is_no_score(backend: str) -> None:
+    """It joins the sum, not the maximum, however large it is; also where heads are folded."""
+    device = device_of(backend)
+    for seqlen_q in (1, 70):
+        q = torch.randn(2, 8, seqlen_q, 64, device=device).half()
+        k = torch.randn(2, 2, 300, 64, device=device).half()
+        sinks = torch.linspace(-5, 200, 8, device=device)
+        asked = {"return_max_score": True, "backend": backend}
+        _, without = flashcore.attention(q, k, k, **asked)
+        _, beside = flashcore.attention(q, k, k, sinks=sinks, **asked)
+        assert torch.equal(beside, without)
+        assert score_error(beside, q, k) <= LIMIT

@@ -1,0 +1,184 @@
+"""A PagedCase is one call of attention over a paged cache in numbers, its tensors, and its
+judgement.
+
+As checks/cases.py for `attention`: a case and its seed always make the same tensors, on every
+machine. What a call must not read would show: rows of no key hold NaN, and entries of the page
+table behind a sequence's last page are no pages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashcore.checks.accuracy import ErrorReport, error_report
+
+WILD = (-1, 2**31 - 1)  # entries behind a sequence's last page, in turn
+_ASTRAY = 10**6  # in place of the cache's last page, which it is taken for
+_SPARE_PAGES = 2  # of no sequence
+# What breaks kernels: nothing, one, and lengths around pages and tiles.
+_LENGTHS = (0, 1, 2, 8, 15, 16, 17, 31, 33, 63, 64, 65, 97, 128, 150)
+_PAGE_SIZES = (8, 16, 16, 24, 32, 64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PagedCase:
+    """A case is one call of attention over a paged cache in numbers.
+
+    `lengths` are the keys of each sequence, and `told` what seqlens_k says where that is not the
+    truth: negative, or beyond what the table reaches. The table has `max_pages` columns, by default
+    one more than the longest sequence has pages. In memory pages are [page_size, num_heads_kv, dim]
+    or, with `heads_first`, [num_heads_kv, page_size, dim]. All sequences share their first `shared`
+    pages, as far as those are full. With `astray` the entry of the cache's last page is too large.
+    """
+
+    lengths: tuple[int, ...]
+    page_size: int = 16
+    told: tuple[int, ...] | None = None
+    max_pages: int | None = None
+    seqlen_q: int = 3
+    num_heads_q: int = 2
+    num_heads_kv: int = 1
+    head_dim: int = 64
+    head_dim_v: int = 64
+    dtype: str = "float16"
+    causal: str = "none"
+    window: tuple[int, int] | None = None
+    softcap: float | None = None
+    scale: float | None = None
+    heads_first: bool = False
+    shared: int = 0
+    astray: bool = False
+    seed: int = 0
+
+    def options(self) -> dict[str, Any]:
+        """Return keyword arguments for attention_paged and its relatives."""
+        return {
+            "causal": False if self.causal == "none" else self.causal,
+            "window": self.window,
+            "softcap": self.softcap,
+            "scale": self.scale,
+        }
+
+    def describe(self) -> str:
+        """Return one line with every field that is not the default."""
+        fields = dataclasses.fields(self)
+        values = {field.name: (getattr(self, field.name), field.default) for field in fields}
+        return " ".join(
+            f"{n}={value}" for n, (value, default) in values.items() if value != default
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        return dataclasses.asdict(self)
+
+
+class Cache(NamedTuple):
+    """A cache holds what attention_paged takes, the pages that the table means, and the lengths."""
+
+    q: Tensor
+    k_pages: Tensor
+    v_pages: Tensor
+    page_table: Tensor
+    seqlens_k: Tensor
+    pages: tuple[tuple[int, ...], ...]
+    lengths: tuple[int, ...]
+
+    def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return the arguments of attention_paged."""
+        return self.q, self.k_pages, self.v_pages, self.page_table, self.seqlens_k
+
+    def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return q, k and v of one sequence: [1, num_heads, length, dim]."""
+        pages = torch.tensor(self.pages[b], dtype=torch.long, device=self.q.device)
+        k, v = (
+            x[pages].transpose(0, 1).flatten(1, 2).unsqueeze(0)[:, :, : self.lengths[b]]
+            for x in (self.k_pages, self.v_pages)
+        )
+        return self.q[b : b + 1], k, v
+
+
+def draw_paged_case(seed: int, **fixed: Any) -> PagedCase:
+    """Draw a random case; `fixed` fields stay as given."""
+    rng = random.Random(seed)
+    size = fixed.get("page_size", rng.choice(_PAGE_SIZES))
+    shared = rng.choice((0, 0, 1, 2))
+    lengths = tuple(rng.choice(_LENGTHS) for _ in range(rng.choice((1, 2, 3, 5))))
+    heads_kv = rng.choice((1, 2))
+    drawn: dict[str, Any] = {
+        "lengths": lengths,
+        "page_size": size,
+        "max_pages": -(-max(lengths) // size) + rng.choice((0, 0, 1, 3)),
+        "seqlen_q": rng.choice((1, 1, 3, 17, 70)),
+        "num_heads_kv": heads_kv,
+        "num_heads_q": heads_kv * rng.choice((1, 2, 3)),
+        "heads_first": rng.random() < 0.5,
+        "shared": shared,
+        "seed": seed,
+    }
+    return PagedCase(**(drawn | fixed))
+
+
+def make_paged_inputs(case: PagedCase, device: str | torch.device = "cpu") -> Cache:
+    """Make the tensors of a case; the values do not depend on the device. Pages lie in random
+    order, and two belong to no sequence."""
+    generator = torch.Generator().manual_seed(case.seed)
+    size, lengths = case.page_size, case.lengths
+    counts = [-(-n // size) for n in lengths]
+    num_pages = sum(counts) + _SPARE_PAGES
+    order = torch.randperm(num_pages, generator=generator).tolist()
+    if case.astray:  # the last page belongs to the first sequence
+        order.remove(num_pages - 1)
+        order.insert(0, num_pages - 1)
+    common, free = order[: case.shared], iter(order[case.shared :])
+    columns = max(counts) + 1 if case.max_pages is None else case.max_pages
+    table = torch.tensor(WILD, dtype=torch.int32).repeat(len(lengths), columns)[:, :columns]
+    used = torch.zeros(num_pages, size, dtype=torch.bool)
+    every: list[tuple[int, ...]] = []
+    for b, (n, count) in enumerate(zip(lengths, counts, strict=True)):
+        whole = min(n // size, case.shared)
+        pages = (*common[:whole], *(next(free) for _ in range(count - whole)))
+        table[b, :count] = torch.tensor(pages, dtype=torch.int32)
+        for j, page in enumerate(pages):
+            used[page, : n - j * size] = True
+        every.append(pages)
+    if case.astray:
+        table[table == num_pages - 1] = _ASTRAY
+
+    def pages_of(dim: int) -> Tensor:
+        x = torch.randn(num_pages, size, case.num_heads_kv, dim, generator=generator)
+        x[~used] = torch.nan
+        x = x.to(getattr(torch, case.dtype)).to(device)
+        return x.transpose(1, 2).contiguous() if case.heads_first else x.transpose(1, 2)
+
+    rows = len(lengths), case.num_heads_q, case.seqlen_q
+    q = torch.randn(*rows, case.head_dim, generator=generator).to(getattr(torch, case.dtype))
+    seqlens_k = torch.tensor(lengths if case.told is None else case.told, dtype=torch.int32)
+    k, v = pages_of(case.head_dim), pages_of(case.head_dim_v)
+    on_device = q.to(device), k, v, table.to(device), seqlens_k.to(device)
+    return Cache(*on_device, tuple(every), lengths)
+
+
+def paged_error_report(out: Tensor, lse: Tensor, case: PagedCase, x: Cache) -> ErrorReport:
+    """Apply the error rule, sequence by sequence.
+
+    Args:
+        out: [batch, num_heads_q, seqlen_q, head_dim_v], the result.
+        lse: [batch, num_heads_q, seqlen_q].
+        case: what was asked.
+        x: the case's tensors.
+
+    Returns:
+        The report of the first sequence that fails, else of the last one.
+    """
+    for b in range(len(case.lengths)):
+        own = slice(b, b + 1)
+        report = error_report(out[own], *x.sequence(b), lse=lse[own], **case.options())
+        if not report.ok:
+            break
+    return report
