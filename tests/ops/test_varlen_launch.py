@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import standin
 import torch
+from pages import make_cache
 
 import flashcore
 from flashcore.backends import dispatch, packed
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
 from flashcore.launch import counters, driver
 from flashcore.ops import padded, varlen
+from flashcore.ops.paged import attention_paged
 
 
 @pytest.fixture
@@ -61,6 +63,32 @@ def test_lengths_of_keys_on_hopper(machine: standin.Machine) -> None:
     assert told.k_rows_per_batch == told.v_rows_per_batch == 2 * 40
     assert launched.params.q_map.base == q.data_ptr()
     assert launched.params.k_map.base == k.data_ptr() - 40 * 128
+
+
+def test_pages_on_hopper(machine: standin.Machine) -> None:
+    """Boxes of K are those of pages; of V they may end anywhere, a map's rows before its tensor."""
+    cache = make_cache(24, (50, 3, 70), seqlen_q=10)
+    out = attention_paged(*cache.arguments())
+    (launched,) = machine.driver.launches
+    told = launched.params.attn
+    assert told.page_table == cache.page_table.data_ptr()
+    assert told.seqlens_k == cache.seqlens_k.data_ptr()
+    num_pages, max_pages = len(cache.k_pages), cache.page_table.shape[1]
+    assert told.page_table_stride == cache.page_table.stride(0)
+    assert told.num_pages == num_pages
+    assert (told.seqlen_k, told.v_rows_per_batch) == (24 * max_pages, 24)
+    k, v = launched.params.k_map, launched.params.v_map
+    assert (k.base, k.rows, k.box_rows, k.batches) == (cache.k_pages.data_ptr(), 24, 8, num_pages)
+    assert (v.base, v.rows, v.box_rows) == (cache.v_pages.data_ptr() - 8 * 128, 8, 8)
+    assert v.batches == num_pages * 24 + 1
+    assert launched.params.o_map.base == out.data_ptr()
+
+
+def test_pages_of_few_keys_go_to_the_portable_kernel(machine: standin.Machine) -> None:
+    for page_size in (1, 4, 20):
+        cache = make_cache(page_size, (50, 3, 70), seqlen_q=10)
+        attention_paged(*cache.arguments())
+        assert machine.driver.launches[-1].params.num_pages == len(cache.k_pages)
 
 
 def test_batches_that_are_no_whole_rows_apart_go_to_the_portable_kernel(
@@ -208,6 +236,18 @@ def test_calls_with_lengths_of_keys_are_prepared_once(machine: standin.Machine) 
         shifted = k.data_ptr() - 40 * 128
         assert bases(told) == [q.data_ptr(), shifted, shifted, out.data_ptr()]
         assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+    assert machine.driver.encodings <= 4
+
+
+def test_calls_with_pages_are_prepared_once(machine: standin.Machine) -> None:
+    for seed in (0, 1, 0):
+        cache = make_cache(16, (50, 3, 70), seed=seed)
+        out = attention_paged(*cache.arguments())
+        told = machine.driver.launches[-1].params
+        assert told.attn.page_table == cache.page_table.data_ptr()
+        assert told.attn.seqlens_k == cache.seqlens_k.data_ptr()
+        k, v = cache.k_pages.data_ptr(), cache.v_pages.data_ptr() - 16 * 128
+        assert bases(told) == [cache.q.data_ptr(), k, v, out.data_ptr()]
     assert machine.driver.encodings <= 4
 
 

@@ -12,7 +12,8 @@ from flashcore.backends.packed import packed_problem
 from flashcore.checks.cases import make_inputs
 from flashcore.checks.paged_cases import Cache, PagedCase, make_paged_inputs
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs
-from flashcore.isolate.gate_models import Expected, packed_attention, paged_attention
+from flashcore.isolate.gate_models import Expected
+from flashcore.isolate.sequence_models import packed_attention, paged_attention
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.ops.paged import paged_problem
 from flashcore.problem import Problem

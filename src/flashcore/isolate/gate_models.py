@@ -13,9 +13,7 @@ truncate.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +22,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from flashcore.checks.accuracy import ErrorReport
-    from flashcore.checks.paged_cases import Cache
     from flashcore.kernels.fwd_wmma.plan import Plan
     from flashcore.problem import Problem
 
@@ -267,76 +264,6 @@ def by_error_rule(expected: Expected, rule: ErrorReport) -> Expected:
     if expected.name == "lse":
         limit = rule.lse_limit * (1 + value.abs().nan_to_num(posinf=0.0))
     return Expected(f"{expected.name}, error rule", value, limit)
-
-
-def packed_attention(
-    problem: Problem,
-    plan: Plan,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Mapping[str, Tensor],
-) -> list[Expected]:
-    """Return lse and out of packed sequences, each by a GateModel of its own.
-
-    Args:
-        problem: the call of `attention_varlen`.
-        plan: as in GateModel.
-        q: [1, num_heads_q, total_q, head_dim].
-        k: [1, num_heads_kv, total_k, head_dim].
-        v: [1, num_heads_kv, total_k, head_dim_v].
-        lengths: cu_seqlens_q and cu_seqlens_k, by name, and sinks if there are any.
-
-    Returns:
-        lse [1, num_heads_q, total_q] and out [1, num_heads_q, total_q, head_dim_v]. Rows that
-        belong to no sequence are those of one without keys.
-    """
-    # Clamped as the kernels do.
-    begins_q = lengths["cu_seqlens_q"].clamp(0, problem.total_q).tolist()
-    begins_k = lengths["cu_seqlens_k"].clamp(0, problem.total_k).tolist()
-    begins_q.append(problem.total_q)
-    begins_k.append(begins_k[-1])
-    parts: list[list[Expected]] = []
-    for queries, keys in zip(
-        itertools.pairwise(begins_q), itertools.pairwise(begins_k), strict=True
-    ):
-        if queries[0] < queries[1]:
-            own = problem.of_sequence(queries[1] - queries[0], keys[1] - keys[0])
-            rows = q[:, :, slice(*queries)].nan_to_num()  # what lies behind the last one is NaN
-            tensors = (rows, k[:, :, slice(*keys)], v[:, :, slice(*keys)])
-            model = GateModel(own, plan, *tensors, None, lengths.get("sinks"))
-            parts.append(model.attention())
-    return _joined(parts, 2)
-
-
-def paged_attention(problem: Problem, plan: Plan, cache: Cache) -> list[Expected]:
-    """Return lse and out of a call with pages, each sequence by a GateModel of its own.
-
-    Args:
-        problem: the call of `attention_paged`.
-        plan: as in GateModel.
-        cache: what it was given.
-
-    Returns:
-        lse [batch, num_heads_q, seqlen_q] and out [batch, num_heads_q, seqlen_q, head_dim_v].
-    """
-    parts = []
-    for b, n in enumerate(cache.lengths):
-        own = problem.of_sequence(problem.seqlen_q, n)
-        parts.append(GateModel(own, plan, *cache.sequence(b), None).attention())
-    return _joined(parts, 0)
-
-
-def _joined(parts: list[list[Expected]], dim: int) -> list[Expected]:
-    """Return what is expected of sequences as what is expected of the call that has them all."""
-    return [
-        Expected(
-            of_sequences[0].name,
-            torch.cat([part.value for part in of_sequences], dim),
-            torch.cat([part.tolerance for part in of_sequences], dim),
-        )
-        for of_sequences in zip(*parts, strict=True)
-    ]
 
 
 def _relative_error(error: Tensor) -> Tensor:

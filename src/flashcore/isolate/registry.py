@@ -64,9 +64,9 @@ class Planted:
     stage: str = ""
 
     @property
-    def has_own_shape(self) -> bool:
-        """Return whether the call that shows it is no Case."""
-        return self.is_packed or self.is_paged
+    def kind(self) -> str:
+        """Return what the call that shows it is of, where that is no Case; else nothing."""
+        return "packed sequences" if self.is_packed else "caches in pages" * self.is_paged
 
     def case(self, base: Case, given: Collection[str] = ()) -> Case | VarlenCase | PagedCase:
         """Return the call that shows the bug: `base` with `options`, except for fields that are

@@ -90,6 +90,11 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "decode-window-sinks": {"queries": 1, "window": (127, 0), "sinks": True},
     "varlen-causal-sinks": {"causal": True, "sinks": True, "varlen": "packed"},
     "keys-chunk": {"queries": 100, "causal": True, "varlen": "keys"},
+    # Of the usual size; others are compiled when they are met.
+    "pages-causal": {"causal": True, "varlen": "pages", "page_size": 16},
+    "pages-decode": {"queries": 1, "varlen": "pages", "page_size": 16},
+    "pages-few-queries": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
+    "pages-chunk": {"queries": 100, "causal": True, "varlen": "pages", "page_size": 16},
 }
 # Of q and k, and of v where they differ: language models.
 SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))
@@ -291,7 +296,7 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
             q, k, v = (x.expand(2, -1, -1, -1).contiguous() for x in (q, k, v))
     if options.pop("sinks", False):
         options["sinks"] = torch.empty(q.shape[1])
-    varlen = options.pop("varlen", "none")
+    varlen, page_size = options.pop("varlen", "none"), options.pop("page_size", 0)
     if varlen == "none":
         return Problem.from_tensors(q, k, v, **options)
     window = options.pop("window", (-1, -1))
@@ -307,4 +312,6 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
         varlen=varlen,
         total_q=total,
         total_k=total,
+        page_size=page_size,
+        num_pages=_SEQLEN // page_size if page_size else 0,
     )
