@@ -110,7 +110,20 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> 
             addresses = tuple(x.data_ptr() for x in (q, k, v, sinks))
             return Results(*call(q, k, v, mask, addresses))
         return Results(*call(q, k, v, mask, (), sinks))
-    result = attend(q, k, v, mask, **options.asked(), **wanted._asdict(), backend=backend)
+    causal, left, right, softcap, scale = options
+    result = attend(
+        q,
+        k,
+        v,
+        mask,
+        False if causal == "none" else True if causal == "lower_right" else causal,
+        None if left == right == -1 else (left, right),
+        softcap or None,
+        scale,
+        wanted.return_lse,
+        backend,
+        return_max_score=wanted.return_max_score,
+    )
     return Results.of_returned(result, wanted)
 
 

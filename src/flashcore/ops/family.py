@@ -110,11 +110,11 @@ def names_of(wanted: Wanted) -> dict[str, bool]:
 
 def those_wanted(results: Results, wanted: Wanted) -> tuple[Tensor, ...]:
     """Return the results; one that is not wanted has no elements."""
-    q = results.out
-    return tuple(
-        x if want else q.new_empty(0, dtype=score_dtype(q))
-        for x, want in zip(results, names_of(wanted).values(), strict=True)
-    )
+    out, *others = results
+    dtype = score_dtype(out)
+    # `wanted` has a flag for each of the others, in their order.
+    pairs = zip(others, wanted, strict=True)
+    return (out, *[x if want else out.new_empty(0, dtype=dtype) for x, want in pairs])
 
 
 def score_dtype(q: Tensor) -> torch.dtype:

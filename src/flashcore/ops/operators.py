@@ -53,6 +53,11 @@ class Operators:
 
     def __init__(self, family: Family) -> None:
         self.family = family
+        # Where an operator's argument is each of Inputs; or None, and what stands for it.
+        self._places = [
+            (family.inputs.index(x) if x in family.inputs else None, Inputs._field_defaults.get(x))
+            for x in Inputs._fields
+        ]
         self._needs = tuple(
             f"needs_{name}_grad" for name in family.differentiable[ALWAYS_DIFFERENTIABLE:]
         )
@@ -121,7 +126,7 @@ class Operators:
         return tuple([getattr(inputs, name) for name in self.family.inputs])
 
     def _inputs(self, arguments: tuple[Any, ...]) -> Inputs:
-        return Inputs(**dict(zip(self.family.inputs, arguments, strict=True)))
+        return Inputs._make([x if at is None else arguments[at] for at, x in self._places])
 
     def forward_call(self, arguments: tuple[Any, ...]) -> ForwardCall:
         """Return the forward operator's arguments as objects."""
