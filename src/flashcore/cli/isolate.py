@@ -132,7 +132,7 @@ def isolate(
             case, seed = drawn.case, drawn.case.seed
             wanted = dict(drawn.tile) if wanted is None else wanted
         else:
-            case = o.make_case(
+            case = base = o.make_case(
                 batch=batch,
                 heads=heads,
                 heads_kv=heads_kv,
@@ -151,7 +151,7 @@ def isolate(
                 seed=seed,
             )
             if planted is not None:
-                case = planted.case(case, _given(ctx, planted))
+                case = planted.case(base, _given(ctx, planted))
         with out.progress(f"Isolating on {backend}", total=len(BY_NAME[kernel].stages)) as advance:
             started = False
 
