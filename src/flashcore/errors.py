@@ -5,7 +5,7 @@ way out:
 
 - ``TypeError``: not a tensor, a wrong dtype, a bool or string where a number belongs;
 - ``ValueError``: a wrong value, shape or device;
-- ``NotImplementedError``: meaningful, but not supported here (sparse tensors, a paged cache).
+- ``NotImplementedError``: meaningful, but not supported here (sparse tensors, a cache of 8 bits).
 
 The types below are for what the machine, not the call, lacks.
 """

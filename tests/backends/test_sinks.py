@@ -19,6 +19,7 @@ from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs, varlen
 from flashcore.ops import dense as dense_ops
 from flashcore.ops import padded as padded_ops
 from flashcore.ops import varlen as varlen_ops
+from flashcore.ops.paged import attention_paged
 from flashcore.problem.case import Case
 from flashcore.problem.options import Wanted
 
@@ -292,6 +293,41 @@ def test_max_score_is_that_of_the_keys(backend: str, monkeypatch: pytest.MonkeyP
     torch.testing.assert_close(found[-1].double(), want, rtol=1e-4, atol=1e-4)
     report = error_report(found[0], x.q, x.k, x.v, lse=found[1], mask=x.mask, sinks=sinks)
     assert report.ok, report
+
+
+@with_sim90
+def test_a_cache_in_pages_is_that_of_its_keys(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "sim90":
+        monkeypatch.setenv("FLASHCORE_SIM_ARCH", "90")
+    x = make_inputs(
+        Case(batch=2, seqlen_q=3, seqlen_k=32, num_heads_q=4, num_heads_kv=2, sinks=True)
+    )
+    assert x.sinks is not None
+    table = torch.tensor([[3, 0], [1, 2]], dtype=torch.int32)
+    k, v = (torch.empty(4, 2, 16, 64).half() for _ in range(2))
+    for pages, of_sequences in ((k, x.k), (v, x.v)):
+        for b in range(2):
+            pages[table[b].long()] = of_sequences[b].unflatten(1, (2, 16)).transpose(0, 1)
+    lengths = torch.tensor([29, 0], dtype=torch.int32)
+    options: Any = {"causal": True, "backend": backend.removesuffix("90"), "return_lse": True}
+    found = attention_paged(x.q, k, v, table, lengths, sinks=x.sinks, **options)
+    want = flashcore.attention(x.q, x.k, x.v, seqlens_k=lengths, sinks=x.sinks, **options)
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+    leaves = [t.detach().float().requires_grad_() for t in (x.q, x.sinks)]
+    of_pages, of_keys = (
+        torch.autograd.grad(result.sin().sum(), leaves)
+        for result in (
+            attention_paged(leaves[0], k.float(), v.float(), table, lengths, sinks=leaves[1]),
+            flashcore.attention(
+                leaves[0], x.k.float(), x.v.float(), seqlens_k=lengths, sinks=leaves[1]
+            ),
+        )
+    )
+    for one, other in zip(of_pages, of_keys, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_autocast_leaves_float32_sinks_as_they_are() -> None:

@@ -253,6 +253,36 @@ def test_flash_attn_3_without_a_cache_is_flash_attn_2() -> None:
     torch.testing.assert_close(batched, out.detach())
 
 
+def by_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Return an out [batch, heads, seqlen, dim] as sinks make it, from one without and its lse."""
+    return out * torch.sigmoid(lse - sinks[:, None])[..., None]
+
+
+def test_s_aux_is_the_sinks_of_every_function() -> None:
+    step = make_step([20, 7], seqlen_q=4, seqlen_new=0, page_size=8)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    given = arguments(step, flash_attn_3.flash_attn_with_kvcache) | {"causal": True}
+    out, lse = flash_attn_3.flash_attn_with_kvcache(**given, return_softmax_lse=True)
+    want = by_sinks(out.transpose(1, 2), lse, sinks).transpose(1, 2)
+    for chosen in ({"page_table": step.page_table}, {"cache_leftpad": torch.zeros(2, dtype=INT32)}):
+        have = flash_attn_3.flash_attn_with_kvcache(**given | chosen, s_aux=sinks)
+        torch.testing.assert_close(have, want)
+    rows = {"q": given["q"].flatten(0, 1), "k": given["k_cache"], "v": given["v_cache"]}
+    lengths = {"cu_seqlens_q": ends(4, 4), "seqused_k": step.seqlens_k, "causal": True}
+    for longest in (4, None):  # padded, and gathered
+        have = flash_attn_3.flash_attn_varlen_func(
+            **rows, **lengths, max_seqlen_q=longest, block_table=step.page_table, s_aux=sinks
+        )
+        torch.testing.assert_close(have, want.flatten(0, 1))
+    q, k, v = torch.randn(3, 2, 9, 4, 16, dtype=torch.float64).unbind(0)
+    out, lse = flash_attn_3.flash_attn_func(q, k, v, return_attn_probs=True)
+    want = by_sinks(out.transpose(1, 2), lse, sinks).transpose(1, 2)
+    torch.testing.assert_close(flash_attn_3.flash_attn_func(q, k, v, s_aux=sinks), want)
+    packed = [x.flatten(0, 1) for x in (q, k, v)]
+    have = flash_attn_3.flash_attn_varlen_func(*packed, ends(9, 9), ends(9, 9), 9, 9, s_aux=sinks)
+    torch.testing.assert_close(have, want.flatten(0, 1))
+
+
 def test_scheduler_metadata_is_something_to_pass_on() -> None:
     lengths = torch.tensor([3, 4], dtype=INT32)
     made = flash_attn_3.get_scheduler_metadata(2, 1, 64, 8, 2, 64, lengths, page_size=16)
@@ -294,7 +324,6 @@ def test_arguments_stand_in_flash_attns_order(name: str) -> None:
     assert positional == ORDERS[name]
 
 
-ONES = torch.ones(2)
 CACHE_BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "lengths of int64": (
         {"cache_seqlens": torch.tensor([3, 4])}, TypeError, r"cache_seqlens.*int64.*seqlens\.int"
@@ -336,43 +365,3 @@ def test_tables_are_called_what_the_caller_calls_them() -> None:
         given[name] = given[name].long()
         with pytest.raises(TypeError, match=f"{name} has dtype torch.int64.*{name}.int"):
             function(**given)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"qv": ONES}, r"qv \(a tensor \[2\]\) is not supported.*torch\.cat"),
-        ({"attention_chunk": 4}, r"attention_chunk \(4\)"),
-        ({"s_aux": ONES}, r"s_aux \(a tensor \[2\]\).*sigmoid"),
-        ({"seqused_q": ONES}, "seqused_q .*cu_seqlens_q"),
-        ({"cp_world_size": 2}, r"cp_world_size \(2\).*flashcore\.merge"),
-        ({"dropout_p": 0.1}, r"dropout_p=0\.1"),
-    ],
-)
-def test_what_is_not_supported_raises_and_names_the_argument(
-    options: dict[str, Any], words: str
-) -> None:
-    x = torch.randn(8, 2, 16)
-    with pytest.raises(NotImplementedError, match=words):
-        flash_attn_3.flash_attn_varlen_func(x, x, x, ends(8), ends(8), 8, 8, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "kind", "words"),
-    [
-        ({"block_table": torch.ones(1, 1, dtype=INT32)}, ValueError, "block_table.*seqused_k"),
-        ({"max_seqlen_q": None}, TypeError, "max_seqlen_q is missing"),
-        ({"cu_seqlens_q": None}, ValueError, "cu_seqlens_k is given without cu_seqlens_q"),
-        ({"out": torch.ones(3)}, ValueError, "out is torch.float32"),
-        ({"q": torch.ones(8, 2, 16, requires_grad=True), "seqused_k": torch.ones(1, dtype=INT32)},
-         NotImplementedError, "no backward pass"),
-        ({"k": torch.ones(8, 2, 16).to(torch.float8_e4m3fn)}, TypeError, "k has dtype"),
-    ],
-)  # fmt: skip
-def test_wrong_packed_calls(options: dict[str, Any], kind: type[Exception], words: str) -> None:
-    x = torch.randn(8, 2, 16)
-    given = {"q": x, "k": x, "v": x, "cu_seqlens_q": ends(8), "cu_seqlens_k": ends(8)}
-    with pytest.raises(kind, match=words):
-        flash_attn_3.flash_attn_varlen_func(
-            **given | {"max_seqlen_q": 8, "max_seqlen_k": 8} | options
-        )

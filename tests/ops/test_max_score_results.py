@@ -1,5 +1,5 @@
 """Test how max_score of `return_max_score` travels: gradients, torch.compile, vmap, forward mode,
-other numbers of dimensions, wrong arguments. tests/kernels/test_max_score.py tests its value."""
+other numbers of dimensions, wrong arguments. tests/backends/test_max_score.py tests its value."""
 
 from __future__ import annotations
 

@@ -137,6 +137,17 @@ def test_a_forward_kernel_answers(kernel: ForwardKernel) -> None:
         assert any(field == f"{name}_map" for field, *_ in kernel.params._fields_)
 
 
+def test_every_planted_bug_has_its_text() -> None:
+    """A kernel that changes takes its planted bugs along."""
+    lost = [
+        f"{kernel}: {plant.name}"
+        for kernel, plants in index.BY_KERNEL.items()
+        for plant in plants.values()
+        if (KERNELS_DIR / plant.file).read_text(encoding="utf-8").count(plant.find) != 1
+    ]
+    assert lost == []
+
+
 def test_an_unknown_kernel_is_refused() -> None:
     with pytest.raises(ValueError, match=r"kernel='attn_fwd' is not one of attn_fwd_sm90, attn_"):
         registry.forward("attn_fwd")

@@ -13,7 +13,6 @@ import flashcore
 from backends import GPU, SIM, WMMA, device_of
 from flashcore.checks.accuracy import error_report
 from flashcore.ops.paged import attention_paged
-from flashcore.problem.options import Wanted
 
 SIM90 = pytest.param("sim90", id="sim90")
 every_backend = pytest.mark.parametrize("backend", ["torch", SIM, SIM90, WMMA, GPU])
@@ -168,8 +167,10 @@ def test_the_operators_are_well_made() -> None:
     q, k, v = (x.nan_to_num(0.5).requires_grad_() for x in (q, k, v))
     options = ("lower_right", -1, -1, 0.0, None)
     forward = torch.ops.flashcore.attention_paged_forward.default
-    inputs, wanted = (q, k, v, table.clamp(0, 5), lengths, torch.zeros(2)), Wanted(True)
-    torch.library.opcheck(forward, (*inputs, *options, *wanted, "torch"))
+    sinks = torch.randn(q.shape[1], requires_grad=True)
+    for given in (None, sinks):
+        arguments = (q, k, v, table.clamp(0, 5), lengths, given, *options, True, False, "torch")
+        torch.library.opcheck(forward, arguments)
     compiled = torch.compile(attention_paged, fullgraph=True, backend="eager")
     plain = attention_paged(q, k, v, table, lengths, causal=True)
     assert torch.equal(compiled(q, k, v, table, lengths, causal=True), plain)

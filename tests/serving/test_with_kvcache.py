@@ -185,6 +185,28 @@ def test_results_go_where_the_caller_wants_them() -> None:
     assert torch.equal(lse, want_lse)
 
 
+@pytest.mark.parametrize("page_size", [None, 8])
+def test_sinks_join_the_softmax(page_size: int | None) -> None:
+    step = make_step([3, 17, 0], seqlen_q=3, page_size=page_size)
+    sinks = torch.tensor([0.5, -1.0, 2.0, 0.0])
+    (out, lse), _ = run(step)
+    (have, have_lse), _ = run(step, sinks=sinks)
+    share = torch.sigmoid(lse - sinks[:, None])
+    torch.testing.assert_close(have, out * share[..., None])
+    torch.testing.assert_close(have_lse, torch.logaddexp(lse, sinks[:, None].double()))
+    arguments = packed(step, [3, 1, 2])
+    arguments["q"] = torch.cat([arguments["q"], arguments["q"][:1]])  # of no sequence
+    results = [
+        flashcore.attention_with_kvcache(
+            **arguments, sinks=sinks, max_seqlen_q=longest, return_lse=True
+        )
+        for longest in (3, None)  # padded, and gathered
+    ]
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+    assert torch.equal(results[0][1][:, 6], sinks.double())
+
+
 steps = st.fixed_dictionaries(
     {
         "lengths": st.lists(st.integers(-2, 40), min_size=1, max_size=4),

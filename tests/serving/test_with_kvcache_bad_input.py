@@ -106,6 +106,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "a mask of another shape": ({"mask": X(2, 1, 2, 9)}, ValueError, r"mask has shape"),
     "a mask of another dtype": ({"mask": X(2, 1, 2, 32).half()}, TypeError, "mask has dtype"),
+    "sinks of other heads": ({"sinks": X(3)}, ValueError, "sinks has"),
     "causal": ({"causal": "left"}, ValueError, "causal='left'"),
     "window": ({"window": (3, -2)}, ValueError, r"window=\(3, -2\)"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap=-1.0"),

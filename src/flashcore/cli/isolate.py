@@ -132,7 +132,7 @@ def isolate(
             case, seed = drawn.case, drawn.case.seed
             wanted = dict(drawn.tile) if wanted is None else wanted
         else:
-            case = base = o.make_case(
+            case = given = o.make_case(
                 batch=batch,
                 heads=heads,
                 heads_kv=heads_kv,
@@ -151,7 +151,7 @@ def isolate(
                 seed=seed,
             )
             if planted is not None:
-                case = planted.case(base, _given(ctx, planted))
+                case = planted.case(given, _given(ctx, planted))
         with out.progress(f"Isolating on {backend}", total=len(BY_NAME[kernel].stages)) as advance:
             started = False
 
@@ -215,23 +215,17 @@ def _draw(seed: int, index: int, backend: str, kernel: str, arch: int | None) ->
 
 # Fields of a Case by the options that say what they are.
 _FIELDS = {
-    "batch": ("batch",),
     "heads": ("num_heads_q", "num_heads_kv"),
     "heads_kv": ("num_heads_kv",),
     "seqlen": ("seqlen_q", "seqlen_k"),
-    "seqlen_k": ("seqlen_k",),
     "head_dim": ("head_dim", "head_dim_v"),
-    "head_dim_v": ("head_dim_v",),
-    "dtype": ("dtype",),
-    "causal": ("causal",),
     "upper_left": ("causal",),
-    "window": ("window",),
-    "softcap": ("softcap",),
     "scale": ("scale", "growth"),
-    "mask": ("mask",),
-    "sinks": ("sinks",),
-    "seed": ("seed",),
 }
+_FIELDS |= {name: (name,) for name in (
+    "batch", "seqlen_k", "head_dim_v", "dtype", "causal", "window", "softcap", "mask", "sinks",
+    "seed",
+)}  # fmt: skip
 
 
 def _given(ctx: typer.Context, planted: Planted) -> set[str]:

@@ -223,7 +223,7 @@ def flash_attn_varlen_func(
         return_attn_probs: also return lse, and None in place of the probabilities.
         block_table: int32, [batch, pages]: k and v are [num_pages, page_size, num_heads_kv,
             head_dim], as in `flash_attn_with_kvcache`, and have no gradients.
-        learnable_sink: [num_heads_q], the sinks of `attention_varlen`; not with block_table.
+        learnable_sink: [num_heads_q], the sinks of `attention_varlen`.
         s_aux: the same by another name.
 
     Returns:
@@ -239,15 +239,11 @@ def flash_attn_varlen_func(
     refuse_dropout(dropout_p)
     sinks = sinks_of(learnable_sink, s_aux)
     if block_table is not None:
-        if sinks is not None:
-            raise NotImplementedError(
-                "sinks with block_table: caches in pages have none; gather k and v before"
-            )
         check_lengths("cu_seqlens_k", cu_seqlens_k, q)
         lengths = cu_seqlens_k.diff()
         found = attend_over_pages(
             q, k, v, cu_seqlens_q, max_seqlen_q, lengths, block_table, softmax_scale, causal,
-            window_size, softcap, alibi_slopes, return_attn_probs,
+            window_size, softcap, alibi_slopes, return_attn_probs, sinks=sinks,
         )  # fmt: skip
         return (*found, None) if isinstance(found, tuple) else found
     if alibi_slopes is not None:

@@ -5,7 +5,7 @@ Signatures and layouts are those of hopper/flash_attn_interface.py, whatever the
 arguments the packed function takes, by keyword, those that vLLM's copy has (block_table, out ...).
 Besides:
 
-- qv, attention_chunk, seqused_q, s_aux and float8 tensors raise NotImplementedError;
+- qv, attention_chunk, seqused_q and float8 tensors raise NotImplementedError;
 - q_descale, k_descale and v_descale have no effect, as in flash-attn 3 for 16-bit tensors;
 - num_splits, pack_gqa, sm_margin and scheduler_metadata are hints about speed, without effect here;
 - a result of (out, lse) has two entries, where flash-attn 3 may append its buffers;
@@ -81,22 +81,22 @@ def flash_attn_func(
         deterministic: without effect.
         sm_margin: without effect.
         return_attn_probs: also return the log-sum-exp of the scores.
-        s_aux: None.
+        s_aux: [num_heads_q], the sinks of `attention`.
 
     Returns:
         out: [batch, seqlen_q, num_heads_q, head_dim_v], contiguous. With return_attn_probs the pair
         (out, lse), lse float32 [batch, num_heads_q, seqlen_q].
 
     Raises:
-        NotImplementedError: qv, attention_chunk or s_aux is given.
+        NotImplementedError: qv or attention_chunk is given.
         TypeError, ValueError: as `attention`.
     """
     if _unknown:
         refuse(flash_attn_func, _unknown)
-    refuse_unsupported(qv=qv, attention_chunk=attention_chunk or None, s_aux=s_aux)
+    refuse_unsupported(qv=qv, attention_chunk=attention_chunk or None)
     result = flash_attn.flash_attn_func(
         q, k, v, 0.0, softmax_scale, causal, window_size, softcap, None, deterministic,
-        return_attn_probs,
+        return_attn_probs, s_aux=s_aux,
     )  # fmt: skip
     return result[:2] if isinstance(result, tuple) else result
 
@@ -174,7 +174,7 @@ def flash_attn_varlen_func(
         block_table: int32, [batch, pages of the longest sequence]; needs seqused_k.
         page_table: another name of block_table.
         out: receives the result: its shape, dtype and device. By a copy.
-        s_aux: None.
+        s_aux: [num_heads_q], the sinks of `attention`.
         alibi_slopes: as in `flash_attn.flash_attn_varlen_func`; not over a cache.
         dropout_p: 0.0.
         return_softmax_lse: another name of return_attn_probs.
@@ -197,7 +197,7 @@ def flash_attn_varlen_func(
         refuse(flash_attn_varlen_func, _unknown)
     refuse_dropout(dropout_p)
     refuse_unsupported(
-        qv=qv if q_v is None else q_v, attention_chunk=attention_chunk or None, s_aux=s_aux,
+        qv=qv if q_v is None else q_v, attention_chunk=attention_chunk or None,
         seqused_q=seqused_q, cp_world_size=None if cp_world_size == 1 else cp_world_size,
     )  # fmt: skip
     table = page_table if block_table is None else block_table
@@ -211,7 +211,7 @@ def flash_attn_varlen_func(
         compute: Any = flash_attn.flash_attn_varlen_func
         found = compute(
             q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, 0.0, softmax_scale,
-            causal, window_size, softcap, alibi_slopes, deterministic, return_lse,
+            causal, window_size, softcap, alibi_slopes, deterministic, return_lse, s_aux=s_aux,
         )  # fmt: skip
         return _into(out, found[:2] if isinstance(found, tuple) else found)
     if seqused_k is None:
@@ -229,7 +229,7 @@ def flash_attn_varlen_func(
         k, v = k.unsqueeze(1), v.unsqueeze(1)
     return attend_over_pages(
         q, k, v, cu_seqlens_q, max_seqlen_q, seqused_k, table, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, return_lse, out,
+        softcap, alibi_slopes, return_lse, out, sinks=s_aux,
     )  # fmt: skip
 
 

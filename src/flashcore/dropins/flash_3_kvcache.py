@@ -91,7 +91,7 @@ def flash_attn_with_kvcache(
         return_softmax_lse: also return the log-sum-exp of the scores.
         block_table: another name of page_table.
         out: receives the result: its shape, dtype and device. By a copy.
-        s_aux: None.
+        s_aux: [num_heads_q], the sinks of `attention`.
 
     Returns:
         out: [batch, seqlen_q, num_heads_q, head_dim_v] or [total_q, num_heads_q, head_dim_v]; the
@@ -99,12 +99,12 @@ def flash_attn_with_kvcache(
         [batch, num_heads_q, seqlen_q] or [num_heads_q, total_q]. Neither has a gradient.
 
     Raises:
-        NotImplementedError: qv, attention_chunk or s_aux is given.
+        NotImplementedError: qv or attention_chunk is given.
         TypeError, ValueError: those of `attention_with_kvcache`.
     """
     if _unknown:
         refuse(flash_attn_with_kvcache, _unknown)
-    refuse_unsupported(qv=qv, attention_chunk=attention_chunk or None, s_aux=s_aux)
+    refuse_unsupported(qv=qv, attention_chunk=attention_chunk or None)
     return attend_without_gradients(
         q, k_cache, v_cache, k, v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         rotary_interleaved=rotary_interleaved, rotary_seqlens=rotary_seqlens,
@@ -112,7 +112,7 @@ def flash_attn_with_kvcache(
         page_table=page_table if block_table is None else block_table, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_new=cu_seqlens_k_new, max_seqlen_q=max_seqlen_q, scale=softmax_scale,
         causal=causal, window_size=window_size, softcap=softcap, return_lse=return_softmax_lse,
-        out=out, names=CACHE_NAMES,
+        out=out, sinks=s_aux, names=CACHE_NAMES,
     )  # fmt: skip
 
 

@@ -12,10 +12,6 @@ _WAYS_OUT = {
     "qv": "pass torch.cat([q, qv], -1) and keys that are torch.cat([k, v], -1)",
     "attention_chunk": "flashcore.attention has a mask, which says the same",
     "seqused_q": "make cu_seqlens_q say where each sequence's last query is",
-    "s_aux": (
-        "attention sinks are no argument here yet; out * torch.sigmoid(lse - s_aux), with lse and "
-        "s_aux broadcast to out, applies them to a result"
-    ),
     "cp_world_size": "merge the parts' results by flashcore.merge",
 }
 

@@ -128,6 +128,7 @@ def attend_over_pages(
     return_lse: bool,
     out: Tensor | None = None,
     backend: str = "auto",
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute flash_attn_varlen_func over keys and values in pages, or in rows.
 
@@ -149,6 +150,7 @@ def attend_over_pages(
         return_lse: whether lse is returned too.
         out: receives the result.
         backend: of `attention`.
+        sinks: of `attention`.
 
     Returns:
         out: as q, with head_dim_v; or (out, lse), lse [num_heads_q, total_q].
@@ -157,7 +159,7 @@ def attend_over_pages(
         q, k, v, None, None, lengths=seqused_k, page_table=block_table, cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q, scale=softmax_scale, causal=causal, window_size=window_size,
         softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse, out=out, backend=backend,
-        names={**_PAGES, "seqlens_k": "seqused_k", "page_table": "block_table"},
+        sinks=sinks, names={**_PAGES, "seqlens_k": "seqused_k", "page_table": "block_table"},
     )  # fmt: skip
 
 
@@ -188,6 +190,7 @@ def attend_over_cache(
     alibi_slopes: Tensor | None = None,
     out: Tensor | None = None,
     backend: str = "auto",
+    sinks: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute what the functions above do; tensors have heads next to last. `names` says what the
     caller calls the arguments of `attention_with_kvcache`, in messages."""
@@ -222,7 +225,7 @@ def attend_over_cache(
         after = lengths_of_keys(after, capacity, cache_leftpad)
         mask = alibi_over_cache(alibi_slopes, q.shape[1], after, capacity)
     options = {
-        "causal": causal, "scale": scale, "window": window,
+        "causal": causal, "scale": scale, "window": window, "sinks": sinks,
         "softcap": None if certainly(softcap == 0.0) else softcap,
     }  # fmt: skip
     first = q, k_cache, v_cache, k, v, out

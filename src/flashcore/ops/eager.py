@@ -25,6 +25,7 @@ from flashcore.problem.options import Inputs, Options, Results, Wanted
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
 # Looked up once, not in every call.
+_is_grad_enabled = torch.is_grad_enabled
 _len_torch_dispatch_stack = torch._C._len_torch_dispatch_stack
 _len_torch_function_stack = torch._C._len_torch_function_stack
 _are_functorch_transforms_active = torch._C._are_functorch_transforms_active
@@ -65,6 +66,10 @@ def is_plain(lengths: tuple[object, ...], q: Any, k: Any, v: Any, mask: Any, sin
             return False
     if sinks is not None and type(sinks) not in _PLAIN_TYPES:
         return False
+    if not _is_grad_enabled():
+        return True
+    if type(q) is type(k) is type(v) is Tensor and mask is None and sinks is None:
+        return not (q.requires_grad or k.requires_grad or v.requires_grad)  # what most calls need
     return not needs_grad(q, k, v, mask, sinks)
 
 

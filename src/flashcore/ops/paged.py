@@ -227,8 +227,8 @@ OPERATORS = Operators(
         inputs=("q", "k", "v", "page_table", "seqlens_k", "sinks"),
         differentiable=("q", "k", "v", "sinks"),
         places={
-            "q": 0, "k": None, "v": None, "page_table": 0, "seqlens_k": 0, "sinks": None, "out": 0,
-            "lse": 0, "max_score": 0,
+            "q": 0, "k": None, "v": None, "page_table": 0, "seqlens_k": 0, "sinks": None,
+            "out": 0, "lse": 0, "max_score": 0,
         },
         check=check,
         compute=_compute,

@@ -72,7 +72,7 @@ def attend_pages(
         results = _several(
             attention_paged(padded, k_cache, v_cache, page_table, lengths, **options)
         )
-        return _packed(results, q, cu_seqlens_q, longest)
+        return _packed(results, q, cu_seqlens_q, longest, options["sinks"])
     _warn_of_copy(q, backend, "packed queries of different numbers")
     k, v, cu_seqlens_k = gather_packed((k_cache, v_cache), page_table, leftpad, lengths)
     return _several(
@@ -93,10 +93,14 @@ def _padded(q: Tensor, cu_seqlens_q: Tensor, longest: int) -> Tensor:
 
 
 def _packed(
-    results: tuple[Tensor, ...], q: Tensor, cu_seqlens_q: Tensor, longest: int
+    results: tuple[Tensor, ...],
+    q: Tensor,
+    cu_seqlens_q: Tensor,
+    longest: int,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, ...]:
-    """Return results of padded queries as those of packed ones; 0 and -inf in rows of no
-    sequence."""
+    """Return results of padded queries as those of packed ones; in rows of no sequence 0 and -inf,
+    or the sinks."""
     rows = Rows.of(q, cu_seqlens_q)
     number = number_of(q, cu_seqlens_q)
     assert isinstance(number, Tensor)
@@ -106,7 +110,8 @@ def _packed(
     packed = [out.masked_fill(~rows.is_any[:, None, None], 0.0)]
     for lse in results[1:]:
         by_row = lse.transpose(1, 2)[rows.sequence, place]
-        packed.append(by_row.masked_fill(~rows.is_any[:, None], -math.inf).t().contiguous())
+        unseen = lse.new_full((), -math.inf) if sinks is None else sinks.to(lse.dtype)
+        packed.append(torch.where(rows.is_any[:, None], by_row, unseen).t().contiguous())
     return tuple(packed)
 
 

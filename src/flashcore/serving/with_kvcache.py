@@ -8,7 +8,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from flashcore.backends.autocasting import autocast_dtype
 from flashcore.backends.dispatch import without_autocast
@@ -17,7 +17,7 @@ from flashcore.ops.autograd import needs_grad
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Options
 from flashcore.problem.spelling import OF_KVCACHE, other_names, refuse
-from flashcore.problem.validation import check_flag
+from flashcore.problem.validation import check_flag, check_sinks
 from flashcore.serving import checking, remembered
 from flashcore.serving.append import append, rotated_queries
 from flashcore.serving.attend import attend_pages
@@ -94,6 +94,7 @@ def attention_with_kvcache(
     softcap: float | None = None,
     mask: Tensor | None = None,
     tree_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -156,6 +157,8 @@ def attention_with_kvcache(
         tree_mask: boolean, broadcastable to [batch, num_heads_q, seqlen_q, seqlen_q]: which of the
             last seqlen_q keys a query sees, besides all before them (speculation with a tree of
             drafts). It takes a mask of [batch, 1 or num_heads_q, seqlen_q, seqlen_cache] bytes.
+        sinks: [num_heads_q], float32 or the dtype of q: a logit of each head that joins the
+            softmax, as in `attention`.
         return_lse: also return the log-sum-exp of each row of scores.
         out: receives the result: its shape, dtype and device, any strides. By a copy.
         lse: receives the log-sum-exp, whether it is returned or not. By a copy.
@@ -165,7 +168,8 @@ def attention_with_kvcache(
         out: [batch, num_heads_q, seqlen_q, head_dim_v] or [total_q, num_heads_q, head_dim_v], dtype
         of q; the tensor given as `out`, if any. With return_lse, the pair (out, lse): lse is
         natural-log, float32 (float64 for float64 inputs), [batch, num_heads_q, seqlen_q] or
-        [num_heads_q, total_q]. A row with nothing to attend to has out 0 and lse -inf.
+        [num_heads_q, total_q]. A row with nothing to attend to has out 0 and lse -inf, or with
+        sinks the sink.
 
     Raises:
         TypeError: an argument of a wrong type or dtype.
@@ -193,7 +197,10 @@ def attention_with_kvcache(
     return with_kvcache(
         q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
         cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask, return_lse, out, lse,
-        backend, {"causal": causal, "scale": scale, "window": window, "softcap": softcap},
+        backend,
+        {
+            "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
+        },
     )  # fmt: skip
 
 
@@ -227,7 +234,7 @@ def with_kvcache(
         q, k_new, v_new = (_cast(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
     tensors = (
         q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
-        cu_seqlens_q, cu_seqlens_new, mask, tree_mask, out, lse,
+        cu_seqlens_q, cu_seqlens_new, mask, tree_mask, out, lse, options["sinks"],
         *(() if rotary is None else (rotary.cos, rotary.sin, rotary.offsets, rotary.positions)),
     )  # fmt: skip
     pairs = None if rotary is None else (rotary.interleaved, rotary.queries)
@@ -294,6 +301,8 @@ def _check(
     if rotary is not None:
         check_rotary(rotary, q, k_new, batch)
     checking.check_given(out, lse, q, v_cache)
+    if options["sinks"] is not None and not is_compiling():
+        check_sinks(options["sinks"], q, q.shape[1])
     capacity = capacity_of(k_cache, page_table)
     checking.check_capacity(capacity)
     checking.check_masks(q, mask, tree_mask, is_packed, capacity)
@@ -301,10 +310,10 @@ def _check(
     Options.checked(options["causal"], options["window"], options["softcap"], options["scale"])
     if is_packed and max_seqlen_q is not None:
         checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])
-    if needs_grad(q, k_cache, v_cache, k_new, v_new):
+    if needs_grad(q, k_cache, v_cache, k_new, v_new, options["sinks"]):
         raise NotImplementedError(
-            "q, a cache or a new token requires a gradient, but attention_with_kvcache has no "
-            "backward pass; call it under torch.no_grad(), or attention or attention_varlen"
+            "q, a cache, a new token or sinks require a gradient, but attention_with_kvcache has "
+            "no backward pass; call it under torch.no_grad(), or attention or attention_varlen"
         )
 
 

@@ -17,7 +17,8 @@ from flashcore.sim.report import SimulationError
 def _difference(replay: Replay) -> float:
     """Return largest difference of the output to the tile-wise PyTorch path in float64."""
     q, k, v = (tensor.double() for tensor in (replay.q, replay.k, replay.v))
-    expected, _ = attention_tiled(replay.problem, q, k, v, replay.mask)
+    sinks = (replay.lengths or {}).get("sinks")
+    expected, _ = attention_tiled(replay.problem, q, k, v, replay.mask, sinks=sinks)
     return float((replay.out.double() - expected).abs().max())
 
 

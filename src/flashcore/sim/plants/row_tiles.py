@@ -9,12 +9,13 @@ from flashcore.compile.plant import Plant
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _MERGE = "fwd_sm90/merge_sm90.cuh"
 _COORD_BEFORE_ARRIVAL = """\
-    store_coord(coord, block);
+    if (!PAGED) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
     int n_block = keys.n_block_end - 1;
+    if (PAGED) pages.begin(own, block, keys, n_block);
     load_keys(block, keys, n_block);
-    for (int group = 0; group < NUM_ROW_GROUPS; ++group) {
+    for (int group = 0; leads && group < NUM_ROW_GROUPS; ++group) {
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
@@ -48,7 +49,7 @@ ROW_TILE_PLANTS = (
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
-    if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
+    if (warp_idx() == 0 && (PAGED || elect_lane())) produce(params, bar, smem);
 """,
         replace="""\
   if (warp_idx() >= 4) grid_dependency_wait();
@@ -92,9 +93,9 @@ ROW_TILE_PLANTS = (
         title="a row tile's coordinates are written when consumers may have looked",
         file="fwd_sm90/producer_sm90.cuh",
         find=_COORD_BEFORE_ARRIVAL,
-        replace=_COORD_BEFORE_ARRIVAL.replace("    store_coord(coord, block);", "").replace(
-            "ELEMENTS * 2);", "ELEMENTS * 2); if (group == 0) store_coord(coord, block);"
-        ),
+        replace=_COORD_BEFORE_ARRIVAL.replace(
+            "    if (!PAGED) store_coord(coord, block);", ""
+        ).replace("ELEMENTS * 2);", "ELEMENTS * 2); if (group == 0) store_coord(coord, block);"),
         caught_by="race",
     ),
     Plant(
