@@ -31,6 +31,8 @@ from flashcore.sim.replay_command import REPLAY_DEFAULTS, distinct
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import simulate
 
+_PLACED = ("q", "k", "v", "mask", "page_table")  # whose place in an allocation is kept
+
 
 def _from_text(text: str, name: str, like: object) -> Any:
     if name == "mask":
@@ -144,13 +146,15 @@ def parse_replay(words: Sequence[str]) -> Replay:
     seed, plant_name = int(take("seed", "0")), take("plant", "")
     plant = find_plant(plant_name, plan.kernel) if plant_name else None
     path = take("inputs", "")
-    offsets = {name: int(take(f"{name}_offset", "0")) for name in ("q", "k", "v", "mask")}
+    offsets = {name: int(take(f"{name}_offset", "0")) for name in _PLACED}
     if given:
         raise ValueError(f"unknown: {', '.join(given)}")
     return _make(problem, plan, seed, plant, path, offsets)
 
 
-def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+def _lengths(
+    problem: Problem, values: Mapping[str, Tensor], offsets: Mapping[str, int]
+) -> dict[str, Tensor] | None:
     """Return the saved lengths of the sequences, or equal ones, and the sinks; None where there are
     none to give."""
     steps = torch.arange(problem.batch + 1, dtype=torch.int32)
@@ -164,10 +168,11 @@ def _lengths(problem: Problem, values: Mapping[str, Tensor]) -> dict[str, Tensor
         lengths = {"seqlens_k": torch.full_like(steps[1:], problem.seqlen_k)}
     lengths = {name: values.get(name, even).flatten() for name, even in lengths.items()}
     if problem.varlen == "pages":
-        shape = problem.batch, problem.seqlen_k // problem.page_size
-        pages = torch.arange(shape[0] * shape[1], dtype=torch.int32) % problem.num_pages
-        pages = values.get("page_table", pages).reshape(shape)
-        lengths["page_table"] = _place(pages, shape, (problem.page_table_stride, 1), 0)
+        shape = 1, 1, problem.batch, problem.seqlen_k // problem.page_size
+        pages = torch.arange(shape[2] * shape[3], dtype=torch.int32) % problem.num_pages
+        table = values.get("page_table", pages.reshape(shape))
+        strides = 0, 0, problem.page_table_stride, 1
+        lengths["page_table"] = _place(table, shape, strides, offsets["page_table"])[0, 0]
     if problem.has_sinks:
         lengths["sinks"] = values.get("sinks", torch.zeros(problem.num_heads_q)).flatten()
     return lengths or None
@@ -232,7 +237,7 @@ def _make(
         torch.empty(rows_out, dtype=problem.torch_dtype),
         torch.empty(rows_lse, dtype=torch.float32),
         gate_buffers,
-        _lengths(problem, values),
+        _lengths(problem, values, offsets),
         bool(values),
         unseen_scores(problem, q) if problem.return_max_score else None,
     )

@@ -156,9 +156,11 @@ class Sm90Plan(Plan):
         pool = self.max_registers * (self.num_consumers + 1)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
-        # take some in each lane of the producer's warp.
+        # take the most: each lane of the producer's warp knows those of its own.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
-        producer = 32 if self.varlen in ("packed", "pages") or many_chunks else 24
+        producer = 32 if self.varlen == "packed" or many_chunks else 24
+        if self.varlen == "pages":
+            producer = 40
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
@@ -224,7 +226,8 @@ def _of_mean_lengths(problem: Problem) -> Problem:
 
 def _has_registers(plan: Sm90Plan) -> bool:
     """Return whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
-    that where the producer's warpgroup is small; a warp that deals out tiles takes from it."""
+    that where the producer's warpgroup is small; a warp that deals out tiles, or finds pages, takes
+    from it."""
     held = (plan.block_n + plan.head_dim_v) // 2 + plan.block_n // 4
     return held + 32 <= plan.role_registers[0]
 
@@ -298,7 +301,7 @@ def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> 
     plan = Sm90Plan(
         kernel=KERNEL, arch=ARCH, lazy_rescale=gate is None, gate=gate, **sizes, **of_problem
     )
-    if plan.varlen == "packed" and not _has_registers(plan):
+    if plan.varlen in ("packed", "pages") and not _has_registers(plan):
         return None
     plan = with_o_fitted(plan)
     return plan if plan.smem_bytes <= smem_limits(ARCH)[0] else None

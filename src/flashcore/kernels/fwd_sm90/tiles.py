@@ -88,8 +88,6 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
     narrow = max(dims) <= 64
     block_n = 128 if narrow else 64
-    if narrow and problem.page_size:  # whose producer leaves too few registers for 128 keys
-        return _split_keys(problem, Tile(64, 64, num_stages=4, min_blocks=2), folded)
     if narrow and problem.mask is None:
         return _split_keys(problem, Tile(64, block_n, num_stages=2, min_blocks=2), folded)
     room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)
