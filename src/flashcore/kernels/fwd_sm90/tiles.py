@@ -154,7 +154,9 @@ def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
     bounded, keys = _is_bounded(problem), problem.seqlen_k
     many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
     if dim <= 64:
-        q_buffers = 1 if problem.window_left >= 0 else 2  # or it spills
+        # Or 192 rows spill: what deals out packed tiles takes registers, too.
+        is_large = problem.window_left >= 0 or (bounded and problem.varlen == "packed")
+        q_buffers = 1 if is_large else 2
         if many_192 and keys >= (2048 if bounded else 512):
             yield Tile(192, 128, ping_pong=True, num_stages=3, q_buffers=q_buffers)
         if _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS:
