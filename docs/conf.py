@@ -69,6 +69,7 @@ SECTIONS = {
         "../CONTRIBUTING",
         "../benchmarks/README",
         "../benchmarks/results/h200",
+        "../benchmarks/results/h200-gradients",
         "../benchmarks/results/h200-host",
         "../src/flashcore/data/README",
     ],

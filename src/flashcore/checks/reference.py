@@ -77,8 +77,8 @@ def attention_oracle(
 
     Returns:
         out: float64, [batch, num_heads_q, seqlen_q, head_dim_v]; 0 for a row without a key.
-        lse: float64, [batch, num_heads_q, seqlen_q], natural log; -inf, or with sinks the sink, for
-            a row without a key.
+        lse: float64, [batch, num_heads_q, seqlen_q], natural log; for a row without a key it is
+        -inf, or with sinks the sink.
     """
     score = _scores(q, k, causal, scale, window, softcap, mask)
     v64 = v.double().repeat_interleave(_group_size(q, k), dim=1)
