@@ -204,7 +204,8 @@ def _with_past(
 @functools.cache
 def _takes_kwargs(kind: Any) -> bool:
     """Return whether a kind of cache finds what it needs in the keyword arguments of a layer."""
-    return "kwargs" in inspect.signature(kind.update).parameters
+    update = getattr(kind, "update", None)
+    return update is not None and "kwargs" in inspect.signature(update).parameters
 
 
 def _window(module: torch.nn.Module, size: Any, causal: bool) -> tuple[int, int] | None:

@@ -85,6 +85,7 @@ SHARED_PHASES = {
     "quad_max": "softmax",
     "load_keys": "load",
     "store_output": "store",
+    "max_score_of": "store",
     "raise_max_score": "store",
     "finish_softmax": "store",
     "natural_lse": "store",

@@ -13,7 +13,7 @@ struct EvenRows {
     return {gmem + (int64_t(row) * stride + col), stride};
   }
   // What lies in a row and column; the row may be read where it is `valid`.
-  FC_DEVICE GmemPtr<const Element> at(int row, int col, bool valid) const {
+  FC_DEVICE GmemPtr<const Element> at(int row, int col, bool /* valid */) const {
     return gmem + (int64_t(row) * stride + col);
   }
 };
