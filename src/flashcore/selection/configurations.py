@@ -144,8 +144,10 @@ class Configuration:
     def is_checked(self) -> bool:
         """Return whether the compile gate has to see it. What ships was found to spill in neither
         dtype (tune/search.py), so one of them tells whether a change to the kernel has made it
-        spill; how a mask tensor is read, or that sums begin anew, hardly depends on it."""
-        one_is_enough = self.ships or self.variant in (*_MASK_VARIANTS, *_PORTABLE_VARIANTS)
+        spill; how a mask tensor is read, that sums begin anew, or that a maximum is kept, hardly
+        depends on it."""
+        of_one = (*_MASK_VARIANTS, *_PORTABLE_VARIANTS, "max-score")
+        one_is_enough = self.ships or self.variant in of_one
         return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 
 
