@@ -67,6 +67,10 @@ def plans_with(case: Case, plant: Plant | None) -> BwdPlans:
     return plans._replace(dkdv=dataclasses.replace(plans.dkdv, **changed))
 
 
+# What the kernel of dq wrote in a run without a bug; those of dk and dv come after it.
+_HEALTHY: dict[Case, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
 def run_plant(plant: Plant | None, case: Case, seed: int, plans: BwdPlans) -> SimulationError | str:
     """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
     problem, x, out, lse, dout, dlse = inputs(case)
@@ -74,7 +78,14 @@ def run_plant(plant: Plant | None, case: Case, seed: int, plans: BwdPlans) -> Si
     def run(problem, plan, tensors) -> None:
         in_dq = plant is not None and plant.name in PLANTS_BWD_DQ_SM90
         planted = plant if plan.is_dq == in_dq else None
+        is_known = plan.is_dq and plant is not None and not in_dq
+        if is_known and case in _HEALTHY:
+            for name, written in zip(("delta", "dq"), _HEALTHY[case], strict=True):
+                tensors[name].copy_(written)
+            return
         simulate_backward(problem, plan, tensors, seed=seed, plant=planted)
+        if is_known:
+            _HEALTHY[case] = tensors["delta"].clone(), tensors["dq"].clone()
 
     qkv = x.q, x.k, x.v, None
     try:

@@ -137,6 +137,7 @@ def test_what_one_kernel_cannot_do_says_why() -> None:
 
 @pytest.mark.parametrize("head_dim", [40, 64, 72, 96])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (9, 9)}])
+@pytest.mark.thorough
 def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
     """ptxas serialises no product either."""
     pytest.importorskip("cuda.core")

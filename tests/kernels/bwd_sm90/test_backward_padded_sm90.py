@@ -19,7 +19,7 @@ from flashcore.ops.padded import padded_problem
 from flashcore.problem.options import Inputs, Options
 from flashcore.sim.run_bwd import simulate_backward
 
-SEEDS_OF_A_FAMILY = 6
+SEEDS_OF_A_FAMILY = 4
 
 FAMILIES: dict[str, tuple[tuple[BwdTile, BwdTile] | None, int, dict[str, Any]]] = {
     "plain": (SMALL, 64, {}),
