@@ -93,8 +93,14 @@ def fused_backward(
     return dq, dk, dv
 
 
+def is_by_one_kernel(problem: Problem) -> bool:
+    """Return whether one kernel computes dq, dk and dv: if gradients may differ in their last bits
+    from run to run."""
+    return determinism.may_differ() and plan_one.obstacle(problem) is None
+
+
 def _select(problem: Problem) -> BwdPlans | OneKernelPlans:
-    if determinism.may_differ() and plan_one.obstacle(problem) is None:
+    if is_by_one_kernel(problem):
         return plan_one.select_one_kernel_plans(problem)
     return select_plans(problem)
 

@@ -18,14 +18,14 @@ from flashcore.backends import torch_backward
 from flashcore.backends.backward_sm90 import (
     Prepared,
     fused_backward,
+    is_by_one_kernel,
     prepare_on_gpu,
     run_in_simulator,
     run_on_gpu,
 )
 from flashcore.backends.tiled import attention_backward_tiled
-from flashcore.base import determinism, env
+from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning
-from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.kernel import DQ
 from flashcore.kernels.bwd_sm90.plan import ARCH as SM90_ARCH
 from flashcore.kernels.bwd_sm90.plan import obstacle as obstacle_to_sm90
@@ -77,7 +77,7 @@ def choose_backward(
     reason = _obstacle_to_ours(problem, backend, mask_grad_elements > 0)
     if reason is None:
         where = "sim" if backend == "sim" else DQ.backend
-        if determinism.may_differ() and plan_one.obstacle(problem) is None:
+        if is_by_one_kernel(problem):
             return BackwardChoice(
                 where, "one fused kernel for Hopper; its sums have no fixed order"
             )
@@ -134,6 +134,24 @@ def gradients_with_lengths(
     choice = choose_backward(problem, backend=backend)
     if not choice.is_fused or problem.is_empty:
         return None
+    return _fused(choice, problem, q, k, v, mask, out, lse, dout, dlse, lengths)
+
+
+def _fused(
+    choice: BackwardChoice,
+    problem: Problem,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    lengths: Mapping[str, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Compute dq, dk and dv by the fused kernels of a choice; return None, with a warning, where
+    they cannot be compiled: from a bundle without them, and without a compiler."""
     run = run_on_gpu if choice.is_on_gpu else run_in_simulator
     try:
         return fused_backward(problem, q, k, v, mask, out, lse, dout, dlse, run, lengths=lengths)
@@ -171,13 +189,9 @@ def attention_gradients(
         )
     if choice.is_fused:
         inputs = problem, q, k, v, mask, out, lse, dout, dlse
-        run = run_on_gpu if choice.is_on_gpu else run_in_simulator
-        try:
-            return *fused_backward(*inputs, run), None
-        except BackendUnavailableError as error:
-            if not choice.is_on_gpu:
-                raise
-            _warn_of_fallback(str(error))  # a bundle without these kernels, and no compiler
+        fused = _fused(choice, *inputs)
+        if fused is not None:
+            return *fused, None
         return attention_gradients(*inputs, needs_mask_grad, "torch")
     assert dout is not None
     whole_q, whole_k, whole_v, out, dout = (

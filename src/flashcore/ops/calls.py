@@ -8,6 +8,7 @@ else but addresses and values.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -28,9 +29,9 @@ from flashcore.base import forks
 from flashcore.launch import launcher
 from flashcore.launch.types import Addresses, Call, Computed
 from flashcore.ops.guards import guard
-from flashcore.ops.keys import family_key, options_key
+from flashcore.ops.keys import family_key, options_key, remember
 from flashcore.problem import Causal, Problem, Window
-from flashcore.problem.options import Options
+from flashcore.problem.options import Options, Wanted
 from flashcore.problem.ranks import as_rank_4, has_other_rank
 
 Result = Tensor | tuple[Tensor, ...]
@@ -268,7 +269,7 @@ def attend_lengths(
             `attention`.
         longest: the longest sequences of queries and of keys, where sequences are packed.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
-        describe: validates the arguments and returns their Problem.
+        describe: validates the other arguments and returns their Problem.
 
     Returns:
         What `attend` returns; None where the operator has to do it.
@@ -304,7 +305,8 @@ def attend_lengths(
     for found in known:
         if found[0](q, k, v, *guarded):
             return _asked_for(found[1](q, k, v, mask, addresses))
-    problem = describe()
+    wanted = Wanted(return_lse, return_max_score).checked()
+    problem = dataclasses.replace(describe(), **wanted._asdict())
     choice = choose_backend(problem, backend)
     if choice.backend not in KERNELS or problem.is_empty:
         return None
@@ -323,13 +325,8 @@ def _asked_for(computed: Computed) -> Result:
 
 def keep(key: object, found: Found) -> None:
     """Remember what computes the calls of a key, unless that is None."""
-    if key is None:
-        return
-    with _lock:
-        same = _calls.get(key, ())
-        while not same and len(_calls) >= CALLS_MAX:
-            del _calls[next(iter(_calls))]  # the oldest
-        _calls[key] = (found, *same[: FOUND_MAX - 1])
+    if key is not None:
+        remember(_calls, _lock, key, found, CALLS_MAX, FOUND_MAX)
 
 
 launcher.lookup = launcher.Lookup(find, BACKENDS, CALLS_MAX)

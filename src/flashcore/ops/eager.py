@@ -6,7 +6,6 @@ need it: see `needs_dispatcher` and ops/dense.py. The way itself is calls.attend
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from flashcore.ops.dense import OPERATORS, attention_dense
 from flashcore.ops.family import BackwardCall
 from flashcore.ops.gradient_calls import gradients, is_current
 from flashcore.problem import Causal, Problem, Window
-from flashcore.problem.options import Inputs, Options, Results, Wanted
+from flashcore.problem.options import Inputs, Options, Results
 
 _PLAIN_TYPES = (torch.Tensor, torch.nn.Parameter)
 
@@ -89,10 +88,8 @@ def attention_with_sinks(
     if is_plain((), q, k, v, mask, sinks):
 
         def describe() -> Problem:
-            wanted = Wanted(return_lse, return_max_score).checked()
             options = Options.checked(causal, window, softcap, scale)
-            problem = options.problem(q, k, v, mask, return_lse, sinks)
-            return dataclasses.replace(problem, **wanted._asdict())
+            return options.problem(q, k, v, mask, return_lse, sinks)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         result = attend_lengths(q, k, v, mask, (), sinks, asked, None, backend, describe)

@@ -14,7 +14,7 @@ from flashcore.backends.gradients import prepare_gradients
 from flashcore.base import determinism, forks
 from flashcore.ops.calls import CALLS_MAX, FOUND_MAX
 from flashcore.ops.guards import guard
-from flashcore.ops.keys import mask_key
+from flashcore.ops.keys import mask_key, remember
 from flashcore.problem.options import Options
 
 # What fits, and what computes it; None where the operator does.
@@ -65,11 +65,7 @@ def gradients(
     problem = options.problem(q, k, v, mask, return_lse=True)
     with without_autocast(problem.device):
         prepared = prepare_gradients(problem, q, k, v, mask, out, lse, dout, backend)
-    with _lock:
-        same = _calls.get(key, ())
-        while not same and len(_calls) >= CALLS_MAX:
-            del _calls[next(iter(_calls))]  # the oldest
-        _calls[key] = ((guard(*tensors), prepared), *same[: FOUND_MAX - 1])
+    remember(_calls, _lock, key, (guard(*tensors), prepared), CALLS_MAX, FOUND_MAX)
     return None if prepared is None else prepared(*tensors, at_mask)
 
 

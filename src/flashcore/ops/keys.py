@@ -1,10 +1,44 @@
-"""Make keys under which calls are remembered: what tells the arguments of one from another's."""
+"""Make keys under which calls are remembered, and keep what is remembered under them.
+
+A key is what tells the arguments of one call from another's.
+"""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from flashcore.problem import Causal, Window
+
+_Entry = TypeVar("_Entry")
+
+
+def remember(
+    known: dict[object, tuple[_Entry, ...]],
+    lock: AbstractContextManager[Any],
+    key: object,
+    entry: _Entry,
+    keys_max: int,
+    entries_max: int,
+) -> None:
+    """Put an entry first under a key. The oldest entry of the key, or of a new one the oldest keys,
+    make room for it.
+
+    Args:
+        known: entries by key.
+        lock: held by whoever changes `known`.
+        key: of the call.
+        entry: for this key.
+        keys_max: how many keys there may be.
+        entries_max: how many entries a key may have.
+    """
+    with lock:
+        same = known.get(key, ())
+        while not same and len(known) >= keys_max:
+            del known[next(iter(known))]
+        known[key] = (entry, *same[: entries_max - 1])
 
 
 def options_key(

@@ -60,9 +60,7 @@ def attention_padded(
     if is_plain((seqlens_k,), q, k, v, mask, sinks):
 
         def describe() -> Problem:
-            wanted = Wanted(return_lse, return_max_score).checked()
-            problem = padded_problem(inputs, Options.checked(causal, window, softcap, scale))
-            return dataclasses.replace(problem, **wanted._asdict())
+            return padded_problem(inputs, Options.checked(causal, window, softcap, scale))
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = (seqlens_k,)

@@ -96,9 +96,7 @@ def attention_paged(
     if is_plain((seqlens_k, page_table), q, k_pages, v_pages, None, sinks):
 
         def describe() -> Problem:
-            wanted = Wanted(return_lse, return_max_score).checked()
-            problem = paged_problem(inputs, Options.checked(causal, window, softcap, scale))
-            return dataclasses.replace(problem, **wanted._asdict())
+            return paged_problem(inputs, Options.checked(causal, window, softcap, scale))
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = seqlens_k, page_table

@@ -203,12 +203,10 @@ def attention_varlen(
     if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None, sinks):
 
         def describe() -> Problem:
-            wanted = Wanted(return_lse, return_max_score).checked()
-            problem = packed_problem(
+            return packed_problem(
                 q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
                 softcap=softcap, sinks=sinks,
             )  # fmt: skip
-            return dataclasses.replace(problem, **wanted._asdict())
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         longest = max_seqlen_q, max_seqlen_k

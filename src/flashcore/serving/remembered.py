@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 
 from flashcore.base import forks
 from flashcore.ops.guards import guard
-from flashcore.ops.keys import options_key
+from flashcore.ops.keys import options_key, remember
 
 KEYS_MAX = 1024
 GUARDS_MAX = 16  # under one key
@@ -65,8 +65,4 @@ def keep(key: object, tensors: tuple[Any, ...]) -> None:
     if key is None:
         return
     fits = guard(*(x for x in tensors if x is not None))
-    with _lock:
-        same = _known.get(key, ())
-        while not same and len(_known) >= KEYS_MAX:
-            del _known[next(iter(_known))]  # the oldest
-        _known[key] = (fits, *same[: GUARDS_MAX - 1])
+    remember(_known, _lock, key, fits, KEYS_MAX, GUARDS_MAX)
