@@ -8,7 +8,6 @@ table behind a sequence's last page are no pages.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flashcore.checks.accuracy import ErrorReport, error_report
+from flashcore.problem.case import InNumbers
 
 WILD = (-1, 2**31 - 1)  # entries behind a sequence's last page, in turn
 _ASTRAY = 10**6  # in place of the cache's last page, which it is taken for
@@ -27,7 +27,7 @@ _PAGE_SIZES = (8, 16, 16, 24, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PagedCase:
+class PagedCase(InNumbers):
     """A case is one call of attention over a paged cache in numbers.
 
     `lengths` are the keys of each sequence, and `told` what seqlens_k says where that is not the
@@ -55,27 +55,6 @@ class PagedCase:
     shared: int = 0
     astray: bool = False
     seed: int = 0
-
-    def options(self) -> dict[str, Any]:
-        """Return keyword arguments for attention_paged and its relatives."""
-        return {
-            "causal": False if self.causal == "none" else self.causal,
-            "window": self.window,
-            "softcap": self.softcap,
-            "scale": self.scale,
-        }
-
-    def describe(self) -> str:
-        """Return one line with every field that is not the default."""
-        fields = dataclasses.fields(self)
-        values = {field.name: (getattr(self, field.name), field.default) for field in fields}
-        return " ".join(
-            f"{n}={value}" for n, (value, default) in values.items() if value != default
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return dataclasses.asdict(self)
 
 
 class Cache(NamedTuple):

@@ -6,7 +6,6 @@ machine.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import random
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flashcore.checks.accuracy import ErrorReport, error_report
+from flashcore.problem.case import InNumbers
 
 LAYOUTS = ("apart", "qkv")
 # What breaks kernels: nothing, one, and lengths around tiles of 16 to 128 rows.
@@ -24,7 +24,7 @@ _LENGTHS = (0, 1, 2, 15, 16, 17, 31, 63, 64, 65, 97, 127, 128, 129)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class VarlenCase:
+class VarlenCase(InNumbers):
     """A case is one call of attention_varlen in numbers.
 
     Lengths are in tokens, dims in elements. `layout`: "apart", or "qkv" for slices of one packed
@@ -50,27 +50,6 @@ class VarlenCase:
     overrun: int = 0
     sinks: bool = False
     seed: int = 0
-
-    def options(self) -> dict[str, Any]:
-        """Return keyword arguments for flashcore.attention_varlen and its relatives."""
-        return {
-            "causal": False if self.causal == "none" else self.causal,
-            "window": self.window,
-            "softcap": self.softcap,
-            "scale": self.scale,
-        }
-
-    def describe(self) -> str:
-        """Return one line with every field that is not the default."""
-        fields = dataclasses.fields(self)
-        values = {field.name: (getattr(self, field.name), field.default) for field in fields}
-        return " ".join(
-            f"{n}={value}" for n, (value, default) in values.items() if value != default
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return dataclasses.asdict(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,13 +4,46 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 
+class InNumbers:
+    """A call InNumbers is a frozen dataclass of the numbers and words that make its tensors."""
+
+    __slots__ = ()
+    if TYPE_CHECKING:
+        causal: str
+        window: tuple[int, int] | None
+        softcap: float | None
+        scale: float | None
+
+    def options(self) -> dict[str, Any]:
+        """Return keyword arguments of the call (without its mask and sinks)."""
+        return {
+            "causal": False if self.causal == "none" else self.causal,
+            "window": self.window,
+            "softcap": self.softcap,
+            "scale": self.scale,
+        }
+
+    def describe(self) -> str:
+        """Return one line with every field that is not the default."""
+        this: Any = self
+        values = {x.name: (getattr(self, x.name), x.default) for x in dataclasses.fields(this)}
+        return " ".join(
+            f"{n}={value}" for n, (value, default) in values.items() if value != default
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON."""
+        this: Any = self
+        return dataclasses.asdict(this)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Case:
+class Case(InNumbers):
     """A case is one attention call in numbers.
 
     Lengths are in tokens, dims in elements. `mask`: "bool" is a random [1, num_heads_q, seqlen_q,
@@ -53,16 +86,6 @@ class Case:
         assert isinstance(result, torch.dtype)
         return result
 
-    def options(self) -> dict[str, Any]:
-        """Return keyword arguments for flashcore.attention and its relatives (without the mask and
-        the sinks)."""
-        return {
-            "causal": False if self.causal == "none" else self.causal,
-            "window": self.window,
-            "softcap": self.softcap,
-            "scale": self.scale,
-        }
-
     def describe(self) -> str:
         """Return one line that names the shape and every option that is not the default."""
         words = [
@@ -96,10 +119,6 @@ class Case:
         if self.sinks:
             words.append("sinks")
         return " ".join(words)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain values for JSON."""
-        return dataclasses.asdict(self)
 
 
 def _short(value: object) -> str:
