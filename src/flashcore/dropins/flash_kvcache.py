@@ -14,7 +14,7 @@ from flashcore.problem.validation import certainly, shape_text, type_name
 from flashcore.serving.masks import alibi_over_cache
 from flashcore.serving.rotary import Rotary
 from flashcore.serving.rows import lengths_after, lengths_of_keys
-from flashcore.serving.with_kvcache import with_kvcache
+from flashcore.serving.with_kvcache import Step, with_kvcache
 
 CACHE_NAMES = {
     "seqlens_k": "cache_seqlens", "k_new": "k", "v_new": "v", "rotary_offsets": "rotary_seqlens",
@@ -231,11 +231,12 @@ def attend_over_cache(
     first = q, k_cache, v_cache, k, v, out
     q, k_cache, v_cache, k, v, given = (_heads_first(x) for x in first)  # type: ignore[assignment]
     try:
-        result = with_kvcache(
+        step = Step(
             q, k_cache, v_cache, k, v, lengths, page_table, cache_batch_idx, cache_leftpad,
             cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, None, return_lse, given,
-            None, backend, options,
+            None, backend,
         )  # fmt: skip
+        result = with_kvcache(step, options)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise renamed(error, names) from None
     found, lse = result if isinstance(result, tuple) else (result, None)

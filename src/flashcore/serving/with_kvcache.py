@@ -4,7 +4,7 @@ queries attend to all of it."""
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Literal, overload
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -194,44 +194,57 @@ def attention_with_kvcache(
         rotary = Rotary(*by)
     elif rotary_offsets is not None or rotary_positions is not None:
         raise ValueError("rotary_offsets or rotary_positions is given without rotary_cos")
-    return with_kvcache(
+    step = Step(
         q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
         cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask, return_lse, out, lse,
         backend,
+    )  # fmt: skip
+    return with_kvcache(
+        step,
         {
             "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
         },
     )  # fmt: skip
 
 
-def with_kvcache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_new: Tensor | None,
-    v_new: Tensor | None,
-    seqlens_k: Tensor,
-    page_table: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_new: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    rotary: Rotary | None,
-    mask: Tensor | None,
-    tree_mask: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-    backend: str,
-    options: dict[str, Any],
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute `attention_with_kvcache`; see there. `rotary` holds its arguments on rotation,
-    `options` those that `attention` and `attention_varlen` share."""
+class Step(NamedTuple):
+    """A Step holds the arguments of one call of `attention_with_kvcache`, but for those that it
+    shares with `attention` and `attention_varlen`; `rotary` has those on rotation."""
+
+    q: Tensor
+    k_cache: Tensor
+    v_cache: Tensor
+    k_new: Tensor | None
+    v_new: Tensor | None
+    seqlens_k: Tensor
+    page_table: Tensor | None
+    cache_batch_idx: Tensor | None
+    cache_leftpad: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_new: Tensor | None
+    max_seqlen_q: int | Tensor | None
+    rotary: Rotary | None
+    mask: Tensor | None
+    tree_mask: Tensor | None
+    return_lse: bool
+    out: Tensor | None
+    lse: Tensor | None
+    backend: str
+
+
+def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute `attention_with_kvcache`; see there. `options` are the arguments that it shares with
+    `attention` and `attention_varlen`."""
+    (
+        q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
+        cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask, return_lse, out, lse,
+        backend,
+    ) = step  # fmt: skip
     autocasts = is_dynamo_compiling() or _is_any_autocast_enabled()
     if autocasts and autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
         # What the cache holds is there; the rest is cast to it.
         q, k_new, v_new = (_cast(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
+        step = step._replace(q=q, k_new=k_new, v_new=v_new)
     tensors = (
         q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
         cu_seqlens_q, cu_seqlens_new, mask, tree_mask, out, lse, options["sinks"],
@@ -241,11 +254,7 @@ def with_kvcache(
     asked = max_seqlen_q, type(max_seqlen_q), backend, pairs, lse is None
     key = remembered.key_of(tensors, asked, options, return_lse)
     if not remembered.is_known(key, tensors):
-        _check(
-            q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx,
-            cache_leftpad, cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask,
-            return_lse, out, lse, backend, options,
-        )  # fmt: skip
+        _check(step, options)
         remembered.keep(key, tensors)
     capacity = capacity_of(k_cache, page_table)
     with without_autocast(q.device.type) if autocasts else contextlib.nullcontext():
@@ -269,29 +278,13 @@ def with_kvcache(
     return _handed_out(results, return_lse, out, lse)
 
 
-def _check(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_new: Tensor | None,
-    v_new: Tensor | None,
-    seqlens_k: Tensor,
-    page_table: Tensor | None,
-    cache_batch_idx: Tensor | None,
-    cache_leftpad: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_new: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    rotary: Rotary | None,
-    mask: Tensor | None,
-    tree_mask: Tensor | None,
-    return_lse: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
-    backend: str,
-    options: dict[str, Any],
-) -> None:
+def _check(step: Step, options: dict[str, Any]) -> None:
     """Raise unless the arguments of `with_kvcache` fit, before anything is written."""
+    (
+        q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
+        cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask, return_lse, out, lse,
+        backend,
+    ) = step  # fmt: skip
     check_flag("return_lse", return_lse)
     is_packed = cu_seqlens_q is not None
     checking.check_caches(q, k_cache, v_cache, is_packed, page_table is not None)
