@@ -276,7 +276,7 @@ def test_every_group_runs_on_the_gpu(group: str) -> None:
 
 @pytest.mark.gpu
 def test_a_graph_holds_the_whole_backward_and_nothing_else() -> None:
-    """What a replay computes is what autograd computes, from the inputs as they are then."""
+    """A replay computes autograd's gradients, from the inputs as they are then."""
     workload = Workload("x", 1, 4, 300, 64, True, "bfloat16")
     leaves = [x.detach().requires_grad_() for x in workload.tensors("cuda")]
     dout = torch.randn(1, 4, 300, 64, device="cuda", dtype=torch.bfloat16)

@@ -162,7 +162,7 @@ def test_tensors_on_another_device(name: str) -> None:
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_right_call_before_a_wrong_one_changes_nothing(name: str) -> None:
-    """What was checked is remembered by its description, which a wrong call does not share."""
+    """A wrong call is checked although calls like it were: it has another description."""
     changes, kind, words = BAD[name]
     flashcore.attention_with_kvcache(**arguments(None))
     if "rotary_cos" in changes:

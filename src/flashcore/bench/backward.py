@@ -1,7 +1,7 @@
 """Time the backward pass: which shapes, by which libraries, and how a library's passes are bound.
 
-What is timed is the gradient of q, k and v by autograd, of an output that is there already: by CUDA
-graph replays as the forward is (timing.py), and both passes together eagerly, the host included.
+The bench times autograd's gradients of q, k and v, of an output that was computed before, by CUDA
+graph replays as it times the forward (timing.py); and both passes together eagerly, with the host.
 """
 
 from __future__ import annotations

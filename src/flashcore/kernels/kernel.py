@@ -1,7 +1,8 @@
 """A kernel is one object, which answers for itself: nobody outside of `kernels/` asks which it is.
 
-What its source text depends on, a Plan says; what else there is to know of it, these two classes
-say, of which each kernel's folder has its own in `kernel.py`. kernels/registry.py lists them all.
+A Plan has what the kernel's source text depends on. The classes here have everything else that the
+host needs; the `kernel.py` of a kernel's folder makes its object, and kernels/registry.py lists
+them all.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ struct EvenRows {
   FC_DEVICE EvenRows from(int row, int col) const {
     return {gmem + (int64_t(row) * stride + col), stride};
   }
-  // What lies in a row and column; the row may be read where it is `valid`.
+  // The address of an element. Where a row is not `valid`, nobody reads from it.
   FC_DEVICE GmemPtr<const Element> at(int row, int col, bool /* valid */) const {
     return gmem + (int64_t(row) * stride + col);
   }
