@@ -11,6 +11,7 @@ import functools
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -134,26 +135,18 @@ def gradients_with_lengths(
     choice = choose_backward(problem, backend=backend)
     if not choice.is_fused or problem.is_empty:
         return None
-    return _fused(choice, problem, q, k, v, mask, out, lse, dout, dlse, lengths)
+    return _fused(choice, (problem, q, k, v, mask, out, lse, dout, dlse), lengths)
 
 
 def _fused(
-    choice: BackwardChoice,
-    problem: Problem,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    lengths: Mapping[str, Tensor] | None = None,
+    choice: BackwardChoice, inputs: tuple[Any, ...], lengths: Mapping[str, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Compute dq, dk and dv by the fused kernels of a choice; return None, with a warning, where
-    they cannot be compiled: from a bundle without them, and without a compiler."""
+    they cannot be compiled: from a bundle without them, and without a compiler. `inputs` are the
+    arguments of `fused_backward` up to dlse."""
     run = run_on_gpu if choice.is_on_gpu else run_in_simulator
     try:
+        problem, q, k, v, mask, out, lse, dout, dlse = inputs
         return fused_backward(problem, q, k, v, mask, out, lse, dout, dlse, run, lengths=lengths)
     except BackendUnavailableError as error:
         if not choice.is_on_gpu:
@@ -189,7 +182,7 @@ def attention_gradients(
         )
     if choice.is_fused:
         inputs = problem, q, k, v, mask, out, lse, dout, dlse
-        fused = _fused(choice, *inputs)
+        fused = _fused(choice, inputs)
         if fused is not None:
             return *fused, None
         return attention_gradients(*inputs, needs_mask_grad, "torch")
