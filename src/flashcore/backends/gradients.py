@@ -147,7 +147,7 @@ def _fused(
     run = run_on_gpu if choice.is_on_gpu else run_in_simulator
     try:
         problem, q, k, v, mask, out, lse, dout, dlse = inputs
-        return fused_backward(problem, q, k, v, mask, out, lse, dout, dlse, run, lengths=lengths)
+        return fused_backward(problem, q, k, v, mask, out, lse, dout, dlse, run, None, lengths)
     except BackendUnavailableError as error:
         if not choice.is_on_gpu:
             raise
