@@ -90,27 +90,28 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("delta-of-one-lane", "dlse-forgotten", "dout-read-late", "delta-of-a-neighbour"),
         ),
         "store": ("queries-behind-stored",),
-        "dq": ("k-released-early", "empty-rows-kept"),
+        "dq": ("k-released-early",),
+        "full": ("empty-rows-kept",),
     },
     DKDV_KERNEL: {
         "load": (
             *("do-released-early", "q-released-early", "heads-of-queries", "box-without-a-key"),
         ),
-        "scores": (
+        "ds": (
             *("stale-stats", "stats-released-by-one-lane", "kv-released-early"),
-            *("clear-without-fence", "probs-not-awaited", "v-overwritten"),
+            *("clear-without-fence", "probs-not-awaited", "v-overwritten", "dp-not-awaited"),
+            *("query-tile-skipped", "last-of-group-skipped", "neighbour-lse", "diagonal-hidden"),
+            *("probs-overwritten", "stats-of-the-first", "longest-instead-of-own"),
+            "swapped-operand",
         ),
-        "dv": (
-            *("dp-not-awaited", "query-tile-skipped", "last-of-group-skipped"),
-            *("empty-rows-spread", "neighbour-lse", "diagonal-hidden", "probs-overwritten"),
-            *("stats-of-the-first", "keys-behind-kept", "longest-instead-of-own"),
-        ),
+        "dv": ("empty-rows-spread",),
+        "full": ("keys-behind-kept",),
         "dq": (
             *("ds-not-awaited", "ds-overwritten", "ds-without-fence", "sums-overwritten"),
             *("sums-without-fence", "ds-released-early", "k-released-before-dq"),
             *("neighbour-rows", "head-of-group"),
         ),
-        "dk": ("swapped-operand", "dk-added-twice", "scale-forgotten"),
+        "dk": ("dk-added-twice", "scale-forgotten"),
         "store": (
             *("dk-over-dv", "place-released-early", "neighbour-keys-stored"),
             *("box-of-a-key-late", "last-keys-forgotten"),

@@ -21,13 +21,15 @@ from torch import Tensor
 
 from flashcore.compile.plant import Plant
 from flashcore.kernels.fwd_wmma.plan import Plan
-from flashcore.kernels.registry import PORTABLE
+from flashcore.kernels.registry import BY_NAME, PORTABLE, backward
 from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import MaskSpec
 from flashcore.selection.select import select_plan
+from flashcore.sim.placing import place
 from flashcore.sim.plants.index import find_plant
-from flashcore.sim.replay_command import REPLAY_DEFAULTS, distinct
+from flashcore.sim.replay_backward import BackwardReplay, load_replay
+from flashcore.sim.replay_command import REPLAY_DEFAULTS
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import simulate
 
@@ -92,18 +94,7 @@ class Replay:
         )
 
 
-def _place(values: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
-    """Return values, broadcast to a shape with the given strides, `offset` elements into an
-    allocation."""
-    span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-    placed = torch.zeros(offset + max(span, 1), dtype=values.dtype)
-    placed = placed.as_strided(tuple(shape), tuple(strides), offset)
-    values_once = distinct(placed)
-    values_once.copy_(values.expand(tuple(shape))[tuple(slice(n) for n in values_once.shape)])
-    return placed
-
-
-def parse_replay(words: Sequence[str]) -> Replay:
+def parse_replay(words: Sequence[str]) -> Replay | BackwardReplay:
     """Read the words of a replay command.
 
     Args:
@@ -136,7 +127,15 @@ def parse_replay(words: Sequence[str]) -> Replay:
             raise ValueError(f"{field.name} is missing")
     problem = Problem(**problem_values)
     arch, gate = int(take("sim_arch", "80")), take("gate", "") or None
-    plan = select_plan(problem, arch, gate, take("kernel", PORTABLE.name))
+    name = take("kernel", PORTABLE.name)
+    if name not in BY_NAME:
+        raise ValueError(f"kernel={name!r} is not one of {', '.join(BY_NAME)}")
+    kernel = BY_NAME[name]
+    plan: Any
+    if kernel.is_backward:
+        plan = backward(name).chosen(problem, gate)
+    else:
+        plan = select_plan(problem, arch, gate, name)
     changes = {
         field.name: _from_text(given.pop(f"plan.{field.name}"), field.name, None)
         for field in fields(plan)
@@ -146,6 +145,10 @@ def parse_replay(words: Sequence[str]) -> Replay:
     seed, plant_name = int(take("seed", "0")), take("plant", "")
     plant = find_plant(plant_name, plan.kernel) if plant_name else None
     path = take("inputs", "")
+    if kernel.is_backward:
+        if given:
+            raise ValueError(f"unknown: {', '.join(given)}")
+        return load_replay(problem, plan, seed, plant, path)
     offsets = {name: int(take(f"{name}_offset", "0")) for name in _PLACED}
     if given:
         raise ValueError(f"unknown: {', '.join(given)}")
@@ -172,7 +175,7 @@ def _lengths(
         pages = torch.arange(shape[2] * shape[3], dtype=torch.int32) % problem.num_pages
         table = values.get("page_table", pages.reshape(shape))
         strides = 0, 0, problem.page_table_stride, 1
-        lengths["page_table"] = _place(table, shape, strides, offsets["page_table"])[0, 0]
+        lengths["page_table"] = place(table, shape, strides, offsets["page_table"])[0, 0]
     if problem.has_sinks:
         lengths["sinks"] = values.get("sinks", torch.zeros(problem.num_heads_q)).flatten()
     return lengths or None
@@ -203,7 +206,7 @@ def _make(
     def tensor(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Tensor:
         drawn = torch.randn(shape, generator=generator)
         typed = drawn > 0 if dtype == "bool" else drawn.to(getattr(torch, dtype))
-        return _place(values.get(name, typed), shape, strides, offsets[name])
+        return place(values.get(name, typed), shape, strides, offsets[name])
 
     dtype = problem.dtype
     q = tensor("q", (*rows_q, problem.head_dim), (*problem.q_strides, 1), dtype)

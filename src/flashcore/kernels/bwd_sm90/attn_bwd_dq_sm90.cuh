@@ -17,6 +17,9 @@
 #include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
+//@if gate
+#include "tile/gates.cuh"
+//@end
 #include "bwd_sm90/bwd_dq_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
 
@@ -32,6 +35,9 @@ struct Consumer {
   RowStats stats;  // of a lane's two rows
   GmemPtr<const MaskElement> mask;  // of the batch and head
   uint32_t count;               // of all tiles that came through the stages
+//@if gate ds dq
+  GateScores gate;
+//@end
 };
 
 FC_DEVICE void release_k(const Barriers& bar, uint32_t count) {
@@ -154,6 +160,9 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
   wgmma_hold(c.dprobs);
   release_v(bar, c.count);
   score_gradient(c);
+//@if gate ds dq
+  gate_tile<false>(c.dprobs, c.gate, p, c.warp_row, key_begin);
+//@end
   if (HAS_DQ) {
     wgmma_wait<0>();
     wgmma_hold(c.dq);
@@ -201,9 +210,16 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const int group_row = block.m_begin + c.index * 64;
     c.warp_row = group_row + warp_idx() % 4 * 16;
     const auto& sequence = sequence_params(p, block);
+//@if gate delta
+    const KeyRange keys = {0, 0};
+//@else
     const KeyRange keys = key_range(sequence, block.m_begin);
+//@end
     const KeyRange own = IS_BOUNDED ? group_key_range(sequence, keys, group_row) : keys;
     c.mask = mask_of(p, block.batch_idx, block.head_idx);
+//@if gate ds dq
+    c.gate = gate_scores_of<false>(p, block, block.head_idx);
+//@end
     clear(c.dq);
     if (IS_BOUNDED) skip_tiles(c, bar, keys.n_block_end - own.n_block_end);
     if (own.n_block_begin < own.n_block_end) {

@@ -49,6 +49,10 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
                      smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS,
                      mask_of(p, block.batch_idx, block.head_idx + head), block.m_begin,
                      m_block * BLOCK_M);
+//@if gate dv
+        gate_probs(probs, gate_scores_of<true>(p, block, block.head_idx + head), own,
+                   block.m_begin + warp_idx() % 4 * 16, m_block * BLOCK_M);
+//@end
         release_q(bar, count);
         mbar_wait(bar.probs_empty, int(count % 2) ^ 1);
 #pragma unroll
@@ -103,6 +107,10 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
         mbar_arrive(bar.probs_empty);
         score_gradient(dprobs, smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS,
                        [&](int n, int i) { return unpacked(probs[n].word[i / 2], i % 2); });
+//@if gate ds dk
+        gate_tile<true>(dprobs, gate_scores_of<true>(p, block, block.head_idx + head), own,
+                        block.m_begin + warp_idx() % 4 * 16, m_block * BLOCK_M);
+//@end
 #pragma unroll
         for (int n = 0; n < QUERY_FRAGS; ++n) wmma_accum_to_a(dscores[n], dprobs[n]);
         await_q(bar, count);

@@ -111,7 +111,11 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
                  c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
       }
     }
+//@if gate delta
+    const KeyRange keys = {0, 0};
+//@else
     const KeyRange keys = key_range(own, block.m_begin);
+//@end
     bool asked = false;
     for (int n_block = keys.n_block_end - 1; n_block >= keys.n_block_begin; --n_block, ++count) {
       if (!asked && n_block < keys.n_block_begin + ASK_AHEAD) {

@@ -8,7 +8,13 @@ from typing import Any, ClassVar
 
 from flashcore.kernels.bwd_sm90 import plan_one, stages
 from flashcore.kernels.bwd_sm90.params import num_tiles
-from flashcore.kernels.bwd_sm90.plan import ARCH, DKDV_KERNEL, DQ_KERNEL, BwdSm90Plan
+from flashcore.kernels.bwd_sm90.plan import (
+    ARCH,
+    DKDV_KERNEL,
+    DQ_KERNEL,
+    BwdSm90Plan,
+    select_plans,
+)
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.kernel import Kernel
@@ -22,6 +28,32 @@ class BwdSm90Kernel(Kernel[BwdSm90Plan]):
     """A BwdSm90Kernel is one of those that compute delta, dq, dk and dv. See `Kernel`."""
 
     is_backward: ClassVar[bool] = True
+
+    def chosen(self, problem: Problem, gate: str | None = None) -> BwdSm90Plan:
+        """Return the plan of this kernel that is selected for a problem, with a debug gate."""
+        plans: list[BwdSm90Plan] = list(select_plans(problem))
+        if plan_one.obstacle(problem) is None:
+            plans += plan_one.select_one_kernel_plans(problem)
+        plan = next(plan for plan in plans if plan.kernel == self.name)
+        return dataclasses.replace(plan, gate=gate)
+
+    def barrier_places(self, plan: BwdSm90Plan) -> list[tuple[str, int]]:
+        """Return for each mbarrier the member of `Barriers` (bwd_dq_sm90.cuh, bwd_dkdv_sm90.cuh)
+        that it belongs to, and its index there; a test compares the two."""
+        if not plan.is_persistent:
+            return [("full", 0)]
+        if plan.is_dq:
+            slots = plan.dq_buffers[0] * plan.num_consumers
+            members = {"q_full": slots, "q_empty": slots}
+            members |= dict.fromkeys(("k_full", "k_empty"), plan.num_stages)
+            members |= dict.fromkeys(("v_full", "v_empty"), plan.other_stages)
+        else:
+            members = {"coord_full": 2, "kv_full": 1, "kv_empty": 1}
+            members |= {"probs_full": 1, "probs_empty": 1}
+            members |= dict.fromkeys(("q_full", "q_empty", "stats_full"), plan.num_stages)
+            members |= dict.fromkeys(("do_full", "do_empty"), plan.other_stages)
+            members |= dict.fromkeys(("ds_full", "ds_empty"), plan.ds_stages * plan.also_dq)
+        return [(name, index) for name, count in members.items() for index in range(count)]
 
     def num_pieces(self, problem: Problem, plan: BwdSm90Plan) -> int:
         """Return the number of tiles of rows or of keys."""
