@@ -11,7 +11,7 @@ from roads import OURS, ROADS, dense_inputs, lengths, packed_inputs, padded, var
 from torch.autograd import forward_ad
 
 import flashcore
-from flashcore.ops import autograd
+from flashcore.ops.transforms import autograd
 
 every_road = pytest.mark.parametrize("name", ROADS)
 our_roads = pytest.mark.parametrize("name", OURS)
