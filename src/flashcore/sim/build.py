@@ -37,7 +37,8 @@ COMMON_FLAGS = (
     "-Wno-unknown-pragmas",  # #pragma unroll
     "-Wno-psabi",  # tensor maps are passed by value
 )
-KERNEL_FLAGS = ("-O2",)
+# A kernel is compiled for a few runs, and in them the runtime is what takes time.
+KERNEL_FLAGS = ("-Og",)
 RUNTIME_FLAGS = ("-O3",)
 
 # What the runtime includes of the kernels' host side.
