@@ -15,6 +15,13 @@
 
 #include "tile/schedule_varlen.cuh"
 
+// The gradient of an additive mask; read only by attn_bwd_dmask_sm90.cuh.
+struct MaskGradient {
+  int32_t batch, heads;  // of it: 1 where it is summed
+  int32_t num_shares;    // that its sums are divided into
+  int32_t row_stride;    // of it, or of a share
+};
+
 // Mirrored by kernels/bwd_sm90/params.py. Boxes of q, k, v and dout are those of the kernel at
 // hand.
 struct AttnBwdSm90Params {
@@ -25,6 +32,9 @@ struct AttnBwdSm90Params {
   GmemPtr<const float> dlse;  // as lse, or null for zero
   GmemPtr<float> delta;       // as lse
   GmemPtr<float> dq_sums;     // see sums_of; read only where several blocks add up dQ
+  GmemPtr<MaskElement> dmask;    // [batch, heads, seqlen_q or 1, seqlen_k] of MaskGradient
+  GmemPtr<float> dmask_shares;   // instead, [num_shares, batch, heads, seqlen_q or 1, row_stride]
+  MaskGradient mask_gradient;
 };
 
 constexpr int CHUNK_BYTES = CHUNK * 2;

@@ -18,6 +18,13 @@ from flashcore.problem.memory_layout import strides_of
 _ELEMENT_BYTES = 2
 MAPS = ("q", "k", "v", "dout", "dq", "dk", "dv")
 LENGTHS = ("seqlens_k", "cu_seqlens_q", "cu_seqlens_k")  # those that a problem may have
+POINTERS = ("dlse", "delta", "dq_sums", "dmask", "dmask_shares")  # besides those of AttnParams
+
+
+class MaskGradient(ctypes.Structure):
+    """Say what of an additive mask's gradient is summed."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("batch", "heads", "num_shares", "row_stride")]
 
 
 class AttnBwdSm90Params(ctypes.Structure):
@@ -28,10 +35,9 @@ class AttnBwdSm90Params(ctypes.Structure):
         ("attn", AttnParams),
         ("num_heads", ctypes.c_int32),
         ("heads_per_section", ctypes.c_int32),
-        ("dlse", ctypes.c_void_p),
-        ("delta", ctypes.c_void_p),
-        ("dq_sums", ctypes.c_void_p),
-        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 32) % 64)),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("mask_gradient", MaskGradient),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 64) % 64)),
     ]
 
 
@@ -78,9 +84,9 @@ def build_params_bwd_sm90(
     Args:
         problem: shapes, strides and options of the forward.
         plan: of the kernel.
-        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask, dlse and dq_sums where
-            there are some; seqlens_k, or cu_seqlens_q and cu_seqlens_k, where the problem has
-            lengths. Of packed sequences out is contiguous as [total, heads, dim].
+        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask, dlse, dq_sums, dmask and
+            dmask_shares where there are some; seqlens_k, or cu_seqlens_q and cu_seqlens_k, where
+            the problem has lengths. Of packed sequences out is contiguous as [total, heads, dim].
         num_blocks: of the launch.
         addresses: of the tensors, by name; None for the simulator, which places them itself.
 
@@ -106,8 +112,9 @@ def build_params_bwd_sm90(
     num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
     argument.num_heads = num_heads * problem.batch
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
-    argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
-    argument.dq_sums = addresses.get("dq_sums")
+    for name in POINTERS:
+        setattr(argument, name, addresses.get(name))
+    argument.mask_gradient = MaskGradient(*plan.mask_gradient(problem))
     for name, box_rows in plan.box_rows.items():
         tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)
         if problem.varlen == "packed":

@@ -211,6 +211,11 @@ class BwdSm90Plan(Plan):
         """Return the tensors that blocks add up in, in no fixed order."""
         return ("dq_sums",) if self.also_dq else ()
 
+    def mask_gradient(self, problem: Problem) -> tuple[int, ...]:
+        """Return the fields of MaskGradient in the kernel's argument: nothing, unless the kernel
+        computes it (plan_mask.py)."""
+        return ()
+
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
         consumer_registers, producer_registers, *of_dq = self.role_registers
@@ -269,8 +274,8 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
         return f"the fused backward takes float16 and bfloat16, not {problem.dtype}"
     if max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
         return f"the fused backward takes head_dim {HEAD_DIM_MAX} at most"
-    if needs_mask_grad:
-        return "the fused backward computes no gradient of a mask"
+    if needs_mask_grad and problem.varlen != "none":
+        return "the fused backward computes no gradient of a mask over sequences of other lengths"
     rows = max(problem.total_q * problem.num_heads_q, problem.total_k * problem.num_heads_kv)
     if problem.varlen == "packed" and rows + problem.batch >= _MAX_PACKED_ROWS:
         return "the fused backward counts the tiles of all packed sequences in 32 bits"

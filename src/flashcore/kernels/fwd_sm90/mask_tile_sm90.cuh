@@ -145,6 +145,14 @@ struct MaskStrip {
   template <int NUM_FRAGS>
   FC_DEVICE void add_to(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, int row_begin,
                         int n_block) const {
+    add_fetched(scores, p, row_begin);
+    fetch(p, row_begin, n_block - KEY_SLICES);
+  }
+
+  // Adds the part that was fetched last.
+  template <int NUM_FRAGS>
+  FC_DEVICE void add_fetched(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
+                             int row_begin) const {
     cp_async_wait<0>();
     warp_sync();  // orders every lane's arrived copies before the reads below
     const int lane = opaque(lane_idx());
@@ -165,6 +173,5 @@ struct MaskStrip {
       }
     }
     warp_sync();  // orders them before the next copies
-    fetch(p, row_begin, n_block - KEY_SLICES);
   }
 };
