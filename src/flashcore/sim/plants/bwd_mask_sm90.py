@@ -1,0 +1,150 @@
+"""Plant bugs of the kernel of an additive mask's gradient for Hopper
+(tests/plants/test_sim_plants_bwd_mask_sm90.py)."""
+
+from __future__ import annotations
+
+from flashcore.compile.plant import Plant, by_name
+
+_KERNEL = "bwd_sm90/attn_bwd_dmask_sm90.cuh"
+_PARTS = "bwd_sm90/bwd_dmask_sm90.cuh"
+
+PLANTS_BWD_MASK_SM90 = by_name(
+    Plant(
+        name="chunk-not-awaited",
+        title="a product reads a chunk of columns before it has arrived",
+        file=_KERNEL,
+        find="    mbar_wait(bar.full + stage_of",
+        replace="    if (false) mbar_wait(bar.full + stage_of",
+        caught_by="race",
+        or_by=("uninitialized-read", "async-pending", "mbarrier", "deadlock"),
+    ),
+    Plant(
+        name="chunk-released-early",
+        title="a chunk's stage is released while its product is under way",
+        file=_KERNEL,
+        find="      wgmma_wait<1>();\n",
+        replace="\n",
+        caught_by="wgmma",
+        or_by=("race",),
+    ),
+    Plant(
+        name="last-dp-not-awaited",
+        title="the last chunks of dP are released, and dP is read, while they are under way",
+        file=_KERNEL,
+        find="  wgmma_wait<0>();\n",
+        replace="\n",
+        caught_by="wgmma",
+        or_by=("race",),
+    ),
+    Plant(
+        name="mask-tile-of-first-head",
+        title="the mask of the first head is added to every head's scores",
+        file=_KERNEL,
+        find="mask_of(p, piece.first.batch_idx, piece.first.head_idx)",
+        replace="mask_of(p, piece.first.batch_idx, 0)",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="sums-kept",
+        title="a tile's sum begins with that of the tile before",
+        file=_KERNEL,
+        find="    clear(c.sums);\n",
+        replace="    if (number < num_blocks()) clear(c.sums);\n",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="empty-rows-added",
+        title="NaN that arrives at a row that sees nothing is added",
+        file=_KERNEL,
+        find="        if (is_empty[row_of_element(i)]) c.dprobs[n].x[i] = 0.0f;",
+        replace="        if (false) c.dprobs[n].x[i] = 0.0f;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="delta-of-the-other-row",
+        title="a lane's second row has the delta of its first",
+        file=_KERNEL,
+        find="c.dprobs[n].x[i] - stats.delta[row_of_element(i)];",
+        replace="c.dprobs[n].x[i] - stats.delta[0];",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="last-step-forgotten",
+        title="a tile's walk ends one step early",
+        file=_PARTS,
+        find="    left = piece.end - piece.begin;",
+        replace="    left = max_i(0, piece.end - piece.begin - 1);",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="shares-overlap",
+        title="the last step of a share is the first of the next, too",
+        file=_PARTS,
+        find="  piece.begin = int(int64_t(num_steps) * piece.share / g.num_shares);",
+        replace="  piece.begin = max_i(0, num_steps * piece.share / g.num_shares - 1);",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="one-head-too-many",
+        title="a walk goes on to a head behind its last",
+        file=_PARTS,
+        find="    if (++block.head_idx < end_head) return;",
+        replace="    if (++block.head_idx <= end_head) return;",
+        caught_by="wrong-result",
+        or_by=("out-of-bounds",),
+    ),
+    Plant(
+        name="diagonal-tile-skipped",
+        title="the last tile of keys that a tile of queries sees is left out",
+        file=_PARTS,
+        find="n_block < keys.n_block_end;",
+        replace="n_block < keys.n_block_end - 1;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="rows-behind-the-end",
+        title="lse and delta are read of rows that there are not",
+        file=_PARTS,
+        find="    if (row >= p.seqlen_q) continue;\n    const int64_t at = lse_offset",
+        replace="\n    const int64_t at = lse_offset",
+        caught_by="out-of-bounds",
+        or_by=("wrong-result",),
+    ),
+    Plant(
+        name="gradient-read-early",
+        title="a warp's part of the gradient is read before all lanes have written theirs",
+        file=_PARTS,
+        find="  warp_sync();  // orders the writes above before the reads below\n",
+        replace="\n",
+        caught_by="race",
+        or_by=("uninitialized-read",),
+    ),
+    Plant(
+        name="gradient-overwritten",
+        title="the mask of the next tile overwrites a gradient that is still read",
+        file=_PARTS,
+        find="  warp_sync();  // orders the reads before the next tile's mask\n",
+        replace="\n",
+        caught_by="race",
+    ),
+    Plant(
+        name="warp-sums-read-early",
+        title="warps' sums of their rows are added before all of them are there",
+        file=_PARTS,
+        find="named_barrier_sync(SUMS_BARRIER, NUM_CONSUMERS * 128);  // orders the writes",
+        replace="if (false) named_barrier_sync(SUMS_BARRIER, 128);  // orders the writes",
+        caught_by="race",
+        or_by=("uninitialized-read", "misuse"),
+    ),
+    Plant(
+        name="warp-sums-overwritten",
+        title="warps' sums are overwritten by those of the next tile while they are added",
+        file=_PARTS,
+        find="named_barrier_sync(SUMS_BARRIER, NUM_CONSUMERS * 128);  // orders them",
+        replace="if (false) named_barrier_sync(SUMS_BARRIER, 128);  // orders them",
+        caught_by="race",
+        or_by=("misuse",),
+    ),
+)
+# Those that a mask shows which all queries share; the others are shown by one of every query.
+OF_ROWS = ("shares-overlap", "warp-sums-read-early", "warp-sums-overwritten")
