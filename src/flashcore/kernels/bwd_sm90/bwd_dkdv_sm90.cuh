@@ -94,7 +94,9 @@ constexpr int OUT_OFFSET = DO_OFFSET + NUM_DO_STAGES * DO_ELEMENTS * 2;
 constexpr int DS_OFFSET = OUT_OFFSET + NUM_KEY_GROUPS * OUT_ELEMENTS * 2;
 constexpr int DQ_OFFSET = DS_OFFSET + NUM_DS_STAGES * DS_ELEMENTS * 2;
 constexpr int PROBS_OFFSET = DQ_OFFSET + DQ_FLOATS * 4;
-constexpr int STATS_OFFSET = PROBS_OFFSET + PROBS_WORDS * 4;
+constexpr int MASK_OFFSET = PROBS_OFFSET + PROBS_WORDS * 4;
+constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_KEY_GROUPS * 4 * KEY_MASK_WARP_ELEMENTS;
+constexpr int STATS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES;
 constexpr int FEED_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;  // at 16 bytes
 constexpr int BARRIERS_OFFSET = FEED_OFFSET + FEED_BYTES;
 constexpr int NUM_BARRIERS =
@@ -109,6 +111,7 @@ struct Buffers {
   SmemPtr<Element> ds;
   SmemPtr<float> dq;
   SmemPtr<uint32_t> probs;
+  SmemPtr<MaskElement> mask;  // of each warp that computes P^T
   SmemPtr<float> stats;
   SmemPtr<int32_t> coords;  // of the key tiles at hand
   Feed feed;  // from which the producer has them, where they are dealt out

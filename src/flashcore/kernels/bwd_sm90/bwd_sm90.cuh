@@ -123,15 +123,6 @@ FC_DEVICE ScoreMask as_score_mask(T bias) {
   return {true, to_float(bias)};
 }
 
-// A mask tensor's element; `gmem` is the mask of a batch and head. (Each lane loads its own, which
-// takes many more accesses than the forward's copies by rows, but no shared memory.)
-FC_DEVICE ScoreMask mask_element(const AttnParams& p, GmemPtr<const MaskElement> gmem, int row,
-                                 int key) {
-  if (MASK_KIND == 0) return {true, 0.0f};
-  if (row >= p.seqlen_q || key >= p.seqlen_k) return {false, 0.0f};
-  return as_score_mask(gmem_load(gmem + (row * p.strides.mask.row + key * p.strides.mask.col)));
-}
-
 // What becomes of one score q.k: its probability, and that times soft-capping's derivative.
 // `lse_log2` is in log2 units, +inf for a row that sees nothing or is none.
 struct Probability {

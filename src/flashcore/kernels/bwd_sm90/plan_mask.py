@@ -37,7 +37,7 @@ class MaskPlan(BwdSm90Plan):
 
     A block takes tiles of `block_m` queries and `block_n` keys of the mask. `sums_batch`,
     `sums_heads` and `sums_rows`: which dimensions of the mask have size 1. `num_shares`: blocks
-    that divide the sum of a tile. `out_bytes`: of one store. The others are as in Sm90Plan.
+    that divide the sum of a tile. `out_bytes`: of one store.
     """
 
     sums_batch: bool = False
@@ -45,8 +45,6 @@ class MaskPlan(BwdSm90Plan):
     sums_rows: bool = False
     num_shares: int = 1
     out_bytes: int = _PACKET_BYTES
-    mask_load_bytes: int = 1
-    mask_is_shifted: bool = False
 
     @property
     def is_dq(self) -> bool:
@@ -63,10 +61,8 @@ class MaskPlan(BwdSm90Plan):
         """Return the dynamic shared memory of a block: chunks of columns, the mask, and where rows
         are summed those of each warp."""
         tile = self.num_stages * (self.block_m + self.block_n) * self.chunk * 2
-        assert self.mask is not None
-        mask = self.num_consumers * tiles_sm90.mask_bytes(self.mask, self.sums_rows, self.block_n)
         sums = 4 * self.num_consumers * self.block_n * 4 * self.sums_rows
-        return tile + mask + sums + 2 * _BARRIER_BYTES * self.num_stages
+        return tile + self.mask_bytes + sums + 2 * _BARRIER_BYTES * self.num_stages
 
     @property
     def box_rows(self) -> dict[str, int]:
@@ -131,7 +127,7 @@ class MaskPlan(BwdSm90Plan):
             "KEY_SLICES": 1,
             "SPLIT_KV": False,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
-            "MASK_IS_ROW": self.sums_rows,
+            "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,
             "SUMS_ROWS": self.sums_rows,
             "IN_SHARES": self.num_shares > 1,
@@ -155,8 +151,8 @@ def select_mask_plan(problem: Problem, shape: tuple[int, int, int, int]) -> Mask
 
 @functools.lru_cache(maxsize=4096)
 def _plan(fields: tuple[tuple[str, Any], ...], sums: tuple[bool, bool, bool]) -> MaskPlan:
-    of_problem = dict(fields)
-    del of_problem["mask_is_row"]
+    # Rows that are expanded in memory have a gradient each, which takes their place.
+    of_problem = dict(fields) | {"mask_is_row": sums[2]}
     plan = MaskPlan(
         kernel=DMASK_KERNEL,
         arch=ARCH,

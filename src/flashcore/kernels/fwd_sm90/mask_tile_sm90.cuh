@@ -149,23 +149,32 @@ struct MaskStrip {
     fetch(p, row_begin, n_block - KEY_SLICES);
   }
 
-  // Adds the part that was fetched last.
-  template <int NUM_FRAGS>
-  FC_DEVICE void add_fetched(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
-                             int row_begin) const {
+  // Waits for the part that was fetched last. Returns where the first element of a lane lies.
+  FC_DEVICE SmemPtr<MaskElement> await(const AttnParams& p, int row_begin) const {
     cp_async_wait<0>();
     warp_sync();  // orders every lane's arrived copies before the reads below
     const int lane = opaque(lane_idx());
     const int first_row = MASK_IS_ROW ? 0 : accum_row(lane, 0);
     const int first_col = accum_col(lane, 0) + shift(p, row_begin + first_row);
-    const auto own = smem + (first_row * MASK_STRIDE + first_col);
+    return smem + (first_row * MASK_STRIDE + first_col);
+  }
+
+  // Elements i and i + 1 of fragment n, from where `await` says.
+  FC_DEVICE static auto pair_of(SmemPtr<MaskElement> own, int n, int i) {
+    const int row = MASK_IS_ROW ? 0 : accum_row(0, i);
+    return load_pair(own + (row * MASK_STRIDE + n * 16 + accum_col(0, i)));
+  }
+
+  // Adds the part that was fetched last.
+  template <int NUM_FRAGS>
+  FC_DEVICE void add_fetched(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
+                             int row_begin) const {
+    const auto own = await(p, row_begin);
 #pragma unroll
     for (int n = 0; n < NUM_FRAGS; ++n) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        const int row = MASK_IS_ROW ? 0 : accum_row(0, i);
-        const auto element = own + (row * MASK_STRIDE + n * 16 + accum_col(0, i));
-        const auto pair = load_pair(element);
+        const auto pair = pair_of(own, n, i);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           add_mask(scores[n].x[i + j], mask_element<MaskElement>(pair, j));
