@@ -116,7 +116,7 @@ def kernel_times(step: Callable[[], Any]) -> dict[str, float]:
         torch.cuda.synchronize()
     times: dict[str, float] = {}
     for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
+        if event.device_type.name == "CUDA":
             name = event.name[:40]
             times[name] = times.get(name, 0.0) + event.device_time / 1e3
     return {name: round(time, 4) for name, time in sorted(times.items(), key=lambda x: -x[1])}

@@ -14,7 +14,7 @@ from mask_gradients import wrong_mask_gradient
 from plant_checks import check_text, undocumented
 
 from flashcore.backends.mask_gradient import run_for_mask
-from flashcore.kernels.bwd_sm90.plan_mask import select_mask_plan
+from flashcore.kernels.bwd_mask_sm90.plan import select_mask_plan
 from flashcore.sim import Plant, SimulationError
 from flashcore.sim.plants.bwd_mask_sm90 import OF_ROWS
 from flashcore.sim.plants.bwd_mask_sm90 import PLANTS_BWD_MASK_SM90 as PLANTS

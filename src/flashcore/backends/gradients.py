@@ -201,7 +201,9 @@ def attention_gradients(
                 of_kernel = dmask.view(shape_of(mask))
         fused = _fused(choice, inputs, None, of_kernel)
         if fused is not None:
-            return *fused, None if dmask is None else with_strides_of_empty_like(mask, dmask)
+            if mask is not None and dmask is not None:
+                dmask = with_strides_of_empty_like(mask, dmask)
+            return *fused, dmask
         return attention_gradients(*inputs, needs_mask_grad, "torch", sinks)
     assert dout is not None
     whole_q, whole_k, whole_v, out, dout = (

@@ -1,6 +1,6 @@
 """Compute the gradient of an additive mask beside the fused backward.
 
-Its kernel adds up what the scores that share an element have (kernels/bwd_sm90/plan_mask.py). A
+Its kernel adds up what the scores that share an element have (kernels/bwd_mask_sm90/plan.py). A
 mask with one element a row moves no weight from key to key: its gradient needs no scores.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flashcore.kernels.bwd_sm90.plan_mask import MaskPlan, select_mask_plan
+from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, select_mask_plan
 from flashcore.problem import Problem
 
 

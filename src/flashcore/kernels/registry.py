@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from flashcore.kernels.bwd_sm90.kernel import DELTA, DKDV, DMASK, DQ, ROUND
+from flashcore.kernels.bwd_mask_sm90.kernel import DMASK
+from flashcore.kernels.bwd_sm90.kernel import DELTA, DKDV, DQ, ROUND
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_wmma.kernel import WMMA
 from flashcore.kernels.fwd_wmma.plan import Plan

@@ -17,7 +17,7 @@ from flashcore.backends import gradients as gradients_module
 from flashcore.backends.gradients import choose_backward
 from flashcore.backends.mask_gradient import gradient_of_rows, run_for_mask
 from flashcore.compile.jit import resources
-from flashcore.kernels.bwd_sm90.plan_mask import MaskPlan, num_shares, select_mask_plan
+from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, num_shares, select_mask_plan
 from flashcore.problem import Problem
 from flashcore.sim.run_bwd import simulate_backward
 

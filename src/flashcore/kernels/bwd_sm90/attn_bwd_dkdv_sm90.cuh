@@ -27,7 +27,7 @@
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "tile/mask.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
-#include "bwd_sm90/mask_keys_sm90.cuh"
+#include "bwd_mask_sm90/mask_keys_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_roles_sm90.cuh"

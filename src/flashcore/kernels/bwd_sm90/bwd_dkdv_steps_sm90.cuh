@@ -2,7 +2,7 @@
 // tile and giving back its buffers, its four products, and what is computed between them.
 #pragma once
 
-#include "bwd_sm90/mask_keys_sm90.cuh"
+#include "bwd_mask_sm90/mask_keys_sm90.cuh"
 
 // The mask of a warp's 16 keys, of those from `key_row` on that a warpgroup has.
 FC_DEVICE KeyMaskStrip mask_strip(const AttnParams& p, const Buffers& smem, int group, int key_row,
@@ -161,8 +161,8 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
 }
 
 // S^T becomes P^T, rounded in `probs`; in `scores`, and where those are not kept rounded in
-// `capped_probs`, times soft-capping's derivative. `stats` is the tile's. A mask tensor's part of the
-// tile has been fetched; then the next tile's is, where there is one before query `end`.
+// `capped_probs`, times soft-capping's derivative. `stats` is the tile's. A mask tensor's part of
+// the tile has been fetched; then the next tile's is, where there is one before query `end`.
 FC_DEVICE void exponentiate(WmmaAccum (&scores)[QUERY_FRAGS], WmmaA<Element> (&probs)[QUERY_FRAGS],
                             WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
                             SmemPtr<float> stats, const KeyMaskStrip& mask, int key_row,

@@ -41,20 +41,6 @@ class AttnBwdSm90Params(ctypes.Structure):
     ]
 
 
-def num_tiles(problem: Problem, plan: BwdSm90Plan) -> int:
-    """Return the number of tiles that blocks take one after the other: of rows of every head of q,
-    or of keys of every head of k and v; of packed sequences as many as there can be."""
-    if plan.is_dq:
-        total, rows = problem.total_q, problem.seqlen_q
-        rows_of_tile, num_heads = plan.block_m, problem.num_heads_q
-    else:
-        total, rows = problem.total_k, problem.seqlen_k
-        rows_of_tile, num_heads = plan.block_n, problem.num_heads_kv
-    if problem.varlen == "packed":
-        return (total // rows_of_tile + problem.batch + 1) * num_heads
-    return -(-rows // rows_of_tile) * num_heads * problem.batch
-
-
 # What blocks that run side by side may have of L2 for the tiles they stream; see
 # kernels/fwd_sm90/params.py.
 _GROUP_BYTES = 8 << 20
@@ -67,7 +53,7 @@ def heads_per_section(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> i
     num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
     streamed = problem.seqlen_k if plan.is_dq else problem.seqlen_q * problem.group_size
     head_bytes = _ELEMENT_BYTES * streamed * (problem.head_dim + problem.head_dim_v)
-    tiles_of_head = max(1, num_tiles(problem, plan) // (num_heads * problem.batch))
+    tiles_of_head = max(1, plan.num_pieces(problem) // (num_heads * problem.batch))
     wanted = max(1, _GROUP_BYTES // max(1, head_bytes), round(num_blocks / tiles_of_head))
     return min(num_heads * problem.batch, wanted)
 
@@ -104,7 +90,7 @@ def build_params_bwd_sm90(
     if not plan.is_dq:
         argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles of a head
     if problem.varlen == "packed":
-        argument.attn.max_tiles = num_tiles(problem, plan)
+        argument.attn.max_tiles = plan.num_pieces(problem)
         walked = -(-problem.total_k // plan.block_n)
         if not plan.is_dq:
             walked = -(-problem.total_q // plan.block_m)

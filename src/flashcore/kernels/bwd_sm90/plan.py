@@ -158,7 +158,7 @@ class BwdSm90Plan(Plan):
     @property
     def mask_bytes(self) -> int:
         """Return shared memory for the mask tensor's elements of every warp
-        (fwd_sm90/mask_tile_sm90.cuh; bwd_sm90/mask_keys_sm90.cuh, of 16 keys each)."""
+        (fwd_sm90/mask_tile_sm90.cuh; bwd_mask_sm90/mask_keys_sm90.cuh, of 16 keys each)."""
         if self.mask is None:
             return 0
         if self.is_dq:
@@ -230,9 +230,22 @@ class BwdSm90Plan(Plan):
         """Return the tensors that blocks add up in, in no fixed order."""
         return ("dq_sums",) if self.also_dq else ()
 
+    def num_pieces(self, problem: Problem) -> int:
+        """Return the number of tiles that blocks take one after the other: of rows of every head of
+        q, or of keys of every head of k and v; of packed sequences as many as there can be."""
+        if self.is_dq:
+            total, rows = problem.total_q, problem.seqlen_q
+            rows_of_tile, num_heads = self.block_m, problem.num_heads_q
+        else:
+            total, rows = problem.total_k, problem.seqlen_k
+            rows_of_tile, num_heads = self.block_n, problem.num_heads_kv
+        if problem.varlen == "packed":
+            return (total // rows_of_tile + problem.batch + 1) * num_heads
+        return -(-rows // rows_of_tile) * num_heads * problem.batch
+
     def mask_gradient(self, problem: Problem) -> tuple[int, ...]:
         """Return the fields of MaskGradient in the kernel's argument: nothing, unless the kernel
-        computes it (plan_mask.py)."""
+        computes it (bwd_mask_sm90/plan.py)."""
         return ()
 
     def constants(self) -> dict[str, object]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from flashcore.compile.plant import Plant, by_name
 
-_KERNEL = "bwd_sm90/attn_bwd_dmask_sm90.cuh"
-_PARTS = "bwd_sm90/bwd_dmask_sm90.cuh"
+_KERNEL = "bwd_mask_sm90/attn_bwd_dmask_sm90.cuh"
+_PARTS = "bwd_mask_sm90/bwd_dmask_sm90.cuh"
 
 PLANTS_BWD_MASK_SM90 = by_name(
     Plant(

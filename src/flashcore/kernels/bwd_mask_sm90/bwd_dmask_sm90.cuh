@@ -1,6 +1,6 @@
-// bwd_sm90/bwd_dmask_sm90.cuh - the kernel of an additive mask's gradient: which tiles there are,
-// which scores each is added to, where in shared memory what lies, who loads it, and how a sum
-// leaves. Mirrored by kernels/bwd_sm90/plan_mask.py.
+// bwd_mask_sm90/bwd_dmask_sm90.cuh - the kernel of an additive mask's gradient: which tiles there
+// are, which scores each is added to, where in shared memory what lies, who loads it, and how a sum
+// leaves. Mirrored by kernels/bwd_mask_sm90/plan.py.
 #pragma once
 
 constexpr int NUM_CONSUMERS = BLOCK_M / 64;  // warpgroups of 64 queries

@@ -22,7 +22,7 @@
 #include "tile/softmax.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
-#include "bwd_sm90/bwd_dmask_sm90.cuh"
+#include "bwd_mask_sm90/bwd_dmask_sm90.cuh"
 
 // What one consumer warpgroup carries from step to step: 64 queries of the tile.
 struct Consumer {

@@ -1,6 +1,6 @@
-// bwd_sm90/mask_keys_sm90.cuh - a mask tensor on its way to transposed scores. As in
+// bwd_mask_sm90/mask_keys_sm90.cuh - a mask tensor on its way to transposed scores. As in
 // fwd_sm90/mask_tile_sm90.cuh every warp copies its own part of the next tile, along the rows, into
-// shared memory of its own while the tile before is computed: here 16 keys of all the tile's queries.
+// shared memory of its own while the tile before is computed: here 16 keys of all its queries.
 #pragma once
 
 #include "fwd_sm90/mask_tile_sm90.cuh"
