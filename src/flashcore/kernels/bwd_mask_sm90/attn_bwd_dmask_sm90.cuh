@@ -14,13 +14,12 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
-#include "tile/sequence.cuh"
-#include "fwd_sm90/schedule_sm90.cuh"
-#include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
+#include "bwd_sm90/bwd_delta_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
 #include "bwd_mask_sm90/bwd_dmask_sm90.cuh"
 

@@ -3,6 +3,16 @@
 // leaves. Mirrored by kernels/bwd_mask_sm90/plan.py.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "tile/softmax.cuh"
+#include "fwd_sm90/mask_tile_sm90.cuh"
+#include "bwd_sm90/bwd_delta_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 constexpr int NUM_CONSUMERS = BLOCK_M / 64;  // warpgroups of 64 queries
 constexpr int KEY_FRAGS = BLOCK_N / 16;
 constexpr bool IS_BOUNDED = HAS_WINDOW_LEFT || HAS_WINDOW_RIGHT;
@@ -168,11 +178,6 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
   }
   grid_launch_dependents();
 }
-
-// Of the two rows that a lane has part of.
-struct RowStats {
-  float lse_log2[2], delta[2];
-};
 
 // lse and delta of a lane's two rows. What is no row, or sees no key, gets lse +inf, which makes
 // probabilities 0.

@@ -10,16 +10,17 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
-#include "fwd_sm90/schedule_sm90.cuh"
-#include "tile/mask.cuh"
 #include "tile/softmax.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
-#include "bwd_sm90/bwd_sm90.cuh"
-#include "bwd_sm90/bwd_dq_sm90.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
+#include "bwd_sm90/bwd_dq_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
 
 // What one consumer warpgroup carries from key tile to key tile.
 struct Consumer {
@@ -110,7 +111,7 @@ FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, int key_begin) {
     for (int i = 0; i < 8; i += 2) {
       ScoreMask mask[2] = {{true, 0.0f}, {true, 0.0f}};
       if constexpr (MASK_KIND != 0) {
-        const auto pair = MaskStrip::pair_of(own, n, i);
+        const auto pair = MaskStrip::element_pair(own, n, i);
         mask[0] = as_score_mask(mask_element<MaskElement>(pair, 0));
         mask[1] = as_score_mask(mask_element<MaskElement>(pair, 1));
       }

@@ -2,6 +2,16 @@
 // shared memory what lies, and who loads it. Mirrored by kernels/bwd_sm90/plan.py.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/mask_keys.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 constexpr int NUM_KEY_GROUPS = BLOCK_N / 64;  // of 64 keys
 // Warpgroups: one a group of keys, or two that share its products
 // (bwd_sm90/bwd_dkdv_roles_sm90.cuh).
@@ -96,7 +106,7 @@ constexpr int DQ_OFFSET = DS_OFFSET + NUM_DS_STAGES * DS_ELEMENTS * 2;
 constexpr int PROBS_OFFSET = DQ_OFFSET + DQ_FLOATS * 4;
 constexpr int MASK_OFFSET = PROBS_OFFSET + PROBS_WORDS * 4;
 constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_KEY_GROUPS * 4 * KEY_MASK_WARP_ELEMENTS;
-constexpr int STATS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES;
+constexpr int STATS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * KEY_MASK_BYTES;
 constexpr int FEED_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;  // at 16 bytes
 constexpr int BARRIERS_OFFSET = FEED_OFFSET + FEED_BYTES;
 constexpr int NUM_BARRIERS =

@@ -2,7 +2,12 @@
 // tile and giving back its buffers, its four products, and what is computed between them.
 #pragma once
 
-#include "bwd_mask_sm90/mask_keys_sm90.cuh"
+#include "prims_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/mask_keys.cuh"
+#include "tile/params.cuh"
+#include "bwd_sm90/bwd_dkdv_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
 
 // The mask of a warp's 16 keys, of those from `key_row` on that a warpgroup has.
 FC_DEVICE KeyMaskStrip mask_strip(const AttnParams& p, const Buffers& smem, int group, int key_row,
@@ -141,7 +146,7 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       mask[i] = {true, 0.0f};
-      if constexpr (MASK_KIND != 0) mask[i] = KeyMaskStrip::element(own, n, i);
+      if constexpr (MASK_KIND != 0) mask[i] = as_score_mask(KeyMaskStrip::element(own, n, i));
       mask[i].visible &= !MASKED || visible.contain(n, i);
     }
     WmmaAccum prob;

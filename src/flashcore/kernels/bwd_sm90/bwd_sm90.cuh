@@ -13,7 +13,13 @@
 // so nothing has to be added up between blocks, and results do not differ from run to run.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
 
 // The gradient of an additive mask; read only by attn_bwd_dmask_sm90.cuh.
 struct MaskGradient {

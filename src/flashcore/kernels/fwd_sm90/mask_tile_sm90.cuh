@@ -5,6 +5,10 @@
 // eight rows at a time: eight times as many accesses, and in the middle of the softmax.)
 #pragma once
 
+#include "prims.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+
 // A mask that all queries share, such as one of padding, has one row.
 constexpr int MASK_ROWS = MASK_IS_ROW ? 1 : 16;
 constexpr int MASK_ELEMENT_BYTES = int(sizeof(MaskElement));
@@ -160,7 +164,7 @@ struct MaskStrip {
   }
 
   // Elements i and i + 1 of fragment n, from where `await` says.
-  FC_DEVICE static auto pair_of(SmemPtr<MaskElement> own, int n, int i) {
+  FC_DEVICE static auto element_pair(SmemPtr<MaskElement> own, int n, int i) {
     const int row = MASK_IS_ROW ? 0 : accum_row(0, i);
     return load_pair(own + (row * MASK_STRIDE + n * 16 + accum_col(0, i)));
   }
@@ -174,7 +178,7 @@ struct MaskStrip {
     for (int n = 0; n < NUM_FRAGS; ++n) {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
-        const auto pair = pair_of(own, n, i);
+        const auto pair = element_pair(own, n, i);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           add_mask(scores[n].x[i + j], mask_element<MaskElement>(pair, j));

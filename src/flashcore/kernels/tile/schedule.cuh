@@ -1,12 +1,21 @@
 // tile/schedule.cuh - which query rows a block computes, and which key tiles they can see.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/params.cuh"
+
 struct BlockCoord {
   int batch_idx;
   int head_idx;     // of q
   int head_idx_kv;  // of k and v: num_heads_q / num_heads_kv query heads share one
   int m_begin;      // first query row
   int split = 0;    // the part of the row tile's keys, see fwd_sm90/split_sm90.cuh
+};
+
+// What persistent blocks are told of the order of tiles, see fwd_sm90/schedule_sm90.cuh.
+struct TileSchedule {
+  int32_t num_heads;          // num_heads_q * batch
+  int32_t heads_per_section;  // of the last section maybe more; read only under a right bound
 };
 
 // The heads of a block, from batch_idx * num_heads_q + head_idx; m_begin is left open.

@@ -1,17 +1,19 @@
-// bwd_mask_sm90/mask_keys_sm90.cuh - a mask tensor on its way to transposed scores. As in
+// tile/mask_keys.cuh - a mask tensor on its way to transposed scores. As in
 // fwd_sm90/mask_tile_sm90.cuh every warp copies its own part of the next tile, along the rows, into
 // shared memory of its own while the tile before is computed: here 16 keys of all its queries.
 #pragma once
 
-#include "fwd_sm90/mask_tile_sm90.cuh"
+#include "prims.cuh"
+#include "tile/params.cuh"
 
 // A mask that all queries share has one row.
 constexpr int KEY_MASK_ROWS = MASK_IS_ROW ? 1 : BLOCK_M;
 // The lanes of a warp read eight keys of each of four queries, two apart, in different banks.
-constexpr int KEY_MASK_STRIDE = 16 + (MASK_ELEMENT_BYTES == 1 ? 0 : 16 / MASK_ELEMENT_BYTES);
+constexpr int KEY_MASK_BYTES = int(sizeof(MaskElement));
+constexpr int KEY_MASK_STRIDE = 16 + (KEY_MASK_BYTES == 1 ? 0 : 16 / KEY_MASK_BYTES);
 constexpr int KEY_MASK_WARP_ELEMENTS = KEY_MASK_ROWS * KEY_MASK_STRIDE;
-constexpr bool KEY_MASK_IN_PACKETS = MASK_IN_PACKETS && !MASK_IS_SHIFTED;
-constexpr int KEY_MASK_PACKET = KEY_MASK_IN_PACKETS ? MASK_PACKET : 1;  // elements
+constexpr bool KEY_MASK_IN_PACKETS = MASK_LOAD_BYTES >= 4 && !MASK_IS_SHIFTED;
+constexpr int KEY_MASK_PACKET = KEY_MASK_IN_PACKETS ? MASK_LOAD_BYTES / KEY_MASK_BYTES : 1;
 
 // The mask of a warp's 16 keys: in global memory, and the next tile's part of it.
 struct KeyMaskStrip {
@@ -62,8 +64,8 @@ struct KeyMaskStrip {
   }
 
   // Element i of fragment n, from where `await` says.
-  FC_DEVICE static ScoreMask element(SmemPtr<MaskElement> own, int n, int i) {
+  FC_DEVICE static MaskElement element(SmemPtr<MaskElement> own, int n, int i) {
     const int row = MASK_IS_ROW ? 0 : n * 16 + accum_col(0, i);
-    return as_score_mask(smem_load(own + (row * KEY_MASK_STRIDE + accum_row(0, i))));
+    return smem_load(own + (row * KEY_MASK_STRIDE + accum_row(0, i)));
   }
 };
