@@ -107,20 +107,15 @@ FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, int key_begin) {
   if constexpr (MASK_KIND != 0) own = c.mask.await(p, c.warp_row);
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
+    MaskFragment elements = {};
+    if constexpr (MASK_KIND != 0) elements = c.mask.fragment(own, n);
 #pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      ScoreMask mask[2] = {{true, 0.0f}, {true, 0.0f}};
-      if constexpr (MASK_KIND != 0) {
-        const auto pair = MaskStrip::element_pair(own, n, i);
-        mask[0] = as_score_mask(mask_element<MaskElement>(pair, 0));
-        mask[1] = as_score_mask(mask_element<MaskElement>(pair, 1));
-      }
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        mask[j].visible &= !MASKED || visible.contain(n, i + j);
-        float& x = c.scores[n].x[i + j];
-        x = probability(x, c.stats.lse_log2[row_of_element(i)], p, mask[j]).times_cap;
-      }
+    for (int i = 0; i < 8; ++i) {
+      ScoreMask mask = {true, 0.0f};
+      if constexpr (MASK_KIND != 0) mask = as_score_mask(elements.of(i));
+      mask.visible &= !MASKED || visible.contain(n, i);
+      float& x = c.scores[n].x[i];
+      x = probability(x, c.stats.lse_log2[row_of_element(i)], p, mask).times_cap;
     }
   }
   if constexpr (MASK_KIND != 0) {

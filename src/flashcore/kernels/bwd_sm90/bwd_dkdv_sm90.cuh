@@ -223,10 +223,11 @@ FC_DEVICE BlockCoord key_tile_coord(const AttnParams& p, const Walk& tile,
   } else {
     const auto at = tile.place(p, schedule);
     const int n_block = DRAWS_TILES ? p.num_m_blocks - 1 - at.m_block : at.m_block;
+    const BatchAndHead head = batch_and_head(p, at.head, p.num_heads_kv);
     BlockCoord block;
-    block.head_idx_kv = at.head % p.num_heads_kv;
-    block.head_idx = block.head_idx_kv * (p.num_heads_q / p.num_heads_kv);
-    block.batch_idx = at.head / p.num_heads_kv;
+    block.head_idx_kv = head.head;
+    block.head_idx = head.head * (p.num_heads_q / p.num_heads_kv);
+    block.batch_idx = head.batch;
     block.m_begin = n_block * BLOCK_N;
     return block;
   }

@@ -138,15 +138,17 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
                                  int m_begin) {
   const VisibleQueries visible(p, key_row, m_begin);
   const auto lse = stats + opaque(lane_idx()) % 4 * 2;
-  SmemPtr<MaskElement> own = {};
-  if constexpr (MASK_KIND != 0) own = strip.await();
+  KeyMaskStrip::Place own = {};
+  if constexpr (MASK_KIND != 0) own = strip.await(p, m_begin);
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) {
     ScoreMask mask[8];
+    MaskElement elements[8];
+    if constexpr (MASK_KIND != 0) strip.read(elements, own, n);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       mask[i] = {true, 0.0f};
-      if constexpr (MASK_KIND != 0) mask[i] = as_score_mask(KeyMaskStrip::element(own, n, i));
+      if constexpr (MASK_KIND != 0) mask[i] = as_score_mask(elements[i]);
       mask[i].visible &= !MASKED || visible.contain(n, i);
     }
     WmmaAccum prob;

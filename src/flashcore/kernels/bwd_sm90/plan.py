@@ -166,6 +166,8 @@ class BwdSm90Plan(Plan):
             return self.num_consumers * of_consumer
         element = tiles_sm90.MASK_ELEMENT_BYTES[self.mask]
         row_bytes = 16 * element + (16 if element > 1 else 0)
+        if self.mask_is_shifted:
+            row_bytes = 24 * element
         return self.block_n // 16 * (1 if self.mask_is_row else self.block_m) * row_bytes
 
     @property

@@ -5,6 +5,9 @@ from __future__ import annotations
 
 from flashcore.compile.plant import Plant, by_name
 
+_DQ = "bwd_sm90/attn_bwd_dq_sm90.cuh"
+_STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
+_STRIP = "tile/mask_keys.cuh"
 _KERNEL = "bwd_mask_sm90/attn_bwd_dmask_sm90.cuh"
 _PARTS = "bwd_mask_sm90/bwd_dmask_sm90.cuh"
 
@@ -148,3 +151,76 @@ PLANTS_BWD_MASK_SM90 = by_name(
 )
 # Those that a mask shows which all queries share; the others are shown by one of every query.
 OF_ROWS = ("shares-overlap", "warp-sums-read-early", "warp-sums-overwritten")
+
+# Of a mask on its way to the scores of the kernels of dq, and of dk and dv.
+PLANTS_BWD_MASKED_DQ_SM90 = by_name(
+    Plant(
+        name="mask-of-this-tile-again",
+        title="the mask of a key tile is fetched again for the next one",
+        file=_DQ,
+        find="    c.mask.fetch(p, c.warp_row, key_begin / BLOCK_N - 1);",
+        replace="    c.mask.fetch(p, c.warp_row, key_begin / BLOCK_N);",
+        caught_by="async-pending",
+        or_by=("wrong-result",),
+    ),
+    Plant(
+        name="mask-overwritten-by-the-next",
+        title="the next key tile's mask is copied over one that lanes still read",
+        file=_DQ,
+        find="    warp_sync();  // orders every lane's reads before the next copies\n",
+        replace="\n",
+        caught_by="race",
+    ),
+    Plant(
+        name="mask-of-other-rows",
+        title="a warp copies the mask of the rows of the one before it",
+        file=_DQ,
+        find="      c.mask.fetch(sequence, c.warp_row, own.n_block_end - 1);",
+        replace="      c.mask.fetch(sequence, c.warp_row / 32 * 32, own.n_block_end - 1);",
+        caught_by="wrong-result",
+    ),
+)
+PLANTS_BWD_MASKED_SM90 = by_name(
+    Plant(
+        name="strip-not-awaited",
+        title="a mask is read while it is copied",
+        file=_STRIP,
+        find="    cp_async_wait<0>();\n",
+        replace="\n",
+        caught_by="async-pending",
+        or_by=("race", "uninitialized-read"),
+    ),
+    Plant(
+        name="strip-of-own-copies",
+        title="a lane reads what other lanes have copied, unordered",
+        file=_STRIP,
+        find="    warp_sync();  // orders every lane's arrived copies before the reads that follow\n",
+        replace="\n",
+        caught_by="race",
+        or_by=("uninitialized-read", "async-pending"),
+    ),
+    Plant(
+        name="strip-overwritten",
+        title="the next tile's mask is copied over one that lanes still read",
+        file=_STEPS,
+        find="    warp_sync();  // orders every lane's reads before the next copies\n",
+        replace="\n",
+        caught_by="race",
+    ),
+    Plant(
+        name="strip-of-this-tile-again",
+        title="the mask of a tile of queries is fetched again for the next one",
+        file=_STEPS,
+        find="mask.fetch(p, m_begin + BLOCK_M);",
+        replace="mask.fetch(p, m_begin);",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="strip-of-the-first-keys",
+        title="every warp of a warpgroup copies the mask of the first one's keys",
+        file=_STEPS,
+        find="KEY_MASK_WARP_ELEMENTS, key_row + warp * 16};",
+        replace="KEY_MASK_WARP_ELEMENTS, key_row};",
+        caught_by="wrong-result",
+    ),
+)
