@@ -46,7 +46,7 @@ def headers() -> list[str]:
     return sorted(
         path.relative_to(KERNELS_DIR).as_posix()
         for path in KERNELS_DIR.rglob("*.cuh")
-        if path.parent.name not in SIDES and path.parent != KERNELS_DIR
+        if path.relative_to(KERNELS_DIR).parts[0] not in SIDES and path.parent != KERNELS_DIR
     )
 
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
 #include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
@@ -15,7 +16,6 @@
 
 constexpr int NUM_CONSUMERS = BLOCK_M / 64;  // warpgroups of 64 queries
 constexpr int KEY_FRAGS = BLOCK_N / 16;
-constexpr bool IS_BOUNDED = HAS_WINDOW_LEFT || HAS_WINDOW_RIGHT;
 
 // A stage holds a chunk of columns: of BLOCK_M rows of Q or dO, and of BLOCK_N rows of K or V.
 constexpr int A_ELEMENTS = BLOCK_M * CHUNK;
@@ -135,8 +135,8 @@ struct Walk {
 // Whether some query of a tile sees some key of another by its position. The same for all lanes.
 FC_DEVICE bool is_seen(const AttnParams& p, int m_begin, int n_block) {
   if (!IS_BOUNDED) return true;
-  const KeyRange keys = key_range(p, m_begin);
-  return n_block >= keys.n_block_begin && n_block < keys.n_block_end;
+  const Range keys = key_tiles(p, m_begin);
+  return n_block >= keys.begin && n_block < keys.end;
 }
 
 // --- loads ---------------------------------------------------------------------------------------

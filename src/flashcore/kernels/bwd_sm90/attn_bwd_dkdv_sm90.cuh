@@ -21,6 +21,7 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
 #include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
@@ -147,8 +148,8 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (block.m_begin == NO_TILE) break;
     c.key_row = block.m_begin + c.index * 64;
     const auto& sequence = own_params(p, block);
-    const QueryTiles tiles = query_tiles(sequence, block.m_begin, BLOCK_N);
-    const QueryTiles own = own_query_tiles(sequence, tiles, c.key_row);
+    const Range tiles = query_tiles(sequence, block.m_begin);
+    const Range own = own_query_tiles<64>(sequence, tiles, c.key_row);
     clear(c.dk);
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
 #include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
@@ -102,7 +103,7 @@ FC_DEVICE void load_own_stats(Consumer& c, const AttnBwdSm90Params& params, int 
 // S becomes P, times soft-capping's derivative. A mask tensor's part of the tile has been fetched.
 template <bool MASKED>
 FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, int key_begin) {
-  const VisibleColumns visible(p, c.warp_row, key_begin);
+  const VisibleColumns<> visible(p, c.warp_row, key_begin);
   SmemPtr<MaskElement> own = {};
   if constexpr (MASK_KIND != 0) own = c.mask.await(p, c.warp_row);
 #pragma unroll
@@ -153,7 +154,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
   if (FIRST) load_own_stats(c, params, p.seqlen_q, block, smem);  // beside the products
   wgmma_wait<HAS_DQ ? 2 : 1>();
   wgmma_hold(c.scores);
-  if (strip_needs_mask(p, c.warp_row, key_begin)) {
+  if (strip_needs_mask<BLOCK_N>(p, c.warp_row, key_begin)) {
     exponentiate<true>(c, p, key_begin);
   } else {
     exponentiate<false>(c, p, key_begin);
@@ -181,10 +182,10 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
 // dQ of a consumer's 64 rows over key tiles, from last to first.
 FC_DEVICE void accumulate(Consumer& c, const AttnBwdSm90Params& params, const AttnParams& p,
                           const Barriers& bar, const Buffers& smem, const BlockCoord& block,
-                          const KeyRange& keys) {
-  int n_block = keys.n_block_end - 1;
+                          const Range& keys) {
+  int n_block = keys.end - 1;
   key_tile<true>(c, params, p, bar, smem, block, n_block * BLOCK_N);
-  for (--n_block; n_block >= keys.n_block_begin; --n_block) {
+  for (--n_block; n_block >= keys.begin; --n_block) {
     key_tile<false>(c, params, p, bar, smem, block, n_block * BLOCK_N);
   }
   if (OVERLAPS) {
@@ -209,22 +210,22 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const int group_row = block.m_begin + c.index * 64;
     c.warp_row = group_row + warp_idx() % 4 * 16;
     const auto& sequence = sequence_params(p, block);
-    const KeyRange keys = key_range(sequence, block.m_begin);
-    const KeyRange own = IS_BOUNDED ? group_key_range(sequence, keys, group_row) : keys;
+    const Range keys = key_tiles(sequence, block.m_begin);
+    const Range own = IS_BOUNDED ? own_key_tiles<64>(sequence, keys, group_row) : keys;
     if constexpr (MASK_KIND != 0) {
       const int warp = c.index * 4 + warp_idx() % 4;
       c.mask = {mask_of(p, block.batch_idx, block.head_idx), smem.mask + warp * MASK_WARP_ELEMENTS,
-                own.n_block_begin};
-      c.mask.fetch(sequence, c.warp_row, own.n_block_end - 1);
+                own.begin};
+      c.mask.fetch(sequence, c.warp_row, own.end - 1);
     }
     clear(c.dq);
-    if (IS_BOUNDED) skip_tiles(c, bar, keys.n_block_end - own.n_block_end);
-    if (own.n_block_begin < own.n_block_end) {
+    if (IS_BOUNDED) skip_tiles(c, bar, keys.end - own.end);
+    if (own.begin < own.end) {
       accumulate(c, params, sequence, bar, smem, block, own);
     } else {
       load_own_stats(c, params, sequence.seqlen_q, block, smem);
     }
-    if (IS_BOUNDED) skip_tiles(c, bar, own.n_block_begin - keys.n_block_begin);
+    if (IS_BOUNDED) skip_tiles(c, bar, own.begin - keys.begin);
 
     const bool is_empty[2] = {c.stats.lse_log2[0] == POS_INF, c.stats.lse_log2[1] == POS_INF};
     if (warp_any(is_empty[0] || is_empty[1])) {  // whatever arrived there, NaN too

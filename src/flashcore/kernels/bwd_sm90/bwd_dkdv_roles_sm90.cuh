@@ -9,6 +9,7 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
 #include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
@@ -44,7 +45,7 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
     const auto& own = own_params(p, block);
-    const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
+    const Range tiles = query_tiles(own, block.m_begin);
     clear(dv);
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
@@ -97,7 +98,7 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
     const auto& own = own_params(p, block);
-    const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
+    const Range tiles = query_tiles(own, block.m_begin);
     clear(dk);
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {

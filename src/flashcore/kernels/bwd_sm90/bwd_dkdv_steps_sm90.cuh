@@ -3,6 +3,7 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
 #include "tile/mask.cuh"
 #include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
@@ -136,7 +137,7 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
                                  WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
                                  SmemPtr<float> stats, const KeyMaskStrip& strip, int key_row,
                                  int m_begin) {
-  const VisibleQueries visible(p, key_row, m_begin);
+  const VisibleColumns<true> visible(p, key_row + warp_idx() % 4 * 16, m_begin);
   const auto lse = stats + opaque(lane_idx()) % 4 * 2;
   KeyMaskStrip::Place own = {};
   if constexpr (MASK_KIND != 0) own = strip.await(p, m_begin);
@@ -174,7 +175,7 @@ FC_DEVICE void exponentiate(WmmaAccum (&scores)[QUERY_FRAGS], WmmaA<Element> (&p
                             WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
                             SmemPtr<float> stats, const KeyMaskStrip& mask, int key_row,
                             int m_begin, int end) {
-  if (IS_BOUNDED && hides_some(p, key_row, m_begin)) {
+  if (IS_BOUNDED && window_hides_some<BLOCK_M, 64>(p, m_begin, key_row)) {
     exponentiate_tile<true>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
   } else {
     exponentiate_tile<false>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);

@@ -100,8 +100,8 @@ PLANTS_BWD_MASK_SM90 = by_name(
         name="diagonal-tile-skipped",
         title="the last tile of keys that a tile of queries sees is left out",
         file=_PARTS,
-        find="n_block < keys.n_block_end;",
-        replace="n_block < keys.n_block_end - 1;",
+        find="n_block < keys.end;",
+        replace="n_block < keys.end - 1;",
         caught_by="wrong-result",
     ),
     Plant(
@@ -175,8 +175,8 @@ PLANTS_BWD_MASKED_DQ_SM90 = by_name(
         name="mask-of-other-rows",
         title="a warp copies the mask of the rows of the one before it",
         file=_DQ,
-        find="      c.mask.fetch(sequence, c.warp_row, own.n_block_end - 1);",
-        replace="      c.mask.fetch(sequence, c.warp_row / 32 * 32, own.n_block_end - 1);",
+        find="      c.mask.fetch(sequence, c.warp_row, own.end - 1);",
+        replace="      c.mask.fetch(sequence, c.warp_row / 32 * 32, own.end - 1);",
         caught_by="wrong-result",
     ),
 )

@@ -12,6 +12,7 @@ _STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 _ROLES = "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
 _SHARED = "bwd_sm90/bwd_sm90.cuh"
 _SCHEDULE = "tile/schedule_varlen.cuh"
+_BAND = "tile/band.cuh"
 
 # In the kernel of dk and dv, without head_dim above 128.
 _OF_ONE_WARPGROUP = (
@@ -59,9 +60,9 @@ _OF_ONE_WARPGROUP = (
     Plant(
         name="query-tile-skipped",
         title="the first query tile that sees a key is passed over where it begins before it",
-        file=_LOADS,
-        find="  return {first / BLOCK_M, (end + BLOCK_M - 1) / BLOCK_M};",
-        replace="  return {(first + BLOCK_M - 1) / BLOCK_M, (end + BLOCK_M - 1) / BLOCK_M};",
+        file=_BAND,
+        find="return {begin / SIZE, (end + SIZE - 1) / SIZE};",
+        replace="return {(begin + SIZE - 1) / SIZE, (end + SIZE - 1) / SIZE};",
         caught_by="wrong-result",
     ),
     Plant(
@@ -145,9 +146,9 @@ _OF_ONE_WARPGROUP = (
     Plant(
         name="diagonal-hidden",
         title="a query does not see the last key that the window allows",
-        file=_LOADS,
-        find="    begin = diagonal - p.band.window_right;",
-        replace="    begin = diagonal - p.band.window_right + 1;",
+        file=_BAND,
+        find="begin[r] = diagonal - band.left() - first_col;",
+        replace="begin[r] = diagonal - band.left() - first_col + 1;",
         caught_by="wrong-result",
     ),
 )

@@ -12,7 +12,7 @@ _COORD_BEFORE_ARRIVAL = """\
     if (!PAGED) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
-    int n_block = keys.n_block_end - 1;
+    int n_block = keys.end - 1;
     if (PAGED) pages.begin(own, block, keys, n_block);
     load_keys(block, keys, n_block);
     for (int group = 0; leads && group < NUM_ROW_GROUPS; ++group) {

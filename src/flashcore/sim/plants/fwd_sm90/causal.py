@@ -50,7 +50,7 @@ PLANTS_CAUSAL_SM90 = by_name(
         name="passed-over-turn",
         title="a consumer that passes over a key tile keeps its turn",
         file=_KERNEL,
-        find="        if (PING_PONG && n_block < keys.n_block_end - 1) pass_issue(c);",
+        find="        if (PING_PONG && n_block < keys.end - 1) pass_issue(c);",
         replace="",
         caught_by="deadlock",
         plan={"block_m": 192, "block_n": 32},  # a second one gets no turn
@@ -58,9 +58,9 @@ PLANTS_CAUSAL_SM90 = by_name(
     Plant(
         name="passed-over-too-many",
         title="what a consumer's first 32 rows see counts for its 64",
-        file="tile/schedule.cuh",
-        find="key_range(p, row_begin, 64);",
-        replace="key_range(p, row_begin, 32);",
+        file="tile/band.cuh",
+        find="own = key_tiles<ROWS>(p, row_begin);",
+        replace="own = key_tiles<ROWS / 2>(p, row_begin);",
         caught_by="wrong-result",
     ),
 )
