@@ -135,6 +135,7 @@ class MaskPlan(BwdSm90Plan):
         }
 
 
+@functools.lru_cache(maxsize=4096)
 def select_mask_plan(problem: Problem, shape: tuple[int, int, int, int]) -> MaskPlan:
     """Return the plan for a mask of a shape.
 
@@ -142,17 +143,11 @@ def select_mask_plan(problem: Problem, shape: tuple[int, int, int, int]) -> Mask
         problem: of the forward, with the mask.
         shape: of the mask, four dimensions; the last one is seqlen_k.
     """
-    sums = tuple(size == 1 for size in shape[:3])
-    plan = _plan(tuple((traits(problem) | mask_traits(problem) | {"folds_heads": 0}).items()), sums)
-    element = tiles_sm90.MASK_ELEMENT_BYTES[plan.mask or ""]
-    out_bytes = element if problem.seqlen_k * element % _PACKET_BYTES else _PACKET_BYTES
-    return dataclasses.replace(plan, out_bytes=out_bytes, num_shares=num_shares(problem, plan))
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(fields: tuple[tuple[str, Any], ...], sums: tuple[bool, bool, bool]) -> MaskPlan:
+    sums_batch, sums_heads, sums_rows = (size == 1 for size in shape[:3])
+    of_problem: dict[str, Any] = traits(problem) | mask_traits(problem) | {"folds_heads": 0}
     # Rows that are expanded in memory have a gradient each, which takes their place.
-    of_problem = dict(fields) | {"mask_is_row": sums[2]}
+    of_problem["mask_is_row"] = sums_rows
+    element = tiles_sm90.MASK_ELEMENT_BYTES[of_problem["mask"]]
     plan = MaskPlan(
         kernel=DMASK_KERNEL,
         arch=ARCH,
@@ -160,14 +155,15 @@ def _plan(fields: tuple[tuple[str, Any], ...], sums: tuple[bool, bool, bool]) ->
         block_n=128,
         num_stages=_STAGES_MAX,
         min_blocks=1,
-        sums_batch=sums[0],
-        sums_heads=sums[1],
-        sums_rows=sums[2],
+        sums_batch=sums_batch,
+        sums_heads=sums_heads,
+        sums_rows=sums_rows,
+        out_bytes=element if problem.seqlen_k * element % _PACKET_BYTES else _PACKET_BYTES,
         **of_problem,
     )
     while plan.smem_bytes > smem_limits(ARCH)[0]:
         plan = dataclasses.replace(plan, num_stages=plan.num_stages - 1)
-    return plan
+    return dataclasses.replace(plan, num_shares=num_shares(problem, plan))
 
 
 def num_shares(problem: Problem, plan: MaskPlan) -> int:
