@@ -86,7 +86,7 @@ struct KeyMaskStrip {
   // Waits for the part of the queries from m_begin on, which was fetched last.
   FC_DEVICE Place await(const AttnParams& p, int m_begin) const {
     cp_async_wait<0>();
-    warp_sync();  // orders every lane's arrived copies before the reads that follow
+    warp_sync();  // orders every lane's arrived copies before the reads
     const int lane = opaque(lane_idx());
     const int row = MASK_IS_ROW ? 0 : accum_col(lane, 0);
     const auto first = smem + (row * KEY_MASK_STRIDE + accum_row(lane, 0));
