@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashcore.backends import merging
 from flashcore.compile.codegen import KERNELS_DIR, generate_source
 from flashcore.compile.jit import compile_source
 from flashcore.compile.plant import Plant
@@ -27,6 +26,8 @@ from flashcore.kernels.merge.params import (
     make_plan,
     pointer_field,
 )
+from flashcore.launch import merge_call as merging
+from flashcore.plain.merging import merge_backward_plain, merge_plain
 from flashcore.problem.validation import DTYPES
 from flashcore.sim.report import SimulationError
 from flashcore.sim.run import simulate_source
@@ -118,7 +119,7 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Any:
             simulate(tensors, DTYPES[dtype_out], own, seed)
             return True
 
-        monkeypatch.setattr(merging, "_launched", launch)
+        monkeypatch.setattr(merging, "launched", launch)
         monkeypatch.setattr(merging, "arch_of_device", lambda index: 90)
         monkeypatch.setattr(Tensor, "is_cuda", True)
 
@@ -126,29 +127,40 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> Any:
     return use
 
 
+def merge(*arguments: Any) -> tuple[Tensor, Tensor]:
+    found = merging.merge_on_gpu(*arguments)
+    assert found is not None
+    return found
+
+
+def merge_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    found = merging.merge_backward_on_gpu(*arguments)
+    assert found is not None
+    return found
+
+
 def check(case: dict[str, Any], arrives: str = "both") -> None:
     """Compare out, lse and all gradients with those of PyTorch in float64."""
     out_a, lse_a, out_b, lse_b, dout, dlse = sides(case)
     dtype = dout.dtype
     given = out_a, lse_a, out_b, lse_b
-    out, lse = merging.merge(*given, dtype)
+    out, lse = merge(*given, dtype)
     exact = [x.double() for x in given]
-    want = merging.merge_by_torch(*exact, torch.float64)
+    want = merge_plain(*exact, torch.float64)
     for x, y, bound in ((out, want[0], ROUNDING[dtype]), (lse, want[1], ROUNDING[SINGLE])):
         assert x.is_contiguous()
         torch.testing.assert_close(x.double(), y, rtol=bound, atol=1e-6)
     of_out = None if arrives == "lse" else dout
     of_lse = None if arrives == "out" else dlse
-    have = merging.merge_backward(of_out, of_lse, *given, dtype)
+    have = merge_backward(of_out, of_lse, *given, dtype)
     zeros = torch.zeros_like(dout), torch.zeros_like(dlse)
     wide = [
         y.double() if x is None else x.double()
         for x, y in zip((of_out, of_lse), zeros, strict=True)
     ]
-    right = merging.merge_backward_by_torch(*wide, *exact)
+    right = merge_backward_plain(*wide, *exact)
     sum_bound = 1e-5 * case["shape"][-1] ** 0.5
     for x, y, like in zip(have, right, given, strict=True):
-        assert x is not None
         assert x.dtype == like.dtype
         if y is None:
             y = torch.zeros_like(x, dtype=torch.float64)
@@ -170,7 +182,7 @@ def test_nan_in_a_side_or_its_lse_spreads_over_its_row_alone(simulated: Any) -> 
     given = sides(CASES["one packet a row"])[:4]
     given[0][1, 0, 4, 3] = math.nan
     given[3][1, 1, 2] = math.nan
-    out, lse = merging.merge(*given, torch.float32)
+    out, lse = merge(*given, torch.float32)
     where = out.isnan().nonzero().tolist()
     assert where == [[1, 0, 4, 3], *([1, 1, 2, i] for i in range(8))]
     assert lse.isnan().nonzero().tolist() == [[1, 1, 2]]

@@ -29,6 +29,7 @@ from flashcore.selection import compiling, tuned
 from flashcore.selection.space import is_legal, schedules, tile_of, tiles, with_tile
 from flashcore.tune import backward_timing, timing
 from flashcore.tune.defaults import default_backward_plans
+from flashcore.tune.search import Search
 from flashcore.tune.shortlist import shortlist
 
 SHAPE = ["tune", "--backward", "--seqlen", "4096", "--batch", "4", "--head-dim", "64", "--causal"]
@@ -197,3 +198,22 @@ def test_a_kernel_is_timed_alone_and_its_gradients_are_checked(
     assert "wrong result" in (inputs.wrong(broken) or "")
     assert timing._inputs_for(dq) is backward_timing.BackwardInputs
     assert kernel_of(dq).is_backward
+
+
+@pytest.mark.gpu
+def test_a_search_on_the_gpu() -> None:
+    """Each kernel with two tiles besides its own; none is wrong."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the backward kernels need an sm_90 GPU")
+    workload = Workload("x", 1, 4, 1024, 64, True, "bfloat16")
+    plans = default_backward_plans(workload, 90)[1]
+    with timing.GpuTimer(60.0) as timer:
+        for default in plans:
+            others = [plan for plan in shortlist(default) if plan != default][:2]
+            found = Search(
+                workload, default, FakeCompiler(), timer,
+                sizes=lambda plan, others=others: others, variants=lambda plan: [],
+            ).run()  # fmt: skip
+            assert found.discarded == ()
+            assert found.timed == 3
+            assert 0.0 < found.seconds <= found.default_seconds < 1e-2

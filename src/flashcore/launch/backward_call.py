@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashcore.kernels.bwd_sm90.params import (
     LENGTHS,
+    POINTERS,
     AttnBwdSm90GateParams,
     AttnBwdSm90Params,
     build_params_bwd_sm90,
@@ -38,7 +39,7 @@ def _pointer_offsets(has_gate: bool) -> dict[str, int]:
         struct, of_attn = AttnBwdSm90GateParams, AttnGateParams
         names.append("gate_scores")
     offsets = {name: struct.attn.offset + getattr(of_attn, name).offset for name in names}
-    return offsets | {name: getattr(struct, name).offset for name in ("dlse", "delta", "dq_sums")}
+    return offsets | {name: getattr(struct, name).offset for name in POINTERS}
 
 
 class BackwardKernel:

@@ -2,7 +2,7 @@
 different keys, and `attention_backward` takes whatever out and lse it is given.
 
 `merge` is an operator of torch, `flashcore::merge`, and so are its gradients,
-`flashcore::merge_backward`. Each is one kernel on a GPU, see backends/merging.py.
+`flashcore::merge_backward`. Each is one kernel on a GPU, see launch/merge_call.py.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashcore.backends import merging
+from flashcore.launch.merge_call import merge_backward_on_gpu, merge_on_gpu
 from flashcore.ops import dense
 from flashcore.ops.family import BackwardCall, results_of
+from flashcore.plain.merging import merge_backward_plain, merge_plain
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs, Options
 from flashcore.problem.validation import (
@@ -90,7 +91,7 @@ def merge(
         raise TypeError(f"out_dtype={out_dtype} must be a floating-point dtype")
     operator: Any = torch.ops.flashcore.merge
     if not torch.compiler.is_compiling() and _is_differentiated_by_functorch():
-        operator = merging.merge_by_torch
+        operator = merge_plain
     out, lse = operator(out_a, lse_a, out_b, lse_b, out_dtype)
     return out, lse
 
@@ -161,21 +162,26 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
     operator, which is one kernel on a GPU."""
     given = dout, dlse, *ctx.saved_tensors
     if torch.is_grad_enabled():
-        return *merging.merge_backward_by_torch(*given), None
+        return *merge_backward_plain(*given), None
     gradients = list(torch.ops.flashcore.merge_backward(*given, ctx.out_dtype))
     if dout is None:
         gradients[0] = gradients[2] = None
     return *gradients, None
 
 
+def _merge(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Compute the operator: by one kernel on a GPU, else by PyTorch."""
+    return merge_on_gpu(*arguments) or merge_plain(*arguments)
+
+
 def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
-    """Return the gradients, contiguous; zeros where none arrives."""
-    zeros = arguments[2], arguments[3], arguments[4], arguments[5]
+    """Compute the operator of the gradients, contiguous; zeros where none arrives."""
+    found = merge_backward_on_gpu(*arguments) or merge_backward_plain(*arguments[:6])
     return tuple(
         torch.zeros_like(x, memory_format=torch.contiguous_format)
         if gradient is None
         else gradient.contiguous()
-        for gradient, x in zip(merging.merge_backward(*arguments), zeros, strict=True)
+        for gradient, x in zip(found, arguments[2:6], strict=True)
     )
 
 
@@ -206,7 +212,7 @@ def _backward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
 
 
 for _device in ("CPU", "CUDA"):
-    _LIBRARY.impl("merge", merging.merge, _device)
+    _LIBRARY.impl("merge", _merge, _device)
     _LIBRARY.impl("merge_backward", _backward_op, _device)
 torch.library.register_fake("flashcore::merge", _merge_fake, lib=_LIBRARY)
 torch.library.register_fake("flashcore::merge_backward", _backward_fake, lib=_LIBRARY)

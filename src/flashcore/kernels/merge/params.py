@@ -14,6 +14,8 @@ from torch import Tensor
 from flashcore.problem.validation import DTYPES
 
 WARPS = 4  # of a block; MERGE_WARPS in merge_rows.cuh
+MIN_ARCH = 75
+BFLOAT16_MIN_ARCH = 80
 ROWS_MAX = 2**31 - 256  # numbered in 32 bits, blocks that are not full included
 _ELEMENTS = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float"}
 _PACKET_BYTES = 16
