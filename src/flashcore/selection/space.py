@@ -39,6 +39,7 @@ _GIVEN = frozenset(
         "folds_heads",
         "keys_of_chunk",
         "fewest_splits",
+        "stream_k",
         "gate",
         "returns_max_score",
     }

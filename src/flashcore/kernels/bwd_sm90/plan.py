@@ -225,6 +225,7 @@ class BwdSm90Plan(Plan):
             "OVERLAPS": self.overlaps,
             "KEY_SLICES": 1,
             "SPLIT_KV": False,
+            "STREAM_K": False,
         }
         return constants | (self._dq_constants() if self.is_dq else self._dkdv_constants())
 

@@ -23,7 +23,12 @@ KERNEL = "attn_fwd_sm90"
 ARCH = tiles_sm90.ARCH
 GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
 # A stage shows nothing but itself: no turns, no shared rows. Nor is a rescale put off.
-OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_slices": 1, "num_splits": 1}
+OFF_UNDER_A_GATE: dict[str, Any] = {
+    "ping_pong": False,
+    "key_slices": 1,
+    "num_splits": 1,
+    "stream_k": False,
+}
 
 Q_BUFFERS = (1, 2)
 # In which O may leave. More take longer, but leave shared memory for stages.
@@ -32,6 +37,7 @@ O_PARTS = (1, 2, 4)
 _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
 _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (fwd_sm90/split_sm90.cuh)
+_STREAM_BYTES = 4 * 16  # which key tiles, and where shares lie (fwd_sm90/stream_sm90.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
 
 
@@ -43,7 +49,9 @@ class Sm90Plan(Plan):
     output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room
     for; `o_parts`: in how many parts, one after another, O leaves through its buffer; `key_slices`:
     consumers that share the keys of 64 rows; `num_splits`: blocks that share the keys of a row
-    tile, of which the machine code knows only whether there are any; `mask_load_bytes`: how much of
+    tile, of which the machine code knows only whether there are any; `stream_k`: the key tiles of all
+    row tiles are cut into equal ranges, one a block, where only the device knows lengths;
+    `mask_load_bytes`: how much of
     a mask tensor is copied at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all
     queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
     elements; `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py.
@@ -55,6 +63,7 @@ class Sm90Plan(Plan):
     o_parts: int = 1
     key_slices: int = 1
     num_splits: int = 1
+    stream_k: bool = False
     mask_load_bytes: int = 0
     mask_is_row: bool = False
     mask_is_shifted: bool = False
@@ -75,7 +84,12 @@ class Sm90Plan(Plan):
     def draws_tiles(self) -> bool:
         """Return whether blocks draw row tiles from a counter in global memory
         (fwd_sm90/schedule_sm90.cuh, tile/schedule_varlen.cuh)."""
-        return self.varlen == "packed" or (self.has_window_right and self.num_splits == 1)
+        return self.varlen == "packed" or (self.has_window_right and not self.shares_keys)
+
+    @property
+    def shares_keys(self) -> bool:
+        """Return whether several blocks may compute one row tile (fwd_sm90/split_sm90.cuh)."""
+        return self.num_splits > 1 or self.stream_k
 
     @property
     def arch_suffix(self) -> str:
@@ -107,13 +121,14 @@ class Sm90Plan(Plan):
         """Return dynamic shared memory of a block: Q, `num_stages` tiles of K and V, O, what
         consumers hand over, barriers."""
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
-        is_split = self.num_splits > 1  # then O leaves through global memory
+        is_split = self.shares_keys  # then O leaves through global memory
         o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
         elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4
         feed = _FEED_BYTES if self.varlen == "packed" else _SPLIT_BYTES * is_split
+        feed += _STREAM_BYTES * self.stream_k
         shares += self.mask_bytes
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
         num_barriers += 4 * self.num_stages
@@ -159,7 +174,7 @@ class Sm90Plan(Plan):
         # take the most: each lane of the producer's warp knows those of its own.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
         producer = 32 if self.varlen == "packed" or many_chunks else 24
-        if self.varlen == "pages":
+        if self.varlen == "pages" or self.stream_k:
             producer = 40
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
@@ -180,7 +195,7 @@ class Sm90Plan(Plan):
     @property
     def finds_out_by_map(self) -> bool:
         """Return whether out is written by its tensor map alone, in the rows of q's heads."""
-        return self.num_splits == 1 and not self.folds_heads
+        return not self.shares_keys and not self.folds_heads
 
     def machine_code(self) -> Sm90Plan:
         """Return the plan that stands for all with the same machine code: see `Plan`."""
@@ -202,7 +217,8 @@ class Sm90Plan(Plan):
             "O_PARTS": self.o_parts,
             "CHUNK": self.chunk,
             "KEY_SLICES": self.key_slices,
-            "SPLIT_KV": self.num_splits > 1,
+            "SPLIT_KV": self.shares_keys,
+            "STREAM_K": self.stream_k,
             "OVERLAPS": self.overlaps,
             "TANH_BY_POLYNOMIAL": self.overlaps,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
@@ -213,6 +229,7 @@ class Sm90Plan(Plan):
     def describe(self) -> str:
         """Return one line for people."""
         splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
+        splits += " stream-K" if self.stream_k else ""
         return Plan.describe(self) + splits
 
 
@@ -272,7 +289,7 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
         if gate is not None:
             tile = tile._replace(**OFF_UNDER_A_GATE)
         elif tile.num_splits < of_problem["fewest_splits"]:
-            tile = tile._replace(num_splits=of_problem["fewest_splits"])
+            tile = tile._replace(num_splits=of_problem["fewest_splits"], stream_k=False)
         plan = _plan(tile, gate, fields)
         if plan is not None:
             plans.append(plan)

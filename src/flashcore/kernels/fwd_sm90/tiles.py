@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from flashcore.kernels.fwd_sm90.splits import best_sharing, visible_keys
+from flashcore.kernels.fwd_sm90.splits import (
+    best_sharing,
+    key_tile_bytes,
+    share_row_bytes,
+    visible_keys,
+)
 from flashcore.kernels.limits import smem_limits
 
 if TYPE_CHECKING:
@@ -58,25 +63,29 @@ class Tile(NamedTuple):
     q_buffers: int = 1
     key_slices: int = 1
     num_splits: int = 1
+    stream_k: bool = False  # ranges of equal length, instead of num_splits
     parts: int = 1  # that folded heads are dealt out to
 
 
 def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     """Return the tile with its keys split over as many blocks as pays, and the rows of `folded`
-    heads dealt out to as many row tiles."""
+    heads dealt out to as many row tiles. Of few rows whose keys only the device can count, the
+    device cuts the work (fwd_sm90/stream_sm90.cuh)."""
     if problem.varlen == "packed":
         return tile
-    dims = problem.head_dim + problem.head_dim_v
     sharing = best_sharing(
         num_heads=problem.batch * problem.num_heads_q,
         num_rows=problem.seqlen_q,
         folded=folded,
         block_m=tile.block_m,
         key_tiles=-(-visible_keys(problem) // tile.block_n),
-        key_tile_bytes=tile.block_n * dims * 2,
-        share_row_bytes=(problem.head_dim_v + 2) * 4,
+        key_tile_bytes=key_tile_bytes(tile.block_n, problem.head_dim, problem.head_dim_v),
+        share_row_bytes=share_row_bytes(problem.head_dim_v),
         num_slots=NUM_SMS * tile.min_blocks,
     )
+    few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
+    if problem.varlen != "none" and (few_rows or sharing.num_splits > 1):
+        return tile._replace(stream_k=True, parts=sharing.parts)
     return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)
 
 

@@ -1,0 +1,111 @@
+// fwd_sm90/stream_sm90.cuh - stream-K: equal parts of the work, whatever the lengths of sequences.
+//
+// Only the device knows the lengths, and where rows are few, key tiles are all the work there is.
+// Think of the key tiles of all row tiles in one line, sequence by sequence and head by head. It is
+// cut into ranges of equal length, one a block, across the borders of heads and sequences. A block
+// takes its range in pieces, each of one row tile. At most two of them are a row tile's part: the
+// first and the last one. So there are two slots a block for shares of a result, whatever the
+// lengths, and a counter a block: a row tile that is cut counts where its first share was made.
+//
+// Nothing but the lengths and the number of blocks decides where cuts are, and shares are added in
+// the order of keys: a call's result is the same bit for bit each time.
+#pragma once
+
+// Which slot has a share of a row tile. The first share is made by the block that the row tile
+// begins in: in that block's second slot, unless its range begins there, too.
+FC_DEVICE int slot_of(const BlockCoord& block, int split) {
+  return split == 0 ? block.first_slot : (block.first_slot / 2 + split) * 2;
+}
+
+// The block that a row tile begins in.
+FC_DEVICE int first_block_of(const BlockCoord& block) { return block.first_slot / 2; }
+
+// The pieces of a block's range. A sequence's row tiles of one head are items; the line has each
+// item's heads one after the other. A row tile without keys counts as one key tile: somebody must
+// write its zeros.
+struct StreamWalk {
+  int place = 0, end = 0;  // where in the line the next piece begins, and the range ends
+  int range_tiles = 0;     // of a range
+  int item = 0, head = 0;  // of the next piece
+  int first = 0;           // where in the line its row tile begins
+  int num_tiles = 0;       // of that row tile
+
+  FC_DEVICE static int tiles_of(const AttnParams& p, int item) {
+    const BlockCoord block = item_coord(p, item);
+    const KeyRange keys = key_range(sequence_params(p, block), block.m_begin);
+    return max_i(1, keys.n_block_end - keys.n_block_begin);
+  }
+
+  FC_DEVICE static BlockCoord item_coord(const AttnParams& p, int item) {
+    return {item / p.num_m_blocks, 0, 0, item % p.num_m_blocks * BLOCK_M};
+  }
+
+  // x of the one lane that `has` it.
+  FC_DEVICE static int of_lane(bool has, int x) { return warp_scan(has ? x : 0).total; }
+
+  // By the whole warp. Each lane looks at as many items, which follow one another.
+  FC_DEVICE explicit StreamWalk(const AttnParams& p) {
+    const int num_items = p.batch * p.num_m_blocks;
+    const int items_of_lane = (num_items + 31) / 32;
+    const int first_item = min_i(num_items, lane_idx() * items_of_lane);
+    const int end_item = min_i(num_items, first_item + items_of_lane);
+    int sum = 0, longest = 0;
+    for (int i = first_item; i < end_item; ++i) {
+      const int tiles = tiles_of(p, i);
+      sum += tiles;
+      longest = max_i(longest, tiles);
+    }
+    const WarpScan line = warp_scan(sum * p.num_heads_q);
+    set_range(p, line.total, longest);
+    place = min_i(line.total, block_idx() * range_tiles);
+    end = min_i(line.total, place + range_tiles);
+    const bool is_here = place >= line.below && place < line.below + sum * p.num_heads_q;
+    int begin = line.below;
+    for (item = first_item; is_here; ++item) {
+      num_tiles = tiles_of(p, item);
+      if (place < begin + num_tiles * p.num_heads_q) break;
+      begin += num_tiles * p.num_heads_q;
+    }
+    item = of_lane(is_here, item);
+    num_tiles = max_i(1, of_lane(is_here, num_tiles));
+    first = of_lane(is_here, begin);
+    head = (place - first) / num_tiles;
+    first += head * num_tiles;
+  }
+
+  // Ranges as long as give each block one, but no shorter than `least_tiles`; and where one SM adds
+  // up many shares, longer: n tiles in ranges of r give n / r shares, and r + adding_up * n / r is
+  // least where r is the root of adding_up * n.
+  FC_DEVICE void set_range(const AttnParams& p, int total, int longest) {
+#pragma unroll
+    for (int bit = 1; bit < 32; bit *= 2) longest = max_i(longest, shfl_xor(longest, bit));
+    range_tiles = max_i(p.splits.least_tiles, (total + num_blocks() - 1) / num_blocks());
+    const float square = p.splits.adding_up * float(longest);
+    while (range_tiles < longest && float(range_tiles) * float(range_tiles) < square) ++range_tiles;
+  }
+
+  FC_DEVICE bool done(const AttnParams&, const TileSchedule&) const { return place >= end; }
+
+  FC_DEVICE BlockCoord coord(const AttnParams& p, const TileSchedule&) const {
+    BlockCoord block = item_coord(p, item);
+    block.head_idx = head;
+    block.head_idx_kv = head / (p.num_heads_q / p.num_heads_kv);
+    block.tile_begin = place - first;
+    block.tile_end = min_i(end, first + num_tiles) - first;
+    const int first_block = first / range_tiles;
+    block.split = block_idx() - first_block;
+    block.num_splits = (first + num_tiles - 1) / range_tiles - first_block + 1;
+    block.first_slot = first_block * 2 + (first % range_tiles == 0 ? 0 : 1);
+    return block;
+  }
+
+  FC_DEVICE void ask(const AttnParams&, const TileSchedule&) {}
+
+  FC_DEVICE void advance(const AttnParams& p, const TileSchedule&) {
+    first += num_tiles;  // a piece that ends sooner is the last one
+    place = first;
+    if (place >= end || ++head < p.num_heads_q) return;
+    head = 0;
+    num_tiles = tiles_of(p, ++item);
+  }
+};
