@@ -40,7 +40,7 @@ from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
-from flashcore.sim.plants.split import PLANTS_SPLIT
+from flashcore.sim.plants.split import PLANTS_SPLIT, PLANTS_STREAM_SM90, STREAM_CASE, STREAM_TILE
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 
 
@@ -275,6 +275,7 @@ CALLS: Mapping[str, _Calls] = {
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
         **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
+        **_calls(PLANTS_STREAM_SM90, STREAM_TILE, options=STREAM_CASE, is_paged=True),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
         **_WITH_MAX_SCORE,

@@ -31,7 +31,7 @@
 #include "fwd_sm90/pipeline_sm90.cuh"
 #include "fwd_sm90/merge_sm90.cuh"
 #include "tile/schedule_varlen.cuh"
-#include "fwd_sm90/stream_sm90.cuh"
+#include "tile/stream_k.cuh"
 #include "fwd_sm90/split_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 //@if gate

@@ -62,8 +62,8 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             )
         if plan.stream_k:
             notes.append(
-                "the keys that there are, of all sequences, are cut into equal parts on the device, "
-                "one a block; see kernels/fwd_sm90/stream_sm90.cuh"
+                "the keys that there are, of all sequences, are cut into equal parts, one a block, "
+                "on the device; see kernels/tile/stream_k.cuh"
             )
         return notes
 

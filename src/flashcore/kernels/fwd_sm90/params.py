@@ -19,6 +19,8 @@ _ELEMENT_BYTES = 2
 # Ranges that the device cuts have at least so many bytes of K and V; see splits.MIN_KEY_TILES.
 LEAST_BYTES = 64 * 1024
 MOST_BLOCKS = 144  # an SM, of GPUs that there are and may be
+# Of blocks, if heads are read side by side: memory is as busy with few less.
+_BUSY_BLOCKS = 0.95
 MAPS = ("q", "k", "v", "o")
 
 
@@ -65,7 +67,7 @@ def num_pieces(problem: Problem, plan: Sm90Plan) -> int:
 
 def most_ranges(problem: Problem, plan: Sm90Plan) -> int:
     """Return into how many ranges the key tiles of all row tiles may be cut
-    (fwd_sm90/stream_sm90.cuh), were all sequences as long as can be."""
+    (tile/stream_k.cuh), were all sequences as long as can be."""
     key_tiles = max(1, -(-problem.seqlen_k // plan.block_n))
     return -(-num_row_tiles(problem, plan) * key_tiles // least_tiles(plan))
 
@@ -73,6 +75,14 @@ def most_ranges(problem: Problem, plan: Sm90Plan) -> int:
 def least_tiles(plan: Sm90Plan) -> int:
     """Return the key tiles of a range at least."""
     return -(-LEAST_BYTES // key_tile_bytes(plan.block_n, plan.head_dim, plan.head_dim_v))
+
+
+def num_lines(num_heads: int, num_blocks: int) -> int:
+    """Return how many heads are read side by side, a divisor of their number: as many as leave
+    next to no block without a range."""
+    enough = _BUSY_BLOCKS * num_blocks
+    divisors = (n for n in range(min(num_heads, num_blocks), 1, -1) if num_heads % n == 0)
+    return next((n for n in divisors if num_blocks // n * n >= enough), 1)
 
 
 def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]:
@@ -147,10 +157,12 @@ def build_params_sm90(
     argument.attn = params.build_params(problem, plan, pointers)
     argument.attn.num_splits = plan.num_splits
     if plan.stream_k:
-        rows = min(plan.block_m, as_launched(problem, plan.folds_heads).seqlen_q)
+        launched = as_launched(problem, plan.folds_heads)
+        share = min(plan.block_m, launched.seqlen_q) * share_row_bytes(plan.head_dim_v)
         tile_bytes = key_tile_bytes(plan.block_n, plan.head_dim, plan.head_dim_v)
+        argument.attn.num_lines = num_lines(launched.num_heads_q, num_blocks)
         argument.attn.least_tiles = least_tiles(plan)
-        argument.attn.adding_up = SHARE_WEIGHT * rows * share_row_bytes(plan.head_dim_v) / tile_bytes
+        argument.attn.adding_up = SHARE_WEIGHT * share / tile_bytes
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
     problem = as_launched(problem, plan.folds_heads)
     argument.num_heads = problem.num_heads_q * problem.batch

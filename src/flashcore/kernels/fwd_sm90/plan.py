@@ -37,7 +37,7 @@ O_PARTS = (1, 2, 4)
 _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
 _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (fwd_sm90/split_sm90.cuh)
-_STREAM_BYTES = 4 * 16  # which key tiles, and where shares lie (fwd_sm90/stream_sm90.cuh)
+_STREAM_BYTES = 4 * 16  # which key tiles, and where shares lie (tile/stream_k.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
 
 
@@ -49,8 +49,8 @@ class Sm90Plan(Plan):
     output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room
     for; `o_parts`: in how many parts, one after another, O leaves through its buffer; `key_slices`:
     consumers that share the keys of 64 rows; `num_splits`: blocks that share the keys of a row
-    tile, of which the machine code knows only whether there are any; `stream_k`: the key tiles of all
-    row tiles are cut into equal ranges, one a block, where only the device knows lengths;
+    tile, of which the machine code knows only whether there are any; `stream_k`: the device cuts
+    the key tiles of all row tiles into equal ranges, one a block (tile/stream_k.cuh);
     `mask_load_bytes`: how much of
     a mask tensor is copied at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all
     queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
@@ -171,13 +171,14 @@ class Sm90Plan(Plan):
         pool = self.max_registers * (self.num_consumers + 1)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
-        # take the most: each lane of the producer's warp knows those of its own.
+        # take the most: each lane of the producer's warp knows those of its own. Who finds its range
+        # of work takes as many, and beside one consumer there are more.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
         producer = 32 if self.varlen == "packed" or many_chunks else 24
         if self.varlen == "pages" or self.stream_k:
-            producer = 40
+            producer = 56 if self.stream_k and self.num_consumers == self.min_blocks == 1 else 40
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
-        return consumer, min(40, pool - consumer * self.num_consumers)
+        return consumer, min(max(40, producer), pool - consumer * self.num_consumers)
 
     @property
     def overlaps(self) -> bool:

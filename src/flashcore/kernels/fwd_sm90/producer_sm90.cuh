@@ -19,7 +19,7 @@ FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
   }
 }
 
-// Whether more than one thread is needed: the warp finds the block's range, or loads boxes of pages.
+// Whether more than one thread is needed: lanes find the block's range, or load boxes of pages.
 constexpr bool WHOLE_WARP = PAGED || STREAM_K;
 
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {

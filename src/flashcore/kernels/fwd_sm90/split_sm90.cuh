@@ -56,7 +56,7 @@ FC_DEVICE int num_splits_of(const AttnParams& p, const BlockCoord& block) {
 // Where a split's part of a row lies, counted in rows.
 FC_DEVICE int64_t partial_row(const AttnParams& p, const BlockCoord& block, int split, int row) {
   if (STREAM_K) {
-    return int64_t(slot_of(block, split)) * min_i(BLOCK_M, p.seqlen_q) + (row - block.m_begin);
+    return int64_t(slot_of(p, block, split)) * min_i(BLOCK_M, p.seqlen_q) + (row - block.m_begin);
   }
   const int64_t num_rows = int64_t(p.batch) * p.num_heads_q * p.seqlen_q;
   return split * num_rows + lse_offset(p, block, row);
@@ -100,7 +100,8 @@ FC_DEVICE PartialStats load_stats(const AttnParams& p, int64_t at) {
 
 // Packets of partial results that a thread has under way at once, for it is their latency that
 // counts: as many as registers hold, of which a mask takes some.
-constexpr int PARTIAL_PACKETS = CONSUMER_REGISTERS < 224 ? 16 : MASK_KIND != 0 ? 24 : 32;
+constexpr int PARTIAL_PACKETS =
+    CONSUMER_REGISTERS < 224 ? 16 : MASK_KIND != 0 || STREAM_K ? 24 : 32;
 
 // Adds up the splits of PARTS parts of a warpgroup's rows as merge_slices does, divides, and stores
 // O and lse. A part is two packets of a row, half a row apart, so that most threads work though
@@ -215,7 +216,7 @@ FC_DEVICE void store_whole(const AttnParams& p, const BlockCoord& block, int war
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = warp_row + accum_row(lane_idx(), r * 2);
-    if (row >= p.seqlen_q) continue;
+    if (row >= p.seqlen_q) break;
     const auto to = p.tensors.out + (out_offset(p, block, row) + accum_col(lane_idx(), 0));
 #pragma unroll
     for (int d = 0; d < HEAD_DIM_V / 8; ++d) {

@@ -22,6 +22,7 @@ ROWS_OF_CONSUMER = 64
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
+_BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
 
 def splits_sectors(head_dim: int, head_dim_v: int) -> bool:
@@ -70,7 +71,7 @@ class Tile(NamedTuple):
 def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     """Return the tile with its keys split over as many blocks as pays, and the rows of `folded`
     heads dealt out to as many row tiles. Of few rows whose keys only the device can count, the
-    device cuts the work (fwd_sm90/stream_sm90.cuh)."""
+    device cuts the work (tile/stream_k.cuh)."""
     if problem.varlen == "packed":
         return tile
     sharing = best_sharing(
@@ -83,8 +84,10 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
         share_row_bytes=share_row_bytes(problem.head_dim_v),
         num_slots=NUM_SMS * tile.min_blocks,
     )
+    # Wide heads of many rows leave a producer no registers for that.
     few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
-    if problem.varlen != "none" and (few_rows or sharing.num_splits > 1):
+    is_narrow = max(problem.head_dim, problem.head_dim_v) <= 128
+    if problem.varlen != "none" and (few_rows or (is_narrow and sharing.num_splits > 1)):
         return tile._replace(stream_k=True, parts=sharing.parts)
     return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)
 
@@ -97,6 +100,11 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
     narrow = max(dims) <= 64
     block_n = 128 if narrow else 64
+    if problem.varlen != "none" and problem.mask is None and max(dims) <= 128:
+        read = 2 * block_n * (problem.head_dim + problem.head_dim_v)
+        num_stages = max(2, -(-_BYTES_OF_TWO // read))
+        tile = Tile(64, block_n, num_stages=num_stages, min_blocks=2, q_buffers=2)
+        return _split_keys(problem, tile, folded)
     if narrow and problem.mask is None:
         return _split_keys(problem, Tile(64, block_n, num_stages=2, min_blocks=2), folded)
     room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)

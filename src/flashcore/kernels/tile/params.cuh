@@ -46,11 +46,12 @@ struct Lengths {
 };
 
 // Partial results of rows whose keys are split over blocks, see fwd_sm90/split_sm90.cuh; under
-// STREAM_K [slots, rows of a slot, ...], see fwd_sm90/stream_sm90.cuh.
+// STREAM_K [slots, rows of a slot, ...], see tile/stream_k.cuh.
 struct Splits {
   GmemPtr<float> split_out;    // [num_splits, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]
   GmemPtr<float> split_stats;  // [num_splits, batch, num_heads_q, seqlen_q, 2]: row_max, row_sum
   int32_t num_splits;
+  int32_t num_lines;    // heads side by side, a divisor of num_heads_q
   int32_t least_tiles;  // key tiles of a block's range
   float adding_up;      // what a share costs to add up, in key tiles
 };

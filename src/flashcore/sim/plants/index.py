@@ -31,7 +31,7 @@ from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_P
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.sm90 import PLANTS_SM90
-from flashcore.sim.plants.split import PLANTS_SPLIT
+from flashcore.sim.plants.split import PLANTS_SPLIT, PLANTS_STREAM_SM90
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.plants.wmma import PLANTS
 
@@ -56,6 +56,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_LARGE_SCORES,
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
+        **PLANTS_STREAM_SM90,
         **PLANTS_VARLEN_SM90,
         **PLANTS_MAX_SCORE,
         **PLANTS_MAX_SCORE_SM90,
