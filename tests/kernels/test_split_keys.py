@@ -26,6 +26,7 @@ from flashcore.kernels.fwd_sm90.splits import (
     best_sharing,
     visible_keys,
 )
+from flashcore.ops.paged import attention_paged
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.selection.select import select_plan
@@ -222,7 +223,7 @@ def test_with_lengths_a_launch_is_told_how_to_cut(machine: standin.Machine, in_p
     if in_pages:
         table = torch.arange(256, dtype=torch.int32).view(2, 128)
         k = half(256, 2, 16, 64)
-        flashcore.attention_paged(q, k, k, table, lengths)
+        attention_paged(q, k, k, table, lengths)
     else:
         flashcore.attention(q, k, k, seqlens_k=lengths)
     (told,) = machine.driver.launches
@@ -319,7 +320,7 @@ def test_on_a_gpu_work_is_cut_by_lengths(in_pages: bool, heads: tuple[int, int])
 
     def call() -> Any:
         if in_pages:
-            return flashcore.attention_paged(q, *pages, table, seqlens_k, return_lse=True)
+            return attention_paged(q, *pages, table, seqlens_k, return_lse=True)
         return flashcore.attention(q, k, v, seqlens_k=seqlens_k, return_lse=True)
 
     call()

@@ -57,15 +57,43 @@ def write(
     if rows.is_any is not None:
         fits = fits & rows.is_any
     page, place, fits = (x.flatten() for x in (page, place % page_size, fits))
+    k_new, v_new = (x if x.dim() == 3 else x.transpose(1, 2).flatten(0, 1) for x in new)
+    _write_rows(caches, page, place, fits, (k_new, v_new))
+
+
+def write_at(caches: tuple[Tensor, Tensor], slots: Tensor, new: tuple[Tensor, Tensor]) -> None:
+    """Write new tokens into both caches, in place, each where its slot says.
+
+    Args:
+        caches: of keys and of values.
+        slots: int32 or int64, [total_new]: page * page_size + place of each; a token whose slot is
+            none of the cache's is dropped.
+        new: keys and values, [total_new, num_heads_kv, head_dim].
+    """
+    num_pages, page_size = caches[0].shape[0], caches[0].shape[2]
+    if 0 in new[0].shape or num_pages == 0 or page_size == 0:
+        return
+    slots = slots.long()
+    fits = (slots >= 0) & (slots < num_pages * page_size)
+    _write_rows(caches, slots // page_size, slots % page_size, fits, new)
+
+
+def _write_rows(
+    caches: tuple[Tensor, Tensor],
+    page: Tensor,
+    place: Tensor,
+    fits: Tensor,
+    new: tuple[Tensor, Tensor],
+) -> None:
+    """Write rows [total, num_heads_kv, dim] to places of pages, but for those that do not fit."""
     # The number of tokens that fit is the device's secret, so all rows are written: one that does
     # not fit writes what the first that fits does, or, if none fits, what is there already.
     row = torch.arange(fits.shape[0], device=fits.device)
     source = torch.where(fits, row, fits.int().argmax())
-    page, place = page[source].clamp(0, num_pages - 1), place[source]
+    page, place = page[source].clamp(0, caches[0].shape[0] - 1), place[source]
     for cache, x in zip(caches, new, strict=True):
-        by_token = x if x.dim() == 3 else x.transpose(1, 2).flatten(0, 1)
         target = cache.transpose(1, 2)
-        values = torch.where(fits.any(), by_token[source], target[page, place])
+        values = torch.where(fits.any(), x[source], target[page, place])
         target.index_put_((page, place), values)
 
 

@@ -21,16 +21,17 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
-#include "tile/mask.cuh"
-#include "bwd_sm90/bwd_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_dq_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
-#include "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
-#include "bwd_sm90/bwd_dkdv_dq_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
 
 // What one consumer warpgroup carries from query tile to query tile.
 struct Consumer {

@@ -10,15 +10,16 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
-#include "fwd_sm90/schedule_sm90.cuh"
-#include "tile/mask.cuh"
 #include "tile/softmax.cuh"
-#include "bwd_sm90/bwd_sm90.cuh"
-#include "bwd_sm90/bwd_dq_sm90.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
+#include "bwd_sm90/bwd_dq_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
 
 // What one consumer warpgroup carries from key tile to key tile.
 struct Consumer {

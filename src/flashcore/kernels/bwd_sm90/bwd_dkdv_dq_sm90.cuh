@@ -9,6 +9,13 @@
 // Its products fill the tensor cores while the other warpgroups compute between theirs.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 // dQ of 64 rows: dS^T and K lie with keys as lines.
 FC_DEVICE void issue_dq(WmmaAccum (&dq)[QK_FRAGS], const Buffers& smem, int row_group,
                         uint32_t count) {

@@ -8,6 +8,15 @@
 // has the same elements. While one computes between its products, the other one's are under way.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 // Fragments of a thread in the buffer for P^T: packets side by side, thread by thread.
 FC_DEVICE SmemPtr<uint32_t> probs_place(const Buffers& smem, int n) {
   return smem.probs + (n * 128 + thread_idx() % 128) * 4;

@@ -2,6 +2,15 @@
 // shared memory what lies, and who loads it. Mirrored by kernels/bwd_sm90/plan.py.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 constexpr int NUM_KEY_GROUPS = BLOCK_N / 64;  // of 64 keys
 // Warpgroups: one a group of keys, or two that share its products
 // (bwd_sm90/bwd_dkdv_roles_sm90.cuh).

@@ -2,6 +2,11 @@
 // tile and giving back its buffers, its four products, and what is computed between them.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "bwd_sm90/bwd_dkdv_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 // And of the tile's lse and delta.
 FC_DEVICE void release_q(const Barriers& bar, uint32_t count) {
   warp_sync();  // orders every lane's reads of those before the arrival

@@ -2,6 +2,14 @@
 // Mirrored by kernels/bwd_sm90/plan.py.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 constexpr int NUM_CONSUMERS = BLOCK_M / 64;  // warpgroups of 64 query rows
 constexpr int KEY_FRAGS = BLOCK_N / 16;
 constexpr bool IS_BOUNDED = HAS_WINDOW_LEFT || HAS_WINDOW_RIGHT;

@@ -20,26 +20,23 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/max_score.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
-#include "tile/sequence.cuh"
-#include "fwd_sm90/schedule_sm90.cuh"
-#include "tile/mask.cuh"
-#include "fwd_sm90/mask_tile_sm90.cuh"
-#include "tile/softmax.cuh"
-#include "tile/max_score.cuh"
-#include "fwd_sm90/pipeline_sm90.cuh"
-#include "fwd_sm90/merge_sm90.cuh"
 #include "tile/schedule_varlen.cuh"
-#include "tile/stream_k.cuh"
-#include "fwd_sm90/split_sm90.cuh"
+#include "tile/sequence.cuh"
+#include "tile/softmax.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
+#include "fwd_sm90/mask_tile_sm90.cuh"
+#include "fwd_sm90/merge_sm90.cuh"
+#include "fwd_sm90/pipeline_sm90.cuh"
+#include "fwd_sm90/producer_sm90.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "fwd_sm90/split_sm90.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
-#include "tile/pages.cuh"
-#include "fwd_sm90/pages_sm90.cuh"
-#include "fwd_sm90/producer_sm90.cuh"
 
 // What one consumer warpgroup carries from key tile to key tile.
 struct Consumer {

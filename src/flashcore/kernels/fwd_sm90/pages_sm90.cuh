@@ -10,6 +10,13 @@
 // sequence comes from behind the end of a page of K, where TMA reads zeros.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/pages.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/layout_sm90.cuh"
+
 FC_DEVICE constexpr int common_divisor(int a, int b) {
   return b == 0 ? a : common_divisor(b, a % b);
 }

@@ -2,6 +2,8 @@
 // each in the ring of stages, and the barriers among consumers.
 #pragma once
 
+#include "prims_sm90.cuh"
+
 constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup
 constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SLICES;  // warpgroups
 static_assert(KEY_SLICES == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");

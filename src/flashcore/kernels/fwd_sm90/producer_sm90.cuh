@@ -4,6 +4,21 @@
 // load K and V with it (fwd_sm90/pages_sm90.cuh).
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+#include "tile/stream_k.cuh"
+#include "fwd_sm90/layout_sm90.cuh"
+#include "fwd_sm90/pages_sm90.cuh"
+#include "fwd_sm90/pipeline_sm90.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "fwd_sm90/split_sm90.cuh"
+//@if gate
+#include "tile/gates.cuh"
+//@end
+
 // The row tiles of a block, one after the other.
 template <bool FROM_FEED = PACKED, bool IN_PIECES = SPLIT_KV, bool IN_RANGES = STREAM_K>
 FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {

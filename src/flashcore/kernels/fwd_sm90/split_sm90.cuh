@@ -7,6 +7,14 @@
 // order of the splits, so that the result does not depend on who it was.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "tile/softmax.cuh"
+#include "tile/stream_k.cuh"
+#include "fwd_sm90/pipeline_sm90.cuh"
+
 // The pieces of a row tile come side by side; row tiles are in the order of block_coord.
 struct SplitWalk {
   int piece = block_idx();

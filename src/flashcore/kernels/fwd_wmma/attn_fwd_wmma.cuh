@@ -11,13 +11,14 @@
 #pragma once
 
 #include "prims.cuh"
-#include "tile/params.cuh"
-#include "tile/schedule.cuh"
-#include "tile/sequence.cuh"
 #include "tile/copy.cuh"
 #include "tile/mask.cuh"
-#include "tile/softmax.cuh"
 #include "tile/max_score.cuh"
+#include "tile/params.cuh"
+#include "tile/rows.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "tile/softmax.cuh"
 #include "tile/totals.cuh"
 //@if gate
 #include "tile/gates.cuh"

@@ -3,6 +3,15 @@
 // isolate/gates.py runs them and compares with float64 models.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/softmax.cuh"
+//@if gate pv_serial
+#include "tile/copy.cuh"
+//@end
+
 FC_DEVICE int64_t gate_row(const AttnParams& p, const BlockCoord& block, int row) {
   return (int64_t(block.batch_idx) * p.num_heads_q + block.head_idx) * p.seqlen_q + row;
 }

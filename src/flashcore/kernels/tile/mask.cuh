@@ -1,6 +1,10 @@
 // tile/mask.cuh - turns raw q.k of one 16-row strip into the scores that softmax sees.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+
 // With a softcap or an additive mask, scores leave here scaled, and what is left for softmax is to
 // take them to log2 units. Not here: the lowest number of float32 or bfloat16 would overflow.
 constexpr bool SCORES_ARE_SCALED = HAS_SOFTCAP || MASK_KIND == 2;

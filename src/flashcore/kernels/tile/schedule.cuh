@@ -1,6 +1,9 @@
 // tile/schedule.cuh - which query rows a block computes, and which key tiles they can see.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/params.cuh"
+
 struct BlockCoord {
   int batch_idx;
   int head_idx;     // of q
@@ -11,6 +14,12 @@ struct BlockCoord {
   int num_splits = 1;              // of the row tile
   int tile_begin = 0, tile_end = 0;  // of the piece, counted from the row tile's first key tile
   int first_slot = 0;              // of the row tile's first share
+};
+
+// What persistent blocks are told of the order of tiles, see fwd_sm90/schedule_sm90.cuh.
+struct TileSchedule {
+  int32_t num_heads;          // num_heads_q * batch
+  int32_t heads_per_section;  // of the last section maybe more; read only under a right bound
 };
 
 // The heads of a block, from batch_idx * num_heads_q + head_idx; m_begin is left open.

@@ -5,6 +5,10 @@
 // are, no sequence reaches outside of the tensors.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+
 // Tensors are [total, num_heads, HEAD_DIM]; sequence b has rows cu_seqlens[b] to cu_seqlens[b + 1].
 constexpr bool PACKED = VARLEN == 1;
 // Tensors are as ever; sequence b has the first seqlens_k[b] keys.

@@ -15,6 +15,12 @@
 // the order of keys: a call's result is the same bit for bit each time.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+
 // Which slot has a share of a row tile. The first share is made by the block that the row tile
 // begins in: in that block's second slot, unless its range begins there, too.
 FC_DEVICE int slot_of(const AttnParams& p, const BlockCoord& block, int split) {
