@@ -218,20 +218,21 @@ def test_a_launch_is_told_where_shares_go(machine: standin.Machine) -> None:
 @pytest.mark.parametrize("in_pages", [False, True])
 def test_with_lengths_a_launch_is_told_how_to_cut(machine: standin.Machine, in_pages: bool) -> None:
     """Scratch memory is bounded by the blocks: two slots each, and a counter."""
-    q, k = half(2, 8, 1, 64), half(2, 2, 2048, 64)
+    q, k = half(2, 8, 1, 64), half(2, 2, 16384, 64)
     lengths = torch.tensor([3, 2048], dtype=torch.int32)
     if in_pages:
-        table = torch.arange(256, dtype=torch.int32).view(2, 128)
-        k = half(256, 2, 16, 64)
+        table = torch.arange(2048, dtype=torch.int32).view(2, 1024)
+        k = half(2048, 2, 16, 64)
         attention_paged(q, k, k, table, lengths)
     else:
         flashcore.attention(q, k, k, seqlens_k=lengths)
     (told,) = machine.driver.launches
     p = told.params.attn
-    # Were both sequences 2048 long, 4 row tiles of 16 key tiles, two of which a range has at least.
-    assert (told.grid, p.least_tiles, p.num_splits) == (32, 2, 1)
+    # Were both as long as can be, 4 row tiles of 128 key tiles, two of which a range has at least.
+    assert (told.grid, p.least_tiles, p.num_splits) == (256, 2, 1)
+    assert (p.num_lines, p.heads_of_line, p.num_ranges) == (2, 1, 128)
     assert p.adding_up == pytest.approx(SHARE_WEIGHT * 4 * 66 / (128 * 64))
-    assert p.split_stats - p.split_out == 4 * 2 * 32 * 4 * 64
+    assert p.split_stats - p.split_out == 4 * 2 * 256 * 4 * 64
     assert (p.split_out % 16, p.tile_counter) == (0, machine.counters.data_ptr())
 
 
@@ -242,6 +243,9 @@ def test_work_is_cut_on_the_device_where_only_that_knows_it() -> None:
     assert not is_legal(dataclasses.replace(few, num_splits=2))
     assert not is_legal(dataclasses.replace(few, varlen="packed"))
     assert "stream-K" in few.describe()
+    alone = select_plan(of(problem_of(1, 32, 8, 1, 8192)), 90)  # its own length is what is split
+    assert (alone.stream_k, alone.num_splits) == (False, 33)  # type: ignore[attr-defined]
+    assert not select_plan(of(problem_of(2, 2, 1, 1, 4096)), 90).stream_k  # type: ignore[attr-defined]
     rows_of_71 = select_plan(of(problem_of(8, 71, 1, 1, 8192)), 90)
     assert rows_of_71.stream_k  # type: ignore[attr-defined]
     for problem in (problem_of(64, 32, 8, 1, 8192), of(problem_of(64, 32, 8, 1, 128))):

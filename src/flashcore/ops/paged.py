@@ -54,6 +54,7 @@ def attention_paged(
     backend: str = "auto",
     return_max_score: bool = False,
     sinks: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of queries over a cache in pages.
 
@@ -80,6 +81,7 @@ def attention_paged(
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         return_max_score: whether the largest score of each head is returned too.
         sinks: [num_heads_q], a logit of each head that joins the softmax; see `attention`.
+        batch_invariant: give each sequence the same bits whatever is beside it; see `attention`.
 
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q; with return_lse the pair (out,
@@ -96,16 +98,18 @@ def attention_paged(
     if is_plain((seqlens_k, page_table), q, k_pages, v_pages, None, sinks):
 
         def describe() -> Problem:
-            return paged_problem(inputs, Options.checked(causal, window, softcap, scale))
+            options = Options.checked(causal, window, softcap, scale, batch_invariant)
+            return paged_problem(inputs, options)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = seqlens_k, page_table
         result = attend_lengths(
-            q, k_pages, v_pages, None, lengths, sinks, asked, None, backend, describe
-        )
+            q, k_pages, v_pages, None, lengths, sinks, asked, None, backend, describe,
+            batch_invariant,
+        )  # fmt: skip
         if result is not None:
             return result
-    options = Options.checked(causal, window, softcap, scale)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant)
     returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
         inputs, options, Wanted(return_lse, return_max_score), backend
     )

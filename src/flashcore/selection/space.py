@@ -40,6 +40,7 @@ _GIVEN = frozenset(
         "keys_of_chunk",
         "fewest_splits",
         "stream_k",
+        "batch_invariant",
         "gate",
         "returns_max_score",
     }

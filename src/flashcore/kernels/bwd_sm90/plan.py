@@ -226,6 +226,7 @@ class BwdSm90Plan(Plan):
             "KEY_SLICES": 1,
             "SPLIT_KV": False,
             "STREAM_K": False,
+            "FIXED_PIECES": False,
         }
         return constants | (self._dq_constants() if self.is_dq else self._dkdv_constants())
 

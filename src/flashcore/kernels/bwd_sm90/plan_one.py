@@ -93,6 +93,7 @@ class RowsPlan(BwdSm90Plan):
             "KEY_SLICES": 1,
             "SPLIT_KV": False,
             "STREAM_K": False,
+            "FIXED_PIECES": False,
         }
 
 

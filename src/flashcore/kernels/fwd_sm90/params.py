@@ -18,6 +18,9 @@ from flashcore.problem.folding import as_launched
 _ELEMENT_BYTES = 2
 # Ranges that the device cuts have at least so many bytes of K and V; see splits.MIN_KEY_TILES.
 LEAST_BYTES = 64 * 1024
+# Pieces of batch-invariant calls have so many bytes of K and V: fewer take longer to hand over and
+# to add up, more leave SMs idle.
+PIECE_BYTES = 256 * 1024
 MOST_BLOCKS = 144  # an SM, of GPUs that there are and may be
 # Of blocks, if heads are read side by side: memory is as busy with few less.
 _BUSY_BLOCKS = 0.95
@@ -77,6 +80,11 @@ def least_tiles(plan: Sm90Plan) -> int:
     return -(-LEAST_BYTES // key_tile_bytes(plan.block_n, plan.head_dim, plan.head_dim_v))
 
 
+def piece_tiles(plan: Sm90Plan) -> int:
+    """Return the key tiles of a piece of a batch-invariant call."""
+    return max(1, PIECE_BYTES // key_tile_bytes(plan.block_n, plan.head_dim, plan.head_dim_v))
+
+
 def num_lines(num_heads: int, num_blocks: int) -> int:
     """Return how many heads are read side by side, a divisor of their number: as many as leave
     next to no block without a range."""
@@ -93,7 +101,10 @@ def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]
     p = as_launched(problem, plan.folds_heads)
     rows: tuple[int, ...] = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
     num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
-    if plan.stream_k:
+    if plan.stream_k and plan.batch_invariant:
+        pieces = max(1, -(-problem.seqlen_k // (plan.block_n * piece_tiles(plan))))
+        rows = (pieces, *rows[1:])
+    elif plan.stream_k:
         num_blocks = num_pieces(problem, plan)
         rows = (2 * num_blocks, min(plan.block_m, p.seqlen_q))
         num_groups = num_blocks * (plan.block_m // ROWS_OF_CONSUMER)
@@ -160,9 +171,15 @@ def build_params_sm90(
         launched = as_launched(problem, plan.folds_heads)
         share = min(plan.block_m, launched.seqlen_q) * share_row_bytes(plan.head_dim_v)
         tile_bytes = key_tile_bytes(plan.block_n, plan.head_dim, plan.head_dim_v)
-        argument.attn.num_lines = num_lines(launched.num_heads_q, num_blocks)
+        lines = num_lines(launched.num_heads_q, num_blocks)
+        argument.attn.num_lines = lines
+        argument.attn.heads_of_line = launched.num_heads_q // lines
+        argument.attn.num_ranges = num_blocks // lines
         argument.attn.least_tiles = least_tiles(plan)
-        argument.attn.adding_up = SHARE_WEIGHT * share / tile_bytes
+        if plan.batch_invariant:
+            argument.attn.least_tiles = piece_tiles(plan)
+        else:
+            argument.attn.adding_up = SHARE_WEIGHT * share / tile_bytes
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
     problem = as_launched(problem, plan.folds_heads)
     argument.num_heads = problem.num_heads_q * problem.batch

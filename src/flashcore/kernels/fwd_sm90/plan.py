@@ -13,7 +13,7 @@ from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import Tile
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
-from flashcore.problem.exactness import fewest_splits
+from flashcore.problem.exactness import fewest_splits, is_cut
 from flashcore.problem.folding import fold_heads
 
 if TYPE_CHECKING:
@@ -51,10 +51,11 @@ class Sm90Plan(Plan):
     consumers that share the keys of 64 rows; `num_splits`: blocks that share the keys of a row
     tile, of which the machine code knows only whether there are any; `stream_k`: the device cuts
     the key tiles of all row tiles into equal ranges, one a block (tile/stream_k.cuh);
-    `mask_load_bytes`: how much of
-    a mask tensor is copied at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all
-    queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
-    elements; `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py.
+    `batch_invariant`: rows have the same bits whatever is beside them: no votes, pieces of one
+    length; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 8 or 4, or 1 for
+    element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows start
+    anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be at
+    least, see problem/exactness.py.
     """
 
     ping_pong: bool = False
@@ -64,6 +65,7 @@ class Sm90Plan(Plan):
     key_slices: int = 1
     num_splits: int = 1
     stream_k: bool = False
+    batch_invariant: bool = False
     mask_load_bytes: int = 0
     mask_is_row: bool = False
     mask_is_shifted: bool = False
@@ -171,8 +173,8 @@ class Sm90Plan(Plan):
         pool = self.max_registers * (self.num_consumers + 1)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
-        # take the most: each lane of the producer's warp knows those of its own. Who finds its range
-        # of work takes as many, and beside one consumer there are more.
+        # take the most: each lane of the producer's warp knows those of its own. Who finds its
+        # range of work takes as many, and beside one consumer there are more.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
         producer = 32 if self.varlen == "packed" or many_chunks else 24
         if self.varlen == "pages" or self.stream_k:
@@ -213,15 +215,18 @@ class Sm90Plan(Plan):
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
             "PING_PONG": self.ping_pong,
-            "LAZY_RESCALE": self.lazy_rescale and not self.returns_max_score,
+            "LAZY_RESCALE": self.lazy_rescale
+            and not (self.returns_max_score or self.batch_invariant),
             "Q_BUFFERS": self.q_buffers,
             "O_PARTS": self.o_parts,
             "CHUNK": self.chunk,
             "KEY_SLICES": self.key_slices,
             "SPLIT_KV": self.shares_keys,
             "STREAM_K": self.stream_k,
+            "FIXED_PIECES": self.stream_k and self.batch_invariant,
             "OVERLAPS": self.overlaps,
-            "TANH_BY_POLYNOMIAL": self.overlaps,
+            # By a vote of rows, as the lazy rescale is.
+            "TANH_BY_POLYNOMIAL": self.overlaps and not self.batch_invariant,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,
@@ -255,6 +260,7 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     fields = traits(problem, gate)
     if gate is None:
         fields["fewest_splits"] = fewest_splits(problem)
+        fields["batch_invariant"] = problem.batch_invariant
     folded = fields["folds_heads"]
     mask = (fold_heads(problem, folded) if folded else problem).mask
     if mask is not None:
@@ -286,7 +292,10 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
     launched = fold_heads(problem, folded) if folded else problem
-    for tile in tiles_sm90.tiles(launched, max(1, folded)):
+    tiles = tiles_sm90.tiles(launched, max(1, folded))
+    if problem.batch_invariant and gate is None:
+        tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))
+    for tile in tiles:
         if gate is not None:
             tile = tile._replace(**OFF_UNDER_A_GATE)
         elif tile.num_splits < of_problem["fewest_splits"]:

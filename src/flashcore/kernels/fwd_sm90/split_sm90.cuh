@@ -63,7 +63,7 @@ FC_DEVICE int num_splits_of(const AttnParams& p, const BlockCoord& block) {
 
 // Where a split's part of a row lies, counted in rows.
 FC_DEVICE int64_t partial_row(const AttnParams& p, const BlockCoord& block, int split, int row) {
-  if (STREAM_K) {
+  if (STREAM_K && !FIXED_PIECES) {
     return int64_t(slot_of(p, block, split)) * min_i(BLOCK_M, p.seqlen_q) + (row - block.m_begin);
   }
   const int64_t num_rows = int64_t(p.batch) * p.num_heads_q * p.seqlen_q;
@@ -121,7 +121,8 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
   static_assert(HEAD_DIM_V % 8 == 0, "as TMA wants of rows");
   constexpr int HALF = HEAD_DIM_V / 2;
   constexpr int PARTS_OF_ROW = HALF / 4;
-  constexpr int AT_ONCE = PARTIAL_PACKETS / 2 / PARTS;
+  // Whatever the rows are, as many shares have one maximum if a sequence alone is to decide.
+  constexpr int AT_ONCE = FIXED_PIECES ? 4 : PARTIAL_PACKETS / 2 / PARTS;
   const GmemPtr<const float> partials = {p.splits.split_out.address};
   const int num_splits = num_splits_of(p, block);
   int row[PARTS], col[PARTS];
@@ -241,7 +242,7 @@ FC_DEVICE GmemPtr<int32_t> share_counter(const AttnParams& p, const BlockCoord& 
                                          int row_group) {
   const int head = block.batch_idx * p.num_heads_q + block.head_idx;
   const int row_tile = head * p.num_m_blocks + block.m_begin / BLOCK_M;
-  const int number = STREAM_K ? first_block_of(block) : row_tile;
+  const int number = STREAM_K && !FIXED_PIECES ? first_block_of(block) : row_tile;
   return p.tile_counter + (number * NUM_ROW_GROUPS + row_group);
 }
 

@@ -22,6 +22,10 @@ ROWS_OF_CONSUMER = 64
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
+# K and V of a call that takes 3 us less, of 9, if the device need not look at all lengths first
+# (H200, 2026-11-29: B3 H1 D64 of at most 2048 keys, and B8 H2/1 D64 of 1024).
+_FEW_BYTES = 8 * 2**20
+_MOST_TILES = 2**30  # that the device counts in 32 bits
 _BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
 
@@ -87,9 +91,21 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     # Wide heads of many rows leave a producer no registers for that.
     few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
     is_narrow = max(problem.head_dim, problem.head_dim_v) <= 128
-    if problem.varlen != "none" and (few_rows or (is_narrow and sharing.num_splits > 1)):
+    pays = few_rows or (is_narrow and sharing.num_splits > 1)
+    if pays and _lengths_differ(problem, tile):
         return tile._replace(stream_k=True, parts=sharing.parts)
     return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)
+
+
+def _lengths_differ(problem: Problem, tile: Tile) -> bool:
+    """Return whether it pays that the device looks at all lengths first: what splits by the longest
+    possible one may leave undone takes longer."""
+    row_tiles = problem.batch * problem.num_heads_q * -(-problem.seqlen_q // tile.block_m)
+    if row_tiles * -(-problem.seqlen_k // tile.block_n) >= _MOST_TILES:
+        return False
+    keys = problem.batch * problem.num_heads_kv * problem.seqlen_k
+    few_keys = keys * (problem.head_dim + problem.head_dim_v) * 2 <= _FEW_BYTES
+    return problem.varlen != "none" and problem.batch > 1 and not few_keys
 
 
 def _streaming_tile(problem: Problem, folded: int) -> Tile:
@@ -126,6 +142,25 @@ def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
             yield _streaming_tile(problem, folded)
     for tile in _table(problem):
         yield _split_keys(problem, tile) if long_keys else tile
+
+
+def batch_invariant_tiles(problem: Problem, is_cut: bool) -> Iterator[Tile]:
+    """Return tiles of batch-invariant calls, whose keys follow from head_dim and options alone:
+    with `is_cut` those for few queries, whose keys are cut into pieces of one length
+    (tile/stream_k.cuh)."""
+    dim = max(problem.head_dim, problem.head_dim_v)
+    if is_cut:
+        tile = _streaming_tile(problem, 1)
+        yield tile._replace(num_splits=1, stream_k=True, parts=1)
+        return
+    is_plain = problem.mask is None and problem.softcap == 0.0
+    if dim <= 128:
+        if is_plain:
+            yield Tile(128, 64, ping_pong=True)
+        yield Tile(64, 64, min_blocks=2)
+    elif is_plain:
+        yield Tile(128, 48, ping_pong=True)
+    yield Tile(128, 32, ping_pong=True)
 
 
 def _table(problem: Problem) -> Iterator[Tile]:

@@ -13,6 +13,10 @@
 //
 // Nothing but the lengths and the number of blocks decides where cuts are, and shares are added in
 // the order of keys: a call's result is the same bit for bit each time.
+//
+// Under FIXED_PIECES (batch-invariant calls) a row tile is cut every `least_tiles` key tiles, so that
+// its sequence alone decides what is added to what. A block takes the pieces that begin in its
+// range. Shares have the places that the host's splits have, split by split.
 #pragma once
 
 #include "prims.cuh"
@@ -53,10 +57,6 @@ struct StreamWalk {
   // x of the one lane that `has` it.
   FC_DEVICE static int of_lane(bool has, int x) { return warp_scan(has ? x : 0).total; }
 
-  FC_DEVICE static int heads_of_line(const AttnParams& p) {
-    return p.num_heads_q / p.splits.num_lines;
-  }
-
   // The number of the block's range in its line, and the line's number.
   FC_DEVICE static int range_idx(const AttnParams& p) { return block_idx() / p.splits.num_lines; }
   FC_DEVICE static int line_idx(const AttnParams& p) { return block_idx() % p.splits.num_lines; }
@@ -73,7 +73,7 @@ struct StreamWalk {
       sum += tiles;
       longest = max_i(longest, tiles);
     }
-    const int heads = heads_of_line(p);
+    const int heads = p.splits.heads_of_line;
     const WarpScan line = warp_scan(sum * heads);
     set_range(p, line.total, longest);
     place = min_i(line.total, range_idx(p) * range_tiles);
@@ -90,6 +90,10 @@ struct StreamWalk {
     first = of_lane(is_here, begin);
     head = (place - first) / num_tiles;
     first += head * num_tiles;
+    if (!FIXED_PIECES || place >= end) return;
+    const int piece = p.splits.least_tiles;
+    place = first + (place - first + piece - 1) / piece * piece;
+    if (place >= first + num_tiles) next_row_tile(p);
   }
 
   // Ranges as long as give each block one, but no shorter than `least_tiles`; and where one SM adds
@@ -98,7 +102,7 @@ struct StreamWalk {
   FC_DEVICE void set_range(const AttnParams& p, int total, int longest) {
 #pragma unroll
     for (int bit = 1; bit < 32; bit *= 2) longest = max_i(longest, shfl_xor(longest, bit));
-    const int num_ranges = num_blocks() / p.splits.num_lines;
+    const int num_ranges = p.splits.num_ranges;
     range_tiles = max_i(p.splits.least_tiles, (total + num_ranges - 1) / num_ranges);
     const float square = p.splits.adding_up * float(longest);
     while (range_tiles < longest && float(range_tiles) * float(range_tiles) < square) ++range_tiles;
@@ -111,6 +115,13 @@ struct StreamWalk {
     block.head_idx = head * p.splits.num_lines + line_idx(p);
     block.head_idx_kv = block.head_idx / (p.num_heads_q / p.num_heads_kv);
     block.tile_begin = place - first;
+    if (FIXED_PIECES) {
+      const int piece = p.splits.least_tiles;
+      block.tile_end = min_i(block.tile_begin + piece, num_tiles);
+      block.split = block.tile_begin / piece;
+      block.num_splits = (num_tiles + piece - 1) / piece;
+      return block;
+    }
     block.tile_end = min_i(end, first + num_tiles) - first;
     const int first_range = first / range_tiles;
     block.split = range_idx(p) - first_range;
@@ -123,9 +134,17 @@ struct StreamWalk {
   FC_DEVICE void ask(const AttnParams&, const TileSchedule&) {}
 
   FC_DEVICE void advance(const AttnParams& p, const TileSchedule&) {
-    first += num_tiles;  // a piece that ends sooner is the last one
+    if (FIXED_PIECES) {
+      place += p.splits.least_tiles;
+      if (place < first + num_tiles) return;
+    }
+    next_row_tile(p);  // a piece that ends sooner is the last one
+  }
+
+  FC_DEVICE void next_row_tile(const AttnParams& p) {
+    first += num_tiles;
     place = first;
-    if (place >= end || ++head < heads_of_line(p)) return;
+    if (place >= end || ++head < p.splits.heads_of_line) return;
     head = 0;
     num_tiles = tiles_of(p, ++item);
   }

@@ -240,9 +240,9 @@ _OF_STREAM_K = (
     ),
 )
 
-# The call that shows them: two heads, of 1 + 1 + 34 key tiles each, for three blocks of 24. So a row
-# tile is cut twice, in the second block the tail of one comes before the head of the next, and the
-# last ends with a range.
+# The call that shows them: two heads, of 1 + 1 + 34 key tiles each, for three blocks of 24. So a
+# row tile is cut twice, in the second block the tail of one comes before the head of the next, and
+# the last ends with a range.
 STREAM_CASE: dict[str, Any] = {
     "lengths": (0, 5, 1070),
     "page_size": 32,
