@@ -16,7 +16,7 @@ from flashcore.ops.paged import NAMES, paged_problem
 from flashcore.problem.options import Inputs, Options
 from flashcore.selection.select import select_plan
 from flashcore.sim import Plant, SimulationError, simulate
-from flashcore.sim.plants.split import PLANTS_STREAM_SM90
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_STREAM_SM90
 from flashcore.sim.replay import parse_replay
 
 pytestmark = pytest.mark.thorough

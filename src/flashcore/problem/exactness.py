@@ -37,7 +37,7 @@ def keys_of_chunk(problem: Problem) -> int:
 def is_cut(problem: Problem) -> bool:
     """Return whether a batch-invariant call's keys are shared by blocks, in pieces of one length:
     few queries of sequences that are not packed."""
-    return problem.varlen != "packed" and problem.seqlen_q <= MAX_QUERIES
+    return not problem.packs_queries and problem.seqlen_q <= MAX_QUERIES
 
 
 def fewest_splits(problem: Problem) -> int:
@@ -53,7 +53,7 @@ def obstacle_to_splits(problem: Problem) -> str | None:
     if splits == 1:
         return None
     limit = f"it sums over at most {MAX_KEYS_OF_A_SUM_SM90[problem.dtype]} keys exactly"
-    if problem.varlen == "packed":
+    if problem.packs_queries:
         return f"{limit}, and cannot split those of packed sequences"
     if problem.batch_invariant:
         return f"{limit}, and how many blocks share more depends on the room that there is"

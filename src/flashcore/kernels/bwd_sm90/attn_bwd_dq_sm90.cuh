@@ -10,12 +10,14 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
 #include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
 #include "tile/softmax.cuh"
+#include "fwd_sm90/mask_tile_sm90.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
 #include "bwd_sm90/bwd_dq_sm90.cuh"
@@ -31,7 +33,7 @@ struct Consumer {
   WmmaAccum dprobs[KEY_FRAGS];  // then dS
   WmmaA<Element> dscores[KEY_FRAGS];
   RowStats stats;  // of a lane's two rows
-  GmemPtr<const MaskElement> mask;  // of the batch and head
+  MaskStrip mask;               // of the warp's rows
   uint32_t count;               // of all tiles that came through the stages
 };
 
@@ -98,22 +100,28 @@ FC_DEVICE void load_own_stats(Consumer& c, const AttnBwdSm90Params& params, int 
                            block.m_begin + c.index * 64, seqlen_q);
 }
 
-// S becomes P, times soft-capping's derivative.
+// S becomes P, times soft-capping's derivative. A mask tensor's part of the tile has been fetched.
 template <bool MASKED>
 FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, int key_begin) {
-  const VisibleColumns visible(p, c.warp_row, key_begin);
+  const VisibleColumns<> visible(p, c.warp_row, key_begin);
+  SmemPtr<MaskElement> own = {};
+  if constexpr (MASK_KIND != 0) own = c.mask.await(p, c.warp_row);
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
+    MaskFragment elements = {};
+    if constexpr (MASK_KIND != 0) elements = c.mask.fragment(own, n);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      ScoreMask mask = {!MASKED || visible.contain(n, i), 0.0f};
-      if (MASK_KIND != 0 && mask.visible) {
-        mask = mask_element(p, c.mask, c.warp_row + accum_row(lane_idx(), i),
-                            key_begin + n * 16 + accum_col(lane_idx(), i));
-      }
+      ScoreMask mask = {true, 0.0f};
+      if constexpr (MASK_KIND != 0) mask = as_score_mask(elements.of(i));
+      mask.visible &= !MASKED || visible.contain(n, i);
       float& x = c.scores[n].x[i];
       x = probability(x, c.stats.lse_log2[row_of_element(i)], p, mask).times_cap;
     }
+  }
+  if constexpr (MASK_KIND != 0) {
+    warp_sync();  // orders every lane's reads before the next copies
+    c.mask.fetch(p, c.warp_row, key_begin / BLOCK_N - 1);
   }
 }
 
@@ -146,7 +154,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
   if (FIRST) load_own_stats(c, params, p.seqlen_q, block, smem);  // beside the products
   wgmma_wait<HAS_DQ ? 2 : 1>();
   wgmma_hold(c.scores);
-  if (MASK_KIND != 0 || strip_needs_mask(p, c.warp_row, key_begin)) {
+  if (strip_needs_mask<BLOCK_N>(p, c.warp_row, key_begin)) {
     exponentiate<true>(c, p, key_begin);
   } else {
     exponentiate<false>(c, p, key_begin);
@@ -174,10 +182,10 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
 // dQ of a consumer's 64 rows over key tiles, from last to first.
 FC_DEVICE void accumulate(Consumer& c, const AttnBwdSm90Params& params, const AttnParams& p,
                           const Barriers& bar, const Buffers& smem, const BlockCoord& block,
-                          const KeyRange& keys) {
-  int n_block = keys.n_block_end - 1;
+                          const Range& keys) {
+  int n_block = keys.end - 1;
   key_tile<true>(c, params, p, bar, smem, block, n_block * BLOCK_N);
-  for (--n_block; n_block >= keys.n_block_begin; --n_block) {
+  for (--n_block; n_block >= keys.begin; --n_block) {
     key_tile<false>(c, params, p, bar, smem, block, n_block * BLOCK_N);
   }
   if (OVERLAPS) {
@@ -202,17 +210,22 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const int group_row = block.m_begin + c.index * 64;
     c.warp_row = group_row + warp_idx() % 4 * 16;
     const auto& sequence = sequence_params(p, block);
-    const KeyRange keys = key_range(sequence, block.m_begin);
-    const KeyRange own = IS_BOUNDED ? group_key_range(sequence, keys, group_row) : keys;
-    c.mask = mask_of(p, block.batch_idx, block.head_idx);
+    const Range keys = key_tiles(sequence, block.m_begin);
+    const Range own = IS_BOUNDED ? own_key_tiles<64>(sequence, keys, group_row) : keys;
+    if constexpr (MASK_KIND != 0) {
+      const int warp = c.index * 4 + warp_idx() % 4;
+      c.mask = {mask_of(p, block.batch_idx, block.head_idx), smem.mask + warp * MASK_WARP_ELEMENTS,
+                own.begin};
+      c.mask.fetch(sequence, c.warp_row, own.end - 1);
+    }
     clear(c.dq);
-    if (IS_BOUNDED) skip_tiles(c, bar, keys.n_block_end - own.n_block_end);
-    if (own.n_block_begin < own.n_block_end) {
+    if (IS_BOUNDED) skip_tiles(c, bar, keys.end - own.end);
+    if (own.begin < own.end) {
       accumulate(c, params, sequence, bar, smem, block, own);
     } else {
       load_own_stats(c, params, sequence.seqlen_q, block, smem);
     }
-    if (IS_BOUNDED) skip_tiles(c, bar, own.n_block_begin - keys.n_block_begin);
+    if (IS_BOUNDED) skip_tiles(c, bar, own.begin - keys.begin);
 
     const bool is_empty[2] = {c.stats.lse_log2[0] == POS_INF, c.stats.lse_log2[1] == POS_INF};
     if (warp_any(is_empty[0] || is_empty[1])) {  // whatever arrived there, NaN too
@@ -251,6 +264,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
       smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
       smem_view<Element>(V_OFFSET, NUM_V_STAGES * V_ELEMENTS, "v_smem"),
       smem_view<Element>(OUT_OFFSET, NUM_CONSUMERS * OUT_ELEMENTS, "out_smem"),
+      smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       PACKED ? feed_at(FEED_OFFSET) : Feed(),
   };

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
@@ -66,7 +67,7 @@ FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
   for (int turn = 0;; ++turn) {
     BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) break;
-    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    const Range tiles = query_tiles(p, block.m_begin);
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++block.head_idx) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {

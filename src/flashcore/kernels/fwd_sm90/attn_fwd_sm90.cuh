@@ -20,6 +20,7 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
 #include "tile/mask.cuh"
 #include "tile/max_score.cuh"
 #include "tile/params.cuh"
@@ -312,19 +313,19 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     if (VARLEN != 0 || MASK_KIND != 0 || SPLIT_KV) block = load_coord(coord);
     const auto& own = sequence_params(p, block);
 //@if gate tile
-    const KeyRange keys = gate_last_tile(own_keys(own, block));
+    const Range keys = gate_last_tile(own_keys(own, block));
 //@else
-    const KeyRange keys = own_keys(own, block);
+    const Range keys = own_keys(own, block);
 //@end
     const int group_row = block.m_begin + c.row_group * 64;
 //@if gate
-    const KeyRange seen = keys;
+    const Range seen = keys;
 //@else
-    const KeyRange seen = KEY_SLICES > 1 ? keys : group_key_range(own, keys, group_row);
+    const Range seen = KEY_SLICES > 1 ? keys : own_key_tiles<64>(own, keys, group_row);
 //@end
-    const UnmaskedRange unmasked = unmasked_range(own, group_row);
+    const Range unmasked = unmasked_key_tiles<64>(own, group_row);
     c.warp_row = group_row + warp_idx() % 4 * 16;
-    c.mask.n_block_begin = seen.n_block_begin;
+    c.mask.n_block_begin = seen.begin;
     c.mask.gmem = mask_of(p, block.batch_idx, block.head_idx);
     c.softmax = {{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
 //@if gate
@@ -337,18 +338,18 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     if (!IS_PLAIN) clear_output(c);
 
     // All consumers count all key tiles of the block, and all but the first give a turn.
-    int n_block = keys.n_block_end - 1 - slice;
+    int n_block = keys.end - 1 - slice;
     const auto skip_down_to = [&](int end) {
       for (; n_block >= end; --n_block) {
-        if (PING_PONG && n_block < keys.n_block_end - 1) pass_issue(c);
+        if (PING_PONG && n_block < keys.end - 1) pass_issue(c);
         skip_key_tile(c, bar);
       }
     };
-    if (KEY_SLICES == 1) skip_down_to(seen.n_block_end);
-    const int begin = seen.n_block_begin;
+    if (KEY_SLICES == 1) skip_down_to(seen.end);
+    const int begin = seen.begin;
     const bool sees_keys = n_block >= begin;
     if (sees_keys) {
-      if (PING_PONG && n_block < keys.n_block_end - 1) pass_issue(c);
+      if (PING_PONG && n_block < keys.end - 1) pass_issue(c);
       if constexpr (MASK_KIND != 0) c.mask.fetch(own, c.warp_row, n_block);
       key_tile<true, true>(c, own, bar, smem, n_block, begin);
       n_block -= KEY_SLICES;
@@ -373,7 +374,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     } else if (IS_PLAIN) {
       clear_output(c);
     }
-    if (HAS_WINDOW_LEFT && KEY_SLICES == 1) skip_down_to(keys.n_block_begin);
+    if (HAS_WINDOW_LEFT && KEY_SLICES == 1) skip_down_to(keys.begin);
     if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, load_coord(coord), c.warp_row);
     if (KEY_SLICES > 1) {
       merge_slices(slice, turn, c.softmax, c.out, bar, smem.merge, c.scale_log2);

@@ -14,6 +14,7 @@ from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.kernel import ForwardKernel, Pointers, Tile
 from flashcore.problem import Problem
+from flashcore.problem.problem import PACKS_QUERIES
 
 # Where products bound the time more stages than these gain nothing; more are for reading memory.
 _STAGES_OF_PRODUCTS = 4
@@ -119,7 +120,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.num_splits < plan.fewest_splits:
             return False
-        if plan.shares_keys and plan.varlen == "packed":
+        if plan.shares_keys and plan.varlen in PACKS_QUERIES:
             return False
         if plan.stream_k and plan.num_splits > 1:
             return False

@@ -1,4 +1,4 @@
-// tile/schedule.cuh - which query rows a block computes, and which key tiles they can see.
+// tile/schedule.cuh - which query rows a block computes.
 #pragma once
 
 #include "prims.cuh"
@@ -22,11 +22,28 @@ struct TileSchedule {
   int32_t heads_per_section;  // of the last section maybe more; read only under a right bound
 };
 
-// The heads of a block, from batch_idx * num_heads_q + head_idx; m_begin is left open.
-FC_DEVICE BlockCoord head_coord(const AttnParams& p, int head_and_batch) {
+// A batch and one of `num_heads` heads, in the order in which blocks take them. Heads vary faster;
+// but where every batch has the same mask, of each head, batches do: then L2 has it for all of them.
+struct BatchAndHead {
+  int batch, head;
+};
+
+FC_DEVICE BatchAndHead batch_and_head(const AttnParams& p, int number, int num_heads) {
+  const bool batches_vary_faster =
+      MASK_KIND != 0 && p.strides.mask.batch == 0 && p.strides.mask.head != 0;
+  const int faster = batches_vary_faster ? p.batch : num_heads;
+  const int rest = number % faster;
+  const int quotient = number / faster;
+  if (batches_vary_faster) return {rest, quotient};
+  return {quotient, rest};
+}
+
+// The heads of a block; m_begin is left open.
+FC_DEVICE BlockCoord head_coord(const AttnParams& p, int number) {
+  const BatchAndHead at = batch_and_head(p, number, p.num_heads_q);
   BlockCoord coord;
-  coord.head_idx = head_and_batch % p.num_heads_q;
-  coord.batch_idx = head_and_batch / p.num_heads_q;
+  coord.head_idx = at.head;
+  coord.batch_idx = at.batch;
   coord.head_idx_kv = coord.head_idx / (p.num_heads_q / p.num_heads_kv);
   return coord;
 }
@@ -38,69 +55,4 @@ FC_DEVICE BlockCoord block_coord(const AttnParams& p, int tile) {
   BlockCoord coord = head_coord(p, tile / p.num_m_blocks);
   coord.m_begin = (HAS_WINDOW_RIGHT ? p.num_m_blocks - 1 - m_block : m_block) * BLOCK_M;
   return coord;
-}
-
-// The queries among rows [row_begin, row_begin + count). Under pack-GQA (FOLDED) row r is query
-// r % num_queries of some head, so the rows of one tile may be any of the queries.
-struct QueryRange {
-  int first, last;
-};
-
-FC_DEVICE QueryRange queries_of(const AttnParams& p, int row_begin, int count) {
-  if (FOLDED) return {0, p.num_queries - 1};
-  return {row_begin, row_begin + count - 1};
-}
-
-FC_DEVICE int query_of(const AttnParams& p, int row) { return FOLDED ? row % p.num_queries : row; }
-
-// Key tiles [n_block_begin, n_block_end) hold every key that some of `num_rows` rows from `m_begin`
-// on can see.
-struct KeyRange {
-  int n_block_begin;
-  int n_block_end;
-};
-
-FC_DEVICE KeyRange key_range(const AttnParams& p, int m_begin, int num_rows = BLOCK_M) {
-  const QueryRange queries = queries_of(p, m_begin, num_rows);
-  int first_key = 0;
-  int end_key = p.seqlen_k;
-  if (HAS_WINDOW_LEFT) {
-    first_key = max_i(0, queries.first + p.band.diag_offset - p.band.window_left);
-  }
-  if (HAS_WINDOW_RIGHT) {
-    const int last = min_i(queries.last, p.seqlen_q - 1);
-    end_key = min_i(end_key, last + p.band.diag_offset + p.band.window_right + 1);
-  }
-  if (first_key >= end_key) return {0, 0};
-  return {first_key / BLOCK_N, (end_key + BLOCK_N - 1) / BLOCK_N};
-}
-
-// Of a block's key tiles, those that 64 of its rows from `row_begin` on need.
-FC_DEVICE KeyRange group_key_range(const AttnParams& p, const KeyRange& block, int row_begin) {
-  KeyRange own = {0, 0};
-  if (row_begin < p.seqlen_q) own = key_range(p, row_begin, 64);
-  own.n_block_begin = max_i(own.n_block_begin, block.n_block_begin);
-  own.n_block_end = min_i(own.n_block_end, block.n_block_end);
-  if (own.n_block_begin < own.n_block_end) return own;
-  return {block.n_block_begin, block.n_block_begin};
-}
-
-// Key tiles [begin, end) hold only keys that all of 64 rows from `row_begin` on can see.
-struct UnmaskedRange {
-  int begin;
-  int end;
-};
-
-FC_DEVICE UnmaskedRange unmasked_range(const AttnParams& p, int row_begin) {
-  const QueryRange queries = queries_of(p, row_begin, 64);
-  int end_key = p.seqlen_k;
-  if (HAS_WINDOW_RIGHT) {
-    end_key = min_i(end_key, queries.first + p.band.diag_offset + p.band.window_right + 1);
-  }
-  UnmaskedRange range = {0, max_i(end_key, 0) / BLOCK_N};
-  if (HAS_WINDOW_LEFT) {
-    const int first_key = max_i(0, queries.last + p.band.diag_offset - p.band.window_left);
-    range.begin = min_i(range.end, (first_key + BLOCK_N - 1) / BLOCK_N);
-  }
-  return range;
 }

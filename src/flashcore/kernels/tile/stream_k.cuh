@@ -46,8 +46,8 @@ struct StreamWalk {
 
   FC_DEVICE static int tiles_of(const AttnParams& p, int item) {
     const BlockCoord block = item_coord(p, item);
-    const KeyRange keys = key_range(sequence_params(p, block), block.m_begin);
-    return max_i(1, keys.n_block_end - keys.n_block_begin);
+    const Range keys = key_tiles(sequence_params(p, block), block.m_begin);
+    return max_i(1, keys.end - keys.begin);
   }
 
   FC_DEVICE static BlockCoord item_coord(const AttnParams& p, int item) {
