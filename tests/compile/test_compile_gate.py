@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from flashcore.cli import app
 from flashcore.compile import jit
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.bwd_sm90.plan_one import DELTA_KERNEL, ROUND_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
@@ -53,6 +54,7 @@ def test_the_sample_has_every_kernel_architecture_and_head_dim(
         DKDV_KERNEL,
         DELTA_KERNEL,
         ROUND_KERNEL,
+        DMASK_KERNEL,
     }
 
 
@@ -127,7 +129,7 @@ def test_what_a_kernel_with_roles_is_launched_with_says_nothing(
 def test_backward_kernels_are_listed_where_they_are() -> None:
     found = backward_configurations()
     of_one = {DKDV_KERNEL, DELTA_KERNEL, ROUND_KERNEL}
-    assert {entry.plan.kernel for entry in found} == {DQ_KERNEL} | of_one
+    assert {entry.plan.kernel for entry in found} == {DQ_KERNEL, DMASK_KERNEL} | of_one
     assert {e.plan.kernel for e in backward_configurations(variants=["masked"])} == {
         DQ_KERNEL, DKDV_KERNEL,
     }  # fmt: skip
