@@ -157,13 +157,13 @@ class Sm90Plan(Plan):
         pool = self.max_registers * (self.num_consumers + 1)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
-        # take the most: each lane of the producer's warp knows those of its own.
+        # take the most: each lane of the producer's warp knows those of its own, of whichever tile.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
         producer = 32 if self.varlen in PACKS_QUERIES or many_chunks else 24
         if self.page_size:
-            producer = 40
+            producer = 48 if self.varlen in PACKS_QUERIES else 40
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
-        return consumer, min(40, pool - consumer * self.num_consumers)
+        return consumer, min(max(40, producer), pool - consumer * self.num_consumers)
 
     @property
     def overlaps(self) -> bool:
