@@ -18,6 +18,7 @@ from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.compile.plant import Plant
 from flashcore.isolate.backward_calls import planted_case
 from flashcore.isolate.plant_stages import STAGES
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
@@ -25,6 +26,12 @@ from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
 from flashcore.sim.plants import index
+from flashcore.sim.plants.bwd_mask_sm90 import (
+    OF_ROWS,
+    PLANTS_BWD_MASK_SM90,
+    PLANTS_BWD_MASKED_DQ_SM90,
+    PLANTS_BWD_MASKED_SM90,
+)
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_PACKED_DQ_SM90,
     PLANTS_BWD_PACKED_SM90,
@@ -197,6 +204,11 @@ _BACKWARD_PADDED = _BACKWARD | {
     "lengths_k": (40, 150, 97),
 }
 _TILE_OF_DQ = {"block_m": 64, "block_n": 32, "num_stages": 3, "other_stages": 2}
+_BACKWARD_MASKED = _BACKWARD | {"mask": "additive", "causal": "none"}
+# Rows of a mask that begin anywhere, so that a lane writes other elements than it reads.
+_MASK_GRADIENT = _BACKWARD | {
+    "mask": "additive", "causal": "upper_left", "seqlen_k": 141, "seed": 1, "dtype": "float16",
+}  # fmt: skip
 _TILE_OF_DKDV = {"block_m": 32, "block_n": 128, "num_stages": 3, "other_stages": 2}
 _TILE_OF_DKDV |= {"overlaps": False, "early_dp": True, "keeps_p": False}
 _TILE_OF_ONE = _TILE_OF_DKDV | {"block_m": 64, "overlaps": True, "also_dq": True}
@@ -296,16 +308,26 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_BWD_ONE_SM90, _TILE_OF_ONE, options=_BACKWARD | {"seqlen_q": 200}),
         **_calls(PLANTS_BWD_PACKED_SM90, _TILE_OF_DKDV, options=_BACKWARD_PACKED, is_packed=True),
         **_calls(PLANTS_BWD_PADDED_SM90, _TILE_OF_DKDV, options=_BACKWARD_PADDED),
+        **_calls(PLANTS_BWD_MASKED_SM90, _TILE_OF_DKDV | {"block_n": 64}, options=_BACKWARD_MASKED),
     },
-    DQ_KERNEL: _calls(
-        PLANTS_BWD_PACKED_DQ_SM90,
-        _TILE_OF_DQ | {"block_m": 128},
-        options=_BACKWARD_PACKED,
-        is_packed=True,
+    DMASK_KERNEL: _calls(
+        {name: PLANTS_BWD_MASK_SM90[name] for name in OF_ROWS},
+        {"num_shares": 3, "sums_rows": True},
+        options=_BACKWARD | {"mask": "additive"},
     ),
+    DQ_KERNEL: {
+        **_calls(
+            PLANTS_BWD_PACKED_DQ_SM90,
+            _TILE_OF_DQ | {"block_m": 128},
+            options=_BACKWARD_PACKED,
+            is_packed=True,
+        ),
+        **_calls(PLANTS_BWD_MASKED_DQ_SM90, _TILE_OF_DQ, options=_BACKWARD_MASKED),
+    },
 }
 # The call of all other bugs of a kernel; of those of a forward kernel, isolate's own.
 _DEFAULTS: Mapping[str, dict[str, Any]] = {
+    DMASK_KERNEL: {"options": _MASK_GRADIENT},
     DQ_KERNEL: {"options": _BACKWARD, "tile": _TILE_OF_DQ},
     DKDV_KERNEL: {"options": _BACKWARD, "tile": _TILE_OF_DKDV},
 }
