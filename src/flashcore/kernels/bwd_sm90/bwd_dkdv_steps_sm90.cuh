@@ -5,6 +5,7 @@
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
 #include "tile/params.cuh"
+#include "tile/smem_tile.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
 
