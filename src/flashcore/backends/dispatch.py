@@ -255,8 +255,10 @@ def _run_adapted(
     addresses: Addresses,
     *sinks: torch.Tensor,
 ) -> Computed:
-    if adapted.problem.varlen == "packed":
-        q, k, v = as_batch(q), as_batch(k), as_batch(v)
+    if adapted.problem.packs_queries:
+        q = as_batch(q)
+        if not adapted.problem.has_pages:
+            k, v = as_batch(k), as_batch(v)
     q, k, v = adapted.tensors(q, k, v)
     # What follows the three are addresses of lengths and sinks.
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]

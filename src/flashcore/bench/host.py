@@ -23,7 +23,7 @@ from flashcore.base import machine
 from flashcore.bench import host_roads
 from flashcore.bench.libraries import Library
 from flashcore.bench.peers import find_peers
-from flashcore.bench.report import table
+from flashcore.bench.reporting.report import table
 from flashcore.bench.run import command_line
 from flashcore.bench.timing import first_line
 from flashcore.bench.workloads import Workload, seed_shape

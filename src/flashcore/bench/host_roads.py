@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import flashcore
-from flashcore.bench.report import table
+from flashcore.bench.reporting.report import table
 from flashcore.bench.timing import first_line
 from flashcore.compat.flash_attn import flash_attn_func
 from flashcore.launch import launcher

@@ -25,22 +25,27 @@ from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
 from flashcore.sim.plants import index
-from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
-from flashcore.sim.plants.bwd_sm90 import (
+from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_PACKED_DQ_SM90,
     PLANTS_BWD_PACKED_SM90,
     PLANTS_BWD_PADDED_SM90,
     PLANTS_BWD_ROLES_SM90,
 )
-from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
-from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90
+from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
+from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
+from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
-from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
-from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
+from flashcore.sim.plants.pages import (
+    PLANTS_PAGES,
+    PLANTS_PAGES_SM90,
+    PLANTS_PAGES_TOLD,
+    PLANTS_PAGES_WMMA,
+)
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
-from flashcore.sim.plants.sm90 import PLANTS_SM90
-from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 
 
@@ -100,6 +105,8 @@ _PAGED: dict[str, Any] = {
     "astray": True,
     "seed": 12,
 }
+# One is told to have less than no keys, one to have more than the table reaches.
+_TOLD = _PAGED | {"lengths": (33, 0, 20, 80), "told": (33, -5, 20, 10**4)}
 _TILES: dict[str, Mapping[str, Any]] = {
     "no-is-yes": _TWO_CONSUMERS,
     "probs-written-early": {"lazy_rescale": False},
@@ -257,6 +264,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN, {}, options=_PACKED, is_packed=True),
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
         **_calls(PLANTS_PAGES | PLANTS_PAGES_WMMA, {}, options=_PAGED, is_paged=True),
+        **_calls(PLANTS_PAGES_TOLD, {}, options=_TOLD, is_paged=True),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
         **_WITH_MAX_SCORE,
@@ -277,6 +285,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
+        **_calls(PLANTS_PAGES_TOLD, _SHORT_KEY_TILES, options=_TOLD, is_paged=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
         **_calls(PLANTS_SINKS, {}, options=_SINKS),
@@ -334,4 +343,9 @@ def find_plant(name: str, backend: str, kernel: str | None = None) -> Planted:
     """
     index.check_backend(name, backend)
     kernel = kernel or index.kernels_of(name)[0]
+    if kernel in index.BESIDE:
+        raise ValueError(
+            f"plant={name!r} is a bug of {kernel}, which isolate does not take apart: "
+            "tests/plants/test_sim_plants_append.py runs it"
+        )
     return _planted(index.find_plant(name, kernel), kernel)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashcore.ops.batching import Places
+from flashcore.ops.transforms.batching import Places
 from flashcore.problem.options import (
     DIFFERENTIABLE_RESULTS,
     Inputs,

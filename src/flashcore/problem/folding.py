@@ -34,7 +34,7 @@ def can_fold(problem: Problem) -> bool:
     """Return whether the heads of a group can be rows of one: q and the mask then have one stride
     between rows. The output and lse, which are contiguous, always have."""
     length = problem.seqlen_q
-    if problem.varlen == "packed" or problem.group_size < 2 or not 1 <= length <= MAX_QUERIES:
+    if problem.packs_queries or problem.group_size < 2 or not 1 <= length <= MAX_QUERIES:
         return False
     _, head_stride, row_stride = problem.q_strides
     if length == 1:

@@ -32,6 +32,7 @@ from flashcore.problem.validation import (
 )
 
 Causal = bool | str
+PACKS_QUERIES = ("packed", "packed_pages")  # of the kinds of Problem.varlen
 Window = tuple[int, int] | None
 
 
@@ -70,12 +71,13 @@ class Problem:
             and the bytes of a row, of those that the kernels read in place (backends/adapting.py).
         varlen: how sequences differ in length, one of plan.VARLEN_KINDS. If they do, only the
             device knows by how much: seqlen_q and seqlen_k are the longest possible, and
-            diag_offset is 0. "packed": strides are those of [1, heads, total, dim] views.
+            diag_offset is 0. "packed": strides are those of [1, heads, total, dim] views;
+            "packed_pages": those of q are, and keys lie in pages.
         total_q: rows of packed q; else 0.
         total_k: rows of packed k and v; else 0.
         strided: those of "q", "k" and "v" whose last dimension is not contiguous, joined.
         misaligned: those of "q", "k" and "v" whose own load_bytes is less than 16, joined.
-        page_size: keys of a page of the cache; 0 unless varlen is "pages". Then seqlen_k is what
+        page_size: keys of a page of the cache; 0 unless has_pages. Then seqlen_k is what
             the page table reaches, and the first strides of k and v are those of pages.
         num_pages: of the cache.
         page_table_stride: entries from one sequence's row of the page table to the next one's.
@@ -199,11 +201,22 @@ class Problem:
         return self.num_heads_q // self.num_heads_kv if self.num_heads_kv else 0
 
     @property
+    def packs_queries(self) -> bool:
+        """Return whether q is [total_q, num_heads_q, head_dim], one sequence after the other."""
+        return self.varlen in PACKS_QUERIES
+
+    @property
+    def has_pages(self) -> bool:
+        """Return whether keys and values lie in the pages of a cache."""
+        return self.varlen in ("pages", "packed_pages")
+
+    @property
     def is_empty(self) -> bool:
         """Return whether there is nothing to compute: no output, or no keys (out 0, lse -inf, or
         the sink)."""
-        if self.varlen == "packed":
-            return not (self.batch and self.num_heads_q and self.total_q and self.total_k)
+        if self.packs_queries:
+            num_keys = self.seqlen_k if self.has_pages else self.total_k
+            return not (self.batch and self.num_heads_q and self.total_q and num_keys)
         return not (self.batch and self.num_heads_q and self.seqlen_q and self.seqlen_k)
 
     @property
@@ -259,9 +272,11 @@ class Problem:
         parts = [f"B{self.batch} {heads} {lengths} {dims} {self.dtype}"]
         if self.varlen == "packed":
             parts.append(f"packed {self.total_q}/{self.total_k} rows")
+        elif self.varlen == "packed_pages":
+            parts.append(f"packed {self.total_q} rows")
         elif self.varlen == "keys":
             parts.append("seqlens_k")
-        elif self.varlen == "pages":
+        if self.has_pages:
             parts.append(f"pages of {self.page_size}")
         if self.causal != "none":
             parts.append(f"causal {self.causal}")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashcore.plain.pages import packed_places, taken
 from flashcore.serving.rows import Rows, lengths_before
 
 
@@ -130,15 +131,8 @@ def gather_packed(
         v: [batch * capacity, num_heads_kv, head_dim_v].
         cu_seqlens_k: int32, [batch + 1].
     """
-    capacity = capacity_of(caches[0], page_table)
-    cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    row = torch.empty(0, device=lengths.device).expand(page_table.shape[0] * capacity, 0, 0)
-    if row.shape[0] == 0:
-        k, v = (x.new_empty((0, x.shape[1], x.shape[3])) for x in caches)
-        return k, v, cu_seqlens_k
-    rows = Rows.of(row, cu_seqlens_k)
-    place = rows.token if leftpad is None else rows.token + leftpad.long()[rows.sequence]
-    k, v = (_tokens(x, page_table, rows.sequence, place) for x in caches)
+    page, place, cu_seqlens_k = packed_places(page_table, caches[0], lengths, leftpad)
+    k, v = (taken(x, page, place) for x in caches)
     return k, v, cu_seqlens_k
 
 

@@ -9,6 +9,7 @@
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
 #include "tile/smem_tile.cuh"
+#include "fwd_sm90/mask_tile_sm90.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
 
@@ -25,7 +26,9 @@ constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * KTile::BYTES;
 constexpr int OUT_OFFSET = V_OFFSET + NUM_V_STAGES * VTile::BYTES;
 // Without a buffer of its own dQ leaves through the place of Q.
 constexpr int NUM_OUT_GROUPS = HAS_OUT_BUFFER ? NUM_CONSUMERS : 0;
-constexpr int BARRIERS_OFFSET = OUT_OFFSET + NUM_OUT_GROUPS * QkGroup::BYTES;
+constexpr int MASK_OFFSET = OUT_OFFSET + NUM_OUT_GROUPS * QkGroup::BYTES;
+constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS;
+constexpr int BARRIERS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES;
 constexpr int NUM_BARRIERS = 2 * NUM_SLOTS + 2 * NUM_STAGES + 2 * NUM_V_STAGES;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
@@ -38,6 +41,7 @@ struct Buffers {
   KTile k;  // one a stage
   VTile v;
   QkGroup out;  // one a consumer
+  SmemPtr<MaskElement> mask;  // of each warp
   SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
   Feed feed;                // from which the producer has them, where they are dealt out
 };

@@ -22,6 +22,13 @@
 #include "tile/smem_tile.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 
+// The gradient of an additive mask; read only by attn_bwd_dmask_sm90.cuh.
+struct MaskGradient {
+  int32_t batch, heads;  // of it: 1 where it is summed
+  int32_t num_shares;    // that its sums are divided into
+  int32_t row_stride;    // of it, or of a share
+};
+
 // Mirrored by kernels/bwd_sm90/params.py. Boxes of q, k, v and dout are those of the kernel at
 // hand.
 struct AttnBwdSm90Params {
@@ -32,6 +39,9 @@ struct AttnBwdSm90Params {
   GmemPtr<const float> dlse;  // as lse, or null for zero
   GmemPtr<float> delta;       // as lse
   GmemPtr<float> dq_sums;     // see sums_of; read only where several blocks add up dQ
+  GmemPtr<MaskElement> dmask;    // [batch, heads, seqlen_q or 1, seqlen_k] of MaskGradient
+  GmemPtr<float> dmask_shares;   // instead, [num_shares, batch, heads, seqlen_q or 1, row_stride]
+  MaskGradient mask_gradient;
 };
 
 // 64 rows of a warpgroup: of Q, K or their gradients, and of V, dO or dV.
@@ -119,15 +129,6 @@ FC_DEVICE ScoreMask as_score_mask(T bias) {
   return {true, to_float(bias)};
 }
 
-// A mask tensor's element; `gmem` is the mask of a batch and head. (Each lane loads its own, which
-// takes many more accesses than the forward's copies by rows, but no shared memory.)
-FC_DEVICE ScoreMask mask_element(const AttnParams& p, GmemPtr<const MaskElement> gmem, int row,
-                                 int key) {
-  if (MASK_KIND == 0) return {true, 0.0f};
-  if (row >= p.seqlen_q || key >= p.seqlen_k) return {false, 0.0f};
-  return as_score_mask(gmem_load(gmem + (row * p.strides.mask.row + key * p.strides.mask.col)));
-}
-
 // What becomes of one score q.k: its probability, and that times soft-capping's derivative.
 // `lse_log2` is in log2 units, +inf for a row that sees nothing or is none.
 struct Probability {
@@ -203,7 +204,10 @@ FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Elem
   fence_proxy_async();
   named_barrier_sync(barrier, 128);  // orders the writes above before the stores
   if (leads) {
-    if (to.exist) tile.store(to.map, to.box.row + to.first_row, to.head, to.box.batch);
+    for (int c = 0; to.exist && c < tile.CHUNKS; ++c) {
+      tma_store(to.map, tile.chunk(c), c * CHUNK, to.box.row + to.first_row, to.head,
+                to.box.batch);
+    }
     tma_store_commit();
   }
 }

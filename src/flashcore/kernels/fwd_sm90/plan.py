@@ -15,6 +15,7 @@ from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
 from flashcore.problem.exactness import fewest_splits
 from flashcore.problem.folding import fold_heads
+from flashcore.problem.problem import PACKS_QUERIES
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -75,7 +76,7 @@ class Sm90Plan(Plan):
     def draws_tiles(self) -> bool:
         """Return whether blocks draw row tiles from a counter in global memory
         (fwd_sm90/schedule_sm90.cuh, tile/schedule_varlen.cuh)."""
-        return self.varlen == "packed" or (self.has_window_right and self.num_splits == 1)
+        return self.varlen in PACKS_QUERIES or (self.has_window_right and self.num_splits == 1)
 
     @property
     def arch_suffix(self) -> str:
@@ -113,7 +114,7 @@ class Sm90Plan(Plan):
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4
-        feed = _FEED_BYTES if self.varlen == "packed" else _SPLIT_BYTES * is_split
+        feed = _FEED_BYTES if self.varlen in PACKS_QUERIES else _SPLIT_BYTES * is_split
         shares += self.mask_bytes
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
         num_barriers += 4 * self.num_stages
@@ -158,8 +159,8 @@ class Sm90Plan(Plan):
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
         # take the most: each lane of the producer's warp knows those of its own.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
-        producer = 32 if self.varlen == "packed" or many_chunks else 24
-        if self.varlen == "pages":
+        producer = 32 if self.varlen in PACKS_QUERIES or many_chunks else 24
+        if self.page_size:
             producer = 40
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
@@ -218,7 +219,7 @@ class Sm90Plan(Plan):
 
 def _of_mean_lengths(problem: Problem) -> Problem:
     """Return packed sequences as a batch of equal ones, for the choice of tiles."""
-    if problem.varlen != "packed":
+    if not problem.packs_queries:
         return problem
     batch = max(1, problem.batch)
     return dataclasses.replace(problem, batch=batch, seqlen_q=-(-problem.total_q // batch))
@@ -238,19 +239,25 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     if gate is None:
         fields["fewest_splits"] = fewest_splits(problem)
     folded = fields["folds_heads"]
-    mask = (fold_heads(problem, folded) if folded else problem).mask
-    if mask is not None:
-        # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
-        load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
-        is_shifted = load_bytes < 4 and mask.strides[3] == 1
-        if is_shifted:
-            load_bytes = 8 * tiles_sm90.MASK_ELEMENT_BYTES[mask.dtype]
-        fields |= {
-            "mask_load_bytes": load_bytes,
-            "mask_is_row": mask.strides[2] == 0,
-            "mask_is_shifted": is_shifted,
-        }
-    return fields
+    return fields | mask_traits(fold_heads(problem, folded) if folded else problem)
+
+
+def mask_traits(problem: Problem) -> dict[str, Any]:
+    """Return the fields of a plan that say how a mask tensor is read
+    (fwd_sm90/mask_tile_sm90.cuh)."""
+    mask = problem.mask
+    if mask is None:
+        return {}
+    # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
+    load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
+    is_shifted = load_bytes < 4 and mask.strides[3] == 1
+    if is_shifted:
+        load_bytes = 8 * tiles_sm90.MASK_ELEMENT_BYTES[mask.dtype]
+    return {
+        "mask_load_bytes": load_bytes,
+        "mask_is_row": mask.strides[2] == 0,
+        "mask_is_shifted": is_shifted,
+    }
 
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
@@ -301,7 +308,7 @@ def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> 
     plan = Sm90Plan(
         kernel=KERNEL, arch=ARCH, lazy_rescale=gate is None, gate=gate, **sizes, **of_problem
     )
-    if plan.varlen in ("packed", "pages") and not _has_registers(plan):
+    if (plan.varlen in PACKS_QUERIES or plan.page_size) and not _has_registers(plan):
         return None
     plan = with_o_fitted(plan)
     return plan if plan.smem_bytes <= smem_limits(ARCH)[0] else None

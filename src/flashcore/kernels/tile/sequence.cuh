@@ -10,11 +10,12 @@
 #include "tile/schedule.cuh"
 
 // Tensors are [total, num_heads, HEAD_DIM]; sequence b has rows cu_seqlens[b] to cu_seqlens[b + 1].
-constexpr bool PACKED = VARLEN == 1;
+// With VARLEN 4 queries are, and keys lie in pages.
+constexpr bool PACKED = VARLEN == 1 || VARLEN == 4;
 // Tensors are as ever; sequence b has the first seqlens_k[b] keys.
 constexpr bool KEY_LENGTHS = VARLEN >= 2;
 // Likewise, but keys and values lie in pages, see tile/pages.cuh.
-constexpr bool PAGED = VARLEN == 3;
+constexpr bool PAGED = VARLEN >= 3;
 
 FC_DEVICE int clamp_i(int x, int low, int high) { return max_i(low, min_i(x, high)); }
 
@@ -42,6 +43,7 @@ FC_DEVICE RowRange query_rows(const AttnParams& p, int sequence) {
 template <bool OWNS_KEYS = false>
 FC_DEVICE RowRange key_rows(const AttnParams& p, int sequence) {
   if (!OWNS_KEYS && sequence == p.batch) return {0, 0};
+  if (PAGED) return {0, clamp_i(gmem_load(p.lengths.seqlens_k + sequence), 0, p.seqlen_k)};
   return sequence_rows(p, p.lengths.cu_seqlens_k, sequence, p.lengths.total_k);
 }
 

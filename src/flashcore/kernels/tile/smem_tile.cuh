@@ -47,11 +47,6 @@ struct SmemTile {
     }
   }
 
-  // By one thread: has TMA store the tile, which clips rows and columns past the tensor's end.
-  FC_DEVICE void store(const TensorMap& map, int row, int head, int batch) const {
-    for (int c = 0; c < CHUNKS; ++c) tma_store(map, chunk(c), c * CHUNK, row, head, batch);
-  }
-
   // The tile as an operand of a product that sums over its columns, or over its rows; further
   // columns and rows are so many bytes ahead.
   FC_DEVICE WgmmaDesc over_columns() const { return wgmma_desc<CHUNK_BYTES>(smem, 0); }

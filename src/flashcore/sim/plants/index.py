@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flashcore.compile.plant import Plant
+from flashcore.kernels.append.params import AppendPlan
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA_KERNEL
-from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
-from flashcore.sim.plants.bwd_sm90 import (
+from flashcore.sim.plants.append import PLANTS_APPEND
+from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
     PLANTS_BWD_PACKED_DQ_SM90,
@@ -18,20 +19,26 @@ from flashcore.sim.plants.bwd_sm90 import (
     PLANTS_BWD_PADDED_SM90,
     PLANTS_BWD_ROLES_SM90,
 )
-from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
-from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90
+from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
+from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
+from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import (
     PLANTS_LARGE_SCORES,
     PLANTS_OLD_LARGE_MAX_SM90,
     PLANTS_TOTALS,
 )
-from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
-from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
+from flashcore.sim.plants.pages import (
+    PLANTS_PAGES,
+    PLANTS_PAGES_SM90,
+    PLANTS_PAGES_TOLD,
+    PLANTS_PAGES_WMMA,
+)
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
-from flashcore.sim.plants.sm90 import PLANTS_SM90
-from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.plants.wmma import PLANTS
 
@@ -45,6 +52,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_MAX_SCORE,
         **PLANTS_SINKS,
         **PLANTS_PAGES,
+        **PLANTS_PAGES_TOLD,
         **PLANTS_PAGES_WMMA,
     },
     SM90_KERNEL: {
@@ -62,6 +70,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS,
         **PLANTS_SINKS_SPLIT,
         **PLANTS_PAGES,
+        **PLANTS_PAGES_TOLD,
         **PLANTS_PAGES_SM90,
     },
     DQ_KERNEL: {**PLANTS_BWD_DQ_SM90, **PLANTS_BWD_PACKED_DQ_SM90},
@@ -74,10 +83,14 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
     },
 }
 
+# Of kernels that are no attention: isolate does not take them apart.
+BESIDE: Mapping[str, Mapping[str, Plant]] = {AppendPlan.kernel: PLANTS_APPEND}
+
 
 def names() -> list[str]:
     """Return the name of every planted bug, once."""
-    return list(dict.fromkeys(name for plants in BY_KERNEL.values() for name in plants))
+    found = (*BY_KERNEL.values(), *BESIDE.values())
+    return list(dict.fromkeys(name for plants in found for name in plants))
 
 
 def kernels_of(name: str) -> list[str]:
@@ -86,7 +99,7 @@ def kernels_of(name: str) -> list[str]:
     Raises:
         ValueError: an unknown name.
     """
-    found = [kernel for kernel, plants in BY_KERNEL.items() if name in plants]
+    found = [kernel for kernel, plants in (*BY_KERNEL.items(), *BESIDE.items()) if name in plants]
     if not found:
         raise ValueError(f"plant={name!r} is not one of {', '.join(names())}")
     return found

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "host/types.cuh"
-#include "machine.h"
+#include "../machine.h"
 
 namespace fc_host {
 

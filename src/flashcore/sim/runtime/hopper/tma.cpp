@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
-#include "machine.h"
+#include "../machine.h"
 
 namespace fc_host {
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from flashcore.bench.report import Document, Row, libraries_of
+from flashcore.bench.reporting.report import Document, Row, libraries_of
 
 # Okabe and Ito's colours, which colour-blind readers tell apart. flashcore has the strongest.
 _OURS = "#D55E00"

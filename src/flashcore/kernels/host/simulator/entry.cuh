@@ -1,5 +1,6 @@
-// host/entry.cuh - appended after a kernel by the source generator, which defines FC_HOST_KERNEL
-// (the kernel) and FC_HOST_PARAMS (its parameter struct). The runtime calls these by name.
+// host/simulator/entry.cuh - appended after a kernel by the source generator, which defines
+// FC_HOST_KERNEL (the kernel) and FC_HOST_PARAMS (its parameter struct). The runtime calls these by
+// name.
 #pragma once
 
 extern "C" void fc_kernel_entry(const void* params) {

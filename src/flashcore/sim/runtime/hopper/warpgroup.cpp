@@ -1,7 +1,7 @@
 // warpgroup.cpp - named barriers, register budgets, proxy fences, elect_lane and stmatrix.
 #include <cstring>
 
-#include "machine.h"
+#include "../machine.h"
 
 namespace fc_host {
 

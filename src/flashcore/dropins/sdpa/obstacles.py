@@ -8,8 +8,8 @@ import torch
 from torch.autograd import forward_ad
 
 from flashcore.backends.obstacles import BFLOAT16_MIN_ARCH, WMMA_MIN_ARCH
-from flashcore.dropins.sdpa_call import Arguments
-from flashcore.dropins.sdpa_shapes import PLAIN_TYPES
+from flashcore.dropins.sdpa.call import Arguments
+from flashcore.dropins.sdpa.shapes import PLAIN_TYPES
 from flashcore.problem.validation import HEAD_DIM_MAX, factor_fits, is_number
 
 

@@ -4,7 +4,7 @@ the simulator must find each with every seed (tests/plants/test_sim_plants_sm90.
 from __future__ import annotations
 
 from flashcore.compile.plant import Plant, by_name
-from flashcore.sim.plants.row_tiles import ROW_TILE_PLANTS
+from flashcore.sim.plants.fwd_sm90.row_tiles import ROW_TILE_PLANTS
 from flashcore.sim.plants.wmma import PLANTS
 
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"

@@ -1,7 +1,7 @@
-// host/machine.cuh - what the host primitives ask of the simulator's runtime (sim/runtime), which
-// runs one fiber per CUDA thread, one block at a time. Every access passes through here, is
-// checked, and raises an alarm that ends the run when it is wrong. Nothing in this file is seen by
-// a GPU.
+// host/simulator/machine.cuh - what the host primitives ask of the simulator's runtime
+// (sim/runtime), which runs one fiber per CUDA thread, one block at a time. Every access passes
+// through here, is checked, and raises an alarm that ends the run when it is wrong. Nothing in this
+// file is seen by a GPU.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // mbarrier.cpp - barriers in shared memory: arrivals, bytes, phases (PTX ISA: mbarrier).
 #include <cstdio>
 
-#include "machine.h"
+#include "../machine.h"
 
 namespace fc_host {
 

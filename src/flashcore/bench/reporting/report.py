@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from flashcore.bench.summary import by_workload, speedup, summarize, worst
+from flashcore.bench.reporting.summary import by_workload, speedup, summarize, worst
 
 Document = Mapping[str, Any]
 Row = Mapping[str, Any]

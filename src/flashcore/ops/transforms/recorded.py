@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from flashcore.backends.dispatch import without_autocast
-from flashcore.ops.autograd import below_autograd
 from flashcore.ops.family import (
     ALWAYS_DIFFERENTIABLE,
     BackwardCall,
@@ -18,6 +17,7 @@ from flashcore.ops.family import (
     refuse_gradients,
     results_of,
 )
+from flashcore.ops.transforms.autograd import below_autograd
 from flashcore.problem.options import DIFFERENTIABLE_RESULTS, Inputs, Results, Wanted
 
 

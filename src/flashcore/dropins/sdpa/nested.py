@@ -15,7 +15,7 @@ import torch
 from flashcore.ops.varlen import attention_varlen
 
 if TYPE_CHECKING:
-    from flashcore.dropins.sdpa_call import Arguments
+    from flashcore.dropins.sdpa.call import Arguments
 
 
 def nested_obstacle(call: Arguments) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from flashcore.bench.report import (
+from flashcore.bench.reporting.report import (
     TITLES,
     errors,
     libraries_of,
@@ -16,7 +16,7 @@ from flashcore.bench.report import (
     times,
     unit,
 )
-from flashcore.bench.summary import OURS, best_peer, by_workload, speedup
+from flashcore.bench.reporting.summary import OURS, best_peer, by_workload, speedup
 
 # Columns of the tables, where the file has them; the seed's table names the best of all instead.
 COLUMNS = ("flashcore", "flashcore-wmma", "sdpa-flash", "sdpa-cudnn", "flex", "fa3", "fa4")

@@ -1,8 +1,8 @@
-// host/machine_sm90.cuh - what the host side of prims_sm90.cuh asks of the simulator's runtime; see
-// host/machine.cuh. Nothing in this file is seen by a GPU.
+// host/simulator/machine_sm90.cuh - what the host side of prims_sm90.cuh asks of the simulator's
+// runtime; see host/simulator/machine.cuh. Nothing in this file is seen by a GPU.
 #pragma once
 
-#include "host/machine.cuh"
+#include "host/simulator/machine.cuh"
 
 // The simulator's tensor map: a four-dimensional tensor and the box that one instruction moves.
 // As large as the opaque one of a GPU; mirrored by the launcher.

@@ -5,7 +5,7 @@
 #include <deque>
 #include <vector>
 
-#include "host/machine_sm90.cuh"
+#include "host/simulator/machine_sm90.cuh"
 
 namespace fc_host {
 

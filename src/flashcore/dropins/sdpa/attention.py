@@ -22,10 +22,10 @@ from torch.compiler import is_dynamo_compiling
 
 from flashcore.api import attention
 from flashcore.backends.autocasting import autocast_dtype
-from flashcore.dropins.sdpa_call import Arguments
-from flashcore.dropins.sdpa_nested import attention_nested, nested_obstacle, packed
-from flashcore.dropins.sdpa_obstacles import obstacle
-from flashcore.dropins.sdpa_shapes import PLAIN_TYPES, as_4d
+from flashcore.dropins.sdpa.call import Arguments
+from flashcore.dropins.sdpa.nested import attention_nested, nested_obstacle, packed
+from flashcore.dropins.sdpa.obstacles import obstacle
+from flashcore.dropins.sdpa.shapes import PLAIN_TYPES, as_4d
 from flashcore.errors import FallbackWarning
 from flashcore.ops.calls import Found, attend, find
 from flashcore.ops.eager import needs_dispatcher, record
