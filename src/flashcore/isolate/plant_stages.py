@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
+from flashcore.sim.plants.bwd_mask_sm90 import PLANTS_BWD_MASK_SM90
 
 # By kernel, the bugs whose first wrong stage it is.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -90,6 +92,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("max-score-stored", "max-score-of-padding"),
         ),
     },
+    DMASK_KERNEL: {"dmask": tuple(PLANTS_BWD_MASK_SM90)},
     DQ_KERNEL: {
         "delta": (
             *("delta-of-one-lane", "dlse-forgotten", "dout-read-late", "delta-of-a-neighbour"),
@@ -97,6 +100,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "store": ("queries-behind-stored",),
         "dq": ("k-released-early",),
         "full": ("empty-rows-kept",),
+        "ds": ("mask-of-other-rows", "mask-of-this-tile-again", "mask-overwritten-by-the-next"),
     },
     DKDV_KERNEL: {
         "load": (
@@ -107,7 +111,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("clear-without-fence", "probs-not-awaited", "v-overwritten", "dp-not-awaited"),
             *("query-tile-skipped", "last-of-group-skipped", "neighbour-lse", "diagonal-hidden"),
             *("probs-overwritten", "stats-of-the-first", "longest-instead-of-own"),
-            "swapped-operand",
+            *("strip-not-awaited", "strip-of-own-copies", "strip-overwritten", "swapped-operand"),
+            *("strip-of-this-tile-again", "strip-of-the-first-keys"),
         ),
         "dv": ("empty-rows-spread",),
         "full": ("keys-behind-kept",),

@@ -7,6 +7,7 @@ import dataclasses
 from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL, MaskPlan, select_mask_plan
 from flashcore.kernels.bwd_sm90.kernel import BwdSm90Kernel, make_kernel
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
+from flashcore.kernels.stage import Stage
 from flashcore.problem import Problem
 
 
@@ -29,6 +30,22 @@ class DmaskKernel(BwdSm90Kernel):
         return [(name, index) for name, count in members.items() for index in range(count)]
 
 
+STAGE = Stage(
+    "dmask",
+    None,
+    "dMask = sum(dS)",
+    "the gradient of an additive mask",
+    "add_step in attn_bwd_dmask_sm90.cuh: operands and their stages, the mask's tile, lse and "
+    "delta of the right rows; Walk and Piece in bwd_dmask_sm90.cuh: which scores are added to "
+    "which tile; how a sum leaves",
+)
+
 DMASK = make_kernel(
-    DMASK_KERNEL, "the kernel of a mask's gradient", MaskPlan, kernel_class=DmaskKernel
+    DMASK_KERNEL,
+    "the kernel of a mask's gradient",
+    MaskPlan,
+    dict.fromkeys(("attn_bwd_dmask_sm90", "init_barriers"), "setup")
+    | dict.fromkeys(("fetch", "fetch_packet", "await", "fragment"), "dmask"),
+    (STAGE,),
+    DmaskKernel,
 )

@@ -93,7 +93,7 @@ PHASES = {
     "exponentiate_tile": "ds",
     "column_pair": "ds",
     "probability": "ds",
-    "mask_element": "ds",
+    **dict.fromkeys(("mask_strip", "fetch", "fetch_packet", "await", "fragment", "read"), "ds"),
     "score_gradient": "ds",
     "consume_scores": "ds",
     "consume_gradients": "ds",
