@@ -23,7 +23,7 @@ struct TileSchedule {
 };
 
 // A batch and one of `num_heads` heads, in the order in which blocks take them. Heads vary faster;
-// but where every batch has the same mask, of each head, batches do: then L2 has it for all of them.
+// where every batch has the same mask of each head, batches do: then L2 has it for all of them.
 struct BatchAndHead {
   int batch, head;
 };
