@@ -37,12 +37,7 @@ from flashcore.sim.plants.numerics import (
     PLANTS_OLD_LARGE_MAX_SM90,
     PLANTS_TOTALS,
 )
-from flashcore.sim.plants.pages import (
-    PLANTS_PAGES,
-    PLANTS_PAGES_SM90,
-    PLANTS_PAGES_TOLD,
-    PLANTS_PAGES_WMMA,
-)
+from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -58,7 +53,6 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_MAX_SCORE,
         **PLANTS_SINKS,
         **PLANTS_PAGES,
-        **PLANTS_PAGES_TOLD,
         **PLANTS_PAGES_WMMA,
     },
     SM90_KERNEL: {
@@ -77,7 +71,6 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS,
         **PLANTS_SINKS_SPLIT,
         **PLANTS_PAGES,
-        **PLANTS_PAGES_TOLD,
         **PLANTS_PAGES_SM90,
     },
     DQ_KERNEL: {
@@ -96,7 +89,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
     },
 }
 
-# Of kernels that are no attention: isolate does not take them apart.
+NOT_TAKEN_APART = "isolate does not take it apart, tests/plants/test_sim_plants_append.py runs it"
+# Of kernels that are no attention.
 BESIDE: Mapping[str, Mapping[str, Plant]] = {AppendPlan.kernel: PLANTS_APPEND}
 
 
