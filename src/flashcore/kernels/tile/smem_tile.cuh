@@ -9,20 +9,20 @@
 
 constexpr int CHUNK_BYTES = CHUNK * 2;
 
-// A tile of ROWS x COLS elements, and how to name its parts; COLS is rounded up to whole chunks.
-// Where a buffer has several tiles, such as one a stage, tile[i] is the one of number i.
-template <int ROWS, int COLS>
+// A tile of ROWS x COLS elements of two bytes, and how to name its parts; COLS is rounded up to
+// whole chunks. Where a buffer has several tiles, such as one a stage, tile[i] is number i.
+template <int ROWS, int COLS, class T = Element>
 struct SmemTile {
   static constexpr int CHUNKS = (COLS + CHUNK - 1) / CHUNK;
   static constexpr int CHUNK_ELEMENTS = ROWS * CHUNK;
   static constexpr int ELEMENTS = CHUNKS * CHUNK_ELEMENTS;
   static constexpr int BYTES = ELEMENTS * 2;
 
-  SmemPtr<Element> smem;
+  SmemPtr<T> smem;
 
   // `count` tiles from a byte of the block's shared memory on.
   FC_DEVICE static SmemTile view(int byte_offset, int count, const char* name) {
-    return {smem_view<Element>(byte_offset, count * ELEMENTS, name)};
+    return {smem_view<T>(byte_offset, count * ELEMENTS, name)};
   }
 
   FC_DEVICE SmemTile operator[](int index) const { return {smem + index * ELEMENTS}; }
@@ -30,10 +30,10 @@ struct SmemTile {
   // The tile from a row on, a multiple of eight: what TMA loads there, in a box of fewer rows.
   FC_DEVICE SmemTile rows_from(int row) const { return {smem + row * CHUNK}; }
 
-  FC_DEVICE SmemPtr<Element> chunk(int c) const { return smem + c * CHUNK_ELEMENTS; }
+  FC_DEVICE SmemPtr<T> chunk(int c) const { return smem + c * CHUNK_ELEMENTS; }
 
   // Eight elements of a row side by side, from column `col` + `ahead` on, in the chunk of `col`.
-  FC_DEVICE SmemPtr<Element> at(int row, int col, int ahead = 0) const {
+  FC_DEVICE SmemPtr<T> at(int row, int col, int ahead = 0) const {
     return smem + (col / CHUNK * CHUNK_ELEMENTS + row * CHUNK +
                    swizzled_col<CHUNK_BYTES>(row, col % CHUNK + ahead));
   }
