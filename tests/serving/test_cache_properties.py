@@ -118,7 +118,7 @@ def test_both_hold_in_the_kernels_bit_by_bit(backend: str, counts: list[int] | N
 
 
 def test_a_shared_prefix_merged_is_the_whole() -> None:
-    """As docs/serving.md shows it: a prefix of two pages that all sequences name."""
+    """A prefix of two pages that all sequences name, as docs/serving.md shows it."""
     step = make_step([30, 17, 19], seqlen_q=2, seqlen_new=0, page_size=8)
     given = step.arguments()
     table = given["page_table"].clone()
@@ -144,7 +144,7 @@ TREE = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dt
 
 @pytest.mark.parametrize("backend", [SIM, SIM90, GPU])
 def test_a_tree_over_pages_is_read_in_place(backend: str) -> None:
-    """As if each draft's branch were a sequence of its own; no copy, hence no warning."""
+    """A copy of the pages would give a warning."""
     step = make_step(
         [0, 9, 28], seqlen_q=4, page_size=8, dtype=torch.float16, device=device_of(backend)
     )

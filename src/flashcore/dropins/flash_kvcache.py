@@ -226,7 +226,7 @@ def attend_over_cache(
         mask = alibi_over_cache(alibi_slopes, q.shape[1], after, capacity)
     options = {
         "causal": causal, "scale": scale, "window": window, "sinks": sinks,
-        "softcap": None if certainly(softcap == 0.0) else softcap,
+        "softcap": None if certainly(softcap == 0.0) else softcap, "batch_invariant": False,
     }  # fmt: skip
     first = q, k_cache, v_cache, k, v, out
     q, k_cache, v_cache, k, v, given = (_heads_first(x) for x in first)  # type: ignore[assignment]

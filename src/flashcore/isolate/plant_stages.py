@@ -32,7 +32,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "schedule": (
             *("coord-slots", "coord-late", "draws-left", "first-tiles-drawn-again"),
             *("counter-left", "scan", "feed-not-waited-for", "feed-asked-early"),
-            *("split-counter-left", "q-buffers-in-step", "page-two-leaders"),
+            *("split-counter-left", "stream-counter-left", "q-buffers-in-step"),
+            "page-two-leaders",
         ),
         "load": (
             *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
@@ -73,6 +74,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sink-of-the-first", "sink-of-every-split"),
             *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
             *("page-not-advanced", "page-of-the-next-keys"),
+            *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "store": (
@@ -80,7 +82,10 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("o-part-misplaced", "no-store-commit", "exit-with-store", "share-not-awaited"),
             *("share-overwritten", "split-relaxed", "split-no-barrier"),
             *("split-arrival-not-awaited", "split-last-too-early", "split-never-last"),
-            *("split-one-counter", "split-rows-past-the-end"),
+            *("split-one-counter", "split-rows-past-the-end", "stream-range-short"),
+            *("stream-one-slot", "stream-slot-of-the-next-row-tile", "stream-end-on-a-border"),
+            *("stream-counter-of-the-last-block", "stream-heads-not-counted", "stream-head-kept"),
+            *("stream-empty-left-out", "stream-whole-past-the-end"),
             *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
             *("max-score-stored", "max-score-of-padding"),
         ),

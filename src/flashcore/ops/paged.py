@@ -56,6 +56,7 @@ def attention_paged(
     return_max_score: bool = False,
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of queries over a cache in pages.
 
@@ -84,6 +85,7 @@ def attention_paged(
         sinks: [num_heads_q], a logit of each head that joins the softmax; see `attention`.
         mask: boolean (True = attend) or additive, broadcastable to [batch, num_heads_q, seqlen_q,
             max_pages * page_size]: over the keys of each sequence, as the table has them in order.
+        batch_invariant: give each sequence the same bits whatever is beside it; see `attention`.
 
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q; with return_lse the pair (out,
@@ -100,16 +102,18 @@ def attention_paged(
     if is_plain((seqlens_k, page_table), q, k_pages, v_pages, mask, sinks):
 
         def describe() -> Problem:
-            return paged_problem(inputs, Options.checked(causal, window, softcap, scale))
+            options = Options.checked(causal, window, softcap, scale, batch_invariant)
+            return paged_problem(inputs, options)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = seqlens_k, page_table
         result = attend_lengths(
-            q, k_pages, v_pages, mask, lengths, sinks, asked, None, backend, describe
-        )
+            q, k_pages, v_pages, mask, lengths, sinks, asked, None, backend, describe,
+            batch_invariant,
+        )  # fmt: skip
         if result is not None:
             return result
-    options = Options.checked(causal, window, softcap, scale)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant)
     returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
         inputs, options, Wanted(return_lse, return_max_score), backend
     )

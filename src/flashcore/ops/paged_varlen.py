@@ -56,6 +56,7 @@ def attention_paged_varlen(
     backend: str = "auto",
     return_max_score: bool = False,
     sinks: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of packed queries over a cache in pages, in one launch.
 
@@ -79,6 +80,7 @@ def attention_paged_varlen(
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         return_max_score: whether the largest score of each head of each sequence is, too.
         sinks: [num_heads_q], a logit of each head that joins the softmax; see `attention`.
+        batch_invariant: give each sequence the same bits whatever is beside it; see `attention`.
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q; with return_lse the pair (out, lse):
@@ -98,16 +100,18 @@ def attention_paged_varlen(
     if type(max_seqlen_q) is int and is_plain(lengths, q, k_pages, v_pages, None, sinks):
 
         def describe() -> Problem:
-            return packed_pages_problem(inputs, Options.checked(causal, window, softcap, scale))
+            options = Options.checked(causal, window, softcap, scale, batch_invariant)
+            return packed_pages_problem(inputs, options)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         longest = max_seqlen_q, page_table.shape[1]
         result = attend_lengths(
-            q, k_pages, v_pages, None, lengths, sinks, asked, longest, backend, describe
-        )
+            q, k_pages, v_pages, None, lengths, sinks, asked, longest, backend, describe,
+            batch_invariant,
+        )  # fmt: skip
         if result is not None:
             return result
-    options = Options.checked(causal, window, softcap, scale)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant)
     if not torch.compiler.is_compiling():  # then the operator's fake checks
         _check(inputs)
     bound = checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])

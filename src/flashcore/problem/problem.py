@@ -83,6 +83,7 @@ class Problem:
         page_table_stride: entries from one sequence's row of the page table to the next one's.
         return_max_score: whether the largest score of each head is wanted too.
         has_sinks: whether a logit of each head joins the softmax.
+        batch_invariant: whether a sequence's bits may depend on that sequence alone.
     """
 
     batch: int
@@ -117,6 +118,7 @@ class Problem:
     page_table_stride: int = 0
     return_max_score: bool = False
     has_sinks: bool = False
+    batch_invariant: bool = False
 
     @classmethod
     def from_tensors(
@@ -133,6 +135,7 @@ class Problem:
         return_lse: bool = False,
         return_max_score: bool = False,
         sinks: torch.Tensor | None = None,
+        batch_invariant: bool = False,
     ) -> Problem:
         """Validate the arguments of `attention` and describe them.
 
@@ -148,6 +151,7 @@ class Problem:
             return_lse: whether the log-sum-exp of each row of scores is returned too.
             return_max_score: whether the largest score of each head is returned too.
             sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
+            batch_invariant: whether a sequence's bits may depend on that sequence alone.
 
         Returns:
             The problem; it keeps no reference to the tensors.
@@ -160,6 +164,7 @@ class Problem:
         check_qkv(q, k, v)
         check_flag("return_lse", return_lse)
         check_flag("return_max_score", return_max_score)
+        check_flag("batch_invariant", batch_invariant)
         if mask is not None:
             check_mask(mask, q, k.shape[2])
         if sinks is not None:
@@ -193,6 +198,7 @@ class Problem:
             **described_memory(q, k, v),
             return_max_score=return_max_score,
             has_sinks=sinks is not None,
+            batch_invariant=batch_invariant,
         )
 
     @property
