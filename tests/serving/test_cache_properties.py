@@ -118,7 +118,7 @@ def test_both_hold_in_the_kernels_bit_by_bit(backend: str, counts: list[int] | N
 
 
 def test_a_shared_prefix_merged_is_the_whole() -> None:
-    """A prefix of two pages that all sequences name, as docs/serving.md shows it."""
+    """A prefix of two pages that all sequences name is merged as docs/serving.md shows."""
     step = make_step([30, 17, 19], seqlen_q=2, seqlen_new=0, page_size=8)
     given = step.arguments()
     table = given["page_table"].clone()

@@ -17,6 +17,16 @@ from flashcore.checks.paged_cases import PagedCase
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.compile.plant import Plant
 from flashcore.isolate.backward_calls import planted_case
+from flashcore.isolate.backward_plant_calls import (
+    BACKWARD,
+    BACKWARD_PACKED,
+    BACKWARD_PADDED,
+    BACKWARD_ROLES,
+    TILE_OF_DKDV,
+    TILE_OF_DQ,
+    TILE_OF_ONE,
+    TILE_OF_ROLES,
+)
 from flashcore.isolate.plant_stages import STAGES
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
@@ -159,47 +169,6 @@ _CASES_SM90 = {
     "last-key-alone": 53,
     "folded-as-rows": 16,
 }
-# Two heads of a group, rows that see nothing, keys that a warpgroup passes over, and more tiles of
-# rows and of keys than the simulator has blocks.
-_BACKWARD: dict[str, Any] = {
-    "batch": 2,
-    "num_heads_q": 4,
-    "num_heads_kv": 2,
-    "seqlen_q": 170,
-    "seqlen_k": 150,
-    "head_dim": 32,
-    "head_dim_v": 32,
-    "dtype": "bfloat16",
-    "causal": "lower_right",
-}
-_BACKWARD_ROLES = _BACKWARD | {"seqlen_q": 110, "head_dim": 136, "head_dim_v": 136}
-# Two warpgroups of rows and of keys, of which some sequences fill one; rows behind the last one.
-_BACKWARD_PACKED: dict[str, Any] = {
-    "lengths_q": (70, 5, 30),
-    "lengths_k": (40, 130, 90),
-    "tail": 70,
-    "num_heads_q": 4,
-    "num_heads_kv": 2,
-    "head_dim": 32,
-    "head_dim_v": 32,
-    "dtype": "bfloat16",
-    "causal": "lower_right",
-}
-# The last queries would see keys behind a sequence's last one, were there any.
-_BACKWARD_PADDED = _BACKWARD | {
-    "batch": 3,
-    "num_heads_q": 2,
-    "num_heads_kv": 1,
-    "seqlen_q": 70,
-    "causal": "none",
-    "window": (-1, 5),
-    "lengths_k": (40, 150, 97),
-}
-_TILE_OF_DQ = {"block_m": 64, "block_n": 32, "num_stages": 3, "other_stages": 2}
-_TILE_OF_DKDV = {"block_m": 32, "block_n": 128, "num_stages": 3, "other_stages": 2}
-_TILE_OF_DKDV |= {"overlaps": False, "early_dp": True, "keeps_p": False}
-_TILE_OF_ONE = _TILE_OF_DKDV | {"block_m": 64, "overlaps": True, "also_dq": True}
-_TILE_OF_ROLES = {"block_m": 32, "block_n": 64, "num_stages": 2, "other_stages": 2}
 _GROWTHS = {"no-max-yet-unseen": "none", "outgrown-in-one-warp": "far peak"}
 
 # By name of a bug, fields of its Planted.
@@ -290,22 +259,22 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_SINKS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT | {"sinks": True}),
     },
     DKDV_KERNEL: {
-        **_calls(PLANTS_BWD_ROLES_SM90, _TILE_OF_ROLES, options=_BACKWARD_ROLES),
-        **_calls(PLANTS_BWD_ONE_SM90, _TILE_OF_ONE, options=_BACKWARD | {"seqlen_q": 200}),
-        **_calls(PLANTS_BWD_PACKED_SM90, _TILE_OF_DKDV, options=_BACKWARD_PACKED, is_packed=True),
-        **_calls(PLANTS_BWD_PADDED_SM90, _TILE_OF_DKDV, options=_BACKWARD_PADDED),
+        **_calls(PLANTS_BWD_ROLES_SM90, TILE_OF_ROLES, options=BACKWARD_ROLES),
+        **_calls(PLANTS_BWD_ONE_SM90, TILE_OF_ONE, options=BACKWARD | {"seqlen_q": 200}),
+        **_calls(PLANTS_BWD_PACKED_SM90, TILE_OF_DKDV, options=BACKWARD_PACKED, is_packed=True),
+        **_calls(PLANTS_BWD_PADDED_SM90, TILE_OF_DKDV, options=BACKWARD_PADDED),
     },
     DQ_KERNEL: _calls(
         PLANTS_BWD_PACKED_DQ_SM90,
-        _TILE_OF_DQ | {"block_m": 128},
-        options=_BACKWARD_PACKED,
+        TILE_OF_DQ | {"block_m": 128},
+        options=BACKWARD_PACKED,
         is_packed=True,
     ),
 }
 # The call of all other bugs of a kernel; of those of a forward kernel, isolate's own.
 _DEFAULTS: Mapping[str, dict[str, Any]] = {
-    DQ_KERNEL: {"options": _BACKWARD, "tile": _TILE_OF_DQ},
-    DKDV_KERNEL: {"options": _BACKWARD, "tile": _TILE_OF_DKDV},
+    DQ_KERNEL: {"options": BACKWARD, "tile": TILE_OF_DQ},
+    DKDV_KERNEL: {"options": BACKWARD, "tile": TILE_OF_DKDV},
 }
 
 

@@ -30,7 +30,6 @@ OFF_UNDER_A_GATE: dict[str, Any] = {
     "num_splits": 1,
     "stream_k": False,
 }
-
 Q_BUFFERS = (1, 2)
 # In which O may leave. More take longer, but leave shared memory for stages.
 O_PARTS = (1, 2, 4)
@@ -174,7 +173,7 @@ class Sm90Plan(Plan):
         pool = self.max_registers * (self.num_consumers + 1)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Who
-        # finds pages, a lane each, or a range of work takes the most; beside one consumer is more.
+        # finds pages, a lane each, or a range of work takes the most.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
         producer = 32 if self.varlen in PACKS_QUERIES or many_chunks else 24
         if self.page_size or self.stream_k:
