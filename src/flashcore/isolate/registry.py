@@ -19,15 +19,18 @@ from flashcore.compile.plant import Plant
 from flashcore.isolate.backward_calls import planted_case
 from flashcore.isolate.backward_plant_calls import (
     BACKWARD,
+    BACKWARD_MASKED,
     BACKWARD_PACKED,
     BACKWARD_PADDED,
     BACKWARD_ROLES,
+    MASK_GRADIENT,
     TILE_OF_DKDV,
     TILE_OF_DQ,
     TILE_OF_ONE,
     TILE_OF_ROLES,
 )
 from flashcore.isolate.plant_stages import STAGES
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
@@ -35,6 +38,12 @@ from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
 from flashcore.sim.plants import index
+from flashcore.sim.plants.bwd_mask_sm90 import (
+    OF_ROWS,
+    PLANTS_BWD_MASK_SM90,
+    PLANTS_BWD_MASKED_DQ_SM90,
+    PLANTS_BWD_MASKED_SM90,
+)
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_PACKED_DQ_SM90,
     PLANTS_BWD_PACKED_SM90,
@@ -263,16 +272,26 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_BWD_ONE_SM90, TILE_OF_ONE, options=BACKWARD | {"seqlen_q": 200}),
         **_calls(PLANTS_BWD_PACKED_SM90, TILE_OF_DKDV, options=BACKWARD_PACKED, is_packed=True),
         **_calls(PLANTS_BWD_PADDED_SM90, TILE_OF_DKDV, options=BACKWARD_PADDED),
+        **_calls(PLANTS_BWD_MASKED_SM90, TILE_OF_DKDV | {"block_n": 64}, options=BACKWARD_MASKED),
     },
-    DQ_KERNEL: _calls(
-        PLANTS_BWD_PACKED_DQ_SM90,
-        TILE_OF_DQ | {"block_m": 128},
-        options=BACKWARD_PACKED,
-        is_packed=True,
+    DMASK_KERNEL: _calls(
+        {name: PLANTS_BWD_MASK_SM90[name] for name in OF_ROWS},
+        {"num_shares": 3, "sums_rows": True},
+        options=BACKWARD | {"mask": "additive"},
     ),
+    DQ_KERNEL: {
+        **_calls(
+            PLANTS_BWD_PACKED_DQ_SM90,
+            TILE_OF_DQ | {"block_m": 128},
+            options=BACKWARD_PACKED,
+            is_packed=True,
+        ),
+        **_calls(PLANTS_BWD_MASKED_DQ_SM90, TILE_OF_DQ, options=BACKWARD_MASKED),
+    },
 }
 # The call of all other bugs of a kernel; of those of a forward kernel, isolate's own.
 _DEFAULTS: Mapping[str, dict[str, Any]] = {
+    DMASK_KERNEL: {"options": MASK_GRADIENT},
     DQ_KERNEL: {"options": BACKWARD, "tile": TILE_OF_DQ},
     DKDV_KERNEL: {"options": BACKWARD, "tile": TILE_OF_DKDV},
 }

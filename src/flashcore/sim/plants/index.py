@@ -7,10 +7,16 @@ from collections.abc import Mapping
 
 from flashcore.compile.plant import Plant
 from flashcore.kernels.append.params import AppendPlan
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA_KERNEL
 from flashcore.sim.plants.append import PLANTS_APPEND
+from flashcore.sim.plants.bwd_mask_sm90 import (
+    PLANTS_BWD_MASK_SM90,
+    PLANTS_BWD_MASKED_DQ_SM90,
+    PLANTS_BWD_MASKED_SM90,
+)
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
@@ -67,13 +73,19 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_PAGES,
         **PLANTS_PAGES_SM90,
     },
-    DQ_KERNEL: {**PLANTS_BWD_DQ_SM90, **PLANTS_BWD_PACKED_DQ_SM90},
+    DQ_KERNEL: {
+        **PLANTS_BWD_DQ_SM90,
+        **PLANTS_BWD_PACKED_DQ_SM90,
+        **PLANTS_BWD_MASKED_DQ_SM90,
+    },
+    DMASK_KERNEL: PLANTS_BWD_MASK_SM90,
     DKDV_KERNEL: {
         **PLANTS_BWD_DKDV_SM90,
         **PLANTS_BWD_ROLES_SM90,
         **PLANTS_BWD_ONE_SM90,
         **PLANTS_BWD_PACKED_SM90,
         **PLANTS_BWD_PADDED_SM90,
+        **PLANTS_BWD_MASKED_SM90,
     },
 }
 
