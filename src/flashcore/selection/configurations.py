@@ -39,6 +39,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
     "decode": {"queries": 1},
     "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
+    # The same cut by the device (tile/stream_k.cuh): keys in one piece or in pages, equal pieces.
+    "cut": {"queries": 4, "window": (64, 64), "softcap": 30.0, "varlen": "keys"},
+    "cut-plain": {"queries": 1, "varlen": "keys"},
+    "cut-pages": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
+    "cut-invariant": {"queries": 4, "causal": True, "varlen": "keys", "batch_invariant": True},
     # Mask tensors: for each query and key, with rows aligned for wide loads or not; one row of keys
     # for all queries; numbers, with rows that are aligned or not; keys that are no neighbours.
     "bool-mask": {"mask": "bool"},
@@ -125,14 +130,16 @@ OTHER_VARIANTS = (
 )
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
-    *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score"),
+    *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages"),
 )
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
+_CUT_VARIANTS = ("cut", "cut-plain", "cut-pages", "cut-invariant")
 _PAGES_VARIANTS = ("pages-masked", "packed-pages")
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "decode", "chunk", "uneven"),
     *_MASK_VARIANTS,
+    *_CUT_VARIANTS,
     *_PAGES_VARIANTS,
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
