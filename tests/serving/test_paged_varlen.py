@@ -188,7 +188,7 @@ def test_nothing_waits_for_the_lengths_and_a_graph_takes_others(backend: str) ->
 
 @every_backend
 def test_with_kvcache_reads_pages_in_place(backend: str) -> None:
-    """No copy, hence no warning."""
+    """A copy of the pages would give a warning."""
     import warnings
 
     cache, q, ends = make(16, backend)
