@@ -16,6 +16,7 @@ import torch
 from flashcore.problem.memory_layout import (
     MaskSpec,
     Strides3,
+    Strides4,
     described_memory,
     mask_spec,
 )
@@ -81,6 +82,10 @@ class Problem:
         page_table_stride: entries from one sequence's row of the page table to the next one's.
         return_max_score: whether the largest score of each head is wanted too.
         has_sinks: whether a logit of each head joins the softmax.
+        cache_dtype: of k and v where it is not that of q: "float8_e4m3fn"; else "". load_bytes,
+            strides and `misaligned` of k and v count its elements.
+        scale_strides: of (sequence, head) of k_scale, then of v_scale, in elements; 0 where one
+            serves all.
     """
 
     batch: int
@@ -115,6 +120,8 @@ class Problem:
     page_table_stride: int = 0
     return_max_score: bool = False
     has_sinks: bool = False
+    cache_dtype: str = ""
+    scale_strides: Strides4 = (0, 0, 0, 0)
 
     @classmethod
     def from_tensors(
@@ -224,6 +231,11 @@ class Problem:
         """Return float32, except float64 for float64 inputs."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    @property
+    def cache_bytes(self) -> int:
+        """Return the bytes of an element of k or v."""
+        return 1 if self.cache_dtype else self.torch_dtype.itemsize
+
     def of_sequence(self, seqlen_q: int, seqlen_k: int) -> Problem:
         """Return the call that one of its sequences of different lengths amounts to."""
         left, right, diag_offset = _visible_band(
@@ -243,6 +255,8 @@ class Problem:
             page_size=0,
             num_pages=0,
             page_table_stride=0,
+            cache_dtype="",
+            scale_strides=(0, 0, 0, 0),
         )
 
     def describe(self) -> str:
@@ -273,6 +287,8 @@ class Problem:
             parts.append(f"{self.mask.dtype} mask")
         if self.has_sinks:
             parts.append("sinks")
+        if self.cache_dtype:
+            parts.append(f"cache {self.cache_dtype}")
         return ", ".join(parts)
 
 

@@ -38,6 +38,7 @@
 //@end
 #include "tile/pages.cuh"
 #include "fwd_sm90/pages_sm90.cuh"
+#include "fwd_sm90/float8_sm90.cuh"
 #include "fwd_sm90/producer_sm90.cuh"
 
 // What one consumer warpgroup carries from key tile to key tile.
@@ -313,6 +314,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     if (block.m_begin == NO_TILE) break;
     if (VARLEN != 0 || MASK_KIND != 0 || SPLIT_KV) block = load_coord(coord);
     const auto& own = sequence_params(p, block);
+    if (FLOAT8) c.scale_log2 = softmax_scale_log2(own);
 //@if gate tile
     const KeyRange keys = gate_last_tile(own_keys(own, block));
 //@else
@@ -390,7 +392,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
 }
 
-FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) params) {
+FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) params) {
   const Buffers smem = {
       smem_view<Element>(0, Q_ELEMENTS, "q_smem"),
       smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
@@ -401,6 +403,11 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       PACKED ? feed_at(FEED_OFFSET) : Feed(),
       smem_view<int32_t>(ARRIVAL_OFFSET, ARRIVAL_BYTES / 4, "arrival_smem"),
+      smem_view<CacheElement>(K_LOAD_OFFSET, LOAD_STAGES * K_ELEMENTS,
+                              FLOAT8 ? "k_bytes_smem" : "k_smem"),
+      smem_view<CacheElement>(V_LOAD_OFFSET, LOAD_STAGES * V_ELEMENTS,
+                              FLOAT8 ? "v_bytes_smem" : "v_smem"),
+      smem_view<int32_t>(ENDS_OFFSET, NUM_ENDS, "ends_smem"),
   };
   const Barriers bar = barriers(BARRIERS_OFFSET);
   if (thread_idx() == 0) {
@@ -418,6 +425,9 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && (PAGED || elect_lane())) produce(params, bar, smem);
     if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
+  } else if (FLOAT8 && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
+    lower_registers<CONVERTER_REGISTERS>();
+    if constexpr (FLOAT8) convert_tiles(bar, smem);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     consume(params, bar, smem);

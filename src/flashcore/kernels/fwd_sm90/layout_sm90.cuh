@@ -31,7 +31,17 @@ constexpr int O_ELEMENTS = SPLIT_KV ? 0 : BLOCK_M * O_CHUNKS * CHUNK;  // else i
 constexpr int K_OFFSET = Q_ELEMENTS * 2;
 constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
 constexpr int O_OFFSET = V_OFFSET + NUM_STAGES * V_ELEMENTS * 2;
-constexpr int MERGE_OFFSET = O_OFFSET + O_ELEMENTS * 2;
+// What the producer loads: tiles as they are, or, under FLOAT8, bytes that are still to be converted,
+// in chunks of LOAD_CHUNK columns that are not swizzled.
+constexpr int LOAD_CHUNK_BYTES = LOAD_CHUNK * int(sizeof(CacheElement));
+constexpr int K_LOADS = QK_CHUNKS * CHUNK / LOAD_CHUNK;
+constexpr int V_LOADS = V_CHUNKS * CHUNK / LOAD_CHUNK;
+static_assert(QK_CHUNKS * CHUNK % LOAD_CHUNK == 0 && V_CHUNKS * CHUNK % LOAD_CHUNK == 0, "whole");
+constexpr int LOADS_OFFSET = O_OFFSET + O_ELEMENTS * 2;
+constexpr int K_LOAD_OFFSET = FLOAT8 ? LOADS_OFFSET : K_OFFSET;
+constexpr int V_LOAD_OFFSET = FLOAT8 ? LOADS_OFFSET + LOAD_STAGES * K_ELEMENTS : V_OFFSET;
+constexpr int MERGE_OFFSET =
+    LOADS_OFFSET + (FLOAT8 ? LOAD_STAGES * (K_ELEMENTS + V_ELEMENTS) : 0);
 constexpr int MERGE_FLOATS = (KEY_SLICES - 1) * SLICE_FLOATS<OUT_FRAGS>;
 constexpr int MASK_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
 constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS;
@@ -39,7 +49,9 @@ constexpr int BARRIERS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
 constexpr int ARRIVAL_OFFSET = FEED_OFFSET + FEED_BYTES;
-static_assert(SMEM_BYTES == ARRIVAL_OFFSET + ARRIVAL_BYTES,
+constexpr int ENDS_OFFSET = ARRIVAL_OFFSET + ARRIVAL_BYTES;
+constexpr int NUM_ENDS = FLOAT8 ? 2 * LOAD_STAGES : 0;
+static_assert(SMEM_BYTES == ENDS_OFFSET + NUM_ENDS * 4,
               "the plan and the kernel disagree on shared memory");
 
 struct Buffers {
@@ -49,4 +61,6 @@ struct Buffers {
   SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
   Feed feed;                // from which the producer has them, where they are dealt out
   SmemPtr<int32_t> arrival;  // see hand_over_partial
+  SmemPtr<CacheElement> k_loads, v_loads;  // what the producer loads: k and v unless FLOAT8
+  SmemPtr<int32_t> ends;  // under FLOAT8: whether a stage of K, or V, is none, but the end
 };

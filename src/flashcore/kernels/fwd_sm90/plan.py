@@ -33,6 +33,8 @@ _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
 _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (fwd_sm90/split_sm90.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
+_END_BYTES = 2 * 4  # of a stage of K and one of V (fwd_sm90/float8_sm90.cuh)
+CONVERTER_REGISTERS = 72
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +48,9 @@ class Sm90Plan(Plan):
     tile, of which the machine code knows only whether there are any; `mask_load_bytes`: how much of
     a mask tensor is copied at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all
     queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
-    elements; `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py.
+    elements; `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py;
+    `load_stages`: tiles of K and V for which there is room as bytes, of 8-bit caches (0 of others),
+    beside the `num_stages` that are converted (fwd_sm90/float8_sm90.cuh).
     """
 
     ping_pong: bool = False
@@ -59,6 +63,7 @@ class Sm90Plan(Plan):
     mask_is_row: bool = False
     mask_is_shifted: bool = False
     fewest_splits: int = 1
+    load_stages: int = 0
 
     @property
     def params_struct(self) -> str:
@@ -89,8 +94,14 @@ class Sm90Plan(Plan):
 
     @property
     def num_warps(self) -> int:
-        """Return the number of warps: the consumers' and the producer's warpgroup."""
-        return 4 * (self.num_consumers + 1)
+        """Return the number of warps: the consumers', the producer's warpgroup, and the one that
+        converts 8-bit caches."""
+        return 4 * (self.num_consumers + 1 + self.has_float8)
+
+    @property
+    def has_float8(self) -> bool:
+        """Return whether k and v have 8 bits."""
+        return self.cache_dtype != ""
 
     @property
     def chunk(self) -> int:
@@ -101,6 +112,14 @@ class Sm90Plan(Plan):
     def out_cols(self) -> int:
         """Return columns of O that are computed: products have 16 of them."""
         return -(-self.head_dim_v // 16) * 16
+
+    @property
+    def load_chunk(self) -> int:
+        """Return columns of K and V that are loaded as one: `chunk`; of 8 bits 128 where whole
+        tiles have that many, so that TMA fetches 128 bytes of a row at once."""
+        if not self.has_float8:
+            return self.chunk
+        return math.gcd(128, *tiles_sm90.padded_dims(self.head_dim, self.head_dim_v))
 
     @property
     def smem_bytes(self) -> int:
@@ -118,6 +137,9 @@ class Sm90Plan(Plan):
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
         num_barriers += 4 * self.num_stages
         num_barriers += 2 * (self.key_slices > 1)
+        if self.has_float8:
+            num_barriers += 4 * self.load_stages
+            shares += self.load_stages * (self.block_n * (qk_cols + v_cols) + _END_BYTES)
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
     @property
@@ -136,7 +158,7 @@ class Sm90Plan(Plan):
     @property
     def row_warps(self) -> range:
         """Return the consumers' warps; the producer's warpgroup comes first."""
-        return range(4, self.num_warps)
+        return range(4, 4 * (self.num_consumers + 1))
 
     @property
     def is_persistent(self) -> bool:
@@ -149,11 +171,13 @@ class Sm90Plan(Plan):
         return True
 
     @property
-    def role_registers(self) -> tuple[int, int]:
-        """Return the registers of a consumer and of a producer thread; setmaxnreg moves them from
-        what the launch gave everybody, `max_registers`: a block that asks for more than it was
-        given waits for ever."""
+    def role_registers(self) -> tuple[int, ...]:
+        """Return the registers of a consumer and of a producer thread, and of one that converts;
+        setmaxnreg moves them from what the launch gave everybody, `max_registers`: a block that
+        asks for more than it was given waits for ever."""
         pool = self.max_registers * (self.num_consumers + 1)
+        if self.has_float8:
+            pool += self.max_registers - CONVERTER_REGISTERS
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
         # take the most: each lane of the producer's warp knows those of its own.
@@ -162,7 +186,8 @@ class Sm90Plan(Plan):
         if self.varlen == "pages":
             producer = 40
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
-        return consumer, min(40, pool - consumer * self.num_consumers)
+        roles = consumer, min(40, pool - consumer * self.num_consumers)
+        return (*roles, CONVERTER_REGISTERS) if self.has_float8 else roles
 
     @property
     def overlaps(self) -> bool:
@@ -189,13 +214,16 @@ class Sm90Plan(Plan):
 
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
-        consumer_registers, producer_registers = self.role_registers
+        consumer_registers, producer_registers, *of_converter = self.role_registers
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
         del constants["NUM_WARPS"], constants["LOAD_BYTES"], constants["KEY_TILES_OF_CHUNK"]
         return constants | {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
+            "CONVERTER_REGISTERS": of_converter[0] if of_converter else producer_registers,
+            "LOAD_STAGES": self.load_stages if self.has_float8 else self.num_stages,
+            "LOAD_CHUNK": self.load_chunk,
             "PING_PONG": self.ping_pong,
             "LAZY_RESCALE": self.lazy_rescale and not self.returns_max_score,
             "Q_BUFFERS": self.q_buffers,
@@ -213,7 +241,8 @@ class Sm90Plan(Plan):
     def describe(self) -> str:
         """Return one line for people."""
         splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
-        return Plan.describe(self) + splits
+        loads = f" loads ahead {self.load_stages}" if self.has_float8 else ""
+        return Plan.describe(self) + splits + loads
 
 
 def _of_mean_lengths(problem: Problem) -> Problem:
@@ -301,7 +330,7 @@ def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> 
     plan = Sm90Plan(
         kernel=KERNEL, arch=ARCH, lazy_rescale=gate is None, gate=gate, **sizes, **of_problem
     )
-    if plan.varlen in ("packed", "pages") and not _has_registers(plan):
+    if (plan.varlen in ("packed", "pages") or plan.has_float8) and not _has_registers(plan):
         return None
     plan = with_o_fitted(plan)
     return plan if plan.smem_bytes <= smem_limits(ARCH)[0] else None

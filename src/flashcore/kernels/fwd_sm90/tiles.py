@@ -59,6 +59,7 @@ class Tile(NamedTuple):
     key_slices: int = 1
     num_splits: int = 1
     parts: int = 1  # that folded heads are dealt out to
+    load_stages: int = 0  # of bytes, of 8-bit caches
 
 
 def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
@@ -73,7 +74,7 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
         folded=folded,
         block_m=tile.block_m,
         key_tiles=-(-visible_keys(problem) // tile.block_n),
-        key_tile_bytes=tile.block_n * dims * 2,
+        key_tile_bytes=tile.block_n * dims * problem.cache_bytes,
         share_row_bytes=(problem.head_dim_v + 2) * 4,
         num_slots=NUM_SMS * tile.min_blocks,
     )
@@ -103,12 +104,34 @@ def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
     """Return tiles, best first, of a problem whose heads are `folded` heads each. Keys much longer
     than the rows are worth splitting where that fills the GPU."""
     long_keys = problem.seqlen_k >= max(4096, 8 * problem.seqlen_q)
+    if problem.cache_dtype:
+        for tile in _float8_tiles(problem):
+            yield _split_keys(problem, tile, folded)
+        return
     if problem.varlen != "packed" and problem.seqlen_q <= ROWS_OF_CONSUMER:
         num_tiles = problem.batch * problem.num_heads_q
         if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
             yield _streaming_tile(problem, folded)
     for tile in _table(problem):
         yield _split_keys(problem, tile) if long_keys else tile
+
+
+def _float8_tiles(problem: Problem) -> Iterator[Tile]:
+    """Return tiles of 8-bit caches, best first: two converted tiles, and as many as fit that are
+    still bytes, up to `_STREAMED_BYTES`."""
+    # With 128 rows four warpgroups share the registers, 128 a thread until they part: too few for
+    # the product that makes a wide O.
+    few = problem.seqlen_q <= ROWS_OF_CONSUMER or problem.head_dim_v > 192
+    dims = sum(padded_dims(problem.head_dim, problem.head_dim_v))
+    for block_m in (64,) if few else (128, 64):
+        for block_n in (64, 32):
+            room = smem_limits(ARCH)[0] - 2048 - 2 * block_m * dims - 2 * 2 * block_n * dims
+            if problem.mask is not None:
+                of_consumer = mask_bytes(problem.mask.dtype, problem.mask.strides[2] == 0, block_n)
+                room -= block_m // ROWS_OF_CONSUMER * of_consumer
+            load_stages = min(room, _STREAMED_BYTES) // (block_n * dims)
+            if load_stages >= 2:
+                yield Tile(block_m, block_n, num_stages=2, load_stages=load_stages)
 
 
 def _table(problem: Problem) -> Iterator[Tile]:

@@ -35,7 +35,10 @@ HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 # (attention_varlen), in the number of keys (seqlens_k), or so with keys in pages (page_table).
 VARLEN_KINDS = ("none", "packed", "keys", "pages")
 _MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
-_CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
+_CUDA_TYPES = {
+    "float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool",
+    "float8_e4m3fn": "float8",
+}  # fmt: skip
 
 
 def _padded(cols: int) -> int:
@@ -52,7 +55,7 @@ class Plan:
     0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the registers must
     allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh); `page_size`
     keys of a page, 0 where there are no pages (tile/pages.cuh); `has_sinks` whether a logit of each
-    head joins the softmax.
+    head joins the softmax; `cache_dtype` that of k and v where it is not `dtype`.
     """
 
     kernel: str
@@ -77,6 +80,7 @@ class Plan:
     page_size: int = 0
     returns_max_score: bool = False
     has_sinks: bool = False
+    cache_dtype: str = ""
 
     @property
     def params_struct(self) -> str:
@@ -177,6 +181,8 @@ class Plan:
         return {
             "Element": _CUDA_TYPES[self.dtype],
             "MaskElement": _CUDA_TYPES[self.mask or "bool"],
+            "CacheElement": _CUDA_TYPES[self.cache_dtype or self.dtype],
+            "FLOAT8": self.cache_dtype != "",
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "HEAD_DIM": self.head_dim,
@@ -219,6 +225,7 @@ class Plan:
                 ("sinks", self.has_sinks),
                 (f"gate:{self.gate}", self.gate is not None),
                 ("max_score", self.returns_max_score),
+                (f"cache {self.cache_dtype}", self.cache_dtype != ""),
             )
             if on
         ]
@@ -316,6 +323,7 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "returns_max_score": gate is None and problem.return_max_score,
         # What the gate of P V is given is not normalised.
         "has_sinks": problem.has_sinks and gate != "pv",
+        "cache_dtype": problem.cache_dtype,
     }
 
 
