@@ -121,6 +121,11 @@ def _choose_auto(problem: Problem) -> Choice:
         reason = f"{problem.dtype} tensors on an sm_{problem.arch} GPU"
         preferred = forward_for(problem.arch)
         rather_not = rather_portable(problem, preferred)
+        chosen = preferred if rather_not is None else PORTABLE
+        unserved = chosen.obstacle(problem) if chosen is PORTABLE else None
+        if unserved is not None:
+            why = unserved if rather_not is None else f"{rather_not}, and {unserved}"
+            return Choice("torch", f'{why}; pass backend="torch"', is_fallback=True)
         if rather_not is None:
             return Choice(preferred.backend, reason)
         return Choice(PORTABLE.backend, f"{reason}, and not {preferred.backend}: {rather_not}")
@@ -148,6 +153,12 @@ def _choose_sim(problem: Problem) -> Choice:
             "torch.float16"
         )
     obstacle = too_wide(problem)
+    if obstacle is None:
+        name = kernel_for(problem, arch)
+        reason = BY_BACKEND[name].obstacle(problem) if name == PORTABLE.backend else None
+        obstacle = (
+            None if reason is None else NotImplementedError(f'{reason}; pass backend="torch"')
+        )
     if obstacle is not None:
         raise obstacle
     return Choice("sim", 'asked for with backend="sim"')

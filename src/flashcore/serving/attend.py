@@ -74,7 +74,10 @@ def attend_pages(
         )
         return _packed(results, q, cu_seqlens_q, longest, options["sinks"])
     _warn_of_copy(q, backend, "packed queries of different numbers")
-    k, v, cu_seqlens_k = gather_packed((k_cache, v_cache), page_table, leftpad, lengths)
+    scales = options.pop("k_scale"), options.pop("v_scale")
+    k, v, cu_seqlens_k = gather_packed(
+        (k_cache, v_cache), page_table, leftpad, lengths, q.dtype, scales
+    )
     return _several(
         attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, capacity, **options)
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from flashcore.problem.scales import is_float8
 from flashcore.serving.rows import Rows, lengths_before
 
 
@@ -62,11 +63,16 @@ def write(
     row = torch.arange(fits.shape[0], device=fits.device)
     source = torch.where(fits, row, fits.int().argmax())
     page, place = page[source].clamp(0, num_pages - 1), place[source]
-    for cache, x in zip(caches, new, strict=True):
+    for cache, x in zip(map(_bits, caches), map(_bits, new), strict=True):
         by_token = x if x.dim() == 3 else x.transpose(1, 2).flatten(0, 1)
         target = cache.transpose(1, 2)
         values = torch.where(fits.any(), by_token[source], target[page, place])
         target.index_put_((page, place), values)
+
+
+def _bits(x: Tensor) -> Tensor:
+    """Return 8-bit floats as integers, for which there are all operations; others as they are."""
+    return x.view(torch.uint8) if is_float8(x) else x
 
 
 def gather_padded(cache: Tensor, page_table: Tensor, leftpad: Tensor | None) -> Tensor:
@@ -87,7 +93,12 @@ def gather_padded(cache: Tensor, page_table: Tensor, leftpad: Tensor | None) -> 
 
 
 def gather_packed(
-    caches: tuple[Tensor, Tensor], page_table: Tensor, leftpad: Tensor | None, lengths: Tensor
+    caches: tuple[Tensor, Tensor],
+    page_table: Tensor,
+    leftpad: Tensor | None,
+    lengths: Tensor,
+    dtype: torch.dtype,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return copies of the tokens of both caches, one sequence after the other.
 
@@ -96,6 +107,8 @@ def gather_packed(
         page_table: int32, [batch, pages a sequence].
         leftpad: int32, [batch]: the place of each sequence's first token; None is 0.
         lengths: int32, [batch]: tokens of each sequence, from 0 to what it has room for.
+        dtype: of the copies.
+        scales: of caches of 8 bits, broadcastable to [batch, num_heads_kv].
 
     Returns:
         k: [batch * capacity, num_heads_kv, head_dim]; rows behind the last sequence hold anything.
@@ -106,12 +119,21 @@ def gather_packed(
     cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
     row = torch.empty(0, device=lengths.device).expand(page_table.shape[0] * capacity, 0, 0)
     if row.shape[0] == 0:
-        k, v = (x.new_empty((0, x.shape[1], x.shape[3])) for x in caches)
+        k, v = (x.new_empty((0, x.shape[1], x.shape[3]), dtype=dtype) for x in caches)
         return k, v, cu_seqlens_k
     rows = Rows.of(row, cu_seqlens_k)
     place = rows.token if leftpad is None else rows.token + leftpad.long()[rows.sequence]
     k, v = (_tokens(x, page_table, rows.sequence, place) for x in caches)
-    return k, v, cu_seqlens_k
+    of_k, of_v = (
+        None if x is None else x.expand(page_table.shape[0], k.shape[1])[rows.sequence]
+        for x in scales
+    )
+    return _values(k, of_k, dtype), _values(v, of_v, dtype), cu_seqlens_k
+
+
+def _values(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return what rows of 8-bit elements count, given the scale of each row and head."""
+    return x if scale is None else (x.to(torch.float32) * scale[..., None]).to(dtype)
 
 
 def _tokens(cache: Tensor, page_table: Tensor, sequence: Tensor, place: Tensor) -> Tensor:
@@ -123,4 +145,4 @@ def _tokens(cache: Tensor, page_table: Tensor, sequence: Tensor, place: Tensor) 
         return cache.new_zeros((*shape, cache.shape[1], cache.shape[3]))
     place = place.clamp(0, page_table.shape[1] * page_size - 1)
     page = page_table[sequence, place // page_size].long().clamp(0, num_pages - 1)
-    return cache.transpose(1, 2)[page, place % page_size]
+    return _bits(cache).transpose(1, 2)[page, place % page_size].view(cache.dtype)

@@ -16,6 +16,7 @@ from flashcore.backends.packed import checked_max_seqlen
 from flashcore.ops.autograd import needs_grad
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Options
+from flashcore.problem.scales import is_float8
 from flashcore.problem.spelling import OF_KVCACHE, other_names, refuse
 from flashcore.problem.validation import check_flag, check_sinks
 from flashcore.serving import checking, remembered
@@ -95,6 +96,8 @@ def attention_with_kvcache(
     mask: Tensor | None = None,
     tree_mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -115,7 +118,7 @@ def attention_with_kvcache(
         k_cache: [batch, num_heads_kv, seqlen_cache, head_dim]; with page_table
             [num_pages, num_heads_kv, page_size, head_dim]. Any strides: of a cache with heads third
             pass `k_cache.transpose(1, 2)`, a view that is read and written in place. dtype and
-            device of q. num_heads_q must be a multiple of num_heads_kv.
+            device of q, or float8_e4m3fn with scales. num_heads_kv must divide num_heads_q.
         v_cache: likewise, with head_dim_v, which may differ.
         k_new: [batch, num_heads_kv, seqlen_new, head_dim], written behind each sequence's last
             token; with cu_seqlens_q [total_new, num_heads_kv, head_dim]. A token for which there is
@@ -159,6 +162,9 @@ def attention_with_kvcache(
             drafts). It takes a mask of [batch, 1 or num_heads_q, seqlen_q, seqlen_cache] bytes.
         sinks: [num_heads_q], float32 or the dtype of q: a logit of each head that joins the
             softmax, as in `attention`.
+        k_scale: float32, [], [num_heads_kv] or [batch, num_heads_kv], where caches are
+            float8_e4m3fn: an element counts times its scale; new tokens are divided by it. Positive.
+        v_scale: likewise, of v_cache.
         return_lse: also return the log-sum-exp of each row of scores.
         out: receives the result: its shape, dtype and device, any strides. By a copy.
         lse: receives the log-sum-exp, whether it is returned or not. By a copy.
@@ -174,8 +180,8 @@ def attention_with_kvcache(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        NotImplementedError: what `attention` does not support; caches of 8 bits; a mask with packed
-            queries; tensors that require a gradient while gradients are recorded.
+        NotImplementedError: what `attention` does not support; caches of other 8-bit floats; a mask
+            with packed queries; tensors that require a gradient while gradients are recorded.
         BackendUnavailableError: as `attention`.
 
     Numerics:
@@ -203,6 +209,7 @@ def attention_with_kvcache(
         step,
         {
             "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
+            "k_scale": k_scale, "v_scale": v_scale,
         },
     )  # fmt: skip
 
@@ -248,6 +255,7 @@ def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, 
     tensors = (
         q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
         cu_seqlens_q, cu_seqlens_new, mask, tree_mask, out, lse, options["sinks"],
+        options["k_scale"], options["v_scale"],
         *(() if rotary is None else (rotary.cos, rotary.sin, rotary.offsets, rotary.positions)),
     )  # fmt: skip
     pairs = None if rotary is None else (rotary.interleaved, rotary.queries)
@@ -264,6 +272,7 @@ def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, 
             q, seqlens_k = append(
                 k_cache, v_cache, q, k_new, v_new, seqlens_k, page_table, cu_seqlens_q,
                 cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary, backend,
+                options["k_scale"], options["v_scale"],
             )  # fmt: skip
         elif rotary is not None:
             before = lengths_before(seqlens_k, capacity)
@@ -289,6 +298,7 @@ def _check(step: Step, options: dict[str, Any]) -> None:
     is_packed = cu_seqlens_q is not None
     checking.check_caches(q, k_cache, v_cache, is_packed, page_table is not None)
     batch = checking.batch_of(q, cu_seqlens_q, cu_seqlens_new)
+    checking.check_caches_scales(k_cache, v_cache, options, batch)
     checking.check_table(q, k_cache, seqlens_k, page_table, cache_batch_idx, cache_leftpad, batch)
     checking.check_new(q, k_cache, v_cache, k_new, v_new, batch)
     if rotary is not None:
@@ -323,4 +333,6 @@ def _handed_out(
 
 def _cast(x: Tensor | None, cache: Tensor) -> Tensor | None:
     wanted = isinstance(x, Tensor) and isinstance(cache, Tensor) and x.is_floating_point()
-    return x.to(cache.dtype) if wanted and x is not None else x
+    if not wanted or x is None:
+        return x
+    return x.to(autocast_dtype(x.device.type) if is_float8(cache) else cache.dtype)

@@ -33,12 +33,12 @@
 #include "fwd_sm90/split_sm90.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
+#include "tile/float8.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
 #include "tile/pages.cuh"
 #include "fwd_sm90/pages_sm90.cuh"
-#include "fwd_sm90/float8_sm90.cuh"
 #include "fwd_sm90/producer_sm90.cuh"
 
 // What one consumer warpgroup carries from key tile to key tile.
@@ -50,11 +50,12 @@ struct Consumer {
   float scale_log2;
   WmmaAccum out[OUT_FRAGS];
   bool has_out;  // or `out` is of the row tile before
-  WmmaA<Element> probs[KEY_FRAGS];  // of the tile whose P V is not issued yet
+  WmmaA<MathElement> probs[KEY_FRAGS];  // of the tile whose P V is not issued yet
   OnlineSoftmax softmax;
   PipelineState k_state;  // of the next K; V's, one tile of this consumer behind, follows from it
   bool k_is_there, v_is_there;  // of ask_ahead
   MaskStrip mask;
+  Queries queries;  // with Q_IN_REGISTERS
 //@if gate
   BlockCoord block;
 //@end
@@ -63,8 +64,8 @@ struct Consumer {
 };
 
 // S = Q K^T of a warpgroup's 64 rows, issued.
-FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_smem,
-                            SmemPtr<Element> k_smem, int stage) {
+FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], const Consumer& c,
+                            SmemPtr<Element> q_smem, SmemPtr<MathElement> k_smem, int stage) {
   const WgmmaDesc q_desc = wgmma_desc<CHUNK_BYTES>(q_smem, 0);
   // Uniform, or each descriptor is moved from general to uniform registers, two moves a product.
   stage = warp_uniform(stage);
@@ -73,8 +74,13 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_s
   for (int d = 0; d < HEAD_DIM; d += 16) {
     const int chunk = d / CHUNK;
     const int col_bytes = d % CHUNK * 2;
-    wgmma_ss<Element>(scores, q_desc + (chunk * 64 * CHUNK_BYTES + col_bytes),
-                      k_desc + (chunk * BLOCK_N * CHUNK_BYTES + col_bytes), d > 0);
+    const auto of_k = k_desc + (chunk * BLOCK_N * CHUNK_BYTES + col_bytes);
+    if constexpr (Q_IN_REGISTERS) {
+      wgmma_rs_k<MathElement>(scores, c.queries.frag[d / 16], of_k, d > 0);
+    } else {
+      const auto of_q = q_desc + (chunk * 64 * CHUNK_BYTES + col_bytes);
+      wgmma_ss<MathElement>(scores, of_q, of_k, d > 0);
+    }
   }
 }
 
@@ -82,14 +88,14 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_s
 constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
 
 // O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
-FC_DEVICE void issue_output(Consumer& c, SmemPtr<Element> v_smem) {
+FC_DEVICE void issue_output(Consumer& c, SmemPtr<MathElement> v_smem) {
   const int stage = warp_uniform(c.v_state().stage());  // uniform, as K's
   const WgmmaDesc v_desc =
       wgmma_desc<CHUNK_BYTES>(v_smem, BLOCK_N * CHUNK_BYTES) + stage * (V_ELEMENTS * 2);
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
     const bool adds = n > 0 || !IS_PLAIN || c.has_out;
-    wgmma_rs<Element>(c.out, c.probs[n], v_desc + n * 16 * CHUNK_BYTES, adds);
+    wgmma_rs<MathElement>(c.out, c.probs[n], v_desc + n * 16 * CHUNK_BYTES, adds);
   }
   c.has_out = true;
 }
@@ -154,7 +160,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   if (FIRST || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
   if (PING_PONG && !FIRST) await_issue(c);
   wgmma_fence();
-  issue_scores(scores, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
+  issue_scores(scores, c, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
   wgmma_commit();
   if constexpr (!FIRST) {
     wgmma_fence();
@@ -172,6 +178,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     release(bar.k_empty, c.k_state);
     if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SLICES) release_q(c, bar);
   };
+  if (Q_IN_REGISTERS) scale_products(scores, c.queries);
   constexpr bool TRIES_OLD_MAX = MAY_TRY_OLD_MAX && !FIRST && !MASKED;
   if (!TRIES_OLD_MAX) release_inputs();
 //@if gate qk
@@ -198,10 +205,11 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     // Of the whole warpgroup, which issues Q K^T together.
     if (named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))) {
       wgmma_fence();
-      issue_scores(scores, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
+      issue_scores(scores, c, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_hold(scores);
+      if (Q_IN_REGISTERS) scale_products(scores, c.queries);
       moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
     } else {
       c.softmax.row_sum[0] += tile_sum[0];
@@ -314,7 +322,12 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     if (block.m_begin == NO_TILE) break;
     if (VARLEN != 0 || MASK_KIND != 0 || SPLIT_KV) block = load_coord(coord);
     const auto& own = sequence_params(p, block);
-    if (FLOAT8) c.scale_log2 = softmax_scale_log2(own);
+    float of_products = 1.0f;  // what the softmax has to multiply them by, besides softmax_scale
+    if constexpr (Q_IN_REGISTERS) {
+      load_queries(c.queries, smem.q + c.q_slot * Q_GROUP_ELEMENTS);
+      if (!scales_products(c.queries)) of_products = c.queries.inverse[0];
+    }
+    if (FLOAT8) c.scale_log2 = softmax_scale_log2(own) * of_products;
 //@if gate tile
     const KeyRange keys = gate_last_tile(own_keys(own, block));
 //@else
@@ -378,6 +391,11 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
       clear_output(c);
     }
     if (HAS_WINDOW_LEFT && KEY_SLICES == 1) skip_down_to(keys.n_block_begin);
+    if constexpr (Q_IN_REGISTERS) {  // what follows knows nothing of factors
+      c.softmax.row_max[0] *= of_products;
+      c.softmax.row_max[1] *= of_products;
+      c.scale_log2 = softmax_scale_log2(own);
+    }
     if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, load_coord(coord), c.warp_row);
     if (KEY_SLICES > 1) {
       merge_slices(slice, turn, c.softmax, c.out, bar, smem.merge, c.scale_log2);
@@ -395,8 +413,8 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) params) {
   const Buffers smem = {
       smem_view<Element>(0, Q_ELEMENTS, "q_smem"),
-      smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
-      smem_view<Element>(V_OFFSET, NUM_STAGES * V_ELEMENTS, "v_smem"),
+      smem_view<MathElement>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
+      smem_view<MathElement>(V_OFFSET, NUM_STAGES * V_ELEMENTS, "v_smem"),
       smem_view<Element>(O_OFFSET, O_ELEMENTS, "o_smem"),
       smem_view<float>(MERGE_OFFSET, MERGE_FLOATS, "merge_smem"),
       smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),

@@ -112,7 +112,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.num_consumers > 3 or plan.num_stages < 2 * plan.key_slices:
             return False
-        if plan.has_float8 and (plan.key_slices > 1 or plan.load_stages < 1):
+        if plan.has_float8 and (plan.key_slices > 2 or plan.load_stages < plan.key_slices):
             return False
         if plan.key_slices > 1 and (plan.block_m > 64 or plan.num_stages % plan.key_slices):
             return False

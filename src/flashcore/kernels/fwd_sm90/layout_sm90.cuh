@@ -17,6 +17,7 @@ constexpr int CHUNK_BYTES = CHUNK * 2;
 constexpr int QK_CHUNKS = (HEAD_DIM + CHUNK - 1) / CHUNK;
 constexpr int V_CHUNKS = (HEAD_DIM_V + CHUNK - 1) / CHUNK;
 constexpr int KEY_FRAGS = BLOCK_N / 16;
+constexpr int Q_FRAGS = Q_IN_REGISTERS ? (HEAD_DIM + 15) / 16 : 1;
 constexpr int OUT_FRAGS = (HEAD_DIM_V + 15) / 16;  // the last chunk's other columns are padding
 
 constexpr int Q_ELEMENTS = Q_BUFFERS * BLOCK_M * QK_CHUNKS * CHUNK;
@@ -31,9 +32,9 @@ constexpr int O_ELEMENTS = SPLIT_KV ? 0 : BLOCK_M * O_CHUNKS * CHUNK;  // else i
 constexpr int K_OFFSET = Q_ELEMENTS * 2;
 constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
 constexpr int O_OFFSET = V_OFFSET + NUM_STAGES * V_ELEMENTS * 2;
-// What the producer loads: tiles as they are, or, under FLOAT8, bytes that are still to be converted,
-// in chunks of LOAD_CHUNK columns that are not swizzled.
-constexpr int LOAD_CHUNK_BYTES = LOAD_CHUNK * int(sizeof(CacheElement));
+// What the producer loads: tiles as they are, or, under FLOAT8, bytes that are still to be
+// converted, in chunks of LOAD_CHUNK columns that are not swizzled.
+constexpr int LOAD_BYTES = int(sizeof(CacheElement));  // of an element
 constexpr int K_LOADS = QK_CHUNKS * CHUNK / LOAD_CHUNK;
 constexpr int V_LOADS = V_CHUNKS * CHUNK / LOAD_CHUNK;
 static_assert(QK_CHUNKS * CHUNK % LOAD_CHUNK == 0 && V_CHUNKS * CHUNK % LOAD_CHUNK == 0, "whole");
@@ -55,7 +56,9 @@ static_assert(SMEM_BYTES == ENDS_OFFSET + NUM_ENDS * 4,
               "the plan and the kernel disagree on shared memory");
 
 struct Buffers {
-  SmemPtr<Element> q, k, v, o;
+  SmemPtr<Element> q;
+  SmemPtr<MathElement> k, v;
+  SmemPtr<Element> o;
   SmemPtr<float> merge;     // slices of keys of the same rows
   SmemPtr<MaskElement> mask;  // of each consumer warp, see fwd_sm90/mask_tile_sm90.cuh
   SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q

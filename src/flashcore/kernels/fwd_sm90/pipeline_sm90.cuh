@@ -1,10 +1,10 @@
 // fwd_sm90/pipeline_sm90.cuh - the mbarriers between the producer and the consumers, the place of
 // each in the ring of stages, and the barriers among consumers. Under FLOAT8 a warpgroup stands
-// between the two (fwd_sm90/float8_sm90.cuh), and there are rings before and behind it.
+// between the two (tile/float8.cuh), and there are rings before and behind it.
 #pragma once
 
 // Of 8-bit tiles there are more on their way than consumers have: LOAD_STAGES, else NUM_STAGES.
-constexpr int CONVERTING_WARPS = 2;  // that share a tile: K's two, and V's
+constexpr int CONVERTING_WARPS = KEY_SLICES == 1 ? 2 : 1;  // that share a tile of K, or of V
 constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup
 constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SLICES;  // warpgroups
 static_assert(KEY_SLICES == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");
@@ -13,7 +13,7 @@ constexpr int NUM_MERGE_BARRIERS = KEY_SLICES > 1 ? 2 : 0;
 constexpr int NUM_BARRIERS =
     2 * NUM_Q_SLOTS + 4 * NUM_STAGES + NUM_MERGE_BARRIERS + (FLOAT8 ? 4 * LOAD_STAGES : 0);
 constexpr int NUM_THREADS = (1 + NUM_CONSUMERS + (FLOAT8 ? 1 : 0)) * 128;
-static_assert(!FLOAT8 || KEY_SLICES == 1, "what converts fills one ring");
+static_assert(!FLOAT8 || KEY_SLICES <= 2, "each ring has a warp at least that converts");
 
 // A `full` barrier completes when the bytes announced by the producer have arrived; an `empty` one
 // when all consumers have read the buffer.

@@ -33,7 +33,7 @@ _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
 _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (fwd_sm90/split_sm90.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
-_END_BYTES = 2 * 4  # of a stage of K and one of V (fwd_sm90/float8_sm90.cuh)
+_END_BYTES = 2 * 4  # of a stage of K and one of V (tile/float8.cuh)
 CONVERTER_REGISTERS = 72
 
 
@@ -50,7 +50,7 @@ class Sm90Plan(Plan):
     queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
     elements; `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py;
     `load_stages`: tiles of K and V for which there is room as bytes, of 8-bit caches (0 of others),
-    beside the `num_stages` that are converted (fwd_sm90/float8_sm90.cuh).
+    beside the `num_stages` that are converted (tile/float8.cuh).
     """
 
     ping_pong: bool = False
@@ -102,6 +102,12 @@ class Sm90Plan(Plan):
     def has_float8(self) -> bool:
         """Return whether k and v have 8 bits."""
         return self.cache_dtype != ""
+
+    @property
+    def q_in_registers(self) -> bool:
+        """Return whether consumers hold Q in registers, as float16, as 8-bit keys become that too
+        (tile/float8.cuh). Debug gates see products as they are."""
+        return self.has_float8 and self.gate is None and self.head_dim <= 128
 
     @property
     def chunk(self) -> int:
@@ -224,6 +230,8 @@ class Sm90Plan(Plan):
             "CONVERTER_REGISTERS": of_converter[0] if of_converter else producer_registers,
             "LOAD_STAGES": self.load_stages if self.has_float8 else self.num_stages,
             "LOAD_CHUNK": self.load_chunk,
+            "Q_IN_REGISTERS": self.q_in_registers,
+            "MathElement": "float16" if self.q_in_registers else constants["Element"],
             "PING_PONG": self.ping_pong,
             "LAZY_RESCALE": self.lazy_rescale and not self.returns_max_score,
             "Q_BUFFERS": self.q_buffers,
@@ -258,6 +266,7 @@ def _has_registers(plan: Sm90Plan) -> bool:
     that where the producer's warpgroup is small; a warp that deals out tiles, or finds pages, takes
     from it."""
     held = (plan.block_n + plan.head_dim_v) // 2 + plan.block_n // 4
+    held += plan.head_dim // 4 * plan.q_in_registers
     return held + 32 <= plan.role_registers[0]
 
 

@@ -31,7 +31,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     if (leads) {
       mbar_wait(bar.k_load_empty + k_state.stage(), k_state.parity() ^ 1);
       if (FLOAT8) smem_store(smem.ends + k_state.stage(), 0);
-      mbar_arrive_expect_tx(full, K_ELEMENTS * int(sizeof(CacheElement)));
+      mbar_arrive_expect_tx(full, K_ELEMENTS * LOAD_BYTES);
     }
     if (PAGED) {
       warp_sync();  // orders the wait and the announcement before all lanes' loads
@@ -52,7 +52,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     if (leads) {
       mbar_wait(bar.v_load_empty + v_state.stage(), v_state.parity() ^ 1);
       if (FLOAT8) smem_store(smem.ends + (LOAD_STAGES + v_state.stage()), 0);
-      mbar_arrive_expect_tx(full, V_ELEMENTS * int(sizeof(CacheElement)));
+      mbar_arrive_expect_tx(full, V_ELEMENTS * LOAD_BYTES);
     }
     if (PAGED) {
       warp_sync();  // as for K
@@ -89,7 +89,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
         mbar_wait(bar.q_empty + q_slot(turn, group), q_parity(turn) ^ 1);
         mbar_arrive(bar.q_full + q_slot(turn, group));
       }
-      if (FLOAT8 && leads) end_conversion(bar, smem, k_states[0], v_states[0]);
+      if (FLOAT8 && leads) end_conversion(bar, smem, k_states, v_states);
       if (leads) grid_launch_dependents();
       return;
     }

@@ -124,7 +124,7 @@ def _float8_tiles(problem: Problem) -> Iterator[Tile]:
     few = problem.seqlen_q <= ROWS_OF_CONSUMER or problem.head_dim_v > 192
     dims = sum(padded_dims(problem.head_dim, problem.head_dim_v))
     for block_m in (64,) if few else (128, 64):
-        for block_n in (64, 32):
+        for block_n in (128, 64, 48, 32):
             room = smem_limits(ARCH)[0] - 2048 - 2 * block_m * dims - 2 * 2 * block_n * dims
             if problem.mask is not None:
                 of_consumer = mask_bytes(problem.mask.dtype, problem.mask.strides[2] == 0, block_n)

@@ -35,10 +35,7 @@ HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 # (attention_varlen), in the number of keys (seqlens_k), or so with keys in pages (page_table).
 VARLEN_KINDS = ("none", "packed", "keys", "pages")
 _MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
-_CUDA_TYPES = {
-    "float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool",
-    "float8_e4m3fn": "float8",
-}  # fmt: skip
+_CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
 
 
 def _padded(cols: int) -> int:
@@ -142,9 +139,8 @@ class Plan:
     def smem_bytes(self) -> int:
         """Return a block's dynamic shared memory: Q (later O), `num_stages` tiles of K and V."""
         k_stride, v_stride = _padded(self.head_dim) + 8, _padded(self.head_dim_v) + 8
-        elements = self.block_m * max(k_stride, v_stride)
-        elements += self.num_stages * self.block_n * (k_stride + v_stride)
-        return 2 * elements + self.gate_serial_bytes
+        elements = self.num_stages * self.block_n * (k_stride + v_stride)
+        return 2 * (self.block_m * max(k_stride, v_stride) + elements) + self.gate_serial_bytes
 
     @property
     def max_registers(self) -> int:
@@ -160,9 +156,7 @@ class Plan:
     def registers_asked_for(self) -> int:
         """Return the registers that the roles of a block's warpgroups ask for together; 0 without
         roles."""
-        if not self.role_registers:
-            return 0
-        consumer, *others = self.role_registers
+        consumer, *others = self.role_registers or (0,)
         return 128 * ((self.num_warps // 4 - len(others)) * consumer + sum(others))
 
     @property
@@ -181,7 +175,7 @@ class Plan:
         return {
             "Element": _CUDA_TYPES[self.dtype],
             "MaskElement": _CUDA_TYPES[self.mask or "bool"],
-            "CacheElement": _CUDA_TYPES[self.cache_dtype or self.dtype],
+            "CacheElement": "float8" if self.cache_dtype else _CUDA_TYPES[self.dtype],
             "FLOAT8": self.cache_dtype != "",
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,

@@ -58,7 +58,7 @@ PLANTS_OLD_MAX_SM90 = by_name(
         name="outgrown-sums-kept",
         title="sums of the terms that were too large are kept",
         file=_KERNEL,
-        find="      wgmma_hold(scores);\n      moved =",
+        find="      if (Q_IN_REGISTERS) scale_products(scores, c.queries);\n      moved =",
         replace="      wgmma_hold(scores); c.softmax.row_sum[0] += tile_sum[0];\n      moved =",
         caught_by="wrong-result",
     ),
