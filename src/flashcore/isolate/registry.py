@@ -33,6 +33,7 @@ from flashcore.sim.plants.bwd_sm90 import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
+from flashcore.sim.plants.float8 import PLANTS_FLOAT8_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
@@ -100,6 +101,18 @@ _PAGED: dict[str, Any] = {
     "astray": True,
     "seed": 12,
 }
+# Many key tiles for few stages; bfloat16, as Q is multiplied there; a scale for each sequence.
+_FLOAT8: dict[str, Any] = {
+    "lengths": (150, 90),
+    "page_size": 16,
+    "seqlen_q": 3,
+    "num_heads_q": 2,
+    "num_heads_kv": 2,
+    "dtype": "bfloat16",
+    "cache_dtype": "float8_e4m3fn",
+    "seed": 2,
+}
+_TWO_LOADS: dict[str, Any] = {"block_m": 64, "block_n": 32, "load_stages": 2}
 _TILES: dict[str, Mapping[str, Any]] = {
     "no-is-yes": _TWO_CONSUMERS,
     "probs-written-early": {"lazy_rescale": False},
@@ -277,6 +290,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
+        **_calls(PLANTS_FLOAT8_SM90, _TWO_LOADS, options=_FLOAT8, is_paged=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
         **_calls(PLANTS_SINKS, {}, options=_SINKS),

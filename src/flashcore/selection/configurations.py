@@ -54,7 +54,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Many chunks of K, lengths, a mask and a window: the most for the Hopper kernel's producer. It
     # has head_dims of its own, and is listed beside the widest.
     "uneven": {"dims": (224, 40), "mask": "bool", "window": (64, 0), "varlen": "keys"},
-}
+    # Caches of 8 bits.
+    "float8-decode": {"queries": 1, "varlen": "pages", "page_size": 16, "float8": True},
+    "float8-chunk": {
+        "queries": 100, "causal": True, "varlen": "pages", "page_size": 16, "float8": True,
+    },
+}  # fmt: skip
 # What else is usual where a model is served: a bundle holds these as well. The compile gate does
 # without, as they take no more registers than one of the above.
 SERVING_VARIANTS: dict[str, dict[str, Any]] = {
@@ -120,7 +125,10 @@ OTHER_VARIANTS = (
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = ("masked", "decode-masked", "loose-bias", "columns-mask", "max-score")
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
-_HOPPER_VARIANTS = ("window", "varlen-causal", "decode", "chunk", "uneven", *_MASK_VARIANTS)
+_FLOAT8_VARIANTS = ("float8-decode", "float8-chunk")
+_HOPPER_VARIANTS = (
+    *("window", "varlen-causal", "decode", "chunk", "uneven"), *_MASK_VARIANTS, *_FLOAT8_VARIANTS
+)  # fmt: skip
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 # Of the Hopper kernel's table: from one tile to many an SM.
 _HEADS = (1, 4, 16, 64, 256, 1024)
@@ -298,6 +306,7 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
             q, k, v = (x.expand(2, -1, -1, -1).contiguous() for x in (q, k, v))
     if options.pop("sinks", False):
         options["sinks"] = torch.empty(q.shape[1])
+    cache_dtype = "float8_e4m3fn" if options.pop("float8", False) else ""
     varlen, page_size = options.pop("varlen", "none"), options.pop("page_size", 0)
     if varlen == "none":
         return Problem.from_tensors(q, k, v, **options)
@@ -316,4 +325,5 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
         total_k=total,
         page_size=page_size,
         num_pages=_SEQLEN // page_size if page_size else 0,
+        cache_dtype=cache_dtype,
     )

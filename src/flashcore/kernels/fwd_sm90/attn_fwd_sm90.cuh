@@ -55,7 +55,7 @@ struct Consumer {
   PipelineState k_state;  // of the next K; V's, one tile of this consumer behind, follows from it
   bool k_is_there, v_is_there;  // of ask_ahead
   MaskStrip mask;
-  Queries queries;  // with Q_IN_REGISTERS
+  Queries queries;  // under FLOAT8
 //@if gate
   BlockCoord block;
 //@end
@@ -178,7 +178,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     release(bar.k_empty, c.k_state);
     if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SLICES) release_q(c, bar);
   };
-  if (Q_IN_REGISTERS) scale_products(scores, c.queries);
+  if (FLOAT8) scale_products(scores, c.queries);
   constexpr bool TRIES_OLD_MAX = MAY_TRY_OLD_MAX && !FIRST && !MASKED;
   if (!TRIES_OLD_MAX) release_inputs();
 //@if gate qk
@@ -209,7 +209,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_hold(scores);
-      if (Q_IN_REGISTERS) scale_products(scores, c.queries);
+      if (FLOAT8) scale_products(scores, c.queries);
       moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
     } else {
       c.softmax.row_sum[0] += tile_sum[0];
@@ -323,8 +323,9 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     if (VARLEN != 0 || MASK_KIND != 0 || SPLIT_KV) block = load_coord(coord);
     const auto& own = sequence_params(p, block);
     float of_products = 1.0f;  // what the softmax has to multiply them by, besides softmax_scale
-    if constexpr (Q_IN_REGISTERS) {
-      load_queries(c.queries, smem.q + c.q_slot * Q_GROUP_ELEMENTS);
+    if constexpr (FLOAT8) {
+      const auto q_smem = smem.q + c.q_slot * Q_GROUP_ELEMENTS;
+      load_queries(c.queries, q_smem, STORE_BARRIER + c.index);
       if (!scales_products(c.queries)) of_products = c.queries.inverse[0];
     }
     if (FLOAT8) c.scale_log2 = softmax_scale_log2(own) * of_products;
@@ -391,7 +392,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
       clear_output(c);
     }
     if (HAS_WINDOW_LEFT && KEY_SLICES == 1) skip_down_to(keys.n_block_begin);
-    if constexpr (Q_IN_REGISTERS) {  // what follows knows nothing of factors
+    if constexpr (FLOAT8) {  // what follows knows nothing of factors
       c.softmax.row_max[0] *= of_products;
       c.softmax.row_max[1] *= of_products;
       c.scale_log2 = softmax_scale_log2(own);

@@ -17,7 +17,7 @@ constexpr int CHUNK_BYTES = CHUNK * 2;
 constexpr int QK_CHUNKS = (HEAD_DIM + CHUNK - 1) / CHUNK;
 constexpr int V_CHUNKS = (HEAD_DIM_V + CHUNK - 1) / CHUNK;
 constexpr int KEY_FRAGS = BLOCK_N / 16;
-constexpr int Q_FRAGS = Q_IN_REGISTERS ? (HEAD_DIM + 15) / 16 : 1;
+constexpr int Q_FRAGS = (HEAD_DIM + 15) / 16;
 constexpr int OUT_FRAGS = (HEAD_DIM_V + 15) / 16;  // the last chunk's other columns are padding
 
 constexpr int Q_ELEMENTS = Q_BUFFERS * BLOCK_M * QK_CHUNKS * CHUNK;

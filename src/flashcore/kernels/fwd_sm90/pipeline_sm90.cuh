@@ -4,7 +4,7 @@
 #pragma once
 
 // Of 8-bit tiles there are more on their way than consumers have: LOAD_STAGES, else NUM_STAGES.
-constexpr int CONVERTING_WARPS = KEY_SLICES == 1 ? 2 : 1;  // that share a tile of K, or of V
+constexpr int CONVERTING_WARPS = NUM_CONVERTERS * 2;  // that share a tile of K, or of V
 constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup
 constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SLICES;  // warpgroups
 static_assert(KEY_SLICES == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");
@@ -12,8 +12,8 @@ constexpr int NUM_Q_SLOTS = Q_BUFFERS * NUM_ROW_GROUPS;
 constexpr int NUM_MERGE_BARRIERS = KEY_SLICES > 1 ? 2 : 0;
 constexpr int NUM_BARRIERS =
     2 * NUM_Q_SLOTS + 4 * NUM_STAGES + NUM_MERGE_BARRIERS + (FLOAT8 ? 4 * LOAD_STAGES : 0);
-constexpr int NUM_THREADS = (1 + NUM_CONSUMERS + (FLOAT8 ? 1 : 0)) * 128;
-static_assert(!FLOAT8 || KEY_SLICES <= 2, "each ring has a warp at least that converts");
+constexpr int NUM_THREADS = (1 + NUM_CONSUMERS + NUM_CONVERTERS) * 128;
+static_assert(!FLOAT8 || KEY_SLICES == 1, "what converts fills one ring");
 
 // A `full` barrier completes when the bytes announced by the producer have arrived; an `empty` one
 // when all consumers have read the buffer.

@@ -50,7 +50,8 @@ class Sm90Plan(Plan):
     queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
     elements; `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py;
     `load_stages`: tiles of K and V for which there is room as bytes, of 8-bit caches (0 of others),
-    beside the `num_stages` that are converted (tile/float8.cuh).
+    beside the `num_stages` that are converted, by `converters` warpgroups (tile/float8.cuh);
+    `q_in_registers`: consumers hold Q there, too.
     """
 
     ping_pong: bool = False
@@ -64,6 +65,8 @@ class Sm90Plan(Plan):
     mask_is_shifted: bool = False
     fewest_splits: int = 1
     load_stages: int = 0
+    converters: int = 0
+    q_in_registers: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -94,20 +97,14 @@ class Sm90Plan(Plan):
 
     @property
     def num_warps(self) -> int:
-        """Return the number of warps: the consumers', the producer's warpgroup, and the one that
-        converts 8-bit caches."""
-        return 4 * (self.num_consumers + 1 + self.has_float8)
+        """Return the number of warps: the consumers', the producer's warpgroup, and those that
+        convert 8-bit caches."""
+        return 4 * (self.num_consumers + 1 + self.converters)
 
     @property
     def has_float8(self) -> bool:
         """Return whether k and v have 8 bits."""
         return self.cache_dtype != ""
-
-    @property
-    def q_in_registers(self) -> bool:
-        """Return whether consumers hold Q in registers, as float16, as 8-bit keys become that too
-        (tile/float8.cuh). Debug gates see products as they are."""
-        return self.has_float8 and self.gate is None and self.head_dim <= 128
 
     @property
     def chunk(self) -> int:
@@ -182,8 +179,7 @@ class Sm90Plan(Plan):
         setmaxnreg moves them from what the launch gave everybody, `max_registers`: a block that
         asks for more than it was given waits for ever."""
         pool = self.max_registers * (self.num_consumers + 1)
-        if self.has_float8:
-            pool += self.max_registers - CONVERTER_REGISTERS
+        pool += self.converters * (self.max_registers - CONVERTER_REGISTERS)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
         # take the most: each lane of the producer's warp knows those of its own.
@@ -193,7 +189,7 @@ class Sm90Plan(Plan):
             producer = 40
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         roles = consumer, min(40, pool - consumer * self.num_consumers)
-        return (*roles, CONVERTER_REGISTERS) if self.has_float8 else roles
+        return (*roles, *[CONVERTER_REGISTERS] * self.converters)
 
     @property
     def overlaps(self) -> bool:
@@ -230,8 +226,9 @@ class Sm90Plan(Plan):
             "CONVERTER_REGISTERS": of_converter[0] if of_converter else producer_registers,
             "LOAD_STAGES": self.load_stages if self.has_float8 else self.num_stages,
             "LOAD_CHUNK": self.load_chunk,
+            "NUM_CONVERTERS": self.converters,
             "Q_IN_REGISTERS": self.q_in_registers,
-            "MathElement": "float16" if self.q_in_registers else constants["Element"],
+            "MathElement": "float16" if self.has_float8 else constants["Element"],
             "PING_PONG": self.ping_pong,
             "LAZY_RESCALE": self.lazy_rescale and not self.returns_max_score,
             "Q_BUFFERS": self.q_buffers,

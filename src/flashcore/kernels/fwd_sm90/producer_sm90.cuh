@@ -89,7 +89,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
         mbar_wait(bar.q_empty + q_slot(turn, group), q_parity(turn) ^ 1);
         mbar_arrive(bar.q_full + q_slot(turn, group));
       }
-      if (FLOAT8 && leads) end_conversion(bar, smem, k_states, v_states);
+      if (FLOAT8 && leads) end_conversion(bar, smem, k_states[0], v_states[0]);
       if (leads) grid_launch_dependents();
       return;
     }

@@ -60,6 +60,8 @@ class Tile(NamedTuple):
     num_splits: int = 1
     parts: int = 1  # that folded heads are dealt out to
     load_stages: int = 0  # of bytes, of 8-bit caches
+    converters: int = 0
+    q_in_registers: bool = False
 
 
 def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
@@ -124,14 +126,17 @@ def _float8_tiles(problem: Problem) -> Iterator[Tile]:
     few = problem.seqlen_q <= ROWS_OF_CONSUMER or problem.head_dim_v > 192
     dims = sum(padded_dims(problem.head_dim, problem.head_dim_v))
     for block_m in (64,) if few else (128, 64):
-        for block_n in (128, 64, 48, 32):
+        for block_n in (128, 64, 48, 32) if block_m == 64 else (64, 48, 32):
             room = smem_limits(ARCH)[0] - 2048 - 2 * block_m * dims - 2 * 2 * block_n * dims
             if problem.mask is not None:
                 of_consumer = mask_bytes(problem.mask.dtype, problem.mask.strides[2] == 0, block_n)
                 room -= block_m // ROWS_OF_CONSUMER * of_consumer
             load_stages = min(room, _STREAMED_BYTES) // (block_n * dims)
             if load_stages >= 2:
-                yield Tile(block_m, block_n, num_stages=2, load_stages=load_stages)
+                converters = 2 if block_m == 64 and problem.head_dim_v <= 192 else 1
+                yield Tile(
+                    block_m, block_n, num_stages=2, load_stages=load_stages, converters=converters
+                )
 
 
 def _table(problem: Problem) -> Iterator[Tile]:

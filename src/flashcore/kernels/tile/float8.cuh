@@ -1,30 +1,25 @@
-// tile/float8.cuh - 8-bit caches: what TMA has loaded as bytes becomes tiles of 16-bit
-// elements, as WGMMA reads them, by a warpgroup that stands between the producer and the consumers.
+// tile/float8.cuh - 8-bit caches: what TMA has loaded as bytes becomes tiles of 16-bit elements, as
+// WGMMA reads them, by NUM_CONVERTERS warpgroups between the producer and the consumers.
 //
-// Two of its warps convert K and two V, each pair at its own pace; where consumers share the keys,
-// each ring has a warp. The tiles that are loaded ahead are bytes, so that as many keys are under
-// way in half the memory; of converted ones two will do. Scales do not come into it: K's is part of
-// softmax_scale, V's multiplies the output.
+// Half of their warps convert K and half V, each at its own pace. The tiles that are loaded ahead
+// are bytes, so that as many keys are under way in half the memory; of converted ones two will do.
+// Scales do not come into it: K's is part of softmax_scale, V's multiplies the output.
 //
-// Elements become float16, whatever q is, where Q fits into registers: that is one instruction for
-// two of them, and bfloat16 would take three more. So Q is float16 as well, times a power of two
-// that brings the largest element of a warp's rows near the end of float16's range. What is lost by
-// that is 2^-40 of the largest product.
+// Elements become float16, whatever q is: that is one instruction for two of them, and bfloat16
+// would take three more. So Q is float16 as well, times a power of two that brings the largest
+// element of a warp's rows near the end of float16's range. What is lost by that is 2^-40 of the
+// largest product.
 #pragma once
 
 // Has the converting warps end, once they are done with the tiles before.
-FC_DEVICE void end_conversion(const Barriers& bar, const Buffers& smem,
-                              const LoadState (&k_states)[KEY_SLICES],
-                              const LoadState (&v_states)[KEY_SLICES]) {
-  for (int s = 0; s < KEY_SLICES; ++s) {
-    const LoadState k = k_states[s], v = v_states[s];
-    mbar_wait(bar.k_load_empty + k.stage(), k.parity() ^ 1);
-    smem_store(smem.ends + k.stage(), 1);
-    mbar_arrive(bar.k_load_full + k.stage());
-    mbar_wait(bar.v_load_empty + v.stage(), v.parity() ^ 1);
-    smem_store(smem.ends + (LOAD_STAGES + v.stage()), 1);
-    mbar_arrive(bar.v_load_full + v.stage());
-  }
+FC_DEVICE void end_conversion(const Barriers& bar, const Buffers& smem, const LoadState& k,
+                              const LoadState& v) {
+  mbar_wait(bar.k_load_empty + k.stage(), k.parity() ^ 1);
+  smem_store(smem.ends + k.stage(), 1);
+  mbar_arrive(bar.k_load_full + k.stage());
+  mbar_wait(bar.v_load_empty + v.stage(), v.parity() ^ 1);
+  smem_store(smem.ends + (LOAD_STAGES + v.stage()), 1);
+  mbar_arrive(bar.v_load_full + v.stage());
 }
 
 // One ring of loads and the ring of tiles made from it, K's or V's.
@@ -46,22 +41,22 @@ constexpr int UNITS_AT_ONCE = 8;  // whose loads wait for each other
 template <int ELEMENTS>
 FC_DEVICE void convert_tile(SmemPtr<CacheElement> bytes, SmemPtr<MathElement> tile, int thread) {
   static_assert(!FLOAT8 || sizeof(CacheElement) == 1, "a unit is as many bytes");
-  constexpr int UNITS = ELEMENTS / UNIT / CONVERTING_THREADS;  // of a thread
+  constexpr int UNITS = ELEMENTS / UNIT;
   constexpr int UNITS_OF_CHUNK = BLOCK_N * UNITS_OF_ROW;
-  static_assert(ELEMENTS % (UNIT * CONVERTING_THREADS) == 0, "each thread has as many");
+  const auto is_one = [&](int unit) { return UNITS % CONVERTING_THREADS == 0 || unit < UNITS; };
 #pragma unroll
-  for (int begin = 0; begin < UNITS; begin += UNITS_AT_ONCE) {
+  for (int begin = 0; begin < UNITS; begin += UNITS_AT_ONCE * CONVERTING_THREADS) {
     Packet<UNIT> loaded[UNITS_AT_ONCE];
 #pragma unroll
     for (int i = 0; i < UNITS_AT_ONCE; ++i) {
-      if (begin + i >= UNITS) continue;
-      loaded[i] =
-          smem_load_packet<UNIT>(bytes + ((begin + i) * CONVERTING_THREADS + thread) * UNIT);
+      const int unit = begin + i * CONVERTING_THREADS + thread;
+      if (begin + i * CONVERTING_THREADS >= UNITS || !is_one(unit)) continue;
+      loaded[i] = smem_load_packet<UNIT>(bytes + unit * UNIT);
     }
 #pragma unroll
     for (int i = 0; i < UNITS_AT_ONCE; ++i) {
-      if (begin + i >= UNITS) continue;
-      const int unit = (begin + i) * CONVERTING_THREADS + thread;
+      const int unit = begin + i * CONVERTING_THREADS + thread;
+      if (begin + i * CONVERTING_THREADS >= UNITS || !is_one(unit)) continue;
       const int row = unit % UNITS_OF_CHUNK / UNITS_OF_ROW;
       const int col = unit / UNITS_OF_CHUNK * LOAD_CHUNK + unit % UNITS_OF_ROW * UNIT;
       uint32_t low[2], high[2];
@@ -76,9 +71,9 @@ FC_DEVICE void convert_tile(SmemPtr<CacheElement> bytes, SmemPtr<MathElement> ti
 
 // Converts the tiles of a ring until its end.
 template <int ELEMENTS>
-FC_DEVICE void convert_ring(const Conversion& c, int ring, int thread) {
-  LoadState load = {ring};
-  PipelineState state = {ring};
+FC_DEVICE void convert_ring(const Conversion& c, int thread) {
+  LoadState load;
+  PipelineState state;
   for (;; ++load.count, ++state.count) {
     mbar_wait(c.load_full + load.stage(), load.parity());
     if (smem_load(c.ends + load.stage()) != 0) return;
@@ -95,24 +90,24 @@ FC_DEVICE void convert_ring(const Conversion& c, int ring, int thread) {
 }
 
 FC_DEVICE void convert_tiles(const Barriers& bar, const Buffers& smem) {
-  const int thread = thread_idx() % CONVERTING_THREADS;
-  const int ring = warp_idx() % 4 / CONVERTING_WARPS;  // K's, then V's
-  if (ring < KEY_SLICES) {
+  const int warp = warp_idx() - 4 * (NUM_CONSUMERS + 1);
+  const int thread = warp % CONVERTING_WARPS * 32 + lane_idx();
+  if (warp < CONVERTING_WARPS) {
     convert_ring<K_ELEMENTS>({bar.k_load_full, bar.k_load_empty, bar.k_full, bar.k_empty,
                               smem.k_loads, smem.k, smem.ends},
-                             ring, thread);
+                             thread);
   } else {
     convert_ring<V_ELEMENTS>({bar.v_load_full, bar.v_load_empty, bar.v_full, bar.v_empty,
                               smem.v_loads, smem.v, smem.ends + LOAD_STAGES},
-                             ring - KEY_SLICES, thread);
+                             thread);
   }
 }
 
-// A warp's 16 rows of Q as operands in registers. `inverse` of each of a lane's two rows is what a
-// product with it must be multiplied by; it is one for all rows, unless they `differ` so much that
-// small ones would be lost.
+// What became of a warp's 16 rows of Q. `inverse` of each of a lane's two rows is what a product
+// with it must be multiplied by; it is one for all rows, unless they `differ` so much that small
+// ones would be lost.
 struct Queries {
-  WmmaA<MathElement> frag[Q_FRAGS];
+  WmmaA<MathElement> frag[Q_IN_REGISTERS ? Q_FRAGS : 1];
   float inverse[2];
   bool differ;
 };
@@ -128,59 +123,83 @@ FC_DEVICE int exponent_of(float x) {
 
 // Where the largest element goes: 2^14 to 2^15, of float16's 2^16.
 constexpr int LARGEST_EXPONENT = 14;
-// Rows whose largest elements differ by more have a factor each: below it, 13 bits are left of the
-// smaller ones' elements that are 2^-13 of their row's largest.
+// Rows whose largest elements differ by more have a factor each. Up to here elements that are 2^-16
+// of their row's largest keep the 8 bits that they have.
 constexpr int MAX_DIFFERENCE = 12;
 
-FC_DEVICE void load_queries(Queries& queries, SmemPtr<Element> q_smem) {
-  WmmaAccum x[Q_FRAGS];
+// Where a lane finds elements i and i + 1 of a fragment: Q's columns from `first_col` on.
+FC_DEVICE SmemPtr<Element> query_pair(SmemPtr<Element> q_smem, int first_col, int i) {
+  const int row = warp_idx() % 4 * 16 + accum_row(lane_idx(), i);
+  const int col = first_col % CHUNK + accum_col(lane_idx(), i);
+  const int place = row * CHUNK + swizzled_col<CHUNK_BYTES>(row, col) + col % 8;
+  return q_smem + (first_col / CHUNK * (64 * CHUNK) + place);
+}
+
+// Finds what to multiply a lane's two rows of Q by.
+FC_DEVICE void find_factors(Queries& queries, SmemPtr<Element> q_smem, float (&factor)[2]) {
   float largest[2] = {0.0f, 0.0f};
-  const int first_row = warp_idx() % 4 * 16;
 #pragma unroll
   for (int d = 0; d < Q_FRAGS; ++d) {
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-      const int row = first_row + accum_row(lane_idx(), i);
-      const int col = d * 16 % CHUNK + accum_col(lane_idx(), i);
-      const auto chunk = q_smem + d * 16 / CHUNK * (64 * CHUNK);
-      const auto from = chunk + (row * CHUNK + swizzled_col<CHUNK_BYTES>(row, col) + col % 8);
-      const uint32_t pair = smem_load_packet<4>(from).word[0];
+      const uint32_t pair = smem_load_packet<4>(query_pair(q_smem, d * 16, i)).word[0];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        const float element = to_float(Element{uint16_t(pair >> j * 16)});
-        x[d].x[i + j] = element;
-        const float magnitude = abs_f(element) < -NEG_INF ? abs_f(element) : 0.0f;
-        largest[row_of_element(i)] = max_f(largest[row_of_element(i)], magnitude);
+        const float element = abs_f(to_float(Element{uint16_t(pair >> j * 16)}));
+        const float finite = element < -NEG_INF ? element : 0.0f;
+        largest[row_of_element(i)] = max_f(largest[row_of_element(i)], finite);
       }
     }
   }
+  float most = max_f(largest[0], largest[1]);
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) most = max_f(most, shfl_xor(most, lanes));
+  const int of_warp = exponent_of(most);
+  int of_row[2];
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float of_quad = quad_max(largest[r]);
+    of_row[r] = of_quad == 0.0f ? of_warp : exponent_of(of_quad);
+  }
+  queries.differ = warp_any(of_warp - min_i(of_row[0], of_row[1]) > MAX_DIFFERENCE);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int exponent = queries.differ ? of_row[r] : of_warp;
+    factor[r] = power_of_two(LARGEST_EXPONENT - exponent);
+    queries.inverse[r] = power_of_two(exponent - LARGEST_EXPONENT);
+  }
+}
+
+// Makes MathElements of a warpgroup's 64 rows of Q, in registers or where they lie. `barrier` is
+// the warpgroup's own.
+FC_DEVICE void load_queries(Queries& queries, SmemPtr<Element> q_smem, int barrier) {
+  constexpr bool IS_MULTIPLIED = !IS_FLOAT16<Element>;
   queries.differ = false;
   queries.inverse[0] = queries.inverse[1] = 1.0f;
+  if (!Q_IN_REGISTERS && !IS_MULTIPLIED) return;
   float factor[2] = {1.0f, 1.0f};
-  if constexpr (!IS_FLOAT16<Element>) {
-    float most = max_f(largest[0], largest[1]);
-#pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) most = max_f(most, shfl_xor(most, lanes));
-    const int of_warp = exponent_of(most);
-    int of_row[2];
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float of_quad = quad_max(largest[r]);
-      of_row[r] = of_quad == 0.0f ? of_warp : exponent_of(of_quad);
-    }
-    queries.differ = warp_any(of_warp - min_i(of_row[0], of_row[1]) > MAX_DIFFERENCE);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int exponent = queries.differ ? of_row[r] : of_warp;
-      factor[r] = power_of_two(LARGEST_EXPONENT - exponent);
-      queries.inverse[r] = power_of_two(exponent - LARGEST_EXPONENT);
-    }
-  }
+  if (IS_MULTIPLIED) find_factors(queries, q_smem, factor);
 #pragma unroll
   for (int d = 0; d < Q_FRAGS; ++d) {
+    WmmaAccum x;
 #pragma unroll
-    for (int i = 0; i < 8; ++i) x[d].x[i] *= factor[row_of_element(i)];
-    wmma_accum_to_a(queries.frag[d], x[d]);
+    for (int i = 0; i < 8; i += 2) {
+      const uint32_t pair = smem_load_packet<4>(query_pair(q_smem, d * 16, i)).word[0];
+      const float by = factor[row_of_element(i)];
+      x.x[i] = to_float(Element{uint16_t(pair)}) * by;
+      x.x[i + 1] = to_float(Element{uint16_t(pair >> 16)}) * by;
+      if (!Q_IN_REGISTERS) {
+        const Packet<4> converted = {{pack2<MathElement>(x.x[i], x.x[i + 1])}};
+        smem_store_packet(query_pair(q_smem, d * 16, i), converted);
+      }
+    }
+    if (Q_IN_REGISTERS) wmma_accum_to_a(queries.frag[d], x);
+  }
+  if (Q_IN_REGISTERS) {
+    warp_sync();  // orders all lanes' reads before the first one gives Q back
+  } else {
+    fence_proxy_async();
+    named_barrier_sync(barrier, 128);  // hands all warps' rows on to products
   }
 }
 

@@ -19,6 +19,7 @@ from flashcore.sim.plants.bwd_sm90 import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
+from flashcore.sim.plants.float8 import PLANTS_FLOAT8_SM90
 from flashcore.sim.plants.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import (
@@ -63,6 +64,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS_SPLIT,
         **PLANTS_PAGES,
         **PLANTS_PAGES_SM90,
+        **PLANTS_FLOAT8_SM90,
     },
     DQ_KERNEL: {**PLANTS_BWD_DQ_SM90, **PLANTS_BWD_PACKED_DQ_SM90},
     DKDV_KERNEL: {
