@@ -248,7 +248,7 @@ def _by_operator(
         compute = attention_padded
     elif inputs.k_scale is not None or inputs.v_scale is not None:
         raise ValueError(
-            "k_scale or v_scale is given without seqlens_k, with which caches of 8 bits come; if all "
-            "keys count pass torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)"
+            "k_scale or v_scale is given without seqlens_k, with which caches of 8 bits come; if "
+            "all keys count pass torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)"
         )
     return compute(inputs, causal, window, softcap, scale, return_lse, return_max_score, backend)

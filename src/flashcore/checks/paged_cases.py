@@ -37,8 +37,8 @@ class PagedCase(InNumbers):
     one more than the longest sequence has pages. In memory pages are [page_size, num_heads_kv, dim]
     or, with `heads_first`, [num_heads_kv, page_size, dim]. All sequences share their first `shared`
     pages, as far as those are full. With `astray` the entry of the cache's last page is too large.
-    `cache_dtype` is "float8_e4m3fn" where pages are not of `dtype`; then there are scales, powers of
-    two, so that what elements count has a `dtype` too: of all, of each head, or of each sequence
+    `cache_dtype` is "float8_e4m3fn" where pages are not of `dtype`; then there are scales, powers
+    of two, so that what elements count has a `dtype` too: of all, of each head, or of each sequence
     and head, by the seed.
     """
 

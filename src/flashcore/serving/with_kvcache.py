@@ -163,7 +163,7 @@ def attention_with_kvcache(
         sinks: [num_heads_q], float32 or the dtype of q: a logit of each head that joins the
             softmax, as in `attention`.
         k_scale: float32, [], [num_heads_kv] or [batch, num_heads_kv], where caches are
-            float8_e4m3fn: an element counts times its scale; new tokens are divided by it. Positive.
+            float8_e4m3fn: elements count times it, new tokens are divided by it. Positive.
         v_scale: likewise, of v_cache.
         return_lse: also return the log-sum-exp of each row of scores.
         out: receives the result: its shape, dtype and device, any strides. By a copy.

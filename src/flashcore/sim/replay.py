@@ -177,9 +177,9 @@ def _lengths(
     if problem.has_sinks:
         lengths["sinks"] = values.get("sinks", torch.zeros(problem.num_heads_q)).flatten()
     if problem.cache_dtype:
-        steps = problem.scale_strides
-        for name, of in (("k_scale", steps[:2]), ("v_scale", steps[2:])):
-            shape = 1, 1, problem.batch, problem.num_heads_kv
+        shape = 1, 1, problem.batch, problem.num_heads_kv
+        of_scales = problem.scale_strides
+        for name, of in (("k_scale", of_scales[:2]), ("v_scale", of_scales[2:])):
             scale = values.get(name, torch.ones(shape))
             lengths[name] = _place(scale, shape, (0, 0, *of), offsets[name])[0, 0]
     return lengths or None

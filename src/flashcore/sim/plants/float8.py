@@ -86,8 +86,8 @@ PLANTS_FLOAT8_SM90 = by_name(
         name="float8-scale-of-the-first",
         title="all sequences have the scale of the first one's keys",
         file=_SEQUENCE,
-        find="const float of_k = gmem_load(s.k_scale + (int64_t(block.batch_idx) * s.k_scale_batch +",
-        replace="const float of_k = gmem_load(s.k_scale + (int64_t(0) * s.k_scale_batch +",
+        find="gmem_load(s.k_scale + (int64_t(block.batch_idx) * s.k_scale_batch +",
+        replace="gmem_load(s.k_scale + (int64_t(0) * s.k_scale_batch +",
         caught_by="wrong-result",
     ),
     Plant(
