@@ -29,7 +29,9 @@ setup: $(READY) ## only make .venv
 demo: $(READY) ## attention on real input, checked against a float64 oracle
 	$(BIN)/flashcore demo
 
-test: $(READY) lint gate docs ## style, types, resource gate (a sample), pages, simulator and CPU tests; GPU tests where there is one
+# Lint and docs use one core each, and run beside the gate.
+test: $(READY) ## style, types, resource gate (a sample), pages, simulator and CPU tests; GPU tests where there is one
+	@$(MAKE) --no-print-directory -j3 $(if $(filter output-sync,$(.FEATURES)),-O) lint docs gate
 	$(PYTEST) -m "not thorough" $(PYTEST_ARGS)
 
 test-thorough: $(READY) ## the tests that `make test` leaves out: each planted bug, many schedules of the simulator

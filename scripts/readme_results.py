@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from flashcore.bench.host import markdown as host_markdown
-from flashcore.bench.report import (
+from flashcore.bench.reporting.report import (
     TITLES,
     conditions,
     eager_table,
@@ -27,7 +27,7 @@ from flashcore.bench.report import (
     window_lines,
     worst_lines,
 )
-from flashcore.bench.tables import (
+from flashcore.bench.reporting.tables import (
     Document,
     dtypes,
     error_table,

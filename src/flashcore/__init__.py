@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from flashcore.api import Explanation, attention, explain
     from flashcore.base.determinism import allow_nondeterministic_gradients
     from flashcore.dropins.routing import enable
-    from flashcore.dropins.sdpa import scaled_dot_product_attention
+    from flashcore.dropins.sdpa.attention import scaled_dot_product_attention
     from flashcore.errors import (
         BackendUnavailableError,
         CompileError,
@@ -49,7 +49,7 @@ _MODULES = {
     "explain": "api",
     "merge": "ops.rings",
     "prepare": "preparing",
-    "scaled_dot_product_attention": "dropins.sdpa",
+    "scaled_dot_product_attention": "dropins.sdpa.attention",
 }
 
 __all__ = [

@@ -49,7 +49,19 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
+@pytest.mark.parametrize(
+    "options",
+    [  # soft-capping without a scale, and the other way round, are thorough
+        pytest.param(
+            options,
+            id="-".join(map(str, options.values())),
+            marks=pytest.mark.thorough
+            if (options["softcap"] is None) != (options["scale"] is None)
+            else (),
+        )
+        for options in OPTIONS
+    ],
+)
 def test_gradcheck_of_options(options):
     assert torch.autograd.gradcheck(
         lambda q, k, v: flashcore.attention(q, k, v, return_lse=True, **options), qkv(5, 6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -219,8 +220,9 @@ def test_the_simulators_backward_counts_the_sink(
         torch.testing.assert_close(x.double(), y, atol=4e-3, rtol=4e-3)
 
 
-@pytest.mark.parametrize("name", ROADS)
-def test_the_operators_are_well_made(name: str) -> None:
+def operators_of(name: str) -> tuple[Any, tuple[Any, ...], dict[str, tuple[Any, ...]]]:
+    """Return a road's operators, what the forward takes, and what the backward takes where the
+    gradient of one result arrives."""
     module = {"dense": dense_ops, "padded": padded_ops, "packed": varlen_ops}[name]
     tensors: list[Any] = list(ROADS[name][1](torch.float32, requires_grad=True))
     if name == "packed":
@@ -229,13 +231,40 @@ def test_the_operators_are_well_made(name: str) -> None:
         tensors += [None] if name == "dense" else [None, torch.tensor(SEQLENS_K).int()]
     tensors.append(SINKS.float().requires_grad_())
     options = ("lower_right", -1, -1, 0.0, None)
-    forward, backward = module.OPERATORS.forward, module.OPERATORS.backward
-    torch.library.opcheck(forward, (*tensors, *options, *Wanted(True), "torch"))
-    out, lse, _ = (x.detach() for x in forward(*tensors, *options, *Wanted(True), "torch"))
+    asked = (*tensors, *options, *Wanted(True), "torch")
+    out, lse, _ = (x.detach() for x in module.OPERATORS.forward(*asked))
     needs = (False, True) if name == "dense" else (True,)
-    for arriving in ((torch.ones_like(out), None), (None, torch.ones_like(lse))):
-        arguments = (*arriving, *tensors, out, lse, *options, *needs, "torch")
-        torch.library.opcheck(backward, arguments)
+    arriving = {"out": (torch.ones_like(out), None), "lse": (None, torch.ones_like(lse))}
+    backward = {
+        of: (*gradients, *tensors, out, lse, *options, *needs, "torch")
+        for of, gradients in arriving.items()
+    }
+    return module.OPERATORS, asked, backward
+
+
+@pytest.mark.parametrize("name", ROADS)
+def test_the_operators_are_well_made(name: str) -> None:
+    operators, asked, backward = operators_of(name)
+    torch.library.opcheck(operators.forward, asked)
+    for arguments in backward.values():
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(operators.backward, arguments, test_utils=checks)
+
+
+@pytest.mark.parametrize(
+    ("name", "of"),
+    [
+        ("dense", "out"),
+        *(  # five seconds each
+            pytest.param(name, of, marks=pytest.mark.thorough)
+            for name, of in itertools.product(ROADS, ("out", "lse"))
+            if (name, of) != ("dense", "out")
+        ),
+    ],
+)
+def test_the_backward_can_be_traced(name: str, of: str) -> None:
+    operators, _, backward = operators_of(name)
+    torch.library.opcheck(operators.backward, backward[of], test_utils="test_aot_dispatch_dynamic")
 
 
 @pytest.mark.parametrize("name", ROADS)

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.bench import libraries, peers, report, run
+from flashcore.bench import libraries, peers, run
 from flashcore.bench.libraries import Library
-from flashcore.bench.summary import summarize
+from flashcore.bench.reporting import report
+from flashcore.bench.reporting.summary import summarize
 from flashcore.bench.timing import Timing, orders
 from flashcore.bench.workloads import GROUPS, Workload
 

@@ -15,11 +15,12 @@ import torch
 from typer.testing import CliRunner
 
 import flashcore
-from flashcore.bench import backward, libraries, peers, report, run
+from flashcore.bench import backward, libraries, peers, run
 from flashcore.bench.libraries import Library
+from flashcore.bench.reporting import report
+from flashcore.bench.reporting.summary import summarize
 from flashcore.bench.run import joined
 from flashcore.bench.shapes import parse_shape
-from flashcore.bench.summary import summarize
 from flashcore.bench.timing import Timing
 from flashcore.bench.workloads import GROUPS, Workload
 from flashcore.cli import app

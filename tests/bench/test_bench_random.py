@@ -11,10 +11,11 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from flashcore.bench import libraries, peers, report, run
+from flashcore.bench import libraries, peers, run
 from flashcore.bench.libraries import Library
 from flashcore.bench.random_shapes import random_shapes
-from flashcore.bench.summary import worst
+from flashcore.bench.reporting import report
+from flashcore.bench.reporting.summary import worst
 from flashcore.bench.workloads import Workload
 from flashcore.cli import app
 from flashcore.tune.defaults import default_plan

@@ -90,7 +90,7 @@ def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["wmma", "auto"])  # "auto": sm90 on a Hopper GPU
 def test_the_gradients_on_the_gpu_pass(backend: str) -> None:
-    results = verify_backward.verify_backward(backend, seed=1, indices=range(80))
+    results = verify_backward.verify_backward(backend, seed=1, indices=range(30))
     assert [f"{r.replay}: {r.describe()}" for r in results if not r.ok] == []
 
 

@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 import flashcore
-from flashcore.bench import plotting, report
+from flashcore.bench.reporting import plotting, report
 from flashcore.bench.run import run
 from flashcore.bench.timing import Timing, time_on_cpu
 from flashcore.bench.workloads import Workload

@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import flashcore
-from flashcore.dropins import routing, sdpa
-from flashcore.dropins.sdpa import torch_sdpa
+from flashcore.dropins import routing
+from flashcore.dropins.sdpa import attention as sdpa
+from flashcore.dropins.sdpa.attention import torch_sdpa
 
 HALF = torch.float16
 

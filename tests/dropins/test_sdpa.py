@@ -18,8 +18,8 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 
 import flashcore
 from flashcore import FallbackWarning
-from flashcore.dropins import sdpa
-from flashcore.dropins.sdpa import Call, route
+from flashcore.dropins.sdpa import attention as sdpa
+from flashcore.dropins.sdpa.attention import Call, route
 
 HALF = torch.float16
 

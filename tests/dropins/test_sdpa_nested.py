@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 import flashcore
 from flashcore import FallbackWarning
-from flashcore.dropins import sdpa
-from flashcore.dropins.sdpa import Call, route
+from flashcore.dropins.sdpa import attention as sdpa
+from flashcore.dropins.sdpa.attention import Call, route
 
 LENGTHS = (3, 7, 1)
 

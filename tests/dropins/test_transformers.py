@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.dropins import sdpa
+from flashcore.dropins.sdpa import attention as sdpa
 
 transformers = pytest.importorskip("transformers", reason="needs transformers 4.53 or later")
 masking_utils = pytest.importorskip(

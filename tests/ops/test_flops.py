@@ -76,10 +76,9 @@ def test_a_backward_pass_alone_counts():
     )
 
 
-@pytest.mark.parametrize("made", ["before flashcore", "in the block", "before the first call"])
-def test_a_counter_that_is_older_than_our_formulas(made):
+def test_a_counter_that_is_older_than_our_formulas():
     """Counters copy what is known when they are made, and flashcore's names load when used."""
-    lines = {
+    ways = {
         "before flashcore": ["counter = FlopCounterMode(display=False)", "import flashcore"],
         "in the block": ["import flashcore", "counter = FlopCounterMode(display=False)"],
         "before the first call": [
@@ -87,16 +86,26 @@ def test_a_counter_that_is_older_than_our_formulas(made):
             "import flashcore",
             "flashcore.attention(x, x, x)",
         ],
-    }[made]
-    program = [
-        "import torch",
-        "from torch.utils.flop_counter import FlopCounterMode",
-        "x = torch.randn(1, 1, 4, 8)",
-        *lines,
-        "with counter: flashcore.attention(x, x, x)",
-        "print(counter.get_total_flops())",
-    ]
+    }
+    # A process for each way; torch is imported once, before they part.
+    program = f"""
+import os
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+torch.set_num_threads(1)
+x = torch.randn(1, 1, 4, 8)
+for made, lines in {ways!r}.items():
+    if os.fork() == 0:
+        exec("\\n".join(lines))
+        with counter:
+            flashcore.attention(x, x, x)
+        print(made, counter.get_total_flops(), sep=": ", flush=True)
+        os._exit(0)
+    os.wait()
+"""
     done = subprocess.run(
-        [sys.executable, "-c", "\n".join(program)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
-    assert int(done.stdout) == 2 * 4 * 4 * (8 + 8)
+    flops = 2 * 4 * 4 * (8 + 8)
+    assert done.stdout.splitlines() == [f"{made}: {flops}" for made in ways], done.stderr

@@ -9,7 +9,9 @@ import torch
 import flashcore
 from flashcore.backends import gradients
 from flashcore.compat.flash_attn import flash_attn_func
-from flashcore.dropins import rows_first, sdpa, sdpa_obstacles
+from flashcore.dropins import rows_first
+from flashcore.dropins.sdpa import attention as sdpa
+from flashcore.dropins.sdpa import obstacles as sdpa_obstacles
 from flashcore.ops import eager
 
 _SCALARS = 6 * 8  # behind the addresses, with which AttnParams begins

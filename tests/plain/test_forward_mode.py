@@ -11,7 +11,7 @@ from roads import OURS, ROADS, dense_inputs, lengths, packed_inputs, padded, var
 from torch.autograd import forward_ad
 
 import flashcore
-from flashcore.ops import autograd
+from flashcore.ops.transforms import autograd
 
 every_road = pytest.mark.parametrize("name", ROADS)
 our_roads = pytest.mark.parametrize("name", OURS)
@@ -156,7 +156,10 @@ def test_each_sample_may_have_its_own_lengths(transform):
         torch.testing.assert_close(got[i], of_padded(seqlens_k[i]))
 
 
-@three_roads
+@pytest.mark.parametrize(
+    "name",
+    ["packed", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("dense", "padded"))],
+)
 def test_compiled_code_has_tangents_and_hessians(name):
     """There the lengths of packed sequences cannot be read."""
     road, inputs = ROADS[name]

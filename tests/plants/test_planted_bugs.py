@@ -51,7 +51,7 @@ def test_every_dictionary_of_planted_bugs_is_in_the_registry() -> None:
     registered = {(planted.plant, planted.kernel) for planted in EVERY}
     kernels = {"SM90": {SM90}, "SPLIT": {SM90}}
     found, missing = set(), []
-    for module in pkgutil.iter_modules(plants.__path__, "flashcore.sim.plants."):
+    for module in pkgutil.walk_packages(plants.__path__, "flashcore.sim.plants."):
         for name, value in vars(importlib.import_module(module.name)).items():
             if not name.startswith("PLANTS") or not isinstance(value, dict):
                 continue

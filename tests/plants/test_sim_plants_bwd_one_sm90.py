@@ -17,7 +17,7 @@ from flashcore.kernels.bwd_sm90.plan_one import make_plans
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.sim import Plant, SimulationError
-from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90 as PLANTS
+from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90 as PLANTS
 from flashcore.sim.run_bwd import simulate_backward
 
 pytestmark = pytest.mark.thorough

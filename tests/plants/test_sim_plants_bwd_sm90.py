@@ -19,7 +19,7 @@ from flashcore.kernels.bwd_sm90.plan import BwdPlans
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError
-from flashcore.sim.plants.bwd_sm90 import (
+from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
     PLANTS_BWD_ROLES_SM90,

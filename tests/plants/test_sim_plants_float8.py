@@ -14,7 +14,7 @@ from flashcore.ops.paged import paged_problem
 from flashcore.problem.options import Options
 from flashcore.selection.select import select_plan
 from flashcore.sim import SimulationError, simulate
-from flashcore.sim.plants.float8 import PLANTS_FLOAT8_SM90
+from flashcore.sim.plants.fwd_sm90.float8 import PLANTS_FLOAT8_SM90
 
 SEEDS = range(20)
 

@@ -17,8 +17,8 @@ from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, O_PARTS, Sm90Plan
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError, simulate
-from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
-from flashcore.sim.plants.sm90 import PLANTS_SM90
+from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
+from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
 from flashcore.sim.replay import parse_replay
 from flashcore.sim.report import ALARM_KINDS
 

@@ -16,7 +16,7 @@ from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan, traits_sm90
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError, simulate
-from flashcore.sim.plants.split import PLANTS_SPLIT
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT
 from flashcore.sim.replay import parse_replay
 
 pytestmark = pytest.mark.thorough

@@ -10,7 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "flashcore"
-MAX_FILES = 17
+MAX_FILES = 15
+# A kernel's device text and its Python lie in one folder, and change together.
+MAX_FILES_OF_A_KERNEL = 17
 
 # From the ground up. A room imports from itself and from rooms that stand before it.
 ROOMS = (
@@ -114,5 +116,10 @@ def test_no_folder_is_too_full() -> None:
             if path.suffix in ({".py", ".cuh", ".cpp", ".h"} if top == SRC else {".py"})
             if path.name != "__init__.py"
         )
-        full = {str(k.relative_to(ROOT)): n for k, n in files.items() if n > MAX_FILES}
+        full = {str(k.relative_to(ROOT)): n for k, n in files.items() if n > most_files(k)}
         assert full == {}
+
+
+def most_files(folder: Path) -> int:
+    is_kernel = folder.parent == SRC / "kernels" and (folder / "kernel.py").exists()
+    return MAX_FILES_OF_A_KERNEL if is_kernel else MAX_FILES

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import flashcore
 from flashcore.base import env
+from flashcore.checks.accuracy import error_report
 from flashcore.checks.paged_cases import Cache, PagedCase, paged_error_report
 from flashcore.compat import flash_attn_3
 from flashcore.errors import FallbackWarning
@@ -197,20 +198,41 @@ def test_what_is_too_large_saturates() -> None:
     assert caches[1, 0, 0, 0].float().isfinite().all()
 
 
-def test_mixed_queries_over_pages_are_copied_and_right() -> None:
-    x = make_cache(
-        16, (40, 9), dtype=torch.float32, seqlen_q=1, cache_dtype="float8_e4m3fn", seed=2
-    )
-    q = torch.randn(6, 2, 64, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("backend", ["torch", "sim"])
+@pytest.mark.usefixtures("on_hopper")
+def test_queries_of_different_numbers_are_packed_over_pages(backend: str) -> None:
+    """Two rows belong to no sequence, and have no scale."""
+    x = make_cache(16, (40, 9), seqlen_q=1, cache_dtype="float8_e4m3fn", seed=2)
+    q = torch.randn(8, 2, 64, generator=torch.Generator().manual_seed(0)).half()
     ends = torch.tensor([0, 5, 6], dtype=torch.int32)
     out = flashcore.attention_with_kvcache(
         q, x.k_pages, x.v_pages, seqlens_k=x.seqlens_k, page_table=x.page_table, cu_seqlens_q=ends,
-        **x.scales(),
+        max_seqlen_q=5, backend=backend, **x.scales(),
     )  # fmt: skip
+    assert not out[6:].any()
     for b, rows in enumerate((slice(0, 5), slice(5, 6))):
         _, k, v = x.sequence(b)
-        want = flashcore.attention(q[rows].transpose(0, 1)[None], k, v, causal=True)
-        torch.testing.assert_close(out[rows], want[0].transpose(0, 1))
+        report = error_report(
+            out[rows].transpose(0, 1)[None], q[rows].transpose(0, 1)[None], k, v, causal=True
+        )
+        assert report.ok, str(report)
+
+
+def test_padding_on_the_left_takes_the_scales_of_sequences() -> None:
+    x = make_cache(16, (40, 30), seqlen_q=1, cache_dtype="float8_e4m3fn", seed=2)
+    q = torch.randn(5, 2, 64, generator=torch.Generator().manual_seed(0)).half()
+    skipped = torch.tensor([3, 7], dtype=torch.int32)
+    out = flashcore.attention_with_kvcache(
+        q, x.k_pages, x.v_pages, seqlens_k=x.seqlens_k, page_table=x.page_table,
+        cu_seqlens_q=torch.tensor([0, 4, 5], dtype=torch.int32), cache_leftpad=skipped,
+        **x.scales(),
+    )  # fmt: skip
+    for b, rows in enumerate((slice(0, 4), slice(4, 5))):
+        _, k, v = x.sequence(b)
+        k, v = (tensor[:, :, int(skipped[b]) :] for tensor in (k, v))
+        of_rows = (x[rows].transpose(0, 1)[None] for x in (out, q))
+        report = error_report(*of_rows, k, v, causal=True)
+        assert report.ok, str(report)
 
 
 def test_flash_attn_3_calls_the_scales_descales() -> None:

@@ -270,3 +270,42 @@ def test_a_table_that_reaches_too_far_is_refused() -> None:
     lengths = torch.zeros(1, dtype=torch.int32, device="meta")
     with pytest.raises(NotImplementedError, match=r"reaches 1073741824 keys.*fewer columns"):
         attention_paged(q, k, k, table, lengths)
+
+
+MASKS = ("bool", "bias", "float32", "row", "columns")
+
+
+def mask_of(kind: str, cache: Cache) -> torch.Tensor:
+    """Return a mask over all that the table reaches; rows are not aligned for wide loads."""
+    batch, heads, rows = cache.q.shape[:3]
+    reach = cache.page_table.shape[1] * cache.k_pages.shape[2]
+    generator = torch.Generator().manual_seed(5)
+    shape = (batch, 1, 1, reach) if kind == "row" else (batch, heads, rows, reach)
+    drawn = torch.randn(shape, generator=generator)
+    if kind == "columns":
+        drawn = drawn.mT.contiguous().mT
+    mask = drawn > -0.5 if kind in ("bool", "row", "columns") else drawn
+    return (mask.to(cache.q.dtype) if kind == "bias" else mask).to(cache.q.device)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 24])
+@pytest.mark.parametrize("kind", MASKS)
+@every_backend
+def test_masks_are_over_the_keys_of_a_sequence(backend: str, kind: str, page_size: int) -> None:
+    """Read in place, whatever pages the keys lie in."""
+    cache = make(page_size, backend, num_heads_q=4, num_heads_kv=2, seqlen_q=3)
+    mask = mask_of(kind, cache)
+    out, lse = attend(backend, cache, mask=mask, causal=True)
+    for b, n in enumerate(cache.lengths):
+        own = slice(b, b + 1)
+        report = error_report(
+            out[own], *cache.sequence(b), lse=lse[own], mask=mask[own, ..., :n], causal=True
+        )
+        assert report.ok, f"sequence {b}: {report}"
+
+
+def test_masks_of_another_shape_are_refused() -> None:
+    cache = make(16, "torch")
+    reach = cache.page_table.shape[1] * 16
+    with pytest.raises(ValueError, match="mask has shape"):
+        attend("torch", cache, mask=torch.ones(4, 1, 1, reach - 1, dtype=torch.bool))

@@ -18,7 +18,7 @@ from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError, simulate
-from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.replay import parse_replay
 
 pytestmark = pytest.mark.thorough

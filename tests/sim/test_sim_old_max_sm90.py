@@ -19,7 +19,7 @@ from flashcore.checks.cases import make_inputs
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError, simulate
-from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
+from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 
 pytestmark = pytest.mark.thorough
 

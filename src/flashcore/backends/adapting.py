@@ -173,11 +173,11 @@ class _Adapting:
 def _sizes(problem: Problem, name: str) -> tuple[int, int, int]:
     """Return (batch, heads, seqlen) of q, k or v as the kernels see it; of pages their number and
     size."""
-    packed = problem.varlen == "packed"
+    packed = problem.packs_queries
     batch = 1 if packed else problem.batch
     if name == "q":
         return batch, problem.num_heads_q, problem.total_q if packed else problem.seqlen_q
-    if problem.varlen == "pages":
+    if problem.has_pages:
         return problem.num_pages, problem.num_heads_kv, problem.page_size
     return batch, problem.num_heads_kv, problem.total_k if packed else problem.seqlen_k
 
@@ -280,7 +280,7 @@ def rather_portable(problem: Problem, preferred: ForwardKernel[Any]) -> str | No
         return reason
     needed = {copy.name for copy in portable.copies}
     extra = [copy for copy in hopper.copies if copy.name not in needed]
-    if problem.varlen == "pages" and any(copy.name in "kv" for copy in extra):
+    if problem.has_pages and any(copy.name in "kv" for copy in extra):
         return f"{extra[0].reason}; a cache in pages is not copied for it"
     num_bytes = sum(copy.num_bytes for copy in extra)
     if not extra or copies_pay(problem, num_bytes, len(extra)):

@@ -121,10 +121,9 @@ def _choose_auto(problem: Problem) -> Choice:
         reason = f"{problem.dtype} tensors on an sm_{problem.arch} GPU"
         preferred = forward_for(problem.arch)
         rather_not = rather_portable(problem, preferred)
-        chosen = preferred if rather_not is None else PORTABLE
-        unserved = chosen.obstacle(problem) if chosen is PORTABLE else None
+        unserved = PORTABLE.obstacle(problem) if rather_not or preferred is PORTABLE else None
         if unserved is not None:
-            why = unserved if rather_not is None else f"{rather_not}, and {unserved}"
+            why = f"{rather_not}, and {unserved}" if rather_not else unserved
             return Choice("torch", f'{why}; pass backend="torch"', is_fallback=True)
         if rather_not is None:
             return Choice(preferred.backend, reason)
@@ -153,14 +152,11 @@ def _choose_sim(problem: Problem) -> Choice:
             "torch.float16"
         )
     obstacle = too_wide(problem)
-    if obstacle is None:
-        name = kernel_for(problem, arch)
-        reason = BY_BACKEND[name].obstacle(problem) if name == PORTABLE.backend else None
-        obstacle = (
-            None if reason is None else NotImplementedError(f'{reason}; pass backend="torch"')
-        )
     if obstacle is not None:
         raise obstacle
+    reason = PORTABLE.obstacle(problem)
+    if reason is not None and kernel_for(problem, arch) == PORTABLE.backend:
+        raise NotImplementedError(f'{reason}; pass backend="torch"')
     return Choice("sim", 'asked for with backend="sim"')
 
 
@@ -266,8 +262,10 @@ def _run_adapted(
     addresses: Addresses,
     *sinks: torch.Tensor,
 ) -> Computed:
-    if adapted.problem.varlen == "packed":
-        q, k, v = as_batch(q), as_batch(k), as_batch(v)
+    if adapted.problem.packs_queries:
+        q = as_batch(q)
+        if not adapted.problem.has_pages:
+            k, v = as_batch(k), as_batch(v)
     q, k, v = adapted.tensors(q, k, v)
     # What follows the three are addresses of lengths and sinks.
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]

@@ -21,9 +21,11 @@ from flashcore.backends.tiled import attention_tiled
 from flashcore.backends.torch_backward import packed_flash_gradients
 from flashcore.base import env
 from flashcore.launch.allocation import unseen_scores
+from flashcore.launch.kernel_call import LENGTHS
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import as_batch, as_rows, with_strides_of_empty_like
 from flashcore.problem.options import Inputs, Results
+from flashcore.problem.scales import scales_of
 from flashcore.problem.validation import (
     certainly,
     check_plain_tensor,
@@ -104,9 +106,8 @@ def checked_max_seqlen(name: str, value: object, rows: int) -> int:
         rows: how many there are.
     """
     if isinstance(value, Tensor) and value.numel() == 1 and value.dtype in _INTEGERS:
-        if value.device.type != "cpu" or torch.compiler.is_compiling() or not readable(value):
-            return rows
-        value = int(value)
+        is_far = value.device.type != "cpu" or torch.compiler.is_compiling()
+        value = rows if is_far or not readable(value) else int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(
             f"{name} must be an int or an integer tensor with one element, but is {value!r} "
@@ -159,9 +160,8 @@ def packed_problem(
         as_batch(q), as_batch(k), as_batch(v), causal=causal, scale=scale, softcap=softcap,
         sinks=sinks,
     )  # fmt: skip
-    left, right = widest_band(
-        checked_causal(causal), checked_window(window), q.shape[0], k.shape[0]
-    )
+    bounds = checked_causal(causal), checked_window(window)
+    left, right = widest_band(*bounds, q.shape[0], k.shape[0])
     return dataclasses.replace(
         problem,
         batch=cu_seqlens_q.shape[0] - 1,
@@ -188,9 +188,9 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     """Compute on a backend that `choose_backend` returned.
 
     Args:
-        backend: "sm90", "wmma", "sim" or "torch".
+        backend: "sm90", "wmma", "sim" or "torch"; not "torch" where keys lie in pages.
         problem: the description of the tensors.
-        inputs: of `attention_varlen`.
+        inputs: of `attention_varlen`, or of `attention_paged_varlen`.
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q.
@@ -198,9 +198,10 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
         max_score: [num_sequences, num_heads_q], or None unless problem.return_max_score.
     """
     q, k, v, cu_seqlens_q, cu_seqlens_k, _, _ = of_packed(inputs)
-    others, sinks = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}, inputs.sinks
+    others, sinks = {x: getattr(inputs, x) for x in LENGTHS[problem.varlen]}, inputs.sinks
     if sinks is not None:
         others["sinks"] = sinks = as_logits(sinks, problem.lse_dtype)
+    others |= scales_of(inputs)
     if backend in KERNELS and not problem.is_empty:
         addresses = tuple(x.data_ptr() for x in (q, k, v, *others.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, None, addresses))
@@ -226,7 +227,6 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
         if row_maxima is not None:
             max_score = max_score_of_rows(row_maxima, cu_seqlens_q)
         return Results(out, lse, max_score)
-
     from flashcore.sim import simulate
 
     adapted = adapt_for(backend, problem)
@@ -234,7 +234,8 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     if problem.head_dim_v != out.shape[2]:
         out = q.new_empty((*out.shape[:2], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
-    tensors = (*adapted.tensors(as_batch(q), as_batch(k), as_batch(v)), None)
+    k, v = (k, v) if problem.has_pages else (as_batch(k), as_batch(v))
+    tensors = (*adapted.tensors(as_batch(q), k, v), None)
     seed = env.sim_seed()
     simulate(problem, plan, *tensors, out, lse, None, others, max_score=max_score, seed=seed)
     return Results(adapted.result(out), lse, max_score)

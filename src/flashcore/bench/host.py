@@ -23,7 +23,7 @@ from flashcore.base import machine
 from flashcore.bench import host_roads
 from flashcore.bench.libraries import Library
 from flashcore.bench.peers import find_peers
-from flashcore.bench.report import table
+from flashcore.bench.reporting.report import table
 from flashcore.bench.run import command_line
 from flashcore.bench.timing import first_line
 from flashcore.bench.workloads import Workload, seed_shape
@@ -36,7 +36,7 @@ from flashcore.problem.options import Options, Wanted
 Call = Callable[[], object]
 Entry = tuple[Call, Callable[[], AbstractContextManager[Any]]]  # and a context around many calls
 
-_CALLS = 200  # in a row; their kernels fit the GPU's queue
+_CALLS = host_roads.CALLS
 # On a CPU computing is part of a call, so there should be next to nothing to compute.
 _SMALLEST = Workload("seed", 1, 1, 1, 8, False, "float32")
 _SDPA = {
@@ -91,7 +91,7 @@ def run(device: str, rounds: int = 9) -> dict[str, Any]:
         "left_out": left_out,
         "results": results,
         "layers": _layers(device, q, k, v, rounds),
-        "roads": host_roads.run(q, k, v, rounds, functools.partial(_host_us, device=device)),
+        "roads": host_roads.run(q, k, v, rounds, lambda call, count: _host_us(call, device, count)),
     }
 
 

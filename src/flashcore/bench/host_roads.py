@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 import flashcore
-from flashcore.bench.report import table
+from flashcore.bench.reporting.report import table
 from flashcore.bench.timing import first_line
 from flashcore.compat.flash_attn import flash_attn_func
 from flashcore.launch import launcher
@@ -23,11 +24,18 @@ class Road(NamedTuple):
         call: makes one eager call.
         than: the road that its bar is a multiple of; "" for none.
         bar: by how much of that road's time it may take.
+        layers: calls of attention behind one another that `call` makes; its time is that of one.
     """
 
     call: Callable[[], object]
     than: str = ""
     bar: float | None = None
+    layers: int = 1
+
+
+# As many as a small model has; then what autograd takes once in a step counts little.
+LAYERS = 16
+CALLS = 200  # in a row; their kernels fit the GPU's queue
 
 
 def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
@@ -52,7 +60,19 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
     def step(function: Callable[..., Any]) -> Callable[[], object]:
         return lambda: torch.autograd.grad(function(*leaves), leaves, dout)
 
+    keys = [[x.detach().clone().requires_grad_() for x in (k, v)] for _ in range(LAYERS)]
+
+    def steps(function: Callable[..., Any]) -> Callable[[], object]:
+        def step() -> object:
+            x = leaves[0]
+            for pair in keys:
+                x = function(x, *pair)
+            return torch.autograd.grad(x, [leaves[0], *itertools.chain(*keys)], dout)
+
+        return step
+
     training = "scaled_dot_product_attention of torch, forward and backward"
+    layers = f"{training}, of {LAYERS} layers"
     return {
         "attention": Road(lambda: flashcore.attention(q, k, v)),
         "attention, mask": Road(lambda: flashcore.attention(q, k, v, mask=mask), "attention", 1.3),
@@ -75,11 +95,19 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
         "scaled_dot_product_attention of torch": Road(lambda: sdpa(q, k, v)),
         "attention, forward and backward": Road(step(flashcore.attention), training, 0.7),
         training: Road(step(sdpa)),
+        f"attention, forward and backward, of {LAYERS} layers": Road(
+            steps(flashcore.attention), layers, 0.7, LAYERS
+        ),
+        layers: Road(steps(sdpa), layers=LAYERS),
     }
 
 
 def run(
-    q: Tensor, k: Tensor, v: Tensor, rounds: int, host_us: Callable[[Callable[[], object]], float]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rounds: int,
+    host_us: Callable[[Callable[[], object], int], float],
 ) -> list[dict[str, Any]]:
     """Time the roads in turns.
 
@@ -88,7 +116,7 @@ def run(
         k: like q.
         v: like q.
         rounds: timed ones; another warms up.
-        host_us: microseconds of a call.
+        host_us: microseconds of a call, of so many in a row.
 
     Returns:
         For each road plain values: road; us, its median, and of_dense, that over the time of
@@ -106,7 +134,8 @@ def run(
                 failed[name] = first_line(error)
         for _ in range(rounds + 1):
             for name, times in samples.items():
-                times.append(host_us(known[name].call))
+                layers = known[name].layers
+                times.append(host_us(known[name].call, CALLS // layers) / layers)
     medians = {name: statistics.median(times[1:]) for name, times in samples.items()}
     rows: list[dict[str, Any]] = []
     for name, road in known.items():

@@ -17,7 +17,7 @@ from flashcore.bench import backward, ceilings
 from flashcore.bench.checking import Slices
 from flashcore.bench.libraries import Call, Library, cpu_libraries, gpu_libraries
 from flashcore.bench.peers import find_peers
-from flashcore.bench.summary import summarize
+from flashcore.bench.reporting.summary import summarize
 from flashcore.bench.timing import Timing, first_line, time_on_cpu, time_on_gpu
 from flashcore.bench.workloads import GROUPS, Workload, cpu_shapes, sweep
 from flashcore.selection import tile_table, tuned

@@ -227,7 +227,7 @@ def _measure(
 
 
 def _show(out: Output, document: dict[str, Any]) -> None:
-    from flashcore.bench import report
+    from flashcore.bench.reporting import report
 
     is_backward = document.get("pass") == "backward"
     out.print(report.conditions(document).replace("[", "\\["))
@@ -257,7 +257,7 @@ def _show(out: Output, document: dict[str, Any]) -> None:
 
 
 def _summary(document: dict[str, Any]) -> Any:
-    from flashcore.bench.report import means
+    from flashcore.bench.reporting.report import means
 
     rows = [
         [
@@ -295,7 +295,7 @@ def _load_one(path: Path) -> dict[str, Any]:
 
 
 def _write(out: Output, document: dict[str, Any], path: Path) -> None:
-    from flashcore.bench import plotting, report
+    from flashcore.bench.reporting import plotting, report
 
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(to_json(document), indent=1) + "\n")

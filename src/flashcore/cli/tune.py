@@ -206,7 +206,7 @@ def _search(
 
 
 def _mean_gain(found: list[Found]) -> float | None:
-    from flashcore.bench.summary import geometric_mean
+    from flashcore.bench.reporting.summary import geometric_mean
 
     return geometric_mean([entry.gain for entry in found]) if found else None
 

@@ -164,7 +164,7 @@ def flatten(
     if target == "host":
         flattener.lines.append(f"#define FC_HOST_KERNEL {path.stem}")
         flattener.lines.append(f"#define FC_HOST_PARAMS {params}")
-        flattener.expand(KERNELS_DIR / "host" / "entry.cuh", [])
+        flattener.expand(KERNELS_DIR / "host" / "simulator" / "entry.cuh", [])
     return "\n".join(flattener.lines) + "\n"
 
 

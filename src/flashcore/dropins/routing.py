@@ -18,7 +18,13 @@ from typing import Any
 import torch
 
 from flashcore.base import forks
-from flashcore.dropins.sdpa import Call, known, route, scaled_dot_product_attention, torch_sdpa
+from flashcore.dropins.sdpa.attention import (
+    Call,
+    known,
+    route,
+    scaled_dot_product_attention,
+    torch_sdpa,
+)
 
 NAME = "scaled_dot_product_attention"
 BACKENDS = ("auto", "sm90", "wmma", "sim")

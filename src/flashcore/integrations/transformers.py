@@ -31,8 +31,8 @@ from flashcore.dropins.packed_rows import (
     packed_lengths,
     same_sequence,
 )
-from flashcore.dropins.sdpa import scaled_dot_product_attention
-from flashcore.dropins.sdpa_obstacles import unserved_layout
+from flashcore.dropins.sdpa.attention import scaled_dot_product_attention
+from flashcore.dropins.sdpa.obstacles import unserved_layout
 from flashcore.dropins.transformers_hooks import answer_for
 from flashcore.dropins.transformers_masks import attention_mask, is_all_tokens
 

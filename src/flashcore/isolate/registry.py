@@ -25,23 +25,23 @@ from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
 from flashcore.sim.plants import index
-from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
-from flashcore.sim.plants.bwd_sm90 import (
+from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_PACKED_DQ_SM90,
     PLANTS_BWD_PACKED_SM90,
     PLANTS_BWD_PADDED_SM90,
     PLANTS_BWD_ROLES_SM90,
 )
-from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
-from flashcore.sim.plants.float8 import PLANTS_FLOAT8_SM90
-from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90
+from flashcore.sim.plants.fwd_sm90 import float8
+from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
+from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
+from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
-from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
-from flashcore.sim.plants.sm90 import PLANTS_SM90
-from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 
 
@@ -101,18 +101,6 @@ _PAGED: dict[str, Any] = {
     "astray": True,
     "seed": 12,
 }
-# Many key tiles for few stages; bfloat16, as Q is multiplied there; a scale for each sequence.
-_FLOAT8: dict[str, Any] = {
-    "lengths": (150, 90),
-    "page_size": 16,
-    "seqlen_q": 3,
-    "num_heads_q": 2,
-    "num_heads_kv": 2,
-    "dtype": "bfloat16",
-    "cache_dtype": "float8_e4m3fn",
-    "seed": 2,
-}
-_TWO_LOADS: dict[str, Any] = {"block_m": 64, "block_n": 32, "load_stages": 2}
 _TILES: dict[str, Mapping[str, Any]] = {
     "no-is-yes": _TWO_CONSUMERS,
     "probs-written-early": {"lazy_rescale": False},
@@ -290,7 +278,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
-        **_calls(PLANTS_FLOAT8_SM90, _TWO_LOADS, options=_FLOAT8, is_paged=True),
+        **_calls(float8.PLANTS_FLOAT8_SM90, float8.TILE, options=float8.CALL, is_paged=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
         **_calls(PLANTS_SINKS, {}, options=_SINKS),

@@ -140,6 +140,7 @@ LENGTHS = {
     "keys": ("seqlens_k",),
     "packed": ("cu_seqlens_q", "cu_seqlens_k"),
     "pages": ("seqlens_k", "page_table"),
+    "packed_pages": ("cu_seqlens_q", "seqlens_k", "page_table"),
 }
 
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
@@ -171,7 +172,7 @@ class KernelCall:
         heads = problem.num_heads_q
         rows_shape: tuple[int, ...] = (problem.batch, heads, problem.seqlen_q)
         out_shape: tuple[int, ...] = (*rows_shape, problem.head_dim_v)
-        if problem.varlen == "packed":
+        if problem.packs_queries:
             rows_shape = (heads, problem.total_q)
             out_shape = (problem.total_q, heads, problem.head_dim_v)
         self._new_out = allocator(device, out_shape, problem.torch_dtype)

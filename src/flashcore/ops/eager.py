@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from flashcore.ops.autograd import needs_grad
 from flashcore.ops.calls import Result, State, attend_lengths
 from flashcore.ops.dense import OPERATORS, attention_dense
 from flashcore.ops.family import BackwardCall
 from flashcore.ops.gradient_calls import gradients, is_current
+from flashcore.ops.transforms.autograd import needs_grad
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.options import Inputs, Options, Results
 

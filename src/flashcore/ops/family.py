@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashcore.ops.autograd import needs_grad
-from flashcore.ops.batching import Places
+from flashcore.ops.transforms.autograd import needs_grad
+from flashcore.ops.transforms.batching import Places
 from flashcore.problem.options import (
     DIFFERENTIABLE_RESULTS,
     Inputs,

@@ -41,6 +41,13 @@ def paged_scores(inputs: Inputs) -> int:
     return q.shape[0] * q.shape[1] * q.shape[2] * inputs.page_table.shape[1] * inputs.k.shape[2]
 
 
+def packed_paged_scores(inputs: Inputs) -> int:
+    """Return the number of scores where each query has all keys that its page table reaches."""
+    q = inputs.q
+    assert inputs.page_table is not None
+    return q.shape[0] * q.shape[1] * inputs.page_table.shape[1] * inputs.k.shape[2]
+
+
 def packed_scores(inputs: Inputs) -> int:
     """Return the number of scores sequence by sequence; where lengths cannot be read, each counts
     as the longest."""

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from flashcore.backends.dispatch import check_backend, without_autocast
 from flashcore.ops import flops
-from flashcore.ops.autograd import needs_grad, register_autograd, warn_of_forward_mode
-from flashcore.ops.batching import backward_over_batch, forward_over_batch
 from flashcore.ops.family import (
     ALWAYS_DIFFERENTIABLE,
     BackwardCall,
@@ -28,7 +26,9 @@ from flashcore.ops.family import (
     score_dtype,
     those_wanted,
 )
-from flashcore.ops.recorded import recording
+from flashcore.ops.transforms.autograd import needs_grad, register_autograd, warn_of_forward_mode
+from flashcore.ops.transforms.batching import backward_over_batch, forward_over_batch
+from flashcore.ops.transforms.recorded import recording
 from flashcore.problem.options import (
     DIFFERENTIABLE_RESULTS,
     Inputs,

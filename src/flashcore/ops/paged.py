@@ -26,12 +26,13 @@ from flashcore.plain.pages import (
     scattered,
 )
 from flashcore.problem import Causal, Problem, Window, widest_band
-from flashcore.problem.memory_layout import described_memory
+from flashcore.problem.memory_layout import described_memory, mask_spec
 from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.scales import as_wide, described_scales, scales_of
 from flashcore.problem.validation import (
     SEQLEN_MAX,
     certainly,
+    check_mask,
     check_qkv,
     checked_window,
     shape_text,
@@ -55,6 +56,7 @@ def attention_paged(
     backend: str = "auto",
     return_max_score: bool = False,
     sinks: Tensor | None = None,
+    mask: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -84,6 +86,8 @@ def attention_paged(
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         return_max_score: whether the largest score of each head is returned too.
         sinks: [num_heads_q], a logit of each head that joins the softmax; see `attention`.
+        mask: boolean (True = attend) or additive, broadcastable to [batch, num_heads_q, seqlen_q,
+            max_pages * page_size]: over the keys of each sequence, as the table has them in order.
         k_scale: float32, [], [num_heads_kv] or [batch, num_heads_kv], where k_pages is
             float8_e4m3fn; see `attention`.
         v_scale: likewise, of v_pages.
@@ -100,11 +104,11 @@ def attention_paged(
         BackendUnavailableError: the backend cannot run here.
     """
     inputs = Inputs(
-        q, k_pages, v_pages, seqlens_k=seqlens_k, page_table=page_table, sinks=sinks,
-        k_scale=k_scale, v_scale=v_scale,
+        q, k_pages, v_pages, mask, seqlens_k, page_table=page_table, sinks=sinks, k_scale=k_scale,
+        v_scale=v_scale,
     )  # fmt: skip
     scales = tuple(scales_of(inputs).values())
-    if is_plain((seqlens_k, page_table, *scales), q, k_pages, v_pages, None, sinks):
+    if is_plain((seqlens_k, page_table, *scales), q, k_pages, v_pages, mask, sinks):
 
         def describe() -> Problem:
             return paged_problem(inputs, Options.checked(causal, window, softcap, scale))
@@ -112,7 +116,7 @@ def attention_paged(
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = seqlens_k, page_table
         result = attend_lengths(
-            q, k_pages, v_pages, None, lengths, sinks, asked, None, backend, describe, scales
+            q, k_pages, v_pages, mask, lengths, sinks, asked, None, backend, describe, scales
         )
         if result is not None:
             return result
@@ -186,6 +190,8 @@ def paged_problem(inputs: Inputs, options: Options) -> Problem:
     problem = Problem.from_tensors(q, of_k, of_v, return_lse=True, sinks=inputs.sinks, **asked)
     window = checked_window((options.window_left, options.window_right))
     reach = table.shape[1] * page_size
+    if inputs.mask is not None:
+        check_mask(inputs.mask, q, reach)
     left, right = widest_band(options.causal, window, q.shape[2], reach)
     return dataclasses.replace(
         problem,
@@ -194,6 +200,7 @@ def paged_problem(inputs: Inputs, options: Options) -> Problem:
         window_left=left,
         window_right=right,
         diag_offset=0,
+        mask=None if inputs.mask is None else mask_spec(inputs.mask),
         varlen="pages",
         page_size=page_size,
         num_pages=num_pages,
@@ -237,11 +244,11 @@ def _differentiate(
 OPERATORS = Operators(
     Family(
         name="attention_paged",
-        inputs=("q", "k", "v", "page_table", "seqlens_k", "sinks", "k_scale", "v_scale"),
+        inputs=("q", "k", "v", "mask", "page_table", "seqlens_k", "sinks", "k_scale", "v_scale"),
         differentiable=("q", "k", "v", "sinks"),
         places={
-            "q": 0, "k": None, "v": None, "page_table": 0, "seqlens_k": 0, "sinks": None,
-            "k_scale": None, "v_scale": None, "out": 0, "lse": 0, "max_score": 0,
+            "q": 0, "k": None, "v": None, "mask": "mask", "page_table": 0, "seqlens_k": 0,
+            "sinks": None, "k_scale": None, "v_scale": None, "out": 0, "lse": 0, "max_score": 0,
         },
         check=check,
         compute=_compute,

@@ -15,14 +15,24 @@ from flashcore.plain.lengths import (
     padded_backward_plain,
     padded_forward_plain,
     padded_second_order,
+    varlen_backward_plain,
+    varlen_forward_plain,
+    varlen_second_order,
 )
 from flashcore.problem.options import Inputs, Options, Results
+from flashcore.problem.scales import dequantised_rows, is_float8
 
 
 def gathered(pages: Tensor, page_table: Tensor) -> Tensor:
     """Return [batch, num_heads_kv, max_pages * page_size, dim]. Behind a sequence's last page,
     where entries may be anything, it holds some page of the cache."""
-    return pages[_valid(page_table, pages)].transpose(1, 2).flatten(2, 3)
+    found = bits_of(pages)[_valid(page_table, pages)].transpose(1, 2).flatten(2, 3)
+    return found.view(pages.dtype)
+
+
+def bits_of(x: Tensor) -> Tensor:
+    """Return 8-bit floats as integers, for which there are all operations; others as they are."""
+    return x.view(torch.uint8) if is_float8(x) else x
 
 
 def scattered(gradient: Tensor, pages: Tensor, page_table: Tensor) -> Tensor:
@@ -43,6 +53,116 @@ def keys_of_sequence(pages: Tensor, entries: Tensor, num_keys: int) -> Tensor:
     """
     used = entries[: -(-num_keys // pages.shape[2])]
     return gathered(pages, used.unsqueeze(0))[:, :, :num_keys]
+
+
+def packed_places(
+    page_table: Tensor, pages: Tensor, lengths: Tensor, leftpad: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where the tokens of sequences lie, one sequence after the other: as many rows as there
+    is room for, of which those behind the last sequence name any place.
+
+    Args:
+        page_table: int32, [batch, max_pages].
+        pages: of k or v.
+        lengths: int32, [batch]: tokens of each sequence, from 0 to what it has room for.
+        leftpad: int32, [batch]: the place of each sequence's first token; None is 0.
+
+    Returns:
+        page: int64, [rows]: of the cache.
+        place: int64, [rows]: in that page.
+        cu_seqlens_k: int32, [batch + 1].
+    """
+    batch, page_size = page_table.shape[0], pages.shape[2]
+    reach = page_table.shape[1] * page_size
+    cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    row = torch.arange(batch * reach, device=lengths.device)
+    if batch * reach == 0:
+        return row, row, cu_seqlens_k.int()
+    sequence = sequences_of(row, cu_seqlens_k)
+    token = row - cu_seqlens_k[sequence]
+    if leftpad is not None:
+        token = token + leftpad.long()[sequence]
+    token = token.clamp(0, reach - 1)
+    page = _valid(page_table, pages)[sequence, token // page_size]
+    return page, token % page_size, cu_seqlens_k.int()
+
+
+def sequences_of(rows: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    """Return the sequence of each of so many packed rows, int64; the last one's of those behind."""
+    row = torch.arange(rows.shape[0], device=rows.device)
+    found = torch.searchsorted(cu_seqlens_k[1:].contiguous(), row, right=True)
+    return found.clamp(max=max(0, cu_seqlens_k.shape[0] - 2))
+
+
+def packed_inputs(inputs: Inputs) -> tuple[Inputs, Tensor, Tensor]:
+    """Return the call of packed sequences that a call with packed queries and pages amounts to; and
+    where its keys lie, as `packed_places` does."""
+    table, seqlens_k = inputs.page_table, inputs.seqlens_k
+    assert table is not None
+    assert seqlens_k is not None
+    reach = table.shape[1] * inputs.k.shape[2]
+    page, place, cu_seqlens_k = packed_places(table, inputs.k, seqlens_k.clamp(0, reach))
+    sequence, pairs = None, ((inputs.k, inputs.k_scale), (inputs.v, inputs.v_scale))
+    if inputs.k_scale is not None:
+        sequence = sequences_of(page, cu_seqlens_k)
+    k, v = (
+        dequantised_rows(taken(x, page, place), scale, sequence, inputs.q.dtype)
+        for x, scale in pairs
+    )
+    packed = inputs._replace(
+        k=k, v=v, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=reach, page_table=None, seqlens_k=None,
+        k_scale=None, v_scale=None,
+    )  # fmt: skip
+    return packed, page, place
+
+
+def taken(pages: Tensor, page: Tensor, place: Tensor) -> Tensor:
+    """Return [rows, num_heads_kv, dim]: the tokens at these places."""
+    if page.shape[0] == 0 or pages.shape[0] == 0:
+        return pages.new_zeros((page.shape[0], pages.shape[1], pages.shape[3]))
+    return bits_of(pages).transpose(1, 2)[page, place].view(pages.dtype)
+
+
+def put_back(gradient: Tensor, pages: Tensor, page: Tensor, place: Tensor) -> Tensor:
+    """Return the gradient of the pages from that of what `taken` returned."""
+    whole = torch.zeros_like(pages)
+    if page.shape[0] and pages.shape[0]:
+        whole.transpose(1, 2).index_put_((page, place), gradient, accumulate=True)
+    return whole
+
+
+def packed_forward_plain(inputs: Inputs, options: Options) -> Results:
+    """Compute `attention_paged_varlen_forward`."""
+    packed, _, _ = packed_inputs(inputs)
+    return varlen_forward_plain(packed, options)
+
+
+def packed_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Tensors:
+    """Compute `attention_paged_varlen_backward`."""
+    packed, *at = packed_inputs(inputs)
+    dq, dk, dv, dsinks = varlen_backward_plain(arriving, packed, options)
+    return dq, *_put_back((dk, dv), inputs, *at), dsinks
+
+
+def packed_second_order(
+    arriving: Results, inputs: Inputs, cotangents: Tensors, options: Options
+) -> Tensors:
+    """Return gradients of dout, dlse, q, k, v and sinks from the cotangents of dq, dk, dv and
+    dsinks."""
+    packed, *at = packed_inputs(inputs)
+    x, y, z, of_dsinks = cotangents
+    y, z = (None if c is None else taken(c, *at) for c in (y, z))
+    *firsts, of_k, of_v, from_sinks = varlen_second_order(
+        arriving, packed, (x, y, z, of_dsinks), options
+    )
+    return *firsts, *_put_back((of_k, of_v), inputs, *at), from_sinks
+
+
+def _put_back(gradients: Tensors, inputs: Inputs, page: Tensor, place: Tensor) -> Tensors:
+    return tuple(
+        None if x is None else put_back(x, pages, page, place)
+        for x, pages in zip(gradients, (inputs.k, inputs.v), strict=True)
+    )
 
 
 def padded_inputs(inputs: Inputs) -> Inputs:

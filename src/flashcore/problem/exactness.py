@@ -41,7 +41,7 @@ def obstacle_to_splits(problem: Problem) -> str | None:
     if splits == 1:
         return None
     limit = f"it sums over at most {MAX_KEYS_OF_A_SUM_SM90[problem.dtype]} keys exactly"
-    if problem.varlen == "packed":
+    if problem.packs_queries:
         return f"{limit}, and cannot split those of packed sequences"
     num_rows = problem.batch * problem.num_heads_q * problem.seqlen_q
     share_bytes = splits * num_rows * (problem.head_dim_v + 2) * 4

@@ -6,7 +6,7 @@ as in decoding, its tile would be nearly empty, and every head of a group would 
 again. But [batch, num_heads_kv * group, seqlen_q, dim] is [batch, num_heads_kv, group * seqlen_q,
 dim] in memory, if heads lie seqlen_q rows apart: row r of that is query r % seqlen_q of the group's
 head r / seqlen_q. That is all the kernels need to know of it, and only where a bound depends on the
-query (tile/schedule.cuh). Nor need it be all heads of a group: where the group is large, a divisor
+query (tile/band.cuh). Nor need it be all heads of a group: where the group is large, a divisor
 of it leaves more row tiles (kernels/fwd_sm90/splits.py). Several queries of a q that is [batch,
 seqlen_q, num_heads_q, dim] in memory, as projections write it, are copied first, which is little
 beside the keys.
@@ -34,7 +34,7 @@ def can_fold(problem: Problem) -> bool:
     """Return whether the heads of a group can be rows of one: q and the mask then have one stride
     between rows. The output and lse, which are contiguous, always have."""
     length = problem.seqlen_q
-    if problem.varlen == "packed" or problem.group_size < 2 or not 1 <= length <= MAX_QUERIES:
+    if problem.packs_queries or problem.group_size < 2 or not 1 <= length <= MAX_QUERIES:
         return False
     _, head_stride, row_stride = problem.q_strides
     if length == 1:

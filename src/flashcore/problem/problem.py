@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from flashcore.problem.bands import visible_band
 from flashcore.problem.memory_layout import (
     MaskSpec,
     Strides3,
@@ -33,6 +34,7 @@ from flashcore.problem.validation import (
 )
 
 Causal = bool | str
+PACKS_QUERIES = ("packed", "packed_pages")  # of the kinds of Problem.varlen
 Window = tuple[int, int] | None
 
 
@@ -71,12 +73,13 @@ class Problem:
             and the bytes of a row, of those that the kernels read in place (backends/adapting.py).
         varlen: how sequences differ in length, one of plan.VARLEN_KINDS. If they do, only the
             device knows by how much: seqlen_q and seqlen_k are the longest possible, and
-            diag_offset is 0. "packed": strides are those of [1, heads, total, dim] views.
+            diag_offset is 0. "packed": strides are those of [1, heads, total, dim] views;
+            "packed_pages": those of q are, and keys lie in pages.
         total_q: rows of packed q; else 0.
         total_k: rows of packed k and v; else 0.
         strided: those of "q", "k" and "v" whose last dimension is not contiguous, joined.
         misaligned: those of "q", "k" and "v" whose own load_bytes is less than 16, joined.
-        page_size: keys of a page of the cache; 0 unless varlen is "pages". Then seqlen_k is what
+        page_size: keys of a page of the cache; 0 unless has_pages. Then seqlen_k is what
             the page table reaches, and the first strides of k and v are those of pages.
         num_pages: of the cache.
         page_table_stride: entries from one sequence's row of the page table to the next one's.
@@ -172,7 +175,7 @@ class Problem:
         batch, num_heads_q, seqlen_q, head_dim = q.shape
         seqlen_k = k.shape[2]
         alignment = checked_causal(causal)
-        left, right, diag_offset = _visible_band(
+        left, right, diag_offset = visible_band(
             alignment, checked_window(window), seqlen_q, seqlen_k
         )
         default_scale = 1.0 / math.sqrt(head_dim)
@@ -206,11 +209,22 @@ class Problem:
         return self.num_heads_q // self.num_heads_kv if self.num_heads_kv else 0
 
     @property
+    def packs_queries(self) -> bool:
+        """Return whether q is [total_q, num_heads_q, head_dim], one sequence after the other."""
+        return self.varlen in PACKS_QUERIES
+
+    @property
+    def has_pages(self) -> bool:
+        """Return whether keys and values lie in the pages of a cache."""
+        return self.varlen in ("pages", "packed_pages")
+
+    @property
     def is_empty(self) -> bool:
         """Return whether there is nothing to compute: no output, or no keys (out 0, lse -inf, or
         the sink)."""
-        if self.varlen == "packed":
-            return not (self.batch and self.num_heads_q and self.total_q and self.total_k)
+        if self.packs_queries:
+            num_keys = self.seqlen_k if self.has_pages else self.total_k
+            return not (self.batch and self.num_heads_q and self.total_q and num_keys)
         return not (self.batch and self.num_heads_q and self.seqlen_q and self.seqlen_k)
 
     @property
@@ -238,7 +252,7 @@ class Problem:
 
     def of_sequence(self, seqlen_q: int, seqlen_k: int) -> Problem:
         """Return the call that one of its sequences of different lengths amounts to."""
-        left, right, diag_offset = _visible_band(
+        left, right, diag_offset = visible_band(
             self.causal, (self.window_left, self.window_right), seqlen_q, seqlen_k
         )
         return dataclasses.replace(
@@ -273,9 +287,11 @@ class Problem:
         parts = [f"B{self.batch} {heads} {lengths} {dims} {self.dtype}"]
         if self.varlen == "packed":
             parts.append(f"packed {self.total_q}/{self.total_k} rows")
+        elif self.varlen == "packed_pages":
+            parts.append(f"packed {self.total_q} rows")
         elif self.varlen == "keys":
             parts.append("seqlens_k")
-        elif self.varlen == "pages":
+        if self.has_pages:
             parts.append(f"pages of {self.page_size}")
         if self.causal != "none":
             parts.append(f"causal {self.causal}")
@@ -290,43 +306,6 @@ class Problem:
         if self.cache_dtype:
             parts.append(f"cache {self.cache_dtype}")
         return ", ".join(parts)
-
-
-def _visible_band(
-    alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
-) -> tuple[int, int, int]:
-    """Return (window_left, window_right, diag_offset) as Problem defines them."""
-    left, right = window
-    if alignment != "none":
-        right = 0  # right < 0 is unbounded, and any right > 0 is cut back by causality
-    diag_offset = 0 if alignment == "upper_left" else seqlen_k - seqlen_q
-    # The last query has the leftmost bound farthest right, the first query the rightmost bound
-    # farthest left: if neither excludes a key, none does.
-    if left >= 0 and seqlen_q - 1 + diag_offset - left <= 0:
-        left = -1
-    if right >= 0 and diag_offset + right >= seqlen_k - 1:
-        right = -1
-    if left == right == -1:
-        diag_offset = 0  # without bounds the diagonal has no meaning: one Problem, not many
-    return left, right, diag_offset
-
-
-def widest_band(
-    alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
-) -> tuple[int, int]:
-    """Return (window_left, window_right) of a call whose sequences have at most these lengths: a
-    side is -1 if it excludes no key of any of them.
-
-    The key that the last query is aligned with has at most `last` keys before it, the one of the
-    first query at most `ahead` after it, whatever the lengths.
-    """
-    left, right = window
-    if alignment != "none":
-        right = 0
-    upper_left = alignment == "upper_left"
-    last = (seqlen_q if upper_left else seqlen_k) - 1
-    ahead = (seqlen_k if upper_left else seqlen_q) - 1
-    return (-1 if left >= last else left), (-1 if right >= ahead else right)
 
 
 @functools.cache

@@ -142,6 +142,24 @@ def dequantised(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (x.to(torch.float32) * scale[..., None, None]).to(dtype)
 
 
+def dequantised_rows(
+    x: Tensor, scale: Tensor | None, sequence: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the values of rows of 8 bits, rounded to a dtype; others as they are.
+
+    Args:
+        x: [rows, num_heads_kv, dim].
+        scale: broadcastable to [batch, num_heads_kv]; None: x is as it is.
+        sequence: int64, [rows]: the sequence of each row; read only where there is a scale.
+        dtype: of the result.
+    """
+    if scale is None:
+        return x
+    if scale.dim() == 2 and scale.shape[0] > 1:
+        scale = scale[sequence]
+    return (x.to(torch.float32) * scale[..., None]).to(dtype)
+
+
 def dequantised_inputs(inputs: Inputs) -> Inputs:
     """Return the call with the values of 8-bit caches in the dtype of q, rounded to it."""
     k = dequantised(inputs.k, inputs.k_scale, inputs.q.dtype)

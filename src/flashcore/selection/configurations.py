@@ -100,6 +100,8 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "pages-decode": {"queries": 1, "varlen": "pages", "page_size": 16},
     "pages-few-queries": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
     "pages-chunk": {"queries": 100, "causal": True, "varlen": "pages", "page_size": 16},
+    "pages-tree": {"queries": 4, "mask": "bool", "varlen": "pages", "page_size": 16},
+    "packed-pages-causal": {"causal": True, "varlen": "packed_pages", "page_size": 16},
 }
 # Of q and k, and of v where they differ: language models.
 SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))
@@ -268,7 +270,7 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
             k_strides=k_strides,
             v_strides=v_strides,
         )
-    total = batch * length if problem.varlen == "packed" else 0
+    total = batch * length if problem.packs_queries else 0
     return dataclasses.replace(
         problem,
         batch=batch,
@@ -278,7 +280,7 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
         k_strides=k_strides,
         v_strides=v_strides,
         total_q=total,
-        total_k=total,
+        total_k=0 if problem.has_pages else total,
     )
 
 
@@ -314,15 +316,15 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
     causal = "lower_right" if options.pop("causal", False) else "none"
     left, right = widest_band(causal, window, q.shape[2], _SEQLEN)
     problem = Problem.from_tensors(q, k, v, **options)
-    total = _SEQLEN if varlen == "packed" else 0
+    total_q = _SEQLEN if varlen in ("packed", "packed_pages") else 0
     return dataclasses.replace(
         problem,
         causal=causal,
         window_left=left,
         window_right=right,
         varlen=varlen,
-        total_q=total,
-        total_k=total,
+        total_q=total_q,
+        total_k=0 if page_size else total_q,
         page_size=page_size,
         num_pages=_SEQLEN // page_size if page_size else 0,
         cache_dtype=cache_dtype,

@@ -13,12 +13,13 @@ from torch.compiler import is_compiling
 from flashcore.api import attention
 from flashcore.errors import FallbackWarning, stacklevel_of_caller
 from flashcore.ops.paged import attention_paged
+from flashcore.ops.paged_varlen import attention_paged_varlen
 from flashcore.ops.varlen import attention_varlen
 from flashcore.serving.pages import capacity_of, gather_packed, gather_padded, one_page_each
 from flashcore.serving.rows import Rows, lengths_of_keys, number_of
 
-# Packed queries are padded where that makes at most so many rows of each. Pages are then read in
-# place; padding a chunk of a prompt beside single tokens would cost more than a copy of the pages.
+# Packed queries are padded where that makes at most so many rows of each: then blocks may share the
+# keys of a sequence, and heads a row tile. A chunk of a prompt beside single tokens stays packed.
 PADDED_ROWS_MAX = 2
 
 _warned: set[str] = set()
@@ -40,9 +41,9 @@ def attend_pages(
 ) -> tuple[Tensor, ...]:
     """Attend to the first seqlens_k tokens of each sequence of a cache.
 
-    A contiguous cache is read in place by `attention`, pages by `attention_paged`. For what neither
-    takes (a mask over pages, padding on the left, packed queries of very different lengths), tokens
-    are copied into one piece.
+    A contiguous cache is read in place by `attention`, pages by `attention_paged`, or by
+    `attention_paged_varlen` for packed queries. With padding on the left, which none of them takes,
+    tokens are copied into one piece.
 
     Returns:
         out, and lse with return_lse.
@@ -54,11 +55,13 @@ def attend_pages(
         page_table = one_page_each(k_cache)
     capacity = capacity_of(k_cache, page_table)
     lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
-    is_readable = leftpad is None and mask is None and k_cache.shape[0] > 0 and k_cache.shape[2] > 0
+    is_readable = leftpad is None and k_cache.shape[0] > 0 and k_cache.shape[2] > 0
     if cu_seqlens_q is None:
         if is_readable:
-            return _several(attention_paged(q, k_cache, v_cache, page_table, lengths, **options))
-        _warn_of_copy(q, backend, "a mask" if leftpad is None else "cache_leftpad")
+            return _several(
+                attention_paged(q, k_cache, v_cache, page_table, lengths, mask=mask, **options)
+            )
+        _warn_of_copy(q, backend)
         k, v = (gather_padded(x, page_table, leftpad) for x in (k_cache, v_cache))
         return _several(attention(q, k, v, seqlens_k=lengths, mask=mask, **options))
     batch, longest = page_table.shape[0], q.shape[0] if max_seqlen_q is None else max_seqlen_q
@@ -73,7 +76,13 @@ def attend_pages(
             attention_paged(padded, k_cache, v_cache, page_table, lengths, **options)
         )
         return _packed(results, q, cu_seqlens_q, longest, options["sinks"])
-    _warn_of_copy(q, backend, "packed queries of different numbers")
+    if is_readable:
+        return _several(
+            attention_paged_varlen(
+                q, k_cache, v_cache, page_table, lengths, cu_seqlens_q, longest, **options
+            )
+        )
+    _warn_of_copy(q, backend)
     scales = options.pop("k_scale"), options.pop("v_scale")
     k, v, cu_seqlens_k = gather_packed(
         (k_cache, v_cache), page_table, leftpad, lengths, q.dtype, scales
@@ -118,14 +127,15 @@ def _packed(
     return tuple(packed)
 
 
-def _warn_of_copy(q: Tensor, backend: str, what: str) -> None:
-    """Say once what no kernel reads a cache in place with."""
-    if not q.is_cuda or backend == "torch" or is_compiling() or what in _warned:
+def _warn_of_copy(q: Tensor, backend: str) -> None:
+    """Say once that no kernel reads a cache in place with cache_leftpad."""
+    if not q.is_cuda or backend == "torch" or is_compiling() or "cache_leftpad" in _warned:
         return
-    _warned.add(what)
+    _warned.add("cache_leftpad")
     warnings.warn(
-        f"flashcore.attention_with_kvcache copies the cache's tokens into one piece: with {what} "
-        "no kernel reads it in place; filter flashcore.FallbackWarning to silence this",
+        "flashcore.attention_with_kvcache copies the cache's tokens into one piece: with "
+        "cache_leftpad no kernel reads it in place; filter flashcore.FallbackWarning to silence "
+        "this",
         FallbackWarning,
         stacklevel=stacklevel_of_caller(),
     )

@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcore.problem.scales import is_float8
+from flashcore.plain.pages import bits_of, packed_places, sequences_of, taken
+from flashcore.problem.scales import dequantised_rows
 from flashcore.serving.rows import Rows, lengths_before
 
 
@@ -58,21 +59,44 @@ def write(
     if rows.is_any is not None:
         fits = fits & rows.is_any
     page, place, fits = (x.flatten() for x in (page, place % page_size, fits))
+    k_new, v_new = (x if x.dim() == 3 else x.transpose(1, 2).flatten(0, 1) for x in new)
+    _write_rows(caches, page, place, fits, (k_new, v_new))
+
+
+def write_at(caches: tuple[Tensor, Tensor], slots: Tensor, new: tuple[Tensor, Tensor]) -> None:
+    """Write new tokens into both caches, in place, each where its slot says.
+
+    Args:
+        caches: of keys and of values.
+        slots: int32 or int64, [total_new]: page * page_size + place of each; a token whose slot is
+            none of the cache's is dropped.
+        new: keys and values, [total_new, num_heads_kv, head_dim].
+    """
+    num_pages, page_size = caches[0].shape[0], caches[0].shape[2]
+    if 0 in new[0].shape or num_pages == 0 or page_size == 0:
+        return
+    slots = slots.long()
+    fits = (slots >= 0) & (slots < num_pages * page_size)
+    _write_rows(caches, slots // page_size, slots % page_size, fits, new)
+
+
+def _write_rows(
+    caches: tuple[Tensor, Tensor],
+    page: Tensor,
+    place: Tensor,
+    fits: Tensor,
+    new: tuple[Tensor, Tensor],
+) -> None:
+    """Write rows [total, num_heads_kv, dim] to places of pages, but for those that do not fit."""
     # The number of tokens that fit is the device's secret, so all rows are written: one that does
     # not fit writes what the first that fits does, or, if none fits, what is there already.
     row = torch.arange(fits.shape[0], device=fits.device)
     source = torch.where(fits, row, fits.int().argmax())
-    page, place = page[source].clamp(0, num_pages - 1), place[source]
-    for cache, x in zip(map(_bits, caches), map(_bits, new), strict=True):
-        by_token = x if x.dim() == 3 else x.transpose(1, 2).flatten(0, 1)
+    page, place = page[source].clamp(0, caches[0].shape[0] - 1), place[source]
+    for cache, x in zip(map(bits_of, caches), map(bits_of, new), strict=True):
         target = cache.transpose(1, 2)
-        values = torch.where(fits.any(), by_token[source], target[page, place])
+        values = torch.where(fits.any(), x[source], target[page, place])
         target.index_put_((page, place), values)
-
-
-def _bits(x: Tensor) -> Tensor:
-    """Return 8-bit floats as integers, for which there are all operations; others as they are."""
-    return x.view(torch.uint8) if is_float8(x) else x
 
 
 def gather_padded(cache: Tensor, page_table: Tensor, leftpad: Tensor | None) -> Tensor:
@@ -115,25 +139,13 @@ def gather_packed(
         v: [batch * capacity, num_heads_kv, head_dim_v].
         cu_seqlens_k: int32, [batch + 1].
     """
-    capacity = capacity_of(caches[0], page_table)
-    cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    row = torch.empty(0, device=lengths.device).expand(page_table.shape[0] * capacity, 0, 0)
-    if row.shape[0] == 0:
-        k, v = (x.new_empty((0, x.shape[1], x.shape[3]), dtype=dtype) for x in caches)
-        return k, v, cu_seqlens_k
-    rows = Rows.of(row, cu_seqlens_k)
-    place = rows.token if leftpad is None else rows.token + leftpad.long()[rows.sequence]
-    k, v = (_tokens(x, page_table, rows.sequence, place) for x in caches)
-    of_k, of_v = (
-        None if x is None else x.expand(page_table.shape[0], k.shape[1])[rows.sequence]
-        for x in scales
+    page, place, cu_seqlens_k = packed_places(page_table, caches[0], lengths, leftpad)
+    sequence = sequences_of(page, cu_seqlens_k)
+    k, v = (
+        dequantised_rows(taken(x, page, place), scale, sequence, dtype)
+        for x, scale in zip(caches, scales, strict=True)
     )
-    return _values(k, of_k, dtype), _values(v, of_v, dtype), cu_seqlens_k
-
-
-def _values(x: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return what rows of 8-bit elements count, given the scale of each row and head."""
-    return x if scale is None else (x.to(torch.float32) * scale[..., None]).to(dtype)
+    return k, v, cu_seqlens_k
 
 
 def _tokens(cache: Tensor, page_table: Tensor, sequence: Tensor, place: Tensor) -> Tensor:
@@ -145,4 +157,4 @@ def _tokens(cache: Tensor, page_table: Tensor, sequence: Tensor, place: Tensor) 
         return cache.new_zeros((*shape, cache.shape[1], cache.shape[3]))
     place = place.clamp(0, page_table.shape[1] * page_size - 1)
     page = page_table[sequence, place // page_size].long().clamp(0, num_pages - 1)
-    return _bits(cache).transpose(1, 2)[page, place % page_size].view(cache.dtype)
+    return bits_of(cache).transpose(1, 2)[page, place % page_size].view(cache.dtype)

@@ -13,7 +13,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from flashcore.backends.autocasting import autocast_dtype
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.packed import checked_max_seqlen
-from flashcore.ops.autograd import needs_grad
+from flashcore.ops.transforms.autograd import needs_grad
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Options
 from flashcore.problem.scales import is_float8

@@ -9,7 +9,7 @@ line and the command that replays the run. docs/simulator.md explains how it wor
 from __future__ import annotations
 
 from flashcore.compile.plant import Plant
-from flashcore.sim.plants.sm90 import PLANTS_SM90
+from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
 from flashcore.sim.plants.wmma import PLANTS
 from flashcore.sim.report import Agent, SimReport, SimulationError
 from flashcore.sim.run import simulate, simulate_source

@@ -37,17 +37,18 @@ COMMON_FLAGS = (
     "-Wno-unknown-pragmas",  # #pragma unroll
     "-Wno-psabi",  # tensor maps are passed by value
 )
-KERNEL_FLAGS = ("-O2",)
+# A kernel is compiled for a few runs, and in them the runtime is what takes time.
+KERNEL_FLAGS = ("-Og",)
 RUNTIME_FLAGS = ("-O3",)
 
 # What the runtime includes of the kernels' host side.
-_RUNTIME_HEADERS = ("machine.cuh", "machine_sm90.cuh", "types.cuh")
+_RUNTIME_HEADERS = ("simulator/machine.cuh", "simulator/machine_sm90.cuh", "types.cuh")
 
 
 @functools.cache
 def _runtime_text() -> str:
     """Return all that the runtime is made of, as text for the cache key."""
-    files = [*sorted(RUNTIME_DIR.glob("*.h")), *sorted(RUNTIME_DIR.glob("*.cpp"))]
+    files = [*sorted(RUNTIME_DIR.rglob("*.h")), *sorted(RUNTIME_DIR.rglob("*.cpp"))]
     headers = [KERNELS_DIR / "host" / name for name in _RUNTIME_HEADERS]
     return "\0".join(path.read_text(encoding="utf-8") for path in [*files, *headers])
 

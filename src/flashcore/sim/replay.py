@@ -160,15 +160,14 @@ def _lengths(
     none to give."""
     steps = torch.arange(problem.batch + 1, dtype=torch.int32)
     lengths: dict[str, Tensor] = {}
+    if problem.packs_queries:
+        lengths["cu_seqlens_q"] = steps * (problem.total_q // problem.batch)
     if problem.varlen == "packed":
-        lengths = {
-            "cu_seqlens_q": steps * (problem.total_q // problem.batch),
-            "cu_seqlens_k": steps * (problem.total_k // problem.batch),
-        }
-    elif problem.varlen in ("keys", "pages"):
-        lengths = {"seqlens_k": torch.full_like(steps[1:], problem.seqlen_k)}
+        lengths["cu_seqlens_k"] = steps * (problem.total_k // problem.batch)
+    elif problem.varlen != "none":
+        lengths["seqlens_k"] = torch.full_like(steps[1:], problem.seqlen_k)
     lengths = {name: values.get(name, even).flatten() for name, even in lengths.items()}
-    if problem.varlen == "pages":
+    if problem.has_pages:
         shape = 1, 1, problem.batch, problem.seqlen_k // problem.page_size
         pages = torch.arange(shape[2] * shape[3], dtype=torch.int32) % problem.num_pages
         table = values.get("page_table", pages.reshape(shape))
@@ -199,12 +198,12 @@ def _make(
     rows_k = (problem.batch, problem.num_heads_kv, problem.seqlen_k)
     rows_out: tuple[int, ...] = (*rows_q, problem.head_dim_v)
     rows_lse: tuple[int, ...] = rows_q
-    if problem.varlen == "packed":
+    if problem.packs_queries:
         rows_q = (1, problem.num_heads_q, problem.total_q)
         rows_k = (1, problem.num_heads_kv, problem.total_k)
         rows_out = (problem.total_q, problem.num_heads_q, problem.head_dim_v)
         rows_lse = (problem.num_heads_q, problem.total_q)
-    elif problem.varlen == "pages":
+    if problem.has_pages:
         rows_k = (problem.num_pages, problem.num_heads_kv, problem.page_size)
 
     def tensor(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Tensor:

@@ -4,14 +4,9 @@
 #pragma once
 
 #include "prims_sm90.cuh"
-#include "tile/params.cuh"
 #include "tile/schedule.cuh"
-#include "tile/sequence.cuh"
-#include "fwd_sm90/schedule_sm90.cuh"
-#include "tile/mask.cuh"
-#include "tile/softmax.cuh"
-#include "bwd_sm90/bwd_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
 
 constexpr int DO_ELEMENTS = 64 * V_CHUNKS * CHUNK;
 static_assert(SMEM_BYTES == DO_ELEMENTS * 2 + 8, "the plan and the kernel disagree");

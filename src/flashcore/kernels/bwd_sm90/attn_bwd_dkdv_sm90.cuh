@@ -21,16 +21,18 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
-#include "tile/mask.cuh"
-#include "bwd_sm90/bwd_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_dq_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
-#include "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
-#include "bwd_sm90/bwd_dkdv_dq_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
 
 // What one consumer warpgroup carries from query tile to query tile.
 struct Consumer {
@@ -144,8 +146,8 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (block.m_begin == NO_TILE) break;
     c.key_row = block.m_begin + c.index * 64;
     const auto& sequence = own_params(p, block);
-    const QueryTiles tiles = query_tiles(sequence, block.m_begin, BLOCK_N);
-    const QueryTiles own = own_query_tiles(sequence, tiles, c.key_row);
+    const Range tiles = query_tiles(sequence, block.m_begin);
+    const Range own = own_query_tiles<64>(sequence, tiles, c.key_row);
     clear(c.dk);
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);

@@ -10,15 +10,17 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
-#include "fwd_sm90/schedule_sm90.cuh"
-#include "tile/mask.cuh"
 #include "tile/softmax.cuh"
-#include "bwd_sm90/bwd_sm90.cuh"
-#include "bwd_sm90/bwd_dq_sm90.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
+#include "bwd_sm90/bwd_dq_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
 
 // What one consumer warpgroup carries from key tile to key tile.
 struct Consumer {
@@ -100,7 +102,7 @@ FC_DEVICE void load_own_stats(Consumer& c, const AttnBwdSm90Params& params, int 
 // S becomes P, times soft-capping's derivative.
 template <bool MASKED>
 FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, int key_begin) {
-  const VisibleColumns visible(p, c.warp_row, key_begin);
+  const VisibleColumns<> visible(p, c.warp_row, key_begin);
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
 #pragma unroll
@@ -145,7 +147,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
   if (FIRST) load_own_stats(c, params, p.seqlen_q, block, smem);  // beside the products
   wgmma_wait<HAS_DQ ? 2 : 1>();
   wgmma_hold(c.scores);
-  if (MASK_KIND != 0 || strip_needs_mask(p, c.warp_row, key_begin)) {
+  if (MASK_KIND != 0 || strip_needs_mask<BLOCK_N>(p, c.warp_row, key_begin)) {
     exponentiate<true>(c, p, key_begin);
   } else {
     exponentiate<false>(c, p, key_begin);
@@ -173,10 +175,10 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
 // dQ of a consumer's 64 rows over key tiles, from last to first.
 FC_DEVICE void accumulate(Consumer& c, const AttnBwdSm90Params& params, const AttnParams& p,
                           const Barriers& bar, const Buffers& smem, const BlockCoord& block,
-                          const KeyRange& keys) {
-  int n_block = keys.n_block_end - 1;
+                          const Range& keys) {
+  int n_block = keys.end - 1;
   key_tile<true>(c, params, p, bar, smem, block, n_block * BLOCK_N);
-  for (--n_block; n_block >= keys.n_block_begin; --n_block) {
+  for (--n_block; n_block >= keys.begin; --n_block) {
     key_tile<false>(c, params, p, bar, smem, block, n_block * BLOCK_N);
   }
   if (OVERLAPS) {
@@ -201,17 +203,17 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const int group_row = block.m_begin + c.index * 64;
     c.warp_row = group_row + warp_idx() % 4 * 16;
     const auto& sequence = sequence_params(p, block);
-    const KeyRange keys = key_range(sequence, block.m_begin);
-    const KeyRange own = IS_BOUNDED ? group_key_range(sequence, keys, group_row) : keys;
+    const Range keys = key_tiles(sequence, block.m_begin);
+    const Range own = IS_BOUNDED ? own_key_tiles<64>(sequence, keys, group_row) : keys;
     c.mask = mask_of(p, block.batch_idx, block.head_idx);
     clear(c.dq);
-    if (IS_BOUNDED) skip_tiles(c, bar, keys.n_block_end - own.n_block_end);
-    if (own.n_block_begin < own.n_block_end) {
+    if (IS_BOUNDED) skip_tiles(c, bar, keys.end - own.end);
+    if (own.begin < own.end) {
       accumulate(c, params, sequence, bar, smem, block, own);
     } else {
       load_own_stats(c, params, sequence.seqlen_q, block, smem);
     }
-    if (IS_BOUNDED) skip_tiles(c, bar, own.n_block_begin - keys.n_block_begin);
+    if (IS_BOUNDED) skip_tiles(c, bar, own.begin - keys.begin);
 
     const bool is_empty[2] = {c.stats.lse_log2[0] == POS_INF, c.stats.lse_log2[1] == POS_INF};
     if (warp_any(is_empty[0] || is_empty[1])) {  // whatever arrived there, NaN too

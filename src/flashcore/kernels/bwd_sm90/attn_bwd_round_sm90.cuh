@@ -3,11 +3,7 @@
 #pragma once
 
 #include "prims_sm90.cuh"
-#include "tile/params.cuh"
 #include "tile/schedule.cuh"
-#include "tile/sequence.cuh"
-#include "fwd_sm90/schedule_sm90.cuh"
-#include "tile/mask.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
 
 static_assert(SMEM_BYTES == 64 * QK_CHUNKS * CHUNK * 2, "the plan and the kernel disagree");

@@ -1,6 +1,14 @@
 // bwd_delta_sm90.cuh - delta = sum(dout * out) - dlse of 64 rows, and their lse, by a warpgroup.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "tile/softmax.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 // Of the two rows that a lane has part of.
 struct RowStats {
   float lse_log2[2], delta[2];

@@ -9,6 +9,14 @@
 // Its products fill the tensor cores while the other warpgroups compute between theirs.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 // dQ of 64 rows: dS^T and K lie with keys as lines.
 FC_DEVICE void issue_dq(WmmaAccum (&dq)[QK_FRAGS], const Buffers& smem, int row_group,
                         uint32_t count) {
@@ -59,7 +67,7 @@ FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
   for (int turn = 0;; ++turn) {
     BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) break;
-    const QueryTiles tiles = query_tiles(p, block.m_begin, BLOCK_N);
+    const Range tiles = query_tiles(p, block.m_begin);
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++block.head_idx) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {

@@ -8,6 +8,16 @@
 // has the same elements. While one computes between its products, the other one's are under way.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_sm90.cuh"
+#include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 // Fragments of a thread in the buffer for P^T: packets side by side, thread by thread.
 FC_DEVICE SmemPtr<uint32_t> probs_place(const Buffers& smem, int n) {
   return smem.probs + (n * 128 + thread_idx() % 128) * 4;
@@ -35,7 +45,7 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
     const auto& own = own_params(p, block);
-    const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
+    const Range tiles = query_tiles(own, block.m_begin);
     clear(dv);
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
@@ -84,7 +94,7 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
     const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
     const auto& own = own_params(p, block);
-    const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
+    const Range tiles = query_tiles(own, block.m_begin);
     clear(dk);
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {

@@ -1,6 +1,16 @@
-// bwd_sm90/bwd_dkdv_sm90.cuh - the kernel of dK and dV: which query tiles see which keys, where in
-// shared memory what lies, and who loads it. Mirrored by kernels/bwd_sm90/plan.py.
+// bwd_sm90/bwd_dkdv_sm90.cuh - the kernel of dK and dV: where in shared memory what lies, and who
+// loads it. Mirrored by kernels/bwd_sm90/plan.py.
 #pragma once
+
+#include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
 
 constexpr int NUM_KEY_GROUPS = BLOCK_N / 64;  // of 64 keys
 // Warpgroups: one a group of keys, or two that share its products
@@ -8,66 +18,11 @@ constexpr int NUM_KEY_GROUPS = BLOCK_N / 64;  // of 64 keys
 constexpr int NUM_CONSUMERS = NUM_KEY_GROUPS * (HAS_ROLES ? 2 : 1);
 static_assert(!HAS_ROLES || NUM_KEY_GROUPS == 1, "two warpgroups share 64 keys");
 constexpr int QUERY_FRAGS = BLOCK_M / 16;
-constexpr bool IS_BOUNDED = HAS_WINDOW_LEFT || HAS_WINDOW_RIGHT;
 
 // The parameters as the sequence of a key tile sees them.
 FC_DEVICE decltype(auto) own_params(const AttnParams& p, const BlockCoord& block) {
   return sequence_params<VARLEN, true>(p, block);
 }
-
-// --- query tiles ---------------------------------------------------------------------------------
-
-// Query tiles [begin, end) hold every query that sees some of a run of keys.
-struct QueryTiles {
-  int begin, end;
-};
-
-FC_DEVICE QueryTiles query_tiles(const AttnParams& p, int key_begin, int num_keys) {
-  const int last_key = min_i(key_begin + num_keys, p.seqlen_k) - 1;
-  int first = 0;
-  int end = p.seqlen_q;
-  if (HAS_WINDOW_RIGHT) first = max_i(0, key_begin - p.band.diag_offset - p.band.window_right);
-  if (HAS_WINDOW_LEFT) end = min_i(end, last_key - p.band.diag_offset + p.band.window_left + 1);
-  if (last_key < key_begin || first >= end) return {0, 0};
-  return {first / BLOCK_M, (end + BLOCK_M - 1) / BLOCK_M};
-}
-
-// Of a block's query tiles, those that 64 of its keys need; without a bound all.
-FC_DEVICE QueryTiles own_query_tiles(const AttnParams& p, const QueryTiles& block, int key_row) {
-  if (!IS_BOUNDED) return block;
-  QueryTiles own = query_tiles(p, key_row, 64);
-  own = {max_i(own.begin, block.begin), min_i(own.end, block.end)};
-  return own.begin < own.end ? own : QueryTiles{block.begin, block.begin};
-}
-
-// Whether a window hides some of 64 keys from some query of a tile. The same for all lanes.
-FC_DEVICE bool hides_some(const AttnParams& p, int key_row, int m_begin) {
-  bool hides = false;
-  const int diagonal = m_begin + p.band.diag_offset;
-  if (HAS_WINDOW_RIGHT) hides |= key_row + 63 > diagonal + p.band.window_right;
-  if (HAS_WINDOW_LEFT) hides |= key_row < diagonal + BLOCK_M - 1 - p.band.window_left;
-  return hides;
-}
-
-// Which columns of a lane's part of the transposed scores may see its keys, as VisibleColumns in
-// tile/mask.cuh: of the first of its two rows, the second one's are 8 further.
-struct VisibleQueries {
-  int begin, end;
-
-  FC_DEVICE VisibleQueries(const AttnParams& p, int key_row, int m_begin) {
-    const int lane = opaque(lane_idx());
-    const int key = key_row + warp_idx() % 4 * 16 + accum_row(lane, 0);
-    const int diagonal = key - p.band.diag_offset - m_begin - accum_col(lane, 0);
-    begin = diagonal - p.band.window_right;
-    end = diagonal + p.band.window_left + 1;
-  }
-
-  // Element i of fragment n.
-  FC_DEVICE bool contain(int n, int i) const {
-    const int col = n * 16 + accum_col(0, i) - accum_row(0, i);
-    return (!HAS_WINDOW_RIGHT || col >= begin) && (!HAS_WINDOW_LEFT || col < end);
-  }
-};
 
 // --- shared memory -------------------------------------------------------------------------------
 
@@ -240,7 +195,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
 
     mbar_wait(bar.kv_empty, turn % 2 ^ 1);
     const auto& own = own_params(p, block);
-    const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
+    const Range tiles = query_tiles(own, block.m_begin);
     // Behind a sequence's last key no box may start (make_ragged in fwd_sm90/params.py).
     const bool has_keys = !KEY_LENGTHS || block.m_begin < own.seqlen_k;
     if (has_keys) {
@@ -322,7 +277,7 @@ FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
     BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
     const auto& own = own_params(p, block);
-    const QueryTiles tiles = query_tiles(own, block.m_begin, BLOCK_N);
+    const Range tiles = query_tiles(own, block.m_begin);
     const int first_row = PACKED ? query_rows<true>(p, block.batch_idx).begin : 0;
     for (int head = 0; head < heads_per_kv; ++head, ++block.head_idx) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {

@@ -2,6 +2,12 @@
 // tile and giving back its buffers, its four products, and what is computed between them.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/params.cuh"
+#include "bwd_sm90/bwd_dkdv_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 // And of the tile's lse and delta.
 FC_DEVICE void release_q(const Barriers& bar, uint32_t count) {
   warp_sync();  // orders every lane's reads of those before the arrival
@@ -117,7 +123,7 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
                                  WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
                                  SmemPtr<float> stats, GmemPtr<const MaskElement> mask_gmem,
                                  int key_row, int m_begin) {
-  const VisibleQueries visible(p, key_row, m_begin);
+  const VisibleColumns<true> visible(p, key_row + warp_idx() % 4 * 16, m_begin);
   const auto lse = stats + opaque(lane_idx()) % 4 * 2;
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) {
@@ -156,7 +162,7 @@ FC_DEVICE void exponentiate(WmmaAccum (&scores)[QUERY_FRAGS], WmmaA<Element> (&p
                             WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
                             SmemPtr<float> stats, GmemPtr<const MaskElement> mask, int key_row,
                             int m_begin) {
-  if (IS_BOUNDED && (MASK_KIND != 0 || hides_some(p, key_row, m_begin))) {
+  if (IS_BOUNDED && (MASK_KIND != 0 || window_hides_some<BLOCK_M, 64>(p, m_begin, key_row))) {
     exponentiate_tile<true>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
   } else {
     exponentiate_tile<false>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);

@@ -2,9 +2,17 @@
 // Mirrored by kernels/bwd_sm90/plan.py.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "bwd_sm90/bwd_sm90.cuh"
+
 constexpr int NUM_CONSUMERS = BLOCK_M / 64;  // warpgroups of 64 query rows
 constexpr int KEY_FRAGS = BLOCK_N / 16;
-constexpr bool IS_BOUNDED = HAS_WINDOW_LEFT || HAS_WINDOW_RIGHT;
 
 constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;  // of one consumer
 constexpr int DO_GROUP_ELEMENTS = 64 * V_CHUNKS * CHUNK;
@@ -111,10 +119,10 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
                  c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
       }
     }
-    const KeyRange keys = key_range(own, block.m_begin);
+    const Range keys = key_tiles(own, block.m_begin);
     bool asked = false;
-    for (int n_block = keys.n_block_end - 1; n_block >= keys.n_block_begin; --n_block, ++count) {
-      if (!asked && n_block < keys.n_block_begin + ASK_AHEAD) {
+    for (int n_block = keys.end - 1; n_block >= keys.begin; --n_block, ++count) {
+      if (!asked && n_block < keys.begin + ASK_AHEAD) {
         tile.ask(p, params.schedule);
         asked = true;
       }

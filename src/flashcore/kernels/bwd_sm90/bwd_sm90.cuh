@@ -13,7 +13,13 @@
 // so nothing has to be added up between blocks, and results do not differ from run to run.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
 
 // Mirrored by kernels/bwd_sm90/params.py. Boxes of q, k, v and dout are those of the kernel at
 // hand.

@@ -20,26 +20,25 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/float8.cuh"
+#include "tile/mask.cuh"
+#include "tile/max_score.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
-#include "tile/sequence.cuh"
-#include "fwd_sm90/schedule_sm90.cuh"
-#include "tile/mask.cuh"
-#include "fwd_sm90/mask_tile_sm90.cuh"
-#include "tile/softmax.cuh"
-#include "tile/max_score.cuh"
-#include "fwd_sm90/pipeline_sm90.cuh"
-#include "fwd_sm90/merge_sm90.cuh"
-#include "fwd_sm90/split_sm90.cuh"
 #include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+#include "tile/softmax.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
-#include "tile/float8.cuh"
+#include "fwd_sm90/mask_tile_sm90.cuh"
+#include "fwd_sm90/merge_sm90.cuh"
+#include "fwd_sm90/pipeline_sm90.cuh"
+#include "fwd_sm90/producer_sm90.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "fwd_sm90/split_sm90.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
-#include "tile/pages.cuh"
-#include "fwd_sm90/pages_sm90.cuh"
-#include "fwd_sm90/producer_sm90.cuh"
 
 // What one consumer warpgroup carries from key tile to key tile.
 struct Consumer {
@@ -330,19 +329,19 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     }
     if (FLOAT8) c.scale_log2 = softmax_scale_log2(own) * of_products;
 //@if gate tile
-    const KeyRange keys = gate_last_tile(own_keys(own, block));
+    const Range keys = gate_last_tile(own_keys(own, block));
 //@else
-    const KeyRange keys = own_keys(own, block);
+    const Range keys = own_keys(own, block);
 //@end
     const int group_row = block.m_begin + c.row_group * 64;
 //@if gate
-    const KeyRange seen = keys;
+    const Range seen = keys;
 //@else
-    const KeyRange seen = KEY_SLICES > 1 ? keys : group_key_range(own, keys, group_row);
+    const Range seen = KEY_SLICES > 1 ? keys : own_key_tiles<64>(own, keys, group_row);
 //@end
-    const UnmaskedRange unmasked = unmasked_range(own, group_row);
+    const Range unmasked = unmasked_key_tiles<64>(own, group_row);
     c.warp_row = group_row + warp_idx() % 4 * 16;
-    c.mask.n_block_begin = seen.n_block_begin;
+    c.mask.n_block_begin = seen.begin;
     c.mask.gmem = mask_of(p, block.batch_idx, block.head_idx);
     c.softmax = {{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
 //@if gate
@@ -355,18 +354,18 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     if (!IS_PLAIN) clear_output(c);
 
     // All consumers count all key tiles of the block, and all but the first give a turn.
-    int n_block = keys.n_block_end - 1 - slice;
+    int n_block = keys.end - 1 - slice;
     const auto skip_down_to = [&](int end) {
       for (; n_block >= end; --n_block) {
-        if (PING_PONG && n_block < keys.n_block_end - 1) pass_issue(c);
+        if (PING_PONG && n_block < keys.end - 1) pass_issue(c);
         skip_key_tile(c, bar);
       }
     };
-    if (KEY_SLICES == 1) skip_down_to(seen.n_block_end);
-    const int begin = seen.n_block_begin;
+    if (KEY_SLICES == 1) skip_down_to(seen.end);
+    const int begin = seen.begin;
     const bool sees_keys = n_block >= begin;
     if (sees_keys) {
-      if (PING_PONG && n_block < keys.n_block_end - 1) pass_issue(c);
+      if (PING_PONG && n_block < keys.end - 1) pass_issue(c);
       if constexpr (MASK_KIND != 0) c.mask.fetch(own, c.warp_row, n_block);
       key_tile<true, true>(c, own, bar, smem, n_block, begin);
       n_block -= KEY_SLICES;
@@ -391,7 +390,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     } else if (IS_PLAIN) {
       clear_output(c);
     }
-    if (HAS_WINDOW_LEFT && KEY_SLICES == 1) skip_down_to(keys.n_block_begin);
+    if (HAS_WINDOW_LEFT && KEY_SLICES == 1) skip_down_to(keys.begin);
     if constexpr (FLOAT8) {  // what follows knows nothing of factors
       c.softmax.row_max[0] *= of_products;
       c.softmax.row_max[1] *= of_products;

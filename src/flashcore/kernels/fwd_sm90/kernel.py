@@ -14,6 +14,7 @@ from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.kernel import ForwardKernel, Pointers, Tile
 from flashcore.problem import Problem
+from flashcore.problem.problem import PACKS_QUERIES
 
 # Where products bound the time more stages than these gain nothing; more are for reading memory.
 _STAGES_OF_PRODUCTS = 4
@@ -120,7 +121,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.num_splits < plan.fewest_splits:
             return False
-        if plan.num_splits > 1 and plan.varlen == "packed":
+        if plan.num_splits > 1 and plan.varlen in PACKS_QUERIES:
             return False
         # Turns are given for every key tile of a block; consumers that share keys have their own.
         takes_turns = plan.num_consumers > 1 and plan.key_slices == 1

@@ -2,6 +2,16 @@
 // memory what lies. Mirrored by kernels/fwd_sm90/params.py and kernels/fwd_sm90/plan.py.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
+#include "fwd_sm90/mask_tile_sm90.cuh"
+#include "fwd_sm90/merge_sm90.cuh"
+#include "fwd_sm90/pipeline_sm90.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "fwd_sm90/split_sm90.cuh"
+
 struct AttnSm90Params {
   TensorMap q_map;  // boxes of 64 rows x CHUNK columns of q
   TensorMap k_map;  // boxes of BLOCK_N rows x CHUNK columns of k

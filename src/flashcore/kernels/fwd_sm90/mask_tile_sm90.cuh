@@ -5,6 +5,10 @@
 // eight rows at a time: eight times as many accesses, and in the middle of the softmax.)
 #pragma once
 
+#include "prims.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+
 // A mask that all queries share, such as one of padding, has one row.
 constexpr int MASK_ROWS = MASK_IS_ROW ? 1 : 16;
 constexpr int MASK_ELEMENT_BYTES = int(sizeof(MaskElement));

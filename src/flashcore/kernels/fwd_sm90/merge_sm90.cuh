@@ -5,6 +5,10 @@
 // m = -inf and counts nothing.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/softmax.cuh"
+#include "fwd_sm90/pipeline_sm90.cuh"
+
 // A consumer hands this over: O and the state of the softmax, 128 threads' registers.
 template <int NUM_OUT_FRAGS>
 constexpr int SLICE_FLOATS = (NUM_OUT_FRAGS * 8 + 4) * 128;

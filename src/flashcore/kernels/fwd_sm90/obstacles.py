@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def obstacle(problem: Problem) -> str | None:
     """Return why the Hopper kernel cannot serve a problem, or None."""
     num_rows = problem.total_q * problem.num_heads_q  # 0 unless packed
-    if num_rows + problem.batch >= 2**30 and problem.varlen == "packed":
+    if num_rows + problem.batch >= 2**30 and problem.packs_queries:
         return "it counts the row tiles of all packed sequences in 32 bits"
-    reason = _obstacle_to_pages(problem) if problem.varlen == "pages" else None
+    reason = _obstacle_to_pages(problem) if problem.has_pages else None
     if problem.cache_dtype and not problem.is_readable:
         return "it reads caches of 8 bits in rows of whole 16 bytes, contiguous"
     return reason or next(iter(unreadable(problem).values()), None) or obstacle_to_splits(problem)
@@ -48,10 +48,10 @@ def unreadable(problem: Problem) -> Mapping[str, str]:
                 f"TMA needs 16-byte aligned rows, and some address or stride of {name} is a "
                 f"multiple of {problem.load_bytes} bytes only"
             )
-    packed, pages = problem.varlen == "packed", problem.varlen == "pages"
-    ragged = {"keys": "kv", "pages": "v"}.get(problem.varlen, "")
+    packed, pages = problem.packs_queries, problem.has_pages
+    ragged = "v" if pages else "kv" if problem.varlen == "keys" else ""
     rows_q = problem.total_q if packed else problem.seqlen_q
-    rows_k = problem.total_k if packed else problem.page_size if pages else problem.seqlen_k
+    rows_k = problem.page_size if pages else problem.total_k if packed else problem.seqlen_k
     for name, strides, rows in (
         ("q", problem.q_strides, rows_q),
         ("k", problem.k_strides, rows_k),

@@ -10,6 +10,14 @@
 // sequence comes from behind the end of a page of K, where TMA reads zeros.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/pages.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/layout_sm90.cuh"
+
 FC_DEVICE constexpr int common_divisor(int a, int b) {
   return b == 0 ? a : common_divisor(b, a % b);
 }
@@ -29,7 +37,7 @@ struct PageBoxes {
   int next[KEY_SLICES], of_k[KEY_SLICES], of_v[KEY_SLICES];
 
   // Goes to another row tile, whose first key tile of each slice is `n_block` - slice.
-  FC_DEVICE void begin(const AttnParams& own, const BlockCoord& block, const KeyRange& keys,
+  FC_DEVICE void begin(const AttnParams& own, const BlockCoord& block, const Range& keys,
                        int n_block) {
     entries = pages_of(params.attn, block.batch_idx);
     num_keys = own.seqlen_k;
@@ -39,7 +47,7 @@ struct PageBoxes {
   }
 
   // Makes the entry that was looked up that of K, and looks up that of key tile `n_block`.
-  FC_DEVICE void advance(int slice, const KeyRange& keys, int n_block) {
+  FC_DEVICE void advance(int slice, const Range& keys, int n_block) {
     of_v[slice] = of_k[slice];
     of_k[slice] = next[slice];
     next[slice] = look_up(keys, n_block);
@@ -48,9 +56,9 @@ struct PageBoxes {
   FC_DEVICE static int first_key(int n_block) { return n_block * BLOCK_N + lane_idx() * BOX_ROWS; }
 
   // The entry as it is: who waits for it to check it would wait here.
-  FC_DEVICE int look_up(const KeyRange& keys, int n_block) const {
+  FC_DEVICE int look_up(const Range& keys, int n_block) const {
     const int key = first_key(n_block);
-    const bool is_read = n_block >= keys.n_block_begin && lane_idx() < NUM_BOXES && key < num_keys;
+    const bool is_read = n_block >= keys.begin && lane_idx() < NUM_BOXES && key < num_keys;
     return is_read ? gmem_load(entries + key / PAGE_SIZE) : 0;
   }
 

@@ -46,7 +46,7 @@ class AttnSm90GateParams(ctypes.Structure):
 
 def num_row_tiles(problem: Problem, plan: Sm90Plan) -> int:
     """Return the number of row tiles of all heads; of packed sequences as many as there can be."""
-    if problem.varlen == "packed":
+    if problem.packs_queries:
         return params.grid_size(problem, plan)
     problem = as_launched(problem, plan.folds_heads)
     return -(-problem.seqlen_q // plan.block_m) * problem.num_heads_q * problem.batch
@@ -165,7 +165,7 @@ def _set_map(
     pointers: dict[str, int | None],
 ) -> None:
     """Write the tensor map of one of MAPS, of a problem as the kernel sees it."""
-    packed, pages = problem.varlen == "packed", problem.varlen == "pages"
+    packed, pages = problem.packs_queries, problem.has_pages
     heads, kv_heads, dim_v = problem.num_heads_q, problem.num_heads_kv, problem.head_dim_v
     rows_q, rows_k = (
         (problem.total_q, problem.total_k) if packed else (problem.seqlen_q, problem.seqlen_k)
@@ -180,13 +180,14 @@ def _set_map(
         "o": (out_strides, dim_v, rows_q, heads),
     }
     of_keys = name in ("k", "v")
+    of_pages = pages and of_keys
     strides, cols, num_rows, heads = tensors[name]
     batches = problem.batch
-    if pages and of_keys:
+    if of_pages:
         num_rows, batches = problem.page_size, problem.num_pages
     # A dimension of size 1 has stride 0 in a Problem; a descriptor wants some legal one. Others
     # that have it are expanded: TMA reads the same rows again, as was tried on an H200.
-    sizes = (1 if packed else batches, heads, num_rows)
+    sizes = (1 if packed and not of_pages else batches, heads, num_rows)
     element_bytes, box_cols = _ELEMENT_BYTES, plan.chunk
     if of_keys:
         element_bytes, box_cols = problem.cache_bytes, plan.load_chunk
@@ -209,7 +210,7 @@ def _set_map(
         element_bytes=element_bytes,
         swizzle_bytes=box_cols * element_bytes if is_swizzled else 0,
     )
-    if packed:
+    if packed and not of_pages:
         make_ragged(tensor_map, 0)
     elif (problem.varlen == "keys" and of_keys) or (pages and name == "v"):
         rows_per_batch = batch_bytes // row_bytes if strides[0] else 0

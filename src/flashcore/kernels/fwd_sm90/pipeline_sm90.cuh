@@ -3,6 +3,8 @@
 // between the two (tile/float8.cuh), and there are rings before and behind it.
 #pragma once
 
+#include "prims_sm90.cuh"
+
 // Of 8-bit tiles there are more on their way than consumers have: LOAD_STAGES, else NUM_STAGES.
 constexpr int CONVERTING_WARPS = NUM_CONVERTERS * 2;  // that share a tile of K, or of V
 constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup

@@ -15,6 +15,7 @@ from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
 from flashcore.problem.exactness import fewest_splits
 from flashcore.problem.folding import fold_heads
+from flashcore.problem.problem import PACKS_QUERIES
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -50,8 +51,7 @@ class Sm90Plan(Plan):
     queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
     elements; `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py;
     `load_stages`: tiles of K and V for which there is room as bytes, of 8-bit caches (0 of others),
-    beside the `num_stages` that are converted, by `converters` warpgroups (tile/float8.cuh);
-    `q_in_registers`: consumers hold Q there, too.
+    beside the `num_stages` that are converted, by `converters` warpgroups (tile/float8.cuh).
     """
 
     ping_pong: bool = False
@@ -83,7 +83,7 @@ class Sm90Plan(Plan):
     def draws_tiles(self) -> bool:
         """Return whether blocks draw row tiles from a counter in global memory
         (fwd_sm90/schedule_sm90.cuh, tile/schedule_varlen.cuh)."""
-        return self.varlen == "packed" or (self.has_window_right and self.num_splits == 1)
+        return self.varlen in PACKS_QUERIES or (self.has_window_right and self.num_splits == 1)
 
     @property
     def arch_suffix(self) -> str:
@@ -118,11 +118,9 @@ class Sm90Plan(Plan):
 
     @property
     def load_chunk(self) -> int:
-        """Return columns of K and V that are loaded as one: `chunk`; of 8 bits 128 where whole
-        tiles have that many, so that TMA fetches 128 bytes of a row at once."""
-        if not self.has_float8:
-            return self.chunk
-        return math.gcd(128, *tiles_sm90.padded_dims(self.head_dim, self.head_dim_v))
+        """Return columns of K and V that are loaded as one: `chunk`; of 8 bits up to 128."""
+        dims = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
+        return math.gcd(128, *dims) if self.has_float8 else self.chunk
 
     @property
     def smem_bytes(self) -> int:
@@ -135,14 +133,13 @@ class Sm90Plan(Plan):
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4
-        feed = _FEED_BYTES if self.varlen == "packed" else _SPLIT_BYTES * is_split
+        feed = _FEED_BYTES if self.varlen in PACKS_QUERIES else _SPLIT_BYTES * is_split
         shares += self.mask_bytes
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
         num_barriers += 4 * self.num_stages
         num_barriers += 2 * (self.key_slices > 1)
-        if self.has_float8:
-            num_barriers += 4 * self.load_stages
-            shares += self.load_stages * (self.block_n * (qk_cols + v_cols) + _END_BYTES)
+        num_barriers += 4 * self.load_stages
+        shares += self.load_stages * (self.block_n * (qk_cols + v_cols) + _END_BYTES)
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
     @property
@@ -184,12 +181,12 @@ class Sm90Plan(Plan):
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
         # take the most: each lane of the producer's warp knows those of its own.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
-        producer = 32 if self.varlen == "packed" or many_chunks else 24
-        if self.varlen == "pages":
+        producer = 32 if self.varlen in PACKS_QUERIES or many_chunks else 24
+        if self.page_size:
             producer = 40
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
-        roles = consumer, min(40, pool - consumer * self.num_consumers)
-        return (*roles, *[CONVERTER_REGISTERS] * self.converters)
+        producer = min(40, pool - consumer * self.num_consumers)
+        return (consumer, producer, *[CONVERTER_REGISTERS] * self.converters)
 
     @property
     def overlaps(self) -> bool:
@@ -216,14 +213,14 @@ class Sm90Plan(Plan):
 
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
-        consumer_registers, producer_registers, *of_converter = self.role_registers
+        consumer_registers, producer_registers, *converters = self.role_registers
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
         del constants["NUM_WARPS"], constants["LOAD_BYTES"], constants["KEY_TILES_OF_CHUNK"]
         return constants | {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
-            "CONVERTER_REGISTERS": of_converter[0] if of_converter else producer_registers,
+            "CONVERTER_REGISTERS": (*converters, producer_registers)[0],
             "LOAD_STAGES": self.load_stages if self.has_float8 else self.num_stages,
             "LOAD_CHUNK": self.load_chunk,
             "NUM_CONVERTERS": self.converters,
@@ -252,7 +249,7 @@ class Sm90Plan(Plan):
 
 def _of_mean_lengths(problem: Problem) -> Problem:
     """Return packed sequences as a batch of equal ones, for the choice of tiles."""
-    if problem.varlen != "packed":
+    if not problem.packs_queries:
         return problem
     batch = max(1, problem.batch)
     return dataclasses.replace(problem, batch=batch, seqlen_q=-(-problem.total_q // batch))
@@ -336,7 +333,8 @@ def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> 
     plan = Sm90Plan(
         kernel=KERNEL, arch=ARCH, lazy_rescale=gate is None, gate=gate, **sizes, **of_problem
     )
-    if (plan.varlen in ("packed", "pages") or plan.has_float8) and not _has_registers(plan):
+    is_tight = plan.varlen in PACKS_QUERIES or plan.page_size or plan.has_float8
+    if is_tight and not _has_registers(plan):
         return None
     plan = with_o_fitted(plan)
     return plan if plan.smem_bytes <= smem_limits(ARCH)[0] else None

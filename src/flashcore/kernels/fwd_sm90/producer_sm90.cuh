@@ -4,6 +4,22 @@
 // load K and V with it (fwd_sm90/pages_sm90.cuh).
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/float8.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
+#include "fwd_sm90/layout_sm90.cuh"
+#include "fwd_sm90/pages_sm90.cuh"
+#include "fwd_sm90/pipeline_sm90.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
+#include "fwd_sm90/split_sm90.cuh"
+//@if gate
+#include "tile/gates.cuh"
+//@end
+
 // The row tiles of a block, one after the other.
 template <bool FROM_FEED = PACKED, bool IN_PIECES = SPLIT_KV>
 FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
@@ -66,11 +82,11 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     ++v_state.count;
   };
 
-  const auto load_keys = [&](const BlockCoord& block, const KeyRange& keys, int n_block) {
+  const auto load_keys = [&](const BlockCoord& block, const Range& keys, int n_block) {
 #pragma unroll
     for (int s = 0; s < KEY_SLICES; ++s) {
       if (PAGED) pages.advance(s, keys, n_block - s - KEY_SLICES);
-      if (n_block - s >= keys.n_block_begin) load_k(k_states[s], block, n_block - s);
+      if (n_block - s >= keys.begin) load_k(k_states[s], block, n_block - s);
     }
   };
 
@@ -99,14 +115,14 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     if (!PAGED) k_box = key_box(p, block, p.lengths.k_rows_per_batch);
     if (!PAGED) v_box = key_box(p, block, p.lengths.v_rows_per_batch);
 //@if gate tile
-    const KeyRange keys = gate_last_tile(own_keys(own, block));
+    const Range keys = gate_last_tile(own_keys(own, block));
 //@else
-    const KeyRange keys = own_keys(own, block);
+    const Range keys = own_keys(own, block);
 //@end
     if (!PAGED) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
-    int n_block = keys.n_block_end - 1;
+    int n_block = keys.end - 1;
     if (PAGED) pages.begin(own, block, keys, n_block);
     load_keys(block, keys, n_block);
     for (int group = 0; leads && group < NUM_ROW_GROUPS; ++group) {
@@ -122,9 +138,9 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       }
     }
     bool asked = false;
-    while (n_block >= keys.n_block_begin) {
+    while (n_block >= keys.begin) {
       n_block -= KEY_SLICES;
-      if (!asked && n_block < keys.n_block_begin + ASK_AHEAD) {
+      if (!asked && n_block < keys.begin + ASK_AHEAD) {
         if (leads) tile.ask(p, params.schedule);
         asked = true;
       }
@@ -132,7 +148,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 #pragma unroll
       for (int s = 0; s < KEY_SLICES; ++s) {
         const int before = n_block - s + KEY_SLICES;
-        if (before >= keys.n_block_begin) load_v(v_states[s], block, before);
+        if (before >= keys.begin) load_v(v_states[s], block, before);
       }
     }
     if (leads && !asked) tile.ask(p, params.schedule);  // it has no key tiles

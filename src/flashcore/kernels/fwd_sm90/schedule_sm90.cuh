@@ -10,10 +10,9 @@
 // make a whole one: a small last section would leave most blocks without work.
 #pragma once
 
-struct TileSchedule {
-  int32_t num_heads;          // num_heads_q * batch
-  int32_t heads_per_section;  // of the last section maybe more; read only under a right bound
-};
+#include "prims.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
 
 constexpr bool DRAWS_TILES = HAS_WINDOW_RIGHT && !SPLIT_KV;
 

@@ -7,6 +7,14 @@
 // order of the splits, so that the result does not depend on who it was.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/band.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "tile/softmax.cuh"
+#include "fwd_sm90/pipeline_sm90.cuh"
+
 // The pieces of a row tile come side by side; row tiles are in the order of block_coord.
 struct SplitWalk {
   int piece = block_idx();
@@ -26,14 +34,13 @@ struct SplitWalk {
 };
 
 // The key tiles of a block's piece; of the whole row tile unless SPLIT_KV.
-FC_DEVICE KeyRange own_keys(const AttnParams& p, const BlockCoord& block) {
-  const KeyRange keys = key_range(p, block.m_begin);
+FC_DEVICE Range own_keys(const AttnParams& p, const BlockCoord& block) {
+  const Range keys = key_tiles(p, block.m_begin);
   if (!SPLIT_KV) return keys;
-  const int num_tiles = keys.n_block_end - keys.n_block_begin;
+  const int num_tiles = keys.end - keys.begin;
   const int at_least = num_tiles / p.splits.num_splits;
   const int one_more = num_tiles % p.splits.num_splits;  // so many pieces, the first ones
-  const int begin =
-      keys.n_block_begin + block.split * at_least + min_i(block.split, one_more);
+  const int begin = keys.begin + block.split * at_least + min_i(block.split, one_more);
   return {begin, begin + at_least + (block.split < one_more ? 1 : 0)};
 }
 

@@ -67,7 +67,7 @@ class Tile(NamedTuple):
 def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     """Return the tile with its keys split over as many blocks as pays, and the rows of `folded`
     heads dealt out to as many row tiles."""
-    if problem.varlen == "packed":
+    if problem.packs_queries:
         return tile
     dims = problem.head_dim + problem.head_dim_v
     sharing = best_sharing(
@@ -110,7 +110,7 @@ def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
         for tile in _float8_tiles(problem):
             yield _split_keys(problem, tile, folded)
         return
-    if problem.varlen != "packed" and problem.seqlen_q <= ROWS_OF_CONSUMER:
+    if not problem.packs_queries and problem.seqlen_q <= ROWS_OF_CONSUMER:
         num_tiles = problem.batch * problem.num_heads_q
         if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
             yield _streaming_tile(problem, folded)
@@ -183,7 +183,7 @@ def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
     many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
     if dim <= 64:
         # Or 192 rows spill: what deals out packed tiles takes registers, too.
-        is_large = problem.window_left >= 0 or (bounded and problem.varlen == "packed")
+        is_large = problem.window_left >= 0 or (bounded and problem.packs_queries)
         q_buffers = 1 if is_large else 2
         if many_192 and keys >= (2048 if bounded else 512):
             yield Tile(192, 128, ping_pong=True, num_stages=3, q_buffers=q_buffers)
@@ -239,6 +239,7 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
         yield Tile(128, 64, ping_pong=True)
     else:
         overfull = mask is not None and problem.window_left >= 0 and (has_softcap or not is_aligned)
+        overfull |= mask is not None and problem.has_pages  # whose producer takes registers
         if number is None and not overfull:
             yield Tile(128, 64, ping_pong=not has_softcap)
         yield Tile(128, 48, ping_pong=True)

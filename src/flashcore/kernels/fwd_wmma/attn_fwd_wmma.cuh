@@ -11,13 +11,15 @@
 #pragma once
 
 #include "prims.cuh"
-#include "tile/params.cuh"
-#include "tile/schedule.cuh"
-#include "tile/sequence.cuh"
+#include "tile/band.cuh"
 #include "tile/copy.cuh"
 #include "tile/mask.cuh"
-#include "tile/softmax.cuh"
 #include "tile/max_score.cuh"
+#include "tile/params.cuh"
+#include "tile/rows.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "tile/softmax.cuh"
 #include "tile/totals.cuh"
 //@if gate
 #include "tile/gates.cuh"
@@ -115,7 +117,7 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
   const BlockCoord block = row_tile(params, block_idx());
   if (PACKED && block.m_begin < 0) return;
   const auto& p = sequence_params(params, block);
-  const KeyRange keys = key_range(p, block.m_begin);
+  const Range keys = key_tiles(p, block.m_begin);
   const int warp_row = block.m_begin + warp_idx() * 16;
   const auto q_gmem =
       p.tensors.q + (block.batch_idx * p.strides.q.batch + block.head_idx * p.strides.q.head);
@@ -133,7 +135,7 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
   // Starts the copy of one key tile into its stage, as one cp.async group; past the end an empty
   // group.
   const auto load_keys = [&](int n_block) {
-    if (n_block < keys.n_block_end) {
+    if (n_block < keys.end) {
       const int stage = n_block % NUM_STAGES;
       const int key_begin = n_block * BLOCK_N;
       const auto k_rows = rows_of_keys(p, block, k_gmem, p.strides.k);
@@ -147,13 +149,13 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
   };
 
   // Load Q, which joins the first group of K and V. Nothing is loaded when no key can be seen.
-  if (keys.n_block_begin < keys.n_block_end) {
+  if (keys.begin < keys.end) {
     zero_padding<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem);
     zero_padding<NUM_STAGES * BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem);
     zero_padding<NUM_STAGES * BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem);
     load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, EvenRows{q_gmem, p.strides.q.row},
                                             block.m_begin, p.seqlen_q);
-    for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) load_keys(keys.n_block_begin + ahead);
+    for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) load_keys(keys.begin + ahead);
   }
 
   WmmaAccum out[OUT_FRAGS];
@@ -163,7 +165,7 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
   Totals<OUT_FRAGS> totals;
   const float scale_log2 = softmax_scale_log2(p);
 
-  for (int n_block = keys.n_block_begin; n_block < keys.n_block_end; ++n_block) {
+  for (int n_block = keys.begin; n_block < keys.end; ++n_block) {
     // K and V of this tile arrive; the next tile's copy starts into the stage read one step ago.
     if (NUM_STAGES == 1) {
       block_sync();  // orders the last step's reads of the stage before the copy below

@@ -128,7 +128,7 @@ class AttnGateParams(AttnParams):
 def grid_size(problem: Problem, plan: Plan) -> int:
     """Return the number of blocks of the one-dimensional grid: one for a row tile of each head of
     each sequence. Of packed sequences, as many as there can be."""
-    if problem.varlen == "packed":  # tile numbers, see tile/sequence.cuh
+    if problem.packs_queries:  # tile numbers, see tile/sequence.cuh
         num_m_blocks = problem.total_q // plan.block_m + problem.batch + 1
         return num_m_blocks * problem.num_heads_q
     problem = as_launched(problem, plan.folds_heads)
@@ -208,8 +208,9 @@ def build_params(
     params.lower_right = problem.causal != "upper_left"
     for name, stride in zip(SCALE_STRIDES, problem.scale_strides, strict=True):
         setattr(params, name, stride)
-    if problem.varlen == "packed":
+    if problem.packs_queries:
         params.max_tiles = grid_size(problem, plan)
+        most_keys = problem.seqlen_k if problem.has_pages else problem.total_k
         # Class c holds sequences of more than 2^(c - 1) and at most 2^c key tiles.
-        params.num_length_classes = (-(-problem.total_k // plan.block_n) - 1).bit_length() + 1
+        params.num_length_classes = (-(-most_keys // plan.block_n) - 1).bit_length() + 1
     return params

@@ -33,7 +33,7 @@ HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 
 # How sequences of one call may differ in length (tile/sequence.cuh): not, as packed rows
 # (attention_varlen), in the number of keys (seqlens_k), or so with keys in pages (page_table).
-VARLEN_KINDS = ("none", "packed", "keys", "pages")
+VARLEN_KINDS = ("none", "packed", "keys", "pages", "packed_pages")
 _MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
 _CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
 

@@ -2,7 +2,7 @@
 // a launch that starts early it checks that every thread waits before it touches global memory.
 #pragma once
 
-#include "host/machine_sm90.cuh"
+#include "host/simulator/machine_sm90.cuh"
 #include "host/types.cuh"
 
 FC_DEVICE void grid_dependency_wait() { fc_host::grid_dependency_wait(); }

@@ -1,8 +1,7 @@
 // host/math.cuh - the float32 functions of ptx/math.cuh, correctly rounded or nearly so, with the
-// same treatment of subnormals (.ftz: taken and given as zero).
+// same treatment of subnormals (.ftz: taken and given as zero). The compiler's names of libm's
+// functions: <cmath> takes longer to read than a kernel.
 #pragma once
-
-#include <cmath>
 
 #include "host/types.cuh"
 
@@ -16,17 +15,17 @@ inline float flush_subnormal(float x) {
 
 }  // namespace fc_host
 
-FC_DEVICE float exp2_approx(float x) { return fc_host::flush_subnormal(::exp2f(x)); }
-FC_DEVICE float log2_approx(float x) { return ::log2f(fc_host::flush_subnormal(x)); }
+FC_DEVICE float exp2_approx(float x) { return fc_host::flush_subnormal(__builtin_exp2f(x)); }
+FC_DEVICE float log2_approx(float x) { return __builtin_log2f(fc_host::flush_subnormal(x)); }
 FC_DEVICE float rcp_approx(float x) {
   return fc_host::flush_subnormal(1.0f / fc_host::flush_subnormal(x));
 }
 
 // a * b + c, rounded once.
-FC_DEVICE float fma_rn(float a, float b, float c) { return ::fmaf(a, b, c); }
+FC_DEVICE float fma_rn(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
 // The other operand when one is NaN.
 FC_DEVICE float max_f(float a, float b) { return a > b || b != b ? a : b; }
-FC_DEVICE float abs_f(float x) { return ::fabsf(x); }
+FC_DEVICE float abs_f(float x) { return __builtin_fabsf(x); }
 FC_DEVICE int min_i(int a, int b) { return a < b ? a : b; }
 FC_DEVICE int max_i(int a, int b) { return a > b ? a : b; }
 // x, hidden from the optimiser on the device; nothing to hide here.

@@ -1,7 +1,7 @@
 // host/mbarrier.cuh - barriers in shared memory that count arrivals and bytes (PTX ISA: mbarrier).
 #pragma once
 
-#include "host/machine_sm90.cuh"
+#include "host/simulator/machine_sm90.cuh"
 #include "host/memory.cuh"
 
 #define FC_HOST_SM90 1

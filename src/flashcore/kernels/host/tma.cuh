@@ -3,7 +3,7 @@
 // the scheduler picks.
 #pragma once
 
-#include "host/machine_sm90.cuh"
+#include "host/simulator/machine_sm90.cuh"
 #include "host/memory.cuh"
 
 // Has no effect that a kernel could see.

@@ -1,7 +1,7 @@
 // host/types.cuh - scalar types of the simulator side; see ptx/types.cuh for the device side.
 #pragma once
 
-#include "host/machine.cuh"
+#include "host/simulator/machine.cuh"
 
 #define FC_DEVICE inline
 #define FC_KERNEL(name, threads, min_blocks) static void name

@@ -1,7 +1,7 @@
 // host/warpgroup.cuh - barriers among some warps, register budgets of warpgroups, proxy fences.
 #pragma once
 
-#include "host/machine_sm90.cuh"
+#include "host/simulator/machine_sm90.cuh"
 #include "host/memory.cuh"
 
 // `threads` counts all that sync or arrive, whole warps (PTX ISA: bar.sync, bar.arrive).

@@ -3,7 +3,7 @@
 // scheduler picks; the accumulators hold NaN until the wait.
 #pragma once
 
-#include "host/machine_sm90.cuh"
+#include "host/simulator/machine_sm90.cuh"
 #include "host/wmma.cuh"
 
 using WgmmaDesc = fc_host::Operand;

@@ -1,7 +1,7 @@
 // tile/copy.cuh - row tiles between global and shared memory.
 #pragma once
 
-#include "tile/rows.cuh"
+#include "prims.cuh"
 
 // Row stride of a tile in shared memory, in elements: the columns rounded up to whole 16-wide
 // fragments, plus 8 elements (16 bytes) so that the eight rows of an 8x8 matrix fall into different

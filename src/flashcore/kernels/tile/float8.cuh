@@ -11,6 +11,12 @@
 // largest product.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/mask.cuh"
+#include "tile/softmax.cuh"
+#include "fwd_sm90/layout_sm90.cuh"
+#include "fwd_sm90/pipeline_sm90.cuh"
+
 // Has the converting warps end, once they are done with the tiles before.
 FC_DEVICE void end_conversion(const Barriers& bar, const Buffers& smem, const LoadState& k,
                               const LoadState& v) {

@@ -3,14 +3,24 @@
 // isolate/gates.py runs them and compares with float64 models.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/band.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/softmax.cuh"
+//@if gate pv_serial
+#include "tile/copy.cuh"
+//@end
+
 FC_DEVICE int64_t gate_row(const AttnParams& p, const BlockCoord& block, int row) {
   return (int64_t(block.batch_idx) * p.num_heads_q + block.head_idx) * p.seqlen_q + row;
 }
 
 //@if gate tile
 // Of a kernel that visits key tiles from last to first: the range without all that follow.
-FC_DEVICE KeyRange gate_last_tile(const KeyRange& keys) {
-  return {max_i(keys.n_block_begin, keys.n_block_end - 1), keys.n_block_end};
+FC_DEVICE Range gate_last_tile(const Range& keys) {
+  return {max_i(keys.begin, keys.end - 1), keys.end};
 }
 
 //@end

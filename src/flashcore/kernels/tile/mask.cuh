@@ -1,6 +1,10 @@
 // tile/mask.cuh - turns raw q.k of one 16-row strip into the scores that softmax sees.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/band.cuh"
+#include "tile/params.cuh"
+
 // With a softcap or an additive mask, scores leave here scaled, and what is left for softmax is to
 // take them to log2 units. Not here: the lowest number of float32 or bfloat16 would overflow.
 constexpr bool SCORES_ARE_SCALED = HAS_SOFTCAP || MASK_KIND == 2;
@@ -81,46 +85,13 @@ FC_DEVICE void add_mask(float& score, T x) {
   score += to_float(x);
 }
 
-// Whether some element of rows [row_begin, row_begin + 16) x keys [key_begin, key_begin + BLOCK_N)
-// may not be attended to because of the sequence's end or the window. The same for all lanes.
+// Whether some element of rows [row_begin, row_begin + 16) x keys [key_begin, key_begin + KEYS) may
+// not be attended to because of the sequence's end or the window. The same for all lanes.
+template <int KEYS>
 FC_DEVICE bool strip_needs_mask(const AttnParams& p, int row_begin, int key_begin) {
-  const int last_key = key_begin + BLOCK_N - 1;
-  const QueryRange queries = queries_of(p, row_begin, 16);
-  bool needed = last_key >= p.seqlen_k;
-  const Band& band = p.band;
-  if (HAS_WINDOW_RIGHT) needed |= last_key > queries.first + band.diag_offset + band.window_right;
-  if (HAS_WINDOW_LEFT) needed |= key_begin < queries.last + band.diag_offset - band.window_left;
-  return needed;
+  const bool ends = key_begin + KEYS - 1 >= p.seqlen_k;
+  return ends | window_hides_some<16, KEYS>(p, row_begin, key_begin);
 }
-
-// Which columns of a lane's part of the scores its two rows may see, counted from its first one so
-// that a compare takes a constant: three registers at most, or four where heads are FOLDED.
-struct VisibleColumns {
-  int begin[FOLDED ? 2 : 1];  // of the first row; the second one's is 8 further, unless FOLDED
-  int end[2];
-
-  FC_DEVICE VisibleColumns(const AttnParams& p, int row_begin, int key_begin) {
-    const int lane = opaque(lane_idx());  // or what depends on it alone lives on between key tiles
-    const int row = row_begin + accum_row(lane, 0);
-    const int first_col = key_begin + accum_col(lane, 0);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int diagonal = query_of(p, row + accum_row(0, r * 2)) + p.band.diag_offset;
-      if (r == 0 || FOLDED) begin[FOLDED ? r : 0] = diagonal - p.band.window_left - first_col;
-      end[r] = p.seqlen_k;
-      if (HAS_WINDOW_RIGHT) end[r] = min_i(end[r], diagonal + p.band.window_right + 1);
-      end[r] -= first_col;
-    }
-  }
-
-  // Element i of fragment n.
-  FC_DEVICE bool contain(int n, int i) const {
-    const int col = n * 16 + accum_col(0, i);
-    const int past_begin = col - (FOLDED ? 0 : accum_row(0, i));
-    return col < end[i % 4 / 2] &&
-           (!HAS_WINDOW_LEFT || past_begin >= begin[FOLDED ? i % 4 / 2 : 0]);
-  }
-};
 
 // What takes scores, as they leave here, to log2 units.
 FC_DEVICE float softmax_scale_log2(const AttnParams& p) {
@@ -139,7 +110,7 @@ FC_DEVICE void scale_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p)
   }
 }
 
-FC_DEVICE void hide_fragment(WmmaAccum& scores, const VisibleColumns& visible, int n) {
+FC_DEVICE void hide_fragment(WmmaAccum& scores, const VisibleColumns<>& visible, int n) {
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
     if (!visible.contain(n, i)) scores.x[i] = NEG_INF;
@@ -150,8 +121,8 @@ FC_DEVICE void hide_fragment(WmmaAccum& scores, const VisibleColumns& visible, i
 template <int NUM_FRAGS>
 FC_DEVICE void hide_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, int row_begin,
                            int key_begin) {
-  if (!strip_needs_mask(p, row_begin, key_begin)) return;
-  const VisibleColumns visible(p, row_begin, key_begin);
+  if (!strip_needs_mask<NUM_FRAGS * 16>(p, row_begin, key_begin)) return;
+  const VisibleColumns<> visible(p, row_begin, key_begin);
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
     hide_fragment(scores[n], visible, n);
@@ -168,7 +139,7 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
   // The branch also keeps ptxas from fetching a mask tensor's elements ahead of the products, which
   // costs more registers than there are.
   if (row_begin >= p.seqlen_q) return;
-  const VisibleColumns visible(p, row_begin, key_begin);
+  const VisibleColumns<> visible(p, row_begin, key_begin);
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
     const int frag_key = key_begin + n * 16;

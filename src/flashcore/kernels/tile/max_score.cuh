@@ -7,6 +7,12 @@
 // that returns it does not rescale lazily (LAZY_RESCALE).
 #pragma once
 
+#include "prims.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/softmax.cuh"
+
 // The float of a row's head. Where heads are FOLDED, their rows follow one another in one head.
 FC_DEVICE GmemPtr<float> max_score_of(const AttnParams& p, const BlockCoord& block, int row) {
   const int head = block.batch_idx * p.num_heads_q + block.head_idx;

@@ -6,6 +6,10 @@
 // others either, so they are clamped: whatever they are, no sequence reaches outside of the cache.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/params.cuh"
+#include "tile/sequence.cuh"
+
 // A sequence's row of the page table.
 FC_DEVICE GmemPtr<const int32_t> pages_of(const AttnParams& p, int batch_idx) {
   return p.pages.page_table + int64_t(batch_idx) * p.pages.page_table_stride;

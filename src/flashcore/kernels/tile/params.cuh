@@ -3,6 +3,8 @@
 // names an address by its field alone.
 #pragma once
 
+#include "prims.cuh"
+
 // Another tensor that a kernel reads or writes gets its address here and in `Tensors` of params.py.
 struct Tensors {
   GmemPtr<const Element> q;         // [batch, num_heads_q, seqlen_q, HEAD_DIM]

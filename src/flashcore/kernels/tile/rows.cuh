@@ -1,7 +1,11 @@
 // tile/rows.cuh - where the rows of Q, K and V lie, for load_tile in tile/copy.cuh.
 #pragma once
 
+#include "prims.cuh"
 #include "tile/pages.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
 
 // The rows of a matrix that are one stride apart.
 struct EvenRows {

@@ -9,6 +9,11 @@
 // together. Coordinates reach the producer through shared memory, each when it asks for them.
 #pragma once
 
+#include "prims_sm90.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+
 constexpr int FEED_BYTES = PACKED ? 16 + 2 * 8 : 0;
 
 struct Feed {

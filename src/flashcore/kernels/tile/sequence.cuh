@@ -5,12 +5,17 @@
 // are, no sequence reaches outside of the tensors.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+
 // Tensors are [total, num_heads, HEAD_DIM]; sequence b has rows cu_seqlens[b] to cu_seqlens[b + 1].
-constexpr bool PACKED = VARLEN == 1;
+// With VARLEN 4 queries are, and keys lie in pages.
+constexpr bool PACKED = VARLEN == 1 || VARLEN == 4;
 // Tensors are as ever; sequence b has the first seqlens_k[b] keys.
 constexpr bool KEY_LENGTHS = VARLEN >= 2;
 // Likewise, but keys and values lie in pages, see tile/pages.cuh.
-constexpr bool PAGED = VARLEN == 3;
+constexpr bool PAGED = VARLEN >= 3;
 
 FC_DEVICE int clamp_i(int x, int low, int high) { return max_i(low, min_i(x, high)); }
 
@@ -38,6 +43,7 @@ FC_DEVICE RowRange query_rows(const AttnParams& p, int sequence) {
 template <bool OWNS_KEYS = false>
 FC_DEVICE RowRange key_rows(const AttnParams& p, int sequence) {
   if (!OWNS_KEYS && sequence == p.batch) return {0, 0};
+  if (PAGED) return {0, clamp_i(gmem_load(p.lengths.seqlens_k + sequence), 0, p.seqlen_k)};
   return sequence_rows(p, p.lengths.cu_seqlens_k, sequence, p.lengths.total_k);
 }
 
@@ -48,12 +54,13 @@ constexpr float SMALLEST_SCALE = 1e-30f;
 // Takes the scales of a sequence's 8-bit keys and values, of one head, into the parameters.
 FC_DEVICE void take_scales(AttnParams& own, const BlockCoord& block) {
   const Scales& s = own.scales;
-  const float of_k = gmem_load(s.k_scale + (int64_t(block.batch_idx) * s.k_scale_batch +
-                                            int64_t(block.head_idx_kv) * s.k_scale_head));
+  const int64_t sequence = min_i(block.batch_idx, own.batch - 1);  // of rows behind the last one
+  const float of_k = gmem_load(
+      s.k_scale + (sequence * s.k_scale_batch + int64_t(block.head_idx_kv) * s.k_scale_head));
   own.softmax_scale *= max_f(of_k, SMALLEST_SCALE);
   own.softmax_scale_log2 *= max_f(of_k, SMALLEST_SCALE);
-  own.scales.v_factor = gmem_load(s.v_scale + (int64_t(block.batch_idx) * s.v_scale_batch +
-                                               int64_t(block.head_idx_kv) * s.v_scale_head));
+  own.scales.v_factor = gmem_load(
+      s.v_scale + (sequence * s.v_scale_batch + int64_t(block.head_idx_kv) * s.v_scale_head));
 }
 
 // The parameters as one sequence sees them: its lengths, its part of packed tensors, its scales.

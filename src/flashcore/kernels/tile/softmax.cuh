@@ -7,6 +7,11 @@
 // 7); four lanes share a row. row_sum stays a partial sum of each lane until the end.
 #pragma once
 
+#include "prims.cuh"
+#include "tile/mask.cuh"
+#include "tile/params.cuh"
+#include "tile/sequence.cuh"
+
 struct OnlineSoftmax {
   float row_max[2];  // of the scores as they come: raw q.k, or scaled under SCORES_ARE_SCALED
   float row_sum[2];  // this lane's share

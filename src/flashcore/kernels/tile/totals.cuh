@@ -9,6 +9,9 @@
 // see through keeps them there. (Where the Hopper kernel's keys are that many, blocks share them.)
 #pragma once
 
+#include "prims.cuh"
+#include "tile/softmax.cuh"
+
 // 0: the keys are so few that one sum will do (problem/exactness.py).
 constexpr bool HAS_TOTALS = KEY_TILES_OF_CHUNK > 0;
 constexpr int CHUNK_KEY_TILES = HAS_TOTALS ? KEY_TILES_OF_CHUNK : 1;  // 0 would be divided by

@@ -9,8 +9,7 @@ from flashcore.compile.plant import Plant
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA_KERNEL
-from flashcore.sim.plants.bwd_one_sm90 import PLANTS_BWD_ONE_SM90
-from flashcore.sim.plants.bwd_sm90 import (
+from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
     PLANTS_BWD_PACKED_DQ_SM90,
@@ -18,21 +17,22 @@ from flashcore.sim.plants.bwd_sm90 import (
     PLANTS_BWD_PADDED_SM90,
     PLANTS_BWD_ROLES_SM90,
 )
-from flashcore.sim.plants.causal import PLANTS_CAUSAL_SM90
-from flashcore.sim.plants.float8 import PLANTS_FLOAT8_SM90
-from flashcore.sim.plants.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90
+from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
+from flashcore.sim.plants.fwd_sm90.float8 import PLANTS_FLOAT8_SM90
+from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
+from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
+from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import (
     PLANTS_LARGE_SCORES,
     PLANTS_OLD_LARGE_MAX_SM90,
     PLANTS_TOTALS,
 )
-from flashcore.sim.plants.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
-from flashcore.sim.plants.sm90 import PLANTS_SM90
-from flashcore.sim.plants.split import PLANTS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.plants.wmma import PLANTS
 

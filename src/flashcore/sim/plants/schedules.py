@@ -7,7 +7,7 @@ from flashcore.compile.plant import Plant, by_name
 
 _WMMA = "fwd_wmma/attn_fwd_wmma.cuh"
 _SM90 = "fwd_sm90/attn_fwd_sm90.cuh"
-_SCHEDULE = "tile/schedule.cuh"
+_BAND = "tile/band.cuh"
 _SOFTMAX = "tile/softmax.cuh"
 
 PLANTS_SCHEDULES_SM90 = by_name(
@@ -24,7 +24,7 @@ PLANTS_SCHEDULES_SM90 = by_name(
         name="passed-over-turn-too-many",
         title="a consumer that passes over a row tile's first key tile gives a turn for it",
         file=_SM90,
-        find="        if (PING_PONG && n_block < keys.n_block_end - 1) pass_issue(c);",
+        find="        if (PING_PONG && n_block < keys.end - 1) pass_issue(c);",
         replace="        if (PING_PONG) pass_issue(c);",
         caught_by="deadlock",
         or_by=("named-barrier",),
@@ -98,31 +98,31 @@ PLANTS_SCHEDULES_SM90 = by_name(
     Plant(
         name="unmasked-too-far-right",
         title="a key tile whose last key one row may not see counts as one without a mask",
-        file=_SCHEDULE,
-        find="queries.first + p.band.diag_offset + p.band.window_right + 1);",
-        replace="queries.first + p.band.diag_offset + p.band.window_right + 2);",
+        file=_BAND,
+        find="end = min_i(end, last_column(first) + 1);",
+        replace="end = min_i(end, last_column(first) + 2);",
         caught_by="wrong-result",
     ),
     Plant(
         name="unmasked-too-far-left",
         title="a key tile that a window begins in counts as one without a mask",
-        file=_SCHEDULE,
-        find="range.begin = min_i(range.end, (first_key + BLOCK_N - 1) / BLOCK_N);",
-        replace="range.begin = min_i(range.end, first_key / BLOCK_N);",
+        file=_BAND,
+        find="tiles.begin = min_i(tiles.end, (begin + SIZE - 1) / SIZE);",
+        replace="tiles.begin = min_i(tiles.end, begin / SIZE);",
         caught_by="wrong-result",
     ),
     Plant(
         name="last-key-alone",
         title="a key tile of which a row tile sees one key is left out",
-        file=_SCHEDULE,
-        find="end_key = min_i(end_key, last + p.band.diag_offset + p.band.window_right + 1);",
-        replace="end_key = min_i(end_key, last + p.band.diag_offset + p.band.window_right);",
+        file=_BAND,
+        find="last_column(min_i(last, num_lines() - 1)) + 1);",
+        replace="last_column(min_i(last, num_lines() - 1)));",
         caught_by="wrong-result",
     ),
     Plant(
         name="folded-as-rows",
         title="a row of folded heads has the bounds of its number, not of its query",
-        file=_SCHEDULE,
+        file=_BAND,
         find="return FOLDED ? row % p.num_queries : row; }",
         replace="return row; }",
         caught_by="wrong-result",

@@ -1,7 +1,7 @@
 // machine.h - the state of one simulated run. Parts: scheduler.cpp (fibers, meetings, barriers),
 // clocks.cpp (who has seen what), shadow.cpp (shared memory), global.cpp (tensors),
 // between_blocks.cpp (what blocks know of each other), async.cpp (cp.async), alarm.cpp (reports);
-// for Hopper mbarrier.cpp, tma.cpp, warpgroup.cpp, wgmma.cpp.
+// for Hopper those in hopper/.
 //
 // Order of events. An agent is whoever accesses memory: a thread, or a warp as a whole (wmma loads
 // read on behalf of 32 lanes). Each agent has a clock; an event's epoch is (agent, clock). A
@@ -20,8 +20,8 @@
 
 #include "abi.h"
 #include "fiber.h"
-#include "host/machine.cuh"
-#include "sm90.h"
+#include "host/simulator/machine.cuh"
+#include "hopper/sm90.h"
 
 namespace fc_host {
 

@@ -8,12 +8,12 @@
 #include "clocks.cpp"
 #include "fiber.cpp"
 #include "global.cpp"
-#include "mbarrier.cpp"
 #include "scheduler.cpp"
 #include "shadow.cpp"
-#include "tma.cpp"
-#include "warpgroup.cpp"
-#include "wgmma.cpp"
+#include "hopper/mbarrier.cpp"
+#include "hopper/tma.cpp"
+#include "hopper/warpgroup.cpp"
+#include "hopper/wgmma.cpp"
 
 extern "C" unsigned long long fc_kernel_params_bytes();
 extern "C" int fc_kernel_is_sm90();

@@ -1,0 +1,1 @@
+"""Say what a benchmark measured: summaries, tables, pages and plots of its results."""

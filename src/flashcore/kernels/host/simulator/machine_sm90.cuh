@@ -1,0 +1,72 @@
+// host/simulator/machine_sm90.cuh - what the host side of prims_sm90.cuh asks of the simulator's
+// runtime; see host/simulator/machine.cuh. Nothing in this file is seen by a GPU.
+#pragma once
+
+#include "host/simulator/machine.cuh"
+
+// The simulator's tensor map: a four-dimensional tensor and the box that one instruction moves.
+// As large as the opaque one of a GPU; mirrored by the launcher.
+struct alignas(64) TensorMap {
+  uint64_t base;  // simulated address
+  uint64_t row_stride_bytes, head_stride_bytes, batch_stride_bytes;
+  uint32_t cols, rows, heads, batches;
+  uint32_t box_cols, box_rows, element_bytes, swizzle_bytes;
+  uint64_t unused[8];
+};
+static_assert(sizeof(TensorMap) == 128, "a tensor map has 128 bytes");
+
+namespace fc_host {
+
+// Of a launch that starts early: this thread may touch global memory from now on.
+void grid_dependency_wait();
+
+// mbarriers. An arrival releases what its thread has seen; a wait or a test that succeeds acquires
+// it.
+void mbar_init(SmemRef bar, int count, Site site);
+void mbar_init_fence(Site site);
+void mbar_arrive(SmemRef bar, Site site);
+void mbar_expect_tx(SmemRef bar, int bytes, Site site);  // without an arrival
+bool mbar_test(SmemRef bar, int parity, Site site);
+void mbar_wait(SmemRef bar, int parity, Site site);
+
+// TMA: checked when issued, performed at some later moment.
+void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar, int col, int row, int head, int batch,
+              Site site);
+void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, int batch, Site site);
+void bulk_add(uint64_t dst, SmemRef src, int bytes, Site site);  // float32; committed as stores
+void tma_store_commit(Site site);
+void tma_store_wait_read(int pending_groups, Site site);
+
+// Barriers among some warps, register budgets, fences between proxies.
+// `op` is one of WarpOp's three; whether `predicate` holds for any thread, with named_barrier_any.
+bool named_barrier(WarpOp op, int id, int threads, bool predicate, Site site);
+void set_registers(int registers, bool raise, Site site);
+void fence_proxy_async(Site site);
+bool elect_lane(Site site);
+void store_matrices(SmemRef row, const uint32_t (&reg)[4], Site site);
+
+// An operand of WGMMA: the descriptor's bits, and the view that it was made from.
+struct Operand {
+  uint32_t low;
+  uint32_t high;
+  SmemRef view;
+};
+
+// One thread's part of a product of its warpgroup.
+struct WgmmaIssue {
+  float* accum;           // frags * 8 registers
+  const uint32_t* a_reg;  // 4 registers, or null: A in shared memory
+  Operand a, b;
+  int frags;
+  bool accumulate;
+  bool is_float16;  // else bfloat16
+  bool mn_major;    // operands in shared memory are contiguous along m and n, not along k
+};
+
+void wgmma_issue(const WgmmaIssue& issue, Site site);
+void wgmma_fence(Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(int pending_groups, Site site);
+void wgmma_hold(const float* accum, int frags, Site site);
+
+}  // namespace fc_host
