@@ -356,7 +356,7 @@ def test_autocast_leaves_a_cache_as_it_is() -> None:
 
 
 def test_the_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a GPU without the Hopper kernel."""
+    """A GPU without the Hopper kernel falls back, and so do pages that it does not read."""
     import dataclasses
 
     from flashcore.backends import dispatch

@@ -39,10 +39,12 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             "ring-of-all-stages",
             *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
             "page-place-ahead",
+            *("float8-no-full-wait", "float8-lanes-ahead", "float8-end-early"),
         ),
         "qk": (
             *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
             *("tx-too-many", "no-wgmma-fence", "early-consumers", "q-of-another-group"),
+            *("float8-no-empty-wait", "float8-no-fence", "float8-queries-ahead"),
         ),
         "softmax": (
             *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
@@ -73,6 +75,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sink-of-the-first", "sink-of-every-split"),
             *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
             *("page-not-advanced", "page-of-the-next-keys"),
+            *("float8-end-unsaid", "float8-one-warp-counted", "float8-unswizzled"),
+            *("float8-scale-of-the-first", "float8-factor-kept"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "store": (

@@ -128,7 +128,7 @@ constexpr bool IS_FLOAT16<float16> = true;
 #define FC_WGMMA_RS(frags, n, types, c0, c1, c2, c3, c4, c5, mn_major)                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " c5 ", 0;\n"                                     \
                "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." types " {" FC_RS_##frags "}, {" c0 \
-               ", " c1 ", " c2 ", " c3 "}, " c4 ", p, 1, 1, " mn_major ";\n}\n"                     \
+               ", " c1 ", " c2 ", " c3 "}, " c4 ", p, 1, 1, " mn_major ";\n}\n"                    \
                : FC_ACC_##frags                                                                    \
                : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]),                       \
                  "l"(wgmma_bits(b_desc)), "r"(int(accumulate)))
