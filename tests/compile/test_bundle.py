@@ -318,6 +318,15 @@ def test_build_counts_in_a_log_and_compiles_in_parallel(
         assert message in result.stderr
 
 
+def test_a_bundle_holds_the_kernel_that_appends_to_caches() -> None:
+    units = building.append_units([75, 90], ["float16", "bfloat16"]).values()
+    assert {(unit[1], unit[2]) for unit in units} == {
+        (75, "append_kvcache"),
+        (90, "append_kvcache"),
+    }
+    assert len(units) == 4 + 8  # angles in the dtype or float32, of neighbours or halves
+
+
 def test_a_full_disk_leaves_the_old_bundle(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = path.read_bytes()
 

@@ -1,4 +1,4 @@
-// One warp multiplies 16x16 matrices: A * B with B from both layouts, added to C, and (A * B)
+// One warp multiplies 16x16 matrices: A * B with A and B from both layouts, added to C, and (A * B)
 // rounded to Element as the A operand of a second product. Rows of shared memory are STRIDE
 // elements apart.
 #pragma once
@@ -10,7 +10,7 @@ struct FragmentsParams {
   GmemPtr<const Element> b;  // [16, 16]
   GmemPtr<const float> c;    // [16, 16]
   GmemPtr<float> by_row;     // A B + C, B loaded by rows
-  GmemPtr<float> by_col;     // A B + C, B loaded from its transpose
+  GmemPtr<float> by_col;     // A B + C, A and B loaded from their transposes
   GmemPtr<float> chained;    // round(A B + C) B
   GmemPtr<int32_t> map;      // [32, 8, 2]: accum_row and accum_col
 };
@@ -25,20 +25,22 @@ FC_DEVICE void store_accum(GmemPtr<float> dst, const WmmaAccum& accum) {
 }
 
 FC_KERNEL(fragments, 32, 1)(const FragmentsParams p) {
-  const auto tiles = smem_view<Element>(128, 3 * TILE, "tiles");
+  const auto tiles = smem_view<Element>(128, 4 * TILE, "tiles");
   for (int i = lane_idx(); i < 256; i += 32) {
     const int row = i / 16;
     const int col = i % 16;
     smem_store(tiles + (row * STRIDE + col), gmem_load(p.a + i));
     smem_store(tiles + (TILE + row * STRIDE + col), gmem_load(p.b + i));
     smem_store(tiles + (2 * TILE + col * STRIDE + row), gmem_load(p.b + i));
+    smem_store(tiles + (3 * TILE + col * STRIDE + row), gmem_load(p.a + i));
   }
   warp_sync();  // orders the stores above before the fragment loads
 
-  WmmaA<Element> a;
+  WmmaA<Element> a, a_col;
   WmmaBRow<Element> b_row;
   WmmaBCol<Element> b_col;
   wmma_load_a(a, tiles, STRIDE);
+  wmma_load_a_col(a_col, tiles + 3 * TILE, STRIDE);
   wmma_load_b_row(b_row, tiles + TILE, STRIDE);
   wmma_load_b_col(b_col, tiles + 2 * TILE, STRIDE);
 
@@ -49,7 +51,7 @@ FC_KERNEL(fragments, 32, 1)(const FragmentsParams p) {
     by_col.x[i] = c;
   }
   wmma_mma(by_row, a, b_row);
-  wmma_mma(by_col, a, b_col);
+  wmma_mma(by_col, a_col, b_col);
   WmmaA<Element> product;
   wmma_accum_to_a(product, by_row);
   wmma_fill(chained, 0.0f);

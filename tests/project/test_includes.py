@@ -12,6 +12,7 @@ import pytest
 from flashcore.compile.codegen import KERNELS_DIR, flatten, kernel_file
 from flashcore.compile.cxx import find_compiler
 from flashcore.kernels import registry
+from flashcore.kernels.bwd_mask_sm90.plan import select_mask_plan
 from flashcore.kernels.bwd_sm90.plan import select_plans
 from flashcore.kernels.bwd_sm90.plan_one import select_one_kernel_plans
 from flashcore.kernels.fwd_wmma.plan import Plan
@@ -22,7 +23,11 @@ from flashcore.sim.build import COMMON_FLAGS
 INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 SIDES = ("ptx", "host")  # what `@target` stands for
 # Folders whose headers a folder's may include, besides its own and the primitives.
-BELOW = {"tile": (), "bwd_sm90": ("tile", "fwd_sm90")}
+BELOW = {
+    "tile": (),
+    "bwd_sm90": ("tile", "fwd_sm90"),
+    "bwd_mask_sm90": ("tile", "fwd_sm90", "bwd_sm90"),
+}
 PRIMITIVES = ("prims.cuh", "prims_sm90.cuh")
 # Names at the file's own level, by the way they are declared there.
 DECLARED = (
@@ -155,6 +160,8 @@ def plans() -> dict[str, Plan]:
     problem = problem_of(64, "bfloat16", VARIANTS["causal"])
     forward = [candidates(problem, 90, kernel=kernel.name)[0] for kernel in registry.FORWARD]
     found = [*forward, *select_plans(problem), *select_one_kernel_plans(problem)]
+    masked = problem_of(64, "bfloat16", VARIANTS["bias"])
+    found.append(select_mask_plan(masked, (1, 1, 512, masked.seqlen_k)))
     return {plan.kernel: plan for plan in found}
 
 

@@ -200,3 +200,48 @@ def test_with_kvcache_reads_pages_in_place(backend: str) -> None:
         )  # fmt: skip
     want, _ = attend(backend, cache, q, ends, causal=True)
     assert torch.equal(out, want)
+
+
+def bad_call(**changes: Any) -> None:
+    x = torch.zeros
+    given: dict[str, Any] = {
+        "q": x(5, 2, 16), "k_pages": x(4, 1, 8, 16), "v_pages": x(4, 1, 8, 16),
+        "page_table": x(2, 2).int(), "seqlens_k": x(2).int(),
+        "cu_seqlens_q": torch.tensor([0, 2, 5], dtype=torch.int32), "max_seqlen_q": 3,
+    }  # fmt: skip
+    attention_paged_varlen(**given | changes)
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "padded queries": ({"q": torch.zeros(2, 2, 3, 16)}, ValueError, r"q has 4 dim.*\[total_q"),
+    "a table in int64": (
+        {"page_table": torch.zeros(2, 2).long()}, TypeError, r"page_table.*int64.*\.int\(\)"
+    ),
+    "a table of another batch": (
+        {"page_table": torch.zeros(3, 2).int()}, ValueError, "page_table has 3 rows.*batch 2"
+    ),
+    "lengths in int64": ({"seqlens_k": torch.zeros(2).long()}, TypeError, "seqlens_k.*int64"),
+    "lengths of another batch": (
+        {"seqlens_k": torch.zeros(3).int()}, ValueError, "seqlens_k has 3 entries.*batch 2"
+    ),
+    "ends in int64": (
+        {"cu_seqlens_q": torch.tensor([0, 2, 5])}, TypeError, r"cu_seqlens_q.*int64.*\.int\(\)"
+    ),
+    "no ends": (
+        {"cu_seqlens_q": torch.zeros(0).int()}, ValueError, r"cu_seqlens_q is empty.*n \+ 1"
+    ),
+    "a cache of another dtype": (
+        {"k_pages": torch.zeros(4, 1, 8, 16).half()}, TypeError, "k has dtype torch.float16"
+    ),
+    "a negative bound": ({"max_seqlen_q": -1}, ValueError, "max_seqlen_q=-1"),
+    "sinks of other heads": ({"sinks": torch.zeros(3)}, ValueError, "sinks has shape"),
+    "a backend that there is not": ({"backend": "gpu"}, ValueError, "backend='gpu'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_the_message_names_argument_value_and_way_out(name: str) -> None:
+    bad_call()
+    changes, kind, words = BAD[name]
+    with pytest.raises(kind, match=words):
+        bad_call(**changes)

@@ -139,6 +139,21 @@ PAGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "int64": ({"page_table": X(2, 4).long()}, TypeError, r"page_table.*int64.*\.int\(\)"),
     "a list": ({"page_table": [[1]]}, TypeError, "page_table must be a torch.Tensor"),
     "of another batch": ({"page_table": X(3, 4).int()}, ValueError, r"page_table .*\[3, 4\].*2"),
+    "of numbers": ({"page_table": X(2, 4)}, TypeError, r"page_table.*float32.*\.int\(\)"),
+    "elsewhere": (
+        {"page_table": X(2, 4, dtype=INT32, device="meta")}, ValueError,
+        r"page_table is on meta but q is on cpu.*page_table\.to",
+    ),
+    "of columns": (
+        {"page_table": X(4, 2).int().t()}, ValueError, r"page_table has a stride of 2.*contiguous"
+    ),
+    "with a cache of another dtype": (
+        {"k_cache": X(9, 2, 8, 16), "v_cache": X(9, 2, 8, 16)}, TypeError,
+        "k_cache has dtype torch.float32 but q has",
+    ),
+    "with a cache elsewhere": (
+        {"v_cache": X(9, 2, 8, 16, dtype=torch.float64, device="meta")}, ValueError, "v_cache is on"
+    ),
     "flat": ({"page_table": X(2).int()}, ValueError, r"page_table has shape \[2\]"),
     "with rows": ({"cache_batch_idx": X(2).int()}, ValueError, "both given"),
 }  # fmt: skip

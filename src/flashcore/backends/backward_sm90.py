@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from flashcore.backends.mask_gradient import run_for_mask
 from flashcore.backends.torch_backward import laid_out_as
 from flashcore.base import determinism
 from flashcore.kernels.bwd_sm90 import plan_one
@@ -44,6 +45,7 @@ def fused_backward(
     run: Run,
     plans: BwdPlans | OneKernelPlans | None = None,
     lengths: Mapping[str, Tensor] | None = None,
+    dmask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of q, k and v. Packed tensors are given as views, see `as_batch`; the
     shapes below then have batch 1 and all rows, and no batch dimension in that of lse.
@@ -63,6 +65,8 @@ def fused_backward(
             memory as large as q besides, and dq may differ in its last bits from run to run.
         lengths: what says where sequences end, int32: seqlens_k, [batch], where the problem says
             "keys"; cu_seqlens_q and cu_seqlens_k, [batch + 1], where it says "packed".
+        dmask: where the gradient of the mask is written, see `run_for_mask`; None if nobody wants
+            it.
 
     Returns:
         dq, dk, dv: shapes and dtypes of q, k and v, strides of `torch.empty_like`.
@@ -87,6 +91,8 @@ def fused_backward(
     tensors |= _sums_of(problem, plans, q)
     for plan in plans:
         run(problem, plan, tensors)
+    if dmask is not None:
+        run_for_mask(problem, tensors, dmask, run)
     dq, dk, dv = (
         laid_out_as(x, tensors[name]) for x, name in zip(given, ("dq", "dk", "dv"), strict=True)
     )

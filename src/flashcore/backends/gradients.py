@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashcore.backends import torch_backward
@@ -24,6 +25,7 @@ from flashcore.backends.backward_sm90 import (
     run_in_simulator,
     run_on_gpu,
 )
+from flashcore.backends.mask_gradient import gradient_of_rows, shape_of
 from flashcore.backends.tiled import attention_backward_tiled
 from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning
@@ -32,6 +34,7 @@ from flashcore.kernels.bwd_sm90.plan import ARCH as SM90_ARCH
 from flashcore.kernels.bwd_sm90.plan import obstacle as obstacle_to_sm90
 from flashcore.kernels.bwd_sm90.plan import obstacle_anywhere
 from flashcore.problem import Problem
+from flashcore.problem.memory_layout import with_strides_of_empty_like
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +85,8 @@ def choose_backward(
             return BackwardChoice(
                 where, "one fused kernel for Hopper; its sums have no fixed order"
             )
-        return BackwardChoice(where, "fused kernels for Hopper, deterministic")
+        of_mask = ", the mask's gradient too" if mask_grad_elements else ""
+        return BackwardChoice(where, f"fused kernels for Hopper{of_mask}, deterministic")
     if backend == "sim":
         return BackwardChoice("tiled", reason)
     obstacle = torch_backward.obstacle_to_fused(problem, through_lse)
@@ -139,15 +143,20 @@ def gradients_with_lengths(
 
 
 def _fused(
-    choice: BackwardChoice, inputs: tuple[Any, ...], lengths: Mapping[str, Tensor] | None = None
+    choice: BackwardChoice,
+    inputs: tuple[Any, ...],
+    lengths: Mapping[str, Tensor] | None = None,
+    dmask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Compute dq, dk and dv by the fused kernels of a choice; return None, with a warning, where
     they cannot be compiled: from a bundle without them, and without a compiler. `inputs` are the
-    arguments of `fused_backward` up to dlse."""
+    arguments of `fused_backward` up to dlse; `dmask` is its last."""
     run = run_on_gpu if choice.is_on_gpu else run_in_simulator
     try:
         problem, q, k, v, mask, out, lse, dout, dlse = inputs
-        return fused_backward(problem, q, k, v, mask, out, lse, dout, dlse, run, None, lengths)
+        return fused_backward(
+            problem, q, k, v, mask, out, lse, dout, dlse, run, None, lengths, dmask
+        )
     except BackendUnavailableError as error:
         if not choice.is_on_gpu:
             raise
@@ -167,9 +176,10 @@ def attention_gradients(
     dlse: Tensor | None,
     needs_mask_grad: bool,
     backend: str = "auto",
+    sinks: Tensor | None = None,
 ) -> torch_backward.Gradients:
-    """Compute dq, dk, dv and dmask; the arguments and results of `attention_backward_tiled`, and
-    the backend of the call."""
+    """Compute dq, dk, dv and dmask; the arguments and results of `attention_backward_tiled`, the
+    backend of the call, and its sinks, if it has some."""
     choice = choose_backward(
         problem,
         through_lse=dout is None or dlse is not None,
@@ -182,10 +192,19 @@ def attention_gradients(
         )
     if choice.is_fused:
         inputs = problem, q, k, v, mask, out, lse, dout, dlse
-        fused = _fused(choice, inputs)
+        dmask, of_kernel = None, None
+        if mask is not None and needs_mask_grad:
+            if shape_of(mask)[3] == 1:
+                dmask = gradient_of_rows(mask, out, lse, dout, dlse, sinks)
+            else:
+                dmask = torch.empty(mask.shape, dtype=mask.dtype, device=mask.device)
+                of_kernel = dmask.view(shape_of(mask))
+        fused = _fused(choice, inputs, None, of_kernel)
         if fused is not None:
-            return *fused, None
-        return attention_gradients(*inputs, needs_mask_grad, "torch")
+            if mask is not None and dmask is not None:
+                dmask = with_strides_of_empty_like(mask, dmask)
+            return *fused, dmask
+        return attention_gradients(*inputs, needs_mask_grad, "torch", sinks)
     assert dout is not None
     whole_q, whole_k, whole_v, out, dout = (
         torch_backward.with_whole_packets(x) for x in (q, k, v, out, dout)

@@ -13,6 +13,7 @@ import typer
 from flashcore.cli.options import parse_archs
 from flashcore.cli.output import JsonFlag, Output, command, seconds, si_bytes, usage_errors
 
+_OF_CACHES = ("keys", "pages", "packed_pages")  # of the kinds of Problem.varlen
 _LOG_LINES = 20  # of a run whose output goes to a file
 
 
@@ -96,6 +97,9 @@ def build(
                     plans += serving_plans(archs, [own], dtypes, head_dim is not None)
                     advance()
         units = building.units(plans)
+        # Who attends to a cache appends to it.
+        caches = {call.dtype for call, _ in recorded if call.varlen in _OF_CACHES}
+        units |= building.append_units(archs, caches if only_calls else dtypes)
         workers = min(16, available_cores()) if jobs is None else jobs
         estimate = building.SECONDS_A_KERNEL * len(units) / workers
         what = f"Compiling {len(units)} kernels in {workers} processes, up to {seconds(estimate)}"

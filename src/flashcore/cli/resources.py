@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,6 +104,7 @@ def resources(
         from flashcore.backends.dispatch import KERNELS
         from flashcore.selection import compile_gate
         from flashcore.selection.backward_configurations import backward_configurations
+        from flashcore.selection.building import append_units
         from flashcore.selection.configurations import DTYPES, HEAD_DIMS, VARIANTS, configurations
 
         for name, value, known in (("dtype", dtype, DTYPES), ("variant", variant, VARIANTS)):
@@ -133,6 +134,10 @@ def resources(
             wanted = compile_gate.sample(wanted)
         measured = measure(out, wanted)
         rows = [_row(entry, found) for entry, found in measured]
+        if kernel is None and head_dim is None and variant is None:  # it has neither
+            of_append = append_units(asked["archs"], asked["dtypes"])
+            num_known += len(of_append)
+            rows += _append_rows(of_append.values(), sample)
         violations = [text for row in rows for text in row.violations]
         missed = compile_gate.missed_by_sample(measured) if check and not sample else []
         if with_table or not check:
@@ -180,6 +185,26 @@ def _row(entry: Configuration, found: Resources) -> Row:
         found.remarks,
         over_budget(entry, found),
     )
+
+
+def _append_rows(units: Iterable[tuple[str, int, str, str, str]], sample: bool) -> Iterator[Row]:
+    """Return a row for each variant of the kernel that appends to a cache; of a sample, for one of
+    each architecture. It has no tiles and no head_dim."""
+    from flashcore.compile.jit import compile_source
+
+    seen: set[int] = set()
+    for source, arch, kernel, suffix, label in units:
+        if sample and arch in seen:
+            continue
+        seen.add(arch)
+        found = compile_source(source, arch, kernel, suffix, label)
+        spilled = f"{label}: {found.spill_bytes} spilled bytes, 0 allowed"
+        violations = [spilled] if found.spill_bytes else []
+        yield Row(
+            kernel, f"sm_{arch}", 0, label.split()[1].rstrip(","), found.registers,
+            found.static_smem_bytes, found.spill_bytes, found.code_bytes, "append", "-", 1, 1,
+            (), found.remarks, violations,
+        )  # fmt: skip
 
 
 def _compile_all(plans: Sequence[Plan]) -> Iterator[Resources]:

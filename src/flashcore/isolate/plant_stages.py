@@ -20,7 +20,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "tile": ("sink-beside-raw-scores",),
         "load": (
             *("one-ahead", "neighbours-key", "no-clamp"),
-            *("page-unchecked", "page-of-no-key", "page-row-unbounded"),
+            *("page-unchecked", "page-of-no-key", "page-row-unbounded", "page-length-unclamped"),
         ),
         "store": (
             *("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
@@ -38,8 +38,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
             "ring-of-all-stages",
             *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
-            "page-place-ahead",
             *("float8-no-full-wait", "float8-lanes-ahead", "float8-end-early"),
+            *("page-place-ahead", "page-length-unclamped"),
         ),
         "qk": (
             *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),

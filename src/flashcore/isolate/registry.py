@@ -40,7 +40,12 @@ from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
 from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
-from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
+from flashcore.sim.plants.pages import (
+    PLANTS_PAGES,
+    PLANTS_PAGES_SM90,
+    PLANTS_PAGES_TOLD,
+    PLANTS_PAGES_WMMA,
+)
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 
@@ -101,6 +106,8 @@ _PAGED: dict[str, Any] = {
     "astray": True,
     "seed": 12,
 }
+# One is told to have less than no keys, one to have more than the table reaches.
+_TOLD = _PAGED | {"lengths": (33, 0, 20, 80), "told": (33, -5, 20, 10**4)}
 _TILES: dict[str, Mapping[str, Any]] = {
     "no-is-yes": _TWO_CONSUMERS,
     "probs-written-early": {"lazy_rescale": False},
@@ -258,6 +265,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN, {}, options=_PACKED, is_packed=True),
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
         **_calls(PLANTS_PAGES | PLANTS_PAGES_WMMA, {}, options=_PAGED, is_paged=True),
+        **_calls(PLANTS_PAGES_TOLD, {}, options=_TOLD, is_paged=True),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
         **_WITH_MAX_SCORE,
@@ -279,6 +287,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
         **_calls(float8.PLANTS_FLOAT8_SM90, float8.TILE, options=float8.CALL, is_paged=True),
+        **_calls(PLANTS_PAGES_TOLD, _SHORT_KEY_TILES, options=_TOLD, is_paged=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
         **_calls(PLANTS_SINKS, {}, options=_SINKS),
@@ -336,4 +345,9 @@ def find_plant(name: str, backend: str, kernel: str | None = None) -> Planted:
     """
     index.check_backend(name, backend)
     kernel = kernel or index.kernels_of(name)[0]
+    if kernel in index.BESIDE:
+        raise ValueError(
+            f"plant={name!r} is a bug of {kernel}, which isolate does not take apart: "
+            "tests/plants/test_sim_plants_append.py runs it"
+        )
     return _planted(index.find_plant(name, kernel), kernel)

@@ -31,6 +31,7 @@
 // wmma.cuh        WmmaA<T> WmmaBCol<T> WmmaBRow<T> WmmaAccum: 16x16 fragments of one warp
 //                 (PTX ISA: wmma; B's two types differ by the layout they are loaded from)
 //                 wmma_load_a(frag, p, stride): A[m][k] at p[m * stride + k]
+//                 wmma_load_a_col(frag, p, stride): A[m][k] at p[k * stride + m]
 //                 wmma_load_b_col(frag, p, stride): B[k][n] at p[n * stride + k]   (K^T from K)
 //                 wmma_load_b_row(frag, p, stride): B[k][n] at p[k * stride + n]   (V)
 //                 wmma_fill(accum, x), wmma_mma(accum, a, b): accum += a * b

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from flashcore.kernels.bwd_mask_sm90.kernel import DMASK
 from flashcore.kernels.bwd_sm90.kernel import DELTA, DKDV, DQ, ROUND
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_wmma.kernel import WMMA
@@ -12,7 +13,7 @@ from flashcore.kernels.kernel import ForwardKernel, Kernel
 
 # Of several that serve an architecture the first one is taken.
 FORWARD: tuple[ForwardKernel[Any], ...] = (SM90, WMMA)
-BACKWARD: tuple[Kernel[Any], ...] = (DELTA, DQ, DKDV, ROUND)
+BACKWARD: tuple[Kernel[Any], ...] = (DELTA, DQ, DKDV, ROUND, DMASK)
 # It serves every architecture, and every problem that a kernel serves.
 PORTABLE: ForwardKernel[Any] = WMMA
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flashcore.kernels.bwd_sm90.params import (
     LENGTHS,
+    POINTERS,
     AttnBwdSm90Params,
     build_params_bwd_sm90,
 )
@@ -32,9 +33,7 @@ def _pointer_offsets() -> dict[str, int]:
     attn = AttnBwdSm90Params.attn.offset
     names = ("q", "k", "v", "mask", "out", "lse", "tile_counter", *LENGTHS)
     offsets = {name: attn + getattr(AttnParams, name).offset for name in names}
-    return offsets | {
-        name: getattr(AttnBwdSm90Params, name).offset for name in ("dlse", "delta", "dq_sums")
-    }
+    return offsets | {name: getattr(AttnBwdSm90Params, name).offset for name in POINTERS}
 
 
 _OFFSETS = _pointer_offsets()

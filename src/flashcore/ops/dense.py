@@ -142,7 +142,9 @@ def _differentiate(
     needs_mask_grad, needs_sinks_grad = needs
     problem = options.problem(q, k, v, mask, return_lse=True)
     of_rows = results.out, results.lse, arriving.out, arriving.lse
-    gradients = attention_gradients(problem, q, k, v, mask, *of_rows, needs_mask_grad, backend)
+    gradients = attention_gradients(
+        problem, q, k, v, mask, *of_rows, needs_mask_grad, backend, inputs.sinks
+    )
     dsinks = None
     if inputs.sinks is not None and needs_sinks_grad:
         dsinks = gradient_of_sinks(inputs.sinks, *of_rows)

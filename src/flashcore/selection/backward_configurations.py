@@ -6,11 +6,14 @@ queries or keys a call has decides no tile of theirs, so variants that differ in
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, select_mask_plan
 from flashcore.kernels.bwd_sm90.plan import ARCH, obstacle_anywhere, select_plans
 from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.problem import Problem
 from flashcore.selection.configurations import (
     DTYPES,
     HEAD_DIMS,
@@ -32,6 +35,16 @@ class BackwardConfiguration(Configuration):
     def is_checked(self) -> bool:
         """Return whether the compile gate has to see it."""
         return self.variant in _IN_BOTH_DTYPES or self.plan.dtype != "float16"
+
+
+def _mask_plans(problem: Problem) -> list[MaskPlan]:
+    """Return the plans of the gradient of a problem's additive mask: of each query and key, and of
+    one row; summed by one block and by several."""
+    if problem.mask is None or problem.mask.dtype == "bool" or problem.varlen != "none":
+        return []
+    rows = 1 if problem.mask.strides[2] == 0 else problem.seqlen_q
+    plan = select_mask_plan(problem, (1, 1, rows, problem.seqlen_k))
+    return [dataclasses.replace(plan.machine_code(), num_shares=n) for n in (1, 2)]
 
 
 def backward_configurations(
@@ -69,6 +82,6 @@ def backward_configurations(
                 for kind in kinds:
                     problem = problem_of(head_dim, dtype, kind)
                     if obstacle_anywhere(problem) is None:
-                        for plan in select_plans(problem):
+                        for plan in (*select_plans(problem), *_mask_plans(problem)):
                             found.setdefault(plan, BackwardConfiguration(variant, plan))
     return list(found.values())

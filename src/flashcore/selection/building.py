@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from flashcore.compile import bundle, jit
 from flashcore.compile.codegen import PROBE, generate_probe_source, generate_source
 from flashcore.errors import CompileError
-from flashcore.kernels.fwd_wmma.plan import Plan
+from flashcore.kernels.append.params import append_plans
+from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS, Plan
 from flashcore.selection.compiling import Workers
 
 # Of one kernel on one core; NVRTC 13.0 on a Xeon of 2023, for all kernels of a bundle of sm_90.
@@ -27,6 +29,18 @@ def units(plans: Iterable[Plan]) -> dict[str, Unit]:
             (generate_probe_source(plan.dtype), plan.arch, PROBE, "", f"{PROBE} sm_{plan.arch}"),
         ):
             found.setdefault(jit.cache_key(unit[0], unit[1], unit[3]), unit)
+    return found
+
+
+def append_units(archs: Sequence[int], dtypes: Iterable[str]) -> dict[str, Unit]:
+    """Return what has to be compiled to append to caches, by key."""
+    found: dict[str, Unit] = {}
+    for arch, plan in itertools.product(archs or SUPPORTED_ARCHS, append_plans(dtypes)):
+        if plan.dtype == "bfloat16" and arch < 80:
+            continue
+        source = generate_source(plan)  # type: ignore[arg-type]
+        label = f"{plan.describe()}, sm_{arch}"
+        found[jit.cache_key(source, arch)] = (source, arch, plan.kernel, "", label)
     return found
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashcore.compile.codegen import generate_source
-from flashcore.kernels.bwd_sm90.params import LENGTHS, build_params_bwd_sm90
+from flashcore.kernels.bwd_sm90.params import LENGTHS, POINTERS, build_params_bwd_sm90
 from flashcore.kernels.registry import kernel_of
 from flashcore.sim.run import PERSISTENT_BLOCKS, raise_if_left, simulate_source
 from flashcore.sim.tensors import SimTensor
@@ -52,7 +52,7 @@ def simulate_backward(
         fields = (f"{name}_map.base",) if name in maps else ()
         if name in _OF_ATTN:
             fields = (f"attn.{name}", *fields)
-        elif name in ("delta", "dlse", "dq_sums"):
+        elif name in POINTERS:
             fields = (name,)
         if fields:
             kind = {"writable": name in plan.written, "counter": name in plan.added_to}

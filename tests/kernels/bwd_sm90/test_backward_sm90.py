@@ -30,6 +30,7 @@ from flashcore.kernels.bwd_sm90.plan import (
     select_plans,
 )
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
+from flashcore.kernels.fwd_sm90.plan import mask_traits
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
@@ -68,7 +69,7 @@ FAMILIES: dict[str, tuple[tuple[BwdTile, BwdTile] | None, dict[str, Any]]] = {
 def plans_of(problem, tiles: tuple[BwdTile, BwdTile] | None) -> BwdPlans:
     if tiles is None:
         return select_plans(problem)
-    fields = traits(problem) | {"folds_heads": 0}
+    fields = traits(problem) | mask_traits(problem) | {"folds_heads": 0}
     kernels = (DQ_KERNEL, DKDV_KERNEL)
     return BwdPlans(*(make_plan(k, t, fields) for k, t in zip(kernels, tiles, strict=True)))
 
@@ -251,7 +252,9 @@ def test_what_has_no_fused_backward_says_why() -> None:
         ({"varlen": "packed", "total_q": 2**29}, "32 bits"),
     ):
         assert word in (obstacle(dataclasses.replace(hopper, **changed)) or "")
-    assert "mask" in (obstacle(hopper, needs_mask_grad=True) or "")
+    assert obstacle(hopper, needs_mask_grad=True) is None
+    padded = dataclasses.replace(hopper, varlen="keys")
+    assert "mask" in (obstacle(padded, needs_mask_grad=True) or "")
 
 
 def test_without_a_compiler_torch_computes_and_one_warning_says_so(

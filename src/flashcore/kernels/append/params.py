@@ -4,6 +4,7 @@ struct in append_kvcache.cuh."""
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -41,6 +42,16 @@ class AppendPlan:
         """Return what the kernel is, for people."""
         pairs = "neighbours" if self.interleaved else "halves"
         return f"{self.kernel} {self.dtype}, {self.rotary_dtype} angles of {pairs}"
+
+
+def append_plans(dtypes: Iterable[str] = ("float16", "bfloat16")) -> list[AppendPlan]:
+    """Return every variant of the kernel."""
+    return [
+        AppendPlan(dtype, rotary_dtype, interleaved)
+        for dtype in dtypes
+        for rotary_dtype in (dtype, "float32")
+        for interleaved in (False, True)
+    ]
 
 
 class AppendTensors(NamedTuple):

@@ -22,7 +22,7 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
-#include "tile/mask.cuh"
+#include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
@@ -38,7 +38,7 @@
 struct Consumer {
   int index;
   int key_row;                      // first of its 64 keys
-  GmemPtr<const MaskElement> mask;  // of the batch and head
+  KeyMaskStrip mask;                // of the warp's keys, for the batch and head
   WmmaAccum dk[QK_FRAGS], dv[V_FRAGS];
   WmmaAccum scores[QUERY_FRAGS];  // then P^T, times soft-capping's derivative, if it KEEPS_P
   WmmaAccum dprobs[QUERY_FRAGS];  // then dS^T
@@ -70,7 +70,7 @@ FC_DEVICE WmmaA<Element> of_keys(WmmaA<Element> dscores, const Consumer& c, cons
 // products that are under way from one turn of a loop to the next.
 template <bool FIRST>
 FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
-                          const Buffers& smem, uint32_t count, int m_begin) {
+                          const Buffers& smem, uint32_t count, int m_begin, int end) {
   constexpr bool HAS_DK = OVERLAPS && !FIRST;
   await_q(bar, count);
   issue_s(c.scores, smem, c.index, count);
@@ -83,7 +83,7 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   wgmma_hold(c.scores);
   if (!EARLY_DP) await_do(bar, count);
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
-  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin);
+  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, end);
   if (!EARLY_DP) {
     if (HAS_DK) {
       wgmma_wait<0>();
@@ -118,13 +118,15 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
                           const Buffers& smem, uint32_t& count, int first_tile, int num_tiles) {
   const uint32_t end = count + uint32_t(num_tiles);
   int m_begin = first_tile * BLOCK_M;
+  const int m_end = m_begin + num_tiles * BLOCK_M;
+  if constexpr (MASK_KIND != 0) c.mask.fetch(p, m_begin);
   if (OVERLAPS) {
-    query_tile<true>(c, p, bar, smem, count, m_begin);
+    query_tile<true>(c, p, bar, smem, count, m_begin, m_end);
     ++count;
     m_begin += BLOCK_M;
   }
   for (; count != end; ++count, m_begin += BLOCK_M) {
-    query_tile<false>(c, p, bar, smem, count, m_begin);
+    query_tile<false>(c, p, bar, smem, count, m_begin, m_end);
   }
   if (OVERLAPS) {
     issue_dk(c.dk, c.dscores, smem, count - 1);
@@ -152,7 +154,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < heads_per_kv; ++head) {
-      c.mask = mask_of(p, block.batch_idx, block.head_idx + head);
+      c.mask = mask_strip(p, smem, c.index, c.key_row, block.batch_idx, block.head_idx + head);
       skip_tiles(bar, smem, c.index, count, own.begin - tiles.begin);
       if (own.begin < own.end) {
         accumulate(c, sequence, bar, smem, count, own.begin, own.end - own.begin);
@@ -187,6 +189,7 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + ALSO_DQ) * 128, MIN_BLOCKS)
       smem_view<Element>(DS_OFFSET, NUM_DS_STAGES * DS_ELEMENTS, "ds_smem"),
       smem_view<float>(DQ_OFFSET, DQ_FLOATS, "dq_smem"),
       smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),
+      smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
       smem_view<float>(STATS_OFFSET, NUM_STAGES * STATS_FLOATS, "stats_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       PACKED ? feed_at(FEED_OFFSET) : Feed(),

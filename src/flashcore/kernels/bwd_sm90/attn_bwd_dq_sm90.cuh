@@ -17,6 +17,7 @@
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
 #include "tile/softmax.cuh"
+#include "fwd_sm90/mask_tile_sm90.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
 #include "bwd_sm90/bwd_dq_sm90.cuh"
@@ -32,7 +33,7 @@ struct Consumer {
   WmmaAccum dprobs[KEY_FRAGS];  // then dS
   WmmaA<Element> dscores[KEY_FRAGS];
   RowStats stats;  // of a lane's two rows
-  GmemPtr<const MaskElement> mask;  // of the batch and head
+  MaskStrip mask;               // of the warp's rows
   uint32_t count;               // of all tiles that came through the stages
 };
 
@@ -99,22 +100,28 @@ FC_DEVICE void load_own_stats(Consumer& c, const AttnBwdSm90Params& params, int 
                            block.m_begin + c.index * 64, seqlen_q);
 }
 
-// S becomes P, times soft-capping's derivative.
+// S becomes P, times soft-capping's derivative. A mask tensor's part of the tile has been fetched.
 template <bool MASKED>
 FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, int key_begin) {
   const VisibleColumns<> visible(p, c.warp_row, key_begin);
+  SmemPtr<MaskElement> own = {};
+  if constexpr (MASK_KIND != 0) own = c.mask.await(p, c.warp_row);
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
+    MaskFragment elements = {};
+    if constexpr (MASK_KIND != 0) elements = c.mask.fragment(own, n);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      ScoreMask mask = {!MASKED || visible.contain(n, i), 0.0f};
-      if (MASK_KIND != 0 && mask.visible) {
-        mask = mask_element(p, c.mask, c.warp_row + accum_row(lane_idx(), i),
-                            key_begin + n * 16 + accum_col(lane_idx(), i));
-      }
+      ScoreMask mask = {true, 0.0f};
+      if constexpr (MASK_KIND != 0) mask = as_score_mask(elements.of(i));
+      mask.visible &= !MASKED || visible.contain(n, i);
       float& x = c.scores[n].x[i];
       x = probability(x, c.stats.lse_log2[row_of_element(i)], p, mask).times_cap;
     }
+  }
+  if constexpr (MASK_KIND != 0) {
+    warp_sync();  // orders every lane's reads before the next copies
+    c.mask.fetch(p, c.warp_row, key_begin / BLOCK_N - 1);
   }
 }
 
@@ -147,7 +154,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
   if (FIRST) load_own_stats(c, params, p.seqlen_q, block, smem);  // beside the products
   wgmma_wait<HAS_DQ ? 2 : 1>();
   wgmma_hold(c.scores);
-  if (MASK_KIND != 0 || strip_needs_mask<BLOCK_N>(p, c.warp_row, key_begin)) {
+  if (strip_needs_mask<BLOCK_N>(p, c.warp_row, key_begin)) {
     exponentiate<true>(c, p, key_begin);
   } else {
     exponentiate<false>(c, p, key_begin);
@@ -205,7 +212,12 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const auto& sequence = sequence_params(p, block);
     const Range keys = key_tiles(sequence, block.m_begin);
     const Range own = IS_BOUNDED ? own_key_tiles<64>(sequence, keys, group_row) : keys;
-    c.mask = mask_of(p, block.batch_idx, block.head_idx);
+    if constexpr (MASK_KIND != 0) {
+      const int warp = c.index * 4 + warp_idx() % 4;
+      c.mask = {mask_of(p, block.batch_idx, block.head_idx), smem.mask + warp * MASK_WARP_ELEMENTS,
+                own.begin};
+      c.mask.fetch(sequence, c.warp_row, own.end - 1);
+    }
     clear(c.dq);
     if (IS_BOUNDED) skip_tiles(c, bar, keys.end - own.end);
     if (own.begin < own.end) {
@@ -252,6 +264,7 @@ FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
       smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
       smem_view<Element>(V_OFFSET, NUM_V_STAGES * V_ELEMENTS, "v_smem"),
       smem_view<Element>(OUT_OFFSET, NUM_CONSUMERS * OUT_ELEMENTS, "out_smem"),
+      smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       PACKED ? feed_at(FEED_OFFSET) : Feed(),
   };

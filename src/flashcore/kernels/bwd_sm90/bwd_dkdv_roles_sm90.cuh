@@ -10,7 +10,7 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
-#include "tile/mask.cuh"
+#include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
@@ -49,6 +49,11 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
     clear(dv);
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
+      const KeyMaskStrip mask =
+          mask_strip(p, smem, 0, block.m_begin, block.batch_idx, block.head_idx + head);
+      if constexpr (MASK_KIND != 0) {
+        if (tiles.begin < tiles.end) mask.fetch(own, tiles.begin * BLOCK_M);
+      }
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
         await_q(bar, count);
         issue_s(scores, smem, 0, count);
@@ -56,9 +61,8 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
         wgmma_hold(scores);
         await_do(bar, count);
         exponentiate(scores, probs, capped_probs, own,
-                     smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS,
-                     mask_of(p, block.batch_idx, block.head_idx + head), block.m_begin,
-                     m_block * BLOCK_M);
+                     smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS, mask, block.m_begin,
+                     m_block * BLOCK_M, tiles.end * BLOCK_M);
         release_q(bar, count);
         mbar_wait(bar.probs_empty, int(count % 2) ^ 1);
 #pragma unroll

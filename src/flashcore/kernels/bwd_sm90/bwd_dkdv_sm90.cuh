@@ -5,6 +5,7 @@
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
 #include "tile/mask.cuh"
+#include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
@@ -49,7 +50,9 @@ constexpr int OUT_OFFSET = DO_OFFSET + NUM_DO_STAGES * DO_ELEMENTS * 2;
 constexpr int DS_OFFSET = OUT_OFFSET + NUM_KEY_GROUPS * OUT_ELEMENTS * 2;
 constexpr int DQ_OFFSET = DS_OFFSET + NUM_DS_STAGES * DS_ELEMENTS * 2;
 constexpr int PROBS_OFFSET = DQ_OFFSET + DQ_FLOATS * 4;
-constexpr int STATS_OFFSET = PROBS_OFFSET + PROBS_WORDS * 4;
+constexpr int MASK_OFFSET = PROBS_OFFSET + PROBS_WORDS * 4;
+constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_KEY_GROUPS * 4 * KEY_MASK_WARP_ELEMENTS;
+constexpr int STATS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * KEY_MASK_BYTES;
 constexpr int FEED_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;  // at 16 bytes
 constexpr int BARRIERS_OFFSET = FEED_OFFSET + FEED_BYTES;
 constexpr int NUM_BARRIERS =
@@ -64,6 +67,7 @@ struct Buffers {
   SmemPtr<Element> ds;
   SmemPtr<float> dq;
   SmemPtr<uint32_t> probs;
+  SmemPtr<MaskElement> mask;  // of each warp that computes P^T
   SmemPtr<float> stats;
   SmemPtr<int32_t> coords;  // of the key tiles at hand
   Feed feed;  // from which the producer has them, where they are dealt out
@@ -165,10 +169,11 @@ FC_DEVICE BlockCoord key_tile_coord(const AttnParams& p, const Walk& tile,
   } else {
     const auto at = tile.place(p, schedule);
     const int n_block = DRAWS_TILES ? p.num_m_blocks - 1 - at.m_block : at.m_block;
+    const BatchAndHead head = batch_and_head(p, at.head, p.num_heads_kv);
     BlockCoord block;
-    block.head_idx_kv = at.head % p.num_heads_kv;
-    block.head_idx = block.head_idx_kv * (p.num_heads_q / p.num_heads_kv);
-    block.batch_idx = at.head / p.num_heads_kv;
+    block.head_idx_kv = head.head;
+    block.head_idx = head.head * (p.num_heads_q / p.num_heads_kv);
+    block.batch_idx = head.batch;
     block.m_begin = n_block * BLOCK_N;
     return block;
   }

@@ -4,9 +4,23 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
+#include "tile/mask.cuh"
+#include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
+
+// The mask of a warp's 16 keys, of those from `key_row` on that a warpgroup has.
+FC_DEVICE KeyMaskStrip mask_strip(const AttnParams& p, const Buffers& smem, int group, int key_row,
+                                  int batch_idx, int head_idx) {
+  if constexpr (MASK_KIND == 0) {
+    return {};
+  } else {
+    const int warp = warp_idx() % 4;
+    return {mask_of(p, batch_idx, head_idx),
+            smem.mask + (group * 4 + warp) * KEY_MASK_WARP_ELEMENTS, key_row + warp * 16};
+  }
+}
 
 // And of the tile's lse and delta.
 FC_DEVICE void release_q(const Barriers& bar, uint32_t count) {
@@ -121,24 +135,22 @@ template <bool MASKED>
 FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
                                  WmmaA<Element> (&probs)[QUERY_FRAGS],
                                  WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
-                                 SmemPtr<float> stats, GmemPtr<const MaskElement> mask_gmem,
-                                 int key_row, int m_begin) {
+                                 SmemPtr<float> stats, const KeyMaskStrip& strip, int key_row,
+                                 int m_begin) {
   const VisibleColumns<true> visible(p, key_row + warp_idx() % 4 * 16, m_begin);
   const auto lse = stats + opaque(lane_idx()) % 4 * 2;
+  KeyMaskStrip::Place own = {};
+  if constexpr (MASK_KIND != 0) own = strip.await(p, m_begin);
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) {
     ScoreMask mask[8];
+    MaskElement elements[8];
+    if constexpr (MASK_KIND != 0) strip.read(elements, own, n);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) mask[i] = {!MASKED || visible.contain(n, i), 0.0f};
-    // The branch keeps ptxas from fetching the elements of all fragments at once, for which there
-    // are no registers.
-    if (MASK_KIND != 0 && m_begin + n * 16 < p.seqlen_q) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (!mask[i].visible) continue;
-        mask[i] = mask_element(p, mask_gmem, m_begin + n * 16 + accum_col(lane_idx(), i),
-                               key_row + warp_idx() % 4 * 16 + accum_row(lane_idx(), i));
-      }
+    for (int i = 0; i < 8; ++i) {
+      mask[i] = {true, 0.0f};
+      if constexpr (MASK_KIND != 0) mask[i] = as_score_mask(elements[i]);
+      mask[i].visible &= !MASKED || visible.contain(n, i);
     }
     WmmaAccum prob;
 #pragma unroll
@@ -157,15 +169,20 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
 }
 
 // S^T becomes P^T, rounded in `probs`; in `scores`, and where those are not kept rounded in
-// `capped_probs`, times soft-capping's derivative. `stats` is the tile's, `mask` its head's.
+// `capped_probs`, times soft-capping's derivative. `stats` is the tile's. A mask tensor's part of
+// the tile has been fetched; then the next tile's is, where there is one before query `end`.
 FC_DEVICE void exponentiate(WmmaAccum (&scores)[QUERY_FRAGS], WmmaA<Element> (&probs)[QUERY_FRAGS],
                             WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
-                            SmemPtr<float> stats, GmemPtr<const MaskElement> mask, int key_row,
-                            int m_begin) {
-  if (IS_BOUNDED && (MASK_KIND != 0 || window_hides_some<BLOCK_M, 64>(p, m_begin, key_row))) {
+                            SmemPtr<float> stats, const KeyMaskStrip& mask, int key_row,
+                            int m_begin, int end) {
+  if (IS_BOUNDED && window_hides_some<BLOCK_M, 64>(p, m_begin, key_row)) {
     exponentiate_tile<true>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
   } else {
     exponentiate_tile<false>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
+  }
+  if constexpr (MASK_KIND != 0) {
+    warp_sync();  // orders every lane's reads before the next copies
+    if (m_begin + BLOCK_M < end) mask.fetch(p, m_begin + BLOCK_M);
   }
 }
 

@@ -21,6 +21,13 @@
 #include "tile/sequence.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 
+// The gradient of an additive mask; read only by attn_bwd_dmask_sm90.cuh.
+struct MaskGradient {
+  int32_t batch, heads;  // of it: 1 where it is summed
+  int32_t num_shares;    // that its sums are divided into
+  int32_t row_stride;    // of it, or of a share
+};
+
 // Mirrored by kernels/bwd_sm90/params.py. Boxes of q, k, v and dout are those of the kernel at
 // hand.
 struct AttnBwdSm90Params {
@@ -31,6 +38,9 @@ struct AttnBwdSm90Params {
   GmemPtr<const float> dlse;  // as lse, or null for zero
   GmemPtr<float> delta;       // as lse
   GmemPtr<float> dq_sums;     // see sums_of; read only where several blocks add up dQ
+  GmemPtr<MaskElement> dmask;    // [batch, heads, seqlen_q or 1, seqlen_k] of MaskGradient
+  GmemPtr<float> dmask_shares;   // instead, [num_shares, batch, heads, seqlen_q or 1, row_stride]
+  MaskGradient mask_gradient;
 };
 
 constexpr int CHUNK_BYTES = CHUNK * 2;
@@ -117,15 +127,6 @@ FC_DEVICE ScoreMask as_score_mask(bool attend) { return {attend, 0.0f}; }
 template <class T>
 FC_DEVICE ScoreMask as_score_mask(T bias) {
   return {true, to_float(bias)};
-}
-
-// A mask tensor's element; `gmem` is the mask of a batch and head. (Each lane loads its own, which
-// takes many more accesses than the forward's copies by rows, but no shared memory.)
-FC_DEVICE ScoreMask mask_element(const AttnParams& p, GmemPtr<const MaskElement> gmem, int row,
-                                 int key) {
-  if (MASK_KIND == 0) return {true, 0.0f};
-  if (row >= p.seqlen_q || key >= p.seqlen_k) return {false, 0.0f};
-  return as_score_mask(gmem_load(gmem + (row * p.strides.mask.row + key * p.strides.mask.col)));
 }
 
 // What becomes of one score q.k: its probability, and that times soft-capping's derivative.

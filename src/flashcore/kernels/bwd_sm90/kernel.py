@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from flashcore.kernels.bwd_sm90 import plan_one, stages
-from flashcore.kernels.bwd_sm90.params import num_tiles
 from flashcore.kernels.bwd_sm90.plan import ARCH, DKDV_KERNEL, DQ_KERNEL, BwdSm90Plan
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
@@ -24,8 +23,8 @@ class BwdSm90Kernel(Kernel[BwdSm90Plan]):
     is_backward: ClassVar[bool] = True
 
     def num_pieces(self, problem: Problem, plan: BwdSm90Plan) -> int:
-        """Return the number of tiles of rows or of keys."""
-        return num_tiles(problem, plan)
+        """Return the number of tiles of rows, of keys or of a mask."""
+        return plan.num_pieces(problem)
 
     def with_tile(self, plan: BwdSm90Plan, tile: Mapping[str, Any]) -> BwdSm90Plan:
         """Return the plan with fields of its tile changed.
@@ -56,12 +55,13 @@ class BwdSm90Kernel(Kernel[BwdSm90Plan]):
         return changed
 
 
-def _kernel(
+def make_kernel(
     name: str,
     title: str,
     plan_class: type[BwdSm90Plan] = BwdSm90Plan,
     phases: Mapping[str, str] = stages.PHASES,
 ) -> BwdSm90Kernel:
+    """Return the object of one of the kernels."""
     common: dict[str, Any] = {
         "backend": "sm90",
         "only_arch": ARCH,
@@ -71,7 +71,7 @@ def _kernel(
     return BwdSm90Kernel(name=name, title=title, plan=plan_class, phases=phases, **common)
 
 
-DQ = _kernel(DQ_KERNEL, "the backward kernel of dq", phases=stages.PHASES_DQ)
-DKDV = _kernel(DKDV_KERNEL, "the backward kernel of dk and dv")
-DELTA = _kernel(plan_one.DELTA_KERNEL, "the kernel of delta", plan_one.RowsPlan)
-ROUND = _kernel(plan_one.ROUND_KERNEL, "the kernel that rounds dq", plan_one.RowsPlan)
+DQ = make_kernel(DQ_KERNEL, "the backward kernel of dq", phases=stages.PHASES_DQ)
+DKDV = make_kernel(DKDV_KERNEL, "the backward kernel of dk and dv")
+DELTA = make_kernel(plan_one.DELTA_KERNEL, "the kernel of delta", plan_one.RowsPlan)
+ROUND = make_kernel(plan_one.ROUND_KERNEL, "the kernel that rounds dq", plan_one.RowsPlan)

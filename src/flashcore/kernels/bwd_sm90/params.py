@@ -18,6 +18,13 @@ from flashcore.problem.memory_layout import strides_of
 _ELEMENT_BYTES = 2
 MAPS = ("q", "k", "v", "dout", "dq", "dk", "dv")
 LENGTHS = ("seqlens_k", "cu_seqlens_q", "cu_seqlens_k")  # those that a problem may have
+POINTERS = ("dlse", "delta", "dq_sums", "dmask", "dmask_shares")  # besides those of AttnParams
+
+
+class MaskGradient(ctypes.Structure):
+    """Say what of an additive mask's gradient is summed."""
+
+    _fields_ = [(name, ctypes.c_int32) for name in ("batch", "heads", "num_shares", "row_stride")]
 
 
 class AttnBwdSm90Params(ctypes.Structure):
@@ -28,25 +35,10 @@ class AttnBwdSm90Params(ctypes.Structure):
         ("attn", AttnParams),
         ("num_heads", ctypes.c_int32),
         ("heads_per_section", ctypes.c_int32),
-        ("dlse", ctypes.c_void_p),
-        ("delta", ctypes.c_void_p),
-        ("dq_sums", ctypes.c_void_p),
-        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 32) % 64)),
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        ("mask_gradient", MaskGradient),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 64) % 64)),
     ]
-
-
-def num_tiles(problem: Problem, plan: BwdSm90Plan) -> int:
-    """Return the number of tiles that blocks take one after the other: of rows of every head of q,
-    or of keys of every head of k and v; of packed sequences as many as there can be."""
-    if plan.is_dq:
-        total, rows = problem.total_q, problem.seqlen_q
-        rows_of_tile, num_heads = plan.block_m, problem.num_heads_q
-    else:
-        total, rows = problem.total_k, problem.seqlen_k
-        rows_of_tile, num_heads = plan.block_n, problem.num_heads_kv
-    if problem.varlen == "packed":
-        return (total // rows_of_tile + problem.batch + 1) * num_heads
-    return -(-rows // rows_of_tile) * num_heads * problem.batch
 
 
 # What blocks that run side by side may have of L2 for the tiles they stream; see
@@ -61,7 +53,7 @@ def heads_per_section(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> i
     num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
     streamed = problem.seqlen_k if plan.is_dq else problem.seqlen_q * problem.group_size
     head_bytes = _ELEMENT_BYTES * streamed * (problem.head_dim + problem.head_dim_v)
-    tiles_of_head = max(1, num_tiles(problem, plan) // (num_heads * problem.batch))
+    tiles_of_head = max(1, plan.num_pieces(problem) // (num_heads * problem.batch))
     wanted = max(1, _GROUP_BYTES // max(1, head_bytes), round(num_blocks / tiles_of_head))
     return min(num_heads * problem.batch, wanted)
 
@@ -78,9 +70,9 @@ def build_params_bwd_sm90(
     Args:
         problem: shapes, strides and options of the forward.
         plan: of the kernel.
-        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask, dlse and dq_sums where
-            there are some; seqlens_k, or cu_seqlens_q and cu_seqlens_k, where the problem has
-            lengths. Of packed sequences out is contiguous as [total, heads, dim].
+        tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask, dlse, dq_sums, dmask and
+            dmask_shares where there are some; seqlens_k, or cu_seqlens_q and cu_seqlens_k, where
+            the problem has lengths. Of packed sequences out is contiguous as [total, heads, dim].
         num_blocks: of the launch.
         addresses: of the tensors, by name; None for the simulator, which places them itself.
 
@@ -98,7 +90,7 @@ def build_params_bwd_sm90(
     if not plan.is_dq:
         argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles of a head
     if problem.varlen == "packed":
-        argument.attn.max_tiles = num_tiles(problem, plan)
+        argument.attn.max_tiles = plan.num_pieces(problem)
         walked = -(-problem.total_k // plan.block_n)
         if not plan.is_dq:
             walked = -(-problem.total_q // plan.block_m)
@@ -106,8 +98,9 @@ def build_params_bwd_sm90(
     num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
     argument.num_heads = num_heads * problem.batch
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
-    argument.dlse, argument.delta = addresses.get("dlse"), addresses["delta"]
-    argument.dq_sums = addresses.get("dq_sums")
+    for name in POINTERS:
+        setattr(argument, name, addresses.get(name))
+    argument.mask_gradient = MaskGradient(*plan.mask_gradient(problem))
     for name, box_rows in plan.box_rows.items():
         tensor_map = _tensor_map(tensors[name], addresses[name], plan.chunk, box_rows)
         if problem.varlen == "packed":

@@ -49,6 +49,7 @@ class BwdSm90Plan(Plan):
     walks over tiles of `block_m` rows, of which Q has `num_stages` buffers and dO `other_stages`.
     `overlaps`: a tile's last product is issued behind the first ones of the next.
     `also_dq`: the kernel of dk and dv computes dq too, see plan_one.py; dS has `ds_stages` buffers.
+    `mask_load_bytes`, `mask_is_row` and `mask_is_shifted`: how a mask is read, as in Sm90Plan.
     """
 
     other_stages: int = 2
@@ -57,6 +58,9 @@ class BwdSm90Plan(Plan):
     keeps_p: bool = True
     also_dq: bool = False
     ds_stages: int = 1
+    mask_load_bytes: int = 1
+    mask_is_row: bool = False
+    mask_is_shifted: bool = False
 
     @property
     def is_dq(self) -> bool:
@@ -101,7 +105,7 @@ class BwdSm90Plan(Plan):
     def has_roles(self) -> bool:
         """Return whether two warpgroups share the products of 64 keys, for one could not hold dk
         and dv and what else there is (bwd_sm90/bwd_dkdv_roles_sm90.cuh)."""
-        is_crowded = self.mask is not None or self.has_softcap
+        is_crowded = self.has_softcap or (self.mask is not None and self.varlen != "none")
         return not self.is_dq and max(self.head_dim, self.head_dim_v) > (64 if is_crowded else 128)
 
     @property
@@ -148,7 +152,23 @@ class BwdSm90Plan(Plan):
         elements = self.block_m * (q_buffers * (qk_cols + v_cols) + qk_cols * has_out_buffer)
         elements += self.block_n * (self.num_stages * qk_cols + self.other_stages * v_cols)
         num_barriers = 2 * (q_buffers * self.num_consumers + self.num_stages + self.other_stages)
-        return 2 * elements + _BARRIER_BYTES * num_barriers + _COORD_BYTES + self._feed_bytes
+        others = _BARRIER_BYTES * num_barriers + _COORD_BYTES + self._feed_bytes
+        return 2 * elements + self.mask_bytes + others
+
+    @property
+    def mask_bytes(self) -> int:
+        """Return shared memory for the mask tensor's elements of every warp
+        (fwd_sm90/mask_tile_sm90.cuh; tile/mask_keys.cuh, of 16 keys each)."""
+        if self.mask is None:
+            return 0
+        if self.is_dq:
+            of_consumer = tiles_sm90.mask_bytes(self.mask, self.mask_is_row, self.block_n)
+            return self.num_consumers * of_consumer
+        element = tiles_sm90.MASK_ELEMENT_BYTES[self.mask]
+        row_bytes = 16 * element + (16 if element > 1 else 0)
+        if self.mask_is_shifted:
+            row_bytes = 24 * element
+        return self.block_n // 16 * (1 if self.mask_is_row else self.block_m) * row_bytes
 
     @property
     def _feed_bytes(self) -> int:
@@ -172,7 +192,8 @@ class BwdSm90Plan(Plan):
             elements += self.block_m * 2 * padded_to_16(self.head_dim)  # of four bytes
             num_barriers += 2 * self.ds_stages
         barriers = _BARRIER_BYTES * num_barriers
-        return 2 * elements + stats + barriers + _COORD_BYTES + self._feed_bytes
+        others = stats + barriers + _COORD_BYTES + self._feed_bytes
+        return 2 * elements + self.mask_bytes + others
 
     @property
     def role_registers(self) -> tuple[int, ...]:
@@ -211,6 +232,24 @@ class BwdSm90Plan(Plan):
         """Return the tensors that blocks add up in, in no fixed order."""
         return ("dq_sums",) if self.also_dq else ()
 
+    def num_pieces(self, problem: Problem) -> int:
+        """Return the number of tiles that blocks take one after the other: of rows of every head of
+        q, or of keys of every head of k and v; of packed sequences as many as there can be."""
+        if self.is_dq:
+            total, rows = problem.total_q, problem.seqlen_q
+            rows_of_tile, num_heads = self.block_m, problem.num_heads_q
+        else:
+            total, rows = problem.total_k, problem.seqlen_k
+            rows_of_tile, num_heads = self.block_n, problem.num_heads_kv
+        if problem.varlen == "packed":
+            return (total // rows_of_tile + problem.batch + 1) * num_heads
+        return -(-rows // rows_of_tile) * num_heads * problem.batch
+
+    def mask_gradient(self, problem: Problem) -> tuple[int, ...]:
+        """Return the fields of MaskGradient in the kernel's argument: nothing, unless the kernel
+        computes it (bwd_mask_sm90/plan.py)."""
+        return ()
+
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
         consumer_registers, producer_registers, *of_dq = self.role_registers
@@ -225,6 +264,9 @@ class BwdSm90Plan(Plan):
             "OVERLAPS": self.overlaps,
             "KEY_SLICES": 1,
             "SPLIT_KV": False,
+            "MASK_LOAD_BYTES": self.mask_load_bytes,
+            "MASK_IS_ROW": self.mask_is_row,
+            "MASK_IS_SHIFTED": self.mask_is_shifted,
         }
         return constants | (self._dq_constants() if self.is_dq else self._dkdv_constants())
 
@@ -269,8 +311,8 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
         return f"the fused backward takes float16 and bfloat16, not {problem.dtype}"
     if max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
         return f"the fused backward takes head_dim {HEAD_DIM_MAX} at most"
-    if needs_mask_grad:
-        return "the fused backward computes no gradient of a mask"
+    if needs_mask_grad and problem.varlen != "none":
+        return "the fused backward computes no gradient of a mask over sequences of other lengths"
     rows = max(problem.total_q * problem.num_heads_q, problem.total_k * problem.num_heads_kv)
     if problem.varlen == "packed" and rows + problem.batch >= _MAX_PACKED_ROWS:
         return "the fused backward counts the tiles of all packed sequences in 32 bits"
@@ -279,7 +321,7 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
 
 def select_plans(problem: Problem) -> BwdPlans:
     """Return the plans of a problem that has no obstacle."""
-    of_problem = traits(problem)
+    of_problem = traits(problem) | plan_sm90.mask_traits(problem)
     of_problem["folds_heads"] = 0  # it pays where queries are few, and there is little to compute
     return _plans(*tiles(problem), tuple(of_problem.items()))
 

@@ -24,11 +24,13 @@ def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
     """Return the tile of the kernel of dq, and that of the kernel of dk and dv. Measured on an H200
     (2026-11-29, scripts/time_backward.py), 16k tokens, hidden 2048, bfloat16."""
     dim = max(problem.head_dim, problem.head_dim_v)
-    is_crowded = problem.mask is not None or problem.softcap != 0.0
+    is_crowded = problem.softcap != 0.0
     if problem.mask is not None and (problem.softcap != 0.0 or problem.varlen != "none"):
         # The tiles below spill 24 to 168 bytes at some head_dims; not measured on a GPU.
-        dq = BwdTile(128, 64, 3, 2) if dim <= 128 else BwdTile(128, 48, 2, 1, False)
+        dq = BwdTile(128, 64, 3, 2) if dim <= 128 else _masked_wide_dq(problem)
         return dq, BwdTile(64, 128, 4, 3, False) if dim <= 64 else _crowded_dkdv(dim)
+    if problem.mask is not None:
+        return _masked(problem, dim)
     if dim <= 64:
         dkdv = (
             BwdTile(64, 128, 4, 3, False)
@@ -51,6 +53,27 @@ def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
     return BwdTile(128, 64, 2, 1, False), BwdTile(64, 64, 2, 2)
 
 
+def _masked(problem: Problem, dim: int) -> tuple[BwdTile, BwdTile]:
+    """Return the tiles with a mask tensor, parts of which take shared memory. Up to head_dim 64 the
+    larger tile of dk and dv would spill 56 bytes with a bound; above, products that overlap would
+    spill up to 104."""
+    is_bounded = max(problem.window_left, problem.window_right) >= 0
+    if dim <= 64:
+        rows = 96 if is_bounded else 128
+        return BwdTile(192, 64, 4, 3), BwdTile(rows, 128, 3, 2, False, True, False)
+    if dim <= 128:
+        return BwdTile(128, 64, 3, 2), BwdTile(64, 128, 3, 2, False, True, False)
+    if dim <= 192:
+        return BwdTile(128, 48, 3, 2), BwdTile(64, 64, 2, 2)
+    return _masked_wide_dq(problem), BwdTile(64, 64, 2, 2)
+
+
+def _masked_wide_dq(problem: Problem) -> BwdTile:
+    """Return the tile of dq with a mask tensor where head_dim leaves little shared memory."""
+    is_wide = problem.mask is not None and problem.mask.dtype == "float32"
+    return BwdTile(128, 32 if is_wide else 48, 2, 1, False)
+
+
 def _crowded_dkdv(dim: int) -> BwdTile:
-    """Return the tile of dk and dv with a mask tensor or soft-capping, above head_dim 64."""
+    """Return the tile of dk and dv with soft-capping, above head_dim 64."""
     return BwdTile(64, 64, 3, 3) if dim <= 128 else BwdTile(64, 64, 2, 2)

@@ -46,6 +46,18 @@ FC_DEVICE T mask_element(Packet<2 * sizeof(T)> pair, int i) {
   }
 }
 
+// Elements of 2 bytes lie as the tensor cores' fragments do: one instruction loads all eight of a
+// lane, where pairs would take four.
+constexpr bool MASK_BY_MATRIX =
+    MASK_KIND == 2 && MASK_ELEMENT_BYTES == 2 && !MASK_IS_ROW && !MASK_IS_SHIFTED;
+
+// The elements of a fragment of scores that a lane has, two by two.
+struct MaskFragment {
+  Packet<2 * MASK_ELEMENT_BYTES> pair[4];
+
+  FC_DEVICE MaskElement of(int i) const { return mask_element<MaskElement>(pair[i / 2], i % 2); }
+};
+
 // Two neighbours of a row in shared memory.
 FC_DEVICE auto load_pair(SmemPtr<MaskElement> p) {
   if constexpr (MASK_IS_SHIFTED) {
@@ -149,26 +161,49 @@ struct MaskStrip {
   template <int NUM_FRAGS>
   FC_DEVICE void add_to(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, int row_begin,
                         int n_block) const {
+    add_fetched(scores, p, row_begin);
+    fetch(p, row_begin, n_block - KEY_SLICES);
+  }
+
+  // Waits for the part that was fetched last. Returns where the first element of a lane lies.
+  FC_DEVICE SmemPtr<MaskElement> await(const AttnParams& p, int row_begin) const {
     cp_async_wait<0>();
     warp_sync();  // orders every lane's arrived copies before the reads below
     const int lane = opaque(lane_idx());
     const int first_row = MASK_IS_ROW ? 0 : accum_row(lane, 0);
     const int first_col = accum_col(lane, 0) + shift(p, row_begin + first_row);
-    const auto own = smem + (first_row * MASK_STRIDE + first_col);
+    return smem + (first_row * MASK_STRIDE + first_col);
+  }
+
+  // The elements of fragment n, two by two, from where `await` says.
+  FC_DEVICE MaskFragment fragment(SmemPtr<MaskElement> own, int n) const {
+    MaskFragment found;
+    if constexpr (MASK_BY_MATRIX) {
+      WmmaA<MaskElement> matrix;
+      wmma_load_a(matrix, smem + n * 16, MASK_STRIDE);
 #pragma unroll
-    for (int n = 0; n < NUM_FRAGS; ++n) {
+      for (int i = 0; i < 4; ++i) found.pair[i].word[0] = matrix.reg[i];
+    } else {
 #pragma unroll
       for (int i = 0; i < 8; i += 2) {
         const int row = MASK_IS_ROW ? 0 : accum_row(0, i);
-        const auto element = own + (row * MASK_STRIDE + n * 16 + accum_col(0, i));
-        const auto pair = load_pair(element);
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-          add_mask(scores[n].x[i + j], mask_element<MaskElement>(pair, j));
-        }
+        found.pair[i / 2] = load_pair(own + (row * MASK_STRIDE + n * 16 + accum_col(0, i)));
       }
     }
+    return found;
+  }
+
+  // Adds the part that was fetched last.
+  template <int NUM_FRAGS>
+  FC_DEVICE void add_fetched(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
+                             int row_begin) const {
+    const auto own = await(p, row_begin);
+#pragma unroll
+    for (int n = 0; n < NUM_FRAGS; ++n) {
+      const MaskFragment elements = fragment(own, n);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) add_mask(scores[n].x[i], elements.of(i));
+    }
     warp_sync();  // orders them before the next copies
-    fetch(p, row_begin, n_block - KEY_SLICES);
   }
 };

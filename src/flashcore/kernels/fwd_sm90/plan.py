@@ -270,19 +270,25 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     if gate is None:
         fields["fewest_splits"] = fewest_splits(problem)
     folded = fields["folds_heads"]
-    mask = (fold_heads(problem, folded) if folded else problem).mask
-    if mask is not None:
-        # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
-        load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
-        is_shifted = load_bytes < 4 and mask.strides[3] == 1
-        if is_shifted:
-            load_bytes = 8 * tiles_sm90.MASK_ELEMENT_BYTES[mask.dtype]
-        fields |= {
-            "mask_load_bytes": load_bytes,
-            "mask_is_row": mask.strides[2] == 0,
-            "mask_is_shifted": is_shifted,
-        }
-    return fields
+    return fields | mask_traits(fold_heads(problem, folded) if folded else problem)
+
+
+def mask_traits(problem: Problem) -> dict[str, Any]:
+    """Return the fields of a plan that say how a mask tensor is read
+    (fwd_sm90/mask_tile_sm90.cuh)."""
+    mask = problem.mask
+    if mask is None:
+        return {}
+    # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
+    load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
+    is_shifted = load_bytes < 4 and mask.strides[3] == 1
+    if is_shifted:
+        load_bytes = 8 * tiles_sm90.MASK_ELEMENT_BYTES[mask.dtype]
+    return {
+        "mask_load_bytes": load_bytes,
+        "mask_is_row": mask.strides[2] == 0,
+        "mask_is_shifted": is_shifted,
+    }
 
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:

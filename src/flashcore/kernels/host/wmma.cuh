@@ -122,6 +122,11 @@ FC_DEVICE void wmma_load_a(WmmaA<T>& frag, SmemPtr<T> p, int stride, FC_SITE) {
 }
 
 template <class T>
+FC_DEVICE void wmma_load_a_col(WmmaA<T>& frag, SmemPtr<T> p, int stride, FC_SITE) {
+  fc_host::load_fragment(fc_host::WarpOp::wmma_load_a, frag.reg, p, stride, true, FC_HERE);
+}
+
+template <class T>
 FC_DEVICE void wmma_load_b_col(WmmaBCol<T>& frag, SmemPtr<T> p, int stride, FC_SITE) {
   fc_host::load_fragment(fc_host::WarpOp::wmma_load_b, frag.reg, p, stride, false, FC_HERE);
 }

@@ -63,6 +63,11 @@ FC_DEVICE void wmma_load_a(WmmaA<T>& frag, SmemPtr<T> p, int stride) {
 }
 
 template <class T>
+FC_DEVICE void wmma_load_a_col(WmmaA<T>& frag, SmemPtr<T> p, int stride) {
+  ldmatrix_x4_trans(frag.reg, p.address + right_then_down(stride));
+}
+
+template <class T>
 FC_DEVICE void wmma_load_b_col(WmmaBCol<T>& frag, SmemPtr<T> p, int stride) {
   ldmatrix_x4(frag.reg, p.address + right_then_down(stride));
 }

@@ -18,11 +18,28 @@ struct TileSchedule {
   int32_t heads_per_section;  // of the last section maybe more; read only under a right bound
 };
 
-// The heads of a block, from batch_idx * num_heads_q + head_idx; m_begin is left open.
-FC_DEVICE BlockCoord head_coord(const AttnParams& p, int head_and_batch) {
+// A batch and one of `num_heads` heads, in the order in which blocks take them. Heads vary faster;
+// but where every batch has the same mask, of each head, batches do: then L2 has it for all of them.
+struct BatchAndHead {
+  int batch, head;
+};
+
+FC_DEVICE BatchAndHead batch_and_head(const AttnParams& p, int number, int num_heads) {
+  const bool batches_vary_faster =
+      MASK_KIND != 0 && p.strides.mask.batch == 0 && p.strides.mask.head != 0;
+  const int faster = batches_vary_faster ? p.batch : num_heads;
+  const int rest = number % faster;
+  const int quotient = number / faster;
+  if (batches_vary_faster) return {rest, quotient};
+  return {quotient, rest};
+}
+
+// The heads of a block; m_begin is left open.
+FC_DEVICE BlockCoord head_coord(const AttnParams& p, int number) {
+  const BatchAndHead at = batch_and_head(p, number, p.num_heads_q);
   BlockCoord coord;
-  coord.head_idx = head_and_batch % p.num_heads_q;
-  coord.batch_idx = head_and_batch / p.num_heads_q;
+  coord.head_idx = at.head;
+  coord.batch_idx = at.batch;
   coord.head_idx_kv = coord.head_idx / (p.num_heads_q / p.num_heads_kv);
   return coord;
 }

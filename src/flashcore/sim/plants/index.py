@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from flashcore.compile.plant import Plant
+from flashcore.kernels.append.params import AppendPlan
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA_KERNEL
+from flashcore.sim.plants.append import PLANTS_APPEND
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
@@ -30,7 +32,12 @@ from flashcore.sim.plants.numerics import (
     PLANTS_OLD_LARGE_MAX_SM90,
     PLANTS_TOTALS,
 )
-from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
+from flashcore.sim.plants.pages import (
+    PLANTS_PAGES,
+    PLANTS_PAGES_SM90,
+    PLANTS_PAGES_TOLD,
+    PLANTS_PAGES_WMMA,
+)
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -46,6 +53,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_MAX_SCORE,
         **PLANTS_SINKS,
         **PLANTS_PAGES,
+        **PLANTS_PAGES_TOLD,
         **PLANTS_PAGES_WMMA,
     },
     SM90_KERNEL: {
@@ -63,6 +71,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS,
         **PLANTS_SINKS_SPLIT,
         **PLANTS_PAGES,
+        **PLANTS_PAGES_TOLD,
         **PLANTS_PAGES_SM90,
         **PLANTS_FLOAT8_SM90,
     },
@@ -76,10 +85,14 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
     },
 }
 
+# Of kernels that are no attention: isolate does not take them apart.
+BESIDE: Mapping[str, Mapping[str, Plant]] = {AppendPlan.kernel: PLANTS_APPEND}
+
 
 def names() -> list[str]:
     """Return the name of every planted bug, once."""
-    return list(dict.fromkeys(name for plants in BY_KERNEL.values() for name in plants))
+    found = (*BY_KERNEL.values(), *BESIDE.values())
+    return list(dict.fromkeys(name for plants in found for name in plants))
 
 
 def kernels_of(name: str) -> list[str]:
@@ -88,7 +101,7 @@ def kernels_of(name: str) -> list[str]:
     Raises:
         ValueError: an unknown name.
     """
-    found = [kernel for kernel, plants in BY_KERNEL.items() if name in plants]
+    found = [kernel for kernel, plants in (*BY_KERNEL.items(), *BESIDE.items()) if name in plants]
     if not found:
         raise ValueError(f"plant={name!r} is not one of {', '.join(names())}")
     return found

@@ -31,6 +31,19 @@ PLANTS_PAGES = by_name(
     ),
 )
 
+# Of a sequence that is told to have more keys than its row of the table reaches.
+PLANTS_PAGES_TOLD = by_name(
+    Plant(
+        name="page-length-unclamped",
+        title="a sequence is believed to have more keys than the page table reaches",
+        file="tile/sequence.cuh",
+        find="own.seqlen_k = "
+        "clamp_i(gmem_load(p.lengths.seqlens_k + block.batch_idx), 0, p.seqlen_k);",
+        replace="own.seqlen_k = gmem_load(p.lengths.seqlens_k + block.batch_idx);",
+        caught_by="out-of-bounds",
+    ),
+)
+
 PLANTS_PAGES_WMMA = by_name(
     Plant(
         name="page-of-no-key",

@@ -1,0 +1,197 @@
+"""Check and time calls with a mask, and the gradient of an additive one, on a Hopper GPU.
+
+    PYTHONPATH=src python scripts/time_masks.py [--cases learned-64 ...] [--once] [--output FILE]
+
+Each case is timed beside the same call without a mask, and beside torch's SDPA with the same mask:
+forward and backward together, and every kernel of flashcore's by itself. Gradients are held against
+float64, of one head of one batch where the mask has its own, as an error beside the largest value.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flashcore
+
+# name -> batch, heads, heads of k and v, seqlen_q, seqlen_k, head_dim, the mask's dtype and shape
+# (b, h, q, k: whole; 1: broadcast; None: no mask), whether its gradient is wanted, causal
+Shape = tuple[int, int, int, int, int, int, torch.dtype | None, str, bool, bool]
+BF16, F32, BOOL = torch.bfloat16, torch.float32, torch.bool
+CASES: dict[str, Shape] = {
+    "none-64": (8, 16, 16, 2048, 2048, 64, None, "", False, False),
+    "bool-64": (8, 16, 16, 2048, 2048, 64, BOOL, "b1qk", False, False),
+    "bool-row-64": (8, 16, 16, 2048, 2048, 64, BOOL, "b11k", False, False),
+    "additive-64": (8, 16, 16, 2048, 2048, 64, BF16, "1hqk", False, False),
+    "additive-f32-64": (8, 16, 16, 2048, 2048, 64, F32, "1hqk", False, False),
+    "learned-64": (8, 16, 16, 2048, 2048, 64, BF16, "1hqk", True, False),
+    "learned-f32-64": (8, 16, 16, 2048, 2048, 64, F32, "1hqk", True, False),
+    "learned-causal-64": (8, 16, 16, 2048, 2048, 64, BF16, "1hqk", True, True),
+    "learned-one-64": (8, 16, 16, 1024, 1024, 64, BF16, "11qk", True, False),
+    "learned-whole-64": (2, 16, 16, 2048, 2048, 64, BF16, "bhqk", True, False),
+    "learned-keys-64": (8, 16, 16, 2048, 2048, 64, BF16, "b11k", True, False),
+    "learned-rows-64": (8, 16, 16, 2048, 2048, 64, BF16, "1hq1", True, False),
+    "learned-odd-64": (8, 16, 16, 1999, 1999, 64, BF16, "1hqk", True, False),
+    "learned-gqa-128": (4, 32, 8, 2048, 2048, 128, BF16, "11qk", True, True),
+    "none-128": (4, 16, 16, 4096, 4096, 128, None, "", False, False),
+    "bool-128": (4, 16, 16, 4096, 4096, 128, BOOL, "b1qk", False, False),
+    "additive-128": (4, 16, 16, 4096, 4096, 128, BF16, "1hqk", False, False),
+    "learned-128": (4, 16, 16, 4096, 4096, 128, BF16, "1hqk", True, False),
+    "learned-256": (4, 8, 8, 2048, 2048, 256, BF16, "1hqk", True, False),
+}
+
+
+def make(shape: Shape) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor]:
+    """Return leaves q, k and v, the mask, and what arrives at out."""
+    batch, heads, heads_kv, rows, keys, dim, dtype, dims, needs_grad, _ = shape
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", dtype=BF16, generator=generator)
+
+    leaves = [
+        normal(batch, heads, rows, dim), normal(batch, heads_kv, keys, dim),
+        normal(batch, heads_kv, keys, dim),
+    ]  # fmt: skip
+    mask = None
+    if dtype is not None:
+        sizes = {"b": batch, "h": heads, "q": rows, "k": keys, "1": 1}
+        mask = normal(*[sizes[d] for d in dims])
+        mask = mask > -1.0 if dtype == BOOL else mask.to(dtype)
+        mask.requires_grad_(needs_grad)
+    return [x.requires_grad_() for x in leaves], mask, normal(batch, heads, rows, dim)
+
+
+def wrong_mask_gradient(shape: Shape, leaves: list[torch.Tensor], mask: torch.Tensor,
+                        dout: torch.Tensor, found: torch.Tensor) -> float:  # fmt: skip
+    """Return the largest error of the mask's gradient beside its largest value, of the first head
+    and batch of the mask."""
+    batch, heads, heads_kv, rows, keys, dim, _, dims, _, causal = shape
+    want = torch.zeros(1, device="cuda", dtype=torch.float64)
+    for b in range(1 if dims[0] == "b" else batch):
+        for h in range(1 if dims[1] == "h" else heads):
+            places = h, h * heads_kv // heads, h * heads_kv // heads
+            heads_of = zip(leaves, places, strict=True)
+            q, k, v = (x.detach()[b, place].double() for x, place in heads_of)
+            s = q @ k.t() * dim**-0.5 + mask.detach()[0, 0].double()
+            if causal:
+                s = s.masked_fill(
+                    torch.ones_like(s, dtype=torch.bool).triu(keys - rows + 1), -1e300
+                )
+            p = s.softmax(-1)
+            dp = dout[b, h].double() @ v.t()
+            ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+            want = want + ds.sum_to_size(mask.shape[2:])
+    error = (found[0, 0].double() - want).abs().max()
+    return float(error / want.abs().max().clamp_min(1e-6))
+
+
+def milliseconds(step: Callable[[], Any], repeats: int = 6) -> float:
+    """Return the median of the times of a step."""
+    for _ in range(2):
+        step()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for event in events[:-1]:
+        event.record()
+        step()
+    events[-1].record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in itertools.pairwise(events)]
+    return sorted(times)[repeats // 2]
+
+
+def kernel_times(step: Callable[[], Any]) -> dict[str, float]:
+    """Return milliseconds by kernel of one step."""
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    times: dict[str, float] = {}
+    for event in profile.events():
+        if event.device_type.name == "CUDA":
+            name = event.name[:40]
+            times[name] = times.get(name, 0.0) + event.device_time / 1e3
+    return {name: round(time, 4) for name, time in sorted(times.items(), key=lambda x: -x[1])}
+
+
+def of_peer(backend: SDPBackend, shape: Shape, leaves: list[torch.Tensor],
+            mask: torch.Tensor | None, dout: torch.Tensor) -> float | str:  # fmt: skip
+    """Return milliseconds of torch's SDPA, or why there is none."""
+    wanted = [*leaves, *([mask] if mask is not None and mask.requires_grad else [])]
+    batch, heads, heads_kv, rows, keys, *_ = shape
+
+    def step() -> None:
+        bias = mask
+        if bias is not None:
+            bias = bias if bias.dtype in (BF16, BOOL) else bias.to(BF16)
+            if shape[-1]:
+                hidden = torch.ones(rows, keys, device="cuda", dtype=torch.bool).triu(1)
+                bias = bias.masked_fill(hidden, float("-inf"))
+            bias = bias.expand(batch, heads, rows, keys)
+        k, v = (x.repeat_interleave(heads // heads_kv, 1) for x in leaves[1:])
+        out = F.scaled_dot_product_attention(leaves[0], k, v, attn_mask=bias)
+        torch.autograd.grad(out, wanted, dout)
+
+    try:
+        with sdpa_kernel(backend):
+            return round(milliseconds(step, 3), 4)
+    except Exception as error:
+        return str(error)[:80]
+
+
+def run(name: str, once: bool) -> dict[str, Any]:
+    """Return what was measured of a case."""
+    shape = CASES[name]
+    leaves, mask, dout = make(shape)
+    wanted = [*leaves, *([mask] if mask is not None and mask.requires_grad else [])]
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = flashcore.attention(*leaves, mask=mask, causal=shape[-1])
+        return torch.autograd.grad(out, wanted, dout)
+
+    found = step()
+    result: dict[str, Any] = {"case": name}
+    if once:
+        torch.cuda.synchronize()
+        return result
+    if mask is not None and mask.requires_grad:
+        result["error"] = wrong_mask_gradient(shape, leaves, mask, dout, found[3])
+        again = step()
+        result["same bits"] = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+        del again
+    result["ms"] = round(milliseconds(step), 4)
+    result["kernels"] = kernel_times(step)
+    result["efficient"] = of_peer(SDPBackend.EFFICIENT_ATTENTION, shape, leaves, mask, dout)
+    result["cudnn"] = of_peer(SDPBackend.CUDNN_ATTENTION, shape, leaves, mask, dout)
+    return result
+
+
+def main() -> None:
+    """Run the cases."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--once", action="store_true", help="compile, and time nothing")
+    parser.add_argument("--output", type=pathlib.Path)
+    arguments = parser.parse_args()
+    results = []
+    for name in arguments.cases:
+        try:
+            results.append(run(name, arguments.once))
+        except Exception as error:
+            results.append({"case": name, "failed": f"{type(error).__name__}: {error}"[:400]})
+        torch.cuda.empty_cache()
+        print(json.dumps(results[-1]), flush=True)
+        if arguments.output:
+            arguments.output.write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

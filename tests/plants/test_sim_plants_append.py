@@ -1,0 +1,72 @@
+"""Run the planted bugs of the kernel that appends to a cache; see test_sim_plants.py."""
+
+from __future__ import annotations
+
+import pytest
+from append_calls import CASES, check, make_call
+from plant_checks import check_text, undocumented
+
+from flashcore.isolate.registry import find_plant
+from flashcore.kernels.append.params import AppendPlan
+from flashcore.sim.plants import index
+from flashcore.sim.plants.append import PLANTS_APPEND
+from flashcore.sim.report import SimulationError
+
+pytestmark = pytest.mark.thorough
+
+SEEDS = range(20)
+SHOWN_BY = {
+    "append-no-room": "one token, pages of 8",
+    "append-any-page": "a wild table",
+    "append-length-unclamped": "one token, pages of 8",
+    "append-position-unclamped": "offsets",
+    "append-rows-of-no-sequence": "packed, rows of no sequence",
+    "append-late-end": "packed",
+    "append-wrong-sign": "halves turn",
+    "append-neighbours-turn": "halves turn",
+    "append-rest-left": "one token, pages of 8",
+    "append-values-as-keys": "contiguous, heads third",
+    "append-stale-length": "one token, pages of 8",
+    "append-first-query": "more new tokens than queries",
+    "append-page-of-the-first": "one token, pages of 8",
+    "append-place-in-sequence": "one token, pages of 8",
+    "append-at-the-front": "one token, pages of 8",
+}
+
+
+def found(name: str, seed: int, healthy: bool = False) -> str:
+    """Return what finds a plant: an alarm's kind, or "wrong-result", or "healthy"."""
+    try:
+        check(make_call(CASES[SHOWN_BY[name]]), None if healthy else PLANTS_APPEND[name], seed)
+    except SimulationError as error:
+        return error.kind
+    except AssertionError:
+        return "wrong-result"
+    return "healthy"
+
+
+@pytest.mark.parametrize("name", PLANTS_APPEND)
+def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
+    plant = PLANTS_APPEND[name]
+    for seed in SEEDS:
+        assert found(name, seed) in (plant.caught_by, *plant.or_by), f"seed {seed}"
+
+
+@pytest.mark.parametrize("name", ["append-no-room", "append-late-end", "append-wrong-sign"])
+def test_without_a_plant_the_same_runs_are_healthy(name: str) -> None:
+    assert {found(name, seed, healthy=True) for seed in SEEDS} == {"healthy"}
+
+
+@pytest.mark.parametrize("name", PLANTS_APPEND)
+def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
+    check_text(name, PLANTS_APPEND[name])
+
+
+def test_the_documentation_lists_every_plant() -> None:
+    assert undocumented(PLANTS_APPEND) == []
+
+
+def test_isolate_says_that_it_does_not_take_the_kernel_apart() -> None:
+    assert index.kernels_of("append-no-room") == [AppendPlan.kernel]
+    with pytest.raises(ValueError, match=r"append-no-room.*append_kvcache.*test_sim_plants_append"):
+        find_plant("append-no-room", "sim")
