@@ -14,9 +14,14 @@ from flashcore.ops.paged import paged_problem
 from flashcore.problem.options import Options
 from flashcore.selection.select import select_plan
 from flashcore.sim import SimulationError, simulate
-from flashcore.sim.plants.fwd_sm90.float8 import PLANTS_FLOAT8_SM90
+from flashcore.sim.plants.fwd_sm90.float8 import (
+    PLANTS_FLOAT8_SM90,
+    PLANTS_SHORT_SM90,
+    PLANTS_WIDE_SM90,
+)
 
 SEEDS = range(20)
+ALL_PLANTS = PLANTS_FLOAT8_SM90 | PLANTS_WIDE_SM90 | PLANTS_SHORT_SM90
 
 
 def run_plant(name: str, seed: int, healthy: bool = False) -> SimulationError | str:
@@ -26,7 +31,8 @@ def run_plant(name: str, seed: int, healthy: bool = False) -> SimulationError | 
     x = make_paged_inputs(case)
     problem = paged_problem(x.inputs(), Options.checked(**case.options()))
     plan = with_fields(select_plan(problem, 90, kernel=KERNEL), planted.tile)
-    out, lse = torch.empty_like(x.q), torch.empty(x.q.shape[:3])
+    out = x.q.new_empty((*x.q.shape[:3], case.head_dim_v))
+    lse = torch.empty(x.q.shape[:3])
     plant = None if healthy else planted.plant
     tensors = x.arguments()[:3]
     try:
@@ -37,9 +43,9 @@ def run_plant(name: str, seed: int, healthy: bool = False) -> SimulationError | 
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", PLANTS_FLOAT8_SM90)
+@pytest.mark.parametrize("name", ALL_PLANTS)
 def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
-    plant = PLANTS_FLOAT8_SM90[name]
+    plant = ALL_PLANTS[name]
     for seed in SEEDS:
         found = run_plant(name, seed)
         kind = found if isinstance(found, str) else found.kind
@@ -47,15 +53,16 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 
 @pytest.mark.thorough
-def test_without_a_plant_the_same_runs_are_healthy() -> None:
-    runs = {run_plant("float8-no-fence", seed, healthy=True) for seed in SEEDS}
+@pytest.mark.parametrize("name", ["float8-no-fence", "float8-queries-ahead"])
+def test_without_a_plant_the_same_runs_are_healthy(name: str) -> None:
+    runs = {run_plant(name, seed, healthy=True) for seed in SEEDS}
     assert runs == {"healthy"}
 
 
-@pytest.mark.parametrize("name", PLANTS_FLOAT8_SM90)
+@pytest.mark.parametrize("name", ALL_PLANTS)
 def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
-    check_text(name, PLANTS_FLOAT8_SM90[name])
+    check_text(name, ALL_PLANTS[name])
 
 
 def test_the_documentation_lists_every_plant() -> None:
-    assert undocumented(PLANTS_FLOAT8_SM90) == []
+    assert undocumented(ALL_PLANTS) == []

@@ -43,15 +43,21 @@ FAMILIES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         {"seqlen_q": 1, "head_dim": 32, "head_dim_v": 72},
     ),
     "hopper-8-bits": (
-        {"block_m": 64, "load_stages": 2, "converters": 2},
+        {"block_m": 64, "load_stages": 2},
         {"dtype": "bfloat16", "cache_dtype": "float8_e4m3fn"},
     ),
     "hopper-8-bits-two-consumers": (
-        {"block_m": 128, "load_stages": 3, "converters": 1, "q_in_registers": True},
-        {"seqlen_q": 150, "causal": "lower_right", "cache_dtype": "float8_e4m3fn"},
+        {"block_m": 128, "load_stages": 3},
+        {
+            "seqlen_q": 150,
+            "causal": "lower_right",
+            "cache_dtype": "float8_e4m3fn",
+            "dtype": "bfloat16",
+            "head_dim": 160,
+        },
     ),
     "hopper-8-bits-split-keys": (
-        {"block_m": 64, "load_stages": 2, "converters": 1, "num_splits": 3},
+        {"block_m": 64, "load_stages": 2, "num_splits": 3},
         {"seqlen_q": 1, "head_dim": 32, "head_dim_v": 80, "cache_dtype": "float8_e4m3fn"},
     ),
     "hopper-shared-and-split": (

@@ -38,7 +38,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
             "ring-of-all-stages",
             *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
-            *("float8-no-full-wait", "float8-lanes-ahead", "float8-end-early"),
+            *("float8-no-full-wait", "float8-lanes-ahead", "float8-queries-given-back"),
             *("page-place-ahead", "page-length-unclamped"),
         ),
         "qk": (

@@ -287,6 +287,8 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
         **_calls(float8.PLANTS_FLOAT8_SM90, float8.TILE, options=float8.CALL, is_paged=True),
+        **_calls(float8.PLANTS_WIDE_SM90, float8.TILE, options=float8.WIDE_CALL, is_paged=True),
+        **_calls(float8.PLANTS_SHORT_SM90, float8.TILE, options=float8.SHORT_CALL, is_paged=True),
         **_calls(PLANTS_PAGES_TOLD, _SHORT_KEY_TILES, options=_TOLD, is_paged=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),

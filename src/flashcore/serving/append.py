@@ -28,7 +28,7 @@ _LIBRARY.define(
     "Tensor v_new, Tensor seqlens_k, Tensor? page_table, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_new, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
     "Tensor? rotary_offsets, Tensor? rotary_positions, str rotary_queries, str backend, "
-    "Tensor? k_scale, Tensor? v_scale) "
+    "Tensor? k_scale=None, Tensor? v_scale=None) "
     "-> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
@@ -135,10 +135,9 @@ def _append(
         if rows is not None:
             k_new = rotary.rotate(k_new, rotary.positions_of(rows, before))
     if rows is not None:
-        k_new, v_new = (
-            _as_elements(x, scale, rows, before.shape[0], cache.dtype)
-            for x, scale, cache in zip((k_new, v_new), asked[5:], (k_cache, v_cache), strict=True)
-        )
+        k_scale, v_scale = (*asked[5:], None, None)[:2]
+        k_new = _as_elements(k_new, k_scale, rows, before.shape[0], k_cache.dtype)
+        v_new = _as_elements(v_new, v_scale, rows, before.shape[0], v_cache.dtype)
         write((k_cache, v_cache), page_table, before, (k_new, v_new), rows)
     return rotated.contiguous(), lengths_after(seqlens_k, capacity, number_new)
 
@@ -158,13 +157,13 @@ def _as_elements(
 def _append_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute the operator by one kernel, if it takes the tensors' dtype."""
     k_cache, v_cache, q, k_new, v_new, seqlens_k, table, cu_q, cu_new, cos, sin = arguments[:11]
-    interleaved, offsets, positions, queries, backend, k_scale, _ = arguments[11:]
+    interleaved, offsets, positions, queries, backend, *scales = arguments[11:]
     dtype, arch = DTYPES[q.dtype], arch_of_device(q.device.index)
     lowest = BFLOAT16_MIN_ARCH if dtype == "bfloat16" else WMMA_MIN_ARCH
     sizes = k_cache.numel(), k_new.numel(), q.numel(), seqlens_k.numel()
     if backend == "torch" or dtype not in KERNEL_DTYPES or arch < lowest or 0 in sizes:
         return _append(*arguments)
-    if k_scale is not None:  # the kernel writes elements of q's dtype
+    if any(x is not None for x in scales):  # the kernel writes elements of q's dtype
         return _append(*arguments)
     rotated = q.new_empty(0 if cos is None else q.shape)
     lengths = torch.empty_like(seqlens_k)

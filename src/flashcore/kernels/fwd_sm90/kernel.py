@@ -113,7 +113,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.num_consumers > 3 or plan.num_stages < 2 * plan.key_slices:
             return False
-        if plan.has_float8 != (plan.converters > 0) or plan.has_float8 != (plan.load_stages > 0):
+        if plan.has_float8 != (plan.load_stages > 0):
             return False
         if plan.has_float8 and plan.key_slices > 1:
             return False

@@ -51,7 +51,7 @@ class Sm90Plan(Plan):
     queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
     elements; `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py;
     `load_stages`: tiles of K and V for which there is room as bytes, of 8-bit caches (0 of others),
-    beside the `num_stages` that are converted, by `converters` warpgroups (tile/float8.cuh).
+    beside the `num_stages` that are converted (tile/float8.cuh).
     """
 
     ping_pong: bool = False
@@ -65,8 +65,6 @@ class Sm90Plan(Plan):
     mask_is_shifted: bool = False
     fewest_splits: int = 1
     load_stages: int = 0
-    converters: int = 0
-    q_in_registers: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -97,9 +95,9 @@ class Sm90Plan(Plan):
 
     @property
     def num_warps(self) -> int:
-        """Return the number of warps: the consumers', the producer's warpgroup, and those that
-        convert 8-bit caches."""
-        return 4 * (self.num_consumers + 1 + self.converters)
+        """Return the number of warps: the consumers', the producer's warpgroup, and the one that
+        converts 8-bit caches."""
+        return 4 * (self.num_consumers + 1 + self.has_float8)
 
     @property
     def has_float8(self) -> bool:
@@ -115,6 +113,11 @@ class Sm90Plan(Plan):
     def out_cols(self) -> int:
         """Return columns of O that are computed: products have 16 of them."""
         return -(-self.head_dim_v // 16) * 16
+
+    @property
+    def q_in_registers(self) -> bool:
+        """Return whether consumers hold Q in registers (tile/float8.cuh), where there are some."""
+        return self.has_float8 and self.head_dim <= 128
 
     @property
     def load_chunk(self) -> int:
@@ -176,7 +179,7 @@ class Sm90Plan(Plan):
         setmaxnreg moves them from what the launch gave everybody, `max_registers`: a block that
         asks for more than it was given waits for ever."""
         pool = self.max_registers * (self.num_consumers + 1)
-        pool += self.converters * (self.max_registers - CONVERTER_REGISTERS)
+        pool += self.has_float8 * (self.max_registers - CONVERTER_REGISTERS)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
         # take the most: each lane of the producer's warp knows those of its own.
@@ -186,7 +189,7 @@ class Sm90Plan(Plan):
             producer = 40
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         producer = min(40, pool - consumer * self.num_consumers)
-        return (consumer, producer, *[CONVERTER_REGISTERS] * self.converters)
+        return (consumer, producer, *[CONVERTER_REGISTERS] * self.has_float8)
 
     @property
     def overlaps(self) -> bool:
@@ -223,7 +226,7 @@ class Sm90Plan(Plan):
             "CONVERTER_REGISTERS": (*converters, producer_registers)[0],
             "LOAD_STAGES": self.load_stages if self.has_float8 else self.num_stages,
             "LOAD_CHUNK": self.load_chunk,
-            "NUM_CONVERTERS": self.converters,
+            "NUM_CONVERTERS": int(self.has_float8),
             "Q_IN_REGISTERS": self.q_in_registers,
             "MathElement": "float16" if self.has_float8 else constants["Element"],
             "PING_PONG": self.ping_pong,

@@ -21,7 +21,11 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
 )
 from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
-from flashcore.sim.plants.fwd_sm90.float8 import PLANTS_FLOAT8_SM90
+from flashcore.sim.plants.fwd_sm90.float8 import (
+    PLANTS_FLOAT8_SM90,
+    PLANTS_SHORT_SM90,
+    PLANTS_WIDE_SM90,
+)
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
@@ -74,6 +78,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_PAGES_TOLD,
         **PLANTS_PAGES_SM90,
         **PLANTS_FLOAT8_SM90,
+        **PLANTS_WIDE_SM90,
+        **PLANTS_SHORT_SM90,
     },
     DQ_KERNEL: {**PLANTS_BWD_DQ_SM90, **PLANTS_BWD_PACKED_DQ_SM90},
     DKDV_KERNEL: {

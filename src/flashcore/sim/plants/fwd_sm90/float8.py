@@ -19,7 +19,10 @@ CALL: dict[str, Any] = {
     "cache_dtype": "float8_e4m3fn",
     "seed": 2,
 }
-TILE: dict[str, Any] = {"block_m": 64, "block_n": 32, "load_stages": 2, "converters": 1}
+WIDE_CALL = CALL | {"head_dim": 144, "head_dim_v": 32}  # Q stays in shared memory
+# One key tile, and several row tiles a block: nothing else lies between Q and the next one.
+SHORT_CALL = CALL | {"lengths": (20, 9, 17, 30)}
+TILE: dict[str, Any] = {"block_m": 64, "block_n": 32, "load_stages": 2}
 _FLOAT8 = "tile/float8.cuh"
 _SEQUENCE = "tile/sequence.cuh"
 _PRODUCER = "fwd_sm90/producer_sm90.cuh"
@@ -71,16 +74,6 @@ PLANTS_FLOAT8_SM90 = by_name(
         caught_by="deadlock",
     ),
     Plant(
-        name="float8-end-early",
-        title="the end is said of a stage whose bytes are not converted yet",
-        file=_FLOAT8,
-        find="  mbar_wait(bar.v_load_empty + v.stage(), v.parity() ^ 1);",
-        replace="",
-        caught_by="race",
-        or_by=("mbarrier", "deadlock"),
-        plan={"load_stages": 1},  # or the stage is that of a tile that consumers are done with
-    ),
-    Plant(
         name="float8-one-warp-counted",
         title="a tile counts as converted when the first of its warps is done",
         file=_PIPELINE,
@@ -106,6 +99,16 @@ PLANTS_FLOAT8_SM90 = by_name(
         caught_by="wrong-result",
     ),
     Plant(
+        name="float8-factor-kept",
+        title="what Q was multiplied by stays in the maxima",
+        file="fwd_sm90/attn_fwd_sm90.cuh",
+        find="      c.softmax.row_max[0] *= of_products;",
+        replace="",
+        caught_by="wrong-result",
+    ),
+)
+PLANTS_WIDE_SM90 = by_name(
+    Plant(
         name="float8-queries-ahead",
         title="products begin before all warps have converted their rows of Q",
         file=_FLOAT8,
@@ -114,12 +117,14 @@ PLANTS_FLOAT8_SM90 = by_name(
         caught_by="race",
         or_by=("missing-fence",),
     ),
+)
+PLANTS_SHORT_SM90 = by_name(
     Plant(
-        name="float8-factor-kept",
-        title="what Q was multiplied by stays in the maxima",
-        file="fwd_sm90/attn_fwd_sm90.cuh",
-        find="      c.softmax.row_max[0] *= of_products;",
+        name="float8-queries-given-back",
+        title="the first lane gives Q back while others still read it",
+        file=_FLOAT8,
+        find="    warp_sync();  // orders all lanes' reads before the first one gives Q back",
         replace="",
-        caught_by="wrong-result",
+        caught_by="race",
     ),
 )
