@@ -41,6 +41,7 @@ def attention(
     v_scale: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_max_score: Literal[False] = ...,
+    batch_invariant: bool = ...,
     backend: str = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -60,6 +61,7 @@ def attention(
     v_scale: torch.Tensor | None = ...,
     return_lse: Literal[True],
     return_max_score: Literal[False] = ...,
+    batch_invariant: bool = ...,
     backend: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
@@ -79,6 +81,7 @@ def attention(
     v_scale: torch.Tensor | None = ...,
     return_lse: bool,
     return_max_score: Literal[False] = ...,
+    batch_invariant: bool = ...,
     backend: str = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @overload
@@ -98,6 +101,7 @@ def attention(
     v_scale: torch.Tensor | None = ...,
     return_lse: bool = ...,
     return_max_score: bool = ...,
+    batch_invariant: bool = ...,
     backend: str = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]: ...
 
@@ -119,6 +123,7 @@ def attention(
     v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
     return_max_score: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
     **_unknown: object,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -163,6 +168,9 @@ def attention(
         v_scale: likewise, of v.
         return_lse: also return the log-sum-exp of each row of scores.
         return_max_score: also return the largest score of each head, as QK-clip needs it.
+        batch_invariant: give each sequence the same bits whatever is beside it: other sequences,
+            their number, lengths and order, and how much room a padded cache has. Of the forward
+            pass; slower, see docs/serving.md.
         backend: "auto" (by device and dtype), "sm90" (the Hopper kernel), "wmma" (the portable
             tensor-core kernel), "sim" (a kernel in the simulator, on CPU tensors), or "torch"
             (PyTorch operations).
@@ -196,12 +204,8 @@ def attention(
         q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
     else:
         has_scales = k_scale is not None or v_scale is not None
-        if (
-            launcher.attend is not None
-            and return_max_score is False
-            and sinks is None
-            and not has_scales
-        ):
+        is_usual = return_max_score is False and sinks is None and batch_invariant is False
+        if launcher.attend is not None and is_usual and not has_scales:
             result: torch.Tensor | tuple[torch.Tensor, ...] | None = launcher.attend(
                 q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
             )
@@ -209,12 +213,8 @@ def attention(
                 return result
         if _is_any_autocast_enabled():
             q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
-        if (
-            seqlens_k is None
-            and sinks is None
-            and not has_scales
-            and not needs_dispatcher(q, k, v, mask)
-        ):
+        is_dense = seqlens_k is None and sinks is None and batch_invariant is False
+        if is_dense and not has_scales and not needs_dispatcher(q, k, v, mask):
             return attend(
                 q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
                 None, return_max_score,
@@ -224,13 +224,22 @@ def attention(
         inputs = Inputs(*given[:5], sinks=sinks, k_scale=k_scale, v_scale=v_scale)
         return given.restored(
             _by_operator(
-                inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
+                inputs,
+                causal,
+                window,
+                softcap,
+                scale,
+                return_lse,
+                return_max_score,
+                backend,
+                batch_invariant,
             )
         )
     inputs = Inputs(q, k, v, mask, seqlens_k, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
     return _by_operator(
-        inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
-    )
+        inputs, causal, window, softcap, scale, return_lse, return_max_score, backend,
+        batch_invariant,
+    )  # fmt: skip
 
 
 def _by_operator(
@@ -242,6 +251,7 @@ def _by_operator(
     return_lse: bool,
     return_max_score: bool,
     backend: str,
+    batch_invariant: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     compute = attention_dense if inputs.sinks is None else attention_with_sinks
     if inputs.seqlens_k is not None:
@@ -251,4 +261,7 @@ def _by_operator(
             "k_scale or v_scale is given without seqlens_k, with which caches of 8 bits come; if "
             "all keys count pass torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)"
         )
-    return compute(inputs, causal, window, softcap, scale, return_lse, return_max_score, backend)
+    return compute(
+        inputs, causal, window, softcap, scale, return_lse, return_max_score, backend,
+        batch_invariant,
+    )  # fmt: skip

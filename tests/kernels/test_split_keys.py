@@ -4,6 +4,7 @@ explain says. What the kernel makes of it: test_sim_healthy_split.py, and here o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 from typing import Any
 
@@ -13,11 +14,19 @@ import torch
 
 import flashcore
 from backends import check, check_case
+from flashcore.checks.accuracy import error_report
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_sm90.params import num_pieces, num_row_tiles
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_sm90.splits import L2_WEIGHT, Reading, best_sharing, visible_keys
+from flashcore.kernels.fwd_sm90.splits import (
+    L2_WEIGHT,
+    SHARE_WEIGHT,
+    Reading,
+    best_sharing,
+    visible_keys,
+)
+from flashcore.ops.paged import attention_paged
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.selection.select import select_plan
@@ -189,12 +198,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:
     return standin.install(monkeypatch)
 
 
-@pytest.mark.parametrize("with_lengths", [False, True])
-def test_a_launch_is_told_where_shares_go(machine: standin.Machine, with_lengths: bool) -> None:
+def test_a_launch_is_told_where_shares_go(machine: standin.Machine) -> None:
     q, k = half(2, 8, 1, 64), half(2, 2, 2048, 64)
-    lengths = torch.tensor([3, 2048], dtype=torch.int32) if with_lengths else None
     for _ in range(2):
-        out, lse = flashcore.attention(q, k, k, return_lse=True, seqlens_k=lengths)
+        out, lse = flashcore.attention(q, k, k, return_lse=True)
         assert (out.shape, lse.shape) == ((2, 8, 1, 64), (2, 8, 1))
     plan = select_plan(Problem.from_tensors(q, k, k), 90)
     assert isinstance(plan, Sm90Plan)
@@ -206,6 +213,46 @@ def test_a_launch_is_told_where_shares_go(machine: standin.Machine, with_lengths
         assert p.split_stats - p.split_out == 4 * plan.num_splits * 2 * 2 * 4 * 64
         assert p.split_out % 16 == 0
     assert machine.driver.launches[-1].params.attn.out == out.data_ptr()
+
+
+@pytest.mark.parametrize("in_pages", [False, True])
+def test_with_lengths_a_launch_is_told_how_to_cut(machine: standin.Machine, in_pages: bool) -> None:
+    """Scratch memory is bounded by the blocks: two slots each, and a counter."""
+    q, k = half(2, 8, 1, 64), half(2, 2, 16384, 64)
+    lengths = torch.tensor([3, 2048], dtype=torch.int32)
+    if in_pages:
+        table = torch.arange(2048, dtype=torch.int32).view(2, 1024)
+        k = half(2048, 2, 16, 64)
+        attention_paged(q, k, k, table, lengths)
+    else:
+        flashcore.attention(q, k, k, seqlens_k=lengths)
+    (told,) = machine.driver.launches
+    p = told.params.attn
+    # Were both as long as can be, 4 row tiles of 128 key tiles, two of which a range has at least.
+    assert (told.grid, p.least_tiles, p.num_splits) == (256, 2, 1)
+    assert (p.num_lines, p.heads_of_line, p.num_ranges) == (2, 1, 128)
+    assert p.adding_up == pytest.approx(SHARE_WEIGHT * 4 * 66 / (128 * 64))
+    assert p.split_stats - p.split_out == 4 * 2 * 256 * 4 * 64
+    assert (p.split_out % 16, p.tile_counter) == (0, machine.counters.data_ptr())
+
+
+def test_work_is_cut_on_the_device_where_only_that_knows_it() -> None:
+    of = functools.partial(dataclasses.replace, varlen="keys")
+    few = select_plan(of(problem_of(64, 32, 8, 1, 8192)), 90)
+    assert (few.stream_k, few.num_splits) == (True, 1)  # type: ignore[attr-defined]
+    assert not is_legal(dataclasses.replace(few, num_splits=2))
+    assert not is_legal(dataclasses.replace(few, varlen="packed"))
+    assert "stream-K" in few.describe()
+    alone = select_plan(of(problem_of(1, 32, 8, 1, 8192)), 90)  # its own length is what is split
+    assert (alone.stream_k, alone.num_splits) == (False, 33)  # type: ignore[attr-defined]
+    assert not select_plan(of(problem_of(2, 2, 1, 1, 4096)), 90).stream_k  # type: ignore[attr-defined]
+    rows_of_71 = select_plan(of(problem_of(8, 71, 1, 1, 8192)), 90)
+    assert rows_of_71.stream_k  # type: ignore[attr-defined]
+    for problem in (problem_of(64, 32, 8, 1, 8192), of(problem_of(64, 32, 8, 1, 128))):
+        assert not select_plan(problem, 90).stream_k  # type: ignore[attr-defined]
+    very_many = of(problem_of(1, 8, 8, 1, 2**19))  # more than one sum may go over
+    plan = select_plan(very_many, 90)
+    assert (plan.stream_k, plan.num_splits >= 2) == (False, True)  # type: ignore[attr-defined]
 
 
 def test_a_launch_without_splits_has_no_scratch_memory(machine: standin.Machine) -> None:
@@ -257,6 +304,47 @@ def test_on_a_gpu_results_are_the_same_bit_for_bit_and_graphs_may_be_replayed() 
             beside = flashcore.attention(q, k, v)
         torch.cuda.synchronize()
         assert all(torch.equal(out, want) for out in (*outs, beside))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_pages", [False, True])
+@pytest.mark.parametrize("heads", [(32, 8), (71, 1), (4, 4)])
+def test_on_a_gpu_work_is_cut_by_lengths(in_pages: bool, heads: tuple[int, int]) -> None:
+    """Each sequence is right, whatever the others' lengths, which a graph is replayed with."""
+    batch, room, page = 37, 4096, 16
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(batch, heads[0], 1, 64, generator=generator).half().cuda()
+    k, v = torch.randn(2, batch, heads[1], room, 64, generator=generator).half().cuda()
+    seqlens_k = torch.zeros(batch, dtype=torch.int32, device="cuda")
+    if in_pages:
+        table = torch.arange(batch * room // page, dtype=torch.int32, device="cuda").view(batch, -1)
+        pages = [
+            x.view(batch, heads[1], -1, page, 64).transpose(1, 2).flatten(0, 1) for x in (k, v)
+        ]
+
+    def call() -> Any:
+        if in_pages:
+            return attention_paged(q, *pages, table, seqlens_k, return_lse=True)
+        return flashcore.attention(q, k, v, seqlens_k=seqlens_k, return_lse=True)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = call()
+    for seed in range(4):
+        drawn = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(0, (4, 70, 700, room + 1)[seed], (batch,), generator=drawn)
+        lengths[seed] = room
+        seqlens_k.copy_(lengths)
+        graph.replay()
+        again, again_lse = call()
+        assert torch.equal(out, again)
+        assert torch.equal(lse, again_lse)
+        for b, n in enumerate(lengths.tolist()):
+            own = slice(b, b + 1)
+            sequence = q[own], k[own, :, :n], v[own, :, :n]
+            report = error_report(out[own], *sequence, lse=lse[own])
+            assert report.ok, f"sequence {b} of {n} keys: {report}"
 
 
 def test_the_compile_gate_holds_split_kernels() -> None:

@@ -283,7 +283,7 @@ def rather_portable(problem: Problem, preferred: ForwardKernel[Any]) -> str | No
     if problem.has_pages and any(copy.name in "kv" for copy in extra):
         return f"{extra[0].reason}; a cache in pages is not copied for it"
     num_bytes = sum(copy.num_bytes for copy in extra)
-    if not extra or copies_pay(problem, num_bytes, len(extra)):
+    if not extra or problem.batch_invariant or copies_pay(problem, num_bytes, len(extra)):
         return None
     names = " and ".join(copy.name for copy in extra)
     return (

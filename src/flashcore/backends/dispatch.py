@@ -25,7 +25,7 @@ from flashcore.backends.obstacles import (
     too_wide,
 )
 from flashcore.backends.sinks import joined_by_sinks, lse_of_no_keys
-from flashcore.backends.tiled import attention_tiled
+from flashcore.backends.tiled import attention_tiled, one_by_one
 from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning, stacklevel_of_caller
 from flashcore.kernels.registry import BY_BACKEND, FORWARD, PORTABLE, forward_for
@@ -321,6 +321,8 @@ def _run_torch(
     addresses: Addresses,
     sinks: torch.Tensor | None = None,
 ) -> Computed:
+    if problem.batch_invariant and problem.batch > 1:
+        return one_by_one(_run_torch, problem, q, k, v, mask, sinks)
     row_maxima = None
     if problem.return_max_score:
         row_maxima = q.new_empty(q.shape[:3], dtype=problem.lse_dtype)

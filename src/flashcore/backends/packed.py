@@ -132,6 +132,7 @@ def packed_problem(
     window: Window = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Problem:
     """Validate the arguments of `attention_varlen` and describe them.
 
@@ -148,6 +149,7 @@ def packed_problem(
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
+        batch_invariant: as there.
 
     Returns:
         The problem, with return_lse.
@@ -158,10 +160,10 @@ def packed_problem(
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     problem = Problem.from_tensors(
         as_batch(q), as_batch(k), as_batch(v), causal=causal, scale=scale, softcap=softcap,
-        sinks=sinks,
+        sinks=sinks, batch_invariant=batch_invariant,
     )  # fmt: skip
-    bounds = checked_causal(causal), checked_window(window)
-    left, right = widest_band(*bounds, q.shape[0], k.shape[0])
+    total_q, total_k = q.shape[0], k.shape[0]
+    left, right = widest_band(checked_causal(causal), checked_window(window), total_q, total_k)
     return dataclasses.replace(
         problem,
         batch=cu_seqlens_q.shape[0] - 1,
@@ -172,8 +174,8 @@ def packed_problem(
         diag_offset=0,
         return_lse=True,
         varlen="packed",
-        total_q=q.shape[0],
-        total_k=k.shape[0],
+        total_q=total_q,
+        total_k=total_k,
     )
 
 

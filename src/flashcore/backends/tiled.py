@@ -10,18 +10,40 @@ Everything is computed in float32, in float64 for float64 inputs; only results a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from flashcore.launch.types import Call, Computed
 from flashcore.problem import Problem
 
 # Scores held at once: 2**21 float32 are 8 MiB, small beside q, k and v wherever time matters.
 TILE_SCORES = 2**21
 BLOCK_N_MAX = 512
 BLOCK_M_MIN, BLOCK_M_MAX = 16, 512
+
+
+def one_by_one(
+    run: Call,
+    problem: Problem,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    *sinks: torch.Tensor | None,
+) -> Computed:
+    """Return what `run` does, with each sequence by itself: who is beside it would change sums."""
+    own, results = dataclasses.replace(problem, batch=1), []
+    for b in range(problem.batch):
+        has_own_mask = mask is not None and mask.dim() == 4 and mask.shape[0] > 1
+        part = mask[b : b + 1] if mask is not None and has_own_mask else mask
+        of_b = (x[b : b + 1] for x in (q, k, v))
+        results.append(run(own, *of_b, part, (), *sinks))
+    joined = (None if xs[0] is None else torch.cat(xs) for xs in zip(*results, strict=True))
+    return tuple(joined)
 
 
 def attention_tiled(

@@ -29,6 +29,7 @@ _PLAINEST: dict[str, Any] = {
     "q_buffers": 1,
     "key_slices": 1,
     "num_splits": 1,
+    "stream_k": False,
 }
 _SHORT = {"stages": "num_stages", "blocks": "min_blocks", "splits": "num_splits"}
 

@@ -240,7 +240,7 @@ def attend_over_cache(
     options = {
         "causal": causal, "scale": scale, "window": window, "sinks": sinks,
         "k_scale": _scale_of(k_cache, k_scale), "v_scale": _scale_of(v_cache, v_scale),
-        "softcap": None if certainly(softcap == 0.0) else softcap,
+        "softcap": None if certainly(softcap == 0.0) else softcap, "batch_invariant": False,
     }  # fmt: skip
     first = q, k_cache, v_cache, k, v, out
     q, k_cache, v_cache, k, v, given = (_heads_first(x) for x in first)  # type: ignore[assignment]

@@ -254,6 +254,7 @@ def attend_lengths(
     longest: tuple[int, int] | None,
     backend: str,
     describe: Callable[[], Problem],
+    batch_invariant: bool = False,
     scales: tuple[Tensor, ...] = (),
 ) -> Result | None:
     """Compute sequences that differ in length, or have sinks, by a kernel, if one serves them,
@@ -271,6 +272,7 @@ def attend_lengths(
         longest: the longest sequences of queries and of keys, where sequences are packed.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         describe: validates the other arguments and returns their Problem.
+        batch_invariant: as in `attention`.
         scales: of k and v where they have 8 bits.
 
     Returns:
@@ -299,7 +301,8 @@ def attend_lengths(
                 and window is None and scale is None and softcap is None
                 and return_max_score is False
             ) else options_key(*options, mask),
-            len(guarded), len(scales), longest, backend, of_sinks,
+            len(guarded), len(scales), longest, backend, of_sinks, batch_invariant,
+            type(batch_invariant),
         )  # fmt: skip
         known = _calls.get(key, ())
     except (AttributeError, TypeError, RuntimeError):

@@ -67,9 +67,10 @@ def attention_dense(
     return_lse: bool,
     return_max_score: bool,
     backend: str,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` through the operator. torch.compile traces this function."""
-    options = Options.checked(causal, window, softcap, scale)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant)
     returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
         inputs, options, Wanted(return_lse, return_max_score), backend
     )
@@ -101,19 +102,19 @@ def shapes(inputs: Inputs) -> Results:
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> Results:
     q, k, v, mask, *_ = inputs
     sinks = inputs.sinks
-    if sinks is not None:
+    if sinks is not None or options.batch_invariant:
         problem = options.problem(q, k, v, mask, wanted.return_lse, sinks)
         problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
         choice = choose_backend(problem, backend)
         if choice.is_fallback:
             warn_once(choice)
-        sinks = as_logits(sinks, problem.lse_dtype)
+        others = () if sinks is None else (as_logits(sinks, problem.lse_dtype),)
         call = prepare(choice.backend, problem, q.device)
         if choice.backend in KERNELS and not problem.is_empty:
-            addresses = tuple(x.data_ptr() for x in (q, k, v, sinks))
+            addresses = tuple(x.data_ptr() for x in (q, k, v, *others))
             return Results(*call(q, k, v, mask, addresses))
-        return Results(*call(q, k, v, mask, (), sinks))
-    causal, left, right, softcap, scale = options
+        return Results(*call(q, k, v, mask, (), *others))
+    causal, left, right, softcap, scale, _ = options
     result = attend(
         q,
         k,

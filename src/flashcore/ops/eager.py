@@ -81,6 +81,7 @@ def attention_with_sinks(
     return_lse: bool,
     return_max_score: bool,
     backend: str,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` where sinks are given, and seqlens_k is not; see there."""
     q, k, v, mask, *_ = inputs
@@ -88,16 +89,19 @@ def attention_with_sinks(
     if is_plain((), q, k, v, mask, sinks):
 
         def describe() -> Problem:
-            options = Options.checked(causal, window, softcap, scale)
+            options = Options.checked(causal, window, softcap, scale, batch_invariant)
             return options.problem(q, k, v, mask, return_lse, sinks)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
-        result = attend_lengths(q, k, v, mask, (), sinks, asked, None, backend, describe)
+        result = attend_lengths(
+            q, k, v, mask, (), sinks, asked, None, backend, describe, batch_invariant
+        )
         if result is not None:
             return result
     return attention_dense(
-        inputs, causal, window, softcap, scale, return_lse, return_max_score, backend
-    )
+        inputs, causal, window, softcap, scale, return_lse, return_max_score, backend,
+        batch_invariant,
+    )  # fmt: skip
 
 
 class _Recorded(torch.autograd.Function):

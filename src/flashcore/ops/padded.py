@@ -60,6 +60,7 @@ def attention_padded(
     return_lse: bool,
     return_max_score: bool,
     backend: str,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` where seqlens_k is given; see there."""
     q, k, v, mask, seqlens_k, *_ = inputs
@@ -68,17 +69,18 @@ def attention_padded(
     if is_plain((seqlens_k, *scales_of(inputs).values()), q, k, v, mask, sinks):
 
         def describe() -> Problem:
-            return padded_problem(inputs, Options.checked(causal, window, softcap, scale))
+            options = Options.checked(causal, window, softcap, scale, batch_invariant)
+            return padded_problem(inputs, options)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = (seqlens_k,)
         scales = tuple(scales_of(inputs).values())
         result = attend_lengths(
-            q, k, v, mask, lengths, sinks, asked, None, backend, describe, scales
+            q, k, v, mask, lengths, sinks, asked, None, backend, describe, batch_invariant, scales
         )
         if result is not None:
             return result
-    options = Options.checked(causal, window, softcap, scale)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant)
     returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
         inputs, options, Wanted(return_lse, return_max_score), backend
     )

@@ -59,6 +59,7 @@ def attention_paged(
     mask: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of queries over a cache in pages.
 
@@ -91,6 +92,7 @@ def attention_paged(
         k_scale: float32, [], [num_heads_kv] or [batch, num_heads_kv], where k_pages is
             float8_e4m3fn; see `attention`.
         v_scale: likewise, of v_pages.
+        batch_invariant: give each sequence the same bits whatever is beside it; see `attention`.
 
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q; with return_lse the pair (out,
@@ -111,16 +113,18 @@ def attention_paged(
     if is_plain((seqlens_k, page_table, *scales), q, k_pages, v_pages, mask, sinks):
 
         def describe() -> Problem:
-            return paged_problem(inputs, Options.checked(causal, window, softcap, scale))
+            options = Options.checked(causal, window, softcap, scale, batch_invariant)
+            return paged_problem(inputs, options)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = seqlens_k, page_table
         result = attend_lengths(
-            q, k_pages, v_pages, mask, lengths, sinks, asked, None, backend, describe, scales
-        )
+            q, k_pages, v_pages, mask, lengths, sinks, asked, None, backend, describe,
+            batch_invariant, scales,
+        )  # fmt: skip
         if result is not None:
             return result
-    options = Options.checked(causal, window, softcap, scale)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant)
     returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
         inputs, options, Wanted(return_lse, return_max_score), backend
     )

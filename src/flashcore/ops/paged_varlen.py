@@ -59,6 +59,7 @@ def attention_paged_varlen(
     sinks: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of packed queries over a cache in pages, in one launch.
 
@@ -84,6 +85,7 @@ def attention_paged_varlen(
         sinks: [num_heads_q], a logit of each head that joins the softmax; see `attention`.
         k_scale: as in `attention_paged`, of k_pages.
         v_scale: likewise, of v_pages.
+        batch_invariant: give each sequence the same bits whatever is beside it; see `attention`.
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q; with return_lse the pair (out, lse):
@@ -106,16 +108,18 @@ def attention_paged_varlen(
     if type(max_seqlen_q) is int and is_plain(others, q, k_pages, v_pages, None, sinks):
 
         def describe() -> Problem:
-            return packed_pages_problem(inputs, Options.checked(causal, window, softcap, scale))
+            options = Options.checked(causal, window, softcap, scale, batch_invariant)
+            return packed_pages_problem(inputs, options)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         longest = max_seqlen_q, page_table.shape[1]
         result = attend_lengths(
-            q, k_pages, v_pages, None, lengths, sinks, asked, longest, backend, describe, scales
-        )
+            q, k_pages, v_pages, None, lengths, sinks, asked, longest, backend, describe,
+            batch_invariant, scales,
+        )  # fmt: skip
         if result is not None:
             return result
-    options = Options.checked(causal, window, softcap, scale)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant)
     if not torch.compiler.is_compiling():  # then the operator's fake checks
         _check(inputs)
     bound = checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])

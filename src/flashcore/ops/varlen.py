@@ -59,6 +59,7 @@ def attention_varlen(
     sinks: Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_max_score: Literal[False] = ...,
+    batch_invariant: bool = ...,
     backend: str = ...,
 ) -> Tensor: ...
 @overload
@@ -78,6 +79,7 @@ def attention_varlen(
     sinks: Tensor | None = ...,
     return_lse: Literal[True],
     return_max_score: Literal[False] = ...,
+    batch_invariant: bool = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -97,6 +99,7 @@ def attention_varlen(
     sinks: Tensor | None = ...,
     return_lse: bool,
     return_max_score: Literal[False] = ...,
+    batch_invariant: bool = ...,
     backend: str = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 @overload
@@ -116,6 +119,7 @@ def attention_varlen(
     sinks: Tensor | None = ...,
     return_lse: bool = ...,
     return_max_score: bool = ...,
+    batch_invariant: bool = ...,
     backend: str = ...,
 ) -> Tensor | tuple[Tensor, ...]: ...
 
@@ -137,6 +141,7 @@ def attention_varlen(
     sinks: Tensor | None = None,
     return_lse: bool = False,
     return_max_score: bool = False,
+    batch_invariant: bool = False,
     backend: str = "auto",
     **_unknown: object,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -171,6 +176,8 @@ def attention_varlen(
             the softmax and has no value, as in `attention`.
         return_lse: also return the log-sum-exp of each row of scores.
         return_max_score: also return the largest score of each head of each sequence.
+        batch_invariant: give each sequence the same bits whatever is packed beside it, as in
+            `attention`.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
 
     Returns:
@@ -205,12 +212,14 @@ def attention_varlen(
         def describe() -> Problem:
             return packed_problem(
                 q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
-                softcap=softcap, sinks=sinks,
+                softcap=softcap, sinks=sinks, batch_invariant=batch_invariant,
             )  # fmt: skip
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         longest = max_seqlen_q, max_seqlen_k
-        result = attend_lengths(q, k, v, None, lengths, sinks, asked, longest, backend, describe)
+        result = attend_lengths(
+            q, k, v, None, lengths, sinks, asked, longest, backend, describe, batch_invariant
+        )
         if result is not None:
             return result
     if not torch.compiler.is_compiling():  # then the operator's fake checks
@@ -225,7 +234,7 @@ def attention_varlen(
         max_seqlen_k=checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0]),
         sinks=sinks,
     )
-    options = Options.checked(causal, window, softcap, scale)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant)
     returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
         inputs, options, Wanted(return_lse, return_max_score), backend
     )

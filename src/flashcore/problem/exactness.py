@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from flashcore.problem.folding import MAX_QUERIES
+
 if TYPE_CHECKING:
     from flashcore.problem import Problem
 
@@ -27,11 +29,21 @@ LARGE_SOFTCAP = 2.0**10
 
 def keys_of_chunk(problem: Problem) -> int:
     """Return how many keys a sum of the portable kernel goes over, 0 for all."""
+    if problem.batch_invariant:
+        return KEYS_OF_CHUNK
     return KEYS_OF_CHUNK if _most_keys_of_a_row(problem) > MAX_KEYS_OF_A_SUM else 0
+
+
+def is_cut(problem: Problem) -> bool:
+    """Return whether a batch-invariant call's keys are shared by blocks, in pieces of one length:
+    few queries of sequences that are not packed."""
+    return not problem.packs_queries and problem.seqlen_q <= MAX_QUERIES
 
 
 def fewest_splits(problem: Problem) -> int:
     """Return how many blocks of the Hopper kernel must share a row's keys."""
+    if problem.batch_invariant and is_cut(problem):
+        return 1  # they do
     return max(1, -(-_most_keys_of_a_row(problem) // MAX_KEYS_OF_A_SUM_SM90[problem.dtype]))
 
 
@@ -43,6 +55,8 @@ def obstacle_to_splits(problem: Problem) -> str | None:
     limit = f"it sums over at most {MAX_KEYS_OF_A_SUM_SM90[problem.dtype]} keys exactly"
     if problem.packs_queries:
         return f"{limit}, and cannot split those of packed sequences"
+    if problem.batch_invariant:
+        return f"{limit}, and how many blocks share more depends on the room that there is"
     num_rows = problem.batch * problem.num_heads_q * problem.seqlen_q
     share_bytes = splits * num_rows * (problem.head_dim_v + 2) * 4
     if share_bytes <= MAX_SHARE_BYTES:

@@ -126,6 +126,7 @@ class Options(NamedTuple):
             "none", the kernels see 0 here, whatever it says.
         softcap: the bound of the scores; 0.0 means no soft-capping.
         scale: the factor of the scores; None means 1 / sqrt(head_dim).
+        batch_invariant: whether a sequence's bits may depend on that sequence alone.
     """
 
     causal: str
@@ -133,10 +134,16 @@ class Options(NamedTuple):
     window_right: int
     softcap: float
     scale: float | None
+    batch_invariant: bool = False
 
     @classmethod
     def checked(
-        cls, causal: Causal, window: Window, softcap: float | None, scale: float | None
+        cls,
+        causal: Causal,
+        window: Window,
+        softcap: float | None,
+        scale: float | None,
+        batch_invariant: bool = False,
     ) -> Options:
         """Make validated options from the arguments of `attention`.
 
@@ -150,7 +157,8 @@ class Options(NamedTuple):
         if scale is not None:
             scale = checked_factor("scale", scale, 1.0, "pass None for 1 / sqrt(head_dim)")
         factor = checked_factor("softcap", softcap, 0.0, "pass None for no softcap")
-        return cls(alignment, left, right, factor, scale)
+        check_flag("batch_invariant", batch_invariant)
+        return cls(alignment, left, right, factor, scale, batch_invariant)
 
     def with_checked_factors(self) -> Options:
         """Return the same options after checking softcap and scale again.
@@ -171,6 +179,7 @@ class Options(NamedTuple):
             problem.window_right,
             problem.softcap,
             problem.scale,
+            problem.batch_invariant,
         )
 
     def problem(
@@ -195,6 +204,7 @@ class Options(NamedTuple):
             "window": (self.window_left, self.window_right),
             "softcap": self.softcap or None,
             "scale": self.scale,
+            "batch_invariant": self.batch_invariant,
         }
 
 

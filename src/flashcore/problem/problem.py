@@ -89,6 +89,7 @@ class Problem:
             strides and `misaligned` of k and v count its elements.
         scale_strides: of (sequence, head) of k_scale, then of v_scale, in elements; 0 where one
             serves all.
+        batch_invariant: whether a sequence's bits may depend on that sequence alone.
     """
 
     batch: int
@@ -125,6 +126,7 @@ class Problem:
     has_sinks: bool = False
     cache_dtype: str = ""
     scale_strides: Strides4 = (0, 0, 0, 0)
+    batch_invariant: bool = False
 
     @classmethod
     def from_tensors(
@@ -141,6 +143,7 @@ class Problem:
         return_lse: bool = False,
         return_max_score: bool = False,
         sinks: torch.Tensor | None = None,
+        batch_invariant: bool = False,
     ) -> Problem:
         """Validate the arguments of `attention` and describe them.
 
@@ -156,6 +159,7 @@ class Problem:
             return_lse: whether the log-sum-exp of each row of scores is returned too.
             return_max_score: whether the largest score of each head is returned too.
             sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
+            batch_invariant: whether a sequence's bits may depend on that sequence alone.
 
         Returns:
             The problem; it keeps no reference to the tensors.
@@ -168,6 +172,7 @@ class Problem:
         check_qkv(q, k, v)
         check_flag("return_lse", return_lse)
         check_flag("return_max_score", return_max_score)
+        check_flag("batch_invariant", batch_invariant)
         if mask is not None:
             check_mask(mask, q, k.shape[2])
         if sinks is not None:
@@ -201,6 +206,7 @@ class Problem:
             **described_memory(q, k, v),
             return_max_score=return_max_score,
             has_sinks=sinks is not None,
+            batch_invariant=batch_invariant,
         )
 
     @property

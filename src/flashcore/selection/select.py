@@ -61,5 +61,7 @@ def select_plan(
     """Return what was measured for such problems, by `flashcore tune` on this GPU or for the table
     that ships, or else the best by the rules. See `candidates`."""
     best = candidates(problem, arch, gate, kernel)[0]
+    if problem.batch_invariant:  # what was measured depends on the batch
+        return best
     found = tuned.find(problem, best)
     return best if found is None else found.plan

@@ -40,6 +40,8 @@ _GIVEN = frozenset(
         "folds_heads",
         "keys_of_chunk",
         "fewest_splits",
+        "stream_k",
+        "batch_invariant",
         "gate",
         "returns_max_score",
     }

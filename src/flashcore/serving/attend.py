@@ -69,6 +69,7 @@ def attend_pages(
         is_readable
         and isinstance(longest, int)
         and options["causal"] != "upper_left"
+        and not options["batch_invariant"]  # whether it pays depends on who else is there
         and 0 < batch * longest <= PADDED_ROWS_MAX * q.shape[0]
     ):
         padded = _padded(q, cu_seqlens_q, longest)

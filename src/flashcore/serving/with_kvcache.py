@@ -101,6 +101,7 @@ def attention_with_kvcache(
     return_lse: bool = False,
     out: Tensor | None = None,
     lse: Tensor | None = None,
+    batch_invariant: bool = False,
     backend: str = "auto",
     **_unknown: object,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -168,6 +169,8 @@ def attention_with_kvcache(
         return_lse: also return the log-sum-exp of each row of scores.
         out: receives the result: its shape, dtype and device, any strides. By a copy.
         lse: receives the log-sum-exp, whether it is returned or not. By a copy.
+        batch_invariant: give each sequence the same bits whatever is beside it, as in `attention`;
+            packed queries are then never padded. See docs/serving.md.
         backend: "auto", "sm90", "wmma", "sim" or "torch", as in `attention`.
 
     Returns:
@@ -209,7 +212,7 @@ def attention_with_kvcache(
         step,
         {
             "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
-            "k_scale": k_scale, "v_scale": v_scale,
+            "k_scale": k_scale, "v_scale": v_scale, "batch_invariant": batch_invariant,
         },
     )  # fmt: skip
 
@@ -259,7 +262,10 @@ def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, 
         *(() if rotary is None else (rotary.cos, rotary.sin, rotary.offsets, rotary.positions)),
     )  # fmt: skip
     pairs = None if rotary is None else (rotary.interleaved, rotary.queries)
-    asked = max_seqlen_q, type(max_seqlen_q), backend, pairs, lse is None
+    invariant = options["batch_invariant"]
+    asked = max_seqlen_q, type(max_seqlen_q), backend, pairs, lse is None, invariant is True
+    if invariant is not True and invariant is not False:
+        check_flag("batch_invariant", invariant)
     key = remembered.key_of(tensors, asked, options, return_lse)
     if not remembered.is_known(key, tensors):
         _check(step, options)
@@ -310,7 +316,8 @@ def _check(step: Step, options: dict[str, Any]) -> None:
     checking.check_capacity(capacity)
     checking.check_masks(q, mask, tree_mask, is_packed, capacity)
     checking.check_backend_serves(q, k_cache, v_cache, backend, batch, capacity)
-    Options.checked(options["causal"], options["window"], options["softcap"], options["scale"])
+    scalars = "causal", "window", "softcap", "scale", "batch_invariant"
+    Options.checked(**{name: options[name] for name in scalars})
     if is_packed and max_seqlen_q is not None:
         checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])
     if needs_grad(q, k_cache, v_cache, k_new, v_new, options["sinks"]):

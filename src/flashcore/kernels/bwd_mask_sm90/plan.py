@@ -126,6 +126,8 @@ class MaskPlan(BwdSm90Plan):
             "CHUNK": self.chunk,
             "KEY_SLICES": 1,
             "SPLIT_KV": False,
+            "STREAM_K": False,
+            "FIXED_PIECES": False,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,

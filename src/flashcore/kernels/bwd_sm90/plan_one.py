@@ -88,7 +88,13 @@ class RowsPlan(BwdSm90Plan):
         """Return the kernel source's compile-time constants."""
         constants = Plan.constants(self)
         del constants["NUM_WARPS"], constants["LOAD_BYTES"]
-        return constants | {"CHUNK": self.chunk, "KEY_SLICES": 1, "SPLIT_KV": False}
+        return constants | {
+            "CHUNK": self.chunk,
+            "KEY_SLICES": 1,
+            "SPLIT_KV": False,
+            "STREAM_K": False,
+            "FIXED_PIECES": False,
+        }
 
 
 class OneKernelPlans(NamedTuple):

@@ -401,8 +401,9 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
       merge_slices(slice, turn, c.softmax, c.out, bar, smem.merge, c.scale_log2);
     }
     if (SPLIT_KV && slice == 0) {
+      if (STREAM_K) block = load_coord(coord);  // again, or it would take registers so long
       hand_over_partial(own, block, c.row_group, c.softmax, c.out, c.scale_log2,
-                      STORE_BARRIER + c.index, smem.arrival + c.row_group);
+                        STORE_BARRIER + c.index, smem.arrival + c.row_group);
     }
     if (!SPLIT_KV && slice == 0) store_output(c, params, bar, smem, load_coord(coord));
   }
@@ -441,7 +442,7 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
-    if (warp_idx() == 0 && (PAGED || elect_lane())) produce(params, bar, smem);
+    if (warp_idx() == 0 && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
     if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
   } else if (FLOAT8 && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
     lower_registers<CONVERTER_REGISTERS>();

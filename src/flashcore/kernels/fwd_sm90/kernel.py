@@ -61,10 +61,16 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
                 f"{plan.num_splits} blocks each, as few rows leave SMs idle; see "
                 "kernels/fwd_sm90/splits.py"
             )
+        if plan.stream_k:
+            notes.append(
+                "the keys that there are, of all sequences, are cut into equal parts, one a block, "
+                "on the device; see kernels/tile/stream_k.cuh"
+            )
         return notes
 
     def num_pieces(self, problem: Problem, plan: Sm90Plan) -> int:
-        """Return the number of row tiles, or of parts of their keys."""
+        """Return the number of row tiles, or of parts of their keys; where the device cuts them,
+        as many as there are at most."""
         return params_sm90.num_pieces(problem, plan)
 
     def scratch_shapes(self, problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]:
@@ -121,7 +127,9 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.num_splits < plan.fewest_splits:
             return False
-        if plan.num_splits > 1 and plan.varlen in PACKS_QUERIES:
+        if plan.shares_keys and plan.varlen in PACKS_QUERIES:
+            return False
+        if plan.stream_k and plan.num_splits > 1:
             return False
         # Turns are given for every key tile of a block; consumers that share keys have their own.
         takes_turns = plan.num_consumers > 1 and plan.key_slices == 1
@@ -182,6 +190,7 @@ SM90 = Sm90Kernel(
     maps=params_sm90.MAPS,
     rows_of_warp=ROWS_OF_CONSUMER,
     off_under_a_gate=plan_sm90.OFF_UNDER_A_GATE,
+    beside_the_tile=("stream_k",),
     rules="tiles come from rules, made from measurements on Hopper GPUs; see "
     "kernels/fwd_sm90/tiles.py",
 )

@@ -13,7 +13,7 @@ from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import Tile
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
-from flashcore.problem.exactness import fewest_splits
+from flashcore.problem.exactness import fewest_splits, is_cut
 from flashcore.problem.folding import fold_heads
 from flashcore.problem.problem import PACKS_QUERIES
 
@@ -24,7 +24,12 @@ KERNEL = "attn_fwd_sm90"
 ARCH = tiles_sm90.ARCH
 GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
 # A stage shows nothing but itself: no turns, no shared rows. Nor is a rescale put off.
-OFF_UNDER_A_GATE: dict[str, Any] = {"ping_pong": False, "key_slices": 1, "num_splits": 1}
+OFF_UNDER_A_GATE: dict[str, Any] = {
+    "ping_pong": False,
+    "key_slices": 1,
+    "num_splits": 1,
+    "stream_k": False,
+}
 
 Q_BUFFERS = (1, 2)
 # In which O may leave. More take longer, but leave shared memory for stages.
@@ -33,6 +38,7 @@ O_PARTS = (1, 2, 4)
 _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
 _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (fwd_sm90/split_sm90.cuh)
+_STREAM_BYTES = 4 * 16  # which key tiles, and where shares lie (tile/stream_k.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
 _END_BYTES = 2 * 4  # of a stage of K and one of V (tile/float8.cuh)
 CONVERTER_REGISTERS = 72
@@ -46,12 +52,14 @@ class Sm90Plan(Plan):
     output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room
     for; `o_parts`: in how many parts, one after another, O leaves through its buffer; `key_slices`:
     consumers that share the keys of 64 rows; `num_splits`: blocks that share the keys of a row
-    tile, of which the machine code knows only whether there are any; `mask_load_bytes`: how much of
-    a mask tensor is copied at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all
-    queries share its row; `mask_is_shifted`: its rows start anywhere in what is copied at once, 8
-    elements; `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py;
-    `load_stages`: tiles of K and V for which there is room as bytes, of 8-bit caches (0 of others),
-    beside the `num_stages` that are converted (tile/float8.cuh).
+    tile, of which the machine code knows only whether there are any; `stream_k`: the device cuts
+    the key tiles of all row tiles into equal ranges, one a block (tile/stream_k.cuh);
+    `batch_invariant`: rows have the same bits whatever is beside them: no votes, pieces of one
+    length; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 8 or 4, or 1 for
+    element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows start
+    anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be at
+    least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
+    bytes, of 8-bit caches (0 of others), beside the `num_stages` that are converted.
     """
 
     ping_pong: bool = False
@@ -60,6 +68,8 @@ class Sm90Plan(Plan):
     o_parts: int = 1
     key_slices: int = 1
     num_splits: int = 1
+    stream_k: bool = False
+    batch_invariant: bool = False
     mask_load_bytes: int = 0
     mask_is_row: bool = False
     mask_is_shifted: bool = False
@@ -81,7 +91,12 @@ class Sm90Plan(Plan):
     def draws_tiles(self) -> bool:
         """Return whether blocks draw row tiles from a counter in global memory
         (fwd_sm90/schedule_sm90.cuh, tile/schedule_varlen.cuh)."""
-        return self.varlen in PACKS_QUERIES or (self.has_window_right and self.num_splits == 1)
+        return self.varlen in PACKS_QUERIES or (self.has_window_right and not self.shares_keys)
+
+    @property
+    def shares_keys(self) -> bool:
+        """Return whether several blocks may compute one row tile (fwd_sm90/split_sm90.cuh)."""
+        return self.num_splits > 1 or self.stream_k
 
     @property
     def arch_suffix(self) -> str:
@@ -130,13 +145,14 @@ class Sm90Plan(Plan):
         """Return dynamic shared memory of a block: Q, `num_stages` tiles of K and V, O, what
         consumers hand over, barriers."""
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
-        is_split = self.num_splits > 1  # then O leaves through global memory
+        is_split = self.shares_keys  # then O leaves through global memory
         o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
         elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4
         feed = _FEED_BYTES if self.varlen in PACKS_QUERIES else _SPLIT_BYTES * is_split
+        feed += _STREAM_BYTES * self.stream_k
         shares += self.mask_bytes
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
         num_barriers += 4 * self.num_stages
@@ -182,13 +198,14 @@ class Sm90Plan(Plan):
         pool += self.has_float8 * (self.max_registers - CONVERTER_REGISTERS)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
-        # take the most: each lane of the producer's warp knows those of its own.
+        # take the most: each lane of the producer's warp knows those of its own. Who finds its
+        # range of work takes as many, and beside one consumer there are more.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
         producer = 32 if self.varlen in PACKS_QUERIES or many_chunks else 24
-        if self.page_size:
-            producer = 40
+        if self.page_size or self.stream_k:
+            producer = 56 if self.stream_k and self.num_consumers == self.min_blocks == 1 else 40
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
-        producer = min(40, pool - consumer * self.num_consumers)
+        producer = min(max(40, producer), pool - consumer * self.num_consumers)
         return (consumer, producer, *[CONVERTER_REGISTERS] * self.has_float8)
 
     @property
@@ -207,7 +224,7 @@ class Sm90Plan(Plan):
     @property
     def finds_out_by_map(self) -> bool:
         """Return whether out is written by its tensor map alone, in the rows of q's heads."""
-        return self.num_splits == 1 and not self.folds_heads
+        return not self.shares_keys and not self.folds_heads
 
     def machine_code(self) -> Sm90Plan:
         """Return the plan that stands for all with the same machine code: see `Plan`."""
@@ -230,14 +247,18 @@ class Sm90Plan(Plan):
             "Q_IN_REGISTERS": self.q_in_registers,
             "MathElement": "float16" if self.has_float8 else constants["Element"],
             "PING_PONG": self.ping_pong,
-            "LAZY_RESCALE": self.lazy_rescale and not self.returns_max_score,
+            "LAZY_RESCALE": self.lazy_rescale
+            and not (self.returns_max_score or self.batch_invariant),
             "Q_BUFFERS": self.q_buffers,
             "O_PARTS": self.o_parts,
             "CHUNK": self.chunk,
             "KEY_SLICES": self.key_slices,
-            "SPLIT_KV": self.num_splits > 1,
+            "SPLIT_KV": self.shares_keys,
+            "STREAM_K": self.stream_k,
+            "FIXED_PIECES": self.stream_k and self.batch_invariant,
             "OVERLAPS": self.overlaps,
-            "TANH_BY_POLYNOMIAL": self.overlaps,
+            # By a vote of rows, as the lazy rescale is.
+            "TANH_BY_POLYNOMIAL": self.overlaps and not self.batch_invariant,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,
@@ -246,6 +267,7 @@ class Sm90Plan(Plan):
     def describe(self) -> str:
         """Return one line for people."""
         splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
+        splits += " stream-K" if self.stream_k else ""
         loads = f" loads ahead {self.load_stages}" if self.has_float8 else ""
         return Plan.describe(self) + splits + loads
 
@@ -272,6 +294,7 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     fields = traits(problem, gate)
     if gate is None:
         fields["fewest_splits"] = fewest_splits(problem)
+        fields["batch_invariant"] = problem.batch_invariant
     folded = fields["folds_heads"]
     return fields | mask_traits(fold_heads(problem, folded) if folded else problem)
 
@@ -309,11 +332,14 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
     launched = fold_heads(problem, folded) if folded else problem
-    for tile in tiles_sm90.tiles(launched, max(1, folded)):
+    tiles = tiles_sm90.tiles(launched, max(1, folded))
+    if problem.batch_invariant and gate is None:
+        tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))
+    for tile in tiles:
         if gate is not None:
             tile = tile._replace(**OFF_UNDER_A_GATE)
         elif tile.num_splits < of_problem["fewest_splits"]:
-            tile = tile._replace(num_splits=of_problem["fewest_splits"])
+            tile = tile._replace(num_splits=of_problem["fewest_splits"], stream_k=False)
         plan = _plan(tile, gate, fields)
         if plan is not None:
             plans.append(plan)

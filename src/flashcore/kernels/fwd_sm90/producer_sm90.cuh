@@ -11,6 +11,7 @@
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
+#include "tile/stream_k.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 #include "fwd_sm90/pages_sm90.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"
@@ -21,11 +22,13 @@
 //@end
 
 // The row tiles of a block, one after the other.
-template <bool FROM_FEED = PACKED, bool IN_PIECES = SPLIT_KV>
+template <bool FROM_FEED = PACKED, bool IN_PIECES = SPLIT_KV, bool IN_RANGES = STREAM_K>
 FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
   if constexpr (FROM_FEED) {
     static_assert(!IN_PIECES, "packed sequences are not split");
     return TileFeed<>(p, feed);
+  } else if constexpr (IN_RANGES) {
+    return StreamWalk(p);
   } else if constexpr (IN_PIECES) {
     return SplitWalk();
   } else {
@@ -33,9 +36,12 @@ FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
   }
 }
 
+// Whether more than one thread is needed: lanes find the block's range, or load boxes of pages.
+constexpr bool WHOLE_WARP = PAGED || STREAM_K;
+
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
-  const bool leads = !PAGED || lane_idx() == 0;
+  const bool leads = !WHOLE_WARP || lane_idx() == 0;
   BoxOrigin q_box, k_box, v_box;  // of the sequence
   PageBoxes pages = {params};     // read only under PAGED
   LoadState k_states[KEY_SLICES], v_states[KEY_SLICES];
@@ -91,6 +97,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   };
 
   auto tile = row_tiles(p, smem.feed);
+  if (!PAGED && !leads) return;
   for (int turn = 0;; ++turn, leads ? tile.advance(p, params.schedule) : void()) {
     const auto coord = coord_slot(smem.coords, turn);
     bool done = leads && tile.done(p, params.schedule);

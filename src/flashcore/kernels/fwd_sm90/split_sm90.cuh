@@ -13,6 +13,7 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 #include "tile/softmax.cuh"
+#include "tile/stream_k.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"
 
 // The pieces of a row tile come side by side; row tiles are in the order of block_coord.
@@ -37,6 +38,9 @@ struct SplitWalk {
 FC_DEVICE Range own_keys(const AttnParams& p, const BlockCoord& block) {
   const Range keys = key_tiles(p, block.m_begin);
   if (!SPLIT_KV) return keys;
+  if (STREAM_K) {
+    return {keys.begin + block.tile_begin, min_i(keys.end, keys.begin + block.tile_end)};
+  }
   const int num_tiles = keys.end - keys.begin;
   const int at_least = num_tiles / p.splits.num_splits;
   const int one_more = num_tiles % p.splits.num_splits;  // so many pieces, the first ones
@@ -52,8 +56,15 @@ FC_DEVICE Packet<8> pair_of(float first, float second) {
   return {{to_packet(first).word[0], to_packet(second).word[0]}};
 }
 
+FC_DEVICE int num_splits_of(const AttnParams& p, const BlockCoord& block) {
+  return STREAM_K ? block.num_splits : p.splits.num_splits;
+}
+
 // Where a split's part of a row lies, counted in rows.
 FC_DEVICE int64_t partial_row(const AttnParams& p, const BlockCoord& block, int split, int row) {
+  if (STREAM_K && !FIXED_PIECES) {
+    return int64_t(slot_of(p, block, split)) * min_i(BLOCK_M, p.seqlen_q) + (row - block.m_begin);
+  }
   const int64_t num_rows = int64_t(p.batch) * p.num_heads_q * p.seqlen_q;
   return split * num_rows + lse_offset(p, block, row);
 }
@@ -96,7 +107,8 @@ FC_DEVICE PartialStats load_stats(const AttnParams& p, int64_t at) {
 
 // Packets of partial results that a thread has under way at once, for it is their latency that
 // counts: as many as registers hold, of which a mask takes some.
-constexpr int PARTIAL_PACKETS = CONSUMER_REGISTERS < 224 ? 16 : MASK_KIND != 0 ? 24 : 32;
+constexpr int PARTIAL_PACKETS =
+    CONSUMER_REGISTERS < 224 ? 16 : MASK_KIND != 0 || STREAM_K ? 24 : 32;
 
 // Adds up the splits of PARTS parts of a warpgroup's rows as merge_slices does, divides, and stores
 // O and lse. A part is two packets of a row, half a row apart, so that most threads work though
@@ -108,9 +120,10 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
   static_assert(HEAD_DIM_V % 8 == 0, "as TMA wants of rows");
   constexpr int HALF = HEAD_DIM_V / 2;
   constexpr int PARTS_OF_ROW = HALF / 4;
-  constexpr int AT_ONCE = PARTIAL_PACKETS / 2 / PARTS;
+  // Whatever the rows are, as many shares have one maximum if a sequence alone is to decide.
+  constexpr int AT_ONCE = FIXED_PIECES ? 4 : PARTIAL_PACKETS / 2 / PARTS;
   const GmemPtr<const float> partials = {p.splits.split_out.address};
-  const int64_t num_rows = partial_row(p, block, 1, 0) - partial_row(p, block, 0, 0);
+  const int num_splits = num_splits_of(p, block);
   int row[PARTS], col[PARTS];
   float row_max[PARTS], sum[PARTS];
   float out[PARTS][2][4] = {};
@@ -122,15 +135,14 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
     row_max[i] = NEG_INF;
     sum[i] = 0.0f;
   }
-  for (int begin = 0; begin < p.splits.num_splits; begin += AT_ONCE) {
+  for (int begin = 0; begin < num_splits; begin += AT_ONCE) {
     PartialStats stats[AT_ONCE][PARTS];
     Packet<16> partial[AT_ONCE][PARTS][2];
 #pragma unroll
     for (int s = 0; s < AT_ONCE; ++s) {
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
-        const int64_t at =
-            partial_row(p, block, 0, row[i]) + min_i(begin + s, p.splits.num_splits - 1) * num_rows;
+        const int64_t at = partial_row(p, block, min_i(begin + s, num_splits - 1), row[i]);
         const auto from = partials + (at * (NUM_OUT_FRAGS * 16) + col[i]);
         stats[s][i] = load_stats(p, at);
         partial[s][i][0] = gmem_load_packet<16>(from);
@@ -149,7 +161,7 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
       for (int c = 0; c < 8; ++c) out[i][c / 4][c % 4] *= factor;
 #pragma unroll
       for (int s = 0; s < AT_ONCE; ++s) {
-        if (begin + s >= p.splits.num_splits) continue;
+        if (begin + s >= num_splits) continue;
         const float weight = exp2_approx((stats[s][i].row_max - finite_max) * scale_log2);
         sum[i] += weight * stats[s][i].row_sum;
 #pragma unroll
@@ -203,6 +215,37 @@ FC_DEVICE void add_up_partials(const AttnParams& p, const BlockCoord& block, int
   }
 }
 
+// Writes a warp's 16 rows of out and lse where no other block has a part of their keys.
+template <int NUM_OUT_FRAGS>
+FC_DEVICE void store_whole(const AttnParams& p, const BlockCoord& block, int warp_row,
+                           const OnlineSoftmax& softmax, const WmmaAccum (&out)[NUM_OUT_FRAGS]) {
+  float inverse_sum[2];
+  finish_softmax(softmax, p, lse_offset(p, block, warp_row), p.seqlen_q - warp_row, block.head_idx,
+                 inverse_sum);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = warp_row + accum_row(lane_idx(), r * 2);
+    if (row >= p.seqlen_q) break;
+    const auto to = p.tensors.out + (out_offset(p, block, row) + accum_col(lane_idx(), 0));
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM_V / 8; ++d) {
+      const auto& x = out[d / 2].x;
+      const int i = d % 2 * 4 + r * 2;
+      gmem_store_packet(to + d * 8, to_packet(pack2<Element>(x[i] * inverse_sum[r],
+                                                             x[i + 1] * inverse_sum[r])));
+    }
+  }
+}
+
+// The counter of a warpgroup's rows.
+FC_DEVICE GmemPtr<int32_t> share_counter(const AttnParams& p, const BlockCoord& block,
+                                         int row_group) {
+  const int head = block.batch_idx * p.num_heads_q + block.head_idx;
+  const int row_tile = head * p.num_m_blocks + block.m_begin / BLOCK_M;
+  const int number = STREAM_K && !FIXED_PIECES ? first_block_of(block) : row_tile;
+  return p.tile_counter + (number * NUM_ROW_GROUPS + row_group);
+}
+
 // Hands over a warpgroup's partial result, and adds up all of them if it was the last one.
 // `barrier` is the warpgroup's own; `arrival` its int in shared memory.
 template <int NUM_OUT_FRAGS>
@@ -210,14 +253,18 @@ FC_DEVICE void hand_over_partial(const AttnParams& p, const BlockCoord& block, i
                                const OnlineSoftmax& softmax, const WmmaAccum (&out)[NUM_OUT_FRAGS],
                                float scale_log2, int barrier, SmemPtr<int32_t> arrival) {
   const int group_row = block.m_begin + row_group * 64;
-  store_partial(p, block, group_row + warp_idx() % 4 * 16, softmax, out);
+  const int warp_row = group_row + warp_idx() % 4 * 16;
+  const int num_splits = num_splits_of(p, block);
+  if (STREAM_K && num_splits == 1) {
+    store_whole(p, block, warp_row, softmax, out);
+    return;
+  }
+  store_partial(p, block, warp_row, softmax, out);
   named_barrier_sync(barrier, 128);  // orders all warps' writes before the count
   if (thread_idx() % 128 == 0) {
-    const int head = block.batch_idx * p.num_heads_q + block.head_idx;
-    const int row_tile = head * p.num_m_blocks + block.m_begin / BLOCK_M;
-    const auto counter = p.tile_counter + (row_tile * NUM_ROW_GROUPS + row_group);
-    const bool last = gmem_atomic_add_acq_rel(counter, 1) == p.splits.num_splits - 1;
-    if (last) gmem_atomic_add(counter, -p.splits.num_splits);  // for the next launch
+    const auto counter = share_counter(p, block, row_group);
+    const bool last = gmem_atomic_add_acq_rel(counter, 1) == num_splits - 1;
+    if (last) gmem_atomic_add(counter, -num_splits);  // for the next launch
     smem_store(arrival, last ? 1 : 0);
   }
   named_barrier_sync(barrier, 128);  // hands on what the count made known

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from flashcore.kernels.fwd_sm90.splits import best_sharing, visible_keys
+from flashcore.kernels.fwd_sm90.splits import (
+    best_sharing,
+    key_tile_bytes,
+    share_row_bytes,
+    visible_keys,
+)
 from flashcore.kernels.limits import smem_limits
 
 if TYPE_CHECKING:
@@ -17,6 +22,11 @@ ROWS_OF_CONSUMER = 64
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
+# K and V of a call that takes 3 us less, of 9, if the device need not look at all lengths first
+# (H200, 2026-11-29: B3 H1 D64 of at most 2048 keys, and B8 H2/1 D64 of 1024).
+_FEW_BYTES = 8 * 2**20
+_MOST_TILES = 2**30  # that the device counts in 32 bits
+_BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
 
 def splits_sectors(head_dim: int, head_dim_v: int) -> bool:
@@ -58,27 +68,46 @@ class Tile(NamedTuple):
     q_buffers: int = 1
     key_slices: int = 1
     num_splits: int = 1
+    stream_k: bool = False  # ranges of equal length, instead of num_splits
     parts: int = 1  # that folded heads are dealt out to
     load_stages: int = 0  # of bytes, of 8-bit caches
 
 
 def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     """Return the tile with its keys split over as many blocks as pays, and the rows of `folded`
-    heads dealt out to as many row tiles."""
+    heads dealt out to as many row tiles. Of few rows whose keys only the device can count, the
+    device cuts the work (tile/stream_k.cuh)."""
     if problem.packs_queries:
         return tile
-    dims = problem.head_dim + problem.head_dim_v
+    dims = problem.head_dim, problem.head_dim_v
     sharing = best_sharing(
         num_heads=problem.batch * problem.num_heads_q,
         num_rows=problem.seqlen_q,
         folded=folded,
         block_m=tile.block_m,
         key_tiles=-(-visible_keys(problem) // tile.block_n),
-        key_tile_bytes=tile.block_n * dims * problem.cache_bytes,
-        share_row_bytes=(problem.head_dim_v + 2) * 4,
+        key_tile_bytes=key_tile_bytes(tile.block_n, *dims, problem.cache_bytes),
+        share_row_bytes=share_row_bytes(problem.head_dim_v),
         num_slots=NUM_SMS * tile.min_blocks,
     )
+    # Wide heads of many rows leave a producer no registers for that.
+    few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
+    is_narrow = max(problem.head_dim, problem.head_dim_v) <= 128
+    pays = few_rows or (is_narrow and sharing.num_splits > 1)
+    if pays and _lengths_differ(problem, tile):
+        return tile._replace(stream_k=True, parts=sharing.parts)
     return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)
+
+
+def _lengths_differ(problem: Problem, tile: Tile) -> bool:
+    """Return whether it pays that the device looks at all lengths first: what splits by the longest
+    possible one may leave undone takes longer."""
+    row_tiles = problem.batch * problem.num_heads_q * -(-problem.seqlen_q // tile.block_m)
+    if row_tiles * -(-problem.seqlen_k // tile.block_n) >= _MOST_TILES:
+        return False
+    keys = problem.batch * problem.num_heads_kv * problem.seqlen_k
+    few_keys = keys * (problem.head_dim + problem.head_dim_v) * 2 <= _FEW_BYTES
+    return problem.varlen != "none" and problem.batch > 1 and not few_keys
 
 
 def _streaming_tile(problem: Problem, folded: int) -> Tile:
@@ -89,6 +118,11 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
     narrow = max(dims) <= 64
     block_n = 128 if narrow else 64
+    if problem.varlen != "none" and problem.mask is None and max(dims) <= 128:
+        read = 2 * block_n * (problem.head_dim + problem.head_dim_v)
+        num_stages = max(2, -(-_BYTES_OF_TWO // read))
+        tile = Tile(64, block_n, num_stages=num_stages, min_blocks=2, q_buffers=2)
+        return _split_keys(problem, tile, folded)
     if narrow and problem.mask is None:
         return _split_keys(problem, Tile(64, block_n, num_stages=2, min_blocks=2), folded)
     room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)
@@ -120,16 +154,13 @@ def _float8_tiles(problem: Problem) -> Iterator[Tile]:
     """Return tiles of 8-bit caches, best first: two converted tiles, and as many as fit that are
     still bytes, up to `_STREAMED_BYTES`. The more keys a tile has, the less its hand-overs cost,
     some 550 cycles (H200, 2026-11-29, B16 H32/8 S1/8192 D128 bfloat16: 154 us with 32 keys, 98 with
-    64, 86 with 128; D64, with twice the batch: 154 with 64, 127 with 128, 117 with 192)."""
+    64, 86 with 128; D64, with twice the batch: 154 with 64, 127 with 128)."""
     # With 128 rows four warpgroups share the registers, 128 a thread until they part: too few for
     # the product that makes a wide O.
     few = problem.seqlen_q <= ROWS_OF_CONSUMER or problem.head_dim_v > 192
     dims = sum(padded_dims(problem.head_dim, problem.head_dim_v))
     for block_m in (64,) if few else (128, 64):
-        is_plain = problem.mask is None and problem.softcap == 0.0  # else registers are few
-        is_narrow = padded_dims(problem.head_dim, problem.head_dim_v) == (64, 64)
-        widest = (192,) if is_plain and is_narrow else ()
-        for block_n in (*widest, 128, 64, 48, 32) if block_m == 64 else (64, 48, 32):
+        for block_n in (128, 64, 48, 32) if block_m == 64 else (64, 48, 32):
             room = smem_limits(ARCH)[0] - 2048 - 2 * block_m * dims - 2 * 2 * block_n * dims
             if problem.mask is not None:
                 of_consumer = mask_bytes(problem.mask.dtype, problem.mask.strides[2] == 0, block_n)
@@ -137,6 +168,25 @@ def _float8_tiles(problem: Problem) -> Iterator[Tile]:
             load_stages = min(room, _STREAMED_BYTES) // (block_n * dims)
             if load_stages >= 2:
                 yield Tile(block_m, block_n, num_stages=2, load_stages=load_stages)
+
+
+def batch_invariant_tiles(problem: Problem, is_cut: bool) -> Iterator[Tile]:
+    """Return tiles of batch-invariant calls, whose keys follow from head_dim and options alone:
+    with `is_cut` those for few queries, whose keys are cut into pieces of one length
+    (tile/stream_k.cuh)."""
+    dim = max(problem.head_dim, problem.head_dim_v)
+    if is_cut:
+        tile = _streaming_tile(problem, 1)
+        yield tile._replace(num_splits=1, stream_k=True, parts=1)
+        return
+    is_plain = problem.mask is None and problem.softcap == 0.0
+    if dim <= 128:
+        if is_plain:
+            yield Tile(128, 64, ping_pong=True)
+        yield Tile(64, 64, min_blocks=2)
+    elif is_plain:
+        yield Tile(128, 48, ping_pong=True)
+    yield Tile(128, 32, ping_pong=True)
 
 
 def _table(problem: Problem) -> Iterator[Tile]:

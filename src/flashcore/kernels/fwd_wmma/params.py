@@ -64,7 +64,11 @@ class Lengths(ctypes.Structure):
 class Splits(ctypes.Structure):
     """Hold partial results of rows whose keys are split over blocks."""
 
-    _fields_ = [*_fields(ctypes.c_void_p, "split_out split_stats"), ("num_splits", ctypes.c_int32)]
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "split_out split_stats"),
+        *_fields(ctypes.c_int32, "num_splits num_lines heads_of_line num_ranges least_tiles"),
+        ("adding_up", ctypes.c_float),
+    ]
 
 
 class Pages(ctypes.Structure):

@@ -47,11 +47,16 @@ struct Lengths {
   int32_t k_rows_per_batch, v_rows_per_batch;  // from one batch, or page, to the next
 };
 
-// Partial results of rows whose keys are split over blocks, see fwd_sm90/split_sm90.cuh.
+// Partial results of rows whose keys are split over blocks, see fwd_sm90/split_sm90.cuh; under
+// STREAM_K [slots, rows of a slot, ...], see tile/stream_k.cuh.
 struct Splits {
   GmemPtr<float> split_out;    // [num_splits, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]
   GmemPtr<float> split_stats;  // [num_splits, batch, num_heads_q, seqlen_q, 2]: row_max, row_sum
   int32_t num_splits;
+  int32_t num_lines, heads_of_line;  // heads side by side, and after one another: num_heads_q
+  int32_t num_ranges;   // of a line
+  int32_t least_tiles;  // key tiles of a block's range at least; of a piece under FIXED_PIECES
+  float adding_up;      // what a share costs to add up, in key tiles
 };
 
 // A cache in pages; read only under PAGED, see tile/pages.cuh.

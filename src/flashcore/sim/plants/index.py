@@ -29,7 +29,7 @@ from flashcore.sim.plants.fwd_sm90.float8 import (
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
-from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT, PLANTS_STREAM_SM90
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import (
     PLANTS_LARGE_SCORES,
@@ -69,6 +69,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_LARGE_SCORES,
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
+        **PLANTS_STREAM_SM90,
         **PLANTS_VARLEN_SM90,
         **PLANTS_MAX_SCORE,
         **PLANTS_MAX_SCORE_SM90,

@@ -49,7 +49,7 @@ ROW_TILE_PLANTS = (
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
-    if (warp_idx() == 0 && (PAGED || elect_lane())) produce(params, bar, smem);
+    if (warp_idx() == 0 && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
 """,
         replace="""\
   if (warp_idx() >= 4) grid_dependency_wait();

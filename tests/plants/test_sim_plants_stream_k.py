@@ -1,0 +1,103 @@
+"""Run the planted bugs of work that the device cuts into ranges (stream-K); see
+test_sim_plants.py."""
+
+from __future__ import annotations
+
+import shlex
+
+import pytest
+import torch
+from plant_checks import check_text, undocumented
+
+from flashcore.checks.paged_cases import PagedCase, make_paged_inputs, paged_error_report
+from flashcore.checks.planned import with_fields
+from flashcore.isolate.registry import Planted, find_plant
+from flashcore.ops.paged import NAMES, paged_problem
+from flashcore.problem.options import Inputs, Options
+from flashcore.selection.select import select_plan
+from flashcore.sim import Plant, SimulationError, simulate
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_STREAM_SM90
+from flashcore.sim.replay import parse_replay
+
+pytestmark = pytest.mark.thorough
+
+SEEDS = range(20)
+# No alarm and no wrong result: other bits than those of the order that is meant.
+TURNED = Plant(
+    name="stream-shares-turned",
+    title="shares are added in an order that begins with the second",
+    file="fwd_sm90/split_sm90.cuh",
+    find="const int64_t at = partial_row(p, block, min_i(begin + s, num_splits - 1), row[i]);",
+    replace="const int64_t at = partial_row(p, block, (begin + s + 1) % num_splits, row[i]);",
+    caught_by="other-bits",
+)
+
+
+def run(
+    planted: Planted, plant: Plant | None, seed: int, **changed: object
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Return out, lse, and whether they are right."""
+    case = PagedCase(**{**planted.options, **changed})  # type: ignore[arg-type]
+    x = make_paged_inputs(case)
+    q, k, v, table, seqlens_k = x.arguments()
+    inputs = Inputs(q, k, v, seqlens_k=seqlens_k, page_table=table)
+    problem = paged_problem(inputs, Options.checked(**case.options()))
+    plan = with_fields(select_plan(problem, 90), planted.tile)
+    out, lse = torch.empty(*q.shape[:3], case.head_dim_v, dtype=q.dtype), torch.empty(q.shape[:3])
+    lengths = {name: getattr(inputs, name) for name in NAMES}
+    simulate(problem, plan, q, k, v, None, out, lse, None, lengths, seed=seed, plant=plant)
+    return out, lse, paged_error_report(out, lse, case, x).ok
+
+
+def run_plant(name: str, seed: int, *, healthy: bool = False) -> SimulationError | str:
+    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
+    planted = find_plant(name, "sim")
+    try:
+        _, _, is_right = run(planted, None if healthy else planted.plant, seed)
+    except SimulationError as error:
+        return error
+    return "healthy" if is_right else "wrong-result"
+
+
+@pytest.mark.parametrize("name", PLANTS_STREAM_SM90)
+def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
+    plant = PLANTS_STREAM_SM90[name]
+    for seed in SEEDS:
+        found = run_plant(name, seed)
+        kind = found if isinstance(found, str) else found.kind
+        assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
+
+
+def test_without_a_plant_the_same_runs_are_healthy() -> None:
+    found = {run_plant("stream-one-slot", seed, healthy=True) for seed in SEEDS}
+    assert found == {"healthy"}
+
+
+def test_shares_are_added_in_the_order_of_keys_whoever_adds_them() -> None:
+    planted = find_plant("stream-one-slot", "sim")
+    three_shares = {"lengths": (1070,), "seqlen_q": 20, "num_heads_q": 2, "num_heads_kv": 1}
+    want, want_lse, _ = run(planted, None, 0, **three_shares)
+    for seed in SEEDS:
+        out, lse, _ = run(planted, None, seed, **three_shares)
+        assert torch.equal(out, want)
+        assert torch.equal(lse, want_lse)
+        _, turned_lse, is_right = run(planted, TURNED, seed, **three_shares)
+        assert is_right
+        assert not torch.equal(turned_lse, want_lse)
+
+
+def test_the_replay_command_repeats_the_run() -> None:
+    found = run_plant("stream-heads-not-counted", 3)
+    assert isinstance(found, SimulationError)
+    with pytest.raises(SimulationError) as again:
+        parse_replay(shlex.split(found.replay)[3:]).run()
+    assert str(again.value) == str(found)
+
+
+@pytest.mark.parametrize("name", PLANTS_STREAM_SM90)
+def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
+    check_text(name, PLANTS_STREAM_SM90[name])
+
+
+def test_the_documentation_lists_every_plant() -> None:
+    assert undocumented(PLANTS_STREAM_SM90) == []
