@@ -134,7 +134,7 @@ def packed_problem(
     sinks: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Problem:
-    """Validate the arguments of `attention_varlen` and describe them.
+    """Validate the arguments of `attention_varlen`; return the problem, with return_lse.
 
     Args:
         q: [total_q, num_heads_q, head_dim].
@@ -150,9 +150,6 @@ def packed_problem(
         softcap: scores become softcap * tanh(score / softcap); None is off.
         sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
         batch_invariant: as there.
-
-    Returns:
-        The problem, with return_lse.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention_varlen`.

@@ -18,7 +18,7 @@ def visible_band(
     if right >= 0 and diag_offset + right >= seqlen_k - 1:
         right = -1
     if left == right == -1:
-        diag_offset = 0  # without bounds the diagonal has no meaning: one Problem, not many
+        return -1, -1, 0  # the diagonal has no meaning then: one Problem, not many
     return left, right, diag_offset
 
 

@@ -145,7 +145,7 @@ class Problem:
         sinks: torch.Tensor | None = None,
         batch_invariant: bool = False,
     ) -> Problem:
-        """Validate the arguments of `attention` and describe them.
+        """Validate the arguments of `attention`; return the problem, which keeps no tensor.
 
         Args:
             q: [batch, num_heads_q, seqlen_q, head_dim].
@@ -159,15 +159,10 @@ class Problem:
             return_lse: whether the log-sum-exp of each row of scores is returned too.
             return_max_score: whether the largest score of each head is returned too.
             sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
-            batch_invariant: whether a sequence's bits may depend on that sequence alone.
-
-        Returns:
-            The problem; it keeps no reference to the tensors.
+            batch_invariant: as in `attention`.
 
         Raises:
-            TypeError: an argument of a wrong type or dtype.
-            ValueError: a wrong shape, device or value.
-            NotImplementedError: an unsupported head_dim, tensor layout or device type.
+            TypeError, ValueError, NotImplementedError: as `attention`.
         """
         check_qkv(q, k, v)
         check_flag("return_lse", return_lse)

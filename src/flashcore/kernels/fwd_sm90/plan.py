@@ -198,12 +198,13 @@ class Sm90Plan(Plan):
         pool += self.has_float8 * (self.max_registers - CONVERTER_REGISTERS)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
-        # take the most: each lane of the producer's warp knows those of its own. Who finds its
-        # range of work takes as many, and beside one consumer there are more.
+        # take the most, a lane each of its own tile, and so does who finds its range of work.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
         producer = 32 if self.varlen in PACKS_QUERIES or many_chunks else 24
         if self.page_size or self.stream_k:
-            producer = 56 if self.stream_k and self.num_consumers == self.min_blocks == 1 else 40
+            producer = 48 if self.varlen in PACKS_QUERIES else 40
+            if self.stream_k and self.num_consumers == self.min_blocks == 1:
+                producer = 56
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         producer = min(max(40, producer), pool - consumer * self.num_consumers)
         return (consumer, producer, *[CONVERTER_REGISTERS] * self.has_float8)

@@ -53,16 +53,14 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     if (leads) {
       mbar_wait(bar.k_load_empty + k_state.stage(), k_state.parity() ^ 1);
       if (FLOAT8) smem_store(smem.ends + k_state.stage(), 0);
-      mbar_arrive_expect_tx(full, K_ELEMENTS * LOAD_BYTES);
+      mbar_arrive_expect_tx(full, KLoad::BYTES);
     }
     if (PAGED) {
       warp_sync();  // orders the wait and the announcement before all lanes' loads
-      pages.load_k(smem.k_loads + k_state.stage() * K_ELEMENTS, full, k_state.ring, n_block);
-    }
-    for (int c = 0; !PAGED && c < K_LOADS; ++c) {
-      const auto to = smem.k_loads + (k_state.stage() * K_ELEMENTS + c * BLOCK_N * LOAD_CHUNK);
-      tma_load(to, params.k_map, full, c * LOAD_CHUNK, k_box.row + n_block * BLOCK_N,
-               block.head_idx_kv, k_box.batch);
+      pages.load_k(smem.k_loads[k_state.stage()], full, k_state.ring, n_block);
+    } else {
+      smem.k_loads.load(k_state.stage(), params.k_map, full, k_box.row + n_block * BLOCK_N,
+                  block.head_idx_kv, k_box.batch);
     }
     ++k_state.count;
   };
@@ -74,16 +72,14 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     if (leads) {
       mbar_wait(bar.v_load_empty + v_state.stage(), v_state.parity() ^ 1);
       if (FLOAT8) smem_store(smem.ends + (LOAD_STAGES + v_state.stage()), 0);
-      mbar_arrive_expect_tx(full, V_ELEMENTS * LOAD_BYTES);
+      mbar_arrive_expect_tx(full, VLoad::BYTES);
     }
     if (PAGED) {
       warp_sync();  // as for K
-      pages.load_v(smem.v_loads + v_state.stage() * V_ELEMENTS, full, v_state.ring, n_block);
-    }
-    for (int c = 0; !PAGED && c < V_LOADS; ++c) {
-      const auto to = smem.v_loads + (v_state.stage() * V_ELEMENTS + c * BLOCK_N * LOAD_CHUNK);
-      tma_load(to, params.v_map, full, c * LOAD_CHUNK, v_box.row + n_block * BLOCK_N,
-               block.head_idx_kv, v_box.batch);
+      pages.load_v(smem.v_loads[v_state.stage()], full, v_state.ring, n_block);
+    } else {
+      smem.v_loads.load(v_state.stage(), params.v_map, full, v_box.row + n_block * BLOCK_N,
+                  block.head_idx_kv, v_box.batch);
     }
     ++v_state.count;
   };
@@ -136,13 +132,10 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
-      mbar_arrive_expect_tx(full, Q_GROUP_ELEMENTS * 2);
+      mbar_arrive_expect_tx(full, QGroup::BYTES);
       int row = block.m_begin + group * 64;
       if (PACKED) row = min_i(row, own.seqlen_q - 1);  // see make_ragged: no box without a row
-      for (int c = 0; c < QK_CHUNKS; ++c) {
-        tma_load(smem.q + (slot * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
-                 c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
-      }
+      smem.q.load(slot, params.q_map, full, q_box.row + row, block.head_idx, q_box.batch);
     }
     bool asked = false;
     while (n_block >= keys.begin) {

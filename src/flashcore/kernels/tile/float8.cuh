@@ -29,10 +29,11 @@ FC_DEVICE void end_conversion(const Barriers& bar, const Buffers& smem, const Lo
 }
 
 // One ring of loads and the ring of tiles made from it, K's or V's.
+template <class Load, class Tile>
 struct Conversion {
   SmemPtr<uint64_t> load_full, load_empty, full, empty;
-  SmemPtr<CacheElement> bytes;
-  SmemPtr<MathElement> tiles;
+  Load bytes;
+  Tile tiles;
   SmemPtr<int32_t> ends;
 };
 
@@ -43,11 +44,11 @@ constexpr int UNITS_OF_ROW = LOAD_CHUNK / UNIT;
 constexpr int CONVERTING_THREADS = CONVERTING_WARPS * 32;
 constexpr int UNITS_AT_ONCE = 8;  // whose loads wait for each other
 
-// Converts a tile of so many elements, this thread's part of it.
-template <int ELEMENTS>
-FC_DEVICE void convert_tile(SmemPtr<CacheElement> bytes, SmemPtr<MathElement> tile, int thread) {
+// Converts a tile, this thread's part of it.
+template <class Load, class Tile>
+FC_DEVICE void convert_tile(Load bytes, Tile tile, int thread) {
   static_assert(!FLOAT8 || sizeof(CacheElement) == 1, "a unit is as many bytes");
-  constexpr int UNITS = ELEMENTS / UNIT;
+  constexpr int UNITS = Load::ELEMENTS / UNIT;
   constexpr int UNITS_OF_CHUNK = BLOCK_N * UNITS_OF_ROW;
   const auto is_one = [&](int unit) { return UNITS % CONVERTING_THREADS == 0 || unit < UNITS; };
 #pragma unroll
@@ -57,7 +58,7 @@ FC_DEVICE void convert_tile(SmemPtr<CacheElement> bytes, SmemPtr<MathElement> ti
     for (int i = 0; i < UNITS_AT_ONCE; ++i) {
       const int unit = begin + i * CONVERTING_THREADS + thread;
       if (begin + i * CONVERTING_THREADS >= UNITS || !is_one(unit)) continue;
-      loaded[i] = smem_load_packet<UNIT>(bytes + unit * UNIT);
+      loaded[i] = smem_load_packet<UNIT>(bytes.smem + unit * UNIT);
     }
 #pragma unroll
     for (int i = 0; i < UNITS_AT_ONCE; ++i) {
@@ -68,24 +69,22 @@ FC_DEVICE void convert_tile(SmemPtr<CacheElement> bytes, SmemPtr<MathElement> ti
       uint32_t low[2], high[2];
       widen4<MathElement>(loaded[i].word[0], low);
       widen4<MathElement>(loaded[i].word[1], high);
-      const int place = col / CHUNK * (BLOCK_N * CHUNK) + row * CHUNK +
-                        swizzled_col<CHUNK_BYTES>(row, col % CHUNK);
-      smem_store_packet(tile + place, Packet<2 * UNIT>{{low[0], low[1], high[0], high[1]}});
+      const Packet<2 * UNIT> converted = {{low[0], low[1], high[0], high[1]}};
+      smem_store_packet(tile.at(row, col), converted);
     }
   }
 }
 
 // Converts the tiles of a ring until its end.
-template <int ELEMENTS>
-FC_DEVICE void convert_ring(const Conversion& c, int thread) {
+template <class Load, class Tile>
+FC_DEVICE void convert_ring(const Conversion<Load, Tile>& c, int thread) {
   LoadState load;
   PipelineState state;
   for (;; ++load.count, ++state.count) {
     mbar_wait(c.load_full + load.stage(), load.parity());
     if (smem_load(c.ends + load.stage()) != 0) return;
     mbar_wait(c.empty + state.stage(), state.parity() ^ 1);
-    convert_tile<ELEMENTS>(c.bytes + load.stage() * ELEMENTS, c.tiles + state.stage() * ELEMENTS,
-                           thread);
+    convert_tile(c.bytes[load.stage()], c.tiles[state.stage()], thread);
     fence_proxy_async();
     warp_sync();  // orders all lanes' accesses before the first one's arrivals
     if (lane_idx() == 0) {
@@ -99,13 +98,13 @@ FC_DEVICE void convert_tiles(const Barriers& bar, const Buffers& smem) {
   const int warp = warp_idx() - 4 * (NUM_CONSUMERS + 1);
   const int thread = warp % CONVERTING_WARPS * 32 + lane_idx();
   if (warp < CONVERTING_WARPS) {
-    convert_ring<K_ELEMENTS>({bar.k_load_full, bar.k_load_empty, bar.k_full, bar.k_empty,
-                              smem.k_loads, smem.k, smem.ends},
-                             thread);
+    convert_ring<KLoad, KTile>({bar.k_load_full, bar.k_load_empty, bar.k_full, bar.k_empty,
+                                smem.k_loads, smem.k, smem.ends},
+                               thread);
   } else {
-    convert_ring<V_ELEMENTS>({bar.v_load_full, bar.v_load_empty, bar.v_full, bar.v_empty,
-                              smem.v_loads, smem.v, smem.ends + LOAD_STAGES},
-                             thread);
+    convert_ring<VLoad, VTile>({bar.v_load_full, bar.v_load_empty, bar.v_full, bar.v_empty,
+                                smem.v_loads, smem.v, smem.ends + LOAD_STAGES},
+                               thread);
   }
 }
 
@@ -134,21 +133,19 @@ constexpr int LARGEST_EXPONENT = 14;
 constexpr int MAX_DIFFERENCE = 12;
 
 // Where a lane finds elements i and i + 1 of a fragment: Q's columns from `first_col` on.
-FC_DEVICE SmemPtr<Element> query_pair(SmemPtr<Element> q_smem, int first_col, int i) {
-  const int row = warp_idx() % 4 * 16 + accum_row(lane_idx(), i);
-  const int col = first_col % CHUNK + accum_col(lane_idx(), i);
-  const int place = row * CHUNK + swizzled_col<CHUNK_BYTES>(row, col) + col % 8;
-  return q_smem + (first_col / CHUNK * (64 * CHUNK) + place);
+FC_DEVICE SmemPtr<Element> query_pair(QGroup q, int first_col, int i) {
+  const int col = accum_col(lane_idx(), i);
+  return q.at(warp_idx() % 4 * 16 + accum_row(lane_idx(), i), first_col, col) + col % 8;
 }
 
 // Finds what to multiply a lane's two rows of Q by.
-FC_DEVICE void find_factors(Queries& queries, SmemPtr<Element> q_smem, float (&factor)[2]) {
+FC_DEVICE void find_factors(Queries& queries, QGroup q, float (&factor)[2]) {
   float largest[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int d = 0; d < Q_FRAGS; ++d) {
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-      const uint32_t pair = smem_load_packet<4>(query_pair(q_smem, d * 16, i)).word[0];
+      const uint32_t pair = smem_load_packet<4>(query_pair(q, d * 16, i)).word[0];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float element = abs_f(to_float(Element{uint16_t(pair >> j * 16)}));
@@ -178,25 +175,25 @@ FC_DEVICE void find_factors(Queries& queries, SmemPtr<Element> q_smem, float (&f
 
 // Makes MathElements of a warpgroup's 64 rows of Q, in registers or where they lie. `barrier` is
 // the warpgroup's own.
-FC_DEVICE void load_queries(Queries& queries, SmemPtr<Element> q_smem, int barrier) {
+FC_DEVICE void load_queries(Queries& queries, QGroup q, int barrier) {
   constexpr bool IS_MULTIPLIED = !IS_FLOAT16<Element>;
   queries.differ = false;
   queries.inverse[0] = queries.inverse[1] = 1.0f;
   if (!Q_IN_REGISTERS && !IS_MULTIPLIED) return;
   float factor[2] = {1.0f, 1.0f};
-  if (IS_MULTIPLIED) find_factors(queries, q_smem, factor);
+  if (IS_MULTIPLIED) find_factors(queries, q, factor);
 #pragma unroll
   for (int d = 0; d < Q_FRAGS; ++d) {
     WmmaAccum x;
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
-      const uint32_t pair = smem_load_packet<4>(query_pair(q_smem, d * 16, i)).word[0];
+      const uint32_t pair = smem_load_packet<4>(query_pair(q, d * 16, i)).word[0];
       const float by = factor[row_of_element(i)];
       x.x[i] = to_float(Element{uint16_t(pair)}) * by;
       x.x[i + 1] = to_float(Element{uint16_t(pair >> 16)}) * by;
       if (!Q_IN_REGISTERS) {
         const Packet<4> converted = {{pack2<MathElement>(x.x[i], x.x[i + 1])}};
-        smem_store_packet(query_pair(q_smem, d * 16, i), converted);
+        smem_store_packet(query_pair(q, d * 16, i), converted);
       }
     }
     if (Q_IN_REGISTERS) wmma_accum_to_a(queries.frag[d], x);

@@ -23,7 +23,7 @@ struct TileSchedule {
 };
 
 // A batch and one of `num_heads` heads, in the order in which blocks take them. Heads vary faster;
-// but where every batch has the same mask, of each head, batches do: then L2 has it for all of them.
+// but where all batches have the same mask, of each head, batches do: L2 then has it for all.
 struct BatchAndHead {
   int batch, head;
 };

@@ -14,12 +14,13 @@
 // Nothing but the lengths and the number of blocks decides where cuts are, and shares are added in
 // the order of keys: a call's result is the same bit for bit each time.
 //
-// Under FIXED_PIECES (batch-invariant calls) a row tile is cut every `least_tiles` key tiles, so that
-// its sequence alone decides what is added to what. A block takes the pieces that begin in its
+// Under FIXED_PIECES (batch-invariant calls) a row tile is cut every `least_tiles` key tiles, so
+// that its sequence alone decides what is added to what. A block takes the pieces that begin in its
 // range. Shares have the places that the host's splits have, split by split.
 #pragma once
 
 #include "prims.cuh"
+#include "tile/band.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"

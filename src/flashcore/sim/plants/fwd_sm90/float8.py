@@ -86,8 +86,8 @@ PLANTS_FLOAT8_SM90 = by_name(
         name="float8-unswizzled",
         title="converted rows are written without the swizzle that WGMMA expects",
         file=_FLOAT8,
-        find="swizzled_col<CHUNK_BYTES>(row, col % CHUNK);",
-        replace="col % CHUNK;",
+        find="smem_store_packet(tile.at(row, col), converted);",
+        replace="smem_store_packet(tile.chunk(col / CHUNK) + row * CHUNK + col % CHUNK, converted);",
         caught_by="wrong-result",
     ),
     Plant(
