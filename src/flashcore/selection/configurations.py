@@ -138,9 +138,7 @@ _PAGES_VARIANTS = ("pages-masked", "packed-pages")
 _FLOAT8_VARIANTS = ("float8-decode", "float8-chunk")
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "decode", "chunk", "uneven"),
-    *_MASK_VARIANTS,
-    *_PAGES_VARIANTS,
-    *_FLOAT8_VARIANTS,
+    *(*_MASK_VARIANTS, *_PAGES_VARIANTS, *_FLOAT8_VARIANTS),
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 # Of the Hopper kernel's table: from one tile to many an SM.

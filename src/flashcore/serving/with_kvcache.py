@@ -10,13 +10,12 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from flashcore.backends.autocasting import autocast_dtype
+from flashcore.backends.autocasting import autocast_dtype, cast_like
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.packed import checked_max_seqlen
 from flashcore.ops.transforms.autograd import needs_grad
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Options
-from flashcore.problem.scales import is_float8
 from flashcore.problem.spelling import OF_KVCACHE, other_names, refuse
 from flashcore.problem.validation import check_flag, check_sinks
 from flashcore.serving import checking, remembered
@@ -163,8 +162,7 @@ def attention_with_kvcache(
             drafts). It takes a mask of [batch, 1 or num_heads_q, seqlen_q, seqlen_cache] bytes.
         sinks: [num_heads_q], float32 or the dtype of q: a logit of each head that joins the
             softmax, as in `attention`.
-        k_scale: float32, [], [num_heads_kv] or [batch, num_heads_kv], where caches are
-            float8_e4m3fn: elements count times it, new tokens are divided by it. Positive.
+        k_scale: of a k_cache of float8_e4m3fn, see `attention`; new tokens are divided by it.
         v_scale: likewise, of v_cache.
         return_lse: also return the log-sum-exp of each row of scores.
         out: receives the result: its shape, dtype and device, any strides. By a copy.
@@ -253,7 +251,7 @@ def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, 
     autocasts = is_dynamo_compiling() or _is_any_autocast_enabled()
     if autocasts and autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
         # What the cache holds is there; the rest is cast to it.
-        q, k_new, v_new = (_cast(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
+        q, k_new, v_new = (cast_like(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
         step = step._replace(q=q, k_new=k_new, v_new=v_new)
     tensors = (
         q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
@@ -336,10 +334,3 @@ def _handed_out(
         for given, result in zip((out, lse), results, strict=False)
     ]
     return (returned[0], returned[1]) if return_lse else returned[0]
-
-
-def _cast(x: Tensor | None, cache: Tensor) -> Tensor | None:
-    wanted = isinstance(x, Tensor) and isinstance(cache, Tensor) and x.is_floating_point()
-    if not wanted or x is None:
-        return x
-    return x.to(autocast_dtype(x.device.type) if is_float8(cache) else cache.dtype)

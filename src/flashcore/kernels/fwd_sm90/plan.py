@@ -24,12 +24,7 @@ KERNEL = "attn_fwd_sm90"
 ARCH = tiles_sm90.ARCH
 GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
 # A stage shows nothing but itself: no turns, no shared rows. Nor is a rescale put off.
-OFF_UNDER_A_GATE: dict[str, Any] = {
-    "ping_pong": False,
-    "key_slices": 1,
-    "num_splits": 1,
-    "stream_k": False,
-}
+OFF_UNDER_A_GATE: Any = {"ping_pong": False, "key_slices": 1, "num_splits": 1, "stream_k": False}
 
 Q_BUFFERS = (1, 2)
 # In which O may leave. More take longer, but leave shared memory for stages.
@@ -155,9 +150,7 @@ class Sm90Plan(Plan):
         feed += _STREAM_BYTES * self.stream_k
         shares += self.mask_bytes
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
-        num_barriers += 4 * self.num_stages
-        num_barriers += 2 * (self.key_slices > 1)
-        num_barriers += 4 * self.load_stages
+        num_barriers += 4 * (self.num_stages + self.load_stages) + 2 * (self.key_slices > 1)
         shares += self.load_stages * (self.block_n * (qk_cols + v_cols) + _END_BYTES)
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
@@ -194,8 +187,7 @@ class Sm90Plan(Plan):
         """Return the registers of a consumer and of a producer thread, and of one that converts;
         setmaxnreg moves them from what the launch gave everybody, `max_registers`: a block that
         asks for more than it was given waits for ever."""
-        pool = self.max_registers * (self.num_consumers + 1)
-        pool += self.has_float8 * (self.max_registers - CONVERTER_REGISTERS)
+        pool = self.max_registers * (self.num_warps // 4) - CONVERTER_REGISTERS * self.has_float8
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
         # take the most, a lane each of its own tile, and so does who finds its range of work.
@@ -273,14 +265,6 @@ class Sm90Plan(Plan):
         return Plan.describe(self) + splits + loads
 
 
-def _of_mean_lengths(problem: Problem) -> Problem:
-    """Return packed sequences as a batch of equal ones, for the choice of tiles."""
-    if not problem.packs_queries:
-        return problem
-    batch = max(1, problem.batch)
-    return dataclasses.replace(problem, batch=batch, seqlen_q=-(-problem.total_q // batch))
-
-
 def _has_registers(plan: Sm90Plan) -> bool:
     """Return whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
     that where the producer's warpgroup is small; a warp that deals out tiles, or finds pages, takes
@@ -297,25 +281,7 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         fields["fewest_splits"] = fewest_splits(problem)
         fields["batch_invariant"] = problem.batch_invariant
     folded = fields["folds_heads"]
-    return fields | mask_traits(fold_heads(problem, folded) if folded else problem)
-
-
-def mask_traits(problem: Problem) -> dict[str, Any]:
-    """Return the fields of a plan that say how a mask tensor is read
-    (fwd_sm90/mask_tile_sm90.cuh)."""
-    mask = problem.mask
-    if mask is None:
-        return {}
-    # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
-    load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
-    is_shifted = load_bytes < 4 and mask.strides[3] == 1
-    if is_shifted:
-        load_bytes = 8 * tiles_sm90.MASK_ELEMENT_BYTES[mask.dtype]
-    return {
-        "mask_load_bytes": load_bytes,
-        "mask_is_row": mask.strides[2] == 0,
-        "mask_is_shifted": is_shifted,
-    }
+    return fields | tiles_sm90.mask_traits(fold_heads(problem, folded) if folded else problem)
 
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
@@ -327,8 +293,8 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     """
     if gate is not None and gate not in GATES:
         raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
-    plans: list[Plan] = []
-    problem = _of_mean_lengths(problem)
+    plans: list[Plan | None] = []
+    problem = tiles_sm90.of_mean_lengths(problem)
     of_problem = traits_sm90(problem, gate)
     folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
@@ -341,10 +307,8 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
             tile = tile._replace(**OFF_UNDER_A_GATE)
         elif tile.num_splits < of_problem["fewest_splits"]:
             tile = tile._replace(num_splits=of_problem["fewest_splits"], stream_k=False)
-        plan = _plan(tile, gate, fields)
-        if plan is not None:
-            plans.append(plan)
-    return plans
+        plans.append(_plan(tile, gate, fields))
+    return [plan for plan in plans if plan is not None]
 
 
 def with_o_fitted(plan: Sm90Plan) -> Sm90Plan:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcore.kernels.fwd_sm90.splits import (
     best_sharing,
@@ -55,6 +56,32 @@ def mask_bytes(dtype: str, is_row: bool, block_n: int) -> int:
     element = MASK_ELEMENT_BYTES[dtype]
     row = block_n + (16 if element == 1 else 8)
     return 4 * (1 if is_row else 16) * row * element
+
+
+def mask_traits(problem: Problem) -> dict[str, Any]:
+    """Return the fields of a plan that say how a mask tensor is read
+    (fwd_sm90/mask_tile_sm90.cuh)."""
+    mask = problem.mask
+    if mask is None:
+        return {}
+    # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
+    load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
+    is_shifted = load_bytes < 4 and mask.strides[3] == 1
+    if is_shifted:
+        load_bytes = 8 * MASK_ELEMENT_BYTES[mask.dtype]
+    return {
+        "mask_load_bytes": load_bytes,
+        "mask_is_row": mask.strides[2] == 0,
+        "mask_is_shifted": is_shifted,
+    }
+
+
+def of_mean_lengths(problem: Problem) -> Problem:
+    """Return packed sequences as a batch of equal ones, for the choice of tiles."""
+    if not problem.packs_queries:
+        return problem
+    batch = max(1, problem.batch)
+    return dataclasses.replace(problem, batch=batch, seqlen_q=-(-problem.total_q // batch))
 
 
 class Tile(NamedTuple):

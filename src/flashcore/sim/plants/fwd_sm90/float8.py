@@ -87,7 +87,8 @@ PLANTS_FLOAT8_SM90 = by_name(
         title="converted rows are written without the swizzle that WGMMA expects",
         file=_FLOAT8,
         find="smem_store_packet(tile.at(row, col), converted);",
-        replace="smem_store_packet(tile.chunk(col / CHUNK) + row * CHUNK + col % CHUNK, converted);",
+        replace="smem_store_packet(tile.chunk(col / CHUNK) + (row * CHUNK + col % CHUNK), "
+        "converted);",
         caught_by="wrong-result",
     ),
     Plant(
