@@ -144,7 +144,7 @@ TREE = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dt
 
 @pytest.mark.parametrize("backend", [SIM, SIM90, GPU])
 def test_a_tree_over_pages_is_read_in_place(backend: str) -> None:
-    """As if each draft's branch were a sequence of its own; no copy, hence no warning."""
+    """A tree counts as if each branch were a sequence of its own; no copy, hence no warning."""
     step = make_step(
         [0, 9, 28], seqlen_q=4, page_size=8, dtype=torch.float16, device=device_of(backend)
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashcore.backends.mask_gradient import run_for_mask
+from flashcore.backends.backward_sm90 import run_for_mask
 from flashcore.backends.tiled import attention_tiled
 from flashcore.checks.cases import make_inputs
 from flashcore.errors import BackendUnavailableError, CompileError, FlashCoreError

@@ -24,6 +24,7 @@ from flashcore.selection.select import candidates
 Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
+_FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
 # What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
 # takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
 # has tiles of its own for calls with neither softcap nor mask.
@@ -39,6 +40,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
     "decode": {"queries": 1},
     "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
+    # The same cut by the device (tile/stream_k.cuh): keys in one piece or in pages, equal pieces.
+    "cut": {"queries": 4, "window": (64, 64), "softcap": 30.0, "varlen": "keys"},
+    "cut-plain": {"queries": 1, "varlen": "keys"},
+    "cut-pages": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
+    "cut-invariant": {"queries": 4, "causal": True, "varlen": "keys", "batch_invariant": True},
     # Mask tensors: for each query and key, with rows aligned for wide loads or not; one row of keys
     # for all queries; numbers, with rows that are aligned or not; keys that are no neighbours.
     "bool-mask": {"mask": "bool"},
@@ -58,12 +64,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Lanes that find pages take registers of the producer, and with a mask of the consumers.
     "pages-masked": {**_ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
-    # Caches of 8 bits.
-    "float8-decode": {"queries": 1, "varlen": "pages", "page_size": 16, "float8": True},
-    "float8-chunk": {
-        "queries": 100, "causal": True, "varlen": "pages", "page_size": 16, "float8": True,
-    },
-}  # fmt: skip
+    "float8-decode": {"queries": 1, **_FLOAT8},
+    "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
+}
 # What else is usual where a model is served: a bundle holds these as well. The compile gate does
 # without, as they take no more registers than one of the above.
 SERVING_VARIANTS: dict[str, dict[str, Any]] = {
@@ -130,15 +133,15 @@ OTHER_VARIANTS = (
 )
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
-    *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score"),
+    *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages"),
 )
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
-_PAGES_VARIANTS = ("pages-masked", "packed-pages")
-_FLOAT8_VARIANTS = ("float8-decode", "float8-chunk")
+_CUT_VARIANTS = ("cut", "cut-plain", "cut-pages", "cut-invariant")
+_PAGES_VARIANTS = ("pages-masked", "packed-pages", "float8-decode", "float8-chunk")
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "decode", "chunk", "uneven"),
-    *(*_MASK_VARIANTS, *_PAGES_VARIANTS, *_FLOAT8_VARIANTS),
+    *(*_MASK_VARIANTS, *_CUT_VARIANTS, *_PAGES_VARIANTS),
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 # Of the Hopper kernel's table: from one tile to many an SM.
@@ -317,7 +320,7 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
             q, k, v = (x.expand(2, -1, -1, -1).contiguous() for x in (q, k, v))
     if options.pop("sinks", False):
         options["sinks"] = torch.empty(q.shape[1])
-    cache_dtype = "float8_e4m3fn" if options.pop("float8", False) else ""
+    cache_dtype = options.pop("cache_dtype", "")
     varlen, page_size = options.pop("varlen", "none"), options.pop("page_size", 0)
     if varlen == "none":
         return Problem.from_tensors(q, k, v, **options)

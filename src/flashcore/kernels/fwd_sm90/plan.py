@@ -145,10 +145,9 @@ class Sm90Plan(Plan):
         elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
-        shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4
+        shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4 + self.mask_bytes
         feed = _FEED_BYTES if self.varlen in PACKS_QUERIES else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k
-        shares += self.mask_bytes
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
         num_barriers += 4 * (self.num_stages + self.load_stages) + 2 * (self.key_slices > 1)
         shares += self.load_stages * (self.block_n * (qk_cols + v_cols) + _END_BYTES)
