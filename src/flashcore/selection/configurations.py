@@ -110,8 +110,7 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "pages-tree": {"queries": 4, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages-causal": {"causal": True, "varlen": "packed_pages", "page_size": 16},
 }
-# Of q and k, and of v where they differ: language models.
-SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))
+SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))  # of language models
 # Of models of images, speech and the like, and what they ask for.
 OTHER_HEAD_DIMS: tuple[Dims, ...] = (32, 40, 72, 80, 88, 112, 160, 192)
 OTHER_VARIANTS = (
@@ -144,11 +143,9 @@ _HOPPER_VARIANTS = (
     *(*_MASK_VARIANTS, *_CUT_VARIANTS, *_PAGES_VARIANTS),
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
-# Of the Hopper kernel's table: from one tile to many an SM.
-_HEADS = (1, 4, 16, 64, 256, 1024)
+_HEADS = (1, 4, 16, 64, 256, 1024)  # of the Hopper kernel's table: from one tile to many an SM
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-# Long enough that every window and causal mask hides something.
-_SEQLEN = 1024
+_SEQLEN = 1024  # so many that every window and causal mask hides something
 _GROUP = 4  # heads that share one of k and v, where queries are few
 _SERVING_GROUPS = (1, _GROUP)  # larger ones have the same kernels
 
