@@ -41,11 +41,13 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
             "ring-of-all-stages",
             *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
+            *("float8-no-full-wait", "float8-lanes-ahead", "float8-queries-given-back"),
             *("page-place-ahead", "page-length-unclamped"),
         ),
         "qk": (
             *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
             *("tx-too-many", "no-wgmma-fence", "early-consumers", "q-of-another-group"),
+            *("float8-no-empty-wait", "float8-no-fence", "float8-queries-ahead"),
         ),
         "softmax": (
             *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
@@ -77,6 +79,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
             *("page-not-advanced", "page-of-the-next-keys"),
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
+            *("float8-end-unsaid", "float8-one-warp-counted", "float8-unswizzled"),
+            *("float8-scale-of-the-first", "float8-factor-kept"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "store": (

@@ -21,6 +21,7 @@ _GIVEN = frozenset(
     {
         "kernel",
         "arch",
+        "cache_dtype",
         "dtype",
         "head_dim",
         "head_dim_v",

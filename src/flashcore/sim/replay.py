@@ -33,7 +33,8 @@ from flashcore.sim.replay_command import REPLAY_DEFAULTS
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import simulate
 
-_PLACED = ("q", "k", "v", "mask", "page_table")  # whose place in an allocation is kept
+# Whose place in an allocation is kept.
+_PLACED = ("q", "k", "v", "mask", "page_table", "k_scale", "v_scale")
 
 
 def _from_text(text: str, name: str, like: object) -> Any:
@@ -177,6 +178,12 @@ def _lengths(
         lengths["page_table"] = place(table, shape, strides, offsets["page_table"])[0, 0]
     if problem.has_sinks:
         lengths["sinks"] = values.get("sinks", torch.zeros(problem.num_heads_q)).flatten()
+    if problem.cache_dtype:
+        shape = 1, 1, problem.batch, problem.num_heads_kv
+        of_scales = problem.scale_strides
+        for name, of in (("k_scale", of_scales[:2]), ("v_scale", of_scales[2:])):
+            scale = values.get(name, torch.ones(shape))
+            lengths[name] = _place(scale, shape, (0, 0, *of), offsets[name])[0, 0]
     return lengths or None
 
 
@@ -209,6 +216,7 @@ def _make(
 
     dtype = problem.dtype
     q = tensor("q", (*rows_q, problem.head_dim), (*problem.q_strides, 1), dtype)
+    dtype = problem.cache_dtype or dtype
     k = tensor("k", (*rows_k, problem.head_dim), (*problem.k_strides, 1), dtype)
     v = tensor("v", (*rows_k, problem.head_dim_v), (*problem.v_strides, 1), dtype)
     spec = problem.mask

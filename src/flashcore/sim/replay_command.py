@@ -43,6 +43,8 @@ REPLAY_DEFAULTS: dict[str, object] = {
     "page_table_stride": 0,
     "return_max_score": False,
     "has_sinks": False,
+    "cache_dtype": "",
+    "scale_strides": (0, 0, 0, 0),
 }
 LAYOUT = ".layout"  # behind a tensor's name: dims, sizes, strides and offset
 _MAX_SAVED_BYTES = 256 * 2**20

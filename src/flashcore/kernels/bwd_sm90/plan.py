@@ -323,7 +323,7 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
 
 def select_plans(problem: Problem) -> BwdPlans:
     """Return the plans of a problem that has no obstacle."""
-    of_problem = traits(problem) | plan_sm90.mask_traits(problem)
+    of_problem = traits(problem) | tiles_sm90.mask_traits(problem)
     of_problem["folds_heads"] = 0  # it pays where queries are few, and there is little to compute
     return _plans(*tiles(problem), tuple(of_problem.items()))
 
