@@ -38,8 +38,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
     "decode": {"queries": 1},
     "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
-    # The same where the device cuts the work (tile/stream_k.cuh): keys in one piece or in pages, and
-    # pieces of one length.
+    # The same where the device cuts the work (tile/stream_k.cuh): keys in one piece or in pages,
+    # and pieces of one length.
     "cut": {"queries": 4, "window": (64, 64), "softcap": 30.0, "varlen": "keys"},
     "cut-plain": {"queries": 1, "varlen": "keys"},
     "cut-pages": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
