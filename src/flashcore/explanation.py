@@ -7,8 +7,8 @@ from typing import TextIO
 
 import torch
 
-from flashcore.backends import sdpa_cpu, sdpa_gpu
 from flashcore.backends.adapting import adapt, kernel_for, rather_portable
+from flashcore.backends.by_torch import sdpa_cpu, sdpa_gpu
 from flashcore.backends.dispatch import KERNELS, adapt_for, choose_backend
 from flashcore.backends.gradients import BackwardChoice, choose_backward
 from flashcore.backends.growing import planned_as

@@ -15,7 +15,8 @@ import torch
 
 import flashcore
 from backends import check, check_case, device_of, every_backend
-from flashcore.backends import sdpa_cpu, tiled
+from flashcore.backends import tiled
+from flashcore.backends.by_torch import sdpa_cpu
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.checks.reference import attention_oracle, visible_pairs

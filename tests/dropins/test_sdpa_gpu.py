@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import flashcore
-from flashcore.backends import dispatch, sdpa_gpu
+from flashcore.backends import dispatch
+from flashcore.backends.by_torch import sdpa_gpu
 from flashcore.checks.accuracy import error_report
 from flashcore.problem import Problem
 

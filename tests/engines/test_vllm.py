@@ -15,6 +15,7 @@ from engine_standins import AttentionType, stand_in_for_vllm
 from torch import Tensor
 
 from flashcore.checks.accuracy import error_report
+from flashcore.serving.with_kvcache import attention_with_kvcache
 
 HEADS, HEADS_KV, DIM, BLOCK, BLOCKS = 4, 2, 16, 16, 12
 KEYS, QUERIES = [20, 40, 33, 16], [1, 24, 2, 16]  # decoding, a chunk, a draft, a prompt
@@ -75,7 +76,8 @@ class Batch:
         ]
         starts = torch.tensor([0, *QUERIES]).cumsum(0).int()
         self.common = SimpleNamespace(
-            query_start_loc=starts, seq_lens=torch.tensor(KEYS, dtype=torch.int32),
+            query_start_loc=starts, query_start_loc_cpu=starts,
+            seq_lens=torch.tensor(KEYS, dtype=torch.int32),
             num_actual_tokens=total + padding, max_query_len=max(QUERIES), max_seq_len=max(KEYS),
             block_table_tensor=table, causal=True,
             slot_mapping=torch.tensor([*slots, *[-1] * padding]),
@@ -244,3 +246,27 @@ def test_entry_points_are_what_engines_look_for() -> None:
         assert found[1] == value
         module, member = value.split(":")
         assert callable(getattr(importlib.import_module(module), member))
+
+
+def test_sequences_of_one_query_are_computed_apart(
+    backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "QUERIES", [1, 1, 2, 16])
+    batch, layer = Batch("now"), sys.modules["flashcore.integrations.vllm.layer"]
+    longest: list[int] = []
+
+    def counted(*tensors: Tensor, **options: Any) -> Any:
+        longest.append(options["max_seqlen_q"])
+        return attention_with_kvcache(*tensors, **options)
+
+    monkeypatch.setattr(layer, "attention_with_kvcache", counted)
+    batch.check(batch.run(backend))
+    assert longest == [1, 16]
+
+
+@pytest.mark.parametrize(
+    ("queries", "want"), [([1, 1], 0), ([3, 2], 0), ([1, 1, 5], 2), ([5, 1], 0), ([1, 0], 0)]
+)
+def test_decodes_are_told_from_prompts(backend: Any, queries: list[int], want: int) -> None:
+    metadata = sys.modules["flashcore.integrations.vllm.metadata"]
+    assert metadata._num_decodes(torch.tensor([0, *queries]).cumsum(0).int()) == want

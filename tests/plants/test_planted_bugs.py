@@ -13,6 +13,7 @@ from plant_checks import check_text, undocumented
 from flashcore.checks import verify
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.isolate import gates, plant_stages, registry
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
@@ -24,10 +25,11 @@ from flashcore.sim.report import ALARM_KINDS
 
 pytestmark = pytest.mark.thorough
 
+BACKWARD_KERNELS = {DQ_KERNEL, DKDV_KERNEL, DMASK_KERNEL}
 SM90, WMMA = "attn_fwd_sm90", "attn_fwd_wmma"
 EVERY = registry.all_planted()
 DRAWN = [planted for planted in EVERY if planted.drawn is not None]
-BACKWARD = [planted for planted in EVERY if planted.kernel in (DQ_KERNEL, DKDV_KERNEL)]
+BACKWARD = [planted for planted in EVERY if planted.kernel in BACKWARD_KERNELS]
 SIZES = {WMMA: (150, 64), SM90: (300, 96)}  # as the command takes them
 
 
@@ -59,7 +61,9 @@ def test_every_dictionary_of_planted_bugs_is_in_the_registry() -> None:
                 continue  # see test_sim_plants_append.py
             found.add(name)
             of = kernels.get(name.rpartition("_")[2], {SM90, WMMA})
-            if name.startswith("PLANTS_BWD"):
+            if name == "PLANTS_BWD_MASK_SM90":
+                of = {DMASK_KERNEL}
+            elif name.startswith("PLANTS_BWD"):
                 of = {DQ_KERNEL} if "_DQ_" in name else {DKDV_KERNEL}
             missing += [
                 f"{name}: {plant.name}"
@@ -214,7 +218,7 @@ def test_the_documentation_lists_every_plant() -> None:
     of_forward = (name for kernel in (WMMA, SM90) for name in index.BY_KERNEL[kernel])
     assert undocumented(of_forward) == []
     # Of the others see test_sim_plants_bwd_sm90.py.
-    assert {kernel for kernel in index.BY_KERNEL if "bwd" in kernel} == {DQ_KERNEL, DKDV_KERNEL}
+    assert {kernel for kernel in index.BY_KERNEL if "bwd" in kernel} == BACKWARD_KERNELS
 
 
 def test_wrong_names_say_what_there_is() -> None:

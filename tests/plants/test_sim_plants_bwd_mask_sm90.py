@@ -9,13 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from gradient_rule import forward, wrong_gradients
-from mask_gradients import wrong_mask_gradient
+from gradient_rule import forward, wrong_gradients, wrong_mask_gradient
 from plant_checks import check_text, undocumented
 from test_backward_sm90 import plans_of
 
-from flashcore.backends.backward_sm90 import fused_backward
-from flashcore.backends.mask_gradient import run_for_mask
+from flashcore.backends.backward_sm90 import fused_backward, run_for_mask
 from flashcore.checks.cases import make_inputs
 from flashcore.kernels.bwd_mask_sm90.plan import select_mask_plan
 from flashcore.kernels.bwd_sm90.tiles import BwdTile

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "flashcore"
-MAX_FILES = 15
+MAX_FILES = 16
 # A kernel's device text and its Python lie in one folder, and change together.
 MAX_FILES_OF_A_KERNEL = 17
 

@@ -3,16 +3,18 @@ brings its keys or finds them in the cache."""
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
-from cache_steps import Step, make_step, written
+from cache_steps import Step, keys_of, make_step, written
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import flashcore
 from backends import GPU, SIM, device_of
+from flashcore.checks.accuracy import error_report
 
 SIM90 = pytest.param("sim90", id="sim90")
 LENGTHS = st.lists(st.integers(0, 40), min_size=1, max_size=4)
@@ -116,7 +118,7 @@ def test_both_hold_in_the_kernels_bit_by_bit(backend: str, counts: list[int] | N
 
 
 def test_a_shared_prefix_merged_is_the_whole() -> None:
-    """As docs/serving.md shows it: a prefix of two pages that all sequences name."""
+    """A prefix of two pages that all sequences name is merged as docs/serving.md shows."""
     step = make_step([30, 17, 19], seqlen_q=2, seqlen_new=0, page_size=8)
     given = step.arguments()
     table = given["page_table"].clone()
@@ -135,3 +137,28 @@ def test_a_shared_prefix_merged_is_the_whole() -> None:
     lse = lse[0].unflatten(1, (batch, seqlen_q)).transpose(0, 1)
     for have, x in zip(flashcore.merge(shared, lse, *rest), want, strict=True):
         torch.testing.assert_close(have, x)
+
+
+TREE = torch.tensor([[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 1, 1]], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("backend", [SIM, SIM90, GPU])
+def test_a_tree_over_pages_is_read_in_place(backend: str) -> None:
+    """A tree counts as if each branch were a sequence of its own; no copy, hence no warning."""
+    step = make_step(
+        [0, 9, 28], seqlen_q=4, page_size=8, dtype=torch.float16, device=device_of(backend)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        given = step.arguments() | {"tree_mask": TREE.to(step.q.device)}
+        out, lse = run(backend, given, causal=False)
+    (k, v), lengths = written(step)
+    for b, n in enumerate(lengths):
+        mask = torch.ones(4, n, dtype=torch.bool)
+        mask[:, n - 4 :] = TREE
+        own = slice(b, b + 1)
+        keys = (keys_of(step, x, b, n) for x in (k, v))
+        report = error_report(
+            out[own], step.q[own], *keys, lse=lse[own], mask=mask.to(step.q.device)
+        )
+        assert report.ok, f"sequence {b}: {report}"

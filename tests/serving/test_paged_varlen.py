@@ -3,6 +3,7 @@ lies in the pages and entries that are not its own."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from pages import Cache, make_cache
 import flashcore
 from backends import GPU, SIM, WMMA, device_of
 from flashcore.checks.accuracy import error_report
+from flashcore.checks.paged_cases import draw_paged_case, make_paged_inputs
 from flashcore.ops.paged_varlen import attention_paged_varlen
 
 SIM90 = pytest.param("sim90", id="sim90")
@@ -245,3 +247,35 @@ def test_the_message_names_argument_value_and_way_out(name: str) -> None:
     changes, kind, words = BAD[name]
     with pytest.raises(kind, match=words):
         bad_call(**changes)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("arch", ["80", "90"])
+def test_random_batches_raise_no_alarm(
+    arch: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drawn lengths, pages, heads and numbers of queries, under a schedule of its own each."""
+    monkeypatch.setenv("FLASHCORE_SIM_ARCH", arch)
+    monkeypatch.setenv("FLASHCORE_SIM_SEED", str(seed))
+    rng = random.Random(seed)
+    case = draw_paged_case(seed, seqlen_q=70, dtype=rng.choice(("float16", "bfloat16")))
+    cache = make_paged_inputs(case)
+    counts = [rng.choice((0, 1, 1, 2, 5, 17, 64, 70)) for _ in case.lengths]
+    rows = [x[:, :n].transpose(0, 1) for x, n in zip(cache.q, counts, strict=True)]
+    q, ends = torch.cat(rows), torch.tensor([0, *counts]).cumsum(0).int()
+    options: dict[str, Any] = rng.choice(
+        ({}, {"causal": True}, {"causal": True, "window": (33, 0)}, {"softcap": 5.0})
+    )
+    _, *of_keys = cache.arguments()
+    result = attention_paged_varlen(
+        q, *of_keys, ends, max(1, *counts), return_lse=True, backend="sim", **options
+    )
+    assert isinstance(result, tuple)
+    for b, (begin, n) in enumerate(zip(ends.tolist(), counts, strict=False)):
+        if n:
+            of_b = slice(begin, begin + n)
+            own = result[0][of_b].transpose(0, 1)[None], q[of_b].transpose(0, 1)[None]
+            _, k, v = cache.sequence(b)
+            report = error_report(*own, k, v, lse=result[1][None, :, of_b], **options)
+            assert report.ok, f"sequence {b}: {report}"

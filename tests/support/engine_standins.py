@@ -48,6 +48,7 @@ class AttentionCGSupport(Enum):
 
 class AttentionMetadataBuilder(Generic[T]):
     supports_update_block_table: bool = False
+    reorder_batch_threshold: int | None = None
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device

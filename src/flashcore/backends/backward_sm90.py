@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from flashcore.backends.mask_gradient import run_for_mask
 from flashcore.backends.torch_backward import laid_out_as
 from flashcore.base import determinism
+from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, select_mask_plan
 from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdSm90Plan, select_plans
 from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans
@@ -97,6 +97,34 @@ def fused_backward(
         laid_out_as(x, tensors[name]) for x, name in zip(given, ("dq", "dk", "dv"), strict=True)
     )
     return dq, dk, dv
+
+
+def run_for_mask(
+    problem: Problem,
+    tensors: dict[str, Tensor],
+    dmask: Tensor,
+    run: Callable[[Problem, MaskPlan, dict[str, Tensor]], None],
+    plan: MaskPlan | None = None,
+) -> None:
+    """Run the kernel of a mask's gradient.
+
+    Args:
+        problem: of the forward, as the kernel of dq has it.
+        tensors: of the kernel of dq, by name, with the delta that it has written.
+        dmask: contiguous, [batch or 1, num_heads_q or 1, seqlen_q or 1, seqlen_k], dtype of the
+            mask; written.
+        run: runs one kernel on named tensors.
+        plan: by default what is selected for the problem.
+    """
+    batch, heads, rows, keys = dmask.shape
+    plan = plan or select_mask_plan(problem, (batch, heads, rows, keys))
+    read = {name: x for name, x in tensors.items() if name not in ("dq", "dk", "dv")}
+    if plan.num_shares == 1:
+        run(problem, plan, read | {"dmask": dmask})
+        return
+    shares = dmask.new_empty(plan.shares_shape(problem), dtype=torch.float32)
+    run(problem, plan, read | {"dmask_shares": shares})
+    dmask.copy_(shares.sum(0)[..., :keys])
 
 
 def is_by_one_kernel(problem: Problem) -> bool:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from flashcore.backends import sdpa_cpu, sdpa_gpu
 from flashcore.backends.adapting import Adapted, adapt, kernel_for, rather_portable
 from flashcore.backends.autocasting import autocast_dtype
+from flashcore.backends.by_torch import sdpa_cpu, sdpa_gpu
 from flashcore.backends.growing import planned_as
 from flashcore.backends.obstacles import (
     BFLOAT16_MIN_ARCH,

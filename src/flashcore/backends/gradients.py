@@ -8,6 +8,7 @@ PyTorch operations tile by tile where those do not (backends/tiled.py).
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ from flashcore.backends.backward_sm90 import (
     run_in_simulator,
     run_on_gpu,
 )
-from flashcore.backends.mask_gradient import gradient_of_rows, shape_of
 from flashcore.backends.tiled import attention_backward_tiled
 from flashcore.base import env
 from flashcore.errors import BackendUnavailableError, FallbackWarning
@@ -109,6 +109,45 @@ def _obstacle_to_ours(problem: Problem, backend: str, needs_mask_grad: bool) -> 
             return f"the fused backward is Hopper's, and {env.SIM_ARCH.name} is {env.sim_arch()}"
         return obstacle_anywhere(problem, needs_mask_grad)
     return obstacle_to_sm90(problem, needs_mask_grad)
+
+
+def shape_of(mask: Tensor) -> tuple[int, int, int, int]:
+    """Return the shape of a mask with all four dimensions."""
+    *_, batch, heads, rows, keys = (1, 1, 1, 1, *mask.shape)
+    return batch, heads, rows, keys
+
+
+def gradient_of_rows(
+    mask: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Compute the gradient of a mask that is the same for all keys of a row.
+
+    With delta = sum(dout * out) - dlse, the gradients of a row's scores, p (dout.v - delta), add up
+    to sum(dout * out) - delta sum(p), where p adds up to 1 without the sink's part.
+
+    Args:
+        mask: additive, broadcast to the scores; its last dimension has size 1.
+        out: the forward's output, [batch, num_heads_q, seqlen_q, head_dim_v].
+        lse: the forward's lse, [batch, num_heads_q, seqlen_q].
+        dout: gradient of out, or None for zero.
+        dlse: gradient of lse, or None for zero.
+        sinks: [num_heads_q], a logit of each head that joined the softmax; or None.
+
+    Returns:
+        Shape and dtype of mask; what an empty row would contribute is 0.
+    """
+    sums = torch.zeros_like(lse) if dlse is None else dlse
+    if sinks is not None:
+        of_sink = torch.exp(sinks.to(lse.dtype).unsqueeze(-1) - lse)
+        of_out = 0.0 if dout is None else (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        sums = sums + of_sink * (of_out - sums)
+    sums = sums.masked_fill(lse == -math.inf, 0.0).unsqueeze(-1)
+    return sums.sum_to_size(shape_of(mask)).reshape(mask.shape).to(mask.dtype)
 
 
 @functools.cache

@@ -40,6 +40,11 @@ BACKWARD_PADDED = BACKWARD | {
     "window": (-1, 5),
     "lengths_k": (40, 150, 97),
 }
+BACKWARD_MASKED = BACKWARD | {"mask": "additive", "causal": "none"}
+# Rows of a mask that begin anywhere, so that a lane writes other elements than it reads.
+MASK_GRADIENT = BACKWARD | {
+    "mask": "additive", "causal": "upper_left", "seqlen_k": 141, "seed": 1, "dtype": "float16",
+}  # fmt: skip
 TILE_OF_DQ = {"block_m": 64, "block_n": 32, "num_stages": 3, "other_stages": 2}
 TILE_OF_DKDV = {"block_m": 32, "block_n": 128, "num_stages": 3, "other_stages": 2}
 TILE_OF_DKDV |= {"overlaps": False, "early_dp": True, "keeps_p": False}

@@ -32,6 +32,8 @@ from flashcore.isolate.diagnosis import key_split_hints, verdict
 from flashcore.isolate.gate_models import Expected, GateModel, by_error_rule
 from flashcore.isolate.isolation import Isolation, StageResult
 from flashcore.isolate.locate import Check, compare
+from flashcore.isolate.mask_gradient import isolate_mask_gradient
+from flashcore.kernels.bwd_mask_sm90.kernel import DMASK
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.registry import BY_NAME, forward
 from flashcore.kernels.stage import Stage
@@ -93,6 +95,10 @@ def isolate(
     if BY_NAME[kernel].is_backward:
         if isinstance(case, PagedCase):
             raise ValueError(f"case={case!r} has pages, which {kernel} does not read")
+        if BY_NAME[kernel] is DMASK:
+            return isolate_mask_gradient(
+                case, kernel, seed=seed, plant=bug, arch=arch, tile=tile, on_stage=on_stage
+            )
         return isolate_backward(
             case, kernel, seed=seed, plant=bug, arch=arch, tile=tile, on_stage=on_stage
         )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
+from flashcore.sim.plants.bwd_mask_sm90 import PLANTS_BWD_MASK_SM90
 
 # By kernel, the bugs whose first wrong stage it is.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -90,12 +92,14 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("max-score-stored", "max-score-of-padding"),
         ),
     },
+    DMASK_KERNEL: {"dmask": tuple(PLANTS_BWD_MASK_SM90)},
     DQ_KERNEL: {
         "delta": (
             *("delta-of-one-lane", "dlse-forgotten", "dout-read-late", "delta-of-a-neighbour"),
         ),
         "store": ("queries-behind-stored",),
-        "dq": ("k-released-early", "empty-rows-kept"),
+        "dq": ("k-released-early", "empty-rows-kept", "mask-of-other-rows"),
+        "scores": ("mask-of-this-tile-again", "mask-overwritten-by-the-next"),
     },
     DKDV_KERNEL: {
         "load": (
@@ -104,11 +108,13 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "scores": (
             *("stale-stats", "stats-released-by-one-lane", "kv-released-early"),
             *("clear-without-fence", "probs-not-awaited", "v-overwritten"),
+            *("strip-not-awaited", "strip-of-own-copies", "strip-overwritten"),
         ),
         "dv": (
             *("dp-not-awaited", "query-tile-skipped", "last-of-group-skipped"),
             *("empty-rows-spread", "neighbour-lse", "diagonal-hidden", "probs-overwritten"),
             *("stats-of-the-first", "keys-behind-kept", "longest-instead-of-own"),
+            *("strip-of-this-tile-again", "strip-of-the-first-keys"),
         ),
         "dq": (
             *("ds-not-awaited", "ds-overwritten", "ds-without-fence", "sums-overwritten"),

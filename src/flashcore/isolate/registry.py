@@ -19,15 +19,18 @@ from flashcore.compile.plant import Plant
 from flashcore.isolate.backward_calls import planted_case
 from flashcore.isolate.backward_plant_calls import (
     BACKWARD,
+    BACKWARD_MASKED,
     BACKWARD_PACKED,
     BACKWARD_PADDED,
     BACKWARD_ROLES,
+    MASK_GRADIENT,
     TILE_OF_DKDV,
     TILE_OF_DQ,
     TILE_OF_ONE,
     TILE_OF_ROLES,
 )
 from flashcore.isolate.plant_stages import STAGES
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
@@ -35,6 +38,12 @@ from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
 from flashcore.sim.plants import index
+from flashcore.sim.plants.bwd_mask_sm90 import (
+    OF_ROWS,
+    PLANTS_BWD_MASK_SM90,
+    PLANTS_BWD_MASKED_DQ_SM90,
+    PLANTS_BWD_MASKED_SM90,
+)
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_PACKED_DQ_SM90,
     PLANTS_BWD_PACKED_SM90,
@@ -54,12 +63,7 @@ from flashcore.sim.plants.fwd_sm90.split import (
 )
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
-from flashcore.sim.plants.pages import (
-    PLANTS_PAGES,
-    PLANTS_PAGES_SM90,
-    PLANTS_PAGES_TOLD,
-    PLANTS_PAGES_WMMA,
-)
+from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 
@@ -110,18 +114,17 @@ _PACKED = {
     "num_heads_kv": 1,
     "causal": "lower_right",
 }
-# Sequences that end inside of a box and of a page, behind whose last page the table ends, too. The
-# first page belongs to none of them.
+# Sequences that end inside of a box and of a page, and one that is told to have more keys than the
+# table reaches. The first page belongs to none of them.
 _PAGED: dict[str, Any] = {
-    "lengths": (33, 0, 20, 70),
+    "lengths": (33, 0, 20, 80),
+    "told": (33, -5, 20, 10**4),
     "page_size": 16,
     "max_pages": 5,
     "seqlen_q": 40,
     "astray": True,
     "seed": 12,
 }
-# One is told to have less than no keys, one to have more than the table reaches.
-_TOLD = _PAGED | {"lengths": (33, 0, 20, 80), "told": (33, -5, 20, 10**4)}
 _TILES: dict[str, Mapping[str, Any]] = {
     "no-is-yes": _TWO_CONSUMERS,
     "probs-written-early": {"lazy_rescale": False},
@@ -238,7 +241,6 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN, {}, options=_PACKED, is_packed=True),
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
         **_calls(PLANTS_PAGES | PLANTS_PAGES_WMMA, {}, options=_PAGED, is_paged=True),
-        **_calls(PLANTS_PAGES_TOLD, {}, options=_TOLD, is_paged=True),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
         **_WITH_MAX_SCORE,
@@ -260,7 +262,6 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_STREAM_SM90, STREAM_TILE, options=STREAM_CASE, is_paged=True),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
-        **_calls(PLANTS_PAGES_TOLD, _SHORT_KEY_TILES, options=_TOLD, is_paged=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
         **_calls(PLANTS_SINKS, {}, options=_SINKS),
@@ -271,16 +272,26 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_BWD_ONE_SM90, TILE_OF_ONE, options=BACKWARD | {"seqlen_q": 200}),
         **_calls(PLANTS_BWD_PACKED_SM90, TILE_OF_DKDV, options=BACKWARD_PACKED, is_packed=True),
         **_calls(PLANTS_BWD_PADDED_SM90, TILE_OF_DKDV, options=BACKWARD_PADDED),
+        **_calls(PLANTS_BWD_MASKED_SM90, TILE_OF_DKDV | {"block_n": 64}, options=BACKWARD_MASKED),
     },
-    DQ_KERNEL: _calls(
-        PLANTS_BWD_PACKED_DQ_SM90,
-        TILE_OF_DQ | {"block_m": 128},
-        options=BACKWARD_PACKED,
-        is_packed=True,
+    DMASK_KERNEL: _calls(
+        {name: PLANTS_BWD_MASK_SM90[name] for name in OF_ROWS},
+        {"num_shares": 3, "sums_rows": True},
+        options=BACKWARD | {"mask": "additive"},
     ),
+    DQ_KERNEL: {
+        **_calls(
+            PLANTS_BWD_PACKED_DQ_SM90,
+            TILE_OF_DQ | {"block_m": 128},
+            options=BACKWARD_PACKED,
+            is_packed=True,
+        ),
+        **_calls(PLANTS_BWD_MASKED_DQ_SM90, TILE_OF_DQ, options=BACKWARD_MASKED),
+    },
 }
 # The call of all other bugs of a kernel; of those of a forward kernel, isolate's own.
 _DEFAULTS: Mapping[str, dict[str, Any]] = {
+    DMASK_KERNEL: {"options": MASK_GRADIENT},
     DQ_KERNEL: {"options": BACKWARD, "tile": TILE_OF_DQ},
     DKDV_KERNEL: {"options": BACKWARD, "tile": TILE_OF_DKDV},
 }
@@ -319,8 +330,5 @@ def find_plant(name: str, backend: str, kernel: str | None = None) -> Planted:
     index.check_backend(name, backend)
     kernel = kernel or index.kernels_of(name)[0]
     if kernel in index.BESIDE:
-        raise ValueError(
-            f"plant={name!r} is a bug of {kernel}, which isolate does not take apart: "
-            "tests/plants/test_sim_plants_append.py runs it"
-        )
+        raise ValueError(f"plant={name!r} is a bug of {kernel}: {index.NOT_TAKEN_APART}")
     return _planted(index.find_plant(name, kernel), kernel)

@@ -27,10 +27,11 @@ DTYPES = ("float16", "bfloat16")
 # What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
 # takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
 # has tiles of its own for calls with neither softcap nor mask.
+_ALL_OPTIONS: dict[str, Any] = {"window": (64, 64), "softcap": 30.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
-    "options": {"window": (64, 64), "softcap": 30.0},
+    "options": _ALL_OPTIONS,
     "masked": {"window": (64, 64), "softcap": 30.0, "mask": "bool"},
     "varlen": {"window": (64, 64), "softcap": 30.0, "varlen": "packed"},
     "window": {"window": (64, 64)},
@@ -38,8 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
     "decode": {"queries": 1},
     "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
-    # The same where the device cuts the work (tile/stream_k.cuh): keys in one piece or in pages,
-    # and pieces of one length.
+    # The same cut by the device (tile/stream_k.cuh): keys in one piece or in pages, equal pieces.
     "cut": {"queries": 4, "window": (64, 64), "softcap": 30.0, "varlen": "keys"},
     "cut-plain": {"queries": 1, "varlen": "keys"},
     "cut-pages": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
@@ -60,6 +60,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Many chunks of K, lengths, a mask and a window: the most for the Hopper kernel's producer. It
     # has head_dims of its own, and is listed beside the widest.
     "uneven": {"dims": (224, 40), "mask": "bool", "window": (64, 0), "varlen": "keys"},
+    # Lanes that find pages take registers of the producer, and with a mask of the consumers.
+    "pages-masked": {**_ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
+    "packed-pages": {**_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
 }
 # What else is usual where a model is served: a bundle holds these as well. The compile gate does
 # without, as they take no more registers than one of the above.
@@ -126,13 +129,18 @@ OTHER_VARIANTS = (
     "keys-decode",
 )
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
-_EXTREME_VARIANTS = ("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut")
+_EXTREME_VARIANTS = (
+    *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut"),
+    *("pages-masked", "packed-pages"),
+)
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
 _CUT_VARIANTS = ("cut", "cut-plain", "cut-pages", "cut-invariant")
+_PAGES_VARIANTS = ("pages-masked", "packed-pages")
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "decode", "chunk", "uneven"),
     *_MASK_VARIANTS,
     *_CUT_VARIANTS,
+    *_PAGES_VARIANTS,
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 # Of the Hopper kernel's table: from one tile to many an SM.
@@ -159,7 +167,7 @@ class Configuration:
         dtype (tune/search.py), so one of them tells whether a change to the kernel has made it
         spill; how a mask tensor is read, that sums begin anew, or that a maximum is kept, hardly
         depends on it."""
-        of_one = (*_MASK_VARIANTS, *_PORTABLE_VARIANTS, "max-score")
+        of_one = (*_MASK_VARIANTS, *_PAGES_VARIANTS, *_PORTABLE_VARIANTS, "max-score")
         one_is_enough = self.ships or self.variant in of_one
         return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 

@@ -6,8 +6,7 @@ import itertools
 
 import pytest
 import torch
-from gradient_rule import wrong_gradients
-from mask_gradients import wrong_mask_gradient
+from gradient_rule import wrong_gradients, wrong_mask_gradient
 
 import flashcore
 from flashcore.backends.gradients import choose_backward

@@ -9,13 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from gradient_rule import forward
-from mask_gradients import wrong_mask_gradient
+from gradient_rule import forward, wrong_mask_gradient
 
 import flashcore
 from flashcore.backends import gradients as gradients_module
-from flashcore.backends.gradients import choose_backward
-from flashcore.backends.mask_gradient import gradient_of_rows, run_for_mask
+from flashcore.backends.backward_sm90 import run_for_mask
+from flashcore.backends.gradients import choose_backward, gradient_of_rows
 from flashcore.compile.jit import resources
 from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, num_shares, select_mask_plan
 from flashcore.problem import Problem

@@ -17,6 +17,7 @@
 #include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
+#include "tile/smem_tile.cuh"
 #include "tile/softmax.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"

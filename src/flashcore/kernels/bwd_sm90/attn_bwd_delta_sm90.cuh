@@ -8,13 +8,12 @@
 #include "bwd_sm90/bwd_delta_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
 
-constexpr int DO_ELEMENTS = 64 * V_CHUNKS * CHUNK;
-static_assert(SMEM_BYTES == DO_ELEMENTS * 2 + 8, "the plan and the kernel disagree");
+static_assert(SMEM_BYTES == VGroup::BYTES + 8, "the plan and the kernel disagree");
 
 FC_KERNEL(attn_bwd_delta_sm90, 128, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
-  const auto dout = smem_view<Element>(0, DO_ELEMENTS, "dout_smem");
-  const auto full = smem_view<uint64_t>(DO_ELEMENTS * 2, 1, "barriers");
+  const auto dout = VGroup::view(0, 1, "dout_smem");
+  const auto full = smem_view<uint64_t>(VGroup::BYTES, 1, "barriers");
   const BlockCoord block = block_coord(params.attn, block_idx());
   if (thread_idx() == 0) {
     mbar_init(full, 1);
@@ -23,11 +22,8 @@ FC_KERNEL(attn_bwd_delta_sm90, 128, MIN_BLOCKS)
   block_sync();  // orders the initialisation before every use
   grid_dependency_wait();
   if (thread_idx() == 0) {
-    mbar_arrive_expect_tx(full, DO_ELEMENTS * 2);
-    for (int c = 0; c < V_CHUNKS; ++c) {
-      tma_load(dout + c * 64 * CHUNK, params.dout_map, full, c * CHUNK, block.m_begin,
-               block.head_idx, block.batch_idx);
-    }
+    mbar_arrive_expect_tx(full, VGroup::BYTES);
+    dout.load(0, params.dout_map, full, block.m_begin, block.head_idx, block.batch_idx);
   }
   const auto sums = sums_of(params, block.batch_idx, block.head_idx, block.m_begin);
   for (int i = thread_idx() * 4; i < SUMS_OF_GROUP; i += 128 * 4) {

@@ -66,38 +66,32 @@ FC_DEVICE void skip_tiles(Consumer& c, const Barriers& bar, int num_tiles) {
 
 // S = Q K^T.
 FC_DEVICE void issue_s(Consumer& c, const Buffers& smem, uint32_t count) {
-  // Uniform, or each descriptor is moved from general to uniform registers, two moves a product.
-  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
+  const WgmmaDesc k_desc = smem.k.over_columns(stage_of<NUM_STAGES>(count));
   wgmma_fence();
-  issue_scores<HEAD_DIM, BLOCK_N>(
-      c.scores, wgmma_desc<CHUNK_BYTES>(smem.q + c.slot * Q_GROUP_ELEMENTS, 0),
-      wgmma_desc<CHUNK_BYTES>(smem.k, 0) + stage * (K_ELEMENTS * 2));
+  issue_scores<HEAD_DIM, BLOCK_N>(c.scores, smem.q[c.slot].over_columns(), k_desc);
   wgmma_commit();
 }
 
 // dP = dO V^T.
 FC_DEVICE void issue_dp(Consumer& c, const Buffers& smem, uint32_t count) {
-  const int stage = warp_uniform(stage_of<NUM_V_STAGES>(count));
+  const WgmmaDesc v_desc = smem.v.over_columns(stage_of<NUM_V_STAGES>(count));
   wgmma_fence();
-  issue_scores<HEAD_DIM_V, BLOCK_N>(
-      c.dprobs, wgmma_desc<CHUNK_BYTES>(smem.dout + c.slot * DO_GROUP_ELEMENTS, 0),
-      wgmma_desc<CHUNK_BYTES>(smem.v, 0) + stage * (V_ELEMENTS * 2));
+  issue_scores<HEAD_DIM_V, BLOCK_N>(c.dprobs, smem.dout[c.slot].over_columns(), v_desc);
   wgmma_commit();
 }
 
 // dQ += dS K.
 FC_DEVICE void issue_dq(Consumer& c, const Buffers& smem, uint32_t count) {
-  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
+  const WgmmaDesc k_desc = smem.k.over_rows(stage_of<NUM_STAGES>(count));
   wgmma_fence();
-  issue_gradient(c.dq, c.dscores, wgmma_desc<CHUNK_BYTES>(smem.k, BLOCK_N * CHUNK_BYTES) +
-                                      stage * (K_ELEMENTS * 2));
+  issue_gradient(c.dq, c.dscores, k_desc);
   wgmma_commit();
 }
 
 FC_DEVICE void load_own_stats(Consumer& c, const AttnBwdSm90Params& params, int seqlen_q,
                               const BlockCoord& block, const Buffers& smem) {
-  c.stats = load_row_stats(params, block, smem.dout + c.slot * DO_GROUP_ELEMENTS,
-                           block.m_begin + c.index * 64, seqlen_q);
+  c.stats = load_row_stats(params, block, smem.dout[c.slot], block.m_begin + c.index * 64,
+                           seqlen_q);
 }
 
 // S becomes P, times soft-capping's derivative. A mask tensor's part of the tile has been fetched.
@@ -240,9 +234,8 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const auto release_q = [&] { arrive_for_warp(bar.q_empty + c.slot); };
     warp_sync();  // orders every lane's reads of dO before the warp releases it
     if (HAS_OUT_BUFFER) release_q();
-    const auto out = HAS_OUT_BUFFER ? smem.out + c.index * OUT_ELEMENTS
-                                    : smem.q + c.slot * Q_GROUP_ELEMENTS;
-    store_rows(c.dq, p.softmax_scale, out,
+    const QkGroup out = HAS_OUT_BUFFER ? smem.out[c.index] : smem.q[c.slot];
+    store_rows(c.dq, p.softmax_scale, out.chunk(0),
                {params.dq_map, query_box(p, block), group_row, block.head_idx,
                 !PACKED || group_row < query_rows(p, block.batch_idx).count},
                STORE_BARRIER + c.index);
@@ -259,11 +252,11 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
 FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
   const Buffers smem = {
-      smem_view<Element>(0, NUM_SLOTS * Q_GROUP_ELEMENTS, "q_smem"),
-      smem_view<Element>(DO_OFFSET, NUM_SLOTS * DO_GROUP_ELEMENTS, "dout_smem"),
-      smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
-      smem_view<Element>(V_OFFSET, NUM_V_STAGES * V_ELEMENTS, "v_smem"),
-      smem_view<Element>(OUT_OFFSET, NUM_CONSUMERS * OUT_ELEMENTS, "out_smem"),
+      QkGroup::view(0, NUM_SLOTS, "q_smem"),
+      VGroup::view(DO_OFFSET, NUM_SLOTS, "dout_smem"),
+      KTile::view(K_OFFSET, NUM_STAGES, "k_smem"),
+      VTile::view(V_OFFSET, NUM_V_STAGES, "v_smem"),
+      QkGroup::view(OUT_OFFSET, NUM_OUT_GROUPS, "out_smem"),
       smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       PACKED ? feed_at(FEED_OFFSET) : Feed(),

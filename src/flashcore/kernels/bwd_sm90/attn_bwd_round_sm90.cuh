@@ -6,11 +6,11 @@
 #include "tile/schedule.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
 
-static_assert(SMEM_BYTES == 64 * QK_CHUNKS * CHUNK * 2, "the plan and the kernel disagree");
+static_assert(SMEM_BYTES == QkGroup::BYTES, "the plan and the kernel disagree");
 
 FC_KERNEL(attn_bwd_round_sm90, 128, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
-  const auto out = smem_view<Element>(0, 64 * QK_CHUNKS * CHUNK, "out_smem");
+  const auto out = smem_view<Element>(0, QkGroup::ELEMENTS, "out_smem");
   const BlockCoord block = block_coord(params.attn, block_idx());
   grid_dependency_wait();
   const auto group = sums_of(params, block.batch_idx, block.head_idx, block.m_begin);

@@ -1,7 +1,7 @@
 // bwd_delta_sm90.cuh - delta = sum(dout * out) - dlse of 64 rows, and their lse, by a warpgroup.
 #pragma once
 
-#include "prims_sm90.cuh"
+#include "prims.cuh"
 #include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
@@ -18,7 +18,7 @@ struct RowStats {
 // kernel that follows. What is no row, or sees no key, gets lse +inf, which makes probabilities 0.
 // `dout` holds the 64 rows from `group_begin` on, as TMA wrote them; `seqlen_q` is the sequence's.
 FC_DEVICE RowStats load_row_stats(const AttnBwdSm90Params& params, const BlockCoord& block,
-                                  SmemPtr<Element> dout, int group_begin, int seqlen_q) {
+                                  VGroup dout, int group_begin, int seqlen_q) {
   const AttnParams& p = params.attn;
   const GmemPtr<const float> lse_gmem = {p.tensors.lse.address};
   const GmemPtr<const Element> out_gmem = {p.tensors.out.address};
@@ -37,9 +37,7 @@ FC_DEVICE RowStats load_row_stats(const AttnBwdSm90Params& params, const BlockCo
       const int col = begin + lane % 4 * 8;
       if (!exists || (HEAD_DIM_V % 32 != 0 && col >= HEAD_DIM_V)) continue;
       const auto o = gmem_load_packet<16>(out + col);
-      const int place = col / CHUNK * 64 * CHUNK + group_row * CHUNK +
-                        swizzled_col<CHUNK_BYTES>(group_row, col % CHUNK);
-      const auto g = smem_load_packet<16>(dout + place);
+      const auto g = smem_load_packet<16>(dout.at(group_row, col));
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         sum += unpacked(o.word[i], 0) * unpacked(g.word[i], 0);

@@ -13,6 +13,7 @@
 #include "tile/band.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
+#include "tile/smem_tile.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"

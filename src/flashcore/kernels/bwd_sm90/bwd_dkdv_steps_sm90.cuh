@@ -7,6 +7,7 @@
 #include "tile/mask.cuh"
 #include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
+#include "tile/smem_tile.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
 

@@ -8,6 +8,7 @@
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
+#include "tile/smem_tile.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
@@ -15,19 +16,17 @@
 constexpr int NUM_CONSUMERS = BLOCK_M / 64;  // warpgroups of 64 query rows
 constexpr int KEY_FRAGS = BLOCK_N / 16;
 
-constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;  // of one consumer
-constexpr int DO_GROUP_ELEMENTS = 64 * V_CHUNKS * CHUNK;
-constexpr int K_ELEMENTS = BLOCK_N * QK_CHUNKS * CHUNK;  // of one stage
-constexpr int V_ELEMENTS = BLOCK_N * V_CHUNKS * CHUNK;
+using KTile = SmemTile<BLOCK_N, HEAD_DIM>;
+using VTile = SmemTile<BLOCK_N, HEAD_DIM_V>;
 
 constexpr int NUM_SLOTS = Q_BUFFERS * NUM_CONSUMERS;  // of 64 rows of Q and dO
-constexpr int DO_OFFSET = NUM_SLOTS * Q_GROUP_ELEMENTS * 2;
-constexpr int K_OFFSET = DO_OFFSET + NUM_SLOTS * DO_GROUP_ELEMENTS * 2;
-constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
-constexpr int OUT_OFFSET = V_OFFSET + NUM_V_STAGES * V_ELEMENTS * 2;
+constexpr int DO_OFFSET = NUM_SLOTS * QkGroup::BYTES;
+constexpr int K_OFFSET = DO_OFFSET + NUM_SLOTS * VGroup::BYTES;
+constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * KTile::BYTES;
+constexpr int OUT_OFFSET = V_OFFSET + NUM_V_STAGES * VTile::BYTES;
 // Without a buffer of its own dQ leaves through the place of Q.
-constexpr int OUT_ELEMENTS = HAS_OUT_BUFFER ? Q_GROUP_ELEMENTS : 0;
-constexpr int MASK_OFFSET = OUT_OFFSET + NUM_CONSUMERS * OUT_ELEMENTS * 2;
+constexpr int NUM_OUT_GROUPS = HAS_OUT_BUFFER ? NUM_CONSUMERS : 0;
+constexpr int MASK_OFFSET = OUT_OFFSET + NUM_OUT_GROUPS * QkGroup::BYTES;
 constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS;
 constexpr int BARRIERS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES;
 constexpr int NUM_BARRIERS = 2 * NUM_SLOTS + 2 * NUM_STAGES + 2 * NUM_V_STAGES;
@@ -37,7 +36,11 @@ static_assert(SMEM_BYTES == FEED_OFFSET + FEED_BYTES,
               "the plan and the kernel disagree on shared memory");
 
 struct Buffers {
-  SmemPtr<Element> q, dout, k, v, out;
+  QkGroup q;  // one a slot
+  VGroup dout;
+  KTile k;  // one a stage
+  VTile v;
+  QkGroup out;  // one a consumer
   SmemPtr<MaskElement> mask;  // of each warp
   SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
   Feed feed;                // from which the producer has them, where they are dealt out
@@ -113,15 +116,9 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
       int row = block.m_begin + group * 64;
       if (PACKED) row = min_i(row, own.seqlen_q - 1);  // see make_ragged: no box without a row
       mbar_wait(bar.q_empty + slot, slot_parity(turn) ^ 1);
-      mbar_arrive_expect_tx(full, (Q_GROUP_ELEMENTS + DO_GROUP_ELEMENTS) * 2);
-      for (int c = 0; c < QK_CHUNKS; ++c) {
-        tma_load(smem.q + (slot * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
-                 c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
-      }
-      for (int c = 0; c < V_CHUNKS; ++c) {
-        tma_load(smem.dout + (slot * DO_GROUP_ELEMENTS + c * 64 * CHUNK), params.dout_map, full,
-                 c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
-      }
+      mbar_arrive_expect_tx(full, QkGroup::BYTES + VGroup::BYTES);
+      smem.q.load(slot, params.q_map, full, q_box.row + row, block.head_idx, q_box.batch);
+      smem.dout.load(slot, params.dout_map, full, q_box.row + row, block.head_idx, q_box.batch);
     }
     const Range keys = key_tiles(own, block.m_begin);
     bool asked = false;
@@ -133,19 +130,15 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
       const int k_stage = stage_of<NUM_STAGES>(count);
       const auto k_full = bar.k_full + k_stage;
       mbar_wait(bar.k_empty + k_stage, parity_of<NUM_STAGES>(count) ^ 1);
-      mbar_arrive_expect_tx(k_full, K_ELEMENTS * 2);
-      for (int c = 0; c < QK_CHUNKS; ++c) {
-        tma_load(smem.k + (k_stage * K_ELEMENTS + c * BLOCK_N * CHUNK), params.k_map, k_full,
-                 c * CHUNK, k_box.row + n_block * BLOCK_N, block.head_idx_kv, k_box.batch);
-      }
+      mbar_arrive_expect_tx(k_full, KTile::BYTES);
+      smem.k.load(k_stage, params.k_map, k_full, k_box.row + n_block * BLOCK_N, block.head_idx_kv,
+                           k_box.batch);
       const int v_stage = stage_of<NUM_V_STAGES>(count);
       const auto v_full = bar.v_full + v_stage;
       mbar_wait(bar.v_empty + v_stage, parity_of<NUM_V_STAGES>(count) ^ 1);
-      mbar_arrive_expect_tx(v_full, V_ELEMENTS * 2);
-      for (int c = 0; c < V_CHUNKS; ++c) {
-        tma_load(smem.v + (v_stage * V_ELEMENTS + c * BLOCK_N * CHUNK), params.v_map, v_full,
-                 c * CHUNK, v_box.row + n_block * BLOCK_N, block.head_idx_kv, v_box.batch);
-      }
+      mbar_arrive_expect_tx(v_full, VTile::BYTES);
+      smem.v.load(v_stage, params.v_map, v_full, v_box.row + n_block * BLOCK_N, block.head_idx_kv,
+                           v_box.batch);
     }
     if (!asked) tile.ask(p, params.schedule);  // it has no key tiles
   }

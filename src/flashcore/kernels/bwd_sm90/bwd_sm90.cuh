@@ -19,6 +19,7 @@
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
+#include "tile/smem_tile.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 
 // The gradient of an additive mask; read only by attn_bwd_dmask_sm90.cuh.
@@ -43,9 +44,11 @@ struct AttnBwdSm90Params {
   MaskGradient mask_gradient;
 };
 
-constexpr int CHUNK_BYTES = CHUNK * 2;
-constexpr int QK_CHUNKS = (HEAD_DIM + CHUNK - 1) / CHUNK;
-constexpr int V_CHUNKS = (HEAD_DIM_V + CHUNK - 1) / CHUNK;
+// 64 rows of a warpgroup: of Q, K or their gradients, and of V, dO or dV.
+using QkGroup = SmemTile<64, HEAD_DIM>;
+using VGroup = SmemTile<64, HEAD_DIM_V>;
+constexpr int QK_CHUNKS = QkGroup::CHUNKS;
+constexpr int V_CHUNKS = VGroup::CHUNKS;
 constexpr int QK_FRAGS = (HEAD_DIM + 15) / 16;  // the last chunk's other columns are padding
 constexpr int V_FRAGS = (HEAD_DIM_V + 15) / 16;
 #define POS_INF (-NEG_INF)
@@ -82,16 +85,13 @@ FC_DEVICE void arrive_for_warp(SmemPtr<uint64_t> empty) {
   if (lane_idx() == 0) mbar_arrive(empty);
 }
 
-// out = A B^T of 64 rows of A and ROWS_B rows of B, DIM columns each, issued. Both lie in column
-// chunks, as TMA wrote them.
+// out = A B^T of 64 rows of A and ROWS_B rows of B, DIM columns each, issued.
 template <int DIM, int ROWS_B, int FRAGS>
 FC_DEVICE void issue_scores(WmmaAccum (&out)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc) {
 #pragma unroll
   for (int d = 0; d < DIM; d += 16) {
-    const int chunk = d / CHUNK;
-    const int col_bytes = d % CHUNK * 2;
-    wgmma_ss<Element>(out, a_desc + (chunk * 64 * CHUNK_BYTES + col_bytes),
-                      b_desc + (chunk * ROWS_B * CHUNK_BYTES + col_bytes), d > 0);
+    wgmma_ss<Element>(out, a_desc + SmemTile<64, DIM>::column_bytes(d),
+                      b_desc + SmemTile<ROWS_B, DIM>::column_bytes(d), d > 0);
   }
 }
 
@@ -186,7 +186,7 @@ struct RowsInTensor {
 template <int FRAGS>
 FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Element> smem,
                           const RowsInTensor& to, int barrier) {
-  constexpr int CHUNKS = (FRAGS * 16 + CHUNK - 1) / CHUNK;
+  const SmemTile<64, FRAGS * 16> tile = {smem};
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
   if (leads) tma_store_wait_read<0>();  // of what lay here before
   named_barrier_sync(barrier, 128);     // orders that before the writes below
@@ -199,15 +199,14 @@ FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Elem
     for (int i = 0; i < 8; i += 2) {
       packed[i / 2] = pack2<Element>(x[d].x[i] * scale, x[d].x[i + 1] * scale);
     }
-    const int col = swizzled_col<CHUNK_BYTES>(row, d * 16 % CHUNK + lane / 16 * 8);
-    stmatrix_x4(smem + (d * 16 / CHUNK * 64 * CHUNK + row * CHUNK + col), packed);
+    stmatrix_x4(tile.at(row, d * 16, lane / 16 * 8), packed);
   }
   fence_proxy_async();
   named_barrier_sync(barrier, 128);  // orders the writes above before the stores
   if (leads) {
-    for (int chunk = 0; to.exist && chunk < CHUNKS; ++chunk) {
-      tma_store(to.map, smem + chunk * 64 * CHUNK, chunk * CHUNK, to.box.row + to.first_row,
-                to.head, to.box.batch);
+    for (int c = 0; to.exist && c < tile.CHUNKS; ++c) {
+      tma_store(to.map, tile.chunk(c), c * CHUNK, to.box.row + to.first_row, to.head,
+                to.box.batch);
     }
     tma_store_commit();
   }

@@ -12,6 +12,7 @@ from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.kernel import Kernel
 from flashcore.kernels.limits import smem_limits
+from flashcore.kernels.stage import Stage
 from flashcore.problem import Problem
 
 _TILE_FIELDS = (*BwdTile._fields, "also_dq", "ds_stages")
@@ -60,12 +61,13 @@ def make_kernel(
     title: str,
     plan_class: type[BwdSm90Plan] = BwdSm90Plan,
     phases: Mapping[str, str] = stages.PHASES,
+    of_stages: tuple[Stage, ...] = stages.STAGES,
 ) -> BwdSm90Kernel:
     """Return the object of one of the kernels."""
     common: dict[str, Any] = {
         "backend": "sm90",
         "only_arch": ARCH,
-        "stages": stages.STAGES,
+        "stages": of_stages,
         "outside": stages.OUTSIDE,
     }
     return BwdSm90Kernel(name=name, title=title, plan=plan_class, phases=phases, **common)

@@ -77,7 +77,7 @@ PHASES = {
     "exponentiate_tile": "scores",
     "column_pair": "scores",
     "probability": "scores",
-    "mask_element": "scores",
+    **dict.fromkeys(("mask_strip", "fetch", "fetch_packet", "await", "fragment", "read"), "scores"),
     "score_gradient": "scores",
     "consume_scores": "scores",
     "consume_gradients": "scores",

@@ -61,18 +61,12 @@ struct Consumer {
 };
 
 // S = Q K^T of a warpgroup's 64 rows, issued.
-FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_smem,
-                            SmemPtr<Element> k_smem, int stage) {
-  const WgmmaDesc q_desc = wgmma_desc<CHUNK_BYTES>(q_smem, 0);
-  // Uniform, or each descriptor is moved from general to uniform registers, two moves a product.
-  stage = warp_uniform(stage);
-  const WgmmaDesc k_desc = wgmma_desc<CHUNK_BYTES>(k_smem, 0) + stage * (K_ELEMENTS * 2);
+FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], QGroup q, KTile k, int stage) {
+  const WgmmaDesc q_desc = q.over_columns();
+  const WgmmaDesc k_desc = k.over_columns(stage);
 #pragma unroll
   for (int d = 0; d < HEAD_DIM; d += 16) {
-    const int chunk = d / CHUNK;
-    const int col_bytes = d % CHUNK * 2;
-    wgmma_ss<Element>(scores, q_desc + (chunk * 64 * CHUNK_BYTES + col_bytes),
-                      k_desc + (chunk * BLOCK_N * CHUNK_BYTES + col_bytes), d > 0);
+    wgmma_ss<Element>(scores, q_desc + q.column_bytes(d), k_desc + k.column_bytes(d), d > 0);
   }
 }
 
@@ -80,14 +74,12 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_s
 constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
 
 // O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
-FC_DEVICE void issue_output(Consumer& c, SmemPtr<Element> v_smem) {
-  const int stage = warp_uniform(c.v_state().stage());  // uniform, as K's
-  const WgmmaDesc v_desc =
-      wgmma_desc<CHUNK_BYTES>(v_smem, BLOCK_N * CHUNK_BYTES) + stage * (V_ELEMENTS * 2);
+FC_DEVICE void issue_output(Consumer& c, VTile v) {
+  const WgmmaDesc v_desc = v.over_rows(c.v_state().stage());
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
     const bool adds = n > 0 || !IS_PLAIN || c.has_out;
-    wgmma_rs<Element>(c.out, c.probs[n], v_desc + n * 16 * CHUNK_BYTES, adds);
+    wgmma_rs<Element>(c.out, c.probs[n], v_desc + v.row_bytes(n * 16), adds);
   }
   c.has_out = true;
 }
@@ -152,7 +144,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   if (FIRST || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
   if (PING_PONG && !FIRST) await_issue(c);
   wgmma_fence();
-  issue_scores(scores, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
+  issue_scores(scores, smem.q[c.q_slot], smem.k, c.k_state.stage());
   wgmma_commit();
   if constexpr (!FIRST) {
     wgmma_fence();
@@ -196,7 +188,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     // Of the whole warpgroup, which issues Q K^T together.
     if (named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))) {
       wgmma_fence();
-      issue_scores(scores, smem.q + c.q_slot * Q_GROUP_ELEMENTS, smem.k, c.k_state.stage());
+      issue_scores(scores, smem.q[c.q_slot], smem.k, c.k_state.stage());
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_hold(scores);
@@ -255,7 +247,7 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
                  block.head_idx, inverse_sum);
 
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
-  const auto o_smem = smem.o + c.row_group * (64 * O_CHUNKS * CHUNK);
+  const OGroup o = smem.o[c.row_group];
   const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live in between
   const int row = warp_idx() % 4 * 16 + lane % 16;
   const BoxOrigin box = query_box(params.attn, block);
@@ -274,16 +266,14 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
         const float scale = inverse_sum[row_of_element(i)];
         packed[i / 2] = pack2<Element>(c.out[d].x[i] * scale, c.out[d].x[i + 1] * scale);
       }
-      const int chunk = d * 16 / CHUNK - begin;
-      const int col = swizzled_col<CHUNK_BYTES>(row, d * 16 % CHUNK + lane / 16 * 8);
-      stmatrix_x4(o_smem + (chunk * 64 * CHUNK + row * CHUNK + col), packed);
+      stmatrix_x4(o.at(row, d * 16 - begin * CHUNK, lane / 16 * 8), packed);
     }
     fence_proxy_async();
     named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above before the stores
     if (leads) {
       for (int chunk = begin; has_rows && chunk < end; ++chunk) {
-        tma_store(params.o_map, o_smem + (chunk - begin) * 64 * CHUNK, chunk * CHUNK,
-                  box.row + first_row, block.head_idx, box.batch);
+        tma_store(params.o_map, o.chunk(chunk - begin), chunk * CHUNK, box.row + first_row,
+                  block.head_idx, box.batch);
       }
       tma_store_commit();
     }
@@ -392,10 +382,10 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 
 FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) params) {
   const Buffers smem = {
-      smem_view<Element>(0, Q_ELEMENTS, "q_smem"),
-      smem_view<Element>(K_OFFSET, NUM_STAGES * K_ELEMENTS, "k_smem"),
-      smem_view<Element>(V_OFFSET, NUM_STAGES * V_ELEMENTS, "v_smem"),
-      smem_view<Element>(O_OFFSET, O_ELEMENTS, "o_smem"),
+      QGroup::view(0, NUM_Q_SLOTS, "q_smem"),
+      KTile::view(K_OFFSET, NUM_STAGES, "k_smem"),
+      VTile::view(V_OFFSET, NUM_STAGES, "v_smem"),
+      OGroup::view(O_OFFSET, NUM_O_GROUPS, "o_smem"),
       smem_view<float>(MERGE_OFFSET, MERGE_FLOATS, "merge_smem"),
       smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),

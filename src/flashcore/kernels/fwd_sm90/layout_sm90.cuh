@@ -6,6 +6,7 @@
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
+#include "tile/smem_tile.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "fwd_sm90/merge_sm90.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"
@@ -21,27 +22,24 @@ struct AttnSm90Params {
   TileSchedule schedule;
 };
 
-// A tile in shared memory is a row of column chunks, each all rows x CHUNK (32 or 64) elements, in
-// rows of CHUNK_BYTES that TMA swizzles. Columns past head_dim are zeros that TMA fills in.
-constexpr int CHUNK_BYTES = CHUNK * 2;
-constexpr int QK_CHUNKS = (HEAD_DIM + CHUNK - 1) / CHUNK;
-constexpr int V_CHUNKS = (HEAD_DIM_V + CHUNK - 1) / CHUNK;
+using QGroup = SmemTile<64, HEAD_DIM>;  // of a warpgroup's rows
+using KTile = SmemTile<BLOCK_N, HEAD_DIM>;
+using VTile = SmemTile<BLOCK_N, HEAD_DIM_V>;
+constexpr int QK_CHUNKS = KTile::CHUNKS;
+constexpr int V_CHUNKS = VTile::CHUNKS;
 constexpr int KEY_FRAGS = BLOCK_N / 16;
 constexpr int OUT_FRAGS = (HEAD_DIM_V + 15) / 16;  // the last chunk's other columns are padding
 
-constexpr int Q_ELEMENTS = Q_BUFFERS * BLOCK_M * QK_CHUNKS * CHUNK;
-constexpr int Q_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;
-constexpr int K_ELEMENTS = BLOCK_N * QK_CHUNKS * CHUNK;  // of one stage
-constexpr int V_ELEMENTS = BLOCK_N * V_CHUNKS * CHUNK;
 constexpr int O_CHUNKS = (V_CHUNKS + O_PARTS - 1) / O_PARTS;  // of each part but maybe the last
-constexpr int O_ELEMENTS = SPLIT_KV ? 0 : BLOCK_M * O_CHUNKS * CHUNK;  // else in global memory
+using OGroup = SmemTile<64, O_CHUNKS * CHUNK>;
+constexpr int NUM_O_GROUPS = SPLIT_KV ? 0 : NUM_ROW_GROUPS;  // else O leaves by global memory
 
 // O leaves through a buffer of its own, so that the next Q need not wait for it: all at once, or in
 // O_PARTS parts one after another where the whole would not fit beside the stages.
-constexpr int K_OFFSET = Q_ELEMENTS * 2;
-constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * K_ELEMENTS * 2;
-constexpr int O_OFFSET = V_OFFSET + NUM_STAGES * V_ELEMENTS * 2;
-constexpr int MERGE_OFFSET = O_OFFSET + O_ELEMENTS * 2;
+constexpr int K_OFFSET = NUM_Q_SLOTS * QGroup::BYTES;
+constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * KTile::BYTES;
+constexpr int O_OFFSET = V_OFFSET + NUM_STAGES * VTile::BYTES;
+constexpr int MERGE_OFFSET = O_OFFSET + NUM_O_GROUPS * OGroup::BYTES;
 constexpr int MERGE_FLOATS = (KEY_SLICES - 1) * SLICE_FLOATS<OUT_FRAGS>;
 constexpr int MASK_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
 constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS;
@@ -53,7 +51,10 @@ static_assert(SMEM_BYTES == ARRIVAL_OFFSET + ARRIVAL_BYTES,
               "the plan and the kernel disagree on shared memory");
 
 struct Buffers {
-  SmemPtr<Element> q, k, v, o;
+  QGroup q;  // one a slot, see q_slot
+  KTile k;   // one a stage
+  VTile v;
+  OGroup o;  // one a group of rows
   SmemPtr<float> merge;     // slices of keys of the same rows
   SmemPtr<MaskElement> mask;  // of each consumer warp, see fwd_sm90/mask_tile_sm90.cuh
   SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q

@@ -129,13 +129,11 @@ class Sm90Plan(Plan):
         elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # What consumers that share rows hand over: O and the state of the softmax, in float32.
-        shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4
+        shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4 + self.mask_bytes
         feed = _FEED_BYTES if self.varlen in PACKS_QUERIES else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k
-        shares += self.mask_bytes
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
-        num_barriers += 4 * self.num_stages
-        num_barriers += 2 * (self.key_slices > 1)
+        num_barriers += 4 * self.num_stages + 2 * (self.key_slices > 1)
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
     @property
@@ -174,11 +172,13 @@ class Sm90Plan(Plan):
         pool = self.max_registers * (self.num_consumers + 1)
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
-        # take the most, a lane each, and so does who finds its range of work.
+        # take the most, a lane each of its own tile, and so does who finds its range of work.
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
         producer = 32 if self.varlen in PACKS_QUERIES or many_chunks else 24
         if self.page_size or self.stream_k:
-            producer = 56 if self.stream_k and self.num_consumers == self.min_blocks == 1 else 40
+            producer = 48 if self.varlen in PACKS_QUERIES else 40
+            if self.stream_k and self.num_consumers == self.min_blocks == 1:
+                producer = 56
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(max(40, producer), pool - consumer * self.num_consumers)
 

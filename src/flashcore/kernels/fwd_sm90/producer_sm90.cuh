@@ -51,15 +51,14 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     const auto full = bar.k_full + k_state.stage();
     if (leads) {
       mbar_wait(bar.k_empty + k_state.stage(), k_state.parity() ^ 1);
-      mbar_arrive_expect_tx(full, K_ELEMENTS * 2);
+      mbar_arrive_expect_tx(full, KTile::BYTES);
     }
     if (PAGED) {
       warp_sync();  // orders the wait and the announcement before all lanes' loads
-      pages.load_k(smem.k + k_state.stage() * K_ELEMENTS, full, k_state.ring, n_block);
-    }
-    for (int c = 0; !PAGED && c < QK_CHUNKS; ++c) {
-      tma_load(smem.k + (k_state.stage() * K_ELEMENTS + c * BLOCK_N * CHUNK), params.k_map, full,
-               c * CHUNK, k_box.row + n_block * BLOCK_N, block.head_idx_kv, k_box.batch);
+      pages.load_k(smem.k[k_state.stage()], full, k_state.ring, n_block);
+    } else {
+      smem.k.load(k_state.stage(), params.k_map, full, k_box.row + n_block * BLOCK_N,
+                  block.head_idx_kv, k_box.batch);
     }
     ++k_state.count;
   };
@@ -70,15 +69,14 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     const auto full = bar.v_full + v_state.stage();
     if (leads) {
       mbar_wait(bar.v_empty + v_state.stage(), v_state.parity() ^ 1);
-      mbar_arrive_expect_tx(full, V_ELEMENTS * 2);
+      mbar_arrive_expect_tx(full, VTile::BYTES);
     }
     if (PAGED) {
       warp_sync();  // as for K
-      pages.load_v(smem.v + v_state.stage() * V_ELEMENTS, full, v_state.ring, n_block);
-    }
-    for (int c = 0; !PAGED && c < V_CHUNKS; ++c) {
-      tma_load(smem.v + (v_state.stage() * V_ELEMENTS + c * BLOCK_N * CHUNK), params.v_map, full,
-               c * CHUNK, v_box.row + n_block * BLOCK_N, block.head_idx_kv, v_box.batch);
+      pages.load_v(smem.v[v_state.stage()], full, v_state.ring, n_block);
+    } else {
+      smem.v.load(v_state.stage(), params.v_map, full, v_box.row + n_block * BLOCK_N,
+                  block.head_idx_kv, v_box.batch);
     }
     ++v_state.count;
   };
@@ -130,13 +128,10 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
-      mbar_arrive_expect_tx(full, Q_GROUP_ELEMENTS * 2);
+      mbar_arrive_expect_tx(full, QGroup::BYTES);
       int row = block.m_begin + group * 64;
       if (PACKED) row = min_i(row, own.seqlen_q - 1);  // see make_ragged: no box without a row
-      for (int c = 0; c < QK_CHUNKS; ++c) {
-        tma_load(smem.q + (slot * Q_GROUP_ELEMENTS + c * 64 * CHUNK), params.q_map, full,
-                 c * CHUNK, q_box.row + row, block.head_idx, q_box.batch);
-      }
+      smem.q.load(slot, params.q_map, full, q_box.row + row, block.head_idx, q_box.batch);
     }
     bool asked = false;
     while (n_block >= keys.begin) {

@@ -247,7 +247,8 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
             many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
             if many_192 and not has_softcap and not bounded and is_aligned and keys >= 1024:
                 yield Tile(192, 128, ping_pong=True)
-            if _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS:
+            many = _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS
+            if many and not problem.has_pages:  # whose producer takes registers
                 yield Tile(64, 64, min_blocks=3)
         yield Tile(64, 128, min_blocks=2)
         yield Tile(64, 64, min_blocks=2)

@@ -7,10 +7,16 @@ from collections.abc import Mapping
 
 from flashcore.compile.plant import Plant
 from flashcore.kernels.append.params import AppendPlan
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA_KERNEL
 from flashcore.sim.plants.append import PLANTS_APPEND
+from flashcore.sim.plants.bwd_mask_sm90 import (
+    PLANTS_BWD_MASK_SM90,
+    PLANTS_BWD_MASKED_DQ_SM90,
+    PLANTS_BWD_MASKED_SM90,
+)
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
@@ -31,12 +37,7 @@ from flashcore.sim.plants.numerics import (
     PLANTS_OLD_LARGE_MAX_SM90,
     PLANTS_TOTALS,
 )
-from flashcore.sim.plants.pages import (
-    PLANTS_PAGES,
-    PLANTS_PAGES_SM90,
-    PLANTS_PAGES_TOLD,
-    PLANTS_PAGES_WMMA,
-)
+from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -52,7 +53,6 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_MAX_SCORE,
         **PLANTS_SINKS,
         **PLANTS_PAGES,
-        **PLANTS_PAGES_TOLD,
         **PLANTS_PAGES_WMMA,
     },
     SM90_KERNEL: {
@@ -71,20 +71,26 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS,
         **PLANTS_SINKS_SPLIT,
         **PLANTS_PAGES,
-        **PLANTS_PAGES_TOLD,
         **PLANTS_PAGES_SM90,
     },
-    DQ_KERNEL: {**PLANTS_BWD_DQ_SM90, **PLANTS_BWD_PACKED_DQ_SM90},
+    DQ_KERNEL: {
+        **PLANTS_BWD_DQ_SM90,
+        **PLANTS_BWD_PACKED_DQ_SM90,
+        **PLANTS_BWD_MASKED_DQ_SM90,
+    },
+    DMASK_KERNEL: PLANTS_BWD_MASK_SM90,
     DKDV_KERNEL: {
         **PLANTS_BWD_DKDV_SM90,
         **PLANTS_BWD_ROLES_SM90,
         **PLANTS_BWD_ONE_SM90,
         **PLANTS_BWD_PACKED_SM90,
         **PLANTS_BWD_PADDED_SM90,
+        **PLANTS_BWD_MASKED_SM90,
     },
 }
 
-# Of kernels that are no attention: isolate does not take them apart.
+NOT_TAKEN_APART = "isolate does not take it apart, tests/plants/test_sim_plants_append.py runs it"
+# Of kernels that are no attention.
 BESIDE: Mapping[str, Mapping[str, Plant]] = {AppendPlan.kernel: PLANTS_APPEND}
 
 

@@ -29,10 +29,6 @@ PLANTS_PAGES = by_name(
         replace="p.pages.page_table;",
         caught_by="wrong-result",
     ),
-)
-
-# Of a sequence that is told to have more keys than its row of the table reaches.
-PLANTS_PAGES_TOLD = by_name(
     Plant(
         name="page-length-unclamped",
         title="a sequence is believed to have more keys than the page table reaches",

@@ -48,8 +48,8 @@ PLANTS_MASK_SM90 = by_name(
         name="mask-row-mixed-up",
         title="a lane's second row gets the mask of the first",
         file=_TILE,
-        find="const int row = MASK_IS_ROW ? 0 : accum_row(0, i);",
-        replace="const int row = 0;",
+        find="found.pair[i].word[0] = matrix.reg[i];",
+        replace="found.pair[i].word[0] = matrix.reg[i / 2 * 2];",
         caught_by="wrong-result",
     ),
     Plant(

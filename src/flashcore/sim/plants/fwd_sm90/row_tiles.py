@@ -19,7 +19,7 @@ _COORD_BEFORE_ARRIVAL = """\
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
-      mbar_arrive_expect_tx(full, Q_GROUP_ELEMENTS * 2);
+      mbar_arrive_expect_tx(full, QGroup::BYTES);
 """
 _TAKEN_BEFORE_STORE = """\
     mbar_wait(bar.merge_empty, turn % 2 ^ 1);  // of the last row tile's
@@ -95,7 +95,7 @@ ROW_TILE_PLANTS = (
         find=_COORD_BEFORE_ARRIVAL,
         replace=_COORD_BEFORE_ARRIVAL.replace(
             "    if (!PAGED) store_coord(coord, block);", ""
-        ).replace("ELEMENTS * 2);", "ELEMENTS * 2); if (group == 0) store_coord(coord, block);"),
+        ).replace("::BYTES);", "::BYTES); if (group == 0) store_coord(coord, block);"),
         caught_by="race",
     ),
     Plant(

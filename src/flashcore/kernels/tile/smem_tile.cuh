@@ -1,0 +1,69 @@
+// tile/smem_tile.cuh - a tile in shared memory, as TMA writes it and WGMMA reads it.
+//
+// A tile is a row of column chunks. A chunk is all rows x CHUNK (32 or 64) elements, in rows of
+// CHUNK_BYTES that TMA swizzles: the eight rows of an 8x8 matrix lie in different banks. Columns
+// past the tensor's last one are zeros that TMA fills in.
+#pragma once
+
+#include "prims_sm90.cuh"
+
+constexpr int CHUNK_BYTES = CHUNK * 2;
+
+// A tile of ROWS x COLS elements of two bytes, and how to name its parts; COLS is rounded up to
+// whole chunks. Where a buffer has several tiles, such as one a stage, tile[i] is number i.
+template <int ROWS, int COLS, class T = Element>
+struct SmemTile {
+  static constexpr int CHUNKS = (COLS + CHUNK - 1) / CHUNK;
+  static constexpr int CHUNK_ELEMENTS = ROWS * CHUNK;
+  static constexpr int ELEMENTS = CHUNKS * CHUNK_ELEMENTS;
+  static constexpr int BYTES = ELEMENTS * 2;
+
+  SmemPtr<T> smem;
+
+  // `count` tiles from a byte of the block's shared memory on.
+  FC_DEVICE static SmemTile view(int byte_offset, int count, const char* name) {
+    return {smem_view<T>(byte_offset, count * ELEMENTS, name)};
+  }
+
+  FC_DEVICE SmemTile operator[](int index) const { return {smem + index * ELEMENTS}; }
+
+  // The tile from a row on, a multiple of eight: what TMA loads there, in a box of fewer rows.
+  FC_DEVICE SmemTile rows_from(int row) const { return {smem + row * CHUNK}; }
+
+  FC_DEVICE SmemPtr<T> chunk(int c) const { return smem + c * CHUNK_ELEMENTS; }
+
+  // Eight elements of a row side by side, from column `col` + `ahead` on, in the chunk of `col`.
+  FC_DEVICE SmemPtr<T> at(int row, int col, int ahead = 0) const {
+    return smem + (col / CHUNK * CHUNK_ELEMENTS + row * CHUNK +
+                   swizzled_col<CHUNK_BYTES>(row, col % CHUNK + ahead));
+  }
+
+  // By one thread: has TMA load tile `index`, whose BYTES count towards `full`.
+  FC_DEVICE void load(int index, const TensorMap& map, SmemPtr<uint64_t> full, int row, int head,
+                      int batch) const {
+    for (int c = 0; c < CHUNKS; ++c) {
+      const auto to = smem + (index * ELEMENTS + c * CHUNK_ELEMENTS);
+      tma_load(to, map, full, c * CHUNK, row, head, batch);
+    }
+  }
+
+  // The tile as an operand of a product that sums over its columns, or over its rows; further
+  // columns and rows are so many bytes ahead.
+  FC_DEVICE WgmmaDesc over_columns() const { return wgmma_desc<CHUNK_BYTES>(smem, 0); }
+  FC_DEVICE WgmmaDesc over_rows() const {
+    return wgmma_desc<CHUNK_BYTES>(smem, CHUNK_ELEMENTS * 2);
+  }
+  FC_DEVICE static constexpr int column_bytes(int col) {
+    return col / CHUNK * CHUNK_ELEMENTS * 2 + col % CHUNK * 2;
+  }
+  FC_DEVICE static constexpr int row_bytes(int row) { return row * CHUNK_BYTES; }
+
+  // The same of tile `index`, the same one in all lanes. The compiler has to know, or each
+  // descriptor is moved from general to uniform registers, two moves a product.
+  FC_DEVICE WgmmaDesc over_columns(int index) const {
+    return over_columns() + warp_uniform(index) * BYTES;
+  }
+  FC_DEVICE WgmmaDesc over_rows(int index) const {
+    return over_rows() + warp_uniform(index) * BYTES;
+  }
+};
