@@ -33,11 +33,17 @@
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
+//@if gate
+#include "tile/gates.cuh"
+//@end
 
 // What one consumer warpgroup carries from query tile to query tile.
 struct Consumer {
   int index;
   int key_row;                      // first of its 64 keys
+//@if gate ds dv dk dq
+  GateScores gate;
+//@end
   KeyMaskStrip mask;                // of the warp's keys, for the batch and head
   WmmaAccum dk[QK_FRAGS], dv[V_FRAGS];
   WmmaAccum scores[QUERY_FRAGS];  // then P^T, times soft-capping's derivative, if it KEEPS_P
@@ -84,6 +90,9 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   if (!EARLY_DP) await_do(bar, count);
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
   exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, end);
+//@if gate dv
+  gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
+//@end
   if (!EARLY_DP) {
     if (HAS_DK) {
       wgmma_wait<0>();
@@ -96,6 +105,9 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   wgmma_wait<EARLY_DP && HAS_DK ? 2 : 1>();
   wgmma_hold(c.dprobs);
   score_gradient(c.dprobs, stats, [&](int n, int i) { return prob_of(c, n, i); });
+//@if gate ds dk dq
+  gate_tile<true>(c.dprobs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
+//@end
   if (EARLY_DP && HAS_DK) {
     wgmma_wait<1>();
     release_q(bar, count - 1);
@@ -155,6 +167,9 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < heads_per_kv; ++head) {
       c.mask = mask_strip(p, smem, c.index, c.key_row, block.batch_idx, block.head_idx + head);
+//@if gate ds dv dk dq
+      c.gate = gate_scores_of<true>(p, block, block.head_idx + head);
+//@end
       skip_tiles(bar, smem, c.index, count, own.begin - tiles.begin);
       if (own.begin < own.end) {
         accumulate(c, sequence, bar, smem, count, own.begin, own.end - own.begin);

@@ -73,3 +73,12 @@ FC_DEVICE void wgmma_rs(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_de
   fc_host::wgmma_issue({d[0].x, a.reg, {}, b_desc, FRAGS, accumulate, IS_FLOAT16<T>, true},
                        FC_HERE);
 }
+
+// d = A B^T (+ d): A 64 x 16 in registers, B N x 16 in shared memory, contiguous along k.
+template <class T, int FRAGS>
+FC_DEVICE void wgmma_rs_k(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc,
+                          bool accumulate, FC_SITE) {
+  static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
+  fc_host::wgmma_issue({d[0].x, a.reg, {}, b_desc, FRAGS, accumulate, IS_FLOAT16<T>, false},
+                       FC_HERE);
+}
