@@ -8,6 +8,7 @@
 // types.cuh       int32_t uint32_t int64_t uint64_t; float16, bfloat16 (2-byte storage types);
 //                 FC_DEVICE (inline function), FC_KERNEL(name, threads, min_blocks) (entry point)
 //                 to_float(x), from_float<T>(x), pack2<T>(lo, hi): two T in one 32-bit register
+//                 mul2<T>(a, b): products of two such pairs, on sm_90
 // thread.cuh      thread_idx() block_idx() lane_idx() warp_idx()
 //                 shfl_xor(x, lane_mask) of float or int, warp_any(predicate): all 32 lanes must
 //                 arrive; they order no memory
