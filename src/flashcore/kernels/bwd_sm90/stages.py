@@ -82,10 +82,12 @@ PHASES = {
     "consume_scores": "scores",
     "consume_gradients": "scores",
     "issue_dq": "dq",
+    "issue_own_dq": "dq",
     "consume_ds": "dq",
     "add_rows": "dq",
     "issue_dv": "dv",
     "issue_dk": "dk",
+    "issue_dk_of_ds": "dk",
     "store_rows": "store",
     "store_in_place": "store",
 }
