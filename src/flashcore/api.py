@@ -37,6 +37,8 @@ def attention(
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ...,
+    k_scale: torch.Tensor | None = ...,
+    v_scale: torch.Tensor | None = ...,
     return_lse: Literal[False] = ...,
     return_max_score: Literal[False] = ...,
     batch_invariant: bool = ...,
@@ -55,6 +57,8 @@ def attention(
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ...,
+    k_scale: torch.Tensor | None = ...,
+    v_scale: torch.Tensor | None = ...,
     return_lse: Literal[True],
     return_max_score: Literal[False] = ...,
     batch_invariant: bool = ...,
@@ -73,6 +77,8 @@ def attention(
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ...,
+    k_scale: torch.Tensor | None = ...,
+    v_scale: torch.Tensor | None = ...,
     return_lse: bool,
     return_max_score: Literal[False] = ...,
     batch_invariant: bool = ...,
@@ -91,6 +97,8 @@ def attention(
     mask: torch.Tensor | None = ...,
     seqlens_k: torch.Tensor | None = ...,
     sinks: torch.Tensor | None = ...,
+    k_scale: torch.Tensor | None = ...,
+    v_scale: torch.Tensor | None = ...,
     return_lse: bool = ...,
     return_max_score: bool = ...,
     batch_invariant: bool = ...,
@@ -111,6 +119,8 @@ def attention(
     mask: torch.Tensor | None = None,
     seqlens_k: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
     return_max_score: bool = False,
     batch_invariant: bool = False,
@@ -152,6 +162,10 @@ def attention(
             of each of its rows and has no value, lse = log(sum(exp(score)) + exp(sink)). Taken as
             it is: neither scaled nor soft-capped nor masked. -inf is none. Where sinks need a
             gradient, the backward pass computes it. See docs/sinks.md.
+        k_scale: float32, where k and v are a cache of 8 bits, float8_e4m3fn, which needs seqlens_k:
+            an element counts times its scale, of shape [], [num_heads_kv] or [batch, num_heads_kv].
+            Positive, and on q's device. There is no gradient then. See docs/serving.md.
+        v_scale: likewise, of v.
         return_lse: also return the log-sum-exp of each row of scores.
         return_max_score: also return the largest score of each head, as QK-clip needs it.
         batch_invariant: give each sequence the same bits whatever is beside it: other sequences,
@@ -189,8 +203,9 @@ def attention(
     if is_dynamo_compiling():
         q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
     else:
+        has_scales = k_scale is not None or v_scale is not None
         is_usual = return_max_score is False and sinks is None and batch_invariant is False
-        if launcher.attend is not None and is_usual:
+        if launcher.attend is not None and is_usual and not has_scales:
             result: torch.Tensor | tuple[torch.Tensor, ...] | None = launcher.attend(
                 q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
             )
@@ -199,14 +214,14 @@ def attention(
         if _is_any_autocast_enabled():
             q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
         is_dense = seqlens_k is None and sinks is None and batch_invariant is False
-        if is_dense and not needs_dispatcher(q, k, v, mask):
+        if is_dense and not has_scales and not needs_dispatcher(q, k, v, mask):
             return attend(
                 q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
                 None, return_max_score,
             )  # fmt: skip
     if has_other_rank(q, k, v):
         given = as_rank_4(q, k, v, mask, seqlens_k)
-        inputs = Inputs(*given[:5], sinks=sinks)
+        inputs = Inputs(*given[:5], sinks=sinks, k_scale=k_scale, v_scale=v_scale)
         return given.restored(
             _by_operator(
                 inputs,
@@ -220,7 +235,7 @@ def attention(
                 batch_invariant,
             )
         )
-    inputs = Inputs(q, k, v, mask, seqlens_k, sinks=sinks)
+    inputs = Inputs(q, k, v, mask, seqlens_k, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
     return _by_operator(
         inputs, causal, window, softcap, scale, return_lse, return_max_score, backend,
         batch_invariant,
@@ -241,6 +256,11 @@ def _by_operator(
     compute = attention_dense if inputs.sinks is None else attention_with_sinks
     if inputs.seqlens_k is not None:
         compute = attention_padded
+    elif inputs.k_scale is not None or inputs.v_scale is not None:
+        raise ValueError(
+            "k_scale or v_scale is given without seqlens_k, with which caches of 8 bits come; if "
+            "all keys count pass torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)"
+        )
     return compute(
         inputs, causal, window, softcap, scale, return_lse, return_max_score, backend,
         batch_invariant,

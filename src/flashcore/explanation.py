@@ -8,6 +8,7 @@ from typing import TextIO
 import torch
 
 from flashcore.backends.adapting import adapt, kernel_for, rather_portable
+from flashcore.backends.backward_sm90 import plans_for
 from flashcore.backends.by_torch import sdpa_cpu, sdpa_gpu
 from flashcore.backends.dispatch import KERNELS, adapt_for, choose_backend
 from flashcore.backends.gradients import BackwardChoice, choose_backward
@@ -40,6 +41,8 @@ class Explanation:
         alternatives: the next best tile configurations, in order.
         notes: what else decided, a sentence each.
         gradient: the code that computes the gradient, if one is asked for through out alone.
+        gradient_plans: the kernels of ours that do, in order, and their tiles.
+        gradient_notes: where those tiles come from.
     """
 
     problem: Problem
@@ -49,6 +52,8 @@ class Explanation:
     alternatives: tuple[Plan, ...]
     notes: tuple[str, ...]
     gradient: BackwardChoice
+    gradient_plans: tuple[Plan, ...] = ()
+    gradient_notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [
@@ -62,6 +67,8 @@ class Explanation:
             lines += [f"          {_tiles(plan)}" for plan in self.alternatives]
         lines += [f"note      {note}" for note in self.notes]
         lines.append(f"gradient  {self.gradient.code}: {self.gradient.reason}")
+        lines += [f"          {_tiles(plan)}  {plan.kernel}" for plan in self.gradient_plans]
+        lines += [f"note      {note}" for note in self.gradient_notes]
         return "\n".join(lines)
 
 
@@ -146,6 +153,12 @@ def explain(
     found = tuned.find(planned_as(adapted.problem), plans[0]) if adapted and plans else None
     if found is not None:
         plans = [found.plan, *(plan for plan in plans if plan != found.plan)]
+    gradient = choose_backward(
+        problem,
+        mask_grad_elements=mask.numel() if mask is not None and mask.requires_grad else 0,
+        backend=backend,
+    )
+    gradient_plans, gradient_notes = _gradient_plans(problem, gradient)
     explanation = Explanation(
         problem=problem,
         backend=choice.backend,
@@ -162,14 +175,27 @@ def explain(
             *notes,
             *(_notes_plan(problem, adapted.problem, plans[0], found, q, k, v) if adapted else ()),
         ),
-        gradient=choose_backward(
-            problem,
-            mask_grad_elements=mask.numel() if mask is not None and mask.requires_grad else 0,
-            backend=backend,
-        ),
+        gradient=gradient,
+        gradient_plans=gradient_plans,
+        gradient_notes=gradient_notes,
     )
     print(explanation, file=file)
     return explanation
+
+
+def _gradient_plans(
+    problem: Problem, gradient: BackwardChoice
+) -> tuple[tuple[Plan, ...], tuple[str, ...]]:
+    """Return the backward kernels of ours that a choice runs, and where their tiles come from."""
+    if not gradient.is_fused or problem.is_empty:
+        return (), ()
+    plans = tuple(plans_for(problem))
+    notes = {
+        f"{plan.kernel}: {found.source}": None
+        for plan in plans
+        if plan.is_persistent and (found := tuned.find(problem, plan)) is not None
+    }
+    return plans, tuple(notes) or ("tiles of the gradient go by rules (docs/backward.md)",)
 
 
 def _has_kernel(problem: Problem) -> bool:

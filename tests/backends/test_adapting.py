@@ -169,7 +169,8 @@ def test_opcheck(layout: str) -> None:
     rows = [x.detach()[0].transpose(0, 1).requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(ops.forward, (q, k, v, None, None, *options, *Wanted(True), "auto"))
     torch.library.opcheck(
-        padded.OPERATORS.forward, (q, k, v, None, lengths, None, *options, *Wanted(True), "auto")
+        padded.OPERATORS.forward,
+        (q, k, v, None, lengths, None, None, None, *options, *Wanted(True), "auto"),
     )
     arguments = (*rows, cu, cu, 6, 9, None, *options, *Wanted(True), "auto")
     torch.library.opcheck(varlen.OPERATORS.forward, arguments)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from flashcore.compile.codegen import flatten, generate_source
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL, BwdPlans, make_plan
+from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_wmma.plan import GATES, Plan
 
@@ -19,7 +21,17 @@ PLAN_SM90 = plan_sm90.Sm90Plan(
 )
 
 
-@pytest.mark.parametrize("plan", [PLAN, PLAN_SM90], ids=lambda plan: plan.kernel)
+PLANS_BWD = BwdPlans(
+    *(
+        make_plan(
+            kernel, BwdTile(64, 64, 2, 2), {"dtype": "float16", "head_dim": 64, "head_dim_v": 64}
+        )
+        for kernel in (DQ_KERNEL, DKDV_KERNEL)
+    )
+)
+
+
+@pytest.mark.parametrize("plan", [PLAN, PLAN_SM90, *PLANS_BWD], ids=lambda plan: plan.kernel)
 @pytest.mark.parametrize("target", ["ptx", "host"])
 def test_source_without_a_gate_has_no_trace_of_one(plan: Plan, target: str) -> None:
     source = generate_source(plan, target)  # type: ignore[arg-type]
@@ -29,7 +41,12 @@ def test_source_without_a_gate_has_no_trace_of_one(plan: Plan, target: str) -> N
 
 @pytest.mark.parametrize(
     ("plan", "gate"),
-    [(PLAN, gate) for gate in GATES] + [(PLAN_SM90, gate) for gate in plan_sm90.GATES],
+    [
+        *((PLAN, gate) for gate in GATES),
+        *((PLAN_SM90, gate) for gate in plan_sm90.GATES),
+        *((PLANS_BWD.dq, gate) for gate in ("delta", "ds", "dq")),
+        *((PLANS_BWD.dkdv, gate) for gate in ("ds", "dv", "dk")),
+    ],
     ids=lambda value: getattr(value, "kernel", value),
 )
 def test_every_gate_makes_another_source(plan: Plan, gate: str) -> None:

@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 
 from flashcore.cli import app
 from flashcore.compile import jit
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
+from flashcore.kernels.bwd_sm90.plan_one import DELTA_KERNEL, ROUND_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan
 from flashcore.selection import compile_gate
@@ -50,6 +52,9 @@ def test_the_sample_has_every_kernel_architecture_and_head_dim(
         SM90_KERNEL,
         DQ_KERNEL,
         DKDV_KERNEL,
+        DELTA_KERNEL,
+        ROUND_KERNEL,
+        DMASK_KERNEL,
     }
 
 
@@ -123,7 +128,13 @@ def test_what_a_kernel_with_roles_is_launched_with_says_nothing(
 
 def test_backward_kernels_are_listed_where_they_are() -> None:
     found = backward_configurations()
-    assert {entry.plan.kernel for entry in found} == {DQ_KERNEL, DKDV_KERNEL}
+    of_one = {DKDV_KERNEL, DELTA_KERNEL, ROUND_KERNEL}
+    assert {entry.plan.kernel for entry in found} == {DQ_KERNEL, DMASK_KERNEL} | of_one
+    assert {e.plan.kernel for e in backward_configurations(variants=["masked"])} == {
+        DQ_KERNEL, DKDV_KERNEL,
+    }  # fmt: skip
+    roles = {len(e.plan.role_registers) for e in found if e.plan.kernel == DKDV_KERNEL}
+    assert roles == {2, 3}, "of a consumer and a producer, and of dq where it is computed too"
     assert {entry.plan.arch for entry in found} == {90}
     assert {entry.plan.varlen for entry in found} >= {"none", "keys"}
     assert {entry.plan.mask is not None for entry in found} == {False, True}
@@ -132,6 +143,13 @@ def test_backward_kernels_are_listed_where_they_are() -> None:
     assert {e.variant for e in checked} == {e.variant for e in found}
     assert len(checked) < len(found)
     assert backward_configurations(archs=[80]) == []
+
+
+def test_registers_are_printed_by_role_and_kernel(compiler: Compiler) -> None:
+    shown = ["resources", "--arch", "sm_90", "--head-dim", "64", "--variant", "full"]
+    text = runner.invoke(app, [*shown, "--dtype", "bfloat16"]).stdout
+    for words in ("bwd_dkdv_sm90", "/200/40/72", "bwd_dq_sm90", "bwd_delta_sm90", "fwd_sm90"):
+        assert words in text
 
 
 def test_the_gate_reports_a_spill_of_a_backward_kernel(compiler: Compiler) -> None:

@@ -14,6 +14,7 @@ struct ProductsParams {
   GmemPtr<float> by_smem;       // A B^T + C
   GmemPtr<float> by_registers;  // A Bt
   GmemPtr<float> along_n;       // A Bt
+  GmemPtr<float> by_both;       // A B^T + C, A from registers
 };
 
 constexpr int K = 64;
@@ -94,6 +95,23 @@ FC_KERNEL(products, 128, 1)(FC_PARAM(ProductsParams) p) {
     for (int i = 0; i < 8; ++i) {
       const int place = (first_row + accum_row(lane, i)) * N + n * 16 + accum_col(lane, i);
       gmem_store(p.by_registers + place, by_registers[n].x[i]);
+      by_smem[n].x[i] = gmem_load(p.c + place);
+    }
+  }
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < K; k += 16) {
+    const int chunk = k / CHUNK;
+    const int col_bytes = k % CHUNK * 2;
+    wgmma_rs_k<Element>(by_smem, a[k / 16], b_desc + (chunk * N * ROW_BYTES + col_bytes), true);
+  }
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_hold(by_smem);
+  for (int n = 0; n < FRAGS; ++n) {
+    for (int i = 0; i < 8; ++i) {
+      const int place = (first_row + accum_row(lane, i)) * N + n * 16 + accum_col(lane, i);
+      gmem_store(p.by_both + place, by_smem[n].x[i]);
     }
   }
   wgmma_fence();

@@ -3,6 +3,7 @@ name."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 import pytest
@@ -134,22 +135,30 @@ def test_a_rescale_behind_the_product_is_not_blamed_on_the_store(
     [
         {"block_m": 128, "block_n": 64, "num_stages": 3, "q_buffers": 2},
         {"block_m": 64, "block_n": 64, "num_stages": 6, "key_slices": 3},
+        {"block_m": 64, "block_n": 64, "load_stages": 5},
     ],
 )
 def test_the_mbarriers_are_named_in_the_kernels_order(tile: dict[str, object]) -> None:
-    plan = plan_sm90(tile)
+    cache_dtype = "float8_e4m3fn" if "load_stages" in tile else ""
+    plan = dataclasses.replace(plan_sm90({}), **tile, cache_dtype=cache_dtype)  # type: ignore[arg-type]
     text = (KERNELS_DIR / "fwd_sm90" / "pipeline_sm90.cuh").read_text(encoding="utf-8")
     struct = text[text.index("struct Barriers {") : text.index("};")]
-    members = re.findall(r"\b([qkv]_full|[qkv]_empty|merge_full|merge_empty)", struct)
+    members = list(dict.fromkeys(re.findall(r"\b([a-z_]+_(?:full|empty))\b", struct)))
     offsets = text[text.index("return {first,") :].partition("};")[0].partition("{")[2]
     slots = plan.q_buffers * plan.block_m // 64
-    sizes = {"NUM_Q_SLOTS": slots, "NUM_STAGES": plan.num_stages, "first": 0, "ring": 2 * slots}
+    merging = 2 * (plan.key_slices > 1)
+    sizes = {
+        "NUM_Q_SLOTS": slots, "NUM_STAGES": plan.num_stages, "LOAD_STAGES": plan.load_stages,
+        "first": 0, "ring": 2 * slots, "loads": 2 * slots + 4 * plan.num_stages + merging,
+    }  # fmt: skip
     begins = [eval(offset, {}, sizes) for offset in re.split(r",\s*", offsets)]
     places = SM90_KERNEL.barrier_places(plan)
     for member, begin in zip(members, begins, strict=True):
-        if plan.key_slices > 1 or "merge" not in member:
+        is_there = {"merge": bool(merging), "load": plan.has_float8}
+        if all(there for word, there in is_there.items() if word in member):
             assert places[begin] == (member, 0)
-    assert len(places) == 2 * slots + 4 * plan.num_stages + 2 * (plan.key_slices > 1)
+    stages = plan.num_stages + plan.load_stages
+    assert len(places) == 2 * slots + 4 * stages + merging
 
 
 def test_an_alarm_names_the_mbarrier_that_is_waited_for() -> None:

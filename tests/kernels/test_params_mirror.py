@@ -16,7 +16,7 @@ import torch
 from flashcore.compile.codegen import KERNELS_DIR, generate_source
 from flashcore.compile.cxx import compile_file, find_compiler
 from flashcore.errors import CompileError
-from flashcore.kernels.bwd_sm90.params import AttnBwdSm90Params
+from flashcore.kernels.bwd_sm90.params import AttnBwdSm90GateParams, AttnBwdSm90Params
 from flashcore.kernels.bwd_sm90.plan import DQ_KERNEL, select_plans
 from flashcore.kernels.fwd_sm90.params import AttnSm90GateParams, AttnSm90Params
 from flashcore.kernels.fwd_wmma import params
@@ -49,7 +49,8 @@ def source_of(kernel: str, gate: str | None = None) -> str:
     q = torch.empty(1, 2, 64, 64, dtype=torch.float16)
     problem = dataclasses.replace(Problem.from_tensors(q, q, q), device="cuda", arch=90)
     if kernel == DQ_KERNEL:
-        return generate_source(select_plans(problem).dq, "host")
+        plan = dataclasses.replace(select_plans(problem).dq, gate=gate)
+        return generate_source(plan, "host")
     return generate_source(select_plan(problem, kernel=kernel, gate=gate), "host")
 
 
@@ -66,6 +67,13 @@ CASES = {
     "attn_fwd_sm90": (AttnSm90Params, "AttnSm90Params", AttnParams, "attn.", None),
     "attn_fwd_sm90, gate": (AttnSm90GateParams, "AttnSm90Params", AttnGateParams, "attn.", "tile"),
     DQ_KERNEL: (AttnBwdSm90Params, "AttnBwdSm90Params", AttnParams, "attn.", None),
+    f"{DQ_KERNEL}, gate": (
+        AttnBwdSm90GateParams,
+        "AttnBwdSm90Params",
+        AttnGateParams,
+        "attn.",
+        "ds",
+    ),
 }
 
 

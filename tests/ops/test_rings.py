@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import flashcore
 from backends import GPU, SIM, device_of
@@ -146,6 +147,105 @@ def test_the_operator_is_sound() -> None:
     transposed = [x.detach().transpose(1, 2).requires_grad_() for x in arguments]
     for tensors in (arguments, transposed):
         torch.library.opcheck(torch.ops.flashcore.merge.default, (*tensors, torch.float32))
+        given = randn(*tensors[0].shape), None, *(x.detach() for x in tensors)
+        backward = torch.ops.flashcore.merge_backward.default
+        torch.library.opcheck(backward, (*given, torch.float64))
+
+
+def test_gradients_are_one_operator_unless_they_are_recorded() -> None:
+    tensors = [x.requires_grad_() for x in sides("ab")]
+    with OpNames() as plain:
+        once = torch.autograd.grad(flashcore.merge(*tensors)[0].sum(), tensors)
+    with OpNames() as recorded:
+        again = torch.autograd.grad(flashcore.merge(*tensors)[0].sum(), tensors, create_graph=True)
+    assert "flashcore.merge_backward.default" in plain.names
+    assert "flashcore.merge_backward.default" not in recorded.names
+    for x, y in zip(once, again, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+class OpNames(TorchDispatchMode):
+    """OpNames lists the operators that run under it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_of_a_batch_and_of_compiled_code() -> None:
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        return torch.autograd.grad(flashcore.merge(*leaves)[0].square().sum(), leaves)
+
+    def through(*tensors: Tensor) -> Tensor:
+        return flashcore.merge(*tensors)[0].square().sum()
+
+    tensors = sides()
+    want = gradients(*tensors)
+    for f in (
+        torch.func.grad(through, argnums=(0, 1, 2, 3)),
+        torch.vmap(torch.func.grad(through, argnums=(0, 1, 2, 3))),
+    ):
+        for x, y in zip(f(*tensors), want, strict=True):
+            torch.testing.assert_close(x, y)
+    leaves = [x.requires_grad_() for x in sides()]
+    compiled = torch.compile(through, fullgraph=True, backend="aot_eager")
+    for x, y in zip(torch.autograd.grad(compiled(*leaves), leaves), want, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtypes", [(0, 0, 0), (2, 1, 2), (2, 0, 0), (1, 1, 2)])
+@pytest.mark.parametrize("shape", [(2, 4, 100, 64), (3, 33, 128), (2, 3, 5, 40), (7, 5)])
+def test_one_kernel_merges_on_a_gpu(shape: tuple[int, ...], dtypes: tuple[int, ...]) -> None:
+    """It does what PyTorch in float64 does, with gradients, strides, and rows that are empty."""
+    a, b, out_dtype = ((torch.float16, torch.bfloat16, torch.float32)[i] for i in dtypes)
+    lse_a, lse_b = (4 * randn(*shape[:-1], seed=s).float() for s in (1, 2))
+    lse_a.view(-1)[0], lse_b.view(-1)[:2] = -math.inf, -math.inf
+    tensors = [randn(*shape, dtype=a, seed=3), lse_a, randn(*shape, dtype=b, seed=4), lse_b]
+    exact = [x.double().requires_grad_() for x in tensors]
+    leaves = [  # with strides of their own
+        x.cuda().transpose(0, -1).contiguous().transpose(0, -1).requires_grad_() for x in tensors
+    ]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        have = flashcore.merge(*leaves, out_dtype=out_dtype)
+        torch.cuda.synchronize()
+    names = [event.key for event in profile.key_averages()]
+    assert any("merge_results" in name for name in names), names
+    want = flashcore.merge(*exact, out_dtype=torch.float64)
+    bound = {torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7, torch.float32: 1e-5}
+    torch.testing.assert_close(have[0].cpu().double(), want[0], rtol=bound[out_dtype], atol=1e-5)
+    torch.testing.assert_close(have[1].cpu().double(), want[1], rtol=1e-6, atol=1e-6)
+    cotangents = randn(*shape, dtype=out_dtype, seed=5), randn(*shape[:-1], seed=6).float()
+    of_have = torch.autograd.grad(have, leaves, [x.cuda() for x in cotangents])
+    of_want = torch.autograd.grad(want, exact, [x.double() for x in cotangents])
+    for x, y in zip(of_have, of_want, strict=True):
+        torch.testing.assert_close(x.cpu().double(), y, rtol=bound[x.dtype], atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_merging_can_be_captured() -> None:
+    tensors = [x.cuda().requires_grad_() for x in sides(dtype=torch.float16)]
+
+    def step() -> tuple[Tensor, ...]:
+        out, lse = flashcore.merge(*tensors)
+        return out, lse, *torch.autograd.grad((out.sum(), lse.sum()), tensors)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for x, y in zip(captured, step(), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_vmap_and_compile() -> None:

@@ -157,7 +157,7 @@ def test_it_is_an_operator_that_compilers_and_transforms_know() -> None:
     cache, q, ends = make(16, "torch", dtype=torch.float64, num_heads_q=2, num_heads_kv=1)
     k, v = (torch.nan_to_num(x).clone() for x in (cache.k_pages, cache.v_pages))
     arguments = (
-        q, k, v, cache.page_table, cache.seqlens_k, ends, 70, None,
+        q, k, v, cache.page_table, cache.seqlens_k, ends, 70, None, None, None,
     )  # fmt: skip
     options = flashcore.problem.options.Options.checked(True, None, None, None)
     torch.library.opcheck(
@@ -188,7 +188,7 @@ def test_nothing_waits_for_the_lengths_and_a_graph_takes_others(backend: str) ->
 
 @every_backend
 def test_with_kvcache_reads_pages_in_place(backend: str) -> None:
-    """No copy, hence no warning."""
+    """A copy of the pages would give a warning."""
     import warnings
 
     cache, q, ends = make(16, backend)

@@ -11,9 +11,9 @@ from test_sim_healthy_sm90 import make_plan
 
 from flashcore.checks.paged_cases import draw_paged_case, make_paged_inputs, paged_error_report
 from flashcore.kernels.fwd_wmma.plan import Plan
-from flashcore.ops.paged import NAMES, paged_problem
+from flashcore.ops.paged import paged_problem
 from flashcore.problem import Problem
-from flashcore.problem.options import Inputs, Options
+from flashcore.problem.options import Options
 from flashcore.selection.select import candidates
 from flashcore.sim import simulate
 
@@ -42,6 +42,24 @@ FAMILIES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         {"block_m": 64, "num_splits": 3},
         {"seqlen_q": 1, "head_dim": 32, "head_dim_v": 72},
     ),
+    "hopper-8-bits": (
+        {"block_m": 64, "load_stages": 2},
+        {"dtype": "bfloat16", "cache_dtype": "float8_e4m3fn"},
+    ),
+    "hopper-8-bits-two-consumers": (
+        {"block_m": 128, "load_stages": 3},
+        {
+            "seqlen_q": 150,
+            "causal": "lower_right",
+            "cache_dtype": "float8_e4m3fn",
+            "dtype": "bfloat16",
+            "head_dim": 160,
+        },
+    ),
+    "hopper-8-bits-split-keys": (
+        {"block_m": 64, "load_stages": 2, "num_splits": 3},
+        {"seqlen_q": 1, "head_dim": 32, "head_dim_v": 80, "cache_dtype": "float8_e4m3fn"},
+    ),
     "hopper-shared-and-split": (
         {"block_m": 64, "key_slices": 3, "num_stages": 6, "num_splits": 2},
         {"seqlen_q": 4, "causal": "lower_right"},
@@ -66,13 +84,11 @@ def test_the_kernel_is_healthy_and_right(name: str) -> None:
         if max(case.lengths) == 0:
             continue
         x = make_paged_inputs(case)
-        q, k, v, table, seqlens_k = x.arguments()
-        inputs = Inputs(q, k, v, seqlens_k=seqlens_k, page_table=table)
-        problem = paged_problem(inputs, Options.checked(**case.options()))
+        q, k, v, *_ = x.arguments()
+        problem = paged_problem(x.inputs(), Options.checked(**case.options()))
         out = torch.empty(*q.shape[:3], case.head_dim_v, dtype=q.dtype)
         lse = torch.empty(q.shape[:3])
-        lengths = {name: getattr(inputs, name) for name in NAMES}
         plan = plan_of(problem, tile)
-        simulate(problem, plan, q, k, v, None, out, lse, None, lengths, seed=seed)
+        simulate(problem, plan, q, k, v, None, out, lse, None, x.others(), seed=seed)
         report = paged_error_report(out, lse, case, x)
         assert report.ok, f"{case.describe()}: {report}"

@@ -118,7 +118,7 @@ class Kept:
     def __init__(self) -> None:
         self.found: list[Found] = []
 
-    def key(self, problem: Problem) -> str:
+    def key(self, problem: Problem, plan: Plan) -> str:
         return repr(tile_table.Size.of(problem)) + tile_table.class_of(problem)
 
     def keep(self, problem: Problem, found: Found) -> None:
@@ -286,15 +286,15 @@ def test_the_child_times_checks_and_remembers(monkeypatch: pytest.MonkeyPatch) -
     wrong."""
     tensors, checks = Workload.tensors, []
 
-    def run(self: Any, plan: Plan) -> torch.Tensor:
+    def run(self: Any, plan: Plan) -> list[torch.Tensor]:
         checks.append((self.workload, plan))
         w = self.workload
         out = attention_oracle(self.q, self.k, self.v, causal=w.causal)[0].to(self.q.dtype)
-        return out * 1.1 if plan.block_n == 80 and w.seqlen > 400 else out
+        return [out * 1.1 if plan.block_n == 80 and w.seqlen > 400 else out]
 
     monkeypatch.setattr(Workload, "tensors", lambda self, device: tensors(self, "cpu"))
     monkeypatch.setattr(timing._Inputs, "run", run)
-    monkeypatch.setattr(timing._Inputs, "rules", lambda self, kernel: candidates(self.problem)[0])
+    monkeypatch.setattr(timing._Inputs, "rules", lambda self, like: candidates(self.problem)[0])
     monkeypatch.setattr(timing._Inputs, "timed_call", lambda self, plan: plan)
     monkeypatch.setattr(timing, "quick_seconds", lambda call: 0.25)
     monkeypatch.setattr(
@@ -346,11 +346,11 @@ def test_plans_are_launched_as_attention_would(
     tensors = Workload.tensors
     monkeypatch.setattr(Workload, "tensors", lambda self, device: tensors(self, "cpu"))
     inputs = timing._Inputs(Workload("x", 2, 8, 300, 64, causal, "bfloat16"))
-    for plan in shortlist(inputs.rules("attn_fwd_sm90")):
+    for plan in shortlist(candidates(inputs.problem, kernel="attn_fwd_sm90")[0]):
         assert inputs.fits(plan)
         out = inputs.timed_call(plan)()
         assert out.shape == inputs.q.shape
-        assert inputs.run(plan).isnan().all()  # as nothing has really run
+        assert inputs.run(plan)[0].isnan().all()  # as nothing has really run
         timed, checked = driver.launches[-2:]
         row_tiles = 2 * 8 * -(-300 // plan.block_m)
         assert timed.grid == checked.grid == min(row_tiles, 132 * plan.min_blocks)

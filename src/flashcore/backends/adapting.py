@@ -210,7 +210,8 @@ def adapt(problem: Problem, kernel: str) -> Adapted:
     if kernel == "torch":
         _make_readable(adapting, 1)
         return adapting.done()
-    if _expanded(problem, "k")[1] and _expanded(problem, "v")[1]:
+    one_scale = not (problem.scale_strides[1] or problem.scale_strides[3])
+    if _expanded(problem, "k")[1] and _expanded(problem, "v")[1] and one_scale:
         adapting.one_head = True
         adapting.change(num_heads_kv=1)
         adapting.notes.append(
@@ -232,13 +233,17 @@ def _is_read_in_place(problem: Problem, kernel: str) -> bool:
     if BY_BACKEND[kernel].unreadable(problem):
         return False
     shares_heads = problem.k_strides[1] == problem.v_strides[1] == 0 and problem.num_heads_kv > 1
+    shares_heads = shares_heads and not (problem.scale_strides[1] or problem.scale_strides[3])
     return not shares_heads and with_copied_q(problem) is None
 
 
 def _make_readable(adapting: _Adapting, multiple: int) -> None:
     """Make rows contiguous and a multiple of so many elements."""
     asked = adapting.asked
-    for name in "qkv":
+    names = "qkv"
+    if asked.cache_dtype:  # a cache of 8 bits is not copied; so q keeps its head_dim, too
+        names, multiple = "q", 1
+    for name in names:
         head_dim = asked.head_dim_v if name == "v" else asked.head_dim
         columns = -(-head_dim // multiple) * multiple
         reasons = []
@@ -254,6 +259,8 @@ def _make_readable(adapting: _Adapting, multiple: int) -> None:
 def _make_readable_by(kernel: ForwardKernel[Any], adapting: _Adapting) -> None:
     for name, reason in kernel.unreadable(adapting.problem).items():
         p = adapting.problem
+        if p.cache_dtype and name in "kv":
+            continue  # the kernel's obstacle says why
         of_batch, of_heads, _ = _expanded(p, name)
         columns = p.head_dim_v if name == "v" else p.head_dim
         adapting.copy(name, columns, (of_batch, of_heads, False), reason)

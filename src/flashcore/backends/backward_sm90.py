@@ -16,6 +16,7 @@ from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdSm90Plan, select_plans
 from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import as_batch, as_rows, load_bytes, strides_of
+from flashcore.selection import tuned
 
 Tensor = torch.Tensor
 _PACKET = 8  # elements of 16 bytes
@@ -87,7 +88,7 @@ def fused_backward(
         longest: dict[str, Any] = {"seqlen_q": problem.total_q, "seqlen_k": problem.total_k}
         problem = dataclasses.replace(problem, **longest)
     tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, dlse, is_packed)
-    plans = plans or _select(problem)
+    plans = plans or plans_for(problem)
     tensors |= _sums_of(problem, plans, q)
     for plan in plans:
         run(problem, plan, tensors)
@@ -133,10 +134,18 @@ def is_by_one_kernel(problem: Problem) -> bool:
     return determinism.may_differ() and plan_one.obstacle(problem) is None
 
 
-def _select(problem: Problem) -> BwdPlans | OneKernelPlans:
+def plans_for(problem: Problem) -> BwdPlans | OneKernelPlans:
+    """Return the plans of a problem that has no obstacle: with the tiles that `flashcore tune
+    --backward` found on this GPU, else by rules."""
+    plans: BwdPlans | OneKernelPlans = select_plans(problem)
     if is_by_one_kernel(problem):
-        return plan_one.select_one_kernel_plans(problem)
-    return select_plans(problem)
+        plans = plan_one.select_one_kernel_plans(problem)
+    measured: dict[str, Any] = {
+        name: found.plan
+        for name, plan in plans._asdict().items()
+        if plan.is_persistent and (found := tuned.find(problem, plan)) is not None
+    }
+    return plans._replace(**measured) if measured else plans
 
 
 def _sums_of(problem: Problem, plans: BwdPlans | OneKernelPlans, q: Tensor) -> dict[str, Tensor]:
@@ -216,7 +225,7 @@ def prepare_on_gpu(
         return None
     given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
     tensors = _named(q, k, v, mask, {}, out, lse, dout, None)
-    plans = _select(problem)
+    plans = plans_for(problem)
     tensors |= _sums_of(problem, plans, q)
     if any(tensors[name] is not x for name, x in given.items()):
         return None

@@ -121,6 +121,10 @@ def _choose_auto(problem: Problem) -> Choice:
         reason = f"{problem.dtype} tensors on an sm_{problem.arch} GPU"
         preferred = forward_for(problem.arch)
         rather_not = rather_portable(problem, preferred)
+        unserved = PORTABLE.obstacle(problem) if rather_not or preferred is PORTABLE else None
+        if unserved is not None:
+            why = f"{rather_not}, and {unserved}" if rather_not else unserved
+            return Choice("torch", f'{why}; pass backend="torch"', is_fallback=True)
         if rather_not is None:
             return Choice(preferred.backend, reason)
         return Choice(PORTABLE.backend, f"{reason}, and not {preferred.backend}: {rather_not}")
@@ -150,6 +154,9 @@ def _choose_sim(problem: Problem) -> Choice:
     obstacle = too_wide(problem)
     if obstacle is not None:
         raise obstacle
+    reason = PORTABLE.obstacle(problem)
+    if reason is not None and kernel_for(problem, arch) == PORTABLE.backend:
+        raise NotImplementedError(f'{reason}; pass backend="torch"')
     return Choice("sim", 'asked for with backend="sim"')
 
 

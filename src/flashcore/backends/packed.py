@@ -25,6 +25,7 @@ from flashcore.launch.kernel_call import LENGTHS
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import as_batch, as_rows, with_strides_of_empty_like
 from flashcore.problem.options import Inputs, Results
+from flashcore.problem.scales import scales_of
 from flashcore.problem.validation import (
     certainly,
     check_plain_tensor,
@@ -105,9 +106,8 @@ def checked_max_seqlen(name: str, value: object, rows: int) -> int:
         rows: how many there are.
     """
     if isinstance(value, Tensor) and value.numel() == 1 and value.dtype in _INTEGERS:
-        if value.device.type != "cpu" or torch.compiler.is_compiling() or not readable(value):
-            return rows
-        value = int(value)
+        is_far = value.device.type != "cpu" or torch.compiler.is_compiling()
+        value = rows if is_far or not readable(value) else int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(
             f"{name} must be an int or an integer tensor with one element, but is {value!r} "
@@ -200,6 +200,7 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     others, sinks = {x: getattr(inputs, x) for x in LENGTHS[problem.varlen]}, inputs.sinks
     if sinks is not None:
         others["sinks"] = sinks = as_logits(sinks, problem.lse_dtype)
+    others |= scales_of(inputs)
     if backend in KERNELS and not problem.is_empty:
         addresses = tuple(x.data_ptr() for x in (q, k, v, *others.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, None, addresses))
@@ -232,8 +233,8 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     if problem.head_dim_v != out.shape[2]:
         out = q.new_empty((*out.shape[:2], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
-    of_keys = (k, v) if problem.has_pages else (as_batch(k), as_batch(v))
-    tensors = (*adapted.tensors(as_batch(q), *of_keys), None)
+    k, v = (k, v) if problem.has_pages else (as_batch(k), as_batch(v))
+    tensors = (*adapted.tensors(as_batch(q), k, v), None)
     seed = env.sim_seed()
     simulate(problem, plan, *tensors, out, lse, None, others, max_score=max_score, seed=seed)
     return Results(adapted.result(out), lse, max_score)

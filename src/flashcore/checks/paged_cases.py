@@ -17,6 +17,8 @@ from torch import Tensor
 
 from flashcore.checks.accuracy import ErrorReport, error_report
 from flashcore.problem.case import InNumbers
+from flashcore.problem.options import Inputs
+from flashcore.problem.scales import dequantised, scales_of
 
 WILD = (-1, 2**31 - 1)  # entries behind a sequence's last page, in turn
 _ASTRAY = 10**6  # in place of the cache's last page, which it is taken for
@@ -35,6 +37,9 @@ class PagedCase(InNumbers):
     one more than the longest sequence has pages. In memory pages are [page_size, num_heads_kv, dim]
     or, with `heads_first`, [num_heads_kv, page_size, dim]. All sequences share their first `shared`
     pages, as far as those are full. With `astray` the entry of the cache's last page is too large.
+    `cache_dtype` is "float8_e4m3fn" where pages are not of `dtype`; then there are scales, powers
+    of two, so that what elements count has a `dtype` too: of all, of each head, or of each sequence
+    and head, by the seed.
     """
 
     lengths: tuple[int, ...]
@@ -54,6 +59,7 @@ class PagedCase(InNumbers):
     heads_first: bool = False
     shared: int = 0
     astray: bool = False
+    cache_dtype: str = ""
     seed: int = 0
 
 
@@ -67,19 +73,38 @@ class Cache(NamedTuple):
     seqlens_k: Tensor
     pages: tuple[tuple[int, ...], ...]
     lengths: tuple[int, ...]
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    def inputs(self) -> Inputs:
+        """Return the same as the operators take it."""
+        return Inputs(
+            self.q, self.k_pages, self.v_pages, seqlens_k=self.seqlens_k,
+            page_table=self.page_table, k_scale=self.k_scale, v_scale=self.v_scale,
+        )  # fmt: skip
+
+    def others(self) -> dict[str, Tensor]:
+        """Return what kernels are given besides q and the pages, by name."""
+        return {"seqlens_k": self.seqlens_k, "page_table": self.page_table} | self.scales()
+
+    def scales(self) -> dict[str, Tensor]:
+        """Return the scales of pages of 8 bits, by the names of arguments; none of others."""
+        return scales_of(self.inputs())
 
     def arguments(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return the arguments of attention_paged."""
         return self.q, self.k_pages, self.v_pages, self.page_table, self.seqlens_k
 
     def sequence(self, b: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return q, k and v of one sequence: [1, num_heads, length, dim]."""
+        """Return q, k and v of one sequence, [1, num_heads, length, dim], in the dtype of q."""
         pages = torch.tensor(self.pages[b], dtype=torch.long, device=self.q.device)
         k, v = (
             x[pages].transpose(0, 1).flatten(1, 2).unsqueeze(0)[:, :, : self.lengths[b]]
             for x in (self.k_pages, self.v_pages)
         )
-        return self.q[b : b + 1], k, v
+        own = [x if x is None or x.dim() < 2 else x[b : b + 1] for x in self[-2:]]
+        dtype = self.q.dtype
+        return self.q[b : b + 1], dequantised(k, own[0], dtype), dequantised(v, own[1], dtype)
 
 
 def draw_paged_case(seed: int, **fixed: Any) -> PagedCase:
@@ -132,7 +157,7 @@ def make_paged_inputs(case: PagedCase, device: str | torch.device = "cpu") -> Ca
     def pages_of(dim: int) -> Tensor:
         x = torch.randn(num_pages, size, case.num_heads_kv, dim, generator=generator)
         x[~used] = torch.nan
-        x = x.to(getattr(torch, case.dtype)).to(device)
+        x = x.to(getattr(torch, case.cache_dtype or case.dtype)).to(device)
         return x.transpose(1, 2).contiguous() if case.heads_first else x.transpose(1, 2)
 
     rows = len(lengths), case.num_heads_q, case.seqlen_q
@@ -140,7 +165,12 @@ def make_paged_inputs(case: PagedCase, device: str | torch.device = "cpu") -> Ca
     seqlens_k = torch.tensor(lengths if case.told is None else case.told, dtype=torch.int32)
     k, v = pages_of(case.head_dim), pages_of(case.head_dim_v)
     on_device = q.to(device), k, v, table.to(device), seqlens_k.to(device)
-    return Cache(*on_device, tuple(every), lengths)
+    scales: list[Tensor] = []
+    if case.cache_dtype:
+        shape = ((), (case.num_heads_kv,), (len(lengths), case.num_heads_kv))[case.seed % 3]
+        powers = torch.randint(-3, 2, (2, *shape), generator=generator)
+        scales = list(torch.exp2(powers.float()).to(device))
+    return Cache(*on_device, tuple(every), lengths, *scales)
 
 
 def paged_error_report(out: Tensor, lse: Tensor, case: PagedCase, x: Cache) -> ErrorReport:

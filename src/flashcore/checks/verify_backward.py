@@ -110,7 +110,10 @@ def _verify_one(backend: str, seed: int, index: int, plant: Plant | None) -> Cas
     number = f"--backward --backend {backend} --seed {seed} --case {index}"
     if plant is not None:
         number += f" --plant {plant.name}"
-    found = CaseResult(index, case, {}, False, replay=f"flashcore verify {number}")
+    found = CaseResult(
+        index, case, {}, False, replay=f"flashcore verify {number}",
+        isolate=f"flashcore isolate {number}" if backend in ("sim", "sm90") else None,
+    )  # fmt: skip
     try:
         with simulator(case.seed, SM90_ARCH):
             report = worst(_reports(case, backend, plant))

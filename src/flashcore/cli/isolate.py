@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -10,11 +10,9 @@ from flashcore.cli import options as o
 from flashcore.cli.output import JsonFlag, Output, command, seconds, table, to_json, usage_errors
 
 if TYPE_CHECKING:
-    from flashcore.checks.drawing import Drawn
     from flashcore.checks.paged_cases import PagedCase
     from flashcore.checks.varlen_cases import VarlenCase
     from flashcore.isolate.isolation import Isolation, StageResult
-    from flashcore.isolate.registry import Planted
     from flashcore.problem.case import Case
 
 _STATUS = {
@@ -62,6 +60,9 @@ def isolate(
     scale: o.Scale = None,
     mask: o.Mask = "none",
     sinks: o.Sinks = False,
+    backward: Annotated[
+        bool, typer.Option("--backward", help="The gradients of q, k and v instead of the output.")
+    ] = False,
     arch: Annotated[
         str | None, typer.Option("--arch", help="Simulate the kernel of this GPU, such as sm_90.")
     ] = None,
@@ -71,7 +72,8 @@ def isolate(
             "--tile",
             metavar="MxN,FIELD,..",
             help="Run with this tile, such as 128x64,ping_pong,num_stages=3; `list` names those "
-            "that ship.",
+            "that ship. With --backward that of the kernel of dk and dv (with also_dq of dq too), "
+            "behind dq: that of the kernel of dq.",
         ),
     ] = None,
     seed: o.Seed = 0,
@@ -80,7 +82,8 @@ def isolate(
         typer.Option(
             "--case",
             min=0,
-            help="Take apart this case of `verify --seed`, with its shape, options and tile.",
+            help="Take apart this case of `verify --seed`, with its shape, options and tile; with "
+            "--backward of `verify --backward --seed`.",
         ),
     ] = None,
     json_output: JsonFlag = False,
@@ -93,8 +96,11 @@ def isolate(
     first bad value is named with its tile, warp, lane and accumulator element, and a picture shows
     where errors sit. In the simulator races, deadlocks and bad accesses count as well. Exit status
     1 when a stage is wrong. A planted bug comes with the shape, options and tile that show it,
-    which options given here replace. Bugs of the backward kernels have no gates: the first wrong
-    one of delta, dq, dv and dk is named.
+    which options given here replace.
+
+    With --backward, or a bug of a backward kernel, the stages are those of the backward kernels
+    for Hopper: delta, dS (in each kernel that computes it), dV of a P that is given, dK and dQ of
+    a dS that is given, and the whole kernels.
 
     Examples:
 
@@ -106,13 +112,19 @@ def isolate(
 
         flashcore isolate --plant scale-forgotten
 
+        flashcore isolate --backward --backend sim --causal
+
+        flashcore isolate --backward --backend sim --seed 0 --case 7
+
         flashcore isolate --backend sim --arch sm_90 --causal --tile 192x64,ping_pong
 
         flashcore isolate --backend sim --arch sm_90 --seed 0 --case 7
     """
     with command(json_output) as out:
         from flashcore.checks.planned import parse_tile
+        from flashcore.cli import isolate_call as call
         from flashcore.isolate import gates
+        from flashcore.kernels.bwd_sm90.plan import DQ_KERNEL
         from flashcore.kernels.registry import BY_NAME
         from flashcore.kernels.stage import Stage
 
@@ -120,17 +132,26 @@ def isolate(
             _list_plants(out)
         number, asked = None if arch is None else o.parse_archs(arch)[0], backend
         with usage_errors():
-            backend, kernel = _where(out, backend, plant, number)
+            if backward and (tile or "").startswith("dq:"):
+                assert tile is not None
+                tile = tile.removeprefix("dq:")
+                backend, _ = call.where(out, backend, plant, number, backward)
+                kernel = DQ_KERNEL
+            else:
+                backend, kernel = call.where(out, backend, plant, number, backward)
         if tile == "list":
             _list_tiles(out, kernel)
         with usage_errors():
             wanted = None if tile is None else parse_tile(tile)
             planted = gates.find_plant(plant, backend, kernel)
         case: Case | VarlenCase | PagedCase
+        more: dict[str, Any] = {}
         if drawn_case is not None:
-            drawn = _draw(seed, drawn_case, asked, kernel, number)
-            case, seed = drawn.case, drawn.case.seed
-            wanted = dict(drawn.tile) if wanted is None else wanted
+            case, seed, more = call.drawn(
+                seed, drawn_case, asked, kernel, number, is_on_gpu=backend != "sim"
+            )
+            if wanted is None:
+                wanted = more.get("tile")
         else:
             case = given = o.make_case(
                 batch=batch,
@@ -151,7 +172,7 @@ def isolate(
                 seed=seed,
             )
             if planted is not None:
-                case = planted.case(given, _given(ctx, planted))
+                case = planted.case(given, call.given_fields(ctx, planted))
         with out.progress(f"Isolating on {backend}", total=len(BY_NAME[kernel].stages)) as advance:
             started = False
 
@@ -170,77 +191,10 @@ def isolate(
                     kernel=kernel,
                     tile=wanted,
                     on_stage=on_stage,
+                    **{name: x for name, x in more.items() if name != "tile"},
                 )
         _show(out, found)
         out.finish({**to_json(found), "ok": found.ok}, ok=found.ok)
-
-
-def _where(out: Output, backend: str, plant: str | None, arch: int | None) -> tuple[str, str]:
-    """Return the backend to run on, "sim" or a kernel's on the GPU, and the kernel."""
-    import torch
-
-    from flashcore.backends.dispatch import KERNELS
-    from flashcore.checks.verify import resolve_backend
-    from flashcore.isolate import choosing, gates
-    from flashcore.kernels.registry import BY_BACKEND
-
-    simulate = plant is not None or arch is not None or not torch.cuda.is_available()
-    if backend == "auto":
-        backend = "sim" if simulate else resolve_backend("auto")
-    asked, kernel = backend, KERNELS.get(backend)
-    if kernel is not None and not simulate:
-        major, minor = torch.cuda.get_device_capability()
-        simulate = not BY_BACKEND[backend].serves(10 * major + minor)
-    if kernel is not None and simulate:
-        if plant is None and arch is None:
-            out.note(f"No GPU that runs {kernel}: simulating it (`flashcore doctor` says more).")
-        backend = "sim"
-    gates.find_plant(plant, backend)  # raises for an unknown backend or plant
-    return backend, choosing.kernel_to_run(asked, plant, arch)
-
-
-def _draw(seed: int, index: int, backend: str, kernel: str, arch: int | None) -> Drawn:
-    """Return a case of `verify`, with the arguments that it had there."""
-    from flashcore.backends.dispatch import KERNELS
-    from flashcore.base import env
-    from flashcore.checks import drawing
-    from flashcore.kernels.registry import BY_NAME
-
-    if backend in KERNELS:
-        return drawing.draw(seed, index, backend)
-    if arch is None:
-        arch = BY_NAME[kernel].only_arch or env.sim_arch()
-    return drawing.draw(seed, index, "sim", arch)
-
-
-# Fields of a Case by the options that say what they are.
-_FIELDS = {
-    "heads": ("num_heads_q", "num_heads_kv"),
-    "heads_kv": ("num_heads_kv",),
-    "seqlen": ("seqlen_q", "seqlen_k"),
-    "head_dim": ("head_dim", "head_dim_v"),
-    "upper_left": ("causal",),
-    "scale": ("scale", "growth"),
-}
-_FIELDS |= {name: (name,) for name in (
-    "batch", "seqlen_k", "head_dim_v", "dtype", "causal", "window", "softcap", "mask", "sinks",
-    "seed",
-)}  # fmt: skip
-
-
-def _given(ctx: typer.Context, planted: Planted) -> set[str]:
-    """Return fields of the Case that the command line has. Packed sequences have none of them."""
-    options = [
-        name
-        for name in _FIELDS
-        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
-    ]
-    if planted.kind and set(options) - {"seed"}:
-        raise typer.BadParameter(
-            f"--plant {planted.plant.name} is a bug of {planted.kind}, whose shape is not to be "
-            f"given: leave out --{sorted(set(options) - {'seed'})[0].replace('_', '-')}"
-        )
-    return {field for name in options for field in _FIELDS[name]}
 
 
 def _part_of(kernel: str) -> str:

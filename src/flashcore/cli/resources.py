@@ -25,7 +25,8 @@ _MANY = 24  # plans that take longer to compile than a second process takes to s
 class Row:
     """A row holds the resources of one configuration. `smem_bytes` is shared memory of one block,
     `registers` and `spill_bytes` of one thread, `code_bytes` the machine code; `role_registers`
-    what a consumer and a producer thread have later, where roles differ; `remarks` the compiler's;
+    what a consumer and a producer thread have later, and one that computes dq, where roles differ;
+    `remarks` the compiler's;
     `violations` of the budget."""
 
     kernel: str
@@ -91,7 +92,8 @@ def resources(
     budget: with head_dim 64 the portable kernel takes at most 96 registers and 48 KB of shared
     memory; nothing ever spills, and ptxas never serialises WGMMA. Without --sample, --check also
     fails when the sample would leave out what is nearest to a spill. Registers of the Hopper
-    kernels, forward and backward: at launch / of a consumer / of a producer.
+    kernels, forward and backward: at launch / of a consumer / of a producer / of dq where a
+    warpgroup of the backward kernel computes that alone.
 
     Examples:
 
@@ -224,10 +226,13 @@ def _compile_all(plans: Sequence[Plan]) -> Iterator[Resources]:
 
 
 def _show(out: Output, rows: Sequence[Row]) -> None:
-    columns = ["dim", "dtype", "variant", "arch", "tile", "stages", "blocks", "registers"]
+    kernels = {row.kernel for row in rows}
+    columns = ["kernel"] if len(kernels) > 1 else []
+    columns += ["dim", "dtype", "variant", "arch", "tile", "stages", "blocks", "registers"]
     columns += ["shared B", "spill B", "code B"]
     cells = [
         [
+            *([row.kernel.removeprefix("attn_")] if len(kernels) > 1 else []),
             row.head_dim,
             row.dtype,
             row.variant,
@@ -242,4 +247,4 @@ def _show(out: Output, rows: Sequence[Row]) -> None:
         ]
         for row in rows
     ]
-    out.print(table(", ".join(sorted({row.kernel for row in rows})), columns, cells))
+    out.print(table(", ".join(sorted(kernels)), columns, cells))

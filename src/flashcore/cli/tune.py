@@ -33,6 +33,14 @@ def tune(
         bool,
         typer.Option("--grid", help="The shapes of the table that ships, with few tiles each."),
     ] = False,
+    backward: Annotated[
+        bool,
+        typer.Option(
+            "--backward",
+            help="The kernels of the gradients, for Hopper, each by itself; groups and grid are "
+            "those of bench --backward.",
+        ),
+    ] = False,
     seqlen: Annotated[
         int | None, typer.Option("--seqlen", "-s", min=1, help="One shape instead: query length.")
     ] = None,
@@ -73,6 +81,10 @@ def tune(
     Set FLASHCORE_TUNED=0 to go by what ships with flashcore. --grid with --output measures what
     ships: in minutes, with a short list of tiles.
 
+    --backward searches tiles of the kernel of dq, of the kernel of dk and dv, and of the one that
+    computes all three where gradients may differ in their last bits; --grid is then the benchmark's
+    sweep with a short list of tiles, and what is found goes into the cache as well.
+
     Examples:
 
         flashcore tune --seqlen 4096 --batch 4 --heads 32 --head-dim 64 --causal
@@ -80,14 +92,21 @@ def tune(
         flashcore tune --groups small,gqa
 
         flashcore tune --grid --output tiles-sm_90.json
+
+        flashcore tune --backward --seqlen 4096 --heads 32 --head-dim 64 --causal
     """
     with command(json_output) as out:
         from flashcore.backends.dispatch import KERNELS
+        from flashcore.kernels.registry import BACKWARD
 
         with usage_errors():
             shape: Workload | None = None
             if (groups is not None) + (seqlen is not None) + grid > 1:
                 raise ValueError("--groups, --seqlen and --grid exclude each other")
+            if backward and output is not None:
+                raise ValueError("--output writes the forward's table, which has no gradients")
+            if backward and backend not in ("auto", *(kernel.backend for kernel in BACKWARD)):
+                raise ValueError(f"--backend {backend} has no backward kernels: leave it out")
             if seqlen is not None:
                 shape = _shape(
                     batch=batch,
@@ -101,11 +120,13 @@ def tune(
                     window=window,
                     softcap=softcap,
                 )
-            workloads = _workloads(groups, grid) if shape is None else [shape]
+            workloads = _workloads(groups, grid, backward) if shape is None else [shape]
             known = ("auto", *KERNELS)
             if backend not in known:
                 raise ValueError(f"--backend {backend} is not one of {', '.join(known)}")
-        session, complete = _search(out, workloads, backend, timeout, minutes, output, grid)
+        session, complete = _search(
+            out, workloads, backend, timeout, minutes, output, grid, backward
+        )
         _show(out, session)
         document = {
             "geometric_mean_gain": _mean_gain(session.found),
@@ -148,20 +169,22 @@ def _shape(**options: Any) -> Workload:
     )
 
 
-def _workloads(groups: str | None, grid: bool) -> list[Workload]:
-    from flashcore.bench.workloads import GROUPS
+def _workloads(groups: str | None, grid: bool, backward: bool) -> list[Workload]:
+    from flashcore.bench import backward as bench_backward
+    from flashcore.bench import workloads as bench_forward
     from flashcore.tune.grid import cells
 
+    of_pass = bench_backward.GROUPS if backward else bench_forward.GROUPS
     if grid:
-        return cells()
-    known = [name for name in GROUPS if name != "varlen"]  # packed sequences go by the rules
+        return of_pass["sweep"]() if backward else cells()
+    known = [name for name in of_pass if name != "varlen"]  # packed sequences go by the rules
     names = [name for name in known if name != "masked"]
     if groups is not None:
         names = [name.strip() for name in groups.split(",")]
     for name in names:
         if name not in known:
             raise ValueError(f"--groups {name} is not one of {', '.join(known)}")
-    return [workload for name in names for workload in GROUPS[name]()]
+    return [workload for name in names for workload in of_pass[name]()]
 
 
 def _search(
@@ -172,6 +195,7 @@ def _search(
     minutes: float | None,
     output: Path | None,
     brief: bool,
+    backward: bool,
 ) -> tuple[Session, bool]:
     """Search; return the session, and whether it came to its end."""
     from flashcore.errors import BackendUnavailableError
@@ -185,7 +209,8 @@ def _search(
         raise BackendUnavailableError(_NO_GPU)
     keeper: Keeper = CacheKeeper(gpu, arch) if output is None else TableKeeper(output)
     # What ships is measured beside the rules, what a user keeps beside what ships.
-    tasks = tasks_for(workloads, backend, arch, keeper, shipped=output is None)
+    shipped = output is None
+    tasks = tasks_for(workloads, backend, arch, keeper, shipped=shipped, backward=backward)
     with (
         compiling.Compiler() as compile_plans,
         timing.GpuTimer(timeout) as timer,
@@ -230,13 +255,17 @@ def _row(found: Found) -> dict[str, Any]:
 def _show(out: Output, session: Session) -> None:
     from collections import Counter
 
+    from flashcore.kernels.registry import kernel_of
+
     found = sorted(session.found, key=_place) if session.brief else session.found
     rows = []
     for entry in found:
         won = entry.winner != entry.default
+        kernel = kernel_of(entry.default)
+        which = f", {kernel.title}" if kernel.is_backward else ""
         rows.append(
             [
-                f"{entry.workload.name} {entry.workload.dtype}",
+                f"{entry.workload.name} {entry.workload.dtype}{which}",
                 seconds(entry.default_seconds),
                 seconds(entry.seconds) if won else "-",
                 f"{entry.gain:.2f}x" if won else "-",

@@ -5,8 +5,9 @@ Signatures and layouts are those of hopper/flash_attn_interface.py, whatever the
 arguments the packed function takes, by keyword, those that vLLM's copy has (block_table, out ...).
 Besides:
 
-- qv, attention_chunk, seqused_q and float8 tensors raise NotImplementedError;
-- q_descale, k_descale and v_descale have no effect, as in flash-attn 3 for 16-bit tensors;
+- qv, attention_chunk and seqused_q raise NotImplementedError, and so does a q of float8; keys and
+  values of float8_e4m3fn are read from a cache, with k_descale and v_descale, for a q of 16 bits;
+- descales have no effect on 16-bit tensors, as in flash-attn 3;
 - num_splits, pack_gqa, sm_margin and scheduler_metadata are hints about speed, without effect here;
 - a result of (out, lse) has two entries, where flash-attn 3 may append its buffers;
 - the log-sum-exp of a row with nothing to attend to is -inf;
@@ -160,9 +161,10 @@ def flash_attn_varlen_func(
         softmax_scale: 1 / sqrt(head_dim) by default.
         causal: aligned at the lower right, for each sequence by its own lengths.
         qv: None.
-        q_descale: without effect, like the two that follow.
-        k_descale: see q_descale.
-        v_descale: see q_descale.
+        q_descale: without effect, as q has 16 bits.
+        k_descale: float32, [batch, num_heads_kv], of a cache k of float8_e4m3fn: an element counts
+            times it; None is 1. Without effect on 16-bit keys.
+        v_descale: likewise, of v.
         window_size: (left, right), -1 for an unbounded side; None is (-1, -1).
         attention_chunk: 0.
         softcap: bound of the scores; 0.0 is off.
@@ -229,7 +231,7 @@ def flash_attn_varlen_func(
         k, v = k.unsqueeze(1), v.unsqueeze(1)
     return attend_over_pages(
         q, k, v, cu_seqlens_q, max_seqlen_q, seqused_k, table, softmax_scale, causal, window_size,
-        softcap, alibi_slopes, return_lse, out, sinks=s_aux,
+        softcap, alibi_slopes, return_lse, out, sinks=s_aux, k_scale=k_descale, v_scale=v_descale,
     )  # fmt: skip
 
 

@@ -75,9 +75,10 @@ def flash_attn_with_kvcache(
             cu_seqlens_q.
         max_seqlen_q: the longest sequence of packed queries, or a bound on it.
         rotary_seqlens: int32, [batch]: rotates from these positions on, not from cache_seqlens.
-        q_descale: without effect, like the two that follow.
-        k_descale: see q_descale.
-        v_descale: see q_descale.
+        q_descale: without effect, as q has 16 bits.
+        k_descale: float32, [batch, num_heads_kv], of a k_cache of float8_e4m3fn: an element counts
+            times it, k is divided by it; None is 1. Without effect on caches of 16 bits.
+        v_descale: likewise, of v_cache.
         softmax_scale: 1 / sqrt(head_dim) by default.
         causal: query i sees keys up to i + seqlen_k - seqlen_q, by each sequence's own length.
         window_size: (left, right) keys around that one; -1 is unbounded.
@@ -112,7 +113,7 @@ def flash_attn_with_kvcache(
         page_table=page_table if block_table is None else block_table, cu_seqlens_q=cu_seqlens_q,
         cu_seqlens_new=cu_seqlens_k_new, max_seqlen_q=max_seqlen_q, scale=softmax_scale,
         causal=causal, window_size=window_size, softcap=softcap, return_lse=return_softmax_lse,
-        out=out, sinks=s_aux, names=CACHE_NAMES,
+        out=out, sinks=s_aux, k_scale=k_descale, v_scale=v_descale, names=CACHE_NAMES,
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashcore.dropins.alibi import check_slopes
 from flashcore.dropins.flash_arguments import renamed, window_of
+from flashcore.problem.scales import is_float8
 from flashcore.problem.spelling import OF_FLASH_ATTN_CACHE, other_names, refuse
 from flashcore.problem.validation import certainly, shape_text, type_name
 from flashcore.serving.masks import alibi_over_cache
@@ -19,8 +20,12 @@ from flashcore.serving.with_kvcache import Step, with_kvcache
 CACHE_NAMES = {
     "seqlens_k": "cache_seqlens", "k_new": "k", "v_new": "v", "rotary_offsets": "rotary_seqlens",
     "cu_seqlens_new": "cu_seqlens_k_new", "scale": "softmax_scale", "window": "window_size",
+    "k_scale": "k_descale", "v_scale": "v_descale",
 }  # fmt: skip
-_PAGES = {"k_cache": "k", "v_cache": "v", "scale": "softmax_scale", "window": "window_size"}
+_PAGES = {
+    "k_cache": "k", "v_cache": "v", "scale": "softmax_scale", "window": "window_size",
+    "k_scale": "k_descale", "v_scale": "v_descale",
+}  # fmt: skip
 
 
 @other_names(OF_FLASH_ATTN_CACHE)
@@ -129,6 +134,8 @@ def attend_over_pages(
     out: Tensor | None = None,
     backend: str = "auto",
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute flash_attn_varlen_func over keys and values in pages, or in rows.
 
@@ -151,6 +158,8 @@ def attend_over_pages(
         out: receives the result.
         backend: of `attention`.
         sinks: of `attention`.
+        k_scale: of 8-bit keys, [batch, num_heads_kv]; None is 1.
+        v_scale: likewise, of values.
 
     Returns:
         out: as q, with head_dim_v; or (out, lse), lse [num_heads_q, total_q].
@@ -159,7 +168,8 @@ def attend_over_pages(
         q, k, v, None, None, lengths=seqused_k, page_table=block_table, cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q, scale=softmax_scale, causal=causal, window_size=window_size,
         softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse, out=out, backend=backend,
-        sinks=sinks, names={**_PAGES, "seqlens_k": "seqused_k", "page_table": "block_table"},
+        sinks=sinks, k_scale=k_scale, v_scale=v_scale,
+        names={**_PAGES, "seqlens_k": "seqused_k", "page_table": "block_table"},
     )  # fmt: skip
 
 
@@ -191,9 +201,12 @@ def attend_over_cache(
     out: Tensor | None = None,
     backend: str = "auto",
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute what the functions above do; tensors have heads next to last. `names` says what the
-    caller calls the arguments of `attention_with_kvcache`, in messages."""
+    caller calls the arguments of `attention_with_kvcache`, in messages. As in flash-attn 3 scales
+    have no effect on caches of 16 bits, and are 1 where they are missing."""
     is_packed = cu_seqlens_q is not None
     _check_layout(q, k_cache, v_cache, k, v, is_packed, names)
     window = window_of(window_size)
@@ -226,6 +239,7 @@ def attend_over_cache(
         mask = alibi_over_cache(alibi_slopes, q.shape[1], after, capacity)
     options = {
         "causal": causal, "scale": scale, "window": window, "sinks": sinks,
+        "k_scale": _scale_of(k_cache, k_scale), "v_scale": _scale_of(v_cache, v_scale),
         "softcap": None if certainly(softcap == 0.0) else softcap, "batch_invariant": False,
     }  # fmt: skip
     first = q, k_cache, v_cache, k, v, out
@@ -245,6 +259,13 @@ def attend_over_cache(
     elif not is_packed:
         found = found.transpose(1, 2).contiguous()
     return found if lse is None else (found, lse)
+
+
+def _scale_of(cache: Tensor, descale: Tensor | None) -> Tensor | None:
+    """Return the scale of a cache by what flash-attn 3 calls its descale."""
+    if not is_float8(cache):
+        return None
+    return torch.ones((), device=cache.device) if descale is None else descale
 
 
 def _heads_first(x: Tensor | None) -> Tensor | None:

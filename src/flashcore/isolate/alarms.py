@@ -28,6 +28,7 @@ _PHASE_OF_FILE = {
     "rows": "load",
     "pages": "load",
     "producer": "load",
+    "float8": "load",
     "mask": "softmax",
     "softmax": "softmax",
     "totals": "full",  # the kernel itself alone adds up chunks of keys

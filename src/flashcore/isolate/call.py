@@ -19,7 +19,7 @@ from flashcore.ops.paged import paged_problem
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import as_batch
-from flashcore.problem.options import Inputs, Options, Wanted
+from flashcore.problem.options import Options, Wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,11 +57,8 @@ def call_of(case: Case | VarlenCase | PagedCase, device: str) -> Call:
     """Return the call of a case, with tensors on a device."""
     if isinstance(case, PagedCase):
         cache = make_paged_inputs(case, device)
-        q, k, v, table, seqlens_k = cache.arguments()
-        inputs = Inputs(q, k, v, seqlens_k=seqlens_k, page_table=table)
-        problem = paged_problem(inputs, Options.checked(**case.options()))
-        lengths = {"seqlens_k": seqlens_k, "page_table": table}
-        return Call(problem, q, k, v, None, lengths, cache=cache)
+        problem = paged_problem(cache.inputs(), Options.checked(**case.options()))
+        return Call(problem, *cache.arguments()[:3], None, cache.others(), cache=cache)
     if isinstance(case, VarlenCase):
         packed = make_varlen_inputs(case, device)
         problem = packed_problem(*packed.arguments(), sinks=packed.sinks, **case.options())

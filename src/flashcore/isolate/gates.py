@@ -59,6 +59,8 @@ def isolate(
     arch: int | None = None,
     kernel: str | None = None,
     tile: Mapping[str, Any] | None = None,
+    tiles: tuple[Mapping[str, Any], Mapping[str, Any]] | None = None,
+    arrives: str = "both",
     on_stage: Callable[[Stage], None] = lambda stage: None,
 ) -> Isolation:
     """Run all stages on one case and find the first wrong one.
@@ -75,6 +77,8 @@ def isolate(
             either of them, see isolate/backward.py.
         tile: fields of the plan, see planned.with_fields; by default those of the planted bug, and
             what is chosen for any call.
+        tiles: of the backward kernels, as `isolate_backward` takes them.
+        arrives: where a gradient arrives in a backward pass: "out", "lse" or "both".
         on_stage: called before each stage.
 
     Returns:
@@ -100,8 +104,9 @@ def isolate(
                 case, kernel, seed=seed, plant=bug, arch=arch, tile=tile, on_stage=on_stage
             )
         return isolate_backward(
-            case, kernel, seed=seed, plant=bug, arch=arch, tile=tile, on_stage=on_stage
-        )
+            case, kernel, backend=backend, seed=seed, plant=bug, arch=arch, tile=tile,
+            tiles=tiles, arrives=arrives, on_stage=on_stage,
+        )  # fmt: skip
     if backend == "sim" and arch is None:
         arch = BY_NAME[kernel].only_arch or env.sim_arch()
     call = call_of(case, "cpu" if backend == "sim" else "cuda")

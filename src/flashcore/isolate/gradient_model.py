@@ -6,7 +6,8 @@ As in gate_models.py, straight from the definition and without tiles:
     dV = P^T dO               dK = scale dS^T Q             dQ = scale dS K
 
 out and lse are those that the kernels are given, whatever they are, so that the forward's rounding
-is no part of the error.
+is no part of the error. The gates dv, dk and dq are given P or dS as well: those of this model,
+rounded to the dtype.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class GradientModel:
     Args:
         problem: of the forward.
         plan: of one of the kernels.
-        q: [batch, num_heads_q, seqlen_q, head_dim].
+        q: on the CPU like all that follow, [batch, num_heads_q, seqlen_q, head_dim].
         k: [batch, num_heads_kv, seqlen_k, head_dim].
         v: [batch, num_heads_kv, seqlen_k, head_dim_v].
         mask: as in flashcore.attention, or None.
@@ -51,6 +52,8 @@ class GradientModel:
         self._forward, lse = forward, lse.double()[..., None]
         is_empty = lse == -torch.inf
         self._dout = dout.double().masked_fill(is_empty, 0.0)
+        # A kernel may pass over tiles that nobody sees, and rows without a key have any dO.
+        self._is_unseen = (forward.scores == -torch.inf) | is_empty
 
         p = torch.exp(forward.scores - lse.masked_fill(is_empty, 0.0)).masked_fill(is_empty, 0.0)
         slack = 2 * forward.score_tolerance + lse.abs().nan_to_num(posinf=0.0) * APPROX
@@ -82,23 +85,32 @@ class GradientModel:
         capped = torch.tanh(raw * problem.scale / problem.softcap)
         return 1 - capped**2, torch.full_like(raw, 8 * APPROX)
 
-    def of_rows(self) -> list[Expected]:
-        """Return delta [batch, num_heads_q, seqlen_q] and dq, as the first kernel writes them."""
-        delta, delta_error = self._delta
-        ds, ds_error = self._ds
-        dq = self._sum(ds, ds_error, self._forward.k, self._problem.scale)
-        return [Expected("delta", delta[..., 0], delta_error[..., 0]), self._stored("dq", *dq)]
+    def delta(self) -> Expected:
+        """Return delta, [batch, num_heads_q, seqlen_q]."""
+        delta, error = self._delta
+        return Expected("delta", delta[..., 0], error[..., 0])
 
-    def of_keys(self) -> list[Expected]:
-        """Return dv and dk, as the second kernel writes them."""
-        (p, p_error), (ds, ds_error) = self._p, self._ds
-        dv = self._sum(p.mT, p_error.mT, self._dout, 1.0)
-        dk = self._sum(ds.mT, ds_error.mT, self._forward.q, self._problem.scale)
+    def ds(self) -> Expected:
+        """Return dS before it is rounded, [batch, num_heads_q, seqlen_q, seqlen_k]."""
+        return Expected("ds", *self._ds, self._is_unseen)
+
+    def given(self, gate: str) -> Tensor:
+        """Return what a gate takes over, float32: P for dv, dS for dk and dq."""
+        x = (self._p if gate == "dv" else self._ds)[0]
+        return x.to(self._problem.torch_dtype).float()
+
+    def gradient(self, name: str, is_given: bool = False) -> Expected:
+        """Return dq, dk or dv as a kernel stores it; with `is_given`, of what its gate is given."""
+        x, error = self._p if name == "dv" else self._ds
+        if is_given:
+            x = self.given(name).double()
+            error = torch.zeros_like(x)
+        if name == "dq":
+            return self._stored(name, *self._sum(x, error, self._forward.k, self._problem.scale))
+        other = self._dout if name == "dv" else self._forward.q
+        pair = self._sum(x.mT, error.mT, other, 1.0 if name == "dv" else self._problem.scale)
         heads = self._problem.num_heads_kv  # the query heads that share one are summed up
-        return [
-            self._stored(name, *(x.unflatten(1, (heads, -1)).sum(2) for x in pair))
-            for name, pair in (("dv", dv), ("dk", dk))
-        ]
+        return self._stored(name, *(y.unflatten(1, (heads, -1)).sum(2) for y in pair))
 
     def _sum(self, a: Tensor, a_error: Tensor, b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Return scale a b and its error. A tensor core takes `a` rounded to the dtype."""

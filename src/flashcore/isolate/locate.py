@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _FRAGMENT = 16
 _MAP_ROWS, _MAP_COLUMNS = 32, 64
+_OF_SCORES = ("scores", "transposed")
+_OF_KEYS = ("keys", "transposed")  # whose rows are keys
 # One character a severity: error / tolerance up to 1, 10, 100, 10000, above; "?" is not a number.
 _SEVERITY = ((1.0, "."), (10.0, "-"), (100.0, "+"), (10000.0, "*"), (float("inf"), "#"))
 LEGEND = ". right  - up to 10x over tolerance  + 100x  * 10000x  # more  ? NaN or never written"
@@ -89,7 +91,8 @@ def compare(
         expected: the model.
         plan: tiles, which warps own their rows, and the order of the key tiles.
         kind: "scores" (last dim is the key), "out" (last dim is head_dim_v), "row_tiles" (last dim
-            is the key tile), "rows" (last dim is the query row) or "keys" (as "out", of keys).
+            is the key tile), "rows" (last dim is the query row), "keys" (as "out", of keys) or
+            "transposed" (scores whose keys are the rows of the kernel's accumulators).
         warps: which own 16 rows each, in the order of the rows; by default the plan's.
 
     Returns:
@@ -109,14 +112,18 @@ def compare(
     max_ratio = float(finite.max()) if finite.numel() else 0.0
     if not wrong:
         return Check(expected.name, 0, bad.numel(), max_error, max_ratio)
-    if kind == "rows":
+    if kind == "transposed":
+        bad, ratio, got, value = (x.mT for x in (bad, ratio, got, expected.value))
+    elif kind == "rows":
         bad, ratio = bad[..., None], ratio[..., None]
         got, value = got[..., None], expected.value[..., None]
     else:
         value = expected.value
-    block_m = plan.block_n if kind == "keys" else plan.block_m
+    blocks = plan.block_m, plan.block_n
+    if kind in _OF_KEYS:
+        blocks = plan.block_n, plan.block_m
     warps = plan.row_warps if warps is None else warps
-    finder = _Finder(block_m, plan.block_n, warps, plan.keys_backwards, kind)
+    finder = _Finder(*blocks, warps, plan.keys_backwards, kind)
     index = finder.first(bad)
     return Check(
         expected.name,
@@ -132,7 +139,7 @@ def compare(
 
 @dataclass(frozen=True, slots=True)
 class _Finder:
-    block_m: int
+    block_m: int  # of rows, which may be keys
     block_n: int
     warps: range
     keys_backwards: bool
@@ -141,7 +148,8 @@ class _Finder:
     def first(self, bad: Tensor) -> tuple[int, int, int, int]:
         """Return index of the first bad element in the order in which the kernel computes them."""
         batch, head, row, column = bad.nonzero(as_tuple=True)
-        width = {"scores": self.block_n, "out": 1 << 30, "keys": 1 << 30}.get(self.kind, 1)
+        width = 1 << 30 if self.kind in ("out", "keys") else 1
+        width = self.block_n if self.kind in _OF_SCORES else width
         step = column // width
         if self.keys_backwards and self.kind in ("scores", "row_tiles"):
             step = -step
@@ -156,7 +164,7 @@ class _Finder:
         self, index: tuple[int, int, int, int], actual: float, expected: float
     ) -> Location:
         batch, head, row, column = index
-        per_element = self.kind in ("scores", "out", "keys")
+        per_element = self.kind in ("out", *_OF_SCORES, *_OF_KEYS)
         lane = (row % 8) * 4 + (column % 8 // 2 if per_element else 0)
         element = 2 * (row % _FRAGMENT // 8)
         if per_element:
@@ -165,18 +173,12 @@ class _Finder:
         n_block = {"scores": column // self.block_n, "row_tiles": column}.get(self.kind)
         if self.kind == "keys":
             block, n_block = None, block
+        held_by = self._warp(row), lane, element
+        if self.kind == "transposed":
+            row, column, block, n_block = column, row, column // self.block_n, block
+        column_or_none = column if per_element else None
         return Location(
-            batch,
-            head,
-            row,
-            column if per_element else None,
-            block,
-            n_block,
-            self._warp(row),
-            lane,
-            element,
-            actual,
-            expected,
+            batch, head, row, column_or_none, block, n_block, *held_by, actual, expected
         )
 
     def _warp(self, row: int) -> int:
@@ -188,16 +190,16 @@ class _Finder:
         traits: list[str] = []
         warps = Counter((rows % self.block_m // _FRAGMENT + self.warps.start).tolist())
         traits.append(_share("warp", warps, len(self.warps)))
-        if self.kind in ("scores", "out", "keys"):
+        if self.kind in ("out", *_OF_SCORES, *_OF_KEYS):
             elements = columns % 2 + 2 * (rows % _FRAGMENT // 8) + 4 * (columns % _FRAGMENT // 8)
             traits.append(_share("accumulator element", Counter(elements.tolist()), 8))
-        if self.kind in ("scores", "row_tiles"):
-            blocks = columns // self.block_n if self.kind == "scores" else columns
-            last = bad.shape[-1] - 1
-            count = (last // self.block_n if self.kind == "scores" else last) + 1
-            traits.append(_share("n_block", Counter(blocks.tolist()), count))
+        if self.kind in ("row_tiles", *_OF_SCORES):
+            width = 1 if self.kind == "row_tiles" else self.block_n
+            count = (bad.shape[-1] - 1) // width + 1
+            name = "m_block" if self.kind == "transposed" else "n_block"
+            traits.append(_share(name, Counter((columns // width).tolist()), count))
         m_blocks = -(-bad.shape[-2] // self.block_m)
-        name = "n_block" if self.kind == "keys" else "m_block"
+        name = "n_block" if self.kind in _OF_KEYS else "m_block"
         traits.append(_share(name, Counter((rows // self.block_m).tolist()), m_blocks))
         found = [trait for trait in traits if trait]
         return "; ".join(found) if found else "spread over all warps, elements and tiles"
@@ -221,7 +223,7 @@ class _Finder:
             )
             if top and top % self.block_m == 0:
                 lines.append("")
-            label = "key" if self.kind == "keys" else "row"
+            label = "key" if self.kind in _OF_KEYS else "row"
             lines.append(f"{label} {top:5d} warp {self._warp(top):2d} |{text}|")
         lines.append(LEGEND)
         return "\n".join(lines)

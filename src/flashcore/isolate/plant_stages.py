@@ -41,11 +41,13 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
             "ring-of-all-stages",
             *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
+            *("float8-no-full-wait", "float8-lanes-ahead", "float8-queries-given-back"),
             *("page-place-ahead", "page-length-unclamped"),
         ),
         "qk": (
             *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
             *("tx-too-many", "no-wgmma-fence", "early-consumers", "q-of-another-group"),
+            *("float8-no-empty-wait", "float8-no-fence", "float8-queries-ahead"),
         ),
         "softmax": (
             *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
@@ -77,6 +79,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
             *("page-not-advanced", "page-of-the-next-keys"),
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
+            *("float8-end-unsaid", "float8-one-warp-counted", "float8-unswizzled"),
+            *("float8-scale-of-the-first", "float8-factor-kept"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "store": (
@@ -98,32 +102,32 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("delta-of-one-lane", "dlse-forgotten", "dout-read-late", "delta-of-a-neighbour"),
         ),
         "store": ("queries-behind-stored",),
-        "dq": ("k-released-early", "empty-rows-kept", "mask-of-other-rows"),
-        "scores": ("mask-of-this-tile-again", "mask-overwritten-by-the-next"),
+        "dq": ("k-released-early",),
+        "full": ("empty-rows-kept",),
+        "ds": ("mask-of-other-rows", "mask-of-this-tile-again", "mask-overwritten-by-the-next"),
     },
     DKDV_KERNEL: {
         "load": (
             *("do-released-early", "q-released-early", "heads-of-queries", "box-without-a-key"),
         ),
-        "scores": (
+        "ds": (
             *("stale-stats", "stats-released-by-one-lane", "kv-released-early"),
-            *("clear-without-fence", "probs-not-awaited", "v-overwritten"),
-            *("strip-not-awaited", "strip-of-own-copies", "strip-overwritten"),
+            *("clear-without-fence", "probs-not-awaited", "v-overwritten", "dp-not-awaited"),
+            *("query-tile-skipped", "last-of-group-skipped", "neighbour-lse", "diagonal-hidden"),
+            *("probs-overwritten", "stats-of-the-first", "longest-instead-of-own"),
+            *("strip-not-awaited", "strip-of-own-copies", "strip-overwritten", "swapped-operand"),
+            *("strip-of-this-tile-again", "strip-of-the-first-keys"),
         ),
-        "dv": (
-            *("dp-not-awaited", "query-tile-skipped", "last-of-group-skipped"),
-            *("empty-rows-spread", "neighbour-lse", "diagonal-hidden", "probs-overwritten"),
-            *("stats-of-the-first", "keys-behind-kept", "longest-instead-of-own"),
-            *("strip-of-this-tile-again", "strip-of-the-first-keys", "shared-ds-released-early"),
-        ),
+        "dv": ("empty-rows-spread",),
+        "full": ("keys-behind-kept",),
         "dq": (
             *("ds-not-awaited", "ds-overwritten", "ds-without-fence", "sums-overwritten"),
             *("sums-without-fence", "ds-released-early", "k-released-before-dq"),
             *("neighbour-rows", "head-of-group", "ds-of-neighbour-not-awaited"),
             *("dv-over-dq", "part-of-dq-not-awaited", "dq-over-dk"),
-            *("dq-of-the-next-tile", "columns-of-the-other"),
+            *("dq-of-the-next-tile", "columns-of-the-other", "shared-ds-released-early"),
         ),
-        "dk": ("swapped-operand", "dk-added-twice", "scale-forgotten", "ds-of-own-warp"),
+        "dk": ("dk-added-twice", "scale-forgotten", "ds-of-own-warp"),
         "store": (
             *("dk-over-dv", "place-released-early", "neighbour-keys-stored"),
             *("box-of-a-key-late", "last-keys-forgotten"),

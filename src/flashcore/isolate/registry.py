@@ -16,8 +16,7 @@ from flashcore.checks.drawing import draw
 from flashcore.checks.paged_cases import PagedCase
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.compile.plant import Plant
-from flashcore.isolate.backward_calls import planted_case
-from flashcore.isolate.backward_plant_calls import (
+from flashcore.isolate.backward_calls import (
     BACKWARD,
     BACKWARD_MASKED,
     BACKWARD_PACKED,
@@ -30,6 +29,7 @@ from flashcore.isolate.backward_plant_calls import (
     TILE_OF_ONE,
     TILE_OF_ROLES,
     TILE_OF_SHARED,
+    planted_case,
 )
 from flashcore.isolate.plant_stages import STAGES
 from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
@@ -53,6 +53,7 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
+from flashcore.sim.plants.fwd_sm90 import float8
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
@@ -264,6 +265,9 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_STREAM_SM90, STREAM_TILE, options=STREAM_CASE, is_paged=True),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
+        **_calls(float8.PLANTS_FLOAT8_SM90, float8.TILE, options=float8.CALL, is_paged=True),
+        **_calls(float8.PLANTS_WIDE_SM90, float8.TILE, options=float8.WIDE_CALL, is_paged=True),
+        **_calls(float8.PLANTS_SHORT_SM90, float8.TILE, options=float8.SHORT_CALL, is_paged=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
         **_calls(PLANTS_SINKS, {}, options=_SINKS),

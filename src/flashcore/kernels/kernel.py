@@ -83,6 +83,34 @@ class Kernel(Generic[P]):
         """Return a name and an index for each mbarrier, in the order of their array."""
         return []
 
+    # What may be tuned
+
+    def is_legal(self, plan: P) -> bool:
+        """Return whether a plan fits the GPU: shared memory, threads and registers."""
+        raise NotImplementedError
+
+    def tiles(self, base: P) -> Sequence[P]:
+        """Return all sizes of tiles that there are to try, legal or not, with `base`'s other
+        choices."""
+        raise NotImplementedError
+
+    def schedules(self, base: P) -> Sequence[P]:
+        """Return what there is to choose, legal or not, once the sizes of a tile are known."""
+        return ()
+
+    def shortlist(self, base: P) -> Sequence[Tile] | None:
+        """Return the tiles worth trying where time is short; None for all sizes."""
+        return None
+
+    def fitted(self, plan: P) -> P:
+        """Return a plan whose tile was changed, with the fields of it that follow from others."""
+        return plan
+
+    def variant_of(self, plan: P) -> str:
+        """Return what tells a plan from others of this kernel that compute something else; "" where
+        a plan's tile is all that differs."""
+        return ""
+
 
 @dataclass(frozen=True, eq=False)
 class ForwardKernel(Kernel[P]):
@@ -182,20 +210,3 @@ class ForwardKernel(Kernel[P]):
         if plan.smem_bytes > smem_limits(plan.arch)[0] or plan.num_threads > 1024:
             return False
         return plan.min_blocks * plan.num_threads * 24 <= _REGISTERS_PER_BLOCK
-
-    def tiles(self, base: P) -> Sequence[P]:
-        """Return all sizes of tiles that there are to try, legal or not, with `base`'s other
-        choices."""
-        raise NotImplementedError
-
-    def schedules(self, base: P) -> Sequence[P]:
-        """Return what there is to choose, legal or not, once the sizes of a tile are known."""
-        return ()
-
-    def shortlist(self, base: P) -> Sequence[Tile] | None:
-        """Return the tiles worth trying where time is short; None for all sizes."""
-        return None
-
-    def fitted(self, plan: P) -> P:
-        """Return a plan whose tile was changed, with the fields of it that follow from others."""
-        return plan

@@ -36,6 +36,7 @@
 //                 wgmma_ss_n<T>(d, a_desc, b_desc, accumulate): A[m][k], k contiguous, and B[k][n],
 //                 n contiguous
 //                 wgmma_rs<T>(d, a, b_desc, accumulate): A from registers, B[k][n], n contiguous
+//                 wgmma_rs_k<T>(d, a, b_desc, accumulate): A from registers, B[n][k], k contiguous
 //                 wgmma_fence(): orders register writes before the wgmma that read them
 //                 wgmma_commit(), wgmma_wait<N>(): groups, as for cp.async; until then nobody may
 //                 touch the registers of a pending wgmma

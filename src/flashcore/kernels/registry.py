@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashcore.kernels.bwd_mask_sm90.kernel import DMASK
-from flashcore.kernels.bwd_sm90.kernel import DELTA, DKDV, DQ, ROUND
+from flashcore.kernels.bwd_sm90.kernel import DELTA, DKDV, DQ, ROUND, BwdSm90Kernel
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_wmma.kernel import WMMA
 from flashcore.kernels.fwd_wmma.plan import Plan
@@ -13,12 +13,13 @@ from flashcore.kernels.kernel import ForwardKernel, Kernel
 
 # Of several that serve an architecture the first one is taken.
 FORWARD: tuple[ForwardKernel[Any], ...] = (SM90, WMMA)
-BACKWARD: tuple[Kernel[Any], ...] = (DELTA, DQ, DKDV, ROUND, DMASK)
+BACKWARD: tuple[BwdSm90Kernel, ...] = (DELTA, DQ, DKDV, ROUND, DMASK)
 # It serves every architecture, and every problem that a kernel serves.
 PORTABLE: ForwardKernel[Any] = WMMA
 
 BY_NAME: dict[str, Kernel[Any]] = {kernel.name: kernel for kernel in (*FORWARD, *BACKWARD)}
 _FORWARD_BY_NAME = {kernel.name: kernel for kernel in FORWARD}
+_BACKWARD_BY_NAME = {kernel.name: kernel for kernel in BACKWARD}
 BY_BACKEND = {kernel.backend: kernel for kernel in FORWARD}
 
 
@@ -36,6 +37,11 @@ def forward(name: str) -> ForwardKernel[Any]:
     if name not in _FORWARD_BY_NAME:
         raise ValueError(f"kernel={name!r} is not one of {', '.join(_FORWARD_BY_NAME)}")
     return _FORWARD_BY_NAME[name]
+
+
+def backward(name: str) -> BwdSm90Kernel:
+    """Return the backward kernel of that name."""
+    return _BACKWARD_BY_NAME[name]
 
 
 def forward_of(plan: Plan) -> ForwardKernel[Any]:

@@ -13,11 +13,12 @@ from torch import Tensor
 from flashcore.kernels.bwd_sm90.params import (
     LENGTHS,
     POINTERS,
+    AttnBwdSm90GateParams,
     AttnBwdSm90Params,
     build_params_bwd_sm90,
 )
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
-from flashcore.kernels.fwd_wmma.params import AttnParams
+from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
 from flashcore.launch import descriptors, kernel_call
 from flashcore.launch.counters import own_counter, work_counters
 from flashcore.launch.driver_launch import Argument
@@ -28,15 +29,17 @@ _POINTER = struct.Struct("Q")
 _lock = threading.Lock()
 
 
-def _pointer_offsets() -> dict[str, int]:
+@functools.cache
+def _pointer_offsets(has_gate: bool) -> dict[str, int]:
     """Return where the kernels' argument has addresses, by name of the tensor."""
-    attn = AttnBwdSm90Params.attn.offset
-    names = ("q", "k", "v", "mask", "out", "lse", "tile_counter", *LENGTHS)
-    offsets = {name: attn + getattr(AttnParams, name).offset for name in names}
-    return offsets | {name: getattr(AttnBwdSm90Params, name).offset for name in POINTERS}
-
-
-_OFFSETS = _pointer_offsets()
+    names = ["q", "k", "v", "mask", "out", "lse", "tile_counter", *LENGTHS]
+    struct: type[AttnBwdSm90Params | AttnBwdSm90GateParams] = AttnBwdSm90Params
+    of_attn = AttnParams
+    if has_gate:
+        struct, of_attn = AttnBwdSm90GateParams, AttnGateParams
+        names.append("gate_scores")
+    offsets = {name: struct.attn.offset + getattr(of_attn, name).offset for name in names}
+    return offsets | {name: getattr(struct, name).offset for name in POINTERS}
 
 
 class BackwardKernel:
@@ -57,12 +60,13 @@ class BackwardKernel:
         self._counts_on = torch.device("cuda", device_index) if plan.draws_tiles else None
         addresses = {name: x.data_ptr() for name, x in tensors.items()}
         params = build_params_bwd_sm90(problem, plan, tensors, grid, addresses)
+        self._offsets = _pointer_offsets(plan.gate is not None)
         self._maps: list[tuple[str, int, int]] = []  # tensor, offset, bytes of it before the map
         for name in plan.box_rows:
             field = f"{name}_map"
             tensor_map = getattr(params, field)
             shift = (tensors[name].data_ptr() - tensor_map.base) % 2**64
-            offset = getattr(AttnBwdSm90Params, field).offset
+            offset = getattr(type(params), field).offset
             self._maps.append((name, offset, shift))
             setattr(params, field, descriptors.encode_kind(tensor_map, problem.dtype))
         self._content = bytes(params)
@@ -86,7 +90,7 @@ class BackwardKernel:
             is_kept = not torch.cuda.is_current_stream_capturing()
             counter = (own_counter if is_kept else work_counters)(self._counts_on)
             by_name["tile_counter"] = counter
-        for name, offset in _OFFSETS.items():
+        for name, offset in self._offsets.items():
             if name in by_name:
                 _POINTER.pack_into(argument.memory, argument.offset + offset, by_name[name])
         pairs = ((at, (by_name[name] - shift) % 2**64) for name, at, shift in self._maps)

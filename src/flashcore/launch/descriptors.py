@@ -12,7 +12,8 @@ from flashcore.launch.driver import INVALID_CONTEXT, bind_context, check, entry_
 
 ALIGNMENT = 64  # of a descriptor that the driver writes, in bytes
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
-_SWIZZLE_64B, _SWIZZLE_128B = 2, 3
+_UINT8 = 0  # only the size counts
+_SWIZZLES = {0: 0, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_... by bytes
 _L2_PROMOTION_128B = 2  # with 256 reading a long cache once takes 7 % longer (docs/ladder-masks.md)
 _Sizes, _Strides, _Box = ctypes.c_uint64 * 4, ctypes.c_uint64 * 3, ctypes.c_uint32 * 4
 _EVERY_ELEMENT = _Box(1, 1, 1, 1)
@@ -33,7 +34,8 @@ def _buffer(size: int) -> type[ctypes.Array[ctypes.c_char]]:
 
 
 def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
-    """Return the descriptor that the GPU reads, of a "float16" or "bfloat16" tensor.
+    """Return the descriptor that the GPU reads, of a "float16" or "bfloat16" tensor, or of bytes
+    where elements have one.
 
     Raises:
         FlashCoreError: the driver refuses; the message holds its status.
@@ -42,7 +44,7 @@ def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
     memory, address = aligned(bytes(tensor_map))
     arguments = (
         pointer(address),
-        _DATA_TYPES[dtype_name],
+        _UINT8 if m.element_bytes == 1 else _DATA_TYPES[dtype_name],
         4,
         pointer(m.base),
         _Sizes(m.cols, m.rows, m.heads, m.batches),
@@ -50,7 +52,7 @@ def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
         _Box(m.box_cols, m.box_rows, 1, 1),
         _EVERY_ELEMENT,
         0,  # not interleaved
-        _SWIZZLE_128B if m.swizzle_bytes == 128 else _SWIZZLE_64B,
+        _SWIZZLES[m.swizzle_bytes],
         _L2_PROMOTION_128B,
         0,  # zeros out of bounds
     )

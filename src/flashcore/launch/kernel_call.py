@@ -180,7 +180,9 @@ class KernelCall:
         if problem.return_lse:
             self._new_lse = allocator(device, rows_shape, torch.float32)
         self._others = LENGTHS.get(problem.varlen, ())  # addresses behind q, k and v
-        self._others += ("sinks",) * problem.has_sinks + ("max_score",) * problem.return_max_score
+        self._others += ("sinks",) * problem.has_sinks
+        self._others += ("k_scale", "v_scale") * (problem.cache_dtype != "")
+        self._others += ("max_score",) * problem.return_max_score
         self._scratch = Scratch(problem, plan)
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)

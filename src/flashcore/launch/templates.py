@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Mapping
 
-from flashcore.kernels.fwd_wmma.params import AttnParams, Lengths, Pages, Splits
+from flashcore.kernels.fwd_wmma.params import AttnParams, Lengths, Pages, Scales, Splits
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.registry import forward_of
 from flashcore.kernels.tensor_map import TensorMap, encode_maps
@@ -18,7 +18,7 @@ _POINTER = struct.Struct("Q")
 _OFFSETS = {
     name: getattr(AttnParams, name).offset
     for name in (
-        *(x[0] for group in (Lengths, Splits, Pages) for x in group._fields_),
+        *(x[0] for group in (Lengths, Splits, Pages, Scales) for x in group._fields_),
         *("tile_counter", "sinks", "max_score"),
     )
 }

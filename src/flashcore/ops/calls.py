@@ -255,6 +255,7 @@ def attend_lengths(
     backend: str,
     describe: Callable[[], Problem],
     batch_invariant: bool = False,
+    scales: tuple[Tensor, ...] = (),
 ) -> Result | None:
     """Compute sequences that differ in length, or have sinks, by a kernel, if one serves them,
     around torch's dispatcher; nothing is recorded.
@@ -272,6 +273,7 @@ def attend_lengths(
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         describe: validates the other arguments and returns their Problem.
         batch_invariant: as in `attention`.
+        scales: of k and v where they have 8 bits.
 
     Returns:
         What `attend` returns; None where the operator has to do it.
@@ -288,6 +290,9 @@ def attend_lengths(
             of_sinks, sinks = sinks.dtype, as_logits(sinks)
             at_others.append(sinks.data_ptr())
             guarded = (*guarded, sinks)
+        if scales:
+            at_others += [x.data_ptr() for x in scales]
+            guarded += scales[:1] if scales[0] is scales[1] else scales
         causal, window, softcap, scale, return_lse, return_max_score = options
         key = (
             q.shape, k.shape, (at_q | at_k | at_v) & 15,
@@ -296,7 +301,8 @@ def attend_lengths(
                 and window is None and scale is None and softcap is None
                 and return_max_score is False
             ) else options_key(*options, mask),
-            len(guarded), longest, backend, of_sinks, batch_invariant, type(batch_invariant),
+            len(guarded), len(scales), longest, backend, of_sinks, batch_invariant,
+            type(batch_invariant),
         )  # fmt: skip
         known = _calls.get(key, ())
     except (AttributeError, TypeError, RuntimeError):

@@ -26,6 +26,7 @@ from flashcore.plain.attention import backward_plain, forward_plain, largest
 from flashcore.plain.second_order import backward_of_backward
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs, Options, Results, Wanted
+from flashcore.problem.scales import is_float8
 from flashcore.problem.validation import (
     check_kinds,
     check_mask,
@@ -47,6 +48,8 @@ def autocast(
 
     def cast(x: Tensor, keep: torch.dtype = torch.float64) -> Tensor:
         if not isinstance(x, Tensor) or x.device.type != device or not x.is_floating_point():
+            return x
+        if is_float8(x):  # what its elements count, their scale says
             return x
         return x if x.dtype in (torch.float64, keep) else x.to(dtype)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flashcore.ops.transforms.autograd import needs_grad
 from flashcore.ops.transforms.batching import Places
 from flashcore.problem.options import (
     DIFFERENTIABLE_RESULTS,
@@ -83,8 +84,13 @@ class BackwardCall(NamedTuple):
 
 
 def refuse_gradients(family: Family, inputs: Inputs) -> None:
-    """Raise where a mask wants a gradient that the family does not compute."""
+    """Raise where something wants a gradient that the family does not compute."""
     mask = inputs.mask
+    if inputs.k_scale is not None and needs_grad(*inputs):
+        raise NotImplementedError(
+            "k and v have 8 bits, through which there is no gradient; call under torch.no_grad(), "
+            "or pass k and v in the dtype of q"
+        )
     if "mask" not in family.differentiable and mask is not None and mask.requires_grad:
         raise NotImplementedError(
             "with seqlens_k a mask has no gradient; pass mask.detach(), or -inf past each "

@@ -39,8 +39,16 @@ from flashcore.plain.lengths import (
     padded_second_order,
 )
 from flashcore.problem import Causal, Problem, Window, widest_band
+from flashcore.problem.memory_layout import described_memory
 from flashcore.problem.options import Inputs, Options, Results, Wanted
-from flashcore.problem.validation import checked_window
+from flashcore.problem.scales import (
+    as_wide,
+    check_scales,
+    dequantised,
+    described_scales,
+    scales_of,
+)
+from flashcore.problem.validation import check_plain_tensor, checked_window
 
 
 def attention_padded(
@@ -58,7 +66,7 @@ def attention_padded(
     q, k, v, mask, seqlens_k, *_ = inputs
     sinks = inputs.sinks
     assert seqlens_k is not None
-    if is_plain((seqlens_k,), q, k, v, mask, sinks):
+    if is_plain((seqlens_k, *scales_of(inputs).values()), q, k, v, mask, sinks):
 
         def describe() -> Problem:
             options = Options.checked(causal, window, softcap, scale, batch_invariant)
@@ -66,8 +74,9 @@ def attention_padded(
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = (seqlens_k,)
+        scales = tuple(scales_of(inputs).values())
         result = attend_lengths(
-            q, k, v, mask, lengths, sinks, asked, None, backend, describe, batch_invariant
+            q, k, v, mask, lengths, sinks, asked, None, backend, describe, batch_invariant, scales
         )
         if result is not None:
             return result
@@ -80,8 +89,9 @@ def attention_padded(
 
 def check(inputs: Inputs) -> None:
     """Raise unless ranks, dtypes and devices fit."""
-    dense.check(inputs)
     q, seqlens_k = inputs.q, inputs.seqlens_k
+    check_scales_of(inputs)
+    dense.check(as_wide(inputs))
     check_lengths("seqlens_k", seqlens_k, q)
     assert seqlens_k is not None
     if seqlens_k.shape[0] != q.shape[0]:
@@ -89,6 +99,15 @@ def check(inputs: Inputs) -> None:
             f"seqlens_k has {seqlens_k.shape[0]} entries, but q has batch {q.shape[0]}; it holds "
             "the number of keys of each sequence"
         )
+
+
+def check_scales_of(inputs: Inputs) -> None:
+    """Raise unless k and v have scales where they are of 8 bits, and none where they are not."""
+    q, k, v, *_ = inputs
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_plain_tensor(name, x)
+    if k.dim() == v.dim() == 4:  # or more is wrong
+        check_scales(k, v, inputs.k_scale, inputs.v_scale, q.shape[0])
 
 
 def padded_problem(inputs: Inputs, options: Options) -> Problem:
@@ -99,13 +118,22 @@ def padded_problem(inputs: Inputs, options: Options) -> Problem:
     """
     check(inputs)
     q, k, v, mask, *_ = inputs
-    sinks = inputs.sinks
+    _, wide_k, wide_v, *_ = as_wide(inputs)
     asked = {**options.asked(), "window": None}
-    problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=True, sinks=sinks, **asked)
+    problem = Problem.from_tensors(
+        q, wide_k, wide_v, mask=mask, return_lse=True, sinks=inputs.sinks, **asked
+    )
     window = checked_window((options.window_left, options.window_right))
     left, right = widest_band(options.causal, window, q.shape[2], k.shape[2])
+    scales = described_scales(inputs)
     return dataclasses.replace(
-        problem, window_left=left, window_right=right, diag_offset=0, varlen="keys"
+        problem,
+        window_left=left,
+        window_right=right,
+        diag_offset=0,
+        varlen="keys",
+        **(scales and described_memory(q, k, v)),
+        **scales,
     )
 
 
@@ -149,6 +177,7 @@ def compute_lengths(
     others = {name: getattr(inputs, name) for name in names}
     if sinks is not None:
         others["sinks"] = sinks = as_logits(sinks, problem.lse_dtype)
+    others |= scales_of(inputs)
     if backend in KERNELS and not problem.is_empty:
         addresses = tuple(x.data_ptr() for x in (q, k, v, *others.values()))
         return Results(*prepare(backend, problem, q.device)(q, k, v, mask, addresses))
@@ -161,7 +190,10 @@ def compute_lengths(
         with without_autocast(problem.device):
             for own, b, n in _sequences(problem, seqlens_k):
                 row_maxima = None if max_score is None else torch.empty_like(lse[b])
-                tensors = q[b], *keys(b, n), _part(mask, b, n)
+                of_k, of_v = keys(b, n)
+                of_k = dequantised(of_k, _part_of_scale(inputs.k_scale, b), lse.dtype)
+                of_v = dequantised(of_v, _part_of_scale(inputs.v_scale, b), lse.dtype)
+                tensors = q[b], of_k, of_v, _part(mask, b, n)
                 out[b], lse[b] = attention_tiled(own, *tensors, row_maxima, sinks)
                 if max_score is not None and row_maxima is not None:
                     max_score[b] = row_maxima.amax(2)
@@ -187,6 +219,11 @@ def _sequences(problem: Problem, seqlens_k: Tensor) -> Iterator[tuple[Problem, s
         n = min(max(0, length), problem.seqlen_k)
         if n:
             yield problem.of_sequence(problem.seqlen_q, n), slice(b, b + 1), n
+
+
+def _part_of_scale(scale: Tensor | None, b: slice) -> Tensor | None:
+    """Return a sequence's part of a scale that broadcasts to [batch, num_heads_kv]."""
+    return scale if scale is None or scale.dim() < 2 or scale.shape[0] == 1 else scale[b]
 
 
 def _part(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
@@ -242,11 +279,11 @@ def differentiate(
 OPERATORS = Operators(
     Family(
         name="attention_padded",
-        inputs=("q", "k", "v", "mask", "seqlens_k", "sinks"),
+        inputs=("q", "k", "v", "mask", "seqlens_k", "sinks", "k_scale", "v_scale"),
         differentiable=("q", "k", "v", "sinks"),
         places={
-            "q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "sinks": None, "out": 0,
-            "lse": 0, "max_score": 0,
+            "q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "sinks": None,
+            "k_scale": None, "v_scale": None, "out": 0, "lse": 0, "max_score": 0,
         },
         check=check,
         compute=_compute,

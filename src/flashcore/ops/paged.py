@@ -28,6 +28,7 @@ from flashcore.plain.pages import (
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import described_memory, mask_spec
 from flashcore.problem.options import Inputs, Options, Results, Wanted
+from flashcore.problem.scales import as_wide, described_scales, scales_of
 from flashcore.problem.validation import (
     SEQLEN_MAX,
     certainly,
@@ -56,6 +57,8 @@ def attention_paged(
     return_max_score: bool = False,
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of queries over a cache in pages.
@@ -68,7 +71,8 @@ def attention_paged(
         q: [batch, num_heads_q, seqlen_q, head_dim].
         k_pages: [num_pages, num_heads_kv, page_size, head_dim], of any strides: the transposed view
             of a cache [num_pages, page_size, num_heads_kv, head_dim] is read in place. The Hopper
-            kernel takes pages of a multiple of 8 keys, the portable one any.
+            kernel takes pages of a multiple of 8 keys, the portable one any. dtype of q, or
+            float8_e4m3fn with scales.
         v_pages: [num_pages, num_heads_kv, page_size, head_dim_v].
         page_table: int32, [batch, max_pages], rows of any stride. Sequences may share pages.
             Entries behind a sequence's last page are not read; others must be pages that there
@@ -85,6 +89,9 @@ def attention_paged(
         sinks: [num_heads_q], a logit of each head that joins the softmax; see `attention`.
         mask: boolean (True = attend) or additive, broadcastable to [batch, num_heads_q, seqlen_q,
             max_pages * page_size]: over the keys of each sequence, as the table has them in order.
+        k_scale: float32, [], [num_heads_kv] or [batch, num_heads_kv], where k_pages is
+            float8_e4m3fn; see `attention`.
+        v_scale: likewise, of v_pages.
         batch_invariant: give each sequence the same bits whatever is beside it; see `attention`.
 
     Returns:
@@ -98,8 +105,12 @@ def attention_paged(
         NotImplementedError: an unsupported tensor layout or device type.
         BackendUnavailableError: the backend cannot run here.
     """
-    inputs = Inputs(q, k_pages, v_pages, mask, seqlens_k, page_table=page_table, sinks=sinks)
-    if is_plain((seqlens_k, page_table), q, k_pages, v_pages, mask, sinks):
+    inputs = Inputs(
+        q, k_pages, v_pages, mask, seqlens_k, page_table=page_table, sinks=sinks, k_scale=k_scale,
+        v_scale=v_scale,
+    )  # fmt: skip
+    scales = tuple(scales_of(inputs).values())
+    if is_plain((seqlens_k, page_table, *scales), q, k_pages, v_pages, mask, sinks):
 
         def describe() -> Problem:
             options = Options.checked(causal, window, softcap, scale, batch_invariant)
@@ -109,7 +120,7 @@ def attention_paged(
         lengths = seqlens_k, page_table
         result = attend_lengths(
             q, k_pages, v_pages, mask, lengths, sinks, asked, None, backend, describe,
-            batch_invariant,
+            batch_invariant, scales,
         )  # fmt: skip
         if result is not None:
             return result
@@ -124,7 +135,8 @@ def check(inputs: Inputs) -> None:
     """Raise unless ranks, dtypes, devices and numbers of sequences and pages fit."""
     q, k, v, _, seqlens_k, *_ = inputs
     table = inputs.page_table
-    dense.check(inputs)
+    padded.check_scales_of(inputs)
+    dense.check(as_wide(inputs))
     check_lengths("seqlens_k", seqlens_k, q)
     check_integers("page_table", table, q, 2, "two dimensions, [batch, max_pages]")
     assert table is not None
@@ -173,7 +185,9 @@ def paged_problem(inputs: Inputs, options: Options) -> Problem:
     assert table is not None
     num_pages, _, page_size, _ = k.shape
     # Of a page for each sequence; what lies where is said below.
-    of_page = (x.new_empty((1, *x.shape[1:])).expand(q.shape[0], -1, -1, -1) for x in (k, v))
+    of_page = (
+        x.new_empty((1, *x.shape[1:]), dtype=q.dtype).expand(q.shape[0], -1, -1, -1) for x in (k, v)
+    )
     of_k, of_v = of_page
     check_qkv(q, of_k, of_v)
     asked = {**options.asked(), "window": None}
@@ -195,6 +209,7 @@ def paged_problem(inputs: Inputs, options: Options) -> Problem:
         page_size=page_size,
         num_pages=num_pages,
         page_table_stride=table.stride(0),
+        **described_scales(inputs),
     )
 
 
@@ -233,11 +248,11 @@ def _differentiate(
 OPERATORS = Operators(
     Family(
         name="attention_paged",
-        inputs=("q", "k", "v", "mask", "page_table", "seqlens_k", "sinks"),
+        inputs=("q", "k", "v", "mask", "page_table", "seqlens_k", "sinks", "k_scale", "v_scale"),
         differentiable=("q", "k", "v", "sinks"),
         places={
             "q": 0, "k": None, "v": None, "mask": "mask", "page_table": 0, "seqlens_k": 0,
-            "sinks": None, "out": 0, "lse": 0, "max_score": 0,
+            "sinks": None, "k_scale": None, "v_scale": None, "out": 0, "lse": 0, "max_score": 0,
         },
         check=check,
         compute=_compute,

@@ -31,6 +31,7 @@ from flashcore.plain.pages import (
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import as_batch, described_memory
 from flashcore.problem.options import Inputs, Options, Results, Wanted
+from flashcore.problem.scales import described_scales, scales_of
 from flashcore.problem.validation import (
     check_plain_tensor,
     check_qkv,
@@ -56,6 +57,8 @@ def attention_paged_varlen(
     backend: str = "auto",
     return_max_score: bool = False,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     batch_invariant: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of packed queries over a cache in pages, in one launch.
@@ -80,6 +83,8 @@ def attention_paged_varlen(
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         return_max_score: whether the largest score of each head of each sequence is, too.
         sinks: [num_heads_q], a logit of each head that joins the softmax; see `attention`.
+        k_scale: as in `attention_paged`, of k_pages.
+        v_scale: likewise, of v_pages.
         batch_invariant: give each sequence the same bits whatever is beside it; see `attention`.
 
     Returns:
@@ -96,8 +101,11 @@ def attention_paged_varlen(
     inputs = Inputs(
         q, k_pages, v_pages, seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q,
         page_table=page_table, sinks=sinks, max_seqlen_q=max_seqlen_q,  # type: ignore[arg-type]
+        k_scale=k_scale, v_scale=v_scale,
     )  # fmt: skip
-    if type(max_seqlen_q) is int and is_plain(lengths, q, k_pages, v_pages, None, sinks):
+    scales = tuple(scales_of(inputs).values())
+    others = *lengths, *scales
+    if type(max_seqlen_q) is int and is_plain(others, q, k_pages, v_pages, None, sinks):
 
         def describe() -> Problem:
             options = Options.checked(causal, window, softcap, scale, batch_invariant)
@@ -107,7 +115,7 @@ def attention_paged_varlen(
         longest = max_seqlen_q, page_table.shape[1]
         result = attend_lengths(
             q, k_pages, v_pages, None, lengths, sinks, asked, longest, backend, describe,
-            batch_invariant,
+            batch_invariant, scales,
         )  # fmt: skip
         if result is not None:
             return result
@@ -158,7 +166,7 @@ def packed_pages_problem(inputs: Inputs, options: Options) -> Problem:
     k, v, total_q = inputs.k, inputs.v, q.shape[2]
     num_pages, _, page_size, _ = k.shape
     # Of one page; what lies where is said below.
-    of_k, of_v = (x.new_empty((1, *x.shape[1:])) for x in (k, v))
+    of_k, of_v = (x.new_empty((1, *x.shape[1:]), dtype=q.dtype) for x in (k, v))
     check_qkv(q, of_k, of_v)
     asked = {**options.asked(), "window": None}
     problem = Problem.from_tensors(q, of_k, of_v, return_lse=True, sinks=inputs.sinks, **asked)
@@ -180,6 +188,7 @@ def packed_pages_problem(inputs: Inputs, options: Options) -> Problem:
         page_size=page_size,
         num_pages=num_pages,
         page_table_stride=table.stride(0),
+        **described_scales(inputs),
     )
 
 
@@ -228,12 +237,14 @@ OPERATORS = Operators(
         name="attention_paged_varlen",
         inputs=(
             "q", "k", "v", "page_table", "seqlens_k", "cu_seqlens_q", "max_seqlen_q", "sinks",
+            "k_scale", "v_scale",
         ),
         differentiable=("q", "k", "v", "sinks"),
         # A mapped batch has its own queries or pages: samples are computed one after the other.
         places={
             "q": None, "k": None, "v": None, "page_table": None, "seqlens_k": None,
-            "cu_seqlens_q": None, "sinks": None, "out": None, "lse": None, "max_score": None,
+            "cu_seqlens_q": None, "sinks": None, "k_scale": None, "v_scale": None, "out": None,
+            "lse": None, "max_score": None,
         },
         check=_check,
         compute=_compute,

@@ -1,20 +1,22 @@
 """Serve rings of GPUs, each of which holds a part of the keys: `merge` makes one result of two over
 different keys, and `attention_backward` takes whatever out and lse it is given.
 
-`merge` is an operator of torch, `flashcore::merge`. It has no kernel of its own: it is PyTorch
-arithmetic in float32 (float64 where lse is), which torch.compile fuses into one kernel.
+`merge` is an operator of torch, `flashcore::merge`, and so are its gradients,
+`flashcore::merge_backward`. Each is one kernel on a GPU, see launch/merge_call.py.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from flashcore.launch.merge_call import merge_backward_on_gpu, merge_on_gpu
 from flashcore.ops import dense
 from flashcore.ops.family import BackwardCall, results_of
+from flashcore.plain.merging import merge_backward_plain, merge_plain
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs, Options
 from flashcore.problem.validation import (
@@ -30,6 +32,11 @@ _LIBRARY = torch.library.Library("flashcore", "FRAGMENT")
 _LIBRARY.define(
     "merge(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, ScalarType out_dtype) "
     "-> (Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_LIBRARY.define(
+    "merge_backward(Tensor? dout, Tensor? dlse, Tensor out_a, Tensor lse_a, Tensor out_b, "
+    "Tensor lse_b, ScalarType out_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -68,7 +75,9 @@ def merge(
         ValueError: a wrong shape or device.
 
     Numerics:
-        float32, float64 where lse is; out is rounded once, to out_dtype.
+        float32, float64 where lse is; out is rounded once, to out_dtype. On a GPU one kernel
+        computes out and lse, and one the gradients; PyTorch does in float64, and where gradients
+        of gradients are wanted.
 
     Source:
         FlashAttention-2, arXiv:2307.08691, section 3.1, on merging two blocks of keys.
@@ -80,8 +89,20 @@ def merge(
         raise TypeError(f"out_dtype={out_dtype!r} must be a torch.dtype, or None")
     elif not out_dtype.is_floating_point:
         raise TypeError(f"out_dtype={out_dtype} must be a floating-point dtype")
-    out, lse = torch.ops.flashcore.merge(out_a, lse_a, out_b, lse_b, out_dtype)
+    operator: Any = torch.ops.flashcore.merge
+    if not torch.compiler.is_compiling() and _is_differentiated_by_functorch():
+        operator = merge_plain
+    out, lse = operator(out_a, lse_a, out_b, lse_b, out_dtype)
     return out, lse
+
+
+def _is_differentiated_by_functorch() -> bool:
+    """Return whether torch.func.grad or jvp is at work, which take no operator with a gradient that
+    a library registers."""
+    if not torch._C._are_functorch_transforms_active():
+        return False
+    vmap = torch._C._functorch.TransformType.Vmap
+    return any(t.key() != vmap for t in torch._C._functorch.get_interpreter_stack() or ())
 
 
 def _check_merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> None:
@@ -124,28 +145,6 @@ def _check_plain(name: str, x: object) -> None:
         check_plain_tensor(name, x)
 
 
-def _weights(lse_a: Tensor, lse_b: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the share of each side in a row, [..., 1]; 0 for one that attends to nothing."""
-    base = lse.masked_fill(lse == -math.inf, 0.0)  # -inf - -inf is NaN
-    return torch.exp(lse_a - base).unsqueeze(-1), torch.exp(lse_b - base).unsqueeze(-1)
-
-
-def _side(lse: Tensor, x: Tensor) -> Tensor:
-    """Return out or a gradient in the dtype of lse, 0 where the side attends to nothing: whatever
-    stands there, NaN too, has no part in the result."""
-    return x.to(lse.dtype).masked_fill((lse == -math.inf).unsqueeze(-1), 0.0)
-
-
-def _merge(
-    out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = _weights(lse_a, lse_b, lse)
-    out = weight_a * _side(lse_a, out_a) + weight_b * _side(lse_b, out_b)
-    # Whatever the strides were, as the fake says it.
-    return out.to(out_dtype).contiguous(), lse.contiguous()
-
-
 def _merge_fake(
     out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -154,56 +153,74 @@ def _merge_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.save_for_backward(*inputs[:4])
+    ctx.out_dtype = inputs[4]
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Compute the gradient by operations of torch, which are recorded too.
-
-    A share's derivative by its own lse is share * (1 - share): with the row sums of dout * out, the
-    gradient of lse_a is share_a * (sum_a - sum + dlse). A row that is -inf on both sides gets 0
-    whatever arrives there.
-    """
-    out_a, lse_a, out_b, lse_b = ctx.saved_tensors
-    lse = torch.logaddexp(lse_a, lse_b)
-    empty = lse == -math.inf
-    shares = _weights(lse_a, lse_b, lse)
-    sides = _side(lse_a, out_a), _side(lse_b, out_b)
-    of_lse = torch.zeros_like(lse) if dlse is None else dlse.masked_fill(empty, 0.0)
+    """Compute the gradient: by operations of torch where it is recorded in its turn, else by the
+    operator, which is one kernel on a GPU."""
+    given = dout, dlse, *ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return *merge_backward_plain(*given), None
+    gradients = list(torch.ops.flashcore.merge_backward(*given, ctx.out_dtype))
     if dout is None:
-        douts: list[Tensor | None] = [None, None]
-        sums = [torch.zeros_like(lse)] * 2
-    else:
-        dout = _side(lse, dout)
-        douts = [
-            (share * dout).to(x.dtype) for share, x in zip(shares, (out_a, out_b), strict=True)
-        ]
-        sums = [(dout * side).sum(-1) for side in sides]
-    share_a, share_b = (share.squeeze(-1) for share in shares)
-    total = share_a * sums[0] + share_b * sums[1]
-    return (
-        douts[0], share_a * (sums[0] - total + of_lse),
-        douts[1], share_b * (sums[1] - total + of_lse),
-        None,
-    )  # fmt: skip
+        gradients[0] = gradients[2] = None
+    return *gradients, None
 
 
-def _merge_vmap(info, in_dims, out_a, lse_a, out_b, lse_b, out_dtype):  # type: ignore[no-untyped-def]
-    """Merge a batch: what vmap maps over is one more dimension in front."""
-    tensors = [
-        x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip((out_a, lse_a, out_b, lse_b), in_dims, strict=False)
-    ]
-    return torch.ops.flashcore.merge(*tensors, out_dtype), (0, 0)
+def _merge(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Compute the operator: by one kernel on a GPU, else by PyTorch."""
+    return merge_on_gpu(*arguments) or merge_plain(*arguments)
+
+
+def _backward_op(*arguments: Any) -> tuple[Tensor, ...]:
+    """Compute the operator of the gradients, contiguous; zeros where none arrives."""
+    found = merge_backward_on_gpu(*arguments) or merge_backward_plain(*arguments[:6])
+    return tuple(
+        torch.zeros_like(x, memory_format=torch.contiguous_format)
+        if gradient is None
+        else gradient.contiguous()
+        for gradient, x in zip(found, arguments[2:6], strict=True)
+    )
+
+
+def _backward_fake(dout: Any, dlse: Any, *arguments: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in arguments[:4])
+
+
+def _in_front(info: Any, tensors: Sequence[Any], dims: Sequence[int | None]) -> list[Any]:
+    """Return tensors with what vmap maps over as one more dimension in front."""
+    return [
+        x if x is None
+        else x.unsqueeze(0).expand(info.batch_size, *x.shape) if dim is None
+        else x.movedim(dim, 0)
+        for x, dim in zip(tensors, dims, strict=True)
+    ]  # fmt: skip
+
+
+def _merge_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+    """Merge a batch."""
+    tensors = _in_front(info, arguments[:4], in_dims[:4])
+    return torch.ops.flashcore.merge(*tensors, arguments[4]), (0, 0)
+
+
+def _backward_vmap(info, in_dims, *arguments):  # type: ignore[no-untyped-def]
+    """Compute the gradients of a batch."""
+    tensors = _in_front(info, arguments[:6], in_dims[:6])
+    return torch.ops.flashcore.merge_backward(*tensors, arguments[6]), (0,) * 4
 
 
 for _device in ("CPU", "CUDA"):
     _LIBRARY.impl("merge", _merge, _device)
+    _LIBRARY.impl("merge_backward", _backward_op, _device)
 torch.library.register_fake("flashcore::merge", _merge_fake, lib=_LIBRARY)
+torch.library.register_fake("flashcore::merge_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_autograd(
     "flashcore::merge", _backward, setup_context=_setup_context, lib=_LIBRARY
 )
 torch.library.register_vmap("flashcore::merge", _merge_vmap, lib=_LIBRARY)
+torch.library.register_vmap("flashcore::merge_backward", _backward_vmap, lib=_LIBRARY)
 
 
 def attention_backward(

@@ -20,12 +20,19 @@ from flashcore.plain.lengths import (
     varlen_second_order,
 )
 from flashcore.problem.options import Inputs, Options, Results
+from flashcore.problem.scales import dequantised_rows, is_float8
 
 
 def gathered(pages: Tensor, page_table: Tensor) -> Tensor:
     """Return [batch, num_heads_kv, max_pages * page_size, dim]. Behind a sequence's last page,
     where entries may be anything, it holds some page of the cache."""
-    return pages[_valid(page_table, pages)].transpose(1, 2).flatten(2, 3)
+    found = bits_of(pages)[_valid(page_table, pages)].transpose(1, 2).flatten(2, 3)
+    return found.view(pages.dtype)
+
+
+def bits_of(x: Tensor) -> Tensor:
+    """Return 8-bit floats as integers, for which there are all operations; others as they are."""
+    return x.view(torch.uint8) if is_float8(x) else x
 
 
 def scattered(gradient: Tensor, pages: Tensor, page_table: Tensor) -> Tensor:
@@ -71,13 +78,20 @@ def packed_places(
     row = torch.arange(batch * reach, device=lengths.device)
     if batch * reach == 0:
         return row, row, cu_seqlens_k.int()
-    sequence = torch.searchsorted(cu_seqlens_k[1:], row, right=True).clamp(max=batch - 1)
+    sequence = sequences_of(row, cu_seqlens_k)
     token = row - cu_seqlens_k[sequence]
     if leftpad is not None:
         token = token + leftpad.long()[sequence]
     token = token.clamp(0, reach - 1)
     page = _valid(page_table, pages)[sequence, token // page_size]
     return page, token % page_size, cu_seqlens_k.int()
+
+
+def sequences_of(rows: Tensor, cu_seqlens_k: Tensor) -> Tensor:
+    """Return the sequence of each of so many packed rows, int64; the last one's of those behind."""
+    row = torch.arange(rows.shape[0], device=rows.device)
+    found = torch.searchsorted(cu_seqlens_k[1:].contiguous(), row, right=True)
+    return found.clamp(max=max(0, cu_seqlens_k.shape[0] - 2))
 
 
 def packed_inputs(inputs: Inputs) -> tuple[Inputs, Tensor, Tensor]:
@@ -88,10 +102,17 @@ def packed_inputs(inputs: Inputs) -> tuple[Inputs, Tensor, Tensor]:
     assert seqlens_k is not None
     reach = table.shape[1] * inputs.k.shape[2]
     page, place, cu_seqlens_k = packed_places(table, inputs.k, seqlens_k.clamp(0, reach))
-    k, v = (taken(x, page, place) for x in (inputs.k, inputs.v))
-    packed = inputs._replace(
-        k=k, v=v, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=reach, page_table=None, seqlens_k=None
+    sequence, pairs = None, ((inputs.k, inputs.k_scale), (inputs.v, inputs.v_scale))
+    if inputs.k_scale is not None:
+        sequence = sequences_of(page, cu_seqlens_k)
+    k, v = (
+        dequantised_rows(taken(x, page, place), scale, sequence, inputs.q.dtype)
+        for x, scale in pairs
     )
+    packed = inputs._replace(
+        k=k, v=v, cu_seqlens_k=cu_seqlens_k, max_seqlen_k=reach, page_table=None, seqlens_k=None,
+        k_scale=None, v_scale=None,
+    )  # fmt: skip
     return packed, page, place
 
 
@@ -99,7 +120,7 @@ def taken(pages: Tensor, page: Tensor, place: Tensor) -> Tensor:
     """Return [rows, num_heads_kv, dim]: the tokens at these places."""
     if page.shape[0] == 0 or pages.shape[0] == 0:
         return pages.new_zeros((page.shape[0], pages.shape[1], pages.shape[3]))
-    return pages.transpose(1, 2)[page, place]
+    return bits_of(pages).transpose(1, 2)[page, place].view(pages.dtype)
 
 
 def put_back(gradient: Tensor, pages: Tensor, page: Tensor, place: Tensor) -> Tensor:

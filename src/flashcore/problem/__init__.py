@@ -3,6 +3,7 @@ for a wrong argument."""
 
 from __future__ import annotations
 
-from flashcore.problem.problem import Causal, Problem, Window, arch_of_device, widest_band
+from flashcore.problem.bands import widest_band
+from flashcore.problem.problem import Causal, Problem, Window, arch_of_device
 
 __all__ = ["Causal", "Problem", "Window", "arch_of_device", "widest_band"]

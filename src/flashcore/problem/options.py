@@ -43,6 +43,9 @@ class Inputs(NamedTuple):
         page_table: int32, [batch, max_pages]: the pages of each sequence, where k and v are
             [num_pages, num_heads_kv, page_size, dim].
         sinks: [num_heads_q], a logit of each head that joins the softmax and has no value.
+        k_scale: float32, broadcastable to [batch, num_heads_kv]: what elements of k count, where k
+            is float8_e4m3fn.
+        v_scale: likewise, of v.
     """
 
     q: Tensor
@@ -56,6 +59,8 @@ class Inputs(NamedTuple):
     max_seqlen_k: int = 0
     page_table: Tensor | None = None
     sinks: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
 
 
 class Wanted(NamedTuple):

@@ -13,9 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from flashcore.problem.bands import visible_band
 from flashcore.problem.memory_layout import (
     MaskSpec,
     Strides3,
+    Strides4,
     described_memory,
     mask_spec,
 )
@@ -83,6 +85,10 @@ class Problem:
         page_table_stride: entries from one sequence's row of the page table to the next one's.
         return_max_score: whether the largest score of each head is wanted too.
         has_sinks: whether a logit of each head joins the softmax.
+        cache_dtype: of k and v where it is not that of q: "float8_e4m3fn"; else "". load_bytes,
+            strides and `misaligned` of k and v count its elements.
+        scale_strides: of (sequence, head) of k_scale, then of v_scale, in elements; 0 where one
+            serves all.
         batch_invariant: whether a sequence's bits may depend on that sequence alone.
     """
 
@@ -118,6 +124,8 @@ class Problem:
     page_table_stride: int = 0
     return_max_score: bool = False
     has_sinks: bool = False
+    cache_dtype: str = ""
+    scale_strides: Strides4 = (0, 0, 0, 0)
     batch_invariant: bool = False
 
     @classmethod
@@ -167,7 +175,7 @@ class Problem:
         batch, num_heads_q, seqlen_q, head_dim = q.shape
         seqlen_k = k.shape[2]
         alignment = checked_causal(causal)
-        left, right, diag_offset = _visible_band(
+        left, right, diag_offset = visible_band(
             alignment, checked_window(window), seqlen_q, seqlen_k
         )
         default_scale = 1.0 / math.sqrt(head_dim)
@@ -238,9 +246,14 @@ class Problem:
         """Return float32, except float64 for float64 inputs."""
         return torch.float64 if self.dtype == "float64" else torch.float32
 
+    @property
+    def cache_bytes(self) -> int:
+        """Return the bytes of an element of k or v."""
+        return 1 if self.cache_dtype else self.torch_dtype.itemsize
+
     def of_sequence(self, seqlen_q: int, seqlen_k: int) -> Problem:
         """Return the call that one of its sequences of different lengths amounts to."""
-        left, right, diag_offset = _visible_band(
+        left, right, diag_offset = visible_band(
             self.causal, (self.window_left, self.window_right), seqlen_q, seqlen_k
         )
         return dataclasses.replace(
@@ -257,6 +270,8 @@ class Problem:
             page_size=0,
             num_pages=0,
             page_table_stride=0,
+            cache_dtype="",
+            scale_strides=(0, 0, 0, 0),
         )
 
     def describe(self) -> str:
@@ -289,44 +304,9 @@ class Problem:
             parts.append(f"{self.mask.dtype} mask")
         if self.has_sinks:
             parts.append("sinks")
+        if self.cache_dtype:
+            parts.append(f"cache {self.cache_dtype}")
         return ", ".join(parts)
-
-
-def _visible_band(
-    alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
-) -> tuple[int, int, int]:
-    """Return (window_left, window_right, diag_offset) as Problem defines them."""
-    left, right = window
-    if alignment != "none":
-        right = 0  # right < 0 is unbounded, and any right > 0 is cut back by causality
-    diag_offset = 0 if alignment == "upper_left" else seqlen_k - seqlen_q
-    # The last query has the leftmost bound farthest right, the first query the rightmost bound
-    # farthest left: if neither excludes a key, none does.
-    if left >= 0 and seqlen_q - 1 + diag_offset - left <= 0:
-        left = -1
-    if right >= 0 and diag_offset + right >= seqlen_k - 1:
-        right = -1
-    if left == right == -1:
-        return -1, -1, 0  # the diagonal has no meaning then: one Problem, not many
-    return left, right, diag_offset
-
-
-def widest_band(
-    alignment: str, window: tuple[int, int], seqlen_q: int, seqlen_k: int
-) -> tuple[int, int]:
-    """Return (window_left, window_right) of a call whose sequences have at most these lengths: a
-    side is -1 if it excludes no key of any of them.
-
-    The key that the last query is aligned with has at most `last` keys before it, the one of the
-    first query at most `ahead` after it, whatever the lengths.
-    """
-    left, right = window
-    if alignment != "none":
-        right = 0
-    upper_left = alignment == "upper_left"
-    last = (seqlen_q if upper_left else seqlen_k) - 1
-    ahead = (seqlen_k if upper_left else seqlen_q) - 1
-    return (-1 if left >= last else left), (-1 if right >= ahead else right)
 
 
 @functools.cache

@@ -74,6 +74,11 @@ def check_kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
                 f"add the missing ones with {name}[None] or {name}.unflatten(...)"
             )
     for name, x in named:
+        if x.dtype == torch.float8_e4m3fn and x is not q:
+            raise TypeError(
+                f"{name} has dtype {x.dtype}; caches of 8 bits come with lengths and scales: pass "
+                f"seqlens_k, k_scale and v_scale, or convert it, {name}.to(q.dtype)"
+            )
         if x.dtype not in DTYPES:
             raise TypeError(
                 f"{name} has dtype {x.dtype}; supported are {', '.join(DTYPES.values())}: "

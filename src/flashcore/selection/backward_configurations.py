@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, select_mask_plan
+from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.plan import ARCH, obstacle_anywhere, select_plans
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
@@ -81,7 +82,16 @@ def backward_configurations(
                     kinds.append(options | {"varlen": "keys"})
                 for kind in kinds:
                     problem = problem_of(head_dim, dtype, kind)
-                    if obstacle_anywhere(problem) is None:
-                        for plan in (*select_plans(problem), *_mask_plans(problem)):
-                            found.setdefault(plan, BackwardConfiguration(variant, plan))
+                    for plan in _plans_of(problem):
+                        found.setdefault(plan, BackwardConfiguration(variant, plan))
     return list(found.values())
+
+
+def _plans_of(problem: Problem) -> list[Plan]:
+    """Return the plans of both designs, of the second where it takes the problem."""
+    if obstacle_anywhere(problem) is not None:
+        return []
+    plans: list[Plan] = [*select_plans(problem), *_mask_plans(problem)]
+    if plan_one.obstacle(problem) is None:
+        plans += plan_one.select_one_kernel_plans(problem)
+    return plans

@@ -24,6 +24,7 @@ from flashcore.selection.select import candidates
 Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
+_FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
 # What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
 # takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
 # has tiles of its own for calls with neither softcap nor mask.
@@ -39,8 +40,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
     "decode": {"queries": 1},
     "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
-    # The same where the device cuts the work (tile/stream_k.cuh): keys in one piece or in pages, and
-    # pieces of one length.
+    # The same cut by the device (tile/stream_k.cuh): keys in one piece or in pages, equal pieces.
     "cut": {"queries": 4, "window": (64, 64), "softcap": 30.0, "varlen": "keys"},
     "cut-plain": {"queries": 1, "varlen": "keys"},
     "cut-pages": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
@@ -64,6 +64,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Lanes that find pages take registers of the producer, and with a mask of the consumers.
     "pages-masked": {**_ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "float8-decode": {"queries": 1, **_FLOAT8},
+    "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
 }
 # What else is usual where a model is served: a bundle holds these as well. The compile gate does
 # without, as they take no more registers than one of the above.
@@ -108,8 +110,7 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "pages-tree": {"queries": 4, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages-causal": {"causal": True, "varlen": "packed_pages", "page_size": 16},
 }
-# Of q and k, and of v where they differ: language models.
-SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))
+SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))  # of language models
 # Of models of images, speech and the like, and what they ask for.
 OTHER_HEAD_DIMS: tuple[Dims, ...] = (32, 40, 72, 80, 88, 112, 160, 192)
 OTHER_VARIANTS = (
@@ -136,19 +137,15 @@ _EXTREME_VARIANTS = (
 )
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
 _CUT_VARIANTS = ("cut", "cut-plain", "cut-pages", "cut-invariant")
-_PAGES_VARIANTS = ("pages-masked", "packed-pages")
+_PAGES_VARIANTS = ("pages-masked", "packed-pages", "float8-decode", "float8-chunk")
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "decode", "chunk", "uneven"),
-    *_MASK_VARIANTS,
-    *_CUT_VARIANTS,
-    *_PAGES_VARIANTS,
+    *(*_MASK_VARIANTS, *_CUT_VARIANTS, *_PAGES_VARIANTS),
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
-# Of the Hopper kernel's table: from one tile to many an SM.
-_HEADS = (1, 4, 16, 64, 256, 1024)
+_HEADS = (1, 4, 16, 64, 256, 1024)  # of the Hopper kernel's table: from one tile to many an SM
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-# Long enough that every window and causal mask hides something.
-_SEQLEN = 1024
+_SEQLEN = 1024  # so many that every window and causal mask hides something
 _GROUP = 4  # heads that share one of k and v, where queries are few
 _SERVING_GROUPS = (1, _GROUP)  # larger ones have the same kernels
 
@@ -320,6 +317,7 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
             q, k, v = (x.expand(2, -1, -1, -1).contiguous() for x in (q, k, v))
     if options.pop("sinks", False):
         options["sinks"] = torch.empty(q.shape[1])
+    cache_dtype = options.pop("cache_dtype", "")
     varlen, page_size = options.pop("varlen", "none"), options.pop("page_size", 0)
     if varlen == "none":
         return Problem.from_tensors(q, k, v, **options)
@@ -338,4 +336,5 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
         total_k=0 if page_size else total_q,
         page_size=page_size,
         num_pages=_SEQLEN // page_size if page_size else 0,
+        cache_dtype=cache_dtype,
     )

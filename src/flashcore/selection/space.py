@@ -13,7 +13,7 @@ from typing import Any
 
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.kernel import Tile
-from flashcore.kernels.registry import forward_of
+from flashcore.kernels.registry import kernel_of
 from flashcore.selection.registers import spare_registers
 
 # What the problem, the GPU or a debug session decides; all other fields are the tile.
@@ -21,6 +21,7 @@ _GIVEN = frozenset(
     {
         "kernel",
         "arch",
+        "cache_dtype",
         "dtype",
         "head_dim",
         "head_dim_v",
@@ -43,6 +44,7 @@ _GIVEN = frozenset(
         "batch_invariant",
         "gate",
         "returns_max_score",
+        "also_dq",
     }
 )
 
@@ -68,19 +70,21 @@ def with_tile(plan: Plan, tile: Mapping[str, Any]) -> Plan | None:
 
 
 def is_legal(plan: Plan) -> bool:
-    """Return whether a plan fits the GPU, see ForwardKernel.is_legal."""
-    return forward_of(plan).is_legal(plan)
+    """Return whether a plan fits the GPU, see Kernel.is_legal."""
+    return kernel_of(plan).is_legal(plan)
 
 
 def may_avoid_spills(plan: Plan) -> bool:
     """Return whether scores, output and what else a thread must hold could fit into its
     registers."""
+    if kernel_of(plan).is_backward:  # of whose accumulators the compiler alone knows
+        return True
     return spare_registers(plan) >= _OTHER_REGISTERS
 
 
 def tiles(base: Plan) -> list[Plan]:
     """Return all sizes of tiles, with `base`'s other choices; `base` first."""
-    kernel = forward_of(base)
+    kernel = kernel_of(base)
     found: dict[Plan, None] = {base: None}
     for plan in kernel.tiles(base):
         if kernel.is_legal(plan) and may_avoid_spills(plan):
@@ -91,6 +95,6 @@ def tiles(base: Plan) -> list[Plan]:
 def schedules(base: Plan) -> list[Plan]:
     """Return what there is to choose once the tile's sizes are known, one or several choices unlike
     `base`'s."""
-    kernel = forward_of(base)
+    kernel = kernel_of(base)
     found = dict.fromkeys(kernel.schedules(base))
     return [plan for plan in found if plan != base and kernel.is_legal(plan)]

@@ -164,6 +164,8 @@ def options_of(problem: Problem) -> list[str]:
         parts.append(f"varlen {problem.varlen}")
     if problem.load_bytes < 16:
         parts.append(f"loads of {problem.load_bytes}")
+    if problem.cache_dtype:
+        parts.append(f"cache {problem.cache_dtype}")
     return parts
 
 

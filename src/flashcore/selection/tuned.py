@@ -27,6 +27,7 @@ from flashcore.base import env
 from flashcore.compile.codegen import flatten, kernel_file
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.kernel import Tile
+from flashcore.kernels.registry import kernel_of
 from flashcore.problem import Problem
 from flashcore.selection import tile_table
 from flashcore.selection.space import with_tile
@@ -76,6 +77,11 @@ def problem_class(problem: Problem) -> str:
     heads = problem.batch * problem.num_heads_q
     sizes = (("heads", heads), ("q", problem.seqlen_q), ("k", problem.seqlen_k))
     return " ".join(parts + [f"{name}{_power_of_two(size)}" for name, size in sizes])
+
+
+def class_of(problem: Problem, plan: Plan) -> str:
+    """Return the class of problems that an entry of such plans serves."""
+    return " ".join([problem_class(problem), *kernel_of(plan).variant_of(plan).split()])
 
 
 def _power_of_two(size: int) -> int:
@@ -199,6 +205,8 @@ def find(problem: Problem, plan: Plan) -> Found | None:
     if plan.gate is not None:
         return None
     own = _find_own(problem, plan)
+    if own is None and kernel_of(plan).is_backward:  # no table of theirs ships
+        return None
     if own is not None:
         changed, entry = own
         return Found(
@@ -228,7 +236,7 @@ def _find_own(problem: Problem, plan: Plan) -> tuple[Plan, Entry] | None:
     entries = read(_path_for(plan.arch, os.environ.get(env.CACHE_DIR.name)))
     if not entries:
         return None
-    key = (gpu_name(), plan.kernel, kernel_version(plan.kernel), problem_class(problem))
+    key = (gpu_name(), plan.kernel, kernel_version(plan.kernel), class_of(problem, plan))
     for entry in entries:
         if entry.key == key:
             changed = with_tile(plan, entry.tile)

@@ -16,6 +16,7 @@ from flashcore.kernels.append.params import AppendPlan, AppendTensors
 from flashcore.launch.append_call import launch_append
 from flashcore.ops.eager import needs_dispatcher
 from flashcore.problem.problem import arch_of_device
+from flashcore.problem.scales import quantised
 from flashcore.problem.validation import DTYPES
 from flashcore.serving.pages import capacity_of, write
 from flashcore.serving.rotary import Rotary
@@ -26,7 +27,8 @@ _LIBRARY.define(
     "append_to_kvcache(Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor q, Tensor k_new, "
     "Tensor v_new, Tensor seqlens_k, Tensor? page_table, Tensor? cu_seqlens_q, "
     "Tensor? cu_seqlens_new, Tensor? rotary_cos, Tensor? rotary_sin, bool rotary_interleaved, "
-    "Tensor? rotary_offsets, Tensor? rotary_positions, str rotary_queries, str backend) "
+    "Tensor? rotary_offsets, Tensor? rotary_positions, str rotary_queries, str backend, "
+    "Tensor? k_scale=None, Tensor? v_scale=None) "
     "-> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides),
 )
@@ -44,6 +46,8 @@ def append(
     cu_seqlens_new: Tensor | None,
     rotary: Rotary | None,
     backend: str = "auto",
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Write new tokens into the caches, in place; rotate the new keys before, and the queries.
 
@@ -59,6 +63,9 @@ def append(
         cu_seqlens_new: int32, [batch + 1], where k_new and v_new are packed.
         rotary: what rotates; None for nothing.
         backend: of the call; with "torch", PyTorch appends on a GPU, too.
+        k_scale: broadcastable to [batch, num_heads_kv], of a k_cache of 8 bits; PyTorch appends to
+            those.
+        v_scale: likewise, of v_cache.
 
     Returns:
         q: rotated.
@@ -67,7 +74,7 @@ def append(
     asked = (None, None, False, None, None, "") if rotary is None else rotary
     arguments = (
         k_cache, v_cache, q, k_new, v_new, seqlens_k, page_table, cu_seqlens_q, cu_seqlens_new,
-        *asked, backend,
+        *asked, backend, k_scale, v_scale,
     )  # fmt: skip
     if q.is_cuda and not is_compiling() and not needs_dispatcher(q, k_new, v_new, None):
         rotated, lengths = _append_on_gpu(*arguments)
@@ -128,18 +135,35 @@ def _append(
         if rows is not None:
             k_new = rotary.rotate(k_new, rotary.positions_of(rows, before))
     if rows is not None:
+        k_scale, v_scale = (*asked[5:], None, None)[:2]
+        k_new = _as_elements(k_new, k_scale, rows, before.shape[0], k_cache.dtype)
+        v_new = _as_elements(v_new, v_scale, rows, before.shape[0], v_cache.dtype)
         write((k_cache, v_cache), page_table, before, (k_new, v_new), rows)
     return rotated.contiguous(), lengths_after(seqlens_k, capacity, number_new)
+
+
+def _as_elements(
+    x: Tensor, scale: Tensor | None, rows: Rows, batch: int, dtype: torch.dtype
+) -> Tensor:
+    """Return new tokens as the elements of a cache of 8 bits; of another as they are."""
+    if scale is None:
+        return x
+    of_sequences = scale.expand(batch, x.shape[1])
+    if x.dim() == 4:
+        return quantised(x, of_sequences[..., None, None], dtype)
+    return quantised(x, of_sequences[rows.sequence][..., None], dtype)
 
 
 def _append_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute the operator by one kernel, if it takes the tensors' dtype."""
     k_cache, v_cache, q, k_new, v_new, seqlens_k, table, cu_q, cu_new, cos, sin = arguments[:11]
-    interleaved, offsets, positions, queries, backend = arguments[11:]
+    interleaved, offsets, positions, queries, backend, *scales = arguments[11:]
     dtype, arch = DTYPES[q.dtype], arch_of_device(q.device.index)
     lowest = BFLOAT16_MIN_ARCH if dtype == "bfloat16" else WMMA_MIN_ARCH
     sizes = k_cache.numel(), k_new.numel(), q.numel(), seqlens_k.numel()
     if backend == "torch" or dtype not in KERNEL_DTYPES or arch < lowest or 0 in sizes:
+        return _append(*arguments)
+    if any(x is not None for x in scales):  # the kernel writes elements of q's dtype
         return _append(*arguments)
     rotated = q.new_empty(0 if cos is None else q.shape)
     lengths = torch.empty_like(seqlens_k)

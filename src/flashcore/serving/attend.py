@@ -84,7 +84,10 @@ def attend_pages(
             )
         )
     _warn_of_copy(q, backend)
-    k, v, cu_seqlens_k = gather_packed((k_cache, v_cache), page_table, leftpad, lengths)
+    scales = options.pop("k_scale"), options.pop("v_scale")
+    k, v, cu_seqlens_k = gather_packed(
+        (k_cache, v_cache), page_table, leftpad, lengths, q.dtype, scales
+    )
     return _several(
         attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, capacity, **options)
     )

@@ -3,6 +3,7 @@ way out. Nothing here reads what tensors hold, so nothing waits for the device."
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from torch.compiler import is_compiling
 from flashcore.backends.dispatch import check_backend, resolved
 from flashcore.backends.packed import check_lengths
 from flashcore.problem import Problem
+from flashcore.problem.memory_layout import described_memory
+from flashcore.problem.scales import CACHE_DTYPES, OTHER_FLOAT8, check_scales, is_float8
 from flashcore.problem.validation import (
     DTYPES,
     SEQLEN_MAX,
@@ -20,10 +23,6 @@ from flashcore.problem.validation import (
     check_plain_tensor,
     shape_text,
     type_name,
-)
-
-_FLOAT8 = frozenset(
-    getattr(torch, name) for name in dir(torch) if name.startswith("float8") and name != "float8"
 )
 
 
@@ -46,12 +45,14 @@ def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, is_packed: bool, p
             "with q.to(torch.bfloat16)"
         )
     for name, x in (("k_cache", k_cache), ("v_cache", v_cache)):
-        if x.dtype in _FLOAT8:
+        if x.dtype in OTHER_FLOAT8:
             raise NotImplementedError(
-                f"{name} has dtype {x.dtype}; caches of 8 bits are not supported: keep it in "
-                f"{q.dtype}, the dtype of q"
+                f"{name} has dtype {x.dtype}; of 8 bits caches are float8_e4m3fn: keep it in that, "
+                f"with scales, or in {q.dtype}, the dtype of q"
             )
-        check_like_q(name, x, q, "q = q.to(k_cache.dtype) is cheaper than another cache")
+        check_like_q(
+            name, x, q, "q = q.to(k_cache.dtype) is cheaper than another cache", is_cache=True
+        )
     if v_cache.shape[:3] != k_cache.shape[:3]:
         raise ValueError(
             f"v_cache has shape {shape_text(v_cache)} but k_cache has {shape_text(k_cache)}; all "
@@ -72,6 +73,14 @@ def check_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, is_packed: bool, p
             f"k_cache's. Caches are [{lead}, head_dim]: of one with heads third pass "
             "k_cache.transpose(1, 2)"
         )
+
+
+def check_caches_scales(
+    k_cache: Tensor, v_cache: Tensor, options: dict[str, Any], batch: int
+) -> None:
+    """Raise unless caches of 8 bits, both, have scales, and others have none."""
+    scales = options["k_scale"], options["v_scale"]
+    check_scales(k_cache, v_cache, *scales, batch, ("k_cache", "v_cache"))
 
 
 def batch_of(q: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_new: Tensor | None) -> int:
@@ -223,10 +232,20 @@ def check_backend_serves(
     if backend in ("auto", "torch") or is_compiling() or q.is_meta:
         return
     k, v = (
-        x.new_empty(1).expand(batch, x.shape[1], capacity, x.shape[3]) for x in (k_cache, v_cache)
+        x.new_empty(1, dtype=q.dtype).expand(batch, x.shape[1], capacity, x.shape[3])
+        for x in (k_cache, v_cache)
     )
     given = q if q.dim() == 4 else q.new_empty(1).expand(batch, q.shape[1], q.shape[0], q.shape[2])
-    resolved(Problem.from_tensors(given, k, v), backend)
+    problem = Problem.from_tensors(given, k, v)
+    if is_float8(k_cache):
+        num_pages, _, page_size, _ = k_cache.shape
+        pages: dict[str, Any] = {"varlen": "keys"}
+        if page_size != capacity:
+            pages = {"varlen": "pages", "page_size": page_size, "num_pages": num_pages}
+        memory = described_memory(given, k_cache, v_cache)
+        dtype = CACHE_DTYPES[k_cache.dtype]
+        problem = dataclasses.replace(problem, cache_dtype=dtype, **memory, **pages)
+    resolved(problem, backend)
 
 
 def check_new(
@@ -285,9 +304,9 @@ def check_given(out: Tensor | None, lse: Tensor | None, q: Tensor, v_cache: Tens
             )
 
 
-def check_like_q(name: str, x: Tensor, q: Tensor, way_out: str) -> None:
-    """Raise unless a tensor has dtype and device of q."""
-    if x.dtype != q.dtype:
+def check_like_q(name: str, x: Tensor, q: Tensor, way_out: str, is_cache: bool = False) -> None:
+    """Raise unless a tensor has dtype and device of q; a cache may be of 8 bits."""
+    if x.dtype != q.dtype and not (is_cache and is_float8(x)):
         raise TypeError(f"{name} has dtype {x.dtype} but q has {q.dtype}; convert one: {way_out}")
     if x.device != q.device:
         raise ValueError(

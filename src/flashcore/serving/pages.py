@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcore.plain.pages import packed_places, taken
+from flashcore.plain.pages import bits_of, packed_places, sequences_of, taken
+from flashcore.problem.scales import dequantised_rows
 from flashcore.serving.rows import Rows, lengths_before
 
 
@@ -92,7 +93,7 @@ def _write_rows(
     row = torch.arange(fits.shape[0], device=fits.device)
     source = torch.where(fits, row, fits.int().argmax())
     page, place = page[source].clamp(0, caches[0].shape[0] - 1), place[source]
-    for cache, x in zip(caches, new, strict=True):
+    for cache, x in zip(map(bits_of, caches), map(bits_of, new), strict=True):
         target = cache.transpose(1, 2)
         values = torch.where(fits.any(), x[source], target[page, place])
         target.index_put_((page, place), values)
@@ -116,7 +117,12 @@ def gather_padded(cache: Tensor, page_table: Tensor, leftpad: Tensor | None) -> 
 
 
 def gather_packed(
-    caches: tuple[Tensor, Tensor], page_table: Tensor, leftpad: Tensor | None, lengths: Tensor
+    caches: tuple[Tensor, Tensor],
+    page_table: Tensor,
+    leftpad: Tensor | None,
+    lengths: Tensor,
+    dtype: torch.dtype,
+    scales: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return copies of the tokens of both caches, one sequence after the other.
 
@@ -125,6 +131,8 @@ def gather_packed(
         page_table: int32, [batch, pages a sequence].
         leftpad: int32, [batch]: the place of each sequence's first token; None is 0.
         lengths: int32, [batch]: tokens of each sequence, from 0 to what it has room for.
+        dtype: of the copies.
+        scales: of caches of 8 bits, broadcastable to [batch, num_heads_kv].
 
     Returns:
         k: [batch * capacity, num_heads_kv, head_dim]; rows behind the last sequence hold anything.
@@ -132,7 +140,11 @@ def gather_packed(
         cu_seqlens_k: int32, [batch + 1].
     """
     page, place, cu_seqlens_k = packed_places(page_table, caches[0], lengths, leftpad)
-    k, v = (taken(x, page, place) for x in caches)
+    sequence = sequences_of(page, cu_seqlens_k)
+    k, v = (
+        dequantised_rows(taken(x, page, place), scale, sequence, dtype)
+        for x, scale in zip(caches, scales, strict=True)
+    )
     return k, v, cu_seqlens_k
 
 
@@ -145,4 +157,4 @@ def _tokens(cache: Tensor, page_table: Tensor, sequence: Tensor, place: Tensor) 
         return cache.new_zeros((*shape, cache.shape[1], cache.shape[3]))
     place = place.clamp(0, page_table.shape[1] * page_size - 1)
     page = page_table[sequence, place // page_size].long().clamp(0, num_pages - 1)
-    return cache.transpose(1, 2)[page, place % page_size]
+    return bits_of(cache).transpose(1, 2)[page, place % page_size].view(cache.dtype)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling, is_dynamo_compiling
 
-from flashcore.backends.autocasting import autocast_dtype
+from flashcore.backends.autocasting import autocast_dtype, cast_like
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.packed import checked_max_seqlen
 from flashcore.ops.transforms.autograd import needs_grad
@@ -95,6 +95,8 @@ def attention_with_kvcache(
     mask: Tensor | None = None,
     tree_mask: Tensor | None = None,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     lse: Tensor | None = None,
@@ -116,7 +118,7 @@ def attention_with_kvcache(
         k_cache: [batch, num_heads_kv, seqlen_cache, head_dim]; with page_table
             [num_pages, num_heads_kv, page_size, head_dim]. Any strides: of a cache with heads third
             pass `k_cache.transpose(1, 2)`, a view that is read and written in place. dtype and
-            device of q. num_heads_q must be a multiple of num_heads_kv.
+            device of q, or float8_e4m3fn with scales. num_heads_kv must divide num_heads_q.
         v_cache: likewise, with head_dim_v, which may differ.
         k_new: [batch, num_heads_kv, seqlen_new, head_dim], written behind each sequence's last
             token; with cu_seqlens_q [total_new, num_heads_kv, head_dim]. A token for which there is
@@ -160,6 +162,8 @@ def attention_with_kvcache(
             drafts). It takes a mask of [batch, 1 or num_heads_q, seqlen_q, seqlen_cache] bytes.
         sinks: [num_heads_q], float32 or the dtype of q: a logit of each head that joins the
             softmax, as in `attention`.
+        k_scale: of a k_cache of float8_e4m3fn, see `attention`; new tokens are divided by it.
+        v_scale: likewise, of v_cache.
         return_lse: also return the log-sum-exp of each row of scores.
         out: receives the result: its shape, dtype and device, any strides. By a copy.
         lse: receives the log-sum-exp, whether it is returned or not. By a copy.
@@ -177,8 +181,8 @@ def attention_with_kvcache(
     Raises:
         TypeError: an argument of a wrong type or dtype.
         ValueError: a wrong shape, device or value.
-        NotImplementedError: what `attention` does not support; caches of 8 bits; a mask with packed
-            queries; tensors that require a gradient while gradients are recorded.
+        NotImplementedError: what `attention` does not support; caches of other 8-bit floats; a mask
+            with packed queries; tensors that require a gradient while gradients are recorded.
         BackendUnavailableError: as `attention`.
 
     Numerics:
@@ -206,7 +210,7 @@ def attention_with_kvcache(
         step,
         {
             "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
-            "batch_invariant": batch_invariant,
+            "k_scale": k_scale, "v_scale": v_scale, "batch_invariant": batch_invariant,
         },
     )  # fmt: skip
 
@@ -247,11 +251,12 @@ def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, 
     autocasts = is_dynamo_compiling() or _is_any_autocast_enabled()
     if autocasts and autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
         # What the cache holds is there; the rest is cast to it.
-        q, k_new, v_new = (_cast(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
+        q, k_new, v_new = (cast_like(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
         step = step._replace(q=q, k_new=k_new, v_new=v_new)
     tensors = (
         q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
         cu_seqlens_q, cu_seqlens_new, mask, tree_mask, out, lse, options["sinks"],
+        options["k_scale"], options["v_scale"],
         *(() if rotary is None else (rotary.cos, rotary.sin, rotary.offsets, rotary.positions)),
     )  # fmt: skip
     pairs = None if rotary is None else (rotary.interleaved, rotary.queries)
@@ -271,6 +276,7 @@ def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, 
             q, seqlens_k = append(
                 k_cache, v_cache, q, k_new, v_new, seqlens_k, page_table, cu_seqlens_q,
                 cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary, backend,
+                options["k_scale"], options["v_scale"],
             )  # fmt: skip
         elif rotary is not None:
             before = lengths_before(seqlens_k, capacity)
@@ -296,6 +302,7 @@ def _check(step: Step, options: dict[str, Any]) -> None:
     is_packed = cu_seqlens_q is not None
     checking.check_caches(q, k_cache, v_cache, is_packed, page_table is not None)
     batch = checking.batch_of(q, cu_seqlens_q, cu_seqlens_new)
+    checking.check_caches_scales(k_cache, v_cache, options, batch)
     checking.check_table(q, k_cache, seqlens_k, page_table, cache_batch_idx, cache_leftpad, batch)
     checking.check_new(q, k_cache, v_cache, k_new, v_new, batch)
     if rotary is not None:
@@ -327,8 +334,3 @@ def _handed_out(
         for given, result in zip((out, lse), results, strict=False)
     ]
     return (returned[0], returned[1]) if return_lse else returned[0]
-
-
-def _cast(x: Tensor | None, cache: Tensor) -> Tensor | None:
-    wanted = isinstance(x, Tensor) and isinstance(cache, Tensor) and x.is_floating_point()
-    return x.to(cache.dtype) if wanted and x is not None else x

@@ -21,17 +21,20 @@ from torch import Tensor
 
 from flashcore.compile.plant import Plant
 from flashcore.kernels.fwd_wmma.plan import Plan
-from flashcore.kernels.registry import PORTABLE
+from flashcore.kernels.registry import BY_NAME, PORTABLE, backward
 from flashcore.launch.allocation import unseen_scores
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import MaskSpec
 from flashcore.selection.select import select_plan
+from flashcore.sim.placing import place
 from flashcore.sim.plants.index import find_plant
-from flashcore.sim.replay_command import REPLAY_DEFAULTS, distinct
+from flashcore.sim.replay_backward import BackwardReplay, load_replay
+from flashcore.sim.replay_command import REPLAY_DEFAULTS
 from flashcore.sim.report import SimReport
 from flashcore.sim.run import simulate
 
-_PLACED = ("q", "k", "v", "mask", "page_table")  # whose place in an allocation is kept
+# Whose place in an allocation is kept.
+_PLACED = ("q", "k", "v", "mask", "page_table", "k_scale", "v_scale")
 
 
 def _from_text(text: str, name: str, like: object) -> Any:
@@ -92,18 +95,7 @@ class Replay:
         )
 
 
-def _place(values: Tensor, shape: Sequence[int], strides: Sequence[int], offset: int) -> Tensor:
-    """Return values, broadcast to a shape with the given strides, `offset` elements into an
-    allocation."""
-    span = 1 + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
-    placed = torch.zeros(offset + max(span, 1), dtype=values.dtype)
-    placed = placed.as_strided(tuple(shape), tuple(strides), offset)
-    values_once = distinct(placed)
-    values_once.copy_(values.expand(tuple(shape))[tuple(slice(n) for n in values_once.shape)])
-    return placed
-
-
-def parse_replay(words: Sequence[str]) -> Replay:
+def parse_replay(words: Sequence[str]) -> Replay | BackwardReplay:
     """Read the words of a replay command.
 
     Args:
@@ -136,7 +128,15 @@ def parse_replay(words: Sequence[str]) -> Replay:
             raise ValueError(f"{field.name} is missing")
     problem = Problem(**problem_values)
     arch, gate = int(take("sim_arch", "80")), take("gate", "") or None
-    plan = select_plan(problem, arch, gate, take("kernel", PORTABLE.name))
+    name = take("kernel", PORTABLE.name)
+    if name not in BY_NAME:
+        raise ValueError(f"kernel={name!r} is not one of {', '.join(BY_NAME)}")
+    kernel = BY_NAME[name]
+    plan: Any
+    if kernel.is_backward:
+        plan = backward(name).chosen(problem, gate)
+    else:
+        plan = select_plan(problem, arch, gate, name)
     changes = {
         field.name: _from_text(given.pop(f"plan.{field.name}"), field.name, None)
         for field in fields(plan)
@@ -146,6 +146,10 @@ def parse_replay(words: Sequence[str]) -> Replay:
     seed, plant_name = int(take("seed", "0")), take("plant", "")
     plant = find_plant(plant_name, plan.kernel) if plant_name else None
     path = take("inputs", "")
+    if kernel.is_backward:
+        if given:
+            raise ValueError(f"unknown: {', '.join(given)}")
+        return load_replay(problem, plan, seed, plant, path)
     offsets = {name: int(take(f"{name}_offset", "0")) for name in _PLACED}
     if given:
         raise ValueError(f"unknown: {', '.join(given)}")
@@ -171,9 +175,15 @@ def _lengths(
         pages = torch.arange(shape[2] * shape[3], dtype=torch.int32) % problem.num_pages
         table = values.get("page_table", pages.reshape(shape))
         strides = 0, 0, problem.page_table_stride, 1
-        lengths["page_table"] = _place(table, shape, strides, offsets["page_table"])[0, 0]
+        lengths["page_table"] = place(table, shape, strides, offsets["page_table"])[0, 0]
     if problem.has_sinks:
         lengths["sinks"] = values.get("sinks", torch.zeros(problem.num_heads_q)).flatten()
+    if problem.cache_dtype:
+        shape = 1, 1, problem.batch, problem.num_heads_kv
+        of_scales = problem.scale_strides
+        for name, of in (("k_scale", of_scales[:2]), ("v_scale", of_scales[2:])):
+            scale = values.get(name, torch.ones(shape))
+            lengths[name] = _place(scale, shape, (0, 0, *of), offsets[name])[0, 0]
     return lengths or None
 
 
@@ -202,10 +212,11 @@ def _make(
     def tensor(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Tensor:
         drawn = torch.randn(shape, generator=generator)
         typed = drawn > 0 if dtype == "bool" else drawn.to(getattr(torch, dtype))
-        return _place(values.get(name, typed), shape, strides, offsets[name])
+        return place(values.get(name, typed), shape, strides, offsets[name])
 
     dtype = problem.dtype
     q = tensor("q", (*rows_q, problem.head_dim), (*problem.q_strides, 1), dtype)
+    dtype = problem.cache_dtype or dtype
     k = tensor("k", (*rows_k, problem.head_dim), (*problem.k_strides, 1), dtype)
     v = tensor("v", (*rows_k, problem.head_dim_v), (*problem.v_strides, 1), dtype)
     spec = problem.mask

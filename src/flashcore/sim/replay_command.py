@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import io
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,12 +15,13 @@ from torch import Tensor
 
 from flashcore.base import env, store
 from flashcore.compile.plant import Plant
+from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_wmma.plan import Plan
-from flashcore.kernels.registry import PORTABLE, kernel_of
+from flashcore.kernels.registry import PORTABLE, backward, kernel_of
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import MaskSpec
 from flashcore.selection.select import select_plan
-from flashcore.sim.tensors import ADDRESS_ALIGNMENT
+from flashcore.sim.placing import distinct, storage_offset
 
 REPLAY_DEFAULTS: dict[str, object] = {
     "device": "cpu",
@@ -42,7 +43,10 @@ REPLAY_DEFAULTS: dict[str, object] = {
     "page_table_stride": 0,
     "return_max_score": False,
     "has_sinks": False,
+    "cache_dtype": "",
+    "scale_strides": (0, 0, 0, 0),
 }
+LAYOUT = ".layout"  # behind a tensor's name: dims, sizes, strides and offset
 _MAX_SAVED_BYTES = 256 * 2**20
 
 
@@ -52,21 +56,6 @@ def _to_text(value: object) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return repr(value) if isinstance(value, float) else str(value)
-
-
-def _storage_offset(tensor: Tensor) -> int:
-    """Return elements between an allocation's alignment and the tensor's first element."""
-    return tensor.data_ptr() % ADDRESS_ALIGNMENT // tensor.element_size()
-
-
-def distinct(tensor: Tensor) -> Tensor:
-    """Return the tensor in four dimensions, each value once: broadcast dimensions cut to one
-    element."""
-    tensor = tensor.detach()[(None,) * (4 - tensor.dim())]
-    for dim, stride in enumerate(tensor.stride()):
-        if stride == 0:
-            tensor = tensor.narrow(dim, 0, min(1, tensor.shape[dim]))
-    return tensor
 
 
 def _save_inputs(tensors: Mapping[str, Tensor]) -> Path | None:
@@ -109,6 +98,16 @@ def replay_command(
     Returns:
         A line for a shell.
     """
+    words = words_of(problem, plan, seed, plant)
+    words += difference_of(plan, select_plan(problem, plan.arch, plan.gate, plan.kernel))
+    for name, tensor in inputs.items():
+        if storage_offset(tensor):
+            words.append(f"{name}_offset={storage_offset(tensor)}")
+    return command_of(words, inputs)
+
+
+def words_of(problem: Problem, plan: Plan, seed: int, plant: Plant | None) -> list[str]:
+    """Return the words that say what was run, as far as no field of the plan says it."""
     words = [f"seed={seed}", f"sim_arch={plan.arch}"]
     if kernel_of(plan) is not PORTABLE:
         words.append(f"kernel={plan.kernel}")
@@ -120,15 +119,46 @@ def replay_command(
         value = getattr(problem, field.name)
         if field.name not in REPLAY_DEFAULTS or value != REPLAY_DEFAULTS[field.name]:
             words.append(f"{field.name}={_to_text(value)}")
-    chosen = select_plan(problem, plan.arch, plan.gate, plan.kernel)
-    for field in fields(plan):
-        value = getattr(plan, field.name)
-        if value != getattr(chosen, field.name):
-            words.append(f"plan.{field.name}={_to_text(value)}")
-    for name, tensor in inputs.items():
-        if _storage_offset(tensor):
-            words.append(f"{name}_offset={_storage_offset(tensor)}")
+    return words
+
+
+def difference_of(plan: Plan, chosen: Plan) -> list[str]:
+    """Return the words that make the plan from the one that is chosen for such a problem."""
+    return [
+        f"plan.{field.name}={_to_text(getattr(plan, field.name))}"
+        for field in fields(plan)
+        if getattr(plan, field.name) != getattr(chosen, field.name)
+    ]
+
+
+def command_of(words: Sequence[str], inputs: Mapping[str, Tensor]) -> str:
+    """Return the command of these words, and save the inputs for it."""
     saved = _save_inputs(inputs)
-    if saved is not None:
-        words.append(f"inputs={saved}")
+    words = [*words, *([] if saved is None else [f"inputs={saved}"])]
     return "python -m flashcore.sim " + " ".join(map(shlex.quote, words))
+
+
+def backward_replay_command(
+    problem: Problem,
+    plan: BwdSm90Plan,
+    tensors: Mapping[str, Tensor],
+    *,
+    seed: int,
+    plant: Plant | None,
+) -> str:
+    """Return the command line that runs a backward kernel again; its inputs are saved for it.
+
+    Args:
+        problem: as given to `simulate_backward`.
+        plan: as given to `simulate_backward`.
+        tensors: as given to `simulate_backward`.
+        seed: of the scheduler.
+        plant: bug planted, or None.
+    """
+    words = words_of(problem, plan, seed, plant)
+    words += difference_of(plan, backward(plan.kernel).chosen(problem, plan.gate))
+    saved = dict(tensors)
+    for name, x in tensors.items():
+        layout = (x.dim(), *x.shape, *x.stride(), storage_offset(x))
+        saved[name + LAYOUT] = torch.tensor(layout)
+    return command_of(words, saved)

@@ -10,6 +10,7 @@ from torch import Tensor
 from flashcore.compile.codegen import generate_source
 from flashcore.kernels.bwd_sm90.params import LENGTHS, POINTERS, build_params_bwd_sm90
 from flashcore.kernels.registry import kernel_of
+from flashcore.sim.report import SimReport, SimulationError
 from flashcore.sim.run import PERSISTENT_BLOCKS, raise_if_left, simulate_source
 from flashcore.sim.tensors import SimTensor
 
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
     from flashcore.compile.plant import Plant
     from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
     from flashcore.problem import Problem
-    from flashcore.sim.report import SimReport
 
-_OF_ATTN = ("q", "k", "v", "mask", "out", "lse", *LENGTHS)
+_OF_ATTN = ("q", "k", "v", "mask", "out", "lse", "gate_scores", *LENGTHS)
 
 
 def simulate_backward(
@@ -43,12 +43,15 @@ def simulate_backward(
         Statistics of the run.
 
     Raises:
-        SimulationError: the kernel did something that it must not do.
+        SimulationError: the kernel did something that it must not do; the message ends with the
+            command that replays the run.
         BackendUnavailableError: there is no C++ compiler.
     """
     maps = plan.box_rows
     placed = []
     for name, tensor in tensors.items():
+        if name == "gate_scores" and plan.gate is None:
+            continue
         fields = (f"{name}_map.base",) if name in maps else ()
         if name in _OF_ATTN:
             fields = (f"attn.{name}", *fields)
@@ -56,20 +59,31 @@ def simulate_backward(
             fields = (name,)
         if fields:
             kind = {"writable": name in plan.written, "counter": name in plan.added_to}
+            if name == "gate_scores":  # gate ds writes tiles that are visited; others read them
+                kind = {"writable": plan.gate == "ds", "complete": False}
             placed.append(SimTensor(name, tensor, fields, **kind))
     counter = torch.zeros(int(plan.draws_tiles), dtype=torch.int32)
     if plan.draws_tiles:
         placed.append(SimTensor("tile_counter", counter, "attn.tile_counter", counter=True))
     grid = kernel_of(plan).num_blocks(problem, plan, PERSISTENT_BLOCKS)
-    report = simulate_source(
-        generate_source(plan, "host", plant),
-        build_params_bwd_sm90(problem, plan, tensors, grid),
-        placed,
-        grid=grid,
-        num_threads=plan.num_threads,
-        smem_bytes=plan.smem_bytes + (plant.extra_smem_bytes if plant else 0),
-        seed=seed,
-        starts_early=plan.starts_early,
-    )
-    raise_if_left(counter, seed)
-    return report
+    source = generate_source(plan, "host", plant)
+    try:
+        report = simulate_source(
+            source,
+            build_params_bwd_sm90(problem, plan, tensors, grid),
+            placed,
+            grid=grid,
+            num_threads=plan.num_threads,
+            smem_bytes=plan.smem_bytes + (plant.extra_smem_bytes if plant else 0),
+            seed=seed,
+            starts_early=plan.starts_early,
+        )
+        raise_if_left(counter, seed)
+        return report
+    except SimulationError as error:
+        from flashcore.sim.barrier_names import name_barriers
+        from flashcore.sim.replay_command import backward_replay_command
+
+        name_barriers(error, plan)
+        error.replay = backward_replay_command(problem, plan, tensors, seed=seed, plant=plant)
+        raise

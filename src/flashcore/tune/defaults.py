@@ -9,6 +9,8 @@ import torch
 from flashcore.backends.dispatch import KERNELS, choose_backend
 from flashcore.bench.workloads import Workload
 from flashcore.errors import BackendUnavailableError
+from flashcore.kernels.bwd_sm90 import plan_one
+from flashcore.kernels.bwd_sm90.plan import obstacle, select_plans
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection import tile_table
@@ -30,6 +32,34 @@ def default_plan(
         BackendUnavailableError, NotImplementedError, TypeError: no kernel serves it there.
     """
 
+    problem = _problem_of(workload, arch)
+    choice = choose_backend(problem, backend)
+    if choice.backend not in KERNELS:
+        raise BackendUnavailableError(f"{workload.name}: no kernel to tune: {choice.reason}")
+    rules = candidates(problem, kernel=KERNELS[choice.backend])[0]
+    found = tile_table.find(problem, rules) if shipped else None
+    return problem, rules if found is None else found.plan
+
+
+def default_backward_plans(workload: Workload, arch: int) -> tuple[Problem, list[Plan]]:
+    """Return the workload as a Problem on a GPU of an architecture, and the plans of the backward
+    kernels that have tiles: of dq, of dk and dv, and, where it takes the problem, of the kernel
+    that computes all three.
+
+    Raises:
+        BackendUnavailableError: no backward kernel of ours serves it there.
+    """
+    problem = _problem_of(workload, arch)
+    reason = obstacle(problem)
+    if reason is not None:
+        raise BackendUnavailableError(f"{workload.name}: no backward kernel to tune: {reason}")
+    plans: list[Plan] = [*select_plans(problem)]
+    if plan_one.obstacle(problem) is None:
+        plans.append(plan_one.select_one_kernel_plans(problem).main)
+    return problem, plans
+
+
+def _problem_of(workload: Workload, arch: int) -> Problem:
     def empty(seqlen: int, heads: int) -> torch.Tensor:
         shape = (workload.batch, seqlen, heads, workload.head_dim)
         return torch.empty(shape, dtype=getattr(torch, workload.dtype)).transpose(1, 2)
@@ -44,10 +74,4 @@ def default_plan(
         softcap=workload.softcap,
         mask=workload.mask_tensor("cpu"),
     )
-    problem = dataclasses.replace(described, device="cuda", arch=arch)
-    choice = choose_backend(problem, backend)
-    if choice.backend not in KERNELS:
-        raise BackendUnavailableError(f"{workload.name}: no kernel to tune: {choice.reason}")
-    rules = candidates(problem, kernel=KERNELS[choice.backend])[0]
-    found = tile_table.find(problem, rules) if shipped else None
-    return problem, rules if found is None else found.plan
+    return dataclasses.replace(described, device="cuda", arch=arch)

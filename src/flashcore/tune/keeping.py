@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from flashcore.base import machine
 from flashcore.bench.run import command_line
 from flashcore.errors import FlashCoreError
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection import tile_table, tuned
 from flashcore.selection.space import tile_of
@@ -20,8 +21,9 @@ from flashcore.tune.search import Found
 class Keeper(Protocol):
     """Keep what was found, as it is found."""
 
-    def key(self, problem: Problem) -> str:
-        """Return what no two results share: of such problems only one is searched for."""
+    def key(self, problem: Problem, plan: Plan) -> str:
+        """Return what no two results share: of such problems and plans only one is searched
+        for."""
 
     def keep(self, problem: Problem, found: Found) -> None:
         """Write a result. Raises FlashCoreError where that is not possible."""
@@ -34,9 +36,9 @@ class CacheKeeper:
         self.gpu = gpu
         self.path = tuned.path_for(arch)
 
-    def key(self, problem: Problem) -> str:
+    def key(self, problem: Problem, plan: Plan) -> str:
         """Return the key of a task: see Keeper."""
-        return tuned.problem_class(problem)
+        return tuned.class_of(problem, plan)
 
     def keep(self, problem: Problem, found: Found) -> None:
         """Keep a result: see Keeper."""
@@ -44,7 +46,7 @@ class CacheKeeper:
             gpu=self.gpu,
             kernel=found.winner.kernel,
             version=tuned.kernel_version(found.winner.kernel),
-            problem_class=tuned.problem_class(problem),
+            problem_class=tuned.class_of(problem, found.winner),
             tile=tile_of(found.winner),
             seconds=found.seconds,
             default_seconds=found.default_seconds,
@@ -77,7 +79,7 @@ class TableKeeper:
         }
         self.results: list[tuple[Problem, Found]] = []
 
-    def key(self, problem: Problem) -> str:
+    def key(self, problem: Problem, plan: Plan) -> str:
         """Return the key of a task: see Keeper."""
         return f"{tile_table.class_of(problem)} {tile_table.Size.of(problem)}"
 

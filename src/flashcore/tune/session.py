@@ -10,7 +10,7 @@ from flashcore.bench.workloads import Workload
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection.space import schedules, tiles
-from flashcore.tune.defaults import default_plan
+from flashcore.tune.defaults import default_backward_plans, default_plan
 from flashcore.tune.keeping import Keeper
 from flashcore.tune.search import Compile, DefaultFailedError, Found, Search, in_other_dtype
 from flashcore.tune.shortlist import shortlist
@@ -93,16 +93,24 @@ class Session:
 
 
 def tasks_for(
-    workloads: Iterable[Workload], backend: str, arch: int, keeper: Keeper, *, shipped: bool
-) -> list[Task]:
-    """Return the workloads with their plans. Of those that a keeper does not tell apart the first
-    one.
+    workloads: Iterable[Workload], backend: str, arch: int, keeper: Keeper, *, shipped: bool,
+    backward: bool = False,
+) -> list[Task]:  # fmt: skip
+    """Return the workloads with their plans, of the `backward` pass those of each kernel. Of those
+    that a keeper does not tell apart the first one.
 
     Raises:
         BackendUnavailableError, NotImplementedError, TypeError: see default_plan.
     """
     tasks: dict[tuple[str, str], Task] = {}
     for workload in workloads:
-        problem, default = default_plan(workload, backend, arch, shipped=shipped)
-        tasks.setdefault((default.kernel, keeper.key(problem)), (workload, problem, default))
+        plans: Sequence[Plan]
+        if backward:
+            problem, plans = default_backward_plans(workload, arch)
+        else:
+            problem, default = default_plan(workload, backend, arch, shipped=shipped)
+            plans = [default]
+        for plan in plans:
+            key = plan.kernel, keeper.key(problem, plan)
+            tasks.setdefault(key, (workload, problem, plan))
     return list(tasks.values())

@@ -6,14 +6,14 @@ import dataclasses
 
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.limits import blocks_that_fit
-from flashcore.kernels.registry import forward_of
+from flashcore.kernels.registry import kernel_of
 from flashcore.selection.space import may_avoid_spills, tiles
 
 
 def shortlist(base: Plan) -> list[Plan]:
     """Return `base` first, then the plans worth trying with its problem; fields that the kernel's
     list does not name keep `base`'s values. Where it has none, all sizes of tiles are listed."""
-    kernel = forward_of(base)
+    kernel = kernel_of(base)
     listed = kernel.shortlist(base)
     if listed is None:
         return tiles(base)

@@ -127,9 +127,10 @@ def serve_gpu(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            if bench is None or bench.workload != workload:
+            inputs = _inputs_for(plans[0])
+            if bench is None or (bench.workload, bench.make_inputs) != (workload, inputs):
                 bench = None  # frees its tensors before the next ones are made
-                bench = _Bench(workload, checked)
+                bench = _Bench(workload, checked, inputs)
             answer = getattr(bench, what)(plans), True
         except Exception as error:  # whatever it is, the search goes on
             answer = [first_line(error)] * len(plans), context_is_sound()
@@ -153,13 +154,18 @@ class _Bench:
     Args:
         workload: what is timed.
         checked: verdicts on small workloads, which many share; added to.
+        make_inputs: the class that holds the workload's tensors.
     """
 
     def __init__(
-        self, workload: Workload, checked: dict[tuple[Workload, Plan], str | None]
+        self,
+        workload: Workload,
+        checked: dict[tuple[Workload, Plan], str | None],
+        make_inputs: Any,
     ) -> None:
         self.workload = workload
-        self._inputs = _Inputs(workload)
+        self.make_inputs = make_inputs
+        self._inputs = make_inputs(workload)
         self._checked_small = checked
         self._checked: dict[Plan, str | None] = {}
         self._reference: Any = None
@@ -188,34 +194,29 @@ class _Bench:
         if plan not in self._checked:
             small = small_workload(self.workload), plan
             if small not in self._checked_small:
-                self._checked_small[small] = _wrong_on(*small)
+                inputs = self.make_inputs(small[0])
+                fits = inputs.fits(plan)
+                self._checked_small[small] = inputs.wrong(plan) if fits else None
             self._checked[plan] = self._checked_small[small] or self._differs(plan)
         return self._checked[plan]
 
     def _differs(self, plan: Plan) -> str | None:
         if self._reference is None:
-            self._reference = self._inputs.run(self._inputs.rules(plan.kernel))
-        return difference(self._inputs.run(plan), self._reference)
+            self._reference = self._inputs.run(self._inputs.rules(plan))
+        pairs = zip(self._inputs.run(plan), self._reference, strict=True)
+        found = (difference(*pair) for pair in pairs)
+        return next((text for text in found if text is not None), None)
 
 
-def _wrong_on(workload: Workload, plan: Plan) -> str | None:
-    """Return what is wrong with a plan's results beside a float64 oracle, or None."""
-    from flashcore.checks.accuracy import error_report
+def _inputs_for(plan: Plan) -> Any:
+    """Return the class that holds the tensors of a plan's calls."""
+    from flashcore.kernels.registry import kernel_of
 
-    inputs = _Inputs(workload)
-    if not inputs.fits(plan):
-        return None
-    report = error_report(
-        inputs.run(plan),
-        inputs.q,
-        inputs.k,
-        inputs.v,
-        causal=workload.causal,
-        window=workload.window,
-        softcap=workload.softcap,
-        mask=inputs.mask,
-    )
-    return None if report.ok else f"wrong result: {report}"
+    if kernel_of(plan).is_backward:
+        from flashcore.tune.backward_timing import BackwardInputs
+
+        return BackwardInputs
+    return _Inputs
 
 
 class _Inputs:
@@ -237,11 +238,29 @@ class _Inputs:
             mask=self.mask,
         )
 
-    def rules(self, kernel: str) -> Plan:
-        """Return what the rules say."""
+    def rules(self, like: Plan) -> Plan:
+        """Return what the rules say in place of a plan."""
         from flashcore.selection.select import candidates
 
-        return candidates(self.problem, kernel=kernel)[0]
+        return candidates(self.problem, kernel=like.kernel)[0]
+
+    def wrong(self, plan: Plan) -> str | None:
+        """Return what is wrong with a plan's results beside a float64 oracle, or None."""
+        from flashcore.checks.accuracy import error_report
+
+        workload = self.workload
+        (out,) = self.run(plan)
+        report = error_report(
+            out,
+            self.q,
+            self.k,
+            self.v,
+            causal=workload.causal,
+            window=workload.window,
+            softcap=workload.softcap,
+            mask=self.mask,
+        )
+        return None if report.ok else f"wrong result: {report}"
 
     def fits(self, plan: Plan) -> bool:
         """Return whether a plan's code is made for these options: the bounds of a short workload
@@ -251,13 +270,13 @@ class _Inputs:
         fields = forward_of(plan).traits(self.problem)
         return all(getattr(plan, name) == value for name, value in fields.items())
 
-    def run(self, plan: Plan) -> Any:
-        """Return the output, NaN where the kernel wrote nothing."""
+    def run(self, plan: Plan) -> list[Any]:
+        """Return the output alone, NaN where the kernel wrote nothing."""
         from flashcore.launch.kernel_call import run_kernel
 
         out = self.q.new_full((*self.q.shape[:3], self.v.shape[3]), float("nan"))
         run_kernel(self.problem, plan, self.q, self.k, self.v, self.mask, out, None)
-        return out
+        return [out]
 
     def timed_call(self, plan: Plan) -> Callable[[], Any]:
         """Return what `attention` does for a shape that it has seen."""

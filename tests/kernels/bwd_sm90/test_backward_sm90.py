@@ -30,7 +30,7 @@ from flashcore.kernels.bwd_sm90.plan import (
     select_plans,
 )
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
-from flashcore.kernels.fwd_sm90.plan import mask_traits
+from flashcore.kernels.fwd_sm90.tiles import mask_traits
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.problem import Problem
 from flashcore.problem.case import Case

@@ -2,9 +2,33 @@
 
 from __future__ import annotations
 
-from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL, MaskPlan
-from flashcore.kernels.bwd_sm90.kernel import make_kernel
+import dataclasses
+
+from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL, MaskPlan, select_mask_plan
+from flashcore.kernels.bwd_sm90.kernel import BwdSm90Kernel, make_kernel
+from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.stage import Stage
+from flashcore.problem import Problem
+
+
+class DmaskKernel(BwdSm90Kernel):
+    """A DmaskKernel is that of the gradient of a mask. See `Kernel`."""
+
+    def chosen(self, problem: Problem, gate: str | None = None) -> BwdSm90Plan:
+        """Return the plan for a mask that is expanded wherever its stride is 0."""
+        assert problem.mask is not None
+        sizes = problem.batch, problem.num_heads_q, problem.seqlen_q, problem.seqlen_k
+        batch, heads, rows, keys = (
+            size if stride else 1 for size, stride in zip(sizes, problem.mask.strides, strict=True)
+        )
+        plan = select_mask_plan(problem, (batch, heads, rows, keys))
+        return dataclasses.replace(plan, gate=gate)
+
+    def barrier_places(self, plan: BwdSm90Plan) -> list[tuple[str, int]]:
+        """Return the stages' barriers, see `Kernel`."""
+        members = {"full": plan.num_stages, "empty": plan.num_stages}
+        return [(name, index) for name, count in members.items() for index in range(count)]
+
 
 STAGE = Stage(
     "dmask",
@@ -23,4 +47,5 @@ DMASK = make_kernel(
     dict.fromkeys(("attn_bwd_dmask_sm90", "init_barriers"), "setup")
     | dict.fromkeys(("fetch", "fetch_packet", "await", "fragment"), "dmask"),
     (STAGE,),
+    DmaskKernel,
 )

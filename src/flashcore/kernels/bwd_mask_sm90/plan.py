@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashcore.kernels.bwd_sm90.plan import ARCH, BwdSm90Plan
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
-from flashcore.kernels.fwd_sm90.plan import mask_traits
+from flashcore.kernels.fwd_sm90.tiles import mask_traits
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import smem_limits
 

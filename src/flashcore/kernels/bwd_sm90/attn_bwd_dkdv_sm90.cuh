@@ -34,11 +34,17 @@
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
+//@if gate
+#include "tile/gates.cuh"
+//@end
 
 // What one consumer warpgroup carries from query tile to query tile.
 struct Consumer {
   int index;
   int key_row;                      // first of its 64 keys
+//@if gate ds dv dk dq
+  GateScores gate;
+//@end
   KeyMaskStrip mask;                // of the warp's keys, for the batch and head
   WmmaAccum dk[QK_FRAGS], dv[V_FRAGS];
   WmmaAccum scores[QUERY_FRAGS];  // then P^T, times soft-capping's derivative, if it KEEPS_P
@@ -121,6 +127,9 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
     wgmma_hold(c.probs);
     await_do(bar, count);
   }
+//@if gate dv
+  gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
+//@end
   if (!EARLY_DP) {
     if (HAS_DK) {
       wgmma_wait<0>();
@@ -132,6 +141,9 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   wgmma_wait<EARLY_DP && HAS_DK ? 2 : 1>();
   wgmma_hold(c.dprobs);
   if (!BY_PAIRS) score_gradient(c.dprobs, stats, [&](int n, int i) { return prob_of(c, n, i); });
+//@if gate ds dk dq
+  gate_tile<true>(c.dprobs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
+//@end
   if (EARLY_DP && HAS_DK) {  // until then dK reads dS^T of the tile before
     wgmma_wait<1>();
     release_q(bar, count - 1);
@@ -201,6 +213,9 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     for (int head = 0; head < heads_per_kv; ++head) {
       c.mask = mask_strip(p, smem, c.index, c.key_row, block.batch_idx, block.head_idx + head);
       if (DQ_SHARED) c.sums = sums_of(params, block.batch_idx, block.head_idx + head, 0);
+//@if gate ds dv dk dq
+      c.gate = gate_scores_of<true>(p, block, block.head_idx + head);
+//@end
       skip_tiles(bar, smem, c.index, count, own.begin - tiles.begin);
       if (own.begin < own.end) {
         accumulate(c, sequence, bar, smem, count, own.begin, own.end - own.begin);

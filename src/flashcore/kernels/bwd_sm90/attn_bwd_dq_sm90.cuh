@@ -22,6 +22,9 @@
 #include "bwd_sm90/bwd_delta_sm90.cuh"
 #include "bwd_sm90/bwd_dq_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
+//@if gate
+#include "tile/gates.cuh"
+//@end
 
 // What one consumer warpgroup carries from key tile to key tile.
 struct Consumer {
@@ -35,6 +38,9 @@ struct Consumer {
   RowStats stats;  // of a lane's two rows
   MaskStrip mask;               // of the warp's rows
   uint32_t count;               // of all tiles that came through the stages
+//@if gate ds dq
+  GateScores gate;
+//@end
 };
 
 FC_DEVICE void release_k(const Barriers& bar, uint32_t count) {
@@ -157,6 +163,9 @@ FC_DEVICE void key_tile(Consumer& c, const AttnBwdSm90Params& params, const Attn
   wgmma_hold(c.dprobs);
   release_v(bar, c.count);
   score_gradient(c);
+//@if gate ds dq
+  gate_tile<false>(c.dprobs, c.gate, p, c.warp_row, key_begin);
+//@end
   if (HAS_DQ) {
     wgmma_wait<0>();
     wgmma_hold(c.dq);
@@ -204,7 +213,11 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const int group_row = block.m_begin + c.index * 64;
     c.warp_row = group_row + warp_idx() % 4 * 16;
     const auto& sequence = sequence_params(p, block);
+//@if gate delta
+    const Range keys = {0, 0};
+//@else
     const Range keys = key_tiles(sequence, block.m_begin);
+//@end
     const Range own = IS_BOUNDED ? own_key_tiles<64>(sequence, keys, group_row) : keys;
     if constexpr (MASK_KIND != 0) {
       const int warp = c.index * 4 + warp_idx() % 4;
@@ -212,6 +225,9 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
                 own.begin};
       c.mask.fetch(sequence, c.warp_row, own.end - 1);
     }
+//@if gate ds dq
+    c.gate = gate_scores_of<false>(p, block, block.head_idx);
+//@end
     clear(c.dq);
     if (IS_BOUNDED) skip_tiles(c, bar, keys.end - own.end);
     if (own.begin < own.end) {

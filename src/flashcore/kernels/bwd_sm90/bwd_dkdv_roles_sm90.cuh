@@ -17,6 +17,9 @@
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
+//@if gate
+#include "tile/gates.cuh"
+//@end
 
 // Fragments of a thread in the buffer for P^T: packets side by side, thread by thread.
 FC_DEVICE SmemPtr<uint32_t> probs_place(const Buffers& smem, int n) {
@@ -63,6 +66,10 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
         exponentiate(scores, probs, capped_probs, own,
                      smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS, mask, block.m_begin,
                      m_block * BLOCK_M, tiles.end * BLOCK_M);
+//@if gate dv
+        gate_probs(probs, gate_scores_of<true>(p, block, block.head_idx + head), own,
+                   block.m_begin + warp_idx() % 4 * 16, m_block * BLOCK_M);
+//@end
         release_q(bar, count);
         mbar_wait(bar.probs_empty, int(count % 2) ^ 1);
 #pragma unroll
@@ -117,6 +124,10 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
         mbar_arrive(bar.probs_empty);
         score_gradient(dprobs, smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS,
                        [&](int n, int i) { return unpacked(probs[n].word[i / 2], i % 2); });
+//@if gate ds dk
+        gate_tile<true>(dprobs, gate_scores_of<true>(p, block, block.head_idx + head), own,
+                        block.m_begin + warp_idx() % 4 * 16, m_block * BLOCK_M);
+//@end
 #pragma unroll
         for (int n = 0; n < QUERY_FRAGS; ++n) wmma_accum_to_a(dscores[n], dprobs[n]);
         await_q(bar, count);

@@ -25,7 +25,11 @@ constexpr bool DQ_SHARED = ALSO_DQ && !DQ_ROLE;  // consumers compute dQ, a part
 constexpr bool HOLDS_PROBS = ALSO_DQ && !EARLY_DP && !(IS_BOUNDED && QK_FRAGS > 4);
 // In float16 the difference of dP and delta might overflow. (With four products a tile pairs are
 // not faster, and a rounding more.)
+//@if gate ds dk dq
+constexpr bool BY_PAIRS = false;  // a gate reads dS in float32
+//@else
 constexpr bool BY_PAIRS = ALSO_DQ && !KEEPS_P && !IS_FLOAT16<Element>;
+//@end
 
 // The parameters as the sequence of a key tile sees them.
 FC_DEVICE decltype(auto) own_params(const AttnParams& p, const BlockCoord& block) {

@@ -120,7 +120,11 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
       smem.q.load(slot, params.q_map, full, q_box.row + row, block.head_idx, q_box.batch);
       smem.dout.load(slot, params.dout_map, full, q_box.row + row, block.head_idx, q_box.batch);
     }
+//@if gate delta
+    const Range keys = {0, 0};
+//@else
     const Range keys = key_tiles(own, block.m_begin);
+//@end
     bool asked = false;
     for (int n_block = keys.end - 1; n_block >= keys.begin; --n_block, ++count) {
       if (!asked && n_block < keys.begin + ASK_AHEAD) {

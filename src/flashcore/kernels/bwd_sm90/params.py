@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_sm90.params import make_ragged
 from flashcore.kernels.fwd_wmma import params
-from flashcore.kernels.fwd_wmma.params import AttnParams
+from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
 from flashcore.kernels.tensor_map import TensorMap
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import strides_of
@@ -27,18 +28,28 @@ class MaskGradient(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("batch", "heads", "num_shares", "row_stride")]
 
 
-class AttnBwdSm90Params(ctypes.Structure):
-    """Mirror `struct AttnBwdSm90Params` in kernels/bwd_sm90/bwd_sm90.cuh; 64-byte aligned there."""
-
-    _fields_ = [
+def _fields(attn: type[AttnParams]) -> list[tuple[str, Any]]:
+    return [
         *((f"{name}_map", TensorMap) for name in MAPS),
-        ("attn", AttnParams),
+        ("attn", attn),
         ("num_heads", ctypes.c_int32),
         ("heads_per_section", ctypes.c_int32),
         *((name, ctypes.c_void_p) for name in POINTERS),
         ("mask_gradient", MaskGradient),
-        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 64) % 64)),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(attn) + 64) % 64)),
     ]
+
+
+class AttnBwdSm90Params(ctypes.Structure):
+    """Mirror `struct AttnBwdSm90Params` in kernels/bwd_sm90/bwd_sm90.cuh; 64-byte aligned there."""
+
+    _fields_ = _fields(AttnParams)
+
+
+class AttnBwdSm90GateParams(ctypes.Structure):
+    """Mirror it as it is in a kernel that was built with a debug gate."""
+
+    _fields_ = _fields(AttnGateParams)
 
 
 # What blocks that run side by side may have of L2 for the tiles they stream; see
@@ -64,15 +75,16 @@ def build_params_bwd_sm90(
     tensors: Mapping[str, torch.Tensor],
     num_blocks: int,
     addresses: Mapping[str, int] | None = None,
-) -> AttnBwdSm90Params:
+) -> AttnBwdSm90Params | AttnBwdSm90GateParams:
     """Return the argument of one of the kernels.
 
     Args:
         problem: shapes, strides and options of the forward.
         plan: of the kernel.
         tensors: by name q, k, v, out, lse, dout, dq, dk, dv, delta; mask, dlse, dq_sums, dmask and
-            dmask_shares where there are some; seqlens_k, or cu_seqlens_q and cu_seqlens_k, where
-            the problem has lengths. Of packed sequences out is contiguous as [total, heads, dim].
+            dmask_shares where there are some; gate_scores for a plan with a gate; seqlens_k, or
+            cu_seqlens_q and cu_seqlens_k, where the problem has lengths. Of packed sequences out is
+            contiguous as [total, heads, dim].
         num_blocks: of the launch.
         addresses: of the tensors, by name; None for the simulator, which places them itself.
 
@@ -83,9 +95,11 @@ def build_params_bwd_sm90(
         NotImplementedError: the problem is too large for one launch.
     """
     addresses = addresses or dict.fromkeys(tensors, 0)
-    argument = AttnBwdSm90Params()
+    argument = AttnBwdSm90Params() if plan.gate is None else AttnBwdSm90GateParams()
     inputs: dict[str, int | None] = {x: addresses[x] for x in ("q", "k", "v", "out", "lse")}
     others = {name: addresses.get(name) for name in ("mask", *LENGTHS)}
+    if plan.gate is not None:
+        others["gate_scores"] = addresses.get("gate_scores")
     argument.attn = params.build_params(problem, plan, inputs | others)
     if not plan.is_dq:
         argument.attn.num_m_blocks = -(-problem.seqlen_k // plan.block_n)  # the tiles of a head

@@ -118,11 +118,11 @@ class BwdSm90Plan(Plan):
         return range(4, 4 * (self.num_consumers + 1))
 
     def warps_of(self, name: str) -> range:
-        """Return the warps that own 16 rows or keys each of delta, dq, dk or dv. Of two that share
-        64 keys the second warpgroup has dk."""
+        """Return the warps that own 16 rows or keys each of delta, ds, dq, dk or dv. Of two that
+        share 64 keys the second warpgroup has ds and dk."""
         if not self.has_roles:
             return self.row_warps
-        return range(8, 12) if name == "dk" else range(4, 8)
+        return range(8, 12) if name in ("ds", "dk") else range(4, 8)
 
     @property
     def owns_keys(self) -> bool:
@@ -323,7 +323,7 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
 
 def select_plans(problem: Problem) -> BwdPlans:
     """Return the plans of a problem that has no obstacle."""
-    of_problem = traits(problem) | plan_sm90.mask_traits(problem)
+    of_problem = traits(problem) | tiles_sm90.mask_traits(problem)
     of_problem["folds_heads"] = 0  # it pays where queries are few, and there is little to compute
     return _plans(*tiles(problem), tuple(of_problem.items()))
 

@@ -1,7 +1,8 @@
-"""List the stages of the backward kernels for Hopper: one for each tensor that they write.
+"""List the stages of the backward kernels for Hopper, each with a debug gate (tile/gates.cuh).
 
-The kernels have no debug gates: all are run as they are, and the first wrong one of delta, dq, dv
-and dk says where to look.
+Gate `delta` stops before any key tile, `ds` writes out what each kernel has as dS, and `dv`, `dk`
+and `dq` take over P or dS, so that a product is judged by itself. At the end all kernels are run as
+they are.
 """
 
 from __future__ import annotations
@@ -11,35 +12,52 @@ from flashcore.kernels.stage import Stage
 STAGES = (
     Stage(
         "delta",
-        None,
+        "delta",
         "delta = sum(dO O) - dlse",
         "delta of every row",
         "load_row_stats in bwd_delta_sm90.cuh: which lanes share a row, dlse, rows without a key",
     ),
     Stage(
-        "dq",
-        None,
-        "dQ = scale dS K",
-        "dq",
-        "score_gradient and issue_dq in attn_bwd_dq_sm90.cuh: delta, what is hidden, K's stage, "
-        "rows that see nothing, the scale; of one kernel for all, issue_dq and add_rows in "
-        "bwd_dkdv_dq_sm90.cuh: dS from two warpgroups, and which rows it is added to",
+        "ds",
+        "ds",
+        "dS = P (dP - delta)",
+        "dS, in each kernel that computes it",
+        "probability, score_gradient and what they are given: operands of S and dP and their "
+        "stages, the waits around the products, lse and delta of the right rows, what is hidden, "
+        "which tiles and heads are visited, P between two warpgroups",
     ),
     Stage(
         "dv",
-        None,
+        "dv",
         "dV = P^T dO",
-        "dv",
-        "exponentiate_tile and issue_dv in bwd_dkdv_steps_sm90.cuh: lse, what is hidden, which "
-        "query tiles and heads are summed up, dO of rows that see nothing",
+        "dv of a P that is given",
+        "issue_dv in bwd_dkdv_steps_sm90.cuh: which query tiles and heads are summed up, dO's "
+        "stage, dO of rows that see nothing, what dV starts from",
     ),
     Stage(
         "dk",
-        None,
-        "dK = scale dS^T Q",
         "dk",
-        "issue_dp, score_gradient and issue_dk in bwd_dkdv_steps_sm90.cuh: V as operand, delta, "
-        "what dK starts from, the scale",
+        "dK = scale dS^T Q",
+        "dk of a dS that is given",
+        "issue_dk in bwd_dkdv_steps_sm90.cuh: Q's stage, which query tiles and heads are summed "
+        "up, what dK starts from, the scale",
+    ),
+    Stage(
+        "dq",
+        "dq",
+        "dQ = scale dS K",
+        "dq of a dS that is given",
+        "issue_dq in attn_bwd_dq_sm90.cuh: K's stage, rows that see nothing, the scale; of one "
+        "kernel for all, issue_dq and add_rows in bwd_dkdv_dq_sm90.cuh: dS from two warpgroups, "
+        "and which rows it is added to",
+    ),
+    Stage(
+        "full",
+        None,
+        "whole kernels",
+        "delta, dq, dv and dk",
+        "what the gates replace: P and dS on their way into the products, and delta on its way "
+        "from kernel to kernel",
     ),
 )
 # Where an alarm can come from besides the stages.
@@ -49,8 +67,6 @@ OUTSIDE = {
     "has read its coordinates",
     "load": "produce and load_stats: which stage, which parity, how many bytes, who gave the stage "
     "back, and whether rows were cleared in sight of the tensor cores",
-    "scores": "S, P and dP: operands and their stages, the waits around the products, lse and "
-    "delta of the right rows, masks, and P between two warpgroups",
     "store": "store_rows and store_in_place: what lies in the buffer that a gradient leaves "
     "through, its barrier, proxy fence and the wait for the store before it",
 }
@@ -70,17 +86,17 @@ PHASES = {
     "load_stats": "load",
     "clear_rows": "load",
     "load_row_stats": "delta",
-    "issue_s": "scores",
-    "issue_scores": "scores",
-    "issue_dp": "scores",
-    "exponentiate": "scores",
-    "exponentiate_tile": "scores",
-    "column_pair": "scores",
-    "probability": "scores",
-    **dict.fromkeys(("mask_strip", "fetch", "fetch_packet", "await", "fragment", "read"), "scores"),
-    "score_gradient": "scores",
-    "consume_scores": "scores",
-    "consume_gradients": "scores",
+    "issue_s": "ds",
+    "issue_scores": "ds",
+    "issue_dp": "ds",
+    "exponentiate": "ds",
+    "exponentiate_tile": "ds",
+    "column_pair": "ds",
+    "probability": "ds",
+    **dict.fromkeys(("mask_strip", "fetch", "fetch_packet", "await", "fragment", "read"), "ds"),
+    "score_gradient": "ds",
+    "consume_scores": "ds",
+    "consume_gradients": "ds",
     "issue_dq": "dq",
     "issue_own_dq": "dq",
     "consume_ds": "dq",

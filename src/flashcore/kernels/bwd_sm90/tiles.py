@@ -29,6 +29,37 @@ class BwdTile(NamedTuple):
     keeps_p: bool = True
 
 
+# Those that `tiles` below and plan_one.py take, and their neighbours.
+SHORTLIST_DQ = (
+    BwdTile(192, 64, 4, 3),
+    BwdTile(192, 96, 3, 3),
+    BwdTile(128, 128, 3, 2),
+    BwdTile(128, 96, 3, 2),
+    BwdTile(128, 80, 3, 2),
+    BwdTile(128, 64, 3, 2),
+    BwdTile(128, 64, 2, 1, False),
+    BwdTile(128, 48, 2, 1, False),
+    BwdTile(64, 64, 4, 3),
+    BwdTile(64, 64, 2, 2),
+)
+SHORTLIST_DKDV = (
+    BwdTile(128, 128, 3, 2, False, True, False),
+    BwdTile(128, 128, 3, 2, False, False, False),
+    BwdTile(128, 128, 2, 2, False, False, False),
+    BwdTile(96, 128, 3, 2, False, True, True),
+    BwdTile(64, 128, 4, 3, False),
+    BwdTile(64, 128, 3, 3, True, False, False),
+    BwdTile(64, 128, 3, 2, True, False, False),
+    BwdTile(64, 128, 3, 2, False, True, False),
+    BwdTile(64, 128, 3, 2, False, False, False),
+    BwdTile(64, 64, 3, 3),
+    BwdTile(96, 64, 2, 2),
+    BwdTile(80, 64, 3, 2),
+    BwdTile(64, 64, 2, 2),
+    BwdTile(48, 64, 3, 3),
+)
+
+
 def tiles(problem: Problem) -> tuple[BwdTile, BwdTile]:
     """Return the tile of the kernel of dq, and that of the kernel of dk and dv. Measured on an H200
     (2026-11-29, scripts/time_backward.py), 16k tokens, hidden 2048, bfloat16."""

@@ -21,6 +21,7 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
+#include "tile/float8.cuh"
 #include "tile/mask.cuh"
 #include "tile/max_score.cuh"
 #include "tile/params.cuh"
@@ -48,11 +49,12 @@ struct Consumer {
   float scale_log2;
   WmmaAccum out[OUT_FRAGS];
   bool has_out;  // or `out` is of the row tile before
-  WmmaA<Element> probs[KEY_FRAGS];  // of the tile whose P V is not issued yet
+  WmmaA<MathElement> probs[KEY_FRAGS];  // of the tile whose P V is not issued yet
   OnlineSoftmax softmax;
   PipelineState k_state;  // of the next K; V's, one tile of this consumer behind, follows from it
   bool k_is_there, v_is_there;  // of ask_ahead
   MaskStrip mask;
+  Queries queries;  // under FLOAT8
 //@if gate
   BlockCoord block;
 //@end
@@ -61,12 +63,18 @@ struct Consumer {
 };
 
 // S = Q K^T of a warpgroup's 64 rows, issued.
-FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], QGroup q, KTile k, int stage) {
+FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], const Consumer& c, QGroup q, KTile k,
+                            int stage) {
   const WgmmaDesc q_desc = q.over_columns();
   const WgmmaDesc k_desc = k.over_columns(stage);
 #pragma unroll
   for (int d = 0; d < HEAD_DIM; d += 16) {
-    wgmma_ss<Element>(scores, q_desc + q.column_bytes(d), k_desc + k.column_bytes(d), d > 0);
+    const auto of_k = k_desc + k.column_bytes(d);
+    if constexpr (Q_IN_REGISTERS) {
+      wgmma_rs_k<MathElement>(scores, c.queries.frag[d / 16], of_k, d > 0);
+    } else {
+      wgmma_ss<MathElement>(scores, q_desc + q.column_bytes(d), of_k, d > 0);
+    }
   }
 }
 
@@ -79,7 +87,7 @@ FC_DEVICE void issue_output(Consumer& c, VTile v) {
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
     const bool adds = n > 0 || !IS_PLAIN || c.has_out;
-    wgmma_rs<Element>(c.out, c.probs[n], v_desc + v.row_bytes(n * 16), adds);
+    wgmma_rs<MathElement>(c.out, c.probs[n], v_desc + v.row_bytes(n * 16), adds);
   }
   c.has_out = true;
 }
@@ -144,7 +152,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   if (FIRST || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
   if (PING_PONG && !FIRST) await_issue(c);
   wgmma_fence();
-  issue_scores(scores, smem.q[c.q_slot], smem.k, c.k_state.stage());
+  issue_scores(scores, c, smem.q[c.q_slot], smem.k, c.k_state.stage());
   wgmma_commit();
   if constexpr (!FIRST) {
     wgmma_fence();
@@ -162,6 +170,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     release(bar.k_empty, c.k_state);
     if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SLICES) release_q(c, bar);
   };
+  if (FLOAT8) scale_products(scores, c.queries);
   constexpr bool TRIES_OLD_MAX = MAY_TRY_OLD_MAX && !FIRST && !MASKED;
   if (!TRIES_OLD_MAX) release_inputs();
 //@if gate qk
@@ -188,10 +197,11 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     // Of the whole warpgroup, which issues Q K^T together.
     if (named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))) {
       wgmma_fence();
-      issue_scores(scores, smem.q[c.q_slot], smem.k, c.k_state.stage());
+      issue_scores(scores, c, smem.q[c.q_slot], smem.k, c.k_state.stage());
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_hold(scores);
+      if (FLOAT8) scale_products(scores, c.queries);
       moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
     } else {
       c.softmax.row_sum[0] += tile_sum[0];
@@ -302,6 +312,12 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     if (block.m_begin == NO_TILE) break;
     if (VARLEN != 0 || MASK_KIND != 0 || SPLIT_KV) block = load_coord(coord);
     const auto& own = sequence_params(p, block);
+    float of_products = 1.0f;  // what the softmax has to multiply them by, besides softmax_scale
+    if constexpr (FLOAT8) {
+      load_queries(c.queries, smem.q[c.q_slot], STORE_BARRIER + c.index);
+      if (!scales_products(c.queries)) of_products = c.queries.inverse[0];
+    }
+    if (FLOAT8) c.scale_log2 = softmax_scale_log2(own) * of_products;
 //@if gate tile
     const Range keys = gate_last_tile(own_keys(own, block));
 //@else
@@ -365,6 +381,11 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
       clear_output(c);
     }
     if (HAS_WINDOW_LEFT && KEY_SLICES == 1) skip_down_to(keys.begin);
+    if constexpr (FLOAT8) {  // what follows knows nothing of factors
+      c.softmax.row_max[0] *= of_products;
+      c.softmax.row_max[1] *= of_products;
+      c.scale_log2 = softmax_scale_log2(own);
+    }
     if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, load_coord(coord), c.warp_row);
     if (KEY_SLICES > 1) {
       merge_slices(slice, turn, c.softmax, c.out, bar, smem.merge, c.scale_log2);
@@ -380,7 +401,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
 }
 
-FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) params) {
+FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) params) {
   const Buffers smem = {
       QGroup::view(0, NUM_Q_SLOTS, "q_smem"),
       KTile::view(K_OFFSET, NUM_STAGES, "k_smem"),
@@ -391,6 +412,9 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       PACKED ? feed_at(FEED_OFFSET) : Feed(),
       smem_view<int32_t>(ARRIVAL_OFFSET, ARRIVAL_BYTES / 4, "arrival_smem"),
+      KLoad::view(K_LOAD_OFFSET, LOAD_STAGES, FLOAT8 ? "k_bytes_smem" : "k_smem"),
+      VLoad::view(V_LOAD_OFFSET, LOAD_STAGES, FLOAT8 ? "v_bytes_smem" : "v_smem"),
+      smem_view<int32_t>(ENDS_OFFSET, NUM_ENDS, "ends_smem"),
   };
   const Barriers bar = barriers(BARRIERS_OFFSET);
   if (thread_idx() == 0) {
@@ -408,6 +432,9 @@ FC_KERNEL(attn_fwd_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)(FC_PARAM(AttnSm9
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
     if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
+  } else if (FLOAT8 && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
+    lower_registers<CONVERTER_REGISTERS>();
+    if constexpr (FLOAT8) convert_tiles(bar, smem);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
     consume(params, bar, smem);

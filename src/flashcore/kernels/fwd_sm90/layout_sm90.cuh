@@ -23,11 +23,16 @@ struct AttnSm90Params {
 };
 
 using QGroup = SmemTile<64, HEAD_DIM>;  // of a warpgroup's rows
-using KTile = SmemTile<BLOCK_N, HEAD_DIM>;
-using VTile = SmemTile<BLOCK_N, HEAD_DIM_V>;
+using KTile = SmemTile<BLOCK_N, HEAD_DIM, MathElement>;
+using VTile = SmemTile<BLOCK_N, HEAD_DIM_V, MathElement>;
+// As the producer loads them: the same, or, under FLOAT8, bytes that are still to be converted.
+using KLoad = SmemTile<BLOCK_N, HEAD_DIM, CacheElement, LOAD_CHUNK>;
+using VLoad = SmemTile<BLOCK_N, HEAD_DIM_V, CacheElement, LOAD_CHUNK>;
+static_assert(KLoad::ELEMENTS == KTile::ELEMENTS && VLoad::ELEMENTS == VTile::ELEMENTS, "alike");
 constexpr int QK_CHUNKS = KTile::CHUNKS;
 constexpr int V_CHUNKS = VTile::CHUNKS;
 constexpr int KEY_FRAGS = BLOCK_N / 16;
+constexpr int Q_FRAGS = (HEAD_DIM + 15) / 16;
 constexpr int OUT_FRAGS = (HEAD_DIM_V + 15) / 16;  // the last chunk's other columns are padding
 
 constexpr int O_CHUNKS = (V_CHUNKS + O_PARTS - 1) / O_PARTS;  // of each part but maybe the last
@@ -39,7 +44,11 @@ constexpr int NUM_O_GROUPS = SPLIT_KV ? 0 : NUM_ROW_GROUPS;  // else O leaves by
 constexpr int K_OFFSET = NUM_Q_SLOTS * QGroup::BYTES;
 constexpr int V_OFFSET = K_OFFSET + NUM_STAGES * KTile::BYTES;
 constexpr int O_OFFSET = V_OFFSET + NUM_STAGES * VTile::BYTES;
-constexpr int MERGE_OFFSET = O_OFFSET + NUM_O_GROUPS * OGroup::BYTES;
+constexpr int LOADS_OFFSET = O_OFFSET + NUM_O_GROUPS * OGroup::BYTES;
+constexpr int K_LOAD_OFFSET = FLOAT8 ? LOADS_OFFSET : K_OFFSET;
+constexpr int V_LOAD_OFFSET = FLOAT8 ? LOADS_OFFSET + LOAD_STAGES * KLoad::BYTES : V_OFFSET;
+constexpr int MERGE_OFFSET =
+    LOADS_OFFSET + (FLOAT8 ? LOAD_STAGES * (KLoad::BYTES + VLoad::BYTES) : 0);
 constexpr int MERGE_FLOATS = (KEY_SLICES - 1) * SLICE_FLOATS<OUT_FRAGS>;
 constexpr int MASK_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
 constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS;
@@ -47,7 +56,9 @@ constexpr int BARRIERS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
 constexpr int ARRIVAL_OFFSET = FEED_OFFSET + FEED_BYTES;
-static_assert(SMEM_BYTES == ARRIVAL_OFFSET + ARRIVAL_BYTES,
+constexpr int ENDS_OFFSET = ARRIVAL_OFFSET + ARRIVAL_BYTES;
+constexpr int NUM_ENDS = FLOAT8 ? 2 * LOAD_STAGES : 0;
+static_assert(SMEM_BYTES == ENDS_OFFSET + NUM_ENDS * 4,
               "the plan and the kernel disagree on shared memory");
 
 struct Buffers {
@@ -60,4 +71,7 @@ struct Buffers {
   SmemPtr<int32_t> coords;  // of the row tiles at hand; they come with Q
   Feed feed;                // from which the producer has them, where they are dealt out
   SmemPtr<int32_t> arrival;  // see hand_over_partial
+  KLoad k_loads;  // what the producer loads: k and v unless FLOAT8
+  VLoad v_loads;
+  SmemPtr<int32_t> ends;  // under FLOAT8: whether a stage of K, or V, is none, but the end
 };

@@ -19,6 +19,10 @@ def obstacle(problem: Problem) -> str | None:
     if num_rows + problem.batch >= 2**30 and problem.packs_queries:
         return "it counts the row tiles of all packed sequences in 32 bits"
     reason = _obstacle_to_pages(problem) if problem.has_pages else None
+    if problem.cache_dtype and not problem.is_readable:
+        return "it reads caches of 8 bits in rows of whole 16 bytes, contiguous"
+    if problem.cache_dtype and problem.batch_invariant:
+        return "it is not batch-invariant with caches of 8 bits"
     return reason or next(iter(unreadable(problem).values()), None) or obstacle_to_splits(problem)
 
 

@@ -62,7 +62,7 @@ struct PageBoxes {
     return is_read ? gmem_load(entries + key / PAGE_SIZE) : 0;
   }
 
-  FC_DEVICE void load_k(KTile tile, SmemPtr<uint64_t> full, int slice, int n_block) const {
+  FC_DEVICE void load_k(KLoad tile, SmemPtr<uint64_t> full, int slice, int n_block) const {
     if (lane_idx() >= NUM_BOXES) return;
     const int key = first_key(n_block);
     const int row = key < num_keys ? key % PAGE_SIZE : PAGE_SIZE;
@@ -70,16 +70,16 @@ struct PageBoxes {
     tile.rows_from(lane_idx() * BOX_ROWS).load(0, params.k_map, full, row, head, page);
   }
 
-  FC_DEVICE void load_v(VTile tile, SmemPtr<uint64_t> full, int slice, int n_block) const {
+  FC_DEVICE void load_v(VLoad tile, SmemPtr<uint64_t> full, int slice, int n_block) const {
     if (lane_idx() >= NUM_BOXES) return;
     const int key = first_key(n_block);
     const int count = min_i(BOX_ROWS, num_keys - key);
     const int page = checked_page(params.attn, of_v[slice]);
     const int begin = page * params.attn.lengths.v_rows_per_batch + key % PAGE_SIZE;
-    const VTile to = tile.rows_from(lane_idx() * BOX_ROWS);
-    for (int c = 0; c < V_CHUNKS; ++c) {
+    const VLoad to = tile.rows_from(lane_idx() * BOX_ROWS);
+    for (int c = 0; c < VLoad::CHUNKS; ++c) {
       if (count > 0) {
-        tma_load(to.chunk(c), params.v_map, full, c * CHUNK, BOX_ROWS - count, head,
+        tma_load(to.chunk(c), params.v_map, full, c * LOAD_CHUNK, BOX_ROWS - count, head,
                  begin + count);
       } else {
         tma_load(to.chunk(c), params.k_map, full, 0, PAGE_SIZE, head, 0);

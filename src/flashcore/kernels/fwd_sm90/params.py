@@ -133,7 +133,7 @@ def heads_per_section(problem: Problem, plan: Sm90Plan, num_blocks: int) -> int:
     problem = as_launched(problem, plan.folds_heads)
     num_heads = problem.num_heads_q * problem.batch
     heads_of_kv = problem.num_heads_q // problem.num_heads_kv
-    bytes_of_kv = _ELEMENT_BYTES * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+    bytes_of_kv = problem.cache_bytes * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     tiles_of_kv = max(1, heads_of_kv * -(-problem.seqlen_q // plan.block_m))
     if plan.block_m <= 128 and is_long_run:
         most_bytes, enough = _SMALL_GROUP_BYTES, math.ceil(_SMALL_GROUP * num_blocks / tiles_of_kv)
@@ -244,8 +244,12 @@ def _set_map(
     # A dimension of size 1 has stride 0 in a Problem; a descriptor wants some legal one. Others
     # that have it are expanded: TMA reads the same rows again, as was tried on an H200.
     sizes = (1 if packed and not of_pages else batches, heads, num_rows)
+    element_bytes, box_cols = _ELEMENT_BYTES, plan.chunk
+    if of_keys:
+        element_bytes, box_cols = problem.cache_bytes, plan.load_chunk
+    is_swizzled = not (of_keys and plan.has_float8)  # whoever converts bytes swizzles
     batch_bytes, head_bytes, row_bytes = (
-        _ELEMENT_BYTES * stride if stride or size > 1 else 16
+        element_bytes * stride if stride or size > 1 else 16
         for stride, size in zip(strides, sizes, strict=True)
     )
     tensor_map = TensorMap(
@@ -257,10 +261,10 @@ def _set_map(
         rows=num_rows,
         heads=heads,
         batches=batches,
-        box_cols=plan.chunk,
+        box_cols=box_cols,
         box_rows=plan.box_rows if of_keys else ROWS_OF_CONSUMER,
-        element_bytes=_ELEMENT_BYTES,
-        swizzle_bytes=plan.chunk * _ELEMENT_BYTES,
+        element_bytes=element_bytes,
+        swizzle_bytes=box_cols * element_bytes if is_swizzled else 0,
     )
     if packed and not of_pages:
         make_ragged(tensor_map, 0)

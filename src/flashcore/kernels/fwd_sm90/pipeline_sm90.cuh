@@ -1,14 +1,21 @@
 // fwd_sm90/pipeline_sm90.cuh - the mbarriers between the producer and the consumers, the place of
-// each in the ring of stages, and the barriers among consumers.
+// each in the ring of stages, and the barriers among consumers. Under FLOAT8 a warpgroup stands
+// between the two (tile/float8.cuh), and there are rings before and behind it.
 #pragma once
 
 #include "prims_sm90.cuh"
 
+// Of 8-bit tiles there are more on their way than consumers have: LOAD_STAGES, else NUM_STAGES.
+constexpr int CONVERTING_WARPS = NUM_CONVERTERS * 2;  // that share a tile of K, or of V
 constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup
 constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SLICES;  // warpgroups
 static_assert(KEY_SLICES == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");
 constexpr int NUM_Q_SLOTS = Q_BUFFERS * NUM_ROW_GROUPS;
-constexpr int NUM_BARRIERS = 2 * NUM_Q_SLOTS + 4 * NUM_STAGES + (KEY_SLICES > 1 ? 2 : 0);
+constexpr int NUM_MERGE_BARRIERS = KEY_SLICES > 1 ? 2 : 0;
+constexpr int NUM_BARRIERS =
+    2 * NUM_Q_SLOTS + 4 * NUM_STAGES + NUM_MERGE_BARRIERS + (FLOAT8 ? 4 * LOAD_STAGES : 0);
+constexpr int NUM_THREADS = (1 + NUM_CONSUMERS + NUM_CONVERTERS) * 128;
+static_assert(!FLOAT8 || KEY_SLICES == 1, "what converts fills one ring");
 
 // A `full` barrier completes when the bytes announced by the producer have arrived; an `empty` one
 // when all consumers have read the buffer.
@@ -16,11 +23,14 @@ struct Barriers {
   SmemPtr<uint64_t> q_full, q_empty;                   // one a slot, see q_slot
   SmemPtr<uint64_t> k_full, k_empty, v_full, v_empty;  // one a stage
   SmemPtr<uint64_t> merge_full, merge_empty;           // with KEY_SLICES, see merge_sm90.cuh
+  // Of what the producer loads: the same as k_full and so on unless FLOAT8.
+  SmemPtr<uint64_t> k_load_full, k_load_empty, v_load_full, v_load_empty;
 };
 
 FC_DEVICE Barriers barriers(int byte_offset) {
   const auto first = smem_view<uint64_t>(byte_offset, NUM_BARRIERS, "barriers");
   const auto ring = first + 2 * NUM_Q_SLOTS;
+  const auto loads = FLOAT8 ? ring + (4 * NUM_STAGES + NUM_MERGE_BARRIERS) : ring;
   return {first,
           first + NUM_Q_SLOTS,
           ring,
@@ -28,7 +38,11 @@ FC_DEVICE Barriers barriers(int byte_offset) {
           ring + 2 * NUM_STAGES,
           ring + 3 * NUM_STAGES,
           ring + 4 * NUM_STAGES,
-          ring + (4 * NUM_STAGES + 1)};
+          ring + (4 * NUM_STAGES + 1),
+          loads,
+          loads + LOAD_STAGES,
+          loads + 2 * LOAD_STAGES,
+          loads + 3 * LOAD_STAGES};
 }
 
 // Must be called by one thread. The counts say how many threads arrive at an `empty` barrier.
@@ -38,10 +52,16 @@ FC_DEVICE void init_barriers(const Barriers& bar, int kv_empty_count, int q_empt
     mbar_init(bar.q_empty + slot, q_empty_count);
   }
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
-    mbar_init(bar.k_full + stage, 1);
-    mbar_init(bar.v_full + stage, 1);
+    mbar_init(bar.k_full + stage, FLOAT8 ? CONVERTING_WARPS : 1);
+    mbar_init(bar.v_full + stage, FLOAT8 ? CONVERTING_WARPS : 1);
     mbar_init(bar.k_empty + stage, kv_empty_count);
     mbar_init(bar.v_empty + stage, kv_empty_count);
+  }
+  for (int stage = 0; FLOAT8 && stage < LOAD_STAGES; ++stage) {
+    mbar_init(bar.k_load_full + stage, 1);
+    mbar_init(bar.v_load_full + stage, 1);
+    mbar_init(bar.k_load_empty + stage, CONVERTING_WARPS);
+    mbar_init(bar.v_load_empty + stage, CONVERTING_WARPS);
   }
   if (KEY_SLICES > 1) {
     mbar_init(bar.merge_full, (KEY_SLICES - 1) * 128);
@@ -59,19 +79,23 @@ FC_DEVICE int q_parity(int turn) { return turn / Q_BUFFERS % 2; }
 constexpr uint32_t STAGES_PER_RING = NUM_STAGES / KEY_SLICES;
 static_assert(NUM_STAGES % KEY_SLICES == 0, "the rings are of one size");
 static_assert(STAGES_PER_RING >= 2, "a consumer holds one V while it waits for the next");
+constexpr uint32_t LOADS_PER_RING = LOAD_STAGES / KEY_SLICES;
 
 // How many tiles went through a ring of stages; where the next one goes, and the parity of the
 // phase in which its `full` barrier completes. Who waits for `empty` waits for the other parity: a
 // fresh barrier counts as completed in phase -1.
-struct PipelineState {
+template <uint32_t STAGES>
+struct RingState {
   int ring = 0;
   uint32_t count = 0;  // unsigned, for short remainders: the next product waits for them
 
   FC_DEVICE int stage() const {
-    return (KEY_SLICES > 1 ? ring * int(STAGES_PER_RING) : 0) + int(count % STAGES_PER_RING);
+    return (KEY_SLICES > 1 ? ring * int(STAGES) : 0) + int(count % STAGES);
   }
-  FC_DEVICE int parity() const { return int(count / STAGES_PER_RING % 2); }
+  FC_DEVICE int parity() const { return int(count / STAGES % 2); }
 };
+using PipelineState = RingState<STAGES_PER_RING>;
+using LoadState = RingState<LOADS_PER_RING>;
 
 // A consumer warp is done with the stage.
 FC_DEVICE void release(SmemPtr<uint64_t> empty, PipelineState state) {

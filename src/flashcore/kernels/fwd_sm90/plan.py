@@ -24,12 +24,7 @@ KERNEL = "attn_fwd_sm90"
 ARCH = tiles_sm90.ARCH
 GATES = ("qk", "softmax", "pv", "tile")  # pv_serial takes apart what only the portable kernel does
 # A stage shows nothing but itself: no turns, no shared rows. Nor is a rescale put off.
-OFF_UNDER_A_GATE: dict[str, Any] = {
-    "ping_pong": False,
-    "key_slices": 1,
-    "num_splits": 1,
-    "stream_k": False,
-}
+OFF_UNDER_A_GATE: Any = {"ping_pong": False, "key_slices": 1, "num_splits": 1, "stream_k": False}
 
 Q_BUFFERS = (1, 2)
 # In which O may leave. More take longer, but leave shared memory for stages.
@@ -40,6 +35,8 @@ _COORD_BYTES = 4 * 16  # places of four row tiles
 _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (fwd_sm90/split_sm90.cuh)
 _STREAM_BYTES = 4 * 16  # which key tiles, and where shares lie (tile/stream_k.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
+_END_BYTES = 2 * 4  # of a stage of K and one of V (tile/float8.cuh)
+CONVERTER_REGISTERS = 72
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,8 @@ class Sm90Plan(Plan):
     length; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 8 or 4, or 1 for
     element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows start
     anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be at
-    least, see problem/exactness.py.
+    least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
+    bytes, of 8-bit caches (0 of others), beside the `num_stages` that are converted.
     """
 
     ping_pong: bool = False
@@ -71,6 +69,7 @@ class Sm90Plan(Plan):
     mask_is_row: bool = False
     mask_is_shifted: bool = False
     fewest_splits: int = 1
+    load_stages: int = 0
 
     @property
     def params_struct(self) -> str:
@@ -106,8 +105,14 @@ class Sm90Plan(Plan):
 
     @property
     def num_warps(self) -> int:
-        """Return the number of warps: the consumers' and the producer's warpgroup."""
-        return 4 * (self.num_consumers + 1)
+        """Return the number of warps: the consumers', the producer's warpgroup, and the one that
+        converts 8-bit caches."""
+        return 4 * (self.num_consumers + 1 + self.has_float8)
+
+    @property
+    def has_float8(self) -> bool:
+        """Return whether k and v have 8 bits."""
+        return self.cache_dtype != ""
 
     @property
     def chunk(self) -> int:
@@ -118,6 +123,17 @@ class Sm90Plan(Plan):
     def out_cols(self) -> int:
         """Return columns of O that are computed: products have 16 of them."""
         return -(-self.head_dim_v // 16) * 16
+
+    @property
+    def q_in_registers(self) -> bool:
+        """Return whether consumers hold Q in registers (tile/float8.cuh), where there are some."""
+        return self.has_float8 and self.head_dim <= 128
+
+    @property
+    def load_chunk(self) -> int:
+        """Return columns of K and V that are loaded as one: `chunk`; of 8 bits up to 128."""
+        dims = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
+        return math.gcd(128, *dims) if self.has_float8 else self.chunk
 
     @property
     def smem_bytes(self) -> int:
@@ -133,7 +149,8 @@ class Sm90Plan(Plan):
         feed = _FEED_BYTES if self.varlen in PACKS_QUERIES else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
-        num_barriers += 4 * self.num_stages + 2 * (self.key_slices > 1)
+        num_barriers += 4 * (self.num_stages + self.load_stages) + 2 * (self.key_slices > 1)
+        shares += self.load_stages * (self.block_n * (qk_cols + v_cols) + _END_BYTES)
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
 
     @property
@@ -152,7 +169,7 @@ class Sm90Plan(Plan):
     @property
     def row_warps(self) -> range:
         """Return the consumers' warps; the producer's warpgroup comes first."""
-        return range(4, self.num_warps)
+        return range(4, 4 * (self.num_consumers + 1))
 
     @property
     def is_persistent(self) -> bool:
@@ -165,11 +182,11 @@ class Sm90Plan(Plan):
         return True
 
     @property
-    def role_registers(self) -> tuple[int, int]:
-        """Return the registers of a consumer and of a producer thread; setmaxnreg moves them from
-        what the launch gave everybody, `max_registers`: a block that asks for more than it was
-        given waits for ever."""
-        pool = self.max_registers * (self.num_consumers + 1)
+    def role_registers(self) -> tuple[int, ...]:
+        """Return the registers of a consumer and of a producer thread, and of one that converts;
+        setmaxnreg moves them from what the launch gave everybody, `max_registers`: a block that
+        asks for more than it was given waits for ever."""
+        pool = self.max_registers * (self.num_warps // 4) - CONVERTER_REGISTERS * self.has_float8
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
         # take the most, a lane each of its own tile, and so does who finds its range of work.
@@ -180,7 +197,8 @@ class Sm90Plan(Plan):
             if self.stream_k and self.num_consumers == self.min_blocks == 1:
                 producer = 56
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
-        return consumer, min(max(40, producer), pool - consumer * self.num_consumers)
+        producer = min(max(40, producer), pool - consumer * self.num_consumers)
+        return (consumer, producer, *[CONVERTER_REGISTERS] * self.has_float8)
 
     @property
     def overlaps(self) -> bool:
@@ -207,13 +225,19 @@ class Sm90Plan(Plan):
 
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
-        consumer_registers, producer_registers = self.role_registers
+        consumer_registers, producer_registers, *converters = self.role_registers
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
         del constants["NUM_WARPS"], constants["LOAD_BYTES"], constants["KEY_TILES_OF_CHUNK"]
         return constants | {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
+            "CONVERTER_REGISTERS": (*converters, producer_registers)[0],
+            "LOAD_STAGES": self.load_stages if self.has_float8 else self.num_stages,
+            "LOAD_CHUNK": self.load_chunk,
+            "NUM_CONVERTERS": int(self.has_float8),
+            "Q_IN_REGISTERS": self.q_in_registers,
+            "MathElement": "float16" if self.has_float8 else constants["Element"],
             "PING_PONG": self.ping_pong,
             "LAZY_RESCALE": self.lazy_rescale
             and not (self.returns_max_score or self.batch_invariant),
@@ -236,15 +260,8 @@ class Sm90Plan(Plan):
         """Return one line for people."""
         splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
         splits += " stream-K" if self.stream_k else ""
-        return Plan.describe(self) + splits
-
-
-def _of_mean_lengths(problem: Problem) -> Problem:
-    """Return packed sequences as a batch of equal ones, for the choice of tiles."""
-    if not problem.packs_queries:
-        return problem
-    batch = max(1, problem.batch)
-    return dataclasses.replace(problem, batch=batch, seqlen_q=-(-problem.total_q // batch))
+        loads = f" loads ahead {self.load_stages}" if self.has_float8 else ""
+        return Plan.describe(self) + splits + loads
 
 
 def _has_registers(plan: Sm90Plan) -> bool:
@@ -252,6 +269,7 @@ def _has_registers(plan: Sm90Plan) -> bool:
     that where the producer's warpgroup is small; a warp that deals out tiles, or finds pages, takes
     from it."""
     held = (plan.block_n + plan.head_dim_v) // 2 + plan.block_n // 4
+    held += plan.head_dim // 4 * plan.q_in_registers
     return held + 32 <= plan.role_registers[0]
 
 
@@ -262,25 +280,7 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         fields["fewest_splits"] = fewest_splits(problem)
         fields["batch_invariant"] = problem.batch_invariant
     folded = fields["folds_heads"]
-    return fields | mask_traits(fold_heads(problem, folded) if folded else problem)
-
-
-def mask_traits(problem: Problem) -> dict[str, Any]:
-    """Return the fields of a plan that say how a mask tensor is read
-    (fwd_sm90/mask_tile_sm90.cuh)."""
-    mask = problem.mask
-    if mask is None:
-        return {}
-    # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
-    load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
-    is_shifted = load_bytes < 4 and mask.strides[3] == 1
-    if is_shifted:
-        load_bytes = 8 * tiles_sm90.MASK_ELEMENT_BYTES[mask.dtype]
-    return {
-        "mask_load_bytes": load_bytes,
-        "mask_is_row": mask.strides[2] == 0,
-        "mask_is_shifted": is_shifted,
-    }
+    return fields | tiles_sm90.mask_traits(fold_heads(problem, folded) if folded else problem)
 
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
@@ -292,8 +292,8 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     """
     if gate is not None and gate not in GATES:
         raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
-    plans: list[Plan] = []
-    problem = _of_mean_lengths(problem)
+    plans: list[Plan | None] = []
+    problem = tiles_sm90.of_mean_lengths(problem)
     of_problem = traits_sm90(problem, gate)
     folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
@@ -306,10 +306,8 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
             tile = tile._replace(**OFF_UNDER_A_GATE)
         elif tile.num_splits < of_problem["fewest_splits"]:
             tile = tile._replace(num_splits=of_problem["fewest_splits"], stream_k=False)
-        plan = _plan(tile, gate, fields)
-        if plan is not None:
-            plans.append(plan)
-    return plans
+        plans.append(_plan(tile, gate, fields))
+    return [plan for plan in plans if plan is not None]
 
 
 def with_o_fitted(plan: Sm90Plan) -> Sm90Plan:
@@ -334,7 +332,8 @@ def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> 
     plan = Sm90Plan(
         kernel=KERNEL, arch=ARCH, lazy_rescale=gate is None, gate=gate, **sizes, **of_problem
     )
-    if (plan.varlen in PACKS_QUERIES or plan.page_size) and not _has_registers(plan):
+    is_tight = plan.varlen in PACKS_QUERIES or plan.page_size or plan.has_float8
+    if is_tight and not _has_registers(plan):
         return None
     plan = with_o_fitted(plan)
     return plan if plan.smem_bytes <= smem_limits(ARCH)[0] else None

@@ -6,6 +6,7 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
+#include "tile/float8.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
@@ -43,39 +44,41 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   const bool leads = !WHOLE_WARP || lane_idx() == 0;
   BoxOrigin q_box, k_box, v_box;  // of the sequence
   PageBoxes pages = {params};     // read only under PAGED
-  PipelineState k_states[KEY_SLICES], v_states[KEY_SLICES];
+  LoadState k_states[KEY_SLICES], v_states[KEY_SLICES];
 #pragma unroll
   for (int s = 0; s < KEY_SLICES; ++s) k_states[s].ring = v_states[s].ring = s;
 
-  const auto load_k = [&](PipelineState& k_state, const BlockCoord& block, int n_block) {
-    const auto full = bar.k_full + k_state.stage();
+  const auto load_k = [&](LoadState& k_state, const BlockCoord& block, int n_block) {
+    const auto full = bar.k_load_full + k_state.stage();
     if (leads) {
-      mbar_wait(bar.k_empty + k_state.stage(), k_state.parity() ^ 1);
-      mbar_arrive_expect_tx(full, KTile::BYTES);
+      mbar_wait(bar.k_load_empty + k_state.stage(), k_state.parity() ^ 1);
+      if (FLOAT8) smem_store(smem.ends + k_state.stage(), 0);
+      mbar_arrive_expect_tx(full, KLoad::BYTES);
     }
     if (PAGED) {
       warp_sync();  // orders the wait and the announcement before all lanes' loads
-      pages.load_k(smem.k[k_state.stage()], full, k_state.ring, n_block);
+      pages.load_k(smem.k_loads[k_state.stage()], full, k_state.ring, n_block);
     } else {
-      smem.k.load(k_state.stage(), params.k_map, full, k_box.row + n_block * BLOCK_N,
+      smem.k_loads.load(k_state.stage(), params.k_map, full, k_box.row + n_block * BLOCK_N,
                   block.head_idx_kv, k_box.batch);
     }
     ++k_state.count;
   };
-  const auto load_v = [&](PipelineState& v_state, const BlockCoord& block, int n_block) {
+  const auto load_v = [&](LoadState& v_state, const BlockCoord& block, int n_block) {
 //@if gate qk softmax
     return;  // there is no P V
 //@end
-    const auto full = bar.v_full + v_state.stage();
+    const auto full = bar.v_load_full + v_state.stage();
     if (leads) {
-      mbar_wait(bar.v_empty + v_state.stage(), v_state.parity() ^ 1);
-      mbar_arrive_expect_tx(full, VTile::BYTES);
+      mbar_wait(bar.v_load_empty + v_state.stage(), v_state.parity() ^ 1);
+      if (FLOAT8) smem_store(smem.ends + (LOAD_STAGES + v_state.stage()), 0);
+      mbar_arrive_expect_tx(full, VLoad::BYTES);
     }
     if (PAGED) {
       warp_sync();  // as for K
-      pages.load_v(smem.v[v_state.stage()], full, v_state.ring, n_block);
+      pages.load_v(smem.v_loads[v_state.stage()], full, v_state.ring, n_block);
     } else {
-      smem.v.load(v_state.stage(), params.v_map, full, v_box.row + n_block * BLOCK_N,
+      smem.v_loads.load(v_state.stage(), params.v_map, full, v_box.row + n_block * BLOCK_N,
                   block.head_idx_kv, v_box.batch);
     }
     ++v_state.count;
@@ -105,6 +108,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
         mbar_wait(bar.q_empty + q_slot(turn, group), q_parity(turn) ^ 1);
         mbar_arrive(bar.q_full + q_slot(turn, group));
       }
+      if (FLOAT8 && leads) end_conversion(bar, smem, k_states[0], v_states[0]);
       if (leads) grid_launch_dependents();
       return;
     }

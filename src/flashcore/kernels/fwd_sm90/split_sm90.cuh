@@ -180,7 +180,8 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
       weight = join_sink(row_max[i], sum[i], sink_of(p, block.head_idx, row[i]), p);
     }
     const bool empty = sum[i] == 0.0f;  // finish_softmax has the same rule
-    const float inverse = empty ? 0.0f : weight * rcp_approx(sum[i]);
+    float inverse = empty ? 0.0f : weight * rcp_approx(sum[i]);
+    if (FLOAT8) inverse *= p.scales.v_factor;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto& x = out[i][half];

@@ -43,9 +43,9 @@ _PARTS_SAVE = 0.1
 _MAX_ROUNDS = 4
 
 
-def key_tile_bytes(block_n: int, head_dim: int, head_dim_v: int) -> int:
+def key_tile_bytes(block_n: int, head_dim: int, head_dim_v: int, element_bytes: int = 2) -> int:
     """Return the bytes of K and V of a key tile."""
-    return block_n * (head_dim + head_dim_v) * 2
+    return block_n * (head_dim + head_dim_v) * element_bytes
 
 
 def share_row_bytes(head_dim_v: int) -> int:

@@ -19,6 +19,12 @@ from flashcore.problem.folding import as_launched
 class WmmaKernel(ForwardKernel[Plan]):
     """A WmmaKernel is the portable kernel. See `ForwardKernel`."""
 
+    def obstacle(self, problem: Problem) -> str | None:
+        """Return why the kernel cannot serve a problem, or None."""
+        if problem.cache_dtype:
+            return f"the portable kernel reads no caches of {problem.cache_dtype}"
+        return None
+
     def traits(self, problem: Problem, gate: str | None = None) -> dict[str, Any]:
         """Return the fields of a plan that the problem alone decides."""
         return plan_wmma.traits(problem, gate)

@@ -13,6 +13,7 @@ from flashcore.problem.folding import as_launched
 
 LOG2_E = math.log2(math.e)
 _MAX_GRID = 2**31 - 1
+SCALE_STRIDES = ("k_scale_batch", "k_scale_head", "v_scale_batch", "v_scale_head")
 _MAX_ROW_STRIDE = 2**31 - 1
 
 
@@ -79,6 +80,16 @@ class Pages(ctypes.Structure):
     ]
 
 
+class Scales(ctypes.Structure):
+    """Say what the elements of 8-bit caches count."""
+
+    _fields_ = [
+        *_fields(ctypes.c_void_p, "k_scale v_scale"),
+        *_fields(ctypes.c_int32, "k_scale_batch k_scale_head v_scale_batch v_scale_head"),
+        ("v_factor", ctypes.c_float),
+    ]
+
+
 class Gate(ctypes.Structure):
     """Hold the addresses of what a debug gate writes or reads."""
 
@@ -90,7 +101,9 @@ class AttnParams(ctypes.Structure):
     The fields of all groups but `strides` are attributes of this structure too, with their offsets
     in it: an address is placed by its field's name."""
 
-    _anonymous_: ClassVar[tuple[str, ...]] = ("tensors", "band", "lengths", "splits", "pages")
+    _anonymous_: ClassVar[tuple[str, ...]] = (
+        "tensors", "band", "lengths", "splits", "pages", "scales",
+    )  # fmt: skip
     _fields_ = [
         ("tensors", Tensors),
         ("strides", Strides),
@@ -104,6 +117,7 @@ class AttnParams(ctypes.Structure):
         ("splits", Splits),
         ("tile_counter", ctypes.c_void_p),
         ("pages", Pages),
+        ("scales", Scales),
         ("max_score", ctypes.c_void_p),
     ]
 
@@ -196,6 +210,8 @@ def build_params(
     params.total_q, params.total_k = problem.total_q, problem.total_k
     params.num_pages, params.page_table_stride = problem.num_pages, problem.page_table_stride
     params.lower_right = problem.causal != "upper_left"
+    for name, stride in zip(SCALE_STRIDES, problem.scale_strides, strict=True):
+        setattr(params, name, stride)
     if problem.packs_queries:
         params.max_tiles = grid_size(problem, plan)
         most_keys = problem.seqlen_k if problem.has_pages else problem.total_k

@@ -52,7 +52,7 @@ class Plan:
     0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the registers must
     allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh); `page_size`
     keys of a page, 0 where there are no pages (tile/pages.cuh); `has_sinks` whether a logit of each
-    head joins the softmax.
+    head joins the softmax; `cache_dtype` that of k and v where it is not `dtype`.
     """
 
     kernel: str
@@ -77,6 +77,7 @@ class Plan:
     page_size: int = 0
     returns_max_score: bool = False
     has_sinks: bool = False
+    cache_dtype: str = ""
 
     @property
     def params_struct(self) -> str:
@@ -138,9 +139,8 @@ class Plan:
     def smem_bytes(self) -> int:
         """Return a block's dynamic shared memory: Q (later O), `num_stages` tiles of K and V."""
         k_stride, v_stride = _padded(self.head_dim) + 8, _padded(self.head_dim_v) + 8
-        elements = self.block_m * max(k_stride, v_stride)
-        elements += self.num_stages * self.block_n * (k_stride + v_stride)
-        return 2 * elements + self.gate_serial_bytes
+        elements = self.num_stages * self.block_n * (k_stride + v_stride)
+        return 2 * (self.block_m * max(k_stride, v_stride) + elements) + self.gate_serial_bytes
 
     @property
     def max_registers(self) -> int:
@@ -156,9 +156,7 @@ class Plan:
     def registers_asked_for(self) -> int:
         """Return the registers that the roles of a block's warpgroups ask for together; 0 without
         roles."""
-        if not self.role_registers:
-            return 0
-        consumer, *others = self.role_registers
+        consumer, *others = self.role_registers or (0,)
         return 128 * ((self.num_warps // 4 - len(others)) * consumer + sum(others))
 
     @property
@@ -177,6 +175,8 @@ class Plan:
         return {
             "Element": _CUDA_TYPES[self.dtype],
             "MaskElement": _CUDA_TYPES[self.mask or "bool"],
+            "CacheElement": "float8" if self.cache_dtype else _CUDA_TYPES[self.dtype],
+            "FLOAT8": self.cache_dtype != "",
             "BLOCK_M": self.block_m,
             "BLOCK_N": self.block_n,
             "HEAD_DIM": self.head_dim,
@@ -219,6 +219,7 @@ class Plan:
                 ("sinks", self.has_sinks),
                 (f"gate:{self.gate}", self.gate is not None),
                 ("max_score", self.returns_max_score),
+                (f"cache {self.cache_dtype}", self.cache_dtype != ""),
             )
             if on
         ]
@@ -316,6 +317,7 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "returns_max_score": gate is None and problem.return_max_score,
         # What the gate of P V is given is not normalised.
         "has_sinks": problem.has_sinks and gate != "pv",
+        "cache_dtype": problem.cache_dtype,
     }
 
 

@@ -92,3 +92,27 @@ FC_DEVICE uint32_t mul2(uint32_t a, uint32_t b) {
   return pack2<T>(to_float(T{uint16_t(a)}) * to_float(T{uint16_t(b)}),
                   to_float(T{uint16_t(a >> 16)}) * to_float(T{uint16_t(b >> 16)}));
 }
+
+// OCP e4m3: a sign, 4 bits of exponent, 3 of mantissa; no infinity, NaN is 0x7f and 0xff: storage
+// only.
+struct float8 {
+  uint8_t bits;
+};
+
+FC_DEVICE float to_float(float8 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x80u) << 24;
+  const uint32_t magnitude = x.bits & 0x7fu;
+  if (magnitude == 0x7fu) return fc_host::float_of(sign | 0x7fffffffu);
+  // Exponent and mantissa moved into place are the value times 2^-120, also for subnormals.
+  return fc_host::float_of(sign | fc_host::bits_of(fc_host::float_of(magnitude << 20) * 0x1p120f));
+}
+
+// The four float8 of a word, from the lowest byte on, as pairs of T.
+template <class T>
+FC_DEVICE void widen4(uint32_t word, uint32_t (&pairs)[2]) {
+  for (int i = 0; i < 2; ++i) {
+    const float8 low = {uint8_t(word >> 16 * i)};
+    const float8 high = {uint8_t(word >> (16 * i + 8))};
+    pairs[i] = pack2<T>(to_float(low), to_float(high));
+  }
+}

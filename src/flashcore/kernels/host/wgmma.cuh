@@ -90,3 +90,10 @@ FC_DEVICE void wgmma_rs(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_de
                         FC_SITE) {
   fc_host::wgmma_issue_as<T, true, true>(d, a.reg, {}, b_desc, accumulate, FC_HERE);
 }
+
+// d = A B^T (+ d): A 64 x 16 in registers, B N x 16 in shared memory, contiguous along k.
+template <class T, int FRAGS>
+FC_DEVICE void wgmma_rs_k(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc,
+                          bool accumulate, FC_SITE) {
+  fc_host::wgmma_issue_as<T, false, false>(d, a.reg, {}, b_desc, accumulate, FC_HERE);
+}

@@ -3,6 +3,7 @@
 #pragma once
 
 using int32_t = int;
+using uint8_t = unsigned char;
 using uint16_t = unsigned short;
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -104,5 +105,40 @@ FC_DEVICE uint32_t mul2<bfloat16>(uint32_t a, uint32_t b) {
   uint32_t product;
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
   return product;
+}
+#endif
+
+// OCP e4m3: a sign, 4 bits of exponent, 3 of mantissa; no infinity, NaN is 0x7f and 0xff: storage
+// only.
+struct float8 {
+  uint8_t bits;
+};
+
+// The four float8 of a register, from the lowest byte on, as pairs of T.
+template <class T>
+FC_DEVICE void widen4(uint32_t word, uint32_t (&pairs)[2]);
+
+#if __CUDA_ARCH__ >= 890
+template <>
+FC_DEVICE void widen4<float16>(uint32_t word, uint32_t (&pairs)[2]) {
+  asm("{\n"
+      ".reg .b16 low, high;\n"
+      "mov.b32 {low, high}, %2;\n"
+      "cvt.rn.f16x2.e4m3x2 %0, low;\n"
+      "cvt.rn.f16x2.e4m3x2 %1, high;\n"
+      "}\n"
+      : "=r"(pairs[0]), "=r"(pairs[1])
+      : "r"(word));
+}
+
+template <>
+FC_DEVICE void widen4<bfloat16>(uint32_t word, uint32_t (&pairs)[2]) {
+  widen4<float16>(word, pairs);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const float16 low = {uint16_t(pairs[i])};
+    const float16 high = {uint16_t(pairs[i] >> 16)};
+    pairs[i] = pack2<bfloat16>(to_float(low), to_float(high));
+  }
 }
 #endif

@@ -135,10 +135,10 @@ constexpr bool IS_FLOAT16<float16> = true;
                : "l"(wgmma_bits(a_desc)),                                                          \
                  "l"(wgmma_bits(b_desc)), "r"(int(accumulate)))
 
-#define FC_WGMMA_RS(frags, n, types, c0, c1, c2, c3, c4, c5)                                       \
+#define FC_WGMMA_RS(frags, n, types, c0, c1, c2, c3, c4, c5, mn_major)                             \
   asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " c5 ", 0;\n"                                     \
                "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." types " {" FC_RS_##frags "}, {" c0 \
-               ", " c1 ", " c2 ", " c3 "}, " c4 ", p, 1, 1, 1;\n}\n"                               \
+               ", " c1 ", " c2 ", " c3 "}, " c4 ", p, 1, 1, " mn_major ";\n}\n"                    \
                : FC_ACC_##frags                                                                    \
                : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]),                       \
                  "l"(wgmma_bits(b_desc)), "r"(int(accumulate)))
@@ -204,16 +204,20 @@ FC_DEVICE void wgmma_ss_n(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_d
   wgmma_of_smem<T, false, true>(d, a_desc, b_desc, accumulate);
 }
 
-// d = A B (+ d): A 64 x 16 in registers, B 16 x N in shared memory, contiguous along n.
-template <class T, int FRAGS>
-FC_DEVICE void wgmma_rs(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc,
-                        bool accumulate) {
+// A in registers, B in shared memory, contiguous along k, or, MN_MAJOR, along n.
+template <class T, bool MN_MAJOR, int FRAGS>
+FC_DEVICE void wgmma_of_registers(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc,
+                                  bool accumulate) {
 #define FC_CASE(frags, n, c0, c1, c2, c3, c4, c5)                                                  \
   if constexpr (FRAGS == frags) {                                                                  \
-    if constexpr (IS_FLOAT16<T>) {                                                                 \
-      FC_WGMMA_RS(frags, n, "f16.f16", c0, c1, c2, c3, c4, c5);                                    \
+    if constexpr (IS_FLOAT16<T> && MN_MAJOR) {                                                     \
+      FC_WGMMA_RS(frags, n, "f16.f16", c0, c1, c2, c3, c4, c5, "1");                               \
+    } else if constexpr (IS_FLOAT16<T>) {                                                          \
+      FC_WGMMA_RS(frags, n, "f16.f16", c0, c1, c2, c3, c4, c5, "0");                               \
+    } else if constexpr (MN_MAJOR) {                                                               \
+      FC_WGMMA_RS(frags, n, "bf16.bf16", c0, c1, c2, c3, c4, c5, "1");                             \
     } else {                                                                                       \
-      FC_WGMMA_RS(frags, n, "bf16.bf16", c0, c1, c2, c3, c4, c5);                                  \
+      FC_WGMMA_RS(frags, n, "bf16.bf16", c0, c1, c2, c3, c4, c5, "0");                             \
     }                                                                                              \
   } else
   FC_CASE(1, "16", "%8", "%9", "%10", "%11", "%12", "%13")
@@ -234,4 +238,18 @@ FC_DEVICE void wgmma_rs(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_de
   FC_CASE(16, "256", "%128", "%129", "%130", "%131", "%132", "%133")
   { static_assert(FRAGS < 0, "N is 16, 32, .. or 256"); }
 #undef FC_CASE
+}
+
+// d = A B (+ d): A 64 x 16 in registers, B 16 x N in shared memory, contiguous along n.
+template <class T, int FRAGS>
+FC_DEVICE void wgmma_rs(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc,
+                        bool accumulate) {
+  wgmma_of_registers<T, true>(d, a, b_desc, accumulate);
+}
+
+// d = A B^T (+ d): A 64 x 16 in registers, B N x 16 in shared memory, contiguous along k.
+template <class T, int FRAGS>
+FC_DEVICE void wgmma_rs_k(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc,
+                          bool accumulate) {
+  wgmma_of_registers<T, false>(d, a, b_desc, accumulate);
 }

@@ -12,6 +12,9 @@
 //@if gate pv_serial
 #include "tile/copy.cuh"
 //@end
+//@if gate ds dv dk dq
+#include "tile/sequence.cuh"
+//@end
 
 FC_DEVICE int64_t gate_row(const AttnParams& p, const BlockCoord& block, int row) {
   return (int64_t(block.batch_idx) * p.num_heads_q + block.head_idx) * p.seqlen_q + row;
@@ -133,5 +136,56 @@ FC_DEVICE void gate_accumulate_serially(WmmaAccum (&out)[NUM_OUT_FRAGS],
       out[d].x[i] = smem_load(o_smem + (row * O_STRIDE + d * 16 + accum_col(lane_idx(), i)));
     }
   }
+}
+//@end
+//@if gate ds dv dk dq
+
+// Scores [seqlen_q, seqlen_k] of a batch and head of a backward kernel, from the first query and
+// key of its sequence on. Rows of `scores` follow each other as those of lse do, with as many keys
+// each as the longest sequence has.
+struct GateScores {
+  GmemPtr<float> scores;
+  int keys_of_row;
+};
+
+template <bool OWNS_KEYS>
+FC_DEVICE GateScores gate_scores_of(const AttnParams& p, BlockCoord block, int head_idx) {
+  const int first_row = PACKED ? query_rows<OWNS_KEYS>(p, block.batch_idx).begin : 0;
+  block.head_idx = head_idx;
+  return {p.gate.gate_scores + lse_offset(p, block, first_row) * p.seqlen_k, p.seqlen_k};
+}
+
+// A warp's 16 rows of a tile of P or dS, from (row, col) on: written out by gate ds, taken over by
+// the others. `p` is what the sequence sees. A lane's rows are queries, or keys where the kernel
+// OWNS_KEYS.
+template <bool OWNS_KEYS, int NUM_FRAGS>
+FC_DEVICE void gate_tile(WmmaAccum (&x)[NUM_FRAGS], const GateScores& gate, const AttnParams& p,
+                         int row, int col) {
+  for (int n = 0; n < NUM_FRAGS; ++n) {
+    for (int i = 0; i < 8; ++i) {
+      const int own = row + accum_row(lane_idx(), i);
+      const int other = col + n * 16 + accum_col(lane_idx(), i);
+      const int query = OWNS_KEYS ? other : own;
+      const int key = OWNS_KEYS ? own : other;
+      const bool inside = query < p.seqlen_q && key < p.seqlen_k;
+      const auto at = gate.scores + (int64_t(query) * gate.keys_of_row + key);
+//@if gate ds
+      if (inside) gmem_store(at, x[n].x[i]);
+//@else
+      x[n].x[i] = inside ? gmem_load(GmemPtr<const float>{at.address}) : 0.0f;
+//@end
+    }
+  }
+}
+//@end
+//@if gate dv
+
+// The P^T of a tile as operand of dV.
+template <int NUM_FRAGS>
+FC_DEVICE void gate_probs(WmmaA<Element> (&probs)[NUM_FRAGS], const GateScores& gate,
+                          const AttnParams& p, int row, int col) {
+  WmmaAccum given[NUM_FRAGS];
+  gate_tile<true>(given, gate, p, row, col);
+  for (int n = 0; n < NUM_FRAGS; ++n) wmma_accum_to_a(probs[n], given[n]);
 }
 //@end

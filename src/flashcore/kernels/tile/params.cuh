@@ -65,6 +65,13 @@ struct Pages {
   int32_t page_table_stride;          // from one sequence's row to the next one's, in entries
   int32_t num_pages;
 };
+
+// What the elements of 8-bit caches count; read only under FLOAT8. Value = element * scale.
+struct Scales {
+  GmemPtr<const float> k_scale, v_scale;  // of each sequence and head of k and v
+  int32_t k_scale_batch, k_scale_head, v_scale_batch, v_scale_head;  // strides, 0 for one of all
+  float v_factor;  // v's of a block's own sequence and head, see sequence_params
+};
 //@if gate
 
 struct Gate {
@@ -92,6 +99,7 @@ struct AttnParams {
   Splits splits;
   GmemPtr<int32_t> tile_counter;  // one, or one a row tile; 0 between launches
   Pages pages;
+  Scales scales;
   GmemPtr<float> max_score;  // [batch, num_heads_q], -inf at the start; see tile/max_score.cuh
 //@if gate
   Gate gate;

@@ -47,8 +47,24 @@ FC_DEVICE RowRange key_rows(const AttnParams& p, int sequence) {
   return sequence_rows(p, p.lengths.cu_seqlens_k, sequence, p.lengths.total_k);
 }
 
-// The parameters as one sequence sees them: its lengths and its part of packed tensors. Without
-// VARLEN the parameters themselves.
+static_assert(!FLOAT8 || KEY_LENGTHS, "8-bit caches come with lengths");
+// A scale below this counts as this: what multiplies scores must not be 0.
+constexpr float SMALLEST_SCALE = 1e-30f;
+
+// Takes the scales of a sequence's 8-bit keys and values, of one head, into the parameters.
+FC_DEVICE void take_scales(AttnParams& own, const BlockCoord& block) {
+  const Scales& s = own.scales;
+  const int64_t sequence = min_i(block.batch_idx, own.batch - 1);  // of rows behind the last one
+  const float of_k = gmem_load(
+      s.k_scale + (sequence * s.k_scale_batch + int64_t(block.head_idx_kv) * s.k_scale_head));
+  own.softmax_scale *= max_f(of_k, SMALLEST_SCALE);
+  own.softmax_scale_log2 *= max_f(of_k, SMALLEST_SCALE);
+  own.scales.v_factor = gmem_load(
+      s.v_scale + (sequence * s.v_scale_batch + int64_t(block.head_idx_kv) * s.v_scale_head));
+}
+
+// The parameters as one sequence sees them: its lengths, its part of packed tensors, its scales.
+// Without VARLEN the parameters themselves.
 template <int KIND = VARLEN, bool OWNS_KEYS = false>
 FC_DEVICE decltype(auto) sequence_params(const AttnParams& p, const BlockCoord& block) {
   if constexpr (KIND == 0) {
@@ -68,6 +84,7 @@ FC_DEVICE decltype(auto) sequence_params(const AttnParams& p, const BlockCoord& 
     } else {
       own.seqlen_k = clamp_i(gmem_load(p.lengths.seqlens_k + block.batch_idx), 0, p.seqlen_k);
     }
+    if constexpr (FLOAT8) take_scales(own, block);
     const int num_queries = FOLDED ? p.num_queries : own.seqlen_q;
     own.band.diag_offset = p.lengths.lower_right ? own.seqlen_k - num_queries : 0;
     return own;

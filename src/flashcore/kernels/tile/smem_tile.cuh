@@ -9,14 +9,15 @@
 
 constexpr int CHUNK_BYTES = CHUNK * 2;
 
-// A tile of ROWS x COLS elements of two bytes, and how to name its parts; COLS is rounded up to
-// whole chunks. Where a buffer has several tiles, such as one a stage, tile[i] is number i.
-template <int ROWS, int COLS, class T = Element>
+// A tile of ROWS x COLS elements, and how to name its parts; COLS is rounded up to whole chunks.
+// Where a buffer has several tiles, such as one a stage, tile[i] is the one of number i. Tiles of
+// bytes have chunks of their own, CHUNK_COLS, are not swizzled, and are no operands.
+template <int ROWS, int COLS, class T = Element, int CHUNK_COLS = CHUNK>
 struct SmemTile {
-  static constexpr int CHUNKS = (COLS + CHUNK - 1) / CHUNK;
-  static constexpr int CHUNK_ELEMENTS = ROWS * CHUNK;
+  static constexpr int CHUNKS = (COLS + CHUNK_COLS - 1) / CHUNK_COLS;
+  static constexpr int CHUNK_ELEMENTS = ROWS * CHUNK_COLS;
   static constexpr int ELEMENTS = CHUNKS * CHUNK_ELEMENTS;
-  static constexpr int BYTES = ELEMENTS * 2;
+  static constexpr int BYTES = ELEMENTS * int(sizeof(T));
 
   SmemPtr<T> smem;
 
@@ -28,7 +29,7 @@ struct SmemTile {
   FC_DEVICE SmemTile operator[](int index) const { return {smem + index * ELEMENTS}; }
 
   // The tile from a row on, a multiple of eight: what TMA loads there, in a box of fewer rows.
-  FC_DEVICE SmemTile rows_from(int row) const { return {smem + row * CHUNK}; }
+  FC_DEVICE SmemTile rows_from(int row) const { return {smem + row * CHUNK_COLS}; }
 
   FC_DEVICE SmemPtr<T> chunk(int c) const { return smem + c * CHUNK_ELEMENTS; }
 
@@ -43,7 +44,7 @@ struct SmemTile {
                       int batch) const {
     for (int c = 0; c < CHUNKS; ++c) {
       const auto to = smem + (index * ELEMENTS + c * CHUNK_ELEMENTS);
-      tma_load(to, map, full, c * CHUNK, row, head, batch);
+      tma_load(to, map, full, c * CHUNK_COLS, row, head, batch);
     }
   }
 

@@ -239,6 +239,7 @@ FC_DEVICE void finish_softmax(const OnlineSoftmax& state, const AttnParams& p,
     }
     const bool empty = sum == 0.0f;  // else the largest term alone is near 1; NaN stays NaN
     inverse_sum[r] = empty ? 0.0f : weight * rcp_approx(sum);
+    if (FLOAT8) inverse_sum[r] *= p.scales.v_factor;
     const int row = lane_idx() / 4 + r * 8;
     if (!is_null(p.tensors.lse) && lane_idx() % 4 == 0 && row < num_valid_rows) {
       const float lse = natural_lse(row_max, sum, p);

@@ -27,6 +27,11 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
 )
 from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
+from flashcore.sim.plants.fwd_sm90.float8 import (
+    PLANTS_FLOAT8_SM90,
+    PLANTS_SHORT_SM90,
+    PLANTS_WIDE_SM90,
+)
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
@@ -72,6 +77,9 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS_SPLIT,
         **PLANTS_PAGES,
         **PLANTS_PAGES_SM90,
+        **PLANTS_FLOAT8_SM90,
+        **PLANTS_WIDE_SM90,
+        **PLANTS_SHORT_SM90,
     },
     DQ_KERNEL: {
         **PLANTS_BWD_DQ_SM90,

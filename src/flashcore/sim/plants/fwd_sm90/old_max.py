@@ -58,8 +58,8 @@ PLANTS_OLD_MAX_SM90 = by_name(
         name="outgrown-sums-kept",
         title="sums of the terms that were too large are kept",
         file=_KERNEL,
-        find="      wgmma_hold(scores);\n      moved =",
-        replace="      wgmma_hold(scores); c.softmax.row_sum[0] += tile_sum[0];\n      moved =",
+        find="      if (FLOAT8) scale_products(scores, c.queries);\n      moved =",
+        replace="      c.softmax.row_sum[0] += tile_sum[0];\n      moved =",
         caught_by="wrong-result",
     ),
     Plant(

@@ -1,0 +1,131 @@
+"""This module plants bugs in how keys and values of 8 bits become operands; see plants.py
+(tests/plants/test_sim_plants_float8.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashcore.compile.plant import Plant, by_name
+
+# The call that shows them: many key tiles for few stages; bfloat16, as Q is multiplied there; a
+# scale for each sequence.
+CALL: dict[str, Any] = {
+    "lengths": (150, 90),
+    "page_size": 16,
+    "seqlen_q": 3,
+    "num_heads_q": 2,
+    "num_heads_kv": 2,
+    "dtype": "bfloat16",
+    "cache_dtype": "float8_e4m3fn",
+    "seed": 2,
+}
+WIDE_CALL = CALL | {"head_dim": 144, "head_dim_v": 32}  # Q stays in shared memory
+# One key tile, and several row tiles a block: nothing else lies between Q and the next one.
+SHORT_CALL = CALL | {"lengths": (20, 9, 17, 30)}
+TILE: dict[str, Any] = {"block_m": 64, "block_n": 32, "load_stages": 2}
+_FLOAT8 = "tile/float8.cuh"
+_SEQUENCE = "tile/sequence.cuh"
+_PRODUCER = "fwd_sm90/producer_sm90.cuh"
+_PIPELINE = "fwd_sm90/pipeline_sm90.cuh"
+
+PLANTS_FLOAT8_SM90 = by_name(
+    Plant(
+        name="float8-no-full-wait",
+        title="bytes are converted before they have arrived",
+        file=_FLOAT8,
+        find="    mbar_wait(c.load_full + load.stage(), load.parity());",
+        replace="",
+        caught_by="race",
+        or_by=("uninitialized-read", "async-pending"),
+    ),
+    Plant(
+        name="float8-no-empty-wait",
+        title="a tile is written while consumers may still read the one that was there",
+        file=_FLOAT8,
+        find="    mbar_wait(c.empty + state.stage(), state.parity() ^ 1);",
+        replace="",
+        caught_by="race",
+        or_by=("mbarrier",),
+    ),
+    Plant(
+        name="float8-no-fence",
+        title="no proxy fence between the conversion and the products that read the tile",
+        file=_FLOAT8,
+        find="    fence_proxy_async();\n    warp_sync();",
+        replace="\n    warp_sync();",
+        caught_by="missing-fence",
+        or_by=("race",),
+    ),
+    Plant(
+        name="float8-lanes-ahead",
+        title="the first lane says that a tile is converted while others still write",
+        file=_FLOAT8,
+        find="    warp_sync();  // orders all lanes' accesses before the first one's arrivals",
+        replace="",
+        caught_by="race",
+        or_by=("missing-fence", "uninitialized-read"),
+    ),
+    Plant(
+        name="float8-end-unsaid",
+        title="the warps that convert are not told of the end",
+        file=_PRODUCER,
+        find="      if (FLOAT8 && leads) end_conversion(bar, smem, k_states[0], v_states[0]);",
+        replace="",
+        caught_by="deadlock",
+    ),
+    Plant(
+        name="float8-one-warp-counted",
+        title="a tile counts as converted when the first of its warps is done",
+        file=_PIPELINE,
+        find="mbar_init(bar.v_full + stage, FLOAT8 ? CONVERTING_WARPS : 1);",
+        replace="mbar_init(bar.v_full + stage, 1);",
+        caught_by="deadlock",  # the second warp's arrival counts for the next phase
+        or_by=("race", "mbarrier"),
+    ),
+    Plant(
+        name="float8-unswizzled",
+        title="converted rows are written without the swizzle that WGMMA expects",
+        file=_FLOAT8,
+        find="smem_store_packet(tile.at(row, col), converted);",
+        replace="smem_store_packet(tile.chunk(col / CHUNK) + (row * CHUNK + col % CHUNK), "
+        "converted);",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="float8-scale-of-the-first",
+        title="all sequences have the scale of the first one's keys",
+        file=_SEQUENCE,
+        find="s.k_scale + (sequence * s.k_scale_batch +",
+        replace="s.k_scale + (0 * s.k_scale_batch +",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="float8-factor-kept",
+        title="what Q was multiplied by stays in the maxima",
+        file="fwd_sm90/attn_fwd_sm90.cuh",
+        find="      c.softmax.row_max[0] *= of_products;",
+        replace="",
+        caught_by="wrong-result",
+    ),
+)
+PLANTS_WIDE_SM90 = by_name(
+    Plant(
+        name="float8-queries-ahead",
+        title="products begin before all warps have converted their rows of Q",
+        file=_FLOAT8,
+        find="    named_barrier_sync(barrier, 128);  // hands all warps' rows on to products",
+        replace="",
+        caught_by="race",
+        or_by=("missing-fence",),
+    ),
+)
+PLANTS_SHORT_SM90 = by_name(
+    Plant(
+        name="float8-queries-given-back",
+        title="the first lane gives Q back while others still read it",
+        file=_FLOAT8,
+        find="    warp_sync();  // orders all lanes' reads before the first one gives Q back",
+        replace="",
+        caught_by="race",
+    ),
+)
