@@ -116,7 +116,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("query-tile-skipped", "last-of-group-skipped", "neighbour-lse", "diagonal-hidden"),
             *("probs-overwritten", "stats-of-the-first", "longest-instead-of-own"),
             *("strip-not-awaited", "strip-of-own-copies", "strip-overwritten", "swapped-operand"),
-            *("strip-of-this-tile-again", "strip-of-the-first-keys"),
+            *("strip-of-this-tile-again", "strip-of-the-first-keys", "shared-ds-released-early"),
         ),
         "dv": ("empty-rows-spread",),
         "full": ("keys-behind-kept",),
@@ -125,7 +125,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sums-without-fence", "ds-released-early", "k-released-before-dq"),
             *("neighbour-rows", "head-of-group", "ds-of-neighbour-not-awaited"),
             *("dv-over-dq", "part-of-dq-not-awaited", "dq-over-dk"),
-            *("dq-of-the-next-tile", "columns-of-the-other", "shared-ds-released-early"),
+            *("dq-of-the-next-tile", "columns-of-the-other"),
         ),
         "dk": ("dk-added-twice", "scale-forgotten", "ds-of-own-warp"),
         "store": (
