@@ -33,7 +33,7 @@ COLUMNS = [(16, 64), (64, 128), (96, 64), (128, 128)]
         ("mbarriers", {}),
         ("warpgroups", {}),
         ("dependents", {}),
-        *(("stmatrix", {"Element": dtype}) for dtype in DTYPES),
+        *((name, {"Element": dtype}) for name in ("stmatrix", "pairs") for dtype in DTYPES),
         *(
             ("products", {"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": cols // 16})
             for dtype, (cols, row_bytes) in itertools.product(DTYPES, PRODUCTS)
@@ -212,6 +212,18 @@ def test_stmatrix_stores_fragments(run: Runner, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_products_of_pairs_are_rounded_once(run: Runner, dtype: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(256, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
+    a[:4], b[:6] = 0.0, torch.inf  # 0 * inf is NaN
+    tensors = {"a": a.view(torch.int32), "b": b.view(torch.int32)}
+    tensors["product"] = torch.empty(128, dtype=torch.int32)
+    options = {"num_threads": 128, "constants": {"Element": dtype}, "arch_suffix": "a"}
+    found = run("pairs", tensors, ("product",), **options)["product"].view(a.dtype)
+    torch.testing.assert_close(found, a * b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("cols", "row_bytes"), PRODUCTS)
 def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: int) -> None:
     """Small integers are exact in every step, so one element in a wrong place or lost shows."""
@@ -230,6 +242,7 @@ def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: 
         "c": c,
         "by_smem": torch.empty(64, cols),
         "by_registers": torch.empty(64, cols),
+        "along_n": torch.empty(64, cols),
         "by_both": torch.empty(64, cols),
     }
     chunk = row_bytes // 2
@@ -237,7 +250,7 @@ def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: 
         result = run(
             "products",
             tensors,
-            ("by_smem", "by_registers", "by_both"),
+            ("by_smem", "by_registers", "along_n", "by_both"),
             num_threads=128,
             smem_bytes=2 * 64 * (64 + cols + -(-cols // chunk) * chunk) + 8,
             constants={"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": cols // 16},
@@ -251,6 +264,7 @@ def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: 
         )
         assert torch.equal(result["by_smem"], a.float() @ b.float().T + c)
         assert torch.equal(result["by_registers"], a.float() @ bt.float())
+        assert torch.equal(result["along_n"], a.float() @ bt.float())
         assert torch.equal(result["by_both"], result["by_smem"])
 
 

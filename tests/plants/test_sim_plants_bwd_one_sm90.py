@@ -1,7 +1,8 @@
-"""Run the planted-bug suite of dq in the kernel of dk and dv; see test_sim_plants.py."""
+"""Run the planted-bug suites of dq in the kernel of dk and dv; see test_sim_plants.py."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from pathlib import Path
@@ -17,7 +18,7 @@ from flashcore.kernels.bwd_sm90.plan_one import make_plans
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.sim import Plant, SimulationError
-from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90 as PLANTS
+from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
 from flashcore.sim.run_bwd import simulate_backward
 
 pytestmark = pytest.mark.thorough
@@ -30,23 +31,27 @@ CASE = Case(
     batch=2, num_heads_q=4, num_heads_kv=2, seqlen_q=200, seqlen_k=150, head_dim=32,
     head_dim_v=32, dtype="bfloat16", causal="lower_right",
 )  # fmt: skip
-TILE = BwdTile(64, 128, 3, 2, True, True, False)
+# One batch, as consumers that share dQ have a large head_dim.
+SHARED_CASE = dataclasses.replace(CASE, batch=1, head_dim=104, head_dim_v=16)
+PLANTS = PLANTS_BWD_ONE_SM90 | PLANTS_BWD_SHARED_SM90
 
 
 @functools.cache
-def inputs():
-    x = make_inputs(CASE)
+def inputs(case: Case):
+    x = make_inputs(case)
     x.q[:, :, :, 0], x.k[:, :, :, 0] = 60.0, -20.0
-    problem, out, lse = forward(x.q, x.k, x.v, None, CASE.options())
+    problem, out, lse = forward(x.q, x.k, x.v, None, case.options())
     torch.manual_seed(0)
     dout = torch.randn_like(out).masked_fill((lse == -math.inf)[..., None], math.nan)
     return problem, x, out, lse, dout
 
 
-def run_plant(plant: Plant | None, seed: int) -> SimulationError | str:
+def run_plant(plant: Plant | None, seed: int, is_shared: bool) -> SimulationError | str:
     """Return the alarm, or "wrong-result", or "healthy"."""
-    problem, x, out, lse, dout = inputs()
-    plans = make_plans(TILE, traits(problem) | {"folds_heads": 0})
+    case = SHARED_CASE if is_shared else CASE
+    problem, x, out, lse, dout = inputs(case)
+    tile = BwdTile(64, 128, 3, 2, True, not is_shared, False)
+    plans = make_plans(tile, traits(problem) | {"folds_heads": 0}, 1 + is_shared)
 
     def run(problem, plan, tensors) -> None:
         planted = plant if plan is plans.main else None
@@ -57,7 +62,7 @@ def run_plant(plant: Plant | None, seed: int) -> SimulationError | str:
         gradients = fused_backward(problem, *qkv, out, lse, dout, None, run, plans)
     except SimulationError as error:
         return error
-    wrong = wrong_gradients(gradients, *qkv, dout, None, CASE.options())
+    wrong = wrong_gradients(gradients, *qkv, dout, None, case.options())
     return "wrong-result" if wrong else "healthy"
 
 
@@ -65,13 +70,14 @@ def run_plant(plant: Plant | None, seed: int) -> SimulationError | str:
 def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
     plant = PLANTS[name]
     for seed in SEEDS:
-        found = run_plant(plant, seed)
+        found = run_plant(plant, seed, name in PLANTS_BWD_SHARED_SM90)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 
 
-def test_without_a_plant_the_same_runs_are_healthy() -> None:
-    assert {run_plant(None, seed) for seed in SEEDS} == {"healthy"}
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_without_a_plant_the_same_runs_are_healthy(is_shared: bool) -> None:
+    assert {run_plant(None, seed, is_shared) for seed in SEEDS} == {"healthy"}
 
 
 @pytest.mark.parametrize("name", PLANTS)

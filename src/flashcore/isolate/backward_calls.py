@@ -217,6 +217,10 @@ BACKWARD_PADDED = BACKWARD | {
     "window": (-1, 5),
     "lengths_k": (40, 150, 97),
 }
+# Consumers share dq.
+BACKWARD_SHARED = BACKWARD | {
+    "seqlen_q": 200, "head_dim": 104, "head_dim_v": 16, "causal": "none",
+}  # fmt: skip
 BACKWARD_MASKED = BACKWARD | {"mask": "additive", "causal": "none"}
 # Rows of a mask that begin anywhere, so that a lane writes other elements than it reads.
 MASK_GRADIENT = BACKWARD | {
@@ -226,6 +230,7 @@ TILE_OF_DQ = {"block_m": 64, "block_n": 32, "num_stages": 3, "other_stages": 2}
 TILE_OF_DKDV = {"block_m": 32, "block_n": 128, "num_stages": 3, "other_stages": 2}
 TILE_OF_DKDV |= {"overlaps": False, "early_dp": True, "keeps_p": False}
 TILE_OF_ONE = TILE_OF_DKDV | {"block_m": 64, "overlaps": True, "also_dq": True}
+TILE_OF_SHARED = TILE_OF_ONE | {"early_dp": False, "ds_stages": 2}
 TILE_OF_ROLES = {"block_m": 32, "block_n": 64, "num_stages": 2, "other_stages": 2}
 
 

@@ -22,11 +22,13 @@ from flashcore.isolate.backward_calls import (
     BACKWARD_PACKED,
     BACKWARD_PADDED,
     BACKWARD_ROLES,
+    BACKWARD_SHARED,
     MASK_GRADIENT,
     TILE_OF_DKDV,
     TILE_OF_DQ,
     TILE_OF_ONE,
     TILE_OF_ROLES,
+    TILE_OF_SHARED,
     planted_case,
 )
 from flashcore.isolate.plant_stages import STAGES
@@ -50,7 +52,7 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_PADDED_SM90,
     PLANTS_BWD_ROLES_SM90,
 )
-from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90
+from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
 from flashcore.sim.plants.fwd_sm90 import float8
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
@@ -274,6 +276,7 @@ CALLS: Mapping[str, _Calls] = {
     DKDV_KERNEL: {
         **_calls(PLANTS_BWD_ROLES_SM90, TILE_OF_ROLES, options=BACKWARD_ROLES),
         **_calls(PLANTS_BWD_ONE_SM90, TILE_OF_ONE, options=BACKWARD | {"seqlen_q": 200}),
+        **_calls(PLANTS_BWD_SHARED_SM90, TILE_OF_SHARED, options=BACKWARD_SHARED),
         **_calls(PLANTS_BWD_PACKED_SM90, TILE_OF_DKDV, options=BACKWARD_PACKED, is_packed=True),
         **_calls(PLANTS_BWD_PADDED_SM90, TILE_OF_DKDV, options=BACKWARD_PADDED),
         **_calls(PLANTS_BWD_MASKED_SM90, TILE_OF_DKDV | {"block_n": 64}, options=BACKWARD_MASKED),

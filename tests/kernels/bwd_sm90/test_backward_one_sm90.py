@@ -33,7 +33,7 @@ from flashcore.sim.run_bwd import simulate_backward
 
 CAUSAL = {"causal": "lower_right", "dtype": "bfloat16"}
 # name -> (tile, buffers of dS, what is fixed). Between them: 64 and 128 rows a tile, one and two
-# consumers, both swizzles, every schedule of the products.
+# consumers, both swizzles, every schedule of the products, dq by a warpgroup and shared.
 FAMILIES: dict[str, tuple[BwdTile | None, int, dict[str, Any]]] = {
     "plain": (None, 1, {"head_dim": 64, "head_dim_v": 64}),
     "wide": (
@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[BwdTile | None, int, dict[str, Any]]] = {
         1,
         {"head_dim": 128, "head_dim_v": 128, **CAUSAL},
     ),
+    "shared": (None, 1, {"head_dim": 120, "head_dim_v": 80, "num_heads_q": 4}),
     "grouped": (
         BwdTile(64, 128, 3, 2, True, False, False),
         2,
@@ -131,18 +132,25 @@ def test_what_one_kernel_cannot_do_says_why() -> None:
     q, k, v = (torch.randn(1, 2, 16, 64, dtype=torch.float16) for _ in range(3))
     problem = forward(q, k, v, None, {})[0]
     assert obstacle(problem) is None
-    for changed, word in (({"head_dim": 104}, "96"), ({"softcap": 1.0}, "soft-capping")):
+    for changed, word in (
+        ({"head_dim": 136}, "128"),
+        ({"head_dim_v": 104}, "above head_dim_v 96"),
+        ({"head_dim": 104, "window_right": 0}, "causal"),
+        ({"softcap": 1.0}, "soft-capping"),
+    ):
         assert word in (obstacle(dataclasses.replace(problem, **changed)) or "")
 
 
-@pytest.mark.parametrize("head_dim", [40, 64, 72, 96])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("head_dim", [32, 40, 56, 64, 72, 96, 104, 128])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (9, 9)}])
 @pytest.mark.thorough
-def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
+def test_no_kernel_spills(head_dim: int, options: dict[str, Any], dtype: torch.dtype) -> None:
     """ptxas serialises no product either."""
     pytest.importorskip("cuda.core")
-    x = torch.empty(1, 1, 1024, head_dim, dtype=torch.bfloat16)
-    for plan in select_one_kernel_plans(Problem.from_tensors(x, x, x, **options)):
+    x = torch.empty(1, 1, 1024, head_dim, dtype=dtype)
+    problem = Problem.from_tensors(x, x, x, **options)
+    for plan in () if obstacle(problem) else select_one_kernel_plans(problem):
         found = resources(plan)
         assert found.spill_bytes == 0, plan.describe()
         assert not any("serialized" in remark for remark in found.remarks), plan.describe()

@@ -24,7 +24,7 @@ def _allowed_on_hopper() -> Iterator[None]:
     flashcore.allow_nondeterministic_gradients(False)
 
 
-@pytest.mark.parametrize("head_dim", range(8, 104, 8))
+@pytest.mark.parametrize("head_dim", range(8, 136, 8))
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_are_right(head_dim: int, causal: bool) -> None:
     generator = torch.Generator("cuda").manual_seed(head_dim)
@@ -38,7 +38,8 @@ def test_gradients_are_right(head_dim: int, causal: bool) -> None:
         x = normal(4, rows), normal(heads_kv, keys), normal(heads_kv, keys)
         leaves = [t.clone().requires_grad_() for t in x]
         problem = Problem.from_tensors(*leaves, causal=causal, return_lse=True)
-        assert "no fixed order" in choose_backward(problem).reason
+        is_by_one = head_dim <= 96 or not causal
+        assert ("no fixed order" in choose_backward(problem).reason) == is_by_one
         dout = normal(4, rows)
         for _ in range(3):  # prepared, and found again
             out, lse = flashcore.attention(*leaves, causal=causal, return_lse=True)

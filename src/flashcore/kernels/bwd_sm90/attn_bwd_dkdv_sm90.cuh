@@ -11,8 +11,9 @@
 // With OVERLAPS, dK of a query tile is issued behind S^T and dP^T of the next: the next
 // exponentials run beside these, and dS^T beside dV.
 //
-// With ALSO_DQ it computes dQ as well: five products, none of them twice. One more warpgroup takes
-// dS^T from shared memory and adds dQ of the tile to that of other blocks (bwd_dkdv_dq_sm90.cuh).
+// With ALSO_DQ it computes dQ as well: five products, none of them twice. With DQ_ROLE one more
+// warpgroup takes dS^T from shared memory and adds dQ of the tile to that of other blocks; else two
+// consumers share it, half of the columns each (bwd_dkdv_dq_sm90.cuh).
 //
 // A thread of the producer warpgroup loads by TMA, a warp of it the rows' lse and delta. That warp
 // also clears rows of dO that see no key: whatever arrives there, infinity and NaN too, is no
@@ -49,6 +50,8 @@ struct Consumer {
   WmmaAccum dprobs[QUERY_FRAGS];  // then dS^T
   WmmaA<Element> probs[QUERY_FRAGS], dscores[QUERY_FRAGS];
   WmmaA<Element> capped_probs[QUERY_FRAGS];  // times that derivative; else `probs` serves
+  WmmaAccum dq[DQ_FRAGS];  // if it is shared: a part of that of the tile before
+  GmemPtr<float> sums;     // of the batch and head, where it is added
 };
 
 // Returns P^T times soft-capping's derivative. Where float32 values would take registers that are
@@ -58,64 +61,101 @@ FC_DEVICE float prob_of(const Consumer& c, int n, int i) {
   return unpacked((HAS_SOFTCAP ? c.capped_probs : c.probs)[n].reg[i / 2], i % 2);
 }
 
-// dS^T, 0 for keys behind the last, whose scores may be anything: 0 * infinity would get into dQ.
-FC_DEVICE WmmaA<Element> of_keys(WmmaA<Element> dscores, const Consumer& c, const AttnParams& p) {
-  if (c.key_row + 64 > p.seqlen_k) {
-    const int key = c.key_row + warp_idx() % 4 * 16 + lane_idx() / 4;
+// dS^T is 0 for keys behind the last, whose scores may be anything: 0 * infinity would get into dQ.
+FC_DEVICE void clear_behind(WmmaA<Element> (&dscores)[QUERY_FRAGS], int num_keys, int first_row) {
+  if (first_row + 64 <= num_keys) return;
+  // Opaque, or ptxas selects between what is and 0, for all keys.
+  const int key = first_row + warp_idx() % 4 * 16 + opaque(lane_idx()) / 4;
+#pragma unroll
+  for (int n = 0; n < QUERY_FRAGS; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      if (key + i % 2 * 8 >= p.seqlen_k) dscores.reg[i] = 0;
+      if (key + i % 2 * 8 >= num_keys) dscores[n].reg[i] = 0;
     }
   }
-  return dscores;
+}
+
+// dK of a tile; its dS^T is in registers, unless dQ is shared and takes them.
+FC_DEVICE void issue_dk(Consumer& c, const Buffers& smem, uint32_t count) {
+  if constexpr (DQ_SHARED) {
+    issue_dk_of_ds(c.dk, smem, c.index, count);
+  } else {
+    issue_dk(c.dk, c.dscores, smem, count);
+  }
+}
+
+// dK of a tile has been waited for, and a consumer's part of dQ, if it is shared.
+FC_DEVICE void end_dk(Consumer& c, const AttnParams& p, const Barriers& bar, const Buffers& smem,
+                      uint32_t count, int m_begin) {
+  wgmma_hold(c.dk);
+  release_q(bar, count);
+  if constexpr (DQ_SHARED) {
+    wgmma_hold(c.dq);
+    arrive_for_warp(bar.ds_empty + stage_of<NUM_DS_STAGES>(count));
+    add_rows<0>(c.dq, smem.dq + c.index * (OUT_ELEMENTS / 2), c.sums, m_begin,
+                c.index * DQ_FRAGS, p.seqlen_q);
+  }
 }
 
 // One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this
-// one's left to the next. All else that is issued here is also waited for: ptxas serialises
-// products that are under way from one turn of a loop to the next.
+// one's left to the next; so is a consumer's part of dQ. All else that is issued here is also
+// waited for: ptxas serialises products that are under way from one turn of a loop to the next.
 template <bool FIRST>
 FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
                           const Buffers& smem, uint32_t count, int m_begin, int end) {
   constexpr bool HAS_DK = OVERLAPS && !FIRST;
+  constexpr bool HAS_DQ = DQ_SHARED && !FIRST;
   await_q(bar, count);
   issue_s(c.scores, smem, c.index, count);
   if (EARLY_DP) {
     await_do(bar, count);
     issue_dp(c.dprobs, smem, c.index, count);
   }
-  if (HAS_DK) issue_dk(c.dk, c.dscores, smem, count - 1);
-  wgmma_wait<int(EARLY_DP) + int(HAS_DK)>();
+  if (HAS_DK) issue_dk(c, smem, count - 1);
+  if constexpr (HAS_DQ) issue_own_dq(c.dq, bar, smem, c.index, count - 1);
+  wgmma_wait<int(EARLY_DP) + int(HAS_DK) + int(HAS_DQ)>();
   wgmma_hold(c.scores);
-  if (!EARLY_DP) await_do(bar, count);
+  if (HOLDS_PROBS) {
+    await_stats(bar, count);
+  } else if (!EARLY_DP) {
+    await_do(bar, count);
+  }
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
   exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, end);
+  if (HOLDS_PROBS) {
+    wgmma_hold(c.probs);
+    await_do(bar, count);
+  }
 //@if gate dv
   gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
 //@end
   if (!EARLY_DP) {
     if (HAS_DK) {
       wgmma_wait<0>();
-      wgmma_hold(c.dk);
-      release_q(bar, count - 1);
+      end_dk(c, p, bar, smem, count - 1, m_begin - BLOCK_M);
     }
     issue_dp(c.dprobs, smem, c.index, count);
   }
   issue_dv(c.dv, c.probs, smem, count);
   wgmma_wait<EARLY_DP && HAS_DK ? 2 : 1>();
   wgmma_hold(c.dprobs);
-  score_gradient(c.dprobs, stats, [&](int n, int i) { return prob_of(c, n, i); });
+  if (!BY_PAIRS) score_gradient(c.dprobs, stats, [&](int n, int i) { return prob_of(c, n, i); });
 //@if gate ds dk dq
   gate_tile<true>(c.dprobs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
 //@end
-  if (EARLY_DP && HAS_DK) {
+  if (EARLY_DP && HAS_DK) {  // until then dK reads dS^T of the tile before
     wgmma_wait<1>();
     release_q(bar, count - 1);
   }
+  if (BY_PAIRS) {
+    score_gradient_by_pairs(c.dscores, c.dprobs, HAS_SOFTCAP ? c.capped_probs : c.probs, stats);
+  }
 #pragma unroll
-  for (int n = 0; n < QUERY_FRAGS; ++n) wmma_accum_to_a(c.dscores[n], c.dprobs[n]);
-  if (!OVERLAPS) issue_dk(c.dk, c.dscores, smem, count);
+  for (int n = 0; !BY_PAIRS && n < QUERY_FRAGS; ++n) wmma_accum_to_a(c.dscores[n], c.dprobs[n]);
+  if (ALSO_DQ) clear_behind(c.dscores, p.seqlen_k, c.key_row);
+  if (!OVERLAPS) issue_dk(c, smem, count);
   if constexpr (ALSO_DQ) {
-    hand_over_ds(bar, smem, c.index, count, [&](int n) { return of_keys(c.dscores[n], c, p); });
+    hand_over_ds(bar, smem, c.index, count, [&](int n) { return c.dscores[n]; });
   }
   wgmma_wait<0>();
   wgmma_hold(c.dv);
@@ -140,10 +180,10 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
     query_tile<false>(c, p, bar, smem, count, m_begin, m_end);
   }
   if (OVERLAPS) {
-    issue_dk(c.dk, c.dscores, smem, count - 1);
+    issue_dk(c, smem, count - 1);
+    if constexpr (DQ_SHARED) issue_own_dq(c.dq, bar, smem, c.index, count - 1);
     wgmma_wait<0>();
-    wgmma_hold(c.dk);
-    release_q(bar, count - 1);
+    end_dk(c, p, bar, smem, count - 1, m_begin - BLOCK_M);
   }
 }
 
@@ -160,12 +200,18 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     c.key_row = block.m_begin + c.index * 64;
     const auto& sequence = own_params(p, block);
     const Range tiles = query_tiles(sequence, block.m_begin);
-    const Range own = own_query_tiles<64>(sequence, tiles, c.key_row);
+    // Who shares dQ has a part of it of all tiles.
+    const Range own = DQ_SHARED ? tiles : own_query_tiles<64>(sequence, tiles, c.key_row);
     clear(c.dk);
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);
+    if (DQ_SHARED) {  // dQ may lie where dK lay, says who sent that on its way
+      if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
+      named_barrier_sync(STORE_BARRIER + c.index, 128);
+    }
     for (int head = 0; head < heads_per_kv; ++head) {
       c.mask = mask_strip(p, smem, c.index, c.key_row, block.batch_idx, block.head_idx + head);
+      if (DQ_SHARED) c.sums = sums_of(params, block.batch_idx, block.head_idx + head, 0);
 //@if gate ds dv dk dq
       c.gate = gate_scores_of<true>(p, block, block.head_idx + head);
 //@end
@@ -182,6 +228,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     clear_behind(c.dv, num_keys, c.key_row);
     clear_behind(c.dk, num_keys, c.key_row);
     const auto out = smem.out + c.index * OUT_ELEMENTS;
+    if (DQ_SHARED && elect_lane()) tma_store_wait_read<0>();  // of dQ, which lay there
     store_rows(c.dv, 1.0f, out, rows_of_keys(params.dv_map, p, block, c.key_row, num_keys),
                STORE_BARRIER + c.index);
     store_rows(c.dk, p.softmax_scale, out,
@@ -192,7 +239,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
 }
 
-FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + ALSO_DQ) * 128, MIN_BLOCKS)
+FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + DQ_ROLE) * 128, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
   const Buffers smem = {
       smem_view<Element>(0, NUM_KEY_GROUPS * K_GROUP_ELEMENTS, "k_smem"),
@@ -201,7 +248,8 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + ALSO_DQ) * 128, MIN_BLOCKS)
       smem_view<Element>(DO_OFFSET, NUM_DO_STAGES * DO_ELEMENTS, "dout_smem"),
       smem_view<Element>(OUT_OFFSET, NUM_KEY_GROUPS * OUT_ELEMENTS, "out_smem"),
       smem_view<Element>(DS_OFFSET, NUM_DS_STAGES * DS_ELEMENTS, "ds_smem"),
-      smem_view<float>(DQ_OFFSET, DQ_FLOATS, "dq_smem"),
+      DQ_SHARED ? smem_view<float>(OUT_OFFSET, NUM_KEY_GROUPS * OUT_ELEMENTS / 2, "dq_smem")
+                : smem_view<float>(DQ_OFFSET, DQ_FLOATS, "dq_smem"),
       smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),
       smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
       smem_view<float>(STATS_OFFSET, NUM_STAGES * STATS_FLOATS, "stats_smem"),
@@ -225,7 +273,7 @@ FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + ALSO_DQ) * 128, MIN_BLOCKS)
     if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
     if (warp_idx() == 1) load_stats(params, bar, smem);
     if (PACKED && warp_idx() == 2) schedule_tiles<true>(params.attn, smem.feed);
-  } else if (ALSO_DQ && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
+  } else if (DQ_ROLE && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
     lower_registers<DQ_REGISTERS>();
     consume_ds(params, bar, smem);
   } else {

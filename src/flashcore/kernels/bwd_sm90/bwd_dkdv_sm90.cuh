@@ -18,6 +18,17 @@ constexpr int NUM_KEY_GROUPS = BLOCK_N / 64;  // of 64 keys
 constexpr int NUM_CONSUMERS = NUM_KEY_GROUPS * (HAS_ROLES ? 2 : 1);
 static_assert(!HAS_ROLES || NUM_KEY_GROUPS == 1, "two warpgroups share 64 keys");
 constexpr int QUERY_FRAGS = BLOCK_M / 16;
+constexpr bool DQ_SHARED = ALSO_DQ && !DQ_ROLE;  // consumers compute dQ, a part of it each
+// Exponentials end before products are waited for, or ptxas waits first, and nothing runs beside
+// them. (With four products a tile, and at head_dim 96 under a bound, that is slower.)
+constexpr bool HOLDS_PROBS = ALSO_DQ && !EARLY_DP && !(IS_BOUNDED && QK_FRAGS > 4);
+// In float16 the difference of dP and delta might overflow. (With four products a tile pairs are
+// not faster, and a rounding more.)
+//@if gate ds dk dq
+constexpr bool BY_PAIRS = false;  // a gate reads dS in float32
+//@else
+constexpr bool BY_PAIRS = ALSO_DQ && !KEEPS_P && !IS_FLOAT16<Element>;
+//@end
 
 // The parameters as the sequence of a key tile sees them.
 FC_DEVICE decltype(auto) own_params(const AttnParams& p, const BlockCoord& block) {
@@ -144,16 +155,23 @@ constexpr int K_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;  // of one consumer
 constexpr int V_GROUP_ELEMENTS = 64 * V_CHUNKS * CHUNK;
 constexpr int Q_ELEMENTS = BLOCK_M * QK_CHUNKS * CHUNK;  // of one stage
 constexpr int DO_ELEMENTS = BLOCK_M * V_CHUNKS * CHUNK;
-// With roles dK and dV leave through the places of K and V.
-constexpr int OUT_ELEMENTS = HAS_ROLES                               ? 0
-                             : K_GROUP_ELEMENTS > V_GROUP_ELEMENTS ? K_GROUP_ELEMENTS
-                                                                     : V_GROUP_ELEMENTS;
 constexpr int PROBS_WORDS = HAS_ROLES ? BLOCK_M * 64 / 2 : 0;  // P^T between the two roles
 // dS^T, a column chunk of 64 queries after the other, and dQ of 64 of them each on its way out.
 constexpr int ROW_GROUPS = (BLOCK_M + 63) / 64;
 constexpr int DS_ELEMENTS = ALSO_DQ ? BLOCK_N * BLOCK_M : 0;  // of one stage
-constexpr int DQ_FLOATS = ALSO_DQ ? ROW_GROUPS * SUMS_OF_GROUP : 0;
+constexpr int DQ_FLOATS = DQ_ROLE ? ROW_GROUPS * SUMS_OF_GROUP : 0;
 static_assert(!ALSO_DQ || (BLOCK_M % 64 == 0 && !HAS_ROLES), "dQ is computed by 64 rows");
+// Column fragments of dQ that one warpgroup computes; if it is shared, whole chunks.
+constexpr int DQ_FRAGS = DQ_SHARED ? QK_CHUNKS / NUM_CONSUMERS * (CHUNK / 16) : QK_FRAGS;
+static_assert(!DQ_SHARED || (ROW_GROUPS == 1 && QK_CHUNKS % NUM_CONSUMERS == 0),
+              "each consumer has chunks of dQ");
+static_assert(!DQ_SHARED || (OVERLAPS && !EARLY_DP), "dP lies in registers where dQ lay");
+// dV and dK on their way out, and in between, if it is shared, dQ. With roles dK and dV leave
+// through the places of K and V.
+constexpr int OUT_ELEMENTS = HAS_ROLES                               ? 0
+                             : K_GROUP_ELEMENTS > V_GROUP_ELEMENTS ? K_GROUP_ELEMENTS
+                                                                     : V_GROUP_ELEMENTS;
+static_assert(!DQ_SHARED || OUT_ELEMENTS * 2 >= 4 * DQ_FRAGS * SUMS_OF_FRAG * 4, "room for dQ");
 constexpr int STATS_FLOATS = 2 * BLOCK_M;  // of one stage: lse in log2 units, delta
 
 constexpr int V_OFFSET = NUM_KEY_GROUPS * K_GROUP_ELEMENTS * 2;
@@ -223,7 +241,7 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init(bar.coord_full + 1, 1);
   mbar_init(bar.kv_full, 1);
   // One: who loads lse and delta. Four: who computes dQ.
-  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (ALSO_DQ ? 4 : 0));
+  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0));
   mbar_init(bar.probs_full, 128);
   mbar_init(bar.probs_empty, 128);
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
@@ -237,7 +255,7 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   }
   for (int stage = 0; ALSO_DQ && stage < NUM_DS_STAGES; ++stage) {
     mbar_init(bar.ds_full + stage, NUM_CONSUMERS * 4);
-    mbar_init(bar.ds_empty + stage, 4);
+    mbar_init(bar.ds_empty + stage, DQ_SHARED ? NUM_CONSUMERS * 4 : 4);
   }
   mbar_init_fence();
 }
@@ -343,13 +361,14 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     for (int head = 0; head < heads_per_kv; ++head) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
         if (--left == 0) tile.ask(p, params.schedule);
+        const int row = q_box.row + m_block * BLOCK_M;
         const int q_stage = stage_of<NUM_STAGES>(count);
         const auto q_full = bar.q_full + q_stage;
         mbar_wait(bar.q_empty + q_stage, parity_of<NUM_STAGES>(count) ^ 1);
         mbar_arrive_expect_tx(q_full, Q_ELEMENTS * 2);
         for (int c = 0; c < QK_CHUNKS; ++c) {
           tma_load(smem.q + (q_stage * Q_ELEMENTS + c * BLOCK_M * CHUNK), params.q_map, q_full,
-                   c * CHUNK, q_box.row + m_block * BLOCK_M, block.head_idx + head, q_box.batch);
+                   c * CHUNK, row, block.head_idx + head, q_box.batch);
         }
         const int do_stage = stage_of<NUM_DO_STAGES>(count);
         const auto do_full = bar.do_full + do_stage;
@@ -357,8 +376,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
         mbar_arrive_expect_tx(do_full, DO_ELEMENTS * 2);
         for (int c = 0; c < V_CHUNKS; ++c) {
           tma_load(smem.dout + (do_stage * DO_ELEMENTS + c * BLOCK_M * CHUNK), params.dout_map,
-                   do_full, c * CHUNK, q_box.row + m_block * BLOCK_M, block.head_idx + head,
-                   q_box.batch);
+                   do_full, c * CHUNK, row, block.head_idx + head, q_box.batch);
         }
       }
     }

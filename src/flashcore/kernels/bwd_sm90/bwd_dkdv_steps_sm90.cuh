@@ -32,9 +32,14 @@ FC_DEVICE void release_do(const Barriers& bar, uint32_t count) {
   arrive_for_warp(bar.do_empty + stage_of<NUM_DO_STAGES>(count));
 }
 
+FC_DEVICE void await_stats(const Barriers& bar, uint32_t count) {
+  mbar_wait(bar.stats_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
+}
+
+// And until who brings those has cleared rows of dO.
 FC_DEVICE void await_do(const Barriers& bar, uint32_t count) {
   mbar_wait(bar.do_full + stage_of<NUM_DO_STAGES>(count), parity_of<NUM_DO_STAGES>(count));
-  mbar_wait(bar.stats_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
+  await_stats(bar, count);
 }
 
 FC_DEVICE void await_q(const Barriers& bar, uint32_t count) {
@@ -57,7 +62,11 @@ FC_DEVICE void hand_over_ds(const Barriers& bar, const Buffers& smem, int group,
     stmatrix_x4(row + (n / 4 * BLOCK_N * 64 + col), dscores(n).reg);
   }
   fence_proxy_async();
-  warp_sync();  // orders every lane's writes before the arrival
+  if (DQ_SHARED) {
+    named_barrier_sync(STORE_BARRIER + group, 128);  // dK reads what all four warps have written
+  } else {
+    warp_sync();  // orders every lane's writes before the arrival
+  }
   arrive_for_warp(bar.ds_full + stage);
 }
 
@@ -67,7 +76,7 @@ FC_DEVICE void skip_tiles(const Barriers& bar, const Buffers& smem, int group, u
   for (; num_tiles > 0; --num_tiles, ++count) {
     await_q(bar, count);
     await_do(bar, count);
-    if constexpr (ALSO_DQ) {
+    if constexpr (DQ_ROLE) {
       WmmaAccum none;
       WmmaA<Element> zeros;
       wmma_fill(none, 0.0f);
@@ -109,6 +118,24 @@ FC_DEVICE void issue_dv(WmmaAccum (&dv)[V_FRAGS], const WmmaA<Element> (&probs)[
   wgmma_fence();
   issue_gradient(dv, probs, wgmma_desc<CHUNK_BYTES>(smem.dout, BLOCK_M * CHUNK_BYTES) +
                                     stage * (DO_ELEMENTS * 2));
+  wgmma_commit();
+}
+
+// The same with dS^T from where it was handed over.
+FC_DEVICE void issue_dk_of_ds(WmmaAccum (&dk)[QK_FRAGS], const Buffers& smem, int group,
+                                uint32_t count) {
+  const int ds_stage = warp_uniform(stage_of<NUM_DS_STAGES>(count));
+  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
+  const WgmmaDesc ds =
+      wgmma_desc<128>(smem.ds, 0) + (ds_stage * DS_ELEMENTS * 2 + group * 64 * 128);
+  const WgmmaDesc q =
+      wgmma_desc<CHUNK_BYTES>(smem.q, BLOCK_M * CHUNK_BYTES) + stage * (Q_ELEMENTS * 2);
+  wgmma_fence();
+#pragma unroll
+  for (int n = 0; n < QUERY_FRAGS; ++n) {
+    wgmma_ss_n<Element>(dk, ds + (n / 4 * BLOCK_N * 128 + n % 4 * 32), q + n * 16 * CHUNK_BYTES,
+                        true);
+  }
   wgmma_commit();
 }
 
@@ -183,6 +210,28 @@ FC_DEVICE void exponentiate(WmmaAccum (&scores)[QUERY_FRAGS], WmmaA<Element> (&p
   if constexpr (MASK_KIND != 0) {
     warp_sync();  // orders every lane's reads before the next copies
     if (m_begin + BLOCK_M < end) mask.fetch(p, m_begin + BLOCK_M);
+  }
+}
+
+// dS^T, rounded, of dP^T and the rounded P^T: with the difference rounded too, one instruction
+// multiplies two elements, where float32 takes four and a register more.
+FC_DEVICE void score_gradient_by_pairs(WmmaA<Element> (&dscores)[QUERY_FRAGS],
+                                       const WmmaAccum (&dprobs)[QUERY_FRAGS],
+                                       const WmmaA<Element> (&probs)[QUERY_FRAGS],
+                                       SmemPtr<float> stats) {
+  const auto delta = stats + (BLOCK_M + opaque(lane_idx()) % 4 * 2);
+#pragma unroll
+  for (int n = 0; n < QUERY_FRAGS; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto pair = column_pair(delta, n, half);
+#pragma unroll
+      for (int i = half * 4; i < half * 4 + 4; i += 2) {
+        const uint32_t difference = pack2<Element>(dprobs[n].x[i] - half_of(pair, 0),
+                                                   dprobs[n].x[i + 1] - half_of(pair, 1));
+        dscores[n].reg[i / 2] = mul2<Element>(probs[n].reg[i / 2], difference);
+      }
+    }
   }
 }
 

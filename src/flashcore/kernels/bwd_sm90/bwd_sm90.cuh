@@ -157,7 +157,8 @@ FC_DEVICE Probability probability(float score, float lse_log2, const AttnParams&
 
 // Where blocks add up dQ of 64 rows in float32, all groups of 64 of a head side by side: not row by
 // row, but as an accumulator's registers lie in the threads of a warpgroup.
-constexpr int SUMS_OF_WARP = QK_FRAGS * 8 * 32;
+constexpr int SUMS_OF_FRAG = 8 * 32;
+constexpr int SUMS_OF_WARP = QK_FRAGS * SUMS_OF_FRAG;
 constexpr int SUMS_OF_GROUP = 4 * SUMS_OF_WARP;
 
 FC_DEVICE GmemPtr<float> sums_of(const AttnBwdSm90Params& params, int batch, int head, int row) {

@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flashcore.kernels.bwd_sm90.tiles import BwdTile, tiles
+from flashcore.kernels.bwd_sm90.tiles import DQ_ROLE_REGISTERS, BwdTile, padded_to_16, tiles
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
@@ -27,17 +27,9 @@ DKDV_KERNEL = "attn_bwd_dkdv_sm90"
 ARCH = plan_sm90.ARCH
 
 _BARRIER_BYTES = 8
-# With two consumers: of a consumer's, a producer's and dq's threads up to head_dim 64, and above,
-# where dq takes more accumulators. 512 together.
-DQ_ROLE_REGISTERS = {False: (200, 40, 72), True: (192, 40, 88)}
 _COORD_BYTES = 4 * 16  # places of four tiles
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
 _MAX_PACKED_ROWS = 2**30  # of all heads, a tile of each at most
-
-
-def padded_to_16(cols: int) -> int:
-    """Return the columns of the fragments that hold so many."""
-    return -(-cols // 16) * 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +101,16 @@ class BwdSm90Plan(Plan):
         return not self.is_dq and max(self.head_dim, self.head_dim_v) > (64 if is_crowded else 128)
 
     @property
+    def has_dq_role(self) -> bool:
+        """Return whether a warpgroup of its own computes dq, with `also_dq`. Above head_dim 96
+        there are no registers for one, and the consumers share dq."""
+        return self.also_dq and max(self.head_dim, self.head_dim_v) <= 96
+
+    @property
     def num_warps(self) -> int:
-        """Return the number of warps: the consumers', the producer's warpgroup, and with `also_dq`
-        that of dq."""
-        return 4 * (self.num_consumers + 1 + self.also_dq)
+        """Return the number of warps: the consumers', the producer's warpgroup, and that of dq, if
+        there is one."""
+        return 4 * (self.num_consumers + 1 + self.has_dq_role)
 
     @property
     def row_warps(self) -> range:
@@ -189,7 +187,8 @@ class BwdSm90Plan(Plan):
         num_barriers = 6 + 3 * self.num_stages + 2 * self.other_stages
         if self.also_dq:
             elements += self.ds_stages * self.block_m * self.block_n
-            elements += self.block_m * 2 * padded_to_16(self.head_dim)  # of four bytes
+            if self.has_dq_role:
+                elements += self.block_m * 2 * padded_to_16(self.head_dim)  # of four bytes
             num_barriers += 2 * self.ds_stages
         barriers = _BARRIER_BYTES * num_barriers
         others = stats + barriers + _COORD_BYTES + self._feed_bytes
@@ -197,9 +196,9 @@ class BwdSm90Plan(Plan):
 
     @property
     def role_registers(self) -> tuple[int, ...]:
-        """Return the registers of a consumer and of a producer thread, and with `also_dq` of a
-        thread that computes dq; see Sm90Plan."""
-        if self.also_dq:
+        """Return the registers of a consumer and of a producer thread, and of one of dq's
+        warpgroup, if there is one; see Sm90Plan."""
+        if self.has_dq_role:
             return DQ_ROLE_REGISTERS[max(self.head_dim, self.head_dim_v) > 64]
         pool = self.max_registers * (self.num_consumers + 1)
         producer = 24 if self.is_dq else 40  # a warp of it computes
@@ -287,6 +286,7 @@ class BwdSm90Plan(Plan):
             "KEEPS_P": self.keeps_p,
             "HAS_ROLES": self.has_roles,
             "ALSO_DQ": self.also_dq,
+            "DQ_ROLE": self.has_dq_role,
             "NUM_DS_STAGES": self.ds_stages,
         }
 

@@ -16,9 +16,8 @@ from flashcore.kernels.bwd_sm90.plan import (
     BwdSm90Plan,
     make_plan,
     obstacle_anywhere,
-    padded_to_16,
 )
-from flashcore.kernels.bwd_sm90.tiles import BwdTile
+from flashcore.kernels.bwd_sm90.tiles import BwdTile, padded_to_16
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 
 DELTA_KERNEL = "attn_bwd_delta_sm90"
 ROUND_KERNEL = "attn_bwd_round_sm90"
-# Above it dk and dv of 64 keys leave a consumer no registers beside a warpgroup of dq: 208 spill.
-HEAD_DIM_MAX = 96
+HEAD_DIM_MAX = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +107,12 @@ def obstacle(problem: Problem) -> str | None:
     """Return why one kernel cannot compute the gradient of a call, or None."""
     if max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
         return f"dq, dk and dv by one kernel take head_dim {HEAD_DIM_MAX} at most"
+    qk_cols = tiles_sm90.padded_dims(problem.head_dim, problem.head_dim_v)[0]
+    chunk = tiles_sm90.chunk_of(problem.head_dim, problem.head_dim_v)
+    if max(problem.head_dim, problem.head_dim_v) > 96 and qk_cols // chunk % 2:
+        return "above head_dim_v 96 one kernel for dq, dk and dv takes no such head_dim"
+    if max(problem.head_dim, problem.head_dim_v) > 96 and is_bounded(problem):
+        return "above head_dim 96 one kernel is not faster than two under a causal mask or window"
     if problem.mask is not None or problem.softcap != 0.0:
         return "dq, dk and dv by one kernel take neither a mask tensor nor soft-capping"
     if problem.varlen != "none":
@@ -116,15 +120,22 @@ def obstacle(problem: Problem) -> str | None:
     return obstacle_anywhere(problem)
 
 
+def is_bounded(problem: Problem) -> bool:
+    """Return whether a causal mask or a window hides keys."""
+    return problem.window_left >= 0 or problem.window_right >= 0
+
+
 def tile(problem: Problem) -> tuple[BwdTile, int]:
     """Return the tile of the kernel in the middle, and its buffers of dS. Measured on an H200
     (2026-11-29), 16k tokens, hidden 2048, bfloat16; see docs/backward.md."""
-    is_bounded = problem.window_left >= 0 or problem.window_right >= 0
-    if max(problem.head_dim, problem.head_dim_v) <= 64:
-        if is_bounded:
-            return BwdTile(128, 128, 3, 2, False, False, False), 1
-        return BwdTile(64, 128, 3, 3, True, False, False), 2
-    return BwdTile(64, 128, 3, 2, False, False, False), 1
+    dim = max(problem.head_dim, problem.head_dim_v)
+    if dim > 96:
+        return BwdTile(64, 128, 3, 2, True, False, False), 2
+    if dim <= 64:
+        if not is_bounded(problem) and (problem.dtype == "float16" or 32 < dim <= 48):
+            return BwdTile(64, 128, 3, 3, True, False, False), 2  # 128 rows spill 16 to 40 bytes
+        return BwdTile(128, 128, 3, 2, False, False, False), 1
+    return BwdTile(64, 128, 3, 2, not is_bounded(problem), False, False), 1
 
 
 def sums_shape(problem: Problem) -> tuple[int, int, int, int]:

@@ -98,10 +98,12 @@ PHASES = {
     "consume_scores": "ds",
     "consume_gradients": "ds",
     "issue_dq": "dq",
+    "issue_own_dq": "dq",
     "consume_ds": "dq",
     "add_rows": "dq",
     "issue_dv": "dv",
     "issue_dk": "dk",
+    "issue_dk_of_ds": "dk",
     "store_rows": "store",
     "store_in_place": "store",
 }

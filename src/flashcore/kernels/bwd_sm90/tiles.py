@@ -7,6 +7,15 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from flashcore.problem import Problem
 
+# With two consumers: of a consumer's, a producer's and dq's threads up to head_dim 64, and above,
+# where dq takes more accumulators. 512 together.
+DQ_ROLE_REGISTERS = {False: (200, 40, 72), True: (192, 40, 88)}
+
+
+def padded_to_16(cols: int) -> int:
+    """Return the columns of the fragments that hold so many."""
+    return -(-cols // 16) * 16
+
 
 class BwdTile(NamedTuple):
     """A tile holds the fields of a plan that the problem does not decide."""

@@ -86,6 +86,13 @@ FC_DEVICE uint32_t pack2(float lo, float hi) {
   return uint32_t(from_float<T>(lo).bits) | (uint32_t(from_float<T>(hi).bits) << 16);
 }
 
+// Products of two pairs, rounded to T.
+template <class T>
+FC_DEVICE uint32_t mul2(uint32_t a, uint32_t b) {
+  return pack2<T>(to_float(T{uint16_t(a)}) * to_float(T{uint16_t(b)}),
+                  to_float(T{uint16_t(a >> 16)}) * to_float(T{uint16_t(b >> 16)}));
+}
+
 // OCP e4m3: a sign, 4 bits of exponent, 3 of mantissa; no infinity, NaN is 0x7f and 0xff: storage
 // only.
 struct float8 {

@@ -42,43 +42,58 @@ FC_DEVICE void wgmma_hold(WmmaAccum (&d)[FRAGS], FC_SITE) {
   fc_host::wgmma_hold(d[0].x, FRAGS, FC_HERE);
 }
 
+template <class T, int FRAGS>
+FC_DEVICE void wgmma_hold(WmmaA<T> (&)[FRAGS]) {}
+
 template <class T>
 constexpr bool IS_FLOAT16 = false;
 template <>
 inline constexpr bool IS_FLOAT16<float16> = true;
 
+namespace fc_host {
+
+template <class T, bool A_ALONG_M, bool B_ALONG_N, int FRAGS>
+void wgmma_issue_as(WmmaAccum (&d)[FRAGS], const uint32_t* a_reg, WgmmaDesc a_desc,
+                    WgmmaDesc b_desc, bool accumulate, Site site) {
+  static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
+  wgmma_issue({d[0].x, a_reg, a_desc, b_desc, FRAGS, accumulate, IS_FLOAT16<T>, A_ALONG_M,
+               B_ALONG_N},
+              site);
+}
+
+}  // namespace fc_host
+
 // d = A B^T (+ d): A 64 x 16 and B N x 16 in shared memory, both contiguous along k.
 template <class T, int FRAGS>
 FC_DEVICE void wgmma_ss(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc, bool accumulate,
                         FC_SITE) {
-  static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
-  fc_host::wgmma_issue({d[0].x, nullptr, a_desc, b_desc, FRAGS, accumulate, IS_FLOAT16<T>, false},
-                       FC_HERE);
+  fc_host::wgmma_issue_as<T, false, false>(d, nullptr, a_desc, b_desc, accumulate, FC_HERE);
 }
 
 // d = A^T B (+ d): A 16 x 64 and B 16 x N in shared memory, contiguous along m and n.
 template <class T, int FRAGS>
 FC_DEVICE void wgmma_ss_mn(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
                            bool accumulate, FC_SITE) {
-  static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
-  fc_host::wgmma_issue({d[0].x, nullptr, a_desc, b_desc, FRAGS, accumulate, IS_FLOAT16<T>, true},
-                       FC_HERE);
+  fc_host::wgmma_issue_as<T, true, true>(d, nullptr, a_desc, b_desc, accumulate, FC_HERE);
+}
+
+// d = A B (+ d): A 64 x 16 in shared memory, contiguous along k, and B 16 x N, along n.
+template <class T, int FRAGS>
+FC_DEVICE void wgmma_ss_n(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
+                          bool accumulate, FC_SITE) {
+  fc_host::wgmma_issue_as<T, false, true>(d, nullptr, a_desc, b_desc, accumulate, FC_HERE);
 }
 
 // d = A B (+ d): A 64 x 16 in registers, B 16 x N in shared memory, contiguous along n.
 template <class T, int FRAGS>
 FC_DEVICE void wgmma_rs(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc, bool accumulate,
                         FC_SITE) {
-  static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
-  fc_host::wgmma_issue({d[0].x, a.reg, {}, b_desc, FRAGS, accumulate, IS_FLOAT16<T>, true},
-                       FC_HERE);
+  fc_host::wgmma_issue_as<T, true, true>(d, a.reg, {}, b_desc, accumulate, FC_HERE);
 }
 
 // d = A B^T (+ d): A 64 x 16 in registers, B N x 16 in shared memory, contiguous along k.
 template <class T, int FRAGS>
 FC_DEVICE void wgmma_rs_k(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc,
                           bool accumulate, FC_SITE) {
-  static_assert(FRAGS >= 1 && FRAGS <= 16, "N is 16, 32, .. or 256");
-  fc_host::wgmma_issue({d[0].x, a.reg, {}, b_desc, FRAGS, accumulate, IS_FLOAT16<T>, false},
-                       FC_HERE);
+  fc_host::wgmma_issue_as<T, false, false>(d, a.reg, {}, b_desc, accumulate, FC_HERE);
 }

@@ -88,6 +88,26 @@ FC_DEVICE uint32_t pack2<bfloat16>(float lo, float hi) {
 }
 #endif
 
+#if __CUDA_ARCH__ >= 900
+// Products of two pairs, rounded to T.
+template <class T>
+FC_DEVICE uint32_t mul2(uint32_t a, uint32_t b);
+
+template <>
+FC_DEVICE uint32_t mul2<float16>(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+
+template <>
+FC_DEVICE uint32_t mul2<bfloat16>(uint32_t a, uint32_t b) {
+  uint32_t product;
+  asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+  return product;
+}
+#endif
+
 // OCP e4m3: a sign, 4 bits of exponent, 3 of mantissa; no infinity, NaN is 0x7f and 0xff: storage
 // only.
 struct float8 {

@@ -25,7 +25,7 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_PADDED_SM90,
     PLANTS_BWD_ROLES_SM90,
 )
-from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90
+from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.float8 import (
     PLANTS_FLOAT8_SM90,
@@ -91,6 +91,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_BWD_DKDV_SM90,
         **PLANTS_BWD_ROLES_SM90,
         **PLANTS_BWD_ONE_SM90,
+        **PLANTS_BWD_SHARED_SM90,
         **PLANTS_BWD_PACKED_SM90,
         **PLANTS_BWD_PADDED_SM90,
         **PLANTS_BWD_MASKED_SM90,

@@ -60,7 +60,8 @@ struct WgmmaIssue {
   int frags;
   bool accumulate;
   bool is_float16;  // else bfloat16
-  bool mn_major;    // operands in shared memory are contiguous along m and n, not along k
+  bool a_along_m;   // in shared memory A is contiguous along m, not along k
+  bool b_along_n;   // and B along n
 };
 
 void wgmma_issue(const WgmmaIssue& issue, Site site);

@@ -87,8 +87,9 @@ _OF_ONE_WARPGROUP = (
         name="q-released-early",
         title="Q's buffer is released before dK of its tile is issued",
         file=_DKDV,
-        find="    release_q(bar, count - 1);\n  }\n}",
-        replace="    release_q(bar, count); release_q(bar, count - 1);\n  }\n}",
+        find="    end_dk(c, p, bar, smem, count - 1, m_begin - BLOCK_M);\n  }\n}",
+        replace="    release_q(bar, count); "
+        "end_dk(c, p, bar, smem, count - 1, m_begin - BLOCK_M);\n  }\n}",
         caught_by="race",
         or_by=("mbarrier", "deadlock", "async-pending", "wrong-result"),
         plan={"overlaps": True},

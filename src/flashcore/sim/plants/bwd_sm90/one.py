@@ -1,11 +1,12 @@
-"""Plant bugs of dq in the kernel of dk and dv for Hopper
-(tests/plants/test_sim_plants_bwd_one_sm90.py)."""
+"""Plant bugs of dq in the kernel of dk and dv for Hopper, by a warpgroup of its own or shared by
+the consumers (tests/plants/test_sim_plants_bwd_one_sm90.py)."""
 
 from __future__ import annotations
 
 from flashcore.compile.plant import Plant, by_name
 
 _SUM = "bwd_sm90/bwd_dkdv_dq_sm90.cuh"
+_KERNEL = "bwd_sm90/attn_bwd_dkdv_sm90.cuh"
 _STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 
 PLANTS_BWD_ONE_SM90 = by_name(
@@ -39,8 +40,8 @@ PLANTS_BWD_ONE_SM90 = by_name(
         name="sums-overwritten",
         title="dQ overwrites that of the tile before while it leaves",
         file=_SUM,
-        find="  if (leads) tma_store_wait_read<ROW_GROUPS - 1>();",
-        replace="  if (false) tma_store_wait_read<ROW_GROUPS - 1>();",
+        find="  if (leads) tma_store_wait_read<PENDING>();",
+        replace="  if (false) tma_store_wait_read<PENDING>();",
         caught_by="race",
     ),
     Plant(
@@ -55,8 +56,8 @@ PLANTS_BWD_ONE_SM90 = by_name(
         name="ds-released-early",
         title="dS is released while dQ is under way",
         file=_SUM,
-        find="          issue_dq(dq, smem, group, count);\n          wgmma_wait<0>();\n",
-        replace="          issue_dq(dq, smem, group, count); "
+        find="          issue_dq(dq, smem, group, 0, count);\n          wgmma_wait<0>();\n",
+        replace="          issue_dq(dq, smem, group, 0, count); "
         "if (group == ROW_GROUPS - 1) arrive_for_warp(bar.ds_empty + stage);\n"
         "          wgmma_wait<0>();\n",
         caught_by="race",
@@ -86,6 +87,81 @@ PLANTS_BWD_ONE_SM90 = by_name(
         file=_SUM,
         find="++head, ++block.head_idx) {",
         replace="++head) {",
+        caught_by="wrong-result",
+    ),
+)
+
+# Above head_dim 96, where consumers share dQ.
+PLANTS_BWD_SHARED_SM90 = by_name(
+    Plant(
+        name="ds-of-neighbour-not-awaited",
+        title="dQ multiplies dS that the other consumer has not handed over",
+        file=_SUM,
+        find="  mbar_wait(bar.ds_full + stage_of<NUM_DS_STAGES>(count), "
+        "parity_of<NUM_DS_STAGES>(count));\n",
+        replace="\n",
+        caught_by="race",
+        or_by=("uninitialized-read", "missing-fence", "mbarrier", "deadlock"),
+    ),
+    Plant(
+        name="ds-of-own-warp",
+        title="dK multiplies dS before the other warps of its warpgroup have written it",
+        file=_STEPS,
+        find="    named_barrier_sync(STORE_BARRIER + group, 128);",
+        replace="    warp_sync();",
+        caught_by="race",
+        or_by=("uninitialized-read", "missing-fence"),
+    ),
+    Plant(
+        name="shared-ds-released-early",
+        title="dS is released while a consumer's part of dQ is under way",
+        file=_KERNEL,
+        find="  if constexpr (HAS_DQ) issue_own_dq(c.dq, bar, smem, c.index, count - 1);\n",
+        replace="  if constexpr (HAS_DQ) { issue_own_dq(c.dq, bar, smem, c.index, count - 1); "
+        "arrive_for_warp(bar.ds_empty + stage_of<NUM_DS_STAGES>(count - 1)); }\n",
+        caught_by="deadlock",
+        or_by=("race", "mbarrier", "wgmma"),
+    ),
+    Plant(
+        name="part-of-dq-not-awaited",
+        title="a consumer adds its part of dQ while it is under way",
+        file=_KERNEL,
+        find="      wgmma_wait<0>();\n      end_dk",
+        replace="      wgmma_wait<HAS_DQ>();\n      end_dk",
+        caught_by="wgmma",
+    ),
+    Plant(
+        name="dq-over-dk",
+        title="dQ overwrites dK of the key tile before on its way out",
+        file=_KERNEL,
+        find="      if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();\n"
+        "      named",
+        replace="\n      named",
+        caught_by="race",
+    ),
+    Plant(
+        name="dv-over-dq",
+        title="dV overwrites dQ of the last query tile on its way out",
+        file=_KERNEL,
+        find="    if (DQ_SHARED && elect_lane()) tma_store_wait_read<0>();",
+        replace="    ",
+        caught_by="race",
+    ),
+    Plant(
+        name="dq-of-the-next-tile",
+        title="dQ of the last query tile is added to the rows behind it",
+        file=_KERNEL,
+        find="    wgmma_wait<0>();\n    end_dk(c, p, bar, smem, count - 1, m_begin - BLOCK_M);",
+        replace="    wgmma_wait<0>();\n    end_dk(c, p, bar, smem, count - 1, m_begin);",
+        caught_by="wrong-result",
+        or_by=("out-of-bounds",),
+    ),
+    Plant(
+        name="columns-of-the-other",
+        title="both consumers compute the first columns of dQ",
+        file=_SUM,
+        find="  issue_dq(dq, smem, 0, index * DQ_FRAGS, count);",
+        replace="  issue_dq(dq, smem, 0, 0, count);",
         caught_by="wrong-result",
     ),
 )

@@ -375,9 +375,10 @@ void wgmma_issue(const WgmmaIssue& mine, Site site) {
   join_product(group, product, number, w, site);
   const Epoch me = make_epoch(m.agents.groups + w / GROUP_WARPS, number);
   if (!issue.a_reg) {
-    check_operand(issue.a, decode(issue.a, 64, issue.mn_major, "A", site), w, me, site);
+    check_operand(issue.a, decode(issue.a, 64, issue.a_along_m, "A", site), w, me, site);
   }
-  check_operand(issue.b, decode(issue.b, issue.frags * 16, issue.mn_major, "B", site), w, me, site);
+  check_operand(issue.b, decode(issue.b, issue.frags * 16, issue.b_along_n, "B", site), w, me,
+                site);
   warp.last_issue = pack_site(site);
   if (product.joined == 0xf) {
     group.ready = number;
@@ -405,14 +406,14 @@ static void multiply(const Product& product, Chain& chain) {
       }
     }
   } else {
-    fetch<T>(decode(issue.a, 64, issue.mn_major, "A", product.site), issue.mn_major ? b : a);
-    for (int k = 0; issue.mn_major && k < 16; ++k) {
+    fetch<T>(decode(issue.a, 64, issue.a_along_m, "A", product.site), issue.a_along_m ? b : a);
+    for (int k = 0; issue.a_along_m && k < 16; ++k) {
       for (int row = 0; row < 64; ++row) a[row * 16 + k] = b[k * 64 + row];
     }
   }
-  fetch<T>(decode(issue.b, cols, issue.mn_major, "B", product.site), b);
-  const int step_of_n = issue.mn_major ? 1 : 16;
-  const int step_of_k = issue.mn_major ? cols : 1;
+  fetch<T>(decode(issue.b, cols, issue.b_along_n, "B", product.site), b);
+  const int step_of_n = issue.b_along_n ? 1 : 16;
+  const int step_of_k = issue.b_along_n ? cols : 1;
   for (int n = 0; n < cols; ++n) {
     for (int k = 0; k < 16; ++k) b_by_k[k][n] = b[n * step_of_n + k * step_of_k];
   }
