@@ -30,9 +30,9 @@ from flashcore.isolate.call import Call, call_of
 from flashcore.isolate.choosing import kernel_to_run
 from flashcore.isolate.diagnosis import key_split_hints, verdict
 from flashcore.isolate.gate_models import Expected, GateModel, by_error_rule
+from flashcore.isolate.gradient_model import isolate_mask_gradient
 from flashcore.isolate.isolation import Isolation, StageResult
 from flashcore.isolate.locate import Check, compare
-from flashcore.isolate.mask_gradient import isolate_mask_gradient
 from flashcore.kernels.bwd_mask_sm90.kernel import DMASK
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.registry import BY_NAME, forward

@@ -183,7 +183,7 @@ def _lengths(
         of_scales = problem.scale_strides
         for name, of in (("k_scale", of_scales[:2]), ("v_scale", of_scales[2:])):
             scale = values.get(name, torch.ones(shape))
-            lengths[name] = _place(scale, shape, (0, 0, *of), offsets[name])[0, 0]
+            lengths[name] = place(scale, shape, (0, 0, *of), offsets[name])[0, 0]
     return lengths or None
 
 

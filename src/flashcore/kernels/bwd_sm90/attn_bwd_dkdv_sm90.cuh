@@ -23,7 +23,6 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
-#include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"

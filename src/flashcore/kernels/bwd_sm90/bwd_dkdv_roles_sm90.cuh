@@ -10,7 +10,6 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
-#include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"

@@ -5,7 +5,6 @@
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
 #include "tile/mask.cuh"
-#include "tile/mask_keys.cuh"
 #include "tile/params.cuh"
 #include "tile/smem_tile.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"

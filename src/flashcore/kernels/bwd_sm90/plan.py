@@ -156,7 +156,7 @@ class BwdSm90Plan(Plan):
     @property
     def mask_bytes(self) -> int:
         """Return shared memory for the mask tensor's elements of every warp
-        (fwd_sm90/mask_tile_sm90.cuh; tile/mask_keys.cuh, of 16 keys each)."""
+        (fwd_sm90/mask_tile_sm90.cuh; bwd_sm90/bwd_dkdv_sm90.cuh, of 16 keys each)."""
         if self.mask is None:
             return 0
         if self.is_dq:

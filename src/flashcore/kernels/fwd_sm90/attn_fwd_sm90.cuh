@@ -21,7 +21,6 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
-#include "tile/float8.cuh"
 #include "tile/mask.cuh"
 #include "tile/max_score.cuh"
 #include "tile/params.cuh"
@@ -29,6 +28,7 @@
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
 #include "tile/softmax.cuh"
+#include "fwd_sm90/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "fwd_sm90/merge_sm90.cuh"

@@ -1,6 +1,6 @@
 // fwd_sm90/pipeline_sm90.cuh - the mbarriers between the producer and the consumers, the place of
 // each in the ring of stages, and the barriers among consumers. Under FLOAT8 a warpgroup stands
-// between the two (tile/float8.cuh), and there are rings before and behind it.
+// between the two (fwd_sm90/float8_sm90.cuh), and there are rings before and behind it.
 #pragma once
 
 #include "prims_sm90.cuh"

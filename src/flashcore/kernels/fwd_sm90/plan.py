@@ -35,7 +35,7 @@ _COORD_BYTES = 4 * 16  # places of four row tiles
 _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (fwd_sm90/split_sm90.cuh)
 _STREAM_BYTES = 4 * 16  # which key tiles, and where shares lie (tile/stream_k.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
-_END_BYTES = 2 * 4  # of a stage of K and one of V (tile/float8.cuh)
+_END_BYTES = 2 * 4  # of a stage of K and one of V (fwd_sm90/float8_sm90.cuh)
 CONVERTER_REGISTERS = 72
 
 
@@ -126,7 +126,7 @@ class Sm90Plan(Plan):
 
     @property
     def q_in_registers(self) -> bool:
-        """Return whether consumers hold Q in registers (tile/float8.cuh), where there are some."""
+        """Return whether consumers hold Q in registers (float8_sm90.cuh), where there are some."""
         return self.has_float8 and self.head_dim <= 128
 
     @property

@@ -6,12 +6,12 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
-#include "tile/float8.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
 #include "tile/stream_k.cuh"
+#include "fwd_sm90/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 #include "fwd_sm90/pages_sm90.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"

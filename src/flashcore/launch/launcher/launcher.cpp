@@ -216,7 +216,7 @@ std::shared_ptr<const Entry> read_entry(PyObject* object) {
   const py::tuple options = fields[11];
   entry->options = c10::ivalue::Tuple::create(
       {options[0].cast<std::string>(), options[1].cast<int64_t>(), options[2].cast<int64_t>(),
-       options[3].cast<double>(), options[4].cast<double>()});
+       options[3].cast<double>(), options[4].cast<double>(), options[5].cast<bool>()});
   entry->num_counters = fields[12].cast<int64_t>();
   entry->num_shares = fields[13].cast<int64_t>();
   entry->num_floats = fields[14].cast<int64_t>();

@@ -23,7 +23,7 @@ WIDE_CALL = CALL | {"head_dim": 144, "head_dim_v": 32}  # Q stays in shared memo
 # One key tile, and several row tiles a block: nothing else lies between Q and the next one.
 SHORT_CALL = CALL | {"lengths": (20, 9, 17, 30)}
 TILE: dict[str, Any] = {"block_m": 64, "block_n": 32, "load_stages": 2}
-_FLOAT8 = "tile/float8.cuh"
+_FLOAT8 = "fwd_sm90/float8_sm90.cuh"
 _SEQUENCE = "tile/sequence.cuh"
 _PRODUCER = "fwd_sm90/producer_sm90.cuh"
 _PIPELINE = "fwd_sm90/pipeline_sm90.cuh"
