@@ -1,8 +1,7 @@
 """Give every planted bug the call that shows it, and the stage that is then the first wrong one.
 
 Which bugs there are stands in sim/plants/index.py alone. `flashcore isolate --plant NAME` takes the
-call unless it is told another one; tests/plants/test_planted_bugs.py holds isolate to the stages,
-which stand in plant_stages.py.
+call unless it is told another one; tests/plants/test_planted_bugs.py holds isolate to the stages.
 """
 
 from __future__ import annotations
