@@ -37,7 +37,7 @@ FC_DEVICE decltype(auto) own_params(const AttnParams& p, const BlockCoord& block
 
 // --- masks on their way to transposed scores -----------------------------------------------------
 
-// As in fwd_sm90/mask_tile_sm90.cuh every warp copies its own part of the next tile, along the rows,
+// As in fwd_sm90/mask_tile_sm90.cuh every warp copies its own part of the next tile, along rows,
 // into shared memory of its own while the tile before is computed: here 16 keys of all queries.
 //
 // A mask that all queries share has one row.
