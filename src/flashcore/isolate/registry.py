@@ -314,11 +314,8 @@ def _planted(plant: Plant, kernel: str) -> Planted:
 
 def all_planted() -> tuple[Planted, ...]:
     """Return every planted bug of every kernel."""
-    return tuple(
-        _planted(plant, kernel)
-        for kernel, plants in index.BY_KERNEL.items()
-        for plant in plants.values()
-    )
+    found = index.BY_KERNEL.items()
+    return tuple(_planted(plant, kernel) for kernel, plants in found for plant in plants.values())
 
 
 def find_plant(name: str, backend: str, kernel: str | None = None) -> Planted:
