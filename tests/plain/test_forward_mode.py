@@ -313,6 +313,7 @@ def test_derivatives_on_a_gpu(name, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(600)  # torch.compile, beside as many other tests as there are cores
 def test_compiled_derivatives_on_a_gpu():
     for name in ("dense, options", "padded, options", "packed, options"):
         road, inputs = ROADS[name]

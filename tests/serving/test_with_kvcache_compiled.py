@@ -105,7 +105,7 @@ def test_a_graph_is_replayed_with_other_lengths_and_pages(name: str, is_packed: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("what", ["cache_leftpad", "a mask", "packed queries"])
+@pytest.mark.parametrize("what", ["cache_leftpad"])
 def test_a_copy_of_the_cache_is_announced_once(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from flashcore.serving import attend
 

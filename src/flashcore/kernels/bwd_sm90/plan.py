@@ -313,6 +313,8 @@ def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | 
         return f"the fused backward takes float16 and bfloat16, not {problem.dtype}"
     if max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
         return f"the fused backward takes head_dim {HEAD_DIM_MAX} at most"
+    if problem.page_size:
+        return "the fused backward reads no keys and values in pages"
     if needs_mask_grad and problem.varlen != "none":
         return "the fused backward computes no gradient of a mask over sequences of other lengths"
     rows = max(problem.total_q * problem.num_heads_q, problem.total_k * problem.num_heads_kv)
