@@ -190,8 +190,7 @@ class BwdSm90Plan(Plan):
             if self.has_dq_role:
                 elements += self.block_m * 2 * padded_to_16(self.head_dim)  # of four bytes
             num_barriers += 2 * self.ds_stages
-        barriers = _BARRIER_BYTES * num_barriers
-        others = stats + barriers + _COORD_BYTES + self._feed_bytes
+        others = stats + _BARRIER_BYTES * num_barriers + _COORD_BYTES + self._feed_bytes
         return 2 * elements + self.mask_bytes + others
 
     @property
@@ -307,8 +306,7 @@ def obstacle(problem: Problem, needs_mask_grad: bool = False) -> str | None:
 
 
 def obstacle_anywhere(problem: Problem, needs_mask_grad: bool = False) -> str | None:
-    """Return why the kernels cannot compute the gradient of a call, whatever the device, or
-    None."""
+    """Return why the kernels cannot compute a call's gradient, whatever the device, or None."""
     if problem.dtype not in ("float16", "bfloat16"):
         return f"the fused backward takes float16 and bfloat16, not {problem.dtype}"
     if max(problem.head_dim, problem.head_dim_v) > HEAD_DIM_MAX:
