@@ -7,6 +7,7 @@ import functools
 import io
 import re
 import struct
+import threading
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,10 +45,15 @@ class CompiledKernel:
     remarks: tuple[str, ...] = ()
 
 
+# Modules of cuda.core import each other: a second thread may see one that is half there.
+_IMPORTING = threading.Lock()
+
+
 def _import_nvrtc() -> Any:
     try:
-        import cuda.core
-        from cuda.bindings import nvrtc
+        with _IMPORTING:
+            import cuda.core
+            from cuda.bindings import nvrtc
     except ImportError as error:
         raise BackendUnavailableError(
             f"compiling a kernel needs cuda-core and cuda-bindings ({error}); "
