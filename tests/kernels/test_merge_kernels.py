@@ -29,6 +29,7 @@ from flashcore.kernels.merge.params import (
 from flashcore.launch import merge_call as merging
 from flashcore.plain.merging import merge_backward_plain, merge_plain
 from flashcore.problem.validation import DTYPES
+from flashcore.sim.plants.merge import PLANTS_MERGE, PLANTS_MERGE_BACKWARD
 from flashcore.sim.report import SimulationError
 from flashcore.sim.run import simulate_source
 from flashcore.sim.tensors import SimTensor
@@ -188,38 +189,10 @@ def test_nan_in_a_side_or_its_lse_spreads_over_its_row_alone(simulated: Any) -> 
     assert lse.isnan().nonzero().tolist() == [[1, 1, 2]]
 
 
-ROWS, FORWARD = "merge/merge_rows.cuh", "merge/merge_results.cuh"
-BACKWARD = "merge/merge_results_backward.cuh"
-# Of each the mistake, and what finds it.
-PLANTS = {
-    Plant(
-        "row-past-the-end", "", FORWARD, "  if (!at.exists) return;\n", "\n", ""
-    ): "double-write",
-    Plant(
-        "every-lane-writes-lse", "", FORWARD, "if (at.col == 0) gmem_store", "gmem_store", ""
-    ): "double-write",
-    Plant(
-        "empty-side-counts", "", ROWS, "x[i] = has ? x[i] : 0.0f;", "x[i] = x[i];", ""
-    ): "wrong-result",
-    Plant(
-        "shares-swapped", "", ROWS, "exp2_approx(-ahead", "exp2_approx(+ahead", ""
-    ): "wrong-result",
-    Plant("head-of-rows", "", ROWS, "% p.num_heads", "% p.rows_of_head", ""): "out-of-bounds",
-    Plant(
-        "lanes-left-out", "", BACKWARD, "lanes = LANES / 2;", "lanes = LANES / 4;", ""
-    ): "wrong-result",
-    Plant(
-        "leaves-before-the-sum", "", BACKWARD, "  float difference = 0.0f;",
-        "  if (!at.exists) return; float difference = 0.0f;", "",
-    ): "divergence",
-    Plant(
-        "dlse-forgotten", "", BACKWARD, "fma_rn(shares.b, difference, dlse)",
-        "fma_rn(shares.b, difference, 0.0f)", "",
-    ): "wrong-result",
-}  # fmt: skip
+PLANTS = PLANTS_MERGE | PLANTS_MERGE_BACKWARD
 
 
-@pytest.mark.parametrize("plant", PLANTS, ids=lambda plant: plant.name)
+@pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
 def test_planted_bugs_are_found_on_every_seed(plant: Plant, simulated: Any) -> None:
     text = (KERNELS_DIR / plant.file).read_text(encoding="utf-8")
     assert text.count(plant.find) == 1
@@ -233,7 +206,7 @@ def test_planted_bugs_are_found_on_every_seed(plant: Plant, simulated: Any) -> N
             found = error.kind
         except AssertionError:
             found = "wrong-result"
-        assert found == PLANTS[plant]
+        assert found == plant.caught_by
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
 from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT, PLANTS_STREAM_SM90
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
+from flashcore.sim.plants.merge import PLANTS_MERGE, PLANTS_MERGE_BACKWARD
 from flashcore.sim.plants.numerics import (
     PLANTS_LARGE_SCORES,
     PLANTS_OLD_LARGE_MAX_SM90,
@@ -98,9 +99,16 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
     },
 }
 
-NOT_TAKEN_APART = "isolate does not take it apart, tests/plants/test_sim_plants_append.py runs it"
+NOT_TAKEN_APART = (
+    "isolate does not take it apart, tests/plants/test_sim_plants_append.py or "
+    "tests/kernels/test_merge_kernels.py runs it"
+)
 # Of kernels that are no attention.
-BESIDE: Mapping[str, Mapping[str, Plant]] = {AppendPlan.kernel: PLANTS_APPEND}
+BESIDE: Mapping[str, Mapping[str, Plant]] = {
+    AppendPlan.kernel: PLANTS_APPEND,
+    "merge_results": PLANTS_MERGE,
+    "merge_results_backward": PLANTS_MERGE_BACKWARD,
+}
 
 
 def names() -> list[str]:
