@@ -28,6 +28,7 @@ from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim.__main__ import main
+from flashcore.sim.plants import index
 from flashcore.sim.replay import parse_replay
 
 CASE = Case(num_heads_q=2, num_heads_kv=1, seqlen_q=70, seqlen_k=50, head_dim=32, head_dim_v=32)
@@ -275,6 +276,7 @@ def test_the_list_has_the_backward_kernels() -> None:
     listed = {(x["name"], x["kernel"]): x["stage"] for x in json.loads(result.stdout)}
     assert listed["dlse-forgotten", DQ_KERNEL] == "delta"
     assert listed["scale-forgotten", DKDV_KERNEL] == "dk"
+    assert {name for name, _ in listed} == set(index.names())
 
 
 @pytest.mark.parametrize(

@@ -208,21 +208,19 @@ def _list_plants(out: Output) -> None:
     from rich.table import Table
 
     from flashcore.isolate.registry import all_planted
+    from flashcore.sim.plants import index
 
-    every = all_planted()
+    every = [(planted.plant, planted.kernel, planted.stage) for planted in all_planted()]
+    # Kernels that are no attention have one stage, and tests of their own.
+    for kernel, plants in index.BESIDE.items():
+        every += [(plant, kernel, "-") for plant in plants.values()]
     listed = Table(title="Bugs that --plant puts into a kernel", title_justify="left", box=None)
     for name in ("name", "kernel", "stage", "caught by", "what"):
         listed.add_column(name, overflow="fold")
-    for planted in every:
-        bug = planted.plant
-        listed.add_row(bug.name, planted.kernel, planted.stage, bug.caught_by, bug.title)
+    for bug, kernel, stage in every:
+        listed.add_row(bug.name, kernel, stage, bug.caught_by, bug.title)
     out.print(listed)
-    out.finish(
-        [
-            to_json(planted.plant) | {"kernel": planted.kernel, "stage": planted.stage}
-            for planted in every
-        ]
-    )
+    out.finish([to_json(bug) | {"kernel": kernel, "stage": stage} for bug, kernel, stage in every])
 
 
 def _list_tiles(out: Output, kernel: str) -> None:
