@@ -132,7 +132,7 @@ def test_a_wrong_value_names_a_consumer_warp_and_the_first_in_the_kernels_order(
     [
         ("wgmma_ss<", "qk"),
         ("wgmma_rs<", "pv"),
-        ("tma_load(smem.k", "load"),
+        ("smem.k_loads.load(", "load"),
         ("stmatrix_x4(", "store"),
         ("raise_registers<", "setup"),
         ("wgmma_wait<OVERLAP", None),

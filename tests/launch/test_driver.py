@@ -41,8 +41,11 @@ def test_numbers_are_those_of_the_bindings() -> None:
         "bfloat16": dtypes.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
     }
     swizzles = bindings.CUtensorMapSwizzle
-    assert swizzles.CU_TENSOR_MAP_SWIZZLE_64B == descriptors._SWIZZLE_64B
-    assert swizzles.CU_TENSOR_MAP_SWIZZLE_128B == descriptors._SWIZZLE_128B
+    assert descriptors._SWIZZLES == {
+        0: swizzles.CU_TENSOR_MAP_SWIZZLE_NONE,
+        64: swizzles.CU_TENSOR_MAP_SWIZZLE_64B,
+        128: swizzles.CU_TENSOR_MAP_SWIZZLE_128B,
+    }
     promotions = bindings.CUtensorMapL2promotion
     assert promotions.CU_TENSOR_MAP_L2_PROMOTION_L2_128B == descriptors._L2_PROMOTION_128B
     assert bindings.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE == 0

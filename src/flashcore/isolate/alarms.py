@@ -26,6 +26,8 @@ _PHASE_OF_FILE = {
     "sequence": "schedule",
     "copy": "load",
     "rows": "load",
+    "smem_tile": "load",
+    "stream_k": "schedule",
     "pages": "load",
     "producer": "load",
     "float8": "load",

@@ -27,12 +27,18 @@ def gathered(pages: Tensor, page_table: Tensor) -> Tensor:
     """Return [batch, num_heads_kv, max_pages * page_size, dim]. Behind a sequence's last page,
     where entries may be anything, it holds some page of the cache."""
     found = bits_of(pages)[_valid(page_table, pages)].transpose(1, 2).flatten(2, 3)
-    return found.view(pages.dtype)
+    return with_bits_of(found, pages)
 
 
 def bits_of(x: Tensor) -> Tensor:
     """Return 8-bit floats as integers, for which there are all operations; others as they are."""
     return x.view(torch.uint8) if is_float8(x) else x
+
+
+def with_bits_of(x: Tensor, like: Tensor) -> Tensor:
+    """Return what `bits_of` made of a tensor's elements as elements again. Others stay as they are,
+    as a view by dtype has no derivative in forward mode."""
+    return x.view(like.dtype) if is_float8(like) else x
 
 
 def scattered(gradient: Tensor, pages: Tensor, page_table: Tensor) -> Tensor:
@@ -120,7 +126,7 @@ def taken(pages: Tensor, page: Tensor, place: Tensor) -> Tensor:
     """Return [rows, num_heads_kv, dim]: the tokens at these places."""
     if page.shape[0] == 0 or pages.shape[0] == 0:
         return pages.new_zeros((page.shape[0], pages.shape[1], pages.shape[3]))
-    return bits_of(pages).transpose(1, 2)[page, place].view(pages.dtype)
+    return with_bits_of(bits_of(pages).transpose(1, 2)[page, place], pages)
 
 
 def put_back(gradient: Tensor, pages: Tensor, page: Tensor, place: Tensor) -> Tensor:

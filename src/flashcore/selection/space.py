@@ -41,6 +41,7 @@ _GIVEN = frozenset(
         "keys_of_chunk",
         "fewest_splits",
         "stream_k",
+        "load_stages",
         "batch_invariant",
         "gate",
         "returns_max_score",
