@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcore.plain.pages import bits_of, packed_places, sequences_of, taken
+from flashcore.plain.pages import bits_of, packed_places, sequences_of, taken, with_bits_of
 from flashcore.problem.scales import dequantised_rows
 from flashcore.serving.rows import Rows, lengths_before
 
@@ -157,4 +157,4 @@ def _tokens(cache: Tensor, page_table: Tensor, sequence: Tensor, place: Tensor) 
         return cache.new_zeros((*shape, cache.shape[1], cache.shape[3]))
     place = place.clamp(0, page_table.shape[1] * page_size - 1)
     page = page_table[sequence, place // page_size].long().clamp(0, num_pages - 1)
-    return bits_of(cache).transpose(1, 2)[page, place % page_size].view(cache.dtype)
+    return with_bits_of(bits_of(cache).transpose(1, 2)[page, place % page_size], cache)
