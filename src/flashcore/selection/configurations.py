@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA
 from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS, Plan
 from flashcore.kernels.registry import PORTABLE, forward_for, forward_of
 from flashcore.problem import Problem, widest_band
@@ -58,8 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # More keys than one sum is exact over (tile/totals.cuh).
     "long": {"keys": 2 * MAX_KEYS_OF_A_SUM},
     "max-score": {"causal": True, "return_max_score": True},
-    # Many chunks of K, lengths, a mask and a window: the most for the Hopper kernel's producer. It
-    # has head_dims of its own, and is listed beside the widest.
+    # The most for the Hopper kernel's producer; of its own head_dims, listed beside the widest.
     "uneven": {"dims": (224, 40), "mask": "bool", "window": (64, 0), "varlen": "keys"},
     # Lanes that find pages take registers of the producer, and with a mask of the consumers.
     "pages-masked": {**_ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
@@ -67,8 +67,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
 }
-# What else is usual where a model is served: a bundle holds these as well. The compile gate does
-# without, as they take no more registers than one of the above.
+# A bundle holds these as well; they take no more registers than one of the above.
 SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 30.0},
     "causal-softcap": {"causal": True, "softcap": 30.0},
@@ -163,10 +162,11 @@ class Configuration:
     def is_checked(self) -> bool:
         """Return whether the compile gate has to see it. What ships was found to spill in neither
         dtype (tune/search.py), so one of them tells whether a change to the kernel has made it
-        spill; how a mask tensor is read, that sums begin anew, or that a maximum is kept, hardly
-        depends on it."""
-        of_one = (*_MASK_VARIANTS, *_PAGES_VARIANTS, *_PORTABLE_VARIANTS, "max-score")
-        one_is_enough = self.ships or self.variant in of_one
+        spill; how a mask tensor is read or work is cut, that sums begin anew, or that a maximum is
+        kept, hardly depends on it, nor do the portable kernel's registers."""
+        of_one = (*_MASK_VARIANTS, *_PAGES_VARIANTS, *_CUT_VARIANTS, "long", "max-score")
+        of_portable = ("options", "varlen", "decode-masked") if self.plan.kernel == WMMA else ()
+        one_is_enough = self.ships or self.variant in (*of_one, *of_portable)
         return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 
 
