@@ -83,14 +83,14 @@ NAMED_LINES: dict[str, tuple[str, ...]] = {
     "registers-of-three-warps": ("raise_registers<",),
     "early-consumers": ("gmem_store(p.tensors.lse", "tma_store("),
     "early-loads": ("tma_load(",),
-    "q-of-another-group": (*WGMMA, "tma_load(smem.q"),
+    "q-of-another-group": (*WGMMA, "tma_load(to"),
     "q-buffers-in-step": (*WGMMA, "tma_load(", "mbar_", "smem_store(", "smem_load("),
     "coord-slots": ("smem_store(coord, NO_TILE)", "smem_store(to", "smem_load("),
     "coord-late": ("smem_store(to", "smem_load("),
     "share-not-awaited": ("smem_load(merge_smem", "smem_store(mine"),
     "share-overwritten": ("smem_load(", "smem_store(mine"),
     "share-never-taken": ("mbar_wait(",),
-    "shares-on-one-ring": (*WGMMA, "tma_load(smem.k"),
+    "shares-on-one-ring": (*WGMMA, "tma_load(to"),
 }
 
 

@@ -209,7 +209,7 @@ _OF_STREAM_K = (
         title="the next sequence's heads are counted on from the last one's",
         file=_STREAM_K,
         find="    head = 0;\n    num_tiles = tiles_of(p, ++item);",
-        replace="    num_tiles = tiles_of(p, ++item);",
+        replace="\n    num_tiles = tiles_of(p, ++item);",
         caught_by="out-of-bounds",
         or_by=("unwritten-output", "double-write"),
     ),
