@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA
 from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS, Plan
 from flashcore.kernels.registry import PORTABLE, forward_for, forward_of
 from flashcore.problem import Problem, widest_band
@@ -141,6 +140,7 @@ _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "decode", "chunk", "uneven"),
     *(*_MASK_VARIANTS, *_CUT_VARIANTS, *_PAGES_VARIANTS),
 )
+_IN_BOTH_DTYPES = ("full", "causal", "masked")  # of the gate
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 _HEADS = (1, 4, 16, 64, 256, 1024)  # of the Hopper kernel's table: from one tile to many an SM
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -164,9 +164,7 @@ class Configuration:
         dtype (tune/search.py), so one of them tells whether a change to the kernel has made it
         spill; how a mask tensor is read or work is cut, that sums begin anew, or that a maximum is
         kept, hardly depends on it, nor do the portable kernel's registers."""
-        of_one = (*_MASK_VARIANTS, *_PAGES_VARIANTS, *_CUT_VARIANTS, "long", "max-score")
-        of_portable = ("options", "varlen", "decode-masked") if self.plan.kernel == WMMA else ()
-        one_is_enough = self.ships or self.variant in (*of_one, *of_portable)
+        one_is_enough = self.ships or self.variant not in _IN_BOTH_DTYPES
         return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 
 
