@@ -57,6 +57,11 @@ class MaskPlan(BwdSm90Plan):
         return False
 
     @property
+    def producer_registers_min(self) -> int:
+        """Return the registers of its one producer thread; consumers need the others."""
+        return 24
+
+    @property
     def smem_bytes(self) -> int:
         """Return the dynamic shared memory of a block: chunks of columns, the mask, and where rows
         are summed those of each warp."""
@@ -150,17 +155,18 @@ def select_mask_plan(problem: Problem, shape: tuple[int, int, int, int]) -> Mask
     # Rows that are expanded in memory have a gradient each, which takes their place.
     of_problem["mask_is_row"] = sums_rows
     element = tiles_sm90.MASK_ELEMENT_BYTES[of_problem["mask"]]
+    has_packets = problem.seqlen_k * element % _PACKET_BYTES == 0
     plan = MaskPlan(
         kernel=DMASK_KERNEL,
         arch=ARCH,
         block_m=128,
-        block_n=128,
+        block_n=128 if has_packets or element < 4 else 112,  # 128 would spill 88 bytes
         num_stages=_STAGES_MAX,
         min_blocks=1,
         sums_batch=sums_batch,
         sums_heads=sums_heads,
         sums_rows=sums_rows,
-        out_bytes=element if problem.seqlen_k * element % _PACKET_BYTES else _PACKET_BYTES,
+        out_bytes=_PACKET_BYTES if has_packets else element,
         **of_problem,
     )
     while plan.smem_bytes > smem_limits(ARCH)[0]:

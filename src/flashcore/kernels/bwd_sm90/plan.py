@@ -194,15 +194,21 @@ class BwdSm90Plan(Plan):
         return 2 * elements + self.mask_bytes + others
 
     @property
+    def producer_registers_min(self) -> int:
+        """Return the registers that a producer thread needs: with a mask 24 would spill, a warp of
+        it deals out tiles of packed sequences, and in the kernel of dk and dv one computes."""
+        if not self.is_dq or self.mask is not None:
+            return 40
+        return 32 if self.varlen == "packed" else 24
+
+    @property
     def role_registers(self) -> tuple[int, ...]:
         """Return the registers of a consumer and of a producer thread, and of one of dq's
         warpgroup, if there is one; see Sm90Plan."""
         if self.has_dq_role:
             return DQ_ROLE_REGISTERS[max(self.head_dim, self.head_dim_v) > 64]
         pool = self.max_registers * (self.num_consumers + 1)
-        producer = 24 if self.is_dq else 40  # a warp of it computes
-        if self.is_dq and self.varlen == "packed":
-            producer = 32  # a warp of it deals out tiles
+        producer = self.producer_registers_min
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 

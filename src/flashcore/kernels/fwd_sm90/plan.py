@@ -36,7 +36,7 @@ _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (fwd_sm9
 _STREAM_BYTES = 4 * 16  # which key tiles, and where shares lie (tile/stream_k.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
 _END_BYTES = 2 * 4  # of a stage of K and one of V (fwd_sm90/float8_sm90.cuh)
-CONVERTER_REGISTERS = 72
+CONVERTER_REGISTERS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +193,7 @@ class Sm90Plan(Plan):
         many_chunks = self.varlen == "keys" and self.head_dim > 128 >= self.head_dim_v
         producer = 32 if self.varlen in PACKS_QUERIES or many_chunks else 24
         if self.page_size or self.stream_k:
-            producer = 48 if self.varlen in PACKS_QUERIES else 40
+            producer = 48 if self.varlen in PACKS_QUERIES or self.has_float8 else 40
             if self.stream_k and self.num_consumers == self.min_blocks == 1:
                 producer = 56
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)

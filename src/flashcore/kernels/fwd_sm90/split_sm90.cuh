@@ -107,7 +107,7 @@ FC_DEVICE PartialStats load_stats(const AttnParams& p, int64_t at) {
 
 // Packets of partial results that a thread has under way at once, for it is their latency that
 // counts: as many as registers hold, of which a mask takes some, and so does a wide O.
-constexpr bool FEWER_PACKETS = MASK_KIND != 0 || STREAM_K || HEAD_DIM_V > 192;
+constexpr bool FEWER_PACKETS = MASK_KIND != 0 || STREAM_K || HEAD_DIM_V > 128;
 constexpr int PARTIAL_PACKETS = CONSUMER_REGISTERS < 224 ? 16 : FEWER_PACKETS ? 24 : 32;
 
 // Adds up the splits of PARTS parts of a warpgroup's rows as merge_slices does, divides, and stores
