@@ -23,7 +23,7 @@ from flashcore.plain.pages import (
     paged_backward_plain,
     paged_forward_plain,
     paged_second_order,
-    scattered,
+    scattered_pair,
 )
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import described_memory, mask_spec
@@ -243,16 +243,10 @@ def _differentiate(
     needs: tuple[bool, ...],
     backend: str,
 ) -> Gradients:
-    _, k, v, *_ = inputs
-    table = inputs.page_table
-    assert table is not None
-    of_sequences = padded_inputs(inputs)
     dq, dk, dv, dsinks = padded.differentiate(
-        arriving, of_sequences, results, options, needs, backend
+        arriving, padded_inputs(inputs), results, options, needs, backend
     )
-    assert dk is not None
-    assert dv is not None
-    return dq, scattered(dk, k, table), scattered(dv, v, table), dsinks
+    return dq, *scattered_pair((dk, dv), inputs), dsinks
 
 
 OPERATORS = Operators(

@@ -26,7 +26,7 @@ from flashcore.plain.pages import (
     packed_forward_plain,
     packed_inputs,
     packed_second_order,
-    put_back,
+    put_back_pair,
 )
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.memory_layout import as_batch
@@ -191,14 +191,11 @@ def _differentiate(
     needs: tuple[bool, ...],
     backend: str,
 ) -> Gradients:
-    packed, page, place = packed_inputs(inputs)
+    packed, *at = packed_inputs(inputs)
     dq, dk, dv, dsinks = varlen.OPERATORS.family.differentiate(
         arriving, packed, results, options, needs, backend
     )
-    assert dk is not None
-    assert dv is not None
-    of_k, of_v = put_back(dk, inputs.k, page, place), put_back(dv, inputs.v, page, place)
-    return dq, of_k, of_v, dsinks
+    return dq, *put_back_pair((dk, dv), inputs, *at), dsinks
 
 
 def _shapes(inputs: Inputs) -> Results:

@@ -147,7 +147,7 @@ def packed_backward_plain(arriving: Results, inputs: Inputs, options: Options) -
     """Compute `attention_paged_varlen_backward`."""
     packed, *at = packed_inputs(inputs)
     dq, dk, dv, dsinks = varlen_backward_plain(arriving, packed, options)
-    return dq, *_put_back((dk, dv), inputs, *at), dsinks
+    return dq, *put_back_pair((dk, dv), inputs, *at), dsinks
 
 
 def packed_second_order(
@@ -161,10 +161,11 @@ def packed_second_order(
     *firsts, of_k, of_v, from_sinks = varlen_second_order(
         arriving, packed, (x, y, z, of_dsinks), options
     )
-    return *firsts, *_put_back((of_k, of_v), inputs, *at), from_sinks
+    return *firsts, *put_back_pair((of_k, of_v), inputs, *at), from_sinks
 
 
-def _put_back(gradients: Tensors, inputs: Inputs, page: Tensor, place: Tensor) -> Tensors:
+def put_back_pair(gradients: Tensors, inputs: Inputs, page: Tensor, place: Tensor) -> Tensors:
+    """Return the gradients of the pages of k and v from those of what `packed_inputs` returned."""
     return tuple(
         None if x is None else put_back(x, pages, page, place)
         for x, pages in zip(gradients, (inputs.k, inputs.v), strict=True)
@@ -187,7 +188,7 @@ def paged_forward_plain(inputs: Inputs, options: Options) -> Results:
 def paged_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Tensors:
     """Compute `attention_paged_backward`."""
     dq, dk, dv, dsinks = padded_backward_plain(arriving, padded_inputs(inputs), options)
-    return dq, *_of_pages((dk, dv), inputs), dsinks
+    return dq, *scattered_pair((dk, dv), inputs), dsinks
 
 
 def paged_second_order(
@@ -202,11 +203,11 @@ def paged_second_order(
     *firsts, of_k, of_v, from_sinks = padded_second_order(
         arriving, padded_inputs(inputs), (x, y, z, of_dsinks), options
     )
-    return *firsts, *_of_pages((of_k, of_v), inputs), from_sinks
+    return *firsts, *scattered_pair((of_k, of_v), inputs), from_sinks
 
 
-def _of_pages(gradients: Tensors, inputs: Inputs) -> Tensors:
-    """Return the gradients of the pages from those of the keys and values of sequences."""
+def scattered_pair(gradients: Tensors, inputs: Inputs) -> Tensors:
+    """Return the gradients of the pages of k and v from those of what `padded_inputs` returned."""
     table = inputs.page_table
     assert table is not None
     return tuple(
