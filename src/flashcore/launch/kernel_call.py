@@ -256,7 +256,7 @@ class KernelCall:
         if spare is None:
             self._enqueue(_arguments.get(key) or self.make_argument(key))
             return out, lse
-        # Whoever takes one has it alone until the launch has copied it.
+        # The thread that takes one has it alone until the launch has copied it.
         try:
             argument = spare.pop()
         except IndexError:
