@@ -17,7 +17,7 @@ from flashcore.ops.guards import guard
 from flashcore.ops.keys import mask_key, remember
 from flashcore.problem.options import Options
 
-# What fits, and what computes it; None where the operator does.
+# The test of whether a call fits, and its backward pass; None where the operator computes it.
 _Known = tuple[Callable[..., bool], Prepared | None]
 _calls: dict[object, tuple[_Known, ...]] = {}
 _lock = forks.lock()

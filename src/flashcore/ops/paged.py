@@ -78,7 +78,7 @@ def attention_paged(
             Entries behind a sequence's last page are not read; others must be pages that there
             are, or the results are those of some other page.
         seqlens_k: int32, [batch]: how many keys each sequence has (clamped to 0 and to max_pages *
-            page_size). What pages hold behind a sequence's last key has no effect.
+            page_size). The rest of its last page has no effect.
         causal: False, True (the last query sees the last key) or "upper_left"; see `attention`.
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.

@@ -26,7 +26,7 @@ Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
 _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
-# What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
+# The options that each name stands for, of `attention` or ("varlen") `attention_varlen`. "masked"
 # takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
 # has tiles of its own for calls with neither softcap nor mask.
 _ALL_OPTIONS: dict[str, Any] = {"window": (64, 64), "softcap": 30.0}

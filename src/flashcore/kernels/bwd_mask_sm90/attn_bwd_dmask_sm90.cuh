@@ -24,7 +24,7 @@
 #include "bwd_sm90/bwd_sm90.cuh"
 #include "bwd_mask_sm90/bwd_dmask_sm90.cuh"
 
-// What one consumer warpgroup carries from step to step: 64 queries of the tile.
+// A consumer warpgroup's state, carried from step to step; it owns 64 queries of the tile.
 struct Consumer {
   int index;
   WmmaAccum scores[KEY_FRAGS];  // then P

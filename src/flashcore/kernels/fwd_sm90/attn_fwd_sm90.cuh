@@ -40,7 +40,7 @@
 #include "tile/gates.cuh"
 //@end
 
-// What one consumer warpgroup carries from key tile to key tile.
+// A consumer warpgroup's state, carried from key tile to key tile.
 struct Consumer {
   int index;
   int row_group;  // of 64 rows; consumers that share one take the key tiles in turn
@@ -78,7 +78,7 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], const Consumer& c, Q
   }
 }
 
-// Whether there are registers to spare: nothing but windows and lengths takes some.
+// True where there are registers to spare: nothing but windows and lengths takes some.
 constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
 
 // O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
@@ -127,12 +127,12 @@ FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
 // which is the last takes a register.
 constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
 
-// Whether the softmax of a tile may do without its maxima, see has_outgrown. Where it was wrong it
+// True where the softmax of a tile may try old maxima, see has_outgrown. Where they do not serve it
 // needs the scores again, as Q K^T gives them.
 constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
 
-// Whether V of this tile and K of the next have arrived: an answer takes some 70 cycles, which the
-// exponentials hide. Who is told no waits when it is time.
+// Asks whether V of this tile and K of the next have arrived. The answer takes some 70 cycles; the
+// exponentials hide it. After a no, the consumer waits where it needs them.
 FC_DEVICE void ask_ahead(Consumer& c, const Barriers& bar) {
   const PipelineState next = {c.k_state.ring, c.k_state.count + 1};
   c.v_is_there = mbar_test(bar.v_full + c.k_state.stage(), c.k_state.parity());

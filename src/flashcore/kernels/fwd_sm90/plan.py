@@ -144,7 +144,7 @@ class Sm90Plan(Plan):
         o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
         elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
-        # What consumers that share rows hand over: O and the state of the softmax, in float32.
+        # Consumers that share rows hand over O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4 + self.mask_bytes
         feed = _FEED_BYTES if self.varlen in PACKS_QUERIES else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k

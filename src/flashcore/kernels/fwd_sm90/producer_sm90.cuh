@@ -36,7 +36,7 @@ FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
   }
 }
 
-// Whether more than one thread is needed: lanes find the block's range, or load boxes of pages.
+// True where one thread is not enough: lanes find the block's range, or load boxes of pages.
 constexpr bool WHOLE_WARP = PAGED || STREAM_K;
 
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {

@@ -21,7 +21,7 @@ GATES = ("qk", "softmax", "pv", "tile", "pv_serial")
 _REGISTERS_PER_SM = 65536
 
 KERNEL = "attn_fwd_wmma"
-# What the compile gate compiles for.
+# The architectures that the compile gate compiles for.
 SUPPORTED_ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
 # The simulator runs the code of an architecture that has cp.async.
@@ -31,7 +31,7 @@ SIM_ARCH = 80
 HEAD_DIM_64_MAX_REGISTERS = 96
 HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 
-# How sequences of one call may differ in length (tile/sequence.cuh): not, as packed rows
+# Sequences of one call may differ in length (tile/sequence.cuh): not at all, as packed rows
 # (attention_varlen), in the number of keys (seqlens_k), or so with keys in pages (page_table).
 VARLEN_KINDS = ("none", "packed", "keys", "pages", "packed_pages")
 _MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
@@ -315,7 +315,7 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "page_size": problem.page_size,
         "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
         "returns_max_score": gate is None and problem.return_max_score,
-        # What the gate of P V is given is not normalised.
+        # The gate of P V is given weights that are not normalised.
         "has_sinks": problem.has_sinks and gate != "pv",
         "cache_dtype": problem.cache_dtype,
     }

@@ -66,7 +66,7 @@ struct Pages {
   int32_t num_pages;
 };
 
-// What the elements of 8-bit caches count; read only under FLOAT8. Value = element * scale.
+// The scales of 8-bit caches, value = element * scale; read only under FLOAT8.
 struct Scales {
   GmemPtr<const float> k_scale, v_scale;  // of each sequence and head of k and v
   int32_t k_scale_batch, k_scale_head, v_scale_batch, v_scale_head;  // strides, 0 for one of all
