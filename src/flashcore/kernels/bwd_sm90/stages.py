@@ -106,6 +106,7 @@ PHASES = {
     "issue_dk_of_ds": "dk",
     "store_rows": "store",
     "store_in_place": "store",
+    "await_stores": "store",
 }
 # Which gradient it is of, one kernel alone says.
 PHASES_DQ = PHASES | {"issue_gradient": "dq"}
