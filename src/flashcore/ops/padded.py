@@ -66,7 +66,8 @@ def attention_padded(
     q, k, v, mask, seqlens_k, *_ = inputs
     sinks = inputs.sinks
     assert seqlens_k is not None
-    if is_plain((seqlens_k, *scales_of(inputs).values()), q, k, v, mask, sinks):
+    scales = tuple(scales_of(inputs).values())
+    if is_plain((seqlens_k, *scales), q, k, v, mask, sinks):
 
         def describe() -> Problem:
             options = Options.checked(causal, window, softcap, scale, batch_invariant)
@@ -74,7 +75,6 @@ def attention_padded(
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = (seqlens_k,)
-        scales = tuple(scales_of(inputs).values())
         result = attend_lengths(
             q, k, v, mask, lengths, sinks, asked, None, backend, describe, batch_invariant, scales
         )

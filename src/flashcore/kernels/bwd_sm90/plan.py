@@ -197,9 +197,9 @@ class BwdSm90Plan(Plan):
     def producer_registers_min(self) -> int:
         """Return the registers that a producer thread needs: with a mask 24 would spill, a warp of
         it deals out tiles of packed sequences, and in the kernel of dk and dv one computes."""
-        if not self.is_dq or self.mask is not None:
+        if not self.is_dq:
             return 40
-        return 32 if self.varlen == "packed" else 24
+        return 32 if self.varlen == "packed" or self.mask is not None else 24
 
     @property
     def role_registers(self) -> tuple[int, ...]:
