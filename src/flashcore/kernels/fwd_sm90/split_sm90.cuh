@@ -1,5 +1,5 @@
-// fwd_sm90/split_sm90.cuh - keys of a row tile that the Hopper kernel's blocks share, as many splits
-// of each as the host says; what becomes of shares: tile/shares.cuh.
+// fwd_sm90/split_sm90.cuh - keys of a row tile that the Hopper kernel's blocks share, as many
+// splits of each as the host says; what becomes of shares: tile/shares.cuh.
 #pragma once
 
 #include "prims_sm90.cuh"

@@ -43,7 +43,8 @@ constexpr int V_ELEMENTS = BLOCK_N * V_STRIDE;
 constexpr int ELEMENT_BYTES = int(sizeof(Element));
 constexpr int TILE_BYTES =
     (QO_ELEMENTS + NUM_STAGES * (K_ELEMENTS + V_ELEMENTS)) * ELEMENT_BYTES;
-// Under STREAM_K the block's walk over its pieces, and whether it handed over a row tile's last one.
+// Under STREAM_K the block's walk over its pieces, and whether it handed over the last one of a
+// row tile.
 constexpr int PIECES_INTS = STREAM_K ? StreamWalk::INTS + 1 : 0;
 //@if gate pv_serial
 static_assert(SMEM_BYTES == TILE_BYTES + GATE_SERIAL_BYTES,

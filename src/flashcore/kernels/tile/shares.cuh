@@ -86,9 +86,9 @@ FC_DEVICE PartialStats load_stats(const AttnParams& p, int64_t at) {
 }
 
 // Adds up the splits of PARTS parts of a group's rows, divides, and stores O and lse; of partial
-// results PACKETS are under way at once in a thread. A part is two packets of a row, half a row apart, so that most threads work though
-// rows are few. Past the last split it is loaded again. The sums so far are brought to a new
-// maximum, which is the step of the online softmax.
+// results PACKETS are under way at once in a thread. A part is two packets of a row, half a row
+// apart, so that most threads work though rows are few. Past the last split it is loaded again. The
+// sums so far are brought to a new maximum, which is the step of the online softmax.
 template <int NUM_OUT_FRAGS, int PARTS, int PACKETS>
 FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
                             int first_part, int num_parts, float scale_log2) {
@@ -172,8 +172,8 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
   }
 }
 
-// Of all rows of a group: two parts a thread at once where there are so many and registers for them,
-// or one after the other would wait.
+// Of all rows of a group: two parts a thread at once where there are so many and registers for
+// them, or one after the other would wait.
 template <int NUM_OUT_FRAGS, int PACKETS>
 FC_DEVICE void add_up_partials(const AttnParams& p, const BlockCoord& block, int group_row,
                                float scale_log2) {
