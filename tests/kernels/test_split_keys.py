@@ -19,13 +19,8 @@ from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_sm90.params import num_pieces, num_row_tiles
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_sm90.splits import (
-    L2_WEIGHT,
-    SHARE_WEIGHT,
-    Reading,
-    best_sharing,
-    visible_keys,
-)
+from flashcore.kernels.fwd_sm90.splits import L2_WEIGHT, Reading, best_sharing
+from flashcore.kernels.stream_k import SHARE_WEIGHT, visible_keys
 from flashcore.ops.paged import attention_paged
 from flashcore.problem import Problem
 from flashcore.problem.case import Case

@@ -29,9 +29,9 @@ from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.launch.allocation import unseen_scores
 from flashcore.ops import dense, flops
-from flashcore.ops.calls import attend_lengths
-from flashcore.ops.eager import is_plain
+from flashcore.ops.eager import Recording, is_plain, recorder
 from flashcore.ops.family import Family, Gradients
+from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.plain.lengths import (
     padded_backward_plain,
@@ -67,17 +67,18 @@ def attention_padded(
     sinks = inputs.sinks
     assert seqlens_k is not None
     scales = tuple(scales_of(inputs).values())
-    if is_plain((seqlens_k, *scales), q, k, v, mask, sinks):
+    is_recorded = sinks is None and not scales  # if it is differentiated
+    if is_plain((seqlens_k, *scales), q, k, v, mask, sinks, is_recorded):
 
         def describe() -> Problem:
             options = Options.checked(causal, window, softcap, scale, batch_invariant)
             return padded_problem(inputs, options)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
-        lengths = (seqlens_k,)
         result = attend_lengths(
-            q, k, v, mask, lengths, sinks, asked, None, backend, describe, batch_invariant, scales
-        )
+            q, k, v, mask, (seqlens_k,), sinks, asked, None, backend, describe, batch_invariant,
+            scales, _record if is_recorded else None,
+        )  # fmt: skip
         if result is not None:
             return result
     options = Options.checked(causal, window, softcap, scale, batch_invariant)
@@ -295,3 +296,4 @@ OPERATORS = Operators(
         scores=flops.dense_scores,
     )
 )  # fmt: skip
+_record = recorder(Recording(OPERATORS, padded_problem, ("seqlens_k",)))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flashcore.backends.packed import check_integers, check_lengths
 from flashcore.ops import dense, flops, padded
-from flashcore.ops.calls import attend_lengths
 from flashcore.ops.eager import is_plain
 from flashcore.ops.family import Family, Gradients
+from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.plain.pages import (
     keys_of_sequence,

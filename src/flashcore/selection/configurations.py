@@ -135,11 +135,9 @@ _EXTREME_VARIANTS = (
     *("pages-masked", "packed-pages"),
 )
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
-_CUT_VARIANTS = ("cut", "cut-plain", "cut-pages", "cut-invariant")
-_PAGES_VARIANTS = ("pages-masked", "packed-pages", "float8-decode", "float8-chunk")
 _HOPPER_VARIANTS = (
-    *("window", "varlen-causal", "decode", "chunk", "uneven"),
-    *(*_MASK_VARIANTS, *_CUT_VARIANTS, *_PAGES_VARIANTS),
+    *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
+    *(*_MASK_VARIANTS, "packed-pages", "float8-decode", "float8-chunk"),
 )
 _IN_BOTH_DTYPES = ("full", "causal", "masked")  # see Configuration.is_checked
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same

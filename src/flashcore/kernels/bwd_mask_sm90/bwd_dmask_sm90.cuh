@@ -9,6 +9,7 @@
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
+#include "tile/smem_tile.cuh"
 #include "tile/softmax.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
@@ -17,10 +18,9 @@
 constexpr int NUM_CONSUMERS = BLOCK_M / 64;  // warpgroups of 64 queries
 constexpr int KEY_FRAGS = BLOCK_N / 16;
 
-// A stage holds a chunk of columns: of BLOCK_M rows of Q or dO, and of BLOCK_N rows of K or V.
-constexpr int A_ELEMENTS = BLOCK_M * CHUNK;
-constexpr int STAGE_ELEMENTS = A_ELEMENTS + BLOCK_N * CHUNK;
-constexpr int MASK_OFFSET = NUM_STAGES * STAGE_ELEMENTS * 2;
+// A stage holds a chunk of columns: BLOCK_M rows of Q or dO, then BLOCK_N rows of K or V.
+using Stage = SmemTile<BLOCK_M + BLOCK_N, CHUNK>;
+constexpr int MASK_OFFSET = NUM_STAGES * Stage::BYTES;
 constexpr int SUMS_OFFSET =
     MASK_OFFSET + NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS * MASK_ELEMENT_BYTES;
 constexpr int SUMS_FLOATS = SUMS_ROWS ? NUM_CONSUMERS * 4 * BLOCK_N : 0;  // of each warp's rows
@@ -29,7 +29,7 @@ static_assert(SMEM_BYTES == BARRIERS_OFFSET + 2 * NUM_STAGES * 8,
               "the plan and the kernel disagree on shared memory");
 
 struct Buffers {
-  SmemPtr<Element> tiles;
+  Stage stages;
   SmemPtr<MaskElement> mask;  // of each warp; its part of the gradient leaves through it
   SmemPtr<float> sums;
 };
@@ -149,11 +149,12 @@ FC_DEVICE void load_chunks(const TensorMap& a_map, const TensorMap& b_map, const
   for (int chunk = 0; chunk < CHUNKS; ++chunk, ++count) {
     const int stage = stage_of<NUM_STAGES>(count);
     const auto full = bar.full + stage;
-    const auto tile = smem.tiles + stage * STAGE_ELEMENTS;
+    const Stage rows = smem.stages[stage];
     mbar_wait(bar.empty + stage, parity_of<NUM_STAGES>(count) ^ 1);
-    mbar_arrive_expect_tx(full, STAGE_ELEMENTS * 2);
-    tma_load(tile, a_map, full, chunk * CHUNK, block.m_begin, block.head_idx, block.batch_idx);
-    tma_load(tile + A_ELEMENTS, b_map, full, chunk * CHUNK, key_begin, head_idx_kv,
+    mbar_arrive_expect_tx(full, Stage::BYTES);
+    tma_load(rows.smem, a_map, full, chunk * CHUNK, block.m_begin, block.head_idx,
+             block.batch_idx);
+    tma_load(rows.rows_from(BLOCK_M).smem, b_map, full, chunk * CHUNK, key_begin, head_idx_kv,
              block.batch_idx);
   }
 }

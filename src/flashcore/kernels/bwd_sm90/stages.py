@@ -106,6 +106,7 @@ PHASES = {
     "issue_dk_of_ds": "dk",
     "store_rows": "store",
     "store_in_place": "store",
+    "await_stores": "store",
 }
 # Only the kernel says which gradient `issue_gradient` issues.
 PHASES_DQ = PHASES | {"issue_gradient": "dq"}

@@ -9,7 +9,7 @@
 // warpgroups take turns at issuing, so that one's softmax runs under another's products. In most
 // key tiles the softmax does without the maxima (has_outgrown in tile/softmax.cuh). Where rows are
 // few, KEY_SLICES warpgroups share the keys of 64 rows and add up at the end; SPLIT_KV spreads
-// the keys of a row tile over blocks (fwd_sm90/split_sm90.cuh).
+// the keys of a row tile over blocks (tile/shares.cuh).
 //
 // Blocks are persistent: they walk over row tiles (fwd_sm90/schedule_sm90.cuh), keys from last to
 // first, and a warpgroup passes over those that none of its 64 rows sees. One thread walks, loads
@@ -27,6 +27,7 @@
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
+#include "tile/shares.cuh"
 #include "tile/softmax.cuh"
 #include "fwd_sm90/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
@@ -392,8 +393,9 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     }
     if (SPLIT_KV && slice == 0) {
       if (STREAM_K) block = load_coord(coord);  // again, or it would take registers so long
-      hand_over_partial(own, block, c.row_group, c.softmax, c.out, c.scale_log2,
-                        STORE_BARRIER + c.index, smem.arrival + c.row_group);
+      const auto sync = [&] { named_barrier_sync(STORE_BARRIER + c.index, 128); };
+      hand_over_partial<PARTIAL_PACKETS>(own, block, c.row_group, c.softmax, c.out, c.scale_log2,
+                                         sync, smem.arrival + c.row_group);
     }
     if (!SPLIT_KV && slice == 0) store_output(c, params, bar, smem, load_coord(coord));
   }

@@ -47,7 +47,7 @@ struct Lengths {
   int32_t k_rows_per_batch, v_rows_per_batch;  // from one batch, or page, to the next
 };
 
-// Partial results of rows whose keys are split over blocks, see fwd_sm90/split_sm90.cuh; under
+// Partial results of rows whose keys are split over blocks, see tile/shares.cuh; under
 // STREAM_K [slots, rows of a slot, ...], see tile/stream_k.cuh.
 struct Splits {
   GmemPtr<float> split_out;    // [num_splits, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]

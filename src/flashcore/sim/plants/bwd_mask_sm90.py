@@ -7,7 +7,7 @@ from flashcore.compile.plant import Plant, by_name
 
 _DQ = "bwd_sm90/attn_bwd_dq_sm90.cuh"
 _STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
-_STRIP = "bwd_sm90/bwd_dkdv_sm90.cuh"
+_STRIP = "bwd_sm90/key_mask_sm90.cuh"
 _KERNEL = "bwd_mask_sm90/attn_bwd_dmask_sm90.cuh"
 _PARTS = "bwd_mask_sm90/bwd_dmask_sm90.cuh"
 
