@@ -256,6 +256,7 @@ def attend_lengths(
     describe: Callable[[], Problem],
     batch_invariant: bool = False,
     scales: tuple[Tensor, ...] = (),
+    is_tree: bool = False,
 ) -> Result | None:
     """Compute sequences that differ in length, or have sinks, by a kernel, if one serves them,
     around torch's dispatcher; nothing is recorded.
@@ -274,12 +275,11 @@ def attend_lengths(
         describe: validates the other arguments and returns their Problem.
         batch_invariant: as in `attention`.
         scales: of k and v where they have 8 bits.
+        is_tree: whether `mask` is a tree_mask.
 
     Returns:
-        What `attend` returns; None where the operator has to do it.
-
-    Raises:
-        Exception: what `describe` and `choose_backend` raise.
+        What `attend` returns; None where the operator has to do it. It raises what `describe` and
+        `choose_backend` raise.
     """
     try:
         at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -302,7 +302,7 @@ def attend_lengths(
                 and return_max_score is False
             ) else options_key(*options, mask),
             len(guarded), len(scales), longest, backend, of_sinks, batch_invariant,
-            type(batch_invariant),
+            type(batch_invariant), is_tree,
         )  # fmt: skip
         known = _calls.get(key, ())
     except (AttributeError, TypeError, RuntimeError):

@@ -21,7 +21,7 @@ ARCH = 90
 NUM_SMS = 132
 ROWS_OF_CONSUMER = 64
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
-MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
 # K and V of a call that takes 3 us less, of 9, if the device need not look at all lengths first
 # (H200, 2026-11-29: B3 H1 D64 of at most 2048 keys, and B8 H2/1 D64 of 1024).
@@ -66,7 +66,7 @@ def mask_traits(problem: Problem) -> dict[str, Any]:
         return {}
     # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
     load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
-    is_shifted = load_bytes < 4 and mask.strides[3] == 1
+    is_shifted = load_bytes < 4 and mask.strides[3] == 1 and mask.dtype != "tree"
     if is_shifted:
         load_bytes = 8 * MASK_ELEMENT_BYTES[mask.dtype]
     return {
@@ -293,7 +293,9 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
     mask, has_softcap = problem.mask, problem.softcap != 0.0
     bounded, keys = _is_bounded(problem), problem.seqlen_k
     has_rows = mask is not None and mask.strides[2] != 0
-    number = mask.dtype if mask is not None and has_rows and mask.dtype != "bool" else None
+    number = (
+        mask.dtype if mask is not None and has_rows and mask.dtype not in ("bool", "tree") else None
+    )
     is_aligned = mask is None or mask.load_bytes == 16
     if dim <= 64:
         if not has_rows and (mask is None or not has_softcap):
