@@ -1,5 +1,5 @@
-"""Test tree masks of speculation, which kernels read as they are: of any strides, over caches of any
-room, in both kernels and in PyTorch; see plants/test_sim_plants_trees.py."""
+"""Test tree masks of speculation, which kernels read as they are: of any strides, over caches of
+any room, in both kernels and in PyTorch; see plants/test_sim_plants_trees.py."""
 
 from __future__ import annotations
 

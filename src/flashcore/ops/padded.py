@@ -29,9 +29,9 @@ from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.launch.allocation import unseen_scores
 from flashcore.ops import dense, flops
-from flashcore.ops.calls import attend_lengths
-from flashcore.ops.eager import is_plain
+from flashcore.ops.eager import Recording, is_plain, recorder
 from flashcore.ops.family import Family, Gradients
+from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.plain.lengths import (
     padded_backward_plain,
@@ -67,20 +67,20 @@ def attention_padded(
     q, k, v, mask, seqlens_k, *_ = inputs
     sinks = inputs.sinks
     assert seqlens_k is not None
-    tree = inputs.tree_mask
-    mask = mask if tree is None else tree
-    if is_plain((seqlens_k, *scales_of(inputs).values()), q, k, v, mask, sinks):
+    is_tree = inputs.tree_mask is not None
+    mask = inputs.tree_mask if is_tree else mask
+    scales = tuple(scales_of(inputs).values())
+    is_recorded = sinks is None and not scales and not is_tree  # if it is differentiated
+    if is_plain((seqlens_k, *scales), q, k, v, mask, sinks, is_recorded):
 
         def describe() -> Problem:
             options = Options.checked(causal, window, softcap, scale, batch_invariant)
             return padded_problem(inputs, options)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
-        lengths = (seqlens_k,)
-        scales = tuple(scales_of(inputs).values())
         result = attend_lengths(
-            q, k, v, mask, lengths, sinks, asked, None, backend, describe, batch_invariant, scales,
-            tree is not None,
+            q, k, v, mask, (seqlens_k,), sinks, asked, None, backend, describe, batch_invariant,
+            scales, _record if is_recorded else None, is_tree,
         )  # fmt: skip
         if result is not None:
             return result
@@ -310,7 +310,8 @@ OPERATORS = Operators(
         differentiable=("q", "k", "v", "sinks"),
         places={
             "q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "sinks": None,
-            "k_scale": None, "v_scale": None, "tree_mask": "mask", "out": 0, "lse": 0, "max_score": 0,
+            "k_scale": None, "v_scale": None, "tree_mask": "mask", "out": 0, "lse": 0,
+            "max_score": 0,
         },
         check=check,
         compute=_compute,
@@ -322,3 +323,4 @@ OPERATORS = Operators(
         scores=flops.dense_scores,
     )
 )  # fmt: skip
+_record = recorder(Recording(OPERATORS, padded_problem, ("seqlens_k",)))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flashcore.backends.packed import check_integers, check_lengths
 from flashcore.ops import dense, flops, padded
-from flashcore.ops.calls import attend_lengths
 from flashcore.ops.eager import is_plain
 from flashcore.ops.family import Family, Gradients
+from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.plain.pages import (
     keys_of_sequence,
@@ -23,7 +23,7 @@ from flashcore.plain.pages import (
     paged_backward_plain,
     paged_forward_plain,
     paged_second_order,
-    scattered,
+    scattered_pair,
 )
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import described_memory, mask_spec
@@ -79,7 +79,7 @@ def attention_paged(
             Entries behind a sequence's last page are not read; others must be pages that there
             are, or the results are those of some other page.
         seqlens_k: int32, [batch]: how many keys each sequence has (clamped to 0 and to max_pages *
-            page_size). What pages hold behind a sequence's last key has no effect.
+            page_size). The rest of its last page has no effect.
         causal: False, True (the last query sees the last key) or "upper_left"; see `attention`.
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
@@ -124,7 +124,7 @@ def attention_paged(
         lengths = seqlens_k, page_table
         result = attend_lengths(
             q, k_pages, v_pages, either, lengths, sinks, asked, None, backend, describe,
-            batch_invariant, scales, tree_mask is not None,
+            batch_invariant, scales, None, tree_mask is not None,
         )  # fmt: skip
         if result is not None:
             return result
@@ -185,15 +185,25 @@ def paged_problem(inputs: Inputs, options: Options) -> Problem:
         TypeError, ValueError, NotImplementedError: as `attention_paged`.
     """
     check(inputs)
-    q, k, v, *_ = inputs
-    table = inputs.page_table
+    return pages_problem(inputs.q, inputs, options)
+
+
+def pages_problem(q: Tensor, inputs: Inputs, options: Options) -> Problem:
+    """Describe a call whose keys and values lie in pages.
+
+    Args:
+        q: of the call, [batch, num_heads_q, seqlen_q, head_dim]. Packed queries come with batch 1;
+            the caller replaces what they alone say.
+        inputs: of the call, checked.
+        options: of the call.
+    """
+    k, v, table = inputs.k, inputs.v, inputs.page_table
     assert table is not None
     num_pages, _, page_size, _ = k.shape
     # Of a page for each sequence; what lies where is said below.
-    of_page = (
+    of_k, of_v = (
         x.new_empty((1, *x.shape[1:]), dtype=q.dtype).expand(q.shape[0], -1, -1, -1) for x in (k, v)
     )
-    of_k, of_v = of_page
     check_qkv(q, of_k, of_v)
     asked = {**options.asked(), "window": None}
     problem = Problem.from_tensors(q, of_k, of_v, return_lse=True, sinks=inputs.sinks, **asked)
@@ -240,16 +250,10 @@ def _differentiate(
     needs: tuple[bool, ...],
     backend: str,
 ) -> Gradients:
-    _, k, v, *_ = inputs
-    table = inputs.page_table
-    assert table is not None
-    of_sequences = padded_inputs(inputs)
     dq, dk, dv, dsinks = padded.differentiate(
-        arriving, of_sequences, results, options, needs, backend
+        arriving, padded_inputs(inputs), results, options, needs, backend
     )
-    assert dk is not None
-    assert dv is not None
-    return dq, scattered(dk, k, table), scattered(dv, v, table), dsinks
+    return dq, *scattered_pair((dk, dv), inputs), dsinks
 
 
 OPERATORS = Operators(
@@ -262,7 +266,8 @@ OPERATORS = Operators(
         differentiable=("q", "k", "v", "sinks"),
         places={
             "q": 0, "k": None, "v": None, "mask": "mask", "page_table": 0, "seqlens_k": 0,
-            "sinks": None, "k_scale": None, "v_scale": None, "tree_mask": "mask", "out": 0, "lse": 0, "max_score": 0,
+            "sinks": None, "k_scale": None, "v_scale": None, "tree_mask": "mask", "out": 0,
+            "lse": 0, "max_score": 0,
         },
         check=check,
         compute=_compute,

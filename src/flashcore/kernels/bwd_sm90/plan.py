@@ -156,7 +156,7 @@ class BwdSm90Plan(Plan):
     @property
     def mask_bytes(self) -> int:
         """Return shared memory for the mask tensor's elements of every warp
-        (fwd_sm90/mask_tile_sm90.cuh; bwd_sm90/bwd_dkdv_sm90.cuh, of 16 keys each)."""
+        (fwd_sm90/mask_tile_sm90.cuh; bwd_sm90/key_mask_sm90.cuh, of 16 keys each)."""
         if self.mask is None:
             return 0
         if self.is_dq:
@@ -197,9 +197,9 @@ class BwdSm90Plan(Plan):
     def producer_registers_min(self) -> int:
         """Return the registers that a producer thread needs: with a mask 24 would spill, a warp of
         it deals out tiles of packed sequences, and in the kernel of dk and dv one computes."""
-        if not self.is_dq or self.mask is not None:
+        if not self.is_dq:
             return 40
-        return 32 if self.varlen == "packed" else 24
+        return 32 if self.varlen == "packed" or self.mask is not None else 24
 
     @property
     def role_registers(self) -> tuple[int, ...]:
@@ -259,7 +259,7 @@ class BwdSm90Plan(Plan):
         consumer_registers, producer_registers, *of_dq = self.role_registers
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
-        del constants["NUM_WARPS"], constants["LOAD_BYTES"]
+        del constants["LOAD_BYTES"]
         constants |= {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,

@@ -1,5 +1,5 @@
-"""This module plants bugs in how a tree mask, of the last keys of each sequence, comes to its scores;
-see plants.py (tests/plants/test_sim_plants_trees.py)."""
+"""This module plants bugs in how a tree mask, of the last keys of each sequence, comes to its
+scores; see plants.py (tests/plants/test_sim_plants_trees.py)."""
 
 from __future__ import annotations
 
