@@ -32,16 +32,22 @@ _MAX_ROW_STRIDE = 2**31 - 1  # in elements, as in kernels/fwd_wmma/params.py
 
 def can_fold(problem: Problem) -> bool:
     """Return whether the heads of a group can be rows of one: q and the mask then have one stride
-    between rows. The output and lse, which are contiguous, always have."""
+    between rows, or all heads share a tree. The output and lse, which are contiguous, always
+    have."""
     length = problem.seqlen_q
     if problem.packs_queries or problem.group_size < 2 or not 1 <= length <= MAX_QUERIES:
+        return False
+    is_tree = problem.mask is not None and problem.mask.dtype == "tree"
+    if problem.mask is not None and is_tree and problem.mask.strides[1]:
         return False
     _, head_stride, row_stride = problem.q_strides
     if length == 1:
         return head_stride <= _MAX_ROW_STRIDE
     if head_stride != length * row_stride:
         return False
-    return problem.mask is None or problem.mask.strides[1] == length * problem.mask.strides[2]
+    if problem.mask is None or is_tree:
+        return True
+    return problem.mask.strides[1] == length * problem.mask.strides[2]
 
 
 def with_copied_q(problem: Problem) -> Problem | None:

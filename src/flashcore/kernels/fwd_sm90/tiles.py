@@ -23,7 +23,7 @@ ARCH = 90
 NUM_SMS = 132
 ROWS_OF_CONSUMER = 64
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
-MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
 _BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
@@ -64,7 +64,7 @@ def mask_traits(problem: Problem) -> dict[str, Any]:
         return {}
     # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
     load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
-    is_shifted = load_bytes < 4 and mask.strides[3] == 1
+    is_shifted = load_bytes < 4 and mask.strides[3] == 1 and mask.dtype != "tree"
     if is_shifted:
         load_bytes = 8 * MASK_ELEMENT_BYTES[mask.dtype]
     return {
@@ -291,7 +291,8 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
     mask, has_softcap = problem.mask, problem.softcap != 0.0
     bounded, keys = _is_bounded(problem), problem.seqlen_k
     has_rows = mask is not None and mask.strides[2] != 0
-    number = mask.dtype if mask is not None and has_rows and mask.dtype != "bool" else None
+    is_boolean = mask is None or mask.dtype in ("bool", "tree")
+    number = mask.dtype if mask is not None and has_rows and not is_boolean else None
     is_aligned = mask is None or mask.load_bytes == 16
     if dim <= 64:
         if not has_rows and (mask is None or not has_softcap):

@@ -32,9 +32,9 @@ HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 # Sequences of one call may differ in length (tile/sequence.cuh): not at all, as packed rows
 # (attention_varlen), in the number of keys (seqlens_k), or so with keys in pages (page_table).
 VARLEN_KINDS = ("none", "packed", "keys", "pages", "packed_pages")
-_MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
+_MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2, "tree": 3}
 _PIECES_BYTES = 8 * 4  # which part of the work is next, and who was last (attn_fwd_wmma.cuh)
-_CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
+_CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float"}
 
 
 def padded(cols: int) -> int:
@@ -191,7 +191,7 @@ class Plan:
         """Return the kernel source's compile-time constants."""
         return {
             "Element": _CUDA_TYPES[self.dtype],
-            "MaskElement": _CUDA_TYPES[self.mask or "bool"],
+            "MaskElement": _CUDA_TYPES.get(self.mask or "bool", "bool"),
             "CacheElement": "float8" if self.cache_dtype else _CUDA_TYPES[self.dtype],
             "FLOAT8": self.cache_dtype != "",
             "BLOCK_M": self.block_m,
@@ -214,9 +214,15 @@ class Plan:
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
             "PAGE_SIZE": max(1, self.page_size),
-            # Without a bound rows are rows, unless it is asked which head each belongs to.
+            # Without a bound, or a tree of queries, rows are rows, unless it is asked which head
+            # each belongs to.
             "FOLDED": self.folds_heads > 0
-            and (self.has_window_left or self.has_window_right or self.returns_max_score),
+            and (
+                self.has_window_left
+                or self.has_window_right
+                or self.returns_max_score
+                or self.mask == "tree"
+            ),
             "RETURNS_MAX_SCORE": self.returns_max_score,
             "SPLIT_KV": self.stream_k,
             "STREAM_K": self.stream_k,
