@@ -5,7 +5,7 @@ docs/serving.md from h200-decode.json.
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
 
-What stands between the lines `<!-- results:begin -->` and `<!-- results:end -->` of a page is made
+The text between the lines `<!-- results:begin -->` and `<!-- results:end -->` of a page is made
 here and nowhere else, so a page cannot say what was not measured.
 
 Exit status: 0 up to date (or no results yet), 1 a page is stale, 2 a page has lost its markers.

@@ -161,7 +161,7 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     monkeypatch.setattr(calls, "_growing", {})
     monkeypatch.setattr(launch, "_arguments", {})
     monkeypatch.setattr(descriptors, "_kinds", {})
-    # What these hold is the stand-in's own: nobody is to find it afterwards.
+    # These caches hold the stand-in's own things: nobody is to find them afterwards.
     for module, name in (
         (launch, "_launch"),
         (backward_call, "_kernel"),

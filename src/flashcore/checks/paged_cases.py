@@ -2,7 +2,7 @@
 judgement.
 
 As checks/cases.py for `attention`: a case and its seed always make the same tensors, on every
-machine. What a call must not read would show: rows of no key hold NaN, and entries of the page
+machine. A read that is not allowed would show: rows of no key hold NaN, and entries of the page
 table behind a sequence's last page are no pages.
 """
 
@@ -23,7 +23,7 @@ from flashcore.problem.scales import dequantised, scales_of
 WILD = (-1, 2**31 - 1)  # entries behind a sequence's last page, in turn
 _ASTRAY = 10**6  # in place of the cache's last page, which it is taken for
 _SPARE_PAGES = 2  # of no sequence
-# What breaks kernels: nothing, one, and lengths around pages and tiles.
+# Lengths that break kernels: 0, 1, and those around pages and tiles.
 _LENGTHS = (0, 1, 2, 8, 15, 16, 17, 31, 33, 63, 64, 65, 97, 128, 150)
 _PAGE_SIZES = (8, 16, 16, 24, 32, 64, 128, 256)
 

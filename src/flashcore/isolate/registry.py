@@ -1,6 +1,6 @@
 """Give every planted bug the call that shows it, and the stage that is then the first wrong one.
 
-Which bugs there are stands in sim/plants/index.py alone. `flashcore isolate --plant NAME` takes the
+The list of all bugs stands in sim/plants/index.py alone. `flashcore isolate --plant NAME` takes the
 call unless it is told another one; tests/plants/test_planted_bugs.py holds isolate to the stages.
 """
 

@@ -17,7 +17,7 @@ from flashcore.kernels.limits import smem_limits
 from flashcore.kernels.stage import Stage
 from flashcore.problem import Problem
 
-# What a plan's tile leaves open, by field.
+# The fields of a plan that make its tile.
 Tile = dict[str, Any]
 Pointers = dict[str, int | None]
 P = TypeVar("P", bound=Plan)

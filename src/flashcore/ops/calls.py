@@ -219,7 +219,7 @@ def find(
         softcap=softcap,
         scale=scale,
         mask=mask,
-        # What is no bool stays what it is, for the error.
+        # A value that is no bool stays as it is, for the error.
         return_lse=True if recorded and return_lse is False else return_lse,
         return_max_score=return_max_score,
     )

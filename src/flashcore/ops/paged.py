@@ -23,7 +23,7 @@ from flashcore.plain.pages import (
     paged_backward_plain,
     paged_forward_plain,
     paged_second_order,
-    scattered,
+    scattered_pair,
 )
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import described_memory, mask_spec
@@ -78,7 +78,7 @@ def attention_paged(
             Entries behind a sequence's last page are not read; others must be pages that there
             are, or the results are those of some other page.
         seqlens_k: int32, [batch]: how many keys each sequence has (clamped to 0 and to max_pages *
-            page_size). What pages hold behind a sequence's last key has no effect.
+            page_size). The rest of its last page has no effect.
         causal: False, True (the last query sees the last key) or "upper_left"; see `attention`.
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
@@ -180,15 +180,25 @@ def paged_problem(inputs: Inputs, options: Options) -> Problem:
         TypeError, ValueError, NotImplementedError: as `attention_paged`.
     """
     check(inputs)
-    q, k, v, *_ = inputs
-    table = inputs.page_table
+    return pages_problem(inputs.q, inputs, options)
+
+
+def pages_problem(q: Tensor, inputs: Inputs, options: Options) -> Problem:
+    """Describe a call whose keys and values lie in pages.
+
+    Args:
+        q: of the call, [batch, num_heads_q, seqlen_q, head_dim]. Packed queries come with batch 1;
+            the caller replaces what they alone say.
+        inputs: of the call, checked.
+        options: of the call.
+    """
+    k, v, table = inputs.k, inputs.v, inputs.page_table
     assert table is not None
     num_pages, _, page_size, _ = k.shape
     # Of a page for each sequence; what lies where is said below.
-    of_page = (
+    of_k, of_v = (
         x.new_empty((1, *x.shape[1:]), dtype=q.dtype).expand(q.shape[0], -1, -1, -1) for x in (k, v)
     )
-    of_k, of_v = of_page
     check_qkv(q, of_k, of_v)
     asked = {**options.asked(), "window": None}
     problem = Problem.from_tensors(q, of_k, of_v, return_lse=True, sinks=inputs.sinks, **asked)
@@ -233,16 +243,10 @@ def _differentiate(
     needs: tuple[bool, ...],
     backend: str,
 ) -> Gradients:
-    _, k, v, *_ = inputs
-    table = inputs.page_table
-    assert table is not None
-    of_sequences = padded_inputs(inputs)
     dq, dk, dv, dsinks = padded.differentiate(
-        arriving, of_sequences, results, options, needs, backend
+        arriving, padded_inputs(inputs), results, options, needs, backend
     )
-    assert dk is not None
-    assert dv is not None
-    return dq, scattered(dk, k, table), scattered(dv, v, table), dsinks
+    return dq, *scattered_pair((dk, dv), inputs), dsinks
 
 
 OPERATORS = Operators(

@@ -112,7 +112,7 @@ class Results(NamedTuple):
         return cls(out, *(next(found) if want else None for want in wanted))
 
 
-# Those through which gradients flow; the backward pass is given them, too.
+# Results through which gradients flow; the backward pass is given them, too.
 DIFFERENTIABLE_RESULTS = ("out", "lse")
 
 

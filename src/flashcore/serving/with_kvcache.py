@@ -250,7 +250,7 @@ def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, 
     ) = step  # fmt: skip
     autocasts = is_dynamo_compiling() or _is_any_autocast_enabled()
     if autocasts and autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
-        # What the cache holds is there; the rest is cast to it.
+        # The cache keeps its dtype; the rest is cast to it.
         q, k_new, v_new = (cast_like(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
         step = step._replace(q=q, k_new=k_new, v_new=v_new)
     tensors = (

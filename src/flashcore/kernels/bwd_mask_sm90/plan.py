@@ -124,7 +124,7 @@ class MaskPlan(BwdSm90Plan):
         """Return the kernel source's compile-time constants."""
         consumer_registers, producer_registers = self.role_registers
         constants = Plan.constants(self)
-        del constants["NUM_WARPS"], constants["LOAD_BYTES"]
+        del constants["LOAD_BYTES"]
         return constants | {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,

@@ -85,7 +85,7 @@ class RowsPlan(BwdSm90Plan):
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
         constants = Plan.constants(self)
-        del constants["NUM_WARPS"], constants["LOAD_BYTES"]
+        del constants["LOAD_BYTES"]
         return constants | {
             "CHUNK": self.chunk,
             "KEY_SLICES": 1,

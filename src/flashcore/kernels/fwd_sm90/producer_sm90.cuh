@@ -10,6 +10,7 @@
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
+#include "tile/shares.cuh"
 #include "tile/stream_k.cuh"
 #include "fwd_sm90/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
@@ -36,7 +37,7 @@ FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
   }
 }
 
-// Whether more than one thread is needed: lanes find the block's range, or load boxes of pages.
+// True where one thread is not enough: lanes find the block's range, or load boxes of pages.
 constexpr bool WHOLE_WARP = PAGED || STREAM_K;
 
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {

@@ -6,8 +6,10 @@
 // One block computes BLOCK_M query rows of one head, 16 rows a warp, and walks over the keys
 // BLOCK_N at a time (FlashAttention-2, arXiv:2307.08691, algorithm 1). The output tile is
 // partitioned over warps by rows: a warp's scores, probabilities, running max and sum and output
-// never leave its registers, so every output element has one owner and no atomics are needed. Read
-// next: tile/softmax.cuh, tile/mask.cuh, tile/copy.cuh, and prims.cuh for the primitives.
+// never leave its registers, so every output element has one owner and no atomics are needed. Under
+// STREAM_K, where rows are few, blocks share the keys of a row tile, in pieces that the device cuts
+// (tile/stream_k.cuh), and whoever ends the last one adds up (tile/shares.cuh). Read next:
+// tile/softmax.cuh, tile/mask.cuh, tile/copy.cuh, and prims.cuh for the primitives.
 #pragma once
 
 #include "prims.cuh"
@@ -19,7 +21,9 @@
 #include "tile/rows.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
+#include "tile/shares.cuh"
 #include "tile/softmax.cuh"
+#include "tile/stream_k.cuh"
 #include "tile/totals.cuh"
 //@if gate
 #include "tile/gates.cuh"
@@ -37,15 +41,23 @@ constexpr int QO_ELEMENTS = BLOCK_M * QO_STRIDE;
 constexpr int K_ELEMENTS = BLOCK_N * K_STRIDE;  // of one stage
 constexpr int V_ELEMENTS = BLOCK_N * V_STRIDE;
 constexpr int ELEMENT_BYTES = int(sizeof(Element));
+constexpr int TILE_BYTES =
+    (QO_ELEMENTS + NUM_STAGES * (K_ELEMENTS + V_ELEMENTS)) * ELEMENT_BYTES;
+// Under STREAM_K the block's walk over its pieces, and whether it handed over the last one of a
+// row tile.
+constexpr int PIECES_INTS = STREAM_K ? StreamWalk::INTS + 1 : 0;
 //@if gate pv_serial
-static_assert(SMEM_BYTES == (QO_ELEMENTS + NUM_STAGES * (K_ELEMENTS + V_ELEMENTS)) * ELEMENT_BYTES +
-                                GATE_SERIAL_BYTES,
+static_assert(SMEM_BYTES == TILE_BYTES + GATE_SERIAL_BYTES,
               "kernels/fwd_wmma/plan.py and the kernel disagree on shared memory");
 //@else
-static_assert(SMEM_BYTES == (QO_ELEMENTS + NUM_STAGES * (K_ELEMENTS + V_ELEMENTS)) * ELEMENT_BYTES,
+static_assert(SMEM_BYTES == TILE_BYTES + PIECES_INTS * 4,
               "kernels/fwd_wmma/plan.py and the kernel disagree on shared memory");
 //@end
 static_assert(BLOCK_M == NUM_WARPS * 16, "a warp computes 16 rows");
+static_assert(!STREAM_K || BLOCK_M == 64, "the whole block hands over, and adds up");
+// Of partial results, that a thread has under way at once: as many as registers hold.
+constexpr int THREAD_REGISTERS = 65536 / (MIN_BLOCKS * NUM_WARPS * 32);
+constexpr int PARTIAL_PACKETS = THREAD_REGISTERS >= 160 ? 16 : THREAD_REGISTERS >= 128 ? 12 : 8;
 
 // scores = Q K^T of one warp's 16 rows and one key tile.
 FC_DEVICE void compute_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_smem,
@@ -112,12 +124,26 @@ FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& st
   store_rows<HEAD_DIM_V, QO_STRIDE>(out_gmem, out_row_stride(p), o_smem, num_valid_rows);
 }
 
-FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
-  // Set-up: which rows, which keys, where.
-  const BlockCoord block = row_tile(params, block_idx());
-  if (PACKED && block.m_begin < 0) return;
+FC_DEVICE SmemPtr<int32_t> pieces_smem() {
+  return smem_view<int32_t>(TILE_BYTES, PIECES_INTS, "pieces_smem");
+}
+
+// Hands over what came of a block's piece, and adds up the row tile if it was the last one.
+FC_DEVICE void store_piece(const OnlineSoftmax& state, const WmmaAccum (&out)[OUT_FRAGS],
+                           const AttnParams& params) {
+  // Anew: cheaper than registers held over the loop.
+  const BlockCoord block = StreamWalk(pieces_smem()).coord(params, {});
   const auto& p = sequence_params(params, block);
-  const Range keys = key_tiles(p, block.m_begin);
+  if (RETURNS_MAX_SCORE) raise_max_score(state, p, block, block.m_begin + warp_idx() * 16);
+  hand_over_partial<PARTIAL_PACKETS>(p, block, 0, state, out, softmax_scale_log2(p),
+                                     [] { block_sync(); }, pieces_smem() + StreamWalk::INTS);
+}
+
+// Computes a row tile's attention, to all of its keys or under STREAM_K to those of a piece.
+FC_DEVICE void attend(const AttnParams& params, const BlockCoord& block) {
+  // Set-up: which rows, which keys, where.
+  const auto& p = sequence_params(params, block);
+  const Range keys = own_keys(p, block);
   const int warp_row = block.m_begin + warp_idx() * 16;
   const auto q_gmem =
       p.tensors.q + (block.batch_idx * p.strides.q.batch + block.head_idx * p.strides.q.head);
@@ -221,5 +247,39 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
 //@end
 
   totals.end(state, out, scale_log2);
-  store_output(out, state, params, warp_qo_smem);
+  if constexpr (STREAM_K) {
+    store_piece(state, out, params);
+  } else {
+    store_output(out, state, params, warp_qo_smem);
+  }
+}
+
+// The pieces of a block, one after the other.
+FC_DEVICE void attend_in_pieces(const AttnParams& params) {
+  if (warp_idx() == 0) {
+    const StreamWalk walk(params);
+    if (lane_idx() == 0) walk.keep(pieces_smem());
+  }
+  for (;;) {
+    block_sync();  // hands the walk on; orders the last piece's reads of tiles before new copies
+    const StreamWalk walk(pieces_smem());
+    if (walk.done(params, {})) return;
+    attend(params, walk.coord(params, {}));
+    block_sync();  // orders all reads of the walk before it moves on
+    if (thread_idx() == 0) {
+      StreamWalk next(pieces_smem());
+      next.advance(params, {});
+      next.keep(pieces_smem());
+    }
+  }
+}
+
+FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
+  if constexpr (STREAM_K) {
+    attend_in_pieces(params);
+  } else {
+    const BlockCoord block = row_tile(params, block_idx());
+    if (PACKED && block.m_begin < 0) return;
+    attend(params, block);
+  }
 }

@@ -85,15 +85,15 @@ FC_DEVICE void add_mask(float& score, T x) {
   score += to_float(x);
 }
 
-// Whether some element of rows [row_begin, row_begin + 16) x keys [key_begin, key_begin + KEYS) may
-// not be attended to because of the sequence's end or the window. The same for all lanes.
+// Returns whether the sequence's end or the window hides some of keys [key_begin, key_begin + KEYS)
+// from some of rows [row_begin, row_begin + 16). All lanes agree.
 template <int KEYS>
 FC_DEVICE bool strip_needs_mask(const AttnParams& p, int row_begin, int key_begin) {
   const bool ends = key_begin + KEYS - 1 >= p.seqlen_k;
   return ends | window_hides_some<16, KEYS>(p, row_begin, key_begin);
 }
 
-// What takes scores, as they leave here, to log2 units.
+// Returns the factor that takes scores, as they leave this header, to log2 units.
 FC_DEVICE float softmax_scale_log2(const AttnParams& p) {
   return SCORES_ARE_SCALED ? LOG2_E : p.softmax_scale_log2;
 }
