@@ -50,8 +50,8 @@ class Sm90Plan(Plan):
     tile, of which the machine code knows only whether there are any; with `batch_invariant` rows
     take no votes; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 8 or 4, or 1
     for element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows
-    start anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be at
-    least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
+    start anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be
+    at least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
     bytes, of 8-bit caches (0 of others), beside the `num_stages` that are converted.
     """
 
