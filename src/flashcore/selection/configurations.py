@@ -137,7 +137,7 @@ _EXTREME_VARIANTS = (
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
-    *(*_MASK_VARIANTS, "packed-pages", "float8-decode", "float8-chunk"),
+    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),
 )
 _IN_BOTH_DTYPES = ("full", "causal", "masked")  # see Configuration.is_checked
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same

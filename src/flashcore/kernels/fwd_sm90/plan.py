@@ -45,15 +45,14 @@ class Sm90Plan(Plan):
 
     `ping_pong`: consumer warpgroups take turns at issuing to the tensor cores; `lazy_rescale`: the
     output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room
-    for; `o_parts`: in how many parts, one after another, O leaves through its buffer;
-    `key_slices`: consumers that share the keys of 64 rows; `num_splits`: blocks that share the
-    keys of a row tile, of which the machine code knows only whether there are any; with
-    `batch_invariant` rows take no votes; `mask_load_bytes`: how much of a mask tensor is copied
-    at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all queries share its row;
-    `mask_is_shifted`: its rows start anywhere in what is copied at once, 8 elements;
-    `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py;
-    `load_stages`: tiles of K and V for which there is room as bytes, of 8-bit caches (0 of
-    others), beside the `num_stages` that are converted.
+    for; `o_parts`: in how many parts, one after another, O leaves through its buffer; `key_slices`:
+    consumers that share the keys of 64 rows; `num_splits`: blocks that share the keys of a row
+    tile, of which the machine code knows only whether there are any; with `batch_invariant` rows
+    take no votes; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 8 or 4, or 1
+    for element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows
+    start anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be
+    at least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
+    bytes, of 8-bit caches (0 of others), beside the `num_stages` that are converted.
     """
 
     ping_pong: bool = False

@@ -8,8 +8,8 @@
 // Another tensor that a kernel reads or writes gets its address here and in `Tensors` of params.py.
 struct Tensors {
   GmemPtr<const Element> q;         // [batch, num_heads_q, seqlen_q, HEAD_DIM]
-  GmemPtr<const Element> k;         // [batch, num_heads_kv, seqlen_k, HEAD_DIM]
-  GmemPtr<const Element> v;         // [batch, num_heads_kv, seqlen_k, HEAD_DIM_V]
+  GmemPtr<const CacheElement> k;    // [batch, num_heads_kv, seqlen_k, HEAD_DIM]
+  GmemPtr<const CacheElement> v;    // [batch, num_heads_kv, seqlen_k, HEAD_DIM_V]
   GmemPtr<const MaskElement> mask;  // [batch, num_heads_q, seqlen_q, seqlen_k], or null
   GmemPtr<Element> out;             // [batch, num_heads_q, seqlen_q, HEAD_DIM_V], contiguous
   GmemPtr<float> lse;               // [batch, num_heads_q, seqlen_q], contiguous, or null
