@@ -58,6 +58,7 @@ constexpr bool WHOLE_WARP = PAGED || STREAM_K;
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
   const bool leads = !WHOLE_WARP || lane_idx() == 0;
+  const int q_bytes = FOLDS_PACKED ? QK_CHUNKS * CHUNK_BYTES * rows_of_box(p) : QGroup::BYTES;
   BoxOrigin q_box, k_box, v_box;  // of the sequence
   PageBoxes pages = {params};     // read only under PAGED
   LoadState k_states[KEY_SLICES], v_states[KEY_SLICES];
@@ -148,14 +149,13 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
+      mbar_arrive_expect_tx(full, q_bytes);
       int row = block.m_begin + group * 64;
       if (PACKED) row = min_i(row, own.seqlen_q - 1);  // see make_ragged: no box without a row
       if constexpr (FOLDS_PACKED) {  // the map has heads for rows
-        mbar_arrive_expect_tx(full, QK_CHUNKS * CHUNK_BYTES * rows_of_box(p));
         smem.q.load(slot, params.q_map, full, block.head_idx, q_box.row + query_of(own, row),
                     q_box.batch);
       } else {
-        mbar_arrive_expect_tx(full, QGroup::BYTES);
         smem.q.load(slot, params.q_map, full, q_box.row + row, block.head_idx, q_box.batch);
       }
     }
