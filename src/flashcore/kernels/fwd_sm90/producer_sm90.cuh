@@ -52,13 +52,17 @@ FC_DEVICE void clear_rows_of_nobody(const AttnParams& p, QGroup q) {
   fence_proxy_async();
 }
 
+// Of Q, what TMA loads as one.
+FC_DEVICE int bytes_of_box(const AttnParams& p) {
+  return FOLDS_PACKED ? QK_CHUNKS * CHUNK_BYTES * rows_of_box(p) : QGroup::BYTES;
+}
+
 // Whether more than one thread is needed: lanes find the block's range, or load boxes of pages.
 constexpr bool WHOLE_WARP = PAGED || STREAM_K;
 
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
   const bool leads = !WHOLE_WARP || lane_idx() == 0;
-  const int q_bytes = FOLDS_PACKED ? QK_CHUNKS * CHUNK_BYTES * rows_of_box(p) : QGroup::BYTES;
   BoxOrigin q_box, k_box, v_box;  // of the sequence
   PageBoxes pages = {params};     // read only under PAGED
   LoadState k_states[KEY_SLICES], v_states[KEY_SLICES];
@@ -149,7 +153,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
-      mbar_arrive_expect_tx(full, q_bytes);
+      mbar_arrive_expect_tx(full, bytes_of_box(p));
       int row = block.m_begin + group * 64;
       if (PACKED) row = min_i(row, own.seqlen_q - 1);  // see make_ragged: no box without a row
       if constexpr (FOLDS_PACKED) {  // the map has heads for rows

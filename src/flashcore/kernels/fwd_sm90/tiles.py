@@ -182,6 +182,8 @@ def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
         if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
             yield _streaming_tile(problem, folded)
     for tile in _table(problem):
+        if folded > 1 and problem.packs_queries and tile.block_m > 128:
+            continue  # 192 rows spill; and of decodes two thirds of them would be nobody's
         yield _split_keys(problem, tile) if long_keys else tile
 
 
