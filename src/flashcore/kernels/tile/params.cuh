@@ -87,7 +87,9 @@ struct AttnParams {
   Strides strides;
 
   int32_t batch, num_heads_q, num_heads_kv, seqlen_q, seqlen_k;
-  int32_t num_queries;  // of a head; seqlen_q rows are more where heads are folded (folding.py)
+  // Of a head; seqlen_q rows are more where heads are folded (folding.py). Of packed queries, whose
+  // numbers only the device knows: how many heads are folded (tile/folded_rows.cuh).
+  int32_t num_queries;
   int32_t num_m_blocks;
 
   float softmax_scale;       // of q.k, natural units
