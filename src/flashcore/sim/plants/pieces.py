@@ -1,5 +1,5 @@
-"""Bugs to plant into the pieces of keys that blocks of either forward kernel share (kernels/tile).
-it widens 8-bit caches; see plants.py (tests/plants/test_sim_plants_pieces.py)."""
+"""Bugs to plant into how a block of the portable kernel goes from piece to piece, and into how it
+widens 8-bit caches; see plants.py (tests/plants/test_sim_plants_pieces.py)."""
 
 from __future__ import annotations
 
