@@ -3,8 +3,7 @@
 Each cell is a batch with one query a sequence. It is timed with the cache in one piece and in
 pages, with elements of 8 bits, with `batch_invariant`, in a whole step that rotates and appends a
 token, and as single tokens beside a chunk of a prompt. Lengths lie on the device, and are true:
-only
-one sequence is as long as the cache has room.
+only one sequence is as long as the cache has room.
 """
 
 from __future__ import annotations
