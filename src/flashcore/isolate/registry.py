@@ -38,7 +38,7 @@ from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
-from flashcore.sim.plants import index
+from flashcore.sim.plants import index, pieces
 from flashcore.sim.plants.bwd_mask_sm90 import (
     OF_ROWS,
     PLANTS_BWD_MASK_SM90,
@@ -59,7 +59,7 @@ from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
 from flashcore.sim.plants.fwd_sm90.split import (
     PLANTS_SPLIT,
-    PLANTS_STREAM_SM90,
+    PLANTS_STREAM,
     STREAM_CASE,
     STREAM_TILE,
 )
@@ -243,6 +243,9 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN, {}, options=_PACKED, is_packed=True),
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
         **_calls(PLANTS_PAGES | PLANTS_PAGES_WMMA, {}, options=_PAGED, is_paged=True),
+        **_calls(PLANTS_STREAM, STREAM_TILE, options=STREAM_CASE, is_paged=True),
+        **_calls(pieces.PLANTS_PIECES_WMMA, STREAM_TILE, options=STREAM_CASE, is_paged=True),
+        **_calls(pieces.PLANTS_FLOAT8_WMMA, pieces.TILE, options=pieces.CALL, is_paged=True),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
         **_WITH_MAX_SCORE,
@@ -261,7 +264,7 @@ CALLS: Mapping[str, _Calls] = {
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
         **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
-        **_calls(PLANTS_STREAM_SM90, STREAM_TILE, options=STREAM_CASE, is_paged=True),
+        **_calls(PLANTS_STREAM, STREAM_TILE, options=STREAM_CASE, is_paged=True),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
         **_calls(float8.PLANTS_FLOAT8_SM90, float8.TILE, options=float8.CALL, is_paged=True),

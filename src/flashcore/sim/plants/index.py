@@ -35,7 +35,7 @@ from flashcore.sim.plants.fwd_sm90.float8 import (
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
-from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT, PLANTS_STREAM_SM90
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT, PLANTS_STREAM
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.merge import PLANTS_MERGE, PLANTS_MERGE_BACKWARD
 from flashcore.sim.plants.numerics import (
@@ -44,6 +44,7 @@ from flashcore.sim.plants.numerics import (
     PLANTS_TOTALS,
 )
 from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
+from flashcore.sim.plants.pieces import PLANTS_FLOAT8_WMMA, PLANTS_PIECES_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
@@ -60,6 +61,9 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS,
         **PLANTS_PAGES,
         **PLANTS_PAGES_WMMA,
+        **PLANTS_STREAM,
+        **PLANTS_PIECES_WMMA,
+        **PLANTS_FLOAT8_WMMA,
     },
     SM90_KERNEL: {
         **PLANTS_SM90,
@@ -70,7 +74,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_LARGE_SCORES,
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
-        **PLANTS_STREAM_SM90,
+        **PLANTS_STREAM,
         **PLANTS_VARLEN_SM90,
         **PLANTS_MAX_SCORE,
         **PLANTS_MAX_SCORE_SM90,
