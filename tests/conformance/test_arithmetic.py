@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashcore.compile.codegen import KERNELS_DIR
+from flashcore.problem.scales import SMALLEST_SCALE, quantised
+
 DTYPES = ("float16", "bfloat16")
 
 Runner = Callable[..., dict[str, Tensor]]
@@ -120,6 +123,36 @@ def test_every_float8_is_widened_exactly(run: Runner, dtype: str, kernel: str) -
     expected = elements.view(torch.float8_e4m3fn).float().flatten()
     assert_same_bits(result["pairs"].view(torch_dtype), expected.to(torch_dtype))
     assert int(expected.isnan().sum()) == 8
+
+
+def test_floats_are_quantised_as_pytorch_does(run: Runner) -> None:
+    """Every float of 16 bits, their neighbours of 32, and every tie between two elements."""
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    x = torch.cat([halves.view(torch.float16).float(), halves.view(torch.bfloat16).float()])
+    elements = torch.arange(127, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
+    ties = (elements[1:].float() + elements[:-1].float()) / 2
+    x = torch.cat([x, ties, -ties])
+    bits_of_x = x.view(torch.int32)
+    x = torch.cat([x, (bits_of_x + 1).view(torch.float32), (bits_of_x - 1).view(torch.float32)])
+    special = torch.tensor([0.0, -1.0, 1e-38, 1e-30, 1e30, 0.37, math.inf, math.nan, 1.0, 1.0])
+    scale = torch.ones_like(x)
+    scale[::3] = special.repeat(-(-len(x) // 30))[: len(scale[::3])]
+    count = len(x)
+    tensors = {"x": x, "scale": scale, "element": torch.empty(count, dtype=torch.float8_e4m3fn)}
+    result = run(
+        "quantised",
+        tensors,
+        ("element",),
+        grid=-(-count // 128),
+        num_threads=128,
+        scalars={"count": count},
+    )
+    have, want = result["element"], quantised(x, scale, torch.float8_e4m3fn)
+    is_nan = want.float().isnan()
+    assert torch.equal(have.float().isnan(), is_nan)
+    assert torch.equal(have.view(torch.uint8)[~is_nan], want.view(torch.uint8)[~is_nan])
+    text = (KERNELS_DIR / "append" / "quantise.cuh").read_text(encoding="utf-8")
+    assert f"SMALLEST_DIVISOR = {SMALLEST_SCALE}f;" in text
 
 
 def multiply(run: Runner, dtype: str, a: Tensor, b: Tensor, c: Tensor) -> dict[str, Tensor]:

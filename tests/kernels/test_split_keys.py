@@ -1,5 +1,5 @@
 """Test keys of a row tile split over blocks: how many blocks, what a launch is told, and what
-explain says. What the kernel makes of it: test_sim_healthy_split.py, and here on a GPU."""
+explain says. The kernel's results are tested in test_sim_healthy_split.py, and here on a GPU."""
 
 from __future__ import annotations
 

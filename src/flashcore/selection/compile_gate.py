@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from flashcore.compile.jit import Resources
     from flashcore.selection.configurations import Configuration
 
-# How many variants of a cell are in the sample.
+# The number of a cell's variants in the sample.
 SAMPLED_VARIANTS = 2
-# What an option takes of a thread's registers, a bound of the band, soft-capping, a mask or
-# lengths: the portable kernel's median on sm_75 and sm_80.
+# Registers of a thread that an option takes (a bound of the band, soft-capping, a mask, lengths):
+# the portable kernel's median on sm_75 and sm_80.
 _REGISTERS_OF_AN_OPTION = 4
 # More than any other option takes: of sums that begin anew, which leave none at head_dim 256.
 _REGISTERS_OF_TOTALS = 64

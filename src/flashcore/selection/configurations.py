@@ -18,6 +18,7 @@ from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS, Plan
 from flashcore.kernels.registry import PORTABLE, forward_for, forward_of
 from flashcore.problem import Problem, widest_band
 from flashcore.problem.exactness import MAX_KEYS_OF_A_SUM
+from flashcore.problem.problem import PACKS_QUERIES
 from flashcore.selection import tile_table
 from flashcore.selection.select import candidates
 
@@ -25,7 +26,7 @@ Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
 _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
-# What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
+# The options that each name stands for, of `attention` or ("varlen") `attention_varlen`. "masked"
 # takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
 # has tiles of its own for calls with neither softcap nor mask.
 _ALL_OPTIONS: dict[str, Any] = {"window": (64, 64), "softcap": 30.0}
@@ -33,15 +34,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
     "options": _ALL_OPTIONS,
-    "masked": {"window": (64, 64), "softcap": 30.0, "mask": "bool"},
-    "varlen": {"window": (64, 64), "softcap": 30.0, "varlen": "packed"},
+    "masked": {**_ALL_OPTIONS, "mask": "bool"},
+    "varlen": {**_ALL_OPTIONS, "varlen": "packed"},
     "window": {"window": (64, 64)},
     "varlen-causal": {"causal": True, "varlen": "packed"},
     # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
     "decode": {"queries": 1},
-    "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
+    "decode-masked": {"queries": 4, **_ALL_OPTIONS, "mask": "bool"},
     # The same cut by the device (tile/stream_k.cuh): keys in one piece or in pages, equal pieces.
-    "cut": {"queries": 4, "window": (64, 64), "softcap": 30.0, "varlen": "keys"},
+    "cut": {"queries": 4, **_ALL_OPTIONS, "varlen": "keys"},
     "cut-plain": {"queries": 1, "varlen": "keys"},
     "cut-pages": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
     "cut-invariant": {"queries": 4, "causal": True, "varlen": "keys", "batch_invariant": True},
@@ -55,7 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "columns-mask": {"mask": "columns"},
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
-    # More keys than one sum is exact over (tile/totals.cuh).
+    # More keys than one sum is exact over (fwd_wmma/totals_wmma.cuh).
     "long": {"keys": 2 * MAX_KEYS_OF_A_SUM},
     "max-score": {"causal": True, "return_max_score": True},
     # The most for the Hopper kernel's producer; of its own head_dims, listed beside the widest.
@@ -63,6 +64,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Lanes that find pages take registers of the producer, and with a mask of the consumers.
     "pages-masked": {**_ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
+    "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
+    "packed-mixed": {"queries": 40, **_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
 }
@@ -131,14 +136,15 @@ OTHER_VARIANTS = (
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut"),
-    *("pages-masked", "packed-pages"),
+    *("pages-masked", "packed-pages", "packed-mixed"),
 )
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),
+    *("packed-decode", "packed-mixed", "packed-few"),
 )
-_IN_BOTH_DTYPES = ("full", "causal", "masked")  # of the gate
+_IN_BOTH_DTYPES = ("full", "causal", "masked")  # see Configuration.is_checked
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 _HEADS = (1, 4, 16, 64, 256, 1024)  # of the Hopper kernel's table: from one tile to many an SM
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -158,10 +164,10 @@ class Configuration:
 
     @property
     def is_checked(self) -> bool:
-        """Return whether the compile gate has to see it. What ships was found to spill in neither
-        dtype (tune/search.py), so one of them tells whether a change to the kernel has made it
-        spill; how a mask tensor is read or work is cut, that sums begin anew, or that a maximum is
-        kept, hardly depends on it, nor do the portable kernel's registers."""
+        """Return whether the compile gate has to see it: of variants outside of _IN_BOTH_DTYPES,
+        and of what ships, which was found to spill in neither dtype (tune/search.py), one dtype
+        tells whether a change to a kernel has made them spill, for their registers hardly depend
+        on it."""
         one_is_enough = self.ships or self.variant not in _IN_BOTH_DTYPES
         return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 
@@ -265,27 +271,21 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
     k_strides, v_strides = (
         (length * dim, length * dim, dim) for dim in (problem.head_dim, problem.head_dim_v)
     )
+    seqlen_q, q_strides = length, k_strides
     if problem.seqlen_q < _SEQLEN:  # as many queries and heads as ever
         _, head_stride, row_stride = problem.q_strides
-        return dataclasses.replace(
-            problem,
-            batch=batch,
-            seqlen_k=length,
-            q_strides=(problem.group_size * head_stride, head_stride, row_stride),
-            k_strides=k_strides,
-            v_strides=v_strides,
-        )
-    total = batch * length if problem.packs_queries else 0
+        of_batch = problem.group_size * head_stride
+        seqlen_q, q_strides = problem.seqlen_q, (of_batch, head_stride, row_stride)
     return dataclasses.replace(
         problem,
         batch=batch,
-        seqlen_q=length,
+        seqlen_q=seqlen_q,
         seqlen_k=length,
-        q_strides=k_strides,
+        q_strides=q_strides,
         k_strides=k_strides,
         v_strides=v_strides,
-        total_q=total,
-        total_k=0 if problem.has_pages else total,
+        total_q=batch * seqlen_q if problem.packs_queries else 0,
+        total_k=batch * length if problem.varlen == "packed" else 0,
     )
 
 
@@ -321,15 +321,14 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
     causal = "lower_right" if options.pop("causal", False) else "none"
     left, right = widest_band(causal, window, q.shape[2], _SEQLEN)
     problem = Problem.from_tensors(q, k, v, **options)
-    total_q = _SEQLEN if varlen in ("packed", "packed_pages") else 0
     return dataclasses.replace(
         problem,
         causal=causal,
         window_left=left,
         window_right=right,
         varlen=varlen,
-        total_q=total_q,
-        total_k=0 if page_size else total_q,
+        total_q=q.shape[2] if varlen in PACKS_QUERIES else 0,
+        total_k=keys if varlen == "packed" else 0,
         page_size=page_size,
         num_pages=_SEQLEN // page_size if page_size else 0,
         cache_dtype=cache_dtype,

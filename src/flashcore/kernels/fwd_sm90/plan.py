@@ -14,7 +14,7 @@ from flashcore.kernels.fwd_sm90.tiles import Tile
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
 from flashcore.problem.exactness import fewest_splits, is_cut
-from flashcore.problem.folding import fold_heads
+from flashcore.problem.folding import heads_of_packed_rows
 from flashcore.problem.problem import PACKS_QUERIES
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class Sm90Plan(Plan):
         o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
         elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
-        # What consumers that share rows hand over: O and the state of the softmax, in float32.
+        # Consumers that share rows hand over O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4 + self.mask_bytes
         feed = _FEED_BYTES if self.varlen in PACKS_QUERIES else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k
@@ -238,6 +238,8 @@ class Sm90Plan(Plan):
             "KEY_SLICES": self.key_slices,
             "SPLIT_KV": self.shares_keys,
             "OVERLAPS": self.overlaps,
+            "FOLDED": constants["FOLDED"]
+            or (self.folds_heads > 0 and self.varlen in PACKS_QUERIES),
             # By a vote of rows, as the lazy rescale is.
             "TANH_BY_POLYNOMIAL": self.overlaps and not self.batch_invariant,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
@@ -268,8 +270,8 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     if gate is None:
         fields["fewest_splits"] = fewest_splits(problem)
         fields["batch_invariant"] = problem.batch_invariant
-    folded = fields["folds_heads"]
-    return fields | tiles_sm90.mask_traits(fold_heads(problem, folded) if folded else problem)
+        fields["folds_heads"] = fields["folds_heads"] or heads_of_packed_rows(problem)
+    return fields | tiles_sm90.mask_traits(tiles_sm90.folded(problem, fields["folds_heads"]))
 
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
@@ -282,11 +284,10 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     if gate is not None and gate not in GATES:
         raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
     plans: list[Plan | None] = []
-    problem = tiles_sm90.of_mean_lengths(problem)
     of_problem = traits_sm90(problem, gate)
     folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
-    launched = fold_heads(problem, folded) if folded else problem
+    launched = tiles_sm90.folded(problem, folded)
     tiles = tiles_sm90.tiles(launched, max(1, folded))
     if problem.batch_invariant and gate is None:
         tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))

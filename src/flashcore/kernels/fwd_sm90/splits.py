@@ -22,9 +22,9 @@ from flashcore.kernels.stream_k import SHARE_WEIGHT
 # A piece has at least this many key tiles; fewer would take less time than its start and end.
 MIN_KEY_TILES = 2
 # H100, 2026-11-25, `flashcore bench --groups decode,decode-more`: an SM reads 26 KB/us of K and V,
-# as B1 H32/8 S1 D128 took 6.55 us with 64 KB a piece and 24.2 with 512. What is left of the 6.55 is
-# 4.0, of which a row tile that shares nothing takes 2.7 to 3. Writing a share, the counter, and the
-# wait for what is added up take the rest, about 1.
+# as B1 H32/8 S1 D128 took 6.55 us with 64 KB a piece and 24.2 with 512. That leaves 4.0
+# of the 6.55, of which a row tile that shares nothing takes 2.7 to 3. Writing a share, the counter,
+# and the wait for what is added up take the rest, about 1.
 HAND_OVER_BYTES = 26 * 1024
 # The weight of a byte of K or V when memory is not the limit, because few SMs read, or several row
 # tiles read the same keys, all but one of them from L2: 42 KB/us for an SM. When few SMs read,

@@ -24,8 +24,8 @@
 #include "tile/shares.cuh"
 #include "tile/softmax.cuh"
 #include "tile/stream_k.cuh"
-#include "tile/totals.cuh"
 #include "fwd_wmma/float8_wmma.cuh"
+#include "fwd_wmma/totals_wmma.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
@@ -49,7 +49,8 @@ constexpr int V_LOAD_BYTES = FLOAT8 ? BLOCK_N * HEAD_DIM_V : 0;
 constexpr int LOADS_OFFSET =
     (QO_ELEMENTS + NUM_TILES * (K_ELEMENTS + V_ELEMENTS)) * ELEMENT_BYTES;
 constexpr int TILE_BYTES = LOADS_OFFSET + NUM_STAGES * (K_LOAD_BYTES + V_LOAD_BYTES);
-// Under STREAM_K the block's walk over its pieces, and whether it handed over a row tile's last one.
+// Under STREAM_K the block's walk over its pieces, and whether it handed over the last one of a
+// row tile.
 constexpr int PIECES_INTS = STREAM_K ? StreamWalk::INTS + 1 : 0;
 //@if gate pv_serial
 static_assert(SMEM_BYTES == TILE_BYTES + GATE_SERIAL_BYTES,

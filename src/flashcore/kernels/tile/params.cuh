@@ -66,7 +66,7 @@ struct Pages {
   int32_t num_pages;
 };
 
-// What the elements of 8-bit caches count; read only under FLOAT8. Value = element * scale.
+// The scales of 8-bit caches, value = element * scale; read only under FLOAT8.
 struct Scales {
   GmemPtr<const float> k_scale, v_scale;  // of each sequence and head of k and v
   int32_t k_scale_batch, k_scale_head, v_scale_batch, v_scale_head;  // strides, 0 for one of all
@@ -87,7 +87,9 @@ struct AttnParams {
   Strides strides;
 
   int32_t batch, num_heads_q, num_heads_kv, seqlen_q, seqlen_k;
-  int32_t num_queries;  // of a head; seqlen_q rows are more where heads are folded (folding.py)
+  // Of a head; seqlen_q rows are more where heads are folded (folding.py). Of packed queries, whose
+  // numbers only the device knows: how many heads are folded (tile/folded_rows.cuh).
+  int32_t num_queries;
   int32_t num_m_blocks;
 
   float softmax_scale;       // of q.k, natural units

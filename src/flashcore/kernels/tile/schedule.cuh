@@ -16,7 +16,7 @@ struct BlockCoord {
   int first_slot = 0;              // of the row tile's first share
 };
 
-// What persistent blocks are told of the order of tiles, see fwd_sm90/schedule_sm90.cuh.
+// The order in which persistent blocks take tiles, see fwd_sm90/schedule_sm90.cuh.
 struct TileSchedule {
   int32_t num_heads;          // num_heads_q * batch
   int32_t heads_per_section;  // of the last section maybe more; read only under a right bound

@@ -25,7 +25,7 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 
-// Which slot has a share of a row tile. The first share is made by the block that the row tile
+// Returns the slot of a row tile's share. The first share is made by the block that the row tile
 // begins in: in that block's second slot, unless its range begins there, too.
 FC_DEVICE int slot_of(const AttnParams& p, const BlockCoord& block, int split) {
   return split == 0 ? block.first_slot : (block.first_slot / 2 + split * p.splits.num_lines) * 2;

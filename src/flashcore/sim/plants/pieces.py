@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashcore.compile.plant import Plant, by_name
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_STREAM
 
 _KERNEL = "fwd_wmma/attn_fwd_wmma.cuh"
 _FLOAT8 = "fwd_wmma/float8_wmma.cuh"
@@ -38,6 +39,8 @@ PLANTS_PIECES_WMMA = by_name(
         caught_by="wrong-result",
     ),
 )
+
+OF_WALK = PLANTS_STREAM | PLANTS_PIECES_WMMA
 
 PLANTS_FLOAT8_WMMA = by_name(
     Plant(
