@@ -203,9 +203,10 @@ def attention(
     if is_dynamo_compiling():
         q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
     else:
-        has_scales = k_scale is not None or v_scale is not None
-        is_usual = return_max_score is False and sinks is None and batch_invariant is False
-        if launcher.attend is not None and is_usual and not has_scales:
+        is_usual = (
+            sinks is None and k_scale is None and v_scale is None and batch_invariant is False
+        )
+        if launcher.attend is not None and is_usual and return_max_score is False:
             result: torch.Tensor | tuple[torch.Tensor, ...] | None = launcher.attend(
                 q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
             )
@@ -213,8 +214,7 @@ def attention(
                 return result
         if _is_any_autocast_enabled():
             q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
-        is_dense = seqlens_k is None and sinks is None and batch_invariant is False
-        if is_dense and not has_scales and not needs_dispatcher(q, k, v, mask):
+        if is_usual and seqlens_k is None and not needs_dispatcher(q, k, v, mask):
             return attend(
                 q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
                 None, return_max_score,

@@ -324,7 +324,7 @@ def test_a_bundle_holds_the_kernel_that_appends_to_caches() -> None:
         (75, "append_kvcache"),
         (90, "append_kvcache"),
     }
-    assert len(units) == 4 + 8  # angles in the dtype or float32, of neighbours or halves
+    assert len(units) == 2 * (4 + 8)  # angles' dtypes and pairs, into caches of 16 and 8 bits
 
 
 def test_a_full_disk_leaves_the_old_bundle(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashcore.compile.codegen import KERNELS_DIR
+from flashcore.problem.scales import SMALLEST_SCALE, quantised
+
 DTYPES = ("float16", "bfloat16")
 
 Runner = Callable[..., dict[str, Tensor]]
@@ -92,10 +95,13 @@ def test_conversions_round_to_nearest_even(run: Runner, dtype: str) -> None:
     assert_same_bits(halves[:, 1].contiguous(), expected.view(-1, 2).flip(1).flatten())
 
 
+@pytest.mark.parametrize("kernel", ["float8", "float8_by_integers"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_float8_is_widened_exactly(run: Runner, dtype: str) -> None:
-    """All 256 bytes, NaNs and subnormals among them, at each of the four places in a register."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+def test_every_float8_is_widened_exactly(run: Runner, dtype: str, kernel: str) -> None:
+    """All 256 bytes, NaNs and subnormals among them, at each of the four places in a register; by
+    the conversion of the hardware, and as the portable kernel does it where there is none."""
+    is_old = torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9)
+    if is_old and kernel == "float8":
         pytest.skip("needs the conversions of sm_89")
     values = torch.arange(256, dtype=torch.int32).to(torch.uint8)
     elements = torch.stack([values.roll(37 * place) for place in range(4)], 1).contiguous()
@@ -103,18 +109,50 @@ def test_every_float8_is_widened_exactly(run: Runner, dtype: str) -> None:
     count = len(words)
     tensors = {"words": words, "pairs": torch.empty(2 * count, dtype=torch.int32)}
     result = run(
-        "float8",
+        kernel,
         tensors,
         ("pairs",),
         grid=-(-count // 128),
         num_threads=128,
         scalars={"count": count},
-        constants={"Element": dtype},
-    )
+        constants={
+            "Element": dtype, "LOAD_BYTES": 16, "NUM_WARPS": 4, "WIDENS_BY_INTEGERS": True,
+        },
+    )  # fmt: skip
     torch_dtype = getattr(torch, dtype)
     expected = elements.view(torch.float8_e4m3fn).float().flatten()
     assert_same_bits(result["pairs"].view(torch_dtype), expected.to(torch_dtype))
     assert int(expected.isnan().sum()) == 8
+
+
+def test_floats_are_quantised_as_pytorch_does(run: Runner) -> None:
+    """Every float of 16 bits, their neighbours of 32, and every tie between two elements."""
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16)
+    x = torch.cat([halves.view(torch.float16).float(), halves.view(torch.bfloat16).float()])
+    elements = torch.arange(127, dtype=torch.int32).to(torch.uint8).view(torch.float8_e4m3fn)
+    ties = (elements[1:].float() + elements[:-1].float()) / 2
+    x = torch.cat([x, ties, -ties])
+    bits_of_x = x.view(torch.int32)
+    x = torch.cat([x, (bits_of_x + 1).view(torch.float32), (bits_of_x - 1).view(torch.float32)])
+    special = torch.tensor([0.0, -1.0, 1e-38, 1e-30, 1e30, 0.37, math.inf, math.nan, 1.0, 1.0])
+    scale = torch.ones_like(x)
+    scale[::3] = special.repeat(-(-len(x) // 30))[: len(scale[::3])]
+    count = len(x)
+    tensors = {"x": x, "scale": scale, "element": torch.empty(count, dtype=torch.float8_e4m3fn)}
+    result = run(
+        "quantised",
+        tensors,
+        ("element",),
+        grid=-(-count // 128),
+        num_threads=128,
+        scalars={"count": count},
+    )
+    have, want = result["element"], quantised(x, scale, torch.float8_e4m3fn)
+    is_nan = want.float().isnan()
+    assert torch.equal(have.float().isnan(), is_nan)
+    assert torch.equal(have.view(torch.uint8)[~is_nan], want.view(torch.uint8)[~is_nan])
+    text = (KERNELS_DIR / "append" / "quantise.cuh").read_text(encoding="utf-8")
+    assert f"SMALLEST_DIVISOR = {SMALLEST_SCALE}f;" in text
 
 
 def multiply(run: Runner, dtype: str, a: Tensor, b: Tensor, c: Tensor) -> dict[str, Tensor]:

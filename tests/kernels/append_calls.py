@@ -4,6 +4,7 @@ PyTorch computes."""
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -23,8 +24,17 @@ from flashcore.sim.run import simulate_source
 from flashcore.sim.tensors import SimTensor
 
 INT32 = torch.int32
-POISON = 0x7FA5  # of memory that a simulated kernel has not written
+FLOAT8 = torch.float8_e4m3fn
+# Of memory that a simulated kernel has not written, by the size of elements.
+POISON = {1: (torch.uint8, 0xA5), 2: (torch.int16, 0x7FA5)}
 NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
+# Values that a conversion to 8 bits may get wrong: ends, ties, subnormals, both zeros, inf and NaN.
+ODD = [
+    448.0, -448.0, 449.0, 464.0, 465.0, 1e4, -1e4, math.inf, -math.inf, math.nan, -math.nan, 0.0,
+    -0.0, 17.0, 19.0, 0.0068359375, 0.0009765625, -0.0029296875, 0.00097, 2.0**-10,
+]  # fmt: skip
+# Of 6 sequences and 2 heads; a scale of 0, and one whose quotients are all too large.
+OF_BOTH = [[0.5, 3.0], [1.0, 0.01], [0.0, 1.0], [7.0, 0.3], [1.0, 1e-38], [2.0, 0.1]]
 
 LENGTHS = [0, 11, 30, 32, -4, 2**31 - 1]
 CASES: dict[str, dict[str, Any]] = {
@@ -49,6 +59,38 @@ CASES: dict[str, dict[str, Any]] = {
     "queries begin": {"seqlen_q": 2, "seqlen_new": 5, "rotary": 16, "queries": "begin"},
     "queries are first": {"seqlen_q": 3, "rotary": 16, "queries": "first"},
     "a wild table": {"seqlen_q": 2, "page_size": 8, "wild": True},
+    "8 bits, a scale of all": {"seqlen_q": 3, "page_size": 8, "scales": (0.37, 1.0)},
+    "8 bits, scales of heads": {
+        "seqlen_q": 3,
+        "heads_third": True,
+        "head_dim": 40,
+        "head_dim_v": 17,
+        "rotary": 16,
+        "scales": ([0.37, 0.02], [[5.0, 0.5]]),
+    },
+    "8 bits, scales of sequences and heads": {
+        "seqlen_q": 4,
+        "page_size": 8,
+        "rotary": 16,
+        "counts": [1, 4, 0, 3, 2, 2],
+        "scales": (OF_BOTH, OF_BOTH[::-1]),
+    },
+    "8 bits, a prompt": {
+        "seqlen_q": 20,
+        "page_size": 1,
+        "dtype": torch.bfloat16,
+        "angles": torch.float32,
+        "rotary": 10,
+        "interleaved": True,
+        "lengths": [0, 0, 3],
+        "scales": ([[0.5], [1e30], [math.nan]], 0.1),
+    },
+    "8 bits, a wild table": {
+        "seqlen_q": 2,
+        "page_size": 8,
+        "wild": True,
+        "scales": (1.0, 1.0),
+    },
 }
 
 
@@ -75,6 +117,13 @@ def make_call(case: dict[str, Any]) -> Call:
         step.table = [[99, -1, 2**31 - 1, -(2**31)]] * len(LENGTHS)
     assert step.new is not None
     q, new, ends = step.q, list(step.new), None
+    scales: list[Tensor] = []
+    if "scales" in case:
+        step.caches = step.caches[0].to(FLOAT8), step.caches[1].to(FLOAT8)
+        scales = [torch.tensor(scale, dtype=torch.float32) for scale in case["scales"]]
+        for x in new:
+            flat = x.view(-1)
+            flat[: len(ODD)] = torch.tensor(ODD)
     if "counts" in case:
         ends = torch.tensor([0, *case["counts"]]).cumsum(0).to(INT32)
         rows = [
@@ -96,15 +145,16 @@ def make_call(case: dict[str, Any]) -> Call:
     lengths, table, queries = step.seqlens_k, step.page_table, case["queries"]
     arguments = (
         k_cache, v_cache, q, *new, lengths, table, ends, ends, cos, sin, case["interleaved"],
-        offsets, positions, queries, "auto",
+        offsets, positions, queries, "auto", *scales,
     )  # fmt: skip
     tensors = AppendTensors(
         None if cos is None else q, new[0], new[1], None if cos is None else torch.empty_like(q),
         k_cache.clone(), v_cache.clone(), cos, sin, lengths, torch.empty_like(lengths), table,
-        ends, ends, offsets, positions,
+        ends, ends, offsets, positions, *(*scales, None, None)[:2],
     )  # fmt: skip
     dtype = NAMES[case["dtype"]]
-    plan = AppendPlan(dtype, dtype if cos is None else NAMES[cos.dtype], case["interleaved"])
+    of_angles = dtype if cos is None else NAMES[cos.dtype]
+    plan = AppendPlan(dtype, of_angles, case["interleaved"], "scales" in case)
     return Call(arguments, plan, tensors, queries)
 
 
@@ -128,21 +178,46 @@ def simulate(call: Call, plant: Plant | None = None, seed: int = 0) -> None:
     )
 
 
-def close(have: Tensor, want: Tensor) -> None:
-    bits = 10 if want.dtype == torch.float16 else 7
-    torch.testing.assert_close(have, want, rtol=2.0**-bits, atol=1e-6)
+def bits_of(x: Tensor) -> Tensor:
+    """Return a tensor's bits as integers."""
+    return x.contiguous().view(POISON[x.element_size()][0])
+
+
+def assert_same(have: Tensor, want: Tensor) -> None:
+    """Compare bit by bit; NaNs, whose sign depends on the machine, are all the same."""
+    both = [x if x.element_size() > 1 else x.float() for x in (have, want)]
+    is_nan = both[1].isnan()
+    assert torch.equal(both[0].isnan(), is_nan)
+    assert torch.equal(bits_of(have)[~is_nan], bits_of(want)[~is_nan])
+
+
+def by_pytorch(call: Call) -> tuple[Tensor, Tensor, list[Tensor], list[Tensor]]:
+    """Return what PyTorch makes of a call, which leaves its caches as they were.
+
+    Returns:
+        rotated: the queries.
+        lengths: of the sequences.
+        caches: both; what was not written is unspecified.
+        is_new: bool, which of their elements were written.
+    """
+    found = []
+    for filling in (0x11, 0x22):
+        caches = [torch.empty_like(x) for x in call.arguments[:2]]
+        for x in caches:
+            x.view(POISON[x.element_size()][0]).fill_(filling)
+        rotated, lengths = serving._append(*caches, *call.arguments[2:])
+        found.append(caches)
+    is_new = [bits_of(a) == bits_of(b) for a, b in zip(*found, strict=True)]
+    return rotated, lengths, found[0], is_new
 
 
 def check(call: Call, plant: Plant | None = None, seed: int = 0) -> None:
-    """Run both, and compare: the caches where PyTorch writes, and nothing elsewhere."""
+    """Run both, and compare bit by bit: the caches where PyTorch writes, and nothing elsewhere."""
     simulate(call, plant, seed)
-    before = [x.view(torch.int16).clone() for x in call.arguments[:2]]
-    rotated, lengths = serving._append(*call.arguments)
+    rotated, lengths, caches, is_new = by_pytorch(call)
     assert torch.equal(call.tensors.lengths, lengths)
     if call.tensors.q_rotated is not None:
-        close(call.tensors.q_rotated, rotated)
-    caches = call.tensors.k_cache, call.tensors.v_cache
-    for have, want, old in zip(caches, call.arguments[:2], before, strict=True):
-        is_new = want.view(torch.int16) != old
-        assert torch.equal(have.view(torch.int16) != POISON, is_new)
-        close(have[is_new], want[is_new])
+        assert_same(call.tensors.q_rotated, rotated)
+    for i, x in enumerate((call.tensors.k_cache, call.tensors.v_cache)):
+        assert_same(x[is_new[i]], caches[i][is_new[i]])
+        assert bool((bits_of(x)[~is_new[i]] == POISON[x.element_size()][1]).all())

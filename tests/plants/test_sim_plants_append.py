@@ -31,6 +31,14 @@ SHOWN_BY = {
     "append-page-of-the-first": "one token, pages of 8",
     "append-place-in-sequence": "one token, pages of 8",
     "append-at-the-front": "one token, pages of 8",
+    "append-scale-of-the-first": "8 bits, scales of sequences and heads",
+    "append-values-scaled-as-keys": "8 bits, a prompt",
+    "append-turned-after-scaling": "8 bits, a prompt",
+    "append-overflow-is-nan": "8 bits, a scale of all",
+    "append-ties-away": "8 bits, a scale of all",
+    "append-nan-is-largest": "8 bits, a scale of all",
+    "append-subnormals-lost": "8 bits, a scale of all",
+    "append-scale-multiplies": "8 bits, a scale of all",
 }
 
 

@@ -26,7 +26,7 @@ SEEDS = range(20)
 TURNED = Plant(
     name="stream-shares-turned",
     title="shares are added in an order that begins with the second",
-    file="fwd_sm90/split_sm90.cuh",
+    file="tile/shares.cuh",
     find="const int64_t at = partial_row(p, block, min_i(begin + s, num_splits - 1), row[i]);",
     replace="const int64_t at = partial_row(p, block, (begin + s + 1) % num_splits, row[i]);",
     caught_by="other-bits",

@@ -4,10 +4,11 @@ bugs are in tests/plants/test_sim_plants_append.py."""
 from __future__ import annotations
 
 import ctypes
+import re
 
 import pytest
 import torch
-from append_calls import CASES, check, close, make_call
+from append_calls import CASES, assert_same, bits_of, by_pytorch, check, make_call
 from torch import Tensor
 
 import flashcore.serving.append as serving
@@ -29,23 +30,25 @@ def test_the_arguments_mirror_says_what_the_kernel_s_struct_says() -> None:
     lines = " ".join(line.split("//")[0] for line in body.splitlines())
     names = []
     for declaration in lines.split(";"):
-        kind = declaration.replace("const Element", "").replace("const RotaryElement", "")
-        kind = kind.replace("const int32_t", "").replace("<Element>", "").replace("<int32_t>", "")
+        kind = re.sub("<[^>]*>", "", declaration)
         names += [word.split()[-1] for word in kind.split(",") if word.strip()]
     assert names == [name for name, *_ in AppendParams._fields_]
     assert f"APPEND_WARPS = {params.WARPS};" in text
-    assert ctypes.sizeof(AppendParams) == 15 * 8 + 6 * 32 + 2 * 8 + 16 * 4
+    assert ctypes.sizeof(AppendParams) == 17 * 8 + 6 * 32 + 6 * 8 + 16 * 4
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_the_kernel_does_the_same_on_a_gpu(name: str) -> None:
+    """Bit by bit, both where it writes and where it must not."""
     call = make_call(CASES[name])
-    given = [x.cuda() if isinstance(x, Tensor) else x for x in call.arguments]
-    rotated, lengths = serving._append_on_gpu(*given)
-    want_rotated, want_lengths = serving._append(*call.arguments)
+    on_gpu = [x.cuda() if isinstance(x, Tensor) else x for x in call.arguments]
+    before = [bits_of(x).clone() for x in on_gpu[:2]]
+    rotated, lengths = serving._append_on_gpu(*on_gpu)
+    want_rotated, want_lengths, caches, is_new = by_pytorch(call)
     assert torch.equal(lengths.cpu(), want_lengths)
     if call.tensors.q is not None:
-        close(rotated.cpu(), want_rotated)
-    for have, want in zip(given[:2], call.arguments[:2], strict=True):
-        torch.testing.assert_close(have.cpu(), want, rtol=2.0**-7, atol=1e-6, equal_nan=True)
+        assert_same(rotated.cpu(), want_rotated)
+    for have, want, old, new in zip(on_gpu[:2], caches, before, is_new, strict=True):
+        assert_same(have.cpu()[new], want[new])
+        assert torch.equal(bits_of(have.cpu())[~new], old.cpu()[~new])

@@ -13,6 +13,7 @@ from test_float8_caches import needle, steps_of
 import flashcore
 from flashcore.checks.accuracy import error_report
 from flashcore.ops.paged import attention_paged
+from flashcore.serving import append
 
 pytestmark = pytest.mark.gpu
 
@@ -79,6 +80,12 @@ def test_one_distinguished_key_is_found_among_131072(paged: bool, place: int) ->
 @pytest.mark.parametrize("is_packed", [False, True])
 def test_new_tokens_are_divided_by_the_scale(is_packed: bool, paged: bool) -> None:
     steps_of("auto", paged, is_packed, device="cuda")
+
+
+def test_one_kernel_appends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's operations, about ten launches, are not called."""
+    monkeypatch.delattr(append, "_append")
+    steps_of("auto", paged=True, is_packed=False, device="cuda")
 
 
 def test_a_graph_is_replayed_with_other_lengths_and_scales() -> None:

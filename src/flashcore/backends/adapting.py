@@ -30,9 +30,10 @@ from flashcore.problem.validation import HEAD_DIM_MULTIPLE
 
 Tensor = torch.Tensor
 
-# Whether a copy pays for the Hopper kernel. Medians over 14 shapes on an H200 (2026-11-29, float16,
-# head_dim 128, CUDA graphs), both kernels with and without a copy of q: what the Hopper kernel
-# saves an operation, what a copied byte takes, and what a copy takes besides.
+# A copy pays if the time that the Hopper kernel saves is longer than it takes: the time saved for
+# each operation, that of a copied byte, and that of a copy besides. Medians over 14 shapes
+# on an H200 (2026-11-29, float16, head_dim 128, CUDA graphs), both kernels with and without a copy
+# of q.
 SECONDS_SAVED_PER_FLOP = 3.44e-15
 SECONDS_PER_COPIED_BYTE = 6.61e-13
 SECONDS_PER_COPY = 2.1e-6
@@ -192,6 +193,13 @@ def _expanded(problem: Problem, name: str) -> Dims:
     return batch, heads, rows
 
 
+def _shares_one_head(problem: Problem) -> bool:
+    """Return whether k and v are expanded over their heads, and so are their scales."""
+    _, k_scale_stride, _, v_scale_stride = problem.scale_strides  # of batch and head, k before v
+    strides = problem.k_strides[1], problem.v_strides[1], k_scale_stride, v_scale_stride
+    return problem.num_heads_kv > 1 and not any(strides)
+
+
 @functools.lru_cache(maxsize=4096)
 def adapt(problem: Problem, kernel: str) -> Adapted:
     """Return what a kernel is given instead of the tensors of a call.
@@ -210,8 +218,7 @@ def adapt(problem: Problem, kernel: str) -> Adapted:
     if kernel == "torch":
         _make_readable(adapting, 1)
         return adapting.done()
-    one_scale = not (problem.scale_strides[1] or problem.scale_strides[3])
-    if _expanded(problem, "k")[1] and _expanded(problem, "v")[1] and one_scale:
+    if _shares_one_head(problem):
         adapting.one_head = True
         adapting.change(num_heads_kv=1)
         adapting.notes.append(
@@ -232,9 +239,7 @@ def _is_read_in_place(problem: Problem, kernel: str) -> bool:
         return True
     if BY_BACKEND[kernel].unreadable(problem):
         return False
-    shares_heads = problem.k_strides[1] == problem.v_strides[1] == 0 and problem.num_heads_kv > 1
-    shares_heads = shares_heads and not (problem.scale_strides[1] or problem.scale_strides[3])
-    return not shares_heads and with_copied_q(problem) is None
+    return not _shares_one_head(problem) and with_copied_q(problem) is None
 
 
 def _make_readable(adapting: _Adapting, multiple: int) -> None:

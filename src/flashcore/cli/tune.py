@@ -208,7 +208,7 @@ def _search(
     if gpu is None:
         raise BackendUnavailableError(_NO_GPU)
     keeper: Keeper = CacheKeeper(gpu, arch) if output is None else TableKeeper(output)
-    # What ships is measured beside the rules, what a user keeps beside what ships.
+    # A table that ships is measured beside the rules, a user's beside the one that ships.
     shipped = output is None
     tasks = tasks_for(workloads, backend, arch, keeper, shipped=shipped, backward=backward)
     with (

@@ -12,12 +12,15 @@ from flashcore.sim.plants.bwd_mask_sm90 import PLANTS_BWD_MASK_SM90
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     _WMMA: {
         "qk": ("no-barrier", "uninit-smem", "deadlock", "one-stage-unordered"),
-        "softmax": ("accum-map", "large-max-product", "large-max-twice"),
+        "softmax": (
+            *("accum-map", "large-max-product", "large-max-twice"),
+            *("tree-at-the-front", "tree-as-wide-as-rows", "tree-row-of-a-row", "tree-read-before"),
+        ),
         "pv": ("pv-atomic", "k-overlap", "k-gap"),
         "full": (
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
             *("sink-of-the-first", "max-score-of-one-head"),
-            *("page-of-the-first", "page-of-the-tile"),
+            *("page-of-the-first", "page-of-the-tile", "tree-first-key-lost"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "load": (
@@ -61,6 +64,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("mask-past-end", "mask-row-mixed-up", "mask-one-tile-late", "mask-front-whole"),
             *("mask-front-not-copied", "mask-end-not-copied", "mask-unshifted-copies"),
             *("mask-shift-forgotten", "mask-shift-of-another-row"),
+            *("tree-at-the-front", "tree-as-wide-as-rows", "tree-row-of-a-row"),
+            *("tree-copied-before", "tree-copied-behind", "tree-under-ones"),
             *("large-max-product", "large-max-twice"),
         ),
         "pv": (
@@ -85,6 +90,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sink-of-the-first", "sink-of-every-split"),
             *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
             *("page-not-advanced", "page-of-the-next-keys"),
+            *("tree-first-key-lost", "tree-hides-before", "tree-taken-again", "tree-not-copied"),
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
             *("float8-end-unsaid", "float8-one-warp-counted", "float8-unswizzled"),
             *("float8-scale-of-the-first", "float8-factor-kept"),

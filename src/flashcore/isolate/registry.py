@@ -1,6 +1,6 @@
 """Give every planted bug the call that shows it, and the stage that is then the first wrong one.
 
-Which bugs there are stands in sim/plants/index.py alone. `flashcore isolate --plant NAME` takes the
+The list of all bugs stands in sim/plants/index.py alone. `flashcore isolate --plant NAME` takes the
 call unless it is told another one; tests/plants/test_planted_bugs.py holds isolate to the stages.
 """
 
@@ -38,7 +38,7 @@ from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
-from flashcore.sim.plants import index
+from flashcore.sim.plants import index, trees
 from flashcore.sim.plants.bwd_mask_sm90 import (
     OF_ROWS,
     PLANTS_BWD_MASK_SM90,
@@ -243,6 +243,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN, {}, options=_PACKED, is_packed=True),
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
         **_calls(PLANTS_PAGES | PLANTS_PAGES_WMMA, {}, options=_PAGED, is_paged=True),
+        **_calls(trees.OF_WMMA, {}, options=trees.CALL, is_paged=True),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
         **_WITH_MAX_SCORE,
@@ -264,6 +265,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_STREAM_SM90, STREAM_TILE, options=STREAM_CASE, is_paged=True),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
+        **_calls(trees.OF_SM90, trees.TILE, options=trees.CALL, is_paged=True),
         **_calls(float8.PLANTS_FLOAT8_SM90, float8.TILE, options=float8.CALL, is_paged=True),
         **_calls(float8.PLANTS_WIDE_SM90, float8.TILE, options=float8.WIDE_CALL, is_paged=True),
         **_calls(float8.PLANTS_SHORT_SM90, float8.TILE, options=float8.SHORT_CALL, is_paged=True),

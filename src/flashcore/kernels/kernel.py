@@ -17,7 +17,7 @@ from flashcore.kernels.limits import smem_limits
 from flashcore.kernels.stage import Stage
 from flashcore.problem import Problem
 
-# What a plan's tile leaves open, by field.
+# The fields of a plan that make its tile.
 Tile = dict[str, Any]
 Pointers = dict[str, int | None]
 P = TypeVar("P", bound=Plan)
@@ -83,7 +83,7 @@ class Kernel(Generic[P]):
         """Return a name and an index for each mbarrier, in the order of their array."""
         return []
 
-    # What may be tuned
+    # Tuning
 
     def is_legal(self, plan: P) -> bool:
         """Return whether a plan fits the GPU: shared memory, threads and registers."""
@@ -200,7 +200,7 @@ class ForwardKernel(Kernel[P]):
         AttnParams."""
         return (name,)
 
-    # What may be tuned
+    # Tuning
 
     def is_legal(self, plan: P) -> bool:
         """Return whether a plan fits the GPU: shared memory, threads and registers."""

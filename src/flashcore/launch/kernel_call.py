@@ -9,6 +9,7 @@ import threading
 
 import torch
 
+from flashcore.base.bounded import make_room
 from flashcore.compile.compiler import CompiledKernel
 from flashcore.compile.jit import compile_plan
 from flashcore.kernels.fwd_wmma.params import AttnParams, check_limits
@@ -255,7 +256,7 @@ class KernelCall:
         if spare is None:
             self._enqueue(_arguments.get(key) or self.make_argument(key))
             return out, lse
-        # Whoever takes one has it alone until the launch has copied it.
+        # The thread that takes one has it alone until the launch has copied it.
         try:
             argument = spare.pop()
         except IndexError:
@@ -297,8 +298,7 @@ class KernelCall:
         if not self._fill(argument, key, is_kept=True):
             return argument
         with _lock:
-            while len(_arguments) >= ARGUMENTS_MAX:
-                del _arguments[next(iter(_arguments))]  # the oldest
+            make_room(_arguments, ARGUMENTS_MAX)
             _arguments[key] = argument
         return argument
 

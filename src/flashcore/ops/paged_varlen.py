@@ -17,25 +17,23 @@ from torch import Tensor
 from flashcore.backends.dispatch import choose_backend, warn_once
 from flashcore.backends.packed import check_lengths, checked_max_seqlen, run_packed
 from flashcore.ops import flops, paged, varlen
-from flashcore.ops.calls import attend_lengths
 from flashcore.ops.eager import is_plain
 from flashcore.ops.family import Family, Gradients
+from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.plain.pages import (
     packed_backward_plain,
     packed_forward_plain,
     packed_inputs,
     packed_second_order,
-    put_back,
+    put_back_pair,
 )
-from flashcore.problem import Causal, Problem, Window, widest_band
-from flashcore.problem.memory_layout import as_batch, described_memory
+from flashcore.problem import Causal, Problem, Window
+from flashcore.problem.memory_layout import as_batch
 from flashcore.problem.options import Inputs, Options, Results, Wanted
-from flashcore.problem.scales import described_scales, scales_of
+from flashcore.problem.scales import scales_of
 from flashcore.problem.validation import (
     check_plain_tensor,
-    check_qkv,
-    checked_window,
     shape_text,
 )
 
@@ -160,35 +158,16 @@ def packed_pages_problem(inputs: Inputs, options: Options) -> Problem:
         TypeError, ValueError, NotImplementedError: as `attention_paged_varlen`.
     """
     _check(inputs)
-    q, table, cu_seqlens_q = as_batch(inputs.q), inputs.page_table, inputs.cu_seqlens_q
-    assert table is not None
+    q, cu_seqlens_q = as_batch(inputs.q), inputs.cu_seqlens_q
     assert cu_seqlens_q is not None
-    k, v, total_q = inputs.k, inputs.v, q.shape[2]
-    num_pages, _, page_size, _ = k.shape
-    # Of one page; what lies where is said below.
-    of_k, of_v = (x.new_empty((1, *x.shape[1:]), dtype=q.dtype) for x in (k, v))
-    check_qkv(q, of_k, of_v)
-    asked = {**options.asked(), "window": None}
-    problem = Problem.from_tensors(q, of_k, of_v, return_lse=True, sinks=inputs.sinks, **asked)
-    window = checked_window((options.window_left, options.window_right))
-    reach = table.shape[1] * page_size
-    left, right = widest_band(options.causal, window, total_q, reach)
+    total_q = q.shape[2]
     longest = checked_max_seqlen("max_seqlen_q", inputs.max_seqlen_q, total_q)
     return dataclasses.replace(
-        problem,
-        **described_memory(q, k, v),
+        paged.pages_problem(q, inputs, options),
         batch=cu_seqlens_q.shape[0] - 1,
         seqlen_q=min(longest, total_q),
-        seqlen_k=reach,
-        window_left=left,
-        window_right=right,
-        diag_offset=0,
         varlen="packed_pages",
         total_q=total_q,
-        page_size=page_size,
-        num_pages=num_pages,
-        page_table_stride=table.stride(0),
-        **described_scales(inputs),
     )
 
 
@@ -212,14 +191,11 @@ def _differentiate(
     needs: tuple[bool, ...],
     backend: str,
 ) -> Gradients:
-    packed, page, place = packed_inputs(inputs)
+    packed, *at = packed_inputs(inputs)
     dq, dk, dv, dsinks = varlen.OPERATORS.family.differentiate(
         arriving, packed, results, options, needs, backend
     )
-    assert dk is not None
-    assert dv is not None
-    of_k, of_v = put_back(dk, inputs.k, page, place), put_back(dv, inputs.v, page, place)
-    return dq, of_k, of_v, dsinks
+    return dq, *put_back_pair((dk, dv), inputs, *at), dsinks
 
 
 def _shapes(inputs: Inputs) -> Results:

@@ -78,8 +78,8 @@ def packed_places(
         place: int64, [rows]: in that page.
         cu_seqlens_k: int32, [batch + 1].
     """
-    batch, page_size = page_table.shape[0], pages.shape[2]
-    reach = page_table.shape[1] * page_size
+    batch = page_table.shape[0]
+    reach = page_table.shape[1] * pages.shape[2]
     cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
     row = torch.arange(batch * reach, device=lengths.device)
     if batch * reach == 0:
@@ -88,9 +88,17 @@ def packed_places(
     token = row - cu_seqlens_k[sequence]
     if leftpad is not None:
         token = token + leftpad.long()[sequence]
-    token = token.clamp(0, reach - 1)
-    page = _valid(page_table, pages)[sequence, token // page_size]
-    return page, token % page_size, cu_seqlens_k.int()
+    return *places_of(page_table, pages, sequence, token), cu_seqlens_k.int()
+
+
+def places_of(
+    page_table: Tensor, pages: Tensor, sequence: Tensor, token: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the page of each token of these sequences and its place there; of a token that a
+    sequence has no room for, or whose entry of the table is no page, those of another."""
+    page_size = pages.shape[2]
+    token = token.clamp(0, page_table.shape[1] * page_size - 1)
+    return _valid(page_table, pages)[sequence, token // page_size], token % page_size
 
 
 def sequences_of(rows: Tensor, cu_seqlens_k: Tensor) -> Tensor:
@@ -123,9 +131,9 @@ def packed_inputs(inputs: Inputs) -> tuple[Inputs, Tensor, Tensor]:
 
 
 def taken(pages: Tensor, page: Tensor, place: Tensor) -> Tensor:
-    """Return [rows, num_heads_kv, dim]: the tokens at these places."""
-    if page.shape[0] == 0 or pages.shape[0] == 0:
-        return pages.new_zeros((page.shape[0], pages.shape[1], pages.shape[3]))
+    """Return [..., num_heads_kv, dim]: the tokens at these places of these pages."""
+    if page.numel() == 0 or pages.shape[0] == 0:
+        return pages.new_zeros((*page.shape, pages.shape[1], pages.shape[3]))
     return with_bits_of(bits_of(pages).transpose(1, 2)[page, place], pages)
 
 
@@ -147,7 +155,7 @@ def packed_backward_plain(arriving: Results, inputs: Inputs, options: Options) -
     """Compute `attention_paged_varlen_backward`."""
     packed, *at = packed_inputs(inputs)
     dq, dk, dv, dsinks = varlen_backward_plain(arriving, packed, options)
-    return dq, *_put_back((dk, dv), inputs, *at), dsinks
+    return dq, *put_back_pair((dk, dv), inputs, *at), dsinks
 
 
 def packed_second_order(
@@ -161,10 +169,11 @@ def packed_second_order(
     *firsts, of_k, of_v, from_sinks = varlen_second_order(
         arriving, packed, (x, y, z, of_dsinks), options
     )
-    return *firsts, *_put_back((of_k, of_v), inputs, *at), from_sinks
+    return *firsts, *put_back_pair((of_k, of_v), inputs, *at), from_sinks
 
 
-def _put_back(gradients: Tensors, inputs: Inputs, page: Tensor, place: Tensor) -> Tensors:
+def put_back_pair(gradients: Tensors, inputs: Inputs, page: Tensor, place: Tensor) -> Tensors:
+    """Return the gradients of the pages of k and v from those of what `packed_inputs` returned."""
     return tuple(
         None if x is None else put_back(x, pages, page, place)
         for x, pages in zip(gradients, (inputs.k, inputs.v), strict=True)
@@ -187,7 +196,7 @@ def paged_forward_plain(inputs: Inputs, options: Options) -> Results:
 def paged_backward_plain(arriving: Results, inputs: Inputs, options: Options) -> Tensors:
     """Compute `attention_paged_backward`."""
     dq, dk, dv, dsinks = padded_backward_plain(arriving, padded_inputs(inputs), options)
-    return dq, *_of_pages((dk, dv), inputs), dsinks
+    return dq, *scattered_pair((dk, dv), inputs), dsinks
 
 
 def paged_second_order(
@@ -202,11 +211,11 @@ def paged_second_order(
     *firsts, of_k, of_v, from_sinks = padded_second_order(
         arriving, padded_inputs(inputs), (x, y, z, of_dsinks), options
     )
-    return *firsts, *_of_pages((of_k, of_v), inputs), from_sinks
+    return *firsts, *scattered_pair((of_k, of_v), inputs), from_sinks
 
 
-def _of_pages(gradients: Tensors, inputs: Inputs) -> Tensors:
-    """Return the gradients of the pages from those of the keys and values of sequences."""
+def scattered_pair(gradients: Tensors, inputs: Inputs) -> Tensors:
+    """Return the gradients of the pages of k and v from those of what `padded_inputs` returned."""
     table = inputs.page_table
     assert table is not None
     return tuple(

@@ -30,7 +30,7 @@ LARGE_SOFTCAP = 2.0**10
 def keys_of_chunk(problem: Problem) -> int:
     """Return how many keys a sum of the portable kernel goes over, 0 for all."""
     if problem.batch_invariant:
-        return KEYS_OF_CHUNK
+        return 0 if is_cut(problem) else KEYS_OF_CHUNK  # pieces are shorter
     return KEYS_OF_CHUNK if _most_keys_of_a_row(problem) > MAX_KEYS_OF_A_SUM else 0
 
 

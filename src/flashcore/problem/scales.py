@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 CACHE_DTYPES = {torch.float8_e4m3fn: "float8_e4m3fn"}
 LARGEST = 448.0  # of the elements
-# A scale below this counts as this, as in kernels/tile/sequence.cuh: one of 0 divides and
-# multiplies, too.
+# A scale below this counts as this, as in kernels/tile/sequence.cuh and append/quantise.cuh: one of
+# 0 divides and multiplies, too.
 SMALLEST_SCALE = 1e-30
 OTHER_FLOAT8 = frozenset(
     getattr(torch, name) for name in dir(torch) if name.startswith("float8_")
@@ -105,17 +105,22 @@ def scales_of(inputs: Inputs) -> dict[str, Tensor]:
     return {"k_scale": inputs.k_scale, "v_scale": inputs.v_scale}
 
 
+def scale_strides(scale: Tensor | None) -> tuple[int, int]:
+    """Return the strides of a scale from sequence to sequence and from head to head, in elements: 0
+    where all share one, and of None."""
+    if scale is None:
+        return 0, 0
+    steps = [step if n > 1 else 0 for n, step in zip(scale.shape, scale.stride(), strict=True)]
+    of_sequence, of_head = [0] * (2 - len(steps)) + steps
+    return of_sequence, of_head
+
+
 def described_scales(inputs: Inputs) -> dict[str, Any]:
     """Return the fields of Problem that say how 8-bit caches are read."""
-    scales = scales_of(inputs)
-    if not scales:
+    if not scales_of(inputs):
         return {}
-    strides: list[int] = []
-    for x in scales.values():
-        own = [step if n > 1 else 0 for n, step in zip(x.shape, x.stride(), strict=True)]
-        strides += [0] * (2 - len(own)) + own
-    of_k, of_v = strides[:2], strides[2:]
-    found: Strides4 = (of_k[0], of_k[1], of_v[0], of_v[1])
+    of_k, of_v = scale_strides(inputs.k_scale), scale_strides(inputs.v_scale)
+    found: Strides4 = (*of_k, *of_v)
     return {"cache_dtype": CACHE_DTYPES[inputs.k.dtype], "scale_strides": found}
 
 

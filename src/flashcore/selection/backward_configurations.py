@@ -1,14 +1,13 @@
 """List the configurations of the backward kernels that are checked against the resource budget.
 
-They are derived from the same problems as those of the forward (configurations.py). How many
-queries or keys a call has decides no tile of theirs, so variants that differ in that are left out.
+They are derived from the same problems as those of the forward (configurations.py). Their
+tiles do not depend on the number of queries or keys, so variants that differ in it are left out.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, select_mask_plan
 from flashcore.kernels.bwd_sm90 import plan_one
@@ -23,19 +22,6 @@ from flashcore.selection.configurations import (
     Dims,
     problem_of,
 )
-
-# In both dtypes; of the others one tells whether a change has made a kernel spill.
-_IN_BOTH_DTYPES = ("full", "causal", "masked")
-
-
-@dataclass(frozen=True, slots=True)
-class BackwardConfiguration(Configuration):
-    """A BackwardConfiguration is one of a backward kernel. See `Configuration`."""
-
-    @property
-    def is_checked(self) -> bool:
-        """Return whether the compile gate has to see it."""
-        return self.variant in _IN_BOTH_DTYPES or self.plan.dtype != "float16"
 
 
 def _mask_plans(problem: Problem) -> list[MaskPlan]:
@@ -83,7 +69,7 @@ def backward_configurations(
                 for kind in kinds:
                     problem = problem_of(head_dim, dtype, kind)
                     for plan in _plans_of(problem):
-                        found.setdefault(plan, BackwardConfiguration(variant, plan))
+                        found.setdefault(plan, Configuration(variant, plan))
     return list(found.values())
 
 

@@ -26,7 +26,7 @@ Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
 _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
-# What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
+# The options that each name stands for, of `attention` or ("varlen") `attention_varlen`. "masked"
 # takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
 # has tiles of its own for calls with neither softcap nor mask.
 _ALL_OPTIONS: dict[str, Any] = {"window": (64, 64), "softcap": 30.0}
@@ -34,15 +34,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
     "options": _ALL_OPTIONS,
-    "masked": {"window": (64, 64), "softcap": 30.0, "mask": "bool"},
-    "varlen": {"window": (64, 64), "softcap": 30.0, "varlen": "packed"},
+    "masked": {**_ALL_OPTIONS, "mask": "bool"},
+    "varlen": {**_ALL_OPTIONS, "varlen": "packed"},
     "window": {"window": (64, 64)},
     "varlen-causal": {"causal": True, "varlen": "packed"},
     # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
     "decode": {"queries": 1},
-    "decode-masked": {"queries": 4, "window": (64, 64), "softcap": 30.0, "mask": "bool"},
+    "decode-masked": {"queries": 4, **_ALL_OPTIONS, "mask": "bool"},
     # The same cut by the device (tile/stream_k.cuh): keys in one piece or in pages, equal pieces.
-    "cut": {"queries": 4, "window": (64, 64), "softcap": 30.0, "varlen": "keys"},
+    "cut": {"queries": 4, **_ALL_OPTIONS, "varlen": "keys"},
     "cut-plain": {"queries": 1, "varlen": "keys"},
     "cut-pages": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
     "cut-invariant": {"queries": 4, "causal": True, "varlen": "keys", "batch_invariant": True},
@@ -139,14 +139,12 @@ _EXTREME_VARIANTS = (
     *("pages-masked", "packed-pages", "packed-mixed"),
 )
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
-_CUT_VARIANTS = ("cut", "cut-plain", "cut-pages", "cut-invariant")
-_PAGES_VARIANTS = ("pages-masked", "packed-pages", "float8-decode", "float8-chunk")
 _HOPPER_VARIANTS = (
-    *("window", "varlen-causal", "decode", "chunk", "uneven"),
-    *(*_MASK_VARIANTS, *_CUT_VARIANTS, *_PAGES_VARIANTS),
+    *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
+    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),
     *("packed-decode", "packed-mixed", "packed-few"),
 )
-_IN_BOTH_DTYPES = ("full", "causal", "masked")  # of the gate
+_IN_BOTH_DTYPES = ("full", "causal", "masked")  # see Configuration.is_checked
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 _HEADS = (1, 4, 16, 64, 256, 1024)  # of the Hopper kernel's table: from one tile to many an SM
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -166,10 +164,10 @@ class Configuration:
 
     @property
     def is_checked(self) -> bool:
-        """Return whether the compile gate has to see it. What ships was found to spill in neither
-        dtype (tune/search.py), so one of them tells whether a change to the kernel has made it
-        spill; how a mask tensor is read or work is cut, that sums begin anew, or that a maximum is
-        kept, hardly depends on it, nor do the portable kernel's registers."""
+        """Return whether the compile gate has to see it: of variants outside of _IN_BOTH_DTYPES,
+        and of what ships, which was found to spill in neither dtype (tune/search.py), one dtype
+        tells whether a change to a kernel has made them spill, for their registers hardly depend
+        on it."""
         one_is_enough = self.ships or self.variant not in _IN_BOTH_DTYPES
         return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 

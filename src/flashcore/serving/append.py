@@ -16,7 +16,7 @@ from flashcore.kernels.append.params import AppendPlan, AppendTensors
 from flashcore.launch.append_call import launch_append
 from flashcore.ops.eager import needs_dispatcher
 from flashcore.problem.problem import arch_of_device
-from flashcore.problem.scales import quantised
+from flashcore.problem.scales import is_float8, quantised
 from flashcore.problem.validation import DTYPES
 from flashcore.serving.pages import capacity_of, write
 from flashcore.serving.rotary import Rotary
@@ -63,8 +63,8 @@ def append(
         cu_seqlens_new: int32, [batch + 1], where k_new and v_new are packed.
         rotary: what rotates; None for nothing.
         backend: of the call; with "torch", PyTorch appends on a GPU, too.
-        k_scale: broadcastable to [batch, num_heads_kv], of a k_cache of 8 bits; PyTorch appends to
-            those.
+        k_scale: float32, broadcastable to [batch, num_heads_kv], of a k_cache of 8 bits: new keys
+            are divided by it.
         v_scale: likewise, of v_cache.
 
     Returns:
@@ -163,8 +163,6 @@ def _append_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     sizes = k_cache.numel(), k_new.numel(), q.numel(), seqlens_k.numel()
     if backend == "torch" or dtype not in KERNEL_DTYPES or arch < lowest or 0 in sizes:
         return _append(*arguments)
-    if any(x is not None for x in scales):  # the kernel writes elements of q's dtype
-        return _append(*arguments)
     rotated = q.new_empty(0 if cos is None else q.shape)
     lengths = torch.empty_like(seqlens_k)
     rotary_dtype = dtype
@@ -176,9 +174,11 @@ def _append_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors = AppendTensors(
         None if cos is None else q, k_new, v_new, None if cos is None else rotated, k_cache,
         v_cache, cos, sin, seqlens_k, lengths, table, cu_q, cu_new, offsets, positions,
+        *(*scales, None, None)[:2],
     )  # fmt: skip
+    plan = AppendPlan(dtype, rotary_dtype, interleaved, is_float8(k_cache))
     try:
-        launch_append(AppendPlan(dtype, rotary_dtype, interleaved), arch, tensors, queries or "end")
+        launch_append(plan, arch, tensors, queries or "end")
     except BackendUnavailableError as error:  # it cannot be compiled here
         notice_once("append", f"PyTorch appends to caches, which takes more launches: {error}")
         return _append(*arguments)

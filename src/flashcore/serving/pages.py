@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcore.plain.pages import bits_of, packed_places, sequences_of, taken, with_bits_of
+from flashcore.plain.pages import bits_of, packed_places, places_of, sequences_of, taken
 from flashcore.problem.scales import dequantised_rows
 from flashcore.serving.rows import Rows, lengths_before
 
@@ -113,7 +113,7 @@ def gather_padded(cache: Tensor, page_table: Tensor, leftpad: Tensor | None) -> 
     if leftpad is not None:
         place = place + leftpad.long().clamp(0, capacity)[:, None]
     sequence = torch.arange(batch, device=cache.device)[:, None]
-    return _tokens(cache, page_table, sequence, place).transpose(1, 2)
+    return taken(cache, *places_of(page_table, cache, sequence, place)).transpose(1, 2)
 
 
 def gather_packed(
@@ -146,15 +146,3 @@ def gather_packed(
         for x, scale in zip(caches, scales, strict=True)
     )
     return k, v, cu_seqlens_k
-
-
-def _tokens(cache: Tensor, page_table: Tensor, sequence: Tensor, place: Tensor) -> Tensor:
-    """Return [..., num_heads_kv, dim]: the tokens of these sequences at these places; of a place or
-    page that does not exist, any other."""
-    num_pages, page_size = cache.shape[0], cache.shape[2]
-    shape = torch.broadcast_shapes(sequence.shape, place.shape)
-    if num_pages == 0 or 0 in shape or page_table.shape[1] * page_size == 0:
-        return cache.new_zeros((*shape, cache.shape[1], cache.shape[3]))
-    place = place.clamp(0, page_table.shape[1] * page_size - 1)
-    page = page_table[sequence, place // page_size].long().clamp(0, num_pages - 1)
-    return with_bits_of(bits_of(cache).transpose(1, 2)[page, place % page_size], cache)

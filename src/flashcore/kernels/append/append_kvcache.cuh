@@ -7,16 +7,21 @@
 //
 //     a' = a cos - b sin,    b' = a sin + b cos
 //
-// in float32, rounded once. Whatever lengths, tables and positions hold, nothing outside of the
-// tensors is touched: a length counts as one in [0, capacity], a position as the nearest row of
-// cos, and a token without room, or whose page does not exist, is dropped. No two warps write the
-// same place unless two sequences are told to. serving/append.py does the same by PyTorch, and says
-// what the arguments mean; read tile/pages.cuh next, which reads such a cache.
+// in float32, rounded once to Element. A cache of 8 bits gets elements that count times the scale
+// of their sequence and head, see append/quantise.cuh.
+//
+// Whatever lengths, tables and positions hold, nothing outside of the tensors is touched: a length
+// counts as one in [0, capacity], a position as the nearest row of cos, and a token without room,
+// or whose page does not exist, is dropped. No two warps write the same place unless two sequences
+// are told to. serving/append.py does the same by PyTorch, bit for bit, and says what the arguments
+// mean; read tile/pages.cuh next, which reads such a cache.
 #pragma once
 
 #include "prims.cuh"
+#include "append/quantise.cuh"
 
 constexpr int APPEND_WARPS = 4;  // of a block; mirrored in params.py
+constexpr bool FLOAT8_CACHE = sizeof(CacheElement) == 1;  // else CacheElement is Element
 
 // In elements. A packed tensor has no batch dimension: its stride is 0, and all rows are of one.
 struct RowStrides {
@@ -27,7 +32,7 @@ struct RowStrides {
 struct AppendParams {
   GmemPtr<const Element> q, k_new, v_new;       // q null: nothing is rotated but keys
   GmemPtr<Element> q_rotated;                   // as q, contiguous
-  GmemPtr<Element> k_cache, v_cache;            // [num_pages, num_heads_kv, page_size, dim]
+  GmemPtr<CacheElement> k_cache, v_cache;       // [num_pages, num_heads_kv, page_size, dim]
   GmemPtr<const RotaryElement> cos, sin;        // [rotary_rows, rotary_half]
   GmemPtr<const int32_t> seqlens_k;             // [batch], before
   GmemPtr<int32_t> lengths;                     // [batch], after
@@ -35,9 +40,11 @@ struct AppendParams {
   GmemPtr<const int32_t> cu_seqlens_q, cu_seqlens_new;  // [batch + 1], or null: padded
   GmemPtr<const int32_t> offsets;               // [batch], or null: behind what the cache has
   GmemPtr<const int32_t> positions;             // of each row, or null
+  GmemPtr<const float> k_scale, v_scale;        // of sequences and heads; read if FLOAT8_CACHE
   RowStrides q_strides, k_new_strides, v_new_strides, q_rotated_strides;
   RowStrides k_cache_strides, v_cache_strides;  // of pages, heads, tokens, elements
   int64_t cos_stride, sin_stride;               // from row to row; their elements are contiguous
+  int64_t k_scale_batch, k_scale_head, v_scale_batch, v_scale_head;  // strides, 0 for one of all
   int32_t batch, rows_q, rows_new, seqlen_q, seqlen_new;  // seqlen_*: of padded tensors
   int32_t num_heads_q, num_heads_kv, head_dim, head_dim_v;
   int32_t page_size, num_pages, columns, table_stride;
@@ -45,7 +52,7 @@ struct AppendParams {
   int32_t queries;  // 0: the last query at the last new token; 1: the first at the first; 2: all
 };
 
-// Which token of which sequence a row is.
+// The sequence that a row belongs to, and its token there.
 struct TokenOfRow {
   int sequence, token;
   bool is_any;  // false: a packed row of no sequence
@@ -108,9 +115,26 @@ FC_DEVICE int position_of(const AppendParams& p, int row, int sequence, int64_t 
   return position < p.rotary_rows ? int(position) : p.rotary_rows - 1;
 }
 
+// a * b, rounded: written as an instruction that adds -0, it cannot become one with a later
+// addition, which would round only once. The -0 is hidden, or the compiler would undo that.
+FC_DEVICE float product(float a, float b) {
+  return fma_rn(a, b, from_packet<float>(Packet<4>{{uint32_t(opaque(int(0x80000000u)))}}));
+}
+
+// A value as an element of a tensor of T.
+template <class T>
+FC_DEVICE T element_of(Element x, float scale) {
+  if constexpr (sizeof(T) == 1) {
+    return quantised(to_float(x), scale);
+  } else {
+    return x;
+  }
+}
+
 // Move one head of one token; the first 2 `half` elements turn by the angles of a position.
+template <class T>
 FC_DEVICE void move(const AppendParams& p, GmemPtr<const Element> from, int64_t from_col,
-                    GmemPtr<Element> to, int64_t to_col, int dim, int half, int position) {
+                    GmemPtr<T> to, int64_t to_col, int dim, int half, int position, float scale) {
   for (int i = lane_idx(); i < half; i += 32) {
     const int first = INTERLEAVED ? 2 * i : i;
     const int second = INTERLEAVED ? 2 * i + 1 : i + half;
@@ -118,11 +142,13 @@ FC_DEVICE void move(const AppendParams& p, GmemPtr<const Element> from, int64_t 
     const float b = to_float(gmem_load(from + second * from_col));
     const float c = to_float(gmem_load(p.cos + (position * p.cos_stride + i)));
     const float s = to_float(gmem_load(p.sin + (position * p.sin_stride + i)));
-    gmem_store(to + first * to_col, from_float<Element>(a * c - b * s));
-    gmem_store(to + second * to_col, from_float<Element>(a * s + b * c));
+    const Element turned[2] = {from_float<Element>(product(a, c) - product(b, s)),
+                               from_float<Element>(product(a, s) + product(b, c))};
+    gmem_store(to + first * to_col, element_of<T>(turned[0], scale));
+    gmem_store(to + second * to_col, element_of<T>(turned[1], scale));
   }
   for (int i = 2 * half + lane_idx(); i < dim; i += 32) {
-    gmem_store(to + i * to_col, gmem_load(from + i * from_col));
+    gmem_store(to + i * to_col, element_of<T>(gmem_load(from + i * from_col), scale));
   }
 }
 
@@ -135,7 +161,7 @@ FC_DEVICE void rotate_query(const AppendParams& p, int row, int head) {
   }
   move(p, p.q + offset_of(p.q_strides, p.cu_seqlens_q, row, p.seqlen_q, head), p.q_strides.col,
        p.q_rotated + offset_of(p.q_rotated_strides, p.cu_seqlens_q, row, p.seqlen_q, head), 1,
-       p.head_dim, p.rotary_half, position_of(p, row, at.sequence, ahead));
+       p.head_dim, p.rotary_half, position_of(p, row, at.sequence, ahead), 1.0f);
 }
 
 FC_DEVICE void append_token(const AppendParams& p, int row, int head, bool is_key) {
@@ -152,15 +178,22 @@ FC_DEVICE void append_token(const AppendParams& p, int row, int head, bool is_ke
   const RowStrides& to = is_key ? p.k_cache_strides : p.v_cache_strides;
   const int64_t to_offset =
       page * to.batch + head * to.head + (place % p.page_size) * to.row;
+  float scale = 1.0f;
+  if constexpr (FLOAT8_CACHE) {
+    const int64_t k_offset = at.sequence * p.k_scale_batch + head * p.k_scale_head;
+    const int64_t v_offset = at.sequence * p.v_scale_batch + head * p.v_scale_head;
+    scale = gmem_load(is_key ? p.k_scale + k_offset : p.v_scale + v_offset);
+  }
   if (is_key) {
     const int64_t from = offset_of(p.k_new_strides, p.cu_seqlens_new, row, p.seqlen_new, head);
     const int position =
         p.rotary_half == 0 ? 0 : position_of(p, row, at.sequence, int64_t(at.token));
     move(p, p.k_new + from, p.k_new_strides.col, p.k_cache + to_offset, to.col, p.head_dim,
-         p.rotary_half, position);
+         p.rotary_half, position, scale);
   } else {
     const int64_t from = offset_of(p.v_new_strides, p.cu_seqlens_new, row, p.seqlen_new, head);
-    move(p, p.v_new + from, p.v_new_strides.col, p.v_cache + to_offset, to.col, p.head_dim_v, 0, 0);
+    move(p, p.v_new + from, p.v_new_strides.col, p.v_cache + to_offset, to.col, p.head_dim_v, 0, 0,
+         scale);
   }
 }
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from flashcore.problem.scales import scale_strides
+
 WARPS = 4  # of a block; APPEND_WARPS in append_kvcache.cuh
 QUERIES = ("end", "begin", "first")  # where queries stand; the kernel knows the numbers
 
@@ -19,14 +21,16 @@ class AppendPlan:
     """An AppendPlan says which variant of the kernel computes a call.
 
     Args:
-        dtype: "float16" or "bfloat16", of all but cos and sin.
+        dtype: "float16" or "bfloat16", of all but cos and sin, and of caches of 8 bits.
         rotary_dtype: of cos and sin; "float32" or dtype.
         interleaved: whether neighbours are the pairs that turn.
+        is_float8: whether the caches are of float8_e4m3fn, with scales.
     """
 
     dtype: str
     rotary_dtype: str
     interleaved: bool
+    is_float8: bool = False
 
     kernel = "append_kvcache"
     params_struct = "AppendParams"
@@ -36,21 +40,28 @@ class AppendPlan:
     def constants(self) -> dict[str, object]:
         """Return the constants of the source text."""
         rotary = "float" if self.rotary_dtype == "float32" else self.rotary_dtype
-        return {"Element": self.dtype, "RotaryElement": rotary, "INTERLEAVED": self.interleaved}
+        return {
+            "Element": self.dtype,
+            "CacheElement": "float8" if self.is_float8 else self.dtype,
+            "RotaryElement": rotary,
+            "INTERLEAVED": self.interleaved,
+        }
 
     def describe(self) -> str:
         """Return what the kernel is, for people."""
         pairs = "neighbours" if self.interleaved else "halves"
-        return f"{self.kernel} {self.dtype}, {self.rotary_dtype} angles of {pairs}"
+        cache = " into float8_e4m3fn" if self.is_float8 else ""
+        return f"{self.kernel} {self.dtype}{cache}, {self.rotary_dtype} angles of {pairs}"
 
 
 def append_plans(dtypes: Iterable[str] = ("float16", "bfloat16")) -> list[AppendPlan]:
     """Return every variant of the kernel."""
     return [
-        AppendPlan(dtype, rotary_dtype, interleaved)
+        AppendPlan(dtype, rotary_dtype, interleaved, is_float8)
         for dtype in dtypes
         for rotary_dtype in (dtype, "float32")
         for interleaved in (False, True)
+        for is_float8 in (False, True)
     ]
 
 
@@ -74,6 +85,8 @@ class AppendTensors(NamedTuple):
         cu_seqlens_new: int32, [batch + 1], where k_new is packed.
         offsets: int32, [batch], or None.
         positions: int32, one for each row of q, contiguous, or None.
+        k_scale: float32, broadcastable to [batch, num_heads_kv], of a k_cache of 8 bits; else None.
+        v_scale: likewise, of v_cache.
     """
 
     q: Tensor | None
@@ -91,6 +104,8 @@ class AppendTensors(NamedTuple):
     cu_seqlens_new: Tensor | None
     offsets: Tensor | None
     positions: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
 
 
 class RowStrides(ctypes.Structure):
@@ -110,6 +125,7 @@ class RowStrides(ctypes.Structure):
 
 
 _STRIDED = ("q", "k_new", "v_new", "q_rotated", "k_cache", "v_cache")
+_ROWS = "cos_stride sin_stride k_scale_batch k_scale_head v_scale_batch v_scale_head"
 _NUMBERS = (
     "batch rows_q rows_new seqlen_q seqlen_new num_heads_q num_heads_kv head_dim head_dim_v "
     "page_size num_pages columns table_stride rotary_rows rotary_half queries"
@@ -122,8 +138,7 @@ class AppendParams(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in AppendTensors._fields),
         *((f"{name}_strides", RowStrides) for name in _STRIDED),
-        ("cos_stride", ctypes.c_int64),
-        ("sin_stride", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in _ROWS.split()),
         *((name, ctypes.c_int32) for name in _NUMBERS.split()),
     ]
 
@@ -138,10 +153,15 @@ def build_append_params(x: AppendTensors, queries: str) -> AppendParams:
     rows_q, seqlen_q = (0, 1) if x.q is None else _rows(x.q)
     rows_new, seqlen_new = _rows(x.k_new)
     table = x.page_table
+    of_k, of_v = (scale_strides(scale) for scale in (x.k_scale, x.v_scale))
     return AppendParams(
         **{f"{name}_strides": RowStrides.of(getattr(x, name)) for name in _STRIDED},
         cos_stride=0 if x.cos is None else x.cos.stride(0),
         sin_stride=0 if x.sin is None else x.sin.stride(0),
+        k_scale_batch=of_k[0],
+        k_scale_head=of_k[1],
+        v_scale_batch=of_v[0],
+        v_scale_head=of_v[1],
         batch=x.seqlens_k.shape[0],
         rows_q=rows_q,
         rows_new=rows_new,

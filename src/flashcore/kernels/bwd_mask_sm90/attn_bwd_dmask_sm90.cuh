@@ -17,14 +17,13 @@
 #include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
-#include "tile/smem_tile.cuh"
 #include "tile/softmax.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
 #include "bwd_mask_sm90/bwd_dmask_sm90.cuh"
 
-// What one consumer warpgroup carries from step to step: 64 queries of the tile.
+// A consumer warpgroup's state, carried from step to step; it owns 64 queries of the tile.
 struct Consumer {
   int index;
   WmmaAccum scores[KEY_FRAGS];  // then P
@@ -46,17 +45,15 @@ FC_DEVICE void issue_product(WmmaAccum (&out)[KEY_FRAGS], Consumer& c, const Bar
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     mbar_wait(bar.full + stage_of<NUM_STAGES>(c.count), parity_of<NUM_STAGES>(c.count));
-    // Uniform, or each descriptor is moved from general to uniform registers.
-    const int stage = warp_uniform(stage_of<NUM_STAGES>(c.count));
-    const auto a = wgmma_desc<CHUNK_BYTES>(smem.tiles + c.index * 64 * CHUNK, 0) +
-                   stage * (STAGE_ELEMENTS * 2);
-    const auto b = wgmma_desc<CHUNK_BYTES>(smem.tiles + A_ELEMENTS, 0) +
-                   stage * (STAGE_ELEMENTS * 2);
+    const int stage = stage_of<NUM_STAGES>(c.count);
+    const WgmmaDesc a = smem.stages.rows_from(c.index * 64).over_columns(stage);
+    const WgmmaDesc b = smem.stages.rows_from(BLOCK_M).over_columns(stage);
     wgmma_fence();
 #pragma unroll
     for (int col = 0; col < CHUNK; col += 16) {
       if (chunk * CHUNK + col >= DIM) continue;
-      wgmma_ss<Element>(out, a + col * 2, b + col * 2, chunk > 0 || col > 0);
+      const int bytes = Stage::column_bytes(col);
+      wgmma_ss<Element>(out, a + bytes, b + bytes, chunk > 0 || col > 0);
     }
     wgmma_commit();
     // The last chunks of all are waited for behind the exponentials.
@@ -156,10 +153,10 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
   }
 }
 
-FC_KERNEL(attn_bwd_dmask_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
+FC_KERNEL(attn_bwd_dmask_sm90, NUM_WARPS * 32, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
   const Buffers smem = {
-      smem_view<Element>(0, NUM_STAGES * STAGE_ELEMENTS, "tiles_smem"),
+      Stage::view(0, NUM_STAGES, "tiles_smem"),
       smem_view<MaskElement>(MASK_OFFSET, NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS, "mask_smem"),
       smem_view<float>(SUMS_OFFSET, SUMS_FLOATS, "sums_smem"),
   };

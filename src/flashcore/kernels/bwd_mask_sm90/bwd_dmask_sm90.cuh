@@ -9,6 +9,7 @@
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
+#include "tile/smem_tile.cuh"
 #include "tile/softmax.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
@@ -17,10 +18,9 @@
 constexpr int NUM_CONSUMERS = BLOCK_M / 64;  // warpgroups of 64 queries
 constexpr int KEY_FRAGS = BLOCK_N / 16;
 
-// A stage holds a chunk of columns: of BLOCK_M rows of Q or dO, and of BLOCK_N rows of K or V.
-constexpr int A_ELEMENTS = BLOCK_M * CHUNK;
-constexpr int STAGE_ELEMENTS = A_ELEMENTS + BLOCK_N * CHUNK;
-constexpr int MASK_OFFSET = NUM_STAGES * STAGE_ELEMENTS * 2;
+// A stage holds a chunk of columns: BLOCK_M rows of Q or dO, then BLOCK_N rows of K or V.
+using Stage = SmemTile<BLOCK_M + BLOCK_N, CHUNK>;
+constexpr int MASK_OFFSET = NUM_STAGES * Stage::BYTES;
 constexpr int SUMS_OFFSET =
     MASK_OFFSET + NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS * MASK_ELEMENT_BYTES;
 constexpr int SUMS_FLOATS = SUMS_ROWS ? NUM_CONSUMERS * 4 * BLOCK_N : 0;  // of each warp's rows
@@ -29,7 +29,7 @@ static_assert(SMEM_BYTES == BARRIERS_OFFSET + 2 * NUM_STAGES * 8,
               "the plan and the kernel disagree on shared memory");
 
 struct Buffers {
-  SmemPtr<Element> tiles;
+  Stage stages;
   SmemPtr<MaskElement> mask;  // of each warp; its part of the gradient leaves through it
   SmemPtr<float> sums;
 };
@@ -69,7 +69,7 @@ FC_DEVICE int num_pieces(const AttnBwdSm90Params& params) {
          g.num_shares;
 }
 
-// What a block takes at once: a tile of the mask, and the steps [begin, end) of its walk.
+// A block's unit of work: a tile of the mask, and the steps [begin, end) of its walk.
 struct Piece {
   BlockCoord first;  // of the mask where the tile is; where it is summed, 0
   int n_block;
@@ -132,7 +132,7 @@ struct Walk {
   }
 };
 
-// Whether some query of a tile sees some key of another by its position. The same for all lanes.
+// Returns whether a query of the tile sees a key of tile n_block by position; all lanes agree.
 FC_DEVICE bool is_seen(const AttnParams& p, int m_begin, int n_block) {
   if (!IS_BOUNDED) return true;
   const Range keys = key_tiles(p, m_begin);
@@ -149,11 +149,12 @@ FC_DEVICE void load_chunks(const TensorMap& a_map, const TensorMap& b_map, const
   for (int chunk = 0; chunk < CHUNKS; ++chunk, ++count) {
     const int stage = stage_of<NUM_STAGES>(count);
     const auto full = bar.full + stage;
-    const auto tile = smem.tiles + stage * STAGE_ELEMENTS;
+    const Stage rows = smem.stages[stage];
     mbar_wait(bar.empty + stage, parity_of<NUM_STAGES>(count) ^ 1);
-    mbar_arrive_expect_tx(full, STAGE_ELEMENTS * 2);
-    tma_load(tile, a_map, full, chunk * CHUNK, block.m_begin, block.head_idx, block.batch_idx);
-    tma_load(tile + A_ELEMENTS, b_map, full, chunk * CHUNK, key_begin, head_idx_kv,
+    mbar_arrive_expect_tx(full, Stage::BYTES);
+    tma_load(rows.smem, a_map, full, chunk * CHUNK, block.m_begin, block.head_idx,
+             block.batch_idx);
+    tma_load(rows.rows_from(BLOCK_M).smem, b_map, full, chunk * CHUNK, key_begin, head_idx_kv,
              block.batch_idx);
   }
 }
@@ -179,8 +180,8 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
   grid_launch_dependents();
 }
 
-// lse and delta of a lane's two rows. What is no row, or sees no key, gets lse +inf, which makes
-// probabilities 0.
+// lse and delta of a lane's two rows. A row that does not exist or sees no key has lse +inf: its
+// probabilities are 0.
 FC_DEVICE RowStats load_stats(const AttnBwdSm90Params& params, const BlockCoord& block,
                               int warp_row) {
   const AttnParams& p = params.attn;

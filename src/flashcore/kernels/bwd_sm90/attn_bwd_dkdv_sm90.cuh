@@ -33,11 +33,12 @@
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
+#include "bwd_sm90/key_mask_sm90.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
 
-// What one consumer warpgroup carries from query tile to query tile.
+// A consumer warpgroup's state, carried from query tile to query tile.
 struct Consumer {
   int index;
   int key_row;                      // first of its 64 keys
@@ -92,7 +93,7 @@ FC_DEVICE void end_dk(Consumer& c, const AttnParams& p, const Barriers& bar, con
   if constexpr (DQ_SHARED) {
     wgmma_hold(c.dq);
     arrive_for_warp(bar.ds_empty + stage_of<NUM_DS_STAGES>(count));
-    add_rows<0>(c.dq, smem.dq + c.index * (OUT_ELEMENTS / 2), c.sums, m_begin,
+    add_rows<0>(c.dq, smem.dq + c.index * OUT_FLOATS, c.sums, m_begin,
                 c.index * DQ_FRAGS, p.seqlen_q);
   }
 }
@@ -200,13 +201,13 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     c.key_row = block.m_begin + c.index * 64;
     const auto& sequence = own_params(p, block);
     const Range tiles = query_tiles(sequence, block.m_begin);
-    // Who shares dQ has a part of it of all tiles.
+    // A consumer that shares dQ computes its part of it for all query tiles.
     const Range own = DQ_SHARED ? tiles : own_query_tiles<64>(sequence, tiles, c.key_row);
     clear(c.dk);
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);
     if (DQ_SHARED) {  // dQ may lie where dK lay, says who sent that on its way
-      if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
+      await_stores();
       named_barrier_sync(STORE_BARRIER + c.index, 128);
     }
     for (int head = 0; head < heads_per_kv; ++head) {
@@ -227,28 +228,28 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     const int num_keys = VARLEN != 0 ? own_params(p, block).seqlen_k : 0;
     clear_behind(c.dv, num_keys, c.key_row);
     clear_behind(c.dk, num_keys, c.key_row);
-    const auto out = smem.out + c.index * OUT_ELEMENTS;
+    const OutGroup out = smem.out[c.index];
     if (DQ_SHARED && elect_lane()) tma_store_wait_read<0>();  // of dQ, which lay there
-    store_rows(c.dv, 1.0f, out, rows_of_keys(params.dv_map, p, block, c.key_row, num_keys),
+    store_rows(c.dv, 1.0f, out.as<VGroup>(),
+               rows_of_keys(params.dv_map, p, block, c.key_row, num_keys),
                STORE_BARRIER + c.index);
-    store_rows(c.dk, p.softmax_scale, out,
+    store_rows(c.dk, p.softmax_scale, out.as<QkGroup>(),
                rows_of_keys(params.dk_map, p, block, c.key_row, num_keys),
                STORE_BARRIER + c.index);
   }
-  // Shared memory must outlive the stores that read it.
-  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
+  await_stores();  // shared memory must outlive them
 }
 
-FC_KERNEL(attn_bwd_dkdv_sm90, (NUM_CONSUMERS + 1 + DQ_ROLE) * 128, MIN_BLOCKS)
+FC_KERNEL(attn_bwd_dkdv_sm90, NUM_WARPS * 32, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
   const Buffers smem = {
-      smem_view<Element>(0, NUM_KEY_GROUPS * K_GROUP_ELEMENTS, "k_smem"),
-      smem_view<Element>(V_OFFSET, NUM_KEY_GROUPS * V_GROUP_ELEMENTS, "v_smem"),
-      smem_view<Element>(Q_OFFSET, NUM_STAGES * Q_ELEMENTS, "q_smem"),
-      smem_view<Element>(DO_OFFSET, NUM_DO_STAGES * DO_ELEMENTS, "dout_smem"),
-      smem_view<Element>(OUT_OFFSET, NUM_KEY_GROUPS * OUT_ELEMENTS, "out_smem"),
-      smem_view<Element>(DS_OFFSET, NUM_DS_STAGES * DS_ELEMENTS, "ds_smem"),
-      DQ_SHARED ? smem_view<float>(OUT_OFFSET, NUM_KEY_GROUPS * OUT_ELEMENTS / 2, "dq_smem")
+      QkGroup::view(0, NUM_KEY_GROUPS, "k_smem"),
+      VGroup::view(V_OFFSET, NUM_KEY_GROUPS, "v_smem"),
+      QTile::view(Q_OFFSET, NUM_STAGES, "q_smem"),
+      DoTile::view(DO_OFFSET, NUM_DO_STAGES, "dout_smem"),
+      OutGroup::view(OUT_OFFSET, NUM_OUT_GROUPS, "out_smem"),
+      DsTile::view(DS_OFFSET, NUM_DS_TILES, "ds_smem"),
+      DQ_SHARED ? smem_view<float>(OUT_OFFSET, NUM_OUT_GROUPS * OUT_FLOATS, "dq_smem")
                 : smem_view<float>(DQ_OFFSET, DQ_FLOATS, "dq_smem"),
       smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),
       smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),

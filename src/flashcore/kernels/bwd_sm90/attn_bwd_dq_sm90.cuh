@@ -26,7 +26,7 @@
 #include "tile/gates.cuh"
 //@end
 
-// What one consumer warpgroup carries from key tile to key tile.
+// A consumer warpgroup's state, carried from key tile to key tile.
 struct Consumer {
   int index;
   int slot;      // of Q and dO
@@ -247,25 +247,21 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
         }
       }
     }
-    const auto release_q = [&] { arrive_for_warp(bar.q_empty + c.slot); };
+    const auto empty = bar.q_empty + c.slot;
     warp_sync();  // orders every lane's reads of dO before the warp releases it
-    if (HAS_OUT_BUFFER) release_q();
-    const QkGroup out = HAS_OUT_BUFFER ? smem.out[c.index] : smem.q[c.slot];
-    store_rows(c.dq, p.softmax_scale, out.chunk(0),
-               {params.dq_map, query_box(p, block), group_row, block.head_idx,
-                !PACKED || group_row < query_rows(p, block.batch_idx).count},
-               STORE_BARRIER + c.index);
-    if (!HAS_OUT_BUFFER) {
-      if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
-      named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders that before the next Q
-      release_q();
+    if (HAS_OUT_BUFFER) arrive_for_warp(empty);
+    const RowsInTensor rows = {params.dq_map, query_box(p, block), group_row, block.head_idx,
+                               !PACKED || group_row < query_rows(p, block.batch_idx).count};
+    if (HAS_OUT_BUFFER) {
+      store_rows(c.dq, p.softmax_scale, smem.out[c.index], rows, STORE_BARRIER + c.index);
+    } else {
+      store_in_place(c.dq, p.softmax_scale, smem.q[c.slot], rows, STORE_BARRIER + c.index, empty);
     }
   }
-  // Shared memory must outlive the stores that read it.
-  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
+  await_stores();  // shared memory must outlive them
 }
 
-FC_KERNEL(attn_bwd_dq_sm90, (NUM_CONSUMERS + 1) * 128, MIN_BLOCKS)
+FC_KERNEL(attn_bwd_dq_sm90, NUM_WARPS * 32, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
   const Buffers smem = {
       QkGroup::view(0, NUM_SLOTS, "q_smem"),

@@ -8,9 +8,9 @@
 
 static_assert(SMEM_BYTES == QkGroup::BYTES, "the plan and the kernel disagree");
 
-FC_KERNEL(attn_bwd_round_sm90, 128, MIN_BLOCKS)
+FC_KERNEL(attn_bwd_round_sm90, NUM_WARPS * 32, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
-  const auto out = smem_view<Element>(0, QkGroup::ELEMENTS, "out_smem");
+  const auto out = QkGroup::view(0, 1, "out_smem");
   const BlockCoord block = block_coord(params.attn, block_idx());
   grid_dependency_wait();
   const auto group = sums_of(params, block.batch_idx, block.head_idx, block.m_begin);
@@ -29,6 +29,6 @@ FC_KERNEL(attn_bwd_round_sm90, 128, MIN_BLOCKS)
   }
   store_rows(dq, params.attn.softmax_scale, out,
              {params.dq_map, {0, block.batch_idx}, block.m_begin, block.head_idx}, 1);
-  if (warp_idx() == 0 && elect_lane()) tma_store_wait_read<0>();
+  await_stores();
   grid_launch_dependents();
 }

@@ -16,7 +16,6 @@
 #include "tile/band.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
-#include "tile/smem_tile.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
@@ -24,16 +23,14 @@
 // DQ_FRAGS column fragments of dQ of 64 rows: dS^T and K lie with keys as lines.
 FC_DEVICE void issue_dq(WmmaAccum (&dq)[DQ_FRAGS], const Buffers& smem, int row_group,
                         int first_frag, uint32_t count) {
-  const int stage = warp_uniform(stage_of<NUM_DS_STAGES>(count));
-  const WgmmaDesc ds = wgmma_desc<128>(smem.ds, 0) +
-                       (stage * DS_ELEMENTS * 2 + row_group * BLOCK_N * 128);
-  const WgmmaDesc k = wgmma_desc<CHUNK_BYTES>(smem.k, 64 * CHUNK_BYTES) +
-                      first_frag * 16 / CHUNK * 64 * CHUNK_BYTES;
+  const WgmmaDesc ds = smem.ds.chunk_over_rows(stage_of<NUM_DS_STAGES>(count)) +
+                       DsTile::chunk_bytes(row_group);
+  const WgmmaDesc k = smem.k.over_rows() + QkGroup::chunk_bytes(first_frag * 16 / CHUNK);
   wgmma_fence();
 #pragma unroll
   for (int n = 0; n < BLOCK_N / 16; ++n) {
-    wgmma_ss_mn<Element>(dq, ds + n * 16 * 128,
-                         k + (n / 4 * K_GROUP_ELEMENTS * 2 + n % 4 * 16 * CHUNK_BYTES), n > 0);
+    wgmma_ss_mn<Element>(dq, ds + DsTile::row_bytes(n * 16),
+                         k + (n / 4 * QkGroup::BYTES + QkGroup::row_bytes(n % 4 * 16)), n > 0);
   }
   wgmma_commit();
 }

@@ -16,6 +16,7 @@
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
+#include "bwd_sm90/key_mask_sm90.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
@@ -23,17 +24,6 @@
 // Fragments of a thread in the buffer for P^T: packets side by side, thread by thread.
 FC_DEVICE SmemPtr<uint32_t> probs_place(const Buffers& smem, int n) {
   return smem.probs + (n * 128 + thread_idx() % 128) * 4;
-}
-
-// Sends 64 rows of a gradient on their way through the place where their operand lay, which nobody
-// reads any more, and releases it.
-template <int FRAGS>
-FC_DEVICE void store_in_place(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Element> place,
-                              const RowsInTensor& to, const Barriers& bar, int barrier) {
-  store_rows(x, scale, place, to, barrier);
-  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
-  named_barrier_sync(barrier, 128);  // orders that before the next K and V
-  arrive_for_warp(bar.kv_empty);
 }
 
 // The first role.
@@ -88,8 +78,8 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
     mbar_wait(bar.probs_empty, int(count % 2) ^ 1);
     clear_behind(dv, own.seqlen_k, block.m_begin);
     store_in_place(dv, 1.0f, smem.v,
-                   rows_of_keys(params.dv_map, p, block, block.m_begin, own.seqlen_k), bar,
-                   STORE_BARRIER);
+                   rows_of_keys(params.dv_map, p, block, block.m_begin, own.seqlen_k),
+                   STORE_BARRIER, bar.kv_empty);
   }
 }
 
@@ -139,7 +129,7 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
     // The other role's last S^T, which read K, was done when it handed over the last P^T.
     clear_behind(dk, own.seqlen_k, block.m_begin);
     store_in_place(dk, p.softmax_scale, smem.k,
-                   rows_of_keys(params.dk_map, p, block, block.m_begin, own.seqlen_k), bar,
-                   STORE_BARRIER + 1);
+                   rows_of_keys(params.dk_map, p, block, block.m_begin, own.seqlen_k),
+                   STORE_BARRIER + 1, bar.kv_empty);
   }
 }

@@ -9,8 +9,10 @@
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
+#include "tile/smem_tile.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
+#include "bwd_sm90/key_mask_sm90.cuh"
 
 constexpr int NUM_KEY_GROUPS = BLOCK_N / 64;  // of 64 keys
 // Warpgroups: one a group of keys, or two that share its products
@@ -35,130 +37,15 @@ FC_DEVICE decltype(auto) own_params(const AttnParams& p, const BlockCoord& block
   return sequence_params<VARLEN, true>(p, block);
 }
 
-// --- masks on their way to transposed scores -----------------------------------------------------
-
-// As in fwd_sm90/mask_tile_sm90.cuh every warp copies its own part of the next tile, along rows,
-// into shared memory of its own while the tile before is computed: here 16 keys of all queries.
-//
-// A mask that all queries share has one row.
-constexpr int KEY_MASK_ROWS = MASK_IS_ROW ? 1 : BLOCK_M;
-constexpr int KEY_MASK_BYTES = int(sizeof(MaskElement));
-// The lanes of a warp read eight keys of each of four queries, two apart, in different banks.
-constexpr int KEY_MASK_STRIDE = MASK_IS_SHIFTED       ? 24
-                                : KEY_MASK_BYTES == 1 ? 16
-                                                      : 16 + 16 / KEY_MASK_BYTES;
-constexpr int KEY_MASK_WARP_ELEMENTS = KEY_MASK_ROWS * KEY_MASK_STRIDE;
-// As MASK_BY_MATRIX in fwd_sm90/mask_tile_sm90.cuh, here of the transposed matrix.
-constexpr bool KEY_MASK_BY_MATRIX =
-    MASK_KIND == 2 && KEY_MASK_BYTES == 2 && !MASK_IS_ROW && !MASK_IS_SHIFTED;
-constexpr int KEY_MASK_PACKET = MASK_LOAD_BYTES >= 4 ? MASK_LOAD_BYTES / KEY_MASK_BYTES : 1;
-static_assert(!MASK_IS_SHIFTED || KEY_MASK_PACKET == 8, "rows 8 apart are shifted alike");
-
-// The mask of a warp's 16 keys: in global memory, and the next tile's part of it. With
-// MASK_IS_SHIFTED rows begin anywhere in a packet of global memory: packets are copied whole, and
-// keys lie as far behind their place in shared memory.
-struct KeyMaskStrip {
-  GmemPtr<const MaskElement> gmem;  // of the batch and head
-  SmemPtr<MaskElement> smem;        // the warp's own
-  int key_begin;                    // first of the keys, a multiple of 16
-
-  FC_DEVICE GmemPtr<const MaskElement> row_start(const AttnParams& p, int row) const {
-    return gmem + (MASK_IS_ROW ? 0 : row * p.strides.mask.row);
-  }
-
-  // Elements between the start of a packet and that of a row, the same for rows 8 apart.
-  FC_DEVICE int shift(const AttnParams& p, int row) const {
-    if constexpr (MASK_IS_SHIFTED) {
-      return misalignment<MASK_LOAD_BYTES>(row_start(p, row)) / KEY_MASK_BYTES;
-    } else {
-      return 0;
-    }
-  }
-
-  // Starts copying the part of the queries from m_begin on, zeros past the sequences' ends. A
-  // packet that lies in a row only in part is taken element by element: beyond there may be no
-  // memory.
-  FC_DEVICE void fetch(const AttnParams& p, int m_begin) const {
-    constexpr int PACKETS_PER_ROW = (MASK_IS_SHIFTED ? 24 : 16) / KEY_MASK_PACKET;
-    constexpr int PACKETS = KEY_MASK_ROWS * PACKETS_PER_ROW;
-    // More would spill. Host compilers do not unroll.
-    [[maybe_unused]] constexpr int UNROLL = MASK_IS_SHIFTED ? 2 : KEY_MASK_PACKET > 1 ? 4 : 8;
-    const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live on
-#pragma unroll UNROLL
-    for (int first = 0; first < PACKETS; first += 32) {
-      const int packet = first + lane;
-      if (PACKETS % 32 != 0 && packet >= PACKETS) break;
-      const int row = packet / PACKETS_PER_ROW;
-      const int col = packet % PACKETS_PER_ROW * KEY_MASK_PACKET;
-      const int key = key_begin + col - shift(p, m_begin + row);
-      const bool row_exists = MASK_IS_ROW || m_begin + row < p.seqlen_q;
-      const int count = row_exists ? p.seqlen_k - key : 0;  // that exist, or more
-      const auto dst = smem + (row * KEY_MASK_STRIDE + col);
-      const auto src =
-          row_start(p, m_begin + row) + key * (MASK_IS_SHIFTED ? 1 : p.strides.mask.col);
-      if constexpr (MASK_LOAD_BYTES >= 4) {
-        if (count <= 0 || (key >= 0 && count >= KEY_MASK_PACKET)) {
-          cp_async<MASK_LOAD_BYTES>(dst, src, count > 0);
-          continue;
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < KEY_MASK_PACKET; ++i) {
-        MaskElement x = {};
-        if (key + i >= 0 && i < count) x = gmem_load(src + i);
-        smem_store(dst + i, x);
-      }
-    }
-    cp_async_commit();
-  }
-
-  // Where a lane's first elements of two neighbouring queries lie.
-  struct Place {
-    SmemPtr<MaskElement> even, odd;
-  };
-
-  // Waits for the part of the queries from m_begin on, which was fetched last.
-  FC_DEVICE Place await(const AttnParams& p, int m_begin) const {
-    cp_async_wait<0>();
-    warp_sync();  // orders every lane's arrived copies before the reads
-    const int lane = opaque(lane_idx());
-    const int row = MASK_IS_ROW ? 0 : accum_col(lane, 0);
-    const auto first = smem + (row * KEY_MASK_STRIDE + accum_row(lane, 0));
-    const auto second = first + (MASK_IS_ROW ? 0 : KEY_MASK_STRIDE);
-    return {first + shift(p, m_begin + row), second + shift(p, m_begin + row + 1)};
-  }
-
-  // Reads the elements of fragment n.
-  template <class T>
-  FC_DEVICE void read(T (&elements)[8], const Place& own, int n) const {
-    if constexpr (KEY_MASK_BY_MATRIX) {
-      WmmaA<T> matrix;
-      wmma_load_a_col(matrix, smem + n * 16 * KEY_MASK_STRIDE, KEY_MASK_STRIDE);
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        elements[i] = from_packet<T>({{matrix.reg[i / 2] >> i % 2 * 16 & 0xffffu}});
-      }
-    } else {
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int row = MASK_IS_ROW ? 0 : n * 16 + accum_col(0, i) - i % 2;
-        const auto of_query = i % 2 == 0 ? own.even : own.odd;
-        elements[i] = smem_load(of_query + (row * KEY_MASK_STRIDE + accum_row(0, i)));
-      }
-    }
-  }
-};
-
 // --- shared memory -------------------------------------------------------------------------------
 
-constexpr int K_GROUP_ELEMENTS = 64 * QK_CHUNKS * CHUNK;  // of one consumer
-constexpr int V_GROUP_ELEMENTS = 64 * V_CHUNKS * CHUNK;
-constexpr int Q_ELEMENTS = BLOCK_M * QK_CHUNKS * CHUNK;  // of one stage
-constexpr int DO_ELEMENTS = BLOCK_M * V_CHUNKS * CHUNK;
+using QTile = SmemTile<BLOCK_M, HEAD_DIM>;
+using DoTile = SmemTile<BLOCK_M, HEAD_DIM_V>;
 constexpr int PROBS_WORDS = HAS_ROLES ? BLOCK_M * 64 / 2 : 0;  // P^T between the two roles
-// dS^T, a column chunk of 64 queries after the other, and dQ of 64 of them each on its way out.
+// dS^T, a chunk of 64 queries after the other, and dQ of 64 of them each on its way out.
+using DsTile = SmemTile<BLOCK_N, BLOCK_M, Element, 64>;
+constexpr int NUM_DS_TILES = ALSO_DQ ? NUM_DS_STAGES : 0;
 constexpr int ROW_GROUPS = (BLOCK_M + 63) / 64;
-constexpr int DS_ELEMENTS = ALSO_DQ ? BLOCK_N * BLOCK_M : 0;  // of one stage
 constexpr int DQ_FLOATS = DQ_ROLE ? ROW_GROUPS * SUMS_OF_GROUP : 0;
 static_assert(!ALSO_DQ || (BLOCK_M % 64 == 0 && !HAS_ROLES), "dQ is computed by 64 rows");
 // Column fragments of dQ that one warpgroup computes; if it is shared, whole chunks.
@@ -168,18 +55,18 @@ static_assert(!DQ_SHARED || (ROW_GROUPS == 1 && QK_CHUNKS % NUM_CONSUMERS == 0),
 static_assert(!DQ_SHARED || (OVERLAPS && !EARLY_DP), "dP lies in registers where dQ lay");
 // dV and dK on their way out, and in between, if it is shared, dQ. With roles dK and dV leave
 // through the places of K and V.
-constexpr int OUT_ELEMENTS = HAS_ROLES                               ? 0
-                             : K_GROUP_ELEMENTS > V_GROUP_ELEMENTS ? K_GROUP_ELEMENTS
-                                                                     : V_GROUP_ELEMENTS;
-static_assert(!DQ_SHARED || OUT_ELEMENTS * 2 >= 4 * DQ_FRAGS * SUMS_OF_FRAG * 4, "room for dQ");
+using OutGroup = SmemTile<64, (HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V)>;
+constexpr int NUM_OUT_GROUPS = HAS_ROLES ? 0 : NUM_KEY_GROUPS;
+constexpr int OUT_FLOATS = OutGroup::BYTES / 4;  // of dQ
+static_assert(!DQ_SHARED || OUT_FLOATS >= 4 * DQ_FRAGS * SUMS_OF_FRAG, "room for dQ");
 constexpr int STATS_FLOATS = 2 * BLOCK_M;  // of one stage: lse in log2 units, delta
 
-constexpr int V_OFFSET = NUM_KEY_GROUPS * K_GROUP_ELEMENTS * 2;
-constexpr int Q_OFFSET = V_OFFSET + NUM_KEY_GROUPS * V_GROUP_ELEMENTS * 2;
-constexpr int DO_OFFSET = Q_OFFSET + NUM_STAGES * Q_ELEMENTS * 2;
-constexpr int OUT_OFFSET = DO_OFFSET + NUM_DO_STAGES * DO_ELEMENTS * 2;
-constexpr int DS_OFFSET = OUT_OFFSET + NUM_KEY_GROUPS * OUT_ELEMENTS * 2;
-constexpr int DQ_OFFSET = DS_OFFSET + NUM_DS_STAGES * DS_ELEMENTS * 2;
+constexpr int V_OFFSET = NUM_KEY_GROUPS * QkGroup::BYTES;
+constexpr int Q_OFFSET = V_OFFSET + NUM_KEY_GROUPS * VGroup::BYTES;
+constexpr int DO_OFFSET = Q_OFFSET + NUM_STAGES * QTile::BYTES;
+constexpr int OUT_OFFSET = DO_OFFSET + NUM_DO_STAGES * DoTile::BYTES;
+constexpr int DS_OFFSET = OUT_OFFSET + NUM_OUT_GROUPS * OutGroup::BYTES;
+constexpr int DQ_OFFSET = DS_OFFSET + NUM_DS_TILES * DsTile::BYTES;
 constexpr int PROBS_OFFSET = DQ_OFFSET + DQ_FLOATS * 4;
 constexpr int MASK_OFFSET = PROBS_OFFSET + PROBS_WORDS * 4;
 constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_KEY_GROUPS * 4 * KEY_MASK_WARP_ELEMENTS;
@@ -193,9 +80,12 @@ static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
               "the plan and the kernel disagree on shared memory");
 
 struct Buffers {
-  SmemPtr<Element> k, v, q, dout;
-  SmemPtr<Element> out;  // dV and dK on their way out, one after the other
-  SmemPtr<Element> ds;
+  QkGroup k;  // one of 64 keys
+  VGroup v;
+  QTile q;  // one a stage
+  DoTile dout;
+  OutGroup out;  // one a consumer: dV and dK on their way out, one after the other
+  DsTile ds;     // one a stage of its own
   SmemPtr<float> dq;
   SmemPtr<uint32_t> probs;
   SmemPtr<MaskElement> mask;  // of each warp that computes P^T
@@ -335,8 +225,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     // Behind a sequence's last key no box may start (make_ragged in fwd_sm90/params.py).
     const bool has_keys = !KEY_LENGTHS || block.m_begin < own.seqlen_k;
     if (has_keys) {
-      mbar_arrive_expect_tx(bar.kv_full,
-                            NUM_KEY_GROUPS * (K_GROUP_ELEMENTS + V_GROUP_ELEMENTS) * 2);
+      mbar_arrive_expect_tx(bar.kv_full, NUM_KEY_GROUPS * (QkGroup::BYTES + VGroup::BYTES));
     } else {
       mbar_arrive(bar.kv_full);
     }
@@ -346,14 +235,10 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     for (int group = 0; has_keys && group < NUM_KEY_GROUPS; ++group) {
       int row = block.m_begin + group * 64;
       if (VARLEN != 0) row = min_i(row, own.seqlen_k - 1);
-      for (int c = 0; c < QK_CHUNKS; ++c) {
-        tma_load(smem.k + (group * K_GROUP_ELEMENTS + c * 64 * CHUNK), params.k_map, bar.kv_full,
-                 c * CHUNK, k_box.row + row, block.head_idx_kv, k_box.batch);
-      }
-      for (int c = 0; c < V_CHUNKS; ++c) {
-        tma_load(smem.v + (group * V_GROUP_ELEMENTS + c * 64 * CHUNK), params.v_map, bar.kv_full,
-                 c * CHUNK, v_box.row + row, block.head_idx_kv, v_box.batch);
-      }
+      smem.k.load(group, params.k_map, bar.kv_full, k_box.row + row, block.head_idx_kv,
+                  k_box.batch);
+      smem.v.load(group, params.v_map, bar.kv_full, v_box.row + row, block.head_idx_kv,
+                  v_box.batch);
     }
 
     int left = heads_per_kv * (tiles.end - tiles.begin);
@@ -365,19 +250,14 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
         const int q_stage = stage_of<NUM_STAGES>(count);
         const auto q_full = bar.q_full + q_stage;
         mbar_wait(bar.q_empty + q_stage, parity_of<NUM_STAGES>(count) ^ 1);
-        mbar_arrive_expect_tx(q_full, Q_ELEMENTS * 2);
-        for (int c = 0; c < QK_CHUNKS; ++c) {
-          tma_load(smem.q + (q_stage * Q_ELEMENTS + c * BLOCK_M * CHUNK), params.q_map, q_full,
-                   c * CHUNK, row, block.head_idx + head, q_box.batch);
-        }
+        mbar_arrive_expect_tx(q_full, QTile::BYTES);
+        smem.q.load(q_stage, params.q_map, q_full, row, block.head_idx + head, q_box.batch);
         const int do_stage = stage_of<NUM_DO_STAGES>(count);
         const auto do_full = bar.do_full + do_stage;
         mbar_wait(bar.do_empty + do_stage, parity_of<NUM_DO_STAGES>(count) ^ 1);
-        mbar_arrive_expect_tx(do_full, DO_ELEMENTS * 2);
-        for (int c = 0; c < V_CHUNKS; ++c) {
-          tma_load(smem.dout + (do_stage * DO_ELEMENTS + c * BLOCK_M * CHUNK), params.dout_map,
-                   do_full, c * CHUNK, row, block.head_idx + head, q_box.batch);
-        }
+        mbar_arrive_expect_tx(do_full, DoTile::BYTES);
+        smem.dout.load(do_stage, params.dout_map, do_full, row, block.head_idx + head,
+                       q_box.batch);
       }
     }
   }
@@ -390,11 +270,9 @@ FC_DEVICE void clear_rows(const Buffers& smem, int stage, const bool (&is_empty)
 #pragma unroll
   for (int i = 0; i < ROWS_OF_LANE; ++i) {
     if (!is_empty[i]) continue;
-    const auto row = smem.dout + (stage * DO_ELEMENTS + (i * 32 + lane_idx()) * CHUNK);
+    const DoTile row = smem.dout[stage].rows_from(i * 32 + lane_idx());
     for (int c = 0; c < V_CHUNKS; ++c) {
-      for (int col = 0; col < CHUNK; col += 8) {
-        smem_store_packet(row + (c * BLOCK_M * CHUNK + col), Packet<16>{});
-      }
+      for (int col = 0; col < CHUNK; col += 8) smem_store_packet(row.chunk(c) + col, Packet<16>{});
     }
   }
   fence_proxy_async();

@@ -6,9 +6,9 @@
 #include "tile/band.cuh"
 #include "tile/mask.cuh"
 #include "tile/params.cuh"
-#include "tile/smem_tile.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
+#include "bwd_sm90/key_mask_sm90.cuh"
 
 // The mask of a warp's 16 keys, of those from `key_row` on that a warpgroup has.
 FC_DEVICE KeyMaskStrip mask_strip(const AttnParams& p, const Buffers& smem, int group, int key_row,
@@ -55,11 +55,10 @@ FC_DEVICE void hand_over_ds(const Barriers& bar, const Buffers& smem, int group,
   mbar_wait(bar.ds_empty + stage, parity_of<NUM_DS_STAGES>(count) ^ 1);
   const int lane = opaque(lane_idx());
   const int key = group * 64 + warp_idx() % 4 * 16 + lane % 16;
-  const auto row = smem.ds + (stage * DS_ELEMENTS + key * 64);
+  const DsTile ds = smem.ds[stage];
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) {
-    const int col = swizzled_col<128>(key, n * 16 % 64 + lane / 16 * 8);
-    stmatrix_x4(row + (n / 4 * BLOCK_N * 64 + col), dscores(n).reg);
+    stmatrix_x4(ds.at(key, n * 16, lane / 16 * 8), dscores(n).reg);
   }
   fence_proxy_async();
   if (DQ_SHARED) {
@@ -92,49 +91,40 @@ FC_DEVICE void skip_tiles(const Barriers& bar, const Buffers& smem, int group, u
 FC_DEVICE void issue_s(WmmaAccum (&scores)[QUERY_FRAGS], const Buffers& smem, int group,
                        uint32_t count) {
   // Uniform, or each descriptor is moved from general to uniform registers, two moves a product.
-  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
+  const WgmmaDesc q_desc = smem.q.over_columns(stage_of<NUM_STAGES>(count));
   wgmma_fence();
-  issue_scores<HEAD_DIM, BLOCK_M>(
-      scores, wgmma_desc<CHUNK_BYTES>(smem.k + group * K_GROUP_ELEMENTS, 0),
-      wgmma_desc<CHUNK_BYTES>(smem.q, 0) + stage * (Q_ELEMENTS * 2));
+  issue_scores<HEAD_DIM, BLOCK_M>(scores, smem.k[group].over_columns(), q_desc);
   wgmma_commit();
 }
 
 // dP^T = V dO^T.
 FC_DEVICE void issue_dp(WmmaAccum (&dprobs)[QUERY_FRAGS], const Buffers& smem, int group,
                         uint32_t count) {
-  const int stage = warp_uniform(stage_of<NUM_DO_STAGES>(count));
+  const WgmmaDesc do_desc = smem.dout.over_columns(stage_of<NUM_DO_STAGES>(count));
   wgmma_fence();
-  issue_scores<HEAD_DIM_V, BLOCK_M>(
-      dprobs, wgmma_desc<CHUNK_BYTES>(smem.v + group * V_GROUP_ELEMENTS, 0),
-      wgmma_desc<CHUNK_BYTES>(smem.dout, 0) + stage * (DO_ELEMENTS * 2));
+  issue_scores<HEAD_DIM_V, BLOCK_M>(dprobs, smem.v[group].over_columns(), do_desc);
   wgmma_commit();
 }
 
 // dV += P^T dO.
 FC_DEVICE void issue_dv(WmmaAccum (&dv)[V_FRAGS], const WmmaA<Element> (&probs)[QUERY_FRAGS],
                         const Buffers& smem, uint32_t count) {
-  const int stage = warp_uniform(stage_of<NUM_DO_STAGES>(count));
+  const WgmmaDesc do_desc = smem.dout.over_rows(stage_of<NUM_DO_STAGES>(count));
   wgmma_fence();
-  issue_gradient(dv, probs, wgmma_desc<CHUNK_BYTES>(smem.dout, BLOCK_M * CHUNK_BYTES) +
-                                    stage * (DO_ELEMENTS * 2));
+  issue_gradient(dv, probs, do_desc);
   wgmma_commit();
 }
 
 // The same with dS^T from where it was handed over.
 FC_DEVICE void issue_dk_of_ds(WmmaAccum (&dk)[QK_FRAGS], const Buffers& smem, int group,
                                 uint32_t count) {
-  const int ds_stage = warp_uniform(stage_of<NUM_DS_STAGES>(count));
-  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
   const WgmmaDesc ds =
-      wgmma_desc<128>(smem.ds, 0) + (ds_stage * DS_ELEMENTS * 2 + group * 64 * 128);
-  const WgmmaDesc q =
-      wgmma_desc<CHUNK_BYTES>(smem.q, BLOCK_M * CHUNK_BYTES) + stage * (Q_ELEMENTS * 2);
+      smem.ds.over_columns(stage_of<NUM_DS_STAGES>(count)) + DsTile::row_bytes(group * 64);
+  const WgmmaDesc q = smem.q.over_rows(stage_of<NUM_STAGES>(count));
   wgmma_fence();
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) {
-    wgmma_ss_n<Element>(dk, ds + (n / 4 * BLOCK_N * 128 + n % 4 * 32), q + n * 16 * CHUNK_BYTES,
-                        true);
+    wgmma_ss_n<Element>(dk, ds + DsTile::column_bytes(n * 16), q + QTile::row_bytes(n * 16), true);
   }
   wgmma_commit();
 }
@@ -142,10 +132,9 @@ FC_DEVICE void issue_dk_of_ds(WmmaAccum (&dk)[QK_FRAGS], const Buffers& smem, in
 // dK += dS^T Q.
 FC_DEVICE void issue_dk(WmmaAccum (&dk)[QK_FRAGS], const WmmaA<Element> (&dscores)[QUERY_FRAGS],
                         const Buffers& smem, uint32_t count) {
-  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
+  const WgmmaDesc q_desc = smem.q.over_rows(stage_of<NUM_STAGES>(count));
   wgmma_fence();
-  issue_gradient(dk, dscores, wgmma_desc<CHUNK_BYTES>(smem.q, BLOCK_M * CHUNK_BYTES) +
-                                      stage * (Q_ELEMENTS * 2));
+  issue_gradient(dk, dscores, q_desc);
   wgmma_commit();
 }
 

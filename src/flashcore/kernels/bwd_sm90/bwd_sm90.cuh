@@ -53,7 +53,7 @@ constexpr int QK_FRAGS = (HEAD_DIM + 15) / 16;  // the last chunk's other column
 constexpr int V_FRAGS = (HEAD_DIM_V + 15) / 16;
 #define POS_INF (-NEG_INF)
 
-// How many tiles went through a ring of stages; see PipelineState in fwd_sm90/pipeline_sm90.cuh.
+// Of the tiles that went through a ring of stages; see PipelineState in pipeline_sm90.cuh.
 template <int STAGES>
 FC_DEVICE int stage_of(uint32_t count) {
   return int(count % STAGES);
@@ -116,7 +116,7 @@ FC_DEVICE void clear(WmmaAccum (&x)[FRAGS]) {
   for (int n = 0; n < FRAGS; ++n) wmma_fill(x[n], 0.0f);
 }
 
-// What hides a score, or is added to it.
+// A score's mask: whether the key is visible, and what an additive mask adds.
 struct ScoreMask {
   bool visible;
   float bias;  // natural units; read only where the mask tensor is additive
@@ -129,7 +129,7 @@ FC_DEVICE ScoreMask as_score_mask(T bias) {
   return {true, to_float(bias)};
 }
 
-// What becomes of one score q.k: its probability, and that times soft-capping's derivative.
+// The probability of one score q.k, and that times soft-capping's derivative.
 // `lse_log2` is in log2 units, +inf for a row that sees nothing or is none.
 struct Probability {
   float p, times_cap;
@@ -181,13 +181,19 @@ struct RowsInTensor {
   bool exist = true;  // or there is none: a packed sequence ends before
 };
 
+// The thread that sends a warpgroup's rows on their way waits until these have been read from
+// shared memory.
+FC_DEVICE void await_stores() {
+  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
+}
+
 // Rounds 64 rows times `scale` and sends them on their way by TMA, which clips rows and columns
-// past the end of the tensor, or of a packed sequence. `smem` holds all of them; `barrier` is the
+// past the end of the tensor, or of a packed sequence. They go through `tile`; `barrier` is the
 // warpgroup's own.
-template <int FRAGS>
-FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Element> smem,
+template <int FRAGS, class Tile>
+FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, const Tile& tile,
                           const RowsInTensor& to, int barrier) {
-  const SmemTile<64, FRAGS * 16> tile = {smem};
+  static_assert(Tile::CHUNKS == (FRAGS * 16 + CHUNK - 1) / CHUNK, "the tile is that of the rows");
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
   if (leads) tma_store_wait_read<0>();  // of what lay here before
   named_barrier_sync(barrier, 128);     // orders that before the writes below
@@ -205,10 +211,20 @@ FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, SmemPtr<Elem
   fence_proxy_async();
   named_barrier_sync(barrier, 128);  // orders the writes above before the stores
   if (leads) {
-    for (int c = 0; to.exist && c < tile.CHUNKS; ++c) {
+    for (int c = 0; to.exist && c < Tile::CHUNKS; ++c) {
       tma_store(to.map, tile.chunk(c), c * CHUNK, to.box.row + to.first_row, to.head,
                 to.box.batch);
     }
     tma_store_commit();
   }
+}
+
+// The same through the place of an operand that nobody reads any more; then that is released.
+template <int FRAGS, class Tile>
+FC_DEVICE void store_in_place(const WmmaAccum (&x)[FRAGS], float scale, const Tile& tile,
+                              const RowsInTensor& to, int barrier, SmemPtr<uint64_t> empty) {
+  store_rows(x, scale, tile, to, barrier);
+  await_stores();
+  named_barrier_sync(barrier, 128);  // orders that before the operand's next load
+  arrive_for_warp(empty);
 }

@@ -11,6 +11,7 @@
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
+#include "tile/shares.cuh"
 #include "tile/smem_tile.cuh"
 #include "tile/stream_k.cuh"
 #include "fwd_sm90/float8_sm90.cuh"
@@ -57,7 +58,7 @@ FC_DEVICE int bytes_of_box(const AttnParams& p) {
   return FOLDS_PACKED ? QK_CHUNKS * CHUNK_BYTES * rows_of_box(p) : QGroup::BYTES;
 }
 
-// Whether more than one thread is needed: lanes find the block's range, or load boxes of pages.
+// True where one thread is not enough: lanes find the block's range, or load boxes of pages.
 constexpr bool WHOLE_WARP = PAGED || STREAM_K;
 
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {

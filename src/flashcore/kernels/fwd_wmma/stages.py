@@ -65,7 +65,7 @@ OUTSIDE = SCHEDULE | {
     "writes them, and whether somebody takes every row tile",
 }
 
-# Which phase a function belongs to: of those that the forward kernels share (kernels/tile/), and of
+# The phase of a function: of those that the forward kernels share (kernels/tile/), and of
 # the portable kernel's own. "load" and "store" are not stages of their own: every gate runs them.
 SHARED_PHASES = {
     "mask_scores": "softmax",

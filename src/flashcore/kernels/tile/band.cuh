@@ -119,7 +119,7 @@ FC_DEVICE Range own_query_tiles(const AttnParams& p, const Range& block, int key
   return part_of(block, query_tiles<KEYS>(p, key_begin));
 }
 
-// Whether the window hides some of KEYS keys from some of ROWS rows. The same for all lanes.
+// Returns whether the window hides some of KEYS keys from some of ROWS rows; all lanes agree.
 template <int ROWS, int KEYS>
 FC_DEVICE bool window_hides_some(const AttnParams& p, int row_begin, int key_begin) {
   const QueryRange queries = queries_of(p, row_begin, ROWS);
@@ -130,7 +130,7 @@ FC_DEVICE bool window_hides_some(const AttnParams& p, int row_begin, int key_beg
   return hides;
 }
 
-// Which columns of a warp's 16 lines a lane's two of them see, counted from the lane's first column
+// The columns that a lane's two of a warp's 16 lines see, counted from the lane's first column
 // so that a compare takes a constant: two registers, or three or four where the bounds of the
 // second line are not 8 further than those of the first: because heads are FOLDED, or as S ends
 // where the sequence's keys do. (Queries behind the last one have no probability in any case.)

@@ -34,22 +34,6 @@ FC_DEVICE void init_feed(const Feed& feed) {
   mbar_init(feed.asked, 1);
 }
 
-// The sum over the lanes below, and over all lanes.
-struct WarpScan {
-  int below, total;
-};
-
-FC_DEVICE WarpScan warp_scan(int x) {
-  WarpScan scan = {0, x};
-#pragma unroll
-  for (int bit = 1; bit < 32; bit *= 2) {
-    const int other = shfl_xor(scan.total, bit);
-    if (lane_idx() & bit) scan.below += other;
-    scan.total += other;
-  }
-  return scan;
-}
-
 // Walks over all tiles in the order above, 32 sequences at a time, a lane each. Forward only.
 // max_tiles is what lengths that do not overlap can have at most; others are cut off there.
 template <bool OWNS_KEYS>

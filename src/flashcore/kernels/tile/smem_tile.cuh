@@ -10,13 +10,15 @@
 constexpr int CHUNK_BYTES = CHUNK * 2;
 
 // A tile of ROWS x COLS elements, and how to name its parts; COLS is rounded up to whole chunks.
-// Where a buffer has several tiles, such as one a stage, tile[i] is the one of number i. Tiles of
-// bytes have chunks of their own, CHUNK_COLS, are not swizzled, and are no operands.
+// Where a buffer has several tiles, such as one a stage, tile[i] is the one of number i. A tile may
+// have chunks of its own, of CHUNK_COLS columns; those of bytes are not swizzled, and are no
+// operands.
 template <int ROWS, int COLS, class T = Element, int CHUNK_COLS = CHUNK>
 struct SmemTile {
   static constexpr int CHUNKS = (COLS + CHUNK_COLS - 1) / CHUNK_COLS;
   static constexpr int CHUNK_ELEMENTS = ROWS * CHUNK_COLS;
   static constexpr int ELEMENTS = CHUNKS * CHUNK_ELEMENTS;
+  static constexpr int ROW_BYTES = CHUNK_COLS * int(sizeof(T));  // of a row of a chunk
   static constexpr int BYTES = ELEMENTS * int(sizeof(T));
 
   SmemPtr<T> smem;
@@ -28,15 +30,23 @@ struct SmemTile {
 
   FC_DEVICE SmemTile operator[](int index) const { return {smem + index * ELEMENTS}; }
 
-  // The tile from a row on, a multiple of eight: what TMA loads there, in a box of fewer rows.
+  // The tile from a row on: what TMA loads there, in a box of fewer rows, or an operand, from a
+  // multiple of eight on.
   FC_DEVICE SmemTile rows_from(int row) const { return {smem + row * CHUNK_COLS}; }
+
+  // A narrower tile in the same place.
+  template <class Narrower>
+  FC_DEVICE Narrower as() const {
+    static_assert(Narrower::ELEMENTS <= ELEMENTS, "there is no room for it");
+    return {smem};
+  }
 
   FC_DEVICE SmemPtr<T> chunk(int c) const { return smem + c * CHUNK_ELEMENTS; }
 
   // Eight elements of a row side by side, from column `col` + `ahead` on, in the chunk of `col`.
   FC_DEVICE SmemPtr<T> at(int row, int col, int ahead = 0) const {
-    return smem + (col / CHUNK * CHUNK_ELEMENTS + row * CHUNK +
-                   swizzled_col<CHUNK_BYTES>(row, col % CHUNK + ahead));
+    return smem + (col / CHUNK_COLS * CHUNK_ELEMENTS + row * CHUNK_COLS +
+                   swizzled_col<ROW_BYTES>(row, col % CHUNK_COLS + ahead));
   }
 
   // By one thread: has TMA load tile `index`, whose BYTES count towards `full`.
@@ -50,14 +60,17 @@ struct SmemTile {
 
   // The tile as an operand of a product that sums over its columns, or over its rows; further
   // columns and rows are so many bytes ahead.
-  FC_DEVICE WgmmaDesc over_columns() const { return wgmma_desc<CHUNK_BYTES>(smem, 0); }
-  FC_DEVICE WgmmaDesc over_rows() const {
-    return wgmma_desc<CHUNK_BYTES>(smem, CHUNK_ELEMENTS * 2);
-  }
+  FC_DEVICE WgmmaDesc over_columns() const { return wgmma_desc<ROW_BYTES>(smem, 0); }
+  FC_DEVICE WgmmaDesc over_rows() const { return wgmma_desc<ROW_BYTES>(smem, CHUNK_ELEMENTS * 2); }
   FC_DEVICE static constexpr int column_bytes(int col) {
-    return col / CHUNK * CHUNK_ELEMENTS * 2 + col % CHUNK * 2;
+    return col / CHUNK_COLS * CHUNK_ELEMENTS * 2 + col % CHUNK_COLS * 2;
   }
-  FC_DEVICE static constexpr int row_bytes(int row) { return row * CHUNK_BYTES; }
+  FC_DEVICE static constexpr int row_bytes(int row) { return row * ROW_BYTES; }
+
+  // One chunk of it, as an operand of a product that sums over its rows; further chunks are so many
+  // bytes ahead.
+  FC_DEVICE WgmmaDesc chunk_over_rows() const { return wgmma_desc<ROW_BYTES>(smem, 0); }
+  FC_DEVICE static constexpr int chunk_bytes(int c) { return c * CHUNK_ELEMENTS * 2; }
 
   // The same of tile `index`, the same one in all lanes. The compiler has to know, or each
   // descriptor is moved from general to uniform registers, two moves a product.
@@ -66,5 +79,8 @@ struct SmemTile {
   }
   FC_DEVICE WgmmaDesc over_rows(int index) const {
     return over_rows() + warp_uniform(index) * BYTES;
+  }
+  FC_DEVICE WgmmaDesc chunk_over_rows(int index) const {
+    return chunk_over_rows() + warp_uniform(index) * BYTES;
   }
 };

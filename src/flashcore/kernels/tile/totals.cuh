@@ -20,7 +20,7 @@ constexpr int CHUNK_KEY_TILES = HAS_TOTALS ? KEY_TILES_OF_CHUNK : 1;  // 0 would
 template <int NUM_OUT_FRAGS, bool EXISTS = HAS_TOTALS>
 class Totals {
  public:
-  // Whether a chunk ends with a key tile.
+  // Returns whether the key tile is the last of its chunk.
   FC_DEVICE static bool ends_chunk(int n_block) {
     return n_block % CHUNK_KEY_TILES == CHUNK_KEY_TILES - 1;
   }

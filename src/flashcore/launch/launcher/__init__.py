@@ -1,8 +1,8 @@
 """This package makes the eager call in C++ (launcher.cpp), for those who set
 FLASHCORE_LAUNCHER=compiled.
 
-It does what calls.attend does for the common call, for less than half of the time. What it does not
-know it asks Python once: `_prepare`. What is unusual it leaves to Python altogether.
+It does what calls.attend does for the common call, for less than half of the time. For a
+description that is new it asks Python once (`_prepare`); unusual calls it leaves to Python.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ struct KeyHash {
   }
 };
 
-// What was decided for a key; see Entry in __init__.py. Never changed once made.
+// The decision for a key; see Entry in __init__.py. It never changes once it is made.
 struct Entry {
   bool served = false;  // false: Python serves such calls
   void* kernel = nullptr;
@@ -109,7 +109,7 @@ enum Argument {
   Q, K, V, MASK, CAUSAL, WINDOW, SOFTCAP, SCALE, SEQLENS_K, RETURN_LSE, BACKEND, COUNT
 };
 
-// Whether nobody but autograd may want to see the call: no mode, transform, tracer or autocast.
+// Returns whether only autograd may want to see the call: no mode, transform, tracer or autocast.
 bool nobody_watches() {
   const auto local = c10::impl::tls_local_dispatch_key_set();
   return (local.included_ - c10::default_included_set).empty() &&
@@ -256,7 +256,7 @@ int64_t ask(PyObject* function, PyObject* argument) {
 // Counters for a launch on a stream, which is the device's current one.
 void* counters_for(const Entry& entry, void* stream) {
   if (entry.num_counters == 0) return nullptr;
-  // What cannot say whether it is being captured is treated as if it were.
+  // A stream that cannot say whether it is being captured is treated as if it were.
   int captured = 1;
   if (state.is_capturing(stream, &captured) != 0) captured = 1;
   Counters& known = state.counters_of[{entry.device, stream}];
@@ -329,7 +329,7 @@ std::pair<at::Tensor, at::Tensor> compute(
   return {out, lse};
 }
 
-// What eager._Recorded does. The backward is the operator, so it can be differentiated again.
+// Does what eager._Recorded does. The backward is the operator, so it can be differentiated again.
 struct Recorded : torch::autograd::Function<Recorded> {
   static torch::autograd::variable_list forward(
       torch::autograd::AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,

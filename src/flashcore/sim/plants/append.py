@@ -6,6 +6,7 @@ from __future__ import annotations
 from flashcore.compile.plant import Plant, by_name
 
 _FILE = "append/append_kvcache.cuh"
+_QUANTISE = "append/quantise.cuh"
 
 PLANTS_APPEND = by_name(
     Plant(
@@ -143,6 +144,73 @@ PLANTS_APPEND = by_name(
         file=_FILE,
         find="int64_t(tokens_before(p, at.sequence)) + at.token;",
         replace="int64_t(at.token);",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="append-scale-of-the-first",
+        title="every sequence has the scales of the first one",
+        file=_FILE,
+        find="at.sequence * p.k_scale_batch",
+        replace="0 * p.k_scale_batch",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="append-values-scaled-as-keys",
+        title="values have the strides of the scales of keys",
+        file=_FILE,
+        find="at.sequence * p.v_scale_batch + head * p.v_scale_head",
+        replace="k_offset",
+        caught_by="out-of-bounds",
+        or_by=("wrong-result",),
+    ),
+    Plant(
+        name="append-turned-after-scaling",
+        title="what turns is rounded to 8 bits without the rounding to 16 before",
+        file=_FILE,
+        find="gmem_store(to + first * to_col, element_of<T>(turned[0], scale));",
+        replace="if constexpr (sizeof(T) == 1) gmem_store(to + first * to_col, "
+        "quantised(product(a, c) - product(b, s), scale)); "
+        "else gmem_store(to + first * to_col, element_of<T>(turned[0], scale));",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="append-overflow-is-nan",
+        title="what is too large for 8 bits does not saturate",
+        file=_QUANTISE,
+        find="if (magnitude > 0x43e00000u) magnitude = 0x43e00000u;",
+        replace=";",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="append-ties-away",
+        title="ties are rounded away from zero",
+        file=_QUANTISE,
+        find="magnitude + 0x7ffffu + (magnitude >> 20 & 1u);",
+        replace="magnitude + 0x80000u;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="append-nan-is-largest",
+        title="NaN becomes the largest element",
+        file=_QUANTISE,
+        find="if (magnitude > 0x7f800000u) return {uint8_t(sign | 0x7fu)};",
+        replace=";",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="append-subnormals-lost",
+        title="what is below the smallest normal element becomes 0",
+        file=_QUANTISE,
+        find="return {uint8_t(sign | (to_packet(shifted).word[0] - 0x46800000u))};",
+        replace="return {uint8_t(sign | (shifted < 0.0f))};",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="append-scale-multiplies",
+        title="new tokens are multiplied by their scale",
+        file=_QUANTISE,
+        find="saturated(x / (",
+        replace="saturated(x * (",
         caught_by="wrong-result",
     ),
 )

@@ -37,8 +37,8 @@ _OF_ONE_WARPGROUP = (
         name="swapped-operand",
         title="dP^T multiplies K instead of V",
         file=_STEPS,
-        find="wgmma_desc<CHUNK_BYTES>(smem.v + group * V_GROUP_ELEMENTS, 0)",
-        replace="wgmma_desc<CHUNK_BYTES>(smem.k + group * V_GROUP_ELEMENTS, 0)",
+        find="smem.v[group].over_columns()",
+        replace="smem.k[group].over_columns()",
         caught_by="wrong-result",
     ),
     Plant(
@@ -124,8 +124,8 @@ _OF_ONE_WARPGROUP = (
         name="scale-forgotten",
         title="dK is stored without the scale of the scores",
         file=_DKDV,
-        find="    store_rows(c.dk, p.softmax_scale, out,",
-        replace="    store_rows(c.dk, 1.0f, out,",
+        find="    store_rows(c.dk, p.softmax_scale, out.as",
+        replace="    store_rows(c.dk, 1.0f, out.as",
         caught_by="wrong-result",
     ),
     Plant(
@@ -230,8 +230,8 @@ _OF_ROLES = (
     Plant(
         name="place-released-early",
         title="K's place is loaded again while dK leaves through it",
-        file=_ROLES,
-        find="  if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();\n",
+        file=_SHARED,
+        find="  await_stores();\n",
         replace="\n",
         caught_by="race",
         or_by=("async-pending",),
@@ -299,8 +299,8 @@ _OF_PACKED_DQ = (
         name="queries-behind-stored",
         title="64 queries behind a sequence's last one are stored, too",
         file=_DQ,
-        find="                !PACKED || group_row < query_rows(p, block.batch_idx).count},",
-        replace="                true},",
+        find="!PACKED || group_row < query_rows(p, block.batch_idx).count};",
+        replace="true};",
         caught_by="misuse",
     ),
 )

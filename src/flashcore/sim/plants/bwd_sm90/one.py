@@ -134,8 +134,7 @@ PLANTS_BWD_SHARED_SM90 = by_name(
         name="dq-over-dk",
         title="dQ overwrites dK of the key tile before on its way out",
         file=_KERNEL,
-        find="      if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();\n"
-        "      named",
+        find="      await_stores();\n      named",
         replace="\n      named",
         caught_by="race",
     ),

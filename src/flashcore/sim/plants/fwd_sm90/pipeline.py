@@ -177,8 +177,8 @@ _ALL = (
         name="swizzle",
         title="O is written to shared memory without the swizzle that TMA expects",
         file="tile/smem_tile.cuh",
-        find="swizzled_col<CHUNK_BYTES>(row, col % CHUNK + ahead)",
-        replace="(col % CHUNK + ahead)",
+        find="swizzled_col<ROW_BYTES>(row, col % CHUNK_COLS + ahead)",
+        replace="(col % CHUNK_COLS + ahead)",
         caught_by="wrong-result",
     ),
     Plant(

@@ -1,0 +1,33 @@
+// append/quantise.cuh - elements of 8-bit caches: x / scale, rounded to nearest even to e4m3 and
+// saturated at +-448, bit for bit as PyTorch's road computes it (problem/scales.py: quantised).
+//
+// Integer arithmetic, and one addition, on every architecture. GPUs from sm_89 on can convert,
+// which would be a second text beside this one; about ten instructions an element, which it would
+// save, take less time than the element's bytes.
+#pragma once
+
+#include "prims.cuh"
+
+// A scale below this counts as this; mirrored by SMALLEST_SCALE in problem/scales.py. A NaN stays.
+constexpr float SMALLEST_DIVISOR = 1e-30f;
+
+// float32 -> e4m3, round to nearest even. Values above 448, inf too, become 448; NaN stays.
+FC_DEVICE float8 saturated(float x) {
+  const uint32_t bits = to_packet(x).word[0];
+  const uint32_t sign = bits >> 24 & 0x80u;
+  uint32_t magnitude = bits & 0x7fffffffu;
+  if (magnitude > 0x7f800000u) return {uint8_t(sign | 0x7fu)};  // NaN
+  if (magnitude > 0x43e00000u) magnitude = 0x43e00000u;         // 448
+  if (magnitude < 0x3c800000u) {
+    // Below 2^-6 the result is subnormal, in units of 2^-9. Adding 2^14 puts those units at the end
+    // of the float's mantissa, so the addition rounds to nearest even.
+    const float shifted = from_packet<float>(Packet<4>{{magnitude}}) + 16384.0f;
+    return {uint8_t(sign | (to_packet(shifted).word[0] - 0x46800000u))};
+  }
+  const uint32_t rounded = magnitude + 0x7ffffu + (magnitude >> 20 & 1u);
+  return {uint8_t(sign | (rounded - 0x3c000000u) >> 20)};  // 7 is the bias of e4m3, and 127 float's
+}
+
+FC_DEVICE float8 quantised(float x, float scale) {
+  return saturated(x / (scale < SMALLEST_DIVISOR ? SMALLEST_DIVISOR : scale));
+}
