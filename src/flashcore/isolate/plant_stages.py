@@ -33,7 +33,12 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     _SM90: {
-        "setup": ("no-init-fence", "no-init-barrier", "registers-of-three-warps"),
+        "setup": (
+            "no-init-fence",
+            "no-init-barrier",
+            "registers-of-three-warps",
+            "packed-clear-no-fence",
+        ),
         "schedule": (
             *("coord-slots", "coord-late", "draws-left", "first-tiles-drawn-again"),
             *("counter-left", "scan", "feed-not-waited-for", "feed-asked-early"),
@@ -46,11 +51,13 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
             *("float8-no-full-wait", "float8-lanes-ahead", "float8-queries-given-back"),
             *("page-place-ahead", "page-length-unclamped"),
+            *("packed-query-as-row", "packed-full-box-one-more"),
         ),
         "qk": (
             *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
             *("tx-too-many", "no-wgmma-fence", "early-consumers", "q-of-another-group"),
             *("float8-no-empty-wait", "float8-no-fence", "float8-queries-ahead"),
+            "packed-rows-not-cleared",
         ),
         "softmax": (
             *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
@@ -87,6 +94,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
             *("float8-end-unsaid", "float8-one-warp-counted", "float8-unswizzled"),
             *("float8-scale-of-the-first", "float8-factor-kept"),
+            *("packed-bounds-of-the-first", "packed-box-of-64-rows"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "store": (
@@ -99,6 +107,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("stream-counter-of-the-last-block", "stream-heads-not-counted", "stream-head-kept"),
             *("stream-empty-left-out", "stream-whole-past-the-end"),
             *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
+            *("packed-head-of-the-first", "packed-row-of-nobody", "packed-last-query-alone"),
+            *("packed-heads-one-by-one", "packed-tiles-of-queries"),
             *("max-score-stored", "max-score-of-padding"),
         ),
     },

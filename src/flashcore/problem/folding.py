@@ -27,6 +27,11 @@ MAX_QUERIES = 32
 # does the copy, about. Measured on an H200 (2026-11-29, 24 shapes of 2 to 32 queries, D128):
 # with this bound calls take 0.8 % more, on average, than the better of both, with no other less.
 COPY_PAYS_BYTES = 16 * 2**20
+# Of packed queries: those of a sequence in the mean, up to which heads are folded. With twice 128
+# heads of a group fill row tiles either way.
+MAX_MEAN_QUERIES = 512
+BOX_ROWS = 64  # of Q that TMA loads as one: whole queries
+_LEAST_ROWS = 48  # of a box that some query has, or too much is computed for nobody
 _MAX_ROW_STRIDE = 2**31 - 1  # in elements, as in kernels/fwd_wmma/params.py
 
 
@@ -48,6 +53,35 @@ def can_fold(problem: Problem) -> bool:
     if problem.mask is None or is_tree:
         return True
     return problem.mask.strides[1] == length * problem.mask.strides[2]
+
+
+def heads_of_packed_rows(problem: Problem) -> int:
+    """Return how many heads of a group are rows of one in a call of packed queries, on the Hopper
+    kernel (tile/folded_rows.cuh); 0 where none are.
+
+    Only the device knows how many queries a sequence has. Where queries are few in the mean, some
+    sequences have next to none, and keys are read as often as there are row tiles; a tile of many
+    queries does the same work whether they are one head's or a few of all heads. Batch-invariant
+    calls, whose neighbours must not decide, are folded wherever there are pages.
+    """
+    group, batch = problem.group_size, max(1, problem.batch)
+    if not problem.packs_queries or group < 2:
+        return 0
+    keys = batch * problem.seqlen_k if problem.has_pages else problem.total_k
+    few = problem.total_q <= MAX_MEAN_QUERIES * batch and 4 * problem.total_q <= keys
+    if problem.batch_invariant:
+        few = problem.has_pages
+    if not few:
+        return 0
+    used = (n for n in range(min(group, BOX_ROWS), 1, -1) if group % n == 0)
+    return next((n for n in used if BOX_ROWS // n * n >= _LEAST_ROWS), 0)
+
+
+def packed_rows(problem: Problem, num_heads: int) -> int:
+    """Return how many rows a mean packed sequence has where `num_heads` heads are rows of one."""
+    last = max(1, -(-problem.total_q // max(1, problem.batch))) - 1
+    queries = BOX_ROWS // num_heads
+    return last // queries * BOX_ROWS + (last % queries + 1) * num_heads
 
 
 def with_copied_q(problem: Problem) -> Problem | None:

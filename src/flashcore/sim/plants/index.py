@@ -32,6 +32,7 @@ from flashcore.sim.plants.fwd_sm90.float8 import (
     PLANTS_SHORT_SM90,
     PLANTS_WIDE_SM90,
 )
+from flashcore.sim.plants.fwd_sm90.folded import PLANTS_FOLDED_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
@@ -85,6 +86,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **TREES_SM90,
         **PLANTS_WIDE_SM90,
         **PLANTS_SHORT_SM90,
+        **PLANTS_FOLDED_SM90,
     },
     DQ_KERNEL: {
         **PLANTS_BWD_DQ_SM90,
