@@ -59,7 +59,7 @@ def with_mask_of_tree(inputs: Inputs) -> Inputs:
     """Return the call of padded sequences with a mask over all keys instead of a tree."""
     if inputs.tree_mask is None:
         return inputs
-    q, k, _, mask, lengths, *_ = inputs
-    assert lengths is not None
-    mask = tree_over_keys(inputs.tree_mask, mask, q, lengths, k.shape[2])
+    assert inputs.seqlens_k is not None
+    lengths, room = inputs.seqlens_k, inputs.k.shape[2]
+    mask = tree_over_keys(inputs.tree_mask, inputs.mask, inputs.q, lengths, room)
     return inputs._replace(mask=mask, tree_mask=None)
