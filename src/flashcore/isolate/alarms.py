@@ -28,6 +28,7 @@ _PHASE_OF_FILE = {
     "rows": "load",
     "smem_tile": "load",
     "stream_k": "schedule",
+    "folded_rows": "schedule",
     "band": "schedule",
     "pages": "load",
     "producer": "load",

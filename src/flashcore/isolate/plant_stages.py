@@ -12,12 +12,15 @@ from flashcore.sim.plants.bwd_mask_sm90 import PLANTS_BWD_MASK_SM90
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     _WMMA: {
         "qk": ("no-barrier", "uninit-smem", "deadlock", "one-stage-unordered"),
-        "softmax": ("accum-map", "large-max-product", "large-max-twice"),
+        "softmax": (
+            *("accum-map", "large-max-product", "large-max-twice"),
+            *("tree-at-the-front", "tree-as-wide-as-rows", "tree-row-of-a-row", "tree-read-before"),
+        ),
         "pv": ("pv-atomic", "k-overlap", "k-gap"),
         "full": (
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
             *("sink-of-the-first", "max-score-of-one-head"),
-            *("page-of-the-first", "page-of-the-tile"),
+            *("page-of-the-first", "page-of-the-tile", "tree-first-key-lost"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "load": (
@@ -30,7 +33,12 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
     },
     _SM90: {
-        "setup": ("no-init-fence", "no-init-barrier", "registers-of-three-warps"),
+        "setup": (
+            "no-init-fence",
+            "no-init-barrier",
+            "registers-of-three-warps",
+            "packed-clear-no-fence",
+        ),
         "schedule": (
             *("coord-slots", "coord-late", "draws-left", "first-tiles-drawn-again"),
             *("counter-left", "scan", "feed-not-waited-for", "feed-asked-early"),
@@ -43,17 +51,21 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
             *("float8-no-full-wait", "float8-lanes-ahead", "float8-queries-given-back"),
             *("page-place-ahead", "page-length-unclamped"),
+            *("packed-query-as-row", "packed-full-box-one-more"),
         ),
         "qk": (
             *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
             *("tx-too-many", "no-wgmma-fence", "early-consumers", "q-of-another-group"),
             *("float8-no-empty-wait", "float8-no-fence", "float8-queries-ahead"),
+            "packed-rows-not-cleared",
         ),
         "softmax": (
             *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
             *("mask-past-end", "mask-row-mixed-up", "mask-one-tile-late", "mask-front-whole"),
             *("mask-front-not-copied", "mask-end-not-copied", "mask-unshifted-copies"),
             *("mask-shift-forgotten", "mask-shift-of-another-row"),
+            *("tree-at-the-front", "tree-as-wide-as-rows", "tree-row-of-a-row"),
+            *("tree-copied-before", "tree-copied-behind", "tree-under-ones"),
             *("large-max-product", "large-max-twice"),
         ),
         "pv": (
@@ -78,9 +90,11 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sink-of-the-first", "sink-of-every-split"),
             *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
             *("page-not-advanced", "page-of-the-next-keys"),
+            *("tree-first-key-lost", "tree-hides-before", "tree-taken-again", "tree-not-copied"),
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
             *("float8-end-unsaid", "float8-one-warp-counted", "float8-unswizzled"),
             *("float8-scale-of-the-first", "float8-factor-kept"),
+            *("packed-bounds-of-the-first", "packed-box-of-64-rows"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "store": (
@@ -93,6 +107,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("stream-counter-of-the-last-block", "stream-heads-not-counted", "stream-head-kept"),
             *("stream-empty-left-out", "stream-whole-past-the-end"),
             *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
+            *("packed-head-of-the-first", "packed-row-of-nobody", "packed-last-query-alone"),
+            *("packed-heads-one-by-one", "packed-tiles-of-queries"),
             *("max-score-stored", "max-score-of-padding"),
         ),
     },

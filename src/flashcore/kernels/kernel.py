@@ -83,7 +83,7 @@ class Kernel(Generic[P]):
         """Return a name and an index for each mbarrier, in the order of their array."""
         return []
 
-    # What may be tuned
+    # Tuning
 
     def is_legal(self, plan: P) -> bool:
         """Return whether a plan fits the GPU: shared memory, threads and registers."""
@@ -200,7 +200,7 @@ class ForwardKernel(Kernel[P]):
         AttnParams."""
         return (name,)
 
-    # What may be tuned
+    # Tuning
 
     def is_legal(self, plan: P) -> bool:
         """Return whether a plan fits the GPU: shared memory, threads and registers."""

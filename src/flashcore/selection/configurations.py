@@ -64,6 +64,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Lanes that find pages take registers of the producer, and with a mask of the consumers.
     "pages-masked": {**_ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
+    "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
+    "packed-mixed": {"queries": 40, **_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
 }
@@ -132,12 +136,13 @@ OTHER_VARIANTS = (
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut"),
-    *("pages-masked", "packed-pages"),
+    *("pages-masked", "packed-pages", "packed-mixed"),
 )
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
-    *(*_MASK_VARIANTS, "packed-pages", "float8-decode", "float8-chunk"),
+    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),
+    *("packed-decode", "packed-mixed", "packed-few"),
 )
 _IN_BOTH_DTYPES = ("full", "causal", "masked")  # see Configuration.is_checked
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
@@ -266,27 +271,21 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
     k_strides, v_strides = (
         (length * dim, length * dim, dim) for dim in (problem.head_dim, problem.head_dim_v)
     )
+    seqlen_q, q_strides = length, k_strides
     if problem.seqlen_q < _SEQLEN:  # as many queries and heads as ever
         _, head_stride, row_stride = problem.q_strides
-        return dataclasses.replace(
-            problem,
-            batch=batch,
-            seqlen_k=length,
-            q_strides=(problem.group_size * head_stride, head_stride, row_stride),
-            k_strides=k_strides,
-            v_strides=v_strides,
-        )
-    total = batch * length if problem.packs_queries else 0
+        of_batch = problem.group_size * head_stride
+        seqlen_q, q_strides = problem.seqlen_q, (of_batch, head_stride, row_stride)
     return dataclasses.replace(
         problem,
         batch=batch,
-        seqlen_q=length,
+        seqlen_q=seqlen_q,
         seqlen_k=length,
-        q_strides=k_strides,
+        q_strides=q_strides,
         k_strides=k_strides,
         v_strides=v_strides,
-        total_q=total,
-        total_k=0 if problem.has_pages else total,
+        total_q=batch * seqlen_q if problem.packs_queries else 0,
+        total_k=batch * length if problem.varlen == "packed" else 0,
     )
 
 
@@ -322,15 +321,14 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
     causal = "lower_right" if options.pop("causal", False) else "none"
     left, right = widest_band(causal, window, q.shape[2], _SEQLEN)
     problem = Problem.from_tensors(q, k, v, **options)
-    total_q = _SEQLEN if varlen in PACKS_QUERIES else 0
     return dataclasses.replace(
         problem,
         causal=causal,
         window_left=left,
         window_right=right,
         varlen=varlen,
-        total_q=total_q,
-        total_k=0 if page_size else total_q,
+        total_q=q.shape[2] if varlen in PACKS_QUERIES else 0,
+        total_k=keys if varlen == "packed" else 0,
         page_size=page_size,
         num_pages=_SEQLEN // page_size if page_size else 0,
         cache_dtype=cache_dtype,

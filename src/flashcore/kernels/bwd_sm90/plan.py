@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flashcore.kernels.bwd_sm90.tiles import DQ_ROLE_REGISTERS, BwdTile, padded_to_16, tiles
+from flashcore.kernels.bwd_sm90.tiles import DQ_ROLE_REGISTERS, UNCUT, BwdTile, padded_to_16, tiles
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
@@ -66,8 +66,7 @@ class BwdSm90Plan(Plan):
 
     @property
     def starts_early(self) -> bool:
-        """Return whether the kernel starts early: its first instruction on global memory waits for
-        the kernels before (ptx/grid.cuh)."""
+        """Return True: it waits for the kernels before it by itself (ptx/grid.cuh)."""
         return True
 
     @property
@@ -77,8 +76,7 @@ class BwdSm90Plan(Plan):
 
     @property
     def draws_tiles(self) -> bool:
-        """Return whether blocks draw tiles from a counter (fwd_sm90/schedule_sm90.cuh,
-        tile/schedule_varlen.cuh)."""
+        """Return whether blocks draw tiles from a counter (fwd_sm90/schedule_sm90.cuh)."""
         return self.has_window_right or self.varlen == "packed"
 
     @property
@@ -254,16 +252,12 @@ class BwdSm90Plan(Plan):
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
         del constants["LOAD_BYTES"]
-        constants |= {
+        constants |= UNCUT | {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
             "DQ_REGISTERS": of_dq[0] if of_dq else producer_registers,
             "CHUNK": self.chunk,
             "OVERLAPS": self.overlaps,
-            "KEY_SLICES": 1,
-            "SPLIT_KV": False,
-            "STREAM_K": False,
-            "FIXED_PIECES": False,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,

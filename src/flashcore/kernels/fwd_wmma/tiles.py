@@ -57,6 +57,8 @@ def _estimated_registers(plan: Plan) -> int:
         rest += 24  # addresses and values of the mask
     if plan.page_size:
         rest += 16  # each row that a thread copies has an address of its own
+    if plan.stream_k and not _has_tight_budget(plan):
+        rest += 24  # the next piece, and what is handed over
     if plan.head_dim % 64 and max(plan.head_dim, plan.head_dim_v) > 64:
         rest += 16  # few threads share a row, so each copies more packets
     return plan.block_n // 2 + padded(plan.head_dim_v) // 2 + rest
@@ -81,7 +83,8 @@ def _min_blocks(plan: Plan) -> int:
 
 
 def _enumerate(base: Plan) -> Iterator[Plan]:
-    num_stages = 2 if base.arch >= 80 else 1  # double-buffered where copies are asynchronous
+    # Double-buffered where copies are asynchronous; of bytes there is one more stage.
+    num_stages = 1 if base.arch < 80 else 3 if base.cache_dtype else 2
     for block_m in (128, 64):
         for block_n in (128, 64, 32, 16):
             plan = dataclasses.replace(
@@ -165,7 +168,7 @@ def _cut(plan: Plan, problem: Problem) -> Plan:
         plan,
         stream_k=True,
         batch_invariant=problem.batch_invariant,
-        num_stages=3 if is_narrow else plan.num_stages,
+        num_stages=2 * plan.num_stages - 1 if is_narrow else plan.num_stages,
     )
     cut = dataclasses.replace(cut, min_blocks=_min_blocks(cut))
     longest = params.grid_size(problem, cut) * problem.seqlen_k // (_FEWEST_SMS * cut.min_blocks)

@@ -1,11 +1,10 @@
 // tile/shares.cuh - the keys of a row tile shared by blocks, where row tiles are fewer than SMs or
 // rows so few that reading K and V is all there is to do.
 //
-// A block takes pieces: a row tile and one of num_splits runs of its key tiles. What comes out, a
-// partial O with its row_max and row_sum, goes to global memory, only the rows that exist. A
-// counter says who hands over a row tile's last part. That group of four warps, which has 64 rows,
-// adds up all of them, in the order of the splits, so that the result does not depend on who it
-// was.
+// A block takes pieces: a row tile and one of num_splits runs of its key tiles. It writes a partial
+// O with its row_max and row_sum to global memory, only the rows that exist. A counter tells the
+// group of four warps (64 rows) that hands over a row tile's last part: it adds up all parts, in
+// the order of the splits, so that the result does not depend on which group it is.
 #pragma once
 
 #include "prims.cuh"
