@@ -75,9 +75,9 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
         return step
 
     def packed_step() -> object:
-        x = packed_leaves
-        out = flashcore.attention_varlen(*x, ends, ends, seqlen, seqlen)
-        return torch.autograd.grad(out, x, packed_dout)
+        q, k, v = packed_leaves
+        out = flashcore.attention_varlen(q, k, v, ends, ends, seqlen, seqlen)
+        return torch.autograd.grad(out, packed_leaves, packed_dout)
 
     packed_leaves = [x.detach().clone().requires_grad_() for x in (packed_q, packed_k, packed_v)]
     packed_dout = torch.ones_like(packed_q)
