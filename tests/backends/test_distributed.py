@@ -23,7 +23,8 @@ def test_two_gpus_give_the_gradients_of_one(way: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp2", marks=pytest.mark.thorough)])
+@pytest.mark.thorough  # what stays: tests/dropins/test_context_parallel.py
+@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_without_a_gpu(way: str) -> None:
     done = subprocess.run(
         [sys.executable, str(PROGRAM), "cpu", way], capture_output=True, text=True, check=False

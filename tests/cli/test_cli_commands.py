@@ -215,6 +215,8 @@ def test_a_built_bundle_serves_without_a_compiler(
 ) -> None:
     monkeypatch.setattr(configurations_module, "SERVING_VARIANTS", {})
     monkeypatch.setattr(configurations_module, "VARIANTS", {"full": {}})
+    monkeypatch.setattr(configurations_module, "_LENGTHS", (1024,))  # each has a tile or two
+    monkeypatch.setattr(configurations_module, "_HEADS", (4,))
     bundle = tmp_path / "kernels.bundle"
     arguments = ["build", "--arch", "sm_90", "--head-dim", "64", "--dtype", "float16", "-j", "1"]
     status, document = invoke(*arguments, "--output", str(bundle))

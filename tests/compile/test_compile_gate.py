@@ -17,6 +17,7 @@ from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.bwd_sm90.plan_one import DELTA_KERNEL, ROUND_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan
+from flashcore.kernels.registry import kernel_of
 from flashcore.selection import compile_gate
 from flashcore.selection.backward_configurations import backward_configurations
 from flashcore.selection.compile_gate import (
@@ -57,11 +58,17 @@ def test_the_sample_has_every_kernel_architecture_and_head_dim(
     }
 
 
-def test_the_sample_has_every_variant_and_every_dtype_of_a_kernel(
+def test_the_sample_has_every_variant_and_every_dtype(
     checked: list[Configuration],
 ) -> None:
-    for aspect in (lambda entry: entry.variant, lambda entry: entry.plan.dtype):
-        assert of_kernels(sample(checked), aspect) == of_kernels(checked, aspect)
+    def dtype(entry: Configuration) -> str:
+        return entry.plan.dtype
+
+    def variants(found: list[Configuration]) -> set[tuple[bool, str]]:
+        return {(kernel_of(entry.plan).is_backward, entry.variant) for entry in found}
+
+    assert of_kernels(sample(checked), dtype) == of_kernels(checked, dtype)
+    assert variants(sample(checked)) == variants(checked)
 
 
 def test_what_is_not_checked_is_told_by_another(checked: list[Configuration]) -> None:

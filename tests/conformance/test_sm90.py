@@ -44,6 +44,7 @@ COLUMNS = [(16, 64), (64, 128), (96, 64), (128, 128)]
         ),
     ],
 )
+@pytest.mark.thorough  # the gate compiles kernels that are written with them
 def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, object]) -> None:
     pytest.importorskip("cuda.core")
     from flashcore.compile.jit import compile_source

@@ -62,9 +62,14 @@ def test_the_healthy_kernel_passes_every_stage(case: Case) -> None:
     [
         ("no-commit", "pv", "wgmma"),
         ("turn-not-handed-on", "full", "what the gates switch off"),
-        ("no-init-fence", "setup", "mbar_init_fence"),
-        ("o-part-overwritten", "store", "race"),
-        ("share-sum-lost", "full", "lse"),
+        *(
+            pytest.param(*values, marks=pytest.mark.thorough)
+            for values in (
+                ("no-init-fence", "setup", "mbar_init_fence"),
+                ("o-part-overwritten", "store", "race"),
+                ("share-sum-lost", "full", "lse"),
+            )
+        ),
     ],
 )
 def test_a_planted_bug_is_found_in_its_stage(plant: str, stage: str, reason: str) -> None:

@@ -109,6 +109,7 @@ def test_lengths_become_dynamic_by_themselves():
     assert counter.frame_count == 2
 
 
+@pytest.mark.thorough
 def test_inductor_keeps_layouts_that_the_operator_needs():
     """head_dim stays contiguous, an expanded mask expanded, though both come from fused code."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pages import Cache, make_cache
+from parameters import thorough_but
 
 import flashcore
 from backends import GPU, SIM, WMMA, device_of
@@ -289,7 +290,7 @@ def mask_of(kind: str, cache: Cache) -> torch.Tensor:
     return (mask.to(cache.q.dtype) if kind == "bias" else mask).to(cache.q.device)
 
 
-@pytest.mark.parametrize("page_size", [1, 16, 24])
+@pytest.mark.parametrize("page_size", thorough_but((1, 16), (1, 16, 24)))
 @pytest.mark.parametrize("kind", MASKS)
 @every_backend
 def test_masks_are_over_the_keys_of_a_sequence(backend: str, kind: str, page_size: int) -> None:

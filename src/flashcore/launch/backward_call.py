@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from flashcore.base.bounded import make_room
 from flashcore.kernels.bwd_sm90.params import (
     LENGTHS,
     POINTERS,
@@ -152,8 +153,7 @@ class BackwardPass:
 
 def _keep(known: dict[tuple[int, ...], _Kept], addresses: tuple[int, ...], entry: _Kept) -> None:
     with _lock:
-        while len(known) >= ARGUMENTS_MAX:
-            del known[next(iter(known))]  # the oldest
+        make_room(known, ARGUMENTS_MAX)
         known[addresses] = entry
 
 

@@ -24,6 +24,7 @@ from flashcore.backends.dispatch import (
 )
 from flashcore.backends.growing import Growing
 from flashcore.base import forks
+from flashcore.base.bounded import make_room
 from flashcore.launch import launcher
 from flashcore.launch.types import Addresses, Call, Computed
 from flashcore.ops.guards import guard
@@ -240,8 +241,7 @@ def find(
     ):
         fits = guard(q, k, v, any_keys=True)
         with _lock:
-            if len(_growing) >= CALLS_MAX:
-                del _growing[next(iter(_growing))]
+            make_room(_growing, CALLS_MAX)
             _growing[family] = Growing(problem, kernel, fits, found.options)
     return found
 

@@ -1,7 +1,7 @@
 """Look up the backward pass that was prepared for a description of tensors, as ops/calls.py does
 the forward.
 
-What was decided for a call forward (calls.Found) remembers what was prepared for its backward pass.
+The entry of a forward call (calls.Found) remembers the backward pass that was prepared for it.
 """
 
 from __future__ import annotations

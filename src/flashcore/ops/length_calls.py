@@ -38,6 +38,7 @@ def attend_lengths(
     batch_invariant: bool = False,
     scales: tuple[Tensor, ...] = (),
     record: RecordLengths | None = None,
+    is_tree: bool = False,
 ) -> Result | None:
     """Compute sequences that differ in length, or have sinks, by a kernel, if one serves them,
     around torch's dispatcher.
@@ -58,6 +59,7 @@ def attend_lengths(
         scales: of k and v where they have 8 bits.
         record: what records the call if autograd is to, of q, k and v alone; None: nothing is
             recorded.
+        is_tree: whether `mask` is a tree_mask.
 
     Returns:
         What `attend` returns; None where the operator has to do it.
@@ -91,7 +93,7 @@ def attend_lengths(
                 and return_max_score is False
             ) else options_key(*options, mask),
             len(guarded), len(scales), longest, backend, of_sinks, batch_invariant,
-            type(batch_invariant),
+            type(batch_invariant), is_tree,
         )  # fmt: skip
         known = calls._calls.get(key, ())
     except (AttributeError, TypeError, RuntimeError):

@@ -46,6 +46,9 @@ class Inputs(NamedTuple):
         k_scale: float32, broadcastable to [batch, num_heads_kv]: what elements of k count, where k
             is float8_e4m3fn.
         v_scale: likewise, of v.
+        tree_mask: boolean, broadcastable to [batch, num_heads_q, seqlen_q, seqlen_q]: which of the
+            last seqlen_q keys of its sequence a query sees, besides all before them; instead of
+            mask.
     """
 
     q: Tensor
@@ -61,6 +64,7 @@ class Inputs(NamedTuple):
     sinks: Tensor | None = None
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    tree_mask: Tensor | None = None
 
 
 class Wanted(NamedTuple):

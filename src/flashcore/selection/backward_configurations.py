@@ -59,19 +59,18 @@ _OTHER_HEAD_DIMS: dict[Dims, tuple[str, ...]] = {
 
 def _mask_plans(problem: Problem) -> list[MaskPlan]:
     """Return the plans of the gradient of a problem's additive mask: of each query and key, and of
-    one row; summed by one block and by several; where rows are loose, of an odd length, too."""
+    one row; summed by one block and by several, of which one has rows of an odd length, where they
+    are loose."""
     if problem.mask is None or problem.mask.dtype == "bool" or problem.varlen != "none":
         return []
-    rows = 1 if problem.mask.strides[2] == 0 else problem.seqlen_q
-    lengths = [problem.seqlen_k]
     of_dq = select_plans(problem).dq
-    if of_dq.mask_is_shifted or of_dq.mask_load_bytes < 16:
-        lengths.append(problem.seqlen_k - 1)
+    is_loose = of_dq.mask_is_shifted or of_dq.mask_load_bytes < 16
+    rows = 1 if problem.mask.strides[2] == 0 else problem.seqlen_q
     plans = []
-    for length in lengths:
+    for num_shares, length in ((1, problem.seqlen_k - is_loose), (2, problem.seqlen_k)):
         shorter = dataclasses.replace(problem, seqlen_k=length)
         plan = select_mask_plan(shorter, (1, 1, rows, length)).machine_code()
-        plans += [dataclasses.replace(plan, num_shares=n) for n in (1, 2)]
+        plans.append(dataclasses.replace(plan, num_shares=num_shares))
     return plans
 
 

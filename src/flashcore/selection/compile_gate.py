@@ -96,7 +96,8 @@ def checked(found: Iterable[Configuration]) -> list[Configuration]:
 
 def sample(found: Iterable[Configuration]) -> list[Configuration]:
     """Return the configurations that stand for all: those with the least room, SAMPLED_VARIANTS of
-    each cell that differ in their variant, and one of each variant and of each dtype of a kernel.
+    each cell that differ in their variant, and one of each variant, forward and backward, and of
+    each dtype of a kernel.
 
     Args:
         found: configurations in any order; of two with the same room the first is taken.
@@ -106,9 +107,9 @@ def sample(found: Iterable[Configuration]) -> list[Configuration]:
     """
     found = list(found)
     cells: dict[Cell, dict[str, Configuration]] = defaultdict(dict)
-    forms: dict[tuple[str, str], Configuration] = {}
+    forms: dict[tuple[bool | str, str], Configuration] = {}
     for entry in sorted(found, key=lambda entry: expected_room(entry.plan)):
-        forms.setdefault((entry.plan.kernel, entry.variant), entry)
+        forms.setdefault((kernel_of(entry.plan).is_backward, entry.variant), entry)
         forms.setdefault((entry.plan.kernel, entry.plan.dtype), entry)
         cell = cells[cell_of(entry.plan)]
         if len(cell) < SAMPLED_VARIANTS[bool(entry.plan.role_registers)]:
@@ -129,9 +130,8 @@ def over_budget(entry: Configuration, found: Resources) -> list[str]:
     if found.spill_bytes > 0:
         lines.append(f"{where}: {found.spill_bytes} spilled bytes, 0 allowed")
     lines += [f"{where}: {remark}" for remark in found.remarks if _FENCE_ADDED not in remark]
-    budget = None if kernel_of(plan).is_backward else forward_of(plan).budget
-    # Rows in pages have an address each (fwd_wmma/tiles.py).
-    if found.head_dim == 64 and budget is not None and not plan.page_size:
+    budget = None if kernel_of(plan).is_backward else forward_of(plan).budget_of(plan)
+    if found.head_dim == 64 and budget is not None:
         registers, smem_bytes = budget
         if found.registers > registers:
             lines.append(f"{where}: {found.registers} registers, {registers} allowed")

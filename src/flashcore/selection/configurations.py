@@ -18,6 +18,7 @@ from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS, Plan
 from flashcore.kernels.registry import PORTABLE, forward_for, forward_of
 from flashcore.problem import Problem, widest_band
 from flashcore.problem.exactness import MAX_KEYS_OF_A_SUM
+from flashcore.problem.memory_layout import mask_spec
 from flashcore.problem.problem import PACKS_QUERIES
 from flashcore.selection import tile_table
 from flashcore.selection.select import candidates
@@ -56,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "columns-mask": {"mask": "columns"},
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
-    # More keys than one sum is exact over (tile/totals.cuh).
+    # More keys than one sum is exact over (fwd_wmma/totals_wmma.cuh).
     "long": {"keys": 2 * MAX_KEYS_OF_A_SUM},
     "max-score": {"causal": True, "return_max_score": True},
     # The most for the Hopper kernel's producer; of its own head_dims, listed beside the widest.
@@ -64,6 +65,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Lanes that find pages take registers of the producer, and with a mask of the consumers.
     "pages-masked": {**ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "tree": {"queries": 64, **ALL_OPTIONS, "mask": "tree", "varlen": "pages", "page_size": 16},
+    # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
+    "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
+    "packed-mixed": {"queries": 40, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
 }
@@ -106,7 +112,7 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "pages-decode": {"queries": 1, "varlen": "pages", "page_size": 16},
     "pages-few-queries": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
     "pages-chunk": {"queries": 100, "causal": True, "varlen": "pages", "page_size": 16},
-    "pages-tree": {"queries": 4, "mask": "bool", "varlen": "pages", "page_size": 16},
+    "pages-tree": {"queries": 4, "mask": "tree", "varlen": "pages", "page_size": 16},
     "packed-pages-causal": {"causal": True, "varlen": "packed_pages", "page_size": 16},
 }
 SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))  # of language models
@@ -132,12 +138,13 @@ OTHER_VARIANTS = (
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut"),
-    *("pages-masked", "packed-pages"),
+    *("pages-masked", "packed-pages", "packed-mixed", "tree"),
 )
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
-    *(*_MASK_VARIANTS, "packed-pages", "float8-decode", "float8-chunk"),
+    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),
+    *("packed-decode", "packed-mixed", "packed-few", "tree"),
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 _HEADS = (1, 4, 16, 64, 256, 1024)  # of the Hopper kernel's table: from one tile to many an SM
@@ -256,27 +263,21 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
     k_strides, v_strides = (
         (length * dim, length * dim, dim) for dim in (problem.head_dim, problem.head_dim_v)
     )
+    seqlen_q, q_strides = length, k_strides
     if problem.seqlen_q < _SEQLEN:  # as many queries and heads as ever
         _, head_stride, row_stride = problem.q_strides
-        return dataclasses.replace(
-            problem,
-            batch=batch,
-            seqlen_k=length,
-            q_strides=(problem.group_size * head_stride, head_stride, row_stride),
-            k_strides=k_strides,
-            v_strides=v_strides,
-        )
-    total = batch * length if problem.packs_queries else 0
+        of_batch = problem.group_size * head_stride
+        seqlen_q, q_strides = problem.seqlen_q, (of_batch, head_stride, row_stride)
     return dataclasses.replace(
         problem,
         batch=batch,
-        seqlen_q=length,
+        seqlen_q=seqlen_q,
         seqlen_k=length,
-        q_strides=k_strides,
+        q_strides=q_strides,
         k_strides=k_strides,
         v_strides=v_strides,
-        total_q=total,
-        total_k=0 if problem.has_pages else total,
+        total_q=batch * seqlen_q if problem.packs_queries else 0,
+        total_k=batch * length if problem.varlen == "packed" else 0,
     )
 
 
@@ -292,7 +293,7 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
     queries = options.pop("queries", None)
     q = x if queries is None else x.new_empty(1, group, queries, dim)
     mask = options.pop("mask", None)
-    if mask is not None:
+    if mask not in (None, "tree"):
         is_row = "padding" in mask
         # Rows of a mask for several sequences are aligned for wide loads or not.
         batch, heads, rows = (2, 1, 1) if is_row else (1, *q.shape[1:3])
@@ -313,16 +314,16 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
     causal = "lower_right" if options.pop("causal", False) else "none"
     left, right = widest_band(causal, window, q.shape[2], _SEQLEN)
     problem = Problem.from_tensors(q, k, v, **options)
-    total_q = _SEQLEN if varlen in PACKS_QUERIES else 0
     return dataclasses.replace(
         problem,
         causal=causal,
         window_left=left,
         window_right=right,
         varlen=varlen,
-        total_q=total_q,
-        total_k=0 if page_size else total_q,
+        total_q=q.shape[2] if varlen in PACKS_QUERIES else 0,
+        total_k=keys if varlen == "packed" else 0,
         page_size=page_size,
         num_pages=_SEQLEN // page_size if page_size else 0,
         cache_dtype=cache_dtype,
+        mask=mask_spec(q.new_empty(2 * q.shape[2:3]), True) if mask == "tree" else problem.mask,
     )

@@ -159,7 +159,7 @@ def options_of(problem: Problem) -> list[str]:
     if problem.softcap:
         parts.append("softcap")
     if problem.mask is not None:
-        parts.append("bool mask" if problem.mask.dtype == "bool" else "additive mask")
+        parts.append("bool mask" if problem.mask.dtype in ("bool", "tree") else "additive mask")
     if problem.varlen != "none":
         parts.append(f"varlen {problem.varlen}")
     if problem.load_bytes < 16:

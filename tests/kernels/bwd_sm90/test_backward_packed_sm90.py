@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from packed_gradients import PackedCase, make_packed, wrong_packed_gradients
+from parameters import thorough_but
 from test_backward_sm90 import SIMPLE, SMALL, TWO, WIDE, plans_of
 
 import flashcore
@@ -57,7 +58,9 @@ def check(case: PackedCase, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0
     assert not wrong, f"{case}: {wrong}"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", thorough_but(("selected", "three-groups-of-keys", "shared-keys-window"), FAMILIES)
+)
 def test_gradients_of_wild_lengths(name: str) -> None:
     tiles, fixed = FAMILIES[name]
     for seed in range(SEEDS_OF_A_FAMILY):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore.kernels.bwd_sm90.plan import ARCH, BwdSm90Plan
+from flashcore.kernels.bwd_sm90.tiles import UNCUT
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import mask_traits
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
@@ -125,14 +126,11 @@ class MaskPlan(BwdSm90Plan):
         consumer_registers, producer_registers = self.role_registers
         constants = Plan.constants(self)
         del constants["LOAD_BYTES"]
+        constants |= UNCUT
         return constants | {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
             "CHUNK": self.chunk,
-            "KEY_SLICES": 1,
-            "SPLIT_KV": False,
-            "STREAM_K": False,
-            "FIXED_PIECES": False,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,

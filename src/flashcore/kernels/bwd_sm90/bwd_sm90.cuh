@@ -181,8 +181,8 @@ struct RowsInTensor {
   bool exist = true;  // or there is none: a packed sequence ends before
 };
 
-// The thread that sends a warpgroup's rows on their way waits until these have been read from shared
-// memory.
+// The thread that sends a warpgroup's rows on their way waits until these have been read from
+// shared memory.
 FC_DEVICE void await_stores() {
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
 }

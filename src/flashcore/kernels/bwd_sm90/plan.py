@@ -11,7 +11,7 @@ import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flashcore.kernels.bwd_sm90.tiles import DQ_ROLE_REGISTERS, BwdTile, padded_to_16, tiles
+from flashcore.kernels.bwd_sm90.tiles import DQ_ROLE_REGISTERS, UNCUT, BwdTile, padded_to_16, tiles
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
@@ -66,8 +66,7 @@ class BwdSm90Plan(Plan):
 
     @property
     def starts_early(self) -> bool:
-        """Return whether the kernel starts early: its first instruction on global memory waits for
-        the kernels before (ptx/grid.cuh)."""
+        """Return True: it waits for the kernels before it by itself (ptx/grid.cuh)."""
         return True
 
     @property
@@ -77,8 +76,7 @@ class BwdSm90Plan(Plan):
 
     @property
     def draws_tiles(self) -> bool:
-        """Return whether blocks draw tiles from a counter (fwd_sm90/schedule_sm90.cuh,
-        tile/schedule_varlen.cuh)."""
+        """Return whether blocks draw tiles from a counter (fwd_sm90/schedule_sm90.cuh)."""
         return self.has_window_right or self.varlen == "packed"
 
     @property
@@ -195,36 +193,30 @@ class BwdSm90Plan(Plan):
 
     @property
     def producer_registers_min(self) -> int:
-        """Return the registers that a producer thread needs: with a mask 24 would spill, a warp of
-        it deals out tiles of packed sequences, and in the kernel of dk and dv one computes."""
+        """Return the registers that a producer thread needs at least: more where one of its warps
+        computes, reads a mask, or deals out tiles of packed sequences."""
         if not self.is_dq:
             return 40
         return 32 if self.varlen == "packed" or self.mask is not None else 24
 
     @property
     def role_registers(self) -> tuple[int, ...]:
-        """Return the registers of a consumer and of a producer thread, and of one of dq's
-        warpgroup, if there is one; see Sm90Plan."""
+        """Return the registers of a consumer, of a producer and of dq's threads; see Sm90Plan."""
         if self.has_dq_role:
             return DQ_ROLE_REGISTERS[max(self.head_dim, self.head_dim_v) > 64]
         pool = self.max_registers * (self.num_consumers + 1)
-        producer = self.producer_registers_min
-        consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
+        of_consumers = pool - self.producer_registers_min
+        consumer = min(240, of_consumers // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
     @property
     def box_rows(self) -> dict[str, int]:
         """Return the tensors that the kernel reads and writes by TMA, and their boxes' rows."""
-        written: tuple[str, ...]
-        if self.is_dq:
-            own, walked, written = ("q", "dout"), ("k", "v"), ("dq",)
-            walked_rows = self.block_n
-        else:
-            own, walked, written = ("k", "v"), ("q", "dout"), ("dk", "dv")
-            walked_rows = self.block_m
-        return dict.fromkeys((*own, *written), ROWS_OF_CONSUMER) | dict.fromkeys(
-            walked, walked_rows
-        )
+        of_queries, of_keys = ("q", "dout"), ("k", "v")
+        own, walked = (of_queries, of_keys) if self.is_dq else (of_keys, of_queries)
+        written = ("dq",) if self.is_dq else ("dk", "dv")
+        rows = self.block_n if self.is_dq else self.block_m
+        return dict.fromkeys((*own, *written), ROWS_OF_CONSUMER) | dict.fromkeys(walked, rows)
 
     @property
     def written(self) -> tuple[str, ...]:
@@ -260,16 +252,12 @@ class BwdSm90Plan(Plan):
         # Named, as a slotted dataclass is another class than the one that super() sees here.
         constants = Plan.constants(self)
         del constants["LOAD_BYTES"]
-        constants |= {
+        constants |= UNCUT | {
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
             "DQ_REGISTERS": of_dq[0] if of_dq else producer_registers,
             "CHUNK": self.chunk,
             "OVERLAPS": self.overlaps,
-            "KEY_SLICES": 1,
-            "SPLIT_KV": False,
-            "STREAM_K": False,
-            "FIXED_PIECES": False,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,

@@ -17,7 +17,7 @@ from flashcore.kernels.bwd_sm90.plan import (
     make_plan,
     obstacle_anywhere,
 )
-from flashcore.kernels.bwd_sm90.tiles import BwdTile, padded_to_16
+from flashcore.kernels.bwd_sm90.tiles import UNCUT, BwdTile, padded_to_16
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
@@ -86,13 +86,7 @@ class RowsPlan(BwdSm90Plan):
         """Return the kernel source's compile-time constants."""
         constants = Plan.constants(self)
         del constants["LOAD_BYTES"]
-        return constants | {
-            "CHUNK": self.chunk,
-            "KEY_SLICES": 1,
-            "SPLIT_KV": False,
-            "STREAM_K": False,
-            "FIXED_PIECES": False,
-        }
+        return constants | UNCUT | {"CHUNK": self.chunk}
 
 
 class OneKernelPlans(NamedTuple):

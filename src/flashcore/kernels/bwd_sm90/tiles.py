@@ -11,6 +11,10 @@ if TYPE_CHECKING:
 # where dq takes more accumulators. 512 together.
 DQ_ROLE_REGISTERS = {False: (200, 40, 72), True: (192, 40, 88)}
 
+# Constants by which headers shared with the forward cut the keys of a tile among blocks and
+# warpgroups: here none are.
+UNCUT = {"KEY_SLICES": 1, "SPLIT_KV": False, "STREAM_K": False, "FIXED_PIECES": False}
+
 
 def padded_to_16(cols: int) -> int:
     """Return the columns of the fragments that hold so many."""

@@ -21,6 +21,7 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/mask.cuh"
 #include "tile/max_score.cuh"
 #include "tile/params.cuh"
@@ -283,8 +284,14 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
     named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above before the stores
     if (leads) {
       for (int chunk = begin; has_rows && chunk < end; ++chunk) {
-        tma_store(params.o_map, o.chunk(chunk - begin), chunk * CHUNK, box.row + first_row,
-                  block.head_idx, box.batch);
+        const auto from = o.chunk(chunk - begin);
+        if constexpr (FOLDS_PACKED) {  // the maps of q and o have heads for rows
+          tma_store(params.o_map, from, chunk * CHUNK, block.head_idx,
+                    box.row + query_of(p, first_row), box.batch);
+        } else {
+          tma_store(params.o_map, from, chunk * CHUNK, box.row + first_row, block.head_idx,
+                    box.batch);
+        }
       }
       tma_store_commit();
     }
@@ -427,6 +434,7 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
     if (PACKED) init_feed(smem.feed);
     init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SLICES * 4);
   }
+  if constexpr (FOLDS_PACKED) clear_rows_of_nobody(params.attn, smem.q);
   block_sync();  // orders the initialisation before every use
   grid_dependency_wait();
 

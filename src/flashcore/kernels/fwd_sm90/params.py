@@ -217,6 +217,8 @@ def _set_map(
         element_bytes=element_bytes,
         swizzle_bytes=box_cols * element_bytes if is_swizzled else 0,
     )
+    if packed and plan.folds_heads and not of_keys:
+        fold_boxes(tensor_map, plan.folds_heads)
     if packed and not of_pages:
         make_ragged(tensor_map, 0)
     elif (problem.varlen == "keys" and of_keys) or (pages and name == "v"):
@@ -228,6 +230,15 @@ def _set_map(
             tensor_map.rows = plan.box_rows
         make_ragged(tensor_map, last_begin)
     setattr(argument, f"{name}_map", tensor_map)
+
+
+def fold_boxes(tensor_map: TensorMap, num_heads: int) -> None:
+    """Let a box of packed rows be all of `num_heads` heads of as many queries as 64 rows have: the
+    heads of a query follow one another, so heads take the place of rows, and rows that of heads."""
+    m = tensor_map
+    m.rows, m.heads = m.heads, m.rows
+    m.row_stride_bytes, m.head_stride_bytes = m.head_stride_bytes, m.row_stride_bytes
+    m.box_rows, m.box_heads = num_heads, ROWS_OF_CONSUMER // num_heads
 
 
 def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:
@@ -242,8 +253,13 @@ def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:
 
     The map's base is no address of the tensor's. An H200 faults on a box of such a map that starts
     behind the last row, where it would only give zeros of another: no box may start there.
+
+    Where a box has several heads, heads and rows have changed places, see `fold_boxes`.
     """
     m = tensor_map
-    m.base = (m.base - m.rows * m.row_stride_bytes) % 2**64
-    m.batch_stride_bytes = m.row_stride_bytes
-    m.batches = last_begin + m.rows + 1
+    rows, stride_bytes = m.rows, m.row_stride_bytes
+    if m.box_heads:
+        rows, stride_bytes = m.heads, m.head_stride_bytes
+    m.base = (m.base - rows * stride_bytes) % 2**64
+    m.batch_stride_bytes = stride_bytes
+    m.batches = last_begin + rows + 1

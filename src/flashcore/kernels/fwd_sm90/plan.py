@@ -14,7 +14,7 @@ from flashcore.kernels.fwd_sm90.tiles import Tile
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
 from flashcore.problem.exactness import fewest_splits, is_cut
-from flashcore.problem.folding import fold_heads
+from flashcore.problem.folding import heads_of_packed_rows
 from flashcore.problem.problem import PACKS_QUERIES
 
 if TYPE_CHECKING:
@@ -45,15 +45,14 @@ class Sm90Plan(Plan):
 
     `ping_pong`: consumer warpgroups take turns at issuing to the tensor cores; `lazy_rescale`: the
     output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room
-    for; `o_parts`: in how many parts, one after another, O leaves through its buffer;
-    `key_slices`: consumers that share the keys of 64 rows; `num_splits`: blocks that share the
-    keys of a row tile, of which the machine code knows only whether there are any; with
-    `batch_invariant` rows take no votes; `mask_load_bytes`: how much of a mask tensor is copied
-    at once, 16, 8 or 4, or 1 for element by element; `mask_is_row`: all queries share its row;
-    `mask_is_shifted`: its rows start anywhere in what is copied at once, 8 elements;
-    `fewest_splits`: what `num_splits` must be at least, see problem/exactness.py;
-    `load_stages`: tiles of K and V for which there is room as bytes, of 8-bit caches (0 of
-    others), beside the `num_stages` that are converted.
+    for; `o_parts`: in how many parts, one after another, O leaves through its buffer; `key_slices`:
+    consumers that share the keys of 64 rows; `num_splits`: blocks that share the keys of a row
+    tile, of which the machine code knows only whether there are any; with `batch_invariant` rows
+    take no votes; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 8 or 4, or 1
+    for element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows
+    start anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be
+    at least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
+    bytes, of 8-bit caches (0 of others), beside the `num_stages` that are converted.
     """
 
     ping_pong: bool = False
@@ -239,6 +238,8 @@ class Sm90Plan(Plan):
             "KEY_SLICES": self.key_slices,
             "SPLIT_KV": self.shares_keys,
             "OVERLAPS": self.overlaps,
+            "FOLDED": constants["FOLDED"]
+            or (self.folds_heads > 0 and self.varlen in PACKS_QUERIES),
             # By a vote of rows, as the lazy rescale is.
             "TANH_BY_POLYNOMIAL": self.overlaps and not self.batch_invariant,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
@@ -269,8 +270,8 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     if gate is None:
         fields["fewest_splits"] = fewest_splits(problem)
         fields["batch_invariant"] = problem.batch_invariant
-    folded = fields["folds_heads"]
-    return fields | tiles_sm90.mask_traits(fold_heads(problem, folded) if folded else problem)
+        fields["folds_heads"] = fields["folds_heads"] or heads_of_packed_rows(problem)
+    return fields | tiles_sm90.mask_traits(tiles_sm90.folded(problem, fields["folds_heads"]))
 
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
@@ -283,11 +284,10 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     if gate is not None and gate not in GATES:
         raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
     plans: list[Plan | None] = []
-    problem = tiles_sm90.of_mean_lengths(problem)
     of_problem = traits_sm90(problem, gate)
     folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
-    launched = fold_heads(problem, folded) if folded else problem
+    launched = tiles_sm90.folded(problem, folded)
     tiles = tiles_sm90.tiles(launched, max(1, folded))
     if problem.batch_invariant and gate is None:
         tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))

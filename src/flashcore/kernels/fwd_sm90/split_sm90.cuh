@@ -1,5 +1,5 @@
-// fwd_sm90/split_sm90.cuh - keys of a row tile that the Hopper kernel's blocks share, as many splits
-// of each as the host says; what becomes of shares: tile/shares.cuh.
+// fwd_sm90/split_sm90.cuh - keys of a row tile that the Hopper kernel's blocks share, as many
+// splits of each as the host says; what becomes of shares: tile/shares.cuh.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -25,7 +25,7 @@ struct SplitWalk {
   FC_DEVICE void advance(const AttnParams&, const TileSchedule&) { piece += num_blocks(); }
 };
 
-// Whether a warpgroup was the last of its rows, one int a group of rows.
+// Bytes that say whether a warpgroup was the last of its rows, one int for each group of rows.
 constexpr int ARRIVAL_BYTES = SPLIT_KV ? 16 : 0;
 static_assert(!SPLIT_KV || NUM_ROW_GROUPS <= 4, "no room for more");
 

@@ -24,7 +24,8 @@
 #include "tile/shares.cuh"
 #include "tile/softmax.cuh"
 #include "tile/stream_k.cuh"
-#include "tile/totals.cuh"
+#include "fwd_wmma/float8_wmma.cuh"
+#include "fwd_wmma/totals_wmma.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
@@ -41,9 +42,15 @@ constexpr int QO_ELEMENTS = BLOCK_M * QO_STRIDE;
 constexpr int K_ELEMENTS = BLOCK_N * K_STRIDE;  // of one stage
 constexpr int V_ELEMENTS = BLOCK_N * V_STRIDE;
 constexpr int ELEMENT_BYTES = int(sizeof(Element));
-constexpr int TILE_BYTES =
-    (QO_ELEMENTS + NUM_STAGES * (K_ELEMENTS + V_ELEMENTS)) * ELEMENT_BYTES;
-// Under STREAM_K the block's walk over its pieces, and whether it handed over a row tile's last one.
+// Of 8-bit caches the stages are bytes, and there is one tile of K and of V that they become.
+constexpr int NUM_TILES = FLOAT8 ? 1 : NUM_STAGES;
+constexpr int K_LOAD_BYTES = FLOAT8 ? BLOCK_N * HEAD_DIM : 0;  // of one stage
+constexpr int V_LOAD_BYTES = FLOAT8 ? BLOCK_N * HEAD_DIM_V : 0;
+constexpr int LOADS_OFFSET =
+    (QO_ELEMENTS + NUM_TILES * (K_ELEMENTS + V_ELEMENTS)) * ELEMENT_BYTES;
+constexpr int TILE_BYTES = LOADS_OFFSET + NUM_STAGES * (K_LOAD_BYTES + V_LOAD_BYTES);
+// Under STREAM_K the block's walk over its pieces, and whether it handed over the last one of a
+// row tile.
 constexpr int PIECES_INTS = STREAM_K ? StreamWalk::INTS + 1 : 0;
 //@if gate pv_serial
 static_assert(SMEM_BYTES == TILE_BYTES + GATE_SERIAL_BYTES,
@@ -152,9 +159,13 @@ FC_DEVICE void attend(const AttnParams& params, const BlockCoord& block) {
 
   const auto qo_smem = smem_view<Element>(0, QO_ELEMENTS, "qo_smem");
   const auto k_smem =
-      smem_view<Element>(QO_ELEMENTS * ELEMENT_BYTES, NUM_STAGES * K_ELEMENTS, "k_smem");
-  const auto v_smem = smem_view<Element>((QO_ELEMENTS + NUM_STAGES * K_ELEMENTS) * ELEMENT_BYTES,
-                                         NUM_STAGES * V_ELEMENTS, "v_smem");
+      smem_view<Element>(QO_ELEMENTS * ELEMENT_BYTES, NUM_TILES * K_ELEMENTS, "k_smem");
+  const auto v_smem = smem_view<Element>((QO_ELEMENTS + NUM_TILES * K_ELEMENTS) * ELEMENT_BYTES,
+                                         NUM_TILES * V_ELEMENTS, "v_smem");
+  const auto k_bytes_smem =
+      smem_view<float8>(LOADS_OFFSET, NUM_STAGES * K_LOAD_BYTES, "k_bytes_smem");
+  const auto v_bytes_smem = smem_view<float8>(LOADS_OFFSET + NUM_STAGES * K_LOAD_BYTES,
+                                              NUM_STAGES * V_LOAD_BYTES, "v_bytes_smem");
   const auto warp_qo_smem = qo_smem + warp_idx() * 16 * QO_STRIDE;
 
   // Starts the copy of one key tile into its stage, as one cp.async group; past the end an empty
@@ -165,10 +176,17 @@ FC_DEVICE void attend(const AttnParams& params, const BlockCoord& block) {
       const int key_begin = n_block * BLOCK_N;
       const auto k_rows = rows_of_keys(p, block, k_gmem, p.strides.k);
       const auto v_rows = rows_of_keys(p, block, v_gmem, p.strides.v);
-      load_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem + stage * K_ELEMENTS, k_rows, key_begin,
-                                             p.seqlen_k);
-      load_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem + stage * V_ELEMENTS, v_rows, key_begin,
+      if constexpr (FLOAT8) {
+        load_tile<BLOCK_N, HEAD_DIM, HEAD_DIM>(k_bytes_smem + stage * K_LOAD_BYTES, k_rows,
+                                               key_begin, p.seqlen_k);
+        load_tile<BLOCK_N, HEAD_DIM_V, HEAD_DIM_V>(v_bytes_smem + stage * V_LOAD_BYTES, v_rows,
+                                                   key_begin, p.seqlen_k);
+      } else {
+        load_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem + stage * K_ELEMENTS, k_rows, key_begin,
                                                p.seqlen_k);
+        load_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem + stage * V_ELEMENTS, v_rows, key_begin,
+                                                 p.seqlen_k);
+      }
     }
     cp_async_commit();
   };
@@ -176,9 +194,9 @@ FC_DEVICE void attend(const AttnParams& params, const BlockCoord& block) {
   // Load Q, which joins the first group of K and V. Nothing is loaded when no key can be seen.
   if (keys.begin < keys.end) {
     zero_padding<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem);
-    zero_padding<NUM_STAGES * BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem);
-    zero_padding<NUM_STAGES * BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem);
-    load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, EvenRows{q_gmem, p.strides.q.row},
+    zero_padding<NUM_TILES * BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem);
+    zero_padding<NUM_TILES * BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem);
+    load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, EvenRows<Element>{q_gmem, p.strides.q.row},
                                             block.m_begin, p.seqlen_q);
     for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) load_keys(keys.begin + ahead);
   }
@@ -197,10 +215,16 @@ FC_DEVICE void attend(const AttnParams& params, const BlockCoord& block) {
       load_keys(n_block);
     }
     cp_async_wait<NUM_STAGES == 1 ? 0 : NUM_STAGES - 2>();
-    block_sync();  // orders every thread's arrived copies (and zero_padding) before the reads below
+    block_sync();  // orders arrived copies, zero_padding, and the last step's reads, before what follows
     if (NUM_STAGES > 1) load_keys(n_block + NUM_STAGES - 1);
-    const int stage = n_block % NUM_STAGES;
+    const int stage = n_block % NUM_TILES;
     const int key_begin = n_block * BLOCK_N;
+    if constexpr (FLOAT8) {
+      const int loaded = n_block % NUM_STAGES;
+      widen_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem, k_bytes_smem + loaded * K_LOAD_BYTES);
+      widen_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem, v_bytes_smem + loaded * V_LOAD_BYTES);
+      block_sync();  // orders all threads' widened elements before the reads below
+    }
 
     // S = Q K^T
     WmmaAccum scores[KEY_FRAGS];

@@ -18,6 +18,9 @@ from flashcore.kernels.stream_k import ROWS_OF_GROUP
 from flashcore.problem import Problem
 from flashcore.problem.folding import as_launched
 from flashcore.problem.problem import PACKS_QUERIES
+from flashcore.problem.validation import HEAD_DIM_MULTIPLE
+
+LEAST_BYTES_OF_FLOAT8 = 4  # that one thread copies, and widens, at once
 
 
 class WmmaKernel(ForwardKernel[Plan]):
@@ -25,8 +28,16 @@ class WmmaKernel(ForwardKernel[Plan]):
 
     def obstacle(self, problem: Problem) -> str | None:
         """Return why the kernel cannot serve a problem, or None."""
-        if problem.cache_dtype:
-            return f"the portable kernel reads no caches of {problem.cache_dtype}"
+        if not problem.cache_dtype:
+            return None
+        is_odd = problem.head_dim % HEAD_DIM_MULTIPLE or problem.head_dim_v % HEAD_DIM_MULTIPLE
+        is_strided = "k" in problem.strided or "v" in problem.strided
+        if is_odd or is_strided or problem.load_bytes < LEAST_BYTES_OF_FLOAT8:
+            return (
+                "the portable kernel reads caches of 8 bits in contiguous rows of a multiple of "
+                f"{HEAD_DIM_MULTIPLE} elements that start at multiples of {LEAST_BYTES_OF_FLOAT8} "
+                "bytes"
+            )
         return None
 
     def traits(self, problem: Problem, gate: str | None = None) -> dict[str, Any]:
@@ -36,6 +47,10 @@ class WmmaKernel(ForwardKernel[Plan]):
     def candidates(self, problem: Problem, arch: int, gate: str | None = None) -> list[Plan]:
         """Return legal plans for a problem, best first by rules."""
         return tiles_wmma.candidates(problem, arch, gate)
+
+    def budget_of(self, plan: Plan) -> tuple[int, int] | None:
+        """Return the budget of head_dim 64, where it holds."""
+        return self.budget if tiles_wmma.has_tight_budget(plan) else None
 
     def notes(self, problem: Problem, plan: Plan) -> list[str]:
         """Return what of a call makes the kernel faster or slower."""

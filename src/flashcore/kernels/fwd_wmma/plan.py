@@ -32,9 +32,10 @@ HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 # Sequences of one call may differ in length (tile/sequence.cuh): not at all, as packed rows
 # (attention_varlen), in the number of keys (seqlens_k), or so with keys in pages (page_table).
 VARLEN_KINDS = ("none", "packed", "keys", "pages", "packed_pages")
-_MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
+_MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2, "tree": 3}
+_FLOAT8_ARCH = 89  # the first one that converts elements of 8 bits by an instruction
 _PIECES_BYTES = 8 * 4  # which part of the work is next, and who was last (attn_fwd_wmma.cuh)
-_CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
+_CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float"}
 
 
 def padded(cols: int) -> int:
@@ -50,9 +51,9 @@ class Plan:
     tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
     `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
     0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the registers must
-    allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh); `page_size`
-    keys of a page, 0 where there are no pages (tile/pages.cuh); `has_sinks` whether a logit of each
-    head joins the softmax; `cache_dtype` that of k and v where it is not `dtype`; `stream_k`: the
+    allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (totals_wmma.cuh);
+    `page_size` keys of a page, 0 where there are no pages (tile/pages.cuh); `has_sinks` whether a
+    logit of each head joins the softmax; `cache_dtype` that of k and v where it is not `dtype`; `stream_k`: the
     device cuts the key tiles of all row tiles into equal ranges, one a block (tile/stream_k.cuh),
     or into pieces of `keys_of_chunk`, if there are some; `batch_invariant`: rows have the same bits
     whatever is beside them, which takes pieces of one length, too.
@@ -150,8 +151,11 @@ class Plan:
     def smem_bytes(self) -> int:
         """Return a block's dynamic shared memory: Q (later O), `num_stages` tiles of K and V."""
         k_stride, v_stride = padded(self.head_dim) + 8, padded(self.head_dim_v) + 8
-        elements = self.num_stages * self.block_n * (k_stride + v_stride)
+        num_tiles = 1 if self.cache_dtype else self.num_stages
+        elements = num_tiles * self.block_n * (k_stride + v_stride)
         others = self.gate_serial_bytes + _PIECES_BYTES * self.stream_k
+        if self.cache_dtype:  # the stages are bytes, of which one at a time becomes a tile
+            others += self.num_stages * self.block_n * (self.head_dim + self.head_dim_v)
         return 2 * (self.block_m * max(k_stride, v_stride) + elements) + others
 
     @property
@@ -191,7 +195,7 @@ class Plan:
         """Return the kernel source's compile-time constants."""
         return {
             "Element": _CUDA_TYPES[self.dtype],
-            "MaskElement": _CUDA_TYPES[self.mask or "bool"],
+            "MaskElement": _CUDA_TYPES.get(self.mask or "bool", "bool"),
             "CacheElement": "float8" if self.cache_dtype else _CUDA_TYPES[self.dtype],
             "FLOAT8": self.cache_dtype != "",
             "BLOCK_M": self.block_m,
@@ -214,13 +218,20 @@ class Plan:
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
             "PAGE_SIZE": max(1, self.page_size),
-            # Without a bound rows are rows, unless it is asked which head each belongs to.
+            # Without a bound, or a tree of queries, rows are rows, unless it is asked which head
+            # each belongs to.
             "FOLDED": self.folds_heads > 0
-            and (self.has_window_left or self.has_window_right or self.returns_max_score),
+            and (
+                self.has_window_left
+                or self.has_window_right
+                or self.returns_max_score
+                or self.mask == "tree"
+            ),
             "RETURNS_MAX_SCORE": self.returns_max_score,
             "SPLIT_KV": self.stream_k,
             "STREAM_K": self.stream_k,
             "FIXED_PIECES": self.has_fixed_pieces,
+            "WIDENS_BY_INTEGERS": self.cache_dtype != "" and self.arch < _FLOAT8_ARCH,
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
 
     def describe(self) -> str:

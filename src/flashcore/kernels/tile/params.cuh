@@ -8,8 +8,8 @@
 // Another tensor that a kernel reads or writes gets its address here and in `Tensors` of params.py.
 struct Tensors {
   GmemPtr<const Element> q;         // [batch, num_heads_q, seqlen_q, HEAD_DIM]
-  GmemPtr<const Element> k;         // [batch, num_heads_kv, seqlen_k, HEAD_DIM]
-  GmemPtr<const Element> v;         // [batch, num_heads_kv, seqlen_k, HEAD_DIM_V]
+  GmemPtr<const CacheElement> k;    // [batch, num_heads_kv, seqlen_k, HEAD_DIM]
+  GmemPtr<const CacheElement> v;    // [batch, num_heads_kv, seqlen_k, HEAD_DIM_V]
   GmemPtr<const MaskElement> mask;  // [batch, num_heads_q, seqlen_q, seqlen_k], or null
   GmemPtr<Element> out;             // [batch, num_heads_q, seqlen_q, HEAD_DIM_V], contiguous
   GmemPtr<float> lse;               // [batch, num_heads_q, seqlen_q], contiguous, or null
@@ -87,7 +87,9 @@ struct AttnParams {
   Strides strides;
 
   int32_t batch, num_heads_q, num_heads_kv, seqlen_q, seqlen_k;
-  int32_t num_queries;  // of a head; seqlen_q rows are more where heads are folded (folding.py)
+  // Of a head; seqlen_q rows are more where heads are folded (folding.py). Of packed queries, whose
+  // numbers only the device knows: how many heads are folded (tile/folded_rows.cuh).
+  int32_t num_queries;
   int32_t num_m_blocks;
 
   float softmax_scale;       // of q.k, natural units

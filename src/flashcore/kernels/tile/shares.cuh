@@ -1,11 +1,10 @@
 // tile/shares.cuh - the keys of a row tile shared by blocks, where row tiles are fewer than SMs or
 // rows so few that reading K and V is all there is to do.
 //
-// A block takes pieces: a row tile and one of num_splits runs of its key tiles. What comes out, a
-// partial O with its row_max and row_sum, goes to global memory, only the rows that exist. A
-// counter says who hands over a row tile's last part. That group of four warps, which has 64 rows,
-// adds up all of them, in the order of the splits, so that the result does not depend on who it
-// was.
+// A block takes pieces: a row tile and one of num_splits runs of its key tiles. It writes a partial
+// O with its row_max and row_sum to global memory, only the rows that exist. A counter tells the
+// group of four warps (64 rows) that hands over a row tile's last part: it adds up all parts, in
+// the order of the splits, so that the result does not depend on which group it is.
 #pragma once
 
 #include "prims.cuh"
@@ -86,9 +85,9 @@ FC_DEVICE PartialStats load_stats(const AttnParams& p, int64_t at) {
 }
 
 // Adds up the splits of PARTS parts of a group's rows, divides, and stores O and lse; of partial
-// results PACKETS are under way at once in a thread. A part is two packets of a row, half a row apart, so that most threads work though
-// rows are few. Past the last split it is loaded again. The sums so far are brought to a new
-// maximum, which is the step of the online softmax.
+// results PACKETS are under way at once in a thread. A part is two packets of a row, half a row
+// apart, so that most threads work though rows are few. Past the last split it is loaded again. The
+// sums so far are brought to a new maximum, which is the step of the online softmax.
 template <int NUM_OUT_FRAGS, int PARTS, int PACKETS>
 FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
                             int first_part, int num_parts, float scale_log2) {
@@ -172,8 +171,8 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
   }
 }
 
-// Of all rows of a group: two parts a thread at once where there are so many and registers for them,
-// or one after the other would wait.
+// Of all rows of a group: two parts a thread at once where there are so many and registers for
+// them, or one after the other would wait.
 template <int NUM_OUT_FRAGS, int PACKETS>
 FC_DEVICE void add_up_partials(const AttnParams& p, const BlockCoord& block, int group_row,
                                float scale_log2) {

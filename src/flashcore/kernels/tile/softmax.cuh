@@ -8,6 +8,7 @@
 #pragma once
 
 #include "prims.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/sequence.cuh"
@@ -197,7 +198,7 @@ FC_DEVICE void rescale_output(WmmaAccum (&out)[NUM_OUT_FRAGS], const float (&res
 // The sink of a row's head, a natural logarithm as lse is. Where heads are folded (pack-GQA) a
 // block's head stands for several, of num_queries rows each. Rows behind the last have its sink.
 FC_DEVICE float sink_of(const AttnParams& p, int head_idx, int row) {
-  if (PACKED) return gmem_load(p.tensors.sinks + head_idx);
+  if (PACKED) return gmem_load(p.tensors.sinks + (head_idx + head_of(p, row)));
   const int heads_of_rows = p.seqlen_q / p.num_queries;
   const int head = min_i(row, p.seqlen_q - 1) / p.num_queries;
   return gmem_load(p.tensors.sinks + (head_idx * heads_of_rows + head));
@@ -241,9 +242,13 @@ FC_DEVICE void finish_softmax(const OnlineSoftmax& state, const AttnParams& p,
     inverse_sum[r] = empty ? 0.0f : weight * rcp_approx(sum);
     if (FLOAT8) inverse_sum[r] *= p.scales.v_factor;
     const int row = lane_idx() / 4 + r * 8;
-    if (!is_null(p.tensors.lse) && lane_idx() % 4 == 0 && row < num_valid_rows) {
+    const int own_row = p.seqlen_q - num_valid_rows + row;
+    const bool is_valid = FOLDS_PACKED ? is_row(p, own_row) : row < num_valid_rows;
+    if (!is_null(p.tensors.lse) && lane_idx() % 4 == 0 && is_valid) {
       const float lse = natural_lse(row_max, sum, p);
-      gmem_store(p.tensors.lse + (first_out_row + row), empty ? NEG_INF : lse);
+      const int64_t out_row =
+          FOLDS_PACKED ? lse_offset(p, {0, head_idx, 0, 0}, own_row) : first_out_row + row;
+      gmem_store(p.tensors.lse + out_row, empty ? NEG_INF : lse);
     }
   }
 }
