@@ -81,15 +81,15 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "loose-padding": {"mask": "loose-padding"},
     "causal-loose-padding": {"causal": True, "mask": "loose-padding"},
     "padding-bias": {"mask": "padding-bias"},
-    "decode-window": {"queries": 1, "window": (64, 0)},
+    "decode-window": {"queries": 1, "window": (511, 0)},
     "decode-softcap": {"queries": 1, "softcap": 30.0},
-    "decode-window-softcap": {"queries": 1, "window": (64, 0), "softcap": 30.0},
+    "decode-window-softcap": {"queries": 1, "window": (511, 0), "softcap": 30.0},
     "decode-padding": {"queries": 1, "mask": "padding"},
     "decode-loose-padding": {"queries": 1, "mask": "loose-padding"},
     "few-queries": {"queries": 4, "causal": True},
-    "few-queries-window": {"queries": 4, "causal": True, "window": (64, 0)},
+    "few-queries-window": {"queries": 4, "causal": True, "window": (511, 0)},
     "few-queries-softcap": {"queries": 4, "causal": True, "softcap": 30.0},
-    "chunk-window": {"queries": 100, "causal": True, "window": (64, 0)},
+    "chunk-window": {"queries": 100, "causal": True, "window": (511, 0)},
     "varlen-full": {"varlen": "packed"},
     "varlen-window": {"window": (64, 64), "varlen": "packed"},
     "varlen-causal-softcap": {"causal": True, "softcap": 30.0, "varlen": "packed"},
@@ -104,7 +104,7 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "causal-sinks": {"causal": True, "sinks": True},
     "causal-window-sinks": {"causal": True, "window": (127, 0), "sinks": True},
     "decode-sinks": {"queries": 1, "sinks": True},
-    "decode-window-sinks": {"queries": 1, "window": (127, 0), "sinks": True},
+    "decode-window-sinks": {"queries": 1, "window": (511, 0), "sinks": True},
     "varlen-causal-sinks": {"causal": True, "sinks": True, "varlen": "packed"},
     "keys-chunk": {"queries": 100, "causal": True, "varlen": "keys"},
     # Of the usual size; others are compiled when they are met.
@@ -239,25 +239,26 @@ def serving_plans(
                 continue
             options = {**VARIANTS, **SERVING_VARIANTS}[variant]
             groups = _SERVING_GROUPS if "queries" in options else (1,)
-            portable = forward_for(arch) is PORTABLE or variant in (
-                "full",
-                "causal",
-                "options",
-                "varlen",
-            )
+            usual = variant in ("full", "causal", "options", "varlen")
+            portable = forward_for(arch) is PORTABLE or usual
             for group, ships in itertools.product(groups, (False, True)):
                 problem = problem_of(head_dim, dtype, options, group)
-                for plan in _plans(problem, arch, portable, ships):
+                for plan in _plans(problem, arch, portable, ships, in_batches=True):
                     found[plan.machine_code()] = None
     return list(found)
 
 
-def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator[Plan]:
+def _plans(
+    problem: Problem, arch: int, portable: bool, ships: bool, in_batches: bool = False
+) -> Iterator[Plan]:
     """Return what the problem's kind may run on an architecture, by rules or, if it `ships`, by the
     table. The Hopper kernel has other tiles for other sizes, and leaves to the portable one what
-    TMA cannot read."""
+    TMA cannot read; of that one few queries of many sequences are asked for `in_batches`."""
     if portable and not ships:
         yield candidates(problem, arch, kernel=PORTABLE.name)[0]
+        if problem.seqlen_q < _SEQLEN and in_batches:  # which share no keys
+            many = _resized(problem, max(_HEADS), _SEQLEN)
+            yield candidates(many, arch, kernel=PORTABLE.name)[0]
     table = tile_table.read(arch) if ships else None
     if problem.seqlen_k > _SEQLEN:
         return
