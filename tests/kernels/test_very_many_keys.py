@@ -1,5 +1,5 @@
 """Test sums over more keys than one accumulator is exact over: the portable kernel's begin anew
-every chunk (tile/totals.cuh), and blocks of the Hopper kernel share the keys."""
+every chunk (fwd_wmma/totals_wmma.cuh), and blocks of the Hopper kernel share the keys."""
 
 from __future__ import annotations
 

@@ -37,7 +37,8 @@ _PHASE_OF_FILE = {
     "softmax": "softmax",
     "totals": "full",  # the kernel itself alone adds up chunks of keys
     "merge": "store",
-    "split": "store",
+    "shares": "store",
+    "split": "schedule",
 }
 # Of what is found when the run is over.
 _PHASE_OF_KIND = {"counter-left": "schedule", "unwritten-output": "store"}

@@ -11,7 +11,10 @@ from flashcore.sim.plants.bwd_mask_sm90 import PLANTS_BWD_MASK_SM90
 # By kernel, the bugs whose first wrong stage it is.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     _WMMA: {
-        "qk": ("no-barrier", "uninit-smem", "deadlock", "one-stage-unordered"),
+        "qk": (
+            *("no-barrier", "uninit-smem", "deadlock", "one-stage-unordered"),
+            *("widened-early", "widened-not-awaited"),
+        ),
         "softmax": (
             *("accum-map", "large-max-product", "large-max-twice"),
             *("tree-at-the-front", "tree-as-wide-as-rows", "tree-row-of-a-row", "tree-read-before"),
@@ -21,15 +24,21 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
             *("sink-of-the-first", "max-score-of-one-head"),
             *("page-of-the-first", "page-of-the-tile", "tree-first-key-lost"),
+            *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
+            *("piece-of-all-keys", "widened-without-sign", "widened-in-exchange"),
         ),
+        "schedule": ("stream-counter-left", "piece-not-handed-on", "piece-moved-on-early"),
         "tile": ("sink-beside-raw-scores",),
         "load": (
-            *("one-ahead", "neighbours-key", "no-clamp"),
+            *("one-ahead", "neighbours-key", "no-clamp", "stream-head-kept", "widened-next-stage"),
             *("page-unchecked", "page-of-no-key", "page-row-unbounded", "page-length-unclamped"),
         ),
         "store": (
             *("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
             *("max-score-stored", "max-score-of-padding", "sink-past-the-heads"),
+            *("stream-range-short", "stream-one-slot", "stream-slot-of-the-next-row-tile"),
+            *("stream-counter-of-the-last-block", "stream-end-on-a-border"),
+            *("stream-heads-not-counted", "stream-empty-left-out", "stream-whole-past-the-end"),
         ),
     },
     _SM90: {

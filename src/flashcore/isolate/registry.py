@@ -38,7 +38,7 @@ from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
-from flashcore.sim.plants import index, trees
+from flashcore.sim.plants import index, pieces, trees
 from flashcore.sim.plants.bwd_mask_sm90 import (
     OF_ROWS,
     PLANTS_BWD_MASK_SM90,
@@ -52,17 +52,11 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
-from flashcore.sim.plants.fwd_sm90 import float8, folded
+from flashcore.sim.plants.fwd_sm90 import float8, folded, split
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
-from flashcore.sim.plants.fwd_sm90.split import (
-    PLANTS_SPLIT,
-    PLANTS_STREAM_SM90,
-    STREAM_CASE,
-    STREAM_TILE,
-)
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
 from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
@@ -243,6 +237,8 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN, {}, options=_PACKED, is_packed=True),
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
         **_calls(PLANTS_PAGES | PLANTS_PAGES_WMMA, {}, options=_PAGED, is_paged=True),
+        **_calls(pieces.OF_WALK, split.STREAM_TILE, options=split.STREAM_CASE, is_paged=True),
+        **_calls(pieces.PLANTS_FLOAT8_WMMA, pieces.TILE, options=pieces.CALL, is_paged=True),
         **_calls(trees.OF_WMMA, {}, options=trees.CALL, is_paged=True),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
@@ -261,8 +257,8 @@ CALLS: Mapping[str, _Calls] = {
         **_drawn(_SM90, _CASES_SM90),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
-        **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
-        **_calls(PLANTS_STREAM_SM90, STREAM_TILE, options=STREAM_CASE, is_paged=True),
+        **_calls(split.PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
+        **_calls(split.PLANTS_STREAM, split.STREAM_TILE, options=split.STREAM_CASE, is_paged=True),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
         **_calls(trees.OF_SM90, trees.TILE, options=trees.CALL, is_paged=True),

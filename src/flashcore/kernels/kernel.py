@@ -156,6 +156,10 @@ class ForwardKernel(Kernel[P]):
         """
         raise NotImplementedError
 
+    def budget_of(self, plan: P) -> tuple[int, int] | None:
+        """Return `budget` as far as a plan has to keep to it, else None."""
+        return self.budget
+
     def notes(self, problem: Problem, plan: P) -> list[str]:
         """Return for `explain` what of a call makes this kernel faster or slower."""
         return []

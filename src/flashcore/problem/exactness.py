@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from flashcore.problem import Problem
 
 # Of more keys than this the portable kernel adds up O and row_sum a chunk after the other
-# (tile/totals.cuh). Up to here what tensor cores cut off is 2^-13.5 of the sum at most, a third of
-# what rounding to float16 costs.
+# (fwd_wmma/totals_wmma.cuh). Up to here what tensor cores cut off is 2^-13.5 of the sum at most, a
+# third of what rounding to float16 costs.
 MAX_KEYS_OF_A_SUM = 2**16
 KEYS_OF_CHUNK = 2**14
 

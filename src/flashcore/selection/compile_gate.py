@@ -98,9 +98,8 @@ def over_budget(entry: Configuration, found: Resources) -> list[str]:
     if found.spill_bytes > 0:
         lines.append(f"{where}: {found.spill_bytes} spilled bytes, 0 allowed")
     lines += [f"{where}: {remark}" for remark in found.remarks if _FENCE_ADDED not in remark]
-    budget = None if kernel_of(plan).is_backward else forward_of(plan).budget
-    # Rows in pages have an address each (fwd_wmma/tiles.py).
-    if found.head_dim == 64 and budget is not None and not plan.page_size:
+    budget = None if kernel_of(plan).is_backward else forward_of(plan).budget_of(plan)
+    if found.head_dim == 64 and budget is not None:
         registers, smem_bytes = budget
         if found.registers > registers:
             lines.append(f"{where}: {found.registers} registers, {registers} allowed")

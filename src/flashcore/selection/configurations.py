@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "columns-mask": {"mask": "columns"},
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
-    # More keys than one sum is exact over (tile/totals.cuh).
+    # More keys than one sum is exact over (fwd_wmma/totals_wmma.cuh).
     "long": {"keys": 2 * MAX_KEYS_OF_A_SUM},
     "max-score": {"causal": True, "return_max_score": True},
     # The most for the Hopper kernel's producer; of its own head_dims, listed beside the widest.

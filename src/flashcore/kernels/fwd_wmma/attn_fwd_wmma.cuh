@@ -24,8 +24,8 @@
 #include "tile/shares.cuh"
 #include "tile/softmax.cuh"
 #include "tile/stream_k.cuh"
-#include "tile/totals.cuh"
 #include "fwd_wmma/float8_wmma.cuh"
+#include "fwd_wmma/totals_wmma.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end

@@ -48,6 +48,10 @@ class WmmaKernel(ForwardKernel[Plan]):
         """Return legal plans for a problem, best first by rules."""
         return tiles_wmma.candidates(problem, arch, gate)
 
+    def budget_of(self, plan: Plan) -> tuple[int, int] | None:
+        """Return the budget of head_dim 64, where it holds."""
+        return self.budget if tiles_wmma.has_tight_budget(plan) else None
+
     def notes(self, problem: Problem, plan: Plan) -> list[str]:
         """Return what of a call makes the kernel faster or slower."""
         return [stream_k.NOTE] if plan.stream_k else []

@@ -50,7 +50,7 @@ STAGES: tuple[Stage, ...] = (
         "whole kernel",
         "output and lse",
         "what the gates replace: the split of P@V over warps, and the sums of very many keys, a "
-        "chunk after the other (tile/totals.cuh)",
+        "chunk after the other (fwd_wmma/totals_wmma.cuh)",
     ),
 )
 

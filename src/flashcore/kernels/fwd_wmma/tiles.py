@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -53,29 +54,30 @@ def _estimated_registers(plan: Plan) -> int:
     rest = 48
     if plan.arch < 80:
         rest += 8  # the copies go through registers
-    if plan.mask is not None and not _has_tight_budget(plan):
+    if plan.mask is not None and not has_tight_budget(plan):
         rest += 24  # addresses and values of the mask
     if plan.page_size:
         rest += 16  # each row that a thread copies has an address of its own
-    if plan.stream_k and not _has_tight_budget(plan):
+    if plan.stream_k and not has_tight_budget(plan):
         rest += 24  # the next piece, and what is handed over
     if plan.head_dim % 64 and max(plan.head_dim, plan.head_dim_v) > 64:
         rest += 16  # few threads share a row, so each copies more packets
     return plan.block_n // 2 + padded(plan.head_dim_v) // 2 + rest
 
 
-def _has_tight_budget(plan: Plan) -> bool:
+def has_tight_budget(plan: Plan) -> bool:
     """Return whether the register budget of head_dim 64 holds; a debug gate is outside of it, and
-    so are a mask tensor with seqlens_k, pages and a large softcap, which would spill."""
+    so are a mask tensor with seqlens_k, pages, a large softcap and, on sm_75, keys that blocks
+    share, which would spill."""
     exempt = plan.gate is not None or (plan.varlen == "keys" and plan.mask is not None)
-    exempt |= plan.softcap_is_large or plan.page_size > 0
+    exempt |= plan.softcap_is_large or plan.page_size > 0 or (plan.stream_k and plan.arch < 80)
     return max(plan.head_dim, plan.head_dim_v) <= 64 and not exempt
 
 
 def _min_blocks(plan: Plan) -> int:
     """Return the blocks an SM that shared memory and registers, or the tight budget, allow."""
     most = 5 * 128 // plan.num_threads
-    if _has_tight_budget(plan):
+    if has_tight_budget(plan):
         return most
     by_smem = blocks_that_fit(plan.smem_bytes, plan.arch)
     by_registers = REGISTERS_PER_SM // (_estimated_registers(plan) * plan.num_threads)
@@ -96,7 +98,7 @@ def _enumerate(base: Plan) -> Iterator[Plan]:
 def _is_legal(plan: Plan) -> bool:
     if plan.smem_bytes > smem_limits(plan.arch)[0]:
         return False
-    if _has_tight_budget(plan):
+    if has_tight_budget(plan):
         takes_more = plan.mask is not None or plan.stream_k
         if takes_more and plan.head_dim_v > 32 and plan.block_n > 16:
             return False  # a mask, or the next piece, takes what wider tiles' scores would
@@ -148,15 +150,16 @@ def _width_of_all_layouts(base: Plan) -> int:
     """Return the keys of a tile that a batch-invariant call has, however its sequences lie in
     memory: the best of pages, which leave the fewest registers, that every layout can have."""
 
-    def widths(varlen: str) -> list[int]:
+    def widths(varlen: str, is_cut: bool) -> list[int]:
         has_pages = varlen in ("pages", "packed_pages")
         page_size = (base.page_size or 16) if has_pages else 0
-        alike = dataclasses.replace(base, varlen=varlen, page_size=page_size, stream_k=True)
+        alike = dataclasses.replace(base, varlen=varlen, page_size=page_size, stream_k=is_cut)
         legal = (plan for plan in _enumerate(alike) if _is_legal(plan))
         return [plan.block_n for plan in sorted(legal, key=_rank)]
 
-    of_layouts = [widths(varlen) for varlen in VARLEN_KINDS]
-    return next(n for n in widths("pages") if all(n in others for others in of_layouts))
+    kinds = itertools.product(VARLEN_KINDS, (False, True))
+    of_layouts = [widths(varlen, is_cut) for varlen, is_cut in kinds]
+    return next(n for n in widths("pages", True) if all(n in others for others in of_layouts))
 
 
 def _cut(plan: Plan, problem: Problem) -> Plan:

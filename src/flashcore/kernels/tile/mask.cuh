@@ -83,7 +83,7 @@ FC_DEVICE int mask_row(const AttnParams& p, int row) {
   return MASK_IS_TREE ? query_of(p, row) : row;
 }
 
-// Whether a mask tensor has no column of keys [key_begin, key_begin + KEYS).
+// Returns whether a mask tensor has no column of keys [key_begin, key_begin + KEYS).
 template <int KEYS>
 FC_DEVICE bool is_before_mask(const AttnParams& p, int key_begin) {
   return MASK_IS_TREE && key_begin + KEYS <= first_masked_key(p);

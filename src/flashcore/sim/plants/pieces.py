@@ -1,11 +1,13 @@
-"""Bugs to plant into how a block of the portable kernel goes from piece to piece, and into how it
-widens 8-bit caches; see plants.py (tests/plants/test_sim_plants_pieces.py)."""
+"""This module plants bugs in how a block of the portable kernel goes from piece to piece, and in
+how it widens 8-bit caches; see plants.py (tests/plants/test_sim_plants_stream_k.py and
+test_sim_plants_float8.py)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from flashcore.compile.plant import Plant, by_name
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_STREAM
 
 _KERNEL = "fwd_wmma/attn_fwd_wmma.cuh"
 _FLOAT8 = "fwd_wmma/float8_wmma.cuh"
@@ -37,6 +39,8 @@ PLANTS_PIECES_WMMA = by_name(
         caught_by="wrong-result",
     ),
 )
+
+OF_WALK = PLANTS_STREAM | PLANTS_PIECES_WMMA
 
 PLANTS_FLOAT8_WMMA = by_name(
     Plant(
@@ -74,17 +78,17 @@ PLANTS_FLOAT8_WMMA = by_name(
         caught_by="wrong-result",
     ),
     Plant(
-        name="widened-subnormals-lost",
-        title="elements without an exponent count as 0",
+        name="widened-in-exchange",
+        title="the two elements of a pair change places",
         file=_FLOAT8,
-        find="  return mul2<T>(moved, BIAS_FACTOR<T>) |",
-        replace="  return (magnitude & 0x00780078u ? mul2<T>(moved, BIAS_FACTOR<T>) : 0) |",
+        find="widen2_by_integers<T>((two & 0xffu) | (two & 0xff00u) << 8);",
+        replace="widen2_by_integers<T>((two & 0xffu) << 16 | (two & 0xff00u) >> 8);",
         caught_by="wrong-result",
     ),
 )
 
-# Small values, so that most elements are subnormals: see PagedCase.
-FLOAT8_CALL: dict[str, Any] = {
+# The call that shows those of 8-bit caches.
+CALL: dict[str, Any] = {
     "lengths": (150, 90),
     "page_size": 16,
     "seqlen_q": 3,
@@ -93,4 +97,4 @@ FLOAT8_CALL: dict[str, Any] = {
     "cache_dtype": "float8_e4m3fn",
     "seed": 2,
 }
-FLOAT8_TILE: dict[str, Any] = {"block_m": 64, "block_n": 32, "num_stages": 2}
+TILE: dict[str, Any] = {"block_m": 64, "block_n": 32, "num_stages": 2}

@@ -260,4 +260,4 @@ STREAM_TILE: dict[str, Any] = {
     "stream_k": True,
 }
 
-PLANTS_STREAM_SM90 = by_name(*_OF_STREAM_K)
+PLANTS_STREAM = by_name(*_OF_STREAM_K)

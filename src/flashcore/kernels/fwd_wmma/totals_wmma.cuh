@@ -1,4 +1,4 @@
-// tile/totals.cuh - sums of the portable kernel over very many keys, one chunk after the other.
+// fwd_wmma/totals_wmma.cuh - sums over very many keys, one chunk after the other.
 //
 // Tensor cores cut off what an accumulator has no bits for, each time that they add 16 products to
 // it: half a last place on average, so that a sum of n such steps, all alike, is short of n * 2^-25
