@@ -243,22 +243,17 @@ def serving_plans(
             portable = forward_for(arch) is PORTABLE or usual
             for group, ships in itertools.product(groups, (False, True)):
                 problem = problem_of(head_dim, dtype, options, group)
-                for plan in _plans(problem, arch, portable, ships, in_batches=True):
+                for plan in _plans(problem, arch, portable, ships):
                     found[plan.machine_code()] = None
     return list(found)
 
 
-def _plans(
-    problem: Problem, arch: int, portable: bool, ships: bool, in_batches: bool = False
-) -> Iterator[Plan]:
+def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator[Plan]:
     """Return what the problem's kind may run on an architecture, by rules or, if it `ships`, by the
     table. The Hopper kernel has other tiles for other sizes, and leaves to the portable one what
-    TMA cannot read; of that one few queries of many sequences are asked for `in_batches`."""
+    TMA cannot read."""
     if portable and not ships:
         yield candidates(problem, arch, kernel=PORTABLE.name)[0]
-        if problem.seqlen_q < _SEQLEN and in_batches:  # which share no keys
-            many = _resized(problem, max(_HEADS), _SEQLEN)
-            yield candidates(many, arch, kernel=PORTABLE.name)[0]
     table = tile_table.read(arch) if ships else None
     if problem.seqlen_k > _SEQLEN:
         return
