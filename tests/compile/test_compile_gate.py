@@ -33,8 +33,7 @@ runner = CliRunner()
 
 @pytest.fixture(scope="module")
 def checked() -> list[Configuration]:
-    found = configurations() + backward_configurations()
-    return [entry for entry in found if entry.is_checked]
+    return compile_gate.checked(configurations() + backward_configurations())
 
 
 def of_kernels(found: list[Configuration], aspect: Callable[[Configuration], Any]) -> set[Any]:
@@ -58,13 +57,52 @@ def test_the_sample_has_every_kernel_architecture_and_head_dim(
     }
 
 
-def test_the_sample_has_every_variant_in_every_dtype_of_a_kernel(
+def test_the_sample_has_every_variant_and_every_dtype_of_a_kernel(
     checked: list[Configuration],
 ) -> None:
-    def form(entry: Configuration) -> tuple[str, str]:
-        return entry.variant, entry.plan.dtype
+    for aspect in (lambda entry: entry.variant, lambda entry: entry.plan.dtype):
+        assert of_kernels(sample(checked), aspect) == of_kernels(checked, aspect)
 
-    assert of_kernels(sample(checked), form) == of_kernels(checked, form)
+
+def test_what_is_not_checked_is_told_by_another(checked: list[Configuration]) -> None:
+    """Where the dtype decides the tile, both are compiled; and both of what is used most."""
+    found = configurations() + backward_configurations()
+    plans = {entry.plan for entry in checked}
+    left_out = [entry for entry in found if entry.plan not in plans]
+    assert left_out
+    for entry in left_out:
+        plan = entry.plan
+        mask = "bfloat16" if plan.mask == "float16" else plan.mask
+        of_bfloat16 = dataclasses.replace(plan, dtype="bfloat16", mask=mask)
+        causal = dataclasses.replace(of_bfloat16, has_window_right=True)
+        assert of_bfloat16 in plans or (entry.ships and causal in plans), entry
+        assert entry.ships or plan.dtype == "float16"
+        used_most = entry.variant in ("full", "causal", "masked") and plan.head_dim == 128
+        assert entry.ships or not used_most
+    assert any(entry.ships for entry in left_out)
+
+
+def test_masks_of_the_backward_are_tried_in_pairs(checked: list[Configuration]) -> None:
+    """Every two of: the mask's elements, its rows, the options that have tiles of their own."""
+
+    def traits(plan: Plan) -> tuple[str, str, str]:
+        is_aligned = plan.mask_load_bytes == 16 and not plan.mask_is_shifted  # type: ignore[attr-defined]
+        row = "one" if plan.mask_is_row else "aligned" if is_aligned else "loose"  # type: ignore[attr-defined]
+        band = "bounded" if plan.has_window_right else "full"
+        return str(plan.mask), row, "capped" if plan.has_softcap else band
+
+    for kernel in (DQ_KERNEL, DKDV_KERNEL):
+        for head_dim in (32, 40, 64, 72, 80, 96, 128, 160, 192, 256):
+            found = {
+                traits(entry.plan)
+                for entry in checked
+                if entry.plan.kernel == kernel
+                and entry.plan.mask is not None
+                and (entry.plan.head_dim, entry.plan.dtype) == (head_dim, "bfloat16")
+            }
+            for one, other in ((0, 1), (0, 2), (1, 2)):
+                pairs = {(known[one], known[other]) for known in found}
+                assert len(pairs) == 9, (kernel, head_dim, pairs)
 
 
 def test_the_sample_has_the_variants_with_the_least_room(checked: list[Configuration]) -> None:
@@ -78,7 +116,8 @@ def test_the_sample_has_the_variants_with_the_least_room(checked: list[Configura
             and entry.variant not in {known.variant for known in ours}
         ]
         known = {entry.variant for entry in checked if cell_of(entry.plan) == cell}
-        wanted = min(compile_gate.SAMPLED_VARIANTS, len(known))  # a variant may have its own dims
+        most = compile_gate.SAMPLED_VARIANTS[bool(ours[0].plan.role_registers)]
+        wanted = min(most, len(known))  # a variant may have its own dims
         assert len({entry.variant for entry in ours}) >= wanted
         worst = sorted(expected_room(entry.plan) for entry in ours)[wanted - 1]
         assert all(expected_room(entry.plan) >= worst for entry in others), cell
@@ -139,7 +178,7 @@ def test_backward_kernels_are_listed_where_they_are() -> None:
     assert {entry.plan.varlen for entry in found} >= {"none", "keys"}
     assert {entry.plan.mask is not None for entry in found} == {False, True}
     assert len({entry.plan for entry in found}) == len(found)
-    checked = [entry for entry in found if entry.is_checked]
+    checked = compile_gate.checked(found)
     assert {e.variant for e in checked} == {e.variant for e in found}
     assert len(checked) < len(found)
     assert backward_configurations(archs=[80]) == []

@@ -63,8 +63,8 @@ def resources(
             help="Only full, causal, window, options (window and softcap), masked (and a mask), "
             "varlen (packed sequences, window and softcap), varlen-causal, decode (one query), "
             "decode-masked (few, and a mask), chunk (100 queries, causal), long (more keys than "
-            "one sum takes), uneven (head_dim 224/40, lengths, a mask and a window), "
-            "pages-masked, packed-pages or tree.",
+            "one sum takes), uneven (head_dim 224/40, lengths, a mask and a window), pages-masked, "
+            "packed-pages, tree, or one that only backward kernels have: loose-float-bias ...",
         ),
     ] = None,
     check: Annotated[
@@ -106,23 +106,30 @@ def resources(
     with command(json_output) as out:
         from flashcore.backends.dispatch import KERNELS
         from flashcore.selection import compile_gate
-        from flashcore.selection.backward_configurations import backward_configurations
+        from flashcore.selection.backward_configurations import (
+            BACKWARD_VARIANTS,
+            backward_configurations,
+        )
         from flashcore.selection.building import append_units
-        from flashcore.selection.configurations import DTYPES, HEAD_DIMS, VARIANTS, configurations
+        from flashcore.selection.configurations import DTYPES, VARIANTS, configurations
 
-        for name, value, known in (("dtype", dtype, DTYPES), ("variant", variant, VARIANTS)):
+        known_variants = BACKWARD_VARIANTS
+        for name, value, known in (("dtype", dtype, DTYPES), ("variant", variant, known_variants)):
             if value is not None and value not in known:
                 raise typer.BadParameter(f"--{name} {value} is not one of {', '.join(known)}")
         with usage_errors():
+            variants = tuple(known_variants) if variant is None else (variant,)
             asked: dict[str, Any] = {
                 "archs": parse_archs(arch),
-                "head_dims": HEAD_DIMS if head_dim is None else (head_dim,),
                 "dtypes": DTYPES if dtype is None else (dtype,),
-                "variants": tuple(VARIANTS) if variant is None else (variant,),
             }
-            wanted = configurations(**asked) + backward_configurations(**asked)
+            if head_dim is not None:
+                asked["head_dims"] = (head_dim,)
+            of_forward = [name for name in variants if name in VARIANTS]
+            wanted = configurations(**asked, variants=of_forward)
+            wanted += backward_configurations(**asked, variants=variants)
         if check and dtype is None:
-            wanted = [entry for entry in wanted if entry.is_checked]
+            wanted = compile_gate.checked(wanted)
         kernels = sorted({entry.plan.kernel for entry in wanted})
         if kernel is not None:
             full_name = KERNELS.get(kernel, kernel)

@@ -1,13 +1,15 @@
 """List the configurations of the backward kernels that are checked against the resource budget.
 
 They are derived from the same problems as those of the forward (configurations.py). Their
-tiles do not depend on the number of queries or keys, so variants that differ in it are left out.
+tiles do not depend on the number of queries or keys, so variants that differ in it are left out;
+they do on a mask's elements and rows and on the options beside it, so there are more of those.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, select_mask_plan
 from flashcore.kernels.bwd_sm90 import plan_one
@@ -15,39 +17,78 @@ from flashcore.kernels.bwd_sm90.plan import ARCH, obstacle_anywhere, select_plan
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection.configurations import (
+    ALL_OPTIONS,
     DTYPES,
     HEAD_DIMS,
+    SERVING_VARIANTS,
     VARIANTS,
     Configuration,
     Dims,
     problem_of,
 )
 
+# Masks have elements of three kinds (bool, of q, float32) and rows of three (aligned, loose, one
+# for all queries), and tiles differ without a bound, with one, and with soft-capping: with VARIANTS
+# these are every two of them together, and all elements in loose rows, which take the most
+# registers, with the most options.
+MASK_VARIANTS: dict[str, dict[str, Any]] = {
+    "loose-float-bias": {"mask": "loose-float-bias"},
+    "causal-loose-mask": {"causal": True, "mask": "loose-mask"},
+    "causal-padding-bias": {"causal": True, "mask": "padding-bias"},
+    "causal-float-bias": {"causal": True, "mask": "float-bias"},
+    "masked-loose": {**ALL_OPTIONS, "mask": "loose-mask"},
+    "biased-loose": {**ALL_OPTIONS, "mask": "loose-bias"},
+    "float-biased-loose": {**ALL_OPTIONS, "mask": "loose-float-bias"},
+    "float-biased-row": {**ALL_OPTIONS, "mask": "loose-padding-float-bias"},
+}
+# Tiles of packed sequences and of seqlens_k differ with a window, too.
+_VARLEN_VARIANTS = {name: SERVING_VARIANTS[name] for name in ("varlen-full", "varlen-window")}
+BACKWARD_VARIANTS = VARIANTS | MASK_VARIANTS | _VARLEN_VARIANTS
+_WITH_MASKS = tuple(name for name, options in BACKWARD_VARIANTS.items() if "mask" in options)
+_BY_ONE_KERNEL = ("full", "causal", "window")
+# Widths between those of HEAD_DIMS, and the variants that are tried there: where columns of a tile
+# lie behind head_dim, and at the edges of rules for tiles.
+_OTHER_HEAD_DIMS: dict[Dims, tuple[str, ...]] = {
+    40: (*_BY_ONE_KERNEL, *_WITH_MASKS),
+    56: _BY_ONE_KERNEL,
+    72: (*_BY_ONE_KERNEL, *_WITH_MASKS),
+    104: _BY_ONE_KERNEL,
+    160: _WITH_MASKS,
+}
+
 
 def _mask_plans(problem: Problem) -> list[MaskPlan]:
     """Return the plans of the gradient of a problem's additive mask: of each query and key, and of
-    one row; summed by one block and by several."""
+    one row; summed by one block and by several; where rows are loose, of an odd length, too."""
     if problem.mask is None or problem.mask.dtype == "bool" or problem.varlen != "none":
         return []
     rows = 1 if problem.mask.strides[2] == 0 else problem.seqlen_q
-    plan = select_mask_plan(problem, (1, 1, rows, problem.seqlen_k))
-    return [dataclasses.replace(plan.machine_code(), num_shares=n) for n in (1, 2)]
+    lengths = [problem.seqlen_k]
+    of_dq = select_plans(problem).dq
+    if of_dq.mask_is_shifted or of_dq.mask_load_bytes < 16:
+        lengths.append(problem.seqlen_k - 1)
+    plans = []
+    for length in lengths:
+        shorter = dataclasses.replace(problem, seqlen_k=length)
+        plan = select_mask_plan(shorter, (1, 1, rows, length)).machine_code()
+        plans += [dataclasses.replace(plan, num_shares=n) for n in (1, 2)]
+    return plans
 
 
 def backward_configurations(
     *,
     archs: Sequence[int] = (ARCH,),
-    head_dims: Sequence[Dims] = HEAD_DIMS,
+    head_dims: Sequence[Dims] | None = None,
     dtypes: Sequence[str] = DTYPES,
-    variants: Sequence[str] = tuple(VARIANTS),
+    variants: Sequence[str] = tuple(BACKWARD_VARIANTS),
 ) -> list[Configuration]:
     """Return every distinct plan of the backward kernels.
 
     Args:
         archs: 90 for sm_90; others have no such kernels.
-        head_dims: of q, k and v.
+        head_dims: of q, k and v; by default HEAD_DIMS, and some variants of others.
         dtypes: "float16", "bfloat16".
-        variants: keys of VARIANTS. A variant of packed sequences stands for seqlens_k, too.
+        variants: keys of BACKWARD_VARIANTS. One of packed sequences stands for seqlens_k, too.
 
     Returns:
         The configurations, ordered by head_dim, dtype and variant.
@@ -55,29 +96,43 @@ def backward_configurations(
     found: dict[Plan, Configuration] = {}
     if ARCH not in archs:
         return []
-    for head_dim in head_dims:
-        for dtype in dtypes:
-            for variant in variants:
-                options = VARIANTS[variant]
-                if "queries" in options or "keys" in options:
-                    continue
-                if "dims" in options and head_dim != max(HEAD_DIMS):
-                    continue
-                kinds = [options]
-                if options.get("varlen") == "packed":
-                    kinds.append(options | {"varlen": "keys"})
-                for kind in kinds:
-                    problem = problem_of(head_dim, dtype, kind)
-                    for plan in _plans_of(problem):
-                        found.setdefault(plan, Configuration(variant, plan))
+    for head_dim, dtype, variant in _kinds(head_dims, dtypes, variants):
+        options = BACKWARD_VARIANTS[variant]
+        kinds = [options]
+        if options.get("varlen") == "packed":
+            kinds.append(options | {"varlen": "keys"})
+        for kind in kinds:
+            problem = problem_of(head_dim, dtype, kind)
+            for plan in _plans_of(problem, by_two=head_dims is not None or head_dim in HEAD_DIMS):
+                found.setdefault(plan, Configuration(variant, plan))
     return list(found.values())
 
 
-def _plans_of(problem: Problem) -> list[Plan]:
-    """Return the plans of both designs, of the second where it takes the problem."""
+def _kinds(
+    head_dims: Sequence[Dims] | None, dtypes: Sequence[str], variants: Sequence[str]
+) -> Iterator[tuple[Dims, str, str]]:
+    """Return head_dims, dtypes and variants as `backward_configurations` takes them, together."""
+    tried = dict.fromkeys(HEAD_DIMS if head_dims is None else head_dims, tuple(BACKWARD_VARIANTS))
+    if head_dims is None:
+        tried |= _OTHER_HEAD_DIMS
+    for head_dim, names in tried.items():
+        for dtype in dtypes:
+            for variant in variants:
+                options = BACKWARD_VARIANTS[variant]
+                if variant not in names or "queries" in options or "keys" in options:
+                    continue
+                if "dims" not in options or head_dim == max(HEAD_DIMS):
+                    yield head_dim, dtype, variant
+
+
+def _plans_of(problem: Problem, by_two: bool) -> list[Plan]:
+    """Return the plans of both designs: of two kernels, if asked for or if there is a mask, and of
+    one where it takes the problem."""
     if obstacle_anywhere(problem) is not None:
         return []
-    plans: list[Plan] = [*select_plans(problem), *_mask_plans(problem)]
+    plans: list[Plan] = []
+    if by_two or problem.mask is not None:
+        plans += [*select_plans(problem), *_mask_plans(problem)]
     if plan_one.obstacle(problem) is None:
         plans += plan_one.select_one_kernel_plans(problem)
     return plans

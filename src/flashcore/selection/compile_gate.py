@@ -8,6 +8,7 @@ functions: nothing is compiled here.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,8 +21,14 @@ if TYPE_CHECKING:
     from flashcore.compile.jit import Resources
     from flashcore.selection.configurations import Configuration
 
-# The number of a cell's variants in the sample.
-SAMPLED_VARIANTS = 2
+# The number of a cell's variants in the sample: of a kernel whose registers the compiler reports,
+# and of one whose warps have roles.
+SAMPLED_VARIANTS = {False: 2, True: 1}
+# Registers hardly depend on the dtype. Where nothing but that differs, one of them tells whether a
+# change to a kernel has made it spill; the other is compiled of these, at the usual width and at
+# the one with the least room.
+_IN_BOTH_DTYPES = ("full", "causal", "masked")
+_HEAD_DIMS_IN_BOTH = (128, 256)
 # Registers of a thread that an option takes (a bound of the band, soft-capping, a mask, lengths):
 # the portable kernel's median on sm_75 and sm_80.
 _REGISTERS_OF_AN_OPTION = 4
@@ -64,9 +71,32 @@ def expected_room(plan: Plan) -> int:
     return spare_registers(plan) - _REGISTERS_OF_AN_OPTION * num_options - of_totals
 
 
+def checked(found: Iterable[Configuration]) -> list[Configuration]:
+    """Return the configurations that the gate has to see: those but for which it is told by
+    another. A bfloat16 kernel stands for the same in float16, see _IN_BOTH_DTYPES. What ships was
+    found to spill in neither (tune/search.py), and of its tiles a causal kernel stands for the one
+    without a mask, which has a part of its text."""
+    found = list(found)
+    plans = {entry.plan for entry in found}
+
+    def is_told(entry: Configuration) -> bool:
+        plan = entry.plan
+        causal = dataclasses.replace(plan, has_window_right=True)
+        if entry.ships and entry.variant == "full" and causal in plans:
+            return True
+        if plan.dtype != "float16":
+            return False
+        mask = "bfloat16" if plan.mask == "float16" else plan.mask
+        is_usual = entry.variant in _IN_BOTH_DTYPES and plan.head_dim in _HEAD_DIMS_IN_BOTH
+        has_twin = dataclasses.replace(plan, dtype="bfloat16", mask=mask) in plans
+        return has_twin and (entry.ships or not is_usual)
+
+    return [entry for entry in found if not is_told(entry)]
+
+
 def sample(found: Iterable[Configuration]) -> list[Configuration]:
     """Return the configurations that stand for all: those with the least room, SAMPLED_VARIANTS of
-    each cell that differ in their variant, and one of each kernel, variant and dtype.
+    each cell that differ in their variant, and one of each variant and of each dtype of a kernel.
 
     Args:
         found: configurations in any order; of two with the same room the first is taken.
@@ -76,11 +106,12 @@ def sample(found: Iterable[Configuration]) -> list[Configuration]:
     """
     found = list(found)
     cells: dict[Cell, dict[str, Configuration]] = defaultdict(dict)
-    forms: dict[tuple[str, str, str], Configuration] = {}
+    forms: dict[tuple[str, str], Configuration] = {}
     for entry in sorted(found, key=lambda entry: expected_room(entry.plan)):
-        forms.setdefault((entry.plan.kernel, entry.variant, entry.plan.dtype), entry)
+        forms.setdefault((entry.plan.kernel, entry.variant), entry)
+        forms.setdefault((entry.plan.kernel, entry.plan.dtype), entry)
         cell = cells[cell_of(entry.plan)]
-        if len(cell) < SAMPLED_VARIANTS:
+        if len(cell) < SAMPLED_VARIANTS[bool(entry.plan.role_registers)]:
             cell.setdefault(entry.variant, entry)
     chosen = {entry.plan for cell in cells.values() for entry in cell.values()}
     chosen |= {entry.plan for entry in forms.values()}

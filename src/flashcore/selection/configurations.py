@@ -30,20 +30,20 @@ _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
 # The options that each name stands for, of `attention` or ("varlen") `attention_varlen`. "masked"
 # takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
 # has tiles of its own for calls with neither softcap nor mask.
-_ALL_OPTIONS: dict[str, Any] = {"window": (64, 64), "softcap": 30.0}
+ALL_OPTIONS: dict[str, Any] = {"window": (64, 64), "softcap": 30.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
-    "options": _ALL_OPTIONS,
-    "masked": {**_ALL_OPTIONS, "mask": "bool"},
-    "varlen": {**_ALL_OPTIONS, "varlen": "packed"},
+    "options": ALL_OPTIONS,
+    "masked": {**ALL_OPTIONS, "mask": "bool"},
+    "varlen": {**ALL_OPTIONS, "varlen": "packed"},
     "window": {"window": (64, 64)},
     "varlen-causal": {"causal": True, "varlen": "packed"},
     # Few queries for many keys, with heads folded and, where there are few, keys split over blocks.
     "decode": {"queries": 1},
-    "decode-masked": {"queries": 4, **_ALL_OPTIONS, "mask": "bool"},
+    "decode-masked": {"queries": 4, **ALL_OPTIONS, "mask": "bool"},
     # The same cut by the device (tile/stream_k.cuh): keys in one piece or in pages, equal pieces.
-    "cut": {"queries": 4, **_ALL_OPTIONS, "varlen": "keys"},
+    "cut": {"queries": 4, **ALL_OPTIONS, "varlen": "keys"},
     "cut-plain": {"queries": 1, "varlen": "keys"},
     "cut-pages": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
     "cut-invariant": {"queries": 4, "causal": True, "varlen": "keys", "batch_invariant": True},
@@ -63,12 +63,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # The most for the Hopper kernel's producer; of its own head_dims, listed beside the widest.
     "uneven": {"dims": (224, 40), "mask": "bool", "window": (64, 0), "varlen": "keys"},
     # Lanes that find pages take registers of the producer, and with a mask of the consumers.
-    "pages-masked": {**_ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
-    "packed-pages": {**_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
-    "tree": {"queries": 64, **_ALL_OPTIONS, "mask": "tree", "varlen": "pages", "page_size": 16},
+    "pages-masked": {**ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
+    "packed-pages": {**ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "tree": {"queries": 64, **ALL_OPTIONS, "mask": "tree", "varlen": "pages", "page_size": 16},
     # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
     "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
-    "packed-mixed": {"queries": 40, **_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "packed-mixed": {"queries": 40, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
@@ -146,7 +146,6 @@ _HOPPER_VARIANTS = (
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),
     *("packed-decode", "packed-mixed", "packed-few", "tree"),
 )
-_IN_BOTH_DTYPES = ("full", "causal", "masked")  # see Configuration.is_checked
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 _HEADS = (1, 4, 16, 64, 256, 1024)  # of the Hopper kernel's table: from one tile to many an SM
 _LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -163,15 +162,6 @@ class Configuration:
     variant: str
     plan: Plan
     ships: bool = False
-
-    @property
-    def is_checked(self) -> bool:
-        """Return whether the compile gate has to see it: of variants outside of _IN_BOTH_DTYPES,
-        and of what ships, which was found to spill in neither dtype (tune/search.py), one dtype
-        tells whether a change to a kernel has made them spill, for their registers hardly depend
-        on it."""
-        one_is_enough = self.ships or self.variant not in _IN_BOTH_DTYPES
-        return not one_is_enough or self.plan.dtype != "float16" or self.plan.arch < 80
 
 
 def configurations(
@@ -304,7 +294,8 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
         # Rows of a mask for several sequences are aligned for wide loads or not.
         batch, heads, rows = (2, 1, 1) if is_row else (1, *q.shape[1:3])
         width = _SEQLEN + mask.startswith("loose")
-        element = q.dtype if mask.endswith("bias") else torch.bool
+        number = torch.float32 if mask.endswith("float-bias") else q.dtype
+        element = number if mask.endswith("bias") else torch.bool
         values = torch.empty(batch, heads, rows, width, dtype=element)[..., :_SEQLEN]
         options["mask"] = values.mT.contiguous().mT if mask == "columns" else values
         if is_row:

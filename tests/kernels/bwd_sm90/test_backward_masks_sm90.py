@@ -12,7 +12,6 @@ from gradient_rule import forward, wrong_gradients
 from test_backward_sm90 import SMALL, TWO, plans_of
 
 from flashcore.backends.backward_sm90 import fused_backward
-from flashcore.compile.jit import resources
 from flashcore.kernels.bwd_sm90.plan import select_plans
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.limits import smem_limits
@@ -80,20 +79,3 @@ def test_tiles_fit_with_every_head_dim(dtype: torch.dtype) -> None:
                 problem = Problem.from_tensors(x, x, v, mask=mask, **options)
                 for plan in select_plans(problem):
                     assert plan.smem_bytes <= limit, plan.describe()
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("head_dim", [40, 64, 72, 96, 128, 160, 192, 256])
-@pytest.mark.parametrize("dtype", [BOOL, BF16, F32])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (9, 9), "softcap": 5.0}])
-def test_no_kernel_spills(head_dim: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """ptxas serialises no product either."""
-    pytest.importorskip("cuda.core")
-    x = torch.empty(1, 1, 1024, head_dim, dtype=BF16)
-    for shape in ((1024, 1024), (1024, 1023), (1, 1024)):
-        mask = torch.empty(shape, dtype=dtype)
-        y = x[:, :, : shape[1]]
-        for plan in select_plans(Problem.from_tensors(x, y, y, mask=mask, **options)):
-            found = resources(plan)
-            assert found.spill_bytes == 0, plan.describe()
-            assert not any("serialized" in remark for remark in found.remarks), plan.describe()

@@ -18,7 +18,6 @@ from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.backends.gradients import choose_backward
 from flashcore.base import determinism
 from flashcore.checks.cases import Case, make_inputs
-from flashcore.compile.jit import resources
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.bwd_sm90.plan_one import (
     OneKernelPlans,
@@ -139,21 +138,6 @@ def test_what_one_kernel_cannot_do_says_why() -> None:
         ({"softcap": 1.0}, "soft-capping"),
     ):
         assert word in (obstacle(dataclasses.replace(problem, **changed)) or "")
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("head_dim", [32, 40, 56, 64, 72, 96, 104, 128])
-@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (9, 9)}])
-@pytest.mark.thorough
-def test_no_kernel_spills(head_dim: int, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """ptxas serialises no product either."""
-    pytest.importorskip("cuda.core")
-    x = torch.empty(1, 1, 1024, head_dim, dtype=dtype)
-    problem = Problem.from_tensors(x, x, x, **options)
-    for plan in () if obstacle(problem) else select_one_kernel_plans(problem):
-        found = resources(plan)
-        assert found.spill_bytes == 0, plan.describe()
-        assert not any("serialized" in remark for remark in found.remarks), plan.describe()
 
 
 def test_one_kernel_computes_where_gradients_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:

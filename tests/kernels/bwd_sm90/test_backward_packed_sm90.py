@@ -16,9 +16,7 @@ import flashcore
 from flashcore.backends import gradients, packed
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.backends.gradients import choose_backward
-from flashcore.compile.jit import resources
 from flashcore.errors import BackendUnavailableError, FallbackWarning
-from flashcore.kernels.bwd_sm90.plan import select_plans
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.problem.memory_layout import as_batch, as_rows
 from flashcore.problem.options import Inputs, Results
@@ -165,26 +163,3 @@ def test_without_a_compiler_torch_computes_all_sequences_at_once(
     with pytest.warns(FallbackWarning, match="no NVRTC here"):
         found = packed.packed_backward(hopper, Results(x.dout, None), inputs, Results(x.out, x.lse))
     assert found[0] is x.q
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "options"),
-    [
-        (64, {}),
-        (64, {"causal": True}),
-        (64, {"window": (40, 20), "softcap": 5.0}),
-        (128, {"causal": True}),
-        (128, {"window": (40, 20), "softcap": 5.0}),
-        (192, {"causal": True}),
-        (256, {"window": (40, 20)}),
-    ],
-)
-@pytest.mark.thorough
-def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
-    """A warp that deals out tiles takes registers from the others. ptxas serialises no product."""
-    pytest.importorskip("cuda.core")
-    case = PackedCase(lengths_q=(200,), lengths_k=(200,), head_dim=head_dim, **options)
-    for plan in select_plans(make_packed(case).problem):
-        found = resources(plan)
-        assert found.spill_bytes == 0, plan.describe()
-        assert not any("serialized" in remark for remark in found.remarks), plan.describe()

@@ -19,7 +19,6 @@ from flashcore.backends import gradients
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.backends.gradients import choose_backward
 from flashcore.checks.cases import make_inputs
-from flashcore.compile.jit import resources
 from flashcore.errors import BackendUnavailableError, FallbackWarning
 from flashcore.kernels.bwd_sm90.plan import (
     DKDV_KERNEL,
@@ -32,7 +31,6 @@ from flashcore.kernels.bwd_sm90.plan import (
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_sm90.tiles import mask_traits
 from flashcore.kernels.fwd_wmma.plan import traits
-from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim.run_bwd import simulate_backward
 
@@ -276,27 +274,3 @@ def test_without_a_compiler_torch_computes_and_one_warning_says_so(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gradients.attention_gradients(*call)
-
-
-@pytest.mark.parametrize(
-    ("head_dim", "options"),
-    [
-        (64, {}),
-        (64, {"causal": True}),
-        (64, {"window": (9, 9), "softcap": 3.0}),
-        (128, {}),
-        (128, {"causal": True}),
-        (128, {"window": (9, 9), "softcap": 3.0}),
-        (192, {"causal": True}),
-        (256, {"causal": True}),
-    ],
-)
-@pytest.mark.thorough
-def test_no_kernel_spills(head_dim: int, options: dict[str, Any]) -> None:
-    """No kernel spills, and ptxas serialises no product."""
-    pytest.importorskip("cuda.core")
-    x = torch.empty(1, 1, 1024, head_dim, dtype=torch.bfloat16)
-    for plan in select_plans(Problem.from_tensors(x, x, x, **options)):
-        found = resources(plan)
-        assert found.spill_bytes == 0, plan.describe()
-        assert not any("serialized" in remark for remark in found.remarks), plan.describe()

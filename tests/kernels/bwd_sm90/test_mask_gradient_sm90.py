@@ -15,7 +15,6 @@ import flashcore
 from flashcore.backends import gradients as gradients_module
 from flashcore.backends.backward_sm90 import run_for_mask
 from flashcore.backends.gradients import choose_backward, gradient_of_rows
-from flashcore.compile.jit import resources
 from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, num_shares, select_mask_plan
 from flashcore.problem import Problem
 from flashcore.sim.run_bwd import simulate_backward
@@ -197,22 +196,3 @@ def test_few_tiles_are_shared_by_blocks() -> None:
     assert shares(8, 16, 1024, 1, 1) > 1
     assert shares(8, 16, 8192, 1, 1) == 1
     assert shares(8, 16, 8192, 8, 16) == 1
-
-
-@pytest.mark.thorough
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 256])
-@pytest.mark.parametrize("dtype", [BF16, F32])
-@pytest.mark.parametrize("options", [{}, CAUSAL, {"window": (9, 9), "softcap": 5.0}])
-def test_no_kernel_spills(head_dim: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    """ptxas serialises no product either."""
-    pytest.importorskip("cuda.core")
-    for keys in (1024, 1023):
-        x = torch.empty(1, 2, 1024, head_dim, dtype=BF16)
-        for shape in ((1, 2, 1024, keys), (1, 1, 1, keys)):
-            mask = torch.empty(shape, dtype=dtype)
-            problem = Problem.from_tensors(x, x[:, :, :keys], x[:, :, :keys], mask=mask, **options)
-            for shares in (1, 2):
-                plan = dataclasses.replace(select_mask_plan(problem, shape), num_shares=shares)
-                found = resources(plan)
-                assert found.spill_bytes == 0, plan.describe()
-                assert not any("serialized" in x for x in found.remarks), plan.describe()

@@ -154,11 +154,13 @@ def select_mask_plan(problem: Problem, shape: tuple[int, int, int, int]) -> Mask
     of_problem["mask_is_row"] = sums_rows
     element = tiles_sm90.MASK_ELEMENT_BYTES[of_problem["mask"]]
     has_packets = problem.seqlen_k * element % _PACKET_BYTES == 0
+    is_wide = 128 < max(problem.head_dim, problem.head_dim_v) < 256
+    is_loose = not has_packets or of_problem["mask_load_bytes"] < _PACKET_BYTES
     plan = MaskPlan(
         kernel=DMASK_KERNEL,
         arch=ARCH,
         block_m=128,
-        block_n=128 if has_packets or element < 4 else 112,  # 128 would spill 88 bytes
+        block_n=112 if element == 4 and (is_loose or is_wide) else 128,  # 128 spilled 8 to 88 bytes
         num_stages=_STAGES_MAX,
         min_blocks=1,
         sums_batch=sums_batch,
