@@ -64,7 +64,7 @@ def resources(
             "varlen (packed sequences, window and softcap), varlen-causal, decode (one query), "
             "decode-masked (few, and a mask), chunk (100 queries, causal), long (more keys than "
             "one sum takes), uneven (head_dim 224/40, lengths, a mask and a window), pages-masked, "
-            "packed-pages, tree, or one of backward kernels alone, such as loose-float-bias.",
+            "packed-pages, tree, or one that only backward kernels have: loose-float-bias ...",
         ),
     ] = None,
     check: Annotated[

@@ -81,15 +81,15 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "loose-padding": {"mask": "loose-padding"},
     "causal-loose-padding": {"causal": True, "mask": "loose-padding"},
     "padding-bias": {"mask": "padding-bias"},
-    "decode-window": {"queries": 1, "window": (64, 0)},
+    "decode-window": {"queries": 1, "window": (511, 0)},
     "decode-softcap": {"queries": 1, "softcap": 30.0},
-    "decode-window-softcap": {"queries": 1, "window": (64, 0), "softcap": 30.0},
+    "decode-window-softcap": {"queries": 1, "window": (511, 0), "softcap": 30.0},
     "decode-padding": {"queries": 1, "mask": "padding"},
     "decode-loose-padding": {"queries": 1, "mask": "loose-padding"},
     "few-queries": {"queries": 4, "causal": True},
-    "few-queries-window": {"queries": 4, "causal": True, "window": (64, 0)},
+    "few-queries-window": {"queries": 4, "causal": True, "window": (511, 0)},
     "few-queries-softcap": {"queries": 4, "causal": True, "softcap": 30.0},
-    "chunk-window": {"queries": 100, "causal": True, "window": (64, 0)},
+    "chunk-window": {"queries": 100, "causal": True, "window": (511, 0)},
     "varlen-full": {"varlen": "packed"},
     "varlen-window": {"window": (64, 64), "varlen": "packed"},
     "varlen-causal-softcap": {"causal": True, "softcap": 30.0, "varlen": "packed"},
@@ -104,7 +104,7 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "causal-sinks": {"causal": True, "sinks": True},
     "causal-window-sinks": {"causal": True, "window": (127, 0), "sinks": True},
     "decode-sinks": {"queries": 1, "sinks": True},
-    "decode-window-sinks": {"queries": 1, "window": (127, 0), "sinks": True},
+    "decode-window-sinks": {"queries": 1, "window": (511, 0), "sinks": True},
     "varlen-causal-sinks": {"causal": True, "sinks": True, "varlen": "packed"},
     "keys-chunk": {"queries": 100, "causal": True, "varlen": "keys"},
     # Of the usual size; others are compiled when they are met.
@@ -229,12 +229,8 @@ def serving_plans(
                 continue
             options = {**VARIANTS, **SERVING_VARIANTS}[variant]
             groups = _SERVING_GROUPS if "queries" in options else (1,)
-            portable = forward_for(arch) is PORTABLE or variant in (
-                "full",
-                "causal",
-                "options",
-                "varlen",
-            )
+            usual = variant in ("full", "causal", "options", "varlen")
+            portable = forward_for(arch) is PORTABLE or usual
             for group, ships in itertools.product(groups, (False, True)):
                 problem = problem_of(head_dim, dtype, options, group)
                 for plan in _plans(problem, arch, portable, ships):

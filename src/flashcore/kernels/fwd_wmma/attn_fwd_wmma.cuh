@@ -215,7 +215,7 @@ FC_DEVICE void attend(const AttnParams& params, const BlockCoord& block) {
       load_keys(n_block);
     }
     cp_async_wait<NUM_STAGES == 1 ? 0 : NUM_STAGES - 2>();
-    block_sync();  // orders arrived copies, zero_padding, and the last step's reads, before what follows
+    block_sync();  // orders arrived copies, zero_padding and the last step's reads before the rest
     if (NUM_STAGES > 1) load_keys(n_block + NUM_STAGES - 1);
     const int stage = n_block % NUM_TILES;
     const int key_begin = n_block * BLOCK_N;

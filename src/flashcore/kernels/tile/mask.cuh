@@ -3,6 +3,7 @@
 
 #include "prims.cuh"
 #include "tile/band.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/params.cuh"
 
 // With a softcap or an additive mask, scores leave here scaled, and what is left for softmax is to
