@@ -36,7 +36,9 @@ def run_plant(name: str, kernel: str, seed: int, healthy: bool = False) -> Simul
     plan = with_fields(plan, planted.tile)
     out, lse = torch.empty_like(x.q), torch.empty(x.q.shape[:3])
     plant = None if healthy else planted.plant
-    tensors = x.q, x.k_pages, x.v_pages, x.tree_mask, out, lse
+    assert x.tree_mask is not None
+    tree = x.tree_mask.expand(*x.q.shape[:3], -1)  # as a replay has it
+    tensors = x.q, x.k_pages, x.v_pages, tree, out, lse
     try:
         simulate(problem, plan, *tensors, None, x.others(), seed=seed, plant=plant)
     except SimulationError as error:

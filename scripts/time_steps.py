@@ -1,0 +1,93 @@
+"""Time what surrounds attention in a step of a decoder, on a GPU: appending, and trees of drafts.
+
+    PYTHONPATH=src python scripts/time_steps.py [--rooms 4096 32768]
+
+For each room of a sequence in the cache, in us: attention over what is there; the same with a tree
+of drafts, as kernels read it, and as a mask over the whole room, as it was before; new tokens with
+rotary embedding appended to a cache of 16 bits and of 8, each by one kernel and by PyTorch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import flashcore
+from flashcore.bench.timing import time_on_gpu
+from flashcore.plain.trees import tree_over_keys
+from flashcore.serving.append import append
+from flashcore.serving.rotary import Rotary
+
+BATCH, HEADS, HEADS_KV, DIM, PAGE_SIZE, DRAFTS = 64, 32, 8, 128, 64, 8
+LENGTH = 2048  # tokens of each sequence, whatever the room
+
+
+def calls_of(room: int, device: str = "cuda") -> dict[str, Callable[[], Any]]:
+    """Return the calls to be timed, by name."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def normal(*size: int) -> torch.Tensor:
+        x = torch.randn(*size, device=device, generator=generator)
+        return x.bfloat16()
+
+    columns, used = room // PAGE_SIZE, LENGTH // PAGE_SIZE
+    table = torch.full((BATCH, columns), -1, dtype=torch.int32, device=device)
+    order = torch.randperm(BATCH * used, device=device, generator=generator).int()
+    table[:, :used] = order.view(BATCH, used)
+    pages = [normal(BATCH * used, PAGE_SIZE, HEADS_KV, DIM).transpose(1, 2) for _ in range(2)]
+    pages_8 = [x.float().div(0.01).clamp(-448, 448).to(torch.float8_e4m3fn) for x in pages]
+    lengths = torch.full((BATCH,), LENGTH, dtype=torch.int32, device=device)
+    q = normal(BATCH, HEADS, DRAFTS, DIM)
+    new = [normal(BATCH, HEADS_KV, DRAFTS, DIM) for _ in range(2)]
+    tree = torch.rand(DRAFTS, DRAFTS, device=device, generator=generator) < 0.6
+    tree |= torch.eye(DRAFTS, dtype=torch.bool, device=device)
+    angle = torch.rand(room, DIM // 2, device=device, generator=generator)
+    rotary = Rotary(angle.cos().bfloat16(), angle.sin().bfloat16(), False)
+    scale = torch.full((HEADS_KV,), 0.01, device=device)
+    before = lengths - DRAFTS
+
+    def attend(**more: Any) -> Any:
+        return flashcore.attention_with_kvcache(
+            q, pages[0], pages[1], seqlens_k=lengths, page_table=table, causal=False, **more
+        )
+
+    def appended(to: list[torch.Tensor], backend: str, **scales: Any) -> torch.Tensor:
+        tensors = to[0], to[1], q, new[0], new[1], before, table, None, None
+        return append(*tensors, rotary, backend, **scales)[0]
+
+    scales = {"k_scale": scale, "v_scale": scale}
+    return {
+        "attention": attend,
+        "with a tree": lambda: attend(tree_mask=tree),
+        "with a mask of it": lambda: attend(mask=tree_over_keys(tree, None, q, lengths, room)),
+        "append": lambda: appended(pages, "auto"),
+        "append by PyTorch": lambda: appended(pages, "torch"),
+        "append 8 bits": lambda: appended(pages_8, "auto", **scales),
+        "append 8 bits by PyTorch": lambda: appended(pages_8, "torch", **scales),
+    }
+
+
+def main() -> None:
+    """Time the rooms that were asked for, and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rooms", nargs="*", type=int, default=[4096, 32768])
+    parser.add_argument("--output", type=pathlib.Path)
+    given = parser.parse_args()
+    found: dict[int, dict[str, Any]] = {}
+    for room in given.rooms:
+        times = time_on_gpu(calls_of(room))
+        found[room] = {
+            name: t if isinstance(t, str) else round(t.median * 1e6, 1) for name, t in times.items()
+        }
+        print(room, found[room], flush=True)
+    if given.output is not None:
+        given.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
