@@ -235,10 +235,15 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     for (int group = 0; has_keys && group < NUM_KEY_GROUPS; ++group) {
       int row = block.m_begin + group * 64;
       if (VARLEN != 0) row = min_i(row, own.seqlen_k - 1);
-      smem.k.load(group, params.k_map, bar.kv_full, k_box.row + row, block.head_idx_kv,
-                  k_box.batch);
-      smem.v.load(group, params.v_map, bar.kv_full, v_box.row + row, block.head_idx_kv,
-                  v_box.batch);
+      // Not by `load`: with four calls of it ptxas orders the whole kernel anew.
+      for (int c = 0; c < QK_CHUNKS; ++c) {
+        tma_load(smem.k.chunk_of(group, c), params.k_map, bar.kv_full, c * CHUNK, k_box.row + row,
+                 block.head_idx_kv, k_box.batch);
+      }
+      for (int c = 0; c < V_CHUNKS; ++c) {
+        tma_load(smem.v.chunk_of(group, c), params.v_map, bar.kv_full, c * CHUNK, v_box.row + row,
+                 block.head_idx_kv, v_box.batch);
+      }
     }
 
     int left = heads_per_kv * (tiles.end - tiles.begin);

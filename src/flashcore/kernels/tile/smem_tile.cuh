@@ -47,6 +47,9 @@ struct SmemTile {
   }
 
   FC_DEVICE SmemPtr<T> chunk(int c) const { return smem + c * CHUNK_ELEMENTS; }
+  FC_DEVICE SmemPtr<T> chunk_of(int index, int c) const {
+    return smem + (index * ELEMENTS + c * CHUNK_ELEMENTS);
+  }
 
   // An element of the first row, which is not swizzled if the tile begins with row 0.
   FC_DEVICE SmemPtr<T> at_start(int c, int col) const {
