@@ -19,9 +19,9 @@ import json
 import os
 import socket
 import statistics
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import flashcore
 import flashcore.integrations.torch as door
 from flashcore.base import machine
+from flashcore.bench.run import command_line
+from flashcore.bench.timing import first_line
 
 ROTATIONS = ("allgather", "alltoall")
 LIBRARIES = ("flashcore", "cudnn", "fa2")
@@ -149,30 +151,56 @@ def check(mesh: DeviceMesh, rotation: str, options: argparse.Namespace) -> list[
 
 
 def measure(mesh: DeviceMesh, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each length, library and rotation."""
+    """Return a row for each length, library and rotation: its speed, or why it has none."""
     rows: list[dict[str, Any]] = []
-    ranks = dist.get_world_size()
+    started = time.monotonic()
     for seqlen in options.seqlens:
         for library in LIBRARIES:
-            tensors = inputs(seqlen, options.heads, options.head_dim, "cuda")
-            with library_of(library, on_cpu=False):
-                step(tensors)
-                one = statistics.median(milliseconds(tensors) for _ in range(options.rounds))
-                for rotation in ROTATIONS:
-                    set_rotate_method(rotation)
-                    copies = [x.clone() for x in tensors]
-                    _, times = in_a_ring(mesh, copies, options.rounds)
-                    together = statistics.median(times)
-                    rows.append(
-                        {
-                            "seqlen": seqlen,
-                            "library": library,
-                            "rotation": rotation,
-                            "tokens_per_second": seqlen / together * 1e3,
-                            "one_gpu_tokens_per_second": seqlen / one * 1e3,
-                            "share_of_ideal": one / (ranks * together),
-                        }
-                    )
+            about = {"seqlen": seqlen, "library": library}
+            if is_over(started, options.limit_s):
+                rows.append(about | {"skipped": "the time was over"})
+                continue
+            try:
+                rows += [about | row for row in measure_one(mesh, seqlen, library, options)]
+            except (RuntimeError, NotImplementedError) as error:  # on all ranks alike
+                rows.append(about | {"skipped": first_line(error)})
+    return rows
+
+
+def is_over(started: float, limit_s: float) -> bool:
+    """Return whether the first rank's time is over: all ranks have to do the same."""
+    over = torch.tensor(
+        time.monotonic() - started > limit_s,
+        dtype=torch.int32,
+        device="cuda" if dist.get_backend() == "nccl" else "cpu",
+    )
+    dist.broadcast(over, 0)
+    return bool(over)
+
+
+def measure_one(
+    mesh: DeviceMesh, seqlen: int, library: str, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """Return a row for each rotation."""
+    rows = []
+    ranks = dist.get_world_size()
+    tensors = inputs(seqlen, options.heads, options.head_dim, "cuda")
+    with library_of(library, on_cpu=False):
+        step(tensors)
+        one = statistics.median(milliseconds(tensors) for _ in range(options.rounds))
+        for rotation in ROTATIONS:
+            set_rotate_method(rotation)
+            copies = [x.clone() for x in tensors]
+            _, times = in_a_ring(mesh, copies, options.rounds)
+            together = statistics.median(times)
+            rows.append(
+                {
+                    "rotation": rotation,
+                    "tokens_per_second": seqlen / together * 1e3,
+                    "one_gpu_tokens_per_second": seqlen / one * 1e3,
+                    "share_of_ideal": one / (ranks * together),
+                }
+            )
     return rows
 
 
@@ -202,21 +230,28 @@ def rank_main(rank: int, options: argparse.Namespace, port: int) -> None:
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     """Print the rows, and write them where --json says."""
     for row in rows:
+        if "skipped" in row:
+            print(f"S {row['seqlen']:>7} {row['library']:<9} has no time: {row['skipped']}")
+            continue
         print(
             f"S {row['seqlen']:>7} {row['library']:<9} {row['rotation']:<9} "
             f"{row['tokens_per_second']:>12.0f} tokens/s {row['share_of_ideal']:6.2f} of ideal"
         )
     if options.json:
         head = {
-            "date": date.today().isoformat(),
+            "kind": "rings",
+            "date": machine.now(),
+            "command": command_line(),
             "gpu": asdict(found) if (found := machine.gpu()) else None,
-            "torch": torch.__version__,
+            "cpu": machine.cpu_name(),
+            "versions": machine.versions(),
             "ranks": options.ranks,
             "heads": options.heads,
             "head_dim": options.head_dim,
             "dtype": "bfloat16",
             "causal": True,
         }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(head | {"rows": rows}, indent=1) + "\n")
 
 
@@ -238,6 +273,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--limit-s", type=float, default=600, help="no new library after that")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     options.check |= options.cpu

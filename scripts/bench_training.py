@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -33,6 +34,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashcore.base import machine
+from flashcore.bench.run import command_line
 from flashcore.integrations.transformers import register
 
 Step = Callable[[], Tensor]
@@ -251,7 +253,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     document = {
         "kind": "training",
         "date": machine.now(),
-        "gpu": None if gpu is None else {"name": gpu.name, "driver": gpu.driver},
+        "command": command_line(),
+        "gpu": None if gpu is None else asdict(gpu),
         "cpu": machine.cpu_name(),
         "versions": versions,
         "model": options.model,
@@ -262,6 +265,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         "results": rows,
     }
     if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return rows
 

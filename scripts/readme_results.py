@@ -1,10 +1,11 @@
 """Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json,
-docs/host-overhead.md from h200-host.json and docs/backward.md from h200-gradients.json.
+docs/host-overhead.md from h200-host.json, docs/backward.md from h200-gradients.json and
+docs/serving.md from h200-decode.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
 
-What stands between the lines `<!-- results:begin -->` and `<!-- results:end -->` of a page is made
+The text between the lines `<!-- results:begin -->` and `<!-- results:end -->` of a page is made
 here and nowhere else, so a page cannot say what was not measured.
 
 Exit status: 0 up to date (or no results yet), 1 a page is stale, 2 a page has lost its markers.
@@ -18,6 +19,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from flashcore.bench.decoding import markdown as decode_markdown
 from flashcore.bench.host import markdown as host_markdown
 from flashcore.bench.reporting.report import (
     TITLES,
@@ -44,6 +46,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path("benchmarks/results/h200.json")
 HOST_RESULTS = Path("benchmarks/results/h200-host.json")
 BACKWARD_RESULTS = Path("benchmarks/results/h200-gradients.json")
+DECODE_RESULTS = Path("benchmarks/results/h200-decode.json")
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
@@ -136,10 +139,18 @@ def backward_section(document: Document, folder: Path) -> str:
     return "\n\n".join(parts)
 
 
+def decode_section(document: Document, folder: Path) -> str:
+    """Return what docs/serving.md says."""
+    del folder
+    source = f"[{DECODE_RESULTS.name}](../{DECODE_RESULTS.as_posix()})"
+    return f"{where(document)} ({source}); {document['method']}.\n\n{decode_markdown(document)}"
+
+
 SOURCES: dict[Path, dict[str, Callable[[Document, Path], str]]] = {
     RESULTS: PAGES,
     HOST_RESULTS: {"docs/host-overhead.md": host_section},
     BACKWARD_RESULTS: {"docs/backward.md": backward_section},
+    DECODE_RESULTS: {"docs/serving.md": decode_section},
 }
 
 

@@ -283,7 +283,7 @@ def classes(model_type: str) -> Iterator[tuple[Any, Any]]:
         yield causal, small(kind_of_config(), is_decoder=True, **GIVEN.get(model_type, {}))
 
 
-# What some configs need besides sizes.
+# Arguments that some configs need besides sizes.
 GIVEN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 5},
     "informer": {"prediction_length": 4, "context_length": 8},

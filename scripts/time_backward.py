@@ -189,7 +189,7 @@ def run_variants(dim: int, seqlens: list[int], skip: int) -> None:
                         problem, plan_of(dim, variant, causal), tensors, q.device.index
                     )
                     addresses = tuple(x.data_ptr() for x in tensors.values())
-                    us = time_us(functools.partial(kernel.launch, tuple(tensors), addresses))
+                    us = time_us(functools.partial(kernel.launch, addresses))
                     products = 3 if variant[0] == "dq" else 4
                     rate = flops(batch, heads, seqlen, dim, causal) * products / 2 / us / 1e6
                     print(

@@ -220,7 +220,7 @@ def test_a_gpu_falls_back_with_one_warning(head_dim: int) -> None:
         check("auto", q, k, v)
 
 
-# Which of k and v are whole, the sizes of what is expanded, and what `explain` says; None: nothing,
+# Which of k and v are whole, the sizes of the expanded one, and the note of `explain`; None: none,
 # as TMA reads the same rows again.
 EXPANDED = {
     "heads of k and v": ("", (2, 1, 2), "k and v are expanded over their heads"),

@@ -40,7 +40,7 @@ def test_cpu_tensors_also_show_what_a_gpu_would_run():
 
 
 def test_the_plan_is_the_one_that_runs(monkeypatch):
-    """What explain says about the simulator is what the simulator is given."""
+    """The simulator is given the plan that `explain` names."""
     import flashcore.sim
 
     used = []

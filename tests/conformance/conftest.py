@@ -37,8 +37,8 @@ def run(request: pytest.FixtureRequest) -> Runner:
     """Run a kernel of tests/conformance on CPU tensors and return what it wrote.
 
     The parameter struct holds `maps`, then pointers to `tensors`, then `scalars`; a tensor that a
-    map names has no pointer if its own name starts with "_". Those in `outputs` are written by the
-    kernel, those in `shared` read by other threads besides, those in `counters` changed by atomics.
+    map names has no pointer if its own name starts with "_". The kernel writes
+    `outputs`; other threads read those in `shared`, too; atomics change those in `counters`.
     `arch_suffix` "a" is for kernels of Hopper. `starts_early` asks for programmatic dependent
     launch.
     """

@@ -34,7 +34,7 @@ def _registered():
     integration.register()
 
 
-# How asking for flashcore ends, from_config and set_attn_implementation; for the base class and,
+# Outcomes of from_config and set_attn_implementation with flashcore, for the base class and,
 # where there is one, the class that generates. In Transformers 5.23; all are in the script.
 EQUAL, REFUSED, KEPT = ("equal", "equal"), ("refused", "kept"), ("kept", "kept")
 TWICE_REFUSED = ("refused", "refused")  # the file has layers that ask, too

@@ -28,7 +28,7 @@ FLOAT8 = torch.float8_e4m3fn
 # Of memory that a simulated kernel has not written, by the size of elements.
 POISON = {1: (torch.uint8, 0xA5), 2: (torch.int16, 0x7FA5)}
 NAMES = {torch.float16: "float16", torch.bfloat16: "bfloat16", torch.float32: "float32"}
-# What a conversion to 8 bits may get wrong: ends, ties, subnormals, both zeros, inf and NaN.
+# Values that a conversion to 8 bits may get wrong: ends, ties, subnormals, both zeros, inf and NaN.
 ODD = [
     448.0, -448.0, 449.0, 464.0, 465.0, 1e4, -1e4, math.inf, -math.inf, math.nan, -math.nan, 0.0,
     -0.0, 17.0, 19.0, 0.0068359375, 0.0009765625, -0.0029296875, 0.00097, 2.0**-10,

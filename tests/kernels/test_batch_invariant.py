@@ -12,7 +12,7 @@ import torch
 
 import flashcore
 from flashcore.checks.accuracy import error_report
-from flashcore.kernels.fwd_sm90 import params as params_sm90
+from flashcore.kernels import stream_k
 from flashcore.ops.paged import attention_paged
 from flashcore.problem import Problem
 from flashcore.selection.select import select_plan
@@ -148,7 +148,7 @@ def check_packed(backend: str, device: str = "cpu", **options: Any) -> None:
 @pytest.fixture
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut keys every two key tiles, so that small calls have several pieces."""
-    monkeypatch.setattr(params_sm90, "piece_tiles", lambda plan: 2)
+    monkeypatch.setattr(stream_k, "piece_tiles", lambda plan: 2)
     monkeypatch.setenv("FLASHCORE_SIM_ARCH", "90")
 
 

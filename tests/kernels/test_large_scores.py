@@ -1,5 +1,5 @@
 """Test scores as large as float32 holds: the error rule holds as for others, in both kernels and in
-PyTorch. What is large is taken as a difference (tile/softmax.cuh, subtract_large_max)."""
+PyTorch. Large maxima are subtracted exactly (tile/softmax.cuh, subtract_large_max)."""
 
 from __future__ import annotations
 

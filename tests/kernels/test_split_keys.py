@@ -1,5 +1,5 @@
 """Test keys of a row tile split over blocks: how many blocks, what a launch is told, and what
-explain says. What the kernel makes of it: test_sim_healthy_split.py, and here on a GPU."""
+explain says. The kernel's results are tested in test_sim_healthy_split.py, and here on a GPU."""
 
 from __future__ import annotations
 
@@ -19,13 +19,8 @@ from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_sm90.params import num_pieces, num_row_tiles
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_sm90.splits import (
-    L2_WEIGHT,
-    SHARE_WEIGHT,
-    Reading,
-    best_sharing,
-    visible_keys,
-)
+from flashcore.kernels.fwd_sm90.splits import L2_WEIGHT, Reading, best_sharing
+from flashcore.kernels.stream_k import SHARE_WEIGHT, visible_keys
 from flashcore.ops.paged import attention_paged
 from flashcore.problem import Problem
 from flashcore.problem.case import Case

@@ -1,5 +1,5 @@
 """Test sums over more keys than one accumulator is exact over: the portable kernel's begin anew
-every chunk (tile/totals.cuh), and blocks of the Hopper kernel share the keys."""
+every chunk (fwd_wmma/totals_wmma.cuh), and blocks of the Hopper kernel share the keys."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def problem_of(seqlen_k: int, dtype: str = "float16", **options: Any) -> Problem
 def test_only_very_many_keys_are_taken_in_chunks() -> None:
     for seqlen_k, chunk in ((MAX_KEYS_OF_A_SUM, 0), (MAX_KEYS_OF_A_SUM + 1, KEYS_OF_CHUNK)):
         plans = candidates(problem_of(seqlen_k), 80, kernel=KERNEL)
-        assert {plan.keys_of_chunk for plan in plans} == {chunk}
+        assert {plan.keys_of_chunk for plan in plans if not plan.stream_k} == {chunk}
     narrow = dataclasses.replace(problem_of(2**20), window_left=100, window_right=0)
     assert candidates(narrow, 80, kernel=KERNEL)[0].keys_of_chunk == 0
     assert candidates(problem_of(2**20), 80, gate="tile", kernel=KERNEL)[0].keys_of_chunk == 0

@@ -171,7 +171,7 @@ def test_without_the_bug_isolate_finds_nothing(name: str, kernel: str) -> None:
     assert found.ok, found.why
 
 
-# What costs time alone is no fault: more waiting, more ordering, less put off.
+# Changes that only cost time are no faults: more waiting, more ordering, less put off.
 SLOW = (
     Plant(
         "a-barrier-more",

@@ -20,7 +20,7 @@ SEEDS = range(20)
 # One head, so that rows past the end are past the tensor's end; lengths that leave tails.
 SHAPE = {"num_heads_q": 1, "num_heads_kv": 1, "seqlen_q": 92, "seqlen_k": 118}
 
-# What stands on the lines that a report must name, of either side.
+# Texts of the lines that a report must name, of either side.
 NAMED_LINES = {
     "pv-atomic": ("smem_atomic_add(u_smem",),
     "no-barrier": ("wmma_load_", "cp_async<"),

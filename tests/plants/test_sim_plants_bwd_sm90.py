@@ -67,7 +67,7 @@ def plans_with(case: Case, plant: Plant | None) -> BwdPlans:
     return plans._replace(dkdv=dataclasses.replace(plans.dkdv, **changed))
 
 
-# What the kernel of dq wrote in a run without a bug; those of dk and dv come after it.
+# Results of the kernel of dq in a run without a bug; the kernel of dk and dv comes after it.
 _HEALTHY: dict[Case, tuple[torch.Tensor, torch.Tensor]] = {}
 
 

@@ -9,7 +9,9 @@ from plant_checks import check_text, undocumented
 from flashcore.checks.paged_cases import PagedCase, make_paged_inputs, paged_error_report
 from flashcore.checks.planned import with_fields
 from flashcore.isolate.registry import find_plant
-from flashcore.kernels.fwd_sm90.plan import KERNEL
+from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90
+from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA
+from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.ops.paged import paged_problem
 from flashcore.problem.options import Options
 from flashcore.selection.select import select_plan
@@ -19,18 +21,21 @@ from flashcore.sim.plants.fwd_sm90.float8 import (
     PLANTS_SHORT_SM90,
     PLANTS_WIDE_SM90,
 )
+from flashcore.sim.plants.pieces import PLANTS_FLOAT8_WMMA
 
 SEEDS = range(20)
-ALL_PLANTS = PLANTS_FLOAT8_SM90 | PLANTS_WIDE_SM90 | PLANTS_SHORT_SM90
+OF_SM90 = PLANTS_FLOAT8_SM90 | PLANTS_WIDE_SM90 | PLANTS_SHORT_SM90
+ALL_PLANTS = OF_SM90 | PLANTS_FLOAT8_WMMA
 
 
 def run_plant(name: str, seed: int, healthy: bool = False) -> SimulationError | str:
     """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
-    planted = find_plant(name, "sim", KERNEL)
+    kernel, arch = (SM90, 90) if name in OF_SM90 else (WMMA, SIM_ARCH)
+    planted = find_plant(name, "sim", kernel)
     case = PagedCase(**planted.options)
     x = make_paged_inputs(case)
     problem = paged_problem(x.inputs(), Options.checked(**case.options()))
-    plan = with_fields(select_plan(problem, 90, kernel=KERNEL), planted.tile)
+    plan = with_fields(select_plan(problem, arch, kernel=kernel), planted.tile)
     out = x.q.new_empty((*x.q.shape[:3], case.head_dim_v))
     lse = torch.empty(x.q.shape[:3])
     plant = None if healthy else planted.plant
@@ -53,7 +58,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["float8-no-fence", "float8-queries-ahead"])
+@pytest.mark.parametrize("name", ["float8-no-fence", "float8-queries-ahead", "widened-early"])
 def test_without_a_plant_the_same_runs_are_healthy(name: str) -> None:
     runs = {run_plant(name, seed, healthy=True) for seed in SEEDS}
     assert runs == {"healthy"}

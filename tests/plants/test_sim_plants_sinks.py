@@ -27,7 +27,7 @@ PLANTS = PLANTS_SINKS | PLANTS_SINKS_SPLIT
 # Heads of a group are rows of one row tile, which they do not fill.
 CASE = Case(seqlen_q=9, seqlen_k=70, num_heads_q=4, num_heads_kv=2, head_dim=32, head_dim_v=32,
             sinks=True)  # fmt: skip
-# Whether blocks share the keys; keys shared by warpgroups besides.
+# Architecture and tile: keys shared by blocks or not, and shared by warpgroups besides.
 TILES: dict[str, tuple[int, dict[str, Any]]] = {
     "wmma": (SIM_ARCH, {}),
     "sm90": (90, {"block_m": 64, "block_n": 32, "key_slices": 2, "num_stages": 4}),

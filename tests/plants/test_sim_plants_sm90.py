@@ -50,7 +50,7 @@ PLAN = Sm90Plan(
     lazy_rescale=False,
 )
 
-# What stands on the lines that a report must name, of either side.
+# Texts of the lines that a report must name, of either side.
 WGMMA = ("wgmma_ss<", "wgmma_rs<")
 NAMED_LINES: dict[str, tuple[str, ...]] = {
     "no-full-wait": (*WGMMA, "tma_load("),

@@ -1,8 +1,9 @@
-"""Run the planted bugs of work that the device cuts into ranges (stream-K); see
-test_sim_plants.py."""
+"""Run the planted bugs of work that the device cuts into ranges (stream-K), in both kernels, and
+those of the portable kernel's way from piece to piece; see test_sim_plants.py."""
 
 from __future__ import annotations
 
+import itertools
 import shlex
 
 import pytest
@@ -12,21 +13,26 @@ from plant_checks import check_text, undocumented
 from flashcore.checks.paged_cases import PagedCase, make_paged_inputs, paged_error_report
 from flashcore.checks.planned import with_fields
 from flashcore.isolate.registry import Planted, find_plant
+from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90
+from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA
+from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.ops.paged import NAMES, paged_problem
 from flashcore.problem.options import Inputs, Options
 from flashcore.selection.select import select_plan
 from flashcore.sim import Plant, SimulationError, simulate
-from flashcore.sim.plants.fwd_sm90.split import PLANTS_STREAM_SM90
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_STREAM
+from flashcore.sim.plants.pieces import PLANTS_PIECES_WMMA
 from flashcore.sim.replay import parse_replay
 
 pytestmark = pytest.mark.thorough
 
 SEEDS = range(20)
+ALL_PLANTS = PLANTS_STREAM | PLANTS_PIECES_WMMA
 # No alarm and no wrong result: other bits than those of the order that is meant.
 TURNED = Plant(
     name="stream-shares-turned",
     title="shares are added in an order that begins with the second",
-    file="fwd_sm90/split_sm90.cuh",
+    file="tile/shares.cuh",
     find="const int64_t at = partial_row(p, block, min_i(begin + s, num_splits - 1), row[i]);",
     replace="const int64_t at = partial_row(p, block, (begin + s + 1) % num_splits, row[i]);",
     caught_by="other-bits",
@@ -42,16 +48,19 @@ def run(
     q, k, v, table, seqlens_k = x.arguments()
     inputs = Inputs(q, k, v, seqlens_k=seqlens_k, page_table=table)
     problem = paged_problem(inputs, Options.checked(**case.options()))
-    plan = with_fields(select_plan(problem, 90), planted.tile)
+    arch = 90 if planted.kernel == SM90 else SIM_ARCH
+    plan = with_fields(select_plan(problem, arch, kernel=planted.kernel), planted.tile)
     out, lse = torch.empty(*q.shape[:3], case.head_dim_v, dtype=q.dtype), torch.empty(q.shape[:3])
     lengths = {name: getattr(inputs, name) for name in NAMES}
     simulate(problem, plan, q, k, v, None, out, lse, None, lengths, seed=seed, plant=plant)
     return out, lse, paged_error_report(out, lse, case, x).ok
 
 
-def run_plant(name: str, seed: int, *, healthy: bool = False) -> SimulationError | str:
+def run_plant(
+    name: str, seed: int, *, healthy: bool = False, kernel: str = SM90
+) -> SimulationError | str:
     """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
-    planted = find_plant(name, "sim")
+    planted = find_plant(name, "sim", kernel)
     try:
         _, _, is_right = run(planted, None if healthy else planted.plant, seed)
     except SimulationError as error:
@@ -59,22 +68,27 @@ def run_plant(name: str, seed: int, *, healthy: bool = False) -> SimulationError
     return "healthy" if is_right else "wrong-result"
 
 
-@pytest.mark.parametrize("name", PLANTS_STREAM_SM90)
-def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
-    plant = PLANTS_STREAM_SM90[name]
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [*itertools.product(PLANTS_STREAM, (SM90, WMMA)), *((n, WMMA) for n in PLANTS_PIECES_WMMA)],
+)
+def test_a_planted_bug_is_caught_with_every_seed(name: str, kernel: str) -> None:
+    plant = ALL_PLANTS[name]
     for seed in SEEDS:
-        found = run_plant(name, seed)
+        found = run_plant(name, seed, kernel=kernel)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 
 
-def test_without_a_plant_the_same_runs_are_healthy() -> None:
-    found = {run_plant("stream-one-slot", seed, healthy=True) for seed in SEEDS}
+@pytest.mark.parametrize("kernel", [SM90, WMMA])
+def test_without_a_plant_the_same_runs_are_healthy(kernel: str) -> None:
+    found = {run_plant("stream-one-slot", seed, healthy=True, kernel=kernel) for seed in SEEDS}
     assert found == {"healthy"}
 
 
-def test_shares_are_added_in_the_order_of_keys_whoever_adds_them() -> None:
-    planted = find_plant("stream-one-slot", "sim")
+@pytest.mark.parametrize("kernel", [SM90, WMMA])
+def test_shares_are_added_in_the_order_of_keys_whoever_adds_them(kernel: str) -> None:
+    planted = find_plant("stream-one-slot", "sim", kernel)
     three_shares = {"lengths": (1070,), "seqlen_q": 20, "num_heads_q": 2, "num_heads_kv": 1}
     want, want_lse, _ = run(planted, None, 0, **three_shares)
     for seed in SEEDS:
@@ -94,10 +108,10 @@ def test_the_replay_command_repeats_the_run() -> None:
     assert str(again.value) == str(found)
 
 
-@pytest.mark.parametrize("name", PLANTS_STREAM_SM90)
+@pytest.mark.parametrize("name", ALL_PLANTS)
 def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
-    check_text(name, PLANTS_STREAM_SM90[name])
+    check_text(name, ALL_PLANTS[name])
 
 
 def test_the_documentation_lists_every_plant() -> None:
-    assert undocumented(PLANTS_STREAM_SM90) == []
+    assert undocumented(ALL_PLANTS) == []

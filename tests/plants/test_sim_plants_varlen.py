@@ -24,7 +24,7 @@ SEEDS = range(20)
 CASE = VarlenCase(
     lengths_q=(60, 0, 70, 1, 9), lengths_k=(40, 3, 90, 17, 0), num_heads_kv=1, causal="lower_right"
 )
-# What malformed lengths must not do: the last sequence ends far behind the tensors.
+# Bugs that only malformed lengths show: the last sequence ends far behind the tensors.
 PAST_THE_END = {"no-clamp"}
 
 

@@ -152,7 +152,7 @@ def test_a_lacking_and_a_needless_include_are_seen(header: str) -> None:
     text = text_of(header)
     for include in INCLUDE.findall(text):
         assert faults(header, text.replace(f'#include "{include}"', "")), include
-    assert faults(header, '#include "tile/totals.cuh"\n' + text) or "Totals" in text
+    assert faults(header, '#include "fwd_wmma/totals_wmma.cuh"\n' + text) or "Totals" in text
 
 
 def plans() -> dict[str, Plan]:

@@ -146,6 +146,19 @@ def test_links_in_documents_resolve() -> None:
     assert not broken
 
 
+def test_source_files_named_in_documents_exist() -> None:
+    """A name may leave out folders in front, as `sim/run.py` does."""
+    files = [f"/{name(path)}" for path in tracked_files()]
+    lost = {
+        f"{name(path)}: {named}"
+        for path in with_suffix(".md")
+        if path.name != "CHANGELOG.md"  # tells of files that are gone, too
+        for named in re.findall(r"`([\w./-]+\.(?:py|cuh|cu|cpp|h))`", read(path))
+        if not any(file.endswith(f"/{named}") for file in files)
+    }
+    assert not lost
+
+
 def anchors(path: Path) -> set[str]:
     headings = re.findall(r"^#+\s+(.*)$", read(path), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}

@@ -86,7 +86,7 @@ def test_a_step_appended_equals_the_cache_written_before(
         counts = [(b * 7 + n) % (seqlen_q + 1) for b, n in enumerate(lengths)]
         given = packed(given, counts)
         new = packed(step.arguments(), counts)
-        # What is not packed is not appended.
+        # Rows that are not packed are not appended.
         ends = new["cu_seqlens_q"].tolist()
         k, v = step.arguments()["k_cache"], step.arguments()["v_cache"]
         flashcore.attention_with_kvcache(**new | {"k_cache": k, "v_cache": v})

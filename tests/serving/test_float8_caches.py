@@ -27,6 +27,18 @@ def on_hopper(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.SIM_ARCH.name, "90")
 
 
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Return "torch", or "sim" with the architecture on which the kernel of that name runs."""
+    if request.param == "torch":
+        return "torch"
+    monkeypatch.setenv(env.SIM_ARCH.name, {"sm90": "90", "wmma": "80"}[request.param])
+    return "sim"
+
+
+everywhere = pytest.mark.parametrize("backend", ["torch", "sm90", "wmma"], indirect=True)
+
+
 def attend(x: Cache, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
     result = attention_paged(
         *x.arguments(), **x.scales(), **options, return_lse=True, backend=backend
@@ -47,8 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend", ["torch", "sim"])
-@pytest.mark.usefixtures("on_hopper")
+@everywhere
 def test_the_error_is_that_of_the_same_values_in_16_bits(backend: str, name: str) -> None:
     """Scales are powers of two here, so what elements count is exact in the dtype of q, and the
     error rule compares with plain attention on those."""
@@ -78,8 +89,7 @@ def test_queries_of_any_size_keep_their_products(spread: float) -> None:
     torch.testing.assert_close(lse, want_lse, atol=1e-2, rtol=1e-2, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", ["torch", "sim"])
-@pytest.mark.usefixtures("on_hopper")
+@everywhere
 def test_a_contiguous_cache_is_one_page_each(backend: str) -> None:
     x = make_cache(
         64, (64, 30, 7), num_heads_q=4, num_heads_kv=2, seqlen_q=2, cache_dtype="float8_e4m3fn",
@@ -94,8 +104,7 @@ def test_a_contiguous_cache_is_one_page_each(backend: str) -> None:
     assert torch.equal(out, want)
 
 
-@pytest.mark.parametrize("backend", ["torch", "sim"])
-@pytest.mark.usefixtures("on_hopper")
+@everywhere
 def test_a_mask_and_sinks_hold_on_a_contiguous_cache(backend: str) -> None:
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(2, 2, 3, 64, generator=generator).half()
@@ -178,8 +187,7 @@ def steps_of(backend: str, paged: bool, is_packed: bool, device: str = "cpu") ->
 
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("backend", ["torch", "sim"])
-@pytest.mark.usefixtures("on_hopper")
+@everywhere
 def test_new_tokens_are_divided_by_the_scale(backend: str, is_packed: bool, paged: bool) -> None:
     if backend == "sim" and is_packed:
         pytest.skip("the same kernel as without packing")
@@ -198,8 +206,7 @@ def test_what_is_too_large_saturates() -> None:
     assert caches[1, 0, 0, 0].float().isfinite().all()
 
 
-@pytest.mark.parametrize("backend", ["torch", "sim"])
-@pytest.mark.usefixtures("on_hopper")
+@everywhere
 def test_queries_of_different_numbers_are_packed_over_pages(backend: str) -> None:
     """Two rows belong to no sequence, and have no scale."""
     x = make_cache(16, (40, 9), seqlen_q=1, cache_dtype="float8_e4m3fn", seed=2)
@@ -273,11 +280,37 @@ def test_a_compiled_call_is_the_same() -> None:
     assert torch.equal(call(x.q, x.k_scale), want)
 
 
-def test_the_portable_kernel_leaves_them_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arch", ["75", "89"])
+def test_elements_are_widened_on_every_architecture(
+    arch: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By integers and without asynchronous copies, and by the hardware's conversion."""
+    monkeypatch.setenv(env.SIM_ARCH.name, arch)
+    case = PagedCase(lengths=(40, 9), cache_dtype="float8_e4m3fn", head_dim=72, head_dim_v=40)
+    x = make_cache(16, (40, 9), head_dim=72, head_dim_v=40, cache_dtype="float8_e4m3fn")
+    out, lse = attend(x, "sim")
+    assert paged_error_report(out, lse, case, x).ok
+
+
+def test_the_portable_kernel_leaves_odd_rows_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(env.SIM_ARCH.name, "80")
-    x = make_cache(16, (40,), cache_dtype="float8_e4m3fn")
-    with pytest.raises(NotImplementedError, match=r"no caches of float8_e4m3fn; pass backend="):
+    x = make_cache(16, (40,), head_dim=20, cache_dtype="float8_e4m3fn")
+    with pytest.raises(NotImplementedError, match=r"a multiple of 8 elements.*; pass backend=.tor"):
         attend(x, "sim")
+
+
+def test_a_batch_invariant_call_has_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hopper kernel has no batch-invariant form for 8 bits; the portable one serves."""
+    monkeypatch.setenv(env.SIM_ARCH.name, "90")
+    x = make_cache(16, (70, 9, 33), seqlen_q=1, cache_dtype="float8_e4m3fn", seed=2)
+    out, _ = attend(x, "sim", batch_invariant=True)
+    for b in range(3):
+        own = x._replace(
+            q=x.q[b : b + 1], page_table=x.page_table[b : b + 1], seqlens_k=x.seqlens_k[b : b + 1],
+            k_scale=x.k_scale[b : b + 1], v_scale=x.v_scale[b : b + 1],
+        )  # fmt: skip
+        alone, _ = attend(own, "sim", batch_invariant=True)
+        assert torch.equal(alone[0], out[b])
 
 
 ONE = torch.ones(())
@@ -356,7 +389,8 @@ def test_autocast_leaves_a_cache_as_it_is() -> None:
 
 
 def test_the_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU without the Hopper kernel falls back, and so do pages that it does not read."""
+    """A GPU without the Hopper kernel has the portable one, and so have pages that the Hopper
+    kernel does not read; rows that neither reads fall back."""
     import dataclasses
 
     from flashcore.backends import dispatch
@@ -366,11 +400,12 @@ def test_the_fallback_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     x = make_cache(16, (40,), cache_dtype="float8_e4m3fn")
     problem = paged_problem(x.inputs(), Options.checked(False, None, None, None))
     monkeypatch.setattr(dispatch, "_warned", set())
-    for arch, backend in ((80, "torch"), (90, "sm90")):
+    for arch, backend in ((80, "wmma"), (90, "sm90")):
         choice = dispatch.resolved(dataclasses.replace(problem, device="cuda", arch=arch), "auto")
         assert choice.backend == backend
     odd = dataclasses.replace(problem, device="cuda", arch=90, page_size=12)
-    choice = dispatch.resolved(odd, "auto")
+    assert dispatch.resolved(odd, "auto").backend == "wmma"
+    choice = dispatch.resolved(dataclasses.replace(odd, load_bytes=2), "auto")
     assert choice.backend == "torch"
-    with pytest.warns(FallbackWarning, match=r'multiple of 8 keys.*pass backend="torch"'):
+    with pytest.warns(FallbackWarning, match=r'multiples of 4 bytes.*pass backend="torch"'):
         dispatch.warn_once(choice)

@@ -60,6 +60,12 @@ FAMILIES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         {"block_m": 64, "load_stages": 2, "num_splits": 3},
         {"seqlen_q": 1, "head_dim": 32, "head_dim_v": 80, "cache_dtype": "float8_e4m3fn"},
     ),
+    "portable-tree": (None, {"tree": True, "seqlen_q": 7, "causal": "lower_right"}),
+    "hopper-tree": ({"block_m": 128}, {"tree": True, "seqlen_q": 70}),
+    "hopper-tree-shared-keys": (
+        {"block_m": 64, "key_slices": 2, "num_stages": 4, "num_splits": 2},
+        {"tree": True, "seqlen_q": 5, "num_heads_q": 4, "num_heads_kv": 2},
+    ),
     "hopper-shared-and-split": (
         {"block_m": 64, "key_slices": 3, "num_stages": 6, "num_splits": 2},
         {"seqlen_q": 4, "causal": "lower_right"},
@@ -89,6 +95,6 @@ def test_the_kernel_is_healthy_and_right(name: str) -> None:
         out = torch.empty(*q.shape[:3], case.head_dim_v, dtype=q.dtype)
         lse = torch.empty(q.shape[:3])
         plan = plan_of(problem, tile)
-        simulate(problem, plan, q, k, v, None, out, lse, None, x.others(), seed=seed)
+        simulate(problem, plan, q, k, v, x.tree_mask, out, lse, None, x.others(), seed=seed)
         report = paged_error_report(out, lse, case, x)
         assert report.ok, f"{case.describe()}: {report}"

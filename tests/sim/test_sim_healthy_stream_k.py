@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +14,10 @@ from test_sim_healthy_sm90 import make_plan
 
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.paged_cases import draw_paged_case, make_paged_inputs, paged_error_report
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.ops.padded import padded_problem
 from flashcore.ops.paged import NAMES, paged_problem
+from flashcore.problem import Problem
 from flashcore.problem.options import Inputs, Options
 from flashcore.sim import simulate
 
@@ -56,6 +59,7 @@ def draw_lengths(seed: int, most: int) -> list[int]:
 def simulate_lengths(
     lengths: list[int], tile: dict[str, Any], fixed: dict[str, Any], options: dict[str, Any],
     seed: int, *, max_score: bool = False,
+    make: Callable[[Problem, dict[str, Any]], Plan] = make_plan, schedule: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Run the kernel on a cache of these lengths, with NaN behind them, and check its result."""
     generator = torch.Generator().manual_seed(seed)
@@ -72,11 +76,12 @@ def simulate_lengths(
     asked = {"causal": False, "window": None, "softcap": None, "scale": None} | options
     problem = padded_problem(inputs, Options.checked(**asked))
     problem = dataclasses.replace(problem, return_max_score=max_score)
-    plan = make_plan(problem, tile | STREAM_K)
+    plan = make(problem, tile | STREAM_K)
     out, lse = torch.empty(*q.shape[:3], dim_v).half(), torch.empty(q.shape[:3])
     largest = torch.full((batch, heads), -torch.inf) if max_score else None
     others = {"seqlens_k": seqlens_k} | ({} if sinks is None else {"sinks": sinks})
-    simulate(problem, plan, q, k, v, None, out, lse, None, others, seed=seed, max_score=largest)
+    run = seed if schedule is None else schedule
+    simulate(problem, plan, q, k, v, None, out, lse, None, others, seed=run, max_score=largest)
     for b, n in enumerate(lengths):
         own = slice(b, b + 1)
         sequence = q[own], k[own, :, :n], v[own, :, :n]

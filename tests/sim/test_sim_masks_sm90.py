@@ -39,7 +39,7 @@ def mask_of(
     kind: str, dtype: torch.dtype, width: int = WIDTH, offset: int = 0, case: Case = CASE
 ) -> torch.Tensor:
     """Return a mask in a storage where every row is `width` elements, the first one `offset` behind
-    its start. What lies between rows hides, or gives NaN, unlike what belongs to the mask."""
+    its start. Elements between rows hide, or give NaN, unlike those of the mask."""
     generator = torch.Generator().manual_seed(width + offset)
     heads, rows = 4 if kind == "heads" else 1, 1 if kind == "row" else case.seqlen_q
     values = torch.randn(heads, rows, case.seqlen_k, generator=generator)

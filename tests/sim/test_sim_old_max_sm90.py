@@ -35,7 +35,7 @@ CASE = Case(
     head_dim_v=64,
     dtype="bfloat16",
 )
-# What the score of a key has on top, by keys as they are visited, and the rows that see it.
+# Nats that are added to a key's score, by keys as they are visited, and the rows that see it.
 GROWTHS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "none": (lambda key: 0.0 * key, torch.ones_like),
     "every tile by 2^6": (lambda key: key // 32 * 4.2, torch.ones_like),

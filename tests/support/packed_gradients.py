@@ -53,7 +53,7 @@ class PackedCase:
 
 
 class Packed(NamedTuple):
-    """Hold the tensors of a case. What arrives at rows that see nothing is NaN."""
+    """Hold the tensors of a case. Gradients that arrive at rows that see nothing are NaN."""
 
     problem: Problem
     q: Tensor

@@ -19,7 +19,7 @@ from flashcore.kernels.fwd_wmma.params import AttnParams
 from flashcore.launch import backward_call, descriptors, driver, driver_launch, launcher, scratch
 from flashcore.launch import kernel_call as launch
 from flashcore.launch.driver import LaunchConfig
-from flashcore.ops import calls, gradient_calls
+from flashcore.ops import calls
 from flashcore.problem import Problem
 
 SUCCESS = 0
@@ -159,10 +159,9 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     )
     monkeypatch.setattr(calls, "_calls", {})
     monkeypatch.setattr(calls, "_growing", {})
-    monkeypatch.setattr(gradient_calls, "_calls", {})
     monkeypatch.setattr(launch, "_arguments", {})
     monkeypatch.setattr(descriptors, "_kinds", {})
-    # What these hold is the stand-in's own: nobody is to find it afterwards.
+    # These caches hold the stand-in's own things: nobody is to find them afterwards.
     for module, name in (
         (launch, "_launch"),
         (backward_call, "_kernel"),

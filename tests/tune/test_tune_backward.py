@@ -1,5 +1,5 @@
 """`flashcore tune --backward` with a stand-in for the GPU: which tiles of the backward kernels it
-tries, what it keeps, and that gradients and `explain` go by it. What it times is simulated."""
+tries, what it keeps, and that gradients and `explain` go by it. Its times are made up."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ def test_a_compiler_that_dies_is_replaced_once(monkeypatch: pytest.MonkeyPatch) 
         assert len(pools) == 2
         assert {plan for plan in plans if found[plan] is None} >= set(plans[:3])
         assert found[deadly] == "the compiler's process died"
-        # What is known is not compiled again.
+        # A plan whose outcome is known is not compiled again.
         assert dict(compile_plans(plans)) == found
         assert len(pools) == 2
 

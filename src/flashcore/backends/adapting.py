@@ -30,9 +30,10 @@ from flashcore.problem.validation import HEAD_DIM_MULTIPLE
 
 Tensor = torch.Tensor
 
-# Whether a copy pays for the Hopper kernel. Medians over 14 shapes on an H200 (2026-11-29, float16,
-# head_dim 128, CUDA graphs), both kernels with and without a copy of q: what the Hopper kernel
-# saves an operation, what a copied byte takes, and what a copy takes besides.
+# A copy pays if the time that the Hopper kernel saves is longer than it takes: the time saved for
+# each operation, that of a copied byte, and that of a copy besides. Medians over 14 shapes
+# on an H200 (2026-11-29, float16, head_dim 128, CUDA graphs), both kernels with and without a copy
+# of q.
 SECONDS_SAVED_PER_FLOP = 3.44e-15
 SECONDS_PER_COPIED_BYTE = 6.61e-13
 SECONDS_PER_COPY = 2.1e-6

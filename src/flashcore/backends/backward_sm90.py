@@ -25,10 +25,9 @@ _LAYOUT = (
     "head_dim", "head_dim_v", "q_strides", "k_strides", "v_strides", "load_bytes", "strided",
     "misaligned",
 )  # fmt: skip
-# Computes dq, dk and dv of q, k, v, out, lse, dout and the mask's address.
-Prepared = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor, Tensor]
-]
+# Computes dq, dk and dv, given the addresses of q, k, v, out, lse and dout, then of the mask and of
+# lengths, where there are some.
+Prepared = Callable[[tuple[int, ...]], tuple[Tensor, Tensor, Tensor]]
 # Runs one kernel on named tensors.
 Run = Callable[[Problem, BwdSm90Plan, dict[str, Tensor]], None]
 
@@ -83,10 +82,8 @@ def fused_backward(
         copied = Problem.from_tensors(q, k, v)
         layout: dict[str, Any] = {name: getattr(copied, name) for name in _LAYOUT}
         problem = dataclasses.replace(problem, **layout)
+    problem = _of_any_longest(problem)
     is_packed = problem.varlen == "packed"
-    if is_packed:  # nothing depends on the longest sequences: a launch is prepared once for all
-        longest: dict[str, Any] = {"seqlen_q": problem.total_q, "seqlen_k": problem.total_k}
-        problem = dataclasses.replace(problem, **longest)
     tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, dlse, is_packed)
     plans = plans or plans_for(problem)
     tensors |= _sums_of(problem, plans, q)
@@ -191,6 +188,14 @@ def _named(
     return tensors
 
 
+def _of_any_longest(problem: Problem) -> Problem:
+    """Return what the backward kernels see of a problem: of packed sequences nothing depends on the
+    longest, so that a launch is prepared once for all."""
+    if problem.varlen != "packed":
+        return problem
+    return dataclasses.replace(problem, seqlen_q=problem.total_q, seqlen_k=problem.total_k)
+
+
 def prepare_on_gpu(
     problem: Problem,
     q: Tensor,
@@ -200,61 +205,69 @@ def prepare_on_gpu(
     out: Tensor,
     lse: Tensor,
     dout: Tensor,
+    lengths: Mapping[str, Tensor] | None = None,
 ) -> Prepared | None:
     """Return what computes the gradients of such tensors, whose addresses alone may differ; None
     where `fused_backward` has to copy some.
 
     Args:
         problem: description of the forward; its choice of backward is "sm90".
-        q: as in `fused_backward`, like all the arguments that follow.
-        k: [batch, num_heads_kv, seqlen_k, head_dim].
-        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
+        q: as `attention` or `attention_varlen` takes it, like all the arguments that follow.
+        k: see q.
+        v: see q.
         mask: boolean or additive, without a gradient; or None.
         out: the forward's output.
         lse: the forward's lse.
         dout: gradient of out.
+        lengths: as in `fused_backward`.
 
     Returns:
-        A function of q, k, v, out, lse, dout and the mask's address, 0 for none, that returns dq,
-        dk and dv. The tensors' device must be the current one.
+        A function of the addresses of q, k, v, out, lse, dout, of the mask if there is one, and of
+        the lengths, that returns dq, dk and dv. The tensors' device must be the current one.
     """
     from flashcore.launch.allocation import allocator
-    from flashcore.launch.backward_call import kernel_of
+    from flashcore.launch.backward_call import BackwardPass, kernel_of
 
-    if problem.is_empty or any(_readable(x) is not x for x in (q, k, v)):
+    is_packed = problem.varlen == "packed"
+    inputs = {"q": q, "k": k, "v": v}
+    given = inputs | {"out": out, "lse": lse, "dout": dout}
+    if is_packed:
+        given = {name: x if x is lse else as_batch(x) for name, x in given.items()}
+    if problem.is_empty or any(_readable(given[name]) is not given[name] for name in inputs):
         return None
-    given = {"q": q, "k": k, "v": v, "out": out, "lse": lse, "dout": dout}
-    tensors = _named(q, k, v, mask, {}, out, lse, dout, None)
+    if problem.varlen == "keys" and any(_with_whole_rows(x) is not x for x in (k, v)):
+        return None
+    problem = _of_any_longest(problem)
+    q, k, v, out, lse, dout = given.values()
+    tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, None, is_packed)
     plans = plans_for(problem)
     tensors |= _sums_of(problem, plans, q)
-    if any(tensors[name] is not x for name, x in given.items()):
+    if any(_place(tensors[name]) != _place(x) for name, x in given.items()):
         return None
-    tensors = given | tensors  # in this order, then the mask and what is made
-    if mask is not None:
-        tensors = given | {"mask": mask} | tensors
-    new = [name for name in tensors if name not in given and name != "mask"]
-    makers = [
-        allocator(x.device, tuple(x.shape), x.dtype, x.stride()) for x in map(tensors.get, new)
-        if x is not None
-    ]  # fmt: skip
-    names = tuple(tensors)
-    kernels = [kernel_of(problem, plan, tensors) for plan in plans]
-    results = [new.index(name) for name in ("dq", "dk", "dv")]
+    # In this order, then the mask and lengths, and what is made.
+    others = ({} if mask is None else {"mask": mask}) | dict(lengths or {})
+    tensors = given | others | tensors
+    new = {name: x for name, x in tensors.items() if name not in given and name not in others}
+    for name, like in inputs.items():  # in the shape of the inputs
+        if is_packed:
+            new[f"d{name}"] = as_rows(new[f"d{name}"])
+        if new[f"d{name}"].stride() != torch.empty_like(like, device="meta").stride():
+            return None
+    makers = [allocator(x.device, tuple(x.shape), x.dtype, x.stride()) for x in new.values()]
+    launch = BackwardPass([kernel_of(problem, plan, tensors) for plan in plans]).launch
+    at_dq, at_dk, at_dv = (list(new).index(name) for name in ("dq", "dk", "dv"))
 
-    def run(
-        q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, dout: Tensor, at_mask: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def run(addresses: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         made = [make() for make in makers]
-        addresses = (
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), lse.data_ptr(),
-            dout.data_ptr(), *((at_mask,) if at_mask else ()), *[x.data_ptr() for x in made],
-        )  # fmt: skip
-        for kernel in kernels:
-            kernel.launch(names, addresses)
-        dq, dk, dv = (made[i] for i in results)
-        return dq, dk, dv
+        launch((*addresses, *[x.data_ptr() for x in made]))
+        return made[at_dq], made[at_dk], made[at_dv]
 
     return run
+
+
+def _place(x: Tensor) -> tuple[object, ...]:
+    """Return where a tensor lies: what tells it from a copy of it."""
+    return x.data_ptr(), x.shape, x.stride()
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -286,7 +299,7 @@ def run_on_gpu(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) 
     from flashcore.launch.backward_call import kernel_of
 
     addresses = tuple([x.data_ptr() for x in tensors.values()])
-    kernel_of(problem, plan, tensors).launch(tuple(tensors), addresses)
+    kernel_of(problem, plan, tensors).launch(addresses)
 
 
 def run_in_simulator(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) -> None:

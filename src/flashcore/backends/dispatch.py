@@ -267,7 +267,7 @@ def _run_adapted(
         if not adapted.problem.has_pages:
             k, v = as_batch(k), as_batch(v)
     q, k, v = adapted.tensors(q, k, v)
-    # What follows the three are addresses of lengths and sinks.
+    # Behind the three stand addresses of lengths and sinks.
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]
     out, *others = call(q, k, v, mask, addresses, *sinks)
     return adapted.result(out), *others

@@ -271,12 +271,13 @@ def prepare_gradients(
     lse: Tensor,
     dout: Tensor,
     backend: str,
+    lengths: Mapping[str, Tensor] | None = None,
 ) -> Prepared | None:
-    """Return what computes dq, dk and dv of such tensors; None where `attention_gradients` has to
-    look at each call. See prepare_on_gpu."""
+    """Return what computes dq, dk and dv of such tensors; None where `attention_gradients` or
+    `gradients_with_lengths` has to look at each call. See prepare_on_gpu."""
     if not choose_backward(problem, backend=backend).is_on_gpu:
         return None
     try:
-        return prepare_on_gpu(problem, q, k, v, mask, out, lse, dout)
+        return prepare_on_gpu(problem, q, k, v, mask, out, lse, dout, lengths)
     except BackendUnavailableError:
         return None  # of which attention_gradients warns

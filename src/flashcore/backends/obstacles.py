@@ -66,7 +66,7 @@ def obstacle_to(kernel: ForwardKernel[Any], problem: Problem) -> Exception | Non
         )
     reason = kernel.obstacle(adapt(problem, kernel.backend).problem)
     if reason is not None:
-        way_out = "torch" if problem.cache_dtype else PORTABLE.backend
+        way_out = "torch" if PORTABLE.obstacle(problem) else PORTABLE.backend
         return NotImplementedError(f'{reason}; pass backend="{way_out}"')
     return None
 

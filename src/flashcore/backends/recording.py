@@ -1,6 +1,6 @@
 """Write the calls of a run down for `flashcore build`, and the kernels that they need.
 
-FLASHCORE_RECORD names the file, a JSON object with a list under "calls". What is recorded is a
+FLASHCORE_RECORD names the file, a JSON object with a list under "calls". A recorded entry is a
 Problem and the backend that was asked for. An entry that somebody writes has the fields of
 cases.Case instead, of which those may be left out that have a default.
 """

@@ -5,8 +5,8 @@ lse_i = log(sum_j exp(s_ij) + exp(sink)), and the weights are exp(s_ij - lse_i).
 logarithm, as scores are behind scale, softcap and mask, none of which changes it.
 
 Given an lse that counts the sink, the gradients of q, k, v and the mask are what they are without
-one, for exp(s_ij - lse_i) are the weights. That of the sink follows from delta, which they need,
-too.
+one, for exp(s_ij - lse_i) are the weights. The sink's gradient follows from delta, which they
+need, too.
 """
 
 from __future__ import annotations

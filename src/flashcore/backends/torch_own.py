@@ -1,7 +1,7 @@
 """Torch's own kernels of aten operators that `integrations/torch.py` may have replaced.
 
-Whoever falls back to torch's operator must not end in the function that stands in its place: that
-one falls back in turn. So the kernels are kept here before they are replaced.
+A fall-back to torch's operator must not end in the function that stands in its place: that one
+falls back in turn. So the kernels are kept here before they are replaced.
 """
 
 from __future__ import annotations

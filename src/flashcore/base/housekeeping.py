@@ -102,8 +102,8 @@ def _of(path: Path, kind: str) -> Iterator[Item]:
 def to_prune(
     found: Iterable[Item], *, max_bytes: int | None = None, older_than_s: float | None = None
 ) -> list[Item]:
-    """Return what is to go: leftovers, what was not used for long, and then what was not used for
-    longest until the rest is small enough. What was tuned stays.
+    """Return the items to remove: leftovers, those not used for long, and then those not used for
+    longest until the rest is small enough. Tuned tiles stay.
 
     Args:
         found: see `items`.

@@ -9,8 +9,8 @@ Several processes and several users may share a cache, so
 - nothing that somebody may need is deleted: a damaged file is replaced, or left where it is.
 
 cuda.core.utils.FileStreamProgramCache is not used: its files are its user's alone, it needs to
-write in order to read, has no checksum, and holds code without the compiler's report. What it does
-well is done here too: temporary files go after an hour, and reading a file marks it as used, which
+write in order to read, has no checksum, and holds code without the compiler's report. Two good
+habits of its are kept: temporary files go after an hour, and reading a file marks it as used, which
 is what `flashcore cache prune` goes by.
 """
 

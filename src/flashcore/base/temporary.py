@@ -16,7 +16,7 @@ def private_dir() -> Path | None:
     """Return the folder, which exists; None where no temporary file can be made at all.
 
     All processes of a user share it, so that what they build without a cache is built once and
-    does not pile up. What lies in it may be executed, so it has to be this user's and closed to
+    does not pile up. Its files may be executed, so it has to be this user's and closed to
     others; if somebody else took its name, this process gets a folder that goes when it ends.
     """
     try:

@@ -14,7 +14,7 @@ _KINDS = ("full", "causal", "causal", "window")
 _LOG2_SEQLEN = (6.0, 14.0)
 _LOG2_TOKENS = 16.0
 _MAX_BATCH = 64
-# What the slowest peers still do in some tens of milliseconds, and a GPU has memory for.
+# The slowest peers do as much in some tens of milliseconds, and a GPU has memory for it.
 _MAX_FLOPS, _MAX_BYTES = 2e12, 2**30
 _NUM_COMPILED = 3
 

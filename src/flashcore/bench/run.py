@@ -176,7 +176,11 @@ def command_line() -> str:
     """Return the command as typed, without the folders of absolute paths: they mean nothing
     elsewhere."""
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    return shlex.join(["flashcore", *words])
+    program = Path(sys.argv[0])
+    is_script = program.suffix == ".py" and program.parent.name == "scripts"
+    return shlex.join(
+        [*(("python", f"scripts/{program.name}") if is_script else ("flashcore",)), *words]
+    )
 
 
 def _run_workload(

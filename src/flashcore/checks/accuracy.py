@@ -273,7 +273,7 @@ def _rounding(exact: torch.Tensor, dtype: torch.dtype) -> tuple[float, float]:
     if exact.numel() == 0:
         return 0.0, 0.0
     # exact = mantissa * 2**e, with |mantissa| in [1/2, 1). Not by torch.ldexp, which faults on a
-    # GPU that is not the current one (torch 2.11). What is 0 or not finite has no last place.
+    # GPU that is not the current one (torch 2.11). 0 and infinity have no last place.
     mantissa, _ = torch.frexp(exact)
     last_place = (exact / mantissa).nan_to_num(nan=0.0) * (torch.finfo(dtype).eps / 2)
     return float(last_place.max()) / 2, float(last_place.mean()) / 4

@@ -17,7 +17,7 @@ from flashcore.problem.case import Case
 CAUSAL_KINDS = ("none", "upper_left", "lower_right")
 MASK_KINDS = ("none", "bool", "padding", "additive")
 LAYOUTS = ("bhsd", "bshd")
-# What a key's score has on top, in nats, by the number of its step; steps are counted from the last
+# Nats that are added to a key's score, by the number of its step; steps are counted from the last
 # key on, and what falls in this order rises in the other. A softmax that rescales must follow.
 _GROWTHS: dict[str, Callable[[Tensor], Tensor]] = {
     "slow": lambda step: step * 4.2,  # 2^6 a step

@@ -1,8 +1,8 @@
 """Apply the error rule of checks/accuracy.py to the gradients of q, k and v.
 
 Right are autograd's gradients of the float64 oracle, and the yardstick autograd's gradients of the
-same attention written plainly in the dtype. What arrives at a row that sees nothing changes no
-gradient, whatever it is.
+same attention written plainly in the dtype. The gradient that arrives at a row that sees nothing
+changes no other, whatever it is.
 
 A fused backward pass is given out, rounded to the dtype, and has delta = sum(dout * out) from it.
 The plain one has sum(p * dp), of which it knows both sides: in a row that sees few keys, nearly all

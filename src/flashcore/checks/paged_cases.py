@@ -2,7 +2,7 @@
 judgement.
 
 As checks/cases.py for `attention`: a case and its seed always make the same tensors, on every
-machine. What a call must not read would show: rows of no key hold NaN, and entries of the page
+machine. A read that is not allowed would show: rows of no key hold NaN, and entries of the page
 table behind a sequence's last page are no pages.
 """
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from flashcore.checks.accuracy import ErrorReport, error_report
+from flashcore.plain.trees import tree_of_sequence
 from flashcore.problem.case import InNumbers
 from flashcore.problem.options import Inputs
 from flashcore.problem.scales import dequantised, scales_of
@@ -23,7 +24,7 @@ from flashcore.problem.scales import dequantised, scales_of
 WILD = (-1, 2**31 - 1)  # entries behind a sequence's last page, in turn
 _ASTRAY = 10**6  # in place of the cache's last page, which it is taken for
 _SPARE_PAGES = 2  # of no sequence
-# What breaks kernels: nothing, one, and lengths around pages and tiles.
+# Lengths that break kernels: 0, 1, and those around pages and tiles.
 _LENGTHS = (0, 1, 2, 8, 15, 16, 17, 31, 33, 63, 64, 65, 97, 128, 150)
 _PAGE_SIZES = (8, 16, 16, 24, 32, 64, 128, 256)
 
@@ -39,7 +40,7 @@ class PagedCase(InNumbers):
     pages, as far as those are full. With `astray` the entry of the cache's last page is too large.
     `cache_dtype` is "float8_e4m3fn" where pages are not of `dtype`; then there are scales, powers
     of two, so that what elements count has a `dtype` too: of all, of each head, or of each sequence
-    and head, by the seed.
+    and head, by the seed. With `tree` there is a tree_mask: of all sequences, or of each one.
     """
 
     lengths: tuple[int, ...]
@@ -60,6 +61,7 @@ class PagedCase(InNumbers):
     shared: int = 0
     astray: bool = False
     cache_dtype: str = ""
+    tree: bool = False
     seed: int = 0
 
 
@@ -75,12 +77,14 @@ class Cache(NamedTuple):
     lengths: tuple[int, ...]
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    tree_mask: Tensor | None = None
 
     def inputs(self) -> Inputs:
         """Return the same as the operators take it."""
         return Inputs(
             self.q, self.k_pages, self.v_pages, seqlens_k=self.seqlens_k,
             page_table=self.page_table, k_scale=self.k_scale, v_scale=self.v_scale,
+            tree_mask=self.tree_mask,
         )  # fmt: skip
 
     def others(self) -> dict[str, Tensor]:
@@ -102,9 +106,17 @@ class Cache(NamedTuple):
             x[pages].transpose(0, 1).flatten(1, 2).unsqueeze(0)[:, :, : self.lengths[b]]
             for x in (self.k_pages, self.v_pages)
         )
-        own = [x if x is None or x.dim() < 2 else x[b : b + 1] for x in self[-2:]]
+        scales = self.k_scale, self.v_scale
+        own = [x if x is None or x.dim() < 2 else x[b : b + 1] for x in scales]
         dtype = self.q.dtype
         return self.q[b : b + 1], dequantised(k, own[0], dtype), dequantised(v, own[1], dtype)
+
+    def mask(self, b: int) -> Tensor | None:
+        """Return the mask over the keys of one sequence that its tree amounts to."""
+        if self.tree_mask is None:
+            return None
+        own = self.tree_mask[min(b, self.tree_mask.shape[0] - 1)][None]
+        return tree_of_sequence(own, self.q.shape[2], self.lengths[b])
 
 
 def draw_paged_case(seed: int, **fixed: Any) -> PagedCase:
@@ -170,7 +182,16 @@ def make_paged_inputs(case: PagedCase, device: str | torch.device = "cpu") -> Ca
         shape = ((), (case.num_heads_kv,), (len(lengths), case.num_heads_kv))[case.seed % 3]
         powers = torch.randint(-3, 2, (2, *shape), generator=generator)
         scales = list(torch.exp2(powers.float()).to(device))
-    return Cache(*on_device, tuple(every), lengths, *scales)
+    found = Cache(*on_device, tuple(every), lengths, *scales)
+    return found._replace(tree_mask=_tree_of(case).to(device)) if case.tree else found
+
+
+def _tree_of(case: PagedCase) -> Tensor:
+    """Return a random boolean mask of queries by queries, in which each sees itself."""
+    generator = torch.Generator().manual_seed(case.seed)
+    own = len(case.lengths) if case.seed % 2 else 1
+    drawn = torch.rand(own, 1, case.seqlen_q, case.seqlen_q, generator=generator) < 0.6
+    return drawn | torch.eye(case.seqlen_q, dtype=torch.bool)
 
 
 def paged_error_report(out: Tensor, lse: Tensor, case: PagedCase, x: Cache) -> ErrorReport:
@@ -187,7 +208,8 @@ def paged_error_report(out: Tensor, lse: Tensor, case: PagedCase, x: Cache) -> E
     """
     for b in range(len(case.lengths)):
         own = slice(b, b + 1)
-        report = error_report(out[own], *x.sequence(b), lse=lse[own], **case.options())
+        tensors = out[own], *x.sequence(b)
+        report = error_report(*tensors, lse=lse[own], mask=x.mask(b), **case.options())
         if not report.ok:
             break
     return report

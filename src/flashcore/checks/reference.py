@@ -36,7 +36,7 @@ def visible_pairs(
     """
     i = torch.arange(seqlen_q, device=device)[:, None]
     j = torch.arange(seqlen_k, device=device)[None, :]
-    # How far key j lies after the key that query i is aligned with.
+    # The distance of key j from the key that query i is aligned with; positive behind it.
     ahead = j - i if causal == "upper_left" else (j - seqlen_k) - (i - seqlen_q)
     visible = torch.ones(seqlen_q, seqlen_k, dtype=torch.bool, device=device)
     if causal is not False:

@@ -19,7 +19,7 @@ from flashcore.checks.accuracy import ErrorReport, error_report
 from flashcore.problem.case import InNumbers
 
 LAYOUTS = ("apart", "qkv")
-# What breaks kernels: nothing, one, and lengths around tiles of 16 to 128 rows.
+# Lengths that break kernels: 0, 1, and those around tiles of 16 to 128 rows.
 _LENGTHS = (0, 1, 2, 15, 16, 17, 31, 63, 64, 65, 97, 127, 128, 129)
 
 

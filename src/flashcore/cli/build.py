@@ -97,7 +97,7 @@ def build(
                     plans += serving_plans(archs, [own], dtypes, head_dim is not None)
                     advance()
         units = building.units(plans)
-        # Who attends to a cache appends to it.
+        # A process that attends to a cache appends to it, too.
         caches = {call.dtype for call, _ in recorded if call.varlen in _OF_CACHES}
         units |= building.append_units(archs, caches if only_calls else dtypes)
         workers = min(16, available_cores()) if jobs is None else jobs

@@ -21,7 +21,7 @@ from flashcore.base import env
 from flashcore.errors import BackendUnavailableError
 
 ABOUT = "about.json"
-# What reading a file that is no bundle, or one cut off or changed, ends in.
+# Errors of reading a file that is no bundle, or one that is cut off or changed.
 _DAMAGED = (OSError, EOFError, zipfile.BadZipFile, zlib.error, ValueError, NotImplementedError)
 
 

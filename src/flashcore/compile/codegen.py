@@ -18,7 +18,7 @@ import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 if TYPE_CHECKING:
     from flashcore.compile.plant import Plant
@@ -37,6 +37,63 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+@functools.cache
+def _resolved(path: Path) -> Path:
+    return path.resolve()
+
+
+@functools.cache
+def _name(path: Path) -> str:
+    """Return what `#line` calls a file."""
+    return path.relative_to(KERNELS_DIR).as_posix() if KERNELS_DIR in path.parents else path.name
+
+
+@functools.cache
+def _included(include: str, includer: Path) -> Path:
+    """Return the file that an include names: below `kernels/`, or beside the includer."""
+    for folder in (KERNELS_DIR, includer.parent):
+        if (folder / include).is_file():
+            return _resolved(folder / include)
+    raise FileNotFoundError(f'{includer}: include "{include}" not found')
+
+
+class _Part(NamedTuple):
+    """A part of a file is an include, a directive, or the lines between two of those, as one
+    text."""
+
+    kind: Literal["lines", "include", "directive"]
+    number: int  # of its first line
+    text: str
+
+
+@functools.lru_cache(maxsize=1024)
+def _parts(text: str) -> tuple[_Part, ...]:
+    """Return the parts of a file's text. `#pragma once` only ends one: flattening does what it
+    asks for."""
+    parts: list[_Part] = []
+    lines: list[str] = []
+
+    def end_lines(number: int) -> None:
+        if lines:
+            parts.append(_Part("lines", number - len(lines), "\n".join(lines)))
+            lines.clear()
+
+    number = 0
+    for number, line in enumerate(text.splitlines(), start=1):
+        include = _INCLUDE.match(line)
+        is_directive = _DIRECTIVE.match(line) is not None
+        if include is None and not is_directive and line.strip() != "#pragma once":
+            lines.append(line)
+            continue
+        end_lines(number)
+        if is_directive:
+            parts.append(_Part("directive", number, line))
+        elif include is not None:
+            parts.append(_Part("include", number, include[1]))
+    end_lines(number + 1)
+    return tuple(parts)
+
+
 def _constant_lines(constants: Mapping[str, object]) -> list[str]:
     """Return `constexpr` definitions; a `str` value names a type (`using`)."""
     lines = []
@@ -53,12 +110,13 @@ def _constant_lines(constants: Mapping[str, object]) -> list[str]:
 
 
 class _Flattener:
-    """Expand one entry file; state is what was included and where `#line` stands."""
+    """Expand one entry file; state is what was included, and whether the bug was planted."""
 
     def __init__(self, target: Target, gate: str | None, plant: Plant | None) -> None:
         self.target = target
         self.gate = gate
         self.plant = plant
+        self.planted_file = None if plant is None else KERNELS_DIR / plant.file
         self.planted = False
         self.seen: set[Path] = set()
         self.lines: list[str] = []
@@ -66,7 +124,7 @@ class _Flattener:
     def text_of(self, path: Path) -> str:
         text = _read(path)
         plant = self.plant
-        if plant is not None and path == KERNELS_DIR / plant.file:
+        if plant is not None and path == self.planted_file:
             if text.count(plant.find) != 1:
                 raise AssertionError(
                     f"plant {plant.name}: its text occurs {text.count(plant.find)} times in {path}"
@@ -78,48 +136,28 @@ class _Flattener:
     def expand(self, path: Path, after_types: list[str]) -> None:
         """Append the file's text. `after_types` goes in behind the types header, which the
         constants' types come from."""
-        path = path.resolve()
         if path in self.seen:
             return
         self.seen.add(path)
-        name = (
-            path.relative_to(KERNELS_DIR).as_posix() if KERNELS_DIR in path.parents else path.name
-        )
         active = [True]
-        renumber = True
-        for number, line in enumerate(self.text_of(path).splitlines(), start=1):
-            directive = _DIRECTIVE.match(line)
-            if directive:
-                self.apply(directive[1], directive[2], active, f"{path}:{number}")
-                renumber = True
+        for kind, number, text in _parts(self.text_of(path)):
+            if kind == "directive":
+                self.apply(text, active, f"{path}:{number}")
+            elif not all(active):
                 continue
-            if not all(active):
-                continue
-            include = _INCLUDE.match(line)
-            if include:
-                self.expand(self.resolve(include[1], path), after_types)
-                if include[1] == "@target/types.cuh":
+            elif kind == "include":
+                self.expand(_included(text.replace("@target", self.target), path), after_types)
+                if text == "@target/types.cuh":
                     self.lines.extend(after_types)
-                renumber = True
-                continue
-            if line.strip() == "#pragma once":
-                renumber = True
-                continue
-            if renumber:
-                self.lines.append(f'#line {number} "{name}"')
-                renumber = False
-            self.lines.append(line)
+            else:
+                self.lines += (f'#line {number} "{_name(path)}"', text)
         if len(active) != 1:
             raise AssertionError(f"{path}: //@if without //@end")
 
-    def resolve(self, include: str, includer: Path) -> Path:
-        include = include.replace("@target", self.target)
-        for folder in (KERNELS_DIR, includer.parent):
-            if (folder / include).is_file():
-                return folder / include
-        raise FileNotFoundError(f'{includer}: include "{include}" not found')
-
-    def apply(self, word: str, rest: str, active: list[bool], where: str) -> None:
+    def apply(self, line: str, active: list[bool], where: str) -> None:
+        directive = _DIRECTIVE.match(line)
+        assert directive is not None
+        word, rest = directive.groups()
         if word == "if":
             kind, *names = rest.split()
             if kind != "gate":
@@ -158,16 +196,17 @@ def flatten(
     """
     path = KERNELS_DIR / entry
     flattener = _Flattener(target, gate, plant)
-    flattener.expand(path, _constant_lines(constants or {}))
+    flattener.expand(_resolved(path), _constant_lines(constants or {}))
     if plant is not None and not flattener.planted:
         raise AssertionError(f"plant {plant.name}: {plant.file} is not part of {path.name}")
     if target == "host":
         flattener.lines.append(f"#define FC_HOST_KERNEL {path.stem}")
         flattener.lines.append(f"#define FC_HOST_PARAMS {params}")
-        flattener.expand(KERNELS_DIR / "host" / "simulator" / "entry.cuh", [])
+        flattener.expand(_resolved(KERNELS_DIR / "host/simulator/entry.cuh"), [])
     return "\n".join(flattener.lines) + "\n"
 
 
+@functools.cache
 def kernel_file(kernel: str) -> Path:
     """Return the file of a kernel's text: `NAME.cuh` in the kernel's own folder below `kernels/`.
 

@@ -14,7 +14,7 @@ from typing import Any
 from flashcore.base.machine import install_command
 from flashcore.errors import BackendUnavailableError, CompileError
 
-# What every kernel is compiled with; part of the cache key.
+# Options that every kernel is compiled with; part of the cache key.
 OPTIONS = ("std=c++17", "lineinfo", "ptxas=-v")
 
 

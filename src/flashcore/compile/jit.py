@@ -3,7 +3,7 @@ compiling.
 
 Looked for in this order: this process, the bundle that FLASHCORE_BUNDLE names, the on-disk cache,
 the compiler. The key is a hash of the flattened source and the options, so a changed header, tile
-or flag is another key and nothing can be stale. What lies on disk is base/store.py's; processes
+or flag is another key and nothing can be stale. The files on disk are base/store.py's; processes
 that want the same kernel wait for the one that compiles it.
 """
 

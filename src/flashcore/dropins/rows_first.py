@@ -84,7 +84,7 @@ def _decide(
         return None
     direct = kernel.with_rows_first()
     call = _transposed(found.call) if direct is None else direct.run
-    found = Found(guard(q, k, v), call, found.options, backend)
+    found = Found(guard(q, k, v), call, found.options, {}, backend)
     keep(key, found)
     return found
 

@@ -28,6 +28,7 @@ _PHASE_OF_FILE = {
     "rows": "load",
     "smem_tile": "load",
     "stream_k": "schedule",
+    "folded_rows": "schedule",
     "band": "schedule",
     "pages": "load",
     "producer": "load",
@@ -36,7 +37,8 @@ _PHASE_OF_FILE = {
     "softmax": "softmax",
     "totals": "full",  # the kernel itself alone adds up chunks of keys
     "merge": "store",
-    "split": "store",
+    "shares": "store",
+    "split": "schedule",
 }
 # Of what is found when the run is over.
 _PHASE_OF_KIND = {"counter-left": "schedule", "unwritten-output": "store"}

@@ -58,7 +58,8 @@ def call_of(case: Case | VarlenCase | PagedCase, device: str) -> Call:
     if isinstance(case, PagedCase):
         cache = make_paged_inputs(case, device)
         problem = paged_problem(cache.inputs(), Options.checked(**case.options()))
-        return Call(problem, *cache.arguments()[:3], None, cache.others(), cache=cache)
+        tensors = *cache.arguments()[:3], cache.tree_mask
+        return Call(problem, *tensors, cache.others(), cache=cache)
     if isinstance(case, VarlenCase):
         packed = make_varlen_inputs(case, device)
         problem = packed_problem(*packed.arguments(), sinks=packed.sinks, **case.options())

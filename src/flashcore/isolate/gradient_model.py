@@ -166,7 +166,7 @@ def isolate_mask_gradient(
 
     Args:
         case: a Case whose mask is "additive"; here its columns are rolled further with each head,
-            and a row in the middle sees nothing. What arrives at such rows is NaN.
+            and a row in the middle sees nothing. Gradients that arrive there are NaN.
         kernel: its name.
         seed: seed of the simulator's scheduler.
         plant: bug to plant, or None.

@@ -11,26 +11,43 @@ from flashcore.sim.plants.bwd_mask_sm90 import PLANTS_BWD_MASK_SM90
 # By kernel, the bugs whose first wrong stage it is.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     _WMMA: {
-        "qk": ("no-barrier", "uninit-smem", "deadlock", "one-stage-unordered"),
-        "softmax": ("accum-map", "large-max-product", "large-max-twice"),
+        "qk": (
+            *("no-barrier", "uninit-smem", "deadlock", "one-stage-unordered"),
+            *("widened-early", "widened-not-awaited"),
+        ),
+        "softmax": (
+            *("accum-map", "large-max-product", "large-max-twice"),
+            *("tree-at-the-front", "tree-as-wide-as-rows", "tree-row-of-a-row", "tree-read-before"),
+        ),
         "pv": ("pv-atomic", "k-overlap", "k-gap"),
         "full": (
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
             *("sink-of-the-first", "max-score-of-one-head"),
-            *("page-of-the-first", "page-of-the-tile"),
+            *("page-of-the-first", "page-of-the-tile", "tree-first-key-lost"),
+            *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
+            *("piece-of-all-keys", "widened-without-sign", "widened-in-exchange"),
         ),
+        "schedule": ("stream-counter-left", "piece-not-handed-on", "piece-moved-on-early"),
         "tile": ("sink-beside-raw-scores",),
         "load": (
-            *("one-ahead", "neighbours-key", "no-clamp"),
+            *("one-ahead", "neighbours-key", "no-clamp", "stream-head-kept", "widened-next-stage"),
             *("page-unchecked", "page-of-no-key", "page-row-unbounded", "page-length-unclamped"),
         ),
         "store": (
             *("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
             *("max-score-stored", "max-score-of-padding", "sink-past-the-heads"),
+            *("stream-range-short", "stream-one-slot", "stream-slot-of-the-next-row-tile"),
+            *("stream-counter-of-the-last-block", "stream-end-on-a-border"),
+            *("stream-heads-not-counted", "stream-empty-left-out", "stream-whole-past-the-end"),
         ),
     },
     _SM90: {
-        "setup": ("no-init-fence", "no-init-barrier", "registers-of-three-warps"),
+        "setup": (
+            "no-init-fence",
+            "no-init-barrier",
+            "registers-of-three-warps",
+            "packed-clear-no-fence",
+        ),
         "schedule": (
             *("coord-slots", "coord-late", "draws-left", "first-tiles-drawn-again"),
             *("counter-left", "scan", "feed-not-waited-for", "feed-asked-early"),
@@ -43,17 +60,21 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
             *("float8-no-full-wait", "float8-lanes-ahead", "float8-queries-given-back"),
             *("page-place-ahead", "page-length-unclamped"),
+            *("packed-query-as-row", "packed-full-box-one-more"),
         ),
         "qk": (
             *("no-full-wait", "early-release", "early-q-release", "stage-mixed-up", "k-advance"),
             *("tx-too-many", "no-wgmma-fence", "early-consumers", "q-of-another-group"),
             *("float8-no-empty-wait", "float8-no-fence", "float8-queries-ahead"),
+            "packed-rows-not-cleared",
         ),
         "softmax": (
             *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
             *("mask-past-end", "mask-row-mixed-up", "mask-one-tile-late", "mask-front-whole"),
             *("mask-front-not-copied", "mask-end-not-copied", "mask-unshifted-copies"),
             *("mask-shift-forgotten", "mask-shift-of-another-row"),
+            *("tree-at-the-front", "tree-as-wide-as-rows", "tree-row-of-a-row"),
+            *("tree-copied-before", "tree-copied-behind", "tree-under-ones"),
             *("large-max-product", "large-max-twice"),
         ),
         "pv": (
@@ -78,9 +99,11 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sink-of-the-first", "sink-of-every-split"),
             *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
             *("page-not-advanced", "page-of-the-next-keys"),
+            *("tree-first-key-lost", "tree-hides-before", "tree-taken-again", "tree-not-copied"),
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
             *("float8-end-unsaid", "float8-one-warp-counted", "float8-unswizzled"),
             *("float8-scale-of-the-first", "float8-factor-kept"),
+            *("packed-bounds-of-the-first", "packed-box-of-64-rows"),
         ),
         "tile": ("sink-beside-raw-scores",),
         "store": (
@@ -93,6 +116,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("stream-counter-of-the-last-block", "stream-heads-not-counted", "stream-head-kept"),
             *("stream-empty-left-out", "stream-whole-past-the-end"),
             *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
+            *("packed-head-of-the-first", "packed-row-of-nobody", "packed-last-query-alone"),
+            *("packed-heads-one-by-one", "packed-tiles-of-queries"),
             *("max-score-stored", "max-score-of-padding"),
         ),
     },

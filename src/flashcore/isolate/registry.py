@@ -1,6 +1,6 @@
 """Give every planted bug the call that shows it, and the stage that is then the first wrong one.
 
-Which bugs there are stands in sim/plants/index.py alone. `flashcore isolate --plant NAME` takes the
+The list of all bugs stands in sim/plants/index.py alone. `flashcore isolate --plant NAME` takes the
 call unless it is told another one; tests/plants/test_planted_bugs.py holds isolate to the stages.
 """
 
@@ -38,7 +38,7 @@ from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
-from flashcore.sim.plants import index
+from flashcore.sim.plants import index, pieces, trees
 from flashcore.sim.plants.bwd_mask_sm90 import (
     OF_ROWS,
     PLANTS_BWD_MASK_SM90,
@@ -52,17 +52,11 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
-from flashcore.sim.plants.fwd_sm90 import float8
+from flashcore.sim.plants.fwd_sm90 import float8, folded, split
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
-from flashcore.sim.plants.fwd_sm90.split import (
-    PLANTS_SPLIT,
-    PLANTS_STREAM_SM90,
-    STREAM_CASE,
-    STREAM_TILE,
-)
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
 from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
@@ -243,6 +237,9 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN, {}, options=_PACKED, is_packed=True),
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
         **_calls(PLANTS_PAGES | PLANTS_PAGES_WMMA, {}, options=_PAGED, is_paged=True),
+        **_calls(pieces.OF_WALK, split.STREAM_TILE, options=split.STREAM_CASE, is_paged=True),
+        **_calls(pieces.PLANTS_FLOAT8_WMMA, pieces.TILE, options=pieces.CALL, is_paged=True),
+        **_calls(trees.OF_WMMA, {}, options=trees.CALL, is_paged=True),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_TOTALS, _CHUNKS, options={"seqlen_q": 70, "seqlen_k": 333}),
         **_WITH_MAX_SCORE,
@@ -260,13 +257,15 @@ CALLS: Mapping[str, _Calls] = {
         **_drawn(_SM90, _CASES_SM90),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
-        **_calls(PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
-        **_calls(PLANTS_STREAM_SM90, STREAM_TILE, options=STREAM_CASE, is_paged=True),
+        **_calls(split.PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
+        **_calls(split.PLANTS_STREAM, split.STREAM_TILE, options=split.STREAM_CASE, is_paged=True),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
+        **_calls(trees.OF_SM90, trees.TILE, options=trees.CALL, is_paged=True),
         **_calls(float8.PLANTS_FLOAT8_SM90, float8.TILE, options=float8.CALL, is_paged=True),
         **_calls(float8.PLANTS_WIDE_SM90, float8.TILE, options=float8.WIDE_CALL, is_paged=True),
         **_calls(float8.PLANTS_SHORT_SM90, float8.TILE, options=float8.SHORT_CALL, is_paged=True),
+        **_calls(folded.PLANTS_FOLDED_SM90, folded.TILE, options=folded.CALL, is_packed=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
         **_calls(PLANTS_SINKS, {}, options=_SINKS),

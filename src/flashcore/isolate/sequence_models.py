@@ -71,7 +71,7 @@ def paged_attention(problem: Problem, plan: Plan, cache: Cache) -> list[Expected
     parts = []
     for b, n in enumerate(cache.lengths):
         own = problem.of_sequence(problem.seqlen_q, n)
-        parts.append(GateModel(own, plan, *cache.sequence(b), None).attention())
+        parts.append(GateModel(own, plan, *cache.sequence(b), cache.mask(b)).attention())
     return _joined(parts, 0)
 
 

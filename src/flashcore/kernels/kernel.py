@@ -17,7 +17,7 @@ from flashcore.kernels.limits import smem_limits
 from flashcore.kernels.stage import Stage
 from flashcore.problem import Problem
 
-# What a plan's tile leaves open, by field.
+# The fields of a plan that make its tile.
 Tile = dict[str, Any]
 Pointers = dict[str, int | None]
 P = TypeVar("P", bound=Plan)
@@ -83,7 +83,7 @@ class Kernel(Generic[P]):
         """Return a name and an index for each mbarrier, in the order of their array."""
         return []
 
-    # What may be tuned
+    # Tuning
 
     def is_legal(self, plan: P) -> bool:
         """Return whether a plan fits the GPU: shared memory, threads and registers."""
@@ -156,6 +156,10 @@ class ForwardKernel(Kernel[P]):
         """
         raise NotImplementedError
 
+    def budget_of(self, plan: P) -> tuple[int, int] | None:
+        """Return `budget` as far as a plan has to keep to it, else None."""
+        return self.budget
+
     def notes(self, problem: Problem, plan: P) -> list[str]:
         """Return for `explain` what of a call makes this kernel faster or slower."""
         return []
@@ -200,7 +204,7 @@ class ForwardKernel(Kernel[P]):
         AttnParams."""
         return (name,)
 
-    # What may be tuned
+    # Tuning
 
     def is_legal(self, plan: P) -> bool:
         """Return whether a plan fits the GPU: shared memory, threads and registers."""

@@ -8,7 +8,7 @@
 // types.cuh       int32_t uint32_t int64_t uint64_t; float16, bfloat16 (2-byte storage types);
 //                 FC_DEVICE (inline function), FC_KERNEL(name, threads, min_blocks) (entry point)
 //                 to_float(x), from_float<T>(x), pack2<T>(lo, hi): two T in one 32-bit register
-//                 mul2<T>(a, b): products of two such pairs, on sm_90
+//                 mul2<T>(a, b): products of two such pairs
 //                 float8 (e4m3, a 1-byte storage type); from sm_89 on widen4<T>(word, pairs): the
 //                 four float8 of a 32-bit register as two registers of two T, exact; a NaN is one
 // thread.cuh      thread_idx() block_idx() lane_idx() warp_idx()

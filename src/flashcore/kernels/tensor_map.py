@@ -23,7 +23,8 @@ class TensorMap(ctypes.Structure):
         ("box_rows", ctypes.c_uint32),
         ("element_bytes", ctypes.c_uint32),
         ("swizzle_bytes", ctypes.c_uint32),
-        ("unused", ctypes.c_uint8 * 64),
+        ("box_heads", ctypes.c_uint32),  # 0 as 1
+        ("unused", ctypes.c_uint8 * 60),
     ]
 
 

@@ -4,15 +4,9 @@ prepared once."""
 from __future__ import annotations
 
 import ctypes
-import functools
 import struct
 from typing import NamedTuple
 
-import torch
-
-from flashcore.base import forks
-from flashcore.compile.codegen import generate_source
-from flashcore.compile.jit import compile_source
 from flashcore.kernels.append.params import (
     AppendPlan,
     AppendTensors,
@@ -20,11 +14,9 @@ from flashcore.kernels.append.params import (
     build_append_params,
 )
 from flashcore.launch.driver_launch import Argument, Launch
+from flashcore.launch.single_call import load, remember
 
 _POINTERS = struct.Struct(f"{len(AppendTensors._fields)}Q")
-PREPARED_MAX = 1024  # descriptions that are remembered
-
-_lock = forks.lock()
 
 
 class _Prepared(NamedTuple):
@@ -55,10 +47,7 @@ def launch_append(plan: AppendPlan, arch: int, tensors: AppendTensors, queries: 
     found = _prepared.get(key)
     if found is None:
         found = _prepare(plan, arch, index, tensors, queries)
-        with _lock:
-            while len(_prepared) >= PREPARED_MAX:
-                del _prepared[next(iter(_prepared))]  # the oldest
-            _prepared[key] = found
+        remember(_prepared, key, found)
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     content = _POINTERS.pack(*addresses) + found.content
     found.launch(Argument(ctypes.create_string_buffer(content, len(content))))
@@ -68,13 +57,5 @@ def _prepare(
     plan: AppendPlan, arch: int, index: int, tensors: AppendTensors, queries: str
 ) -> _Prepared:
     params = build_append_params(tensors, queries)
-    launch = _launch(plan, arch, index, append_grid_size(params))
+    launch = load(plan, arch, index, append_grid_size(params))
     return _Prepared(launch, bytes(params)[_POINTERS.size :])
-
-
-@functools.lru_cache(maxsize=4096)
-def _launch(plan: AppendPlan, arch: int, index: int, grid: int) -> Launch:
-    source = generate_source(plan)  # type: ignore[arg-type]
-    kernel = compile_source(source, arch, plan.kernel, "", f"{plan.describe()}, sm_{arch}")
-    device = torch.device("cuda", index)
-    return Launch(kernel, grid=grid, num_threads=plan.num_threads, smem_bytes=0, device=device)

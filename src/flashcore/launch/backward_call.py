@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+from flashcore.base.bounded import make_room
 from flashcore.kernels.bwd_sm90.params import (
     LENGTHS,
     POINTERS,
@@ -24,9 +26,11 @@ from flashcore.launch.counters import own_counter, work_counters
 from flashcore.launch.driver_launch import Argument
 from flashcore.problem import Problem
 
-ARGUMENTS_MAX = 256  # kept by each kernel of a description
-_POINTER = struct.Struct("Q")
+# Kept of each description. A training step meets one set of addresses a layer and micro-batch.
+ARGUMENTS_MAX = 1024
+_POINTER_BYTES = ctypes.sizeof(ctypes.c_void_p)
 _lock = threading.Lock()
+_Kept = TypeVar("_Kept")
 
 
 @functools.cache
@@ -48,7 +52,8 @@ class BackwardKernel:
     Args:
         problem: of the forward.
         plan: of one of the kernels.
-        tensors: by name as build_params_bwd_sm90 takes them, of that description.
+        tensors: by name as build_params_bwd_sm90 takes them, of that description; `launch` takes
+            addresses in their order.
         device_index: where they are.
     """
 
@@ -60,47 +65,96 @@ class BackwardKernel:
         self._counts_on = torch.device("cuda", device_index) if plan.draws_tiles else None
         addresses = {name: x.data_ptr() for name, x in tensors.items()}
         params = build_params_bwd_sm90(problem, plan, tensors, grid, addresses)
-        self._offsets = _pointer_offsets(plan.gate is not None)
-        self._maps: list[tuple[str, int, int]] = []  # tensor, offset, bytes of it before the map
+        places = {name: place for place, name in enumerate(tensors)}
+        offsets = _pointer_offsets(plan.gate is not None)
+        self._counter_offset = offsets["tile_counter"]
+        # Where the argument has an address, as a number of pointers, and which of `addresses`.
+        self._pointers = [
+            (offset // _POINTER_BYTES, places[name])
+            for name, offset in offsets.items()
+            if name in places
+        ]
+        # Offset of a descriptor, which of `addresses`, bytes of the tensor before the map.
+        self._maps: list[tuple[int, int, int]] = []
         for name in plan.box_rows:
             field = f"{name}_map"
             tensor_map = getattr(params, field)
             shift = (tensors[name].data_ptr() - tensor_map.base) % 2**64
             offset = getattr(type(params), field).offset
-            self._maps.append((name, offset, shift))
+            self._maps.append((offset, places[name], shift))
             setattr(params, field, descriptors.encode_kind(tensor_map, problem.dtype))
         self._content = bytes(params)
-        self._arguments: dict[tuple[int, ...], Argument] = {}
+        self._words = ctypes.c_uint64 * (len(self._content) // _POINTER_BYTES)
+        self._known: dict[tuple[int, ...], Argument] = {}
+        self.enqueue = self._launch.enqueue  # where the device is the current one
 
-    def launch(self, names: tuple[str, ...], addresses: tuple[int, ...]) -> None:
-        """Launch on the device's current stream.
-
-        Args:
-            names: of the tensors, the same in every call.
-            addresses: of tensors of the description that this was made for.
-        """
-        self._launch(self._arguments.get(addresses) or self._make(names, addresses))
-
-    def _make(self, names: tuple[str, ...], addresses: tuple[int, ...]) -> Argument:
-        """Return the argument of these tensors, kept unless its counter is a capture's."""
+    def argument(self, addresses: Sequence[int]) -> tuple[Argument, bool]:
+        """Return the argument of tensors of the description, and whether it may be kept: one whose
+        counter is a capture's may not."""
         argument = Argument(*descriptors.aligned(self._content))
-        by_name = dict(zip(names, addresses, strict=True))
+        words = self._words.from_address(argument.address)
+        for at, place in self._pointers:
+            words[at] = addresses[place]
         is_kept = True
         if self._counts_on is not None:
             is_kept = not torch.cuda.is_current_stream_capturing()
             counter = (own_counter if is_kept else work_counters)(self._counts_on)
-            by_name["tile_counter"] = counter
-        for name, offset in self._offsets.items():
-            if name in by_name:
-                _POINTER.pack_into(argument.memory, argument.offset + offset, by_name[name])
-        pairs = ((at, (by_name[name] - shift) % 2**64) for name, at, shift in self._maps)
+            words[self._counter_offset // _POINTER_BYTES] = counter
+        pairs = ((at, (addresses[place] - shift) % 2**64) for at, place, shift in self._maps)
         descriptors.readdress(argument.address, pairs)
-        if is_kept:
-            with _lock:
-                while len(self._arguments) >= ARGUMENTS_MAX:
-                    del self._arguments[next(iter(self._arguments))]  # the oldest
-                self._arguments[addresses] = argument
-        return argument
+        return argument, is_kept
+
+    def launch(self, addresses: tuple[int, ...]) -> None:
+        """Launch on the device's current stream.
+
+        Args:
+            addresses: of tensors of the description that this was made for, in its order.
+        """
+        argument = self._known.get(addresses)
+        if argument is None:
+            argument, is_kept = self.argument(addresses)
+            if is_kept:
+                _keep(self._known, addresses, argument)
+        self._launch(argument)
+
+
+class BackwardPass:
+    """A BackwardPass is the kernels of a backward pass, one launched behind the other, ready for
+    tensors of one description: one look-up finds the arguments of all.
+
+    Args:
+        kernels: of one description, in the order that they run in. Their device must be the current
+            one in every launch.
+    """
+
+    def __init__(self, kernels: Sequence[BackwardKernel]) -> None:
+        self._kernels = tuple(kernels)
+        self._known: dict[tuple[int, ...], tuple[Argument, ...]] = {}
+        self._enqueues = tuple(kernel.enqueue for kernel in kernels)
+
+    def launch(self, addresses: tuple[int, ...]) -> None:
+        """Launch all on the device's current stream.
+
+        Args:
+            addresses: of tensors of the description, in its order.
+        """
+        arguments = self._known.get(addresses) or self._make(addresses)
+        for enqueue, argument in zip(self._enqueues, arguments, strict=True):
+            enqueue(argument)
+
+    def _make(self, addresses: tuple[int, ...]) -> tuple[Argument, ...]:
+        """Return the arguments of these tensors, kept if they may be."""
+        made = [kernel.argument(addresses) for kernel in self._kernels]
+        arguments = tuple(argument for argument, _ in made)
+        if all(is_kept for _, is_kept in made):
+            _keep(self._known, addresses, arguments)
+        return arguments
+
+
+def _keep(known: dict[tuple[int, ...], _Kept], addresses: tuple[int, ...], entry: _Kept) -> None:
+    with _lock:
+        make_room(known, ARGUMENTS_MAX)
+        known[addresses] = entry
 
 
 class _Described:

@@ -49,7 +49,7 @@ def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
         pointer(m.base),
         _Sizes(m.cols, m.rows, m.heads, m.batches),
         _Strides(m.row_stride_bytes, m.head_stride_bytes, m.batch_stride_bytes),
-        _Box(m.box_cols, m.box_rows, 1, 1),
+        _Box(m.box_cols, m.box_rows, max(1, m.box_heads), 1),
         _EVERY_ELEMENT,
         0,  # not interleaved
         _SWIZZLES[m.swizzle_bytes],

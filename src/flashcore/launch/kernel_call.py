@@ -9,6 +9,7 @@ import threading
 
 import torch
 
+from flashcore.base.bounded import make_room
 from flashcore.compile.compiler import CompiledKernel
 from flashcore.compile.jit import compile_plan
 from flashcore.kernels.fwd_wmma.params import AttnParams, check_limits
@@ -255,7 +256,7 @@ class KernelCall:
         if spare is None:
             self._enqueue(_arguments.get(key) or self.make_argument(key))
             return out, lse
-        # Whoever takes one has it alone until the launch has copied it.
+        # The thread that takes one has it alone until the launch has copied it.
         try:
             argument = spare.pop()
         except IndexError:
@@ -282,6 +283,7 @@ class KernelCall:
             out_shape=(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim_v),
             computes_lse=problem.return_lse,
             options=Options.of(problem),
+            found=None,  # whoever found this call knows
             num_counters=scratch.num_counters,
             num_shares=scratch.num_out,
             num_floats=scratch.num_floats,
@@ -297,8 +299,7 @@ class KernelCall:
         if not self._fill(argument, key, is_kept=True):
             return argument
         with _lock:
-            while len(_arguments) >= ARGUMENTS_MAX:
-                del _arguments[next(iter(_arguments))]  # the oldest
+            make_room(_arguments, ARGUMENTS_MAX)
             _arguments[key] = argument
         return argument
 

@@ -4,22 +4,17 @@ depends on the description of tensors alone is prepared once."""
 from __future__ import annotations
 
 import ctypes
-import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashcore.base import forks
-from flashcore.compile.codegen import generate_source
-from flashcore.compile.jit import compile_source
 from flashcore.errors import BackendUnavailableError, notice_once
 from flashcore.kernels.merge.params import (
     BFLOAT16_MIN_ARCH,
     MIN_ARCH,
     ROWS_MAX,
     MergeBackwardTensors,
-    MergePlan,
     MergeTensors,
     as_rows,
     build_params,
@@ -29,13 +24,11 @@ from flashcore.kernels.merge.params import (
     pointer_field,
 )
 from flashcore.launch.driver_launch import Argument, Launch
+from flashcore.launch.single_call import load, remember
 from flashcore.problem.problem import arch_of_device
 from flashcore.problem.validation import DTYPES
 
 _KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-PREPARED_MAX = 1024  # descriptions that are remembered
-
-_lock = forks.lock()
 
 
 class _Prepared(NamedTuple):
@@ -132,10 +125,7 @@ def launch_merge(tensors: MergeTensors | MergeBackwardTensors, dtype_out: torch.
     found = _prepared.get(key)
     if found is None:
         found = _prepare(tensors, index, DTYPES[dtype_out])
-        with _lock:
-            while len(_prepared) >= PREPARED_MAX:
-                del _prepared[next(iter(_prepared))]  # the oldest
-            _prepared[key] = found
+        remember(_prepared, key, found)
     memory = ctypes.create_string_buffer(found.content, len(found.content))
     for offset, address in zip(found.offsets, addresses, strict=True):
         ctypes.c_uint64.from_buffer(memory, offset).value = address
@@ -146,7 +136,7 @@ def _prepare(tensors: MergeTensors | MergeBackwardTensors, index: int, dtype_out
     is_backward = hasattr(tensors, "dout_a")
     kernel = "merge_results_backward" if is_backward else "merge_results"
     plan, params = make_plan(kernel, tensors, dtype_out), build_params(tensors)
-    launch = _launch(plan, arch_of_device(index), index, grid_size(params, plan))
+    launch = load(plan, arch_of_device(index), index, grid_size(params, plan))
     offsets = tuple(_offset_of(type(params), pointer_field(name)) for name in tensors._fields)
     return _Prepared(launch, bytes(params), offsets)
 
@@ -157,11 +147,3 @@ def _offset_of(struct: type[ctypes.Structure], field: str) -> int:
     offset = int(getattr(struct, name).offset)
     members = {member: kind for member, kind, *_ in struct._fields_}
     return offset + _offset_of(members[name], inner) if inner else offset  # type: ignore[arg-type]
-
-
-@functools.lru_cache(maxsize=4096)
-def _launch(plan: MergePlan, arch: int, index: int, grid: int) -> Launch:
-    source = generate_source(plan)  # type: ignore[arg-type]
-    kernel = compile_source(source, arch, plan.kernel, "", f"{plan.describe()}, sm_{arch}")
-    device = torch.device("cuda", index)
-    return Launch(kernel, grid=grid, num_threads=plan.num_threads, smem_bytes=0, device=device)

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-# Of q, k and v, of lengths, and of sinks. Whoever makes a call has them, and asking again takes
-# time.
+# Of q, k and v, of lengths, and of sinks. The caller has them, and asking again takes time.
 Addresses = tuple[int, ...]
-# What calls return: out, lse (None unless it is wanted), and max_score only if it is wanted.
+# A call returns out, lse (None unless it is wanted), and max_score only if it is wanted.
 Computed = tuple[Any, ...]
 # Takes q, k, v, the mask and addresses; where there are sinks and no kernel is launched, sinks too.
 Call = Callable[..., Computed]

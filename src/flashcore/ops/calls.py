@@ -8,30 +8,29 @@ else but addresses and values.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flashcore.backends.backward_sm90 import Prepared
 from flashcore.backends.dispatch import (
     BACKENDS,
-    KERNELS,
     adapt_for,
     choose_backend,
     prepare,
     warn_once,
 )
 from flashcore.backends.growing import Growing
-from flashcore.backends.sinks import as_logits
 from flashcore.base import forks
+from flashcore.base.bounded import make_room
 from flashcore.launch import launcher
 from flashcore.launch.types import Addresses, Call, Computed
 from flashcore.ops.guards import guard
 from flashcore.ops.keys import family_key, options_key, remember
 from flashcore.problem import Causal, Problem, Window
-from flashcore.problem.options import Options, Wanted
+from flashcore.problem.options import Options
 from flashcore.problem.ranks import as_rank_4, has_other_rank
 
 Result = Tensor | tuple[Tensor, ...]
@@ -40,6 +39,9 @@ Result = Tensor | tuple[Tensor, ...]
 Record = Callable[..., Any]
 # Decides what computes a call; takes the arguments of `find`.
 Decide = Callable[..., "Found | None"]
+# By key, what fits tensors, and what computes their gradients (None where the operator does). See
+# gradient_calls.py.
+Passes = dict[object, tuple[tuple[Callable[..., bool], Prepared | None], ...]]
 
 
 class Found(NamedTuple):
@@ -50,12 +52,14 @@ class Found(NamedTuple):
             entry was made for, and v its shape.
         call: computes; see launch/types.py.
         options: the validated options.
+        passes: the backward passes that were prepared for the call.
         backend: the backend that the caller asked for, which the backward pass takes too.
     """
 
-    fits: Callable[[Tensor, Tensor, Tensor], bool]
+    fits: Callable[..., bool]
     call: Call
     options: Options
+    passes: Passes
     backend: str = "auto"
 
 
@@ -173,7 +177,7 @@ def attend(
     computed = found[1](q, k, v, mask, addresses)
     if computed[1] is None and not return_max_score:  # the common case, without another frame
         return computed[0]
-    return _asked_for(computed)
+    return asked_for(computed)
 
 
 def find(
@@ -204,7 +208,7 @@ def find(
     if growing is not None:
         member = growing.of_length(q, k, v, mask)
         if member is not None:
-            found = Found(guard(q, k, v), member.run, growing.options)
+            found = Found(guard(q, k, v), member.run, growing.options, {}, backend)
             keep(key, found)
             return found
     problem = Problem.from_tensors(
@@ -216,7 +220,7 @@ def find(
         softcap=softcap,
         scale=scale,
         mask=mask,
-        # What is no bool stays what it is, for the error.
+        # A value that is no bool stays as it is, for the error.
         return_lse=True if recorded and return_lse is False else return_lse,
         return_max_score=return_max_score,
     )
@@ -224,7 +228,7 @@ def find(
     if choice.is_fallback:
         warn_once(choice)
     call = prepare(choice.backend, problem, q.device)
-    found = Found(guard(q, k, v), call, Options.of(problem), backend)
+    found = Found(guard(q, k, v), call, Options.of(problem), {}, backend)
     if choice.backend == "sim":  # depends on environment variables
         return found
     keep(key, found)
@@ -237,94 +241,12 @@ def find(
     ):
         fits = guard(q, k, v, any_keys=True)
         with _lock:
-            if len(_growing) >= CALLS_MAX:
-                del _growing[next(iter(_growing))]
+            make_room(_growing, CALLS_MAX)
             _growing[family] = Growing(problem, kernel, fits, found.options)
     return found
 
 
-def attend_lengths(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    lengths: tuple[Tensor, ...],
-    sinks: Tensor | None,
-    options: tuple[Causal, Window, float | None, float | None, bool, bool],
-    longest: tuple[int, int] | None,
-    backend: str,
-    describe: Callable[[], Problem],
-    batch_invariant: bool = False,
-    scales: tuple[Tensor, ...] = (),
-) -> Result | None:
-    """Compute sequences that differ in length, or have sinks, by a kernel, if one serves them,
-    around torch's dispatcher; nothing is recorded.
-
-    Args:
-        q: as the caller of these takes it, like k and v.
-        k: see q.
-        v: see q.
-        mask: boolean (True = attend) or additive, broadcast to the scores; or None.
-        lengths: int32 tensors, in the order of launch.LENGTHS; none where they do not differ.
-        sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
-        options: causal, window, softcap, scale, return_lse and return_max_score, as in
-            `attention`.
-        longest: the longest sequences of queries and of keys, where sequences are packed.
-        backend: "auto", "sm90", "wmma", "sim" or "torch".
-        describe: validates the other arguments and returns their Problem.
-        batch_invariant: as in `attention`.
-        scales: of k and v where they have 8 bits.
-
-    Returns:
-        What `attend` returns; None where the operator has to do it.
-
-    Raises:
-        Exception: what `describe` and `choose_backend` raise.
-    """
-    try:
-        at_q, at_k, at_v = q.data_ptr(), k.data_ptr(), v.data_ptr()
-        # Queries and keys may have the same lengths; a guard takes no tensor twice.
-        guarded = lengths[:1] if len(lengths) == 2 and lengths[0] is lengths[1] else lengths
-        at_others, of_sinks = [x.data_ptr() for x in lengths], None
-        if sinks is not None:
-            of_sinks, sinks = sinks.dtype, as_logits(sinks)
-            at_others.append(sinks.data_ptr())
-            guarded = (*guarded, sinks)
-        if scales:
-            at_others += [x.data_ptr() for x in scales]
-            guarded += scales[:1] if scales[0] is scales[1] else scales
-        causal, window, softcap, scale, return_lse, return_max_score = options
-        key = (
-            q.shape, k.shape, (at_q | at_k | at_v) & 15,
-            causal if (
-                (causal is False or causal is True) and return_lse is False and mask is None
-                and window is None and scale is None and softcap is None
-                and return_max_score is False
-            ) else options_key(*options, mask),
-            len(guarded), len(scales), longest, backend, of_sinks, batch_invariant,
-            type(batch_invariant),
-        )  # fmt: skip
-        known = _calls.get(key, ())
-    except (AttributeError, TypeError, RuntimeError):
-        return None  # wrong, or merely unusual
-    if not (at_q and at_k and at_v and all(at_others)):
-        return None
-    addresses = at_q, at_k, at_v, *at_others
-    for found in known:
-        if found[0](q, k, v, *guarded):
-            return _asked_for(found[1](q, k, v, mask, addresses))
-    wanted = Wanted(return_lse, return_max_score).checked()
-    problem = dataclasses.replace(describe(), **wanted._asdict())
-    choice = choose_backend(problem, backend)
-    if choice.backend not in KERNELS or problem.is_empty:
-        return None
-    fits = guard(q, k, v, *guarded)
-    found = Found(fits, prepare(choice.backend, problem, q.device), Options.of(problem))
-    keep(key, found)
-    return _asked_for(found[1](q, k, v, mask, addresses))
-
-
-def _asked_for(computed: Computed) -> Result:
+def asked_for(computed: Computed) -> Result:
     """Return what a call computed as the caller gets it."""
     if computed[1] is None:  # lse
         return computed[0] if len(computed) == 2 else (computed[0], computed[2])

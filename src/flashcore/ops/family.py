@@ -91,6 +91,10 @@ def refuse_gradients(family: Family, inputs: Inputs) -> None:
             "k and v have 8 bits, through which there is no gradient; call under torch.no_grad(), "
             "or pass k and v in the dtype of q"
         )
+    if inputs.tree_mask is not None and needs_grad(*inputs):
+        raise NotImplementedError(
+            "with tree_mask there is no gradient; call under torch.no_grad(), or pass a mask"
+        )
     if "mask" not in family.differentiable and mask is not None and mask.requires_grad:
         raise NotImplementedError(
             "with seqlens_k a mask has no gradient; pass mask.detach(), or -inf past each "

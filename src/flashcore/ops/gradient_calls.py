@@ -1,5 +1,8 @@
 """Look up the backward pass that was prepared for a description of tensors, as ops/calls.py does
-the forward."""
+the forward.
+
+The entry of a forward call (calls.Found) remembers the backward pass that was prepared for it.
+"""
 
 from __future__ import annotations
 
@@ -9,64 +12,59 @@ import torch
 from torch import Tensor
 
 from flashcore.backends.backward_sm90 import Prepared
-from flashcore.backends.dispatch import without_autocast
-from flashcore.backends.gradients import prepare_gradients
 from flashcore.base import determinism, forks
-from flashcore.ops.calls import CALLS_MAX, FOUND_MAX
+from flashcore.ops.calls import FOUND_MAX, Passes
 from flashcore.ops.guards import guard
-from flashcore.ops.keys import mask_key, remember
-from flashcore.problem.options import Options
+from flashcore.ops.keys import remember
 
-# What fits, and what computes it; None where the operator does.
-_Known = tuple[Callable[..., bool], Prepared | None]
-_calls: dict[object, tuple[_Known, ...]] = {}
+KEYS_MAX = 64  # of the passes of one description: alignments, and whether gradients may differ
 _lock = forks.lock()
+_may_differ = determinism.may_differ
 
 
 def gradients(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    dout: Tensor,
-    options: Options,
-    backend: str,
+    passes: Passes,
+    of_rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    others: tuple[Tensor, ...],
+    prepare: Callable[[], Prepared | None],
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """Compute dq, dk and dv by kernels that were prepared for such tensors, on the current device.
 
     Args:
-        q: [batch, num_heads_q, seqlen_q, head_dim].
-        k: [batch, num_heads_kv, seqlen_k, head_dim].
-        v: [batch, num_heads_kv, seqlen_k, head_dim_v].
-        mask: as in `attention`, without a gradient; or None.
-        out: the forward's output.
-        lse: the forward's lse.
-        dout: gradient of out.
-        options: of the forward.
-        backend: as in `attention`.
+        passes: what was prepared for the same options and backend; more may be put into it.
+        of_rows: q, k, v and out as the call has them, its lse, and the gradient of out.
+        others: the mask, without a gradient, if there is one; then the lengths, in the order that
+            `prepare` is given them.
+        prepare: returns what computes the gradients of these tensors; see prepare_gradients.
 
     Returns:
         (dq, dk, dv); None where the operator has to compute them.
     """
-    tensors = q, k, v, out, lse, dout
+    q, k, v, out, lse, dout = of_rows
     try:
-        at = q.data_ptr() | k.data_ptr() | v.data_ptr() | out.data_ptr() | dout.data_ptr()
-        of_mask = None if mask is None else mask_key(mask)
-        key = q.shape, k.shape, at & 15, options, backend, of_mask, determinism.may_differ()
-        known = _calls.get(key, ())
+        at_q, at_k, at_v, at_out, at_dout = (
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), dout.data_ptr(),
+        )  # fmt: skip
+        addresses: tuple[int, ...] = at_q, at_k, at_v, at_out, lse.data_ptr(), at_dout
+        key: object = (at_q | at_k | at_v | at_out | at_dout) & 15, _may_differ()
+        tensors: tuple[Tensor, ...] = of_rows
+        if others:
+            at_others = [x.data_ptr() for x in others]
+            addresses += (*at_others,)
+            # Lengths of queries and keys may be one tensor; a guard takes none twice.
+            tensors += others[:1] if others[0] is others[-1] else others
+            key = key, at_others[0] & 15, len(tensors)
+        known = passes.get(key, ())
     except (AttributeError, TypeError, RuntimeError):
-        return None
-    at_mask = 0 if mask is None else mask.data_ptr()
+        return None  # a tensor without memory, say
     for fits, prepared in known:
         if fits(*tensors):
-            return None if prepared is None else prepared(*tensors, at_mask)
-    problem = options.problem(q, k, v, mask, return_lse=True)
-    with without_autocast(problem.device):
-        prepared = prepare_gradients(problem, q, k, v, mask, out, lse, dout, backend)
-    remember(_calls, _lock, key, (guard(*tensors), prepared), CALLS_MAX, FOUND_MAX)
-    return None if prepared is None else prepared(*tensors, at_mask)
+            return None if prepared is None else prepared(addresses)
+    if not all(addresses):
+        return None
+    prepared = prepare()
+    remember(passes, _lock, key, (guard(*tensors), prepared), KEYS_MAX, FOUND_MAX)
+    return None if prepared is None else prepared(addresses)
 
 
 def is_current(x: Tensor) -> bool:

@@ -21,7 +21,7 @@ def guard(*tensors: Tensor, any_keys: bool = False) -> Callable[..., bool]:
     guards: Any = torch._C._dynamo.guards
     sizes, strides = _sizes_and_strides(tensors, any_keys)
     try:
-        # What the code that torch.compile generates is guarded by: one call, in C++. It also wants
+        # torch.compile guards the code that it generates by this: one call, in C++. It also wants
         # the same requires_grad, the same dispatch keys, and no tensor twice.
         check: Callable[..., bool] = guards.TensorGuards(
             *tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides

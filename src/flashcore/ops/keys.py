@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
+from flashcore.base.bounded import make_room
 from flashcore.problem import Causal, Window
 
 _Entry = TypeVar("_Entry")
@@ -36,8 +37,8 @@ def remember(
     """
     with lock:
         same = known.get(key, ())
-        while not same and len(known) >= keys_max:
-            del known[next(iter(known))]
+        if not same:
+            make_room(known, keys_max)
         known[key] = (entry, *same[: entries_max - 1])
 
 

@@ -29,17 +29,18 @@ from flashcore.backends.tiled import attention_tiled
 from flashcore.base import env
 from flashcore.launch.allocation import unseen_scores
 from flashcore.ops import dense, flops
-from flashcore.ops.calls import attend_lengths
-from flashcore.ops.eager import is_plain
+from flashcore.ops.eager import Recording, is_plain, recorder
 from flashcore.ops.family import Family, Gradients
+from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.plain.lengths import (
     padded_backward_plain,
     padded_forward_plain,
     padded_second_order,
 )
+from flashcore.plain.trees import tree_of_sequence
 from flashcore.problem import Causal, Problem, Window, widest_band
-from flashcore.problem.memory_layout import described_memory
+from flashcore.problem.memory_layout import described_memory, mask_spec
 from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.scales import (
     as_wide,
@@ -48,7 +49,7 @@ from flashcore.problem.scales import (
     described_scales,
     scales_of,
 )
-from flashcore.problem.validation import check_plain_tensor, checked_window
+from flashcore.problem.validation import check_plain_tensor, check_tree_mask, checked_window
 
 
 def attention_padded(
@@ -66,18 +67,21 @@ def attention_padded(
     q, k, v, mask, seqlens_k, *_ = inputs
     sinks = inputs.sinks
     assert seqlens_k is not None
+    is_tree = inputs.tree_mask is not None
+    mask = inputs.tree_mask if is_tree else mask
     scales = tuple(scales_of(inputs).values())
-    if is_plain((seqlens_k, *scales), q, k, v, mask, sinks):
+    is_recorded = sinks is None and not scales and not is_tree  # if it is differentiated
+    if is_plain((seqlens_k, *scales), q, k, v, mask, sinks, is_recorded):
 
         def describe() -> Problem:
             options = Options.checked(causal, window, softcap, scale, batch_invariant)
             return padded_problem(inputs, options)
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
-        lengths = (seqlens_k,)
         result = attend_lengths(
-            q, k, v, mask, lengths, sinks, asked, None, backend, describe, batch_invariant, scales
-        )
+            q, k, v, mask, (seqlens_k,), sinks, asked, None, backend, describe, batch_invariant,
+            scales, _record if is_recorded else None, is_tree,
+        )  # fmt: skip
         if result is not None:
             return result
     options = Options.checked(causal, window, softcap, scale, batch_invariant)
@@ -92,6 +96,7 @@ def check(inputs: Inputs) -> None:
     q, seqlens_k = inputs.q, inputs.seqlens_k
     check_scales_of(inputs)
     dense.check(as_wide(inputs))
+    check_tree_of(inputs)
     check_lengths("seqlens_k", seqlens_k, q)
     assert seqlens_k is not None
     if seqlens_k.shape[0] != q.shape[0]:
@@ -110,6 +115,18 @@ def check_scales_of(inputs: Inputs) -> None:
         check_scales(k, v, inputs.k_scale, inputs.v_scale, q.shape[0])
 
 
+def check_tree_of(inputs: Inputs) -> None:
+    """Raise unless a tree_mask, if there is one, fits the queries and stands instead of a mask."""
+    if inputs.tree_mask is None:
+        return
+    check_tree_mask(inputs.tree_mask, inputs.q)
+    if inputs.mask is not None:
+        raise ValueError(
+            "mask and tree_mask are both given; kernels read one of them: pass mask with -inf, or "
+            "False, where the tree hides a key"
+        )
+
+
 def padded_problem(inputs: Inputs, options: Options) -> Problem:
     """Validate the tensors of a padded batch and describe them.
 
@@ -126,6 +143,8 @@ def padded_problem(inputs: Inputs, options: Options) -> Problem:
     window = checked_window((options.window_left, options.window_right))
     left, right = widest_band(options.causal, window, q.shape[2], k.shape[2])
     scales = described_scales(inputs)
+    if inputs.tree_mask is not None:
+        problem = dataclasses.replace(problem, mask=mask_spec(inputs.tree_mask, is_tree=True))
     return dataclasses.replace(
         problem,
         window_left=left,
@@ -167,7 +186,8 @@ def compute_lengths(
         asked: the backend that was asked for.
     """
     q, k, v, mask, seqlens_k, *_ = inputs
-    sinks = inputs.sinks
+    tree, sinks = inputs.tree_mask, inputs.sinks
+    mask = mask if tree is None else tree
     assert seqlens_k is not None
     problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
     choice = choose_backend(problem, asked)
@@ -193,7 +213,8 @@ def compute_lengths(
                 of_k, of_v = keys(b, n)
                 of_k = dequantised(of_k, _part_of_scale(inputs.k_scale, b), lse.dtype)
                 of_v = dequantised(of_v, _part_of_scale(inputs.v_scale, b), lse.dtype)
-                tensors = q[b], of_k, of_v, _part(mask, b, n)
+                part = _part(mask, b, n) if tree is None else _part_of_tree(tree, b, q.shape[2], n)
+                tensors = q[b], of_k, of_v, part
                 out[b], lse[b] = attention_tiled(own, *tensors, row_maxima, sinks)
                 if max_score is not None and row_maxima is not None:
                     max_score[b] = row_maxima.amax(2)
@@ -233,6 +254,12 @@ def _part(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
     mask = mask[(None,) * (4 - mask.dim())]
     mask = mask[b] if mask.shape[0] > 1 else mask
     return mask[..., :n] if mask.shape[3] > 1 else mask
+
+
+def _part_of_tree(tree: Tensor, b: slice, seqlen_q: int, n: int) -> Tensor:
+    """Return the mask over a sequence's n keys that a tree which broadcasts amounts to."""
+    tree = tree[(None,) * (4 - tree.dim())]
+    return tree_of_sequence(tree[b] if tree.shape[0] > 1 else tree, seqlen_q, n)
 
 
 def differentiate(
@@ -279,11 +306,12 @@ def differentiate(
 OPERATORS = Operators(
     Family(
         name="attention_padded",
-        inputs=("q", "k", "v", "mask", "seqlens_k", "sinks", "k_scale", "v_scale"),
+        inputs=("q", "k", "v", "mask", "seqlens_k", "sinks", "k_scale", "v_scale", "tree_mask"),
         differentiable=("q", "k", "v", "sinks"),
         places={
             "q": 0, "k": 0, "v": 0, "mask": "mask", "seqlens_k": 0, "sinks": None,
-            "k_scale": None, "v_scale": None, "out": 0, "lse": 0, "max_score": 0,
+            "k_scale": None, "v_scale": None, "tree_mask": "mask", "out": 0, "lse": 0,
+            "max_score": 0,
         },
         check=check,
         compute=_compute,
@@ -295,3 +323,4 @@ OPERATORS = Operators(
         scores=flops.dense_scores,
     )
 )  # fmt: skip
+_record = recorder(Recording(OPERATORS, padded_problem, ("seqlens_k",)))

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from flashcore.backends.packed import check_integers, check_lengths
 from flashcore.ops import dense, flops, padded
-from flashcore.ops.calls import attend_lengths
 from flashcore.ops.eager import is_plain
 from flashcore.ops.family import Family, Gradients
+from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.plain.pages import (
     keys_of_sequence,
@@ -60,6 +60,7 @@ def attention_paged(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     batch_invariant: bool = False,
+    tree_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of queries over a cache in pages.
 
@@ -78,7 +79,7 @@ def attention_paged(
             Entries behind a sequence's last page are not read; others must be pages that there
             are, or the results are those of some other page.
         seqlens_k: int32, [batch]: how many keys each sequence has (clamped to 0 and to max_pages *
-            page_size). What pages hold behind a sequence's last key has no effect.
+            page_size). The rest of its last page has no effect.
         causal: False, True (the last query sees the last key) or "upper_left"; see `attention`.
         window: (left, right), the keys visible on either side of the diagonal, or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
@@ -93,6 +94,8 @@ def attention_paged(
             float8_e4m3fn; see `attention`.
         v_scale: likewise, of v_pages.
         batch_invariant: give each sequence the same bits whatever is beside it; see `attention`.
+        tree_mask: boolean, broadcastable to [batch, num_heads_q, seqlen_q, seqlen_q]: which of the
+            last seqlen_q keys a query sees, besides all before them; instead of mask.
 
     Returns:
         out: [batch, num_heads_q, seqlen_q, head_dim_v], dtype of q; with return_lse the pair (out,
@@ -107,10 +110,11 @@ def attention_paged(
     """
     inputs = Inputs(
         q, k_pages, v_pages, mask, seqlens_k, page_table=page_table, sinks=sinks, k_scale=k_scale,
-        v_scale=v_scale,
+        v_scale=v_scale, tree_mask=tree_mask,
     )  # fmt: skip
+    either = mask if tree_mask is None else tree_mask
     scales = tuple(scales_of(inputs).values())
-    if is_plain((seqlens_k, page_table, *scales), q, k_pages, v_pages, mask, sinks):
+    if is_plain((seqlens_k, page_table, *scales), q, k_pages, v_pages, either, sinks):
 
         def describe() -> Problem:
             options = Options.checked(causal, window, softcap, scale, batch_invariant)
@@ -119,8 +123,8 @@ def attention_paged(
         asked = causal, window, softcap, scale, return_lse, return_max_score
         lengths = seqlens_k, page_table
         result = attend_lengths(
-            q, k_pages, v_pages, mask, lengths, sinks, asked, None, backend, describe,
-            batch_invariant, scales,
+            q, k_pages, v_pages, either, lengths, sinks, asked, None, backend, describe,
+            batch_invariant, scales, None, tree_mask is not None,
         )  # fmt: skip
         if result is not None:
             return result
@@ -137,6 +141,7 @@ def check(inputs: Inputs) -> None:
     table = inputs.page_table
     padded.check_scales_of(inputs)
     dense.check(as_wide(inputs))
+    padded.check_tree_of(inputs)
     check_lengths("seqlens_k", seqlens_k, q)
     check_integers("page_table", table, q, 2, "two dimensions, [batch, max_pages]")
     assert table is not None
@@ -206,6 +211,8 @@ def pages_problem(q: Tensor, inputs: Inputs, options: Options) -> Problem:
     reach = table.shape[1] * page_size
     if inputs.mask is not None:
         check_mask(inputs.mask, q, reach)
+    tree = inputs.tree_mask
+    either = inputs.mask if tree is None else tree
     left, right = widest_band(options.causal, window, q.shape[2], reach)
     return dataclasses.replace(
         problem,
@@ -214,7 +221,7 @@ def pages_problem(q: Tensor, inputs: Inputs, options: Options) -> Problem:
         window_left=left,
         window_right=right,
         diag_offset=0,
-        mask=None if inputs.mask is None else mask_spec(inputs.mask),
+        mask=None if either is None else mask_spec(either, tree is not None),
         varlen="pages",
         page_size=page_size,
         num_pages=num_pages,
@@ -252,11 +259,15 @@ def _differentiate(
 OPERATORS = Operators(
     Family(
         name="attention_paged",
-        inputs=("q", "k", "v", "mask", "page_table", "seqlens_k", "sinks", "k_scale", "v_scale"),
+        inputs=(
+            "q", "k", "v", "mask", "page_table", "seqlens_k", "sinks", "k_scale", "v_scale",
+            "tree_mask",
+        ),
         differentiable=("q", "k", "v", "sinks"),
         places={
             "q": 0, "k": None, "v": None, "mask": "mask", "page_table": 0, "seqlens_k": 0,
-            "sinks": None, "k_scale": None, "v_scale": None, "out": 0, "lse": 0, "max_score": 0,
+            "sinks": None, "k_scale": None, "v_scale": None, "tree_mask": "mask", "out": 0,
+            "lse": 0, "max_score": 0,
         },
         check=check,
         compute=_compute,

@@ -17,9 +17,9 @@ from torch import Tensor
 from flashcore.backends.dispatch import choose_backend, warn_once
 from flashcore.backends.packed import check_lengths, checked_max_seqlen, run_packed
 from flashcore.ops import flops, paged, varlen
-from flashcore.ops.calls import attend_lengths
 from flashcore.ops.eager import is_plain
 from flashcore.ops.family import Family, Gradients
+from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.plain.pages import (
     packed_backward_plain,

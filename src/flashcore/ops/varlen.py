@@ -21,10 +21,10 @@ from flashcore.backends.packed import (
 )
 from flashcore.backends.sinks import packed_gradient_of_sinks
 from flashcore.ops import flops
-from flashcore.ops.calls import attend_lengths
 from flashcore.ops.dense import autocast
-from flashcore.ops.eager import is_plain
+from flashcore.ops.eager import Recording, is_plain, recorder
 from flashcore.ops.family import Family, Gradients
+from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.plain.lengths import (
     varlen_backward_plain,
@@ -207,7 +207,9 @@ def attention_varlen(
     if is_dynamo_compiling() or _is_any_autocast_enabled():
         q, k, v, _, sinks = autocast(q, k, v, None, sinks)
     lengths = cu_seqlens_q, cu_seqlens_k
-    if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(lengths, q, k, v, None, sinks):
+    if type(max_seqlen_q) is type(max_seqlen_k) is int and is_plain(
+        lengths, q, k, v, None, sinks, sinks is None
+    ):
 
         def describe() -> Problem:
             return packed_problem(
@@ -218,8 +220,9 @@ def attention_varlen(
         asked = causal, window, softcap, scale, return_lse, return_max_score
         longest = max_seqlen_q, max_seqlen_k
         result = attend_lengths(
-            q, k, v, None, lengths, sinks, asked, longest, backend, describe, batch_invariant
-        )
+            q, k, v, None, lengths, sinks, asked, longest, backend, describe, batch_invariant,
+            record=_record if sinks is None else None,
+        )  # fmt: skip
         if result is not None:
             return result
     if not torch.compiler.is_compiling():  # then the operator's fake checks
@@ -303,3 +306,10 @@ OPERATORS = Operators(
         scores=flops.packed_scores,
     )
 )  # fmt: skip
+
+
+def _problem_of_packed(inputs: Inputs, options: Options) -> Problem:
+    return packed_problem(*of_packed(inputs), **options.asked())
+
+
+_record = recorder(Recording(OPERATORS, _problem_of_packed, ("cu_seqlens_q", "cu_seqlens_k")))

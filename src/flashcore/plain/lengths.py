@@ -34,6 +34,7 @@ from flashcore.plain.attention import (
     outside_band,
 )
 from flashcore.plain.second_order import backward_of_backward
+from flashcore.plain.trees import with_mask_of_tree
 from flashcore.problem.memory_layout import as_batch
 from flashcore.problem.options import Inputs, Options, Results
 from flashcore.problem.scales import dequantised_inputs
@@ -119,7 +120,7 @@ def varlen_second_order(
 
 def padded_forward_plain(inputs: Inputs, options: Options) -> Results:
     """Compute `attention_padded_forward`; caches of 8 bits are rounded to the dtype of q."""
-    inputs = dequantised_inputs(inputs)
+    inputs = with_mask_of_tree(dequantised_inputs(inputs))
     q, k, v, mask, *_ = inputs
     check_qkv(q, k, v)
     if mask is not None:

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from flashcore.problem import Problem
 
 # Of more keys than this the portable kernel adds up O and row_sum a chunk after the other
-# (tile/totals.cuh). Up to here what tensor cores cut off is 2^-13.5 of the sum at most, a third of
-# what rounding to float16 costs.
+# (fwd_wmma/totals_wmma.cuh). Up to here what tensor cores cut off is 2^-13.5 of the sum at most, a
+# third of what rounding to float16 costs.
 MAX_KEYS_OF_A_SUM = 2**16
 KEYS_OF_CHUNK = 2**14
 
@@ -30,7 +30,7 @@ LARGE_SOFTCAP = 2.0**10
 def keys_of_chunk(problem: Problem) -> int:
     """Return how many keys a sum of the portable kernel goes over, 0 for all."""
     if problem.batch_invariant:
-        return KEYS_OF_CHUNK
+        return 0 if is_cut(problem) else KEYS_OF_CHUNK  # pieces are shorter
     return KEYS_OF_CHUNK if _most_keys_of_a_row(problem) > MAX_KEYS_OF_A_SUM else 0
 
 

@@ -5,7 +5,7 @@ A row tile has 64 rows or more, and its keys and values are read once. Where a h
 as in decoding, its tile would be nearly empty, and every head of a group would read the same keys
 again. But [batch, num_heads_kv * group, seqlen_q, dim] is [batch, num_heads_kv, group * seqlen_q,
 dim] in memory, if heads lie seqlen_q rows apart: row r of that is query r % seqlen_q of the group's
-head r / seqlen_q. That is all the kernels need to know of it, and only where a bound depends on the
+head r / seqlen_q. The kernels need to know no more than that, and only where a bound depends on the
 query (tile/band.cuh). Nor need it be all heads of a group: where the group is large, a divisor
 of it leaves more row tiles (kernels/fwd_sm90/splits.py). Several queries of a q that is [batch,
 seqlen_q, num_heads_q, dim] in memory, as projections write it, are copied first, which is little
@@ -23,25 +23,65 @@ if TYPE_CHECKING:
 
 # Above it one head's rows fill a tile, and a tile of rows that follow each other skips more keys.
 MAX_QUERIES = 32
-# What folding must keep from being read again for a copy of q to pay: 16 MB take 3 us from L2, and
-# so does the copy, about. Measured on an H200 (2026-11-29, 24 shapes of 2 to 32 queries, D128):
+# A copy of q pays if folding spares the reading of so many bytes: 16 MB take 3 us from L2, and so
+# does the copy, about. Measured on an H200 (2026-11-29, 24 shapes of 2 to 32 queries, D128):
 # with this bound calls take 0.8 % more, on average, than the better of both, with no other less.
 COPY_PAYS_BYTES = 16 * 2**20
+# Of packed queries: those of a sequence in the mean, up to which heads are folded. With twice 128
+# heads of a group fill row tiles either way.
+MAX_MEAN_QUERIES = 512
+BOX_ROWS = 64  # of Q that TMA loads as one: whole queries
+_LEAST_ROWS = 48  # of a box that some query has, or too much is computed for nobody
 _MAX_ROW_STRIDE = 2**31 - 1  # in elements, as in kernels/fwd_wmma/params.py
 
 
 def can_fold(problem: Problem) -> bool:
     """Return whether the heads of a group can be rows of one: q and the mask then have one stride
-    between rows. The output and lse, which are contiguous, always have."""
+    between rows, or all heads share a tree. The output and lse, which are contiguous, always
+    have."""
     length = problem.seqlen_q
     if problem.packs_queries or problem.group_size < 2 or not 1 <= length <= MAX_QUERIES:
+        return False
+    is_tree = problem.mask is not None and problem.mask.dtype == "tree"
+    if problem.mask is not None and is_tree and problem.mask.strides[1]:
         return False
     _, head_stride, row_stride = problem.q_strides
     if length == 1:
         return head_stride <= _MAX_ROW_STRIDE
     if head_stride != length * row_stride:
         return False
-    return problem.mask is None or problem.mask.strides[1] == length * problem.mask.strides[2]
+    if problem.mask is None or is_tree:
+        return True
+    return problem.mask.strides[1] == length * problem.mask.strides[2]
+
+
+def heads_of_packed_rows(problem: Problem) -> int:
+    """Return how many heads of a group are rows of one in a call of packed queries, on the Hopper
+    kernel (tile/folded_rows.cuh); 0 where none are.
+
+    Only the device knows how many queries a sequence has. Where queries are few in the mean, some
+    sequences have next to none, and keys are read as often as there are row tiles; a tile of many
+    queries does the same work whether they are one head's or a few of all heads. Batch-invariant
+    calls, whose neighbours must not decide, are folded wherever there are pages.
+    """
+    group, batch = problem.group_size, max(1, problem.batch)
+    if not problem.packs_queries or group < 2:
+        return 0
+    keys = batch * problem.seqlen_k if problem.has_pages else problem.total_k
+    few = problem.total_q <= MAX_MEAN_QUERIES * batch and 4 * problem.total_q <= keys
+    if problem.batch_invariant:
+        few = problem.has_pages
+    if not few:
+        return 0
+    used = (n for n in range(min(group, BOX_ROWS), 1, -1) if group % n == 0)
+    return next((n for n in used if BOX_ROWS // n * n >= _LEAST_ROWS), 0)
+
+
+def packed_rows(problem: Problem, num_heads: int) -> int:
+    """Return how many rows a mean packed sequence has where `num_heads` heads are rows of one."""
+    last = max(1, -(-problem.total_q // max(1, problem.batch))) - 1
+    queries = BOX_ROWS // num_heads
+    return last // queries * BOX_ROWS + (last % queries + 1) * num_heads
 
 
 def with_copied_q(problem: Problem) -> Problem | None:

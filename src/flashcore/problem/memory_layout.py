@@ -19,7 +19,8 @@ class MaskSpec:
     """A MaskSpec says how a mask is read.
 
     Args:
-        dtype: "bool" (True = attend), or the dtype of an additive mask.
+        dtype: "bool" (True = attend), or the dtype of an additive mask; "tree": boolean, of the
+            last keys of each sequence alone, as many as there are queries.
         strides: elements per step in (batch, head of q, query, key); 0 where broadcast.
         load_bytes: the widest of 16, 8, 4, 2, 1 that divides the address of every row; an element's
             own where those of a row are not neighbours.
@@ -78,8 +79,9 @@ def described_memory(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> dict[
     }
 
 
-def mask_spec(mask: torch.Tensor) -> MaskSpec:
-    """Return how a mask of up to four dimensions is read."""
+def mask_spec(mask: torch.Tensor, is_tree: bool = False) -> MaskSpec:
+    """Return how a mask of up to four dimensions is read; one that is a tree is read element by
+    element, as only the device knows where its keys begin."""
     missing = (0,) * (4 - mask.dim())
     strides = (
         stride if size > 1 else 0 for size, stride in zip(mask.shape, mask.stride(), strict=True)
@@ -87,6 +89,8 @@ def mask_spec(mask: torch.Tensor) -> MaskSpec:
     dtype = "bool" if mask.dtype == torch.bool else DTYPES[mask.dtype]
     of_batch, of_head, of_row, of_key = (*missing, *strides)
     size = mask.element_size()
+    if is_tree:
+        return MaskSpec("tree", (of_batch, of_head, of_row, of_key), size)
     bits = 16 | _address(mask) | (of_batch | of_head | of_row) * size
     return MaskSpec(
         dtype, (of_batch, of_head, of_row, of_key), bits & -bits if of_key == 1 else size

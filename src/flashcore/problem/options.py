@@ -46,6 +46,9 @@ class Inputs(NamedTuple):
         k_scale: float32, broadcastable to [batch, num_heads_kv]: what elements of k count, where k
             is float8_e4m3fn.
         v_scale: likewise, of v.
+        tree_mask: boolean, broadcastable to [batch, num_heads_q, seqlen_q, seqlen_q]: which of the
+            last seqlen_q keys of its sequence a query sees, besides all before them; instead of
+            mask.
     """
 
     q: Tensor
@@ -61,6 +64,7 @@ class Inputs(NamedTuple):
     sinks: Tensor | None = None
     k_scale: Tensor | None = None
     v_scale: Tensor | None = None
+    tree_mask: Tensor | None = None
 
 
 class Wanted(NamedTuple):
@@ -112,7 +116,7 @@ class Results(NamedTuple):
         return cls(out, *(next(found) if want else None for want in wanted))
 
 
-# Those through which gradients flow; the backward pass is given them, too.
+# Results through which gradients flow; the backward pass is given them, too.
 DIFFERENTIABLE_RESULTS = ("out", "lse")
 
 

@@ -17,7 +17,7 @@ Result = Tensor | tuple[Tensor, ...]
 
 def has_other_rank(q: object, k: object, v: object) -> bool:
     """Return whether q, k and v are dense tensors that agree in a number of dimensions other than
-    4. What else may be wrong with them is found later."""
+    4. Other faults of theirs are found later."""
     if isinstance(q, Tensor) and q.dim() == 4:
         return False
     tensors = [x for x in (q, k, v) if isinstance(x, Tensor)]

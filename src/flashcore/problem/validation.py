@@ -171,6 +171,31 @@ def check_mask(mask: torch.Tensor, q: torch.Tensor, seqlen_k: int) -> None:
         )
 
 
+def check_tree_mask(tree_mask: torch.Tensor, q: torch.Tensor) -> None:
+    """Raise unless `tree_mask` is boolean and broadcasts to the scores of the queries of `q` and as
+    many keys."""
+    if tree_mask.dtype != torch.bool:
+        raise TypeError(
+            f"tree_mask has dtype {tree_mask.dtype}; it must be boolean (True = attend): pass "
+            "tree_mask.bool()"
+        )
+    target = (q.shape[0], q.shape[1], q.shape[2], q.shape[2])
+    pairs = zip(reversed(tree_mask.shape), reversed(target), strict=False)
+    if tree_mask.dim() > 4 or any(
+        not certainly(have == 1) and certainly(have != want) for have, want in pairs
+    ):
+        raise ValueError(
+            f"tree_mask has shape {shape_text(tree_mask)}, which does not broadcast to [batch, "
+            f"num_heads_q, seqlen_q, seqlen_q] = {list(target)}; of one a sequence pass "
+            "tree_mask[:, None]"
+        )
+    if tree_mask.device != q.device:
+        raise ValueError(
+            f"tree_mask is on {tree_mask.device} but q is on {q.device}; move it with "
+            "tree_mask.to(q.device)"
+        )
+
+
 def check_sinks(sinks: object, q: torch.Tensor, num_heads_q: int) -> None:
     """Raise unless `sinks` is a vector of one logit a head of `q`, where `q` lies."""
     check_plain_tensor("sinks", sinks)

@@ -1,7 +1,7 @@
 """List the configurations of the backward kernels that are checked against the resource budget.
 
-They are derived from the same problems as those of the forward (configurations.py). How many
-queries or keys a call has decides no tile of theirs, so variants that differ in that are left out.
+They are derived from the same problems as those of the forward (configurations.py). Their
+tiles do not depend on the number of queries or keys, so variants that differ in it are left out.
 """
 
 from __future__ import annotations

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from flashcore.compile.jit import Resources
     from flashcore.selection.configurations import Configuration
 
-# How many variants of a cell are in the sample.
+# The number of a cell's variants in the sample.
 SAMPLED_VARIANTS = 2
-# What an option takes of a thread's registers, a bound of the band, soft-capping, a mask or
-# lengths: the portable kernel's median on sm_75 and sm_80.
+# Registers of a thread that an option takes (a bound of the band, soft-capping, a mask, lengths):
+# the portable kernel's median on sm_75 and sm_80.
 _REGISTERS_OF_AN_OPTION = 4
 # More than any other option takes: of sums that begin anew, which leave none at head_dim 256.
 _REGISTERS_OF_TOTALS = 64
@@ -57,6 +57,7 @@ def expected_room(plan: Plan) -> int:
             plan.has_softcap,
             plan.mask is not None,
             plan.varlen != "none",
+            plan.stream_k,
         )
     )
     of_totals = _REGISTERS_OF_TOTALS if plan.keys_of_chunk else 0
@@ -97,7 +98,7 @@ def over_budget(entry: Configuration, found: Resources) -> list[str]:
     if found.spill_bytes > 0:
         lines.append(f"{where}: {found.spill_bytes} spilled bytes, 0 allowed")
     lines += [f"{where}: {remark}" for remark in found.remarks if _FENCE_ADDED not in remark]
-    budget = None if kernel_of(plan).is_backward else forward_of(plan).budget
+    budget = None if kernel_of(plan).is_backward else forward_of(plan).budget_of(plan)
     if found.head_dim == 64 and budget is not None:
         registers, smem_bytes = budget
         if found.registers > registers:

@@ -18,6 +18,7 @@ from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS, Plan
 from flashcore.kernels.registry import PORTABLE, forward_for, forward_of
 from flashcore.problem import Problem, widest_band
 from flashcore.problem.exactness import MAX_KEYS_OF_A_SUM
+from flashcore.problem.memory_layout import mask_spec
 from flashcore.problem.problem import PACKS_QUERIES
 from flashcore.selection import tile_table
 from flashcore.selection.select import candidates
@@ -26,7 +27,7 @@ Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
 _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
-# What each name stands for in a call of `attention` or, "varlen", of `attention_varlen`. "masked"
+# The options that each name stands for, of `attention` or ("varlen") `attention_varlen`. "masked"
 # takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
 # has tiles of its own for calls with neither softcap nor mask.
 _ALL_OPTIONS: dict[str, Any] = {"window": (64, 64), "softcap": 30.0}
@@ -56,7 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "columns-mask": {"mask": "columns"},
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
-    # More keys than one sum is exact over (tile/totals.cuh).
+    # More keys than one sum is exact over (fwd_wmma/totals_wmma.cuh).
     "long": {"keys": 2 * MAX_KEYS_OF_A_SUM},
     "max-score": {"causal": True, "return_max_score": True},
     # The most for the Hopper kernel's producer; of its own head_dims, listed beside the widest.
@@ -64,6 +65,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Lanes that find pages take registers of the producer, and with a mask of the consumers.
     "pages-masked": {**_ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "tree": {"queries": 64, **_ALL_OPTIONS, "mask": "tree", "varlen": "pages", "page_size": 16},
+    # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
+    "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
+    "packed-mixed": {"queries": 40, **_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
 }
@@ -75,15 +81,15 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "loose-padding": {"mask": "loose-padding"},
     "causal-loose-padding": {"causal": True, "mask": "loose-padding"},
     "padding-bias": {"mask": "padding-bias"},
-    "decode-window": {"queries": 1, "window": (64, 0)},
+    "decode-window": {"queries": 1, "window": (511, 0)},
     "decode-softcap": {"queries": 1, "softcap": 30.0},
-    "decode-window-softcap": {"queries": 1, "window": (64, 0), "softcap": 30.0},
+    "decode-window-softcap": {"queries": 1, "window": (511, 0), "softcap": 30.0},
     "decode-padding": {"queries": 1, "mask": "padding"},
     "decode-loose-padding": {"queries": 1, "mask": "loose-padding"},
     "few-queries": {"queries": 4, "causal": True},
-    "few-queries-window": {"queries": 4, "causal": True, "window": (64, 0)},
+    "few-queries-window": {"queries": 4, "causal": True, "window": (511, 0)},
     "few-queries-softcap": {"queries": 4, "causal": True, "softcap": 30.0},
-    "chunk-window": {"queries": 100, "causal": True, "window": (64, 0)},
+    "chunk-window": {"queries": 100, "causal": True, "window": (511, 0)},
     "varlen-full": {"varlen": "packed"},
     "varlen-window": {"window": (64, 64), "varlen": "packed"},
     "varlen-causal-softcap": {"causal": True, "softcap": 30.0, "varlen": "packed"},
@@ -98,7 +104,7 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "causal-sinks": {"causal": True, "sinks": True},
     "causal-window-sinks": {"causal": True, "window": (127, 0), "sinks": True},
     "decode-sinks": {"queries": 1, "sinks": True},
-    "decode-window-sinks": {"queries": 1, "window": (127, 0), "sinks": True},
+    "decode-window-sinks": {"queries": 1, "window": (511, 0), "sinks": True},
     "varlen-causal-sinks": {"causal": True, "sinks": True, "varlen": "packed"},
     "keys-chunk": {"queries": 100, "causal": True, "varlen": "keys"},
     # Of the usual size; others are compiled when they are met.
@@ -106,7 +112,7 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "pages-decode": {"queries": 1, "varlen": "pages", "page_size": 16},
     "pages-few-queries": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
     "pages-chunk": {"queries": 100, "causal": True, "varlen": "pages", "page_size": 16},
-    "pages-tree": {"queries": 4, "mask": "bool", "varlen": "pages", "page_size": 16},
+    "pages-tree": {"queries": 4, "mask": "tree", "varlen": "pages", "page_size": 16},
     "packed-pages-causal": {"causal": True, "varlen": "packed_pages", "page_size": 16},
 }
 SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))  # of language models
@@ -132,14 +138,13 @@ OTHER_VARIANTS = (
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut"),
-    *("pages-masked", "packed-pages"),
+    *("pages-masked", "packed-pages", "packed-mixed", "tree"),
 )
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
-_CUT_VARIANTS = ("cut", "cut-plain", "cut-pages", "cut-invariant")
-_PAGES_VARIANTS = ("pages-masked", "packed-pages", "float8-decode", "float8-chunk")
 _HOPPER_VARIANTS = (
-    *("window", "varlen-causal", "decode", "chunk", "uneven"),
-    *(*_MASK_VARIANTS, *_CUT_VARIANTS, *_PAGES_VARIANTS),
+    *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
+    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),
+    *("packed-decode", "packed-mixed", "packed-few", "tree"),
 )
 _IN_BOTH_DTYPES = ("full", "causal", "masked")  # see Configuration.is_checked
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
@@ -234,25 +239,26 @@ def serving_plans(
                 continue
             options = {**VARIANTS, **SERVING_VARIANTS}[variant]
             groups = _SERVING_GROUPS if "queries" in options else (1,)
-            portable = forward_for(arch) is PORTABLE or variant in (
-                "full",
-                "causal",
-                "options",
-                "varlen",
-            )
+            usual = variant in ("full", "causal", "options", "varlen")
+            portable = forward_for(arch) is PORTABLE or usual
             for group, ships in itertools.product(groups, (False, True)):
                 problem = problem_of(head_dim, dtype, options, group)
-                for plan in _plans(problem, arch, portable, ships):
+                for plan in _plans(problem, arch, portable, ships, in_batches=True):
                     found[plan.machine_code()] = None
     return list(found)
 
 
-def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator[Plan]:
+def _plans(
+    problem: Problem, arch: int, portable: bool, ships: bool, in_batches: bool = False
+) -> Iterator[Plan]:
     """Return what the problem's kind may run on an architecture, by rules or, if it `ships`, by the
     table. The Hopper kernel has other tiles for other sizes, and leaves to the portable one what
-    TMA cannot read."""
+    TMA cannot read; of that one few queries of many sequences are asked for `in_batches`."""
     if portable and not ships:
         yield candidates(problem, arch, kernel=PORTABLE.name)[0]
+        if problem.seqlen_q < _SEQLEN and in_batches:  # which share no keys
+            many = _resized(problem, max(_HEADS), _SEQLEN)
+            yield candidates(many, arch, kernel=PORTABLE.name)[0]
     table = tile_table.read(arch) if ships else None
     if problem.seqlen_k > _SEQLEN:
         return
@@ -268,27 +274,21 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
     k_strides, v_strides = (
         (length * dim, length * dim, dim) for dim in (problem.head_dim, problem.head_dim_v)
     )
+    seqlen_q, q_strides = length, k_strides
     if problem.seqlen_q < _SEQLEN:  # as many queries and heads as ever
         _, head_stride, row_stride = problem.q_strides
-        return dataclasses.replace(
-            problem,
-            batch=batch,
-            seqlen_k=length,
-            q_strides=(problem.group_size * head_stride, head_stride, row_stride),
-            k_strides=k_strides,
-            v_strides=v_strides,
-        )
-    total = batch * length if problem.packs_queries else 0
+        of_batch = problem.group_size * head_stride
+        seqlen_q, q_strides = problem.seqlen_q, (of_batch, head_stride, row_stride)
     return dataclasses.replace(
         problem,
         batch=batch,
-        seqlen_q=length,
+        seqlen_q=seqlen_q,
         seqlen_k=length,
-        q_strides=k_strides,
+        q_strides=q_strides,
         k_strides=k_strides,
         v_strides=v_strides,
-        total_q=total,
-        total_k=0 if problem.has_pages else total,
+        total_q=batch * seqlen_q if problem.packs_queries else 0,
+        total_k=batch * length if problem.varlen == "packed" else 0,
     )
 
 
@@ -304,7 +304,7 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
     queries = options.pop("queries", None)
     q = x if queries is None else x.new_empty(1, group, queries, dim)
     mask = options.pop("mask", None)
-    if mask is not None:
+    if mask not in (None, "tree"):
         is_row = "padding" in mask
         # Rows of a mask for several sequences are aligned for wide loads or not.
         batch, heads, rows = (2, 1, 1) if is_row else (1, *q.shape[1:3])
@@ -324,16 +324,16 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
     causal = "lower_right" if options.pop("causal", False) else "none"
     left, right = widest_band(causal, window, q.shape[2], _SEQLEN)
     problem = Problem.from_tensors(q, k, v, **options)
-    total_q = _SEQLEN if varlen in PACKS_QUERIES else 0
     return dataclasses.replace(
         problem,
         causal=causal,
         window_left=left,
         window_right=right,
         varlen=varlen,
-        total_q=total_q,
-        total_k=0 if page_size else total_q,
+        total_q=q.shape[2] if varlen in PACKS_QUERIES else 0,
+        total_k=keys if varlen == "packed" else 0,
         page_size=page_size,
         num_pages=_SEQLEN // page_size if page_size else 0,
         cache_dtype=cache_dtype,
+        mask=mask_spec(q.new_empty(2 * q.shape[2:3]), True) if mask == "tree" else problem.mask,
     )

@@ -1,8 +1,8 @@
 """Say which tile configurations of a kernel there are to try. Pure functions, no GPU needed.
 
-A configuration is the fields of a Plan that the problem does not decide. What is listed fits into
-shared memory and asks for no more registers than a block can be given; what spills only the
-compiler knows.
+A configuration is the fields of a Plan that the problem does not decide. Those listed fit into
+shared memory and ask for no more registers than a block can be given; only the compiler
+knows which spill.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flashcore.kernels.kernel import Tile
 from flashcore.kernels.registry import kernel_of
 from flashcore.selection.registers import spare_registers
 
-# What the problem, the GPU or a debug session decides; all other fields are the tile.
+# Fields that the problem, the GPU or a debug session decides; all others are the tile.
 _GIVEN = frozenset(
     {
         "kernel",

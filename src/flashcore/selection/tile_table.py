@@ -159,7 +159,7 @@ def options_of(problem: Problem) -> list[str]:
     if problem.softcap:
         parts.append("softcap")
     if problem.mask is not None:
-        parts.append("bool mask" if problem.mask.dtype == "bool" else "additive mask")
+        parts.append("bool mask" if problem.mask.dtype in ("bool", "tree") else "additive mask")
     if problem.varlen != "none":
         parts.append(f"varlen {problem.varlen}")
     if problem.load_bytes < 16:
@@ -209,8 +209,8 @@ def work_of_fullest_sm(tile: Tile, size: Size, num_sms: int, is_causal: bool) ->
         size: of the problem.
         num_sms: of the GPU.
         is_causal: whether half of the keys are hidden; then long and short row tiles are dealt out
-            evenly, and the longest one is the least that an SM can have. What a row tile has past
-            the sequence's end is passed over by 64 rows.
+            evenly, and the longest one is the least that an SM can have. Rows of a row tile
+            past the sequence's end are passed over by 64.
     """
     keys = -(-size.seqlen_k // tile["block_n"]) * tile["block_n"]
     if is_causal:

@@ -12,9 +12,11 @@ from torch.compiler import is_compiling
 
 from flashcore.api import attention
 from flashcore.errors import FallbackWarning, stacklevel_of_caller
+from flashcore.ops.padded import attention_padded
 from flashcore.ops.paged import attention_paged
 from flashcore.ops.paged_varlen import attention_paged_varlen
 from flashcore.ops.varlen import attention_varlen
+from flashcore.problem.options import Inputs
 from flashcore.serving.pages import capacity_of, gather_packed, gather_padded, one_page_each
 from flashcore.serving.rows import Rows, lengths_of_keys, number_of
 
@@ -35,6 +37,7 @@ def attend_pages(
     cu_seqlens_q: Tensor | None,
     max_seqlen_q: int | Tensor | None,
     mask: Tensor | None,
+    tree_mask: Tensor | None,
     backend: str,
     options: dict[str, Any],
     return_lse: bool,
@@ -43,27 +46,30 @@ def attend_pages(
 
     A contiguous cache is read in place by `attention`, pages by `attention_paged`, or by
     `attention_paged_varlen` for packed queries. With padding on the left, which none of them takes,
-    tokens are copied into one piece.
+    tokens are copied into one piece. The others clamp lengths themselves: that takes no launch.
 
     Returns:
         out, and lse with return_lse.
     """
     options = {**options, "return_lse": return_lse, "backend": backend}
     if page_table is None and leftpad is None and cu_seqlens_q is None:
-        return _several(attention(q, k_cache, v_cache, seqlens_k=seqlens_k, mask=mask, **options))
+        return _contiguous(q, k_cache, v_cache, seqlens_k, mask, tree_mask, options)
     if page_table is None:
         page_table = one_page_each(k_cache)
     capacity = capacity_of(k_cache, page_table)
-    lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
     is_readable = leftpad is None and k_cache.shape[0] > 0 and k_cache.shape[2] > 0
     if cu_seqlens_q is None:
         if is_readable:
             return _several(
-                attention_paged(q, k_cache, v_cache, page_table, lengths, mask=mask, **options)
-            )
+                attention_paged(
+                    q, k_cache, v_cache, page_table, seqlens_k, mask=mask, tree_mask=tree_mask,
+                    **options,
+                )
+            )  # fmt: skip
         _warn_of_copy(q, backend)
         k, v = (gather_padded(x, page_table, leftpad) for x in (k_cache, v_cache))
-        return _several(attention(q, k, v, seqlens_k=lengths, mask=mask, **options))
+        lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
+        return _contiguous(q, k, v, lengths, mask, tree_mask, options)
     batch, longest = page_table.shape[0], q.shape[0] if max_seqlen_q is None else max_seqlen_q
     if (
         is_readable
@@ -74,23 +80,42 @@ def attend_pages(
     ):
         padded = _padded(q, cu_seqlens_q, longest)
         results = _several(
-            attention_paged(padded, k_cache, v_cache, page_table, lengths, **options)
+            attention_paged(padded, k_cache, v_cache, page_table, seqlens_k, **options)
         )
         return _packed(results, q, cu_seqlens_q, longest, options["sinks"])
     if is_readable:
         return _several(
             attention_paged_varlen(
-                q, k_cache, v_cache, page_table, lengths, cu_seqlens_q, longest, **options
+                q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, longest, **options
             )
         )
     _warn_of_copy(q, backend)
     scales = options.pop("k_scale"), options.pop("v_scale")
+    lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
     k, v, cu_seqlens_k = gather_packed(
         (k_cache, v_cache), page_table, leftpad, lengths, q.dtype, scales
     )
     return _several(
         attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, capacity, **options)
     )
+
+
+def _contiguous(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Tensor,
+    mask: Tensor | None,
+    tree_mask: Tensor | None,
+    options: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    """Attend to the first keys of each row of a cache; `attention` takes no tree."""
+    if tree_mask is None:
+        return _several(attention(q, k, v, seqlens_k=lengths, mask=mask, **options))
+    others = {name: options[name] for name in ("sinks", "k_scale", "v_scale")}
+    asked = {name: x for name, x in options.items() if name not in others}
+    inputs = Inputs(q, k, v, seqlens_k=lengths, tree_mask=tree_mask, **others)
+    return _several(attention_padded(inputs, return_max_score=False, **asked))
 
 
 def _several(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

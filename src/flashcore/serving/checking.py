@@ -21,6 +21,7 @@ from flashcore.problem.validation import (
     check_mask,
     check_mask_kind,
     check_plain_tensor,
+    check_tree_mask,
     shape_text,
     type_name,
 )
@@ -203,24 +204,7 @@ def check_masks(
     if tree_mask is None:
         return
     check_plain("tree_mask", tree_mask)
-    if tree_mask.dtype != torch.bool:
-        raise TypeError(
-            f"tree_mask has dtype {tree_mask.dtype}; it must be boolean (True = attend): pass "
-            "tree_mask.bool()"
-        )
-    target = (q.shape[0], q.shape[1], q.shape[2], q.shape[2])
-    pairs = zip(reversed(tree_mask.shape), reversed(target), strict=False)
-    if tree_mask.dim() > 4 or any(have not in (1, want) for have, want in pairs):
-        raise ValueError(
-            f"tree_mask has shape {shape_text(tree_mask)}, which does not broadcast to [batch, "
-            f"num_heads_q, seqlen_q, seqlen_q] = {list(target)}; of one a sequence pass "
-            "tree_mask[:, None]"
-        )
-    if tree_mask.device != q.device:
-        raise ValueError(
-            f"tree_mask is on {tree_mask.device} but q is on {q.device}; move it with "
-            "tree_mask.to(q.device)"
-        )
+    check_tree_mask(tree_mask, q)
 
 
 def check_backend_serves(

@@ -14,6 +14,7 @@ from flashcore.backends.autocasting import autocast_dtype, cast_like
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.packed import checked_max_seqlen
 from flashcore.ops.transforms.autograd import needs_grad
+from flashcore.plain.trees import tree_over_keys
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Options
 from flashcore.problem.spelling import OF_KVCACHE, other_names, refuse
@@ -22,7 +23,6 @@ from flashcore.serving import checking, remembered
 from flashcore.serving.append import append, rotated_queries
 from flashcore.serving.attend import attend_pages
 from flashcore.serving.checking_rotary import check_rotary
-from flashcore.serving.masks import tree_over_cache
 from flashcore.serving.pages import capacity_of
 from flashcore.serving.rotary import Rotary
 from flashcore.serving.rows import lengths_before, lengths_of_keys
@@ -159,7 +159,7 @@ def attention_with_kvcache(
             a key's place in its sequence; not with packed queries.
         tree_mask: boolean, broadcastable to [batch, num_heads_q, seqlen_q, seqlen_q]: which of the
             last seqlen_q keys a query sees, besides all before them (speculation with a tree of
-            drafts). It takes a mask of [batch, 1 or num_heads_q, seqlen_q, seqlen_cache] bytes.
+            drafts). Kernels read it as it is; beside a `mask` it becomes one over the whole cache.
         sinks: [num_heads_q], float32 or the dtype of q: a logit of each head that joins the
             softmax, as in `attention`.
         k_scale: of a k_cache of float8_e4m3fn, see `attention`; new tokens are divided by it.
@@ -250,7 +250,7 @@ def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, 
     ) = step  # fmt: skip
     autocasts = is_dynamo_compiling() or _is_any_autocast_enabled()
     if autocasts and autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
-        # What the cache holds is there; the rest is cast to it.
+        # The cache keeps its dtype; the rest is cast to it.
         q, k_new, v_new = (cast_like(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
         step = step._replace(q=q, k_new=k_new, v_new=v_new)
     tensors = (
@@ -281,12 +281,12 @@ def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, 
         elif rotary is not None:
             before = lengths_before(seqlens_k, capacity)
             q = rotated_queries(q, before, cu_seqlens_q, rotary, 0)
-        if tree_mask is not None:
+        if tree_mask is not None and mask is not None:  # kernels read one of them
             lengths = lengths_of_keys(seqlens_k, capacity, cache_leftpad)
-            mask = tree_over_cache(tree_mask, mask, q, lengths, capacity)
+            mask, tree_mask = tree_over_keys(tree_mask, mask, q, lengths, capacity), None
         results = attend_pages(
             q, k_cache, v_cache, page_table, seqlens_k, cache_leftpad, cu_seqlens_q, max_seqlen_q,
-            mask, backend, options, return_lse or lse is not None,
+            mask, tree_mask, backend, options, return_lse or lse is not None,
         )  # fmt: skip
     return _handed_out(results, return_lse, out, lse)
 

@@ -41,7 +41,7 @@ COMMON_FLAGS = (
 KERNEL_FLAGS = ("-Og",)
 RUNTIME_FLAGS = ("-O3",)
 
-# What the runtime includes of the kernels' host side.
+# Headers of the kernels' host side that the runtime includes.
 _RUNTIME_HEADERS = ("simulator/machine.cuh", "simulator/machine_sm90.cuh", "types.cuh")
 
 

@@ -211,7 +211,7 @@ def _make(
 
     def tensor(name: str, shape: tuple[int, ...], strides: tuple[int, ...], dtype: str) -> Tensor:
         drawn = torch.randn(shape, generator=generator)
-        typed = drawn > 0 if dtype == "bool" else drawn.to(getattr(torch, dtype))
+        typed = drawn > 0 if dtype in ("bool", "tree") else drawn.to(getattr(torch, dtype))
         return place(values.get(name, typed), shape, strides, offsets[name])
 
     dtype = problem.dtype
@@ -222,7 +222,8 @@ def _make(
     spec = problem.mask
     mask = None
     if spec is not None:
-        mask = tensor("mask", (*rows_q, problem.seqlen_k), spec.strides, spec.dtype)
+        columns = problem.seqlen_q if spec.dtype == "tree" else problem.seqlen_k
+        mask = tensor("mask", (*rows_q, columns), spec.strides, spec.dtype)
     gate_buffers = None
     if plan.gate is not None:
         num_n_blocks = -(-problem.seqlen_k // plan.block_n)

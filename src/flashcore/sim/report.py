@@ -28,7 +28,7 @@ ALARM_KINDS = {
     "early-access": "global memory touched before the kernels ahead of this one have ended",
     "misuse": "arguments that the PTX ISA does not allow",
 }
-# Those that only kernels with prims_sm90.cuh can raise.
+# Alarms that only kernels with prims_sm90.cuh can raise.
 SM90_ALARM_KINDS = {"mbarrier", "named-barrier", "missing-fence", "wgmma", "early-access"}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor
 from flashcore.base import forks
 from flashcore.compile.codegen import generate_source
 from flashcore.kernels.registry import forward_of
+from flashcore.sim import replay_command
 from flashcore.sim.abi import AgentStruct, LaunchStruct, ReportStruct, TensorStruct
+from flashcore.sim.barrier_names import name_barriers
 from flashcore.sim.build import load_kernel
 from flashcore.sim.report import Agent, SimReport, SimulationError
 from flashcore.sim.tensors import Placed, SimTensor
@@ -146,7 +148,7 @@ def simulate_source(
     )
 
 
-def raise_if_left(counters: Tensor, seed: int) -> None:
+def _raise_if_left(counters: Tensor, seed: int) -> None:
     """Raise SimulationError unless a launch left its counters at 0."""
     left = counters.nonzero().flatten().tolist()
     if left:
@@ -244,6 +246,39 @@ def simulate(
         is_input = plan.gate == "pv" and name == "gate_scores"
         field = pointer_fields(name)
         tensors.append(SimTensor(name, buffer, field, writable=not is_input, complete=False))
+    inputs = {item.name: item.tensor for item in tensors if not (item.writable or item.counter)}
+    return simulate_plan(
+        plan, params, tensors, counters, grid, seed, plant,
+        lambda: replay_command.replay_command(problem, plan, inputs, seed=seed, plant=plant),
+    )  # fmt: skip
+
+
+def simulate_plan(
+    plan: Plan,
+    params: ctypes.Structure,
+    tensors: Sequence[SimTensor],
+    counters: Tensor,
+    grid: int,
+    seed: int,
+    plant: Plant | None,
+    replay: Callable[[], str],
+) -> SimReport:
+    """Run a plan's kernel, of the forward or backward, in the simulator.
+
+    Args:
+        plan: of the kernel.
+        params: its parameter struct; the simulator writes the addresses.
+        tensors: all that it points to.
+        counters: int32, those of `tensors` that a launch must leave at 0.
+        grid: how many blocks run.
+        seed: of the scheduler.
+        plant: bug to plant, or None.
+        replay: returns the command that replays the run.
+
+    Raises:
+        SimulationError: the kernel did something that it must not do; the error names barriers, and
+            the command.
+    """
     source = generate_source(plan, "host", plant)
     if plan.arch < FIRST_ARCH_WITH_CP_ASYNC:
         source = f"{NO_CP_ASYNC}\n{source}"
@@ -258,13 +293,9 @@ def simulate(
             seed=seed,
             starts_early=plan.starts_early,
         )
-        raise_if_left(counters, seed)
+        _raise_if_left(counters, seed)
         return report
     except SimulationError as error:
-        from flashcore.sim.barrier_names import name_barriers
-        from flashcore.sim.replay_command import replay_command
-
         name_barriers(error, plan)
-        inputs = {item.name: item.tensor for item in tensors if not (item.writable or item.counter)}
-        error.replay = replay_command(problem, plan, inputs, seed=seed, plant=plant)
+        error.replay = replay()
         raise

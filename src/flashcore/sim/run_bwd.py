@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from flashcore.compile.codegen import generate_source
 from flashcore.kernels.bwd_sm90.params import LENGTHS, POINTERS, build_params_bwd_sm90
 from flashcore.kernels.registry import kernel_of
-from flashcore.sim.report import SimReport, SimulationError
-from flashcore.sim.run import PERSISTENT_BLOCKS, raise_if_left, simulate_source
+from flashcore.sim.replay_command import backward_replay_command
+from flashcore.sim.report import SimReport
+from flashcore.sim.run import PERSISTENT_BLOCKS, simulate_plan
 from flashcore.sim.tensors import SimTensor
 
 if TYPE_CHECKING:
@@ -66,24 +66,8 @@ def simulate_backward(
     if plan.draws_tiles:
         placed.append(SimTensor("tile_counter", counter, "attn.tile_counter", counter=True))
     grid = kernel_of(plan).num_blocks(problem, plan, PERSISTENT_BLOCKS)
-    source = generate_source(plan, "host", plant)
-    try:
-        report = simulate_source(
-            source,
-            build_params_bwd_sm90(problem, plan, tensors, grid),
-            placed,
-            grid=grid,
-            num_threads=plan.num_threads,
-            smem_bytes=plan.smem_bytes + (plant.extra_smem_bytes if plant else 0),
-            seed=seed,
-            starts_early=plan.starts_early,
-        )
-        raise_if_left(counter, seed)
-        return report
-    except SimulationError as error:
-        from flashcore.sim.barrier_names import name_barriers
-        from flashcore.sim.replay_command import backward_replay_command
-
-        name_barriers(error, plan)
-        error.replay = backward_replay_command(problem, plan, tensors, seed=seed, plant=plant)
-        raise
+    params = build_params_bwd_sm90(problem, plan, tensors, grid)
+    return simulate_plan(
+        plan, params, placed, counter, grid, seed, plant,
+        lambda: backward_replay_command(problem, plan, tensors, seed=seed, plant=plant),
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 in turns.
 
 A full product would be a thousand compilations for each class of problems. Sizes decide most, and
-the other choices hardly change which sizes are good (docs/ladder.md). What is timed first is timed
+the other choices hardly change which sizes are good (docs/ladder.md). The first rounds time plans
 briefly and unchecked; results are checked where a plan reaches the final.
 """
 

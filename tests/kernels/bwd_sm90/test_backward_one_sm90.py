@@ -75,8 +75,8 @@ def plans_of(problem: Problem, tile: BwdTile | None, ds_stages: int) -> OneKerne
 
 
 def check(case: Case, tile: BwdTile | None = None, ds_stages: int = 1, seed: int = 0) -> None:
-    """Assert that there is neither an alarm nor a wrong result. What arrives at rows that see
-    nothing is NaN."""
+    """Assert that there is neither an alarm nor a wrong result. Gradients that arrive at rows
+    that see nothing are NaN."""
     x = make_inputs(case)
     generator = torch.Generator().manual_seed(case.seed)
     problem, out, lse = forward(x.q, x.k, x.v, None, case.options())

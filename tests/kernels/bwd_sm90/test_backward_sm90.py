@@ -77,8 +77,8 @@ def plans_of(problem, tiles: tuple[BwdTile, BwdTile] | None) -> BwdPlans:
 def check(
     case: Case, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0, dout_seed: int | None = None
 ) -> None:
-    """Check that there is neither an alarm nor a wrong result. What arrives at rows that see
-    nothing is NaN."""
+    """Check that there is neither an alarm nor a wrong result. Gradients that arrive at rows
+    that see nothing are NaN."""
     x = make_inputs(case)
     generator = torch.Generator().manual_seed(case.seed if dout_seed is None else dout_seed)
     problem, out, lse = forward(x.q, x.k, x.v, x.mask, case.options())

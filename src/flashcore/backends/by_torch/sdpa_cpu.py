@@ -1,8 +1,8 @@
 """Compute attention of CPU tensors by the fused kernel behind torch's SDPA, in memory linear in
 seqlen.
 
-That kernel wants as many heads of k and v as of q, equal head_dims and an additive mask; its
-is_causal is "upper_left"; and what it makes of a row with nothing to see differs between versions.
+torch's kernel wants as many heads of k and v as of q, equal head_dims and an additive mask; its
+is_causal is "upper_left"; and its result for a row with nothing to see differs between versions.
 So a call is cut: into one of the heads of each group at a time, and, where positions hide keys,
 into blocks of queries, each with the keys that some of them see and a mask of its own. Nothing is
 copied but masks, and v or q and k where head_dims differ. Scores with softcap are left to

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 # torch's function itself: torch.nn.functional.scaled_dot_product_attention may be this module's.
 torch_sdpa = torch._C._nn.scaled_dot_product_attention
 
-# The module takes a second to import, for it imports torch's compiler. Whoever has a CausalBias
+# The module takes a second to import, for it imports torch's compiler. A caller with a CausalBias
 # has imported it.
 BIAS_MODULE = "torch.nn.attention.bias"
 
@@ -83,7 +83,7 @@ def scaled_dot_product_attention(
 ) -> torch.Tensor:
     """Compute torch.nn.functional.scaled_dot_product_attention on flashcore's kernels.
 
-    Signature, meaning and errors are torch's. What the kernels do not compute goes to torch's own
+    Signature, meaning and errors are torch's. Calls that no kernel computes go to torch's own
     function, with one FallbackWarning per reason and process; see docs/drop-ins.md for the list.
     CPU tensors go there without a warning, for no kernel is passed over; so do calls with nothing
     to compute (a size of 0).

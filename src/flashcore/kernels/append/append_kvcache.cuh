@@ -52,7 +52,7 @@ struct AppendParams {
   int32_t queries;  // 0: the last query at the last new token; 1: the first at the first; 2: all
 };
 
-// Which token of which sequence a row is.
+// The sequence that a row belongs to, and its token there.
 struct TokenOfRow {
   int sequence, token;
   bool is_any;  // false: a packed row of no sequence

@@ -11,7 +11,7 @@
 // A scale below this counts as this; mirrored by SMALLEST_SCALE in problem/scales.py. A NaN stays.
 constexpr float SMALLEST_DIVISOR = 1e-30f;
 
-// float32 -> e4m3, round to nearest even. What is above 448, inf too, becomes 448; NaN stays.
+// float32 -> e4m3, round to nearest even. Values above 448, inf too, become 448; NaN stays.
 FC_DEVICE float8 saturated(float x) {
   const uint32_t bits = to_packet(x).word[0];
   const uint32_t sign = bits >> 24 & 0x80u;

@@ -23,7 +23,7 @@
 #include "bwd_sm90/bwd_sm90.cuh"
 #include "bwd_mask_sm90/bwd_dmask_sm90.cuh"
 
-// What one consumer warpgroup carries from step to step: 64 queries of the tile.
+// A consumer warpgroup's state, carried from step to step; it owns 64 queries of the tile.
 struct Consumer {
   int index;
   WmmaAccum scores[KEY_FRAGS];  // then P
@@ -156,7 +156,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
 
 FC_KERNEL(attn_bwd_dmask_sm90, NUM_WARPS * 32, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
-  const Buffers smem = {
+  const Buffers smem = {  // see attn_bwd_dkdv_sm90.cuh
       {smem_view<Element>(0, NUM_STAGES * Stage::ELEMENTS, "tiles_smem")},
       smem_view<MaskElement>(MASK_OFFSET, NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS, "mask_smem"),
       smem_view<float>(SUMS_OFFSET, SUMS_FLOATS, "sums_smem"),

@@ -69,7 +69,7 @@ FC_DEVICE int num_pieces(const AttnBwdSm90Params& params) {
          g.num_shares;
 }
 
-// What a block takes at once: a tile of the mask, and the steps [begin, end) of its walk.
+// A block's unit of work: a tile of the mask, and the steps [begin, end) of its walk.
 struct Piece {
   BlockCoord first;  // of the mask where the tile is; where it is summed, 0
   int n_block;
@@ -132,7 +132,7 @@ struct Walk {
   }
 };
 
-// Whether some query of a tile sees some key of another by its position. The same for all lanes.
+// Returns whether a query of the tile sees a key of tile n_block by position; all lanes agree.
 FC_DEVICE bool is_seen(const AttnParams& p, int m_begin, int n_block) {
   if (!IS_BOUNDED) return true;
   const Range keys = key_tiles(p, m_begin);
@@ -180,8 +180,8 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
   grid_launch_dependents();
 }
 
-// lse and delta of a lane's two rows. What is no row, or sees no key, gets lse +inf, which makes
-// probabilities 0.
+// lse and delta of a lane's two rows. A row that does not exist or sees no key has lse +inf: its
+// probabilities are 0.
 FC_DEVICE RowStats load_stats(const AttnBwdSm90Params& params, const BlockCoord& block,
                               int warp_row) {
   const AttnParams& p = params.attn;

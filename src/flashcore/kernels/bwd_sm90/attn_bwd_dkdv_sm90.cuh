@@ -38,7 +38,7 @@
 #include "tile/gates.cuh"
 //@end
 
-// What one consumer warpgroup carries from query tile to query tile.
+// A consumer warpgroup's state, carried from query tile to query tile.
 struct Consumer {
   int index;
   int key_row;                      // first of its 64 keys
@@ -201,7 +201,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     c.key_row = block.m_begin + c.index * 64;
     const auto& sequence = own_params(p, block);
     const Range tiles = query_tiles(sequence, block.m_begin);
-    // Who shares dQ has a part of it of all tiles.
+    // A consumer that shares dQ computes its part of it for all query tiles.
     const Range own = DQ_SHARED ? tiles : own_query_tiles<64>(sequence, tiles, c.key_row);
     clear(c.dk);
     clear(c.dv);

@@ -26,7 +26,7 @@
 #include "tile/gates.cuh"
 //@end
 
-// What one consumer warpgroup carries from key tile to key tile.
+// A consumer warpgroup's state, carried from key tile to key tile.
 struct Consumer {
   int index;
   int slot;      // of Q and dO

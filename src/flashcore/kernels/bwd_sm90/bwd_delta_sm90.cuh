@@ -15,7 +15,7 @@ struct RowStats {
 };
 
 // lse and delta of a lane's two rows; one lane of the four that share a row writes delta for the
-// kernel that follows. What is no row, or sees no key, gets lse +inf, which makes probabilities 0.
+// kernel that follows. lse is +inf, and probabilities 0, of a row that is missing or sees no key.
 // `dout` holds the 64 rows from `group_begin` on, as TMA wrote them; `seqlen_q` is the sequence's.
 FC_DEVICE RowStats load_row_stats(const AttnBwdSm90Params& params, const BlockCoord& block,
                                   VGroup dout, int group_begin, int seqlen_q) {

@@ -83,7 +83,7 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init_fence();
 }
 
-// Which slot belongs to a consumer in a block's row tile number `turn`; the parity of its phase.
+// The slot of a consumer in a block's row tile number `turn`, and the parity of its phase.
 FC_DEVICE int slot_of(int turn, int group) { return turn % Q_BUFFERS * NUM_CONSUMERS + group; }
 FC_DEVICE int slot_parity(int turn) { return turn / Q_BUFFERS % 2; }
 

@@ -53,7 +53,7 @@ constexpr int QK_FRAGS = (HEAD_DIM + 15) / 16;  // the last chunk's other column
 constexpr int V_FRAGS = (HEAD_DIM_V + 15) / 16;
 #define POS_INF (-NEG_INF)
 
-// How many tiles went through a ring of stages; see PipelineState in fwd_sm90/pipeline_sm90.cuh.
+// Of the tiles that went through a ring of stages; see PipelineState in pipeline_sm90.cuh.
 template <int STAGES>
 FC_DEVICE int stage_of(uint32_t count) {
   return int(count % STAGES);
@@ -116,7 +116,7 @@ FC_DEVICE void clear(WmmaAccum (&x)[FRAGS]) {
   for (int n = 0; n < FRAGS; ++n) wmma_fill(x[n], 0.0f);
 }
 
-// What hides a score, or is added to it.
+// A score's mask: whether the key is visible, and what an additive mask adds.
 struct ScoreMask {
   bool visible;
   float bias;  // natural units; read only where the mask tensor is additive
@@ -129,7 +129,7 @@ FC_DEVICE ScoreMask as_score_mask(T bias) {
   return {true, to_float(bias)};
 }
 
-// What becomes of one score q.k: its probability, and that times soft-capping's derivative.
+// The probability of one score q.k, and that times soft-capping's derivative.
 // `lse_log2` is in log2 units, +inf for a row that sees nothing or is none.
 struct Probability {
   float p, times_cap;
@@ -181,8 +181,8 @@ struct RowsInTensor {
   bool exist = true;  // or there is none: a packed sequence ends before
 };
 
-// The thread that sends a warpgroup's rows on their way waits until these have been read from shared
-// memory.
+// The thread that sends a warpgroup's rows on their way waits until these have been read from
+// shared memory.
 FC_DEVICE void await_stores() {
   if (warp_idx() % 4 == 0 && elect_lane()) tma_store_wait_read<0>();
 }

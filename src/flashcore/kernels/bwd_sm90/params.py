@@ -52,7 +52,7 @@ class AttnBwdSm90GateParams(ctypes.Structure):
     _fields_ = _fields(AttnGateParams)
 
 
-# What blocks that run side by side may have of L2 for the tiles they stream; see
+# The part of L2 that blocks which run side by side may take for the tiles they stream; see
 # kernels/fwd_sm90/params.py.
 _GROUP_BYTES = 8 << 20
 

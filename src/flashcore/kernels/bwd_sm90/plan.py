@@ -193,36 +193,30 @@ class BwdSm90Plan(Plan):
 
     @property
     def producer_registers_min(self) -> int:
-        """Return the registers that a producer thread needs: with a mask 24 would spill, a warp of
-        it deals out tiles of packed sequences, and in the kernel of dk and dv one computes."""
+        """Return the registers that a producer thread needs at least: more where one of its warps
+        computes, reads a mask, or deals out tiles of packed sequences."""
         if not self.is_dq:
             return 40
         return 32 if self.varlen == "packed" or self.mask is not None else 24
 
     @property
     def role_registers(self) -> tuple[int, ...]:
-        """Return the registers of a consumer and of a producer thread, and of one of dq's
-        warpgroup, if there is one; see Sm90Plan."""
+        """Return the registers of a consumer, of a producer and of dq's threads; see Sm90Plan."""
         if self.has_dq_role:
             return DQ_ROLE_REGISTERS[max(self.head_dim, self.head_dim_v) > 64]
         pool = self.max_registers * (self.num_consumers + 1)
-        producer = self.producer_registers_min
-        consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
+        of_consumers = pool - self.producer_registers_min
+        consumer = min(240, of_consumers // self.num_consumers // 8 * 8)
         return consumer, min(40, pool - consumer * self.num_consumers)
 
     @property
     def box_rows(self) -> dict[str, int]:
         """Return the tensors that the kernel reads and writes by TMA, and their boxes' rows."""
-        written: tuple[str, ...]
-        if self.is_dq:
-            own, walked, written = ("q", "dout"), ("k", "v"), ("dq",)
-            walked_rows = self.block_n
-        else:
-            own, walked, written = ("k", "v"), ("q", "dout"), ("dk", "dv")
-            walked_rows = self.block_m
-        return dict.fromkeys((*own, *written), ROWS_OF_CONSUMER) | dict.fromkeys(
-            walked, walked_rows
-        )
+        of_queries, of_keys = ("q", "dout"), ("k", "v")
+        own, walked = (of_queries, of_keys) if self.is_dq else (of_keys, of_queries)
+        written = ("dq",) if self.is_dq else ("dk", "dv")
+        rows = self.block_n if self.is_dq else self.block_m
+        return dict.fromkeys((*own, *written), ROWS_OF_CONSUMER) | dict.fromkeys(walked, rows)
 
     @property
     def written(self) -> tuple[str, ...]:

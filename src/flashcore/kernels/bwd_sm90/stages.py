@@ -71,8 +71,8 @@ OUTSIDE = {
     "through, its barrier, proxy fence and the wait for the store before it",
 }
 
-# Which phase of the kernels a function belongs to. Of those that are not named a race's other side
-# decides.
+# The phase of the kernels that a function belongs to. For one that is not named, a race's other
+# side decides.
 PHASES = {
     "attn_bwd_dq_sm90": "setup",
     "attn_bwd_dkdv_sm90": "setup",
@@ -108,5 +108,5 @@ PHASES = {
     "store_in_place": "store",
     "await_stores": "store",
 }
-# Which gradient it is of, one kernel alone says.
+# Only the kernel says which gradient `issue_gradient` issues.
 PHASES_DQ = PHASES | {"issue_gradient": "dq"}

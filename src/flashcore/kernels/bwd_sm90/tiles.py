@@ -33,7 +33,7 @@ class BwdTile(NamedTuple):
     keeps_p: bool = True
 
 
-# Those that `tiles` below and plan_one.py take, and their neighbours.
+# The tiles that `tiles` below and plan_one.py take, and their neighbours.
 SHORTLIST_DQ = (
     BwdTile(192, 64, 4, 3),
     BwdTile(192, 96, 3, 3),

@@ -9,7 +9,7 @@
 // warpgroups take turns at issuing, so that one's softmax runs under another's products. In most
 // key tiles the softmax does without the maxima (has_outgrown in tile/softmax.cuh). Where rows are
 // few, KEY_SLICES warpgroups share the keys of 64 rows and add up at the end; SPLIT_KV spreads
-// the keys of a row tile over blocks (fwd_sm90/split_sm90.cuh).
+// the keys of a row tile over blocks (tile/shares.cuh).
 //
 // Blocks are persistent: they walk over row tiles (fwd_sm90/schedule_sm90.cuh), keys from last to
 // first, and a warpgroup passes over those that none of its 64 rows sees. One thread walks, loads
@@ -21,12 +21,14 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/mask.cuh"
 #include "tile/max_score.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
+#include "tile/shares.cuh"
 #include "tile/softmax.cuh"
 #include "fwd_sm90/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
@@ -40,7 +42,7 @@
 #include "tile/gates.cuh"
 //@end
 
-// What one consumer warpgroup carries from key tile to key tile.
+// A consumer warpgroup's state, carried from key tile to key tile.
 struct Consumer {
   int index;
   int row_group;  // of 64 rows; consumers that share one take the key tiles in turn
@@ -78,7 +80,7 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], const Consumer& c, Q
   }
 }
 
-// Whether there are registers to spare: nothing but windows and lengths takes some.
+// True where there are registers to spare: nothing but windows and lengths takes some.
 constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
 
 // O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
@@ -127,12 +129,12 @@ FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
 // which is the last takes a register.
 constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
 
-// Whether the softmax of a tile may do without its maxima, see has_outgrown. Where it was wrong it
+// True where the softmax of a tile may try old maxima, see has_outgrown. Where they do not serve it
 // needs the scores again, as Q K^T gives them.
 constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
 
-// Whether V of this tile and K of the next have arrived: an answer takes some 70 cycles, which the
-// exponentials hide. Who is told no waits when it is time.
+// Asks whether V of this tile and K of the next have arrived. The answer takes some 70 cycles; the
+// exponentials hide it. After a no, the consumer waits where it needs them.
 FC_DEVICE void ask_ahead(Consumer& c, const Barriers& bar) {
   const PipelineState next = {c.k_state.ring, c.k_state.count + 1};
   c.v_is_there = mbar_test(bar.v_full + c.k_state.stage(), c.k_state.parity());
@@ -282,8 +284,14 @@ FC_DEVICE void store_output(Consumer& c, const AttnSm90Params& params, const Bar
     named_barrier_sync(STORE_BARRIER + c.index, 128);  // orders the writes above before the stores
     if (leads) {
       for (int chunk = begin; has_rows && chunk < end; ++chunk) {
-        tma_store(params.o_map, o.chunk(chunk - begin), chunk * CHUNK, box.row + first_row,
-                  block.head_idx, box.batch);
+        const auto from = o.chunk(chunk - begin);
+        if constexpr (FOLDS_PACKED) {  // the maps of q and o have heads for rows
+          tma_store(params.o_map, from, chunk * CHUNK, block.head_idx,
+                    box.row + query_of(p, first_row), box.batch);
+        } else {
+          tma_store(params.o_map, from, chunk * CHUNK, box.row + first_row, block.head_idx,
+                    box.batch);
+        }
       }
       tma_store_commit();
     }
@@ -392,8 +400,9 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
     }
     if (SPLIT_KV && slice == 0) {
       if (STREAM_K) block = load_coord(coord);  // again, or it would take registers so long
-      hand_over_partial(own, block, c.row_group, c.softmax, c.out, c.scale_log2,
-                        STORE_BARRIER + c.index, smem.arrival + c.row_group);
+      const auto sync = [&] { named_barrier_sync(STORE_BARRIER + c.index, 128); };
+      hand_over_partial<PARTIAL_PACKETS>(own, block, c.row_group, c.softmax, c.out, c.scale_log2,
+                                         sync, smem.arrival + c.row_group);
     }
     if (!SPLIT_KV && slice == 0) store_output(c, params, bar, smem, load_coord(coord));
   }
@@ -425,6 +434,7 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
     if (PACKED) init_feed(smem.feed);
     init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SLICES * 4);
   }
+  if constexpr (FOLDS_PACKED) clear_rows_of_nobody(params.attn, smem.q);
   block_sync();  // orders the initialisation before every use
   grid_dependency_wait();
 

@@ -7,8 +7,8 @@
 //
 // Elements become float16, whatever q is: that is one instruction for two of them, and bfloat16
 // would take three more. So Q is float16 as well, times a power of two that brings the largest
-// element of a warp's rows near the end of float16's range. What is lost by that is 2^-40 of the
-// largest product.
+// element of a warp's rows near the end of float16's range. That loses 2^-40 of the largest
+// product.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -108,9 +108,9 @@ FC_DEVICE void convert_tiles(const Barriers& bar, const Buffers& smem) {
   }
 }
 
-// What became of a warp's 16 rows of Q. `inverse` of each of a lane's two rows is what a product
-// with it must be multiplied by; it is one for all rows, unless they `differ` so much that small
-// ones would be lost.
+// A warp's 16 rows of Q as float16, each times a power of two. A product with one of a lane's two
+// rows must be multiplied by its `inverse`, which all rows share, unless they `differ` so much that
+// small ones would be lost.
 struct Queries {
   WmmaA<MathElement> frag[Q_IN_REGISTERS ? Q_FRAGS : 1];
   float inverse[2];
@@ -206,7 +206,7 @@ FC_DEVICE void load_queries(Queries& queries, QGroup q, int barrier) {
   }
 }
 
-// Whether products are multiplied as they come, and not with softmax_scale.
+// Returns whether products are multiplied by `inverse` at once, and not as part of softmax_scale.
 FC_DEVICE bool scales_products(const Queries& queries) {
   return SCORES_ARE_SCALED || queries.differ;
 }

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
+from flashcore.kernels import stream_k
 from flashcore.kernels.fwd_sm90 import obstacles, shortlist, stages
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
@@ -62,10 +63,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
                 "kernels/fwd_sm90/splits.py"
             )
         if plan.stream_k:
-            notes.append(
-                "the keys that there are, of all sequences, are cut into equal parts, one a block, "
-                "on the device; see kernels/tile/stream_k.cuh"
-            )
+            notes.append(stream_k.NOTE)
         return notes
 
     def num_pieces(self, problem: Problem, plan: Sm90Plan) -> int:

@@ -76,7 +76,7 @@ struct MaskStrip {
   int n_block_begin;                // there is no key tile before it
 
   FC_DEVICE GmemPtr<const MaskElement> row_start(const AttnParams& p, int row) const {
-    return gmem + (MASK_IS_ROW ? 0 : row * p.strides.mask.row);
+    return gmem + (MASK_IS_ROW ? 0 : mask_row(p, row) * p.strides.mask.row);
   }
 
   // Elements between the start of a packet and that of a row, the same for every key tile, and for
@@ -121,13 +121,34 @@ struct MaskStrip {
     }
   }
 
+  // Copies a key tile's part of a tree: ones for all keys, then the few elements that there are.
+  FC_DEVICE void fetch_tree(const AttnParams& p, int row_begin, int n_block) const {
+    const int tree_begin = first_masked_key(p) - n_block * BLOCK_N;  // among the tile's keys
+    const int begin = max_i(tree_begin, 0);
+    const int width = min_i(p.seqlen_k - n_block * BLOCK_N, BLOCK_N) - begin;
+    const int lane = opaque(lane_idx());
+    constexpr Packet<16> ONES = {{0x01010101u, 0x01010101u, 0x01010101u, 0x01010101u}};
+#pragma unroll 1
+    for (int i = lane * 16; i < MASK_WARP_ELEMENTS; i += 32 * 16) smem_store_packet(smem + i, ONES);
+    warp_sync();  // orders the ones before other lanes' elements below
+#pragma unroll 4
+    for (int i = lane; i < MASK_ROWS * width; i += 32) {
+      const int row = i / width;
+      const int col = begin + i % width;
+      if (row_begin + row >= p.seqlen_q) break;
+      const auto element = row_start(p, row_begin + row) + (col - tree_begin) * p.strides.mask.col;
+      smem_store(smem + (row * MASK_STRIDE + col), gmem_load(element));
+    }
+  }
+
   // Starts copying a key tile's part. Packets where the elements of a row are neighbours, else
   // element by element.
   FC_DEVICE void fetch(const AttnParams& p, int row_begin, int n_block) const {
 //@if gate qk pv
     return;
 //@end
-    if (n_block < n_block_begin) return;
+    if (n_block < n_block_begin || is_before_mask<BLOCK_N>(p, n_block * BLOCK_N)) return;
+    if constexpr (MASK_IS_TREE) return fetch_tree(p, row_begin, n_block);
     constexpr int PACKETS_PER_ROW = BLOCK_N / MASK_PACKET;
     constexpr int PACKETS = MASK_ROWS * PACKETS_PER_ROW;
     constexpr int FRONT = MASK_IS_SHIFTED ? MASK_PACKET : 0;  // elements of a packet more
@@ -161,6 +182,7 @@ struct MaskStrip {
   template <int NUM_FRAGS>
   FC_DEVICE void add_to(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, int row_begin,
                         int n_block) const {
+    if (is_before_mask<BLOCK_N>(p, n_block * BLOCK_N)) return;
     add_fetched(scores, p, row_begin);
     fetch(p, row_begin, n_block - KEY_SLICES);
   }

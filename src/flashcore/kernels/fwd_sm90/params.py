@@ -6,8 +6,8 @@ import ctypes
 import math
 from typing import Any
 
+from flashcore.kernels import stream_k
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_sm90.splits import SHARE_WEIGHT, key_tile_bytes, share_row_bytes
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
@@ -16,14 +16,6 @@ from flashcore.problem import Problem
 from flashcore.problem.folding import as_launched
 
 _ELEMENT_BYTES = 2
-# Ranges that the device cuts have at least so many bytes of K and V; see splits.MIN_KEY_TILES.
-LEAST_BYTES = 64 * 1024
-# Pieces of batch-invariant calls have so many bytes of K and V: fewer take longer to hand over and
-# to add up, more leave SMs idle.
-PIECE_BYTES = 256 * 1024
-MOST_BLOCKS = 144  # an SM, of GPUs that there are and may be
-# Of blocks, if heads are read side by side: memory is as busy with few less.
-_BUSY_BLOCKS = 0.95
 MAPS = ("q", "k", "v", "o")
 
 
@@ -64,50 +56,20 @@ def num_row_tiles(problem: Problem, plan: Sm90Plan) -> int:
 def num_pieces(problem: Problem, plan: Sm90Plan) -> int:
     """Return what blocks take one after the other: row tiles, or parts of their keys."""
     if plan.stream_k:
-        return min(most_ranges(problem, plan), MOST_BLOCKS * plan.min_blocks)
+        return stream_k.num_pieces(problem, plan)
     return num_row_tiles(problem, plan) * plan.num_splits
 
 
-def most_ranges(problem: Problem, plan: Sm90Plan) -> int:
-    """Return into how many ranges the key tiles of all row tiles may be cut
-    (tile/stream_k.cuh), were all sequences as long as can be."""
-    key_tiles = max(1, -(-problem.seqlen_k // plan.block_n))
-    return -(-num_row_tiles(problem, plan) * key_tiles // least_tiles(plan))
-
-
-def least_tiles(plan: Sm90Plan) -> int:
-    """Return the key tiles of a range at least."""
-    return -(-LEAST_BYTES // key_tile_bytes(plan.block_n, plan.head_dim, plan.head_dim_v))
-
-
-def piece_tiles(plan: Sm90Plan) -> int:
-    """Return the key tiles of a piece of a batch-invariant call."""
-    return max(1, PIECE_BYTES // key_tile_bytes(plan.block_n, plan.head_dim, plan.head_dim_v))
-
-
-def num_lines(num_heads: int, num_blocks: int) -> int:
-    """Return how many heads are read side by side, a divisor of their number: as many as leave
-    next to no block without a range."""
-    enough = _BUSY_BLOCKS * num_blocks
-    divisors = (n for n in range(min(num_heads, num_blocks), 1, -1) if num_heads % n == 0)
-    return next((n for n in divisors if num_blocks // n * n >= enough), 1)
-
-
 def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]:
-    """Return what blocks need that share the keys of row tiles (fwd_sm90/split_sm90.cuh), by field
+    """Return what blocks need that share the keys of row tiles (tile/shares.cuh), by field
     of AttnParams: counters and shares. On a GPU split_stats lies behind split_out."""
+    if plan.stream_k:
+        return stream_k.share_shapes(problem, plan)
     if not plan.shares_keys:
         return {}
     p = as_launched(problem, plan.folds_heads)
     rows: tuple[int, ...] = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
     num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
-    if plan.stream_k and plan.batch_invariant:
-        pieces = max(1, -(-problem.seqlen_k // (plan.block_n * piece_tiles(plan))))
-        rows = (pieces, *rows[1:])
-    elif plan.stream_k:
-        num_blocks = num_pieces(problem, plan)
-        rows = (2 * num_blocks, min(plan.block_m, p.seqlen_q))
-        num_groups = num_blocks * (plan.block_m // ROWS_OF_CONSUMER)
     return {
         "split_out": (*rows, plan.out_cols),
         "split_stats": (*rows, 2),
@@ -168,18 +130,7 @@ def build_params_sm90(
     argument.attn = params.build_params(problem, plan, pointers)
     argument.attn.num_splits = plan.num_splits
     if plan.stream_k:
-        launched = as_launched(problem, plan.folds_heads)
-        share = min(plan.block_m, launched.seqlen_q) * share_row_bytes(plan.head_dim_v)
-        tile_bytes = key_tile_bytes(plan.block_n, plan.head_dim, plan.head_dim_v)
-        lines = num_lines(launched.num_heads_q, num_blocks)
-        argument.attn.num_lines = lines
-        argument.attn.heads_of_line = launched.num_heads_q // lines
-        argument.attn.num_ranges = num_blocks // lines
-        argument.attn.least_tiles = least_tiles(plan)
-        if plan.batch_invariant:
-            argument.attn.least_tiles = piece_tiles(plan)
-        else:
-            argument.attn.adding_up = SHARE_WEIGHT * share / tile_bytes
+        stream_k.set_ranges(argument.attn, problem, plan, num_blocks)
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
     problem = as_launched(problem, plan.folds_heads)
     argument.num_heads = problem.num_heads_q * problem.batch
@@ -266,6 +217,8 @@ def _set_map(
         element_bytes=element_bytes,
         swizzle_bytes=box_cols * element_bytes if is_swizzled else 0,
     )
+    if packed and plan.folds_heads and not of_keys:
+        fold_boxes(tensor_map, plan.folds_heads)
     if packed and not of_pages:
         make_ragged(tensor_map, 0)
     elif (problem.varlen == "keys" and of_keys) or (pages and name == "v"):
@@ -277,6 +230,15 @@ def _set_map(
             tensor_map.rows = plan.box_rows
         make_ragged(tensor_map, last_begin)
     setattr(argument, f"{name}_map", tensor_map)
+
+
+def fold_boxes(tensor_map: TensorMap, num_heads: int) -> None:
+    """Let a box of packed rows be all of `num_heads` heads of as many queries as 64 rows have: the
+    heads of a query follow one another, so heads take the place of rows, and rows that of heads."""
+    m = tensor_map
+    m.rows, m.heads = m.heads, m.rows
+    m.row_stride_bytes, m.head_stride_bytes = m.head_stride_bytes, m.row_stride_bytes
+    m.box_rows, m.box_heads = num_heads, ROWS_OF_CONSUMER // num_heads
 
 
 def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:
@@ -291,8 +253,13 @@ def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:
 
     The map's base is no address of the tensor's. An H200 faults on a box of such a map that starts
     behind the last row, where it would only give zeros of another: no box may start there.
+
+    Where a box has several heads, heads and rows have changed places, see `fold_boxes`.
     """
     m = tensor_map
-    m.base = (m.base - m.rows * m.row_stride_bytes) % 2**64
-    m.batch_stride_bytes = m.row_stride_bytes
-    m.batches = last_begin + m.rows + 1
+    rows, stride_bytes = m.rows, m.row_stride_bytes
+    if m.box_heads:
+        rows, stride_bytes = m.heads, m.head_stride_bytes
+    m.base = (m.base - rows * stride_bytes) % 2**64
+    m.batch_stride_bytes = stride_bytes
+    m.batches = last_begin + rows + 1

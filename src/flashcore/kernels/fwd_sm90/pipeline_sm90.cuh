@@ -81,8 +81,8 @@ static_assert(NUM_STAGES % KEY_SLICES == 0, "the rings are of one size");
 static_assert(STAGES_PER_RING >= 2, "a consumer holds one V while it waits for the next");
 constexpr uint32_t LOADS_PER_RING = LOAD_STAGES / KEY_SLICES;
 
-// How many tiles went through a ring of stages; where the next one goes, and the parity of the
-// phase in which its `full` barrier completes. Who waits for `empty` waits for the other parity: a
+// The count of tiles that went through a ring of stages gives the next one's, and the parity of the
+// phase in which its `full` barrier completes. A wait for `empty` is for the other parity: a
 // fresh barrier counts as completed in phase -1.
 template <uint32_t STAGES>
 struct RingState {

@@ -14,7 +14,7 @@ from flashcore.kernels.fwd_sm90.tiles import Tile
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
 from flashcore.problem.exactness import fewest_splits, is_cut
-from flashcore.problem.folding import fold_heads
+from flashcore.problem.folding import heads_of_packed_rows
 from flashcore.problem.problem import PACKS_QUERIES
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ O_PARTS = (1, 2, 4)
 
 _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
-_SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (fwd_sm90/split_sm90.cuh)
+_SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (tile/shares.cuh)
 _STREAM_BYTES = 4 * 16  # which key tiles, and where shares lie (tile/stream_k.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
 _END_BYTES = 2 * 4  # of a stage of K and one of V (fwd_sm90/float8_sm90.cuh)
@@ -47,13 +47,11 @@ class Sm90Plan(Plan):
     output is rescaled only when a maximum moved far; `q_buffers`: row tiles whose Q there is room
     for; `o_parts`: in how many parts, one after another, O leaves through its buffer; `key_slices`:
     consumers that share the keys of 64 rows; `num_splits`: blocks that share the keys of a row
-    tile, of which the machine code knows only whether there are any; `stream_k`: the device cuts
-    the key tiles of all row tiles into equal ranges, one a block (tile/stream_k.cuh);
-    `batch_invariant`: rows have the same bits whatever is beside them: no votes, pieces of one
-    length; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 8 or 4, or 1 for
-    element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows start
-    anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be at
-    least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
+    tile, of which the machine code knows only whether there are any; with `batch_invariant` rows
+    take no votes; `mask_load_bytes`: how much of a mask tensor is copied at once, 16, 8 or 4, or 1
+    for element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows
+    start anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be
+    at least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
     bytes, of 8-bit caches (0 of others), beside the `num_stages` that are converted.
     """
 
@@ -63,8 +61,6 @@ class Sm90Plan(Plan):
     o_parts: int = 1
     key_slices: int = 1
     num_splits: int = 1
-    stream_k: bool = False
-    batch_invariant: bool = False
     mask_load_bytes: int = 0
     mask_is_row: bool = False
     mask_is_shifted: bool = False
@@ -90,7 +86,7 @@ class Sm90Plan(Plan):
 
     @property
     def shares_keys(self) -> bool:
-        """Return whether several blocks may compute one row tile (fwd_sm90/split_sm90.cuh)."""
+        """Return whether several blocks may compute one row tile (tile/shares.cuh)."""
         return self.num_splits > 1 or self.stream_k
 
     @property
@@ -120,11 +116,6 @@ class Sm90Plan(Plan):
         return tiles_sm90.chunk_of(self.head_dim, self.head_dim_v)
 
     @property
-    def out_cols(self) -> int:
-        """Return columns of O that are computed: products have 16 of them."""
-        return -(-self.head_dim_v // 16) * 16
-
-    @property
     def q_in_registers(self) -> bool:
         """Return whether consumers hold Q in registers (float8_sm90.cuh), where there are some."""
         return self.has_float8 and self.head_dim <= 128
@@ -144,7 +135,7 @@ class Sm90Plan(Plan):
         o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
         elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
-        # What consumers that share rows hand over: O and the state of the softmax, in float32.
+        # Consumers that share rows hand over O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4 + self.mask_bytes
         feed = _FEED_BYTES if self.varlen in PACKS_QUERIES else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k
@@ -246,9 +237,9 @@ class Sm90Plan(Plan):
             "CHUNK": self.chunk,
             "KEY_SLICES": self.key_slices,
             "SPLIT_KV": self.shares_keys,
-            "STREAM_K": self.stream_k,
-            "FIXED_PIECES": self.stream_k and self.batch_invariant,
             "OVERLAPS": self.overlaps,
+            "FOLDED": constants["FOLDED"]
+            or (self.folds_heads > 0 and self.varlen in PACKS_QUERIES),
             # By a vote of rows, as the lazy rescale is.
             "TANH_BY_POLYNOMIAL": self.overlaps and not self.batch_invariant,
             "MASK_LOAD_BYTES": self.mask_load_bytes,
@@ -279,8 +270,8 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
     if gate is None:
         fields["fewest_splits"] = fewest_splits(problem)
         fields["batch_invariant"] = problem.batch_invariant
-    folded = fields["folds_heads"]
-    return fields | tiles_sm90.mask_traits(fold_heads(problem, folded) if folded else problem)
+        fields["folds_heads"] = fields["folds_heads"] or heads_of_packed_rows(problem)
+    return fields | tiles_sm90.mask_traits(tiles_sm90.folded(problem, fields["folds_heads"]))
 
 
 def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
@@ -293,11 +284,10 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     if gate is not None and gate not in GATES:
         raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
     plans: list[Plan | None] = []
-    problem = tiles_sm90.of_mean_lengths(problem)
     of_problem = traits_sm90(problem, gate)
     folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
-    launched = fold_heads(problem, folded) if folded else problem
+    launched = tiles_sm90.folded(problem, folded)
     tiles = tiles_sm90.tiles(launched, max(1, folded))
     if problem.batch_invariant and gate is None:
         tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))

@@ -6,10 +6,13 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
+#include "tile/shares.cuh"
+#include "tile/smem_tile.cuh"
 #include "tile/stream_k.cuh"
 #include "fwd_sm90/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
@@ -36,7 +39,26 @@ FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
   }
 }
 
-// Whether more than one thread is needed: lanes find the block's range, or load boxes of pages.
+// By all threads, before the barrier that ends the setup: zeros in rows of Q that no box brings, if
+// the heads of a group do not divide 64. Whatever lay there would have scores.
+FC_DEVICE void clear_rows_of_nobody(const AttnParams& p, QGroup q) {
+  const int first = rows_of_box(p);
+  constexpr int PACKETS = CHUNK / 8;  // of a row of a chunk
+  const int of_chunk = (BOX_OF_ROWS - first) * PACKETS;
+  for (int i = thread_idx(); i < of_chunk * (NUM_Q_SLOTS * QK_CHUNKS); i += NUM_THREADS) {
+    const int place = i % of_chunk;
+    const auto chunk = q.smem + i / of_chunk * QGroup::CHUNK_ELEMENTS;
+    smem_store_packet(chunk + (first * CHUNK + place * 8), Packet<16>{});
+  }
+  fence_proxy_async();
+}
+
+// Of Q, what TMA loads as one.
+FC_DEVICE int bytes_of_box(const AttnParams& p) {
+  return FOLDS_PACKED ? QK_CHUNKS * CHUNK_BYTES * rows_of_box(p) : QGroup::BYTES;
+}
+
+// True where one thread is not enough: lanes find the block's range, or load boxes of pages.
 constexpr bool WHOLE_WARP = PAGED || STREAM_K;
 
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
@@ -132,10 +154,15 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
-      mbar_arrive_expect_tx(full, QGroup::BYTES);
+      mbar_arrive_expect_tx(full, bytes_of_box(p));
       int row = block.m_begin + group * 64;
       if (PACKED) row = min_i(row, own.seqlen_q - 1);  // see make_ragged: no box without a row
-      smem.q.load(slot, params.q_map, full, q_box.row + row, block.head_idx, q_box.batch);
+      if constexpr (FOLDS_PACKED) {  // the map has heads for rows
+        smem.q.load(slot, params.q_map, full, block.head_idx, q_box.row + query_of(own, row),
+                    q_box.batch);
+      } else {
+        smem.q.load(slot, params.q_map, full, q_box.row + row, block.head_idx, q_box.batch);
+      }
     }
     bool asked = false;
     while (n_block >= keys.begin) {

@@ -15,24 +15,17 @@ same time.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from flashcore.problem import Problem
+from flashcore.kernels.stream_k import SHARE_WEIGHT
 
 # A piece has at least this many key tiles; fewer would take less time than its start and end.
 MIN_KEY_TILES = 2
 # H100, 2026-11-25, `flashcore bench --groups decode,decode-more`: an SM reads 26 KB/us of K and V,
-# as B1 H32/8 S1 D128 took 6.55 us with 64 KB a piece and 24.2 with 512. What is left of the 6.55 is
-# 4.0, of which a row tile that shares nothing takes 2.7 to 3. Writing a share, the counter, and the
-# wait for what is added up take the rest, about 1.
+# as B1 H32/8 S1 D128 took 6.55 us with 64 KB a piece and 24.2 with 512. That leaves 4.0
+# of the 6.55, of which a row tile that shares nothing takes 2.7 to 3. Writing a share, the counter,
+# and the wait for what is added up take the rest, about 1.
 HAND_OVER_BYTES = 26 * 1024
-# The weight of a byte of a share when one SM alone adds up. With 64 bytes a thread and load under
-# way the 508 KB of B1 H32/1 S1/16384 took some 12 us: 43 KB/us, which latency explains. Now it is
-# 128 bytes, so 86 KB/us: the weight is 26 / 86 and something for the arithmetic. With it, and
-# 3 us for start and end, the model gives 11.8 us for 4 row tiles of 33 splits; measured: 11.8
-# (docs/ladder-masks.md).
-SHARE_WEIGHT = 0.35
 # The weight of a byte of K or V when memory is not the limit, because few SMs read, or several row
 # tiles read the same keys, all but one of them from L2: 42 KB/us for an SM. When few SMs read,
 # each got more, so fewer splits cost less than the model says: 16 and 22 splits instead of 33 took
@@ -41,16 +34,6 @@ L2_WEIGHT = 0.6
 # More parts must save at least this fraction of the cost: the model is not more exact than that.
 _PARTS_SAVE = 0.1
 _MAX_ROUNDS = 4
-
-
-def key_tile_bytes(block_n: int, head_dim: int, head_dim_v: int, element_bytes: int = 2) -> int:
-    """Return the bytes of K and V of a key tile."""
-    return block_n * (head_dim + head_dim_v) * element_bytes
-
-
-def share_row_bytes(head_dim_v: int) -> int:
-    """Return the bytes of a row of a share: O and the softmax's state, float32."""
-    return (head_dim_v + 2) * 4
 
 
 class Sharing(NamedTuple):
@@ -65,19 +48,6 @@ class Sharing(NamedTuple):
     cost: float
     parts: int
     num_splits: int
-
-
-def visible_keys(problem: Problem) -> int:
-    """Return the number of keys that some query sees; where only the device knows a sequence's
-    length, as many as there can be."""
-    begin, end = 0, problem.seqlen_k
-    if problem.varlen == "none":
-        if problem.window_left >= 0:
-            begin = max(begin, problem.diag_offset - problem.window_left)
-        if problem.window_right >= 0:
-            last_query = problem.seqlen_q - 1 + problem.diag_offset
-            end = min(end, last_query + problem.window_right + 1)
-    return max(0, end - begin)
 
 
 class Reading(NamedTuple):

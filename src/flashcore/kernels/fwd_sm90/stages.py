@@ -39,6 +39,7 @@ PHASES = stages.SHARED_PHASES | {
     "issue_output": "pv",
     "last_output": "pv",
     "merge_slices": "store",
+    "clear_rows_of_nobody": "setup",
     "produce": "load",
     "load_k": "load",
     "load_v": "load",

@@ -6,13 +6,16 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flashcore.kernels.fwd_sm90.splits import (
-    best_sharing,
+from flashcore.kernels.fwd_sm90.splits import best_sharing
+from flashcore.kernels.limits import smem_limits
+from flashcore.kernels.stream_k import (
+    FEW_BYTES,
+    MOST_TILES,
     key_tile_bytes,
     share_row_bytes,
     visible_keys,
 )
-from flashcore.kernels.limits import smem_limits
+from flashcore.problem.folding import fold_heads, packed_rows
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -21,12 +24,8 @@ ARCH = 90
 NUM_SMS = 132
 ROWS_OF_CONSUMER = 64
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
-MASK_ELEMENT_BYTES = {"bool": 1, "float16": 2, "bfloat16": 2, "float32": 4}
+MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
-# K and V of a call that takes 3 us less, of 9, if the device need not look at all lengths first
-# (H200, 2026-11-29: B3 H1 D64 of at most 2048 keys, and B8 H2/1 D64 of 1024).
-_FEW_BYTES = 8 * 2**20
-_MOST_TILES = 2**30  # that the device counts in 32 bits
 _BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
 
@@ -66,7 +65,7 @@ def mask_traits(problem: Problem) -> dict[str, Any]:
         return {}
     # Few kinds, as each is compiled: lengths of all remainders meet the same ones.
     load_bytes = next(width for width in (16, 4, 1) if width <= mask.load_bytes)
-    is_shifted = load_bytes < 4 and mask.strides[3] == 1
+    is_shifted = load_bytes < 4 and mask.strides[3] == 1 and mask.dtype != "tree"
     if is_shifted:
         load_bytes = 8 * MASK_ELEMENT_BYTES[mask.dtype]
     return {
@@ -76,12 +75,18 @@ def mask_traits(problem: Problem) -> dict[str, Any]:
     }
 
 
-def of_mean_lengths(problem: Problem) -> Problem:
-    """Return packed sequences as a batch of equal ones, for the choice of tiles."""
+def folded(problem: Problem, num_heads: int) -> Problem:
+    """Return what tiles are chosen for: `num_heads` heads, if there are, as rows of one; of packed
+    sequences a batch of equal ones."""
     if not problem.packs_queries:
-        return problem
-    batch = max(1, problem.batch)
-    return dataclasses.replace(problem, batch=batch, seqlen_q=-(-problem.total_q // batch))
+        return fold_heads(problem, num_heads) if num_heads else problem
+    num_heads = max(1, num_heads)
+    return dataclasses.replace(
+        problem,
+        batch=max(1, problem.batch),
+        num_heads_q=problem.num_heads_q // num_heads,
+        seqlen_q=packed_rows(problem, num_heads),
+    )
 
 
 class Tile(NamedTuple):
@@ -130,10 +135,10 @@ def _lengths_differ(problem: Problem, tile: Tile) -> bool:
     """Return whether it pays that the device looks at all lengths first: what splits by the longest
     possible one may leave undone takes longer."""
     row_tiles = problem.batch * problem.num_heads_q * -(-problem.seqlen_q // tile.block_m)
-    if row_tiles * -(-problem.seqlen_k // tile.block_n) >= _MOST_TILES:
+    if row_tiles * -(-problem.seqlen_k // tile.block_n) >= MOST_TILES:
         return False
     keys = problem.batch * problem.num_heads_kv * problem.seqlen_k
-    few_keys = keys * (problem.head_dim + problem.head_dim_v) * 2 <= _FEW_BYTES
+    few_keys = keys * (problem.head_dim + problem.head_dim_v) * 2 <= FEW_BYTES
     return problem.varlen != "none" and problem.batch > 1 and not few_keys
 
 
@@ -169,11 +174,15 @@ def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
         for tile in _float8_tiles(problem):
             yield _split_keys(problem, tile, folded)
         return
-    if not problem.packs_queries and problem.seqlen_q <= ROWS_OF_CONSUMER:
+    few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
+    if few_rows and (folded > 1 or not problem.packs_queries):
         num_tiles = problem.batch * problem.num_heads_q
         if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
             yield _streaming_tile(problem, folded)
     for tile in _table(problem):
+        consumers = tile.block_m // ROWS_OF_CONSUMER * tile.key_slices
+        if folded > 1 and problem.packs_queries and consumers > 2:
+            continue  # three spill; and of decodes two thirds of 192 rows would be nobody's
         yield _split_keys(problem, tile) if long_keys else tile
 
 
@@ -293,7 +302,8 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
     mask, has_softcap = problem.mask, problem.softcap != 0.0
     bounded, keys = _is_bounded(problem), problem.seqlen_k
     has_rows = mask is not None and mask.strides[2] != 0
-    number = mask.dtype if mask is not None and has_rows and mask.dtype != "bool" else None
+    is_boolean = mask is None or mask.dtype in ("bool", "tree")
+    number = mask.dtype if mask is not None and has_rows and not is_boolean else None
     is_aligned = mask is None or mask.load_bytes == 16
     if dim <= 64:
         if not has_rows and (mask is None or not has_softcap):

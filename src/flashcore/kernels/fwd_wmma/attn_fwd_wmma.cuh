@@ -6,8 +6,10 @@
 // One block computes BLOCK_M query rows of one head, 16 rows a warp, and walks over the keys
 // BLOCK_N at a time (FlashAttention-2, arXiv:2307.08691, algorithm 1). The output tile is
 // partitioned over warps by rows: a warp's scores, probabilities, running max and sum and output
-// never leave its registers, so every output element has one owner and no atomics are needed. Read
-// next: tile/softmax.cuh, tile/mask.cuh, tile/copy.cuh, and prims.cuh for the primitives.
+// never leave its registers, so every output element has one owner and no atomics are needed. Under
+// STREAM_K, where rows are few, blocks share the keys of a row tile, in pieces that the device cuts
+// (tile/stream_k.cuh), and whoever ends the last one adds up (tile/shares.cuh). Read next:
+// tile/softmax.cuh, tile/mask.cuh, tile/copy.cuh, and prims.cuh for the primitives.
 #pragma once
 
 #include "prims.cuh"
@@ -19,8 +21,11 @@
 #include "tile/rows.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
+#include "tile/shares.cuh"
 #include "tile/softmax.cuh"
-#include "tile/totals.cuh"
+#include "tile/stream_k.cuh"
+#include "fwd_wmma/float8_wmma.cuh"
+#include "fwd_wmma/totals_wmma.cuh"
 //@if gate
 #include "tile/gates.cuh"
 //@end
@@ -37,15 +42,28 @@ constexpr int QO_ELEMENTS = BLOCK_M * QO_STRIDE;
 constexpr int K_ELEMENTS = BLOCK_N * K_STRIDE;  // of one stage
 constexpr int V_ELEMENTS = BLOCK_N * V_STRIDE;
 constexpr int ELEMENT_BYTES = int(sizeof(Element));
+// Of 8-bit caches the stages are bytes, and there is one tile of K and of V that they become.
+constexpr int NUM_TILES = FLOAT8 ? 1 : NUM_STAGES;
+constexpr int K_LOAD_BYTES = FLOAT8 ? BLOCK_N * HEAD_DIM : 0;  // of one stage
+constexpr int V_LOAD_BYTES = FLOAT8 ? BLOCK_N * HEAD_DIM_V : 0;
+constexpr int LOADS_OFFSET =
+    (QO_ELEMENTS + NUM_TILES * (K_ELEMENTS + V_ELEMENTS)) * ELEMENT_BYTES;
+constexpr int TILE_BYTES = LOADS_OFFSET + NUM_STAGES * (K_LOAD_BYTES + V_LOAD_BYTES);
+// Under STREAM_K the block's walk over its pieces, and whether it handed over the last one of a
+// row tile.
+constexpr int PIECES_INTS = STREAM_K ? StreamWalk::INTS + 1 : 0;
 //@if gate pv_serial
-static_assert(SMEM_BYTES == (QO_ELEMENTS + NUM_STAGES * (K_ELEMENTS + V_ELEMENTS)) * ELEMENT_BYTES +
-                                GATE_SERIAL_BYTES,
+static_assert(SMEM_BYTES == TILE_BYTES + GATE_SERIAL_BYTES,
               "kernels/fwd_wmma/plan.py and the kernel disagree on shared memory");
 //@else
-static_assert(SMEM_BYTES == (QO_ELEMENTS + NUM_STAGES * (K_ELEMENTS + V_ELEMENTS)) * ELEMENT_BYTES,
+static_assert(SMEM_BYTES == TILE_BYTES + PIECES_INTS * 4,
               "kernels/fwd_wmma/plan.py and the kernel disagree on shared memory");
 //@end
 static_assert(BLOCK_M == NUM_WARPS * 16, "a warp computes 16 rows");
+static_assert(!STREAM_K || BLOCK_M == 64, "the whole block hands over, and adds up");
+// Of partial results, that a thread has under way at once: as many as registers hold.
+constexpr int THREAD_REGISTERS = 65536 / (MIN_BLOCKS * NUM_WARPS * 32);
+constexpr int PARTIAL_PACKETS = THREAD_REGISTERS >= 160 ? 16 : THREAD_REGISTERS >= 128 ? 12 : 8;
 
 // scores = Q K^T of one warp's 16 rows and one key tile.
 FC_DEVICE void compute_scores(WmmaAccum (&scores)[KEY_FRAGS], SmemPtr<Element> q_smem,
@@ -112,12 +130,26 @@ FC_DEVICE void store_output(WmmaAccum (&out)[OUT_FRAGS], const OnlineSoftmax& st
   store_rows<HEAD_DIM_V, QO_STRIDE>(out_gmem, out_row_stride(p), o_smem, num_valid_rows);
 }
 
-FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
-  // Set-up: which rows, which keys, where.
-  const BlockCoord block = row_tile(params, block_idx());
-  if (PACKED && block.m_begin < 0) return;
+FC_DEVICE SmemPtr<int32_t> pieces_smem() {
+  return smem_view<int32_t>(TILE_BYTES, PIECES_INTS, "pieces_smem");
+}
+
+// Hands over what came of a block's piece, and adds up the row tile if it was the last one.
+FC_DEVICE void store_piece(const OnlineSoftmax& state, const WmmaAccum (&out)[OUT_FRAGS],
+                           const AttnParams& params) {
+  // Anew: cheaper than registers held over the loop.
+  const BlockCoord block = StreamWalk(pieces_smem()).coord(params, {});
   const auto& p = sequence_params(params, block);
-  const Range keys = key_tiles(p, block.m_begin);
+  if (RETURNS_MAX_SCORE) raise_max_score(state, p, block, block.m_begin + warp_idx() * 16);
+  hand_over_partial<PARTIAL_PACKETS>(p, block, 0, state, out, softmax_scale_log2(p),
+                                     [] { block_sync(); }, pieces_smem() + StreamWalk::INTS);
+}
+
+// Computes a row tile's attention, to all of its keys or under STREAM_K to those of a piece.
+FC_DEVICE void attend(const AttnParams& params, const BlockCoord& block) {
+  // Set-up: which rows, which keys, where.
+  const auto& p = sequence_params(params, block);
+  const Range keys = own_keys(p, block);
   const int warp_row = block.m_begin + warp_idx() * 16;
   const auto q_gmem =
       p.tensors.q + (block.batch_idx * p.strides.q.batch + block.head_idx * p.strides.q.head);
@@ -127,9 +159,13 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
 
   const auto qo_smem = smem_view<Element>(0, QO_ELEMENTS, "qo_smem");
   const auto k_smem =
-      smem_view<Element>(QO_ELEMENTS * ELEMENT_BYTES, NUM_STAGES * K_ELEMENTS, "k_smem");
-  const auto v_smem = smem_view<Element>((QO_ELEMENTS + NUM_STAGES * K_ELEMENTS) * ELEMENT_BYTES,
-                                         NUM_STAGES * V_ELEMENTS, "v_smem");
+      smem_view<Element>(QO_ELEMENTS * ELEMENT_BYTES, NUM_TILES * K_ELEMENTS, "k_smem");
+  const auto v_smem = smem_view<Element>((QO_ELEMENTS + NUM_TILES * K_ELEMENTS) * ELEMENT_BYTES,
+                                         NUM_TILES * V_ELEMENTS, "v_smem");
+  const auto k_bytes_smem =
+      smem_view<float8>(LOADS_OFFSET, NUM_STAGES * K_LOAD_BYTES, "k_bytes_smem");
+  const auto v_bytes_smem = smem_view<float8>(LOADS_OFFSET + NUM_STAGES * K_LOAD_BYTES,
+                                              NUM_STAGES * V_LOAD_BYTES, "v_bytes_smem");
   const auto warp_qo_smem = qo_smem + warp_idx() * 16 * QO_STRIDE;
 
   // Starts the copy of one key tile into its stage, as one cp.async group; past the end an empty
@@ -140,10 +176,17 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
       const int key_begin = n_block * BLOCK_N;
       const auto k_rows = rows_of_keys(p, block, k_gmem, p.strides.k);
       const auto v_rows = rows_of_keys(p, block, v_gmem, p.strides.v);
-      load_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem + stage * K_ELEMENTS, k_rows, key_begin,
-                                             p.seqlen_k);
-      load_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem + stage * V_ELEMENTS, v_rows, key_begin,
+      if constexpr (FLOAT8) {
+        load_tile<BLOCK_N, HEAD_DIM, HEAD_DIM>(k_bytes_smem + stage * K_LOAD_BYTES, k_rows,
+                                               key_begin, p.seqlen_k);
+        load_tile<BLOCK_N, HEAD_DIM_V, HEAD_DIM_V>(v_bytes_smem + stage * V_LOAD_BYTES, v_rows,
+                                                   key_begin, p.seqlen_k);
+      } else {
+        load_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem + stage * K_ELEMENTS, k_rows, key_begin,
                                                p.seqlen_k);
+        load_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem + stage * V_ELEMENTS, v_rows, key_begin,
+                                                 p.seqlen_k);
+      }
     }
     cp_async_commit();
   };
@@ -151,9 +194,9 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
   // Load Q, which joins the first group of K and V. Nothing is loaded when no key can be seen.
   if (keys.begin < keys.end) {
     zero_padding<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem);
-    zero_padding<NUM_STAGES * BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem);
-    zero_padding<NUM_STAGES * BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem);
-    load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, EvenRows{q_gmem, p.strides.q.row},
+    zero_padding<NUM_TILES * BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem);
+    zero_padding<NUM_TILES * BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem);
+    load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, EvenRows<Element>{q_gmem, p.strides.q.row},
                                             block.m_begin, p.seqlen_q);
     for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) load_keys(keys.begin + ahead);
   }
@@ -172,10 +215,16 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
       load_keys(n_block);
     }
     cp_async_wait<NUM_STAGES == 1 ? 0 : NUM_STAGES - 2>();
-    block_sync();  // orders every thread's arrived copies (and zero_padding) before the reads below
+    block_sync();  // orders arrived copies, zero_padding, and the last step's reads, before what follows
     if (NUM_STAGES > 1) load_keys(n_block + NUM_STAGES - 1);
-    const int stage = n_block % NUM_STAGES;
+    const int stage = n_block % NUM_TILES;
     const int key_begin = n_block * BLOCK_N;
+    if constexpr (FLOAT8) {
+      const int loaded = n_block % NUM_STAGES;
+      widen_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem, k_bytes_smem + loaded * K_LOAD_BYTES);
+      widen_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem, v_bytes_smem + loaded * V_LOAD_BYTES);
+      block_sync();  // orders all threads' widened elements before the reads below
+    }
 
     // S = Q K^T
     WmmaAccum scores[KEY_FRAGS];
@@ -221,5 +270,39 @@ FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
 //@end
 
   totals.end(state, out, scale_log2);
-  store_output(out, state, params, warp_qo_smem);
+  if constexpr (STREAM_K) {
+    store_piece(state, out, params);
+  } else {
+    store_output(out, state, params, warp_qo_smem);
+  }
+}
+
+// The pieces of a block, one after the other.
+FC_DEVICE void attend_in_pieces(const AttnParams& params) {
+  if (warp_idx() == 0) {
+    const StreamWalk walk(params);
+    if (lane_idx() == 0) walk.keep(pieces_smem());
+  }
+  for (;;) {
+    block_sync();  // hands the walk on; orders the last piece's reads of tiles before new copies
+    const StreamWalk walk(pieces_smem());
+    if (walk.done(params, {})) return;
+    attend(params, walk.coord(params, {}));
+    block_sync();  // orders all reads of the walk before it moves on
+    if (thread_idx() == 0) {
+      StreamWalk next(pieces_smem());
+      next.advance(params, {});
+      next.keep(pieces_smem());
+    }
+  }
+}
+
+FC_KERNEL(attn_fwd_wmma, NUM_WARPS * 32, MIN_BLOCKS)(const AttnParams params) {
+  if constexpr (STREAM_K) {
+    attend_in_pieces(params);
+  } else {
+    const BlockCoord block = row_tile(params, block_idx());
+    if (PACKED && block.m_begin < 0) return;
+    attend(params, block);
+  }
 }

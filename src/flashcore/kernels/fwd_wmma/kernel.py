@@ -6,14 +6,21 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from flashcore.kernels import stream_k
 from flashcore.kernels.fwd_wmma import params as params_wmma
 from flashcore.kernels.fwd_wmma import plan as plan_wmma
 from flashcore.kernels.fwd_wmma import stages
+from flashcore.kernels.fwd_wmma import tiles as tiles_wmma
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.kernel import ForwardKernel, Pointers, Tile
 from flashcore.kernels.limits import blocks_that_fit
+from flashcore.kernels.stream_k import ROWS_OF_GROUP
 from flashcore.problem import Problem
 from flashcore.problem.folding import as_launched
+from flashcore.problem.problem import PACKS_QUERIES
+from flashcore.problem.validation import HEAD_DIM_MULTIPLE
+
+LEAST_BYTES_OF_FLOAT8 = 4  # that one thread copies, and widens, at once
 
 
 class WmmaKernel(ForwardKernel[Plan]):
@@ -21,8 +28,16 @@ class WmmaKernel(ForwardKernel[Plan]):
 
     def obstacle(self, problem: Problem) -> str | None:
         """Return why the kernel cannot serve a problem, or None."""
-        if problem.cache_dtype:
-            return f"the portable kernel reads no caches of {problem.cache_dtype}"
+        if not problem.cache_dtype:
+            return None
+        is_odd = problem.head_dim % HEAD_DIM_MULTIPLE or problem.head_dim_v % HEAD_DIM_MULTIPLE
+        is_strided = "k" in problem.strided or "v" in problem.strided
+        if is_odd or is_strided or problem.load_bytes < LEAST_BYTES_OF_FLOAT8:
+            return (
+                "the portable kernel reads caches of 8 bits in contiguous rows of a multiple of "
+                f"{HEAD_DIM_MULTIPLE} elements that start at multiples of {LEAST_BYTES_OF_FLOAT8} "
+                "bytes"
+            )
         return None
 
     def traits(self, problem: Problem, gate: str | None = None) -> dict[str, Any]:
@@ -31,17 +46,35 @@ class WmmaKernel(ForwardKernel[Plan]):
 
     def candidates(self, problem: Problem, arch: int, gate: str | None = None) -> list[Plan]:
         """Return legal plans for a problem, best first by rules."""
-        return plan_wmma.candidates(problem, arch, gate)
+        return tiles_wmma.candidates(problem, arch, gate)
+
+    def budget_of(self, plan: Plan) -> tuple[int, int] | None:
+        """Return the budget of head_dim 64, where it holds."""
+        return self.budget if tiles_wmma.has_tight_budget(plan) else None
+
+    def notes(self, problem: Problem, plan: Plan) -> list[str]:
+        """Return what of a call makes the kernel faster or slower."""
+        return [stream_k.NOTE] if plan.stream_k else []
 
     def num_pieces(self, problem: Problem, plan: Plan) -> int:
-        """Return the number of row tiles of all heads."""
+        """Return the number of row tiles of all heads; where the device cuts their keys, of parts,
+        as many as there are at most."""
+        if plan.stream_k:
+            return stream_k.num_pieces(problem, plan)
         return params_wmma.grid_size(problem, plan)
+
+    def scratch_shapes(self, problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
+        """Return counters, and the shares of blocks that share the keys of row tiles."""
+        return stream_k.share_shapes(problem, plan) if plan.stream_k else {}
 
     def build_params(
         self, problem: Problem, plan: Plan, pointers: Pointers, num_blocks: int
     ) -> params_wmma.AttnParams:
         """Return the kernel's argument."""
-        return params_wmma.build_params(problem, plan, pointers)
+        argument = params_wmma.build_params(problem, plan, pointers)
+        if plan.stream_k:
+            stream_k.set_ranges(argument, problem, plan, num_blocks)
+        return argument
 
     def set_keys(
         self, params: Any, problem: Problem, plan: Plan, pointers: Pointers, num_blocks: int
@@ -50,7 +83,10 @@ class WmmaKernel(ForwardKernel[Plan]):
         params_wmma.set_keys(params, as_launched(problem, plan.folds_heads))
 
     def is_legal(self, plan: Plan) -> bool:
-        """Return whether a plan fits the GPU. Without asynchronous copies there is one stage."""
+        """Return whether a plan fits the GPU. Without asynchronous copies there is one stage, and
+        64 rows add up what blocks hand over."""
+        if plan.stream_k and (plan.block_m != ROWS_OF_GROUP or plan.varlen in PACKS_QUERIES):
+            return False
         return super().is_legal(plan) and (plan.arch >= 80 or plan.num_stages == 1)
 
     def tiles(self, base: Plan) -> Sequence[Plan]:
@@ -81,9 +117,9 @@ WMMA = WmmaKernel(
     outside=stages.OUTSIDE,
     phases=stages.PHASES,
     params=params_wmma.AttnParams,
-    off_under_a_gate={"keys_of_chunk": 0},
-    beside_the_tile=("keys_of_chunk",),
+    off_under_a_gate={"keys_of_chunk": 0, "stream_k": False},
+    beside_the_tile=("keys_of_chunk", "stream_k"),
     budget=(plan_wmma.HEAD_DIM_64_MAX_REGISTERS, plan_wmma.HEAD_DIM_64_MAX_SMEM_BYTES),
     rules="tiles are ranked by warps resident on an SM, then the block_n that leaves registers "
-    "for more warps (32), then small block_m; see kernels/fwd_wmma/plan.py",
+    "for more warps (32), then small block_m; see kernels/fwd_wmma/tiles.py",
 )

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
-from flashcore.problem.folding import as_launched
+from flashcore.problem.folding import BOX_ROWS, as_launched
 
 LOG2_E = math.log2(math.e)
 _MAX_GRID = 2**31 - 1
@@ -133,8 +133,10 @@ def grid_size(problem: Problem, plan: Plan) -> int:
     """Return the number of blocks of the one-dimensional grid: one for a row tile of each head of
     each sequence. Of packed sequences, as many as there can be."""
     if problem.packs_queries:  # tile numbers, see tile/sequence.cuh
-        num_m_blocks = problem.total_q // plan.block_m + problem.batch + 1
-        return num_m_blocks * problem.num_heads_q
+        folded = max(1, plan.folds_heads)
+        most_rows = -(-problem.total_q // (BOX_ROWS // folded)) * BOX_ROWS if folded > 1 else 0
+        num_m_blocks = max(problem.total_q, most_rows) // plan.block_m + problem.batch + 1
+        return num_m_blocks * (problem.num_heads_q // folded)
     problem = as_launched(problem, plan.folds_heads)
     num_m_blocks = -(-problem.seqlen_q // plan.block_m)
     return num_m_blocks * problem.num_heads_q * problem.batch
@@ -205,7 +207,7 @@ def build_params(
     params.softmax_scale = problem.scale
     params.softmax_scale_log2 = problem.scale * LOG2_E
     params.softcap = problem.softcap
-    params.num_queries = num_queries
+    params.num_queries = plan.folds_heads if problem.packs_queries else num_queries
     params.batch = problem.batch
     params.total_q, params.total_k = problem.total_q, problem.total_k
     params.num_pages, params.page_table_stride = problem.num_pages, problem.page_table_stride

@@ -1,16 +1,14 @@
-"""Plan the portable kernel: enumerate tiles, filter for legality, rank. Pure functions, no GPU
-needed; selection/select.py chooses between the kernels.
+"""Say what a plan is, and what of one a problem decides. The rules for the portable kernel's tiles
+are in kernels/fwd_wmma/tiles.py; selection/select.py chooses between the kernels.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from flashcore.kernels.limits import blocks_that_fit, smem_limits
-from flashcore.problem.exactness import LARGE_SOFTCAP, keys_of_chunk
+from flashcore.problem.exactness import LARGE_SOFTCAP
 from flashcore.problem.folding import can_fold
 
 if TYPE_CHECKING:
@@ -18,10 +16,10 @@ if TYPE_CHECKING:
 
 GATES = ("qk", "softmax", "pv", "tile", "pv_serial")
 
-_REGISTERS_PER_SM = 65536
+REGISTERS_PER_SM = 65536
 
 KERNEL = "attn_fwd_wmma"
-# What the compile gate compiles for.
+# The architectures that the compile gate compiles for.
 SUPPORTED_ARCHS = (75, 80, 86, 89, 90, 100, 120)
 
 # The simulator runs the code of an architecture that has cp.async.
@@ -31,14 +29,17 @@ SIM_ARCH = 80
 HEAD_DIM_64_MAX_REGISTERS = 96
 HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 
-# How sequences of one call may differ in length (tile/sequence.cuh): not, as packed rows
+# Sequences of one call may differ in length (tile/sequence.cuh): not at all, as packed rows
 # (attention_varlen), in the number of keys (seqlens_k), or so with keys in pages (page_table).
 VARLEN_KINDS = ("none", "packed", "keys", "pages", "packed_pages")
-_MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2}
-_CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float", "bool": "bool"}
+_MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2, "tree": 3}
+_FLOAT8_ARCH = 89  # the first one that converts elements of 8 bits by an instruction
+_PIECES_BYTES = 8 * 4  # which part of the work is next, and who was last (attn_fwd_wmma.cuh)
+_CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float"}
 
 
-def _padded(cols: int) -> int:
+def padded(cols: int) -> int:
+    """Return columns as fragments have them: a multiple of 16."""
     return -(-cols // 16) * 16
 
 
@@ -46,13 +47,17 @@ def _padded(cols: int) -> int:
 class Plan:
     """A plan is one compiled form of a kernel: everything that its source text depends on.
 
-    `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
-    tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
-    `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one,
-    0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the registers must
-    allow; `keys_of_chunk` how many keys one sum goes over, 0 for all (tile/totals.cuh); `page_size`
-    keys of a page, 0 where there are no pages (tile/pages.cuh); `has_sinks` whether a logit of each
-    head joins the softmax; `cache_dtype` that of k and v where it is not `dtype`.
+    `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys
+    form a tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask
+    tensor or None; `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are
+    rows of one, 0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the
+    registers must allow; `keys_of_chunk` how many keys one sum goes over, 0 for all
+    (totals_wmma.cuh); `page_size` keys of a page, 0 where there are no pages (tile/pages.cuh);
+    `has_sinks` whether a logit of each head joins the softmax; `cache_dtype` that of k and v
+    where it is not `dtype`; `stream_k`: the device cuts the key tiles of all row tiles into
+    equal ranges, one a block (tile/stream_k.cuh), or into pieces of `keys_of_chunk`, if there
+    are some; `batch_invariant`: rows have the same bits whatever is beside them, which takes
+    pieces of one length, too.
     """
 
     kernel: str
@@ -78,6 +83,8 @@ class Plan:
     returns_max_score: bool = False
     has_sinks: bool = False
     cache_dtype: str = ""
+    stream_k: bool = False
+    batch_invariant: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -115,8 +122,14 @@ class Plan:
 
     @property
     def is_persistent(self) -> bool:
-        """Return whether a block takes several row tiles, one after the other."""
-        return False
+        """Return whether a block takes several row tiles, or parts of their keys, one after the
+        other."""
+        return self.stream_k
+
+    @property
+    def has_fixed_pieces(self) -> bool:
+        """Return whether a row tile is cut every so many key tiles (tile/stream_k.cuh)."""
+        return self.stream_k and (self.batch_invariant or self.keys_of_chunk > 0)
 
     @property
     def owns_keys(self) -> bool:
@@ -133,19 +146,28 @@ class Plan:
         """Return shared memory that the gate `pv_serial` adds, for P and O of the block."""
         if self.gate != "pv_serial":
             return 0
-        return self.block_m * (2 * (self.block_n + 8) + 4 * _padded(self.head_dim_v))
+        return self.block_m * (2 * (self.block_n + 8) + 4 * padded(self.head_dim_v))
 
     @property
     def smem_bytes(self) -> int:
         """Return a block's dynamic shared memory: Q (later O), `num_stages` tiles of K and V."""
-        k_stride, v_stride = _padded(self.head_dim) + 8, _padded(self.head_dim_v) + 8
-        elements = self.num_stages * self.block_n * (k_stride + v_stride)
-        return 2 * (self.block_m * max(k_stride, v_stride) + elements) + self.gate_serial_bytes
+        k_stride, v_stride = padded(self.head_dim) + 8, padded(self.head_dim_v) + 8
+        num_tiles = 1 if self.cache_dtype else self.num_stages
+        elements = num_tiles * self.block_n * (k_stride + v_stride)
+        others = self.gate_serial_bytes + _PIECES_BYTES * self.stream_k
+        if self.cache_dtype:  # the stages are bytes, of which one at a time becomes a tile
+            others += self.num_stages * self.block_n * (self.head_dim + self.head_dim_v)
+        return 2 * (self.block_m * max(k_stride, v_stride) + elements) + others
+
+    @property
+    def out_cols(self) -> int:
+        """Return columns of O that are computed: products have 16 of them."""
+        return padded(self.head_dim_v)
 
     @property
     def max_registers(self) -> int:
         """Return a thread's registers if an SM has `min_blocks` blocks, as ptxas rounds them."""
-        return min(255, _REGISTERS_PER_SM // (self.min_blocks * self.num_threads) // 8 * 8)
+        return min(255, REGISTERS_PER_SM // (self.min_blocks * self.num_threads) // 8 * 8)
 
     @property
     def role_registers(self) -> tuple[int, ...]:
@@ -174,7 +196,7 @@ class Plan:
         """Return the kernel source's compile-time constants."""
         return {
             "Element": _CUDA_TYPES[self.dtype],
-            "MaskElement": _CUDA_TYPES[self.mask or "bool"],
+            "MaskElement": _CUDA_TYPES.get(self.mask or "bool", "bool"),
             "CacheElement": "float8" if self.cache_dtype else _CUDA_TYPES[self.dtype],
             "FLOAT8": self.cache_dtype != "",
             "BLOCK_M": self.block_m,
@@ -192,14 +214,25 @@ class Plan:
             "SOFTCAP_IS_LARGE": self.softcap_is_large,
             "HAS_SINKS": self.has_sinks,
             "TANH_BY_POLYNOMIAL": False,  # it takes more registers
-            "KEY_TILES_OF_CHUNK": -(-self.keys_of_chunk // self.block_n),
+            # Blocks that share keys begin a sum anew with every piece.
+            "KEY_TILES_OF_CHUNK": 0 if self.stream_k else -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
             "PAGE_SIZE": max(1, self.page_size),
-            # Without a bound rows are rows, unless it is asked which head each belongs to.
+            # Without a bound, or a tree of queries, rows are rows, unless it is asked which head
+            # each belongs to.
             "FOLDED": self.folds_heads > 0
-            and (self.has_window_left or self.has_window_right or self.returns_max_score),
+            and (
+                self.has_window_left
+                or self.has_window_right
+                or self.returns_max_score
+                or self.mask == "tree"
+            ),
             "RETURNS_MAX_SCORE": self.returns_max_score,
+            "SPLIT_KV": self.stream_k,
+            "STREAM_K": self.stream_k,
+            "FIXED_PIECES": self.has_fixed_pieces,
+            "WIDENS_BY_INTEGERS": self.cache_dtype != "" and self.arch < _FLOAT8_ARCH,
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})
 
     def describe(self) -> str:
@@ -220,6 +253,7 @@ class Plan:
                 (f"gate:{self.gate}", self.gate is not None),
                 ("max_score", self.returns_max_score),
                 (f"cache {self.cache_dtype}", self.cache_dtype != ""),
+                ("stream-K", self.stream_k),
             )
             if on
         ]
@@ -232,71 +266,6 @@ class Plan:
             f"smem {self.smem_bytes} B loads {self.load_bytes} B"
             + (f" [{' '.join(options)}]" if options else "")
         )
-
-
-def _estimated_registers(plan: Plan) -> int:
-    """Return an estimate of a thread's registers: accumulators of the scores and of O, and what the
-    compile gate showed the rest to need."""
-    rest = 48
-    if plan.arch < 80:
-        rest += 8  # the copies go through registers
-    if plan.mask is not None and not _has_tight_budget(plan):
-        rest += 24  # addresses and values of the mask
-    if plan.page_size:
-        rest += 16  # each row that a thread copies has an address of its own
-    if plan.head_dim % 64 and max(plan.head_dim, plan.head_dim_v) > 64:
-        rest += 16  # few threads share a row, so each copies more packets
-    return plan.block_n // 2 + _padded(plan.head_dim_v) // 2 + rest
-
-
-def _has_tight_budget(plan: Plan) -> bool:
-    """Return whether the register budget of head_dim 64 holds; a debug gate is outside of it, and
-    so are a mask tensor with seqlens_k, pages and a large softcap, which would spill."""
-    exempt = plan.gate is not None or (plan.varlen == "keys" and plan.mask is not None)
-    exempt |= plan.softcap_is_large or plan.page_size > 0
-    return max(plan.head_dim, plan.head_dim_v) <= 64 and not exempt
-
-
-def _min_blocks(plan: Plan) -> int:
-    """Return the blocks an SM that shared memory and registers, or the tight budget, allow."""
-    most = 5 * 128 // plan.num_threads
-    if _has_tight_budget(plan):
-        return most
-    by_smem = blocks_that_fit(plan.smem_bytes, plan.arch)
-    by_registers = _REGISTERS_PER_SM // (_estimated_registers(plan) * plan.num_threads)
-    return max(1, min(by_smem, by_registers, most))
-
-
-def _enumerate(base: Plan) -> Iterator[Plan]:
-    num_stages = 2 if base.arch >= 80 else 1  # double-buffered where copies are asynchronous
-    for block_m in (128, 64):
-        for block_n in (128, 64, 32, 16):
-            plan = dataclasses.replace(
-                base, block_m=block_m, block_n=block_n, num_stages=num_stages
-            )
-            yield dataclasses.replace(plan, min_blocks=_min_blocks(plan))
-
-
-def _is_legal(plan: Plan) -> bool:
-    if plan.smem_bytes > smem_limits(plan.arch)[0]:
-        return False
-    if _has_tight_budget(plan):
-        if plan.mask is not None and plan.head_dim_v > 32 and plan.block_n > 16:
-            return False  # the mask's addresses and values take what wider tiles' scores would
-        if plan.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES:
-            return False
-        return _estimated_registers(plan) <= HEAD_DIM_64_MAX_REGISTERS
-    if plan.arch < 80 and max(plan.head_dim, plan.head_dim_v) > 192 and plan.block_n > 16:
-        return False  # head_dim 224 spills there: copies, scores and O meet in registers
-    return _estimated_registers(plan) <= 240
-
-
-def _rank(plan: Plan) -> tuple[int, ...]:
-    """Return a rank, of which smaller is better: warps resident on an SM to hide latencies, as far
-    as that paid; narrow key tiles, whose scores leave registers for more warps; small row tiles,
-    which make more blocks. Measured on sm_90, see docs/performance.md."""
-    resident_warps = min(12, plan.min_blocks * plan.num_warps)
-    return (-resident_warps, abs(plan.block_n - 32), plan.block_m)
 
 
 def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
@@ -315,26 +284,7 @@ def traits(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         "page_size": problem.page_size,
         "folds_heads": problem.group_size if gate is None and can_fold(problem) else 0,
         "returns_max_score": gate is None and problem.return_max_score,
-        # What the gate of P V is given is not normalised.
+        # The gate of P V is given weights that are not normalised.
         "has_sinks": problem.has_sinks and gate != "pv",
         "cache_dtype": problem.cache_dtype,
     }
-
-
-def candidates(problem: Problem, arch: int, gate: str | None = None) -> list[Plan]:
-    """Return every legal tile configuration of the portable kernel, best first; see
-    selection/select.py."""
-    base = Plan(
-        kernel=KERNEL,
-        arch=arch,
-        block_m=64,
-        block_n=64,
-        num_stages=1,
-        min_blocks=1,
-        load_bytes=problem.load_bytes,
-        gate=gate,
-        keys_of_chunk=keys_of_chunk(problem) if gate is None else 0,
-        **traits(problem, gate),
-    )
-    legal = [plan for plan in _enumerate(base) if _is_legal(plan)]
-    return sorted(legal, key=_rank)

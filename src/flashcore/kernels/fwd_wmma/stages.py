@@ -50,7 +50,7 @@ STAGES: tuple[Stage, ...] = (
         "whole kernel",
         "output and lse",
         "what the gates replace: the split of P@V over warps, and the sums of very many keys, a "
-        "chunk after the other (tile/totals.cuh)",
+        "chunk after the other (fwd_wmma/totals_wmma.cuh)",
     ),
 )
 
@@ -65,7 +65,7 @@ OUTSIDE = SCHEDULE | {
     "writes them, and whether somebody takes every row tile",
 }
 
-# Which phase a function belongs to: of those that the forward kernels share (kernels/tile/), and of
+# The phase of a function: of those that the forward kernels share (kernels/tile/), and of
 # the portable kernel's own. "load" and "store" are not stages of their own: every gate runs them.
 SHARED_PHASES = {
     "mask_scores": "softmax",

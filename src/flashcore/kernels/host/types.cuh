@@ -17,6 +17,11 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+template <class T>
+inline constexpr bool IS_FLOAT16 = false;
+template <>
+inline constexpr bool IS_FLOAT16<float16> = true;
+
 namespace fc_host {
 
 inline uint32_t bits_of(float x) {

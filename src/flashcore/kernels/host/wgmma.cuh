@@ -45,11 +45,6 @@ FC_DEVICE void wgmma_hold(WmmaAccum (&d)[FRAGS], FC_SITE) {
 template <class T, int FRAGS>
 FC_DEVICE void wgmma_hold(WmmaA<T> (&)[FRAGS]) {}
 
-template <class T>
-constexpr bool IS_FLOAT16 = false;
-template <>
-inline constexpr bool IS_FLOAT16<float16> = true;
-
 namespace fc_host {
 
 template <class T, bool A_ALONG_M, bool B_ALONG_N, int FRAGS>

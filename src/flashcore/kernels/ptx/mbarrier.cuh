@@ -22,8 +22,8 @@ FC_DEVICE void mbar_arrive_expect_tx(SmemPtr<uint64_t> bar, int bytes) {
                : "memory");
 }
 
-// Whether the phase of this parity has completed, as far as this thread can tell now. Where it has,
-// that is as good as mbar_wait.
+// Returns whether the phase of this parity has completed, as far as this thread can tell now. True
+// is as good as mbar_wait.
 FC_DEVICE bool mbar_test(SmemPtr<uint64_t> bar, int parity) {
   uint32_t done;
   asm volatile(

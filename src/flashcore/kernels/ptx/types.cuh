@@ -27,6 +27,11 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+template <class T>
+constexpr bool IS_FLOAT16 = false;
+template <>
+constexpr bool IS_FLOAT16<float16> = true;
+
 FC_DEVICE float to_float(float16 x) {
   float y;
   asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
@@ -88,7 +93,6 @@ FC_DEVICE uint32_t pack2<bfloat16>(float lo, float hi) {
 }
 #endif
 
-#if __CUDA_ARCH__ >= 900
 // Products of two pairs, rounded to T.
 template <class T>
 FC_DEVICE uint32_t mul2(uint32_t a, uint32_t b);
@@ -100,10 +104,16 @@ FC_DEVICE uint32_t mul2<float16>(uint32_t a, uint32_t b) {
   return product;
 }
 
+#if __CUDA_ARCH__ >= 800
 template <>
 FC_DEVICE uint32_t mul2<bfloat16>(uint32_t a, uint32_t b) {
   uint32_t product;
+#if __CUDA_ARCH__ >= 900
   asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+#else
+  const uint32_t minus_zeros = 0x80008000u;  // what changes no product, not even one that is 0
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(product) : "r"(a), "r"(b), "r"(minus_zeros));
+#endif
   return product;
 }
 #endif

@@ -66,11 +66,6 @@ FC_DEVICE void wgmma_hold(WmmaA<T> (&a)[FRAGS]) {
   }
 }
 
-template <class T>
-constexpr bool IS_FLOAT16 = false;
-template <>
-constexpr bool IS_FLOAT16<float16> = true;
-
 // Eight accumulator registers: as operands, and their names in the instruction.
 #define FC_ACC(n)                                                                                  \
   "+f"(d[n].x[0]), "+f"(d[n].x[1]), "+f"(d[n].x[2]), "+f"(d[n].x[3]), "+f"(d[n].x[4]),             \

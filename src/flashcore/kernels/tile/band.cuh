@@ -8,6 +8,7 @@
 #pragma once
 
 #include "prims.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/params.cuh"
 
 constexpr bool IS_BOUNDED = HAS_WINDOW_LEFT || HAS_WINDOW_RIGHT;
@@ -67,18 +68,20 @@ struct BandOf {
   }
 };
 
-// The queries among rows [row_begin, row_begin + count). Under pack-GQA (FOLDED) row r is query
-// r % num_queries of some head, so the rows of one tile may be any of the queries.
+// The queries among rows [row_begin, row_begin + count), of which the first exists. Of padded
+// queries whose heads are FOLDED the rows of one tile may be any (tile/folded_rows.cuh).
 struct QueryRange {
   int first, last;
 };
 
 FC_DEVICE QueryRange queries_of(const AttnParams& p, int row_begin, int count) {
+  if (FOLDS_PACKED) {
+    const int last_row = min_i(row_begin + count, p.seqlen_q) - 1;
+    return {query_of(p, row_begin), query_of(p, last_row)};
+  }
   if (FOLDED) return {0, p.num_queries - 1};
   return {row_begin, row_begin + count - 1};
 }
-
-FC_DEVICE int query_of(const AttnParams& p, int row) { return FOLDED ? row % p.num_queries : row; }
 
 // The key tiles that hold every key which some of ROWS rows can see.
 template <int ROWS = BLOCK_M, int KEYS = BLOCK_N>
@@ -116,7 +119,7 @@ FC_DEVICE Range own_query_tiles(const AttnParams& p, const Range& block, int key
   return part_of(block, query_tiles<KEYS>(p, key_begin));
 }
 
-// Whether the window hides some of KEYS keys from some of ROWS rows. The same for all lanes.
+// Returns whether the window hides some of KEYS keys from some of ROWS rows; all lanes agree.
 template <int ROWS, int KEYS>
 FC_DEVICE bool window_hides_some(const AttnParams& p, int row_begin, int key_begin) {
   const QueryRange queries = queries_of(p, row_begin, ROWS);
@@ -127,7 +130,7 @@ FC_DEVICE bool window_hides_some(const AttnParams& p, int row_begin, int key_beg
   return hides;
 }
 
-// Which columns of a warp's 16 lines a lane's two of them see, counted from the lane's first column
+// The columns that a lane's two of a warp's 16 lines see, counted from the lane's first column
 // so that a compare takes a constant: two registers, or three or four where the bounds of the
 // second line are not 8 further than those of the first: because heads are FOLDED, or as S ends
 // where the sequence's keys do. (Queries behind the last one have no probability in any case.)

@@ -70,6 +70,25 @@ FC_DEVICE void apply_softcap(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p
   }
 }
 
+// A tree mask, [num_queries, num_queries], says which of the last num_queries keys of its sequence
+// a query sees; all keys before them it does see. Heads that are folded share it.
+constexpr bool MASK_IS_TREE = MASK_KIND == 3;
+
+// The key that a mask tensor's column 0 is of, and the row that it has for a row of q.
+FC_DEVICE int first_masked_key(const AttnParams& p) {
+  return MASK_IS_TREE ? p.seqlen_k - (FOLDED ? p.num_queries : p.seqlen_q) : 0;
+}
+
+FC_DEVICE int mask_row(const AttnParams& p, int row) {
+  return MASK_IS_TREE ? query_of(p, row) : row;
+}
+
+// Returns whether a mask tensor has no column of keys [key_begin, key_begin + KEYS).
+template <int KEYS>
+FC_DEVICE bool is_before_mask(const AttnParams& p, int key_begin) {
+  return MASK_IS_TREE && key_begin + KEYS <= first_masked_key(p);
+}
+
 // The mask tensor of a batch and query head.
 FC_DEVICE GmemPtr<const MaskElement> mask_of(const AttnParams& p, int batch_idx, int head_idx) {
   return p.tensors.mask + (batch_idx * p.strides.mask.batch + head_idx * p.strides.mask.head);
@@ -85,15 +104,15 @@ FC_DEVICE void add_mask(float& score, T x) {
   score += to_float(x);
 }
 
-// Whether some element of rows [row_begin, row_begin + 16) x keys [key_begin, key_begin + KEYS) may
-// not be attended to because of the sequence's end or the window. The same for all lanes.
+// Returns whether the sequence's end or the window hides some of keys [key_begin, key_begin + KEYS)
+// from some of rows [row_begin, row_begin + 16). All lanes agree.
 template <int KEYS>
 FC_DEVICE bool strip_needs_mask(const AttnParams& p, int row_begin, int key_begin) {
   const bool ends = key_begin + KEYS - 1 >= p.seqlen_k;
   return ends | window_hides_some<16, KEYS>(p, row_begin, key_begin);
 }
 
-// What takes scores, as they leave here, to log2 units.
+// Returns the factor that takes scores, as they leave this header, to log2 units.
 FC_DEVICE float softmax_scale_log2(const AttnParams& p) {
   return SCORES_ARE_SCALED ? LOG2_E : p.softmax_scale_log2;
 }
@@ -135,7 +154,9 @@ template <int NUM_FRAGS>
 FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
                            GmemPtr<const MaskElement> mask_gmem, int row_begin, int key_begin) {
   scale_scores(scores, p);
-  if (MASK_KIND == 0) return hide_scores(scores, p, row_begin, key_begin);
+  if (MASK_KIND == 0 || is_before_mask<NUM_FRAGS * 16>(p, key_begin)) {
+    return hide_scores(scores, p, row_begin, key_begin);
+  }
   // The branch also keeps ptxas from fetching a mask tensor's elements ahead of the products, which
   // costs more registers than there are.
   if (row_begin >= p.seqlen_q) return;
@@ -150,8 +171,10 @@ FC_DEVICE void mask_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,
       for (int i = 0; i < 8; ++i) {
         const int row = row_begin + accum_row(lane_idx(), i);
         const int key = frag_key + accum_col(lane_idx(), i);
-        if (row < p.seqlen_q && visible.contain(n, i)) {
-          const auto element = mask_gmem + (row * p.strides.mask.row + key * p.strides.mask.col);
+        const int col = key - first_masked_key(p);
+        if (row < p.seqlen_q && (!MASK_IS_TREE || col >= 0) && visible.contain(n, i)) {
+          const auto element =
+              mask_gmem + (mask_row(p, row) * p.strides.mask.row + col * p.strides.mask.col);
           add_mask(scores[n].x[i], gmem_load(element));
         }
       }

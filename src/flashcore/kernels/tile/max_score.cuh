@@ -8,6 +8,7 @@
 #pragma once
 
 #include "prims.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
@@ -16,6 +17,7 @@
 // The float of a row's head. Where heads are FOLDED, their rows follow one another in one head.
 FC_DEVICE GmemPtr<float> max_score_of(const AttnParams& p, const BlockCoord& block, int row) {
   const int head = block.batch_idx * p.num_heads_q + block.head_idx;
+  if (FOLDS_PACKED) return p.max_score + (head + head_of(p, row));
   if (!FOLDED) return p.max_score + head;
   return p.max_score + (head * (p.seqlen_q / p.num_queries) + row / p.num_queries);
 }
@@ -28,7 +30,7 @@ FC_DEVICE void raise_max_score(const OnlineSoftmax& state, const AttnParams& p,
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(state.row_sum[r]);
     const int row = warp_row + lane_idx() / 4 + r * 8;
-    if (lane_idx() % 4 != 0 || row >= p.seqlen_q) continue;
+    if (lane_idx() % 4 != 0 || !is_row(p, row)) continue;
     const bool is_nan = sum != sum && state.row_max[r] < -NEG_INF;
     if (state.row_max[r] == NEG_INF && !is_nan) continue;
     const float scale = SCORES_ARE_SCALED ? 1.0f : p.softmax_scale;

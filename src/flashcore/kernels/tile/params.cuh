@@ -8,8 +8,8 @@
 // Another tensor that a kernel reads or writes gets its address here and in `Tensors` of params.py.
 struct Tensors {
   GmemPtr<const Element> q;         // [batch, num_heads_q, seqlen_q, HEAD_DIM]
-  GmemPtr<const Element> k;         // [batch, num_heads_kv, seqlen_k, HEAD_DIM]
-  GmemPtr<const Element> v;         // [batch, num_heads_kv, seqlen_k, HEAD_DIM_V]
+  GmemPtr<const CacheElement> k;    // [batch, num_heads_kv, seqlen_k, HEAD_DIM]
+  GmemPtr<const CacheElement> v;    // [batch, num_heads_kv, seqlen_k, HEAD_DIM_V]
   GmemPtr<const MaskElement> mask;  // [batch, num_heads_q, seqlen_q, seqlen_k], or null
   GmemPtr<Element> out;             // [batch, num_heads_q, seqlen_q, HEAD_DIM_V], contiguous
   GmemPtr<float> lse;               // [batch, num_heads_q, seqlen_q], contiguous, or null
@@ -47,7 +47,7 @@ struct Lengths {
   int32_t k_rows_per_batch, v_rows_per_batch;  // from one batch, or page, to the next
 };
 
-// Partial results of rows whose keys are split over blocks, see fwd_sm90/split_sm90.cuh; under
+// Partial results of rows whose keys are split over blocks, see tile/shares.cuh; under
 // STREAM_K [slots, rows of a slot, ...], see tile/stream_k.cuh.
 struct Splits {
   GmemPtr<float> split_out;    // [num_splits, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]
@@ -66,7 +66,7 @@ struct Pages {
   int32_t num_pages;
 };
 
-// What the elements of 8-bit caches count; read only under FLOAT8. Value = element * scale.
+// The scales of 8-bit caches, value = element * scale; read only under FLOAT8.
 struct Scales {
   GmemPtr<const float> k_scale, v_scale;  // of each sequence and head of k and v
   int32_t k_scale_batch, k_scale_head, v_scale_batch, v_scale_head;  // strides, 0 for one of all
@@ -87,7 +87,9 @@ struct AttnParams {
   Strides strides;
 
   int32_t batch, num_heads_q, num_heads_kv, seqlen_q, seqlen_k;
-  int32_t num_queries;  // of a head; seqlen_q rows are more where heads are folded (folding.py)
+  // Of a head; seqlen_q rows are more where heads are folded (folding.py). Of packed queries, whose
+  // numbers only the device knows: how many heads are folded (tile/folded_rows.cuh).
+  int32_t num_queries;
   int32_t num_m_blocks;
 
   float softmax_scale;       // of q.k, natural units

@@ -8,8 +8,9 @@
 #include "tile/sequence.cuh"
 
 // The rows of a matrix that are one stride apart.
+template <class T>
 struct EvenRows {
-  GmemPtr<const Element> gmem;
+  GmemPtr<const T> gmem;
   int stride;
 
   // The matrix from some row and column on.
@@ -17,7 +18,7 @@ struct EvenRows {
     return {gmem + (int64_t(row) * stride + col), stride};
   }
   // The address of an element. Where a row is not `valid`, nobody reads from it.
-  FC_DEVICE GmemPtr<const Element> at(int row, int col, bool /* valid */) const {
+  FC_DEVICE GmemPtr<const T> at(int row, int col, bool /* valid */) const {
     return gmem + (int64_t(row) * stride + col);
   }
 };
@@ -26,14 +27,14 @@ struct EvenRows {
 struct PagedRows {
   const AttnParams& p;
   GmemPtr<const int32_t> entries;
-  GmemPtr<const Element> head;  // in page 0
+  GmemPtr<const CacheElement> head;  // in page 0
   TensorStrides strides;
   int first = 0;
 
   FC_DEVICE PagedRows from(int row, int col) const {
     return {p, entries, head + col, strides, first + row};
   }
-  FC_DEVICE GmemPtr<const Element> at(int row, int col, bool valid) const {
+  FC_DEVICE GmemPtr<const CacheElement> at(int row, int col, bool valid) const {
     if (!valid) return head;
     const int key = first + row;
     const int64_t page = checked_page(p, gmem_load(entries + key / PAGE_SIZE));
@@ -42,9 +43,9 @@ struct PagedRows {
 };
 
 // Where the keys or values of a block's head begin: of its sequence, or of page 0.
-FC_DEVICE GmemPtr<const Element> keys_of_head(const BlockCoord& block,
-                                              GmemPtr<const Element> tensor,
-                                              const TensorStrides& strides) {
+FC_DEVICE GmemPtr<const CacheElement> keys_of_head(const BlockCoord& block,
+                                                   GmemPtr<const CacheElement> tensor,
+                                                   const TensorStrides& strides) {
   const int first = PAGED ? 0 : block.batch_idx;
   return tensor + (first * strides.batch + block.head_idx_kv * strides.head);
 }
@@ -52,10 +53,10 @@ FC_DEVICE GmemPtr<const Element> keys_of_head(const BlockCoord& block,
 // The rows from there on.
 template <bool IN_PAGES = PAGED>
 FC_DEVICE auto rows_of_keys(const AttnParams& p, const BlockCoord& block,
-                            GmemPtr<const Element> head, const TensorStrides& strides) {
+                            GmemPtr<const CacheElement> head, const TensorStrides& strides) {
   if constexpr (IN_PAGES) {
     return PagedRows{p, pages_of(p, block.batch_idx), head, strides};
   } else {
-    return EvenRows{head, strides.row};
+    return EvenRows<CacheElement>{head, strides.row};
   }
 }

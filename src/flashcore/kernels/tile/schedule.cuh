@@ -9,14 +9,14 @@ struct BlockCoord {
   int head_idx;     // of q
   int head_idx_kv;  // of k and v: num_heads_q / num_heads_kv query heads share one
   int m_begin;      // first query row
-  int split = 0;    // the part of the row tile's keys, see fwd_sm90/split_sm90.cuh
+  int split = 0;    // the part of the row tile's keys, see tile/shares.cuh
   // Under STREAM_K alone, see tile/stream_k.cuh.
   int num_splits = 1;              // of the row tile
   int tile_begin = 0, tile_end = 0;  // of the piece, counted from the row tile's first key tile
   int first_slot = 0;              // of the row tile's first share
 };
 
-// What persistent blocks are told of the order of tiles, see fwd_sm90/schedule_sm90.cuh.
+// The order in which persistent blocks take tiles, see fwd_sm90/schedule_sm90.cuh.
 struct TileSchedule {
   int32_t num_heads;          // num_heads_q * batch
   int32_t heads_per_section;  // of the last section maybe more; read only under a right bound
@@ -55,4 +55,20 @@ FC_DEVICE BlockCoord block_coord(const AttnParams& p, int tile) {
   BlockCoord coord = head_coord(p, tile / p.num_m_blocks);
   coord.m_begin = (HAS_WINDOW_RIGHT ? p.num_m_blocks - 1 - m_block : m_block) * BLOCK_M;
   return coord;
+}
+
+// The sum over the lanes below, and over all lanes.
+struct WarpScan {
+  int below, total;
+};
+
+FC_DEVICE WarpScan warp_scan(int x) {
+  WarpScan scan = {0, x};
+#pragma unroll
+  for (int bit = 1; bit < 32; bit *= 2) {
+    const int other = shfl_xor(scan.total, bit);
+    if (lane_idx() & bit) scan.below += other;
+    scan.total += other;
+  }
+  return scan;
 }

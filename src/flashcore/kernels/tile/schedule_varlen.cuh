@@ -10,6 +10,7 @@
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
@@ -33,22 +34,6 @@ FC_DEVICE void init_feed(const Feed& feed) {
   mbar_init(feed.asked, 1);
 }
 
-// The sum over the lanes below, and over all lanes.
-struct WarpScan {
-  int below, total;
-};
-
-FC_DEVICE WarpScan warp_scan(int x) {
-  WarpScan scan = {0, x};
-#pragma unroll
-  for (int bit = 1; bit < 32; bit *= 2) {
-    const int other = shfl_xor(scan.total, bit);
-    if (lane_idx() & bit) scan.below += other;
-    scan.total += other;
-  }
-  return scan;
-}
-
 // Walks over all tiles in the order above, 32 sequences at a time, a lane each. Forward only.
 // max_tiles is what lengths that do not overlap can have at most; others are cut off there.
 template <bool OWNS_KEYS>
@@ -68,7 +53,8 @@ struct SequenceWalk {
   }
 
   FC_DEVICE static int num_heads(const AttnParams& p) {
-    return OWNS_KEYS ? p.num_heads_kv : p.num_heads_q;
+    if (OWNS_KEYS) return p.num_heads_kv;
+    return FOLDS_PACKED ? p.num_heads_q / heads_folded(p) : p.num_heads_q;
   }
 
   FC_DEVICE void look(const AttnParams& p) {
@@ -81,7 +67,8 @@ struct SequenceWalk {
       const bool longest = walked > 1 << length_class;  // than the class holds
       const bool shorter = length_class > 0 && walked <= 1 << (length_class - 1);
       if (!longest && !shorter) {
-        num_tiles = ((OWNS_KEYS ? keys : queries) + OWN_ROWS - 1) / OWN_ROWS;
+        const int rows = OWNS_KEYS ? keys : rows_of_queries(p, queries);
+        num_tiles = (rows + OWN_ROWS - 1) / OWN_ROWS;
       }
     }
     tiles = warp_scan(num_tiles * num_heads(p));
@@ -162,8 +149,9 @@ struct TileFeed {
     block.batch_idx = int(coord.word[0]);
     const int head = int(coord.word[1]);
     const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
-    block.head_idx = OWNS_KEYS ? head * heads_per_kv : head;  // the first of the group
-    block.head_idx_kv = OWNS_KEYS ? head : head / heads_per_kv;
+    // The first of the heads that are one, or of the group.
+    block.head_idx = OWNS_KEYS ? head * heads_per_kv : head * heads_folded(p);
+    block.head_idx_kv = OWNS_KEYS ? head : block.head_idx / heads_per_kv;
     block.m_begin = int(coord.word[2]);
     ++count;
   }

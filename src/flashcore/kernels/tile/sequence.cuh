@@ -6,6 +6,7 @@
 #pragma once
 
 #include "prims.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 
@@ -85,8 +86,9 @@ FC_DEVICE decltype(auto) sequence_params(const AttnParams& p, const BlockCoord& 
       own.seqlen_k = clamp_i(gmem_load(p.lengths.seqlens_k + block.batch_idx), 0, p.seqlen_k);
     }
     if constexpr (FLOAT8) take_scales(own, block);
-    const int num_queries = FOLDED ? p.num_queries : own.seqlen_q;
+    const int num_queries = FOLDED && !PACKED ? p.num_queries : own.seqlen_q;
     own.band.diag_offset = p.lengths.lower_right ? own.seqlen_k - num_queries : 0;
+    if constexpr (FOLDS_PACKED) own.seqlen_q = rows_of_queries(p, num_queries);
     return own;
   }
 }
@@ -117,6 +119,9 @@ FC_DEVICE BoxOrigin key_box(const AttnParams& p, const BlockCoord& block, int ro
 
 // Where a query row of a block's head lies in the sequence's lse; and in its out, in elements.
 FC_DEVICE int64_t lse_offset(const AttnParams& p, const BlockCoord& block, int row) {
+  if (FOLDS_PACKED) {
+    return int64_t(block.head_idx + head_of(p, row)) * p.lengths.total_q + query_of(p, row);
+  }
   if (PACKED) return int64_t(block.head_idx) * p.lengths.total_q + row;
   return (int64_t(block.batch_idx) * p.num_heads_q + block.head_idx) * p.seqlen_q + row;
 }
@@ -126,6 +131,10 @@ FC_DEVICE int out_row_stride(const AttnParams& p) {
 }
 
 FC_DEVICE int64_t out_offset(const AttnParams& p, const BlockCoord& block, int row) {
+  if (FOLDS_PACKED) {
+    const int head = block.head_idx + head_of(p, row);
+    return int64_t(query_of(p, row)) * out_row_stride(p) + head * HEAD_DIM_V;
+  }
   if (PACKED) return int64_t(row) * out_row_stride(p) + block.head_idx * HEAD_DIM_V;
   return lse_offset(p, block, row) * HEAD_DIM_V;
 }

@@ -34,6 +34,11 @@ struct SmemTile {
   // multiple of eight on.
   FC_DEVICE SmemTile rows_from(int row) const { return {smem + row * CHUNK_COLS}; }
 
+  // The same of tile `index`, as one sum: ptxas treats two sums, one behind the other, differently.
+  FC_DEVICE SmemTile row_of(int index, int row) const {
+    return {smem + (index * ELEMENTS + row * CHUNK_COLS)};
+  }
+
   // A narrower tile in the same place.
   template <class Narrower>
   FC_DEVICE Narrower as() const {
@@ -41,17 +46,12 @@ struct SmemTile {
     return {smem};
   }
 
-  // The same of tile `index`, in one sum: other sums are other machine code.
-  FC_DEVICE SmemTile row_of(int index, int row) const {
-    return {smem + (index * ELEMENTS + row * CHUNK_COLS)};
-  }
-
   FC_DEVICE SmemPtr<T> chunk(int c) const { return smem + c * CHUNK_ELEMENTS; }
   FC_DEVICE SmemPtr<T> chunk_of(int index, int c) const {
     return smem + (index * ELEMENTS + c * CHUNK_ELEMENTS);
   }
 
-  // An element of the first row, which is not swizzled if the tile begins with row 0.
+  // Where the first row of a chunk has column `col` or, as it is swizzled, another one.
   FC_DEVICE SmemPtr<T> at_start(int c, int col) const {
     return smem + (c * CHUNK_ELEMENTS + col);
   }

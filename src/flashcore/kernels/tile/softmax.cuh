@@ -8,6 +8,7 @@
 #pragma once
 
 #include "prims.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/sequence.cuh"
@@ -115,8 +116,8 @@ FC_DEVICE void raise_max(OnlineSoftmax& state, const float (&max)[2], float (&fa
   }
 }
 
-// Whether some score of the warp's is so far above its row_max that exp(score - row_max) is over
-// 2^8, or some row_max is large; `max` is this lane's part of the maximum.
+// Returns whether a score of the warp is so far above its row_max that exp(score - row_max) is over
+// 2^8, or a row_max is large; `max` is this lane's part of the maximum.
 FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state,
                             const float (&max_log2)[2], float scale_log2) {
   return warp_any((max[0] - state.row_max[0]) * scale_log2 > 8.0f || is_large(max_log2[0]) ||
@@ -175,7 +176,7 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
   return moved;
 }
 
-// What softmax_step would cost most, the search for maxima, is for nothing in nearly every tile. So
+// The search for maxima costs most of softmax_step, and is for nothing in nearly every tile. So
 // exponentiate first, with row_max as it is, and look at the sums: this says whether a term may be
 // so large, over 2^10, that row_max must be raised, or whether row_max is large, or -inf, as there
 // is none yet. `tile_sum` are sums of the tile's own terms, `max_log2` the product of row_max that
@@ -195,9 +196,9 @@ FC_DEVICE void rescale_output(WmmaAccum (&out)[NUM_OUT_FRAGS], const float (&res
 }
 
 // The sink of a row's head, a natural logarithm as lse is. Where heads are folded (pack-GQA) a
-// block's head stands for several, of num_queries rows each. What is no row has the last one's.
+// block's head stands for several, of num_queries rows each. Rows behind the last have its sink.
 FC_DEVICE float sink_of(const AttnParams& p, int head_idx, int row) {
-  if (PACKED) return gmem_load(p.tensors.sinks + head_idx);
+  if (PACKED) return gmem_load(p.tensors.sinks + (head_idx + head_of(p, row)));
   const int heads_of_rows = p.seqlen_q / p.num_queries;
   const int head = min_i(row, p.seqlen_q - 1) / p.num_queries;
   return gmem_load(p.tensors.sinks + (head_idx * heads_of_rows + head));
@@ -241,9 +242,13 @@ FC_DEVICE void finish_softmax(const OnlineSoftmax& state, const AttnParams& p,
     inverse_sum[r] = empty ? 0.0f : weight * rcp_approx(sum);
     if (FLOAT8) inverse_sum[r] *= p.scales.v_factor;
     const int row = lane_idx() / 4 + r * 8;
-    if (!is_null(p.tensors.lse) && lane_idx() % 4 == 0 && row < num_valid_rows) {
+    const int own_row = p.seqlen_q - num_valid_rows + row;
+    const bool is_valid = FOLDS_PACKED ? is_row(p, own_row) : row < num_valid_rows;
+    if (!is_null(p.tensors.lse) && lane_idx() % 4 == 0 && is_valid) {
       const float lse = natural_lse(row_max, sum, p);
-      gmem_store(p.tensors.lse + (first_out_row + row), empty ? NEG_INF : lse);
+      const int64_t out_row =
+          FOLDS_PACKED ? lse_offset(p, {0, head_idx, 0, 0}, own_row) : first_out_row + row;
+      gmem_store(p.tensors.lse + out_row, empty ? NEG_INF : lse);
     }
   }
 }

@@ -23,10 +23,9 @@
 #include "tile/band.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
-#include "tile/schedule_varlen.cuh"
 #include "tile/sequence.cuh"
 
-// Which slot has a share of a row tile. The first share is made by the block that the row tile
+// Returns the slot of a row tile's share. The first share is made by the block that the row tile
 // begins in: in that block's second slot, unless its range begins there, too.
 FC_DEVICE int slot_of(const AttnParams& p, const BlockCoord& block, int split) {
   return split == 0 ? block.first_slot : (block.first_slot / 2 + split * p.splits.num_lines) * 2;
@@ -108,6 +107,24 @@ struct StreamWalk {
     const float square = p.splits.adding_up * float(longest);
     while (range_tiles < longest && float(range_tiles) * float(range_tiles) < square) ++range_tiles;
   }
+
+  // Between pieces a walk may lie in shared memory, where it takes no registers.
+  static constexpr int INTS = 7;
+
+  FC_DEVICE void keep(SmemPtr<int32_t> to) const {
+    const int fields[INTS] = {place, end, range_tiles, item, head, first, num_tiles};
+#pragma unroll
+    for (int i = 0; i < INTS; ++i) smem_store(to + i, fields[i]);
+  }
+
+  FC_DEVICE explicit StreamWalk(SmemPtr<int32_t> from)
+      : place(smem_load(from)),
+        end(smem_load(from + 1)),
+        range_tiles(smem_load(from + 2)),
+        item(smem_load(from + 3)),
+        head(smem_load(from + 4)),
+        first(smem_load(from + 5)),
+        num_tiles(smem_load(from + 6)) {}
 
   FC_DEVICE bool done(const AttnParams&, const TileSchedule&) const { return place >= end; }
 

@@ -1,8 +1,9 @@
 """Define vmap of the operators: the batch that is mapped over joins a dimension of the tensors.
 
-That is the batch of dense and padded tensors, the heads of packed ones. What is not batched is
-expanded, not copied, where the tensors' own batch is 1. Where a tensor has no room for a batch (the
-lengths of packed sequences, which all heads share), samples are computed one after the other.
+The mapped batch joins the batch of dense and padded tensors, the heads of packed ones. A tensor
+that is not mapped is expanded, not copied, where the tensors' own batch is 1. Where a tensor has no
+room for a batch (the lengths of packed sequences, which all heads share), samples are computed one
+after the other.
 """
 
 from __future__ import annotations

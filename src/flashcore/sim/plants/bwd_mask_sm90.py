@@ -149,7 +149,7 @@ PLANTS_BWD_MASK_SM90 = by_name(
         or_by=("misuse",),
     ),
 )
-# Those that a mask shows which all queries share; the others are shown by one of every query.
+# Bugs that show under a mask that all queries share; the others need one of every query.
 OF_ROWS = ("shares-overlap", "warp-sums-read-early", "warp-sums-overwritten")
 
 # Of a mask on its way to the scores of the kernels of dq, and of dk and dv.

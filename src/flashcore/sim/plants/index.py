@@ -32,10 +32,11 @@ from flashcore.sim.plants.fwd_sm90.float8 import (
     PLANTS_SHORT_SM90,
     PLANTS_WIDE_SM90,
 )
+from flashcore.sim.plants.fwd_sm90.folded import PLANTS_FOLDED_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
-from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT, PLANTS_STREAM_SM90
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT, PLANTS_STREAM
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.merge import PLANTS_MERGE, PLANTS_MERGE_BACKWARD
 from flashcore.sim.plants.numerics import (
@@ -44,8 +45,11 @@ from flashcore.sim.plants.numerics import (
     PLANTS_TOTALS,
 )
 from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
+from flashcore.sim.plants.pieces import OF_WALK, PLANTS_FLOAT8_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
+from flashcore.sim.plants.trees import OF_SM90 as TREES_SM90
+from flashcore.sim.plants.trees import OF_WMMA as TREES_WMMA
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.plants.wmma import PLANTS
 
@@ -60,6 +64,9 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS,
         **PLANTS_PAGES,
         **PLANTS_PAGES_WMMA,
+        **OF_WALK,
+        **PLANTS_FLOAT8_WMMA,
+        **TREES_WMMA,
     },
     SM90_KERNEL: {
         **PLANTS_SM90,
@@ -70,7 +77,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_LARGE_SCORES,
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
-        **PLANTS_STREAM_SM90,
+        **PLANTS_STREAM,
         **PLANTS_VARLEN_SM90,
         **PLANTS_MAX_SCORE,
         **PLANTS_MAX_SCORE_SM90,
@@ -79,8 +86,10 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_PAGES,
         **PLANTS_PAGES_SM90,
         **PLANTS_FLOAT8_SM90,
+        **TREES_SM90,
         **PLANTS_WIDE_SM90,
         **PLANTS_SHORT_SM90,
+        **PLANTS_FOLDED_SM90,
     },
     DQ_KERNEL: {
         **PLANTS_BWD_DQ_SM90,

@@ -20,7 +20,7 @@ PLANTS_MAX_SCORE = by_name(
         name="max-score-of-padding",
         title="rows behind the last query count, with folded heads for a head that follows",
         file=_MAX_SCORE,
-        find="    if (lane_idx() % 4 != 0 || row >= p.seqlen_q) continue;",
+        find="    if (lane_idx() % 4 != 0 || !is_row(p, row)) continue;",
         replace="    if (lane_idx() % 4 != 0) continue;",
         caught_by="out-of-bounds",
     ),

@@ -7,7 +7,7 @@ from flashcore.compile.plant import Plant, by_name
 
 _KERNEL = "fwd_wmma/attn_fwd_wmma.cuh"
 _SOFTMAX = "tile/softmax.cuh"
-_TOTALS = "tile/totals.cuh"
+_TOTALS = "fwd_wmma/totals_wmma.cuh"
 
 PLANTS_LARGE_SCORES = by_name(
     Plant(

@@ -122,9 +122,9 @@ PLANTS_SCHEDULES_SM90 = by_name(
     Plant(
         name="folded-as-rows",
         title="a row of folded heads has the bounds of its number, not of its query",
-        file=_BAND,
-        find="return FOLDED ? row % p.num_queries : row; }",
-        replace="return row; }",
+        file="tile/folded_rows.cuh",
+        find="return FOLDED ? row % p.num_queries : row;",
+        replace="return row;",
         caught_by="wrong-result",
     ),
 )

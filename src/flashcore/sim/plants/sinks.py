@@ -37,7 +37,7 @@ PLANTS_SINKS_SPLIT = by_name(
     Plant(
         name="sink-of-every-split",
         title="the sink joins each of the shares that are added up, and their sum again",
-        file="fwd_sm90/split_sm90.cuh",
+        file="tile/shares.cuh",
         find="""    const float sum = quad_sum(softmax.row_sum[r]);
     const int row = warp_row + accum_row(lane_idx(), r * 2);""",
         replace="""    const int row = warp_row + accum_row(lane_idx(), r * 2);

@@ -30,8 +30,9 @@ _PV_LOOP_HEAD = """\
 """
 _ARRIVAL_BARRIER = "    block_sync();  // orders every thread's arrived copies"
 
-# What the seed of this project did: every warp multiplies P by its share of the keys, for all rows,
-# and adds its part of the product to U in shared memory by atomics. One string a kernel line.
+# The fault of the code that this project began with: every warp multiplies P by its share of the
+# keys, for all rows, and adds its part of the product to U in shared memory by atomics. One string
+# a kernel line.
 _PV_ATOMIC = (
     "  constexpr int P_STRIDE = smem_stride(BLOCK_N), U_STRIDE = OUT_FRAGS * 16;"
     ' const auto p_smem = smem_view<Element>(SMEM_BYTES, BLOCK_M * P_STRIDE, "p_smem");'

@@ -1,10 +1,10 @@
-// between_blocks.cpp - who may read in global memory what another block wrote.
+// between_blocks.cpp - the threads that may read in global memory what another block wrote.
 //
 // Blocks run one after the other, so values alone would never show that an order is missing. The
 // order is that of the PTX ISA's memory model, as far as kernels here need it: an acquiring and
 // releasing atomic on a counter leaves there what its thread knows, and makes known to the thread
-// what others left; barriers hand that on inside the block. What is known of a block are the clocks
-// of its threads.
+// what others left; barriers hand that on inside the block. Knowledge of a block is the clocks of
+// its threads.
 #include <algorithm>
 #include <map>
 #include <utility>
@@ -16,7 +16,7 @@ namespace fc_host {
 using Clocks = std::vector<int32_t>;                 // of the threads of a block
 using Blocks = std::vector<std::pair<int, Clocks>>;  // block and what is known of it
 
-// Whoever has seen `epoch` of this block knows this of others.
+// A thread that has seen `epoch` of this block knows `known` of others.
 struct Acquisition {
   Epoch epoch;
   Blocks known;

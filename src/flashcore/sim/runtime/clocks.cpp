@@ -17,7 +17,7 @@ void clocks_reset() {
   }
 }
 
-// Whether a vector clock covers every lane's clock of a warp's snapshot `number` (counted from 1).
+// Returns whether a vector clock covers all lanes' clocks of a warp's snapshot `number`, from 1 on.
 static bool covers(const int32_t* clock, const Warp& warp, int number) {
   const int32_t* lanes = warp.snapshots.data() + size_t(number - 1) * WARP_SIZE;
   for (int l = 0; l < WARP_SIZE; ++l) {

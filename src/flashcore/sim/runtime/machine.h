@@ -201,7 +201,7 @@ uint8_t* global_sums(uint64_t address, int bytes, Site site);
 // between_blocks.cpp
 void between_blocks_start();
 void between_blocks_reset();
-// Whether the current thread knows what a thread did up to its clock.
+// Returns whether the current thread knows what a thread did up to that thread's clock.
 bool known_of_block(int block, int thread, int clock);
 // async.cpp
 void async_perform(AsyncCopy& copy);

@@ -170,7 +170,7 @@ static void check_converged(WarpOp op, uint64_t uniform, Site site) {
       (warp.op != op || warp.uniform != uniform || !same_site(warp.site, site))) {
     diverged(site, op_name(op), warp.first_lane + __builtin_ctz(warp.arrived));
   }
-  // Who polls an mbarrier is on the way.
+  // A lane that polls an mbarrier will still come.
   const uint32_t elsewhere = ~warp.runnable & ~warp.arrived & ~warp.at_mbarrier;
   if (elsewhere != 0) diverged(site, op_name(op), warp.first_lane + __builtin_ctz(elsewhere));
 }

@@ -25,7 +25,7 @@ static int64_t element_at(const SmemRef& ref, int cell) {
   return (int64_t(cell) * CELL_BYTES - ref.base) / ref.element_bytes;
 }
 
-// What the agent of an earlier write or read was doing.
+// Returns in words what the agent of an earlier write was doing.
 static const char* earlier_write(Epoch epoch) {
   if (epoch & FLAG_ATOMIC) return "another adds by an atomic";
   if (!machine.is_sm90 || agent_of(epoch) < machine.agents.mbarriers) return "another writes";
@@ -289,7 +289,7 @@ void shadow_write_by_unit(const SmemRef& ref, int offset, int bytes, Epoch me, c
   for (int i = 0; i < bytes; ++i) machine.smem[offset + i] = POISON_BYTES[i % 2];
 }
 
-// Whether a unit's read of a cell by a thread that has seen `clock` is in order; else an alarm.
+// Raises an alarm unless a thread that has seen `clock` may have its unit read the cell.
 void shadow_check_unit_read(const SmemRef& ref, int i, const int32_t* clock, const char* doing,
                             Site site, bool by_warp) {
   const Cell& cell = machine.cells[size_t(i)];

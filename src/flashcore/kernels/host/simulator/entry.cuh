@@ -9,7 +9,7 @@ extern "C" void fc_kernel_entry(const void* params) {
 
 extern "C" unsigned long long fc_kernel_params_bytes() { return sizeof(FC_HOST_PARAMS); }
 
-// Whether the kernel uses prims_sm90.cuh, which the runtime must keep more clocks for.
+// Returns whether the kernel uses prims_sm90.cuh, for which the runtime must keep more clocks.
 #ifdef FC_HOST_SM90
 extern "C" int fc_kernel_is_sm90() { return 1; }
 #else

@@ -48,7 +48,7 @@ enum class WarpOp : int {
   wgmma_wait
 };
 
-// Who is running. Set by the scheduler before it goes on with a fiber.
+// The thread and block that run. The scheduler sets them before it goes on with a fiber.
 extern int current_thread;
 extern int current_block;
 extern int num_blocks;  // of the launch

@@ -4,14 +4,16 @@
 
 #include "host/simulator/machine.cuh"
 
-// The simulator's tensor map: a four-dimensional tensor and the box that one instruction moves.
+// The simulator's tensor map: a four-dimensional tensor and the box that one instruction moves:
+// rows of one head, or, where box_heads is over 1, of as many heads, one after the other.
 // As large as the opaque one of a GPU; mirrored by the launcher.
 struct alignas(64) TensorMap {
   uint64_t base;  // simulated address
   uint64_t row_stride_bytes, head_stride_bytes, batch_stride_bytes;
   uint32_t cols, rows, heads, batches;
   uint32_t box_cols, box_rows, element_bytes, swizzle_bytes;
-  uint64_t unused[8];
+  uint32_t box_heads;
+  uint32_t unused[15];
 };
 static_assert(sizeof(TensorMap) == 128, "a tensor map has 128 bytes");
 

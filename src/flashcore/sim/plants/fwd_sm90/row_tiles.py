@@ -19,7 +19,7 @@ _COORD_BEFORE_ARRIVAL = """\
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
-      mbar_arrive_expect_tx(full, QGroup::BYTES);
+      mbar_arrive_expect_tx(full, bytes_of_box(p));
 """
 _TAKEN_BEFORE_STORE = """\
     mbar_wait(bar.merge_empty, turn % 2 ^ 1);  // of the last row tile's

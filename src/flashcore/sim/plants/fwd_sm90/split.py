@@ -8,7 +8,7 @@ from typing import Any
 
 from flashcore.compile.plant import Plant, by_name
 
-_SPLIT = "fwd_sm90/split_sm90.cuh"
+_SPLIT = "tile/shares.cuh"
 
 _ALL = (
     Plant(
@@ -23,7 +23,7 @@ _ALL = (
         name="split-no-barrier",
         title="a share is counted when one warp has written its rows of it",
         file=_SPLIT,
-        find="  named_barrier_sync(barrier, 128);  // orders all",
+        find="  sync();  // orders all",
         replace="  // orders all",
         caught_by="race",
     ),
@@ -31,7 +31,7 @@ _ALL = (
         name="split-arrival-not-awaited",
         title="warps look whether theirs was the last share before that is known",
         file=_SPLIT,
-        find="  named_barrier_sync(barrier, 128);  // hands on",
+        find="  sync();  // hands on",
         replace="  // hands on",
         caught_by="race",
         or_by=("uninitialized-read",),  # in a block's first row tile
@@ -260,4 +260,4 @@ STREAM_TILE: dict[str, Any] = {
     "stream_k": True,
 }
 
-PLANTS_STREAM_SM90 = by_name(*_OF_STREAM_K)
+PLANTS_STREAM = by_name(*_OF_STREAM_K)

@@ -24,7 +24,18 @@ static int swizzled(int offset, int swizzle_bytes) {
   return swizzle_bytes == 0 ? offset : offset ^ (((offset >> 7) & mask) << 4);
 }
 
-static int check_box(const TensorMap& map, const SmemRef& ref, int col, int row, Site site) {
+static int heads_of_box(const TensorMap& map) { return std::max(1, int(map.box_heads)); }
+
+// Of all heads.
+static int rows_of_box(const TensorMap& map) { return int(map.box_rows) * heads_of_box(map); }
+
+// Returns whether heads, or rows, and batches are one stride apart: both name the same rows.
+static bool is_ragged(const TensorMap& map, uint64_t stride_bytes) {
+  return map.batches > 1 && map.batch_stride_bytes == stride_bytes;
+}
+
+static int check_box(const TensorMap& map, const SmemRef& ref, int col, int row, int head,
+                     Site site) {
   const auto row_bytes = int(map.box_cols * map.element_bytes);
   const auto swizzle = int(map.swizzle_bytes);
   if (map.base % 16 || map.row_stride_bytes % 16 || map.head_stride_bytes % 16 ||
@@ -35,9 +46,12 @@ static int check_box(const TensorMap& map, const SmemRef& ref, int col, int row,
     misuse(site, "a box starts at column %d of %u-byte elements: a GPU takes it for an illegal "
            "instruction unless that is a multiple of 16 bytes", col, map.element_bytes);
   }
-  if (row >= int(map.rows) && map.batches > 1 && map.batch_stride_bytes == map.row_stride_bytes) {
+  const bool has_heads = heads_of_box(map) > 1 && is_ragged(map, map.head_stride_bytes);
+  const int line = has_heads ? head : row;
+  const auto lines = has_heads ? map.heads : map.rows;
+  if ((has_heads || is_ragged(map, map.row_stride_bytes)) && line >= int(lines)) {
     misuse(site, "a box starts at row %d of a map whose %u rows and batches are one stride apart: "
-           "a GPU takes its address for a fault, instead of zeros", row, map.rows);
+           "a GPU takes its address for a fault, instead of zeros", line, lines);
   }
   if (swizzle != 0 && swizzle != 32 && swizzle != 64 && swizzle != 128) {
     misuse(site, "a tensor map swizzles 0, 32, 64 or 128 bytes, not %d", swizzle);
@@ -48,16 +62,18 @@ static int check_box(const TensorMap& map, const SmemRef& ref, int col, int row,
            "swizzle",
            row_bytes, swizzle);
   }
-  if (map.box_cols > 256 || map.box_rows > 256 || map.box_rows == 0 || map.box_cols == 0) {
-    misuse(site, "a box has 1 to 256 rows and columns, not %u x %u", map.box_rows, map.box_cols);
+  if (map.box_cols > 256 || map.box_rows > 256 || map.box_rows == 0 || map.box_cols == 0 ||
+      map.box_heads > 256) {
+    misuse(site, "a box has 1 to 256 rows, columns and heads, not %u x %u x %u", map.box_rows,
+           map.box_cols, map.box_heads);
   }
-  return shadow_locate(ref, row_bytes * int(map.box_rows), 128, false, site);
+  return shadow_locate(ref, row_bytes * rows_of_box(map), 128, false, site);
 }
 
-// The part of a box that lies in the tensor.
+// The part of a box's head that lies in the tensor.
 struct Clip {
   bool any;
-  int first_row, end_row;    // of the box
+  int first_row, end_row;    // of the box's head
   int skipped, bytes;        // of a row
   uint64_t address;          // of the first row's first byte
 };
@@ -89,7 +105,7 @@ void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar_ref, int col, int r
   const int t = current_thread;
   const int index = mbarrier_find(bar_ref, site);
   MBarrier& bar = m.sm90.mbarriers[size_t(index)];
-  const int offset = check_box(map, dst, col, row, site);
+  const int offset = check_box(map, dst, col, row, head, site);
   const int32_t* clock = clock_row(t);
   if (clock[m.agents.fenced + bar.init_thread] < clock_of(bar.init)) {
     set_other_thread(current_block, bar.init_thread, unpack_site(bar.init_site));
@@ -98,7 +114,7 @@ void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar_ref, int col, int r
                 "between it and the barrier");
   }
   const auto row_bytes = int(map.box_cols * map.element_bytes);
-  const int bytes = row_bytes * int(map.box_rows);
+  const int bytes = row_bytes * rows_of_box(map);
   if (bar.bytes_under_way + bytes > bar.tx) {
     raise_alarm({"mbarrier", site, bar_ref.name, bar_ref.index},
                 "loads %d bytes where %d are announced and %d of them under way: the phase would "
@@ -116,17 +132,18 @@ void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar_ref, int col, int r
   TmaLoad load = {};
   load.mbarrier = index;
   load.dst_offset = offset;
-  load.rows = int(map.box_rows);
+  load.rows = rows_of_box(map);
   load.row_bytes = row_bytes;
   load.swizzle_bytes = int(map.swizzle_bytes);
-  load.src.assign(map.box_rows, nullptr);
-  const Clip part = clip(map, col, row, head, batch);
-  if (part.any) {
+  load.src.assign(size_t(load.rows), nullptr);
+  for (int h = 0; h < heads_of_box(map); ++h) {
+    const Clip part = clip(map, col, row, head + h, batch);
+    if (!part.any) continue;
     load.skipped_bytes = part.skipped;
     load.valid_bytes = part.bytes;
     for (int r = part.first_row; r < part.end_row; ++r) {
       const uint64_t rows = uint64_t(r - part.first_row);
-      load.src[size_t(r)] =
+      load.src[size_t(h * int(map.box_rows) + r)] =
           global_source(part.address + rows * map.row_stride_bytes, part.bytes, 1, site);
     }
   }
@@ -181,7 +198,7 @@ void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, in
   Machine& m = machine;
   ++m.report->async_copies;
   const int t = current_thread;
-  const int offset = check_box(map, src, col, row, site);
+  const int offset = check_box(map, src, col, row, head, site);
   Storer& storer = storer_of(t, site);
   TmaStore store = {};
   store.group = storer.committed;
@@ -190,20 +207,22 @@ void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, in
   store.row_bytes = int(map.box_cols * map.element_bytes);
   store.swizzle_bytes = int(map.swizzle_bytes);
   store.site = pack_site(site);
-  store.dst.assign(map.box_rows, nullptr);
-  const Clip part = clip(map, col, row, head, batch);
+  store.dst.assign(size_t(rows_of_box(map)), nullptr);
   const Epoch me = make_epoch(m.agents.stores + m.threads[size_t(t)].store_slot,
                               storer.committed + 1);
-  if (part.any) {
+  for (int h = 0; h < heads_of_box(map); ++h) {
+    const Clip part = clip(map, col, row, head + h, batch);
+    if (!part.any) continue;
     if (part.skipped != 0) misuse(site, "the simulator stores no box that begins left of a tensor");
     store.valid_bytes = part.bytes;
     for (int r = part.first_row; r < part.end_row; ++r) {
+      const int of_box = h * int(map.box_rows) + r;
       for (int b = 0; b < part.bytes; b += 16) {
-        const int place = swizzled(offset + r * store.row_bytes + b, store.swizzle_bytes);
+        const int place = swizzled(offset + of_box * store.row_bytes + b, store.swizzle_bytes);
         shadow_read_by_unit(src, place, std::min(16, part.bytes - b), me, clock_row(t), site);
       }
       const uint64_t rows = uint64_t(r - part.first_row);
-      store.dst[size_t(r)] =
+      store.dst[size_t(of_box)] =
           global_claim_row(part.address + rows * map.row_stride_bytes, part.bytes, site);
     }
   }

@@ -1,4 +1,4 @@
-// tile/totals.cuh - sums of the portable kernel over very many keys, one chunk after the other.
+// fwd_wmma/totals_wmma.cuh - sums over very many keys, one chunk after the other.
 //
 // Tensor cores cut off what an accumulator has no bits for, each time that they add 16 products to
 // it: half a last place on average, so that a sum of n such steps, all alike, is short of n * 2^-25
@@ -20,7 +20,7 @@ constexpr int CHUNK_KEY_TILES = HAS_TOTALS ? KEY_TILES_OF_CHUNK : 1;  // 0 would
 template <int NUM_OUT_FRAGS, bool EXISTS = HAS_TOTALS>
 class Totals {
  public:
-  // Whether a chunk ends with a key tile.
+  // Returns whether the key tile is the last of its chunk.
   FC_DEVICE static bool ends_chunk(int n_block) {
     return n_block % CHUNK_KEY_TILES == CHUNK_KEY_TILES - 1;
   }

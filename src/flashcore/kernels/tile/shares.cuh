@@ -1,0 +1,251 @@
+// tile/shares.cuh - the keys of a row tile shared by blocks, where row tiles are fewer than SMs or
+// rows so few that reading K and V is all there is to do.
+//
+// A block takes pieces: a row tile and one of num_splits runs of its key tiles. It writes a partial
+// O with its row_max and row_sum to global memory, only the rows that exist. A counter tells the
+// group of four warps (64 rows) that hands over a row tile's last part: it adds up all parts, in
+// the order of the splits, so that the result does not depend on which group it is.
+#pragma once
+
+#include "prims.cuh"
+#include "tile/band.cuh"
+#include "tile/params.cuh"
+#include "tile/schedule.cuh"
+#include "tile/sequence.cuh"
+#include "tile/softmax.cuh"
+#include "tile/stream_k.cuh"
+
+constexpr int GROUPS_OF_TILE = BLOCK_M / 64;  // that own 64 rows each
+
+// The key tiles of a block's piece; of the whole row tile unless SPLIT_KV.
+FC_DEVICE Range own_keys(const AttnParams& p, const BlockCoord& block) {
+  const Range keys = key_tiles(p, block.m_begin);
+  if (!SPLIT_KV) return keys;
+  if (STREAM_K) {
+    return {keys.begin + block.tile_begin, min_i(keys.end, keys.begin + block.tile_end)};
+  }
+  const int num_tiles = keys.end - keys.begin;
+  const int at_least = num_tiles / p.splits.num_splits;
+  const int one_more = num_tiles % p.splits.num_splits;  // so many pieces, the first ones
+  const int begin = keys.begin + block.split * at_least + min_i(block.split, one_more);
+  return {begin, begin + at_least + (block.split < one_more ? 1 : 0)};
+}
+
+FC_DEVICE Packet<8> pair_of(float first, float second) {
+  return {{to_packet(first).word[0], to_packet(second).word[0]}};
+}
+
+FC_DEVICE int num_splits_of(const AttnParams& p, const BlockCoord& block) {
+  return STREAM_K ? block.num_splits : p.splits.num_splits;
+}
+
+// Where a split's part of a row lies, counted in rows.
+FC_DEVICE int64_t partial_row(const AttnParams& p, const BlockCoord& block, int split, int row) {
+  if (STREAM_K && !FIXED_PIECES) {
+    return int64_t(slot_of(p, block, split)) * min_i(BLOCK_M, p.seqlen_q) + (row - block.m_begin);
+  }
+  const int64_t num_rows = int64_t(p.batch) * p.num_heads_q * p.seqlen_q;
+  return split * num_rows + lse_offset(p, block, row);
+}
+
+// Writes a warp's 16 rows of O, row_max and row_sum; not yet divided.
+template <int NUM_OUT_FRAGS>
+FC_DEVICE void store_partial(const AttnParams& p, const BlockCoord& block, int warp_row,
+                           const OnlineSoftmax& softmax, const WmmaAccum (&out)[NUM_OUT_FRAGS]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float sum = quad_sum(softmax.row_sum[r]);
+    const int row = warp_row + accum_row(lane_idx(), r * 2);
+    if (row >= p.seqlen_q) continue;
+    const int64_t at = partial_row(p, block, block.split, row);
+    if (lane_idx() % 4 == 0) {
+      gmem_store_packet(p.splits.split_stats + at * 2, pair_of(softmax.row_max[r], sum));
+    }
+    // Columns behind HEAD_DIM_V too: were accumulators dead, ptxas would serialise WGMMA.
+    const auto to = p.splits.split_out + (at * (NUM_OUT_FRAGS * 16) + accum_col(lane_idx(), 0));
+#pragma unroll
+    for (int d = 0; d < NUM_OUT_FRAGS * 2; ++d) {  // 8 columns each
+      const auto& x = out[d / 2].x;
+      const int i = d % 2 * 4 + r * 2;
+      gmem_store_packet(to + d * 8, pair_of(x[i], x[i + 1]));
+    }
+  }
+}
+
+// A row's softmax over the keys of one split.
+struct PartialStats {
+  float row_max, row_sum;
+};
+
+FC_DEVICE PartialStats load_stats(const AttnParams& p, int64_t at) {
+  const GmemPtr<const float> stats = {p.splits.split_stats.address};
+  const auto packet = gmem_load_packet<8>(stats + at * 2);
+  return {from_packet<float>(Packet<4>{{packet.word[0]}}),
+          from_packet<float>(Packet<4>{{packet.word[1]}})};
+}
+
+// Adds up the splits of PARTS parts of a group's rows, divides, and stores O and lse; of partial
+// results PACKETS are under way at once in a thread. A part is two packets of a row, half a row
+// apart, so that most threads work though rows are few. Past the last split it is loaded again. The
+// sums so far are brought to a new maximum, which is the step of the online softmax.
+template <int NUM_OUT_FRAGS, int PARTS, int PACKETS>
+FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
+                            int first_part, int num_parts, float scale_log2) {
+  static_assert(HEAD_DIM_V % 8 == 0, "as TMA wants of rows");
+  constexpr int HALF = HEAD_DIM_V / 2;
+  constexpr int PARTS_OF_ROW = HALF / 4;
+  // Whatever the rows are, as many shares have one maximum if a sequence alone is to decide.
+  constexpr int AT_ONCE = FIXED_PIECES ? 4 : PACKETS / 2 / PARTS;
+  const GmemPtr<const float> partials = {p.splits.split_out.address};
+  const int num_splits = num_splits_of(p, block);
+  int row[PARTS], col[PARTS];
+  float row_max[PARTS], sum[PARTS];
+  float out[PARTS][2][4] = {};
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    const int part = min_i(first_part + i * 128, num_parts - 1);
+    row[i] = group_row + part / PARTS_OF_ROW;
+    col[i] = part % PARTS_OF_ROW * 4;
+    row_max[i] = NEG_INF;
+    sum[i] = 0.0f;
+  }
+  for (int begin = 0; begin < num_splits; begin += AT_ONCE) {
+    PartialStats stats[AT_ONCE][PARTS];
+    Packet<16> partial[AT_ONCE][PARTS][2];
+#pragma unroll
+    for (int s = 0; s < AT_ONCE; ++s) {
+#pragma unroll
+      for (int i = 0; i < PARTS; ++i) {
+        const int64_t at = partial_row(p, block, min_i(begin + s, num_splits - 1), row[i]);
+        const auto from = partials + (at * (NUM_OUT_FRAGS * 16) + col[i]);
+        stats[s][i] = load_stats(p, at);
+        partial[s][i][0] = gmem_load_packet<16>(from);
+        partial[s][i][1] = gmem_load_packet<16>(from + HALF);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < PARTS; ++i) {
+      const float old_max = row_max[i];
+#pragma unroll
+      for (int s = 0; s < AT_ONCE; ++s) row_max[i] = max_f(row_max[i], stats[s][i].row_max);
+      const float finite_max = row_max[i] == NEG_INF ? 0.0f : row_max[i];
+      const float factor = exp2_approx((old_max - finite_max) * scale_log2);
+      sum[i] *= factor;
+#pragma unroll
+      for (int c = 0; c < 8; ++c) out[i][c / 4][c % 4] *= factor;
+#pragma unroll
+      for (int s = 0; s < AT_ONCE; ++s) {
+        if (begin + s >= num_splits) continue;
+        const float weight = exp2_approx((stats[s][i].row_max - finite_max) * scale_log2);
+        sum[i] += weight * stats[s][i].row_sum;
+#pragma unroll
+        for (int c = 0; c < 8; ++c) {
+          const Packet<4> x = {{partial[s][i][c / 4].word[c % 4]}};
+          out[i][c / 4][c % 4] += weight * from_packet<float>(x);
+        }
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < PARTS; ++i) {
+    if (first_part + i * 128 >= num_parts) continue;
+    float weight = 1.0f;
+    if constexpr (HAS_SINKS) {  // here, so that it counts once
+      weight = join_sink(row_max[i], sum[i], sink_of(p, block.head_idx, row[i]), p);
+    }
+    const bool empty = sum[i] == 0.0f;  // finish_softmax has the same rule
+    float inverse = empty ? 0.0f : weight * rcp_approx(sum[i]);
+    if (FLOAT8) inverse *= p.scales.v_factor;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto& x = out[i][half];
+      const Packet<8> packed = {{pack2<Element>(x[0] * inverse, x[1] * inverse),
+                                 pack2<Element>(x[2] * inverse, x[3] * inverse)}};
+      const int64_t at = out_offset(p, block, row[i]) + half * HALF + col[i];
+      gmem_store_packet(p.tensors.out + at, packed);
+    }
+    if (!is_null(p.tensors.lse) && col[i] == 0) {
+      const float lse = natural_lse(row_max[i], sum[i], p);
+      gmem_store(p.tensors.lse + lse_offset(p, block, row[i]), empty ? NEG_INF : lse);
+    }
+  }
+}
+
+// Of all rows of a group: two parts a thread at once where there are so many and registers for
+// them, or one after the other would wait.
+template <int NUM_OUT_FRAGS, int PACKETS>
+FC_DEVICE void add_up_partials(const AttnParams& p, const BlockCoord& block, int group_row,
+                               float scale_log2) {
+  constexpr int MOST_PARTS = PACKETS < 16 ? 1 : 2;
+  const int num_parts = min_i(64, p.seqlen_q - group_row) * (HEAD_DIM_V / 8);
+  int part = thread_idx() % 128;
+  if (MOST_PARTS > 1 && num_parts <= 128) {
+    if (part < num_parts) {
+      add_up_parts<NUM_OUT_FRAGS, 1, PACKETS>(p, block, group_row, part, num_parts, scale_log2);
+    }
+    return;
+  }
+  for (; part < num_parts; part += MOST_PARTS * 128) {
+    add_up_parts<NUM_OUT_FRAGS, MOST_PARTS, PACKETS>(p, block, group_row, part, num_parts,
+                                                     scale_log2);
+  }
+}
+
+// Writes a warp's 16 rows of out and lse where no other block has a part of their keys.
+template <int NUM_OUT_FRAGS>
+FC_DEVICE void store_whole(const AttnParams& p, const BlockCoord& block, int warp_row,
+                           const OnlineSoftmax& softmax, const WmmaAccum (&out)[NUM_OUT_FRAGS]) {
+  float inverse_sum[2];
+  finish_softmax(softmax, p, lse_offset(p, block, warp_row), p.seqlen_q - warp_row, block.head_idx,
+                 inverse_sum);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = warp_row + accum_row(lane_idx(), r * 2);
+    if (row >= p.seqlen_q) break;
+    const auto to = p.tensors.out + (out_offset(p, block, row) + accum_col(lane_idx(), 0));
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM_V / 8; ++d) {
+      const auto& x = out[d / 2].x;
+      const int i = d % 2 * 4 + r * 2;
+      gmem_store_packet(to + d * 8, to_packet(pack2<Element>(x[i] * inverse_sum[r],
+                                                             x[i + 1] * inverse_sum[r])));
+    }
+  }
+}
+
+// The counter of a group's rows.
+FC_DEVICE GmemPtr<int32_t> share_counter(const AttnParams& p, const BlockCoord& block,
+                                         int row_group) {
+  const int head = block.batch_idx * p.num_heads_q + block.head_idx;
+  const int row_tile = head * p.num_m_blocks + block.m_begin / BLOCK_M;
+  const int number = STREAM_K && !FIXED_PIECES ? first_block_of(block) : row_tile;
+  return p.tile_counter + (number * GROUPS_OF_TILE + row_group);
+}
+
+// Hands over a group's partial result, and adds up all of them if it was the last one. `sync` is a
+// barrier of the group's threads; `arrival` its int in shared memory.
+template <int PACKETS, int NUM_OUT_FRAGS, class Sync>
+FC_DEVICE void hand_over_partial(const AttnParams& p, const BlockCoord& block, int row_group,
+                                 const OnlineSoftmax& softmax,
+                                 const WmmaAccum (&out)[NUM_OUT_FRAGS], float scale_log2,
+                                 const Sync& sync, SmemPtr<int32_t> arrival) {
+  const int group_row = block.m_begin + row_group * 64;
+  const int warp_row = group_row + warp_idx() % 4 * 16;
+  const int num_splits = num_splits_of(p, block);
+  if (STREAM_K && num_splits == 1) {
+    store_whole(p, block, warp_row, softmax, out);
+    return;
+  }
+  store_partial(p, block, warp_row, softmax, out);
+  sync();  // orders all warps' writes before the count
+  if (thread_idx() % 128 == 0) {
+    const auto counter = share_counter(p, block, row_group);
+    const bool last = gmem_atomic_add_acq_rel(counter, 1) == num_splits - 1;
+    if (last) gmem_atomic_add(counter, -num_splits);  // for the next launch
+    smem_store(arrival, last ? 1 : 0);
+  }
+  sync();  // hands on what the count made known
+  if (smem_load(arrival) != 0) {
+    add_up_partials<NUM_OUT_FRAGS, PACKETS>(p, block, group_row, scale_log2);
+  }
+}

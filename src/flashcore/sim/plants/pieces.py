@@ -1,0 +1,100 @@
+"""This module plants bugs in how a block of the portable kernel goes from piece to piece, and in
+how it widens 8-bit caches; see plants.py (tests/plants/test_sim_plants_stream_k.py and
+test_sim_plants_float8.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flashcore.compile.plant import Plant, by_name
+from flashcore.sim.plants.fwd_sm90.split import PLANTS_STREAM
+
+_KERNEL = "fwd_wmma/attn_fwd_wmma.cuh"
+_FLOAT8 = "fwd_wmma/float8_wmma.cuh"
+
+PLANTS_PIECES_WMMA = by_name(
+    Plant(
+        name="piece-not-handed-on",
+        title="a piece begins before its place is known, and the last one's tiles are read",
+        file=_KERNEL,
+        find="    block_sync();  // hands the walk on;",
+        replace="    //",
+        caught_by="race",
+        or_by=("uninitialized-read",),
+    ),
+    Plant(
+        name="piece-moved-on-early",
+        title="the walk moves on while other warps still look where their piece is",
+        file=_KERNEL,
+        find="    block_sync();  // orders all reads of the walk before it moves on",
+        replace="",
+        caught_by="race",
+    ),
+    Plant(
+        name="piece-of-all-keys",
+        title="a piece has all keys of its row tile",
+        file=_KERNEL,
+        find="  const Range keys = own_keys(p, block);",
+        replace="  const Range keys = key_tiles(p, block.m_begin);",
+        caught_by="wrong-result",
+    ),
+)
+
+OF_WALK = PLANTS_STREAM | PLANTS_PIECES_WMMA
+
+PLANTS_FLOAT8_WMMA = by_name(
+    Plant(
+        name="widened-early",
+        title="a tile is widened while other warps read the one before",
+        file=_KERNEL,
+        find="    block_sync();  // orders arrived copies,",
+        replace="    if (!FLOAT8) block_sync();  // orders arrived copies,",
+        caught_by="race",
+    ),
+    Plant(
+        name="widened-not-awaited",
+        title="a tile is read before all warps have widened their parts of it",
+        file=_KERNEL,
+        find="      block_sync();  // orders all threads' widened elements before the reads below",
+        replace="",
+        caught_by="race",
+        or_by=("uninitialized-read",),
+    ),
+    Plant(
+        name="widened-next-stage",
+        title="the bytes of the next key tile are widened",
+        file=_KERNEL,
+        find="      const int loaded = n_block % NUM_STAGES;",
+        replace="      const int loaded = (n_block + 1) % NUM_STAGES;",
+        caught_by="async-pending",
+        or_by=("uninitialized-read", "race", "wrong-result"),
+    ),
+    Plant(
+        name="widened-without-sign",
+        title="elements below 0 lose their sign",
+        file=_FLOAT8,
+        find="(apart & 0x00800080u) << 8 | magnitude << SHIFT;",
+        replace="magnitude << SHIFT;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="widened-in-exchange",
+        title="the two elements of a pair change places",
+        file=_FLOAT8,
+        find="widen2_by_integers<T>((two & 0xffu) | (two & 0xff00u) << 8);",
+        replace="widen2_by_integers<T>((two & 0xffu) << 16 | (two & 0xff00u) >> 8);",
+        caught_by="wrong-result",
+    ),
+)
+
+# The call that shows those of 8-bit caches.
+CALL: dict[str, Any] = {
+    "lengths": (150, 90),
+    "page_size": 16,
+    "seqlen_q": 3,
+    "num_heads_q": 2,
+    "num_heads_kv": 2,
+    "cache_dtype": "float8_e4m3fn",
+    "seed": 2,
+}
+TILE: dict[str, Any] = {"block_m": 64, "block_n": 32, "num_stages": 2}
