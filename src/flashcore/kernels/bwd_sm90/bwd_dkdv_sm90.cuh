@@ -277,7 +277,9 @@ FC_DEVICE void clear_rows(const Buffers& smem, int stage, const bool (&is_empty)
     if (!is_empty[i]) continue;
     const DoTile row = smem.dout.row_of(stage, i * 32 + lane_idx());
     for (int c = 0; c < V_CHUNKS; ++c) {
-      for (int col = 0; col < CHUNK; col += 8) smem_store_packet(row.at_start(c, col), Packet<16>{});
+      for (int col = 0; col < CHUNK; col += 8) {
+        smem_store_packet(row.at_start(c, col), Packet<16>{});
+      }
     }
   }
   fence_proxy_async();
