@@ -1,5 +1,5 @@
-// fwd_wmma/float8_wmma.cuh - 8-bit caches in the portable kernel: a key tile arrives as bytes, and is
-// widened to Element, which has all values of e4m3, whichever of the two it is.
+// fwd_wmma/float8_wmma.cuh - 8-bit caches: a key tile arrives as bytes, and is widened to Element,
+// which has all values of e4m3, whichever of the two it is.
 //
 // A thread widens the packets that it has copied itself (PacketWalk in tile/copy.cuh), so that they
 // are there once its own copies are. Scales do not come into it: K's is part of softmax_scale, V's
