@@ -43,6 +43,7 @@ class Part:
         file: the name of that file behind the GPU's; "" where it writes none.
         pages: those that quote the file.
         num_gpus: that it needs.
+        prints: whether it prints the results, as JSON, instead of writing the file.
     """
 
     about: str
@@ -50,6 +51,7 @@ class Part:
     file: str = ""
     pages: tuple[str, ...] = ()
     num_gpus: int = 1
+    prints: bool = False
 
 
 def _flashcore(*arguments: str) -> list[str]:
@@ -92,10 +94,12 @@ PARTS: dict[str, Part] = {
         "tiles.json",
     ),
     "tune-backward": Part(
-        "the backward's tiles, into this machine's cache",
+        "the backward's tiles, into this machine's cache, which the times behind it take",
         lambda seconds, path: _flashcore(
-            "tune", "--backward", "--grid", "--minutes", _minutes(seconds)
+            "tune", "--backward", "--grid", "--minutes", _minutes(seconds), "--json"
         ),
+        "tune-backward.json",
+        prints=True,
     ),
     "forward": Part(
         "the forward pass beside its peers",
@@ -193,10 +197,15 @@ def measure(name: str, seconds: float, gpu: str, folder: Path, num_gpus: int) ->
     before = None if path is None or not path.is_file() else path.stat().st_mtime_ns
     command = [sys.executable, *part.command(seconds, "" if path is None else str(path))]
     print(f"{name}: {shlex.join(command)}", flush=True)
+    printed = subprocess.PIPE if part.prints else None
     try:
-        done = subprocess.run(command, cwd=ROOT, timeout=seconds, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, timeout=seconds, check=False, stdout=printed, text=True
+        )
     except subprocess.TimeoutExpired:
         return f"not done within {seconds:g} seconds"
+    if part.prints and path is not None and done.stdout:
+        path.write_text(done.stdout, encoding="utf-8")  # of a part that failed it says why
     if done.returncode:
         return f"exit status {done.returncode}"
     if path is not None and (not path.is_file() or path.stat().st_mtime_ns == before):

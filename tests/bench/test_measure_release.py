@@ -49,10 +49,11 @@ class Runs:
             if word in " ".join(command):
                 if outcome is None:
                     raise subprocess.TimeoutExpired(command, options["timeout"])
-                return SimpleNamespace(returncode=outcome)
+                return SimpleNamespace(returncode=outcome, stdout=None)
         if command[-1].endswith(".json"):
             Path(command[-1]).write_text("{}")
-        return SimpleNamespace(returncode=0)
+        printed = "{}" if options.get("stdout") == subprocess.PIPE else None
+        return SimpleNamespace(returncode=0, stdout=printed)
 
 
 @pytest.fixture

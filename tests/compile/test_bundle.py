@@ -166,6 +166,7 @@ TYPICAL = {
     "encoder": (577, 577, 16, 16, 64, {}),
     "decoding": (1, 3333, 32, 8, 128, {"causal": True}),
     "decoding without groups": (1, 3333, 32, 32, 128, {"causal": True}),
+    "decoding in a batch": (1, 3333, 32, 8, 128, {"causal": True, "batch": 64}),
     "decoding with a window": (1, 3333, 32, 8, 128, {"causal": True, "window": (511, 0)}),
     "decoding with a softcap": (1, 3333, 16, 8, 256, {"causal": True, "softcap": 50.0}),
     "decoding, padded": (1, 333, 32, 8, 128, {"causal": True, "padding": True}),

@@ -99,8 +99,6 @@ def test_options_hold_beside_a_tree(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fields, options = OPTIONS[name]
-    if "cache_dtype" in fields and backend in ("sim", "wmma"):
-        pytest.skip("the portable kernel reads no caches of 8 bits")
     x = cache_of(backend, **fields)
     assert x.tree_mask is not None
     more: dict[str, Any] = {"return_lse": True, "backend": asked(backend, monkeypatch)}

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import flashcore
 from backends import GPU, SIM, device_of
+from flashcore.serving import attend
 
 pytestmark = pytest.mark.filterwarnings("ignore::flashcore.FallbackWarning")
 
@@ -319,3 +320,17 @@ def test_a_decoder_under_autocast_keeps_its_cache() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         have, _ = run(step)[0]
     assert torch.equal(have, want)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_lengths_are_handed_on_as_they_are(
+    is_packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reads pages clamps them itself: no launch more in each step."""
+    step = make_step([-4, 17, 2**31 - 1], seqlen_q=3, page_size=8)
+    step.new = None
+    arguments = packed(step, [3, 3, 3]) if is_packed else step.arguments()
+    clamped = arguments | {"seqlens_k": torch.tensor([0, 17, 32], dtype=torch.int32)}
+    want = flashcore.attention_with_kvcache(**clamped)
+    monkeypatch.delattr(attend, "lengths_of_keys")
+    assert torch.equal(flashcore.attention_with_kvcache(**arguments), want)

@@ -37,6 +37,8 @@ FAMILIES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
         {"causal": "lower_right", "dtype": "bfloat16"},
     ),
     "hopper-many-sequences": ({"block_m": 64}, {}),
+    "hopper-folded-heads": ({"block_m": 64}, {"causal": "lower_right"}),
+    "hopper-folded-heads-in-turns": ({"block_m": 128, "ping_pong": True}, {"window": (20, 9)}),
 }
 
 
@@ -48,6 +50,15 @@ def draw_case(name: str, fixed: dict[str, Any], seed: int) -> VarlenCase:
             rng.choice((0, 0, 0, 1, 3, 40)) for _ in range(rng.choice((31, 32, 33, 70)))
         )
         return draw(seed, lengths_q=(*lengths, 9), lengths_k=(*lengths, 65), layout="apart")
+    if "folded" in name:  # few queries beside their keys, in groups that divide 64 or do not
+        group, few = rng.choice((2, 3, 5, 7, 8, 16)), (0, 1, 1, 2, 9, 22)
+        counts = tuple(rng.choice(few) for _ in range(rng.choice((1, 3, 6))))
+        keys = tuple(rng.choice((0, 7, 33, 64, 100)) for _ in counts)
+        return draw(
+            seed, **fixed, lengths_q=(*counts, 13), lengths_k=(*keys, 4 * sum(counts) + 64),
+            num_heads_q=2 * group, num_heads_kv=2, head_dim=32, head_dim_v=40, layout="apart",
+            tail=rng.choice((0, 2)),
+        )  # fmt: skip
     case = draw(seed, **fixed)
     one_more = {"lengths_q": (*case.lengths_q, 65), "lengths_k": (*case.lengths_k, 65)}
     return draw(seed, **fixed, **one_more)
@@ -73,6 +84,7 @@ def test_the_kernel_is_healthy_and_right(name: str) -> None:
         lengths = {"cu_seqlens_q": x.cu_seqlens_q, "cu_seqlens_k": x.cu_seqlens_k}
         q, k, v = (as_batch(t) for t in (x.q, x.k, x.v))
         plan = plan_of(problem, tile)
+        assert (plan.folds_heads > 0) == ("folded" in name)
         simulate(problem, plan, q, k, v, None, out, lse, None, lengths, seed=seed)
         report = varlen_error_report(out, lse, case, x)
         assert report is None or report.ok, f"{case.describe()}: {report}"

@@ -1,9 +1,9 @@
 """Time decoding over caches whose sequences differ in length, beside FlashAttention-3.
 
-Each cell is a batch with one query a sequence. What is timed of it: the cache in one piece and in
-pages, elements of 8 bits, `batch_invariant`, a whole step that rotates and appends a token, and
-single tokens beside a chunk of a prompt. Lengths lie on the device, and are the true ones: only
-one sequence is as long as the cache has room.
+Each cell is a batch with one query a sequence. It is timed with the cache in one piece and in
+pages, with elements of 8 bits, with `batch_invariant`, in a whole step that rotates and appends a
+token, and as single tokens beside a chunk of a prompt. Lengths lie on the device, and are true:
+only one sequence is as long as the cache has room.
 """
 
 from __future__ import annotations

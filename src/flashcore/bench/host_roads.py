@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -25,12 +26,14 @@ class Road(NamedTuple):
         than: the road that its bar is a multiple of; "" for none.
         bar: by how much of that road's time it may take.
         layers: calls of attention behind one another that `call` makes; its time is that of one.
+        launched_by: "python" or "compiled", as FLASHCORE_LAUNCHER has it.
     """
 
     call: Callable[[], object]
     than: str = ""
     bar: float | None = None
     layers: int = 1
+    launched_by: str = "python"
 
 
 # As many as a small model has; then what autograd takes once in a step counts little.
@@ -71,8 +74,26 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
 
         return step
 
+    def packed_step() -> object:
+        q, k, v = packed_leaves
+        out = flashcore.attention_varlen(q, k, v, ends, ends, seqlen, seqlen)
+        return torch.autograd.grad(out, packed_leaves, packed_dout)
+
+    packed_leaves = [x.detach().clone().requires_grad_() for x in (packed_q, packed_k, packed_v)]
+    packed_dout = torch.ones_like(packed_q)
+    dense_step = "attention, forward and backward"
     training = "scaled_dot_product_attention of torch, forward and backward"
     layers = f"{training}, of {LAYERS} layers"
+    compiled = {}
+    if q.is_cuda:  # the compiled launcher launches kernels
+        compiled = {
+            f"{dense_step}, compiled launcher": Road(
+                step(flashcore.attention), training, 0.7, launched_by="compiled"
+            ),
+            f"{dense_step}, of {LAYERS} layers, compiled launcher": Road(
+                steps(flashcore.attention), layers, 0.7, LAYERS, "compiled"
+            ),
+        }
     return {
         "attention": Road(lambda: flashcore.attention(q, k, v)),
         "attention, mask": Road(lambda: flashcore.attention(q, k, v, mask=mask), "attention", 1.3),
@@ -93,13 +114,18 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
             0.9,
         ),
         "scaled_dot_product_attention of torch": Road(lambda: sdpa(q, k, v)),
-        "attention, forward and backward": Road(step(flashcore.attention), training, 0.7),
-        training: Road(step(sdpa)),
-        f"attention, forward and backward, of {LAYERS} layers": Road(
-            steps(flashcore.attention), layers, 0.7, LAYERS
+        dense_step: Road(step(flashcore.attention), training, 0.7),
+        f"{dense_step}, mask": Road(
+            step(functools.partial(flashcore.attention, mask=mask)), dense_step, 1.3
         ),
+        f"{dense_step}, seqlens_k": Road(
+            step(functools.partial(flashcore.attention, seqlens_k=seqlens_k)), dense_step, 1.3
+        ),
+        "attention_varlen, forward and backward": Road(packed_step, dense_step, 1.3),
+        training: Road(step(sdpa)),
+        f"{dense_step}, of {LAYERS} layers": Road(steps(flashcore.attention), layers, 0.7, LAYERS),
         layers: Road(steps(sdpa), layers=LAYERS),
-    }
+    } | compiled
 
 
 def run(
@@ -125,17 +151,18 @@ def run(
     """
     known, failed = roads(q, k, v), {}
     samples: dict[str, list[float]] = {}
-    with launcher.using("python"):
-        for name, road in known.items():
-            try:
+    for name, road in known.items():
+        try:
+            with launcher.using(road.launched_by):
                 road.call()
-                samples[name] = []
-            except Exception as error:  # whatever a road raises is a reason to leave it out
-                failed[name] = first_line(error)
-        for _ in range(rounds + 1):
-            for name, times in samples.items():
-                layers = known[name].layers
-                times.append(host_us(known[name].call, CALLS // layers) / layers)
+            samples[name] = []
+        except Exception as error:  # whatever a road raises is a reason to leave it out
+            failed[name] = first_line(error)
+    for _ in range(rounds + 1):
+        for name, times in samples.items():
+            road = known[name]
+            with launcher.using(road.launched_by):
+                times.append(host_us(road.call, CALLS // road.layers) / road.layers)
     medians = {name: statistics.median(times[1:]) for name, times in samples.items()}
     rows: list[dict[str, Any]] = []
     for name, road in known.items():

@@ -63,8 +63,8 @@ def resources(
             help="Only full, causal, window, options (window and softcap), masked (and a mask), "
             "varlen (packed sequences, window and softcap), varlen-causal, decode (one query), "
             "decode-masked (few, and a mask), chunk (100 queries, causal), long (more keys than "
-            "one sum takes), uneven (head_dim 224/40, lengths, a mask and a window), pages-masked "
-            "or packed-pages.",
+            "one sum takes), uneven (head_dim 224/40, lengths, a mask and a window), "
+            "pages-masked, packed-pages or tree.",
         ),
     ] = None,
     check: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,6 +98,8 @@ def tune(
     """
     with command(json_output) as out:
         from flashcore.backends.dispatch import KERNELS
+        from flashcore.base import machine
+        from flashcore.bench.run import command_line
         from flashcore.kernels.registry import BACKWARD
 
         with usage_errors():
@@ -128,7 +131,12 @@ def tune(
             out, workloads, backend, timeout, minutes, output, grid, backward
         )
         _show(out, session)
+        gpu = machine.gpu()
         document = {
+            "date": machine.now(),
+            "command": command_line(),
+            "gpu": None if gpu is None else asdict(gpu),
+            "versions": machine.versions(),
             "geometric_mean_gain": _mean_gain(session.found),
             "failures": session.failures,
             "left_out": session.left_out,

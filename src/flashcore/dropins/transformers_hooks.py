@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 from flashcore.dropins.own_attention import Finding, examine
@@ -45,31 +46,31 @@ def _be_no_flash_attention() -> None:
     if theirs is None:  # Transformers 4 looks for names that begin with "flash_attention"
         return
 
-    def is_flash_attention_requested(
-        config: Any = None,
-        requested_attention_implementation: str | None = None,
-        version: int | list[int] | None = None,
-    ) -> bool:
-        name = getattr(config, "_attn_implementation", requested_attention_implementation)
-        if name in _names:
-            return False
-        return bool(theirs(config, requested_attention_implementation, version))
+    def answering(own: Callable[[Any], bool]) -> Callable[..., bool]:
+        """Return their function with an answer of our own, by version, for our names."""
 
-    def takes_packed_sequences(
-        config: Any = None,
-        requested_attention_implementation: str | None = None,
-        version: int | list[int] | None = None,
-    ) -> bool:
-        name = getattr(config, "_attn_implementation", requested_attention_implementation)
-        if name in _names:
-            return version is None  # of no version of flash-attn, whose functions it would import
-        return bool(theirs(config, requested_attention_implementation, version))
+        def is_flash_attention_requested(
+            config: Any = None,
+            requested_attention_implementation: str | None = None,
+            version: int | list[int] | None = None,
+        ) -> bool:
+            name = getattr(config, "_attn_implementation", requested_attention_implementation)
+            if name in _names:
+                return own(version)
+            return bool(theirs(config, requested_attention_implementation, version))
 
+        return is_flash_attention_requested
+
+    never = answering(lambda version: False)
+    # Continuous batching asks whether packed sequences are taken, and then for a version of
+    # flash-attn, whose functions it would import.
+    of_no_version = answering(lambda version: version is None)
     for path, module in list(sys.modules.items()):  # a model's own code may have imported it too
         if getattr(module, "__dict__", {}).get("is_flash_attention_requested") is theirs:
             batches = path.startswith("transformers.generation.continuous_batching")
-            answer = takes_packed_sequences if batches else is_flash_attention_requested
-            module.is_flash_attention_requested = answer  # type: ignore[attr-defined]
+            module.is_flash_attention_requested = (  # type: ignore[attr-defined]
+                of_no_version if batches else never
+            )
 
 
 def _look_at_models() -> None:

@@ -283,6 +283,7 @@ class KernelCall:
             out_shape=(problem.batch, problem.num_heads_q, problem.seqlen_q, problem.head_dim_v),
             computes_lse=problem.return_lse,
             options=Options.of(problem),
+            found=None,  # whoever found this call knows
             num_counters=scratch.num_counters,
             num_shares=scratch.num_out,
             num_floats=scratch.num_floats,

@@ -6,7 +6,7 @@ need it: see `needs_dispatcher` and ops/dense.py. The way itself is calls.attend
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 from flashcore.backends.backward_sm90 import Prepared
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.gradients import prepare_gradients
+from flashcore.launch import launcher
 from flashcore.launch.types import Computed
 from flashcore.ops.calls import Found, Result, State
 from flashcore.ops.dense import OPERATORS, attention_dense
@@ -242,43 +243,66 @@ def _differentiate(
         longest: bounds of packed sequences of queries and keys, or None.
         needs_mask: whether the mask needs a gradient.
     """
-    q, k, v, out, lse = of_rows
     dout, dlse = arriving
-
-    def inputs() -> Inputs:
-        longest_q, longest_k = longest or (0, 0)
-        named: dict[str, Any] = dict(zip(recording.lengths, lengths, strict=True))
-        return Inputs(q, k, v, mask, max_seqlen_q=longest_q, max_seqlen_k=longest_k, **named)
-
-    if (
-        dout is not None
-        and dlse is None
-        and not needs_mask
-        and not _is_grad_enabled()
-        and is_current(q)
-        and not needs_dispatcher(q, k, dout, mask)
-    ):
-
-        def prepare() -> Prepared | None:
-            problem = recording.describe(inputs(), found.options)
-            named = dict(zip(recording.lengths, lengths, strict=True))
-            with without_autocast(problem.device):
-                return prepare_gradients(
-                    problem, q, k, v, mask, out, lse, dout, found.backend, named
-                )
-
-        others = lengths if mask is None else (mask, *lengths)
-        prepared = gradients(found.passes, (q, k, v, out, lse, dout), others, prepare)
+    if dout is not None and dlse is None and not needs_mask and not _is_grad_enabled():
+        prepared = _prepared(recording, found, (*of_rows, dout), mask, lengths, longest)
         if prepared is not None:
             return *prepared, None
+    *qkv, out, lse = of_rows
+    inputs = _inputs(recording, qkv, mask, lengths, longest)
     needs = (needs_mask, False)[-recording.num_optional :]
     return recording.operators.gradients(
         BackwardCall(
-            Results(dout, dlse), inputs(), Results(out, lse), found.options, needs, found.backend
+            Results(dout, dlse), inputs, Results(out, lse), found.options, needs, found.backend
         )
     )
 
 
+def _prepared(
+    recording: Recording,
+    found: Found,
+    of_rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    mask: Tensor | None,
+    lengths: tuple[Tensor, ...],
+    longest: tuple[int, int] | None,
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return dq, dk and dv by what was prepared for such tensors, or None; `of_rows` ends with the
+    gradient of out."""
+    q, k, _, _, _, dout = of_rows
+    if not is_current(q) or needs_dispatcher(q, k, dout, mask):
+        return None
+
+    def prepare() -> Prepared | None:
+        *qkv, out, lse, _ = of_rows
+        inputs = _inputs(recording, qkv, mask, lengths, longest)
+        problem = recording.describe(inputs, found.options)
+        named = dict(zip(recording.lengths, lengths, strict=True))
+        with without_autocast(problem.device):
+            return prepare_gradients(problem, *inputs[:4], out, lse, dout, found.backend, named)
+
+    others = lengths if mask is None else (mask, *lengths)
+    return gradients(found.passes, of_rows, others, prepare)
+
+
+def _inputs(
+    recording: Recording,
+    qkv: Sequence[Tensor],
+    mask: Tensor | None,
+    lengths: tuple[Tensor, ...],
+    longest: tuple[int, int] | None,
+) -> Inputs:
+    longest_q, longest_k = longest or (0, 0)
+    named: dict[str, Any] = dict(zip(recording.lengths, lengths, strict=True))
+    q, k, v = qkv
+    return Inputs(q, k, v, mask, max_seqlen_q=longest_q, max_seqlen_k=longest_k, **named)
+
+
+def _prepared_of_dense(found: Found, *of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Return dq, dk and dv of a call that the compiled launcher recorded, or None."""
+    return _prepared(_DENSE, found, of_rows, None, (), None)  # type: ignore[arg-type]
+
+
+launcher.differentiate = _prepared_of_dense
 # torch.autograd.Function.apply first looks for functorch's transforms, which never come here.
 record = super(torch.autograd.Function, _Recorded).apply
 _record_lengths = super(torch.autograd.Function, _RecordedLengths).apply

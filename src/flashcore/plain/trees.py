@@ -60,6 +60,6 @@ def with_mask_of_tree(inputs: Inputs) -> Inputs:
     if inputs.tree_mask is None:
         return inputs
     assert inputs.seqlens_k is not None
-    q, k, _, mask, lengths, *_ = inputs
-    mask = tree_over_keys(inputs.tree_mask, mask, q, lengths, k.shape[2])
+    lengths, room = inputs.seqlens_k, inputs.k.shape[2]
+    mask = tree_over_keys(inputs.tree_mask, inputs.mask, inputs.q, lengths, room)
     return inputs._replace(mask=mask, tree_mask=None)

@@ -18,6 +18,7 @@ from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS, Plan
 from flashcore.kernels.registry import PORTABLE, forward_for, forward_of
 from flashcore.problem import Problem, widest_band
 from flashcore.problem.exactness import MAX_KEYS_OF_A_SUM
+from flashcore.problem.memory_layout import mask_spec
 from flashcore.problem.problem import PACKS_QUERIES
 from flashcore.selection import tile_table
 from flashcore.selection.select import candidates
@@ -64,6 +65,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Lanes that find pages take registers of the producer, and with a mask of the consumers.
     "pages-masked": {**_ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "tree": {"queries": 64, **_ALL_OPTIONS, "mask": "tree", "varlen": "pages", "page_size": 16},
     # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
     "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
     "packed-mixed": {"queries": 40, **_ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
@@ -79,15 +81,15 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "loose-padding": {"mask": "loose-padding"},
     "causal-loose-padding": {"causal": True, "mask": "loose-padding"},
     "padding-bias": {"mask": "padding-bias"},
-    "decode-window": {"queries": 1, "window": (64, 0)},
+    "decode-window": {"queries": 1, "window": (511, 0)},
     "decode-softcap": {"queries": 1, "softcap": 30.0},
-    "decode-window-softcap": {"queries": 1, "window": (64, 0), "softcap": 30.0},
+    "decode-window-softcap": {"queries": 1, "window": (511, 0), "softcap": 30.0},
     "decode-padding": {"queries": 1, "mask": "padding"},
     "decode-loose-padding": {"queries": 1, "mask": "loose-padding"},
     "few-queries": {"queries": 4, "causal": True},
-    "few-queries-window": {"queries": 4, "causal": True, "window": (64, 0)},
+    "few-queries-window": {"queries": 4, "causal": True, "window": (511, 0)},
     "few-queries-softcap": {"queries": 4, "causal": True, "softcap": 30.0},
-    "chunk-window": {"queries": 100, "causal": True, "window": (64, 0)},
+    "chunk-window": {"queries": 100, "causal": True, "window": (511, 0)},
     "varlen-full": {"varlen": "packed"},
     "varlen-window": {"window": (64, 64), "varlen": "packed"},
     "varlen-causal-softcap": {"causal": True, "softcap": 30.0, "varlen": "packed"},
@@ -102,7 +104,7 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "causal-sinks": {"causal": True, "sinks": True},
     "causal-window-sinks": {"causal": True, "window": (127, 0), "sinks": True},
     "decode-sinks": {"queries": 1, "sinks": True},
-    "decode-window-sinks": {"queries": 1, "window": (127, 0), "sinks": True},
+    "decode-window-sinks": {"queries": 1, "window": (511, 0), "sinks": True},
     "varlen-causal-sinks": {"causal": True, "sinks": True, "varlen": "packed"},
     "keys-chunk": {"queries": 100, "causal": True, "varlen": "keys"},
     # Of the usual size; others are compiled when they are met.
@@ -110,7 +112,7 @@ SERVING_VARIANTS: dict[str, dict[str, Any]] = {
     "pages-decode": {"queries": 1, "varlen": "pages", "page_size": 16},
     "pages-few-queries": {"queries": 4, "causal": True, "varlen": "pages", "page_size": 16},
     "pages-chunk": {"queries": 100, "causal": True, "varlen": "pages", "page_size": 16},
-    "pages-tree": {"queries": 4, "mask": "bool", "varlen": "pages", "page_size": 16},
+    "pages-tree": {"queries": 4, "mask": "tree", "varlen": "pages", "page_size": 16},
     "packed-pages-causal": {"causal": True, "varlen": "packed_pages", "page_size": 16},
 }
 SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))  # of language models
@@ -136,13 +138,13 @@ OTHER_VARIANTS = (
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut"),
-    *("pages-masked", "packed-pages", "packed-mixed"),
+    *("pages-masked", "packed-pages", "packed-mixed", "tree"),
 )
 _MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),
-    *("packed-decode", "packed-mixed", "packed-few"),
+    *("packed-decode", "packed-mixed", "packed-few", "tree"),
 )
 _IN_BOTH_DTYPES = ("full", "causal", "masked")  # see Configuration.is_checked
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
@@ -237,25 +239,26 @@ def serving_plans(
                 continue
             options = {**VARIANTS, **SERVING_VARIANTS}[variant]
             groups = _SERVING_GROUPS if "queries" in options else (1,)
-            portable = forward_for(arch) is PORTABLE or variant in (
-                "full",
-                "causal",
-                "options",
-                "varlen",
-            )
+            usual = variant in ("full", "causal", "options", "varlen")
+            portable = forward_for(arch) is PORTABLE or usual
             for group, ships in itertools.product(groups, (False, True)):
                 problem = problem_of(head_dim, dtype, options, group)
-                for plan in _plans(problem, arch, portable, ships):
+                for plan in _plans(problem, arch, portable, ships, in_batches=True):
                     found[plan.machine_code()] = None
     return list(found)
 
 
-def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator[Plan]:
+def _plans(
+    problem: Problem, arch: int, portable: bool, ships: bool, in_batches: bool = False
+) -> Iterator[Plan]:
     """Return what the problem's kind may run on an architecture, by rules or, if it `ships`, by the
     table. The Hopper kernel has other tiles for other sizes, and leaves to the portable one what
-    TMA cannot read."""
+    TMA cannot read; of that one few queries of many sequences are asked for `in_batches`."""
     if portable and not ships:
         yield candidates(problem, arch, kernel=PORTABLE.name)[0]
+        if problem.seqlen_q < _SEQLEN and in_batches:  # which share no keys
+            many = _resized(problem, max(_HEADS), _SEQLEN)
+            yield candidates(many, arch, kernel=PORTABLE.name)[0]
     table = tile_table.read(arch) if ships else None
     if problem.seqlen_k > _SEQLEN:
         return
@@ -301,7 +304,7 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
     queries = options.pop("queries", None)
     q = x if queries is None else x.new_empty(1, group, queries, dim)
     mask = options.pop("mask", None)
-    if mask is not None:
+    if mask not in (None, "tree"):
         is_row = "padding" in mask
         # Rows of a mask for several sequences are aligned for wide loads or not.
         batch, heads, rows = (2, 1, 1) if is_row else (1, *q.shape[1:3])
@@ -332,4 +335,5 @@ def problem_of(head_dim: Dims, dtype: str, options: dict[str, Any], group: int =
         page_size=page_size,
         num_pages=_SEQLEN // page_size if page_size else 0,
         cache_dtype=cache_dtype,
+        mask=mask_spec(q.new_empty(2 * q.shape[2:3]), True) if mask == "tree" else problem.mask,
     )

@@ -46,7 +46,7 @@ def attend_pages(
 
     A contiguous cache is read in place by `attention`, pages by `attention_paged`, or by
     `attention_paged_varlen` for packed queries. With padding on the left, which none of them takes,
-    tokens are copied into one piece.
+    tokens are copied into one piece. The others clamp lengths themselves: that takes no launch.
 
     Returns:
         out, and lse with return_lse.
@@ -57,18 +57,18 @@ def attend_pages(
     if page_table is None:
         page_table = one_page_each(k_cache)
     capacity = capacity_of(k_cache, page_table)
-    lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
     is_readable = leftpad is None and k_cache.shape[0] > 0 and k_cache.shape[2] > 0
     if cu_seqlens_q is None:
         if is_readable:
             return _several(
                 attention_paged(
-                    q, k_cache, v_cache, page_table, lengths, mask=mask, tree_mask=tree_mask,
+                    q, k_cache, v_cache, page_table, seqlens_k, mask=mask, tree_mask=tree_mask,
                     **options,
                 )
             )  # fmt: skip
         _warn_of_copy(q, backend)
         k, v = (gather_padded(x, page_table, leftpad) for x in (k_cache, v_cache))
+        lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
         return _contiguous(q, k, v, lengths, mask, tree_mask, options)
     batch, longest = page_table.shape[0], q.shape[0] if max_seqlen_q is None else max_seqlen_q
     if (
@@ -80,17 +80,18 @@ def attend_pages(
     ):
         padded = _padded(q, cu_seqlens_q, longest)
         results = _several(
-            attention_paged(padded, k_cache, v_cache, page_table, lengths, **options)
+            attention_paged(padded, k_cache, v_cache, page_table, seqlens_k, **options)
         )
         return _packed(results, q, cu_seqlens_q, longest, options["sinks"])
     if is_readable:
         return _several(
             attention_paged_varlen(
-                q, k_cache, v_cache, page_table, lengths, cu_seqlens_q, longest, **options
+                q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, longest, **options
             )
         )
     _warn_of_copy(q, backend)
     scales = options.pop("k_scale"), options.pop("v_scale")
+    lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
     k, v, cu_seqlens_k = gather_packed(
         (k_cache, v_cache), page_table, leftpad, lengths, q.dtype, scales
     )

@@ -180,8 +180,9 @@ def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
         if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
             yield _streaming_tile(problem, folded)
     for tile in _table(problem):
-        if folded > 1 and problem.packs_queries and tile.block_m > 128:
-            continue  # 192 rows spill; and of decodes two thirds of them would be nobody's
+        consumers = tile.block_m // ROWS_OF_CONSUMER * tile.key_slices
+        if folded > 1 and problem.packs_queries and consumers > 2:
+            continue  # three spill; and of decodes two thirds of 192 rows would be nobody's
         yield _split_keys(problem, tile) if long_keys else tile
 
 

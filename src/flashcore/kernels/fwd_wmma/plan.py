@@ -47,16 +47,17 @@ def padded(cols: int) -> int:
 class Plan:
     """A plan is one compiled form of a kernel: everything that its source text depends on.
 
-    `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys form a
-    tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask tensor or None;
-    `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are rows of one, 0 where
-    none are (problem/folding.py); `min_blocks` the blocks an SM that the registers must allow;
-    `keys_of_chunk` how many keys one sum goes over, 0 for all (totals_wmma.cuh); `page_size` keys
-    of a page, 0 where there are no pages (tile/pages.cuh); `has_sinks` whether a logit of each head
-    joins the softmax; `cache_dtype` that of k and v where it is not `dtype`; `stream_k`: the device
-    cuts the key tiles of all row tiles into equal ranges, one a block (tile/stream_k.cuh), or into
-    pieces of `keys_of_chunk`, if there are some; `batch_invariant`: rows have the same bits
-    whatever is beside them, which takes pieces of one length, too.
+    `head_dim` and `head_dim_v` are the tensors' own; `block_m` query rows and `block_n` keys
+    form a tile; `load_bytes` is the width of one global load; `mask` the dtype of the mask
+    tensor or None; `varlen` one of VARLEN_KINDS; `folds_heads` how many heads of a group are
+    rows of one, 0 where none are (problem/folding.py); `min_blocks` the blocks an SM that the
+    registers must allow; `keys_of_chunk` how many keys one sum goes over, 0 for all
+    (totals_wmma.cuh); `page_size` keys of a page, 0 where there are no pages (tile/pages.cuh);
+    `has_sinks` whether a logit of each head joins the softmax; `cache_dtype` that of k and v
+    where it is not `dtype`; `stream_k`: the device cuts the key tiles of all row tiles into
+    equal ranges, one a block (tile/stream_k.cuh), or into pieces of `keys_of_chunk`, if there
+    are some; `batch_invariant`: rows have the same bits whatever is beside them, which takes
+    pieces of one length, too.
     """
 
     kernel: str

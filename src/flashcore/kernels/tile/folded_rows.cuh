@@ -42,7 +42,7 @@ FC_DEVICE int query_of(const AttnParams& p, int row) {
   return FOLDED ? row % p.num_queries : row;
 }
 
-// Whether a row of a sequence is some query's.
+// Returns whether a row of a sequence is a query's.
 FC_DEVICE bool is_row(const AttnParams& p, int row) {
   const bool is_of_box = !FOLDS_PACKED || row % BOX_OF_ROWS < rows_of_box(p);
   return row < p.seqlen_q && is_of_box;

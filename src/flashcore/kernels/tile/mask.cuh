@@ -70,8 +70,8 @@ FC_DEVICE void apply_softcap(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p
   }
 }
 
-// A tree mask, [num_queries, num_queries], says which of the last num_queries keys of its sequence a
-// query sees; all keys before them it does see. Heads that are folded share it.
+// A tree mask, [num_queries, num_queries], says which of the last num_queries keys of its sequence
+// a query sees; all keys before them it does see. Heads that are folded share it.
 constexpr bool MASK_IS_TREE = MASK_KIND == 3;
 
 // The key that a mask tensor's column 0 is of, and the row that it has for a row of q.
@@ -83,7 +83,7 @@ FC_DEVICE int mask_row(const AttnParams& p, int row) {
   return MASK_IS_TREE ? query_of(p, row) : row;
 }
 
-// Whether a mask tensor has no column of keys [key_begin, key_begin + KEYS).
+// Returns whether a mask tensor has no column of keys [key_begin, key_begin + KEYS).
 template <int KEYS>
 FC_DEVICE bool is_before_mask(const AttnParams& p, int key_begin) {
   return MASK_IS_TREE && key_begin + KEYS <= first_masked_key(p);

@@ -41,6 +41,9 @@ class Lookup(NamedTuple):
 
 # Handed over by ops/calls.py when that is imported.
 lookup: Lookup | None = None
+# Returns dq, dk and dv by what was prepared, given what `lookup.find` found, q, k, v, out, lse and
+# the gradient of out; or None: the operator has to. Handed over by ops/eager.py.
+differentiate: Callable[..., Any] | None = None
 
 
 class Entry(NamedTuple):
@@ -59,6 +62,7 @@ class Entry(NamedTuple):
         out_shape: [batch, num_heads_q, seqlen_q, head_dim_v].
         computes_lse: whether lse is wanted, by the caller or by autograd.
         options: validated, for the backward pass.
+        found: what `Lookup.find` found, for the backward pass.
         num_counters: that its blocks share out work by, see launch/counters.py; 0 for none.
         num_shares: float32 elements of the shares of out, where blocks share the keys of row tiles.
         num_floats: of all that these hand over, the state of the softmax behind the shares.
@@ -77,6 +81,7 @@ class Entry(NamedTuple):
     out_shape: tuple[int, ...]
     computes_lse: bool
     options: Options
+    found: object
     num_counters: int
     num_shares: int
     num_floats: int
@@ -136,6 +141,7 @@ def configured() -> Any:
     from flashcore.launch.launcher.build import load
 
     assert lookup is not None
+    assert differentiate is not None
     module = load()
     module.configure(
         entry_address("cuLaunchKernelEx"),
@@ -147,6 +153,7 @@ def configured() -> Any:
         _prepare,
         lookup.backends,
         lookup.calls_max,
+        differentiate,
     )
     return module
 
@@ -178,4 +185,7 @@ def _prepare(
     options = (causal, window, softcap, scale)
     found = lookup.find(q, k, v, None, *options, return_lse, backend, recorded)
     kernel = getattr(found.call, "__self__", None)
-    return None if kernel is None else kernel.entry(q.data_ptr(), k.data_ptr(), v.data_ptr())
+    if kernel is None:
+        return None
+    entry: Entry = kernel.entry(q.data_ptr(), k.data_ptr(), v.data_ptr())
+    return entry._replace(found=found)

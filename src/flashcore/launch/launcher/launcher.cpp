@@ -64,6 +64,17 @@ struct KeyHash {
   }
 };
 
+// A Python object that autograd's nodes and entries share, whichever thread lets go of it last.
+struct Owned : torch::CustomClassHolder {
+  explicit Owned(const py::handle& object) : object(object.inc_ref().ptr()) {}
+  ~Owned() override {
+    if (!Py_IsInitialized()) return;  // the process ends
+    const py::gil_scoped_acquire acquired;
+    Py_DECREF(object);
+  }
+  PyObject* const object;
+};
+
 // The decision for a key; see Entry in __init__.py. It never changes once it is made.
 struct Entry {
   bool served = false;  // false: Python serves such calls
@@ -77,6 +88,7 @@ struct Entry {
   std::array<int64_t, 4> out_shape{};
   bool computes_lse = false;
   c10::IValue options;  // validated: the tuple that the operators take, see problem/options.py
+  c10::IValue found;  // an Owned: what knows the prepared backward passes
   int64_t num_counters = 0, num_shares = 0, num_floats = 0;
   std::array<size_t, 3> scratch_offsets{};
 };
@@ -95,6 +107,7 @@ struct State {
   PyObject* counters = nullptr;  // see _counters in __init__.py
   IsCapturing is_capturing = nullptr;
   PyObject* prepare = nullptr;  // see _prepare in __init__.py
+  PyObject* differentiate = nullptr;  // see `differentiate` in __init__.py
   PyObject* backends = nullptr;  // tuple of interned names
   size_t max_entries = 0;
   std::unordered_map<Key, std::shared_ptr<const Entry>, KeyHash> entries;
@@ -217,10 +230,11 @@ std::shared_ptr<const Entry> read_entry(PyObject* object) {
   entry->options = c10::ivalue::Tuple::create(
       {options[0].cast<std::string>(), options[1].cast<int64_t>(), options[2].cast<int64_t>(),
        options[3].cast<double>(), options[4].cast<double>(), options[5].cast<bool>()});
-  entry->num_counters = fields[12].cast<int64_t>();
-  entry->num_shares = fields[13].cast<int64_t>();
-  entry->num_floats = fields[14].cast<int64_t>();
-  entry->scratch_offsets = fields[15].cast<std::array<size_t, 3>>();
+  entry->found = c10::IValue::make_capsule(c10::make_intrusive<Owned>(fields[12]));
+  entry->num_counters = fields[13].cast<int64_t>();
+  entry->num_shares = fields[14].cast<int64_t>();
+  entry->num_floats = fields[15].cast<int64_t>();
+  entry->scratch_offsets = fields[16].cast<std::array<size_t, 3>>();
   entry->served = entry->argument.size() <= kMaxArgumentBytes &&
       (entry->map_offsets.empty() || entry->map_offsets.size() == kMaps);
   return entry;
@@ -329,7 +343,36 @@ std::pair<at::Tensor, at::Tensor> compute(
   return {out, lse};
 }
 
-// Does what eager._Recorded does. The backward is the operator, so it can be differentiated again.
+// Returns dq, dk and dv of q, k, v, out, lse and dout by what Python has prepared; nothing where
+// the operator has to compute them.
+torch::autograd::variable_list prepared_gradients(
+    const c10::IValue& found, const std::array<at::Tensor, 6>& tensors) {
+  const py::gil_scoped_acquire acquired;
+  auto steal = [](PyObject* object) { return py::reinterpret_steal<py::object>(object); };
+  const auto capsule = found.toCapsule();
+  std::array<py::object, 6> wrapped;
+  std::array<PyObject*, 7> arguments = {static_cast<const Owned&>(*capsule).object};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    wrapped[i] = steal(THPVariable_Wrap(tensors[i]));
+    arguments[i + 1] = wrapped[i].ptr();
+  }
+  const py::object result = steal(
+      PyObject_Vectorcall(state.differentiate, arguments.data(), arguments.size(), nullptr));
+  if (!result) {
+    python_error error;
+    error.persist();
+    throw error;
+  }
+  if (result.is_none()) return {};
+  torch::autograd::variable_list gradients;
+  for (const py::handle x : py::reinterpret_borrow<py::tuple>(result)) {
+    gradients.push_back(THPVariable_Unpack(x.ptr()));
+  }
+  return gradients;
+}
+
+// Does what eager._Recorded does. Where a gradient is differentiated again, the operator computes
+// it.
 struct Recorded : torch::autograd::Function<Recorded> {
   static torch::autograd::variable_list forward(
       torch::autograd::AutogradContext* ctx, const at::Tensor& q, const at::Tensor& k,
@@ -338,6 +381,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
     ctx->save_for_backward({q, k, v, out, lse});
     ctx->set_materialize_grads(false);
     ctx->saved_data["options"] = entry.options;
+    ctx->saved_data["found"] = entry.found;
     if (returns_lse) return {out, lse};
     return {out};
   }
@@ -347,6 +391,18 @@ struct Recorded : torch::autograd::Function<Recorded> {
     static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
         "flashcore::attention_backward", "");
     const auto saved = ctx->get_saved_variables();
+    torch::autograd::variable_list result(7);  // as forward has arguments
+    auto give = [&](size_t i, const at::Tensor& x) {
+      if (ctx->needs_input_grad(i)) result[i] = x;
+    };
+    const bool through_lse = gradients.size() > 1 && gradients[1].defined();
+    if (gradients[0].defined() && !through_lse && !c10::GradMode::is_enabled()) {
+      const auto prepared = prepared_gradients(
+          ctx->saved_data.at("found"),
+          {saved[0], saved[1], saved[2], saved[3], saved[4], gradients[0]});
+      for (size_t i = 0; i < prepared.size(); ++i) give(i, prepared[i]);
+      if (!prepared.empty()) return result;
+    }
     auto optional = [](const at::Tensor& x) {
       return x.defined() ? c10::IValue(x) : c10::IValue();
     };
@@ -360,10 +416,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
     stack.emplace_back(false);                // and there are no sinks
     stack.emplace_back(std::string("auto"));  // a boxed call has no defaults
     op.callBoxed(&stack);
-    torch::autograd::variable_list result(7);  // as forward has arguments
-    for (size_t i = 0; i < 3; ++i) {
-      if (ctx->needs_input_grad(i)) result[i] = stack[i].toTensor();
-    }
+    for (size_t i = 0; i < 3; ++i) give(i, stack[i].toTensor());
     return result;
   }
 };
@@ -418,15 +471,15 @@ PyObject* attend(PyObject*, PyObject* const* a, Py_ssize_t count) {
 }
 
 // configure(launch_kernel, replace_address, current_device, current_stream, counters, is_capturing,
-// prepare, backends, max_entries): forgets all that was prepared.
+// prepare, backends, max_entries, differentiate): forgets all that was prepared.
 PyObject* configure(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   unsigned long long launch_kernel, replace_address, is_capturing, max_entries;
-  PyObject *current_device, *current_stream, *counters, *prepare, *backends;
+  PyObject *current_device, *current_stream, *counters, *prepare, *backends, *differentiate;
   if (!PyArg_ParseTuple(
-          arguments, "KKOOOKOO!K", &launch_kernel, &replace_address, &current_device,
+          arguments, "KKOOOKOO!KO", &launch_kernel, &replace_address, &current_device,
           &current_stream, &counters, &is_capturing, &prepare, &PyTuple_Type, &backends,
-          &max_entries)) {
+          &max_entries, &differentiate)) {
     return nullptr;
   }
   state.launch_kernel = reinterpret_cast<LaunchKernel>(launch_kernel);
@@ -437,6 +490,7 @@ PyObject* configure(PyObject*, PyObject* arguments) {
   state.is_capturing = reinterpret_cast<IsCapturing>(is_capturing);
   Py_XSETREF(state.prepare, Py_NewRef(prepare));
   Py_XSETREF(state.backends, Py_NewRef(backends));
+  Py_XSETREF(state.differentiate, Py_NewRef(differentiate));
   state.max_entries = max_entries;
   state.entries.clear();
   state.order.clear();

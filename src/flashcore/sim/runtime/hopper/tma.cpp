@@ -29,7 +29,7 @@ static int heads_of_box(const TensorMap& map) { return std::max(1, int(map.box_h
 // Of all heads.
 static int rows_of_box(const TensorMap& map) { return int(map.box_rows) * heads_of_box(map); }
 
-// Whether heads, or rows, and batches are one stride apart: both name the same rows.
+// Returns whether heads, or rows, and batches are one stride apart: both name the same rows.
 static bool is_ragged(const TensorMap& map, uint64_t stride_bytes) {
   return map.batches > 1 && map.batch_stride_bytes == stride_bytes;
 }
