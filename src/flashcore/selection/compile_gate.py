@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 # and of one whose warps have roles.
 SAMPLED_VARIANTS = {False: 2, True: 1}
 # Registers hardly depend on the dtype. Where nothing but that differs, one of them tells whether a
-# change to a kernel has made it spill; the other is compiled of these, at the usual width and at
-# the one with the least room.
+# change to a kernel has made it spill; the other is compiled of these, at the usual width.
 _IN_BOTH_DTYPES = ("full", "causal", "masked")
-_HEAD_DIMS_IN_BOTH = (128, 256)
+_HEAD_DIM_IN_BOTH = 128
 # Registers of a thread that an option takes (a bound of the band, soft-capping, a mask, lengths):
 # the portable kernel's median on sm_75 and sm_80.
 _REGISTERS_OF_AN_OPTION = 4
@@ -75,19 +74,19 @@ def checked(found: Iterable[Configuration]) -> list[Configuration]:
     """Return the configurations that the gate has to see: those but for which it is told by
     another. A bfloat16 kernel stands for the same in float16, see _IN_BOTH_DTYPES. What ships was
     found to spill in neither (tune/search.py), and of its tiles a causal kernel stands for the one
-    without a mask, which has a part of its text."""
+    without a mask and the one that keeps a maximum besides: their text is nearly the same."""
     found = list(found)
     plans = {entry.plan for entry in found}
 
     def is_told(entry: Configuration) -> bool:
         plan = entry.plan
-        causal = dataclasses.replace(plan, has_window_right=True)
-        if entry.ships and entry.variant == "full" and causal in plans:
+        causal = dataclasses.replace(plan, has_window_right=True, returns_max_score=False)
+        if entry.ships and entry.variant in ("full", "max-score") and causal in plans:
             return True
         if plan.dtype != "float16":
             return False
         mask = "bfloat16" if plan.mask == "float16" else plan.mask
-        is_usual = entry.variant in _IN_BOTH_DTYPES and plan.head_dim in _HEAD_DIMS_IN_BOTH
+        is_usual = entry.variant in _IN_BOTH_DTYPES and plan.head_dim == _HEAD_DIM_IN_BOTH
         has_twin = dataclasses.replace(plan, dtype="bfloat16", mask=mask) in plans
         return has_twin and (entry.ships or not is_usual)
 
