@@ -141,7 +141,7 @@ def test_every_planted_bug_has_its_text() -> None:
     """A kernel that changes takes its planted bugs along."""
     lost = [
         f"{kernel}: {plant.name}"
-        for kernel, plants in index.BY_KERNEL.items()
+        for kernel, plants in (*index.BY_KERNEL.items(), *index.BESIDE.items())
         for plant in plants.values()
         if (KERNELS_DIR / plant.file).read_text(encoding="utf-8").count(plant.find) != 1
     ]

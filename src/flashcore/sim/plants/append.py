@@ -67,8 +67,8 @@ PLANTS_APPEND = by_name(
         name="append-wrong-sign",
         title="the angle has the other sign",
         file=_FILE,
-        find="from_float<Element>(a * c - b * s)",
-        replace="from_float<Element>(a * c + b * s)",
+        find="from_float<Element>(product(a, c) - product(b, s))",
+        replace="from_float<Element>(product(a, c) + product(b, s))",
         caught_by="wrong-result",
     ),
     Plant(
