@@ -31,8 +31,8 @@ _HEAD_DIM_IN_BOTH = 128
 # Registers of a thread that an option takes (a bound of the band, soft-capping, a mask, lengths):
 # the portable kernel's median on sm_75 and sm_80.
 _REGISTERS_OF_AN_OPTION = 4
-# Of two options that take more of the portable kernel's: pieces that are cut alike in any batch, and
-# rows that lie in pages.
+# Of two options that take more of the portable kernel's: pieces that are cut alike in any batch,
+# and rows that lie in pages.
 _REGISTERS_OF_PIECES = 16
 _REGISTERS_OF_PAGES = 16
 # More than any other option takes: of sums that begin anew, which leave none at head_dim 256.
