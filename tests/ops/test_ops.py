@@ -167,7 +167,7 @@ def test_opcheck_of_the_operators_that_take_lengths(operator, mask):
         q, k, v = dense_inputs(torch.float32, requires_grad=True)
         masks = {None: None, "bool": torch.ones(5, 7) > 0, "additive": additive_mask(5, 1)}
         tensors = (q, k, v, masks[mask], torch.tensor([5, 2], dtype=torch.int32))
-        tensors = (*tensors, None, None, None)  # sinks, scales
+        tensors = (*tensors, None, None, None, None)  # sinks, scales, tree
     forward = getattr(torch.ops.flashcore, f"attention_{operator}_forward").default
     backward = getattr(torch.ops.flashcore, f"attention_{operator}_backward").default
     traced = mask != "bool"

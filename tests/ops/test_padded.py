@@ -101,7 +101,7 @@ def test_the_operators_are_well_made() -> None:
     q, k, v = (t.nan_to_num(0.5, 0.5).requires_grad_() for t in (x.q, x.k, x.v))
     options = ("lower_right", -1, -1, 0.0, None, False)
     forward = torch.ops.flashcore.attention_padded_forward.default
-    given = q, k, v, None, seqlens_k, None, None, None
+    given = q, k, v, None, seqlens_k, None, None, None, None
     torch.library.opcheck(forward, (*given, *options, *Wanted(True), "torch"))
     compiled = torch.compile(flashcore.attention, fullgraph=True, backend="eager")
     plain = flashcore.attention(q, k, v, seqlens_k=seqlens_k, causal=True)

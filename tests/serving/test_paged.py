@@ -171,7 +171,7 @@ def test_the_operators_are_well_made() -> None:
     sinks = torch.randn(q.shape[1], requires_grad=True)
     for given in (None, sinks):
         pages = None, table.clamp(0, 5), lengths
-        arguments = (q, k, v, *pages, given, None, None, *options, True, False, "torch")
+        arguments = (q, k, v, *pages, given, None, None, None, *options, True, False, "torch")
         torch.library.opcheck(forward, arguments)
     compiled = torch.compile(attention_paged, fullgraph=True, backend="eager")
     plain = attention_paged(q, k, v, table, lengths, causal=True)

@@ -87,7 +87,10 @@ def num_lines(num_heads: int, num_blocks: int) -> int:
 def num_pieces(problem: Problem, plan: Plan) -> int:
     """Return into how many ranges the key tiles of all row tiles may be cut, were all sequences as
     long as can be; at most as many as there may be blocks at once."""
-    key_tiles = max(1, -(-problem.seqlen_k // plan.block_n))
+    keys = problem.seqlen_k
+    if problem.varlen == "none":  # all lengths that share a plan have one grid: backends/growing.py
+        keys = 1 << (max(64, keys) - 1).bit_length()
+    key_tiles = max(1, -(-keys // plan.block_n))
     ranges = -(-params.grid_size(problem, plan) * key_tiles // least_tiles(plan))
     return min(ranges, MOST_SMS.get(plan.arch, max(MOST_SMS.values())) * plan.min_blocks)
 

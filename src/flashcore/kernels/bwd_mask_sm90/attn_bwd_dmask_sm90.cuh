@@ -45,9 +45,10 @@ FC_DEVICE void issue_product(WmmaAccum (&out)[KEY_FRAGS], Consumer& c, const Bar
 #pragma unroll
   for (int chunk = 0; chunk < CHUNKS; ++chunk) {
     mbar_wait(bar.full + stage_of<NUM_STAGES>(c.count), parity_of<NUM_STAGES>(c.count));
-    const int stage = stage_of<NUM_STAGES>(c.count);
-    const WgmmaDesc a = smem.stages.rows_from(c.index * 64).over_columns(stage);
-    const WgmmaDesc b = smem.stages.rows_from(BLOCK_M).over_columns(stage);
+    // Uniform, or each descriptor is moved from general to uniform registers.
+    const int stage = warp_uniform(stage_of<NUM_STAGES>(c.count));
+    const auto a = smem.stages.rows_from(c.index * 64).over_columns() + stage * Stage::BYTES;
+    const auto b = smem.stages.rows_from(BLOCK_M).over_columns() + stage * Stage::BYTES;
     wgmma_fence();
 #pragma unroll
     for (int col = 0; col < CHUNK; col += 16) {
@@ -155,8 +156,8 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
 
 FC_KERNEL(attn_bwd_dmask_sm90, NUM_WARPS * 32, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
-  const Buffers smem = {
-      Stage::view(0, NUM_STAGES, "tiles_smem"),
+  const Buffers smem = {  // see attn_bwd_dkdv_sm90.cuh
+      {smem_view<Element>(0, NUM_STAGES * Stage::ELEMENTS, "tiles_smem")},
       smem_view<MaskElement>(MASK_OFFSET, NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS, "mask_smem"),
       smem_view<float>(SUMS_OFFSET, SUMS_FLOATS, "sums_smem"),
   };

@@ -242,13 +242,14 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
 
 FC_KERNEL(attn_bwd_dkdv_sm90, NUM_WARPS * 32, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
+  // Not by SmemTile::view: behind one more call ptxas takes other registers for addresses.
   const Buffers smem = {
-      QkGroup::view(0, NUM_KEY_GROUPS, "k_smem"),
-      VGroup::view(V_OFFSET, NUM_KEY_GROUPS, "v_smem"),
-      QTile::view(Q_OFFSET, NUM_STAGES, "q_smem"),
-      DoTile::view(DO_OFFSET, NUM_DO_STAGES, "dout_smem"),
-      OutGroup::view(OUT_OFFSET, NUM_OUT_GROUPS, "out_smem"),
-      DsTile::view(DS_OFFSET, NUM_DS_TILES, "ds_smem"),
+      {smem_view<Element>(0, NUM_KEY_GROUPS * QkGroup::ELEMENTS, "k_smem")},
+      {smem_view<Element>(V_OFFSET, NUM_KEY_GROUPS * VGroup::ELEMENTS, "v_smem")},
+      {smem_view<Element>(Q_OFFSET, NUM_STAGES * QTile::ELEMENTS, "q_smem")},
+      {smem_view<Element>(DO_OFFSET, NUM_DO_STAGES * DoTile::ELEMENTS, "dout_smem")},
+      {smem_view<Element>(OUT_OFFSET, NUM_OUT_GROUPS * OutGroup::ELEMENTS, "out_smem")},
+      {smem_view<Element>(DS_OFFSET, NUM_DS_TILES * DsTile::ELEMENTS, "ds_smem")},
       DQ_SHARED ? smem_view<float>(OUT_OFFSET, NUM_OUT_GROUPS * OUT_FLOATS, "dq_smem")
                 : smem_view<float>(DQ_OFFSET, DQ_FLOATS, "dq_smem"),
       smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),

@@ -23,8 +23,9 @@
 // DQ_FRAGS column fragments of dQ of 64 rows: dS^T and K lie with keys as lines.
 FC_DEVICE void issue_dq(WmmaAccum (&dq)[DQ_FRAGS], const Buffers& smem, int row_group,
                         int first_frag, uint32_t count) {
-  const WgmmaDesc ds = smem.ds.chunk_over_rows(stage_of<NUM_DS_STAGES>(count)) +
-                       DsTile::chunk_bytes(row_group);
+  const int stage = warp_uniform(stage_of<NUM_DS_STAGES>(count));
+  const WgmmaDesc ds = smem.ds.chunk_over_rows() +
+                       (stage * DsTile::BYTES + DsTile::chunk_bytes(row_group));
   const WgmmaDesc k = smem.k.over_rows() + QkGroup::chunk_bytes(first_frag * 16 / CHUNK);
   wgmma_fence();
 #pragma unroll

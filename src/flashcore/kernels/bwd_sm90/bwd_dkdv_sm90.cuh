@@ -235,10 +235,15 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     for (int group = 0; has_keys && group < NUM_KEY_GROUPS; ++group) {
       int row = block.m_begin + group * 64;
       if (VARLEN != 0) row = min_i(row, own.seqlen_k - 1);
-      smem.k.load(group, params.k_map, bar.kv_full, k_box.row + row, block.head_idx_kv,
-                  k_box.batch);
-      smem.v.load(group, params.v_map, bar.kv_full, v_box.row + row, block.head_idx_kv,
-                  v_box.batch);
+      // Not by `load`: with four calls of it ptxas orders the whole kernel anew.
+      for (int c = 0; c < QK_CHUNKS; ++c) {
+        tma_load(smem.k.chunk_of(group, c), params.k_map, bar.kv_full, c * CHUNK, k_box.row + row,
+                 block.head_idx_kv, k_box.batch);
+      }
+      for (int c = 0; c < V_CHUNKS; ++c) {
+        tma_load(smem.v.chunk_of(group, c), params.v_map, bar.kv_full, c * CHUNK, v_box.row + row,
+                 block.head_idx_kv, v_box.batch);
+      }
     }
 
     int left = heads_per_kv * (tiles.end - tiles.begin);
@@ -270,9 +275,11 @@ FC_DEVICE void clear_rows(const Buffers& smem, int stage, const bool (&is_empty)
 #pragma unroll
   for (int i = 0; i < ROWS_OF_LANE; ++i) {
     if (!is_empty[i]) continue;
-    const DoTile row = smem.dout[stage].rows_from(i * 32 + lane_idx());
+    const DoTile row = smem.dout.row_of(stage, i * 32 + lane_idx());
     for (int c = 0; c < V_CHUNKS; ++c) {
-      for (int col = 0; col < CHUNK; col += 8) smem_store_packet(row.chunk(c) + col, Packet<16>{});
+      for (int col = 0; col < CHUNK; col += 8) {
+        smem_store_packet(row.at_start(c, col), Packet<16>{});
+      }
     }
   }
   fence_proxy_async();

@@ -55,10 +55,10 @@ FC_DEVICE void hand_over_ds(const Barriers& bar, const Buffers& smem, int group,
   mbar_wait(bar.ds_empty + stage, parity_of<NUM_DS_STAGES>(count) ^ 1);
   const int lane = opaque(lane_idx());
   const int key = group * 64 + warp_idx() % 4 * 16 + lane % 16;
-  const DsTile ds = smem.ds[stage];
+  const DsTile row = smem.ds.row_of(stage, key);
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) {
-    stmatrix_x4(ds.at(key, n * 16, lane / 16 * 8), dscores(n).reg);
+    stmatrix_x4(row.smem + DsTile::from_row(key, n * 16, lane / 16 * 8), dscores(n).reg);
   }
   fence_proxy_async();
   if (DQ_SHARED) {
@@ -91,36 +91,40 @@ FC_DEVICE void skip_tiles(const Barriers& bar, const Buffers& smem, int group, u
 FC_DEVICE void issue_s(WmmaAccum (&scores)[QUERY_FRAGS], const Buffers& smem, int group,
                        uint32_t count) {
   // Uniform, or each descriptor is moved from general to uniform registers, two moves a product.
-  const WgmmaDesc q_desc = smem.q.over_columns(stage_of<NUM_STAGES>(count));
+  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
   wgmma_fence();
-  issue_scores<HEAD_DIM, BLOCK_M>(scores, smem.k[group].over_columns(), q_desc);
+  issue_scores<HEAD_DIM, BLOCK_M>(scores, smem.k[group].over_columns(),
+                                  smem.q.over_columns() + stage * QTile::BYTES);
   wgmma_commit();
 }
 
 // dP^T = V dO^T.
 FC_DEVICE void issue_dp(WmmaAccum (&dprobs)[QUERY_FRAGS], const Buffers& smem, int group,
                         uint32_t count) {
-  const WgmmaDesc do_desc = smem.dout.over_columns(stage_of<NUM_DO_STAGES>(count));
+  const int stage = warp_uniform(stage_of<NUM_DO_STAGES>(count));
   wgmma_fence();
-  issue_scores<HEAD_DIM_V, BLOCK_M>(dprobs, smem.v[group].over_columns(), do_desc);
+  issue_scores<HEAD_DIM_V, BLOCK_M>(dprobs, smem.v[group].over_columns(),
+                                    smem.dout.over_columns() + stage * DoTile::BYTES);
   wgmma_commit();
 }
 
 // dV += P^T dO.
 FC_DEVICE void issue_dv(WmmaAccum (&dv)[V_FRAGS], const WmmaA<Element> (&probs)[QUERY_FRAGS],
                         const Buffers& smem, uint32_t count) {
-  const WgmmaDesc do_desc = smem.dout.over_rows(stage_of<NUM_DO_STAGES>(count));
+  const int stage = warp_uniform(stage_of<NUM_DO_STAGES>(count));
   wgmma_fence();
-  issue_gradient(dv, probs, do_desc);
+  issue_gradient(dv, probs, smem.dout.over_rows() + stage * DoTile::BYTES);
   wgmma_commit();
 }
 
 // The same with dS^T from where it was handed over.
 FC_DEVICE void issue_dk_of_ds(WmmaAccum (&dk)[QK_FRAGS], const Buffers& smem, int group,
                                 uint32_t count) {
-  const WgmmaDesc ds =
-      smem.ds.over_columns(stage_of<NUM_DS_STAGES>(count)) + DsTile::row_bytes(group * 64);
-  const WgmmaDesc q = smem.q.over_rows(stage_of<NUM_STAGES>(count));
+  const int ds_stage = warp_uniform(stage_of<NUM_DS_STAGES>(count));
+  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
+  const WgmmaDesc ds = smem.ds.over_columns() +
+                       (ds_stage * DsTile::BYTES + DsTile::row_bytes(group * 64));
+  const WgmmaDesc q = smem.q.over_rows() + stage * QTile::BYTES;
   wgmma_fence();
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) {
@@ -132,9 +136,9 @@ FC_DEVICE void issue_dk_of_ds(WmmaAccum (&dk)[QK_FRAGS], const Buffers& smem, in
 // dK += dS^T Q.
 FC_DEVICE void issue_dk(WmmaAccum (&dk)[QK_FRAGS], const WmmaA<Element> (&dscores)[QUERY_FRAGS],
                         const Buffers& smem, uint32_t count) {
-  const WgmmaDesc q_desc = smem.q.over_rows(stage_of<NUM_STAGES>(count));
+  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
   wgmma_fence();
-  issue_gradient(dk, dscores, q_desc);
+  issue_gradient(dk, dscores, smem.q.over_rows() + stage * QTile::BYTES);
   wgmma_commit();
 }
 

@@ -171,7 +171,11 @@ def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
     than the rows are worth splitting where that fills the GPU."""
     long_keys = problem.seqlen_k >= max(4096, 8 * problem.seqlen_q)
     if problem.cache_dtype:
+        # With 128 keys a window and soft-capping spill beside folded packed rows.
+        crowded = problem.packs_queries and folded > 1 and problem.softcap and _is_bounded(problem)
         for tile in _float8_tiles(problem):
+            if crowded and tile.block_n > 64:
+                continue
             yield _split_keys(problem, tile, folded)
         return
     few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER

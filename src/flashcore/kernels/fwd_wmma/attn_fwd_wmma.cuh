@@ -215,11 +215,11 @@ FC_DEVICE void attend(const AttnParams& params, const BlockCoord& block) {
       load_keys(n_block);
     }
     cp_async_wait<NUM_STAGES == 1 ? 0 : NUM_STAGES - 2>();
-    block_sync();  // orders arrived copies, zero_padding and the last step's reads before the rest
+    block_sync();  // orders every thread's arrived copies (and zero_padding) before the reads below
     if (NUM_STAGES > 1) load_keys(n_block + NUM_STAGES - 1);
     const int stage = n_block % NUM_TILES;
     const int key_begin = n_block * BLOCK_N;
-    if constexpr (FLOAT8) {
+    if constexpr (FLOAT8) {  // by now nobody reads the last step's tile
       const int loaded = n_block % NUM_STAGES;
       widen_tile<BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem, k_bytes_smem + loaded * K_LOAD_BYTES);
       widen_tile<BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem, v_bytes_smem + loaded * V_LOAD_BYTES);

@@ -34,6 +34,11 @@ struct SmemTile {
   // multiple of eight on.
   FC_DEVICE SmemTile rows_from(int row) const { return {smem + row * CHUNK_COLS}; }
 
+  // The same of tile `index`, as one sum: ptxas treats two sums, one behind the other, differently.
+  FC_DEVICE SmemTile row_of(int index, int row) const {
+    return {smem + (index * ELEMENTS + row * CHUNK_COLS)};
+  }
+
   // A narrower tile in the same place.
   template <class Narrower>
   FC_DEVICE Narrower as() const {
@@ -42,11 +47,25 @@ struct SmemTile {
   }
 
   FC_DEVICE SmemPtr<T> chunk(int c) const { return smem + c * CHUNK_ELEMENTS; }
+  FC_DEVICE SmemPtr<T> chunk_of(int index, int c) const {
+    return smem + (index * ELEMENTS + c * CHUNK_ELEMENTS);
+  }
+
+  // Where the first row of a chunk has column `col` or, as it is swizzled, another one.
+  FC_DEVICE SmemPtr<T> at_start(int c, int col) const {
+    return smem + (c * CHUNK_ELEMENTS + col);
+  }
 
   // Eight elements of a row side by side, from column `col` + `ahead` on, in the chunk of `col`.
   FC_DEVICE SmemPtr<T> at(int row, int col, int ahead = 0) const {
     return smem + (col / CHUNK_COLS * CHUNK_ELEMENTS + row * CHUNK_COLS +
                    swizzled_col<ROW_BYTES>(row, col % CHUNK_COLS + ahead));
+  }
+
+  // How far that is from the start of the row, for who keeps a row's start in a register.
+  FC_DEVICE static int from_row(int row, int col, int ahead) {
+    return col / CHUNK_COLS * CHUNK_ELEMENTS +
+           swizzled_col<ROW_BYTES>(row, col % CHUNK_COLS + ahead);
   }
 
   // By one thread: has TMA load tile `index`, whose BYTES count towards `full`.
@@ -79,8 +98,5 @@ struct SmemTile {
   }
   FC_DEVICE WgmmaDesc over_rows(int index) const {
     return over_rows() + warp_uniform(index) * BYTES;
-  }
-  FC_DEVICE WgmmaDesc chunk_over_rows(int index) const {
-    return chunk_over_rows() + warp_uniform(index) * BYTES;
   }
 };

@@ -47,8 +47,8 @@ PLANTS_FLOAT8_WMMA = by_name(
         name="widened-early",
         title="a tile is widened while other warps read the one before",
         file=_KERNEL,
-        find="    block_sync();  // orders arrived copies,",
-        replace="    if (!FLOAT8) block_sync();  // orders arrived copies,",
+        find="    block_sync();  // orders every thread's arrived copies",
+        replace="    if (!FLOAT8) block_sync();  // orders every thread's arrived copies",
         caught_by="race",
     ),
     Plant(

@@ -28,7 +28,7 @@ _PV_LOOP_HEAD = """\
     WmmaA<Element> p_frag;
     wmma_accum_to_a(p_frag, probs[n]);
 """
-_ARRIVAL_BARRIER = "    block_sync();  // orders arrived copies"
+_ARRIVAL_BARRIER = "    block_sync();  // orders every thread's arrived copies"
 
 # The fault of the code that this project began with: every warp multiplies P by its share of the
 # keys, for all rows, and adds its part of the product to U in shared memory by atomics. One string
@@ -107,7 +107,7 @@ _ALL = (
         title="no barrier between the copies' arrival and the first read of K",
         file=_KERNEL,
         find=_ARRIVAL_BARRIER,
-        replace="    // orders arrived copies",
+        replace="    // orders every thread's arrived copies",
         caught_by="race",
     ),
     Plant(
@@ -132,7 +132,7 @@ _ALL = (
         file=_KERNEL,
         find=_ARRIVAL_BARRIER,
         replace="    if (warp_idx() == NUM_WARPS - 1) return; block_sync();"
-        "  // orders arrived copies",
+        "  // orders every thread's arrived copies",
         caught_by="deadlock",
     ),
 )

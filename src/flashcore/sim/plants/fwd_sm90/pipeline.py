@@ -177,8 +177,9 @@ _ALL = (
         name="swizzle",
         title="O is written to shared memory without the swizzle that TMA expects",
         file="tile/smem_tile.cuh",
-        find="swizzled_col<ROW_BYTES>(row, col % CHUNK_COLS + ahead)",
-        replace="(col % CHUNK_COLS + ahead)",
+        find="row * CHUNK_COLS +\n"
+        "                   swizzled_col<ROW_BYTES>(row, col % CHUNK_COLS + ahead)",
+        replace="row * CHUNK_COLS + (col % CHUNK_COLS + ahead)",
         caught_by="wrong-result",
     ),
     Plant(
