@@ -31,6 +31,10 @@ _HEAD_DIM_IN_BOTH = 128
 # Registers of a thread that an option takes (a bound of the band, soft-capping, a mask, lengths):
 # the portable kernel's median on sm_75 and sm_80.
 _REGISTERS_OF_AN_OPTION = 4
+# Of two options that take more of the portable kernel's: pieces that are cut alike in any batch,
+# and rows that lie in pages.
+_REGISTERS_OF_PIECES = 16
+_REGISTERS_OF_PAGES = 16
 # More than any other option takes: of sums that begin anew, which leave none at head_dim 256.
 _REGISTERS_OF_TOTALS = 64
 # ptxas has added a warpgroup.arrive: a product's operands in registers are fenced once more, and
@@ -66,8 +70,11 @@ def expected_room(plan: Plan) -> int:
             plan.stream_k,
         )
     )
-    of_totals = _REGISTERS_OF_TOTALS if plan.keys_of_chunk else 0
-    return spare_registers(plan) - _REGISTERS_OF_AN_OPTION * num_options - of_totals
+    needed = _REGISTERS_OF_AN_OPTION * num_options
+    needed += _REGISTERS_OF_PIECES * plan.batch_invariant
+    needed += _REGISTERS_OF_PAGES * (plan.page_size > 0)
+    needed += _REGISTERS_OF_TOTALS * (plan.keys_of_chunk > 0)
+    return spare_registers(plan) - needed
 
 
 def checked(found: Iterable[Configuration]) -> list[Configuration]:
