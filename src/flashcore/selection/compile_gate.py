@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # The number of a cell's variants in the sample: of a kernel whose registers the compiler reports,
 # and of one whose warps have roles.
-SAMPLED_VARIANTS = {False: 3, True: 1}
+SAMPLED_VARIANTS = {False: 4, True: 1}
 # Registers hardly depend on the dtype. Where nothing but that differs, one of them tells whether a
 # change to a kernel has made it spill; the other is compiled of these, at the usual width.
 _IN_BOTH_DTYPES = ("full", "causal", "masked")
