@@ -171,7 +171,7 @@ def test_opcheck(layout: str) -> None:
     torch.library.opcheck(ops.forward, (q, k, v, None, None, *options, *Wanted(True), "auto"))
     torch.library.opcheck(
         padded.OPERATORS.forward,
-        (q, k, v, None, lengths, None, None, None, *options, *Wanted(True), "auto"),
+        (q, k, v, None, lengths, *[None] * 4, *options, *Wanted(True), "auto"),
     )
     arguments = (*rows, cu, cu, 6, 9, None, *options, *Wanted(True), "auto")
     torch.library.opcheck(varlen.OPERATORS.forward, arguments)
