@@ -123,6 +123,7 @@ def _compile_in_process(_: int) -> int:
     return jit.compile_source(SOURCE, 80, "copy").registers
 
 
+@pytest.mark.thorough  # six seconds
 def test_processes_may_race(cache: Path) -> None:
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         results = pool.map(_compile_in_process, range(3))

@@ -37,6 +37,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough  # 11 seconds
 def test_two_processes_without_a_gpu() -> None:
     """Both rotations, forward and backward, by torch's own ring over aten's flash operators."""
     small = "--checked-seqlen", "64", "--heads", "2", "--head-dim", "16"

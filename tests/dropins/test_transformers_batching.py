@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import thorough_but
 
 from flashcore.integrations.transformers import attention_forward, register
 
@@ -41,7 +42,7 @@ def generated(model: Any) -> list[list[int]]:
     return [found[key].generated_tokens for key in found]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", thorough_but(["sinks"], MODELS))  # it has a window, too
 @pytest.mark.parametrize(
     ("device", "dtype"),
     [

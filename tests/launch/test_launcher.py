@@ -23,6 +23,8 @@ from flashcore.launch import driver_launch, launcher
 from flashcore.launch.driver import INVALID_CONTEXT
 from flashcore.ops import calls
 
+pytestmark = pytest.mark.thorough  # the launcher's build takes half a minute
+
 HALF = torch.float16
 
 

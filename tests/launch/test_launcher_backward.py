@@ -14,6 +14,8 @@ import flashcore
 from flashcore.backends import gradients
 from flashcore.ops import eager
 
+pytestmark = pytest.mark.thorough  # the launcher's build takes half a minute
+
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:

@@ -76,6 +76,7 @@ def test_a_backward_pass_alone_counts():
     )
 
 
+@pytest.mark.thorough  # seven seconds
 def test_a_counter_that_is_older_than_our_formulas():
     """Counters copy what is known when they are made, and flashcore's names load when used."""
     ways = {

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch._dynamo.testing
 from op_inputs import additive_mask, as_arguments, compiled, gradients, qkv
+from parameters import thorough_but
 from roads import dense_inputs, lengths, packed_inputs
 
 import flashcore
@@ -58,9 +61,18 @@ def test_opcheck_of_layouts_and_dtypes(layout):
     )
 
 
-@pytest.mark.parametrize("name", OPTIONS)
-@pytest.mark.parametrize("given", ["both", "only dout", "only dlse"])
-def test_opcheck_of_the_backward(name, given):
+def _is_traced(given, name):
+    return (given, name) == ("both", "softcap, scale")
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [  # AOT dispatch takes eight seconds
+        pytest.param(given, name, marks=pytest.mark.thorough if _is_traced(given, name) else ())
+        for given, name in itertools.product(("both", "only dout", "only dlse"), OPTIONS)
+    ],
+)
+def test_opcheck_of_the_backward(given, name):
     q, k, v = qkv(requires_grad=True)
     mask = additive_mask(6, 9, requires_grad=True)
     options = as_arguments(OPTIONS[name])
@@ -71,8 +83,7 @@ def test_opcheck_of_the_backward(name, given):
     # Empty rows have lse -inf, and opcheck's comparison of -inf with itself is NaN.
     lse = lse.clamp(min=-1e30)
     arguments = (dout, dlse, q, k, v, mask, None, out, lse, *options, True, False, "auto")
-    all_of_them = name == "softcap, scale" and given == "both"
-    torch.library.opcheck(ops.backward, arguments, test_utils=_checks(all_of_them))
+    torch.library.opcheck(ops.backward, arguments, test_utils=_checks(_is_traced(given, name)))
 
 
 def _checks(all_of_them):
@@ -80,7 +91,7 @@ def _checks(all_of_them):
     return (*checks, "test_aot_dispatch_dynamic") if all_of_them else checks
 
 
-@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("requires_grad", thorough_but([True], [False, True]))
 def test_one_compilation_serves_all_lengths(requires_grad):
     def function(q, k, v, mask):
         x = flashcore.attention(q * 2.0, k, v, causal=True, window=(5, 0), softcap=3.0, scale=0.3)
@@ -154,9 +165,17 @@ def test_export(strict):
     torch.testing.assert_close(program.module()(*tensors), Module()(*tensors))
 
 
-@pytest.mark.parametrize("operator", ["padded", "varlen"])
-@pytest.mark.parametrize("mask", [None, "bool", "additive"])
-def test_opcheck_of_the_operators_that_take_lengths(operator, mask):
+@pytest.mark.parametrize(
+    ("mask", "operator"),
+    [
+        pytest.param(
+            *pair,
+            marks=() if pair in ((None, "varlen"), ("bool", "padded")) else pytest.mark.thorough,
+        )
+        for pair in itertools.product((None, "bool", "additive"), ("padded", "varlen"))
+    ],
+)
+def test_opcheck_of_the_operators_that_take_lengths(mask, operator):
     """Schema, fakes and autograd, forward and backward; and under AOT dispatch with options."""
     options = as_arguments(OPTIONS["softcap, scale"] if mask else OPTIONS["causal, window"])
     if operator == "varlen":

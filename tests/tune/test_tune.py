@@ -220,6 +220,7 @@ def serve(connection: Connection) -> None:
         connection.send(([0.0 if what == "check" else 0.5] * len(plans), True))
 
 
+@pytest.mark.thorough  # four seconds
 def test_a_child_that_dies_or_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
     good, deadly, hanging = (dataclasses.replace(base(), block_m=rows) for rows in (64, 128, 192))
     with timing.GpuTimer(60.0, serve) as timer:
