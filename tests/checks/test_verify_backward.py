@@ -72,6 +72,7 @@ def test_every_configuration_of_the_simulated_kernels_passes() -> None:
     assert [f"{r.replay}: {r.describe()}" for r in results if not r.ok] == []
 
 
+@pytest.mark.thorough
 def test_a_planted_bug_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("neighbour-lse", "scale-forgotten", "stale-stats"):
         case = GradientCase(

@@ -67,13 +67,8 @@ PACKED = VarlenCase(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(PADDED, id="padded", marks=pytest.mark.thorough),
-        pytest.param(PACKED, id="packed"),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", [PADDED, PACKED], ids=["padded", "packed"])
 def test_sequences_of_different_lengths_are_right(case: Case | VarlenCase) -> None:
     found = isolate_backward(case, DKDV_KERNEL)
     assert found.ok, found.why
@@ -90,6 +85,7 @@ def test_gradients_may_arrive_through_one_alone(arrives: str) -> None:
 ONE = {"block_m": 64, "block_n": 64, "also_dq": True}
 
 
+@pytest.mark.thorough
 def test_one_kernel_for_dq_dk_and_dv_has_the_same_stages() -> None:
     found = isolate_backward(CASE, tile=ONE)
     assert found.ok, found.why
@@ -142,6 +138,7 @@ def test_the_command_names_kernel_stage_and_alarm() -> None:
     assert "race" in result.stdout
 
 
+@pytest.mark.thorough
 def test_the_command_takes_the_backward_apart_and_a_case_of_verify() -> None:
     shape = [
         "--seqlen",
@@ -163,6 +160,7 @@ def test_the_command_takes_the_backward_apart_and_a_case_of_verify() -> None:
     assert chosen.arguments["tiles"] == tuple(tile._asdict() for tile in drawn.tiles)
 
 
+@pytest.mark.thorough
 def test_a_case_that_verify_finds_wrong_is_one_that_isolate_takes_apart() -> None:
     (found,) = verify_backward("sim", indices=[1], plant="scale-forgotten")
     assert not found.ok

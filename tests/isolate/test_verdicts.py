@@ -112,6 +112,7 @@ def test_no_stage_that_is_right_by_itself_is_named() -> None:
     assert name == "pv"
 
 
+@pytest.mark.thorough
 def test_a_rescale_behind_the_product_is_not_blamed_on_the_store(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -202,6 +203,7 @@ def test_a_case_of_verify_is_taken_apart_by_its_number() -> None:
     assert result.stdout.count("not run") == 4
 
 
+@pytest.mark.thorough
 def test_a_tile_can_be_given_and_listed() -> None:
     shape = ["--heads", "1", "--seqlen", "70"]
     result = CliRunner().invoke(app, ["isolate", *shape, "--tile", "64x16,stages=1", "--json"])

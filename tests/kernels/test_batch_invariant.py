@@ -155,7 +155,10 @@ def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("short_pieces")
 @pytest.mark.parametrize(
     ("queries", "options"),
-    [(1, {}), (3, {"causal": True, "softcap": 4.0})],
+    [
+        pytest.param(1, {}, marks=pytest.mark.thorough),  # two seconds each
+        (3, {"causal": True, "softcap": 4.0}),
+    ],
 )
 def test_a_sequence_alone_decides_its_bits(queries: int, options: dict[str, Any]) -> None:
     check_every_neighbour("sim", queries, **options)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pages import make_cache
+from parameters import thorough_but
 
 import flashcore
 from backends import GPU, device_of
@@ -94,6 +95,7 @@ def test_no_schedule_raises_an_alarm(seed: int, monkeypatch: pytest.MonkeyPatch)
         assert report.ok, f"{case.describe()}: {report}"
 
 
+@pytest.mark.thorough
 @every_backend
 def test_the_largest_score_of_each_head(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of one tile are of several heads, and some are nobody's."""
@@ -128,7 +130,7 @@ def paged(
     return cache, q, out, lse
 
 
-@pytest.mark.parametrize("cache_dtype", ["", "float8_e4m3fn"])
+@pytest.mark.parametrize("cache_dtype", thorough_but(("float8_e4m3fn",), ("", "float8_e4m3fn")))
 @every_backend
 def test_caches_in_pages(backend: str, cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = on_sim90(backend, monkeypatch)
@@ -144,6 +146,7 @@ def test_caches_in_pages(backend: str, cache_dtype: str, monkeypatch: pytest.Mon
         begin += n
 
 
+@pytest.mark.thorough
 @every_backend
 def test_neighbours_do_not_matter_to_batch_invariant_calls(
     backend: str, monkeypatch: pytest.MonkeyPatch

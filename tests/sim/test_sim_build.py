@@ -60,6 +60,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "sim"
 
 
+@pytest.mark.thorough
 def test_a_build_is_found_again_and_a_damaged_one_is_rebuilt(empty_cache: Path) -> None:
     source = barriers_source() + "// a source of this test's own\n"
     expected = run_barriers(source)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import thorough_but
 from test_sim_healthy_stream_k import SEEDS_OF_A_FAMILY, draw_lengths, simulate_lengths
 
 from flashcore.checks.accuracy import error_report
@@ -68,8 +69,11 @@ def test_the_kernel_is_healthy_and_right(name: str) -> None:
         simulate_lengths(lengths, tile, fixed, options, seed, make=make_plan)
 
 
+LENGTHS = [0, 33, 1, 260], [64, 64, 64], [7, 0, 0, 0, 0]
+
+
 @pytest.mark.parametrize("tile", [{}, PIECES], ids=["ranges", "pieces"])
-@pytest.mark.parametrize("lengths", [[0, 33, 1, 260], [64, 64, 64], [7, 0, 0, 0, 0]])
+@pytest.mark.parametrize("lengths", thorough_but(LENGTHS[:1], LENGTHS))
 def test_work_is_cut_by_the_lengths_that_there_are(
     lengths: list[int], tile: dict[str, Any]
 ) -> None:
@@ -80,6 +84,7 @@ def test_work_is_cut_by_the_lengths_that_there_are(
     assert torch.equal(lse, again[1])
 
 
+@pytest.mark.thorough
 def test_shares_are_added_in_the_order_of_keys_whoever_adds_them() -> None:
     call = [500], {}, {"heads": (2, 1), "queries": 5}, {}
     out, lse = simulate_lengths(*call, 0, make=make_plan)
@@ -89,6 +94,7 @@ def test_shares_are_added_in_the_order_of_keys_whoever_adds_them() -> None:
         assert torch.equal(lse, again[1])
 
 
+@pytest.mark.thorough
 def test_the_largest_scores_are_those_of_all_ranges() -> None:
     simulate_lengths([0, 40, 200], {}, {"heads": (4, 2)}, {}, 0, max_score=True, make=make_plan)
 
@@ -114,6 +120,7 @@ DENSE = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", DENSE)
 def test_dense_calls_are_cut_too(name: str) -> None:
     run_dense(DENSE[name], {}, 1)

@@ -112,6 +112,7 @@ def test_the_inputs_are_the_failing_runs_own() -> None:
     assert torch.equal(x.mask.expand_as(replay.mask), replay.mask)
 
 
+@pytest.mark.thorough
 def test_the_command_itself_works_and_needs_no_saved_inputs() -> None:
     _, report, command = fail(*CASES["plain"], other_plan=False)
     words = [word for word in shlex.split(command)[1:] if not word.startswith("inputs=")]

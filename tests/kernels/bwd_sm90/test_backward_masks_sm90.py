@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_rule import forward, wrong_gradients
+from parameters import thorough_but
 from test_backward_sm90 import SMALL, TWO, plans_of
 
 from flashcore.backends.backward_sm90 import fused_backward
@@ -36,7 +37,11 @@ CASES: dict[str, tuple[Any, ...]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Every dtype and the tiles that differ most stay in the fast run; a second each.
+CHEAP = "in-packets", "bool-shifted", "by-columns", "two-warpgroups-row"
+
+
+@pytest.mark.parametrize("name", thorough_but(CHEAP, CASES))
 def test_masks_of_every_kind(name: str) -> None:
     dims, dtype, (rows, keys), head_dim, options, tiles = CASES[name]
     generator = torch.Generator().manual_seed(0)

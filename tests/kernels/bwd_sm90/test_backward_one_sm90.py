@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_rule import forward, wrong_gradients
+from parameters import thorough_but
 
 import flashcore
 from flashcore.backends import backward_sm90
@@ -95,7 +96,8 @@ def check(case: Case, tile: BwdTile | None = None, ds_stages: int = 1, seed: int
     assert not wrong, f"{case.describe()}: {wrong}\n{dataclasses.asdict(case)}"
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# dq shared and by a warpgroup, heads of a group, 128 rows a tile: one and a half seconds each.
+@pytest.mark.parametrize("name", thorough_but(("wide", "grouped", "window"), FAMILIES))
 def test_the_kernels_are_healthy_and_right(name: str) -> None:
     tile, ds_stages, fixed = FAMILIES[name]
     for seed in SEEDS:

@@ -58,9 +58,7 @@ def check(case: PackedCase, tiles: tuple[BwdTile, BwdTile] | None, seed: int = 0
     assert not wrong, f"{case}: {wrong}"
 
 
-@pytest.mark.parametrize(
-    "name", thorough_but(("selected", "three-groups-of-keys", "shared-keys-window"), FAMILIES)
-)
+@pytest.mark.parametrize("name", thorough_but(("three-groups-of-keys",), FAMILIES))
 def test_gradients_of_wild_lengths(name: str) -> None:
     tiles, fixed = FAMILIES[name]
     for seed in range(SEEDS_OF_A_FAMILY):
@@ -79,7 +77,7 @@ def test_gradients_of_wild_lengths(name: str) -> None:
         check(case, tiles, seed)
 
 
-@pytest.mark.parametrize("head_dim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", thorough_but((64, 192), (32, 64, 96, 128, 192, 256)))
 def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
     check(PackedCase(lengths_q=(70, 0, 9), lengths_k=(130, 20, 9), head_dim=head_dim), None)
 

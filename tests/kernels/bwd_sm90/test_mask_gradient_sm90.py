@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from gradient_rule import forward, wrong_mask_gradient
+from parameters import thorough_but
 
 import flashcore
 from flashcore.backends import gradients as gradients_module
@@ -80,7 +81,7 @@ def computed(problem, tensors, mask, shares: int, seed: int) -> torch.Tensor:
     return found.view(mask.shape)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", thorough_but(("whole", "one", "keys", "by-columns"), FAMILIES))
 def test_the_kernel_is_healthy_and_right(name: str) -> None:
     *case, options, shares = FAMILIES[name]
     problem, tensors, mask, dlse = make(*case, options)
@@ -143,7 +144,7 @@ def test_a_call_in_the_simulator_has_it_there(monkeypatch: pytest.MonkeyPatch) -
     assert not wrong_mask_gradient(found[3], *leaves, dout, None, {}, out)
 
 
-@pytest.mark.parametrize("shape", [(2, 1, 70, 1), (70, 1), (1,), ()])
+@pytest.mark.parametrize("shape", thorough_but([(2, 1, 70, 1)], [(2, 1, 70, 1), (70, 1), (1,), ()]))
 def test_a_mask_of_rows_needs_no_scores(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
