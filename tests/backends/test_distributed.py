@@ -23,7 +23,7 @@ def test_two_gpus_give_the_gradients_of_one(way: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.thorough  # what stays: tests/dropins/test_context_parallel.py
+@pytest.mark.thorough
 @pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 def test_two_processes_without_a_gpu(way: str) -> None:
     done = subprocess.run(

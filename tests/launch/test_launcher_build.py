@@ -58,6 +58,7 @@ def test_without_it_python_launches_and_a_warning_says_why(unbuilt, tmp_path, wh
     assert launcher.attend is None
 
 
+@pytest.mark.thorough  # half a minute, where the launcher is not built yet
 def test_a_damaged_file_counts_as_missing(monkeypatch, tmp_path):
     try:
         built = build.load().__spec__.origin
