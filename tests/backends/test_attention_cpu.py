@@ -12,6 +12,7 @@ import math
 
 import pytest
 import torch
+from parameters import thorough_but
 
 import flashcore
 from backends import check, check_case, device_of, every_backend
@@ -69,10 +70,15 @@ CASES = {
     "4-byte rows": Case(head_dim=24, head_dim_v=24, seqlen_q=70, seqlen_k=90, offset=2, tail=1),
     "2-byte rows": Case(head_dim=24, head_dim_v=24, seqlen_q=70, seqlen_k=90, offset=1, tail=1),
 }  # fmt: skip
+# What others come close to.
+SELDOM = (
+    "one tile", "one of each", "one kv head", "causal", "upper left, more keys", "left window",
+    "window of the diagonal", "softcap", "padding mask", "head_dim 8", "8-byte rows", "4-byte rows",
+)  # fmt: skip
 
 
 @every_backend
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thorough_but(CASES.keys() - SELDOM, CASES))
 def test_case(backend, name):
     check_case(backend, CASES[name])
 
@@ -94,15 +100,7 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize(
-    "lengths",
-    [
-        (17, 31),
-        (23, 1),
-        *(
-            pytest.param(lengths, marks=pytest.mark.thorough)
-            for lengths in ((1, 1), (31, 17), (13, 13), (1, 23))
-        ),
-    ],
+    "lengths", thorough_but([(17, 31)], [(17, 31), (23, 1), (1, 1), (31, 17), (13, 13), (1, 23)])
 )
 def test_all_options_together_in_small_tiles(small_tiles, dtype, lengths):
     windows = (None, (3, 0), (-1, 2), (2, 4), (0, 0))

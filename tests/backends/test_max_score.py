@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import thorough_but
 from plant_checks import check_text, undocumented
 from torch import Tensor
 
@@ -43,6 +44,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+FEW = ("growing to and fro", "causal", "window", "additive mask", "decoding")  # of CASES
 
 
 def score_error(max_score: Tensor, q: Tensor, k: Tensor, **options: Any) -> float:
@@ -74,7 +76,7 @@ CASES = {
 
 
 @every_backend
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thorough_but(FEW, CASES))
 def test_it_is_that_of_the_oracle(name: str, backend: str) -> None:
     case = CASES[name]
     x = make_inputs(case, device_of(backend))
@@ -214,7 +216,9 @@ def tensors(seed: int, seqlen_q: int = 37, seqlen_k: int = 150) -> tuple[Tensor,
     )
 
 
-@pytest.mark.parametrize("backend", ["torch", "sim-80", "sim-90"], indirect=True)
+@pytest.mark.parametrize(
+    "backend", thorough_but(("torch", "sim-90"), ("torch", "sim-80", "sim-90")), indirect=True
+)
 def test_properties(backend: str) -> None:
     def largest(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         return flashcore.attention(q, k, v, return_max_score=True, backend=backend, **options)[-1]
@@ -302,7 +306,7 @@ def run(name: str, seed: int = 0, plant: Plant | None = None) -> str:
     return "healthy" if report.ok else "wrong-result"
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", thorough_but(("chunks", "slices", "folded splits"), RUNS))
 def test_kernels_are_free_of_races(name: str) -> None:
     assert {run(name, seed) for seed in range(4)} == {"healthy"}
 
@@ -316,7 +320,9 @@ SHOWN_BY = {
 PLANTS = PLANTS_MAX_SCORE | PLANTS_MAX_SCORE_SM90
 
 
-@pytest.mark.parametrize("name", PLANTS)
+@pytest.mark.parametrize(
+    "name", thorough_but(("max-score-stored", "max-score-of-first-slice"), PLANTS)
+)
 def test_a_planted_bug_is_caught(name: str) -> None:
     for shown_by in SHOWN_BY[name]:
         for seed in range(2):
@@ -332,7 +338,7 @@ def test_the_documentation_lists_every_plant() -> None:
     assert undocumented(PLANTS) == []
 
 
-@every_backend
+@pytest.mark.parametrize("backend", thorough_but(("sim-80", WMMA, GPU), BACKENDS), indirect=True)
 def test_a_sink_is_no_score(backend: str) -> None:
     """It joins the sum, not the maximum, however large it is; also where heads are folded."""
     device = device_of(backend)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import thorough_but
 from torch import Tensor
 
 from flashcore.compile.codegen import KERNELS_DIR, generate_source
@@ -169,7 +170,13 @@ def check(case: dict[str, Any], arrives: str = "both") -> None:
         torch.testing.assert_close(x.double(), y, rtol=ROUNDING[like.dtype], atol=atol)
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+FEW = (
+    "several lanes a row", "longer than a warp's", "float32 is rounded", "many odd columns",
+    "heads third", "a column apart",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", thorough_but([CASES[x] for x in FEW], CASES.values()), ids=CASES)
 def test_the_kernels_agree_with_pytorch(case: dict[str, Any], simulated: Any) -> None:
     check(case)
 
@@ -190,9 +197,10 @@ def test_nan_in_a_side_or_its_lse_spreads_over_its_row_alone(simulated: Any) -> 
 
 
 PLANTS = PLANTS_MERGE | PLANTS_MERGE_BACKWARD
+FEW_PLANTS = [PLANTS[x] for x in ("merge-row-past-the-end", "merge-leaves-before-the-sum")]
 
 
-@pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
+@pytest.mark.parametrize("plant", thorough_but(FEW_PLANTS, PLANTS.values()), ids=PLANTS)
 def test_planted_bugs_are_found_on_every_seed(plant: Plant, simulated: Any) -> None:
     text = (KERNELS_DIR / plant.file).read_text(encoding="utf-8")
     assert text.count(plant.find) == 1

@@ -37,6 +37,7 @@ CASES = {
     "mask": {"mask": "bool", "softcap": 5.0},
     "additive": {"mask": "additive", "causal": "upper_left"},
 }
+FEW = [("wide", 2), ("window", 2), ("mask", 2), ("causal", 3)]
 
 
 def run(
@@ -59,7 +60,11 @@ def run(
 
 @pytest.mark.parametrize("growth", [0.0, 0.2, -0.2])
 @pytest.mark.parametrize(
-    ("name", "chunk_tiles"), [*((name, 2) for name in CASES), ("full", 3), ("causal", 3)]
+    ("name", "chunk_tiles"),
+    [
+        pytest.param(*x, marks=() if x in FEW else pytest.mark.thorough)
+        for x in (*((name, 2) for name in CASES), ("full", 3), ("causal", 3))
+    ],
 )
 def test_chunks_add_up(name: str, chunk_tiles: int, growth: float) -> None:
     assert run(CASES[name], chunk_tiles=chunk_tiles, growth=growth)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import thorough_but
 
 import flashcore
 from backends import GPU, SIM, WMMA
@@ -58,7 +59,7 @@ def attend(
         )
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", thorough_but(("plain", "window-softcap", "mask"), OPTIONS))
 @every_backend
 def test_every_sequence_is_as_if_alone(backend: str, name: str) -> None:
     case, x, seqlens_k = make(backend, **OPTIONS[name])

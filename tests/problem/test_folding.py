@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import thorough_but
 
 import flashcore
 import flashcore.sim
@@ -57,11 +58,8 @@ CASES = [
 ]
 
 
-# Every kind of bound, mask and layout once; the cases between them find what few would miss.
-FEW = [
-    case if i in (0, 1, 5, 7, 8, 11, 14, 15) else pytest.param(case, marks=pytest.mark.thorough)
-    for i, case in enumerate(CASES)
-]
+# A mask and a cap, another dtype, several queries; the others find what few would miss.
+FEW = thorough_but([CASES[i] for i in (5, 8, 11)], CASES)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -82,7 +80,7 @@ def test_on_a_gpu_too(case: Case, backend: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("seqlen_q", [1, 4])
+@pytest.mark.parametrize("seqlen_q", thorough_but((4,), (1, 4)))
 @pytest.mark.parametrize(
     "options",
     [{}, {"causal": "lower_right"}, {"causal": "upper_left"}, {"window": (9, 2)}],

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch._dynamo.config
 from op_inputs import compiled, gradients
+from parameters import thorough_but
 from roads import dense_inputs, lengths, packed_inputs, padded, varlen
 
 import flashcore
@@ -37,6 +38,7 @@ FUNCTIONS = {
     "compat, packed": (_compat_varlen, packed_inputs),
 }
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
+FEW = ("dense", "compat, packed")  # about a second each
 
 
 def _float32(inputs, requires_grad=False):
@@ -44,8 +46,15 @@ def _float32(inputs, requires_grad=False):
 
 
 @pytest.mark.parametrize(
-    ("name", "backend"), [*((name, "aot_eager") for name in FUNCTIONS), ("dense", "inductor")]
-)
+    ("name", "backend"),
+    [
+        pytest.param(
+            name, backend,
+            marks=() if name in FEW and backend == "aot_eager" else pytest.mark.thorough,
+        )
+        for name, backend in (*((name, "aot_eager") for name in FUNCTIONS), ("dense", "inductor"))
+    ],
+)  # fmt: skip
 def test_options_computed_from_sizes(name, backend):
     """The scale may be head_dim ** -0.5 of a dimension that is dynamic."""
     function, inputs = FUNCTIONS[name]
@@ -68,7 +77,7 @@ def test_options_computed_from_sizes(name, backend):
     assert counter.frame_count == 1
 
 
-@every_function
+@pytest.mark.parametrize("name", thorough_but(FEW, FUNCTIONS))
 def test_options_that_are_attributes_of_several_modules(name):
     """Dynamo makes a float symbolic when it sees a second one."""
     function, inputs = FUNCTIONS[name]
@@ -110,6 +119,7 @@ def test_options_read_while_the_code_runs(name):
                 fast(*_float32(inputs), *numbers)
 
 
+@pytest.mark.thorough  # five seconds
 def test_the_drop_in_with_a_symbolic_scale():
     def call(module, q, k, v):
         return flashcore.scaled_dot_product_attention(
@@ -131,8 +141,21 @@ def test_the_drop_in_with_a_symbolic_scale():
         torch.testing.assert_close(fast(*tensors), of_sizes(*tensors))
 
 
-@pytest.mark.parametrize("how", ["item", "tensor", "one element"])
-@pytest.mark.parametrize("function", [flashcore.attention_varlen, flash_attn_varlen_func])
+@pytest.mark.parametrize(
+    ("function", "how"),
+    [
+        (flashcore.attention_varlen, "item"),
+        (flash_attn_varlen_func, "tensor"),
+        *(
+            pytest.param(function, how, marks=pytest.mark.thorough)
+            for function, hows in (
+                (flashcore.attention_varlen, ("tensor", "one element")),
+                (flash_attn_varlen_func, ("item", "one element")),
+            )
+            for how in hows
+        ),
+    ],
+)
 def test_the_longest_length_of_this_step(function, how):
     """No recompile a step, and no look at a value where the code is compiled."""
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pages import make_cache
+from parameters import thorough_but
 from torch import Tensor
 
 import flashcore
@@ -36,7 +37,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return "sim"
 
 
-everywhere = pytest.mark.parametrize("backend", ["torch", "sm90", "wmma"], indirect=True)
+BACKENDS = ("torch", "sm90", "wmma")
+everywhere = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+# One of the two kernels is thorough.
+mostly_sm90, mostly_wmma = (
+    pytest.mark.parametrize("backend", thorough_but(("torch", kernel), BACKENDS), indirect=True)
+    for kernel in ("sm90", "wmma")
+)
 
 
 def attend(x: Cache, backend: str, **options: Any) -> tuple[Tensor, Tensor]:
@@ -58,7 +65,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", thorough_but(("one token", "everything"), CASES))
 @everywhere
 def test_the_error_is_that_of_the_same_values_in_16_bits(backend: str, name: str) -> None:
     """Scales are powers of two here, so what elements count is exact in the dtype of q, and the
@@ -72,7 +79,7 @@ def test_the_error_is_that_of_the_same_values_in_16_bits(backend: str, name: str
     assert report.ok, str(report)
 
 
-@pytest.mark.parametrize("spread", [1e-30, 1.0, 1e30])
+@pytest.mark.parametrize("spread", thorough_but((1e-30, 1e30), (1e-30, 1.0, 1e30)))
 @pytest.mark.usefixtures("on_hopper")
 def test_queries_of_any_size_keep_their_products(spread: float) -> None:
     """The Hopper kernel multiplies Q by powers of two; heads that differ by 2^40 share a row tile,
@@ -89,7 +96,7 @@ def test_queries_of_any_size_keep_their_products(spread: float) -> None:
     torch.testing.assert_close(lse, want_lse, atol=1e-2, rtol=1e-2, equal_nan=True)
 
 
-@everywhere
+@mostly_wmma
 def test_a_contiguous_cache_is_one_page_each(backend: str) -> None:
     x = make_cache(
         64, (64, 30, 7), num_heads_q=4, num_heads_kv=2, seqlen_q=2, cache_dtype="float8_e4m3fn",
@@ -104,7 +111,7 @@ def test_a_contiguous_cache_is_one_page_each(backend: str) -> None:
     assert torch.equal(out, want)
 
 
-@everywhere
+@mostly_sm90
 def test_a_mask_and_sinks_hold_on_a_contiguous_cache(backend: str) -> None:
     generator = torch.Generator().manual_seed(3)
     q = torch.randn(2, 2, 3, 64, generator=generator).half()
@@ -185,7 +192,7 @@ def steps_of(backend: str, paged: bool, is_packed: bool, device: str = "cpu") ->
         torch.testing.assert_close(out.float(), want, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("paged", [False, True])
+@pytest.mark.parametrize("paged", thorough_but((True,), (False, True)))
 @pytest.mark.parametrize("is_packed", [False, True])
 @everywhere
 def test_new_tokens_are_divided_by_the_scale(backend: str, is_packed: bool, paged: bool) -> None:
@@ -206,7 +213,7 @@ def test_what_is_too_large_saturates() -> None:
     assert caches[1, 0, 0, 0].float().isfinite().all()
 
 
-@everywhere
+@mostly_wmma
 def test_queries_of_different_numbers_are_packed_over_pages(backend: str) -> None:
     """Two rows belong to no sequence, and have no scale."""
     x = make_cache(16, (40, 9), seqlen_q=1, cache_dtype="float8_e4m3fn", seed=2)

@@ -6,13 +6,14 @@ from __future__ import annotations
 import pytest
 import torch
 from pages import make_cache
+from parameters import thorough_but
 from test_float8_caches import attend
 
 from flashcore.base import env
 from flashcore.checks.paged_cases import PagedCase, paged_error_report
 
 
-@pytest.mark.parametrize("arch", ["75", "89"])
+@pytest.mark.parametrize("arch", thorough_but(("89",), ("75", "89")))
 def test_elements_are_widened_on_every_architecture(
     arch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pages import Cache, make_cache
+from parameters import thorough_but
 
 import flashcore
 from backends import GPU, SIM, WMMA, device_of
@@ -81,7 +82,7 @@ def check(backend: str, cache: Cache, q: torch.Tensor, ends: torch.Tensor, **opt
                        torch.full_like(lse[:, begin:], -torch.inf))  # fmt: skip
 
 
-@pytest.mark.parametrize("page_size", MAX_PAGES)
+@pytest.mark.parametrize("page_size", thorough_but((1, 24, 64), MAX_PAGES))
 @every_backend
 def test_every_sequence_is_as_if_alone(backend: str, page_size: int) -> None:
     check(backend, *make(page_size, backend), causal=True)

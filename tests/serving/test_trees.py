@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pages import Cache, make_cache
+from parameters import thorough_but
 from torch import Tensor
 
 import flashcore
@@ -65,10 +66,11 @@ STRIDED = {
     "one row of all queries": tree(1, 5),
     "one column of all keys": tree(5, 1),
 }
+FEW = ("of each sequence and head", "transposed", "every other row", "one row of all queries")
 
 
 @every_backend
-@pytest.mark.parametrize("name", STRIDED)
+@pytest.mark.parametrize("name", thorough_but(FEW, STRIDED))
 def test_a_tree_of_any_strides(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x = cache_of(backend)
     given = STRIDED[name].to(x.q.device)
@@ -86,15 +88,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-# Each is another kernel to build.
-SELDOM = ("window and softcap", "one query", "more queries than a row tile folds")
-
-
-@every_backend
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(x, marks=pytest.mark.thorough) if x in SELDOM else x for x in OPTIONS],
-)
+@every_backend  # each is another kernel to build
+@pytest.mark.parametrize("name", thorough_but(("bfloat16", "8 bits"), OPTIONS))
 def test_options_hold_beside_a_tree(
     name: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,7 +103,10 @@ def test_options_hold_beside_a_tree(
     check(x, results, x.tree_mask, **options)  # type: ignore[arg-type]
 
 
-@every_backend
+@pytest.mark.parametrize(
+    "backend",
+    ["torch", pytest.param("sim", marks=pytest.mark.thorough), SIM90, WMMA, GPU],
+)
 def test_a_step_over_a_contiguous_cache_makes_no_mask(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -35,8 +36,16 @@ def packed(step: Step) -> dict[str, Any]:
     return arguments | {"cu_seqlens_q": ends}
 
 
-@pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("name", SHAPES)
+FEW = [("contiguous", False), ("heads third", True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "is_packed"),
+    [
+        pytest.param(*x, marks=() if x in FEW else pytest.mark.thorough)
+        for x in itertools.product(SHAPES, (False, True))
+    ],
+)
 def test_compiled_code_changes_the_caches_too(name: str, is_packed: bool) -> None:
     step = make_step([3, 17, 0], seqlen_q=2, **SHAPES[name])
     call = packed if is_packed else Step.arguments
