@@ -179,7 +179,7 @@ _ALL = (
         file="tile/smem_tile.cuh",
         find="row * CHUNK_COLS +\n"
         "                   swizzled_col<ROW_BYTES>(row, col % CHUNK_COLS + ahead)",
-        replace="row * CHUNK_COLS + (col % CHUNK_COLS + ahead)",
+        replace="row * CHUNK_COLS +\n                   (col % CHUNK_COLS + ahead)",
         caught_by="wrong-result",
     ),
     Plant(

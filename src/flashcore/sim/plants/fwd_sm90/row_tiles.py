@@ -95,7 +95,7 @@ ROW_TILE_PLANTS = (
         find=_COORD_BEFORE_ARRIVAL,
         replace=_COORD_BEFORE_ARRIVAL.replace(
             "    if (!PAGED) store_coord(coord, block);", ""
-        ).replace("::BYTES);", "::BYTES); if (group == 0) store_coord(coord, block);"),
+        ).replace("_box(p));", "_box(p)); if (group == 0) store_coord(coord, block);"),
         caught_by="race",
     ),
     Plant(
