@@ -6,7 +6,7 @@
 #include "prims_sm90.cuh"
 
 // Of 8-bit tiles there are more on their way than consumers have: LOAD_STAGES, else NUM_STAGES.
-constexpr int CONVERTING_WARPS = NUM_CONVERTERS * 2;  // that share a tile of K, or of V
+constexpr int CONVERTING_WARPS = FLOAT8 ? NUM_CONVERTERS * 2 : 1;  // share a tile of K, or of V
 constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup
 constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SLICES;  // warpgroups
 static_assert(KEY_SLICES == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");
