@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 # The number of a cell's variants in the sample: of a kernel whose registers the compiler reports,
 # and of one whose warps have roles.
-SAMPLED_VARIANTS = {False: 4, True: 1}
+SAMPLED_VARIANTS = {False: 3, True: 1}
 # Registers hardly depend on the dtype. Where nothing but that differs, one of them tells whether a
 # change to a kernel has made it spill; the other is compiled of these, at the usual width.
 _IN_BOTH_DTYPES = ("full", "causal", "masked")
@@ -35,6 +35,7 @@ _REGISTERS_OF_AN_OPTION = 4
 # that lie in pages, caches of 8 bits.
 _REGISTERS_OF_PIECES = 24
 _REGISTERS_OF_PAGES = 16
+_REGISTERS_OF_MASKED_PAGES = 16  # and with a mask tensor besides
 _REGISTERS_OF_FLOAT8 = 44
 # More than any other option takes: of sums that begin anew, which leave none at head_dim 256.
 _REGISTERS_OF_TOTALS = 64
@@ -73,6 +74,7 @@ def expected_room(plan: Plan) -> int:
     )
     needed = _REGISTERS_OF_AN_OPTION * num_options
     needed += _REGISTERS_OF_PIECES * plan.batch_invariant
+    needed += _REGISTERS_OF_MASKED_PAGES * (plan.page_size > 0 and plan.mask is not None)
     needed += _REGISTERS_OF_PAGES * (plan.page_size > 0)
     needed += _REGISTERS_OF_FLOAT8 * (plan.cache_dtype != "")
     needed += _REGISTERS_OF_TOTALS * (plan.keys_of_chunk > 0)
