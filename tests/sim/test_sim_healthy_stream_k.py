@@ -117,21 +117,27 @@ def test_the_largest_scores_are_those_of_all_ranges() -> None:
     simulate_lengths([0, 40, 200], {}, {"heads": (4, 2)}, {}, 0, max_score=True)
 
 
+def simulate_pages(
+    seed: int, page_size: int, make: Callable[[Problem, dict[str, Any]], Plan] = make_plan
+) -> None:
+    """Run the kernel on a cache in pages, of lengths that are drawn, and check its result."""
+    fixed = {"page_size": page_size, "seqlen_q": random.Random(seed).choice((1, 4))}
+    case = draw_paged_case(seed, **fixed, causal="lower_right")
+    if max(case.lengths) == 0:
+        return
+    x = make_paged_inputs(case)
+    q, k, v, table, seqlens_k = x.arguments()
+    inputs = Inputs(q, k, v, seqlens_k=seqlens_k, page_table=table)
+    problem = paged_problem(inputs, Options.checked(**case.options()))
+    out, lse = torch.empty(*q.shape[:3], case.head_dim_v).half(), torch.empty(q.shape[:3])
+    lengths = {name: getattr(inputs, name) for name in NAMES}
+    simulate(problem, make(problem, STREAM_K), q, k, v, None, out, lse, None, lengths, seed=seed)
+    report = paged_error_report(out, lse, case, x)
+    assert report.ok, f"{case.describe()}: {report}"
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("page_size", [8, 16, 48, 128])
 def test_pages_are_healthy_and_right(page_size: int) -> None:
     for seed in range(SEEDS_OF_A_FAMILY):
-        fixed = {"page_size": page_size, "seqlen_q": random.Random(seed).choice((1, 4))}
-        case = draw_paged_case(seed, **fixed, causal="lower_right")
-        if max(case.lengths) == 0:
-            continue
-        x = make_paged_inputs(case)
-        q, k, v, table, seqlens_k = x.arguments()
-        inputs = Inputs(q, k, v, seqlens_k=seqlens_k, page_table=table)
-        problem = paged_problem(inputs, Options.checked(**case.options()))
-        out, lse = torch.empty(*q.shape[:3], case.head_dim_v).half(), torch.empty(q.shape[:3])
-        lengths = {name: getattr(inputs, name) for name in NAMES}
-        plan = make_plan(problem, STREAM_K)
-        simulate(problem, plan, q, k, v, None, out, lse, None, lengths, seed=seed)
-        report = paged_error_report(out, lse, case, x)
-        assert report.ok, f"{case.describe()}: {report}"
+        simulate_pages(seed, page_size)

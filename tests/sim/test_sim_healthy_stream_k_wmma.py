@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 from parameters import thorough_but
-from test_sim_healthy_stream_k import SEEDS_OF_A_FAMILY, draw_lengths, simulate_lengths
+from test_sim_healthy_stream_k import (
+    SEEDS_OF_A_FAMILY,
+    draw_lengths,
+    simulate_lengths,
+    simulate_pages,
+)
 
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
-from flashcore.checks.paged_cases import draw_paged_case, make_paged_inputs, paged_error_report
 from flashcore.kernels.fwd_wmma.plan import KERNEL, Plan
-from flashcore.ops.paged import NAMES, paged_problem
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
-from flashcore.problem.options import Inputs, Options
 from flashcore.selection.select import candidates
 from flashcore.selection.space import is_legal
 from flashcore.sim import simulate
@@ -134,29 +136,12 @@ def test_dense_calls_with_any_schedule(name: str) -> None:
         run_dense(DENSE[name], PIECES, seed)
 
 
-def run_paged(seed: int, page_size: int) -> None:
-    fixed = {"page_size": page_size, "seqlen_q": random.Random(seed).choice((1, 4))}
-    case = draw_paged_case(seed, **fixed, causal="lower_right")
-    if max(case.lengths) == 0:
-        return
-    x = make_paged_inputs(case)
-    q, k, v, table, seqlens_k = x.arguments()
-    inputs = Inputs(q, k, v, seqlens_k=seqlens_k, page_table=table)
-    problem = paged_problem(inputs, Options.checked(**case.options()))
-    out, lse = torch.empty(*q.shape[:3], case.head_dim_v).half(), torch.empty(q.shape[:3])
-    lengths = {name: getattr(inputs, name) for name in NAMES}
-    plan = make_plan(problem, {"stream_k": True})
-    simulate(problem, plan, q, k, v, None, out, lse, None, lengths, seed=seed)
-    report = paged_error_report(out, lse, case, x)
-    assert report.ok, f"{case.describe()}: {report}"
-
-
 def test_a_cache_in_pages_is_cut_too() -> None:
-    run_paged(2, 16)
+    simulate_pages(2, 16, make_plan)
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("page_size", [1, 16, 40])
 def test_pages_are_healthy_and_right(page_size: int) -> None:
     for seed in range(SEEDS_OF_A_FAMILY):
-        run_paged(seed, page_size)
+        simulate_pages(seed, page_size, make_plan)
