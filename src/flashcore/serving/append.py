@@ -4,6 +4,7 @@ it (kernels/append), elsewhere operations of PyTorch."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -135,11 +136,18 @@ def _append(
         if rows is not None:
             k_new = rotary.rotate(k_new, rotary.positions_of(rows, before))
     if rows is not None:
-        k_scale, v_scale = (*asked[5:], None, None)[:2]
+        k_scale, v_scale = _both_scales(asked[5:])
         k_new = _as_elements(k_new, k_scale, rows, before.shape[0], k_cache.dtype)
         v_new = _as_elements(v_new, v_scale, rows, before.shape[0], v_cache.dtype)
         write((k_cache, v_cache), page_table, before, (k_new, v_new), rows)
     return rotated.contiguous(), lengths_after(seqlens_k, capacity, number_new)
+
+
+def _both_scales(given: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """Return the scales of k and v: torch leaves out the last arguments of an operator where they
+    have their default, None."""
+    k_scale, v_scale = (*given, None, None)[:2]
+    return k_scale, v_scale
 
 
 def _as_elements(
@@ -174,7 +182,7 @@ def _append_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     tensors = AppendTensors(
         None if cos is None else q, k_new, v_new, None if cos is None else rotated, k_cache,
         v_cache, cos, sin, seqlens_k, lengths, table, cu_q, cu_new, offsets, positions,
-        *(*scales, None, None)[:2],
+        *_both_scales(scales),
     )  # fmt: skip
     plan = AppendPlan(dtype, rotary_dtype, interleaved, is_float8(k_cache))
     try:
