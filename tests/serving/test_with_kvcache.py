@@ -326,7 +326,7 @@ def test_a_decoder_under_autocast_keeps_its_cache() -> None:
 def test_lengths_are_handed_on_as_they_are(
     is_packed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What reads pages clamps them itself: no launch more in each step."""
+    """The kernels that read pages clamp lengths themselves, so that a step has no launch for it."""
     step = make_step([-4, 17, 2**31 - 1], seqlen_q=3, page_size=8)
     step.new = None
     arguments = packed(step, [3, 3, 3]) if is_packed else step.arguments()
