@@ -72,15 +72,14 @@ def configurations(options: argparse.Namespace, names: set[str] | None) -> dict[
     from flashcore.kernels.registry import FORWARD
     from flashcore.selection import compile_gate
     from flashcore.selection.backward_configurations import backward_configurations
-    from flashcore.selection.configurations import HEAD_DIMS, VARIANTS
+    from flashcore.selection.configurations import VARIANTS
     from flashcore.selection.configurations import configurations as forward_configurations
 
-    kinds: dict[str, Any] = {
-        "head_dims": HEAD_DIMS if options.head_dim is None else (options.head_dim,),
-        "variants": tuple(VARIANTS) if options.variant is None else (options.variant,),
-    }
+    asked = {"head_dims": options.head_dim, "variants": options.variant}
+    kinds: dict[str, Any] = {name: (one,) for name, one in asked.items() if one is not None}
     listed = backward_configurations(**kinds)
-    if any(options.kernel in kernel.name for kernel in FORWARD):  # there are many
+    has_forward = options.variant is None or options.variant in VARIANTS
+    if has_forward and any(options.kernel in kernel.name for kernel in FORWARD):  # there are many
         listed += forward_configurations(**kinds)
     found = [entry for entry in listed if options.kernel in entry.plan.kernel]
     sample = {entry.plan for entry in (found if options.all else compile_gate.sample(found))}
