@@ -6,15 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flashcore.kernels.fwd_sm90.cutting import cuts_packed_keys, has_few_rows, lengths_differ
 from flashcore.kernels.fwd_sm90.splits import best_sharing
 from flashcore.kernels.limits import smem_limits
-from flashcore.kernels.stream_k import (
-    FEW_BYTES,
-    MOST_TILES,
-    key_tile_bytes,
-    share_row_bytes,
-    visible_keys,
-)
+from flashcore.kernels.stream_k import key_tile_bytes, share_row_bytes, visible_keys
 from flashcore.problem.folding import fold_heads, packed_rows
 
 if TYPE_CHECKING:
@@ -110,7 +105,7 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     heads dealt out to as many row tiles. Of few rows whose keys only the device can count, the
     device cuts the work (tile/stream_k.cuh)."""
     if problem.packs_queries:
-        return tile
+        return tile._replace(stream_k=cuts_packed_keys(problem, tile.block_m, tile.block_n))
     dims = problem.head_dim, problem.head_dim_v
     sharing = best_sharing(
         num_heads=problem.batch * problem.num_heads_q,
@@ -126,20 +121,9 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
     is_narrow = max(problem.head_dim, problem.head_dim_v) <= 128
     pays = few_rows or (is_narrow and sharing.num_splits > 1)
-    if pays and _lengths_differ(problem, tile):
+    if pays and lengths_differ(problem, tile.block_m, tile.block_n):
         return tile._replace(stream_k=True, parts=sharing.parts)
     return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)
-
-
-def _lengths_differ(problem: Problem, tile: Tile) -> bool:
-    """Return whether it pays that the device looks at all lengths first: what splits by the longest
-    possible one may leave undone takes longer."""
-    row_tiles = problem.batch * problem.num_heads_q * -(-problem.seqlen_q // tile.block_m)
-    if row_tiles * -(-problem.seqlen_k // tile.block_n) >= MOST_TILES:
-        return False
-    keys = problem.batch * problem.num_heads_kv * problem.seqlen_k
-    few_keys = keys * (problem.head_dim + problem.head_dim_v) * 2 <= FEW_BYTES
-    return problem.varlen != "none" and problem.batch > 1 and not few_keys
 
 
 def _streaming_tile(problem: Problem, folded: int) -> Tile:
@@ -178,8 +162,7 @@ def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
                 continue
             yield _split_keys(problem, tile, folded)
         return
-    few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
-    if few_rows and (folded > 1 or not problem.packs_queries):
+    if has_few_rows(problem):
         num_tiles = problem.batch * problem.num_heads_q
         if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
             yield _streaming_tile(problem, folded)

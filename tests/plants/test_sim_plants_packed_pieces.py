@@ -1,0 +1,64 @@
+"""Run the planted bugs of packed sequences whose keys the device cuts into ranges; see
+test_sim_plants.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from plant_checks import check_text, undocumented
+
+from flashcore.backends.packed import as_batch, packed_problem
+from flashcore.checks.planned import with_fields
+from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
+from flashcore.isolate.registry import find_plant
+from flashcore.kernels.fwd_sm90.plan import KERNEL
+from flashcore.selection.select import select_plan
+from flashcore.sim import SimulationError, simulate
+from flashcore.sim.plants.fwd_sm90.packed_pieces import PLANTS_PACKED_PIECES
+
+SEEDS = range(20)
+
+
+def run_plant(name: str, seed: int, healthy: bool = False) -> SimulationError | str:
+    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
+    planted = find_plant(name, "sim", KERNEL)
+    case = VarlenCase(**planted.options)
+    x = make_varlen_inputs(case)
+    problem = packed_problem(*x.arguments(), sinks=x.sinks, **case.options())
+    plan = with_fields(select_plan(problem, 90, kernel=KERNEL), planted.tile)
+    assert plan.folds_heads == 3
+    out = torch.empty(problem.total_q, case.num_heads_q, case.head_dim_v, dtype=x.q.dtype)
+    lse = torch.empty(case.num_heads_q, problem.total_q)
+    tensors = (as_batch(t) for t in (x.q, x.k, x.v))
+    plant = None if healthy else planted.plant
+    try:
+        simulate(problem, plan, *tensors, None, out, lse, None, x.others, seed=seed, plant=plant)
+    except SimulationError as error:
+        return error
+    report = varlen_error_report(out, lse, case, x)
+    return "healthy" if report is None or report.ok else "wrong-result"
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", PLANTS_PACKED_PIECES)
+def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
+    plant = PLANTS_PACKED_PIECES[name]
+    for seed in SEEDS:
+        found = run_plant(name, seed)
+        kind = found if isinstance(found, str) else found.kind
+        assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
+
+
+@pytest.mark.thorough
+def test_without_a_plant_the_same_runs_are_healthy() -> None:
+    runs = {str(run_plant("packed-slot-of-own-rows", seed, healthy=True)) for seed in SEEDS}
+    assert runs == {"healthy"}
+
+
+@pytest.mark.parametrize("name", PLANTS_PACKED_PIECES)
+def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
+    check_text(name, PLANTS_PACKED_PIECES[name])
+
+
+def test_the_documentation_lists_every_plant() -> None:
+    assert undocumented(PLANTS_PACKED_PIECES) == []
