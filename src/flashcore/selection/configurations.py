@@ -265,6 +265,8 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
         _, head_stride, row_stride = problem.q_strides
         of_batch = problem.group_size * head_stride
         seqlen_q, q_strides = problem.seqlen_q, (of_batch, head_stride, row_stride)
+        if problem.packs_queries:  # which are many rows, though each sequence may have one
+            q_strides = (0, problem.head_dim, problem.num_heads_q * problem.head_dim)
     return dataclasses.replace(
         problem,
         batch=batch,
