@@ -149,9 +149,9 @@ def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
 
 # What the forward pass reads of plain calls: each further line of constant memory takes time.
 _READ_BY_ALL = (
-    "lse num_heads_q num_heads_kv seqlen_q seqlen_k num_m_blocks"
-    " softmax_scale softmax_scale_log2 diag_offset window_left window_right"
-).split()
+    *("lse", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k", "num_m_blocks"),
+    *("softmax_scale", "softmax_scale_log2", "diag_offset", "window_left", "window_right"),
+)
 
 
 def test_parameters_describe_the_tensors() -> None:
