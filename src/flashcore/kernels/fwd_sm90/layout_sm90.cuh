@@ -18,8 +18,8 @@ struct AttnSm90Params {
   TensorMap k_map;  // boxes of BLOCK_N rows x CHUNK columns of k
   TensorMap v_map;  // the same of v
   TensorMap o_map;  // boxes of 64 rows x CHUNK columns of out
-  AttnParams attn;
   TileSchedule schedule;
+  AttnParams attn;
 };
 
 using QGroup = SmemTile<64, HEAD_DIM>;  // of a warpgroup's rows
