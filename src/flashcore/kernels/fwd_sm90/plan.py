@@ -294,7 +294,7 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
     launched = tiles_sm90.folded(problem, folded)
-    tiles = tiles_sm90.tiles(launched, max(1, folded))
+    tiles = tiles_sm90.tiles(launched, max(1, folded), problem.seqlen_q)
     if problem.batch_invariant and gate is None:
         tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))
     for tile in tiles:
