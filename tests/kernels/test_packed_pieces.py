@@ -17,8 +17,7 @@ from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
-from flashcore.kernels import stream_k
-from flashcore.kernels.fwd_sm90 import cutting
+from flashcore.kernels import cutting, stream_k
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.ops.paged_varlen import attention_paged_varlen
 from flashcore.problem import Problem

@@ -7,7 +7,7 @@ from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.sim.plants.bwd_mask_sm90 import PLANTS_BWD_MASK_SM90
-from flashcore.sim.plants.fwd_sm90.packed_pieces import PLANTS_PACKED_PIECES
+from flashcore.sim.plants.fwd_sm90.packed import PLANTS_PACKED
 
 # By kernel, the bugs whose first wrong stage it is.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -119,7 +119,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
             *("packed-head-of-the-first", "packed-row-of-nobody", "packed-last-query-alone"),
             *("packed-heads-one-by-one", "packed-tiles-of-queries"),
-            *PLANTS_PACKED_PIECES,
+            *PLANTS_PACKED,
             *("max-score-stored", "max-score-of-padding"),
         ),
     },

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from flashcore.kernels.fwd_sm90.cutting import cuts_packed_keys, has_few_rows, lengths_differ
+from flashcore.kernels.cutting import cuts_packed_keys, has_few_rows, lengths_differ
 from flashcore.kernels.fwd_sm90.splits import best_sharing
 from flashcore.kernels.limits import smem_limits
 from flashcore.kernels.stream_k import key_tile_bytes, share_row_bytes, visible_keys

@@ -1,5 +1,5 @@
 """This module plants bugs in how the device cuts the keys of packed sequences into ranges; see
-plants.py (tests/plants/test_sim_plants_packed_pieces.py)."""
+plants.py (tests/plants/test_sim_plants_folded.py)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TILE: dict[str, Any] = {
 _WALK = "tile/stream_k.cuh"
 _SHARES = "tile/shares.cuh"
 
-PLANTS_PACKED_PIECES = by_name(
+PLANTS_PACKED = by_name(
     Plant(
         name="packed-slot-of-own-rows",
         title="slots lie as far apart as each sequence has rows",
