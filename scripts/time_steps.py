@@ -28,9 +28,7 @@ BATCH, HEADS, HEADS_KV, DIM, PAGE_SIZE, DRAFTS = 64, 32, 8, 128, 64, 8
 LENGTH = 2048  # tokens of each sequence, whatever the room
 
 
-def calls_of(
-    room: int, drafts: int = DRAFTS, device: str = "cuda"
-) -> dict[str, Callable[[], Any]]:
+def calls_of(room: int, drafts: int = DRAFTS, device: str = "cuda") -> dict[str, Callable[[], Any]]:
     """Return the calls to be timed, by name; each sequence has `drafts` queries and new tokens."""
     generator = torch.Generator(device).manual_seed(0)
 
