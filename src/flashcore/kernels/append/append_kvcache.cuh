@@ -269,7 +269,7 @@ FC_DEVICE void move_own(const AppendParams& p) {
   }
 }
 
-FC_KERNEL(append_kvcache, APPEND_WARPS * 32, 8)(FC_PARAM(AppendParams) p) {
+FC_KERNEL(append_kvcache, APPEND_WARPS * 32, 7)(FC_PARAM(AppendParams) p) {
   grid_dependency_wait();
   grid_launch_dependents();
   if (moves_runs(p)) {
