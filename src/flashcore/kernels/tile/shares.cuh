@@ -18,7 +18,7 @@
 #include "tile/stream_k.cuh"
 
 constexpr int GROUPS_OF_TILE = BLOCK_M / 64;  // that own 64 rows each
-constexpr bool IN_STEPS = !STREAM_K;          // shares may be added up in two steps
+constexpr bool IN_STEPS = SPLIT_KV && !STREAM_K;  // shares may be added up in two steps
 
 // The key tiles of a block's piece; of the whole row tile unless SPLIT_KV.
 FC_DEVICE Range own_keys(const AttnParams& p, const BlockCoord& block) {
