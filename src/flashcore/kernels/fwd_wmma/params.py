@@ -66,7 +66,10 @@ class Splits(ctypes.Structure):
 
     _fields_ = [
         *_fields(ctypes.c_void_p, "split_out split_stats"),
-        *_fields(ctypes.c_int32, "num_splits num_lines heads_of_line num_ranges least_tiles"),
+        *_fields(
+            ctypes.c_int32,
+            "num_splits shares_at_once num_lines heads_of_line num_ranges least_tiles",
+        ),
         ("adding_up", ctypes.c_float),
     ]
 
