@@ -214,11 +214,17 @@ def attention(
                 return result
         if _is_any_autocast_enabled():
             q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
-        if is_usual and seqlens_k is None and not needs_dispatcher(q, k, v, mask):
-            return attend(
-                q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
-                None, return_max_score,
-            )  # fmt: skip
+        if is_usual and not needs_dispatcher(q, k, v, mask):
+            if seqlens_k is None:
+                return attend(
+                    q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
+                    None, return_max_score,
+                )  # fmt: skip
+            if not has_other_rank(q, k, v):
+                return attention_padded(
+                    Inputs(q, k, v, mask, seqlens_k), causal, window, softcap, scale, return_lse,
+                    return_max_score, backend, False, True,
+                )  # fmt: skip
     if has_other_rank(q, k, v):
         given = as_rank_4(q, k, v, mask, seqlens_k)
         inputs = Inputs(*given[:5], sinks=sinks, k_scale=k_scale, v_scale=v_scale)

@@ -86,7 +86,7 @@ def is_plain(
     if not _is_grad_enabled():
         return True
     if is_recorded:
-        return mask is None or not mask.requires_grad
+        return mask is None or not needs_grad(mask)
     if type(q) is type(k) is type(v) is Tensor and mask is None and sinks is None:
         return not (q.requires_grad or k.requires_grad or v.requires_grad)  # what most calls need
     return not needs_grad(q, k, v, mask, sinks)

@@ -33,6 +33,7 @@ from flashcore.ops.eager import Recording, is_plain, recorder
 from flashcore.ops.family import Family, Gradients
 from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
+from flashcore.ops.transforms.autograd import needs_grad
 from flashcore.plain.lengths import (
     padded_backward_plain,
     padded_forward_plain,
@@ -62,16 +63,27 @@ def attention_padded(
     return_max_score: bool,
     backend: str,
     batch_invariant: bool = False,
+    is_unseen: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Compute `attention` where seqlens_k is given; see there."""
+    """Compute `attention` where seqlens_k is given; see there.
+
+    With `is_unseen` the caller knows that q, k, v and the mask need no dispatcher, and that
+    `inputs` holds nothing else but the lengths.
+    """
     q, k, v, mask, seqlens_k, *_ = inputs
     sinks = inputs.sinks
     assert seqlens_k is not None
-    is_tree = inputs.tree_mask is not None
-    mask = inputs.tree_mask if is_tree else mask
-    scales = tuple(scales_of(inputs).values())
-    is_recorded = sinks is None and not scales and not is_tree  # if it is differentiated
-    if is_plain((seqlens_k, *scales), q, k, v, mask, sinks, is_recorded):
+    scales: tuple[Tensor, ...] = ()
+    is_recorded, is_tree = True, False  # the first, if it is differentiated
+    if is_unseen:
+        goes_around = type(seqlens_k) is Tensor and (mask is None or not needs_grad(mask))
+    else:
+        is_tree = inputs.tree_mask is not None
+        mask = inputs.tree_mask if is_tree else mask
+        scales = tuple(scales_of(inputs).values())
+        is_recorded = sinks is None and not scales and not is_tree
+        goes_around = is_plain((seqlens_k, *scales), q, k, v, mask, sinks, is_recorded)
+    if goes_around:
 
         def describe() -> Problem:
             options = Options.checked(causal, window, softcap, scale, batch_invariant)
