@@ -14,15 +14,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
-from flashcore.backends.backward_sm90 import Prepared
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.gradients import prepare_gradients
+from flashcore.base import determinism
 from flashcore.launch import launcher
-from flashcore.launch.types import Computed
+from flashcore.launch.types import Computed, PassEntry, Prepared
 from flashcore.ops.calls import Found, Result, State
 from flashcore.ops.dense import OPERATORS, attention_dense
 from flashcore.ops.family import BackwardCall
-from flashcore.ops.gradient_calls import gradients, is_current
+from flashcore.ops.gradient_calls import find_pass, is_current
 from flashcore.ops.length_calls import RecordLengths, attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.ops.transforms.autograd import needs_grad
@@ -245,9 +245,10 @@ def _differentiate(
     """
     dout, dlse = arriving
     if dout is not None and dlse is None and not needs_mask and not _is_grad_enabled():
-        prepared = _prepared(recording, found, (*of_rows, dout), mask, lengths, longest)
+        prepared = _find_pass(recording, found, (*of_rows, dout), mask, lengths, longest)
         if prepared is not None:
-            return *prepared, None
+            run, addresses = prepared
+            return *run(addresses), None
     *qkv, out, lse = of_rows
     inputs = _inputs(recording, qkv, mask, lengths, longest)
     needs = (needs_mask, False)[-recording.num_optional :]
@@ -258,16 +259,16 @@ def _differentiate(
     )
 
 
-def _prepared(
+def _find_pass(
     recording: Recording,
     found: Found,
     of_rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     mask: Tensor | None,
     lengths: tuple[Tensor, ...],
     longest: tuple[int, int] | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return dq, dk and dv by what was prepared for such tensors, or None; `of_rows` ends with the
-    gradient of out."""
+) -> tuple[Prepared, tuple[int, ...]] | None:
+    """Return what was prepared for such tensors, and what it takes, or None; `of_rows` ends with
+    the gradient of out."""
     q, k, _, _, _, dout = of_rows
     if not is_current(q) or needs_dispatcher(q, k, dout, mask):
         return None
@@ -281,7 +282,7 @@ def _prepared(
             return prepare_gradients(problem, *inputs[:4], out, lse, dout, found.backend, named)
 
     others = lengths if mask is None else (mask, *lengths)
-    return gradients(found.passes, of_rows, others, prepare)
+    return find_pass(found.passes, of_rows, others, prepare)
 
 
 def _inputs(
@@ -297,12 +298,19 @@ def _inputs(
     return Inputs(q, k, v, mask, max_seqlen_q=longest_q, max_seqlen_k=longest_k, **named)
 
 
-def _prepared_of_dense(found: Found, *of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def _run_pass(found: Found, *of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return dq, dk and dv of a call that the compiled launcher recorded, or None."""
-    return _prepared(_DENSE, found, of_rows, None, (), None)  # type: ignore[arg-type]
+    prepared = _find_pass(_DENSE, found, of_rows, None, (), None)  # type: ignore[arg-type]
+    return None if prepared is None else prepared[0](prepared[1])
 
 
-launcher.differentiate = _prepared_of_dense
+def _entry_of_pass(found: Found, *of_rows: Tensor) -> PassEntry | None:
+    """Return what the compiled launcher needs to compute those itself, or None."""
+    prepared = _find_pass(_DENSE, found, of_rows, None, (), None)  # type: ignore[arg-type]
+    return None if prepared is None else prepared[0].entry()
+
+
+launcher.passes = launcher.Passes(_entry_of_pass, _run_pass, determinism.may_differ)
 # torch.autograd.Function.apply first looks for functorch's transforms, which never come here.
 record = super(torch.autograd.Function, _Recorded).apply
 _record_lengths = super(torch.autograd.Function, _RecordedLengths).apply

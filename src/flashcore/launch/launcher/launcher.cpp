@@ -1,5 +1,6 @@
-// An eager call of attention in C++: the way of calls.attend and launch.KernelCall.run, without the
-// interpreter. It serves the common call; whatever is unusual is left to Python, by returning None.
+// An eager call of attention in C++: the way of calls.attend and launch.KernelCall.run, and that of
+// gradient_calls.find_pass and launch.BackwardPass back, without the interpreter. It serves the
+// common call; whatever is unusual is left to Python.
 //
 // No CUDA header is needed: the driver's two functions come by address, and the two structs that
 // one of them takes are declared here as launch/driver.py declares them.
@@ -9,6 +10,7 @@
 #include <ATen/PythonTorchFunctionTLS.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/empty_strided.h>
 #include <c10/core/GradMode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -50,8 +52,15 @@ constexpr size_t kMaxArgumentBytes = 4096;  // more than a kernel may have
 constexpr size_t kMaps = 4;  // q, k, v, out
 
 // All that a call depends on besides addresses and values.
-constexpr size_t kKeyFields = 35;
+constexpr size_t kTensorFields = 10;  // of one with four dimensions
+constexpr size_t kKeyFields = 3 * kTensorFields + 5;
 using Key = std::array<uint64_t, kKeyFields>;
+
+// All that a backward pass of a call depends on besides: q, k, v, out, lse and the gradient of out.
+// A saved tensor need not come back as it was: hooks may have kept it elsewhere.
+constexpr size_t kPassTensors = 6, kLse = 4;
+constexpr size_t kPassKeyFields = kPassTensors * kTensorFields - 2 + 1;  // lse has 3 dimensions
+using PassKey = std::array<uint64_t, kPassKeyFields>;
 
 struct KeyHash {
   size_t operator()(const Key& key) const {
@@ -64,31 +73,58 @@ struct KeyHash {
   }
 };
 
-// A Python object that autograd's nodes and entries share, whichever thread lets go of it last.
-struct Owned : torch::CustomClassHolder {
-  explicit Owned(const py::handle& object) : object(object.inc_ref().ptr()) {}
-  ~Owned() override {
-    if (!Py_IsInitialized()) return;  // the process ends
-    const py::gil_scoped_acquire acquired;
-    Py_DECREF(object);
-  }
-  PyObject* const object;
-};
-
-// The decision for a key; see Entry in __init__.py. It never changes once it is made.
-struct Entry {
-  bool served = false;  // false: Python serves such calls
-  void* kernel = nullptr;
-  int64_t device = 0;
+// A kernel, as a launch takes it.
+struct Kernel {
+  void* handle = nullptr;
   uint32_t grid = 0, num_threads = 0, smem_bytes = 0;
   bool starts_early = false;
   std::vector<uint8_t> argument;
+};
+
+// A kernel of a backward pass; see KernelEntry in types.py.
+struct PassKernel : Kernel {
+  std::vector<std::array<int64_t, 2>> pointers;
+  std::vector<std::array<int64_t, 3>> maps;
+  int64_t counter_offset = -1;
+};
+
+// A prepared backward pass; see PassEntry in types.py. It never changes once it is made.
+struct Pass {
+  struct Made {
+    std::vector<int64_t> shape, strides;
+    bool is_float32;
+  };
+  int64_t device = 0;
+  std::vector<PassKernel> kernels;
+  std::vector<Made> made;
+  std::array<size_t, 3> gradients{};
+  bool draws_tiles = false;
+};
+
+// What found a call, a Python object, and its backward passes, the latest first; autograd's nodes
+// and entries share it, whichever thread lets go of it last.
+struct Known : torch::CustomClassHolder {
+  explicit Known(const py::handle& object) : found(object.inc_ref().ptr()) {}
+  ~Known() override {
+    if (!Py_IsInitialized()) return;  // the process ends
+    const py::gil_scoped_acquire acquired;
+    Py_DECREF(found);
+  }
+  PyObject* const found;
+  std::deque<std::pair<PassKey, std::shared_ptr<const Pass>>> passes;  // under the GIL
+};
+constexpr size_t kMaxPasses = 16;  // of one call
+
+// The decision for a key; see Entry in __init__.py. It never changes once it is made.
+struct Entry : Kernel {
+  bool served = false;  // false: Python serves such calls
+  int64_t device = 0;
   size_t attn_offset = 0;
   std::vector<size_t> map_offsets;
   std::array<int64_t, 4> out_shape{};
   bool computes_lse = false;
   c10::IValue options;  // validated: the tuple that the operators take, see problem/options.py
-  c10::IValue found;  // an Owned: what knows the prepared backward passes
+  c10::IValue known;  // a Known
   int64_t num_counters = 0, num_shares = 0, num_floats = 0;
   std::array<size_t, 3> scratch_offsets{};
 };
@@ -107,7 +143,7 @@ struct State {
   PyObject* counters = nullptr;  // see _counters in __init__.py
   IsCapturing is_capturing = nullptr;
   PyObject* prepare = nullptr;  // see _prepare in __init__.py
-  PyObject* differentiate = nullptr;  // see `differentiate` in __init__.py
+  PyObject *pass_entry = nullptr, *run_pass = nullptr, *may_differ = nullptr;  // see Passes there
   PyObject* backends = nullptr;  // tuple of interned names
   size_t max_entries = 0;
   std::unordered_map<Key, std::shared_ptr<const Entry>, KeyHash> entries;
@@ -166,27 +202,30 @@ bool is_bool(PyObject* object) {
   return object == Py_True || object == Py_False;
 }
 
+// Puts into a key what tells a tensor from others, and its address into `addresses`; false for what
+// kernels do not take.
+bool put_tensor(const at::Tensor& tensor, int64_t dim, uint64_t** field, uint64_t* addresses) {
+  if (tensor.dim() != dim || tensor.layout() != at::kStrided) return false;
+  for (int64_t size : tensor.sizes()) *(*field)++ = static_cast<uint64_t>(size);
+  for (int64_t stride : tensor.strides()) *(*field)++ = static_cast<uint64_t>(stride);
+  *(*field)++ = tensor.key_set().raw_repr();  // the kind of device, negated or not, and the like
+  const auto device = static_cast<uint8_t>(tensor.device().index());
+  *(*field)++ = static_cast<uint64_t>(tensor.scalar_type()) << 8 | device;
+  if (!tensor.has_storage()) return false;
+  const auto address = reinterpret_cast<uint64_t>(tensor.const_data_ptr());
+  *addresses |= address;
+  return address != 0;  // of a stand-in for a tensor, or an empty one
+}
+
 // Fills the key; false if Python has to look at the call.
 bool make_key(
     PyObject* const* a, const at::Tensor* const tensors[3], bool recorded, Key* key) {
-  size_t field = 0;
-  auto put = [&](uint64_t value) { (*key)[field++] = value; };
+  uint64_t* field = key->data();
   uint64_t addresses = 0;
   for (int i = 0; i < 3; ++i) {
-    const at::Tensor& tensor = *tensors[i];
-    if (tensor.dim() != 4 || tensor.layout() != at::kStrided) return false;
-    const auto sizes = tensor.sizes();
-    const auto strides = tensor.strides();
-    for (int d = 0; d < 4; ++d) put(static_cast<uint64_t>(sizes[d]));
-    for (int d = 0; d < 4; ++d) put(static_cast<uint64_t>(strides[d]));
-    put(tensor.key_set().raw_repr());  // the kind of device, negated or not, and the like
-    const auto device = static_cast<uint8_t>(tensor.device().index());
-    put(static_cast<uint64_t>(tensor.scalar_type()) << 8 | device);
-    if (!tensor.has_storage()) return false;
-    const auto address = reinterpret_cast<uint64_t>(tensor.const_data_ptr());
-    if (address == 0) return false;  // a stand-in for a tensor, or empty
-    addresses |= address;
+    if (!put_tensor(*tensors[i], 4, &field, &addresses)) return false;
   }
+  auto put = [&](uint64_t value) { *field++ = value; };
   if (!is_bool(a[CAUSAL]) || !is_bool(a[RETURN_LSE])) return false;
   size_t backend = 0;
   const size_t num_backends = static_cast<size_t>(PyTuple_GET_SIZE(state.backends));
@@ -205,8 +244,18 @@ bool make_key(
   const uint64_t causal = a[CAUSAL] == Py_True, return_lse = a[RETURN_LSE] == Py_True;
   put((addresses & 15) << 16 | backend << 8 | uint64_t(recorded) << 5 | causal << 4 |
       return_lse << 3 | window << 2 | softcap << 1 | scale);
-  TORCH_INTERNAL_ASSERT(field == kKeyFields);
+  TORCH_INTERNAL_ASSERT(field == key->data() + kKeyFields);
   return true;
+}
+
+// Reads how a kernel is launched: the fields from `first` on, but for its argument.
+void read_kernel(const py::tuple& fields, size_t first, Kernel* kernel) {
+  kernel->grid = fields[first].cast<uint32_t>();
+  kernel->num_threads = fields[first + 1].cast<uint32_t>();
+  kernel->smem_bytes = fields[first + 2].cast<uint32_t>();
+  kernel->starts_early = fields[first + 3].cast<bool>();
+  const std::string argument = fields[first + 4].cast<py::bytes>();
+  kernel->argument.assign(argument.begin(), argument.end());
 }
 
 // Reads what `prepare` returns; throws where it is not what Entry says.
@@ -214,14 +263,9 @@ std::shared_ptr<const Entry> read_entry(PyObject* object) {
   auto entry = std::make_shared<Entry>();
   if (object == Py_None) return entry;
   const py::tuple fields = py::reinterpret_borrow<py::tuple>(object);
-  entry->kernel = reinterpret_cast<void*>(fields[0].cast<uintptr_t>());
+  entry->handle = reinterpret_cast<void*>(fields[0].cast<uintptr_t>());
   entry->device = fields[1].cast<int64_t>();
-  entry->grid = fields[2].cast<uint32_t>();
-  entry->num_threads = fields[3].cast<uint32_t>();
-  entry->smem_bytes = fields[4].cast<uint32_t>();
-  entry->starts_early = fields[5].cast<bool>();
-  const std::string argument = fields[6].cast<py::bytes>();
-  entry->argument.assign(argument.begin(), argument.end());
+  read_kernel(fields, 2, entry.get());
   entry->attn_offset = fields[7].cast<size_t>();
   entry->map_offsets = fields[8].cast<std::vector<size_t>>();
   entry->out_shape = fields[9].cast<std::array<int64_t, 4>>();
@@ -230,7 +274,7 @@ std::shared_ptr<const Entry> read_entry(PyObject* object) {
   entry->options = c10::ivalue::Tuple::create(
       {options[0].cast<std::string>(), options[1].cast<int64_t>(), options[2].cast<int64_t>(),
        options[3].cast<double>(), options[4].cast<double>(), options[5].cast<bool>()});
-  entry->found = c10::IValue::make_capsule(c10::make_intrusive<Owned>(fields[12]));
+  entry->known = c10::IValue::make_capsule(c10::make_intrusive<Known>(fields[12]));
   entry->num_counters = fields[13].cast<int64_t>();
   entry->num_shares = fields[14].cast<int64_t>();
   entry->num_floats = fields[15].cast<int64_t>();
@@ -267,21 +311,41 @@ int64_t ask(PyObject* function, PyObject* argument) {
   return value;
 }
 
-// Counters for a launch on a stream, which is the device's current one.
-void* counters_for(const Entry& entry, void* stream) {
-  if (entry.num_counters == 0) return nullptr;
+// Counters for launches on a stream, which is the device's current one.
+void* counters_for(int64_t device, int64_t count, void* stream) {
+  if (count == 0) return nullptr;
   // A stream that cannot say whether it is being captured is treated as if it were.
   int captured = 1;
   if (state.is_capturing(stream, &captured) != 0) captured = 1;
-  Counters& known = state.counters_of[{entry.device, stream}];
-  if (captured == 0 && known.count >= entry.num_counters) return known.address;
+  Counters& known = state.counters_of[{device, stream}];
+  if (captured == 0 && known.count >= count) return known.address;
   const auto found = py::reinterpret_steal<py::object>(PyObject_CallFunction(
-      state.counters, "LL", static_cast<long long>(entry.device),
-      static_cast<long long>(entry.num_counters)));
+      state.counters, "LL", static_cast<long long>(device), static_cast<long long>(count)));
   if (!found) throw python_error();
-  const Counters counters{entry.num_counters, reinterpret_cast<void*>(found.cast<uintptr_t>())};
+  const Counters counters{count, reinterpret_cast<void*>(found.cast<uintptr_t>())};
   if (captured == 0) known = counters;
   return counters.address;
+}
+
+// The device's current stream.
+void* current_stream(int64_t device) {
+  const auto index = py::reinterpret_steal<py::object>(PyLong_FromLongLong(device));
+  return reinterpret_cast<void*>(ask(state.current_stream, index.ptr()));
+}
+
+// Launches with an argument that is complete; a launch copies it.
+int enqueue(const Kernel& kernel, void* stream, void* argument) {
+  LaunchAttribute early{};
+  early.id = kProgrammaticStreamSerialization;
+  early.programmatic_stream_serialization_allowed = 1;
+  LaunchConfig config{
+      {kernel.grid, 1, 1}, {kernel.num_threads, 1, 1}, kernel.smem_bytes, stream, nullptr, 0};
+  if (kernel.starts_early) {
+    config.attributes = &early;
+    config.num_attributes = 1;
+  }
+  void* arguments[] = {argument};
+  return state.launch_kernel(&config, kernel.handle, arguments, nullptr);
 }
 
 // Addresses of one launch: tensors, counters, and what blocks hand each other.
@@ -290,7 +354,7 @@ struct Addresses {
   std::array<void*, 3> scratch;
 };
 
-// Launches with a copy of the argument that holds these addresses; a launch copies it again.
+// Launches with a copy of the argument that holds these addresses.
 int launch(const Entry& entry, void* stream, const Addresses& addresses) {
   const auto& pointers = addresses.tensors;
   alignas(kAlignment) uint8_t argument[kMaxArgumentBytes];
@@ -304,17 +368,7 @@ int launch(const Entry& entry, void* stream, const Addresses& addresses) {
     const int status = state.replace_address(argument + entry.map_offsets[i], bases[i]);
     if (status != 0) return status;
   }
-  LaunchAttribute early{};
-  early.id = kProgrammaticStreamSerialization;
-  early.programmatic_stream_serialization_allowed = 1;
-  LaunchConfig config{
-      {entry.grid, 1, 1}, {entry.num_threads, 1, 1}, entry.smem_bytes, stream, nullptr, 0};
-  if (entry.starts_early) {
-    config.attributes = &early;
-    config.num_attributes = 1;
-  }
-  void* arguments[] = {argument};
-  return state.launch_kernel(&config, entry.kernel, arguments, nullptr);
+  return enqueue(entry, stream, argument);
 }
 
 struct LaunchFailed {};
@@ -343,29 +397,142 @@ std::pair<at::Tensor, at::Tensor> compute(
   return {out, lse};
 }
 
-// Returns dq, dk and dv of q, k, v, out, lse and dout by what Python has prepared; nothing where
-// the operator has to compute them.
-torch::autograd::variable_list prepared_gradients(
-    const c10::IValue& found, const std::array<at::Tensor, 6>& tensors) {
-  const py::gil_scoped_acquire acquired;
-  auto steal = [](PyObject* object) { return py::reinterpret_steal<py::object>(object); };
-  const auto capsule = found.toCapsule();
-  std::array<py::object, 6> wrapped;
-  std::array<PyObject*, 7> arguments = {static_cast<const Owned&>(*capsule).object};
+using PassTensors = std::array<at::Tensor, kPassTensors>;  // q, k, v, out, lse and dout
+
+// What a function of Python returns, given what found a call and the tensors of its backward pass.
+py::object ask_of_pass(PyObject* function, const Known& known, const PassTensors& tensors) {
+  std::array<py::object, kPassTensors> wrapped;
+  std::array<PyObject*, kPassTensors + 1> arguments = {known.found};
   for (size_t i = 0; i < tensors.size(); ++i) {
-    wrapped[i] = steal(THPVariable_Wrap(tensors[i]));
+    wrapped[i] = py::reinterpret_steal<py::object>(THPVariable_Wrap(tensors[i]));
     arguments[i + 1] = wrapped[i].ptr();
   }
-  const py::object result = steal(
-      PyObject_Vectorcall(state.differentiate, arguments.data(), arguments.size(), nullptr));
-  if (!result) {
+  PyObject* result = PyObject_Vectorcall(function, arguments.data(), arguments.size(), nullptr);
+  if (result == nullptr) {
     python_error error;
     error.persist();
     throw error;
   }
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// Reads what `pass_entry` returns; throws where it is not what PassEntry says. Nothing if the
+// operator has to compute.
+std::shared_ptr<const Pass> read_pass(const py::tuple& fields) {
+  auto pass = std::make_shared<Pass>();
+  pass->device = fields[0].cast<int64_t>();
+  for (const py::handle item : fields[1].cast<py::tuple>()) {
+    const auto of_kernel = py::reinterpret_borrow<py::tuple>(item);
+    PassKernel kernel;
+    kernel.handle = reinterpret_cast<void*>(of_kernel[0].cast<uintptr_t>());
+    read_kernel(of_kernel, 1, &kernel);
+    kernel.pointers = of_kernel[6].cast<decltype(kernel.pointers)>();
+    kernel.maps = of_kernel[7].cast<decltype(kernel.maps)>();
+    kernel.counter_offset = of_kernel[8].cast<int64_t>();
+    if (kernel.argument.size() > kMaxArgumentBytes) return nullptr;
+    pass->draws_tiles = pass->draws_tiles || kernel.counter_offset >= 0;
+    pass->kernels.push_back(std::move(kernel));
+  }
+  for (const py::handle item : fields[2].cast<py::tuple>()) {
+    const auto made = py::reinterpret_borrow<py::tuple>(item);
+    pass->made.push_back(
+        {made[0].cast<std::vector<int64_t>>(), made[1].cast<std::vector<int64_t>>(),
+         made[2].cast<bool>()});
+  }
+  pass->gradients = fields[3].cast<std::array<size_t, 3>>();
+  return pass;
+}
+
+// Fills the key; false for tensors that Python has to look at.
+bool make_pass_key(const PassTensors& tensors, PassKey* key) {
+  uint64_t* field = key->data();
+  uint64_t addresses = 0, of_lse = 0;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const bool is_lse = i == kLse;
+    if (tensors[i]._fw_grad(0).defined() ||
+        !put_tensor(tensors[i], is_lse ? 3 : 4, &field, is_lse ? &of_lse : &addresses)) {
+      return false;
+    }
+  }
+  *field++ = (addresses & 15) << 1 | uint64_t(ask(state.may_differ, nullptr) != 0);
+  TORCH_INTERNAL_ASSERT(field == key->data() + kPassKeyFields);
+  return true;
+}
+
+// The pass for such tensors, prepared by Python if it is not known; nothing where the operator has
+// to compute them.
+std::shared_ptr<const Pass> pass_for(
+    Known& known, const PassKey& key, const PassTensors& tensors) {
+  for (const auto& [of, pass] : known.passes) {
+    if (of == key) return pass;
+  }
+  const py::object fields = ask_of_pass(state.pass_entry, known, tensors);
+  if (fields.is_none()) return nullptr;  // which Python remembers
+  auto pass = read_pass(fields.cast<py::tuple>());
+  if (pass == nullptr) return nullptr;
+  if (known.passes.size() >= kMaxPasses) known.passes.pop_back();
+  known.passes.emplace_front(key, pass);
+  return pass;
+}
+
+// Allocates and launches; returns dq, dk and dv, or nothing where a launch fails.
+torch::autograd::variable_list launch_pass(
+    const Pass& pass, void* stream, void* counter, const PassTensors& tensors) {
+  std::vector<at::Tensor> made;
+  std::vector<uint64_t> addresses;
+  for (const at::Tensor& x : tensors) {
+    addresses.push_back(reinterpret_cast<uint64_t>(x.const_data_ptr()));
+  }
+  const auto options = tensors[0].options();
+  for (const Pass::Made& like : pass.made) {
+    made.push_back(at::empty_strided(
+        like.shape, like.strides, like.is_float32 ? options.dtype(at::kFloat) : options));
+    addresses.push_back(reinterpret_cast<uint64_t>(made.back().mutable_data_ptr()));
+  }
+  for (const PassKernel& kernel : pass.kernels) {
+    alignas(kAlignment) uint8_t argument[kMaxArgumentBytes];
+    std::memcpy(argument, kernel.argument.data(), kernel.argument.size());
+    for (const auto& [offset, place] : kernel.pointers) {
+      std::memcpy(argument + offset, &addresses[place], sizeof(uint64_t));
+    }
+    if (kernel.counter_offset >= 0) {
+      std::memcpy(argument + kernel.counter_offset, &counter, sizeof(counter));
+    }
+    for (const auto& [offset, place, shift] : kernel.maps) {
+      void* const base = reinterpret_cast<void*>(addresses[place] - static_cast<uint64_t>(shift));
+      if (state.replace_address(argument + offset, base) != 0) return {};
+    }
+    if (enqueue(kernel, stream, argument) != 0) return {};
+  }
+  const auto& [dq, dk, dv] = pass.gradients;
+  return {made[dq], made[dk], made[dv]};
+}
+
+// Returns dq, dk and dv by what was prepared; nothing where the operator has to compute them.
+torch::autograd::variable_list prepared_gradients(Known& known, const PassTensors& tensors) {
+  PassKey key;
+  std::shared_ptr<const Pass> pass;
+  void *stream = nullptr, *counter = nullptr;
+  const bool is_seen = !nobody_watches();
+  {
+    const py::gil_scoped_acquire acquired;
+    if (!is_seen && make_pass_key(tensors, &key)) {
+      pass = pass_for(known, key, tensors);
+      if (pass == nullptr || ask(state.current_device, nullptr) != pass->device) return {};
+      stream = current_stream(pass->device);
+      counter = counters_for(pass->device, pass->draws_tiles ? 1 : 0, stream);
+    }
+  }
+  if (pass != nullptr) {
+    auto gradients = launch_pass(*pass, stream, counter, tensors);
+    if (!gradients.empty()) return gradients;
+  }
+  // Python tries again, after binding a context perhaps, or says what is wrong.
+  const py::gil_scoped_acquire acquired;
+  const py::object result = ask_of_pass(state.run_pass, known, tensors);
   if (result.is_none()) return {};
   torch::autograd::variable_list gradients;
-  for (const py::handle x : py::reinterpret_borrow<py::tuple>(result)) {
+  for (const py::handle x : result.cast<py::tuple>()) {
     gradients.push_back(THPVariable_Unpack(x.ptr()));
   }
   return gradients;
@@ -381,7 +548,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
     ctx->save_for_backward({q, k, v, out, lse});
     ctx->set_materialize_grads(false);
     ctx->saved_data["options"] = entry.options;
-    ctx->saved_data["found"] = entry.found;
+    ctx->saved_data["known"] = entry.known;
     if (returns_lse) return {out, lse};
     return {out};
   }
@@ -397,8 +564,9 @@ struct Recorded : torch::autograd::Function<Recorded> {
     };
     const bool through_lse = gradients.size() > 1 && gradients[1].defined();
     if (gradients[0].defined() && !through_lse && !c10::GradMode::is_enabled()) {
+      const auto known = ctx->saved_data.at("known").toCapsule();
       const auto prepared = prepared_gradients(
-          ctx->saved_data.at("found"),
+          static_cast<Known&>(*known),
           {saved[0], saved[1], saved[2], saved[3], saved[4], gradients[0]});
       for (size_t i = 0; i < prepared.size(); ++i) give(i, prepared[i]);
       if (!prepared.empty()) return result;
@@ -441,9 +609,8 @@ PyObject* attend(PyObject*, PyObject* const* a, Py_ssize_t count) {
   const auto found = state.entries.find(key);
   const auto entry = found != state.entries.end() ? found->second : prepare(a, recorded, key);
   if (!entry->served || ask(state.current_device, nullptr) != entry->device) Py_RETURN_NONE;
-  const auto index = py::reinterpret_steal<py::object>(PyLong_FromLongLong(entry->device));
-  void* const stream = reinterpret_cast<void*>(ask(state.current_stream, index.ptr()));
-  void* const counters = counters_for(*entry, stream);
+  void* const stream = current_stream(entry->device);
+  void* const counters = counters_for(entry->device, entry->num_counters, stream);
   const bool returns_lse = a[RETURN_LSE] == Py_True;
   at::Tensor out, lse;
   try {
@@ -471,15 +638,16 @@ PyObject* attend(PyObject*, PyObject* const* a, Py_ssize_t count) {
 }
 
 // configure(launch_kernel, replace_address, current_device, current_stream, counters, is_capturing,
-// prepare, backends, max_entries, differentiate): forgets all that was prepared.
+// prepare, backends, max_entries, pass_entry, run_pass, may_differ): forgets all that was prepared.
 PyObject* configure(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   unsigned long long launch_kernel, replace_address, is_capturing, max_entries;
-  PyObject *current_device, *current_stream, *counters, *prepare, *backends, *differentiate;
+  PyObject *current_device, *current_stream, *counters, *prepare, *backends;
+  PyObject *pass_entry, *run_pass, *may_differ;
   if (!PyArg_ParseTuple(
-          arguments, "KKOOOKOO!KO", &launch_kernel, &replace_address, &current_device,
+          arguments, "KKOOOKOO!KOOO", &launch_kernel, &replace_address, &current_device,
           &current_stream, &counters, &is_capturing, &prepare, &PyTuple_Type, &backends,
-          &max_entries, &differentiate)) {
+          &max_entries, &pass_entry, &run_pass, &may_differ)) {
     return nullptr;
   }
   state.launch_kernel = reinterpret_cast<LaunchKernel>(launch_kernel);
@@ -490,7 +658,9 @@ PyObject* configure(PyObject*, PyObject* arguments) {
   state.is_capturing = reinterpret_cast<IsCapturing>(is_capturing);
   Py_XSETREF(state.prepare, Py_NewRef(prepare));
   Py_XSETREF(state.backends, Py_NewRef(backends));
-  Py_XSETREF(state.differentiate, Py_NewRef(differentiate));
+  Py_XSETREF(state.pass_entry, Py_NewRef(pass_entry));
+  Py_XSETREF(state.run_pass, Py_NewRef(run_pass));
+  Py_XSETREF(state.may_differ, Py_NewRef(may_differ));
   state.max_entries = max_entries;
   state.entries.clear();
   state.order.clear();
