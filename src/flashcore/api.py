@@ -13,7 +13,7 @@ from flashcore.launch import launcher
 from flashcore.ops.calls import attend
 from flashcore.ops.dense import attention_dense, autocast
 from flashcore.ops.eager import attention_with_sinks, needs_dispatcher, record
-from flashcore.ops.padded import attention_padded
+from flashcore.ops.padded import attend_padded, attention_padded
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs
 from flashcore.problem.ranks import as_rank_4, has_other_rank
@@ -221,10 +221,8 @@ def attention(
                     None, return_max_score,
                 )  # fmt: skip
             if not has_other_rank(q, k, v):
-                return attention_padded(
-                    Inputs(q, k, v, mask, seqlens_k), causal, window, softcap, scale, return_lse,
-                    return_max_score, backend, False, True,
-                )  # fmt: skip
+                asked = causal, window, softcap, scale, return_lse, return_max_score
+                return attend_padded(q, k, v, mask, seqlens_k, asked, backend)
     if has_other_rank(q, k, v):
         given = as_rank_4(q, k, v, mask, seqlens_k)
         inputs = Inputs(*given[:5], sinks=sinks, k_scale=k_scale, v_scale=v_scale)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.gradients import prepare_gradients
@@ -76,7 +76,7 @@ def is_plain(
         sinks: or None; then is_recorded is False.
         is_recorded: whether gradients of q, k and v are recorded around the dispatcher.
     """
-    if is_compiling() or needs_dispatcher(q, k, v, mask):
+    if is_dynamo_compiling() or needs_dispatcher(q, k, v, mask):
         return False
     for x in lengths:
         if type(x) is not Tensor:
