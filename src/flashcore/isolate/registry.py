@@ -52,7 +52,7 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
-from flashcore.sim.plants.fwd_sm90 import float8, folded, split, steps
+from flashcore.sim.plants.fwd_sm90 import float8, folded, packed, split, steps
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
@@ -267,6 +267,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(float8.PLANTS_WIDE_SM90, float8.TILE, options=float8.WIDE_CALL, is_paged=True),
         **_calls(float8.PLANTS_SHORT_SM90, float8.TILE, options=float8.SHORT_CALL, is_paged=True),
         **_calls(folded.PLANTS_FOLDED_SM90, folded.TILE, options=folded.CALL, is_packed=True),
+        **_calls(packed.PLANTS_PACKED, packed.TILE, options=packed.CALL, is_packed=True),
         **_WITH_MAX_SCORE,
         **_calls(PLANTS_MAX_SCORE_SM90, _IN_SLICES, options=_IN_SECOND_SLICE),
         **_calls(PLANTS_SINKS, {}, options=_SINKS),

@@ -29,8 +29,6 @@
 //                 wgmma_ss<T>(d, a_desc, b_desc, accumulate): A[m][k] and B[n][k], k contiguous
 //                 wgmma_ss_mn<T>(d, a_desc, b_desc, accumulate): A[k][m] and B[k][n], m and n
 //                 contiguous
-//                 wgmma_ss_n<T>(d, a_desc, b_desc, accumulate): A[m][k], k contiguous, and B[k][n],
-//                 n contiguous
 //                 wgmma_rs<T>(d, a, b_desc, accumulate): A from registers, B[k][n], n contiguous
 //                 wgmma_rs_k<T>(d, a, b_desc, accumulate): A from registers, B[n][k], k contiguous
 //                 wgmma_fence(): orders register writes before the wgmma that read them

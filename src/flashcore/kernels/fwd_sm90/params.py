@@ -29,9 +29,9 @@ class AttnSm90Params(ctypes.Structure):
         ("k_map", TensorMap),
         ("v_map", TensorMap),
         ("o_map", TensorMap),
-        ("attn", AttnParams),
         ("num_heads", ctypes.c_int32),
         ("heads_per_section", ctypes.c_int32),
+        ("attn", AttnParams),
         ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 8) % 64)),
     ]
 
@@ -40,9 +40,8 @@ class AttnSm90GateParams(ctypes.Structure):
     """Extend AttnSm90Params of a kernel that was built with a debug gate."""
 
     _fields_ = [
-        *AttnSm90Params._fields_[:4],
+        *AttnSm90Params._fields_[:6],
         ("attn", AttnGateParams),
-        *AttnSm90Params._fields_[5:7],
         ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnGateParams) + 8) % 64)),
     ]
 

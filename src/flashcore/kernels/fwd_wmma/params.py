@@ -109,13 +109,13 @@ class AttnParams(ctypes.Structure):
     )  # fmt: skip
     _fields_ = [
         ("tensors", Tensors),
-        ("strides", Strides),
         *_fields(
             ctypes.c_int32,
             "batch num_heads_q num_heads_kv seqlen_q seqlen_k num_queries num_m_blocks",
         ),
         *_fields(ctypes.c_float, "softmax_scale softmax_scale_log2 softcap"),
         ("band", Band),
+        ("strides", Strides),
         ("lengths", Lengths),
         ("splits", Splits),
         ("tile_counter", ctypes.c_void_p),

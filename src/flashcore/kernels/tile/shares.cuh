@@ -11,6 +11,7 @@
 
 #include "prims.cuh"
 #include "tile/band.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
@@ -19,6 +20,11 @@
 
 constexpr int GROUPS_OF_TILE = BLOCK_M / 64;  // that own 64 rows each
 constexpr bool IN_STEPS = SPLIT_KV && !STREAM_K;  // shares may be added up in two steps
+
+// Rows that a slot has room for: of packed sequences each has its own number.
+FC_DEVICE int rows_of_slot(const AttnParams& p) {
+  return PACKED ? BLOCK_M : min_i(BLOCK_M, p.seqlen_q);
+}
 
 // The key tiles of a block's piece; of the whole row tile unless SPLIT_KV.
 FC_DEVICE Range own_keys(const AttnParams& p, const BlockCoord& block) {
@@ -45,7 +51,7 @@ FC_DEVICE int num_splits_of(const AttnParams& p, const BlockCoord& block) {
 // Where a split's part of a row lies, counted in rows.
 FC_DEVICE int64_t partial_row(const AttnParams& p, const BlockCoord& block, int split, int row) {
   if (STREAM_K && !FIXED_PIECES) {
-    return int64_t(slot_of(p, block, split)) * min_i(BLOCK_M, p.seqlen_q) + (row - block.m_begin);
+    return int64_t(slot_of(p, block, split)) * rows_of_slot(p) + (row - block.m_begin);
   }
   const int64_t num_rows = int64_t(p.batch) * p.num_heads_q * p.seqlen_q;
   return split * num_rows + lse_offset(p, block, row);
@@ -59,7 +65,7 @@ FC_DEVICE void store_partial(const AttnParams& p, const BlockCoord& block, int w
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(softmax.row_sum[r]);
     const int row = warp_row + accum_row(lane_idx(), r * 2);
-    if (row >= p.seqlen_q) continue;
+    if (!is_row(p, row)) continue;
     const int64_t at = partial_row(p, block, block.split, row);
     if (lane_idx() % 4 == 0) {
       gmem_store_packet(p.splits.split_stats + at * 2, pair_of(softmax.row_max[r], sum));
@@ -204,7 +210,8 @@ template <int NUM_OUT_FRAGS, int PACKETS>
 FC_DEVICE void add_up_partials(const AttnParams& p, const BlockCoord& block, int group_row,
                                const Shares& shares, float scale_log2) {
   constexpr int MOST_PARTS = PACKETS < 16 ? 1 : 2;
-  const int num_parts = min_i(64, p.seqlen_q - group_row) * (HEAD_DIM_V / 8);
+  const int most_rows = FOLDS_PACKED ? rows_of_box(p) : 64;  // the others are nobody's
+  const int num_parts = min_i(most_rows, p.seqlen_q - group_row) * (HEAD_DIM_V / 8);
   int part = thread_idx() % 128;
   if (MOST_PARTS > 1 && num_parts <= 128) {
     if (part < num_parts) {
@@ -229,7 +236,7 @@ FC_DEVICE void store_whole(const AttnParams& p, const BlockCoord& block, int war
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = warp_row + accum_row(lane_idx(), r * 2);
-    if (row >= p.seqlen_q) break;
+    if (!is_row(p, row)) break;
     const auto to = p.tensors.out + (out_offset(p, block, row) + accum_col(lane_idx(), 0));
 #pragma unroll
     for (int d = 0; d < HEAD_DIM_V / 8; ++d) {
