@@ -261,7 +261,10 @@ def test_work_is_cut_on_the_device_where_only_that_knows_it() -> None:
     few = select_plan(of(problem_of(64, 32, 8, 1, 8192)), 90)
     assert (few.stream_k, few.num_splits) == (True, 1)  # type: ignore[attr-defined]
     assert not is_legal(dataclasses.replace(few, num_splits=2))
-    assert not is_legal(dataclasses.replace(few, varlen="packed"))
+    packed = dataclasses.replace(few, varlen="packed")
+    assert is_legal(packed)
+    assert not is_legal(dataclasses.replace(packed, num_splits=2, stream_k=False))
+    assert not is_legal(dataclasses.replace(packed, batch_invariant=True))
     assert "stream-K" in few.describe()
     alone = select_plan(of(problem_of(1, 32, 8, 1, 8192)), 90)  # its own length is what is split
     assert (alone.stream_k, alone.num_splits) == (False, 33)  # type: ignore[attr-defined]
