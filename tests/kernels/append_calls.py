@@ -59,6 +59,21 @@ CASES: dict[str, dict[str, Any]] = {
     "queries begin": {"seqlen_q": 2, "seqlen_new": 5, "rotary": 16, "queries": "begin"},
     "queries are first": {"seqlen_q": 3, "rotary": 16, "queries": "first"},
     "a wild table": {"seqlen_q": 2, "page_size": 8, "wild": True},
+    "a part of halves turns": {
+        "seqlen_q": 2,
+        "page_size": 8,
+        "head_dim": 48,
+        "head_dim_v": 24,
+        "rotary": 32,
+    },
+    "an odd number of heads": {"seqlen_q": 3, "rotary": 16, "num_heads_q": 3, "num_heads_kv": 1},
+    "addresses between packets": {"seqlen_q": 3, "rotary": 16, "shifted": True},
+    "packed, many sequences": {
+        "seqlen_q": 2,
+        "rotary": 16,
+        "lengths": list(range(21)),
+        "counts": [1, 1, 2, 0, 0, 1, 2, 1, 1, 0, 1, 1, 2, 1, 1, 1, 0, 1, 1, 2, 1],
+    },
     "8 bits, a scale of all": {"seqlen_q": 3, "page_size": 8, "scales": (0.37, 1.0)},
     "8 bits, scales of heads": {
         "seqlen_q": 3,
@@ -85,6 +100,16 @@ CASES: dict[str, dict[str, Any]] = {
         "lengths": [0, 0, 3],
         "scales": ([[0.5], [1e30], [math.nan]], 0.1),
     },
+    "8 bits, neighbours turn": {
+        "seqlen_q": 2,
+        "head_dim": 48,
+        "head_dim_v": 40,
+        "dtype": torch.bfloat16,
+        "angles": torch.float32,
+        "rotary": 32,
+        "interleaved": True,
+        "scales": (0.25, 2.0),
+    },
     "8 bits, a wild table": {
         "seqlen_q": 2,
         "page_size": 8,
@@ -104,13 +129,24 @@ class Call:
     queries: str
 
 
+def shifted(x: Tensor) -> Tensor:
+    """Return a copy that begins an element behind a multiple of 16 bytes, its rows 16 apart."""
+    room = x.new_empty((*x.shape[:-1], 2 * x.shape[-1]))
+    assert room.data_ptr() % 16 == 0
+    view = room[..., 1 : 1 + x.shape[-1]]
+    return view.copy_(x)
+
+
 def make_call(case: dict[str, Any]) -> Call:
     case = {"dtype": torch.float16, "interleaved": False, "queries": "end"} | case
     shape = {
         key: case[key]
-        for key in ("seqlen_q", "seqlen_new", "page_size", "heads_third", "head_dim", "head_dim_v")
+        for key in (
+            "seqlen_q", "seqlen_new", "page_size", "heads_third", "num_heads_q", "num_heads_kv",
+            "head_dim", "head_dim_v",
+        )
         if key in case
-    }
+    }  # fmt: skip
     step = make_step(case.get("lengths", LENGTHS), dtype=case["dtype"], **shape)
     if case.get("wild"):
         assert step.table is not None
@@ -132,6 +168,8 @@ def make_call(case: dict[str, Any]) -> Call:
         ]
         behind = (torch.cat([x, x[:3]]) for x in rows)  # three rows of no sequence
         q, *new = behind
+    if case.get("shifted"):
+        q, *new = (shifted(x) for x in (q, *new))
     cos = sin = None
     if "rotary" in case:
         angle = torch.arange(40)[:, None] * 0.7 ** torch.arange(case["rotary"] // 2)
@@ -175,6 +213,7 @@ def simulate(call: Call, plant: Plant | None = None, seed: int = 0) -> None:
         num_threads=call.plan.num_threads,
         smem_bytes=0,
         seed=seed,
+        starts_early=call.plan.starts_early,
     )
 
 

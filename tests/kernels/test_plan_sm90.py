@@ -15,6 +15,7 @@ from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.fwd_wmma.params import AttnParams
 from flashcore.problem import Problem
 from flashcore.selection.select import select_plan
 
@@ -146,6 +147,13 @@ def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
         assert params_sm90.heads_per_section(few_kv, plan, num_blocks) % 4 == 0
 
 
+# What the forward pass reads of plain calls: each further line of constant memory takes time.
+_READ_BY_ALL = (
+    *("lse", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k", "num_m_blocks"),
+    *("softmax_scale", "softmax_scale_log2", "diag_offset", "window_left", "window_right"),
+)
+
+
 def test_parameters_describe_the_tensors() -> None:
     asked = problem(seqlen=200)
     plan = select_plan(asked)
@@ -153,7 +161,10 @@ def test_parameters_describe_the_tensors() -> None:
     pointers = {"q": 1024, "k": 2048, "v": 4096, "out": 8192}
     params = params_sm90.build_params_sm90(asked, plan, pointers, 8)
     assert ctypes.sizeof(params) % 64 == 0
-    assert params_sm90.AttnSm90Params.attn.offset == 512
+    attn = params_sm90.AttnSm90Params.attn.offset
+    lines = {(attn + getattr(AttnParams, name).offset) // 64 for name in _READ_BY_ALL}
+    assert attn == 512 + 8
+    assert lines == {8, 9}  # of 64 bytes, which a block has to wait for
     assert [getattr(params, f"{name}_map").base for name in "qkvo"] == [1024, 2048, 4096, 8192]
     assert (params.q_map.box_rows, params.k_map.box_rows) == (64, plan.block_n)
     assert (params.o_map.rows, params.o_map.row_stride_bytes) == (200, 128)

@@ -34,7 +34,10 @@ def test_the_arguments_mirror_says_what_the_kernel_s_struct_says() -> None:
         names += [word.split()[-1] for word in kind.split(",") if word.strip()]
     assert names == [name for name, *_ in AppendParams._fields_]
     assert f"APPEND_WARPS = {params.WARPS};" in text
-    assert ctypes.sizeof(AppendParams) == 17 * 8 + 6 * 32 + 6 * 8 + 16 * 4
+    assert f"QUERY_HEADS = {params.QUERY_HEADS};" in text
+    assert f"RUN = {params.RUN};" in text
+    # 19 numbers of 4 bytes, and what is left of 8.
+    assert ctypes.sizeof(AppendParams) == 17 * 8 + 6 * 32 + 6 * 8 + 20 * 4
 
 
 @pytest.mark.gpu

@@ -7,6 +7,7 @@ from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.sim.plants.bwd_mask_sm90 import PLANTS_BWD_MASK_SM90
+from flashcore.sim.plants.fwd_sm90.packed import PLANTS_PACKED
 
 # By kernel, the bugs whose first wrong stage it is.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -89,7 +90,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("outgrown-in-one-warp", "outgrown-k-kept", "outgrown-k-overwritten"),
             *("outgrown-sums-kept", "outgrown-no-fence", "outgrown-not-awaited"),
             *("split-share-dropped", "split-without-weight", "split-sums-not-rescaled"),
-            *("split-last-share-again", "split-gap", "values-off-by-one"),
+            *("split-last-share-again", "split-gap", "values-off-by-one", "steps-shares-again"),
             *("passed-over-unsynced", "passed-over-turn-too-many", "outgrown-one-group-early"),
             *("sum-of-the-neighbour", "turns-of-two", "unseen-q-kept"),
             *("third-share-unseen", "second-part-alone", "first-part-kept"),
@@ -112,12 +113,15 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("share-overwritten", "split-relaxed", "split-no-barrier"),
             *("split-arrival-not-awaited", "split-last-too-early", "split-never-last"),
             *("split-one-counter", "split-rows-past-the-end", "stream-range-short"),
+            *("steps-one-counter", "steps-last-group-waits", "steps-sum-over-share"),
+            *("steps-without-maxima", "steps-first-alone"),
             *("stream-one-slot", "stream-slot-of-the-next-row-tile", "stream-end-on-a-border"),
             *("stream-counter-of-the-last-block", "stream-heads-not-counted", "stream-head-kept"),
             *("stream-empty-left-out", "stream-whole-past-the-end"),
             *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
             *("packed-head-of-the-first", "packed-row-of-nobody", "packed-last-query-alone"),
             *("packed-heads-one-by-one", "packed-tiles-of-queries"),
+            *PLANTS_PACKED,
             *("max-score-stored", "max-score-of-padding"),
         ),
     },

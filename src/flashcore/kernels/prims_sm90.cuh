@@ -1,9 +1,5 @@
 // prims_sm90.cuh - what Hopper kernels (sm_90a) use on top of prims.cuh; same rules.
 //
-// grid.cuh        grid_dependency_wait(): until the kernels before this one are done and their
-//                 writes visible; before a thread's first access to global memory
-//                 grid_launch_dependents(): the next kernel's blocks may start and wait for it
-//                 (PTX ISA: griddepcontrol)
 // mbarrier.cuh    A barrier in shared memory is a SmemPtr<uint64_t> (PTX ISA: mbarrier).
 //                 mbar_init(bar, count), mbar_init_fence(): by one thread, then block_sync()
 //                 mbar_arrive(bar), mbar_arrive_expect_tx(bar, bytes)
@@ -43,7 +39,6 @@
 #pragma once
 
 #include "prims.cuh"
-#include "@target/grid.cuh"
 #include "@target/mbarrier.cuh"
 #include "@target/tma.cuh"
 #include "@target/warpgroup.cuh"
