@@ -305,10 +305,14 @@ def test_on_a_gpu(case: Case) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_results_are_the_same_bit_for_bit_and_graphs_may_be_replayed() -> None:
+@pytest.mark.parametrize(("heads_kv", "seqlen_k"), [(8, 4096), (1, 16384)])  # one step, and two
+def test_on_a_gpu_results_are_the_same_bit_for_bit_and_graphs_may_be_replayed(
+    heads_kv: int, seqlen_k: int
+) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the portable kernel splits no keys")
-    q, k, v = (torch.randn(1, h, s, 128).half().cuda() for h, s in ((32, 1), (8, 4096), (8, 4096)))
+    shapes = (32, 1), (heads_kv, seqlen_k), (heads_kv, seqlen_k)
+    q, k, v = (torch.randn(1, *shape, 128).half().cuda() for shape in shapes)
     want, want_lse = check("auto", q, k, v)
     for _ in range(50):
         out, lse = flashcore.attention(q, k, v, return_lse=True)

@@ -119,8 +119,8 @@ class Reading(NamedTuple):
         keys = self.key_tiles * self.key_tile_bytes
         wanted.append(math.isqrt(int(keys / (SHARE_WEIGHT * self.share_bytes))))
         # And of those, as few as have pieces no longer, where a step may read fewer for that.
-        shorter = (-(-self.key_tiles // max(1, splits)) for splits in wanted)
-        equal = [-(-self.key_tiles // tiles) for tiles in shorter]
+        longest = (max(1, -(-self.key_tiles // max(1, splits))) for splits in wanted)
+        equal = [-(-self.key_tiles // tiles) for tiles in longest]
         wanted += [n for n in equal if shares_at_once(n, self.share_bytes) < n]
         choices = {1, *(min(splits, most) for splits in wanted if splits > 1)} - {0}
         return min(sorted(choices), key=self.cost)
