@@ -110,6 +110,28 @@ CASES: dict[str, dict[str, Any]] = {
         "interleaved": True,
         "scales": (0.25, 2.0),
     },
+    "8 bits, all values": {  # of which 60 divided by 7 are ties that a rounded 1 / 7 misses
+        "seqlen_q": 32,
+        "head_dim": 64,
+        "dtype": torch.bfloat16,
+        "lengths": [0] * 16,
+        "scales": (7.0, 0.0123),
+        "all_values": True,
+    },
+    "8 bits, wild scales": {
+        "seqlen_q": 3,
+        "scales": (
+            [
+                [math.inf, 3e38],
+                [1e-30, 1e-29],
+                [1e25, 2.0**60],
+                [2.0**-60, 0.0],
+                [-1.0, 1e-45],
+                [1e-20, 1e19],
+            ],
+            [[1e20], [1e-18], [math.inf], [math.nan], [2.0**-61], [2.0**61]],
+        ),
+    },
     "8 bits, a wild table": {
         "seqlen_q": 2,
         "page_size": 8,
@@ -160,6 +182,8 @@ def make_call(case: dict[str, Any]) -> Call:
         for x in new:
             flat = x.view(-1)
             flat[: len(ODD)] = torch.tensor(ODD)
+            if case.get("all_values"):
+                flat.copy_(torch.arange(2**16).sub(2**15).to(torch.int16).view(x.dtype))
     if "counts" in case:
         ends = torch.tensor([0, *case["counts"]]).cumsum(0).to(INT32)
         rows = [

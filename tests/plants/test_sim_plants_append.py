@@ -44,6 +44,8 @@ SHOWN_BY = {
     "append-nan-is-largest": "8 bits, a scale of all",
     "append-subnormals-lost": "8 bits, a scale of all",
     "append-scale-multiplies": "8 bits, a scale of all",
+    "append-quotient-of-product": "8 bits, all values",
+    "append-quotient-of-inf": "8 bits, wild scales",
 }
 
 

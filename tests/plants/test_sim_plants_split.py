@@ -84,7 +84,7 @@ def test_without_a_plant_the_same_runs_are_healthy() -> None:
 def test_there_are_two_steps() -> None:
     problem, *_ = case_with_inputs()
     shapes = [SM90.scratch_shapes(problem, plan(n)) for n in (5, steps.TILE["num_splits"])]
-    assert [x["split_out"][0] for x in shapes] == [5, 24 + 5]
+    assert [x["split_out"][0] for x in shapes] == [5, 44 + 6]
 
 
 def test_the_replay_command_repeats_the_run() -> None:

@@ -39,7 +39,10 @@ FAMILIES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "hopper-many-sequences": ({"block_m": 64}, {}),
     "hopper-folded-heads": ({"block_m": 64}, {"causal": "lower_right"}),
     "hopper-folded-heads-in-turns": ({"block_m": 128, "ping_pong": True}, {"window": (20, 9)}),
-    "hopper-ranges": ({"stream_k": True}, {"softcap": 5.0, "layout": "apart"}),
+    "hopper-ranges": (
+        {"stream_k": True},
+        {"softcap": 5.0, "layout": "apart", "num_heads_q": 2, "num_heads_kv": 2},
+    ),
     "hopper-many-sequences-in-ranges": ({"stream_k": True}, {}),
     "hopper-folded-heads-in-ranges": ({"stream_k": True}, {"causal": "lower_right"}),
     "hopper-folded-heads-in-wide-ranges": (

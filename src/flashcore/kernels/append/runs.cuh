@@ -71,10 +71,11 @@ FC_DEVICE void store_run(GmemPtr<T> to, const uint32_t* word) {
 template <class T, int N>
 FC_DEVICE void store_as(GmemPtr<T> to, const Run<Element, N>& run, float scale) {
   if constexpr (sizeof(T) == 1) {
+    const Divisor divisor = divisor_of(scale);
     uint32_t word[(N + 3) / 4] = {};
 #pragma unroll
     for (int i = 0; i < N; ++i) {
-      word[i / 4] |= uint32_t(quantised(run.at(i), scale).bits) << (i % 4 * 8);
+      word[i / 4] |= uint32_t(quantised(run.at(i), divisor).bits) << (i % 4 * 8);
     }
     store_run<N>(to, word);
   } else {

@@ -4,9 +4,9 @@
 // A block takes pieces: a row tile and one of num_splits runs of its key tiles. It writes a partial
 // O with its row_max and row_sum to global memory, only the rows that exist. A counter tells the
 // group of four warps (64 rows) that hands over a row tile's last part: it adds up all parts, in
-// the order of the splits, so that the result does not depend on which group it is. Many large parts
-// are added up in two steps, so that more SMs read them: the last of each `shares_at_once` adds up
-// those and writes a part of all their keys, and the last one of these adds up these.
+// the order of the splits, so that the result does not depend on which group it is. Many large
+// parts are added up in two steps, so that more SMs read them: the last of each `shares_at_once`
+// adds up those and writes a part of all their keys, and the last one of these adds up these.
 #pragma once
 
 #include "prims.cuh"

@@ -21,7 +21,7 @@ TILE: dict[str, Any] = {
     "block_n": 32,
     "num_stages": 2,
     "min_blocks": 3,
-    "num_splits": 24,
+    "num_splits": 44,
     "key_slices": 1,
     "ping_pong": False,
 }
