@@ -1,10 +1,11 @@
 """Time what surrounds attention in a step of a decoder, on a GPU: appending, and trees of drafts.
 
-    PYTHONPATH=src python scripts/time_steps.py [--rooms 4096 32768]
+    PYTHONPATH=src python scripts/time_steps.py [--rooms 4096 32768] [--drafts 8]
 
-For each room of a sequence in the cache, in us: attention over what is there; the same with a tree
-of drafts, as kernels read it, and as a mask over the whole room, as it was before; new tokens with
-rotary embedding appended to a cache of 16 bits and of 8, each by one kernel and by PyTorch.
+For each room of a sequence in the cache, in us: attention over what is there, of 16 bits and of 8;
+a whole step, which appends new tokens with rotary embedding and attends to as many tokens; the
+attention with a tree of drafts, as kernels read it, and as a mask over the whole room, as it was
+before; and appending alone, by one kernel and by PyTorch.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ BATCH, HEADS, HEADS_KV, DIM, PAGE_SIZE, DRAFTS = 64, 32, 8, 128, 64, 8
 LENGTH = 2048  # tokens of each sequence, whatever the room
 
 
-def calls_of(room: int, device: str = "cuda") -> dict[str, Callable[[], Any]]:
-    """Return the calls to be timed, by name."""
+def calls_of(room: int, drafts: int = DRAFTS, device: str = "cuda") -> dict[str, Callable[[], Any]]:
+    """Return the calls to be timed, by name; each sequence has `drafts` queries and new tokens."""
     generator = torch.Generator(device).manual_seed(0)
 
     def normal(*size: int) -> torch.Tensor:
@@ -42,27 +43,37 @@ def calls_of(room: int, device: str = "cuda") -> dict[str, Callable[[], Any]]:
     pages = [normal(BATCH * used, PAGE_SIZE, HEADS_KV, DIM).transpose(1, 2) for _ in range(2)]
     pages_8 = [x.float().div(0.01).clamp(-448, 448).to(torch.float8_e4m3fn) for x in pages]
     lengths = torch.full((BATCH,), LENGTH, dtype=torch.int32, device=device)
-    q = normal(BATCH, HEADS, DRAFTS, DIM)
-    new = [normal(BATCH, HEADS_KV, DRAFTS, DIM) for _ in range(2)]
-    tree = torch.rand(DRAFTS, DRAFTS, device=device, generator=generator) < 0.6
-    tree |= torch.eye(DRAFTS, dtype=torch.bool, device=device)
+    q = normal(BATCH, HEADS, drafts, DIM)
+    new = [normal(BATCH, HEADS_KV, drafts, DIM) for _ in range(2)]
+    tree = torch.rand(drafts, drafts, device=device, generator=generator) < 0.6
+    tree |= torch.eye(drafts, dtype=torch.bool, device=device)
     angle = torch.rand(room, DIM // 2, device=device, generator=generator)
     rotary = Rotary(angle.cos().bfloat16(), angle.sin().bfloat16(), False)
     scale = torch.full((HEADS_KV,), 0.01, device=device)
-    before = lengths - DRAFTS
+    before = lengths - drafts
+    scales = {"k_scale": scale, "v_scale": scale}
+    turned = {
+        "rotary_cos": rotary.cos,
+        "rotary_sin": rotary.sin,
+        "rotary_interleaved": rotary.interleaved,
+    }
 
-    def attend(**more: Any) -> Any:
-        return flashcore.attention_with_kvcache(
-            q, pages[0], pages[1], seqlens_k=lengths, page_table=table, causal=False, **more
-        )
+    def attend(to: list[torch.Tensor] = pages, **more: Any) -> Any:
+        asked: dict[str, Any] = {"seqlens_k": lengths, "page_table": table, "causal": False}
+        return flashcore.attention_with_kvcache(q, to[0], to[1], **(asked | more))
+
+    def step(to: list[torch.Tensor], **more: Any) -> Any:
+        return attend(to, k_new=new[0], v_new=new[1], seqlens_k=before, **turned, **more)
 
     def appended(to: list[torch.Tensor], backend: str, **scales: Any) -> torch.Tensor:
         tensors = to[0], to[1], q, new[0], new[1], before, table, None, None
         return append(*tensors, rotary, backend, **scales)[0]
 
-    scales = {"k_scale": scale, "v_scale": scale}
     return {
         "attention": attend,
+        "step": lambda: step(pages),
+        "attention 8 bits": lambda: attend(pages_8, **scales),
+        "step 8 bits": lambda: step(pages_8, **scales),
         "with a tree": lambda: attend(tree_mask=tree),
         "with a mask of it": lambda: attend(mask=tree_over_keys(tree, None, q, lengths, room)),
         "append": lambda: appended(pages, "auto"),
@@ -76,11 +87,12 @@ def main() -> None:
     """Time the rooms that were asked for, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rooms", nargs="*", type=int, default=[4096, 32768])
+    parser.add_argument("--drafts", type=int, default=DRAFTS, help="queries of each sequence")
     parser.add_argument("--output", type=pathlib.Path)
     given = parser.parse_args()
     found: dict[int, dict[str, Any]] = {}
     for room in given.rooms:
-        times = time_on_gpu(calls_of(room))
+        times = time_on_gpu(calls_of(room, given.drafts))
         found[room] = {
             name: t if isinstance(t, str) else round(t.median * 1e6, 1) for name, t in times.items()
         }

@@ -13,7 +13,7 @@ from flashcore.launch import launcher
 from flashcore.ops.calls import attend
 from flashcore.ops.dense import attention_dense, autocast
 from flashcore.ops.eager import attention_with_sinks, needs_dispatcher, record
-from flashcore.ops.padded import attention_padded
+from flashcore.ops.padded import attend_padded, attention_padded
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs
 from flashcore.problem.ranks import as_rank_4, has_other_rank
@@ -214,11 +214,15 @@ def attention(
                 return result
         if _is_any_autocast_enabled():
             q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
-        if is_usual and seqlens_k is None and not needs_dispatcher(q, k, v, mask):
-            return attend(
-                q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
-                None, return_max_score,
-            )  # fmt: skip
+        if is_usual and not needs_dispatcher(q, k, v, mask):
+            if seqlens_k is None:
+                return attend(
+                    q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
+                    None, return_max_score,
+                )  # fmt: skip
+            if not has_other_rank(q, k, v):
+                asked = causal, window, softcap, scale, return_lse, return_max_score
+                return attend_padded(q, k, v, mask, seqlens_k, asked, backend)
     if has_other_rank(q, k, v):
         given = as_rank_4(q, k, v, mask, seqlens_k)
         inputs = Inputs(*given[:5], sinks=sinks, k_scale=k_scale, v_scale=v_scale)

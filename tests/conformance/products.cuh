@@ -13,7 +13,6 @@ struct ProductsParams {
   GmemPtr<const float> c;       // [64, N]
   GmemPtr<float> by_smem;       // A B^T + C
   GmemPtr<float> by_registers;  // A Bt
-  GmemPtr<float> along_n;       // A Bt
   GmemPtr<float> by_both;       // A B^T + C, A from registers
 };
 
@@ -112,22 +111,6 @@ FC_KERNEL(products, 128, 1)(FC_PARAM(ProductsParams) p) {
     for (int i = 0; i < 8; ++i) {
       const int place = (first_row + accum_row(lane, i)) * N + n * 16 + accum_col(lane, i);
       gmem_store(p.by_both + place, by_smem[n].x[i]);
-    }
-  }
-  wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < K; k += 16) {
-    const int chunk = k / CHUNK;
-    wgmma_ss_n<Element>(by_smem, a_desc + (chunk * 64 * ROW_BYTES + k % CHUNK * 2),
-                        bt_desc + k * ROW_BYTES, k > 0);
-  }
-  wgmma_commit();
-  wgmma_wait<0>();
-  wgmma_hold(by_smem);
-  for (int n = 0; n < FRAGS; ++n) {
-    for (int i = 0; i < 8; ++i) {
-      const int place = (first_row + accum_row(lane, i)) * N + n * 16 + accum_col(lane, i);
-      gmem_store(p.along_n + place, by_smem[n].x[i]);
     }
   }
 }

@@ -59,6 +59,21 @@ CASES: dict[str, dict[str, Any]] = {
     "queries begin": {"seqlen_q": 2, "seqlen_new": 5, "rotary": 16, "queries": "begin"},
     "queries are first": {"seqlen_q": 3, "rotary": 16, "queries": "first"},
     "a wild table": {"seqlen_q": 2, "page_size": 8, "wild": True},
+    "a part of halves turns": {
+        "seqlen_q": 2,
+        "page_size": 8,
+        "head_dim": 48,
+        "head_dim_v": 24,
+        "rotary": 32,
+    },
+    "an odd number of heads": {"seqlen_q": 3, "rotary": 16, "num_heads_q": 3, "num_heads_kv": 1},
+    "addresses between packets": {"seqlen_q": 3, "rotary": 16, "shifted": True},
+    "packed, many sequences": {
+        "seqlen_q": 2,
+        "rotary": 16,
+        "lengths": list(range(21)),
+        "counts": [1, 1, 2, 0, 0, 1, 2, 1, 1, 0, 1, 1, 2, 1, 1, 1, 0, 1, 1, 2, 1],
+    },
     "8 bits, a scale of all": {"seqlen_q": 3, "page_size": 8, "scales": (0.37, 1.0)},
     "8 bits, scales of heads": {
         "seqlen_q": 3,
@@ -85,6 +100,38 @@ CASES: dict[str, dict[str, Any]] = {
         "lengths": [0, 0, 3],
         "scales": ([[0.5], [1e30], [math.nan]], 0.1),
     },
+    "8 bits, neighbours turn": {
+        "seqlen_q": 2,
+        "head_dim": 48,
+        "head_dim_v": 40,
+        "dtype": torch.bfloat16,
+        "angles": torch.float32,
+        "rotary": 32,
+        "interleaved": True,
+        "scales": (0.25, 2.0),
+    },
+    "8 bits, all values": {  # of which 60 divided by 7 are ties that a rounded 1 / 7 misses
+        "seqlen_q": 32,
+        "head_dim": 64,
+        "dtype": torch.bfloat16,
+        "lengths": [0] * 16,
+        "scales": (7.0, 0.0123),
+        "all_values": True,
+    },
+    "8 bits, wild scales": {
+        "seqlen_q": 3,
+        "scales": (
+            [
+                [math.inf, 3e38],
+                [1e-30, 1e-29],
+                [1e25, 2.0**60],
+                [2.0**-60, 0.0],
+                [-1.0, 1e-45],
+                [1e-20, 1e19],
+            ],
+            [[1e20], [1e-18], [math.inf], [math.nan], [2.0**-61], [2.0**61]],
+        ),
+    },
     "8 bits, a wild table": {
         "seqlen_q": 2,
         "page_size": 8,
@@ -104,13 +151,24 @@ class Call:
     queries: str
 
 
+def shifted(x: Tensor) -> Tensor:
+    """Return a copy that begins an element behind a multiple of 16 bytes, its rows 16 apart."""
+    room = x.new_empty((*x.shape[:-1], 2 * x.shape[-1]))
+    assert room.data_ptr() % 16 == 0
+    view = room[..., 1 : 1 + x.shape[-1]]
+    return view.copy_(x)
+
+
 def make_call(case: dict[str, Any]) -> Call:
     case = {"dtype": torch.float16, "interleaved": False, "queries": "end"} | case
     shape = {
         key: case[key]
-        for key in ("seqlen_q", "seqlen_new", "page_size", "heads_third", "head_dim", "head_dim_v")
+        for key in (
+            "seqlen_q", "seqlen_new", "page_size", "heads_third", "num_heads_q", "num_heads_kv",
+            "head_dim", "head_dim_v",
+        )
         if key in case
-    }
+    }  # fmt: skip
     step = make_step(case.get("lengths", LENGTHS), dtype=case["dtype"], **shape)
     if case.get("wild"):
         assert step.table is not None
@@ -124,6 +182,8 @@ def make_call(case: dict[str, Any]) -> Call:
         for x in new:
             flat = x.view(-1)
             flat[: len(ODD)] = torch.tensor(ODD)
+            if case.get("all_values"):
+                flat.copy_(torch.arange(2**16).sub(2**15).to(torch.int16).view(x.dtype))
     if "counts" in case:
         ends = torch.tensor([0, *case["counts"]]).cumsum(0).to(INT32)
         rows = [
@@ -132,6 +192,8 @@ def make_call(case: dict[str, Any]) -> Call:
         ]
         behind = (torch.cat([x, x[:3]]) for x in rows)  # three rows of no sequence
         q, *new = behind
+    if case.get("shifted"):
+        q, *new = (shifted(x) for x in (q, *new))
     cos = sin = None
     if "rotary" in case:
         angle = torch.arange(40)[:, None] * 0.7 ** torch.arange(case["rotary"] // 2)
@@ -175,6 +237,7 @@ def simulate(call: Call, plant: Plant | None = None, seed: int = 0) -> None:
         num_threads=call.plan.num_threads,
         smem_bytes=0,
         seed=seed,
+        starts_early=call.plan.starts_early,
     )
 
 

@@ -209,6 +209,24 @@ def test_few_rows_have_the_tile_for_reading() -> None:
     assert (plan.block_m, plan.min_blocks, plan.folds_heads) == (64, 2, 4)
 
 
+def test_tokens_beside_a_prompt_have_two_blocks_an_sm_over_small_pages() -> None:
+    """One warp loads a tile's pages, and there are two (docs/ladder-masks.md)."""
+    mixed = problem_with(
+        batch=64, total_q=63 + 2048, total_k=0, seqlen_q=2048, seqlen_k=4096, num_heads_q=32,
+        num_heads_kv=8, head_dim=128, head_dim_v=128, varlen="packed_pages", page_size=16,
+    )  # fmt: skip
+
+    def rows_and_blocks(**changes: Any) -> tuple[int, int]:
+        plan = select_plan(dataclasses.replace(mixed, **changes), 90)
+        return plan.block_m, plan.min_blocks
+
+    assert rows_and_blocks() == (64, 2)
+    assert rows_and_blocks(page_size=256) == (128, 1)
+    assert rows_and_blocks(total_q=63 + 8192, seqlen_q=8192) == (128, 1)
+    assert rows_and_blocks(seqlen_q=33) == (128, 1)  # all alike
+    assert rows_and_blocks(seqlen_q=2111) == (128, 1)  # no more than a bound
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("mean", [1, 5, 40, 500])
 def test_two_consumers_at_most_share_the_registers(head_dim: int, mean: int) -> None:

@@ -15,6 +15,7 @@ from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.kernels.fwd_wmma.params import AttnParams
 from flashcore.problem import Problem
 from flashcore.selection.select import select_plan
 
@@ -146,6 +147,13 @@ def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
         assert params_sm90.heads_per_section(few_kv, plan, num_blocks) % 4 == 0
 
 
+# What the forward pass reads of plain calls: each further line of constant memory takes time.
+_READ_BY_ALL = (
+    *("lse", "num_heads_q", "num_heads_kv", "seqlen_q", "seqlen_k", "num_m_blocks"),
+    *("softmax_scale", "softmax_scale_log2", "diag_offset", "window_left", "window_right"),
+)
+
+
 def test_parameters_describe_the_tensors() -> None:
     asked = problem(seqlen=200)
     plan = select_plan(asked)
@@ -153,7 +161,10 @@ def test_parameters_describe_the_tensors() -> None:
     pointers = {"q": 1024, "k": 2048, "v": 4096, "out": 8192}
     params = params_sm90.build_params_sm90(asked, plan, pointers, 8)
     assert ctypes.sizeof(params) % 64 == 0
-    assert params_sm90.AttnSm90Params.attn.offset == 512
+    attn = params_sm90.AttnSm90Params.attn.offset
+    lines = {(attn + getattr(AttnParams, name).offset) // 64 for name in _READ_BY_ALL}
+    assert attn == 512 + 8
+    assert lines == {8, 9}  # of 64 bytes, which a block has to wait for
     assert [getattr(params, f"{name}_map").base for name in "qkvo"] == [1024, 2048, 4096, 8192]
     assert (params.q_map.box_rows, params.k_map.box_rows) == (64, plan.block_n)
     assert (params.o_map.rows, params.o_map.row_stride_bytes) == (200, 128)
@@ -184,13 +195,27 @@ def masked(
 def test_a_mask_row_for_all_queries_leaves_registers_for_wide_tiles() -> None:
     assert masked(1).block_m == 192
     assert masked(1).mask_is_row
-    assert masked(4096).block_m == 64
     assert masked(4096).mask_load_bytes == 16
     assert masked(4096, width=4097).block_m == 64
     assert masked(4096, width=4097).mask_load_bytes == 8
     assert masked(4096, width=4097).mask_is_shifted
     assert masked(4096, width=4100).mask_load_bytes == 4
     assert not masked(4096, width=4100).mask_is_shifted
+
+
+def test_a_mask_of_few_or_many_bytes_leaves_k_and_v_to_large_tiles() -> None:
+    """Numbers of 2 bytes were faster with small ones; other calls have no registers for them."""
+
+    def tile(dtype: torch.dtype = torch.bool, **options: object) -> tuple[int, int]:
+        plan = masked(4096, dtype, **options)
+        return plan.block_m, plan.block_n
+
+    assert tile() == tile(torch.float32) == (192, 128)
+    assert tile(torch.float16) == tile(torch.float32, head_dim=32) == (64, 128)
+    assert tile(torch.float32, head_dim=128) == (192, 64)
+    assert tile(head_dim=128) == tile(torch.float16, head_dim=128) == (128, 128)
+    for options in ({"causal": True}, {"softcap": 9.0}, {"return_max_score": True}):
+        assert tile(torch.float32, **options) == (64, 128)
 
 
 def test_long_rows_have_wide_tiles_unless_a_window_makes_them_short() -> None:

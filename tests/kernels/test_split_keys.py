@@ -19,7 +19,7 @@ from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_sm90.params import num_pieces, num_row_tiles
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_sm90.splits import L2_WEIGHT, Reading, best_sharing
+from flashcore.kernels.fwd_sm90.splits import L2_WEIGHT, Reading, best_sharing, shares_at_once
 from flashcore.kernels.stream_k import SHARE_WEIGHT, visible_keys
 from flashcore.ops.paged import attention_paged
 from flashcore.problem import Problem
@@ -61,7 +61,7 @@ def problem_of(
         ((16, 32, 8, 1, 16384), 128, 1),  # as many row tiles as SMs, or nearly
         ((128, 32, 8, 1, 2048), 1024, 1),
         ((1, 8, 8, 128, 32768), 16, 8),
-        ((1, 32, 1, 1, 16384), 4, 33),  # eight heads a row tile
+        ((1, 32, 1, 1, 16384), 2, 64),  # sixteen heads a row tile
     ],
 )
 def test_splits_fill_the_gpu(shape: tuple[int, ...], row_tiles: int, num_splits: int) -> None:
@@ -91,9 +91,9 @@ def test_keys_that_a_window_hides_do_not_count() -> None:
 
 def test_adding_up_bounds_the_splits() -> None:
     """One SM reads all shares of a row tile: with many rows fewer splits pay."""
-    sizes = {"row_tiles": 1, "key_tiles": 256, "key_tile_bytes": 32768, "num_slots": 132}
+    sizes = {"row_tiles": 1, "key_tiles": 64, "key_tile_bytes": 32768, "num_slots": 132}
     few, many = (Reading(share_bytes=rows * 520, **sizes).best_num_splits() for rows in (1, 64))
-    assert 128 == few > many > 8
+    assert 32 == few > many > 8
 
 
 def sharing(folded: int, key_tiles: int, num_heads: int = 1) -> tuple[int, int]:
@@ -112,11 +112,36 @@ def sharing(folded: int, key_tiles: int, num_heads: int = 1) -> tuple[int, int]:
 
 
 def test_many_heads_are_dealt_out_where_adding_up_takes_longest() -> None:
-    assert sharing(32, 256) == (4, 33)
-    assert sharing(32, 4096) == (2, 66)  # the keys take longer, and are read fewer times
+    assert sharing(32, 256) == (2, 64)
+    assert sharing(32, 4096) == (1, 128)  # the keys take longer, and are read once
     assert sharing(4, 256, num_heads=8) == (1, 16)  # few shares
     assert sharing(31, 256)[0] == 1  # a prime, and 31 times the keys is too much
     assert sharing(32, 256, num_heads=132) == (1, 1)  # nothing to add up
+
+
+def test_many_large_shares_are_added_up_in_two_steps() -> None:
+    """Each step reads about the square root of their number, in eights; small ones take longer to
+    hand on."""
+    assert shares_at_once(64, 16 * 520) == 8
+    assert shares_at_once(66, 16 * 520) == 16
+    assert shares_at_once(33, 8 * 520) == 33
+    assert shares_at_once(16, 4 * 520) == 16
+    assert shares_at_once(8, 64 * 520) == 8
+    assert [shares_at_once(n, 0) for n in (1, 2)] == [1, 2]
+    two_steps = Reading(1, 132, 32768, 64 * 520, 132).adding_up(132)
+    assert two_steps < SHARE_WEIGHT * 132 * 64 * 520 / 3
+
+
+def test_a_second_step_has_counters_and_shares_of_its_own() -> None:
+    problem = problem_of(1, 32, 1, 1, 16384)
+    plan = select_plan(problem, 90)
+    assert isinstance(plan, Sm90Plan)
+    shapes = SM90.scratch_shapes(problem, plan)
+    assert shapes["split_out"][0] == shapes["split_stats"][0] == 64 + 8
+    assert shapes["tile_counter"] == (2 * (8 + 1),)
+    small = SM90.scratch_shapes(problem, dataclasses.replace(plan, num_splits=4))
+    assert small["split_out"][0] == 4
+    assert small["tile_counter"] == (2,)
 
 
 def test_keys_are_shared_through_l2_only_by_what_runs_at_once() -> None:
@@ -131,8 +156,8 @@ def test_keys_are_shared_through_l2_only_by_what_runs_at_once() -> None:
 def test_a_plan_says_how_many_heads_a_row_tile_has() -> None:
     problem = problem_of(1, 32, 1, 1, 16384)
     plan = select_plan(problem, 90)
-    assert (plan.folds_heads, problem.group_size) == (8, 32)
-    assert "folded heads:8" in plan.describe()
+    assert (plan.folds_heads, problem.group_size) == (16, 32)
+    assert "folded heads:16" in plan.describe()
     assert select_plan(problem, 80).folds_heads == 32  # nothing to add up
 
 
@@ -236,7 +261,10 @@ def test_work_is_cut_on_the_device_where_only_that_knows_it() -> None:
     few = select_plan(of(problem_of(64, 32, 8, 1, 8192)), 90)
     assert (few.stream_k, few.num_splits) == (True, 1)  # type: ignore[attr-defined]
     assert not is_legal(dataclasses.replace(few, num_splits=2))
-    assert not is_legal(dataclasses.replace(few, varlen="packed"))
+    packed = dataclasses.replace(few, varlen="packed")
+    assert is_legal(packed)
+    assert not is_legal(dataclasses.replace(packed, num_splits=2, stream_k=False))
+    assert not is_legal(dataclasses.replace(packed, batch_invariant=True))
     assert "stream-K" in few.describe()
     alone = select_plan(of(problem_of(1, 32, 8, 1, 8192)), 90)  # its own length is what is split
     assert (alone.stream_k, alone.num_splits) == (False, 33)  # type: ignore[attr-defined]
@@ -277,10 +305,14 @@ def test_on_a_gpu(case: Case) -> None:
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_results_are_the_same_bit_for_bit_and_graphs_may_be_replayed() -> None:
+@pytest.mark.parametrize(("heads_kv", "seqlen_k"), [(8, 4096), (1, 16384)])  # one step, and two
+def test_on_a_gpu_results_are_the_same_bit_for_bit_and_graphs_may_be_replayed(
+    heads_kv: int, seqlen_k: int
+) -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the portable kernel splits no keys")
-    q, k, v = (torch.randn(1, h, s, 128).half().cuda() for h, s in ((32, 1), (8, 4096), (8, 4096)))
+    shapes = (32, 1), (heads_kv, seqlen_k), (heads_kv, seqlen_k)
+    q, k, v = (torch.randn(1, *shape, 128).half().cuda() for shape in shapes)
     want, want_lse = check("auto", q, k, v)
     for _ in range(50):
         out, lse = flashcore.attention(q, k, v, return_lse=True)

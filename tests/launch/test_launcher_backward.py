@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import standin
 import torch
-from test_launcher import installed, tensors
+from test_launcher import installed, strided, tensors
 
 import flashcore
 from flashcore.backends import gradients
+from flashcore.base import determinism
+from flashcore.launch import launcher
+from flashcore.launch.driver import INVALID_CONTEXT
 from flashcore.ops import eager
 
 pytestmark = pytest.mark.thorough  # the launcher's build takes half a minute
@@ -31,7 +35,7 @@ def test_a_backward_pass_is_prepared_once(
     encodings = []
     for i in range(3):
         if i:
-            monkeypatch.setattr(eager, "prepare_gradients", None)
+            monkeypatch.setattr(eager, "_find_pass", None)  # nobody asks Python
             monkeypatch.setattr(eager.OPERATORS, "gradients", None)
         q, k, v = (x.requires_grad_() for x in tensors())
         out = flashcore.attention(q, k, v, causal=True)
@@ -61,7 +65,7 @@ def test_only_what_is_asked_for_is_given(machine: standin.Machine) -> None:
 def test_an_error_of_a_launch_comes_out_of_the_pass(machine: standin.Machine) -> None:
     q, k, v = (x.requires_grad_() for x in tensors())
     out = flashcore.attention(q, k, v)
-    machine.driver.statuses = [719]
+    machine.driver.statuses = [719, 719]  # Python tries again
     with pytest.raises(flashcore.FlashCoreError, match="failed: 719"):
         out.backward(torch.ones_like(out))
 
@@ -75,3 +79,122 @@ def test_nothing_is_kept_alive(machine: standin.Machine) -> None:
     del q, k, v, out
     gc.collect()
     assert [x() for x in gone] == [None] * 4
+
+
+def gradients_of(qkv: tuple[torch.Tensor, ...], **options: Any) -> tuple[torch.Tensor, ...]:
+    leaves = [x.detach().requires_grad_() for x in qkv]
+    out = flashcore.attention(*leaves, **options)
+    return torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+
+def last_pass(
+    machine: standin.Machine, gradients: tuple[torch.Tensor, ...]
+) -> list[tuple[Any, ...]]:
+    """Return what was launched by the last backward pass, but for the addresses of what it made:
+    those of the gradients that it returned, among others."""
+    of_dq, of_dkdv = (entry.params for entry in machine.driver.launches[-2:])
+    bases = of_dq.dq_map.base, of_dkdv.dk_map.base, of_dkdv.dv_map.base
+    assert bases == tuple(x.data_ptr() for x in gradients)
+    assert of_dq.delta == of_dkdv.delta
+    found = []
+    for entry in machine.driver.launches[-2:]:
+        params = entry.params
+        for holder, name in ((params, "delta"), (params.attn, "out"), (params.attn, "lse")):
+            setattr(holder, name, bool(getattr(holder, name)))
+        for name in ("dout_map", "dq_map", "dk_map", "dv_map"):
+            getattr(params, name).base = bool(getattr(params, name).base)
+        found.append((entry.grid, entry.threads, entry.stream, entry.starts_early, bytes(params)))
+    return found
+
+
+CASES: dict[str, tuple[tuple[torch.Tensor, ...], dict[str, Any]]] = {
+    "plain": (tensors(), {}),
+    "causal": (tensors(), {"causal": True}),
+    "bfloat16": (tensors(torch.bfloat16), {}),
+    "strided": (strided(), {"window": (3, 1)}),
+    "grouped": (tensors(heads_kv=2), {"softcap": 2.0}),
+    "dim_v": (tensors(dim_v=32), {}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_pass_is_that_of_python(
+    machine: standin.Machine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    qkv, options = CASES[name]
+    for _ in range(2):  # the second time it is known
+        got = gradients_of(qkv, **options)
+    ours = last_pass(machine, got)
+    monkeypatch.setattr(launcher, "attend", None)
+    want = gradients_of(qkv, **options)
+    assert ours == last_pass(machine, want)
+    for x, y in zip(got, want, strict=True):
+        assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype)
+
+
+def test_a_context_is_bound_where_a_thread_has_none(machine: standin.Machine) -> None:
+    q, k, v = (x.requires_grad_() for x in tensors())
+    out = flashcore.attention(q, k, v)
+    machine.driver.statuses = [INVALID_CONTEXT]
+    out.backward(torch.ones_like(out))
+    assert [x.status for x in machine.driver.launches] == [0, INVALID_CONTEXT, 0, 0]
+
+
+def test_a_saved_tensor_may_come_back_as_another(machine: standin.Machine) -> None:
+    """The pass is looked up by what hooks return, not by what the call was given."""
+    q, k, v = (x.requires_grad_() for x in tensors())
+    kept: list[torch.Tensor] = []
+
+    def unpack(x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == 4 and x.shape == k.shape:
+            x = x.transpose(1, 2).contiguous().transpose(1, 2)
+        kept.append(x)
+        return x
+
+    gradients_of((q, k, v))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, unpack):
+        out = flashcore.attention(q, k, v)
+    out.backward(torch.ones_like(out))
+    of_dkdv = machine.driver.launches[-1].params
+    assert of_dkdv.k_map.base == kept[1].data_ptr() != k.data_ptr()
+    assert of_dkdv.k_map.row_stride_bytes == kept[1].stride(2) * 2 != k.stride(2) * 2
+
+
+def test_another_device_is_left_to_the_operator(
+    machine: standin.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (x.requires_grad_() for x in tensors())
+    gradients_of((q, k, v))
+    out = flashcore.attention(q, k, v)
+    before = len(machine.driver.launches)
+    machine.device = 1
+    monkeypatch.setattr(gradients, "obstacle_to_sm90", lambda *arguments: "a stand-in")
+    out.backward(torch.ones_like(out))
+    assert len(machine.driver.launches) == before
+    assert q.grad is not None
+
+
+def test_gradients_that_may_differ_have_a_pass_of_their_own(
+    machine: standin.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = tensors()
+    gradients_of((q, k, v))
+    monkeypatch.setattr(determinism, "_allowed", True)
+    gradients_of((q, k, v))
+    assert len(machine.driver.launches) == 3 + 4
+    assert machine.driver.launches[-1].params.dq_sums
+    monkeypatch.setattr(determinism, "_allowed", False)
+    gradients_of((q, k, v))
+    assert not machine.driver.launches[-1].params.dq_sums
+
+
+def test_a_graph_that_is_kept_is_differentiated_again(machine: standin.Machine) -> None:
+    q, k, v = (x.requires_grad_() for x in tensors())
+    out = flashcore.attention(q, k, v, causal=True)
+    dout = torch.ones_like(out)
+    for _ in range(2):
+        torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+    assert len(machine.driver.launches) == 5
+    first, second = machine.driver.launches[-4], machine.driver.launches[-2]
+    assert first.params.attn.tile_counter == second.params.attn.tile_counter
+    assert first.params.attn.tile_counter == machine.counters.data_ptr()

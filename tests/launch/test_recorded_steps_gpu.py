@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -79,17 +80,11 @@ def test_a_step_is_the_operators_bit_by_bit(name: str) -> None:
             assert torch.equal(x, y)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_threads_and_streams_do_not_disturb_each_other(name: str) -> None:
-    call, shape, options = CALLS[name]
-    torch.manual_seed(0)
-    given = {key: value() if callable(value) else value for key, value in options.items()}
+def check_threads_and_streams(
+    gradients: Callable[[list[Tensor]], tuple[Tensor, ...]], shape: tuple[int, ...]
+) -> None:
+    """Check that threads, each on a stream of its own, get the gradients of their tensors."""
     sets = [[randn(*shape).requires_grad_() for _ in range(3)] for _ in range(4)]
-    dout = randn(*shape)
-
-    def gradients(leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(call(*leaves, 1, **given), leaves, dout)
-
     expected = [gradients(leaves) for leaves in sets]
     torch.cuda.synchronize()
     found: dict[int, tuple[Tensor, ...]] = {}
@@ -110,6 +105,19 @@ def test_threads_and_streams_do_not_disturb_each_other(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
+def test_threads_and_streams_do_not_disturb_each_other(name: str) -> None:
+    call, shape, options = CALLS[name]
+    torch.manual_seed(0)
+    given = {key: value() if callable(value) else value for key, value in options.items()}
+    dout = randn(*shape)
+
+    def gradients(leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(call(*leaves, 1, **given), leaves, dout)
+
+    check_threads_and_streams(gradients, shape)
+
+
+@pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoints_give_the_same_gradients(name: str, use_reentrant: bool) -> None:
     call, shape, options = CALLS[name]
@@ -127,19 +135,49 @@ def test_checkpoints_give_the_same_gradients(name: str, use_reentrant: bool) -> 
         assert torch.equal(x.grad, y)
 
 
+@pytest.fixture
+def compiled() -> Iterator[None]:
+    """Launch by the compiled launcher, if it can be built here."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(launcher.using("compiled"))
+        except (flashcore.FlashCoreError, OSError, ImportError) as error:
+            pytest.skip(f"no launcher: {error}")
+        yield
+
+
+@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("causal", [False, True])
 def test_the_compiled_launcher_gives_pythons_gradients(causal: bool) -> None:
     torch.manual_seed(0)
     leaves = [randn(2, 8, 300, 64).requires_grad_() for _ in range(3)]
     dout = randn(2, 8, 300, 64)
-    results = []
-    for name in ("python", "compiled"):
-        try:
-            with launcher.using(name):
-                for _ in range(3):
-                    out = flashcore.attention(*leaves, causal=causal)
-                    gradients = torch.autograd.grad(out, leaves, dout)
-        except (flashcore.FlashCoreError, OSError, ImportError) as error:
-            pytest.skip(f"no launcher: {error}")
-        results.append(gradients)
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+
+    def step() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(flashcore.attention(*leaves, causal=causal), leaves, dout)
+
+    with launcher.using("python"):
+        expected = step()
+    for _ in range(3):
+        assert all(torch.equal(x, y) for x, y in zip(step(), expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(2):
+        graph.replay()
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    checkpoint(
+        lambda *x: flashcore.attention(*x, causal=causal), *leaves, use_reentrant=False
+    ).backward(dout)
+    assert all(torch.equal(x.grad, y) for x, y in zip(leaves, expected, strict=True))
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("causal", [False, True])
+def test_threads_and_streams_of_the_compiled_launcher(causal: bool) -> None:
+    torch.manual_seed(0)
+    shape = 2, 8, 300, 64
+    dout = randn(*shape)
+    check_threads_and_streams(
+        lambda x: torch.autograd.grad(flashcore.attention(*x, causal=causal), x, dout), shape
+    )

@@ -8,7 +8,9 @@ import dataclasses
 import pytest
 from append_calls import CASES, make_call
 
+from flashcore.errors import BackendUnavailableError
 from flashcore.kernels.append.params import AppendTensors, build_append_params
+from flashcore.kernels.merge.params import MergePlan
 from flashcore.launch import append_call, single_call
 from flashcore.launch.driver_launch import Argument
 
@@ -62,6 +64,28 @@ def test_another_description_is_prepared_anew(launched, change):
     (first, _), (second, content) = launched
     assert first is not second
     assert content == argument_of(tensors, queries)
+
+
+def test_more_heads_than_one_launch_moves_are_refused(launched, monkeypatch):
+    call = make_call(CASES["halves turn"])
+    assert call.tensors.q is not None
+    most = call.tensors.q.numel() // call.tensors.q.shape[-1]
+    monkeypatch.setattr(append_call, "HEADS_MAX", most)
+    append_call.launch_append(call.plan, 90, call.tensors, "end")
+    monkeypatch.setattr(append_call, "HEADS_MAX", most - 1)
+    with pytest.raises(BackendUnavailableError, match=f"^{most} heads of all tokens"):
+        append_call.launch_append(call.plan, 90, call.tensors, "begin")
+    assert len(launched) == 1
+
+
+@pytest.mark.parametrize(("arch", "early"), [(80, False), (90, True), (100, True)])
+def test_appending_starts_early_where_the_gpu_can(monkeypatch, arch, early):
+    monkeypatch.setattr(single_call, "compile_source", lambda *_: None)
+    monkeypatch.setattr(single_call, "Launch", lambda _, **asked: asked)
+    plan = make_call(CASES["halves turn"]).plan
+    assert single_call.load.__wrapped__(plan, arch, 0, 7)["starts_early"] is early
+    merging = MergePlan("merge_results", "float16", "float16", "float16", 8, 16)
+    assert single_call.load.__wrapped__(merging, arch, 0, 7)["starts_early"] is False
 
 
 def test_the_oldest_descriptions_make_room(monkeypatch):

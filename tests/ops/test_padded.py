@@ -117,6 +117,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "seqlens_k has 1 entries, but q has batch 2",
     ),
+    "a list of a mask": ({"mask": [1.0]}, TypeError, "mask must be a torch.Tensor"),
     "a matrix": ({"seqlens_k": torch.ones(2, 1, dtype=torch.int32)}, ValueError, "one dimension"),
     "a mask with a gradient": (
         {"mask": torch.zeros(6, 6, requires_grad=True)},

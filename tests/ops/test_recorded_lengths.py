@@ -184,7 +184,7 @@ def test_few_sets_of_addresses_are_kept(
     monkeypatch.setattr(
         backward_call.BackwardPass,
         "__init__",
-        lambda self, kernels: passes.append(self) or make(self, kernels),
+        lambda self, *given: passes.append(self) or make(self, *given),
     )
     monkeypatch.setattr(backward_call, "ARGUMENTS_MAX", 3)
     kept = []

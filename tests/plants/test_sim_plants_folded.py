@@ -1,4 +1,5 @@
-"""Run the planted bugs of packed sequences whose heads are folded; see test_sim_plants.py."""
+"""Run the planted bugs of packed sequences whose heads are folded, and of those whose keys the
+device cuts into ranges; see test_sim_plants.py."""
 
 from __future__ import annotations
 
@@ -14,8 +15,10 @@ from flashcore.kernels.fwd_sm90.plan import KERNEL
 from flashcore.selection.select import select_plan
 from flashcore.sim import SimulationError, simulate
 from flashcore.sim.plants.fwd_sm90.folded import PLANTS_FOLDED_SM90
+from flashcore.sim.plants.fwd_sm90.packed import PLANTS_PACKED
 
 SEEDS = range(20)
+ALL_PLANTS = PLANTS_FOLDED_SM90 | PLANTS_PACKED
 
 
 def run_plant(name: str, seed: int, healthy: bool = False) -> SimulationError | str:
@@ -39,9 +42,9 @@ def run_plant(name: str, seed: int, healthy: bool = False) -> SimulationError | 
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", PLANTS_FOLDED_SM90)
+@pytest.mark.parametrize("name", ALL_PLANTS)
 def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
-    plant = PLANTS_FOLDED_SM90[name]
+    plant = ALL_PLANTS[name]
     for seed in SEEDS:
         found = run_plant(name, seed)
         kind = found if isinstance(found, str) else found.kind
@@ -49,16 +52,18 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["packed-query-as-row", "packed-tiles-of-queries"])
+@pytest.mark.parametrize(
+    "name", ["packed-query-as-row", "packed-tiles-of-queries", "packed-slot-of-own-rows"]
+)
 def test_without_a_plant_the_same_runs_are_healthy(name: str) -> None:
     runs = {str(run_plant(name, seed, healthy=True)) for seed in SEEDS}
     assert runs == {"healthy"}
 
 
-@pytest.mark.parametrize("name", PLANTS_FOLDED_SM90)
+@pytest.mark.parametrize("name", ALL_PLANTS)
 def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
-    check_text(name, PLANTS_FOLDED_SM90[name])
+    check_text(name, ALL_PLANTS[name])
 
 
 def test_the_documentation_lists_every_plant() -> None:
-    assert undocumented(PLANTS_FOLDED_SM90) == []
+    assert undocumented(ALL_PLANTS) == []

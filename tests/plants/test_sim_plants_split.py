@@ -12,16 +12,19 @@ from plant_checks import check_text, undocumented
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.compile.codegen import generate_source
+from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan, traits_sm90
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError, simulate
+from flashcore.sim.plants.fwd_sm90 import steps
 from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT
 from flashcore.sim.replay import parse_replay
 
 pytestmark = pytest.mark.thorough
 
 SEEDS = range(20)
+PLANTS = PLANTS_SPLIT | steps.PLANTS_STEPS
 # Two row tiles a head, in five pieces each for three blocks; of eight key tiles, so that pieces
 # differ in length. Of three blocks an SM, a thread has few registers and loads four shares at once.
 # q is large: the shares' maxima differ.
@@ -34,7 +37,7 @@ def case_with_inputs() -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tenso
     return Problem.from_tensors(x.q, x.k, x.v, return_lse=True), x.q, x.k, x.v
 
 
-def plan() -> Sm90Plan:
+def plan(num_splits: int = 5) -> Sm90Plan:
     problem, *_ = case_with_inputs()
     return Sm90Plan(
         kernel=KERNEL,
@@ -43,28 +46,30 @@ def plan() -> Sm90Plan:
         block_n=32,
         num_stages=2,
         min_blocks=3,
-        num_splits=5,
+        num_splits=num_splits,
         **traits_sm90(problem),
     )
 
 
-def run_plant(plant: Plant | None, seed: int) -> SimulationError | str:
-    """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
+def run_plant(plant: Plant | None, seed: int, in_steps: bool = False) -> SimulationError | str:
+    """Run a plant, with as many shares as are added up in one step or in two; return the alarm, or
+    "wrong-result", or "healthy"."""
     problem, q, k, v = case_with_inputs()
     out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.float16)
     lse = torch.empty(1, 2, CASE.seqlen_q)
     try:
-        simulate(problem, plan(), q, k, v, None, out, lse, seed=seed, plant=plant)
+        num_splits = steps.TILE["num_splits"] if in_steps else 5
+        simulate(problem, plan(num_splits), q, k, v, None, out, lse, seed=seed, plant=plant)
     except SimulationError as error:
         return error
     return "healthy" if error_report(out, q, k, v, lse=lse).ok else "wrong-result"
 
 
-@pytest.mark.parametrize("name", PLANTS_SPLIT)
+@pytest.mark.parametrize("name", PLANTS)
 def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
-    plant = PLANTS_SPLIT[name]
+    plant = PLANTS[name]
     for seed in SEEDS:
-        found = run_plant(plant, seed)
+        found = run_plant(plant, seed, name in steps.PLANTS_STEPS)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
         if isinstance(found, SimulationError) and found.agent is not None:
@@ -73,6 +78,13 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 def test_without_a_plant_the_same_runs_are_healthy() -> None:
     assert {run_plant(None, seed) for seed in SEEDS} == {"healthy"}
+    assert {run_plant(None, seed, in_steps=True) for seed in SEEDS} == {"healthy"}
+
+
+def test_there_are_two_steps() -> None:
+    problem, *_ = case_with_inputs()
+    shapes = [SM90.scratch_shapes(problem, plan(n)) for n in (5, steps.TILE["num_splits"])]
+    assert [x["split_out"][0] for x in shapes] == [5, 44 + 6]
 
 
 def test_the_replay_command_repeats_the_run() -> None:
@@ -85,9 +97,9 @@ def test_the_replay_command_repeats_the_run() -> None:
     assert str(again.value) == str(found)
 
 
-@pytest.mark.parametrize("name", PLANTS_SPLIT)
+@pytest.mark.parametrize("name", PLANTS)
 def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
-    check_text(name, PLANTS_SPLIT[name])
+    check_text(name, PLANTS[name])
 
 
 def test_sources_without_a_plant_have_no_trace_of_one() -> None:
@@ -95,4 +107,4 @@ def test_sources_without_a_plant_have_no_trace_of_one() -> None:
 
 
 def test_the_documentation_lists_every_plant() -> None:
-    assert undocumented(PLANTS_SPLIT) == []
+    assert undocumented(PLANTS) == []

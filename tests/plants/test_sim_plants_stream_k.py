@@ -33,8 +33,8 @@ TURNED = Plant(
     name="stream-shares-turned",
     title="shares are added in an order that begins with the second",
     file="tile/shares.cuh",
-    find="const int64_t at = partial_row(p, block, min_i(begin + s, num_splits - 1), row[i]);",
-    replace="const int64_t at = partial_row(p, block, (begin + s + 1) % num_splits, row[i]);",
+    find="const int split = shares.first + min_i(begin + s, num_splits - 1);",
+    replace="const int split = (begin + s + 1) % num_splits;",
     caught_by="other-bits",
 )
 

@@ -39,13 +39,27 @@ FAMILIES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
     "hopper-many-sequences": ({"block_m": 64}, {}),
     "hopper-folded-heads": ({"block_m": 64}, {"causal": "lower_right"}),
     "hopper-folded-heads-in-turns": ({"block_m": 128, "ping_pong": True}, {"window": (20, 9)}),
+    "hopper-ranges": (
+        {"stream_k": True},
+        {"softcap": 5.0, "layout": "apart", "num_heads_q": 2, "num_heads_kv": 2},
+    ),
+    "hopper-many-sequences-in-ranges": ({"stream_k": True}, {}),
+    "hopper-folded-heads-in-ranges": ({"stream_k": True}, {"causal": "lower_right"}),
+    "hopper-folded-heads-in-wide-ranges": (
+        {"block_m": 128, "ping_pong": True, "stream_k": True},
+        {"dtype": "bfloat16"},
+    ),
+    "hopper-folded-heads-shared-keys-in-ranges": (
+        {"key_slices": 2, "num_stages": 4, "stream_k": True},
+        {"causal": "upper_left"},
+    ),
 }
 
 
 def draw_case(name: str, fixed: dict[str, Any], seed: int) -> VarlenCase:
     """Draw a case long enough that a bound excludes something: else another kernel serves."""
     rng = random.Random(seed)
-    if name == "hopper-many-sequences":  # more than the scheduler looks at together
+    if "many-sequences" in name:  # more than the scheduler looks at together
         lengths = tuple(
             rng.choice((0, 0, 0, 1, 3, 40)) for _ in range(rng.choice((31, 32, 33, 70)))
         )
@@ -53,14 +67,16 @@ def draw_case(name: str, fixed: dict[str, Any], seed: int) -> VarlenCase:
     if "folded" in name:  # few queries beside their keys, in groups that divide 64 or do not
         group, few = rng.choice((2, 3, 5, 7, 8, 16)), (0, 1, 1, 2, 9, 22)
         counts = tuple(rng.choice(few) for _ in range(rng.choice((1, 3, 6))))
-        keys = tuple(rng.choice((0, 7, 33, 64, 100)) for _ in counts)
+        longest = 900 if "ranges" in name else 100  # ranges have 16 key tiles at least
+        keys = tuple(rng.choice((0, 7, 33, 64, longest)) for _ in counts)
         return draw(
             seed, **fixed, lengths_q=(*counts, 13), lengths_k=(*keys, 4 * sum(counts) + 64),
             num_heads_q=2 * group, num_heads_kv=2, head_dim=32, head_dim_v=40, layout="apart",
             tail=rng.choice((0, 2)),
         )  # fmt: skip
     case = draw(seed, **fixed)
-    one_more = {"lengths_q": (*case.lengths_q, 65), "lengths_k": (*case.lengths_k, 65)}
+    longest = 900 if "ranges" in name else 65
+    one_more = {"lengths_q": (*case.lengths_q, 65), "lengths_k": (*case.lengths_k, longest)}
     return draw(seed, **fixed, **one_more)
 
 

@@ -45,8 +45,7 @@ def defaults(head_dim: int, **options: Any) -> list[BwdSm90Plan]:
 @pytest.mark.parametrize("options", [{"causal": False}, {}, {"softcap": 20.0}], ids=str)
 def test_listed_configurations_fit(head_dim: int, options: dict[str, Any]) -> None:
     plans = defaults(head_dim, **options)
-    by_one = head_dim <= 96 or (head_dim <= 128 and not options.get("causal", True))
-    assert len(plans) == (3 if by_one and "softcap" not in options else 2)
+    assert len(plans) == (3 if head_dim <= 128 and "softcap" not in options else 2)
     for default in plans:
         listed = [tiles(default), schedules(default), shortlist(default)]
         assert listed[0][0] == listed[2][0] == default

@@ -14,6 +14,7 @@ from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, select_mask_plan
 from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdSm90Plan, select_plans
 from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans
+from flashcore.launch.types import Prepared
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import as_batch, as_rows, load_bytes, strides_of
 from flashcore.selection import tuned
@@ -25,9 +26,6 @@ _LAYOUT = (
     "head_dim", "head_dim_v", "q_strides", "k_strides", "v_strides", "load_bytes", "strided",
     "misaligned",
 )  # fmt: skip
-# Computes dq, dk and dv, given the addresses of q, k, v, out, lse and dout, then of the mask and of
-# lengths, where there are some.
-Prepared = Callable[[tuple[int, ...]], tuple[Tensor, Tensor, Tensor]]
 # Runs one kernel on named tensors.
 Run = Callable[[Problem, BwdSm90Plan, dict[str, Tensor]], None]
 
@@ -222,10 +220,8 @@ def prepare_on_gpu(
         lengths: as in `fused_backward`.
 
     Returns:
-        A function of the addresses of q, k, v, out, lse, dout, of the mask if there is one, and of
-        the lengths, that returns dq, dk and dv. The tensors' device must be the current one.
+        What computes dq, dk and dv. The tensors' device must be the current one.
     """
-    from flashcore.launch.allocation import allocator
     from flashcore.launch.backward_call import BackwardPass, kernel_of
 
     is_packed = problem.varlen == "packed"
@@ -253,16 +249,7 @@ def prepare_on_gpu(
             new[f"d{name}"] = as_rows(new[f"d{name}"])
         if new[f"d{name}"].stride() != torch.empty_like(like, device="meta").stride():
             return None
-    makers = [allocator(x.device, tuple(x.shape), x.dtype, x.stride()) for x in new.values()]
-    launch = BackwardPass([kernel_of(problem, plan, tensors) for plan in plans]).launch
-    at_dq, at_dk, at_dv = (list(new).index(name) for name in ("dq", "dk", "dv"))
-
-    def run(addresses: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        made = [make() for make in makers]
-        launch((*addresses, *[x.data_ptr() for x in made]))
-        return made[at_dq], made[at_dk], made[at_dv]
-
-    return run
+    return BackwardPass([kernel_of(problem, plan, tensors) for plan in plans], new)
 
 
 def _place(x: Tensor) -> tuple[object, ...]:

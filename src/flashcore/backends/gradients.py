@@ -19,7 +19,6 @@ from torch import Tensor
 
 from flashcore.backends import torch_backward
 from flashcore.backends.backward_sm90 import (
-    Prepared,
     fused_backward,
     is_by_one_kernel,
     prepare_on_gpu,
@@ -33,6 +32,7 @@ from flashcore.kernels.bwd_sm90.kernel import DQ
 from flashcore.kernels.bwd_sm90.plan import ARCH as SM90_ARCH
 from flashcore.kernels.bwd_sm90.plan import obstacle as obstacle_to_sm90
 from flashcore.kernels.bwd_sm90.plan import obstacle_anywhere
+from flashcore.launch.types import Prepared
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import with_strides_of_empty_like
 

@@ -10,10 +10,10 @@ _allowed = False
 def allow_nondeterministic_gradients(allowed: bool = True) -> None:
     """Allow kernels whose sums have no fixed order to compute gradients, or forbid them again.
 
-    They are forbidden by default. On Hopper, with head_dim up to 96, or up to 128 without a causal
-    mask or window, and neither a mask tensor nor soft-capping, one kernel then computes dq, dk and
-    dv, faster than the two deterministic ones (docs/backward.md has the times). It takes float32
-    memory as large as q meanwhile, and dq may differ in its last bits from run to run. Of
+    They are forbidden by default. On Hopper, with head_dim up to 128 (above 96 without a window
+    that has a left bound), and neither a mask tensor nor soft-capping, one kernel then computes dq,
+    dk and dv, faster than the two deterministic ones (docs/backward.md has the times). It takes
+    float32 memory as large as q meanwhile, and dq may differ in its last bits from run to run. Of
     `torch.use_deterministic_algorithms(True)` and this, torch's wins.
 
     Args:

@@ -153,6 +153,7 @@ def _times(
     for _ in range(rounds + 1):  # the first warms up
         for name, (call, context) in entries.items():
             with context():
+                call()  # a launcher may start with nothing prepared
                 host[name].append(_host_us(call, device))
                 latency[name].append(_latency_us(call, device))
     return {

@@ -27,6 +27,7 @@ class Road(NamedTuple):
         bar: by how much of that road's time it may take.
         layers: calls of attention behind one another that `call` makes; its time is that of one.
         launched_by: "python" or "compiled", as FLASHCORE_LAUNCHER has it.
+        differentiates: whether `call` has a backward pass.
     """
 
     call: Callable[[], object]
@@ -34,6 +35,7 @@ class Road(NamedTuple):
     bar: float | None = None
     layers: int = 1
     launched_by: str = "python"
+    differentiates: bool = False
 
 
 # As many as a small model has; then what autograd takes once in a step counts little.
@@ -94,7 +96,7 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
                 steps(flashcore.attention), layers, 0.7, LAYERS, "compiled"
             ),
         }
-    return {
+    calls = {
         "attention": Road(lambda: flashcore.attention(q, k, v)),
         "attention, mask": Road(lambda: flashcore.attention(q, k, v, mask=mask), "attention", 1.3),
         "attention, seqlens_k": Road(
@@ -114,6 +116,8 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
             0.9,
         ),
         "scaled_dot_product_attention of torch": Road(lambda: sdpa(q, k, v)),
+    }
+    passes = {
         dense_step: Road(step(flashcore.attention), training, 0.7),
         f"{dense_step}, mask": Road(
             step(functools.partial(flashcore.attention, mask=mask)), dense_step, 1.3
@@ -126,6 +130,7 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
         f"{dense_step}, of {LAYERS} layers": Road(steps(flashcore.attention), layers, 0.7, LAYERS),
         layers: Road(steps(sdpa), layers=LAYERS),
     } | compiled
+    return calls | {name: road._replace(differentiates=True) for name, road in passes.items()}
 
 
 def run(
@@ -135,7 +140,9 @@ def run(
     rounds: int,
     host_us: Callable[[Callable[[], object], int], float],
 ) -> list[dict[str, Any]]:
-    """Time the roads in turns.
+    """Time the roads in turns: those without a backward pass first, for a pass runs in autograd's
+    thread, and what the calling thread does next, woken on another core perhaps, takes up to half
+    as long again.
 
     Args:
         q: [batch, num_heads, seqlen, head_dim], without a gradient.
@@ -158,11 +165,14 @@ def run(
             samples[name] = []
         except Exception as error:  # whatever a road raises is a reason to leave it out
             failed[name] = first_line(error)
-    for _ in range(rounds + 1):
-        for name, times in samples.items():
-            road = known[name]
-            with launcher.using(road.launched_by):
-                times.append(host_us(road.call, CALLS // road.layers) / road.layers)
+    for differentiates in (False, True):
+        turns = {x: samples[x] for x in samples if known[x].differentiates is differentiates}
+        for _ in range(rounds + 1):
+            for name, times in turns.items():
+                road = known[name]
+                with launcher.using(road.launched_by):
+                    road.call()  # the launcher starts with nothing prepared
+                    times.append(host_us(road.call, CALLS // road.layers) / road.layers)
     medians = {name: statistics.median(times[1:]) for name, times in samples.items()}
     rows: list[dict[str, Any]] = []
     for name, road in known.items():

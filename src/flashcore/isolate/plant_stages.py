@@ -7,6 +7,7 @@ from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as _SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.sim.plants.bwd_mask_sm90 import PLANTS_BWD_MASK_SM90
+from flashcore.sim.plants.fwd_sm90.packed import PLANTS_PACKED
 
 # By kernel, the bugs whose first wrong stage it is.
 STAGES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -89,7 +90,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("outgrown-in-one-warp", "outgrown-k-kept", "outgrown-k-overwritten"),
             *("outgrown-sums-kept", "outgrown-no-fence", "outgrown-not-awaited"),
             *("split-share-dropped", "split-without-weight", "split-sums-not-rescaled"),
-            *("split-last-share-again", "split-gap", "values-off-by-one"),
+            *("split-last-share-again", "split-gap", "values-off-by-one", "steps-shares-again"),
             *("passed-over-unsynced", "passed-over-turn-too-many", "outgrown-one-group-early"),
             *("sum-of-the-neighbour", "turns-of-two", "unseen-q-kept"),
             *("third-share-unseen", "second-part-alone", "first-part-kept"),
@@ -112,12 +113,15 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("share-overwritten", "split-relaxed", "split-no-barrier"),
             *("split-arrival-not-awaited", "split-last-too-early", "split-never-last"),
             *("split-one-counter", "split-rows-past-the-end", "stream-range-short"),
+            *("steps-one-counter", "steps-last-group-waits", "steps-sum-over-share"),
+            *("steps-without-maxima", "steps-first-alone"),
             *("stream-one-slot", "stream-slot-of-the-next-row-tile", "stream-end-on-a-border"),
             *("stream-counter-of-the-last-block", "stream-heads-not-counted", "stream-head-kept"),
             *("stream-empty-left-out", "stream-whole-past-the-end"),
             *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
             *("packed-head-of-the-first", "packed-row-of-nobody", "packed-last-query-alone"),
             *("packed-heads-one-by-one", "packed-tiles-of-queries"),
+            *PLANTS_PACKED,
             *("max-score-stored", "max-score-of-padding"),
         ),
     },
@@ -141,7 +145,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("query-tile-skipped", "last-of-group-skipped", "neighbour-lse", "diagonal-hidden"),
             *("probs-overwritten", "stats-of-the-first", "longest-instead-of-own"),
             *("strip-not-awaited", "strip-of-own-copies", "strip-overwritten", "swapped-operand"),
-            *("strip-of-this-tile-again", "strip-of-the-first-keys", "shared-ds-released-early"),
+            *("strip-of-this-tile-again", "strip-of-the-first-keys", "q-of-dk-released-early"),
         ),
         "dv": ("empty-rows-spread",),
         "full": ("keys-behind-kept",),
@@ -149,10 +153,10 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("ds-not-awaited", "ds-overwritten", "ds-without-fence", "sums-overwritten"),
             *("sums-without-fence", "ds-released-early", "k-released-before-dq"),
             *("neighbour-rows", "head-of-group", "ds-of-neighbour-not-awaited"),
-            *("dv-over-dq", "part-of-dq-not-awaited", "dq-over-dk"),
-            *("dq-of-the-next-tile", "columns-of-the-other"),
+            *("dv-over-dq", "part-of-dq-not-awaited", "dq-over-dk", "shared-ds-released-early"),
+            *("dq-of-the-next-tile", "dq-before-the-first", "columns-of-the-other"),
         ),
-        "dk": ("dk-added-twice", "scale-forgotten", "ds-of-own-warp"),
+        "dk": ("dk-added-twice", "scale-forgotten"),
         "store": (
             *("dk-over-dv", "place-released-early", "neighbour-keys-stored"),
             *("box-of-a-key-late", "last-keys-forgotten"),

@@ -47,6 +47,10 @@
 //                 thread whose later gmem_atomic_add_acq_rel finds that add in the sum
 //                 gmem_atomic_max(p, x): float32, relaxed; NaN is larger than any number, so that
 //                 the order of such calls makes no difference
+// grid.cuh        grid_dependency_wait(): until the kernels before this one are done and their
+//                 writes visible; before a thread's first access to global memory
+//                 grid_launch_dependents(): the next kernel's blocks may start and wait for it
+//                 (PTX ISA: griddepcontrol; before sm_90 both do nothing)
 #pragma once
 
 #include "@target/types.cuh"
@@ -57,3 +61,4 @@
 #include "@target/sync.cuh"
 #include "@target/wmma.cuh"
 #include "@target/atomics.cuh"
+#include "@target/grid.cuh"

@@ -1,9 +1,5 @@
 // prims_sm90.cuh - what Hopper kernels (sm_90a) use on top of prims.cuh; same rules.
 //
-// grid.cuh        grid_dependency_wait(): until the kernels before this one are done and their
-//                 writes visible; before a thread's first access to global memory
-//                 grid_launch_dependents(): the next kernel's blocks may start and wait for it
-//                 (PTX ISA: griddepcontrol)
 // mbarrier.cuh    A barrier in shared memory is a SmemPtr<uint64_t> (PTX ISA: mbarrier).
 //                 mbar_init(bar, count), mbar_init_fence(): by one thread, then block_sync()
 //                 mbar_arrive(bar), mbar_arrive_expect_tx(bar, bytes)
@@ -33,8 +29,6 @@
 //                 wgmma_ss<T>(d, a_desc, b_desc, accumulate): A[m][k] and B[n][k], k contiguous
 //                 wgmma_ss_mn<T>(d, a_desc, b_desc, accumulate): A[k][m] and B[k][n], m and n
 //                 contiguous
-//                 wgmma_ss_n<T>(d, a_desc, b_desc, accumulate): A[m][k], k contiguous, and B[k][n],
-//                 n contiguous
 //                 wgmma_rs<T>(d, a, b_desc, accumulate): A from registers, B[k][n], n contiguous
 //                 wgmma_rs_k<T>(d, a, b_desc, accumulate): A from registers, B[n][k], k contiguous
 //                 wgmma_fence(): orders register writes before the wgmma that read them
@@ -45,7 +39,6 @@
 #pragma once
 
 #include "prims.cuh"
-#include "@target/grid.cuh"
 #include "@target/mbarrier.cuh"
 #include "@target/tma.cuh"
 #include "@target/warpgroup.cuh"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnParams
-from flashcore.problem.folding import as_launched
+from flashcore.problem.folding import as_launched, packed_rows
 
 if TYPE_CHECKING:
     from flashcore.kernels.fwd_wmma.plan import Plan
@@ -105,7 +105,8 @@ def share_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
         num_groups = params.grid_size(problem, plan) * groups_of_tile
     else:
         num_blocks = num_pieces(problem, plan)
-        rows = (2 * num_blocks, min(plan.block_m, p.seqlen_q))
+        rows_of_slot = plan.block_m if p.packs_queries else min(plan.block_m, p.seqlen_q)
+        rows = (2 * num_blocks, rows_of_slot)
         num_groups = num_blocks * groups_of_tile
     return {
         "split_out": (*rows, plan.out_cols),
@@ -117,12 +118,16 @@ def share_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
 def set_ranges(argument: AttnParams, problem: Problem, plan: Plan, num_blocks: int) -> None:
     """Write what a launch of so many blocks is told of ranges."""
     launched = as_launched(problem, plan.folds_heads)
-    share = min(plan.block_m, launched.seqlen_q) * share_row_bytes(plan.head_dim_v)
+    num_heads, num_rows = launched.num_heads_q, launched.seqlen_q
+    if problem.packs_queries:  # which are folded by the kernel, and as many as a sequence has
+        folded = max(1, plan.folds_heads)
+        num_heads, num_rows = num_heads // folded, packed_rows(problem, folded)
+    share = min(plan.block_m, num_rows) * share_row_bytes(plan.head_dim_v)
     tile_bytes = key_tile_bytes(plan.block_n, plan.head_dim, plan.head_dim_v)
-    lines = num_lines(launched.num_heads_q, num_blocks)
+    lines = num_lines(num_heads, num_blocks)
     argument.num_splits = 1
     argument.num_lines = lines
-    argument.heads_of_line = launched.num_heads_q // lines
+    argument.heads_of_line = num_heads // lines
     argument.num_ranges = num_blocks // lines
     argument.least_tiles = least_tiles(plan)
     if plan.has_fixed_pieces:

@@ -7,7 +7,9 @@ import ctypes
 import struct
 from typing import NamedTuple
 
+from flashcore.errors import BackendUnavailableError
 from flashcore.kernels.append.params import (
+    HEADS_MAX,
     AppendPlan,
     AppendTensors,
     append_grid_size,
@@ -39,7 +41,8 @@ def launch_append(plan: AppendPlan, arch: int, tensors: AppendTensors, queries: 
         queries: where queries stand, of QUERIES.
 
     Raises:
-        CompileError, BackendUnavailableError, FlashCoreError: see jit.compile_source, Launch.
+        BackendUnavailableError: too many tokens for one launch; else as jit.compile_source.
+        CompileError, FlashCoreError: see jit.compile_source, Launch.
     """
     description = tuple([None if x is None else (x.shape, x.stride()) for x in tensors])
     index = tensors.k_cache.device.index
@@ -56,6 +59,11 @@ def launch_append(plan: AppendPlan, arch: int, tensors: AppendTensors, queries: 
 def _prepare(
     plan: AppendPlan, arch: int, index: int, tensors: AppendTensors, queries: str
 ) -> _Prepared:
+    heads = max(0 if x is None else x.numel() // x.shape[-1] for x in (tensors.q, tensors.k_new))
+    if heads > HEADS_MAX:
+        raise BackendUnavailableError(
+            f"{heads} heads of all tokens are more than one launch moves, {HEADS_MAX}"
+        )
     params = build_append_params(tensors, queries)
     launch = load(plan, arch, index, append_grid_size(params))
     return _Prepared(launch, bytes(params)[_POINTERS.size :])

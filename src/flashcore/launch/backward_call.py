@@ -22,8 +22,10 @@ from flashcore.kernels.bwd_sm90.params import (
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
 from flashcore.launch import descriptors, kernel_call
+from flashcore.launch.allocation import allocator
 from flashcore.launch.counters import own_counter, work_counters
 from flashcore.launch.driver_launch import Argument
+from flashcore.launch.types import KernelEntry, PassEntry
 from flashcore.problem import Problem
 
 # Kept of each description. A training step meets one set of addresses a layer and micro-batch.
@@ -62,6 +64,7 @@ class BackwardKernel:
     ) -> None:
         grid = kernel_call._grid_size(problem, plan, device_index)
         self._launch = kernel_call._launch(plan, grid, device_index)
+        self._grid, self._plan, self.device_index = grid, plan, device_index
         self._counts_on = torch.device("cuda", device_index) if plan.draws_tiles else None
         addresses = {name: x.data_ptr() for name, x in tensors.items()}
         params = build_params_bwd_sm90(problem, plan, tensors, grid, addresses)
@@ -104,6 +107,21 @@ class BackwardKernel:
         descriptors.readdress(argument.address, pairs)
         return argument, is_kept
 
+    def entry(self) -> KernelEntry:
+        """Return the entry for the compiled launcher."""
+        plan = self._plan
+        return KernelEntry(
+            kernel=self._launch.handle,
+            grid=self._grid,
+            num_threads=plan.num_threads,
+            smem_bytes=plan.smem_bytes,
+            starts_early=plan.starts_early,
+            argument=self._content,
+            pointers=tuple((at * _POINTER_BYTES, place) for at, place in self._pointers),
+            maps=tuple(self._maps),
+            counter_offset=-1 if self._counts_on is None else self._counter_offset,
+        )
+
     def launch(self, addresses: tuple[int, ...]) -> None:
         """Launch on the device's current stream.
 
@@ -120,27 +138,41 @@ class BackwardKernel:
 
 class BackwardPass:
     """A BackwardPass is the kernels of a backward pass, one launched behind the other, ready for
-    tensors of one description: one look-up finds the arguments of all.
+    tensors of one description: one look-up finds the arguments of all. See types.Prepared.
 
     Args:
         kernels: of one description, in the order that they run in. Their device must be the current
             one in every launch.
+        made: tensors like those that a pass makes, dq, dk and dv among them, by name. They are the
+            last that the kernels take.
     """
 
-    def __init__(self, kernels: Sequence[BackwardKernel]) -> None:
+    def __init__(self, kernels: Sequence[BackwardKernel], made: Mapping[str, Tensor]) -> None:
         self._kernels = tuple(kernels)
         self._known: dict[tuple[int, ...], tuple[Argument, ...]] = {}
         self._enqueues = tuple(kernel.enqueue for kernel in kernels)
+        self._made = tuple(
+            (tuple(x.shape), x.stride(), x.dtype == torch.float32) for x in made.values()
+        )
+        self._makers = tuple(
+            allocator(x.device, tuple(x.shape), x.dtype, x.stride()) for x in made.values()
+        )
+        self._gradients = tuple(list(made).index(name) for name in ("dq", "dk", "dv"))
 
-    def launch(self, addresses: tuple[int, ...]) -> None:
-        """Launch all on the device's current stream.
-
-        Args:
-            addresses: of tensors of the description, in its order.
-        """
+    def __call__(self, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Launch all on the device's current stream; return dq, dk and dv."""
+        made = [make() for make in self._makers]
+        addresses = (*addresses, *[x.data_ptr() for x in made])
         arguments = self._known.get(addresses) or self._make(addresses)
         for enqueue, argument in zip(self._enqueues, arguments, strict=True):
             enqueue(argument)
+        dq, dk, dv = self._gradients
+        return made[dq], made[dk], made[dv]
+
+    def entry(self) -> PassEntry:
+        """Return the entry for the compiled launcher."""
+        entries = tuple(kernel.entry() for kernel in self._kernels)
+        return PassEntry(self._kernels[0].device_index, entries, self._made, self._gradients)
 
     def _make(self, addresses: tuple[int, ...]) -> tuple[Argument, ...]:
         """Return the arguments of these tensors, kept if they may be."""

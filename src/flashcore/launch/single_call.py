@@ -17,6 +17,7 @@ from flashcore.kernels.merge.params import MergePlan
 from flashcore.launch.driver_launch import Launch
 
 PREPARED_MAX = 1024  # descriptions that are remembered, of each kind of kernel
+EARLY_MIN_ARCH = 90  # from which on there is programmatic dependent launch
 
 _Prepared = TypeVar("_Prepared")
 _lock = forks.lock()
@@ -38,7 +39,14 @@ def load(plan: AppendPlan | MergePlan, arch: int, device_index: int, grid: int) 
     source = generate_source(plan)  # type: ignore[arg-type]
     kernel = compile_source(source, arch, plan.kernel, "", f"{plan.describe()}, sm_{arch}")
     device = torch.device("cuda", device_index)
-    return Launch(kernel, grid=grid, num_threads=plan.num_threads, smem_bytes=0, device=device)
+    return Launch(
+        kernel,
+        grid=grid,
+        num_threads=plan.num_threads,
+        smem_bytes=0,
+        device=device,
+        starts_early=plan.starts_early and arch >= EARLY_MIN_ARCH,
+    )
 
 
 def remember(prepared: dict[object, _Prepared], key: object, entry: _Prepared) -> None:

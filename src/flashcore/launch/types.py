@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
 
 # Of q, k and v, of lengths, and of sinks. The caller has them, and asking again takes time.
 Addresses = tuple[int, ...]
@@ -11,3 +13,67 @@ Addresses = tuple[int, ...]
 Computed = tuple[Any, ...]
 # Takes q, k, v, the mask and addresses; where there are sinks and no kernel is launched, sinks too.
 Call = Callable[..., Computed]
+
+
+class KernelEntry(NamedTuple):
+    """Hold what the compiled launcher needs to launch one kernel of a backward pass.
+
+    Args:
+        kernel: handle.
+        grid: blocks.
+        num_threads: a block.
+        smem_bytes: dynamic shared memory a block.
+        starts_early: see driver_launch.Launch.
+        argument: the kernel's struct, with addresses to be replaced.
+        pointers: where it has addresses, in bytes, and which of the pass's tensors they are of.
+        maps: where it has descriptors, in bytes; which of the tensors they are of; and how many
+            bytes before that tensor they begin.
+        counter_offset: where the address of the counter is that blocks draw tiles from; -1 for
+            none.
+    """
+
+    kernel: int
+    grid: int
+    num_threads: int
+    smem_bytes: int
+    starts_early: bool
+    argument: bytes
+    pointers: tuple[tuple[int, int], ...]
+    maps: tuple[tuple[int, int, int], ...]
+    counter_offset: int
+
+
+class PassEntry(NamedTuple):
+    """Hold what the compiled launcher needs to run a prepared backward pass.
+
+    Its tensors are q, k, v, out, lse and the gradient of out, and behind these those that are made.
+
+    Args:
+        device_index: of the GPU, which must be current.
+        kernels: in the order that they run in.
+        made: shape, strides, and whether it is float32 instead of the dtype of q, of each tensor
+            that is made.
+        gradients: which of those are dq, dk and dv.
+    """
+
+    device_index: int
+    kernels: tuple[KernelEntry, ...]
+    made: tuple[tuple[tuple[int, ...], tuple[int, ...], bool], ...]
+    gradients: tuple[int, ...]
+
+
+class Prepared(Protocol):
+    """Prepared is a backward pass whose tensors' addresses alone may differ."""
+
+    def __call__(self, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute dq, dk and dv.
+
+        Args:
+            addresses: of q, k, v, out, lse and the gradient of out, then of the mask and of
+                lengths, where there are some.
+        """
+        ...
+
+    def entry(self) -> PassEntry:
+        """Return the entry for the compiled launcher; of a pass without a mask and lengths."""
+        ...

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flashcore.backends.backward_sm90 import Prepared
 from flashcore.backends.dispatch import (
     BACKENDS,
     adapt_for,
@@ -26,7 +25,7 @@ from flashcore.backends.growing import Growing
 from flashcore.base import forks
 from flashcore.base.bounded import make_room
 from flashcore.launch import launcher
-from flashcore.launch.types import Addresses, Call, Computed
+from flashcore.launch.types import Addresses, Call, Computed, Prepared
 from flashcore.ops.guards import guard
 from flashcore.ops.keys import family_key, options_key, remember
 from flashcore.problem import Causal, Problem, Window

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
-from flashcore.backends.backward_sm90 import Prepared
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.gradients import prepare_gradients
+from flashcore.base import determinism
 from flashcore.launch import launcher
-from flashcore.launch.types import Computed
+from flashcore.launch.types import Computed, PassEntry, Prepared
 from flashcore.ops.calls import Found, Result, State
 from flashcore.ops.dense import OPERATORS, attention_dense
 from flashcore.ops.family import BackwardCall
-from flashcore.ops.gradient_calls import gradients, is_current
+from flashcore.ops.gradient_calls import find_pass, is_current
 from flashcore.ops.length_calls import RecordLengths, attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.ops.transforms.autograd import needs_grad
@@ -76,7 +76,7 @@ def is_plain(
         sinks: or None; then is_recorded is False.
         is_recorded: whether gradients of q, k and v are recorded around the dispatcher.
     """
-    if is_compiling() or needs_dispatcher(q, k, v, mask):
+    if is_dynamo_compiling() or needs_dispatcher(q, k, v, mask):
         return False
     for x in lengths:
         if type(x) is not Tensor:
@@ -86,7 +86,7 @@ def is_plain(
     if not _is_grad_enabled():
         return True
     if is_recorded:
-        return mask is None or not mask.requires_grad
+        return mask is None or not needs_grad(mask)
     if type(q) is type(k) is type(v) is Tensor and mask is None and sinks is None:
         return not (q.requires_grad or k.requires_grad or v.requires_grad)  # what most calls need
     return not needs_grad(q, k, v, mask, sinks)
@@ -245,9 +245,10 @@ def _differentiate(
     """
     dout, dlse = arriving
     if dout is not None and dlse is None and not needs_mask and not _is_grad_enabled():
-        prepared = _prepared(recording, found, (*of_rows, dout), mask, lengths, longest)
+        prepared = _find_pass(recording, found, (*of_rows, dout), mask, lengths, longest)
         if prepared is not None:
-            return *prepared, None
+            run, addresses = prepared
+            return *run(addresses), None
     *qkv, out, lse = of_rows
     inputs = _inputs(recording, qkv, mask, lengths, longest)
     needs = (needs_mask, False)[-recording.num_optional :]
@@ -258,16 +259,16 @@ def _differentiate(
     )
 
 
-def _prepared(
+def _find_pass(
     recording: Recording,
     found: Found,
     of_rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     mask: Tensor | None,
     lengths: tuple[Tensor, ...],
     longest: tuple[int, int] | None,
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Return dq, dk and dv by what was prepared for such tensors, or None; `of_rows` ends with the
-    gradient of out."""
+) -> tuple[Prepared, tuple[int, ...]] | None:
+    """Return what was prepared for such tensors, and what it takes, or None; `of_rows` ends with
+    the gradient of out."""
     q, k, _, _, _, dout = of_rows
     if not is_current(q) or needs_dispatcher(q, k, dout, mask):
         return None
@@ -281,7 +282,7 @@ def _prepared(
             return prepare_gradients(problem, *inputs[:4], out, lse, dout, found.backend, named)
 
     others = lengths if mask is None else (mask, *lengths)
-    return gradients(found.passes, of_rows, others, prepare)
+    return find_pass(found.passes, of_rows, others, prepare)
 
 
 def _inputs(
@@ -297,12 +298,19 @@ def _inputs(
     return Inputs(q, k, v, mask, max_seqlen_q=longest_q, max_seqlen_k=longest_k, **named)
 
 
-def _prepared_of_dense(found: Found, *of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+def _run_pass(found: Found, *of_rows: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Return dq, dk and dv of a call that the compiled launcher recorded, or None."""
-    return _prepared(_DENSE, found, of_rows, None, (), None)  # type: ignore[arg-type]
+    prepared = _find_pass(_DENSE, found, of_rows, None, (), None)  # type: ignore[arg-type]
+    return None if prepared is None else prepared[0](prepared[1])
 
 
-launcher.differentiate = _prepared_of_dense
+def _entry_of_pass(found: Found, *of_rows: Tensor) -> PassEntry | None:
+    """Return what the compiled launcher needs to compute those itself, or None."""
+    prepared = _find_pass(_DENSE, found, of_rows, None, (), None)  # type: ignore[arg-type]
+    return None if prepared is None else prepared[0].entry()
+
+
+launcher.passes = launcher.Passes(_entry_of_pass, _run_pass, determinism.may_differ)
 # torch.autograd.Function.apply first looks for functorch's transforms, which never come here.
 record = super(torch.autograd.Function, _Recorded).apply
 _record_lengths = super(torch.autograd.Function, _RecordedLengths).apply

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flashcore.backends.backward_sm90 import Prepared
 from flashcore.base import determinism, forks
+from flashcore.launch.types import Prepared
 from flashcore.ops.calls import FOUND_MAX, Passes
 from flashcore.ops.guards import guard
 from flashcore.ops.keys import remember
@@ -22,13 +22,13 @@ _lock = forks.lock()
 _may_differ = determinism.may_differ
 
 
-def gradients(
+def find_pass(
     passes: Passes,
     of_rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
     others: tuple[Tensor, ...],
     prepare: Callable[[], Prepared | None],
-) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Compute dq, dk and dv by kernels that were prepared for such tensors, on the current device.
+) -> tuple[Prepared, tuple[int, ...]] | None:
+    """Return the kernels that were prepared for such tensors, to run on the current device.
 
     Args:
         passes: what was prepared for the same options and backend; more may be put into it.
@@ -38,7 +38,8 @@ def gradients(
         prepare: returns what computes the gradients of these tensors; see prepare_gradients.
 
     Returns:
-        (dq, dk, dv); None where the operator has to compute them.
+        What computes dq, dk and dv, and what it takes: the tensors' addresses; None where the
+        operator has to compute them.
     """
     q, k, v, out, lse, dout = of_rows
     try:
@@ -59,12 +60,12 @@ def gradients(
         return None  # a tensor without memory, say
     for fits, prepared in known:
         if fits(*tensors):
-            return None if prepared is None else prepared(addresses)
+            return None if prepared is None else (prepared, addresses)
     if not all(addresses):
         return None
     prepared = prepare()
     remember(passes, _lock, key, (guard(*tensors), prepared), KEYS_MAX, FOUND_MAX)
-    return None if prepared is None else prepared(addresses)
+    return None if prepared is None else (prepared, addresses)
 
 
 def is_current(x: Tensor) -> bool:

@@ -33,12 +33,13 @@ from flashcore.ops.eager import Recording, is_plain, recorder
 from flashcore.ops.family import Family, Gradients
 from flashcore.ops.length_calls import attend_lengths
 from flashcore.ops.operators import Operators
+from flashcore.ops.transforms.autograd import needs_grad
 from flashcore.plain.lengths import (
     padded_backward_plain,
     padded_forward_plain,
     padded_second_order,
 )
-from flashcore.plain.trees import tree_of_sequence
+from flashcore.plain.trees import part_of_mask, part_of_tree
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import described_memory, mask_spec
 from flashcore.problem.options import Inputs, Options, Results, Wanted
@@ -47,9 +48,38 @@ from flashcore.problem.scales import (
     check_scales,
     dequantised,
     described_scales,
+    part_of_scale,
     scales_of,
 )
 from flashcore.problem.validation import check_plain_tensor, check_tree_mask, checked_window
+
+
+def attend_padded(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    seqlens_k: Tensor,
+    asked: tuple[Causal, Window, float | None, float | None, bool, bool],
+    backend: str,
+) -> Tensor | tuple[Tensor, ...]:
+    """Compute `attention` with seqlens_k, and nothing else that is unusual, of tensors that nobody
+    else needs to see; `asked` is causal, window, softcap, scale, return_lse, return_max_score."""
+    if type(seqlens_k) is Tensor and (mask is None or not needs_grad(mask)):
+
+        def describe() -> Problem:
+            return padded_problem(Inputs(q, k, v, mask, seqlens_k), Options.checked(*asked[:4]))
+
+        result = attend_lengths(
+            q, k, v, mask, (seqlens_k,), None, asked, None, backend, describe, False, (), _record
+        )
+        if result is not None:
+            return result
+    inputs, options = Inputs(q, k, v, mask, seqlens_k), Options.checked(*asked[:4])
+    returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
+        inputs, options, Wanted(*asked[4:]), backend
+    )
+    return returned
 
 
 def attention_padded(
@@ -211,9 +241,13 @@ def compute_lengths(
             for own, b, n in _sequences(problem, seqlens_k):
                 row_maxima = None if max_score is None else torch.empty_like(lse[b])
                 of_k, of_v = keys(b, n)
-                of_k = dequantised(of_k, _part_of_scale(inputs.k_scale, b), lse.dtype)
-                of_v = dequantised(of_v, _part_of_scale(inputs.v_scale, b), lse.dtype)
-                part = _part(mask, b, n) if tree is None else _part_of_tree(tree, b, q.shape[2], n)
+                of_k = dequantised(of_k, part_of_scale(inputs.k_scale, b), lse.dtype)
+                of_v = dequantised(of_v, part_of_scale(inputs.v_scale, b), lse.dtype)
+                part = (
+                    part_of_mask(mask, b, n)
+                    if tree is None
+                    else part_of_tree(tree, b, q.shape[2], n)
+                )
                 tensors = q[b], of_k, of_v, part
                 out[b], lse[b] = attention_tiled(own, *tensors, row_maxima, sinks)
                 if max_score is not None and row_maxima is not None:
@@ -240,26 +274,6 @@ def _sequences(problem: Problem, seqlens_k: Tensor) -> Iterator[tuple[Problem, s
         n = min(max(0, length), problem.seqlen_k)
         if n:
             yield problem.of_sequence(problem.seqlen_q, n), slice(b, b + 1), n
-
-
-def _part_of_scale(scale: Tensor | None, b: slice) -> Tensor | None:
-    """Return a sequence's part of a scale that broadcasts to [batch, num_heads_kv]."""
-    return scale if scale is None or scale.dim() < 2 or scale.shape[0] == 1 else scale[b]
-
-
-def _part(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
-    """Return a sequence's part of a mask that broadcasts."""
-    if mask is None:
-        return None
-    mask = mask[(None,) * (4 - mask.dim())]
-    mask = mask[b] if mask.shape[0] > 1 else mask
-    return mask[..., :n] if mask.shape[3] > 1 else mask
-
-
-def _part_of_tree(tree: Tensor, b: slice, seqlen_q: int, n: int) -> Tensor:
-    """Return the mask over a sequence's n keys that a tree which broadcasts amounts to."""
-    tree = tree[(None,) * (4 - tree.dim())]
-    return tree_of_sequence(tree[b] if tree.shape[0] > 1 else tree, seqlen_q, n)
 
 
 def differentiate(
@@ -292,7 +306,7 @@ def differentiate(
             q[b],
             k[b, :, :n],
             v[b, :, :n],
-            _part(mask, b, n),
+            part_of_mask(mask, b, n),
             results.out[b],
             results.lse[b],
             None if arriving.out is None else arriving.out[b],

@@ -1,4 +1,5 @@
-"""Make masks over all keys out of masks of the last ones, of trees of drafts."""
+"""Make masks over all keys out of masks of the last ones, of trees of drafts; take the part of a
+mask that one sequence has."""
 
 from __future__ import annotations
 
@@ -63,3 +64,18 @@ def with_mask_of_tree(inputs: Inputs) -> Inputs:
     lengths, room = inputs.seqlens_k, inputs.k.shape[2]
     mask = tree_over_keys(inputs.tree_mask, inputs.mask, inputs.q, lengths, room)
     return inputs._replace(mask=mask, tree_mask=None)
+
+
+def part_of_mask(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
+    """Return a sequence's part of a mask that broadcasts."""
+    if mask is None:
+        return None
+    mask = mask[(None,) * (4 - mask.dim())]
+    mask = mask[b] if mask.shape[0] > 1 else mask
+    return mask[..., :n] if mask.shape[3] > 1 else mask
+
+
+def part_of_tree(tree: Tensor, b: slice, seqlen_q: int, n: int) -> Tensor:
+    """Return the mask over a sequence's n keys that a tree which broadcasts amounts to."""
+    tree = tree[(None,) * (4 - tree.dim())]
+    return tree_of_sequence(tree[b] if tree.shape[0] > 1 else tree, seqlen_q, n)

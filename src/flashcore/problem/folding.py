@@ -67,14 +67,24 @@ def heads_of_packed_rows(problem: Problem) -> int:
     group, batch = problem.group_size, max(1, problem.batch)
     if not problem.packs_queries or group < 2:
         return 0
-    keys = batch * problem.seqlen_k if problem.has_pages else problem.total_k
-    few = problem.total_q <= MAX_MEAN_QUERIES * batch and 4 * problem.total_q <= keys
+    few = problem.total_q <= MAX_MEAN_QUERIES * batch and are_few_queries(problem)
     if problem.batch_invariant:
         few = problem.has_pages
     if not few:
         return 0
     used = (n for n in range(min(group, BOX_ROWS), 1, -1) if group % n == 0)
     return next((n for n in used if BOX_ROWS // n * n >= _LEAST_ROWS), 0)
+
+
+def packed_keys(problem: Problem) -> int:
+    """Return how many keys all packed sequences have together at most."""
+    return max(1, problem.batch) * problem.seqlen_k if problem.has_pages else problem.total_k
+
+
+def are_few_queries(problem: Problem) -> bool:
+    """Return whether packed queries are few beside their keys, unlike those of prompts over
+    themselves."""
+    return 4 * problem.total_q <= packed_keys(problem)
 
 
 def packed_rows(problem: Problem, num_heads: int) -> int:

@@ -177,3 +177,8 @@ def quantised(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     large becomes the largest."""
     elements = x.to(torch.float32) / scale.clamp(min=SMALLEST_SCALE)
     return elements.clamp(-LARGEST, LARGEST).to(dtype)
+
+
+def part_of_scale(scale: Tensor | None, b: slice) -> Tensor | None:
+    """Return a sequence's part of a scale that broadcasts to [batch, num_heads_kv]."""
+    return scale if scale is None or scale.dim() < 2 or scale.shape[0] == 1 else scale[b]

@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padding": {"mask": "padding"},
     "bias": {"mask": "bias"},
     "loose-bias": {"mask": "loose-bias"},
+    "float-bias": {"mask": "float-bias"},
     "columns-mask": {"mask": "columns"},
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
@@ -70,6 +71,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
     "packed-mixed": {"queries": 40, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
+    # Few of them, whose keys the device cuts.
+    "packed-cut": {"queries": 4, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
@@ -138,14 +141,16 @@ OTHER_VARIANTS = (
 )
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
-    *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut"),
-    *("pages-masked", "packed-pages", "packed-mixed", "packed-float8", "tree"),
+    *("masked", "decode-masked", "loose-bias", "float-bias", "columns-mask", "max-score", "cut"),
+    *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
 )
-_MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
+_MASK_VARIANTS = (
+    *("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "float-bias", "columns-mask"),
+)
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),
-    *("packed-decode", "packed-mixed", "packed-few", "packed-float8", "tree"),
+    *("packed-decode", "packed-mixed", "packed-few", "packed-cut", "packed-float8", "tree"),
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
 _HEADS = (1, 4, 16, 64, 256, 1024)  # of the Hopper kernel's table: from one tile to many an SM
@@ -265,6 +270,8 @@ def _resized(problem: Problem, batch: int, length: int) -> Problem:
         _, head_stride, row_stride = problem.q_strides
         of_batch = problem.group_size * head_stride
         seqlen_q, q_strides = problem.seqlen_q, (of_batch, head_stride, row_stride)
+        if problem.packs_queries:  # which are many rows, though each sequence may have one
+            q_strides = (0, problem.head_dim, problem.num_heads_q * problem.head_dim)
     return dataclasses.replace(
         problem,
         batch=batch,

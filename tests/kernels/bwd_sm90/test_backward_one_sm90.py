@@ -19,6 +19,7 @@ from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.backends.gradients import choose_backward
 from flashcore.base import determinism
 from flashcore.checks.cases import Case, make_inputs
+from flashcore.kernels.bwd_sm90.kernel import DKDV
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.bwd_sm90.plan_one import (
     OneKernelPlans,
@@ -37,8 +38,8 @@ CAUSAL = {"causal": "lower_right", "dtype": "bfloat16"}
 FAMILIES: dict[str, tuple[BwdTile | None, int, dict[str, Any]]] = {
     "plain": (None, 1, {"head_dim": 64, "head_dim_v": 64}),
     "wide": (
-        BwdTile(64, 128, 3, 2, True, False, False),
-        1,
+        None,
+        2,
         {"head_dim": 128, "head_dim_v": 128, **CAUSAL},
     ),
     "shared": (None, 1, {"head_dim": 120, "head_dim_v": 80, "num_heads_q": 4}),
@@ -129,6 +130,16 @@ def test_rows_whose_scores_are_far_below_zero() -> None:
     assert not wrong_gradients(found, x.q, x.k, x.v, None, dout, None, {})
 
 
+def test_consumers_that_share_dq_need_two_buffers_of_ds_and_one_order() -> None:
+    """With one buffer each would wait for the other for ever."""
+    q, k, v = (torch.randn(1, 2, 16, 128, dtype=torch.float16) for _ in range(3))
+    plan = select_one_kernel_plans(forward(q, k, v, None, {})[0]).main
+    assert DKDV.with_tile(plan, {"ds_stages": 3}).ds_stages == 3
+    for tile in ({"ds_stages": 1}, {"block_m": 128}, {"early_dp": True}, {"overlaps": False}):
+        with pytest.raises(ValueError, match="share dq"):
+            DKDV.with_tile(plan, tile)
+
+
 def test_what_one_kernel_cannot_do_says_why() -> None:
     q, k, v = (torch.randn(1, 2, 16, 64, dtype=torch.float16) for _ in range(3))
     problem = forward(q, k, v, None, {})[0]
@@ -136,7 +147,7 @@ def test_what_one_kernel_cannot_do_says_why() -> None:
     for changed, word in (
         ({"head_dim": 136}, "128"),
         ({"head_dim_v": 104}, "above head_dim_v 96"),
-        ({"head_dim": 104, "window_right": 0}, "causal"),
+        ({"head_dim": 104, "window_left": 9}, "left bound"),
         ({"softcap": 1.0}, "soft-capping"),
     ):
         assert word in (obstacle(dataclasses.replace(problem, **changed)) or "")

@@ -13,6 +13,10 @@ from torch import Tensor
 from flashcore.problem.scales import scale_strides
 
 WARPS = 4  # of a block; APPEND_WARPS in append_kvcache.cuh
+QUERY_HEADS = 2  # of which a thread moves elements, as in append_kvcache.cuh
+RUN = 8  # elements side by side that a thread moves at once, where it can; as there
+HEADS_MAX = 2**31 - 256  # of all tokens, numbered in 32 bits, blocks that are not full included
+_LANES_LOG2_MAX = 5  # a head is shared by at most a warp
 QUERIES = ("end", "begin", "first")  # where queries stand; the kernel knows the numbers
 
 
@@ -36,6 +40,7 @@ class AppendPlan:
     params_struct = "AppendParams"
     gate = None
     num_threads = 32 * WARPS
+    starts_early = True  # where the architecture can
 
     def constants(self) -> dict[str, object]:
         """Return the constants of the source text."""
@@ -128,7 +133,8 @@ _STRIDED = ("q", "k_new", "v_new", "q_rotated", "k_cache", "v_cache")
 _ROWS = "cos_stride sin_stride k_scale_batch k_scale_head v_scale_batch v_scale_head"
 _NUMBERS = (
     "batch rows_q rows_new seqlen_q seqlen_new num_heads_q num_heads_kv head_dim head_dim_v "
-    "page_size num_pages columns table_stride rotary_rows rotary_half queries"
+    "page_size num_pages columns table_stride rotary_rows rotary_half queries "
+    "lanes_log2 blocks_q rows_have_runs"
 )
 
 
@@ -154,6 +160,11 @@ def build_append_params(x: AppendTensors, queries: str) -> AppendParams:
     rows_new, seqlen_new = _rows(x.k_new)
     table = x.page_table
     of_k, of_v = (scale_strides(scale) for scale in (x.k_scale, x.v_scale))
+    have_runs = _rows_have_runs(x)
+    dim = max(x.k_new.shape[-1], x.v_new.shape[-1])
+    units = -(-dim // (2 * RUN if have_runs else 2))  # of two runs, or of two elements
+    lanes_log2 = min((units - 1).bit_length(), _LANES_LOG2_MAX)
+    groups_q = 0 if x.q is None else rows_q * -(-x.q.shape[1] // QUERY_HEADS)
     return AppendParams(
         **{f"{name}_strides": RowStrides.of(getattr(x, name)) for name in _STRIDED},
         cos_stride=0 if x.cos is None else x.cos.stride(0),
@@ -178,13 +189,32 @@ def build_append_params(x: AppendTensors, queries: str) -> AppendParams:
         rotary_rows=0 if x.cos is None else x.cos.shape[0],
         rotary_half=0 if x.cos is None else x.cos.shape[1],
         queries=QUERIES.index(queries),
+        lanes_log2=lanes_log2,
+        blocks_q=-(-groups_q // (32 * WARPS >> lanes_log2)),
+        rows_have_runs=have_runs,
     )
 
 
 def append_grid_size(params: AppendParams) -> int:
-    """Return the number of blocks: a warp for each head of each token, a thread for each length."""
-    items = params.rows_q * params.num_heads_q + 2 * params.rows_new * params.num_heads_kv
-    return max(-(-items // WARPS), -(-params.batch // (32 * WARPS)))
+    """Return the number of blocks: those that move queries, then one group of threads for each head
+    of each new token; a thread for each length."""
+    groups = params.rows_new * params.num_heads_kv
+    blocks = params.blocks_q + -(-groups // (32 * WARPS >> params.lanes_log2))
+    return max(blocks, -(-params.batch // (32 * WARPS)))
+
+
+def _rows_have_runs(x: AppendTensors) -> bool:
+    """Return whether every row of every tensor is made of runs of RUN elements side by side, which
+    all begin at a multiple of their size, if the tensors do."""
+    rotary_half = 0 if x.cos is None else x.cos.shape[1]
+    dims = x.k_new.shape[-1], x.v_new.shape[-1], rotary_half
+    if any(dim % RUN for dim in dims) or max(dims) > 2 * RUN << _LANES_LOG2_MAX:
+        return False
+    rows = (x.q, x.k_new, x.v_new, x.k_cache, x.v_cache)
+    of_rows = [t.stride() for t in rows if t is not None]
+    strides = [n for *others, _ in of_rows for n in others]
+    strides += [t.stride(0) for t in (x.cos, x.sin) if t is not None]
+    return all(last == 1 for *_, last in of_rows) and all(n % RUN == 0 for n in strides)
 
 
 def _rows(x: Tensor) -> tuple[int, int]:

@@ -13,7 +13,7 @@
 //
 // With ALSO_DQ it computes dQ as well: five products, none of them twice. With DQ_ROLE one more
 // warpgroup takes dS^T from shared memory and adds dQ of the tile to that of other blocks; else two
-// consumers share it, half of the columns each (bwd_dkdv_dq_sm90.cuh).
+// consumers share it, half of the columns each, a tile later (bwd_dkdv_dq_sm90.cuh).
 //
 // A thread of the producer warpgroup loads by TMA, a warp of it the rows' lse and delta. That warp
 // also clears rows of dO that see no key: whatever arrives there, infinity and NaN too, is no
@@ -76,45 +76,46 @@ FC_DEVICE void clear_behind(WmmaA<Element> (&dscores)[QUERY_FRAGS], int num_keys
   }
 }
 
-// dK of a tile; its dS^T is in registers, unless dQ is shared and takes them.
-FC_DEVICE void issue_dk(Consumer& c, const Buffers& smem, uint32_t count) {
-  if constexpr (DQ_SHARED) {
-    issue_dk_of_ds(c.dk, smem, c.index, count);
-  } else {
-    issue_dk(c.dk, c.dscores, smem, count);
-  }
-}
-
-// dK of a tile has been waited for, and a consumer's part of dQ, if it is shared.
-FC_DEVICE void end_dk(Consumer& c, const AttnParams& p, const Barriers& bar, const Buffers& smem,
-                      uint32_t count, int m_begin) {
+// dK of a tile has been waited for.
+FC_DEVICE void end_dk(Consumer& c, const Barriers& bar, uint32_t count) {
   wgmma_hold(c.dk);
   release_q(bar, count);
-  if constexpr (DQ_SHARED) {
-    wgmma_hold(c.dq);
-    arrive_for_warp(bar.ds_empty + stage_of<NUM_DS_STAGES>(count));
-    add_rows<0>(c.dq, smem.dq + c.index * OUT_FLOATS, c.sums, m_begin,
-                c.index * DQ_FRAGS, p.seqlen_q);
+}
+
+// dP^T becomes dS^T, in float32 where it is not computed by pairs.
+FC_DEVICE void differentiate(Consumer& c, const AttnParams& p, SmemPtr<float> stats, int m_begin) {
+  wgmma_hold(c.dprobs);
+  if (!BY_PAIRS) score_gradient(c.dprobs, stats, [&](int n, int i) { return prob_of(c, n, i); });
+//@if gate ds dk dq
+  gate_tile<true>(c.dprobs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
+//@end
+}
+
+// And then dS^T, rounded.
+FC_DEVICE void round_gradient(Consumer& c, const AttnParams& p, SmemPtr<float> stats) {
+  if (BY_PAIRS) {
+    score_gradient_by_pairs(c.dscores, c.dprobs, HAS_SOFTCAP ? c.capped_probs : c.probs, stats);
   }
+#pragma unroll
+  for (int n = 0; !BY_PAIRS && n < QUERY_FRAGS; ++n) wmma_accum_to_a(c.dscores[n], c.dprobs[n]);
+  if (ALSO_DQ) clear_behind(c.dscores, p.seqlen_k, c.key_row);
 }
 
 // One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this
-// one's left to the next; so is a consumer's part of dQ. All else that is issued here is also
-// waited for: ptxas serialises products that are under way from one turn of a loop to the next.
+// one's left to the next. All else that is issued here is also waited for: ptxas serialises
+// products that are under way from one turn of a loop to the next.
 template <bool FIRST>
 FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
                           const Buffers& smem, uint32_t count, int m_begin, int end) {
   constexpr bool HAS_DK = OVERLAPS && !FIRST;
-  constexpr bool HAS_DQ = DQ_SHARED && !FIRST;
   await_q(bar, count);
   issue_s(c.scores, smem, c.index, count);
   if (EARLY_DP) {
     await_do(bar, count);
     issue_dp(c.dprobs, smem, c.index, count);
   }
-  if (HAS_DK) issue_dk(c, smem, count - 1);
-  if constexpr (HAS_DQ) issue_own_dq(c.dq, bar, smem, c.index, count - 1);
-  wgmma_wait<int(EARLY_DP) + int(HAS_DK) + int(HAS_DQ)>();
+  if (HAS_DK) issue_dk(c.dk, c.dscores, smem, count - 1);
+  wgmma_wait<int(EARLY_DP) + int(HAS_DK)>();
   wgmma_hold(c.scores);
   if (HOLDS_PROBS) {
     await_stats(bar, count);
@@ -133,28 +134,19 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   if (!EARLY_DP) {
     if (HAS_DK) {
       wgmma_wait<0>();
-      end_dk(c, p, bar, smem, count - 1, m_begin - BLOCK_M);
+      end_dk(c, bar, count - 1);
     }
     issue_dp(c.dprobs, smem, c.index, count);
   }
   issue_dv(c.dv, c.probs, smem, count);
   wgmma_wait<EARLY_DP && HAS_DK ? 2 : 1>();
-  wgmma_hold(c.dprobs);
-  if (!BY_PAIRS) score_gradient(c.dprobs, stats, [&](int n, int i) { return prob_of(c, n, i); });
-//@if gate ds dk dq
-  gate_tile<true>(c.dprobs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
-//@end
+  differentiate(c, p, stats, m_begin);
   if (EARLY_DP && HAS_DK) {  // until then dK reads dS^T of the tile before
     wgmma_wait<1>();
     release_q(bar, count - 1);
   }
-  if (BY_PAIRS) {
-    score_gradient_by_pairs(c.dscores, c.dprobs, HAS_SOFTCAP ? c.capped_probs : c.probs, stats);
-  }
-#pragma unroll
-  for (int n = 0; !BY_PAIRS && n < QUERY_FRAGS; ++n) wmma_accum_to_a(c.dscores[n], c.dprobs[n]);
-  if (ALSO_DQ) clear_behind(c.dscores, p.seqlen_k, c.key_row);
-  if (!OVERLAPS) issue_dk(c, smem, count);
+  round_gradient(c, p, stats);
+  if (!OVERLAPS) issue_dk(c.dk, c.dscores, smem, count);
   if constexpr (ALSO_DQ) {
     hand_over_ds(bar, smem, c.index, count, [&](int n) { return c.dscores[n]; });
   }
@@ -163,6 +155,62 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   wgmma_hold(c.dk);
   release_do(bar, count);
   if (!OVERLAPS) release_q(bar, count);
+}
+
+// A consumer's part of dQ of a tile has been waited for.
+FC_DEVICE void end_dq(Consumer& c, const Barriers& bar, uint32_t count) {
+  wgmma_hold(c.dq);
+  arrive_for_warp(bar.ds_empty + stage_of<NUM_DS_STAGES>(count));
+}
+
+// It is added to what other blocks have, unless the tile comes before the `first` one.
+FC_DEVICE void add_dq(Consumer& c, const AttnParams& p, const Buffers& smem, int m_begin,
+                      int first) {
+  const int row = m_begin >= first ? m_begin : p.seqlen_q;
+  add_rows<0>(c.dq, smem.dq + c.index * OUT_FLOATS, c.sums, row, c.index * DQ_FRAGS, p.seqlen_q);
+}
+
+// One query tile with dQ shared. Unless FIRST, dK of the tile before is issued here, and last of
+// all its dQ, so that the other consumer has had most of a tile's time to hand over its dS: none
+// waits for the other. dQ of the tile before that is added beside S^T.
+template <bool FIRST>
+FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
+                           const Buffers& smem, uint32_t count, int m_begin, int first, int end) {
+  await_q(bar, count);
+  issue_s(c.scores, smem, c.index, count);
+  if (!FIRST) issue_dk(c.dk, c.dscores, smem, count - 1);
+  if (!FIRST) add_dq(c, p, smem, m_begin - 2 * BLOCK_M, first);
+  wgmma_wait<FIRST ? 0 : 1>();
+  wgmma_hold(c.scores);
+  await_stats(bar, count);
+  const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
+  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, end);
+  await_do(bar, count);
+//@if gate dv
+  gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
+//@end
+  issue_dp(c.dprobs, smem, c.index, count);
+  issue_dv(c.dv, c.probs, smem, count);
+  if (!FIRST) {
+    wgmma_wait<2>();
+    end_dk(c, bar, count - 1);
+  }
+  wgmma_wait<1>();
+  differentiate(c, p, stats, m_begin);
+  round_gradient(c, p, stats);
+  hand_over_ds(bar, smem, c.index, count, [&](int n) { return c.dscores[n]; });
+  if (FIRST) {
+    clear(c.dq);  // the compiler does not know that it will not be added
+  } else {
+    issue_own_dq(c.dq, bar, smem, c.index, count - 1);
+  }
+  wgmma_wait<FIRST ? 0 : 1>();
+  wgmma_hold(c.dv);
+  release_do(bar, count);
+  if (!FIRST) {
+    wgmma_wait<0>();
+    end_dq(c, bar, count - 1);
+  }
 }
 
 // dK and dV of a consumer's 64 keys over query tiles that lie one behind the other in the stages.
@@ -181,11 +229,33 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
     query_tile<false>(c, p, bar, smem, count, m_begin, m_end);
   }
   if (OVERLAPS) {
-    issue_dk(c, smem, count - 1);
-    if constexpr (DQ_SHARED) issue_own_dq(c.dq, bar, smem, c.index, count - 1);
+    issue_dk(c.dk, c.dscores, smem, count - 1);
     wgmma_wait<0>();
-    end_dk(c, p, bar, smem, count - 1, m_begin - BLOCK_M);
+    end_dk(c, bar, count - 1);
   }
+}
+
+// The same with dQ shared.
+FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barriers& bar,
+                                 const Buffers& smem, uint32_t& count, int first_tile,
+                                 int num_tiles) {
+  const uint32_t end = count + uint32_t(num_tiles);
+  const int first = first_tile * BLOCK_M;
+  const int m_end = first + num_tiles * BLOCK_M;
+  int m_begin = first;
+  shared_tile<true>(c, p, bar, smem, count, m_begin, first, m_end);
+  ++count;
+  m_begin += BLOCK_M;
+  for (; count != end; ++count, m_begin += BLOCK_M) {
+    shared_tile<false>(c, p, bar, smem, count, m_begin, first, m_end);
+  }
+  issue_dk(c.dk, c.dscores, smem, count - 1);
+  add_dq(c, p, smem, m_begin - 2 * BLOCK_M, first);
+  issue_own_dq(c.dq, bar, smem, c.index, count - 1);
+  wgmma_wait<0>();
+  end_dk(c, bar, count - 1);
+  end_dq(c, bar, count - 1);
+  add_dq(c, p, smem, m_begin - BLOCK_M, first);
 }
 
 // A consumer warpgroup: 64 keys of every key tile of this block.
@@ -218,7 +288,12 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
 //@end
       skip_tiles(bar, smem, c.index, count, own.begin - tiles.begin);
       if (own.begin < own.end) {
-        accumulate(c, sequence, bar, smem, count, own.begin, own.end - own.begin);
+        const int num_tiles = own.end - own.begin;
+        if constexpr (DQ_SHARED) {
+          accumulate_shared(c, sequence, bar, smem, count, own.begin, num_tiles);
+        } else {
+          accumulate(c, sequence, bar, smem, count, own.begin, num_tiles);
+        }
       }
       skip_tiles(bar, smem, c.index, count, tiles.end - own.end);
     }

@@ -8,8 +8,7 @@
 //
 // With DQ_ROLE a warpgroup of its own computes it: its products fill the tensor cores while the
 // others compute between theirs. Where dK and dV leave no registers for one, two consumers compute
-// half of the columns each, beside dK of the same tile and S^T of the next. Then dK takes dS^T from
-// shared memory too.
+// half of the columns each, a tile later.
 #pragma once
 
 #include "prims_sm90.cuh"

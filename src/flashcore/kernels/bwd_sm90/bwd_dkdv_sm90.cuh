@@ -52,7 +52,8 @@ static_assert(!ALSO_DQ || (BLOCK_M % 64 == 0 && !HAS_ROLES), "dQ is computed by 
 constexpr int DQ_FRAGS = DQ_SHARED ? QK_CHUNKS / NUM_CONSUMERS * (CHUNK / 16) : QK_FRAGS;
 static_assert(!DQ_SHARED || (ROW_GROUPS == 1 && QK_CHUNKS % NUM_CONSUMERS == 0),
               "each consumer has chunks of dQ");
-static_assert(!DQ_SHARED || (OVERLAPS && !EARLY_DP), "dP lies in registers where dQ lay");
+static_assert(!DQ_SHARED || (OVERLAPS && !EARLY_DP), "the order in which shared_tile issues");
+static_assert(!DQ_SHARED || NUM_DS_STAGES > 1, "dS is handed over before dQ of the tile before");
 // dV and dK on their way out, and in between, if it is shared, dQ. With roles dK and dV leave
 // through the places of K and V.
 using OutGroup = SmemTile<64, (HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V)>;

@@ -61,11 +61,7 @@ FC_DEVICE void hand_over_ds(const Barriers& bar, const Buffers& smem, int group,
     stmatrix_x4(row.smem + DsTile::from_row(key, n * 16, lane / 16 * 8), dscores(n).reg);
   }
   fence_proxy_async();
-  if (DQ_SHARED) {
-    named_barrier_sync(STORE_BARRIER + group, 128);  // dK reads what all four warps have written
-  } else {
-    warp_sync();  // orders every lane's writes before the arrival
-  }
+  warp_sync();  // orders every lane's writes before the arrival
   arrive_for_warp(bar.ds_full + stage);
 }
 
@@ -114,22 +110,6 @@ FC_DEVICE void issue_dv(WmmaAccum (&dv)[V_FRAGS], const WmmaA<Element> (&probs)[
   const int stage = warp_uniform(stage_of<NUM_DO_STAGES>(count));
   wgmma_fence();
   issue_gradient(dv, probs, smem.dout.over_rows() + stage * DoTile::BYTES);
-  wgmma_commit();
-}
-
-// The same with dS^T from where it was handed over.
-FC_DEVICE void issue_dk_of_ds(WmmaAccum (&dk)[QK_FRAGS], const Buffers& smem, int group,
-                                uint32_t count) {
-  const int ds_stage = warp_uniform(stage_of<NUM_DS_STAGES>(count));
-  const int stage = warp_uniform(stage_of<NUM_STAGES>(count));
-  const WgmmaDesc ds = smem.ds.over_columns() +
-                       (ds_stage * DsTile::BYTES + DsTile::row_bytes(group * 64));
-  const WgmmaDesc q = smem.q.over_rows() + stage * QTile::BYTES;
-  wgmma_fence();
-#pragma unroll
-  for (int n = 0; n < QUERY_FRAGS; ++n) {
-    wgmma_ss_n<Element>(dk, ds + DsTile::column_bytes(n * 16), q + QTile::row_bytes(n * 16), true);
-  }
   wgmma_commit();
 }
 

@@ -78,7 +78,8 @@ class BwdSm90Kernel(Kernel[BwdSm90Plan]):
             raise ValueError(
                 f"tile={dict(tile)!r} is not one that {plan.kernel} can have with head_dim "
                 f"{plan.head_dim} and {plan.head_dim_v}: too much shared memory, too many warps, "
-                "or sizes that are no multiples of 64 and 16"
+                "sizes that are no multiples of 64 and 16, or, where consumers share dq, other "
+                "than 64 rows, one buffer of dS, or products in another order"
             )
         return changed
 
@@ -96,6 +97,10 @@ class BwdSm90Kernel(Kernel[BwdSm90Plan]):
             return False
         if plan.also_dq and (walked % ROWS_OF_CONSUMER or plan.has_roles):
             return False
+        if plan.also_dq and not plan.has_dq_role:  # the consumers share dq, a tile later
+            is_in_order = plan.overlaps and not plan.early_dp
+            if walked != ROWS_OF_CONSUMER or plan.ds_stages < 2 or not is_in_order:
+                return False
         return plan.smem_bytes <= smem_limits(ARCH)[0]
 
     def tiles(self, base: BwdSm90Plan) -> list[BwdSm90Plan]:

@@ -103,7 +103,6 @@ PHASES = {
     "add_rows": "dq",
     "issue_dv": "dv",
     "issue_dk": "dk",
-    "issue_dk_of_ds": "dk",
     "store_rows": "store",
     "store_in_place": "store",
     "await_stores": "store",

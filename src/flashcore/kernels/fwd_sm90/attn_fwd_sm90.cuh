@@ -419,7 +419,7 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
       smem_view<float>(MERGE_OFFSET, MERGE_FLOATS, "merge_smem"),
       smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
-      PACKED ? feed_at(FEED_OFFSET) : Feed(),
+      HAS_FEED ? feed_at(FEED_OFFSET) : Feed(),
       smem_view<int32_t>(ARRIVAL_OFFSET, ARRIVAL_BYTES / 4, "arrival_smem"),
       KLoad::view(K_LOAD_OFFSET, LOAD_STAGES, FLOAT8 ? "k_bytes_smem" : "k_smem"),
       VLoad::view(V_LOAD_OFFSET, LOAD_STAGES, FLOAT8 ? "v_bytes_smem" : "v_smem"),
@@ -431,7 +431,7 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
     tma_prefetch_map(params.k_map);
     tma_prefetch_map(params.v_map);
     tma_prefetch_map(params.o_map);
-    if (PACKED) init_feed(smem.feed);
+    if (HAS_FEED) init_feed(smem.feed);
     init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SLICES * 4);
   }
   if constexpr (FOLDS_PACKED) clear_rows_of_nobody(params.attn, smem.q);
@@ -441,7 +441,7 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
-    if (PACKED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
+    if (HAS_FEED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
   } else if (FLOAT8 && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
     lower_registers<CONVERTER_REGISTERS>();
     if constexpr (FLOAT8) convert_tiles(bar, smem);

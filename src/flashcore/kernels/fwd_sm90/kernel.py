@@ -125,7 +125,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.num_splits < plan.fewest_splits:
             return False
-        if plan.shares_keys and plan.varlen in PACKS_QUERIES:
+        if plan.varlen in PACKS_QUERIES and (plan.num_splits > 1 or plan.has_fixed_pieces):
             return False
         if plan.stream_k and plan.num_splits > 1:
             return False

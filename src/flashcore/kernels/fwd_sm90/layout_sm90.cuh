@@ -6,6 +6,7 @@
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
+#include "tile/sequence.cuh"
 #include "tile/smem_tile.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "fwd_sm90/merge_sm90.cuh"
@@ -18,8 +19,8 @@ struct AttnSm90Params {
   TensorMap k_map;  // boxes of BLOCK_N rows x CHUNK columns of k
   TensorMap v_map;  // the same of v
   TensorMap o_map;  // boxes of 64 rows x CHUNK columns of out
-  AttnParams attn;
   TileSchedule schedule;
+  AttnParams attn;
 };
 
 using QGroup = SmemTile<64, HEAD_DIM>;  // of a warpgroup's rows
@@ -55,7 +56,9 @@ constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP
 constexpr int BARRIERS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 constexpr int FEED_OFFSET = COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4;
-constexpr int ARRIVAL_OFFSET = FEED_OFFSET + FEED_BYTES;
+// Packed row tiles are dealt out, unless each block has a range of its own.
+constexpr bool HAS_FEED = PACKED && !STREAM_K;
+constexpr int ARRIVAL_OFFSET = FEED_OFFSET + (HAS_FEED ? FEED_BYTES : 0);
 constexpr int ENDS_OFFSET = ARRIVAL_OFFSET + ARRIVAL_BYTES;
 constexpr int NUM_ENDS = FLOAT8 ? 2 * LOAD_STAGES : 0;
 static_assert(SMEM_BYTES == ENDS_OFFSET + NUM_ENDS * 4,

@@ -7,10 +7,12 @@ import math
 from typing import Any
 
 from flashcore.kernels import stream_k
+from flashcore.kernels.fwd_sm90 import splits
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
+from flashcore.kernels.stream_k import share_row_bytes
 from flashcore.kernels.tensor_map import TensorMap
 from flashcore.problem import Problem
 from flashcore.problem.folding import as_launched
@@ -27,9 +29,9 @@ class AttnSm90Params(ctypes.Structure):
         ("k_map", TensorMap),
         ("v_map", TensorMap),
         ("o_map", TensorMap),
-        ("attn", AttnParams),
         ("num_heads", ctypes.c_int32),
         ("heads_per_section", ctypes.c_int32),
+        ("attn", AttnParams),
         ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnParams) + 8) % 64)),
     ]
 
@@ -38,9 +40,8 @@ class AttnSm90GateParams(ctypes.Structure):
     """Extend AttnSm90Params of a kernel that was built with a debug gate."""
 
     _fields_ = [
-        *AttnSm90Params._fields_[:4],
+        *AttnSm90Params._fields_[:6],
         ("attn", AttnGateParams),
-        *AttnSm90Params._fields_[5:7],
         ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(AttnGateParams) + 8) % 64)),
     ]
 
@@ -68,13 +69,22 @@ def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]
     if not plan.shares_keys:
         return {}
     p = as_launched(problem, plan.folds_heads)
-    rows: tuple[int, ...] = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
+    at_once = _shares_at_once(problem, plan)
+    steps = -(-plan.num_splits // at_once)  # that the second step adds up, 1 where there is none
+    num_shares = plan.num_splits + (steps if steps > 1 else 0)
+    rows: tuple[int, ...] = (num_shares, p.batch, p.num_heads_q, p.seqlen_q)
     num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
     return {
         "split_out": (*rows, plan.out_cols),
         "split_stats": (*rows, 2),
-        "tile_counter": (num_groups,),
+        "tile_counter": (num_groups * (steps + 1 if steps > 1 else 1),),
     }
+
+
+def _shares_at_once(problem: Problem, plan: Sm90Plan) -> int:
+    """Return how many shares of a row tile are added up at once; see splits.shares_at_once."""
+    rows = min(plan.block_m, as_launched(problem, plan.folds_heads).seqlen_q)
+    return splits.shares_at_once(plan.num_splits, rows * share_row_bytes(plan.head_dim_v))
 
 
 # What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half
@@ -129,6 +139,7 @@ def build_params_sm90(
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
     argument.attn.num_splits = plan.num_splits
+    argument.attn.shares_at_once = _shares_at_once(problem, plan)
     if plan.stream_k:
         stream_k.set_ranges(argument.attn, problem, plan, num_blocks)
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)

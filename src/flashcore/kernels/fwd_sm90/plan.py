@@ -82,7 +82,13 @@ class Sm90Plan(Plan):
     def draws_tiles(self) -> bool:
         """Return whether blocks draw row tiles from a counter in global memory
         (fwd_sm90/schedule_sm90.cuh, tile/schedule_varlen.cuh)."""
-        return self.varlen in PACKS_QUERIES or (self.has_window_right and not self.shares_keys)
+        return self.deals_packed or (self.has_window_right and not self.shares_keys)
+
+    @property
+    def deals_packed(self) -> bool:
+        """Return whether a warp deals out the row tiles of packed sequences, which have no ranges
+        (tile/schedule_varlen.cuh)."""
+        return self.varlen in PACKS_QUERIES and not self.stream_k
 
     @property
     def shares_keys(self) -> bool:
@@ -137,7 +143,7 @@ class Sm90Plan(Plan):
         elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # Consumers that share rows hand over O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4 + self.mask_bytes
-        feed = _FEED_BYTES if self.varlen in PACKS_QUERIES else _SPLIT_BYTES * is_split
+        feed = _FEED_BYTES if self.deals_packed else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
         num_barriers += 4 * (self.num_stages + self.load_stages) + 2 * (self.key_slices > 1)
@@ -288,7 +294,7 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     folded = of_problem["folds_heads"]
     fields = tuple(of_problem.items())
     launched = tiles_sm90.folded(problem, folded)
-    tiles = tiles_sm90.tiles(launched, max(1, folded))
+    tiles = tiles_sm90.tiles(launched, max(1, folded), problem.seqlen_q)
     if problem.batch_invariant and gate is None:
         tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))
     for tile in tiles:

@@ -25,14 +25,14 @@
 //@end
 
 // The row tiles of a block, one after the other.
-template <bool FROM_FEED = PACKED, bool IN_PIECES = SPLIT_KV, bool IN_RANGES = STREAM_K>
+template <bool FROM_FEED = HAS_FEED, bool IN_PIECES = SPLIT_KV, bool IN_RANGES = STREAM_K>
 FC_DEVICE auto row_tiles(const AttnParams& p, const Feed& feed) {
   if constexpr (FROM_FEED) {
-    static_assert(!IN_PIECES, "packed sequences are not split");
     return TileFeed<>(p, feed);
   } else if constexpr (IN_RANGES) {
     return StreamWalk(p);
   } else if constexpr (IN_PIECES) {
+    static_assert(!IN_PIECES || !PACKED, "the host does not know packed sequences' row tiles");
     return SplitWalk();
   } else {
     return TileWalk();

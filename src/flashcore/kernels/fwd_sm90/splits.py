@@ -33,7 +33,31 @@ HAND_OVER_BYTES = 26 * 1024
 L2_WEIGHT = 0.6
 # More parts must save at least this fraction of the cost: the model is not more exact than that.
 _PARTS_SAVE = 0.1
+# And two steps of adding up at least this one of the time of one. H200, 2026-11-29, B1 H32/1
+# S1/16384 D128: 2 row tiles of 66 splits took 17.4 us in one step and 11.3 in two, 4 row tiles of
+# 33 splits 12.3 and 12.1.
+_STEPS_SAVE = 0.25
+# Shares that a thread reads at once: of the same call 64 splits took 10.3 us with 8 shares at once,
+# where 66 took 11.3 with 9, or 11.4 with 6 and 11.
+_READ_AT_ONCE = 8
 _MAX_ROUNDS = 4
+
+
+def shares_at_once(num_splits: int, share_bytes: int) -> int:
+    """Return how many of a row tile's shares are added up at once: all of them, or about the square
+    root, where two steps that more SMs share save time in spite of handing over once more."""
+    several = _READ_AT_ONCE * -(-(math.isqrt(max(0, num_splits - 1)) + 1) // _READ_AT_ONCE)
+    in_steps = _adding_up(num_splits, several, share_bytes)
+    saves = in_steps < (1 - _STEPS_SAVE) * _adding_up(num_splits, num_splits, share_bytes)
+    return several if saves else num_splits
+
+
+def _adding_up(num_splits: int, at_once: int, share_bytes: int) -> float:
+    if at_once >= num_splits:
+        return SHARE_WEIGHT * num_splits * share_bytes
+    groups = -(-num_splits // at_once)
+    read = at_once + _READ_AT_ONCE * -(-groups // _READ_AT_ONCE)
+    return HAND_OVER_BYTES + SHARE_WEIGHT * read * share_bytes
 
 
 class Sharing(NamedTuple):
@@ -78,8 +102,12 @@ class Reading(NamedTuple):
             piece *= max(busy / self.readers, L2_WEIGHT)
         if num_splits == 1:
             return rounds * piece
-        adding_up = SHARE_WEIGHT * num_splits * self.share_bytes
-        return rounds * (piece + HAND_OVER_BYTES) + adding_up
+        return rounds * (piece + HAND_OVER_BYTES) + self.adding_up(num_splits)
+
+    def adding_up(self, num_splits: int) -> float:
+        """Return the part of `cost` that adding up a row tile's shares takes."""
+        at_once = shares_at_once(num_splits, self.share_bytes)
+        return _adding_up(num_splits, at_once, self.share_bytes)
 
     def best_num_splits(self) -> int:
         """Return how many blocks share a row tile's keys where that costs least, 1 for no
@@ -90,6 +118,10 @@ class Reading(NamedTuple):
         wanted = [rounds * self.num_slots // self.row_tiles for rounds in range(1, _MAX_ROUNDS + 1)]
         keys = self.key_tiles * self.key_tile_bytes
         wanted.append(math.isqrt(int(keys / (SHARE_WEIGHT * self.share_bytes))))
+        # And of those, as few as have pieces no longer, where a step may read fewer for that.
+        longest = (max(1, -(-self.key_tiles // max(1, splits))) for splits in wanted)
+        equal = [-(-self.key_tiles // tiles) for tiles in longest]
+        wanted += [n for n in equal if shares_at_once(n, self.share_bytes) < n]
         choices = {1, *(min(splits, most) for splits in wanted if splits > 1)} - {0}
         return min(sorted(choices), key=self.cost)
 
@@ -137,8 +169,7 @@ def best_sharing(
         if best is not None and found.cost > (1 - _PARTS_SAVE) * best.cost:
             break  # still more parts read still more
         best = found
-        adding_up = SHARE_WEIGHT * num_splits * reading.share_bytes
-        if num_splits == 1 or adding_up < _PARTS_SAVE * best.cost:
+        if num_splits == 1 or reading.adding_up(num_splits) < _PARTS_SAVE * best.cost:
             break  # all that more parts can save; each one tried delays a new shape's first call
     assert best is not None  # there is one part
     return best

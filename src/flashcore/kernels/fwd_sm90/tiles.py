@@ -6,15 +6,10 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flashcore.kernels.cutting import cuts_packed_keys, has_few_rows, lengths_differ
 from flashcore.kernels.fwd_sm90.splits import best_sharing
 from flashcore.kernels.limits import smem_limits
-from flashcore.kernels.stream_k import (
-    FEW_BYTES,
-    MOST_TILES,
-    key_tile_bytes,
-    share_row_bytes,
-    visible_keys,
-)
+from flashcore.kernels.stream_k import key_tile_bytes, share_row_bytes, visible_keys
 from flashcore.problem.folding import fold_heads, packed_rows
 
 if TYPE_CHECKING:
@@ -26,6 +21,8 @@ ROWS_OF_CONSUMER = 64
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
+_SMALL_PAGE = 32  # keys, of which a tile of 128 has several
+_MIXED_ROWS = 256  # of a packed sequence in the mean
 _BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
 
@@ -110,7 +107,7 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     heads dealt out to as many row tiles. Of few rows whose keys only the device can count, the
     device cuts the work (tile/stream_k.cuh)."""
     if problem.packs_queries:
-        return tile
+        return tile._replace(stream_k=cuts_packed_keys(problem, tile.block_m, tile.block_n))
     dims = problem.head_dim, problem.head_dim_v
     sharing = best_sharing(
         num_heads=problem.batch * problem.num_heads_q,
@@ -126,20 +123,9 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
     is_narrow = max(problem.head_dim, problem.head_dim_v) <= 128
     pays = few_rows or (is_narrow and sharing.num_splits > 1)
-    if pays and _lengths_differ(problem, tile):
+    if pays and lengths_differ(problem, tile.block_m, tile.block_n):
         return tile._replace(stream_k=True, parts=sharing.parts)
     return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)
-
-
-def _lengths_differ(problem: Problem, tile: Tile) -> bool:
-    """Return whether it pays that the device looks at all lengths first: what splits by the longest
-    possible one may leave undone takes longer."""
-    row_tiles = problem.batch * problem.num_heads_q * -(-problem.seqlen_q // tile.block_m)
-    if row_tiles * -(-problem.seqlen_k // tile.block_n) >= MOST_TILES:
-        return False
-    keys = problem.batch * problem.num_heads_kv * problem.seqlen_k
-    few_keys = keys * (problem.head_dim + problem.head_dim_v) * 2 <= FEW_BYTES
-    return problem.varlen != "none" and problem.batch > 1 and not few_keys
 
 
 def _streaming_tile(problem: Problem, folded: int) -> Tile:
@@ -166,9 +152,10 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     return _split_keys(problem, Tile(64, block_n, num_stages=num_stages), folded)
 
 
-def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
-    """Return tiles, best first, of a problem whose heads are `folded` heads each. Keys much longer
-    than the rows are worth splitting where that fills the GPU."""
+def tiles(problem: Problem, folded: int, longest: int = 0) -> Iterator[Tile]:
+    """Return tiles, best first, of a problem whose heads are `folded` heads each, and of which a
+    packed sequence has at most `longest` queries. Keys much longer than the rows are worth
+    splitting where that fills the GPU."""
     long_keys = problem.seqlen_k >= max(4096, 8 * problem.seqlen_q)
     if problem.cache_dtype:
         # With 128 keys a window and soft-capping spill beside folded packed rows.
@@ -178,16 +165,31 @@ def tiles(problem: Problem, folded: int) -> Iterator[Tile]:
                 continue
             yield _split_keys(problem, tile, folded)
         return
-    few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
-    if few_rows and (folded > 1 or not problem.packs_queries):
+    if has_few_rows(problem):
         num_tiles = problem.batch * problem.num_heads_q
         if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
             yield _streaming_tile(problem, folded)
+    if folded > 1 and _is_mixed(problem, longest):
+        yield Tile(64, 64, min_blocks=2, q_buffers=2)
     for tile in _table(problem):
         consumers = tile.block_m // ROWS_OF_CONSUMER * tile.key_slices
         if folded > 1 and problem.packs_queries and consumers > 2:
             continue  # three spill; and of decodes two thirds of 192 rows would be nobody's
         yield _split_keys(problem, tile) if long_keys else tile
+
+
+def _is_mixed(problem: Problem, longest: int) -> bool:
+    """Return whether packed queries are single tokens and a prompt's part, over pages so small that
+    one warp has much to do to load a key tile. Two blocks of an SM have two such warps, and fewer
+    rows of nobody: 343 us instead of 445 for 63 tokens beside 2048 (docs/ladder-masks.md). Where
+    the prompt is most of the work, or all parts are alike, 128 rows are faster."""
+    if not problem.has_pages or problem.page_size > _SMALL_PAGE or problem.seqlen_q > _MIXED_ROWS:
+        return False
+    is_plain = problem.mask is None and problem.softcap == 0.0
+    if not is_plain or not 64 < max(problem.head_dim, problem.head_dim_v) <= 128:
+        return False
+    others = problem.batch - 1
+    return 8 * problem.total_q <= longest * problem.batch and longest + others <= problem.total_q
 
 
 def _float8_tiles(problem: Problem) -> Iterator[Tile]:
@@ -302,18 +304,18 @@ def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
 def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
     """Return the table of calls whose softmax takes registers for more. A mask tensor with a row
     for every query takes some, more where it holds numbers, and most where its rows are not
-    aligned. One row for all is nearly as good as none."""
-    mask, has_softcap = problem.mask, problem.softcap != 0.0
-    bounded, keys = _is_bounded(problem), problem.seqlen_k
+    aligned. Large tiles read K and V less often, beside bytes of a mask (docs/ladder-masks.md)."""
+    mask, has_softcap, bounded = problem.mask, problem.softcap != 0.0, _is_bounded(problem)
     has_rows = mask is not None and mask.strides[2] != 0
-    is_boolean = mask is None or mask.dtype in ("bool", "tree")
-    number = mask.dtype if mask is not None and has_rows and not is_boolean else None
+    number = mask.dtype if mask and has_rows and mask.dtype not in ("bool", "tree") else None
     is_aligned = mask is None or mask.load_bytes == 16
+    many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS and problem.seqlen_k >= 1024
+    is_large = many_192 and is_aligned and not (has_softcap or bounded)
+    is_large &= not has_rows or not (problem.varlen != "none" or problem.return_max_score)
+    if is_large and (32 < dim <= 128 if number == "float32" else not number and dim <= 64):
+        yield Tile(192, 128 if dim <= 64 else 64, ping_pong=True)
     if dim <= 64:
         if not has_rows and (mask is None or not has_softcap):
-            many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
-            if many_192 and not has_softcap and not bounded and is_aligned and keys >= 1024:
-                yield Tile(192, 128, ping_pong=True)
             many = _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS
             if many and not problem.has_pages:  # whose producer takes registers
                 yield Tile(64, 64, min_blocks=3)

@@ -66,7 +66,10 @@ class Splits(ctypes.Structure):
 
     _fields_ = [
         *_fields(ctypes.c_void_p, "split_out split_stats"),
-        *_fields(ctypes.c_int32, "num_splits num_lines heads_of_line num_ranges least_tiles"),
+        *_fields(
+            ctypes.c_int32,
+            "num_splits shares_at_once num_lines heads_of_line num_ranges least_tiles",
+        ),
         ("adding_up", ctypes.c_float),
     ]
 
@@ -106,13 +109,13 @@ class AttnParams(ctypes.Structure):
     )  # fmt: skip
     _fields_ = [
         ("tensors", Tensors),
-        ("strides", Strides),
         *_fields(
             ctypes.c_int32,
             "batch num_heads_q num_heads_kv seqlen_q seqlen_k num_queries num_m_blocks",
         ),
         *_fields(ctypes.c_float, "softmax_scale softmax_scale_log2 softcap"),
         ("band", Band),
+        ("strides", Strides),
         ("lengths", Lengths),
         ("splits", Splits),
         ("tile_counter", ctypes.c_void_p),

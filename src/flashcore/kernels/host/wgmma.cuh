@@ -72,13 +72,6 @@ FC_DEVICE void wgmma_ss_mn(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_
   fc_host::wgmma_issue_as<T, true, true>(d, nullptr, a_desc, b_desc, accumulate, FC_HERE);
 }
 
-// d = A B (+ d): A 64 x 16 in shared memory, contiguous along k, and B 16 x N, along n.
-template <class T, int FRAGS>
-FC_DEVICE void wgmma_ss_n(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
-                          bool accumulate, FC_SITE) {
-  fc_host::wgmma_issue_as<T, false, true>(d, nullptr, a_desc, b_desc, accumulate, FC_HERE);
-}
-
 // d = A B (+ d): A 64 x 16 in registers, B 16 x N in shared memory, contiguous along n.
 template <class T, int FRAGS>
 FC_DEVICE void wgmma_rs(WmmaAccum (&d)[FRAGS], const WmmaA<T>& a, WgmmaDesc b_desc, bool accumulate,

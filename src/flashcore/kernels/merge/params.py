@@ -93,6 +93,7 @@ class MergePlan:
 
     gate = None
     num_threads = 32 * WARPS
+    starts_early = False
 
     @property
     def params_struct(self) -> str:

@@ -138,22 +138,18 @@ FC_DEVICE void wgmma_hold(WmmaA<T> (&a)[FRAGS]) {
                : "r"(a.reg[0]), "r"(a.reg[1]), "r"(a.reg[2]), "r"(a.reg[3]),                       \
                  "l"(wgmma_bits(b_desc)), "r"(int(accumulate)))
 
-// A and B in shared memory, contiguous along k or, A_ALONG_M, along m, and B_ALONG_N, along n.
-template <class T, bool A_ALONG_M, bool B_ALONG_N, int FRAGS>
+// A and B in shared memory, contiguous along k or, MN_MAJOR, along m and n.
+template <class T, bool MN_MAJOR, int FRAGS>
 FC_DEVICE void wgmma_of_smem(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
                              bool accumulate) {
 #define FC_CASE(frags, n, c0, c1, c2)                                                              \
   if constexpr (FRAGS == frags) {                                                                  \
-    if constexpr (IS_FLOAT16<T> && A_ALONG_M) {                                                    \
+    if constexpr (IS_FLOAT16<T> && MN_MAJOR) {                                                     \
       FC_WGMMA_SS(frags, n, "f16.f16", c0, c1, c2, "1, 1");                                        \
-    } else if constexpr (IS_FLOAT16<T> && B_ALONG_N) {                                             \
-      FC_WGMMA_SS(frags, n, "f16.f16", c0, c1, c2, "0, 1");                                        \
     } else if constexpr (IS_FLOAT16<T>) {                                                          \
       FC_WGMMA_SS(frags, n, "f16.f16", c0, c1, c2, "0, 0");                                        \
-    } else if constexpr (A_ALONG_M) {                                                              \
+    } else if constexpr (MN_MAJOR) {                                                               \
       FC_WGMMA_SS(frags, n, "bf16.bf16", c0, c1, c2, "1, 1");                                      \
-    } else if constexpr (B_ALONG_N) {                                                              \
-      FC_WGMMA_SS(frags, n, "bf16.bf16", c0, c1, c2, "0, 1");                                      \
     } else {                                                                                       \
       FC_WGMMA_SS(frags, n, "bf16.bf16", c0, c1, c2, "0, 0");                                      \
     }                                                                                              \
@@ -182,21 +178,14 @@ FC_DEVICE void wgmma_of_smem(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc 
 template <class T, int FRAGS>
 FC_DEVICE void wgmma_ss(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
                         bool accumulate) {
-  wgmma_of_smem<T, false, false>(d, a_desc, b_desc, accumulate);
+  wgmma_of_smem<T, false>(d, a_desc, b_desc, accumulate);
 }
 
 // d = A^T B (+ d): A 16 x 64 and B 16 x N in shared memory, contiguous along m and n.
 template <class T, int FRAGS>
 FC_DEVICE void wgmma_ss_mn(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
                            bool accumulate) {
-  wgmma_of_smem<T, true, true>(d, a_desc, b_desc, accumulate);
-}
-
-// d = A B (+ d): A 64 x 16 in shared memory, contiguous along k, and B 16 x N, along n.
-template <class T, int FRAGS>
-FC_DEVICE void wgmma_ss_n(WmmaAccum (&d)[FRAGS], WgmmaDesc a_desc, WgmmaDesc b_desc,
-                          bool accumulate) {
-  wgmma_of_smem<T, false, true>(d, a_desc, b_desc, accumulate);
+  wgmma_of_smem<T, true>(d, a_desc, b_desc, accumulate);
 }
 
 // A in registers, B in shared memory, contiguous along k, or, MN_MAJOR, along n.

@@ -50,9 +50,11 @@ struct Lengths {
 // Partial results of rows whose keys are split over blocks, see tile/shares.cuh; under
 // STREAM_K [slots, rows of a slot, ...], see tile/stream_k.cuh.
 struct Splits {
-  GmemPtr<float> split_out;    // [num_splits, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]
-  GmemPtr<float> split_stats;  // [num_splits, batch, num_heads_q, seqlen_q, 2]: row_max, row_sum
+  // Shares, and those that come of the first of two steps of adding up.
+  GmemPtr<float> split_out;    // [shares, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]
+  GmemPtr<float> split_stats;  // [shares, batch, num_heads_q, seqlen_q, 2]: row_max, row_sum
   int32_t num_splits;
+  int32_t shares_at_once;  // num_splits: they are added up in one step
   int32_t num_lines, heads_of_line;  // heads side by side, and after one another: num_heads_q
   int32_t num_ranges;   // of a line
   int32_t least_tiles;  // key tiles of a block's range at least; of a piece under FIXED_PIECES
@@ -81,10 +83,10 @@ struct Gate {
 };
 //@end
 
-// Sizes and scalars, which nearly every function reads, are in no group.
+// Sizes and scalars, which nearly every function reads, are in no group. What every kernel reads
+// comes first and lies together: the first read of each 64 bytes costs a block a miss.
 struct AttnParams {
   Tensors tensors;
-  Strides strides;
 
   int32_t batch, num_heads_q, num_heads_kv, seqlen_q, seqlen_k;
   // Of a head; seqlen_q rows are more where heads are folded (folding.py). Of packed queries, whose
@@ -97,6 +99,7 @@ struct AttnParams {
   float softcap;             // in natural units; read only under HAS_SOFTCAP
 
   Band band;
+  Strides strides;
   Lengths lengths;
   Splits splits;
   GmemPtr<int32_t> tile_counter;  // one, or one a row tile; 0 between launches

@@ -4,11 +4,14 @@
 // A block takes pieces: a row tile and one of num_splits runs of its key tiles. It writes a partial
 // O with its row_max and row_sum to global memory, only the rows that exist. A counter tells the
 // group of four warps (64 rows) that hands over a row tile's last part: it adds up all parts, in
-// the order of the splits, so that the result does not depend on which group it is.
+// the order of the splits, so that the result does not depend on which group it is. Many large
+// parts are added up in two steps, so that more SMs read them: the last of each `shares_at_once`
+// adds up those and writes a part of all their keys, and the last one of these adds up these.
 #pragma once
 
 #include "prims.cuh"
 #include "tile/band.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
@@ -16,6 +19,12 @@
 #include "tile/stream_k.cuh"
 
 constexpr int GROUPS_OF_TILE = BLOCK_M / 64;  // that own 64 rows each
+constexpr bool IN_STEPS = SPLIT_KV && !STREAM_K;  // shares may be added up in two steps
+
+// Rows that a slot has room for: of packed sequences each has its own number.
+FC_DEVICE int rows_of_slot(const AttnParams& p) {
+  return PACKED ? BLOCK_M : min_i(BLOCK_M, p.seqlen_q);
+}
 
 // The key tiles of a block's piece; of the whole row tile unless SPLIT_KV.
 FC_DEVICE Range own_keys(const AttnParams& p, const BlockCoord& block) {
@@ -42,7 +51,7 @@ FC_DEVICE int num_splits_of(const AttnParams& p, const BlockCoord& block) {
 // Where a split's part of a row lies, counted in rows.
 FC_DEVICE int64_t partial_row(const AttnParams& p, const BlockCoord& block, int split, int row) {
   if (STREAM_K && !FIXED_PIECES) {
-    return int64_t(slot_of(p, block, split)) * min_i(BLOCK_M, p.seqlen_q) + (row - block.m_begin);
+    return int64_t(slot_of(p, block, split)) * rows_of_slot(p) + (row - block.m_begin);
   }
   const int64_t num_rows = int64_t(p.batch) * p.num_heads_q * p.seqlen_q;
   return split * num_rows + lse_offset(p, block, row);
@@ -56,7 +65,7 @@ FC_DEVICE void store_partial(const AttnParams& p, const BlockCoord& block, int w
   for (int r = 0; r < 2; ++r) {
     const float sum = quad_sum(softmax.row_sum[r]);
     const int row = warp_row + accum_row(lane_idx(), r * 2);
-    if (row >= p.seqlen_q) continue;
+    if (!is_row(p, row)) continue;
     const int64_t at = partial_row(p, block, block.split, row);
     if (lane_idx() % 4 == 0) {
       gmem_store_packet(p.splits.split_stats + at * 2, pair_of(softmax.row_max[r], sum));
@@ -84,20 +93,27 @@ FC_DEVICE PartialStats load_stats(const AttnParams& p, int64_t at) {
           from_packet<float>(Packet<4>{{packet.word[1]}})};
 }
 
+// Shares that are added up, side by side, and where their sum goes: the number of a share, or -1,
+// which is O and lse.
+struct Shares {
+  int first, num_splits, to;
+};
+
 // Adds up the splits of PARTS parts of a group's rows, divides, and stores O and lse; of partial
 // results PACKETS are under way at once in a thread. A part is two packets of a row, half a row
 // apart, so that most threads work though rows are few. Past the last split it is loaded again. The
 // sums so far are brought to a new maximum, which is the step of the online softmax.
 template <int NUM_OUT_FRAGS, int PARTS, int PACKETS>
 FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
-                            int first_part, int num_parts, float scale_log2) {
+                            const Shares& shares, int first_part, int num_parts,
+                            float scale_log2) {
   static_assert(HEAD_DIM_V % 8 == 0, "as TMA wants of rows");
   constexpr int HALF = HEAD_DIM_V / 2;
   constexpr int PARTS_OF_ROW = HALF / 4;
   // Whatever the rows are, as many shares have one maximum if a sequence alone is to decide.
   constexpr int AT_ONCE = FIXED_PIECES ? 4 : PACKETS / 2 / PARTS;
   const GmemPtr<const float> partials = {p.splits.split_out.address};
-  const int num_splits = num_splits_of(p, block);
+  const int num_splits = shares.num_splits;
   int row[PARTS], col[PARTS];
   float row_max[PARTS], sum[PARTS];
   float out[PARTS][2][4] = {};
@@ -116,7 +132,8 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
     for (int s = 0; s < AT_ONCE; ++s) {
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
-        const int64_t at = partial_row(p, block, min_i(begin + s, num_splits - 1), row[i]);
+        const int split = shares.first + min_i(begin + s, num_splits - 1);
+        const int64_t at = partial_row(p, block, split, row[i]);
         const auto from = partials + (at * (NUM_OUT_FRAGS * 16) + col[i]);
         stats[s][i] = load_stats(p, at);
         partial[s][i][0] = gmem_load_packet<16>(from);
@@ -149,6 +166,22 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
 #pragma unroll
   for (int i = 0; i < PARTS; ++i) {
     if (first_part + i * 128 >= num_parts) continue;
+    if (IN_STEPS && shares.to >= 0) {
+      const int64_t at = partial_row(p, block, shares.to, row[i]);
+      const auto to = p.splits.split_out + (at * (NUM_OUT_FRAGS * 16) + col[i]);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto& x = out[i][half];
+        Packet<16> packed;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) packed.word[c] = to_packet(x[c]).word[0];
+        gmem_store_packet(to + half * HALF, packed);
+      }
+      if (col[i] == 0) {
+        gmem_store_packet(p.splits.split_stats + at * 2, pair_of(row_max[i], sum[i]));
+      }
+      continue;
+    }
     float weight = 1.0f;
     if constexpr (HAS_SINKS) {  // here, so that it counts once
       weight = join_sink(row_max[i], sum[i], sink_of(p, block.head_idx, row[i]), p);
@@ -175,18 +208,20 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
 // them, or one after the other would wait.
 template <int NUM_OUT_FRAGS, int PACKETS>
 FC_DEVICE void add_up_partials(const AttnParams& p, const BlockCoord& block, int group_row,
-                               float scale_log2) {
+                               const Shares& shares, float scale_log2) {
   constexpr int MOST_PARTS = PACKETS < 16 ? 1 : 2;
-  const int num_parts = min_i(64, p.seqlen_q - group_row) * (HEAD_DIM_V / 8);
+  const int most_rows = FOLDS_PACKED ? rows_of_box(p) : 64;  // the others are nobody's
+  const int num_parts = min_i(most_rows, p.seqlen_q - group_row) * (HEAD_DIM_V / 8);
   int part = thread_idx() % 128;
   if (MOST_PARTS > 1 && num_parts <= 128) {
     if (part < num_parts) {
-      add_up_parts<NUM_OUT_FRAGS, 1, PACKETS>(p, block, group_row, part, num_parts, scale_log2);
+      add_up_parts<NUM_OUT_FRAGS, 1, PACKETS>(p, block, group_row, shares, part, num_parts,
+                                              scale_log2);
     }
     return;
   }
   for (; part < num_parts; part += MOST_PARTS * 128) {
-    add_up_parts<NUM_OUT_FRAGS, MOST_PARTS, PACKETS>(p, block, group_row, part, num_parts,
+    add_up_parts<NUM_OUT_FRAGS, MOST_PARTS, PACKETS>(p, block, group_row, shares, part, num_parts,
                                                      scale_log2);
   }
 }
@@ -201,7 +236,7 @@ FC_DEVICE void store_whole(const AttnParams& p, const BlockCoord& block, int war
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = warp_row + accum_row(lane_idx(), r * 2);
-    if (row >= p.seqlen_q) break;
+    if (!is_row(p, row)) break;
     const auto to = p.tensors.out + (out_offset(p, block, row) + accum_col(lane_idx(), 0));
 #pragma unroll
     for (int d = 0; d < HEAD_DIM_V / 8; ++d) {
@@ -213,13 +248,22 @@ FC_DEVICE void store_whole(const AttnParams& p, const BlockCoord& block, int war
   }
 }
 
-// The counter of a group's rows.
+// The steps in which a row tile's shares are added up: num_groups is how many shares the second one
+// adds up, 1 where there is one step.
+FC_DEVICE int num_groups_of(const AttnParams& p) {
+  if (!IN_STEPS) return 1;
+  return (p.splits.num_splits + p.splits.shares_at_once - 1) / p.splits.shares_at_once;
+}
+
+// The counter of a group's rows; where shares are added up in two steps that of the second one, and
+// behind it those of the first one.
 FC_DEVICE GmemPtr<int32_t> share_counter(const AttnParams& p, const BlockCoord& block,
-                                         int row_group) {
+                                         int row_group, int num_groups) {
   const int head = block.batch_idx * p.num_heads_q + block.head_idx;
   const int row_tile = head * p.num_m_blocks + block.m_begin / BLOCK_M;
   const int number = STREAM_K && !FIXED_PIECES ? first_block_of(block) : row_tile;
-  return p.tile_counter + (number * GROUPS_OF_TILE + row_group);
+  const int counters = num_groups == 1 ? 1 : num_groups + 1;
+  return p.tile_counter + (number * GROUPS_OF_TILE + row_group) * counters;
 }
 
 // Hands over a group's partial result, and adds up all of them if it was the last one. `sync` is a
@@ -231,21 +275,36 @@ FC_DEVICE void hand_over_partial(const AttnParams& p, const BlockCoord& block, i
                                  const Sync& sync, SmemPtr<int32_t> arrival) {
   const int group_row = block.m_begin + row_group * 64;
   const int warp_row = group_row + warp_idx() % 4 * 16;
-  const int num_splits = num_splits_of(p, block);
-  if (STREAM_K && num_splits == 1) {
+  const int all_splits = num_splits_of(p, block);
+  if (STREAM_K && all_splits == 1) {
     store_whole(p, block, warp_row, softmax, out);
     return;
   }
   store_partial(p, block, warp_row, softmax, out);
-  sync();  // orders all warps' writes before the count
-  if (thread_idx() % 128 == 0) {
-    const auto counter = share_counter(p, block, row_group);
-    const bool last = gmem_atomic_add_acq_rel(counter, 1) == num_splits - 1;
-    if (last) gmem_atomic_add(counter, -num_splits);  // for the next launch
-    smem_store(arrival, last ? 1 : 0);
+  const int num_groups = num_groups_of(p);
+  Shares shares = {0, all_splits, -1};
+  int own_counter = 0;
+  if (num_groups > 1) {
+    const int group = block.split / p.splits.shares_at_once;
+    shares.first = group * p.splits.shares_at_once;
+    shares.num_splits = min_i(p.splits.shares_at_once, all_splits - shares.first);
+    shares.to = all_splits + group;
+    own_counter = 1 + group;
   }
-  sync();  // hands on what the count made known
-  if (smem_load(arrival) != 0) {
-    add_up_partials<NUM_OUT_FRAGS, PACKETS>(p, block, group_row, scale_log2);
+  while (true) {
+    sync();  // orders all warps' writes before the count
+    if (thread_idx() % 128 == 0) {
+      const int num_splits = shares.num_splits;
+      const auto counter = share_counter(p, block, row_group, num_groups) + own_counter;
+      const bool last = gmem_atomic_add_acq_rel(counter, 1) == num_splits - 1;
+      if (last) gmem_atomic_add(counter, -num_splits);  // for the next launch
+      smem_store(arrival, last ? 1 : 0);
+    }
+    sync();  // hands on what the count made known
+    if (smem_load(arrival) == 0) return;
+    add_up_partials<NUM_OUT_FRAGS, PACKETS>(p, block, group_row, shares, scale_log2);
+    if (!IN_STEPS || shares.to < 0) return;
+    shares = {all_splits, num_groups, -1};
+    own_counter = 0;
   }
 }

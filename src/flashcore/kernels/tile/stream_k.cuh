@@ -14,6 +14,9 @@
 // Nothing but the lengths and the number of blocks decides where cuts are, and shares are added in
 // the order of keys: a call's result is the same bit for bit each time.
 //
+// PACKED sequences have as many row tiles as their queries fill; the rows behind the last sequence
+// are one more, which sees no key.
+//
 // Under FIXED_PIECES (batch-invariant calls) a row tile is cut every `least_tiles` key tiles, so
 // that its sequence alone decides what is added to what. A block takes the pieces that begin in its
 // range. Shares have the places that the host's splits have, split by split.
@@ -21,6 +24,7 @@
 
 #include "prims.cuh"
 #include "tile/band.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
@@ -34,24 +38,39 @@ FC_DEVICE int slot_of(const AttnParams& p, const BlockCoord& block, int split) {
 // The block that a row tile begins in.
 FC_DEVICE int first_block_of(const BlockCoord& block) { return block.first_slot / 2; }
 
-// The pieces of a block's range. A sequence's row tiles of one head are items; a line has its heads
-// of an item one after the other. A row tile without keys counts as one key tile: somebody must
-// write its zeros.
+// The pieces of a block's range. A line has its heads of a row tile one after the other. A row tile
+// without keys counts as one key tile: somebody must write its zeros. An item is a row tile, and of
+// PACKED sequences all row tiles of one.
 struct StreamWalk {
   int place = 0, end = 0;  // where in the line the next piece begins, and the range ends
   int range_tiles = 0;     // of a range
   int item = 0, head = 0;  // of the next piece, the head by its number in the line
+  int m_block = 0;         // of the next piece, among the row tiles of its item
   int first = 0;           // where in the line its row tile begins
   int num_tiles = 0;       // of that row tile
 
-  FC_DEVICE static int tiles_of(const AttnParams& p, int item) {
-    const BlockCoord block = item_coord(p, item);
-    const Range keys = key_tiles(sequence_params(p, block), block.m_begin);
-    return max_i(1, keys.end - keys.begin);
+  static_assert(!PACKED || !FIXED_PIECES, "shares of packed sequences have places in slots alone");
+
+  FC_DEVICE static int num_items(const AttnParams& p) {
+    return PACKED ? p.batch + 1 : p.batch * p.num_m_blocks;
   }
 
-  FC_DEVICE static BlockCoord item_coord(const AttnParams& p, int item) {
+  FC_DEVICE static BlockCoord item_coord(const AttnParams& p, int item, int m_block) {
+    if (PACKED) return {item, 0, 0, m_block * BLOCK_M};
     return {item / p.num_m_blocks, 0, 0, item % p.num_m_blocks * BLOCK_M};
+  }
+
+  // Tells `take` each row tile of an item from number `m_block` on, and its key tiles, until it
+  // returns false.
+  template <class Take>
+  FC_DEVICE static void each_row_tile(const AttnParams& p, int item, int m_block,
+                                      const Take& take) {
+    const auto& own = sequence_params(p, item_coord(p, item, 0));
+    const int count = PACKED ? (own.seqlen_q + BLOCK_M - 1) / BLOCK_M : 1;
+    for (; m_block < count; ++m_block) {
+      const Range keys = key_tiles(own, item_coord(p, item, m_block).m_begin);
+      if (!take(m_block, max_i(1, keys.end - keys.begin))) return;
+    }
   }
 
   // x of the one lane that `has` it.
@@ -63,29 +82,39 @@ struct StreamWalk {
 
   // By the whole warp. Each lane looks at as many items, which follow one another.
   FC_DEVICE explicit StreamWalk(const AttnParams& p) {
-    const int num_items = p.batch * p.num_m_blocks;
-    const int items_of_lane = (num_items + 31) / 32;
-    const int first_item = min_i(num_items, lane_idx() * items_of_lane);
-    const int end_item = min_i(num_items, first_item + items_of_lane);
-    int sum = 0, longest = 0;
-    for (int i = first_item; i < end_item; ++i) {
-      const int tiles = tiles_of(p, i);
-      sum += tiles;
-      longest = max_i(longest, tiles);
-    }
+    const int items_of_lane = (num_items(p) + 31) / 32;
+    const int first_item = min_i(num_items(p), lane_idx() * items_of_lane);
+    const int end_item = min_i(num_items(p), first_item + items_of_lane);
     const int heads = p.splits.heads_of_line;
+    // Of packed sequences that do not overlap, in one head.
+    const int most = PACKED ? p.lengths.max_tiles / (heads * p.splits.num_lines) : 0;
+    int sum = 0, longest = 0, count = 0;
+    for (int i = first_item; i < end_item; ++i) {
+      each_row_tile(p, i, 0, [&](int, int tiles) {
+        sum += tiles;
+        longest = max_i(longest, tiles);
+        return !PACKED || ++count <= most;
+      });
+    }
+    if (PACKED && warp_scan(min_i(count, most + 1)).total > most) return;  // sums may be too large
     const WarpScan line = warp_scan(sum * heads);
     set_range(p, line.total, longest);
     place = min_i(line.total, range_idx(p) * range_tiles);
     end = min_i(line.total, place + range_tiles);
     const bool is_here = place >= line.below && place < line.below + sum * heads;
     int begin = line.below;
-    for (item = first_item; is_here; ++item) {
-      num_tiles = tiles_of(p, item);
-      if (place < begin + num_tiles * heads) break;
-      begin += num_tiles * heads;
+    bool is_found = !is_here;
+    for (item = first_item; !is_found; item += is_found ? 0 : 1) {
+      each_row_tile(p, item, 0, [&](int row_tile, int tiles) {
+        m_block = row_tile;
+        num_tiles = tiles;
+        is_found = place < begin + tiles * heads;
+        if (!is_found) begin += tiles * heads;
+        return !is_found;
+      });
     }
     item = of_lane(is_here, item);
+    if (PACKED) m_block = of_lane(is_here, m_block);
     num_tiles = max_i(1, of_lane(is_here, num_tiles));
     first = of_lane(is_here, begin);
     head = (place - first) / num_tiles;
@@ -108,7 +137,7 @@ struct StreamWalk {
     while (range_tiles < longest && float(range_tiles) * float(range_tiles) < square) ++range_tiles;
   }
 
-  // Between pieces a walk may lie in shared memory, where it takes no registers.
+  // Between pieces a walk may lie in shared memory, where it takes no registers; not if PACKED.
   static constexpr int INTS = 7;
 
   FC_DEVICE void keep(SmemPtr<int32_t> to) const {
@@ -129,8 +158,8 @@ struct StreamWalk {
   FC_DEVICE bool done(const AttnParams&, const TileSchedule&) const { return place >= end; }
 
   FC_DEVICE BlockCoord coord(const AttnParams& p, const TileSchedule&) const {
-    BlockCoord block = item_coord(p, item);
-    block.head_idx = head * p.splits.num_lines + line_idx(p);
+    BlockCoord block = item_coord(p, item, m_block);
+    block.head_idx = (head * p.splits.num_lines + line_idx(p)) * heads_folded(p);
     block.head_idx_kv = block.head_idx / (p.num_heads_q / p.num_heads_kv);
     block.tile_begin = place - first;
     if (FIXED_PIECES) {
@@ -164,6 +193,13 @@ struct StreamWalk {
     place = first;
     if (place >= end || ++head < p.splits.heads_of_line) return;
     head = 0;
-    num_tiles = tiles_of(p, ++item);
+    num_tiles = 0;
+    const auto take = [&](int row_tile, int tiles) {
+      m_block = row_tile;
+      num_tiles = tiles;
+      return false;
+    };
+    if (PACKED) each_row_tile(p, item, m_block + 1, take);
+    while (num_tiles == 0) each_row_tile(p, ++item, 0, take);
   }
 };

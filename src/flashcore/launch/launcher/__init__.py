@@ -18,6 +18,7 @@ import torch
 from flashcore.base import env
 from flashcore.errors import FlashCoreError, stacklevel_of_caller
 from flashcore.launch.counters import work_counters
+from flashcore.launch.types import PassEntry
 from flashcore.problem.options import Options
 
 # The arguments of `attention`, q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse
@@ -39,11 +40,26 @@ class Lookup(NamedTuple):
     calls_max: int
 
 
-# Handed over by ops/calls.py when that is imported.
+class Passes(NamedTuple):
+    """Hold how backward passes are found by whoever prepares them (ops/eager.py).
+
+    `entry` and `run` take what `Lookup.find` found, q, k, v, out, lse and the gradient of out.
+
+    Args:
+        entry: returns the PassEntry for such tensors; None where the operator has to compute.
+        run: returns dq, dk and dv, by Python; None likewise.
+        may_differ: returns whether gradients may differ from run to run, of which other passes
+            make use.
+    """
+
+    entry: Callable[..., PassEntry | None]
+    run: Callable[..., Any]
+    may_differ: Callable[[], bool]
+
+
+# Handed over by ops/calls.py and ops/eager.py when these are imported.
 lookup: Lookup | None = None
-# Returns dq, dk and dv by what was prepared, given what `lookup.find` found, q, k, v, out, lse and
-# the gradient of out; or None: the operator has to. Handed over by ops/eager.py.
-differentiate: Callable[..., Any] | None = None
+passes: Passes | None = None
 
 
 class Entry(NamedTuple):
@@ -141,7 +157,7 @@ def configured() -> Any:
     from flashcore.launch.launcher.build import load
 
     assert lookup is not None
-    assert differentiate is not None
+    assert passes is not None
     module = load()
     module.configure(
         entry_address("cuLaunchKernelEx"),
@@ -153,7 +169,7 @@ def configured() -> Any:
         _prepare,
         lookup.backends,
         lookup.calls_max,
-        differentiate,
+        *passes,
     )
     return module
 

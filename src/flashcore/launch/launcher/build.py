@@ -1,4 +1,5 @@
-"""Compile launcher.cpp to a Python extension for this Python and this torch; cached on disk."""
+"""Compile launcher.cpp and its headers to a Python extension for this Python and this torch; cached
+on disk."""
 
 from __future__ import annotations
 
@@ -56,8 +57,9 @@ def _check_headers() -> None:
 def library_name() -> str:
     """Name of the launcher in the cache."""
     abi = str(sysconfig.get_config_var("SOABI"))
+    sources = [SOURCE, *sorted(SOURCE.parent.glob("*.h"))]
     key = digest(
-        SOURCE.read_text(encoding="utf-8"),
+        *(path.read_text(encoding="utf-8") for path in sources),
         torch.__version__,
         str(torch.version.git_version),
         abi,

@@ -35,8 +35,10 @@ from flashcore.sim.plants.fwd_sm90.float8 import (
 from flashcore.sim.plants.fwd_sm90.folded import PLANTS_FOLDED_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
+from flashcore.sim.plants.fwd_sm90.packed import PLANTS_PACKED
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
 from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT, PLANTS_STREAM
+from flashcore.sim.plants.fwd_sm90.steps import PLANTS_STEPS
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.merge import PLANTS_MERGE, PLANTS_MERGE_BACKWARD
 from flashcore.sim.plants.numerics import (
@@ -77,6 +79,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_LARGE_SCORES,
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
+        **PLANTS_STEPS,
         **PLANTS_STREAM,
         **PLANTS_VARLEN_SM90,
         **PLANTS_MAX_SCORE,
@@ -90,6 +93,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_WIDE_SM90,
         **PLANTS_SHORT_SM90,
         **PLANTS_FOLDED_SM90,
+        **PLANTS_PACKED,
     },
     DQ_KERNEL: {
         **PLANTS_BWD_DQ_SM90,
