@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gradient_rule import wrong_gradients
+from healthy_runs import HealthyRuns
 from packed_gradients import PackedCase, make_packed, wrong_packed_gradients
 from plant_checks import check_text, undocumented
 from test_backward_sm90 import plans_of
@@ -41,6 +42,8 @@ CASE = PackedCase(
 LENGTHS_K, WINDOW = (40, 150, 97), (-1, 5)
 TILES = BwdTile(128, 32, 3, 2), BwdTile(32, 128, 3, 2, False, True, False)
 PLANTS = PLANTS_BWD_PACKED_SM90 | PLANTS_BWD_PACKED_DQ_SM90 | PLANTS_BWD_PADDED_SM90
+
+HEALTHY = HealthyRuns()  # of the kernel of dq; the kernel of dk and dv comes after it
 
 
 @functools.cache
@@ -98,8 +101,12 @@ def run_plant(plant: Plant | None, is_packed: bool, seed: int) -> SimulationErro
     """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
 
     def run(problem, plan, tensors) -> None:
-        planted = plant is not None and plan.is_dq == (plant.name in PLANTS_BWD_PACKED_DQ_SM90)
-        simulate_backward(problem, plan, tensors, seed=seed, plant=plant if planted else None)
+        in_dq = plant is not None and plant.name in PLANTS_BWD_PACKED_DQ_SM90
+        if plan.is_dq and plant is not None and not in_dq:
+            HEALTHY.simulate(is_packed, problem, plan, tensors, seed)
+            return
+        planted = plant if plan.is_dq == in_dq else None
+        simulate_backward(problem, plan, tensors, seed=seed, plant=planted)
 
     try:
         wrong = run_packed(run) if is_packed else run_padded(run)

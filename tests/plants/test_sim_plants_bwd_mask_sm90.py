@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gradient_rule import forward, wrong_gradients, wrong_mask_gradient
+from healthy_runs import HealthyRuns
 from plant_checks import check_text, undocumented
 from test_backward_sm90 import plans_of
 
@@ -99,6 +100,7 @@ CASE = Case(
     mask="additive",
 )  # fmt: skip
 TILES = BwdTile(64, 32, 3, 2), BwdTile(32, 64, 3, 2)
+HEALTHY = HealthyRuns()  # of the kernel of dq; the kernel of dk and dv comes after it
 
 
 @functools.cache
@@ -115,6 +117,9 @@ def run_masked(plant: Plant | None, seed: int) -> SimulationError | str:
 
     def run(problem, plan, tensors) -> None:
         in_dq = plant is not None and plant.name in PLANTS_DQ
+        if plan.is_dq and plant is not None and not in_dq:
+            HEALTHY.simulate(CASE, problem, plan, tensors, seed)
+            return
         planted = plant if plan.is_dq == in_dq else None
         simulate_backward(problem, plan, tensors, seed=seed, plant=planted)
 
