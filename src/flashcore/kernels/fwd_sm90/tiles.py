@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcore.kernels.cutting import cuts_packed_keys, has_few_rows, lengths_differ
-from flashcore.kernels.fwd_sm90.splits import best_sharing
+from flashcore.kernels.fwd_sm90.splits import adds_up_in_steps, best_sharing
 from flashcore.kernels.limits import smem_limits
 from flashcore.kernels.stream_k import key_tile_bytes, share_row_bytes, visible_keys
 from flashcore.problem.folding import fold_heads, packed_rows
@@ -118,6 +118,7 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
         key_tile_bytes=key_tile_bytes(tile.block_n, *dims, problem.cache_bytes),
         share_row_bytes=share_row_bytes(problem.head_dim_v),
         num_slots=NUM_SMS * tile.min_blocks,
+        in_steps=adds_up_in_steps(tile.min_blocks),
     )
     # Wide heads of many rows leave a producer no registers for that.
     few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
