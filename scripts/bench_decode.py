@@ -4,7 +4,7 @@
     python scripts/bench_decode.py --tiny  # a rehearsal, on any machine
 
 flashcore.bench.decoding says what is measured; FlashAttention-3 is, where `flash_attn_interface`
-can be imported. `python scripts/readme_results.py` brings the file into docs/serving.md.
+can be imported. `python scripts/readme_results.py` brings the file into docs/serving-kernels.md.
 """
 
 from __future__ import annotations

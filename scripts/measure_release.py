@@ -125,7 +125,7 @@ PARTS: dict[str, Part] = {
             "scripts/bench_decode.py", "--limit-s", _limit(seconds), "--json", path
         ],
         "decode.json",
-        ("docs/serving.md",),
+        ("docs/serving-kernels.md",),
     ),
     "host": Part(
         "the host's time of eager calls",

@@ -1,6 +1,6 @@
 """Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json,
 docs/host-overhead.md from h200-host.json, docs/backward.md from h200-gradients.json and
-docs/serving.md from h200-decode.json.
+docs/serving-kernels.md from h200-decode.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
@@ -140,7 +140,7 @@ def backward_section(document: Document, folder: Path) -> str:
 
 
 def decode_section(document: Document, folder: Path) -> str:
-    """Return what docs/serving.md says."""
+    """Return what docs/serving-kernels.md says."""
     del folder
     source = f"[{DECODE_RESULTS.name}](../{DECODE_RESULTS.as_posix()})"
     return f"{where(document)} ({source}); {document['method']}.\n\n{decode_markdown(document)}"
@@ -150,7 +150,7 @@ SOURCES: dict[Path, dict[str, Callable[[Document, Path], str]]] = {
     RESULTS: PAGES,
     HOST_RESULTS: {"docs/host-overhead.md": host_section},
     BACKWARD_RESULTS: {"docs/backward.md": backward_section},
-    DECODE_RESULTS: {"docs/serving.md": decode_section},
+    DECODE_RESULTS: {"docs/serving-kernels.md": decode_section},
 }
 
 

@@ -54,6 +54,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "padding": {"mask": "padding"},
     "bias": {"mask": "bias"},
     "loose-bias": {"mask": "loose-bias"},
+    "float-bias": {"mask": "float-bias"},
     "columns-mask": {"mask": "columns"},
     # A prompt's next part: more rows than a tile has, keys split none the less.
     "chunk": {"queries": 100, "causal": True},
@@ -140,10 +141,12 @@ OTHER_VARIANTS = (
 )
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
-    *("masked", "decode-masked", "loose-bias", "columns-mask", "max-score", "cut"),
+    *("masked", "decode-masked", "loose-bias", "float-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
 )
-_MASK_VARIANTS = ("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "columns-mask")
+_MASK_VARIANTS = (
+    *("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "float-bias", "columns-mask"),
+)
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),

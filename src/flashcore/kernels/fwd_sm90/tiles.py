@@ -305,18 +305,18 @@ def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
 def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
     """Return the table of calls whose softmax takes registers for more. A mask tensor with a row
     for every query takes some, more where it holds numbers, and most where its rows are not
-    aligned. One row for all is nearly as good as none."""
-    mask, has_softcap = problem.mask, problem.softcap != 0.0
-    bounded, keys = _is_bounded(problem), problem.seqlen_k
+    aligned. Large tiles read K and V less often, beside bytes of a mask (docs/ladder-masks.md)."""
+    mask, has_softcap, bounded = problem.mask, problem.softcap != 0.0, _is_bounded(problem)
     has_rows = mask is not None and mask.strides[2] != 0
-    is_boolean = mask is None or mask.dtype in ("bool", "tree")
-    number = mask.dtype if mask is not None and has_rows and not is_boolean else None
+    number = mask.dtype if mask and has_rows and mask.dtype not in ("bool", "tree") else None
     is_aligned = mask is None or mask.load_bytes == 16
+    many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS and problem.seqlen_k >= 1024
+    is_large = many_192 and is_aligned and not (has_softcap or bounded)
+    is_large &= not has_rows or not (problem.varlen != "none" or problem.return_max_score)
+    if is_large and (32 < dim <= 128 if number == "float32" else not number and dim <= 64):
+        yield Tile(192, 128 if dim <= 64 else 64, ping_pong=True)
     if dim <= 64:
         if not has_rows and (mask is None or not has_softcap):
-            many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
-            if many_192 and not has_softcap and not bounded and is_aligned and keys >= 1024:
-                yield Tile(192, 128, ping_pong=True)
             many = _num_row_tiles(problem, 64) >= (3 if bounded else 6) * NUM_SMS
             if many and not problem.has_pages:  # whose producer takes registers
                 yield Tile(64, 64, min_blocks=3)
