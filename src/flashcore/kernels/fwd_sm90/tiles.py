@@ -121,9 +121,8 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
         in_steps=adds_up_in_steps(tile.min_blocks),
     )
     # Wide heads of many rows leave a producer no registers for that.
-    few_rows = problem.seqlen_q <= ROWS_OF_CONSUMER
-    is_narrow = max(problem.head_dim, problem.head_dim_v) <= 128
-    pays = few_rows or (is_narrow and sharing.num_splits > 1)
+    is_narrow = max(dims) <= 128
+    pays = problem.seqlen_q <= ROWS_OF_CONSUMER or (is_narrow and sharing.num_splits > 1)
     if pays and lengths_differ(problem, tile.block_m, tile.block_n):
         return tile._replace(stream_k=True, parts=sharing.parts)
     return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)

@@ -19,8 +19,8 @@
 #include "tile/stream_k.cuh"
 
 constexpr int GROUPS_OF_TILE = BLOCK_M / 64;  // that own 64 rows each
-// Whether shares may be added up in two steps: not with the registers of a part of an SM. Mirrored by
-// adds_up_in_steps in kernels/fwd_sm90/splits.py.
+// Whether shares may be added up in two steps: not with the registers of a part of an SM. Mirrored
+// by adds_up_in_steps in kernels/fwd_sm90/splits.py.
 constexpr bool IN_STEPS = SPLIT_KV && !STREAM_K && MIN_BLOCKS == 1;
 
 // Rows that a slot has room for: of packed sequences each has its own number.
