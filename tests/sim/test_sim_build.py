@@ -93,7 +93,27 @@ def test_the_name_of_a_build_depends_on_everything_that_goes_in(
     other = cxx.Compiler(("c++",), "another compiler")
     monkeypatch.setattr(build, "find_compiler", lambda what: other)
     names.add(build.library_name(source))
-    assert len(names) == 5
+    monkeypatch.setattr(build, "_linker_flags", lambda compiler: ("another linker",))
+    names.add(build.library_name(source))
+    assert len(names) == 6
+
+
+def test_gold_links_where_it_is_and_where_the_compiler_takes_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gnu = cxx.Compiler(("/usr/bin/g++", "-m64"), "")
+    zig = cxx.Compiler((sys.executable, "-m", "ziglang", "c++"), "")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert build._linker_flags(gnu) == ("-fuse-ld=gold",)
+    assert build._linker_flags(zig) == ()
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert build._linker_flags(gnu) == ()
+
+
+def test_a_kernel_runs_whichever_linker_made_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = run_barriers(barriers_source())
+    monkeypatch.setattr(build, "_linker_flags", lambda compiler: ())
+    assert torch.equal(run_barriers(barriers_source() + "// by ld\n"), expected)
 
 
 def test_a_compiler_that_is_set_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

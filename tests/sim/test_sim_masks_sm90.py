@@ -78,13 +78,24 @@ def run(
     return "healthy" if errors.ok else "wrong-result"
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("kind", ["rows", "heads", "row"])
-@pytest.mark.parametrize(
-    ("width", "offset"),
-    [(128, 0), (124, 4), (122, 2), (117, 0), (128, 1)],
-    ids=["16 bytes", "4 bytes", "2 elements", "odd rows", "odd start"],
-)
+DTYPES = (torch.bool, torch.float16, torch.float32)
+KINDS = ("rows", "heads", "row")
+ALIGNMENTS = {
+    "16 bytes": (128, 0),
+    "4 bytes": (124, 4),
+    "2 elements": (122, 2),
+    "odd rows": (117, 0),
+    "odd start": (128, 1),
+}
+# Every two of them: each alignment with each dtype and each kind, each dtype with each kind.
+IN_PAIRS = [
+    pytest.param(dtype, KINDS[(i + j) % 3], *place, id=f"{name}-{KINDS[(i + j) % 3]}-{dtype}")
+    for i, (name, place) in enumerate(ALIGNMENTS.items())
+    for j, dtype in enumerate(DTYPES)
+]
+
+
+@pytest.mark.parametrize(("dtype", "kind", "width", "offset"), IN_PAIRS)
 def test_any_alignment(dtype: torch.dtype, kind: str, width: int, offset: int) -> None:
     mask = mask_of(kind, dtype, width, offset)
     one_tile = {"block_m": 128, "ping_pong": True}

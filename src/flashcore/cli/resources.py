@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +14,10 @@ from flashcore.cli.options import Arch, parse_archs
 from flashcore.cli.output import JsonFlag, Output, command, table, usage_errors
 
 if TYPE_CHECKING:
+    from flashcore.compile.compiler import CompiledKernel
     from flashcore.compile.jit import Resources
     from flashcore.kernels.fwd_wmma.plan import Plan
+    from flashcore.selection.building import Unit
     from flashcore.selection.configurations import Configuration
 
 _MANY = 24  # plans that take longer to compile than a second process takes to start
@@ -142,12 +144,15 @@ def resources(
         num_known = len(wanted)
         if sample:
             wanted = compile_gate.sample(wanted)
-        measured = measure(out, wanted)
-        rows = [_row(entry, found) for entry, found in measured]
+        of_append: list[Unit] = []
         if kernel is None and head_dim is None and variant is None:  # it has neither
-            of_append = append_units(asked["archs"], asked["dtypes"])
+            of_append = list(append_units(asked["archs"], asked["dtypes"]).values())
             num_known += len(of_append)
-            rows += _append_rows(of_append.values(), sample)
+            if sample:
+                of_append = list({unit[1]: unit for unit in reversed(of_append)}.values())
+        measured, appending = measure(out, wanted, of_append)
+        rows = [_row(entry, found) for entry, found in measured]
+        rows += [_append_row(unit, found) for unit, found in appending]
         violations = [text for row in rows for text in row.violations]
         missed = compile_gate.missed_by_sample(measured) if check and not sample else []
         if with_table or not check:
@@ -163,16 +168,18 @@ def resources(
         out.finish(rows, ok=not (check and (violations or missed)))
 
 
-def measure(out: Output, wanted: Sequence[Configuration]) -> list[tuple[Configuration, Resources]]:
-    """Compile configurations, or find them compiled."""
-    found = []
-    with out.progress(f"Compiling {len(wanted)} configurations", len(wanted)) as advance:
-        for entry, resources in zip(
-            wanted, _compile_all([entry.plan for entry in wanted]), strict=True
-        ):
+def measure(
+    out: Output, wanted: Sequence[Configuration], units: Sequence[Unit] = ()
+) -> tuple[list[tuple[Configuration, Resources]], list[tuple[Unit, CompiledKernel]]]:
+    """Compile configurations and other kernels, or find them compiled."""
+    total = len(wanted) + len(units)
+    with out.progress(f"Compiling {total} configurations", total) as advance:
+        found = []
+        for compiled in _compile_all([*(entry.plan for entry in wanted), *units]):
             advance()
-            found.append((entry, resources))
-    return found
+            found.append(compiled)
+    plans, others = found[: len(wanted)], found[len(wanted) :]
+    return list(zip(wanted, plans, strict=True)), list(zip(units, others, strict=True))
 
 
 def _row(entry: Configuration, found: Resources) -> Row:
@@ -197,39 +204,35 @@ def _row(entry: Configuration, found: Resources) -> Row:
     )
 
 
-def _append_rows(units: Iterable[tuple[str, int, str, str, str]], sample: bool) -> Iterator[Row]:
-    """Return a row for each variant of the kernel that appends to a cache; of a sample, for one of
-    each architecture. It has no tiles and no head_dim."""
-    from flashcore.compile.jit import compile_source
-
-    seen: set[int] = set()
-    for source, arch, kernel, suffix, label in units:
-        if sample and arch in seen:
-            continue
-        seen.add(arch)
-        found = compile_source(source, arch, kernel, suffix, label)
-        spilled = f"{label}: {found.spill_bytes} spilled bytes, 0 allowed"
-        violations = [spilled] if found.spill_bytes else []
-        yield Row(
-            kernel, f"sm_{arch}", 0, label.split()[1].rstrip(","), found.registers,
-            found.static_smem_bytes, found.spill_bytes, found.code_bytes, "append", "-", 1, 1,
-            (), found.remarks, violations,
-        )  # fmt: skip
+def _append_row(unit: Unit, found: CompiledKernel) -> Row:
+    """Return the row of the kernel that appends to a cache, which has no tiles and no head_dim."""
+    _, arch, kernel, _, label = unit
+    spilled = f"{label}: {found.spill_bytes} spilled bytes, 0 allowed"
+    return Row(
+        kernel, f"sm_{arch}", 0, label.split()[1].rstrip(","), found.registers,
+        found.static_smem_bytes, found.spill_bytes, found.code_bytes, "append", "-", 1, 1,
+        (), found.remarks, [spilled] if found.spill_bytes else [],
+    )  # fmt: skip
 
 
-def _compile_all(plans: Sequence[Plan]) -> Iterator[Resources]:
-    """Return resources of each plan, in order. NVRTC compiles one program at a time in a
-    process, so many plans go to a second process as well; a worker's start (importing torch)
+def _compile_all(items: Sequence[Plan | Unit]) -> Iterator[Any]:
+    """Return resources of each plan, and kernels of units, in order. NVRTC compiles one program at
+    a time in a process, so many go to a second process as well; a worker's start (importing torch)
     takes seconds."""
     from flashcore.base.machine import available_cores
-    from flashcore.compile.jit import resources as resources_of
 
-    if len(plans) < _MANY or available_cores() < 2:
-        yield from map(resources_of, plans)
+    if len(items) < _MANY or available_cores() < 2:
+        yield from map(_compile, items)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=2, mp_context=context) as pool:
-        yield from pool.map(resources_of, plans, chunksize=4)
+        yield from pool.map(_compile, items, chunksize=4)
+
+
+def _compile(item: Plan | Unit) -> Resources | CompiledKernel:
+    from flashcore.compile import jit
+
+    return jit.compile_source(*item) if isinstance(item, tuple) else jit.resources(item)
 
 
 def _show(out: Output, rows: Sequence[Row]) -> None:

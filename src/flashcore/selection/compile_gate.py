@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from flashcore.kernels.fwd_wmma.plan import Plan
-from flashcore.kernels.registry import forward_of, kernel_of
+from flashcore.kernels.registry import PORTABLE, forward_of, kernel_of
 from flashcore.selection.registers import spare_registers
 
 if TYPE_CHECKING:
@@ -27,7 +27,23 @@ SAMPLED_VARIANTS = {False: 3, True: 1}
 # Registers hardly depend on the dtype. Where nothing but that differs, one of them tells whether a
 # change to a kernel has made it spill; the other is compiled of these, at the usual width.
 _IN_BOTH_DTYPES = ("full", "causal", "masked")
-_HEAD_DIM_IN_BOTH = 128
+# Here, at the usual width, every variant and architecture is compiled, whatever others tell of it.
+_HEAD_DIM_IN_FULL = 128
+# Constants of the portable kernel's text by which it does more. A text that differs from another in
+# nothing but more of these takes as many registers or more (109 of 109 texts). The Hopper kernels
+# do not keep to that: with soft-capping or a bound some of them need fewer registers.
+_OPTIONS = (
+    *("HAS_WINDOW_LEFT", "HAS_WINDOW_RIGHT", "HAS_SOFTCAP", "RETURNS_MAX_SCORE"),
+    *("FOLDED", "MASK_KIND"),
+)
+_BESIDE_OPTIONS = ("MaskElement", "SMEM_BYTES")
+# Of the Hopper kernels, where warps have roles, one with a wider head_dim and else the same text
+# (tile, options, registers of the roles) holds more: compiled for both with so few registers that
+# one spills, from 0.7 to 0.45 of a consumer's, it spills as many bytes or more (24 of 24 texts).
+_WIDTHS = ("HEAD_DIM", "HEAD_DIM_V", "CHUNK", "LOAD_CHUNK", "SMEM_BYTES")
+# Of the same text the compiler makes the same machine code for both, byte by byte (94 of 94 plans),
+# but for caches of 8 bits, which sm_89 has instructions for.
+_SAME_CODE = (86, 89)
 # Registers of a thread that an option takes (a bound of the band, soft-capping, a mask, lengths):
 # the portable kernel's median on sm_75 and sm_80.
 _REGISTERS_OF_AN_OPTION = 4
@@ -85,7 +101,17 @@ def checked(found: Iterable[Configuration]) -> list[Configuration]:
     """Return the configurations that the gate has to see: those but for which it is told by
     another. A bfloat16 kernel stands for the same in float16, see _IN_BOTH_DTYPES. What ships was
     found to spill in neither (tune/search.py), and of its tiles a causal kernel stands for the one
-    without a mask and the one that keeps a maximum besides: their text is nearly the same."""
+    without a mask and the one that keeps a maximum besides: their text is nearly the same.
+
+    At all head_dims but the usual, one of sm_86 stands for that of sm_89, a portable kernel with
+    more options for one with fewer, and a Hopper kernel for narrower ones with the same text, of
+    which the sample stays."""
+    found = _without_same_code(_without_twins(found))
+    found = _without_fewer_options(found)
+    return _without_narrower(found, {entry.plan for entry in sample(found)})
+
+
+def _without_twins(found: Iterable[Configuration]) -> list[Configuration]:
     found = list(found)
     plans = {entry.plan for entry in found}
 
@@ -97,11 +123,69 @@ def checked(found: Iterable[Configuration]) -> list[Configuration]:
         if plan.dtype != "float16":
             return False
         mask = "bfloat16" if plan.mask == "float16" else plan.mask
-        is_usual = entry.variant in _IN_BOTH_DTYPES and plan.head_dim == _HEAD_DIM_IN_BOTH
+        is_usual = entry.variant in _IN_BOTH_DTYPES and plan.head_dim == _HEAD_DIM_IN_FULL
         has_twin = dataclasses.replace(plan, dtype="bfloat16", mask=mask) in plans
         return has_twin and (entry.ships or not is_usual)
 
     return [entry for entry in found if not is_told(entry)]
+
+
+def _without_same_code(found: Sequence[Configuration]) -> list[Configuration]:
+    plans = {entry.plan for entry in found}
+    told_by, told = _SAME_CODE
+    return [
+        entry
+        for entry in found
+        if entry.plan.arch != told
+        or entry.plan.head_dim == _HEAD_DIM_IN_FULL
+        or entry.plan.cache_dtype
+        or dataclasses.replace(entry.plan, arch=told_by) not in plans
+    ]
+
+
+def _without_fewer_options(found: Sequence[Configuration]) -> list[Configuration]:
+    left_out = (*_OPTIONS, *_BESIDE_OPTIONS)
+    alike: dict[Hashable, list[dict[str, object]]] = defaultdict(list)
+    for entry in found:
+        alike[_text_beside(entry.plan, left_out)].append(entry.plan.constants())
+
+    def is_told(entry: Configuration) -> bool:
+        if kernel_of(entry.plan) is not PORTABLE or entry.plan.head_dim == _HEAD_DIM_IN_FULL:
+            return False
+        own = entry.plan.constants()
+        others = alike[_text_beside(entry.plan, left_out)]
+        return any(_has_more(other, own) for other in others)
+
+    return [entry for entry in found if not is_told(entry)]
+
+
+def _has_more(other: Mapping[str, object], own: Mapping[str, object]) -> bool:
+    """Return whether a text has all options that another has, in the same way, and more."""
+    more = [name for name in _OPTIONS if other[name] != own[name]]
+    same_mask = not own["MASK_KIND"] or other["MaskElement"] == own["MaskElement"]
+    return bool(more) and same_mask and not any(own[name] for name in more)
+
+
+def _without_narrower(found: Sequence[Configuration], sampled: set[Plan]) -> list[Configuration]:
+    widest: dict[Hashable, int] = defaultdict(int)
+    for entry in found:
+        text = _text_beside(entry.plan, _WIDTHS)
+        widest[text] = max(widest[text], min(entry.plan.head_dim, entry.plan.head_dim_v))
+    return [
+        entry
+        for entry in found
+        if not entry.plan.role_registers
+        or entry.plan.head_dim == _HEAD_DIM_IN_FULL
+        or entry.plan in sampled
+        or max(entry.plan.head_dim, entry.plan.head_dim_v)
+        >= widest[_text_beside(entry.plan, _WIDTHS)]
+    ]
+
+
+def _text_beside(plan: Plan, left_out: Iterable[str]) -> Hashable:
+    """Return what a kernel's text is made from, but for some of its constants."""
+    beside = sorted((k, str(v)) for k, v in plan.constants().items() if k not in left_out)
+    return plan.kernel, plan.arch, tuple(beside)
 
 
 def sample(found: Iterable[Configuration]) -> list[Configuration]:

@@ -254,11 +254,12 @@ def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator
     if problem.seqlen_k > _SEQLEN:
         return
     if forward_for(arch) is not PORTABLE and (table is not None or not ships):
+        found: dict[Plan, None] = {}
         for heads, length in itertools.product(_HEADS, _LENGTHS):
             rules = candidates(_resized(problem, heads, length), arch)[0]
-            for plan in [rules] if table is None else table.tiles_for(problem, rules):
-                if forward_of(plan) is not PORTABLE:
-                    yield plan.machine_code()
+            plans = [rules] if table is None else table.tiles_for(problem, rules)
+            found |= dict.fromkeys(plan for plan in plans if forward_of(plan) is not PORTABLE)
+        yield from (plan.machine_code() for plan in found)
 
 
 def _resized(problem: Problem, batch: int, length: int) -> Problem:

