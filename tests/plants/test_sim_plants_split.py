@@ -37,7 +37,7 @@ def case_with_inputs() -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tenso
     return Problem.from_tensors(x.q, x.k, x.v, return_lse=True), x.q, x.k, x.v
 
 
-def plan(num_splits: int = 5) -> Sm90Plan:
+def plan(num_splits: int = 5, min_blocks: int = 3) -> Sm90Plan:
     problem, *_ = case_with_inputs()
     return Sm90Plan(
         kernel=KERNEL,
@@ -45,7 +45,7 @@ def plan(num_splits: int = 5) -> Sm90Plan:
         block_m=64,
         block_n=32,
         num_stages=2,
-        min_blocks=3,
+        min_blocks=min_blocks,
         num_splits=num_splits,
         **traits_sm90(problem),
     )
@@ -58,8 +58,8 @@ def run_plant(plant: Plant | None, seed: int, in_steps: bool = False) -> Simulat
     out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.float16)
     lse = torch.empty(1, 2, CASE.seqlen_q)
     try:
-        num_splits = steps.TILE["num_splits"] if in_steps else 5
-        simulate(problem, plan(num_splits), q, k, v, None, out, lse, seed=seed, plant=plant)
+        own = plan(steps.TILE["num_splits"], 1) if in_steps else plan()
+        simulate(problem, own, q, k, v, None, out, lse, seed=seed, plant=plant)
     except SimulationError as error:
         return error
     return "healthy" if error_report(out, q, k, v, lse=lse).ok else "wrong-result"
@@ -83,8 +83,8 @@ def test_without_a_plant_the_same_runs_are_healthy() -> None:
 
 def test_there_are_two_steps() -> None:
     problem, *_ = case_with_inputs()
-    shapes = [SM90.scratch_shapes(problem, plan(n)) for n in (5, steps.TILE["num_splits"])]
-    assert [x["split_out"][0] for x in shapes] == [5, 44 + 6]
+    shapes = [SM90.scratch_shapes(problem, x) for x in (plan(), plan(44, 3), plan(44, 1))]
+    assert [x["split_out"][0] for x in shapes] == [5, 44, 44 + 6]
 
 
 def test_the_replay_command_repeats_the_run() -> None:

@@ -9,7 +9,7 @@ from flashcore.compile.codegen import KERNELS_DIR
 from flashcore.sim import Plant
 from flashcore.sim.report import ALARM_KINDS
 
-_PAGE = Path(__file__).parents[2] / "docs" / "simulator.md"
+_PAGE = Path(__file__).parents[2] / "docs" / "planted-bugs.md"
 
 
 def check_text(name: str, plant: Plant) -> None:
@@ -21,6 +21,6 @@ def check_text(name: str, plant: Plant) -> None:
 
 
 def undocumented(names: Iterable[str], page: Path = _PAGE) -> list[str]:
-    """Return those plants that docs/simulator.md, or another page, does not list."""
+    """Return those plants that docs/planted-bugs.md, or another page, does not list."""
     text = page.read_text(encoding="utf-8")
     return [name for name in names if f"`{name}`" not in text]

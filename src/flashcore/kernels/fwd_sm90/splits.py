@@ -52,6 +52,12 @@ def shares_at_once(num_splits: int, share_bytes: int) -> int:
     return several if saves else num_splits
 
 
+def adds_up_in_steps(min_blocks: int) -> bool:
+    """Return whether a plan of so many blocks an SM may add up shares in two steps: with fewer
+    registers, those of a part of an SM, it would spill."""
+    return min_blocks == 1
+
+
 def _adding_up(num_splits: int, at_once: int, share_bytes: int) -> float:
     if at_once >= num_splits:
         return SHARE_WEIGHT * num_splits * share_bytes
@@ -84,6 +90,7 @@ class Reading(NamedTuple):
         share_bytes: O and the softmax's state of one row tile, float32, of rows that exist.
         num_slots: blocks that run at once.
         readers: row tiles that read the same keys.
+        in_steps: whether shares may be added up in two steps.
     """
 
     row_tiles: int
@@ -92,6 +99,11 @@ class Reading(NamedTuple):
     share_bytes: int
     num_slots: int
     readers: int = 1
+    in_steps: bool = True
+
+    def at_once(self, num_splits: int) -> int:
+        """Return how many shares are added up at once."""
+        return shares_at_once(num_splits, self.share_bytes) if self.in_steps else num_splits
 
     def cost(self, num_splits: int) -> float:
         """Return the bytes that the busiest SM has time for until the result is there."""
@@ -106,8 +118,7 @@ class Reading(NamedTuple):
 
     def adding_up(self, num_splits: int) -> float:
         """Return the part of `cost` that adding up a row tile's shares takes."""
-        at_once = shares_at_once(num_splits, self.share_bytes)
-        return _adding_up(num_splits, at_once, self.share_bytes)
+        return _adding_up(num_splits, self.at_once(num_splits), self.share_bytes)
 
     def best_num_splits(self) -> int:
         """Return how many blocks share a row tile's keys where that costs least, 1 for no
@@ -121,7 +132,7 @@ class Reading(NamedTuple):
         # And of those, as few as have pieces no longer, where a step may read fewer for that.
         longest = (max(1, -(-self.key_tiles // max(1, splits))) for splits in wanted)
         equal = [-(-self.key_tiles // tiles) for tiles in longest]
-        wanted += [n for n in equal if shares_at_once(n, self.share_bytes) < n]
+        wanted += [n for n in equal if self.at_once(n) < n]
         choices = {1, *(min(splits, most) for splits in wanted if splits > 1)} - {0}
         return min(sorted(choices), key=self.cost)
 
@@ -136,6 +147,7 @@ def best_sharing(
     key_tile_bytes: int,
     share_row_bytes: int,
     num_slots: int,
+    in_steps: bool = True,
 ) -> Sharing:
     """Return the numbers of splits, and of parts of folded heads, that cost least together.
 
@@ -148,6 +160,7 @@ def best_sharing(
         key_tile_bytes: K and V of a key tile.
         share_row_bytes: O and the softmax's state of one row, float32.
         num_slots: blocks that run at once.
+        in_steps: whether shares may be added up in two steps.
 
     Returns:
         The cheapest, as far as more parts save a tenth.
@@ -163,6 +176,7 @@ def best_sharing(
             share_bytes=min(block_m, rows) * share_row_bytes,
             num_slots=num_slots,
             readers=readers,
+            in_steps=in_steps,
         )
         num_splits = reading.best_num_splits()
         found = Sharing(reading.cost(num_splits), parts, num_splits)

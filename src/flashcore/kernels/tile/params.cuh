@@ -54,7 +54,7 @@ struct Splits {
   GmemPtr<float> split_out;    // [shares, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]
   GmemPtr<float> split_stats;  // [shares, batch, num_heads_q, seqlen_q, 2]: row_max, row_sum
   int32_t num_splits;
-  int32_t shares_at_once;  // num_splits: they are added up in one step
+  int32_t shares_at_once, share_groups;  // added up at once, and how many such: one step, or two
   int32_t num_lines, heads_of_line;  // heads side by side, and after one another: num_heads_q
   int32_t num_ranges;   // of a line
   int32_t least_tiles;  // key tiles of a block's range at least; of a piece under FIXED_PIECES

@@ -19,7 +19,9 @@
 #include "tile/stream_k.cuh"
 
 constexpr int GROUPS_OF_TILE = BLOCK_M / 64;  // that own 64 rows each
-constexpr bool IN_STEPS = SPLIT_KV && !STREAM_K;  // shares may be added up in two steps
+// Whether shares may be added up in two steps: not with the registers of a part of an SM. Mirrored
+// by adds_up_in_steps in kernels/fwd_sm90/splits.py.
+constexpr bool IN_STEPS = SPLIT_KV && !STREAM_K && MIN_BLOCKS == 1;
 
 // Rows that a slot has room for: of packed sequences each has its own number.
 FC_DEVICE int rows_of_slot(const AttnParams& p) {
@@ -248,22 +250,30 @@ FC_DEVICE void store_whole(const AttnParams& p, const BlockCoord& block, int war
   }
 }
 
-// The steps in which a row tile's shares are added up: num_groups is how many shares the second one
-// adds up, 1 where there is one step.
-FC_DEVICE int num_groups_of(const AttnParams& p) {
-  if (!IN_STEPS) return 1;
-  return (p.splits.num_splits + p.splits.shares_at_once - 1) / p.splits.shares_at_once;
+// Whether a row tile's shares are added up in two steps.
+FC_DEVICE bool in_steps(const AttnParams& p) { return IN_STEPS && p.splits.share_groups > 1; }
+
+// What a step adds up; the first one where there are two, or else the only one, is no last one.
+FC_DEVICE Shares shares_of(const AttnParams& p, const BlockCoord& block, bool is_last) {
+  const int all_splits = num_splits_of(p, block);
+  if (!in_steps(p)) return {0, all_splits, -1};
+  if (is_last) return {all_splits, p.splits.share_groups, -1};
+  const int group = block.split / p.splits.shares_at_once;
+  const int first = group * p.splits.shares_at_once;
+  return {first, min_i(p.splits.shares_at_once, all_splits - first), all_splits + group};
 }
 
-// The counter of a group's rows; where shares are added up in two steps that of the second one, and
-// behind it those of the first one.
+// The counter of a group's rows and of what a step adds up: where there are two steps that of the
+// last one, and behind it those of the first one.
 FC_DEVICE GmemPtr<int32_t> share_counter(const AttnParams& p, const BlockCoord& block,
-                                         int row_group, int num_groups) {
+                                         int row_group, const Shares& shares) {
   const int head = block.batch_idx * p.num_heads_q + block.head_idx;
   const int row_tile = head * p.num_m_blocks + block.m_begin / BLOCK_M;
   const int number = STREAM_K && !FIXED_PIECES ? first_block_of(block) : row_tile;
-  const int counters = num_groups == 1 ? 1 : num_groups + 1;
-  return p.tile_counter + (number * GROUPS_OF_TILE + row_group) * counters;
+  const int place = number * GROUPS_OF_TILE + row_group;
+  if (!in_steps(p)) return p.tile_counter + place;
+  const int own = shares.to < 0 ? 0 : 1 + shares.to - p.splits.num_splits;
+  return p.tile_counter + (place * (p.splits.share_groups + 1) + own);
 }
 
 // Hands over a group's partial result, and adds up all of them if it was the last one. `sync` is a
@@ -275,36 +285,25 @@ FC_DEVICE void hand_over_partial(const AttnParams& p, const BlockCoord& block, i
                                  const Sync& sync, SmemPtr<int32_t> arrival) {
   const int group_row = block.m_begin + row_group * 64;
   const int warp_row = group_row + warp_idx() % 4 * 16;
-  const int all_splits = num_splits_of(p, block);
-  if (STREAM_K && all_splits == 1) {
+  if (STREAM_K && num_splits_of(p, block) == 1) {
     store_whole(p, block, warp_row, softmax, out);
     return;
   }
   store_partial(p, block, warp_row, softmax, out);
-  const int num_groups = num_groups_of(p);
-  Shares shares = {0, all_splits, -1};
-  int own_counter = 0;
-  if (num_groups > 1) {
-    const int group = block.split / p.splits.shares_at_once;
-    shares.first = group * p.splits.shares_at_once;
-    shares.num_splits = min_i(p.splits.shares_at_once, all_splits - shares.first);
-    shares.to = all_splits + group;
-    own_counter = 1 + group;
-  }
-  while (true) {
+  for (bool is_last = !in_steps(p);; is_last = true) {
     sync();  // orders all warps' writes before the count
     if (thread_idx() % 128 == 0) {
+      const Shares shares = shares_of(p, block, is_last);
       const int num_splits = shares.num_splits;
-      const auto counter = share_counter(p, block, row_group, num_groups) + own_counter;
+      const auto counter = share_counter(p, block, row_group, shares);
       const bool last = gmem_atomic_add_acq_rel(counter, 1) == num_splits - 1;
       if (last) gmem_atomic_add(counter, -num_splits);  // for the next launch
       smem_store(arrival, last ? 1 : 0);
     }
     sync();  // hands on what the count made known
     if (smem_load(arrival) == 0) return;
+    const Shares shares = shares_of(p, block, is_last);
     add_up_partials<NUM_OUT_FRAGS, PACKETS>(p, block, group_row, shares, scale_log2);
-    if (!IN_STEPS || shares.to < 0) return;
-    shares = {all_splits, num_groups, -1};
-    own_counter = 0;
+    if (is_last) return;
   }
 }
