@@ -13,5 +13,6 @@ struct QuantisedParams {
 
 FC_KERNEL(quantised, 128, 1)(const QuantisedParams p) {
   const int i = block_idx() * 128 + thread_idx();
-  if (i < p.count) gmem_store(p.element + i, quantised(gmem_load(p.x + i), gmem_load(p.scale + i)));
+  if (i >= p.count) return;
+  gmem_store(p.element + i, quantised(gmem_load(p.x + i), divisor_of(gmem_load(p.scale + i))));
 }
