@@ -51,9 +51,7 @@ OPTIONS = [
 # Every value of an option with others beside it; a second each.
 FEW_OPTIONS = [
     (False, None, None, None),
-    (False, (1, 2), 0.7, 0.6),
     ("lower_right", None, 0.7, 0.6),
-    ("lower_right", (1, 2), None, None),
     ("upper_left", (1, 2), 0.7, 0.6),
 ]
 

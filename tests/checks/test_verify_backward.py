@@ -59,6 +59,7 @@ def test_the_torch_path_passes() -> None:
     assert [f"{r.replay}: {r.describe()}" for r in results if not r.ok] == []
 
 
+@pytest.mark.thorough
 def test_the_simulated_kernels_pass() -> None:
     results = verify_backward.verify_backward("sim", seed=1, indices=range(4))
     assert [f"{r.replay}: {r.describe()}" for r in results if not r.ok] == []

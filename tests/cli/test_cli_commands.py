@@ -129,6 +129,7 @@ def test_isolate_simulates_the_hopper_kernel_where_a_bug_is_planted() -> None:
     assert (case["seqlen_q"], case["head_dim"], case["head_dim_v"]) == (300, 96, 96)
 
 
+@pytest.mark.thorough
 def test_resources_are_objects_with_the_agreed_keys() -> None:
     arguments = ["--head-dim", "64", "--arch", "sm_90", "--variant", "full", "--sample"]
     status, rows = invoke("resources", *arguments)

@@ -338,6 +338,7 @@ def test_a_check_prints_only_what_is_over_budget(compiler: Compiler) -> None:
     assert summary.endswith("configurations, 1 over budget")
 
 
+@pytest.mark.thorough
 def test_the_whole_check_fails_where_the_sample_misses(compiler: Compiler) -> None:
     runner.invoke(app, [*ARGUMENTS, "--sample", "-q"])
     sampled = set(compiler.plans)

@@ -49,6 +49,7 @@ assert os.WIFEXITED(status) and os.WEXITSTATUS(status) == 7, status
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="nothing forks on Windows")
+@pytest.mark.thorough
 def test_a_child_of_a_fork_during_a_simulation_simulates() -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _SCRIPT], capture_output=True, text=True, check=False

@@ -40,7 +40,7 @@ ODD = {"head_dim": 20, "head_dim_v": 20, "window": (20, 5), "mask": "bool"}
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(BFLOAT16, id="bfloat16"),
+        pytest.param(BFLOAT16, id="bfloat16", marks=pytest.mark.thorough),
         pytest.param(SOFTCAP, id="softcap", marks=pytest.mark.thorough),
         pytest.param(ODD, id="20", marks=pytest.mark.thorough),
     ],

@@ -22,7 +22,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", thorough_but(["causal, window"], OPTIONS))
 @pytest.mark.parametrize("mask", [None, "bool", "additive"])
 def test_opcheck_of_the_forward(name, mask):
     """Schema, fake results (strides too), autograd; the whole under AOT dispatch once per mask."""

@@ -63,7 +63,7 @@ def check_case(backend: str, case: VarlenCase) -> tuple[torch.Tensor, torch.Tens
     return out, lse
 
 
-@pytest.mark.parametrize("name", thorough_but(("lower-right", "window-softcap"), OPTIONS))
+@pytest.mark.parametrize("name", thorough_but(("window-softcap",), OPTIONS))
 @every_backend
 def test_random_lengths_agree_with_the_oracle(backend: str, name: str) -> None:
     for seed in range(10):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from parameters import thorough_but
 
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
@@ -62,7 +63,7 @@ def planted_line(plant: Plant, file: str, line: int) -> str:
     return text.splitlines()[line - 1]
 
 
-@pytest.mark.parametrize("name", PLANTS)
+@pytest.mark.parametrize("name", thorough_but(("pv-atomic", "no-barrier", "tail-oob"), PLANTS))
 def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
     plant = PLANTS[name]
     for seed in SEEDS:

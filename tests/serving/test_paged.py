@@ -292,7 +292,7 @@ def mask_of(kind: str, cache: Cache) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("page_size", thorough_but((16,), (1, 16, 24)))
-@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("kind", thorough_but(("bool", "row"), MASKS))
 @every_backend
 def test_masks_are_over_the_keys_of_a_sequence(backend: str, kind: str, page_size: int) -> None:
     """Read in place, whatever pages the keys lie in."""

@@ -64,7 +64,7 @@ FAMILIES: dict[str, tuple[tuple[BwdTile, BwdTile] | None, dict[str, Any]]] = {
     ),
 }
 # What stays in the fast run; the others take up to two seconds each.
-CHEAP = "plain", "causal", "padded-dims-additive-mask", "shared-keys"
+CHEAP = "causal", "padded-dims-additive-mask"
 
 
 def plans_of(problem, tiles: tuple[BwdTile, BwdTile] | None) -> BwdPlans:
