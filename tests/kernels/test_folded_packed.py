@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from pages import make_cache
+from pages import check_packed, make_cache
 from parameters import thorough_but
 
 import flashcore
-from backends import GPU, device_of
+from backends import GPU, SIM90, device_of, on_sim90
 from flashcore.backends.packed import packed_problem
-from flashcore.base import env
-from flashcore.checks.accuracy import error_report
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.ops.paged_varlen import attention_paged_varlen
@@ -23,7 +21,6 @@ from flashcore.problem import Problem
 from flashcore.problem.folding import BOX_ROWS, MAX_MEAN_QUERIES, heads_of_packed_rows
 from flashcore.selection.select import select_plan
 
-SIM90 = pytest.param("sim90", id="sim90")
 every_backend = pytest.mark.parametrize("backend", [SIM90, GPU])
 
 # A part of a prompt, no query, no key, decodes: 64 rows hold 21 queries of 3 heads, 8 of 8.
@@ -46,13 +43,6 @@ MORE = [
     dataclasses.replace(CASE, num_heads_q=64, num_heads_kv=1),
     dataclasses.replace(CASE, num_heads_q=24, num_heads_kv=1, window=(9, 0)),
 ]
-
-
-def on_sim90(backend: str, patch: pytest.MonkeyPatch) -> str:
-    if backend != "sim90":
-        return backend
-    patch.setenv(env.SIM_ARCH.name, "90")
-    return "sim"
 
 
 def problem_of(case: VarlenCase) -> Problem:
@@ -135,15 +125,7 @@ def paged(
 def test_caches_in_pages(backend: str, cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = on_sim90(backend, monkeypatch)
     cache, q, out, lse = paged(backend, COUNTS, LENGTHS, cache_dtype=cache_dtype)
-    begin = 0
-    for b, n in enumerate(COUNTS):
-        rows = slice(begin, begin + n)
-        _, k, v = cache.sequence(b)
-        own = out[rows].transpose(0, 1)[None], q[rows].transpose(0, 1)[None]
-        if n:
-            report = error_report(*own, k, v, lse=lse[None, :, rows], causal=True)
-            assert report.ok, f"sequence {b}: {report}"
-        begin += n
+    check_packed(cache, COUNTS, q, out, lse, causal=True)
 
 
 @pytest.mark.thorough

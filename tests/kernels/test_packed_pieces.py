@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from pages import Cache, make_cache
+from pages import Cache, check_packed, make_cache
 from parameters import thorough_but
 
 import flashcore
-from backends import GPU, device_of
+from backends import GPU, SIM90, device_of, on_sim90
 from flashcore.backends.packed import packed_problem
 from flashcore.base import env
 from flashcore.checks.accuracy import error_report
@@ -24,7 +24,6 @@ from flashcore.problem import Problem
 from flashcore.selection.select import select_plan
 from flashcore.sim import SimulationError
 
-SIM90 = pytest.param("sim90", id="sim90")
 every_backend = pytest.mark.parametrize("backend", [SIM90, GPU])
 
 # A piece of a prompt, no query, no key, decodes of which one has most of the keys.
@@ -46,13 +45,6 @@ CASES = [
 def cut_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the device cut calls that the simulator has time for."""
     monkeypatch.setattr(cutting, "FEW_BYTES", 2**10)
-
-
-def on_sim90(backend: str, patch: pytest.MonkeyPatch) -> str:
-    if backend != "sim90":
-        return backend
-    patch.setenv(env.SIM_ARCH.name, "90")
-    return "sim"
 
 
 def problem_of(case: VarlenCase) -> Problem:
@@ -110,16 +102,13 @@ def test_caches_in_pages(backend: str, cache_dtype: str, monkeypatch: pytest.Mon
     cache, q, (out, lse, most) = paged(
         backend, COUNTS, LENGTHS, cache_dtype=cache_dtype, return_max_score=True
     )
+    check_packed(cache, COUNTS, q, out, lse, causal=True)
     begin = 0
     for b, n in enumerate(COUNTS):
-        rows = slice(begin, begin + n)
-        _, k, v = cache.sequence(b)
-        own = out[rows].transpose(0, 1)[None], q[rows].transpose(0, 1)[None]
-        if n:
-            report = error_report(*own, k, v, lse=lse[None, :, rows], causal=True)
-            assert report.ok, f"sequence {b}: {report}"
+        _, k, _ = cache.sequence(b)
         if n == 1:  # which sees all keys
-            scores = own[1][0].double() @ k[0].double().mT / q.shape[-1] ** 0.5
+            own_q = q[begin : begin + n].transpose(0, 1)
+            scores = own_q.double() @ k[0].double().mT / q.shape[-1] ** 0.5
             want = scores.amax((1, 2))
             torch.testing.assert_close(most[b].double(), want, rtol=1e-2, atol=1e-2)
         begin += n

@@ -9,13 +9,12 @@ import torch
 from parameters import thorough_but
 
 import flashcore
-from backends import GPU, SIM, WMMA
+from backends import GPU, SIM, SIM90, WMMA, on_sim90
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import Inputs, make_inputs
 from flashcore.problem.case import Case
 from flashcore.problem.options import Wanted
 
-SIM90 = pytest.param("sim90", id="sim90")
 every_backend = pytest.mark.parametrize("backend", ["torch", SIM, SIM90, WMMA, GPU])
 
 LENGTHS = [33, 0, 70, 1]
@@ -44,9 +43,7 @@ def attend(
     backend: str, x: Inputs, seqlens_k: torch.Tensor, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        if backend == "sim90":
-            backend = "sim"
-            patch.setenv("FLASHCORE_SIM_ARCH", "90")
+        backend = on_sim90(backend, patch)
         return flashcore.attention(
             x.q,
             x.k,

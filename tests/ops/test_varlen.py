@@ -12,7 +12,7 @@ from parameters import thorough_but
 
 import flashcore
 import flashcore.backends.packed
-from backends import GPU, SIM, WMMA
+from backends import GPU, SIM, SIM90, WMMA, device_of, on_sim90
 from flashcore.backends.packed import as_batch
 from flashcore.checks.varlen_cases import (
     VarlenCase,
@@ -26,7 +26,6 @@ from flashcore.problem.options import Wanted
 from flashcore.sim import SimulationError
 
 # The portable kernel, the Hopper kernel, and what serves by default.
-SIM90 = pytest.param("sim90", id="sim90")
 every_backend = pytest.mark.parametrize("backend", ["torch", SIM, SIM90, WMMA, GPU])
 kernel_backends = pytest.mark.parametrize("backend", [SIM, SIM90, WMMA, GPU])
 
@@ -38,16 +37,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def device_of(backend: str) -> str:
-    return "cuda" if backend in ("wmma", "auto") else "cpu"
-
-
 def attend(backend: str, x: VarlenInputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute attention_varlen with lse; "sim90" simulates the Hopper kernel."""
     with pytest.MonkeyPatch.context() as patch:
-        if backend == "sim90":
-            backend = "sim"
-            patch.setenv("FLASHCORE_SIM_ARCH", "90")
+        backend = on_sim90(backend, patch)
         return flashcore.attention_varlen(
             *x.arguments(), return_lse=True, backend=backend, **options
         )

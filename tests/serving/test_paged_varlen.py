@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pages import Cache, make_cache
+from pages import Cache, check_packed, make_cache
 from parameters import thorough_but
 
 import flashcore
@@ -67,15 +67,8 @@ def check(backend: str, cache: Cache, q: torch.Tensor, ends: torch.Tensor, **opt
     """Hold every sequence to the error rule, by the oracle for it alone."""
     out, lse = attend(backend, cache, q, ends, **options)
     assert out.isfinite().all()
-    begin = 0
-    for b, n in enumerate(COUNTS):
-        rows = slice(begin, begin + n)
-        _, k, v = cache.sequence(b)
-        own = out[rows].transpose(0, 1)[None], q[rows].transpose(0, 1)[None]
-        if n:
-            report = error_report(*own, k, v, lse=lse[None, :, rows], **options)
-            assert report.ok, f"sequence {b}: {report}"
-        begin += n
+    check_packed(cache, COUNTS, q, out, lse, **options)
+    begin = sum(COUNTS)
     assert not out[begin:].any()
     unseen = options.get("sinks", torch.tensor(-torch.inf)).to(lse)
     assert torch.equal(lse[:, begin:], unseen.expand(BEHIND, -1).t() if unseen.dim() else

@@ -8,17 +8,27 @@ import pytest
 import torch
 
 import flashcore
+from flashcore.base import env
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.problem.case import Case
 
 SIM = pytest.param("sim", id="sim")
+SIM90 = pytest.param("sim90", id="sim90")  # the simulated Hopper kernel, see on_sim90
 WMMA = pytest.param("wmma", id="wmma", marks=pytest.mark.gpu)
 GPU = pytest.param("auto", id="gpu", marks=pytest.mark.gpu)  # the best kernel of the GPU at hand
 
 # "sim" and "wmma" run the same kernel source, on the CPU and on the GPU.
 every_backend = pytest.mark.parametrize("backend", ["torch", SIM, WMMA, GPU])
 kernel_backends = pytest.mark.parametrize("backend", [SIM, WMMA, GPU])
+
+
+def on_sim90(backend: str, patch: pytest.MonkeyPatch) -> str:
+    """Return the backend to ask for; of "sim90" it is the simulator, which then simulates sm_90."""
+    if backend != "sim90":
+        return backend
+    patch.setenv(env.SIM_ARCH.name, "90")
+    return "sim"
 
 
 def device_of(backend: str) -> str:

@@ -246,7 +246,7 @@ FC_DEVICE void write_length(const AppendParams& p, int sequence) {
   gmem_store(p.lengths + sequence, int(after < capacity ? after : capacity));
 }
 
-// Whether all rows can be read and written in runs of RUN elements.
+// Returns whether all rows can be read and written in runs of RUN elements.
 FC_DEVICE bool moves_runs(const AppendParams& p) {
   constexpr int IN_CACHE = RUN * int(sizeof(CacheElement));
   const int past = misalignment<16>(p.q) | misalignment<16>(p.q_rotated) |

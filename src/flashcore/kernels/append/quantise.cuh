@@ -27,7 +27,7 @@ FC_DEVICE float8 saturated(float x) {
   return {uint8_t(sign | (rounded - 0x3c000000u) >> 20)};  // 7 is the bias of e4m3, and 127 float's
 }
 
-// What many elements are divided by.
+// A divisor is a scale that many elements are divided by, with its reciprocal.
 struct Divisor {
   float value, reciprocal;
 };

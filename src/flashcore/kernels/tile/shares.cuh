@@ -19,8 +19,8 @@
 #include "tile/stream_k.cuh"
 
 constexpr int GROUPS_OF_TILE = BLOCK_M / 64;  // that own 64 rows each
-// Whether shares may be added up in two steps: not with the registers of a part of an SM. Mirrored
-// by adds_up_in_steps in kernels/fwd_sm90/splits.py.
+// True where shares may be added up in two steps: the registers of a part of an SM are too few for
+// that. Mirrored by adds_up_in_steps in kernels/fwd_sm90/splits.py.
 constexpr bool IN_STEPS = SPLIT_KV && !STREAM_K && MIN_BLOCKS == 1;
 
 // Rows that a slot has room for: of packed sequences each has its own number.
@@ -250,10 +250,11 @@ FC_DEVICE void store_whole(const AttnParams& p, const BlockCoord& block, int war
   }
 }
 
-// Whether a row tile's shares are added up in two steps.
+// Returns whether the shares of a row tile are added up in two steps.
 FC_DEVICE bool in_steps(const AttnParams& p) { return IN_STEPS && p.splits.share_groups > 1; }
 
-// What a step adds up; the first one where there are two, or else the only one, is no last one.
+// Returns the shares that a step adds up. `is_last` is true in the second of two steps; a call with
+// one step has the same shares either way.
 FC_DEVICE Shares shares_of(const AttnParams& p, const BlockCoord& block, bool is_last) {
   const int all_splits = num_splits_of(p, block);
   if (!in_steps(p)) return {0, all_splits, -1};
