@@ -17,6 +17,7 @@
 //                 warp_uniform(x): x, an int with the same value in all lanes, so that the compiler
 //                 keeps it in a uniform register; all 32 lanes must arrive
 // math.cuh        exp2_approx log2_approx rcp_approx fma_rn max_f abs_f min_i max_i, NEG_INF
+//                 permute_bytes<SELECTOR>(low, high): four of their eight bytes (PTX ISA: prmt)
 //                 opaque(x): x, hidden from the optimiser
 // memory.cuh      SmemPtr<T>, GmemPtr<T>: bounded pointers; p + n moves by n elements
 //                 smem_view<T>(byte_offset, count, "name"): a view of dynamic shared memory

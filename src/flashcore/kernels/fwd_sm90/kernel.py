@@ -105,7 +105,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
         members |= dict.fromkeys(("k_full", "k_empty", "v_full", "v_empty"), plan.num_stages)
         if plan.key_slices > 1:
             members |= {"merge_full": 1, "merge_empty": 1}
-        if plan.has_float8:
+        if plan.converts:
             of_loads = ("k_load_full", "k_load_empty", "v_load_full", "v_load_empty")
             members |= dict.fromkeys(of_loads, plan.load_stages)
         return [(name, index) for name, count in members.items() for index in range(count)]
@@ -117,7 +117,9 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.num_consumers > 3 or plan.num_stages < 2 * plan.key_slices:
             return False
-        if plan.has_float8 != (plan.load_stages > 0):
+        if plan.converts and not plan.has_float8:
+            return False
+        if plan.few_rows and not plan_sm90.can_share_tiles(plan):
             return False
         if plan.has_float8 and plan.key_slices > 1:
             return False

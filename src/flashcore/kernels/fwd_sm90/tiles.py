@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 ARCH = 90
 NUM_SMS = 132
 ROWS_OF_CONSUMER = 64
+FEW_ROWS = 16  # of which a warp makes one product
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
@@ -99,7 +100,7 @@ class Tile(NamedTuple):
     num_splits: int = 1
     stream_k: bool = False  # ranges of equal length, instead of num_splits
     parts: int = 1  # that folded heads are dealt out to
-    load_stages: int = 0  # of bytes, of 8-bit caches
+    load_stages: int = 0  # of bytes, of 8-bit caches that are converted
 
 
 def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
@@ -192,11 +193,29 @@ def _is_mixed(problem: Problem, longest: int) -> bool:
     return 8 * problem.total_q <= longest * problem.batch and longest + others <= problem.total_q
 
 
+def _few_rows_tiles(problem: Problem) -> Iterator[Tile]:
+    """Return the tile of 8-bit caches whose row tiles have so few rows that warps share the keys of
+    a key tile (fwd_sm90/few_rows_sm90.cuh), if they do."""
+    dims = padded_dims(problem.head_dim, problem.head_dim_v)
+    is_few = problem.seqlen_q <= FEW_ROWS and not problem.packs_queries and problem.mask is None
+    if not is_few or dims[0] % 64 or dims[1] % 64:
+        return
+    block_n = 128
+    fixed = 2048 + 2 * 2 * FEW_ROWS * dims[0] + 4 * 4 * FEW_ROWS * (dims[1] + 10)
+    for min_blocks in (2, 1):
+        room = smem_limits(ARCH)[1] // min_blocks - fixed
+        wanted = max(2, -(-_STREAMED_BYTES // min_blocks // (block_n * sum(dims))))
+        if (num_stages := min(wanted, room // (block_n * sum(dims)))) >= 2:
+            yield Tile(64, block_n, num_stages=num_stages, min_blocks=min_blocks, q_buffers=2)
+            return
+
+
 def _float8_tiles(problem: Problem) -> Iterator[Tile]:
     """Return tiles of 8-bit caches, best first: two converted tiles, and as many as fit that are
     still bytes, up to `_STREAMED_BYTES`. The more keys a tile has, the less its hand-overs cost,
     some 550 cycles (H200, 2026-11-29, B16 H32/8 S1/8192 D128 bfloat16: 154 us with 32 keys, 98 with
     64, 86 with 128; D64, with twice the batch: 154 with 64, 127 with 128)."""
+    yield from _few_rows_tiles(problem)
     # With 128 rows four warpgroups share the registers, 128 a thread until they part: too few for
     # the product that makes a wide O.
     few = problem.seqlen_q <= ROWS_OF_CONSUMER or problem.head_dim_v > 192
