@@ -1,6 +1,6 @@
-// fwd_sm90/few_rows_sm90.cuh - 8-bit caches where a row tile has at most 16 rows, as in decoding:
-// the four consumer warps share the keys of each key tile, and what they have in the end is added
-// up. No warp waits for another in between.
+// fwd_sm90/few_rows_sm90.cuh - 8-bit caches where a row tile has at most 16 rows, or 32, as in
+// decoding: the four consumer warps share the keys of each key tile, or two warps do for each half
+// of the rows, and what they have in the end is added up. No warp waits for another in between.
 //
 // A warp reads bytes of K and V as 8x8 matrices of pairs, turns them into float16 in registers, and
 // multiplies 16 x 16 x 16 by itself (wmma_mma). So a byte passes shared memory twice, once in and
@@ -31,9 +31,14 @@
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "fwd_sm90/split_sm90.cuh"
 
-constexpr int WARP_KEYS = BLOCK_N / 4;  // of a key tile
+constexpr int KEY_WARPS = FEW_ROWS ? 4 / ROW_WARPS : 4;  // that share the keys of 16 rows
+constexpr int WARP_KEYS = BLOCK_N / KEY_WARPS;            // of a key tile
 constexpr int WARP_FRAGS = FEW_ROWS ? WARP_KEYS / 16 : 1;
 static_assert(!FEW_ROWS || WARP_KEYS % 16 == 0, "fragments of 16 keys");
+
+// A warp's number among those of the rows, and among those that share their keys.
+FC_DEVICE int row_warp() { return warp_idx() % (4 / KEY_WARPS); }
+FC_DEVICE int key_warp() { return warp_idx() % 4 / (4 / KEY_WARPS); }
 
 // A warp's part of a row tile.
 struct FewRows {
@@ -117,7 +122,7 @@ FC_DEVICE void multiply_values(WmmaAccum (&out)[OUT_FRAGS],
 template <class Smem>
 FC_DEVICE void few_rows_of_tile(FewRows& c, const AttnParams& p, const Barriers& bar,
                                 const Smem& smem, int row_begin, int n_block) {
-  const int first_row = warp_idx() % 4 * WARP_KEYS;
+  const int first_row = key_warp() * WARP_KEYS;
   const int key_begin = n_block * BLOCK_N + first_row;
   const int stage = c.state.stage();
   const int parity = c.state.parity();
@@ -129,7 +134,7 @@ FC_DEVICE void few_rows_of_tile(FewRows& c, const AttnParams& p, const Barriers&
     multiply_keys(scores, c.queries, smem.k[stage], first_row);
     scale_products(scores, c.queries);
     scale_scores(scores, p);
-    hide_scores(scores, p, row_begin, key_begin);
+    hide_scores(scores, p, row_begin + row_warp() * 16, key_begin);
     float rescale[2];
     constexpr bool IS_LAZY = LAZY_RESCALE && WARP_FRAGS > 1;  // takes a tile in two parts
     if (softmax_step<IS_LAZY>(scores, c.softmax, rescale, c.scale_log2)) {
@@ -147,8 +152,8 @@ FC_DEVICE void few_rows_of_tile(FewRows& c, const AttnParams& p, const Barriers&
   ++c.state.count;
 }
 
-// Adds up what the warps have, in their order. The first one goes on with the sum, as accumulators
-// have it; the others have nothing left.
+// Adds up what the warps of some rows have, in their order. The first one goes on with the sum, as
+// accumulators have it; the others have nothing left.
 FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) {
   const int warp = warp_idx() % 4;
   const int lane = lane_idx();
@@ -171,15 +176,15 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) 
     }
   }
   named_barrier_sync(barrier, 128);  // hands the writes above on to the first warp
-  if (warp > 0) return;
-  float weight[4][2];
+  if (key_warp() > 0) return;
+  float weight[KEY_WARPS][2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float max[4], sum[4];
+    float max[KEY_WARPS], sum[KEY_WARPS];
     c.softmax.row_max[r] = NEG_INF;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
-      const auto packet = smem_load_packet<8>(stats_of(w, r));
+    for (int w = 0; w < KEY_WARPS; ++w) {
+      const auto packet = smem_load_packet<8>(stats_of(warp + w * (4 / KEY_WARPS), r));
       max[w] = from_packet<float>(Packet<4>{{packet.word[0]}});
       sum[w] = from_packet<float>(Packet<4>{{packet.word[1]}});
       c.softmax.row_max[r] = max_f(c.softmax.row_max[r], max[w]);
@@ -187,7 +192,7 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) 
     const float finite_max = c.softmax.row_max[r] == NEG_INF ? 0.0f : c.softmax.row_max[r];
     c.softmax.row_sum[r] = 0.0f;
 #pragma unroll
-    for (int w = 0; w < 4; ++w) {
+    for (int w = 0; w < KEY_WARPS; ++w) {
       weight[w][r] = exp2_approx((max[w] - finite_max) * c.scale_log2);
       c.softmax.row_sum[r] += weight[w][r] * sum[w];
     }
@@ -198,12 +203,12 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) 
 #pragma unroll
     for (int i = 0; i < 8; i += 2) {
       const int r = row_of_element(i);
-      const auto place = merge_smem + ((lane / 4 + r * 8) * ROW_FLOATS + d * 16 +
-                                       accum_col(lane, i));
+      const auto place = merge_smem + (warp * WARP_FLOATS + (lane / 4 + r * 8) * ROW_FLOATS +
+                                       d * 16 + accum_col(lane, i));
       float sum[2] = {0.0f, 0.0f};
 #pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        const auto packet = smem_load_packet<8>(place + w * WARP_FLOATS);
+      for (int w = 0; w < KEY_WARPS; ++w) {
+        const auto packet = smem_load_packet<8>(place + w * (4 / KEY_WARPS) * WARP_FLOATS);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           sum[j] += weight[w][r] * from_packet<float>(Packet<4>{{packet.word[j]}});
@@ -215,7 +220,7 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) 
   }
 }
 
-// The consumer warpgroup: up to 16 query rows of every row tile of this block. A template, like what
+// The consumer warpgroup: up to 16 ROW_WARPS query rows of every row tile of this block. A template, like what
 // it calls, as other kernels have no such tiles.
 template <class Smem>
 FC_DEVICE void consume_few_rows(const AttnParams& p, const Barriers& bar, const Smem& smem) {
@@ -242,7 +247,7 @@ FC_DEVICE void consume_few_rows(const AttnParams& p, const Barriers& bar, const 
     c.softmax.row_max[0] *= of_products;  // what follows knows nothing of factors
     c.softmax.row_max[1] *= of_products;
     c.scale_log2 = softmax_scale_log2(own);
-    if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, block, block.m_begin);
+    if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, block, block.m_begin + row_warp() * 16);
     add_up_warps(c, smem.merge, STORE_BARRIER);
     if constexpr (SPLIT_KV) {
       const auto sync = [&] { named_barrier_sync(STORE_BARRIER, 128); };

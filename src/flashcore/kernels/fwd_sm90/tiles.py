@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 ARCH = 90
 NUM_SMS = 132
 ROWS_OF_CONSUMER = 64
-FEW_ROWS = 16  # of which a warp makes one product
+ROWS_OF_WARP = 16
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
 _SMALL_PAGE = 32  # keys, of which a tile of 128 has several
 _MIXED_ROWS = 256  # of a packed sequence in the mean
+SHARED_BY_WARPS = 4 * ROWS_OF_WARP * 4  # bytes of a column of O, of four warps
 _BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
 
@@ -101,6 +102,7 @@ class Tile(NamedTuple):
     stream_k: bool = False  # ranges of equal length, instead of num_splits
     parts: int = 1  # that folded heads are dealt out to
     load_stages: int = 0  # of bytes, of 8-bit caches that are converted
+    row_warps: int = 0  # with 16 rows each, among which others share 8-bit tiles
 
 
 def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
@@ -197,16 +199,21 @@ def _few_rows_tiles(problem: Problem) -> Iterator[Tile]:
     """Return the tile of 8-bit caches whose row tiles have so few rows that warps share the keys of
     a key tile (fwd_sm90/few_rows_sm90.cuh), if they do."""
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
-    is_few = problem.seqlen_q <= FEW_ROWS and not problem.packs_queries and problem.mask is None
+    row_warps = -(-problem.seqlen_q // ROWS_OF_WARP)
+    is_few = 1 <= row_warps <= 2 and not problem.packs_queries and problem.mask is None
     if not is_few or dims[0] % 64 or dims[1] % 64:
         return
     block_n = 128
-    fixed = 2048 + 2 * 2 * FEW_ROWS * dims[0] + 4 * 4 * FEW_ROWS * (dims[1] + 10)
+    q_buffers = 2 // row_warps
+    fixed = 2048 + 2 * 2 * ROWS_OF_WARP * dims[0] + SHARED_BY_WARPS * (dims[1] + 10)
     for min_blocks in (2, 1):
         room = smem_limits(ARCH)[1] // min_blocks - fixed
         wanted = max(2, -(-_STREAMED_BYTES // min_blocks // (block_n * sum(dims))))
         if (num_stages := min(wanted, room // (block_n * sum(dims)))) >= 2:
-            yield Tile(64, block_n, num_stages=num_stages, min_blocks=min_blocks, q_buffers=2)
+            yield Tile(
+                64, block_n, num_stages=num_stages, min_blocks=min_blocks, q_buffers=q_buffers,
+                row_warps=row_warps,
+            )  # fmt: skip
             return
 
 
