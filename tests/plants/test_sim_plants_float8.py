@@ -17,14 +17,17 @@ from flashcore.problem.options import Options
 from flashcore.selection.select import select_plan
 from flashcore.sim import SimulationError, simulate
 from flashcore.sim.plants.fwd_sm90.float8 import (
+    PLANTS_FEW_SM90,
     PLANTS_FLOAT8_SM90,
+    PLANTS_ROWS_SM90,
     PLANTS_SHORT_SM90,
     PLANTS_WIDE_SM90,
 )
 from flashcore.sim.plants.pieces import PLANTS_FLOAT8_WMMA
 
 SEEDS = range(20)
-OF_SM90 = PLANTS_FLOAT8_SM90 | PLANTS_WIDE_SM90 | PLANTS_SHORT_SM90
+OF_CONVERTING = PLANTS_FLOAT8_SM90 | PLANTS_WIDE_SM90 | PLANTS_SHORT_SM90
+OF_SM90 = OF_CONVERTING | PLANTS_FEW_SM90 | PLANTS_ROWS_SM90
 ALL_PLANTS = OF_SM90 | PLANTS_FLOAT8_WMMA
 
 

@@ -31,13 +31,13 @@
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "fwd_sm90/split_sm90.cuh"
 
-constexpr int KEY_WARPS = FEW_ROWS ? 4 / ROW_WARPS : 4;  // that share the keys of 16 rows
+constexpr int KEY_WARPS = FEW_ROWS ? 4 / STRIPS : 4;  // that share the keys of 16 rows
 constexpr int WARP_KEYS = BLOCK_N / KEY_WARPS;            // of a key tile
 constexpr int WARP_FRAGS = FEW_ROWS ? WARP_KEYS / 16 : 1;
 static_assert(!FEW_ROWS || WARP_KEYS % 16 == 0, "fragments of 16 keys");
 
 // A warp's number among those of the rows, and among those that share their keys.
-FC_DEVICE int row_warp() { return warp_idx() % (4 / KEY_WARPS); }
+FC_DEVICE int strip_idx() { return warp_idx() % (4 / KEY_WARPS); }
 FC_DEVICE int key_warp() { return warp_idx() % 4 / (4 / KEY_WARPS); }
 
 // A warp's part of a row tile.
@@ -134,7 +134,7 @@ FC_DEVICE void few_rows_of_tile(FewRows& c, const AttnParams& p, const Barriers&
     multiply_keys(scores, c.queries, smem.k[stage], first_row);
     scale_products(scores, c.queries);
     scale_scores(scores, p);
-    hide_scores(scores, p, row_begin + row_warp() * 16, key_begin);
+    hide_scores(scores, p, row_begin + strip_idx() * 16, key_begin);
     float rescale[2];
     constexpr bool IS_LAZY = LAZY_RESCALE && WARP_FRAGS > 1;  // takes a tile in two parts
     if (softmax_step<IS_LAZY>(scores, c.softmax, rescale, c.scale_log2)) {
@@ -220,7 +220,7 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) 
   }
 }
 
-// The consumer warpgroup: up to 16 ROW_WARPS query rows of every row tile of this block. A template, like what
+// The consumer warpgroup: up to 16 STRIPS query rows of every row tile of this block. A template, like what
 // it calls, as other kernels have no such tiles.
 template <class Smem>
 FC_DEVICE void consume_few_rows(const AttnParams& p, const Barriers& bar, const Smem& smem) {
@@ -247,7 +247,7 @@ FC_DEVICE void consume_few_rows(const AttnParams& p, const Barriers& bar, const 
     c.softmax.row_max[0] *= of_products;  // what follows knows nothing of factors
     c.softmax.row_max[1] *= of_products;
     c.scale_log2 = softmax_scale_log2(own);
-    if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, block, block.m_begin + row_warp() * 16);
+    if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, block, block.m_begin + strip_idx() * 16);
     add_up_warps(c, smem.merge, STORE_BARRIER);
     if constexpr (SPLIT_KV) {
       const auto sync = [&] { named_barrier_sync(STORE_BARRIER, 128); };

@@ -137,7 +137,7 @@ constexpr int MAX_DIFFERENCE = 12;
 FC_DEVICE SmemPtr<Element> query_pair(QGroup q, int first_col, int i) {
   const int lane = lane_idx();
   const int col = FEW_ROWS ? lane % 4 * 4 + i / 4 * 2 : accum_col(lane, i);
-  const int first_row = warp_idx() % (FEW_ROWS ? ROW_WARPS : 4) * 16;
+  const int first_row = warp_idx() % (FEW_ROWS ? STRIPS : 4) * 16;
   return q.at(first_row + accum_row(lane, i), first_col, col) + col % 8;
 }
 

@@ -117,9 +117,9 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.num_consumers > 3 or plan.num_stages < 2 * plan.key_slices:
             return False
-        if plan.has_float8 != (plan.load_stages > 0 or plan.row_warps > 0):
+        if plan.has_float8 != (plan.load_stages > 0 or plan.strips > 0):
             return False
-        if plan.row_warps and (plan.converts or not plan_sm90.can_share_tiles(plan)):
+        if plan.strips and (plan.converts or not plan_sm90.can_share_tiles(plan)):
             return False
         if plan.has_float8 and plan.key_slices > 1:
             return False
@@ -190,7 +190,7 @@ SM90 = Sm90Kernel(
     maps=params_sm90.MAPS,
     rows_of_warp=ROWS_OF_CONSUMER,
     off_under_a_gate=plan_sm90.OFF_UNDER_A_GATE,
-    beside_the_tile=("stream_k", "load_stages", "row_warps"),
+    beside_the_tile=("stream_k", "load_stages", "strips"),
     rules="tiles come from rules, made from measurements on Hopper GPUs; see "
     "kernels/fwd_sm90/tiles.py",
 )

@@ -34,7 +34,7 @@ struct AttnSm90Params {
   AttnParams attn;
 };
 
-constexpr int ROWS_OF_GROUP = FEW_ROWS ? 16 * ROW_WARPS : 64;  // that a warpgroup computes
+constexpr int ROWS_OF_GROUP = FEW_ROWS ? 16 * STRIPS : 64;  // that a warpgroup computes
 using QGroup = SmemTile<ROWS_OF_GROUP, HEAD_DIM>;
 using TileElement = Choice<FEW_ROWS, CacheElement, MathElement>;
 constexpr int TILE_CHUNK = FEW_ROWS ? LOAD_CHUNK : CHUNK;

@@ -53,8 +53,8 @@ class Sm90Plan(Plan):
     start anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be
     at least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
     bytes, of 8-bit caches, beside the `num_stages` that are converted; 0 of others, and with
-    `row_warps`, warps with 16 rows each, among which others share the keys of a tile of 8 bits
-    (fwd_sm90/few_rows_sm90.cuh; 0 where warpgroups do).
+    `strips` of 16 rows, the warps of which share the keys of a tile of 8 bits
+    (fwd_sm90/few_rows_sm90.cuh; 0 where warpgroups have the tile).
     """
 
     ping_pong: bool = False
@@ -68,7 +68,7 @@ class Sm90Plan(Plan):
     mask_is_shifted: bool = False
     fewest_splits: int = 1
     load_stages: int = 0
-    row_warps: int = 0
+    strips: int = 0
 
     @property
     def params_struct(self) -> str:
@@ -127,7 +127,7 @@ class Sm90Plan(Plan):
     @property
     def rows_of_group(self) -> int:
         """Return the rows of Q that a consumer has in shared memory."""
-        return tiles_sm90.ROWS_OF_WARP * self.row_warps or tiles_sm90.ROWS_OF_CONSUMER
+        return tiles_sm90.ROWS_OF_WARP * self.strips or tiles_sm90.ROWS_OF_CONSUMER
 
     @property
     def chunk(self) -> int:
@@ -137,7 +137,7 @@ class Sm90Plan(Plan):
     @property
     def q_in_registers(self) -> bool:
         """Return whether consumers hold Q in registers (float8_sm90.cuh), where there are some."""
-        return self.row_warps > 0 or (self.has_float8 and self.head_dim <= 128)
+        return self.strips > 0 or (self.has_float8 and self.head_dim <= 128)
 
     @property
     def load_chunk(self) -> int:
@@ -154,12 +154,12 @@ class Sm90Plan(Plan):
         o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
         rows = self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.rows_of_group
         elements = rows * self.q_buffers * qk_cols
-        elements += 0 if is_split or self.row_warps else self.block_m * o_cols
+        elements += 0 if is_split or self.strips else self.block_m * o_cols
         stages = self.num_stages * self.block_n * (qk_cols + v_cols)
-        elements += stages // 2 if self.row_warps else stages
+        elements += stages // 2 if self.strips else stages
         # Consumers that share rows hand over O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4 + self.mask_bytes
-        if self.row_warps:
+        if self.strips:
             shares += tiles_sm90.SHARED_BY_WARPS * (self.out_cols + 10)
         feed = _FEED_BYTES if self.deals_packed else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k
@@ -231,7 +231,7 @@ class Sm90Plan(Plan):
     @property
     def finds_out_by_map(self) -> bool:
         """Return whether out is written by its tensor map alone, in the rows of q's heads."""
-        return not (self.shares_keys or self.folds_heads or self.row_warps)
+        return not (self.shares_keys or self.folds_heads or self.strips)
 
     def machine_code(self) -> Sm90Plan:
         """Return the plan that stands for all with the same machine code: see `Plan`."""
@@ -251,7 +251,7 @@ class Sm90Plan(Plan):
             "LOAD_STAGES": self.load_stages if self.converts else self.num_stages,
             "LOAD_CHUNK": self.load_chunk,
             "NUM_CONVERTERS": int(self.converts),
-            "ROW_WARPS": self.row_warps,
+            "STRIPS": self.strips,
             "Q_IN_REGISTERS": self.q_in_registers,
             "MathElement": "float16" if self.has_float8 else constants["Element"],
             "PING_PONG": self.ping_pong,
@@ -277,23 +277,24 @@ class Sm90Plan(Plan):
         splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
         splits += " stream-K" if self.stream_k else ""
         loads = f" loads ahead {self.load_stages}" if self.converts else ""
-        loads += f" warps of rows {self.row_warps}" if self.row_warps else ""
+        loads += f" strips {self.strips}" if self.strips else ""
         return Plan.describe(self) + splits + loads
 
 
 def can_share_tiles(plan: Sm90Plan) -> bool:
     """Return whether warps can share a tile of 8 bits, each with 16 keys or a multiple of them:
     columns come in swizzled chunks; a mask, packed queries and gates belong to warpgroups."""
-    fits = plan.block_m == tiles_sm90.ROWS_OF_CONSUMER and plan.row_warps in (1, 2)
-    fits &= plan.block_n % (64 // plan.row_warps) == 0 and plan.load_chunk in (64, 128) and not plan.ping_pong
-    return fits and plan.mask is None and plan.gate is None and plan.varlen not in PACKS_QUERIES
+    fits = plan.block_m == tiles_sm90.ROWS_OF_CONSUMER and plan.strips in (1, 2)
+    fits &= plan.block_n % (64 // plan.strips) == 0 and plan.load_chunk in (64, 128)
+    fits &= not plan.ping_pong and plan.mask is None
+    return fits and plan.gate is None and plan.varlen not in PACKS_QUERIES
 
 
 def _has_registers(plan: Sm90Plan) -> bool:
     """Return whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
     that where the producer's warpgroup is small; a warp that deals out tiles, or finds pages, takes
     from it."""
-    keys = plan.block_n * plan.row_warps // 4 if plan.row_warps else plan.block_n
+    keys = plan.block_n * plan.strips // 4 if plan.strips else plan.block_n
     held = (keys + plan.head_dim_v) // 2 + keys // 4
     held += plan.head_dim // 4 * plan.q_in_registers
     return held + 32 <= plan.role_registers[0]
@@ -328,7 +329,7 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
         tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))
     for tile in tiles:
         if gate is not None:
-            if tile.row_warps:
+            if tile.strips:
                 continue  # they have no stages to be shown
             tile = tile._replace(**OFF_UNDER_A_GATE)
         elif tile.num_splits < of_problem["fewest_splits"]:

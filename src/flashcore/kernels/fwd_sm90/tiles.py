@@ -102,7 +102,7 @@ class Tile(NamedTuple):
     stream_k: bool = False  # ranges of equal length, instead of num_splits
     parts: int = 1  # that folded heads are dealt out to
     load_stages: int = 0  # of bytes, of 8-bit caches that are converted
-    row_warps: int = 0  # with 16 rows each, among which others share 8-bit tiles
+    strips: int = 0  # with 16 rows each, among which others share 8-bit tiles
 
 
 def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
@@ -199,12 +199,12 @@ def _few_rows_tiles(problem: Problem) -> Iterator[Tile]:
     """Return the tile of 8-bit caches whose row tiles have so few rows that warps share the keys of
     a key tile (fwd_sm90/few_rows_sm90.cuh), if they do."""
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
-    row_warps = -(-problem.seqlen_q // ROWS_OF_WARP)
-    is_few = 1 <= row_warps <= 2 and not problem.packs_queries and problem.mask is None
+    strips = -(-problem.seqlen_q // ROWS_OF_WARP)
+    is_few = 1 <= strips <= 2 and not problem.packs_queries and problem.mask is None
     if not is_few or dims[0] % 64 or dims[1] % 64:
         return
     block_n = 128
-    q_buffers = 2 // row_warps
+    q_buffers = 2 // strips
     fixed = 2048 + 2 * 2 * ROWS_OF_WARP * dims[0] + SHARED_BY_WARPS * (dims[1] + 10)
     for min_blocks in (2, 1):
         room = smem_limits(ARCH)[1] // min_blocks - fixed
@@ -212,7 +212,7 @@ def _few_rows_tiles(problem: Problem) -> Iterator[Tile]:
         if (num_stages := min(wanted, room // (block_n * sum(dims)))) >= 2:
             yield Tile(
                 64, block_n, num_stages=num_stages, min_blocks=min_blocks, q_buffers=q_buffers,
-                row_warps=row_warps,
+                strips=strips,
             )  # fmt: skip
             return
 
