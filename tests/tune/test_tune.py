@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from flashcore.bench.workloads import GROUPS, Workload
 from flashcore.cli import app
 from flashcore.compile.jit import Resources
-from flashcore.kernels.fwd_sm90.plan import Sm90Plan, traits_sm90
+from flashcore.kernels.fwd_sm90.candidates import traits_sm90
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.limits import smem_limits
 from flashcore.selection import compiling, tuned

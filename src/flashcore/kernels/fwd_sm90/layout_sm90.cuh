@@ -55,7 +55,8 @@ constexpr int WARP_FLOATS = 16 * (ROW_FLOATS + 2);
 
 constexpr int O_CHUNKS = (V_CHUNKS + O_PARTS - 1) / O_PARTS;  // of each part but maybe the last
 using OGroup = SmemTile<64, O_CHUNKS * CHUNK>;
-constexpr int NUM_O_GROUPS = SPLIT_KV || FEW_ROWS ? 0 : NUM_ROW_GROUPS;  // else O leaves by global memory
+// Else O leaves by global memory.
+constexpr int NUM_O_GROUPS = SPLIT_KV || FEW_ROWS ? 0 : NUM_ROW_GROUPS;
 
 // O leaves through a buffer of its own, so that the next Q need not wait for it: all at once, or in
 // O_PARTS parts one after another where the whole would not fit beside the stages.
@@ -67,7 +68,8 @@ constexpr int K_LOAD_OFFSET = CONVERTS ? LOADS_OFFSET : K_OFFSET;
 constexpr int V_LOAD_OFFSET = CONVERTS ? LOADS_OFFSET + LOAD_STAGES * KLoad::BYTES : V_OFFSET;
 constexpr int MERGE_OFFSET =
     LOADS_OFFSET + (CONVERTS ? LOAD_STAGES * (KLoad::BYTES + VLoad::BYTES) : 0);
-constexpr int MERGE_FLOATS = FEW_ROWS ? 4 * WARP_FLOATS : (KEY_SLICES - 1) * SLICE_FLOATS<OUT_FRAGS>;
+constexpr int MERGE_FLOATS =
+    FEW_ROWS ? 4 * WARP_FLOATS : (KEY_SLICES - 1) * SLICE_FLOATS<OUT_FRAGS>;
 constexpr int MASK_OFFSET = MERGE_OFFSET + MERGE_FLOATS * 4;
 constexpr int MASK_ELEMENTS = MASK_KIND == 0 ? 0 : NUM_CONSUMERS * 4 * MASK_WARP_ELEMENTS;
 constexpr int BARRIERS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * MASK_ELEMENT_BYTES;

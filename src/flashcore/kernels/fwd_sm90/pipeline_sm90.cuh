@@ -1,6 +1,6 @@
 // fwd_sm90/pipeline_sm90.cuh - the mbarriers between the producer and the consumers, the place of
 // each in the ring of stages, and the barriers among consumers. Under CONVERTS a warpgroup stands
-// between the two (fwd_sm90/float8_sm90.cuh), and there are rings before and behind it.
+// between the two (fwd_sm90/float8/float8_sm90.cuh), and there are rings before and behind it.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -9,7 +9,7 @@
 // else NUM_STAGES.
 constexpr bool CONVERTS = NUM_CONVERTERS > 0;
 // 8-bit tiles that are not: rows are few, 16 for each of STRIPS, and each warp makes operands of
-// bytes in registers (fwd_sm90/few_rows_sm90.cuh).
+// bytes in registers (fwd_sm90/float8/few_rows_sm90.cuh).
 constexpr bool FEW_ROWS = STRIPS > 0;
 constexpr int CONVERTING_WARPS = CONVERTS ? NUM_CONVERTERS * 2 : 1;  // share a tile of K, or of V
 constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup

@@ -14,7 +14,7 @@
 #include "tile/shares.cuh"
 #include "tile/smem_tile.cuh"
 #include "tile/stream_k.cuh"
-#include "fwd_sm90/float8_sm90.cuh"
+#include "fwd_sm90/float8/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 #include "fwd_sm90/pages_sm90.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"

@@ -33,11 +33,11 @@ TILE: dict[str, Any] = {
 # and of 17 under a bound.
 FEW_TILE: dict[str, Any] = {"block_n": 64, "num_stages": 2, "num_splits": 1, "stream_k": False}
 ROWS_CALL = CALL | {"seqlen_q": 17, "lengths": (90, 40), "causal": "lower_right"}
-_FLOAT8 = "fwd_sm90/float8_sm90.cuh"
+_FLOAT8 = "fwd_sm90/float8/float8_sm90.cuh"
 _SEQUENCE = "tile/sequence.cuh"
 _PRODUCER = "fwd_sm90/producer_sm90.cuh"
 _PIPELINE = "fwd_sm90/pipeline_sm90.cuh"
-_FEW = "fwd_sm90/few_rows_sm90.cuh"
+_FEW = "fwd_sm90/float8/few_rows_sm90.cuh"
 
 PLANTS_FLOAT8_SM90 = by_name(
     Plant(

@@ -1,19 +1,19 @@
-// fwd_sm90/few_rows_sm90.cuh - 8-bit caches where a row tile has at most 16 rows, or 32, as in
-// decoding: the four consumer warps share the keys of each key tile, or two warps do for each half
-// of the rows, and what they have in the end is added up. No warp waits for another in between.
+// fwd_sm90/float8/few_rows_sm90.cuh - 8-bit caches where a row tile has one or two strips of 16
+// rows, as in decoding: the four consumer warps share the keys of each key tile, or two warps do
+// for each strip, and what they have in the end is added up. No warp waits for another in between.
 //
 // A warp reads bytes of K and V as 8x8 matrices of pairs, turns them into float16 in registers, and
 // multiplies 16 x 16 x 16 by itself (wmma_mma). So a byte passes shared memory twice, once in and
-// once out; through tiles of 16 bits, as WGMMA reads them (fwd_sm90/float8_sm90.cuh), it would six
-// times, and WGMMA would compute 64 rows.
+// once out. Through tiles of 16 bits, as WGMMA reads them (fwd_sm90/float8/float8_sm90.cuh), it
+// would six times, and WGMMA and softmax would compute 64 rows.
 //
 // Nothing has to be exchanged, as columns may have any order that both factors agree on:
 //
-// - K: lane 4 r + c gets columns 4 c to 4 c + 3 of 16 of key r in one register, two products' pairs.
-//   Q's fragments are loaded in that order (query_pair).
-// - V: transposed, it gets columns 2 r and 2 r + 1 of keys 2 c and 2 c + 1; two bytes change places.
-//   Column n of a fragment of O is column 2 n of V, or 2 (n - 8) + 1, so that a lane has columns 4 c
-//   to 4 c + 3.
+// - K: lane 4 r + c gets columns 4 c to 4 c + 3 of 16 of key r in one register, a product's two
+//   pairs. Q's fragments are loaded in that order (query_pair).
+// - V: transposed, it gets columns 2 r and 2 r + 1 of keys 2 c and 2 c + 1; two bytes change
+//   places. Column n of a fragment of O is column 2 n of V, or 2 (n - 8) + 1, so that a lane has
+//   columns 4 c to 4 c + 3.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -25,7 +25,7 @@
 #include "tile/sequence.cuh"
 #include "tile/shares.cuh"
 #include "tile/softmax.cuh"
-#include "fwd_sm90/float8_sm90.cuh"
+#include "fwd_sm90/float8/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
@@ -49,8 +49,8 @@ struct FewRows {
   float scale_log2;
 };
 
-// Where a lane's row of four matrices begins, two below each other and two to their right: of a tile
-// of bytes, from row `row` and column `col`, multiples of 16, on.
+// Where a lane's row of four matrices begins, two below each other and two to their right: of a
+// tile of bytes, from row `row` and column `col`, multiples of 16, on.
 template <class Tile>
 FC_DEVICE auto matrix_row(Tile tile, int row, int col) {
   const int lane = lane_idx();
@@ -220,8 +220,8 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) 
   }
 }
 
-// The consumer warpgroup: up to 16 STRIPS query rows of every row tile of this block. A template, like what
-// it calls, as other kernels have no such tiles.
+// The consumer warpgroup: up to 16 STRIPS query rows of every row tile of this block. A template,
+// like what it calls, as other kernels have no such tiles.
 template <class Smem>
 FC_DEVICE void consume_few_rows(const AttnParams& p, const Barriers& bar, const Smem& smem) {
   FewRows c;

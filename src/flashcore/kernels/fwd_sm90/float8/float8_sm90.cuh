@@ -1,5 +1,6 @@
-// fwd_sm90/float8_sm90.cuh - 8-bit caches: what TMA has loaded as bytes becomes tiles of 16-bit
-// elements, as WGMMA reads them, by NUM_CONVERTERS warpgroups between producer and consumers.
+// fwd_sm90/float8/float8_sm90.cuh - 8-bit caches: what TMA has loaded as bytes becomes tiles of
+// 16-bit elements, as WGMMA reads them, by NUM_CONVERTERS warpgroups between producer and
+// consumers.
 //
 // Half of their warps convert K and half V, each at its own pace. The tiles that are loaded ahead
 // are bytes, so that as many keys are under way in half the memory; of converted ones two will do.
