@@ -1,5 +1,5 @@
 // A warp loads four 8x8 matrices of 16-bit elements, in rows that its lanes name, as they are and
-// transposed; and takes four of eight bytes.
+// transposed; takes four of eight bytes; and multiplies operands that it makes in registers.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -9,6 +9,9 @@ struct MatricesParams {
   GmemPtr<uint32_t> plain;         // [32, 4]: registers by lane
   GmemPtr<uint32_t> transposed;    // [32, 4]
   GmemPtr<uint32_t> mixed;         // [32, 2]: bytes of two words
+  GmemPtr<const float> a;          // [16, 16]
+  GmemPtr<const float> b;          // [16, 16]
+  GmemPtr<float> product;          // [16, 16]: a b, twice
 };
 
 FC_KERNEL(matrices, 32, 1)(const MatricesParams p) {
@@ -29,4 +32,23 @@ FC_KERNEL(matrices, 32, 1)(const MatricesParams p) {
   }
   gmem_store(p.mixed + lane * 2, permute_bytes<0x3120>(packet.word[0], packet.word[1]));
   gmem_store(p.mixed + (lane * 2 + 1), permute_bytes<0x0527>(packet.word[0], packet.word[1]));
+
+  WmmaAccum x, product;
+  for (int i = 0; i < 8; ++i) {
+    x.x[i] = gmem_load(p.a + (accum_row(lane, i) * 16 + accum_col(lane, i)));
+  }
+  WmmaA<float16> a;
+  wmma_accum_to_a(a, x);
+  WmmaBCol<float16> b_col;
+  WmmaBRow<float16> b_row;
+  for (int i = 0; i < 4; ++i) {
+    const auto from = p.b + ((lane % 4 * 2 + i % 2 * 8) * 16 + lane / 4 + i / 2 * 8);
+    b_col.reg[i] = b_row.reg[i] = pack2<float16>(gmem_load(from), gmem_load(from + 16));
+  }
+  wmma_fill(product, 0.0f);
+  wmma_mma(product, a, b_col);
+  wmma_mma(product, a, b_row);
+  for (int i = 0; i < 8; ++i) {
+    gmem_store(p.product + (accum_row(lane, i) * 16 + accum_col(lane, i)), product.x[i]);
+  }
 }

@@ -39,6 +39,8 @@
 //                 wmma_fill(accum, x), wmma_mma(accum, a, b): accum += a * b
 //                 accum_row(lane, i), accum_col(lane, i): where accum.x[i], i < 8, of a lane sits
 //                 wmma_accum_to_a(frag, accum): rounds to T; uses the map above and A's own map
+//                 B's registers: reg[i] of lane 4 r + c has B[k][n] and B[k + 1][n] of
+//                 k = 2 c + i % 2 * 8 and n = r + i / 2 * 8
 //                 All 32 lanes must arrive with the same arguments. Loads read for all lanes: what
 //                 another lane wrote must have been ordered by warp_sync() or block_sync() before.
 // atomics.cuh     smem_atomic_add(p, x): float32, relaxed

@@ -66,8 +66,8 @@ FC_DEVICE WmmaBCol<MathElement> key_operand(uint32_t first, uint32_t second) {
   widen4<MathElement>(second, of_second);
   WmmaBCol<MathElement> b;
   b.reg[0] = of_first[0];
-  b.reg[1] = of_second[0];
-  b.reg[2] = of_first[1];
+  b.reg[1] = of_first[1];
+  b.reg[2] = of_second[0];
   b.reg[3] = of_second[1];
   return b;
 }
@@ -80,8 +80,8 @@ FC_DEVICE WmmaBRow<MathElement> value_operand(uint32_t first, uint32_t second) {
   widen4<MathElement>(permute_bytes<COLUMNS_APART>(second, 0), of_second);
   WmmaBRow<MathElement> b;
   b.reg[0] = of_first[0];
-  b.reg[1] = of_first[1];
-  b.reg[2] = of_second[0];
+  b.reg[1] = of_second[0];
+  b.reg[2] = of_first[1];
   b.reg[3] = of_second[1];
   return b;
 }
