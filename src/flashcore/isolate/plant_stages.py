@@ -108,6 +108,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("few-keys-of-the-first", "few-columns-as-wgmma", "few-bytes-in-place"),
             *("few-unswizzled", "few-sums-not-awaited", "few-sums-overwritten"),
             *("few-sums-unweighted", "few-sums-of-every-lane", "few-rows-of-the-first"),
+            *("few-rows-eight", "few-max-outgrown"),
             *("packed-bounds-of-the-first", "packed-box-of-64-rows"),
         ),
         "tile": ("sink-beside-raw-scores",),

@@ -268,6 +268,9 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(float8.PLANTS_SHORT_SM90, float8.TILE, options=float8.SHORT_CALL, is_paged=True),
         **_calls(float8.PLANTS_FEW_SM90, float8.FEW_TILE, options=float8.CALL, is_paged=True),
         **_calls(float8.PLANTS_ROWS_SM90, float8.FEW_TILE, options=float8.ROWS_CALL, is_paged=True),
+        **_calls(
+            float8.PLANTS_GROWN_SM90, float8.FEW_TILE, options=float8.GROWN_CALL, is_paged=True
+        ),
         **_calls(folded.PLANTS_FOLDED_SM90, folded.TILE, options=folded.CALL, is_packed=True),
         **_calls(packed.PLANTS_PACKED, packed.TILE, options=packed.CALL, is_packed=True),
         **_WITH_MAX_SCORE,

@@ -47,6 +47,7 @@ struct FewRows {
   Queries queries;
   PipelineState state;
   float scale_log2;
+  bool has_max;  // of a key tile; all lanes agree
 };
 
 // Where a lane's row of four matrices begins, two below each other and two to their right: of a
@@ -118,6 +119,29 @@ FC_DEVICE void multiply_values(WmmaAccum (&out)[OUT_FRAGS],
   }
 }
 
+// The softmax of a warp's keys: tries old maxima first, see has_outgrown. Where they do not serve,
+// `make` gives the scores again. Returns whether row_max moved, as softmax_step does.
+template <class Make>
+FC_DEVICE bool softmax_of_warp(WmmaAccum (&scores)[WARP_FRAGS], FewRows& c, float (&rescale)[2],
+                               const Make& make) {
+  make(scores);
+  if (LAZY_RESCALE && c.has_max) {
+    const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
+                               c.softmax.row_max[1] * c.scale_log2};
+    float tile_sum[2];
+    exponentiate<0, WARP_FRAGS>(scores, tile_sum, max_log2, c.scale_log2);
+    if (!warp_any(has_outgrown(tile_sum, max_log2))) {
+      c.softmax.row_sum[0] += tile_sum[0];
+      c.softmax.row_sum[1] += tile_sum[1];
+      return false;
+    }
+    make(scores);
+  }
+  c.has_max = true;
+  constexpr bool IS_LAZY = LAZY_RESCALE && WARP_FRAGS > 1;  // takes a tile in two parts
+  return softmax_step<IS_LAZY>(scores, c.softmax, rescale, c.scale_log2);
+}
+
 // A warp's keys of one key tile.
 template <class Smem>
 FC_DEVICE void few_rows_of_tile(FewRows& c, const AttnParams& p, const Barriers& bar,
@@ -131,15 +155,14 @@ FC_DEVICE void few_rows_of_tile(FewRows& c, const AttnParams& p, const Barriers&
   mbar_wait(bar.k_full + stage, parity);
   if (has_keys) {
     WmmaAccum scores[WARP_FRAGS];
-    multiply_keys(scores, c.queries, smem.k[stage], first_row);
-    scale_products(scores, c.queries);
-    scale_scores(scores, p);
-    hide_scores(scores, p, row_begin + strip_idx() * 16, key_begin);
     float rescale[2];
-    constexpr bool IS_LAZY = LAZY_RESCALE && WARP_FRAGS > 1;  // takes a tile in two parts
-    if (softmax_step<IS_LAZY>(scores, c.softmax, rescale, c.scale_log2)) {
-      rescale_output(c.out, rescale);
-    }
+    const auto make = [&](WmmaAccum(&made)[WARP_FRAGS]) {
+      multiply_keys(made, c.queries, smem.k[stage], first_row);
+      scale_products(made, c.queries);
+      scale_scores(made, p);
+      hide_scores(made, p, row_begin + strip_idx() * 16, key_begin);
+    };
+    if (softmax_of_warp(scores, c, rescale, make)) rescale_output(c.out, rescale);
 #pragma unroll
     for (int n = 0; n < WARP_FRAGS; ++n) wmma_accum_to_a(probs[n], scores[n]);
   }
@@ -152,9 +175,10 @@ FC_DEVICE void few_rows_of_tile(FewRows& c, const AttnParams& p, const Barriers&
   ++c.state.count;
 }
 
-// Adds up what the warps of some rows have, in their order. The first one goes on with the sum, as
-// accumulators have it; the others have nothing left.
-FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) {
+// Adds up what the warps of a strip have, in their order: of its first eight rows, and if there are
+// `more` of all. The first warp goes on with the sum, as accumulators have it; the others have
+// nothing left.
+FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier, bool more) {
   const int warp = warp_idx() % 4;
   const int lane = lane_idx();
   const auto stats_of = [&](int w, int r) {
@@ -163,6 +187,7 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) 
   named_barrier_sync(barrier, 128);  // orders reads of the row tile before ahead of these writes
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    if (r > 0 && !more) break;
     const float sum = quad_sum(c.softmax.row_sum[r]);
     if (lane % 4 == 0) smem_store_packet(stats_of(warp, r), pair_of(c.softmax.row_max[r], sum));
     const auto row = merge_smem + (warp * WARP_FLOATS + (lane / 4 + r * 8) * ROW_FLOATS);
@@ -177,9 +202,10 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) 
   }
   named_barrier_sync(barrier, 128);  // hands the writes above on to the first warp
   if (key_warp() > 0) return;
-  float weight[KEY_WARPS][2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
+    if (r > 0 && !more) break;
+    float weight[KEY_WARPS];
     float max[KEY_WARPS], sum[KEY_WARPS];
     c.softmax.row_max[r] = NEG_INF;
 #pragma unroll
@@ -193,29 +219,25 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) 
     c.softmax.row_sum[r] = 0.0f;
 #pragma unroll
     for (int w = 0; w < KEY_WARPS; ++w) {
-      weight[w][r] = exp2_approx((max[w] - finite_max) * c.scale_log2);
-      c.softmax.row_sum[r] += weight[w][r] * sum[w];
+      weight[w] = exp2_approx((max[w] - finite_max) * c.scale_log2);
+      c.softmax.row_sum[r] += weight[w] * sum[w];
     }
     if (lane % 4 != 0) c.softmax.row_sum[r] = 0.0f;  // lanes have shares of it
-  }
+    const auto row = merge_smem + (warp * WARP_FLOATS + (lane / 4 + r * 8) * ROW_FLOATS);
 #pragma unroll
-  for (int d = 0; d < OUT_FRAGS; ++d) {
-#pragma unroll
-    for (int i = 0; i < 8; i += 2) {
-      const int r = row_of_element(i);
-      const auto place = merge_smem + (warp * WARP_FLOATS + (lane / 4 + r * 8) * ROW_FLOATS +
-                                       d * 16 + accum_col(lane, i));
-      float sum[2] = {0.0f, 0.0f};
+    for (int d = 0; d < 2 * OUT_FRAGS; ++d) {  // 8 columns each
+      const auto place = row + (d * 8 + accum_col(lane, 0));
+      float out[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int w = 0; w < KEY_WARPS; ++w) {
         const auto packet = smem_load_packet<8>(place + w * (4 / KEY_WARPS) * WARP_FLOATS);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          sum[j] += weight[w][r] * from_packet<float>(Packet<4>{{packet.word[j]}});
+          out[j] += weight[w] * from_packet<float>(Packet<4>{{packet.word[j]}});
         }
       }
-      c.out[d].x[i] = sum[0];
-      c.out[d].x[i + 1] = sum[1];
+      c.out[d / 2].x[d % 2 * 4 + r * 2] = out[0];
+      c.out[d / 2].x[d % 2 * 4 + r * 2 + 1] = out[1];
     }
   }
 }
@@ -237,6 +259,7 @@ FC_DEVICE void consume_few_rows(const AttnParams& p, const Barriers& bar, const 
     const float of_products = scales_products(c.queries) ? 1.0f : c.queries.inverse[0];
     c.scale_log2 = softmax_scale_log2(own) * of_products;
     c.softmax = {{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
+    c.has_max = false;
 #pragma unroll
     for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(c.out[d], 0.0f);
 
@@ -247,8 +270,9 @@ FC_DEVICE void consume_few_rows(const AttnParams& p, const Barriers& bar, const 
     c.softmax.row_max[0] *= of_products;  // what follows knows nothing of factors
     c.softmax.row_max[1] *= of_products;
     c.scale_log2 = softmax_scale_log2(own);
-    if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, block, block.m_begin + strip_idx() * 16);
-    add_up_warps(c, smem.merge, STORE_BARRIER);
+    const int first_row = block.m_begin + strip_idx() * 16;
+    if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, block, first_row);
+    add_up_warps(c, smem.merge, STORE_BARRIER, first_row + 8 < own.seqlen_q);
     if constexpr (SPLIT_KV) {
       const auto sync = [&] { named_barrier_sync(STORE_BARRIER, 128); };
       hand_over_partial<PARTIAL_PACKETS>(own, block, 0, c.softmax, c.out, c.scale_log2, sync,

@@ -41,7 +41,7 @@ def few_rows_tiles(problem: Problem) -> Iterator[Tile]:
     is_few = 1 <= strips <= 2 and not problem.packs_queries and problem.mask is None
     if not is_few or dims[0] % 64 or dims[1] % 64:
         return
-    block_n = 128
+    block_n = 256 if sum(dims) <= 128 else 128
     q_buffers = 2 // strips
     fixed = 2048 + 2 * 2 * ROWS_OF_WARP * dims[0] + SHARED_BY_WARPS * (dims[1] + 10)
     for min_blocks in (2, 1):

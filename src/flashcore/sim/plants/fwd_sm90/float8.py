@@ -32,6 +32,7 @@ TILE: dict[str, Any] = {
 # Warps that share the keys of few rows: several key tiles, and row tiles of a block; of 16 rows,
 # and of 17 under a bound.
 FEW_TILE: dict[str, Any] = {"block_n": 64, "num_stages": 2, "num_splits": 1, "stream_k": False}
+GROWN_CALL = CALL | {"scale": 1.0}  # scores that differ by far more than 2^10 allows
 ROWS_CALL = CALL | {"seqlen_q": 17, "lengths": (90, 40), "causal": "lower_right"}
 _FLOAT8 = "fwd_sm90/float8/float8_sm90.cuh"
 _SEQUENCE = "tile/sequence.cuh"
@@ -221,7 +222,7 @@ PLANTS_FEW_SM90 = by_name(
         name="few-sums-unweighted",
         title="sums of warps with other maxima count alike",
         file=_FEW,
-        find="c.softmax.row_sum[r] += weight[w][r] * sum[w];",
+        find="c.softmax.row_sum[r] += weight[w] * sum[w];",
         replace="c.softmax.row_sum[r] += sum[w];",
         caught_by="wrong-result",
     ),
@@ -236,11 +237,29 @@ PLANTS_FEW_SM90 = by_name(
 )
 PLANTS_ROWS_SM90 = by_name(
     Plant(
+        name="few-rows-eight",
+        title="what the warps have of rows 8 to 15 is not added up",
+        file=_FEW,
+        find="add_up_warps(c, smem.merge, STORE_BARRIER, first_row + 8 < own.seqlen_q);",
+        replace="add_up_warps(c, smem.merge, STORE_BARRIER, false);",
+        caught_by="wrong-result",
+    ),
+    Plant(
         name="few-rows-of-the-first",
         title="the second warp of rows sees the keys that the first one's rows see",
         file=_FEW,
-        find="hide_scores(scores, p, row_begin + strip_idx() * 16, key_begin);",
-        replace="hide_scores(scores, p, row_begin, key_begin);",
+        find="hide_scores(made, p, row_begin + strip_idx() * 16, key_begin);",
+        replace="hide_scores(made, p, row_begin, key_begin);",
+        caught_by="wrong-result",
+    ),
+)
+PLANTS_GROWN_SM90 = by_name(
+    Plant(
+        name="few-max-outgrown",
+        title="a warp goes on with old maxima that scores have outgrown, or that are none",
+        file=_FEW,
+        find="    if (!warp_any(has_outgrown(tile_sum, max_log2))) {",
+        replace="    if (true) {",
         caught_by="wrong-result",
     ),
 )
