@@ -11,6 +11,7 @@
 //                 mul2<T>(a, b): products of two such pairs
 //                 float8 (e4m3, a 1-byte storage type); from sm_89 on widen4<T>(word, pairs): the
 //                 four float8 of a 32-bit register as two registers of two T, exact; a NaN is one
+//                 narrow2(lo, hi): two floats as float8, saturated; if NARROWS_FLOAT8
 // thread.cuh      thread_idx() block_idx() lane_idx() warp_idx()
 //                 shfl_xor(x, lane_mask) of float or int, warp_any(predicate): all 32 lanes must
 //                 arrive; they order no memory
