@@ -47,8 +47,27 @@ struct FewRows {
   Queries queries;
   PipelineState state;
   float scale_log2;
-  bool has_max;  // of a key tile; all lanes agree
+  bool has_max;    // of a key tile; all lanes agree
+  bool has_upper;  // whether rows 8 to 15 exist
 };
+
+// The exponentials of rows 0 to 7 alone: a lane's other row is nobody's.
+FC_DEVICE void exponentiate_lower(WmmaAccum (&scores)[WARP_FRAGS], float (&sum)[2],
+                                  const float (&max_log2)[2], float scale_log2) {
+  sum[0] = sum[1] = 0.0f;
+#pragma unroll
+  for (int n = 0; n < WARP_FRAGS; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      float prob = 0.0f;
+      if (row_of_element(i) == 0) {
+        prob = exp2_approx(fma_rn(scores[n].x[i], scale_log2, -max_log2[0]));
+        sum[0] += prob;
+      }
+      scores[n].x[i] = prob;
+    }
+  }
+}
 
 // Where a lane's row of four matrices begins, two below each other and two to their right: of a
 // tile of bytes, from row `row` and column `col`, multiples of 16, on.
@@ -127,9 +146,13 @@ FC_DEVICE bool softmax_of_warp(WmmaAccum (&scores)[WARP_FRAGS], FewRows& c, floa
   make(scores);
   if (LAZY_RESCALE && c.has_max) {
     const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
-                               c.softmax.row_max[1] * c.scale_log2};
+                               c.has_upper ? c.softmax.row_max[1] * c.scale_log2 : 0.0f};
     float tile_sum[2];
-    exponentiate<0, WARP_FRAGS>(scores, tile_sum, max_log2, c.scale_log2);
+    if (c.has_upper) {
+      exponentiate<0, WARP_FRAGS>(scores, tile_sum, max_log2, c.scale_log2);
+    } else {
+      exponentiate_lower(scores, tile_sum, max_log2, c.scale_log2);
+    }
     if (!warp_any(has_outgrown(tile_sum, max_log2))) {
       c.softmax.row_sum[0] += tile_sum[0];
       c.softmax.row_sum[1] += tile_sum[1];
@@ -175,10 +198,9 @@ FC_DEVICE void few_rows_of_tile(FewRows& c, const AttnParams& p, const Barriers&
   ++c.state.count;
 }
 
-// Adds up what the warps of a strip have, in their order: of its first eight rows, and if there are
-// `more` of all. The first warp goes on with the sum, as accumulators have it; the others have
-// nothing left.
-FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier, bool more) {
+// Adds up what the warps of a strip have, in their order. The first warp goes on with the sum, as
+// accumulators have it; the others have nothing left.
+FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier) {
   const int warp = warp_idx() % 4;
   const int lane = lane_idx();
   const auto stats_of = [&](int w, int r) {
@@ -187,7 +209,7 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier, 
   named_barrier_sync(barrier, 128);  // orders reads of the row tile before ahead of these writes
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    if (r > 0 && !more) break;
+    if (r > 0 && !c.has_upper) break;
     const float sum = quad_sum(c.softmax.row_sum[r]);
     if (lane % 4 == 0) smem_store_packet(stats_of(warp, r), pair_of(c.softmax.row_max[r], sum));
     const auto row = merge_smem + (warp * WARP_FLOATS + (lane / 4 + r * 8) * ROW_FLOATS);
@@ -204,7 +226,7 @@ FC_DEVICE void add_up_warps(FewRows& c, SmemPtr<float> merge_smem, int barrier, 
   if (key_warp() > 0) return;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    if (r > 0 && !more) break;
+    if (r > 0 && !c.has_upper) break;
     float weight[KEY_WARPS];
     float max[KEY_WARPS], sum[KEY_WARPS];
     c.softmax.row_max[r] = NEG_INF;
@@ -260,6 +282,8 @@ FC_DEVICE void consume_few_rows(const AttnParams& p, const Barriers& bar, const 
     c.scale_log2 = softmax_scale_log2(own) * of_products;
     c.softmax = {{NEG_INF, NEG_INF}, {0.0f, 0.0f}};
     c.has_max = false;
+    const int first_row = block.m_begin + strip_idx() * 16;
+    c.has_upper = first_row + 8 < own.seqlen_q;
 #pragma unroll
     for (int d = 0; d < OUT_FRAGS; ++d) wmma_fill(c.out[d], 0.0f);
 
@@ -270,9 +294,8 @@ FC_DEVICE void consume_few_rows(const AttnParams& p, const Barriers& bar, const 
     c.softmax.row_max[0] *= of_products;  // what follows knows nothing of factors
     c.softmax.row_max[1] *= of_products;
     c.scale_log2 = softmax_scale_log2(own);
-    const int first_row = block.m_begin + strip_idx() * 16;
     if (RETURNS_MAX_SCORE) raise_max_score(c.softmax, own, block, first_row);
-    add_up_warps(c, smem.merge, STORE_BARRIER, first_row + 8 < own.seqlen_q);
+    add_up_warps(c, smem.merge, STORE_BARRIER);
     if constexpr (SPLIT_KV) {
       const auto sync = [&] { named_barrier_sync(STORE_BARRIER, 128); };
       hand_over_partial<PARTIAL_PACKETS>(own, block, 0, c.softmax, c.out, c.scale_log2, sync,
