@@ -1,5 +1,5 @@
-// quantised2 of append/quantise.cuh, with a neighbour of another size, and narrow2 of the quotients:
-// one element a thread.
+// quantised2 of append/quantise.cuh, with a neighbour of another size, and narrow2 of the
+// quotients: one element a thread.
 #pragma once
 
 #include "prims.cuh"

@@ -1,6 +1,6 @@
 // append/quantise.cuh - elements of 8-bit caches: x / scale, rounded to nearest even to e4m3 and
-// saturated at +-448, bit for bit as PyTorch computes it (problem/scales.py: quantised), but for the
-// sign of a NaN.
+// saturated at +-448, bit for bit as PyTorch computes it (problem/scales.py: quantised), but for
+// the sign of a NaN.
 //
 // GPUs from sm_89 on convert two quotients by an instruction, others by integers and one addition,
 // some twenty instructions each: few warps append, so that these took longer than the memory.

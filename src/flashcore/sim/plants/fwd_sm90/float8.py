@@ -263,3 +263,12 @@ PLANTS_GROWN_SM90 = by_name(
         caught_by="wrong-result",
     ),
 )
+# With the tile and the call that show them.
+GROUPS = (
+    (PLANTS_FLOAT8_SM90, TILE, CALL),
+    (PLANTS_WIDE_SM90, TILE, WIDE_CALL),
+    (PLANTS_SHORT_SM90, TILE, SHORT_CALL),
+    (PLANTS_FEW_SM90, FEW_TILE, CALL),
+    (PLANTS_ROWS_SM90, FEW_TILE, ROWS_CALL),
+    (PLANTS_GROWN_SM90, FEW_TILE, GROWN_CALL),
+)
