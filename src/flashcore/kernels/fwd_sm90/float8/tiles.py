@@ -38,7 +38,8 @@ def few_rows_tiles(problem: Problem) -> Iterator[Tile]:
     a key tile (fwd_sm90/float8/few_rows_sm90.cuh), if they do."""
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
     strips = -(-problem.seqlen_q // ROWS_OF_WARP)
-    is_few = 1 <= strips <= 2 and not problem.packs_queries and problem.mask is None
+    most = 2 if max(dims) <= 128 else 1  # of a wider head two spill
+    is_few = 1 <= strips <= most and not problem.packs_queries and problem.mask is None
     if not is_few or dims[0] % 64 or dims[1] % 64:
         return
     block_n = 256 if sum(dims) <= 128 else 128
