@@ -82,7 +82,9 @@ def cache_calls(q: Tensor, k: Tensor) -> dict[str, CacheCall]:
             )
         ),
         "attention_with_kvcache, new tokens": CacheCall(
-            lambda: step(query, k_pages, v_pages, k_new, v_new, seqlens_k=lengths, page_table=table),
+            lambda: step(
+                query, k_pages, v_pages, k_new, v_new, seqlens_k=lengths, page_table=table
+            ),
             TWO_LAUNCHES,
         ),
         "attention_with_kvcache, new tokens, rotary": CacheCall(

@@ -211,15 +211,18 @@ class KernelCall:
 
     def with_rows_first(self) -> KernelCall | None:
         """Return the same call with out as [batch, seqlen_q, num_heads_q, head_dim_v]; None if
-        the kernel writes rows of one head next to each other.
+        the kernel writes rows of one head next to each other, and there are several.
 
         Addresses are all that it reads of q, k and v, so they may be given in any shape.
         """
         problem, plan = self._problem, self._plan
-        if not plan.finds_out_by_map or problem.varlen != "none" or self._spare is not None:
+        if self._spare is not None or problem.packs_queries:
             return None
         other = copy.copy(self)
-        other._serial, other._template, other._out_is_rows_first = next(_serial), None, True
+        if problem.seqlen_q != 1:
+            if not plan.finds_out_by_map or problem.varlen != "none":
+                return None
+            other._serial, other._template, other._out_is_rows_first = next(_serial), None, True
         shape = (problem.batch, problem.seqlen_q, problem.num_heads_q, problem.head_dim_v)
         other._new_out = allocator(self._device, shape, problem.torch_dtype)
         return other

@@ -57,9 +57,9 @@ def attend_pages(
     if page_table is None:
         page_table = one_page_each(k_cache)
     capacity = capacity_of(k_cache, page_table)
-    is_readable = leftpad is None and k_cache.shape[0] > 0 and k_cache.shape[2] > 0
+    readable = is_readable(k_cache, leftpad)
     if cu_seqlens_q is None:
-        if is_readable:
+        if readable:
             return _several(
                 attention_paged(
                     q, k_cache, v_cache, page_table, seqlens_k, mask=mask, tree_mask=tree_mask,
@@ -71,19 +71,13 @@ def attend_pages(
         lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
         return _contiguous(q, k, v, lengths, mask, tree_mask, options)
     batch, longest = page_table.shape[0], q.shape[0] if max_seqlen_q is None else max_seqlen_q
-    if (
-        is_readable
-        and isinstance(longest, int)
-        and options["causal"] != "upper_left"
-        and not options["batch_invariant"]  # whether it pays depends on who else is there
-        and 0 < batch * longest <= PADDED_ROWS_MAX * q.shape[0]
-    ):
+    if readable and isinstance(longest, int) and pads(q, batch, longest, options):
         padded = _padded(q, cu_seqlens_q, longest)
         results = _several(
             attention_paged(padded, k_cache, v_cache, page_table, seqlens_k, **options)
         )
         return _packed(results, q, cu_seqlens_q, longest, options["sinks"])
-    if is_readable:
+    if readable:
         return _several(
             attention_paged_varlen(
                 q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, longest, **options
@@ -97,6 +91,28 @@ def attend_pages(
     )
     return _several(
         attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, capacity, **options)
+    )
+
+
+def is_readable(k_cache: Tensor, leftpad: Tensor | None) -> bool:
+    """Return whether kernels may read a cache in place: it holds tokens, and all that it has
+    count."""
+    return leftpad is None and k_cache.shape[0] > 0 and k_cache.shape[2] > 0
+
+
+def pads(q: Tensor, batch: int, longest: int, options: dict[str, Any]) -> bool:
+    """Return whether packed queries are padded.
+
+    Args:
+        q: [total_q, num_heads_q, head_dim].
+        batch: sequences.
+        longest: a bound on the queries of each.
+        options: of `attention`.
+    """
+    return (
+        options["causal"] != "upper_left"
+        and not options["batch_invariant"]  # whether it pays depends on who else is there
+        and 0 < batch * longest <= PADDED_ROWS_MAX * q.shape[0]
     )
 
 

@@ -1,0 +1,289 @@
+"""Test that a step is decided once: later ones launch what was prepared, and nothing else. See
+standin.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import standin
+import torch
+from torch import Tensor
+
+import flashcore
+from flashcore.compat import flash_attn, flash_attn_3
+from flashcore.kernels.append.params import AppendTensors, build_append_params
+from flashcore.serving import known_steps, step
+
+HALF, INT32 = torch.float16, torch.int32
+BATCH, HEADS_Q, HEADS_KV, DIM, PAGE, COLUMNS = 3, 4, 2, 64, 16, 3
+ENDS = [0, 1, 2, 9]
+of_flash_2, of_flash_3 = flash_attn.flash_attn_with_kvcache, flash_attn_3.flash_attn_with_kvcache
+
+
+def half(*shape: int) -> Tensor:
+    return torch.randn(shape).to(HALF)
+
+
+def int32(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=INT32)
+
+
+def step_of(name: str) -> dict[str, Any]:
+    """Return new tensors of a step, heads first; which ones says its name."""
+    parts = name.split(", ")
+    q, rows = half(BATCH, HEADS_Q, 1, DIM), BATCH
+    given: dict[str, Any] = {"seqlens_k": int32([5, 20, 1])}
+    new = half(BATCH, HEADS_KV, 1, DIM), half(BATCH, HEADS_KV, 1, DIM)
+    room = PAGE * COLUMNS
+    if "several" in parts:
+        q = half(BATCH, HEADS_Q, 3, DIM)
+    if "packed" in parts:
+        q, new = half(9, HEADS_Q, DIM), (half(9, HEADS_KV, DIM), half(9, HEADS_KV, DIM))
+        given |= {"cu_seqlens_q": int32(ENDS), "max_seqlen_q": 9}
+    if "pages" in parts:
+        given["page_table"] = int32([[2, 0, 4], [1, 3, 5], [8, 7, 6]])
+        rows, room = BATCH * COLUMNS, PAGE
+    caches = [half(rows, room, HEADS_KV, DIM).transpose(1, 2) for _ in range(2)]
+    if "8 bits" in parts or "8 bits of one scale" in parts:
+        caches = [x.to(torch.float8_e4m3fn) for x in caches]
+        given["k_scale"] = torch.ones(HEADS_KV)
+        given["v_scale"] = given["k_scale"] if "8 bits" not in parts else torch.ones(HEADS_KV)
+    if "new" in parts or "rotary" in parts:
+        given |= {"k_new": new[0], "v_new": new[1]}
+    if "rotary" in parts:
+        given |= {"rotary_cos": half(50, 16), "rotary_sin": half(50, 16)}
+        given["rotary_interleaved"] = False
+    if "sinks" in parts:
+        given["sinks"] = torch.randn(HEADS_Q)
+    if "out" in parts:
+        given["out"] = torch.zeros_like(q)
+    if "lse" in parts:
+        given["return_lse"] = True
+    return {"q": q, "k_cache": caches[0], "v_cache": caches[1], **given}
+
+
+STEPS = (
+    "one piece", "one piece, new", "one piece, several, rotary", "pages", "pages, several, out",
+    "pages, new", "pages, rotary", "pages, rotary, lse", "pages, sinks", "pages, 8 bits, new",
+    "pages, 8 bits of one scale", "pages, 8 bits of one scale, sinks, rotary", "pages, packed",
+    "pages, packed, out", "pages, packed, rotary, lse",
+)  # fmt: skip
+_OF_2 = {
+    "k_new": "k", "v_new": "v", "seqlens_k": "cache_seqlens", "page_table": "block_table",
+    "return_lse": "return_softmax_lse",
+}  # fmt: skip
+_OF_3 = _OF_2 | {
+    "page_table": "page_table",
+    "sinks": "s_aux",
+    "k_scale": "k_descale",
+    "v_scale": "v_descale",
+}
+NOT_OF_2 = ("sinks", "8 bits", "packed", "out")
+
+
+def as_flash(given: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """Return a step as flash-attn's functions take it, tokens before heads."""
+    heads_first = "q", "k_cache", "v_cache", "k_new", "v_new", "out"
+    found = {
+        names.get(name, name): x.transpose(1, 2) if name in heads_first and x.dim() == 4 else x
+        for name, x in given.items()
+    }
+    return {**found, "causal": True}
+
+
+def plainly(given: dict[str, Any]) -> Any:
+    return flashcore.attention_with_kvcache(**given)
+
+
+def by_2(given: dict[str, Any]) -> Any:
+    return of_flash_2(**as_flash(given, _OF_2))
+
+
+def by_3(given: dict[str, Any]) -> Any:
+    return of_flash_3(**as_flash(given, _OF_3))
+
+
+CALLS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    **{name: (plainly, name) for name in STEPS},
+    **{f"version 3: {name}": (by_3, name) for name in STEPS},
+    **{
+        f"version 2: {name}": (by_2, name)
+        for name in STEPS
+        if not any(word in name for word in NOT_OF_2)
+    },
+}
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> standin.Machine:
+    return standin.install(monkeypatch)
+
+
+def addresses_told(params: Any) -> dict[str, int]:
+    attn = params.attn
+    found = {name: getattr(attn, name) for name in ("q", "k", "v", "out", "lse", "seqlens_k")}
+    for name in ("page_table", "cu_seqlens_q", "k_scale", "v_scale", "sinks"):
+        found[name] = getattr(attn, name)
+    return {name: address or 0 for name, address in found.items()}
+
+
+def at(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_step_is_decided_once(
+    machine: standin.Machine, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Others are launched with their own addresses, and neither checked nor decided again."""
+    call, kind = CALLS[name]
+    call(step_of(kind))
+    for module, function in ((step, "_check"), (step, "append"), (known_steps, "choose_backend")):
+        monkeypatch.setattr(module, function, None)
+    monkeypatch.setattr(step, "attend_pages", None)
+    for _ in range(2):
+        given = step_of(kind)
+        machine.driver.launches.clear()
+        result = call(given)
+        out, lse = result if isinstance(result, tuple) else (result, None)
+        *before, attending = machine.driver.launches
+        told = addresses_told(attending.params)
+        wanted = {"k": given["k_cache"], "v": given["v_cache"], "lse": lse}
+        wanted |= {
+            name: given.get(name)
+            for name in ("page_table", "cu_seqlens_q", "k_scale", "v_scale", "sinks")
+        }
+        assert {x: told[x] for x in wanted} == {x: at(tensor) for x, tensor in wanted.items()}
+        if "out" in given:
+            assert at(out) == at(given["out"]) != told["out"]  # by a copy
+        elif call is plainly or given["q"].shape[-2] == 1 or "packed" in kind:
+            assert told["out"] == at(out)
+        assert out.is_contiguous() or "out" in given
+        assert out.numel() == given["q"].numel()
+        if "k_new" not in given:
+            assert not before
+            assert (told["q"], told["seqlens_k"]) == (at(given["q"]), at(given["seqlens_k"]))
+        else:
+            check_append(before, given, told, call)
+
+
+def check_append(
+    before: list[Any], given: dict[str, Any], told: dict[str, int], call: object
+) -> None:
+    """Check what the kernel that appends is told, and that attention reads what it writes."""
+    (appending,) = before
+    q, cos = given["q"], given.get("rotary_cos")
+    turns = cos is not None
+    rotated = torch.empty(q.shape) if turns else None
+    tensors = AppendTensors(
+        q if turns else None, given["k_new"], given["v_new"], rotated,
+        given["k_cache"], given["v_cache"], cos, given.get("rotary_sin"), given["seqlens_k"],
+        given["seqlens_k"], given.get("page_table"), given.get("cu_seqlens_q"),
+        given.get("cu_seqlens_q"), None, None, given.get("k_scale"), given.get("v_scale"),
+    )  # fmt: skip
+    params = build_append_params(tensors, "begin" if turns and call is not plainly else "end")
+    for name, x in tensors._asdict().items():
+        setattr(params, name, at(x) or None)
+    params.q_rotated, params.lengths = told["q"] if turns else None, told["seqlens_k"]
+    assert bytes(appending.params) == bytes(params)
+    assert told["q"] == (appending.params.q_rotated if turns else at(q))
+    assert told["seqlens_k"] not in (0, at(given["seqlens_k"]))
+    if turns:  # both lie in one piece of memory
+        assert told["seqlens_k"] - told["q"] == -(-q.numel() * 2 // 16) * 16
+    assert told["q"] % 16 == told["seqlens_k"] % 16 == 0
+
+
+def test_an_argument_is_one_threads_alone(machine: standin.Machine) -> None:
+    """A launch that comes between the writing of an argument and its launch has another."""
+    first, second = step_of("pages, new"), step_of("pages, new")
+    plainly(first)
+    machine.driver.launches.clear()
+    nested = [second]
+    machine.driver.on_launch = lambda: plainly(nested.pop()) if nested else None  # type: ignore[assignment]
+    plainly(first)
+    appended = [x.params.k_new for x in machine.driver.launches if hasattr(x.params, "k_new")]
+    assert sorted(appended) == sorted(at(x["k_new"]) for x in (first, second))
+
+
+WRONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "int64": ("pages", {"page_table": torch.zeros(BATCH, COLUMNS, dtype=torch.int64)}),
+    "another batch": ("pages", {"seqlens_k": int32([1, 2])}),
+    "1 for True": ("pages", {"causal": 1}),
+    "True for 1": ("pages, lse", {"return_lse": 1}),
+    "0 for False": ("pages, rotary", {"rotary_interleaved": 0}),
+    "a bool for a scale": ("pages", {"scale": True}),
+    "no scale": ("pages, 8 bits, new", {"v_scale": None}),
+    "a scale too many": ("pages", {"k_scale": torch.ones(()), "v_scale": torch.ones(())}),
+    "a key alone": ("pages, new", {"v_new": None}),
+    "cos alone": ("pages, rotary", {"rotary_sin": None}),
+    "a bound": ("pages, packed", {"max_seqlen_q": -1}),
+    "a bool for a bound": ("pages, packed", {"max_seqlen_q": True}),
+    "a backend": ("pages", {"backend": "sm70"}),
+    "out": ("pages, several, out", {"out": half(1, HEADS_Q, 3, DIM)}),
+    "a gradient": ("pages", {"q": half(BATCH, HEADS_Q, 1, DIM).requires_grad_()}),
+    "invariant": ("pages", {"batch_invariant": 0}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_known_serves_no_wrong_call(machine: standin.Machine, name: str) -> None:
+    kind, changes = WRONG[name]
+    for given in (step_of(kind), step_of(kind)):
+        plainly({**given, **({"scale": 1.0} if "scale" in changes else {})})
+    launches = len(machine.driver.launches)
+    with pytest.raises((TypeError, ValueError, NotImplementedError)):
+        plainly({**step_of(kind), **changes})
+    assert len(machine.driver.launches) == launches
+
+
+def test_options_are_told_apart(machine: standin.Machine) -> None:
+    """Each prepares its own kernel, and finds it again."""
+    options: list[dict[str, Any]] = [
+        {}, {"causal": False}, {"window": (3, 0)}, {"softcap": 2.0}, {"scale": 0.5},
+        {"return_lse": True}, {"batch_invariant": True}, {"backend": "wmma"},
+    ]  # fmt: skip
+    for asked in options * 2:
+        plainly({**step_of("pages, several"), **asked})
+    assert len(known_steps._known) == len(options)
+    assert {len(entries) for entries in known_steps._known.values()} == {1}
+
+
+def test_somebody_who_watches_sees_operators(machine: standin.Machine) -> None:
+    seen: list[str] = []
+
+    class Watch(torch.overrides.TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    given = step_of("pages, new")
+    for _ in range(2):
+        plainly(given)
+    with Watch():
+        plainly(given)
+    for operator in ("append_to_kvcache", "attention_paged_forward"):
+        assert [name for name in seen if operator in name]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_known_gives_the_same_bits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The long way and what it prepared, results and caches."""
+    call, kind = CALLS[name]
+    monkeypatch.setattr(known_steps, "_known", {})
+    given = {name: x.cuda() if isinstance(x, Tensor) else x for name, x in step_of(kind).items()}
+    results, caches = [], []
+    for _ in range(3):
+        mine = {n: x.clone() if isinstance(x, Tensor) else x for n, x in given.items()}
+        if mine.get("v_scale") is not None and given["v_scale"] is given["k_scale"]:
+            mine["v_scale"] = mine["k_scale"]
+        result = call(mine)
+        results.append(result if isinstance(result, tuple) else (result,))
+        caches.append((mine["k_cache"].view(torch.uint8), mine["v_cache"].view(torch.uint8)))
+    for other, cache in zip(results[1:], caches[1:], strict=True):
+        assert all(map(torch.equal, results[0], other))
+        assert all(map(torch.equal, caches[0], cache))
