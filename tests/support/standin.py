@@ -176,7 +176,12 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     monkeypatch.setattr(
         single_call, "compile_source", lambda source, arch, name, *_: SimpleNamespace(name=name)
     )
-    monkeypatch.setattr(append_call, "load", functools.lru_cache(single_call.load.__wrapped__))
+    load_alone = functools.lru_cache(single_call.load.__wrapped__)
+    monkeypatch.setattr(
+        append_call,
+        "load",
+        lambda plan, arch, _, grid: load_alone(plan, arch, machine.device, grid),
+    )
     monkeypatch.setattr(append_call, "_prepared", {})
     monkeypatch.setattr(known_steps, "_known", {})
     monkeypatch.setattr(calls, "_calls", {})

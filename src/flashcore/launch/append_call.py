@@ -84,7 +84,7 @@ class AppendCall:
         self._launch, self._content = _prepared_for(plan, arch, tensors, queries)
         self._spare: list[Argument] = []
         device, rotated = tensors.k_cache.device, tensors.q_rotated
-        self._index = _index_of(device)
+        self._index = torch.cuda.current_device() if device.index is None else device.index
         dtype, num_bytes = tensors.k_new.dtype, 0
         if rotated is not None:
             num_bytes = -(-rotated.numel() * rotated.element_size() // _ALIGNMENT) * _ALIGNMENT
@@ -139,14 +139,10 @@ class AppendCall:
         return memory, self._read(everything)
 
 
-def _index_of(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
 def _prepared_for(plan: AppendPlan, arch: int, tensors: AppendTensors, queries: str) -> _Prepared:
     """Return what was prepared for such tensors; prepare it first where nothing was."""
     description = tuple([None if x is None else (x.shape, x.stride()) for x in tensors])
-    index = _index_of(tensors.k_cache.device)
+    index = tensors.k_cache.device.index
     key = plan, index, queries, description
     found = _prepared.get(key)
     if found is None:

@@ -117,9 +117,10 @@ def run_kernel(
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     if plan.draws_tiles:
         pointers["tile_counter"] = work_counters(q.device)
-    scratch = Scratch(problem, plan)
+    scratch = Scratch(problem, plan, q.device)
     if scratch.num_floats:
-        shares, counters = scratch.allocate(q)
+        with torch.cuda.device(q.device.index):
+            shares, counters = scratch.allocate()
         pointers |= scratch.pointers(shares.data_ptr(), counters)
     kernel = forward_of(plan)
     params = kernel.build_params(problem, plan, pointers, grid)
@@ -184,7 +185,7 @@ class KernelCall:
         self._others += ("sinks",) * problem.has_sinks
         self._others += ("k_scale", "v_scale") * (problem.cache_dtype != "")
         self._others += ("max_score",) * problem.return_max_score
-        self._scratch = Scratch(problem, plan)
+        self._scratch = Scratch(problem, plan, device)
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)
         self._template: Template | None = None
@@ -245,7 +246,7 @@ class KernelCall:
         lse = None if self._new_lse is None else self._new_lse()
         scratch: tuple[int, ...] = ()
         if self._scratch.num_floats:
-            shares, counters = self._scratch.allocate(q)
+            shares, counters = self._scratch.allocate()
             scratch = shares.data_ptr(), counters
         key = (
             self._serial,
