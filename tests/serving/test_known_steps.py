@@ -157,7 +157,7 @@ def test_a_step_is_decided_once(
         }
         assert {x: told[x] for x in wanted} == {x: at(tensor) for x, tensor in wanted.items()}
         if "out" in given:
-            assert at(out) == at(given["out"]) != told["out"]  # by a copy
+            assert at(out) == at(given["out"]) == told["out"]
         elif call is plainly or given["q"].shape[-2] == 1 or "packed" in kind:
             assert told["out"] == at(out)
         assert out.is_contiguous() or "out" in given
@@ -193,6 +193,42 @@ def check_append(
     if turns:  # both lie in one piece of memory
         assert told["seqlens_k"] - told["q"] == -(-q.numel() * 2 // 16) * 16
     assert told["q"] % 16 == told["seqlens_k"] % 16 == 0
+
+
+@pytest.mark.parametrize("of", ["q", "k_cache", "v_cache"])
+@pytest.mark.parametrize("shift", [-8, 0, 8])
+def test_out_may_lie_in_what_is_read(machine: standin.Machine, of: str, shift: int) -> None:
+    """Then it gets a copy, as it does where it is not aligned."""
+    kind = "pages, packed, out"
+    plainly(step_of(kind))
+    given = step_of(kind)
+    read, out = given[of], given["out"]
+    if of == "q":
+        given["q"] = torch.zeros(read.numel() + 16, dtype=HALF)[8:-8].view(read.shape)
+        read = given["q"]
+    memory = read.untyped_storage()
+    at_element = read.storage_offset() + (shift if of == "q" or shift > 0 else -shift)
+    given["out"] = torch.empty(0, dtype=HALF).set_(memory, at_element, out.shape, out.stride())
+    result = plainly(given)
+    assert at(result) == at(given["out"]) != machine.driver.launches[-1].params.attn.out
+
+
+def test_out_of_other_strides_gets_a_copy(machine: standin.Machine) -> None:
+    for _ in range(2):
+        given = step_of("pages, several, out")
+        given["out"] = torch.zeros(given["out"].mT.shape, dtype=HALF).mT
+        result = plainly(given)
+        assert at(result) == at(given["out"]) != machine.driver.launches[-1].params.attn.out
+
+
+def test_out_of_an_odd_address_gets_a_copy(machine: standin.Machine) -> None:
+    for shift in (0, 8, 1):
+        given = step_of("pages, packed, out")
+        memory = torch.zeros(given["out"].numel() + 16, dtype=HALF)
+        given["out"] = memory[shift : shift + given["out"].numel()].view(given["out"].shape)
+        for _ in range(2):
+            told = at(plainly(given)), machine.driver.launches[-1].params.attn.out
+        assert (told[0] == told[1]) is (shift != 1)
 
 
 def test_an_argument_is_one_threads_alone(machine: standin.Machine) -> None:

@@ -212,10 +212,8 @@ class KernelCall:
 
     def with_rows_first(self) -> KernelCall | None:
         """Return the same call with out as [batch, seqlen_q, num_heads_q, head_dim_v]; None if
-        the kernel writes rows of one head next to each other, and there are several.
-
-        Addresses are all that it reads of q, k and v, so they may be given in any shape.
-        """
+        the kernel writes rows of one head next to each other, and there are several. Addresses are
+        all that it reads of q, k and v, so they may be given in any shape."""
         problem, plan = self._problem, self._plan
         if self._spare is not None or problem.packs_queries:
             return None
@@ -235,14 +233,15 @@ class KernelCall:
         v: torch.Tensor,
         mask: torch.Tensor | None,
         addresses: Addresses,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the call: see launch/types.py. Where sequences differ in length, addresses go on with
-        those of LENGTHS; then with that of sinks, float32, if there are any; then with that of
-        max_score, if the problem returns it."""
+        """Run the call: see launch/types.py. Behind those of q, k and v stand addresses of LENGTHS,
+        of sinks (float32), of scales and of max_score, where the problem has them. A given `out`
+        lies as new ones do, is aligned to 16 bytes, and apart from what is read."""
         if self._current_device() != self._index:
             with torch.cuda.device(self._index):
-                return self.run(q, k, v, mask, addresses)
-        out = self._new_out()
+                return self.run(q, k, v, mask, addresses, out)
+        out = self._new_out() if out is None else out
         lse = None if self._new_lse is None else self._new_lse()
         scratch: tuple[int, ...] = ()
         if self._scratch.num_floats:

@@ -44,12 +44,15 @@ class Known(NamedTuple):
             not be checked again, takes the long way (serving/step.py).
         append: writes the new tokens before, if there are any.
         transposes: whether out still has heads before tokens, and the caller wants them behind.
+        spans: how many bytes out, q and the caches reach over, where the caller's out lies as the
+            kernel writes it; None: it gets a copy.
     """
 
     fits: Callable[..., bool]
     attend: Call | None
     append: AppendCall | None = None
     transposes: bool = False
+    spans: tuple[int, ...] | None = None
 
 
 class Unknown(NamedTuple):
@@ -140,7 +143,9 @@ def attend_known(
         if angles is not None:
             given += angles  # type: ignore[operator]
         addresses = (*map(_data_ptr, given),)
-        guarded = given if out is None else (*given, out)
+        guarded, at_out = given, 0
+        if out is not None:
+            guarded, at_out = (*given, out), out.data_ptr()
         key = (
             q.shape, k_cache.shape, (addresses[0] | addresses[1] | addresses[2]) & 15, options,
             rows_first, page_table is None, cu_seqlens_q is None, sinks is None, same_scale,
@@ -156,20 +161,40 @@ def attend_known(
             break
     else:
         return Unknown(key, guard(*guarded), rows_first, False, same_scale)
-    fits, attend, append, transposes = found
+    fits, attend, append, transposes, spans = found
     if attend is None:
         return Unknown(key, fits, rows_first, True, same_scale)
+    if out is not None and spans is not None and _is_apart(at_out, addresses, spans):
+        into, transposes = out, False
+    else:
+        into = None
     if append is not None:
         # The memory is kept until the launch: nobody else may get it before.
         _memory, addresses = append.run(addresses)
     elif same_scale:
         addresses += addresses[-1:]
-    result, lse = attend(q, k_cache, v_cache, None, addresses)
+    result, lse = attend(q, k_cache, v_cache, None, addresses, into)
     if transposes:
         result = result.transpose(1, 2).contiguous()
-    if out is not None:
-        result = out.copy_(result)
+    if out is not into:
+        result = out.copy_(result)  # type: ignore[union-attr]
     return result if lse is None else (result, lse)
+
+
+def _is_apart(at_out: int, addresses: tuple[int, ...], spans: tuple[int, ...]) -> bool:
+    """Return whether out may be written while q and the caches are read: it shares no byte with
+    them, and is aligned."""
+    end = at_out + spans[0]
+    for i in (0, 1, 2):
+        if at_out < addresses[i] + spans[i + 1] and addresses[i] < end:
+            return False
+    return at_out & 15 == 0
+
+
+def _span_bytes(x: Tensor) -> int:
+    """Return how many bytes lie between the first and the end of the last element of a tensor."""
+    last = sum((n - 1) * step for n, step in zip(x.shape, x.stride(), strict=True))
+    return (last + 1) * x.element_size()
 
 
 def keep(unknown: Unknown, step: Step, options: dict[str, Any]) -> None:
@@ -181,7 +206,10 @@ def keep(unknown: Unknown, step: Step, options: dict[str, Any]) -> None:
         options: those that it shares with `attention`.
     """
     attend, append, transposes = _prepared(unknown, step, options) or (None, None, False)
-    known = Known(unknown.fits, attend, append, transposes)
+    spans = None
+    if step.out is not None and step.out.is_contiguous():
+        spans = (*map(_span_bytes, (step.out, step.q, step.k_cache, step.v_cache)),)
+    known = Known(unknown.fits, attend, append, transposes, spans)
     remember(_known, _lock, unknown.key, known, KEYS_MAX, ENTRIES_MAX)
 
 
