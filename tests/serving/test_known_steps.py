@@ -4,6 +4,7 @@ standin.py."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 import flashcore
 from flashcore.compat import flash_attn, flash_attn_3
 from flashcore.kernels.append.params import AppendTensors, build_append_params
-from flashcore.serving import known_steps, step
+from flashcore.serving import attend, known_steps, step
 
 HALF, INT32 = torch.float16, torch.int32
 BATCH, HEADS_Q, HEADS_KV, DIM, PAGE, COLUMNS = 3, 4, 2, 64, 16, 3
@@ -234,7 +235,8 @@ def test_out_of_an_odd_address_gets_a_copy(machine: standin.Machine) -> None:
 def test_an_argument_is_one_threads_alone(machine: standin.Machine) -> None:
     """A launch that comes between the writing of an argument and its launch has another."""
     first, second = step_of("pages, new"), step_of("pages, new")
-    plainly(first)
+    for _ in range(3):
+        plainly(first)
     machine.driver.launches.clear()
     nested = [second]
     machine.driver.on_launch = lambda: plainly(nested.pop()) if nested else None  # type: ignore[assignment]
@@ -274,6 +276,42 @@ def test_what_is_known_serves_no_wrong_call(machine: standin.Machine, name: str)
     assert len(machine.driver.launches) == launches
 
 
+def test_flash_attn_takes_no_number_for_a_bool(machine: standin.Machine) -> None:
+    for _ in range(2):
+        of_flash_2(**{**as_flash(step_of("pages, rotary"), _OF_2), "rotary_interleaved": True})
+    with pytest.raises(TypeError, match="rotary_interleaved=1"):
+        of_flash_2(**{**as_flash(step_of("pages, rotary"), _OF_2), "rotary_interleaved": 1})
+
+
+def test_steps_that_look_alike_are_told_apart(machine: standin.Machine) -> None:
+    """The same shapes and dtypes, in the same order, of other things."""
+    q, caches = half(BATCH, HEADS_KV, 1, DIM), half(2, 9, HEADS_KV, PAGE, DIM)
+    k, v = caches.to(torch.float8_e4m3fn)
+    a, b = torch.ones(HEADS_KV), torch.ones(HEADS_KV)
+    given = {"q": q, "k_cache": k, "v_cache": v, "page_table": torch.zeros(3, 2, dtype=INT32)}
+    given |= {"seqlens_k": int32([1, 2, 3])}
+    alike: list[dict[str, Any]] = [
+        {"k_scale": a, "v_scale": b}, {"sinks": a, "k_scale": b, "v_scale": b}
+    ]  # fmt: skip
+    for others in alike * 2:
+        plainly({**given, **others})
+        told = addresses_told(machine.driver.launches[-1].params)
+        for name in ("sinks", "k_scale", "v_scale"):
+            assert told[name] == at(others.get(name))
+
+
+def test_what_a_call_makes_itself_is_made_in_each(machine: standin.Machine) -> None:
+    """Scales that are missing, and the page table of packed queries over a cache in one piece."""
+    for _ in range(3):
+        given = as_flash(step_of("pages, 8 bits of one scale"), _OF_3)
+        of_flash_3(**{**given, "k_descale": None, "v_descale": None})
+        given = step_of("one piece, packed")
+        plainly(given)
+        told = addresses_told(machine.driver.launches[-1].params)
+        assert (told["q"], told["cu_seqlens_q"]) == (at(given["q"]), at(given["cu_seqlens_q"]))
+        assert told["page_table"] != 0
+
+
 def test_options_are_told_apart(machine: standin.Machine) -> None:
     """Each prepares its own kernel, and finds it again."""
     options: list[dict[str, Any]] = [
@@ -284,6 +322,28 @@ def test_options_are_told_apart(machine: standin.Machine) -> None:
         plainly({**step_of("pages, several"), **asked})
     assert len(known_steps._known) == len(options)
     assert {len(entries) for entries in known_steps._known.values()} == {1}
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "page_size", "longest", "is_padded"),
+    [
+        ("auto", 90, 16, 1, False), ("sm90", 90, 8, 4, False), ("auto", 90, 1, 1, True),
+        ("auto", 80, 16, 1, True), ("wmma", 90, 16, 1, True), ("auto", 80, 16, 9, False),
+    ],
+)  # fmt: skip
+def test_the_portable_kernel_alone_is_given_padded_queries(
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    arch: int,
+    page_size: int,
+    longest: int,
+    is_padded: bool,
+) -> None:
+    monkeypatch.setattr(attend, "arch_of_device", lambda index: arch)
+    q: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), shape=(8, 4, DIM))
+    cache = half(3, HEADS_KV, page_size, DIM)
+    options = {"causal": True, "batch_invariant": False}
+    assert attend.pads(q, cache, 4, longest, backend, options) is is_padded
 
 
 def test_somebody_who_watches_sees_operators(machine: standin.Machine) -> None:

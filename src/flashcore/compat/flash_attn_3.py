@@ -175,7 +175,7 @@ def flash_attn_varlen_func(
         return_attn_probs: also return the log-sum-exp of the scores.
         block_table: int32, [batch, pages of the longest sequence]; needs seqused_k.
         page_table: another name of block_table.
-        out: receives the result: its shape, dtype and device. By a copy.
+        out: receives the result: its shape, dtype and device.
         s_aux: [num_heads_q], the sinks of `attention`.
         alibi_slopes: as in `flash_attn.flash_attn_varlen_func`; not over a cache.
         dropout_p: 0.0.

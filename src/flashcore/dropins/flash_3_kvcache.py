@@ -97,7 +97,7 @@ def flash_attn_with_kvcache(
         sm_margin: without effect.
         return_softmax_lse: also return the log-sum-exp of the scores.
         block_table: another name of page_table.
-        out: receives the result: its shape, dtype and device. By a copy.
+        out: receives the result: its shape, dtype and device.
         s_aux: [num_heads_q], the sinks of `attention`.
 
     Returns:

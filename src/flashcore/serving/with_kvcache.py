@@ -125,7 +125,7 @@ def attention_with_kvcache(
             cu_seqlens_q, as each query's token is new.
         max_seqlen_q: the longest sequence of packed queries, or a bound on it, as
             `attention_varlen` takes it; by default total_q. Where it is exceeded, results are
-            unspecified. With a near bound pages are read in place; see docs/serving.md.
+            unspecified. It helps to choose tiles; see docs/serving-kernels.md.
         rotary_cos: [positions, rotary_dim / 2], dtype of q or float32: rotates the first rotary_dim
             elements of q and of k_new (rotary embedding). Positions beyond its rows count as the
             last.
@@ -150,7 +150,8 @@ def attention_with_kvcache(
         k_scale: of a k_cache of float8_e4m3fn, see `attention`; new tokens are divided by it.
         v_scale: likewise, of v_cache.
         return_lse: also return the log-sum-exp of each row of scores.
-        out: receives the result: its shape, dtype and device, any strides. By a copy.
+        out: receives the result: its shape, dtype and device, any strides; by a copy, where it
+            does not lie as a kernel writes it.
         lse: receives the log-sum-exp, whether it is returned or not. By a copy.
         batch_invariant: give each sequence the same bits whatever is beside it, as in `attention`;
             packed queries are then never padded. See docs/serving.md.
