@@ -46,6 +46,9 @@ def step_of(name: str) -> dict[str, Any]:
     if "pages" in parts:
         given["page_table"] = int32([[2, 0, 4], [1, 3, 5], [8, 7, 6]])
         rows, room = BATCH * COLUMNS, PAGE
+    if "rows" in parts:
+        given["cache_batch_idx"] = int32([4, 0, 2])
+        rows = 5
     caches = [half(rows, room, HEADS_KV, DIM).transpose(1, 2) for _ in range(2)]
     if "8 bits" in parts or "8 bits of one scale" in parts:
         caches = [x.to(torch.float8_e4m3fn) for x in caches]
@@ -66,10 +69,11 @@ def step_of(name: str) -> dict[str, Any]:
 
 
 STEPS = (
-    "one piece", "one piece, new", "one piece, several, rotary", "pages", "pages, several, out",
-    "pages, new", "pages, rotary", "pages, rotary, lse", "pages, sinks", "pages, 8 bits, new",
-    "pages, 8 bits of one scale", "pages, 8 bits of one scale, sinks, rotary", "pages, packed",
-    "pages, packed, out", "pages, packed, rotary, lse",
+    "one piece", "one piece, new", "one piece, rows", "one piece, rows, packed, rotary",
+    "one piece, several, rotary", "pages", "pages, several, out", "pages, new", "pages, rotary",
+    "pages, rotary, lse", "pages, sinks", "pages, 8 bits, new", "pages, 8 bits of one scale",
+    "pages, 8 bits of one scale, sinks, rotary", "pages, packed", "pages, packed, out",
+    "pages, packed, rotary, lse",
 )  # fmt: skip
 _OF_2 = {
     "k_new": "k", "v_new": "v", "seqlens_k": "cache_seqlens", "page_table": "block_table",
@@ -156,6 +160,7 @@ def test_a_step_is_decided_once(
             name: given.get(name)
             for name in ("page_table", "cu_seqlens_q", "k_scale", "v_scale", "sinks")
         }
+        wanted["page_table"] = given.get("cache_batch_idx", wanted["page_table"])
         assert {x: told[x] for x in wanted} == {x: at(tensor) for x, tensor in wanted.items()}
         if "out" in given:
             assert at(out) == at(given["out"]) == told["out"]
@@ -184,6 +189,8 @@ def check_append(
         given["seqlens_k"], given.get("page_table"), given.get("cu_seqlens_q"),
         given.get("cu_seqlens_q"), None, None, given.get("k_scale"), given.get("v_scale"),
     )  # fmt: skip
+    if "cache_batch_idx" in given:
+        tensors = tensors._replace(page_table=given["cache_batch_idx"][:, None])
     params = build_append_params(tensors, "begin" if turns and call is not plainly else "end")
     for name, x in tensors._asdict().items():
         setattr(params, name, at(x) or None)
@@ -247,6 +254,10 @@ def test_an_argument_is_one_threads_alone(machine: standin.Machine) -> None:
 
 WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "int64": ("pages", {"page_table": torch.zeros(BATCH, COLUMNS, dtype=torch.int64)}),
+    "rows for pages": (
+        "one piece, rows",
+        {"page_table": int32([1, 0, 2]), "cache_batch_idx": None},
+    ),
     "another batch": ("pages", {"seqlens_k": int32([1, 2])}),
     "1 for True": ("pages", {"causal": 1}),
     "True for 1": ("pages, lse", {"return_lse": 1}),

@@ -115,14 +115,14 @@ def flash_attn_with_kvcache(
         refuse_unsupported(qv=qv, attention_chunk=attention_chunk or None)
     table, unknown = page_table if block_table is None else block_table, None
     if (
-        cache_batch_idx is None
-        and cache_leftpad is None
+        cache_leftpad is None
         and rotary_seqlens is None
         and cu_seqlens_k_new is None
         and (max_seqlen_q is None or type(max_seqlen_q) is int)
     ):
         known = attend_known(
-            q, k_cache, v_cache, cache_seqlens, table, cu_seqlens_q,  # type: ignore[arg-type]
+            q, k_cache, v_cache, cache_seqlens, table, cache_batch_idx,  # type: ignore[arg-type]
+            cu_seqlens_q,
             None if k is None and v is None else (k, v),
             None if rotary_cos is None and rotary_sin is None else (rotary_cos, rotary_sin),
             s_aux, scales_given(k_cache, k_descale, v_descale), out,

@@ -84,9 +84,10 @@ def flash_attn_with_kvcache(
     if _unknown:
         refuse(flash_attn_with_kvcache, _unknown)
     unknown = None
-    if alibi_slopes is None and cache_batch_idx is None and cache_leftpad is None:
+    if alibi_slopes is None and cache_leftpad is None:
         known = attend_known(
-            q, k_cache, v_cache, cache_seqlens, block_table, None,  # type: ignore[arg-type]
+            q, k_cache, v_cache, cache_seqlens, block_table, cache_batch_idx,  # type: ignore[arg-type]
+            None,
             None if k is None and v is None else (k, v),
             None if rotary_cos is None and rotary_sin is None else (rotary_cos, rotary_sin),
             None, None, None,
@@ -171,7 +172,7 @@ def attend_over_pages(
     unknown = None
     if alibi_slopes is None and (max_seqlen_q is None or type(max_seqlen_q) is int):
         known = attend_known(
-            q, k, v, seqused_k, block_table, cu_seqlens_q, None, None, sinks,
+            q, k, v, seqused_k, block_table, None, cu_seqlens_q, None, None, sinks,
             scales_given(k, k_scale, v_scale), out,
             key_of(
                 causal, window_size, softcap, softmax_scale, return_lse, True, backend,

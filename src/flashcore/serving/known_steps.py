@@ -87,6 +87,7 @@ def attend_known(
     v_cache: Tensor,
     seqlens_k: Tensor,
     page_table: Tensor | None,
+    cache_batch_idx: Tensor | None,
     cu_seqlens_q: Tensor | None,
     new: tuple[Tensor | None, Tensor | None] | None,
     angles: tuple[Tensor | None, Tensor | None] | None,
@@ -106,6 +107,7 @@ def attend_known(
         v_cache: see q.
         seqlens_k: int32, [batch].
         page_table: int32, [batch, columns], or None.
+        cache_batch_idx: int32, [batch], which is a page table of one column; or None.
         cu_seqlens_q: int32, [batch + 1], or None.
         new: k_new and v_new, or None.
         angles: rotary_cos and rotary_sin, or None.
@@ -132,6 +134,8 @@ def attend_known(
             given = q, k_cache, v_cache, cu_seqlens_q, seqlens_k
         if page_table is not None:
             given += (page_table,)
+        if cache_batch_idx is not None:
+            given += (cache_batch_idx,)
         if sinks is not None:
             given += (sinks,)
         same_scale = None
@@ -148,8 +152,8 @@ def attend_known(
             guarded, at_out = (*given, out), out.data_ptr()
         key = (
             q.shape, k_cache.shape, (addresses[0] | addresses[1] | addresses[2]) & 15, options,
-            rows_first, page_table is None, cu_seqlens_q is None, sinks is None, same_scale,
-            new is None, angles is None, out is None, _is_grad_enabled(),
+            rows_first, page_table is None, cache_batch_idx is None, cu_seqlens_q is None,
+            sinks is None, same_scale, new is None, angles is None, out is None, _is_grad_enabled(),
         )  # fmt: skip
         entries = _known.get(key, ())
     except (AttributeError, TypeError, RuntimeError):
@@ -219,12 +223,14 @@ def _prepared(
     """Return what attends, what appends before, and whether out is to be transposed; None where
     that is not all that a step does."""
     q, k_cache, cu_seqlens_q, rotary = step.q, step.k_cache, step.cu_seqlens_q, step.rotary
-    sinks, new = options["sinks"], step.k_new is not None
+    sinks, new, table = options["sinks"], step.k_new is not None, step.page_table
+    if step.cache_batch_idx is not None:
+        table = step.cache_batch_idx[:, None]
     has_scales = options["k_scale"] is not None
     if (
         not is_readable(k_cache, None)
         or (rotary is not None and not new)
-        or (cu_seqlens_q is not None and step.page_table is None)
+        or (cu_seqlens_q is not None and table is None)
         or has_scales is not (unknown.same_scale is not None)  # made for this call alone
         or (sinks is not None and as_logits(sinks).data_ptr() != sinks.data_ptr())
     ):
@@ -236,7 +242,7 @@ def _prepared(
             return None
     inputs = Inputs(
         q.new_empty(q.shape) if rotary is not None else q, k_cache, step.v_cache,
-        seqlens_k=step.seqlens_k, cu_seqlens_q=cu_seqlens_q, page_table=step.page_table,
+        seqlens_k=step.seqlens_k, cu_seqlens_q=cu_seqlens_q, page_table=table,
         sinks=sinks, k_scale=options["k_scale"], v_scale=options["v_scale"], max_seqlen_q=longest,
     )  # fmt: skip
     kernel = _kernel(inputs, step.return_lse, step.backend, options)
@@ -249,7 +255,7 @@ def _prepared(
             q, (step.k_new, step.v_new), rotary,
             {
                 "k_cache": k_cache, "v_cache": step.v_cache, "seqlens_k": step.seqlens_k,
-                "page_table": step.page_table, "cu_seqlens_q": cu_seqlens_q,
+                "page_table": table, "cu_seqlens_q": cu_seqlens_q,
                 "cu_seqlens_new": cu_seqlens_q, "k_scale": inputs.k_scale,
                 "v_scale": inputs.v_scale,
             },

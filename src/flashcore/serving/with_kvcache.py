@@ -184,7 +184,6 @@ def attention_with_kvcache(
     if (
         mask is None
         and tree_mask is None
-        and cache_batch_idx is None
         and cache_leftpad is None
         and cu_seqlens_new is None
         and rotary_offsets is None
@@ -195,7 +194,7 @@ def attention_with_kvcache(
         and (rotary_cos is None or rotary_interleaved is False or rotary_interleaved is True)
     ):
         known = attend_known(
-            q, k_cache, v_cache, seqlens_k, page_table, cu_seqlens_q,
+            q, k_cache, v_cache, seqlens_k, page_table, cache_batch_idx, cu_seqlens_q,
             None if k_new is None and v_new is None else (k_new, v_new),
             None if rotary_cos is None and rotary_sin is None else (rotary_cos, rotary_sin),
             sinks, None if k_scale is None and v_scale is None else (k_scale, v_scale), out,
