@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import assume_constant_result, is_compiling
 
 from flashcore.api import attention
 from flashcore.errors import FallbackWarning, stacklevel_of_caller
@@ -125,10 +125,15 @@ def pads(
         or not 0 < batch * longest <= PADDED_ROWS_MAX * q.shape[0]
     ):
         return False
-    if not q.is_cuda or is_compiling() or backend not in ("auto", SM90.backend):
+    if not q.is_cuda or backend not in ("auto", SM90.backend):
         return True
-    has_own = SM90.serves(arch_of_device(q.device.index))
-    return not has_own or k_cache.shape[2] % PAGE_ROWS != 0
+    return not _is_hopper(q.device.index) or k_cache.shape[2] % PAGE_ROWS != 0
+
+
+@assume_constant_result  # compiled code is for the GPU that it is made on
+def _is_hopper(device_index: int | None) -> bool:
+    """Return whether a GPU has a kernel that shares keys and row tiles of packed queries."""
+    return SM90.serves(arch_of_device(device_index))
 
 
 def _contiguous(
