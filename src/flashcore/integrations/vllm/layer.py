@@ -145,7 +145,12 @@ class FlashcoreImpl(AttentionImpl):
         decodes, begin = attn_metadata.num_decodes, 0
         for part in attn_metadata.parts:
             end = decodes if begin < decodes else n
-            self._attend(q[begin:end], k, v, attn_metadata, out=out[begin:end], **part._asdict())
+            rows, of_rows, asked = q[begin:end], out[begin:end], part._asdict()
+            if part.max_seqlen_q == 1 and part.seqlens_k.shape[0] == end - begin:
+                # Each row is all that a sequence has.
+                rows, of_rows = rows.unsqueeze(2), of_rows.unsqueeze(2)
+                asked |= {"cu_seqlens_q": None, "max_seqlen_q": None}
+            self._attend(rows, k, v, attn_metadata, out=of_rows, **asked)
             begin = end
         return output
 
