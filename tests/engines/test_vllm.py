@@ -274,7 +274,7 @@ def test_decodes_are_told_from_prompts(backend: Any, queries: list[int], want: i
 
 
 def test_a_batch_is_cut_once_for_all_layers(backend: Any) -> None:
-    """And again where a group of layers has other blocks."""
+    """A group of layers with other blocks has it cut again."""
     metadata = sys.modules["flashcore.integrations.vllm.metadata"]
     starts, lengths = torch.tensor([0, 1, 2, 7]).int(), torch.tensor([4, 9, 11]).int()
     table = torch.arange(6).int().view(3, 2)
