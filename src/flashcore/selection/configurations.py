@@ -7,6 +7,7 @@ stands for all of its kind, for the Hopper kernel in several sizes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -255,11 +256,17 @@ def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator
         return
     if forward_for(arch) is not PORTABLE and (table is not None or not ships):
         found: dict[Plan, None] = {}
-        for heads, length in itertools.product(_HEADS, _LENGTHS):
-            rules = candidates(_resized(problem, heads, length), arch)[0]
+        for rules in _plans_of_sizes(problem, arch):
             plans = [rules] if table is None else table.tiles_for(problem, rules)
             found |= dict.fromkeys(plan for plan in plans if forward_of(plan) is not PORTABLE)
         yield from (plan.machine_code() for plan in found)
+
+
+@functools.lru_cache(maxsize=1)  # they are asked for twice in a row, for rules and for the table
+def _plans_of_sizes(problem: Problem, arch: int) -> tuple[Plan, ...]:
+    """Return the plan that rules choose for each size of the Hopper kernel's table."""
+    sizes = itertools.product(_HEADS, _LENGTHS)
+    return tuple(candidates(_resized(problem, *size), arch)[0] for size in sizes)
 
 
 def _resized(problem: Problem, batch: int, length: int) -> Problem:
