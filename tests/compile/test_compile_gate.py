@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from flashcore.cli import app
+from flashcore.cli import app, resources
 from flashcore.compile import jit
+from flashcore.compile.compiler import CompiledKernel
 from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.bwd_sm90.plan_one import DELTA_KERNEL, ROUND_KERNEL
@@ -21,6 +22,7 @@ from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan
 from flashcore.kernels.registry import kernel_of
 from flashcore.selection import compile_gate
 from flashcore.selection.backward_configurations import backward_configurations
+from flashcore.selection.building import append_units
 from flashcore.selection.compile_gate import (
     cell_of,
     expected_room,
@@ -280,6 +282,26 @@ def test_serialised_products_are_over_budget_and_a_fence_more_is_not() -> None:
     assert over_budget(entry, dataclasses.replace(found, remarks=(fence,))) == []
     (line,) = over_budget(entry, dataclasses.replace(found, remarks=(fence, serialised)))
     assert line.endswith(serialised)
+
+
+def test_each_text_that_appends_is_compiled_once_and_one_for_each_architecture() -> None:
+    every = list(append_units(SUPPORTED_ARCHS, ["float16", "bfloat16"]).values())
+    found = compile_gate.checked_to_append(every)
+    assert {unit[0] for unit in found} == {unit[0] for unit in every}
+    assert {unit[1] for unit in found} == set(SUPPORTED_ARCHS)
+    assert len(found) <= len({unit[0] for unit in every}) + len(SUPPORTED_ARCHS)
+    assert compile_gate.checked_to_append(found) == found
+    assert set(compile_gate.sampled_to_append(found)) <= set(found)
+
+
+def test_a_kernel_that_appends_has_a_budget() -> None:
+    (unit, *_) = append_units([90], ["float16"]).values()
+    few = CompiledKernel(unit[2], "sm_90", "cubin", b"", 72, 0, 0, 1)
+    assert resources._append_row(unit, few).violations == []
+    many = dataclasses.replace(few, registers=136, spill_bytes=8)
+    spilled, crowded = resources._append_row(unit, many).violations
+    assert "8 spilled bytes" in spilled
+    assert "136 registers, 128 allowed" in crowded
 
 
 class Compiler:

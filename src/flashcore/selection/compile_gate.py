@@ -19,6 +19,7 @@ from flashcore.selection.registers import spare_registers
 
 if TYPE_CHECKING:
     from flashcore.compile.jit import Resources
+    from flashcore.selection.building import Unit
     from flashcore.selection.configurations import Configuration
 
 # The number of a cell's variants in the sample: of a kernel whose registers the compiler reports,
@@ -55,6 +56,9 @@ _REGISTERS_OF_PIECES = 32
 _REGISTERS_OF_PAGES = 28
 _REGISTERS_OF_FLOAT8 = 12
 _REGISTERS_OF_TOTALS = 48
+# What a kernel that appends to a cache may take. One text took at most 72 registers, and at most 12
+# more on one architecture than on another (16 texts, 2026-11-29): one of them tells of the others.
+APPEND_REGISTERS = 128
 # ptxas has added a warpgroup.arrive: a product's operands in registers are fenced once more, and
 # products still overlap.
 _FENCE_ADDED = "(C7519)"
@@ -108,6 +112,20 @@ def checked(found: Iterable[Configuration]) -> list[Configuration]:
     found = _without_same_code(_without_twins(found))
     found = _without_fewer_options(found)
     return _without_narrower(found, _nearest(found))
+
+
+def checked_to_append(units: Iterable[Unit]) -> list[Unit]:
+    """Return the kernels that append to a cache which the gate has to see: each text for the last
+    architecture that has it, and one text for each architecture; see APPEND_REGISTERS."""
+    units = list(units)
+    of_text = {unit[0]: unit for unit in units}
+    chosen = {*of_text.values(), *sampled_to_append(units)}
+    return [unit for unit in units if unit in chosen]
+
+
+def sampled_to_append(units: Sequence[Unit]) -> list[Unit]:
+    """Return the first of these kernels for each architecture."""
+    return list({unit[1]: unit for unit in reversed(units)}.values())
 
 
 def _without_twins(found: Iterable[Configuration]) -> list[Configuration]:
