@@ -71,7 +71,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
     ],
 )
 def test_without_a_plant_the_same_runs_are_healthy(name: str) -> None:
-    runs = {run_plant(name, seed, healthy=True) for seed in SEEDS}
+    runs = {run_plant(name, seed, healthy=True) for seed in SEEDS[::4]}
     assert runs == {"healthy"}
 
 
