@@ -77,7 +77,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-cut": {"queries": 4, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "float8-decode": {"queries": 1, **_FLOAT8},
-    # Two strips of rows whose warps share keys (fwd_sm90/float8/few_rows_sm90.cuh).
     "float8-drafts": {"queries": 8, **ALL_OPTIONS, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
 }
@@ -149,9 +148,7 @@ _EXTREME_VARIANTS = (
     *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
     "float8-drafts",
 )
-_MASK_VARIANTS = (
-    *("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "float-bias", "columns-mask"),
-)
+_MASK_VARIANTS = tuple(name for name in VARIANTS if name.endswith(("-mask", "bias", "padding")))
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts"),
