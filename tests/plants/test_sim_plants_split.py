@@ -12,8 +12,9 @@ from plant_checks import check_text, undocumented
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.compile.codegen import generate_source
+from flashcore.kernels.fwd_sm90.candidates import traits_sm90
 from flashcore.kernels.fwd_sm90.kernel import SM90
-from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan, traits_sm90
+from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError, simulate

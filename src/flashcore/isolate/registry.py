@@ -226,6 +226,10 @@ def _of_sm90() -> _Calls:
     return calls
 
 
+def _paged(plants: Mapping[str, Plant], tile: dict[str, Any], options: dict[str, Any]) -> _Calls:
+    return _calls(plants, tile, options=options, is_paged=True)
+
+
 _WITH_LARGE_SCORES: _Calls = {name: {"options": _SHORT | more} for name, more in _LARGE.items()}
 _WITH_MAX_SCORE = _calls(PLANTS_MAX_SCORE, {}, options=_MAX_SCORE)
 for _name in ("max-score-of-one-head", "max-score-of-padding"):
@@ -263,9 +267,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
         **_calls(trees.OF_SM90, trees.TILE, options=trees.CALL, is_paged=True),
-        **_calls(float8.PLANTS_FLOAT8_SM90, float8.TILE, options=float8.CALL, is_paged=True),
-        **_calls(float8.PLANTS_WIDE_SM90, float8.TILE, options=float8.WIDE_CALL, is_paged=True),
-        **_calls(float8.PLANTS_SHORT_SM90, float8.TILE, options=float8.SHORT_CALL, is_paged=True),
+        **{name: call for group in float8.GROUPS for name, call in _paged(*group).items()},
         **_calls(folded.PLANTS_FOLDED_SM90, folded.TILE, options=folded.CALL, is_packed=True),
         **_calls(packed.PLANTS_PACKED, packed.TILE, options=packed.CALL, is_packed=True),
         **_WITH_MAX_SCORE,

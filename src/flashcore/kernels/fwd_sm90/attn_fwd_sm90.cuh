@@ -30,7 +30,8 @@
 #include "tile/sequence.cuh"
 #include "tile/shares.cuh"
 #include "tile/softmax.cuh"
-#include "fwd_sm90/float8_sm90.cuh"
+#include "fwd_sm90/float8/few_rows_sm90.cuh"
+#include "fwd_sm90/float8/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "fwd_sm90/merge_sm90.cuh"
@@ -421,8 +422,8 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       HAS_FEED ? feed_at(FEED_OFFSET) : Feed(),
       smem_view<int32_t>(ARRIVAL_OFFSET, ARRIVAL_BYTES / 4, "arrival_smem"),
-      KLoad::view(K_LOAD_OFFSET, LOAD_STAGES, FLOAT8 ? "k_bytes_smem" : "k_smem"),
-      VLoad::view(V_LOAD_OFFSET, LOAD_STAGES, FLOAT8 ? "v_bytes_smem" : "v_smem"),
+      KLoad::view(K_LOAD_OFFSET, LOAD_STAGES, CONVERTS ? "k_bytes_smem" : "k_smem"),
+      VLoad::view(V_LOAD_OFFSET, LOAD_STAGES, CONVERTS ? "v_bytes_smem" : "v_smem"),
       smem_view<int32_t>(ENDS_OFFSET, NUM_ENDS, "ends_smem"),
   };
   const Barriers bar = barriers(BARRIERS_OFFSET);
@@ -442,11 +443,15 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
     if (HAS_FEED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
-  } else if (FLOAT8 && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
+  } else if (CONVERTS && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
     lower_registers<CONVERTER_REGISTERS>();
-    if constexpr (FLOAT8) convert_tiles(bar, smem);
+    if constexpr (CONVERTS) convert_tiles(bar, smem);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
-    consume(params, bar, smem);
+    if constexpr (FEW_ROWS) {
+      consume_few_rows(params.attn, bar, smem);
+    } else {
+      consume(params, bar, smem);
+    }
   }
 }
