@@ -52,7 +52,7 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
-from flashcore.sim.plants.fwd_sm90 import float8, folded, packed, split, steps
+from flashcore.sim.plants.fwd_sm90 import float8, folded, packed, split, together
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
@@ -262,7 +262,7 @@ CALLS: Mapping[str, _Calls] = {
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
         **_calls(split.PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
-        **_calls(steps.PLANTS_STEPS, steps.TILE, options=steps.CALL),
+        **_calls(together.PLANTS_TOGETHER, together.TILE, options=together.CALL),
         **_calls(split.PLANTS_STREAM, split.STREAM_TILE, options=split.STREAM_CASE, is_paged=True),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),

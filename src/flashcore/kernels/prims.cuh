@@ -49,6 +49,11 @@
 //                 gmem_atomic_add_acq_rel(p, x): the same with acquire and release: what this
 //                 thread has written or seen before its add is visible, in any block, to every
 //                 thread whose later gmem_atomic_add_acq_rel finds that add in the sum
+//                 gmem_load_acquire(p): an int32; makes visible what those have released whose
+//                 gmem_atomic_add_acq_rel it finds in the sum. For polling, a bounded number of
+//                 times: nobody may rely on another block to be there
+//                 gmem_atomic_cas(p, expected, x): int32, relaxed; x if `expected` was there;
+//                 returns what was there before
 //                 gmem_atomic_max(p, x): float32, relaxed; NaN is larger than any number, so that
 //                 the order of such calls makes no difference
 // grid.cuh        grid_dependency_wait(): until the kernels before this one are done and their

@@ -314,7 +314,8 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 
   for (int turn = 0;; ++turn) {
     c.q_slot = q_slot(turn, c.row_group);
-    mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
+    const bool is_known = KNOWS_FIRST_PIECE && turn == 0;  // before Q is there
+    if (!is_known) mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
     const auto coord = coord_slot(smem.coords, turn);
     BlockCoord block = {};
     block.m_begin = smem_load(coord);
@@ -351,6 +352,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 //@end
     c.has_out = false;
     if (!IS_PLAIN) clear_output(c);
+    if (is_known) mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
 
     // All consumers count all key tiles of the block, and all but the first give a turn.
     int n_block = keys.end - 1 - slice;
@@ -434,6 +436,9 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
     tma_prefetch_map(params.o_map);
     if (HAS_FEED) init_feed(smem.feed);
     init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SLICES * 4);
+  }
+  if (KNOWS_FIRST_PIECE && thread_idx() == PLACING_THREAD) {
+    store_coord(coord_slot(smem.coords, 0), SplitWalk().coord(params.attn, params.schedule));
   }
   if constexpr (FOLDS_PACKED) clear_rows_of_nobody(params.attn, smem.q);
   block_sync();  // orders the initialisation before every use

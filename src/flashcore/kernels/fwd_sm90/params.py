@@ -69,25 +69,28 @@ def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]
     if not plan.shares_keys:
         return {}
     p = as_launched(problem, plan.folds_heads)
-    _, groups = _share_groups(problem, plan)
-    num_shares = plan.num_splits + (groups if groups > 1 else 0)
-    rows: tuple[int, ...] = (num_shares, p.batch, p.num_heads_q, p.seqlen_q)
+    rows: tuple[int, ...] = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
     num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
     return {
         "split_out": (*rows, plan.out_cols),
         "split_stats": (*rows, 2),
-        "tile_counter": (num_groups * (groups + 1 if groups > 1 else 1),),
+        "tile_counter": (2 * num_groups,),
     }
 
 
-def _share_groups(problem: Problem, plan: Sm90Plan) -> tuple[int, int]:
-    """Return how many shares of a row tile are added up at once, see splits.shares_at_once, and how
-    many sums that makes, which a second step adds up; 1 where there is one step."""
-    if not splits.adds_up_in_steps(plan.min_blocks):
-        return plan.num_splits, 1
+# Looks at the counter of a row tile's shares before a block goes on without those that lack. One
+# takes some 0.5 us: blocks that started together have all handed over by then.
+_MOST_POLLS = 32
+
+
+def _most_polls(problem: Problem, plan: Sm90Plan) -> int:
+    """Return how often blocks look for others' shares, which they add up together; 0 where the last
+    one adds up alone."""
+    if plan.stream_k or not splits.may_add_up_together(problem, plan.min_blocks):
+        return 0
     rows = min(plan.block_m, as_launched(problem, plan.folds_heads).seqlen_q)
-    at_once = splits.shares_at_once(plan.num_splits, rows * share_row_bytes(plan.head_dim_v))
-    return at_once, -(-plan.num_splits // at_once)
+    share_bytes = rows * share_row_bytes(plan.head_dim_v)
+    return _MOST_POLLS if splits.adds_up_together(plan.num_splits, share_bytes) else 0
 
 
 # What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half
@@ -142,7 +145,7 @@ def build_params_sm90(
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
     argument.attn.num_splits = plan.num_splits
-    argument.attn.shares_at_once, argument.attn.share_groups = _share_groups(problem, plan)
+    argument.attn.most_polls = _most_polls(problem, plan)
     if plan.stream_k:
         stream_k.set_ranges(argument.attn, problem, plan, num_blocks)
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)

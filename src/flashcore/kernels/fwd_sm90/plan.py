@@ -26,8 +26,8 @@ O_PARTS = (1, 2, 4)
 
 _BARRIER_BYTES = 8
 _COORD_BYTES = 4 * 16  # places of four row tiles
-_SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (tile/shares.cuh)
-_STREAM_BYTES = 4 * 16  # which key tiles, and where shares lie (tile/stream_k.cuh)
+_SPLIT_BYTES = 4 * 16 + 16  # which part of their keys, and who was last (tile/shares.cuh)
+_STREAM_BYTES = 4 * 4  # which key tiles, and where shares lie (tile/stream_k.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
 _END_BYTES = 2 * 4  # of a stage of K and one of V (fwd_sm90/float8/float8_sm90.cuh)
 CONVERTER_REGISTERS = 64

@@ -134,7 +134,8 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       if (leads) grid_launch_dependents();
       return;
     }
-    const BlockCoord block = PAGED ? load_coord(coord) : tile.coord(p, params.schedule);
+    const bool is_known = PAGED || (KNOWS_FIRST_PIECE && turn == 0);
+    const BlockCoord block = is_known ? load_coord(coord) : tile.coord(p, params.schedule);
     const auto& own = sequence_params(p, block);
     q_box = query_box(p, block);
     if (!PAGED) k_box = key_box(p, block, p.lengths.k_rows_per_batch);
@@ -144,7 +145,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 //@else
     const Range keys = own_keys(own, block);
 //@end
-    if (!PAGED) store_coord(coord, block);
+    if (!is_known) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
     int n_block = keys.end - 1;

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcore.kernels.cutting import cuts_packed_keys, has_few_rows, lengths_differ
-from flashcore.kernels.fwd_sm90.splits import adds_up_in_steps, best_sharing
+from flashcore.kernels.fwd_sm90.splits import best_sharing, may_add_up_together
 from flashcore.kernels.limits import smem_limits
 from flashcore.kernels.stream_k import key_tile_bytes, share_row_bytes, visible_keys
 from flashcore.problem.folding import fold_heads, packed_rows
@@ -112,6 +112,7 @@ def split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     if problem.packs_queries:
         return tile._replace(stream_k=cuts_packed_keys(problem, tile.block_m, tile.block_n))
     dims = problem.head_dim, problem.head_dim_v
+    cut = lengths_differ(problem, tile.block_m, tile.block_n)
     sharing = best_sharing(
         num_heads=problem.batch * problem.num_heads_q,
         num_rows=problem.seqlen_q,
@@ -121,12 +122,11 @@ def split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
         key_tile_bytes=key_tile_bytes(tile.block_n, *dims, problem.cache_bytes),
         share_row_bytes=share_row_bytes(problem.head_dim_v),
         num_slots=NUM_SMS * tile.min_blocks,
-        in_steps=adds_up_in_steps(tile.min_blocks),
+        together=not cut and may_add_up_together(problem, tile.min_blocks),
     )
     # Wide heads of many rows leave a producer no registers for that.
-    is_narrow = max(dims) <= 128
-    pays = problem.seqlen_q <= ROWS_OF_CONSUMER or (is_narrow and sharing.num_splits > 1)
-    if pays and lengths_differ(problem, tile.block_m, tile.block_n):
+    pays = problem.seqlen_q <= ROWS_OF_CONSUMER or (max(dims) <= 128 and sharing.num_splits > 1)
+    if pays and cut:
         return tile._replace(stream_k=True, parts=sharing.parts)
     return tile._replace(num_splits=sharing.num_splits, parts=sharing.parts)
 

@@ -41,7 +41,7 @@ from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.packed import PLANTS_PACKED
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
 from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT, PLANTS_STREAM
-from flashcore.sim.plants.fwd_sm90.steps import PLANTS_STEPS
+from flashcore.sim.plants.fwd_sm90.together import PLANTS_TOGETHER
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.merge import PLANTS_MERGE, PLANTS_MERGE_BACKWARD
 from flashcore.sim.plants.numerics import (
@@ -82,7 +82,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_LARGE_SCORES,
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
-        **PLANTS_STEPS,
+        **PLANTS_TOGETHER,
         **PLANTS_STREAM,
         **PLANTS_VARLEN_SM90,
         **PLANTS_MAX_SCORE,
