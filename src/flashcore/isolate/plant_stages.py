@@ -60,7 +60,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             "ring-of-all-stages",
             *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
             *("float8-no-full-wait", "float8-lanes-ahead", "float8-queries-given-back"),
-            *("page-place-ahead", "page-length-unclamped"),
+            *("page-place-ahead", "page-length-unclamped", "page-box-believed"),
             *("packed-query-as-row", "packed-full-box-one-more"),
         ),
         "qk": (

@@ -62,25 +62,38 @@ struct PageBoxes {
     return is_read ? gmem_load(entries + key / PAGE_SIZE) : 0;
   }
 
-  FC_DEVICE void load_k(KLoad tile, SmemPtr<uint64_t> full, int slice, int n_block) const {
-    if (lane_idx() >= NUM_BOXES) return;
+  // `await` waits until the tile may be written: what can be known before is found before.
+  template <class Await>
+  FC_DEVICE void load_k(KLoad tile, SmemPtr<uint64_t> full, int slice, int n_block,
+                        const Await& await) const {
     const int key = first_key(n_block);
-    const int row = key < num_keys ? key % PAGE_SIZE : PAGE_SIZE;
-    const int page = checked_page(params.attn, of_k[slice]);
+    const int row = opaque(key < num_keys ? key % PAGE_SIZE : PAGE_SIZE);
+    const int page = opaque(checked_page(params.attn, of_k[slice]));
+    await();
+    if (lane_idx() >= NUM_BOXES) return;
     tile.rows_from(lane_idx() * BOX_ROWS).load(0, params.k_map, full, row, head, page);
   }
 
-  FC_DEVICE void load_v(VLoad tile, SmemPtr<uint64_t> full, int slice, int n_block) const {
-    if (lane_idx() >= NUM_BOXES) return;
+  template <class Await>
+  FC_DEVICE void load_v(VLoad tile, SmemPtr<uint64_t> full, int slice, int n_block,
+                        const Await& await) const {
     const int key = first_key(n_block);
-    const int count = min_i(BOX_ROWS, num_keys - key);
+    const int count = opaque(min_i(BOX_ROWS, num_keys - key));
     const int page = checked_page(params.attn, of_v[slice]);
     const int begin = page * params.attn.lengths.v_rows_per_batch + key % PAGE_SIZE;
+    const int end = opaque(begin + count);
+    await();
+    if (lane_idx() >= NUM_BOXES) return;
     const VLoad to = tile.rows_from(lane_idx() * BOX_ROWS);
+    if (num_keys > n_block * BLOCK_N + (BLOCK_N - BOX_ROWS)) {  // no box is without a key
+      for (int c = 0; c < VLoad::CHUNKS; ++c) {
+        tma_load(to.chunk(c), params.v_map, full, c * LOAD_CHUNK, BOX_ROWS - count, head, end);
+      }
+      return;
+    }
     for (int c = 0; c < VLoad::CHUNKS; ++c) {
       if (count > 0) {
-        tma_load(to.chunk(c), params.v_map, full, c * LOAD_CHUNK, BOX_ROWS - count, head,
-                 begin + count);
+        tma_load(to.chunk(c), params.v_map, full, c * LOAD_CHUNK, BOX_ROWS - count, head, end);
       } else {
         tma_load(to.chunk(c), params.k_map, full, 0, PAGE_SIZE, head, 0);
       }

@@ -71,18 +71,22 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   for (int s = 0; s < KEY_SLICES; ++s) k_states[s].ring = v_states[s].ring = s;
 
   const auto load_k = [&](LoadState& k_state, const BlockCoord& block, int n_block) {
-    const auto full = bar.k_load_full + k_state.stage();
-    if (leads) {
-      mbar_wait(bar.k_load_empty + k_state.stage(), k_state.parity() ^ 1);
-      if (FLOAT8) smem_store(smem.ends + k_state.stage(), 0);
-      mbar_arrive_expect_tx(full, KLoad::BYTES);
-    }
+    const int stage = k_state.stage();
+    const auto full = bar.k_load_full + stage;
+    const auto await = [&] {
+      if (leads) {
+        mbar_wait(bar.k_load_empty + stage, k_state.parity() ^ 1);
+        if (FLOAT8) smem_store(smem.ends + stage, 0);
+        mbar_arrive_expect_tx(full, KLoad::BYTES);
+      }
+      if (PAGED) warp_sync();  // orders the wait and the announcement before all lanes' loads
+    };
     if (PAGED) {
-      warp_sync();  // orders the wait and the announcement before all lanes' loads
-      pages.load_k(smem.k_loads[k_state.stage()], full, k_state.ring, n_block);
+      pages.load_k(smem.k_loads[stage], full, k_state.ring, n_block, await);
     } else {
-      smem.k_loads.load(k_state.stage(), params.k_map, full, k_box.row + n_block * BLOCK_N,
-                  block.head_idx_kv, k_box.batch);
+      await();
+      smem.k_loads.load(stage, params.k_map, full, k_box.row + n_block * BLOCK_N,
+                        block.head_idx_kv, k_box.batch);
     }
     ++k_state.count;
   };
@@ -90,18 +94,22 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 //@if gate qk softmax
     return;  // there is no P V
 //@end
-    const auto full = bar.v_load_full + v_state.stage();
-    if (leads) {
-      mbar_wait(bar.v_load_empty + v_state.stage(), v_state.parity() ^ 1);
-      if (FLOAT8) smem_store(smem.ends + (LOAD_STAGES + v_state.stage()), 0);
-      mbar_arrive_expect_tx(full, VLoad::BYTES);
-    }
+    const int stage = v_state.stage();
+    const auto full = bar.v_load_full + stage;
+    const auto await = [&] {
+      if (leads) {
+        mbar_wait(bar.v_load_empty + stage, v_state.parity() ^ 1);
+        if (FLOAT8) smem_store(smem.ends + (LOAD_STAGES + stage), 0);
+        mbar_arrive_expect_tx(full, VLoad::BYTES);
+      }
+      if (PAGED) warp_sync();  // as for K
+    };
     if (PAGED) {
-      warp_sync();  // as for K
-      pages.load_v(smem.v_loads[v_state.stage()], full, v_state.ring, n_block);
+      pages.load_v(smem.v_loads[stage], full, v_state.ring, n_block, await);
     } else {
-      smem.v_loads.load(v_state.stage(), params.v_map, full, v_box.row + n_block * BLOCK_N,
-                  block.head_idx_kv, v_box.batch);
+      await();
+      smem.v_loads.load(stage, params.v_map, full, v_box.row + n_block * BLOCK_N,
+                        block.head_idx_kv, v_box.batch);
     }
     ++v_state.count;
   };

@@ -73,8 +73,8 @@ PLANTS_PAGES_SM90 = by_name(
         name="page-box-whole",
         title="boxes of values go on behind the sequence's last key, to the end of the page",
         file=_BOXES,
-        find="const int count = min_i(BOX_ROWS, num_keys - key);",
-        replace="const int count = key < num_keys ? BOX_ROWS : 0;",
+        find="opaque(min_i(BOX_ROWS, num_keys - key));",
+        replace="opaque(key < num_keys ? BOX_ROWS : 0);",
         caught_by="wrong-result",
     ),
     Plant(
@@ -91,6 +91,14 @@ PLANTS_PAGES_SM90 = by_name(
         file=_BOXES,
         find="      if (count > 0) {",
         replace="      if (count > -BLOCK_N) {",
+        caught_by="misuse",
+    ),
+    Plant(
+        name="page-box-believed",
+        title="a tile whose first box has a key is believed to have no box without one",
+        file=_BOXES,
+        find="num_keys > n_block * BLOCK_N + (BLOCK_N - BOX_ROWS)",
+        replace="num_keys > n_block * BLOCK_N",
         caught_by="misuse",
     ),
     Plant(
@@ -122,7 +130,8 @@ PLANTS_PAGES_SM90 = by_name(
         name="page-lanes-ahead",
         title="lanes load keys without the first one's having waited for the stage",
         file=_PRODUCER,
-        find="      warp_sync();  // orders the wait and the announcement before all lanes' loads",
+        find="      if (PAGED) warp_sync();  // orders the wait and the announcement before all "
+        "lanes' loads",
         replace="",
         caught_by="mbarrier",
         or_by=("race",),
