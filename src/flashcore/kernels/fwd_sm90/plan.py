@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
+from flashcore.kernels.fwd_sm90.obstacles import loads_whole_rows
 from flashcore.kernels.fwd_sm90.tiles import Tile
 from flashcore.kernels.fwd_wmma.plan import Plan, traits
 from flashcore.kernels.limits import blocks_that_fit, smem_limits
@@ -52,7 +53,8 @@ class Sm90Plan(Plan):
     for element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows
     start anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be
     at least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
-    bytes, of 8-bit caches (0 of others), beside the `num_stages` that are converted.
+    bytes, of 8-bit caches (0 of others), beside the `num_stages` that are converted; `whole_rows`:
+    a box of a page has all columns of its rows, see obstacles.py.
     """
 
     ping_pong: bool = False
@@ -66,6 +68,7 @@ class Sm90Plan(Plan):
     mask_is_shifted: bool = False
     fewest_splits: int = 1
     load_stages: int = 0
+    whole_rows: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -232,6 +235,7 @@ class Sm90Plan(Plan):
             "CONVERTER_REGISTERS": (*converters, producer_registers)[0],
             "LOAD_STAGES": self.load_stages if self.has_float8 else self.num_stages,
             "LOAD_CHUNK": self.load_chunk,
+            "WHOLE_ROWS": self.whole_rows,
             "NUM_CONVERTERS": int(self.has_float8),
             "Q_IN_REGISTERS": self.q_in_registers,
             "MathElement": "float16" if self.has_float8 else constants["Element"],
@@ -277,6 +281,7 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         fields["fewest_splits"] = fewest_splits(problem)
         fields["batch_invariant"] = problem.batch_invariant
         fields["folds_heads"] = fields["folds_heads"] or heads_of_packed_rows(problem)
+    fields["whole_rows"] = loads_whole_rows(problem)
     return fields | tiles_sm90.mask_traits(tiles_sm90.folded(problem, fields["folds_heads"]))
 
 

@@ -59,7 +59,7 @@ FC_DEVICE int bytes_of_box(const AttnParams& p) {
 }
 
 // True where one thread is not enough: lanes find the block's range, or load boxes of pages.
-constexpr bool WHOLE_WARP = PAGED || STREAM_K;
+constexpr bool WHOLE_WARP = LOADS_BY_LANES || STREAM_K;
 
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
@@ -79,7 +79,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
         if (FLOAT8) smem_store(smem.ends + stage, 0);
         mbar_arrive_expect_tx(full, KLoad::BYTES);
       }
-      if (PAGED) warp_sync();  // orders the wait and the announcement before all lanes' loads
+      if (LOADS_BY_LANES) warp_sync();  // orders wait and announcement before all lanes' loads
     };
     if (PAGED) {
       pages.load_k(smem.k_loads[stage], full, k_state.ring, n_block, await);
@@ -102,7 +102,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
         if (FLOAT8) smem_store(smem.ends + (LOAD_STAGES + stage), 0);
         mbar_arrive_expect_tx(full, VLoad::BYTES);
       }
-      if (PAGED) warp_sync();  // as for K
+      if (LOADS_BY_LANES) warp_sync();  // as for K
     };
     if (PAGED) {
       pages.load_v(smem.v_loads[stage], full, v_state.ring, n_block, await);
@@ -123,12 +123,12 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   };
 
   auto tile = row_tiles(p, smem.feed);
-  if (!PAGED && !leads) return;
+  if (!LOADS_BY_LANES && !leads) return;
   for (int turn = 0;; ++turn, leads ? tile.advance(p, params.schedule) : void()) {
     const auto coord = coord_slot(smem.coords, turn);
     bool done = leads && tile.done(p, params.schedule);
     if (done) smem_store(coord, NO_TILE);
-    if (PAGED) {
+    if (LOADS_BY_LANES) {
       if (leads && !done) store_coord(coord, tile.coord(p, params.schedule));
       warp_sync();  // orders the place before the other lanes read it
       done = smem_load(coord) == NO_TILE;
@@ -142,7 +142,8 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       if (leads) grid_launch_dependents();
       return;
     }
-    const BlockCoord block = PAGED ? load_coord(coord) : tile.coord(p, params.schedule);
+    const BlockCoord block =
+        LOADS_BY_LANES ? load_coord(coord) : tile.coord(p, params.schedule);
     const auto& own = sequence_params(p, block);
     q_box = query_box(p, block);
     if (!PAGED) k_box = key_box(p, block, p.lengths.k_rows_per_batch);
@@ -152,7 +153,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 //@else
     const Range keys = own_keys(own, block);
 //@end
-    if (!PAGED) store_coord(coord, block);
+    if (!LOADS_BY_LANES) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
     int n_block = keys.end - 1;

@@ -21,7 +21,7 @@ ROWS_OF_CONSUMER = 64
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 _STREAMED_BYTES = 96 * 1024
-_SMALL_PAGE = 32  # keys, of which a tile of 128 has several
+SMALL_PAGE = 32  # keys, of which a tile of 128 has several
 _MIXED_ROWS = 256  # of a packed sequence in the mean
 _BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
@@ -183,7 +183,7 @@ def _is_mixed(problem: Problem, longest: int) -> bool:
     one warp has much to do to load a key tile. Two blocks of an SM have two such warps, and fewer
     rows of nobody: 343 us instead of 445 for 63 tokens beside 2048 (docs/ladder-masks.md). Where
     the prompt is most of the work, or all parts are alike, 128 rows are faster."""
-    if not problem.has_pages or problem.page_size > _SMALL_PAGE or problem.seqlen_q > _MIXED_ROWS:
+    if not problem.has_pages or problem.page_size > SMALL_PAGE or problem.seqlen_q > _MIXED_ROWS:
         return False
     is_plain = problem.mask is None and problem.softcap == 0.0
     if not is_plain or not 64 < max(problem.head_dim, problem.head_dim_v) <= 128:

@@ -89,8 +89,8 @@ PLANTS_PAGES_SM90 = by_name(
         name="page-box-without-rows",
         title="a box of values without a key of the sequence starts where the map ends",
         file=_BOXES,
-        find="      if (count > 0) {",
-        replace="      if (count > -BLOCK_N) {",
+        find="    } else if (count > 0) {",
+        replace="    } else if (count > -BLOCK_N) {",
         caught_by="misuse",
     ),
     Plant(
@@ -105,8 +105,8 @@ PLANTS_PAGES_SM90 = by_name(
         name="page-box-behind-the-table",
         title="the entry of a box without a key of the sequence is looked up, too",
         file=_BOXES,
-        find="lane_idx() < NUM_BOXES && key < num_keys;",
-        replace="lane_idx() < NUM_BOXES;",
+        find="own_box() < NUM_BOXES && key < num_keys;",
+        replace="own_box() < NUM_BOXES;",
         caught_by="out-of-bounds",
     ),
     Plant(
@@ -130,8 +130,8 @@ PLANTS_PAGES_SM90 = by_name(
         name="page-lanes-ahead",
         title="lanes load keys without the first one's having waited for the stage",
         file=_PRODUCER,
-        find="      if (PAGED) warp_sync();  // orders the wait and the announcement before all "
-        "lanes' loads",
+        find="      if (LOADS_BY_LANES) warp_sync();  // orders wait and announcement before "
+        "all lanes' loads",
         replace="",
         caught_by="mbarrier",
         or_by=("race",),
