@@ -3,8 +3,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flashcore.compile.plant import Plant, by_name
 
+# Sequences that end inside of a box and of a page, and one that is told to have more keys than the
+# table reaches. The first page belongs to none of them.
+CALL: dict[str, Any] = {
+    "lengths": (33, 0, 20, 80),
+    "told": (33, -5, 20, 10**4),
+    "page_size": 16,
+    "max_pages": 5,
+    "seqlen_q": 40,
+    "astray": True,
+    "seed": 12,
+}
+WIDE_CALL = CALL | {"head_dim": 128, "head_dim_v": 128}
 _PAGES = "tile/pages.cuh"
 _ROWS = "tile/rows.cuh"
 _BOXES = "fwd_sm90/pages_sm90.cuh"
@@ -155,3 +169,34 @@ PLANTS_PAGES_SM90 = by_name(
         or_by=("race",),
     ),
 )
+
+# Of boxes that have all columns of a page's rows.
+PLANTS_PAGES_WIDE = by_name(
+    Plant(
+        name="page-patterns-side-by-side",
+        title="eight rows of keys are believed to follow the eight before, where another chunk is",
+        file="tile/smem_tile.cuh",
+        find="PATTERN_BYTES = GROUP == 8 ? CHUNKS * GROUP_BYTES : 8 * ROW_BYTES;",
+        replace="PATTERN_BYTES = 8 * ROW_BYTES;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="page-groups-side-by-side",
+        title="a box of values is believed to follow the one before, where another chunk is",
+        file="tile/smem_tile.cuh",
+        find="row / GROUP * (CHUNKS * GROUP_BYTES)",
+        replace="row / GROUP * GROUP_BYTES",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="page-rows-as-groups",
+        title="a page is looked for by its first row, where groups of rows are counted",
+        file=_BOXES,
+        find="rows_before / 8 : page",
+        replace="rows_before : page",
+        caught_by="wrong-result",
+    ),
+)
+
+OF_WMMA = PLANTS_PAGES | PLANTS_PAGES_WMMA
+OF_SM90 = PLANTS_PAGES | PLANTS_PAGES_SM90
