@@ -116,8 +116,8 @@ def test_keys_and_values_in_one_tensor(backend: str) -> None:
 @pytest.mark.parametrize("layout", thorough_but(("apart",), ("tokens", "heads", "both", "apart")))
 @pytest.mark.parametrize("backend", [SIM90, GPU])
 def test_boxes_of_all_columns(backend: str, layout: str) -> None:
-    """Of small pages and wide heads TMA takes all columns of a page's rows at once, but not where
-    pages are no multiple of eight rows apart."""
+    """TMA takes all columns of a page's rows at once where pages are small and heads wide, but not
+    where pages are no multiple of eight rows apart."""
     cache = make(
         16, backend, num_heads_q=4, num_heads_kv=2, seqlen_q=1, head_dim=128, head_dim_v=128,
         heads_first=layout == "heads", dtype=torch.bfloat16,

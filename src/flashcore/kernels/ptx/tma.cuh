@@ -1,6 +1,6 @@
-// ptx/tma.cuh - boxes of a four-dimensional tensor, or one in chunks of columns, between global and shared memory by the tensor
-// memory accelerator (PTX ISA: cp.async.bulk.tensor). Coordinates count elements: column, row,
-// head, batch. One thread issues.
+// ptx/tma.cuh - boxes of a four-dimensional tensor, or of one in chunks of columns, between global
+// and shared memory by the tensor memory accelerator (PTX ISA: cp.async.bulk.tensor). Coordinates
+// count elements: column, row, head, batch. One thread issues.
 #pragma once
 
 struct alignas(64) TensorMap {

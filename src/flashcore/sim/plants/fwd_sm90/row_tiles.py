@@ -9,7 +9,7 @@ from flashcore.compile.plant import Plant
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _MERGE = "fwd_sm90/merge_sm90.cuh"
 _COORD_BEFORE_ARRIVAL = """\
-    if (!PAGED) store_coord(coord, block);
+    if (!LOADS_BY_LANES) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
     int n_block = keys.end - 1;
@@ -94,7 +94,7 @@ ROW_TILE_PLANTS = (
         file="fwd_sm90/producer_sm90.cuh",
         find=_COORD_BEFORE_ARRIVAL,
         replace=_COORD_BEFORE_ARRIVAL.replace(
-            "    if (!PAGED) store_coord(coord, block);", ""
+            "    if (!LOADS_BY_LANES) store_coord(coord, block);", ""
         ).replace("_box(p));", "_box(p)); if (group == 0) store_coord(coord, block);"),
         caught_by="race",
     ),

@@ -74,7 +74,7 @@ static int check_box(const TensorMap& map, const SmemRef& ref, int col, int row,
            map.box_cols, map.box_heads);
   }
   if ((map.chunks == 0) != (chunk < 0) || (map.chunks != 0 && map.box_heads > 1)) {
-    misuse(site, "boxes of a tensor in chunks have five coordinates, and one head; others have four");
+    misuse(site, "a box of a tensor in chunks has five coordinates, and one head; others four");
   }
   return shadow_locate(ref, row_bytes * rows_of_box(map), 128, false, site);
 }
