@@ -131,11 +131,13 @@ def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
 def _streaming_tile(problem: Problem, folded: int) -> Tile:
     """Return the tile for rows so few that reading K and V is all there is to do: one consumer,
     and 96 KB of stages under way, or 64 KB a block where two are on an SM. More is slower: 192
-    KB by 2 to 7 %, at each head_dim (docs/ladder-masks.md). An SM's 33 GB/s over 1 us of latency
-    are 32 KB."""
+    KB by 2 to 7 %, at each head_dim. An SM's 33 GB/s over 1 us of latency are 32 KB. Pages, which
+    take longer to load, want shorter tiles (docs/ladder-masks.md)."""
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
     narrow = max(dims) <= 64
-    block_n = 128 if narrow else 64
+    in_pages = problem.has_pages and problem.mask is None and not problem.batch_invariant
+    wide = in_pages and max(dims) > 128 and problem.page_size <= SMALL_PAGE
+    block_n = 128 if narrow and not in_pages else 32 if wide else 64
     if problem.varlen != "none" and problem.mask is None and max(dims) <= 128:
         read = 2 * block_n * (problem.head_dim + problem.head_dim_v)
         num_stages = max(2, -(-_BYTES_OF_TWO // read))
@@ -161,9 +163,8 @@ def tiles(problem: Problem, folded: int, longest: int = 0) -> Iterator[Tile]:
         # With 128 keys a window and soft-capping spill beside folded packed rows.
         crowded = problem.packs_queries and folded > 1 and problem.softcap and _is_bounded(problem)
         for tile in _float8_tiles(problem):
-            if crowded and tile.block_n > 64:
-                continue
-            yield _split_keys(problem, tile, folded)
+            if not crowded or tile.block_n <= 64:
+                yield _split_keys(problem, tile, folded)
         return
     if has_few_rows(problem):
         num_tiles = problem.batch * problem.num_heads_q
@@ -238,9 +239,8 @@ def _table(problem: Problem) -> Iterator[Tile]:
     dim = max(problem.head_dim, problem.head_dim_v)
     num_64 = _num_row_tiles(problem, 64)
     # Few rows: warpgroups share their keys, and hide each other's latency.
-    few = num_64 <= NUM_SMS or (
-        _is_bounded(problem) and num_64 <= 2 * NUM_SMS and problem.seqlen_k >= 1024
-    )
+    is_long = _is_bounded(problem) and problem.seqlen_k >= 1024
+    few = num_64 <= NUM_SMS * (2 if is_long else 1)
     if num_64 <= NUM_SMS and dim <= 64 and problem.mask is None and 256 < problem.seqlen_k < 4096:
         # Three stages each, where there are three key tiles to load at once.
         num_stages = 6 if _is_bounded(problem) and problem.seqlen_k < 640 else 9
