@@ -2,7 +2,8 @@
 //
 // A key tile comes in boxes, each of which lies in one page. Lane l of the producer warp looks up
 // and loads box l of every tile, so that the entries of the page table come side by side, and a
-// tile ahead: they take as long as the keys.
+// tile ahead: they take as long as the keys. A tile that is one box is loaded by one thread. Under
+// WHOLE_ROWS a box has all columns of its rows, else there is one for each chunk of columns.
 //
 // Of the last page there are rows behind the sequence's last key, which may hold NaN. Scores of
 // such keys are hidden; but 0 times NaN is NaN, so values must be zeros there: boxes of V end where

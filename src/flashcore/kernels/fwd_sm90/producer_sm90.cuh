@@ -1,7 +1,7 @@
 // fwd_sm90/producer_sm90.cuh - the producer of the Hopper kernel: one thread walks over the block's
 // row tiles, has TMA load their Q, and K and V as far ahead as the stages allow, and tells the
-// consumers which row tile it is. If keys lie in pages, the other lanes of its warp follow it, and
-// load K and V with it (fwd_sm90/pages_sm90.cuh).
+// consumers which row tile it is. If a key tile lies in several pages, the other lanes of its warp
+// follow it, and load K and V with it (fwd_sm90/pages_sm90.cuh).
 #pragma once
 
 #include "prims_sm90.cuh"
