@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from engine_standins import AttentionType, stand_in_for_vllm
-from parameters import thorough_but
 from torch import Tensor
 
 from flashcore.checks.accuracy import error_report
@@ -224,7 +223,8 @@ def test_register_adds_the_backend_once(
     assert hasattr(importlib.import_module(module), member)
 
 
-@pytest.mark.parametrize("engine", thorough_but(["vllm"], ["vllm", "sglang"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_flashcore_imports_no_engine(engine: str) -> None:
     text = (
         f"import sys, flashcore.integrations.{engine}, flashcore.api\n"

@@ -60,6 +60,7 @@ def test_compiled_code_changes_the_caches_too(name: str, is_packed: bool) -> Non
         assert torch.equal(given[cache].nan_to_num(), eager[cache].nan_to_num())
 
 
+@pytest.mark.thorough
 def test_the_operator_is_well_made() -> None:
     for shape in SHAPES.values():
         step = make_step([3, 17, 0], seqlen_q=2, **shape)
