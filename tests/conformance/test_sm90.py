@@ -39,6 +39,7 @@ def in_turns(shapes: list[tuple[int, int]]) -> list[Any]:
     ("kernel", "constants"),
     [
         *(("tma_boxes", {"ROW_BYTES": size}) for size in (64, 128)),
+        ("tma_chunks", {}),
         ("mbarriers", {}),
         ("warpgroups", {}),
         ("dependents", {}),
@@ -134,6 +135,36 @@ def test_boxes_are_swizzled_padded_and_clipped(run: Runner, row_bytes: int) -> N
         for box, raw, plain in zip(boxes, result["raw"], expected, strict=True):
             assert torch.equal(raw, swizzled(plain, row_bytes)), box
         assert torch.equal(result["_out"], x)
+
+
+def test_a_box_has_all_chunks_of_columns(run: Runner) -> None:
+    """What lies outside is zeros: rows, chunks and batches behind the last, and other heads."""
+    x = torch.arange(3 * 2 * 21 * 192).reshape(3, 2, 21, 192).to(torch.int16)
+    boxes = [(0, 0, 0, 0), (13, 0, 1, 1), (16, 0, 0, 1), (8, 1, 1, 0)]  # row, chunk, head, batch
+    boxes += [(0, 0, 1, 2), (21, 0, 0, 0), (0, 0, 2, 0)]
+    tensors = {
+        "_in": x,
+        "boxes": torch.tensor(boxes, dtype=torch.int32),
+        "raw": torch.empty(len(boxes), 2, 3, 8, 64, dtype=torch.int16),
+    }
+    for seed in SEEDS:
+        result = run(
+            "tma_chunks",
+            tensors,
+            ("raw",),
+            num_threads=64,
+            smem_bytes=2 * 2 * (2 * 3 * 8 * 64) + 16,
+            scalars={"num_boxes": len(boxes)},
+            maps={"in": Map("_in", 8, 64, box_batches=2)},
+            arch_suffix="a",
+            seed=seed,
+        )
+        for (row, chunk, head, batch), raw in zip(boxes, result["raw"], strict=True):
+            for b, c in itertools.product(range(2), range(3)):
+                plain = torch.zeros(8, 64, dtype=torch.int16)
+                if batch + b < 3:
+                    plain = padded_box(x, (chunk + c) * 64, row, head, batch + b, shape=(8, 64))
+                assert torch.equal(raw[b, c], swizzled(plain, 128)), (row, chunk, head, batch)
 
 
 def test_ragged_boxes_end_with_their_sequence(run: Runner) -> None:

@@ -62,7 +62,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("page-box-without-rows", "page-box-behind-the-table", "page-lanes-ahead"),
             *("float8-no-full-wait", "float8-lanes-ahead", "float8-queries-given-back"),
             *("few-keys-not-awaited", "few-values-not-awaited", "few-keys-given-back"),
-            *("page-place-ahead", "page-length-unclamped"),
+            *("page-place-ahead", "page-length-unclamped", "page-box-believed"),
             *("packed-query-as-row", "packed-full-box-one-more"),
         ),
         "qk": (
@@ -102,7 +102,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("max-score-of-one-head", "max-score-of-first-slice"),
             *("sink-of-the-first", "sink-of-every-split"),
             *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),
-            *("page-not-advanced", "page-of-the-next-keys"),
+            *("page-not-advanced", "page-of-the-next-keys", "page-patterns-side-by-side"),
+            *("page-groups-side-by-side", "page-rows-as-groups"),
             *("tree-first-key-lost", "tree-hides-before", "tree-taken-again", "tree-not-copied"),
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
             *("float8-end-unsaid", "float8-one-warp-counted", "float8-unswizzled"),

@@ -40,6 +40,7 @@ _GIVEN = frozenset(
         "folds_heads",
         "keys_of_chunk",
         "fewest_splits",
+        "whole_rows",
         "stream_k",
         "load_stages",
         "strips",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
 from flashcore.kernels.fwd_sm90.float8.tiles import float8_tiles
+from flashcore.kernels.fwd_sm90.obstacles import loads_whole_rows
 from flashcore.kernels.fwd_sm90.plan import (
     ARCH,
     GATES,
@@ -54,6 +55,7 @@ def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
         fields["fewest_splits"] = fewest_splits(problem)
         fields["batch_invariant"] = problem.batch_invariant
         fields["folds_heads"] = fields["folds_heads"] or heads_of_packed_rows(problem)
+    fields["whole_rows"] = loads_whole_rows(problem)
     return fields | tiles_sm90.mask_traits(tiles_sm90.folded(problem, fields["folds_heads"]))
 
 

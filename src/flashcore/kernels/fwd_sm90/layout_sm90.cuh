@@ -14,6 +14,13 @@
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "fwd_sm90/split_sm90.cuh"
 
+FC_DEVICE constexpr int common_divisor(int a, int b) {
+  return b == 0 ? a : common_divisor(b, a % b);
+}
+
+// Of a key tile, as far as it lies in one page.
+constexpr int BOX_ROWS = PAGED ? common_divisor(BLOCK_N, PAGE_SIZE) : BLOCK_N;
+
 template <bool FIRST, class A, class B>
 struct ChoiceOf {
   using Type = A;
@@ -27,7 +34,7 @@ using Choice = typename ChoiceOf<FIRST, A, B>::Type;
 
 struct AttnSm90Params {
   TensorMap q_map;  // boxes of 64 rows x CHUNK columns of q
-  TensorMap k_map;  // boxes of BLOCK_N rows x CHUNK columns of k
+  TensorMap k_map;  // boxes of BOX_ROWS rows x CHUNK columns of k, or, WHOLE_ROWS, all columns
   TensorMap v_map;  // the same of v
   TensorMap o_map;  // boxes of 64 rows x CHUNK columns of out
   TileSchedule schedule;
@@ -38,11 +45,15 @@ constexpr int ROWS_OF_GROUP = FEW_ROWS ? 16 * STRIPS : 64;  // that a warpgroup 
 using QGroup = SmemTile<ROWS_OF_GROUP, HEAD_DIM>;
 using TileElement = Choice<FEW_ROWS, CacheElement, MathElement>;
 constexpr int TILE_CHUNK = FEW_ROWS ? LOAD_CHUNK : CHUNK;
-using KTile = SmemTile<BLOCK_N, HEAD_DIM, TileElement, TILE_CHUNK>;
-using VTile = SmemTile<BLOCK_N, HEAD_DIM_V, TileElement, TILE_CHUNK>;
+// Under WHOLE_ROWS a box has all columns of its rows: of K in groups of 8, as products take rows
+// that are equally far apart; of V it is a group, as it may end after any row.
+constexpr int K_GROUP = WHOLE_ROWS ? 8 : BLOCK_N;
+constexpr int V_GROUP = WHOLE_ROWS ? BOX_ROWS : BLOCK_N;
+using KTile = SmemTile<BLOCK_N, HEAD_DIM, TileElement, TILE_CHUNK, K_GROUP>;
+using VTile = SmemTile<BLOCK_N, HEAD_DIM_V, TileElement, TILE_CHUNK, V_GROUP>;
 // As the producer loads them: the same, or, under CONVERTS, bytes that are still to be converted.
-using KLoad = SmemTile<BLOCK_N, HEAD_DIM, CacheElement, LOAD_CHUNK>;
-using VLoad = SmemTile<BLOCK_N, HEAD_DIM_V, CacheElement, LOAD_CHUNK>;
+using KLoad = SmemTile<BLOCK_N, HEAD_DIM, CacheElement, LOAD_CHUNK, K_GROUP>;
+using VLoad = SmemTile<BLOCK_N, HEAD_DIM_V, CacheElement, LOAD_CHUNK, V_GROUP>;
 static_assert(KLoad::ELEMENTS == KTile::ELEMENTS && VLoad::ELEMENTS == VTile::ELEMENTS, "alike");
 constexpr int QK_CHUNKS = KTile::CHUNKS;
 constexpr int V_CHUNKS = VTile::CHUNKS;

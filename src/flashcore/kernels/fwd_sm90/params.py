@@ -9,7 +9,7 @@ from typing import Any
 from flashcore.kernels import stream_k
 from flashcore.kernels.fwd_sm90 import splits
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
+from flashcore.kernels.fwd_sm90.tiles import PAGE_ROWS, ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
 from flashcore.kernels.stream_k import share_row_bytes
@@ -236,8 +236,14 @@ def _set_map(
     )
     if packed and plan.folds_heads and not of_keys:
         fold_boxes(tensor_map, plan.folds_heads)
+    whole_rows = of_pages and plan.whole_rows
+    if whole_rows:
+        tensor_map.chunks, tensor_map.cols = cols // box_cols, box_cols
     if packed and not of_pages:
         make_ragged(tensor_map, 0)
+    elif whole_rows and name == "k":
+        argument.attn.k_rows_per_batch = batch_bytes // row_bytes if strides[0] else 0
+        group_rows(tensor_map, argument.attn.k_rows_per_batch)
     elif (problem.varlen == "keys" and of_keys) or (pages and name == "v"):
         rows_per_batch = batch_bytes // row_bytes if strides[0] else 0
         setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
@@ -256,6 +262,16 @@ def fold_boxes(tensor_map: TensorMap, num_heads: int) -> None:
     m.rows, m.heads = m.heads, m.rows
     m.row_stride_bytes, m.head_stride_bytes = m.head_stride_bytes, m.row_stride_bytes
     m.box_rows, m.box_heads = num_heads, ROWS_OF_CONSUMER // num_heads
+
+
+def group_rows(tensor_map: TensorMap, rows_per_page: int) -> None:
+    """Let a box of a page be groups of eight rows, each with all chunks of columns: what was a page
+    becomes such a group, counted over all pages, which begin `rows_per_page` rows apart."""
+    m = tensor_map
+    m.batches = ((m.batches - 1) * rows_per_page + m.rows) // PAGE_ROWS
+    m.batch_stride_bytes = PAGE_ROWS * m.row_stride_bytes
+    m.box_batches = m.box_rows // PAGE_ROWS
+    m.rows = m.box_rows = PAGE_ROWS
 
 
 def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:

@@ -48,7 +48,8 @@ class Sm90Plan(Plan):
     at least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
     bytes, of 8-bit caches, beside the `num_stages` that are converted; 0 of others, and with
     `strips` of 16 rows, the warps of which share the keys of a tile of 8 bits
-    (fwd_sm90/float8/few_rows_sm90.cuh; 0 where warpgroups have the tile).
+    (fwd_sm90/float8/few_rows_sm90.cuh; 0 where warpgroups have the tile); `whole_rows`: a box of a
+    page has all columns of its rows, see obstacles.py.
     """
 
     ping_pong: bool = False
@@ -63,6 +64,7 @@ class Sm90Plan(Plan):
     fewest_splits: int = 1
     load_stages: int = 0
     strips: int = 0
+    whole_rows: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -244,6 +246,7 @@ class Sm90Plan(Plan):
             "CONVERTER_REGISTERS": (*converters, producer_registers)[0],
             "LOAD_STAGES": self.load_stages if self.converts else self.num_stages,
             "LOAD_CHUNK": self.load_chunk,
+            "WHOLE_ROWS": self.whole_rows,
             "NUM_CONVERTERS": int(self.converts),
             "STRIPS": self.strips,
             "Q_IN_REGISTERS": self.q_in_registers,

@@ -22,7 +22,7 @@ ROWS_OF_WARP = 16
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 STREAMED_BYTES = 96 * 1024
-_SMALL_PAGE = 32  # keys, of which a tile of 128 has several
+SMALL_PAGE = 32  # keys, of which a tile of 128 has several
 _MIXED_ROWS = 256  # of a packed sequence in the mean
 SHARED_BY_WARPS = 4 * ROWS_OF_WARP * 4  # bytes of a column of O, of four warps
 _BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
@@ -134,11 +134,13 @@ def split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
 def _streaming_tile(problem: Problem, folded: int) -> Tile:
     """Return the tile for rows so few that reading K and V is all there is to do: one consumer,
     and 96 KB of stages under way, or 64 KB a block where two are on an SM. More is slower: 192
-    KB by 2 to 7 %, at each head_dim (docs/ladder-masks.md). An SM's 33 GB/s over 1 us of latency
-    are 32 KB."""
+    KB by 2 to 7 %, at each head_dim. An SM's 33 GB/s over 1 us of latency are 32 KB. Pages, which
+    take longer to load, want shorter tiles (docs/ladder-masks.md)."""
     dims = padded_dims(problem.head_dim, problem.head_dim_v)
     narrow = max(dims) <= 64
-    block_n = 128 if narrow else 64
+    in_pages = problem.has_pages and problem.mask is None and not problem.batch_invariant
+    wide = in_pages and max(dims) > 128 and problem.page_size <= SMALL_PAGE
+    block_n = 128 if narrow and not in_pages else 32 if wide else 64
     if problem.varlen != "none" and problem.mask is None and max(dims) <= 128:
         read = 2 * block_n * (problem.head_dim + problem.head_dim_v)
         num_stages = max(2, -(-_BYTES_OF_TWO // read))
@@ -178,7 +180,7 @@ def _is_mixed(problem: Problem, longest: int) -> bool:
     one warp has much to do to load a key tile. Two blocks of an SM have two such warps, and fewer
     rows of nobody: 343 us instead of 445 for 63 tokens beside 2048 (docs/ladder-masks.md). Where
     the prompt is most of the work, or all parts are alike, 128 rows are faster."""
-    if not problem.has_pages or problem.page_size > _SMALL_PAGE or problem.seqlen_q > _MIXED_ROWS:
+    if not problem.has_pages or problem.page_size > SMALL_PAGE or problem.seqlen_q > _MIXED_ROWS:
         return False
     is_plain = problem.mask is None and problem.softcap == 0.0
     if not is_plain or not 64 < max(problem.head_dim, problem.head_dim_v) <= 128:
@@ -213,9 +215,8 @@ def _table(problem: Problem) -> Iterator[Tile]:
     dim = max(problem.head_dim, problem.head_dim_v)
     num_64 = _num_row_tiles(problem, 64)
     # Few rows: warpgroups share their keys, and hide each other's latency.
-    few = num_64 <= NUM_SMS or (
-        is_bounded(problem) and num_64 <= 2 * NUM_SMS and problem.seqlen_k >= 1024
-    )
+    is_long = is_bounded(problem) and problem.seqlen_k >= 1024
+    few = num_64 <= NUM_SMS * (2 if is_long else 1)
     if num_64 <= NUM_SMS and dim <= 64 and problem.mask is None and 256 < problem.seqlen_k < 4096:
         # Three stages each, where there are three key tiles to load at once.
         num_stages = 6 if is_bounded(problem) and problem.seqlen_k < 640 else 9

@@ -49,7 +49,12 @@ from flashcore.sim.plants.numerics import (
     PLANTS_OLD_LARGE_MAX_SM90,
     PLANTS_TOTALS,
 )
-from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
+from flashcore.sim.plants.pages import (
+    PLANTS_PAGES,
+    PLANTS_PAGES_SM90,
+    PLANTS_PAGES_WIDE,
+    PLANTS_PAGES_WMMA,
+)
 from flashcore.sim.plants.pieces import OF_WALK, PLANTS_FLOAT8_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
@@ -91,6 +96,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS_SPLIT,
         **PLANTS_PAGES,
         **PLANTS_PAGES_SM90,
+        **PLANTS_PAGES_WIDE,
         **PLANTS_FLOAT8_SM90,
         **PLANTS_FEW_SM90,
         **PLANTS_ROWS_SM90,
