@@ -263,10 +263,11 @@ def test_with_lengths_a_launch_is_told_how_to_cut(machine: standin.Machine, in_p
         flashcore.attention(q, k, k, seqlens_k=lengths)
     (told,) = machine.driver.launches
     p = told.params.attn
-    # Were both as long as can be, 4 row tiles of 128 key tiles, two of which a range has at least.
-    assert (told.grid, p.least_tiles, p.num_splits) == (256, 2, 1)
+    # Were both as long as can be, 4 row tiles of 128 key tiles, two of which a range has at least;
+    # of pages 256 key tiles, and four of them.
+    assert (told.grid, p.least_tiles, p.num_splits) == (256, 4 if in_pages else 2, 1)
     assert (p.num_lines, p.heads_of_line, p.num_ranges) == (2, 1, 128)
-    assert p.adding_up == pytest.approx(SHARE_WEIGHT * 4 * 66 / (128 * 64))
+    assert p.adding_up == pytest.approx(SHARE_WEIGHT * 4 * 66 / ((64 if in_pages else 128) * 64))
     assert p.split_stats - p.split_out == 4 * 2 * 256 * 4 * 64
     assert (p.split_out % 16, p.tile_counter) == (0, machine.counters.data_ptr())
 

@@ -437,9 +437,7 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
     if (HAS_FEED) init_feed(smem.feed);
     init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SLICES * 4);
   }
-  if (KNOWS_FIRST_PIECE && thread_idx() == PLACING_THREAD) {
-    store_coord(coord_slot(smem.coords, 0), SplitWalk().coord(params.attn, params.schedule));
-  }
+  place_first_piece(params.attn, params.schedule, smem.coords);
   if constexpr (FOLDS_PACKED) clear_rows_of_nobody(params.attn, smem.q);
   block_sync();  // orders the initialisation before every use
   grid_dependency_wait();

@@ -8,6 +8,7 @@
 #include "tile/schedule.cuh"
 #include "tile/sequence.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"
+#include "fwd_sm90/schedule_sm90.cuh"
 
 // The pieces of a row tile come side by side; row tiles are in the order of block_coord.
 struct SplitWalk {
@@ -44,6 +45,12 @@ struct SplitWalk {
 // that has no other part in the set-up finds it, as divisions take longer than the rest of that.
 constexpr bool KNOWS_FIRST_PIECE = SPLIT_KV && !STREAM_K && VARLEN == 0 && !FLOAT8;
 constexpr int PLACING_THREAD = 32;
+
+FC_DEVICE void place_first_piece(const AttnParams& p, const TileSchedule& schedule,
+                                 SmemPtr<int32_t> coords) {
+  if (!KNOWS_FIRST_PIECE || thread_idx() != PLACING_THREAD) return;
+  store_coord(coord_slot(coords, 0), SplitWalk().coord(p, schedule));
+}
 
 // Bytes that say whether a warpgroup was the last of its rows, one int for each group of rows.
 constexpr int ARRIVAL_BYTES = SPLIT_KV ? 16 : 0;
