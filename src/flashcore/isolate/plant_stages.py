@@ -95,7 +95,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sum-of-the-neighbour", "turns-of-two", "unseen-q-kept"),
             *("third-share-unseen", "second-part-alone", "first-part-kept"),
             *("unmasked-too-far-right", "unmasked-too-far-left", "last-key-alone"),
-            *("folded-as-rows", "large-max-left"),
+            *("folded-as-rows", "large-max-left", "large-max-of-first-part"),
             *("max-score-of-one-head", "max-score-of-first-slice"),
             *("sink-of-the-first", "sink-of-every-split"),
             *("page-unchecked", "page-of-the-first", "page-box-whole", "page-box-not-zeroed"),

@@ -147,6 +147,7 @@ _SHORT: dict[str, Any] = {"seqlen_q": 70, "seqlen_k": 150, "head_dim": 64, "head
 _LARGE: dict[str, dict[str, Any]] = {
     "large-max-product": {"dtype": "bfloat16", "spread": 1e18},
     "large-max-twice": {"spread": 1000.0},
+    "large-max-of-first-part": {"spread": 1000.0},
 }
 # No row sees a larger score in a later key tile.
 _LEVEL = _SHORT | {"dtype": "bfloat16", "spread": 0.0, "growth": "level"}

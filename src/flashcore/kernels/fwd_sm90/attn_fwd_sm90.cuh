@@ -144,19 +144,19 @@ FC_DEVICE void ask_ahead(Consumer& c, const Barriers& bar) {
 // One key tile: S = Q K^T, and (unless FIRST) P V of the tile visited before it, are under way
 // together; then the softmax of S.
 //@if gate qk softmax
-template <bool, bool MASKED, bool FIRST = true>  // there is no P V
+template <bool FIRST, bool MASKED, bool HAS_PV = false>
 //@else
-template <bool FIRST, bool MASKED>
+template <bool FIRST, bool MASKED, bool HAS_PV = !FIRST>
 //@end
 FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, const Buffers& smem,
                         int n_block, int n_block_begin) {
   WmmaAccum scores[KEY_FRAGS];
-  if (FIRST || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
-  if (PING_PONG && !FIRST) await_issue(c);
+  if (!HAS_PV || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
+  if (PING_PONG && HAS_PV) await_issue(c);
   wgmma_fence();
   issue_scores(scores, c, smem.q[c.q_slot], smem.k, c.k_state.stage());
   wgmma_commit();
-  if constexpr (!FIRST) {
+  if constexpr (HAS_PV) {
     wgmma_fence();
     issue_output(c, smem.v);
     wgmma_commit();
@@ -165,7 +165,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   // Masking takes registers, which P V of the tile before gives back as it ends. Under a left bound
   // every row tile ends in a masked tile, so it pays to hold them, if nothing else takes some.
   constexpr bool LEFT_BOUND_OVERLAPS = HAS_WINDOW_LEFT && MASK_KIND == 0 && !HAS_SOFTCAP;
-  constexpr bool OVERLAP = OVERLAPS && !FIRST && (!MASKED || LEFT_BOUND_OVERLAPS);
+  constexpr bool OVERLAP = OVERLAPS && HAS_PV && (!MASKED || LEFT_BOUND_OVERLAPS);
   wgmma_wait<OVERLAP ? 1 : 0>();
   wgmma_hold(scores);
   const auto release_inputs = [&] {
@@ -173,7 +173,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SLICES) release_q(c, bar);
   };
   if (FLOAT8) scale_products(scores, c.queries);
-  constexpr bool TRIES_OLD_MAX = MAY_TRY_OLD_MAX && !FIRST && !MASKED;
+  constexpr bool TRIES_OLD_MAX = MAY_TRY_OLD_MAX && HAS_PV && !MASKED;
   if (!TRIES_OLD_MAX) release_inputs();
 //@if gate qk
   gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
@@ -204,14 +204,14 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
       wgmma_wait<0>();
       wgmma_hold(scores);
       if (FLOAT8) scale_products(scores, c.queries);
-      moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+      moved = softmax_step<LAZY_RESCALE, false>(scores, c.softmax, rescale, c.scale_log2);
     } else {
       c.softmax.row_sum[0] += tile_sum[0];
       c.softmax.row_sum[1] += tile_sum[1];
     }
     release_inputs();
   } else {
-    moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+    moved = softmax_step<LAZY_RESCALE, FIRST>(scores, c.softmax, rescale, c.scale_log2);
   }
 //@end
 //@if gate softmax
@@ -224,7 +224,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   // Here, so that P V of this tile can be issued at once; and as ptxas would move the wait for P V
   // above the exponentials, were there no branch in between.
   if (!c.v_is_there) mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());
-  if constexpr (!FIRST) {
+  if constexpr (HAS_PV) {
     if (OVERLAP) wgmma_wait<0>();
     wgmma_hold(c.out);
     release(bar.v_empty, c.v_state());
@@ -313,6 +313,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 
   for (int turn = 0;; ++turn) {
     c.q_slot = q_slot(turn, c.row_group);
+    c.k_state.make_uniform();
     mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
     const auto coord = coord_slot(smem.coords, turn);
     BlockCoord block = {};

@@ -93,6 +93,10 @@ struct RingState {
     return (KEY_SLICES > 1 ? ring * int(STAGES) : 0) + int(count % STAGES);
   }
   FC_DEVICE int parity() const { return int(count / STAGES % 2); }
+
+  // Tells the compiler that all lanes have the same count. Said once a row tile, or each product
+  // waits for a shuffle, and for moves to uniform registers.
+  FC_DEVICE void make_uniform() { count = uint32_t(warp_uniform(int(count))); }
 };
 using PipelineState = RingState<STAGES_PER_RING>;
 using LoadState = RingState<LOADS_PER_RING>;

@@ -63,12 +63,17 @@ FC_DEVICE void scale_max(const OnlineSoftmax& state, float scale_log2, float (&m
 
 FC_DEVICE bool is_large(float max_log2) { return abs_f(max_log2) > LARGE_MAX_LOG2; }
 
+FC_DEVICE bool has_large(const float (&max_log2)[2]) {
+  return is_large(max_log2[0]) | is_large(max_log2[1]);  // no branches
+}
+
 // Takes a large row_max from the scores of fragments [BEGIN, END), which is exact wherever the
-// result matters, and leaves nothing of it for `exponentiate` to take.
+// result matters, and leaves nothing of it for `exponentiate` to take. Returns whether the warp has
+// a large one.
 template <int BEGIN, int END, int NUM_FRAGS>
-FC_DEVICE void subtract_large_max(WmmaAccum (&scores)[NUM_FRAGS], const OnlineSoftmax& state,
+FC_DEVICE bool subtract_large_max(WmmaAccum (&scores)[NUM_FRAGS], const OnlineSoftmax& state,
                                   float (&max_log2)[2]) {
-  if (!warp_any(is_large(max_log2[0]) || is_large(max_log2[1]))) return;
+  if (!warp_any(has_large(max_log2))) return false;
   float subtrahend[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -81,6 +86,7 @@ FC_DEVICE void subtract_large_max(WmmaAccum (&scores)[NUM_FRAGS], const OnlineSo
 #pragma unroll
     for (int i = 0; i < 8; ++i) scores[n].x[i] -= subtrahend[row_of_element(i)];
   }
+  return true;
 }
 
 // Replaces the scores of fragments [BEGIN, END) by exp(score - row_max). `sum` is that of these
@@ -101,6 +107,12 @@ FC_DEVICE void exponentiate(WmmaAccum (&scores)[NUM_FRAGS], float (&sum)[2],
   }
 }
 
+// Sets the row_max of rows that have seen nothing yet; `max` is this lane's part of it.
+FC_DEVICE void begin_max(OnlineSoftmax& state, const float (&max)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) state.row_max[r] = quad_max(max[r]);
+}
+
 // Raises row_max to the maximum with `max`, this lane's part of it, and says by `factor` what
 // everything that was relative to the old one must be multiplied by.
 FC_DEVICE void raise_max(OnlineSoftmax& state, const float (&max)[2], float (&factor)[2],
@@ -116,12 +128,11 @@ FC_DEVICE void raise_max(OnlineSoftmax& state, const float (&max)[2], float (&fa
   }
 }
 
-// Returns whether a score of the warp is so far above its row_max that exp(score - row_max) is over
-// 2^8, or a row_max is large; `max` is this lane's part of the maximum.
-FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state,
-                            const float (&max_log2)[2], float scale_log2) {
-  return warp_any((max[0] - state.row_max[0]) * scale_log2 > 8.0f || is_large(max_log2[0]) ||
-                  (max[1] - state.row_max[1]) * scale_log2 > 8.0f || is_large(max_log2[1]));
+// Returns whether `max`, this lane's part of the maximum, is so far above row_max that
+// exp(max - row_max) is over 2^8.
+FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state, float scale_log2) {
+  return ((max[0] - state.row_max[0]) * scale_log2 > 8.0f) |
+         ((max[1] - state.row_max[1]) * scale_log2 > 8.0f);
 }
 
 // Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date. `scale_log2`
@@ -134,7 +145,9 @@ FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state,
 // Lanes look at their own scores, and exchange maxima only when one of them is that far. It takes
 // the tile in two parts, so that the maxima of the second are found while the exponentials of the
 // first are under way.
-template <bool LAZY, int NUM_FRAGS>
+//
+// FIRST says that rows have seen nothing yet: there is nothing to compare with, nor to rescale.
+template <bool LAZY, bool FIRST, int NUM_FRAGS>
 FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
                             float (&rescale)[2], float scale_log2) {
   constexpr int FIRST_PART = LAZY ? NUM_FRAGS / 2 : NUM_FRAGS;
@@ -142,11 +155,17 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
   float max_log2[2];
   lane_max<0, FIRST_PART>(scores, max);
   scale_max(state, scale_log2, max_log2);
-  bool moved = !LAZY || is_far_above(max, state, max_log2, scale_log2);
+  bool moved = !LAZY || FIRST ||
+               warp_any(is_far_above(max, state, scale_log2) | has_large(max_log2));
+  bool warp_has_large = false;
   if (moved) {
-    raise_max(state, max, rescale, scale_log2);
+    if (FIRST) {
+      begin_max(state, max);
+    } else {
+      raise_max(state, max, rescale, scale_log2);
+    }
     scale_max(state, scale_log2, max_log2);
-    subtract_large_max<0, FIRST_PART>(scores, state, max_log2);
+    warp_has_large = subtract_large_max<0, FIRST_PART>(scores, state, max_log2);
   }
   float sum[2];
   exponentiate<0, FIRST_PART>(scores, sum, max_log2, scale_log2);
@@ -155,8 +174,7 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
   if (!LAZY) return moved;
 
   lane_max<FIRST_PART, NUM_FRAGS>(scores, max);
-  scale_max(state, scale_log2, max_log2);
-  if (is_far_above(max, state, max_log2, scale_log2)) {
+  if (warp_any(is_far_above(max, state, scale_log2) | warp_has_large)) {
     float factor[2];
     raise_max(state, max, factor, scale_log2);
     scale_max(state, scale_log2, max_log2);
@@ -167,7 +185,7 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
       for (int i = 0; i < 8; ++i) scores[n].x[i] *= factor[row_of_element(i)];
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) rescale[r] = moved ? rescale[r] * factor[r] : factor[r];
+    for (int r = 0; !FIRST && r < 2; ++r) rescale[r] = moved ? rescale[r] * factor[r] : factor[r];
     moved = true;
   }
   exponentiate<FIRST_PART, NUM_FRAGS>(scores, sum, max_log2, scale_log2);
@@ -182,8 +200,7 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
 // is none yet. `tile_sum` are sums of the tile's own terms, `max_log2` the product of row_max that
 // they were made with. An infinite term makes an infinite sum; NaN is let through.
 FC_DEVICE bool has_outgrown(const float (&tile_sum)[2], const float (&max_log2)[2]) {
-  const bool has_max = !(is_large(max_log2[0]) | is_large(max_log2[1]));  // no branches
-  return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | !has_max;
+  return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | has_large(max_log2);
 }
 
 template <int NUM_OUT_FRAGS>

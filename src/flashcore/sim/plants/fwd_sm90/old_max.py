@@ -17,8 +17,8 @@ PLANTS_OLD_MAX_SM90 = by_name(
         name="outgrown-unseen",
         title="terms that are far too large for the old maximum are taken as they are",
         file=_SOFTMAX,
-        find="return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | !has_max;",
-        replace="return !has_max;",
+        find="return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | has_large(max_log2);",
+        replace="return has_large(max_log2);",
         caught_by="wrong-result",
     ),
     Plant(
