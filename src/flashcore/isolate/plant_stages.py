@@ -87,6 +87,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("turn-not-handed-on", "share-never-taken", "share-without-weight"),
             *("share-sum-lost", "passed-over-unawaited", "passed-over-kept", "passed-over-turn"),
             *("passed-over-too-many", "outgrown-unseen", "no-max-yet-unseen"),
+            *("unseen-part-of-the-warp-before", "unseen-part-kept", "second-part-not-hidden"),
             *("outgrown-in-one-warp", "outgrown-k-kept", "outgrown-k-overwritten"),
             *("outgrown-sums-kept", "outgrown-no-fence", "outgrown-not-awaited"),
             *("split-share-dropped", "split-without-weight", "split-sums-not-rescaled"),

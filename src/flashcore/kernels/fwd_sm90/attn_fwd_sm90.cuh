@@ -183,13 +183,28 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
 
   ask_ahead(c, bar);
   float rescale[2];
+  // The right bound runs through a row tile's first key tile: the warps of its upper rows see
+  // nothing of the second part.
+  constexpr bool IN_PARTS = FIRST && HAS_WINDOW_RIGHT && MAY_TRY_OLD_MAX;
+  constexpr int FIRST_PART = first_part_of(KEY_FRAGS);
+  bool sees_second_part = true;
 //@if gate pv
   const bool moved = false;
   gate_load_probs(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
 //@else
   scale_scores(scores, p);
   if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
-  if constexpr (MASKED) hide_scores(scores, p, c.warp_row, n_block * BLOCK_N);
+  if constexpr (MASKED) {
+    hide_scores<0, IN_PARTS ? FIRST_PART : KEY_FRAGS>(scores, p, c.warp_row, n_block * BLOCK_N);
+  }
+  const auto has_second_part = [&] {
+    if (!IN_PARTS) return true;
+    const int first_key = n_block * BLOCK_N + FIRST_PART * 16;
+    sees_second_part = warp_any(window_reaches<16>(p, c.warp_row, first_key));  // all say the same
+    if (!sees_second_part) return false;
+    hide_scores<FIRST_PART, KEY_FRAGS>(scores, p, c.warp_row, n_block * BLOCK_N);
+    return true;
+  };
   bool moved = false;
   if constexpr (TRIES_OLD_MAX) {
     const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
@@ -211,7 +226,8 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     }
     release_inputs();
   } else {
-    moved = softmax_step<LAZY_RESCALE, FIRST>(scores, c.softmax, rescale, c.scale_log2);
+    moved = softmax_step<LAZY_RESCALE, FIRST>(scores, c.softmax, rescale, c.scale_log2,
+                                              has_second_part);
   }
 //@end
 //@if gate softmax
@@ -230,8 +246,15 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     release(bar.v_empty, c.v_state());
     if (moved) rescale_output(c.out, rescale);
   }
+  WmmaAccum none;
+  WmmaA<MathElement> zeros;
+  wmma_fill(none, 0.0f);
+  wmma_accum_to_a(zeros, none);
 #pragma unroll
-  for (int n = 0; n < KEY_FRAGS; ++n) wmma_accum_to_a(c.probs[n], scores[n]);
+  for (int n = 0; n < KEY_FRAGS; ++n) {
+    wmma_accum_to_a(c.probs[n], scores[n]);
+    if (n >= FIRST_PART && !sees_second_part) c.probs[n] = zeros;
+  }
   ++c.k_state.count;
 }
 
@@ -313,7 +336,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 
   for (int turn = 0;; ++turn) {
     c.q_slot = q_slot(turn, c.row_group);
-    c.k_state.make_uniform();
+    if (KEY_SLICES > 1) c.k_state.make_uniform();
     mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
     const auto coord = coord_slot(smem.coords, turn);
     BlockCoord block = {};

@@ -94,8 +94,8 @@ struct RingState {
   }
   FC_DEVICE int parity() const { return int(count / STAGES % 2); }
 
-  // Tells the compiler that all lanes have the same count. Said once a row tile, or each product
-  // waits for a shuffle, and for moves to uniform registers.
+  // Tells the compiler that all lanes have the same count, once a row tile; else each product may
+  // wait for a shuffle, and for a move to a uniform register.
   FC_DEVICE void make_uniform() { count = uint32_t(warp_uniform(int(count))); }
 };
 using PipelineState = RingState<STAGES_PER_RING>;

@@ -135,6 +135,13 @@ FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state, f
          ((max[1] - state.row_max[1]) * scale_log2 > 8.0f);
 }
 
+// The fragments of a key tile that a lazy softmax_step takes first.
+FC_DEVICE constexpr int first_part_of(int num_frags) { return num_frags / 2; }
+
+struct SecondPartAsItIs {
+  FC_DEVICE bool operator()() const { return true; }
+};
+
 // Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date. `scale_log2`
 // takes a score to log2 units. Returns whether row_max moved; then the output so far must be
 // multiplied by `rescale`.
@@ -147,10 +154,13 @@ FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state, f
 // first are under way.
 //
 // FIRST says that rows have seen nothing yet: there is nothing to compare with, nor to rescale.
-template <bool LAZY, bool FIRST, int NUM_FRAGS>
+// Before it looks at the second part, it asks `has_second_part`, which may hide some of its scores;
+// if there is no such part, they stay as they are.
+template <bool LAZY, bool FIRST, int NUM_FRAGS, class HasSecondPart = SecondPartAsItIs>
 FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
-                            float (&rescale)[2], float scale_log2) {
-  constexpr int FIRST_PART = LAZY ? NUM_FRAGS / 2 : NUM_FRAGS;
+                            float (&rescale)[2], float scale_log2,
+                            const HasSecondPart& has_second_part = {}) {
+  constexpr int FIRST_PART = LAZY ? first_part_of(NUM_FRAGS) : NUM_FRAGS;
   float max[2];
   float max_log2[2];
   lane_max<0, FIRST_PART>(scores, max);
@@ -171,7 +181,7 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
   exponentiate<0, FIRST_PART>(scores, sum, max_log2, scale_log2);
   state.row_sum[0] += sum[0];
   state.row_sum[1] += sum[1];
-  if (!LAZY) return moved;
+  if (!LAZY || !has_second_part()) return moved;
 
   lane_max<FIRST_PART, NUM_FRAGS>(scores, max);
   if (warp_any(is_far_above(max, state, scale_log2) | warp_has_large)) {

@@ -1,5 +1,5 @@
-"""This module plants bugs in how the Hopper kernel's softmax does without a key tile's maxima, and
-of what it does where that fails."""
+"""This module plants bugs in how the Hopper kernel's softmax does without a key tile's maxima, in
+what it does where that fails, and in how it takes a row tile's first key tile in two parts."""
 
 from __future__ import annotations
 
@@ -77,5 +77,29 @@ PLANTS_OLD_MAX_SM90 = by_name(
         find="      wgmma_commit();\n      wgmma_wait<0>();",
         replace="      wgmma_commit();\n",
         caught_by="wgmma",
+    ),
+    Plant(
+        name="unseen-part-of-the-warp-before",
+        title="what the rows of the warp before see of a key tile's second part counts",
+        file=_KERNEL,
+        find="warp_any(window_reaches<16>(p, c.warp_row, first_key))",
+        replace="warp_any(window_reaches<16>(p, c.warp_row - 16, first_key))",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="unseen-part-kept",
+        title="scores of a key tile's second part that no row of a warp sees are taken for P",
+        file=_KERNEL,
+        find="    if (n >= FIRST_PART && !sees_second_part) c.probs[n] = zeros;",
+        replace="",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="second-part-not-hidden",
+        title="of a key tile in two parts, the window hides scores of the first alone",
+        file=_KERNEL,
+        find="    hide_scores<FIRST_PART, KEY_FRAGS>(scores, p, c.warp_row, n_block * BLOCK_N);",
+        replace="",
+        caught_by="wrong-result",
     ),
 )
