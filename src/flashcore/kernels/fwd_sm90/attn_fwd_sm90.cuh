@@ -80,9 +80,6 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], const Consumer& c, Q
   }
 }
 
-// True where there are registers to spare: nothing but windows and lengths takes some.
-constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
-
 // O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
 FC_DEVICE void issue_output(Consumer& c, VTile v) {
   const WgmmaDesc v_desc = v.over_rows(c.v_state().stage());
@@ -124,14 +121,6 @@ FC_DEVICE void skip_key_tile(Consumer& c, const Barriers& bar) {
 FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
   if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.q_slot);
 }
-
-// Right after its last Q K^T, so that the next Q arrives under softmax, P V and the store. To know
-// which is the last takes a register.
-constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
-
-// True where the softmax of a tile may try old maxima, see has_outgrown. Where they do not serve it
-// needs the scores again, as Q K^T gives them.
-constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
 
 // Asks whether V of this tile and K of the next have arrived. The answer takes some 70 cycles; the
 // exponentials hide it. After a no, the consumer waits where it needs them.
@@ -187,7 +176,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   // nothing of the second part.
   constexpr bool IN_PARTS = FIRST && HAS_WINDOW_RIGHT && MAY_TRY_OLD_MAX;
   constexpr int FIRST_PART = first_part_of(KEY_FRAGS);
-  bool sees_second_part = true;
+  SecondPart<IN_PARTS> second = {p, c.warp_row, n_block * BLOCK_N};
 //@if gate pv
   const bool moved = false;
   gate_load_probs(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
@@ -197,14 +186,6 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   if constexpr (MASKED) {
     hide_scores<0, IN_PARTS ? FIRST_PART : KEY_FRAGS>(scores, p, c.warp_row, n_block * BLOCK_N);
   }
-  const auto has_second_part = [&] {
-    if (!IN_PARTS) return true;
-    const int first_key = n_block * BLOCK_N + FIRST_PART * 16;
-    sees_second_part = warp_any(window_reaches<16>(p, c.warp_row, first_key));  // all say the same
-    if (!sees_second_part) return false;
-    hide_scores<FIRST_PART, KEY_FRAGS>(scores, p, c.warp_row, n_block * BLOCK_N);
-    return true;
-  };
   bool moved = false;
   if constexpr (TRIES_OLD_MAX) {
     const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
@@ -219,15 +200,14 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
       wgmma_wait<0>();
       wgmma_hold(scores);
       if (FLOAT8) scale_products(scores, c.queries);
-      moved = softmax_step<LAZY_RESCALE, false>(scores, c.softmax, rescale, c.scale_log2);
+      moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
     } else {
       c.softmax.row_sum[0] += tile_sum[0];
       c.softmax.row_sum[1] += tile_sum[1];
     }
     release_inputs();
   } else {
-    moved = softmax_step<LAZY_RESCALE, FIRST>(scores, c.softmax, rescale, c.scale_log2,
-                                              has_second_part);
+    moved = softmax_step<LAZY_RESCALE, FIRST>(scores, c.softmax, rescale, c.scale_log2, second);
   }
 //@end
 //@if gate softmax
@@ -246,14 +226,10 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     release(bar.v_empty, c.v_state());
     if (moved) rescale_output(c.out, rescale);
   }
-  WmmaAccum none;
-  WmmaA<MathElement> zeros;
-  wmma_fill(none, 0.0f);
-  wmma_accum_to_a(zeros, none);
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {
     wmma_accum_to_a(c.probs[n], scores[n]);
-    if (n >= FIRST_PART && !sees_second_part) c.probs[n] = zeros;
+    if (n >= FIRST_PART && !second.is_seen) wmma_clear(c.probs[n]);
   }
   ++c.k_state.count;
 }

@@ -106,6 +106,17 @@ FC_DEVICE void release(SmemPtr<uint64_t> empty, PipelineState state) {
   if (lane_idx() == 0) mbar_arrive(empty + state.stage());
 }
 
+// True where there are registers to spare: nothing but windows and lengths takes some.
+constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
+
+// Q is released right after its last Q K^T, so that the next Q arrives under softmax, P V and the
+// store. To know which is the last takes a register.
+constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
+
+// True where the softmax of a tile may try old maxima, see has_outgrown. Where they do not serve it
+// needs the scores again, as Q K^T gives them.
+constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
+
 enum NamedBarrier {
   ISSUE_BARRIER = 1,                              // + consumer: it may issue products
   STORE_BARRIER = ISSUE_BARRIER + NUM_CONSUMERS,  // + consumer: the warps of a warpgroup

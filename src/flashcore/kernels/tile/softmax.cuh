@@ -138,8 +138,29 @@ FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state, f
 // The fragments of a key tile that a lazy softmax_step takes first.
 FC_DEVICE constexpr int first_part_of(int num_frags) { return num_frags / 2; }
 
-struct SecondPartAsItIs {
-  FC_DEVICE bool operator()() const { return true; }
+struct PartAsItIs {
+  template <int NUM_FRAGS>
+  FC_DEVICE bool hide(WmmaAccum (&)[NUM_FRAGS]) {
+    return true;
+  }
+};
+
+// The rest of a strip's scores. If it is HIDDEN_LATE, the window is applied when softmax_step comes
+// to it; where no row sees a key of it, as all lanes say, the scores stay as they are.
+template <bool HIDDEN_LATE>
+struct SecondPart {
+  const AttnParams& p;
+  int row_begin, key_begin;
+  bool is_seen = true;
+
+  template <int NUM_FRAGS>
+  FC_DEVICE bool hide(WmmaAccum (&scores)[NUM_FRAGS]) {
+    constexpr int BEGIN = first_part_of(NUM_FRAGS);
+    if (!HIDDEN_LATE) return true;
+    is_seen = warp_any(window_reaches<16>(p, row_begin, key_begin + BEGIN * 16));
+    if (is_seen) hide_scores<BEGIN, NUM_FRAGS>(scores, p, row_begin, key_begin);
+    return is_seen;
+  }
 };
 
 // Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date. `scale_log2`
@@ -154,12 +175,9 @@ struct SecondPartAsItIs {
 // first are under way.
 //
 // FIRST says that rows have seen nothing yet: there is nothing to compare with, nor to rescale.
-// Before it looks at the second part, it asks `has_second_part`, which may hide some of its scores;
-// if there is no such part, they stay as they are.
-template <bool LAZY, bool FIRST, int NUM_FRAGS, class HasSecondPart = SecondPartAsItIs>
+template <bool LAZY, bool FIRST, int NUM_FRAGS, class Second>
 FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
-                            float (&rescale)[2], float scale_log2,
-                            const HasSecondPart& has_second_part = {}) {
+                            float (&rescale)[2], float scale_log2, Second& second) {
   constexpr int FIRST_PART = LAZY ? first_part_of(NUM_FRAGS) : NUM_FRAGS;
   float max[2];
   float max_log2[2];
@@ -181,7 +199,7 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
   exponentiate<0, FIRST_PART>(scores, sum, max_log2, scale_log2);
   state.row_sum[0] += sum[0];
   state.row_sum[1] += sum[1];
-  if (!LAZY || !has_second_part()) return moved;
+  if (!LAZY || !second.hide(scores)) return moved;
 
   lane_max<FIRST_PART, NUM_FRAGS>(scores, max);
   if (warp_any(is_far_above(max, state, scale_log2) | warp_has_large)) {
@@ -202,6 +220,13 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
   state.row_sum[0] += sum[0];
   state.row_sum[1] += sum[1];
   return moved;
+}
+
+template <bool LAZY, int NUM_FRAGS>
+FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
+                            float (&rescale)[2], float scale_log2) {
+  PartAsItIs second;
+  return softmax_step<LAZY, false>(scores, state, rescale, scale_log2, second);
 }
 
 // The search for maxima costs most of softmax_step, and is for nothing in nearly every tile. So
