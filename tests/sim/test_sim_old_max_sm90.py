@@ -137,9 +137,10 @@ def test_nan_and_infinity_are_seen() -> None:
 
 
 def check_plant(plant: Plant, growth: str, options: tuple[tuple[str, object], ...]) -> None:
-    assert run(growth, 0, None, (), options) == "healthy"
+    tile = tuple(plant.plan.items())
+    assert run(growth, 0, None, tile, options) == "healthy"
     for seed in SEEDS:
-        found = run(growth, seed, plant, (), options)
+        found = run(growth, seed, plant, tile, options)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 

@@ -211,7 +211,8 @@ def _growing(names: Iterable[str]) -> _Calls:
         options = {**_GROWING, "growth": _GROWTHS.get(name, "far")}
         if name in _UNDER_A_BOUND:
             options["causal"] = "lower_right"
-        calls[name] = {"options": options, "tile": _SHORT_KEY_TILES | _IN_TURNS}
+        tile = _SHORT_KEY_TILES | _IN_TURNS | dict(PLANTS_OLD_MAX_SM90[name].plan)
+        calls[name] = {"options": options, "tile": tile}
     return calls
 
 

@@ -174,7 +174,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   float rescale[2];
   // The right bound runs through a row tile's first key tile: the warps of its upper rows see
   // nothing of the second part.
-  constexpr bool IN_PARTS = FIRST && HAS_WINDOW_RIGHT && MAY_TRY_OLD_MAX;
+  constexpr bool IN_PARTS = FIRST && ASKS_ONCE && BLOCK_N > 64;
   constexpr int FIRST_PART = first_part_of(KEY_FRAGS);
   SecondPart<IN_PARTS> second = {p, c.warp_row, n_block * BLOCK_N};
 //@if gate pv
@@ -193,21 +193,23 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     float tile_sum[2];
     exponentiate<0, KEY_FRAGS>(scores, tile_sum, max_log2, c.scale_log2);
     // Of the whole warpgroup, which issues Q K^T together.
-    if (named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))) {
+    const bool outgrown = has_outgrown<ASKS_ONCE>(tile_sum, max_log2);
+    if (named_barrier_any(STORE_BARRIER + c.index, 128, outgrown)) {
       wgmma_fence();
       issue_scores(scores, c, smem.q[c.q_slot], smem.k, c.k_state.stage());
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_hold(scores);
       if (FLOAT8) scale_products(scores, c.queries);
-      moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+      moved = softmax_step<LAZY_RESCALE, ASKS_ONCE>(scores, c.softmax, rescale, c.scale_log2);
     } else {
       c.softmax.row_sum[0] += tile_sum[0];
       c.softmax.row_sum[1] += tile_sum[1];
     }
     release_inputs();
   } else {
-    moved = softmax_step<LAZY_RESCALE, FIRST>(scores, c.softmax, rescale, c.scale_log2, second);
+    moved = softmax_step<LAZY_RESCALE, ASKS_ONCE, FIRST && ASKS_ONCE>(scores, c.softmax, rescale,
+                                                                      c.scale_log2, second);
   }
 //@end
 //@if gate softmax
@@ -312,7 +314,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 
   for (int turn = 0;; ++turn) {
     c.q_slot = q_slot(turn, c.row_group);
-    if (KEY_SLICES > 1) c.k_state.make_uniform();
+    if (KEY_SLICES > 1 && ASKS_ONCE) c.k_state.make_uniform();
     mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
     const auto coord = coord_slot(smem.coords, turn);
     BlockCoord block = {};

@@ -117,6 +117,11 @@ constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
 // needs the scores again, as Q K^T gives them.
 constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
 
+// True where softmax_step asks less: causal calls, and only those that were measured with it. (The
+// same change made loops of other text up to 7 % slower or faster: docs/ladder.md.)
+constexpr bool ASKS_ONCE = MAY_TRY_OLD_MAX && IS_PLAIN && VARLEN == 0 && HAS_WINDOW_RIGHT &&
+                           !HAS_WINDOW_LEFT && HEAD_DIM <= 128;
+
 enum NamedBarrier {
   ISSUE_BARRIER = 1,                              // + consumer: it may issue products
   STORE_BARRIER = ISSUE_BARRIER + NUM_CONSUMERS,  // + consumer: the warps of a warpgroup

@@ -63,17 +63,20 @@ FC_DEVICE void scale_max(const OnlineSoftmax& state, float scale_log2, float (&m
 
 FC_DEVICE bool is_large(float max_log2) { return abs_f(max_log2) > LARGE_MAX_LOG2; }
 
+// Without branches or with them: what ptxas makes of a whole loop depends on it.
+template <bool BRANCHLESS>
 FC_DEVICE bool has_large(const float (&max_log2)[2]) {
-  return is_large(max_log2[0]) | is_large(max_log2[1]);  // no branches
+  if constexpr (BRANCHLESS) return is_large(max_log2[0]) | is_large(max_log2[1]);
+  return is_large(max_log2[0]) || is_large(max_log2[1]);
 }
 
 // Takes a large row_max from the scores of fragments [BEGIN, END), which is exact wherever the
 // result matters, and leaves nothing of it for `exponentiate` to take. Returns whether the warp has
 // a large one.
-template <int BEGIN, int END, int NUM_FRAGS>
+template <int BEGIN, int END, bool BRANCHLESS, int NUM_FRAGS>
 FC_DEVICE bool subtract_large_max(WmmaAccum (&scores)[NUM_FRAGS], const OnlineSoftmax& state,
                                   float (&max_log2)[2]) {
-  if (!warp_any(has_large(max_log2))) return false;
+  if (!warp_any(has_large<BRANCHLESS>(max_log2))) return false;
   float subtrahend[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -128,9 +131,16 @@ FC_DEVICE void raise_max(OnlineSoftmax& state, const float (&max)[2], float (&fa
   }
 }
 
-// Returns whether `max`, this lane's part of the maximum, is so far above row_max that
-// exp(max - row_max) is over 2^8.
-FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state, float scale_log2) {
+// Returns whether a score of the warp is so far above its row_max that exp(score - row_max) is over
+// 2^8, or a row_max is large; `max` is this lane's part of the maximum.
+FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state,
+                            const float (&max_log2)[2], float scale_log2) {
+  return warp_any((max[0] - state.row_max[0]) * scale_log2 > 8.0f || is_large(max_log2[0]) ||
+                  (max[1] - state.row_max[1]) * scale_log2 > 8.0f || is_large(max_log2[1]));
+}
+
+// The same of a lane's scores alone, without branches, and whether row_max is large or not.
+FC_DEVICE bool is_far(const float (&max)[2], const OnlineSoftmax& state, float scale_log2) {
   return ((max[0] - state.row_max[0]) * scale_log2 > 8.0f) |
          ((max[1] - state.row_max[1]) * scale_log2 > 8.0f);
 }
@@ -139,6 +149,8 @@ FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state, f
 FC_DEVICE constexpr int first_part_of(int num_frags) { return num_frags / 2; }
 
 struct PartAsItIs {
+  static constexpr bool IS_LATE = false;
+
   template <int NUM_FRAGS>
   FC_DEVICE bool hide(WmmaAccum (&)[NUM_FRAGS]) {
     return true;
@@ -149,6 +161,8 @@ struct PartAsItIs {
 // to it; where no row sees a key of it, as all lanes say, the scores stay as they are.
 template <bool HIDDEN_LATE>
 struct SecondPart {
+  static constexpr bool IS_LATE = HIDDEN_LATE;
+
   const AttnParams& p;
   int row_begin, key_begin;
   bool is_seen = true;
@@ -174,17 +188,21 @@ struct SecondPart {
 // the tile in two parts, so that the maxima of the second are found while the exponentials of the
 // first are under way.
 //
-// FIRST says that rows have seen nothing yet: there is nothing to compare with, nor to rescale.
-template <bool LAZY, bool FIRST, int NUM_FRAGS, class Second>
+// FIRST says that rows have seen nothing yet: there is nothing to compare with, nor to rescale, and
+// the tile is taken as one unless its second part is hidden late. With ASKS_ONCE, a second part
+// knows from the first whether a row_max is large.
+template <bool LAZY, bool ASKS_ONCE, bool FIRST, int NUM_FRAGS, class Second>
 FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
                             float (&rescale)[2], float scale_log2, Second& second) {
-  constexpr int FIRST_PART = LAZY ? first_part_of(NUM_FRAGS) : NUM_FRAGS;
+  constexpr bool IN_PARTS = LAZY && (!FIRST || Second::IS_LATE);
+  constexpr int FIRST_PART = IN_PARTS ? first_part_of(NUM_FRAGS) : NUM_FRAGS;
   float max[2];
   float max_log2[2];
   lane_max<0, FIRST_PART>(scores, max);
   scale_max(state, scale_log2, max_log2);
   bool moved = !LAZY || FIRST ||
-               warp_any(is_far_above(max, state, scale_log2) | has_large(max_log2));
+               (ASKS_ONCE ? warp_any(is_far(max, state, scale_log2) | has_large<true>(max_log2))
+                          : is_far_above(max, state, max_log2, scale_log2));
   bool warp_has_large = false;
   if (moved) {
     if (FIRST) {
@@ -193,20 +211,23 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
       raise_max(state, max, rescale, scale_log2);
     }
     scale_max(state, scale_log2, max_log2);
-    warp_has_large = subtract_large_max<0, FIRST_PART>(scores, state, max_log2);
+    warp_has_large = subtract_large_max<0, FIRST_PART, ASKS_ONCE>(scores, state, max_log2);
   }
   float sum[2];
   exponentiate<0, FIRST_PART>(scores, sum, max_log2, scale_log2);
   state.row_sum[0] += sum[0];
   state.row_sum[1] += sum[1];
-  if (!LAZY || !second.hide(scores)) return moved;
+  if constexpr (!IN_PARTS) return moved;
+  if (!second.hide(scores)) return moved;
 
   lane_max<FIRST_PART, NUM_FRAGS>(scores, max);
-  if (warp_any(is_far_above(max, state, scale_log2) | warp_has_large)) {
+  if (!ASKS_ONCE) scale_max(state, scale_log2, max_log2);
+  if (ASKS_ONCE ? warp_any(is_far(max, state, scale_log2) | warp_has_large)
+                : is_far_above(max, state, max_log2, scale_log2)) {
     float factor[2];
     raise_max(state, max, factor, scale_log2);
     scale_max(state, scale_log2, max_log2);
-    subtract_large_max<FIRST_PART, NUM_FRAGS>(scores, state, max_log2);
+    subtract_large_max<FIRST_PART, NUM_FRAGS, ASKS_ONCE>(scores, state, max_log2);
 #pragma unroll
     for (int n = 0; n < FIRST_PART; ++n) {
 #pragma unroll
@@ -222,11 +243,11 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
   return moved;
 }
 
-template <bool LAZY, int NUM_FRAGS>
+template <bool LAZY, bool ASKS_ONCE, int NUM_FRAGS>
 FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
                             float (&rescale)[2], float scale_log2) {
   PartAsItIs second;
-  return softmax_step<LAZY, false>(scores, state, rescale, scale_log2, second);
+  return softmax_step<LAZY, ASKS_ONCE, false>(scores, state, rescale, scale_log2, second);
 }
 
 // The search for maxima costs most of softmax_step, and is for nothing in nearly every tile. So
@@ -234,8 +255,14 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
 // so large, over 2^10, that row_max must be raised, or whether row_max is large, or -inf, as there
 // is none yet. `tile_sum` are sums of the tile's own terms, `max_log2` the product of row_max that
 // they were made with. An infinite term makes an infinite sum; NaN is let through.
+// The order, too, is what a whole loop of ptxas depends on.
+template <bool SUMS_FIRST>
 FC_DEVICE bool has_outgrown(const float (&tile_sum)[2], const float (&max_log2)[2]) {
-  return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | has_large(max_log2);
+  if constexpr (SUMS_FIRST) {
+    return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | has_large<true>(max_log2);
+  }
+  const bool has_max = !has_large<true>(max_log2);
+  return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | !has_max;
 }
 
 template <int NUM_OUT_FRAGS>

@@ -7,7 +7,7 @@ from flashcore.compile.plant import Plant, by_name
 
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _SOFTMAX = "tile/softmax.cuh"
-_VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))"
+_VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, outgrown)"
 _MAX_LOG2 = """\
     const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
                                c.softmax.row_max[1] * c.scale_log2};"""
@@ -17,8 +17,9 @@ PLANTS_OLD_MAX_SM90 = by_name(
         name="outgrown-unseen",
         title="terms that are far too large for the old maximum are taken as they are",
         file=_SOFTMAX,
-        find="return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | has_large(max_log2);",
-        replace="return has_large(max_log2);",
+        find="  const bool has_max = !has_large<true>(max_log2);\n"
+        "  return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | !has_max;",
+        replace="\n  return has_large<true>(max_log2);",
         caught_by="wrong-result",
     ),
     Plant(
@@ -34,7 +35,7 @@ PLANTS_OLD_MAX_SM90 = by_name(
         title="warps that need the scores again issue Q K^T without the others of their warpgroup",
         file=_KERNEL,
         find=_VOTE,
-        replace="warp_any(has_outgrown(tile_sum, max_log2))",
+        replace="warp_any(outgrown)",
         caught_by="deadlock",
         or_by=("wgmma",),
     ),
@@ -85,6 +86,7 @@ PLANTS_OLD_MAX_SM90 = by_name(
         find="warp_any(window_reaches<16>(p, row_begin, key_begin + BEGIN * 16));",
         replace="warp_any(window_reaches<16>(p, row_begin - 16, key_begin + BEGIN * 16));",
         caught_by="wrong-result",
+        plan={"block_n": 128},  # shorter key tiles are taken as one
     ),
     Plant(
         name="unseen-part-kept",
@@ -93,6 +95,7 @@ PLANTS_OLD_MAX_SM90 = by_name(
         find="    if (n >= FIRST_PART && !second.is_seen) wmma_clear(c.probs[n]);",
         replace="",
         caught_by="wrong-result",
+        plan={"block_n": 128},  # shorter key tiles are taken as one
     ),
     Plant(
         name="second-part-not-hidden",
@@ -101,5 +104,6 @@ PLANTS_OLD_MAX_SM90 = by_name(
         find="    if (is_seen) hide_scores<BEGIN, NUM_FRAGS>(scores, p, row_begin, key_begin);",
         replace="",
         caught_by="wrong-result",
+        plan={"block_n": 128},  # shorter key tiles are taken as one
     ),
 )
