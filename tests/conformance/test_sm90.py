@@ -6,6 +6,7 @@ import ctypes
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ Runner = Callable[..., dict[str, Tensor]]
 # Columns of a product and bytes of a swizzled row.
 PRODUCTS = [(16, 64), (48, 128), (64, 128), (96, 64), (128, 128), (208, 64), (240, 128), (256, 128)]
 COLUMNS = [(16, 64), (64, 128), (96, 64), (128, 128)]
+
+
+def in_turns(shapes: list[tuple[int, int]]) -> list[Any]:
+    """Return every shape with both dtypes: in `make test` with one of them, in turns."""
+    return [
+        pytest.param(dtype, *shape, marks=() if (i + j) % 2 else pytest.mark.thorough)
+        for (i, shape), (j, dtype) in itertools.product(enumerate(shapes), enumerate(DTYPES))
+    ]
 
 
 @pytest.mark.parametrize(
@@ -224,8 +233,7 @@ def test_products_of_pairs_are_rounded_once(run: Runner, dtype: str) -> None:
     torch.testing.assert_close(found, a * b, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("cols", "row_bytes"), PRODUCTS)
+@pytest.mark.parametrize(("dtype", "cols", "row_bytes"), in_turns(PRODUCTS))
 def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: int) -> None:
     """Small integers are exact in every step, so one element in a wrong place or lost shows."""
     generator = torch.Generator().manual_seed(cols)
@@ -267,8 +275,7 @@ def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: 
         assert torch.equal(result["by_both"], result["by_smem"])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("cols", "row_bytes"), COLUMNS)
+@pytest.mark.parametrize(("dtype", "cols", "row_bytes"), in_turns(COLUMNS))
 def test_blocks_add_up_products_of_columns(
     run: Runner, dtype: str, cols: int, row_bytes: int
 ) -> None:

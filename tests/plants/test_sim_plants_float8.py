@@ -60,7 +60,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 @pytest.mark.thorough
 @pytest.mark.parametrize("name", ["float8-no-fence", "float8-queries-ahead", "widened-early"])
 def test_without_a_plant_the_same_runs_are_healthy(name: str) -> None:
-    runs = {run_plant(name, seed, healthy=True) for seed in SEEDS}
+    runs = {run_plant(name, seed, healthy=True) for seed in SEEDS[::4]}
     assert runs == {"healthy"}
 
 

@@ -77,8 +77,8 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 
 def test_without_a_plant_the_same_runs_are_healthy() -> None:
-    assert {run_plant(None, seed) for seed in SEEDS} == {"healthy"}
-    assert {run_plant(None, seed, in_steps=True) for seed in SEEDS} == {"healthy"}
+    assert {run_plant(None, seed) for seed in SEEDS[::4]} == {"healthy"}
+    assert {run_plant(None, seed, in_steps=True) for seed in SEEDS[::4]} == {"healthy"}
 
 
 def test_there_are_two_steps() -> None:

@@ -81,7 +81,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 @pytest.mark.parametrize("sm90", [False, True])
 def test_without_a_plant_the_same_runs_are_healthy(sm90: bool) -> None:
-    assert {run_plant(None, seed, sm90) for seed in SEEDS} == {"healthy"}
+    assert {run_plant(None, seed, sm90) for seed in SEEDS[::4]} == {"healthy"}
     assert run_plant(None, 0, sm90, past_the_end=True) == "healthy"
 
 

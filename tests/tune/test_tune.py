@@ -127,6 +127,7 @@ def test_the_compilers_report_rules_out() -> None:
     assert reason(registers=-1) == "None"  # PTX: the driver compiles, nobody knows
 
 
+@pytest.mark.thorough
 def test_configurations_are_compiled() -> None:
     pytest.importorskip("cuda.core")
     default = base(workload(64, causal=False))

@@ -7,6 +7,7 @@ stands for all of its kind, for the Hopper kernel in several sizes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from flashcore.selection import tile_table
 from flashcore.selection.select import candidates
 
 Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
+Sizes = tuple[tuple[int, int], ...]  # heads and lengths
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
 _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
@@ -153,8 +155,8 @@ _HOPPER_VARIANTS = (
     *("packed-decode", "packed-mixed", "packed-few", "packed-cut", "packed-float8", "tree"),
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
-_HEADS = (1, 4, 16, 64, 256, 1024)  # of the Hopper kernel's table: from one tile to many an SM
-_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+# Of the Hopper kernel's table: from one tile to many an SM.
+_SIZES: Sizes = tuple(itertools.product([4**i for i in range(6)], [128 << i for i in range(8)]))
 _SEQLEN = 1024  # so many that every window and causal mask hides something
 _GROUP = 4  # heads that share one of k and v, where queries are few
 _SERVING_GROUPS = (1, _GROUP)  # larger ones have the same kernels
@@ -255,11 +257,15 @@ def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator
         return
     if forward_for(arch) is not PORTABLE and (table is not None or not ships):
         found: dict[Plan, None] = {}
-        for heads, length in itertools.product(_HEADS, _LENGTHS):
-            rules = candidates(_resized(problem, heads, length), arch)[0]
+        for rules in _plans_of_sizes(problem, arch, _SIZES):
             plans = [rules] if table is None else table.tiles_for(problem, rules)
             found |= dict.fromkeys(plan for plan in plans if forward_of(plan) is not PORTABLE)
         yield from (plan.machine_code() for plan in found)
+
+
+@functools.lru_cache(maxsize=1)  # they are asked for twice in a row, for rules and for the table
+def _plans_of_sizes(problem: Problem, arch: int, sizes: Sizes) -> tuple[Plan, ...]:
+    return tuple(candidates(_resized(problem, *size), arch)[0] for size in sizes)
 
 
 def _resized(problem: Problem, batch: int, length: int) -> Problem:
