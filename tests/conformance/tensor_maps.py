@@ -16,12 +16,14 @@ from flashcore.launch.descriptors import encode
 class Map:
     """A Map is a tensor map of a tensor [batch, heads, rows, cols] and the box that it moves.
     `ragged`: of a tensor [1, heads, rows, cols], as kernels/fwd_sm90/params.py makes it for packed
-    sequences."""
+    sequences. `box_batches`: where it is not 0, columns come in chunks of `box_cols`, and a box has
+    all of them, of so many batches."""
 
     tensor: str
     box_rows: int
     box_cols: int
     ragged: bool = False
+    box_batches: int = 0
 
 
 def make_map(spec: Map, tensor: Tensor, base: int | None = None) -> TensorMap:
@@ -31,6 +33,8 @@ def make_map(spec: Map, tensor: Tensor, base: int | None = None) -> TensorMap:
     box = (spec.box_cols, spec.box_rows, tensor.element_size(), row_bytes)
     base = tensor.data_ptr() if base is None else base
     made = TensorMap(base, row, head, batch, cols, rows, heads, batches, *box)
+    if spec.box_batches:
+        made.cols, made.chunks, made.box_batches = box[0], cols // box[0], spec.box_batches
     if spec.ragged:
         make_ragged(made, 0)
     return made

@@ -39,9 +39,11 @@ def in_turns(shapes: list[tuple[int, int]]) -> list[Any]:
     ("kernel", "constants"),
     [
         *(("tma_boxes", {"ROW_BYTES": size}) for size in (64, 128)),
+        ("tma_chunks", {}),
         ("mbarriers", {}),
         ("warpgroups", {}),
         ("dependents", {}),
+        ("matrices", {}),
         *((name, {"Element": dtype}) for name in ("stmatrix", "pairs") for dtype in DTYPES),
         *(
             ("products", {"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": cols // 16})
@@ -135,6 +137,36 @@ def test_boxes_are_swizzled_padded_and_clipped(run: Runner, row_bytes: int) -> N
         assert torch.equal(result["_out"], x)
 
 
+def test_a_box_has_all_chunks_of_columns(run: Runner) -> None:
+    """What lies outside is zeros: rows, chunks and batches behind the last, and other heads."""
+    x = torch.arange(3 * 2 * 21 * 192).reshape(3, 2, 21, 192).to(torch.int16)
+    boxes = [(0, 0, 0, 0), (13, 0, 1, 1), (16, 0, 0, 1), (8, 1, 1, 0)]  # row, chunk, head, batch
+    boxes += [(0, 0, 1, 2), (21, 0, 0, 0), (0, 0, 2, 0)]
+    tensors = {
+        "_in": x,
+        "boxes": torch.tensor(boxes, dtype=torch.int32),
+        "raw": torch.empty(len(boxes), 2, 3, 8, 64, dtype=torch.int16),
+    }
+    for seed in SEEDS:
+        result = run(
+            "tma_chunks",
+            tensors,
+            ("raw",),
+            num_threads=64,
+            smem_bytes=2 * 2 * (2 * 3 * 8 * 64) + 16,
+            scalars={"num_boxes": len(boxes)},
+            maps={"in": Map("_in", 8, 64, box_batches=2)},
+            arch_suffix="a",
+            seed=seed,
+        )
+        for (row, chunk, head, batch), raw in zip(boxes, result["raw"], strict=True):
+            for b, c in itertools.product(range(2), range(3)):
+                plain = torch.zeros(8, 64, dtype=torch.int16)
+                if batch + b < 3:
+                    plain = padded_box(x, (chunk + c) * 64, row, head, batch + b, shape=(8, 64))
+                assert torch.equal(raw[b, c], swizzled(plain, 128)), (row, chunk, head, batch)
+
+
 def test_ragged_boxes_end_with_their_sequence(run: Runner) -> None:
     """Rows of a neighbour are neither read nor written, whatever the length."""
     cols, heads, total = 32, 2, 40
@@ -219,6 +251,26 @@ def test_stmatrix_stores_fragments(run: Runner, dtype: str) -> None:
         arch_suffix="a",
     )
     assert torch.equal(result["out"], torch.arange(256.0).reshape(16, 16).to(out).expand(4, 16, 16))
+
+
+def test_operands_are_made_in_registers(run: Runner) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (32, 16), generator=generator).byte()
+    tensors = {"rows": rows.view(torch.int32)}
+    tensors |= {name: torch.empty(32, 4, dtype=torch.int32) for name in ("plain", "transposed")}
+    tensors["mixed"] = torch.empty(32, 2, dtype=torch.int32)
+    a, b = torch.randint(-8, 9, (2, 16, 16), generator=generator).float()
+    tensors |= {"a": a, "b": b, "product": torch.empty(16, 16)}
+    names = "plain", "transposed", "mixed", "product"
+    result = run("matrices", tensors, names, num_threads=32, arch_suffix="a")
+    matrices = rows.view(torch.int16).view(4, 8, 8)
+    for name, of_name in (("plain", matrices), ("transposed", matrices.transpose(1, 2))):
+        # Lane 4 r + c has columns 2 c and 2 c + 1 of row r of each.
+        want = of_name.reshape(4, 32, 2).transpose(0, 1).reshape(32, 8)
+        assert torch.equal(result[name].view(torch.int16), want), name
+    assert torch.equal(result["product"], 2 * a @ b)
+    bytes_of_lane = result["mixed"].view(torch.uint8)
+    assert torch.equal(bytes_of_lane, rows[:, [0, 2, 1, 3, 7, 2, 5, 0]])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

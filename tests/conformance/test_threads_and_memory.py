@@ -32,6 +32,7 @@ Runner = Callable[..., dict[str, Tensor]]
         ("atomics", {}),
         ("maxima", {"NUM_MAXIMA": 3}),
         ("between_blocks", {}),
+        ("polls", {}),
     ],
 )
 def test_the_same_text_compiles_for_a_gpu(kernel: str, constants: dict[str, object]) -> None:
@@ -142,6 +143,33 @@ def test_the_last_block_sees_what_the_others_wrote(run: Runner) -> None:
     of_thread = torch.arange(63, -1, -1) + torch.arange(rounds)[:, None]
     assert torch.equal(result["sums"], 1000 * sum(range(blocks)) + blocks * of_thread)
     assert not result["counter"].any()
+
+
+@pytest.mark.parametrize("most_polls", [0, 1, 1000])
+def test_who_polls_sees_all_shares_or_says_that_it_left(run: Runner, most_polls: int) -> None:
+    blocks = 5
+    all_of_them = 1000 * sum(range(blocks)) + blocks * torch.arange(63, -1, -1)
+    for seed in range(5):
+        tensors = {
+            "counter": torch.zeros(1, dtype=torch.int32),
+            "shares": torch.zeros(blocks, 64, dtype=torch.int32),
+            "sums": torch.zeros(blocks, 64, dtype=torch.int32),
+        }
+        result = run(
+            "polls",
+            tensors,
+            ("shares", "sums"),
+            counters=("counter",),
+            shared=("shares",),
+            grid=blocks,
+            num_threads=64,
+            scalars={"most_polls": most_polls},
+            seed=seed,
+        )
+        left = (result["sums"] == -1).all(1)
+        assert int(left.sum()) < blocks
+        assert (result["sums"][~left] == all_of_them).all()
+        assert int(result["counter"]) == blocks + 2**16 * int(left.sum())
 
 
 def test_atomics_add(run: Runner) -> None:

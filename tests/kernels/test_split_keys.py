@@ -13,17 +13,14 @@ import standin
 import torch
 
 import flashcore
-from backends import check, check_case
-from flashcore.checks.accuracy import error_report
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_sm90.params import num_pieces, num_row_tiles
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_sm90.splits import L2_WEIGHT, Reading, best_sharing, shares_at_once
+from flashcore.kernels.fwd_sm90.splits import L2_WEIGHT, Reading, adds_up_together, best_sharing
 from flashcore.kernels.stream_k import SHARE_WEIGHT, visible_keys
 from flashcore.ops.paged import attention_paged
 from flashcore.problem import Problem
-from flashcore.problem.case import Case
 from flashcore.selection.select import select_plan
 from flashcore.selection.space import is_legal, schedules, tiles
 
@@ -61,7 +58,7 @@ def problem_of(
         ((16, 32, 8, 1, 16384), 128, 1),  # as many row tiles as SMs, or nearly
         ((128, 32, 8, 1, 2048), 1024, 1),
         ((1, 8, 8, 128, 32768), 16, 8),
-        ((1, 32, 1, 1, 16384), 2, 64),  # sixteen heads a row tile
+        ((1, 32, 1, 1, 16384), 1, 128),  # whose shares are added up together
     ],
 )
 def test_splits_fill_the_gpu(shape: tuple[int, ...], row_tiles: int, num_splits: int) -> None:
@@ -90,13 +87,20 @@ def test_keys_that_a_window_hides_do_not_count() -> None:
 
 
 def test_adding_up_bounds_the_splits() -> None:
-    """One SM reads all shares of a row tile: with many rows fewer splits pay."""
+    """Where one SM reads all shares of a row tile, fewer splits pay with many rows."""
     sizes = {"row_tiles": 1, "key_tiles": 64, "key_tile_bytes": 32768, "num_slots": 132}
-    few, many = (Reading(share_bytes=rows * 520, **sizes).best_num_splits() for rows in (1, 64))
-    assert 32 == few > many > 8
+
+    def best(rows: int, together: bool) -> int:
+        reading = Reading(share_bytes=rows * 520, together=together, **sizes)
+        return reading.best_num_splits()
+
+    assert 32 == best(1, together=False) > best(64, together=False) > 8
+    assert best(64, together=True) == 32
 
 
-def sharing(folded: int, key_tiles: int, num_heads: int = 1) -> tuple[int, int]:
+def sharing(
+    folded: int, key_tiles: int, num_heads: int = 1, together: bool = False
+) -> tuple[int, int]:
     """Return parts and splits, of one query and head_dim 128."""
     found = best_sharing(
         num_heads=num_heads,
@@ -107,41 +111,51 @@ def sharing(folded: int, key_tiles: int, num_heads: int = 1) -> tuple[int, int]:
         key_tile_bytes=32768,
         share_row_bytes=520,
         num_slots=132,
+        together=together,
     )
     return found.parts, found.num_splits
 
 
 def test_many_heads_are_dealt_out_where_adding_up_takes_longest() -> None:
-    assert sharing(32, 256) == (2, 64)
-    assert sharing(32, 4096) == (1, 128)  # the keys take longer, and are read once
+    assert sharing(32, 256) == (4, 33)
+    assert sharing(32, 2**16) == (1, 132)  # the keys take longer, and are read once
+    assert sharing(32, 256, together=True) == (1, 128)
     assert sharing(4, 256, num_heads=8) == (1, 16)  # few shares
     assert sharing(31, 256)[0] == 1  # a prime, and 31 times the keys is too much
     assert sharing(32, 256, num_heads=132) == (1, 1)  # nothing to add up
 
 
-def test_many_large_shares_are_added_up_in_two_steps() -> None:
-    """Each step reads about the square root of their number, in eights; small ones take longer to
-    hand on."""
-    assert shares_at_once(64, 16 * 520) == 8
-    assert shares_at_once(66, 16 * 520) == 16
-    assert shares_at_once(33, 8 * 520) == 33
-    assert shares_at_once(16, 4 * 520) == 16
-    assert shares_at_once(8, 64 * 520) == 8
-    assert [shares_at_once(n, 0) for n in (1, 2)] == [1, 2]
-    two_steps = Reading(1, 132, 32768, 64 * 520, 132).adding_up(132)
-    assert two_steps < SHARE_WEIGHT * 132 * 64 * 520 / 3
+def test_many_large_shares_are_added_up_together() -> None:
+    """Where that takes less time than one block would, though blocks wait for each other."""
+    assert adds_up_together(128, 32 * 520)
+    assert adds_up_together(32, 8 * 1032)
+    assert not adds_up_together(16, 16 * 520)
+    assert not adds_up_together(4, 32 * 520)
+    assert not any(adds_up_together(n, 2**30) for n in (0, 1))
+    sizes = {"row_tiles": 1, "key_tiles": 264, "key_tile_bytes": 32768, "num_slots": 132}
+    of_64_rows = Reading(share_bytes=64 * 520, **sizes)
+    assert of_64_rows.adding_up(132) == of_64_rows.adding_up(66)
+    alone = Reading(share_bytes=64 * 520, **sizes | {"row_tiles": 2})  # twice as many as run
+    assert alone.adding_up(132) == SHARE_WEIGHT * 132 * 64 * 520 > 10 * of_64_rows.adding_up(132)
 
 
-def test_a_second_step_has_counters_and_shares_of_its_own() -> None:
+def test_pieces_are_no_more_than_their_length_asks_for() -> None:
+    """313 key tiles are three at a time for 105 blocks as for 132."""
+    sizes = {"row_tiles": 1, "key_tile_bytes": 32768, "num_slots": 132}
+    assert Reading(key_tiles=313, share_bytes=32 * 520, **sizes).best_num_splits() == 105
+
+
+def test_a_launch_is_told_who_adds_up() -> None:
     problem = problem_of(1, 32, 1, 1, 16384)
     plan = select_plan(problem, 90)
     assert isinstance(plan, Sm90Plan)
     shapes = SM90.scratch_shapes(problem, plan)
-    assert shapes["split_out"][0] == shapes["split_stats"][0] == 64 + 8
-    assert shapes["tile_counter"] == (2 * (8 + 1),)
-    small = SM90.scratch_shapes(problem, dataclasses.replace(plan, num_splits=4))
-    assert small["split_out"][0] == 4
-    assert small["tile_counter"] == (2,)
+    assert shapes["split_out"][0] == shapes["split_stats"][0] == plan.num_splits
+    assert shapes["tile_counter"] == (2,)  # those that wait, and those that have seen all
+    addresses = dict.fromkeys(("q", "k", "v", "out"))
+    few = dataclasses.replace(plan, num_splits=2)
+    told = [SM90.build_params(problem, x, addresses, 132).attn for x in (plan, few)]
+    assert [attn.most_polls for attn in told] == [32, 0]
 
 
 def test_keys_are_shared_through_l2_only_by_what_runs_at_once() -> None:
@@ -156,8 +170,8 @@ def test_keys_are_shared_through_l2_only_by_what_runs_at_once() -> None:
 def test_a_plan_says_how_many_heads_a_row_tile_has() -> None:
     problem = problem_of(1, 32, 1, 1, 16384)
     plan = select_plan(problem, 90)
-    assert (plan.folds_heads, problem.group_size) == (16, 32)
-    assert "folded heads:16" in plan.describe()
+    assert (plan.folds_heads, problem.group_size) == (32, 32)
+    assert "folded heads:32" in plan.describe()
     assert select_plan(problem, 80).folds_heads == 32  # nothing to add up
 
 
@@ -207,8 +221,9 @@ def test_explain_says_so() -> None:
 
 def test_explain_says_how_many_of_a_group() -> None:
     q, k = half(1, 64, 1, 64), half(1, 1, 16384, 64)
-    text = str(flashcore.explain(q, k, k, arch=90, file=io.StringIO()))
-    folded = select_plan(Problem.from_tensors(q, k, k), 90).folds_heads
+    window = (16000, 0)  # beside which one block adds up
+    text = str(flashcore.explain(q, k, k, window=window, arch=90, file=io.StringIO()))
+    folded = select_plan(Problem.from_tensors(q, k, k, window=window), 90).folds_heads
     assert 1 < folded < 64
     assert f"{folded} of the 64 heads of q that share one of k and v are rows of one row" in text
 
@@ -284,95 +299,6 @@ def test_a_launch_without_splits_has_no_scratch_memory(machine: standin.Machine)
     flashcore.attention(q, q, q)
     p = machine.driver.launches[0].params.attn
     assert (p.split_out, p.split_stats, p.tile_counter, p.num_splits) == (None, None, None, 1)
-
-
-DECODE = [
-    Case(num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=4096, head_dim=128, head_dim_v=128),
-    Case(batch=3, num_heads_q=4, num_heads_kv=4, seqlen_q=7, seqlen_k=3001, causal="lower_right"),
-    Case(num_heads_q=16, num_heads_kv=1, seqlen_q=4, seqlen_k=5000, window=(700, 0), tail=2),
-    Case(num_heads_q=8, num_heads_kv=2, seqlen_q=1, seqlen_k=2050, mask="padding", softcap=9.0),
-    Case(seqlen_q=150, seqlen_k=9000, head_dim=256, head_dim_v=256, causal="lower_right"),
-    Case(seqlen_q=1, seqlen_k=4096, head_dim=80, head_dim_v=40, dtype="bfloat16", layout="bshd"),
-    Case(num_heads_q=32, num_heads_kv=1, seqlen_q=1, seqlen_k=16384, head_dim=128, head_dim_v=128),
-    Case(num_heads_q=24, num_heads_kv=2, seqlen_q=2, seqlen_k=8192, window=(5000, 0), tail=0),
-    Case(num_heads_q=32, num_heads_kv=8, batch=40, seqlen_q=1, seqlen_k=1111, head_dim=64),
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", DECODE, ids=Case.describe)
-def test_on_a_gpu(case: Case) -> None:
-    check_case("auto", case)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(("heads_kv", "seqlen_k"), [(8, 4096), (1, 16384)])  # one step, and two
-def test_on_a_gpu_results_are_the_same_bit_for_bit_and_graphs_may_be_replayed(
-    heads_kv: int, seqlen_k: int
-) -> None:
-    if torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("the portable kernel splits no keys")
-    shapes = (32, 1), (heads_kv, seqlen_k), (heads_kv, seqlen_k)
-    q, k, v = (torch.randn(1, *shape, 128).half().cuda() for shape in shapes)
-    want, want_lse = check("auto", q, k, v)
-    for _ in range(50):
-        out, lse = flashcore.attention(q, k, v, return_lse=True)
-        assert torch.equal(out, want)
-        assert torch.equal(lse, want_lse)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outs = [flashcore.attention(q, k, v) for _ in range(3)]
-    other = torch.cuda.Stream()
-    for _ in range(20):
-        for captured in outs:
-            captured.zero_()
-        torch.cuda.synchronize()
-        graph.replay()
-        with torch.cuda.stream(other):  # beside the graph: counters and scratch of its own
-            beside = flashcore.attention(q, k, v)
-        torch.cuda.synchronize()
-        assert all(torch.equal(out, want) for out in (*outs, beside))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("in_pages", [False, True])
-@pytest.mark.parametrize("heads", [(32, 8), (71, 1), (4, 4)])
-def test_on_a_gpu_work_is_cut_by_lengths(in_pages: bool, heads: tuple[int, int]) -> None:
-    """Each sequence is right, whatever the others' lengths, which a graph is replayed with."""
-    batch, room, page = 37, 4096, 16
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(batch, heads[0], 1, 64, generator=generator).half().cuda()
-    k, v = torch.randn(2, batch, heads[1], room, 64, generator=generator).half().cuda()
-    seqlens_k = torch.zeros(batch, dtype=torch.int32, device="cuda")
-    if in_pages:
-        table = torch.arange(batch * room // page, dtype=torch.int32, device="cuda").view(batch, -1)
-        pages = [
-            x.view(batch, heads[1], -1, page, 64).transpose(1, 2).flatten(0, 1) for x in (k, v)
-        ]
-
-    def call() -> Any:
-        if in_pages:
-            return attention_paged(q, *pages, table, seqlens_k, return_lse=True)
-        return flashcore.attention(q, k, v, seqlens_k=seqlens_k, return_lse=True)
-
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = call()
-    for seed in range(4):
-        drawn = torch.Generator().manual_seed(seed)
-        lengths = torch.randint(0, (4, 70, 700, room + 1)[seed], (batch,), generator=drawn)
-        lengths[seed] = room
-        seqlens_k.copy_(lengths)
-        graph.replay()
-        again, again_lse = call()
-        assert torch.equal(out, again)
-        assert torch.equal(lse, again_lse)
-        for b, n in enumerate(lengths.tolist()):
-            own = slice(b, b + 1)
-            sequence = q[own], k[own, :, :n], v[own, :, :n]
-            report = error_report(out[own], *sequence, lse=lse[own])
-            assert report.ok, f"sequence {b} of {n} keys: {report}"
 
 
 def test_the_compile_gate_holds_split_kernels() -> None:

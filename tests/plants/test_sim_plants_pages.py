@@ -17,7 +17,12 @@ from flashcore.ops.paged import NAMES, paged_problem
 from flashcore.problem.options import Inputs, Options
 from flashcore.selection.select import select_plan
 from flashcore.sim import SimulationError, simulate
-from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
+from flashcore.sim.plants.pages import (
+    PLANTS_PAGES,
+    PLANTS_PAGES_SM90,
+    PLANTS_PAGES_WIDE,
+    PLANTS_PAGES_WMMA,
+)
 from flashcore.sim.replay import parse_replay
 
 pytestmark = pytest.mark.thorough
@@ -26,9 +31,9 @@ SEEDS = range(20)
 PLANTED = [
     *((name, kernel) for kernel in (WMMA, SM90) for name in PLANTS_PAGES),
     *((name, WMMA) for name in PLANTS_PAGES_WMMA),
-    *((name, SM90) for name in PLANTS_PAGES_SM90),
+    *((name, SM90) for name in PLANTS_PAGES_SM90 | PLANTS_PAGES_WIDE),
 ]
-ALL_PLANTS = PLANTS_PAGES | PLANTS_PAGES_WMMA | PLANTS_PAGES_SM90
+ALL_PLANTS = PLANTS_PAGES | PLANTS_PAGES_WMMA | PLANTS_PAGES_SM90 | PLANTS_PAGES_WIDE
 
 
 def run_plant(name: str, kernel: str, seed: int, healthy: bool = False) -> SimulationError | str:

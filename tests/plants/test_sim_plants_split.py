@@ -12,54 +12,50 @@ from plant_checks import check_text, undocumented
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.compile.codegen import generate_source
-from flashcore.kernels.fwd_sm90.kernel import SM90
-from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan, traits_sm90
+from flashcore.kernels.fwd_sm90.candidates import traits_sm90
+from flashcore.kernels.fwd_sm90.params import build_params_sm90
+from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError, simulate
-from flashcore.sim.plants.fwd_sm90 import steps
+from flashcore.sim.plants.fwd_sm90 import together
 from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT
 from flashcore.sim.replay import parse_replay
 
 pytestmark = pytest.mark.thorough
 
 SEEDS = range(20)
-PLANTS = PLANTS_SPLIT | steps.PLANTS_STEPS
+PLANTS = PLANTS_SPLIT | together.PLANTS_TOGETHER
 # Two row tiles a head, in five pieces each for three blocks; of eight key tiles, so that pieces
 # differ in length. Of three blocks an SM, a thread has few registers and loads four shares at once.
 # q is large: the shares' maxima differ.
 CASE = Case(seqlen_q=70, seqlen_k=250, head_dim=32, head_dim_v=40, spread=4.0)
 
 
+TILE = {"block_m": 64, "block_n": 32, "num_stages": 2, "min_blocks": 3, "num_splits": 5}
+TOGETHER = Case(**together.CALL)
+
+
 @functools.cache
-def case_with_inputs() -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor]:
-    x = make_inputs(CASE)
+def inputs_of(case: Case) -> tuple[Problem, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x = make_inputs(case)
     return Problem.from_tensors(x.q, x.k, x.v, return_lse=True), x.q, x.k, x.v
 
 
-def plan(num_splits: int = 5, min_blocks: int = 3) -> Sm90Plan:
-    problem, *_ = case_with_inputs()
-    return Sm90Plan(
-        kernel=KERNEL,
-        arch=ARCH,
-        block_m=64,
-        block_n=32,
-        num_stages=2,
-        min_blocks=min_blocks,
-        num_splits=num_splits,
-        **traits_sm90(problem),
-    )
+def plan(case: Case = CASE) -> Sm90Plan:
+    problem, *_ = inputs_of(case)
+    tile = TILE if case is CASE else together.TILE
+    return Sm90Plan(kernel=KERNEL, arch=ARCH, **tile, **traits_sm90(problem))
 
 
-def run_plant(plant: Plant | None, seed: int, in_steps: bool = False) -> SimulationError | str:
-    """Run a plant, with as many shares as are added up in one step or in two; return the alarm, or
+def run_plant(plant: Plant | None, seed: int, case: Case = CASE) -> SimulationError | str:
+    """Run a plant, where the last block adds up, or all together; return the alarm, or
     "wrong-result", or "healthy"."""
-    problem, q, k, v = case_with_inputs()
-    out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.float16)
-    lse = torch.empty(1, 2, CASE.seqlen_q)
+    problem, q, k, v = inputs_of(case)
+    out = torch.empty(*q.shape[:3], case.head_dim_v, dtype=torch.float16)
+    lse = torch.empty(q.shape[:3])
     try:
-        own = plan(steps.TILE["num_splits"], 1) if in_steps else plan()
-        simulate(problem, own, q, k, v, None, out, lse, seed=seed, plant=plant)
+        simulate(problem, plan(case), q, k, v, None, out, lse, seed=seed, plant=plant)
     except SimulationError as error:
         return error
     return "healthy" if error_report(out, q, k, v, lse=lse).ok else "wrong-result"
@@ -69,7 +65,7 @@ def run_plant(plant: Plant | None, seed: int, in_steps: bool = False) -> Simulat
 def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
     plant = PLANTS[name]
     for seed in SEEDS:
-        found = run_plant(plant, seed, name in steps.PLANTS_STEPS)
+        found = run_plant(plant, seed, TOGETHER if name in together.PLANTS_TOGETHER else CASE)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
         if isinstance(found, SimulationError) and found.agent is not None:
@@ -78,13 +74,16 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 def test_without_a_plant_the_same_runs_are_healthy() -> None:
     assert {run_plant(None, seed) for seed in SEEDS[::4]} == {"healthy"}
-    assert {run_plant(None, seed, in_steps=True) for seed in SEEDS[::4]} == {"healthy"}
+    assert {run_plant(None, seed, TOGETHER) for seed in SEEDS[::4]} == {"healthy"}
 
 
-def test_there_are_two_steps() -> None:
-    problem, *_ = case_with_inputs()
-    shapes = [SM90.scratch_shapes(problem, x) for x in (plan(), plan(44, 3), plan(44, 1))]
-    assert [x["split_out"][0] for x in shapes] == [5, 44, 44 + 6]
+def test_who_adds_up() -> None:
+    polls = []
+    for case in (CASE, TOGETHER):
+        problem, *_ = inputs_of(case)
+        params = build_params_sm90(problem, plan(case), dict.fromkeys(("q", "k", "v", "out")), 3)
+        polls.append(params.attn.most_polls)
+    assert polls == [0, 32]
 
 
 def test_the_replay_command_repeats_the_run() -> None:

@@ -10,7 +10,8 @@ from plant_checks import check_text, undocumented
 
 from flashcore.backends.packed import as_batch, packed_problem
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
-from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan, traits_sm90
+from flashcore.kernels.fwd_sm90.candidates import traits_sm90
+from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection.select import candidates

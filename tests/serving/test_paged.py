@@ -13,7 +13,9 @@ from parameters import thorough_but
 import flashcore
 from backends import GPU, SIM, WMMA, device_of
 from flashcore.checks.accuracy import error_report
-from flashcore.ops.paged import attention_paged
+from flashcore.kernels.fwd_sm90.obstacles import loads_whole_rows
+from flashcore.ops.paged import attention_paged, paged_problem
+from flashcore.problem.options import Inputs, Options
 
 SIM90 = pytest.param("sim90", id="sim90")
 every_backend = pytest.mark.parametrize("backend", ["torch", SIM, SIM90, WMMA, GPU])
@@ -109,6 +111,43 @@ def test_keys_and_values_in_one_tensor(backend: str) -> None:
         both = torch.stack([x.transpose(1, 2) for x in (cache.k_pages, cache.v_pages)], dim)
         k, v = (x.transpose(1, 2) for x in both.unbind(dim))
         check(backend, cache._replace(k_pages=k, v_pages=v))
+
+
+@pytest.mark.parametrize("layout", thorough_but(("apart",), ("tokens", "heads", "both", "apart")))
+@pytest.mark.parametrize("backend", [SIM90, GPU])
+def test_boxes_of_all_columns(backend: str, layout: str) -> None:
+    """TMA takes all columns of a page's rows at once where pages are small and heads wide, but not
+    where pages are no multiple of eight rows apart."""
+    cache = make(
+        16, backend, num_heads_q=4, num_heads_kv=2, seqlen_q=1, head_dim=128, head_dim_v=128,
+        heads_first=layout == "heads", dtype=torch.bfloat16,
+    )  # fmt: skip
+    k, v = cache.k_pages, cache.v_pages
+    if layout == "both":
+        k, v = torch.stack([x.transpose(1, 2) for x in (k, v)], 1).transpose(2, 3).unbind(1)
+    check(backend, cache._replace(k_pages=k, v_pages=v))
+    if layout == "apart":
+        apart = k.new_full((k.shape[0], 20, *k.transpose(1, 2).shape[2:]), torch.nan)
+        apart[:, :16] = k.transpose(1, 2)
+        check(backend, cache._replace(k_pages=apart[:, :16].transpose(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("page_size", "head_dim", "rows_apart", "whole"),
+    [
+        *((16, 128, 16, True), (8, 192, 8, True), (32, 256, 40, True)),
+        *((64, 128, 64, False), (16, 64, 16, False), (16, 96, 16, False), (16, 128, 20, False)),
+    ],
+)
+def test_which_boxes_have_all_columns(
+    page_size: int, head_dim: int, rows_apart: int, whole: bool
+) -> None:
+    q = torch.empty(2, 4, 1, head_dim, dtype=torch.float16)
+    k = torch.empty(6, rows_apart, 2, head_dim, dtype=torch.float16)[:, :page_size].transpose(1, 2)
+    lengths, table = torch.zeros(2, dtype=torch.int32), torch.zeros(2, 3, dtype=torch.int32)
+    inputs = Inputs(q, k, k, seqlens_k=lengths, page_table=table)
+    problem = paged_problem(inputs, Options.checked(False, None, None, None))
+    assert loads_whole_rows(problem) == whole
 
 
 @every_backend

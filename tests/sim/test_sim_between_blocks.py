@@ -1,5 +1,5 @@
 """Test that what one block wrote another may read only where barriers and an atomic order the two;
-the simulator says so although its blocks run one after the other."""
+the simulator says so although its blocks run one after the other, or halt where they poll."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from flashcore.compile.codegen import flatten
 from flashcore.sim import SimTensor, SimulationError, simulate_source
 
-FAULTS = Path(__file__).parents[1] / "conformance" / "faults_between_blocks.cuh"
+FOLDER = Path(__file__).parents[1] / "conformance"
+FAULTS = FOLDER / "faults_between_blocks.cuh"
 SEEDS = range(20)
 MISTAKES = {
     0: "the count orders nothing",
@@ -81,3 +82,50 @@ def test_in_order_it_is_healthy_and_only_where_the_tensor_is_shared() -> None:
         assert torch.equal(launch(NO_MISTAKE, seed), BLOCKS * torch.arange(63, -1, -1))
     with pytest.raises(SimulationError, match="that another thread writes"):
         launch(NO_MISTAKE, 0, shared=False)
+
+
+class PollsParams(ctypes.Structure):
+    _fields_ = (*Params._fields_[:3], ("most_polls", ctypes.c_int32), ("padding", ctypes.c_int32))
+
+
+def poll(most_polls: int, seed: int, *replaced: str) -> int:
+    """Run blocks that poll; return how many left before all shares were there."""
+    source = flatten(FOLDER / "polls.cuh", "host", params="PollsParams")
+    if replaced:
+        assert source.count(replaced[0]) == 1
+        source = source.replace(*replaced)
+    counter = torch.zeros(1, dtype=torch.int32)
+    shares, sums = torch.zeros(2, BLOCKS, 64, dtype=torch.int32)
+    tensors = [
+        SimTensor("counter", counter, "counter", counter=True),
+        SimTensor("shares", shares, "shares", writable=True, shared=True),
+        SimTensor("sums", sums, "sums", writable=True),
+    ]
+    sizes = {"grid": BLOCKS, "num_threads": 64, "smem_bytes": 64}
+    simulate_source(source, PollsParams(most_polls=most_polls), tensors, seed=seed, **sizes)
+    left = (sums == -1).all(1)
+    assert int(counter) == BLOCKS + 2**16 * int(left.sum())
+    return int(left.sum())
+
+
+def test_blocks_that_poll_let_others_run() -> None:
+    """With few looks some leave and some stay, with many nobody leaves."""
+    assert {poll(1, seed) for seed in SEEDS} == {0, 1, 2}
+    assert {poll(0, seed) for seed in SEEDS} >= {1, 2}
+    assert {poll(100, seed) for seed in SEEDS} == {0}
+
+
+def test_a_look_that_orders_nothing_is_reported() -> None:
+    """The value is there, as another block wrote it while this one had halted."""
+    look = "seen = gmem_load_acquire(p.counter);"
+    relaxed = "gmem_atomic_cas(p.counter, -1, 0); seen = gmem_atomic_add(p.counter, 0);"
+    for seed in SEEDS:
+        with pytest.raises(SimulationError, match="ordered atomics between blocks") as caught:
+            poll(100, seed, look, relaxed)
+        assert (caught.value.kind, caught.value.array) == ("race", "shares")
+
+
+def test_a_counter_is_no_tensor_for_plain_loads() -> None:
+    plain = "seen = gmem_load(GmemPtr<const int32_t>{p.counter.address});"
+    with pytest.raises(SimulationError, match="without an atomic"):
+        poll(100, 0, "seen = gmem_load_acquire(p.counter);", plain)

@@ -14,7 +14,7 @@ from test_sim_healthy_sm90 import make_plan
 
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
-from flashcore.kernels.fwd_sm90 import splits
+from flashcore.kernels.fwd_sm90 import params
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim import simulate
@@ -62,27 +62,27 @@ def run(case: Case, tile: dict[str, Any], seed: int) -> tuple[torch.Tensor, torc
     return out, lse
 
 
-def add_up(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    """Have so many shares added up at once, and their sums in a second step."""
-    monkeypatch.setattr(splits, "shares_at_once", lambda *_: at_once)
+def add_up_together(monkeypatch: pytest.MonkeyPatch, most_polls: int) -> None:
+    """Have shares added up by all blocks that still look after so many times; 0: by the last."""
+    monkeypatch.setattr(params, "_most_polls", lambda *_: most_polls)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_kernel_is_healthy_and_right(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     tile, fixed = FAMILIES[name]
     for seed in range(SEEDS_OF_A_FAMILY):
-        num_splits, at_once = random.Random(seed).choice(
-            ((2, 2), (3, 3), (5, 5), (18, 18), (3, 2), (5, 2), (18, 5), (18, 6), (18, 17))
-        )
-        add_up(monkeypatch, at_once)
+        drawn = random.Random(seed)
+        num_splits = drawn.choice((2, 3, 5, 18))  # lanes have a share, none, or several
+        add_up_together(monkeypatch, drawn.choice((0, 0, 1, 3, 32)))
         run(draw_case(fixed, seed), tile | {"num_splits": num_splits}, seed)
 
 
-@pytest.mark.parametrize("at_once", [5, 2])
-def test_the_result_does_not_depend_on_who_comes_last(
-    monkeypatch: pytest.MonkeyPatch, at_once: int
+@pytest.mark.parametrize("most_polls", [0, 2, 32])
+def test_the_result_does_not_depend_on_who_adds_up(
+    monkeypatch: pytest.MonkeyPatch, most_polls: int
 ) -> None:
-    add_up(monkeypatch, at_once)
+    """Be it the last one, alone or with those that are left, or all."""
+    add_up_together(monkeypatch, most_polls)
     case = Case(seqlen_q=60, seqlen_k=400, head_dim=32, head_dim_v=32)
     results = [run(case, {"num_splits": 5}, seed) for seed in range(10)]
     for out, lse in results[1:]:

@@ -38,7 +38,7 @@ from flashcore.kernels.fwd_wmma.plan import KERNEL as _WMMA
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.kernels.registry import BY_NAME
 from flashcore.problem.case import Case
-from flashcore.sim.plants import index, pieces, trees
+from flashcore.sim.plants import index, pages, pieces, trees
 from flashcore.sim.plants.bwd_mask_sm90 import (
     OF_ROWS,
     PLANTS_BWD_MASK_SM90,
@@ -52,14 +52,13 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
-from flashcore.sim.plants.fwd_sm90 import float8, folded, packed, split, steps
+from flashcore.sim.plants.fwd_sm90 import float8, folded, packed, split, together
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
 from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.numerics import PLANTS_OLD_LARGE_MAX_SM90, PLANTS_TOTALS
-from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 
@@ -109,17 +108,6 @@ _PACKED = {
     "lengths_k": (40, 3, 90, 17, 0),
     "num_heads_kv": 1,
     "causal": "lower_right",
-}
-# Sequences that end inside of a box and of a page, and one that is told to have more keys than the
-# table reaches. The first page belongs to none of them.
-_PAGED: dict[str, Any] = {
-    "lengths": (33, 0, 20, 80),
-    "told": (33, -5, 20, 10**4),
-    "page_size": 16,
-    "max_pages": 5,
-    "seqlen_q": 40,
-    "astray": True,
-    "seed": 12,
 }
 _TILES: dict[str, Mapping[str, Any]] = {
     "no-is-yes": _TWO_CONSUMERS,
@@ -227,6 +215,10 @@ def _of_sm90() -> _Calls:
     return calls
 
 
+def _paged(plants: Mapping[str, Plant], tile: dict[str, Any], options: dict[str, Any]) -> _Calls:
+    return _calls(plants, tile, options=options, is_paged=True)
+
+
 _WITH_LARGE_SCORES: _Calls = {name: {"options": _SHORT | more} for name, more in _LARGE.items()}
 _WITH_MAX_SCORE = _calls(PLANTS_MAX_SCORE, {}, options=_MAX_SCORE)
 for _name in ("max-score-of-one-head", "max-score-of-padding"):
@@ -237,7 +229,7 @@ CALLS: Mapping[str, _Calls] = {
         **_drawn(_WMMA, {"one-stage-unordered": 6, "one-ahead": 8}),
         **_calls(PLANTS_VARLEN, {}, options=_PACKED, is_packed=True),
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
-        **_calls(PLANTS_PAGES | PLANTS_PAGES_WMMA, {}, options=_PAGED, is_paged=True),
+        **_calls(pages.OF_WMMA, {}, options=pages.CALL, is_paged=True),
         **_calls(pieces.OF_WALK, split.STREAM_TILE, options=split.STREAM_CASE, is_paged=True),
         **_calls(pieces.PLANTS_FLOAT8_WMMA, pieces.TILE, options=pieces.CALL, is_paged=True),
         **_calls(trees.OF_WMMA, {}, options=trees.CALL, is_paged=True),
@@ -260,14 +252,13 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
         "large-max-of-first-part": {"options": _LEVEL | _CAUSAL, "tile": _SHORT_KEY_TILES},
         **_calls(split.PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
-        **_calls(steps.PLANTS_STEPS, steps.TILE, options=steps.CALL),
+        **_calls(together.PLANTS_TOGETHER, together.TILE, options=together.CALL),
         **_calls(split.PLANTS_STREAM, split.STREAM_TILE, options=split.STREAM_CASE, is_paged=True),
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
-        **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
+        **_calls(pages.OF_SM90, _SHORT_KEY_TILES, options=pages.CALL, is_paged=True),
+        **_calls(pages.PLANTS_PAGES_WIDE, _SHORT_KEY_TILES, options=pages.WIDE_CALL, is_paged=True),
         **_calls(trees.OF_SM90, trees.TILE, options=trees.CALL, is_paged=True),
-        **_calls(float8.PLANTS_FLOAT8_SM90, float8.TILE, options=float8.CALL, is_paged=True),
-        **_calls(float8.PLANTS_WIDE_SM90, float8.TILE, options=float8.WIDE_CALL, is_paged=True),
-        **_calls(float8.PLANTS_SHORT_SM90, float8.TILE, options=float8.SHORT_CALL, is_paged=True),
+        **{name: call for group in float8.GROUPS for name, call in _paged(*group).items()},
         **_calls(folded.PLANTS_FOLDED_SM90, folded.TILE, options=folded.CALL, is_packed=True),
         **_calls(packed.PLANTS_PACKED, packed.TILE, options=packed.CALL, is_packed=True),
         **_WITH_MAX_SCORE,

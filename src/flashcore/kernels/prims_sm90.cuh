@@ -9,6 +9,8 @@
 //                 tma_prefetch_map(map): fetches the descriptor ahead of its first use
 //                 tma_load(smem_dst, map, bar, col, row, head, batch): one box, whose bytes count
 //                 towards bar; zeros outside of the tensor (PTX ISA: cp.async.bulk.tensor)
+//                 tma_load_chunks(smem_dst, map, bar, col, row, chunk, head, batch): of a map that
+//                 says that columns come in chunks: rows of all of them, one after the other
 //                 tma_store(map, smem_src, col, row, head, batch), tma_store_commit(),
 //                 tma_store_wait_read<N>(): all but the newest N groups have read their source
 //                 bulk_add(gmem_dst, smem_src, bytes): adds floats to floats that everybody adds to
@@ -20,11 +22,16 @@
 //                 elect_lane(): true in one lane of the warp
 //                 stmatrix_x4(p, reg): a 16x16 fragment's four 8x8 matrices; lane l gives the
 //                 address of row l % 8 of matrix l / 8 (PTX ISA: stmatrix)
+//                 ldmatrix_x4(p, reg), ldmatrix_x4_trans(p, reg): rows of 16 bytes are addressed in
+//                 the same way; register m of lane l has elements 2 (l % 4) and the next one of row
+//                 l / 4 of matrix m, or of the transposed matrix, elements of 16 bits (PTX ISA:
+//                 ldmatrix)
 // wgmma.cuh       WmmaAccum d[N / 16]: 64 x N accumulator of a warpgroup; warp w holds rows 16 w to
 //                 16 w + 15, each fragment as in wmma.cuh (PTX ISA: wgmma.mma_async)
-//                 wgmma_desc<ROW_BYTES>(p, leading_bytes): a swizzled operand tile, rows of
-//                 ROW_BYTES (64 or 128) as TMA writes them; leading_bytes between column chunks
-//                 (MN-major); desc + bytes: the same operand further on
+//                 wgmma_desc<ROW_BYTES>(p, leading_bytes, pattern_bytes): a swizzled operand tile,
+//                 rows of ROW_BYTES (64 or 128) as TMA writes them; leading_bytes between column
+//                 chunks (MN-major), pattern_bytes between eight rows and the next, which else
+//                 follow; desc + bytes: the same operand further on
 //                 swizzled_col<ROW_BYTES>(row, col): where a column lies in such a tile
 //                 wgmma_ss<T>(d, a_desc, b_desc, accumulate): A[m][k] and B[n][k], k contiguous
 //                 wgmma_ss_mn<T>(d, a_desc, b_desc, accumulate): A[k][m] and B[k][n], m and n

@@ -24,7 +24,9 @@ class TensorMap(ctypes.Structure):
         ("element_bytes", ctypes.c_uint32),
         ("swizzle_bytes", ctypes.c_uint32),
         ("box_heads", ctypes.c_uint32),  # 0 as 1
-        ("unused", ctypes.c_uint8 * 60),
+        ("chunks", ctypes.c_uint32),  # of box_cols columns, between rows and heads; 0: no such
+        ("box_batches", ctypes.c_uint32),  # 0 as 1; each with all chunks
+        ("unused", ctypes.c_uint8 * 52),
     ]
 
 

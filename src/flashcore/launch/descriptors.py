@@ -15,8 +15,10 @@ _DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _UINT8 = 0  # only the size counts
 _SWIZZLES = {0: 0, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_... by bytes
 _L2_PROMOTION_128B = 2  # with 256 reading a long cache once takes 7 % longer (docs/ladder-masks.md)
-_Sizes, _Strides, _Box = ctypes.c_uint64 * 4, ctypes.c_uint64 * 3, ctypes.c_uint32 * 4
-_EVERY_ELEMENT = _Box(1, 1, 1, 1)
+_MOST_DIMS = 5
+_Sizes, _Strides = ctypes.c_uint64 * _MOST_DIMS, ctypes.c_uint64 * (_MOST_DIMS - 1)
+_Box = ctypes.c_uint32 * _MOST_DIMS
+_EVERY_ELEMENT = _Box(1, 1, 1, 1, 1)
 
 
 def aligned(content: bytes) -> tuple[Any, int]:
@@ -42,14 +44,23 @@ def encode(tensor_map: TensorMap, dtype_name: str) -> TensorMap:
     """
     m = tensor_map
     memory, address = aligned(bytes(tensor_map))
+    sizes, strides = [m.cols, m.rows], [m.row_stride_bytes]
+    box = [m.box_cols, m.box_rows]
+    if m.chunks:
+        sizes.append(m.chunks)
+        strides.append(m.box_cols * m.element_bytes)
+        box.append(m.chunks)
+    sizes += m.heads, m.batches
+    strides += m.head_stride_bytes, m.batch_stride_bytes
+    box += max(1, m.box_heads), max(1, m.box_batches)
     arguments = (
         pointer(address),
         _UINT8 if m.element_bytes == 1 else _DATA_TYPES[dtype_name],
-        4,
+        len(sizes),
         pointer(m.base),
-        _Sizes(m.cols, m.rows, m.heads, m.batches),
-        _Strides(m.row_stride_bytes, m.head_stride_bytes, m.batch_stride_bytes),
-        _Box(m.box_cols, m.box_rows, max(1, m.box_heads), 1),
+        _Sizes(*sizes),
+        _Strides(*strides),
+        _Box(*box),
         _EVERY_ELEMENT,
         0,  # not interleaved
         _SWIZZLES[m.swizzle_bytes],

@@ -30,7 +30,8 @@
 #include "tile/sequence.cuh"
 #include "tile/shares.cuh"
 #include "tile/softmax.cuh"
-#include "fwd_sm90/float8_sm90.cuh"
+#include "fwd_sm90/float8/few_rows_sm90.cuh"
+#include "fwd_sm90/float8/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "fwd_sm90/merge_sm90.cuh"
@@ -169,12 +170,9 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   ++c.k_state.count;
   return;
 //@end
-
   ask_ahead(c, bar);
   float rescale[2];
-  // The right bound runs through a row tile's first key tile: the warps of its upper rows see
-  // nothing of the second part.
-  constexpr bool IN_PARTS = FIRST && ASKS_ONCE && BLOCK_N > 64;
+  constexpr bool IN_PARTS = FIRST && SPLITS_FIRST_TILE;
   constexpr int FIRST_PART = first_part_of(KEY_FRAGS);
   SecondPart<IN_PARTS> second = {p, c.warp_row, n_block * BLOCK_N};
 //@if gate pv
@@ -183,9 +181,8 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
 //@else
   scale_scores(scores, p);
   if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
-  if constexpr (MASKED) {
-    hide_scores<0, IN_PARTS ? FIRST_PART : KEY_FRAGS>(scores, p, c.warp_row, n_block * BLOCK_N);
-  }
+  constexpr int HIDDEN = IN_PARTS ? FIRST_PART : KEY_FRAGS;
+  if constexpr (MASKED) hide_scores<0, HIDDEN>(scores, p, c.warp_row, n_block * BLOCK_N);
   bool moved = false;
   if constexpr (TRIES_OLD_MAX) {
     const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
@@ -315,7 +312,8 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
   for (int turn = 0;; ++turn) {
     c.q_slot = q_slot(turn, c.row_group);
     if (KEY_SLICES > 1 && ASKS_ONCE) c.k_state.make_uniform();
-    mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
+    const bool is_known = KNOWS_FIRST_PIECE && turn == 0;  // before Q is there
+    if (!is_known) mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
     const auto coord = coord_slot(smem.coords, turn);
     BlockCoord block = {};
     block.m_begin = smem_load(coord);
@@ -352,6 +350,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 //@end
     c.has_out = false;
     if (!IS_PLAIN) clear_output(c);
+    if (is_known) mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
 
     // All consumers count all key tiles of the block, and all but the first give a turn.
     int n_block = keys.end - 1 - slice;
@@ -423,8 +422,8 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       HAS_FEED ? feed_at(FEED_OFFSET) : Feed(),
       smem_view<int32_t>(ARRIVAL_OFFSET, ARRIVAL_BYTES / 4, "arrival_smem"),
-      KLoad::view(K_LOAD_OFFSET, LOAD_STAGES, FLOAT8 ? "k_bytes_smem" : "k_smem"),
-      VLoad::view(V_LOAD_OFFSET, LOAD_STAGES, FLOAT8 ? "v_bytes_smem" : "v_smem"),
+      KLoad::view(K_LOAD_OFFSET, LOAD_STAGES, CONVERTS ? "k_bytes_smem" : "k_smem"),
+      VLoad::view(V_LOAD_OFFSET, LOAD_STAGES, CONVERTS ? "v_bytes_smem" : "v_smem"),
       smem_view<int32_t>(ENDS_OFFSET, NUM_ENDS, "ends_smem"),
   };
   const Barriers bar = barriers(BARRIERS_OFFSET);
@@ -436,6 +435,9 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
     if (HAS_FEED) init_feed(smem.feed);
     init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SLICES * 4);
   }
+  if (KNOWS_FIRST_PIECE && thread_idx() == PLACING_THREAD) {
+    store_coord(coord_slot(smem.coords, 0), SplitWalk().coord(params.attn, params.schedule));
+  }
   if constexpr (FOLDS_PACKED) clear_rows_of_nobody(params.attn, smem.q);
   block_sync();  // orders the initialisation before every use
   grid_dependency_wait();
@@ -444,11 +446,15 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
     if (HAS_FEED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
-  } else if (FLOAT8 && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
+  } else if (CONVERTS && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
     lower_registers<CONVERTER_REGISTERS>();
-    if constexpr (FLOAT8) convert_tiles(bar, smem);
+    if constexpr (CONVERTS) convert_tiles(bar, smem);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
-    consume(params, bar, smem);
+    if constexpr (FEW_ROWS) {
+      consume_few_rows(params.attn, bar, smem);
+    } else {
+      consume(params, bar, smem);
+    }
   }
 }

@@ -1,4 +1,5 @@
-"""Say which problems the Hopper kernel cannot serve, and which tensors TMA cannot read in place."""
+"""Say which problems the Hopper kernel cannot serve, which tensors TMA cannot read in place, and
+which pages it can in boxes of all columns."""
 
 from __future__ import annotations
 
@@ -72,3 +73,16 @@ def unreadable(problem: Problem) -> Mapping[str, str]:
                 f"apart, unlike {name}'s"
             )
     return found
+
+
+def loads_whole_rows(problem: Problem) -> bool:
+    """Return whether TMA loads all columns of a page's rows in one box, instead of a box for each
+    chunk of columns: of small pages, where boxes take long, and of pages that are whole groups of
+    rows apart."""
+    if not problem.has_pages or problem.cache_dtype or problem.page_size > tiles_sm90.SMALL_PAGE:
+        return False
+    dim, (of_page, _, of_row) = problem.head_dim, problem.k_strides
+    if dim != problem.head_dim_v or dim <= 64 or dim % 64 or of_row == 0:
+        return False
+    num_rows = problem.num_pages * (of_page // of_row) + problem.page_size
+    return of_page % (tiles_sm90.PAGE_ROWS * of_row) == 0 and num_rows < 2**31

@@ -9,7 +9,7 @@ from typing import Any
 from flashcore.kernels import stream_k
 from flashcore.kernels.fwd_sm90 import splits
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
+from flashcore.kernels.fwd_sm90.tiles import PAGE_ROWS, ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
 from flashcore.kernels.stream_k import share_row_bytes
@@ -69,25 +69,28 @@ def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]
     if not plan.shares_keys:
         return {}
     p = as_launched(problem, plan.folds_heads)
-    _, groups = _share_groups(problem, plan)
-    num_shares = plan.num_splits + (groups if groups > 1 else 0)
-    rows: tuple[int, ...] = (num_shares, p.batch, p.num_heads_q, p.seqlen_q)
+    rows: tuple[int, ...] = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
     num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
     return {
         "split_out": (*rows, plan.out_cols),
         "split_stats": (*rows, 2),
-        "tile_counter": (num_groups * (groups + 1 if groups > 1 else 1),),
+        "tile_counter": (2 * num_groups,),
     }
 
 
-def _share_groups(problem: Problem, plan: Sm90Plan) -> tuple[int, int]:
-    """Return how many shares of a row tile are added up at once, see splits.shares_at_once, and how
-    many sums that makes, which a second step adds up; 1 where there is one step."""
-    if not splits.adds_up_in_steps(plan.min_blocks):
-        return plan.num_splits, 1
+# Looks at the counter of a row tile's shares before a block goes on without those that lack. One
+# takes some 0.5 us: blocks that started together have all handed over by then.
+_MOST_POLLS = 32
+
+
+def _most_polls(problem: Problem, plan: Sm90Plan) -> int:
+    """Return how often blocks look for others' shares, which they add up together; 0 where the last
+    one adds up alone."""
+    if plan.stream_k or not splits.may_add_up_together(problem, plan.min_blocks):
+        return 0
     rows = min(plan.block_m, as_launched(problem, plan.folds_heads).seqlen_q)
-    at_once = splits.shares_at_once(plan.num_splits, rows * share_row_bytes(plan.head_dim_v))
-    return at_once, -(-plan.num_splits // at_once)
+    share_bytes = rows * share_row_bytes(plan.head_dim_v)
+    return _MOST_POLLS if splits.adds_up_together(plan.num_splits, share_bytes) else 0
 
 
 # What K and V of a group of heads may take of L2: 50 MB on an H100 or H200, of which each half
@@ -142,7 +145,7 @@ def build_params_sm90(
     argument = AttnSm90Params() if plan.gate is None else AttnSm90GateParams()
     argument.attn = params.build_params(problem, plan, pointers)
     argument.attn.num_splits = plan.num_splits
-    argument.attn.shares_at_once, argument.attn.share_groups = _share_groups(problem, plan)
+    argument.attn.most_polls = _most_polls(problem, plan)
     if plan.stream_k:
         stream_k.set_ranges(argument.attn, problem, plan, num_blocks)
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
@@ -212,7 +215,7 @@ def _set_map(
     element_bytes, box_cols = _ELEMENT_BYTES, plan.chunk
     if of_keys:
         element_bytes, box_cols = problem.cache_bytes, plan.load_chunk
-    is_swizzled = not (of_keys and plan.has_float8)  # whoever converts bytes swizzles
+    is_swizzled = not (of_keys and plan.converts)  # whoever converts bytes swizzles
     batch_bytes, head_bytes, row_bytes = (
         element_bytes * stride if stride or size > 1 else 16
         for stride, size in zip(strides, sizes, strict=True)
@@ -227,14 +230,20 @@ def _set_map(
         heads=heads,
         batches=batches,
         box_cols=box_cols,
-        box_rows=plan.box_rows if of_keys else ROWS_OF_CONSUMER,
+        box_rows=plan.box_rows if of_keys else plan.rows_of_group,
         element_bytes=element_bytes,
         swizzle_bytes=box_cols * element_bytes if is_swizzled else 0,
     )
     if packed and plan.folds_heads and not of_keys:
         fold_boxes(tensor_map, plan.folds_heads)
+    whole_rows = of_pages and plan.whole_rows
+    if whole_rows:
+        tensor_map.chunks, tensor_map.cols = cols // box_cols, box_cols
     if packed and not of_pages:
         make_ragged(tensor_map, 0)
+    elif whole_rows and name == "k":
+        argument.attn.k_rows_per_batch = batch_bytes // row_bytes if strides[0] else 0
+        group_rows(tensor_map, argument.attn.k_rows_per_batch)
     elif (problem.varlen == "keys" and of_keys) or (pages and name == "v"):
         rows_per_batch = batch_bytes // row_bytes if strides[0] else 0
         setattr(argument.attn, f"{name}_rows_per_batch", rows_per_batch)
@@ -253,6 +262,16 @@ def fold_boxes(tensor_map: TensorMap, num_heads: int) -> None:
     m.rows, m.heads = m.heads, m.rows
     m.row_stride_bytes, m.head_stride_bytes = m.head_stride_bytes, m.row_stride_bytes
     m.box_rows, m.box_heads = num_heads, ROWS_OF_CONSUMER // num_heads
+
+
+def group_rows(tensor_map: TensorMap, rows_per_page: int) -> None:
+    """Let a box of a page be groups of eight rows, each with all chunks of columns: what was a page
+    becomes such a group, counted over all pages, which begin `rows_per_page` rows apart."""
+    m = tensor_map
+    m.batches = ((m.batches - 1) * rows_per_page + m.rows) // PAGE_ROWS
+    m.batch_stride_bytes = PAGE_ROWS * m.row_stride_bytes
+    m.box_batches = m.box_rows // PAGE_ROWS
+    m.rows = m.box_rows = PAGE_ROWS
 
 
 def make_ragged(tensor_map: TensorMap, last_begin: int) -> None:

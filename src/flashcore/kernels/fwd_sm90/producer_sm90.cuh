@@ -1,7 +1,7 @@
 // fwd_sm90/producer_sm90.cuh - the producer of the Hopper kernel: one thread walks over the block's
 // row tiles, has TMA load their Q, and K and V as far ahead as the stages allow, and tells the
-// consumers which row tile it is. If keys lie in pages, the other lanes of its warp follow it, and
-// load K and V with it (fwd_sm90/pages_sm90.cuh).
+// consumers which row tile it is. If a key tile lies in several pages, the other lanes of its warp
+// follow it, and load K and V with it (fwd_sm90/pages_sm90.cuh).
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -14,7 +14,7 @@
 #include "tile/shares.cuh"
 #include "tile/smem_tile.cuh"
 #include "tile/stream_k.cuh"
-#include "fwd_sm90/float8_sm90.cuh"
+#include "fwd_sm90/float8/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 #include "fwd_sm90/pages_sm90.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"
@@ -59,7 +59,7 @@ FC_DEVICE int bytes_of_box(const AttnParams& p) {
 }
 
 // True where one thread is not enough: lanes find the block's range, or load boxes of pages.
-constexpr bool WHOLE_WARP = PAGED || STREAM_K;
+constexpr bool WHOLE_WARP = LOADS_BY_LANES || STREAM_K;
 
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
@@ -71,18 +71,22 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   for (int s = 0; s < KEY_SLICES; ++s) k_states[s].ring = v_states[s].ring = s;
 
   const auto load_k = [&](LoadState& k_state, const BlockCoord& block, int n_block) {
-    const auto full = bar.k_load_full + k_state.stage();
-    if (leads) {
-      mbar_wait(bar.k_load_empty + k_state.stage(), k_state.parity() ^ 1);
-      if (FLOAT8) smem_store(smem.ends + k_state.stage(), 0);
-      mbar_arrive_expect_tx(full, KLoad::BYTES);
-    }
+    const int stage = k_state.stage();
+    const auto full = bar.k_load_full + stage;
+    const auto await = [&] {
+      if (leads) {
+        mbar_wait(bar.k_load_empty + stage, k_state.parity() ^ 1);
+        if (CONVERTS) smem_store(smem.ends + stage, 0);
+        mbar_arrive_expect_tx(full, KLoad::BYTES);
+      }
+      if (LOADS_BY_LANES) warp_sync();  // orders wait and announcement before all lanes' loads
+    };
     if (PAGED) {
-      warp_sync();  // orders the wait and the announcement before all lanes' loads
-      pages.load_k(smem.k_loads[k_state.stage()], full, k_state.ring, n_block);
+      pages.load_k(smem.k_loads[stage], full, k_state.ring, n_block, await);
     } else {
-      smem.k_loads.load(k_state.stage(), params.k_map, full, k_box.row + n_block * BLOCK_N,
-                  block.head_idx_kv, k_box.batch);
+      await();
+      smem.k_loads.load(stage, params.k_map, full, k_box.row + n_block * BLOCK_N,
+                        block.head_idx_kv, k_box.batch);
     }
     ++k_state.count;
   };
@@ -90,18 +94,22 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 //@if gate qk softmax
     return;  // there is no P V
 //@end
-    const auto full = bar.v_load_full + v_state.stage();
-    if (leads) {
-      mbar_wait(bar.v_load_empty + v_state.stage(), v_state.parity() ^ 1);
-      if (FLOAT8) smem_store(smem.ends + (LOAD_STAGES + v_state.stage()), 0);
-      mbar_arrive_expect_tx(full, VLoad::BYTES);
-    }
+    const int stage = v_state.stage();
+    const auto full = bar.v_load_full + stage;
+    const auto await = [&] {
+      if (leads) {
+        mbar_wait(bar.v_load_empty + stage, v_state.parity() ^ 1);
+        if (CONVERTS) smem_store(smem.ends + (LOAD_STAGES + stage), 0);
+        mbar_arrive_expect_tx(full, VLoad::BYTES);
+      }
+      if (LOADS_BY_LANES) warp_sync();  // as for K
+    };
     if (PAGED) {
-      warp_sync();  // as for K
-      pages.load_v(smem.v_loads[v_state.stage()], full, v_state.ring, n_block);
+      pages.load_v(smem.v_loads[stage], full, v_state.ring, n_block, await);
     } else {
-      smem.v_loads.load(v_state.stage(), params.v_map, full, v_box.row + n_block * BLOCK_N,
-                  block.head_idx_kv, v_box.batch);
+      await();
+      smem.v_loads.load(stage, params.v_map, full, v_box.row + n_block * BLOCK_N,
+                        block.head_idx_kv, v_box.batch);
     }
     ++v_state.count;
   };
@@ -115,12 +123,12 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   };
 
   auto tile = row_tiles(p, smem.feed);
-  if (!PAGED && !leads) return;
+  if (!LOADS_BY_LANES && !leads) return;
   for (int turn = 0;; ++turn, leads ? tile.advance(p, params.schedule) : void()) {
     const auto coord = coord_slot(smem.coords, turn);
     bool done = leads && tile.done(p, params.schedule);
     if (done) smem_store(coord, NO_TILE);
-    if (PAGED) {
+    if (LOADS_BY_LANES) {
       if (leads && !done) store_coord(coord, tile.coord(p, params.schedule));
       warp_sync();  // orders the place before the other lanes read it
       done = smem_load(coord) == NO_TILE;
@@ -130,11 +138,12 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
         mbar_wait(bar.q_empty + q_slot(turn, group), q_parity(turn) ^ 1);
         mbar_arrive(bar.q_full + q_slot(turn, group));
       }
-      if (FLOAT8 && leads) end_conversion(bar, smem, k_states[0], v_states[0]);
+      if (CONVERTS && leads) end_conversion(bar, smem, k_states[0], v_states[0]);
       if (leads) grid_launch_dependents();
       return;
     }
-    const BlockCoord block = PAGED ? load_coord(coord) : tile.coord(p, params.schedule);
+    const bool is_known = LOADS_BY_LANES || (KNOWS_FIRST_PIECE && turn == 0);
+    const BlockCoord block = is_known ? load_coord(coord) : tile.coord(p, params.schedule);
     const auto& own = sequence_params(p, block);
     q_box = query_box(p, block);
     if (!PAGED) k_box = key_box(p, block, p.lengths.k_rows_per_batch);
@@ -144,7 +153,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 //@else
     const Range keys = own_keys(own, block);
 //@end
-    if (!PAGED) store_coord(coord, block);
+    if (!is_known) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
     int n_block = keys.end - 1;

@@ -78,7 +78,7 @@ struct TileWalk {
 };
 
 // The number of integers by which the producer tells the consumers a row tile's place.
-constexpr int COORD_INTS = STREAM_K ? 9 : SPLIT_KV ? 5 : 4;
+constexpr int COORD_INTS = STREAM_K ? 9 : SPLIT_KV ? 8 : 4;
 // The producer writes a tile's place once all groups of rows are done with Q of the tile two before
 // (three before, with two buffers for Q). A group may still be storing that tile's O and read its
 // place then, so there are four slots.
@@ -95,11 +95,14 @@ FC_DEVICE void store_coord(SmemPtr<int32_t> to, const BlockCoord& block) {
   smem_store(to + 1, block.head_idx);
   smem_store(to + 2, block.head_idx_kv);
   smem_store(to + 3, block.batch_idx);
-  if (SPLIT_KV) smem_store(to + 4, block.split);
+  if (SPLIT_KV) {
+    smem_store(to + 4, block.split);
+    smem_store(to + 5, block.tile_begin);
+    smem_store(to + 6, block.tile_end);
+    if (!STREAM_K) smem_store(to + 7, block.is_last ? 1 : 0);
+  }
   if (STREAM_K) {
-    smem_store(to + 5, block.num_splits);
-    smem_store(to + 6, block.tile_begin);
-    smem_store(to + 7, block.tile_end);
+    smem_store(to + 7, block.num_splits);
     smem_store(to + 8, block.first_slot);
   }
 }
@@ -107,11 +110,14 @@ FC_DEVICE void store_coord(SmemPtr<int32_t> to, const BlockCoord& block) {
 FC_DEVICE BlockCoord load_coord(SmemPtr<int32_t> from) {
   BlockCoord block = {smem_load(from + 3), smem_load(from + 1), smem_load(from + 2),
                       smem_load(from)};
-  if (SPLIT_KV) block.split = smem_load(from + 4);
+  if (SPLIT_KV) {
+    block.split = smem_load(from + 4);
+    block.tile_begin = smem_load(from + 5);
+    block.tile_end = smem_load(from + 6);
+    if (!STREAM_K) block.is_last = smem_load(from + 7) != 0;
+  }
   if (STREAM_K) {
-    block.num_splits = smem_load(from + 5);
-    block.tile_begin = smem_load(from + 6);
-    block.tile_end = smem_load(from + 7);
+    block.num_splits = smem_load(from + 7);
     block.first_slot = smem_load(from + 8);
   }
   return block;

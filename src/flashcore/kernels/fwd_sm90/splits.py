@@ -15,9 +15,12 @@ same time.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from flashcore.kernels.stream_k import SHARE_WEIGHT
+
+if TYPE_CHECKING:
+    from flashcore.problem import Problem
 
 # A piece has at least this many key tiles; fewer would take less time than its start and end.
 MIN_KEY_TILES = 2
@@ -33,37 +36,39 @@ HAND_OVER_BYTES = 26 * 1024
 L2_WEIGHT = 0.6
 # More parts must save at least this fraction of the cost: the model is not more exact than that.
 _PARTS_SAVE = 0.1
-# And two steps of adding up at least this one of the time of one. H200, 2026-11-29, B1 H32/1
-# S1/16384 D128: 2 row tiles of 66 splits took 17.4 us in one step and 11.3 in two, 4 row tiles of
-# 33 splits 12.3 and 12.1.
-_STEPS_SAVE = 0.25
-# Shares that a thread reads at once: of the same call 64 splits took 10.3 us with 8 shares at once,
-# where 66 took 11.3 with 9, or 11.4 with 6 and 11.
-_READ_AT_ONCE = 8
+# And adding up together at least this one of what one SM takes for it alone: by the model 37 % at
+# B1 H32/8 S4/16384, whose time it left as it was (H200, 2026-11-30: 28.4 and 28.2 us, a median of
+# ratios of 1.016), and 68 % at B4 H8/1 S1/8192 D256 (14.9 and 10.5 us).
+_TOGETHER_SAVES = 0.4
 _MAX_ROUNDS = 4
 
 
-def shares_at_once(num_splits: int, share_bytes: int) -> int:
-    """Return how many of a row tile's shares are added up at once: all of them, or about the square
-    root, where two steps that more SMs share save time in spite of handing over once more."""
-    several = _READ_AT_ONCE * -(-(math.isqrt(max(0, num_splits - 1)) + 1) // _READ_AT_ONCE)
-    in_steps = _adding_up(num_splits, several, share_bytes)
-    saves = in_steps < (1 - _STEPS_SAVE) * _adding_up(num_splits, num_splits, share_bytes)
-    return several if saves else num_splits
+def may_add_up_together(problem: Problem, min_blocks: int) -> bool:
+    """Return whether a kernel has the registers for that: with a mask tensor, soft-capping, windows
+    or largest scores those of a whole SM, and few columns; caches of 8 bits leave none. Mirrored in
+    tile/shares.cuh."""
+    has_options = problem.mask is not None or problem.softcap != 0.0 or problem.return_max_score
+    has_options |= problem.window_left >= 0 or problem.window_right >= 0
+    if problem.cache_dtype:
+        return False
+    return not has_options or (min_blocks == 1 and problem.head_dim_v <= 128)
 
 
-def adds_up_in_steps(min_blocks: int) -> bool:
-    """Return whether a plan of so many blocks an SM may add up shares in two steps: with fewer
-    registers, those of a part of an SM, it would spill."""
-    return min_blocks == 1
+def adds_up_together(num_splits: int, share_bytes: int) -> bool:
+    """Return whether blocks that share a row tile's keys add up its shares together: where that
+    saves time in spite of waiting for each other."""
+    if num_splits <= 1:
+        return False
+    alone = _alone(num_splits, share_bytes)
+    return _together(share_bytes) < (1 - _TOGETHER_SAVES) * alone
 
 
-def _adding_up(num_splits: int, at_once: int, share_bytes: int) -> float:
-    if at_once >= num_splits:
-        return SHARE_WEIGHT * num_splits * share_bytes
-    groups = -(-num_splits // at_once)
-    read = at_once + _READ_AT_ONCE * -(-groups // _READ_AT_ONCE)
-    return HAND_OVER_BYTES + SHARE_WEIGHT * read * share_bytes
+def _alone(num_splits: int, share_bytes: int) -> float:
+    return SHARE_WEIGHT * num_splits * share_bytes
+
+
+def _together(share_bytes: int) -> float:
+    return HAND_OVER_BYTES + SHARE_WEIGHT * share_bytes
 
 
 class Sharing(NamedTuple):
@@ -90,7 +95,7 @@ class Reading(NamedTuple):
         share_bytes: O and the softmax's state of one row tile, float32, of rows that exist.
         num_slots: blocks that run at once.
         readers: row tiles that read the same keys.
-        in_steps: whether shares may be added up in two steps.
+        together: whether blocks may add up shares together.
     """
 
     row_tiles: int
@@ -99,11 +104,7 @@ class Reading(NamedTuple):
     share_bytes: int
     num_slots: int
     readers: int = 1
-    in_steps: bool = True
-
-    def at_once(self, num_splits: int) -> int:
-        """Return how many shares are added up at once."""
-        return shares_at_once(num_splits, self.share_bytes) if self.in_steps else num_splits
+    together: bool = True
 
     def cost(self, num_splits: int) -> float:
         """Return the bytes that the busiest SM has time for until the result is there."""
@@ -118,7 +119,13 @@ class Reading(NamedTuple):
 
     def adding_up(self, num_splits: int) -> float:
         """Return the part of `cost` that adding up a row tile's shares takes."""
-        return _adding_up(num_splits, self.at_once(num_splits), self.share_bytes)
+        at_once = self.row_tiles * num_splits <= self.num_slots  # or nobody waits for the others
+        if at_once and self._pays_together(num_splits):
+            return _together(self.share_bytes)
+        return _alone(num_splits, self.share_bytes)
+
+    def _pays_together(self, num_splits: int) -> bool:
+        return self.together and adds_up_together(num_splits, self.share_bytes)
 
     def best_num_splits(self) -> int:
         """Return how many blocks share a row tile's keys where that costs least, 1 for no
@@ -129,10 +136,10 @@ class Reading(NamedTuple):
         wanted = [rounds * self.num_slots // self.row_tiles for rounds in range(1, _MAX_ROUNDS + 1)]
         keys = self.key_tiles * self.key_tile_bytes
         wanted.append(math.isqrt(int(keys / (SHARE_WEIGHT * self.share_bytes))))
-        # And of those, as few as have pieces no longer, where a step may read fewer for that.
+        # And of those, as few as have pieces no longer, where it costs nothing to add up fewer.
         longest = (max(1, -(-self.key_tiles // max(1, splits))) for splits in wanted)
         equal = [-(-self.key_tiles // tiles) for tiles in longest]
-        wanted += [n for n in equal if self.at_once(n) < n]
+        wanted += [n for n in equal if self._pays_together(n)]
         choices = {1, *(min(splits, most) for splits in wanted if splits > 1)} - {0}
         return min(sorted(choices), key=self.cost)
 
@@ -147,7 +154,7 @@ def best_sharing(
     key_tile_bytes: int,
     share_row_bytes: int,
     num_slots: int,
-    in_steps: bool = True,
+    together: bool = True,
 ) -> Sharing:
     """Return the numbers of splits, and of parts of folded heads, that cost least together.
 
@@ -160,7 +167,7 @@ def best_sharing(
         key_tile_bytes: K and V of a key tile.
         share_row_bytes: O and the softmax's state of one row, float32.
         num_slots: blocks that run at once.
-        in_steps: whether shares may be added up in two steps.
+        together: whether blocks may add up shares together.
 
     Returns:
         The cheapest, as far as more parts save a tenth.
@@ -176,7 +183,7 @@ def best_sharing(
             share_bytes=min(block_m, rows) * share_row_bytes,
             num_slots=num_slots,
             readers=readers,
-            in_steps=in_steps,
+            together=together,
         )
         num_splits = reading.best_num_splits()
         found = Sharing(reading.cost(num_splits), parts, num_splits)

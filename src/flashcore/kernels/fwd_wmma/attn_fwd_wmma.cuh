@@ -240,7 +240,7 @@ FC_DEVICE void attend(const AttnParams& params, const BlockCoord& block) {
 //@else
     mask_scores(scores, p, mask_gmem, warp_row, key_begin);
     float rescale[2];
-    softmax_step<false, false>(scores, state, rescale, scale_log2);
+    softmax_step<false>(scores, state, rescale, scale_log2);
     rescale_output(out, rescale);
 //@end
 //@if gate softmax

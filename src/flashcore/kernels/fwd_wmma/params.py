@@ -68,7 +68,7 @@ class Splits(ctypes.Structure):
         *_fields(ctypes.c_void_p, "split_out split_stats"),
         *_fields(
             ctypes.c_int32,
-            "num_splits shares_at_once share_groups num_lines heads_of_line num_ranges least_tiles",
+            "num_splits most_polls num_lines heads_of_line num_ranges least_tiles",
         ),
         ("adding_up", ctypes.c_float),
     ]

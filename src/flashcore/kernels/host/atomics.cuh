@@ -37,6 +37,25 @@ FC_DEVICE int gmem_atomic_add_acq_rel(GmemPtr<int32_t> p, int x, FC_SITE) {
   return fc_host::add(place, x);
 }
 
+// What it finds in the counter has been left there by gmem_atomic_add_acq_rel.
+FC_DEVICE int gmem_load_acquire(GmemPtr<int32_t> p, FC_SITE) {
+  const void* place = fc_host::gmem_atomic(p.address, 4, FC_HERE);
+  fc_host::let_blocks_run();
+  fc_host::learn_of_blocks(p.address);
+  int32_t x;
+  std::memcpy(&x, place, 4);
+  return x;
+}
+
+FC_DEVICE int gmem_atomic_cas(GmemPtr<int32_t> p, int expected, int x, FC_SITE) {
+  void* place = fc_host::gmem_atomic(p.address, 4, FC_HERE);
+  fc_host::let_blocks_run();
+  int32_t before;
+  std::memcpy(&before, place, 4);
+  if (before == expected) std::memcpy(place, &x, 4);
+  return before;
+}
+
 // Of a float32 tensor that the launch declares a counter. NaN is larger than any number.
 FC_DEVICE void gmem_atomic_max(GmemPtr<float> p, float x, FC_SITE) {
   void* place = fc_host::gmem_atomic(p.address, 4, FC_HERE);

@@ -12,7 +12,14 @@ FC_DEVICE void tma_prefetch_map(const TensorMap&) {}
 template <class T>
 FC_DEVICE void tma_load(SmemPtr<T> dst, const TensorMap& map, SmemPtr<uint64_t> bar, int col,
                         int row, int head, int batch, FC_SITE) {
-  fc_host::tma_load(dst.ref(), map, bar.ref(), col, row, head, batch, FC_HERE);
+  fc_host::tma_load(dst.ref(), map, bar.ref(), col, row, -1, head, batch, FC_HERE);
+}
+
+// The same of a tensor in chunks of columns, all of which from `chunk` on a box has.
+template <class T>
+FC_DEVICE void tma_load_chunks(SmemPtr<T> dst, const TensorMap& map, SmemPtr<uint64_t> bar,
+                               int col, int row, int chunk, int head, int batch, FC_SITE) {
+  fc_host::tma_load(dst.ref(), map, bar.ref(), col, row, chunk, head, batch, FC_HERE);
 }
 
 template <class T>

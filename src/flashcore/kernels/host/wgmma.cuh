@@ -9,12 +9,13 @@
 using WgmmaDesc = fc_host::Operand;
 
 template <int ROW_BYTES, class T>
-FC_DEVICE WgmmaDesc wgmma_desc(SmemPtr<T> p, int leading_bytes) {
+FC_DEVICE WgmmaDesc wgmma_desc(SmemPtr<T> p, int leading_bytes,
+                               int pattern_bytes = 8 * ROW_BYTES) {
   static_assert(ROW_BYTES == 64 || ROW_BYTES == 128, "swizzle patterns of 64 or 128 bytes");
   const auto address = uint32_t(p.base + p.index * int(sizeof(T)));
   const uint32_t swizzle = ROW_BYTES == 128 ? 1 : 2;
   return {(address & 0x3ffff) >> 4 | uint32_t(leading_bytes >> 4) << 16,
-          uint32_t(8 * ROW_BYTES >> 4) | swizzle << 30, p.ref()};
+          uint32_t(pattern_bytes >> 4) | swizzle << 30, p.ref()};
 }
 
 FC_DEVICE WgmmaDesc operator+(WgmmaDesc desc, int bytes) {

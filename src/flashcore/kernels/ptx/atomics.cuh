@@ -27,6 +27,22 @@ FC_DEVICE int gmem_atomic_add_acq_rel(GmemPtr<int32_t> p, int x) {
   return before;
 }
 
+// What it finds in the counter has been left there by gmem_atomic_add_acq_rel.
+FC_DEVICE int gmem_load_acquire(GmemPtr<int32_t> p) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p.address) : "memory");
+  return x;
+}
+
+FC_DEVICE int gmem_atomic_cas(GmemPtr<int32_t> p, int expected, int x) {
+  int before;
+  asm volatile("atom.relaxed.gpu.global.cas.b32 %0, [%1], %2, %3;"
+               : "=r"(before)
+               : "l"(p.address), "r"(expected), "r"(x)
+               : "memory");
+  return before;
+}
+
 // As an integer: floats from 0 on are in the order of their bits, those below in the reverse order,
 // and all of these are above the others where bits count as unsigned.
 FC_DEVICE void gmem_atomic_max(GmemPtr<float> p, float x) {

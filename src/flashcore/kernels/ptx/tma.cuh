@@ -1,6 +1,6 @@
-// ptx/tma.cuh - boxes of a four-dimensional tensor between global and shared memory by the tensor
-// memory accelerator (PTX ISA: cp.async.bulk.tensor). Coordinates count elements: column, row,
-// head, batch. One thread issues.
+// ptx/tma.cuh - boxes of a four-dimensional tensor, or of one in chunks of columns, between global
+// and shared memory by the tensor memory accelerator (PTX ISA: cp.async.bulk.tensor). Coordinates
+// count elements: column, row, head, batch. One thread issues.
 #pragma once
 
 struct alignas(64) TensorMap {
@@ -19,6 +19,17 @@ FC_DEVICE void tma_load(SmemPtr<T> dst, const TensorMap& map, SmemPtr<uint64_t> 
       "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
       "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(dst.address),
       "l"(&map), "r"(bar.address), "r"(col), "r"(row), "r"(head), "r"(batch)
+      : "memory");
+}
+
+// The same of a tensor in chunks of columns, all of which from `chunk` on a box has.
+template <class T>
+FC_DEVICE void tma_load_chunks(SmemPtr<T> dst, const TensorMap& map, SmemPtr<uint64_t> bar,
+                               int col, int row, int chunk, int head, int batch) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6, %7}], [%2];" ::"r"(dst.address),
+      "l"(&map), "r"(bar.address), "r"(col), "r"(row), "r"(chunk), "r"(head), "r"(batch)
       : "memory");
 }
 

@@ -7,19 +7,21 @@
 #pragma once
 
 // Descriptor of an operand tile in shared memory, swizzled in rows of ROW_BYTES as TMA writes it
-// (PTX ISA: matrix descriptor). Eight rows make one swizzle pattern; `leading_bytes` separates the
-// column chunks of an MN-major operand and is not read for a K-major one.
+// (PTX ISA: matrix descriptor). Eight rows make one swizzle pattern, and `pattern_bytes` further on
+// are the next eight; `leading_bytes` separates the column chunks of an MN-major operand and is not
+// read for a K-major one.
 struct WgmmaDesc {
   uint32_t low;   // address / 16, and leading_bytes / 16 from bit 16
-  uint32_t high;  // bytes of a pattern / 16, and the swizzle mode in the top bits
+  uint32_t high;  // pattern_bytes / 16, and the swizzle mode in the top bits
 };
 
 template <int ROW_BYTES, class T>
-FC_DEVICE WgmmaDesc wgmma_desc(SmemPtr<T> p, int leading_bytes) {
+FC_DEVICE WgmmaDesc wgmma_desc(SmemPtr<T> p, int leading_bytes,
+                               int pattern_bytes = 8 * ROW_BYTES) {
   static_assert(ROW_BYTES == 64 || ROW_BYTES == 128, "swizzle patterns of 64 or 128 bytes");
   const uint32_t swizzle = ROW_BYTES == 128 ? 1 : 2;
   return {(p.address & 0x3ffff) >> 4 | uint32_t(leading_bytes >> 4) << 16,
-          uint32_t(8 * ROW_BYTES >> 4) | swizzle << 30};
+          uint32_t(pattern_bytes >> 4) | swizzle << 30};
 }
 
 FC_DEVICE uint64_t wgmma_bits(WgmmaDesc desc) { return uint64_t(desc.high) << 32 | desc.low; }

@@ -50,11 +50,10 @@ struct Lengths {
 // Partial results of rows whose keys are split over blocks, see tile/shares.cuh; under
 // STREAM_K [slots, rows of a slot, ...], see tile/stream_k.cuh.
 struct Splits {
-  // Shares, and those that come of the first of two steps of adding up.
   GmemPtr<float> split_out;    // [shares, batch, num_heads_q, seqlen_q, padded HEAD_DIM_V]
   GmemPtr<float> split_stats;  // [shares, batch, num_heads_q, seqlen_q, 2]: row_max, row_sum
   int32_t num_splits;
-  int32_t shares_at_once, share_groups;  // added up at once, and how many such: one step, or two
+  int32_t most_polls;  // for others' shares, of groups that add up together; 0: the last one does
   int32_t num_lines, heads_of_line;  // heads side by side, and after one another: num_heads_q
   int32_t num_ranges;   // of a line
   int32_t least_tiles;  // key tiles of a block's range at least; of a piece under FIXED_PIECES

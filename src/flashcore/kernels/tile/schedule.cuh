@@ -10,10 +10,11 @@ struct BlockCoord {
   int head_idx_kv;  // of k and v: num_heads_q / num_heads_kv query heads share one
   int m_begin;      // first query row
   int split = 0;    // the part of the row tile's keys, see tile/shares.cuh
-  // Under STREAM_K alone, see tile/stream_k.cuh.
-  int num_splits = 1;              // of the row tile
   int tile_begin = 0, tile_end = 0;  // of the piece, counted from the row tile's first key tile
-  int first_slot = 0;              // of the row tile's first share
+  bool is_last = false;  // of the block's pieces, where the host splits keys
+  // Under STREAM_K alone, see tile/stream_k.cuh.
+  int num_splits = 1;  // of the row tile
+  int first_slot = 0;  // of the row tile's first share
 };
 
 // The order in which persistent blocks take tiles, see fwd_sm90/schedule_sm90.cuh.

@@ -4,9 +4,14 @@
 // A block takes pieces: a row tile and one of num_splits runs of its key tiles. It writes a partial
 // O with its row_max and row_sum to global memory, only the rows that exist. A counter tells the
 // group of four warps (64 rows) that hands over a row tile's last part: it adds up all parts, in
-// the order of the splits, so that the result does not depend on which group it is. Many large
-// parts are added up in two steps, so that more SMs read them: the last of each `shares_at_once`
-// adds up those and writes a part of all their keys, and the last one of these adds up these.
+// the order of the splits, so that the result does not depend on which group it is.
+//
+// Of many large parts the groups add up together. Each waits until all parts are there, and adds up
+// a slice of the row tile: 1 / num_splits of it, from all parts. But not for ever, as blocks need
+// not run at the same time: a group leaves after `most_polls` looks at the counter, or at once if
+// its block has another piece to take, and says so there. The counter is final when it has counted
+// the last part; it then says how many have left, and the others take larger slices. A warp adds up
+// 16 columns of a row, always in the same order, whoever it is.
 #pragma once
 
 #include "prims.cuh"
@@ -19,9 +24,11 @@
 #include "tile/stream_k.cuh"
 
 constexpr int GROUPS_OF_TILE = BLOCK_M / 64;  // that own 64 rows each
-// True where shares may be added up in two steps: the registers of a part of an SM are too few for
-// that. Mirrored by adds_up_in_steps in kernels/fwd_sm90/splits.py.
-constexpr bool IN_STEPS = SPLIT_KV && !STREAM_K && MIN_BLOCKS == 1;
+// True where blocks may add up shares together; others have no registers for that and would spill.
+// Mirrored by may_add_up_together in kernels/fwd_sm90/splits.py.
+constexpr bool HAS_OPTIONS = MASK_KIND != 0 || HAS_SOFTCAP || IS_BOUNDED || RETURNS_MAX_SCORE;
+constexpr bool MAY_ADD_UP_TOGETHER =
+    SPLIT_KV && !STREAM_K && !FLOAT8 && (!HAS_OPTIONS || (MIN_BLOCKS == 1 && HEAD_DIM_V <= 128));
 
 // Rows that a slot has room for: of packed sequences each has its own number.
 FC_DEVICE int rows_of_slot(const AttnParams& p) {
@@ -32,14 +39,7 @@ FC_DEVICE int rows_of_slot(const AttnParams& p) {
 FC_DEVICE Range own_keys(const AttnParams& p, const BlockCoord& block) {
   const Range keys = key_tiles(p, block.m_begin);
   if (!SPLIT_KV) return keys;
-  if (STREAM_K) {
-    return {keys.begin + block.tile_begin, min_i(keys.end, keys.begin + block.tile_end)};
-  }
-  const int num_tiles = keys.end - keys.begin;
-  const int at_least = num_tiles / p.splits.num_splits;
-  const int one_more = num_tiles % p.splits.num_splits;  // so many pieces, the first ones
-  const int begin = keys.begin + block.split * at_least + min_i(block.split, one_more);
-  return {begin, begin + at_least + (block.split < one_more ? 1 : 0)};
+  return {keys.begin + block.tile_begin, min_i(keys.end, keys.begin + block.tile_end)};
 }
 
 FC_DEVICE Packet<8> pair_of(float first, float second) {
@@ -95,11 +95,24 @@ FC_DEVICE PartialStats load_stats(const AttnParams& p, int64_t at) {
           from_packet<float>(Packet<4>{{packet.word[1]}})};
 }
 
-// Shares that are added up, side by side, and where their sum goes: the number of a share, or -1,
-// which is O and lse.
-struct Shares {
-  int first, num_splits, to;
-};
+// By what a row's sums are multiplied in the result, once all shares are in them.
+FC_DEVICE float result_factor(const AttnParams& p, const BlockCoord& block, int row,
+                              float& row_max, float& sum) {
+  float weight = 1.0f;
+  if constexpr (HAS_SINKS) {  // here, so that it counts once
+    weight = join_sink(row_max, sum, sink_of(p, block.head_idx, row), p);
+  }
+  const bool empty = sum == 0.0f;  // finish_softmax has the same rule
+  float inverse = empty ? 0.0f : weight * rcp_approx(sum);
+  if (FLOAT8) inverse *= p.scales.v_factor;
+  return inverse;
+}
+
+FC_DEVICE void store_lse(const AttnParams& p, const BlockCoord& block, int row, float row_max,
+                         float sum) {
+  const float lse = natural_lse(row_max, sum, p);
+  gmem_store(p.tensors.lse + lse_offset(p, block, row), sum == 0.0f ? NEG_INF : lse);
+}
 
 // Adds up the splits of PARTS parts of a group's rows, divides, and stores O and lse; of partial
 // results PACKETS are under way at once in a thread. A part is two packets of a row, half a row
@@ -107,15 +120,14 @@ struct Shares {
 // sums so far are brought to a new maximum, which is the step of the online softmax.
 template <int NUM_OUT_FRAGS, int PARTS, int PACKETS>
 FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int group_row,
-                            const Shares& shares, int first_part, int num_parts,
-                            float scale_log2) {
+                            int first_part, int num_parts, float scale_log2) {
   static_assert(HEAD_DIM_V % 8 == 0, "as TMA wants of rows");
   constexpr int HALF = HEAD_DIM_V / 2;
   constexpr int PARTS_OF_ROW = HALF / 4;
   // Whatever the rows are, as many shares have one maximum if a sequence alone is to decide.
   constexpr int AT_ONCE = FIXED_PIECES ? 4 : PACKETS / 2 / PARTS;
   const GmemPtr<const float> partials = {p.splits.split_out.address};
-  const int num_splits = shares.num_splits;
+  const int num_splits = num_splits_of(p, block);
   int row[PARTS], col[PARTS];
   float row_max[PARTS], sum[PARTS];
   float out[PARTS][2][4] = {};
@@ -134,8 +146,7 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
     for (int s = 0; s < AT_ONCE; ++s) {
 #pragma unroll
       for (int i = 0; i < PARTS; ++i) {
-        const int split = shares.first + min_i(begin + s, num_splits - 1);
-        const int64_t at = partial_row(p, block, split, row[i]);
+        const int64_t at = partial_row(p, block, min_i(begin + s, num_splits - 1), row[i]);
         const auto from = partials + (at * (NUM_OUT_FRAGS * 16) + col[i]);
         stats[s][i] = load_stats(p, at);
         partial[s][i][0] = gmem_load_packet<16>(from);
@@ -168,29 +179,7 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
 #pragma unroll
   for (int i = 0; i < PARTS; ++i) {
     if (first_part + i * 128 >= num_parts) continue;
-    if (IN_STEPS && shares.to >= 0) {
-      const int64_t at = partial_row(p, block, shares.to, row[i]);
-      const auto to = p.splits.split_out + (at * (NUM_OUT_FRAGS * 16) + col[i]);
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const auto& x = out[i][half];
-        Packet<16> packed;
-#pragma unroll
-        for (int c = 0; c < 4; ++c) packed.word[c] = to_packet(x[c]).word[0];
-        gmem_store_packet(to + half * HALF, packed);
-      }
-      if (col[i] == 0) {
-        gmem_store_packet(p.splits.split_stats + at * 2, pair_of(row_max[i], sum[i]));
-      }
-      continue;
-    }
-    float weight = 1.0f;
-    if constexpr (HAS_SINKS) {  // here, so that it counts once
-      weight = join_sink(row_max[i], sum[i], sink_of(p, block.head_idx, row[i]), p);
-    }
-    const bool empty = sum[i] == 0.0f;  // finish_softmax has the same rule
-    float inverse = empty ? 0.0f : weight * rcp_approx(sum[i]);
-    if (FLOAT8) inverse *= p.scales.v_factor;
+    const float inverse = result_factor(p, block, row[i], row_max[i], sum[i]);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const auto& x = out[i][half];
@@ -200,8 +189,7 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
       gmem_store_packet(p.tensors.out + at, packed);
     }
     if (!is_null(p.tensors.lse) && col[i] == 0) {
-      const float lse = natural_lse(row_max[i], sum[i], p);
-      gmem_store(p.tensors.lse + lse_offset(p, block, row[i]), empty ? NEG_INF : lse);
+      store_lse(p, block, row[i], row_max[i], sum[i]);
     }
   }
 }
@@ -210,22 +198,87 @@ FC_DEVICE void add_up_parts(const AttnParams& p, const BlockCoord& block, int gr
 // them, or one after the other would wait.
 template <int NUM_OUT_FRAGS, int PACKETS>
 FC_DEVICE void add_up_partials(const AttnParams& p, const BlockCoord& block, int group_row,
-                               const Shares& shares, float scale_log2) {
+                               float scale_log2) {
   constexpr int MOST_PARTS = PACKETS < 16 ? 1 : 2;
   const int most_rows = FOLDS_PACKED ? rows_of_box(p) : 64;  // the others are nobody's
   const int num_parts = min_i(most_rows, p.seqlen_q - group_row) * (HEAD_DIM_V / 8);
   int part = thread_idx() % 128;
   if (MOST_PARTS > 1 && num_parts <= 128) {
     if (part < num_parts) {
-      add_up_parts<NUM_OUT_FRAGS, 1, PACKETS>(p, block, group_row, shares, part, num_parts,
-                                              scale_log2);
+      add_up_parts<NUM_OUT_FRAGS, 1, PACKETS>(p, block, group_row, part, num_parts, scale_log2);
     }
     return;
   }
   for (; part < num_parts; part += MOST_PARTS * 128) {
-    add_up_parts<NUM_OUT_FRAGS, MOST_PARTS, PACKETS>(p, block, group_row, shares, part, num_parts,
+    add_up_parts<NUM_OUT_FRAGS, MOST_PARTS, PACKETS>(p, block, group_row, part, num_parts,
                                                      scale_log2);
   }
+}
+
+// Adds up, by a warp, all shares of 16 columns of a row, with one latency for up to 128: four lanes
+// read what is 64 bytes of a share, each eighth share, and lanes' sums are then brought to one
+// maximum.
+template <int NUM_OUT_FRAGS>
+FC_DEVICE void add_up_by_warp(const AttnParams& p, const BlockCoord& block, int row, int col,
+                              float scale_log2) {
+  constexpr int LANES_OF_SHARE = 4, SHARES_OF_WARP = 32 / LANES_OF_SHARE, AT_ONCE = 16;
+  const GmemPtr<const float> partials = {p.splits.split_out.address};
+  const int num_splits = p.splits.num_splits;
+  const int last = num_splits - 1;
+  const int own = lane_idx() / LANES_OF_SHARE;
+  col += lane_idx() % LANES_OF_SHARE * 4;
+  float row_max = NEG_INF, sum = 0.0f;
+  float out[4] = {};
+  for (int begin = 0; begin < num_splits; begin += SHARES_OF_WARP * AT_ONCE) {
+    PartialStats stats[AT_ONCE];
+    Packet<16> partial[AT_ONCE];
+#pragma unroll
+    for (int s = 0; s < AT_ONCE; ++s) {
+      const int64_t at = partial_row(p, block, min_i(begin + s * SHARES_OF_WARP + own, last), row);
+      stats[s] = load_stats(p, at);
+      partial[s] = gmem_load_packet<16>(partials + (at * (NUM_OUT_FRAGS * 16) + col));
+    }
+    const float old_max = row_max;
+#pragma unroll
+    for (int s = 0; s < AT_ONCE; ++s) row_max = max_f(row_max, stats[s].row_max);
+    const float finite_max = row_max == NEG_INF ? 0.0f : row_max;
+    const float factor = exp2_approx((old_max - finite_max) * scale_log2);
+    sum *= factor;
+#pragma unroll
+    for (int c = 0; c < 4; ++c) out[c] *= factor;
+#pragma unroll
+    for (int s = 0; s < AT_ONCE; ++s) {
+      if (begin + s * SHARES_OF_WARP + own > last) continue;
+      const float weight = exp2_approx((stats[s].row_max - finite_max) * scale_log2);
+      sum += weight * stats[s].row_sum;
+#pragma unroll
+      for (int c = 0; c < 4; ++c) {
+        out[c] += weight * from_packet<float>(Packet<4>{{partial[s].word[c]}});
+      }
+    }
+  }
+  const float own_max = row_max;
+#pragma unroll
+  for (int bit = LANES_OF_SHARE; bit < 32; bit *= 2) {
+    row_max = max_f(row_max, shfl_xor(row_max, bit));
+  }
+  const float finite_max = row_max == NEG_INF ? 0.0f : row_max;
+  const float factor = exp2_approx((own_max - finite_max) * scale_log2);
+  sum *= factor;
+#pragma unroll
+  for (int c = 0; c < 4; ++c) out[c] *= factor;
+#pragma unroll
+  for (int bit = LANES_OF_SHARE; bit < 32; bit *= 2) {
+    sum += shfl_xor(sum, bit);
+#pragma unroll
+    for (int c = 0; c < 4; ++c) out[c] += shfl_xor(out[c], bit);
+  }
+  if (own != 0 || col >= HEAD_DIM_V) return;  // the last 16 columns may be padding from the 8th on
+  const float inverse = result_factor(p, block, row, row_max, sum);
+  const Packet<8> packed = {{pack2<Element>(out[0] * inverse, out[1] * inverse),
+                             pack2<Element>(out[2] * inverse, out[3] * inverse)}};
+  gmem_store_packet(p.tensors.out + (out_offset(p, block, row) + col), packed);
+  if (!is_null(p.tensors.lse) && col == 0) store_lse(p, block, row, row_max, sum);
 }
 
 // Writes a warp's 16 rows of out and lse where no other block has a part of their keys.
@@ -250,31 +303,72 @@ FC_DEVICE void store_whole(const AttnParams& p, const BlockCoord& block, int war
   }
 }
 
-// Returns whether the shares of a row tile are added up in two steps.
-FC_DEVICE bool in_steps(const AttnParams& p) { return IN_STEPS && p.splits.share_groups > 1; }
-
-// Returns the shares that a step adds up. `is_last` is true in the second of two steps; a call with
-// one step has the same shares either way.
-FC_DEVICE Shares shares_of(const AttnParams& p, const BlockCoord& block, bool is_last) {
-  const int all_splits = num_splits_of(p, block);
-  if (!in_steps(p)) return {0, all_splits, -1};
-  if (is_last) return {all_splits, p.splits.share_groups, -1};
-  const int group = block.split / p.splits.shares_at_once;
-  const int first = group * p.splits.shares_at_once;
-  return {first, min_i(p.splits.shares_at_once, all_splits - first), all_splits + group};
+// Returns whether the groups that share a row tile's keys add up its shares together.
+FC_DEVICE bool adds_up_together(const AttnParams& p) {
+  return MAY_ADD_UP_TOGETHER && p.splits.most_polls > 0;
 }
 
-// The counter of a group's rows and of what a step adds up: where there are two steps that of the
-// last one, and behind it those of the first one.
+// The counter of a group's rows; of those that add up together the first of two.
 FC_DEVICE GmemPtr<int32_t> share_counter(const AttnParams& p, const BlockCoord& block,
-                                         int row_group, const Shares& shares) {
+                                         int row_group) {
   const int head = block.batch_idx * p.num_heads_q + block.head_idx;
   const int row_tile = head * p.num_m_blocks + block.m_begin / BLOCK_M;
   const int number = STREAM_K && !FIXED_PIECES ? first_block_of(block) : row_tile;
   const int place = number * GROUPS_OF_TILE + row_group;
-  if (!in_steps(p)) return p.tile_counter + place;
-  const int own = shares.to < 0 ? 0 : 1 + shares.to - p.splits.num_splits;
-  return p.tile_counter + (place * (p.splits.share_groups + 1) + own);
+  return p.tile_counter + (adds_up_together(p) ? 2 * place : place);
+}
+
+// What a counter counts: shares that are there, and in the upper half groups that have left.
+constexpr int ONE_LEFT = 1 << 16;
+
+// By one thread: counts a share and waits for the others. Returns what the counter says once all
+// are there, or 0 where the group has left.
+FC_DEVICE int await_shares(const AttnParams& p, const BlockCoord& block,
+                           GmemPtr<int32_t> counter) {
+  const int most_polls = block.is_last ? p.splits.most_polls : 0;
+  int seen = gmem_atomic_add_acq_rel(counter, 1) + 1;
+  for (int polls = 0; seen % ONE_LEFT < p.splits.num_splits; ++polls) {
+    const bool leaves =
+        polls >= most_polls && gmem_atomic_cas(counter, seen, seen + ONE_LEFT) == seen;
+    if (leaves) return 0;
+    seen = gmem_load_acquire(counter);
+  }
+  return seen;
+}
+
+// Adds up the shares of a group's rows together with the other groups that have some.
+template <int NUM_OUT_FRAGS, class Sync>
+FC_DEVICE void add_up_together(const AttnParams& p, const BlockCoord& block, int group_row,
+                               GmemPtr<int32_t> counter, float scale_log2, const Sync& sync,
+                               SmemPtr<int32_t> arrival) {
+  const int num_splits = p.splits.num_splits;
+  const bool counts = thread_idx() % 128 == 0;
+  int seen = 0;
+  int departure = 0;  // how many were done waiting before this group
+  if (counts) {
+    seen = await_shares(p, block, counter);
+    int number = block.split;
+    if (seen >= ONE_LEFT) number = departure = gmem_atomic_add(counter + 1, 1);
+    const int num_groups = num_splits - seen / ONE_LEFT;
+    smem_store(arrival, seen == 0 ? 0 : num_groups * ONE_LEFT + number);
+  }
+  sync();  // tells that to all, and hands on what the count made known
+  const int told = smem_load(arrival);
+  if (told == 0) return;
+  const int num_groups = told / ONE_LEFT;
+  const int number = told % ONE_LEFT;
+  if (counts && num_groups == num_splits) departure = gmem_atomic_add(counter + 1, 1);
+  const int num_parts = min_i(64, p.seqlen_q - group_row) * NUM_OUT_FRAGS;
+  const int of_group = (num_parts + num_groups - 1) / num_groups;
+  const int end = min_i(num_parts, (number + 1) * of_group);
+  for (int part = number * of_group + warp_idx() % 4; part < end; part += 4) {
+    add_up_by_warp<NUM_OUT_FRAGS>(p, block, group_row + part / NUM_OUT_FRAGS,
+                                  part % NUM_OUT_FRAGS * 16, scale_log2);
+  }
+  if (counts && departure == num_groups - 1) {  // for the next launch: nobody looks any more
+    gmem_atomic_add(counter, -seen);
+    gmem_atomic_add(counter + 1, -num_groups);
+  }
 }
 
 // Hands over a group's partial result, and adds up all of them if it was the last one. `sync` is a
@@ -291,20 +385,19 @@ FC_DEVICE void hand_over_partial(const AttnParams& p, const BlockCoord& block, i
     return;
   }
   store_partial(p, block, warp_row, softmax, out);
-  for (bool is_last = !in_steps(p);; is_last = true) {
-    sync();  // orders all warps' writes before the count
-    if (thread_idx() % 128 == 0) {
-      const Shares shares = shares_of(p, block, is_last);
-      const int num_splits = shares.num_splits;
-      const auto counter = share_counter(p, block, row_group, shares);
-      const bool last = gmem_atomic_add_acq_rel(counter, 1) == num_splits - 1;
-      if (last) gmem_atomic_add(counter, -num_splits);  // for the next launch
-      smem_store(arrival, last ? 1 : 0);
-    }
-    sync();  // hands on what the count made known
-    if (smem_load(arrival) == 0) return;
-    const Shares shares = shares_of(p, block, is_last);
-    add_up_partials<NUM_OUT_FRAGS, PACKETS>(p, block, group_row, shares, scale_log2);
-    if (is_last) return;
+  sync();  // orders all warps' writes before the count
+  const auto counter = share_counter(p, block, row_group);
+  if (adds_up_together(p)) {
+    add_up_together<NUM_OUT_FRAGS>(p, block, group_row, counter, scale_log2, sync, arrival);
+    return;
   }
+  if (thread_idx() % 128 == 0) {
+    const int num_splits = num_splits_of(p, block);
+    const bool last = gmem_atomic_add_acq_rel(counter, 1) == num_splits - 1;
+    if (last) gmem_atomic_add(counter, -num_splits);  // for the next launch
+    smem_store(arrival, last ? 1 : 0);
+  }
+  sync();  // hands on what the count made known
+  if (smem_load(arrival) == 0) return;
+  add_up_partials<NUM_OUT_FRAGS, PACKETS>(p, block, group_row, scale_log2);
 }

@@ -2,7 +2,8 @@
 //
 // A tile is a row of column chunks. A chunk is all rows x CHUNK (32 or 64) elements, in rows of
 // CHUNK_BYTES that TMA swizzles: the eight rows of an 8x8 matrix lie in different banks. Columns
-// past the tensor's last one are zeros that TMA fills in.
+// past the tensor's last one are zeros that TMA fills in. A tile may also be a column of such, one
+// for every GROUP rows: TMA then loads all chunks of these rows in one box.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -13,13 +14,17 @@ constexpr int CHUNK_BYTES = CHUNK * 2;
 // Where a buffer has several tiles, such as one a stage, tile[i] is the one of number i. A tile may
 // have chunks of its own, of CHUNK_COLS columns; those of bytes are not swizzled, and are no
 // operands.
-template <int ROWS, int COLS, class T = Element, int CHUNK_COLS = CHUNK>
+template <int ROWS, int COLS, class T = Element, int CHUNK_COLS = CHUNK, int GROUP = ROWS>
 struct SmemTile {
   static constexpr int CHUNKS = (COLS + CHUNK_COLS - 1) / CHUNK_COLS;
   static constexpr int CHUNK_ELEMENTS = ROWS * CHUNK_COLS;
   static constexpr int ELEMENTS = CHUNKS * CHUNK_ELEMENTS;
   static constexpr int ROW_BYTES = CHUNK_COLS * int(sizeof(T));  // of a row of a chunk
   static constexpr int BYTES = ELEMENTS * int(sizeof(T));
+  static constexpr int GROUP_BYTES = GROUP * ROW_BYTES;  // of a chunk
+  // From eight rows, which TMA swizzles together, to the next.
+  static constexpr int PATTERN_BYTES = GROUP == 8 ? CHUNKS * GROUP_BYTES : 8 * ROW_BYTES;
+  static_assert(ROWS % GROUP == 0 && (GROUP == ROWS || GROUP % 8 == 0), "whole groups");
 
   SmemPtr<T> smem;
 
@@ -32,7 +37,9 @@ struct SmemTile {
 
   // The tile from a row on: what TMA loads there, in a box of fewer rows, or an operand, from a
   // multiple of eight on.
-  FC_DEVICE SmemTile rows_from(int row) const { return {smem + row * CHUNK_COLS}; }
+  FC_DEVICE SmemTile rows_from(int row) const {
+    return {smem + row * (GROUP == ROWS ? CHUNK_COLS : CHUNKS * CHUNK_COLS)};
+  }
 
   // The same of tile `index`, as one sum: ptxas treats two sums, one behind the other, differently.
   FC_DEVICE SmemTile row_of(int index, int row) const {
@@ -79,12 +86,18 @@ struct SmemTile {
 
   // The tile as an operand of a product that sums over its columns, or over its rows; further
   // columns and rows are so many bytes ahead.
-  FC_DEVICE WgmmaDesc over_columns() const { return wgmma_desc<ROW_BYTES>(smem, 0); }
-  FC_DEVICE WgmmaDesc over_rows() const { return wgmma_desc<ROW_BYTES>(smem, CHUNK_ELEMENTS * 2); }
-  FC_DEVICE static constexpr int column_bytes(int col) {
-    return col / CHUNK_COLS * CHUNK_ELEMENTS * 2 + col % CHUNK_COLS * 2;
+  FC_DEVICE WgmmaDesc over_columns() const {
+    return wgmma_desc<ROW_BYTES>(smem, 0, PATTERN_BYTES);
   }
-  FC_DEVICE static constexpr int row_bytes(int row) { return row * ROW_BYTES; }
+  FC_DEVICE WgmmaDesc over_rows() const {
+    return wgmma_desc<ROW_BYTES>(smem, GROUP_BYTES, PATTERN_BYTES);
+  }
+  FC_DEVICE static constexpr int column_bytes(int col) {
+    return col / CHUNK_COLS * GROUP_BYTES + col % CHUNK_COLS * 2;
+  }
+  FC_DEVICE static constexpr int row_bytes(int row) {
+    return row / GROUP * (CHUNKS * GROUP_BYTES) + row % GROUP * ROW_BYTES;
+  }
 
   // One chunk of it, as an operand of a product that sums over its rows; further chunks are so many
   // bytes ahead.

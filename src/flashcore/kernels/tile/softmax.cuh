@@ -243,7 +243,7 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
   return moved;
 }
 
-template <bool LAZY, bool ASKS_ONCE, int NUM_FRAGS>
+template <bool LAZY, bool ASKS_ONCE = false, int NUM_FRAGS>
 FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
                             float (&rescale)[2], float scale_log2) {
   PartAsItIs second;
@@ -256,7 +256,7 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
 // is none yet. `tile_sum` are sums of the tile's own terms, `max_log2` the product of row_max that
 // they were made with. An infinite term makes an infinite sum; NaN is let through.
 // The order, too, is what a whole loop of ptxas depends on.
-template <bool SUMS_FIRST>
+template <bool SUMS_FIRST = false>
 FC_DEVICE bool has_outgrown(const float (&tile_sum)[2], const float (&max_log2)[2]) {
   if constexpr (SUMS_FIRST) {
     return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | has_large<true>(max_log2);

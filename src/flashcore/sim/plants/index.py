@@ -28,7 +28,10 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
 from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.float8 import (
+    PLANTS_FEW_SM90,
     PLANTS_FLOAT8_SM90,
+    PLANTS_GROWN_SM90,
+    PLANTS_ROWS_SM90,
     PLANTS_SHORT_SM90,
     PLANTS_WIDE_SM90,
 )
@@ -38,7 +41,7 @@ from flashcore.sim.plants.fwd_sm90.old_max import PLANTS_OLD_MAX_SM90
 from flashcore.sim.plants.fwd_sm90.packed import PLANTS_PACKED
 from flashcore.sim.plants.fwd_sm90.pipeline import PLANTS_SM90
 from flashcore.sim.plants.fwd_sm90.split import PLANTS_SPLIT, PLANTS_STREAM
-from flashcore.sim.plants.fwd_sm90.steps import PLANTS_STEPS
+from flashcore.sim.plants.fwd_sm90.together import PLANTS_TOGETHER
 from flashcore.sim.plants.max_score import PLANTS_MAX_SCORE, PLANTS_MAX_SCORE_SM90
 from flashcore.sim.plants.merge import PLANTS_MERGE, PLANTS_MERGE_BACKWARD
 from flashcore.sim.plants.numerics import (
@@ -46,7 +49,12 @@ from flashcore.sim.plants.numerics import (
     PLANTS_OLD_LARGE_MAX_SM90,
     PLANTS_TOTALS,
 )
-from flashcore.sim.plants.pages import PLANTS_PAGES, PLANTS_PAGES_SM90, PLANTS_PAGES_WMMA
+from flashcore.sim.plants.pages import (
+    PLANTS_PAGES,
+    PLANTS_PAGES_SM90,
+    PLANTS_PAGES_WIDE,
+    PLANTS_PAGES_WMMA,
+)
 from flashcore.sim.plants.pieces import OF_WALK, PLANTS_FLOAT8_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
@@ -79,7 +87,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_LARGE_SCORES,
         **PLANTS_OLD_LARGE_MAX_SM90,
         **PLANTS_SPLIT,
-        **PLANTS_STEPS,
+        **PLANTS_TOGETHER,
         **PLANTS_STREAM,
         **PLANTS_VARLEN_SM90,
         **PLANTS_MAX_SCORE,
@@ -88,7 +96,11 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_SINKS_SPLIT,
         **PLANTS_PAGES,
         **PLANTS_PAGES_SM90,
+        **PLANTS_PAGES_WIDE,
         **PLANTS_FLOAT8_SM90,
+        **PLANTS_FEW_SM90,
+        **PLANTS_ROWS_SM90,
+        **PLANTS_GROWN_SM90,
         **TREES_SM90,
         **PLANTS_WIDE_SM90,
         **PLANTS_SHORT_SM90,

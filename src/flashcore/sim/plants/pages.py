@@ -3,8 +3,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flashcore.compile.plant import Plant, by_name
 
+# Sequences that end inside of a box and of a page, and one that is told to have more keys than the
+# table reaches. The first page belongs to none of them.
+CALL: dict[str, Any] = {
+    "lengths": (33, 0, 20, 80),
+    "told": (33, -5, 20, 10**4),
+    "page_size": 16,
+    "max_pages": 5,
+    "seqlen_q": 40,
+    "astray": True,
+    "seed": 12,
+}
+WIDE_CALL = CALL | {"head_dim": 128, "head_dim_v": 128}
 _PAGES = "tile/pages.cuh"
 _ROWS = "tile/rows.cuh"
 _BOXES = "fwd_sm90/pages_sm90.cuh"
@@ -73,8 +87,8 @@ PLANTS_PAGES_SM90 = by_name(
         name="page-box-whole",
         title="boxes of values go on behind the sequence's last key, to the end of the page",
         file=_BOXES,
-        find="const int count = min_i(BOX_ROWS, num_keys - key);",
-        replace="const int count = key < num_keys ? BOX_ROWS : 0;",
+        find="opaque(min_i(BOX_ROWS, num_keys - key));",
+        replace="opaque(key < num_keys ? BOX_ROWS : 0);",
         caught_by="wrong-result",
     ),
     Plant(
@@ -89,16 +103,24 @@ PLANTS_PAGES_SM90 = by_name(
         name="page-box-without-rows",
         title="a box of values without a key of the sequence starts where the map ends",
         file=_BOXES,
-        find="      if (count > 0) {",
-        replace="      if (count > -BLOCK_N) {",
+        find="    } else if (count > 0) {",
+        replace="    } else if (count > -BLOCK_N) {",
+        caught_by="misuse",
+    ),
+    Plant(
+        name="page-box-believed",
+        title="a tile whose first box has a key is believed to have no box without one",
+        file=_BOXES,
+        find="num_keys > n_block * BLOCK_N + (BLOCK_N - BOX_ROWS)",
+        replace="num_keys > n_block * BLOCK_N",
         caught_by="misuse",
     ),
     Plant(
         name="page-box-behind-the-table",
         title="the entry of a box without a key of the sequence is looked up, too",
         file=_BOXES,
-        find="lane_idx() < NUM_BOXES && key < num_keys;",
-        replace="lane_idx() < NUM_BOXES;",
+        find="own_box() < NUM_BOXES && key < num_keys;",
+        replace="own_box() < NUM_BOXES;",
         caught_by="out-of-bounds",
     ),
     Plant(
@@ -122,7 +144,8 @@ PLANTS_PAGES_SM90 = by_name(
         name="page-lanes-ahead",
         title="lanes load keys without the first one's having waited for the stage",
         file=_PRODUCER,
-        find="      warp_sync();  // orders the wait and the announcement before all lanes' loads",
+        find="      if (LOADS_BY_LANES) warp_sync();  // orders wait and announcement before "
+        "all lanes' loads",
         replace="",
         caught_by="mbarrier",
         or_by=("race",),
@@ -146,3 +169,34 @@ PLANTS_PAGES_SM90 = by_name(
         or_by=("race",),
     ),
 )
+
+# Of boxes that have all columns of a page's rows.
+PLANTS_PAGES_WIDE = by_name(
+    Plant(
+        name="page-patterns-side-by-side",
+        title="eight rows of keys are believed to follow the eight before, where another chunk is",
+        file="tile/smem_tile.cuh",
+        find="PATTERN_BYTES = GROUP == 8 ? CHUNKS * GROUP_BYTES : 8 * ROW_BYTES;",
+        replace="PATTERN_BYTES = 8 * ROW_BYTES;",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="page-groups-side-by-side",
+        title="a box of values is believed to follow the one before, where another chunk is",
+        file="tile/smem_tile.cuh",
+        find="row / GROUP * (CHUNKS * GROUP_BYTES)",
+        replace="row / GROUP * GROUP_BYTES",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="page-rows-as-groups",
+        title="a page is looked for by its first row, where groups of rows are counted",
+        file=_BOXES,
+        find="rows_before / 8 : page",
+        replace="rows_before : page",
+        caught_by="wrong-result",
+    ),
+)
+
+OF_WMMA = PLANTS_PAGES | PLANTS_PAGES_WMMA
+OF_SM90 = PLANTS_PAGES | PLANTS_PAGES_SM90

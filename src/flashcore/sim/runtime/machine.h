@@ -16,6 +16,8 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "abi.h"
@@ -112,9 +114,47 @@ struct Warp {
   std::vector<int32_t> seen_by_all;  // vector clock: what every lane has seen
 };
 
+// --- blocks --------------------------------------------------------------------------------------
+
+using Clocks = std::vector<int32_t>;                 // of the threads of a block
+using Blocks = std::vector<std::pair<int, Clocks>>;  // block and what is known of it
+
+// A thread that has seen `epoch` of this block knows `known` of others.
+struct Acquisition {
+  Epoch epoch;
+  Blocks known;
+};
+
+// The state of a block that has begun. While it polls a counter, others may run (runtime.cpp).
+struct Block {
+  int number = 0;
+  int thread = 0;  // that runs on where the block has halted
+  bool has_halted = false;
+  std::unique_ptr<FiberStacks> stacks;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  int stay_in_warp = 0;  // of 256: how often the scheduler goes on within the same warp
+  uint32_t runnable_warps = 0;
+  int num_exited = 0, num_at_block_barrier = 0;
+  Site block_barrier_site = {"", 0};
+  int block_barrier_thread = 0;
+
+  std::vector<int32_t> clocks;  // vector clocks: num_threads rows of num_agents
+  std::vector<int32_t> joined;
+  std::vector<Acquisition> acquisitions;
+
+  std::vector<uint8_t> smem_storage;
+  uint8_t* smem = nullptr;
+  std::vector<Cell> cells;
+  std::vector<ReadSet> read_sets;
+  std::vector<uint32_t> free_read_sets;
+  int num_pending_copies = 0;
+  Sm90 sm90 = {};
+};
+
 // --- everything ----------------------------------------------------------------------------------
 
-struct Machine {
+struct Machine : Block {  // the one that runs
   FcLaunch launch;
   FcReport* report;
   FcReport deferred;  // kind is empty: none
@@ -123,32 +163,13 @@ struct Machine {
   Agents agents;
 
   uint64_t random_state;
-  int stay_in_warp;  // of 256: how often the scheduler goes on within the same warp
-  uint32_t runnable_warps;
-  int num_exited, num_at_block_barrier;
-  Site block_barrier_site;
-  int block_barrier_thread;
   bool stopped;
+  int num_others;  // blocks that have not ended, besides the one that runs
 
   Fiber main_fiber;
-  const FiberStacks* stacks;
-  std::vector<Thread> threads;
-  std::vector<Warp> warps;
-
-  std::vector<int32_t> clocks;  // vector clocks: num_threads rows of num_agents
-  std::vector<int32_t> joined;
-
-  std::vector<uint8_t> smem_storage;
-  uint8_t* smem;
-  std::vector<Cell> cells;
-  std::vector<ReadSet> read_sets;
-  std::vector<uint32_t> free_read_sets;
-
   std::vector<const char*> files;
   const char* last_file;
   uint32_t last_file_index;
-  int num_pending_copies;
-  Sm90 sm90;
 };
 
 extern Machine machine;
@@ -161,7 +182,8 @@ inline Epoch thread_epoch(int thread) { return make_epoch(thread, clock_row(thre
 
 // scheduler.cpp
 uint64_t next_random();
-void run_block(int block);
+void begin_block(int block);
+void run_block();  // until it ends or halts
 void maybe_reschedule();
 void set_runnable(int thread);
 void set_waiting(int thread, ThreadState state);

@@ -57,17 +57,50 @@ static void start(const FcLaunch& launch, FcReport& report) {
   m.random_state = launch.seed;
   m.stopped = false;
   m.deferred = {};
-  m.threads.resize(size_t(m.num_threads));
-  m.warps.resize(size_t(m.num_warps));
-  constexpr size_t ALIGNMENT = 1024;
-  m.smem_storage.resize(size_t(launch.smem_bytes) + ALIGNMENT);
-  const auto address = reinterpret_cast<uintptr_t>(m.smem_storage.data());
-  m.smem = m.smem_storage.data() + (ALIGNMENT - address % ALIGNMENT) % ALIGNMENT;
-  m.cells.resize(size_t(launch.smem_bytes) / CELL_BYTES);
-  m.read_sets.clear();
   m.files.clear();
   m.last_file = nullptr;
   between_blocks_start();
+}
+
+static Block room_for_block() {
+  const Machine& m = machine;
+  Block block;
+  block.stacks = std::make_unique<FiberStacks>(m.num_threads);
+  block.threads.resize(size_t(m.num_threads));
+  block.warps.resize(size_t(m.num_warps));
+  constexpr size_t ALIGNMENT = 1024;
+  block.smem_storage.resize(size_t(m.launch.smem_bytes) + ALIGNMENT);
+  const auto address = reinterpret_cast<uintptr_t>(block.smem_storage.data());
+  block.smem = block.smem_storage.data() + (ALIGNMENT - address % ALIGNMENT) % ALIGNMENT;
+  block.cells.resize(size_t(m.launch.smem_bytes) / CELL_BYTES);
+  return block;
+}
+
+// Runs blocks in an order, one after the other; or, while some have halted, any of these or the
+// next one, until all have ended.
+static void run_blocks(const std::vector<int>& order) {
+  Machine& m = machine;
+  Block& running = m;
+  std::vector<Block> halted, ended;
+  for (size_t begun = 0; begun < order.size() || !halted.empty();) {
+    const bool may_begin = begun < order.size();
+    m.num_others = int(order.size() - begun + halted.size()) - 1;
+    size_t next = halted.size();
+    if (next > 0) next = next_random() % (halted.size() + (may_begin ? 1 : 0));
+    if (next == halted.size()) {
+      if (ended.empty()) ended.push_back(room_for_block());
+      running = std::move(ended.back());
+      ended.pop_back();
+      begin_block(order[begun++]);
+    } else {
+      running = std::move(halted[next]);
+      halted.erase(halted.begin() + std::ptrdiff_t(next));
+    }
+    run_block();
+    if (m.stopped) break;
+    (m.has_halted ? halted : ended).push_back(std::move(running));
+  }
+  running = {};  // its stacks last no longer than the run
 }
 
 }  // namespace fc_host
@@ -92,10 +125,5 @@ FC_EXPORT void fc_sim_run(const FcLaunch* launch, FcReport* report) {
   for (int i = launch->grid - 1; i > 0; --i) {
     std::swap(order[size_t(i)], order[next_random() % uint64_t(i + 1)]);
   }
-  const FiberStacks stacks(launch->num_threads);
-  machine.stacks = &stacks;
-  for (const int block : order) {
-    run_block(block);
-    if (machine.stopped) return;
-  }
+  run_blocks(order);
 }

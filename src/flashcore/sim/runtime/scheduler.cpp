@@ -273,9 +273,9 @@ void block_barrier(Site site) {
 
 // --- a block -------------------------------------------------------------------------------------
 
-void run_block(int block) {
+void begin_block(int block) {
   Machine& m = machine;
-  current_block = block;
+  current_block = m.number = block;
   m.num_exited = m.num_at_block_barrier = m.num_pending_copies = 0;
   m.runnable_warps = 0;
   // Blocks differ in how their warps interleave: from lock step to one warp running far ahead.
@@ -311,14 +311,29 @@ void run_block(int block) {
     const auto shift = size_t(t % 61) * 64;
     fiber_prepare(thread.fiber, (*m.stacks)[t], FIBER_STACK_BYTES - shift, fiber_entry);
   }
-  const auto first = int(next_random() % uint64_t(m.num_threads));
-  current_thread = first;
-  fiber_switch(m.main_fiber, m.threads[size_t(first)].fiber);
+  m.thread = int(next_random() % uint64_t(m.num_threads));
+}
+
+void run_block() {
+  Machine& m = machine;
+  m.has_halted = false;
+  current_block = m.number;
+  current_thread = m.thread;
+  fiber_switch(m.main_fiber, m.threads[size_t(current_thread)].fiber);
+  if (m.has_halted) return;
   if (!m.stopped && m.is_sm90) {
     tma_check_block_end();
     if (!m.stopped) warpgroups_check_block_end();
   }
   if (!m.stopped) raise_deferred();
+}
+
+void let_blocks_run() {
+  Machine& m = machine;
+  if (m.num_others == 0 || (next_random() & 1) == 0) return;
+  m.has_halted = true;
+  m.thread = current_thread;
+  fiber_switch(m.threads[size_t(current_thread)].fiber, m.main_fiber);
 }
 
 }  // namespace fc_host

@@ -42,6 +42,7 @@ enum class WarpOp : int {
   set_registers,
   elect_lane,
   stmatrix,
+  ldmatrix,
   wgmma,
   wgmma_fence,
   wgmma_commit,
@@ -83,6 +84,10 @@ void* gmem_write(uint64_t address, int bytes, Site site);
 void* gmem_atomic(uint64_t address, int bytes, Site site);
 // Of an atomic by which blocks learn of each other's writes.
 void meet_blocks(uint64_t address);
+// Of a load by which a block learns of others' writes.
+void learn_of_blocks(uint64_t address);
+// Of a thread that polls: other blocks may run before it goes on.
+void let_blocks_run();
 
 // cp.async: checked and poisoned at issue, performed later, readable by this thread after the wait.
 void async_issue(SmemRef dst, uint64_t src_address, int bytes, bool valid, Site site);

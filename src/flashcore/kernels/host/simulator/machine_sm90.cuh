@@ -5,15 +5,17 @@
 #include "host/simulator/machine.cuh"
 
 // The simulator's tensor map: a four-dimensional tensor and the box that one instruction moves:
-// rows of one head, or, where box_heads is over 1, of as many heads, one after the other.
+// rows of one head, or, where box_heads is over 1, of as many heads, one after the other. If it has
+// `chunks`, a tensor has five dimensions: `cols` are those of a chunk, and a box has the same rows
+// of all chunks, one after the other, and so for each of box_batches batches.
 // As large as the opaque one of a GPU; mirrored by the launcher.
 struct alignas(64) TensorMap {
   uint64_t base;  // simulated address
   uint64_t row_stride_bytes, head_stride_bytes, batch_stride_bytes;
   uint32_t cols, rows, heads, batches;
   uint32_t box_cols, box_rows, element_bytes, swizzle_bytes;
-  uint32_t box_heads;
-  uint32_t unused[15];
+  uint32_t box_heads, chunks, box_batches;
+  uint32_t unused[13];
 };
 static_assert(sizeof(TensorMap) == 128, "a tensor map has 128 bytes");
 
@@ -32,8 +34,8 @@ bool mbar_test(SmemRef bar, int parity, Site site);
 void mbar_wait(SmemRef bar, int parity, Site site);
 
 // TMA: checked when issued, performed at some later moment.
-void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar, int col, int row, int head, int batch,
-              Site site);
+void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar, int col, int row, int chunk, int head,
+              int batch, Site site);
 void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, int batch, Site site);
 void bulk_add(uint64_t dst, SmemRef src, int bytes, Site site);  // float32; committed as stores
 void tma_store_commit(Site site);
@@ -46,6 +48,7 @@ void set_registers(int registers, bool raise, Site site);
 void fence_proxy_async(Site site);
 bool elect_lane(Site site);
 void store_matrices(SmemRef row, const uint32_t (&reg)[4], Site site);
+void load_matrices(SmemRef row, uint32_t (&reg)[4], bool transposed, Site site);
 
 // An operand of WGMMA: the descriptor's bits, and the view that it was made from.
 struct Operand {

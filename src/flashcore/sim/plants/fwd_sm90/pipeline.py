@@ -68,7 +68,7 @@ _ALL = (
         name="no-empty-wait",
         title="the producer loads into a stage that may still be read",
         file=_PRODUCER,
-        find="    mbar_wait(bar.k_load_empty + k_state.stage(), k_state.parity() ^ 1);",
+        find="    mbar_wait(bar.k_load_empty + stage, k_state.parity() ^ 1);",
         replace="",
         caught_by="mbarrier",  # it announces bytes while the last ones are under way
         or_by=("race",),  # or overwrites them
@@ -148,8 +148,8 @@ _ALL = (
         name="wrong-parity",
         title="the producer waits for the stage's next release, not its last one",
         file=_PRODUCER,
-        find="mbar_wait(bar.v_load_empty + v_state.stage(), v_state.parity() ^ 1);",
-        replace="mbar_wait(bar.v_load_empty + v_state.stage(), v_state.parity());",
+        find="mbar_wait(bar.v_load_empty + stage, v_state.parity() ^ 1);",
+        replace="mbar_wait(bar.v_load_empty + stage, v_state.parity());",
         caught_by="deadlock",
     ),
     Plant(

@@ -9,7 +9,7 @@ from flashcore.compile.plant import Plant
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _MERGE = "fwd_sm90/merge_sm90.cuh"
 _COORD_BEFORE_ARRIVAL = """\
-    if (!PAGED) store_coord(coord, block);
+    if (!is_known) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
     int n_block = keys.end - 1;
@@ -64,8 +64,8 @@ ROW_TILE_PLANTS = (
         name="q-of-another-group",
         title="all consumers wait for the first one's rows of Q",
         file=_KERNEL,
-        find="    mbar_wait(bar.q_full + c.q_slot, q_parity(turn));",
-        replace="    mbar_wait(bar.q_full + q_slot(turn, 0), q_parity(turn));",
+        find="    if (!is_known) mbar_wait(bar.q_full + c.q_slot, q_parity(turn));",
+        replace="    if (!is_known) mbar_wait(bar.q_full + q_slot(turn, 0), q_parity(turn));",
         caught_by="race",
         plan={"block_m": 128, "key_slices": 1, "num_stages": 2},
     ),
@@ -94,7 +94,7 @@ ROW_TILE_PLANTS = (
         file="fwd_sm90/producer_sm90.cuh",
         find=_COORD_BEFORE_ARRIVAL,
         replace=_COORD_BEFORE_ARRIVAL.replace(
-            "    if (!PAGED) store_coord(coord, block);", ""
+            "    if (!is_known) store_coord(coord, block);", ""
         ).replace("_box(p));", "_box(p)); if (group == 0) store_coord(coord, block);"),
         caught_by="race",
     ),

@@ -15,8 +15,8 @@ _ALL = (
         name="split-relaxed",
         title="shares are counted by an atomic that orders nothing",
         file=_SPLIT,
-        find="gmem_atomic_add_acq_rel(counter, 1)",
-        replace="gmem_atomic_add(counter, 1)",
+        find="gmem_atomic_add_acq_rel(counter, 1) ==",
+        replace="gmem_atomic_add(counter, 1) ==",
         caught_by="race",
     ),
     Plant(
@@ -104,9 +104,9 @@ _ALL = (
     Plant(
         name="split-gap",
         title="key tiles that do not divide evenly are in no piece",
-        file=_SPLIT,
-        find="(block.split < one_more ? 1 : 0)}",
-        replace="0}",
+        file="fwd_sm90/split_sm90.cuh",
+        find="at_least + (block.split < one_more ? 1 : 0);",
+        replace="at_least;",
         caught_by="wrong-result",
     ),
     Plant(
@@ -117,6 +117,15 @@ _ALL = (
         replace="",
         caught_by="double-write",  # by the next head
         or_by=("out-of-bounds",),
+    ),
+    Plant(
+        name="split-later-piece-known",
+        title="the place of a later piece is read before it comes with Q",
+        file="fwd_sm90/attn_fwd_sm90.cuh",
+        find="const bool is_known = KNOWS_FIRST_PIECE && turn == 0;",
+        replace="const bool is_known = KNOWS_FIRST_PIECE;",
+        caught_by="race",
+        or_by=("uninitialized-read",),
     ),
 )
 

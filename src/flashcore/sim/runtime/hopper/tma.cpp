@@ -26,16 +26,22 @@ static int swizzled(int offset, int swizzle_bytes) {
 
 static int heads_of_box(const TensorMap& map) { return std::max(1, int(map.box_heads)); }
 
-// Of all heads.
-static int rows_of_box(const TensorMap& map) { return int(map.box_rows) * heads_of_box(map); }
+static int chunks_of_box(const TensorMap& map) { return std::max(1, int(map.chunks)); }
+static int batches_of_box(const TensorMap& map) { return std::max(1, int(map.box_batches)); }
+
+// Of all heads, chunks and batches.
+static int rows_of_box(const TensorMap& map) {
+  return int(map.box_rows) * heads_of_box(map) * chunks_of_box(map) * batches_of_box(map);
+}
 
 // Returns whether heads, or rows, and batches are one stride apart: both name the same rows.
 static bool is_ragged(const TensorMap& map, uint64_t stride_bytes) {
   return map.batches > 1 && map.batch_stride_bytes == stride_bytes;
 }
 
-static int check_box(const TensorMap& map, const SmemRef& ref, int col, int row, int head,
-                     Site site) {
+// `chunk` is -1 where the instruction has four coordinates.
+static int check_box(const TensorMap& map, const SmemRef& ref, int col, int row, int chunk,
+                     int head, Site site) {
   const auto row_bytes = int(map.box_cols * map.element_bytes);
   const auto swizzle = int(map.swizzle_bytes);
   if (map.base % 16 || map.row_stride_bytes % 16 || map.head_stride_bytes % 16 ||
@@ -63,9 +69,12 @@ static int check_box(const TensorMap& map, const SmemRef& ref, int col, int row,
            row_bytes, swizzle);
   }
   if (map.box_cols > 256 || map.box_rows > 256 || map.box_rows == 0 || map.box_cols == 0 ||
-      map.box_heads > 256) {
+      map.box_heads > 256 || map.chunks > 256 || map.box_batches > 256) {
     misuse(site, "a box has 1 to 256 rows, columns and heads, not %u x %u x %u", map.box_rows,
            map.box_cols, map.box_heads);
+  }
+  if ((map.chunks == 0) != (chunk < 0) || (map.chunks != 0 && map.box_heads > 1)) {
+    misuse(site, "a box of a tensor in chunks has five coordinates, and one head; others four");
   }
   return shadow_locate(ref, row_bytes * rows_of_box(map), 128, false, site);
 }
@@ -98,14 +107,14 @@ static Clip clip(const TensorMap& map, int col, int row, int head, int batch) {
 
 // --- loads ---------------------------------------------------------------------------------------
 
-void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar_ref, int col, int row, int head,
-              int batch, Site site) {
+void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar_ref, int col, int row, int chunk,
+              int head, int batch, Site site) {
   Machine& m = machine;
   ++m.report->async_copies;
   const int t = current_thread;
   const int index = mbarrier_find(bar_ref, site);
   MBarrier& bar = m.sm90.mbarriers[size_t(index)];
-  const int offset = check_box(map, dst, col, row, head, site);
+  const int offset = check_box(map, dst, col, row, chunk, head, site);
   const int32_t* clock = clock_row(t);
   if (clock[m.agents.fenced + bar.init_thread] < clock_of(bar.init)) {
     set_other_thread(current_block, bar.init_thread, unpack_site(bar.init_site));
@@ -136,9 +145,14 @@ void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar_ref, int col, int r
   load.row_bytes = row_bytes;
   load.swizzle_bytes = int(map.swizzle_bytes);
   load.src.assign(size_t(load.rows), nullptr);
-  for (int h = 0; h < heads_of_box(map); ++h) {
-    const Clip part = clip(map, col, row, head + h, batch);
-    if (!part.any) continue;
+  const int chunks = chunks_of_box(map);
+  const int planes = heads_of_box(map) * chunks * batches_of_box(map);
+  for (int h = 0; h < planes; ++h) {  // a head's rows, or those of a chunk of a batch
+    const int own_chunk = std::max(0, chunk) + h % chunks;
+    const int own_head = chunk < 0 ? head + h : head;
+    Clip part = clip(map, col, row, own_head, chunk < 0 ? batch : batch + h / chunks);
+    if (!part.any || own_chunk >= chunks) continue;
+    part.address += uint64_t(own_chunk) * map.box_cols * map.element_bytes;
     load.skipped_bytes = part.skipped;
     load.valid_bytes = part.bytes;
     for (int r = part.first_row; r < part.end_row; ++r) {
@@ -198,7 +212,7 @@ void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, in
   Machine& m = machine;
   ++m.report->async_copies;
   const int t = current_thread;
-  const int offset = check_box(map, src, col, row, head, site);
+  const int offset = check_box(map, src, col, row, -1, head, site);
   Storer& storer = storer_of(t, site);
   TmaStore store = {};
   store.group = storer.committed;
