@@ -146,6 +146,7 @@ def planted_case(name: str, kernel: str) -> tuple[registry.Planted, Case | Varle
         ("large-max-product", SM90),
         ("large-max-twice", WMMA),
         ("large-max-left", SM90),
+        ("large-max-of-first-part", SM90),
         ("totals-not-rescaled", WMMA),
         ("totals-counted-twice", WMMA),
         ("totals-lost", WMMA),

@@ -137,9 +137,10 @@ def test_nan_and_infinity_are_seen() -> None:
 
 
 def check_plant(plant: Plant, growth: str, options: tuple[tuple[str, object], ...]) -> None:
-    assert run(growth, 0, None, (), options) == "healthy"
+    tile = tuple(plant.plan.items())
+    assert run(growth, 0, None, tile, options) == "healthy"
     for seed in SEEDS:
-        found = run(growth, seed, plant, (), options)
+        found = run(growth, seed, plant, tile, options)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 
@@ -150,6 +151,9 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
     growth, options = {
         "no-max-yet-unseen": ("none", causal),
         "outgrown-in-one-warp": ("one key of one row past float32", ()),
+        "unseen-part-of-the-warp-before": ("none", causal),
+        "unseen-part-kept": ("none", causal),
+        "second-part-not-hidden": ("none", causal),
     }.get(name, ("every tile past float32", ()))
     check_plant(PLANTS_OLD_MAX_SM90[name], growth, options)
 

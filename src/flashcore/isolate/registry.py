@@ -7,7 +7,7 @@ call unless it is told another one; tests/plants/test_planted_bugs.py holds isol
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -140,6 +140,7 @@ _LARGE: dict[str, dict[str, Any]] = {
 _LEVEL = _SHORT | {"dtype": "bfloat16", "spread": 0.0, "growth": "level"}
 # Heads of a group are rows of one row tile, which they do not fill.
 _SINKS = _SHORT | {"seqlen_q": 9, "num_heads_q": 4, "num_heads_kv": 2, "sinks": True}
+_CAUSAL = {"causal": "lower_right"}
 _CHUNKS = {"block_m": 64, "block_n": 32, "keys_of_chunk": 64}
 _MAX_SCORE = _SHORT | {"return_max_score": True}
 _ONE_QUERY = {"seqlen_q": 1, "num_heads_q": 4, "num_heads_kv": 1}
@@ -162,7 +163,8 @@ _CASES_SM90 = {
     "last-key-alone": 53,
     "folded-as-rows": 16,
 }
-_GROWTHS = {"no-max-yet-unseen": "none", "outgrown-in-one-warp": "far peak"}
+_UNDER_A_BOUND = {"no-max-yet-unseen", *(name for name in PLANTS_OLD_MAX_SM90 if "part" in name)}
+_GROWTHS = dict.fromkeys(_UNDER_A_BOUND, "none") | {"outgrown-in-one-warp": "far peak"}
 
 # By name of a bug, fields of its Planted.
 _Calls = dict[str, dict[str, Any]]
@@ -192,13 +194,12 @@ def _masked(plants: Mapping[str, Plant]) -> _Calls:
     return calls
 
 
-def _growing(names: Iterable[str]) -> _Calls:
+def _growing(plants: Mapping[str, Plant]) -> _Calls:
     calls: _Calls = {}
-    for name in names:
+    for name, plant in plants.items():
         options = {**_GROWING, "growth": _GROWTHS.get(name, "far")}
-        if name == "no-max-yet-unseen":
-            options["causal"] = "lower_right"
-        calls[name] = {"options": options, "tile": _SHORT_KEY_TILES | _IN_TURNS}
+        options |= _CAUSAL if name in _UNDER_A_BOUND else {}
+        calls[name] = {"options": options, "tile": _SHORT_KEY_TILES | _IN_TURNS | {**plant.plan}}
     return calls
 
 
@@ -249,6 +250,7 @@ CALLS: Mapping[str, _Calls] = {
         **_drawn(_SM90, _CASES_SM90),
         **_WITH_LARGE_SCORES,
         **_calls(PLANTS_OLD_LARGE_MAX_SM90, _SHORT_KEY_TILES, options=_LEVEL),
+        "large-max-of-first-part": {"options": _LEVEL | _CAUSAL, "tile": _SHORT_KEY_TILES},
         **_calls(split.PLANTS_SPLIT, _SHARED_BY_BLOCKS, options=_SPLIT),
         **_calls(together.PLANTS_TOGETHER, together.TILE, options=together.CALL),
         **_calls(split.PLANTS_STREAM, split.STREAM_TILE, options=split.STREAM_CASE, is_paged=True),

@@ -37,7 +37,7 @@
 //                 wmma_load_a_col(frag, p, stride): A[m][k] at p[k * stride + m]
 //                 wmma_load_b_col(frag, p, stride): B[k][n] at p[n * stride + k]   (K^T from K)
 //                 wmma_load_b_row(frag, p, stride): B[k][n] at p[k * stride + n]   (V)
-//                 wmma_fill(accum, x), wmma_mma(accum, a, b): accum += a * b
+//                 wmma_fill(accum, x), wmma_clear(a), wmma_mma(accum, a, b): accum += a * b
 //                 accum_row(lane, i), accum_col(lane, i): where accum.x[i], i < 8, of a lane sits
 //                 wmma_accum_to_a(frag, accum): rounds to T; uses the map above and A's own map
 //                 B's registers: reg[i] of lane 4 r + c has B[k][n] and B[k + 1][n] of

@@ -81,9 +81,6 @@ FC_DEVICE void issue_scores(WmmaAccum (&scores)[KEY_FRAGS], const Consumer& c, Q
   }
 }
 
-// True where there are registers to spare: nothing but windows and lengths takes some.
-constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
-
 // O += P V of a warpgroup's 64 rows, issued. A plain call's first P V of a row tile overwrites O.
 FC_DEVICE void issue_output(Consumer& c, VTile v) {
   const WgmmaDesc v_desc = v.over_rows(c.v_state().stage());
@@ -126,14 +123,6 @@ FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
   if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.q_slot);
 }
 
-// Right after its last Q K^T, so that the next Q arrives under softmax, P V and the store. To know
-// which is the last takes a register.
-constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
-
-// True where the softmax of a tile may try old maxima, see has_outgrown. Where they do not serve it
-// needs the scores again, as Q K^T gives them.
-constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
-
 // Asks whether V of this tile and K of the next have arrived. The answer takes some 70 cycles; the
 // exponentials hide it. After a no, the consumer waits where it needs them.
 FC_DEVICE void ask_ahead(Consumer& c, const Barriers& bar) {
@@ -145,19 +134,19 @@ FC_DEVICE void ask_ahead(Consumer& c, const Barriers& bar) {
 // One key tile: S = Q K^T, and (unless FIRST) P V of the tile visited before it, are under way
 // together; then the softmax of S.
 //@if gate qk softmax
-template <bool, bool MASKED, bool FIRST = true>  // there is no P V
+template <bool FIRST, bool MASKED, bool HAS_PV = false>
 //@else
-template <bool FIRST, bool MASKED>
+template <bool FIRST, bool MASKED, bool HAS_PV = !FIRST>
 //@end
 FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, const Buffers& smem,
                         int n_block, int n_block_begin) {
   WmmaAccum scores[KEY_FRAGS];
-  if (FIRST || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
-  if (PING_PONG && !FIRST) await_issue(c);
+  if (!HAS_PV || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
+  if (PING_PONG && HAS_PV) await_issue(c);
   wgmma_fence();
   issue_scores(scores, c, smem.q[c.q_slot], smem.k, c.k_state.stage());
   wgmma_commit();
-  if constexpr (!FIRST) {
+  if constexpr (HAS_PV) {
     wgmma_fence();
     issue_output(c, smem.v);
     wgmma_commit();
@@ -166,7 +155,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   // Masking takes registers, which P V of the tile before gives back as it ends. Under a left bound
   // every row tile ends in a masked tile, so it pays to hold them, if nothing else takes some.
   constexpr bool LEFT_BOUND_OVERLAPS = HAS_WINDOW_LEFT && MASK_KIND == 0 && !HAS_SOFTCAP;
-  constexpr bool OVERLAP = OVERLAPS && !FIRST && (!MASKED || LEFT_BOUND_OVERLAPS);
+  constexpr bool OVERLAP = OVERLAPS && HAS_PV && (!MASKED || LEFT_BOUND_OVERLAPS);
   wgmma_wait<OVERLAP ? 1 : 0>();
   wgmma_hold(scores);
   const auto release_inputs = [&] {
@@ -174,23 +163,26 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     if (RELEASES_Q_EARLY && n_block < n_block_begin + KEY_SLICES) release_q(c, bar);
   };
   if (FLOAT8) scale_products(scores, c.queries);
-  constexpr bool TRIES_OLD_MAX = MAY_TRY_OLD_MAX && !FIRST && !MASKED;
+  constexpr bool TRIES_OLD_MAX = MAY_TRY_OLD_MAX && HAS_PV && !MASKED;
   if (!TRIES_OLD_MAX) release_inputs();
 //@if gate qk
   gate_store_scores(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
   ++c.k_state.count;
   return;
 //@end
-
   ask_ahead(c, bar);
   float rescale[2];
+  constexpr bool IN_PARTS = FIRST && SPLITS_FIRST_TILE;
+  constexpr int FIRST_PART = first_part_of(KEY_FRAGS);
+  SecondPart<IN_PARTS> second = {p, c.warp_row, n_block * BLOCK_N};
 //@if gate pv
   const bool moved = false;
   gate_load_probs(scores, p, c.block, c.warp_row, n_block * BLOCK_N);
 //@else
   scale_scores(scores, p);
   if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
-  if constexpr (MASKED) hide_scores(scores, p, c.warp_row, n_block * BLOCK_N);
+  constexpr int HIDDEN = IN_PARTS ? FIRST_PART : KEY_FRAGS;
+  if constexpr (MASKED) hide_scores<0, HIDDEN>(scores, p, c.warp_row, n_block * BLOCK_N);
   bool moved = false;
   if constexpr (TRIES_OLD_MAX) {
     const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
@@ -198,21 +190,23 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     float tile_sum[2];
     exponentiate<0, KEY_FRAGS>(scores, tile_sum, max_log2, c.scale_log2);
     // Of the whole warpgroup, which issues Q K^T together.
-    if (named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))) {
+    const bool outgrown = has_outgrown<ASKS_ONCE>(tile_sum, max_log2);
+    if (named_barrier_any(STORE_BARRIER + c.index, 128, outgrown)) {
       wgmma_fence();
       issue_scores(scores, c, smem.q[c.q_slot], smem.k, c.k_state.stage());
       wgmma_commit();
       wgmma_wait<0>();
       wgmma_hold(scores);
       if (FLOAT8) scale_products(scores, c.queries);
-      moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+      moved = softmax_step<LAZY_RESCALE, ASKS_ONCE>(scores, c.softmax, rescale, c.scale_log2);
     } else {
       c.softmax.row_sum[0] += tile_sum[0];
       c.softmax.row_sum[1] += tile_sum[1];
     }
     release_inputs();
   } else {
-    moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
+    moved = softmax_step<LAZY_RESCALE, ASKS_ONCE, FIRST && ASKS_ONCE>(scores, c.softmax, rescale,
+                                                                      c.scale_log2, second);
   }
 //@end
 //@if gate softmax
@@ -225,14 +219,17 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   // Here, so that P V of this tile can be issued at once; and as ptxas would move the wait for P V
   // above the exponentials, were there no branch in between.
   if (!c.v_is_there) mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());
-  if constexpr (!FIRST) {
+  if constexpr (HAS_PV) {
     if (OVERLAP) wgmma_wait<0>();
     wgmma_hold(c.out);
     release(bar.v_empty, c.v_state());
     if (moved) rescale_output(c.out, rescale);
   }
 #pragma unroll
-  for (int n = 0; n < KEY_FRAGS; ++n) wmma_accum_to_a(c.probs[n], scores[n]);
+  for (int n = 0; n < KEY_FRAGS; ++n) {
+    wmma_accum_to_a(c.probs[n], scores[n]);
+    if (n >= FIRST_PART && !second.is_seen) wmma_clear(c.probs[n]);
+  }
   ++c.k_state.count;
 }
 
@@ -314,6 +311,7 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
 
   for (int turn = 0;; ++turn) {
     c.q_slot = q_slot(turn, c.row_group);
+    if (KEY_SLICES > 1 && ASKS_ONCE) c.k_state.make_uniform();
     const bool is_known = KNOWS_FIRST_PIECE && turn == 0;  // before Q is there
     if (!is_known) mbar_wait(bar.q_full + c.q_slot, q_parity(turn));
     const auto coord = coord_slot(smem.coords, turn);

@@ -100,6 +100,10 @@ struct RingState {
     return (KEY_SLICES > 1 ? ring * int(STAGES) : 0) + int(count % STAGES);
   }
   FC_DEVICE int parity() const { return int(count / STAGES % 2); }
+
+  // Tells the compiler that all lanes have the same count, once a row tile; else each product may
+  // wait for a shuffle, and for a move to a uniform register.
+  FC_DEVICE void make_uniform() { count = uint32_t(warp_uniform(int(count))); }
 };
 using PipelineState = RingState<STAGES_PER_RING>;
 using LoadState = RingState<LOADS_PER_RING>;
@@ -108,6 +112,26 @@ using LoadState = RingState<LOADS_PER_RING>;
 FC_DEVICE void release(SmemPtr<uint64_t> empty, PipelineState state) {
   if (lane_idx() == 0) mbar_arrive(empty + state.stage());
 }
+
+// True where there are registers to spare: nothing but windows and lengths takes some.
+constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
+
+// Q is released right after its last Q K^T, so that the next Q arrives under softmax, P V and the
+// store. To know which is the last takes a register.
+constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
+
+// True where the softmax of a tile may try old maxima, see has_outgrown. Where they do not serve it
+// needs the scores again, as Q K^T gives them.
+constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
+
+// True where softmax_step asks less: causal calls, and only those that were measured with it. (The
+// same change made loops of other text up to 7 % slower or faster: docs/ladder.md.)
+constexpr bool ASKS_ONCE = MAY_TRY_OLD_MAX && IS_PLAIN && VARLEN == 0 && HAS_WINDOW_RIGHT &&
+                           !HAS_WINDOW_LEFT && HEAD_DIM <= 128;
+
+// The right bound runs through a row tile's first key tile: the warps of its upper rows see nothing
+// of the second part. Shorter key tiles are taken as one.
+constexpr bool SPLITS_FIRST_TILE = ASKS_ONCE && BLOCK_N > 64;
 
 enum NamedBarrier {
   ISSUE_BARRIER = 1,                              // + consumer: it may issue products

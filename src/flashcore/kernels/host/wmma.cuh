@@ -155,6 +155,11 @@ FC_DEVICE void wmma_fill(WmmaAccum& accum, float x) {
   for (float& element : accum.x) element = x;
 }
 
+template <class T>
+FC_DEVICE void wmma_clear(WmmaA<T>& frag) {
+  for (int i = 0; i < 4; ++i) frag.reg[i] = 0;
+}
+
 // The accumulator, rounded to T, as the A operand of the next product. No lane exchanges anything.
 template <class T>
 FC_DEVICE void wmma_accum_to_a(WmmaA<T>& frag, const WmmaAccum& accum) {

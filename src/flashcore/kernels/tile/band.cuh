@@ -130,6 +130,13 @@ FC_DEVICE bool window_hides_some(const AttnParams& p, int row_begin, int key_beg
   return hides;
 }
 
+// Returns whether the window lets some of ROWS rows see keys from `key_begin` on; all lanes agree.
+template <int ROWS>
+FC_DEVICE bool window_reaches(const AttnParams& p, int row_begin, int key_begin) {
+  const QueryRange queries = queries_of(p, row_begin, ROWS);
+  return !HAS_WINDOW_RIGHT || key_begin <= BandOf<>{p}.last_column(queries.last);
+}
+
 // The columns that a lane's two of a warp's 16 lines see, counted from the lane's first column
 // so that a compare takes a constant: two registers, or three or four where the bounds of the
 // second line are not 8 further than those of the first: because heads are FOLDED, or as S ends

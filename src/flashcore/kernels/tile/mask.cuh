@@ -137,16 +137,22 @@ FC_DEVICE void hide_fragment(WmmaAccum& scores, const VisibleColumns<>& visible,
   }
 }
 
-// Sets what the window and the sequence's end hide to -inf.
+// Sets what the window and the sequence's end hide to -inf, in fragments [BEGIN, END).
+template <int BEGIN, int END, int NUM_FRAGS>
+FC_DEVICE void hide_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, int row_begin,
+                           int key_begin) {
+  if (!strip_needs_mask<(END - BEGIN) * 16>(p, row_begin, key_begin + BEGIN * 16)) return;
+  const VisibleColumns<> visible(p, row_begin, key_begin);
+#pragma unroll
+  for (int n = BEGIN; n < END; ++n) {
+    hide_fragment(scores[n], visible, n);
+  }
+}
+
 template <int NUM_FRAGS>
 FC_DEVICE void hide_scores(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, int row_begin,
                            int key_begin) {
-  if (!strip_needs_mask<NUM_FRAGS * 16>(p, row_begin, key_begin)) return;
-  const VisibleColumns<> visible(p, row_begin, key_begin);
-#pragma unroll
-  for (int n = 0; n < NUM_FRAGS; ++n) {
-    hide_fragment(scores[n], visible, n);
-  }
+  hide_scores<0, NUM_FRAGS>(scores, p, row_begin, key_begin);
 }
 
 // Scales and caps the scores, adds the mask tensor, which is read from global memory, and hides

@@ -63,12 +63,20 @@ FC_DEVICE void scale_max(const OnlineSoftmax& state, float scale_log2, float (&m
 
 FC_DEVICE bool is_large(float max_log2) { return abs_f(max_log2) > LARGE_MAX_LOG2; }
 
+// Without branches or with them: what ptxas makes of a whole loop depends on it.
+template <bool BRANCHLESS>
+FC_DEVICE bool has_large(const float (&max_log2)[2]) {
+  if constexpr (BRANCHLESS) return is_large(max_log2[0]) | is_large(max_log2[1]);
+  return is_large(max_log2[0]) || is_large(max_log2[1]);
+}
+
 // Takes a large row_max from the scores of fragments [BEGIN, END), which is exact wherever the
-// result matters, and leaves nothing of it for `exponentiate` to take.
-template <int BEGIN, int END, int NUM_FRAGS>
-FC_DEVICE void subtract_large_max(WmmaAccum (&scores)[NUM_FRAGS], const OnlineSoftmax& state,
+// result matters, and leaves nothing of it for `exponentiate` to take. Returns whether the warp has
+// a large one.
+template <int BEGIN, int END, bool BRANCHLESS, int NUM_FRAGS>
+FC_DEVICE bool subtract_large_max(WmmaAccum (&scores)[NUM_FRAGS], const OnlineSoftmax& state,
                                   float (&max_log2)[2]) {
-  if (!warp_any(is_large(max_log2[0]) || is_large(max_log2[1]))) return;
+  if (!warp_any(has_large<BRANCHLESS>(max_log2))) return false;
   float subtrahend[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -81,6 +89,7 @@ FC_DEVICE void subtract_large_max(WmmaAccum (&scores)[NUM_FRAGS], const OnlineSo
 #pragma unroll
     for (int i = 0; i < 8; ++i) scores[n].x[i] -= subtrahend[row_of_element(i)];
   }
+  return true;
 }
 
 // Replaces the scores of fragments [BEGIN, END) by exp(score - row_max). `sum` is that of these
@@ -99,6 +108,12 @@ FC_DEVICE void exponentiate(WmmaAccum (&scores)[NUM_FRAGS], float (&sum)[2],
       sum[r] = is_first ? prob : sum[r] + prob;
     }
   }
+}
+
+// Sets the row_max of rows that have seen nothing yet; `max` is this lane's part of it.
+FC_DEVICE void begin_max(OnlineSoftmax& state, const float (&max)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) state.row_max[r] = quad_max(max[r]);
 }
 
 // Raises row_max to the maximum with `max`, this lane's part of it, and says by `factor` what
@@ -124,6 +139,44 @@ FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state,
                   (max[1] - state.row_max[1]) * scale_log2 > 8.0f || is_large(max_log2[1]));
 }
 
+// The same of a lane's scores alone, without branches, and whether row_max is large or not.
+FC_DEVICE bool is_far(const float (&max)[2], const OnlineSoftmax& state, float scale_log2) {
+  return ((max[0] - state.row_max[0]) * scale_log2 > 8.0f) |
+         ((max[1] - state.row_max[1]) * scale_log2 > 8.0f);
+}
+
+// The fragments of a key tile that a lazy softmax_step takes first.
+FC_DEVICE constexpr int first_part_of(int num_frags) { return num_frags / 2; }
+
+struct PartAsItIs {
+  static constexpr bool IS_LATE = false;
+
+  template <int NUM_FRAGS>
+  FC_DEVICE bool hide(WmmaAccum (&)[NUM_FRAGS]) {
+    return true;
+  }
+};
+
+// The rest of a strip's scores. If it is HIDDEN_LATE, the window is applied when softmax_step comes
+// to it; where no row sees a key of it, as all lanes say, the scores stay as they are.
+template <bool HIDDEN_LATE>
+struct SecondPart {
+  static constexpr bool IS_LATE = HIDDEN_LATE;
+
+  const AttnParams& p;
+  int row_begin, key_begin;
+  bool is_seen = true;
+
+  template <int NUM_FRAGS>
+  FC_DEVICE bool hide(WmmaAccum (&scores)[NUM_FRAGS]) {
+    constexpr int BEGIN = first_part_of(NUM_FRAGS);
+    if (!HIDDEN_LATE) return true;
+    is_seen = warp_any(window_reaches<16>(p, row_begin, key_begin + BEGIN * 16));
+    if (is_seen) hide_scores<BEGIN, NUM_FRAGS>(scores, p, row_begin, key_begin);
+    return is_seen;
+  }
+};
+
 // Replaces scores by exp(score - row_max) and brings row_max and row_sum up to date. `scale_log2`
 // takes a score to log2 units. Returns whether row_max moved; then the output so far must be
 // multiplied by `rescale`.
@@ -134,40 +187,54 @@ FC_DEVICE bool is_far_above(const float (&max)[2], const OnlineSoftmax& state,
 // Lanes look at their own scores, and exchange maxima only when one of them is that far. It takes
 // the tile in two parts, so that the maxima of the second are found while the exponentials of the
 // first are under way.
-template <bool LAZY, int NUM_FRAGS>
+//
+// FIRST says that rows have seen nothing yet: there is nothing to compare with, nor to rescale, and
+// the tile is taken as one unless its second part is hidden late. With ASKS_ONCE, a second part
+// knows from the first whether a row_max is large.
+template <bool LAZY, bool ASKS_ONCE, bool FIRST, int NUM_FRAGS, class Second>
 FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
-                            float (&rescale)[2], float scale_log2) {
-  constexpr int FIRST_PART = LAZY ? NUM_FRAGS / 2 : NUM_FRAGS;
+                            float (&rescale)[2], float scale_log2, Second& second) {
+  constexpr bool IN_PARTS = LAZY && (!FIRST || Second::IS_LATE);
+  constexpr int FIRST_PART = IN_PARTS ? first_part_of(NUM_FRAGS) : NUM_FRAGS;
   float max[2];
   float max_log2[2];
   lane_max<0, FIRST_PART>(scores, max);
   scale_max(state, scale_log2, max_log2);
-  bool moved = !LAZY || is_far_above(max, state, max_log2, scale_log2);
+  bool moved = !LAZY || FIRST ||
+               (ASKS_ONCE ? warp_any(is_far(max, state, scale_log2) | has_large<true>(max_log2))
+                          : is_far_above(max, state, max_log2, scale_log2));
+  bool warp_has_large = false;
   if (moved) {
-    raise_max(state, max, rescale, scale_log2);
+    if (FIRST) {
+      begin_max(state, max);
+    } else {
+      raise_max(state, max, rescale, scale_log2);
+    }
     scale_max(state, scale_log2, max_log2);
-    subtract_large_max<0, FIRST_PART>(scores, state, max_log2);
+    warp_has_large = subtract_large_max<0, FIRST_PART, ASKS_ONCE>(scores, state, max_log2);
   }
   float sum[2];
   exponentiate<0, FIRST_PART>(scores, sum, max_log2, scale_log2);
   state.row_sum[0] += sum[0];
   state.row_sum[1] += sum[1];
-  if (!LAZY) return moved;
+  if constexpr (!IN_PARTS) return moved;
+  if (!second.hide(scores)) return moved;
 
   lane_max<FIRST_PART, NUM_FRAGS>(scores, max);
-  scale_max(state, scale_log2, max_log2);
-  if (is_far_above(max, state, max_log2, scale_log2)) {
+  if (!ASKS_ONCE) scale_max(state, scale_log2, max_log2);
+  if (ASKS_ONCE ? warp_any(is_far(max, state, scale_log2) | warp_has_large)
+                : is_far_above(max, state, max_log2, scale_log2)) {
     float factor[2];
     raise_max(state, max, factor, scale_log2);
     scale_max(state, scale_log2, max_log2);
-    subtract_large_max<FIRST_PART, NUM_FRAGS>(scores, state, max_log2);
+    subtract_large_max<FIRST_PART, NUM_FRAGS, ASKS_ONCE>(scores, state, max_log2);
 #pragma unroll
     for (int n = 0; n < FIRST_PART; ++n) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) scores[n].x[i] *= factor[row_of_element(i)];
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) rescale[r] = moved ? rescale[r] * factor[r] : factor[r];
+    for (int r = 0; !FIRST && r < 2; ++r) rescale[r] = moved ? rescale[r] * factor[r] : factor[r];
     moved = true;
   }
   exponentiate<FIRST_PART, NUM_FRAGS>(scores, sum, max_log2, scale_log2);
@@ -176,13 +243,25 @@ FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state
   return moved;
 }
 
+template <bool LAZY, bool ASKS_ONCE = false, int NUM_FRAGS>
+FC_DEVICE bool softmax_step(WmmaAccum (&scores)[NUM_FRAGS], OnlineSoftmax& state,
+                            float (&rescale)[2], float scale_log2) {
+  PartAsItIs second;
+  return softmax_step<LAZY, ASKS_ONCE, false>(scores, state, rescale, scale_log2, second);
+}
+
 // The search for maxima costs most of softmax_step, and is for nothing in nearly every tile. So
 // exponentiate first, with row_max as it is, and look at the sums: this says whether a term may be
 // so large, over 2^10, that row_max must be raised, or whether row_max is large, or -inf, as there
 // is none yet. `tile_sum` are sums of the tile's own terms, `max_log2` the product of row_max that
 // they were made with. An infinite term makes an infinite sum; NaN is let through.
+// The order, too, is what a whole loop of ptxas depends on.
+template <bool SUMS_FIRST = false>
 FC_DEVICE bool has_outgrown(const float (&tile_sum)[2], const float (&max_log2)[2]) {
-  const bool has_max = !(is_large(max_log2[0]) | is_large(max_log2[1]));  // no branches
+  if constexpr (SUMS_FIRST) {
+    return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | has_large<true>(max_log2);
+  }
+  const bool has_max = !has_large<true>(max_log2);
   return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | !has_max;
 }
 

@@ -1,5 +1,5 @@
-"""This module plants bugs in how the Hopper kernel's softmax does without a key tile's maxima, and
-of what it does where that fails."""
+"""This module plants bugs in how the Hopper kernel's softmax does without a key tile's maxima, in
+what it does where that fails, and in how it takes a row tile's first key tile in two parts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from flashcore.compile.plant import Plant, by_name
 
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _SOFTMAX = "tile/softmax.cuh"
-_VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, has_outgrown(tile_sum, max_log2))"
+_VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, outgrown)"
 _MAX_LOG2 = """\
     const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
                                c.softmax.row_max[1] * c.scale_log2};"""
@@ -17,8 +17,9 @@ PLANTS_OLD_MAX_SM90 = by_name(
         name="outgrown-unseen",
         title="terms that are far too large for the old maximum are taken as they are",
         file=_SOFTMAX,
-        find="return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | !has_max;",
-        replace="return !has_max;",
+        find="  const bool has_max = !has_large<true>(max_log2);\n"
+        "  return (tile_sum[0] > 1024.0f) | (tile_sum[1] > 1024.0f) | !has_max;",
+        replace="\n  return has_large<true>(max_log2);",
         caught_by="wrong-result",
     ),
     Plant(
@@ -34,7 +35,7 @@ PLANTS_OLD_MAX_SM90 = by_name(
         title="warps that need the scores again issue Q K^T without the others of their warpgroup",
         file=_KERNEL,
         find=_VOTE,
-        replace="warp_any(has_outgrown(tile_sum, max_log2))",
+        replace="warp_any(outgrown)",
         caught_by="deadlock",
         or_by=("wgmma",),
     ),
@@ -77,5 +78,32 @@ PLANTS_OLD_MAX_SM90 = by_name(
         find="      wgmma_commit();\n      wgmma_wait<0>();",
         replace="      wgmma_commit();\n",
         caught_by="wgmma",
+    ),
+    Plant(
+        name="unseen-part-of-the-warp-before",
+        title="what the rows of the warp before see of a key tile's second part counts",
+        file=_SOFTMAX,
+        find="warp_any(window_reaches<16>(p, row_begin, key_begin + BEGIN * 16));",
+        replace="warp_any(window_reaches<16>(p, row_begin - 16, key_begin + BEGIN * 16));",
+        caught_by="wrong-result",
+        plan={"block_n": 128},  # shorter key tiles are taken as one
+    ),
+    Plant(
+        name="unseen-part-kept",
+        title="scores of a key tile's second part that no row of a warp sees are taken for P",
+        file=_KERNEL,
+        find="    if (n >= FIRST_PART && !second.is_seen) wmma_clear(c.probs[n]);",
+        replace="",
+        caught_by="wrong-result",
+        plan={"block_n": 128},  # shorter key tiles are taken as one
+    ),
+    Plant(
+        name="second-part-not-hidden",
+        title="of a key tile in two parts, the window hides scores of the first alone",
+        file=_SOFTMAX,
+        find="    if (is_seen) hide_scores<BEGIN, NUM_FRAGS>(scores, p, row_begin, key_begin);",
+        replace="",
+        caught_by="wrong-result",
+        plan={"block_n": 128},  # shorter key tiles are taken as one
     ),
 )

@@ -35,7 +35,7 @@ _ALL = (
         title="Q K^T is issued without waiting for K",
         file=_KERNEL,
         find="""\
-  if (FIRST || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
+  if (!HAS_PV || !c.k_is_there) mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
   if (PING_PONG""",
         replace="\n  if (PING_PONG",
         caught_by="race",
