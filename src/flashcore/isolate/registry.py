@@ -210,6 +210,8 @@ def _growing(names: Iterable[str]) -> _Calls:
         options = {**_GROWING, "growth": _GROWTHS.get(name, "far")}
         if name == "no-max-yet-unseen":
             options["causal"] = "lower_right"
+        if PLANTS_OLD_MAX_SM90[name].plan:
+            options["mask"] = "bool"
         calls[name] = {"options": options, "tile": _SHORT_KEY_TILES | _IN_TURNS}
     return calls
 

@@ -131,7 +131,7 @@ constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
 
 // True where the softmax of a tile may try old maxima, see has_outgrown. Where they do not serve it
 // needs the scores again, as Q K^T gives them.
-constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
+constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && OLD_MAX_SERVES;
 
 // Asks whether V of this tile and K of the next have arrived. The answer takes some 70 cycles; the
 // exponentials hide it. After a no, the consumer waits where it needs them.
@@ -189,6 +189,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
 //@else
   scale_scores(scores, p);
   if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
+  if constexpr (MASK_KIND != 0 && !TRIES_OLD_MAX) c.mask.fetch_next(p, c.warp_row, n_block);
   if constexpr (MASKED) hide_scores(scores, p, c.warp_row, n_block * BLOCK_N);
   bool moved = false;
   if constexpr (TRIES_OLD_MAX) {
@@ -204,12 +205,15 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
       wgmma_wait<0>();
       wgmma_hold(scores);
       if (FLOAT8) scale_products(scores, c.queries);
+      scale_scores(scores, p);
+      if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
       moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
     } else {
       c.softmax.row_sum[0] += tile_sum[0];
       c.softmax.row_sum[1] += tile_sum[1];
     }
     release_inputs();
+    if constexpr (MASK_KIND != 0) c.mask.fetch_next(p, c.warp_row, n_block);
   } else {
     moved = softmax_step<LAZY_RESCALE>(scores, c.softmax, rescale, c.scale_log2);
   }
