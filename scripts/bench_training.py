@@ -30,6 +30,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashcore.base import machine
@@ -107,6 +108,8 @@ def gpt_steps(options: argparse.Namespace) -> tuple[dict[str, Step], int]:
         model = model.to(device)
         loss_of = functools.partial(example.loss_of, model)
         compiled = torch.compile(loss_of, dynamic=False) if options.compile else loss_of
+        # Its key does not say which backend SDPA is held to: the second one would run the first.
+        functorch_config.enable_autograd_cache = False
         optimizer = adam_w(model, options.device)
         sizes.append(num_parameters(model))
 

@@ -1,7 +1,7 @@
 """Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json,
-docs/host-overhead.md from h200-host.json, docs/backward.md from h200-gradients.json and
-h200-masks.json, docs/serving-kernels.md from h200-decode.json and h200-packed-decode.json, and
-docs/serving.md from h200-steps.json.
+docs/host-overhead.md from h200-host.json, docs/backward-speed.md from h200-gradients.json,
+docs/backward.md from h200-masks.json, docs/serving-kernels.md from h200-decode.json and
+h200-packed-decode.json, and docs/serving.md from h200-steps.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
@@ -54,6 +54,11 @@ MASK_RESULTS = Path("benchmarks/results/h200-masks.json")
 PACKED_RESULTS = Path("benchmarks/results/h200-packed-decode.json")
 STEP_RESULTS = Path("benchmarks/results/h200-steps.json")
 
+# The models of scripts/bench_training.py, in words.
+TRAINING = {
+    "llama": "Llama of 1.1 billion parameters in Transformers, eager, H32/8 D64",
+    "gpt": "GPT of 124 million parameters, torch.compile, H12 D64",
+}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -125,8 +130,7 @@ PAGES: dict[str, Callable[[Document, Path], str]] = {
 
 
 def backward_section(document: Document, folder: Path) -> str:
-    """Return what docs/backward.md says."""
-    del folder
+    """Return what docs/backward-speed.md says."""
     source = f"[{BACKWARD_RESULTS.name}](../{BACKWARD_RESULTS.as_posix()})"
     parts = [f"From {source}. {conditions(document)}", means_table(document)]
     groups = dict.fromkeys(row["group"] for row in document["results"])
@@ -135,7 +139,30 @@ def backward_section(document: Document, folder: Path) -> str:
     if "small" in groups:
         rows = [row for row in document["results"] if row["group"] == "small"]
         parts += ["Small calls, forward and backward by the clock:", eager_table(rows)]
-    return "\n\n".join(parts)
+    return "\n\n".join([*parts, *training_parts(folder)])
+
+
+def training_parts(folder: Path) -> list[str]:
+    """Return a sentence and a table of whole training steps; nothing where none was measured."""
+    rows, sources = [], []
+    for name, model in TRAINING.items():
+        path = folder / RESULTS.with_name(f"{RESULTS.stem}-training-{name}.json")
+        if not path.is_file():
+            continue
+        sources.append(f"[{path.name}](../{path.relative_to(folder).as_posix()})")
+        document = json.loads(path.read_text(encoding="utf-8"))
+        for row in document["results"]:
+            if "tokens_per_second" in row:
+                rows.append(
+                    f"| {model}, B{document['batch']} S{document['seqlen']} "
+                    f"| {row['implementation']} | {row['tokens_per_second']:,.0f} "
+                    f"| {row['flashcore_over_this']:.3f} | {row['peak_gib']:.1f} |"
+                )
+    if not rows:
+        return []
+    head = "| step | attention | tokens a second | flashcore over this | peak GiB |"
+    table = "\n".join([head, "| --- | --- | --- | --- | --- |", *rows])
+    return [f"Whole training steps ({' and '.join(sources)}):", table]
 
 
 def study_section(source: Path, draw: Callable[[Document], str]) -> Callable[[Document, Path], str]:
@@ -152,7 +179,7 @@ def study_section(source: Path, draw: Callable[[Document], str]) -> Callable[[Do
 SOURCES: dict[Path, dict[str, Callable[[Document, Path], str]]] = {
     RESULTS: PAGES,
     HOST_RESULTS: {"docs/host-overhead.md": study_section(HOST_RESULTS, host_markdown)},
-    BACKWARD_RESULTS: {"docs/backward.md": backward_section},
+    BACKWARD_RESULTS: {"docs/backward-speed.md": backward_section},
     DECODE_RESULTS: {"docs/serving-kernels.md": study_section(DECODE_RESULTS, decode_markdown)},
     MASK_RESULTS: {"docs/backward.md": study_section(MASK_RESULTS, masks_table)},
     PACKED_RESULTS: {"docs/serving-kernels.md": study_section(PACKED_RESULTS, packed_decode_table)},

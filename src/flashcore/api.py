@@ -203,10 +203,14 @@ def attention(
     if is_dynamo_compiling():
         q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
     else:
-        is_usual = (
-            sinks is None and k_scale is None and v_scale is None and batch_invariant is False
-        )
-        if launcher.attend is not None and is_usual and return_max_score is False:
+        is_usual = sinks is None and batch_invariant is False
+        has_scales = k_scale is not None or v_scale is not None
+        if (
+            launcher.attend is not None
+            and is_usual
+            and not has_scales
+            and return_max_score is False
+        ):
             result: torch.Tensor | tuple[torch.Tensor, ...] | None = launcher.attend(
                 q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
             )
@@ -215,14 +219,14 @@ def attention(
         if _is_any_autocast_enabled():
             q, k, v, mask, sinks = autocast(q, k, v, mask, sinks)
         if is_usual and not needs_dispatcher(q, k, v, mask):
-            if seqlens_k is None:
+            if seqlens_k is None and not has_scales:
                 return attend(
                     q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
                     None, return_max_score,
                 )  # fmt: skip
-            if not has_other_rank(q, k, v):
+            if seqlens_k is not None and not has_other_rank(q, k, v):
                 asked = causal, window, softcap, scale, return_lse, return_max_score
-                return attend_padded(q, k, v, mask, seqlens_k, asked, backend)
+                return attend_padded(q, k, v, mask, seqlens_k, asked, backend, k_scale, v_scale)
     if has_other_rank(q, k, v):
         given = as_rank_4(q, k, v, mask, seqlens_k)
         inputs = Inputs(*given[:5], sinks=sinks, k_scale=k_scale, v_scale=v_scale)

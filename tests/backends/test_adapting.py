@@ -85,7 +85,7 @@ def test_any_head_dim(backend: str, dims: tuple[int, int], arch: str) -> None:
     ("dims", "names"),
     [
         pytest.param(
-            dims, names, marks=() if (dims == (11, 5)) == (names == "qkv") else pytest.mark.thorough
+            dims, names, marks=() if (dims, names) == ((11, 5), "qkv") else pytest.mark.thorough
         )
         for dims, names in itertools.product([(16, 24), (11, 5)], ["q", "kv", "qkv"])
     ],
@@ -119,7 +119,7 @@ def test_padded_batches(backend: str, options: dict[str, Any], arch: str) -> Non
             assert error_report(out[own], *parts, lse=lse[own], **options).ok
 
 
-@pytest.mark.parametrize("dims", [(16, 24), (13, 5)], ids=str)
+@pytest.mark.parametrize("dims", thorough_but([(13, 5)], [(16, 24), (13, 5)]), ids=str)
 @every_backend
 def test_packed_sequences(backend: str, dims: tuple[int, int], arch: str) -> None:
     q, k, v = (x[0].transpose(0, 1) for x in qkv(*dims, backend))
@@ -167,7 +167,8 @@ def test_gradients_of_a_kernels_result(backend: str, arch: str) -> None:
         torch.testing.assert_close(own.double(), want, atol=2e-2, rtol=2e-2)
 
 
-@pytest.mark.parametrize("layout", thorough_but(("odd",), ("odd", "strided", "wide")))
+@pytest.mark.thorough
+@pytest.mark.parametrize("layout", ["odd", "strided", "wide"])
 def test_opcheck(layout: str) -> None:
     dims = {"odd": (5, 3), "strided": (8, 16), "wide": (264, 520)}[layout]
     q, k, v = qkv(*dims, dtype=torch.float32)
@@ -244,7 +245,7 @@ EXPANDED = {
 
 
 @pytest.mark.parametrize("name", EXPANDED)
-@pytest.mark.parametrize("dims", [(16, 8), (5, 3)], ids=str)
+@pytest.mark.parametrize("dims", thorough_but([(5, 3)], [(16, 8), (5, 3)]), ids=str)
 @hopper_backends
 def test_expanded_keys_on_the_hopper_kernel(
     monkeypatch: pytest.MonkeyPatch, backend: str, dims: tuple[int, int], name: str

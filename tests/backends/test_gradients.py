@@ -96,6 +96,7 @@ def test_gradcheck_of_additive_mask(shape):
     assert torch.autograd.gradcheck(function, qkv() + leaves(shape, seed=1))
 
 
+@pytest.mark.thorough
 def test_gradcheck_of_expanded_inputs():
     """One storage seen as several batches, heads and rows: gradients add up in it."""
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import thorough_but
 
 import flashcore
 from flashcore.bench import libraries, peers, run
@@ -70,7 +71,7 @@ def test_work_is_counted_as_the_page_says() -> None:
     assert decode.name == "B1 H32/8 S1/2048 D128 full"
 
 
-@pytest.mark.parametrize("workload", OPTIONS, ids=lambda w: w.name)
+@pytest.mark.parametrize("workload", thorough_but(OPTIONS[-1:], OPTIONS), ids=lambda w: w.name)
 def test_every_option_is_checked_against_the_oracle(workload: Workload) -> None:
     rows = {row["library"]: row for row in run("cpu", rounds=1, workloads=[workload])["results"]}
     assert rows["flashcore"]["max_error"] < 1e-5

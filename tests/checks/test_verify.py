@@ -56,6 +56,7 @@ def test_inputs_have_the_layout_that_the_case_names() -> None:
     assert bool(whole[:, 5:].isnan().all())
 
 
+@pytest.mark.thorough
 def test_the_torch_path_passes() -> None:
     results = verify.verify("torch", seed=1, indices=range(6))
     assert [result.describe() for result in results if not result.ok] == []

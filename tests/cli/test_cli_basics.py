@@ -69,7 +69,7 @@ def test_help_does_not_wait_for_torch() -> None:
         (["verify", "--backend", "torch", "--arch", "sm_90"], "--backend sim"),
         (["verify", "--cases", "0"], "--cases"),
         (["resources", "--variant", "fast"], "causal"),
-        (["resources", "--kernel", "attn_bwd"], "attn_fwd_wmma"),
+        (["resources", "--kernel", "attn_bwd", "--head-dim", "64"], "attn_fwd_wmma"),
         (["resources", "--kernel", "sm90", "--arch", "sm_80"], "wmma, attn_fwd_wmma"),
         (["isolate", "--tile", "64x16,turns=2"], "turns=2 is no field"),
         (["isolate", "--plant", "no-clamp", "--causal"], "leave out --causal"),

@@ -120,6 +120,7 @@ def test_isolate_names_the_seeds_bug() -> None:
     assert (status, document["first_wrong"], document["ok"]) == (1, "pv", False)
 
 
+@pytest.mark.thorough
 def test_isolate_simulates_the_hopper_kernel_where_a_bug_is_planted() -> None:
     arguments = ["isolate", "--backend", "sm90", "--plant", "no-init-fence"]
     status, document = invoke(*arguments)
@@ -217,8 +218,7 @@ def test_a_built_bundle_serves_without_a_compiler(
 ) -> None:
     monkeypatch.setattr(configurations_module, "SERVING_VARIANTS", {})
     monkeypatch.setattr(configurations_module, "VARIANTS", {"full": {}})
-    monkeypatch.setattr(configurations_module, "_LENGTHS", (1024,))  # each has a tile or two
-    monkeypatch.setattr(configurations_module, "_HEADS", (4,))
+    monkeypatch.setattr(configurations_module, "_SIZES", ((4, 1024),))  # each has a tile or two
     bundle = tmp_path / "kernels.bundle"
     arguments = ["build", "--arch", "sm_90", "--head-dim", "64", "--dtype", "float16", "-j", "1"]
     status, document = invoke(*arguments, "--output", str(bundle))

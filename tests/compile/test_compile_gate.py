@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from flashcore.cli import app
+from flashcore.cli import app, resources
 from flashcore.compile import jit
+from flashcore.compile.compiler import CompiledKernel
 from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.bwd_sm90.plan_one import DELTA_KERNEL, ROUND_KERNEL
@@ -21,6 +22,7 @@ from flashcore.kernels.fwd_wmma.plan import KERNEL, SUPPORTED_ARCHS, Plan
 from flashcore.kernels.registry import kernel_of
 from flashcore.selection import compile_gate
 from flashcore.selection.backward_configurations import backward_configurations
+from flashcore.selection.building import append_units
 from flashcore.selection.compile_gate import (
     cell_of,
     expected_room,
@@ -34,8 +36,13 @@ runner = CliRunner()
 
 
 @pytest.fixture(scope="module")
-def checked() -> list[Configuration]:
-    return compile_gate.checked(configurations() + backward_configurations())
+def every() -> list[Configuration]:
+    return configurations() + backward_configurations()
+
+
+@pytest.fixture(scope="module")
+def checked(every: list[Configuration]) -> list[Configuration]:
+    return compile_gate.checked(every)
 
 
 def of_kernels(found: list[Configuration], aspect: Callable[[Configuration], Any]) -> set[Any]:
@@ -88,33 +95,39 @@ def tells(other: Plan, plan: Plan) -> bool:
     return plan.kernel == KERNEL and bool(differing) and differing <= OPTIONS and off
 
 
-def test_what_is_not_checked_is_told_by_another(checked: list[Configuration]) -> None:
+def tile_of(plan: Plan) -> tuple[str, int, int, int]:
+    return plan.kernel, plan.arch, plan.block_m, plan.block_n
+
+
+def test_what_is_not_checked_is_told_by_another(
+    every: list[Configuration], checked: list[Configuration]
+) -> None:
     """Where the dtype decides the tile, both are compiled; and both of what is used most. All
     variants and architectures are compiled at head_dim 128."""
-    found = configurations() + backward_configurations()
-    every, plans = {entry.plan for entry in found}, {entry.plan for entry in checked}
+    listed, plans = {entry.plan for entry in every}, {entry.plan for entry in checked}
+    of_tile = defaultdict(list)
+    for plan in plans:
+        of_tile[tile_of(plan)].append(plan)
     kinds = Counter()
-    for entry in found:
+    for entry in every:
         plan = entry.plan
         if plan in plans:
             continue
         if plan.dtype == "float16" or entry.ships:
             mask = "bfloat16" if plan.mask == "float16" else plan.mask
             twin = dataclasses.replace(plan, dtype="bfloat16", mask=mask)
-            plan = twin if twin in every else plan
+            plan = twin if twin in listed else plan
             used_most = entry.variant in ("full", "causal", "masked") and plan.head_dim == 128
             assert entry.ships or plan != twin or not used_most
         causal = dataclasses.replace(plan, has_window_right=True, returns_max_score=False)
-        if causal in every and entry.ships and entry.variant in ("full", "max-score"):
+        if causal in listed and entry.ships and entry.variant in ("full", "max-score"):
             plan = causal
             kinds["what ships"] += 1
         if plan not in plans and plan.arch == 89 and not plan.cache_dtype:
             plan = dataclasses.replace(plan, arch=86)
             kinds["the same code"] += 1
         if plan not in plans and plan.head_dim != 128:
-            tile = (*cell_of(plan)[:2], plan.block_m, plan.block_n)
-            alike = [x for x in plans if (*cell_of(x)[:2], x.block_m, x.block_n) == tile]
-            plan = next(other for other in alike if tells(other, plan))
+            plan = next(other for other in of_tile[tile_of(plan)] if tells(other, plan))
             kinds["more options" if plan.kernel == KERNEL else "more columns"] += 1
         assert plan in plans, entry
     assert kinds.keys() == {"what ships", "the same code", "more options", "more columns"}
@@ -269,6 +282,26 @@ def test_serialised_products_are_over_budget_and_a_fence_more_is_not() -> None:
     assert over_budget(entry, dataclasses.replace(found, remarks=(fence,))) == []
     (line,) = over_budget(entry, dataclasses.replace(found, remarks=(fence, serialised)))
     assert line.endswith(serialised)
+
+
+def test_each_text_that_appends_is_compiled_once_and_one_for_each_architecture() -> None:
+    every = list(append_units(SUPPORTED_ARCHS, ["float16", "bfloat16"]).values())
+    found = compile_gate.checked_to_append(every)
+    assert {unit[0] for unit in found} == {unit[0] for unit in every}
+    assert {unit[1] for unit in found} == set(SUPPORTED_ARCHS)
+    assert len(found) <= len({unit[0] for unit in every}) + len(SUPPORTED_ARCHS)
+    assert compile_gate.checked_to_append(found) == found
+    assert set(compile_gate.sampled_to_append(found)) <= set(found)
+
+
+def test_a_kernel_that_appends_has_a_budget() -> None:
+    (unit, *_) = append_units([90], ["float16"]).values()
+    few = CompiledKernel(unit[2], "sm_90", "cubin", b"", 72, 0, 0, 1)
+    assert resources._append_row(unit, few).violations == []
+    many = dataclasses.replace(few, registers=136, spill_bytes=8)
+    spilled, crowded = resources._append_row(unit, many).violations
+    assert "8 spilled bytes" in spilled
+    assert "136 registers, 128 allowed" in crowded
 
 
 class Compiler:

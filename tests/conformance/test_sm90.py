@@ -6,6 +6,7 @@ import ctypes
 import itertools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,14 @@ PRODUCTS = [(16, 64), (48, 128), (64, 128), (96, 64), (128, 128), (208, 64), (24
 COLUMNS = [(16, 64), (64, 128), (96, 64), (128, 128)]
 
 
+def in_turns(shapes: list[tuple[int, int]]) -> list[Any]:
+    """Return every shape with both dtypes: in `make test` with one of them, in turns."""
+    return [
+        pytest.param(dtype, *shape, marks=() if (i + j) % 2 else pytest.mark.thorough)
+        for (i, shape), (j, dtype) in itertools.product(enumerate(shapes), enumerate(DTYPES))
+    ]
+
+
 @pytest.mark.parametrize(
     ("kernel", "constants"),
     [
@@ -33,6 +42,7 @@ COLUMNS = [(16, 64), (64, 128), (96, 64), (128, 128)]
         ("mbarriers", {}),
         ("warpgroups", {}),
         ("dependents", {}),
+        ("matrices", {}),
         *((name, {"Element": dtype}) for name in ("stmatrix", "pairs") for dtype in DTYPES),
         *(
             ("products", {"Element": dtype, "ROW_BYTES": row_bytes, "FRAGS": cols // 16})
@@ -212,6 +222,26 @@ def test_stmatrix_stores_fragments(run: Runner, dtype: str) -> None:
     assert torch.equal(result["out"], torch.arange(256.0).reshape(16, 16).to(out).expand(4, 16, 16))
 
 
+def test_operands_are_made_in_registers(run: Runner) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(0, 256, (32, 16), generator=generator).byte()
+    tensors = {"rows": rows.view(torch.int32)}
+    tensors |= {name: torch.empty(32, 4, dtype=torch.int32) for name in ("plain", "transposed")}
+    tensors["mixed"] = torch.empty(32, 2, dtype=torch.int32)
+    a, b = torch.randint(-8, 9, (2, 16, 16), generator=generator).float()
+    tensors |= {"a": a, "b": b, "product": torch.empty(16, 16)}
+    names = "plain", "transposed", "mixed", "product"
+    result = run("matrices", tensors, names, num_threads=32, arch_suffix="a")
+    matrices = rows.view(torch.int16).view(4, 8, 8)
+    for name, of_name in (("plain", matrices), ("transposed", matrices.transpose(1, 2))):
+        # Lane 4 r + c has columns 2 c and 2 c + 1 of row r of each.
+        want = of_name.reshape(4, 32, 2).transpose(0, 1).reshape(32, 8)
+        assert torch.equal(result[name].view(torch.int16), want), name
+    assert torch.equal(result["product"], 2 * a @ b)
+    bytes_of_lane = result["mixed"].view(torch.uint8)
+    assert torch.equal(bytes_of_lane, rows[:, [0, 2, 1, 3, 7, 2, 5, 0]])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_of_pairs_are_rounded_once(run: Runner, dtype: str) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -224,8 +254,7 @@ def test_products_of_pairs_are_rounded_once(run: Runner, dtype: str) -> None:
     torch.testing.assert_close(found, a * b, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("cols", "row_bytes"), PRODUCTS)
+@pytest.mark.parametrize(("dtype", "cols", "row_bytes"), in_turns(PRODUCTS))
 def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: int) -> None:
     """Small integers are exact in every step, so one element in a wrong place or lost shows."""
     generator = torch.Generator().manual_seed(cols)
@@ -267,8 +296,7 @@ def test_products_of_a_warpgroup(run: Runner, dtype: str, cols: int, row_bytes: 
         assert torch.equal(result["by_both"], result["by_smem"])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("cols", "row_bytes"), COLUMNS)
+@pytest.mark.parametrize(("dtype", "cols", "row_bytes"), in_turns(COLUMNS))
 def test_blocks_add_up_products_of_columns(
     run: Runner, dtype: str, cols: int, row_bytes: int
 ) -> None:

@@ -208,6 +208,7 @@ def test_torch_compile_follows_the_block_both_ways():
     assert graphs == [1, 1, 0]  # one for each side, both kept
 
 
+@pytest.mark.thorough
 def test_the_compiler_is_not_imported_for_a_plain_call():
     """torch.nn.attention.bias imports torch._dynamo, which takes a second."""
     code = """

@@ -136,6 +136,23 @@ def test_a_batch_is_as_each_sequence_alone(
     batch.check(batch.run(backend, batch.layer()))
 
 
+@pytest.mark.parametrize(("counts", "dims"), [(QUERIES, 3), ([1, 1, 1, 1], 4)])
+def test_sequences_of_one_query_are_not_packed(
+    module: Any, monkeypatch: pytest.MonkeyPatch, counts: list[int], dims: int
+) -> None:
+    batch, seen, compute = Batch(counts, 16), [], module.attention_with_kvcache
+
+    def attend(q: Tensor, *caches: Tensor, **options: Any) -> Any:
+        seen.append(q.dim())
+        return compute(q, *caches, **options)
+
+    monkeypatch.setattr(module, "attention_with_kvcache", attend)
+    backend = module.FlashcoreAttnBackend(batch.runner)
+    backend.init_forward_metadata(batch.batch)
+    batch.check(batch.run(backend, batch.layer()))
+    assert seen == [dims]
+
+
 def test_lengths_that_only_the_device_knows_will_do(module: Any) -> None:
     batch = Batch(QUERIES, 16)
     batch.batch.seq_lens_cpu = batch.batch.extend_seq_lens_cpu = None

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from engine_standins import AttentionType, stand_in_for_vllm
-from parameters import thorough_but
 from torch import Tensor
 
 from flashcore.checks.accuracy import error_report
@@ -224,7 +223,8 @@ def test_register_adds_the_backend_once(
     assert hasattr(importlib.import_module(module), member)
 
 
-@pytest.mark.parametrize("engine", thorough_but(["vllm"], ["vllm", "sglang"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
 def test_flashcore_imports_no_engine(engine: str) -> None:
     text = (
         f"import sys, flashcore.integrations.{engine}, flashcore.api\n"
@@ -257,7 +257,7 @@ def test_sequences_of_one_query_are_computed_apart(
     longest: list[int] = []
 
     def counted(*tensors: Tensor, **options: Any) -> Any:
-        longest.append(options["max_seqlen_q"])
+        longest.append(options["max_seqlen_q"] or tensors[0].shape[2])
         return attention_with_kvcache(*tensors, **options)
 
     monkeypatch.setattr(layer, "attention_with_kvcache", counted)
@@ -271,3 +271,22 @@ def test_sequences_of_one_query_are_computed_apart(
 def test_decodes_are_told_from_prompts(backend: Any, queries: list[int], want: int) -> None:
     metadata = sys.modules["flashcore.integrations.vllm.metadata"]
     assert metadata._num_decodes(torch.tensor([0, *queries]).cumsum(0).int()) == want
+
+
+def test_a_batch_is_cut_once_for_all_layers(backend: Any) -> None:
+    """A group of layers with other blocks has it cut again."""
+    metadata = sys.modules["flashcore.integrations.vllm.metadata"]
+    starts, lengths = torch.tensor([0, 1, 2, 7]).int(), torch.tensor([4, 9, 11]).int()
+    table = torch.arange(6).int().view(3, 2)
+    step = metadata.FlashcoreMetadata(
+        num_actual_tokens=7, max_query_len=5, query_start_loc=starts, max_seq_len=11,
+        seq_lens=lengths, block_table=table, slot_mapping=torch.arange(7), num_decodes=2,
+    )  # fmt: skip
+    builder = metadata.FlashcoreMetadataBuilder
+    other = builder.update_block_table(None, step, table + 6, step.slot_mapping)
+    for found, blocks in ((step, table), (other, table + 6)):
+        decodes, chunk = found.parts
+        assert (decodes.cu_seqlens_q.tolist(), decodes.max_seqlen_q) == ([0, 1, 2], 1)
+        assert (chunk.cu_seqlens_q.tolist(), chunk.max_seqlen_q) == ([0, 5], 5)
+        assert decodes.seqlens_k.tolist() + chunk.seqlens_k.tolist() == lengths.tolist()
+        assert torch.equal(torch.cat([decodes.page_table, chunk.page_table]), blocks)

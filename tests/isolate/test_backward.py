@@ -109,6 +109,7 @@ def test_the_first_wrong_value_is_named() -> None:
     assert any("issue_dk" in reason for reason in found.why)
 
 
+@pytest.mark.thorough
 def test_a_wrong_ds_is_named_where_the_kernel_holds_it() -> None:
     """S is computed from V instead of K: all of dS^T is wrong, and no product behind it. The first
     wrong value is that of key 0 and row 0, which lane 0 of the first consumer has."""
@@ -130,6 +131,7 @@ def run(*words: str) -> Result:
     return CliRunner().invoke(app, ["isolate", *words])
 
 
+@pytest.mark.thorough
 def test_the_command_names_kernel_stage_and_alarm() -> None:
     result = run("--plant", "dout-read-late")
     assert result.exit_code == 1, result.output

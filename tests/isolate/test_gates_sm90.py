@@ -62,10 +62,10 @@ def test_the_healthy_kernel_passes_every_stage(case: Case) -> None:
     ("plant", "stage", "reason"),
     [
         ("no-commit", "pv", "wgmma"),
-        ("turn-not-handed-on", "full", "what the gates switch off"),
         *(
             pytest.param(*values, marks=pytest.mark.thorough)
             for values in (
+                ("turn-not-handed-on", "full", "what the gates switch off"),
                 ("no-init-fence", "setup", "mbar_init_fence"),
                 ("o-part-overwritten", "store", "race"),
                 ("share-sum-lost", "full", "lse"),

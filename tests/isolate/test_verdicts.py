@@ -180,6 +180,7 @@ def test_an_alarm_names_the_mbarrier_that_is_waited_for() -> None:
     assert "barriers[99]" in str(error)
 
 
+@pytest.mark.thorough
 def test_a_deadlock_says_who_waits_for_what() -> None:
     case = Case(num_heads_q=1, num_heads_kv=1, seqlen_q=70, seqlen_k=200)
     found = gates.isolate(case, "sim", plant="wrong-parity")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pages import check_packed, make_cache
+from pages import check_packed, packed_over_pages
 from parameters import thorough_but
 
 import flashcore
@@ -100,31 +100,11 @@ def test_the_largest_score_of_each_head(backend: str, monkeypatch: pytest.Monkey
     torch.testing.assert_close(most.cpu().double(), want, rtol=1e-2, atol=1e-2)
 
 
-def paged(
-    backend: str, counts: tuple[int, ...], lengths: tuple[int, ...], **options: Any
-) -> tuple[Any, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return a cache of which sequence b's keys do not depend on other lengths, packed queries
-    and what they see."""
-    fields = {name: options.pop(name) for name in ("cache_dtype",) if name in options}
-    cache = make_cache(
-        16, lengths, seqlen_q=max(counts), device=device_of(backend), num_heads_q=7,
-        num_heads_kv=1, dtype=torch.bfloat16, **fields,
-    )  # fmt: skip
-    q = torch.cat([x[:, :n].transpose(0, 1) for x, n in zip(cache.q, counts, strict=True)])
-    ends = torch.tensor([0, *counts], device=q.device).cumsum(0).int()
-    _, *of_keys = cache.arguments()
-    out, lse = attention_paged_varlen(
-        q, *of_keys, ends, max(counts), return_lse=True, causal=True, backend=backend, **options,
-        **cache.scales(),
-    )  # fmt: skip
-    return cache, q, out, lse
-
-
 @pytest.mark.parametrize("cache_dtype", thorough_but(("float8_e4m3fn",), ("", "float8_e4m3fn")))
 @every_backend
 def test_caches_in_pages(backend: str, cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = on_sim90(backend, monkeypatch)
-    cache, q, out, lse = paged(backend, COUNTS, LENGTHS, cache_dtype=cache_dtype)
+    cache, q, (out, lse) = packed_over_pages(backend, COUNTS, LENGTHS, cache_dtype=cache_dtype)
     check_packed(cache, COUNTS, q, out, lse, causal=True)
 
 
@@ -135,7 +115,7 @@ def test_neighbours_do_not_matter_to_batch_invariant_calls(
 ) -> None:
     """A sequence alone, and before a prompt, whose rows make other tiles and other work."""
     backend = on_sim90(backend, monkeypatch)
-    cache, q, out, lse = paged(backend, (2, 30), (70, 40), batch_invariant=True)
+    cache, q, (out, lse) = packed_over_pages(backend, (2, 30), (70, 40), batch_invariant=True)
     _, *of_keys = cache.arguments()
     ends = torch.tensor([0, 2], device=q.device).int()
     table, told = of_keys[2][:1], of_keys[3][:1]

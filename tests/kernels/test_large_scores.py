@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import thorough_but
 from plant_checks import check_text, undocumented
 from torch import Tensor
 
@@ -108,9 +109,9 @@ SM90_TILES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("tile", SM90_TILES)
-@pytest.mark.parametrize(("dtype", "size"), [("float16", 300.0), ("float16", 3e4)])
-def test_on_every_road_of_the_hopper_kernel(dtype: str, size: float, tile: str) -> None:
-    assert simulated(KERNEL_SM90, *inputs(dtype, size), tile=SM90_TILES[tile])
+@pytest.mark.parametrize("size", thorough_but([3e4], [300.0, 3e4]))
+def test_on_every_road_of_the_hopper_kernel(size: float, tile: str) -> None:
+    assert simulated(KERNEL_SM90, *inputs("float16", size), tile=SM90_TILES[tile])
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -127,7 +128,7 @@ def lowest(dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("softcap", thorough_but([20.0], [None, 20.0]))
 @pytest.mark.parametrize(
     ("dtype", "low"),
     [

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pages import Cache, check_packed, make_cache
+from pages import check_packed, packed_over_pages
 from parameters import thorough_but
 
 import flashcore
@@ -77,29 +77,11 @@ def test_every_sequence_is_as_if_alone(
     assert torch.equal(out[: sum(case.lengths_q)], again[0][: sum(case.lengths_q)])
 
 
-def paged(
-    backend: str, counts: tuple[int, ...], lengths: tuple[int, ...], **options: Any
-) -> tuple[Cache, torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Return a cache, packed queries, and what attention_paged_varlen has for them."""
-    fields = {name: options.pop(name) for name in ("cache_dtype",) if name in options}
-    cache = make_cache(
-        16, lengths, seqlen_q=max(counts), device=device_of(backend), num_heads_q=7,
-        num_heads_kv=1, dtype=torch.bfloat16, **fields,
-    )  # fmt: skip
-    q = torch.cat([x[:, :n].transpose(0, 1) for x, n in zip(cache.q, counts, strict=True)])
-    ends = torch.tensor([0, *counts], device=q.device).cumsum(0).int()
-    _, *of_keys = cache.arguments()
-    return cache, q, attention_paged_varlen(
-        q, *of_keys, ends, max(counts), return_lse=True, causal=True, backend=backend, **options,
-        **cache.scales(),
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize("cache_dtype", thorough_but(("float8_e4m3fn",), ("", "float8_e4m3fn")))
 @every_backend
 def test_caches_in_pages(backend: str, cache_dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     backend = on_sim90(backend, monkeypatch)
-    cache, q, (out, lse, most) = paged(
+    cache, q, (out, lse, most) = packed_over_pages(
         backend, COUNTS, LENGTHS, cache_dtype=cache_dtype, return_max_score=True
     )
     check_packed(cache, COUNTS, q, out, lse, causal=True)

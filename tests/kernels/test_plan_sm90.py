@@ -10,6 +10,7 @@ import torch
 
 from flashcore.backends.adapting import adapt
 from flashcore.backends.dispatch import choose_backend
+from flashcore.kernels.fwd_sm90 import candidates as candidates_sm90
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
@@ -43,7 +44,7 @@ def test_hopper_gets_the_hopper_kernel() -> None:
 @pytest.mark.parametrize("gate", plan_sm90.GATES)
 def test_a_gate_changes_the_plan_only_in_what_it_says(gate: str) -> None:
     asked = problem(128, heads=64, seqlen=4096)
-    plain, gated = plan_sm90.candidates(asked)[0], select_plan(asked, gate=gate)
+    plain, gated = candidates_sm90.candidates(asked)[0], select_plan(asked, gate=gate)
     assert plain == dataclasses.replace(plain, ping_pong=True, lazy_rescale=True)
     assert gated == dataclasses.replace(plain, gate=gate, ping_pong=False, lazy_rescale=False)
 
@@ -98,7 +99,7 @@ def test_older_gpu_is_told_so() -> None:
 def test_every_head_dim_fits(head_dim: int, heads: int, options: dict[str, object]) -> None:
     for head_dim_v in {head_dim, 64, 256}:
         asked = problem(head_dim, heads=heads, head_dim_v=head_dim_v, **options)
-        for plan in plan_sm90.candidates(asked):
+        for plan in candidates_sm90.candidates(asked):
             assert isinstance(plan, Sm90Plan)
             assert plan.smem_bytes <= 232448
             consumer, producer = plan.role_registers
@@ -111,20 +112,20 @@ def test_every_head_dim_fits(head_dim: int, heads: int, options: dict[str, objec
 
 @pytest.mark.parametrize(("head_dim", "parts"), [(64, 1), (128, 1), (192, 2), (256, 2)])
 def test_o_leaves_in_as_few_parts_as_fit(head_dim: int, parts: int) -> None:
-    plan = plan_sm90.candidates(problem(head_dim, heads=256, seqlen=1024))[0]
+    plan = candidates_sm90.candidates(problem(head_dim, heads=256, seqlen=1024))[0]
     assert isinstance(plan, Sm90Plan)
     assert plan.o_parts == parts
     whole = dataclasses.replace(plan, o_parts=1)
     assert (whole.smem_bytes <= 232448) == (parts == 1)
-    in_any = plan_sm90.with_o_fitted(dataclasses.replace(plan, o_parts=4))
+    in_any = candidates_sm90.with_o_fitted(dataclasses.replace(plan, o_parts=4))
     assert in_any == plan
     too_large = dataclasses.replace(plan, num_stages=99)
-    assert plan_sm90.with_o_fitted(too_large).o_parts == plan_sm90.O_PARTS[-1]
+    assert candidates_sm90.with_o_fitted(too_large).o_parts == plan_sm90.O_PARTS[-1]
 
 
 def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
     full, causal = problem(seqlen=640), problem(seqlen=640, causal=True)
-    plan = dataclasses.replace(plan_sm90.candidates(full)[0], block_m=64)
+    plan = dataclasses.replace(candidates_sm90.candidates(full)[0], block_m=64)
     assert params_sm90.num_row_tiles(full, plan) == 4 * 10
     assert SM90.num_blocks(full, plan, 1000) == 4 * 10
     assert SM90.num_blocks(full, plan, 3) == 3
@@ -141,7 +142,7 @@ def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:
     ):
         long = dataclasses.replace(causal, batch=1, num_heads_q=heads, num_heads_kv=heads)
         long = dataclasses.replace(long, seqlen_q=seqlen, seqlen_k=seqlen)
-        plan = dataclasses.replace(plan_sm90.candidates(causal)[0], block_m=block_m)
+        plan = dataclasses.replace(candidates_sm90.candidates(causal)[0], block_m=block_m)
         assert params_sm90.heads_per_section(long, plan, num_blocks) == in_a_group
         few_kv = dataclasses.replace(long, num_heads_kv=heads // 4)
         assert params_sm90.heads_per_section(few_kv, plan, num_blocks) % 4 == 0
@@ -222,7 +223,7 @@ def test_long_rows_have_wide_tiles_unless_a_window_makes_them_short() -> None:
     sizes = {}
     for window in (None, (8000, 0), (1024, 0), (1024, -1)):
         long = problem(128, heads=16, seqlen=16384, causal="lower_right", window=window)
-        plan = plan_sm90.candidates(long)[0]
+        plan = candidates_sm90.candidates(long)[0]
         sizes[window] = plan.block_m, plan.block_n
     assert sizes[None] == sizes[8000, 0] == (192, 80)
     assert sizes[1024, 0] == sizes[1024, -1] == (128, 128)

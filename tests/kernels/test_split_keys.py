@@ -256,6 +256,7 @@ def test_with_lengths_a_launch_is_told_how_to_cut(machine: standin.Machine, in_p
     assert (p.split_out % 16, p.tile_counter) == (0, machine.counters.data_ptr())
 
 
+@pytest.mark.thorough
 def test_work_is_cut_on_the_device_where_only_that_knows_it() -> None:
     of = functools.partial(dataclasses.replace, varlen="keys")
     few = select_plan(of(problem_of(64, 32, 8, 1, 8192)), 90)

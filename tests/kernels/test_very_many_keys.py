@@ -16,6 +16,7 @@ from flashcore import attention
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.checks.planned import under_gate, with_fields
+from flashcore.kernels.fwd_sm90 import candidates as candidates_sm90
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL
@@ -134,7 +135,7 @@ def test_isolate_may_say_how_many_keys_a_sum_goes_over() -> None:
     assert plan.keys_of_chunk == 128
     assert under_gate(PORTABLE, {"keys_of_chunk": 128}) == {"keys_of_chunk": 0}
     with pytest.raises(ValueError, match="keys_of_chunk=128 is no field of a tile of attn_fwd_sm"):
-        with_fields(plan_sm90.candidates(problem)[0], {"keys_of_chunk": 128})
+        with_fields(candidates_sm90.candidates(problem)[0], {"keys_of_chunk": 128})
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -142,11 +143,11 @@ def test_blocks_of_the_hopper_kernel_share_very_many_keys(dtype: str) -> None:
     """However many row tiles there are, and whatever was measured for fewer keys."""
     most = MAX_KEYS_OF_A_SUM_SM90[dtype]
     problem = dataclasses.replace(problem_of(3 * most, dtype), num_heads_q=4096, num_heads_kv=4096)
-    for plan in plan_sm90.candidates(problem):
+    for plan in candidates_sm90.candidates(problem):
         assert isinstance(plan, plan_sm90.Sm90Plan)
         assert plan.num_splits >= 3
         assert with_tile(plan, tile_of(plan) | {"num_splits": 1}) is None
-    (few, *_) = plan_sm90.candidates(dataclasses.replace(problem, seqlen_k=4096))
+    (few, *_) = candidates_sm90.candidates(dataclasses.replace(problem, seqlen_k=4096))
     assert isinstance(few, plan_sm90.Sm90Plan)
     assert few.num_splits == 1
 

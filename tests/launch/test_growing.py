@@ -13,8 +13,8 @@ import torch
 import flashcore
 from flashcore.backends import dispatch, growing
 from flashcore.backends.growing import planned_as
+from flashcore.kernels.fwd_sm90.candidates import traits_sm90
 from flashcore.kernels.fwd_sm90.params import AttnSm90Params
-from flashcore.kernels.fwd_sm90.plan import traits_sm90
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.launch import kernel_call as launch
 from flashcore.launch.kernel_call import KernelCall

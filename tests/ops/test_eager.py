@@ -325,6 +325,7 @@ def test_a_growing_number_of_keys_shares_one_launch(machine):
     assert launch._launch.cache_info().misses == 1
 
 
+@pytest.mark.thorough
 def test_the_benchmark_of_the_host_measures_and_reports(monkeypatch):
     from flashcore.bench import host
 

@@ -159,12 +159,20 @@ def test_isolate_finds_it_where_the_list_says(name: str, kernel: str) -> None:
     assert found.first_wrong == planted.stage, found.why
 
 
+# The one bug of each stage with which isolate runs all stages before it. Each is more builds of the
+# planted kernel, so the others have their own stage alone, where that is one.
+FROM_THE_START = {(planted.kernel, planted.stage): planted for planted in reversed(BACKWARD)}
+
+
 @pytest.mark.parametrize("planted", BACKWARD, ids=lambda planted: planted.plant.name)
 def test_isolate_finds_every_bug_of_the_backward_kernels(
     planted: registry.Planted, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant = planted.plant
-    monkeypatch.setattr(backward, "STAGES", up_to(planted.stage, backward.STAGES))
+    stages = up_to(planted.stage, backward.STAGES)
+    if FROM_THE_START[planted.kernel, planted.stage] is not planted and planted.stage != "full":
+        stages = tuple(x for x in stages if x.name == planted.stage) or stages
+    monkeypatch.setattr(backward, "STAGES", stages)
     found = gates.isolate(planted.case(Case()), "sim", plant=plant.name, kernel=planted.kernel)
     assert found.first_wrong == planted.stage, found.why
     bad = next(result for result in found.stages if not result.ok)

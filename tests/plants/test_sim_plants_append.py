@@ -69,7 +69,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["append-no-room", "append-late-end", "append-wrong-sign"])
 def test_without_a_plant_the_same_runs_are_healthy(name: str) -> None:
-    assert {found(name, seed, healthy=True) for seed in SEEDS} == {"healthy"}
+    assert {found(name, seed, healthy=True) for seed in SEEDS[::4]} == {"healthy"}
 
 
 @pytest.mark.parametrize("name", PLANTS_APPEND)

@@ -126,7 +126,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 @pytest.mark.parametrize("is_packed", [True, False])
 def test_without_a_plant_the_same_runs_are_healthy(is_packed: bool) -> None:
-    assert {run_plant(None, is_packed, seed) for seed in SEEDS} == {"healthy"}
+    assert {run_plant(None, is_packed, seed) for seed in SEEDS[::4]} == {"healthy"}
 
 
 @pytest.mark.parametrize("name", PLANTS)

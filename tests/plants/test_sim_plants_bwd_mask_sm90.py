@@ -90,7 +90,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 @pytest.mark.parametrize("sums_rows", [False, True])
 def test_without_a_plant_the_same_runs_are_healthy(sums_rows: bool) -> None:
-    assert {run_plant(None, seed, sums_rows) for seed in SEEDS} == {"healthy"}
+    assert {run_plant(None, seed, sums_rows) for seed in SEEDS[::4]} == {"healthy"}
 
 
 # Tiles behind the first one, in each warp's walk, and rows that begin at multiples of 4 bytes, so
@@ -142,7 +142,7 @@ def test_a_bug_of_masks_is_caught_with_every_seed(name: str) -> None:
 
 
 def test_without_a_bug_of_masks_the_same_runs_are_healthy() -> None:
-    assert {run_masked(None, seed) for seed in SEEDS} == {"healthy"}
+    assert {run_masked(None, seed) for seed in SEEDS[::4]} == {"healthy"}
 
 
 @pytest.mark.parametrize("name", PLANTS | MASKED)

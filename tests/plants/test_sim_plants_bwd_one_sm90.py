@@ -77,7 +77,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 @pytest.mark.parametrize("is_shared", [False, True])
 def test_without_a_plant_the_same_runs_are_healthy(is_shared: bool) -> None:
-    assert {run_plant(None, seed, is_shared) for seed in SEEDS} == {"healthy"}
+    assert {run_plant(None, seed, is_shared) for seed in SEEDS[::4]} == {"healthy"}
 
 
 @pytest.mark.parametrize("name", PLANTS)

@@ -111,7 +111,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 def test_without_a_plant_the_same_runs_are_healthy(case: Case, changed: dict[str, bool]) -> None:
     plans = plans_with(case, None)
     plans = plans._replace(dkdv=dataclasses.replace(plans.dkdv, **changed))
-    found = {run_plant(None, case, seed, plans, dq_is_known=bool(changed)) for seed in SEEDS}
+    found = {run_plant(None, case, seed, plans, dq_is_known=bool(changed)) for seed in SEEDS[::4]}
     assert found == {"healthy"}
 
 

@@ -56,7 +56,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
     "name", ["packed-query-as-row", "packed-tiles-of-queries", "packed-slot-of-own-rows"]
 )
 def test_without_a_plant_the_same_runs_are_healthy(name: str) -> None:
-    runs = {str(run_plant(name, seed, healthy=True)) for seed in SEEDS}
+    runs = {str(run_plant(name, seed, healthy=True)) for seed in SEEDS[::4]}
     assert runs == {"healthy"}
 
 

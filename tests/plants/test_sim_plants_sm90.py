@@ -167,7 +167,7 @@ def test_the_replay_command_repeats_the_run() -> None:
 @pytest.mark.parametrize("o_parts", O_PARTS)
 def test_without_a_plant_the_same_runs_are_healthy(o_parts: int) -> None:
     plan = dataclasses.replace(PLAN, o_parts=o_parts)
-    assert {run_plant(None, seed, plan) for seed in SEEDS} == {"healthy"}
+    assert {run_plant(None, seed, plan) for seed in SEEDS[::4]} == {"healthy"}
 
 
 @pytest.mark.parametrize("name", PLANTS_SM90)

@@ -82,7 +82,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str, kernel: str) -> None
 
 @pytest.mark.parametrize("kernel", [SM90, WMMA])
 def test_without_a_plant_the_same_runs_are_healthy(kernel: str) -> None:
-    found = {run_plant("stream-one-slot", seed, healthy=True, kernel=kernel) for seed in SEEDS}
+    found = {run_plant("stream-one-slot", seed, healthy=True, kernel=kernel) for seed in SEEDS[::4]}
     assert found == {"healthy"}
 
 

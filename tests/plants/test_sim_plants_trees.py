@@ -57,7 +57,8 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str, kernel: str) -> None
 
 @pytest.mark.parametrize("kernel", [WMMA, SM90])
 def test_without_a_plant_the_same_runs_are_healthy(kernel: str) -> None:
-    assert {run_plant("tree-at-the-front", kernel, seed, True) for seed in SEEDS} == {"healthy"}
+    found = {run_plant("tree-at-the-front", kernel, seed, True) for seed in SEEDS[::4]}
+    assert found == {"healthy"}
 
 
 @pytest.mark.parametrize("kernel", [WMMA, SM90])

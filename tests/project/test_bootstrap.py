@@ -60,6 +60,7 @@ def test_borrows_only_a_cuda_torch_that_is_new_enough(
     assert bootstrap.borrowable_torch() == borrowed
 
 
+@pytest.mark.thorough
 def test_borrowed_environment_runs_flashcore_without_a_network(
     bootstrap: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -142,6 +142,7 @@ def test_what_differs_makes_the_run_fail(
     assert "attn c: other waits\n" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_this_tree_is_as_itself(script: ModuleType) -> None:
     """A process lists a tree's configurations, and nothing is compiled where texts are the same."""
     asked = ["--kernel", "bwd_delta", "--head-dim", "64", "--variant", "full"]

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from sources import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -70,7 +71,7 @@ def docstrings() -> list[tuple[str, str, str]]:
     for file in done.stdout.splitlines():
         if not (ROOT / file).is_file():
             continue
-        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        tree = parsed(ROOT / file)
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef):
                 kind = "noun"

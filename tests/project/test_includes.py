@@ -8,7 +8,6 @@ import subprocess
 from functools import cache
 
 import pytest
-from parameters import thorough_but
 
 from flashcore.compile.codegen import KERNELS_DIR, flatten, kernel_file
 from flashcore.compile.cxx import find_compiler
@@ -30,14 +29,6 @@ BELOW = {
     "bwd_mask_sm90": ("tile", "fwd_sm90", "bwd_sm90"),
 }
 PRIMITIVES = ("prims.cuh", "prims_sm90.cuh")
-# One of each of these folders, whose headers may include different ones; all together take long.
-FEW = (
-    "bwd_mask_sm90/bwd_dmask_sm90.cuh",
-    "bwd_sm90/key_mask_sm90.cuh",
-    "fwd_sm90/split_sm90.cuh",
-    "fwd_wmma/totals_wmma.cuh",
-    "tile/rows.cuh",
-)
 # Names at the file's own level, by the way they are declared there.
 DECLARED = (
     r"\b(?:struct|class|enum)\s+(?:alignas\([^)]*\)\s*)?(\w+)",
@@ -50,6 +41,7 @@ ENUM = re.compile(r"\benum\s+\w+\s*\{([^}]*)\}")
 MACRO = re.compile(r"^\s*#\s*define\s+(\w+)", re.MULTILINE)
 
 
+@cache
 def headers() -> list[str]:
     """Return the headers of the kernels and their parts, by their path below `kernels/`."""
     return sorted(
@@ -123,6 +115,7 @@ def used_in(text: str) -> set[str]:
     return names - local - declared_in(text)
 
 
+@cache
 def may_include(header: str) -> list[str]:
     """Return the headers that one may include: no kernel, and nothing of another kernel's."""
     folder = header.partition("/")[0]
@@ -156,9 +149,7 @@ def test_a_header_includes_what_it_uses(header: str) -> None:
     assert faults(header, text_of(header)) == []
 
 
-@pytest.mark.parametrize(
-    "header", thorough_but(FEW, [h for h in headers() if len(INCLUDE.findall(text_of(h))) > 1])
-)
+@pytest.mark.parametrize("header", [h for h in headers() if len(INCLUDE.findall(text_of(h))) > 1])
 def test_a_lacking_and_a_needless_include_are_seen(header: str) -> None:
     text = text_of(header)
     for include in INCLUDE.findall(text):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sources import parsed
 
 from flashcore.compile.codegen import KERNELS_DIR, kernel_file
 from flashcore.isolate import plant_stages
@@ -68,7 +69,7 @@ def test_nobody_asks_which_kernel_it_is() -> None:
         f"{path.relative_to(SRC)}:{line}: {how}"
         for path in SRC.rglob("*.py")
         if path.relative_to(SRC).parts[0] != "kernels"
-        for line, how in questions(ast.parse(path.read_text(encoding="utf-8")))
+        for line, how in questions(parsed(path))
     ]
     assert found == [], "ask kernels/registry.py's kernel, or the plan, instead"
 

@@ -77,6 +77,7 @@ def test_wheel_has_the_version_of_the_sources_and_a_name_of_its_own(wheel: Path)
     assert wheel.name.startswith(f"flashcore_attention-{flashcore.__version__}-")
 
 
+@pytest.mark.thorough
 def test_a_source_tree_on_the_path_is_a_module_like_any_other(tmp_path: Path) -> None:
     """Nothing is installed there: the version does not come from a distribution's metadata."""
     code = (

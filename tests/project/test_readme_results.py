@@ -94,9 +94,9 @@ def test_pages_of_this_repository_have_their_markers(script: ModuleType) -> None
 def test_the_page_of_the_backward_pass_is_made_of_its_file(
     script: ModuleType, repository: Path
 ) -> None:
-    page = repository / "docs" / "backward.md"
+    page = repository / "docs" / "backward-speed.md"
     page.write_text(f"before\n{script.BEGIN}\nold\n{script.END}\n", encoding="utf-8")
-    assert "docs/backward.md" not in script.update(repository, check=True)  # nothing measured
+    assert "docs/backward-speed.md" not in script.update(repository, check=True)  # nothing measured
     rows = []
     for group in ("sweep", "small"):
         for library, backward_us, both_us in (("flashcore", 50.0, 90.0), ("fa4", 100.0, 99.0)):
@@ -106,14 +106,30 @@ def test_the_page_of_the_backward_pass_is_made_of_its_file(
             )
     path = repository / script.BACKWARD_RESULTS
     path.write_text(json.dumps(DOCUMENT | {"pass": "backward", "results": rows}))
-    assert "docs/backward.md" in script.update(repository, check=False)
+    assert "docs/backward-speed.md" in script.update(repository, check=False)
     lines = page.read_text(encoding="utf-8").splitlines()
     name = "B1 H8 S1024 D64 full"
     assert "| TFLOP/s | flashcore | of limit | fa4 | vs best peer |" in lines
     assert f"| {name} | 20 | 61% | 10 | 2.00x |" in lines
     assert f"| {name} | 90.0 | 99.0 | 1.10x |" in lines
     assert any(x.startswith("| sweep, with forward and host | 1 | 1.10x |") for x in lines)
-    script.filled((ROOT / "docs" / "backward.md").read_text(encoding="utf-8"), "", "backward.md")
+    own = (ROOT / "docs" / "backward-speed.md").read_text(encoding="utf-8")
+    script.filled(own, "", "backward-speed.md")
+
+
+def test_training_steps_are_a_table_of_what_ran(script: ModuleType, tmp_path: Path) -> None:
+    assert script.training_parts(tmp_path) == []
+    path = tmp_path / script.RESULTS.with_name("h200-training-gpt.json")
+    path.parent.mkdir(parents=True)
+    ran = {"implementation": "sdpa", "tokens_per_second": 1234.5, "flashcore_over_this": 1.25}
+    failed = {"implementation": "eager", "failed": "no memory"}
+    results = [ran | {"peak_gib": 3.0}, failed]
+    path.write_text(json.dumps({"batch": 2, "seqlen": 64, "results": results}))
+    sentence, table = script.training_parts(tmp_path)
+    assert "(../benchmarks/results/h200-training-gpt.json)" in sentence
+    assert table.splitlines()[2:] == [
+        f"| {script.TRAINING['gpt']}, B2 S64 | sdpa | 1,234 | 1.250 | 3.0 |"
+    ]
 
 
 def test_filling_is_idempotent_and_keeps_the_rest(script: ModuleType, repository: Path) -> None:

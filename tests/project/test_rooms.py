@@ -8,6 +8,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from sources import parsed
+
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "flashcore"
 MAX_FILES = 16
@@ -64,7 +66,7 @@ MODULES = modules()
 
 def imports(path: Path) -> Iterator[str]:
     """Return the modules of flashcore that a file imports, in functions and for types too."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(parsed(path)):
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("flashcore"):
             for alias in node.names:
                 module = f"{node.module}.{alias.name}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import re
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from sources import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
 SRC = ROOT / "src" / "flashcore"
@@ -248,7 +248,7 @@ def test_no_machine_specific_paths_hosts_or_unfinished_work() -> None:
 
 def test_sources_parse_on_the_oldest_supported_python() -> None:
     for path in with_suffix(".py"):
-        ast.parse(read(path), filename=name(path), feature_version=(3, 10))
+        parsed(path)
 
 
 def test_import_is_light() -> None:

@@ -61,11 +61,21 @@ CASES: dict[str, dict[str, Any]] = {
         "lengths": (90, 17), "page_size": 8, "seqlen_q": 5, "num_heads_kv": 2, "seed": 2,
         "window": (40, 3), "softcap": 5.0, "dtype": "bfloat16", "head_dim": 96, "head_dim_v": 32,
     },
+    "two strips of rows": {
+        "lengths": (70,), "seqlen_q": 9, "num_heads_q": 4, "num_heads_kv": 2,
+        "causal": "lower_right", "dtype": "bfloat16",
+    },
+    "few rows of a wide head_dim": {
+        "lengths": (20, 133), "seqlen_q": 3, "num_heads_q": 4, "head_dim": 128, "head_dim_v": 64,
+        "window": (90, 3), "softcap": 5.0, "dtype": "bfloat16",
+    },
     "a wide head_dim": {"lengths": (40,), "head_dim": 192, "head_dim_v": 160, "dtype": "bfloat16"},
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", thorough_but(("one token", "everything"), CASES))
+@pytest.mark.parametrize(
+    "name", thorough_but(("one token", "two strips of rows", "everything"), CASES)
+)
 @everywhere
 def test_the_error_is_that_of_the_same_values_in_16_bits(backend: str, name: str) -> None:
     """Scales are powers of two here, so what elements count is exact in the dtype of q, and the

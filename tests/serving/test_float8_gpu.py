@@ -45,7 +45,7 @@ def test_one_token(page_size: int, dtype: torch.dtype, head_dim: tuple[int, int]
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("seqlen_q", [4, 100, 700])
+@pytest.mark.parametrize("seqlen_q", [4, 12, 100, 700])
 @pytest.mark.parametrize("options", [{"causal": True}, {"window": (100, 0), "softcap": 20.0}, {}])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_chunks_of_a_prompt(seed: int, seqlen_q: int, options: dict[str, Any]) -> None:

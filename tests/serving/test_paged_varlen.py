@@ -75,13 +75,13 @@ def check(backend: str, cache: Cache, q: torch.Tensor, ends: torch.Tensor, **opt
                        torch.full_like(lse[:, begin:], -torch.inf))  # fmt: skip
 
 
-@pytest.mark.parametrize("page_size", thorough_but((1, 24, 64), MAX_PAGES))
+@pytest.mark.parametrize("page_size", thorough_but((1, 24), MAX_PAGES))
 @every_backend
 def test_every_sequence_is_as_if_alone(backend: str, page_size: int) -> None:
     check(backend, *make(page_size, backend), causal=True)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", thorough_but(("upper-left", "window-softcap"), OPTIONS))
 @every_backend
 def test_options(backend: str, name: str) -> None:
     check(backend, *make(16, backend, dtype=torch.bfloat16, seed=1), **OPTIONS[name])
@@ -243,24 +243,30 @@ def test_the_message_names_argument_value_and_way_out(name: str) -> None:
         bad_call(**changes)
 
 
+DTYPES = "float16", "bfloat16"
+RANDOM_OPTIONS: tuple[dict[str, Any], ...] = (
+    {}, {"causal": True}, {"causal": True, "window": (33, 0)}, {"softcap": 5.0},
+)  # fmt: skip
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("seed", range(40))
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_random_batches_raise_no_alarm(
     arch: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Drawn lengths, pages, heads and numbers of queries, under a schedule of its own each."""
+    """Drawn lengths, pages, heads and numbers of queries, under a schedule of its own each; what a
+    kernel's text depends on has 8 values, as building one takes nine tenths of a run."""
     monkeypatch.setenv("FLASHCORE_SIM_ARCH", arch)
     monkeypatch.setenv("FLASHCORE_SIM_SEED", str(seed))
     rng = random.Random(seed)
-    case = draw_paged_case(seed, seqlen_q=70, dtype=rng.choice(("float16", "bfloat16")))
+    page_size, dtype = (8, 16, 24, 256, 32, 64, 128, 1)[seed % 8], DTYPES[seed // 4 % 2]
+    case = draw_paged_case(seed, seqlen_q=70, page_size=page_size, dtype=dtype)
     cache = make_paged_inputs(case)
     counts = [rng.choice((0, 1, 1, 2, 5, 17, 64, 70)) for _ in case.lengths]
     rows = [x[:, :n].transpose(0, 1) for x, n in zip(cache.q, counts, strict=True)]
     q, ends = torch.cat(rows), torch.tensor([0, *counts]).cumsum(0).int()
-    options: dict[str, Any] = rng.choice(
-        ({}, {"causal": True}, {"causal": True, "window": (33, 0)}, {"softcap": 5.0})
-    )
+    options = RANDOM_OPTIONS[seed % 4]
     _, *of_keys = cache.arguments()
     result = attention_paged_varlen(
         q, *of_keys, ends, max(1, *counts), return_lse=True, backend="sim", **options

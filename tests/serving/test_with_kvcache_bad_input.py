@@ -187,8 +187,8 @@ def test_a_right_call_before_a_wrong_one_changes_nothing(name: str) -> None:
 
 
 def test_what_was_checked_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    from flashcore.serving import with_kvcache
+    from flashcore.serving import step
 
     flashcore.attention_with_kvcache(**arguments(8))
-    monkeypatch.setattr(with_kvcache, "_check", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(step, "_check", lambda *_: pytest.fail("checked again"))
     flashcore.attention_with_kvcache(**arguments(8))

@@ -60,6 +60,7 @@ def test_compiled_code_changes_the_caches_too(name: str, is_packed: bool) -> Non
         assert torch.equal(given[cache].nan_to_num(), eager[cache].nan_to_num())
 
 
+@pytest.mark.thorough
 def test_the_operator_is_well_made() -> None:
     for shape in SHAPES.values():
         step = make_step([3, 17, 0], seqlen_q=2, **shape)
@@ -139,3 +140,22 @@ def test_pages_are_read_in_place(recwarn: pytest.WarningsRecorder) -> None:
     flashcore.attention_with_kvcache(**step.arguments())
     flashcore.attention_with_kvcache(**packed(step), max_seqlen_q=1)
     assert not [w for w in recwarn if "copies" in str(w.message)]
+
+
+@pytest.mark.gpu
+def test_packed_tokens_are_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashcore.serving import attend, known_steps
+
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the Hopper kernel's")
+    monkeypatch.setattr(attend, "_padded", None)
+    monkeypatch.setattr(known_steps, "_known", {})
+    step = make_step([3, 17], page_size=8, dtype=torch.float16, device="cuda", head_dim=64)
+    given = packed(step) | {"max_seqlen_q": 1}
+    del given["k_new"], given["v_new"]
+    compiled = torch.compile(
+        lambda a: flashcore.attention_with_kvcache(**a), fullgraph=True, backend="aot_eager"
+    )
+    results = [compiled(given), *(flashcore.attention_with_kvcache(**given) for _ in range(2))]
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0])

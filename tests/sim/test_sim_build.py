@@ -162,6 +162,7 @@ def real_source(arch: int) -> str:
     return generate_source(select_plan(problem, arch=arch), "host")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("compiler", ["g++", "clang++", "ziglang"])
 def test_kernel_and_runtime_compile_without_a_warning(compiler: str, tmp_path: Path) -> None:
     if compiler == "ziglang":

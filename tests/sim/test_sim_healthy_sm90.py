@@ -13,7 +13,8 @@ from test_sim_healthy import draw_case
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.cases import make_inputs
 from flashcore.kernels.fwd_sm90 import params as params_sm90
-from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan, traits_sm90
+from flashcore.kernels.fwd_sm90.candidates import traits_sm90
+from flashcore.kernels.fwd_sm90.plan import ARCH, KERNEL, Sm90Plan
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim import simulate

@@ -13,14 +13,25 @@ import pytest
 import torch
 
 from flashcore.backends import dispatch, gradients, torch_backward
+from flashcore.kernels.append.params import AppendParams
 from flashcore.kernels.bwd_sm90.params import AttnBwdSm90Params
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_wmma.params import AttnParams
-from flashcore.launch import backward_call, descriptors, driver, driver_launch, launcher, scratch
+from flashcore.launch import (
+    append_call,
+    backward_call,
+    descriptors,
+    driver,
+    driver_launch,
+    launcher,
+    scratch,
+    single_call,
+)
 from flashcore.launch import kernel_call as launch
 from flashcore.launch.driver import LaunchConfig
 from flashcore.ops import calls
 from flashcore.problem import Problem
+from flashcore.serving import append, known_steps
 
 SUCCESS = 0
 
@@ -119,7 +130,11 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
         machine.device = before
 
     def load(kernel, device_index, smem_bytes):
-        kinds = {"attn_fwd_sm90": params_sm90.AttnSm90Params, "attn_fwd_wmma": AttnParams}
+        kinds = {
+            "attn_fwd_sm90": params_sm90.AttnSm90Params,
+            "attn_fwd_wmma": AttnParams,
+            "append_kvcache": AppendParams,
+        }
         kind = kinds.get(kernel.name, AttnBwdSm90Params)
         machine.driver.params_types.append(kind)
         return len(machine.driver.params_types), None
@@ -157,6 +172,18 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
     monkeypatch.setattr(
         torch._C, "_cuda_getCurrentRawStream", lambda index: machine.stream, raising=False
     )
+    monkeypatch.setattr(append, "arch_of_device", lambda index: arch)
+    monkeypatch.setattr(
+        single_call, "compile_source", lambda source, arch, name, *_: SimpleNamespace(name=name)
+    )
+    load_alone = functools.lru_cache(single_call.load.__wrapped__)
+    monkeypatch.setattr(
+        append_call,
+        "load",
+        lambda plan, arch, _, grid: load_alone(plan, arch, machine.device, grid),
+    )
+    monkeypatch.setattr(append_call, "_prepared", {})
+    monkeypatch.setattr(known_steps, "_known", {})
     monkeypatch.setattr(calls, "_calls", {})
     monkeypatch.setattr(calls, "_growing", {})
     monkeypatch.setattr(launch, "_arguments", {})

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from flashcore.bench.workloads import GROUPS, Workload
 from flashcore.cli import app
 from flashcore.compile.jit import Resources
-from flashcore.kernels.fwd_sm90.plan import Sm90Plan, traits_sm90
+from flashcore.kernels.fwd_sm90.candidates import traits_sm90
+from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.limits import smem_limits
 from flashcore.selection import compiling, tuned
@@ -78,7 +79,7 @@ def test_a_tile_has_nothing_of_the_problem() -> None:
     problem, plan = default_plan(LONG, "sm90", 90)
     given = {"kernel", "arch", "load_bytes", "gate"} | set(traits_sm90(problem))
     given |= {"mask_load_bytes", "mask_is_row", "mask_is_shifted", "keys_of_chunk"}
-    given |= {"stream_k", "load_stages"}
+    given |= {"stream_k", "load_stages", "strips"}
     fields = {field.name for field in dataclasses.fields(plan)}
     assert set(tile_of(plan)) == fields - given
 
@@ -127,6 +128,7 @@ def test_the_compilers_report_rules_out() -> None:
     assert reason(registers=-1) == "None"  # PTX: the driver compiles, nobody knows
 
 
+@pytest.mark.thorough
 def test_configurations_are_compiled() -> None:
     pytest.importorskip("cuda.core")
     default = base(workload(64, causal=False))

@@ -167,6 +167,7 @@ def test_groups_are_those_of_the_backward_benchmark() -> None:
     assert _workloads(None, True, True) == bench_backward.GROUPS["sweep"]()
 
 
+@pytest.mark.thorough
 def test_a_kernel_is_timed_alone_and_its_gradients_are_checked(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

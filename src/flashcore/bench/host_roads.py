@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import flashcore
+from flashcore.bench.cache_roads import cache_calls
 from flashcore.bench.reporting.report import table
 from flashcore.bench.timing import first_line
 from flashcore.compat.flash_attn import flash_attn_func
@@ -116,6 +117,10 @@ def roads(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Road]:
             0.9,
         ),
         "scaled_dot_product_attention of torch": Road(lambda: sdpa(q, k, v)),
+    }
+    calls |= {
+        name: Road(call, "" if bar is None else "attention", bar)
+        for name, (call, bar) in cache_calls(q, k).items()
     }
     passes = {
         dense_step: Road(step(flashcore.attention), training, 0.7),

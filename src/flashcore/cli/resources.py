@@ -147,9 +147,11 @@ def resources(
         of_append: list[Unit] = []
         if kernel is None and head_dim is None and variant is None:  # it has neither
             of_append = list(append_units(asked["archs"], asked["dtypes"]).values())
+            if check:
+                of_append = compile_gate.checked_to_append(of_append)
             num_known += len(of_append)
             if sample:
-                of_append = list({unit[1]: unit for unit in reversed(of_append)}.values())
+                of_append = compile_gate.sampled_to_append(of_append)
         measured, appending = measure(out, wanted, of_append)
         rows = [_row(entry, found) for entry, found in measured]
         rows += [_append_row(unit, found) for unit, found in appending]
@@ -206,12 +208,17 @@ def _row(entry: Configuration, found: Resources) -> Row:
 
 def _append_row(unit: Unit, found: CompiledKernel) -> Row:
     """Return the row of the kernel that appends to a cache, which has no tiles and no head_dim."""
+    from flashcore.selection import compile_gate
+
     _, arch, kernel, _, label = unit
-    spilled = f"{label}: {found.spill_bytes} spilled bytes, 0 allowed"
+    most = compile_gate.APPEND_REGISTERS
+    over = [f"{label}: {found.spill_bytes} spilled bytes, 0 allowed"] * bool(found.spill_bytes)
+    if found.registers > most:
+        over.append(f"{label}: {found.registers} registers, {most} allowed")
     return Row(
         kernel, f"sm_{arch}", 0, label.split()[1].rstrip(","), found.registers,
         found.static_smem_bytes, found.spill_bytes, found.code_bytes, "append", "-", 1, 1,
-        (), found.remarks, [spilled] if found.spill_bytes else [],
+        (), found.remarks, over,
     )  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def flash_attn_varlen_func(
         return_attn_probs: also return the log-sum-exp of the scores.
         block_table: int32, [batch, pages of the longest sequence]; needs seqused_k.
         page_table: another name of block_table.
-        out: receives the result: its shape, dtype and device. By a copy.
+        out: receives the result: its shape, dtype and device.
         s_aux: [num_heads_q], the sinks of `attention`.
         alibi_slopes: as in `flash_attn.flash_attn_varlen_func`; not over a cache.
         dropout_p: 0.0.
@@ -198,10 +198,11 @@ def flash_attn_varlen_func(
     if _unknown:
         refuse(flash_attn_varlen_func, _unknown)
     refuse_dropout(dropout_p)
-    refuse_unsupported(
-        qv=qv if q_v is None else q_v, attention_chunk=attention_chunk or None,
-        seqused_q=seqused_q, cp_world_size=None if cp_world_size == 1 else cp_world_size,
-    )  # fmt: skip
+    if attention_chunk or cp_world_size != 1 or not (qv is None is q_v is seqused_q):
+        refuse_unsupported(
+            qv=qv if q_v is None else q_v, attention_chunk=attention_chunk or None,
+            seqused_q=seqused_q, cp_world_size=None if cp_world_size == 1 else cp_world_size,
+        )  # fmt: skip
     table = page_table if block_table is None else block_table
     window_size = (-1, -1) if window_size is None else (window_size[0], window_size[1])
     return_lse = return_attn_probs or return_softmax_lse

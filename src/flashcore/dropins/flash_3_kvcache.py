@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from flashcore.dropins.flash_arguments import refuse_unsupported
-from flashcore.dropins.flash_kvcache import CACHE_NAMES, attend_without_gradients
+from flashcore.dropins.flash_over_cache import (
+    CACHE_NAMES,
+    attend_without_gradients,
+    key_of,
+    scales_given,
+)
 from flashcore.problem.spelling import OF_FLASH_ATTN_CACHE, other_names, refuse
+from flashcore.serving.known_steps import Unknown, attend_known
 
 
 @other_names(OF_FLASH_ATTN_CACHE)
@@ -91,7 +97,7 @@ def flash_attn_with_kvcache(
         sm_margin: without effect.
         return_softmax_lse: also return the log-sum-exp of the scores.
         block_table: another name of page_table.
-        out: receives the result: its shape, dtype and device. By a copy.
+        out: receives the result: its shape, dtype and device.
         s_aux: [num_heads_q], the sinks of `attention`.
 
     Returns:
@@ -105,15 +111,39 @@ def flash_attn_with_kvcache(
     """
     if _unknown:
         refuse(flash_attn_with_kvcache, _unknown)
-    refuse_unsupported(qv=qv, attention_chunk=attention_chunk or None)
+    if qv is not None or attention_chunk:
+        refuse_unsupported(qv=qv, attention_chunk=attention_chunk or None)
+    table, unknown = page_table if block_table is None else block_table, None
+    if (
+        cache_leftpad is None
+        and rotary_seqlens is None
+        and cu_seqlens_k_new is None
+        and (max_seqlen_q is None or type(max_seqlen_q) is int)
+    ):
+        known = attend_known(
+            q, k_cache, v_cache, cache_seqlens, table, cache_batch_idx,  # type: ignore[arg-type]
+            cu_seqlens_q,
+            None if k is None and v is None else (k, v),
+            None if rotary_cos is None and rotary_sin is None else (rotary_cos, rotary_sin),
+            s_aux, scales_given(k_cache, k_descale, v_descale), out,
+            key_of(
+                causal, window_size, softcap, softmax_scale, return_softmax_lse,
+                rotary_interleaved, max_seqlen_q,
+            ),
+            True,
+        )  # fmt: skip
+        if isinstance(known, Unknown):
+            unknown = known
+        elif known is not None:
+            return known
     return attend_without_gradients(
         q, k_cache, v_cache, k, v, rotary_cos=rotary_cos, rotary_sin=rotary_sin,
         rotary_interleaved=rotary_interleaved, rotary_seqlens=rotary_seqlens,
         lengths=cache_seqlens, cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad,
-        page_table=page_table if block_table is None else block_table, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_new=cu_seqlens_k_new, max_seqlen_q=max_seqlen_q, scale=softmax_scale,
-        causal=causal, window_size=window_size, softcap=softcap, return_lse=return_softmax_lse,
-        out=out, sinks=s_aux, k_scale=k_descale, v_scale=v_descale, names=CACHE_NAMES,
+        page_table=table, cu_seqlens_q=cu_seqlens_q, cu_seqlens_new=cu_seqlens_k_new,
+        max_seqlen_q=max_seqlen_q, scale=softmax_scale, causal=causal, window_size=window_size,
+        softcap=softcap, return_lse=return_softmax_lse, out=out, sinks=s_aux, k_scale=k_descale,
+        v_scale=v_descale, names=CACHE_NAMES, unknown=unknown,
     )  # fmt: skip
 
 

@@ -198,8 +198,7 @@ def _drawn(kernel: str, cases: Mapping[str, int]) -> _Calls:
 def _masked(plants: Mapping[str, Plant]) -> _Calls:
     calls: _Calls = {}
     for name, plant in plants.items():
-        is_shifted = plant.plan.get("mask_is_shifted", False)
-        options = _SHIFTED_ROWS if is_shifted else _ROWS
+        options = _SHIFTED_ROWS if plant.plan.get("mask_is_shifted", False) else _ROWS
         calls[name] = {"options": options, "tile": _SHORT_KEY_TILES}
     return calls
 
@@ -210,8 +209,7 @@ def _growing(names: Iterable[str]) -> _Calls:
         options = {**_GROWING, "growth": _GROWTHS.get(name, "far")}
         if name == "no-max-yet-unseen":
             options["causal"] = "lower_right"
-        if PLANTS_OLD_MAX_SM90[name].plan:
-            options["mask"] = "bool"
+        options |= PLANTS_OLD_MAX_SM90[name].plan
         calls[name] = {"options": options, "tile": _SHORT_KEY_TILES | _IN_TURNS}
     return calls
 
@@ -226,6 +224,10 @@ def _of_sm90() -> _Calls:
     for name, tile in _TILES.items():
         calls[name]["tile"] = tile
     return calls
+
+
+def _paged(plants: Mapping[str, Plant], tile: dict[str, Any], options: dict[str, Any]) -> _Calls:
+    return _calls(plants, tile, options=options, is_paged=True)
 
 
 _WITH_LARGE_SCORES: _Calls = {name: {"options": _SHORT | more} for name, more in _LARGE.items()}
@@ -265,9 +267,7 @@ CALLS: Mapping[str, _Calls] = {
         **_calls(PLANTS_VARLEN_SM90, _SHORT_KEY_TILES | _IN_TURNS, options=_PACKED, is_packed=True),
         **_calls(PLANTS_PAGES | PLANTS_PAGES_SM90, _SHORT_KEY_TILES, options=_PAGED, is_paged=True),
         **_calls(trees.OF_SM90, trees.TILE, options=trees.CALL, is_paged=True),
-        **_calls(float8.PLANTS_FLOAT8_SM90, float8.TILE, options=float8.CALL, is_paged=True),
-        **_calls(float8.PLANTS_WIDE_SM90, float8.TILE, options=float8.WIDE_CALL, is_paged=True),
-        **_calls(float8.PLANTS_SHORT_SM90, float8.TILE, options=float8.SHORT_CALL, is_paged=True),
+        **{name: call for group in float8.GROUPS for name, call in _paged(*group).items()},
         **_calls(folded.PLANTS_FOLDED_SM90, folded.TILE, options=folded.CALL, is_packed=True),
         **_calls(packed.PLANTS_PACKED, packed.TILE, options=packed.CALL, is_packed=True),
         **_WITH_MAX_SCORE,

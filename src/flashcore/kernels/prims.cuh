@@ -11,12 +11,14 @@
 //                 mul2<T>(a, b): products of two such pairs
 //                 float8 (e4m3, a 1-byte storage type); from sm_89 on widen4<T>(word, pairs): the
 //                 four float8 of a 32-bit register as two registers of two T, exact; a NaN is one
+//                 narrow2(lo, hi): two floats as float8, saturated; if NARROWS_FLOAT8
 // thread.cuh      thread_idx() block_idx() lane_idx() warp_idx()
 //                 shfl_xor(x, lane_mask) of float or int, warp_any(predicate): all 32 lanes must
 //                 arrive; they order no memory
 //                 warp_uniform(x): x, an int with the same value in all lanes, so that the compiler
 //                 keeps it in a uniform register; all 32 lanes must arrive
 // math.cuh        exp2_approx log2_approx rcp_approx fma_rn max_f abs_f min_i max_i, NEG_INF
+//                 permute_bytes<SELECTOR>(low, high): four of their eight bytes (PTX ISA: prmt)
 //                 opaque(x): x, hidden from the optimiser
 // memory.cuh      SmemPtr<T>, GmemPtr<T>: bounded pointers; p + n moves by n elements
 //                 smem_view<T>(byte_offset, count, "name"): a view of dynamic shared memory
@@ -38,6 +40,8 @@
 //                 wmma_fill(accum, x), wmma_mma(accum, a, b): accum += a * b
 //                 accum_row(lane, i), accum_col(lane, i): where accum.x[i], i < 8, of a lane sits
 //                 wmma_accum_to_a(frag, accum): rounds to T; uses the map above and A's own map
+//                 B's registers: reg[i] of lane 4 r + c has B[k][n] and B[k + 1][n] of
+//                 k = 2 c + i % 2 * 8 and n = r + i / 2 * 8
 //                 All 32 lanes must arrive with the same arguments. Loads read for all lanes: what
 //                 another lane wrote must have been ordered by warp_sync() or block_sync() before.
 // atomics.cuh     smem_atomic_add(p, x): float32, relaxed

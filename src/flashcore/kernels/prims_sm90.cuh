@@ -20,6 +20,10 @@
 //                 elect_lane(): true in one lane of the warp
 //                 stmatrix_x4(p, reg): a 16x16 fragment's four 8x8 matrices; lane l gives the
 //                 address of row l % 8 of matrix l / 8 (PTX ISA: stmatrix)
+//                 ldmatrix_x4(p, reg), ldmatrix_x4_trans(p, reg): rows of 16 bytes are addressed in
+//                 the same way; register m of lane l has elements 2 (l % 4) and the next one of row
+//                 l / 4 of matrix m, or of the transposed matrix, elements of 16 bits (PTX ISA:
+//                 ldmatrix)
 // wgmma.cuh       WmmaAccum d[N / 16]: 64 x N accumulator of a warpgroup; warp w holds rows 16 w to
 //                 16 w + 15, each fragment as in wmma.cuh (PTX ISA: wgmma.mma_async)
 //                 wgmma_desc<ROW_BYTES>(p, leading_bytes): a swizzled operand tile, rows of

@@ -117,9 +117,10 @@ def run_kernel(
     pointers = {name: None if t is None else t.data_ptr() for name, t in tensors.items()}
     if plan.draws_tiles:
         pointers["tile_counter"] = work_counters(q.device)
-    scratch = Scratch(problem, plan)
+    scratch = Scratch(problem, plan, q.device)
     if scratch.num_floats:
-        shares, counters = scratch.allocate(q)
+        with torch.cuda.device(q.device.index):
+            shares, counters = scratch.allocate()
         pointers |= scratch.pointers(shares.data_ptr(), counters)
     kernel = forward_of(plan)
     params = kernel.build_params(problem, plan, pointers, grid)
@@ -184,7 +185,7 @@ class KernelCall:
         self._others += ("sinks",) * problem.has_sinks
         self._others += ("k_scale", "v_scale") * (problem.cache_dtype != "")
         self._others += ("max_score",) * problem.return_max_score
-        self._scratch = Scratch(problem, plan)
+        self._scratch = Scratch(problem, plan, device)
         self._counts_on = device if plan.draws_tiles else None
         self._grid = _grid_size(problem, plan, device.index)
         self._template: Template | None = None
@@ -211,15 +212,16 @@ class KernelCall:
 
     def with_rows_first(self) -> KernelCall | None:
         """Return the same call with out as [batch, seqlen_q, num_heads_q, head_dim_v]; None if
-        the kernel writes rows of one head next to each other.
-
-        Addresses are all that it reads of q, k and v, so they may be given in any shape.
-        """
+        the kernel writes rows of one head next to each other, and there are several. Addresses are
+        all that it reads of q, k and v, so they may be given in any shape."""
         problem, plan = self._problem, self._plan
-        if not plan.finds_out_by_map or problem.varlen != "none" or self._spare is not None:
+        if self._spare is not None or problem.packs_queries:
             return None
         other = copy.copy(self)
-        other._serial, other._template, other._out_is_rows_first = next(_serial), None, True
+        if problem.seqlen_q != 1:
+            if not plan.finds_out_by_map or problem.varlen != "none":
+                return None
+            other._serial, other._template, other._out_is_rows_first = next(_serial), None, True
         shape = (problem.batch, problem.seqlen_q, problem.num_heads_q, problem.head_dim_v)
         other._new_out = allocator(self._device, shape, problem.torch_dtype)
         return other
@@ -231,18 +233,19 @@ class KernelCall:
         v: torch.Tensor,
         mask: torch.Tensor | None,
         addresses: Addresses,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run the call: see launch/types.py. Where sequences differ in length, addresses go on with
-        those of LENGTHS; then with that of sinks, float32, if there are any; then with that of
-        max_score, if the problem returns it."""
+        """Run the call: see launch/types.py. Behind those of q, k and v stand addresses of LENGTHS,
+        of sinks (float32), of scales and of max_score, where the problem has them. A given `out`
+        lies as new ones do, is aligned to 16 bytes, and apart from what is read."""
         if self._current_device() != self._index:
             with torch.cuda.device(self._index):
-                return self.run(q, k, v, mask, addresses)
-        out = self._new_out()
+                return self.run(q, k, v, mask, addresses, out)
+        out = self._new_out() if out is None else out
         lse = None if self._new_lse is None else self._new_lse()
         scratch: tuple[int, ...] = ()
         if self._scratch.num_floats:
-            shares, counters = self._scratch.allocate(q)
+            shares, counters = self._scratch.allocate()
             scratch = shares.data_ptr(), counters
         key = (
             self._serial,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 def guard(*tensors: Tensor, any_keys: bool = False) -> Callable[..., bool]:
     """Return what tells whether other things are tensors of the same types, shapes, strides, dtypes
-    and devices as these, and negated views or not as they are.
+    and devices as these, and negated views, or in need of a gradient, or not, as they are.
 
     Args:
         *tensors: q, k and v.
@@ -48,5 +48,5 @@ def _sizes_and_strides(
 def _description(tensors: tuple[Any, ...], any_keys: bool) -> object:
     if not all(isinstance(x, Tensor) for x in tensors):
         return None
-    kinds = [(type(x), x.dtype, x.device, x.is_neg()) for x in tensors]
+    kinds = [(type(x), x.dtype, x.device, x.is_neg(), x.requires_grad) for x in tensors]
     return kinds, _sizes_and_strides(tensors, any_keys)

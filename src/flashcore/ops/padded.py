@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from flashcore.launch.allocation import unseen_scores
 from flashcore.ops import dense, flops
 from flashcore.ops.eager import Recording, is_plain, recorder
 from flashcore.ops.family import Family, Gradients
-from flashcore.ops.length_calls import attend_lengths
+from flashcore.ops.length_calls import RecordLengths, attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.ops.transforms.autograd import needs_grad
 from flashcore.plain.lengths import (
@@ -45,13 +46,13 @@ from flashcore.problem.memory_layout import described_memory, mask_spec
 from flashcore.problem.options import Inputs, Options, Results, Wanted
 from flashcore.problem.scales import (
     as_wide,
-    check_scales,
+    check_scales_of,
     dequantised,
     described_scales,
     part_of_scale,
     scales_of,
 )
-from flashcore.problem.validation import check_plain_tensor, check_tree_mask, checked_window
+from flashcore.problem.validation import check_tree_mask, checked_window
 
 
 def attend_padded(
@@ -62,24 +63,34 @@ def attend_padded(
     seqlens_k: Tensor,
     asked: tuple[Causal, Window, float | None, float | None, bool, bool],
     backend: str,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Compute `attention` with seqlens_k, and nothing else that is unusual, of tensors that nobody
-    else needs to see; `asked` is causal, window, softcap, scale, return_lse, return_max_score."""
-    if type(seqlens_k) is Tensor and (mask is None or not needs_grad(mask)):
+    """Compute `attention` with seqlens_k, and nothing else that is unusual but caches of 8 bits, of
+    tensors that nobody else needs to see; `asked` is causal, window, softcap, scale, return_lse,
+    return_max_score."""
+    scales: Any = ()
+    record: RecordLengths | None = _record
+    if k_scale is not None or v_scale is not None:
+        scales, record = (k_scale, v_scale), None
+    if (
+        type(seqlens_k) is Tensor
+        and (mask is None or not needs_grad(mask))
+        and (not scales or (type(k_scale) is type(v_scale) is Tensor and not needs_grad(q, k, v)))
+    ):
 
         def describe() -> Problem:
-            return padded_problem(Inputs(q, k, v, mask, seqlens_k), Options.checked(*asked[:4]))
+            inputs = Inputs(q, k, v, mask, seqlens_k, k_scale=k_scale, v_scale=v_scale)
+            return padded_problem(inputs, Options.checked(*asked[:4]))
 
         result = attend_lengths(
-            q, k, v, mask, (seqlens_k,), None, asked, None, backend, describe, False, (), _record
+            q, k, v, mask, (seqlens_k,), None, asked, None, backend, describe, False, scales, record
         )
         if result is not None:
             return result
-    inputs, options = Inputs(q, k, v, mask, seqlens_k), Options.checked(*asked[:4])
-    returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
-        inputs, options, Wanted(*asked[4:]), backend
-    )
-    return returned
+    inputs = Inputs(q, k, v, mask, seqlens_k, k_scale=k_scale, v_scale=v_scale)
+    options = Options.checked(*asked[:4])
+    return OPERATORS.attend(inputs, options, Wanted(*asked[4:]), backend)
 
 
 def attention_padded(
@@ -115,10 +126,7 @@ def attention_padded(
         if result is not None:
             return result
     options = Options.checked(causal, window, softcap, scale, batch_invariant)
-    returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
-        inputs, options, Wanted(return_lse, return_max_score), backend
-    )
-    return returned
+    return OPERATORS.attend(inputs, options, Wanted(return_lse, return_max_score), backend)
 
 
 def check(inputs: Inputs) -> None:
@@ -134,15 +142,6 @@ def check(inputs: Inputs) -> None:
             f"seqlens_k has {seqlens_k.shape[0]} entries, but q has batch {q.shape[0]}; it holds "
             "the number of keys of each sequence"
         )
-
-
-def check_scales_of(inputs: Inputs) -> None:
-    """Raise unless k and v have scales where they are of 8 bits, and none where they are not."""
-    q, k, v, *_ = inputs
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        check_plain_tensor(name, x)
-    if k.dim() == v.dim() == 4:  # or more is wrong
-        check_scales(k, v, inputs.k_scale, inputs.v_scale, q.shape[0])
 
 
 def check_tree_of(inputs: Inputs) -> None:

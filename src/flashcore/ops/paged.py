@@ -28,7 +28,7 @@ from flashcore.plain.pages import (
 from flashcore.problem import Causal, Problem, Window, widest_band
 from flashcore.problem.memory_layout import described_memory, mask_spec
 from flashcore.problem.options import Inputs, Options, Results, Wanted
-from flashcore.problem.scales import as_wide, described_scales, scales_of
+from flashcore.problem.scales import as_wide, check_scales_of, described_scales, scales_of
 from flashcore.problem.validation import (
     SEQLEN_MAX,
     certainly,
@@ -139,7 +139,7 @@ def check(inputs: Inputs) -> None:
     """Raise unless ranks, dtypes, devices and numbers of sequences and pages fit."""
     q, k, v, _, seqlens_k, *_ = inputs
     table = inputs.page_table
-    padded.check_scales_of(inputs)
+    check_scales_of(inputs)
     dense.check(as_wide(inputs))
     padded.check_tree_of(inputs)
     check_lengths("seqlens_k", seqlens_k, q)

@@ -97,6 +97,15 @@ def _check_scale(name: str, scale: object, of: str, x: Tensor, batch: int) -> No
         )
 
 
+def check_scales_of(inputs: Inputs) -> None:
+    """Raise unless k and v have scales where they are of 8 bits, and none where they are not."""
+    q, k, v, *_ = inputs
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_plain_tensor(name, x)
+    if k.dim() == v.dim() == 4:  # or more is wrong
+        check_scales(k, v, inputs.k_scale, inputs.v_scale, q.shape[0])
+
+
 def scales_of(inputs: Inputs) -> dict[str, Tensor]:
     """Return the scales of a call by the names that kernels know them by; none of a call whose keys
     have the dtype of q."""

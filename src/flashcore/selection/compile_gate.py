@@ -19,11 +19,12 @@ from flashcore.selection.registers import spare_registers
 
 if TYPE_CHECKING:
     from flashcore.compile.jit import Resources
+    from flashcore.selection.building import Unit
     from flashcore.selection.configurations import Configuration
 
 # The number of a cell's variants in the sample: of a kernel whose registers the compiler reports,
 # and of one whose warps have roles.
-SAMPLED_VARIANTS = {False: 3, True: 1}
+SAMPLED_VARIANTS = {False: 2, True: 1}
 # Registers hardly depend on the dtype. Where nothing but that differs, one of them tells whether a
 # change to a kernel has made it spill; the other is compiled of these, at the usual width.
 _IN_BOTH_DTYPES = ("full", "causal", "masked")
@@ -48,13 +49,16 @@ _SAME_CODE = (86, 89)
 # the portable kernel's median on sm_75 and sm_80.
 _REGISTERS_OF_AN_OPTION = 4
 # Of options that take more of the portable kernel's: pieces that are cut alike in any batch, rows
-# that lie in pages, caches of 8 bits.
-_REGISTERS_OF_PIECES = 24
-_REGISTERS_OF_PAGES = 16
-_REGISTERS_OF_MASKED_PAGES = 16  # and with a mask tensor besides
-_REGISTERS_OF_FLOAT8 = 44
-# More than any other option takes: of sums that begin anew, which leave none at head_dim 256.
-_REGISTERS_OF_TOTALS = 64
+# that lie in pages, caches of 8 bits, sums that begin anew. They are those with which two variants
+# of each of the 49 cells find what the compiler shows to be nearest (2026-11-29: by less than 8
+# registers in each, 36 in all).
+_REGISTERS_OF_PIECES = 32
+_REGISTERS_OF_PAGES = 28
+_REGISTERS_OF_FLOAT8 = 12
+_REGISTERS_OF_TOTALS = 48
+# What a kernel that appends to a cache may take. One text took at most 72 registers, and at most 12
+# more on one architecture than on another (16 texts, 2026-11-29): one of them tells of the others.
+APPEND_REGISTERS = 128
 # ptxas has added a warpgroup.arrive: a product's operands in registers are fenced once more, and
 # products still overlap.
 _FENCE_ADDED = "(C7519)"
@@ -90,7 +94,6 @@ def expected_room(plan: Plan) -> int:
     )
     needed = _REGISTERS_OF_AN_OPTION * num_options
     needed += _REGISTERS_OF_PIECES * plan.batch_invariant
-    needed += _REGISTERS_OF_MASKED_PAGES * (plan.page_size > 0 and plan.mask is not None)
     needed += _REGISTERS_OF_PAGES * (plan.page_size > 0)
     needed += _REGISTERS_OF_FLOAT8 * (plan.cache_dtype != "")
     needed += _REGISTERS_OF_TOTALS * (plan.keys_of_chunk > 0)
@@ -105,10 +108,24 @@ def checked(found: Iterable[Configuration]) -> list[Configuration]:
 
     At all head_dims but the usual, one of sm_86 stands for that of sm_89, a portable kernel with
     more options for one with fewer, and a Hopper kernel for narrower ones with the same text, of
-    which the sample stays."""
+    which those nearest to a spill stay."""
     found = _without_same_code(_without_twins(found))
     found = _without_fewer_options(found)
-    return _without_narrower(found, {entry.plan for entry in sample(found)})
+    return _without_narrower(found, _nearest(found))
+
+
+def checked_to_append(units: Iterable[Unit]) -> list[Unit]:
+    """Return the kernels that append to a cache which the gate has to see: each text for the last
+    architecture that has it, and one text for each architecture; see APPEND_REGISTERS."""
+    units = list(units)
+    of_text = {unit[0]: unit for unit in units}
+    chosen = {*of_text.values(), *sampled_to_append(units)}
+    return [unit for unit in units if unit in chosen]
+
+
+def sampled_to_append(units: Sequence[Unit]) -> list[Unit]:
+    """Return the first of these kernels for each architecture."""
+    return list({unit[1]: unit for unit in reversed(units)}.values())
 
 
 def _without_twins(found: Iterable[Configuration]) -> list[Configuration]:
@@ -191,7 +208,8 @@ def _text_beside(plan: Plan, left_out: Iterable[str]) -> Hashable:
 def sample(found: Iterable[Configuration]) -> list[Configuration]:
     """Return the configurations that stand for all: those with the least room, SAMPLED_VARIANTS of
     each cell that differ in their variant, and one of each variant, forward and backward, and of
-    each dtype of a kernel.
+    each dtype of a kernel. The latter show that a variant's text compiles: they are the narrowest,
+    which compile in half the time.
 
     Args:
         found: configurations in any order; of two with the same room the first is taken.
@@ -200,17 +218,23 @@ def sample(found: Iterable[Configuration]) -> list[Configuration]:
         Part of `found`, in its order.
     """
     found = list(found)
-    cells: dict[Cell, dict[str, Configuration]] = defaultdict(dict)
-    forms: dict[tuple[bool | str, str], Configuration] = {}
+    forms: dict[tuple[bool | str, str], Plan] = {}
+    for entry in sorted(found, key=lambda e: (e.plan.head_dim, expected_room(e.plan))):
+        forms.setdefault((kernel_of(entry.plan).is_backward, entry.variant), entry.plan)
+        forms.setdefault((entry.plan.kernel, entry.plan.dtype), entry.plan)
+    chosen = _nearest(found) | set(forms.values())
+    return [entry for entry in found if entry.plan in chosen]
+
+
+def _nearest(found: Iterable[Configuration]) -> set[Plan]:
+    """Return those of each cell with the least room, SAMPLED_VARIANTS that differ in their
+    variant."""
+    cells: dict[Cell, dict[str, Plan]] = defaultdict(dict)
     for entry in sorted(found, key=lambda entry: expected_room(entry.plan)):
-        forms.setdefault((kernel_of(entry.plan).is_backward, entry.variant), entry)
-        forms.setdefault((entry.plan.kernel, entry.plan.dtype), entry)
         cell = cells[cell_of(entry.plan)]
         if len(cell) < SAMPLED_VARIANTS[bool(entry.plan.role_registers)]:
-            cell.setdefault(entry.variant, entry)
-    chosen = {entry.plan for cell in cells.values() for entry in cell.values()}
-    chosen |= {entry.plan for entry in forms.values()}
-    return [entry for entry in found if entry.plan in chosen]
+            cell.setdefault(entry.variant, entry.plan)
+    return {plan for cell in cells.values() for plan in cell.values()}
 
 
 def over_budget(entry: Configuration, found: Resources) -> list[str]:

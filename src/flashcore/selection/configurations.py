@@ -7,6 +7,7 @@ stands for all of its kind, for the Hopper kernel in several sizes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from flashcore.selection import tile_table
 from flashcore.selection.select import candidates
 
 Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
+Sizes = tuple[tuple[int, int], ...]  # heads and lengths
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
 _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
@@ -75,6 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-cut": {"queries": 4, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "float8-decode": {"queries": 1, **_FLOAT8},
+    "float8-drafts": {"queries": 8, **ALL_OPTIONS, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
 }
 # A bundle holds these as well; they take no more registers than one of the above.
@@ -143,18 +146,17 @@ OTHER_VARIANTS = (
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "float-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
+    "float8-drafts",
 )
-_MASK_VARIANTS = (
-    *("bool-mask", "loose-mask", "padding", "bias", "loose-bias", "float-bias", "columns-mask"),
-)
+_MASK_VARIANTS = tuple(name for name in VARIANTS if name.endswith(("-mask", "bias", "padding")))
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
-    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk"),
+    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts"),
     *("packed-decode", "packed-mixed", "packed-few", "packed-cut", "packed-float8", "tree"),
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
-_HEADS = (1, 4, 16, 64, 256, 1024)  # of the Hopper kernel's table: from one tile to many an SM
-_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+# Of the Hopper kernel's table: from one tile to many an SM.
+_SIZES: Sizes = tuple(itertools.product([4**i for i in range(6)], [128 << i for i in range(8)]))
 _SEQLEN = 1024  # so many that every window and causal mask hides something
 _GROUP = 4  # heads that share one of k and v, where queries are few
 _SERVING_GROUPS = (1, _GROUP)  # larger ones have the same kernels
@@ -255,11 +257,15 @@ def _plans(problem: Problem, arch: int, portable: bool, ships: bool) -> Iterator
         return
     if forward_for(arch) is not PORTABLE and (table is not None or not ships):
         found: dict[Plan, None] = {}
-        for heads, length in itertools.product(_HEADS, _LENGTHS):
-            rules = candidates(_resized(problem, heads, length), arch)[0]
+        for rules in _plans_of_sizes(problem, arch, _SIZES):
             plans = [rules] if table is None else table.tiles_for(problem, rules)
             found |= dict.fromkeys(plan for plan in plans if forward_of(plan) is not PORTABLE)
         yield from (plan.machine_code() for plan in found)
+
+
+@functools.lru_cache(maxsize=1)  # they are asked for twice in a row, for rules and for the table
+def _plans_of_sizes(problem: Problem, arch: int, sizes: Sizes) -> tuple[Plan, ...]:
+    return tuple(candidates(_resized(problem, *size), arch)[0] for size in sizes)
 
 
 def _resized(problem: Problem, batch: int, length: int) -> Problem:

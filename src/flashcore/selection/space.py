@@ -42,6 +42,7 @@ _GIVEN = frozenset(
         "fewest_splits",
         "stream_k",
         "load_stages",
+        "strips",
         "batch_invariant",
         "gate",
         "returns_max_score",

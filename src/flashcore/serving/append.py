@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from flashcore.backends.obstacles import BFLOAT16_MIN_ARCH, KERNEL_DTYPES, WMMA_MIN_ARCH
 from flashcore.errors import BackendUnavailableError, notice_once
 from flashcore.kernels.append.params import AppendPlan, AppendTensors
-from flashcore.launch.append_call import launch_append
+from flashcore.launch.append_call import AppendCall, launch_append
 from flashcore.ops.eager import needs_dispatcher
 from flashcore.problem.problem import arch_of_device
 from flashcore.problem.scales import is_float8, quantised
@@ -166,31 +166,88 @@ def _append_on_gpu(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Compute the operator by one kernel, if it takes the tensors' dtype."""
     k_cache, v_cache, q, k_new, v_new, seqlens_k, table, cu_q, cu_new, cos, sin = arguments[:11]
     interleaved, offsets, positions, queries, backend, *scales = arguments[11:]
-    dtype, arch = DTYPES[q.dtype], arch_of_device(q.device.index)
-    lowest = BFLOAT16_MIN_ARCH if dtype == "bfloat16" else WMMA_MIN_ARCH
-    sizes = k_cache.numel(), k_new.numel(), q.numel(), seqlens_k.numel()
-    if backend == "torch" or dtype not in KERNEL_DTYPES or arch < lowest or 0 in sizes:
+    variant = _variant_of(k_cache, q, k_new, seqlens_k, cos, interleaved, backend)
+    if variant is None:
         return _append(*arguments)
     rotated = q.new_empty(0 if cos is None else q.shape)
     lengths = torch.empty_like(seqlens_k)
-    rotary_dtype = dtype
     if cos is not None:
         # The kernel reads rows whose elements are contiguous.
         cos, sin = (x if x.stride(1) == 1 else x.contiguous() for x in (cos, sin))
         positions = None if positions is None else positions.contiguous()
-        rotary_dtype = DTYPES[cos.dtype]
     tensors = AppendTensors(
         None if cos is None else q, k_new, v_new, None if cos is None else rotated, k_cache,
         v_cache, cos, sin, seqlens_k, lengths, table, cu_q, cu_new, offsets, positions,
         *_both_scales(scales),
     )  # fmt: skip
-    plan = AppendPlan(dtype, rotary_dtype, interleaved, is_float8(k_cache))
     try:
-        launch_append(plan, arch, tensors, queries or "end")
+        launch_append(*variant, tensors, queries or "end")
     except BackendUnavailableError as error:  # it cannot be compiled here
         notice_once("append", f"PyTorch appends to caches, which takes more launches: {error}")
         return _append(*arguments)
     return rotated, lengths
+
+
+def _variant_of(
+    k_cache: Tensor,
+    q: Tensor,
+    k_new: Tensor,
+    seqlens_k: Tensor,
+    cos: Tensor | None,
+    interleaved: bool,
+    backend: str,
+) -> tuple[AppendPlan, int] | None:
+    """Return the variant of the kernel that appends, and the GPU's architecture; None where PyTorch
+    does it."""
+    dtype, arch = DTYPES[q.dtype], arch_of_device(q.device.index)
+    lowest = BFLOAT16_MIN_ARCH if dtype == "bfloat16" else WMMA_MIN_ARCH
+    sizes = k_cache.numel(), k_new.numel(), q.numel(), seqlens_k.numel()
+    if backend == "torch" or dtype not in KERNEL_DTYPES or arch < lowest or 0 in sizes:
+        return None
+    rotary_dtype = dtype if cos is None else DTYPES[cos.dtype]
+    return AppendPlan(dtype, rotary_dtype, interleaved, is_float8(k_cache)), arch
+
+
+def prepare_append(
+    q: Tensor,
+    new: tuple[Tensor, Tensor],
+    rotary: Rotary | None,
+    others: dict[str, Tensor | None],
+    backend: str,
+    attends: Sequence[str],
+) -> AppendCall | None:
+    """Return what appends in steps of one description; None where that is not one kernel, which
+    takes the tensors as they are.
+
+    Args:
+        q: as `append` takes it.
+        new: k_new and v_new.
+        rotary: without offsets and positions; None for nothing.
+        others: the other tensors by field of AppendTensors.
+        backend: as `append` takes it.
+        attends: see AppendCall; it is given their addresses and those of new, cos and sin behind,
+            that of a tensor that is two of them once.
+    """
+    k_cache, seqlens_k = others["k_cache"], others["seqlens_k"]
+    assert k_cache is not None
+    assert seqlens_k is not None
+    turns: dict[str, Tensor | None] = dict.fromkeys(("q", "q_rotated", "cos", "sin"))
+    interleaved, queries = False, "end"
+    if rotary is not None:
+        interleaved, queries = rotary.interleaved, rotary.queries
+        if rotary.cos.stride(1) != 1 or rotary.sin.stride(1) != 1:
+            return None
+        turns = {"q": q, "q_rotated": q.new_empty(q.shape), "cos": rotary.cos, "sin": rotary.sin}
+    variant = _variant_of(k_cache, q, new[0], seqlens_k, turns["cos"], interleaved, backend)
+    if variant is None:
+        return None
+    without: dict[str, Any] = dict.fromkeys(AppendTensors._fields)
+    of_new = {"k_new": new[0], "v_new": new[1], "lengths": torch.empty_like(seqlens_k)}
+    tensors = AppendTensors(**{**without, **others, **of_new, **turns})
+    try:
+        return AppendCall(*variant, tensors, queries, attends)
+    except BackendUnavailableError:  # it cannot be compiled here, which `append` says
+        return None
 
 
 def _fake(k_cache: Tensor, v_cache: Tensor, q: Tensor, *others: Any) -> tuple[Tensor, Tensor]:

@@ -3,33 +3,18 @@ queries attend to all of it."""
 
 from __future__ import annotations
 
-import contextlib
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
-from torch.compiler import is_compiling, is_dynamo_compiling
 
-from flashcore.backends.autocasting import autocast_dtype, cast_like
-from flashcore.backends.dispatch import without_autocast
-from flashcore.backends.packed import checked_max_seqlen
-from flashcore.ops.transforms.autograd import needs_grad
-from flashcore.plain.trees import tree_over_keys
 from flashcore.problem import Causal, Window
-from flashcore.problem.options import Options
 from flashcore.problem.spelling import OF_KVCACHE, other_names, refuse
-from flashcore.problem.validation import check_flag, check_sinks
-from flashcore.serving import checking, remembered
-from flashcore.serving.append import append, rotated_queries
-from flashcore.serving.attend import attend_pages
-from flashcore.serving.checking_rotary import check_rotary
-from flashcore.serving.pages import capacity_of
+from flashcore.serving.arguments import Step
+from flashcore.serving.known_steps import Unknown, asked_for, attend_known
 from flashcore.serving.rotary import Rotary
-from flashcore.serving.rows import lengths_before, lengths_of_keys
+from flashcore.serving.step import with_kvcache
 
 __all__ = ["attention_with_kvcache"]
-
-_is_any_autocast_enabled = torch._C._is_any_autocast_enabled  # looked up once, not in every call
 
 
 @overload
@@ -140,7 +125,7 @@ def attention_with_kvcache(
             cu_seqlens_q, as each query's token is new.
         max_seqlen_q: the longest sequence of packed queries, or a bound on it, as
             `attention_varlen` takes it; by default total_q. Where it is exceeded, results are
-            unspecified. With a near bound pages are read in place; see docs/serving.md.
+            unspecified. It helps to choose tiles; see docs/serving-kernels.md.
         rotary_cos: [positions, rotary_dim / 2], dtype of q or float32: rotates the first rotary_dim
             elements of q and of k_new (rotary embedding). Positions beyond its rows count as the
             last.
@@ -165,7 +150,8 @@ def attention_with_kvcache(
         k_scale: of a k_cache of float8_e4m3fn, see `attention`; new tokens are divided by it.
         v_scale: likewise, of v_cache.
         return_lse: also return the log-sum-exp of each row of scores.
-        out: receives the result: its shape, dtype and device, any strides. By a copy.
+        out: receives the result: its shape, dtype and device, any strides; by a copy, where it
+            does not lie as a kernel writes it.
         lse: receives the log-sum-exp, whether it is returned or not. By a copy.
         batch_invariant: give each sequence the same bits whatever is beside it, as in `attention`;
             packed queries are then never padded. See docs/serving.md.
@@ -194,6 +180,37 @@ def attention_with_kvcache(
     """
     if _unknown:
         refuse(attention_with_kvcache, _unknown)
+    unknown = None
+    if (
+        mask is None
+        and tree_mask is None
+        and cache_leftpad is None
+        and cu_seqlens_new is None
+        and rotary_offsets is None
+        and rotary_positions is None
+        and lse is None
+        and (batch_invariant is False or batch_invariant is True)
+        and (max_seqlen_q is None or type(max_seqlen_q) is int)
+        and (rotary_cos is None or rotary_interleaved is False or rotary_interleaved is True)
+    ):
+        known = attend_known(
+            q, k_cache, v_cache, seqlens_k, page_table, cache_batch_idx, cu_seqlens_q,
+            None if k_new is None and v_new is None else (k_new, v_new),
+            None if rotary_cos is None and rotary_sin is None else (rotary_cos, rotary_sin),
+            sinks, None if k_scale is None and v_scale is None else (k_scale, v_scale), out,
+            (
+                causal if (
+                    (causal is True or causal is False) and window is None and softcap is None
+                    and scale is None and return_lse is False
+                ) else asked_for(causal, window, softcap, scale, return_lse),
+                batch_invariant, backend, max_seqlen_q, rotary_interleaved,
+            ),
+            False,
+        )  # fmt: skip
+        if isinstance(known, Unknown):
+            unknown = known
+        elif known is not None:
+            return known
     rotary = None
     if rotary_cos is not None or rotary_sin is not None:
         # Some may be missing, which is found below.
@@ -212,125 +229,5 @@ def attention_with_kvcache(
             "causal": causal, "scale": scale, "window": window, "softcap": softcap, "sinks": sinks,
             "k_scale": k_scale, "v_scale": v_scale, "batch_invariant": batch_invariant,
         },
+        unknown,
     )  # fmt: skip
-
-
-class Step(NamedTuple):
-    """A Step holds the arguments of one call of `attention_with_kvcache`, but for those that it
-    shares with `attention` and `attention_varlen`; `rotary` has those on rotation."""
-
-    q: Tensor
-    k_cache: Tensor
-    v_cache: Tensor
-    k_new: Tensor | None
-    v_new: Tensor | None
-    seqlens_k: Tensor
-    page_table: Tensor | None
-    cache_batch_idx: Tensor | None
-    cache_leftpad: Tensor | None
-    cu_seqlens_q: Tensor | None
-    cu_seqlens_new: Tensor | None
-    max_seqlen_q: int | Tensor | None
-    rotary: Rotary | None
-    mask: Tensor | None
-    tree_mask: Tensor | None
-    return_lse: bool
-    out: Tensor | None
-    lse: Tensor | None
-    backend: str
-
-
-def with_kvcache(step: Step, options: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute `attention_with_kvcache`; see there. `options` are the arguments that it shares with
-    `attention` and `attention_varlen`."""
-    (
-        q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
-        cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask, return_lse, out, lse,
-        backend,
-    ) = step  # fmt: skip
-    autocasts = is_dynamo_compiling() or _is_any_autocast_enabled()
-    if autocasts and autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
-        # The cache keeps its dtype; the rest is cast to it.
-        q, k_new, v_new = (cast_like(x, k_cache) for x in (q, k_new, v_new))  # type: ignore[assignment]
-        step = step._replace(q=q, k_new=k_new, v_new=v_new)
-    tensors = (
-        q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
-        cu_seqlens_q, cu_seqlens_new, mask, tree_mask, out, lse, options["sinks"],
-        options["k_scale"], options["v_scale"],
-        *(() if rotary is None else (rotary.cos, rotary.sin, rotary.offsets, rotary.positions)),
-    )  # fmt: skip
-    pairs = None if rotary is None else (rotary.interleaved, rotary.queries)
-    invariant = options["batch_invariant"]
-    asked = max_seqlen_q, type(max_seqlen_q), backend, pairs, lse is None, invariant is True
-    if invariant is not True and invariant is not False:
-        check_flag("batch_invariant", invariant)
-    key = remembered.key_of(tensors, asked, options, return_lse)
-    if not remembered.is_known(key, tensors):
-        _check(step, options)
-        remembered.keep(key, tensors)
-    capacity = capacity_of(k_cache, page_table)
-    with without_autocast(q.device.type) if autocasts else contextlib.nullcontext():
-        if cache_batch_idx is not None:
-            page_table = cache_batch_idx[:, None]
-        if k_new is not None and v_new is not None:
-            q, seqlens_k = append(
-                k_cache, v_cache, q, k_new, v_new, seqlens_k, page_table, cu_seqlens_q,
-                cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary, backend,
-                options["k_scale"], options["v_scale"],
-            )  # fmt: skip
-        elif rotary is not None:
-            before = lengths_before(seqlens_k, capacity)
-            q = rotated_queries(q, before, cu_seqlens_q, rotary, 0)
-        if tree_mask is not None and mask is not None:  # kernels read one of them
-            lengths = lengths_of_keys(seqlens_k, capacity, cache_leftpad)
-            mask, tree_mask = tree_over_keys(tree_mask, mask, q, lengths, capacity), None
-        results = attend_pages(
-            q, k_cache, v_cache, page_table, seqlens_k, cache_leftpad, cu_seqlens_q, max_seqlen_q,
-            mask, tree_mask, backend, options, return_lse or lse is not None,
-        )  # fmt: skip
-    return _handed_out(results, return_lse, out, lse)
-
-
-def _check(step: Step, options: dict[str, Any]) -> None:
-    """Raise unless the arguments of `with_kvcache` fit, before anything is written."""
-    (
-        q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
-        cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask, return_lse, out, lse,
-        backend,
-    ) = step  # fmt: skip
-    check_flag("return_lse", return_lse)
-    is_packed = cu_seqlens_q is not None
-    checking.check_caches(q, k_cache, v_cache, is_packed, page_table is not None)
-    batch = checking.batch_of(q, cu_seqlens_q, cu_seqlens_new)
-    checking.check_caches_scales(k_cache, v_cache, options, batch)
-    checking.check_table(q, k_cache, seqlens_k, page_table, cache_batch_idx, cache_leftpad, batch)
-    checking.check_new(q, k_cache, v_cache, k_new, v_new, batch)
-    if rotary is not None:
-        check_rotary(rotary, q, k_new, batch)
-    checking.check_given(out, lse, q, v_cache)
-    if options["sinks"] is not None and not is_compiling():
-        check_sinks(options["sinks"], q, q.shape[1])
-    capacity = capacity_of(k_cache, page_table)
-    checking.check_capacity(capacity)
-    checking.check_masks(q, mask, tree_mask, is_packed, capacity)
-    checking.check_backend_serves(q, k_cache, v_cache, backend, batch, capacity)
-    scalars = "causal", "window", "softcap", "scale", "batch_invariant"
-    Options.checked(**{name: options[name] for name in scalars})
-    if is_packed and max_seqlen_q is not None:
-        checked_max_seqlen("max_seqlen_q", max_seqlen_q, q.shape[0])
-    if needs_grad(q, k_cache, v_cache, k_new, v_new, options["sinks"]):
-        raise NotImplementedError(
-            "q, a cache, a new token or sinks require a gradient, but attention_with_kvcache has "
-            "no backward pass; call it under torch.no_grad(), or attention or attention_varlen"
-        )
-
-
-def _handed_out(
-    results: tuple[Tensor, ...], return_lse: bool, out: Tensor | None, lse: Tensor | None
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Return what the caller asked for, in the memory that was given."""
-    returned = [
-        result if given is None else given.copy_(result)
-        for given, result in zip((out, lse), results, strict=False)
-    ]
-    return (returned[0], returned[1]) if return_lse else returned[0]

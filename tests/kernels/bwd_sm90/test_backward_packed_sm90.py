@@ -77,7 +77,7 @@ def test_gradients_of_wild_lengths(name: str) -> None:
         check(case, tiles, seed)
 
 
-@pytest.mark.parametrize("head_dim", thorough_but((64, 192), (32, 64, 96, 128, 192, 256)))
+@pytest.mark.parametrize("head_dim", thorough_but((192,), (32, 64, 96, 128, 192, 256)))
 def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
     check(PackedCase(lengths_q=(70, 0, 9), lengths_k=(130, 20, 9), head_dim=head_dim), None)
 

@@ -106,7 +106,7 @@ def test_the_kernels_are_healthy_and_right(name: str) -> None:
         check(draw_case(fixed, seed), tiles, seed)
 
 
-@pytest.mark.parametrize("head_dim", thorough_but((8, 72, 256), (8, 64, 72, 104, 128, 192, 256)))
+@pytest.mark.parametrize("head_dim", thorough_but((72,), (8, 64, 72, 104, 128, 192, 256)))
 def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
     """72 and 104 leave the last of 16 columns empty, where others had dq wrong."""
     case = Case(
@@ -122,7 +122,10 @@ def test_every_head_dim_with_the_tiles_that_are_selected(head_dim: int) -> None:
     check(case, None)
 
 
-@pytest.mark.parametrize("lengths", [(1, 1), (1, 300), (300, 1), (193, 64), (64, 193)])
+LENGTHS = (1, 1), (1, 300), (300, 1), (193, 64), (64, 193)
+
+
+@pytest.mark.parametrize("lengths", thorough_but([(1, 1), (193, 64)], LENGTHS))
 def test_lengths_that_leave_tiles_nearly_empty(lengths: tuple[int, int]) -> None:
     """Keys behind the last would count exp(-lse), which is infinite where lse is below -89."""
     for causal in ("none", "lower_right", "upper_left"):  # with keys that no query sees
@@ -130,6 +133,7 @@ def test_lengths_that_leave_tiles_nearly_empty(lengths: tuple[int, int]) -> None
         check(case, None, seed=1)
 
 
+@pytest.mark.thorough
 def test_two_queries_with_nearly_all_weight_on_one_key() -> None:
     """There plain attention errs 4 to 11 times less with some of these gradients: it has delta from
     the weights, a fused backward pass from out, which is rounded. The rule knows that."""

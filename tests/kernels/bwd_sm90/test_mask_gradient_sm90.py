@@ -99,7 +99,7 @@ def test_the_kernel_is_healthy_and_right(name: str) -> None:
 def test_no_schedule_makes_a_difference(name: str) -> None:
     *case, options, shares = FAMILIES[name]
     problem, tensors, mask, _ = make(*case, options, seed=1)
-    first, *others = (computed(problem, tensors, mask, shares, seed) for seed in range(20))
+    first, *others = (computed(problem, tensors, mask, shares, seed) for seed in range(8))
     assert all(torch.equal(first, other) for other in others)
 
 

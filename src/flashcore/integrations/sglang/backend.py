@@ -217,19 +217,24 @@ class FlashcoreAttnBackend(AttentionBackend):
         k_pool, v_pool = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         heads, heads_kv, dim_v = layer.tp_q_head_num, layer.tp_k_head_num, layer.v_head_dim
         windowed = layer.sliding_window_size is not None and layer.sliding_window_size >= 0
+        rows = q.reshape(-1, heads, layer.qk_head_dim)
+        packs: dict[str, Any] = {
+            "cu_seqlens_q": metadata.cu_seqlens_q, "max_seqlen_q": metadata.max_seqlen_q
+        }  # fmt: skip
+        if metadata.max_seqlen_q == 1 and metadata.seqlens_k.shape[0] == rows.shape[0]:
+            rows, packs = rows.unsqueeze(2), {}  # each row is all that a sequence has
         out = attention_with_kvcache(
-            q.reshape(-1, heads, layer.qk_head_dim),
+            rows,
             pages_of(k_pool, self.page_size, heads_kv, layer.qk_head_dim),
             pages_of(v_pool, self.page_size, heads_kv, dim_v),
             seqlens_k=metadata.seqlens_k,
             page_table=metadata.page_table,
-            cu_seqlens_q=metadata.cu_seqlens_q,
-            max_seqlen_q=metadata.max_seqlen_q,
             # SGLang's window has that many keys before the query's own, as here.
             window=(layer.sliding_window_size, 0) if windowed else None,
             scale=layer.scaling,
             softcap=layer.logit_cap or None,
             sinks=sinks,
+            **packs,
         )
         return out.view(-1, heads * dim_v)
 

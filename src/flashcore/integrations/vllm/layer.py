@@ -142,18 +142,16 @@ class FlashcoreImpl(AttentionImpl):
         if attn_metadata.common_prefix_len:
             self._after_a_prefix(q, k, v, attn_metadata, out)
             return output
-        first = attn_metadata.num_decodes
-        if first:
-            lengths, table = attn_metadata.seq_lens, attn_metadata.block_table
-            starts = attn_metadata.query_start_loc
-            of_decodes = {"seqlens_k": lengths[:first], "page_table": table[:first]}
-            of_decodes |= {"cu_seqlens_q": starts[: first + 1], "max_seqlen_q": 1}
-            self._attend(q[:first], k, v, attn_metadata, out=out[:first], **of_decodes)
-            others = {"seqlens_k": lengths[first:], "page_table": table[first:]}
-            others |= {"cu_seqlens_q": starts[first:] - first}
-            self._attend(q[first:], k, v, attn_metadata, out=out[first:], **others)
-        else:
-            self._attend(q, k, v, attn_metadata, out=out)
+        decodes, begin = attn_metadata.num_decodes, 0
+        for part in attn_metadata.parts:
+            end = decodes if begin < decodes else n
+            rows, of_rows, asked = q[begin:end], out[begin:end], part._asdict()
+            if part.max_seqlen_q == 1 and part.seqlens_k.shape[0] == end - begin:
+                # Each row is all that a sequence has.
+                rows, of_rows = rows.unsqueeze(2), of_rows.unsqueeze(2)
+                asked |= {"cu_seqlens_q": None, "max_seqlen_q": None}
+            self._attend(rows, k, v, attn_metadata, out=of_rows, **asked)
+            begin = end
         return output
 
     def _attend(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,22 @@ __all__ = []  # vLLM alone imports this module
 # A prefix that all sequences of a batch share is computed once, where that saves enough reads to
 # pay for another launch and the merge.
 CASCADE_MIN_TOKENS, CASCADE_MIN_SEQUENCES = 256, 8
+
+
+class Part(NamedTuple):
+    """A part is sequences of a batch that one launch computes.
+
+    Args:
+        cu_seqlens_q: int32, [sequences + 1].
+        max_seqlen_q: queries of the longest.
+        seqlens_k: int32, [sequences].
+        page_table: int32, [sequences, blocks].
+    """
+
+    cu_seqlens_q: Tensor
+    max_seqlen_q: int
+    seqlens_k: Tensor
+    page_table: Tensor
 
 
 @dataclass
@@ -49,6 +66,17 @@ class FlashcoreMetadata:
     prefix_lens: Tensor | None = None
     suffix_lens: Tensor | None = None
     num_decodes: int = 0
+
+    def __post_init__(self) -> None:
+        """Cut the batch into parts, once for all layers."""
+        first, starts = self.num_decodes, self.query_start_loc
+        lengths, table = self.seq_lens, self.block_table
+        self.parts = [Part(starts, self.max_query_len, lengths, table)]
+        if first:
+            self.parts = [
+                Part(starts[: first + 1], 1, lengths[:first], table[:first]),
+                Part(starts[first:] - first, self.max_query_len, lengths[first:], table[first:]),
+            ]
 
 
 class FlashcoreMetadataBuilder(AttentionMetadataBuilder):
@@ -116,8 +144,7 @@ class FlashcoreMetadataBuilder(AttentionMetadataBuilder):
         self, metadata: FlashcoreMetadata, blk_table: Tensor, slot_mapping: Tensor
     ) -> FlashcoreMetadata:
         """Return the metadata of another group of layers, whose blocks are others."""
-        fields = {**vars(metadata), "block_table": blk_table, "slot_mapping": slot_mapping}
-        return FlashcoreMetadata(**fields)
+        return dataclasses.replace(metadata, block_table=blk_table, slot_mapping=slot_mapping)
 
     supports_update_block_table = True
 

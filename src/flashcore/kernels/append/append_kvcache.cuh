@@ -211,6 +211,10 @@ FC_DEVICE void append_token(const AppendParams& p, uint32_t item) {
     Runs<N> k, v;
     k.load(k_from, of_k.col, k_place);
     v.load(v_from, of_v.col, v_place);
+    const int64_t of_k_scale = at.sequence * p.k_scale_batch + head * p.k_scale_head;
+    const int64_t of_v_scale = at.sequence * p.v_scale_batch + head * p.v_scale_head;
+    const float k_scale = scale_at(p.k_scale, of_k_scale);
+    const float v_scale = scale_at(p.v_scale, of_v_scale);
 
     const uint32_t token = uint32_t(tokens_before(p, at.sequence)) + uint32_t(at.token);
     if (token >= uint32_t(p.columns) * uint32_t(p.page_size)) return;  // there is no room
@@ -229,12 +233,8 @@ FC_DEVICE void append_token(const AppendParams& p, uint32_t item) {
     const auto offset_in = [&](const RowStrides& of_cache) {
       return page * of_cache.batch + head * of_cache.head + row_of_page * of_cache.row;
     };
-    const int64_t k_scale = at.sequence * p.k_scale_batch + head * p.k_scale_head;
-    const int64_t v_scale = at.sequence * p.v_scale_batch + head * p.v_scale_head;
-    k.store(p.k_cache + offset_in(p.k_cache_strides), p.k_cache_strides.col, k_place,
-            scale_at(p.k_scale, k_scale));
-    v.store(p.v_cache + offset_in(p.v_cache_strides), p.v_cache_strides.col, v_place,
-            scale_at(p.v_scale, v_scale));
+    k.store(p.k_cache + offset_in(p.k_cache_strides), p.k_cache_strides.col, k_place, k_scale);
+    v.store(p.v_cache + offset_in(p.v_cache_strides), p.v_cache_strides.col, v_place, v_scale);
   });
 }
 

@@ -1,8 +1,9 @@
 // append/quantise.cuh - elements of 8-bit caches: x / scale, rounded to nearest even to e4m3 and
-// saturated at +-448, bit for bit as PyTorch's road computes it (problem/scales.py: quantised).
+// saturated at +-448, bit for bit as PyTorch computes it (problem/scales.py: quantised), but for
+// the sign of a NaN.
 //
-// Integer arithmetic, and one addition, on every architecture. GPUs from sm_89 on can convert,
-// which would be a second text beside this one.
+// GPUs from sm_89 on convert two quotients by an instruction, others by integers and one addition,
+// some twenty instructions each: few warps append, so that these took longer than the memory.
 #pragma once
 
 #include "prims.cuh"
@@ -37,14 +38,22 @@ FC_DEVICE Divisor divisor_of(float scale) {
   return {value, 1.0f / value};
 }
 
-// x / divisor, by one division for all x, as each takes ten instructions and a branch. The product
+// Quotients by one division for all x, as each takes ten instructions and a branch. The product
 // with the reciprocal, which is rounded, is some units in the last place off; what is left of x
 // gives the rest (Markstein, IBM J. Res. Dev. 34, 1990). A product that saturates or becomes 0, and
 // inf and NaN, are what they are.
-FC_DEVICE float8 quantised(float x, const Divisor& divisor) {
+FC_DEVICE float quotient(float x, const Divisor& divisor) {
   const float first = x * divisor.reciprocal;
   const float left = fma_rn(-divisor.value, first, x);
   const float magnitude = abs_f(first);
   const bool is_near = 0x1p-20f < magnitude && magnitude < 1024.0f;
-  return saturated(is_near ? fma_rn(left, divisor.reciprocal, first) : first);
+  return is_near ? fma_rn(left, divisor.reciprocal, first) : first;
+}
+
+// Two x / divisor as elements, in the lower half of a register.
+FC_DEVICE uint32_t quantised2(float x, float y, const Divisor& divisor) {
+  const float first = quotient(x, divisor);
+  const float second = quotient(y, divisor);
+  if (NARROWS_FLOAT8) return narrow2(first, second);
+  return uint32_t(saturated(first).bits) | uint32_t(saturated(second).bits) << 8;
 }

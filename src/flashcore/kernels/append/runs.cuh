@@ -74,8 +74,8 @@ FC_DEVICE void store_as(GmemPtr<T> to, const Run<Element, N>& run, float scale) 
     const Divisor divisor = divisor_of(scale);
     uint32_t word[(N + 3) / 4] = {};
 #pragma unroll
-    for (int i = 0; i < N; ++i) {
-      word[i / 4] |= uint32_t(quantised(run.at(i), divisor).bits) << (i % 4 * 8);
+    for (int i = 0; i < N; i += 2) {
+      word[i / 4] |= quantised2(run.at(i), N > 1 ? run.at(i + 1) : 0.0f, divisor) << (i % 4 * 8);
     }
     store_run<N>(to, word);
   } else {

@@ -30,7 +30,8 @@
 #include "tile/sequence.cuh"
 #include "tile/shares.cuh"
 #include "tile/softmax.cuh"
-#include "fwd_sm90/float8_sm90.cuh"
+#include "fwd_sm90/float8/few_rows_sm90.cuh"
+#include "fwd_sm90/float8/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
 #include "fwd_sm90/merge_sm90.cuh"
@@ -129,8 +130,7 @@ FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
 // which is the last takes a register.
 constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
 
-// True where the softmax of a tile may try old maxima, see has_outgrown. Where they do not serve it
-// needs the scores again, as Q K^T gives them.
+// True where a tile's softmax may try old maxima (has_outgrown), or else asks for its scores again.
 constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && OLD_MAX_SERVES;
 
 // Asks whether V of this tile and K of the next have arrived. The answer takes some 70 cycles; the
@@ -425,8 +425,8 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
       smem_view<int32_t>(COORDS_OFFSET, COORD_SLOTS * COORD_INTS, "coords_smem"),
       HAS_FEED ? feed_at(FEED_OFFSET) : Feed(),
       smem_view<int32_t>(ARRIVAL_OFFSET, ARRIVAL_BYTES / 4, "arrival_smem"),
-      KLoad::view(K_LOAD_OFFSET, LOAD_STAGES, FLOAT8 ? "k_bytes_smem" : "k_smem"),
-      VLoad::view(V_LOAD_OFFSET, LOAD_STAGES, FLOAT8 ? "v_bytes_smem" : "v_smem"),
+      KLoad::view(K_LOAD_OFFSET, LOAD_STAGES, CONVERTS ? "k_bytes_smem" : "k_smem"),
+      VLoad::view(V_LOAD_OFFSET, LOAD_STAGES, CONVERTS ? "v_bytes_smem" : "v_smem"),
       smem_view<int32_t>(ENDS_OFFSET, NUM_ENDS, "ends_smem"),
   };
   const Barriers bar = barriers(BARRIERS_OFFSET);
@@ -446,11 +446,15 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
     lower_registers<PRODUCER_REGISTERS>();
     if (warp_idx() == 0 && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
     if (HAS_FEED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
-  } else if (FLOAT8 && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
+  } else if (CONVERTS && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
     lower_registers<CONVERTER_REGISTERS>();
-    if constexpr (FLOAT8) convert_tiles(bar, smem);
+    if constexpr (CONVERTS) convert_tiles(bar, smem);
   } else {
     raise_registers<CONSUMER_REGISTERS>();
-    consume(params, bar, smem);
+    if constexpr (FEW_ROWS) {
+      consume_few_rows(params.attn, bar, smem);
+    } else {
+      consume(params, bar, smem);
+    }
   }
 }

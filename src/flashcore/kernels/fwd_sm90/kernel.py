@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from flashcore.kernels import stream_k
+from flashcore.kernels.fwd_sm90 import candidates as candidates_sm90
 from flashcore.kernels.fwd_sm90 import obstacles, shortlist, stages
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
@@ -36,11 +37,11 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
 
     def traits(self, problem: Problem, gate: str | None = None) -> dict[str, Any]:
         """Return the fields of a plan that the problem alone decides."""
-        return plan_sm90.traits_sm90(problem, gate)
+        return candidates_sm90.traits_sm90(problem, gate)
 
     def candidates(self, problem: Problem, arch: int, gate: str | None = None) -> list[Plan]:
         """Return plans for a problem, best first; none where no tile fits into shared memory."""
-        return plan_sm90.candidates(problem, gate)
+        return candidates_sm90.candidates(problem, gate)
 
     def notes(self, problem: Problem, plan: Sm90Plan) -> list[str]:
         """Return what of a call makes the kernel faster or slower."""
@@ -105,7 +106,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
         members |= dict.fromkeys(("k_full", "k_empty", "v_full", "v_empty"), plan.num_stages)
         if plan.key_slices > 1:
             members |= {"merge_full": 1, "merge_empty": 1}
-        if plan.has_float8:
+        if plan.converts:
             of_loads = ("k_load_full", "k_load_empty", "v_load_full", "v_load_empty")
             members |= dict.fromkeys(of_loads, plan.load_stages)
         return [(name, index) for name, count in members.items() for index in range(count)]
@@ -117,7 +118,9 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.num_consumers > 3 or plan.num_stages < 2 * plan.key_slices:
             return False
-        if plan.has_float8 != (plan.load_stages > 0):
+        if plan.has_float8 != (plan.load_stages > 0 or plan.strips > 0):
+            return False
+        if plan.strips and (plan.converts or not candidates_sm90.can_share_tiles(plan)):
             return False
         if plan.has_float8 and plan.key_slices > 1:
             return False
@@ -160,7 +163,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
 
     def fitted(self, plan: Sm90Plan) -> Sm90Plan:
         """Return the plan with O in as few parts as fit."""
-        return plan_sm90.with_o_fitted(plan)
+        return candidates_sm90.with_o_fitted(plan)
 
 
 def _tiles(base: Sm90Plan) -> Iterator[Sm90Plan]:
@@ -172,7 +175,9 @@ def _tiles(base: Sm90Plan) -> Iterator[Sm90Plan]:
                 if base.num_stages > _STAGES_OF_PRODUCTS:  # as many keys under way on an SM
                     keys = base.num_stages * base.block_n // min_blocks
                     sized = dataclasses.replace(sized, num_stages=max(2, keys // block_n))
-                yield plan_sm90.with_o_fitted(dataclasses.replace(sized, min_blocks=min_blocks))
+                yield candidates_sm90.with_o_fitted(
+                    dataclasses.replace(sized, min_blocks=min_blocks)
+                )
 
 
 SM90 = Sm90Kernel(
@@ -188,7 +193,7 @@ SM90 = Sm90Kernel(
     maps=params_sm90.MAPS,
     rows_of_warp=ROWS_OF_CONSUMER,
     off_under_a_gate=plan_sm90.OFF_UNDER_A_GATE,
-    beside_the_tile=("stream_k", "load_stages"),
+    beside_the_tile=("stream_k", "load_stages", "strips"),
     rules="tiles come from rules, made from measurements on Hopper GPUs; see "
     "kernels/fwd_sm90/tiles.py",
 )

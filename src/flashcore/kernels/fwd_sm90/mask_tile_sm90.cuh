@@ -20,8 +20,9 @@ constexpr bool MASK_IN_PACKETS = MASK_LOAD_BYTES >= 4;
 constexpr int MASK_PACKET = MASK_IN_PACKETS ? MASK_LOAD_BYTES / MASK_ELEMENT_BYTES : 2;  // elements
 static_assert(!MASK_IS_SHIFTED || 8 % MASK_PACKET == 0, "rows 8 apart are shifted alike");
 // True where a warp copies some rows at a time. Packets of several elements lie in one row.
-constexpr bool MASK_IN_ROWS = MASK_IN_PACKETS && MASK_PACKET > 1 && BLOCK_N >= 2 * MASK_PACKET &&
-                              32 % (BLOCK_N / MASK_PACKET) == 0 && !MASK_IS_ROW && !MASK_IS_SHIFTED;
+constexpr bool MASK_IN_ROWS = MASK_BY_ADDITION && MASK_IN_PACKETS && MASK_PACKET > 1 &&
+                              BLOCK_N >= 2 * MASK_PACKET && 32 % (BLOCK_N / MASK_PACKET) == 0 &&
+                              !MASK_IS_ROW && !MASK_IS_SHIFTED;
 
 // Elements 2 i and 2 i + 1 of a row, the first one in the lowest bits.
 template <class T>
@@ -98,6 +99,7 @@ struct MaskStrip {
   template <bool AT_ENDS>
   FC_DEVICE void fetch_packet(const AttnParams& p, int row_begin, int n_block, int row,
                               int col) const {
+    [[maybe_unused]] constexpr int ENDS_UNROLL = MASK_BY_ADDITION ? 1 : MASK_PACKET;
     const int key = n_block * BLOCK_N + col - shift(p, row_begin + row);
     const bool row_exists = MASK_IS_ROW || row_begin + row < p.seqlen_q;
     const int count = row_exists ? p.seqlen_k - key : 0;  // that exist, or more
@@ -109,7 +111,7 @@ struct MaskStrip {
       if (is_whole) {
         cp_async<MASK_LOAD_BYTES>(dst, src, count > 0);
       } else if (AT_ENDS) {
-#pragma unroll 1
+#pragma unroll ENDS_UNROLL
         for (int i = 0; i < MASK_PACKET; ++i) {
           MaskElement x = {};
           if (key + i >= 0 && i < count) x = gmem_load(src + i);

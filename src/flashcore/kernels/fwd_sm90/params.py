@@ -212,7 +212,7 @@ def _set_map(
     element_bytes, box_cols = _ELEMENT_BYTES, plan.chunk
     if of_keys:
         element_bytes, box_cols = problem.cache_bytes, plan.load_chunk
-    is_swizzled = not (of_keys and plan.has_float8)  # whoever converts bytes swizzles
+    is_swizzled = not (of_keys and plan.converts)  # whoever converts bytes swizzles
     batch_bytes, head_bytes, row_bytes = (
         element_bytes * stride if stride or size > 1 else 16
         for stride, size in zip(strides, sizes, strict=True)
@@ -227,7 +227,7 @@ def _set_map(
         heads=heads,
         batches=batches,
         box_cols=box_cols,
-        box_rows=plan.box_rows if of_keys else ROWS_OF_CONSUMER,
+        box_rows=plan.box_rows if of_keys else plan.rows_of_group,
         element_bytes=element_bytes,
         swizzle_bytes=box_cols * element_bytes if is_swizzled else 0,
     )

@@ -1,21 +1,28 @@
 // fwd_sm90/pipeline_sm90.cuh - the mbarriers between the producer and the consumers, the place of
-// each in the ring of stages, and the barriers among consumers. Under FLOAT8 a warpgroup stands
-// between the two (fwd_sm90/float8_sm90.cuh), and there are rings before and behind it.
+// each in the ring of stages, and the barriers among consumers. Under CONVERTS a warpgroup stands
+// between the two (fwd_sm90/float8/float8_sm90.cuh), and there are rings before and behind it.
 #pragma once
 
 #include "prims_sm90.cuh"
 
-// Of 8-bit tiles there are more on their way than consumers have: LOAD_STAGES, else NUM_STAGES.
-constexpr int CONVERTING_WARPS = FLOAT8 ? NUM_CONVERTERS * 2 : 1;  // share a tile of K, or of V
+// Of 8-bit tiles that are converted there are more on their way than consumers have: LOAD_STAGES,
+// else NUM_STAGES.
+constexpr bool CONVERTS = NUM_CONVERTERS > 0;
+// 8-bit tiles that are not: rows are few, 16 for each of STRIPS, and each warp makes operands of
+// bytes in registers (fwd_sm90/float8/few_rows_sm90.cuh).
+constexpr bool FEW_ROWS = STRIPS > 0;
+constexpr int CONVERTING_WARPS = CONVERTS ? NUM_CONVERTERS * 2 : 1;  // share a tile of K, or of V
 constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup
 constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SLICES;  // warpgroups
 static_assert(KEY_SLICES == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");
 constexpr int NUM_Q_SLOTS = Q_BUFFERS * NUM_ROW_GROUPS;
 constexpr int NUM_MERGE_BARRIERS = KEY_SLICES > 1 ? 2 : 0;
 constexpr int NUM_BARRIERS =
-    2 * NUM_Q_SLOTS + 4 * NUM_STAGES + NUM_MERGE_BARRIERS + (FLOAT8 ? 4 * LOAD_STAGES : 0);
+    2 * NUM_Q_SLOTS + 4 * NUM_STAGES + NUM_MERGE_BARRIERS + (CONVERTS ? 4 * LOAD_STAGES : 0);
 constexpr int NUM_THREADS = (1 + NUM_CONSUMERS + NUM_CONVERTERS) * 128;
 static_assert(!FLOAT8 || KEY_SLICES == 1, "what converts fills one ring");
+static_assert(FEW_ROWS ? FLOAT8 && !CONVERTS && BLOCK_M == 64 : CONVERTS == FLOAT8,
+              "8-bit tiles are converted, or shared by the warps of one warpgroup");
 
 // A `full` barrier completes when the bytes announced by the producer have arrived; an `empty` one
 // when all consumers have read the buffer.
@@ -23,14 +30,14 @@ struct Barriers {
   SmemPtr<uint64_t> q_full, q_empty;                   // one a slot, see q_slot
   SmemPtr<uint64_t> k_full, k_empty, v_full, v_empty;  // one a stage
   SmemPtr<uint64_t> merge_full, merge_empty;           // with KEY_SLICES, see merge_sm90.cuh
-  // Of what the producer loads: the same as k_full and so on unless FLOAT8.
+  // Of what the producer loads: the same as k_full and so on unless CONVERTS.
   SmemPtr<uint64_t> k_load_full, k_load_empty, v_load_full, v_load_empty;
 };
 
 FC_DEVICE Barriers barriers(int byte_offset) {
   const auto first = smem_view<uint64_t>(byte_offset, NUM_BARRIERS, "barriers");
   const auto ring = first + 2 * NUM_Q_SLOTS;
-  const auto loads = FLOAT8 ? ring + (4 * NUM_STAGES + NUM_MERGE_BARRIERS) : ring;
+  const auto loads = CONVERTS ? ring + (4 * NUM_STAGES + NUM_MERGE_BARRIERS) : ring;
   return {first,
           first + NUM_Q_SLOTS,
           ring,
@@ -52,12 +59,12 @@ FC_DEVICE void init_barriers(const Barriers& bar, int kv_empty_count, int q_empt
     mbar_init(bar.q_empty + slot, q_empty_count);
   }
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
-    mbar_init(bar.k_full + stage, FLOAT8 ? CONVERTING_WARPS : 1);
-    mbar_init(bar.v_full + stage, FLOAT8 ? CONVERTING_WARPS : 1);
+    mbar_init(bar.k_full + stage, CONVERTS ? CONVERTING_WARPS : 1);
+    mbar_init(bar.v_full + stage, CONVERTS ? CONVERTING_WARPS : 1);
     mbar_init(bar.k_empty + stage, kv_empty_count);
     mbar_init(bar.v_empty + stage, kv_empty_count);
   }
-  for (int stage = 0; FLOAT8 && stage < LOAD_STAGES; ++stage) {
+  for (int stage = 0; CONVERTS && stage < LOAD_STAGES; ++stage) {
     mbar_init(bar.k_load_full + stage, 1);
     mbar_init(bar.v_load_full + stage, 1);
     mbar_init(bar.k_load_empty + stage, CONVERTING_WARPS);

@@ -1,24 +1,18 @@
-"""Make plans of the Hopper kernel: which problems it serves, and how. The rules for its tiles are
-in kernels/fwd_sm90/tiles.py."""
+"""Say what a plan of the Hopper kernel is; those for a problem are in candidates.py."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
-from flashcore.kernels.fwd_sm90.tiles import Tile
-from flashcore.kernels.fwd_wmma.plan import Plan, traits
-from flashcore.kernels.limits import blocks_that_fit, smem_limits
-from flashcore.problem.exactness import fewest_splits, is_cut
-from flashcore.problem.folding import heads_of_packed_rows
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem.problem import PACKS_QUERIES
 
 if TYPE_CHECKING:
-    from flashcore.problem import Problem
+    pass
 
 KERNEL = "attn_fwd_sm90"
 ARCH = tiles_sm90.ARCH
@@ -35,7 +29,7 @@ _COORD_BYTES = 4 * 16  # places of four row tiles
 _SPLIT_BYTES = 4 * 4 + 16  # which part of their keys, and who was last (tile/shares.cuh)
 _STREAM_BYTES = 4 * 16  # which key tiles, and where shares lie (tile/stream_k.cuh)
 _FEED_BYTES = 32  # tile/schedule_varlen.cuh
-_END_BYTES = 2 * 4  # of a stage of K and one of V (fwd_sm90/float8_sm90.cuh)
+_END_BYTES = 2 * 4  # of a stage of K and one of V (fwd_sm90/float8/float8_sm90.cuh)
 CONVERTER_REGISTERS = 64
 
 
@@ -52,7 +46,9 @@ class Sm90Plan(Plan):
     for element by element; `mask_is_row`: all queries share its row; `mask_is_shifted`: its rows
     start anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be
     at least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
-    bytes, of 8-bit caches (0 of others), beside the `num_stages` that are converted.
+    bytes, of 8-bit caches, beside the `num_stages` that are converted; 0 of others, and with
+    `strips` of 16 rows, the warps of which share the keys of a tile of 8 bits
+    (fwd_sm90/float8/few_rows_sm90.cuh; 0 where warpgroups have the tile).
     """
 
     ping_pong: bool = False
@@ -66,6 +62,7 @@ class Sm90Plan(Plan):
     mask_is_shifted: bool = False
     fewest_splits: int = 1
     load_stages: int = 0
+    strips: int = 0
 
     @property
     def params_struct(self) -> str:
@@ -108,12 +105,22 @@ class Sm90Plan(Plan):
     def num_warps(self) -> int:
         """Return the number of warps: the consumers', the producer's warpgroup, and the one that
         converts 8-bit caches."""
-        return 4 * (self.num_consumers + 1 + self.has_float8)
+        return 4 * (self.num_consumers + 1 + self.converts)
 
     @property
     def has_float8(self) -> bool:
         """Return whether k and v have 8 bits."""
         return self.cache_dtype != ""
+
+    @property
+    def converts(self) -> bool:
+        """Return whether a warpgroup turns tiles of 8 bits into those that WGMMA reads."""
+        return self.load_stages > 0
+
+    @property
+    def rows_of_group(self) -> int:
+        """Return the rows of Q that a consumer has in shared memory."""
+        return tiles_sm90.ROWS_OF_WARP * self.strips or tiles_sm90.ROWS_OF_CONSUMER
 
     @property
     def chunk(self) -> int:
@@ -123,7 +130,7 @@ class Sm90Plan(Plan):
     @property
     def q_in_registers(self) -> bool:
         """Return whether consumers hold Q in registers (float8_sm90.cuh), where there are some."""
-        return self.has_float8 and self.head_dim <= 128
+        return self.strips > 0 or (self.has_float8 and self.head_dim <= 128)
 
     @property
     def load_chunk(self) -> int:
@@ -138,10 +145,15 @@ class Sm90Plan(Plan):
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
         is_split = self.shares_keys  # then O leaves through global memory
         o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
-        elements = self.block_m * (self.q_buffers * qk_cols + (0 if is_split else o_cols))
-        elements += self.num_stages * self.block_n * (qk_cols + v_cols)
+        rows = self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.rows_of_group
+        elements = rows * self.q_buffers * qk_cols
+        elements += 0 if is_split or self.strips else self.block_m * o_cols
+        stages = self.num_stages * self.block_n * (qk_cols + v_cols)
+        elements += stages // 2 if self.strips else stages
         # Consumers that share rows hand over O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4 + self.mask_bytes
+        if self.strips:
+            shares += tiles_sm90.SHARED_BY_WARPS * (self.out_cols + 10)
         feed = _FEED_BYTES if self.deals_packed else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k
         num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
@@ -181,7 +193,7 @@ class Sm90Plan(Plan):
         """Return the registers of a consumer and of a producer thread, and of one that converts;
         setmaxnreg moves them from what the launch gave everybody, `max_registers`: a block that
         asks for more than it was given waits for ever."""
-        pool = self.max_registers * (self.num_warps // 4) - CONVERTER_REGISTERS * self.has_float8
+        pool = self.max_registers * (self.num_warps // 4) - CONVERTER_REGISTERS * self.converts
         # At least; a warp of packed sequences deals out tiles. With lengths, many chunks of K take
         # more (head_dim 224/40 spilled with a mask and a window), and a narrow O leaves some. Pages
         # take the most, a lane each of its own tile, and so does who finds its range of work.
@@ -193,7 +205,7 @@ class Sm90Plan(Plan):
                 producer = 56
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         producer = min(max(40, producer), pool - consumer * self.num_consumers)
-        return (consumer, producer, *[CONVERTER_REGISTERS] * self.has_float8)
+        return (consumer, producer, *[CONVERTER_REGISTERS] * self.converts)
 
     @property
     def overlaps(self) -> bool:
@@ -217,7 +229,7 @@ class Sm90Plan(Plan):
     @property
     def finds_out_by_map(self) -> bool:
         """Return whether out is written by its tensor map alone, in the rows of q's heads."""
-        return not self.shares_keys and not self.folds_heads
+        return not (self.shares_keys or self.folds_heads or self.strips)
 
     def machine_code(self) -> Sm90Plan:
         """Return the plan that stands for all with the same machine code: see `Plan`."""
@@ -234,9 +246,10 @@ class Sm90Plan(Plan):
             "CONSUMER_REGISTERS": consumer_registers,
             "PRODUCER_REGISTERS": producer_registers,
             "CONVERTER_REGISTERS": (*converters, producer_registers)[0],
-            "LOAD_STAGES": self.load_stages if self.has_float8 else self.num_stages,
+            "LOAD_STAGES": self.load_stages if self.converts else self.num_stages,
             "LOAD_CHUNK": self.load_chunk,
-            "NUM_CONVERTERS": int(self.has_float8),
+            "NUM_CONVERTERS": int(self.converts),
+            "STRIPS": self.strips,
             "Q_IN_REGISTERS": self.q_in_registers,
             "MathElement": "float16" if self.has_float8 else constants["Element"],
             "PING_PONG": self.ping_pong,
@@ -256,85 +269,13 @@ class Sm90Plan(Plan):
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,
+            "MASK_BY_ADDITION": True,
         }
 
     def describe(self) -> str:
         """Return one line for people."""
         splits = f" splits {self.num_splits}" if self.num_splits > 1 else ""
         splits += " stream-K" if self.stream_k else ""
-        loads = f" loads ahead {self.load_stages}" if self.has_float8 else ""
+        loads = f" loads ahead {self.load_stages}" if self.converts else ""
+        loads += f" strips {self.strips}" if self.strips else ""
         return Plan.describe(self) + splits + loads
-
-
-def _has_registers(plan: Sm90Plan) -> bool:
-    """Return whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
-    that where the producer's warpgroup is small; a warp that deals out tiles, or finds pages, takes
-    from it."""
-    held = (plan.block_n + plan.head_dim_v) // 2 + plan.block_n // 4
-    held += plan.head_dim // 4 * plan.q_in_registers
-    return held + 32 <= plan.role_registers[0]
-
-
-def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:
-    """Return the fields of an Sm90Plan that the problem alone decides; see plan.traits."""
-    fields = traits(problem, gate)
-    if gate is None:
-        fields["fewest_splits"] = fewest_splits(problem)
-        fields["batch_invariant"] = problem.batch_invariant
-        fields["folds_heads"] = fields["folds_heads"] or heads_of_packed_rows(problem)
-    return fields | tiles_sm90.mask_traits(tiles_sm90.folded(problem, fields["folds_heads"]))
-
-
-def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
-    """Return tile configurations for a problem that the kernel can serve, best first. With a debug
-    gate see OFF_UNDER_A_GATE.
-
-    Raises:
-        ValueError: the kernel has no such gate.
-    """
-    if gate is not None and gate not in GATES:
-        raise ValueError(f"gate={gate!r}: the Hopper kernel has the gates {', '.join(GATES)}")
-    plans: list[Plan | None] = []
-    of_problem = traits_sm90(problem, gate)
-    folded = of_problem["folds_heads"]
-    fields = tuple(of_problem.items())
-    launched = tiles_sm90.folded(problem, folded)
-    tiles = tiles_sm90.tiles(launched, max(1, folded), problem.seqlen_q)
-    if problem.batch_invariant and gate is None:
-        tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))
-    for tile in tiles:
-        if gate is not None:
-            tile = tile._replace(**OFF_UNDER_A_GATE)
-        elif tile.num_splits < of_problem["fewest_splits"]:
-            tile = tile._replace(num_splits=of_problem["fewest_splits"], stream_k=False)
-        plans.append(_plan(tile, gate, fields))
-    return [plan for plan in plans if plan is not None]
-
-
-def with_o_fitted(plan: Sm90Plan) -> Sm90Plan:
-    """Return the plan with O in as few parts as let `min_blocks` blocks, or one if they never do,
-    fit into the shared memory of an SM; the last that was tried, if not even one does."""
-    found = [dataclasses.replace(plan, o_parts=o_parts) for o_parts in O_PARTS]
-    for num_blocks in (plan.min_blocks, 1):
-        for changed in found:
-            if blocks_that_fit(changed.smem_bytes, ARCH) >= num_blocks:
-                return changed
-    return found[-1]
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> Sm90Plan | None:
-    """Return the plan with a tile, O in as few parts as fit; None if no plan with it fits. Lengths
-    come and go, tiles stay: a plan costs more than to find one."""
-    of_problem = dict(fields)
-    of_problem["folds_heads"] //= tile.parts
-    sizes = tile._asdict()
-    del sizes["parts"]
-    plan = Sm90Plan(
-        kernel=KERNEL, arch=ARCH, lazy_rescale=gate is None, gate=gate, **sizes, **of_problem
-    )
-    is_tight = plan.varlen in PACKS_QUERIES or plan.page_size or plan.has_float8
-    if is_tight and not _has_registers(plan):
-        return None
-    plan = with_o_fitted(plan)
-    return plan if plan.smem_bytes <= smem_limits(ARCH)[0] else None

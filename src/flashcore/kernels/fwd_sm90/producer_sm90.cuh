@@ -14,7 +14,7 @@
 #include "tile/shares.cuh"
 #include "tile/smem_tile.cuh"
 #include "tile/stream_k.cuh"
-#include "fwd_sm90/float8_sm90.cuh"
+#include "fwd_sm90/float8/float8_sm90.cuh"
 #include "fwd_sm90/layout_sm90.cuh"
 #include "fwd_sm90/pages_sm90.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"
@@ -74,7 +74,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     const auto full = bar.k_load_full + k_state.stage();
     if (leads) {
       mbar_wait(bar.k_load_empty + k_state.stage(), k_state.parity() ^ 1);
-      if (FLOAT8) smem_store(smem.ends + k_state.stage(), 0);
+      if (CONVERTS) smem_store(smem.ends + k_state.stage(), 0);
       mbar_arrive_expect_tx(full, KLoad::BYTES);
     }
     if (PAGED) {
@@ -93,7 +93,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     const auto full = bar.v_load_full + v_state.stage();
     if (leads) {
       mbar_wait(bar.v_load_empty + v_state.stage(), v_state.parity() ^ 1);
-      if (FLOAT8) smem_store(smem.ends + (LOAD_STAGES + v_state.stage()), 0);
+      if (CONVERTS) smem_store(smem.ends + (LOAD_STAGES + v_state.stage()), 0);
       mbar_arrive_expect_tx(full, VLoad::BYTES);
     }
     if (PAGED) {
@@ -130,7 +130,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
         mbar_wait(bar.q_empty + q_slot(turn, group), q_parity(turn) ^ 1);
         mbar_arrive(bar.q_full + q_slot(turn, group));
       }
-      if (FLOAT8 && leads) end_conversion(bar, smem, k_states[0], v_states[0]);
+      if (CONVERTS && leads) end_conversion(bar, smem, k_states[0], v_states[0]);
       if (leads) grid_launch_dependents();
       return;
     }

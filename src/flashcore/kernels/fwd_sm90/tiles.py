@@ -18,11 +18,13 @@ if TYPE_CHECKING:
 ARCH = 90
 NUM_SMS = 132
 ROWS_OF_CONSUMER = 64
+ROWS_OF_WARP = 16
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float32": 4}
-_STREAMED_BYTES = 96 * 1024
+STREAMED_BYTES = 96 * 1024
 _SMALL_PAGE = 32  # keys, of which a tile of 128 has several
 _MIXED_ROWS = 256  # of a packed sequence in the mean
+SHARED_BY_WARPS = 4 * ROWS_OF_WARP * 4  # bytes of a column of O, of four warps
 _BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
 
@@ -99,10 +101,11 @@ class Tile(NamedTuple):
     num_splits: int = 1
     stream_k: bool = False  # ranges of equal length, instead of num_splits
     parts: int = 1  # that folded heads are dealt out to
-    load_stages: int = 0  # of bytes, of 8-bit caches
+    load_stages: int = 0  # of bytes, of 8-bit caches that are converted
+    strips: int = 0  # with 16 rows each, among which others share 8-bit tiles
 
 
-def _split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
+def split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
     """Return the tile with its keys split over as many blocks as pays, and the rows of `folded`
     heads dealt out to as many row tiles. Of few rows whose keys only the device can count, the
     device cuts the work (tile/stream_k.cuh)."""
@@ -140,16 +143,16 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
         read = 2 * block_n * (problem.head_dim + problem.head_dim_v)
         num_stages = max(2, -(-_BYTES_OF_TWO // read))
         tile = Tile(64, block_n, num_stages=num_stages, min_blocks=2, q_buffers=2)
-        return _split_keys(problem, tile, folded)
+        return split_keys(problem, tile, folded)
     if narrow and problem.mask is None:
-        return _split_keys(problem, Tile(64, block_n, num_stages=2, min_blocks=2), folded)
+        return split_keys(problem, Tile(64, block_n, num_stages=2, min_blocks=2), folded)
     room = smem_limits(ARCH)[0] - 1024 - 2 * ROWS_OF_CONSUMER * sum(dims)
     if problem.mask is not None:
         room -= mask_bytes(problem.mask.dtype, problem.mask.strides[2] == 0, block_n)
     stage = 2 * block_n * sum(dims)
     read = 2 * block_n * (problem.head_dim + problem.head_dim_v)  # of a stage: the rest is padding
-    num_stages = max(2, min(-(-_STREAMED_BYTES // read), room // stage))
-    return _split_keys(problem, Tile(64, block_n, num_stages=num_stages), folded)
+    num_stages = max(2, min(-(-STREAMED_BYTES // read), room // stage))
+    return split_keys(problem, Tile(64, block_n, num_stages=num_stages), folded)
 
 
 def tiles(problem: Problem, folded: int, longest: int = 0) -> Iterator[Tile]:
@@ -157,14 +160,6 @@ def tiles(problem: Problem, folded: int, longest: int = 0) -> Iterator[Tile]:
     packed sequence has at most `longest` queries. Keys much longer than the rows are worth
     splitting where that fills the GPU."""
     long_keys = problem.seqlen_k >= max(4096, 8 * problem.seqlen_q)
-    if problem.cache_dtype:
-        # With 128 keys a window and soft-capping spill beside folded packed rows.
-        crowded = problem.packs_queries and folded > 1 and problem.softcap and _is_bounded(problem)
-        for tile in _float8_tiles(problem):
-            if crowded and tile.block_n > 64:
-                continue
-            yield _split_keys(problem, tile, folded)
-        return
     if has_few_rows(problem):
         num_tiles = problem.batch * problem.num_heads_q
         if problem.seqlen_k >= 1024 or (problem.seqlen_k >= 512 and num_tiles > NUM_SMS):
@@ -175,7 +170,7 @@ def tiles(problem: Problem, folded: int, longest: int = 0) -> Iterator[Tile]:
         consumers = tile.block_m // ROWS_OF_CONSUMER * tile.key_slices
         if folded > 1 and problem.packs_queries and consumers > 2:
             continue  # three spill; and of decodes two thirds of 192 rows would be nobody's
-        yield _split_keys(problem, tile) if long_keys else tile
+        yield split_keys(problem, tile) if long_keys else tile
 
 
 def _is_mixed(problem: Problem, longest: int) -> bool:
@@ -190,26 +185,6 @@ def _is_mixed(problem: Problem, longest: int) -> bool:
         return False
     others = problem.batch - 1
     return 8 * problem.total_q <= longest * problem.batch and longest + others <= problem.total_q
-
-
-def _float8_tiles(problem: Problem) -> Iterator[Tile]:
-    """Return tiles of 8-bit caches, best first: two converted tiles, and as many as fit that are
-    still bytes, up to `_STREAMED_BYTES`. The more keys a tile has, the less its hand-overs cost,
-    some 550 cycles (H200, 2026-11-29, B16 H32/8 S1/8192 D128 bfloat16: 154 us with 32 keys, 98 with
-    64, 86 with 128; D64, with twice the batch: 154 with 64, 127 with 128)."""
-    # With 128 rows four warpgroups share the registers, 128 a thread until they part: too few for
-    # the product that makes a wide O.
-    few = problem.seqlen_q <= ROWS_OF_CONSUMER or problem.head_dim_v > 192
-    dims = sum(padded_dims(problem.head_dim, problem.head_dim_v))
-    for block_m in (64,) if few else (128, 64):
-        for block_n in (128, 64, 48, 32) if block_m == 64 else (64, 48, 32):
-            room = smem_limits(ARCH)[0] - 2048 - 2 * block_m * dims - 2 * 2 * block_n * dims
-            if problem.mask is not None:
-                of_consumer = mask_bytes(problem.mask.dtype, problem.mask.strides[2] == 0, block_n)
-                room -= block_m // ROWS_OF_CONSUMER * of_consumer
-            load_stages = min(room, _STREAMED_BYTES) // (block_n * dims)
-            if load_stages >= 2:
-                yield Tile(block_m, block_n, num_stages=2, load_stages=load_stages)
 
 
 def batch_invariant_tiles(problem: Problem, is_cut: bool) -> Iterator[Tile]:
@@ -239,11 +214,11 @@ def _table(problem: Problem) -> Iterator[Tile]:
     num_64 = _num_row_tiles(problem, 64)
     # Few rows: warpgroups share their keys, and hide each other's latency.
     few = num_64 <= NUM_SMS or (
-        _is_bounded(problem) and num_64 <= 2 * NUM_SMS and problem.seqlen_k >= 1024
+        is_bounded(problem) and num_64 <= 2 * NUM_SMS and problem.seqlen_k >= 1024
     )
     if num_64 <= NUM_SMS and dim <= 64 and problem.mask is None and 256 < problem.seqlen_k < 4096:
         # Three stages each, where there are three key tiles to load at once.
-        num_stages = 6 if _is_bounded(problem) and problem.seqlen_k < 640 else 9
+        num_stages = 6 if is_bounded(problem) and problem.seqlen_k < 640 else 9
         yield Tile(64, 64, num_stages=num_stages, key_slices=3)
     if few and dim <= 128 and problem.seqlen_k > (64 if dim <= 64 else 128):
         yield Tile(64, 64, num_stages=4, key_slices=2)
@@ -253,7 +228,8 @@ def _table(problem: Problem) -> Iterator[Tile]:
         yield from _crowded_table(problem, dim)
 
 
-def _is_bounded(problem: Problem) -> bool:
+def is_bounded(problem: Problem) -> bool:
+    """Return whether a window hides some keys."""
     return problem.window_left >= 0 or problem.window_right >= 0
 
 
@@ -271,7 +247,7 @@ def _num_row_tiles(problem: Problem, rows: int) -> int:
 
 def _plain_table(problem: Problem, dim: int) -> Iterator[Tile]:
     """Return the table of calls with neither mask tensor nor soft-capping."""
-    bounded, keys = _is_bounded(problem), problem.seqlen_k
+    bounded, keys = is_bounded(problem), problem.seqlen_k
     many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS
     if dim <= 64:
         # Or 192 rows spill: what deals out packed tiles takes registers, too.
@@ -305,7 +281,7 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
     """Return the table of calls whose softmax takes registers for more. A mask tensor with a row
     for every query takes some, more where it holds numbers, and most where its rows are not
     aligned. Large tiles read K and V less often, beside bytes of a mask (docs/ladder-masks.md)."""
-    mask, has_softcap, bounded = problem.mask, problem.softcap != 0.0, _is_bounded(problem)
+    mask, has_softcap, bounded = problem.mask, problem.softcap != 0.0, is_bounded(problem)
     has_rows = mask is not None and mask.strides[2] != 0
     number = mask.dtype if mask and has_rows and mask.dtype not in ("bool", "tree") else None
     is_aligned = mask is None or mask.load_bytes == 16

@@ -28,5 +28,17 @@ FC_DEVICE float max_f(float a, float b) { return a > b || b != b ? a : b; }
 FC_DEVICE float abs_f(float x) { return __builtin_fabsf(x); }
 FC_DEVICE int min_i(int a, int b) { return a < b ? a : b; }
 FC_DEVICE int max_i(int a, int b) { return a > b ? a : b; }
+
+// Four of the eight bytes of low and high, byte i of the result by nibble i of the selector.
+template <uint32_t SELECTOR>
+FC_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  uint32_t permuted = 0;
+  for (int i = 0; i < 4; ++i) {
+    permuted |= uint32_t(bytes >> (SELECTOR >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  }
+  return permuted;
+}
+
 // x, hidden from the optimiser on the device; nothing to hide here.
 FC_DEVICE int opaque(int x) { return x; }

@@ -1,8 +1,6 @@
 // host/thread.cuh - who am I, and exchange between the lanes of a warp.
 #pragma once
 
-#include <type_traits>
-
 #include "host/types.cuh"
 
 FC_DEVICE int thread_idx() { return fc_host::current_thread; }
@@ -14,7 +12,8 @@ FC_DEVICE int warp_idx() { return fc_host::current_thread / 32; }
 // Value of lane `lane_idx() ^ lane_mask`. All 32 lanes must arrive. Orders no memory.
 template <class T>  // float or int
 FC_DEVICE T shfl_xor(T x, int lane_mask, FC_SITE) {
-  static_assert(std::is_same_v<T, float> || std::is_same_v<T, int>, "as on the device");
+  // The compiler's own word: <type_traits> takes a twentieth of the time that a kernel does.
+  static_assert(__is_same(T, float) || __is_same(T, int), "as on the device");
   struct Exchange {
     T in;
     T out;

@@ -121,3 +121,25 @@ FC_DEVICE void widen4(uint32_t word, uint32_t (&pairs)[2]) {
     pairs[i] = pack2<T>(to_float(low), to_float(high));
   }
 }
+
+namespace fc_host {
+
+// The element whose value is nearest: a multiple of the distance of elements of its size.
+inline uint32_t float8_of(float x) {
+  if (x != x) return 0x7fu;
+  const uint32_t sign = bits_of(x) >> 24 & 0x80u;
+  const float magnitude = __builtin_fminf(__builtin_fabsf(x), 448.0f);
+  const int exponent = magnitude < 0x1p-6f ? -6 : int(bits_of(magnitude) >> 23) - 127;
+  const float units = __builtin_nearbyintf(__builtin_ldexpf(magnitude, 3 - exponent));
+  return sign | uint32_t((exponent + 7) * 8 + int(units) - 8);
+}
+
+}  // namespace fc_host
+
+// Two floats as float8 in the lower half of a register, `lo` first: round to nearest even, what is
+// too large becomes +-448, a NaN 0x7f. Kernels are simulated as they are where NARROWS_FLOAT8 is
+// false.
+constexpr bool NARROWS_FLOAT8 = false;
+FC_DEVICE uint32_t narrow2(float lo, float hi) {
+  return fc_host::float8_of(lo) | fc_host::float8_of(hi) << 8;
+}

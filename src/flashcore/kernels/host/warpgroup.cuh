@@ -46,3 +46,16 @@ FC_DEVICE void stmatrix_x4(SmemPtr<T> p, const uint32_t (&reg)[4], FC_SITE) {
   static_assert(sizeof(T) == 2, "stmatrix stores 16-bit elements");
   fc_host::store_matrices(p.ref(), reg, FC_HERE);
 }
+
+// Four 8x8 matrices of 16-bit elements, or of pairs of bytes; lane l gives the address of row l % 8
+// of matrix l / 8, which is 16 bytes (PTX ISA: ldmatrix).
+template <class T>
+FC_DEVICE void ldmatrix_x4(SmemPtr<T> p, uint32_t (&reg)[4], FC_SITE) {
+  fc_host::load_matrices(p.ref(), reg, false, FC_HERE);
+}
+
+// The same of the matrices transposed.
+template <class T>
+FC_DEVICE void ldmatrix_x4_trans(SmemPtr<T> p, uint32_t (&reg)[4], FC_SITE) {
+  fc_host::load_matrices(p.ref(), reg, true, FC_HERE);
+}

@@ -39,7 +39,11 @@ FC_DEVICE int accum_col(int lane, int i) { return lane % 4 * 2 + i % 2 + i / 4 *
 namespace fc_host {
 
 // Element j < 8 of a lane's A fragment is (accum_row, accum_col) of j; of its B fragment it is
-// B[k][n] with k = accum_col and n = accum_row (PTX ISA: mma.m16n8k16, two halves side by side).
+// B[k][n] with k = accum_col and n = accum_row, in a register of its own number (PTX ISA:
+// mma.m16n8k16, two halves side by side).
+inline int register_of_a(int j) { return j / 2; }
+inline int register_of_b(int j) { return j / 4 + j / 2 % 2 * 2; }
+
 struct LoadArgument {
   SmemRef ref;
   int stride;
@@ -52,6 +56,7 @@ template <class T>
 inline void load_fragment(WarpOp op, uint32_t (&reg)[4], SmemPtr<T> p, int stride, bool transposed,
                           Site site) {
   LoadArgument argument = {p.ref(), stride, &reg};
+  const auto register_of = op == WarpOp::wmma_load_b ? register_of_b : register_of_a;
   const uint64_t place = uint64_t(uint32_t(p.base + p.index * int(sizeof(T))));
   const uint64_t uniform = (place << 32) | (uint64_t(uint32_t(stride)) << 1) | uint64_t(transposed);
   if (!warp_arrive(op, &argument, uniform, site)) return;
@@ -75,7 +80,7 @@ inline void load_fragment(WarpOp op, uint32_t (&reg)[4], SmemPtr<T> p, int strid
       const int col = accum_col(lane, j);
       const uint32_t lo = transposed ? tile[col][row] : tile[row][col];
       const uint32_t hi = transposed ? tile[col + 1][row] : tile[row][col + 1];
-      out[j / 2] = lo | (hi << 16);
+      out[register_of(j)] = lo | (hi << 16);
     }
   }
   warp_release();
@@ -101,8 +106,8 @@ inline void multiply_accumulate(WmmaAccum& accum, const uint32_t (&a)[4], const 
       const int row = accum_row(lane, j);
       const int col = accum_col(lane, j);
       const int shift = j % 2 * 16;
-      a_full[row * 16 + col] = to_float(T{uint16_t(part.a[j / 2] >> shift)});
-      b_full[col * 16 + row] = to_float(T{uint16_t(part.b[j / 2] >> shift)});
+      a_full[row * 16 + col] = to_float(T{uint16_t(part.a[register_of_a(j)] >> shift)});
+      b_full[col * 16 + row] = to_float(T{uint16_t(part.b[register_of_b(j)] >> shift)});
       accum_full[row * 16 + col] = part.accum[j];
     }
   }

@@ -29,6 +29,13 @@ FC_DEVICE float abs_f(float x) { return fabsf(x); }
 FC_DEVICE int min_i(int a, int b) { return a < b ? a : b; }
 FC_DEVICE int max_i(int a, int b) { return a > b ? a : b; }
 
+// Four of the eight bytes of low and high, byte i of the result by nibble i of the selector (PTX
+// ISA: prmt).
+template <uint32_t SELECTOR>
+FC_DEVICE uint32_t permute_bytes(uint32_t low, uint32_t high) {
+  return __byte_perm(low, high, SELECTOR);
+}
+
 // x, hidden from the optimiser: keeps address arithmetic in a loop from being turned into one
 // register a pointer that all live across the loop.
 FC_DEVICE int opaque(int x) {

@@ -152,3 +152,14 @@ FC_DEVICE void widen4<bfloat16>(uint32_t word, uint32_t (&pairs)[2]) {
   }
 }
 #endif
+
+// Two floats as float8 in the lower half of a register, `lo` first: round to nearest even, what is
+// too large becomes +-448, a NaN 0x7f. Where NARROWS_FLOAT8 is false there is no such instruction.
+constexpr bool NARROWS_FLOAT8 = __CUDA_ARCH__ >= 890;
+FC_DEVICE uint32_t narrow2(float lo, float hi) {
+  uint16_t pair = 0;
+#if __CUDA_ARCH__ >= 890
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(hi), "f"(lo));
+#endif
+  return pair;
+}

@@ -61,3 +61,16 @@ FC_DEVICE void stmatrix_x4(SmemPtr<T> p, const uint32_t (&reg)[4]) {
                "r"(reg[0]), "r"(reg[1]), "r"(reg[2]), "r"(reg[3])
                : "memory");
 }
+
+// Four 8x8 matrices of 16-bit elements, or of pairs of bytes; lane l gives the address of row l % 8
+// of matrix l / 8, which is 16 bytes (PTX ISA: ldmatrix).
+template <class T>
+FC_DEVICE void ldmatrix_x4(SmemPtr<T> p, uint32_t (&reg)[4]) {
+  ldmatrix_x4(reg, p.address);
+}
+
+// The same of the matrices transposed.
+template <class T>
+FC_DEVICE void ldmatrix_x4_trans(SmemPtr<T> p, uint32_t (&reg)[4]) {
+  ldmatrix_x4_trans(reg, p.address);
+}

@@ -4,7 +4,8 @@
 // on it is mma.sync's documented one (PTX ISA: mma.m16n8k16), two 16x8 halves side by side:
 //   accumulator: lane 4*r+c holds rows {r, r+8}, columns {2c, 2c+1} of the left half in x[0..3] and
 //   of the right half in x[4..7];
-//   A: register 0 = row r, columns 2c..2c+1; 1 = row r+8; 2, 3 = columns + 8.
+//   A: register 0 = row r, columns 2c..2c+1; 1 = row r+8; 2, 3 = columns + 8;
+//   B: register 0 = rows 2c..2c+1 of column r; 1 = rows + 8; 2, 3 = column r+8.
 // The softmax works on accumulators by this map, and P goes from accumulator to A operand without
 // leaving registers. The map is checked on the GPU at hand before a kernel's first run (probe.cuh).
 #pragma once

@@ -28,7 +28,10 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
 from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.float8 import (
+    PLANTS_FEW_SM90,
     PLANTS_FLOAT8_SM90,
+    PLANTS_GROWN_SM90,
+    PLANTS_ROWS_SM90,
     PLANTS_SHORT_SM90,
     PLANTS_WIDE_SM90,
 )
@@ -89,6 +92,9 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_PAGES,
         **PLANTS_PAGES_SM90,
         **PLANTS_FLOAT8_SM90,
+        **PLANTS_FEW_SM90,
+        **PLANTS_ROWS_SM90,
+        **PLANTS_GROWN_SM90,
         **TREES_SM90,
         **PLANTS_WIDE_SM90,
         **PLANTS_SHORT_SM90,

@@ -57,6 +57,8 @@ const char* op_name(WarpOp op) {
       return "elect_lane";
     case WarpOp::stmatrix:
       return "stmatrix_x4";
+    case WarpOp::ldmatrix:
+      return "ldmatrix_x4";
     case WarpOp::wgmma:
       return "wgmma";
     case WarpOp::wgmma_fence:

@@ -42,6 +42,7 @@ enum class WarpOp : int {
   set_registers,
   elect_lane,
   stmatrix,
+  ldmatrix,
   wgmma,
   wgmma_fence,
   wgmma_commit,

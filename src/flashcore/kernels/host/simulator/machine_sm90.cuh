@@ -46,6 +46,7 @@ void set_registers(int registers, bool raise, Site site);
 void fence_proxy_async(Site site);
 bool elect_lane(Site site);
 void store_matrices(SmemRef row, const uint32_t (&reg)[4], Site site);
+void load_matrices(SmemRef row, uint32_t (&reg)[4], bool transposed, Site site);
 
 // An operand of WGMMA: the descriptor's bits, and the view that it was made from.
 struct Operand {

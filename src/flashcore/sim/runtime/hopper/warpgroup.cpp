@@ -190,4 +190,29 @@ void store_matrices(SmemRef row, const uint32_t (&reg)[4], Site site) {
   warp_release();
 }
 
+struct LoadedRow {
+  uint16_t element[8];
+  uint32_t (*reg)[4];
+};
+
+void load_matrices(SmemRef row, uint32_t (&reg)[4], bool transposed, Site site) {
+  LoadedRow mine;
+  std::memcpy(mine.element, smem_read(row, 16, site), 16);
+  mine.reg = &reg;
+  if (!warp_arrive(WarpOp::ldmatrix, &mine, uint64_t(transposed), site)) return;
+  for (int lane = 0; lane < WARP_SIZE; ++lane) {
+    for (int m = 0; m < 4; ++m) {
+      const auto element = [&](int r, int c) -> uint32_t {
+        return static_cast<LoadedRow*>(warp_argument(m * 8 + r))->element[c];
+      };
+      const int r = lane / 4;
+      const int c = lane % 4 * 2;
+      const uint32_t low = transposed ? element(c, r) : element(r, c);
+      const uint32_t high = transposed ? element(c + 1, r) : element(r, c + 1);
+      (*static_cast<LoadedRow*>(warp_argument(lane))->reg)[m] = low | high << 16;
+    }
+  }
+  warp_release();
+}
+
 }  // namespace fc_host

@@ -1,5 +1,6 @@
-// fwd_sm90/float8_sm90.cuh - 8-bit caches: what TMA has loaded as bytes becomes tiles of 16-bit
-// elements, as WGMMA reads them, by NUM_CONVERTERS warpgroups between producer and consumers.
+// fwd_sm90/float8/float8_sm90.cuh - 8-bit caches: what TMA has loaded as bytes becomes tiles of
+// 16-bit elements, as WGMMA reads them, by NUM_CONVERTERS warpgroups between producer and
+// consumers.
 //
 // Half of their warps convert K and half V, each at its own pace. The tiles that are loaded ahead
 // are bytes, so that as many keys are under way in half the memory; of converted ones two will do.
@@ -132,10 +133,13 @@ constexpr int LARGEST_EXPONENT = 14;
 // of their row's largest keep the 8 bits that they have.
 constexpr int MAX_DIFFERENCE = 12;
 
-// Where a lane finds elements i and i + 1 of a fragment: Q's columns from `first_col` on.
+// Where a lane finds elements i and i + 1 of a fragment: Q's columns from `first_col` on. Of
+// FEW_ROWS a lane has four columns side by side, in the order in which key_operand has K's.
 FC_DEVICE SmemPtr<Element> query_pair(QGroup q, int first_col, int i) {
-  const int col = accum_col(lane_idx(), i);
-  return q.at(warp_idx() % 4 * 16 + accum_row(lane_idx(), i), first_col, col) + col % 8;
+  const int lane = lane_idx();
+  const int col = FEW_ROWS ? lane % 4 * 4 + i / 4 * 2 : accum_col(lane, i);
+  const int first_row = warp_idx() % (FEW_ROWS ? STRIPS : 4) * 16;
+  return q.at(first_row + accum_row(lane, i), first_col, col) + col % 8;
 }
 
 // Finds what to multiply a lane's two rows of Q by.
@@ -211,10 +215,11 @@ FC_DEVICE bool scales_products(const Queries& queries) {
   return SCORES_ARE_SCALED || queries.differ;
 }
 
-FC_DEVICE void scale_products(WmmaAccum (&scores)[KEY_FRAGS], const Queries& queries) {
+template <int NUM_FRAGS>
+FC_DEVICE void scale_products(WmmaAccum (&scores)[NUM_FRAGS], const Queries& queries) {
   if (!scales_products(queries)) return;
 #pragma unroll
-  for (int n = 0; n < KEY_FRAGS; ++n) {
+  for (int n = 0; n < NUM_FRAGS; ++n) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) scores[n].x[i] *= queries.inverse[row_of_element(i)];
   }
