@@ -41,7 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import flashcore
 import flashcore.integrations.torch as door
 from flashcore.base import machine
-from flashcore.bench.run import command_line
+from flashcore.bench.document import command_line
 from flashcore.bench.timing import first_line
 
 ROTATIONS = ("allgather", "alltoall")

@@ -10,7 +10,6 @@ can be imported. `python scripts/readme_results.py` brings the file into docs/se
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from flashcore.bench import decoding
+from flashcore.bench.document import write
 
 TINY = (decoding.Cell(2, 4, 2, 64, 300), decoding.Cell(1, 2, 2, 128, 70))
 
@@ -44,9 +44,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for row in document["results"]:
         if "skipped" in row:
             print(f"{row['cell']}, {row['what']}: {row['library']} has no time: {row['skipped']}")
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write(options.json, document)
     return document
 
 

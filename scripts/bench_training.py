@@ -23,7 +23,6 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,7 +34,7 @@ from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashcore.base import machine
-from flashcore.bench.run import command_line
+from flashcore.bench.document import head, write
 from flashcore.integrations.transformers import register
 
 Step = Callable[[], Tensor]
@@ -252,24 +251,16 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         import transformers
 
         versions = versions | {"transformers": transformers.__version__}
-    gpu = machine.gpu() if options.device == "cuda" else None
-    document = {
-        "kind": "training",
-        "date": machine.now(),
-        "command": command_line(),
-        "gpu": None if gpu is None else asdict(gpu),
-        "cpu": machine.cpu_name(),
+    method = f"median of up to {options.rounds} rounds of {options.steps} steps, in turns"
+    document = head("training", options.device, method) | {
         "versions": versions,
         "model": options.model,
         "parameters": parameters,
         "compiled": options.model == "gpt" and options.compile,
         **{name: getattr(options, name) for name in SIZE_NAMES},
-        "method": f"median of up to {options.rounds} rounds of {options.steps} steps, in turns",
         "results": rows,
     }
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write(options.json, document)
     return rows
 
 

@@ -32,9 +32,8 @@ from typing import Any
 
 import torch
 
-from flashcore.base import machine
+from flashcore.bench.document import head, write
 from flashcore.bench.random_shapes import random_shapes
-from flashcore.bench.run import command_line
 from flashcore.bench.workloads import GROUPS, Workload, cpu_shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,22 +216,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{len(timed)} shapes, mean ratio {mean:.3f}, {len(over)} above {options.limit:g}, "
         f"{failed} failed"
     )
-    if options.json:
-        gpu = machine.gpu() if device == "cuda" else None
-        document = {
-            "kind": "speed of two versions",
-            "date": machine.now(),
-            "base": options.base,
-            "command": command_line(),
-            "device": device,
-            "gpu": None if gpu is None else dataclasses.asdict(gpu),
-            "cpu": machine.cpu_name(),
-            "versions": machine.versions(),
-            "method": "CUDA graph replays in turns; the median of the rounds' ratios",
-            "mean_ratio": mean,
-            "results": rows,
-        }
-        options.json.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    method = "CUDA graph replays in turns; the median of the rounds' ratios"
+    about = {"base": options.base, "mean_ratio": mean, "results": rows}
+    write(options.json, head("speed of two versions", device, method) | about)
     return 1 if over or failed else 0
 
 

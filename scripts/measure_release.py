@@ -127,6 +127,24 @@ PARTS: dict[str, Part] = {
         "decode.json",
         ("docs/serving-kernels.md",),
     ),
+    "masks": Part(
+        "calls with masks, and masks' gradients",
+        lambda seconds, path: ["scripts/time_masks.py", "--json", path],
+        "masks.json",
+        ("docs/backward.md",),
+    ),
+    "packed-decode": Part(
+        "packed queries of which most are few",
+        lambda seconds, path: ["scripts/time_packed_decode.py", "--json", path],
+        "packed-decode.json",
+        ("docs/serving-kernels.md",),
+    ),
+    "steps": Part(
+        "what surrounds attention in a step of a decoder",
+        lambda seconds, path: ["scripts/time_steps.py", "--json", path],
+        "steps.json",
+        ("docs/serving.md",),
+    ),
     "host": Part(
         "the host's time of eager calls",
         lambda seconds, path: _flashcore("bench-host", "--output", path),

@@ -1,12 +1,14 @@
 """Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json,
-docs/host-overhead.md from h200-host.json, docs/backward-speed.md from h200-gradients.json and
-docs/serving-kernels.md from h200-decode.json.
+docs/host-overhead.md from h200-host.json, docs/backward-speed.md from h200-gradients.json,
+docs/backward.md from h200-masks.json, docs/serving-kernels.md from h200-decode.json and
+h200-packed-decode.json, and docs/serving.md from h200-steps.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
 
 The text between the lines `<!-- results:begin -->` and `<!-- results:end -->` of a page is made
-here and nowhere else, so a page cannot say what was not measured.
+here and nowhere else, so a page cannot say what was not measured. A page of several files has a
+pair for each; a name says which, as in `<!-- results:begin masks -->`.
 
 Exit status: 0 up to date (or no results yet), 1 a page is stale, 2 a page has lost its markers.
 """
@@ -29,6 +31,7 @@ from flashcore.bench.reporting.report import (
     window_lines,
     worst_lines,
 )
+from flashcore.bench.reporting.studies import masks_table, packed_decode_table, steps_table
 from flashcore.bench.reporting.tables import (
     Document,
     dtypes,
@@ -47,6 +50,9 @@ RESULTS = Path("benchmarks/results/h200.json")
 HOST_RESULTS = Path("benchmarks/results/h200-host.json")
 BACKWARD_RESULTS = Path("benchmarks/results/h200-gradients.json")
 DECODE_RESULTS = Path("benchmarks/results/h200-decode.json")
+MASK_RESULTS = Path("benchmarks/results/h200-masks.json")
+PACKED_RESULTS = Path("benchmarks/results/h200-packed-decode.json")
+STEP_RESULTS = Path("benchmarks/results/h200-steps.json")
 
 # The models of scripts/bench_training.py, in words.
 TRAINING = {
@@ -123,13 +129,6 @@ PAGES: dict[str, Callable[[Document, Path], str]] = {
 }
 
 
-def host_section(document: Document, folder: Path) -> str:
-    """Return what docs/host-overhead.md says."""
-    del folder
-    source = f"[{HOST_RESULTS.name}](../{HOST_RESULTS.as_posix()})"
-    return f"{where(document)} ({source}); {document['method']}.\n\n{host_markdown(document)}"
-
-
 def backward_section(document: Document, folder: Path) -> str:
     """Return what docs/backward-speed.md says."""
     source = f"[{BACKWARD_RESULTS.name}](../{BACKWARD_RESULTS.as_posix()})"
@@ -166,28 +165,39 @@ def training_parts(folder: Path) -> list[str]:
     return [f"Whole training steps ({' and '.join(sources)}):", table]
 
 
-def decode_section(document: Document, folder: Path) -> str:
-    """Return what docs/serving-kernels.md says."""
-    del folder
-    source = f"[{DECODE_RESULTS.name}](../{DECODE_RESULTS.as_posix()})"
-    return f"{where(document)} ({source}); {document['method']}.\n\n{decode_markdown(document)}"
+def study_section(source: Path, draw: Callable[[Document], str]) -> Callable[[Document, Path], str]:
+    """Return what makes a section of one table, which `draw` draws, of the file `source`."""
+
+    def section(document: Document, folder: Path) -> str:
+        del folder
+        link = f"[{source.name}](../{source.as_posix()})"
+        return f"{where(document)} ({link}); {document['method']}.\n\n{draw(document)}"
+
+    return section
 
 
 SOURCES: dict[Path, dict[str, Callable[[Document, Path], str]]] = {
     RESULTS: PAGES,
-    HOST_RESULTS: {"docs/host-overhead.md": host_section},
+    HOST_RESULTS: {"docs/host-overhead.md": study_section(HOST_RESULTS, host_markdown)},
     BACKWARD_RESULTS: {"docs/backward-speed.md": backward_section},
-    DECODE_RESULTS: {"docs/serving-kernels.md": decode_section},
+    DECODE_RESULTS: {"docs/serving-kernels.md": study_section(DECODE_RESULTS, decode_markdown)},
+    MASK_RESULTS: {"docs/backward.md": study_section(MASK_RESULTS, masks_table)},
+    PACKED_RESULTS: {"docs/serving-kernels.md": study_section(PACKED_RESULTS, packed_decode_table)},
+    STEP_RESULTS: {"docs/serving.md": study_section(STEP_RESULTS, steps_table)},
 }
+# Whose markers have names.
+NAMES = {MASK_RESULTS: "masks", PACKED_RESULTS: "packed-decode", STEP_RESULTS: "steps"}
 
 
-def filled(text: str, section: str, page: str) -> str:
-    """Return `text` with `section` between its markers. Raises MarkerError."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise MarkerError(f"{page} needs one line {BEGIN} and below it one line {END}")
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{section}\n{END}{tail}"
+def filled(text: str, section: str, page: str, name: str = "") -> str:
+    """Return `text` with `section` between its markers, those of `name`. Raises MarkerError."""
+    begin = BEGIN.replace(" -->", f" {name} -->") if name else BEGIN
+    head, _, rest = text.partition(begin)
+    old, end, tail = rest.partition(END)
+    opens, closes = text.count("<!-- results:begin"), text.count(END)
+    if text.count(begin) != 1 or not end or "<!-- results:" in old or opens != closes:
+        raise MarkerError(f"{page} needs one line {begin} and below it one line {END}")
+    return f"{head}{begin}\n{section}\n{END}{tail}"
 
 
 def update(root: Path, check: bool) -> list[str]:
@@ -211,7 +221,7 @@ def update(root: Path, check: bool) -> list[str]:
         for page, section in pages.items():
             path = root / page
             text = path.read_text(encoding="utf-8")
-            wanted = filled(text, section(document, root), page)
+            wanted = filled(text, section(document, root), page, NAMES.get(source, ""))
             if wanted != text:
                 stale.append(page)
                 if not check:

@@ -1,6 +1,6 @@
 """Check and time calls with a mask, and the gradient of an additive one, on a Hopper GPU.
 
-    PYTHONPATH=src python scripts/time_masks.py [--cases learned-64 ...] [--once] [--output FILE]
+    python scripts/time_masks.py [--cases learned-64 ...] [--once] [--json FILE]
 
 Each case is timed beside the same call without a mask, and beside torch's SDPA with the same mask:
 forward and backward together, and every kernel of flashcore's by itself. Gradients are held against
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import pathlib
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
+from flashcore.bench.document import head, write
 
 # name -> batch, heads, heads of k and v, seqlen_q, seqlen_k, head_dim, the mask's dtype and shape
 # (b, h, q, k: whole; 1: broadcast; None: no mask), whether its gradient is wanted, causal
@@ -42,11 +43,33 @@ CASES: dict[str, Shape] = {
     "learned-odd-64": (8, 16, 16, 1999, 1999, 64, BF16, "1hqk", True, False),
     "learned-gqa-128": (4, 32, 8, 2048, 2048, 128, BF16, "11qk", True, True),
     "none-128": (4, 16, 16, 4096, 4096, 128, None, "", False, False),
+    "additive-f32-128": (4, 16, 16, 4096, 4096, 128, F32, "1hqk", False, False),
     "bool-128": (4, 16, 16, 4096, 4096, 128, BOOL, "b1qk", False, False),
     "additive-128": (4, 16, 16, 4096, 4096, 128, BF16, "1hqk", False, False),
     "learned-128": (4, 16, 16, 4096, 4096, 128, BF16, "1hqk", True, False),
     "learned-256": (4, 8, 8, 2048, 2048, 256, BF16, "1hqk", True, False),
 }
+
+
+METHOD = (
+    "bfloat16; kernels: medians of 5 steps by torch's profiler; forward and backward: medians of 6 "
+    "eager steps by events"
+)
+
+
+def described(shape: Shape) -> dict[str, Any]:
+    """Return the fields of a row that say what was measured."""
+    batch, heads, heads_kv, rows, _, dim, dtype, dims, needs_grad, causal = shape
+    of_heads = f"H{heads}" + f"/{heads_kv}" * (heads != heads_kv)
+    mask = None
+    if dtype is not None:
+        sizes = ", ".join({"b": "B", "h": "H", "q": "S", "k": "S", "1": "1"}[d] for d in dims)
+        mask = f"{str(dtype).removeprefix('torch.')} [{sizes}]"
+    return {
+        "shape": f"B{batch} {of_heads} S{rows} D{dim}" + " causal" * causal,
+        "mask": mask,
+        "needs_grad": needs_grad,
+    }
 
 
 def make(shape: Shape) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.Tensor]:
@@ -108,18 +131,19 @@ def milliseconds(step: Callable[[], Any], repeats: int = 6) -> float:
     return sorted(times)[repeats // 2]
 
 
-def kernel_times(step: Callable[[], Any]) -> dict[str, float]:
-    """Return milliseconds by kernel of one step."""
+def kernel_times(step: Callable[[], Any], repeats: int = 5) -> dict[str, float]:
+    """Return milliseconds by kernel of one step: the median launch, as often as a step has it."""
     step()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
+        for _ in range(repeats):
+            step()
         torch.cuda.synchronize()
-    times: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
     for event in profile.events():
         if event.device_type.name == "CUDA":
-            name = event.name[:40]
-            times[name] = times.get(name, 0.0) + event.device_time / 1e3
-    return {name: round(time, 4) for name, time in sorted(times.items(), key=lambda x: -x[1])}
+            times.setdefault(event.name[:40], []).append(event.device_time / 1e3)
+    of_step = {name: statistics.median(x) * len(x) / repeats for name, x in times.items()}
+    return {name: round(time, 4) for name, time in sorted(of_step.items(), key=lambda x: -x[1])}
 
 
 def of_peer(backend: SDPBackend, shape: Shape, leaves: list[torch.Tensor],
@@ -158,19 +182,19 @@ def run(name: str, once: bool) -> dict[str, Any]:
         return torch.autograd.grad(out, wanted, dout)
 
     found = step()
-    result: dict[str, Any] = {"case": name}
+    result: dict[str, Any] = {"case": name} | described(shape)
     if once:
         torch.cuda.synchronize()
         return result
     if mask is not None and mask.requires_grad:
         result["error"] = wrong_mask_gradient(shape, leaves, mask, dout, found[3])
         again = step()
-        result["same bits"] = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
+        result["has_same_bits"] = all(torch.equal(x, y) for x, y in zip(found, again, strict=True))
         del again
-    result["ms"] = round(milliseconds(step), 4)
-    result["kernels"] = kernel_times(step)
-    result["efficient"] = of_peer(SDPBackend.EFFICIENT_ATTENTION, shape, leaves, mask, dout)
-    result["cudnn"] = of_peer(SDPBackend.CUDNN_ATTENTION, shape, leaves, mask, dout)
+    result["step_ms"] = round(milliseconds(step), 4)
+    result["kernel_ms"] = kernel_times(step)
+    result["efficient_ms"] = of_peer(SDPBackend.EFFICIENT_ATTENTION, shape, leaves, mask, dout)
+    result["cudnn_ms"] = of_peer(SDPBackend.CUDNN_ATTENTION, shape, leaves, mask, dout)
     return result
 
 
@@ -179,18 +203,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--once", action="store_true", help="compile, and time nothing")
-    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--json", type=pathlib.Path, help="where the result goes")
     arguments = parser.parse_args()
-    results = []
+    document = head("masks", "cuda", METHOD) | {"results": []}
+    results: list[dict[str, Any]] = document["results"]
     for name in arguments.cases:
         try:
             results.append(run(name, arguments.once))
         except Exception as error:
-            results.append({"case": name, "failed": f"{type(error).__name__}: {error}"[:400]})
+            reason = f"{type(error).__name__}: {error}"[:400]
+            results.append({"case": name} | described(CASES[name]) | {"skipped": reason})
         torch.cuda.empty_cache()
-        print(json.dumps(results[-1]), flush=True)
-        if arguments.output:
-            arguments.output.write_text(json.dumps(results, indent=1))
+        print(results[-1], flush=True)
+        write(arguments.json, document)  # of what is done, should this one be ended
 
 
 if __name__ == "__main__":

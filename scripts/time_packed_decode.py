@@ -1,6 +1,6 @@
 """Time packed queries of which most are few, on a Hopper GPU: decodes, and a mixed batch.
 
-    PYTHONPATH=src python scripts/time_packed_decode.py [--page-sizes 16 256] [--unfolded]
+    python scripts/time_packed_decode.py [--page-sizes 16 256] [--unfolded] [--json FILE]
 
 Each batch is timed as one packed call over pages and, where all sequences have one query, as a
 padded call (stream-K, kernels/tile/stream_k.cuh). With `--unfolded` each head has a row tile of its
@@ -11,13 +11,13 @@ bytes of K and V that are there over 4.0 TB/s.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from flashcore.bench.document import head, write
 from flashcore.bench.timing import time_on_gpu
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
 from flashcore.ops.paged import attention_paged
@@ -81,23 +81,25 @@ def main() -> None:
     parser.add_argument("--batches", nargs="*", choices=BATCHES, default=list(BATCHES))
     parser.add_argument("--page-sizes", nargs="*", type=int, default=[16, 256])
     parser.add_argument("--unfolded", action="store_true")
-    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument("--json", type=pathlib.Path, help="where the result goes")
     given = parser.parse_args()
     if given.unfolded:
         setattr(plan_sm90, "heads_of_packed_rows", lambda problem: 0)  # noqa: B010
-    found = {}
+    found = []
     for name in given.batches:
         batch = BATCHES[name]
         _, keys, _, heads_kv, dim = batch
         for page_size in given.page_sizes:
             times = time_on_gpu(calls_of(batch, page_size))
-            row: dict[str, Any] = {"bound": round(sum(keys) * heads_kv * dim * 4 / 4.0e6, 1)}
+            row: dict[str, Any] = {"batch": name, "page_size": page_size}
+            row["bound_us"] = round(sum(keys) * heads_kv * dim * 4 / 4.0e6, 1)
             for which, t in times.items():
-                row[which] = t if isinstance(t, str) else round(t.median * 1e6, 1)
-            found[f"{name}, pages of {page_size}"] = row
-            print(name, page_size, row, flush=True)
-    if given.output:
-        given.output.write_text(json.dumps(found, indent=1))
+                row[f"{which}_us"] = t if isinstance(t, str) else round(t.median * 1e6, 1)
+            found.append(row)
+            print(row, flush=True)
+    method = "bfloat16, medians of CUDA graph replays; bound: bytes of k and v at 4.0 TB/s"
+    about = {"folded": not given.unfolded, "results": found}
+    write(given.json, head("packed decode", "cuda", method) | about)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Time what surrounds attention in a step of a decoder, on a GPU: appending, and trees of drafts.
 
-    PYTHONPATH=src python scripts/time_steps.py [--rooms 4096 32768] [--drafts 8]
+    python scripts/time_steps.py [--rooms 4096 32768] [--drafts 8 1] [--json FILE]
 
 For each room of a sequence in the cache, in us: attention over what is there, of 16 bits and of 8;
 a whole step, which appends new tokens with rotary embedding and attends to as many tokens; the
@@ -11,7 +11,7 @@ before; and appending alone, by one kernel and by PyTorch.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import flashcore
+from flashcore.bench.document import head, write
 from flashcore.bench.timing import time_on_gpu
 from flashcore.plain.trees import tree_over_keys
 from flashcore.serving.append import append
@@ -87,18 +88,24 @@ def main() -> None:
     """Time the rooms that were asked for, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rooms", nargs="*", type=int, default=[4096, 32768])
-    parser.add_argument("--drafts", type=int, default=DRAFTS, help="queries of each sequence")
-    parser.add_argument("--output", type=pathlib.Path)
+    parser.add_argument(
+        "--drafts", nargs="*", type=int, default=[DRAFTS, 1], help="queries of each sequence"
+    )
+    parser.add_argument("--json", type=pathlib.Path, help="where the result goes")
     given = parser.parse_args()
-    found: dict[int, dict[str, Any]] = {}
-    for room in given.rooms:
-        times = time_on_gpu(calls_of(room, given.drafts))
-        found[room] = {
+    found = []
+    for drafts, room in itertools.product(given.drafts, given.rooms):
+        times = time_on_gpu(calls_of(room, drafts))
+        us = {
             name: t if isinstance(t, str) else round(t.median * 1e6, 1) for name, t in times.items()
         }
-        print(room, found[room], flush=True)
-    if given.output is not None:
-        given.output.write_text(json.dumps(found, indent=1), encoding="utf-8")
+        found.append({"drafts": drafts, "room": room, "us": us})
+        print(found[-1], flush=True)
+    method = (
+        f"bfloat16, {BATCH} sequences of {LENGTH} tokens in pages of {PAGE_SIZE}, {HEADS} and "
+        f"{HEADS_KV} heads of {DIM}; medians of CUDA graph replays"
+    )
+    write(given.json, head("steps", "cuda", method) | {"results": found})
 
 
 if __name__ == "__main__":

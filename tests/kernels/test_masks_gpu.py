@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
     ("head_dim", "dtype", "tile"),
     [
         (64, torch.bool, (192, 128)),
+        (64, torch.bfloat16, (192, 128)),
         (64, torch.float32, (192, 128)),
         (128, torch.float32, (192, 64)),
     ],
@@ -35,7 +36,7 @@ def test_large_tiles(head_dim: int, dtype: torch.dtype, tile: tuple[int, int]) -
     k, v = (normal(3, 16, 1616, head_dim).bfloat16() for _ in range(2))
     mask = normal(1, 16, 1500, 1616)
     mask[:, :, 700:702] = -torch.inf  # rows that see nothing
-    mask = mask > -1.0 if dtype == torch.bool else mask
+    mask = mask > -1.0 if dtype == torch.bool else mask.to(dtype)
     plan = select_plan(Problem.from_tensors(q, k, v, mask=mask, return_lse=True))
     assert (plan.block_m, plan.block_n) == tile
     out, lse = flashcore.attention(q, k, v, mask=mask, return_lse=True)

@@ -207,3 +207,57 @@ def test_links_only_to_what_exists(script: ModuleType, repository: Path) -> None
 def test_lost_markers_are_an_error(script: ModuleType, text: str) -> None:
     with pytest.raises(script.MarkerError, match=r"README\.md needs one line"):
         script.filled(text.format(script.BEGIN, script.END), "section", "README.md")
+
+
+STUDIES: dict[str, list[dict[str, Any]]] = {
+    "h200-masks.json": [
+        {
+            "case": name, "shape": "B8 H16 S2048 D64", "mask": mask, "needs_grad": needs_grad,
+            "kernel_ms": kernels, "step_ms": 1.0, "efficient_ms": 4.0, "cudnn_ms": "no kernel",
+        }
+        for name, mask, needs_grad, kernels in (
+            ("none", None, False, {"attn_fwd_sm90": 0.2, "attn_bwd_dkdv_sm90": 0.9}),
+            ("one", "bool [B, 1, S, S]", True,
+             {"attn_fwd_sm90": 0.4, "attn_bwd_dq_sm90": 0.5, "attn_bwd_dkdv_sm90": 0.7,
+              "attn_bwd_dmask_sm90": 0.3, "fill": 0.1}),
+        )
+    ] + [{"case": "failed", "shape": "B1", "mask": None, "needs_grad": False, "skipped": "why"}],
+    "h200-packed-decode.json": [
+        {"batch": "decodes", "page_size": 16, "bound_us": 268.0, "packed_us": 252.0},
+        {"batch": "decodes", "page_size": 256, "bound_us": 268.0, "packed_us": "why"},
+    ],
+    "h200-steps.json": [{"drafts": 8, "room": 4096, "us": {"attention": 137.6, "step": "why"}}],
+}  # fmt: skip
+LINES = {
+    "h200-masks.json": [
+        "| B8 H16 S2048 D64, none | 0.20 |  | 0.90 |  |  |  | 1.00 | 4.00 | no |",
+        "| bool [B, 1, S, S], yes | 0.40 | 0.50 | 0.70 | 0.30 | 0.50 | 0.75 | 1.00 | 4.00 | no |",
+    ],
+    "h200-packed-decode.json": ["| decodes | 268 | 252.0 / no |  |"],
+    "h200-steps.json": ["| us | 8 new, room 4096 |", "| attention | 137.6 |", "| step | no |"],
+}
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_files_of_one_subject_have_named_markers(
+    script: ModuleType, repository: Path, name: str
+) -> None:
+    """They share pages with other files, whose sections stay as they are."""
+    source = script.RESULTS.with_name(name)
+    page = next(iter(script.SOURCES[source]))
+    script.filled((ROOT / page).read_text(encoding="utf-8"), "", page, script.NAMES[source])
+    named = script.BEGIN.replace(" -->", f" {script.NAMES[source]} -->")
+    other = f"{script.BEGIN}\nother\n{script.END}\n"
+    path = repository / page
+    path.write_text(f"{other}{named}\nold\n{script.END}\nafter\n", encoding="utf-8")
+    document = DOCUMENT | {"results": STUDIES[name]}
+    (repository / source).write_text(json.dumps(document), encoding="utf-8")
+    assert page in script.update(repository, check=False)
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(other)
+    assert text.endswith(f"{script.END}\nafter\n")
+    assert "old" not in text
+    assert all(line in text.splitlines() for line in LINES[name])
+    lost = text.replace(script.END, "", 1)
+    with pytest.raises(script.MarkerError, match=r"needs one line <!-- results:begin"):
+        script.filled(lost, "", page, script.NAMES[source])

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 import flashcore
-from flashcore.base import machine
 from flashcore.bench import ceilings
+from flashcore.bench.document import head
 from flashcore.bench.reporting.report import table
-from flashcore.bench.run import command_line
 from flashcore.bench.timing import Timing, first_line, time_on_cpu, time_on_gpu
 
 Call = Callable[[], object]
@@ -266,24 +265,12 @@ def run(
                 results.append(row)
         if on_gpu:
             torch.cuda.empty_cache()
-    gpu = machine.gpu() if on_gpu else None
-    return {
-        "schema": 1,
-        "kind": "decode",
-        "date": machine.now(),
-        "command": command_line(),
-        "device": device,
-        "gpu": None if gpu is None else asdict(gpu),
-        "cpu": machine.cpu_name(),
-        "versions": machine.versions(),
-        "method": (
-            "bfloat16, one query a sequence; lengths log-normal around a sixth of the longest; "
-            f"median of {rounds} rounds, in turns, by "
-            + ("CUDA graph replays" if on_gpu else "the clock")
-        ),
-        "ceilings": limits,
-        "results": results,
-    }
+    method = (
+        "bfloat16, one query a sequence; lengths log-normal around a sixth of the longest; "
+        f"median of {rounds} rounds, in turns, by "
+        + ("CUDA graph replays" if on_gpu else "the clock")
+    )
+    return head("decode", device, method) | {"ceilings": limits, "results": results}
 
 
 def markdown(document: Mapping[str, Any]) -> str:

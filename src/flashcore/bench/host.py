@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,12 +18,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flashcore
-from flashcore.base import machine
 from flashcore.bench import host_roads
+from flashcore.bench.document import head
 from flashcore.bench.libraries import Library
 from flashcore.bench.peers import find_peers
 from flashcore.bench.reporting.report import table
-from flashcore.bench.run import command_line
 from flashcore.bench.timing import first_line
 from flashcore.bench.workloads import Workload, seed_shape
 from flashcore.launch import launcher
@@ -74,20 +72,11 @@ def run(device: str, rounds: int = 9) -> dict[str, Any]:
             {"library": name, "recorded": recorded, "skipped": reason}
             for name, reason in failed.items()
         ]
-    gpu = machine.gpu() if device == "cuda" else None
-    return {
-        "schema": 1,
-        "kind": "host",
-        "date": machine.now(),
-        "command": command_line(),
-        "device": device,
-        "gpu": None if gpu is None else asdict(gpu),
-        "cpu": machine.cpu_name(),
-        "versions": machine.versions(),
-        "method": (
-            f"{workload.name} {workload.dtype}; host: {_CALLS} calls in a row, not waited for; "
-            f"latency: one call, then wait; in turns, median of {rounds} rounds"
-        ),
+    method = (
+        f"{workload.name} {workload.dtype}; host: {_CALLS} calls in a row, not waited for; "
+        f"latency: one call, then wait; in turns, median of {rounds} rounds"
+    )
+    return head("host", device, method) | {
         "left_out": left_out,
         "results": results,
         "layers": _layers(device, q, k, v, rounds),

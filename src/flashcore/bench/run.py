@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from flashcore.base import env, machine
+from flashcore.base import env
 from flashcore.bench import backward, ceilings
 from flashcore.bench.checking import Slices
+from flashcore.bench.document import head
 from flashcore.bench.libraries import Call, Library, cpu_libraries, gpu_libraries
 from flashcore.bench.peers import find_peers
 from flashcore.bench.reporting.summary import summarize
@@ -110,17 +107,8 @@ def run(
         except Exception as error:  # such as no memory for its tensors; what is measured is kept
             reason = first_line(error)
             results += [library.row(workload) | {"skipped": reason} for library in libraries]
-    gpu = machine.gpu() if on_gpu else None
-    return {
-        "schema": 1,
+    return head("bench", device, _method(on_gpu, rounds, is_backward)) | {
         "pass": "backward" if is_backward else "forward",
-        "date": machine.now(),
-        "command": command_line(),
-        "device": device,
-        "gpu": None if gpu is None else asdict(gpu),
-        "cpu": machine.cpu_name(),
-        "versions": machine.versions(),
-        "method": _method(on_gpu, rounds, is_backward),
         "ceilings": limits,
         "tuned": on_gpu and env.tuned() and bool(tuned.read(tuned.path_for(tuned.gpu_arch()))),
         "tile_table": _tile_table_date() if on_gpu else None,
@@ -170,17 +158,6 @@ def joined(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _tile_table_date() -> str | None:
     table = tile_table.read(tuned.gpu_arch()) if env.tile_table() else None
     return None if table is None else str(table.about["date"])
-
-
-def command_line() -> str:
-    """Return the command as typed, without the folders of absolute paths: they mean nothing
-    elsewhere."""
-    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-    program = Path(sys.argv[0])
-    is_script = program.suffix == ".py" and program.parent.name == "scripts"
-    return shlex.join(
-        [*(("python", f"scripts/{program.name}") if is_script else ("flashcore",)), *words]
-    )
 
 
 def _run_workload(

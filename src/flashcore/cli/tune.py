@@ -99,7 +99,7 @@ def tune(
     with command(json_output) as out:
         from flashcore.backends.dispatch import KERNELS
         from flashcore.base import machine
-        from flashcore.bench.run import command_line
+        from flashcore.bench.document import command_line
         from flashcore.kernels.registry import BACKWARD
 
         with usage_errors():

@@ -74,6 +74,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "softmax": (
             *("accum-map", "mask-not-awaited", "mask-of-other-lanes", "mask-overwritten"),
             *("mask-past-end", "mask-row-mixed-up", "mask-one-tile-late", "mask-front-whole"),
+            *("mask-rows-one-tile-late", "mask-rows-past-end", "mask-row-again"),
             *("mask-front-not-copied", "mask-end-not-copied", "mask-unshifted-copies"),
             *("mask-shift-forgotten", "mask-shift-of-another-row"),
             *("tree-at-the-front", "tree-as-wide-as-rows", "tree-row-of-a-row"),
@@ -92,6 +93,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("unseen-part-of-the-warp-before", "unseen-part-kept", "second-part-not-hidden"),
             *("outgrown-in-one-warp", "outgrown-k-kept", "outgrown-k-overwritten"),
             *("outgrown-sums-kept", "outgrown-no-fence", "outgrown-not-awaited"),
+            *("outgrown-unmasked", "outgrown-mask-overwritten"),
             *("split-share-dropped", "split-without-weight", "split-sums-not-rescaled"),
             *("split-last-share-again", "split-gap", "values-off-by-one"),
             *("together-last-share-again", "together-without-weight", "together-lanes-not-added"),

@@ -188,8 +188,7 @@ def _drawn(kernel: str, cases: Mapping[str, int]) -> _Calls:
 def _masked(plants: Mapping[str, Plant]) -> _Calls:
     calls: _Calls = {}
     for name, plant in plants.items():
-        is_shifted = plant.plan.get("mask_is_shifted", False)
-        options = _SHIFTED_ROWS if is_shifted else _ROWS
+        options = _SHIFTED_ROWS if plant.plan.get("mask_is_shifted", False) else _ROWS
         calls[name] = {"options": options, "tile": _SHORT_KEY_TILES}
     return calls
 
@@ -199,7 +198,9 @@ def _growing(plants: Mapping[str, Plant]) -> _Calls:
     for name, plant in plants.items():
         options = {**_GROWING, "growth": _GROWTHS.get(name, "far")}
         options |= _CAUSAL if name in _UNDER_A_BOUND else {}
-        calls[name] = {"options": options, "tile": _SHORT_KEY_TILES | _IN_TURNS | {**plant.plan}}
+        of_plan = dict(plant.plan)
+        options |= {key: of_plan.pop(key) for key in ("mask",) if key in of_plan}
+        calls[name] = {"options": options, "tile": _SHORT_KEY_TILES | _IN_TURNS | of_plan}
     return calls
 
 

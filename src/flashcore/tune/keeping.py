@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from flashcore.base import machine
-from flashcore.bench.run import command_line
+from flashcore.bench.document import command_line
 from flashcore.errors import FlashCoreError
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem

@@ -72,6 +72,7 @@ FC_DEVICE void exponentiate(Consumer& c, const AttnParams& p, const MaskStrip& m
                             const RowStats& stats, int warp_row, int n_block) {
   scale_scores(c.scores, p);
   mask.add_fetched(c.scores, p, warp_row);
+  warp_sync();  // orders the reads before the gradient, which leaves through the same place
   hide_scores(c.scores, p, warp_row, n_block * BLOCK_N);
 #pragma unroll
   for (int n = 0; n < KEY_FRAGS; ++n) {

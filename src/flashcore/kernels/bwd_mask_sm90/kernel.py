@@ -45,7 +45,7 @@ DMASK = make_kernel(
     "the kernel of a mask's gradient",
     MaskPlan,
     dict.fromkeys(("attn_bwd_dmask_sm90", "init_barriers"), "setup")
-    | dict.fromkeys(("fetch", "fetch_packet", "await", "fragment"), "dmask"),
+    | dict.fromkeys(("fetch", "fetch_packet", "fetch_rows", "await", "fragment"), "dmask"),
     (STAGE,),
     DmaskKernel,
 )

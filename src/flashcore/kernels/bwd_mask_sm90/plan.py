@@ -134,6 +134,7 @@ class MaskPlan(BwdSm90Plan):
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,
+            "MASK_BY_ADDITION": False,
             "SUMS_ROWS": self.sums_rows,
             "IN_SHARES": self.num_shares > 1,
             "OUT_BYTES": self.out_bytes,

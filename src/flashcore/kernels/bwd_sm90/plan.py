@@ -261,6 +261,7 @@ class BwdSm90Plan(Plan):
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,
+            "MASK_BY_ADDITION": True,
         }
         return constants | (self._dq_constants() if self.is_dq else self._dkdv_constants())
 

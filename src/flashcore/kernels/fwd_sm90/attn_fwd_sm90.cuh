@@ -173,7 +173,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   ask_ahead(c, bar);
   float rescale[2];
   constexpr bool IN_PARTS = FIRST && SPLITS_FIRST_TILE;
-  constexpr int FIRST_PART = first_part_of(KEY_FRAGS);
+  constexpr int HIDDEN = IN_PARTS ? first_part_of(KEY_FRAGS) : KEY_FRAGS;
   SecondPart<IN_PARTS> second = {p, c.warp_row, n_block * BLOCK_N};
 //@if gate pv
   const bool moved = false;
@@ -181,7 +181,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
 //@else
   scale_scores(scores, p);
   if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
-  constexpr int HIDDEN = IN_PARTS ? FIRST_PART : KEY_FRAGS;
+  if constexpr (MASK_KIND != 0 && !TRIES_OLD_MAX) c.mask.fetch_next(p, c.warp_row, n_block);
   if constexpr (MASKED) hide_scores<0, HIDDEN>(scores, p, c.warp_row, n_block * BLOCK_N);
   bool moved = false;
   if constexpr (TRIES_OLD_MAX) {
@@ -189,8 +189,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
                                c.softmax.row_max[1] * c.scale_log2};
     float tile_sum[2];
     exponentiate<0, KEY_FRAGS>(scores, tile_sum, max_log2, c.scale_log2);
-    // Of the whole warpgroup, which issues Q K^T together.
-    const bool outgrown = has_outgrown<ASKS_ONCE>(tile_sum, max_log2);
+    const bool outgrown = has_outgrown<ASKS_ONCE>(tile_sum, max_log2);  // of a whole warpgroup
     if (named_barrier_any(STORE_BARRIER + c.index, 128, outgrown)) {
       wgmma_fence();
       issue_scores(scores, c, smem.q[c.q_slot], smem.k, c.k_state.stage());
@@ -198,12 +197,15 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
       wgmma_wait<0>();
       wgmma_hold(scores);
       if (FLOAT8) scale_products(scores, c.queries);
+      scale_scores(scores, p);
+      if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
       moved = softmax_step<LAZY_RESCALE, ASKS_ONCE>(scores, c.softmax, rescale, c.scale_log2);
     } else {
       c.softmax.row_sum[0] += tile_sum[0];
       c.softmax.row_sum[1] += tile_sum[1];
     }
     release_inputs();
+    if constexpr (MASK_KIND != 0) c.mask.fetch_next(p, c.warp_row, n_block);
   } else {
     moved = softmax_step<LAZY_RESCALE, ASKS_ONCE, FIRST && ASKS_ONCE>(scores, c.softmax, rescale,
                                                                       c.scale_log2, second);

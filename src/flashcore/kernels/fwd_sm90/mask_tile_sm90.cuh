@@ -19,6 +19,10 @@ constexpr int MASK_WARP_ELEMENTS = MASK_ROWS * MASK_STRIDE;
 constexpr bool MASK_IN_PACKETS = MASK_LOAD_BYTES >= 4;
 constexpr int MASK_PACKET = MASK_IN_PACKETS ? MASK_LOAD_BYTES / MASK_ELEMENT_BYTES : 2;  // elements
 static_assert(!MASK_IS_SHIFTED || 8 % MASK_PACKET == 0, "rows 8 apart are shifted alike");
+// True where a warp copies some rows at a time. Packets of several elements lie in one row.
+constexpr bool MASK_IN_ROWS = MASK_BY_ADDITION && MASK_IN_PACKETS && MASK_PACKET > 1 &&
+                              BLOCK_N >= 2 * MASK_PACKET && 32 % (BLOCK_N / MASK_PACKET) == 0 &&
+                              !MASK_IS_ROW && !MASK_IS_SHIFTED;
 
 // Elements 2 i and 2 i + 1 of a row, the first one in the lowest bits.
 template <class T>
@@ -95,6 +99,7 @@ struct MaskStrip {
   template <bool AT_ENDS>
   FC_DEVICE void fetch_packet(const AttnParams& p, int row_begin, int n_block, int row,
                               int col) const {
+    [[maybe_unused]] constexpr int ENDS_UNROLL = MASK_BY_ADDITION ? 1 : MASK_PACKET;
     const int key = n_block * BLOCK_N + col - shift(p, row_begin + row);
     const bool row_exists = MASK_IS_ROW || row_begin + row < p.seqlen_q;
     const int count = row_exists ? p.seqlen_k - key : 0;  // that exist, or more
@@ -106,7 +111,7 @@ struct MaskStrip {
       if (is_whole) {
         cp_async<MASK_LOAD_BYTES>(dst, src, count > 0);
       } else if (AT_ENDS) {
-#pragma unroll
+#pragma unroll ENDS_UNROLL
         for (int i = 0; i < MASK_PACKET; ++i) {
           MaskElement x = {};
           if (key + i >= 0 && i < count) x = gmem_load(src + i);
@@ -118,6 +123,27 @@ struct MaskStrip {
       if (count > 0) pair[0] = gmem_load(src);
       if (count > 1) pair[1] = gmem_load(src + p.strides.mask.col);
       smem_store_packet(dst, mask_pair(pair[0], pair[1]));
+    }
+  }
+
+  // Starts copying a key tile's part, but for packets that lie in a row only in part. A lane's
+  // packets are some rows apart, so that one addition gives the address of the next: the time of a
+  // call grows with the instructions that this takes.
+  template <int PACKETS_PER_ROW>
+  FC_DEVICE void fetch_rows(const AttnParams& p, int row_begin, int n_block) const {
+    constexpr int ROWS = 32 / PACKETS_PER_ROW;  // at a time
+    const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live on
+    const int row = lane / PACKETS_PER_ROW;
+    const int col = lane % PACKETS_PER_ROW * MASK_PACKET;
+    const int keys_left = p.seqlen_k - (n_block * BLOCK_N + col);  // that exist, or more
+    if (keys_left > 0 && keys_left < MASK_PACKET) return;
+    const int rows_left = keys_left > 0 ? p.seqlen_q - (row_begin + row) : 0;
+    const auto dst = smem + (row * MASK_STRIDE + col);
+    auto src = row_start(p, row_begin + row) + (n_block * BLOCK_N + col);
+#pragma unroll
+    for (int first = 0; first < MASK_ROWS; first += ROWS) {
+      cp_async<MASK_LOAD_BYTES>(dst + first * MASK_STRIDE, src, first < rows_left);
+      src = src + ROWS * p.strides.mask.row;
     }
   }
 
@@ -152,25 +178,29 @@ struct MaskStrip {
     constexpr int PACKETS_PER_ROW = BLOCK_N / MASK_PACKET;
     constexpr int PACKETS = MASK_ROWS * PACKETS_PER_ROW;
     constexpr int FRONT = MASK_IS_SHIFTED ? MASK_PACKET : 0;  // elements of a packet more
-    // More would spill. Host compilers do not unroll.
-    [[maybe_unused]] constexpr int UNROLL = MASK_IS_SHIFTED ? 2 : MASK_IN_PACKETS ? 4 : 8;
     const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live on
+    if constexpr (MASK_IN_ROWS) {
+      fetch_rows<PACKETS_PER_ROW>(p, row_begin, n_block);
+    } else {
+      // More would spill. Host compilers do not unroll.
+      [[maybe_unused]] constexpr int UNROLL = MASK_IS_SHIFTED ? 2 : MASK_IN_PACKETS ? 4 : 8;
 #pragma unroll UNROLL
-    for (int first = 0; first < PACKETS; first += 32) {
-      const int packet = first + lane;
-      if (PACKETS % 32 != 0 && packet >= PACKETS) break;
-      const int row = packet / PACKETS_PER_ROW;
-      const int col = FRONT + packet % PACKETS_PER_ROW * MASK_PACKET;
-      fetch_packet<false>(p, row_begin, n_block, row, col);
+      for (int first = 0; first < PACKETS; first += 32) {
+        const int packet = first + lane;
+        if (PACKETS % 32 != 0 && packet >= PACKETS) break;
+        const int row = packet / PACKETS_PER_ROW;
+        const int col = FRONT + packet % PACKETS_PER_ROW * MASK_PACKET;
+        fetch_packet<false>(p, row_begin, n_block, row, col);
+      }
     }
     const int keys_left = p.seqlen_k - n_block * BLOCK_N;
     if (MASK_IN_PACKETS && (FRONT > 0 || keys_left < BLOCK_N)) {
-      // Each row's first packet, and that in which the row ends.
+      // Each row's first packet, and that in which the row ends, or would end if it existed.
       const int row = lane % 16;
       const int end = keys_left + shift(p, row_begin + row);
       const int last = (end - 1) / MASK_PACKET * MASK_PACKET;
       const bool ends_here = end % MASK_PACKET != 0 && last >= FRONT && last < FRONT + BLOCK_N &&
-                             (MASK_IS_ROW || row_begin + row < p.seqlen_q);
+                             (MASK_IS_ROW || MASK_IN_ROWS || row_begin + row < p.seqlen_q);
       if (row < MASK_ROWS && (lane < 16 ? FRONT > 0 : ends_here)) {
         fetch_packet<true>(p, row_begin, n_block, row, lane < 16 ? 0 : last);
       }
@@ -178,12 +208,17 @@ struct MaskStrip {
     cp_async_commit();
   }
 
-  // Adds a key tile's part, which must have been fetched, to its scores; then fetches the next.
+  // Adds a key tile's part, which must have been fetched, to its scores.
   template <int NUM_FRAGS>
   FC_DEVICE void add_to(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p, int row_begin,
                         int n_block) const {
     if (is_before_mask<BLOCK_N>(p, n_block * BLOCK_N)) return;
     add_fetched(scores, p, row_begin);
+  }
+
+  // Fetches the part of the key tile that comes after one whose part lanes have read.
+  FC_DEVICE void fetch_next(const AttnParams& p, int row_begin, int n_block) const {
+    warp_sync();  // orders the reads before the next copies
     fetch(p, row_begin, n_block - KEY_SLICES);
   }
 
@@ -226,6 +261,5 @@ struct MaskStrip {
 #pragma unroll
       for (int i = 0; i < 8; ++i) add_mask(scores[n].x[i], elements.of(i));
     }
-    warp_sync();  // orders them before the next copies
   }
 };

@@ -120,9 +120,8 @@ constexpr bool IS_PLAIN = !SPLIT_KV && !HAS_SOFTCAP && MASK_KIND == 0;
 // store. To know which is the last takes a register.
 constexpr bool RELEASES_Q_EARLY = IS_PLAIN;
 
-// True where the softmax of a tile may try old maxima, see has_outgrown. Where they do not serve it
-// needs the scores again, as Q K^T gives them.
-constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && MASK_KIND == 0 && !HAS_SOFTCAP;
+// True where a tile's softmax may try old maxima (has_outgrown), or else asks for its scores again.
+constexpr bool MAY_TRY_OLD_MAX = LAZY_RESCALE && OLD_MAX_SERVES;
 
 // True where softmax_step asks less: causal calls, and only those that were measured with it. (The
 // same change made loops of other text up to 7 % slower or faster: docs/ladder.md.)

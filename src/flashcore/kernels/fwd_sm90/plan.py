@@ -73,8 +73,7 @@ class Sm90Plan(Plan):
 
     @property
     def starts_early(self) -> bool:
-        """Return whether the kernel starts early: its first instruction on global memory waits for
-        the kernels before (ptx/grid.cuh)."""
+        """Return True: before it touches global memory it waits for others (ptx/grid.cuh)."""
         return True
 
     @property
@@ -171,8 +170,7 @@ class Sm90Plan(Plan):
 
     @property
     def mask_bytes(self) -> int:
-        """Return shared memory for the mask tensor's elements of every consumer warp
-        (fwd_sm90/mask_tile_sm90.cuh)."""
+        """Return shared memory for mask elements of all warps (fwd_sm90/mask_tile_sm90.cuh)."""
         if self.mask is None:
             return 0
         return self.num_consumers * tiles_sm90.mask_bytes(self.mask, self.mask_is_row, self.block_n)
@@ -225,6 +223,12 @@ class Sm90Plan(Plan):
         return not (self.has_window_left and (self.mask is not None or self.has_softcap))
 
     @property
+    def old_max_serves(self) -> bool:
+        """Return whether old maxima are tried (tile/softmax.cuh; docs/ladder-masks.md)."""
+        rows_of = (None,) if self.mask_is_row else (None, "bool", "float32")
+        return not self.has_softcap and self.mask in rows_of
+
+    @property
     def finds_out_by_map(self) -> bool:
         """Return whether out is written by its tensor map alone, in the rows of q's heads."""
         return not (self.shares_keys or self.folds_heads or self.strips)
@@ -254,6 +258,7 @@ class Sm90Plan(Plan):
             "PING_PONG": self.ping_pong,
             "LAZY_RESCALE": self.lazy_rescale
             and not (self.returns_max_score or self.batch_invariant),
+            "OLD_MAX_SERVES": self.old_max_serves,
             "Q_BUFFERS": self.q_buffers,
             "O_PARTS": self.o_parts,
             "CHUNK": self.chunk,
@@ -267,6 +272,7 @@ class Sm90Plan(Plan):
             "MASK_LOAD_BYTES": self.mask_load_bytes,
             "MASK_IS_ROW": self.mask_is_row,
             "MASK_IS_SHIFTED": self.mask_is_shifted,
+            "MASK_BY_ADDITION": True,
         }
 
     def describe(self) -> str:

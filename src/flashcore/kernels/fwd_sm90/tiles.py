@@ -289,7 +289,7 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
     many_192 = _num_row_tiles(problem, 192) >= 2 * NUM_SMS and problem.seqlen_k >= 1024
     is_large = many_192 and is_aligned and not (has_softcap or bounded)
     is_large &= not has_rows or not (problem.varlen != "none" or problem.return_max_score)
-    if is_large and (32 < dim <= 128 if number == "float32" else not number and dim <= 64):
+    if is_large and (not number or dim > 32) and dim <= (128 if number == "float32" else 64):
         yield Tile(192, 128 if dim <= 64 else 64, ping_pong=True)
     if dim <= 64:
         if not has_rows and (mask is None or not has_softcap):

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "prims.cuh"
+#include "tile/band.cuh"
 #include "tile/folded_rows.cuh"
 #include "tile/mask.cuh"
 #include "tile/params.cuh"

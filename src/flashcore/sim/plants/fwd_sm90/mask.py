@@ -31,7 +31,7 @@ PLANTS_MASK_SM90 = by_name(
         name="mask-overwritten",
         title="the next mask tile is copied over the one that other lanes still read",
         file=_TILE,
-        find="    warp_sync();  // orders them before the next copies",
+        find="    warp_sync();  // orders the reads before the next copies",
         replace="",
         caught_by="race",
     ),
@@ -60,6 +60,31 @@ PLANTS_MASK_SM90 = by_name(
         replace="const int key = (n_block + KEY_SLICES) * BLOCK_N + col",
         caught_by="wrong-result",
         or_by=("race",),  # where a row's end is found, and copied once more
+    ),
+    Plant(
+        name="mask-rows-one-tile-late",
+        title="rows are copied from the key tile before",
+        file=_TILE,
+        find="row_start(p, row_begin + row) + (n_block * BLOCK_N + col)",
+        replace="row_start(p, row_begin + row) + ((n_block + KEY_SLICES) * BLOCK_N + col)",
+        caught_by="wrong-result",
+        or_by=("out-of-bounds",),  # where the tensor ends
+    ),
+    Plant(
+        name="mask-rows-past-end",
+        title="rows are copied that the tensor does not have",
+        file=_TILE,
+        find="src, first < rows_left);",
+        replace="src, rows_left > 0);",
+        caught_by="out-of-bounds",
+    ),
+    Plant(
+        name="mask-row-again",
+        title="a lane copies one row to the places of all its rows",
+        file=_TILE,
+        find="src = src + ROWS * p.strides.mask.row;",
+        replace="src = src + 0 * p.strides.mask.row;",
+        caught_by="wrong-result",
     ),
     Plant(
         name="mask-front-whole",

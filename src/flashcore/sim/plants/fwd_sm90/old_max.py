@@ -12,7 +12,28 @@ _MAX_LOG2 = """\
     const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
                                c.softmax.row_max[1] * c.scale_log2};"""
 
+_MASKED = {"mask": "bool"}
+
 PLANTS_OLD_MAX_SM90 = by_name(
+    Plant(
+        name="outgrown-unmasked",
+        title="scores that are asked for again are not masked again",
+        file=_KERNEL,
+        find="      if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);",
+        replace="",
+        caught_by="wrong-result",
+        plan=_MASKED,
+    ),
+    Plant(
+        name="outgrown-mask-overwritten",
+        title="the next mask tile is fetched before it is known that this one is not needed again",
+        file=_KERNEL,
+        find="if constexpr (MASK_KIND != 0 && !TRIES_OLD_MAX) c.mask",
+        replace="if constexpr (MASK_KIND != 0) c.mask",
+        caught_by="wrong-result",
+        or_by=("race", "async-pending"),  # it is fetched once more
+        plan=_MASKED,
+    ),
     Plant(
         name="outgrown-unseen",
         title="terms that are far too large for the old maximum are taken as they are",
@@ -43,8 +64,8 @@ PLANTS_OLD_MAX_SM90 = by_name(
         name="outgrown-k-kept",
         title="K's stage is not given back",
         file=_KERNEL,
-        find="    release_inputs();\n  } else {",
-        replace="    \n  } else {",
+        find="    release_inputs();\n    if constexpr (MASK_KIND",
+        replace="    \n    if constexpr (MASK_KIND",
         caught_by="deadlock",
     ),
     Plant(
@@ -59,8 +80,8 @@ PLANTS_OLD_MAX_SM90 = by_name(
         name="outgrown-sums-kept",
         title="sums of the terms that were too large are kept",
         file=_KERNEL,
-        find="      if (FLOAT8) scale_products(scores, c.queries);\n      moved =",
-        replace="      c.softmax.row_sum[0] += tile_sum[0];\n      moved =",
+        find="      moved = softmax_step",
+        replace="      c.softmax.row_sum[0] += tile_sum[0]; moved = softmax_step",
         caught_by="wrong-result",
     ),
     Plant(
