@@ -173,7 +173,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   ask_ahead(c, bar);
   float rescale[2];
   constexpr bool IN_PARTS = FIRST && SPLITS_FIRST_TILE;
-  constexpr int HIDDEN = IN_PARTS ? first_part_of(KEY_FRAGS) : KEY_FRAGS;
+  constexpr int FIRST_PART = IN_PARTS ? first_part_of(KEY_FRAGS) : KEY_FRAGS;
   SecondPart<IN_PARTS> second = {p, c.warp_row, n_block * BLOCK_N};
 //@if gate pv
   const bool moved = false;
@@ -182,7 +182,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   scale_scores(scores, p);
   if constexpr (MASK_KIND != 0) c.mask.add_to(scores, p, c.warp_row, n_block);
   if constexpr (MASK_KIND != 0 && !TRIES_OLD_MAX) c.mask.fetch_next(p, c.warp_row, n_block);
-  if constexpr (MASKED) hide_scores<0, HIDDEN>(scores, p, c.warp_row, n_block * BLOCK_N);
+  if constexpr (MASKED) hide_scores<0, FIRST_PART>(scores, p, c.warp_row, n_block * BLOCK_N);
   bool moved = false;
   if constexpr (TRIES_OLD_MAX) {
     const float max_log2[2] = {c.softmax.row_max[0] * c.scale_log2,
