@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashcore.api import Explanation, attention, explain
-    from flashcore.base.determinism import allow_nondeterministic_gradients
+    from flashcore.base.gradient_workspace import set_gradient_workspace
     from flashcore.dropins.routing import enable
     from flashcore.dropins.sdpa.attention import scaled_dot_product_attention
     from flashcore.errors import (
@@ -40,7 +40,6 @@ _MODULES = {
     "FallbackWarning": "errors",
     "FlashCoreError": "errors",
     "Problem": "problem",
-    "allow_nondeterministic_gradients": "base.determinism",
     "attention": "api",
     "attention_backward": "ops.rings",
     "attention_varlen": "ops.varlen",
@@ -50,6 +49,7 @@ _MODULES = {
     "merge": "ops.rings",
     "prepare": "preparing",
     "scaled_dot_product_attention": "dropins.sdpa.attention",
+    "set_gradient_workspace": "base.gradient_workspace",
 }
 
 __all__ = [
@@ -60,7 +60,6 @@ __all__ = [
     "FlashCoreError",
     "Problem",
     "__version__",
-    "allow_nondeterministic_gradients",
     "attention",
     "attention_backward",
     "attention_varlen",
@@ -70,6 +69,7 @@ __all__ = [
     "merge",
     "prepare",
     "scaled_dot_product_attention",
+    "set_gradient_workspace",
 ]
 
 

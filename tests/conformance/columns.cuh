@@ -1,5 +1,5 @@
 // A warpgroup multiplies A^T B, both contiguous along m and n, and every block adds the product to
-// the same sums by bulk_add, a warp its own 16 rows.
+// the same sums by bulk_add, a warp its own 16 rows, in the order of the numbers that they draw.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -8,6 +8,7 @@ struct ColumnsParams {
   TensorMap a_map;      // boxes of 64 rows of A [64, 64], lines are k
   TensorMap b_map;      // boxes of 64 rows of B [64, N]
   GmemPtr<float> sums;  // [4, FRAGS, 2, 32, 4]: warp, fragment, half of its registers, lane
+  GmemPtr<int32_t> counters;  // [4, 2]: numbers drawn, and how many have added
 };
 
 constexpr int N = FRAGS * 16;
@@ -55,8 +56,12 @@ FC_KERNEL(columns, 128, 1)(FC_PARAM(ColumnsParams) p) {
   fence_proxy_async();
   warp_sync();  // orders the writes above before they are read
   if (elect_lane()) {
+    const auto counter = p.counters + warp_idx() * 2;
+    gmem_await(counter + 1, gmem_atomic_add(counter, 1));
+    fence_proxy_async_global();
     bulk_add(p.sums + warp_idx() * WARP_FLOATS, own, WARP_FLOATS * 4);
     tma_store_commit();
-    tma_store_wait_read<0>();
+    tma_store_wait<0>();
+    gmem_release_add(counter + 1, 1);
   }
 }

@@ -38,7 +38,8 @@ def run(request: pytest.FixtureRequest) -> Runner:
 
     The parameter struct holds `maps`, then pointers to `tensors`, then `scalars`; a tensor that a
     map names has no pointer if its own name starts with "_". The kernel writes
-    `outputs`; other threads read those in `shared`, too; atomics change those in `counters`.
+    `outputs`; other threads read those in `shared`, too; atomics change those in `counters`, and
+    bulk_add those in `sums`.
     `arch_suffix` "a" is for kernels of Hopper. `starts_early` asks for programmatic dependent
     launch.
     """
@@ -51,6 +52,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
         num_threads: int,
         counters: tuple[str, ...] = (),
         shared: tuple[str, ...] = (),
+        sums: tuple[str, ...] = (),
         grid: int = 1,
         smem_bytes: int = 8192,
         scalars: dict[str, int] | None = None,
@@ -78,6 +80,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
                     writable=n in outputs,
                     counter=n in counters,
                     shared=n in shared,
+                    sums=n in sums,
                 )
                 for n, t in tensors.items()
             ]
@@ -93,7 +96,7 @@ def run(request: pytest.FixtureRequest) -> Runner:
                 seed=seed,
                 starts_early=starts_early,
             )
-            return {n: tensors[n] for n in outputs + counters}
+            return {n: tensors[n] for n in outputs + counters + sums}
         from flashcore.compile.jit import compile_source
         from flashcore.launch.driver_launch import launch_raw
 
@@ -115,6 +118,6 @@ def run(request: pytest.FixtureRequest) -> Runner:
             starts_early=starts_early,
         )
         torch.cuda.synchronize()
-        return {n: on_gpu[n].cpu() for n in outputs + counters}
+        return {n: on_gpu[n].cpu() for n in outputs + counters + sums}
 
     return run

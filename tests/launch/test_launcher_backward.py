@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import weakref
 from typing import Any
 
@@ -13,10 +14,11 @@ from test_launcher import installed, strided, tensors
 
 import flashcore
 from flashcore.backends import gradients
-from flashcore.base import determinism
+from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.launch import launcher
 from flashcore.launch.driver import INVALID_CONTEXT
 from flashcore.ops import eager
+from flashcore.problem import Problem
 
 pytestmark = pytest.mark.thorough  # the launcher's build takes half a minute
 
@@ -174,18 +176,27 @@ def test_another_device_is_left_to_the_operator(
     assert q.grad is not None
 
 
-def test_gradients_that_may_differ_have_a_pass_of_their_own(
+def test_each_workspace_has_a_pass_of_its_own(
     machine: standin.Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(plan_one, "least_tiles", lambda problem: 1)
     q, k, v = tensors()
-    gradients_of((q, k, v))
-    monkeypatch.setattr(determinism, "_allowed", True)
-    gradients_of((q, k, v))
-    assert len(machine.driver.launches) == 3 + 4
-    assert machine.driver.launches[-1].params.dq_sums
-    monkeypatch.setattr(determinism, "_allowed", False)
-    gradients_of((q, k, v))
-    assert not machine.driver.launches[-1].params.dq_sums
+    heads = q.shape[0] * k.shape[1]
+    try:
+        for num_bytes, launches in ((0, 2), (1 << 20, 3), (plan_one_bytes(q, k), 1 + 2 * heads)):
+            flashcore.set_gradient_workspace(num_bytes)
+            before = len(machine.driver.launches)
+            gradients_of((q, k, v))
+            assert len(machine.driver.launches) == before + 1 + launches
+            assert bool(machine.driver.launches[-1].params.dq_sums) == (num_bytes > 0)
+            assert bool(machine.driver.launches[-1].params.dq_turns) == (num_bytes > 0)
+    finally:
+        flashcore.set_gradient_workspace()
+
+
+def plan_one_bytes(q: torch.Tensor, k: torch.Tensor) -> int:
+    """Return the bytes of the sums of dq of one head of k."""
+    return math.prod(plan_one.sums_shape(Problem.from_tensors(q, k, k), 1)) * 4
 
 
 def test_a_graph_that_is_kept_is_differentiated_again(machine: standin.Machine) -> None:

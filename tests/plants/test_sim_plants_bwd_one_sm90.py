@@ -14,11 +14,17 @@ from plant_checks import check_text, undocumented
 
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.checks.cases import Case, make_inputs
-from flashcore.kernels.bwd_sm90.plan_one import make_plans
+from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL
+from flashcore.kernels.bwd_sm90.plan_one import DELTA_KERNEL, ROUND_KERNEL, make_plans
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.sim import Plant, SimulationError
-from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
+from flashcore.sim.plants.bwd_sm90.one import (
+    PLANTS_BWD_ONE_SM90,
+    PLANTS_BWD_ORDER_SM90,
+    PLANTS_BWD_ROWS_SM90,
+    PLANTS_BWD_SHARED_SM90,
+)
 from flashcore.sim.run_bwd import simulate_backward
 
 pytestmark = pytest.mark.thorough
@@ -33,7 +39,23 @@ CASE = Case(
 )  # fmt: skip
 # One batch, as consumers that share dQ have a large head_dim.
 SHARED_CASE = dataclasses.replace(CASE, batch=1, head_dim=104, head_dim_v=16)
-PLANTS = PLANTS_BWD_ONE_SM90 | PLANTS_BWD_SHARED_SM90
+# Rows that see no key, and of the others some that do not see the first ones. All tiles of keys are
+# of one head, so that those side by side are of several blocks.
+WINDOW_CASE = dataclasses.replace(
+    CASE, batch=1, num_heads_q=2, num_heads_kv=1, seqlen_q=600, seqlen_k=400, causal="none",
+    window=(140, 20),
+)  # fmt: skip
+PLANTS_IN_ORDER = PLANTS_BWD_ORDER_SM90 | PLANTS_BWD_ROWS_SM90
+PLANTS = PLANTS_BWD_ONE_SM90 | PLANTS_BWD_SHARED_SM90 | PLANTS_IN_ORDER
+CASES = dict.fromkeys(PLANTS, CASE)
+CASES |= dict.fromkeys(PLANTS_BWD_SHARED_SM90, SHARED_CASE)
+CASES |= dict.fromkeys(PLANTS_IN_ORDER, WINDOW_CASE)
+
+
+def plant_kernel(plant: Plant) -> str:
+    """Return the kernel that a bug is planted in."""
+    name = Path(plant.file).stem
+    return name if name in (DELTA_KERNEL, ROUND_KERNEL) else DKDV_KERNEL
 
 
 @functools.cache
@@ -46,16 +68,16 @@ def inputs(case: Case):
     return problem, x, out, lse, dout
 
 
-def run_plant(plant: Plant | None, seed: int, is_shared: bool) -> SimulationError | str:
+def run_plant(plant: Plant | None, seed: int, case: Case) -> SimulationError | str:
     """Return the alarm, or "wrong-result", or "healthy"."""
-    case = SHARED_CASE if is_shared else CASE
     problem, x, out, lse, dout = inputs(case)
+    is_shared = case == SHARED_CASE
     tile = BwdTile(64, 128, 3, 2, True, not is_shared, False)
     plans = make_plans(tile, traits(problem) | {"folds_heads": 0}, 1 + is_shared)
 
     def run(problem, plan, tensors) -> None:
-        planted = plant if plan is plans.main else None
-        simulate_backward(problem, plan, tensors, seed=seed, plant=planted)
+        is_planted = plant is not None and plan.kernel == plant_kernel(plant)
+        simulate_backward(problem, plan, tensors, seed=seed, plant=plant if is_planted else None)
 
     qkv = x.q, x.k, x.v, None
     try:
@@ -70,14 +92,14 @@ def run_plant(plant: Plant | None, seed: int, is_shared: bool) -> SimulationErro
 def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
     plant = PLANTS[name]
     for seed in SEEDS:
-        found = run_plant(plant, seed, name in PLANTS_BWD_SHARED_SM90)
+        found = run_plant(plant, seed, CASES[name])
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 
 
-@pytest.mark.parametrize("is_shared", [False, True])
-def test_without_a_plant_the_same_runs_are_healthy(is_shared: bool) -> None:
-    assert {run_plant(None, seed, is_shared) for seed in SEEDS[::4]} == {"healthy"}
+@pytest.mark.parametrize("case", [CASE, SHARED_CASE, WINDOW_CASE])
+def test_without_a_plant_the_same_runs_are_healthy(case: Case) -> None:
+    assert {run_plant(None, seed, case) for seed in SEEDS[::4]} == {"healthy"}
 
 
 @pytest.mark.parametrize("name", PLANTS)

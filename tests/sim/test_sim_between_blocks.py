@@ -1,5 +1,6 @@
-"""Test that what one block wrote another may read only where barriers and an atomic order the two;
-the simulator says so although its blocks run one after the other, or halt where they poll."""
+"""Test that what one block wrote another may read only where barriers and an atomic order the two,
+and that blocks which wait for each other run in turns and add floats only behind what is complete;
+the simulator says so although one block runs at a time."""
 
 from __future__ import annotations
 
@@ -129,3 +130,67 @@ def test_a_counter_is_no_tensor_for_plain_loads() -> None:
     plain = "seen = gmem_load(GmemPtr<const int32_t>{p.counter.address});"
     with pytest.raises(SimulationError, match="without an atomic"):
         poll(100, 0, "seen = gmem_load_acquire(p.counter);", plain)
+
+
+TURNS = Path(__file__).parents[1] / "conformance" / "turns.cuh"
+TURN_BLOCKS = 4
+NO_TURN_MISTAKE = "NONE"
+# Fault, as turns.cuh counts them, to (alarm, what it says, how the line ends that it names)
+TURN_MISTAKES = {
+    "NOT_AWAITED": ("atomic-order", "another add may be under way", "own, 1024);"),
+    "NO_FENCE": ("missing-fence", "no fence_proxy_async_global", "own, 1024);"),
+    "TOLD_EARLY": ("atomic-order", "another add may be under way", "own, 1024);"),
+    "TOLD_RELAXED": ("atomic-order", "another add may be under way", "own, 1024);"),
+    "WRONG_TURN": ("deadlock", "waits for a counter to be", "rank + 1 : rank);"),
+}
+
+
+class TurnsParams(ctypes.Structure):
+    _fields_ = (
+        ("addends", ctypes.c_void_p),
+        ("sums", ctypes.c_void_p),
+        ("counters", ctypes.c_void_p),
+    )
+
+
+@functools.cache
+def turns_source(fault: str) -> str:
+    number = [NO_TURN_MISTAKE, *TURN_MISTAKES].index(fault)
+    return flatten(TURNS, "host", constants={"FAULT": number}, params="TurnsParams")
+
+
+def add_in_turn(fault: str, seed: int, *, are_sums: bool = True) -> torch.Tensor:
+    sums = torch.full((256,), torch.nan)
+    tensors = [
+        SimTensor("addends", torch.ones(TURN_BLOCKS, 256), "addends"),
+        SimTensor("sums", sums, "sums", sums=are_sums, counter=not are_sums),
+        SimTensor("counters", torch.zeros(2, dtype=torch.int32), "counters", counter=True),
+    ]
+    simulate_source(
+        turns_source(fault),
+        TurnsParams(),
+        tensors,
+        grid=TURN_BLOCKS,
+        num_threads=32,
+        smem_bytes=1024,
+        seed=seed,
+    )
+    return sums
+
+
+@pytest.mark.parametrize("fault", TURN_MISTAKES)
+def test_an_add_out_of_order_is_reported(fault: str) -> None:
+    lines = TURNS.read_text(encoding="utf-8").splitlines()
+    kind, message, end = TURN_MISTAKES[fault]
+    for seed in SEEDS:
+        with pytest.raises(SimulationError, match=message) as caught:
+            add_in_turn(fault, seed)
+        assert (caught.value.kind, caught.value.file) == (kind, TURNS.name)
+        assert lines[caught.value.line - 1].endswith(end)
+
+
+def test_in_order_it_is_healthy_and_only_where_sums_are_declared() -> None:
+    for seed in SEEDS:
+        assert add_in_turn(NO_TURN_MISTAKE, seed).tolist() == [TURN_BLOCKS] * 256
+    with pytest.raises(SimulationError, match="whose sums have no order"):
+        add_in_turn(NO_TURN_MISTAKE, 0, are_sums=False)

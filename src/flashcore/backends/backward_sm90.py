@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from flashcore.backends.torch_backward import laid_out_as
-from flashcore.base import determinism
+from flashcore.base.gradient_workspace import workspace_bytes
 from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, select_mask_plan
 from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdSm90Plan, select_plans
@@ -59,8 +59,8 @@ def fused_backward(
         dout: gradient of out, or None for zero.
         dlse: gradient of lse, or None for zero.
         run: `run_on_gpu` or `run_in_simulator`.
-        plans: by default what is selected for the problem. Those of one kernel take float32
-            memory as large as q besides, and dq may differ in its last bits from run to run.
+        plans: by default what is selected for the problem. Those of one kernel take memory besides
+            (base/gradient_workspace.py).
         lengths: what says where sequences end, int32: seqlens_k, [batch], where the problem says
             "keys"; cu_seqlens_q and cu_seqlens_k, [batch + 1], where it says "packed".
         dmask: where the gradient of the mask is written, see `run_for_mask`; None if nobody wants
@@ -84,8 +84,9 @@ def fused_backward(
     is_packed = problem.varlen == "packed"
     tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, dlse, is_packed)
     plans = plans or plans_for(problem)
-    tensors |= _sums_of(problem, plans, q)
-    for plan in plans:
+    launches, sums = _launches(problem, plans, q)
+    tensors |= sums
+    for plan in launches:
         run(problem, plan, tensors)
     if dmask is not None:
         run_for_mask(problem, tensors, dmask, run)
@@ -124,9 +125,9 @@ def run_for_mask(
 
 
 def is_by_one_kernel(problem: Problem) -> bool:
-    """Return whether one kernel computes dq, dk and dv: if gradients may differ in their last bits
-    from run to run."""
-    return determinism.may_differ() and plan_one.obstacle(problem) is None
+    """Return whether one kernel computes dq, dk and dv: if it can, and there is enough to compute
+    and memory to add up dq in."""
+    return plan_one.obstacle(problem) is None and plan_one.pays(problem, workspace_bytes())
 
 
 def plans_for(problem: Problem) -> BwdPlans | OneKernelPlans:
@@ -143,11 +144,15 @@ def plans_for(problem: Problem) -> BwdPlans | OneKernelPlans:
     return plans._replace(**measured) if measured else plans
 
 
-def _sums_of(problem: Problem, plans: BwdPlans | OneKernelPlans, q: Tensor) -> dict[str, Tensor]:
-    """Return by name the memory that blocks add up in, if the plans have some."""
-    if not any(plan.added_to for plan in plans):
-        return {}
-    return {"dq_sums": q.new_empty(plan_one.sums_shape(problem), dtype=torch.float32)}
+def _launches(
+    problem: Problem, plans: BwdPlans | OneKernelPlans, q: Tensor
+) -> tuple[list[BwdSm90Plan], dict[str, Tensor]]:
+    """Return the plans as they are launched, one behind the other, and by name the memory that
+    blocks add up dq in, if they do."""
+    if isinstance(plans, BwdPlans):
+        return list(plans), {}
+    launches, made = plan_one.launches(problem, plans, workspace_bytes())
+    return launches, {x: q.new_empty(shape, dtype=dtype) for x, (shape, dtype) in made.items()}
 
 
 def _named(
@@ -237,7 +242,8 @@ def prepare_on_gpu(
     q, k, v, out, lse, dout = given.values()
     tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, None, is_packed)
     plans = plans_for(problem)
-    tensors |= _sums_of(problem, plans, q)
+    launches, sums = _launches(problem, plans, q)
+    tensors |= sums
     if any(_place(tensors[name]) != _place(x) for name, x in given.items()):
         return None
     # In this order, then the mask and lengths, and what is made.
@@ -249,7 +255,7 @@ def prepare_on_gpu(
             new[f"d{name}"] = as_rows(new[f"d{name}"])
         if new[f"d{name}"].stride() != torch.empty_like(like, device="meta").stride():
             return None
-    return BackwardPass([kernel_of(problem, plan, tensors) for plan in plans], new)
+    return BackwardPass([kernel_of(problem, plan, tensors) for plan in launches], new)
 
 
 def _place(x: Tensor) -> tuple[object, ...]:

@@ -82,9 +82,7 @@ def choose_backward(
     if reason is None:
         where = "sim" if backend == "sim" else DQ.backend
         if is_by_one_kernel(problem):
-            return BackwardChoice(
-                where, "one fused kernel for Hopper; its sums have no fixed order"
-            )
+            return BackwardChoice(where, "one fused kernel for Hopper, deterministic")
         of_mask = ", the mask's gradient too" if mask_grad_elements else ""
         return BackwardChoice(where, f"fused kernels for Hopper{of_mask}, deterministic")
     if backend == "sim":

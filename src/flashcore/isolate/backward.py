@@ -247,15 +247,16 @@ class _Runner:
         """Fill what a kernel is given by its gate, and with NaN what it writes."""
         tensors, gate = launch.tensors, launch.plan.gate
         for name in launch.plan.written:
-            tensors[name].fill_(math.nan)
+            tensors[name].fill_(math.nan if tensors[name].is_floating_point() else -1)
         tensors.pop("gate_scores", None)
         if gate is None:
             return
         if launch.plan.owns_keys:
             delta = self.call.assembled("delta", [(part, x.delta()) for part, x in models])
             tensors["delta"].copy_(delta.value.reshape(tensors["delta"].shape))
-        for name in launch.plan.added_to:
-            tensors[name].zero_()
+        for name in ("dq_sums", "dq_turns"):
+            if name in tensors:
+                tensors[name].zero_()
         given = self.call.given(gate, models) if gate in ("dv", "dk", "dq") else None
         if given is None:
             given = torch.full((*self.call.lse.shape, self.call.longest_k), math.nan)

@@ -221,6 +221,11 @@ BACKWARD_PADDED = BACKWARD | {
 BACKWARD_SHARED = BACKWARD | {
     "seqlen_q": 200, "head_dim": 104, "head_dim_v": 16, "causal": "none",
 }  # fmt: skip
+# Rows that do not see the first keys.
+BACKWARD_WINDOW = BACKWARD | {
+    "num_heads_q": 2, "num_heads_kv": 1, "seqlen_q": 600, "seqlen_k": 400, "causal": "none",
+    "window": (140, 20),
+}  # fmt: skip
 BACKWARD_MASKED = BACKWARD | {"mask": "additive", "causal": "none"}
 # Rows of a mask that begin anywhere, so that a lane writes other elements than it reads.
 MASK_GRADIENT = BACKWARD | {

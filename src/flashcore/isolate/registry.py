@@ -22,6 +22,7 @@ from flashcore.isolate.backward_calls import (
     BACKWARD_PADDED,
     BACKWARD_ROLES,
     BACKWARD_SHARED,
+    BACKWARD_WINDOW,
     MASK_GRADIENT,
     TILE_OF_DKDV,
     TILE_OF_DQ,
@@ -45,13 +46,13 @@ from flashcore.sim.plants.bwd_mask_sm90 import (
     PLANTS_BWD_MASKED_DQ_SM90,
     PLANTS_BWD_MASKED_SM90,
 )
+from flashcore.sim.plants.bwd_sm90 import one
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_PACKED_DQ_SM90,
     PLANTS_BWD_PACKED_SM90,
     PLANTS_BWD_PADDED_SM90,
     PLANTS_BWD_ROLES_SM90,
 )
-from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
 from flashcore.sim.plants.fwd_sm90 import float8, folded, packed, split, together
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.mask import PLANTS_MASK_SM90
@@ -269,8 +270,9 @@ CALLS: Mapping[str, _Calls] = {
     },
     DKDV_KERNEL: {
         **_calls(PLANTS_BWD_ROLES_SM90, TILE_OF_ROLES, options=BACKWARD_ROLES),
-        **_calls(PLANTS_BWD_ONE_SM90, TILE_OF_ONE, options=BACKWARD | {"seqlen_q": 200}),
-        **_calls(PLANTS_BWD_SHARED_SM90, TILE_OF_SHARED, options=BACKWARD_SHARED),
+        **_calls(one.PLANTS_BWD_ONE_SM90, TILE_OF_ONE, options=BACKWARD | {"seqlen_q": 200}),
+        **_calls(one.PLANTS_BWD_ORDER_SM90, TILE_OF_ONE, options=BACKWARD_WINDOW),
+        **_calls(one.PLANTS_BWD_SHARED_SM90, TILE_OF_SHARED, options=BACKWARD_SHARED),
         **_calls(PLANTS_BWD_PACKED_SM90, TILE_OF_DKDV, options=BACKWARD_PACKED, is_packed=True),
         **_calls(PLANTS_BWD_PADDED_SM90, TILE_OF_DKDV, options=BACKWARD_PADDED),
         **_calls(PLANTS_BWD_MASKED_SM90, TILE_OF_DKDV | {"block_n": 64}, options=BACKWARD_MASKED),

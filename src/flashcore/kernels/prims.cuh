@@ -54,6 +54,10 @@
 //                 times: nobody may rely on another block to be there
 //                 gmem_atomic_cas(p, expected, x): int32, relaxed; x if `expected` was there;
 //                 returns what was there before
+//                 gmem_release_add(p, x): int32, releases as that does, returns nothing
+//                 gmem_await(p, value): until the int32 is `value`, which must be found by it: what
+//                 those who have released by adding to it did before is visible. Only for blocks
+//                 that run for sure: those that drew a number before this one's (TicketWalk)
 //                 gmem_atomic_max(p, x): float32, relaxed; NaN is larger than any number, so that
 //                 the order of such calls makes no difference
 // grid.cuh        grid_dependency_wait(): until the kernels before this one are done and their

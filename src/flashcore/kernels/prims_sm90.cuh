@@ -13,12 +13,17 @@
 //                 says that columns come in chunks: rows of all of them, one after the other
 //                 tma_store(map, smem_src, col, row, head, batch), tma_store_commit(),
 //                 tma_store_wait_read<N>(): all but the newest N groups have read their source
-//                 bulk_add(gmem_dst, smem_src, bytes): adds floats to floats that everybody adds to
-//                 and nobody reads, in any order; in groups as tma_store (cp.reduce.async.bulk)
+//                 tma_store_wait<N>(): all but the newest N groups are complete
+//                 bulk_add(gmem_dst, smem_src, bytes): adds floats to floats that nobody reads; in
+//                 groups as tma_store (cp.reduce.async.bulk). Whoever adds to the same must know
+//                 that this is complete, or the order of the two is open
+//                 bulk_store(gmem_dst, smem_src, bytes): the same in place of what lies there
 // warpgroup.cuh   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)
 //                 named_barrier_any(id, threads, predicate): whether it holds for any of them
 //                 raise_registers<N>(), lower_registers<N>(): of the whole warpgroup (setmaxnreg)
 //                 fence_proxy_async(): own shared-memory writes become visible to TMA and WGMMA
+//                 fence_proxy_async_global(): what this thread knows of global memory comes before
+//                 what it asks TMA for from here on
 //                 elect_lane(): true in one lane of the warp
 //                 stmatrix_x4(p, reg): a 16x16 fragment's four 8x8 matrices; lane l gives the
 //                 address of row l % 8 of matrix l / 8 (PTX ISA: stmatrix)

@@ -30,6 +30,7 @@ from flashcore.problem import Problem
 
 # Kept of each description. A training step meets one set of addresses a layer and micro-batch.
 ARGUMENTS_MAX = 1024
+_KINDS = {torch.float32: 1, torch.int32: 2}  # see PassEntry.made
 _POINTER_BYTES = ctypes.sizeof(ctypes.c_void_p)
 _lock = threading.Lock()
 _Kept = TypeVar("_Kept")
@@ -152,7 +153,7 @@ class BackwardPass:
         self._known: dict[tuple[int, ...], tuple[Argument, ...]] = {}
         self._enqueues = tuple(kernel.enqueue for kernel in kernels)
         self._made = tuple(
-            (tuple(x.shape), x.stride(), x.dtype == torch.float32) for x in made.values()
+            (tuple(x.shape), x.stride(), _KINDS.get(x.dtype, 0)) for x in made.values()
         )
         self._makers = tuple(
             allocator(x.device, tuple(x.shape), x.dtype, x.stride()) for x in made.values()

@@ -51,14 +51,14 @@ class PassEntry(NamedTuple):
     Args:
         device_index: of the GPU, which must be current.
         kernels: in the order that they run in.
-        made: shape, strides, and whether it is float32 instead of the dtype of q, of each tensor
-            that is made.
+        made: shape, strides, and the dtype, of each tensor that is made: 0 that of q, 1 float32,
+            2 int32.
         gradients: which of those are dq, dk and dv.
     """
 
     device_index: int
     kernels: tuple[KernelEntry, ...]
-    made: tuple[tuple[tuple[int, ...], tuple[int, ...], bool], ...]
+    made: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
     gradients: tuple[int, ...]
 
 

@@ -16,7 +16,7 @@ from torch.compiler import is_dynamo_compiling
 
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.gradients import prepare_gradients
-from flashcore.base import determinism
+from flashcore.base.gradient_workspace import workspace_bytes
 from flashcore.launch import launcher
 from flashcore.launch.types import Computed, PassEntry, Prepared
 from flashcore.ops.calls import Found, Result, State
@@ -310,7 +310,7 @@ def _entry_of_pass(found: Found, *of_rows: Tensor) -> PassEntry | None:
     return None if prepared is None else prepared[0].entry()
 
 
-launcher.passes = launcher.Passes(_entry_of_pass, _run_pass, determinism.may_differ)
+launcher.passes = launcher.Passes(_entry_of_pass, _run_pass, workspace_bytes)
 # torch.autograd.Function.apply first looks for functorch's transforms, which never come here.
 record = super(torch.autograd.Function, _Recorded).apply
 _record_lengths = super(torch.autograd.Function, _RecordedLengths).apply

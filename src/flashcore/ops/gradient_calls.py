@@ -11,15 +11,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from flashcore.base import determinism, forks
+from flashcore.base import forks
+from flashcore.base.gradient_workspace import workspace_bytes
 from flashcore.launch.types import Prepared
 from flashcore.ops.calls import FOUND_MAX, Passes
 from flashcore.ops.guards import guard
 from flashcore.ops.keys import remember
 
-KEYS_MAX = 64  # of the passes of one description: alignments, and whether gradients may differ
+KEYS_MAX = 64  # of the passes of one description: alignments and workspaces
 _lock = forks.lock()
-_may_differ = determinism.may_differ
 
 
 def find_pass(
@@ -47,7 +47,7 @@ def find_pass(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), dout.data_ptr(),
         )  # fmt: skip
         addresses: tuple[int, ...] = at_q, at_k, at_v, at_out, lse.data_ptr(), at_dout
-        key: object = (at_q | at_k | at_v | at_out | at_dout) & 15, _may_differ()
+        key: object = (at_q | at_k | at_v | at_out | at_dout) & 15, workspace_bytes()
         tensors: tuple[Tensor, ...] = of_rows
         if others:
             at_others = [x.data_ptr() for x in others]

@@ -48,6 +48,7 @@ _GIVEN = frozenset(
         "gate",
         "returns_max_score",
         "also_dq",
+        "heads",
     }
 )
 

@@ -43,7 +43,7 @@ def _from_text(text: str, name: str, like: object) -> Any:
             return None
         dtype, strides, load_bytes = text.split(":")
         return MaskSpec(dtype, _integers(strides), int(load_bytes))  # type: ignore[arg-type]
-    if name.endswith("_strides"):
+    if name.endswith("_strides") or (name == "heads" and text != "None"):
         return _integers(text)
     if text in ("True", "False", "None"):
         return {"True": True, "False": False, "None": None}[text]

@@ -131,7 +131,7 @@ def simulate_source(
     for tensor in placed:
         if tensor.item.writable:
             _finish_output(tensor, seed)
-        if tensor.item.counter:
+        if tensor.item.counter or tensor.item.sums:
             tensor.copy_back()
     return SimReport(
         seed=seed,

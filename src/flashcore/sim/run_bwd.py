@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,7 +58,13 @@ def simulate_backward(
         elif name in POINTERS:
             fields = (name,)
         if fields:
-            kind = {"writable": name in plan.written, "counter": name in plan.added_to}
+            kind: dict[str, Any] = {"writable": name in plan.written}
+            if name == "dq_sums" and plan.also_dq:
+                kind = {"sums": True, "writable": True, "complete": False}
+            elif name == "dq_turns" and plan.also_dq:
+                kind = {"counter": True}
+            elif kind["writable"] and plan.heads is not None:
+                kind["own"] = _own(tensor, plan.heads, problem.num_heads_kv)
             if name == "gate_scores":  # gate ds writes tiles that are visited; others read them
                 kind = {"writable": plan.gate == "ds", "complete": False}
             placed.append(SimTensor(name, tensor, fields, **kind))
@@ -71,3 +77,12 @@ def simulate_backward(
         plan, params, placed, counter, grid, seed, plant,
         lambda: backward_replay_command(problem, plan, tensors, seed=seed, plant=plant),
     )  # fmt: skip
+
+
+def _own(x: Tensor, heads: tuple[int, int], num_heads_kv: int) -> Tensor:
+    """Return which elements of dq, dk or dv belong to some heads of k and v, see BwdSm90Plan."""
+    batch, own_heads = x.shape[:2]
+    first, count = heads
+    numbers = torch.arange(batch * num_heads_kv).repeat_interleave(own_heads // num_heads_kv)
+    is_own = (numbers >= first) & (numbers < first + count)
+    return is_own.reshape(batch, own_heads, 1, 1).expand(x.shape)

@@ -36,6 +36,9 @@ class SimTensor:
         counter: whether all threads change it by atomics; it is copied back.
         shared: of a writable one, whether other threads may read what one has written, where
             something orders the two.
+        own: bool, of the tensor's shape: the elements that the kernel may touch, while all others
+            stay as they are; None for all.
+        sums: whether blocks add floats to it by bulk_add, one behind the other; it is copied back.
     """
 
     name: str
@@ -45,6 +48,8 @@ class SimTensor:
     complete: bool = True
     counter: bool = False
     shared: bool = False
+    sums: bool = False
+    own: Tensor | None = None
 
 
 class Placed:
@@ -62,14 +67,18 @@ class Placed:
         self.offsets = offsets.reshape(-1)
         span = int(self.offsets.max()) + 1 if self.offsets.numel() else 0
         self.data = torch.full((max(span, 1),), _POISON[size], dtype=self.bits)
-        if not item.writable:
+        if not item.writable or item.own is not None:
             self.data[self.offsets] = tensor.contiguous().view(self.bits).reshape(-1)
+        self.own = self.offsets if item.own is None else self.offsets[item.own.reshape(-1)]
+        if item.writable:
+            self.data[self.own] = _POISON[size]
         self.valid = torch.zeros(max(span, 1), dtype=torch.uint8)
-        self.valid[self.offsets] = 1
-        written = max(span, 1) if item.writable else 0
+        self.valid[self.own] = 1
+        written = max(span, 1) if item.writable or item.sums else 0
         self.writer = torch.zeros(written, dtype=torch.int32)
         self.writer_site = torch.zeros(written, dtype=torch.int32)
-        self.writer_clock = torch.zeros(written if item.shared else 0, dtype=torch.int32)
+        has_clock = item.shared or item.sums
+        self.writer_clock = torch.zeros(written if has_clock else 0, dtype=torch.int32)
         middle = ((index + 1) << _ADDRESS_BITS) + (1 << (_ADDRESS_BITS - 1))
         self.address = middle + tensor.data_ptr() % ADDRESS_ALIGNMENT
         self.struct = TensorStruct(
@@ -78,12 +87,19 @@ class Placed:
             data=self.data.data_ptr(),
             bytes=span * size,
             element_bytes=size,
-            writable=2 if item.counter else 3 if item.shared else int(item.writable),
+            writable=self._kind(),
             valid=self.valid.data_ptr(),
-            writer=self.writer.data_ptr() if item.writable else None,
-            writer_site=self.writer_site.data_ptr() if item.writable else None,
-            writer_clock=self.writer_clock.data_ptr() if item.shared else None,
+            writer=self.writer.data_ptr() if written else None,
+            writer_site=self.writer_site.data_ptr() if written else None,
+            writer_clock=self.writer_clock.data_ptr() if has_clock else None,
         )
+
+    def _kind(self) -> int:
+        """Return FcTensor::writable."""
+        for kind, applies in ((2, self.item.counter), (3, self.item.shared), (4, self.item.sums)):
+            if applies:
+                return kind
+        return int(self.item.writable)
 
     def coordinates(self, offset: int) -> tuple[int, ...] | None:
         """Return index of the element at an offset; past a dimension's end, where it would be."""
@@ -97,7 +113,7 @@ class Placed:
         return tuple(index)
 
     def first_unwritten(self) -> int | None:
-        missing = self.offsets[self.writer[self.offsets] == 0]
+        missing = self.own[self.writer[self.own] == 0]
         return int(missing.min()) if missing.numel() else None
 
     def copy_back(self) -> None:

@@ -66,13 +66,20 @@ class BackwardInputs:
         return [*self._pass(self.plans_with(plan), run_on_gpu)]
 
     def timed_call(self, plan: BwdSm90Plan) -> Callable[[], Any]:
-        """Return what launches the plan's kernel; those before it in a pass have run."""
+        """Return what launches the plan's kernel; those before it in a pass have run. The kernel
+        that computes dq, dk and dv is launched with those before and behind it: it counts on what
+        they leave."""
         launches: list[Launch] = []
         self._pass(self.plans_with(plan), lambda *launch: launches.append(launch))
         for launch in launches:
             run_on_gpu(*launch)
-        own = next(launch for launch in launches if launch[1] == plan)
-        return lambda: run_on_gpu(*own)
+        timed = [launch for launch in launches if plan.also_dq or launch[1] == plan]
+
+        def call() -> None:
+            for launch in timed:
+                run_on_gpu(*launch)
+
+        return call
 
     def wrong(self, plan: BwdSm90Plan) -> str | None:
         """Return what is wrong with a plan's gradients beside float64, or None."""

@@ -17,8 +17,9 @@ from flashcore.backends import backward_sm90
 from flashcore.backends import gradients as gradients_module
 from flashcore.backends.backward_sm90 import fused_backward
 from flashcore.backends.gradients import choose_backward
-from flashcore.base import determinism
+from flashcore.base import gradient_workspace
 from flashcore.checks.cases import Case, make_inputs
+from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.kernel import DKDV
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.bwd_sm90.plan_one import (
@@ -67,6 +68,7 @@ BASE = {
     "seqlen_k": 150,
 }
 SEEDS = range(3)
+HEADS = {"batch": 1, "num_heads_q": 4, "num_heads_kv": 2}
 
 
 def plans_of(problem: Problem, tile: BwdTile | None, ds_stages: int) -> OneKernelPlans:
@@ -156,21 +158,73 @@ def test_what_one_kernel_cannot_do_says_why() -> None:
         assert word in (obstacle(dataclasses.replace(problem, **changed)) or "")
 
 
-def test_one_kernel_computes_where_gradients_may_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("head_dim", [32, 104])
+def test_the_bits_are_the_same_whatever_the_schedule_and_the_shares(
+    head_dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four tiles of keys; heads of a group; all heads at once, and a share at a time."""
+    x = make_inputs(Case(seqlen_q=200, seqlen_k=450, head_dim=head_dim, head_dim_v=16, **HEADS))
+    options: dict[str, Any] = {"window": (300, 30) if head_dim == 32 else (-1, 30)}
+    problem, out, lse = forward(x.q, x.k, x.v, None, options)
+    dout = torch.randn_like(out)
+    ran: list[tuple[int, int] | None] = []
+
+    def gradients(seed: int) -> list[torch.Tensor]:
+        def run(problem, plan, tensors) -> None:
+            ran.append(plan.heads)
+            simulate_backward(problem, plan, tensors, seed=seed)
+
+        plans = select_one_kernel_plans(problem)
+        given = problem, x.q, x.k, x.v, None, out, lse, dout, None
+        return list(fused_backward(*given, run, plans))
+
+    first = gradients(0)
+    assert not wrong_gradients(first, x.q, x.k, x.v, None, dout, None, options)
+    for seed in (1, 2):
+        assert all(map(torch.equal, gradients(seed), first))
+    ran.clear()
+    of_head = math.prod(plan_one.sums_shape(problem, 1)) * 4
+    monkeypatch.setattr(gradient_workspace, "_num_bytes", of_head)
+    assert all(map(torch.equal, gradients(3), first))
+    assert ran == [None, (0, 1), (0, 1), (1, 1), (1, 1)]
+
+
+def test_the_workspace_is_shared_out_evenly() -> None:
+    q = torch.empty(3, 8, 130, 64, dtype=torch.float16, device="meta")
+    k = torch.empty(3, 2, 300, 64, dtype=torch.float16, device="meta")
+    problem = Problem.from_tensors(q, k, k)
+    of_head = 4 * 3 * 64 * 64 * 4
+    assert plan_one.sums_shape(problem, 1) == (4, 3, 4096)
+    assert plan_one.shares(problem, 6 * of_head) == [(0, 6)]
+    assert plan_one.shares(problem, 6 * of_head - 1) == [(0, 3), (3, 3)]
+    assert plan_one.shares(problem, 0) == [(i, 1) for i in range(6)]
+    for tiles, num_bytes, pays in (
+        (18, 6 * of_head, True), (19, 6 * of_head, False), (18, 6 * of_head - 1, False),
+        (3, of_head, True), (1, of_head - 1, False), (1, 0, False),
+    ):  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(plan_one, "least_tiles", lambda problem, tiles=tiles: tiles)
+            assert plan_one.pays(problem, num_bytes) == pays
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (True, TypeError, "num_bytes is True"),
+        (1.5, TypeError, "num_bytes is 1.5"),
+        (-1, ValueError, "num_bytes is -1; pass 0 to"),
+        (1 << 41, ValueError, "pass 0 to 1099511627776"),
+    ],
+)
+def test_no_workspace_of_that_size(value: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        flashcore.set_gradient_workspace(value)
+
+
+def test_one_kernel_computes_where_there_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FLASHCORE_SIM_ARCH", "90")
     leaves = [torch.randn(1, 1, 70, 64, dtype=torch.float16, requires_grad=True) for _ in range(3)]
     problem = Problem.from_tensors(*leaves, return_lse=True)
-
-    def gradients() -> tuple[str, tuple[torch.Tensor, ...]]:
-        reason = choose_backward(problem, backend="sim").reason
-        out = flashcore.attention(*leaves, backend="sim")
-        return reason, torch.autograd.grad(out, leaves, torch.ones_like(out))
-
-    with pytest.raises(TypeError, match="allowed is 1"):
-        flashcore.allow_nondeterministic_gradients(1)  # type: ignore[arg-type]
-    reason, by_two = gradients()
-    assert reason.endswith("deterministic")
-    monkeypatch.setattr(determinism, "_allowed", True)
     ran: list[str] = []
     real = backward_sm90.run_in_simulator
 
@@ -179,13 +233,43 @@ def test_one_kernel_computes_where_gradients_may_differ(monkeypatch: pytest.Monk
         real(problem, plan, tensors)
 
     monkeypatch.setattr(gradients_module, "run_in_simulator", run)
+
+    def gradients() -> tuple[str, tuple[torch.Tensor, ...]]:
+        reason = choose_backward(problem, backend="sim").reason
+        out = flashcore.attention(*leaves, backend="sim")
+        return reason, torch.autograd.grad(out, leaves, torch.ones_like(out))
+
+    reason, by_two = gradients()
+    assert reason == "fused kernels for Hopper, deterministic"
+    ran.clear()
+    monkeypatch.setattr(plan_one, "least_tiles", lambda problem: 1)
     reason, by_one = gradients()
-    assert "no fixed order" in reason
+    assert reason == "one fused kernel for Hopper, deterministic"
     assert ran == ["attn_bwd_delta_sm90", "attn_bwd_dkdv_sm90", "attn_bwd_round_sm90"]
     for x, y in zip(by_one, by_two, strict=True):
         torch.testing.assert_close(x, y, atol=2e-3, rtol=2e-3)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert choose_backward(problem, backend="sim").reason.endswith("deterministic")
-    finally:
-        torch.use_deterministic_algorithms(False)
+    monkeypatch.setattr(gradient_workspace, "_num_bytes", 0)
+    assert choose_backward(problem, backend="sim").reason.startswith("fused kernels for Hopper")
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "seqlen", "heads", "options", "pays"),
+    [
+        (64, 2048, 16, {}, True),
+        (64, 2048, 15, {}, False),
+        (96, 1024, 32, {"causal": True}, True),
+        (64, 1023, 999, {}, False),
+        (64, 4096, 999, {"window": (1024, 0)}, False),
+        (128, 2048, 31, {}, False),
+        (128, 2048, 32, {}, True),
+        (128, 2048, 32, {"causal": True}, False),
+        (128, 2048, 64, {"causal": True}, True),
+        (128, 1 << 20, 8, {}, False),  # one head's sums would take 512 MiB
+    ],
+)
+def test_where_one_kernel_pays(
+    head_dim: int, seqlen: int, heads: int, options: dict[str, Any], pays: bool
+) -> None:
+    x = torch.empty(1, heads, seqlen, head_dim, dtype=torch.bfloat16, device="meta")
+    problem = Problem.from_tensors(x, x, x, **options)
+    assert plan_one.pays(problem, gradient_workspace.DEFAULT_BYTES) == pays

@@ -1,4 +1,5 @@
-"""Test on a Hopper GPU the gradients by one kernel, through `attention` and autograd."""
+"""Test on a Hopper GPU the gradients by one kernel, through `attention` and autograd: right, and
+the same bits in every run."""
 
 from __future__ import annotations
 
@@ -10,53 +11,100 @@ from gradient_rule import wrong_gradients
 
 import flashcore
 from flashcore.backends.gradients import choose_backward
+from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.problem import Problem
 
 pytestmark = pytest.mark.gpu
+Leaves = list[torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
-def _allowed_on_hopper() -> Iterator[None]:
+def _by_one_kernel_on_hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs a Hopper GPU")
-    flashcore.allow_nondeterministic_gradients()
+    monkeypatch.setattr(plan_one, "pays", lambda problem, num_bytes: num_bytes > 0)
+    flashcore.set_gradient_workspace()
     yield
-    flashcore.allow_nondeterministic_gradients(False)
+    flashcore.set_gradient_workspace()
+
+
+def made(seed: int, heads: tuple[int, int], rows: int, keys: int, dim: int, batch: int = 2):
+    """Return q, k, v and the gradient of the output."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(heads: int, length: int) -> torch.Tensor:
+        shape = batch, heads, length, dim
+        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
+
+    leaves = [normal(heads[0], rows), normal(heads[1], keys), normal(heads[1], keys)]
+    return [x.requires_grad_() for x in leaves], normal(heads[0], rows)
+
+
+def gradients(leaves: Leaves, dout: torch.Tensor, **options: object) -> tuple[torch.Tensor, ...]:
+    return torch.autograd.grad(flashcore.attention(*leaves, **options), leaves, dout)
 
 
 @pytest.mark.parametrize("head_dim", range(8, 136, 8))
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradients_are_right(head_dim: int, causal: bool) -> None:
-    generator = torch.Generator("cuda").manual_seed(head_dim)
     for rows, keys, heads_kv in ((333, 333, 4), (70, 900, 2), (900, 70, 1)):
-
-        def normal(heads: int, length: int) -> torch.Tensor:
-            return torch.randn(
-                2, heads, length, head_dim, device="cuda", dtype=torch.bfloat16, generator=generator
-            )
-
-        x = normal(4, rows), normal(heads_kv, keys), normal(heads_kv, keys)
-        leaves = [t.clone().requires_grad_() for t in x]
+        leaves, dout = made(head_dim, (4, heads_kv), rows, keys, head_dim)
         problem = Problem.from_tensors(*leaves, causal=causal, return_lse=True)
-        assert "no fixed order" in choose_backward(problem).reason
-        dout = normal(4, rows)
+        assert choose_backward(problem).reason == "one fused kernel for Hopper, deterministic"
         for _ in range(3):  # prepared, and found again
             out, lse = flashcore.attention(*leaves, causal=causal, return_lse=True)
             found = torch.autograd.grad(out, leaves, dout)
-            options = {"causal": causal}
             empty = lse == -torch.inf
             given = dout.masked_fill(empty[..., None], 0.0)
-            assert not wrong_gradients(found, *x, None, given, None, options)
+            x = [leaf.detach() for leaf in leaves]
+            assert not wrong_gradients(found, *x, None, given, None, {"causal": causal})
 
 
-def test_torchs_deterministic_algorithms_forbid_it() -> None:
-    x = torch.randn(1, 4, 2048, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        first, *others = (
-            torch.autograd.grad(flashcore.attention(x, x, x), x, torch.ones_like(x))[0]
-            for _ in range(5)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (-1, 200)}], ids=str)
+def test_a_hundred_runs_give_the_same_bits(head_dim: int, options: dict[str, object]) -> None:
+    """More tiles of keys than SMs, in heads of a group; short heads; other shares of the heads."""
+    for heads, rows, keys, batch in (((8, 2), 2200, 4500, 2), ((16, 16), 520, 520, 4)):
+        leaves, dout = made(head_dim, heads, rows, keys, head_dim, batch)
+        first = gradients(leaves, dout, **options)
+        differ = sum(
+            not all(map(torch.equal, gradients(leaves, dout, **options), first)) for _ in range(100)
         )
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert all(torch.equal(first, other) for other in others)
+        assert differ == 0
+        flashcore.set_gradient_workspace(1)  # a head at a time
+        assert all(map(torch.equal, gradients(leaves, dout, **options), first))
+        flashcore.set_gradient_workspace()
+
+
+def test_two_streams_at_once_wait_for_nobody_that_has_no_room() -> None:
+    """Blocks of one launch take SMs from the other, whose blocks that run wait for each other."""
+    passes = [made(seed, (8, 8), 2048, 4096, 64 + 64 * seed) for seed in range(2)]
+    expected = [gradients(*x, causal=True) for x in passes]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in passes]
+    found: list[list[tuple[torch.Tensor, ...]]] = [[], []]
+    for _ in range(20):
+        for stream, x, results in zip(streams, passes, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(gradients(*x, causal=True))
+    torch.cuda.synchronize()
+    for results, same in zip(found, expected, strict=True):
+        assert all(all(map(torch.equal, x, same)) for x in results)
+
+
+def test_a_graph_is_replayed() -> None:
+    (leaves, dout), num_bytes = made(0, (4, 4), 1500, 1500, 128), 4 << 20
+    flashcore.set_gradient_workspace(num_bytes)  # two shares
+    expected = gradients(leaves, dout)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        gradients(leaves, dout)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        found = gradients(leaves, dout)
+    for _ in range(20):
+        for x in found:
+            x.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, found, expected))

@@ -1,9 +1,10 @@
 // attn_bwd_delta_sm90.cuh - delta of every row before the kernel that computes dQ, dK and dV at
-// once (attn_bwd_dkdv_sm90.cuh with ALSO_DQ), and zeros where blocks will add up dQ. A block of one
-// warpgroup takes 64 rows of a head.
+// once (attn_bwd_dkdv_sm90.cuh with ALSO_DQ), and zeros where blocks will count who has added.
+// A block of one warpgroup takes 64 rows of a head.
 #pragma once
 
 #include "prims_sm90.cuh"
+#include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "bwd_sm90/bwd_delta_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
@@ -14,7 +15,8 @@ FC_KERNEL(attn_bwd_delta_sm90, 128, MIN_BLOCKS)
 (FC_PARAM(AttnBwdSm90Params) params) {
   const auto dout = VGroup::view(0, 1, "dout_smem");
   const auto full = smem_view<uint64_t>(VGroup::BYTES, 1, "barriers");
-  const BlockCoord block = block_coord(params.attn, block_idx());
+  const AttnParams& p = params.attn;
+  const BlockCoord block = block_coord(p, block_idx());
   if (thread_idx() == 0) {
     mbar_init(full, 1);
     mbar_init_fence();
@@ -25,11 +27,10 @@ FC_KERNEL(attn_bwd_delta_sm90, 128, MIN_BLOCKS)
     mbar_arrive_expect_tx(full, VGroup::BYTES);
     dout.load(0, params.dout_map, full, block.m_begin, block.head_idx, block.batch_idx);
   }
-  const auto sums = sums_of(params, block.batch_idx, block.head_idx, block.m_begin);
-  for (int i = thread_idx() * 4; i < SUMS_OF_GROUP; i += 128 * 4) {
-    gmem_store_packet(sums + i, Packet<16>{});
+  if (thread_idx() < 2) {
+    gmem_store(turns_of(params, block.batch_idx, block.head_idx, block.m_begin) + thread_idx(), 0);
   }
   mbar_wait(full, 0);
-  load_row_stats(params, block, dout, block.m_begin, params.attn.seqlen_q);
+  load_row_stats(params, block, dout, block.m_begin, p.seqlen_q);
   grid_launch_dependents();
 }

@@ -52,7 +52,6 @@ struct Consumer {
   WmmaA<Element> probs[QUERY_FRAGS], dscores[QUERY_FRAGS];
   WmmaA<Element> capped_probs[QUERY_FRAGS];  // times that derivative; else `probs` serves
   WmmaAccum dq[DQ_FRAGS];  // if it is shared: a part of that of the tile before
-  GmemPtr<float> sums;     // of the batch and head, where it is added
 };
 
 // Returns P^T times soft-capping's derivative. Where float32 values would take registers that are
@@ -163,11 +162,9 @@ FC_DEVICE void end_dq(Consumer& c, const Barriers& bar, uint32_t count) {
   arrive_for_warp(bar.ds_empty + stage_of<NUM_DS_STAGES>(count));
 }
 
-// It is added to what other blocks have, unless the tile comes before the `first` one.
-FC_DEVICE void add_dq(Consumer& c, const AttnParams& p, const Buffers& smem, int m_begin,
-                      int first) {
-  const int row = m_begin >= first ? m_begin : p.seqlen_q;
-  add_rows<0>(c.dq, smem.dq + c.index * OUT_FLOATS, c.sums, row, c.index * DQ_FRAGS, p.seqlen_q);
+// It is handed over to who adds it to what other blocks have.
+FC_DEVICE void add_dq(Consumer& c, const Barriers& bar, const Buffers& smem, uint32_t count) {
+  hand_over_dq(c.dq, smem.dq + c.index * OUT_FLOATS, bar, c.index, count);
 }
 
 // One query tile with dQ shared. Unless FIRST, dK of the tile before is issued here, and last of
@@ -175,11 +172,12 @@ FC_DEVICE void add_dq(Consumer& c, const AttnParams& p, const Buffers& smem, int
 // waits for the other. dQ of the tile before that is added beside S^T.
 template <bool FIRST>
 FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
-                           const Buffers& smem, uint32_t count, int m_begin, int first, int end) {
+                           const Buffers& smem, uint32_t count, int m_begin, bool is_second,
+                           int end) {
   await_q(bar, count);
   issue_s(c.scores, smem, c.index, count);
   if (!FIRST) issue_dk(c.dk, c.dscores, smem, count - 1);
-  if (!FIRST) add_dq(c, p, smem, m_begin - 2 * BLOCK_M, first);
+  if (!FIRST && !is_second) add_dq(c, bar, smem, count - 2);
   wgmma_wait<FIRST ? 0 : 1>();
   wgmma_hold(c.scores);
   await_stats(bar, count);
@@ -218,14 +216,14 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
                           const Buffers& smem, uint32_t& count, int first_tile, int num_tiles) {
   const uint32_t end = count + uint32_t(num_tiles);
   int m_begin = first_tile * BLOCK_M;
-  const int m_end = m_begin + num_tiles * BLOCK_M;
+  const int m_end = m_begin + num_tiles * BLOCK_M;  // of a mask tensor, which none has with dQ
   if constexpr (MASK_KIND != 0) c.mask.fetch(p, m_begin);
   if (OVERLAPS) {
     query_tile<true>(c, p, bar, smem, count, m_begin, m_end);
     ++count;
-    m_begin += BLOCK_M;
+    m_begin += QUERY_STEP;
   }
-  for (; count != end; ++count, m_begin += BLOCK_M) {
+  for (; count != end; ++count, m_begin += QUERY_STEP) {
     query_tile<false>(c, p, bar, smem, count, m_begin, m_end);
   }
   if (OVERLAPS) {
@@ -239,23 +237,22 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
 FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barriers& bar,
                                  const Buffers& smem, uint32_t& count, int first_tile,
                                  int num_tiles) {
+  const uint32_t first = count;
   const uint32_t end = count + uint32_t(num_tiles);
-  const int first = first_tile * BLOCK_M;
-  const int m_end = first + num_tiles * BLOCK_M;
-  int m_begin = first;
-  shared_tile<true>(c, p, bar, smem, count, m_begin, first, m_end);
+  int m_begin = first_tile * BLOCK_M;
+  shared_tile<true>(c, p, bar, smem, count, m_begin, false, 0);
   ++count;
-  m_begin += BLOCK_M;
-  for (; count != end; ++count, m_begin += BLOCK_M) {
-    shared_tile<false>(c, p, bar, smem, count, m_begin, first, m_end);
+  m_begin += QUERY_STEP;
+  for (; count != end; ++count, m_begin += QUERY_STEP) {
+    shared_tile<false>(c, p, bar, smem, count, m_begin, count - first == 1, 0);
   }
   issue_dk(c.dk, c.dscores, smem, count - 1);
-  add_dq(c, p, smem, m_begin - 2 * BLOCK_M, first);
+  if (num_tiles > 1) add_dq(c, bar, smem, count - 2);
   issue_own_dq(c.dq, bar, smem, c.index, count - 1);
   wgmma_wait<0>();
   end_dk(c, bar, count - 1);
   end_dq(c, bar, count - 1);
-  add_dq(c, p, smem, m_begin - BLOCK_M, first);
+  add_dq(c, bar, smem, count - 1);
 }
 
 // A consumer warpgroup: 64 keys of every key tile of this block.
@@ -282,20 +279,21 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     }
     for (int head = 0; head < heads_per_kv; ++head) {
       c.mask = mask_strip(p, smem, c.index, c.key_row, block.batch_idx, block.head_idx + head);
-      if (DQ_SHARED) c.sums = sums_of(params, block.batch_idx, block.head_idx + head, 0);
 //@if gate ds dv dk dq
       c.gate = gate_scores_of<true>(p, block, block.head_idx + head);
 //@end
-      skip_tiles(bar, smem, c.index, count, own.begin - tiles.begin);
+      const int before = own.begin - tiles.begin;
+      const int behind = tiles.end - own.end;
+      skip_tiles(bar, smem, c.index, count, ALSO_DQ ? behind : before);
       if (own.begin < own.end) {
         const int num_tiles = own.end - own.begin;
         if constexpr (DQ_SHARED) {
-          accumulate_shared(c, sequence, bar, smem, count, own.begin, num_tiles);
+          accumulate_shared(c, sequence, bar, smem, count, walked_tile(own, 0), num_tiles);
         } else {
-          accumulate(c, sequence, bar, smem, count, own.begin, num_tiles);
+          accumulate(c, sequence, bar, smem, count, walked_tile(own, 0), num_tiles);
         }
       }
-      skip_tiles(bar, smem, c.index, count, tiles.end - own.end);
+      skip_tiles(bar, smem, c.index, count, ALSO_DQ ? before : behind);
     }
     warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
     arrive_for_warp(bar.kv_empty);
@@ -304,7 +302,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     clear_behind(c.dv, num_keys, c.key_row);
     clear_behind(c.dk, num_keys, c.key_row);
     const OutGroup out = smem.out[c.index];
-    if (DQ_SHARED && elect_lane()) tma_store_wait_read<0>();  // of dQ, which lay there
+    if (DQ_SHARED) await_dq_read(bar, c.index, count);  // it lay there
     store_rows(c.dv, 1.0f, out.as<VGroup>(),
                rows_of_keys(params.dv_map, p, block, c.key_row, num_keys),
                STORE_BARRIER + c.index);
@@ -350,6 +348,10 @@ FC_KERNEL(attn_bwd_dkdv_sm90, NUM_WARPS * 32, MIN_BLOCKS)
     if (warp_idx() == 0 && elect_lane()) produce(params, bar, smem);
     if (warp_idx() == 1) load_stats(params, bar, smem);
     if (PACKED && warp_idx() == 2) schedule_tiles<true>(params.attn, smem.feed);
+    if constexpr (ALSO_DQ) {
+      const int part = warp_idx() - 2;
+      if (part >= 0 && part < NUM_PARTS && elect_lane()) add_parts(params, bar, smem, part);
+    }
   } else if (DQ_ROLE && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
     lower_registers<DQ_REGISTERS>();
     consume_ds(params, bar, smem);

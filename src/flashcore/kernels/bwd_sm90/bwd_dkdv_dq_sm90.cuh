@@ -3,12 +3,14 @@
 //
 //   dQ = dS K
 //
-// is added, in float32, to what blocks of other keys have for these rows. The order in which they
-// come is not fixed, so the last bits of dQ may differ from run to run.
+// is added, in float32, to what blocks of other keys have for these rows, in the order of the keys:
+// floats are added up alike in every run.
 //
 // With DQ_ROLE a warpgroup of its own computes it: its products fill the tensor cores while the
 // others compute between theirs. Where dK and dV leave no registers for one, two consumers compute
 // half of the columns each, a tile later.
+//
+// Threads of the producer's warpgroup add it, so that nobody else waits for a turn.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -35,16 +37,11 @@ FC_DEVICE void issue_dq(WmmaAccum (&dq)[DQ_FRAGS], const Buffers& smem, int row_
   wgmma_commit();
 }
 
-// Adds that to the sums of a head; `row` is the first of the 64, `smem` has a place for each warp,
-// which sends its 16 rows on their way by itself. Of its groups of stores all but the newest
-// PENDING may lie there still.
-template <int PENDING>
-FC_DEVICE void add_rows(const WmmaAccum (&dq)[DQ_FRAGS], SmemPtr<float> smem,
-                        GmemPtr<float> sums_of_head, int row, int first_frag, int seqlen_q) {
+// Hands a part of that over to the warp that adds it; `smem` is the part's, `count` counts parts.
+FC_DEVICE void hand_over_dq(const WmmaAccum (&dq)[DQ_FRAGS], SmemPtr<float> smem,
+                            const Barriers& bar, int part, uint32_t count) {
   const auto own = smem + warp_idx() % 4 * DQ_FRAGS * SUMS_OF_FRAG;
-  const bool leads = elect_lane();
-  if (leads) tma_store_wait_read<PENDING>();  // of what lay here before
-  warp_sync();                                // orders that before the writes below
+  mbar_wait(bar.sums_empty + part, parity_of<1>(count) ^ 1);
 #pragma unroll
   for (int d = 0; d < DQ_FRAGS; ++d) {
 #pragma unroll
@@ -56,15 +53,79 @@ FC_DEVICE void add_rows(const WmmaAccum (&dq)[DQ_FRAGS], SmemPtr<float> smem,
     }
   }
   fence_proxy_async();
-  warp_sync();  // orders the writes above before they are read
-  if (leads) {
-    const int place = warp_idx() % 4 * SUMS_OF_WARP + first_frag * SUMS_OF_FRAG;
-    const int frags = min_i(QK_FRAGS - first_frag, DQ_FRAGS);
-    if (row < seqlen_q) {
-      bulk_add(sums_of_head + (int64_t(row / 64) * SUMS_OF_GROUP + place), own,
-               frags * SUMS_OF_FRAG * 4);
+  warp_sync();  // orders every lane's writes before the arrival
+  arrive_for_warp(bar.sums_full + part);
+}
+
+// Until the last part handed over has left shared memory; `count` parts were.
+FC_DEVICE void await_dq_read(const Barriers& bar, int part, uint32_t count) {
+  mbar_wait(bar.sums_empty + part, parity_of<1>(count) ^ 1);
+}
+
+// --- dQ on its way out ---------------------------------------------------------------------------
+
+// Adds a part of dQ of a query tile from row m_begin on, the part number `count`, to a head's sums,
+// behind the `rank` blocks that add before. Those are waited for first: mostly that is over when dQ
+// is there.
+FC_DEVICE void add_part(const Buffers& smem, const Barriers& bar, int part, uint32_t count,
+                        GmemPtr<float> sums, GmemPtr<int32_t> turns, int m_begin, int rank,
+                        int seqlen_q) {
+  const int row = m_begin + (DQ_SHARED ? 0 : part * 64);
+  const int first_frag = DQ_SHARED ? part * DQ_FRAGS : 0;
+  const int frags = min_i(QK_FRAGS - first_frag, DQ_FRAGS);
+  const auto turn = turns + (row / 64 * 2 + (DQ_SHARED ? part : 0));
+  if (row < seqlen_q) {
+    gmem_await(turn, rank);
+    fence_proxy_async_global();
+  }
+  mbar_wait(bar.sums_full + part, parity_of<1>(count));
+  if (row < seqlen_q) {
+    const auto from = smem.dq + part * (DQ_SHARED ? OUT_FLOATS : SUMS_OF_GROUP);
+    const auto to = sums + (int64_t(row / 64) * SUMS_OF_GROUP + first_frag * SUMS_OF_FRAG);
+    // One where both are contiguous.
+    constexpr int ADDS = DQ_FRAGS == QK_FRAGS ? 1 : 4;
+#pragma unroll
+    for (int warp = 0; warp < ADDS; ++warp) {
+      const auto own_to = to + warp * SUMS_OF_WARP;
+      const auto own_from = from + warp * DQ_FRAGS * SUMS_OF_FRAG;
+      const int bytes = frags * SUMS_OF_FRAG * 4 * (4 / ADDS);
+      if (rank == 0) {
+        bulk_store(own_to, own_from, bytes);
+      } else {
+        bulk_add(own_to, own_from, bytes);
+      }
     }
     tma_store_commit();
+    tma_store_wait_read<0>();
+  }
+  mbar_arrive(bar.sums_empty + part);
+  if (row < seqlen_q) {
+    tma_store_wait<0>();
+    gmem_release_add(turn, 1);
+  }
+}
+
+// One thread a part.
+FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem,
+                         int part) {
+  const AttnParams& p = params.attn;
+  uint32_t count = 0;
+  for (int turn = 0;; ++turn) {
+    BlockCoord block = await_coord(bar, smem, turn);
+    if (block.m_begin == NO_TILE) break;
+    const Range tiles = query_tiles(p, block.m_begin);
+    // Nobody may be a tile ahead: K and V of this one are there, so those of the last are released.
+    mbar_wait(bar.kv_full, turn % 2);
+    mbar_arrive(bar.kv_empty);
+    for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++block.head_idx) {
+      const auto sums = sums_of(params, block.batch_idx, block.head_idx, 0);
+      const auto turns = turns_of(params, block.batch_idx, block.head_idx, 0);
+      for (int i = 0; i < tiles.end - tiles.begin; ++i, ++count) {
+        const int m_begin = walked_tile(tiles, i) * BLOCK_M;
+        const int rank = block.m_begin / BLOCK_N - key_tiles(p, m_begin).begin;
+        add_part(smem, bar, part, count, sums, turns, m_begin, rank, p.seqlen_q);
+      }
+    }
   }
 }
 
@@ -85,12 +146,11 @@ FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
   WmmaAccum dq[DQ_FRAGS];
   uint32_t count = 0;
   for (int turn = 0;; ++turn) {
-    BlockCoord block = await_coord(bar, smem, turn);
+    const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) break;
     const Range tiles = query_tiles(p, block.m_begin);
     mbar_wait(bar.kv_full, turn % 2);
-    for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++block.head_idx) {
-      const auto sums = sums_of(params, block.batch_idx, block.head_idx, 0);
+    for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
         const int stage = stage_of<NUM_DS_STAGES>(count);
         mbar_wait(bar.ds_full + stage, parity_of<NUM_DS_STAGES>(count));
@@ -100,14 +160,11 @@ FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
           wgmma_wait<0>();
           wgmma_hold(dq);
           if (group == ROW_GROUPS - 1) arrive_for_warp(bar.ds_empty + stage);
-          const int row = m_block * BLOCK_M + group * 64;
-          add_rows<ROW_GROUPS - 1>(dq, smem.dq + group * SUMS_OF_GROUP, sums, row, 0, p.seqlen_q);
+          hand_over_dq(dq, smem.dq + group * SUMS_OF_GROUP, bar, group, count);
         }
       }
     }
     warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
     arrive_for_warp(bar.kv_empty);
   }
-  // Shared memory must outlive the sums that are read from it.
-  if (elect_lane()) tma_store_wait_read<0>();
 }

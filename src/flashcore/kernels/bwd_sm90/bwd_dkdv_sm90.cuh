@@ -32,6 +32,20 @@ constexpr bool BY_PAIRS = false;  // a gate reads dS in float32
 constexpr bool BY_PAIRS = ALSO_DQ && !KEEPS_P && !IS_FLOAT16<Element>;
 //@end
 
+// Of what is added up of dQ: 64 rows, or the columns of one of the consumers that share it. A
+// thread of the producer's warpgroup adds each.
+constexpr int NUM_PARTS = !ALSO_DQ ? 0 : DQ_SHARED ? NUM_CONSUMERS : (BLOCK_M + 63) / 64;
+static_assert(NUM_PARTS <= 2, "two warps have nothing else to do");
+// With dQ the query tiles of a key tile are walked over from the last one on. So of two key tiles
+// side by side that start together the first one comes to a tile of queries first, or both at once,
+// whatever hides keys: none waits long for its turn to add.
+constexpr int QUERY_STEP = ALSO_DQ ? -BLOCK_M : BLOCK_M;
+
+// The query tile number `i` of a walk over some.
+FC_DEVICE int walked_tile(const Range& tiles, int i) {
+  return ALSO_DQ ? tiles.end - 1 - i : tiles.begin + i;
+}
+
 // The parameters as the sequence of a key tile sees them.
 FC_DEVICE decltype(auto) own_params(const AttnParams& p, const BlockCoord& block) {
   return sequence_params<VARLEN, true>(p, block);
@@ -75,7 +89,7 @@ constexpr int STATS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * KEY_MASK_BYTES;
 constexpr int FEED_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;  // at 16 bytes
 constexpr int BARRIERS_OFFSET = FEED_OFFSET + FEED_BYTES;
 constexpr int NUM_BARRIERS =
-    6 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0);
+    6 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0) + 2 * NUM_PARTS;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
               "the plan and the kernel disagree on shared memory");
@@ -103,6 +117,7 @@ struct Barriers {
   SmemPtr<uint64_t> q_full, q_empty, stats_full;  // one a stage
   SmemPtr<uint64_t> do_full, do_empty;
   SmemPtr<uint64_t> ds_full, ds_empty;  // where dQ is computed too
+  SmemPtr<uint64_t> sums_full, sums_empty;  // one a part of dQ
 };
 
 enum NamedBarrier {
@@ -123,7 +138,10 @@ FC_DEVICE Barriers barriers() {
           ring + 3 * NUM_STAGES,
           ring + (3 * NUM_STAGES + NUM_DO_STAGES),
           ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES),
-          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? NUM_DS_STAGES : 0))};
+          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? NUM_DS_STAGES : 0)),
+          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0)),
+          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0) +
+                  NUM_PARTS)};
 }
 
 // By one thread.
@@ -131,8 +149,8 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init(bar.coord_full, 1);
   mbar_init(bar.coord_full + 1, 1);
   mbar_init(bar.kv_full, 1);
-  // One: who loads lse and delta. Four: who computes dQ.
-  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0));
+  // One: who loads lse and delta. Four: who computes dQ. And who adds it.
+  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0) + NUM_PARTS);
   mbar_init(bar.probs_full, 128);
   mbar_init(bar.probs_empty, 128);
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
@@ -147,6 +165,10 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   for (int stage = 0; ALSO_DQ && stage < NUM_DS_STAGES; ++stage) {
     mbar_init(bar.ds_full + stage, NUM_CONSUMERS * 4);
     mbar_init(bar.ds_empty + stage, DQ_SHARED ? NUM_CONSUMERS * 4 : 4);
+  }
+  for (int part = 0; part < NUM_PARTS; ++part) {
+    mbar_init(bar.sums_full + part, 4);
+    mbar_init(bar.sums_empty + part, 1);
   }
   mbar_init_fence();
 }
@@ -182,16 +204,50 @@ FC_DEVICE void clear_behind(WmmaAccum (&x)[FRAGS], int num_keys, int first_row) 
 
 // --- the producers -------------------------------------------------------------------------------
 
+// Key tiles in the order of the numbers that blocks draw, the first one too. A block may wait for
+// those who have drawn before it, whether or not all blocks of the grid run at once. Heads go in
+// sections, of each first the first key tile: blocks that start together have mostly other heads.
+struct TicketWalk : TileWalk {
+  FC_DEVICE Place place(const AttnParams& p, const TileSchedule& schedule) const {
+    return place_in_section(p, schedule);
+  }
+
+  FC_DEVICE void ask(const AttnParams& p, const TileSchedule&) {
+    drawn = gmem_atomic_add(p.tile_counter, 1);
+  }
+
+  FC_DEVICE void advance(const AttnParams& p, const TileSchedule& schedule) {
+    number = drawn;
+    // Each block draws until it finds no tile. The last draw of all sets the counter back to 0.
+    if (drawn == num_tiles(p, schedule) + num_blocks() - 1) {
+      gmem_atomic_add(p.tile_counter, -(drawn + 1));
+    }
+  }
+};
+
+FC_DEVICE auto first_key_tile(const AttnBwdSm90Params& params, const Feed& feed) {
+  if constexpr (ALSO_DQ) {
+    TicketWalk tile;
+    tile.ask(params.attn, params.schedule);
+    tile.advance(params.attn, params.schedule);
+    return tile;
+  } else {
+    return own_tiles<true>(params.attn, feed);
+  }
+}
+
 // The key tile that a walk is at. Under a right bound the first keys are seen by most queries.
 template <class Walk>
-FC_DEVICE BlockCoord key_tile_coord(const AttnParams& p, const Walk& tile,
-                                    const TileSchedule& schedule) {
+FC_DEVICE BlockCoord key_tile_coord(const AttnBwdSm90Params& params, const Walk& tile) {
+  const AttnParams& p = params.attn;
   if constexpr (PACKED) {
-    return tile.coord(p, schedule);
+    return tile.coord(p, params.schedule);
   } else {
-    const auto at = tile.place(p, schedule);
-    const int n_block = DRAWS_TILES ? p.num_m_blocks - 1 - at.m_block : at.m_block;
-    const BatchAndHead head = batch_and_head(p, at.head, p.num_heads_kv);
+    const auto at = tile.place(p, params.schedule);
+    const bool ascends = !ALSO_DQ && !DRAWS_TILES;
+    const int n_block = ascends ? at.m_block : p.num_m_blocks - 1 - at.m_block;
+    const int number = ALSO_DQ ? params.first_head_kv + at.head : at.head;
+    const BatchAndHead head = batch_and_head(p, number, p.num_heads_kv);
     BlockCoord block;
     block.head_idx_kv = head.head;
     block.head_idx = head.head * (p.num_heads_q / p.num_heads_kv);
@@ -207,7 +263,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
   const AttnParams& p = params.attn;
   const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
   uint32_t count = 0;
-  auto tile = own_tiles<true>(p, smem.feed);
+  auto tile = first_key_tile(params, smem.feed);
   for (int turn = 0;; ++turn, tile.advance(p, params.schedule)) {
     const auto coord = coord_slot(smem.coords, turn);
     if (tile.done(p, params.schedule)) {
@@ -216,7 +272,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
       grid_launch_dependents();
       return;
     }
-    const BlockCoord block = key_tile_coord(p, tile, params.schedule);
+    const BlockCoord block = key_tile_coord(params, tile);
     store_coord(coord, block);
     mbar_arrive(bar.coord_full + turn % 2);
 
@@ -252,7 +308,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     for (int head = 0; head < heads_per_kv; ++head) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
         if (--left == 0) tile.ask(p, params.schedule);
-        const int row = q_box.row + m_block * BLOCK_M;
+        const int row = q_box.row + walked_tile(tiles, m_block - tiles.begin) * BLOCK_M;
         const int q_stage = stage_of<NUM_STAGES>(count);
         const auto q_full = bar.q_full + q_stage;
         mbar_wait(bar.q_empty + q_stage, parity_of<NUM_STAGES>(count) ^ 1);
@@ -308,7 +364,8 @@ FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
         bool some_empty = false;
 #pragma unroll
         for (int i = 0; i < ROWS_OF_LANE; ++i) {
-          const int row = m_block * BLOCK_M + i * 32 + lane_idx();
+          const int m_begin = walked_tile(tiles, m_block - tiles.begin) * BLOCK_M;
+          const int row = m_begin + i * 32 + lane_idx();
           lse[i] = POS_INF;
           delta[i] = 0.0f;
           is_empty[i] = false;

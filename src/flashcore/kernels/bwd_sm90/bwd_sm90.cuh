@@ -10,7 +10,7 @@
 // and dv = p^T dout, dq = scale * ds k, dk = scale * ds^T q. One kernel computes dq and delta, with
 // the forward's shape (attn_bwd_dq_sm90.cuh); the other one dk and dv (attn_bwd_dkdv_sm90.cuh).
 // Both compute s and dout.v: seven products where five would do, but no element is written twice,
-// so nothing has to be added up between blocks, and results do not differ from run to run.
+// so nothing has to be added up between blocks. With ALSO_DQ the latter kernel computes all three.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -42,6 +42,9 @@ struct AttnBwdSm90Params {
   GmemPtr<MaskElement> dmask;    // [batch, heads, seqlen_q or 1, seqlen_k] of MaskGradient
   GmemPtr<float> dmask_shares;   // instead, [num_shares, batch, heads, seqlen_q or 1, row_stride]
   MaskGradient mask_gradient;
+  GmemPtr<int32_t> dq_turns;    // see turns_of
+  int32_t first_head_q;         // of all batches' heads, the first that the launch takes: of q,
+  int32_t first_head_kv;        // of k and v; read only where several blocks add up dQ
 };
 
 // 64 rows of a warpgroup: of Q, K or their gradients, and of V, dO or dV.
@@ -156,7 +159,8 @@ FC_DEVICE Probability probability(float score, float lse_log2, const AttnParams&
 }
 
 // Where blocks add up dQ of 64 rows in float32, all groups of 64 of a head side by side: not row by
-// row, but as an accumulator's registers lie in the threads of a warpgroup.
+// row, but as an accumulator's registers lie in the threads of a warpgroup. There is room for the
+// heads of the launch.
 constexpr int SUMS_OF_FRAG = 8 * 32;
 constexpr int SUMS_OF_WARP = QK_FRAGS * SUMS_OF_FRAG;
 constexpr int SUMS_OF_GROUP = 4 * SUMS_OF_WARP;
@@ -164,8 +168,18 @@ constexpr int SUMS_OF_GROUP = 4 * SUMS_OF_WARP;
 FC_DEVICE GmemPtr<float> sums_of(const AttnBwdSm90Params& params, int batch, int head, int row) {
   const AttnParams& p = params.attn;
   const int groups_of_head = (p.seqlen_q + 63) / 64;
+  const int own_head = batch * p.num_heads_q + head - params.first_head_q;
+  return params.dq_sums + (int64_t(own_head) * groups_of_head + row / 64) * SUMS_OF_GROUP;
+}
+
+// How many blocks have added to 64 rows: two counters, for parts of the rows are added apart. There
+// are those of all heads.
+FC_DEVICE GmemPtr<int32_t> turns_of(const AttnBwdSm90Params& params, int batch, int head,
+                                    int row) {
+  const AttnParams& p = params.attn;
+  const int groups_of_head = (p.seqlen_q + 63) / 64;
   const int64_t group = int64_t(batch * p.num_heads_q + head) * groups_of_head + row / 64;
-  return params.dq_sums + group * SUMS_OF_GROUP;
+  return params.dq_turns + group * 2;
 }
 
 // Within a warp's part of that: four registers of a lane, half a fragment.

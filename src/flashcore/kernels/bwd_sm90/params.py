@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from flashcore.problem.memory_layout import strides_of
 _ELEMENT_BYTES = 2
 MAPS = ("q", "k", "v", "dout", "dq", "dk", "dv")
 LENGTHS = ("seqlens_k", "cu_seqlens_q", "cu_seqlens_k")  # those that a problem may have
-POINTERS = ("dlse", "delta", "dq_sums", "dmask", "dmask_shares")  # besides those of AttnParams
+POINTERS = ("dlse", "delta", "dq_sums", "dmask", "dmask_shares", "dq_turns")  # besides AttnParams'
 
 
 class MaskGradient(ctypes.Structure):
@@ -34,9 +35,12 @@ def _fields(attn: type[AttnParams]) -> list[tuple[str, Any]]:
         ("attn", attn),
         ("num_heads", ctypes.c_int32),
         ("heads_per_section", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_void_p) for name in POINTERS if name != "dq_turns"),
         ("mask_gradient", MaskGradient),
-        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(attn) + 64) % 64)),
+        ("dq_turns", ctypes.c_void_p),
+        ("first_head_q", ctypes.c_int32),
+        ("first_head_kv", ctypes.c_int32),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(attn) + 80) % 64)),
     ]
 
 
@@ -61,12 +65,25 @@ def heads_per_section(problem: Problem, plan: BwdSm90Plan, num_blocks: int) -> i
     """Return the number of heads whose tiles `num_blocks` blocks draw together under a right bound
     (fwd_sm90/schedule_sm90.cuh): as many as L2 holds what their blocks stream, and enough tiles to
     keep the blocks busy. Heads of q in the kernel of dq, else of k and v."""
-    num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
+    num_heads = _num_heads(problem, plan)
     streamed = problem.seqlen_k if plan.is_dq else problem.seqlen_q * problem.group_size
     head_bytes = _ELEMENT_BYTES * streamed * (problem.head_dim + problem.head_dim_v)
-    tiles_of_head = max(1, plan.num_pieces(problem) // (num_heads * problem.batch))
-    wanted = max(1, _GROUP_BYTES // max(1, head_bytes), round(num_blocks / tiles_of_head))
-    return min(num_heads * problem.batch, wanted)
+    tiles_of_head = max(1, plan.num_pieces(problem) // num_heads)
+    group_bytes = _GROUP_BYTES
+    if plan.also_dq:
+        # Blocks that add to the same sums should be few, and they stream the same rows at about
+        # the same time, so that of long heads L2 need not hold all. Measured at 1k to 16k.
+        group_bytes = int(_GROUP_BYTES * min(4.0, max(1.0, math.sqrt(problem.seqlen_q / 1024))))
+    wanted = max(1, group_bytes // max(1, head_bytes), round(num_blocks / tiles_of_head))
+    return min(num_heads, wanted)
+
+
+def _num_heads(problem: Problem, plan: BwdSm90Plan) -> int:
+    """Return the heads of all batches that a launch takes."""
+    of_group = problem.group_size if plan.is_dq else 1
+    if plan.heads is not None:
+        return plan.heads[1] * of_group
+    return problem.num_heads_kv * of_group * problem.batch
 
 
 def build_params_bwd_sm90(
@@ -109,8 +126,10 @@ def build_params_bwd_sm90(
         if not plan.is_dq:
             walked = -(-problem.total_q // plan.block_m)
         argument.attn.num_length_classes = (walked - 1).bit_length() + 1
-    num_heads = problem.num_heads_q if plan.is_dq else problem.num_heads_kv
-    argument.num_heads = num_heads * problem.batch
+    argument.num_heads = _num_heads(problem, plan)
+    if plan.heads is not None:
+        first, _ = plan.heads
+        argument.first_head_kv, argument.first_head_q = first, first * problem.group_size
     argument.heads_per_section = heads_per_section(problem, plan, num_blocks)
     for name in POINTERS:
         setattr(argument, name, addresses.get(name))

@@ -1,5 +1,4 @@
-"""Make plans of the two backward kernels for Hopper: which problems they serve, and with which
-tiles.
+"""Make plans of the two backward kernels for Hopper: for which problems, and with which tiles.
 
 `attn_bwd_dq_sm90` computes dq and delta, then `attn_bwd_dkdv_sm90` dk and dv; see
 kernels/bwd_sm90/bwd_sm90.cuh.
@@ -8,7 +7,7 @@ kernels/bwd_sm90/bwd_sm90.cuh.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flashcore.kernels.bwd_sm90.tiles import DQ_ROLE_REGISTERS, UNCUT, BwdTile, padded_to_16, tiles
@@ -41,6 +40,7 @@ class BwdSm90Plan(Plan):
     walks over tiles of `block_m` rows, of which Q has `num_stages` buffers and dO `other_stages`.
     `overlaps`: a tile's last product is issued behind the first ones of the next.
     `also_dq`: the kernel of dk and dv computes dq too, see plan_one.py; dS has `ds_stages` buffers.
+    `heads`: of k and v, counted over the batch, those that the launch takes: first one and number.
     `mask_load_bytes`, `mask_is_row` and `mask_is_shifted`: how a mask is read, as in Sm90Plan.
     """
 
@@ -53,6 +53,7 @@ class BwdSm90Plan(Plan):
     mask_load_bytes: int = 1
     mask_is_row: bool = False
     mask_is_shifted: bool = False
+    heads: tuple[int, int] | None = None
 
     @property
     def is_dq(self) -> bool:
@@ -71,13 +72,13 @@ class BwdSm90Plan(Plan):
 
     @property
     def is_persistent(self) -> bool:
-        """Return True: a block takes several tiles, one after the other."""
+        """Return True: a block takes several tiles."""
         return True
 
     @property
     def draws_tiles(self) -> bool:
         """Return whether blocks draw tiles from a counter (fwd_sm90/schedule_sm90.cuh)."""
-        return self.has_window_right or self.varlen == "packed"
+        return self.has_window_right or self.varlen == "packed" or self.also_dq
 
     @property
     def arch_suffix(self) -> str:
@@ -93,16 +94,22 @@ class BwdSm90Plan(Plan):
 
     @property
     def has_roles(self) -> bool:
-        """Return whether two warpgroups share the products of 64 keys, for one could not hold dk
-        and dv and what else there is (bwd_sm90/bwd_dkdv_roles_sm90.cuh)."""
+        """Return whether two warpgroups share the products of 64 keys, for one could not hold what
+        there is (bwd_sm90/bwd_dkdv_roles_sm90.cuh)."""
         is_crowded = self.has_softcap or (self.mask is not None and self.varlen != "none")
         return not self.is_dq and max(self.head_dim, self.head_dim_v) > (64 if is_crowded else 128)
 
     @property
     def has_dq_role(self) -> bool:
-        """Return whether a warpgroup of its own computes dq, with `also_dq`. Above head_dim 96
-        there are no registers for one, and the consumers share dq."""
+        """Return whether a warpgroup of its own computes dq. Above head_dim 96 consumers share it,
+        as there are no registers for one."""
         return self.also_dq and max(self.head_dim, self.head_dim_v) <= 96
+
+    @property
+    def num_parts(self) -> int:
+        """Return the parts of dq that are added apart: 64 rows or, if it is shared, columns."""
+        rows = self.block_m // ROWS_OF_CONSUMER if self.has_dq_role else self.num_consumers
+        return rows * self.also_dq
 
     @property
     def num_warps(self) -> int:
@@ -187,7 +194,7 @@ class BwdSm90Plan(Plan):
             elements += self.ds_stages * self.block_m * self.block_n
             if self.has_dq_role:
                 elements += self.block_m * 2 * padded_to_16(self.head_dim)  # of four bytes
-            num_barriers += 2 * self.ds_stages
+            num_barriers += 2 * self.ds_stages + 2 * self.num_parts
         others = stats + _BARRIER_BYTES * num_barriers + _COORD_BYTES + self._feed_bytes
         return 2 * elements + self.mask_bytes + others
 
@@ -223,28 +230,28 @@ class BwdSm90Plan(Plan):
         """Return the tensors that the kernel writes."""
         return ("dq", "delta") if self.is_dq else ("dk", "dv")
 
-    @property
-    def added_to(self) -> tuple[str, ...]:
-        """Return the tensors that blocks add up in, in no fixed order."""
-        return ("dq_sums",) if self.also_dq else ()
-
     def num_pieces(self, problem: Problem) -> int:
-        """Return the number of tiles that blocks take one after the other: of rows of every head of
-        q, or of keys of every head of k and v; of packed sequences as many as there can be."""
+        """Return how many tiles blocks take one after the other: of rows of every head of q, or of
+        keys of every head of k and v; of packed sequences as many as there can be."""
+        total, rows, rows_of_tile = problem.total_k, problem.seqlen_k, self.block_n
+        num_heads = problem.num_heads_q if self.is_dq else problem.num_heads_kv
         if self.is_dq:
-            total, rows = problem.total_q, problem.seqlen_q
-            rows_of_tile, num_heads = self.block_m, problem.num_heads_q
-        else:
-            total, rows = problem.total_k, problem.seqlen_k
-            rows_of_tile, num_heads = self.block_n, problem.num_heads_kv
+            total, rows, rows_of_tile = problem.total_q, problem.seqlen_q, self.block_m
         if problem.varlen == "packed":
             return (total // rows_of_tile + problem.batch + 1) * num_heads
-        return -(-rows // rows_of_tile) * num_heads * problem.batch
+        heads = num_heads * problem.batch
+        if self.heads is not None:
+            heads = self.heads[1] * num_heads // problem.num_heads_kv
+        return -(-rows // rows_of_tile) * heads
 
     def mask_gradient(self, problem: Problem) -> tuple[int, ...]:
         """Return the fields of MaskGradient in the kernel's argument: nothing, unless the kernel
         computes it (bwd_mask_sm90/plan.py)."""
         return ()
+
+    def machine_code(self) -> Plan:
+        """Return the plan that stands for all with the same machine code, see `Plan`."""
+        return Plan.machine_code(replace(self, heads=None))
 
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
@@ -293,8 +300,7 @@ class BwdPlans(NamedTuple):
 
 
 def obstacle(problem: Problem, needs_mask_grad: bool = False) -> str | None:
-    """Return why the kernels cannot compute the gradient of a call, or None. Tensors that TMA
-    cannot read are copied."""
+    """Return why the kernels cannot compute a call's gradient, or None. Some tensors are copied."""
     if problem.device != "cuda" or problem.arch != ARCH:
         return "the fused backward needs a Hopper GPU"
     return obstacle_anywhere(problem, needs_mask_grad)

@@ -1,14 +1,19 @@
 """Plans of the backward that computes dq, dk and dv in one kernel, five products instead of seven.
 
-`attn_bwd_delta_sm90` computes delta and clears float32 sums of dq, `attn_bwd_dkdv_sm90` with
-`also_dq` adds to these from every block of keys, and `attn_bwd_round_sm90` scales and rounds them.
-The order of the additions is not fixed: dq may differ in its last bits from run to run.
+`attn_bwd_delta_sm90` computes delta, `attn_bwd_dkdv_sm90` with `also_dq` adds up dq in float32, the
+blocks of a head's keys one after the other in the order of the keys, and `attn_bwd_round_sm90`
+scales and rounds the sums. Where those of all heads would take too much memory, the latter two are
+launched for a share of the heads at a time.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
 
 from flashcore.kernels.bwd_sm90.plan import (
     ARCH,
@@ -28,6 +33,8 @@ if TYPE_CHECKING:
 DELTA_KERNEL = "attn_bwd_delta_sm90"
 ROUND_KERNEL = "attn_bwd_round_sm90"
 HEAD_DIM_MAX = 128
+_KEYS_OF_TILE = 128
+_NEVER = 1 << 62  # tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +87,7 @@ class RowsPlan(BwdSm90Plan):
     @property
     def written(self) -> tuple[str, ...]:
         """Return the tensors that the kernel writes."""
-        return ("dq",) if self.kernel == ROUND_KERNEL else ("delta", "dq_sums")
+        return ("dq",) if self.kernel == ROUND_KERNEL else ("delta", "dq_turns")
 
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
@@ -132,12 +139,66 @@ def tile(problem: Problem) -> tuple[BwdTile, int]:
     return BwdTile(64, 128, 3, 2, not is_bounded(problem), False, False), 1
 
 
-def sums_shape(problem: Problem) -> tuple[int, int, int, int]:
-    """Return the shape of the float32 sums of dq: groups of 64 rows, in the order of
-    registers."""
+def pays(problem: Problem, num_bytes: int) -> bool:
+    """Return whether one kernel is faster than two for a problem that has no obstacle, with so much
+    memory to add up dq in."""
+    at_once = min(num_bytes // _sums_bytes(problem), problem.batch * problem.num_heads_kv)
+    return at_once * -(-problem.seqlen_k // _KEYS_OF_TILE) >= least_tiles(problem)
+
+
+def least_tiles(problem: Problem) -> int:
+    """Return how many tiles of keys, of all heads that are computed at a time, make one kernel
+    faster than two. Measured on an H200 (2026-11-30), bfloat16; see docs/backward.md."""
+    if problem.seqlen_q < 1024 or problem.window_left >= 0:  # with a left bound not measured
+        return _NEVER
+    if max(problem.head_dim, problem.head_dim_v) <= 96:
+        return 256
+    return 1024 if problem.window_right >= 0 else 512
+
+
+def _sums_bytes(problem: Problem) -> int:
+    """Return the bytes of the sums of those heads of q that share a head of k."""
+    return math.prod(sums_shape(problem, 1)) * 4
+
+
+def shares(problem: Problem, num_bytes: int) -> list[tuple[int, int]]:
+    """Return the heads of k and v that are computed at a time, as first one and number, counted
+    over the batch: as many as have room for their sums, but one at least."""
+    total = problem.batch * problem.num_heads_kv
+    at_once = max(1, num_bytes // _sums_bytes(problem))
+    num_shares = -(-total // at_once)
+    ends = [total * (i + 1) // num_shares for i in range(num_shares)]
+    return [(begin, end - begin) for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def launches(
+    problem: Problem, plans: OneKernelPlans, num_bytes: int
+) -> tuple[list[BwdSm90Plan], dict[str, tuple[tuple[int, ...], torch.dtype]]]:
+    """Return what a backward pass launches, in this order, and shapes and dtypes, by name, of the
+    memory that it takes meanwhile."""
+    of = shares(problem, num_bytes)
+    heads = max(count for _, count in of)
+    made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "dq_sums": (sums_shape(problem, heads), torch.float32),
+        "dq_turns": (turns_shape(problem), torch.int32),
+    }
+    if len(of) == 1:
+        return list(plans), made
+    delta, *rest = plans
+    others = (dataclasses.replace(plan, heads=share) for share in of for plan in rest)
+    return [delta, *others], made
+
+
+def sums_shape(problem: Problem, heads: int) -> tuple[int, int, int]:
+    """Return the shape of the float32 sums of dq of so many heads of k and v: groups of 64 rows, in
+    the order of registers."""
     groups = -(-problem.seqlen_q // ROWS_OF_CONSUMER)
-    floats = ROWS_OF_CONSUMER * padded_to_16(problem.head_dim)
-    return problem.batch, problem.num_heads_q, groups, floats
+    return heads * problem.group_size, groups, ROWS_OF_CONSUMER * padded_to_16(problem.head_dim)
+
+
+def turns_shape(problem: Problem) -> tuple[int, int, int]:
+    """Return the shape of the counters of who has added: two for each group of 64 rows."""
+    return *sums_shape(problem, problem.batch * problem.num_heads_kv)[:2], 2
 
 
 def select_one_kernel_plans(problem: Problem) -> OneKernelPlans:

@@ -48,7 +48,7 @@ STAGES = (
         "dQ = scale dS K",
         "dq of a dS that is given",
         "issue_dq in attn_bwd_dq_sm90.cuh: K's stage, rows that see nothing, the scale; of one "
-        "kernel for all, issue_dq and add_rows in bwd_dkdv_dq_sm90.cuh: dS from two warpgroups, "
+        "kernel for all, issue_dq and add_part in bwd_dkdv_dq_sm90.cuh: dS from two warpgroups, "
         "and which rows it is added to",
     ),
     Stage(
@@ -101,7 +101,7 @@ PHASES = {
     "issue_dq": "dq",
     "issue_own_dq": "dq",
     "consume_ds": "dq",
-    "add_rows": "dq",
+    **dict.fromkeys(("hand_over_dq", "add_part", "add_parts"), "dq"),
     "issue_dv": "dv",
     "issue_dk": "dk",
     "store_rows": "store",

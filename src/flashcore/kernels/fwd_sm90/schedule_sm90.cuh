@@ -40,6 +40,10 @@ struct TileWalk {
 
   FC_DEVICE Place place(const AttnParams& p, const TileSchedule& schedule) const {
     if (!DRAWS_TILES) return {number / p.num_m_blocks, number % p.num_m_blocks};
+    return place_in_section(p, schedule);
+  }
+
+  FC_DEVICE Place place_in_section(const AttnParams& p, const TileSchedule& schedule) const {
     const int head = number / p.num_m_blocks;
     const int last_section = schedule.num_heads / schedule.heads_per_section - 1;
     const int section = min_i(head / schedule.heads_per_section, last_section);

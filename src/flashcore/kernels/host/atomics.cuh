@@ -56,6 +56,19 @@ FC_DEVICE int gmem_atomic_cas(GmemPtr<int32_t> p, int expected, int x, FC_SITE) 
   return before;
 }
 
+// Makes known what this thread has done to every thread whose gmem_await finds the add in the sum.
+FC_DEVICE void gmem_release_add(GmemPtr<int32_t> p, int x, FC_SITE) {
+  void* place = fc_host::gmem_atomic(p.address, 4, FC_HERE);
+  fc_host::release_to_blocks(p.address);
+  fc_host::add(place, x);
+  fc_host::let_blocks_run();
+}
+
+// Until the counter is `value`. Other blocks go on meanwhile.
+FC_DEVICE void gmem_await(GmemPtr<int32_t> p, int value, FC_SITE) {
+  fc_host::await_counter(p.address, value, FC_HERE);
+}
+
 // Of a float32 tensor that the launch declares a counter. NaN is larger than any number.
 FC_DEVICE void gmem_atomic_max(GmemPtr<float> p, float x, FC_SITE) {
   void* place = fc_host::gmem_atomic(p.address, 4, FC_HERE);

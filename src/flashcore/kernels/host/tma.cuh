@@ -28,12 +28,24 @@ FC_DEVICE void tma_store(const TensorMap& map, SmemPtr<T> src, int col, int row,
   fc_host::tma_store(map, src.ref(), col, row, head, batch, FC_HERE);
 }
 
-// Adds `bytes` of floats to as many in global memory, in any order (PTX ISA: cp.reduce.async.bulk).
+// Adds `bytes` of floats to as many in global memory (PTX ISA: cp.reduce.async.bulk).
 FC_DEVICE void bulk_add(GmemPtr<float> dst, SmemPtr<float> src, int bytes, FC_SITE) {
-  fc_host::bulk_add(dst.address, src.ref(), bytes, FC_HERE);
+  fc_host::bulk_add(dst.address, src.ref(), bytes, false, FC_HERE);
+}
+
+// The same, in place of what lies there.
+FC_DEVICE void bulk_store(GmemPtr<float> dst, SmemPtr<float> src, int bytes, FC_SITE) {
+  fc_host::bulk_add(dst.address, src.ref(), bytes, true, FC_HERE);
 }
 
 FC_DEVICE void tma_store_commit(FC_SITE) { fc_host::tma_store_commit(FC_HERE); }
+
+// Until all but the newest PENDING groups are complete.
+template <int PENDING>
+FC_DEVICE void tma_store_wait(FC_SITE) {
+  static_assert(PENDING >= 0, "a number of groups");
+  fc_host::tma_store_wait(PENDING, FC_HERE);
+}
 
 // Until all but the newest PENDING groups have read their shared-memory source.
 template <int PENDING>

@@ -43,6 +43,18 @@ FC_DEVICE int gmem_atomic_cas(GmemPtr<int32_t> p, int expected, int x) {
   return before;
 }
 
+// Orders what this thread has done, and knows of by barriers, before its add, for every thread
+// whose gmem_await finds that add in the sum.
+FC_DEVICE void gmem_release_add(GmemPtr<int32_t> p, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(p.address), "r"(x) : "memory");
+}
+
+// Until the counter is `value`.
+FC_DEVICE void gmem_await(GmemPtr<int32_t> p, int value) {
+  while (gmem_load_acquire(p) != value) {
+  }
+}
+
 // As an integer: floats from 0 on are in the order of their bits, those below in the reverse order,
 // and all of these are above the others where bits count as unsigned.
 FC_DEVICE void gmem_atomic_max(GmemPtr<float> p, float x) {

@@ -43,8 +43,8 @@ FC_DEVICE void tma_store(const TensorMap& map, SmemPtr<T> src, int col, int row,
       : "memory");
 }
 
-// Adds `bytes` of floats to as many in global memory, in any order (PTX ISA: cp.reduce.async.bulk);
-// both at multiples of 16 bytes. Committed and waited for as stores are.
+// Adds `bytes` of floats to as many in global memory (PTX ISA: cp.reduce.async.bulk), both at
+// multiples of 16 bytes. Committed and waited for as stores are.
 FC_DEVICE void bulk_add(GmemPtr<float> dst, SmemPtr<float> src, int bytes) {
   asm volatile(
       "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
@@ -53,7 +53,22 @@ FC_DEVICE void bulk_add(GmemPtr<float> dst, SmemPtr<float> src, int bytes) {
       : "memory");
 }
 
+// The same, in place of what lies there.
+FC_DEVICE void bulk_store(GmemPtr<float> dst, SmemPtr<float> src, int bytes) {
+  asm volatile(
+      "cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(dst.address),
+      "r"(src.address), "r"(bytes)
+      : "memory");
+}
+
 FC_DEVICE void tma_store_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// Until all but the newest PENDING groups are complete: what they wrote or added is in global
+// memory, and seen by this thread.
+template <int PENDING>
+FC_DEVICE void tma_store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
+}
 
 // Until all but the newest PENDING groups have read their shared-memory source.
 template <int PENDING>

@@ -40,6 +40,12 @@ FC_DEVICE void lower_registers() {
 // This thread's earlier writes to shared memory become visible to TMA and WGMMA.
 FC_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// What this thread knows of global memory, its own writes and what it waited for, comes before what
+// it asks TMA for from here on.
+FC_DEVICE void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 // True in one lane of the warp; all lanes must arrive.
 FC_DEVICE bool elect_lane() {
   uint32_t elected;

@@ -48,13 +48,13 @@ class Passes(NamedTuple):
     Args:
         entry: returns the PassEntry for such tensors; None where the operator has to compute.
         run: returns dq, dk and dv, by Python; None likewise.
-        may_differ: returns whether gradients may differ from run to run, of which other passes
-            make use.
+        workspace: returns the bytes that a pass may take besides, on which depends which kernels
+            it has; below 2^40.
     """
 
     entry: Callable[..., PassEntry | None]
     run: Callable[..., Any]
-    may_differ: Callable[[], bool]
+    workspace: Callable[[], int]
 
 
 # Handed over by ops/calls.py and ops/eager.py when these are imported.

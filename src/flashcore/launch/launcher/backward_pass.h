@@ -32,7 +32,7 @@ struct PassKernel : Kernel {
 struct Pass {
   struct Made {
     std::vector<int64_t> shape, strides;
-    bool is_float32;
+    int kind;  // of element: that of q, float32 or int32
   };
   int64_t device = 0;
   std::vector<PassKernel> kernels;
@@ -95,7 +95,7 @@ std::shared_ptr<const Pass> read_pass(const py::tuple& fields) {
     const auto made = py::reinterpret_borrow<py::tuple>(item);
     pass->made.push_back(
         {made[0].cast<std::vector<int64_t>>(), made[1].cast<std::vector<int64_t>>(),
-         made[2].cast<bool>()});
+         made[2].cast<int>()});
   }
   pass->gradients = fields[3].cast<std::array<size_t, 3>>();
   return pass;
@@ -112,7 +112,7 @@ bool make_pass_key(const PassTensors& tensors, PassKey* key) {
       return false;
     }
   }
-  *field++ = (addresses & 15) << 1 | uint64_t(ask(state.may_differ, nullptr) != 0);
+  *field++ = (addresses & 15) | uint64_t(ask(state.workspace, nullptr)) << 4;
   TORCH_INTERNAL_ASSERT(field == key->data() + kPassKeyFields);
   return true;
 }
@@ -142,9 +142,9 @@ torch::autograd::variable_list launch_pass(
     addresses.push_back(reinterpret_cast<uint64_t>(x.const_data_ptr()));
   }
   const auto options = tensors[0].options();
+  const std::array kinds = {options, options.dtype(at::kFloat), options.dtype(at::kInt)};
   for (const Pass::Made& like : pass.made) {
-    made.push_back(at::empty_strided(
-        like.shape, like.strides, like.is_float32 ? options.dtype(at::kFloat) : options));
+    made.push_back(at::empty_strided(like.shape, like.strides, kinds.at(size_t(like.kind))));
     addresses.push_back(reinterpret_cast<uint64_t>(made.back().mutable_data_ptr()));
   }
   for (const PassKernel& kernel : pass.kernels) {

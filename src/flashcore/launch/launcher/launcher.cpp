@@ -321,16 +321,16 @@ PyObject* attend(PyObject*, PyObject* const* a, Py_ssize_t count) {
 }
 
 // configure(launch_kernel, replace_address, current_device, current_stream, counters, is_capturing,
-// prepare, backends, max_entries, pass_entry, run_pass, may_differ): forgets all that was prepared.
+// prepare, backends, max_entries, pass_entry, run_pass, workspace): forgets all that was prepared.
 PyObject* configure(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   unsigned long long launch_kernel, replace_address, is_capturing, max_entries;
   PyObject *current_device, *current_stream, *counters, *prepare, *backends;
-  PyObject *pass_entry, *run_pass, *may_differ;
+  PyObject *pass_entry, *run_pass, *workspace;
   if (!PyArg_ParseTuple(
           arguments, "KKOOOKOO!KOOO", &launch_kernel, &replace_address, &current_device,
           &current_stream, &counters, &is_capturing, &prepare, &PyTuple_Type, &backends,
-          &max_entries, &pass_entry, &run_pass, &may_differ)) {
+          &max_entries, &pass_entry, &run_pass, &workspace)) {
     return nullptr;
   }
   state.launch_kernel = reinterpret_cast<LaunchKernel>(launch_kernel);
@@ -343,7 +343,7 @@ PyObject* configure(PyObject*, PyObject* arguments) {
   Py_XSETREF(calls.backends, Py_NewRef(backends));
   Py_XSETREF(state.pass_entry, Py_NewRef(pass_entry));
   Py_XSETREF(state.run_pass, Py_NewRef(run_pass));
-  Py_XSETREF(state.may_differ, Py_NewRef(may_differ));
+  Py_XSETREF(state.workspace, Py_NewRef(workspace));
   calls.max_entries = max_entries;
   calls.entries.clear();
   calls.order.clear();

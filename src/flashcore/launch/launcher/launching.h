@@ -66,7 +66,7 @@ struct State {
   PyObject* current_stream = nullptr;  // device index -> int
   PyObject* counters = nullptr;  // see _counters in __init__.py
   IsCapturing is_capturing = nullptr;
-  PyObject *pass_entry = nullptr, *run_pass = nullptr, *may_differ = nullptr;  // see Passes there
+  PyObject *pass_entry = nullptr, *run_pass = nullptr, *workspace = nullptr;  // see Passes there
   std::map<std::pair<int64_t, void*>, Counters> counters_of;  // by device and stream
 };
 

@@ -25,7 +25,11 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_PADDED_SM90,
     PLANTS_BWD_ROLES_SM90,
 )
-from flashcore.sim.plants.bwd_sm90.one import PLANTS_BWD_ONE_SM90, PLANTS_BWD_SHARED_SM90
+from flashcore.sim.plants.bwd_sm90.one import (
+    PLANTS_BWD_ONE_SM90,
+    PLANTS_BWD_ORDER_SM90,
+    PLANTS_BWD_SHARED_SM90,
+)
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.float8 import (
     PLANTS_FEW_SM90,
@@ -117,6 +121,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_BWD_DKDV_SM90,
         **PLANTS_BWD_ROLES_SM90,
         **PLANTS_BWD_ONE_SM90,
+        **PLANTS_BWD_ORDER_SM90,
         **PLANTS_BWD_SHARED_SM90,
         **PLANTS_BWD_PACKED_SM90,
         **PLANTS_BWD_PADDED_SM90,

@@ -15,12 +15,12 @@ struct FcTensor {
   int64_t bytes;
   int32_t element_bytes;
   // 0: an input, 1: an output, 2: a counter, for atomics alone, 3: an output that other threads may
-  // read.
+  // read, 4: sums that blocks add to, one behind the other.
   int32_t writable;
   const uint8_t* valid;  // per element of `data`: 1 where the tensor has an element, 0 in a hole
   uint32_t* writer;  // writable: 0, or 1 + block * num_threads + thread of who wrote the element
   uint32_t* writer_site;  // writable: packed site of that write
-  int32_t* writer_clock;  // of an output that others may read: that thread's clock
+  int32_t* writer_clock;  // of an output that others may read, and of sums: that thread's clock
 };
 
 struct FcLaunch {

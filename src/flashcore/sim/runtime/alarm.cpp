@@ -176,6 +176,9 @@ static int describe_place(char* text, size_t bytes, const Thread& thread) {
       return used + mbarrier_describe(machine.sm90.mbarriers[size_t(thread.mbarrier)], text + used,
                                       bytes - size_t(used));
     }
+    case ThreadState::at_counter:
+      return std::snprintf(text, bytes, "in gmem_await at %s:%d", thread.site.file,
+                           thread.site.line);
     case ThreadState::at_warp_op:
       return std::snprintf(text, bytes, "in %s at %s:%d", op_name(thread.op), thread.site.file,
                            thread.site.line);

@@ -41,10 +41,49 @@ void learn_of_blocks(uint64_t address) {
   machine.acquisitions.push_back({thread_epoch(current_thread), counters[address]});
 }
 
-bool known_of_block(int block, int thread, int clock) {
+void release_to_blocks(uint64_t address) {
+  const int me = current_thread;
+  learn(counters[address], current_block,
+        Clocks(clock_row(me), clock_row(me) + machine.num_threads));
+  clocks_tick(me);
+}
+
+void await_counter(uint64_t address, int value, Site site) {
+  Machine& m = machine;
+  const int me = current_thread;
+  const auto* place = static_cast<const int32_t*>(gmem_atomic(address, 4, site));
+  m.threads[size_t(me)].site = site;
+  if (m.room == 0) m.room = 2 + int(next_random() % uint64_t(num_blocks));
+  let_blocks_run();
+  if (*place != value) {
+    m.waits.push_back({me, place, value});
+    set_waiting(me, ThreadState::at_counter);
+    schedule(me);
+  }
+  learn_of_blocks(address);
+}
+
+void wake_at_counters() {
+  auto& waits = machine.waits;
+  const auto goes_on = [](const CounterWait& wait) {
+    if (*wait.place != wait.value) return false;
+    set_runnable(wait.thread);
+    return true;
+  };
+  waits.erase(std::remove_if(waits.begin(), waits.end(), goes_on), waits.end());
+}
+
+void fence_proxy_async_global(Site) {
+  for (Acquisition& acquisition : machine.acquisitions) {
+    if (agent_of(acquisition.epoch) == current_thread) acquisition.fenced = true;
+  }
+}
+
+bool known_of_block(int block, int thread, int clock, bool by_tma) {
   const int32_t* mine = clock_row(current_thread);
   if (block == current_block) return mine[thread] >= clock;
   for (const Acquisition& acquisition : machine.acquisitions) {
+    if (by_tma && !acquisition.fenced) continue;
     if (!ordered(acquisition.epoch, mine)) continue;
     for (const auto& [other, clocks] : acquisition.known) {
       if (other == block && clocks[size_t(thread)] >= clock) return true;

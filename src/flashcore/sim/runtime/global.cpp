@@ -7,6 +7,8 @@ namespace fc_host {
 constexpr int ADDRESS_BITS = 44;
 constexpr int COUNTER = 2;  // FcTensor::writable
 constexpr int SHARED = 3;
+constexpr int SUMS = 4;
+constexpr int32_t UNDER_WAY = INT32_MAX;  // a clock: nobody knows of the add yet
 
 // Index of the tensor whose range holds an address, or -1.
 static int tensor_of(uint64_t address) {
@@ -57,7 +59,7 @@ static const FcTensor& locate(uint64_t address, int bytes, int alignment, const 
 
 // Counters are what all threads change, by atomics; nothing else may be, and they no other way.
 static void check_kind(const FcTensor& tensor, bool is_atomic, Site site) {
-  if ((tensor.writable == COUNTER) == is_atomic) return;
+  if ((tensor.writable == COUNTER || tensor.writable == SUMS) == is_atomic) return;
   raise_alarm({"race", site, tensor.name, 0, int(&tensor - machine.launch.tensors)},
               is_atomic ? "adds atomically to a tensor that is no counter"
                         : "touches a counter, which every thread may change, without an atomic");
@@ -143,9 +145,58 @@ void* gmem_atomic(uint64_t address, int bytes, Site site) {
   return added_to(address, bytes, bytes, site);
 }
 
-// Of bulk_add.
+// Of bulk_add. An add must know that the one before it is complete: floats add up in an order then.
 uint8_t* global_sums(uint64_t address, int bytes, Site site) {
-  return added_to(address, bytes, 16, site);
+  uint8_t* place = added_to(address, bytes, 16, site);
+  const int index = tensor_of(address);
+  const FcTensor& tensor = machine.launch.tensors[index];
+  if (tensor.writable != SUMS) {
+    raise_alarm({"atomic-order", site, tensor.name, 0, index},
+                "adds floats to a tensor whose sums have no order");
+  }
+  const int64_t first = (place - tensor.data) / 4;
+  const auto me = uint32_t(current_block * machine.num_threads + current_thread) + 1;
+  uint32_t known_writer = 0;
+  int32_t known_clock = 0;
+  for (int64_t e = first; e < first + bytes / 4; ++e) {
+    const uint32_t writer = tensor.writer[e];
+    const int32_t clock = tensor.writer_clock[e];
+    if (writer != 0 && (writer != known_writer || clock != known_clock)) {
+      const int block = int(writer - 1) / machine.num_threads;
+      const int thread = int(writer - 1) % machine.num_threads;
+      if (!known_of_block(block, thread, clock, true)) {
+        set_other_thread(block, thread, unpack_site(tensor.writer_site[e]));
+        if (known_of_block(block, thread, clock)) {
+          raise_alarm({"missing-fence", site, tensor.name, e, index},
+                      "adds behind another block, and no fence_proxy_async_global() stands between "
+                      "the wait for that one and the add");
+        }
+        raise_alarm({"atomic-order", site, tensor.name, e, index},
+                    "adds floats while another add may be under way: nothing says that it is "
+                    "complete, and the sum depends on which comes first");
+      }
+      known_writer = writer;
+      known_clock = clock;
+    }
+    tensor.writer[e] = me;
+    tensor.writer_site[e] = pack_site(site);
+    tensor.writer_clock[e] = UNDER_WAY;
+  }
+  return place;
+}
+
+// The current thread has waited for an add.
+void global_sums_complete(const uint8_t* place, int bytes) {
+  for (int i = 0; i < machine.launch.num_tensors; ++i) {
+    const FcTensor& tensor = machine.launch.tensors[i];
+    if (tensor.writable != SUMS || place < tensor.data || place >= tensor.data + tensor.bytes) {
+      continue;
+    }
+    const int64_t first = (place - tensor.data) / 4;
+    for (int64_t e = first; e < first + bytes / 4; ++e) {
+      tensor.writer_clock[e] = clock_row(current_thread)[current_thread];
+    }
+  }
 }
 
 uint8_t* global_claim_row(uint64_t address, int bytes, Site site) {

@@ -69,7 +69,14 @@ struct ReadSet {
 
 // --- threads -------------------------------------------------------------------------------------
 
-enum class ThreadState : uint8_t { runnable, at_warp_op, at_block_barrier, at_mbarrier, exited };
+enum class ThreadState : uint8_t {
+  runnable,
+  at_warp_op,
+  at_block_barrier,
+  at_mbarrier,
+  at_counter,
+  exited
+};
 
 struct AsyncCopy {
   int group;
@@ -97,7 +104,7 @@ struct Thread {
 struct Warp {
   uint32_t runnable;
   uint32_t arrived;
-  uint32_t at_mbarrier;
+  uint32_t polling;  // lanes at an mbarrier or a counter
   WarpOp op;
   uint64_t uniform;
   Site site;
@@ -119,17 +126,28 @@ struct Warp {
 using Clocks = std::vector<int32_t>;                 // of the threads of a block
 using Blocks = std::vector<std::pair<int, Clocks>>;  // block and what is known of it
 
-// A thread that has seen `epoch` of this block knows `known` of others.
+// A thread that has seen `epoch` of this block knows `known` of others; TMA too, if it is `fenced`.
 struct Acquisition {
   Epoch epoch;
   Blocks known;
+  bool fenced = false;
 };
 
-// The state of a block that has begun. While it polls a counter, others may run (runtime.cpp).
+// A thread that waits until a counter has a value.
+struct CounterWait {
+  int thread;
+  const int32_t* place;
+  int value;
+};
+
+// The state of a block that has begun. While it polls a counter, or waits at one, others may run
+// (runtime.cpp).
 struct Block {
   int number = 0;
   int thread = 0;  // that runs on where the block has halted
   bool has_halted = false;
+  bool is_stuck = false;  // no block can go on, says who finds out
+  std::vector<CounterWait> waits;
   std::unique_ptr<FiberStacks> stacks;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -165,6 +183,7 @@ struct Machine : Block {  // the one that runs
   uint64_t random_state;
   bool stopped;
   int num_others;  // blocks that have not ended, besides the one that runs
+  int room;        // where blocks wait for each other, for so many at a time; else 0
 
   Fiber main_fiber;
   std::vector<const char*> files;
@@ -220,11 +239,15 @@ void* smem_write_as(int thread, SmemRef ref, int bytes, int alignment, Site site
 const uint8_t* global_source(uint64_t address, int bytes, int alignment, Site site);
 uint8_t* global_claim_row(uint64_t address, int bytes, Site site);
 uint8_t* global_sums(uint64_t address, int bytes, Site site);
+void global_sums_complete(const uint8_t* place, int bytes);
 // between_blocks.cpp
 void between_blocks_start();
 void between_blocks_reset();
-// Returns whether the current thread knows what a thread did up to that thread's clock.
-bool known_of_block(int block, int thread, int clock);
+// Returns whether the current thread, or TMA on its behalf, knows what a thread did up to that
+// thread's clock.
+bool known_of_block(int block, int thread, int clock, bool by_tma = false);
+// Threads whose counter has the value that they wait for can go on.
+void wake_at_counters();
 // async.cpp
 void async_perform(AsyncCopy& copy);
 void async_perform_some();

@@ -56,6 +56,7 @@ static void start(const FcLaunch& launch, FcReport& report) {
   num_blocks = launch.grid;
   m.random_state = launch.seed;
   m.stopped = false;
+  m.room = 0;
   m.deferred = {};
   m.files.clear();
   m.last_file = nullptr;
@@ -76,17 +77,32 @@ static Block room_for_block() {
   return block;
 }
 
-// Runs blocks in an order, one after the other; or, while some have halted, any of these or the
-// next one, until all have ended.
+static bool can_go_on(const Block& halted) {
+  bool can = halted.runnable_warps != 0;
+  for (const CounterWait& wait : halted.waits) can |= *wait.place == wait.value;
+  return can;
+}
+
+// Runs blocks in an order, one after the other; or, while some have halted, any of these that can
+// go on, or the next one, if there is room for it, until all have ended.
 static void run_blocks(const std::vector<int>& order) {
   Machine& m = machine;
   Block& running = m;
   std::vector<Block> halted, ended;
   for (size_t begun = 0; begun < order.size() || !halted.empty();) {
-    const bool may_begin = begun < order.size();
+    const bool has_room = m.room == 0 || halted.empty() || int(halted.size()) < m.room;
+    const bool may_begin = begun < order.size() && has_room;
     m.num_others = int(order.size() - begun + halted.size()) - 1;
-    size_t next = halted.size();
-    if (next > 0) next = next_random() % (halted.size() + (may_begin ? 1 : 0));
+    std::vector<size_t> ready;
+    for (size_t i = 0; i < halted.size(); ++i) {
+      if (can_go_on(halted[i])) ready.push_back(i);
+    }
+    const size_t choices = ready.size() + (may_begin ? 1 : 0);
+    size_t next = 0;  // stuck, if there is no choice
+    if (choices > 0) {
+      next = halted.empty() ? 0 : next_random() % choices;
+      next = next == ready.size() ? halted.size() : ready[next];
+    }
     if (next == halted.size()) {
       if (ended.empty()) ended.push_back(room_for_block());
       running = std::move(ended.back());
@@ -94,6 +110,7 @@ static void run_blocks(const std::vector<int>& order) {
       begin_block(order[begun++]);
     } else {
       running = std::move(halted[next]);
+      m.is_stuck = choices == 0;
       halted.erase(halted.begin() + std::ptrdiff_t(next));
     }
     run_block();

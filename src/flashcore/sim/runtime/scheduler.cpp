@@ -24,7 +24,7 @@ uint64_t next_random() {
 void set_runnable(int thread) {
   Warp& warp = machine.warps[size_t(thread / WARP_SIZE)];
   warp.runnable |= 1u << (thread % WARP_SIZE);
-  warp.at_mbarrier &= ~(1u << (thread % WARP_SIZE));
+  warp.polling &= ~(1u << (thread % WARP_SIZE));
   machine.runnable_warps |= 1u << (thread / WARP_SIZE);
   machine.threads[size_t(thread)].state = ThreadState::runnable;
 }
@@ -32,7 +32,8 @@ void set_runnable(int thread) {
 void set_waiting(int thread, ThreadState state) {
   Warp& warp = machine.warps[size_t(thread / WARP_SIZE)];
   warp.runnable &= ~(1u << (thread % WARP_SIZE));
-  if (state == ThreadState::at_mbarrier) warp.at_mbarrier |= 1u << (thread % WARP_SIZE);
+  const bool polls = state == ThreadState::at_mbarrier || state == ThreadState::at_counter;
+  if (polls) warp.polling |= 1u << (thread % WARP_SIZE);
   if (warp.runnable == 0) machine.runnable_warps &= ~(1u << (thread / WARP_SIZE));
   machine.threads[size_t(thread)].state = state;
 }
@@ -47,6 +48,13 @@ static int pick_bit(uint32_t bits, uint32_t random) {
 [[noreturn]] static void deadlock() {
   Machine& m = machine;
   describe_warps(m.report->details, sizeof m.report->details);
+  if (!m.waits.empty()) {
+    const CounterWait& wait = m.waits.front();
+    current_thread = wait.thread;
+    raise_alarm({"deadlock", m.threads[size_t(wait.thread)].site},
+                "waits for a counter to be %d; it is %d, and no block that runs goes on",
+                wait.value, *wait.place);
+  }
   // One that waits for bytes which nobody sends stands for all, else the first that waits.
   int t = 0;
   while (m.threads[size_t(t)].state == ThreadState::exited) ++t;
@@ -100,10 +108,24 @@ static void perform_asynchronous() {
   }
 }
 
+// Other blocks run until this one's turn comes again.
+static void halt() {
+  Machine& m = machine;
+  m.has_halted = true;
+  m.thread = current_thread;
+  fiber_switch(m.threads[size_t(current_thread)].fiber, m.main_fiber);
+  if (m.is_stuck) deadlock();
+}
+
 // Goes on with a runnable thread; returns when the caller's turn comes again.
 void schedule(int caller) {
   Machine& m = machine;
   if (m.is_sm90) perform_asynchronous();
+  if (!m.waits.empty()) wake_at_counters();
+  while (m.runnable_warps == 0 && !m.waits.empty()) {
+    halt();
+    wake_at_counters();
+  }
   if (m.runnable_warps == 0) {
     if (m.num_exited < m.num_threads) deadlock();
     Fiber finished;
@@ -170,8 +192,8 @@ static void check_converged(WarpOp op, uint64_t uniform, Site site) {
       (warp.op != op || warp.uniform != uniform || !same_site(warp.site, site))) {
     diverged(site, op_name(op), warp.first_lane + __builtin_ctz(warp.arrived));
   }
-  // A lane that polls an mbarrier will still come.
-  const uint32_t elsewhere = ~warp.runnable & ~warp.arrived & ~warp.at_mbarrier;
+  // A lane that polls an mbarrier or a counter will still come.
+  const uint32_t elsewhere = ~warp.runnable & ~warp.arrived & ~warp.polling;
   if (elsewhere != 0) diverged(site, op_name(op), warp.first_lane + __builtin_ctz(elsewhere));
 }
 
@@ -276,6 +298,8 @@ void block_barrier(Site site) {
 void begin_block(int block) {
   Machine& m = machine;
   current_block = m.number = block;
+  m.waits.clear();
+  m.is_stuck = false;
   m.num_exited = m.num_at_block_barrier = m.num_pending_copies = 0;
   m.runnable_warps = 0;
   // Blocks differ in how their warps interleave: from lock step to one warp running far ahead.
@@ -286,7 +310,7 @@ void begin_block(int block) {
   between_blocks_reset();
   for (int w = 0; w < m.num_warps; ++w) {
     Warp& warp = m.warps[size_t(w)];
-    warp.arrived = warp.runnable = warp.at_mbarrier = 0;
+    warp.arrived = warp.runnable = warp.polling = 0;
     warp.first_lane = w * WARP_SIZE;
   }
   if (m.is_sm90) {
@@ -331,9 +355,7 @@ void run_block() {
 void let_blocks_run() {
   Machine& m = machine;
   if (m.num_others == 0 || (next_random() & 1) == 0) return;
-  m.has_halted = true;
-  m.thread = current_thread;
-  fiber_switch(m.threads[size_t(current_thread)].fiber, m.main_fiber);
+  halt();
 }
 
 }  // namespace fc_host

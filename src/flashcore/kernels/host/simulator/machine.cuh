@@ -1,5 +1,6 @@
 // host/simulator/machine.cuh - what the host primitives ask of the simulator's runtime
-// (sim/runtime), which runs one fiber per CUDA thread, one block at a time. Every access passes
+// (sim/runtime), which runs one fiber per CUDA thread, one block at a time, in turns where blocks
+// wait for each other. Every access passes
 // through here, is checked, and raises an alarm that ends the run when it is wrong. Nothing in this
 // file is seen by a GPU.
 #pragma once
@@ -88,6 +89,9 @@ void meet_blocks(uint64_t address);
 void learn_of_blocks(uint64_t address);
 // Of a thread that polls: other blocks may run before it goes on.
 void let_blocks_run();
+// Of an atomic by which a block makes its writes known, and of a wait until a counter has a value.
+void release_to_blocks(uint64_t address);
+void await_counter(uint64_t address, int value, Site site);
 
 // cp.async: checked and poisoned at issue, performed later, readable by this thread after the wait.
 void async_issue(SmemRef dst, uint64_t src_address, int bytes, bool valid, Site site);

@@ -37,15 +37,18 @@ void mbar_wait(SmemRef bar, int parity, Site site);
 void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar, int col, int row, int chunk, int head,
               int batch, Site site);
 void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, int batch, Site site);
-void bulk_add(uint64_t dst, SmemRef src, int bytes, Site site);  // float32; committed as stores
+// Of float32; committed as stores. Adds, or replaces.
+void bulk_add(uint64_t dst, SmemRef src, int bytes, bool replaces, Site site);
 void tma_store_commit(Site site);
 void tma_store_wait_read(int pending_groups, Site site);
+void tma_store_wait(int pending_groups, Site site);
 
 // Barriers among some warps, register budgets, fences between proxies.
 // `op` is one of WarpOp's three; whether `predicate` holds for any thread, with named_barrier_any.
 bool named_barrier(WarpOp op, int id, int threads, bool predicate, Site site);
 void set_registers(int registers, bool raise, Site site);
 void fence_proxy_async(Site site);
+void fence_proxy_async_global(Site site);
 bool elect_lane(Site site);
 void store_matrices(SmemRef row, const uint32_t (&reg)[4], Site site);
 void load_matrices(SmemRef row, uint32_t (&reg)[4], bool transposed, Site site);

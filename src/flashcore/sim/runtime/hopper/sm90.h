@@ -70,13 +70,15 @@ struct TmaStore {
   std::vector<uint8_t*> dst;  // one a row; null: clipped
   int valid_bytes;
   bool performed;
-  bool adds;  // bulk_add: floats, all in one row
+  bool adds;      // bulk_add: floats, all in one row
+  bool replaces;  // them
 };
 
 struct Storer {
   int thread;
   int committed;  // groups
   std::vector<TmaStore> stores;  // not waited for yet
+  std::vector<TmaStore> adds;    // of which is known only that they have read their source
 };
 
 // --- barriers among warps ------------------------------------------------------------------------

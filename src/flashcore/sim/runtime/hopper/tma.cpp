@@ -202,7 +202,7 @@ static Storer& storer_of(int t, Site site) {
       misuse(site, "the simulator can track bulk stores of %d threads of a block", MAX_STORERS);
     }
     slot = int(sm90.storers.size());
-    sm90.storers.push_back({t, machine.threads[size_t(t)].empty_groups, {}});
+    sm90.storers.push_back({t, machine.threads[size_t(t)].empty_groups, {}, {}});
   }
   return sm90.storers[size_t(slot)];
 }
@@ -246,7 +246,7 @@ void tma_store(const TensorMap& map, SmemRef src, int col, int row, int head, in
 }
 
 // As a store of one row, which the destination is not claimed for: everybody adds to it.
-void bulk_add(uint64_t dst, SmemRef src, int bytes, Site site) {
+void bulk_add(uint64_t dst, SmemRef src, int bytes, bool replaces, Site site) {
   Machine& m = machine;
   ++m.report->async_copies;
   const int t = current_thread;
@@ -257,6 +257,7 @@ void bulk_add(uint64_t dst, SmemRef src, int bytes, Site site) {
   Storer& storer = storer_of(t, site);
   TmaStore store = {};
   store.adds = true;
+  store.replaces = replaces;
   store.group = storer.committed;
   store.src = src;
   store.src_offset = offset;
@@ -284,6 +285,10 @@ static void add_floats(uint8_t* dst, const uint8_t* src, int bytes) {
 static void perform(TmaStore& store) {
   if (store.performed) return;
   store.performed = true;
+  if (store.replaces) {
+    std::memcpy(store.dst[0], machine.smem + store.src_offset, size_t(store.valid_bytes));
+    return;
+  }
   if (store.adds) {
     add_floats(store.dst[0], machine.smem + store.src_offset, store.valid_bytes);
     return;
@@ -318,12 +323,30 @@ void tma_store_wait_read(int pending_groups, Site) {
   size_t count = 0;
   for (; count < storer.stores.size() && storer.stores[count].group < done; ++count) {
     perform(storer.stores[count]);
+    if (storer.stores[count].adds) storer.adds.push_back(storer.stores[count]);
   }
   storer.stores.erase(storer.stores.begin(), storer.stores.begin() + long(count));
   machine.sm90.num_pending_stores -= int(count);
   int32_t& seen = clock_row(t)[machine.agents.stores + slot];
   seen = std::max(seen, done);
   maybe_reschedule();
+}
+
+// Whoever knows what the thread knows from here on knows the adds.
+void tma_store_wait(int pending_groups, Site site) {
+  tma_store_wait_read(pending_groups, site);
+  const int t = current_thread;
+  const int slot = machine.threads[size_t(t)].store_slot;
+  if (slot < 0) return;
+  Storer& storer = machine.sm90.storers[size_t(slot)];
+  clocks_tick(t);
+  const auto is_complete = [&](const TmaStore& add) {
+    if (add.group >= storer.committed - pending_groups) return false;
+    global_sums_complete(add.dst[0], add.valid_bytes);
+    return true;
+  };
+  storer.adds.erase(std::remove_if(storer.adds.begin(), storer.adds.end(), is_complete),
+                    storer.adds.end());
 }
 
 // --- the scheduler's calls -----------------------------------------------------------------------
