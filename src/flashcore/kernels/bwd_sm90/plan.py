@@ -331,9 +331,8 @@ def select_plans(problem: Problem) -> BwdPlans:
 
 @functools.lru_cache(maxsize=4096)
 def _plans(dq: BwdTile, dkdv: BwdTile, fields: tuple[tuple[str, Any], ...]) -> BwdPlans:
-    return BwdPlans(
-        make_plan(DQ_KERNEL, dq, dict(fields)), make_plan(DKDV_KERNEL, dkdv, dict(fields))
-    )
+    of_dq = make_plan(DQ_KERNEL, dq, dict(fields))
+    return BwdPlans(of_dq, make_plan(DKDV_KERNEL, dkdv, dict(fields)))
 
 
 def make_plan(kernel: str, tile: BwdTile, of_problem: dict[str, Any]) -> BwdSm90Plan:
