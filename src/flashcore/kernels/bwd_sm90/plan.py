@@ -200,8 +200,7 @@ class BwdSm90Plan(Plan):
 
     @property
     def producer_registers_min(self) -> int:
-        """Return the registers that a producer thread needs at least: more where one of its warps
-        computes, reads a mask, or deals out tiles of packed sequences."""
+        """Return a producer thread's registers, at least: more where it does not load alone."""
         if not self.is_dq:
             return 40
         return 32 if self.varlen == "packed" or self.mask is not None else 24
