@@ -264,6 +264,7 @@ def test_one_kernel_computes_where_there_is_enough(monkeypatch: pytest.MonkeyPat
         (128, 2048, 32, {}, True),
         (128, 2048, 32, {"causal": True}, False),
         (128, 2048, 64, {"causal": True}, True),
+        (64, 2048, 0, {}, False),
         (128, 1 << 20, 8, {}, False),  # one head's sums would take 512 MiB
     ],
 )

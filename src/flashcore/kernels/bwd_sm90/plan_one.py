@@ -157,8 +157,8 @@ def least_tiles(problem: Problem) -> int:
 
 
 def _sums_bytes(problem: Problem) -> int:
-    """Return the bytes of the sums of those heads of q that share a head of k."""
-    return math.prod(sums_shape(problem, 1)) * 4
+    """Return the bytes of the sums of those heads of q that share a head of k; 1 of none."""
+    return max(1, math.prod(sums_shape(problem, 1)) * 4)
 
 
 def shares(problem: Problem, num_bytes: int) -> list[tuple[int, int]]:
