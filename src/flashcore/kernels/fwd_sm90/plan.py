@@ -205,6 +205,8 @@ class Sm90Plan(Plan):
             producer = 48 if self.varlen in PACKS_QUERIES or self.has_float8 else 40
             if self.stream_k and self.num_consumers == self.min_blocks == 1:
                 producer = 56
+            elif self.stream_k and self.head_dim_v <= 32:  # a narrow O leaves some
+                producer = 48
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         producer = min(max(40, producer), pool - consumer * self.num_consumers)
         return (consumer, producer, *[CONVERTER_REGISTERS] * self.converts)
