@@ -203,6 +203,8 @@ class Sm90Plan(Plan):
         producer = 32 if self.varlen in PACKS_QUERIES or many_chunks else 24
         if self.page_size or self.stream_k:
             producer = 48 if self.varlen in PACKS_QUERIES or self.has_float8 else 40
+            if self.varlen in PACKS_QUERIES and self.key_slices > 1:  # consumers lose none
+                producer = 56
             if self.stream_k and self.num_consumers == self.min_blocks == 1:
                 producer = 56
             elif self.stream_k and self.head_dim_v <= 32:  # a narrow O leaves some
@@ -226,7 +228,10 @@ class Sm90Plan(Plan):
 
     @property
     def old_max_serves(self) -> bool:
-        """Return whether old maxima are tried (tile/softmax.cuh; docs/ladder-masks.md)."""
+        """Return whether old maxima are tried (tile/softmax.cuh; docs/ladder-masks.md): beside a
+        mask up to head_dim 128, as 256 columns of O leave no registers for both."""
+        if self.mask is not None and max(self.head_dim, self.head_dim_v) > 128:
+            return False
         rows_of = (None,) if self.mask_is_row else (None, "bool", "float32")
         return not self.has_softcap and self.mask in rows_of
 
