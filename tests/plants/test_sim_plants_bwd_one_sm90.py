@@ -20,9 +20,10 @@ from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.sim import Plant, SimulationError
 from flashcore.sim.plants.bwd_sm90.one import (
+    PLANTS_BWD_DELTA_SM90,
     PLANTS_BWD_ONE_SM90,
     PLANTS_BWD_ORDER_SM90,
-    PLANTS_BWD_ROWS_SM90,
+    PLANTS_BWD_ROUND_SM90,
     PLANTS_BWD_SHARED_SM90,
 )
 from flashcore.sim.run_bwd import simulate_backward
@@ -45,7 +46,7 @@ WINDOW_CASE = dataclasses.replace(
     CASE, batch=1, num_heads_q=2, num_heads_kv=1, seqlen_q=600, seqlen_k=400, causal="none",
     window=(140, 20),
 )  # fmt: skip
-PLANTS_IN_ORDER = PLANTS_BWD_ORDER_SM90 | PLANTS_BWD_ROWS_SM90
+PLANTS_IN_ORDER = PLANTS_BWD_ORDER_SM90 | PLANTS_BWD_DELTA_SM90 | PLANTS_BWD_ROUND_SM90
 PLANTS = PLANTS_BWD_ONE_SM90 | PLANTS_BWD_SHARED_SM90 | PLANTS_IN_ORDER
 CASES = dict.fromkeys(PLANTS, CASE)
 CASES |= dict.fromkeys(PLANTS_BWD_SHARED_SM90, SHARED_CASE)

@@ -160,6 +160,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("probs-overwritten", "stats-of-the-first", "longest-instead-of-own"),
             *("strip-not-awaited", "strip-of-own-copies", "strip-overwritten", "swapped-operand"),
             *("strip-of-this-tile-again", "strip-of-the-first-keys", "q-of-dk-released-early"),
+            "rank-from-the-first-key",
         ),
         "dv": ("empty-rows-spread",),
         "full": ("keys-behind-kept",),
@@ -168,7 +169,9 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sums-without-fence", "ds-released-early", "k-released-before-dq"),
             *("neighbour-rows", "head-of-group", "ds-of-neighbour-not-awaited"),
             *("dv-over-dq", "part-of-dq-not-awaited", "dq-over-dk", "shared-ds-released-early"),
-            *("dq-of-the-next-tile", "dq-before-the-first", "columns-of-the-other"),
+            *("dq-before-the-first", "columns-of-the-other"),
+            *("turn-not-awaited", "turn-told-early", "turn-told-when-read", "turn-told-relaxed"),
+            *("turn-without-fence", "first-adds-too"),
         ),
         "dk": ("dk-added-twice", "scale-forgotten"),
         "store": (

@@ -9,6 +9,7 @@ from flashcore.compile.plant import Plant
 from flashcore.kernels.append.params import AppendPlan
 from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
+from flashcore.kernels.bwd_sm90.plan_one import DELTA_KERNEL, ROUND_KERNEL
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90_KERNEL
 from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA_KERNEL
 from flashcore.sim.plants.append import PLANTS_APPEND
@@ -26,8 +27,10 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.bwd_sm90.one import (
+    PLANTS_BWD_DELTA_SM90,
     PLANTS_BWD_ONE_SM90,
     PLANTS_BWD_ORDER_SM90,
+    PLANTS_BWD_ROUND_SM90,
     PLANTS_BWD_SHARED_SM90,
 )
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
@@ -138,6 +141,8 @@ BESIDE: Mapping[str, Mapping[str, Plant]] = {
     AppendPlan.kernel: PLANTS_APPEND,
     "merge_results": PLANTS_MERGE,
     "merge_results_backward": PLANTS_MERGE_BACKWARD,
+    DELTA_KERNEL: PLANTS_BWD_DELTA_SM90,
+    ROUND_KERNEL: PLANTS_BWD_ROUND_SM90,
 }
 
 

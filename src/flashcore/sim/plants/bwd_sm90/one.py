@@ -154,7 +154,7 @@ PLANTS_BWD_ORDER_SM90 = by_name(
 )
 
 # In the kernels before and behind.
-PLANTS_BWD_ROWS_SM90 = by_name(
+PLANTS_BWD_DELTA_SM90 = by_name(
     Plant(
         name="turns-not-zeroed",
         title="the kernel before leaves the counters of who has added as they were",
@@ -163,6 +163,9 @@ PLANTS_BWD_ROWS_SM90 = by_name(
         replace="  if (thread_idx() < 1) {",
         caught_by="unwritten-output",
     ),
+)
+
+PLANTS_BWD_ROUND_SM90 = by_name(
     Plant(
         name="unseen-rows-kept",
         title="dQ of rows that see no key is what lay there",
