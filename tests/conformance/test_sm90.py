@@ -138,7 +138,7 @@ def test_boxes_are_swizzled_padded_and_clipped(run: Runner, row_bytes: int) -> N
 
 
 def test_a_box_has_all_chunks_of_columns(run: Runner) -> None:
-    """What lies outside is zeros: rows, chunks and batches behind the last, and other heads."""
+    """TMA fills rows, chunks, batches and heads that there are not with zeros."""
     x = torch.arange(3 * 2 * 21 * 192).reshape(3, 2, 21, 192).to(torch.int16)
     boxes = [(0, 0, 0, 0), (13, 0, 1, 1), (16, 0, 0, 1), (8, 1, 1, 0)]  # row, chunk, head, batch
     boxes += [(0, 0, 1, 2), (21, 0, 0, 0), (0, 0, 2, 0)]

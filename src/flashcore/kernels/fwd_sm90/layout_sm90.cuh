@@ -60,7 +60,7 @@ constexpr int V_CHUNKS = VTile::CHUNKS;
 constexpr int KEY_FRAGS = BLOCK_N / 16;
 constexpr int Q_FRAGS = (HEAD_DIM + 15) / 16;
 constexpr int OUT_FRAGS = (HEAD_DIM_V + 15) / 16;  // the last chunk's other columns are padding
-// What a warp has of FEW_ROWS in the end: maxima and sums of its 16 rows, and rows of O.
+// Each warp's results under FEW_ROWS: maxima and sums of its 16 rows, and rows of O.
 constexpr int ROW_FLOATS = OUT_FRAGS * 16 + 8;  // 8 for banks
 constexpr int WARP_FLOATS = 16 * (ROW_FLOATS + 2);
 

@@ -37,7 +37,7 @@ FC_DEVICE int gmem_atomic_add_acq_rel(GmemPtr<int32_t> p, int x, FC_SITE) {
   return fc_host::add(place, x);
 }
 
-// What it finds in the counter has been left there by gmem_atomic_add_acq_rel.
+// Makes visible what others released by the gmem_atomic_add_acq_rel that it finds in the sum.
 FC_DEVICE int gmem_load_acquire(GmemPtr<int32_t> p, FC_SITE) {
   const void* place = fc_host::gmem_atomic(p.address, 4, FC_HERE);
   fc_host::let_blocks_run();

@@ -36,7 +36,7 @@ FC_DEVICE void lower_registers(FC_SITE) {
 // This thread's earlier writes to shared memory become visible to TMA and WGMMA.
 FC_DEVICE void fence_proxy_async(FC_SITE) { fc_host::fence_proxy_async(FC_HERE); }
 
-// What this thread knows of global memory comes before what it asks TMA for from here on.
+// Orders accesses to global memory that this thread knows of before its later TMA operations.
 FC_DEVICE void fence_proxy_async_global(FC_SITE) { fc_host::fence_proxy_async_global(FC_HERE); }
 
 // True in one lane of the warp, always the same; all lanes must arrive.

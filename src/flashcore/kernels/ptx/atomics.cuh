@@ -27,7 +27,7 @@ FC_DEVICE int gmem_atomic_add_acq_rel(GmemPtr<int32_t> p, int x) {
   return before;
 }
 
-// What it finds in the counter has been left there by gmem_atomic_add_acq_rel.
+// Makes visible what others released by the gmem_atomic_add_acq_rel that it finds in the sum.
 FC_DEVICE int gmem_load_acquire(GmemPtr<int32_t> p) {
   int x;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(p.address) : "memory");

@@ -40,8 +40,8 @@ FC_DEVICE void lower_registers() {
 // This thread's earlier writes to shared memory become visible to TMA and WGMMA.
 FC_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// What this thread knows of global memory, its own writes and what it waited for, comes before what
-// it asks TMA for from here on.
+// Orders this thread's accesses to global memory, and those that it waited for, before the TMA
+// operations that it issues from here on.
 FC_DEVICE void fence_proxy_async_global() {
   asm volatile("fence.proxy.async.global;" ::: "memory");
 }

@@ -318,7 +318,7 @@ FC_DEVICE GmemPtr<int32_t> share_counter(const AttnParams& p, const BlockCoord& 
   return p.tile_counter + (adds_up_together(p) ? 2 * place : place);
 }
 
-// What a counter counts: shares that are there, and in the upper half groups that have left.
+// A counter's lower half counts the shares that are there, its upper half groups that have left.
 constexpr int ONE_LEFT = 1 << 16;
 
 // By one thread: counts a share and waits for the others. Returns what the counter says once all
