@@ -16,7 +16,13 @@ from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdSm90Plan, select_plans
 from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans
 from flashcore.launch.types import Prepared
 from flashcore.problem import Problem
-from flashcore.problem.memory_layout import as_batch, as_rows, load_bytes, strides_of
+from flashcore.problem.memory_layout import (
+    as_batch,
+    as_rows,
+    load_bytes,
+    strides_of,
+    with_columns_of_zeros,
+)
 from flashcore.selection import tuned
 
 Tensor = torch.Tensor
@@ -268,7 +274,7 @@ def _readable(x: Tensor) -> Tensor:
     multiples of 16 bytes, nothing expanded. Columns of zeros behind it add nothing."""
     x = x.resolve_neg()
     if x.shape[3] % _PACKET:
-        return torch.nn.functional.pad(x, (0, -x.shape[3] % _PACKET))
+        return with_columns_of_zeros(x, -x.shape[3] % _PACKET)
     strides = strides_of(x)
     is_expanded = any(
         stride == 0 and size > 1 for stride, size in zip(strides, x.shape[:3], strict=True)

@@ -130,6 +130,15 @@ def _address(x: torch.Tensor) -> int:
     return address
 
 
+def with_columns_of_zeros(x: torch.Tensor, missing: int) -> torch.Tensor:
+    """Return a contiguous copy of x whose rows have so many zeros behind them. torch's pad would
+    keep the order of dimensions of a tensor that lies channels last, whose rows are no rows."""
+    columns = x.shape[-1]
+    padded = x.new_zeros((*x.shape[:-1], columns + missing))
+    padded[..., :columns] = x
+    return padded
+
+
 def with_strides_of_empty_like(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Return x with the strides of `torch.empty_like(like)`, which compilers are promised: x itself
     where it has them, else a copy. The shapes are equal. Nothing is allocated to learn the

@@ -32,6 +32,7 @@ from flashcore.kernels.bwd_sm90.plan import (
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_sm90.tiles import mask_traits
 from flashcore.kernels.fwd_wmma.plan import traits
+from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.sim.run_bwd import simulate_backward
 
@@ -199,13 +200,30 @@ def test_tensors_that_tma_cannot_read_are_copied() -> None:
     options = {"causal": True, "scale": 0.4}
     problem, out, lse = forward(q, k, v, None, options)
     dout = torch.randn(12, 50, 4, 1, dtype=out.dtype).permute(3, 2, 1, 0)
+    check_copies(problem, (q, k, v), out, lse, dout, options)
 
+
+def test_tensors_that_lie_channels_last_are_copied() -> None:
+    """Heads are the last dimension in memory, which a copy must not keep, and rows need padding."""
+    q, k, v, dout = (torch.randn(1, 50, 20, 8).half().permute(0, 3, 1, 2) for _ in range(4))
+    problem, out, lse = forward(q, k, v, None, {})
+    check_copies(problem, (q, k, v), out, lse, dout, {})
+
+
+def check_copies(
+    problem: Problem,
+    inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    options: dict[str, Any],
+) -> None:
     def run(problem, plan, tensors) -> None:
         simulate_backward(problem, plan, tensors)
 
-    found = fused_backward(problem, q, k, v, None, out, lse, dout, None, run)
-    assert not wrong_gradients(found, q, k, v, None, dout, None, options)
-    for gradient, x in zip(found, (q, k, v), strict=True):
+    found = fused_backward(problem, *inputs, None, out, lse, dout, None, run)
+    assert not wrong_gradients(found, *inputs, None, dout, None, options)
+    for gradient, x in zip(found, inputs, strict=True):
         assert gradient.shape == x.shape
         assert gradient.stride() == torch.empty_like(x).stride()
 
