@@ -13,7 +13,7 @@ from flashcore.backends.by_torch import sdpa_cpu, sdpa_gpu
 from flashcore.backends.dispatch import KERNELS, adapt_for, choose_backend
 from flashcore.backends.gradients import BackwardChoice, choose_backward
 from flashcore.backends.growing import planned_as
-from flashcore.backends.obstacles import KERNEL_DTYPES
+from flashcore.backends.obstacles import KERNEL_DTYPES, WMMA_MIN_ARCH
 from flashcore.base import env
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.registry import BY_BACKEND, forward_for, forward_of
@@ -120,6 +120,10 @@ def explain(
     """
     if _unknown:
         refuse(explain, _unknown)
+    if arch is not None and (type(arch) is not int or arch < WMMA_MIN_ARCH):
+        raise ValueError(f"arch={arch!r} is no architecture; pass 90 for sm_90, 75 at least")
+    if file is not None and not hasattr(file, "write"):
+        raise TypeError(f"file must be open for writing text, or None, but is {file!r}")
     ranked = has_other_rank(q, k, v)
     if ranked:
         q, k, v, mask, _, _ = as_rank_4(q, k, v, mask)

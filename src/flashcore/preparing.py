@@ -17,7 +17,7 @@ from flashcore.compile.codegen import generate_source
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.ops.padded import padded_problem
 from flashcore.problem import Causal, Problem, Window, arch_of_device
-from flashcore.problem.options import Inputs, Options
+from flashcore.problem.options import Inputs, Options, Wanted
 from flashcore.selection.select import select_plan
 
 __all__ = ["prepare"]
@@ -85,18 +85,21 @@ def prepare(
         CompileError: the kernel does not compile.
     """
     given = [x for x in (q, k, v) if isinstance(x, Tensor)]
-    dtype = dtype or (given[0].dtype if given else torch.float16)
+    if dtype is None:
+        dtype = given[0].dtype if given else torch.float16
+    elif not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype or None, but is {dtype!r}")
     if device is None:
         default = "cuda" if torch.cuda.is_available() else "cpu"
         device = given[0].device if given else torch.device(default)
-    device = torch.device(device)
+    device = _device_of(device)
 
     def tensor(name: str, x: Tensor | Shape, element: torch.dtype) -> Tensor:
         """Return a tensor on the CPU and without values, in the place of one of which there is a
         shape."""
         if isinstance(x, Tensor):
             return x
-        if isinstance(x, str) or not all(type(size) is int and size >= 0 for size in x):
+        if not isinstance(x, (tuple, list)) or not all(type(n) is int and n >= 0 for n in x):
             raise TypeError(f"{name} must be a tensor or a shape, but is {x!r}")
         return torch.empty(tuple(x), dtype=element, device="cpu" if given == [] else device)
 
@@ -136,10 +139,21 @@ def prepare(
         problem = Problem.from_tensors(
             q, k, v, mask=mask, sinks=sinks, return_lse=return_lse, **options
         )
-    problem = dataclasses.replace(problem, return_max_score=return_max_score)
+    wanted = Wanted(return_lse, return_max_score).checked()
+    problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
     if device.type == "cuda" and problem.device != "cuda":
         problem = dataclasses.replace(problem, device="cuda", arch=arch_of_device(device.index))
     return _ready(problem, backend, device)
+
+
+def _device_of(device: Any) -> torch.device:
+    """Return a device that somebody has named; raise unless there is one of that name."""
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device={device!r} is no device: {str(error).splitlines()[0]}; pass 'cuda' or 'cpu'"
+        ) from None
 
 
 def _ready(problem: Problem, asked: str, device: torch.device) -> Plan | None:

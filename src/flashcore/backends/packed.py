@@ -27,7 +27,9 @@ from flashcore.problem.memory_layout import as_batch, as_rows, with_strides_of_e
 from flashcore.problem.options import Inputs, Results
 from flashcore.problem.scales import scales_of
 from flashcore.problem.validation import (
+    SEQLEN_MAX,
     certainly,
+    check_device,
     check_plain_tensor,
     checked_causal,
     checked_window,
@@ -52,6 +54,7 @@ def check_packed(
                 f"[total, num_heads, head_dim]: for a padded [batch, num_heads, seqlen, head_dim] "
                 "tensor call flashcore.attention"
             )
+        check_device(name, x, q)
     for name, x in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         check_lengths(name, x, q)
         if x.shape[0] == 0:
@@ -80,10 +83,7 @@ def check_integers(name: str, x: object, q: Tensor, rank: int, dimensions: str) 
         raise TypeError(f"{name} has dtype {x.dtype}; it must be int32: pass {name}.int()")
     if x.dim() != rank:
         raise ValueError(f"{name} has shape {shape_text(x)}; it must have {dimensions}")
-    if x.device != q.device:
-        raise ValueError(
-            f"{name} is on {x.device} but q is on {q.device}; move it with {name}.to(q.device)"
-        )
+    check_device(name, x, q)
 
 
 def readable(x: Tensor) -> bool:
@@ -115,7 +115,8 @@ def checked_max_seqlen(name: str, value: object, rows: int) -> int:
         )
     if certainly(value < 0):
         raise ValueError(f"{name}={value!r} must not be negative")
-    return value  # type: ignore[return-value]
+    # Any number is a bound, but an operator's integers have 64 bits.
+    return rows if certainly(value > SEQLEN_MAX) else value  # type: ignore[return-value]
 
 
 def packed_problem(

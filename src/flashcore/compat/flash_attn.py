@@ -23,12 +23,21 @@ import torch
 from flashcore.api import attention
 from flashcore.backends.packed import check_lengths
 from flashcore.dropins.alibi import alibi_mask, check_slopes, packed_with_alibi
-from flashcore.dropins.flash_arguments import refuse_dropout, sinks_of, unpacked, window_of
+from flashcore.dropins.flash_arguments import (
+    cap_of,
+    check_rows,
+    named,
+    names_of,
+    refuse_dropout,
+    renamed,
+    sinks_of,
+    unpacked,
+    window_of,
+)
 from flashcore.dropins.flash_kvcache import attend_over_pages, flash_attn_with_kvcache
 from flashcore.dropins.rows_first import rows_first
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem.spelling import OF_FLASH_ATTN, other_names, refuse
-from flashcore.problem.validation import certainly
 
 __all__ = [
     "flash_attn_func",
@@ -95,26 +104,25 @@ def flash_attn_func(
         refuse(flash_attn_func, _unknown)
     refuse_dropout(dropout_p)
     sinks = sinks_of(learnable_sink, s_aux)
-    if alibi_slopes is None and sinks is None:
-        known = rows_first(q, k, v, causal, window_size, softcap, softmax_scale, return_attn_probs)
-        if known is not None:
-            return (*known, None) if isinstance(known, tuple) else known
-    mask = None
-    if alibi_slopes is not None:
-        check_slopes(alibi_slopes, q.shape[0], q.shape[2])
-        mask = alibi_mask(alibi_slopes, q.shape[1], k.shape[1])
-    result = attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        causal=causal,
-        scale=softmax_scale,
-        window=window_of(window_size),
-        softcap=None if certainly(softcap == 0.0) else softcap,
-        mask=mask,
-        sinks=sinks,
-        return_lse=return_attn_probs,
-    )
+    try:
+        if alibi_slopes is None and sinks is None:
+            known = rows_first(
+                q, k, v, causal, window_size, softcap, softmax_scale, return_attn_probs
+            )
+            if known is not None:
+                return (*known, None) if isinstance(known, tuple) else known
+        mask = None
+        check_rows("[batch, seqlen, num_heads, head_dim]", q=q, k=k, v=v)
+        if alibi_slopes is not None:
+            check_slopes(alibi_slopes, q, q.shape[0], q.shape[2])
+            mask = alibi_mask(alibi_slopes, q.shape[1], k.shape[1])
+        heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        result = attention(
+            *heads_first, causal=causal, scale=softmax_scale, window=window_of(window_size),
+            softcap=cap_of(softcap), mask=mask, sinks=sinks, return_lse=return_attn_probs,
+        )  # fmt: skip
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise renamed(error, names_of(s_aux)) from None
     if isinstance(result, tuple):
         out, lse = result
         return out.transpose(1, 2).contiguous(), lse, None
@@ -246,25 +254,17 @@ def flash_attn_varlen_func(
             window_size, softcap, alibi_slopes, return_attn_probs, sinks=sinks,
         )  # fmt: skip
         return (*found, None) if isinstance(found, tuple) else found
+    options = {
+        "causal": causal, "scale": softmax_scale, "window": window_of(window_size),
+        "softcap": cap_of(softcap), "sinks": sinks,
+    }  # fmt: skip
+    packed = q, k, v, cu_seqlens_q, cu_seqlens_k
     if alibi_slopes is not None:
-        out, lse = packed_with_alibi(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            alibi_slopes,
-            causal=causal,
-            scale=softmax_scale,
-            window=window_of(window_size),
-            softcap=softcap or None,
-            sinks=sinks,
-        )
+        out, lse = named(names_of(s_aux), packed_with_alibi, *packed, alibi_slopes, **options)
         return (out, lse, None) if return_attn_probs else out
-    result = attention_varlen(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal=causal,
-        scale=softmax_scale, window=window_of(window_size), sinks=sinks,
-        softcap=None if certainly(softcap == 0.0) else softcap, return_lse=return_attn_probs,
+    result = named(
+        names_of(s_aux), attention_varlen, *packed, max_seqlen_q, max_seqlen_k, **options,
+        return_lse=return_attn_probs,
     )  # fmt: skip
     return (*result, None) if isinstance(result, tuple) else result
 

@@ -24,9 +24,10 @@ from torch import Tensor
 from flashcore.backends.packed import checked_max_seqlen
 from flashcore.compat import flash_attn
 from flashcore.dropins.flash_3_kvcache import flash_attn_with_kvcache, get_scheduler_metadata
-from flashcore.dropins.flash_arguments import refuse_dropout, refuse_unsupported
+from flashcore.dropins.flash_arguments import refuse_dropout, refuse_unsupported, unless
 from flashcore.dropins.flash_kvcache import attend_over_pages, rows_as_pages
 from flashcore.problem.spelling import OF_FLASH_ATTN, other_names, refuse
+from flashcore.serving.checking import check_plain
 
 __all__ = [
     "flash_attn_func",
@@ -94,7 +95,7 @@ def flash_attn_func(
     """
     if _unknown:
         refuse(flash_attn_func, _unknown)
-    refuse_unsupported(qv=qv, attention_chunk=attention_chunk or None)
+    refuse_unsupported(qv=qv, attention_chunk=unless(0, attention_chunk))
     result = flash_attn.flash_attn_func(
         q, k, v, 0.0, softmax_scale, causal, window_size, softcap, None, deterministic,
         return_attn_probs, s_aux=s_aux,
@@ -198,13 +199,12 @@ def flash_attn_varlen_func(
     if _unknown:
         refuse(flash_attn_varlen_func, _unknown)
     refuse_dropout(dropout_p)
-    if attention_chunk or cp_world_size != 1 or not (qv is None is q_v is seqused_q):
-        refuse_unsupported(
-            qv=qv if q_v is None else q_v, attention_chunk=attention_chunk or None,
-            seqused_q=seqused_q, cp_world_size=None if cp_world_size == 1 else cp_world_size,
-        )  # fmt: skip
+    refuse_unsupported(
+        qv=qv if q_v is None else q_v, attention_chunk=unless(0, attention_chunk),
+        seqused_q=seqused_q, cp_world_size=unless(1, cp_world_size),
+    )  # fmt: skip
     table = page_table if block_table is None else block_table
-    window_size = (-1, -1) if window_size is None else (window_size[0], window_size[1])
+    window_size = (-1, -1) if window_size is None else window_size
     return_lse = return_attn_probs or return_softmax_lse
     packed = cu_seqlens_q is not None and cu_seqlens_k is not None
     if packed and table is None and seqused_k is None:
@@ -241,6 +241,7 @@ def _into(out: Tensor | None, result: Result) -> Result:
     if out is None:
         return result
     found, lse = result if isinstance(result, tuple) else (result, None)
+    check_plain("out", out)
     if out.shape != found.shape or out.dtype != found.dtype:
         raise ValueError(
             f"out is {out.dtype} {list(out.shape)}; the result is {found.dtype} {list(found.shape)}"

@@ -15,19 +15,28 @@ from flashcore.backends.sinks import lse_of_no_keys
 from flashcore.errors import FallbackWarning, stacklevel_of_caller
 from flashcore.ops.dense import autocast
 from flashcore.problem.memory_layout import as_batch
+from flashcore.problem.validation import check_device
+from flashcore.serving.checking import check_plain
 
 Tensor = torch.Tensor
 
 _warned: set[str] = set()
 
 
-def check_slopes(slopes: Tensor, batch: int, num_heads: int) -> None:
-    """Raise ValueError unless there is a slope for each head, of each sequence or of all."""
+def check_slopes(slopes: object, q: Tensor, batch: int, num_heads: int) -> None:
+    """Raise unless there is a slope for each head of q, of each sequence or of all, beside q."""
+    check_plain("alibi_slopes", slopes)
+    assert isinstance(slopes, Tensor)
+    if not slopes.is_floating_point():
+        raise TypeError(
+            f"alibi_slopes has dtype {slopes.dtype}; it must be float32: pass alibi_slopes.float()"
+        )
     if slopes.shape not in ((num_heads,), (batch, num_heads)):
         raise ValueError(
             f"alibi_slopes has shape {list(slopes.shape)}; it must be [num_heads_q] = "
             f"[{num_heads}] or [batch, num_heads_q] = [{batch}, {num_heads}]"
         )
+    check_device("alibi_slopes", slopes, q)
 
 
 def alibi_mask(slopes: Tensor, seqlen_q: int, seqlen_k: int) -> Tensor:
@@ -81,7 +90,7 @@ def packed_with_alibi(
     q, k, v, _, sinks = autocast(q, k, v, None, sinks)
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     total_q, num_heads, _ = q.shape
-    check_slopes(slopes, cu_seqlens_q.shape[0] - 1, num_heads)
+    check_slopes(slopes, q, cu_seqlens_q.shape[0] - 1, num_heads)
     _warn_once()
     out = q.new_zeros((total_q, num_heads, v.shape[2]))
     lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

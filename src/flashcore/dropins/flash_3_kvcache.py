@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcore.dropins.flash_arguments import refuse_unsupported
+from flashcore.dropins.flash_arguments import refuse_unsupported, unless
 from flashcore.dropins.flash_over_cache import (
     CACHE_NAMES,
     attend_without_gradients,
@@ -111,8 +111,8 @@ def flash_attn_with_kvcache(
     """
     if _unknown:
         refuse(flash_attn_with_kvcache, _unknown)
-    if qv is not None or attention_chunk:
-        refuse_unsupported(qv=qv, attention_chunk=attention_chunk or None)
+    if qv is not None or type(attention_chunk) is not int or attention_chunk:
+        refuse_unsupported(qv=qv, attention_chunk=unless(0, attention_chunk))
     table, unknown = page_table if block_table is None else block_table, None
     if (
         cache_leftpad is None

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from flashcore.dropins.alibi import check_slopes
-from flashcore.dropins.flash_arguments import renamed, window_of
+from flashcore.dropins.flash_arguments import cap_of, check_rows, named, window_of
 from flashcore.problem.scales import is_float8
-from flashcore.problem.validation import certainly, shape_text, type_name
+from flashcore.problem.validation import shape_text
 from flashcore.serving.arguments import Step
 from flashcore.serving.known_steps import Unknown
 from flashcore.serving.masks import alibi_over_cache
@@ -65,7 +65,7 @@ def attend_over_cache(
     k: Tensor | None,
     v: Tensor | None,
     *,
-    lengths: int | Tensor | None,
+    lengths: Any,  # int | Tensor | None
     scale: float | None,
     causal: bool,
     window_size: tuple[int, int],
@@ -95,7 +95,7 @@ def attend_over_cache(
     have no effect on caches of 16 bits, and are 1 where they are missing. `unknown` is what
     `attend_known` found out about the call."""
     is_packed = cu_seqlens_q is not None
-    _check_layout(q, k_cache, v_cache, k, v, is_packed, names)
+    _check_layout(q, k_cache, v_cache, k, v, out, is_packed, names)
     window = window_of(window_size)
     rotary = None
     if rotary_cos is not None or rotary_sin is not None:
@@ -112,7 +112,8 @@ def attend_over_cache(
         if k is not None:
             raise ValueError("cache_seqlens is missing; it says where k and v are to be written")
         lengths = capacity
-    if isinstance(lengths, int):
+    if type(lengths) is int:
+        lengths = min(max(lengths, 0), capacity)
         lengths = torch.full((batch,), lengths, dtype=torch.int32, device=q.device)
     mask = None
     if alibi_slopes is not None:
@@ -120,26 +121,23 @@ def attend_over_cache(
             raise NotImplementedError(
                 "alibi_slopes is given with packed queries over a cache; pass padded queries"
             )
-        check_slopes(alibi_slopes, batch, q.shape[2])
+        check_slopes(alibi_slopes, q, batch, q.shape[2])
         after = lengths_after(lengths, capacity, 0 if k is None else k.shape[1])
         after = lengths_of_keys(after, capacity, cache_leftpad)
         mask = alibi_over_cache(alibi_slopes, q.shape[1], after, capacity)
     options = {
         "causal": causal, "scale": scale, "window": window, "sinks": sinks,
         "k_scale": _scale_of(k_cache, k_scale), "v_scale": _scale_of(v_cache, v_scale),
-        "softcap": None if certainly(softcap == 0.0) else softcap, "batch_invariant": False,
+        "softcap": cap_of(softcap), "batch_invariant": False,
     }  # fmt: skip
     first = q, k_cache, v_cache, k, v, out
     q, k_cache, v_cache, k, v, given = (_heads_first(x) for x in first)  # type: ignore[assignment]
-    try:
-        step = Step(
-            q, k_cache, v_cache, k, v, lengths, page_table, cache_batch_idx, cache_leftpad,
-            cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, None, return_lse, given,
-            None, backend,
-        )  # fmt: skip
-        result = with_kvcache(step, options, unknown)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise renamed(error, names) from None
+    step = Step(
+        q, k_cache, v_cache, k, v, lengths, page_table, cache_batch_idx, cache_leftpad,
+        cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, None, return_lse, given, None,
+        backend,
+    )  # fmt: skip
+    result = named(names, with_kvcache, step, options, unknown)
     found, lse = result if isinstance(result, tuple) else (result, None)
     if out is not None:
         found = out
@@ -175,25 +173,22 @@ def _check_layout(
     v_cache: Tensor,
     k: Tensor | None,
     v: Tensor | None,
+    out: Tensor | None,
     is_packed: bool,
     names: dict[str, str],
 ) -> None:
     """Raise unless ranks and heads fit, as flash-attn lays tensors out."""
-    rank, shape = 4, "[batch, seqlen, num_heads, head_dim]"
+    shape = "[batch, seqlen, num_heads, head_dim]"
     if is_packed:
-        rank, shape = 3, "[total, num_heads, head_dim], as cu_seqlens_q is given"
+        shape = "[total, num_heads, head_dim], as cu_seqlens_q is given"
     cache = "[batch, seqlen, num_heads_kv, head_dim], or [num_pages, page_size, ...] with a table"
-    for name, x, dims, wanted in (
-        ("q", q, rank, shape), ("k_cache", k_cache, 4, cache), ("v_cache", v_cache, 4, cache),
-        ("k_new", k, rank, shape), ("v_new", v, rank, shape),
+    for name, x, wanted in (
+        ("q", q, shape), ("k_cache", k_cache, cache), ("v_cache", v_cache, cache),
+        ("k_new", k, shape), ("v_new", v, shape), ("out", out, shape),
     ):  # fmt: skip
-        if x is None and name.endswith("new"):
+        if x is None and name in ("k_new", "v_new", "out"):
             continue
-        name = names.get(name, name)
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, but is a {type_name(x)}")
-        if x.dim() != dims:
-            raise ValueError(f"{name} has shape {shape_text(x)}; it must be {wanted}")
+        check_rows(wanted, **{names.get(name, name): x})
     num_heads_q, num_heads_kv = q.shape[-2], k_cache.shape[2]
     if num_heads_q % num_heads_kv if num_heads_kv else num_heads_q:
         name = names.get("k_cache", "k_cache")

@@ -69,7 +69,7 @@ def enable(*, backend: str = "auto") -> Iterator[None]:
     Raises:
         ValueError: an unknown backend; "torch" is what happens without enable().
     """
-    if backend not in BACKENDS:
+    if not isinstance(backend, str) or backend not in BACKENDS:
         raise ValueError(
             f"backend={backend!r} cannot be enabled; use one of {', '.join(map(repr, BACKENDS))}"
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.compiler import is_dynamo_compiling
@@ -47,7 +49,7 @@ def rows_first(
         is_dynamo_compiling()
         or (causal is not False and causal is not True)
         or type(window) is not tuple
-        or min(window) < -1  # flash-attn takes it for -1
+        or (window != _UNBOUNDED and not _is_band(window))
         or type(softcap) is not float
         or _is_any_autocast_enabled()
         or needs_dispatcher(q, k, v, None)
@@ -58,6 +60,12 @@ def rows_first(
     return attend(  # type: ignore[return-value]
         q, k, v, None, causal, sides, cap, scale, return_lse, "auto", record, _decide
     )
+
+
+def _is_band(window: tuple[Any, ...]) -> bool:
+    """Return whether `attention` takes a window for what flash-attn does: there any negative number
+    is -1."""
+    return len(window) == 2 and all(type(size) is int and size >= -1 for size in window)
 
 
 def _decide(

@@ -198,7 +198,7 @@ def find(
     the call is recorded, it computes lse in any case."""
     family = (
         None
-        if return_max_score
+        if return_max_score is not False
         else family_key(
             q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded
         )

@@ -41,7 +41,7 @@ _get_tracing_state = torch._C._get_tracing_state
 
 def needs_dispatcher(q: object, k: object, v: object, mask: object) -> bool:
     """Return whether somebody (a mode, a subclass, a transform, a tracer, forward-mode AD) must see
-    the call as an operator."""
+    the call as an operator, or it has to be refused there."""
     if (
         _len_torch_dispatch_stack()
         or _len_torch_function_stack()
@@ -51,7 +51,9 @@ def needs_dispatcher(q: object, k: object, v: object, mask: object) -> bool:
     ):
         return True
     if type(q) is type(k) is type(v) is Tensor and (mask is None or type(mask) is Tensor):
-        return False
+        # A guard asks for strides, which ends the process where a nested tensor has none. Shapes of
+        # q and k are asked for before.
+        return bool(v.is_nested)
     return any(isinstance(x, Tensor) and type(x) not in _PLAIN_TYPES for x in (q, k, v, mask))
 
 

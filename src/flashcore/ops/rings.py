@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashcore.backends.dispatch import check_backend
 from flashcore.launch.merge_call import merge_backward_on_gpu, merge_on_gpu
 from flashcore.ops import dense
 from flashcore.ops.family import BackwardCall, results_of
@@ -20,6 +21,8 @@ from flashcore.plain.merging import merge_backward_plain, merge_plain
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs, Options
 from flashcore.problem.validation import (
+    DTYPES,
+    check_device,
     check_kinds,
     check_mask_kind,
     check_plain_tensor,
@@ -56,8 +59,8 @@ def merge(
     between the steps (`out_dtype=torch.float32`), so that only the last step rounds.
 
     Args:
-        out_a: [..., head_dim_v], any floating-point dtype: [batch, num_heads, seqlen_q,
-            head_dim_v] from `attention`. Any strides.
+        out_a: [..., head_dim_v], float16, bfloat16, float32 or float64: [batch, num_heads,
+            seqlen_q, head_dim_v] from `attention`. Any strides.
         lse_a: float32 or float64, shape of out_a without its last dimension, natural-log; -inf in
             rows that attend to nothing, of which out_a is not read. `attention_varlen` returns
             [num_heads, total_q]: pass lse.t() with its out.
@@ -87,8 +90,8 @@ def merge(
         out_dtype = torch.promote_types(out_a.dtype, out_b.dtype)
     elif not isinstance(out_dtype, torch.dtype):
         raise TypeError(f"out_dtype={out_dtype!r} must be a torch.dtype, or None")
-    elif not out_dtype.is_floating_point:
-        raise TypeError(f"out_dtype={out_dtype} must be a floating-point dtype")
+    elif out_dtype not in DTYPES:
+        raise TypeError(f"out_dtype={out_dtype} must be one of {', '.join(DTYPES.values())}")
     operator: Any = torch.ops.flashcore.merge
     if not torch.compiler.is_compiling() and _is_differentiated_by_functorch():
         operator = merge_plain
@@ -109,8 +112,11 @@ def _check_merged(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) ->
     named = {"out_a": out_a, "lse_a": lse_a, "out_b": out_b, "lse_b": lse_b}
     for name, x in named.items():
         _check_plain(name, x)
-        if not x.is_floating_point():
-            raise TypeError(f"{name} has dtype {x.dtype}; it must be a floating-point dtype")
+        if x.dtype not in DTYPES:
+            raise TypeError(
+                f"{name} has dtype {x.dtype}; supported are {', '.join(DTYPES.values())}: pass "
+                f"{name}.float()"
+            )
         if x.device != out_a.device:
             raise ValueError(
                 f"{name} is on {x.device} but out_a is on {out_a.device}; move it with "
@@ -280,6 +286,7 @@ def attention_backward(
         FlashAttention-2, arXiv:2307.08691, algorithm 2.
     """
     options = Options.checked(causal, window, softcap, scale)
+    check_backend(backend)
     if not torch.compiler.is_compiling():
         check_kinds(q, k, v)
         if mask is not None:
@@ -320,7 +327,4 @@ def _check_like(
         raise TypeError(f"{name} has dtype {x.dtype}; it must be {dtype}: pass {name}.to({dtype})")
     if tuple(x.shape) != tuple(shape):
         raise ValueError(f"{name} has shape {shape_text(x)}; it must be {tuple(shape)}")
-    if x.device != q.device:
-        raise ValueError(
-            f"{name} is on {x.device} but q is on {q.device}; move it with {name}.to(q.device)"
-        )
+    check_device(name, x, q)

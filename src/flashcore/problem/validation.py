@@ -61,6 +61,14 @@ def check_plain_tensor(name: str, x: object) -> None:
         raise NotImplementedError(f"{name} is a lazily negated view; pass {name}.resolve_neg()")
 
 
+def check_device(name: str, x: torch.Tensor, q: torch.Tensor) -> None:
+    """Raise unless `x` lies where `q` does."""
+    if x.device != q.device:
+        raise ValueError(
+            f"{name} is on {x.device} but q is on {q.device}; move it with {name}.to(q.device)"
+        )
+
+
 def check_kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     """Raise unless rank, dtype and device of q, k and v fit: all that can be said where sizes are
     symbolic."""
@@ -90,10 +98,7 @@ def check_kinds(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
                 f"{name} has dtype {x.dtype} but q has {q.dtype}; convert it, e.g. with "
                 f"{name}.to(q.dtype)"
             )
-        if x.device != q.device:
-            raise ValueError(
-                f"{name} is on {x.device} but q is on {q.device}; move it with {name}.to(q.device)"
-            )
+        check_device(name, x, q)
 
 
 def check_qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -150,10 +155,7 @@ def check_mask_kind(mask: torch.Tensor, q: torch.Tensor) -> None:
             f"mask has dtype {mask.dtype}; with {q.dtype} tensors it must be {allowed} "
             f"(bool: True = attend; float: added to the scores): pass {way_out}"
         )
-    if mask.device != q.device:
-        raise ValueError(
-            f"mask is on {mask.device} but q is on {q.device}; move it with mask.to(q.device)"
-        )
+    check_device("mask", mask, q)
 
 
 def check_mask(mask: torch.Tensor, q: torch.Tensor, seqlen_k: int) -> None:
@@ -189,11 +191,7 @@ def check_tree_mask(tree_mask: torch.Tensor, q: torch.Tensor) -> None:
             f"num_heads_q, seqlen_q, seqlen_q] = {list(target)}; of one a sequence pass "
             "tree_mask[:, None]"
         )
-    if tree_mask.device != q.device:
-        raise ValueError(
-            f"tree_mask is on {tree_mask.device} but q is on {q.device}; move it with "
-            "tree_mask.to(q.device)"
-        )
+    check_device("tree_mask", tree_mask, q)
 
 
 def check_sinks(sinks: object, q: torch.Tensor, num_heads_q: int) -> None:
@@ -206,10 +204,7 @@ def check_sinks(sinks: object, q: torch.Tensor, num_heads_q: int) -> None:
             f"sinks has dtype {sinks.dtype}; with {q.dtype} tensors it must be {allowed}: pass "
             "sinks.float()"
         )
-    if sinks.device != q.device:
-        raise ValueError(
-            f"sinks is on {sinks.device} but q is on {q.device}; move it with sinks.to(q.device)"
-        )
+    check_device("sinks", sinks, q)
     if sinks.dim() != 1 or sinks.shape[0] != num_heads_q:
         raise ValueError(
             f"sinks has shape {shape_text(sinks)}, but q has {num_heads_q} heads; it holds one "

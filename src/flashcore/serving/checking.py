@@ -18,6 +18,7 @@ from flashcore.problem.scales import CACHE_DTYPES, OTHER_FLOAT8, check_scales, i
 from flashcore.problem.validation import (
     DTYPES,
     SEQLEN_MAX,
+    check_device,
     check_mask,
     check_mask_kind,
     check_plain_tensor,
@@ -127,7 +128,7 @@ def check_table(
         "cache_leftpad": (cache_leftpad, "the place of each sequence's first token"),
     }
     for name, (x, meaning) in vectors.items():
-        if x is not None:
+        if x is not None or name == "seqlens_k":
             check_vector(name, x, q, batch, meaning)
     if page_table is None:
         if cache_batch_idx is None and k_cache.shape[0] != batch:
@@ -152,11 +153,7 @@ def check_table(
             f"page_table has shape {shape_text(page_table)}; it must be [batch, pages of the "
             f"longest sequence] with batch {batch}"
         )
-    if page_table.device != q.device:
-        raise ValueError(
-            f"page_table is on {page_table.device} but q is on {q.device}; move it with "
-            "page_table.to(q.device)"
-        )
+    check_device("page_table", page_table, q)
     if page_table.shape[1] > 1 and page_table.stride(1) != 1:
         raise ValueError(
             f"page_table has a stride of {page_table.stride(1)} between the pages of a sequence; "
@@ -248,12 +245,15 @@ def check_new(
         given, missing = ("k_new", "v_new") if v_new is None else ("v_new", "k_new")
         raise ValueError(f"{given} is given without {missing}; a new token has a key and a value")
     names = ("k_new", k_new, "k_cache", k_cache), ("v_new", v_new, "v_cache", v_cache)
+    is_packed = q.dim() == 3
+    text, kind = "[batch, num_heads_kv, seqlen_new, head_dim]", "padded"
+    if is_packed:
+        text, kind = "[total_new, num_heads_kv, head_dim]", "packed"
     for name, x, of, cache in names:
+        check_rank(name, x, q.dim(), f"{text}, as q is {kind}")
         wanted: tuple[int, ...] = (batch, cache.shape[1], k_new.shape[-2], cache.shape[3])
-        text = "[batch, num_heads_kv, seqlen_new, head_dim]"
-        if q.dim() == 3:
-            wanted, text = (k_new.shape[0], *wanted[1::2]), "[total_new, num_heads_kv, head_dim]"
-        check_rank(name, x, q.dim(), f"{text}, as q is {'packed' if q.dim() == 3 else 'padded'}")
+        if is_packed:
+            wanted = (k_new.shape[0], *wanted[1::2])
         if tuple(x.shape) != wanted:
             raise ValueError(
                 f"{name} has shape {shape_text(x)}; for these sequences and this {of} it must be "
@@ -292,10 +292,7 @@ def check_like_q(name: str, x: Tensor, q: Tensor, way_out: str, is_cache: bool =
     """Raise unless a tensor has dtype and device of q; a cache may be of 8 bits."""
     if x.dtype != q.dtype and not (is_cache and is_float8(x)):
         raise TypeError(f"{name} has dtype {x.dtype} but q has {q.dtype}; convert one: {way_out}")
-    if x.device != q.device:
-        raise ValueError(
-            f"{name} is on {x.device} but q is on {q.device}; they must be on one device"
-        )
+    check_device(name, x, q)
 
 
 def check_rank(name: str, x: Any, rank: int, shape: str) -> None:

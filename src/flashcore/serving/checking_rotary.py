@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from flashcore.problem.validation import shape_text
+from flashcore.problem.validation import check_device, shape_text
 from flashcore.serving.checking import check_plain, check_rank, check_vector
 from flashcore.serving.rotary import Rotary
 
@@ -21,10 +21,7 @@ def check_rotary(rotary: Rotary, q: Tensor, k_new: Tensor | None, batch: int) ->
                 f"{name} has dtype {x.dtype}; with q of {q.dtype} it must be that or float32: pass "
                 f"{name}.float()"
             )
-        if x.device != q.device:
-            raise ValueError(
-                f"{name} is on {x.device} but q is on {q.device}; move it with {name}.to(q.device)"
-            )
+        check_device(name, x, q)
     if rotary.cos.shape != rotary.sin.shape or rotary.cos.dtype != rotary.sin.dtype:
         raise ValueError(
             f"rotary_sin is {rotary.sin.dtype} {shape_text(rotary.sin)} but rotary_cos is "

@@ -210,6 +210,13 @@ def test_tensors_that_lie_channels_last_are_copied() -> None:
     check_copies(problem, (q, k, v), out, lse, dout, {})
 
 
+def test_batches_of_one_row_of_eight_columns() -> None:
+    """Rows of 16 bytes, one a batch: batches are as far apart as rows would be at the least."""
+    q, k, v, dout = (torch.randn(2, 1, 1, 8, dtype=torch.float16) for _ in range(4))
+    problem, out, lse = forward(q, k, v, None, {})
+    check_copies(problem, (q, k, v), out, lse, dout, {})
+
+
 def check_copies(
     problem: Problem,
     inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],

@@ -138,12 +138,18 @@ def _shares_keys(problem: Problem, plan: Plan) -> bool:
         return False
     of_key = key_tile_bytes(1, problem.head_dim, problem.head_dim_v)
     few_rows = rows <= ROWS_OF_GROUP
-    leaves_idle = 2 * row_tiles <= _NUM_SMS[plan.arch]
+    leaves_idle = 2 * row_tiles <= _usual_sms(plan.arch)
     if leaves_idle and keys * of_key >= _CUT_BYTES:
         return few_rows or keys >= max(4096, 8 * rows)
     all_keys = problem.batch * problem.num_heads_kv * problem.seqlen_k
     lengths_differ = problem.varlen != "none" and problem.batch > 1
     return few_rows and lengths_differ and all_keys * of_key > FEW_BYTES
+
+
+def _usual_sms(arch: int) -> int:
+    """Return the SMs of the usual GPU of an architecture. One that is not listed counts as the last
+    before it."""
+    return _NUM_SMS[max((known for known in _NUM_SMS if known <= arch), default=min(_NUM_SMS))]
 
 
 def _width_of_all_layouts(base: Plan) -> int:
