@@ -105,3 +105,13 @@ def test_says_when_a_mask_is_slow_to_read():
     aligned = notes(odd.contiguous())
     assert "bytes only" not in aligned
     assert "one by one" not in aligned
+
+
+@pytest.mark.parametrize("arch", [87, 88, 103, 110, 121, 130])
+@pytest.mark.parametrize("seqlen_q", [1, 512])
+def test_architectures_of_no_table_are_planned_for(arch, seqlen_q):
+    """A Jetson Orin, a B300, a GB10 and what comes: whatever is known by architecture, the number
+    of SMs say, counts as that of the last one before it."""
+    q, k = half(1, 8, seqlen_q, 64), half(1, 2, 4096, 64)
+    explanation = explained(q, k, k, causal=True, arch=arch)
+    assert explanation.plan.arch == arch

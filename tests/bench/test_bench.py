@@ -203,6 +203,13 @@ def test_libraries_can_be_left_out() -> None:
     assert document["left_out"] == [{"library": "sdpa-math", "reason": "not asked for"}]
 
 
+def test_a_library_that_is_not_here_is_not_left_out_silently() -> None:
+    workload = Workload("x", 1, 1, 8, 8, False, "float32")
+    (entry,) = run("cpu", rounds=1, workloads=[workload], without=["sdpa-meth"])["left_out"]
+    assert "no library has that name" in entry["reason"]
+    assert "sdpa-math" in entry["reason"]
+
+
 def test_shapes_that_there_is_no_time_for_say_so() -> None:
     workload = Workload("x", 1, 1, 8, 8, False, "float32")
     rows = run("cpu", rounds=1, workloads=[workload], minutes=0)["results"]

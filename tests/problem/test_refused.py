@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import flashcore
+from flashcore.base import env
 from flashcore.compat import flash_attn, flash_attn_3
 
 HALF = torch.float16
@@ -194,3 +195,20 @@ def test_a_nested_tensor_does_not_end_the_process() -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-500:]
     assert "v is a nested tensor" in found.stdout
+
+
+@pytest.mark.parametrize("text", ["90", "sm_90"])
+def test_an_architecture_is_named_as_on_the_command_line(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(env.SIM_ARCH.name, text)
+    assert env.sim_arch() == 90
+
+
+@pytest.mark.parametrize("text", ["hopper", "sm_", "-90", "9.0", "sm_90a"])
+def test_an_architecture_that_is_none_is_refused(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(env.SIM_ARCH.name, text)
+    with pytest.raises(ValueError, match=f"{env.SIM_ARCH.name}='{text}' is not an architecture"):
+        env.sim_arch()

@@ -59,8 +59,8 @@ SIM_SEED = Variable(
 SIM_ARCH = Variable(
     "FLASHCORE_SIM_ARCH",
     "80",
-    'GPU architecture whose kernel backend="sim" runs: 75 has plain loads, 80 and up cp.async, '
-    "90 the Hopper kernel.",
+    'GPU architecture whose kernel backend="sim" runs, 90 or sm_90: 75 has plain loads, 80 and up '
+    "cp.async, 90 the Hopper kernel.",
 )
 TUNED = Variable(
     "FLASHCORE_TUNED",
@@ -114,17 +114,18 @@ def _text(variable: Variable) -> str | None:
     return os.environ.get(variable.name, "").strip() or None
 
 
-def _non_negative_int(variable: Variable, default: int) -> int:
+def _whole_number(variable: Variable, default: int, what: str, prefix: str = "") -> int:
     text = _text(variable)
     if text is None:
         return default
+    digits = text.removeprefix(prefix)
     # isdecimal alone would let through digits of other scripts, which int() reads too.
-    if not (text.isascii() and text.isdecimal()):
+    if not (digits.isascii() and digits.isdecimal()):
         raise ValueError(
-            f"{variable.name}={text!r} is not a non-negative integer; "
+            f"{variable.name}={text!r} is not {what}; "
             f"set it to one, or unset it for the default ({variable.default})"
         )
-    return int(text)
+    return int(digits)
 
 
 def cache_dir() -> Path:
@@ -192,12 +193,12 @@ def cxx() -> str | None:
 
 def sim_seed() -> int:
     """Return seed of the simulator's scheduler."""
-    return _non_negative_int(SIM_SEED, 0)
+    return _whole_number(SIM_SEED, 0, "a non-negative integer")
 
 
 def sim_arch() -> int:
     """Return architecture (80 for sm_80) whose kernel the simulator runs."""
-    return _non_negative_int(SIM_ARCH, 80)
+    return _whole_number(SIM_ARCH, 80, "an architecture, such as 90 or sm_90", "sm_")
 
 
 def tuned() -> bool:

@@ -87,7 +87,11 @@ def run(
     elif on_gpu:
         peers, left_out = find_peers()
         libraries = gpu_libraries() + peers
-    left_out += [{"library": name, "reason": "not asked for"} for name in without]
+    names = [library.name for library in libraries] + [entry["library"] for entry in left_out]
+    unknown = f"no library has that name here; there are {', '.join(names)}"
+    for name in without:
+        reason = "not asked for" if name in names else unknown
+        left_out.append({"library": name, "reason": reason})
     libraries = [library for library in libraries if library.name not in without]
     if workloads is None:
         workloads = workloads_for(device, is_backward=is_backward)
