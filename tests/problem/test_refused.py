@@ -142,12 +142,17 @@ CASES: list[tuple[Callable[..., object], dict[str, Any]]] = [
     (fa2_cache, {"softcap": SEVERAL}),
     (fa2_cache, {"cache_seqlens": True}),
     (fa2_cache, {"alibi_slopes": 0.5}),
+    (fa2_cache, {"return_softmax_lse": 1}),
+    (fa2_cache, {"block_table": "x"}),
     (fa3, {"attention_chunk": SEVERAL}),
     (fa3, {"window_size": (1, 2, 3)}),
     (fa3_varlen, {"window_size": (1, 2, 3)}),
     (fa3_varlen, {"cp_world_size": SEVERAL}),
     (fa3_varlen, {"out": "x"}),
     (fa3_cache, {"out": "x"}),
+    (fa3_cache, {"block_table": "x"}),
+    (fa3_cache, {"page_table": "x"}),
+    (fa3_cache, {"s_aux": torch.ones(3)}),
     (fa3_cache, {"attention_chunk": 1.5}),
 ]
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from flashcore.dropins.flash_arguments import refuse_unsupported, unless
 from flashcore.dropins.flash_over_cache import (
     CACHE_NAMES,
+    NAMES_WITH_BLOCKS,
     attend_without_gradients,
     key_of,
     scales_given,
@@ -143,7 +144,8 @@ def flash_attn_with_kvcache(
         page_table=table, cu_seqlens_q=cu_seqlens_q, cu_seqlens_new=cu_seqlens_k_new,
         max_seqlen_q=max_seqlen_q, scale=softmax_scale, causal=causal, window_size=window_size,
         softcap=softcap, return_lse=return_softmax_lse, out=out, sinks=s_aux, k_scale=k_descale,
-        v_scale=v_descale, names=CACHE_NAMES, unknown=unknown,
+        v_scale=v_descale, names=CACHE_NAMES if block_table is None else NAMES_WITH_BLOCKS,
+        unknown=unknown,
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flashcore.dropins.flash_over_cache import (
-    CACHE_NAMES,
+    NAMES_WITH_BLOCKS,
     attend_over_cache,
     attend_without_gradients,
     key_of,
@@ -16,9 +16,8 @@ from flashcore.dropins.flash_over_cache import (
 from flashcore.problem.spelling import OF_FLASH_ATTN_CACHE, other_names, refuse
 from flashcore.serving.known_steps import Unknown, attend_known
 
-_PAGES = {
-    "k_cache": "k", "v_cache": "v", "scale": "softmax_scale", "window": "window_size",
-    "k_scale": "k_descale", "v_scale": "v_descale",
+_NAMES_OF_PAGES = NAMES_WITH_BLOCKS | {
+    "k_cache": "k", "v_cache": "v", "seqlens_k": "seqused_k", "return_lse": "return_attn_probs",
 }  # fmt: skip
 
 
@@ -106,7 +105,7 @@ def flash_attn_with_kvcache(
         cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, page_table=block_table,
         scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
         alibi_slopes=alibi_slopes, return_lse=return_softmax_lse,
-        names={**CACHE_NAMES, "page_table": "block_table"}, unknown=unknown,
+        names=NAMES_WITH_BLOCKS, unknown=unknown,
     )  # fmt: skip
 
 
@@ -189,5 +188,5 @@ def attend_over_pages(
         max_seqlen_q=max_seqlen_q, scale=softmax_scale, causal=causal, window_size=window_size,
         softcap=softcap, alibi_slopes=alibi_slopes, return_lse=return_lse, out=out, backend=backend,
         sinks=sinks, k_scale=k_scale, v_scale=v_scale,
-        names={**_PAGES, "seqlens_k": "seqused_k", "page_table": "block_table"}, unknown=unknown,
+        names=_NAMES_OF_PAGES, unknown=unknown,
     )  # fmt: skip

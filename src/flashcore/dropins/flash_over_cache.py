@@ -23,7 +23,9 @@ CACHE_NAMES = {
     "seqlens_k": "cache_seqlens", "k_new": "k", "v_new": "v", "rotary_offsets": "rotary_seqlens",
     "cu_seqlens_new": "cu_seqlens_k_new", "scale": "softmax_scale", "window": "window_size",
     "k_scale": "k_descale", "v_scale": "v_descale",
+    "return_lse": "return_softmax_lse", "sinks": "s_aux",
 }  # fmt: skip
+NAMES_WITH_BLOCKS = CACHE_NAMES | {"page_table": "block_table"}
 
 
 def key_of(
