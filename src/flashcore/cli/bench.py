@@ -30,7 +30,7 @@ def bench(
         typer.Option(
             "--groups",
             help="Only these, such as seed,gqa: seed, sweep, gqa, small, window, masked, decode, "
-            "varlen; with --backward: sweep, gqa, small, window, masked, varlen.",
+            "decode-more, varlen; with --backward: sweep, gqa, small, window, masked, varlen.",
         ),
     ] = None,
     backward: Annotated[

@@ -73,7 +73,7 @@ def tune(
 ) -> None:
     """Search the fastest tile configurations on this GPU, and use them from then on.
 
-    Lists what fits the GPU, compiles it in parallel, discards what spills or would deadlock, times
+    It lists what fits the GPU, compiles it in parallel, discards what spills or would deadlock, times
     the rest by CUDA graph replays, and checks the results of the fastest, in a child process that a
     hanging configuration cannot take down. A winner must be 2 % faster than what runs without.
     Winners go into the cache directory as tuned-sm_90.json (or the GPU's own architecture) after
@@ -83,8 +83,8 @@ def tune(
     ships: in minutes, with a short list of tiles.
 
     --backward searches tiles of the kernel of dq, of the kernel of dk and dv, and of the one that
-    computes all three where gradients may differ in their last bits; --grid is then the benchmark's
-    sweep with a short list of tiles, and what is found goes into the cache as well.
+    computes all three, where it takes the shape; --grid is then the benchmark's sweep with a short
+    list of tiles, and what is found goes into the cache as well.
 
     Examples:
 
