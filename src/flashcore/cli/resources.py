@@ -90,7 +90,7 @@ def resources(
 ) -> None:
     """Show registers, shared memory, spills and code size of every kernel configuration.
 
-    Compiles for every architecture; needs NVRTC but no GPU. Compiled kernels are cached. The
+    It compiles for every architecture, by NVRTC and without a GPU; kernels are cached. The
     budget: with head_dim 64 the portable kernel takes at most 96 registers and 48 KB of shared
     memory; nothing ever spills, and ptxas never serialises WGMMA. Without --sample, --check also
     fails when the sample would leave out what is nearest to a spill. Registers of the Hopper

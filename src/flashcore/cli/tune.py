@@ -73,14 +73,14 @@ def tune(
 ) -> None:
     """Search the fastest tile configurations on this GPU, and use them from then on.
 
-    It lists what fits the GPU, compiles it in parallel, discards what spills or would deadlock, times
-    the rest by CUDA graph replays, and checks the results of the fastest, in a child process that a
-    hanging configuration cannot take down. A winner must be 2 % faster than what runs without.
-    Winners go into the cache directory as tuned-sm_90.json (or the GPU's own architecture) after
-    each shape, so Ctrl-C keeps what was found; they serve all problems of the same class (options
-    and head_dim; lengths and heads to the nearest power of two) until the kernel's source changes.
-    Set FLASHCORE_TUNED=0 to go by what ships with flashcore. --grid with --output measures what
-    ships: in minutes, with a short list of tiles.
+    It lists what fits the GPU, compiles it in parallel, discards what spills or would deadlock,
+    times the rest by CUDA graph replays, and checks the results of the fastest, in a child process
+    that a hanging configuration cannot take down. A winner must be 2 % faster than what runs
+    without. Winners go into the cache directory as tuned-sm_90.json (or the GPU's own architecture)
+    after each shape, so Ctrl-C keeps what was found; they serve all problems of the same class
+    (options and head_dim; lengths and heads to the nearest power of two) until the kernel's source
+    changes. Set FLASHCORE_TUNED=0 to go by what ships with flashcore. --grid with --output measures
+    what ships: in minutes, with a short list of tiles.
 
     --backward searches tiles of the kernel of dq, of the kernel of dk and dv, and of the one that
     computes all three, where it takes the shape; --grid is then the benchmark's sweep with a short
