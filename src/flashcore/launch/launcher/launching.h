@@ -83,7 +83,7 @@ bool nobody_watches() {
 // Puts into a key what tells a tensor from others, and its address into `addresses`; false for what
 // kernels do not take.
 bool put_tensor(const at::Tensor& tensor, int64_t dim, uint64_t** field, uint64_t* addresses) {
-  if (tensor.dim() != dim || tensor.layout() != at::kStrided) return false;
+  if (tensor.dim() != dim || tensor.layout() != at::kStrided || tensor.is_nested()) return false;
   for (int64_t size : tensor.sizes()) *(*field)++ = static_cast<uint64_t>(size);
   for (int64_t stride : tensor.strides()) *(*field)++ = static_cast<uint64_t>(stride);
   *(*field)++ = tensor.key_set().raw_repr();  // the kind of device, negated or not, and the like
