@@ -59,6 +59,7 @@ def test_help_does_not_wait_for_torch() -> None:
         (["explain", "--heads", "8", "--heads-kv", "3"], "3"),
         (["explain", "--softcap", "-1"], "softcap"),
         (["explain", "--arch", "sm_70"], "sm_75"),
+        (["build", "--arch", "sm_104", "--output", "x.bundle"], "sm_103"),
         (["isolate", "--backend", "gpu"], "sim"),
         (["isolate", "--plant", "gremlin"], "pv-atomic"),
         (["isolate", "--backend", "sm90", "--plant", "pv-atomic"], "not a bug of"),

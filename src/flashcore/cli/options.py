@@ -95,16 +95,17 @@ def parse_window(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_archs(text: str | None) -> list[int]:
-    """Return "sm_80,sm_90" as [80, 90]; None as every supported architecture."""
+    """Return "sm_80,sm_90" as [80, 90]; None as every architecture that is held to a budget."""
     from flashcore.kernels.fwd_wmma.plan import SUPPORTED_ARCHS
+    from flashcore.kernels.limits import KNOWN_ARCHS
 
     if text is None:
         return list(SUPPORTED_ARCHS)
     archs = []
     for part in text.split(","):
         digits = part.strip().removeprefix("sm_")
-        if not digits.isdigit() or int(digits) not in SUPPORTED_ARCHS:
-            known = ", ".join(f"sm_{arch}" for arch in SUPPORTED_ARCHS)
+        if not digits.isdigit() or int(digits) not in KNOWN_ARCHS:
+            known = ", ".join(f"sm_{arch}" for arch in KNOWN_ARCHS)
             raise typer.BadParameter(f"--arch {part.strip()} is not one of {known}")
         archs.append(int(digits))
     return archs

@@ -17,6 +17,7 @@ _SMEM_BYTES = {
     120: (101376, 102400),
     121: (101376, 102400),
 }
+KNOWN_ARCHS = tuple(_SMEM_BYTES)  # others are planned for as well, see `smem_limits`
 _RESERVED_BYTES_PER_BLOCK = 1024  # what the system takes of an SM's for each block (same source)
 
 
