@@ -206,21 +206,30 @@ class Engine:
         return [found[number] for number in range(len(prompts))]
 
 
+def positive(text: str) -> int:
+    """Read a number of things, of which there is one at least."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 @torch.no_grad()
 def main(arguments: Sequence[str] | None = None) -> list[list[int]]:
     """Serve the prompts and print what was made of each; returns the bytes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--tokens", type=int, default=24, help="generated for each prompt")
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--heads-kv", type=int, default=2)
-    parser.add_argument("--slots", type=int, default=5, help="requests that run at once")
-    parser.add_argument("--pages", type=int, default=24, help=f"of {PAGE_SIZE} tokens")
-    parser.add_argument("--chunk", type=int, default=32, help="tokens of a prompt in one step")
+    parser.add_argument("--tokens", type=positive, default=24, help="generated for each prompt")
+    parser.add_argument("--width", type=positive, default=64)
+    parser.add_argument("--layers", type=positive, default=2)
+    parser.add_argument("--heads", type=positive, default=4)
+    parser.add_argument("--heads-kv", type=positive, default=2)
+    parser.add_argument("--slots", type=positive, default=5, help="requests that run at once")
+    parser.add_argument("--pages", type=positive, default=24, help=f"of {PAGE_SIZE} tokens")
+    parser.add_argument("--chunk", type=positive, default=32, help="tokens of a prompt in one step")
     parser.add_argument("--check", action="store_true", help="serve each prompt alone, too")
     asked = parser.parse_args(arguments)
+    if asked.heads % asked.heads_kv or asked.width % asked.heads:
+        parser.error("--heads must be a multiple of --heads-kv, and --width one of --heads")
     torch.manual_seed(0)
     dtype = torch.bfloat16 if asked.device.startswith("cuda") else torch.float32
     model = Decoder(asked.width, asked.layers, asked.heads, asked.heads_kv, asked.pages)

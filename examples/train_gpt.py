@@ -162,20 +162,32 @@ def sample(model: GPT, prompt: Tensor, count: int, generator: torch.Generator) -
     return ids
 
 
+def positive(text: str) -> int:
+    """Read a number of things, of which there is one at least."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
 def options_of(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=500, help="optimizer steps")
+    parser.add_argument("--steps", type=positive, default=500, help="optimizer steps")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--text", type=Path, help="text file to learn instead")
-    parser.add_argument("--batch", type=int, default=16, help="slices of the text a step")
-    parser.add_argument("--context", type=int, default=128, help="letters in a slice")
-    parser.add_argument("--width", type=int, default=128, help="channels")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--heads", type=int, default=4, help="width / heads: a multiple of 8")
+    parser.add_argument("--batch", type=positive, default=16, help="slices of the text a step")
+    parser.add_argument("--context", type=positive, default=128, help="letters in a slice")
+    parser.add_argument("--width", type=positive, default=128, help="channels")
+    parser.add_argument("--layers", type=positive, default=3)
+    parser.add_argument("--heads", type=positive, default=4, help="width / heads: a multiple of 8")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.width % options.heads:
+        parser.error(f"--width {options.width} is no multiple of --heads {options.heads}")
+    if options.context < 4:
+        parser.error(f"--context {options.context} is too short: 4 letters at least")
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> list[float]:
