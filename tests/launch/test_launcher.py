@@ -280,6 +280,8 @@ def test_wrong_arguments_are_errors_still(monkeypatch):
     flashcore.attention(q, k, v)
     with pytest.raises(NotImplementedError, match="lazily negated"):
         flashcore.attention(torch._neg_view(q), k, v)
+    with pytest.raises(NotImplementedError, match="v is a nested tensor"):
+        flashcore.attention(q, k, torch.nested.nested_tensor(list(v)))
     for wrong in ({"scale": 0.0}, {"softcap": 0.0}, {"scale": float("nan")}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             flashcore.attention(q, k, v, **wrong)
