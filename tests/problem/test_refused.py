@@ -210,7 +210,7 @@ def test_an_architecture_is_named_as_on_the_command_line(
     assert env.sim_arch() == 90
 
 
-@pytest.mark.parametrize("text", ["hopper", "sm_", "-90", "9.0", "sm_90a"])
+@pytest.mark.parametrize("text", ["hopper", "sm_", "-90", "9.0", "sm_90a", "7"])
 def test_an_architecture_that_is_none_is_refused(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

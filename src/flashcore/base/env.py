@@ -114,13 +114,15 @@ def _text(variable: Variable) -> str | None:
     return os.environ.get(variable.name, "").strip() or None
 
 
-def _whole_number(variable: Variable, default: int, what: str, prefix: str = "") -> int:
+def _whole_number(
+    variable: Variable, default: int, what: str, prefix: str = "", least: int = 0
+) -> int:
     text = _text(variable)
     if text is None:
         return default
     digits = text.removeprefix(prefix)
     # isdecimal alone would let through digits of other scripts, which int() reads too.
-    if not (digits.isascii() and digits.isdecimal()):
+    if not (digits.isascii() and digits.isdecimal() and int(digits) >= least):
         raise ValueError(
             f"{variable.name}={text!r} is not {what}; "
             f"set it to one, or unset it for the default ({variable.default})"
@@ -198,7 +200,7 @@ def sim_seed() -> int:
 
 def sim_arch() -> int:
     """Return architecture (80 for sm_80) whose kernel the simulator runs."""
-    return _whole_number(SIM_ARCH, 80, "an architecture, such as 90 or sm_90", "sm_")
+    return _whole_number(SIM_ARCH, 80, "an architecture, such as 90 or sm_90", "sm_", 75)
 
 
 def tuned() -> bool:
