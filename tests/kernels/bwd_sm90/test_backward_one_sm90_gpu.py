@@ -108,3 +108,26 @@ def test_a_graph_is_replayed() -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert all(map(torch.equal, found, expected))
+
+
+def test_graphs_are_replayed_side_by_side() -> None:
+    """Captured one after the other, replayed at once on two streams, beside eager calls: who shared
+    a counter, a turn or a sum of dq with the other would be wrong, or wait for ever."""
+    leaves, dout = made(12, (8, 2), 2048, 2048, 128)
+    expected = gradients(leaves, dout, causal=True)
+    captured = []
+    for _ in range(2):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = gradients(leaves, dout, causal=True)
+        captured.append((graph, found, torch.cuda.Stream()))
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for graph, _, stream in captured:
+            with torch.cuda.stream(stream):
+                graph.replay()
+        gradients(leaves, dout, causal=True)
+    torch.cuda.synchronize()
+    for _, found, _ in captured:
+        for x, y in zip(found, expected, strict=True):
+            assert torch.equal(x, y)
