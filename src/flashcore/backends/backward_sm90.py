@@ -130,6 +130,12 @@ def is_by_one_kernel(problem: Problem) -> bool:
     return plan_one.obstacle(problem) is None and plan_one.pays(problem, workspace_bytes())
 
 
+def runs_beside(problem: Problem) -> bool:
+    """Return whether, of two kernels, that of dk and dv may start beside that of dq: as many rows as
+    an int32 counts."""
+    return problem.batch * problem.num_heads_q * problem.seqlen_q < 2**31
+
+
 def plans_for(problem: Problem) -> BwdPlans | OneKernelPlans:
     """Return the plans of a problem that has no obstacle: with the tiles that `flashcore tune
     --backward` found on this GPU, else by rules."""
@@ -255,7 +261,8 @@ def prepare_on_gpu(
             new[f"d{name}"] = as_rows(new[f"d{name}"])
         if new[f"d{name}"].stride() != torch.empty_like(like, device="meta").stride():
             return None
-    return BackwardPass([kernel_of(problem, plan, tensors) for plan in launches], new)
+    beside = isinstance(plans, BwdPlans) and runs_beside(problem)
+    return BackwardPass([kernel_of(problem, plan, tensors, beside) for plan in launches], new)
 
 
 def _place(x: Tensor) -> tuple[object, ...]:

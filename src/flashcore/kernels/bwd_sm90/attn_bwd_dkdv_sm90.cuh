@@ -341,7 +341,11 @@ FC_KERNEL(attn_bwd_dkdv_sm90, NUM_WARPS * 32, MIN_BLOCKS)
     init_barriers(bar);
   }
   block_sync();  // orders the initialisation before every use
-  grid_dependency_wait();
+  if (runs_beside_dq(params)) {
+    grid_starts_after_wait();
+  } else {
+    grid_dependency_wait();
+  }
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();

@@ -98,6 +98,11 @@ FC_DEVICE void load_own_stats(Consumer& c, const AttnBwdSm90Params& params, int 
                               const BlockCoord& block, const Buffers& smem) {
   c.stats = load_row_stats(params, block, smem.dout[c.slot], block.m_begin + c.index * 64,
                            seqlen_q);
+  const int num_rows = min_i(seqlen_q - c.warp_row, 16);
+  if (!is_null(params.delta_count) && num_rows > 0) {
+    warp_sync();  // orders every lane's writes before the count
+    if (lane_idx() == 0) gmem_release_add(params.delta_count, num_rows);
+  }
 }
 
 // S becomes P, times soft-capping's derivative. A mask tensor's part of the tile has been fetched.
@@ -284,6 +289,7 @@ FC_KERNEL(attn_bwd_dq_sm90, NUM_WARPS * 32, MIN_BLOCKS)
   }
   block_sync();  // orders the initialisation before every use
   grid_dependency_wait();
+  if (!is_null(params.delta_count)) grid_launch_dependents();
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();

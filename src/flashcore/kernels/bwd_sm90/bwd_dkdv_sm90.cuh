@@ -257,6 +257,26 @@ FC_DEVICE BlockCoord key_tile_coord(const AttnBwdSm90Params& params, const Walk&
   }
 }
 
+// Whether the kernel of dQ still runs. Then all but delta is there: that kernel lets this one start
+// once it has waited for those before it.
+FC_DEVICE bool runs_beside_dq(const AttnBwdSm90Params& params) {
+  return !ALSO_DQ && !is_null(params.delta_count);
+}
+
+// By one warp of each block, before it reads delta. The last one to have waited sets the counters
+// back to 0.
+FC_DEVICE void await_delta(const AttnBwdSm90Params& params) {
+  const AttnParams& p = params.attn;
+  const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
+  const auto count = params.delta_count;
+  gmem_await(count, params.schedule.num_heads * heads_per_kv * p.seqlen_q);
+  warp_sync();  // orders every lane's wait before the next launch's counts
+  if (lane_idx() == 0 && gmem_atomic_add(count + 1, 1) == num_blocks() - 1) {
+    gmem_atomic_add(count, -params.schedule.num_heads * heads_per_kv * p.seqlen_q);
+    gmem_atomic_add(count + 1, -num_blocks());
+  }
+}
+
 // One thread: walks over the block's key tiles, and has TMA load K and V, and Q and dO as far ahead
 // as the stages allow.
 FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
@@ -269,6 +289,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (tile.done(p, params.schedule)) {
       smem_store(coord, NO_TILE);
       mbar_arrive(bar.coord_full + turn % 2);
+      if (runs_beside_dq(params)) grid_dependency_wait();  // for those behind, who wait for this one
       grid_launch_dependents();
       return;
     }
@@ -351,6 +372,7 @@ FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
   const GmemPtr<const float> delta_gmem = {params.delta.address};
   const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
   uint32_t count = 0;
+  if (runs_beside_dq(params)) await_delta(params);
   for (int turn = 0;; ++turn) {
     BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;

@@ -112,8 +112,6 @@ def obstacle(problem: Problem) -> str | None:
     chunk = tiles_sm90.chunk_of(problem.head_dim, problem.head_dim_v)
     if max(problem.head_dim, problem.head_dim_v) > 96 and qk_cols // chunk % 2:
         return "above head_dim_v 96 one kernel for dq, dk and dv takes no such head_dim"
-    if max(problem.head_dim, problem.head_dim_v) > 96 and problem.window_left >= 0:
-        return "above head_dim 96 one kernel takes no window with a left bound"
     if problem.mask is not None or problem.softcap != 0.0:
         return "dq, dk and dv by one kernel take neither a mask tensor nor soft-capping"
     if problem.varlen != "none":
