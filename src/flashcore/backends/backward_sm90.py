@@ -131,8 +131,8 @@ def is_by_one_kernel(problem: Problem) -> bool:
 
 
 def runs_beside(problem: Problem) -> bool:
-    """Return whether, of two kernels, that of dk and dv may start beside that of dq: as many rows as
-    an int32 counts."""
+    """Return whether, of two kernels, that of dk and dv may run beside that of dq: an int32 counts
+    the rows."""
     return problem.batch * problem.num_heads_q * problem.seqlen_q < 2**31
 
 
