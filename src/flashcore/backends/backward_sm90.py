@@ -154,9 +154,11 @@ def _launches(
     problem: Problem, plans: BwdPlans | OneKernelPlans, q: Tensor
 ) -> tuple[list[BwdSm90Plan], dict[str, Tensor]]:
     """Return the plans as they are launched, one behind the other, and by name the memory that
-    blocks add up dq in, if they do."""
+    blocks add up dq in, if they do. In the simulator two kernels run as a prepared pass has them:
+    side by side (see `prepare_on_gpu`)."""
     if isinstance(plans, BwdPlans):
-        return list(plans), {}
+        beside = {} if q.is_cuda else {"delta_count": q.new_zeros(2, dtype=torch.int32)}
+        return list(plans), beside
     launches, made = plan_one.launches(problem, plans, workspace_bytes())
     return launches, {x: q.new_empty(shape, dtype=dtype) for x, (shape, dtype) in made.items()}
 

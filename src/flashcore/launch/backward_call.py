@@ -110,8 +110,8 @@ class BackwardKernel:
         return bool(self._counters)
 
     def argument(self, addresses: Sequence[int], counters: int) -> Argument:
-        """Return the argument of tensors of the description, with COUNTERS counters that the kernels
-        of a pass share."""
+        """Return the argument of tensors of the description, with COUNTERS counters, which the
+        kernels of a pass share."""
         argument = Argument(*descriptors.aligned(self._content))
         words = self._words.from_address(argument.address)
         for at, place in self._pointers:

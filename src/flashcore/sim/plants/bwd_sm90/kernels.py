@@ -184,7 +184,8 @@ _OF_DQ = (
         name="dout-read-late",
         title="a row tile's dO is released while lanes still read it",
         file=_DQ,
-        find="    warp_sync();  // orders every lane's reads of dO before the warp releases it\n",
+        find="  warp_sync();  // orders reads of dO before its release, and writes of delta before"
+        " the count\n",
         replace="\n",
         caught_by="race",
     ),
