@@ -20,6 +20,7 @@ from flashcore.problem.memory_layout import as_batch, as_rows, load_bytes, strid
 from flashcore.selection import tuned
 
 Tensor = torch.Tensor
+_FEW_TILES = 2 * 132  # two an SM of an H200
 _PACKET = 8  # elements of 16 bytes
 # The fields of a Problem that say how q, k and v lie in memory.
 _LAYOUT = (
@@ -86,6 +87,10 @@ def fused_backward(
     plans = plans or plans_for(problem)
     launches, sums = _launches(problem, plans, q)
     tensors |= sums
+    # Zeros are a launch more, which pays where both kernels' blocks find SMs at once.
+    is_few = not q.is_cuda or sum(plan.num_pieces(problem) for plan in launches) <= _FEW_TILES
+    if isinstance(plans, BwdPlans) and is_few and runs_beside(problem):
+        tensors["delta_count"] = q.new_zeros(2, dtype=torch.int32)
     for plan in launches:
         run(problem, plan, tensors)
     if dmask is not None:
@@ -154,11 +159,9 @@ def _launches(
     problem: Problem, plans: BwdPlans | OneKernelPlans, q: Tensor
 ) -> tuple[list[BwdSm90Plan], dict[str, Tensor]]:
     """Return the plans as they are launched, one behind the other, and by name the memory that
-    blocks add up dq in, if they do. In the simulator two kernels run as a prepared pass has them:
-    side by side (see `prepare_on_gpu`)."""
+    blocks add up dq in, if they do."""
     if isinstance(plans, BwdPlans):
-        beside = {} if q.is_cuda else {"delta_count": q.new_zeros(2, dtype=torch.int32)}
-        return list(plans), beside
+        return list(plans), {}
     launches, made = plan_one.launches(problem, plans, workspace_bytes())
     return launches, {x: q.new_empty(shape, dtype=dtype) for x, (shape, dtype) in made.items()}
 

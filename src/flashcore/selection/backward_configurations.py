@@ -2,7 +2,8 @@
 
 They are derived from the same problems as those of the forward (configurations.py). Variants that
 differ in the number of queries or keys are left out, as tiles depend on it only where they are few
-(_BATCHES); they do on a mask's elements and rows and on the options beside it, so there are more of those.
+(_BATCHES); they do on a mask's elements and rows and on the options beside it, so there are more of
+those.
 """
 
 from __future__ import annotations
