@@ -268,11 +268,14 @@ FC_DEVICE bool runs_beside_dq(const AttnBwdSm90Params& params) {
 FC_DEVICE void await_delta(const AttnBwdSm90Params& params) {
   const AttnParams& p = params.attn;
   const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
+  // Packed sequences share the rows of a head, of which there are seqlen_q in all.
+  const int num_heads = PACKED ? p.num_heads_q : params.schedule.num_heads * heads_per_kv;
+  const int num_rows = num_heads * p.seqlen_q;
   const auto count = params.delta_count;
-  gmem_await(count, params.schedule.num_heads * heads_per_kv * p.seqlen_q);
+  gmem_await(count, num_rows);
   warp_sync();  // orders every lane's wait before the next launch's counts
   if (lane_idx() == 0 && gmem_atomic_add(count + 1, 1) == num_blocks() - 1) {
-    gmem_atomic_add(count, -params.schedule.num_heads * heads_per_kv * p.seqlen_q);
+    gmem_atomic_add(count, -num_rows);
     gmem_atomic_add(count + 1, -num_blocks());
   }
 }

@@ -30,8 +30,8 @@ PLANTS_BWD_BESIDE_SM90 = by_name(
         name="delta-of-one-head-awaited",
         title="rows of one head of a group are waited for, which are not the last",
         file=_LOADS,
-        find="  gmem_await(count, params.schedule.num_heads * heads_per_kv * p.seqlen_q);",
-        replace="  gmem_await(count, params.schedule.num_heads * p.seqlen_q);",
+        find="  gmem_await(count, num_rows);",
+        replace="  gmem_await(count, num_rows / heads_per_kv);",
         caught_by="deadlock",
     ),
 )
