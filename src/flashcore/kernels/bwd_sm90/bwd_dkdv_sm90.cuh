@@ -292,7 +292,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (tile.done(p, params.schedule)) {
       smem_store(coord, NO_TILE);
       mbar_arrive(bar.coord_full + turn % 2);
-      if (runs_beside_dq(params)) grid_dependency_wait();  // for those behind, who wait for this one
+      if (runs_beside_dq(params)) grid_dependency_wait();  // so the kernel behind waits for both
       grid_launch_dependents();
       return;
     }
