@@ -152,8 +152,10 @@ def least_tiles(problem: Problem) -> int:
     if problem.window_left >= 0 and 0 <= problem.window_left + problem.window_right < 256:
         return _NEVER  # not measured; at 256 one kernel is 1.07 to 1.09 times as fast
     if max(problem.head_dim, problem.head_dim_v) <= 96:
-        return 256
-    return 1024 if problem.window_right >= 0 else 512
+        return 512 if is_bounded(problem) else 256
+    if not is_bounded(problem):
+        return 512
+    return 1024 if problem.seqlen_q >= 4096 else 2048
 
 
 def _sums_bytes(problem: Problem) -> int:
