@@ -101,8 +101,8 @@ FC_DEVICE void round_gradient(Consumer& c, const AttnParams& p, SmemPtr<float> s
   if (ALSO_DQ) clear_behind(c.dscores, p.seqlen_k, c.key_row);
 }
 
-// The first row of a query tile whose `stats` have arrived, `walked` where a consumer's walk has it.
-// A debug gate's scores are then those of its head.
+// The first row of a query tile whose `stats` have arrived; `walked`, where a walk has it. A debug
+// gate's scores are then those of its head.
 FC_DEVICE int own_begin(Consumer& c, const AttnParams& p, SmemPtr<float> stats, int walked) {
   if (!ALSO_DQ) return walked;
 //@if gate ds dv dk dq
