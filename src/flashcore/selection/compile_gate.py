@@ -42,6 +42,17 @@ _BESIDE_OPTIONS = ("MaskElement", "SMEM_BYTES")
 # (tile, options, registers of the roles) holds more: compiled for both with so few registers that
 # one spills, from 0.7 to 0.45 of a consumer's, it spills as many bytes or more (24 of 24 texts).
 _WIDTHS = ("HEAD_DIM", "HEAD_DIM_V", "CHUNK", "LOAD_CHUNK", "SMEM_BYTES")
+# Of the Hopper forward kernel, what a consumer needs beside its accumulators depends on the options
+# and hardly on the tile: 32 to 60 registers. Where one text gets along with so many, another that
+# differs in nothing but these does not spill with 16 more (28 of 28 pairs, of which the first had
+# been given as few as it took, 2026-11-30; with no more than the first, 8 of the others spilled).
+_TILE = (
+    *_WIDTHS,
+    *("BLOCK_M", "BLOCK_N", "NUM_STAGES", "LOAD_STAGES", "MIN_BLOCKS", "Q_BUFFERS", "O_PARTS"),
+    *("KEY_SLICES", "SPLIT_KV", "PING_PONG", "LAZY_RESCALE", "WHOLE_ROWS"),
+    *("CONSUMER_REGISTERS", "PRODUCER_REGISTERS", "CONVERTER_REGISTERS"),
+)
+_REGISTERS_BETWEEN_TILES = 16
 # Of the same text the compiler makes the same machine code for both, byte by byte (94 of 94 plans),
 # but for caches of 8 bits, which sm_89 has instructions for.
 _SAME_CODE = (86, 89)
@@ -107,11 +118,13 @@ def checked(found: Iterable[Configuration]) -> list[Configuration]:
     without a mask and the one that keeps a maximum besides: their text is nearly the same.
 
     At all head_dims but the usual, one of sm_86 stands for that of sm_89, a portable kernel with
-    more options for one with fewer, and a Hopper kernel for narrower ones with the same text, of
-    which those nearest to a spill stay."""
+    more options for one with fewer, and a Hopper kernel for narrower ones with the same text. A
+    forward one stands for those whose tile leaves more registers, of which each variant's nearest
+    to a spill stays at the usual head_dim. Those nearest to a spill stay anyway."""
     found = _without_same_code(_without_twins(found))
     found = _without_fewer_options(found)
-    return _without_narrower(found, _nearest(found))
+    nearest = _nearest(found)
+    return _without_roomier(_without_narrower(found, nearest), nearest)
 
 
 def checked_to_append(units: Iterable[Unit]) -> list[Unit]:
@@ -197,6 +210,34 @@ def _without_narrower(found: Sequence[Configuration], sampled: set[Plan]) -> lis
         or max(entry.plan.head_dim, entry.plan.head_dim_v)
         >= widest[_text_beside(entry.plan, _WIDTHS)]
     ]
+
+
+def _without_roomier(found: Sequence[Configuration], sampled: set[Plan]) -> list[Configuration]:
+    alike: dict[Hashable, list[Plan]] = defaultdict(list)
+    at_usual_width: dict[str, Plan] = {}
+    for entry in sorted(found, key=lambda entry: expected_room(entry.plan)):
+        plan = entry.plan
+        # One with a cache of 8 bits has other accumulators, and so has a backward kernel.
+        if plan.role_registers and not plan.cache_dtype and not kernel_of(plan).is_backward:
+            alike[_text_beside(plan, _TILE)].append(plan)
+            if plan.head_dim == _HEAD_DIM_IN_FULL:
+                at_usual_width.setdefault(entry.variant, plan)
+    told = {
+        plan
+        for plans in alike.values()
+        for plan in plans
+        if plan.dtype != "float16" and any(_leaves_fewer(other, plan) for other in plans)
+    }
+    told -= {*sampled, *at_usual_width.values()}
+    return [entry for entry in found if entry.plan not in told]
+
+
+def _leaves_fewer(other: Plan, plan: Plan) -> bool:
+    """Return whether each role has no more registers with another plan's tile, and a consumer so
+    many fewer beside its accumulators that this one does not spill unless that one does."""
+    fewer = spare_registers(plan) - spare_registers(other)
+    roles = zip(other.role_registers[1:], plan.role_registers[1:], strict=True)
+    return fewer >= _REGISTERS_BETWEEN_TILES and all(theirs <= ours for theirs, ours in roles)
 
 
 def _text_beside(plan: Plan, left_out: Iterable[str]) -> Hashable:
