@@ -56,7 +56,7 @@ lint: $(READY) ## ruff and mypy
 gate: $(READY) ## compile a sample of the kernels for every architecture, check the resource budget (no GPU needed)
 	$(BIN)/flashcore resources --check --sample
 
-gate-all: $(READY) ## the same with every configuration (some seven minutes on two cores)
+gate-all: $(READY) ## the same with every configuration (some six minutes on two cores)
 	$(BIN)/flashcore resources --check
 
 # -n -W: a reference or a link that leads nowhere is an error. Nothing is fetched: links to other sites

@@ -66,7 +66,7 @@ class Kernel(Generic[P]):
         )
 
     def registers_between_tiles(self, plan: P) -> int | None:
-        """Return how many registers more a consumer must have, beside its accumulators, than with
+        """Return how many registers more a thread must have, beside its accumulators, than with
         another tile, so that a plan does not spill unless the other does; None if none are known to
         be enough. See selection/compile_gate.py."""
         return None

@@ -42,18 +42,19 @@ _BESIDE_OPTIONS = ("MaskElement", "SMEM_BYTES")
 # (tile, options, registers of the roles) holds more: compiled for both with so few registers that
 # one spills, from 0.7 to 0.45 of a consumer's, it spills as many bytes or more (24 of 24 texts).
 _WIDTHS = ("HEAD_DIM", "HEAD_DIM_V", "CHUNK", "LOAD_CHUNK", "SMEM_BYTES")
-# Of the Hopper kernels, what a consumer needs beside its accumulators depends on the options and
-# hardly on the tile: 32 to 72 registers. Where one text gets along with so many, another that
-# differs in nothing but these does not spill with some more (`Kernel.registers_between_tiles`: 28
-# of 28 pairs of the forward kernel with 16, 6 of 6 for caches of 8 bits, 7 of 7 of dq, 5 of 5 of dk
-# and dv with 32; the first one had as few as it took. With no more than those 8 of 28 did spill,
-# with 16 one of dq. Of the mask's gradient 3 of 6 did with 16. 2026-11-30).
+# What a thread needs beside its accumulators, a consumer's where warps have roles, depends on the
+# options more than on the tile: 32 to 72 registers of the Hopper kernels, 24 to 88 of the portable
+# one. Where one text gets along with so many, another that differs in nothing but these does not
+# spill with some more (`Kernel.registers_between_tiles`): 28 of 28 pairs of the forward Hopper
+# kernel with 16; 6 of 6 for caches of 8 bits, 7 of 7 of dq, 5 of 5 of dk and dv with 32; 36 of 36
+# of the portable kernel with 48. The first one had as few as it took (2026-11-30). With no more
+# than those 8 of the 28 spilled, with 16 1 of the 7, with 32 2 of the 36.
 _TILE = (
     *_WIDTHS,
     *("BLOCK_M", "BLOCK_N", "NUM_STAGES", "LOAD_STAGES", "NUM_V_STAGES", "NUM_DO_STAGES"),
     *("NUM_DS_STAGES", "Q_BUFFERS", "O_PARTS", "MIN_BLOCKS", "NUM_WARPS", "KEY_SLICES"),
     *("SPLIT_KV", "PING_PONG", "LAZY_RESCALE", "WHOLE_ROWS", "CONSUMER_REGISTERS"),
-    *("PRODUCER_REGISTERS", "CONVERTER_REGISTERS", "DQ_REGISTERS"),
+    *("PRODUCER_REGISTERS", "CONVERTER_REGISTERS", "DQ_REGISTERS", "LOAD_BYTES"),
 )
 # Of the same text the compiler makes the same machine code for both, byte by byte (94 of 94 plans),
 # but for caches of 8 bits, which sm_89 has instructions for.
@@ -121,8 +122,8 @@ def checked(found: Iterable[Configuration]) -> list[Configuration]:
 
     At all head_dims but the usual, one of sm_86 stands for that of sm_89, a portable kernel with
     more options for one with fewer, and a Hopper kernel for narrower ones with the same text.
-    That one stands, too, for those whose tile leaves more registers, of which each variant's
-    nearest to a spill stays at the usual head_dim. Those nearest to a spill stay anyway."""
+    Each stands, too, for those whose tile leaves more registers, of which each variant's nearest
+    to a spill stays at the usual head_dim. Those nearest to a spill stay anyway."""
     found = _without_same_code(_without_twins(found))
     found = _without_fewer_options(found)
     nearest = _nearest(found)
@@ -216,21 +217,23 @@ def _without_narrower(found: Sequence[Configuration], sampled: set[Plan]) -> lis
 
 def _without_roomier(found: Sequence[Configuration], sampled: set[Plan]) -> list[Configuration]:
     alike: dict[Hashable, list[Plan]] = defaultdict(list)
-    at_usual_width: dict[tuple[str, str], Plan] = {}
+    stays, known = set(sampled), set[tuple[Cell, str]]()
     for entry in sorted(found, key=lambda entry: expected_room(entry.plan)):
         plan = entry.plan
-        if plan.role_registers and kernel_of(plan).registers_between_tiles(plan) is not None:
+        if kernel_of(plan).registers_between_tiles(plan) is not None:
             alike[_text_beside(plan, _TILE)].append(plan)
-            if plan.head_dim == _HEAD_DIM_IN_FULL:
-                at_usual_width.setdefault((plan.kernel, entry.variant), plan)
+            variant = cell_of(plan), entry.variant
+            is_nearest = variant not in known
+            if plan.head_dim == _HEAD_DIM_IN_FULL and (is_nearest or plan.dtype == "float16"):
+                stays.add(plan)
+            known.add(variant)
     told = {
         plan
         for plans in alike.values()
         for plan in plans
-        if plan.dtype != "float16" and any(_leaves_fewer(other, plan) for other in plans)
+        if any(_leaves_fewer(other, plan) for other in plans)
     }
-    told -= {*sampled, *at_usual_width.values()}
-    return [entry for entry in found if entry.plan not in told]
+    return [entry for entry in found if entry.plan in stays or entry.plan not in told]
 
 
 def _leaves_fewer(other: Plan, plan: Plan) -> bool:
@@ -239,7 +242,7 @@ def _leaves_fewer(other: Plan, plan: Plan) -> bool:
     enough = kernel_of(plan).registers_between_tiles(plan)
     fewer = spare_registers(plan) - spare_registers(other)
     roles = zip(other.role_registers[1:], plan.role_registers[1:], strict=True)
-    return enough is not None and fewer >= enough and all(t <= o for t, o in roles)
+    return enough is not None and fewer >= enough and all(theirs <= own for theirs, own in roles)
 
 
 def _text_beside(plan: Plan, left_out: Iterable[str]) -> Hashable:
