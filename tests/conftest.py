@@ -19,6 +19,9 @@ os.environ.pop("FLASHCORE_LAUNCHER", None)  # tests say which launcher they are 
 # torch may crash while it saves what it compiled for a backward pass (pytorch/pytorch#177442).
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
+# Inductor would build programs that ask which vectors this machine has, and no test is about them.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
+
 import torch  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 from hypothesis.database import DirectoryBasedExampleDatabase  # noqa: E402

@@ -31,6 +31,7 @@ from flashcore.selection.compile_gate import (
     sample,
 )
 from flashcore.selection.configurations import Configuration, configurations
+from flashcore.selection.registers import spare_registers
 
 runner = CliRunner()
 
@@ -55,15 +56,8 @@ def test_the_sample_has_every_kernel_architecture_and_head_dim(
     sampled = sample(checked)
     assert {cell_of(entry.plan) for entry in sampled} == {cell_of(entry.plan) for entry in checked}
     assert {cell.arch for cell in map(cell_of, (e.plan for e in sampled))} == set(SUPPORTED_ARCHS)
-    assert {entry.plan.kernel for entry in sampled} == {
-        KERNEL,
-        SM90_KERNEL,
-        DQ_KERNEL,
-        DKDV_KERNEL,
-        DELTA_KERNEL,
-        ROUND_KERNEL,
-        DMASK_KERNEL,
-    }
+    of_backward = {DQ_KERNEL, DKDV_KERNEL, DELTA_KERNEL, ROUND_KERNEL, DMASK_KERNEL}
+    assert {entry.plan.kernel for entry in sampled} == {KERNEL, SM90_KERNEL} | of_backward
 
 
 def test_the_sample_has_every_variant_and_every_dtype(
@@ -82,6 +76,7 @@ def test_the_sample_has_every_variant_and_every_dtype(
 OPTIONS = {"HAS_WINDOW_LEFT", "HAS_WINDOW_RIGHT", "HAS_SOFTCAP", "RETURNS_MAX_SCORE", "FOLDED"}
 OPTIONS |= {"MASK_KIND", "MaskElement"}
 WIDTHS = {"HEAD_DIM", "HEAD_DIM_V", "CHUNK", "LOAD_CHUNK"}
+SAME = ("kernel", "arch", "has_window_left", "has_window_right", "has_softcap", "mask", "varlen")
 
 
 def tells(other: Plan, plan: Plan) -> bool:
@@ -95,6 +90,15 @@ def tells(other: Plan, plan: Plan) -> bool:
     return plan.kernel == KERNEL and bool(differing) and differing <= OPTIONS and off
 
 
+def tells_by_registers(other: Plan, plan: Plan) -> bool:
+    """Return whether another tile leaves no role more registers, and a consumer some fewer."""
+    off = [] if plan.role_registers else [name for name in SAME if not getattr(plan, name)]
+    alike = all(name in off or getattr(other, name) == getattr(plan, name) for name in SAME)
+    others_fit = all(map(int.__le__, other.role_registers[1:], plan.role_registers[1:]))
+    fewer = 48 if plan.kernel == KERNEL else 16 if plan.kernel == SM90_KERNEL else 32
+    return alike and others_fit and spare_registers(plan) - spare_registers(other) >= fewer
+
+
 def tile_of(plan: Plan) -> tuple[str, int, int, int]:
     return plan.kernel, plan.arch, plan.block_m, plan.block_n
 
@@ -102,8 +106,7 @@ def tile_of(plan: Plan) -> tuple[str, int, int, int]:
 def test_what_is_not_checked_is_told_by_another(
     every: list[Configuration], checked: list[Configuration]
 ) -> None:
-    """Where the dtype decides the tile, both are compiled; and both of what is used most. All
-    variants and architectures are compiled at head_dim 128."""
+    """Where the dtype decides the tile, both are compiled; and both of what is used most."""
     listed, plans = {entry.plan for entry in every}, {entry.plan for entry in checked}
     of_tile = defaultdict(list)
     for plan in plans:
@@ -127,10 +130,22 @@ def test_what_is_not_checked_is_told_by_another(
             plan = dataclasses.replace(plan, arch=86)
             kinds["the same code"] += 1
         if plan not in plans and plan.head_dim != 128:
-            plan = next(other for other in of_tile[tile_of(plan)] if tells(other, plan))
+            others = (other for other in of_tile[tile_of(plan)] if tells(other, plan))
             kinds["more options" if plan.kernel == KERNEL else "more columns"] += 1
+            plan = next(others, plan)
+        if plan not in plans:
+            plan = next(other for other in plans if tells_by_registers(other, plan))
+            kinds["more registers"] += 1
         assert plan in plans, entry
-    assert kinds.keys() == {"what ships", "the same code", "more options", "more columns"}
+    assert len(kinds) == 5, kinds
+
+
+def test_every_variant_is_checked_at_the_usual_width(
+    every: list[Configuration], checked: list[Configuration]
+) -> None:
+    usual = ([e for e in found if e.plan.head_dim == 128] for found in (every, checked))
+    listed, kept = (of_kernels(found, lambda entry: entry.variant) for found in usual)
+    assert listed == kept
 
 
 def left_out(kept: Configuration, **fields: Any) -> bool:

@@ -224,11 +224,10 @@ def test_register_adds_the_backend_once(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("engine", ["vllm", "sglang"])
-def test_flashcore_imports_no_engine(engine: str) -> None:
+def test_flashcore_imports_no_engine() -> None:
     text = (
-        f"import sys, flashcore.integrations.{engine}, flashcore.api\n"
-        f"flashcore.attention_with_kvcache\nassert {engine!r} not in sys.modules"
+        "import sys, flashcore.api, flashcore.integrations.vllm, flashcore.integrations.sglang\n"
+        "flashcore.attention_with_kvcache\nassert not {'vllm', 'sglang'} & sys.modules.keys()"
     )
     subprocess.run([sys.executable, "-c", text], check=True, timeout=120)
 

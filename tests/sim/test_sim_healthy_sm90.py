@@ -21,7 +21,7 @@ from flashcore.sim import simulate
 
 pytestmark = pytest.mark.thorough
 
-SEEDS_OF_A_FAMILY = 50
+SEEDS_OF_A_FAMILY = 32
 
 # name -> (tile, what is fixed). Between them: one to three consumers, taking turns or not, one or
 # two buffers for Q, O in one part or several, both swizzles, every mask kind, both windows,

@@ -21,7 +21,7 @@ from flashcore.sim import simulate
 
 pytestmark = pytest.mark.thorough
 
-SEEDS_OF_A_FAMILY = 25
+SEEDS_OF_A_FAMILY = 16
 
 # name -> (tile, what is fixed). Between them: one and two groups of rows, keys shared by two
 # consumers besides, columns that are padding, splits without a key tile, rows without a key.

@@ -20,7 +20,7 @@ from flashcore.sim import simulate
 
 pytestmark = pytest.mark.thorough
 
-SEEDS_OF_A_FAMILY = 25
+SEEDS_OF_A_FAMILY = 16
 
 # name -> (tile of the Hopper kernel or None for the portable one, what is fixed).
 FAMILIES: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {

@@ -10,6 +10,19 @@ from flashcore.sim import Plant
 from flashcore.sim.report import ALARM_KINDS
 
 _PAGE = Path(__file__).parents[2] / "docs" / "planted-bugs.md"
+SEEDS = range(20)
+SOME_SEEDS = SEEDS[::4]
+_FOUND_AT_THE_END = {"wrong-result", "unwritten-output", "counter-left"}
+
+
+def seeds_of(plant: Plant) -> range:
+    """Return the seeds that must find a plant.
+
+    Whether an alarm is raised may depend on the schedule, and a run ends with it. A run that comes
+    to its end is a whole run without a race, and what it wrote is the same with every schedule: a
+    few of them show a bug that nothing but this tells of.
+    """
+    return SOME_SEEDS if {plant.caught_by, *plant.or_by} <= _FOUND_AT_THE_END else SEEDS
 
 
 def check_text(name: str, plant: Plant) -> None:

@@ -65,6 +65,12 @@ class Kernel(Generic[P]):
             name
         )
 
+    def registers_between_tiles(self, plan: P) -> int | None:
+        """Return how many registers more a thread must have, beside its accumulators, than with
+        another tile, so that a plan does not spill unless the other does; None if none are known to
+        be enough. See selection/compile_gate.py."""
+        return None
+
     def serves(self, arch: int) -> bool:
         """Return whether it runs on an architecture, 90 for sm_90."""
         return self.only_arch in (None, arch)

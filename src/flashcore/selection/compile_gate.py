@@ -42,6 +42,20 @@ _BESIDE_OPTIONS = ("MaskElement", "SMEM_BYTES")
 # (tile, options, registers of the roles) holds more: compiled for both with so few registers that
 # one spills, from 0.7 to 0.45 of a consumer's, it spills as many bytes or more (24 of 24 texts).
 _WIDTHS = ("HEAD_DIM", "HEAD_DIM_V", "CHUNK", "LOAD_CHUNK", "SMEM_BYTES")
+# What a thread needs beside its accumulators, a consumer's where warps have roles, depends on the
+# options more than on the tile: 32 to 72 registers of the Hopper kernels, 24 to 88 of the portable
+# one. Where one text gets along with so many, another that differs in nothing but these does not
+# spill with some more (`Kernel.registers_between_tiles`): 28 of 28 pairs of the forward Hopper
+# kernel with 16; 6 of 6 for caches of 8 bits, 7 of 7 of dq, 5 of 5 of dk and dv with 32; 36 of 36
+# of the portable kernel with 48. The first one had as few as it took (2026-11-30). With no more
+# than those 8 of the 28 spilled, with 16 1 of the 7, with 32 2 of the 36.
+_TILE = (
+    *_WIDTHS,
+    *("BLOCK_M", "BLOCK_N", "NUM_STAGES", "LOAD_STAGES", "NUM_V_STAGES", "NUM_DO_STAGES"),
+    *("NUM_DS_STAGES", "Q_BUFFERS", "O_PARTS", "MIN_BLOCKS", "NUM_WARPS", "KEY_SLICES"),
+    *("SPLIT_KV", "PING_PONG", "LAZY_RESCALE", "WHOLE_ROWS", "CONSUMER_REGISTERS"),
+    *("PRODUCER_REGISTERS", "CONVERTER_REGISTERS", "DQ_REGISTERS", "LOAD_BYTES"),
+)
 # Of the same text the compiler makes the same machine code for both, byte by byte (94 of 94 plans),
 # but for caches of 8 bits, which sm_89 has instructions for.
 _SAME_CODE = (86, 89)
@@ -107,11 +121,13 @@ def checked(found: Iterable[Configuration]) -> list[Configuration]:
     without a mask and the one that keeps a maximum besides: their text is nearly the same.
 
     At all head_dims but the usual, one of sm_86 stands for that of sm_89, a portable kernel with
-    more options for one with fewer, and a Hopper kernel for narrower ones with the same text, of
-    which those nearest to a spill stay."""
+    more options for one with fewer, and a Hopper kernel for narrower ones with the same text.
+    Each stands, too, for those whose tile leaves more registers, of which each variant's nearest
+    to a spill stays at the usual head_dim. Those nearest to a spill stay anyway."""
     found = _without_same_code(_without_twins(found))
     found = _without_fewer_options(found)
-    return _without_narrower(found, _nearest(found))
+    nearest = _nearest(found)
+    return _without_roomier(_without_narrower(found, nearest), nearest)
 
 
 def checked_to_append(units: Iterable[Unit]) -> list[Unit]:
@@ -197,6 +213,36 @@ def _without_narrower(found: Sequence[Configuration], sampled: set[Plan]) -> lis
         or max(entry.plan.head_dim, entry.plan.head_dim_v)
         >= widest[_text_beside(entry.plan, _WIDTHS)]
     ]
+
+
+def _without_roomier(found: Sequence[Configuration], sampled: set[Plan]) -> list[Configuration]:
+    alike: dict[Hashable, list[Plan]] = defaultdict(list)
+    stays, known = set(sampled), set[tuple[Cell, str]]()
+    for entry in sorted(found, key=lambda entry: expected_room(entry.plan)):
+        plan = entry.plan
+        if kernel_of(plan).registers_between_tiles(plan) is not None:
+            alike[_text_beside(plan, _TILE)].append(plan)
+            variant = cell_of(plan), entry.variant
+            is_nearest = variant not in known
+            if plan.head_dim == _HEAD_DIM_IN_FULL and (is_nearest or plan.dtype == "float16"):
+                stays.add(plan)
+            known.add(variant)
+    told = {
+        plan
+        for plans in alike.values()
+        for plan in plans
+        if any(_leaves_fewer(other, plan) for other in plans)
+    }
+    return [entry for entry in found if entry.plan in stays or entry.plan not in told]
+
+
+def _leaves_fewer(other: Plan, plan: Plan) -> bool:
+    """Return whether each role has no more registers with another plan's tile, and a consumer so
+    many fewer beside its accumulators that this one does not spill unless that one does."""
+    enough = kernel_of(plan).registers_between_tiles(plan)
+    fewer = spare_registers(plan) - spare_registers(other)
+    roles = zip(other.role_registers[1:], plan.role_registers[1:], strict=True)
+    return enough is not None and fewer >= enough and all(theirs <= own for theirs, own in roles)
 
 
 def _text_beside(plan: Plan, left_out: Iterable[str]) -> Hashable:

@@ -38,8 +38,9 @@ COMMON_FLAGS = (
     "-Wno-unknown-pragmas",  # #pragma unroll
     "-Wno-psabi",  # tensor maps are passed by value
 )
-# A kernel is compiled for a few runs, and in them the runtime is what takes time.
-KERNEL_FLAGS = ("-Og",)
+# A kernel is compiled for a few runs, and in them the runtime is what takes time: with -Og a build
+# takes a quarter longer, and a run a fifth less, which pays from ten runs on.
+KERNEL_FLAGS = ("-O0",)
 RUNTIME_FLAGS = ("-O3",)
 
 # Headers of the kernels' host side that the runtime includes.

@@ -1,5 +1,5 @@
 """Test what holds for gradients whatever the kernels do inside, in the simulator, and that no
-schedule of 300 raises an alarm or changes a bit."""
+schedule of 160 raises an alarm or changes a bit."""
 
 from __future__ import annotations
 
@@ -223,11 +223,11 @@ def gradients_of(name: str, seed: int) -> tuple[Tensor, ...]:
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("number", range(len(FAMILIES)), ids=list(FAMILIES))
-def test_no_schedule_of_300_raises_an_alarm_or_changes_a_bit(number: int) -> None:
+def test_no_schedule_of_160_raises_an_alarm_or_changes_a_bit(number: int) -> None:
     """A family has every eighth seed. Sums of the one kernel's dq have no fixed order."""
     name = list(FAMILIES)[number]
     first = gradients_of(name, number)
-    for seed in range(number + len(FAMILIES), 300, len(FAMILIES)):
+    for seed in range(number + len(FAMILIES), 160, len(FAMILIES)):
         found = gradients_of(name, seed)
         for x, y in list(zip(found, first, strict=True))[int(name == "one kernel") :]:
             assert torch.equal(x, y), f"{name}, seed {seed}"

@@ -14,6 +14,10 @@ from flashcore.problem import Problem
 class DmaskKernel(BwdSm90Kernel):
     """A DmaskKernel is that of the gradient of a mask. See `Kernel`."""
 
+    def registers_between_tiles(self, plan: BwdSm90Plan) -> int | None:
+        """Return None: some tiles spill a little with any number of registers."""
+        return None
+
     def chosen(self, problem: Problem, gate: str | None = None) -> BwdSm90Plan:
         """Return the plan for a mask that is expanded wherever its stride is 0."""
         assert problem.mask is not None

@@ -30,6 +30,10 @@ class BwdSm90Kernel(Kernel[BwdSm90Plan]):
 
     is_backward: ClassVar[bool] = True
 
+    def registers_between_tiles(self, plan: BwdSm90Plan) -> int | None:
+        """Return what makes up for another tile, see `Kernel`."""
+        return 32 if plan.role_registers else None
+
     def chosen(self, problem: Problem, gate: str | None = None) -> BwdSm90Plan:
         """Return the plan of this kernel that is selected for a problem, with a debug gate."""
         plans: list[BwdSm90Plan] = list(select_plans(problem))

@@ -27,6 +27,11 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
 
     shown_sizes: ClassVar[tuple[int, int]] = (300, 96)  # several column chunks
 
+    def registers_between_tiles(self, plan: Sm90Plan) -> int | None:
+        """Return what makes up for another tile, see `Kernel`. Warps that share a tile have other
+        accumulators."""
+        return None if plan.strips else 32 if plan.cache_dtype else 16
+
     def obstacle(self, problem: Problem) -> str | None:
         """Return why the kernel cannot serve a problem, or None."""
         return obstacles.obstacle(problem)

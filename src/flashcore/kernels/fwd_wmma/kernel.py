@@ -26,6 +26,10 @@ LEAST_BYTES_OF_FLOAT8 = 4  # that one thread copies, and widens, at once
 class WmmaKernel(ForwardKernel[Plan]):
     """A WmmaKernel is the portable kernel. See `ForwardKernel`."""
 
+    def registers_between_tiles(self, plan: Plan) -> int | None:
+        """Return what makes up for another tile, see `Kernel`."""
+        return 48
+
     def obstacle(self, problem: Problem) -> str | None:
         """Return why the kernel cannot serve a problem, or None."""
         if not problem.cache_dtype:
