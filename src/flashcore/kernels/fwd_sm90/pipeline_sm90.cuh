@@ -8,8 +8,8 @@
 // Of 8-bit tiles that are converted there are more on their way than consumers have: LOAD_STAGES,
 // else NUM_STAGES.
 constexpr bool CONVERTS = NUM_CONVERTERS > 0;
-// 8-bit tiles that are not: rows are few, 16 for each of STRIPS, and each warp makes operands of
-// bytes in registers (fwd_sm90/float8/few_rows_sm90.cuh).
+// 8-bit tiles that are not: rows are few, 8 for each of STRIPS, and each warp makes operands of
+// bytes in registers (fwd_sm90/float8/few_rows_sm90.cuh), for WARP_STRIPS of them.
 constexpr bool FEW_ROWS = STRIPS > 0;
 constexpr int CONVERTING_WARPS = CONVERTS ? NUM_CONVERTERS * 2 : 1;  // share a tile of K, or of V
 constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup

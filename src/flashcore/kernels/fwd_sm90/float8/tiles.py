@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from flashcore.kernels.fwd_sm90.float8.strips import (
+    MOST_STRIPS,
+    ROWS_OF_STRIP,
+    loaded_dims,
+    shared_bytes,
+    strips_of_warp,
+)
 from flashcore.kernels.fwd_sm90.tiles import (
     ARCH,
     ROWS_OF_CONSUMER,
-    ROWS_OF_WARP,
-    SHARED_BY_WARPS,
     STREAMED_BYTES,
     Tile,
     is_bounded,
@@ -36,24 +41,31 @@ def float8_tiles(problem: Problem, folded: int) -> Iterator[Tile]:
 def few_rows_tiles(problem: Problem) -> Iterator[Tile]:
     """Return the tile of 8-bit caches whose row tiles have so few rows that warps share the keys of
     a key tile (fwd_sm90/float8/few_rows_sm90.cuh), if they do."""
-    dims = padded_dims(problem.head_dim, problem.head_dim_v)
-    strips = -(-problem.seqlen_q // ROWS_OF_WARP)
-    most = 2 if max(dims) <= 128 else 1  # of a wider head two spill
+    dims = problem.head_dim, problem.head_dim_v
+    strips = _strips_of(problem.seqlen_q)
+    most = MOST_STRIPS if max(dims) <= 128 else 2  # of a wider head warps convert keys once each
     is_few = 1 <= strips <= most and not problem.packs_queries and problem.mask is None
-    if not is_few or dims[0] % 64 or dims[1] % 64:
+    if not is_few:
         return
-    block_n = 256 if sum(dims) <= 128 else 128
-    q_buffers = 2 // strips
-    fixed = 2048 + 2 * 2 * ROWS_OF_WARP * dims[0] + SHARED_BY_WARPS * (dims[1] + 10)
+    columns = sum(loaded_dims(*dims))
+    block_n = 256 if columns <= 128 else 128
+    of_q = 2 * ROWS_OF_STRIP * strips * padded_dims(*dims)[0]
+    fixed = 2048 + shared_bytes(strips_of_warp(strips, *dims), -(-dims[1] // 16) * 16)
     for min_blocks in (2, 1):
-        room = smem_limits(ARCH)[1] // min_blocks - fixed
-        wanted = max(2, -(-STREAMED_BYTES // min_blocks // (block_n * sum(dims))))
-        if (num_stages := min(wanted, room // (block_n * sum(dims)))) >= 2:
-            yield Tile(
-                64, block_n, num_stages=num_stages, min_blocks=min_blocks, q_buffers=q_buffers,
-                strips=strips,
-            )  # fmt: skip
-            return
+        for q_buffers in (2, 1) if strips > 1 else (2,):
+            room = smem_limits(ARCH)[1] // min_blocks - fixed - q_buffers * of_q
+            wanted = max(2, -(-STREAMED_BYTES // min_blocks // (block_n * columns)))
+            if (num_stages := min(wanted, room // (block_n * columns))) >= 2:
+                yield Tile(
+                    64, block_n, num_stages=num_stages, min_blocks=min_blocks,
+                    q_buffers=q_buffers, strips=strips,
+                )  # fmt: skip
+                return
+
+
+def _strips_of(num_rows: int) -> int:
+    """Return the strips of so many rows, 1, 2, 4 and so on."""
+    return 1 << (max(1, -(-num_rows // ROWS_OF_STRIP)) - 1).bit_length()
 
 
 def _unsplit_tiles(problem: Problem) -> Iterator[Tile]:
