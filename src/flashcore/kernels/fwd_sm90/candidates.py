@@ -31,12 +31,11 @@ if TYPE_CHECKING:
 
 def can_share_tiles(plan: Sm90Plan) -> bool:
     """Return whether warps can share a tile of 8 bits, each with 32 keys or a multiple of them, and
-    tiles begin where a swizzle's pattern does; a mask, packed queries and gates belong to
-    warpgroups."""
+    tiles begin where a swizzle's pattern does; packed queries and gates belong to warpgroups."""
     fits = plan.block_m == tiles_sm90.ROWS_OF_CONSUMER and plan.strips in (1, 2, 4)
     fits &= plan.warp_keys % 32 == 0 and plan.warp_keys > 0
     fits &= plan.strips * plan.q_buffers % 2 == 0
-    fits &= not plan.ping_pong and plan.mask is None
+    fits &= not plan.ping_pong
     return fits and plan.gate is None and plan.varlen not in PACKS_QUERIES
 
 

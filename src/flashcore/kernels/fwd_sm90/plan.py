@@ -186,8 +186,9 @@ class Sm90Plan(Plan):
 
     @property
     def mask_bytes(self) -> int:
-        """Return shared memory for mask elements of all warps (fwd_sm90/mask_tile_sm90.cuh)."""
-        if self.mask is None:
+        """Return shared memory for mask elements of all warps (fwd_sm90/mask_tile_sm90.cuh); of few
+        rows lanes read their own."""
+        if self.mask is None or self.strips:
             return 0
         return self.num_consumers * tiles_sm90.mask_bytes(self.mask, self.mask_is_row, self.block_n)
 

@@ -44,8 +44,7 @@ def few_rows_tiles(problem: Problem) -> Iterator[Tile]:
     dims = problem.head_dim, problem.head_dim_v
     strips = _strips_of(problem.seqlen_q)
     most = MOST_STRIPS if max(dims) <= 128 else 2  # of a wider head warps convert keys once each
-    is_few = 1 <= strips <= most and not problem.packs_queries and problem.mask is None
-    if not is_few:
+    if strips > most or problem.packs_queries:
         return
     columns = sum(loaded_dims(*dims))
     block_n = 256 if columns <= 128 else 128
