@@ -8,6 +8,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
+from flashcore.kernels.fwd_sm90.float8.strips import ROWS_OF_STRIP
 from flashcore.kernels.fwd_sm90.float8.tiles import float8_tiles
 from flashcore.kernels.fwd_sm90.obstacles import loads_whole_rows
 from flashcore.kernels.fwd_sm90.plan import (
@@ -31,12 +32,14 @@ if TYPE_CHECKING:
 
 def can_share_tiles(plan: Sm90Plan) -> bool:
     """Return whether warps can share a tile of 8 bits, each with 32 keys or a multiple of them, and
-    tiles begin where a swizzle's pattern does; packed queries and gates belong to warpgroups."""
-    fits = plan.block_m == tiles_sm90.ROWS_OF_CONSUMER and plan.strips in (1, 2, 4)
+    tiles begin where a swizzle's pattern does. Gates belong to warpgroups."""
+    fits = plan.block_m == ROWS_OF_STRIP * plan.strips and plan.strips in (1, 2, 4)
     fits &= plan.warp_keys % 32 == 0 and plan.warp_keys > 0
     fits &= plan.strips * plan.q_buffers % 2 == 0
     fits &= not plan.ping_pong
-    return fits and plan.gate is None and plan.varlen not in PACKS_QUERIES
+    if plan.varlen in PACKS_QUERIES:  # a query's heads are rows of one box
+        fits &= plan.folds_heads <= plan.block_m
+    return fits and plan.gate is None
 
 
 def _has_registers(plan: Sm90Plan) -> bool:
@@ -77,7 +80,7 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     launched = tiles_sm90.folded(problem, folded)
     tiles = tiles_sm90.tiles(launched, max(1, folded), problem.seqlen_q)
     if problem.cache_dtype:
-        tiles = float8_tiles(launched, max(1, folded))
+        tiles = float8_tiles(launched, max(1, folded), problem.seqlen_q)
     if problem.batch_invariant and gate is None:
         tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))
     for tile in tiles:

@@ -102,7 +102,12 @@ class Sm90Plan(Plan):
     @property
     def num_consumers(self) -> int:
         """Return the number of consumer warpgroups; some may share their 64 query rows."""
-        return self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.key_slices
+        return self.row_groups * self.key_slices
+
+    @property
+    def row_groups(self) -> int:
+        """Return the number of warpgroups that have rows of their own."""
+        return -(-self.block_m // tiles_sm90.ROWS_OF_CONSUMER)
 
     @property
     def num_warps(self) -> int:
@@ -123,7 +128,7 @@ class Sm90Plan(Plan):
     @property
     def rows_of_group(self) -> int:
         """Return the rows of Q that a consumer has in shared memory."""
-        return strips_sm90.ROWS_OF_STRIP * self.strips or tiles_sm90.ROWS_OF_CONSUMER
+        return min(self.block_m, tiles_sm90.ROWS_OF_CONSUMER)
 
     @property
     def warp_strips(self) -> int:
@@ -161,8 +166,7 @@ class Sm90Plan(Plan):
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
         is_split = self.shares_keys  # then O leaves through global memory
         o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
-        rows = self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.rows_of_group
-        elements = rows * self.q_buffers * qk_cols
+        elements = self.block_m * self.q_buffers * qk_cols
         elements += 0 if is_split or self.strips else self.block_m * o_cols
         if not self.strips:
             elements += self.num_stages * self.block_n * (qk_cols + v_cols)
@@ -174,7 +178,7 @@ class Sm90Plan(Plan):
             shares += strips_sm90.shared_bytes(self.warp_strips, self.out_cols)
         feed = _FEED_BYTES if self.deals_packed else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k
-        num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
+        num_barriers = 2 * self.q_buffers * self.row_groups
         num_barriers += 4 * (self.num_stages + self.load_stages) + 2 * (self.key_slices > 1)
         shares += self.load_stages * (self.block_n * (qk_cols + v_cols) + _END_BYTES)
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed

@@ -23,7 +23,7 @@
 #include "tile/softmax.cuh"
 #include "tile/stream_k.cuh"
 
-constexpr int GROUPS_OF_TILE = BLOCK_M / 64;  // that own 64 rows each
+constexpr int GROUPS_OF_TILE = (BLOCK_M + 63) / 64;  // that own 64 rows each, or fewer
 // True where blocks may add up shares together; others have no registers for that and would spill.
 // Mirrored by may_add_up_together in kernels/fwd_sm90/splits.py.
 constexpr bool HAS_OPTIONS = MASK_KIND != 0 || HAS_SOFTCAP || IS_BOUNDED || RETURNS_MAX_SCORE;
@@ -200,7 +200,7 @@ template <int NUM_OUT_FRAGS, int PACKETS>
 FC_DEVICE void add_up_partials(const AttnParams& p, const BlockCoord& block, int group_row,
                                float scale_log2) {
   constexpr int MOST_PARTS = PACKETS < 16 ? 1 : 2;
-  const int most_rows = FOLDS_PACKED ? rows_of_box(p) : 64;  // the others are nobody's
+  const int most_rows = FOLDS_PACKED ? rows_of_box(p) : BOX_OF_ROWS;  // the others are nobody's
   const int num_parts = min_i(most_rows, p.seqlen_q - group_row) * (HEAD_DIM_V / 8);
   int part = thread_idx() % 128;
   if (MOST_PARTS > 1 && num_parts <= 128) {

@@ -446,6 +446,7 @@ FC_DEVICE void add_up_warps(const AttnParams& p, const BlockCoord& block,
   for (int unit = opaque(thread_idx() % 128); unit < num_rows * UNITS; unit += 128) {
     const int row = block.m_begin + unit / UNITS;
     const int col = unit % UNITS * 4;
+    if (!is_row(p, row)) continue;
     float out[4], row_max, sum;
     add_up_columns(merge_smem, unit / UNITS, col, scale_log2, out, row_max, sum);
     if (RETURNS_MAX_SCORE && col == 0) raise_max_score_of(p, block, row, row_max, sum);

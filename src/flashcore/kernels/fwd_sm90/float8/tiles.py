@@ -28,23 +28,32 @@ if TYPE_CHECKING:
     from flashcore.problem import Problem
 
 
-def float8_tiles(problem: Problem, folded: int) -> Iterator[Tile]:
-    """Return tiles, best first, of a problem whose heads are `folded` heads each."""
+def float8_tiles(problem: Problem, folded: int, longest: int) -> Iterator[Tile]:
+    """Return tiles, best first, of a problem whose heads are `folded` heads each, and of which a
+    packed sequence has at most `longest` queries."""
     # With 128 keys a window and soft-capping spill beside folded packed rows.
     crowded = problem.packs_queries and folded > 1 and problem.softcap and is_bounded(problem)
-    for tile in _unsplit_tiles(problem):
-        if crowded and tile.block_n > 64:
+    for tile in _unsplit_tiles(problem, most_rows(problem, folded, longest)):
+        if crowded and not tile.strips and tile.block_n > 64:
             continue
         yield split_keys(problem, tile, folded)
 
 
-def few_rows_tiles(problem: Problem) -> Iterator[Tile]:
-    """Return the tile of 8-bit caches whose row tiles have so few rows that warps share the keys of
-    a key tile (fwd_sm90/float8/few_rows_sm90.cuh), if they do."""
+def most_rows(problem: Problem, folded: int, longest: int) -> int:
+    """Return the rows that a row tile has at most, if it is to have all of a sequence: of packed
+    queries all of a box, whose queries have all their heads."""
+    if not problem.packs_queries or folded == 1:
+        return longest if problem.packs_queries else problem.seqlen_q
+    boxes = (ROWS_OF_STRIP << i for i in range(MOST_STRIPS.bit_length()))
+    return next((rows for rows in boxes if rows // folded >= longest), longest * folded)
+
+
+def few_rows_tiles(problem: Problem, num_rows: int) -> Iterator[Tile]:
+    """Return the tile of 8-bit caches whose row tiles have so few rows, `num_rows`, that warps
+    share the keys of a key tile (fwd_sm90/float8/few_rows_sm90.cuh), if they do."""
     dims = problem.head_dim, problem.head_dim_v
-    strips = _strips_of(problem.seqlen_q)
-    most = MOST_STRIPS if max(dims) <= 128 else 2  # of a wider head warps convert keys once each
-    if strips > most or problem.packs_queries:
+    strips = _strips_of(num_rows)
+    if strips > (MOST_STRIPS if max(dims) <= 128 else 2):  # each warp converts keys of wide heads
         return
     columns = sum(loaded_dims(*dims))
     block_n = 256 if columns <= 128 else 128
@@ -56,7 +65,7 @@ def few_rows_tiles(problem: Problem) -> Iterator[Tile]:
             wanted = max(2, -(-STREAMED_BYTES // min_blocks // (block_n * columns)))
             if (num_stages := min(wanted, room // (block_n * columns))) >= 2:
                 yield Tile(
-                    64, block_n, num_stages=num_stages, min_blocks=min_blocks,
+                    ROWS_OF_STRIP * strips, block_n, num_stages=num_stages, min_blocks=min_blocks,
                     q_buffers=q_buffers, strips=strips,
                 )  # fmt: skip
                 return
@@ -67,12 +76,12 @@ def _strips_of(num_rows: int) -> int:
     return 1 << (max(1, -(-num_rows // ROWS_OF_STRIP)) - 1).bit_length()
 
 
-def _unsplit_tiles(problem: Problem) -> Iterator[Tile]:
+def _unsplit_tiles(problem: Problem, num_rows: int) -> Iterator[Tile]:
     """Return tiles of 8-bit caches, best first: two converted tiles, and as many as fit that are
     still bytes, up to `STREAMED_BYTES`. The more keys a tile has, the less its hand-overs cost,
     some 550 cycles (H200, 2026-11-29, B16 H32/8 S1/8192 D128 bfloat16: 154 us with 32 keys, 98 with
     64, 86 with 128; D64, with twice the batch: 154 with 64, 127 with 128)."""
-    yield from few_rows_tiles(problem)
+    yield from few_rows_tiles(problem, num_rows)
     # With 128 rows four warpgroups share the registers, 128 a thread until they part: too few for
     # the product that makes a wide O.
     few = problem.seqlen_q <= ROWS_OF_CONSUMER or problem.head_dim_v > 192
