@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from flashcore.kernels.fwd_sm90.float8.strips import (
-    MOST_STRIPS,
     ROWS_OF_STRIP,
     loaded_dims,
+    most_strips,
     shared_bytes,
     strips_of_warp,
 )
@@ -44,7 +44,7 @@ def most_rows(problem: Problem, folded: int, longest: int) -> int:
     queries all of a box, whose queries have all their heads."""
     if not problem.packs_queries or folded == 1:
         return longest if problem.packs_queries else problem.seqlen_q
-    boxes = (ROWS_OF_STRIP << i for i in range(MOST_STRIPS.bit_length()))
+    boxes = (ROWS_OF_STRIP, 2 * ROWS_OF_STRIP, 4 * ROWS_OF_STRIP)
     return next((rows for rows in boxes if rows // folded >= longest), longest * folded)
 
 
@@ -53,12 +53,13 @@ def few_rows_tiles(problem: Problem, num_rows: int) -> Iterator[Tile]:
     share the keys of a key tile (fwd_sm90/float8/few_rows_sm90.cuh), if they do."""
     dims = problem.head_dim, problem.head_dim_v
     strips = _strips_of(num_rows)
-    if strips > (MOST_STRIPS if max(dims) <= 128 else 2):  # each warp converts keys of wide heads
+    mask = problem.mask.dtype if problem.mask else None
+    if strips > most_strips(*dims, mask):
         return
     columns = sum(loaded_dims(*dims))
     block_n = 256 if columns <= 128 else 128
     of_q = 2 * ROWS_OF_STRIP * strips * padded_dims(*dims)[0]
-    fixed = 2048 + shared_bytes(strips_of_warp(strips, *dims), -(-dims[1] // 16) * 16)
+    fixed = 2048 + shared_bytes(strips_of_warp(strips, *dims, mask), -(-dims[1] // 16) * 16)
     for min_blocks in (2, 1):
         for q_buffers in (2, 1) if strips > 1 else (2,):
             room = smem_limits(ARCH)[1] // min_blocks - fixed - q_buffers * of_q
