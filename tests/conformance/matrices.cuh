@@ -1,6 +1,6 @@
 // A warp loads four 8x8 matrices of 16-bit elements, in rows that its lanes name, as they are and
-// transposed; takes four of eight bytes; multiplies operands that it makes in registers, also with 8
-// columns; and transposes a matrix of 8x8 that lies in registers.
+// transposed; takes four of eight bytes; multiplies operands that it makes in registers, also with
+// 8 columns; and transposes a matrix of 8x8 that lies in registers.
 #pragma once
 
 #include "prims_sm90.cuh"

@@ -69,11 +69,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pages-masked": {**ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "tree": {"queries": 64, **ALL_OPTIONS, "mask": "tree", "varlen": "pages", "page_size": 16},
-    # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
+    # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch,
     "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
     "packed-mixed": {"queries": 40, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
-    # Few of them, whose keys the device cuts.
     "packed-cut": {"queries": 4, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "float8-decode": {"queries": 1, **_FLOAT8},

@@ -133,9 +133,7 @@ class Sm90Plan(Plan):
     @property
     def warp_strips(self) -> int:
         """Return the strips that a warp has; 0 where warpgroups have tiles."""
-        return strips_sm90.strips_of_warp(
-            self.strips, self.head_dim, self.head_dim_v, self.mask
-        )
+        return strips_sm90.strips_of_warp(self.strips, self.head_dim, self.head_dim_v, self.mask)
 
     @property
     def warp_keys(self) -> int:

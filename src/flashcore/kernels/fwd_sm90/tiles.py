@@ -23,7 +23,7 @@ MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float3
 STREAMED_BYTES = 96 * 1024
 SMALL_PAGE = 32  # keys, of which a tile of 128 has several
 _MIXED_ROWS = 256  # of a packed sequence in the mean
-_BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
+BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
 
 def splits_sectors(head_dim: int, head_dim_v: int) -> bool:
@@ -141,7 +141,7 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     block_n = 128 if narrow and not in_pages else 32 if wide else 64
     if problem.varlen != "none" and problem.mask is None and max(dims) <= 128:
         read = 2 * block_n * (problem.head_dim + problem.head_dim_v)
-        num_stages = max(2, -(-_BYTES_OF_TWO // read))
+        num_stages = max(2, -(-BYTES_OF_TWO // read))
         tile = Tile(64, block_n, num_stages=num_stages, min_blocks=2, q_buffers=2)
         return split_keys(problem, tile, folded)
     if narrow and problem.mask is None:

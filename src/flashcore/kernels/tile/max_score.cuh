@@ -22,8 +22,8 @@ FC_DEVICE GmemPtr<float> max_score_of(const AttnParams& p, const BlockCoord& blo
   return p.max_score + (head * (p.seqlen_q / p.num_queries) + row / p.num_queries);
 }
 
-// Of one row. One that sees no key leaves it alone. A score that is NaN is not in row_max, but it is
-// in row_sum.
+// Of one row. One that sees no key leaves it alone. A score that is NaN is not in row_max, but it
+// is in row_sum.
 FC_DEVICE void raise_max_score_of(const AttnParams& p, const BlockCoord& block, int row,
                                   float row_max, float row_sum) {
   const bool is_nan = row_sum != row_sum && row_max < -NEG_INF;

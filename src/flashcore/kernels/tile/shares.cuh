@@ -371,8 +371,8 @@ FC_DEVICE void add_up_together(const AttnParams& p, const BlockCoord& block, int
   }
 }
 
-// Counts a group's share, which its threads have written, and adds up all of them if it was the last
-// one. `sync` is a barrier of the group's threads; `arrival` its int in shared memory.
+// Counts a group's share, which its threads have written, and adds up all of them if it was the
+// last one. `sync` is a barrier of the group's threads; `arrival` its int in shared memory.
 template <int PACKETS, int NUM_OUT_FRAGS, class Sync>
 FC_DEVICE void count_partial(const AttnParams& p, const BlockCoord& block, int row_group,
                              float scale_log2, const Sync& sync, SmemPtr<int32_t> arrival) {

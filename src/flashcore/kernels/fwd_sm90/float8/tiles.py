@@ -14,7 +14,9 @@ from flashcore.kernels.fwd_sm90.float8.strips import (
 )
 from flashcore.kernels.fwd_sm90.tiles import (
     ARCH,
+    BYTES_OF_TWO,
     ROWS_OF_CONSUMER,
+    SMALL_PAGE,
     STREAMED_BYTES,
     Tile,
     is_bounded,
@@ -57,13 +59,16 @@ def few_rows_tiles(problem: Problem, num_rows: int) -> Iterator[Tile]:
     if strips > most_strips(*dims, mask):
         return
     columns = sum(loaded_dims(*dims))
-    block_n = 256 if columns <= 128 else 128
+    # Tiles of 256 keys are slower where several boxes bring one, but for boxes that are small anyway.
+    in_boxes = problem.has_pages and problem.page_size > SMALL_PAGE
+    block_n = 256 if columns <= 128 and not in_boxes else 128
     of_q = 2 * ROWS_OF_STRIP * strips * padded_dims(*dims)[0]
     fixed = 2048 + shared_bytes(strips_of_warp(strips, *dims, mask), -(-dims[1] // 16) * 16)
     for min_blocks in (2, 1):
         for q_buffers in (2, 1) if strips > 1 else (2,):
             room = smem_limits(ARCH)[1] // min_blocks - fixed - q_buffers * of_q
-            wanted = max(2, -(-STREAMED_BYTES // min_blocks // (block_n * columns)))
+            streamed = STREAMED_BYTES if min_blocks == 1 else BYTES_OF_TWO
+            wanted = max(2, -(-streamed // (block_n * columns)))
             if (num_stages := min(wanted, room // (block_n * columns))) >= 2:
                 yield Tile(
                     ROWS_OF_STRIP * strips, block_n, num_stages=num_stages, min_blocks=min_blocks,

@@ -41,6 +41,7 @@ _SEQUENCE = "tile/sequence.cuh"
 _PRODUCER = "fwd_sm90/producer_sm90.cuh"
 _PIPELINE = "fwd_sm90/pipeline_sm90.cuh"
 _FEW = "fwd_sm90/float8/few_rows_sm90.cuh"
+_STRIPS = "fwd_sm90/float8/strips_sm90.cuh"
 
 PLANTS_FLOAT8_SM90 = by_name(
     Plant(
@@ -182,7 +183,7 @@ PLANTS_FEW_SM90 = by_name(
     Plant(
         name="few-keys-side-by-side",
         title="keys 8 to 15 of a product change places with columns of the first ones",
-        file=_FEW,
+        file=_STRIPS,
         find="  a.reg[1] = of_second[0];\n  a.reg[2] = of_first[1];",
         replace="  a.reg[2] = of_second[0];\n  a.reg[1] = of_first[1];",
         caught_by="wrong-result",
@@ -190,7 +191,7 @@ PLANTS_FEW_SM90 = by_name(
     Plant(
         name="few-probabilities-as-scores",
         title="P is an operand as scores come, keys for rows",
-        file=_FEW,
+        file=_STRIPS,
         find="transpose8x8(pack2<MathElement>(x[at], x[at + 2]));",
         replace="pack2<MathElement>(x[at], x[at + 2]);",
         caught_by="wrong-result",
@@ -198,7 +199,7 @@ PLANTS_FEW_SM90 = by_name(
     Plant(
         name="few-bytes-in-place",
         title="two columns of one value count as one column of two values",
-        file=_FEW,
+        file=_STRIPS,
         find="COLUMNS_APART = 0x3120;",
         replace="COLUMNS_APART = 0x3210;",
         caught_by="wrong-result",
@@ -206,7 +207,7 @@ PLANTS_FEW_SM90 = by_name(
     Plant(
         name="few-unswizzled",
         title="bytes are read without the swizzle that TMA wrote them with",
-        file=_FEW,
+        file=_STRIPS,
         find="swizzled_col<Tile::ROW_BYTES>(lane % 8,",
         replace="swizzled_col<Tile::ROW_BYTES>(0,",
         caught_by="wrong-result",
