@@ -30,8 +30,7 @@ HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
 _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
 # The options that each name stands for, of `attention` or ("varlen") `attention_varlen`. "masked"
-# takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
-# has tiles of its own for calls with neither softcap nor mask.
+# takes the most registers that the portable kernel can need; the Hopper kernel has other tiles.
 ALL_OPTIONS: dict[str, Any] = {"window": (64, 64), "softcap": 30.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -75,6 +74,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
     "packed-cut": {"queries": 4, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
+    "packed-float8-more": {"queries": 40, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-drafts": {"queries": 8, **ALL_OPTIONS, **_FLOAT8},
     "float8-masked": {"queries": 4, **ALL_OPTIONS, **_FLOAT8, "mask": "float-bias"},
@@ -146,11 +146,11 @@ OTHER_VARIANTS = (
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "float-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
-    *("float8-drafts", "float8-masked"),
+    *("float8-drafts", "float8-masked", "packed-float8-more"),
 )
 _MASK_VARIANTS = tuple(name for name in VARIANTS if name.endswith(("-mask", "bias", "padding")))
 _HOPPER_VARIANTS = (
-    *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
+    *("window", "varlen-causal", "chunk", "uneven", "cut-plain", "packed-float8-more"),
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts", "float8-masked"),
     *("packed-decode", "packed-mixed", "packed-few", "packed-cut", "packed-float8", "tree"),
 )

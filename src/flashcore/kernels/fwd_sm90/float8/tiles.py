@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 def float8_tiles(problem: Problem, folded: int, longest: int) -> Iterator[Tile]:
     """Return tiles, best first, of a problem whose heads are `folded` heads each, and of which a
     packed sequence has at most `longest` queries."""
-    # With 128 keys a window and soft-capping spill beside folded packed rows.
-    crowded = problem.packs_queries and folded > 1 and problem.softcap and is_bounded(problem)
+    # With 128 keys a window and soft-capping spill beside packed rows.
+    crowded = problem.packs_queries and problem.softcap and is_bounded(problem)
     for tile in _unsplit_tiles(problem, most_rows(problem, folded, longest)):
         if crowded and not tile.strips and tile.block_n > 64:
             continue
@@ -59,7 +59,7 @@ def few_rows_tiles(problem: Problem, num_rows: int) -> Iterator[Tile]:
     if strips > most_strips(*dims, mask):
         return
     columns = sum(loaded_dims(*dims))
-    # Tiles of 256 keys are slower where several boxes bring one, but for boxes that are small anyway.
+    # Several boxes bring a tile from pages, and longer ones later; small ones take as long anyway.
     in_boxes = problem.has_pages and problem.page_size > SMALL_PAGE
     block_n = 256 if columns <= 128 and not in_boxes else 128
     of_q = 2 * ROWS_OF_STRIP * strips * padded_dims(*dims)[0]
