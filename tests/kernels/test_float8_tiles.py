@@ -6,14 +6,12 @@ import dataclasses
 from typing import Any
 
 import pytest
-import torch
 
 from flashcore.checks.paged_cases import PagedCase, make_paged_inputs
 from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
 from flashcore.ops.paged import paged_problem
-from flashcore.ops.paged_varlen import packed_pages_problem
-from flashcore.problem.options import Inputs, Options
+from flashcore.problem.options import Options
 from flashcore.selection.select import select_plan
 
 
@@ -33,10 +31,9 @@ def plan_of(gate: str | None = None, **options: Any) -> Sm90Plan:
         (1, {"seqlen_q": 1}),
         (1, {"seqlen_q": 2, "head_dim": 256, "head_dim_v": 256}),
         (1, {"seqlen_q": 1, "head_dim": 96}),  # rows of 96 bytes, in chunks of 128
-        (1, {"seqlen_q": 2, "tree": True}),
         (2, {"seqlen_q": 4, "head_dim": 192, "head_dim_v": 64}),
         (4, {"seqlen_q": 8, "head_dim": 128, "head_dim_v": 128, "causal": "lower_right"}),
-        (4, {"seqlen_q": 8, "tree": True}),
+        (0, {"seqlen_q": 2, "tree": True}),
         (0, {"seqlen_q": 9}),
         (0, {"seqlen_q": 8, "head_dim": 192}),  # a warp would convert all keys for 8 rows
         (0, {"seqlen_q": 1, "gate": "qk"}),
@@ -51,36 +48,12 @@ def test_warps_share_the_keys_of_few_rows(strips: int, options: dict[str, Any]) 
     assert plan.min_blocks == 2 or strips == 0 or plan.head_dim > 128
 
 
-@pytest.mark.parametrize(
-    ("strips", "heads", "longest"),
-    [(1, 4, 2), (1, 3, 2), (2, 3, 4), (4, 4, 8), (0, 4, 9), (0, 3, 11), (1, 1, 8), (0, 1, 40)],
-)
-def test_packed_queries_have_all_their_heads_in_a_row_tile(
-    strips: int, heads: int, longest: int
-) -> None:
-    # Of 3 heads, 8 rows are two queries and two rows of nobody.
-    packed = Inputs(
-        q=torch.empty(60, 2 * heads, 64), k=torch.empty(99, 2, 16, 64).to(torch.float8_e4m3fn),
-        v=torch.empty(99, 2, 16, 64).to(torch.float8_e4m3fn), max_seqlen_q=longest,
-        page_table=torch.zeros(4, 33, dtype=torch.int32), k_scale=torch.ones(()),
-        seqlens_k=torch.zeros(4, dtype=torch.int32), v_scale=torch.ones(()),
-        cu_seqlens_q=torch.zeros(5, dtype=torch.int32),
-    )  # fmt: skip
-    packed = packed._replace(q=packed.q.half())
-    problem = packed_pages_problem(packed, Options.checked(True, None, None, None))
-    plan = select_plan(problem, 90, kernel=SM90.name)
-    assert isinstance(plan, Sm90Plan)
-    assert SM90.is_legal(plan)
-    assert plan.strips == strips
-    assert plan.folds_heads == (heads if heads > 1 else 0)
-
-
 def test_a_plan_has_warps_that_convert_or_share() -> None:
     plan = plan_of(seqlen_q=1)
     changes = (
         *({"strips": 0}, {"strips": 3}, {"load_stages": 2}, {"block_n": 96}, {"block_m": 64}),
         *({"gate": "qk"}, {"cache_dtype": ""}, {"q_buffers": 1}, {"strips": 2}),
-        {"varlen": "packed_pages", "folds_heads": 16},  # whose queries no box has
+        *({"mask": "bool"}, {"varlen": "packed_pages"}),
     )
     for fields in changes:
         assert not SM90.is_legal(dataclasses.replace(plan, **fields)), fields

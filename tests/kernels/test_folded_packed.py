@@ -192,8 +192,7 @@ def test_tokens_beside_a_prompt_have_two_blocks_an_sm_over_small_pages() -> None
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("mean", [1, 5, 40, 500])
 def test_two_consumers_at_most_share_the_registers(head_dim: int, mean: int) -> None:
-    """Three spill. With 8-bit caches, windows and soft-capping 128 keys do, too, where a warpgroup
-    has all of them."""
+    """Three spill. With 8-bit caches, windows and soft-capping 128 keys do, too."""
     problem = problem_with(
         batch=64, total_q=64 * mean, total_k=64 * 8192, seqlen_q=mean, seqlen_k=8192,
         num_heads_q=8, num_heads_kv=2, head_dim=head_dim, head_dim_v=head_dim,
@@ -204,6 +203,4 @@ def test_two_consumers_at_most_share_the_registers(head_dim: int, mean: int) -> 
     assert plan.num_consumers <= 2
     pages = {"varlen": "packed_pages", "page_size": 16, "total_k": 0, "load_bytes": 16}
     crowded = {"cache_dtype": "float8_e4m3fn", "softcap": 30.0, "window_left": 64, **pages}
-    plan = select_plan(dataclasses.replace(problem, **crowded), 90)
-    assert isinstance(plan, Sm90Plan)
-    assert plan.block_n <= 64 or plan.strips
+    assert select_plan(dataclasses.replace(problem, **crowded), 90).block_n <= 64

@@ -96,20 +96,6 @@ def test_caches_in_pages(backend: str, cache_dtype: str, monkeypatch: pytest.Mon
         begin += n
 
 
-@pytest.mark.parametrize(
-    "counts", thorough_but(((1, 0, 1, 1, 1),), ((1, 0, 1, 1, 1), (4, 0, 3, 1, 1)))
-)
-@every_backend
-def test_caches_of_8_bits_in_pages(
-    backend: str, counts: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rows so few that warps share the keys: a box has one query's 7 heads and a row of nobody, or
-    four queries'."""
-    backend = on_sim90(backend, monkeypatch)
-    cache, q, (out, lse) = packed_over_pages(backend, counts, LENGTHS, cache_dtype="float8_e4m3fn")
-    check_packed(cache, counts, q, out, lse, causal=True)
-
-
 @pytest.mark.gpu
 def test_other_lengths_in_a_recorded_call() -> None:
     """The device cuts the work anew: what a call is told on the host is the most there can be."""

@@ -77,7 +77,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-float8-more": {"queries": 40, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-drafts": {"queries": 8, **ALL_OPTIONS, **_FLOAT8},
-    "float8-masked": {"queries": 4, **ALL_OPTIONS, **_FLOAT8, "mask": "float-bias"},
+    "float8-few": {"queries": 4, **ALL_OPTIONS, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
 }
 # A bundle holds these as well; they take no more registers than one of the above.
@@ -146,12 +146,12 @@ OTHER_VARIANTS = (
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "float-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
-    *("float8-drafts", "float8-masked", "packed-float8-more"),
+    *("float8-drafts", "float8-few", "packed-float8-more"),
 )
 _MASK_VARIANTS = tuple(name for name in VARIANTS if name.endswith(("-mask", "bias", "padding")))
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain", "packed-float8-more"),
-    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts", "float8-masked"),
+    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts", "float8-few"),
     *("packed-decode", "packed-mixed", "packed-few", "packed-cut", "packed-float8", "tree"),
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same

@@ -32,14 +32,13 @@ if TYPE_CHECKING:
 
 def can_share_tiles(plan: Sm90Plan) -> bool:
     """Return whether warps can share a tile of 8 bits, each with 32 keys or a multiple of them, and
-    tiles begin where a swizzle's pattern does. Gates belong to warpgroups."""
+    tiles begin where a swizzle's pattern does. A mask, packed queries and gates belong to
+    warpgroups."""
     fits = plan.block_m == ROWS_OF_STRIP * plan.strips and plan.strips in (1, 2, 4)
     fits &= plan.warp_keys % 32 == 0 and plan.warp_keys > 0
     fits &= plan.strips * plan.q_buffers % 2 == 0
-    fits &= not plan.ping_pong
-    if plan.varlen in PACKS_QUERIES:  # a query's heads are rows of one box
-        fits &= plan.folds_heads <= plan.block_m
-    return fits and plan.gate is None
+    fits &= not plan.ping_pong and plan.mask is None
+    return fits and plan.gate is None and plan.varlen not in PACKS_QUERIES
 
 
 def _has_registers(plan: Sm90Plan) -> bool:
@@ -80,7 +79,7 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     launched = tiles_sm90.folded(problem, folded)
     tiles = tiles_sm90.tiles(launched, max(1, folded), problem.seqlen_q)
     if problem.cache_dtype:
-        tiles = float8_tiles(launched, max(1, folded), problem.seqlen_q)
+        tiles = float8_tiles(launched, max(1, folded))
     if problem.batch_invariant and gate is None:
         tiles = tiles_sm90.batch_invariant_tiles(launched, is_cut(problem))
     for tile in tiles:

@@ -9,7 +9,7 @@ from typing import Any
 from flashcore.kernels import stream_k
 from flashcore.kernels.fwd_sm90 import splits
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
-from flashcore.kernels.fwd_sm90.tiles import PAGE_ROWS
+from flashcore.kernels.fwd_sm90.tiles import PAGE_ROWS, ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma import params
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
 from flashcore.kernels.stream_k import share_row_bytes
@@ -235,7 +235,7 @@ def _set_map(
         swizzle_bytes=box_cols * element_bytes if is_swizzled else 0,
     )
     if packed and plan.folds_heads and not of_keys:
-        fold_boxes(tensor_map, plan.folds_heads, plan.rows_of_group)
+        fold_boxes(tensor_map, plan.folds_heads)
     whole_rows = of_pages and plan.whole_rows
     if whole_rows:
         tensor_map.chunks, tensor_map.cols = cols // box_cols, box_cols
@@ -255,14 +255,13 @@ def _set_map(
     setattr(argument, f"{name}_map", tensor_map)
 
 
-def fold_boxes(tensor_map: TensorMap, num_heads: int, num_rows: int) -> None:
-    """Let a box of packed rows be all of `num_heads` heads of as many queries as `num_rows` have:
-    the heads of a query follow one another, so heads take the place of rows, and rows that of
-    heads."""
+def fold_boxes(tensor_map: TensorMap, num_heads: int) -> None:
+    """Let a box of packed rows be all of `num_heads` heads of as many queries as 64 rows have: the
+    heads of a query follow one another, so heads take the place of rows, and rows that of heads."""
     m = tensor_map
     m.rows, m.heads = m.heads, m.rows
     m.row_stride_bytes, m.head_stride_bytes = m.head_stride_bytes, m.row_stride_bytes
-    m.box_rows, m.box_heads = num_heads, num_rows // num_heads
+    m.box_rows, m.box_heads = num_heads, ROWS_OF_CONSUMER // num_heads
 
 
 def group_rows(tensor_map: TensorMap, rows_per_page: int) -> None:

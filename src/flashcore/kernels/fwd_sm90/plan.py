@@ -133,7 +133,7 @@ class Sm90Plan(Plan):
     @property
     def warp_strips(self) -> int:
         """Return the strips that a warp has; 0 where warpgroups have tiles."""
-        return strips_sm90.strips_of_warp(self.strips, self.head_dim, self.head_dim_v, self.mask)
+        return strips_sm90.strips_of_warp(self.strips, self.head_dim, self.head_dim_v)
 
     @property
     def warp_keys(self) -> int:
@@ -190,9 +190,8 @@ class Sm90Plan(Plan):
 
     @property
     def mask_bytes(self) -> int:
-        """Return shared memory for mask elements of all warps (fwd_sm90/mask_tile_sm90.cuh); of few
-        rows lanes read their own."""
-        if self.mask is None or self.strips:
+        """Return shared memory for mask elements of all warps (fwd_sm90/mask_tile_sm90.cuh)."""
+        if self.mask is None:
             return 0
         return self.num_consumers * tiles_sm90.mask_bytes(self.mask, self.mask_is_row, self.block_n)
 

@@ -137,8 +137,7 @@ def grid_size(problem: Problem, plan: Plan) -> int:
     each sequence. Of packed sequences, as many as there can be."""
     if problem.packs_queries:  # tile numbers, see tile/sequence.cuh
         folded = max(1, plan.folds_heads)
-        box = min(BOX_ROWS, plan.block_m)
-        most_rows = -(-problem.total_q // (box // folded)) * box if folded > 1 else 0
+        most_rows = -(-problem.total_q // (BOX_ROWS // folded)) * BOX_ROWS if folded > 1 else 0
         num_m_blocks = max(problem.total_q, most_rows) // plan.block_m + problem.batch + 1
         return num_m_blocks * (problem.num_heads_q // folded)
     problem = as_launched(problem, plan.folds_heads)

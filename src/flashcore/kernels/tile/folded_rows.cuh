@@ -8,14 +8,14 @@
 // Packed queries: the heads of a query follow one another, so that rows are in the order of
 // queries, and a tile of a prompt passes over the keys that it does not see. Each 64 rows, what a
 // consumer of the Hopper kernel has, are the 64 / heads queries of one box of TMA; where heads do
-// not divide 64, the rows left over are nobody's. A smaller row tile is one box.
+// not divide 64, the rows left over are nobody's.
 #pragma once
 
 #include "prims.cuh"
 #include "tile/params.cuh"
 
 constexpr bool FOLDS_PACKED = FOLDED && (VARLEN == 1 || VARLEN == 4);
-constexpr int BOX_OF_ROWS = BLOCK_M < 64 ? BLOCK_M : 64;
+constexpr int BOX_OF_ROWS = 64;
 
 // Packed: the heads that are one, and the queries of a box.
 FC_DEVICE int heads_folded(const AttnParams& p) { return FOLDS_PACKED ? p.num_queries : 1; }

@@ -200,7 +200,7 @@ template <int NUM_OUT_FRAGS, int PACKETS>
 FC_DEVICE void add_up_partials(const AttnParams& p, const BlockCoord& block, int group_row,
                                float scale_log2) {
   constexpr int MOST_PARTS = PACKETS < 16 ? 1 : 2;
-  const int most_rows = FOLDS_PACKED ? rows_of_box(p) : BOX_OF_ROWS;  // the others are nobody's
+  const int most_rows = FOLDS_PACKED ? rows_of_box(p) : 64;  // the others are nobody's
   const int num_parts = min_i(most_rows, p.seqlen_q - group_row) * (HEAD_DIM_V / 8);
   int part = thread_idx() % 128;
   if (MOST_PARTS > 1 && num_parts <= 128) {

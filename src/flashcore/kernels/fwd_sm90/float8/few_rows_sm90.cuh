@@ -29,30 +29,6 @@
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "fwd_sm90/split_sm90.cuh"
 
-// Elements of a mask tensor join the scores of 8 rows from `row_begin` on. Lanes read their own
-// from global memory: of a tree they are few, in the last key tiles alone.
-FC_DEVICE void mask_strip(StripScores& scores, const AttnParams& p,
-                          GmemPtr<const MaskElement> mask_gmem, int row_begin, int key_begin) {
-  if (MASK_KIND == 0 || is_before_mask<WARP_KEYS>(p, key_begin)) return;
-  const int first_row = row_begin + lane_idx() % 4 * 2;
-  const int first_key = key_begin + lane_idx() / 4;
-#pragma unroll
-  for (int n = 0; n < 2 * KEY_PAIRS; ++n) {
-    // The branch keeps ptxas from fetching all at once, which takes too many registers.
-    if (key_begin + n * 16 >= p.seqlen_k) continue;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int row = first_row + i / 2;
-      const int key = first_key + n * 16 + i % 2 * 8;
-      const int col = key - first_masked_key(p);
-      if (row >= p.seqlen_q || key >= p.seqlen_k || (MASK_IS_TREE && col < 0)) continue;
-      const auto element =
-          mask_gmem + (mask_row(p, row) * p.strides.mask.row + col * p.strides.mask.col);
-      add_mask(scores[n / 2].x[n % 2 * 4 + i], gmem_load(element));
-    }
-  }
-}
-
 // Sets what the window and the sequence's end hide to -inf, for 8 rows from `row_begin` on.
 FC_DEVICE void hide_strip(StripScores& scores, const AttnParams& p, int row_begin, int key_begin) {
   const BandOf<> band = {p};
@@ -149,7 +125,6 @@ FC_DEVICE void few_rows_of_tile(FewRows& c, const AttnParams& p, const Barriers&
       for (int s = 0; s < WARP_STRIPS; ++s) {
         if (SCORES_ARE_SCALED || c.strip[s].differ) scale_rows(made[s], c.strip[s].inverse);
         scale_scores(made[s], p);
-        mask_strip(made[s], p, c.mask, warp_row + s * STRIP_ROWS, key_begin);
         if (hides) hide_strip(made[s], p, warp_row + s * STRIP_ROWS, key_begin);
       }
     };
@@ -240,7 +215,6 @@ FC_DEVICE void add_up_warps(const AttnParams& p, const BlockCoord& block,
   for (int unit = opaque(thread_idx() % 128); unit < num_rows * UNITS; unit += 128) {
     const int row = block.m_begin + unit / UNITS;
     const int col = unit % UNITS * 4;
-    if (!is_row(p, row)) continue;
     float out[4], row_max, sum;
     add_up_columns(merge_smem, unit / UNITS, col, scale_log2, out, row_max, sum);
     if (RETURNS_MAX_SCORE && col == 0) raise_max_score_of(p, block, row, row_max, sum);
@@ -276,7 +250,6 @@ FC_DEVICE void consume_few_rows(const AttnParams& p, const Barriers& bar, const 
     const int warp_row = rows_idx() * WARP_ROWS;
     const float scale_log2 = softmax_scale_log2(own);
     c.has_max = false;
-    if (MASK_KIND != 0) c.mask = mask_of(own, block.batch_idx, block.head_idx);
 #pragma unroll
     for (int s = 0; s < WARP_STRIPS; ++s) {
       Strip& strip = c.strip[s];

@@ -9,17 +9,16 @@ ROWS_OF_STRIP = 8
 SWIZZLED_BYTES = 64  # the least that rows in shared memory have, for 8 of them to lie apart
 
 
-def strips_of_warp(strips: int, head_dim: int, head_dim_v: int, mask: str | None) -> int:
-    """Return how many of a row tile's strips a warp has: two, or one where two take more registers
-    than there are: Q and O of wide head_dims, or elements of a mask that all keys have."""
-    has_one = max(head_dim, head_dim_v) > 128 or mask not in (None, "tree")
-    return min(strips, 1 if has_one else 2)
+def strips_of_warp(strips: int, head_dim: int, head_dim_v: int) -> int:
+    """Return how many of a row tile's strips a warp has: two, or one where head_dims are wide, as Q
+    and O of two take more registers than there are."""
+    return min(strips, 1 if max(head_dim, head_dim_v) > 128 else 2)
 
 
-def most_strips(head_dim: int, head_dim_v: int, mask: str | None) -> int:
+def most_strips(head_dim: int, head_dim_v: int) -> int:
     """Return how many strips a row tile may have: each warp converts keys for its own, and four
     that do so for one strip each are no faster than who converts them once."""
-    return 2 * strips_of_warp(2, head_dim, head_dim_v, mask)
+    return 2 * strips_of_warp(2, head_dim, head_dim_v)
 
 
 def loaded_dims(head_dim: int, head_dim_v: int) -> tuple[int, int]:

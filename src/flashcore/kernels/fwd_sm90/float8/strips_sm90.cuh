@@ -44,7 +44,6 @@ struct Strip {
 
 struct FewRows {
   Strip strip[WARP_STRIPS];
-  GmemPtr<const MaskElement> mask;
   PipelineState state;
   bool has_max;  // of a key tile; all lanes agree
 };

@@ -30,40 +30,29 @@ if TYPE_CHECKING:
     from flashcore.problem import Problem
 
 
-def float8_tiles(problem: Problem, folded: int, longest: int) -> Iterator[Tile]:
-    """Return tiles, best first, of a problem whose heads are `folded` heads each, and of which a
-    packed sequence has at most `longest` queries."""
+def float8_tiles(problem: Problem, folded: int) -> Iterator[Tile]:
+    """Return tiles, best first, of a problem whose heads are `folded` heads each."""
     # With 128 keys a window and soft-capping spill beside packed rows.
     crowded = problem.packs_queries and problem.softcap and is_bounded(problem)
-    for tile in _unsplit_tiles(problem, most_rows(problem, folded, longest)):
-        if crowded and not tile.strips and tile.block_n > 64:
+    for tile in _unsplit_tiles(problem):
+        if crowded and tile.block_n > 64:
             continue
         yield split_keys(problem, tile, folded)
 
 
-def most_rows(problem: Problem, folded: int, longest: int) -> int:
-    """Return the rows that a row tile has at most, if it is to have all of a sequence: of packed
-    queries all of a box, whose queries have all their heads."""
-    if not problem.packs_queries or folded == 1:
-        return longest if problem.packs_queries else problem.seqlen_q
-    boxes = (ROWS_OF_STRIP, 2 * ROWS_OF_STRIP, 4 * ROWS_OF_STRIP)
-    return next((rows for rows in boxes if rows // folded >= longest), longest * folded)
-
-
-def few_rows_tiles(problem: Problem, num_rows: int) -> Iterator[Tile]:
-    """Return the tile of 8-bit caches whose row tiles have so few rows, `num_rows`, that warps
-    share the keys of a key tile (fwd_sm90/float8/few_rows_sm90.cuh), if they do."""
+def few_rows_tiles(problem: Problem) -> Iterator[Tile]:
+    """Return the tile of 8-bit caches whose row tiles have so few rows that warps share the keys of
+    a key tile (fwd_sm90/float8/few_rows_sm90.cuh), if they do."""
     dims = problem.head_dim, problem.head_dim_v
-    strips = _strips_of(num_rows)
-    mask = problem.mask.dtype if problem.mask else None
-    if strips > most_strips(*dims, mask):
+    strips = _strips_of(problem.seqlen_q)
+    if strips > most_strips(*dims) or problem.packs_queries or problem.mask is not None:
         return
     columns = sum(loaded_dims(*dims))
     # Several boxes bring a tile from pages, and longer ones later; small ones take as long anyway.
     in_boxes = problem.has_pages and problem.page_size > SMALL_PAGE
     block_n = 256 if columns <= 128 and not in_boxes else 128
     of_q = 2 * ROWS_OF_STRIP * strips * padded_dims(*dims)[0]
-    fixed = 2048 + shared_bytes(strips_of_warp(strips, *dims, mask), -(-dims[1] // 16) * 16)
+    fixed = 2048 + shared_bytes(strips_of_warp(strips, *dims), -(-dims[1] // 16) * 16)
     for min_blocks in (2, 1):
         for q_buffers in (2, 1) if strips > 1 else (2,):
             room = smem_limits(ARCH)[1] // min_blocks - fixed - q_buffers * of_q
@@ -82,12 +71,12 @@ def _strips_of(num_rows: int) -> int:
     return 1 << (max(1, -(-num_rows // ROWS_OF_STRIP)) - 1).bit_length()
 
 
-def _unsplit_tiles(problem: Problem, num_rows: int) -> Iterator[Tile]:
+def _unsplit_tiles(problem: Problem) -> Iterator[Tile]:
     """Return tiles of 8-bit caches, best first: two converted tiles, and as many as fit that are
     still bytes, up to `STREAMED_BYTES`. The more keys a tile has, the less its hand-overs cost,
     some 550 cycles (H200, 2026-11-29, B16 H32/8 S1/8192 D128 bfloat16: 154 us with 32 keys, 98 with
     64, 86 with 128; D64, with twice the batch: 154 with 64, 127 with 128)."""
-    yield from few_rows_tiles(problem, num_rows)
+    yield from few_rows_tiles(problem)
     # With 128 rows four warpgroups share the registers, 128 a thread until they part: too few for
     # the product that makes a wide O.
     few = problem.seqlen_q <= ROWS_OF_CONSUMER or problem.head_dim_v > 192
