@@ -1,5 +1,6 @@
 // A warp loads four 8x8 matrices of 16-bit elements, in rows that its lanes name, as they are and
-// transposed; takes four of eight bytes; and multiplies operands that it makes in registers.
+// transposed; takes four of eight bytes; multiplies operands that it makes in registers, also with
+// 8 columns; and transposes a matrix of 8x8 that lies in registers.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -12,6 +13,8 @@ struct MatricesParams {
   GmemPtr<const float> a;          // [16, 16]
   GmemPtr<const float> b;          // [16, 16]
   GmemPtr<float> product;          // [16, 16]: a b, twice
+  GmemPtr<float> halves;           // [2, 8, 16]: of columns 0 to 7 and 8 to 15, transposed
+  GmemPtr<uint32_t> exchanged;     // [32]: the first words of `rows` as a matrix, transposed
 };
 
 FC_KERNEL(matrices, 32, 1)(const MatricesParams p) {
@@ -51,4 +54,17 @@ FC_KERNEL(matrices, 32, 1)(const MatricesParams p) {
   for (int i = 0; i < 8; ++i) {
     gmem_store(p.product + (accum_row(lane, i) * 16 + accum_col(lane, i)), product.x[i]);
   }
+
+  WmmaAccum halves;
+  wmma_fill(halves, 0.0f);
+  const MmaB8<float16> left = {{b_col.reg[0], b_col.reg[1]}};
+  const MmaB8<float16> right = {{b_col.reg[2], b_col.reg[3]}};
+  mma8_transposed<0>(halves, a, left);
+  mma8_transposed<1>(halves, a, right);
+  mma8_transposed<1>(halves, a, right);
+  for (int i = 0; i < 8; ++i) {
+    const int row = i / 4 * 8 + lane % 4 * 2 + i % 4 / 2;
+    gmem_store(p.halves + (row * 16 + lane / 4 + i % 2 * 8), halves.x[i]);
+  }
+  gmem_store(p.exchanged + lane, transpose8x8(gmem_load(p.rows + lane * 4)));
 }

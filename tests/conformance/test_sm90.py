@@ -253,26 +253,6 @@ def test_stmatrix_stores_fragments(run: Runner, dtype: str) -> None:
     assert torch.equal(result["out"], torch.arange(256.0).reshape(16, 16).to(out).expand(4, 16, 16))
 
 
-def test_operands_are_made_in_registers(run: Runner) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randint(0, 256, (32, 16), generator=generator).byte()
-    tensors = {"rows": rows.view(torch.int32)}
-    tensors |= {name: torch.empty(32, 4, dtype=torch.int32) for name in ("plain", "transposed")}
-    tensors["mixed"] = torch.empty(32, 2, dtype=torch.int32)
-    a, b = torch.randint(-8, 9, (2, 16, 16), generator=generator).float()
-    tensors |= {"a": a, "b": b, "product": torch.empty(16, 16)}
-    names = "plain", "transposed", "mixed", "product"
-    result = run("matrices", tensors, names, num_threads=32, arch_suffix="a")
-    matrices = rows.view(torch.int16).view(4, 8, 8)
-    for name, of_name in (("plain", matrices), ("transposed", matrices.transpose(1, 2))):
-        # Lane 4 r + c has columns 2 c and 2 c + 1 of row r of each.
-        want = of_name.reshape(4, 32, 2).transpose(0, 1).reshape(32, 8)
-        assert torch.equal(result[name].view(torch.int16), want), name
-    assert torch.equal(result["product"], 2 * a @ b)
-    bytes_of_lane = result["mixed"].view(torch.uint8)
-    assert torch.equal(bytes_of_lane, rows[:, [0, 2, 1, 3, 7, 2, 5, 0]])
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_products_of_pairs_are_rounded_once(run: Runner, dtype: str) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -29,13 +29,13 @@ def plan_of(gate: str | None = None, **options: Any) -> Sm90Plan:
     ("strips", "options"),
     [
         (1, {"seqlen_q": 1}),
-        (1, {"seqlen_q": 4, "head_dim": 192, "head_dim_v": 64}),
-        (2, {"seqlen_q": 8, "head_dim": 128, "head_dim_v": 128, "causal": "lower_right"}),
-        (0, {"seqlen_q": 9}),
-        (0, {"seqlen_q": 8, "head_dim": 192}),  # registers
-        (0, {"seqlen_q": 1, "head_dim": 96}),  # rows of 96 bytes, which no swizzle has
-        (0, {"seqlen_q": 1, "head_dim": 256, "head_dim_v": 256}),  # registers
+        (1, {"seqlen_q": 2, "head_dim": 256, "head_dim_v": 256}),
+        (1, {"seqlen_q": 1, "head_dim": 96}),  # rows of 96 bytes, in chunks of 128
+        (2, {"seqlen_q": 4, "head_dim": 192, "head_dim_v": 64}),
+        (4, {"seqlen_q": 8, "head_dim": 128, "head_dim_v": 128, "causal": "lower_right"}),
         (0, {"seqlen_q": 2, "tree": True}),
+        (0, {"seqlen_q": 9}),
+        (0, {"seqlen_q": 8, "head_dim": 192}),  # a warp would convert all keys for 8 rows
         (0, {"seqlen_q": 1, "gate": "qk"}),
         (0, {"seqlen_q": 1, "cache_dtype": ""}),
     ],
@@ -44,14 +44,16 @@ def test_warps_share_the_keys_of_few_rows(strips: int, options: dict[str, Any]) 
     plan = plan_of(**options)
     assert plan.strips == strips
     assert plan.converts == (plan.has_float8 and strips == 0)
+    assert plan.block_m == 8 * strips or strips == 0
     assert plan.min_blocks == 2 or strips == 0 or plan.head_dim > 128
 
 
 def test_a_plan_has_warps_that_convert_or_share() -> None:
     plan = plan_of(seqlen_q=1)
     changes = (
-        *({"strips": 0}, {"strips": 3}, {"load_stages": 2}, {"block_n": 96}, {"block_m": 128}),
-        *({"mask": "bool"}, {"gate": "qk"}, {"cache_dtype": ""}, {"head_dim": 96}),
+        *({"strips": 0}, {"strips": 3}, {"load_stages": 2}, {"block_n": 96}, {"block_m": 64}),
+        *({"gate": "qk"}, {"cache_dtype": ""}, {"q_buffers": 1}, {"strips": 2}),
+        *({"mask": "bool"}, {"varlen": "packed_pages"}),
     )
     for fields in changes:
         assert not SM90.is_legal(dataclasses.replace(plan, **fields)), fields

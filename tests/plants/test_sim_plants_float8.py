@@ -17,6 +17,7 @@ from flashcore.problem.options import Options
 from flashcore.selection.select import select_plan
 from flashcore.sim import SimulationError, simulate
 from flashcore.sim.plants.fwd_sm90.float8 import (
+    PLANTS_FEW_SHORT_SM90,
     PLANTS_FEW_SM90,
     PLANTS_FLOAT8_SM90,
     PLANTS_GROWN_SM90,
@@ -27,7 +28,7 @@ from flashcore.sim.plants.fwd_sm90.float8 import (
 from flashcore.sim.plants.pieces import PLANTS_FLOAT8_WMMA
 
 OF_CONVERTING = PLANTS_FLOAT8_SM90 | PLANTS_WIDE_SM90 | PLANTS_SHORT_SM90
-OF_SHARING = PLANTS_FEW_SM90 | PLANTS_ROWS_SM90 | PLANTS_GROWN_SM90
+OF_SHARING = PLANTS_FEW_SM90 | PLANTS_ROWS_SM90 | PLANTS_FEW_SHORT_SM90 | PLANTS_GROWN_SM90
 OF_SM90 = OF_CONVERTING | OF_SHARING
 ALL_PLANTS = OF_SM90 | PLANTS_FLOAT8_WMMA
 

@@ -108,8 +108,9 @@ def test_queries_of_any_size_keep_their_products(spread: float) -> None:
 
 @mostly_wmma
 def test_a_contiguous_cache_is_one_page_each(backend: str) -> None:
+    """Larger pages have other tiles, and other bits."""
     x = make_cache(
-        64, (64, 30, 7), num_heads_q=4, num_heads_kv=2, seqlen_q=2, cache_dtype="float8_e4m3fn",
+        32, (32, 30, 7), num_heads_q=4, num_heads_kv=2, seqlen_q=2, cache_dtype="float8_e4m3fn",
         seed=2, max_pages=1,
     )  # fmt: skip
     rows = x.page_table[:, 0].long()

@@ -212,10 +212,14 @@ class ForwardKernel(Kernel[P]):
 
     # Tuning
 
+    def least_rows(self, plan: P) -> int:
+        """Return what a plan's rows are a multiple of."""
+        return self.rows_of_warp
+
     def is_legal(self, plan: P) -> bool:
         """Return whether a plan fits the GPU: shared memory, threads and registers."""
         sizes = (plan.block_m, plan.block_n, plan.num_stages, plan.min_blocks)
-        if min(sizes) < 1 or plan.block_m % self.rows_of_warp or plan.block_n % 16:
+        if min(sizes) < 1 or plan.block_m % self.least_rows(plan) or plan.block_n % 16:
             return False
         if plan.smem_bytes > smem_limits(plan.arch)[0] or plan.num_threads > 1024:
             return False

@@ -31,6 +31,12 @@
 //                 the same way; register m of lane l has elements 2 (l % 4) and the next one of row
 //                 l / 4 of matrix m, or of the transposed matrix, elements of 16 bits (PTX ISA:
 //                 ldmatrix)
+// mma8.cuh        MmaB8<T>: a 16x8 operand B (PTX ISA: mma.m16n8k16): reg[i] of lane 4 r + c has
+//                 B[k][r] and B[k + 1][r] of k = 2 c + 8 i
+//                 mma8_transposed<HALF>(accum, a, b): adds (A B)^T, 8x16, to accum.x[4 HALF + i]:
+//                 row 2 c + i / 2 and column r + i % 2 * 8, so that a lane has two rows as ever
+//                 transpose8x8(x): lane 4 r + c gives elements 2 c and 2 c + 1 of row r of an 8x8
+//                 matrix of 16 bits, and gets those of the transposed one (PTX ISA: movmatrix)
 // wgmma.cuh       WmmaAccum d[N / 16]: 64 x N accumulator of a warpgroup; warp w holds rows 16 w to
 //                 16 w + 15, each fragment as in wmma.cuh (PTX ISA: wgmma.mma_async)
 //                 wgmma_desc<ROW_BYTES>(p, leading_bytes, pattern_bytes): a swizzled operand tile,
@@ -52,6 +58,7 @@
 
 #include "prims.cuh"
 #include "@target/mbarrier.cuh"
+#include "@target/mma8.cuh"
 #include "@target/tma.cuh"
 #include "@target/warpgroup.cuh"
 #include "@target/wgmma.cuh"

@@ -98,7 +98,7 @@ def num_pieces(problem: Problem, plan: Plan) -> int:
 def share_shapes(problem: Problem, plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the shapes of counters and shares, by field of AttnParams."""
     p = as_launched(problem, plan.folds_heads)
-    groups_of_tile = plan.block_m // ROWS_OF_GROUP
+    groups_of_tile = -(-plan.block_m // ROWS_OF_GROUP)
     if plan.has_fixed_pieces:
         pieces = max(1, -(-problem.seqlen_k // (plan.block_n * piece_tiles(plan))))
         rows: tuple[int, ...] = (pieces, p.batch, p.num_heads_q, p.seqlen_q)

@@ -30,8 +30,7 @@ HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
 _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
 # The options that each name stands for, of `attention` or ("varlen") `attention_varlen`. "masked"
-# takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
-# has tiles of its own for calls with neither softcap nor mask.
+# takes the most registers that the portable kernel can need; the Hopper kernel has other tiles.
 ALL_OPTIONS: dict[str, Any] = {"window": (64, 64), "softcap": 30.0}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -69,15 +68,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pages-masked": {**ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "tree": {"queries": 64, **ALL_OPTIONS, "mask": "tree", "varlen": "pages", "page_size": 16},
-    # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
+    # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch,
     "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
     "packed-mixed": {"queries": 40, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
-    # Few of them, whose keys the device cuts.
     "packed-cut": {"queries": 4, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
+    "packed-float8-more": {"queries": 40, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-drafts": {"queries": 8, **ALL_OPTIONS, **_FLOAT8},
+    "float8-few": {"queries": 4, **ALL_OPTIONS, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
 }
 # A bundle holds these as well; they take no more registers than one of the above.
@@ -146,12 +146,12 @@ OTHER_VARIANTS = (
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "float-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
-    "float8-drafts",
+    *("float8-drafts", "float8-few", "packed-float8-more"),
 )
 _MASK_VARIANTS = tuple(name for name in VARIANTS if name.endswith(("-mask", "bias", "padding")))
 _HOPPER_VARIANTS = (
-    *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
-    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts"),
+    *("window", "varlen-causal", "chunk", "uneven", "cut-plain", "packed-float8-more"),
+    *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts", "float8-few"),
     *("packed-decode", "packed-mixed", "packed-few", "packed-cut", "packed-float8", "tree"),
 )
 _PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same

@@ -8,6 +8,7 @@ import functools
 from typing import TYPE_CHECKING, Any
 
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
+from flashcore.kernels.fwd_sm90.float8.strips import ROWS_OF_STRIP
 from flashcore.kernels.fwd_sm90.float8.tiles import float8_tiles
 from flashcore.kernels.fwd_sm90.obstacles import loads_whole_rows
 from flashcore.kernels.fwd_sm90.plan import (
@@ -30,10 +31,12 @@ if TYPE_CHECKING:
 
 
 def can_share_tiles(plan: Sm90Plan) -> bool:
-    """Return whether warps can share a tile of 8 bits, each with 16 keys or a multiple of them:
-    columns come in swizzled chunks; a mask, packed queries and gates belong to warpgroups."""
-    fits = plan.block_m == tiles_sm90.ROWS_OF_CONSUMER and plan.strips in (1, 2)
-    fits &= plan.block_n % (64 // plan.strips) == 0 and plan.load_chunk in (64, 128)
+    """Return whether warps can share a tile of 8 bits, each with 32 keys or a multiple of them, and
+    tiles begin where a swizzle's pattern does. A mask, packed queries and gates belong to
+    warpgroups."""
+    fits = plan.block_m == ROWS_OF_STRIP * plan.strips and plan.strips in (1, 2, 4)
+    fits &= plan.warp_keys % 32 == 0 and plan.warp_keys > 0
+    fits &= plan.strips * plan.q_buffers % 2 == 0
     fits &= not plan.ping_pong and plan.mask is None
     return fits and plan.gate is None and plan.varlen not in PACKS_QUERIES
 
@@ -42,8 +45,9 @@ def _has_registers(plan: Sm90Plan) -> bool:
     """Return whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
     that where the producer's warpgroup is small; a warp that deals out tiles, or finds pages, takes
     from it."""
-    keys = plan.block_n * plan.strips // 4 if plan.strips else plan.block_n
-    held = (keys + plan.head_dim_v) // 2 + keys // 4
+    held = (plan.warp_keys + plan.head_dim_v) // 2 + plan.warp_keys // 4
+    if plan.strips:  # of 8 rows, not 16
+        held = (held + plan.head_dim // 4) * plan.warp_strips // 2
     held += plan.head_dim // 4 * plan.q_in_registers
     return held + 32 <= plan.role_registers[0]
 

@@ -106,7 +106,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
     def barrier_places(self, plan: Sm90Plan) -> list[tuple[str, int]]:
         """Return for each mbarrier the member of `Barriers` (pipeline_sm90.cuh) that it belongs to,
         and its index there; a test compares the two."""
-        slots = plan.q_buffers * plan.block_m // ROWS_OF_CONSUMER
+        slots = plan.q_buffers * plan.row_groups
         members = {"q_full": slots, "q_empty": slots}
         members |= dict.fromkeys(("k_full", "k_empty", "v_full", "v_empty"), plan.num_stages)
         if plan.key_slices > 1:
@@ -115,6 +115,10 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             of_loads = ("k_load_full", "k_load_empty", "v_load_full", "v_load_empty")
             members |= dict.fromkeys(of_loads, plan.load_stages)
         return [(name, index) for name, count in members.items() for index in range(count)]
+
+    def least_rows(self, plan: Sm90Plan) -> int:
+        """Return the rows of a consumer, or all where its warps share keys."""
+        return plan.rows_of_group
 
     def is_legal(self, plan: Sm90Plan) -> bool:
         """Return whether a plan fits the GPU, and the registers of its roles do: a block that asks

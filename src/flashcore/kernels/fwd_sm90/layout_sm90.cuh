@@ -41,7 +41,7 @@ struct AttnSm90Params {
   AttnParams attn;
 };
 
-constexpr int ROWS_OF_GROUP = FEW_ROWS ? 16 * STRIPS : 64;  // that a warpgroup computes
+constexpr int ROWS_OF_GROUP = FEW_ROWS ? 8 * STRIPS : 64;  // that a warpgroup computes
 using QGroup = SmemTile<ROWS_OF_GROUP, HEAD_DIM>;
 using TileElement = Choice<FEW_ROWS, CacheElement, MathElement>;
 constexpr int TILE_CHUNK = FEW_ROWS ? LOAD_CHUNK : CHUNK;
@@ -54,15 +54,16 @@ using VTile = SmemTile<BLOCK_N, HEAD_DIM_V, TileElement, TILE_CHUNK, V_GROUP>;
 // As the producer loads them: the same, or, under CONVERTS, bytes that are still to be converted.
 using KLoad = SmemTile<BLOCK_N, HEAD_DIM, CacheElement, LOAD_CHUNK, K_GROUP>;
 using VLoad = SmemTile<BLOCK_N, HEAD_DIM_V, CacheElement, LOAD_CHUNK, V_GROUP>;
+static_assert(!FEW_ROWS || NUM_Q_SLOTS * QGroup::BYTES % 1024 == 0, "tiles begin with a pattern");
 static_assert(KLoad::ELEMENTS == KTile::ELEMENTS && VLoad::ELEMENTS == VTile::ELEMENTS, "alike");
 constexpr int QK_CHUNKS = KTile::CHUNKS;
 constexpr int V_CHUNKS = VTile::CHUNKS;
 constexpr int KEY_FRAGS = BLOCK_N / 16;
 constexpr int Q_FRAGS = (HEAD_DIM + 15) / 16;
 constexpr int OUT_FRAGS = (HEAD_DIM_V + 15) / 16;  // the last chunk's other columns are padding
-// Each warp's results under FEW_ROWS: maxima and sums of its 16 rows, and rows of O.
-constexpr int ROW_FLOATS = OUT_FRAGS * 16 + 8;  // 8 for banks
-constexpr int WARP_FLOATS = 16 * (ROW_FLOATS + 2);
+// Each warp's results under FEW_ROWS: rows of O, and their maxima and sums.
+constexpr int ROW_FLOATS = OUT_FRAGS * 16 + 4;  // 4 for banks
+constexpr int WARP_FLOATS = 8 * WARP_STRIPS * (ROW_FLOATS + 2);
 
 constexpr int O_CHUNKS = (V_CHUNKS + O_PARTS - 1) / O_PARTS;  // of each part but maybe the last
 using OGroup = SmemTile<64, O_CHUNKS * CHUNK>;

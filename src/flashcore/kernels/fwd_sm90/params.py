@@ -70,7 +70,7 @@ def split_shapes(problem: Problem, plan: Sm90Plan) -> dict[str, tuple[int, ...]]
         return {}
     p = as_launched(problem, plan.folds_heads)
     rows: tuple[int, ...] = (plan.num_splits, p.batch, p.num_heads_q, p.seqlen_q)
-    num_groups = num_row_tiles(problem, plan) * (plan.block_m // ROWS_OF_CONSUMER)
+    num_groups = num_row_tiles(problem, plan) * plan.row_groups
     return {
         "split_out": (*rows, plan.out_cols),
         "split_stats": (*rows, 2),

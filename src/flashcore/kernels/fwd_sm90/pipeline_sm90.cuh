@@ -8,11 +8,11 @@
 // Of 8-bit tiles that are converted there are more on their way than consumers have: LOAD_STAGES,
 // else NUM_STAGES.
 constexpr bool CONVERTS = NUM_CONVERTERS > 0;
-// 8-bit tiles that are not: rows are few, 16 for each of STRIPS, and each warp makes operands of
-// bytes in registers (fwd_sm90/float8/few_rows_sm90.cuh).
+// 8-bit tiles that are not: rows are few, 8 for each of STRIPS, and each warp makes operands of
+// bytes in registers (fwd_sm90/float8/few_rows_sm90.cuh), for WARP_STRIPS of them.
 constexpr bool FEW_ROWS = STRIPS > 0;
 constexpr int CONVERTING_WARPS = CONVERTS ? NUM_CONVERTERS * 2 : 1;  // share a tile of K, or of V
-constexpr int NUM_ROW_GROUPS = BLOCK_M / 64;  // a group of rows: the 64 of a warpgroup
+constexpr int NUM_ROW_GROUPS = FEW_ROWS ? 1 : BLOCK_M / 64;  // each the 64 of a warpgroup
 constexpr int NUM_CONSUMERS = NUM_ROW_GROUPS * KEY_SLICES;  // warpgroups
 static_assert(KEY_SLICES == 1 || NUM_ROW_GROUPS == 1, "one group of rows shares the keys");
 constexpr int NUM_Q_SLOTS = Q_BUFFERS * NUM_ROW_GROUPS;
@@ -21,7 +21,7 @@ constexpr int NUM_BARRIERS =
     2 * NUM_Q_SLOTS + 4 * NUM_STAGES + NUM_MERGE_BARRIERS + (CONVERTS ? 4 * LOAD_STAGES : 0);
 constexpr int NUM_THREADS = (1 + NUM_CONSUMERS + NUM_CONVERTERS) * 128;
 static_assert(!FLOAT8 || KEY_SLICES == 1, "what converts fills one ring");
-static_assert(FEW_ROWS ? FLOAT8 && !CONVERTS && BLOCK_M == 64 : CONVERTS == FLOAT8,
+static_assert(FEW_ROWS ? FLOAT8 && !CONVERTS && BLOCK_M == 8 * STRIPS : CONVERTS == FLOAT8,
               "8-bit tiles are converted, or shared by the warps of one warpgroup");
 
 // A `full` barrier completes when the bytes announced by the producer have arrived; an `empty` one

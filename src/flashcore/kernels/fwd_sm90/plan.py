@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from flashcore.kernels.fwd_sm90 import tiles as tiles_sm90
+from flashcore.kernels.fwd_sm90.float8 import strips as strips_sm90
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem.problem import PACKS_QUERIES
 
@@ -47,7 +48,7 @@ class Sm90Plan(Plan):
     start anywhere in what is copied at once, 8 elements; `fewest_splits`: what `num_splits` must be
     at least, see problem/exactness.py; `load_stages`: tiles of K and V for which there is room as
     bytes, of 8-bit caches, beside the `num_stages` that are converted; 0 of others, and with
-    `strips` of 16 rows, the warps of which share the keys of a tile of 8 bits
+    `strips` of 8 rows, the warps of which share the keys of a tile of 8 bits
     (fwd_sm90/float8/few_rows_sm90.cuh; 0 where warpgroups have the tile); `whole_rows`: a box of a
     page has all columns of its rows, see obstacles.py.
     """
@@ -101,7 +102,12 @@ class Sm90Plan(Plan):
     @property
     def num_consumers(self) -> int:
         """Return the number of consumer warpgroups; some may share their 64 query rows."""
-        return self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.key_slices
+        return self.row_groups * self.key_slices
+
+    @property
+    def row_groups(self) -> int:
+        """Return the number of warpgroups that have rows of their own."""
+        return -(-self.block_m // tiles_sm90.ROWS_OF_CONSUMER)
 
     @property
     def num_warps(self) -> int:
@@ -122,7 +128,17 @@ class Sm90Plan(Plan):
     @property
     def rows_of_group(self) -> int:
         """Return the rows of Q that a consumer has in shared memory."""
-        return tiles_sm90.ROWS_OF_WARP * self.strips or tiles_sm90.ROWS_OF_CONSUMER
+        return min(self.block_m, tiles_sm90.ROWS_OF_CONSUMER)
+
+    @property
+    def warp_strips(self) -> int:
+        """Return the strips that a warp has; 0 where warpgroups have tiles."""
+        return strips_sm90.strips_of_warp(self.strips, self.head_dim, self.head_dim_v)
+
+    @property
+    def warp_keys(self) -> int:
+        """Return the keys of a tile that a warp has, where warps share them, else all."""
+        return self.block_n * self.strips // (4 * self.warp_strips) if self.strips else self.block_n
 
     @property
     def chunk(self) -> int:
@@ -132,11 +148,14 @@ class Sm90Plan(Plan):
     @property
     def q_in_registers(self) -> bool:
         """Return whether consumers hold Q in registers (float8_sm90.cuh), where there are some."""
-        return self.strips > 0 or (self.has_float8 and self.head_dim <= 128)
+        return self.converts and self.head_dim <= 128
 
     @property
     def load_chunk(self) -> int:
-        """Return columns of K and V that are loaded as one: `chunk`; of 8 bits up to 128."""
+        """Return columns of K and V that are loaded as one: `chunk`; of 8 bits up to 128, and as
+        many as swizzled rows have where warps share a tile."""
+        if self.strips:
+            return strips_sm90.chunk_of_bytes(self.head_dim, self.head_dim_v)
         dims = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
         return math.gcd(128, *dims) if self.has_float8 else self.chunk
 
@@ -147,18 +166,19 @@ class Sm90Plan(Plan):
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
         is_split = self.shares_keys  # then O leaves through global memory
         o_cols = -(-v_cols // self.chunk // self.o_parts) * self.chunk
-        rows = self.block_m // tiles_sm90.ROWS_OF_CONSUMER * self.rows_of_group
-        elements = rows * self.q_buffers * qk_cols
+        elements = self.block_m * self.q_buffers * qk_cols
         elements += 0 if is_split or self.strips else self.block_m * o_cols
-        stages = self.num_stages * self.block_n * (qk_cols + v_cols)
-        elements += stages // 2 if self.strips else stages
+        if not self.strips:
+            elements += self.num_stages * self.block_n * (qk_cols + v_cols)
         # Consumers that share rows hand over O and the state of the softmax, in float32.
         shares = (self.key_slices - 1) * (self.out_cols // 2 + 4) * 128 * 4 + self.mask_bytes
         if self.strips:
-            shares += tiles_sm90.SHARED_BY_WARPS * (self.out_cols + 10)
+            columns = sum(strips_sm90.loaded_dims(self.head_dim, self.head_dim_v))
+            shares += self.num_stages * self.block_n * columns
+            shares += strips_sm90.shared_bytes(self.warp_strips, self.out_cols)
         feed = _FEED_BYTES if self.deals_packed else _SPLIT_BYTES * is_split
         feed += _STREAM_BYTES * self.stream_k
-        num_barriers = 2 * self.q_buffers * self.block_m // tiles_sm90.ROWS_OF_CONSUMER
+        num_barriers = 2 * self.q_buffers * self.row_groups
         num_barriers += 4 * (self.num_stages + self.load_stages) + 2 * (self.key_slices > 1)
         shares += self.load_stages * (self.block_n * (qk_cols + v_cols) + _END_BYTES)
         return 2 * elements + shares + _BARRIER_BYTES * num_barriers + _COORD_BYTES + feed
@@ -260,6 +280,7 @@ class Sm90Plan(Plan):
             "WHOLE_ROWS": self.whole_rows,
             "NUM_CONVERTERS": int(self.converts),
             "STRIPS": self.strips,
+            "WARP_STRIPS": max(1, self.warp_strips),
             "Q_IN_REGISTERS": self.q_in_registers,
             "MathElement": "float16" if self.has_float8 else constants["Element"],
             "PING_PONG": self.ping_pong,

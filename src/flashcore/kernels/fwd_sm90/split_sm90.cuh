@@ -60,4 +60,7 @@ static_assert(!SPLIT_KV || NUM_ROW_GROUPS <= 4, "no room for more");
 // counts: as many as registers hold, of which a mask takes some, and so does a wide O.
 constexpr bool FEWER_PACKETS =
     MASK_KIND != 0 || STREAM_K || HEAD_DIM_V > 128 || CONSUMER_REGISTERS < 240;
-constexpr int PARTIAL_PACKETS = CONSUMER_REGISTERS < 224 ? 16 : FEWER_PACKETS ? 24 : 32;
+constexpr int PARTIAL_PACKETS = CONSUMER_REGISTERS < 128 && FEW_ROWS ? 8
+                                : CONSUMER_REGISTERS < 224             ? 16
+                                : FEWER_PACKETS                        ? 24
+                                                                       : 32;

@@ -18,14 +18,12 @@ if TYPE_CHECKING:
 ARCH = 90
 NUM_SMS = 132
 ROWS_OF_CONSUMER = 64
-ROWS_OF_WARP = 16
 PAGE_ROWS = 8  # of which a page has a multiple: what TMA swizzles together
 MASK_ELEMENT_BYTES = {"bool": 1, "tree": 1, "float16": 2, "bfloat16": 2, "float32": 4}
 STREAMED_BYTES = 96 * 1024
 SMALL_PAGE = 32  # keys, of which a tile of 128 has several
 _MIXED_ROWS = 256  # of a packed sequence in the mean
-SHARED_BY_WARPS = 4 * ROWS_OF_WARP * 4  # bytes of a column of O, of four warps
-_BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
+BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
 
 
 def splits_sectors(head_dim: int, head_dim_v: int) -> bool:
@@ -102,7 +100,7 @@ class Tile(NamedTuple):
     stream_k: bool = False  # ranges of equal length, instead of num_splits
     parts: int = 1  # that folded heads are dealt out to
     load_stages: int = 0  # of bytes, of 8-bit caches that are converted
-    strips: int = 0  # with 16 rows each, among which others share 8-bit tiles
+    strips: int = 0  # with 8 rows each, whose warps share 8-bit tiles
 
 
 def split_keys(problem: Problem, tile: Tile, folded: int = 1) -> Tile:
@@ -143,7 +141,7 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     block_n = 128 if narrow and not in_pages else 32 if wide else 64
     if problem.varlen != "none" and problem.mask is None and max(dims) <= 128:
         read = 2 * block_n * (problem.head_dim + problem.head_dim_v)
-        num_stages = max(2, -(-_BYTES_OF_TWO // read))
+        num_stages = max(2, -(-BYTES_OF_TWO // read))
         tile = Tile(64, block_n, num_stages=num_stages, min_blocks=2, q_buffers=2)
         return split_keys(problem, tile, folded)
     if narrow and problem.mask is None:

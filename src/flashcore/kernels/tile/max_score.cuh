@@ -22,8 +22,17 @@ FC_DEVICE GmemPtr<float> max_score_of(const AttnParams& p, const BlockCoord& blo
   return p.max_score + (head * (p.seqlen_q / p.num_queries) + row / p.num_queries);
 }
 
-// Of a warp's 16 rows. Rows that see no key leave it alone, and so do those behind the last packed
-// sequence, which have no float. A score that is NaN is not in row_max, but it is in row_sum.
+// Of one row. One that sees no key leaves it alone. A score that is NaN is not in row_max, but it
+// is in row_sum.
+FC_DEVICE void raise_max_score_of(const AttnParams& p, const BlockCoord& block, int row,
+                                  float row_max, float row_sum) {
+  const bool is_nan = row_sum != row_sum && row_max < -NEG_INF;
+  if (row_max == NEG_INF && !is_nan) return;
+  const float scale = SCORES_ARE_SCALED ? 1.0f : p.softmax_scale;
+  gmem_atomic_max(max_score_of(p, block, row), is_nan ? row_sum : row_max * scale);
+}
+
+// Of a warp's 16 rows. Rows behind the last packed sequence have no float.
 FC_DEVICE void raise_max_score(const OnlineSoftmax& state, const AttnParams& p,
                                const BlockCoord& block, int warp_row) {
 #pragma unroll
@@ -31,9 +40,6 @@ FC_DEVICE void raise_max_score(const OnlineSoftmax& state, const AttnParams& p,
     const float sum = quad_sum(state.row_sum[r]);
     const int row = warp_row + lane_idx() / 4 + r * 8;
     if (lane_idx() % 4 != 0 || !is_row(p, row)) continue;
-    const bool is_nan = sum != sum && state.row_max[r] < -NEG_INF;
-    if (state.row_max[r] == NEG_INF && !is_nan) continue;
-    const float scale = SCORES_ARE_SCALED ? 1.0f : p.softmax_scale;
-    gmem_atomic_max(max_score_of(p, block, row), is_nan ? sum : state.row_max[r] * scale);
+    raise_max_score_of(p, block, row, state.row_max[r], sum);
   }
 }

@@ -23,7 +23,7 @@
 #include "tile/softmax.cuh"
 #include "tile/stream_k.cuh"
 
-constexpr int GROUPS_OF_TILE = BLOCK_M / 64;  // that own 64 rows each
+constexpr int GROUPS_OF_TILE = (BLOCK_M + 63) / 64;  // that own 64 rows each, or fewer
 // True where blocks may add up shares together; others have no registers for that and would spill.
 // Mirrored by may_add_up_together in kernels/fwd_sm90/splits.py.
 constexpr bool HAS_OPTIONS = MASK_KIND != 0 || HAS_SOFTCAP || IS_BOUNDED || RETURNS_MAX_SCORE;
@@ -371,20 +371,12 @@ FC_DEVICE void add_up_together(const AttnParams& p, const BlockCoord& block, int
   }
 }
 
-// Hands over a group's partial result, and adds up all of them if it was the last one. `sync` is a
-// barrier of the group's threads; `arrival` its int in shared memory.
+// Counts a group's share, which its threads have written, and adds up all of them if it was the
+// last one. `sync` is a barrier of the group's threads; `arrival` its int in shared memory.
 template <int PACKETS, int NUM_OUT_FRAGS, class Sync>
-FC_DEVICE void hand_over_partial(const AttnParams& p, const BlockCoord& block, int row_group,
-                                 const OnlineSoftmax& softmax,
-                                 const WmmaAccum (&out)[NUM_OUT_FRAGS], float scale_log2,
-                                 const Sync& sync, SmemPtr<int32_t> arrival) {
+FC_DEVICE void count_partial(const AttnParams& p, const BlockCoord& block, int row_group,
+                             float scale_log2, const Sync& sync, SmemPtr<int32_t> arrival) {
   const int group_row = block.m_begin + row_group * 64;
-  const int warp_row = group_row + warp_idx() % 4 * 16;
-  if (STREAM_K && num_splits_of(p, block) == 1) {
-    store_whole(p, block, warp_row, softmax, out);
-    return;
-  }
-  store_partial(p, block, warp_row, softmax, out);
   sync();  // orders all warps' writes before the count
   const auto counter = share_counter(p, block, row_group);
   if (adds_up_together(p)) {
@@ -400,4 +392,19 @@ FC_DEVICE void hand_over_partial(const AttnParams& p, const BlockCoord& block, i
   sync();  // hands on what the count made known
   if (smem_load(arrival) == 0) return;
   add_up_partials<NUM_OUT_FRAGS, PACKETS>(p, block, group_row, scale_log2);
+}
+
+// Hands over a group's partial result, or writes out where it is all of it.
+template <int PACKETS, int NUM_OUT_FRAGS, class Sync>
+FC_DEVICE void hand_over_partial(const AttnParams& p, const BlockCoord& block, int row_group,
+                                 const OnlineSoftmax& softmax,
+                                 const WmmaAccum (&out)[NUM_OUT_FRAGS], float scale_log2,
+                                 const Sync& sync, SmemPtr<int32_t> arrival) {
+  const int warp_row = block.m_begin + row_group * 64 + warp_idx() % 4 * 16;
+  if (STREAM_K && num_splits_of(p, block) == 1) {
+    store_whole(p, block, warp_row, softmax, out);
+    return;
+  }
+  store_partial(p, block, warp_row, softmax, out);
+  count_partial<PACKETS, NUM_OUT_FRAGS>(p, block, row_group, scale_log2, sync, arrival);
 }

@@ -39,6 +39,7 @@ from flashcore.sim.plants.bwd_sm90.one import (
 )
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.float8 import (
+    PLANTS_FEW_SHORT_SM90,
     PLANTS_FEW_SM90,
     PLANTS_FLOAT8_SM90,
     PLANTS_GROWN_SM90,
@@ -111,6 +112,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_FLOAT8_SM90,
         **PLANTS_FEW_SM90,
         **PLANTS_ROWS_SM90,
+        **PLANTS_FEW_SHORT_SM90,
         **PLANTS_GROWN_SM90,
         **TREES_SM90,
         **PLANTS_WIDE_SM90,

@@ -12,8 +12,8 @@ PLANTS_MAX_SCORE = by_name(
         name="max-score-stored",
         title="the largest score is stored, not raised by an atomic",
         file=_MAX_SCORE,
-        find="    gmem_atomic_max(max_score_of(p, block, row), ",
-        replace="    gmem_store(max_score_of(p, block, row), ",
+        find="  gmem_atomic_max(max_score_of(p, block, row), ",
+        replace="  gmem_store(max_score_of(p, block, row), ",
         caught_by="race",
     ),
     Plant(

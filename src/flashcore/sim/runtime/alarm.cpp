@@ -59,6 +59,10 @@ const char* op_name(WarpOp op) {
       return "stmatrix_x4";
     case WarpOp::ldmatrix:
       return "ldmatrix_x4";
+    case WarpOp::mma8:
+      return "mma8_transposed";
+    case WarpOp::movmatrix:
+      return "transpose8x8";
     case WarpOp::wgmma:
       return "wgmma";
     case WarpOp::wgmma_fence:

@@ -133,13 +133,11 @@ constexpr int LARGEST_EXPONENT = 14;
 // of their row's largest keep the 8 bits that they have.
 constexpr int MAX_DIFFERENCE = 12;
 
-// Where a lane finds elements i and i + 1 of a fragment: Q's columns from `first_col` on. Of
-// FEW_ROWS a lane has four columns side by side, in the order in which key_operand has K's.
+// Where a lane finds elements i and i + 1 of a fragment: Q's columns from `first_col` on.
 FC_DEVICE SmemPtr<Element> query_pair(QGroup q, int first_col, int i) {
   const int lane = lane_idx();
-  const int col = FEW_ROWS ? lane % 4 * 4 + i / 4 * 2 : accum_col(lane, i);
-  const int first_row = warp_idx() % (FEW_ROWS ? STRIPS : 4) * 16;
-  return q.at(first_row + accum_row(lane, i), first_col, col) + col % 8;
+  const int col = accum_col(lane, i);
+  return q.at(warp_idx() % 4 * 16 + accum_row(lane, i), first_col, col) + col % 8;
 }
 
 // Finds what to multiply a lane's two rows of Q by.
@@ -215,12 +213,17 @@ FC_DEVICE bool scales_products(const Queries& queries) {
   return SCORES_ARE_SCALED || queries.differ;
 }
 
+// Multiplies each element of a lane's two rows by the row's factor.
 template <int NUM_FRAGS>
-FC_DEVICE void scale_products(WmmaAccum (&scores)[NUM_FRAGS], const Queries& queries) {
-  if (!scales_products(queries)) return;
+FC_DEVICE void scale_rows(WmmaAccum (&scores)[NUM_FRAGS], const float (&factor)[2]) {
 #pragma unroll
   for (int n = 0; n < NUM_FRAGS; ++n) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) scores[n].x[i] *= queries.inverse[row_of_element(i)];
+    for (int i = 0; i < 8; ++i) scores[n].x[i] *= factor[row_of_element(i)];
   }
+}
+
+template <int NUM_FRAGS>
+FC_DEVICE void scale_products(WmmaAccum (&scores)[NUM_FRAGS], const Queries& queries) {
+  if (scales_products(queries)) scale_rows(scores, queries.inverse);
 }

@@ -5,11 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from flashcore.kernels.fwd_sm90.float8.strips import (
+    ROWS_OF_STRIP,
+    loaded_dims,
+    most_strips,
+    shared_bytes,
+    strips_of_warp,
+)
 from flashcore.kernels.fwd_sm90.tiles import (
     ARCH,
+    BYTES_OF_TWO,
     ROWS_OF_CONSUMER,
-    ROWS_OF_WARP,
-    SHARED_BY_WARPS,
+    SMALL_PAGE,
     STREAMED_BYTES,
     Tile,
     is_bounded,
@@ -25,8 +32,8 @@ if TYPE_CHECKING:
 
 def float8_tiles(problem: Problem, folded: int) -> Iterator[Tile]:
     """Return tiles, best first, of a problem whose heads are `folded` heads each."""
-    # With 128 keys a window and soft-capping spill beside folded packed rows.
-    crowded = problem.packs_queries and folded > 1 and problem.softcap and is_bounded(problem)
+    # With 128 keys a window and soft-capping spill beside packed rows.
+    crowded = problem.packs_queries and problem.softcap and is_bounded(problem)
     for tile in _unsplit_tiles(problem):
         if crowded and tile.block_n > 64:
             continue
@@ -36,24 +43,32 @@ def float8_tiles(problem: Problem, folded: int) -> Iterator[Tile]:
 def few_rows_tiles(problem: Problem) -> Iterator[Tile]:
     """Return the tile of 8-bit caches whose row tiles have so few rows that warps share the keys of
     a key tile (fwd_sm90/float8/few_rows_sm90.cuh), if they do."""
-    dims = padded_dims(problem.head_dim, problem.head_dim_v)
-    strips = -(-problem.seqlen_q // ROWS_OF_WARP)
-    most = 2 if max(dims) <= 128 else 1  # of a wider head two spill
-    is_few = 1 <= strips <= most and not problem.packs_queries and problem.mask is None
-    if not is_few or dims[0] % 64 or dims[1] % 64:
+    dims = problem.head_dim, problem.head_dim_v
+    strips = _strips_of(problem.seqlen_q)
+    if strips > most_strips(*dims) or problem.packs_queries or problem.mask is not None:
         return
-    block_n = 256 if sum(dims) <= 128 else 128
-    q_buffers = 2 // strips
-    fixed = 2048 + 2 * 2 * ROWS_OF_WARP * dims[0] + SHARED_BY_WARPS * (dims[1] + 10)
+    columns = sum(loaded_dims(*dims))
+    # Several boxes bring a tile from pages, and longer ones later; small ones take as long anyway.
+    in_boxes = problem.has_pages and problem.page_size > SMALL_PAGE
+    block_n = 256 if columns <= 128 and not in_boxes else 128
+    of_q = 2 * ROWS_OF_STRIP * strips * padded_dims(*dims)[0]
+    fixed = 2048 + shared_bytes(strips_of_warp(strips, *dims), -(-dims[1] // 16) * 16)
     for min_blocks in (2, 1):
-        room = smem_limits(ARCH)[1] // min_blocks - fixed
-        wanted = max(2, -(-STREAMED_BYTES // min_blocks // (block_n * sum(dims))))
-        if (num_stages := min(wanted, room // (block_n * sum(dims)))) >= 2:
-            yield Tile(
-                64, block_n, num_stages=num_stages, min_blocks=min_blocks, q_buffers=q_buffers,
-                strips=strips,
-            )  # fmt: skip
-            return
+        for q_buffers in (2, 1) if strips > 1 else (2,):
+            room = smem_limits(ARCH)[1] // min_blocks - fixed - q_buffers * of_q
+            streamed = STREAMED_BYTES if min_blocks == 1 else BYTES_OF_TWO
+            wanted = max(2, -(-streamed // (block_n * columns)))
+            if (num_stages := min(wanted, room // (block_n * columns))) >= 2:
+                yield Tile(
+                    ROWS_OF_STRIP * strips, block_n, num_stages=num_stages, min_blocks=min_blocks,
+                    q_buffers=q_buffers, strips=strips,
+                )  # fmt: skip
+                return
+
+
+def _strips_of(num_rows: int) -> int:
+    """Return the strips of so many rows, 1, 2, 4 and so on."""
+    return 1 << (max(1, -(-num_rows // ROWS_OF_STRIP)) - 1).bit_length()
 
 
 def _unsplit_tiles(problem: Problem) -> Iterator[Tile]:

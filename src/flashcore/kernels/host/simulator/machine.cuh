@@ -44,6 +44,8 @@ enum class WarpOp : int {
   elect_lane,
   stmatrix,
   ldmatrix,
+  mma8,
+  movmatrix,
   wgmma,
   wgmma_fence,
   wgmma_commit,

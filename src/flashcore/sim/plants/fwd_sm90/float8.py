@@ -29,16 +29,20 @@ TILE: dict[str, Any] = {
     "load_stages": 2,
     "strips": 0,
 }
-# Warps that share the keys of few rows: several key tiles, and row tiles of a block; of 16 rows,
-# and of 17 under a bound.
-FEW_TILE: dict[str, Any] = {"block_n": 64, "num_stages": 2, "num_splits": 1, "stream_k": False}
-GROWN_CALL = CALL | {"scale": 1.0}  # scores that differ by far more than 2^10 allows
+# Warps that share the keys of few rows: several key tiles, and row tiles of a block; of 3 rows, and
+# of 17 under a bound, of which a warp has 16.
+FEW_TILE: dict[str, Any] = {"block_n": 128, "num_stages": 2, "num_splits": 1, "stream_k": False}
+FEW_CALL = CALL | {"lengths": (300, 150)}
+ROWS_TILE = FEW_TILE | {"block_n": 64}
+STAGES_TILE = FEW_TILE | {"num_stages": 4}  # more than Q has buffers: K's order says nothing of Q's
+GROWN_CALL = FEW_CALL | {"scale": 4.0}  # scores that differ by far more than 2^10 allows
 ROWS_CALL = CALL | {"seqlen_q": 17, "lengths": (90, 40), "causal": "lower_right"}
 _FLOAT8 = "fwd_sm90/float8/float8_sm90.cuh"
 _SEQUENCE = "tile/sequence.cuh"
 _PRODUCER = "fwd_sm90/producer_sm90.cuh"
 _PIPELINE = "fwd_sm90/pipeline_sm90.cuh"
 _FEW = "fwd_sm90/float8/few_rows_sm90.cuh"
+_STRIPS = "fwd_sm90/float8/strips_sm90.cuh"
 
 PLANTS_FLOAT8_SM90 = by_name(
     Plant(
@@ -178,17 +182,25 @@ PLANTS_FEW_SM90 = by_name(
         caught_by="wrong-result",
     ),
     Plant(
-        name="few-columns-as-wgmma",
-        title="Q's columns are in another order than K's",
-        file=_FLOAT8,
-        find="FEW_ROWS ? lane % 4 * 4 + i / 4 * 2 : accum_col(lane, i);",
-        replace="accum_col(lane, i);",
+        name="few-keys-side-by-side",
+        title="keys 8 to 15 of a product change places with columns of the first ones",
+        file=_STRIPS,
+        find="  a.reg[1] = of_second[0];\n  a.reg[2] = of_first[1];",
+        replace="  a.reg[2] = of_second[0];\n  a.reg[1] = of_first[1];",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="few-probabilities-as-scores",
+        title="P is an operand as scores come, keys for rows",
+        file=_STRIPS,
+        find="transpose8x8(pack2<MathElement>(x[at], x[at + 2]));",
+        replace="pack2<MathElement>(x[at], x[at + 2]);",
         caught_by="wrong-result",
     ),
     Plant(
         name="few-bytes-in-place",
         title="two columns of one value count as one column of two values",
-        file=_FEW,
+        file=_STRIPS,
         find="COLUMNS_APART = 0x3120;",
         replace="COLUMNS_APART = 0x3210;",
         caught_by="wrong-result",
@@ -196,61 +208,71 @@ PLANTS_FEW_SM90 = by_name(
     Plant(
         name="few-unswizzled",
         title="bytes are read without the swizzle that TMA wrote them with",
-        file=_FEW,
+        file=_STRIPS,
         find="swizzled_col<Tile::ROW_BYTES>(lane % 8,",
         replace="swizzled_col<Tile::ROW_BYTES>(0,",
         caught_by="wrong-result",
     ),
     Plant(
         name="few-sums-not-awaited",
-        title="the first warp adds up before the others have written",
+        title="a warp adds up before the others have written",
         file=_FEW,
-        find="  named_barrier_sync(barrier, 128);  // hands the writes above on to the first warp",
+        find="    sync();  // hands the writes on to all warps",
         replace="",
         caught_by="race",
         or_by=("uninitialized-read",),
     ),
     Plant(
         name="few-sums-overwritten",
-        title="a warp writes what it has while the first one still reads the row tile before",
+        title="a warp writes what it has while others still add up the row tile before",
         file=_FEW,
-        find="  named_barrier_sync(barrier, 128);  // orders reads of the row tile before ahead",
-        replace="  // orders reads of the row tile before ahead",
+        find="    sync();  // orders reads of the row tile before ahead of these writes",
+        replace="",
         caught_by="race",
     ),
     Plant(
         name="few-sums-unweighted",
         title="sums of warps with other maxima count alike",
         file=_FEW,
-        find="c.softmax.row_sum[r] += weight[w] * sum[w];",
-        replace="c.softmax.row_sum[r] += sum[w];",
+        find="    row_sum += weight * sum[w];",
+        replace="    row_sum += sum[w];",
         caught_by="wrong-result",
     ),
     Plant(
-        name="few-sums-of-every-lane",
-        title="the four lanes of a row have its whole sum each",
+        name="few-sums-of-one-lane",
+        title="one of the eight lanes that have a row's keys says the whole sum",
         file=_FEW,
-        find="    if (lane % 4 != 0) c.softmax.row_sum[r] = 0.0f;  // lanes have shares of it",
-        replace="",
+        find="sum_of_lanes(c.strip[s].softmax.row_sum[r]);",
+        replace="c.strip[s].softmax.row_sum[r];",
         caught_by="wrong-result",
     ),
 )
 PLANTS_ROWS_SM90 = by_name(
     Plant(
         name="few-rows-eight",
-        title="rows 8 to 15 count as nobody's",
+        title="the second strip of a warp has the first one's queries",
         file=_FEW,
-        find="    c.has_upper = first_row + 8 < own.seqlen_q;",
-        replace="    c.has_upper = false;",
+        find="load_strip(strip, smem.q[slot], warp_row + s * STRIP_ROWS);",
+        replace="load_strip(strip, smem.q[slot], warp_row);",
         caught_by="wrong-result",
     ),
     Plant(
         name="few-rows-of-the-first",
-        title="the second warp of rows sees the keys that the first one's rows see",
+        title="a warp's second strip sees the keys that the first one's rows see",
         file=_FEW,
-        find="hide_scores(made, p, row_begin + strip_idx() * 16, key_begin);",
-        replace="hide_scores(made, p, row_begin, key_begin);",
+        find="hide_strip(made[s], p, warp_row + s * STRIP_ROWS, key_begin);",
+        replace="hide_strip(made[s], p, warp_row, key_begin);",
         caught_by="wrong-result",
+    ),
+)
+PLANTS_FEW_SHORT_SM90 = by_name(
+    Plant(
+        name="few-queries-given-back",
+        title="the first lane gives Q back while others still read it",
+        file=_FEW,
+        find="    warp_sync();  // orders all lanes' reads before the first one gives Q back",
+        replace="",
+        caught_by="race",
     ),
 )
 PLANTS_GROWN_SM90 = by_name(
@@ -258,7 +280,7 @@ PLANTS_GROWN_SM90 = by_name(
         name="few-max-outgrown",
         title="a warp goes on with old maxima that scores have outgrown, or that are none",
         file=_FEW,
-        find="    if (!warp_any(has_outgrown(tile_sum, max_log2))) {",
+        find="    if (!warp_any(outgrown)) {",
         replace="    if (true) {",
         caught_by="wrong-result",
     ),
@@ -268,7 +290,8 @@ GROUPS = (
     (PLANTS_FLOAT8_SM90, TILE, CALL),
     (PLANTS_WIDE_SM90, TILE, WIDE_CALL),
     (PLANTS_SHORT_SM90, TILE, SHORT_CALL),
-    (PLANTS_FEW_SM90, FEW_TILE, CALL),
-    (PLANTS_ROWS_SM90, FEW_TILE, ROWS_CALL),
+    (PLANTS_FEW_SM90, FEW_TILE, FEW_CALL),
+    (PLANTS_ROWS_SM90, ROWS_TILE, ROWS_CALL),
+    (PLANTS_FEW_SHORT_SM90, STAGES_TILE, SHORT_CALL),
     (PLANTS_GROWN_SM90, FEW_TILE, GROWN_CALL),
 )
