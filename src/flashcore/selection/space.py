@@ -41,6 +41,8 @@ _GIVEN = frozenset(
         "keys_of_chunk",
         "fewest_splits",
         "whole_rows",
+        "loaders",
+        "prefetches",
         "stream_k",
         "load_stages",
         "strips",

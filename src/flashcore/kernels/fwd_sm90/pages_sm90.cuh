@@ -51,7 +51,10 @@ struct PageBoxes {
     next[slice] = look_up(keys, n_block);
   }
 
-  FC_DEVICE static int own_box() { return LOADS_BY_LANES ? lane_idx() : 0; }
+  FC_DEVICE static int own_box() {
+    if (LOADERS == 4) return lane_idx() * 2 + warp_idx() / 2;
+    return LOADS_BY_LANES ? lane_idx() : 0;
+  }
   FC_DEVICE static int first_key(int n_block) { return n_block * BLOCK_N + own_box() * BOX_ROWS; }
 
   // The entry as it is: who waits for it to check it would wait here.

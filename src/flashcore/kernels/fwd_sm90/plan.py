@@ -65,6 +65,8 @@ class Sm90Plan(Plan):
     load_stages: int = 0
     strips: int = 0
     whole_rows: bool = False
+    loaders: int = 1
+    prefetches: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -258,6 +260,8 @@ class Sm90Plan(Plan):
             "LOAD_STAGES": self.load_stages if self.converts else self.num_stages,
             "LOAD_CHUNK": self.load_chunk,
             "WHOLE_ROWS": self.whole_rows,
+            "LOADERS": self.loaders,
+            "PREFETCHES": self.prefetches,
             "NUM_CONVERTERS": int(self.converts),
             "STRIPS": self.strips,
             "Q_IN_REGISTERS": self.q_in_registers,

@@ -61,8 +61,32 @@ FC_DEVICE int bytes_of_box(const AttnParams& p) {
 // True where one thread is not enough: lanes find the block's range, or load boxes of pages.
 constexpr bool WHOLE_WARP = LOADS_BY_LANES || STREAM_K;
 
+static_assert(LOADERS == 1 || (LOADS_BY_LANES && SPLIT_KV && !CONVERTS), "warps walk alone");
+
+// While the kernels before still run: asks L2 for the keys and values that a block reads first.
+FC_DEVICE void prefetch_first_keys(const AttnSm90Params& params) {
+  if constexpr (PREFETCHES && KNOWS_FIRST_PIECE) {
+    if (thread_idx() != PLACING_THREAD) return;
+    const AttnParams& p = params.attn;
+    const BlockCoord block = SplitWalk().coord(p, params.schedule);
+    const auto& own = sequence_params(p, block);
+    const BoxOrigin k_box = key_box(p, block, p.lengths.k_rows_per_batch);
+    const BoxOrigin v_box = key_box(p, block, p.lengths.v_rows_per_batch);
+    const Range keys = own_keys(own, block);
+    for (int i = 1; i <= NUM_STAGES && keys.end - i >= keys.begin; ++i) {
+      const int row = (keys.end - i) * BLOCK_N;
+      KLoad::prefetch(params.k_map, k_box.row + row, block.head_idx_kv, k_box.batch);
+      VLoad::prefetch(params.v_map, v_box.row + row, block.head_idx_kv, v_box.batch);
+    }
+  }
+}
+
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
+  const int loader = LOADERS > 1 ? warp_uniform(warp_idx()) : 0;
+  const bool loads_k = LOADERS == 1 || loader % 2 == 0;
+  const bool loads_v = LOADERS == 1 || loader % 2 == 1;
+  const bool announces = LOADERS < 4 || loader < 2;
   const bool leads = !WHOLE_WARP || lane_idx() == 0;
   BoxOrigin q_box, k_box, v_box;  // of the sequence
   PageBoxes pages = {params};     // read only under PAGED
@@ -77,7 +101,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       if (leads) {
         mbar_wait(bar.k_load_empty + stage, k_state.parity() ^ 1);
         if (CONVERTS) smem_store(smem.ends + stage, 0);
-        mbar_arrive_expect_tx(full, KLoad::BYTES);
+        if (announces) mbar_arrive_expect_tx(full, KLoad::BYTES);
       }
       if (LOADS_BY_LANES) warp_sync();  // orders wait and announcement before all lanes' loads
     };
@@ -100,7 +124,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       if (leads) {
         mbar_wait(bar.v_load_empty + stage, v_state.parity() ^ 1);
         if (CONVERTS) smem_store(smem.ends + (LOAD_STAGES + stage), 0);
-        mbar_arrive_expect_tx(full, VLoad::BYTES);
+        if (announces) mbar_arrive_expect_tx(full, VLoad::BYTES);
       }
       if (LOADS_BY_LANES) warp_sync();  // as for K
     };
@@ -118,31 +142,33 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 #pragma unroll
     for (int s = 0; s < KEY_SLICES; ++s) {
       if (PAGED) pages.advance(s, keys, n_block - s - KEY_SLICES);
-      if (n_block - s >= keys.begin) load_k(k_states[s], block, n_block - s);
+      if (loads_k && n_block - s >= keys.begin) load_k(k_states[s], block, n_block - s);
     }
   };
 
   auto tile = row_tiles(p, smem.feed);
   if (!LOADS_BY_LANES && !leads) return;
-  for (int turn = 0;; ++turn, leads ? tile.advance(p, params.schedule) : void()) {
+  const bool walks = LOADERS > 1 || leads;
+  const bool places = leads && loader == 0;
+  for (int turn = 0;; ++turn, walks ? tile.advance(p, params.schedule) : void()) {
     const auto coord = coord_slot(smem.coords, turn);
-    bool done = leads && tile.done(p, params.schedule);
-    if (done) smem_store(coord, NO_TILE);
-    if (LOADS_BY_LANES) {
+    bool done = walks && tile.done(p, params.schedule);
+    if (done && places) smem_store(coord, NO_TILE);
+    if (LOADS_BY_LANES && LOADERS == 1) {
       if (leads && !done) store_coord(coord, tile.coord(p, params.schedule));
       warp_sync();  // orders the place before the other lanes read it
       done = smem_load(coord) == NO_TILE;
     }
     if (done) {
-      for (int group = 0; leads && group < NUM_ROW_GROUPS; ++group) {
+      for (int group = 0; places && group < NUM_ROW_GROUPS; ++group) {
         mbar_wait(bar.q_empty + q_slot(turn, group), q_parity(turn) ^ 1);
         mbar_arrive(bar.q_full + q_slot(turn, group));
       }
       if (CONVERTS && leads) end_conversion(bar, smem, k_states[0], v_states[0]);
-      if (leads) grid_launch_dependents();
+      if (places) grid_launch_dependents();
       return;
     }
-    const bool is_known = LOADS_BY_LANES || (KNOWS_FIRST_PIECE && turn == 0);
+    const bool is_known = (LOADS_BY_LANES && LOADERS == 1) || (KNOWS_FIRST_PIECE && turn == 0);
     const BlockCoord block = is_known ? load_coord(coord) : tile.coord(p, params.schedule);
     const auto& own = sequence_params(p, block);
     q_box = query_box(p, block);
@@ -153,13 +179,13 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 //@else
     const Range keys = own_keys(own, block);
 //@end
-    if (!is_known) store_coord(coord, block);
+    if (!is_known && places) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
     int n_block = keys.end - 1;
     if (PAGED) pages.begin(own, block, keys, n_block);
     load_keys(block, keys, n_block);
-    for (int group = 0; leads && group < NUM_ROW_GROUPS; ++group) {
+    for (int group = 0; places && group < NUM_ROW_GROUPS; ++group) {
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
@@ -184,7 +210,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 #pragma unroll
       for (int s = 0; s < KEY_SLICES; ++s) {
         const int before = n_block - s + KEY_SLICES;
-        if (before >= keys.begin) load_v(v_states[s], block, before);
+        if (loads_v && before >= keys.begin) load_v(v_states[s], block, before);
       }
     }
     if (leads && !asked) tile.ask(p, params.schedule);  // it has no key tiles
