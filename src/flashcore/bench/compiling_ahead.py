@@ -10,7 +10,7 @@ from flashcore.selection.compiling import Compiler
 
 
 class _NotedError(Exception):
-    """A plan was noted in place of being compiled."""
+    """The exception says that a plan was noted in place of being compiled."""
 
 
 def compile_ahead(calls: Iterable[Callable[[], object]]) -> None:

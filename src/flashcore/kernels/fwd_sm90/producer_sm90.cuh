@@ -65,6 +65,22 @@ static_assert(LOADERS == 1 || (LOADS_BY_LANES && SPLIT_KV && !CONVERTS), "warps 
 
 // While the kernels before still run: asks L2 for the keys and values that a block reads first.
 FC_DEVICE void prefetch_first_keys(const AttnSm90Params& params) {
+  if constexpr (PREFETCHES && VARLEN != 0 && !PACKED) {
+    if (warp_idx() != 1) return;
+    const AttnParams& p = params.attn;
+    for (int i = lane_idx() * 8; i < p.batch; i += 256) gmem_prefetch(p.lengths.seqlens_k + i);
+    if constexpr (PAGED) {
+      const int64_t entries =
+          int64_t(p.batch - 1) * p.pages.page_table_stride + p.seqlen_k / PAGE_SIZE;
+      if (entries <= 1 << 18) {
+        const int step = num_blocks() * 256;
+        for (int i = block_idx() * 256 + lane_idx() * 8; i < int(entries); i += step) {
+          gmem_prefetch(p.pages.page_table + i);
+        }
+      }
+    }
+    return;
+  }
   if constexpr (PREFETCHES && KNOWS_FIRST_PIECE) {
     if (thread_idx() != PLACING_THREAD) return;
     const AttnParams& p = params.attn;
