@@ -43,6 +43,7 @@ _GIVEN = frozenset(
         "whole_rows",
         "loaders",
         "prefetches",
+        "looks_ahead",
         "stream_k",
         "load_stages",
         "strips",

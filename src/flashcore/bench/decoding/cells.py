@@ -1,4 +1,4 @@
-"""The cells that measuring.py times: those of docs/serving-kernels.md, and some by chance."""
+"""This module holds the cells that measuring.py times: those of the pages, and some by chance."""
 
 from __future__ import annotations
 

@@ -67,6 +67,7 @@ class Sm90Plan(Plan):
     whole_rows: bool = False
     loaders: int = 1
     prefetches: bool = False
+    looks_ahead: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -211,6 +212,8 @@ class Sm90Plan(Plan):
                 producer = 56
             elif self.stream_k and self.head_dim_v <= 32:  # a narrow O leaves some
                 producer = 48
+        if self.looks_ahead:
+            producer = max(producer, 48)
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         producer = min(max(40, producer), pool - consumer * self.num_consumers)
         return (consumer, producer, *[CONVERTER_REGISTERS] * self.converts)
@@ -262,6 +265,7 @@ class Sm90Plan(Plan):
             "WHOLE_ROWS": self.whole_rows,
             "LOADERS": self.loaders,
             "PREFETCHES": self.prefetches,
+            "LOOKS_AHEAD": self.looks_ahead,
             "NUM_CONVERTERS": int(self.converts),
             "STRIPS": self.strips,
             "Q_IN_REGISTERS": self.q_in_registers,

@@ -166,7 +166,9 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   if (!LOADS_BY_LANES && !leads) return;
   const bool walks = LOADERS > 1 || leads;
   const bool places = leads && loader == 0;
-  for (int turn = 0;; ++turn, walks ? tile.advance(p, params.schedule) : void()) {
+  int first_pages[KEY_SLICES];  // under LOOKS_AHEAD, of the next row tile
+  for (int turn = 0;;
+       ++turn, walks && !LOOKS_AHEAD ? tile.advance(p, params.schedule) : void()) {
     const auto coord = coord_slot(smem.coords, turn);
     bool done = walks && tile.done(p, params.schedule);
     if (done && places) smem_store(coord, NO_TILE);
@@ -200,6 +202,12 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     // first K's stage is free before Q's buffer is.
     int n_block = keys.end - 1;
     if (PAGED) pages.begin(own, block, keys, n_block);
+    if (LOOKS_AHEAD) {
+#pragma unroll
+      for (int s = 0; s < KEY_SLICES; ++s) {
+        pages.next[s] = turn == 0 ? pages.look_up(keys, n_block - s) : first_pages[s];
+      }
+    }
     load_keys(block, keys, n_block);
     for (int group = 0; places && group < NUM_ROW_GROUPS; ++group) {
       const int slot = q_slot(turn, group);
@@ -213,6 +221,20 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
                     q_box.batch);
       } else {
         smem.q.load(slot, params.q_map, full, q_box.row + row, block.head_idx, q_box.batch);
+      }
+    }
+    if (LOOKS_AHEAD) {
+      tile.advance(p, params.schedule);
+      if (!tile.done(p, params.schedule)) {
+        const BlockCoord next = tile.coord(p, params.schedule);
+        const auto& of_next = sequence_params(p, next);
+        const Range next_keys = own_keys(of_next, next);
+        const auto entries = pages_of(p, next.batch_idx);
+#pragma unroll
+        for (int s = 0; s < KEY_SLICES; ++s) {
+          first_pages[s] =
+              PageBoxes::look_up(entries, of_next.seqlen_k, next_keys, next_keys.end - 1 - s);
+        }
       }
     }
     bool asked = false;
