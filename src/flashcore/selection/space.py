@@ -43,6 +43,7 @@ _GIVEN = frozenset(
         "whole_rows",
         "loaders",
         "prefetches",
+        "alternates",
         "looks_ahead",
         "stream_k",
         "load_stages",

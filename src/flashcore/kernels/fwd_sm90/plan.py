@@ -68,6 +68,7 @@ class Sm90Plan(Plan):
     loaders: int = 1
     prefetches: bool = False
     looks_ahead: bool = False
+    alternates: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -265,6 +266,7 @@ class Sm90Plan(Plan):
             "WHOLE_ROWS": self.whole_rows,
             "LOADERS": self.loaders,
             "PREFETCHES": self.prefetches,
+            "ALTERNATES": self.alternates,
             "LOOKS_AHEAD": self.looks_ahead,
             "NUM_CONVERTERS": int(self.converts),
             "STRIPS": self.strips,
