@@ -438,7 +438,6 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
     init_barriers(bar, NUM_ROW_GROUPS * 4, KEY_SLICES * 4);
   }
   place_first_piece(params.attn, params.schedule, smem.coords);
-  prefetch_first_keys(params);
   if constexpr (FOLDS_PACKED) clear_rows_of_nobody(params.attn, smem.q);
   block_sync();  // orders the initialisation before every use
   grid_dependency_wait();

@@ -41,7 +41,7 @@ struct PageBoxes {
     num_keys = own.seqlen_k;
     head = block.head_idx_kv;
 #pragma unroll
-    for (int s = 0; s < KEY_SLICES && !LOOKS_AHEAD; ++s) next[s] = look_up(keys, n_block - s);
+    for (int s = 0; s < KEY_SLICES; ++s) next[s] = look_up(keys, n_block - s);
   }
 
   // Makes the entry that was looked up that of K, and looks up that of key tile `n_block`.
@@ -51,19 +51,11 @@ struct PageBoxes {
     next[slice] = look_up(keys, n_block);
   }
 
-  FC_DEVICE static int own_box() {
-    if (LOADERS == 4) return lane_idx() * 2 + warp_idx() / 2;
-    return LOADS_BY_LANES ? lane_idx() : 0;
-  }
+  FC_DEVICE static int own_box() { return LOADS_BY_LANES ? lane_idx() : 0; }
   FC_DEVICE static int first_key(int n_block) { return n_block * BLOCK_N + own_box() * BOX_ROWS; }
 
   // The entry as it is: who waits for it to check it would wait here.
   FC_DEVICE int look_up(const Range& keys, int n_block) const {
-    return look_up(entries, num_keys, keys, n_block);
-  }
-
-  FC_DEVICE static int look_up(GmemPtr<const int32_t> entries, int num_keys, const Range& keys,
-                               int n_block) {
     const int key = first_key(n_block);
     const bool is_read = n_block >= keys.begin && own_box() < NUM_BOXES && key < num_keys;
     return is_read ? gmem_load(entries + key / PAGE_SIZE) : 0;

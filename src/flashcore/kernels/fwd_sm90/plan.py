@@ -49,7 +49,8 @@ class Sm90Plan(Plan):
     bytes, of 8-bit caches, beside the `num_stages` that are converted; 0 of others, and with
     `strips` of 16 rows, the warps of which share the keys of a tile of 8 bits
     (fwd_sm90/float8/few_rows_sm90.cuh; 0 where warpgroups have the tile); `whole_rows`: a box of a
-    page has all columns of its rows, see obstacles.py.
+    page has all columns of its rows, see obstacles.py; `loaders`: warps that load, of two one keys
+    and one values.
     """
 
     ping_pong: bool = False
@@ -66,9 +67,6 @@ class Sm90Plan(Plan):
     strips: int = 0
     whole_rows: bool = False
     loaders: int = 1
-    prefetches: bool = False
-    looks_ahead: bool = False
-    alternates: bool = False
 
     @property
     def params_struct(self) -> str:
@@ -213,8 +211,6 @@ class Sm90Plan(Plan):
                 producer = 56
             elif self.stream_k and self.head_dim_v <= 32:  # a narrow O leaves some
                 producer = 48
-        if self.looks_ahead:
-            producer = max(producer, 48)
         consumer = min(240, (pool - producer) // self.num_consumers // 8 * 8)
         producer = min(max(40, producer), pool - consumer * self.num_consumers)
         return (consumer, producer, *[CONVERTER_REGISTERS] * self.converts)
@@ -265,9 +261,6 @@ class Sm90Plan(Plan):
             "LOAD_CHUNK": self.load_chunk,
             "WHOLE_ROWS": self.whole_rows,
             "LOADERS": self.loaders,
-            "PREFETCHES": self.prefetches,
-            "ALTERNATES": self.alternates,
-            "LOOKS_AHEAD": self.looks_ahead,
             "NUM_CONVERTERS": int(self.converts),
             "STRIPS": self.strips,
             "Q_IN_REGISTERS": self.q_in_registers,

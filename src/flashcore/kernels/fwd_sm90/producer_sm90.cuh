@@ -61,48 +61,15 @@ FC_DEVICE int bytes_of_box(const AttnParams& p) {
 // True where one thread is not enough: lanes find the block's range, or load boxes of pages.
 constexpr bool WHOLE_WARP = LOADS_BY_LANES || STREAM_K;
 
-static_assert(LOADERS == 1 || (LOADS_BY_LANES && SPLIT_KV && !CONVERTS), "warps walk alone");
-
-// While the kernels before still run: asks L2 for the keys and values that a block reads first.
-FC_DEVICE void prefetch_first_keys(const AttnSm90Params& params) {
-  if constexpr (PREFETCHES && VARLEN != 0 && !PACKED) {
-    if (warp_idx() != 1) return;
-    const AttnParams& p = params.attn;
-    for (int i = lane_idx() * 8; i < p.batch; i += 256) gmem_prefetch(p.lengths.seqlens_k + i);
-    if constexpr (PAGED) {
-      const int64_t entries =
-          int64_t(p.batch - 1) * p.pages.page_table_stride + p.seqlen_k / PAGE_SIZE;
-      if (entries <= 1 << 18) {
-        const int step = num_blocks() * 256;
-        for (int i = block_idx() * 256 + lane_idx() * 8; i < int(entries); i += step) {
-          gmem_prefetch(p.pages.page_table + i);
-        }
-      }
-    }
-    return;
-  }
-  if constexpr (PREFETCHES && KNOWS_FIRST_PIECE) {
-    if (thread_idx() != PLACING_THREAD) return;
-    const AttnParams& p = params.attn;
-    const BlockCoord block = SplitWalk().coord(p, params.schedule);
-    const auto& own = sequence_params(p, block);
-    const BoxOrigin k_box = key_box(p, block, p.lengths.k_rows_per_batch);
-    const BoxOrigin v_box = key_box(p, block, p.lengths.v_rows_per_batch);
-    const Range keys = own_keys(own, block);
-    for (int i = 1; i <= NUM_STAGES && keys.end - i >= keys.begin; ++i) {
-      const int row = (keys.end - i) * BLOCK_N;
-      KLoad::prefetch(params.k_map, k_box.row + row, block.head_idx_kv, k_box.batch);
-      VLoad::prefetch(params.v_map, v_box.row + row, block.head_idx_kv, v_box.batch);
-    }
-  }
-}
+// Under LOADERS == 2 a warp loads keys and Q, and another one values. Each walks over the pieces of
+// the block's range by itself, all lanes alike.
+static_assert(LOADERS == 1 || (LOADS_BY_LANES && SPLIT_KV && !CONVERTS), "no two draw alike");
 
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
   const int loader = LOADERS > 1 ? warp_uniform(warp_idx()) : 0;
-  const bool loads_k = LOADERS == 1 || loader % 2 == 0;
-  const bool loads_v = LOADERS == 1 || loader % 2 == 1;
-  const bool announces = LOADERS < 4 || loader < 2;
+  const bool loads_k = LOADERS == 1 || loader == 0;
+  const bool loads_v = LOADERS == 1 || loader == 1;
   const bool leads = !WHOLE_WARP || lane_idx() == 0;
   BoxOrigin q_box, k_box, v_box;  // of the sequence
   PageBoxes pages = {params};     // read only under PAGED
@@ -117,7 +84,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       if (leads) {
         mbar_wait(bar.k_load_empty + stage, k_state.parity() ^ 1);
         if (CONVERTS) smem_store(smem.ends + stage, 0);
-        if (announces) mbar_arrive_expect_tx(full, KLoad::BYTES);
+        mbar_arrive_expect_tx(full, KLoad::BYTES);
       }
       if (LOADS_BY_LANES) warp_sync();  // orders wait and announcement before all lanes' loads
     };
@@ -140,7 +107,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
       if (leads) {
         mbar_wait(bar.v_load_empty + stage, v_state.parity() ^ 1);
         if (CONVERTS) smem_store(smem.ends + (LOAD_STAGES + stage), 0);
-        if (announces) mbar_arrive_expect_tx(full, VLoad::BYTES);
+        mbar_arrive_expect_tx(full, VLoad::BYTES);
       }
       if (LOADS_BY_LANES) warp_sync();  // as for K
     };
@@ -166,9 +133,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
   if (!LOADS_BY_LANES && !leads) return;
   const bool walks = LOADERS > 1 || leads;
   const bool places = leads && loader == 0;
-  int first_pages[KEY_SLICES];  // under LOOKS_AHEAD, of the next row tile
-  for (int turn = 0;;
-       ++turn, walks && !LOOKS_AHEAD ? tile.advance(p, params.schedule) : void()) {
+  for (int turn = 0;; ++turn, walks ? tile.advance(p, params.schedule) : void()) {
     const auto coord = coord_slot(smem.coords, turn);
     bool done = walks && tile.done(p, params.schedule);
     if (done && places) smem_store(coord, NO_TILE);
@@ -202,12 +167,6 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
     // first K's stage is free before Q's buffer is.
     int n_block = keys.end - 1;
     if (PAGED) pages.begin(own, block, keys, n_block);
-    if (LOOKS_AHEAD) {
-#pragma unroll
-      for (int s = 0; s < KEY_SLICES; ++s) {
-        pages.next[s] = turn == 0 ? pages.look_up(keys, n_block - s) : first_pages[s];
-      }
-    }
     load_keys(block, keys, n_block);
     for (int group = 0; places && group < NUM_ROW_GROUPS; ++group) {
       const int slot = q_slot(turn, group);
@@ -221,20 +180,6 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
                     q_box.batch);
       } else {
         smem.q.load(slot, params.q_map, full, q_box.row + row, block.head_idx, q_box.batch);
-      }
-    }
-    if (LOOKS_AHEAD) {
-      tile.advance(p, params.schedule);
-      if (!tile.done(p, params.schedule)) {
-        const BlockCoord next = tile.coord(p, params.schedule);
-        const auto& of_next = sequence_params(p, next);
-        const Range next_keys = own_keys(of_next, next);
-        const auto entries = pages_of(p, next.batch_idx);
-#pragma unroll
-        for (int s = 0; s < KEY_SLICES; ++s) {
-          first_pages[s] =
-              PageBoxes::look_up(entries, of_next.seqlen_k, next_keys, next_keys.end - 1 - s);
-        }
       }
     }
     bool asked = false;

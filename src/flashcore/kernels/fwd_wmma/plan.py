@@ -231,7 +231,6 @@ class Plan:
             "RETURNS_MAX_SCORE": self.returns_max_score,
             "SPLIT_KV": self.stream_k,
             "STREAM_K": self.stream_k,
-            "ALTERNATES": False,
             "FIXED_PIECES": self.has_fixed_pieces,
             "WIDENS_BY_INTEGERS": self.cache_dtype != "" and self.arch < _FLOAT8_ARCH,
         } | ({"GATE_SERIAL_BYTES": self.gate_serial_bytes} if self.gate_serial_bytes else {})

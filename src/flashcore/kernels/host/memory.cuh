@@ -102,9 +102,6 @@ FC_DEVICE T gmem_load(GmemPtr<const T> p, FC_SITE) {
 }
 
 template <class T>
-FC_DEVICE void gmem_prefetch(GmemPtr<T>) {}
-
-template <class T>
 FC_DEVICE void gmem_store(GmemPtr<T> p, T x, FC_SITE) {
   std::memcpy(fc_host::gmem_write(p.address, int(sizeof(T)), FC_HERE), &x, sizeof(T));
 }

@@ -8,7 +8,6 @@
 
 // Has no effect that a kernel could see.
 FC_DEVICE void tma_prefetch_map(const TensorMap&) {}
-FC_DEVICE void tma_prefetch(const TensorMap&, int, int, int, int) {}
 
 template <class T>
 FC_DEVICE void tma_load(SmemPtr<T> dst, const TensorMap& map, SmemPtr<uint64_t> bar, int col,

@@ -135,12 +135,6 @@ FC_DEVICE T gmem_load(GmemPtr<const T> p) {
   return *p.address;
 }
 
-// Fetches the sector of an element into L2 alone.
-template <class T>
-FC_DEVICE void gmem_prefetch(GmemPtr<T> p) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(p.address));
-}
-
 template <class T>
 FC_DEVICE void gmem_store(GmemPtr<T> p, T x) {
   *p.address = x;

@@ -12,13 +12,6 @@ FC_DEVICE void tma_prefetch_map(const TensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }
 
-// Fetches a box into L2 alone, ahead of its load.
-FC_DEVICE void tma_prefetch(const TensorMap& map, int col, int row, int head, int batch) {
-  asm volatile("cp.async.bulk.prefetch.tensor.4d.L2.global [%0, {%1, %2, %3, %4}];" ::"l"(&map),
-               "r"(col), "r"(row), "r"(head), "r"(batch)
-               : "memory");
-}
-
 template <class T>
 FC_DEVICE void tma_load(SmemPtr<T> dst, const TensorMap& map, SmemPtr<uint64_t> bar, int col,
                         int row, int head, int batch) {

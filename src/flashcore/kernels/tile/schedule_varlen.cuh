@@ -34,6 +34,9 @@ FC_DEVICE void init_feed(const Feed& feed) {
   mbar_init(feed.asked, 1);
 }
 
+// Where queries are few beside their keys, or keys are a cache's, decodes stand beside prompts.
+constexpr bool ALTERNATES = FOLDS_PACKED || VARLEN == 4;
+
 // Of sequences with so few rows that reading keys is all there is to do, or of others.
 enum class TileKind { all, few_rows, many_rows };
 
@@ -41,8 +44,8 @@ FC_DEVICE bool is_of(TileKind kind, int rows) {
   return kind == TileKind::all || (rows <= 64) == (kind == TileKind::few_rows);
 }
 
-// Walks over all tiles of a kind in the order above, 32 sequences at a time, a lane each. Forward only.
-// max_tiles is what lengths that do not overlap can have at most; others are cut off there.
+// Walks over all tiles of a kind in the order above, 32 sequences at a time, a lane each. Forward
+// only. max_tiles is what lengths that do not overlap can have at most; others are cut off there.
 template <bool OWNS_KEYS>
 struct SequenceWalk {
   static constexpr bool WALKS_ROWS = OWNS_KEYS;
@@ -122,6 +125,13 @@ FC_DEVICE void hand_out(const AttnParams& p, const Feed& feed, const Walk& walk,
   }
 }
 
+// Waits until the next tile is asked for, and draws a number; by the whole warp.
+FC_DEVICE int draw_when_asked(const AttnParams& p, const Feed& feed, int count) {
+  mbar_wait(feed.asked, count % 2);
+  warp_sync();  // or the next phase could pass a lane that still waits
+  return warp_scan(lane_idx() == 0 ? gmem_atomic_add(p.tile_counter, 1) : 0).total;
+}
+
 // Where few rows stand beside many: tiles of the two kinds in turns, until one has no more. So at
 // any time some blocks read keys while others multiply.
 FC_DEVICE void schedule_both_kinds(const AttnParams& p, const Feed& feed) {
@@ -143,9 +153,7 @@ FC_DEVICE void schedule_both_kinds(const AttnParams& p, const Feed& feed) {
       hand_out(p, feed, few, place, is_few);
     }
     if (!is_many && !is_few) break;
-    mbar_wait(feed.asked, count % 2);
-    warp_sync();  // or the next phase could pass a lane that still waits
-    drawn = warp_scan(lane_idx() == 0 ? gmem_atomic_add(p.tile_counter, 1) : 0).total;
+    drawn = draw_when_asked(p, feed, count);
     number = num_blocks() + drawn;
   }
   const int total = many.before + few.before;
@@ -154,10 +162,25 @@ FC_DEVICE void schedule_both_kinds(const AttnParams& p, const Feed& feed) {
   }
 }
 
+// By the whole warp: whether there are sequences of both kinds.
+FC_DEVICE bool has_both_kinds(const AttnParams& p) {
+  bool has_few = false, has_many = false;
+  for (int first = 0; first <= p.batch; first += 32) {
+    const int sequence = first + lane_idx();
+    const int queries = sequence <= p.batch ? query_rows(p, sequence).count : 0;
+    const int rows = rows_of_queries(p, queries);
+    has_few |= rows > 0 && is_of(TileKind::few_rows, rows);
+    has_many |= is_of(TileKind::many_rows, rows);
+  }
+  return warp_any(has_few) && warp_any(has_many);
+}
+
 // The scheduler: the whole warp.
 template <bool OWNS_KEYS = false>
 FC_DEVICE void schedule_tiles(const AttnParams& p, const Feed& feed) {
-  if constexpr (ALTERNATES && !OWNS_KEYS) return schedule_both_kinds(p, feed);
+  if constexpr (ALTERNATES && !OWNS_KEYS) {
+    if (has_both_kinds(p)) return schedule_both_kinds(p, feed);
+  }
   using Walk = SequenceWalk<OWNS_KEYS>;
   Walk walk(p, TileKind::all);
   int number = block_idx();
@@ -166,9 +189,7 @@ FC_DEVICE void schedule_tiles(const AttnParams& p, const Feed& feed) {
   for (int count = 0;; ++count) {
     hand_out(p, feed, walk, number, found);
     if (!found) break;
-    mbar_wait(feed.asked, count % 2);
-    warp_sync();  // or the next phase could pass a lane that still waits
-    drawn = warp_scan(lane_idx() == 0 ? gmem_atomic_add(p.tile_counter, 1) : 0).total;
+    drawn = draw_when_asked(p, feed, count);
     number = num_blocks() + drawn;
     found = walk.seek(p, number);
   }

@@ -84,11 +84,6 @@ struct SmemTile {
     }
   }
 
-  // By one thread: has L2 fetch what a tile of such a map holds.
-  FC_DEVICE static void prefetch(const TensorMap& map, int row, int head, int batch) {
-    for (int c = 0; c < CHUNKS; ++c) tma_prefetch(map, c * CHUNK_COLS, row, head, batch);
-  }
-
   // The tile as an operand of a product that sums over its columns, or over its rows; further
   // columns and rows are so many bytes ahead.
   FC_DEVICE WgmmaDesc over_columns() const {
