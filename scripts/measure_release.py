@@ -122,7 +122,7 @@ PARTS: dict[str, Part] = {
     "decode": Part(
         "decoding over caches of true lengths",
         lambda seconds, path: [
-            "scripts/bench_decode.py", "--limit-s", _limit(seconds), "--json", path
+            "scripts/bench_decode.py", "--seed", "7", "--limit-s", _limit(seconds), "--json", path
         ],
         "decode.json",
         ("docs/serving-kernels.md",),

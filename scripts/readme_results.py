@@ -21,7 +21,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from flashcore.bench.decoding import markdown as decode_markdown
+from flashcore.bench.decoding.tables import markdown as decode_markdown
 from flashcore.bench.host import markdown as host_markdown
 from flashcore.bench.reporting.report import (
     TITLES,

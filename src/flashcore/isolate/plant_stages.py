@@ -54,7 +54,8 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("counter-left", "scan", "feed-not-waited-for", "feed-asked-early"),
             *("split-counter-left", "stream-counter-left", "q-buffers-in-step"),
             *("together-departures-left", "split-later-piece-known"),
-            "page-two-leaders",
+            *("page-two-leaders", "page-place-by-both", "page-values-twice"),
+            "packed-turns-counter-left",
         ),
         "load": (
             *("no-empty-wait", "parity-never-flips", "tx-too-few", "early-loads"),
@@ -135,7 +136,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("stream-empty-left-out", "stream-whole-past-the-end"),
             *("box-of-a-neighbour", "class-left-out", "sink-past-the-heads"),
             *("packed-head-of-the-first", "packed-row-of-nobody", "packed-last-query-alone"),
-            *("packed-heads-one-by-one", "packed-tiles-of-queries"),
+            *("packed-heads-one-by-one", "packed-tiles-of-queries", "packed-turn-miscounted"),
             *PLANTS_PACKED,
             *("max-score-stored", "max-score-of-padding"),
         ),

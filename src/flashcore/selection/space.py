@@ -41,6 +41,7 @@ _GIVEN = frozenset(
         "keys_of_chunk",
         "fewest_splits",
         "whole_rows",
+        "loaders",
         "stream_k",
         "load_stages",
         "strips",

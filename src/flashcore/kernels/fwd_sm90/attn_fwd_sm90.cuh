@@ -444,7 +444,7 @@ FC_KERNEL(attn_fwd_sm90, NUM_THREADS, MIN_BLOCKS)(FC_PARAM(AttnSm90Params) param
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
-    if (warp_idx() == 0 && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
+    if (warp_idx() < LOADERS && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
     if (HAS_FEED && warp_idx() == 1) schedule_tiles(params.attn, smem.feed);
   } else if (CONVERTS && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
     lower_registers<CONVERTER_REGISTERS>();

@@ -205,7 +205,7 @@ SM90 = Sm90Kernel(
     maps=params_sm90.MAPS,
     rows_of_warp=ROWS_OF_CONSUMER,
     off_under_a_gate=plan_sm90.OFF_UNDER_A_GATE,
-    beside_the_tile=("stream_k", "load_stages", "strips"),
+    beside_the_tile=("stream_k", "load_stages", "strips", "loaders"),
     rules="tiles come from rules, made from measurements on Hopper GPUs; see "
     "kernels/fwd_sm90/tiles.py",
 )

@@ -50,7 +50,8 @@ class Sm90Plan(Plan):
     bytes, of 8-bit caches, beside the `num_stages` that are converted; 0 of others, and with
     `strips` of 8 rows, the warps of which share the keys of a tile of 8 bits
     (fwd_sm90/float8/few_rows_sm90.cuh; 0 where warpgroups have the tile); `whole_rows`: a box of a
-    page has all columns of its rows, see obstacles.py.
+    page has all columns of its rows, see obstacles.py; `loaders`: warps that load, of two one keys
+    and one values.
     """
 
     ping_pong: bool = False
@@ -66,6 +67,7 @@ class Sm90Plan(Plan):
     load_stages: int = 0
     strips: int = 0
     whole_rows: bool = False
+    loaders: int = 1
 
     @property
     def params_struct(self) -> str:
@@ -278,6 +280,7 @@ class Sm90Plan(Plan):
             "LOAD_STAGES": self.load_stages if self.converts else self.num_stages,
             "LOAD_CHUNK": self.load_chunk,
             "WHOLE_ROWS": self.whole_rows,
+            "LOADERS": self.loaders,
             "NUM_CONVERTERS": int(self.converts),
             "STRIPS": self.strips,
             "WARP_STRIPS": max(1, self.warp_strips),

@@ -61,8 +61,15 @@ FC_DEVICE int bytes_of_box(const AttnParams& p) {
 // True where one thread is not enough: lanes find the block's range, or load boxes of pages.
 constexpr bool WHOLE_WARP = LOADS_BY_LANES || STREAM_K;
 
+// Under LOADERS == 2 a warp loads keys and Q, and another one values. Each walks over the pieces of
+// the block's range by itself, all lanes alike.
+static_assert(LOADERS == 1 || (LOADS_BY_LANES && SPLIT_KV && !CONVERTS), "no two draw alike");
+
 FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
+  const int loader = LOADERS > 1 ? warp_uniform(warp_idx()) : 0;
+  const bool loads_k = LOADERS == 1 || loader == 0;
+  const bool loads_v = LOADERS == 1 || loader == 1;
   const bool leads = !WHOLE_WARP || lane_idx() == 0;
   BoxOrigin q_box, k_box, v_box;  // of the sequence
   PageBoxes pages = {params};     // read only under PAGED
@@ -118,31 +125,33 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 #pragma unroll
     for (int s = 0; s < KEY_SLICES; ++s) {
       if (PAGED) pages.advance(s, keys, n_block - s - KEY_SLICES);
-      if (n_block - s >= keys.begin) load_k(k_states[s], block, n_block - s);
+      if (loads_k && n_block - s >= keys.begin) load_k(k_states[s], block, n_block - s);
     }
   };
 
   auto tile = row_tiles(p, smem.feed);
   if (!LOADS_BY_LANES && !leads) return;
-  for (int turn = 0;; ++turn, leads ? tile.advance(p, params.schedule) : void()) {
+  const bool walks = LOADERS > 1 || leads;
+  const bool places = leads && loader == 0;
+  for (int turn = 0;; ++turn, walks ? tile.advance(p, params.schedule) : void()) {
     const auto coord = coord_slot(smem.coords, turn);
-    bool done = leads && tile.done(p, params.schedule);
-    if (done) smem_store(coord, NO_TILE);
-    if (LOADS_BY_LANES) {
+    bool done = walks && tile.done(p, params.schedule);
+    if (done && places) smem_store(coord, NO_TILE);
+    if (LOADS_BY_LANES && LOADERS == 1) {
       if (leads && !done) store_coord(coord, tile.coord(p, params.schedule));
       warp_sync();  // orders the place before the other lanes read it
       done = smem_load(coord) == NO_TILE;
     }
     if (done) {
-      for (int group = 0; leads && group < NUM_ROW_GROUPS; ++group) {
+      for (int group = 0; places && group < NUM_ROW_GROUPS; ++group) {
         mbar_wait(bar.q_empty + q_slot(turn, group), q_parity(turn) ^ 1);
         mbar_arrive(bar.q_full + q_slot(turn, group));
       }
       if (CONVERTS && leads) end_conversion(bar, smem, k_states[0], v_states[0]);
-      if (leads) grid_launch_dependents();
+      if (places) grid_launch_dependents();
       return;
     }
-    const bool is_known = LOADS_BY_LANES || (KNOWS_FIRST_PIECE && turn == 0);
+    const bool is_known = (LOADS_BY_LANES && LOADERS == 1) || (KNOWS_FIRST_PIECE && turn == 0);
     const BlockCoord block = is_known ? load_coord(coord) : tile.coord(p, params.schedule);
     const auto& own = sequence_params(p, block);
     q_box = query_box(p, block);
@@ -153,13 +162,13 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 //@else
     const Range keys = own_keys(own, block);
 //@end
-    if (!is_known) store_coord(coord, block);
+    if (!is_known && places) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
     int n_block = keys.end - 1;
     if (PAGED) pages.begin(own, block, keys, n_block);
     load_keys(block, keys, n_block);
-    for (int group = 0; leads && group < NUM_ROW_GROUPS; ++group) {
+    for (int group = 0; places && group < NUM_ROW_GROUPS; ++group) {
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
@@ -184,7 +193,7 @@ FC_DEVICE void produce(const AttnSm90Params& params, const Barriers& bar, const 
 #pragma unroll
       for (int s = 0; s < KEY_SLICES; ++s) {
         const int before = n_block - s + KEY_SLICES;
-        if (before >= keys.begin) load_v(v_states[s], block, before);
+        if (loads_v && before >= keys.begin) load_v(v_states[s], block, before);
       }
     }
     if (leads && !asked) tile.ask(p, params.schedule);  // it has no key tiles

@@ -24,6 +24,7 @@ STREAMED_BYTES = 96 * 1024
 SMALL_PAGE = 32  # keys, of which a tile of 128 has several
 _MIXED_ROWS = 256  # of a packed sequence in the mean
 BYTES_OF_TWO = 64 * 1024  # of each of two blocks of an SM
+_TINY_PAGE = 16  # keys, of which a tile of 48 has whole ones
 
 
 def splits_sectors(head_dim: int, head_dim_v: int) -> bool:
@@ -138,11 +139,20 @@ def _streaming_tile(problem: Problem, folded: int) -> Tile:
     narrow = max(dims) <= 64
     in_pages = problem.has_pages and problem.mask is None and not problem.batch_invariant
     wide = in_pages and max(dims) > 128 and problem.page_size <= SMALL_PAGE
-    block_n = 128 if narrow and not in_pages else 32 if wide else 64
-    if problem.varlen != "none" and problem.mask is None and max(dims) <= 128:
+    pairs = problem.varlen != "none" and problem.mask is None and max(dims) <= 192
+    block_n = 128 if narrow and not in_pages else 64
+    if wide or (pairs and max(dims) > 128):
+        block_n = 32
+    elif (
+        in_pages and not narrow and problem.page_size <= _TINY_PAGE and 48 % problem.page_size == 0
+    ):
+        block_n = 48
+    if pairs:
+        q_buffers = 2 if max(dims) <= 128 else 1
+        room = smem_limits(ARCH)[1] // 2 - 2048 - 2 * ROWS_OF_CONSUMER * dims[0] * q_buffers
         read = 2 * block_n * (problem.head_dim + problem.head_dim_v)
-        num_stages = max(2, -(-BYTES_OF_TWO // read))
-        tile = Tile(64, block_n, num_stages=num_stages, min_blocks=2, q_buffers=2)
+        num_stages = max(2, min(-(-BYTES_OF_TWO // read), room // (2 * block_n * sum(dims))))
+        tile = Tile(64, block_n, num_stages=num_stages, min_blocks=2, q_buffers=q_buffers)
         return split_keys(problem, tile, folded)
     if narrow and problem.mask is None:
         return split_keys(problem, Tile(64, block_n, num_stages=2, min_blocks=2), folded)
@@ -175,10 +185,10 @@ def tiles(problem: Problem, folded: int, longest: int = 0) -> Iterator[Tile]:
 
 def _is_mixed(problem: Problem, longest: int) -> bool:
     """Return whether packed queries are single tokens and a prompt's part, over pages so small that
-    one warp has much to do to load a key tile. Two blocks of an SM have two such warps, and fewer
-    rows of nobody: 343 us instead of 445 for 63 tokens beside 2048 (docs/ladder-masks.md). Where
-    the prompt is most of the work, or all parts are alike, 128 rows are faster."""
-    if not problem.has_pages or problem.page_size > SMALL_PAGE or problem.seqlen_q > _MIXED_ROWS:
+    a tile of 128 keys has several. Two blocks of an SM have two warps that load, and fewer rows of
+    nobody: with pages of 64 299 us instead of 353 for 63 tokens beside 2048 (docs/ladder-masks.md).
+    Where the prompt is most of the work, or all parts are alike, 128 rows are faster."""
+    if not problem.has_pages or problem.page_size >= 128 or problem.seqlen_q > _MIXED_ROWS:
         return False
     is_plain = problem.mask is None and problem.softcap == 0.0
     if not is_plain or not 64 < max(problem.head_dim, problem.head_dim_v) <= 128:

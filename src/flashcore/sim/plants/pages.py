@@ -168,6 +168,26 @@ PLANTS_PAGES_SM90 = by_name(
         caught_by="mbarrier",
         or_by=("race",),
     ),
+    Plant(
+        name="page-values-twice",
+        title="the warp that loads keys loads values, too",
+        file=_PRODUCER,
+        find="const bool loads_v = LOADERS == 1 || loader == 1;",
+        replace="const bool loads_v = true;",
+        caught_by="mbarrier",
+        or_by=("race", "deadlock"),
+        plan={"stream_k": True, "loaders": 2},
+    ),
+    Plant(
+        name="page-place-by-both",
+        title="the warp that loads values tells consumers where the row tile is, too",
+        file=_PRODUCER,
+        find="const bool places = leads && loader == 0;",
+        replace="const bool places = leads;",
+        caught_by="race",
+        or_by=("mbarrier", "deadlock"),
+        plan={"stream_k": True, "loaders": 2},
+    ),
 )
 
 # Of boxes that have all columns of a page's rows.

@@ -86,6 +86,23 @@ PLANTS_FOLDED_SM90 = by_name(
         plan={"block_m": 64, "ping_pong": False},
     ),
     Plant(
+        name="packed-turn-miscounted",
+        title="a tile of many rows that is taken in turn is not counted yet",
+        file=_SCHEDULE,
+        find="const int many_before = (number + 1) / 2;",
+        replace="const int many_before = number / 2;",
+        caught_by="unwritten-output",
+        or_by=("double-write",),
+    ),
+    Plant(
+        name="packed-turns-counter-left",
+        title="the counter of tiles in turns is not put back for the next launch",
+        file=_SCHEDULE,
+        find="gmem_atomic_add(p.tile_counter, -total);",
+        replace="",
+        caught_by="counter-left",
+    ),
+    Plant(
         name="packed-bounds-of-the-first",
         title="the keys of a tile are those of its first query",
         file="tile/band.cuh",

@@ -9,13 +9,13 @@ from flashcore.compile.plant import Plant
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
 _MERGE = "fwd_sm90/merge_sm90.cuh"
 _COORD_BEFORE_ARRIVAL = """\
-    if (!is_known) store_coord(coord, block);
+    if (!is_known && places) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
     // first K's stage is free before Q's buffer is.
     int n_block = keys.end - 1;
     if (PAGED) pages.begin(own, block, keys, n_block);
     load_keys(block, keys, n_block);
-    for (int group = 0; leads && group < NUM_ROW_GROUPS; ++group) {
+    for (int group = 0; places && group < NUM_ROW_GROUPS; ++group) {
       const int slot = q_slot(turn, group);
       const auto full = bar.q_full + slot;
       mbar_wait(bar.q_empty + slot, q_parity(turn) ^ 1);
@@ -49,7 +49,7 @@ ROW_TILE_PLANTS = (
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();
-    if (warp_idx() == 0 && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
+    if (warp_idx() < LOADERS && (WHOLE_WARP || elect_lane())) produce(params, bar, smem);
 """,
         replace="""\
   if (warp_idx() >= 4) grid_dependency_wait();
@@ -94,7 +94,7 @@ ROW_TILE_PLANTS = (
         file="fwd_sm90/producer_sm90.cuh",
         find=_COORD_BEFORE_ARRIVAL,
         replace=_COORD_BEFORE_ARRIVAL.replace(
-            "    if (!is_known) store_coord(coord, block);", ""
+            "    if (!is_known && places) store_coord(coord, block);", ""
         ).replace("_box(p));", "_box(p)); if (group == 0) store_coord(coord, block);"),
         caught_by="race",
     ),

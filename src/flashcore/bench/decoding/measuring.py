@@ -3,15 +3,15 @@
 Each cell is a batch with one query a sequence. It is timed with the cache in one piece and in
 pages, with elements of 8 bits, with `batch_invariant`, in a whole step that rotates and appends a
 token, and as single tokens beside a chunk of a prompt. Lengths lie on the device, and are true:
-only one sequence is as long as the cache has room.
+only one sequence is as long as the cache has room. Cells that were drawn by chance are timed in one
+piece and in pages of their own size, and a larger chunk of a prompt in pages of each size.
 """
 
 from __future__ import annotations
 
 import importlib
-import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,9 @@ from torch import Tensor
 
 import flashcore
 from flashcore.bench import ceilings
+from flashcore.bench.compiling_ahead import compile_ahead
+from flashcore.bench.decoding.cells import CELLS, CHUNK, Cell
 from flashcore.bench.document import head
-from flashcore.bench.reporting.report import table
 from flashcore.bench.timing import Timing, first_line, time_on_cpu, time_on_gpu
 
 Call = Callable[[], object]
@@ -31,56 +32,10 @@ PAGE_SIZES = (16, 64, 256)
 WHOLE = "one piece"
 PAGED = tuple(f"pages of {size}" for size in PAGE_SIZES)
 OTHERS = ("8 bits", "8 bits, pages of 64", "batch-invariant", "step", "mixed")
-CHUNK = 512  # tokens of a prompt beside single tokens
+OF_ITS_OWN = "pages"  # of a cell's own size
 _ROTARY_DIM = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A cell is a batch of sequences with one query each.
-
-    Args:
-        batch: sequences.
-        num_heads_q: of queries.
-        num_heads_kv: of the cache.
-        head_dim: of all.
-        longest: tokens of the longest sequence, and the room of each.
-    """
-
-    batch: int
-    num_heads_q: int
-    num_heads_kv: int
-    head_dim: int
-    longest: int
-
-    @property
-    def name(self) -> str:
-        """Return the name for tables."""
-        heads = f"H{self.num_heads_q}/{self.num_heads_kv}"
-        return f"B{self.batch} {heads} D{self.head_dim} {self.longest}"
-
-    def lengths(self) -> list[int]:
-        """Return how many tokens each sequence has: log-normal around a sixth of the longest, which
-        the first one has; the same in every run."""
-        draw = random.Random(0)
-        others = [
-            min(self.longest, max(1, round(self.longest / 6 * draw.lognormvariate(0.0, 0.8))))
-            for _ in range(self.batch - 1)
-        ]
-        return [self.longest, *others]
-
-
-CELLS = (
-    Cell(8, 32, 8, 128, 8192),
-    Cell(64, 32, 8, 128, 8192),
-    Cell(64, 64, 8, 128, 4096),
-    Cell(32, 16, 2, 256, 8192),
-    Cell(128, 32, 32, 64, 2048),
-    Cell(1, 32, 8, 128, 131072),
-    Cell(4, 128, 8, 128, 32768),
-    Cell(256, 32, 8, 128, 1024),
-    Cell(16, 32, 4, 64, 16384),
-)
+_SPREAD = 0.02  # of rounds: what varies more gets more rounds
+_FIRST_ROUNDS = 3
 
 
 class Cache(NamedTuple):
@@ -126,33 +81,61 @@ def make_cache(cell: Cell, page_size: int | None, device: str, is_8_bit: bool = 
     return Cache(k, v, page_table)
 
 
-def calls_of(cell: Cell, device: str) -> Iterator[tuple[str, dict[str, Callable[[], Call]]]]:
-    """Yield what is timed of a cell, and what binds each library's call of it."""
+def kinds_of(cell: Cell) -> tuple[str, ...]:
+    """Return what is timed of a cell."""
+    if cell.chunk:
+        return PAGED
+    return (WHOLE, OF_ITS_OWN) if cell.page_size else (WHOLE, *PAGED, *OTHERS)
+
+
+def calls_of(
+    cell: Cell, device: str, kinds: Sequence[str]
+) -> Iterator[tuple[str, dict[str, Callable[[], Call]]]]:
+    """Yield what is timed of a cell, of these kinds, and what binds each library's call of it."""
     lengths = torch.tensor(cell.lengths(), dtype=torch.int32, device=device)
     q = torch.randn(
         cell.batch, 1, cell.num_heads_q, cell.head_dim, device=device, dtype=torch.bfloat16
     )
-    for page_size, name in zip((None, *PAGE_SIZES), (WHOLE, *PAGED), strict=True):
-        cache = make_cache(cell, page_size, device)
-        yield (
-            name,
-            {
-                "flashcore": lambda c=cache: _flashcore(q, c, lengths),  # type: ignore[misc]
-                "fa3": lambda c=cache: _fa3(q, c, lengths),  # type: ignore[misc]
-            },
-        )
-    for page_size, name in ((None, OTHERS[0]), (64, OTHERS[1])):
-        cache = make_cache(cell, page_size, device, is_8_bit=True)
-        one = torch.ones((), device=device)
-        scales = {"k_scale": one, "v_scale": one}
-        yield name, {"flashcore": lambda c=cache, s=scales: _flashcore(q, c, lengths, **s)}  # type: ignore[misc]
-    cache = make_cache(cell, 64, device)
-    yield (
-        "batch-invariant",
-        {"flashcore": lambda: _flashcore(q, cache, lengths, batch_invariant=True)},
-    )
-    yield "step", _steps(cell, q, cache, lengths)
-    yield "mixed", {"flashcore": lambda: _mixed(cell, cache, lengths)}
+    page_sizes = dict(zip((WHOLE, *PAGED), (None, *PAGE_SIZES), strict=True))
+    page_sizes[OF_ITS_OWN] = cell.page_size
+    cached: dict[tuple[int | None, bool], Cache] = {}
+
+    def cache_of(page_size: int | None, is_8_bit: bool = False) -> Cache:
+        """Return the cache, which what follows may share."""
+        if (page_size, is_8_bit) not in cached:
+            cached.clear()
+            cached[page_size, is_8_bit] = make_cache(cell, page_size, device, is_8_bit)
+        return cached[page_size, is_8_bit]
+
+    for kind in kinds:
+        if cell.chunk:
+            cache = cache_of(page_sizes[kind])
+            yield kind, _mixed(cell, cache, lengths, cell.chunk)
+        elif kind in page_sizes:
+            cache = cache_of(page_sizes[kind])
+            yield (
+                kind,
+                {
+                    "flashcore": lambda c=cache: _flashcore(q, c, lengths),  # type: ignore[misc]
+                    "fa3": lambda c=cache: _fa3(q, c, lengths),  # type: ignore[misc]
+                },
+            )
+        elif kind in OTHERS[:2]:
+            cache = cache_of(None if kind == OTHERS[0] else 64, is_8_bit=True)
+            one = torch.ones((), device=device)
+            scales = {"k_scale": one, "v_scale": one}
+            yield kind, {"flashcore": lambda c=cache, s=scales: _flashcore(q, c, lengths, **s)}  # type: ignore[misc]
+        else:
+            cache = cache_of(64)
+            if kind == "batch-invariant":
+                yield (
+                    kind,
+                    {"flashcore": lambda c=cache: _flashcore(q, c, lengths, batch_invariant=True)},  # type: ignore[misc]
+                )
+            elif kind == "step":
+                yield kind, _steps(cell, q, cache, lengths)
+            else:
+                yield kind, _mixed(cell, cache, lengths, min(CHUNK, cell.longest))
 
 
 def _flashcore(q: Tensor, cache: Cache, lengths: Tensor, **options: Any) -> Call:
@@ -192,19 +175,60 @@ def _steps(cell: Cell, q: Tensor, cache: Cache, lengths: Tensor) -> dict[str, Ca
     return {"flashcore": ours, "fa3": lambda: _fa3(q, cache, before, k=new, v=new, **turned)}
 
 
-def _mixed(cell: Cell, cache: Cache, lengths: Tensor) -> Call:
+def _mixed(cell: Cell, cache: Cache, lengths: Tensor, chunk: int) -> dict[str, Callable[[], Call]]:
     """Return a call in which the first sequence has a chunk of queries, the others one each."""
-    chunk = min(CHUNK, cell.longest)
     counts = torch.tensor([0, chunk, *[1] * (cell.batch - 1)], device=lengths.device)
     q = torch.randn(
         chunk + cell.batch - 1, cell.num_heads_q, cell.head_dim, device=lengths.device,
         dtype=torch.bfloat16,
     )  # fmt: skip
-    ends, heads_first = counts.cumsum(0).int(), cache.heads_first()
-    return lambda: flashcore.attention_with_kvcache(
-        q, *heads_first, seqlens_k=lengths, page_table=cache.page_table, cu_seqlens_q=ends,
-        max_seqlen_q=chunk,
-    )  # fmt: skip
+    ends = counts.cumsum(0).int()
+
+    def ours() -> Call:
+        heads_first = cache.heads_first()
+        return lambda: flashcore.attention_with_kvcache(
+            q, *heads_first, seqlens_k=lengths, page_table=cache.page_table, cu_seqlens_q=ends,
+            max_seqlen_q=chunk,
+        )  # fmt: skip
+
+    return {
+        "flashcore": ours,
+        "fa3": lambda: _fa3(q, cache, lengths, cu_seqlens_q=ends, max_seqlen_q=chunk),
+    }
+
+
+def _bind(binders: Mapping[str, Callable[[], Call]]) -> tuple[dict[str, Call], dict[str, str]]:
+    """Return the calls of the libraries that there are, and why there is none of others."""
+    bound: dict[str, Call] = {}
+    missing: dict[str, str] = {}
+    for name, bind in binders.items():
+        try:
+            bound[name] = bind()
+        except ImportError as error:
+            missing[name] = first_line(error)
+    return bound, missing
+
+
+def _time(timer: Timer, calls: Mapping[str, Call], rounds: int) -> Mapping[str, Timing | str]:
+    """Time calls in few rounds, and in all where those spread."""
+    found = timer(calls, min(rounds, _FIRST_ROUNDS))
+    timings = [t for t in found.values() if isinstance(t, Timing)]
+    spread = max((max(t.rounds) / min(t.rounds) - 1 for t in timings), default=0.0)
+    return timer(calls, rounds) if rounds > _FIRST_ROUNDS and spread > _SPREAD else found
+
+
+def compile_all(cells: Sequence[Cell], device: str, only: Sequence[str] = ()) -> None:
+    """Compile the kernels of all cells in parallel."""
+    calls = (
+        _bind({"flashcore": binders["flashcore"]})[0]["flashcore"]
+        for cell in cells
+        for _, binders in calls_of(cell, device, _asked(cell, only))
+    )
+    compile_ahead(calls)
+
+
+def _asked(cell: Cell, only: Sequence[str]) -> list[str]:
+    return [kind for kind in kinds_of(cell) if not only or kind in only]
 
 
 def run(
@@ -213,15 +237,17 @@ def run(
     rounds: int = 5,
     timer: Timer | None = None,
     is_over: Callable[[], bool] = lambda: False,
+    only: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Measure.
 
     Args:
         device: "cuda" or "cpu"; on a CPU, where PyTorch computes, only to try the script out.
         cells: what to measure.
-        rounds: timed rounds; the median counts.
+        rounds: timed rounds at most; the median counts.
         timer: by default CUDA graph replays on a GPU, the clock on a CPU.
         is_over: asked before each cell; True leaves the rest out.
+        only: of `kinds_of` a cell; by default all.
 
     Returns:
         A document of plain values: date, command, machine, ceilings, and results: for each cell,
@@ -230,27 +256,24 @@ def run(
     """
     on_gpu = device == "cuda"
     timer = timer or (time_on_gpu if on_gpu else time_on_cpu)
+    if on_gpu:
+        compile_all(cells, device, only)
     limits = ceilings.measure(device, torch.float16 if on_gpu else torch.float32)
     results: list[dict[str, Any]] = []
     for cell in cells:
         about = {"cell": cell.name, **asdict(cell)}
+        kinds = _asked(cell, only)
         if is_over():
             reason = "the time was over"
             results += [
                 about | {"what": what, "library": name, "skipped": reason}
-                for what in (WHOLE, *PAGED, *OTHERS)
+                for what in kinds
                 for name in ("flashcore", "fa3")
             ]
             continue
-        for what, binders in calls_of(cell, device):
-            bound: dict[str, Call] = {}
-            outcomes: dict[str, Timing | str] = {}
-            for name, bind in binders.items():
-                try:
-                    bound[name] = bind()
-                except ImportError as error:
-                    outcomes[name] = first_line(error)
-            outcomes |= timer(bound, rounds)
+        for what, binders in calls_of(cell, device, kinds):
+            bound, missing = _bind(binders)
+            outcomes = {**missing, **_time(timer, bound, rounds)}
             element_bytes = 1 if what in OTHERS[:2] else 2
             tokens = sum(cell.lengths())
             cache_bytes = 2 * tokens * cell.num_heads_kv * cell.head_dim * element_bytes
@@ -267,42 +290,7 @@ def run(
             torch.cuda.empty_cache()
     method = (
         "bfloat16, one query a sequence; lengths log-normal around a sixth of the longest; "
-        f"median of {rounds} rounds, in turns, by "
+        f"median of 3 rounds, or of {rounds} where those spread, in turns, by "
         + ("CUDA graph replays" if on_gpu else "the clock")
     )
     return head("decode", device, method) | {"ceilings": limits, "results": results}
-
-
-def markdown(document: Mapping[str, Any]) -> str:
-    """Return two tables: beside FlashAttention-3, and what is ours alone."""
-    times: dict[str, dict[tuple[str, str], str]] = {}
-    least: dict[str, str] = {}
-    for row in document["results"]:
-        cell = times.setdefault(row["cell"], {})
-        if "seconds" in row:
-            cell[row["library"], row["what"]] = f"{row['seconds'] * 1e6:.1f}"
-            if row["what"] == WHOLE:
-                least[row["cell"]] = f"{row['seconds_at_copy_speed'] * 1e6:.1f}"
-    both = (WHOLE, *PAGED, "step")
-
-    def cells(name: str, library: str, columns: Sequence[str]) -> list[str]:
-        return [times[name].get((library, what), "-") for what in columns]
-
-    lines = [
-        [name, least.get(name, "-")]
-        + [
-            " / ".join(pair)
-            for pair in zip(cells(name, "flashcore", both), cells(name, "fa3", both), strict=True)
-        ]
-        for name in times
-    ]
-    ours = [WHOLE, *(what for what in OTHERS if what != "step")]
-    return "\n\n".join(
-        [
-            table(["us, flashcore / fa3", "bytes at copy speed", *both], lines),
-            table(
-                ["us, flashcore", *ours],
-                [[name, *cells(name, "flashcore", ours)] for name in times],
-            ),
-        ]
-    )
