@@ -76,6 +76,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Few of them, whose keys the device cuts.
     "packed-cut": {"queries": 4, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
+    # The same in one piece, and of more keys than one sum is exact over.
+    "packed-drafts": {"queries": 4, "keys": 4096, **ALL_OPTIONS, "varlen": "packed"},
+    "packed-long": {
+        **{"queries": 4, "keys": 2 * MAX_KEYS_OF_A_SUM, **ALL_OPTIONS},
+        **{"varlen": "packed_pages", "page_size": 16},
+    },
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-drafts": {"queries": 8, **ALL_OPTIONS, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},
@@ -146,15 +152,16 @@ OTHER_VARIANTS = (
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "float-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
-    "float8-drafts",
+    *("packed-drafts", "packed-long", "float8-drafts"),
 )
 _MASK_VARIANTS = tuple(name for name in VARIANTS if name.endswith(("-mask", "bias", "padding")))
 _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain"),
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts"),
-    *("packed-decode", "packed-mixed", "packed-few", "packed-cut", "packed-float8", "tree"),
+    *("packed-mixed", "packed-few", "tree"),
 )
-_PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
+# The Hopper kernel's code is the same, or that of others.
+_PORTABLE_VARIANTS = ("long", "packed-drafts", "packed-long")
 # Of the Hopper kernel's table: from one tile to many an SM.
 _SIZES: Sizes = tuple(itertools.product([4**i for i in range(6)], [128 << i for i in range(8)]))
 _SEQLEN = 1024  # so many that every window and causal mask hides something

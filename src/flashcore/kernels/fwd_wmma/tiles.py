@@ -66,8 +66,7 @@ def _estimated_registers(plan: Plan) -> int:
         rest += 16  # each row that a thread copies has an address of its own
     if plan.stream_k and not has_tight_budget(plan):
         rest += 24  # the next piece, and what is handed over
-        rest += 24 * _has_totals_of_pieces(plan)
-        rest += 8 * (plan.packs_queries and plan.cache_dtype != "")  # scales, and whose rows
+        rest += 8 * (plan.packs_queries and plan.cache_dtype != "" and plan.has_softcap)
     if plan.head_dim % 64 and max(plan.head_dim, plan.head_dim_v) > 64:
         rest += 16  # few threads share a row, so each copies more packets
     return plan.block_n // 2 + padded(plan.head_dim_v) // 2 + rest
@@ -151,7 +150,7 @@ def _shares_keys(problem: Problem, plan: Plan) -> bool:
     if most_tiles >= MOST_TILES or _has_too_many_shares(problem, plan, keys):
         return False
     of_key = key_tile_bytes(1, problem.head_dim, problem.head_dim_v)
-    few_rows = rows <= ROWS_OF_GROUP
+    few_rows = problem.packs_queries or rows <= ROWS_OF_GROUP
     leaves_idle = 2 * row_tiles <= _NUM_SMS[plan.arch]
     if leaves_idle and keys * of_key >= _CUT_BYTES:
         return few_rows or keys >= max(4096, 8 * rows)
