@@ -155,7 +155,8 @@ def test_a_piece_may_have_more_keys_than_one_sum() -> None:
     few, many = plan_of(problem_with()), plan_of(problem_with(**long))
     assert few.constants()["KEY_TILES_OF_CHUNK"] == 0
     assert many.constants()["KEY_TILES_OF_CHUNK"] == many.keys_of_chunk // many.block_n > 0
-    assert many.stream_k and not many.has_fixed_pieces
+    assert many.stream_k
+    assert not many.has_fixed_pieces
     assert many.min_blocks < few.min_blocks
     assert not plan_of(problem_with(**long, head_dim=256, head_dim_v=256), 75).stream_k
 

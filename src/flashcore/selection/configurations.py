@@ -28,6 +28,7 @@ Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
 Sizes = tuple[tuple[int, int], ...]  # heads and lengths
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
+_IN_PAGES = {"varlen": "packed_pages", "page_size": 16}
 _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
 # The options that each name stands for, of `attention` or ("varlen") `attention_varlen`. "masked"
 # takes everything at once, the most registers that the portable kernel can need; the Hopper kernel
@@ -78,10 +79,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     # The same in one piece, and of more keys than one sum is exact over.
     "packed-drafts": {"queries": 4, "keys": 4096, **ALL_OPTIONS, "varlen": "packed"},
-    "packed-long": {
-        **{"queries": 4, "keys": 2 * MAX_KEYS_OF_A_SUM, **ALL_OPTIONS},
-        **{"varlen": "packed_pages", "page_size": 16},
-    },
+    "packed-long": {"queries": 4, "keys": 2 * MAX_KEYS_OF_A_SUM, **ALL_OPTIONS, **_IN_PAGES},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-drafts": {"queries": 8, **ALL_OPTIONS, **_FLOAT8},
     "float8-chunk": {"queries": 100, "causal": True, **_FLOAT8},

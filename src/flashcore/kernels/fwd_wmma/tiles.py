@@ -118,9 +118,9 @@ def _is_legal(plan: Plan) -> bool:
         if plan.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES:
             return False
         return _estimated_registers(plan) <= HEAD_DIM_64_MAX_REGISTERS
-    if plan.arch < 80 and max(plan.head_dim, plan.head_dim_v) > 192:
-        if plan.block_n > 16 or _has_totals_of_pieces(plan):
-            return False  # head_dim 224 spills there: copies, scores and O meet in registers
+    is_wide = max(plan.head_dim, plan.head_dim_v) > 192
+    if plan.arch < 80 and is_wide and (plan.block_n > 16 or _has_totals_of_pieces(plan)):
+        return False  # head_dim 224 spills there: copies, scores and O meet in registers
     return _estimated_registers(plan) <= 240 or plan.block_n == 16  # narrower ones there are none
 
 
@@ -193,8 +193,8 @@ def _width_of_all_layouts(base: Plan) -> int:
 
 def _cut(plan: Plan, problem: Problem) -> Plan:
     """Return the plan with keys shared by blocks, in pieces of one length if others might have too
-    many keys for one sum, or of packed queries with totals (totals_wmma.cuh). Of narrow key tiles one more is under way: an SM that reads 33 KB/us, 1
-    us after it asked, has 33 KB under way."""
+    many keys for one sum, or of packed queries with totals (totals_wmma.cuh). Of narrow key tiles
+    one more is under way: an SM that reads 33 KB/us, 1 us after it asked, has 33 KB under way."""
     is_narrow = plan.block_n <= 16 and plan.arch >= 80
     cut = dataclasses.replace(
         plan,

@@ -83,8 +83,8 @@ PLANTS_PACKED_WMMA = by_name(
     ),
 )
 OF_PACKED = packed.PLANTS_PACKED | PLANTS_PACKED_WMMA
-# Keys are so many that the rules have them cut, and heads folded. Three blocks have 201 key tiles
-# each: the second begins in the second row tile of a sequence, which has a row that is nobody's, the
+# Keys are so many that rules have them cut, and heads folded. Three blocks have 201 key tiles
+# each: the second begins in the second row tile of a sequence, with a row that is nobody's, the
 # third in one of 30 rows.
 PACKED_CALL: dict[str, Any] = packed.CALL | {
     "lengths_q": (0, 45, 10, 1),
