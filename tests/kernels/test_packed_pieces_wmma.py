@@ -141,9 +141,9 @@ def test_which_calls_are_cut() -> None:
     assert plan_of(problem_with(**one)).stream_k
     assert plan_of(problem_with(num_heads_q=8)).stream_k
     assert plan_of(problem_with(total_q=64 * 16, seqlen_q=16)).stream_k
-    # Prompts over themselves, prompts' parts, short caches; and neighbours that must not decide.
+    assert plan_of(problem_with(total_q=64 * 512, seqlen_q=512)).stream_k
+    # Prompts over themselves, short caches; and neighbours that must not decide.
     assert not plan_of(problem_with(total_q=64 * 16, seqlen_q=16, total_k=64 * 16)).stream_k
-    assert not plan_of(problem_with(total_q=64 * 512, seqlen_q=512)).stream_k
     short = {"batch": 16, "total_q": 16, "total_k": 16 * 256, "seqlen_k": 256}
     assert not plan_of(problem_with(**short, num_heads_kv=1)).stream_k
     assert not plan_of(problem_with(batch_invariant=True)).stream_k

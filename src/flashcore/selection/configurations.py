@@ -71,13 +71,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-pages": {**ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "tree": {"queries": 64, **ALL_OPTIONS, "mask": "tree", "varlen": "pages", "page_size": 16},
     # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
-    "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
-    "packed-mixed": {"queries": 40, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    "packed-decode": {"queries": 1, "causal": True, **_IN_PAGES},
+    "packed-mixed": {"queries": 40, **ALL_OPTIONS, **_IN_PAGES},
     "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
-    # Few of them, whose keys the device cuts.
-    "packed-cut": {"queries": 4, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    # Few of them, whose keys the device cuts: in pages or one piece, more than one sum goes over.
+    "packed-cut": {"queries": 4, **ALL_OPTIONS, **_IN_PAGES},
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
-    # The same in one piece, and of more keys than one sum is exact over.
     "packed-drafts": {"queries": 4, "keys": 4096, **ALL_OPTIONS, "varlen": "packed"},
     "packed-long": {"queries": 4, "keys": 2 * MAX_KEYS_OF_A_SUM, **ALL_OPTIONS, **_IN_PAGES},
     "float8-decode": {"queries": 1, **_FLOAT8},
@@ -130,21 +129,9 @@ SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))  # of langu
 # Of models of images, speech and the like, and what they ask for.
 OTHER_HEAD_DIMS: tuple[Dims, ...] = (32, 40, 72, 80, 88, 112, 160, 192)
 OTHER_VARIANTS = (
-    "full",
-    "causal",
-    "options",
-    "window",
-    "bool-mask",
-    "padding",
-    "loose-padding",
-    "bias",
-    "decode",
-    "few-queries",
-    "varlen-full",
-    "varlen-causal",
-    "keys",
-    "keys-causal",
-    "keys-decode",
+    *("full", "causal", "options", "window", "bool-mask", "padding", "loose-padding", "bias"),
+    *("decode", "few-queries", "varlen-full", "varlen-causal"),
+    *("keys", "keys-causal", "keys-decode"),
 )
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
@@ -158,8 +145,7 @@ _HOPPER_VARIANTS = (
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts"),
     *("packed-mixed", "packed-few", "tree"),
 )
-# The Hopper kernel's code is the same, or that of others.
-_PORTABLE_VARIANTS = ("long", "packed-drafts", "packed-long")
+_PORTABLE_VARIANTS = ("long", "packed-drafts", "packed-long")  # the Hopper kernel has others' code
 # Of the Hopper kernel's table: from one tile to many an SM.
 _SIZES: Sizes = tuple(itertools.product([4**i for i in range(6)], [128 << i for i in range(8)]))
 _SEQLEN = 1024  # so many that every window and causal mask hides something

@@ -15,6 +15,7 @@
 #include "prims.cuh"
 #include "tile/band.cuh"
 #include "tile/copy.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/mask.cuh"
 #include "tile/max_score.cuh"
 #include "tile/params.cuh"

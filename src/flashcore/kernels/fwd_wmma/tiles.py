@@ -66,6 +66,7 @@ def _estimated_registers(plan: Plan) -> int:
         rest += 16  # each row that a thread copies has an address of its own
     if plan.stream_k and not has_tight_budget(plan):
         rest += 24  # the next piece, and what is handed over
+        rest += 24 * _has_totals_of_pieces(plan)
         rest += 8 * (plan.packs_queries and plan.cache_dtype != "" and plan.has_softcap)
     if plan.head_dim % 64 and max(plan.head_dim, plan.head_dim_v) > 64:
         rest += 16  # few threads share a row, so each copies more packets
