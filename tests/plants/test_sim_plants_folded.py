@@ -1,5 +1,5 @@
 """Run the planted bugs of packed sequences whose heads are folded, and of those whose keys the
-device cuts into ranges; see test_sim_plants.py."""
+device cuts into ranges, in both kernels; see test_sim_plants.py."""
 
 from __future__ import annotations
 
@@ -11,22 +11,30 @@ from flashcore.backends.packed import as_batch, packed_problem
 from flashcore.checks.planned import with_fields
 from flashcore.checks.varlen_cases import VarlenCase, make_varlen_inputs, varlen_error_report
 from flashcore.isolate.registry import find_plant
-from flashcore.kernels.fwd_sm90.plan import KERNEL
+from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90
+from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA
+from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
 from flashcore.selection.select import select_plan
 from flashcore.sim import SimulationError, simulate
 from flashcore.sim.plants.fwd_sm90.folded import PLANTS_FOLDED_SM90
 from flashcore.sim.plants.fwd_sm90.packed import PLANTS_PACKED
+from flashcore.sim.plants.pieces import OF_PACKED
 
-ALL_PLANTS = PLANTS_FOLDED_SM90 | PLANTS_PACKED
+ALL_PLANTS = PLANTS_FOLDED_SM90 | OF_PACKED
+RUNS = [
+    *((name, SM90) for name in PLANTS_FOLDED_SM90 | PLANTS_PACKED),
+    *((name, WMMA) for name in OF_PACKED),
+]
 
 
-def run_plant(name: str, seed: int, healthy: bool = False) -> SimulationError | str:
+def run_plant(name: str, kernel: str, seed: int, healthy: bool = False) -> SimulationError | str:
     """Run a plant; return the alarm, or "wrong-result", or "healthy"."""
-    planted = find_plant(name, "sim", KERNEL)
+    planted = find_plant(name, "sim", kernel)
     case = VarlenCase(**planted.options)
     x = make_varlen_inputs(case)
     problem = packed_problem(*x.arguments(), sinks=x.sinks, **case.options())
-    plan = with_fields(select_plan(problem, 90, kernel=KERNEL), planted.tile)
+    arch = 90 if kernel == SM90 else SIM_ARCH
+    plan = with_fields(select_plan(problem, arch, kernel=kernel), planted.tile)
     assert plan.folds_heads == 3
     out = torch.empty(problem.total_q, case.num_heads_q, case.head_dim_v, dtype=x.q.dtype)
     lse = torch.empty(case.num_heads_q, problem.total_q)
@@ -41,21 +49,27 @@ def run_plant(name: str, seed: int, healthy: bool = False) -> SimulationError | 
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ALL_PLANTS)
-def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
+@pytest.mark.parametrize(("name", "kernel"), RUNS)
+def test_a_planted_bug_is_caught_with_every_seed(name: str, kernel: str) -> None:
     plant = ALL_PLANTS[name]
     for seed in seeds_of(plant):
-        found = run_plant(name, seed)
+        found = run_plant(name, kernel, seed)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(
-    "name", ["packed-query-as-row", "packed-tiles-of-queries", "packed-slot-of-own-rows"]
+    ("name", "kernel"),
+    [
+        ("packed-query-as-row", SM90),
+        ("packed-tiles-of-queries", SM90),
+        ("packed-slot-of-own-rows", SM90),
+        ("packed-slot-of-own-rows", WMMA),
+    ],
 )
-def test_without_a_plant_the_same_runs_are_healthy(name: str) -> None:
-    runs = {str(run_plant(name, seed, healthy=True)) for seed in SOME_SEEDS}
+def test_without_a_plant_the_same_runs_are_healthy(name: str, kernel: str) -> None:
+    runs = {str(run_plant(name, kernel, seed, healthy=True)) for seed in SOME_SEEDS}
     assert runs == {"healthy"}
 
 

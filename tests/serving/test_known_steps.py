@@ -262,25 +262,19 @@ def test_options_are_told_apart(machine: standin.Machine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "arch", "page_size", "longest", "is_padded"),
+    ("backend", "is_cuda", "longest", "is_padded"),
     [
-        ("auto", 90, 16, 1, False), ("sm90", 90, 8, 4, False), ("auto", 90, 1, 1, True),
-        ("auto", 80, 16, 1, True), ("wmma", 90, 16, 1, True), ("auto", 80, 16, 9, False),
+        ("auto", True, 1, False), ("wmma", True, 1, False), ("torch", True, 1, True),
+        ("auto", False, 1, True), ("auto", False, 9, False),
     ],
 )  # fmt: skip
-def test_the_portable_kernel_alone_is_given_padded_queries(
-    monkeypatch: pytest.MonkeyPatch,
-    backend: str,
-    arch: int,
-    page_size: int,
-    longest: int,
-    is_padded: bool,
+def test_pytorch_alone_is_given_padded_queries(
+    backend: str, is_cuda: bool, longest: int, is_padded: bool
 ) -> None:
-    monkeypatch.setattr(attend, "arch_of_device", lambda index: arch)
-    q: Any = SimpleNamespace(is_cuda=True, device=torch.device("cuda", 0), shape=(8, 4, DIM))
-    cache = half(3, HEADS_KV, page_size, DIM)
+    """Kernels share keys and row tiles of packed ones."""
+    q: Any = SimpleNamespace(is_cuda=is_cuda, shape=(8, 4, DIM))
     options = {"causal": True, "batch_invariant": False}
-    assert attend.pads(q, cache, 4, longest, backend, options) is is_padded
+    assert attend.pads(q, 4, longest, backend, options) is is_padded
 
 
 def test_somebody_who_watches_sees_operators(machine: standin.Machine) -> None:

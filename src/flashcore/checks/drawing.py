@@ -224,6 +224,7 @@ def _draw_tile(rng: random.Random, case: Case, backend: str) -> dict[str, Any]:
     """Return a tile that ships, if there is a table of the kernel's, or else one of the portable
     one's, that fits whatever the GPU is; none where the one that is drawn does not."""
     kernel = BY_BACKEND[backend]
+    left, right = case.window or (-1, -1)
     common: dict[str, Any] = {
         "kernel": kernel.name,
         "arch": kernel.only_arch or _SMALLEST_ARCH,
@@ -235,6 +236,11 @@ def _draw_tile(rng: random.Random, case: Case, backend: str) -> dict[str, Any]:
         "num_stages": 1,
         "min_blocks": 1,
         "mask": {"none": None, "additive": "float32"}.get(case.mask, "bool"),
+        # They take registers, which not every tile leaves.
+        "has_window_left": left >= 0,
+        "has_window_right": right >= 0 or case.causal != "none",
+        "has_softcap": case.softcap is not None,
+        "has_sinks": case.sinks,
     }
     tile = dict(rng.choice(shipped_tiles(kernel.name)))
     return tile if fits(kernel.plan(**common), tile) else {}

@@ -27,6 +27,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("page-of-the-first", "page-of-the-tile", "tree-first-key-lost"),
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
             *("piece-of-all-keys", "widened-without-sign", "widened-in-exchange"),
+            *("packed-q-of-one-head", "packed-q-row-by-row", "packed-totals-left-out"),
         ),
         "schedule": ("stream-counter-left", "piece-not-handed-on", "piece-moved-on-early"),
         "tile": ("sink-beside-raw-scores",),
@@ -40,6 +41,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("stream-range-short", "stream-one-slot", "stream-slot-of-the-next-row-tile"),
             *("stream-counter-of-the-last-block", "stream-end-on-a-border"),
             *("stream-heads-not-counted", "stream-empty-left-out", "stream-whole-past-the-end"),
+            *(*PLANTS_PACKED, "packed-row-tile-forgotten"),
         ),
     },
     _SM90: {

@@ -233,6 +233,7 @@ CALLS: Mapping[str, _Calls] = {
         "no-clamp": {"options": _PACKED | {"overrun": 1000}, "is_packed": True},
         **_calls(pages.OF_WMMA, {}, options=pages.CALL, is_paged=True),
         **_calls(pieces.OF_WALK, split.STREAM_TILE, options=split.STREAM_CASE, is_paged=True),
+        **_calls(pieces.OF_PACKED, pieces.PACKED_TILE, options=pieces.PACKED_CALL, is_packed=True),
         **_calls(pieces.PLANTS_FLOAT8_WMMA, pieces.TILE, options=pieces.CALL, is_paged=True),
         **_calls(trees.OF_WMMA, {}, options=trees.CALL, is_paged=True),
         **_WITH_LARGE_SCORES,

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from flashcore.kernels.stream_k import FEW_BYTES, MOST_TILES
-from flashcore.problem.folding import are_few_queries, packed_keys
+from flashcore.problem.folding import are_few_queries, most_keys
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -42,7 +42,7 @@ def cuts_packed_keys(problem: Problem, block_m: int, block_n: int) -> bool:
     row_tiles = (problem.total_q + problem.batch + 1) * problem.num_heads_q  # at most
     if row_tiles * -(-problem.seqlen_k // block_n) >= MOST_TILES:
         return False
-    return not _are_few_keys(problem, packed_keys(problem), problem.cache_bytes)
+    return not _are_few_keys(problem, most_keys(problem), problem.cache_bytes)
 
 
 def _are_few_keys(problem: Problem, keys: int, element_bytes: int) -> bool:

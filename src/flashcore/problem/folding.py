@@ -56,8 +56,8 @@ def can_fold(problem: Problem) -> bool:
 
 
 def heads_of_packed_rows(problem: Problem) -> int:
-    """Return how many heads of a group are rows of one in a call of packed queries, on the Hopper
-    kernel (tile/folded_rows.cuh); 0 where none are.
+    """Return how many heads of a group are rows of one in a call of packed queries
+    (tile/folded_rows.cuh); 0 where none are.
 
     Only the device knows how many queries a sequence has. Where queries are few in the mean, some
     sequences have next to none, and keys are read as often as there are row tiles; a tile of many
@@ -76,15 +76,28 @@ def heads_of_packed_rows(problem: Problem) -> int:
     return next((n for n in used if BOX_ROWS // n * n >= _LEAST_ROWS), 0)
 
 
-def packed_keys(problem: Problem) -> int:
-    """Return how many keys all packed sequences have together at most."""
-    return max(1, problem.batch) * problem.seqlen_k if problem.has_pages else problem.total_k
+def most_keys(problem: Problem) -> int:
+    """Return how many keys all sequences have together at most."""
+    is_packed = problem.varlen == "packed"
+    return problem.total_k if is_packed else max(1, problem.batch) * problem.seqlen_k
 
 
 def are_few_queries(problem: Problem) -> bool:
     """Return whether packed queries are few beside their keys, unlike those of prompts over
     themselves."""
-    return 4 * problem.total_q <= packed_keys(problem)
+    return 4 * problem.total_q <= most_keys(problem)
+
+
+def mean_sequences(problem: Problem, num_heads: int) -> Problem:
+    """Return packed sequences as a batch of equal ones, with `num_heads` heads, if there are, as
+    rows of one."""
+    num_heads = max(1, num_heads)
+    return dataclasses.replace(
+        problem,
+        batch=max(1, problem.batch),
+        num_heads_q=problem.num_heads_q // num_heads,
+        seqlen_q=packed_rows(problem, num_heads),
+    )
 
 
 def packed_rows(problem: Problem, num_heads: int) -> int:

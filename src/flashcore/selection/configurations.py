@@ -28,6 +28,7 @@ Dims = int | tuple[int, int]  # head_dim of q, k and v; or of q and k, and of v
 Sizes = tuple[tuple[int, int], ...]  # heads and lengths
 HEAD_DIMS: tuple[Dims, ...] = (32, 64, 80, 96, 128, 192, 256)
 DTYPES = ("float16", "bfloat16")
+_IN_PAGES = {"varlen": "packed_pages", "page_size": 16}
 _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
 # The options that each name stands for, of `attention` or ("varlen") `attention_varlen`. "masked"
 # takes the most registers that the portable kernel can need; the Hopper kernel has other tiles.
@@ -68,13 +69,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pages-masked": {**ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
     "tree": {"queries": 64, **ALL_OPTIONS, "mask": "tree", "varlen": "pages", "page_size": 16},
-    # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch,
-    "packed-decode": {"queries": 1, "causal": True, "varlen": "packed_pages", "page_size": 16},
-    "packed-mixed": {"queries": 40, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
+    "packed-decode": {"queries": 1, "causal": True, **_IN_PAGES},
+    "packed-mixed": {"queries": 40, **ALL_OPTIONS, **_IN_PAGES},
     "packed-few": {"queries": 40, "causal": True, "varlen": "packed"},
-    "packed-cut": {"queries": 4, **ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
+    # Few of them, whose keys the device cuts: in pages or one piece, more than one sum goes over.
+    "packed-cut": {"queries": 4, **ALL_OPTIONS, **_IN_PAGES},
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "packed-float8-more": {"queries": 40, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
+    "packed-drafts": {"queries": 4, "keys": 4096, **ALL_OPTIONS, "varlen": "packed"},
+    "packed-long": {"queries": 4, "keys": 2 * MAX_KEYS_OF_A_SUM, **ALL_OPTIONS, **_IN_PAGES},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-drafts": {"queries": 8, **ALL_OPTIONS, **_FLOAT8},
     "float8-few": {"queries": 4, **ALL_OPTIONS, **_FLOAT8},
@@ -126,27 +130,15 @@ SERVING_HEAD_DIMS: tuple[Dims, ...] = (64, 96, 128, 256, (192, 128))  # of langu
 # Of models of images, speech and the like, and what they ask for.
 OTHER_HEAD_DIMS: tuple[Dims, ...] = (32, 40, 72, 80, 88, 112, 160, 192)
 OTHER_VARIANTS = (
-    "full",
-    "causal",
-    "options",
-    "window",
-    "bool-mask",
-    "padding",
-    "loose-padding",
-    "bias",
-    "decode",
-    "few-queries",
-    "varlen-full",
-    "varlen-causal",
-    "keys",
-    "keys-causal",
-    "keys-decode",
+    *("full", "causal", "options", "window", "bool-mask", "padding", "loose-padding", "bias"),
+    *("decode", "few-queries", "varlen-full", "varlen-causal"),
+    *("keys", "keys-causal", "keys-decode"),
 )
 # Of VARIANTS, what hardly anybody asks for: they show the compiler the most that may come.
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "float-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
-    *("float8-drafts", "float8-few", "packed-float8-more"),
+    *("packed-drafts", "packed-long", "float8-drafts", "float8-few", "packed-float8-more"),
 )
 _MASK_VARIANTS = tuple(name for name in VARIANTS if name.endswith(("-mask", "bias", "padding")))
 _HOPPER_VARIANTS = (
@@ -154,7 +146,7 @@ _HOPPER_VARIANTS = (
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts", "float8-few"),
     *("packed-decode", "packed-mixed", "packed-few", "packed-cut", "packed-float8", "tree"),
 )
-_PORTABLE_VARIANTS = ("long",)  # the Hopper kernel's code is the same
+_PORTABLE_VARIANTS = ("long", "packed-drafts", "packed-long")  # the Hopper kernel has others' code
 # Of the Hopper kernel's table: from one tile to many an SM.
 _SIZES: Sizes = tuple(itertools.product([4**i for i in range(6)], [128 << i for i in range(8)]))
 _SEQLEN = 1024  # so many that every window and causal mask hides something

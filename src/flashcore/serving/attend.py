@@ -8,26 +8,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.compiler import assume_constant_result, is_compiling
+from torch.compiler import is_compiling
 
 from flashcore.api import attention
 from flashcore.errors import FallbackWarning, stacklevel_of_caller
-from flashcore.kernels.fwd_sm90.kernel import SM90
-from flashcore.kernels.fwd_sm90.tiles import PAGE_ROWS
 from flashcore.ops.padded import attention_padded
 from flashcore.ops.paged import attention_paged
 from flashcore.ops.paged_varlen import attention_paged_varlen
 from flashcore.ops.varlen import attention_varlen
 from flashcore.problem.options import Inputs
-from flashcore.problem.problem import arch_of_device
 from flashcore.serving.pages import capacity_of, gather_packed, gather_padded, one_page_each
 from flashcore.serving.rows import Rows, lengths_of_keys, number_of
 
-# The portable kernel is given padded queries where that makes at most so many rows of each: then
-# blocks may share the keys of a sequence, and heads a row tile. A chunk of a prompt beside single
-# tokens stays packed. Padding takes 35 to 50 us of an H200 (2026-11-30, graph replays, bfloat16,
-# pages of 64), whose own kernel shares keys and tiles of packed queries, too: for one token over
-# 8192 keys, H32/8 D128, 14.2 us instead of 48.6, for 64 over 4096 254 instead of 292.
+# PyTorch is given padded queries where that makes at most so many rows of each: it computes packed
+# sequences one after the other. Kernels share keys and row tiles of packed queries, and padding
+# takes 35 to 50 us of an H200 (docs/ladder.md).
 PADDED_ROWS_MAX = 2
 
 _warned: set[str] = set()
@@ -77,7 +72,7 @@ def attend_pages(
         lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
         return _contiguous(q, k, v, lengths, mask, tree_mask, options)
     batch, longest = page_table.shape[0], q.shape[0] if max_seqlen_q is None else max_seqlen_q
-    if readable and isinstance(longest, int) and pads(q, k_cache, batch, longest, backend, options):
+    if readable and isinstance(longest, int) and pads(q, batch, longest, backend, options):
         padded = _padded(q, cu_seqlens_q, longest)
         results = _several(
             attention_paged(padded, k_cache, v_cache, page_table, seqlens_k, **options)
@@ -106,14 +101,11 @@ def is_readable(k_cache: Tensor, leftpad: Tensor | None) -> bool:
     return leftpad is None and k_cache.shape[0] > 0 and k_cache.shape[2] > 0
 
 
-def pads(
-    q: Tensor, k_cache: Tensor, batch: int, longest: int, backend: str, options: dict[str, Any]
-) -> bool:
+def pads(q: Tensor, batch: int, longest: int, backend: str, options: dict[str, Any]) -> bool:
     """Return whether packed queries are padded.
 
     Args:
         q: [total_q, num_heads_q, head_dim].
-        k_cache: [num_pages, num_heads_kv, page_size, head_dim].
         batch: sequences.
         longest: a bound on the queries of each.
         backend: of the call.
@@ -125,15 +117,7 @@ def pads(
         or not 0 < batch * longest <= PADDED_ROWS_MAX * q.shape[0]
     ):
         return False
-    if not q.is_cuda or backend not in ("auto", SM90.backend):
-        return True
-    return not _is_hopper(q.device.index) or k_cache.shape[2] % PAGE_ROWS != 0
-
-
-@assume_constant_result  # compiled code is for the GPU that it is made on
-def _is_hopper(device_index: int | None) -> bool:
-    """Return whether a GPU has a kernel that shares keys and row tiles of packed queries."""
-    return SM90.serves(arch_of_device(device_index))
+    return not q.is_cuda or backend == "torch"
 
 
 def _contiguous(

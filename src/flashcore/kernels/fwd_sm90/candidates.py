@@ -41,15 +41,29 @@ def can_share_tiles(plan: Sm90Plan) -> bool:
     return fits and plan.gate is None and plan.varlen not in PACKS_QUERIES
 
 
-def _has_registers(plan: Sm90Plan) -> bool:
-    """Return whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
-    that where the producer's warpgroup is small; a warp that deals out tiles, or finds pages, takes
-    from it."""
+def _registers_left(plan: Sm90Plan) -> int:
+    """Return the registers of a consumer thread beside S, P and O."""
     held = (plan.warp_keys + plan.head_dim_v) // 2 + plan.warp_keys // 4
     if plan.strips:  # of 8 rows, not 16
         held = (held + plan.head_dim // 4) * plan.warp_strips // 2
     held += plan.head_dim // 4 * plan.q_in_registers
-    return held + 32 <= plan.role_registers[0]
+    return plan.role_registers[0] - held
+
+
+def _has_registers(plan: Sm90Plan) -> bool:
+    """Return whether a consumer thread can hold S, P, O and some 32 more. The rules are right about
+    that where the producer's warpgroup is small; a warp that deals out tiles, or finds pages, takes
+    from it."""
+    return _registers_left(plan) >= 32
+
+
+def spills(plan: Sm90Plan) -> bool:
+    """Return whether a tile leaves a consumer thread too few registers: of 192 rows with wide key
+    tiles ptxas spilled 24 to 502 bytes of what is left below this, and nothing above."""
+    if plan.has_softcap and plan.overlaps:  # its polynomial goes on beside P V
+        return _registers_left(plan) < 24 + plan.warp_keys // 4
+    is_plain = plan.mask is None and not plan.has_window_left and not plan.has_sinks
+    return _registers_left(plan) < (28 if is_plain else 32)
 
 
 def traits_sm90(problem: Problem, gate: str | None = None) -> dict[str, Any]:

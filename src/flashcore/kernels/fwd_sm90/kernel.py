@@ -148,7 +148,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
         if plan.o_parts not in O_PARTS or plan.q_buffers not in Q_BUFFERS:
             return False
         # One instruction of P V holds O; ptxas wants some 30 registers beside it.
-        if plan.max_registers < plan.head_dim_v // 2 + 32:
+        if plan.max_registers < plan.head_dim_v // 2 + 32 or candidates_sm90.spills(plan):
             return False
         return plan.registers_asked_for <= plan.max_registers * plan.num_threads
 

@@ -296,8 +296,6 @@ class Sm90Plan(Plan):
             "KEY_SLICES": self.key_slices,
             "SPLIT_KV": self.shares_keys,
             "OVERLAPS": self.overlaps,
-            "FOLDED": constants["FOLDED"]
-            or (self.folds_heads > 0 and self.varlen in PACKS_QUERIES),
             # By a vote of rows, as the lazy rescale is.
             "TANH_BY_POLYNOMIAL": self.overlaps and not self.batch_invariant,
             "MASK_LOAD_BYTES": self.mask_load_bytes,

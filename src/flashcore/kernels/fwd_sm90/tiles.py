@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +9,7 @@ from flashcore.kernels.cutting import cuts_packed_keys, has_few_rows, lengths_di
 from flashcore.kernels.fwd_sm90.splits import best_sharing, may_add_up_together
 from flashcore.kernels.limits import smem_limits
 from flashcore.kernels.stream_k import key_tile_bytes, share_row_bytes, visible_keys
-from flashcore.problem.folding import fold_heads, packed_rows
+from flashcore.problem.folding import fold_heads, mean_sequences
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -78,13 +77,7 @@ def folded(problem: Problem, num_heads: int) -> Problem:
     sequences a batch of equal ones."""
     if not problem.packs_queries:
         return fold_heads(problem, num_heads) if num_heads else problem
-    num_heads = max(1, num_heads)
-    return dataclasses.replace(
-        problem,
-        batch=max(1, problem.batch),
-        num_heads_q=problem.num_heads_q // num_heads,
-        seqlen_q=packed_rows(problem, num_heads),
-    )
+    return mean_sequences(problem, num_heads)
 
 
 class Tile(NamedTuple):

@@ -15,6 +15,7 @@
 #include "prims.cuh"
 #include "tile/band.cuh"
 #include "tile/copy.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/mask.cuh"
 #include "tile/max_score.cuh"
 #include "tile/params.cuh"
@@ -61,6 +62,7 @@ static_assert(SMEM_BYTES == TILE_BYTES + PIECES_INTS * 4,
 //@end
 static_assert(BLOCK_M == NUM_WARPS * 16, "a warp computes 16 rows");
 static_assert(!STREAM_K || BLOCK_M == 64, "the whole block hands over, and adds up");
+static_assert(!FOLDS_PACKED || STREAM_K, "row_tile knows one head at a time");
 // Of partial results, that a thread has under way at once: as many as registers hold.
 constexpr int THREAD_REGISTERS = 65536 / (MIN_BLOCKS * NUM_WARPS * 32);
 constexpr int PARTIAL_PACKETS = THREAD_REGISTERS >= 160 ? 16 : THREAD_REGISTERS >= 128 ? 12 : 8;
@@ -196,8 +198,8 @@ FC_DEVICE void attend(const AttnParams& params, const BlockCoord& block) {
     zero_padding<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem);
     zero_padding<NUM_TILES * BLOCK_N, HEAD_DIM, K_STRIDE>(k_smem);
     zero_padding<NUM_TILES * BLOCK_N, HEAD_DIM_V, V_STRIDE>(v_smem);
-    load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, EvenRows<Element>{q_gmem, p.strides.q.row},
-                                            block.m_begin, p.seqlen_q);
+    load_tile<BLOCK_M, HEAD_DIM, QO_STRIDE>(qo_smem, rows_of_q(p, q_gmem), block.m_begin,
+                                            p.seqlen_q);
     for (int ahead = 0; ahead < NUM_STAGES - 1; ++ahead) load_keys(keys.begin + ahead);
   }
 

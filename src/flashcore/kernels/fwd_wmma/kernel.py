@@ -17,7 +17,6 @@ from flashcore.kernels.limits import blocks_that_fit
 from flashcore.kernels.stream_k import ROWS_OF_GROUP
 from flashcore.problem import Problem
 from flashcore.problem.folding import as_launched
-from flashcore.problem.problem import PACKS_QUERIES
 from flashcore.problem.validation import HEAD_DIM_MULTIPLE
 
 LEAST_BYTES_OF_FLOAT8 = 4  # that one thread copies, and widens, at once
@@ -89,8 +88,10 @@ class WmmaKernel(ForwardKernel[Plan]):
     def is_legal(self, plan: Plan) -> bool:
         """Return whether a plan fits the GPU. Without asynchronous copies there is one stage, and
         64 rows add up what blocks hand over."""
-        if plan.stream_k and (plan.block_m != ROWS_OF_GROUP or plan.varlen in PACKS_QUERIES):
+        if plan.stream_k and plan.block_m != ROWS_OF_GROUP:
             return False
+        if plan.packs_queries and plan.folds_heads and not plan.stream_k:
+            return False  # row_tile knows one head at a time
         return super().is_legal(plan) and (plan.arch >= 80 or plan.num_stages == 1)
 
     def tiles(self, base: Plan) -> Sequence[Plan]:

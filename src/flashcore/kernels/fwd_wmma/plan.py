@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from flashcore.problem.exactness import LARGE_SOFTCAP
 from flashcore.problem.folding import can_fold
+from flashcore.problem.problem import PACKS_QUERIES
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -34,7 +35,8 @@ HEAD_DIM_64_MAX_SMEM_BYTES = 48 * 1024
 VARLEN_KINDS = ("none", "packed", "keys", "pages", "packed_pages")
 _MASK_KINDS = {None: 0, "bool": 1, "float16": 2, "bfloat16": 2, "float32": 2, "tree": 3}
 _FLOAT8_ARCH = 89  # the first one that converts elements of 8 bits by an instruction
-_PIECES_BYTES = 8 * 4  # which part of the work is next, and who was last (attn_fwd_wmma.cuh)
+# Which part of the work is next, and who was last (attn_fwd_wmma.cuh); of packed queries one more.
+_PIECES_BYTES = 8 * 4
 _CUDA_TYPES = {"float16": "float16", "bfloat16": "bfloat16", "float32": "float"}
 
 
@@ -127,9 +129,15 @@ class Plan:
         return self.stream_k
 
     @property
+    def packs_queries(self) -> bool:
+        """Return whether queries of different sequences lie one after the other."""
+        return self.varlen in PACKS_QUERIES
+
+    @property
     def has_fixed_pieces(self) -> bool:
         """Return whether a row tile is cut every so many key tiles (tile/stream_k.cuh)."""
-        return self.stream_k and (self.batch_invariant or self.keys_of_chunk > 0)
+        may_have = self.stream_k and not self.packs_queries
+        return may_have and (self.batch_invariant or self.keys_of_chunk > 0)
 
     @property
     def owns_keys(self) -> bool:
@@ -154,7 +162,7 @@ class Plan:
         k_stride, v_stride = padded(self.head_dim) + 8, padded(self.head_dim_v) + 8
         num_tiles = 1 if self.cache_dtype else self.num_stages
         elements = num_tiles * self.block_n * (k_stride + v_stride)
-        others = self.gate_serial_bytes + _PIECES_BYTES * self.stream_k
+        others = self.gate_serial_bytes + (_PIECES_BYTES + 4 * self.packs_queries) * self.stream_k
         if self.cache_dtype:  # the stages are bytes, of which one at a time becomes a tile
             others += self.num_stages * self.block_n * (self.head_dim + self.head_dim_v)
         return 2 * (self.block_m * max(k_stride, v_stride) + elements) + others
@@ -214,16 +222,19 @@ class Plan:
             "SOFTCAP_IS_LARGE": self.softcap_is_large,
             "HAS_SINKS": self.has_sinks,
             "TANH_BY_POLYNOMIAL": False,  # it takes more registers
-            # Blocks that share keys begin a sum anew with every piece.
-            "KEY_TILES_OF_CHUNK": 0 if self.stream_k else -(-self.keys_of_chunk // self.block_n),
+            # Blocks that share keys in pieces of a chunk begin a sum anew with every piece.
+            "KEY_TILES_OF_CHUNK": 0
+            if self.stream_k and not self.packs_queries
+            else -(-self.keys_of_chunk // self.block_n),
             "MASK_KIND": _MASK_KINDS[self.mask],
             "VARLEN": VARLEN_KINDS.index(self.varlen),
             "PAGE_SIZE": max(1, self.page_size),
             # Without a bound, or a tree of queries, rows are rows, unless it is asked which head
-            # each belongs to.
+            # each belongs to, or packed queries lie where heads have them.
             "FOLDED": self.folds_heads > 0
             and (
-                self.has_window_left
+                self.packs_queries
+                or self.has_window_left
                 or self.has_window_right
                 or self.returns_max_score
                 or self.mask == "tree"

@@ -34,7 +34,13 @@ from flashcore.problem.exactness import (
     is_cut,
     keys_of_chunk,
 )
-from flashcore.problem.folding import as_launched
+from flashcore.problem.folding import (
+    are_few_queries,
+    as_launched,
+    heads_of_packed_rows,
+    mean_sequences,
+    most_keys,
+)
 
 if TYPE_CHECKING:
     from flashcore.problem import Problem
@@ -60,17 +66,25 @@ def _estimated_registers(plan: Plan) -> int:
         rest += 16  # each row that a thread copies has an address of its own
     if plan.stream_k and not has_tight_budget(plan):
         rest += 24  # the next piece, and what is handed over
+        rest += 24 * _has_totals_of_pieces(plan)
+        rest += 8 * (plan.packs_queries and plan.cache_dtype != "" and plan.has_softcap)
     if plan.head_dim % 64 and max(plan.head_dim, plan.head_dim_v) > 64:
         rest += 16  # few threads share a row, so each copies more packets
     return plan.block_n // 2 + padded(plan.head_dim_v) // 2 + rest
 
 
+def _has_totals_of_pieces(plan: Plan) -> bool:
+    """Return whether a piece of keys that blocks share may be too long for one sum."""
+    return plan.stream_k and plan.packs_queries and plan.keys_of_chunk > 0
+
+
 def has_tight_budget(plan: Plan) -> bool:
     """Return whether the register budget of head_dim 64 holds; a debug gate is outside of it, and
-    so are a mask tensor with seqlens_k, pages, a large softcap and, on sm_75, keys that blocks
-    share, which would spill."""
+    so are a mask tensor with seqlens_k, pages, a large softcap, pieces with totals and, on sm_75,
+    keys that blocks share, which would spill."""
     exempt = plan.gate is not None or (plan.varlen == "keys" and plan.mask is not None)
     exempt |= plan.softcap_is_large or plan.page_size > 0 or (plan.stream_k and plan.arch < 80)
+    exempt |= _has_totals_of_pieces(plan)
     return max(plan.head_dim, plan.head_dim_v) <= 64 and not exempt
 
 
@@ -105,7 +119,8 @@ def _is_legal(plan: Plan) -> bool:
         if plan.smem_bytes > HEAD_DIM_64_MAX_SMEM_BYTES:
             return False
         return _estimated_registers(plan) <= HEAD_DIM_64_MAX_REGISTERS
-    if plan.arch < 80 and max(plan.head_dim, plan.head_dim_v) > 192 and plan.block_n > 16:
+    is_wide = max(plan.head_dim, plan.head_dim_v) > 192
+    if plan.arch < 80 and is_wide and (plan.block_n > 16 or _has_totals_of_pieces(plan)):
         return False  # head_dim 224 spills there: copies, scores and O meet in registers
     return _estimated_registers(plan) <= 240 or plan.block_n == 16  # narrower ones there are none
 
@@ -122,26 +137,25 @@ def _shares_keys(problem: Problem, plan: Plan) -> bool:
     """Return whether blocks share the keys of row tiles, cut by the device (tile/stream_k.cuh):
     where that lets at least twice as many SMs read keys, or lengths may differ, so that blocks of
     short sequences would wait for those of long ones."""
-    if plan.gate is not None or problem.packs_queries:
+    if plan.gate is not None:
         return False
     if problem.batch_invariant:
         return is_cut(problem)
-    launched = as_launched(problem, plan.folds_heads)
+    if problem.packs_queries and not are_few_queries(problem):
+        return False
+    launched = _as_seen(problem, plan)
     heads, rows = launched.batch * launched.num_heads_q, launched.seqlen_q
     row_tiles = heads * -(-rows // plan.block_m)
     keys = visible_keys(launched)
-    shares = problem.batch * problem.num_heads_q * problem.seqlen_q * share_row_bytes(plan.out_cols)
-    most_shares = max(1, keys // max(1, plan.keys_of_chunk))
-    if plan.keys_of_chunk and most_shares * shares > MAX_SHARE_BYTES:
-        return False
-    if row_tiles * -(-keys // plan.block_n) >= MOST_TILES:
+    most_tiles = row_tiles * -(-keys // plan.block_n)
+    if most_tiles >= MOST_TILES or _has_too_many_shares(problem, plan, keys):
         return False
     of_key = key_tile_bytes(1, problem.head_dim, problem.head_dim_v)
-    few_rows = rows <= ROWS_OF_GROUP
+    few_rows = problem.packs_queries or rows <= ROWS_OF_GROUP
     leaves_idle = 2 * row_tiles <= _usual_sms(plan.arch)
     if leaves_idle and keys * of_key >= _CUT_BYTES:
         return few_rows or keys >= max(4096, 8 * rows)
-    all_keys = problem.batch * problem.num_heads_kv * problem.seqlen_k
+    all_keys = most_keys(problem) * problem.num_heads_kv
     lengths_differ = problem.varlen != "none" and problem.batch > 1
     return few_rows and lengths_differ and all_keys * of_key > FEW_BYTES
 
@@ -150,6 +164,22 @@ def _usual_sms(arch: int) -> int:
     """Return the SMs of the usual GPU of an architecture. One that is not listed counts as the last
     before it."""
     return _NUM_SMS[max((known for known in _NUM_SMS if known <= arch), default=min(_NUM_SMS))]
+
+
+def _as_seen(problem: Problem, plan: Plan) -> Problem:
+    """Return the problem as the kernel sees it; packed sequences as a batch of equal ones."""
+    if problem.packs_queries:
+        return mean_sequences(problem, heads_of_packed_rows(problem))
+    return as_launched(problem, plan.folds_heads)
+
+
+def _has_too_many_shares(problem: Problem, plan: Plan, keys: int) -> bool:
+    """Return whether shares of pieces of a chunk each would take too much memory."""
+    if problem.packs_queries or not plan.keys_of_chunk:
+        return False
+    rows = problem.batch * problem.num_heads_q * problem.seqlen_q
+    most_shares = max(1, keys // plan.keys_of_chunk)
+    return most_shares * rows * share_row_bytes(plan.out_cols) > MAX_SHARE_BYTES
 
 
 def _width_of_all_layouts(base: Plan) -> int:
@@ -170,16 +200,19 @@ def _width_of_all_layouts(base: Plan) -> int:
 
 def _cut(plan: Plan, problem: Problem) -> Plan:
     """Return the plan with keys shared by blocks, in pieces of one length if others might have too
-    many keys for one sum. Of narrow key tiles one more is under way: an SM that reads 33 KB/us, 1
-    us after it asked, has 33 KB under way."""
+    many keys for one sum, or of packed queries with totals (totals_wmma.cuh). Of narrow key tiles
+    one more is under way: an SM that reads 33 KB/us, 1 us after it asked, has 33 KB under way."""
     is_narrow = plan.block_n <= 16 and plan.arch >= 80
     cut = dataclasses.replace(
         plan,
         stream_k=True,
         batch_invariant=problem.batch_invariant,
         num_stages=2 * plan.num_stages - 1 if is_narrow else plan.num_stages,
+        folds_heads=heads_of_packed_rows(problem) if problem.packs_queries else plan.folds_heads,
     )
     cut = dataclasses.replace(cut, min_blocks=_min_blocks(cut))
+    if problem.packs_queries:
+        return cut  # a piece may be all of a sequence, and has totals
     longest = params.grid_size(problem, cut) * problem.seqlen_k // (_FEWEST_SMS * cut.min_blocks)
     return cut if longest > MAX_KEYS_OF_A_SUM else dataclasses.replace(cut, keys_of_chunk=0)
 

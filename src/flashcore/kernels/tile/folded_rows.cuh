@@ -6,9 +6,9 @@
 // (problem/folding.py).
 //
 // Packed queries: the heads of a query follow one another, so that rows are in the order of
-// queries, and a tile of a prompt passes over the keys that it does not see. Each 64 rows, what a
-// consumer of the Hopper kernel has, are the 64 / heads queries of one box of TMA; where heads do
-// not divide 64, the rows left over are nobody's.
+// queries, and a tile of a prompt passes over the keys that it does not see. Each 64 rows, a row
+// tile of the portable kernel and what a consumer of the Hopper kernel has, are 64 / heads queries,
+// there one box of TMA; where heads do not divide 64, the rows left over are nobody's.
 #pragma once
 
 #include "prims.cuh"

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "prims.cuh"
+#include "tile/folded_rows.cuh"
 #include "tile/pages.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
@@ -22,6 +23,32 @@ struct EvenRows {
     return gmem + (int64_t(row) * stride + col);
   }
 };
+
+// The rows of Q of a packed sequence whose heads are FOLDED, in the form of EvenRows. Rows that are
+// nobody's have what the next queries have: no result is made of it.
+struct FoldedRows {
+  const AttnParams& p;
+  GmemPtr<const Element> first_head;  // of those that are one
+  int first = 0;
+
+  FC_DEVICE FoldedRows from(int row, int col) const { return {p, first_head + col, first + row}; }
+  FC_DEVICE GmemPtr<const Element> at(int row, int col, bool valid) const {
+    if (!valid) return first_head;
+    const int own = first + row;
+    const int64_t query = query_of(p, own) * int64_t(p.strides.q.row);
+    return first_head + (query + head_of(p, own) * p.strides.q.head + col);
+  }
+};
+
+// The rows of a block's head of q, of its sequence, which begin at `head`.
+template <bool ARE_FOLDED = FOLDS_PACKED>
+FC_DEVICE auto rows_of_q(const AttnParams& p, GmemPtr<const Element> head) {
+  if constexpr (ARE_FOLDED) {
+    return FoldedRows{p, head};
+  } else {
+    return EvenRows<Element>{head, p.strides.q.row};
+  }
+}
 
 // The rows of K or V of a sequence's head, in the form of EvenRows.
 struct PagedRows {

@@ -137,11 +137,11 @@ struct StreamWalk {
     while (range_tiles < longest && float(range_tiles) * float(range_tiles) < square) ++range_tiles;
   }
 
-  // Between pieces a walk may lie in shared memory, where it takes no registers; not if PACKED.
-  static constexpr int INTS = 7;
+  // Between pieces a walk may lie in shared memory, where it takes no registers.
+  static constexpr int INTS = PACKED ? 8 : 7;
 
   FC_DEVICE void keep(SmemPtr<int32_t> to) const {
-    const int fields[INTS] = {place, end, range_tiles, item, head, first, num_tiles};
+    const int fields[8] = {place, end, range_tiles, item, head, first, num_tiles, m_block};
 #pragma unroll
     for (int i = 0; i < INTS; ++i) smem_store(to + i, fields[i]);
   }
@@ -153,7 +153,9 @@ struct StreamWalk {
         item(smem_load(from + 3)),
         head(smem_load(from + 4)),
         first(smem_load(from + 5)),
-        num_tiles(smem_load(from + 6)) {}
+        num_tiles(smem_load(from + 6)) {
+    if (PACKED) m_block = smem_load(from + 7);
+  }
 
   FC_DEVICE bool done(const AttnParams&, const TileSchedule&) const { return place >= end; }
 

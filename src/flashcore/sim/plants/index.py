@@ -67,7 +67,7 @@ from flashcore.sim.plants.pages import (
     PLANTS_PAGES_WIDE,
     PLANTS_PAGES_WMMA,
 )
-from flashcore.sim.plants.pieces import OF_WALK, PLANTS_FLOAT8_WMMA
+from flashcore.sim.plants.pieces import OF_PACKED, OF_WALK, PLANTS_FLOAT8_WMMA
 from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM90
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.trees import OF_SM90 as TREES_SM90
@@ -87,6 +87,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_PAGES,
         **PLANTS_PAGES_WMMA,
         **OF_WALK,
+        **OF_PACKED,
         **PLANTS_FLOAT8_WMMA,
         **TREES_WMMA,
     },

@@ -1,5 +1,6 @@
-"""This module plants bugs in how a block of the portable kernel goes from piece to piece, and in
-how it widens 8-bit caches; see plants.py (tests/plants/test_sim_plants_stream_k.py and
+"""This module plants bugs in how a block of the portable kernel goes from piece to piece, of packed
+sequences too, and in how it widens 8-bit caches; see plants.py
+(tests/plants/test_sim_plants_stream_k.py, test_sim_plants_folded.py and
 test_sim_plants_float8.py)."""
 
 from __future__ import annotations
@@ -7,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from flashcore.compile.plant import Plant, by_name
+from flashcore.sim.plants.fwd_sm90 import packed
 from flashcore.sim.plants.fwd_sm90.split import PLANTS_STREAM
 
 _KERNEL = "fwd_wmma/attn_fwd_wmma.cuh"
@@ -41,6 +43,54 @@ PLANTS_PIECES_WMMA = by_name(
 )
 
 OF_WALK = PLANTS_STREAM | PLANTS_PIECES_WMMA
+
+_ROWS = "tile/rows.cuh"
+
+PLANTS_PACKED_WMMA = by_name(
+    Plant(
+        name="packed-row-tile-forgotten",
+        title="the walk forgets which row tile of a sequence is next",
+        file="tile/stream_k.cuh",
+        find="    if (PACKED) m_block = smem_load(from + 7);",
+        replace="",
+        caught_by="double-write",
+        or_by=("uninitialized-read", "unwritten-output", "counter-left"),
+    ),
+    Plant(
+        name="packed-q-of-one-head",
+        title="all rows of a query have the q of the first head",
+        file=_ROWS,
+        find="(query + head_of(p, own) * p.strides.q.head + col);",
+        replace="(query + col);",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="packed-q-row-by-row",
+        title="rows of a tile are queries of one head",
+        file=_ROWS,
+        find="query_of(p, own) * int64_t(p.strides.q.row);",
+        replace="own * int64_t(p.strides.q.row);",
+        caught_by="wrong-result",
+        or_by=("out-of-bounds",),
+    ),
+    Plant(
+        name="packed-totals-left-out",
+        title="of a piece that is longer than a chunk the last chunk counts",
+        file=_KERNEL,
+        find="  totals.end(state, out, scale_log2);",
+        replace="  if (!STREAM_K) totals.end(state, out, scale_log2);",
+        caught_by="wrong-result",
+    ),
+)
+OF_PACKED = packed.PLANTS_PACKED | PLANTS_PACKED_WMMA
+# Keys are so many that rules have them cut, and heads folded. Three blocks have 201 key tiles
+# each: the second begins in the second row tile of a sequence, with a row that is nobody's, the
+# third in one of 30 rows.
+PACKED_CALL: dict[str, Any] = packed.CALL | {
+    "lengths_q": (0, 45, 10, 1),
+    "lengths_k": (3, 1900, 3800, 40),
+}
+PACKED_TILE: dict[str, Any] = packed.TILE | {"keys_of_chunk": 128}
 
 PLANTS_FLOAT8_WMMA = by_name(
     Plant(
