@@ -136,6 +136,24 @@ def simulate_pages(
     assert report.ok, f"{case.describe()}: {report}"
 
 
+def make_two_loaders(problem: Problem, tile: dict[str, Any]) -> Plan:
+    """Return a plan in which a warp loads keys and another one values, where boxes are several."""
+    plan = make_plan(problem, tile)
+    return dataclasses.replace(plan, loaders=2 if plan.box_rows < plan.block_n else 1)
+
+
+def test_two_warps_find_the_same_pieces() -> None:
+    for seed in range(2):
+        simulate_pages(seed, 16, make_two_loaders)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("page_size", [8, 16])
+def test_two_warps_that_load_are_healthy_and_right(page_size: int) -> None:
+    for seed in range(SEEDS_OF_A_FAMILY):
+        simulate_pages(seed, page_size, make_two_loaders)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("page_size", [8, 16, 48, 128])
 def test_pages_are_healthy_and_right(page_size: int) -> None:

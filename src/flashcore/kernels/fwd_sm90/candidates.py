@@ -123,7 +123,8 @@ def _loaders(plan: Sm90Plan) -> int:
     warps can find a block's pieces alone (B128 H32/32 D64 in pages of 16: 122.2 us instead of
     128.5; no difference at head_dim 128 and 256)."""
     narrow = max(tiles_sm90.padded_dims(plan.head_dim, plan.head_dim_v)) <= 64
-    in_boxes = plan.page_size > 0 and plan.box_rows < plan.block_n
+    # Packed sequences are harder to walk over: that would spill.
+    in_boxes = plan.varlen == "pages" and plan.box_rows < plan.block_n
     return 2 if narrow and in_boxes and plan.shares_keys and not plan.has_float8 else 1
 
 
