@@ -35,7 +35,7 @@ static int rows_of_box(const TensorMap& map) {
 }
 
 // Returns whether heads, or rows, and batches are one stride apart: both name the same rows.
-// Batches of a single line are that far apart in any contiguous tensor, of which an H200 gives zeros.
+// Batches of a single line are that far apart in any contiguous tensor: an H200 gives zeros.
 static bool is_ragged(const TensorMap& map, uint64_t stride_bytes, uint32_t lines) {
   return lines > 1 && map.batches > 1 && map.batch_stride_bytes == stride_bytes;
 }
