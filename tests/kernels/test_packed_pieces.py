@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_pieces import CASE, CASES, COUNTS, LENGTHS, problem_of
 from pages import check_packed, packed_over_pages
 from parameters import thorough_but
 
@@ -26,29 +27,11 @@ from flashcore.sim import SimulationError
 
 every_backend = pytest.mark.parametrize("backend", [SIM90, GPU])
 
-# A piece of a prompt, no query, no key, decodes of which one has most of the keys.
-COUNTS = (20, 0, 3, 1, 1)
-LENGTHS = (70, 20, 0, 1500, 64)
-CASE = VarlenCase(
-    lengths_q=COUNTS, lengths_k=LENGTHS, num_heads_q=6, num_heads_kv=2, head_dim=32,
-    head_dim_v=40, causal="lower_right", tail=3, sinks=True, seed=1,
-)  # fmt: skip
-CASES = [
-    CASE,
-    dataclasses.replace(CASE, num_heads_q=2, softcap=5.0, dtype="bfloat16", causal="none"),
-    dataclasses.replace(CASE, num_heads_q=14, window=(900, 5), causal="none", sinks=False),
-    dataclasses.replace(CASE, lengths_q=(1,), lengths_k=(1700,), tail=0),
-]
-
 
 @pytest.fixture(autouse=True)
 def cut_small_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the device cut calls that the simulator has time for."""
     monkeypatch.setattr(cutting, "FEW_BYTES", 2**10)
-
-
-def problem_of(case: VarlenCase) -> Problem:
-    return packed_problem(*make_varlen_inputs(case).arguments(), **case.options())
 
 
 def is_cut(problem: Problem) -> bool:
