@@ -79,7 +79,7 @@ def test_a_tile_has_nothing_of_the_problem() -> None:
     problem, plan = default_plan(LONG, "sm90", 90)
     given = {"kernel", "arch", "load_bytes", "gate"} | set(traits_sm90(problem))
     given |= {"mask_load_bytes", "mask_is_row", "mask_is_shifted", "keys_of_chunk"}
-    given |= {"stream_k", "load_stages", "strips"}
+    given |= {"stream_k", "load_stages", "strips", "loaders"}
     fields = {field.name for field in dataclasses.fields(plan)}
     assert set(tile_of(plan)) == fields - given
 

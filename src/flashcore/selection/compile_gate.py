@@ -122,8 +122,8 @@ def checked(found: Iterable[Configuration]) -> list[Configuration]:
 
     At all head_dims but the usual, one of sm_86 stands for that of sm_89, a portable kernel with
     more options for one with fewer, and a Hopper kernel for narrower ones with the same text.
-    Each stands, too, for those whose tile leaves more registers, of which each variant's nearest
-    to a spill stays at the usual head_dim. Those nearest to a spill stay anyway."""
+    Each stands, too, for those whose tile leaves more registers. Of these stay what ships, and at
+    the usual head_dim each variant's nearest to a spill. The sample's stay in any case."""
     found = _without_same_code(_without_twins(found))
     found = _without_fewer_options(found)
     nearest = _nearest(found)
@@ -217,7 +217,8 @@ def _without_narrower(found: Sequence[Configuration], sampled: set[Plan]) -> lis
 
 def _without_roomier(found: Sequence[Configuration], sampled: set[Plan]) -> list[Configuration]:
     alike: dict[Hashable, list[Plan]] = defaultdict(list)
-    stays, known = set(sampled), set[tuple[Cell, str]]()
+    stays = sampled | {entry.plan for entry in found if entry.ships}
+    known = set[tuple[Cell, str]]()
     for entry in sorted(found, key=lambda entry: expected_room(entry.plan)):
         plan = entry.plan
         if kernel_of(plan).registers_between_tiles(plan) is not None:

@@ -87,6 +87,7 @@ SHARED_PHASES = {
     "store_output": "store",
     "max_score_of": "store",
     "raise_max_score": "store",
+    "raise_max_score_of": "store",
     "finish_softmax": "store",
     "natural_lse": "store",
     "sink_of": "store",
