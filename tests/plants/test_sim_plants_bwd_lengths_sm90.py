@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from gradient_rule import wrong_gradients
-from healthy_runs import HealthyRuns
 from packed_gradients import PackedCase, make_packed, wrong_packed_gradients
-from plant_checks import SOME_SEEDS, check_text, seeds_of, undocumented
+from plant_checks import SOME_SEEDS, HealthyRuns, check_text, seeds_of, undocumented
 from test_backward_sm90 import plans_of
 
 from flashcore.backends.backward_sm90 import fused_backward

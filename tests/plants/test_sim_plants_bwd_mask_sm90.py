@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from gradient_rule import forward, wrong_gradients, wrong_mask_gradient
-from healthy_runs import HealthyRuns
-from plant_checks import SOME_SEEDS, check_text, seeds_of, undocumented
+from plant_checks import SOME_SEEDS, HealthyRuns, check_text, seeds_of, undocumented
 from test_backward_sm90 import plans_of
 
 from flashcore.backends.backward_sm90 import fused_backward, run_for_mask

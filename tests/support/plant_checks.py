@@ -1,13 +1,18 @@
-"""Check what holds for every planted bug, whichever kernel it is in."""
+"""Check what holds for every planted bug, and run the kernels before it once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from flashcore.compile.codegen import KERNELS_DIR
+from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
+from flashcore.problem import Problem
 from flashcore.sim import Plant
 from flashcore.sim.report import ALARM_KINDS
+from flashcore.sim.run_bwd import simulate_backward
 
 _PAGE = Path(__file__).parents[2] / "docs" / "planted-bugs.md"
 SEEDS = range(20)
@@ -37,3 +42,28 @@ def undocumented(names: Iterable[str], page: Path = _PAGE) -> list[str]:
     """Return those plants that docs/planted-bugs.md, or another page, does not list."""
     text = page.read_text(encoding="utf-8")
     return [name for name in names if f"`{name}`" not in text]
+
+
+class HealthyRuns:
+    """Run a kernel that has no bug once, for many planted bugs of the kernels behind it.
+
+    Runs are remembered by what they wrote, for each key: that is the same with every seed.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[Hashable, dict[str, Tensor]] = {}
+
+    def simulate(
+        self,
+        key: Hashable,
+        problem: Problem,
+        plan: BwdSm90Plan,
+        tensors: Mapping[str, Tensor],
+        seed: int,
+    ) -> None:
+        """Run a kernel of the backward without a bug, or write what it wrote."""
+        if key not in self._written:
+            simulate_backward(problem, plan, tensors, seed=seed)
+            self._written[key] = {name: tensors[name].clone() for name in plan.written}
+        for name, written in self._written[key].items():
+            tensors[name].copy_(written)
