@@ -172,6 +172,15 @@ def test_flash_attention_3_by_jax_is_asked_for_gradients(monkeypatch: pytest.Mon
     assert timed(SMALL)["fa3-jax"]["skipped"] == "built for head_dim 128 only"
     wide = dataclasses.replace(SMALL, head_dim=128)
     assert timed(wide)["fa3-jax"]["max_error"] < 1e-5
+    # Tiles of 80 rows: the binding has room for 1024 rows of 1040, and for 384 of 320.
+    full = dataclasses.replace(wide, causal=False)
+    reasons = {
+        rows: found[0].skip_reason(dataclasses.replace(full, seqlen=rows))
+        for rows in (300, 1024, 2048)
+    }
+    assert reasons[300] is None
+    assert "tiles of 80 rows" in str(reasons[1024])
+    assert reasons[2048] == reasons[1024]
 
 
 def row_of(workload: Workload, library: str, backward_us: float, both_us: float) -> dict[str, Any]:

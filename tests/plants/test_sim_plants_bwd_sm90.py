@@ -19,6 +19,10 @@ from flashcore.kernels.bwd_sm90.plan import BwdPlans
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.problem.case import Case
 from flashcore.sim import Plant, SimulationError
+from flashcore.sim.plants.bwd_sm90.beside import (
+    PLANTS_BWD_BESIDE_DQ_SM90,
+    PLANTS_BWD_BESIDE_SM90,
+)
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
@@ -44,7 +48,8 @@ CASE = Case(
 TILES = BwdTile(64, 32, 3, 2), BwdTile(32, 128, 3, 2, False, True, False)
 ROLES_CASE = dataclasses.replace(CASE, seqlen_q=110, head_dim=136, head_dim_v=136)
 ROLES_TILES = BwdTile(64, 32, 2, 1), BwdTile(32, 64, 2, 2)
-PLANTS = PLANTS_BWD_DKDV_SM90 | PLANTS_BWD_DQ_SM90 | PLANTS_BWD_ROLES_SM90
+PLANTS_OF_DQ = PLANTS_BWD_DQ_SM90 | PLANTS_BWD_BESIDE_DQ_SM90
+PLANTS = PLANTS_BWD_DKDV_SM90 | PLANTS_BWD_BESIDE_SM90 | PLANTS_OF_DQ | PLANTS_BWD_ROLES_SM90
 
 
 @functools.cache
@@ -76,7 +81,7 @@ def run_plant(
     problem, x, out, lse, dout, dlse = inputs(case)
 
     def run(problem, plan, tensors) -> None:
-        in_dq = plant is not None and plant.name in PLANTS_BWD_DQ_SM90
+        in_dq = plant is not None and plant.name in PLANTS_OF_DQ
         if plan.is_dq and (dq_is_known or (plant is not None and not in_dq)):
             HEALTHY.simulate(case, problem, plan, tensors, seed)
             return

@@ -164,7 +164,9 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
             module, "work_counters", lambda device, count=1: machine.counters.data_ptr()
         )
     for module in (launch, backward_call):
-        monkeypatch.setattr(module, "own_counter", lambda device: machine.counters.data_ptr())
+        monkeypatch.setattr(
+            module, "own_counters", lambda device, count=1: machine.counters.data_ptr()
+        )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.driver.capturing)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.device)

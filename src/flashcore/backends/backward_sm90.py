@@ -26,6 +26,7 @@ from flashcore.problem.memory_layout import (
 from flashcore.selection import tuned
 
 Tensor = torch.Tensor
+_FEW_TILES = 2 * 132  # two an SM of an H200
 _PACKET = 8  # elements of 16 bytes
 # The fields of a Problem that say how q, k and v lie in memory.
 _LAYOUT = (
@@ -92,6 +93,10 @@ def fused_backward(
     plans = plans or plans_for(problem)
     launches, sums = _launches(problem, plans, q)
     tensors |= sums
+    # Zeros are a launch more, which pays where both kernels' blocks find SMs at once.
+    is_few = not q.is_cuda or sum(plan.num_pieces(problem) for plan in launches) <= _FEW_TILES
+    if isinstance(plans, BwdPlans) and is_few and runs_beside(problem):
+        tensors["delta_count"] = q.new_zeros(2, dtype=torch.int32)
     for plan in launches:
         run(problem, plan, tensors)
     if dmask is not None:
@@ -134,6 +139,12 @@ def is_by_one_kernel(problem: Problem) -> bool:
     """Return whether one kernel computes dq, dk and dv: if it can, and there is enough to compute
     and memory to add up dq in."""
     return plan_one.obstacle(problem) is None and plan_one.pays(problem, workspace_bytes())
+
+
+def runs_beside(problem: Problem) -> bool:
+    """Return whether, of two kernels, that of dk and dv may run beside that of dq: an int32 counts
+    the rows."""
+    return problem.batch * problem.num_heads_q * problem.seqlen_q < 2**31
 
 
 def plans_for(problem: Problem) -> BwdPlans | OneKernelPlans:
@@ -261,7 +272,8 @@ def prepare_on_gpu(
             new[f"d{name}"] = as_rows(new[f"d{name}"])
         if new[f"d{name}"].stride() != torch.empty_like(like, device="meta").stride():
             return None
-    return BackwardPass([kernel_of(problem, plan, tensors) for plan in launches], new)
+    beside = isinstance(plans, BwdPlans) and runs_beside(problem)
+    return BackwardPass([kernel_of(problem, plan, tensors, beside) for plan in launches], new)
 
 
 def _place(x: Tensor) -> tuple[object, ...]:

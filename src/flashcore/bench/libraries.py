@@ -35,6 +35,7 @@ class Library:
         head_dims: those that it was built for; None: any.
         bind_passes: of one that autograd cannot differentiate; binds its backward to a workload, q,
             k, v and the gradient of the output.
+        fault: why its results of a workload are known to be wrong, or None.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Library:
     compiles_slowly: bool = False
     head_dims: tuple[int, ...] | None = None
     bind_passes: BindPasses | None = None
+    fault: Callable[[Workload], str | None] | None = None
 
     def row(self, workload: Workload) -> dict[str, Any]:
         """Return what a row of the results begins with."""
@@ -71,6 +73,9 @@ class Library:
         for words, (option, asked) in wanted.items():
             if asked and option not in self.takes:
                 return f"does not take {words}"
+        fault = None if self.fault is None else self.fault(workload)
+        if fault is not None:
+            return fault
         scores = 4.0 * workload.batch * workload.num_heads * workload.seqlen * workload.keys
         if self.max_score_bytes is not None and scores > self.max_score_bytes:
             return f"would store {scores / 2**30:.0f} GiB of scores"

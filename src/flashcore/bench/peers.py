@@ -48,6 +48,7 @@ def find_backward_peers() -> tuple[list[Library], list[dict[str, str]]]:
         frozenset({"gqa"}),
         head_dims=(128,),
         bind_passes=_fa3_jax_passes,
+        fault=_fa3_jax_fault,
     )
     candidates = [
         (Library("flex", _flex, EVERYTHING, compiles_slowly=True), "triton"),
@@ -206,6 +207,16 @@ def _fa4(
 
 def _not_by_torch(*_: object) -> Call:
     raise NotImplementedError("autograd cannot differentiate it")
+
+
+def _fa3_jax_fault(workload: Workload) -> str | None:
+    """Return that the gradients of a workload would be wrong. At head_dim 128 the backward takes
+    tiles of 80 rows without a causal mask and keeps statistics of whole tiles; the binding (0.2.3)
+    has room for rows up to a multiple of 128, and one head's are written over the next one's."""
+    rows = workload.seqlen
+    if workload.causal or -(-rows // 80) * 80 <= -(-rows // 128) * 128:
+        return None
+    return "the binding has no room for whole tiles of 80 rows, and gradients are wrong"
 
 
 def _fa3_jax_passes(workload: Workload, leaves: Sequence[Tensor], dout: Tensor) -> Passes:

@@ -249,11 +249,15 @@ class _Runner:
         for name in launch.plan.written:
             tensors[name].fill_(math.nan if tensors[name].is_floating_point() else -1)
         tensors.pop("gate_scores", None)
+        if "delta_count" in tensors and not launch.plan.owns_keys:
+            tensors["delta_count"].zero_()
         if gate is None:
             return
         if launch.plan.owns_keys:
             delta = self.call.assembled("delta", [(part, x.delta()) for part, x in models])
             tensors["delta"].copy_(delta.value.reshape(tensors["delta"].shape))
+            if "delta_count" in tensors:  # as the kernel of dq would have left it
+                tensors["delta_count"].copy_(torch.tensor([delta.value.numel(), 0]))
         for name in ("dq_sums", "dq_turns"):
             if name in tensors:
                 tensors[name].zero_()

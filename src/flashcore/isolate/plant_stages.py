@@ -150,12 +150,13 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         ),
         "store": ("queries-behind-stored",),
         "dq": ("k-released-early",),
-        "full": ("empty-rows-kept",),
+        "full": ("empty-rows-kept", "missing-rows-counted"),
         "ds": ("mask-of-other-rows", "mask-of-this-tile-again", "mask-overwritten-by-the-next"),
     },
     DKDV_KERNEL: {
         "load": (
             *("do-released-early", "q-released-early", "heads-of-queries", "box-without-a-key"),
+            "delta-not-awaited",
         ),
         "ds": (
             *("stale-stats", "stats-released-by-one-lane", "kv-released-early"),
@@ -164,7 +165,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("probs-overwritten", "stats-of-the-first", "longest-instead-of-own"),
             *("strip-not-awaited", "strip-of-own-copies", "strip-overwritten", "swapped-operand"),
             *("strip-of-this-tile-again", "strip-of-the-first-keys", "q-of-dk-released-early"),
-            "rank-from-the-first-key",
+            *("rank-from-the-first-key", "delta-of-one-head-awaited"),
         ),
         "dv": ("empty-rows-spread",),
         "full": ("keys-behind-kept",),

@@ -57,11 +57,15 @@
 //                 gmem_release_add(p, x): int32, releases as that does, returns nothing
 //                 gmem_await(p, value): until the int32 is `value`, which must be found by it: what
 //                 those who have released by adding to it did before is visible. Only for blocks
-//                 that run for sure: those that drew a number before this one's (TicketWalk)
+//                 that run for sure: those that drew a number before this one's (TicketWalk), or
+//                 of a kernel that lets this one start when all its blocks have
 //                 gmem_atomic_max(p, x): float32, relaxed; NaN is larger than any number, so that
 //                 the order of such calls makes no difference
 // grid.cuh        grid_dependency_wait(): until the kernels before this one are done and their
 //                 writes visible; before a thread's first access to global memory
+//                 grid_starts_after_wait(): instead, where the kernel before this one lets it start
+//                 only behind its own wait; what that one writes is waited for by gmem_await, and
+//                 the kernel as a whole by a thread of each block, before it ends
 //                 grid_launch_dependents(): the next kernel's blocks may start and wait for it
 //                 (PTX ISA: griddepcontrol; before sm_90 both do nothing)
 #pragma once

@@ -23,13 +23,14 @@ from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
 from flashcore.launch import descriptors, kernel_call
 from flashcore.launch.allocation import allocator
-from flashcore.launch.counters import own_counter, work_counters
+from flashcore.launch.counters import COUNTER_BYTES, own_counters, work_counters
 from flashcore.launch.driver_launch import Argument
 from flashcore.launch.types import KernelEntry, PassEntry
 from flashcore.problem import Problem
 
 # Kept of each description. A training step meets one set of addresses a layer and micro-batch.
 ARGUMENTS_MAX = 1024
+COUNTERS = 4  # of a pass: where dq, and dk and dv, draw tiles; and how much of delta is there
 _KINDS = {torch.float32: 1, torch.int32: 2}  # see PassEntry.made
 _POINTER_BYTES = ctypes.sizeof(ctypes.c_void_p)
 _lock = threading.Lock()
@@ -58,20 +59,31 @@ class BackwardKernel:
         tensors: by name as build_params_bwd_sm90 takes them, of that description; `launch` takes
             addresses in their order.
         device_index: where they are.
+        beside: whether it is of two kernels that run side by side, that of dk and dv waiting for
+            delta by a count; then `argument` has to be told of the counters that they share.
     """
 
     def __init__(
-        self, problem: Problem, plan: BwdSm90Plan, tensors: Mapping[str, Tensor], device_index: int
+        self,
+        problem: Problem,
+        plan: BwdSm90Plan,
+        tensors: Mapping[str, Tensor],
+        device_index: int,
+        beside: bool = False,
     ) -> None:
         grid = kernel_call._grid_size(problem, plan, device_index)
         self._launch = kernel_call._launch(plan, grid, device_index)
         self._grid, self._plan, self.device_index = grid, plan, device_index
-        self._counts_on = torch.device("cuda", device_index) if plan.draws_tiles else None
         addresses = {name: x.data_ptr() for name, x in tensors.items()}
         params = build_params_bwd_sm90(problem, plan, tensors, grid, addresses)
         places = {name: place for place, name in enumerate(tensors)}
         offsets = _pointer_offsets(plan.gate is not None)
-        self._counter_offset = offsets["tile_counter"]
+        # Where the argument has addresses of counters, and which number of a launch's they are.
+        self._counters = []
+        if plan.draws_tiles:
+            self._counters.append((offsets["tile_counter"], 0 if plan.is_dq else 1))
+        if beside:
+            self._counters.append((offsets["delta_count"], 2))
         # Where the argument has an address, as a number of pointers, and which of `addresses`.
         self._pointers = [
             (offset // _POINTER_BYTES, places[name])
@@ -92,21 +104,23 @@ class BackwardKernel:
         self._known: dict[tuple[int, ...], Argument] = {}
         self.enqueue = self._launch.enqueue  # where the device is the current one
 
-    def argument(self, addresses: Sequence[int]) -> tuple[Argument, bool]:
-        """Return the argument of tensors of the description, and whether it may be kept: one whose
-        counter is a capture's may not."""
+    @property
+    def has_counters(self) -> bool:
+        """Return whether its blocks count anything."""
+        return bool(self._counters)
+
+    def argument(self, addresses: Sequence[int], counters: int) -> Argument:
+        """Return the argument of tensors of the description, with COUNTERS counters, which the
+        kernels of a pass share."""
         argument = Argument(*descriptors.aligned(self._content))
         words = self._words.from_address(argument.address)
         for at, place in self._pointers:
             words[at] = addresses[place]
-        is_kept = True
-        if self._counts_on is not None:
-            is_kept = not torch.cuda.is_current_stream_capturing()
-            counter = (own_counter if is_kept else work_counters)(self._counts_on)
-            words[self._counter_offset // _POINTER_BYTES] = counter
+        for offset, number in self._counters:
+            words[offset // _POINTER_BYTES] = counters + number * COUNTER_BYTES
         pairs = ((at, (addresses[place] - shift) % 2**64) for at, place, shift in self._maps)
         descriptors.readdress(argument.address, pairs)
-        return argument, is_kept
+        return argument
 
     def entry(self) -> KernelEntry:
         """Return the entry for the compiled launcher."""
@@ -120,7 +134,7 @@ class BackwardKernel:
             argument=self._content,
             pointers=tuple((at * _POINTER_BYTES, place) for at, place in self._pointers),
             maps=tuple(self._maps),
-            counter_offset=-1 if self._counts_on is None else self._counter_offset,
+            counters=tuple((at, number * COUNTER_BYTES) for at, number in self._counters),
         )
 
     def launch(self, addresses: tuple[int, ...]) -> None:
@@ -131,7 +145,8 @@ class BackwardKernel:
         """
         argument = self._known.get(addresses)
         if argument is None:
-            argument, is_kept = self.argument(addresses)
+            counters, is_kept = _counters([self])
+            argument = self.argument(addresses, counters)
             if is_kept:
                 _keep(self._known, addresses, argument)
         self._launch(argument)
@@ -165,23 +180,39 @@ class BackwardPass:
         made = [make() for make in self._makers]
         addresses = (*addresses, *[x.data_ptr() for x in made])
         arguments = self._known.get(addresses) or self._make(addresses)
-        for enqueue, argument in zip(self._enqueues, arguments, strict=True):
-            enqueue(argument)
+        try:
+            for enqueue, argument in zip(self._enqueues, arguments, strict=True):
+                enqueue(argument)
+        except BaseException:  # the kernels that are missing would have set counters back to 0
+            self._known.pop(addresses, None)
+            raise
         dq, dk, dv = self._gradients
         return made[dq], made[dk], made[dv]
 
     def entry(self) -> PassEntry:
         """Return the entry for the compiled launcher."""
         entries = tuple(kernel.entry() for kernel in self._kernels)
-        return PassEntry(self._kernels[0].device_index, entries, self._made, self._gradients)
+        num_counters = COUNTERS if any(kernel.has_counters for kernel in self._kernels) else 0
+        index = self._kernels[0].device_index
+        return PassEntry(index, entries, self._made, self._gradients, num_counters)
 
     def _make(self, addresses: tuple[int, ...]) -> tuple[Argument, ...]:
         """Return the arguments of these tensors, kept if they may be."""
-        made = [kernel.argument(addresses) for kernel in self._kernels]
-        arguments = tuple(argument for argument, _ in made)
-        if all(is_kept for _, is_kept in made):
+        counters, is_kept = _counters(self._kernels)
+        arguments = tuple(kernel.argument(addresses, counters) for kernel in self._kernels)
+        if is_kept:
             _keep(self._known, addresses, arguments)
         return arguments
+
+
+def _counters(kernels: Sequence[BackwardKernel]) -> tuple[int, bool]:
+    """Return the address of counters for launches of such kernels, 0 if they have none, and whether
+    an argument with it may be kept: one whose counters are a capture's may not."""
+    if not any(kernel.has_counters for kernel in kernels):
+        return 0, True
+    is_kept = not torch.cuda.is_current_stream_capturing()
+    device = torch.device("cuda", kernels[0].device_index)
+    return (own_counters if is_kept else work_counters)(device, COUNTERS), is_kept
 
 
 def _keep(known: dict[tuple[int, ...], _Kept], addresses: tuple[int, ...], entry: _Kept) -> None:
@@ -207,22 +238,23 @@ class _Described:
 
 @functools.lru_cache(maxsize=4096)
 def _kernel(
-    problem: Problem, plan: BwdSm90Plan, described: _Described, device_index: int
+    problem: Problem, plan: BwdSm90Plan, described: _Described, device_index: int, beside: bool
 ) -> BackwardKernel:
     tensors, described.tensors = described.tensors, None  # the cache keeps the key
     assert tensors is not None
-    return BackwardKernel(problem, plan, tensors, device_index)
+    return BackwardKernel(problem, plan, tensors, device_index, beside)
 
 
-def kernel_of(problem: Problem, plan: BwdSm90Plan, tensors: Mapping[str, Tensor]) -> BackwardKernel:
+def kernel_of(
+    problem: Problem, plan: BwdSm90Plan, tensors: Mapping[str, Tensor], beside: bool = False
+) -> BackwardKernel:
     """Return the kernel of a plan, prepared once for all tensors of the same description.
 
     Args:
         problem: of the forward.
         plan: of one of the kernels.
         tensors: by name, as build_params_bwd_sm90 takes them, of the current device.
+        beside: see BackwardKernel.
     """
-    index = tensors["q"].device.index
-    return _kernel(
-        problem, plan, _Described(tensors), 0 if index is None else index
-    )  # fmt: skip
+    index = tensors["q"].device.index or 0
+    return _kernel(problem, plan, _Described(tensors), index, beside)

@@ -20,7 +20,7 @@ import torch
 from flashcore.launch.driver import allocate_zeros, import_driver
 
 _COUNTERS = 1 << 18  # of a pool, 1 MiB; none is freed, for graphs and arguments keep addresses
-_COUNTER_BYTES = 4
+COUNTER_BYTES = 4
 
 
 class _Counters(NamedTuple):
@@ -55,18 +55,19 @@ def work_counters(device: torch.device, count: int = 1) -> int:
     return found.address
 
 
-def own_counter(device: torch.device) -> int:
-    """Return the address of a counter that nobody else gets, for as long as the process lives.
+def own_counters(device: torch.device, count: int = 1) -> int:
+    """Return the address of counters that nobody else gets, for as long as the process lives.
 
     Args:
         device: a CUDA device with its index.
+        count: how many, at least.
 
     Returns:
-        Where one int32 is, which is 0 when the current stream gets there.
+        Where `count` int32 are, which are 0 when the current stream gets there.
     """
     assert device.index is not None
     with _lock:
-        return _take(device.index, 1).address
+        return _take(device.index, count).address
 
 
 def _of_capture(key: tuple[int, int], count: int) -> int:
@@ -94,6 +95,6 @@ def _take(device_index: int, count: int) -> _Counters:
     free = _free.get(device_index)
     if free is None or free.number < count:
         size = max(_COUNTERS, count)
-        free = _Counters(allocate_zeros(device_index, size * _COUNTER_BYTES), size)
-    _free[device_index] = _Counters(free.address + count * _COUNTER_BYTES, free.number - count)
+        free = _Counters(allocate_zeros(device_index, size * COUNTER_BYTES), size)
+    _free[device_index] = _Counters(free.address + count * COUNTER_BYTES, free.number - count)
     return _Counters(free.address, count)

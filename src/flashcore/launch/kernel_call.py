@@ -18,7 +18,7 @@ from flashcore.kernels.registry import forward_of, kernel_of
 from flashcore.kernels.tensor_map import encode_maps
 from flashcore.launch import descriptors
 from flashcore.launch.allocation import allocator
-from flashcore.launch.counters import own_counter, work_counters
+from flashcore.launch.counters import own_counters, work_counters
 from flashcore.launch.driver_launch import Argument, Launch, launch_raw
 from flashcore.launch.element_map import verify_element_map
 from flashcore.launch.launcher import Entry
@@ -319,7 +319,7 @@ class KernelCall:
             template.place_others(argument, self._scratch.pointers(*scratch))
         if self._counts_on is not None:
             is_kept = is_kept and not torch.cuda.is_current_stream_capturing()
-            counter = (own_counter if is_kept else work_counters)(self._counts_on)
+            counter = (own_counters if is_kept else work_counters)(self._counts_on)
             template.place_others(argument, {"tile_counter": counter})
         return is_kept
 

@@ -28,8 +28,8 @@ class KernelEntry(NamedTuple):
         pointers: where it has addresses, in bytes, and which of the pass's tensors they are of.
         maps: where it has descriptors, in bytes; which of the tensors they are of; and how many
             bytes before that tensor they begin.
-        counter_offset: where the address of the counter is that blocks draw tiles from; -1 for
-            none.
+        counters: where the addresses of counters are, and how many bytes behind the first of the
+            pass's these are.
     """
 
     kernel: int
@@ -40,7 +40,7 @@ class KernelEntry(NamedTuple):
     argument: bytes
     pointers: tuple[tuple[int, int], ...]
     maps: tuple[tuple[int, int, int], ...]
-    counter_offset: int
+    counters: tuple[tuple[int, int], ...]
 
 
 class PassEntry(NamedTuple):
@@ -54,12 +54,14 @@ class PassEntry(NamedTuple):
         made: shape, strides, and the dtype, of each tensor that is made: 0 that of q, 1 float32,
             2 int32.
         gradients: which of those are dq, dk and dv.
+        num_counters: of the pass; 0 for none.
     """
 
     device_index: int
     kernels: tuple[KernelEntry, ...]
     made: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...]
     gradients: tuple[int, ...]
+    num_counters: int
 
 
 class Prepared(Protocol):

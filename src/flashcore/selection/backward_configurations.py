@@ -1,8 +1,9 @@
 """List the configurations of the backward kernels that are checked against the resource budget.
 
-They are derived from the same problems as those of the forward (configurations.py). Their
-tiles do not depend on the number of queries or keys, so variants that differ in it are left out;
-they do on a mask's elements and rows and on the options beside it, so there are more of those.
+They are derived from the same problems as those of the forward (configurations.py). Variants that
+differ in the number of queries or keys are left out, as tiles depend on it only where they are few
+(_BATCHES); they do on a mask's elements and rows and on the options beside it, so there are more of
+those.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ MASK_VARIANTS: dict[str, dict[str, Any]] = {
 # Tiles of packed sequences and of seqlens_k differ with a window, too.
 _VARLEN_VARIANTS = {name: SERVING_VARIANTS[name] for name in ("varlen-full", "varlen-window")}
 BACKWARD_VARIANTS = VARIANTS | MASK_VARIANTS | _VARLEN_VARIANTS
+# With those, tiles so few that all run at the same time, a few an SM, and many.
+_BATCHES = (1, 16, 1024)
 _WITH_MASKS = tuple(name for name, options in BACKWARD_VARIANTS.items() if "mask" in options)
 _BY_ONE_KERNEL = ("full", "causal", "window")
 # Widths between those of HEAD_DIMS, and the variants that are tried there: where columns of a tile
@@ -131,7 +134,9 @@ def _plans_of(problem: Problem, by_two: bool) -> list[Plan]:
         return []
     plans: list[Plan] = []
     if by_two or problem.mask is not None:
-        plans += [*select_plans(problem), *_mask_plans(problem)]
+        for batch in _BATCHES:
+            plans += select_plans(dataclasses.replace(problem, batch=batch))
+        plans += _mask_plans(problem)
     if plan_one.obstacle(problem) is None:
         plans += plan_one.select_one_kernel_plans(problem)
     return plans

@@ -16,6 +16,7 @@ class TensorStruct(ctypes.Structure):
         ("bytes", c_int64),
         ("element_bytes", c_int32),
         ("writable", c_int32),
+        ("is_late", c_int32),
         ("valid", c_void_p),
         ("writer", c_void_p),
         ("writer_site", c_void_p),

@@ -61,8 +61,10 @@ def simulate_backward(
             kind: dict[str, Any] = {"writable": name in plan.written}
             if name == "dq_sums" and plan.also_dq:
                 kind = {"sums": True, "writable": True, "complete": False}
-            elif name == "dq_turns" and plan.also_dq:
+            elif (name == "dq_turns" and plan.also_dq) or name == "delta_count":
                 kind = {"counter": True}
+            elif name == "delta" and plan.owns_keys:
+                kind = {"late": "delta_count" in tensors}
             elif kind["writable"] and plan.heads is not None:
                 kind["own"] = _own(tensor, plan.heads, problem.num_heads_kv)
             if name == "gate_scores":  # gate ds writes tiles that are visited; others read them

@@ -39,6 +39,8 @@ class SimTensor:
         own: bool, of the tensor's shape: the elements that the kernel may touch, while all others
             stay as they are; None for all.
         sums: whether blocks add floats to it by bulk_add, one behind the other; it is copied back.
+        late: whether the kernel before writes it, and may run beside this one: a thread touches it
+            behind grid_dependency_wait(), or behind grid_starts_after_wait() and gmem_await().
     """
 
     name: str
@@ -49,6 +51,7 @@ class SimTensor:
     counter: bool = False
     shared: bool = False
     sums: bool = False
+    late: bool = False
     own: Tensor | None = None
 
 
@@ -88,6 +91,7 @@ class Placed:
             bytes=span * size,
             element_bytes=size,
             writable=self._kind(),
+            is_late=item.late,
             valid=self.valid.data_ptr(),
             writer=self.writer.data_ptr() if written else None,
             writer_site=self.writer_site.data_ptr() if written else None,

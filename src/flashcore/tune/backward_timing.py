@@ -72,6 +72,7 @@ class BackwardInputs:
         launches: list[Launch] = []
         self._pass(self.plans_with(plan), lambda *launch: launches.append(launch))
         for launch in launches:
+            launch[2].pop("delta_count", None)  # none runs beside another
             run_on_gpu(*launch)
         timed = [launch for launch in launches if plan.also_dq or launch[1] == plan]
 

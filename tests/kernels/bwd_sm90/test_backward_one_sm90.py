@@ -59,6 +59,7 @@ FAMILIES: dict[str, tuple[BwdTile | None, int, dict[str, Any]]] = {
         1,
         {"head_dim": 32, "head_dim_v": 32, "window": (40, 20)},
     ),
+    "shared-window": (None, 1, {"head_dim": 104, "head_dim_v": 104, "window": (70, 20)}),
 }
 BASE = {
     "batch": 2,
@@ -152,7 +153,6 @@ def test_what_one_kernel_cannot_do_says_why() -> None:
     for changed, word in (
         ({"head_dim": 136}, "128"),
         ({"head_dim_v": 104}, "above head_dim_v 96"),
-        ({"head_dim": 104, "window_left": 9}, "left bound"),
         ({"softcap": 1.0}, "soft-capping"),
     ):
         assert word in (obstacle(dataclasses.replace(problem, **changed)) or "")
@@ -164,7 +164,7 @@ def test_the_bits_are_the_same_whatever_the_schedule_and_the_shares(
 ) -> None:
     """Four tiles of keys; heads of a group; all heads at once, and a share at a time."""
     x = make_inputs(Case(seqlen_q=200, seqlen_k=450, head_dim=head_dim, head_dim_v=16, **HEADS))
-    options: dict[str, Any] = {"window": (300, 30) if head_dim == 32 else (-1, 30)}
+    options: dict[str, Any] = {"window": (300, 30)}
     problem, out, lse = forward(x.q, x.k, x.v, None, options)
     dout = torch.randn_like(out)
     ran: list[tuple[int, int] | None] = []
@@ -257,13 +257,18 @@ def test_one_kernel_computes_where_there_is_enough(monkeypatch: pytest.MonkeyPat
     [
         (64, 2048, 16, {}, True),
         (64, 2048, 15, {}, False),
-        (96, 1024, 32, {"causal": True}, True),
+        (96, 1024, 64, {"causal": True}, True),
+        (96, 1024, 63, {"causal": True}, False),
         (64, 1023, 999, {}, False),
-        (64, 4096, 999, {"window": (1024, 0)}, False),
+        (64, 4096, 999, {"window": (255, 0)}, True),
+        (64, 4096, 999, {"window": (254, 0)}, False),
+        (64, 4096, 999, {"window": (0, -1)}, True),
         (128, 2048, 31, {}, False),
         (128, 2048, 32, {}, True),
         (128, 2048, 32, {"causal": True}, False),
-        (128, 2048, 64, {"causal": True}, True),
+        (128, 2048, 128, {"causal": True}, True),
+        (128, 4096, 32, {"causal": True}, True),
+        (128, 4096, 32, {"window": (1024, 0)}, True),
         (64, 2048, 0, {}, False),
         (128, 1 << 20, 8, {}, False),  # one head's sums would take 512 MiB
     ],

@@ -43,6 +43,7 @@ struct Consumer {
   int index;
   int key_row;                      // first of its 64 keys
 //@if gate ds dv dk dq
+  BlockCoord block;
   GateScores gate;
 //@end
   KeyMaskStrip mask;                // of the warp's keys, for the batch and head
@@ -100,6 +101,17 @@ FC_DEVICE void round_gradient(Consumer& c, const AttnParams& p, SmemPtr<float> s
   if (ALSO_DQ) clear_behind(c.dscores, p.seqlen_k, c.key_row);
 }
 
+// The first row of a query tile whose `stats` have arrived; `walked`, where a walk has it. A debug
+// gate's scores are then those of its head.
+FC_DEVICE int own_begin(Consumer& c, const AttnParams& p, SmemPtr<float> stats, int walked) {
+  if (!ALSO_DQ) return walked;
+//@if gate ds dv dk dq
+  const int head = int(smem_load(stats + (2 * BLOCK_M + 1)));
+  c.gate = gate_scores_of<true>(p, c.block, c.block.head_idx + head);
+//@end
+  return int(smem_load(stats + 2 * BLOCK_M));
+}
+
 // One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this
 // one's left to the next. All else that is issued here is also waited for: ptxas serialises
 // products that are under way from one turn of a loop to the next.
@@ -122,6 +134,7 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
     await_do(bar, count);
   }
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
+  m_begin = own_begin(c, p, stats, m_begin);
   exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, end);
   if (HOLDS_PROBS) {
     wgmma_hold(c.probs);
@@ -172,8 +185,7 @@ FC_DEVICE void add_dq(Consumer& c, const Barriers& bar, const Buffers& smem, uin
 // waits for the other. dQ of the tile before that is added beside S^T.
 template <bool FIRST>
 FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
-                           const Buffers& smem, uint32_t count, int m_begin, bool is_second,
-                           int end) {
+                           const Buffers& smem, uint32_t count, bool is_second) {
   await_q(bar, count);
   issue_s(c.scores, smem, c.index, count);
   if (!FIRST) issue_dk(c.dk, c.dscores, smem, count - 1);
@@ -182,7 +194,8 @@ FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar
   wgmma_hold(c.scores);
   await_stats(bar, count);
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
-  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, end);
+  const int m_begin = own_begin(c, p, stats, 0);
+  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, 0);
   await_do(bar, count);
 //@if gate dv
   gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
@@ -221,9 +234,9 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
   if (OVERLAPS) {
     query_tile<true>(c, p, bar, smem, count, m_begin, m_end);
     ++count;
-    m_begin += QUERY_STEP;
+    m_begin += BLOCK_M;
   }
-  for (; count != end; ++count, m_begin += QUERY_STEP) {
+  for (; count != end; ++count, m_begin += BLOCK_M) {
     query_tile<false>(c, p, bar, smem, count, m_begin, m_end);
   }
   if (OVERLAPS) {
@@ -235,16 +248,13 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
 
 // The same with dQ shared.
 FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barriers& bar,
-                                 const Buffers& smem, uint32_t& count, int first_tile,
-                                 int num_tiles) {
+                                 const Buffers& smem, uint32_t& count, int num_tiles) {
   const uint32_t first = count;
   const uint32_t end = count + uint32_t(num_tiles);
-  int m_begin = first_tile * BLOCK_M;
-  shared_tile<true>(c, p, bar, smem, count, m_begin, false, 0);
+  shared_tile<true>(c, p, bar, smem, count, false);
   ++count;
-  m_begin += QUERY_STEP;
-  for (; count != end; ++count, m_begin += QUERY_STEP) {
-    shared_tile<false>(c, p, bar, smem, count, m_begin, count - first == 1, 0);
+  for (; count != end; ++count) {
+    shared_tile<false>(c, p, bar, smem, count, count - first == 1);
   }
   issue_dk(c.dk, c.dscores, smem, count - 1);
   if (num_tiles > 1) add_dq(c, bar, smem, count - 2);
@@ -277,20 +287,25 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
       await_stores();
       named_barrier_sync(STORE_BARRIER + c.index, 128);
     }
-    for (int head = 0; head < heads_per_kv; ++head) {
+    // The walks over one head's tiles each, or one over those of all heads of the group. Opaque, or
+    // ptxas spills 72 to 144 bytes where consumers share dQ.
+    const int num_walks = ALSO_DQ ? opaque(1) : heads_per_kv;
+    const int heads = ALSO_DQ ? heads_per_kv : 1;
+    for (int head = 0; head < num_walks; ++head) {
       c.mask = mask_strip(p, smem, c.index, c.key_row, block.batch_idx, block.head_idx + head);
 //@if gate ds dv dk dq
+      c.block = block;
       c.gate = gate_scores_of<true>(p, block, block.head_idx + head);
 //@end
-      const int before = own.begin - tiles.begin;
-      const int behind = tiles.end - own.end;
+      const int before = heads * (own.begin - tiles.begin);
+      const int behind = heads * (tiles.end - own.end);
       skip_tiles(bar, smem, c.index, count, ALSO_DQ ? behind : before);
       if (own.begin < own.end) {
-        const int num_tiles = own.end - own.begin;
+        const int num_tiles = heads * (own.end - own.begin);
         if constexpr (DQ_SHARED) {
-          accumulate_shared(c, sequence, bar, smem, count, walked_tile(own, 0), num_tiles);
+          accumulate_shared(c, sequence, bar, smem, count, num_tiles);
         } else {
-          accumulate(c, sequence, bar, smem, count, walked_tile(own, 0), num_tiles);
+          accumulate(c, sequence, bar, smem, count, own.begin, num_tiles);
         }
       }
       skip_tiles(bar, smem, c.index, count, ALSO_DQ ? before : behind);
@@ -341,7 +356,11 @@ FC_KERNEL(attn_bwd_dkdv_sm90, NUM_WARPS * 32, MIN_BLOCKS)
     init_barriers(bar);
   }
   block_sync();  // orders the initialisation before every use
-  grid_dependency_wait();
+  if (runs_beside_dq(params)) {
+    grid_starts_after_wait();
+  } else {
+    grid_dependency_wait();
+  }
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();

@@ -98,6 +98,11 @@ FC_DEVICE void load_own_stats(Consumer& c, const AttnBwdSm90Params& params, int 
                               const BlockCoord& block, const Buffers& smem) {
   c.stats = load_row_stats(params, block, smem.dout[c.slot], block.m_begin + c.index * 64,
                            seqlen_q);
+  warp_sync();  // orders reads of dO before its release, and writes of delta before the count
+  const int num_rows = min_i(seqlen_q - c.warp_row, 16);
+  if (!is_null(params.delta_count) && num_rows > 0 && lane_idx() == 0) {
+    gmem_release_add(params.delta_count, num_rows);
+  }
 }
 
 // S becomes P, times soft-capping's derivative. A mask tensor's part of the tile has been fetched.
@@ -248,7 +253,6 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
       }
     }
     const auto empty = bar.q_empty + c.slot;
-    warp_sync();  // orders every lane's reads of dO before the warp releases it
     if (HAS_OUT_BUFFER) arrive_for_warp(empty);
     const RowsInTensor rows = {params.dq_map, query_box(p, block), group_row, block.head_idx,
                                !PACKED || group_row < query_rows(p, block.batch_idx).count};
@@ -284,6 +288,7 @@ FC_KERNEL(attn_bwd_dq_sm90, NUM_WARPS * 32, MIN_BLOCKS)
   }
   block_sync();  // orders the initialisation before every use
   grid_dependency_wait();
+  if (!is_null(params.delta_count)) grid_launch_dependents();
 
   if (warp_idx() < 4) {
     lower_registers<PRODUCER_REGISTERS>();

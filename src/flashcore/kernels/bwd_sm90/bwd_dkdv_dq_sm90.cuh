@@ -111,18 +111,18 @@ FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, c
   const AttnParams& p = params.attn;
   uint32_t count = 0;
   for (int turn = 0;; ++turn) {
-    BlockCoord block = await_coord(bar, smem, turn);
+    const BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) break;
     const Range tiles = query_tiles(p, block.m_begin);
     // Nobody may be a tile ahead: K and V of this one are there, so those of the last are released.
     mbar_wait(bar.kv_full, turn % 2);
     mbar_arrive(bar.kv_empty);
-    for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++block.head_idx) {
-      const auto sums = sums_of(params, block.batch_idx, block.head_idx, 0);
-      const auto turns = turns_of(params, block.batch_idx, block.head_idx, 0);
-      for (int i = 0; i < tiles.end - tiles.begin; ++i, ++count) {
-        const int m_begin = walked_tile(tiles, i) * BLOCK_M;
-        const int rank = block.m_begin / BLOCK_N - key_tiles(p, m_begin).begin;
+    for (int i = 0; i < tiles.end - tiles.begin; ++i) {
+      const int m_begin = walked_tile(tiles, i) * BLOCK_M;
+      const int rank = block.m_begin / BLOCK_N - key_tiles(p, m_begin).begin;
+      for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++count) {
+        const auto sums = sums_of(params, block.batch_idx, block.head_idx + head, 0);
+        const auto turns = turns_of(params, block.batch_idx, block.head_idx + head, 0);
         add_part(smem, bar, part, count, sums, turns, m_begin, rank, p.seqlen_q);
       }
     }

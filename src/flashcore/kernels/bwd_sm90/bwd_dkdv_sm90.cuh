@@ -39,8 +39,10 @@ static_assert(NUM_PARTS <= 2, "two warps have nothing else to do");
 // With dQ the query tiles of a key tile are walked over from the last one on. So of two key tiles
 // side by side that start together the first one comes to a tile of queries first, or both at once,
 // whatever hides keys: none waits long for its turn to add.
-constexpr int QUERY_STEP = ALSO_DQ ? -BLOCK_M : BLOCK_M;
 
+// And at each query tile through the heads of a group: if each head's tiles were walked over by
+// themselves, a block would wait at every head for the block before, whose walk is longer under a
+// causal mask.
 // The query tile number `i` of a walk over some.
 FC_DEVICE int walked_tile(const Range& tiles, int i) {
   return ALSO_DQ ? tiles.end - 1 - i : tiles.begin + i;
@@ -74,7 +76,9 @@ using OutGroup = SmemTile<64, (HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V)>;
 constexpr int NUM_OUT_GROUPS = HAS_ROLES ? 0 : NUM_KEY_GROUPS;
 constexpr int OUT_FLOATS = OutGroup::BYTES / 4;  // of dQ
 static_assert(!DQ_SHARED || OUT_FLOATS >= 4 * DQ_FRAGS * SUMS_OF_FRAG, "room for dQ");
-constexpr int STATS_FLOATS = 2 * BLOCK_M;  // of one stage: lse in log2 units, delta
+// Of one stage: lse in log2 units, delta, and with dQ the tile's first row and head, which would
+// take registers of consumers.
+constexpr int STATS_FLOATS = 2 * BLOCK_M + (ALSO_DQ ? 4 : 0);
 
 constexpr int V_OFFSET = NUM_KEY_GROUPS * QkGroup::BYTES;
 constexpr int Q_OFFSET = V_OFFSET + NUM_KEY_GROUPS * VGroup::BYTES;
@@ -257,6 +261,29 @@ FC_DEVICE BlockCoord key_tile_coord(const AttnBwdSm90Params& params, const Walk&
   }
 }
 
+// Whether the kernel of dQ still runs. Then all but delta is there: that kernel lets this one start
+// once it has waited for those before it.
+FC_DEVICE bool runs_beside_dq(const AttnBwdSm90Params& params) {
+  return !ALSO_DQ && !is_null(params.delta_count);
+}
+
+// By one warp of each block, before it reads delta. The last one to have waited sets the counters
+// back to 0.
+FC_DEVICE void await_delta(const AttnBwdSm90Params& params) {
+  const AttnParams& p = params.attn;
+  const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
+  // Packed sequences share the rows of a head, of which there are seqlen_q in all.
+  const int num_heads = PACKED ? p.num_heads_q : params.schedule.num_heads * heads_per_kv;
+  const int num_rows = num_heads * p.seqlen_q;
+  const auto count = params.delta_count;
+  gmem_await(count, num_rows);
+  warp_sync();  // orders every lane's wait before the next launch's counts
+  if (lane_idx() == 0 && gmem_atomic_add(count + 1, 1) == num_blocks() - 1) {
+    gmem_atomic_add(count, -num_rows);
+    gmem_atomic_add(count + 1, -num_blocks());
+  }
+}
+
 // One thread: walks over the block's key tiles, and has TMA load K and V, and Q and dO as far ahead
 // as the stages allow.
 FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
@@ -269,6 +296,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     if (tile.done(p, params.schedule)) {
       smem_store(coord, NO_TILE);
       mbar_arrive(bar.coord_full + turn % 2);
+      if (runs_beside_dq(params)) grid_dependency_wait();  // so the kernel behind waits for both
       grid_launch_dependents();
       return;
     }
@@ -303,12 +331,14 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
       }
     }
 
-    int left = heads_per_kv * (tiles.end - tiles.begin);
+    const int num_tiles = tiles.end - tiles.begin;
+    int left = heads_per_kv * num_tiles;
     if (left == 0) tile.ask(p, params.schedule);
-    for (int head = 0; head < heads_per_kv; ++head) {
-      for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
+    for (int outer = 0; outer < (ALSO_DQ ? num_tiles : heads_per_kv); ++outer) {
+      for (int inner = 0; inner < (ALSO_DQ ? heads_per_kv : num_tiles); ++inner, ++count) {
         if (--left == 0) tile.ask(p, params.schedule);
-        const int row = q_box.row + walked_tile(tiles, m_block - tiles.begin) * BLOCK_M;
+        const int head = ALSO_DQ ? inner : outer;
+        const int row = q_box.row + walked_tile(tiles, ALSO_DQ ? outer : inner) * BLOCK_M;
         const int q_stage = stage_of<NUM_STAGES>(count);
         const auto q_full = bar.q_full + q_stage;
         mbar_wait(bar.q_empty + q_stage, parity_of<NUM_STAGES>(count) ^ 1);
@@ -351,20 +381,24 @@ FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
   const GmemPtr<const float> delta_gmem = {params.delta.address};
   const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
   uint32_t count = 0;
+  if (runs_beside_dq(params)) await_delta(params);
   for (int turn = 0;; ++turn) {
     BlockCoord block = await_coord(bar, smem, turn);
     if (block.m_begin == NO_TILE) return;
     const auto& own = own_params(p, block);
     const Range tiles = query_tiles(own, block.m_begin);
     const int first_row = PACKED ? query_rows<true>(p, block.batch_idx).begin : 0;
-    for (int head = 0; head < heads_per_kv; ++head, ++block.head_idx) {
-      for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
+    const int num_tiles = tiles.end - tiles.begin;
+    const int first_head = block.head_idx;
+    for (int outer = 0; outer < (ALSO_DQ ? num_tiles : heads_per_kv); ++outer) {
+      for (int inner = 0; inner < (ALSO_DQ ? heads_per_kv : num_tiles); ++inner, ++count) {
+        block.head_idx = first_head + (ALSO_DQ ? inner : outer);
         float lse[ROWS_OF_LANE], delta[ROWS_OF_LANE];
         bool is_empty[ROWS_OF_LANE];
         bool some_empty = false;
 #pragma unroll
         for (int i = 0; i < ROWS_OF_LANE; ++i) {
-          const int m_begin = walked_tile(tiles, m_block - tiles.begin) * BLOCK_M;
+          const int m_begin = walked_tile(tiles, ALSO_DQ ? outer : inner) * BLOCK_M;
           const int row = m_begin + i * 32 + lane_idx();
           lse[i] = POS_INF;
           delta[i] = 0.0f;
@@ -387,6 +421,10 @@ FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
           if (BLOCK_M % 32 != 0 && row >= BLOCK_M) continue;
           smem_store(stats + row, lse[i]);
           smem_store(stats + (BLOCK_M + row), delta[i]);
+        }
+        if (ALSO_DQ && lane_idx() == 0) {  // exactly, up to 2^30 rows
+          smem_store(stats + 2 * BLOCK_M, float(walked_tile(tiles, outer) * BLOCK_M));
+          smem_store(stats + (2 * BLOCK_M + 1), float(inner));
         }
         // Here always, not only to clear: who skips a phase takes the one before for it.
         const int do_stage = stage_of<NUM_DO_STAGES>(count);

@@ -45,6 +45,9 @@ struct AttnBwdSm90Params {
   GmemPtr<int32_t> dq_turns;    // see turns_of
   int32_t first_head_q;         // of all batches' heads, the first that the launch takes: of q,
   int32_t first_head_kv;        // of k and v; read only where several blocks add up dQ
+  // Where the kernel of dK and dV runs beside that of dQ: rows whose delta has been written, and
+  // blocks that have waited for all of them. Null where it runs behind.
+  GmemPtr<int32_t> delta_count;
 };
 
 // 64 rows of a warpgroup: of Q, K or their gradients, and of V, dO or dV.

@@ -20,7 +20,8 @@ from flashcore.problem.memory_layout import strides_of
 _ELEMENT_BYTES = 2
 MAPS = ("q", "k", "v", "dout", "dq", "dk", "dv")
 LENGTHS = ("seqlens_k", "cu_seqlens_q", "cu_seqlens_k")  # those that a problem may have
-POINTERS = ("dlse", "delta", "dq_sums", "dmask", "dmask_shares", "dq_turns")  # besides AttnParams'
+# Besides AttnParams'.
+POINTERS = ("dlse", "delta", "dq_sums", "dmask", "dmask_shares", "dq_turns", "delta_count")
 
 
 class MaskGradient(ctypes.Structure):
@@ -35,12 +36,13 @@ def _fields(attn: type[AttnParams]) -> list[tuple[str, Any]]:
         ("attn", attn),
         ("num_heads", ctypes.c_int32),
         ("heads_per_section", ctypes.c_int32),
-        *((name, ctypes.c_void_p) for name in POINTERS if name != "dq_turns"),
+        *((name, ctypes.c_void_p) for name in POINTERS[:5]),
         ("mask_gradient", MaskGradient),
         ("dq_turns", ctypes.c_void_p),
         ("first_head_q", ctypes.c_int32),
         ("first_head_kv", ctypes.c_int32),
-        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(attn) + 80) % 64)),
+        ("delta_count", ctypes.c_void_p),
+        ("padding", ctypes.c_uint8 * (-(ctypes.sizeof(attn) + 88) % 64)),
     ]
 
 

@@ -188,7 +188,7 @@ class BwdSm90Plan(Plan):
         elements = self.block_n * (qk_cols + v_cols + out_cols)
         elements += self.block_m * ROWS_OF_CONSUMER * self.has_roles
         elements += self.block_m * (self.num_stages * qk_cols + self.other_stages * v_cols)
-        stats = self.num_stages * 2 * self.block_m * 4
+        stats = self.num_stages * (2 * self.block_m + 4 * self.also_dq) * 4
         num_barriers = 6 + 3 * self.num_stages + 2 * self.other_stages
         if self.also_dq:
             elements += self.ds_stages * self.block_m * self.block_n

@@ -112,8 +112,6 @@ def obstacle(problem: Problem) -> str | None:
     chunk = tiles_sm90.chunk_of(problem.head_dim, problem.head_dim_v)
     if max(problem.head_dim, problem.head_dim_v) > 96 and qk_cols // chunk % 2:
         return "above head_dim_v 96 one kernel for dq, dk and dv takes no such head_dim"
-    if max(problem.head_dim, problem.head_dim_v) > 96 and problem.window_left >= 0:
-        return "above head_dim 96 one kernel takes no window with a left bound"
     if problem.mask is not None or problem.softcap != 0.0:
         return "dq, dk and dv by one kernel take neither a mask tensor nor soft-capping"
     if problem.varlen != "none":
@@ -149,11 +147,16 @@ def pays(problem: Problem, num_bytes: int) -> bool:
 def least_tiles(problem: Problem) -> int:
     """Return how many tiles of keys, of all heads that are computed at a time, make one kernel
     faster than two. Measured on an H200 (2026-11-30), bfloat16; see docs/backward.md."""
-    if problem.seqlen_q < 1024 or problem.window_left >= 0:  # with a left bound not measured
+    if problem.seqlen_q < 1024:
         return _NEVER
+    left, right = problem.window_left, problem.window_right
+    if min(left, right) >= 0 and left + right + 1 < 256:
+        return _NEVER  # not measured; at 256 one kernel is 1.07 to 1.09 times as fast
     if max(problem.head_dim, problem.head_dim_v) <= 96:
-        return 256
-    return 1024 if problem.window_right >= 0 else 512
+        return 512 if is_bounded(problem) else 256
+    if not is_bounded(problem):
+        return 512
+    return 1024 if problem.seqlen_q >= 4096 else 2048
 
 
 def _sums_bytes(problem: Problem) -> int:

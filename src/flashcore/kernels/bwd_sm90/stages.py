@@ -66,7 +66,7 @@ OUTSIDE = {
     "schedule": "fwd_sm90/schedule_sm90.cuh, tile/sequence.cuh: which tiles a block takes, and who "
     "has read its coordinates",
     "load": "produce and load_stats: which stage, which parity, how many bytes, who gave the stage "
-    "back, and whether rows were cleared in sight of the tensor cores",
+    "back, whether rows were cleared in sight of the tensor cores, and await_delta",
     "store": "store_rows and store_in_place: what lies in the buffer that a gradient leaves "
     "through, its barrier, proxy fence and the wait for the store before it",
 }
@@ -84,6 +84,7 @@ PHASES = {
     "key_tile_coord": "schedule",
     "produce": "load",
     "load_stats": "load",
+    "await_delta": "load",
     "clear_rows": "load",
     "load_row_stats": "delta",
     "issue_s": "ds",

@@ -6,4 +6,5 @@
 #include "host/types.cuh"
 
 FC_DEVICE void grid_dependency_wait() { fc_host::grid_dependency_wait(); }
+FC_DEVICE void grid_starts_after_wait() { fc_host::grid_starts_after_wait(); }
 FC_DEVICE void grid_launch_dependents() {}

@@ -9,6 +9,10 @@ FC_DEVICE void grid_dependency_wait() {
 #endif
 }
 
+// Instead, where the kernel before this one let it start only behind its own wait, and what that
+// kernel writes is waited for otherwise.
+FC_DEVICE void grid_starts_after_wait() {}
+
 // Lets the next kernel's blocks start where there is room; they wait as this one did.
 FC_DEVICE void grid_launch_dependents() {
 #if __CUDA_ARCH__ >= 900

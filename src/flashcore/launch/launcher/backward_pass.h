@@ -25,7 +25,7 @@ using PassKey = std::array<uint64_t, kPassKeyFields>;
 struct PassKernel : Kernel {
   std::vector<std::array<int64_t, 2>> pointers;
   std::vector<std::array<int64_t, 3>> maps;
-  int64_t counter_offset = -1;
+  std::vector<std::array<int64_t, 2>> counters;
 };
 
 // A prepared backward pass; see PassEntry in types.py. It never changes once it is made.
@@ -38,7 +38,7 @@ struct Pass {
   std::vector<PassKernel> kernels;
   std::vector<Made> made;
   std::array<size_t, 3> gradients{};
-  bool draws_tiles = false;
+  int64_t num_counters = 0;
 };
 
 // What found a call, a Python object, and its backward passes, the latest first; autograd's nodes
@@ -86,9 +86,8 @@ std::shared_ptr<const Pass> read_pass(const py::tuple& fields) {
     read_kernel(of_kernel, 1, &kernel);
     kernel.pointers = of_kernel[6].cast<decltype(kernel.pointers)>();
     kernel.maps = of_kernel[7].cast<decltype(kernel.maps)>();
-    kernel.counter_offset = of_kernel[8].cast<int64_t>();
+    kernel.counters = of_kernel[8].cast<decltype(kernel.counters)>();
     if (kernel.argument.size() > kMaxArgumentBytes) return nullptr;
-    pass->draws_tiles = pass->draws_tiles || kernel.counter_offset >= 0;
     pass->kernels.push_back(std::move(kernel));
   }
   for (const py::handle item : fields[2].cast<py::tuple>()) {
@@ -98,6 +97,7 @@ std::shared_ptr<const Pass> read_pass(const py::tuple& fields) {
          made[2].cast<int>()});
   }
   pass->gradients = fields[3].cast<std::array<size_t, 3>>();
+  pass->num_counters = fields[4].cast<int64_t>();
   return pass;
 }
 
@@ -135,7 +135,7 @@ std::shared_ptr<const Pass> pass_for(
 
 // Allocates and launches; returns dq, dk and dv, or nothing where a launch fails.
 torch::autograd::variable_list launch_pass(
-    const Pass& pass, void* stream, void* counter, const PassTensors& tensors) {
+    const Pass& pass, void* stream, void* counters, const PassTensors& tensors) {
   std::vector<at::Tensor> made;
   std::vector<uint64_t> addresses;
   for (const at::Tensor& x : tensors) {
@@ -153,8 +153,9 @@ torch::autograd::variable_list launch_pass(
     for (const auto& [offset, place] : kernel.pointers) {
       std::memcpy(argument + offset, &addresses[place], sizeof(uint64_t));
     }
-    if (kernel.counter_offset >= 0) {
-      std::memcpy(argument + kernel.counter_offset, &counter, sizeof(counter));
+    for (const auto& [offset, bytes_behind] : kernel.counters) {
+      const uint64_t address = reinterpret_cast<uint64_t>(counters) + uint64_t(bytes_behind);
+      std::memcpy(argument + offset, &address, sizeof(address));
     }
     for (const auto& [offset, place, shift] : kernel.maps) {
       void* const base = reinterpret_cast<void*>(addresses[place] - static_cast<uint64_t>(shift));
@@ -170,7 +171,7 @@ torch::autograd::variable_list launch_pass(
 torch::autograd::variable_list prepared_gradients(Known& known, const PassTensors& tensors) {
   PassKey key;
   std::shared_ptr<const Pass> pass;
-  void *stream = nullptr, *counter = nullptr;
+  void *stream = nullptr, *counters = nullptr;
   const bool is_seen = !nobody_watches();
   {
     const py::gil_scoped_acquire acquired;
@@ -178,11 +179,11 @@ torch::autograd::variable_list prepared_gradients(Known& known, const PassTensor
       pass = pass_for(known, key, tensors);
       if (pass == nullptr || ask(state.current_device, nullptr) != pass->device) return {};
       stream = current_stream(pass->device);
-      counter = counters_for(pass->device, pass->draws_tiles ? 1 : 0, stream);
+      counters = counters_for(pass->device, pass->num_counters, stream);
     }
   }
   if (pass != nullptr) {
-    auto gradients = launch_pass(*pass, stream, counter, tensors);
+    auto gradients = launch_pass(*pass, stream, counters, tensors);
     if (!gradients.empty()) return gradients;
   }
   // Python tries again, after binding a context perhaps, or says what is wrong.

@@ -18,6 +18,10 @@ from flashcore.sim.plants.bwd_mask_sm90 import (
     PLANTS_BWD_MASKED_DQ_SM90,
     PLANTS_BWD_MASKED_SM90,
 )
+from flashcore.sim.plants.bwd_sm90.beside import (
+    PLANTS_BWD_BESIDE_DQ_SM90,
+    PLANTS_BWD_BESIDE_SM90,
+)
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
@@ -119,12 +123,14 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
     },
     DQ_KERNEL: {
         **PLANTS_BWD_DQ_SM90,
+        **PLANTS_BWD_BESIDE_DQ_SM90,
         **PLANTS_BWD_PACKED_DQ_SM90,
         **PLANTS_BWD_MASKED_DQ_SM90,
     },
     DMASK_KERNEL: PLANTS_BWD_MASK_SM90,
     DKDV_KERNEL: {
         **PLANTS_BWD_DKDV_SM90,
+        **PLANTS_BWD_BESIDE_SM90,
         **PLANTS_BWD_ROLES_SM90,
         **PLANTS_BWD_ONE_SM90,
         **PLANTS_BWD_ORDER_SM90,

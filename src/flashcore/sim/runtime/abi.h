@@ -17,6 +17,7 @@ struct FcTensor {
   // 0: an input, 1: an output, 2: a counter, for atomics alone, 3: an output that other threads may
   // read, 4: sums that blocks add to, one behind the other.
   int32_t writable;
+  int32_t is_late;  // written by the kernel before, which may run beside this one
   const uint8_t* valid;  // per element of `data`: 1 where the tensor has an element, 0 in a hole
   uint32_t* writer;  // writable: 0, or 1 + block * num_threads + thread of who wrote the element
   uint32_t* writer_site;  // writable: packed site of that write

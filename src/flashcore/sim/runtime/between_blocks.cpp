@@ -61,6 +61,8 @@ void await_counter(uint64_t address, int value, Site site) {
     schedule(me);
   }
   learn_of_blocks(address);
+  Access& access = m.threads[size_t(me)].access;  // the counter may be one of the kernel before
+  if (access == Access::all_but_late) access = Access::all;
 }
 
 void wake_at_counters() {

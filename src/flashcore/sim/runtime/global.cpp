@@ -16,7 +16,11 @@ static int tensor_of(uint64_t address) {
   return index >= 0 && index < machine.launch.num_tensors ? int(index) : -1;
 }
 
-void grid_dependency_wait() { machine.threads[size_t(current_thread)].may_access_tensors = true; }
+void grid_dependency_wait() { machine.threads[size_t(current_thread)].access = Access::all; }
+
+void grid_starts_after_wait() {
+  machine.threads[size_t(current_thread)].access = Access::all_but_late;
+}
 
 static const FcTensor& locate(uint64_t address, int bytes, int alignment, const char* doing,
                               Site site, int64_t& offset) {
@@ -31,7 +35,8 @@ static const FcTensor& locate(uint64_t address, int bytes, int alignment, const 
   const int64_t element = offset >= 0
                               ? offset / tensor.element_bytes
                               : -((-offset + tensor.element_bytes - 1) / tensor.element_bytes);
-  if (!machine.threads[size_t(current_thread)].may_access_tensors) {
+  const Access access = machine.threads[size_t(current_thread)].access;
+  if (access == Access::none || (access == Access::all_but_late && tensor.is_late)) {
     raise_alarm({"early-access", site, tensor.name, element, index},
                 "%s global memory, and its thread has not waited by grid_dependency_wait() for the "
                 "kernels before this one, which may still be at it",

@@ -88,6 +88,10 @@ struct AsyncCopy {
   PackedSite site;
 };
 
+// What a thread may touch of global memory: of the kernels before this one it knows nothing; that
+// they have ended but for the last one, whose results are `late`; or that those are there, too.
+enum class Access { none, all_but_late, all };
+
 struct Thread {
   Fiber fiber;
   ThreadState state;
@@ -96,7 +100,7 @@ struct Thread {
   int open_group;                 // number of cp.async groups committed so far
   std::vector<AsyncCopy> copies;  // not waited for yet, in order of issue
   int mbarrier;                   // that it waits at
-  bool may_access_tensors;        // the kernels before this one have ended, as far as it knows
+  Access access;
   int store_slot;                 // of its bulk stores, or -1
   int empty_groups;               // of bulk stores, committed before the first store
 };

@@ -327,7 +327,7 @@ void begin_block(int block) {
     thread.open_group = 0;
     thread.site = {"", 0};
     thread.copies.clear();
-    thread.may_access_tensors = m.launch.starts_early == 0;
+    thread.access = m.launch.starts_early ? Access::none : Access::all;
     thread.store_slot = -1;
     thread.empty_groups = 0;
     set_runnable(t);

@@ -23,6 +23,7 @@ namespace fc_host {
 
 // Of a launch that starts early: this thread may touch global memory from now on.
 void grid_dependency_wait();
+void grid_starts_after_wait();  // but for what the kernel before writes, unless by gmem_await
 
 // mbarriers. An arrival releases what its thread has seen; a wait or a test that succeeds acquires
 // it.

@@ -184,7 +184,8 @@ _OF_DQ = (
         name="dout-read-late",
         title="a row tile's dO is released while lanes still read it",
         file=_DQ,
-        find="    warp_sync();  // orders every lane's reads of dO before the warp releases it\n",
+        find="  warp_sync();  // orders reads of dO before its release, and writes of delta before"
+        " the count\n",
         replace="\n",
         caught_by="race",
     ),
@@ -324,8 +325,8 @@ _OF_PADDED = (
         name="longest-instead-of-own",
         title="the diagonal of every sequence is that of the longest",
         file=_DKDV,
-        find="          accumulate(c, sequence, bar, smem, count, walked_tile(own, 0), num_tiles);",
-        replace="          accumulate(c, p, bar, smem, count, walked_tile(own, 0), num_tiles);",
+        find="          accumulate(c, sequence, bar, smem, count, own.begin, num_tiles);",
+        replace="          accumulate(c, p, bar, smem, count, own.begin, num_tiles);",
         caught_by="wrong-result",
     ),
 )
