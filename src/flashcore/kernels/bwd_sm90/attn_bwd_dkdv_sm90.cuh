@@ -184,7 +184,7 @@ FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
   exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, 0);
   await_do(bar, count);
-  if (FIRST) mbar_wait(bar.v_full, turn % 2);
+  if (FIRST && ENDS_IN_PLACE) mbar_wait(bar.v_full, turn % 2);
 //@if gate dv
   gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
 //@end
@@ -260,7 +260,7 @@ FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barrier
 // dK and dV with dQ shared go where V and dS lay, so that neither waits for the other; K of the next
 // tile arrives meanwhile. Behind them dQ of the last tile is handed over, if there is one; `count`
 // tiles were walked over.
-FC_DEVICE void store_shared(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
+FC_DEVICE void store_in_places(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
                             const Buffers& smem, const BlockCoord& block, uint32_t count,
                             bool has_tiles, int turn) {
   const AttnParams& p = params.attn;
@@ -295,7 +295,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     clear(c.dk);
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);
-    if (DQ_SHARED) {  // dS may lie where dK lay, says who sent that on its way
+    if (DQ_SHARED) {  // dQ or dS may lie where dK lay, says who sent that
       await_stores();
       named_barrier_sync(STORE_BARRIER + c.index, 128);
     }
@@ -310,7 +310,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
       if (own.begin < own.end) {
         const int num_tiles = own.end - own.begin;
         if constexpr (DQ_SHARED) {
-          const bool is_last = head == heads_per_kv - 1;
+          const bool is_last = ENDS_IN_PLACE && head == heads_per_kv - 1;
           accumulate_shared(c, sequence, bar, smem, count, walked_tile(own, 0), num_tiles, turn,
                             is_last);
         } else {
@@ -321,21 +321,22 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     }
     warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
     arrive_for_warp(bar.kv_empty);
-    if constexpr (DQ_SHARED) {
-      store_shared(c, params, bar, smem, block, count, own.begin < own.end, turn);
+    if constexpr (ENDS_IN_PLACE) {
+      store_in_places(c, params, bar, smem, block, count, own.begin < own.end, turn);
       continue;
     }
     // Read again, as a register that held it all along would be one too many.
     const int num_keys = VARLEN != 0 ? own_params(p, block).seqlen_k : 0;
     clear_behind(c.dv, num_keys, c.key_row);
     clear_behind(c.dk, num_keys, c.key_row);
-    const OutGroup out = smem.out[c.index * OUT_BUFFERS];
-    store_rows<OUT_BUFFERS - 1>(c.dv, 1.0f, out.as<VGroup>(),
-                                rows_of_keys(params.dv_map, p, block, c.key_row, num_keys),
-                                STORE_BARRIER + c.index);
-    store_rows<OUT_BUFFERS - 1>(c.dk, p.softmax_scale, out[OUT_BUFFERS - 1].as<QkGroup>(),
-                                rows_of_keys(params.dk_map, p, block, c.key_row, num_keys),
-                                STORE_BARRIER + c.index);
+    const OutGroup out = smem.out[c.index];
+    if (DQ_SHARED) await_dq_read(bar, c.index, count);  // it lay there
+    store_rows(c.dv, 1.0f, out.as<VGroup>(),
+               rows_of_keys(params.dv_map, p, block, c.key_row, num_keys),
+               STORE_BARRIER + c.index);
+    store_rows(c.dk, p.softmax_scale, out.as<QkGroup>(),
+               rows_of_keys(params.dk_map, p, block, c.key_row, num_keys),
+               STORE_BARRIER + c.index);
   }
   await_stores();  // shared memory must outlive them
 }
@@ -350,7 +351,7 @@ FC_KERNEL(attn_bwd_dkdv_sm90, NUM_WARPS * 32, MIN_BLOCKS)
       {smem_view<Element>(DO_OFFSET, NUM_DO_STAGES * DoTile::ELEMENTS, "dout_smem")},
       {smem_view<Element>(OUT_OFFSET, NUM_OUT_GROUPS * OutGroup::ELEMENTS, "out_smem")},
       {smem_view<Element>(DS_OFFSET, NUM_DS_TILES * DsTile::ELEMENTS, "ds_smem")},
-      smem_view<float>(DQ_OFFSET, DQ_FLOATS, "dq_smem"),
+      smem_view<float>(DQ_SHARED ? OUT_OFFSET : DQ_OFFSET, NUM_PLACES * PLACE_FLOATS, "dq_smem"),
       smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),
       smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
       smem_view<float>(STATS_OFFSET, NUM_STAGES * STATS_FLOATS, "stats_smem"),

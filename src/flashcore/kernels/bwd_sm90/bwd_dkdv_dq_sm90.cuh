@@ -73,6 +73,11 @@ FC_DEVICE void hand_over_dq(const WmmaAccum (&dq)[DQ_FRAGS], const Buffers& smem
   arrive_for_warp(bar.sums_full + place.number);
 }
 
+// Until a consumer's part of the last tile has left shared memory; `count` tiles were walked over.
+FC_DEVICE void await_dq_read(const Barriers& bar, int part, uint32_t count) {
+  mbar_wait(bar.sums_empty + part, parity_of<1>(count) ^ 1);
+}
+
 // --- dQ on its way out ---------------------------------------------------------------------------
 
 // Adds a part of dQ of a query tile from row m_begin on, the tile number `count`, to a head's sums,
@@ -153,11 +158,6 @@ FC_DEVICE void issue_own_dq(WmmaAccum (&dq)[DQ_FRAGS], const Barriers& bar, cons
 
 // --- dQ by a warpgroup of its own ----------------------------------------------------------------
 
-FC_DEVICE void release_k(const Barriers& bar) {
-  warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
-  arrive_for_warp(bar.kv_empty);
-}
-
 FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
                           const Buffers& smem) {
   const AttnParams& p = params.attn;
@@ -168,7 +168,6 @@ FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
     if (block.m_begin == NO_TILE) break;
     const Range tiles = query_tiles(p, block.m_begin);
     mbar_wait(bar.kv_full, turn % 2);
-    int left = p.num_heads_q / p.num_heads_kv * (tiles.end - tiles.begin);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
         const int stage = stage_of<NUM_DS_STAGES>(count);
@@ -178,14 +177,12 @@ FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
           issue_dq(dq, smem, group, 0, count);
           wgmma_wait<0>();
           wgmma_hold(dq);
-          if (group == ROW_GROUPS - 1) {
-            arrive_for_warp(bar.ds_empty + stage);
-            if (--left == 0) release_k(bar);  // before a wait for room
-          }
+          if (group == ROW_GROUPS - 1) arrive_for_warp(bar.ds_empty + stage);
           hand_over_dq(dq, smem, bar, group, count);
         }
       }
     }
-    if (tiles.begin >= tiles.end) release_k(bar);
+    warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
+    arrive_for_warp(bar.kv_empty);
   }
 }

@@ -71,12 +71,16 @@ static_assert(!DQ_SHARED || (ROW_GROUPS == 1 && QK_CHUNKS % NUM_CONSUMERS == 0),
 static_assert(!DQ_SHARED || (OVERLAPS && !EARLY_DP), "the order in which shared_tile issues");
 static_assert(!DQ_SHARED || NUM_DS_STAGES > 1, "dS is handed over before dQ of the tile before");
 constexpr int PLACE_FLOATS = 4 * DQ_FRAGS * SUMS_OF_FRAG;  // of what is added apart
-constexpr int DQ_FLOATS = NUM_PLACES * PLACE_FLOATS;
-// dV and dK on their way out. With roles they leave through the places of V and K; with dQ shared
-// through those of V and dS.
+constexpr int DQ_FLOATS = DQ_ROLE ? NUM_PLACES * PLACE_FLOATS : 0;
+// dV and dK on their way out, and in between, if it is shared, dQ. With roles dK and dV leave
+// through the places of K and V.
 using OutGroup = SmemTile<64, (HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V)>;
-constexpr int OUT_BUFFERS = DQ_ROLE ? 2 : 1;  // of a consumer: with two dK does not wait for dV
-constexpr int NUM_OUT_GROUPS = HAS_ROLES || DQ_SHARED ? 0 : NUM_KEY_GROUPS * OUT_BUFFERS;
+constexpr int NUM_OUT_GROUPS = HAS_ROLES ? 0 : NUM_KEY_GROUPS;
+static_assert(!DQ_SHARED || OutGroup::BYTES / 4 == PLACE_FLOATS, "room for dQ");
+// Under a bound, where a key tile has few tiles of queries, dK leaves through the place of dS and
+// dV through that of V, so that neither waits for the other, nor for a turn to add dQ. (Without a
+// bound that takes 2 % more time.)
+constexpr bool ENDS_IN_PLACE = DQ_SHARED && IS_BOUNDED;
 constexpr int STATS_FLOATS = 2 * BLOCK_M;  // of one stage: lse in log2 units, delta
 
 constexpr int V_OFFSET = NUM_KEY_GROUPS * QkGroup::BYTES;
@@ -100,7 +104,7 @@ static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
 // 64 keys of dK where a consumer's keys of dS lay, 64 columns in each of the buffers.
 struct DkInDs {
   static constexpr int CHUNKS = QK_CHUNKS;
-  static_assert(!DQ_SHARED || QK_CHUNKS * CHUNK <= NUM_DS_STAGES * 64, "room for dK");
+  static_assert(!ENDS_IN_PLACE || QK_CHUNKS * CHUNK <= NUM_DS_STAGES * 64, "room for dK");
 
   SmemPtr<Element> smem;  // the consumer's first key in the first buffer
 
@@ -119,7 +123,7 @@ struct Buffers {
   VGroup v;
   QTile q;  // one a stage
   DoTile dout;
-  OutGroup out;  // OUT_BUFFERS a consumer: dV and dK on their way out, one after the other
+  OutGroup out;  // one a consumer: dV and dK on their way out, one after the other
   DsTile ds;     // one a stage of its own
   SmemPtr<float> dq;
   SmemPtr<uint32_t> probs;
@@ -132,7 +136,7 @@ struct Buffers {
 // A `full` barrier completes when what it guards has arrived, an `empty` one when all have read it.
 struct Barriers {
   SmemPtr<uint64_t> coord_full;  // two in turn, for who has read one may not yet have met the next
-  SmemPtr<uint64_t> kv_full, kv_empty;  // with dQ shared of K alone
+  SmemPtr<uint64_t> kv_full, kv_empty;  // of K alone if it ENDS_IN_PLACE,
   SmemPtr<uint64_t> v_full, v_empty;    // and these of V
   SmemPtr<uint64_t> probs_full, probs_empty;  // with roles
   SmemPtr<uint64_t> q_full, q_empty, stats_full;  // one a stage
@@ -307,7 +311,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     // Behind a sequence's last key no box may start (make_ragged in fwd_sm90/params.py).
     const bool has_keys = !KEY_LENGTHS || block.m_begin < own.seqlen_k;
     if (has_keys) {
-      constexpr int BYTES = QkGroup::BYTES + (DQ_SHARED ? 0 : VGroup::BYTES);
+      constexpr int BYTES = QkGroup::BYTES + (ENDS_IN_PLACE ? 0 : VGroup::BYTES);
       mbar_arrive_expect_tx(bar.kv_full, NUM_KEY_GROUPS * BYTES);
     } else {
       mbar_arrive(bar.kv_full);
@@ -326,14 +330,14 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
                  k_box.row + row_of(group), block.head_idx_kv, k_box.batch);
       }
     }
-    if (DQ_SHARED) {  // dV may still be on its way out there
+    if (ENDS_IN_PLACE) {  // dV may still be on its way out there
       mbar_wait(bar.v_empty, turn % 2 ^ 1);
       mbar_arrive_expect_tx(bar.v_full, NUM_KEY_GROUPS * VGroup::BYTES);
     }
     for (int group = 0; has_keys && group < NUM_KEY_GROUPS; ++group) {
       for (int c = 0; c < V_CHUNKS; ++c) {
-        tma_load(smem.v.chunk_of(group, c), params.v_map, DQ_SHARED ? bar.v_full : bar.kv_full,
-                 c * CHUNK, v_box.row + row_of(group), block.head_idx_kv, v_box.batch);
+        tma_load(smem.v.chunk_of(group, c), params.v_map,
+                 ENDS_IN_PLACE ? bar.v_full : bar.kv_full, c * CHUNK, v_box.row + row_of(group), block.head_idx_kv, v_box.batch);
       }
     }
 

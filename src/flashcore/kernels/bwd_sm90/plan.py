@@ -178,9 +178,7 @@ class BwdSm90Plan(Plan):
         if self.is_dq:
             return self._dq_smem_bytes(*self.dq_buffers)
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
-        out_cols = max(qk_cols, v_cols) * (2 if self.has_dq_role else 1)
-        if self.has_roles or (self.also_dq and not self.has_dq_role):
-            out_cols = 0
+        out_cols = 0 if self.has_roles else max(qk_cols, v_cols)
         elements = self.block_n * (qk_cols + v_cols + out_cols)
         elements += self.block_m * ROWS_OF_CONSUMER * self.has_roles
         elements += self.block_m * (self.num_stages * qk_cols + self.other_stages * v_cols)
@@ -188,9 +186,8 @@ class BwdSm90Plan(Plan):
         num_barriers = 8 + 3 * self.num_stages + 2 * self.other_stages
         if self.also_dq:
             elements += self.ds_stages * self.block_m * self.block_n
-            # Of four bytes: two of 64 rows, whether of one tile or of two, or of half the columns.
-            dq_cols = 2 * padded_to_16(self.head_dim) if self.has_dq_role else qk_cols
-            elements += 2 * ROWS_OF_CONSUMER * dq_cols
+            if self.has_dq_role:  # of four bytes: two of 64 rows, of one tile or of two
+                elements += 2 * ROWS_OF_CONSUMER * 2 * padded_to_16(self.head_dim)
             num_barriers += 2 * self.ds_stages + 2 * 2
         others = stats + _BARRIER_BYTES * num_barriers + _COORD_BYTES + self._feed_bytes
         return 2 * elements + self.mask_bytes + others
