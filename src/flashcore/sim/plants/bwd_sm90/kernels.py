@@ -139,7 +139,7 @@ _OF_ONE_WARPGROUP = (
         name="dk-over-dv",
         title="dK overwrites dV in shared memory while that leaves",
         file=_SHARED,
-        find="  if (leads) tma_store_wait_read<0>();  // of what lay here before",
+        find="  if (leads) tma_store_wait_read<PENDING>();  // of what lay here before",
         replace="  // of what lay here before",
         caught_by="race",
     ),
