@@ -247,8 +247,8 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
   }
 }
 
-// The same with dQ shared, of the block's key tile number `turn`. If it ENDS_IN_PLACE, dQ of the last
-// tile stays in registers: dK and dV shall not wait for a turn to add.
+// The same with dQ shared, of the block's key tile number `turn`. If it ENDS_IN_PLACE, dQ of the
+// last tile stays in registers: dK and dV shall not wait for a turn to add.
 FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barriers& bar,
                                  const Buffers& smem, uint32_t& count, int num_tiles, int turn) {
   const uint32_t first = count;
@@ -267,8 +267,8 @@ FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barrier
   if (!ENDS_IN_PLACE) add_dq(c, bar, smem, count - 1);
 }
 
-// dK and dV with dQ shared go where V and dS lay, so that neither waits for the other; K of the next
-// tile arrives meanwhile. Behind them dQ of the last tile is handed over, if there is one; `count`
+// dK and dV with dQ shared go where dS and V lay, so that neither waits for the other; K of the
+// next tile arrives meanwhile. Behind them dQ of the last tile is handed over, if there is one; `count`
 // tiles were walked over.
 FC_DEVICE void store_in_places(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
                             const Buffers& smem, const BlockCoord& block, uint32_t count,

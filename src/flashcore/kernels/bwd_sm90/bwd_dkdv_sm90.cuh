@@ -34,10 +34,9 @@ constexpr bool BY_PAIRS = ALSO_DQ && !KEEPS_P && !IS_FLOAT16<Element>;
 
 // Of what is added up of dQ: 64 rows, or the columns of one of the consumers that share it.
 constexpr int NUM_PARTS = !ALSO_DQ ? 0 : DQ_SHARED ? NUM_CONSUMERS : (BLOCK_M + 63) / 64;
-// Two threads of the producer's warpgroup add: a part each, or every other tile. An add, until it is
-// complete, and the count of it take some 3000 clocks, which is a tile's time.
-constexpr int NUM_ADDERS = ALSO_DQ ? 2 : 0;
-constexpr int NUM_PLACES = NUM_ADDERS;  // of parts on their way out: none is of two threads
+// Two threads of the producer's warpgroup add: a part each, or every other tile. An add, until it
+// is complete, and the count of it take some 3000 clocks, which is a tile's time.
+constexpr int NUM_PLACES = ALSO_DQ ? 2 : 0;  // of parts on their way out, one a thread
 static_assert(NUM_PARTS <= 2, "a thread adds one part of a tile");
 // With dQ the query tiles of a key tile are walked over from the last one on. So of two key tiles
 // side by side that start together the first one comes to a tile of queries first, or both at once,
@@ -79,9 +78,10 @@ constexpr int DQ_FLOATS = DQ_ROLE ? NUM_PLACES * PLACE_FLOATS : 0;
 using OutGroup = SmemTile<64, (HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V)>;
 constexpr int NUM_OUT_GROUPS = HAS_ROLES ? 0 : NUM_KEY_GROUPS;
 static_assert(!DQ_SHARED || OutGroup::BYTES / 4 == PLACE_FLOATS, "room for dQ");
-// Under a bound dK leaves through the place of dS and dV through that of V, so that neither waits for
-// the other, nor for a turn to add dQ. (Without one that takes 2 % more time.)
+// Under a bound dK leaves through the place of dS and dV through that of V, so that neither waits
+// for the other, nor for a turn to add dQ. (Without one that takes 2 % more time.)
 constexpr bool ENDS_IN_PLACE = DQ_SHARED && IS_BOUNDED;
+constexpr int KV_BYTES = QkGroup::BYTES + (ENDS_IN_PLACE ? 0 : VGroup::BYTES);  // at a time
 // Of a stage: lse in log2 units, delta, and with dQ the tile's first row and head (for registers).
 constexpr int STATS_FLOATS = 2 * BLOCK_M + (ALSO_DQ ? 4 : 0);
 
@@ -162,7 +162,7 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init(bar.coord_full + 1, 1);
   mbar_init(bar.kv_full, 1);
   // One: who loads lse and delta. Four: who computes dQ. And who adds it.
-  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0) + NUM_ADDERS);
+  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0) + NUM_PLACES);
   mbar_init(bar.v_full, 1);
   mbar_init(bar.v_empty, NUM_CONSUMERS * 4);
   mbar_init(bar.probs_full, 128);
@@ -320,8 +320,7 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     // Behind a sequence's last key no box may start (make_ragged in fwd_sm90/params.py).
     const bool has_keys = !KEY_LENGTHS || block.m_begin < own.seqlen_k;
     if (has_keys) {
-      constexpr int BYTES = QkGroup::BYTES + (ENDS_IN_PLACE ? 0 : VGroup::BYTES);
-      mbar_arrive_expect_tx(bar.kv_full, NUM_KEY_GROUPS * BYTES);
+      mbar_arrive_expect_tx(bar.kv_full, NUM_KEY_GROUPS * KV_BYTES);
     } else {
       mbar_arrive(bar.kv_full);
     }
@@ -339,14 +338,15 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
                  k_box.row + row_of(group), block.head_idx_kv, k_box.batch);
       }
     }
-    if (ENDS_IN_PLACE) {  // dV may still be on its way out there
-      mbar_wait(bar.v_empty, turn % 2 ^ 1);
-      mbar_arrive_expect_tx(bar.v_full, NUM_KEY_GROUPS * VGroup::BYTES);
+    const auto v_full = ENDS_IN_PLACE ? bar.v_full : bar.kv_full;
+    if (ENDS_IN_PLACE) {
+      mbar_wait(bar.v_empty, turn % 2 ^ 1);  // dV has left
+      mbar_arrive_expect_tx(v_full, NUM_KEY_GROUPS * VGroup::BYTES);
     }
     for (int group = 0; has_keys && group < NUM_KEY_GROUPS; ++group) {
       for (int c = 0; c < V_CHUNKS; ++c) {
-        tma_load(smem.v.chunk_of(group, c), params.v_map,
-                 ENDS_IN_PLACE ? bar.v_full : bar.kv_full, c * CHUNK, v_box.row + row_of(group), block.head_idx_kv, v_box.batch);
+        tma_load(smem.v.chunk_of(group, c), params.v_map, v_full, c * CHUNK,
+                 v_box.row + row_of(group), block.head_idx_kv, v_box.batch);
       }
     }
 
