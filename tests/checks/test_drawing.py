@@ -88,6 +88,14 @@ def test_cases_for_the_gpu_draw_every_tile_that_ships() -> None:
     assert {format_tile(tile) for tile in drawing.shipped_tiles(KERNELS["wmma"])} <= portable
 
 
+@pytest.mark.parametrize("index", [5, 53, 101])
+def test_a_tile_that_a_cases_options_would_make_spill_is_not_drawn(index: int) -> None:
+    """Drawn tiles of 192x128 met softcaps, sinks and a bound there."""
+    drawn = drawing.draw(0, index, "sm90")
+    assert drawn.case.sinks
+    assert not drawn.tile
+
+
 @pytest.mark.parametrize("growth", GROWTH_KINDS)
 def test_scores_grow_as_the_case_says(growth: str) -> None:
     case = Case(seqlen_q=20, seqlen_k=200, head_dim=16, dtype="float64", growth=growth)

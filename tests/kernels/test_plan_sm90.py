@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
 from flashcore.backends.adapting import adapt
 from flashcore.backends.dispatch import choose_backend
+from flashcore.checks import planned
 from flashcore.kernels.fwd_sm90 import candidates as candidates_sm90
 from flashcore.kernels.fwd_sm90 import params as params_sm90
 from flashcore.kernels.fwd_sm90 import plan as plan_sm90
@@ -238,3 +240,25 @@ def test_the_softmax_runs_beside_p_v_where_registers_last() -> None:
         assert isinstance(plan, Sm90Plan)
         assert plan.overlaps == overlaps
         assert plan.constants()["OVERLAPS"] == overlaps
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "block_n", "options", "fits"),
+    [
+        (64, 128, {}, True),
+        (64, 128, {"window": (100, 50), "sinks": True}, True),
+        (64, 128, {"softcap": 20.0}, False),  # with a bound it spills 96 bytes
+        (64, 112, {"softcap": 20.0}, False),  # 20
+        (80, 96, {"softcap": 20.0}, True),
+        (96, 112, {"causal": True}, True),  # it ships
+        (96, 112, {"sinks": True}, False),  # with a window 44
+        (96, 128, {}, False),  # with sinks 480
+    ],
+)
+def test_tiles_whose_registers_do_not_hold_a_calls_options_are_not_legal(
+    head_dim: int, block_n: int, options: dict[str, Any], fits: bool
+) -> None:
+    if "sinks" in options:
+        options = options | {"sinks": torch.zeros(4)}
+    tile = {"block_m": 192, "block_n": block_n, "ping_pong": True}
+    assert planned.fits(select_plan(problem(head_dim, **options)), tile) is fits
