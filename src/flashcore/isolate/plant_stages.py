@@ -173,7 +173,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("ds-not-awaited", "ds-overwritten", "ds-without-fence", "sums-overwritten"),
             *("sums-without-fence", "ds-released-early", "k-released-before-dq"),
             *("neighbour-rows", "head-of-group", "ds-of-neighbour-not-awaited"),
-            *("part-of-dq-not-awaited", "ds-over-dk", "shared-ds-released-early", "last-dq-kept"),
+            *("part-of-dq-not-awaited", "shared-ds-released-early", "last-dq-kept"),
             *("dq-before-the-first", "columns-of-the-other", "dk-over-ds"),
             *("sums-released-early", "adders-at-one-place"),
             *("turn-not-awaited", "turn-told-early", "turn-told-when-read", "turn-told-relaxed"),
@@ -182,7 +182,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "dk": ("dk-added-twice", "scale-forgotten"),
         "store": (
             *("dk-over-dv", "place-released-early", "neighbour-keys-stored"),
-            *("box-of-a-key-late", "last-keys-forgotten", "v-over-dv"),
+            *("box-of-a-key-late", "last-keys-forgotten", "v-over-dv", "ds-over-dk"),
         ),
     },
 }

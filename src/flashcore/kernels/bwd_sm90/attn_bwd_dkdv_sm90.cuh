@@ -268,8 +268,8 @@ FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barrier
 }
 
 // dK and dV with dQ shared go where dS and V lay, so that neither waits for the other; K of the
-// next tile arrives meanwhile. Behind them dQ of the last tile is handed over, if there is one; `count`
-// tiles were walked over.
+// next tile arrives meanwhile. Behind them dQ of the last tile is handed over, if there is one;
+// `count` tiles were walked over.
 FC_DEVICE void store_in_places(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
                             const Buffers& smem, const BlockCoord& block, uint32_t count,
                             bool has_tiles, int turn) {
