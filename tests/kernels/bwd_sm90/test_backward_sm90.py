@@ -210,11 +210,19 @@ def test_tensors_that_lie_channels_last_are_copied() -> None:
     check_copies(problem, (q, k, v), out, lse, dout, {})
 
 
-def test_batches_of_one_row_of_eight_columns() -> None:
-    """Rows of 16 bytes, one a batch: batches are as far apart as rows would be at the least."""
-    q, k, v, dout = (torch.randn(2, 1, 1, 8, dtype=torch.float16) for _ in range(4))
+@pytest.mark.parametrize("head_dim", [8, 232])
+def test_batches_of_one_row(head_dim: int) -> None:
+    """Batches are as far apart as rows, or as the stride that a descriptor has of a single row."""
+    q, k, v, dout = (torch.randn(2, 1, 1, head_dim, dtype=torch.float16) for _ in range(4))
     problem, out, lse = forward(q, k, v, None, {})
     check_copies(problem, (q, k, v), out, lse, dout, {})
+
+
+def test_one_query_of_each_batch_in_the_simulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of out are stored by a map, from all warpgroups."""
+    monkeypatch.setenv("FLASHCORE_SIM_ARCH", "90")
+    q, k, v = (torch.randn(2, 1, 1, 232, dtype=torch.float16) for _ in range(3))
+    assert torch.equal(flashcore.attention(q, k, v, backend="sim"), v)
 
 
 def check_copies(

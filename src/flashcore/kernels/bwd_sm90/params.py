@@ -152,11 +152,10 @@ def build_params_bwd_sm90(
 
 def _tensor_map(x: torch.Tensor, address: int, chunk: int, box_rows: int) -> TensorMap:
     batch, heads, rows, cols = x.shape
-    # A dimension of size 1 has stride 0; a descriptor wants some legal one. That of a single row is
-    # not that of batches: by equal ones the simulator knows what make_ragged has changed.
-    batch_bytes, head_bytes, row_bytes = (_ELEMENT_BYTES * stride or 16 for stride in strides_of(x))
-    if rows == 1 and row_bytes == batch_bytes:
-        row_bytes *= 2
+    # A dimension of size 1 has stride 0; a descriptor wants some legal one.
+    batch_bytes, head_bytes, row_bytes = (
+        _ELEMENT_BYTES * stride if stride else 16 for stride in strides_of(x)
+    )
     return TensorMap(
         base=address,
         row_stride_bytes=row_bytes,

@@ -34,9 +34,10 @@ static int rows_of_box(const TensorMap& map) {
   return int(map.box_rows) * heads_of_box(map) * chunks_of_box(map) * batches_of_box(map);
 }
 
-// Returns whether heads, or rows, and batches are one stride apart: both name the same rows.
-static bool is_ragged(const TensorMap& map, uint64_t stride_bytes) {
-  return map.batches > 1 && map.batch_stride_bytes == stride_bytes;
+// Returns whether heads, or rows, and batches are one stride apart: both name the same rows. Batches
+// of a single line are that far apart in any contiguous tensor, of which an H200 gives zeros.
+static bool is_ragged(const TensorMap& map, uint64_t stride_bytes, uint32_t lines) {
+  return lines > 1 && map.batches > 1 && map.batch_stride_bytes == stride_bytes;
 }
 
 // `chunk` is -1 where the instruction has four coordinates.
@@ -52,10 +53,11 @@ static int check_box(const TensorMap& map, const SmemRef& ref, int col, int row,
     misuse(site, "a box starts at column %d of %u-byte elements: a GPU takes it for an illegal "
            "instruction unless that is a multiple of 16 bytes", col, map.element_bytes);
   }
-  const bool has_heads = heads_of_box(map) > 1 && is_ragged(map, map.head_stride_bytes);
+  const bool has_heads =
+      heads_of_box(map) > 1 && is_ragged(map, map.head_stride_bytes, map.heads);
   const int line = has_heads ? head : row;
   const auto lines = has_heads ? map.heads : map.rows;
-  if ((has_heads || is_ragged(map, map.row_stride_bytes)) && line >= int(lines)) {
+  if ((has_heads || is_ragged(map, map.row_stride_bytes, map.rows)) && line >= int(lines)) {
     misuse(site, "a box starts at row %d of a map whose %u rows and batches are one stride apart: "
            "a GPU takes its address for a fault, instead of zeros", line, lines);
   }
