@@ -255,7 +255,7 @@ def test_mbarriers_have_the_names_of_the_kernels_members(kernel: BwdSm90Kernel) 
     assert found is not None
     count = found[1].replace("NUM_SLOTS", str(plan.dq_buffers[0] * plan.num_consumers))
     count = count.replace("(ALSO_DQ ? 2 * NUM_DS_STAGES : 0)", f"2 * {plan.ds_stages}")
-    count = count.replace("NUM_PARTS", str(plan.num_parts))
+    count = count.replace("NUM_PLACES", str(2 * plan.also_dq))
     count = re.sub(r"\bNUM_STAGES", str(plan.num_stages), count)
     count = re.sub(r"NUM_(V|DO)_STAGES", str(plan.other_stages), count)
     assert eval(f"({count})") == len(places)

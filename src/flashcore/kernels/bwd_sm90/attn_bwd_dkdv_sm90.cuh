@@ -177,7 +177,7 @@ FC_DEVICE void end_dq(Consumer& c, const Barriers& bar, uint32_t count) {
 
 // It is handed over to who adds it to what other blocks have.
 FC_DEVICE void add_dq(Consumer& c, const Barriers& bar, const Buffers& smem, uint32_t count) {
-  hand_over_dq(c.dq, smem.dq + c.index * OUT_FLOATS, bar, c.index, count);
+  hand_over_dq(c.dq, smem, bar, c.index, count);
 }
 
 // One query tile with dQ shared. Unless FIRST, dK of the tile before is issued here, and last of
@@ -185,7 +185,7 @@ FC_DEVICE void add_dq(Consumer& c, const Barriers& bar, const Buffers& smem, uin
 // waits for the other. dQ of the tile before that is added beside S^T.
 template <bool FIRST>
 FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
-                           const Buffers& smem, uint32_t count, bool is_second) {
+                           const Buffers& smem, uint32_t count, bool is_second, int turn) {
   await_q(bar, count);
   issue_s(c.scores, smem, c.index, count);
   if (!FIRST) issue_dk(c.dk, c.dscores, smem, count - 1);
@@ -197,6 +197,7 @@ FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar
   const int m_begin = own_begin(c, p, stats, 0);
   exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, 0);
   await_do(bar, count);
+  if (FIRST && ENDS_IN_PLACE) mbar_wait(bar.v_full, turn % 2);
 //@if gate dv
   gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
 //@end
@@ -246,15 +247,16 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
   }
 }
 
-// The same with dQ shared.
+// The same with dQ shared, of the block's key tile number `turn`. If it ENDS_IN_PLACE, dQ of the
+// last tile stays in registers: dK and dV shall not wait for a turn to add.
 FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barriers& bar,
-                                 const Buffers& smem, uint32_t& count, int num_tiles) {
+                                 const Buffers& smem, uint32_t& count, int num_tiles, int turn) {
   const uint32_t first = count;
   const uint32_t end = count + uint32_t(num_tiles);
-  shared_tile<true>(c, p, bar, smem, count, false);
+  shared_tile<true>(c, p, bar, smem, count, false, turn);
   ++count;
   for (; count != end; ++count) {
-    shared_tile<false>(c, p, bar, smem, count, count - first == 1);
+    shared_tile<false>(c, p, bar, smem, count, count - first == 1, turn);
   }
   issue_dk(c.dk, c.dscores, smem, count - 1);
   if (num_tiles > 1) add_dq(c, bar, smem, count - 2);
@@ -262,7 +264,27 @@ FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barrier
   wgmma_wait<0>();
   end_dk(c, bar, count - 1);
   end_dq(c, bar, count - 1);
-  add_dq(c, bar, smem, count - 1);
+  if (!ENDS_IN_PLACE) add_dq(c, bar, smem, count - 1);
+}
+
+// dK and dV with dQ shared go where dS and V lay, so that neither waits for the other; K of the
+// next tile arrives meanwhile. Behind them dQ of the last tile is handed over, if there is one;
+// `count` tiles were walked over.
+FC_DEVICE void store_in_places(Consumer& c, const AttnBwdSm90Params& params, const Barriers& bar,
+                            const Buffers& smem, const BlockCoord& block, uint32_t count,
+                            bool has_tiles, int turn) {
+  const AttnParams& p = params.attn;
+  const int barrier = STORE_BARRIER + c.index;
+  if (!has_tiles) mbar_wait(bar.v_full, turn % 2);  // who computed has waited
+  store_rows(c.dv, 1.0f, smem.v[c.index],
+             rows_of_keys(params.dv_map, p, block, c.key_row, 0), barrier);
+  for (int i = 0; i < NUM_DS_STAGES; ++i) await_ds_read(bar, count + i);
+  store_rows<1>(c.dk, p.softmax_scale, DkInDs{smem.ds.row_of(0, c.index * 64).smem},
+                rows_of_keys(params.dk_map, p, block, c.key_row, 0), barrier);
+  tma_store_wait_read<1>();  // dV, by the thread that stored it; a branch would spill
+  warp_sync();  // lanes may still wait for v_full, whose next phase must not pass them
+  arrive_for_warp(bar.v_empty);
+  if (has_tiles) add_dq(c, bar, smem, count - 1);
 }
 
 // A consumer warpgroup: 64 keys of every key tile of this block.
@@ -283,7 +305,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     clear(c.dk);
     clear(c.dv);
     mbar_wait(bar.kv_full, turn % 2);
-    if (DQ_SHARED) {  // dQ may lie where dK lay, says who sent that on its way
+    if (DQ_SHARED) {  // dQ or dS may lie where dK lay, says who sent that
       await_stores();
       named_barrier_sync(STORE_BARRIER + c.index, 128);
     }
@@ -303,7 +325,7 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
       if (own.begin < own.end) {
         const int num_tiles = heads * (own.end - own.begin);
         if constexpr (DQ_SHARED) {
-          accumulate_shared(c, sequence, bar, smem, count, num_tiles);
+          accumulate_shared(c, sequence, bar, smem, count, num_tiles, turn);
         } else {
           accumulate(c, sequence, bar, smem, count, own.begin, num_tiles);
         }
@@ -312,6 +334,10 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     }
     warp_sync();  // lanes may still wait for kv_full, whose next phase must not pass them
     arrive_for_warp(bar.kv_empty);
+    if constexpr (ENDS_IN_PLACE) {
+      store_in_places(c, params, bar, smem, block, count, own.begin < own.end, turn);
+      continue;
+    }
     // Read again, as a register that held it all along would be one too many.
     const int num_keys = VARLEN != 0 ? own_params(p, block).seqlen_k : 0;
     clear_behind(c.dv, num_keys, c.key_row);
@@ -338,8 +364,7 @@ FC_KERNEL(attn_bwd_dkdv_sm90, NUM_WARPS * 32, MIN_BLOCKS)
       {smem_view<Element>(DO_OFFSET, NUM_DO_STAGES * DoTile::ELEMENTS, "dout_smem")},
       {smem_view<Element>(OUT_OFFSET, NUM_OUT_GROUPS * OutGroup::ELEMENTS, "out_smem")},
       {smem_view<Element>(DS_OFFSET, NUM_DS_TILES * DsTile::ELEMENTS, "ds_smem")},
-      DQ_SHARED ? smem_view<float>(OUT_OFFSET, NUM_OUT_GROUPS * OUT_FLOATS, "dq_smem")
-                : smem_view<float>(DQ_OFFSET, DQ_FLOATS, "dq_smem"),
+      smem_view<float>(DQ_SHARED ? OUT_OFFSET : DQ_OFFSET, NUM_PLACES * PLACE_FLOATS, "dq_smem"),
       smem_view<uint32_t>(PROBS_OFFSET, PROBS_WORDS, "probs_smem"),
       smem_view<MaskElement>(MASK_OFFSET, MASK_ELEMENTS, "mask_smem"),
       smem_view<float>(STATS_OFFSET, NUM_STAGES * STATS_FLOATS, "stats_smem"),
@@ -368,8 +393,8 @@ FC_KERNEL(attn_bwd_dkdv_sm90, NUM_WARPS * 32, MIN_BLOCKS)
     if (warp_idx() == 1) load_stats(params, bar, smem);
     if (PACKED && warp_idx() == 2) schedule_tiles<true>(params.attn, smem.feed);
     if constexpr (ALSO_DQ) {
-      const int part = warp_idx() - 2;
-      if (part >= 0 && part < NUM_PARTS && elect_lane()) add_parts(params, bar, smem, part);
+      const int adder = warp_idx() - 2;
+      if (adder >= 0 && elect_lane()) add_parts(params, bar, smem, adder);
     }
   } else if (DQ_ROLE && warp_idx() >= 4 * (NUM_CONSUMERS + 1)) {
     lower_registers<DQ_REGISTERS>();

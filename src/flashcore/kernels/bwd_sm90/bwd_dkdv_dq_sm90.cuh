@@ -17,6 +17,7 @@
 #include "tile/band.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
+#include "tile/smem_tile.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
@@ -37,11 +38,27 @@ FC_DEVICE void issue_dq(WmmaAccum (&dq)[DQ_FRAGS], const Buffers& smem, int row_
   wgmma_commit();
 }
 
-// Hands a part of that over to the warp that adds it; `smem` is the part's, `count` counts parts.
-FC_DEVICE void hand_over_dq(const WmmaAccum (&dq)[DQ_FRAGS], SmemPtr<float> smem,
+// Where a part of a tile of queries leaves: its place, and how many went through that before.
+struct PlaceOfPart {
+  int number;
+  uint32_t count;
+};
+
+FC_DEVICE PlaceOfPart place_of_part(int part, uint32_t count) {
+  if (NUM_PARTS == 2) return {part, count};
+  return {stage_of<2>(count), count / 2};
+}
+
+FC_DEVICE SmemPtr<float> sums_at(const Buffers& smem, int place) {
+  return smem.dq + place * PLACE_FLOATS;
+}
+
+// Hands a part of tile number `count` over to the thread that adds it.
+FC_DEVICE void hand_over_dq(const WmmaAccum (&dq)[DQ_FRAGS], const Buffers& smem,
                             const Barriers& bar, int part, uint32_t count) {
-  const auto own = smem + warp_idx() % 4 * DQ_FRAGS * SUMS_OF_FRAG;
-  mbar_wait(bar.sums_empty + part, parity_of<1>(count) ^ 1);
+  const PlaceOfPart place = place_of_part(part, count);
+  const auto own = sums_at(smem, place.number) + warp_idx() % 4 * DQ_FRAGS * SUMS_OF_FRAG;
+  mbar_wait(bar.sums_empty + place.number, parity_of<1>(place.count) ^ 1);
 #pragma unroll
   for (int d = 0; d < DQ_FRAGS; ++d) {
 #pragma unroll
@@ -54,17 +71,17 @@ FC_DEVICE void hand_over_dq(const WmmaAccum (&dq)[DQ_FRAGS], SmemPtr<float> smem
   }
   fence_proxy_async();
   warp_sync();  // orders every lane's writes before the arrival
-  arrive_for_warp(bar.sums_full + part);
+  arrive_for_warp(bar.sums_full + place.number);
 }
 
-// Until the last part handed over has left shared memory; `count` parts were.
+// Until a consumer's part of the last tile has left shared memory; `count` tiles were walked over.
 FC_DEVICE void await_dq_read(const Barriers& bar, int part, uint32_t count) {
   mbar_wait(bar.sums_empty + part, parity_of<1>(count) ^ 1);
 }
 
 // --- dQ on its way out ---------------------------------------------------------------------------
 
-// Adds a part of dQ of a query tile from row m_begin on, the part number `count`, to a head's sums,
+// Adds a part of dQ of a query tile from row m_begin on, the tile number `count`, to a head's sums,
 // behind the `rank` blocks that add before. Those are waited for first: mostly that is over when dQ
 // is there.
 FC_DEVICE void add_part(const Buffers& smem, const Barriers& bar, int part, uint32_t count,
@@ -78,9 +95,10 @@ FC_DEVICE void add_part(const Buffers& smem, const Barriers& bar, int part, uint
     gmem_await(turn, rank);
     fence_proxy_async_global();
   }
-  mbar_wait(bar.sums_full + part, parity_of<1>(count));
+  const PlaceOfPart place = place_of_part(part, count);
+  mbar_wait(bar.sums_full + place.number, parity_of<1>(place.count));
   if (row < seqlen_q) {
-    const auto from = smem.dq + part * (DQ_SHARED ? OUT_FLOATS : SUMS_OF_GROUP);
+    const auto from = sums_at(smem, place.number);
     const auto to = sums + (int64_t(row / 64) * SUMS_OF_GROUP + first_frag * SUMS_OF_FRAG);
     // One where both are contiguous.
     constexpr int ADDS = DQ_FRAGS == QK_FRAGS ? 1 : 4;
@@ -98,16 +116,16 @@ FC_DEVICE void add_part(const Buffers& smem, const Barriers& bar, int part, uint
     tma_store_commit();
     tma_store_wait_read<0>();
   }
-  mbar_arrive(bar.sums_empty + part);
+  mbar_arrive(bar.sums_empty + place.number);
   if (row < seqlen_q) {
     tma_store_wait<0>();
     gmem_release_add(turn, 1);
   }
 }
 
-// One thread a part.
+// One of the threads that add.
 FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem,
-                         int part) {
+                         int adder) {
   const AttnParams& p = params.attn;
   uint32_t count = 0;
   for (int turn = 0;; ++turn) {
@@ -121,9 +139,11 @@ FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, c
       const int m_begin = walked_tile(tiles, i) * BLOCK_M;
       const int rank = block.m_begin / BLOCK_N - key_tiles(p, m_begin).begin;
       for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++count) {
+        if (NUM_PARTS == 1 && stage_of<2>(count) != adder) continue;
         const auto sums = sums_of(params, block.batch_idx, block.head_idx + head, 0);
         const auto turns = turns_of(params, block.batch_idx, block.head_idx + head, 0);
-        add_part(smem, bar, part, count, sums, turns, m_begin, rank, p.seqlen_q);
+        add_part(smem, bar, NUM_PARTS == 1 ? 0 : adder, count, sums, turns, m_begin, rank,
+                 p.seqlen_q);
       }
     }
   }
@@ -137,6 +157,23 @@ FC_DEVICE void issue_own_dq(WmmaAccum (&dq)[DQ_FRAGS], const Barriers& bar, cons
   mbar_wait(bar.ds_full + stage_of<NUM_DS_STAGES>(count), parity_of<NUM_DS_STAGES>(count));
   issue_dq(dq, smem, 0, index * DQ_FRAGS, count);
 }
+
+// 64 keys of dK where a consumer's keys of dS lay, 64 columns in each of the buffers.
+struct DkInDs {
+  static constexpr int CHUNKS = QK_CHUNKS;
+  static_assert(!ENDS_IN_PLACE || QK_CHUNKS * CHUNK <= NUM_DS_STAGES * 64, "room for dK");
+
+  SmemPtr<Element> smem;  // the consumer's first key in the first buffer
+
+  FC_DEVICE SmemPtr<Element> chunk(int c) const {
+    return smem + (c * CHUNK / 64 * DsTile::ELEMENTS + c * CHUNK % 64 * 64);
+  }
+
+  FC_DEVICE SmemPtr<Element> at(int row, int col, int ahead) const {
+    return chunk(col / CHUNK) +
+           (row * CHUNK + swizzled_col<CHUNK_BYTES>(row, col % CHUNK + ahead));
+  }
+};
 
 // --- dQ by a warpgroup of its own ----------------------------------------------------------------
 
@@ -160,7 +197,7 @@ FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
           wgmma_wait<0>();
           wgmma_hold(dq);
           if (group == ROW_GROUPS - 1) arrive_for_warp(bar.ds_empty + stage);
-          hand_over_dq(dq, smem.dq + group * SUMS_OF_GROUP, bar, group, count);
+          hand_over_dq(dq, smem, bar, group, count);
         }
       }
     }

@@ -32,10 +32,12 @@ constexpr bool BY_PAIRS = false;  // a gate reads dS in float32
 constexpr bool BY_PAIRS = ALSO_DQ && !KEEPS_P && !IS_FLOAT16<Element>;
 //@end
 
-// Of what is added up of dQ: 64 rows, or the columns of one of the consumers that share it. A
-// thread of the producer's warpgroup adds each.
+// Of what is added up of dQ: 64 rows, or the columns of one of the consumers that share it.
 constexpr int NUM_PARTS = !ALSO_DQ ? 0 : DQ_SHARED ? NUM_CONSUMERS : (BLOCK_M + 63) / 64;
-static_assert(NUM_PARTS <= 2, "two warps have nothing else to do");
+// Two threads of the producer's warpgroup add: a part each, or every other tile. An add, until it
+// is complete, and the count of it take some 3000 clocks, which is a tile's time.
+constexpr int NUM_PLACES = ALSO_DQ ? 2 : 0;  // of parts on their way out, one a thread
+static_assert(NUM_PARTS <= 2, "a thread adds one part of a tile");
 // With dQ the query tiles of a key tile are walked over from the last one on. So of two key tiles
 // side by side that start together the first one comes to a tile of queries first, or both at once,
 // whatever hides keys: none waits long for its turn to add.
@@ -62,7 +64,6 @@ constexpr int PROBS_WORDS = HAS_ROLES ? BLOCK_M * 64 / 2 : 0;  // P^T between th
 using DsTile = SmemTile<BLOCK_N, BLOCK_M, Element, 64>;
 constexpr int NUM_DS_TILES = ALSO_DQ ? NUM_DS_STAGES : 0;
 constexpr int ROW_GROUPS = (BLOCK_M + 63) / 64;
-constexpr int DQ_FLOATS = DQ_ROLE ? ROW_GROUPS * SUMS_OF_GROUP : 0;
 static_assert(!ALSO_DQ || (BLOCK_M % 64 == 0 && !HAS_ROLES), "dQ is computed by 64 rows");
 // Column fragments of dQ that one warpgroup computes; if it is shared, whole chunks.
 constexpr int DQ_FRAGS = DQ_SHARED ? QK_CHUNKS / NUM_CONSUMERS * (CHUNK / 16) : QK_FRAGS;
@@ -70,14 +71,18 @@ static_assert(!DQ_SHARED || (ROW_GROUPS == 1 && QK_CHUNKS % NUM_CONSUMERS == 0),
               "each consumer has chunks of dQ");
 static_assert(!DQ_SHARED || (OVERLAPS && !EARLY_DP), "the order in which shared_tile issues");
 static_assert(!DQ_SHARED || NUM_DS_STAGES > 1, "dS is handed over before dQ of the tile before");
+constexpr int PLACE_FLOATS = 4 * DQ_FRAGS * SUMS_OF_FRAG;  // of what is added apart
+constexpr int DQ_FLOATS = DQ_ROLE ? NUM_PLACES * PLACE_FLOATS : 0;
 // dV and dK on their way out, and in between, if it is shared, dQ. With roles dK and dV leave
 // through the places of K and V.
 using OutGroup = SmemTile<64, (HEAD_DIM > HEAD_DIM_V ? HEAD_DIM : HEAD_DIM_V)>;
 constexpr int NUM_OUT_GROUPS = HAS_ROLES ? 0 : NUM_KEY_GROUPS;
-constexpr int OUT_FLOATS = OutGroup::BYTES / 4;  // of dQ
-static_assert(!DQ_SHARED || OUT_FLOATS >= 4 * DQ_FRAGS * SUMS_OF_FRAG, "room for dQ");
-// Of one stage: lse in log2 units, delta, and with dQ the tile's first row and head, which would
-// take registers of consumers.
+static_assert(!DQ_SHARED || OutGroup::BYTES / 4 == PLACE_FLOATS, "room for dQ");
+// Under a bound dK leaves through the place of dS and dV through that of V, so that neither waits
+// for the other, nor for a turn to add dQ. (Without one that takes 2 % more time.)
+constexpr bool ENDS_IN_PLACE = DQ_SHARED && IS_BOUNDED;
+constexpr int KV_BYTES = QkGroup::BYTES + (ENDS_IN_PLACE ? 0 : VGroup::BYTES);  // at a time
+// Of a stage: lse in log2 units, delta, and with dQ the tile's first row and head (for registers).
 constexpr int STATS_FLOATS = 2 * BLOCK_M + (ALSO_DQ ? 4 : 0);
 
 constexpr int V_OFFSET = NUM_KEY_GROUPS * QkGroup::BYTES;
@@ -93,7 +98,7 @@ constexpr int STATS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * KEY_MASK_BYTES;
 constexpr int FEED_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;  // at 16 bytes
 constexpr int BARRIERS_OFFSET = FEED_OFFSET + FEED_BYTES;
 constexpr int NUM_BARRIERS =
-    6 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0) + 2 * NUM_PARTS;
+    8 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0) + 2 * NUM_PLACES;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
               "the plan and the kernel disagree on shared memory");
@@ -116,12 +121,13 @@ struct Buffers {
 // A `full` barrier completes when what it guards has arrived, an `empty` one when all have read it.
 struct Barriers {
   SmemPtr<uint64_t> coord_full;  // two in turn, for who has read one may not yet have met the next
-  SmemPtr<uint64_t> kv_full, kv_empty;
+  SmemPtr<uint64_t> kv_full, kv_empty;  // of K alone if it ENDS_IN_PLACE,
+  SmemPtr<uint64_t> v_full, v_empty;    // and these of V
   SmemPtr<uint64_t> probs_full, probs_empty;  // with roles
   SmemPtr<uint64_t> q_full, q_empty, stats_full;  // one a stage
   SmemPtr<uint64_t> do_full, do_empty;
   SmemPtr<uint64_t> ds_full, ds_empty;  // where dQ is computed too
-  SmemPtr<uint64_t> sums_full, sums_empty;  // one a part of dQ
+  SmemPtr<uint64_t> sums_full, sums_empty;  // one a place of a part of dQ
 };
 
 enum NamedBarrier {
@@ -130,12 +136,14 @@ enum NamedBarrier {
 
 FC_DEVICE Barriers barriers() {
   const auto first = smem_view<uint64_t>(BARRIERS_OFFSET, NUM_BARRIERS, "barriers");
-  const auto ring = first + 6;
+  const auto ring = first + 8;
   return {first,
           first + 2,
           first + 3,
           first + 4,
           first + 5,
+          first + 6,
+          first + 7,
           ring,
           ring + NUM_STAGES,
           ring + 2 * NUM_STAGES,
@@ -145,7 +153,7 @@ FC_DEVICE Barriers barriers() {
           ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? NUM_DS_STAGES : 0)),
           ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0)),
           ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0) +
-                  NUM_PARTS)};
+                  NUM_PLACES)};
 }
 
 // By one thread.
@@ -154,7 +162,9 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init(bar.coord_full + 1, 1);
   mbar_init(bar.kv_full, 1);
   // One: who loads lse and delta. Four: who computes dQ. And who adds it.
-  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0) + NUM_PARTS);
+  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0) + NUM_PLACES);
+  mbar_init(bar.v_full, 1);
+  mbar_init(bar.v_empty, NUM_CONSUMERS * 4);
   mbar_init(bar.probs_full, 128);
   mbar_init(bar.probs_empty, 128);
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
@@ -170,9 +180,9 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
     mbar_init(bar.ds_full + stage, NUM_CONSUMERS * 4);
     mbar_init(bar.ds_empty + stage, DQ_SHARED ? NUM_CONSUMERS * 4 : 4);
   }
-  for (int part = 0; part < NUM_PARTS; ++part) {
-    mbar_init(bar.sums_full + part, 4);
-    mbar_init(bar.sums_empty + part, 1);
+  for (int place = 0; place < NUM_PLACES; ++place) {
+    mbar_init(bar.sums_full + place, 4);
+    mbar_init(bar.sums_empty + place, 1);
   }
   mbar_init_fence();
 }
@@ -310,24 +320,33 @@ FC_DEVICE void produce(const AttnBwdSm90Params& params, const Barriers& bar, con
     // Behind a sequence's last key no box may start (make_ragged in fwd_sm90/params.py).
     const bool has_keys = !KEY_LENGTHS || block.m_begin < own.seqlen_k;
     if (has_keys) {
-      mbar_arrive_expect_tx(bar.kv_full, NUM_KEY_GROUPS * (QkGroup::BYTES + VGroup::BYTES));
+      mbar_arrive_expect_tx(bar.kv_full, NUM_KEY_GROUPS * KV_BYTES);
     } else {
       mbar_arrive(bar.kv_full);
     }
     const BoxOrigin q_box = query_box<true>(p, block);
     const BoxOrigin k_box = key_box<true>(p, block, p.lengths.k_rows_per_batch);
     const BoxOrigin v_box = key_box<true>(p, block, p.lengths.v_rows_per_batch);
+    const auto row_of = [&](int group) {
+      const int row = block.m_begin + group * 64;
+      return VARLEN != 0 ? min_i(row, own.seqlen_k - 1) : row;
+    };
+    // Not by `load`: with four calls of it ptxas orders the whole kernel anew.
     for (int group = 0; has_keys && group < NUM_KEY_GROUPS; ++group) {
-      int row = block.m_begin + group * 64;
-      if (VARLEN != 0) row = min_i(row, own.seqlen_k - 1);
-      // Not by `load`: with four calls of it ptxas orders the whole kernel anew.
       for (int c = 0; c < QK_CHUNKS; ++c) {
-        tma_load(smem.k.chunk_of(group, c), params.k_map, bar.kv_full, c * CHUNK, k_box.row + row,
-                 block.head_idx_kv, k_box.batch);
+        tma_load(smem.k.chunk_of(group, c), params.k_map, bar.kv_full, c * CHUNK,
+                 k_box.row + row_of(group), block.head_idx_kv, k_box.batch);
       }
+    }
+    const auto v_full = ENDS_IN_PLACE ? bar.v_full : bar.kv_full;
+    if (ENDS_IN_PLACE) {
+      mbar_wait(bar.v_empty, turn % 2 ^ 1);  // dV has left
+      mbar_arrive_expect_tx(v_full, NUM_KEY_GROUPS * VGroup::BYTES);
+    }
+    for (int group = 0; has_keys && group < NUM_KEY_GROUPS; ++group) {
       for (int c = 0; c < V_CHUNKS; ++c) {
-        tma_load(smem.v.chunk_of(group, c), params.v_map, bar.kv_full, c * CHUNK, v_box.row + row,
-                 block.head_idx_kv, v_box.batch);
+        tma_load(smem.v.chunk_of(group, c), params.v_map, v_full, c * CHUNK,
+                 v_box.row + row_of(group), block.head_idx_kv, v_box.batch);
       }
     }
 

@@ -46,13 +46,18 @@ FC_DEVICE void await_q(const Barriers& bar, uint32_t count) {
   mbar_wait(bar.q_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
 }
 
+// Until a buffer of dS has room for that of a tile.
+FC_DEVICE void await_ds_read(const Barriers& bar, uint32_t count) {
+  mbar_wait(bar.ds_empty + stage_of<NUM_DS_STAGES>(count), parity_of<NUM_DS_STAGES>(count) ^ 1);
+}
+
 // Hands a consumer's 64 keys of dS^T over to who computes dQ; `dscores(n)` are the registers of
 // query fragment n.
 template <class Dscores>
 FC_DEVICE void hand_over_ds(const Barriers& bar, const Buffers& smem, int group, uint32_t count,
                             const Dscores& dscores) {
   const int stage = stage_of<NUM_DS_STAGES>(count);
-  mbar_wait(bar.ds_empty + stage, parity_of<NUM_DS_STAGES>(count) ^ 1);
+  await_ds_read(bar, count);
   const int lane = opaque(lane_idx());
   const int key = group * 64 + warp_idx() % 4 * 16 + lane % 16;
   const DsTile row = smem.ds.row_of(stage, key);

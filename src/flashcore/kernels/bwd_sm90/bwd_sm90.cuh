@@ -206,14 +206,14 @@ FC_DEVICE void await_stores() {
 
 // Rounds 64 rows times `scale` and sends them on their way by TMA, which clips rows and columns
 // past the end of the tensor, or of a packed sequence. They go through `tile`; `barrier` is the
-// warpgroup's own.
-template <int FRAGS, class Tile>
+// warpgroup's own. PENDING of what was sent before, the newest, may still be on their way.
+template <int PENDING = 0, int FRAGS, class Tile>
 FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, const Tile& tile,
                           const RowsInTensor& to, int barrier) {
   static_assert(Tile::CHUNKS == (FRAGS * 16 + CHUNK - 1) / CHUNK, "the tile is that of the rows");
   const bool leads = warp_idx() % 4 == 0 && elect_lane();
-  if (leads) tma_store_wait_read<0>();  // of what lay here before
-  named_barrier_sync(barrier, 128);     // orders that before the writes below
+  if (leads) tma_store_wait_read<PENDING>();  // of what lay here before
+  named_barrier_sync(barrier, 128);           // orders that before the writes below
   const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live in between
   const int row = warp_idx() % 4 * 16 + lane % 16;
 #pragma unroll

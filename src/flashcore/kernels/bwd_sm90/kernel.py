@@ -53,12 +53,12 @@ class BwdSm90Kernel(Kernel[BwdSm90Plan]):
             members |= dict.fromkeys(("k_full", "k_empty"), plan.num_stages)
             members |= dict.fromkeys(("v_full", "v_empty"), plan.other_stages)
         else:
-            members = {"coord_full": 2, "kv_full": 1, "kv_empty": 1}
+            members = {"coord_full": 2, "kv_full": 1, "kv_empty": 1, "v_full": 1, "v_empty": 1}
             members |= {"probs_full": 1, "probs_empty": 1}
             members |= dict.fromkeys(("q_full", "q_empty", "stats_full"), plan.num_stages)
             members |= dict.fromkeys(("do_full", "do_empty"), plan.other_stages)
             members |= dict.fromkeys(("ds_full", "ds_empty"), plan.ds_stages * plan.also_dq)
-            members |= dict.fromkeys(("sums_full", "sums_empty"), plan.num_parts)
+            members |= dict.fromkeys(("sums_full", "sums_empty"), 2 * plan.also_dq)
         return [(name, index) for name, count in members.items() for index in range(count)]
 
     def num_pieces(self, problem: Problem, plan: BwdSm90Plan) -> int:

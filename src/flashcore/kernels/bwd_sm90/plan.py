@@ -106,12 +106,6 @@ class BwdSm90Plan(Plan):
         return self.also_dq and max(self.head_dim, self.head_dim_v) <= 96
 
     @property
-    def num_parts(self) -> int:
-        """Return the parts of dq that are added apart: 64 rows or, if it is shared, columns."""
-        rows = self.block_m // ROWS_OF_CONSUMER if self.has_dq_role else self.num_consumers
-        return rows * self.also_dq
-
-    @property
     def num_warps(self) -> int:
         """Return the number of warps: the consumers', the producer's warpgroup, and that of dq, if
         there is one."""
@@ -189,12 +183,12 @@ class BwdSm90Plan(Plan):
         elements += self.block_m * ROWS_OF_CONSUMER * self.has_roles
         elements += self.block_m * (self.num_stages * qk_cols + self.other_stages * v_cols)
         stats = self.num_stages * (2 * self.block_m + 4 * self.also_dq) * 4
-        num_barriers = 6 + 3 * self.num_stages + 2 * self.other_stages
+        num_barriers = 8 + 3 * self.num_stages + 2 * self.other_stages
         if self.also_dq:
             elements += self.ds_stages * self.block_m * self.block_n
-            if self.has_dq_role:
-                elements += self.block_m * 2 * padded_to_16(self.head_dim)  # of four bytes
-            num_barriers += 2 * self.ds_stages + 2 * self.num_parts
+            if self.has_dq_role:  # of four bytes: two of 64 rows, of one tile or of two
+                elements += 2 * ROWS_OF_CONSUMER * 2 * padded_to_16(self.head_dim)
+            num_barriers += 2 * self.ds_stages + 2 * 2
         others = stats + _BARRIER_BYTES * num_barriers + _COORD_BYTES + self._feed_bytes
         return 2 * elements + self.mask_bytes + others
 

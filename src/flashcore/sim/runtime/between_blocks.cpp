@@ -83,7 +83,7 @@ void fence_proxy_async_global(Site) {
 
 bool known_of_block(int block, int thread, int clock, bool by_tma) {
   const int32_t* mine = clock_row(current_thread);
-  if (block == current_block) return mine[thread] >= clock;
+  if (block == current_block && mine[thread] >= clock) return true;
   for (const Acquisition& acquisition : machine.acquisitions) {
     if (by_tma && !acquisition.fenced) continue;
     if (!ordered(acquisition.epoch, mine)) continue;
