@@ -4,6 +4,7 @@ whatever the shape, the options and the schedule."""
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any
 
@@ -30,6 +31,7 @@ from flashcore.kernels.bwd_sm90.plan_one import (
 )
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_wmma.plan import traits
+from flashcore.kernels.limits import smem_limits
 from flashcore.problem import Problem
 from flashcore.sim.run_bwd import simulate_backward
 
@@ -187,6 +189,19 @@ def test_the_bits_are_the_same_whatever_the_schedule_and_the_shares(
     monkeypatch.setattr(gradient_workspace, "_num_bytes", of_head)
     assert all(map(torch.equal, gradients(3), first))
     assert ran == [None, (0, 1), (0, 1), (1, 1), (1, 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tiles_fit_with_every_head_dim(dtype: torch.dtype) -> None:
+    limit = smem_limits(90)[0]
+    dims = range(8, plan_one.HEAD_DIM_MAX + 8, 8)
+    for head_dim, head_dim_v in itertools.product(dims, dims):
+        x, v = (torch.empty(1, 1, 64, d, dtype=dtype) for d in (head_dim, head_dim_v))
+        for causal in (False, True):
+            problem = Problem.from_tensors(x, x, v, causal=causal)
+            if obstacle(problem) is None:
+                plan = select_one_kernel_plans(problem).main
+                assert plan.smem_bytes <= limit, plan.describe()
 
 
 def test_the_workspace_is_shared_out_evenly() -> None:

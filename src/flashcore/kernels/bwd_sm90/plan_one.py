@@ -134,6 +134,9 @@ def tile(problem: Problem) -> tuple[BwdTile, int]:
         if not is_bounded(problem) and (problem.dtype == "float16" or 32 < dim <= 48):
             return BwdTile(64, 128, 3, 3, True, False, False), 2  # 128 rows spill 16 to 40 bytes
         return BwdTile(128, 128, 3, 2, False, False, False), 1
+    if max(tiles_sm90.padded_dims(problem.head_dim, problem.head_dim_v)) > 96:
+        # Columns padded to 128 leave room for two tiles of Q; not measured on a GPU.
+        return BwdTile(64, 128, 2, 2, not is_bounded(problem), False, False), 1
     return BwdTile(64, 128, 3, 2, not is_bounded(problem), False, False), 1
 
 
