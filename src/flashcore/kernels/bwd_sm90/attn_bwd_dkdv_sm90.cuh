@@ -290,7 +290,6 @@ FC_DEVICE void store_in_places(Consumer& c, const AttnBwdSm90Params& params, con
 // A consumer warpgroup: 64 keys of every key tile of this block.
 FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem) {
   const AttnParams& p = params.attn;
-  const int heads_per_kv = p.num_heads_q / p.num_heads_kv;
   Consumer c;
   c.index = warp_uniform(warp_idx() / 4 - 1);
   uint32_t count = 0;
@@ -309,11 +308,14 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
       await_stores();
       named_barrier_sync(STORE_BARRIER + c.index, 128);
     }
+    const int heads_per_kv = opaque(p.num_heads_q) / p.num_heads_kv;  // for one register less
     // The walks over one head's tiles each, or one over those of all heads of the group. Opaque, or
-    // ptxas spills 72 to 144 bytes where consumers share dQ.
+    // ptxas spills 72 to 144 bytes where consumers share dQ; counted down, as a head's number would
+    // take one more register.
     const int num_walks = ALSO_DQ ? opaque(1) : heads_per_kv;
     const int heads = ALSO_DQ ? heads_per_kv : 1;
-    for (int head = 0; head < num_walks; ++head) {
+    for (int left = num_walks; left > 0; --left) {
+      const int head = num_walks - left;
       c.mask = mask_strip(p, smem, c.index, c.key_row, block.batch_idx, block.head_idx + head);
 //@if gate ds dv dk dq
       c.block = block;

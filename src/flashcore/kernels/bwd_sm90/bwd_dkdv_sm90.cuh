@@ -40,11 +40,10 @@ constexpr int NUM_PLACES = ALSO_DQ ? 2 : 0;  // of parts on their way out, one a
 static_assert(NUM_PARTS <= 2, "a thread adds one part of a tile");
 // With dQ the query tiles of a key tile are walked over from the last one on. So of two key tiles
 // side by side that start together the first one comes to a tile of queries first, or both at once,
-// whatever hides keys: none waits long for its turn to add.
+// whatever hides keys: none waits long for its turn to add. At each query tile come the heads of a
+// group: if each head's tiles were walked over by themselves, a block would wait at every head for
+// the block before, whose walk is longer under a causal mask.
 
-// And at each query tile through the heads of a group: if each head's tiles were walked over by
-// themselves, a block would wait at every head for the block before, whose walk is longer under a
-// causal mask.
 // The query tile number `i` of a walk over some.
 FC_DEVICE int walked_tile(const Range& tiles, int i) {
   return ALSO_DQ ? tiles.end - 1 - i : tiles.begin + i;

@@ -211,11 +211,13 @@ template <int PENDING = 0, int FRAGS, class Tile>
 FC_DEVICE void store_rows(const WmmaAccum (&x)[FRAGS], float scale, const Tile& tile,
                           const RowsInTensor& to, int barrier) {
   static_assert(Tile::CHUNKS == (FRAGS * 16 + CHUNK - 1) / CHUNK, "the tile is that of the rows");
-  const bool leads = warp_idx() % 4 == 0 && elect_lane();
+  // Opaque, or what is computed from them once for all tiles lives on in between.
+  const int warp = opaque(warp_idx()) % 4;
+  const int lane = opaque(lane_idx());
+  const bool leads = warp == 0 && elect_lane();
   if (leads) tma_store_wait_read<PENDING>();  // of what lay here before
   named_barrier_sync(barrier, 128);           // orders that before the writes below
-  const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live in between
-  const int row = warp_idx() % 4 * 16 + lane % 16;
+  const int row = warp * 16 + lane % 16;
 #pragma unroll
   for (int d = 0; d < FRAGS; ++d) {
     uint32_t packed[4];
