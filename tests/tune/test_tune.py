@@ -132,8 +132,8 @@ def test_the_compilers_report_rules_out() -> None:
 def test_configurations_are_compiled() -> None:
     pytest.importorskip("cuda.core")
     default = base(workload(64, causal=False))
-    wide = with_tile(default, tile_of(default) | {"block_m": 128, "block_n": 256, "num_stages": 2})
-    assert wide is not None
+    # No tile that the rules think legal is known to spill.
+    wide = dataclasses.replace(default, block_m=128, block_n=256, num_stages=2)
     with compiling.Compiler(workers=1) as compile_plans:
         found = dict(compile_plans([default, wide]))
     assert found[default] is None

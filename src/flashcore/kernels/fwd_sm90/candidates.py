@@ -109,7 +109,10 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
 
 def with_o_fitted(plan: Sm90Plan) -> Sm90Plan:
     """Return the plan with O in as few parts as let `min_blocks` blocks, or one if they never do,
-    fit into the shared memory of an SM; the last that was tried, if not even one does."""
+    fit into the shared memory of an SM; the last that was tried, if not even one does. Where two
+    warps cannot load, one does."""
+    if not two_can_load(plan):
+        plan = dataclasses.replace(plan, loaders=1)
     found = [dataclasses.replace(plan, o_parts=o_parts) for o_parts in O_PARTS]
     for num_blocks in (plan.min_blocks, 1):
         for changed in found:
@@ -118,14 +121,20 @@ def with_o_fitted(plan: Sm90Plan) -> Sm90Plan:
     return found[-1]
 
 
+def two_can_load(plan: Sm90Plan) -> bool:
+    """Return whether one warp may load keys and another values: both find a block's pieces alone,
+    and lanes load boxes of pages."""
+    in_boxes = plan.page_size > 0 and plan.box_rows < plan.block_n
+    return in_boxes and plan.shares_keys and not plan.converts
+
+
 def _loaders(plan: Sm90Plan) -> int:
-    """Return how many warps load: two where boxes of pages are many beside their bytes, and both
-    warps can find a block's pieces alone (B128 H32/32 D64 in pages of 16: 122.2 us instead of
-    128.5; no difference at head_dim 128 and 256)."""
+    """Return how many warps load: two where boxes of pages are many beside their bytes (B128 H32/32
+    D64 in pages of 16: 122.2 us instead of 128.5; no difference at head_dim 128 and 256)."""
     narrow = max(tiles_sm90.padded_dims(plan.head_dim, plan.head_dim_v)) <= 64
     # Packed sequences are harder to walk over: that would spill.
-    in_boxes = plan.varlen == "pages" and plan.box_rows < plan.block_n
-    return 2 if narrow and in_boxes and plan.shares_keys and not plan.has_float8 else 1
+    is_easy = plan.varlen == "pages" and not plan.has_float8
+    return 2 if narrow and is_easy and two_can_load(plan) else 1
 
 
 @functools.lru_cache(maxsize=4096)

@@ -133,6 +133,8 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.has_float8 and plan.key_slices > 1:
             return False
+        if plan.loaders > 1 and not candidates_sm90.two_can_load(plan):
+            return False
         if plan.key_slices > 1 and (plan.block_m > 64 or plan.num_stages % plan.key_slices):
             return False
         if plan.num_splits < plan.fewest_splits:

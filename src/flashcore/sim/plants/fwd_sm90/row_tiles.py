@@ -29,7 +29,13 @@ _TAKEN_BEFORE_STORE = """\
       smem_store(mine + (r + 2) * 128, softmax.row_sum[r]);
     }
 """
-_SHARED_KEYS = {"block_m": 64, "key_slices": 2, "num_stages": 4, "ping_pong": False}
+_SHARED_KEYS = {
+    "block_m": 64,
+    "min_blocks": 1,
+    "key_slices": 2,
+    "num_stages": 4,
+    "ping_pong": False,
+}
 
 ROW_TILE_PLANTS = (
     Plant(
@@ -67,7 +73,7 @@ ROW_TILE_PLANTS = (
         find="    if (!is_known) mbar_wait(bar.q_full + c.q_slot, q_parity(turn));",
         replace="    if (!is_known) mbar_wait(bar.q_full + q_slot(turn, 0), q_parity(turn));",
         caught_by="race",
-        plan={"block_m": 128, "key_slices": 1, "num_stages": 2},
+        plan={"block_m": 128, "min_blocks": 1, "key_slices": 1, "num_stages": 2},
     ),
     Plant(
         name="q-buffers-in-step",
