@@ -217,7 +217,7 @@ _OF_ROLES = (
         find="        mbar_wait(bar.probs_empty, int(count % 2) ^ 1);\n#pragma unroll",
         replace="\n#pragma unroll",
         caught_by="race",
-        or_by=("deadlock",),  # two fills of a barrier whose phase nobody saw
+        or_by=("deadlock", "mbarrier"),  # two fills of a barrier whose phase nobody saw
     ),
     Plant(
         name="v-overwritten",
