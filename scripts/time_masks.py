@@ -24,7 +24,8 @@ import flashcore
 from flashcore.bench.document import head, write
 
 # name -> batch, heads, heads of k and v, seqlen_q, seqlen_k, head_dim, the mask's dtype and shape
-# (b, h, q, k: whole; 1: broadcast; None: no mask), whether its gradient is wanted, causal
+# (b, h, q, k: whole; 1: broadcast; +: columns of a wider one; None: no mask), whether its gradient
+# is wanted, causal
 Shape = tuple[int, int, int, int, int, int, torch.dtype | None, str, bool, bool]
 BF16, F32, BOOL = torch.bfloat16, torch.float32, torch.bool
 CASES: dict[str, Shape] = {
@@ -33,6 +34,11 @@ CASES: dict[str, Shape] = {
     "bool-row-64": (8, 16, 16, 2048, 2048, 64, BOOL, "b11k", False, False),
     "additive-64": (8, 16, 16, 2048, 2048, 64, BF16, "1hqk", False, False),
     "additive-f32-64": (8, 16, 16, 2048, 2048, 64, F32, "1hqk", False, False),
+    "bool-odd-64": (8, 16, 16, 2048, 1999, 64, BOOL, "b1qk", False, False),
+    "additive-odd-64": (8, 16, 16, 2048, 1999, 64, BF16, "1hqk", False, False),
+    "additive-f32-odd-64": (8, 16, 16, 2048, 1999, 64, F32, "1hqk", False, False),
+    "bool-sliced-64": (8, 16, 16, 2048, 2048, 64, BOOL, "b1qk+", False, False),
+    "additive-sliced-64": (8, 16, 16, 2048, 2048, 64, BF16, "1hqk+", False, False),
     "learned-64": (8, 16, 16, 2048, 2048, 64, BF16, "1hqk", True, False),
     "learned-f32-64": (8, 16, 16, 2048, 2048, 64, F32, "1hqk", True, False),
     "learned-causal-64": (8, 16, 16, 2048, 2048, 64, BF16, "1hqk", True, True),
@@ -59,14 +65,16 @@ METHOD = (
 
 def described(shape: Shape) -> dict[str, Any]:
     """Return the fields of a row that say what was measured."""
-    batch, heads, heads_kv, rows, _, dim, dtype, dims, needs_grad, causal = shape
+    batch, heads, heads_kv, rows, keys, dim, dtype, dims, needs_grad, causal = shape
     of_heads = f"H{heads}" + f"/{heads_kv}" * (heads != heads_kv)
     mask = None
     if dtype is not None:
-        sizes = ", ".join({"b": "B", "h": "H", "q": "S", "k": "S", "1": "1"}[d] for d in dims)
-        mask = f"{str(dtype).removeprefix('torch.')} [{sizes}]"
+        names = {"b": "B", "h": "H", "q": "S", "k": "S", "1": "1"}
+        sizes = ", ".join(names[d] for d in dims.rstrip("+"))
+        mask = f"{str(dtype).removeprefix('torch.')} [{sizes}]" + " of a wider one" * ("+" in dims)
+    lengths = f"S{rows}" + f"/{keys}" * (keys != rows)
     return {
-        "shape": f"B{batch} {of_heads} S{rows} D{dim}" + " causal" * causal,
+        "shape": f"B{batch} {of_heads} {lengths} D{dim}" + " causal" * causal,
         "mask": mask,
         "needs_grad": needs_grad,
     }
@@ -87,8 +95,11 @@ def make(shape: Shape) -> tuple[list[torch.Tensor], torch.Tensor | None, torch.T
     mask = None
     if dtype is not None:
         sizes = {"b": batch, "h": heads, "q": rows, "k": keys, "1": 1}
-        mask = normal(*[sizes[d] for d in dims])
+        *others, columns = (sizes[d] for d in dims.rstrip("+"))
+        mask = normal(*others, columns + 8 * ("+" in dims))
         mask = mask > -1.0 if dtype == BOOL else mask.to(dtype)
+        if "+" in dims:
+            mask = mask[..., 3 : 3 + columns].detach()
         mask.requires_grad_(needs_grad)
     return [x.requires_grad_() for x in leaves], mask, normal(batch, heads, rows, dim)
 

@@ -184,10 +184,6 @@ def test_the_replay_command_repeats_the_run() -> None:
     assert str(again.value) == str(found)
 
 
-def test_the_end_of_a_row_that_starts_inside_of_a_packet_is_checked() -> None:
-    check_plant(PLANTS_MASK_SM90["mask-past-end"], planted_shifted_mask())
-
-
 @pytest.mark.parametrize("name", PLANTS_MASK_SM90)
 def test_a_plant_changes_one_place_and_moves_no_line(name: str) -> None:
     check_text(name, PLANTS_MASK_SM90[name])

@@ -5,6 +5,7 @@
 
 #include "prims_sm90.cuh"
 #include "tile/params.cuh"
+#include "fwd_sm90/mask_tile_sm90.cuh"
 
 // A mask that all queries share has one row.
 constexpr int KEY_MASK_ROWS = MASK_IS_ROW ? 1 : BLOCK_M;
@@ -19,6 +20,13 @@ constexpr bool KEY_MASK_BY_MATRIX =
     MASK_KIND == 2 && KEY_MASK_BYTES == 2 && !MASK_IS_ROW && !MASK_IS_SHIFTED;
 constexpr int KEY_MASK_PACKET = MASK_LOAD_BYTES >= 4 ? MASK_LOAD_BYTES / KEY_MASK_BYTES : 1;
 static_assert(!MASK_IS_SHIFTED || KEY_MASK_PACKET == 8, "rows 8 apart are shifted alike");
+
+// True where a warp copies some rows at a time, by PacketRows. With booleans, and with rows that
+// are shifted, that took longer (docs/ladder-backward.md).
+constexpr bool KEY_MASK_IN_ROWS =
+    MASK_KIND == 2 && MASK_LOAD_BYTES >= 4 && !MASK_IS_SHIFTED && !MASK_IS_ROW;
+using KeyMaskRows = PacketRows<MaskElement, MASK_LOAD_BYTES, KEY_MASK_ROWS, 16 / KEY_MASK_PACKET,
+                               KEY_MASK_STRIDE, false>;
 
 // The mask of a warp's 16 keys: in global memory, and the next tile's part of it. With
 // MASK_IS_SHIFTED rows begin anywhere in a packet of global memory: packets are copied whole, and
@@ -45,6 +53,13 @@ struct KeyMaskStrip {
   // packet that lies in a row only in part is taken element by element: beyond there may be no
   // memory.
   FC_DEVICE void fetch(const AttnParams& p, int m_begin) const {
+    if constexpr (KEY_MASK_IN_ROWS) {
+      KeyMaskRows::fetch(smem, key_begin, p.seqlen_k, p.seqlen_q - m_begin,
+                         p.strides.mask.row, p.strides.mask.col,
+                         [&](int row) { return row_start(p, m_begin + row); });
+      cp_async_commit();
+      return;
+    }
     constexpr int PACKETS_PER_ROW = (MASK_IS_SHIFTED ? 24 : 16) / KEY_MASK_PACKET;
     constexpr int PACKETS = KEY_MASK_ROWS * PACKETS_PER_ROW;
     // More would spill. Host compilers do not unroll.

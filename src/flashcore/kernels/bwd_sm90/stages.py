@@ -94,7 +94,10 @@ PHASES = {
     "exponentiate_tile": "ds",
     "column_pair": "ds",
     "probability": "ds",
-    **dict.fromkeys(("mask_strip", "fetch", "fetch_packet", "fetch_rows"), "ds"),
+    **dict.fromkeys(
+        ("mask_strip", "fetch", "fetch_packet", "fetch_rows", "copy", "copy_parts"),
+        "ds",
+    ),
     **dict.fromkeys(("await", "fragment", "read"), "ds"),
     "score_gradient": "ds",
     "consume_scores": "ds",

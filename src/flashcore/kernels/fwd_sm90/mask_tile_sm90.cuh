@@ -24,6 +24,107 @@ constexpr bool MASK_IN_ROWS = MASK_BY_ADDITION && MASK_IN_PACKETS && MASK_PACKET
                               BLOCK_N >= 2 * MASK_PACKET && 32 % (BLOCK_N / MASK_PACKET) == 0 &&
                               !MASK_IS_ROW && !MASK_IS_SHIFTED;
 
+// Packets of BYTES are aligned units of global memory. Lanes side by side take PACKETS of a row, as
+// far as a warp goes: less than whole lines of a cache take longer. A lane's packets lie at fixed
+// distances from its first one, or, of SHIFTED rows, nearly so: the time of a call grows with the
+// instructions that addresses take.
+template <class T, int BYTES, int ROWS, int PACKETS, int SMEM_STRIDE, bool SHIFTED>
+struct PacketRows {
+  static constexpr int PACKET = BYTES / int(sizeof(T));  // elements
+  static constexpr int WHOLE = PACKETS - SHIFTED;        // packets of a row, were it not shifted
+  static constexpr int LANES = WHOLE > 16  ? 32
+                               : WHOLE > 8 ? 16
+                               : WHOLE > 4 ? 8
+                               : WHOLE > 2 ? 4
+                                           : WHOLE;
+  static constexpr int ROW_STEP = 32 / LANES;
+  static constexpr int WIDTH = PACKETS * PACKET;
+
+  // Starts copying the elements of rows from `key_begin` on, of `num_keys`, into `strip`; zeros in
+  // rows that do not exist. `row_at` gives a row's element 0; rows are `row_stride` apart, and
+  // elements of packets of one `col_stride`.
+  template <class RowAt>
+  FC_DEVICE static void fetch(SmemPtr<T> strip, int key_begin, int num_keys, int num_rows,
+                              int64_t row_stride, int64_t col_stride, const RowAt& row_at) {
+    const bool starts = SHIFTED && key_begin == 0;
+    // A row's last packet may hold more elements than are asked for.
+    const bool ends = key_begin + WIDTH > num_keys;
+    if (starts || ends) {
+      copy<true>(strip, key_begin, num_keys, num_rows, row_stride, col_stride, row_at);
+    } else {
+      copy<false>(strip, key_begin, num_keys, num_rows, row_stride, col_stride, row_at);
+    }
+    if (PACKET > 1 && starts) {
+      copy_parts<true>(strip, key_begin, num_keys, num_rows, row_stride, row_at);
+    }
+    if (PACKET > 1 && ends && key_begin < num_keys + PACKET) {
+      copy_parts<false>(strip, key_begin, num_keys, num_rows, row_stride, row_at);
+    }
+  }
+
+  // Packets that lie in a row as a whole. AT_ENDS there are others, and zeros past the end.
+  template <bool AT_ENDS, class RowAt>
+  FC_DEVICE static void copy(SmemPtr<T> strip, int key_begin, int num_keys, int num_rows,
+                             int64_t row_stride, int64_t col_stride, const RowAt& row_at) {
+    [[maybe_unused]] constexpr int UNROLL = AT_ENDS ? 1 : 64;  // host compilers do not unroll
+    const int lane = opaque(lane_idx());  // or addresses computed once for all tiles live on
+    const int row = lane / LANES;
+    const int col = lane % LANES * PACKET;
+    const int64_t step = PACKET == 1 ? col_stride : 1;
+    const auto dst = strip + (row * SMEM_STRIDE + col);
+    auto row_src = row_at(row) + (key_begin + col) * step;
+#pragma unroll UNROLL
+    for (int first = 0; first < ROWS; first += ROW_STEP) {
+      if (ROWS % ROW_STEP != 0 && row + first >= ROWS) break;
+      const bool exists = first < num_rows - row;
+      const int shift = SHIFTED ? misalignment<BYTES>(row_src) / int(sizeof(T)) : 0;
+      const int key = key_begin + col - shift;
+      const auto src = row_src + -shift;
+#pragma unroll UNROLL
+      for (int begin = 0; begin < WIDTH; begin += LANES * PACKET) {
+        if (PACKETS % LANES != 0 && col + begin >= WIDTH) break;
+        const int count = exists ? num_keys - (key + begin) : 0;  // of elements from here on
+        if (AT_ENDS && count > 0 && (key + begin < 0 || count < PACKET)) continue;
+        cp_async<BYTES>(dst + (first * SMEM_STRIDE + begin), src + begin * step,
+                        AT_ENDS ? count > 0 : exists);
+      }
+      row_src = row_src + ROW_STEP * row_stride;
+    }
+  }
+
+  // Each row's packet that it starts in, or that it ends in, element by element: beyond there may
+  // be no memory.
+  template <bool AT_START, class RowAt>
+  FC_DEVICE static void copy_parts(SmemPtr<T> strip, int key_begin, int num_keys, int num_rows,
+                                   int64_t row_stride, const RowAt& row_at) {
+    [[maybe_unused]] constexpr int UNROLL = ROWS > 16 ? 8 : 1;  // more would spill
+    constexpr int STEP = 32 / PACKET;
+    const int lane = opaque(lane_idx());
+    auto src = row_at(lane / PACKET);
+#pragma unroll UNROLL
+    for (int row = lane / PACKET; row < ROWS; row += STEP) {
+      const int shift = SHIFTED ? misalignment<BYTES>(src) / int(sizeof(T)) : 0;
+      const int length = num_keys - key_begin + shift;  // from the first packet's start on
+      const int begin = AT_START ? 0 : length / PACKET * PACKET;
+      const bool is_part = AT_START ? shift > 0 : length > begin && begin >= 0 && begin < WIDTH;
+      const int col = begin + lane % PACKET;
+      const int key = key_begin + col - shift;
+      if (row < num_rows && is_part) {
+        T x = {};
+        if (key >= 0 && key < num_keys) x = gmem_load(src + key);
+        smem_store(strip + (row * SMEM_STRIDE + col), x);
+      }
+      src = src + STEP * row_stride;
+    }
+  }
+};
+
+// Of rows that are unaligned, or whose packets do not divide a warp.
+constexpr bool MASK_BY_PACKET_ROWS =
+    MASK_BY_ADDITION && MASK_IN_PACKETS && !MASK_IN_ROWS && !MASK_IS_ROW;
+using MaskRows = PacketRows<MaskElement, MASK_LOAD_BYTES, MASK_ROWS,
+                            BLOCK_N / MASK_PACKET + MASK_IS_SHIFTED, MASK_STRIDE, MASK_IS_SHIFTED>;
+
 // Elements 2 i and 2 i + 1 of a row, the first one in the lowest bits.
 template <class T>
 FC_DEVICE Packet<2 * sizeof(T)> mask_pair(T first, T second) {
@@ -175,6 +276,13 @@ struct MaskStrip {
 //@end
     if (n_block < n_block_begin || is_before_mask<BLOCK_N>(p, n_block * BLOCK_N)) return;
     if constexpr (MASK_IS_TREE) return fetch_tree(p, row_begin, n_block);
+    if constexpr (MASK_BY_PACKET_ROWS) {
+      MaskRows::fetch(smem, n_block * BLOCK_N, p.seqlen_k,
+                      p.seqlen_q - row_begin, p.strides.mask.row, p.strides.mask.col,
+                      [&](int row) { return row_start(p, row_begin + row); });
+      cp_async_commit();
+      return;
+    }
     constexpr int PACKETS_PER_ROW = BLOCK_N / MASK_PACKET;
     constexpr int PACKETS = MASK_ROWS * PACKETS_PER_ROW;
     constexpr int FRONT = MASK_IS_SHIFTED ? MASK_PACKET : 0;  // elements of a packet more
