@@ -16,7 +16,6 @@ from flashcore.kernels.fwd_sm90.tiles import ROWS_OF_CONSUMER
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.kernels.kernel import ForwardKernel, Pointers, Tile
 from flashcore.problem import Problem
-from flashcore.problem.problem import PACKS_QUERIES
 
 # Where products bound the time more stages than these gain nothing; more are for reading memory.
 _STAGES_OF_PRODUCTS = 4
@@ -139,7 +138,9 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             return False
         if plan.num_splits < plan.fewest_splits:
             return False
-        if plan.varlen in PACKS_QUERIES and (plan.num_splits > 1 or plan.has_fixed_pieces):
+        # Packed queries are cut by what the batch holds, and by the device alone.
+        is_uneven = plan.num_splits > 1 or (plan.stream_k and plan.batch_invariant)
+        if plan.packs_queries and is_uneven:
             return False
         if plan.stream_k and plan.num_splits > 1:
             return False
