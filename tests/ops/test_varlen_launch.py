@@ -153,8 +153,16 @@ def test_launches_that_may_meet_share_no_counter(fake_cuda: SimpleNamespace) -> 
     assert len({first, second, *captured, other, address(stream=3)}) == 6
     unknown = {address(capture=4, status=1), address()}  # each its own
     assert len({first, second, *captured, other, *unknown}) == 7
+
+
+def test_counters_that_a_failed_launch_left_are_not_used_again(fake_cuda: SimpleNamespace) -> None:
     device = torch.device("cuda", 0)
-    assert counters.own_counters(device) not in {first, second, *captured, other, *unknown}
+    for capture in (0, 2):
+        fake_cuda.capture = capture
+        first = counters.work_counters(device)
+        assert counters.work_counters(device) == first
+        counters.forget_counters(device)
+        assert counters.work_counters(device) != first
 
 
 def test_a_stream_that_asks_for_more_counters_gets_more(fake_cuda: SimpleNamespace) -> None:

@@ -115,6 +115,7 @@ class Machine:
     counters: torch.Tensor = dataclasses.field(
         default_factory=lambda: torch.zeros(4096, dtype=torch.int32)
     )
+    forgotten: list[int] = dataclasses.field(default_factory=list)  # how often they were
     device: int = 0
     stream: int = 7
 
@@ -163,10 +164,8 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
         monkeypatch.setattr(
             module, "work_counters", lambda device, count=1: machine.counters.data_ptr()
         )
-    for module in (launch, backward_call):
-        monkeypatch.setattr(
-            module, "own_counters", lambda device, count=1: machine.counters.data_ptr()
-        )
+    for module in (launcher, backward_call):
+        monkeypatch.setattr(module, "forget_counters", lambda device: machine.forgotten.append(1))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.driver.capturing)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.device)

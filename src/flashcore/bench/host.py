@@ -215,7 +215,15 @@ def _launch_layers(call: object, q: Tensor, k: Tensor, v: Tensor) -> dict[str, C
     kernel = getattr(call, "__self__", None)
     assert isinstance(kernel, KernelCall)
     out = torch.empty_like(q)
-    key = (-1, (q.data_ptr(), k.data_ptr(), v.data_ptr()), 0, out.data_ptr(), 0, ())
+    key = (
+        -1,
+        (q.data_ptr(), k.data_ptr(), v.data_ptr()),
+        0,
+        out.data_ptr(),
+        0,
+        (),
+        kernel.counter(),
+    )
     argument = kernel.make_argument(key)
     return {
         "new addresses: argument and descriptors": lambda: kernel.make_argument(key),

@@ -23,7 +23,7 @@ from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
 from flashcore.launch import descriptors, kernel_call
 from flashcore.launch.allocation import allocator
-from flashcore.launch.counters import COUNTER_BYTES, own_counters, work_counters
+from flashcore.launch.counters import COUNTER_BYTES, forget_counters, work_counters
 from flashcore.launch.driver_launch import Argument
 from flashcore.launch.types import KernelEntry, PassEntry
 from flashcore.problem import Problem
@@ -143,12 +143,12 @@ class BackwardKernel:
         Args:
             addresses: of tensors of the description that this was made for, in its order.
         """
-        argument = self._known.get(addresses)
+        counters = _counters([self])
+        key = (*addresses, counters)
+        argument = self._known.get(key)
         if argument is None:
-            counters, is_kept = _counters([self])
             argument = self.argument(addresses, counters)
-            if is_kept:
-                _keep(self._known, addresses, argument)
+            _keep(self._known, key, argument)
         self._launch(argument)
 
 
@@ -178,13 +178,14 @@ class BackwardPass:
     def __call__(self, addresses: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
         """Launch all on the device's current stream; return dq, dk and dv."""
         made = [make() for make in self._makers]
-        addresses = (*addresses, *[x.data_ptr() for x in made])
-        arguments = self._known.get(addresses) or self._make(addresses)
+        counters = _counters(self._kernels)
+        key = (*addresses, *[x.data_ptr() for x in made], counters)
+        arguments = self._known.get(key) or self._make(key)
         try:
             for enqueue, argument in zip(self._enqueues, arguments, strict=True):
                 enqueue(argument)
         except BaseException:  # the kernels that are missing would have set counters back to 0
-            self._known.pop(addresses, None)
+            forget_counters(_device_of(self._kernels))
             raise
         dq, dk, dv = self._gradients
         return made[dq], made[dk], made[dv]
@@ -196,29 +197,30 @@ class BackwardPass:
         index = self._kernels[0].device_index
         return PassEntry(index, entries, self._made, self._gradients, num_counters)
 
-    def _make(self, addresses: tuple[int, ...]) -> tuple[Argument, ...]:
-        """Return the arguments of these tensors, kept if they may be."""
-        counters, is_kept = _counters(self._kernels)
+    def _make(self, key: tuple[int, ...]) -> tuple[Argument, ...]:
+        """Return the arguments of these tensors and counters, and keep them."""
+        *addresses, counters = key
         arguments = tuple(kernel.argument(addresses, counters) for kernel in self._kernels)
-        if is_kept:
-            _keep(self._known, addresses, arguments)
+        _keep(self._known, key, arguments)
         return arguments
 
 
-def _counters(kernels: Sequence[BackwardKernel]) -> tuple[int, bool]:
-    """Return the address of counters for launches of such kernels, 0 if they have none, and whether
-    an argument with it may be kept: one whose counters are a capture's may not."""
+def _device_of(kernels: Sequence[BackwardKernel]) -> torch.device:
+    return torch.device("cuda", kernels[0].device_index)
+
+
+def _counters(kernels: Sequence[BackwardKernel]) -> int:
+    """Return the address of counters for launches of such kernels on the current stream, 0 if they
+    have none."""
     if not any(kernel.has_counters for kernel in kernels):
-        return 0, True
-    is_kept = not torch.cuda.is_current_stream_capturing()
-    device = torch.device("cuda", kernels[0].device_index)
-    return (own_counters if is_kept else work_counters)(device, COUNTERS), is_kept
+        return 0
+    return work_counters(_device_of(kernels), COUNTERS)
 
 
-def _keep(known: dict[tuple[int, ...], _Kept], addresses: tuple[int, ...], entry: _Kept) -> None:
+def _keep(known: dict[tuple[int, ...], _Kept], key: tuple[int, ...], entry: _Kept) -> None:
     with _lock:
         make_room(known, ARGUMENTS_MAX)
-        known[addresses] = entry
+        known[key] = entry
 
 
 class _Described:

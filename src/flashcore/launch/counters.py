@@ -2,8 +2,7 @@
 
 A kernel that draws from a counter puts it back to 0 at its end, so no call has to clear it.
 Launches that may run at the same time must not share one: every stream has its own, and so has
-every stream of a CUDA graph's capture, for a graph may be replayed beside anything. A prepared
-argument has its own too: who launches it twice at the same time has two kernels write one output.
+every stream of a CUDA graph's capture, for a graph may be replayed beside anything.
 
 Their memory comes from the driver, not from torch's allocator. While a graph is captured, and while
 torch.compile warms one up, that takes all memory from the graph's own pool, whose owner clears it,
@@ -55,19 +54,18 @@ def work_counters(device: torch.device, count: int = 1) -> int:
     return found.address
 
 
-def own_counters(device: torch.device, count: int = 1) -> int:
-    """Return the address of counters that nobody else gets, for as long as the process lives.
+def forget_counters(device: torch.device) -> None:
+    """Give the device's current stream other counters from now on: kernels that would have put
+    these back to 0 could not be launched.
 
     Args:
         device: a CUDA device with its index.
-        count: how many, at least.
-
-    Returns:
-        Where `count` int32 are, which are 0 when the current stream gets there.
     """
     assert device.index is not None
+    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
     with _lock:
-        return _take(device.index, count).address
+        _of_streams.pop(key, None)
+        _of_captures.pop(key, None)
 
 
 def _of_capture(key: tuple[int, int], count: int) -> int:

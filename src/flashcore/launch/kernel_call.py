@@ -18,7 +18,7 @@ from flashcore.kernels.registry import forward_of, kernel_of
 from flashcore.kernels.tensor_map import encode_maps
 from flashcore.launch import descriptors
 from flashcore.launch.allocation import allocator
-from flashcore.launch.counters import own_counters, work_counters
+from flashcore.launch.counters import work_counters
 from flashcore.launch.driver_launch import Argument, Launch, launch_raw
 from flashcore.launch.element_map import verify_element_map
 from flashcore.launch.launcher import Entry
@@ -149,7 +149,7 @@ LENGTHS = {
 # allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
 ARGUMENTS_MAX = 4096
 # Call; q, k, v, lengths, sinks and max_score; mask; out; lse; shares and counters.
-_Key = tuple[int, Addresses, int, int, int, tuple[int, ...]]
+_Key = tuple[int, Addresses, int, int, int, tuple[int, ...], int]
 _arguments: dict[_Key, Argument] = {}
 _lock = threading.Lock()
 _serial = itertools.count()
@@ -254,6 +254,7 @@ class KernelCall:
             out.data_ptr(),
             0 if lse is None else lse.data_ptr(),
             scratch,
+            self.counter(),
         )
         spare = self._spare
         if spare is None:
@@ -296,20 +297,23 @@ class KernelCall:
             ),
         )
 
+    def counter(self) -> int:
+        """Return the address of what blocks draw tiles from on the current stream, which a capture
+        has of its own; 0 where they draw none."""
+        return 0 if self._counts_on is None else work_counters(self._counts_on)
+
     def make_argument(self, key: _Key) -> Argument:
-        """Return the kernel's argument for a key of `_arguments`, which keeps it if it lasts."""
+        """Return the kernel's argument for a key of `_arguments`, which keeps it."""
         argument = self._template_of(key[1], key[3]).new()
-        if not self._fill(argument, key, is_kept=True):
-            return argument
+        self._fill(argument, key)
         with _lock:
             make_room(_arguments, ARGUMENTS_MAX)
             _arguments[key] = argument
         return argument
 
-    def _fill(self, argument: Argument, key: _Key, is_kept: bool = False) -> bool:
-        """Write the addresses of a key. Return whether the argument may be kept: one whose counter
-        is a capture's may not."""
-        _, (q, k, v, *others), mask, out, lse, scratch = key
+    def _fill(self, argument: Argument, key: _Key) -> None:
+        """Write the addresses of a key."""
+        _, (q, k, v, *others), mask, out, lse, scratch, counter = key
         template = self._template
         assert template is not None
         template.place(argument, q, k, v, mask, out, lse)
@@ -317,11 +321,8 @@ class KernelCall:
             template.place_others(argument, dict(zip(self._others, others, strict=True)))
         if scratch:
             template.place_others(argument, self._scratch.pointers(*scratch))
-        if self._counts_on is not None:
-            is_kept = is_kept and not torch.cuda.is_current_stream_capturing()
-            counter = (own_counters if is_kept else work_counters)(self._counts_on)
+        if counter:
             template.place_others(argument, {"tile_counter": counter})
-        return is_kept
 
     def _template_of(self, addresses: Addresses, out: int) -> Template:
         """Return the template of the argument, made once, with these addresses."""

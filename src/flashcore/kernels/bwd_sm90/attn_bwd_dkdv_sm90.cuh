@@ -101,11 +101,11 @@ FC_DEVICE void round_gradient(Consumer& c, const AttnParams& p, SmemPtr<float> s
   if (ALSO_DQ) clear_behind(c.dscores, p.seqlen_k, c.key_row);
 }
 
-// The first row of a query tile whose `stats` have arrived; `walked`, where a walk has it. A debug
-// gate's scores are then those of its head.
+// The first row of a query tile whose `stats` have arrived; `walked`, where a walk has it.
 FC_DEVICE int own_begin(Consumer& c, const AttnParams& p, SmemPtr<float> stats, int walked) {
   if (!ALSO_DQ) return walked;
 //@if gate ds dv dk dq
+  // The gate's scores are then those of the tile's head.
   const int head = int(smem_load(stats + (2 * BLOCK_M + 1)));
   c.gate = gate_scores_of<true>(p, c.block, c.block.head_idx + head);
 //@end

@@ -17,7 +17,7 @@ import torch
 
 from flashcore.base import env
 from flashcore.errors import FlashCoreError, stacklevel_of_caller
-from flashcore.launch.counters import work_counters
+from flashcore.launch.counters import forget_counters, work_counters
 from flashcore.launch.types import PassEntry
 from flashcore.problem.options import Options
 
@@ -165,6 +165,7 @@ def configured() -> Any:
         torch._C._cuda_getDevice,
         torch._C._cuda_getCurrentRawStream,
         _counters,
+        _forget,
         entry_address("cuStreamIsCapturing"),
         _prepare,
         lookup.backends,
@@ -178,6 +179,11 @@ def _counters(device_index: int, count: int) -> int:
     """Return address of counters for a launch on the device's current stream, which stay the
     stream's unless it is being captured."""
     return work_counters(torch.device("cuda", device_index), count)
+
+
+def _forget(device_index: int) -> None:
+    """Give the current stream other counters: a launch failed that others had begun."""
+    forget_counters(torch.device("cuda", device_index))
 
 
 def _prepare(

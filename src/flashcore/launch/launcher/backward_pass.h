@@ -133,9 +133,10 @@ std::shared_ptr<const Pass> pass_for(
   return pass;
 }
 
-// Allocates and launches; returns dq, dk and dv, or nothing where a launch fails.
+// Allocates and launches; returns dq, dk and dv, or nothing where a launch fails, and how many
+// kernels it `launched`.
 torch::autograd::variable_list launch_pass(
-    const Pass& pass, void* stream, void* counters, const PassTensors& tensors) {
+    const Pass& pass, void* stream, void* counters, const PassTensors& tensors, int* launched) {
   std::vector<at::Tensor> made;
   std::vector<uint64_t> addresses;
   for (const at::Tensor& x : tensors) {
@@ -162,6 +163,7 @@ torch::autograd::variable_list launch_pass(
       if (state.replace_address(argument + offset, base) != 0) return {};
     }
     if (enqueue(kernel, stream, argument) != 0) return {};
+    ++*launched;
   }
   const auto& [dq, dk, dv] = pass.gradients;
   return {made[dq], made[dk], made[dv]};
@@ -182,12 +184,15 @@ torch::autograd::variable_list prepared_gradients(Known& known, const PassTensor
       counters = counters_for(pass->device, pass->num_counters, stream);
     }
   }
+  int launched = 0;
   if (pass != nullptr) {
-    auto gradients = launch_pass(*pass, stream, counters, tensors);
+    auto gradients = launch_pass(*pass, stream, counters, tensors, &launched);
     if (!gradients.empty()) return gradients;
   }
   // Python tries again, after binding a context perhaps, or says what is wrong.
   const py::gil_scoped_acquire acquired;
+  // The kernels that are missing would have set counters back to 0.
+  if (launched > 0) forget_counters(pass->device, stream);
   const py::object result = ask_of_pass(state.run_pass, known, tensors);
   if (result.is_none()) return {};
   torch::autograd::variable_list gradients;

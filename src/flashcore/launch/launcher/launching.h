@@ -64,7 +64,7 @@ struct State {
   ReplaceAddress replace_address = nullptr;
   PyObject* current_device = nullptr;  // () -> int
   PyObject* current_stream = nullptr;  // device index -> int
-  PyObject* counters = nullptr;  // see _counters in __init__.py
+  PyObject *counters = nullptr, *forget = nullptr;  // see _counters and _forget in __init__.py
   IsCapturing is_capturing = nullptr;
   PyObject *pass_entry = nullptr, *run_pass = nullptr, *workspace = nullptr;  // see Passes there
   std::map<std::pair<int64_t, void*>, Counters> counters_of;  // by device and stream
@@ -130,6 +130,14 @@ void* counters_for(int64_t device, int64_t count, void* stream) {
   const Counters counters{count, reinterpret_cast<void*>(found.cast<uintptr_t>())};
   if (captured == 0) known = counters;
   return counters.address;
+}
+
+// The stream, which is the device's current one, has other counters from now on.
+void forget_counters(int64_t device, void* stream) {
+  state.counters_of.erase({device, stream});
+  const auto done = py::reinterpret_steal<py::object>(
+      PyObject_CallFunction(state.forget, "L", static_cast<long long>(device)));
+  if (!done) throw python_error();
 }
 
 // The device's current stream.
