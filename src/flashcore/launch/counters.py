@@ -27,6 +27,7 @@ class _Counters(NamedTuple):
     number: int
 
 
+_NO_COUNTERS = _Counters(0, 0)
 _lock = threading.Lock()
 _free: dict[int, _Counters] = {}  # by device index, what is left of the pool in use
 _of_streams: dict[tuple[int, int], _Counters] = {}  # by device index and stream handle
@@ -43,15 +44,16 @@ def work_counters(device: torch.device, count: int = 1) -> int:
     Returns:
         Where `count` int32 are, or more, which are 0 when the stream gets there.
     """
-    assert device.index is not None
-    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
+    index = device.index
+    assert index is not None
+    key = index, torch._C._cuda_getCurrentRawStream(index)
     if torch.cuda.is_current_stream_capturing():
         return _of_capture(key, count)
-    found = _of_streams.get(key)
-    if found is None or found.number < count:
+    address, number = _of_streams.get(key, _NO_COUNTERS)
+    if number < count:
         with _lock:
-            found = _of_streams[key] = _take(device.index, count)
-    return found.address
+            address, _ = _of_streams[key] = _take(index, count)
+    return address
 
 
 def forget_counters(device: torch.device) -> None:
