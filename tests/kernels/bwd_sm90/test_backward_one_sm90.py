@@ -62,6 +62,8 @@ FAMILIES: dict[str, tuple[BwdTile | None, int, dict[str, Any]]] = {
         {"head_dim": 32, "head_dim_v": 32, "window": (40, 20)},
     ),
     "shared-window": (None, 1, {"head_dim": 104, "head_dim_v": 104, "window": (70, 20)}),
+    "padded": (None, 1, {"head_dim": 72, "head_dim_v": 88, "num_heads_q": 4}),
+    "padded-causal": (None, 1, {"head_dim": 88, "head_dim_v": 72, **CAUSAL}),
 }
 BASE = {
     "batch": 2,
