@@ -148,7 +148,7 @@ LENGTHS = {
 # Arguments by call and addresses. A network meets the same addresses again and again: torch's
 # allocator hands them out in turn. Encoding the descriptors anew would cost as much as the launch.
 ARGUMENTS_MAX = 4096
-# Call; q, k, v, lengths, sinks and max_score; mask; out; lse; shares and counters.
+# Call; q, k, v, lengths, sinks and max_score; mask; out; lse; shares and counters; of tiles.
 _Key = tuple[int, Addresses, int, int, int, tuple[int, ...], int]
 _arguments: dict[_Key, Argument] = {}
 _lock = threading.Lock()
