@@ -119,10 +119,10 @@ def test_o_leaves_in_as_few_parts_as_fit(head_dim: int, parts: int) -> None:
     assert plan.o_parts == parts
     whole = dataclasses.replace(plan, o_parts=1)
     assert (whole.smem_bytes <= 232448) == (parts == 1)
-    in_any = candidates_sm90.with_o_fitted(dataclasses.replace(plan, o_parts=4))
+    in_any = candidates_sm90.fitted(dataclasses.replace(plan, o_parts=4))
     assert in_any == plan
     too_large = dataclasses.replace(plan, num_stages=99)
-    assert candidates_sm90.with_o_fitted(too_large).o_parts == plan_sm90.O_PARTS[-1]
+    assert candidates_sm90.fitted(too_large).o_parts == plan_sm90.O_PARTS[-1]
 
 
 def test_heads_are_drawn_in_groups_that_fit_l2_and_fill_the_gpu() -> None:

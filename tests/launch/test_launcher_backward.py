@@ -72,18 +72,18 @@ def test_an_error_of_a_launch_comes_out_of_the_pass(machine: standin.Machine) ->
         out.backward(torch.ones_like(out))
 
 
-def test_what_a_pass_has_counted_that_fails_half_way_is_forgotten(machine: standin.Machine) -> None:
+def test_what_a_pass_has_counted_that_fails_half_way_is_cleared(machine: standin.Machine) -> None:
     """Blocks of dk and dv would have put back what blocks of dq had counted."""
     q, k, v = (x.requires_grad_() for x in tensors())
     out = flashcore.attention(q, k, v)
     machine.driver.statuses = [719, 0]  # from the last on; then Python tries again
     out.backward(torch.ones_like(out))
-    assert (len(machine.driver.launches), len(machine.forgotten)) == (5, 1)
+    assert (len(machine.driver.launches), len(machine.cleared)) == (5, 1)
     out = flashcore.attention(q, k, v)
     machine.driver.statuses = [719, 0, 719, 0]  # and fails, too
     with pytest.raises(flashcore.FlashCoreError, match="failed: 719"):
         out.backward(torch.ones_like(out))
-    assert len(machine.forgotten) == 3
+    assert machine.cleared == [(machine.counters.data_ptr(), 4)] * 3
 
 
 def test_nothing_is_kept_alive(machine: standin.Machine) -> None:

@@ -109,8 +109,9 @@ def test_batches_that_are_no_whole_rows_apart_go_to_the_portable_kernel(
 @pytest.fixture
 def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Return what the counters' torch says of the stream and the capture that it is part of (0 for
-    none), and the pools that were made, of 4 counters each, by address and bytes."""
-    now = SimpleNamespace(stream=1, capture=0, pools=[], status=0)
+    none), the pools that were made, of 4 counters each, by address and bytes, and what was
+    cleared."""
+    now = SimpleNamespace(stream=1, capture=0, pools=[], cleared=[], status=0)
 
     def allocate_zeros(index: int, num_bytes: int) -> int:
         assert index == 0
@@ -123,7 +124,9 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(counters, "torch", SimpleNamespace(cuda=cuda, _C=raw))
     monkeypatch.setattr(counters, "allocate_zeros", allocate_zeros)
     driver = SimpleNamespace(
-        CUstream=int, cuStreamGetCaptureInfo=lambda stream: (now.status, 1, now.capture, None)
+        CUstream=int,
+        cuStreamGetCaptureInfo=lambda stream: (now.status, 1, now.capture, None),
+        cuMemsetD8Async=lambda *arguments: now.cleared.append(arguments),
     )
     monkeypatch.setattr(counters, "import_driver", lambda: driver)
     for name in ("_free", "_of_streams", "_of_captures"):
@@ -155,14 +158,13 @@ def test_launches_that_may_meet_share_no_counter(fake_cuda: SimpleNamespace) -> 
     assert len({first, second, *captured, other, *unknown}) == 7
 
 
-def test_counters_that_a_failed_launch_left_are_not_used_again(fake_cuda: SimpleNamespace) -> None:
+def test_counters_that_a_failed_pass_left_are_cleared(fake_cuda: SimpleNamespace) -> None:
+    """They stay the stream's."""
     device = torch.device("cuda", 0)
-    for capture in (0, 2):
-        fake_cuda.capture = capture
-        first = counters.work_counters(device)
-        assert counters.work_counters(device) == first
-        counters.forget_counters(device)
-        assert counters.work_counters(device) != first
+    address = counters.work_counters(device, 3)
+    counters.clear_counters(device, address, 3)
+    assert fake_cuda.cleared == [(address, 0, 12, fake_cuda.stream)]
+    assert counters.work_counters(device, 3) == address
 
 
 def test_a_stream_that_asks_for_more_counters_gets_more(fake_cuda: SimpleNamespace) -> None:

@@ -14,6 +14,7 @@ from test_sim_healthy_sm90 import make_plan
 
 from flashcore.checks.accuracy import error_report
 from flashcore.checks.paged_cases import draw_paged_case, make_paged_inputs, paged_error_report
+from flashcore.kernels.fwd_sm90.candidates import two_can_load
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.ops.padded import padded_problem
 from flashcore.ops.paged import NAMES, paged_problem
@@ -139,7 +140,7 @@ def simulate_pages(
 def make_two_loaders(problem: Problem, tile: dict[str, Any]) -> Plan:
     """Return a plan in which a warp loads keys and another one values, where boxes are several."""
     plan = make_plan(problem, tile)
-    return dataclasses.replace(plan, loaders=2 if plan.box_rows < plan.block_n else 1)
+    return dataclasses.replace(plan, loaders=2 if two_can_load(plan) else 1)
 
 
 def test_two_warps_find_the_same_pieces() -> None:

@@ -115,7 +115,7 @@ class Machine:
     counters: torch.Tensor = dataclasses.field(
         default_factory=lambda: torch.zeros(4096, dtype=torch.int32)
     )
-    forgotten: list[int] = dataclasses.field(default_factory=list)  # how often they were
+    cleared: list[tuple[int, int]] = dataclasses.field(default_factory=list)  # address, counters
     device: int = 0
     stream: int = 7
 
@@ -164,8 +164,12 @@ def install(monkeypatch: pytest.MonkeyPatch, arch: int = 90) -> Machine:
         monkeypatch.setattr(
             module, "work_counters", lambda device, count=1: machine.counters.data_ptr()
         )
+
+    def clear_counters(device: torch.device, address: int, count: int) -> None:
+        machine.cleared.append((address, count))
+
     for module in (launcher, backward_call):
-        monkeypatch.setattr(module, "forget_counters", lambda device: machine.forgotten.append(1))
+        monkeypatch.setattr(module, "clear_counters", clear_counters)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.driver.capturing)
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: machine.device)

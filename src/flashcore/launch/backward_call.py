@@ -23,7 +23,7 @@ from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan
 from flashcore.kernels.fwd_wmma.params import AttnGateParams, AttnParams
 from flashcore.launch import descriptors, kernel_call
 from flashcore.launch.allocation import allocator
-from flashcore.launch.counters import COUNTER_BYTES, forget_counters, work_counters
+from flashcore.launch.counters import COUNTER_BYTES, clear_counters, work_counters
 from flashcore.launch.driver_launch import Argument
 from flashcore.launch.types import KernelEntry, PassEntry
 from flashcore.problem import Problem
@@ -185,7 +185,8 @@ class BackwardPass:
             for enqueue, argument in zip(self._enqueues, arguments, strict=True):
                 enqueue(argument)
         except BaseException:  # the kernels that are missing would have set counters back to 0
-            forget_counters(_device_of(self._kernels))
+            if counters:
+                clear_counters(_device_of(self._kernels), counters, COUNTERS)
             raise
         dq, dk, dv = self._gradients
         return made[dq], made[dk], made[dv]

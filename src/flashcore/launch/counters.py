@@ -56,18 +56,20 @@ def work_counters(device: torch.device, count: int = 1) -> int:
     return address
 
 
-def forget_counters(device: torch.device) -> None:
-    """Give the device's current stream other counters from now on: kernels that would have put
-    these back to 0 could not be launched.
+def clear_counters(device: torch.device, address: int, count: int) -> None:
+    """Put counters back to 0, behind what was launched on the device's current stream: kernels that
+    would have done so could not be launched.
 
     Args:
         device: a CUDA device with its index.
+        address: of work_counters, on this stream.
+        count: how many were asked for.
     """
-    assert device.index is not None
-    key = device.index, torch._C._cuda_getCurrentRawStream(device.index)
-    with _lock:
-        _of_streams.pop(key, None)
-        _of_captures.pop(key, None)
+    driver = import_driver()
+    stream = driver.CUstream(torch._C._cuda_getCurrentRawStream(device.index))
+    # Where that fails, too, nothing runs on the device any more, or the capture is void; who calls
+    # says why.
+    driver.cuMemsetD8Async(address, 0, count * COUNTER_BYTES, stream)
 
 
 def _of_capture(key: tuple[int, int], count: int) -> int:

@@ -107,7 +107,7 @@ def candidates(problem: Problem, gate: str | None = None) -> list[Plan]:
     return [plan for plan in plans if plan is not None]
 
 
-def with_o_fitted(plan: Sm90Plan) -> Sm90Plan:
+def fitted(plan: Sm90Plan) -> Sm90Plan:
     """Return the plan with O in as few parts as let `min_blocks` blocks, or one if they never do,
     fit into the shared memory of an SM; the last that was tried, if not even one does. Where two
     warps cannot load, one does."""
@@ -151,5 +151,5 @@ def _plan(tile: Tile, gate: str | None, fields: tuple[tuple[str, Any], ...]) -> 
     is_tight = plan.varlen in PACKS_QUERIES or plan.page_size or plan.has_float8
     if is_tight and not _has_registers(plan):
         return None
-    plan = dataclasses.replace(with_o_fitted(plan), loaders=_loaders(plan))
+    plan = dataclasses.replace(fitted(plan), loaders=_loaders(plan))
     return plan if plan.smem_bytes <= smem_limits(ARCH)[0] else None

@@ -178,7 +178,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
 
     def fitted(self, plan: Sm90Plan) -> Sm90Plan:
         """Return the plan with O in as few parts as fit."""
-        return candidates_sm90.with_o_fitted(plan)
+        return candidates_sm90.fitted(plan)
 
 
 def _tiles(base: Sm90Plan) -> Iterator[Sm90Plan]:
@@ -190,9 +190,7 @@ def _tiles(base: Sm90Plan) -> Iterator[Sm90Plan]:
                 if base.num_stages > _STAGES_OF_PRODUCTS:  # as many keys under way on an SM
                     keys = base.num_stages * base.block_n // min_blocks
                     sized = dataclasses.replace(sized, num_stages=max(2, keys // block_n))
-                yield candidates_sm90.with_o_fitted(
-                    dataclasses.replace(sized, min_blocks=min_blocks)
-                )
+                yield candidates_sm90.fitted(dataclasses.replace(sized, min_blocks=min_blocks))
 
 
 SM90 = Sm90Kernel(

@@ -17,7 +17,7 @@ import torch
 
 from flashcore.base import env
 from flashcore.errors import FlashCoreError, stacklevel_of_caller
-from flashcore.launch.counters import forget_counters, work_counters
+from flashcore.launch.counters import clear_counters, work_counters
 from flashcore.launch.types import PassEntry
 from flashcore.problem.options import Options
 
@@ -165,7 +165,7 @@ def configured() -> Any:
         torch._C._cuda_getDevice,
         torch._C._cuda_getCurrentRawStream,
         _counters,
-        _forget,
+        _clear,
         entry_address("cuStreamIsCapturing"),
         _prepare,
         lookup.backends,
@@ -181,9 +181,9 @@ def _counters(device_index: int, count: int) -> int:
     return work_counters(torch.device("cuda", device_index), count)
 
 
-def _forget(device_index: int) -> None:
-    """Give the current stream other counters: a launch failed that others had begun."""
-    forget_counters(torch.device("cuda", device_index))
+def _clear(device_index: int, address: int, count: int) -> None:
+    """Put counters of the current stream back to 0: a pass failed that had begun."""
+    clear_counters(torch.device("cuda", device_index), address, count)
 
 
 def _prepare(

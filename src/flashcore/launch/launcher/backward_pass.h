@@ -192,7 +192,9 @@ torch::autograd::variable_list prepared_gradients(Known& known, const PassTensor
   // Python tries again, after binding a context perhaps, or says what is wrong.
   const py::gil_scoped_acquire acquired;
   // The kernels that are missing would have set counters back to 0.
-  if (launched > 0) forget_counters(pass->device, stream);
+  if (launched > 0 && counters != nullptr) {
+    clear_counters(pass->device, counters, pass->num_counters);
+  }
   const py::object result = ask_of_pass(state.run_pass, known, tensors);
   if (result.is_none()) return {};
   torch::autograd::variable_list gradients;

@@ -320,17 +320,17 @@ PyObject* attend(PyObject*, PyObject* const* a, Py_ssize_t count) {
   END_HANDLE_TH_ERRORS
 }
 
-// configure(launch_kernel, replace_address, current_device, current_stream, counters, forget,
+// configure(launch_kernel, replace_address, current_device, current_stream, counters, clear,
 // is_capturing, prepare, backends, max_entries, pass_entry, run_pass, workspace): forgets all that
 // was prepared.
 PyObject* configure(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   unsigned long long launch_kernel, replace_address, is_capturing, max_entries;
-  PyObject *current_device, *current_stream, *counters, *forget, *prepare, *backends;
+  PyObject *current_device, *current_stream, *counters, *clear, *prepare, *backends;
   PyObject *pass_entry, *run_pass, *workspace;
   if (!PyArg_ParseTuple(
           arguments, "KKOOOOKOO!KOOO", &launch_kernel, &replace_address, &current_device,
-          &current_stream, &counters, &forget, &is_capturing, &prepare, &PyTuple_Type, &backends,
+          &current_stream, &counters, &clear, &is_capturing, &prepare, &PyTuple_Type, &backends,
           &max_entries, &pass_entry, &run_pass, &workspace)) {
     return nullptr;
   }
@@ -339,7 +339,7 @@ PyObject* configure(PyObject*, PyObject* arguments) {
   Py_XSETREF(state.current_device, Py_NewRef(current_device));
   Py_XSETREF(state.current_stream, Py_NewRef(current_stream));
   Py_XSETREF(state.counters, Py_NewRef(counters));
-  Py_XSETREF(state.forget, Py_NewRef(forget));
+  Py_XSETREF(state.clear, Py_NewRef(clear));
   state.is_capturing = reinterpret_cast<IsCapturing>(is_capturing);
   Py_XSETREF(calls.prepare, Py_NewRef(prepare));
   Py_XSETREF(calls.backends, Py_NewRef(backends));

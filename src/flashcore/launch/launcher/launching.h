@@ -64,7 +64,7 @@ struct State {
   ReplaceAddress replace_address = nullptr;
   PyObject* current_device = nullptr;  // () -> int
   PyObject* current_stream = nullptr;  // device index -> int
-  PyObject *counters = nullptr, *forget = nullptr;  // see _counters and _forget in __init__.py
+  PyObject *counters = nullptr, *clear = nullptr;  // see _counters and _clear in __init__.py
   IsCapturing is_capturing = nullptr;
   PyObject *pass_entry = nullptr, *run_pass = nullptr, *workspace = nullptr;  // see Passes there
   std::map<std::pair<int64_t, void*>, Counters> counters_of;  // by device and stream
@@ -132,11 +132,12 @@ void* counters_for(int64_t device, int64_t count, void* stream) {
   return counters.address;
 }
 
-// The stream, which is the device's current one, has other counters from now on.
-void forget_counters(int64_t device, void* stream) {
-  state.counters_of.erase({device, stream});
-  const auto done = py::reinterpret_steal<py::object>(
-      PyObject_CallFunction(state.forget, "L", static_cast<long long>(device)));
+// Puts what `counters_for` gave back to 0, behind what was launched.
+void clear_counters(int64_t device, void* counters, int64_t count) {
+  const auto done = py::reinterpret_steal<py::object>(PyObject_CallFunction(
+      state.clear, "LKL", static_cast<long long>(device),
+      static_cast<unsigned long long>(reinterpret_cast<uintptr_t>(counters)),
+      static_cast<long long>(count)));
   if (!done) throw python_error();
 }
 
