@@ -17,10 +17,12 @@ from flashcore.checks.cases import Case, make_inputs
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL
 from flashcore.kernels.bwd_sm90.plan_one import DELTA_KERNEL, ROUND_KERNEL, make_plans
 from flashcore.kernels.bwd_sm90.tiles import BwdTile
+from flashcore.kernels.fwd_sm90.tiles import mask_traits
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.sim import Plant, SimulationError
 from flashcore.sim.plants.bwd_sm90.one import (
     PLANTS_BWD_DELTA_SM90,
+    PLANTS_BWD_ONE_MASKED_SM90,
     PLANTS_BWD_ONE_SM90,
     PLANTS_BWD_ORDER_SM90,
     PLANTS_BWD_ROUND_SM90,
@@ -44,11 +46,15 @@ WINDOW_CASE = dataclasses.replace(
     CASE, batch=1, num_heads_q=2, num_heads_kv=1, seqlen_q=600, seqlen_k=400, causal="none",
     window=(140, 20),
 )  # fmt: skip
+# Heads of a group have masks of their own.
+MASKED_CASE = dataclasses.replace(CASE, mask="bool")
 PLANTS_IN_ORDER = PLANTS_BWD_ORDER_SM90 | PLANTS_BWD_DELTA_SM90 | PLANTS_BWD_ROUND_SM90
 PLANTS = PLANTS_BWD_ONE_SM90 | PLANTS_BWD_SHARED_SM90 | PLANTS_IN_ORDER
+PLANTS |= PLANTS_BWD_ONE_MASKED_SM90
 CASES = dict.fromkeys(PLANTS, CASE)
 CASES |= dict.fromkeys(PLANTS_BWD_SHARED_SM90, SHARED_CASE)
 CASES |= dict.fromkeys(PLANTS_IN_ORDER, WINDOW_CASE)
+CASES |= dict.fromkeys(PLANTS_BWD_ONE_MASKED_SM90, MASKED_CASE)
 
 
 def plant_kernel(plant: Plant) -> str:
@@ -61,7 +67,7 @@ def plant_kernel(plant: Plant) -> str:
 def inputs(case: Case):
     x = make_inputs(case)
     x.q[:, :, :, 0], x.k[:, :, :, 0] = 60.0, -20.0
-    problem, out, lse = forward(x.q, x.k, x.v, None, case.options())
+    problem, out, lse = forward(x.q, x.k, x.v, x.mask, case.options())
     torch.manual_seed(0)
     dout = torch.randn_like(out).masked_fill((lse == -math.inf)[..., None], math.nan)
     return problem, x, out, lse, dout
@@ -72,18 +78,19 @@ def run_plant(plant: Plant | None, seed: int, case: Case) -> SimulationError | s
     problem, x, out, lse, dout = inputs(case)
     is_shared = case == SHARED_CASE
     tile = BwdTile(64, 128, 3, 2, True, not is_shared, False)
-    plans = make_plans(tile, traits(problem) | {"folds_heads": 0}, 1 + is_shared)
+    of_problem = traits(problem) | mask_traits(problem) | {"folds_heads": 0}
+    plans = make_plans(tile, of_problem, 1 + is_shared)
 
     def run(problem, plan, tensors) -> None:
         is_planted = plant is not None and plan.kernel == plant_kernel(plant)
         simulate_backward(problem, plan, tensors, seed=seed, plant=plant if is_planted else None)
 
-    qkv = x.q, x.k, x.v, None
+    given = x.q, x.k, x.v, x.mask
     try:
-        gradients = fused_backward(problem, *qkv, out, lse, dout, None, run, plans)
+        gradients = fused_backward(problem, *given, out, lse, dout, None, run, plans)
     except SimulationError as error:
         return error
-    wrong = wrong_gradients(gradients, *qkv, dout, None, case.options())
+    wrong = wrong_gradients(gradients, *given, dout, None, case.options())
     return "wrong-result" if wrong else "healthy"
 
 
@@ -96,7 +103,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 
 
-@pytest.mark.parametrize("case", [CASE, SHARED_CASE, WINDOW_CASE])
+@pytest.mark.parametrize("case", [CASE, SHARED_CASE, WINDOW_CASE, MASKED_CASE])
 def test_without_a_plant_the_same_runs_are_healthy(case: Case) -> None:
     assert {run_plant(None, seed, case) for seed in SOME_SEEDS} == {"healthy"}
 

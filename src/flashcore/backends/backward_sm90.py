@@ -8,6 +8,12 @@ from typing import Any
 
 import torch
 
+from flashcore.backends.readable import (
+    copies_mask,
+    readable,
+    with_aligned_rows,
+    with_whole_rows,
+)
 from flashcore.backends.torch_backward import laid_out_as
 from flashcore.base.gradient_workspace import workspace_bytes
 from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, select_mask_plan
@@ -19,15 +25,12 @@ from flashcore.problem import Problem
 from flashcore.problem.memory_layout import (
     as_batch,
     as_rows,
-    load_bytes,
-    strides_of,
-    with_columns_of_zeros,
+    mask_spec,
 )
 from flashcore.selection import tuned
 
 Tensor = torch.Tensor
 _FEW_TILES = 2 * 132  # two an SM of an H200
-_PACKET = 8  # elements of 16 bytes
 # The fields of a Problem that say how q, k and v lie in memory.
 _LAYOUT = (
     "head_dim", "head_dim_v", "q_strides", "k_strides", "v_strides", "load_bytes", "strided",
@@ -80,14 +83,17 @@ def fused_backward(
     if problem.is_empty:
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     given = q, k, v
-    q, k, v = (_readable(x) for x in given)
+    q, k, v = (readable(x) for x in given)
     if problem.varlen == "keys":
-        k, v = _with_whole_rows(k), _with_whole_rows(v)
+        k, v = with_whole_rows(k), with_whole_rows(v)
     if any(x is not y for x, y in zip((q, k, v), given, strict=True)):
         copied = Problem.from_tensors(q, k, v)
         layout: dict[str, Any] = {name: getattr(copied, name) for name in _LAYOUT}
         problem = dataclasses.replace(problem, **layout)
     problem = _of_any_longest(problem)
+    if mask is not None and copies_mask(problem, mask):
+        mask = with_aligned_rows(mask)
+        problem = dataclasses.replace(problem, mask=mask_spec(mask))
     is_packed = problem.varlen == "packed"
     tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, dlse, is_packed)
     plans = plans or plans_for(problem)
@@ -186,7 +192,7 @@ def _named(
 ) -> dict[str, Tensor]:
     """Return the kernels' tensors by name, copied where they cannot be read as they are; those that
     are written are new, and hold anything."""
-    out = _readable(out)
+    out = readable(out)
     out = as_batch(as_rows(out).contiguous()) if is_packed else out.contiguous()
     tensors = {
         "q": q,
@@ -194,7 +200,7 @@ def _named(
         "v": v,
         "out": out,
         "lse": lse.contiguous(),
-        "dout": torch.zeros_like(out) if dout is None else _readable(dout),
+        "dout": torch.zeros_like(out) if dout is None else readable(dout),
         "delta": torch.empty_like(lse, memory_format=torch.contiguous_format),
         "dq": torch.empty_like(q),
         "dk": torch.empty_like(k),
@@ -251,9 +257,11 @@ def prepare_on_gpu(
     given = inputs | {"out": out, "lse": lse, "dout": dout}
     if is_packed:
         given = {name: x if x is lse else as_batch(x) for name, x in given.items()}
-    if problem.is_empty or any(_readable(given[name]) is not given[name] for name in inputs):
+    if problem.is_empty or any(readable(given[name]) is not given[name] for name in inputs):
         return None
-    if problem.varlen == "keys" and any(_with_whole_rows(x) is not x for x in (k, v)):
+    if problem.varlen == "keys" and any(with_whole_rows(x) is not x for x in (k, v)):
+        return None
+    if mask is not None and copies_mask(problem, mask):
         return None
     problem = _of_any_longest(problem)
     q, k, v, out, lse, dout = given.values()
@@ -279,30 +287,6 @@ def prepare_on_gpu(
 def _place(x: Tensor) -> tuple[object, ...]:
     """Return where a tensor lies: what tells it from a copy of it."""
     return x.data_ptr(), x.shape, x.stride()
-
-
-def _readable(x: Tensor) -> Tensor:
-    """Return x if TMA can read it, or a copy: rows that are contiguous, of whole 16 bytes, at
-    multiples of 16 bytes, nothing expanded. Columns of zeros behind it add nothing."""
-    x = x.resolve_neg()
-    if x.shape[3] % _PACKET:
-        return with_columns_of_zeros(x, -x.shape[3] % _PACKET)
-    strides = strides_of(x)
-    is_expanded = any(
-        stride == 0 and size > 1 for stride, size in zip(strides, x.shape[:3], strict=True)
-    )
-    if x.stride(3) != 1 or is_expanded or load_bytes(x) < 16 or max(strides) >= 2**31:
-        return x.clone(memory_format=torch.contiguous_format)
-    return x
-
-
-def _with_whole_rows(x: Tensor) -> Tensor:
-    """Return x, or a copy: batches are a whole number of rows apart, so that a box may end where a
-    sequence does (make_ragged in kernels/fwd_sm90/params.py)."""
-    batch_stride, _, row_stride = strides_of(x)
-    if batch_stride % (row_stride or _PACKET):
-        return x.clone(memory_format=torch.contiguous_format)
-    return x
 
 
 def run_on_gpu(problem: Problem, plan: BwdSm90Plan, tensors: dict[str, Tensor]) -> None:

@@ -167,6 +167,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("strip-not-awaited", "strip-of-own-copies", "strip-overwritten", "swapped-operand"),
             *("strip-of-this-tile-again", "strip-of-the-first-keys", "q-of-dk-released-early"),
             *("rank-from-the-first-key", "delta-of-one-head-awaited", "v-not-awaited"),
+            *("mask-of-the-first-head", "mask-walked-up", "mask-of-the-last-tile-kept"),
         ),
         "dv": ("empty-rows-spread",),
         "full": ("keys-behind-kept",),

@@ -272,6 +272,7 @@ CALLS: Mapping[str, _Calls] = {
     DKDV_KERNEL: {
         **_calls(PLANTS_BWD_ROLES_SM90, TILE_OF_ROLES, options=BACKWARD_ROLES),
         **_calls(one.PLANTS_BWD_ONE_SM90, TILE_OF_ONE, options=BACKWARD | {"seqlen_q": 200}),
+        **_calls(one.PLANTS_BWD_ONE_MASKED_SM90, TILE_OF_ONE, options=BACKWARD | {"mask": "bool"}),
         **_calls(one.PLANTS_BWD_ORDER_SM90, TILE_OF_ONE, options=BACKWARD_WINDOW),
         **_calls(one.PLANTS_BWD_SHARED_SM90, TILE_OF_SHARED, options=BACKWARD_SHARED | _CAUSAL),
         **_calls(PLANTS_BWD_PACKED_SM90, TILE_OF_DKDV, options=BACKWARD_PACKED, is_packed=True),

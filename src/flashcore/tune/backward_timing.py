@@ -41,7 +41,8 @@ class BackwardInputs:
         }
         self.problem = Problem.from_tensors(self.q, self.k, self.v, return_lse=True, **self.options)
         self.out, self.lse = attention(self.q, self.k, self.v, return_lse=True, **self.options)
-        self.dout = torch.randn_like(self.out)
+        generator = torch.Generator(device).manual_seed(2)
+        self.dout = torch.randn(self.out.shape, generator=generator, device=device).to(self.q.dtype)
 
     def rules(self, like: BwdSm90Plan) -> BwdSm90Plan:
         """Return what the rules say in place of a plan."""

@@ -60,6 +60,28 @@ def test_gradients_are_right(head_dim: int, causal: bool) -> None:
             assert not wrong_gradients(found, *x, None, given, None, {"causal": causal})
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("head_dim", [40, 64, 80, 96, 128])
+def test_masks_of_every_head(head_dim: int, dtype: torch.dtype) -> None:
+    """Heads of a group have masks of their own, of rows that begin anywhere; some see nothing."""
+    for rows, keys, causal in ((333, 451, False), (520, 520, True), (900, 70, False)):
+        leaves, dout = made(head_dim, (4, 2), rows, keys, head_dim)
+        mask = torch.randn(1, 4, rows, keys, device="cuda")
+        mask[..., rows // 2, :] = -torch.inf
+        mask = mask > -1.0 if dtype == torch.bool else mask.to(dtype)
+        problem = Problem.from_tensors(*leaves, mask=mask, causal=causal, return_lse=True)
+        has_room = plan_one.obstacle(problem) is None
+        assert has_room == (head_dim <= {torch.bool: 128, torch.float32: 64}.get(dtype, 96))
+        assert ("one fused kernel" in choose_backward(problem).reason) == has_room
+        options = {"mask": mask, "causal": causal}
+        out, lse = flashcore.attention(*leaves, return_lse=True, **options)
+        given = dout.masked_fill((lse == -torch.inf)[..., None], 0.0)
+        x = [leaf.detach() for leaf in leaves]
+        for _ in range(3):
+            found = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            assert not wrong_gradients(found, *x, mask, given, None, {"causal": causal})
+
+
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (-1, 200)}], ids=str)
 def test_a_hundred_runs_give_the_same_bits(head_dim: int, options: dict[str, object]) -> None:

@@ -23,6 +23,7 @@
 
 #include "prims_sm90.cuh"
 #include "tile/band.cuh"
+#include "tile/mask.cuh"
 #include "tile/params.cuh"
 #include "tile/schedule.cuh"
 #include "tile/schedule_varlen.cuh"
@@ -46,7 +47,8 @@ struct Consumer {
   BlockCoord block;
   GateScores gate;
 //@end
-  KeyMaskStrip mask;                // of the warp's keys, for the batch and head
+  KeyMaskStrip mask;  // of the warp's keys, for the batch and head
+  int batch_idx, first_head;  // with dQ: of the group whose masks come in turns
   WmmaAccum dk[QK_FRAGS], dv[V_FRAGS];
   WmmaAccum scores[QUERY_FRAGS];  // then P^T, times soft-capping's derivative, if it KEEPS_P
   WmmaAccum dprobs[QUERY_FRAGS];  // then dS^T
@@ -112,6 +114,22 @@ FC_DEVICE int own_begin(Consumer& c, const AttnParams& p, SmemPtr<float> stats, 
   return int(smem_load(stats + 2 * BLOCK_M));
 }
 
+// Fetches a mask tensor's part of the next query tile. With dQ that is of the group's next head, or
+// of the tile before (walked_tile), which there is from query `end` on; else of the tile behind, if
+// that is before `end`.
+FC_DEVICE void fetch_next_mask(Consumer& c, const AttnParams& p, SmemPtr<float> stats, int m_begin,
+                               int end) {
+  if constexpr (MASK_KIND != 0 && ALSO_DQ) {
+    const int head = int(smem_load(stats + (2 * BLOCK_M + 1))) + 1;
+    const bool is_last = head == p.num_heads_q / p.num_heads_kv;
+    c.mask.gmem = mask_of(p, c.batch_idx, c.first_head + (is_last ? 0 : head));
+    const int next = is_last ? m_begin - BLOCK_M : m_begin;
+    fetch_next(c.mask, p, next, next >= end);
+  } else {
+    fetch_next(c.mask, p, m_begin + BLOCK_M, m_begin + BLOCK_M < end);
+  }
+}
+
 // One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this
 // one's left to the next. All else that is issued here is also waited for: ptxas serialises
 // products that are under way from one turn of a loop to the next.
@@ -135,7 +153,8 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   }
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
   m_begin = own_begin(c, p, stats, m_begin);
-  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, end);
+  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin);
+  fetch_next_mask(c, p, stats, m_begin, end);
   if (HOLDS_PROBS) {
     wgmma_hold(c.probs);
     await_do(bar, count);
@@ -185,7 +204,8 @@ FC_DEVICE void add_dq(Consumer& c, const Barriers& bar, const Buffers& smem, uin
 // waits for the other. dQ of the tile before that is added beside S^T.
 template <bool FIRST>
 FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
-                           const Buffers& smem, uint32_t count, bool is_second, int turn) {
+                           const Buffers& smem, uint32_t count, bool is_second, int turn,
+                           int end) {
   await_q(bar, count);
   issue_s(c.scores, smem, c.index, count);
   if (!FIRST) issue_dk(c.dk, c.dscores, smem, count - 1);
@@ -195,7 +215,8 @@ FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar
   await_stats(bar, count);
   const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
   const int m_begin = own_begin(c, p, stats, 0);
-  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin, 0);
+  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin);
+  fetch_next_mask(c, p, stats, m_begin, end);
   await_do(bar, count);
   if (FIRST && ENDS_IN_PLACE) mbar_wait(bar.v_full, turn % 2);
 //@if gate dv
@@ -225,12 +246,14 @@ FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar
   }
 }
 
-// dK and dV of a consumer's 64 keys over query tiles that lie one behind the other in the stages.
+// dK and dV of a consumer's 64 keys over query tiles that lie one behind the other in the stages,
+// of one head or, with dQ, of all in the group.
 FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
-                          const Buffers& smem, uint32_t& count, int first_tile, int num_tiles) {
+                          const Buffers& smem, uint32_t& count, const Range& tiles,
+                          int num_tiles) {
   const uint32_t end = count + uint32_t(num_tiles);
-  int m_begin = first_tile * BLOCK_M;
-  const int m_end = m_begin + num_tiles * BLOCK_M;  // of a mask tensor, which none has with dQ
+  int m_begin = walked_tile(tiles, 0) * BLOCK_M;
+  const int m_end = (ALSO_DQ ? tiles.begin : tiles.end) * BLOCK_M;
   if constexpr (MASK_KIND != 0) c.mask.fetch(p, m_begin);
   if (OVERLAPS) {
     query_tile<true>(c, p, bar, smem, count, m_begin, m_end);
@@ -250,13 +273,16 @@ FC_DEVICE void accumulate(Consumer& c, const AttnParams& p, const Barriers& bar,
 // The same with dQ shared, of the block's key tile number `turn`. If it ENDS_IN_PLACE, dQ of the
 // last tile stays in registers: dK and dV shall not wait for a turn to add.
 FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barriers& bar,
-                                 const Buffers& smem, uint32_t& count, int num_tiles, int turn) {
+                                 const Buffers& smem, uint32_t& count, const Range& tiles,
+                                 int num_tiles, int turn) {
   const uint32_t first = count;
   const uint32_t end = count + uint32_t(num_tiles);
-  shared_tile<true>(c, p, bar, smem, count, false, turn);
+  const int m_end = tiles.begin * BLOCK_M;
+  if constexpr (MASK_KIND != 0) c.mask.fetch(p, walked_tile(tiles, 0) * BLOCK_M);
+  shared_tile<true>(c, p, bar, smem, count, false, turn, m_end);
   ++count;
   for (; count != end; ++count) {
-    shared_tile<false>(c, p, bar, smem, count, count - first == 1, turn);
+    shared_tile<false>(c, p, bar, smem, count, count - first == 1, turn, m_end);
   }
   issue_dk(c.dk, c.dscores, smem, count - 1);
   if (num_tiles > 1) add_dq(c, bar, smem, count - 2);
@@ -317,6 +343,8 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
     for (int left = num_walks; left > 0; --left) {
       const int head = num_walks - left;
       c.mask = mask_strip(p, smem, c.index, c.key_row, block.batch_idx, block.head_idx + head);
+      c.batch_idx = block.batch_idx;
+      c.first_head = block.head_idx;
 //@if gate ds dv dk dq
       c.block = block;
       c.gate = gate_scores_of<true>(p, block, block.head_idx + head);
@@ -327,9 +355,9 @@ FC_DEVICE void consume(const AttnBwdSm90Params& params, const Barriers& bar, con
       if (own.begin < own.end) {
         const int num_tiles = heads * (own.end - own.begin);
         if constexpr (DQ_SHARED) {
-          accumulate_shared(c, sequence, bar, smem, count, num_tiles, turn);
+          accumulate_shared(c, sequence, bar, smem, count, own, num_tiles, turn);
         } else {
-          accumulate(c, sequence, bar, smem, count, own.begin, num_tiles);
+          accumulate(c, sequence, bar, smem, count, own, num_tiles);
         }
       }
       skip_tiles(bar, smem, c.index, count, ALSO_DQ ? before : behind);

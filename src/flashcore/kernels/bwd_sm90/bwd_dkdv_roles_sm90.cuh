@@ -54,7 +54,8 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
         await_do(bar, count);
         exponentiate(scores, probs, capped_probs, own,
                      smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS, mask, block.m_begin,
-                     m_block * BLOCK_M, tiles.end * BLOCK_M);
+                     m_block * BLOCK_M);
+        fetch_next(mask, own, (m_block + 1) * BLOCK_M, m_block + 1 < tiles.end);
 //@if gate dv
         gate_probs(probs, gate_scores_of<true>(p, block, block.head_idx + head), own,
                    block.m_begin + warp_idx() % 4 * 16, m_block * BLOCK_M);

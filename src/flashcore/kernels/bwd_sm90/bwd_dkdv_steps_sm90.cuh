@@ -175,19 +175,25 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
 
 // S^T becomes P^T, rounded in `probs`; in `scores`, and where those are not kept rounded in
 // `capped_probs`, times soft-capping's derivative. `stats` is the tile's. A mask tensor's part of
-// the tile has been fetched; then the next tile's is, where there is one before query `end`.
+// the tile has been fetched.
 FC_DEVICE void exponentiate(WmmaAccum (&scores)[QUERY_FRAGS], WmmaA<Element> (&probs)[QUERY_FRAGS],
                             WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
                             SmemPtr<float> stats, const KeyMaskStrip& mask, int key_row,
-                            int m_begin, int end) {
+                            int m_begin) {
   if (IS_BOUNDED && window_hides_some<BLOCK_M, 64>(p, m_begin, key_row)) {
     exponentiate_tile<true>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
   } else {
     exponentiate_tile<false>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
   }
+}
+
+// Behind `exponentiate`: fetches a mask tensor's part of the tile that begins at a query, if the
+// walk has one there.
+FC_DEVICE void fetch_next(const KeyMaskStrip& mask, const AttnParams& p, int m_begin,
+                          bool is_there) {
   if constexpr (MASK_KIND != 0) {
     warp_sync();  // orders every lane's reads before the next copies
-    if (m_begin + BLOCK_M < end) mask.fetch(p, m_begin + BLOCK_M);
+    if (is_there) mask.fetch(p, m_begin);
   }
 }
 

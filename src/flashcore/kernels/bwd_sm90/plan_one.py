@@ -112,8 +112,10 @@ def obstacle(problem: Problem) -> str | None:
     chunk = tiles_sm90.chunk_of(problem.head_dim, problem.head_dim_v)
     if max(problem.head_dim, problem.head_dim_v) > 96 and qk_cols // chunk % 2:
         return "above head_dim_v 96 one kernel for dq, dk and dv takes no such head_dim"
-    if problem.mask is not None or problem.softcap != 0.0:
-        return "dq, dk and dv by one kernel take neither a mask tensor nor soft-capping"
+    if problem.softcap != 0.0:
+        return "dq, dk and dv by one kernel take no soft-capping"
+    if problem.mask is not None and not _has_room_for_mask(problem):
+        return "a mask tensor leaves no room for dq, dk and dv by one kernel"
     if problem.varlen != "none":
         return "dq, dk and dv by one kernel take sequences of one length"
     return obstacle_anywhere(problem)
@@ -130,14 +132,43 @@ def tile(problem: Problem) -> tuple[BwdTile, int]:
     dim = max(problem.head_dim, problem.head_dim_v)
     if dim > 96:
         return BwdTile(64, 128, 3, 2, True, False, False), 2
+    if problem.mask is not None:
+        return _masked(problem, dim)
     if dim <= 64:
         if not is_bounded(problem) and (problem.dtype == "float16" or 32 < dim <= 48):
             return BwdTile(64, 128, 3, 3, True, False, False), 2  # 128 rows spill 16 to 40 bytes
         return BwdTile(128, 128, 3, 2, False, False, False), 1
-    if max(tiles_sm90.padded_dims(problem.head_dim, problem.head_dim_v)) > 96:
+    if _widest(problem) > 96:
         # Columns padded to 128 leave room for two tiles of Q; not measured on a GPU.
         return BwdTile(64, 128, 2, 2, not is_bounded(problem), False, False), 1
     return BwdTile(64, 128, 3, 2, not is_bounded(problem), False, False), 1
+
+
+def _widest(problem: Problem) -> int:
+    """Return the columns that the wider of a key and a value takes in shared memory."""
+    return max(tiles_sm90.padded_dims(problem.head_dim, problem.head_dim_v))
+
+
+def _has_room_for_mask(problem: Problem) -> bool:
+    """Return whether shared memory has room for a tile of every warp's part of the mask."""
+    assert problem.mask is not None
+    if problem.mask.dtype == "bool" and max(problem.head_dim, problem.head_dim_v) > 96:
+        return True
+    return _widest(problem) <= (64 if problem.mask.dtype == "float32" else 96)
+
+
+def _masked(problem: Problem, dim: int) -> tuple[BwdTile, int]:
+    """Return the tile with a mask tensor, and the buffers of dS. Measured on an H200 (2026-11-30);
+    see docs/ladder-backward.md."""
+    assert problem.mask is not None
+    if dim > 96:
+        return BwdTile(64, 128, 3, 2, True, False, False), 2
+    is_wide = problem.mask.dtype == "float32"
+    # In float16, 128 rows spill 20 to 68 bytes without a bound.
+    spills = problem.dtype == "float16" and not is_bounded(problem)
+    if dim <= 64 and not is_wide and not spills:
+        return BwdTile(128, 128, 2, 2, False, False, False), 1
+    return BwdTile(64, 128, 3, 2, False, is_wide, False), 1
 
 
 def pays(problem: Problem, num_bytes: int) -> bool:
@@ -210,7 +241,8 @@ def turns_shape(problem: Problem) -> tuple[int, int, int]:
 def select_one_kernel_plans(problem: Problem) -> OneKernelPlans:
     """Return the plans of a problem that has no obstacle."""
     of_main, ds_stages = tile(problem)
-    return make_plans(of_main, traits(problem) | {"folds_heads": 0}, ds_stages)
+    of_problem = traits(problem) | tiles_sm90.mask_traits(problem) | {"folds_heads": 0}
+    return make_plans(of_main, of_problem, ds_stages)
 
 
 def make_plans(of_main: BwdTile, of_problem: dict[str, Any], ds_stages: int = 1) -> OneKernelPlans:
@@ -224,7 +256,9 @@ def make_plans(of_main: BwdTile, of_problem: dict[str, Any], ds_stages: int = 1)
         "num_stages": 1,
         "min_blocks": 4,
     }
+    # These kernels see no mask: one machine code serves with all and without.
+    of_rows = {name: x for name, x in of_problem.items() if not name.startswith("mask")}
     delta, rounding = (
-        RowsPlan(kernel=kernel, **common, **of_problem) for kernel in (DELTA_KERNEL, ROUND_KERNEL)
+        RowsPlan(kernel=kernel, **common, **of_rows) for kernel in (DELTA_KERNEL, ROUND_KERNEL)
     )
     return OneKernelPlans(delta, make_plan(DKDV_KERNEL, of_main, fields), rounding)

@@ -210,9 +210,9 @@ PLANTS_BWD_MASKED_SM90 = by_name(
     Plant(
         name="strip-of-this-tile-again",
         title="the mask of a tile of queries is fetched again for the next one",
-        file=_STEPS,
-        find="mask.fetch(p, m_begin + BLOCK_M);",
-        replace="mask.fetch(p, m_begin);",
+        file="bwd_sm90/attn_bwd_dkdv_sm90.cuh",
+        find="fetch_next(c.mask, p, m_begin + BLOCK_M,",
+        replace="fetch_next(c.mask, p, m_begin,",
         caught_by="wrong-result",
     ),
     Plant(

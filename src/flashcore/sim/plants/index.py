@@ -32,6 +32,7 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
 )
 from flashcore.sim.plants.bwd_sm90.one import (
     PLANTS_BWD_DELTA_SM90,
+    PLANTS_BWD_ONE_MASKED_SM90,
     PLANTS_BWD_ONE_SM90,
     PLANTS_BWD_ORDER_SM90,
     PLANTS_BWD_ROUND_SM90,
@@ -133,6 +134,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_BWD_BESIDE_SM90,
         **PLANTS_BWD_ROLES_SM90,
         **PLANTS_BWD_ONE_SM90,
+        **PLANTS_BWD_ONE_MASKED_SM90,
         **PLANTS_BWD_ORDER_SM90,
         **PLANTS_BWD_SHARED_SM90,
         **PLANTS_BWD_PACKED_SM90,

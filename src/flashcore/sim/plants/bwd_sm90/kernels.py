@@ -325,8 +325,8 @@ _OF_PADDED = (
         name="longest-instead-of-own",
         title="the diagonal of every sequence is that of the longest",
         file=_DKDV,
-        find="          accumulate(c, sequence, bar, smem, count, own.begin, num_tiles);",
-        replace="          accumulate(c, p, bar, smem, count, own.begin, num_tiles);",
+        find="          accumulate(c, sequence, bar, smem, count, own, num_tiles);",
+        replace="          accumulate(c, p, bar, smem, count, own, num_tiles);",
         caught_by="wrong-result",
     ),
 )

@@ -294,3 +294,31 @@ PLANTS_BWD_SHARED_SM90 = by_name(
         caught_by="wrong-result",
     ),
 )
+# With a mask, of which every head of a group has its own.
+PLANTS_BWD_ONE_MASKED_SM90 = by_name(
+    Plant(
+        name="mask-of-the-first-head",
+        title="all heads of a group get the mask of the first one",
+        file=_KERNEL,
+        find="c.first_head + (is_last ? 0 : head)",
+        replace="c.first_head",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="mask-walked-up",
+        title="the mask of the tile behind is fetched, where the tile before comes next",
+        file=_KERNEL,
+        find="is_last ? m_begin - BLOCK_M : m_begin;",
+        replace="is_last ? m_begin + BLOCK_M : m_begin;",
+        caught_by="wrong-result",
+        or_by=("async-pending",),  # fetched behind the walk's last tile, too
+    ),
+    Plant(
+        name="mask-of-the-last-tile-kept",
+        title="the mask of the walk's last tile is not fetched",
+        file=_KERNEL,
+        find="fetch_next(c.mask, p, next, next >= end);",
+        replace="fetch_next(c.mask, p, next, next > end);",
+        caught_by="wrong-result",
+    ),
+)
