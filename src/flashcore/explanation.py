@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TextIO
 
 import torch
@@ -141,6 +141,8 @@ def explain(
         return_max_score=return_max_score,
     )
     choice = choose_backend(problem, backend)
+    # Of the gradient the same is asked: what would that GPU take?
+    trained = problem if arch is None else replace(problem, device="cuda", arch=arch)
     plans: list[Plan] = []
     notes = [*adapt_for(choice.backend, problem).notes]
     adapted = None
@@ -158,11 +160,11 @@ def explain(
     if found is not None:
         plans = [found.plan, *(plan for plan in plans if plan != found.plan)]
     gradient = choose_backward(
-        problem,
+        trained,
         mask_grad_elements=mask.numel() if mask is not None and mask.requires_grad else 0,
-        backend=backend,
+        backend="auto" if arch is not None and backend == "sim" else backend,
     )
-    gradient_plans, gradient_notes = _gradient_plans(problem, gradient)
+    gradient_plans, gradient_notes = _gradient_plans(trained, gradient)
     explanation = Explanation(
         problem=problem,
         backend=choice.backend,

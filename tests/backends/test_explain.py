@@ -39,6 +39,18 @@ def test_cpu_tensors_also_show_what_a_gpu_would_run():
         assert text in str(explanation)
 
 
+@pytest.mark.parametrize("backend", ["auto", "sim"])
+def test_gradients_are_those_of_the_same_gpu(backend):
+    """Whatever the tensors' device is, and whichever GPU's code the simulator runs."""
+    long = half(4, 16, 2048, 64)
+    for q, k, count in ((Q, K, 2), (long, long, 3)):
+        explanation = explained(q, k, k, causal=True, arch=90, backend=backend)
+        assert explanation.gradient.is_fused
+        assert len(explanation.gradient_plans) == count
+        assert {plan.arch for plan in explanation.gradient_plans} == {90}
+    assert not explained(Q, K, V, arch=80, backend=backend).gradient.is_fused
+
+
 def test_the_plan_is_the_one_that_runs(monkeypatch):
     """The simulator is given the plan that `explain` names."""
     import flashcore.sim

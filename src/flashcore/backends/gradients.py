@@ -81,10 +81,9 @@ def choose_backward(
     reason = _obstacle_to_ours(problem, backend, mask_grad_elements > 0)
     if reason is None:
         where = "sim" if backend == "sim" else DQ.backend
-        if is_by_one_kernel(problem):
-            return BackwardChoice(where, "one fused kernel for Hopper, deterministic")
-        of_mask = ", the mask's gradient too" if mask_grad_elements else ""
-        return BackwardChoice(where, f"fused kernels for Hopper{of_mask}, deterministic")
+        kernels = "one fused kernel" if is_by_one_kernel(problem) else "fused kernels"
+        of_mask = ", another for the mask's gradient" if mask_grad_elements else ""
+        return BackwardChoice(where, f"{kernels} for Hopper{of_mask}, deterministic")
     if backend == "sim":
         return BackwardChoice("tiled", reason)
     obstacle = torch_backward.obstacle_to_fused(problem, through_lse)
