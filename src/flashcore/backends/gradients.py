@@ -24,6 +24,7 @@ from flashcore.backends.backward_sm90 import (
     prepare_on_gpu,
     run_in_simulator,
     run_on_gpu,
+    why_in_order,
 )
 from flashcore.backends.tiled import attention_backward_tiled
 from flashcore.base import env
@@ -82,7 +83,10 @@ def choose_backward(
     if reason is None:
         where = "sim" if backend == "sim" else DQ.backend
         if is_by_one_kernel(problem):
-            return BackwardChoice(where, "one fused kernel for Hopper, deterministic")
+            order = (
+                why_in_order(problem) or "dq added up in any order, as deterministic=False allows"
+            )
+            return BackwardChoice(where, f"one fused kernel for Hopper, {order}")
         of_mask = ", the mask's gradient too" if mask_grad_elements else ""
         return BackwardChoice(where, f"fused kernels for Hopper{of_mask}, deterministic")
     if backend == "sim":
