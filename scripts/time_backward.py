@@ -1,8 +1,11 @@
 """Compile, check and time tile variants of the backward kernels on a Hopper GPU.
 
     PYTHONPATH=src python scripts/time_backward.py [--dims 64 128] [--seqlens 1024 4096]
+    PYTHONPATH=src python scripts/time_backward.py --any-order [--dims 64 96 128]
 
-Variants run in a child process, which is killed and begun again behind a variant that hangs.
+Variants run in a child process, which is killed and begun again behind a variant that hangs. With
+--any-order no variants are timed, but whole backward passes by one kernel whose blocks add to dq in
+the order of the keys, and those whose blocks add in any order (deterministic=False), in turns.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from typing import Any
 
 TOKENS, HIDDEN = 16384, 2048
 HANGS_AFTER_S = 25
+DIMS_OF_ONE_KERNEL = (64, 96, 128)
+TURNS = 7  # of timing, each of both orders
 
 # (kernel, block_m, block_n, num_stages, other_stages, overlaps, early_dp, keeps_p)
 VARIANTS = {
@@ -202,13 +207,72 @@ def run_variants(dim: int, seqlens: list[int], skip: int) -> None:
         signal.alarm(0)
 
 
+def time_orders(dims: list[int], seqlens: list[int]) -> None:
+    """Check and time passes with sums of dq in the order of the keys and in any, beside each
+    other: delta, the kernel in the middle, and rounding, sums cleared where they have to be."""
+    import statistics
+
+    import torch
+
+    import flashcore
+    from flashcore.backends.backward_sm90 import fused_backward, run_on_gpu
+    from flashcore.kernels.bwd_sm90.plan_one import (
+        any_order_pays,
+        in_any_order,
+        select_one_kernel_plans,
+    )
+    from flashcore.problem import Problem
+
+    print(f"{torch.cuda.get_device_name()}, bfloat16, {TOKENS} tokens, hidden {HIDDEN}")
+    print("medians of one pass; the rule is what deterministic=False takes at this length")
+    for dim in dims:
+        for causal in (False, True):
+            for seqlen in seqlens:
+                batch, heads = TOKENS // seqlen, HIDDEN // dim
+                q, k, v, dout = inputs(batch, heads, seqlen, dim)
+                problem = Problem.from_tensors(q, k, v, causal=causal, return_lse=True)
+                out, lse = flashcore.attention(q, k, v, causal=causal, return_lse=True)
+                ordered = select_one_kernel_plans(problem)
+                given = problem, q, k, v, None, out, lse, dout, None, run_on_gpu
+                passes = [
+                    functools.partial(fused_backward, *given, plans)
+                    for plans in (ordered, in_any_order(ordered))
+                ]
+                errors = [
+                    float((x.float() - y.float()).abs().max() / x.float().abs().max())
+                    for x, y in zip(*(run() for run in passes), strict=True)
+                ]
+                times: list[list[float]] = [[], []]
+                for _ in range(TURNS):
+                    for taken, run in zip(times, passes, strict=True):
+                        taken.append(time_us(run))
+                in_order, in_any = (statistics.median(taken) for taken in times)
+                work = flops(batch, heads, seqlen, dim, causal) * 2.5 / 1e6
+                print(
+                    f"D{dim:<4}{'causal' if causal else 'full  '} S{seqlen:<6} "
+                    f"ordered {in_order:8.1f} us {work / in_order:6.1f} TFLOP/s   "
+                    f"any order {in_any:8.1f} us {work / in_any:6.1f} TFLOP/s   "
+                    f"ratio {in_order / in_any:5.3f}   "
+                    f"rule {'any order' if any_order_pays(problem) else 'ordered'}   "
+                    f"{'same' if max(errors) < 0.01 else 'WRONG'} to {max(errors):.1e}",
+                    flush=True,
+                )
+
+
 def main() -> None:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--dims", type=int, nargs="+", default=list(VARIANTS))
+    parser.add_argument("--dims", type=int, nargs="+")
     parser.add_argument("--seqlens", type=int, nargs="+", default=[1024, 4096, 16384])
+    parser.add_argument(
+        "--any-order", action="store_true", help="time sums of dq in order and in any order"
+    )
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.any_order:
+        time_orders(arguments.dims or list(DIMS_OF_ONE_KERNEL), arguments.seqlens)
+        return
+    arguments.dims = arguments.dims or list(VARIANTS)
     if arguments.child:
         kind, *numbers = arguments.child
         if kind == "compile":

@@ -42,6 +42,7 @@ def attention(
     return_lse: Literal[False] = ...,
     return_max_score: Literal[False] = ...,
     batch_invariant: bool = ...,
+    deterministic: bool = ...,
     backend: str = ...,
 ) -> torch.Tensor: ...
 @overload
@@ -62,6 +63,7 @@ def attention(
     return_lse: Literal[True],
     return_max_score: Literal[False] = ...,
     batch_invariant: bool = ...,
+    deterministic: bool = ...,
     backend: str = ...,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 @overload
@@ -82,6 +84,7 @@ def attention(
     return_lse: bool,
     return_max_score: Literal[False] = ...,
     batch_invariant: bool = ...,
+    deterministic: bool = ...,
     backend: str = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
 @overload
@@ -102,6 +105,7 @@ def attention(
     return_lse: bool = ...,
     return_max_score: bool = ...,
     batch_invariant: bool = ...,
+    deterministic: bool = ...,
     backend: str = ...,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]: ...
 
@@ -124,6 +128,7 @@ def attention(
     return_lse: bool = False,
     return_max_score: bool = False,
     batch_invariant: bool = False,
+    deterministic: bool = True,
     backend: str = "auto",
     **_unknown: object,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
@@ -171,6 +176,10 @@ def attention(
         batch_invariant: give each sequence the same bits whatever is beside it: other sequences,
             their number, lengths and order, and how much room a padded cache has. Of the forward
             pass; slower, see docs/serving.md.
+        deterministic: give gradients the same bits in every run. False lets the backward pass add
+            up dq in any order where that is expected to be faster: on Hopper, where one kernel
+            computes dq, dk and dv, from 2048 queries on. Elsewhere it has no effect, nor while
+            torch.use_deterministic_algorithms is on. See docs/backward.md.
         backend: "auto" (by device and dtype), "sm90" (the Hopper kernel), "wmma" (the portable
             tensor-core kernel), "sim" (a kernel in the simulator, on CPU tensors), or "torch"
             (PyTorch operations).
@@ -212,7 +221,18 @@ def attention(
             and return_max_score is False
         ):
             result: torch.Tensor | tuple[torch.Tensor, ...] | None = launcher.attend(
-                q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend
+                q,
+                k,
+                v,
+                mask,
+                causal,
+                window,
+                softcap,
+                scale,
+                seqlens_k,
+                return_lse,
+                backend,
+                deterministic,
             )
             if result is not None:
                 return result
@@ -222,9 +242,9 @@ def attention(
             if seqlens_k is None and not has_scales:
                 return attend(
                     q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
-                    None, return_max_score,
+                    None, return_max_score, deterministic,
                 )  # fmt: skip
-            if seqlens_k is not None and not has_other_rank(q, k, v):
+            if seqlens_k is not None and deterministic is True and not has_other_rank(q, k, v):
                 asked = causal, window, softcap, scale, return_lse, return_max_score
                 return attend_padded(q, k, v, mask, seqlens_k, asked, backend, k_scale, v_scale)
     if has_other_rank(q, k, v):
@@ -241,12 +261,13 @@ def attention(
                 return_max_score,
                 backend,
                 batch_invariant,
+                deterministic,
             )
         )
     inputs = Inputs(q, k, v, mask, seqlens_k, sinks=sinks, k_scale=k_scale, v_scale=v_scale)
     return _by_operator(
         inputs, causal, window, softcap, scale, return_lse, return_max_score, backend,
-        batch_invariant,
+        batch_invariant, deterministic,
     )  # fmt: skip
 
 
@@ -260,6 +281,7 @@ def _by_operator(
     return_max_score: bool,
     backend: str,
     batch_invariant: bool,
+    deterministic: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     compute = attention_dense if inputs.sinks is None else attention_with_sinks
     if inputs.seqlens_k is not None:
@@ -271,5 +293,5 @@ def _by_operator(
         )
     return compute(
         inputs, causal, window, softcap, scale, return_lse, return_max_score, backend,
-        batch_invariant,
+        batch_invariant, deterministic,
     )  # fmt: skip

@@ -86,6 +86,7 @@ def explain(
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     return_max_score: bool = False,
+    deterministic: bool = True,
     backend: str = "auto",
     arch: int | None = None,
     file: TextIO | None = None,
@@ -107,6 +108,7 @@ def explain(
         sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
         return_lse: whether the log-sum-exp of each row of scores is returned too.
         return_max_score: whether the largest score of each head is returned too.
+        deterministic: whether gradients have the same bits in every run.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         arch: GPU architecture to plan for, 90 for sm_90; by default that of q's device, and what
             the simulator runs for CPU tensors.
@@ -139,6 +141,7 @@ def explain(
         sinks=sinks,
         return_lse=return_lse,
         return_max_score=return_max_score,
+        deterministic=deterministic,
     )
     choice = choose_backend(problem, backend)
     # Of the gradient the same is asked: what would that GPU take?

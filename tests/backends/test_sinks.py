@@ -233,7 +233,7 @@ def operators_of(name: str) -> tuple[Any, tuple[Any, ...], dict[str, tuple[Any, 
         tensors += [None] if name == "dense" else [None, torch.tensor(SEQLENS_K).int()]
     tensors.append(SINKS.float().requires_grad_())
     tensors += [None] * 3 if name == "padded" else []  # scales, a tree
-    options = ("lower_right", -1, -1, 0.0, None, False)
+    options = ("lower_right", -1, -1, 0.0, None, False, True)
     asked = (*tensors, *options, *Wanted(True), "torch")
     out, lse, _ = (x.detach() for x in module.OPERATORS.forward(*asked))
     needs = (False, True) if name == "dense" else (True,)

@@ -191,7 +191,7 @@ def test_a_replay_without_its_inputs_says_so() -> None:
     words = "batch=1 num_heads_q=1 num_heads_kv=1 seqlen_q=9 seqlen_k=9 head_dim=16 head_dim_v=16"
     words += (
         " dtype=float16 scale=0.25 q_strides=1,1,1 k_strides=1,1,1 v_strides=1,1,1 load_bytes=16"
-        " batch_invariant=False"
+        " batch_invariant=False deterministic=True"
     )
     with pytest.raises(ValueError, match="is no file: a backward kernel is replayed on the out"):
         parse_replay([f"kernel={DQ_KERNEL}", "inputs=/nowhere.pt", *words.split()])

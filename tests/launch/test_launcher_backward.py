@@ -17,7 +17,7 @@ from flashcore.backends import gradients
 from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.launch import launcher
 from flashcore.launch.driver import INVALID_CONTEXT
-from flashcore.ops import eager
+from flashcore.ops import dense, eager
 from flashcore.problem import Problem
 
 pytestmark = pytest.mark.thorough  # the launcher's build takes half a minute
@@ -206,6 +206,62 @@ def test_each_workspace_has_a_pass_of_its_own(
             assert bool(machine.driver.launches[-1].params.dq_turns) == (num_bytes > 0)
     finally:
         flashcore.set_gradient_workspace()
+
+
+@pytest.mark.parametrize("way", ["compiled", "python"])
+def test_sums_in_any_order_have_a_pass_of_their_own(
+    machine: standin.Machine, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """The option is part of the call's key, what torch says part of the pass's; each is prepared
+    once."""
+    monkeypatch.setattr(plan_one, "least_tiles", lambda problem: 1)
+    monkeypatch.setattr(plan_one, "any_order_pays", lambda problem: True)
+    if way == "python":
+        monkeypatch.setattr(launcher, "attend", None)
+    qkv = tensors()
+
+    def has_turns(**options: bool) -> bool:
+        leaves = [x.detach().requires_grad_() for x in qkv]
+        out = flashcore.attention(*leaves, **options)
+        assert ("_Recorded" in out.grad_fn.name()) == (way == "python")
+        before = len(machine.driver.launches)
+        out.backward(torch.ones_like(out))
+        of_pass = [entry.params for entry in machine.driver.launches[before:]]
+        assert len(of_pass) == 3
+        assert all(params.dq_sums for params in of_pass)
+        assert len({bool(params.dq_turns) for params in of_pass}) == 1
+        return bool(of_pass[0].dq_turns)
+
+    try:
+        for _ in range(2):  # prepared, and found again
+            torch.use_deterministic_algorithms(False)
+            assert has_turns()
+            assert not has_turns(deterministic=False)
+            assert has_turns(deterministic=True)
+            torch.use_deterministic_algorithms(True)
+            assert has_turns(deterministic=False)
+            monkeypatch.setattr(eager, "prepare_gradients", None)  # what is known is found
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_the_operator_is_told_of_the_option(
+    machine: standin.Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where no pass is prepared for a gradient that is differentiated again."""
+    told: list[bool] = []
+    real = gradients.attention_gradients
+
+    def seen(problem: Problem, *arguments: Any) -> Any:
+        told.append(problem.deterministic)
+        return real(problem, *arguments[:-2], "torch", arguments[-1])
+
+    monkeypatch.setattr(dense, "attention_gradients", seen)
+    for deterministic in (True, False):
+        leaves = [x.detach().requires_grad_() for x in tensors()]
+        out = flashcore.attention(*leaves, deterministic=deterministic)
+        torch.autograd.grad(out, leaves, torch.ones_like(out), create_graph=True)
+    assert told == [True, False]
 
 
 def plan_one_bytes(q: torch.Tensor, k: torch.Tensor) -> int:

@@ -97,7 +97,7 @@ def test_gradients_stop_at_the_lengths(name: str) -> None:
 def test_the_operators_are_well_made() -> None:
     _, x, seqlens_k = make("torch", dtype="float32", tail=0)
     q, k, v = (t.nan_to_num(0.5, 0.5).requires_grad_() for t in (x.q, x.k, x.v))
-    options = ("lower_right", -1, -1, 0.0, None, False)
+    options = ("lower_right", -1, -1, 0.0, None, False, True)
     forward = torch.ops.flashcore.attention_padded_forward.default
     given = q, k, v, None, seqlens_k, None, None, None, None
     torch.library.opcheck(forward, (*given, *options, *Wanted(True), "torch"))

@@ -207,7 +207,7 @@ def test_the_operators_are_well_made(name: str) -> None:
         tensor.requires_grad_()
     options = case.options()
     left, right = options["window"] or (-1, -1)
-    scalars = case.causal, left, right, options["softcap"] or 0.0, None, False
+    scalars = case.causal, left, right, options["softcap"] or 0.0, None, False, True
     arguments = (*x.arguments(), None, *scalars)
     forward = torch.ops.flashcore.attention_varlen_forward.default
     torch.library.opcheck(forward, (*arguments, *Wanted(True), "torch"))

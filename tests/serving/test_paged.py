@@ -205,7 +205,7 @@ def test_the_operators_are_well_made() -> None:
     cache = make_cache(8, (20, 13), dtype=torch.float32)
     q, k, v, table, lengths = cache.arguments()
     q, k, v = (x.nan_to_num(0.5).requires_grad_() for x in (q, k, v))
-    options = ("lower_right", -1, -1, 0.0, None, False)
+    options = ("lower_right", -1, -1, 0.0, None, False, True)
     forward = torch.ops.flashcore.attention_paged_forward.default
     sinks = torch.randn(q.shape[1], requires_grad=True)
     for given in (None, sinks):

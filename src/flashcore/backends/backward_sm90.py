@@ -147,6 +147,18 @@ def is_by_one_kernel(problem: Problem) -> bool:
     return plan_one.obstacle(problem) is None and plan_one.pays(problem, workspace_bytes())
 
 
+def why_in_order(problem: Problem) -> str | None:
+    """Return why blocks of the one kernel add to dq in the order of the keys, which makes gradients
+    deterministic; None where they may do so in any order."""
+    if problem.deterministic:
+        return "deterministic"
+    if torch.are_deterministic_algorithms_enabled():
+        return "deterministic, as torch.use_deterministic_algorithms asks for it"
+    if not plan_one.any_order_pays(problem):
+        return "deterministic, which costs nothing at these lengths"
+    return None
+
+
 def runs_beside(problem: Problem) -> bool:
     """Return whether, of two kernels, that of dk and dv may run beside that of dq: an int32 counts
     the rows."""
@@ -159,6 +171,8 @@ def plans_for(problem: Problem) -> BwdPlans | OneKernelPlans:
     plans: BwdPlans | OneKernelPlans = select_plans(problem)
     if is_by_one_kernel(problem):
         plans = plan_one.select_one_kernel_plans(problem)
+        if why_in_order(problem) is None:
+            plans = plan_one.in_any_order(plans)
     measured: dict[str, Any] = {
         name: found.plan
         for name, plan in plans._asdict().items()

@@ -24,6 +24,7 @@ from flashcore.backends.backward_sm90 import (
     prepare_on_gpu,
     run_in_simulator,
     run_on_gpu,
+    why_in_order,
 )
 from flashcore.backends.tiled import attention_backward_tiled
 from flashcore.base import env
@@ -81,9 +82,14 @@ def choose_backward(
     reason = _obstacle_to_ours(problem, backend, mask_grad_elements > 0)
     if reason is None:
         where = "sim" if backend == "sim" else DQ.backend
-        kernels = "one fused kernel" if is_by_one_kernel(problem) else "fused kernels"
         of_mask = ", another for the mask's gradient" if mask_grad_elements else ""
-        return BackwardChoice(where, f"{kernels} for Hopper{of_mask}, deterministic")
+        kernels, order = "fused kernels", "deterministic"
+        if is_by_one_kernel(problem):
+            kernels = "one fused kernel"
+            order = why_in_order(problem) or (
+                "dq added up in any order, as deterministic=False allows"
+            )
+        return BackwardChoice(where, f"{kernels} for Hopper{of_mask}, {order}")
     if backend == "sim":
         return BackwardChoice("tiled", reason)
     obstacle = torch_backward.obstacle_to_fused(problem, through_lse)

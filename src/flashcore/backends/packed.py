@@ -134,6 +134,7 @@ def packed_problem(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     batch_invariant: bool = False,
+    deterministic: bool = True,
 ) -> Problem:
     """Validate the arguments of `attention_varlen`; return the problem, with return_lse.
 
@@ -151,6 +152,7 @@ def packed_problem(
         softcap: scores become softcap * tanh(score / softcap); None is off.
         sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
         batch_invariant: as there.
+        deterministic: as there.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention_varlen`.
@@ -158,7 +160,7 @@ def packed_problem(
     check_packed(q, k, v, cu_seqlens_q, cu_seqlens_k)
     problem = Problem.from_tensors(
         as_batch(q), as_batch(k), as_batch(v), causal=causal, scale=scale, softcap=softcap,
-        sinks=sinks, batch_invariant=batch_invariant,
+        sinks=sinks, batch_invariant=batch_invariant, deterministic=deterministic,
     )  # fmt: skip
     total_q, total_k = q.shape[0], k.shape[0]
     left, right = widest_band(checked_causal(causal), checked_window(window), total_q, total_k)
@@ -297,18 +299,14 @@ def packed_backward(
     with without_autocast(problem.device):
         for own, queries, keys in _sequences(problem, cu_seqlens_q, cu_seqlens_k):
             dq, dk, dv, _ = attention_gradients(
-                own,
-                as_batch(q[queries]),
-                as_batch(k[keys]),
-                as_batch(v[keys]),
-                None,
+                own, as_batch(q[queries]), as_batch(k[keys]), as_batch(v[keys]), None,
                 as_batch(out[queries]),
                 lse[None, :, queries],
                 None if dout is None else as_batch(dout[queries]),
                 None if dlse is None else dlse[None, :, queries],
                 False,
                 backend,
-            )
+            )  # fmt: skip
             as_batch(gradients[0][queries]).copy_(dq)
             as_batch(gradients[1][keys]).copy_(dk)
             as_batch(gradients[2][keys]).copy_(dv)

@@ -15,8 +15,8 @@ def set_gradient_workspace(num_bytes: int = DEFAULT_BYTES) -> None:
     adds up dq in float32, in memory that the pass takes and gives back: 4 bytes an element for as
     many heads as fit into `num_bytes`. If not all heads fit, the pass takes a share of them at a
     time. If too few fit to keep a GPU busy, and always with 0, two kernels compute the gradients
-    with 4 bytes a row and head beside them, more slowly. Gradients are deterministic in any case;
-    those of the two ways may differ in their last bits.
+    with 4 bytes a row and head beside them, more slowly. Gradients are deterministic in either
+    way, unless a call says deterministic=False; those of the two may differ in their last bits.
 
     Args:
         num_bytes: at most that much; 128 MiB by default. Holds for the whole process, and for

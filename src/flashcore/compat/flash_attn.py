@@ -8,7 +8,9 @@ and windows are aligned at the lower right. Besides:
 - dropout_p > 0 raises NotImplementedError;
 - alibi_slopes becomes an additive float32 mask, which takes [batch or 1, num_heads, seqlen_q,
   seqlen_k] of memory; the varlen functions compute one sequence after another then, and warn;
-- `deterministic` is accepted: the forward gives the same bits on every run, whatever it says;
+- `deterministic` is accepted: the forward gives the same bits on every run, whatever it says, and
+  so does the backward by our kernels, for False, flash-attn's default, is what callers pass who ask
+  for nothing (with that of `flashcore.attention` it may add up dq in any order);
 - with return_attn_probs, the log-sum-exp of a row with nothing to attend to is -inf, where
   flash-attn has +inf, and the third value is None, where flash-attn has debugging output;
 - `flash_attn_func` and `flash_attn_varlen_func` take `learnable_sink` as flash-attn 4 does, and

@@ -40,7 +40,11 @@ from flashcore.kernels.bwd_sm90.plan import (
     obstacle_anywhere,
     select_plans,
 )
-from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans, select_one_kernel_plans
+from flashcore.kernels.bwd_sm90.plan_one import (
+    OneKernelPlans,
+    in_any_order,
+    select_one_kernel_plans,
+)
 from flashcore.kernels.bwd_sm90.plan_one import obstacle as obstacle_to_one_kernel
 from flashcore.kernels.bwd_sm90.stages import STAGES
 from flashcore.kernels.stage import Stage
@@ -78,8 +82,9 @@ def isolate_backward(
         seed: seed of the simulator's scheduler.
         plant: bug to plant in that kernel (simulator only), or None.
         arch: must be 90 or None.
-        tile: fields of that kernel's plan, with `also_dq` for dq, dk and dv by one kernel; the
-            others, and those of other kernels, are chosen as for any call.
+        tile: fields of that kernel's plan, with `also_dq` for dq, dk and dv by one kernel, and
+            without `ordered` for sums of dq in any order; the others, and those of other kernels,
+            are chosen as for any call.
         tiles: fields of the plan of the kernel of dq and of that of dk and dv, instead of `tile`.
         arrives: where a gradient arrives: "out", "lse" or "both".
         on_stage: called before each stage.
@@ -139,6 +144,8 @@ def _plans_of(
     padded = dataclasses.replace(problem, **dims)
     select = select_one_kernel_plans if also_dq else select_plans
     plans: BwdPlans | OneKernelPlans = select(padded)
+    if isinstance(plans, OneKernelPlans) and not wanted.get(DKDV_KERNEL, {}).get("ordered", True):
+        plans = in_any_order(plans)
     own: dict[str, Any] = {
         name: _KERNELS[plan.kernel].with_tile(plan, wanted[plan.kernel])
         for name, plan in plans._asdict().items()

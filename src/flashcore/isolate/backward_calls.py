@@ -235,6 +235,7 @@ TILE_OF_DQ = {"block_m": 64, "block_n": 32, "num_stages": 3, "other_stages": 2}
 TILE_OF_DKDV = {"block_m": 32, "block_n": 128, "num_stages": 3, "other_stages": 2}
 TILE_OF_DKDV |= {"overlaps": False, "early_dp": True, "keeps_p": False}
 TILE_OF_ONE = TILE_OF_DKDV | {"block_m": 64, "overlaps": True, "also_dq": True}
+TILE_IN_ANY_ORDER = TILE_OF_ONE | {"ordered": False}
 TILE_OF_SHARED = TILE_OF_ONE | {"early_dp": False, "ds_stages": 2}
 TILE_OF_ROLES = {"block_m": 32, "block_n": 64, "num_stages": 2, "other_stages": 2}
 

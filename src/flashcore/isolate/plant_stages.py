@@ -180,6 +180,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("sums-released-early", "adders-at-one-place"),
             *("turn-not-awaited", "turn-told-early", "turn-told-when-read", "turn-told-relaxed"),
             *("turn-without-fence", "first-adds-too"),
+            *("rows-added-twice", "first-stores-in-any-order", "part-added-to-the-next-rows"),
         ),
         "dk": ("dk-added-twice", "scale-forgotten"),
         "store": (

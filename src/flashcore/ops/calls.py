@@ -86,6 +86,7 @@ def attend(
     record: Record | None = None,
     decide: Decide | None = None,
     return_max_score: bool = False,
+    deterministic: bool = True,
 ) -> Result:
     """Compute `attention` of tensors that nobody else needs to see.
 
@@ -106,6 +107,7 @@ def attend(
         decide: by default `find`. A drop-in function's own takes the tensors as they were given
             there; what it found is remembered for it alone.
         return_max_score: whether the largest score of each head is returned too; not with `decide`.
+        deterministic: whether gradients have the same bits in every run; True with `decide`.
 
     Returns:
         out, or (out, lse) with return_lse, and max_score behind them with return_max_score; None
@@ -144,6 +146,8 @@ def attend(
                 options = options_key(
                     causal, window, softcap, scale, return_lse, return_max_score, mask
                 )
+            if deterministic is not True:
+                options = options, deterministic, type(deterministic)
             alignment = (at_q | at_k | at_v) & 15
             key = q.shape, k.shape, alignment, options, recorded, backend, decide
             for found in _calls.get(key, ()):
@@ -160,11 +164,14 @@ def attend(
             return given.restored(
                 attend(
                     q, k, v, mask, causal, window, softcap, scale, return_lse, backend, record,
-                    None, return_max_score,
+                    None, return_max_score, deterministic,
                 )
             )  # fmt: skip
         asked = q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded, key
-        found = find(*asked, return_max_score) if decide is None else decide(*asked)
+        if decide is None:
+            found = find(*asked, return_max_score, deterministic)
+        else:
+            found = decide(*asked)
         if found is None:
             return None  # type: ignore[return-value]
         addresses = q.data_ptr(), k.data_ptr(), v.data_ptr()
@@ -193,12 +200,13 @@ def find(
     recorded: bool = False,
     key: object = None,
     return_max_score: bool = False,
+    deterministic: bool = True,
 ) -> Found:
     """Decide what computes a call of `attend`, and keep it under the key, unless that is None. If
     the call is recorded, it computes lse in any case."""
     family = (
         None
-        if return_max_score is not False
+        if return_max_score is not False or deterministic is not True
         else family_key(
             q, k, v, mask, causal, window, softcap, scale, return_lse, backend, recorded
         )
@@ -222,6 +230,7 @@ def find(
         # A value that is no bool stays as it is, for the error.
         return_lse=True if recorded and return_lse is False else return_lse,
         return_max_score=return_max_score,
+        deterministic=deterministic,
     )
     choice = choose_backend(problem, backend)
     if choice.is_fallback:

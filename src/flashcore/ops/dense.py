@@ -68,9 +68,10 @@ def attention_dense(
     return_max_score: bool,
     backend: str,
     batch_invariant: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` through the operator. torch.compile traces this function."""
-    options = Options.checked(causal, window, softcap, scale, batch_invariant)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant, deterministic)
     returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
         inputs, options, Wanted(return_lse, return_max_score), backend
     )
@@ -114,7 +115,7 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> 
             addresses = tuple(x.data_ptr() for x in (q, k, v, *others))
             return Results(*call(q, k, v, mask, addresses))
         return Results(*call(q, k, v, mask, (), *others))
-    causal, left, right, softcap, scale, _ = options
+    causal, left, right, softcap, scale, *_ = options  # the others are no matter of this pass
     result = attend(
         q,
         k,

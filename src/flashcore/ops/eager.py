@@ -16,13 +16,12 @@ from torch.compiler import is_dynamo_compiling
 
 from flashcore.backends.dispatch import without_autocast
 from flashcore.backends.gradients import prepare_gradients
-from flashcore.base.gradient_workspace import workspace_bytes
 from flashcore.launch import launcher
 from flashcore.launch.types import Computed, PassEntry, Prepared
 from flashcore.ops.calls import Found, Result, State
 from flashcore.ops.dense import OPERATORS, attention_dense
 from flashcore.ops.family import BackwardCall
-from flashcore.ops.gradient_calls import find_pass, is_current
+from flashcore.ops.gradient_calls import circumstances, find_pass, is_current
 from flashcore.ops.length_calls import RecordLengths, attend_lengths
 from flashcore.ops.operators import Operators
 from flashcore.ops.transforms.autograd import needs_grad
@@ -104,6 +103,7 @@ def attention_with_sinks(
     return_max_score: bool,
     backend: str,
     batch_invariant: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` where sinks are given, and seqlens_k is not; see there."""
     q, k, v, mask, *_ = inputs
@@ -122,7 +122,7 @@ def attention_with_sinks(
             return result
     return attention_dense(
         inputs, causal, window, softcap, scale, return_lse, return_max_score, backend,
-        batch_invariant,
+        batch_invariant, deterministic,
     )  # fmt: skip
 
 
@@ -312,7 +312,7 @@ def _entry_of_pass(found: Found, *of_rows: Tensor) -> PassEntry | None:
     return None if prepared is None else prepared[0].entry()
 
 
-launcher.passes = launcher.Passes(_entry_of_pass, _run_pass, workspace_bytes)
+launcher.passes = launcher.Passes(_entry_of_pass, _run_pass, circumstances)
 # torch.autograd.Function.apply first looks for functorch's transforms, which never come here.
 record = super(torch.autograd.Function, _Recorded).apply
 _record_lengths = super(torch.autograd.Function, _RecordedLengths).apply

@@ -18,8 +18,15 @@ from flashcore.ops.calls import FOUND_MAX, Passes
 from flashcore.ops.guards import guard
 from flashcore.ops.keys import remember
 
-KEYS_MAX = 64  # of the passes of one description: alignments and workspaces
+KEYS_MAX = 64  # of the passes of one description: alignments and circumstances
 _lock = forks.lock()
+_is_determinism_asked_for = torch._C._get_deterministic_algorithms  # looked up once
+
+
+def circumstances() -> int:
+    """Return what decides which kernels a pass has, besides tensors and options, as a key: what the
+    process says of memory and of determinism. Less than 2^42."""
+    return workspace_bytes() << 1 | _is_determinism_asked_for()
 
 
 def find_pass(
@@ -47,7 +54,7 @@ def find_pass(
             q.data_ptr(), k.data_ptr(), v.data_ptr(), out.data_ptr(), dout.data_ptr(),
         )  # fmt: skip
         addresses: tuple[int, ...] = at_q, at_k, at_v, at_out, lse.data_ptr(), at_dout
-        key: object = (at_q | at_k | at_v | at_out | at_dout) & 15, workspace_bytes()
+        key: object = (at_q | at_k | at_v | at_out | at_dout) & 15, circumstances()
         tensors: tuple[Tensor, ...] = of_rows
         if others:
             at_others = [x.data_ptr() for x in others]

@@ -41,6 +41,7 @@ def attend_lengths(
     scales: tuple[Tensor, ...] = (),
     record: RecordLengths | None = None,
     is_tree: bool = False,
+    deterministic: bool = True,
 ) -> Result | None:
     """Compute sequences that differ in length, or have sinks, by a kernel, if one serves them,
     around torch's dispatcher.
@@ -62,6 +63,7 @@ def attend_lengths(
         record: what records the call if autograd is to, of q, k and v alone; None: nothing is
             recorded.
         is_tree: whether `mask` is a tree_mask.
+        deterministic: as in `attention`.
 
     Returns:
         What `attend` returns; None where the operator has to do it.
@@ -75,7 +77,9 @@ def attend_lengths(
         # Queries and keys may have the same lengths; a guard takes no tensor twice.
         guarded = lengths[:1] if len(lengths) == 2 and lengths[0] is lengths[1] else lengths
         unusual = None  # what few calls have
-        if sinks is not None or scales or is_tree or batch_invariant is not False:
+        flags = batch_invariant, deterministic
+        is_flagged = batch_invariant is not False or deterministic is not True
+        if sinks is not None or scales or is_tree or is_flagged:
             of_sinks = None
             if sinks is not None:
                 of_sinks, sinks = sinks.dtype, as_logits(sinks)
@@ -84,7 +88,7 @@ def attend_lengths(
             if scales:
                 addresses += (*map(_data_ptr, scales),)
                 guarded += scales[:1] if scales[0] is scales[1] else scales
-            unusual = len(scales), of_sinks, batch_invariant, type(batch_invariant), is_tree
+            unusual = len(scales), of_sinks, flags, (*map(type, flags),), is_tree
         causal, window, softcap, scale, return_lse, return_max_score = options
         recorded = (
             record is not None
@@ -117,7 +121,7 @@ def attend_lengths(
         if choice.backend not in KERNELS or problem.is_empty:
             return None
         fits, call = guard(q, k, v, *guarded), prepare(choice.backend, problem, q.device)
-        asked = Options.checked(causal, window, softcap, scale, batch_invariant)
+        asked = Options.checked(causal, window, softcap, scale, *flags)
         found = Found(fits, call, asked, {}, backend)
         keep(key, found)
     if recorded:

@@ -103,6 +103,7 @@ def attention_padded(
     return_max_score: bool,
     backend: str,
     batch_invariant: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute `attention` where seqlens_k is given; see there."""
     q, k, v, mask, seqlens_k, *_ = inputs
@@ -115,17 +116,17 @@ def attention_padded(
     if is_plain((seqlens_k, *scales), q, k, v, mask, sinks, is_recorded):
 
         def describe() -> Problem:
-            options = Options.checked(causal, window, softcap, scale, batch_invariant)
-            return padded_problem(inputs, options)
+            return padded_problem(inputs, Options.checked(*asked[:4], *flags))
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
+        flags = batch_invariant, deterministic
         result = attend_lengths(
             q, k, v, mask, (seqlens_k,), sinks, asked, None, backend, describe, batch_invariant,
-            scales, _record if is_recorded else None, is_tree,
+            scales, _record if is_recorded else None, is_tree, deterministic,
         )  # fmt: skip
         if result is not None:
             return result
-    options = Options.checked(causal, window, softcap, scale, batch_invariant)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant, deterministic)
     return OPERATORS.attend(inputs, options, Wanted(return_lse, return_max_score), backend)
 
 

@@ -244,6 +244,7 @@ def attention_backward(
     window: Window = None,
     softcap: float | None = None,
     mask: Tensor | None = None,
+    deterministic: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v, given out and lse of whatever forward pass.
@@ -270,6 +271,7 @@ def attention_backward(
         window: as in `attention`.
         softcap: as in `attention`.
         mask: as in `attention`. It gets no gradient here.
+        deterministic: as in `attention`.
         backend: as in `attention`.
 
     Returns:
@@ -285,7 +287,7 @@ def attention_backward(
     Source:
         FlashAttention-2, arXiv:2307.08691, algorithm 2.
     """
-    options = Options.checked(causal, window, softcap, scale)
+    options = Options.checked(causal, window, softcap, scale, deterministic=deterministic)
     check_backend(backend)
     if not torch.compiler.is_compiling():
         check_kinds(q, k, v)

@@ -60,6 +60,7 @@ def attention_varlen(
     return_lse: Literal[False] = ...,
     return_max_score: Literal[False] = ...,
     batch_invariant: bool = ...,
+    deterministic: bool = ...,
     backend: str = ...,
 ) -> Tensor: ...
 @overload
@@ -80,6 +81,7 @@ def attention_varlen(
     return_lse: Literal[True],
     return_max_score: Literal[False] = ...,
     batch_invariant: bool = ...,
+    deterministic: bool = ...,
     backend: str = ...,
 ) -> tuple[Tensor, Tensor]: ...
 @overload
@@ -100,6 +102,7 @@ def attention_varlen(
     return_lse: bool,
     return_max_score: Literal[False] = ...,
     batch_invariant: bool = ...,
+    deterministic: bool = ...,
     backend: str = ...,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 @overload
@@ -120,6 +123,7 @@ def attention_varlen(
     return_lse: bool = ...,
     return_max_score: bool = ...,
     batch_invariant: bool = ...,
+    deterministic: bool = ...,
     backend: str = ...,
 ) -> Tensor | tuple[Tensor, ...]: ...
 
@@ -142,6 +146,7 @@ def attention_varlen(
     return_lse: bool = False,
     return_max_score: bool = False,
     batch_invariant: bool = False,
+    deterministic: bool = True,
     backend: str = "auto",
     **_unknown: object,
 ) -> Tensor | tuple[Tensor, ...]:
@@ -178,6 +183,8 @@ def attention_varlen(
         return_max_score: also return the largest score of each head of each sequence.
         batch_invariant: give each sequence the same bits whatever is packed beside it, as in
             `attention`.
+        deterministic: as in `attention`; without effect so far, for the kernels that compute
+            gradients of packed sequences add nothing up between blocks.
         backend: "auto", "sm90", "wmma", "sim" or "torch".
 
     Returns:
@@ -215,13 +222,14 @@ def attention_varlen(
             return packed_problem(
                 q, k, v, *lengths, *longest, causal=causal, scale=scale, window=window,
                 softcap=softcap, sinks=sinks, batch_invariant=batch_invariant,
+                deterministic=deterministic,
             )  # fmt: skip
 
         asked = causal, window, softcap, scale, return_lse, return_max_score
         longest = max_seqlen_q, max_seqlen_k
         result = attend_lengths(
             q, k, v, None, lengths, sinks, asked, longest, backend, describe, batch_invariant,
-            record=_record if sinks is None else None,
+            record=_record if sinks is None else None, deterministic=deterministic,
         )  # fmt: skip
         if result is not None:
             return result
@@ -237,7 +245,7 @@ def attention_varlen(
         max_seqlen_k=checked_max_seqlen("max_seqlen_k", max_seqlen_k, k.shape[0]),
         sinks=sinks,
     )
-    options = Options.checked(causal, window, softcap, scale, batch_invariant)
+    options = Options.checked(causal, window, softcap, scale, batch_invariant, deterministic)
     returned: Tensor | tuple[Tensor, ...] = OPERATORS.attend(
         inputs, options, Wanted(return_lse, return_max_score), backend
     )

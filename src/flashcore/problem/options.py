@@ -131,6 +131,7 @@ class Options(NamedTuple):
         softcap: the bound of the scores; 0.0 means no soft-capping.
         scale: the factor of the scores; None means 1 / sqrt(head_dim).
         batch_invariant: whether a sequence's bits may depend on that sequence alone.
+        deterministic: whether gradients have the same bits in every run; without, they may.
     """
 
     causal: str
@@ -139,6 +140,7 @@ class Options(NamedTuple):
     softcap: float
     scale: float | None
     batch_invariant: bool = False
+    deterministic: bool = True
 
     @classmethod
     def checked(
@@ -148,6 +150,7 @@ class Options(NamedTuple):
         softcap: float | None,
         scale: float | None,
         batch_invariant: bool = False,
+        deterministic: bool = True,
     ) -> Options:
         """Make validated options from the arguments of `attention`.
 
@@ -162,7 +165,8 @@ class Options(NamedTuple):
             scale = checked_factor("scale", scale, 1.0, "pass None for 1 / sqrt(head_dim)")
         factor = checked_factor("softcap", softcap, 0.0, "pass None for no softcap")
         check_flag("batch_invariant", batch_invariant)
-        return cls(alignment, left, right, factor, scale, batch_invariant)
+        check_flag("deterministic", deterministic)
+        return cls(alignment, left, right, factor, scale, batch_invariant, deterministic)
 
     def with_checked_factors(self) -> Options:
         """Return the same options after checking softcap and scale again.
@@ -184,6 +188,7 @@ class Options(NamedTuple):
             problem.softcap,
             problem.scale,
             problem.batch_invariant,
+            problem.deterministic,
         )
 
     def problem(
@@ -209,6 +214,7 @@ class Options(NamedTuple):
             "softcap": self.softcap or None,
             "scale": self.scale,
             "batch_invariant": self.batch_invariant,
+            "deterministic": self.deterministic,
         }
 
 

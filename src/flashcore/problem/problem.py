@@ -90,6 +90,7 @@ class Problem:
         scale_strides: of (sequence, head) of k_scale, then of v_scale, in elements; 0 where one
             serves all.
         batch_invariant: whether a sequence's bits may depend on that sequence alone.
+        deterministic: whether gradients have the same bits in every run.
     """
 
     batch: int
@@ -127,6 +128,7 @@ class Problem:
     cache_dtype: str = ""
     scale_strides: Strides4 = (0, 0, 0, 0)
     batch_invariant: bool = False
+    deterministic: bool = True
 
     @classmethod
     def from_tensors(
@@ -144,6 +146,7 @@ class Problem:
         return_max_score: bool = False,
         sinks: torch.Tensor | None = None,
         batch_invariant: bool = False,
+        deterministic: bool = True,
     ) -> Problem:
         """Validate the arguments of `attention`; return the problem, which keeps no tensor.
 
@@ -160,6 +163,7 @@ class Problem:
             return_max_score: whether the largest score of each head is returned too.
             sinks: [num_heads_q], a logit of each head that joins the softmax; or None.
             batch_invariant: as in `attention`.
+            deterministic: as in `attention`.
 
         Raises:
             TypeError, ValueError, NotImplementedError: as `attention`.
@@ -168,6 +172,7 @@ class Problem:
         check_flag("return_lse", return_lse)
         check_flag("return_max_score", return_max_score)
         check_flag("batch_invariant", batch_invariant)
+        check_flag("deterministic", deterministic)
         if mask is not None:
             check_mask(mask, q, k.shape[2])
         if sinks is not None:
@@ -202,6 +207,7 @@ class Problem:
             return_max_score=return_max_score,
             has_sinks=sinks is not None,
             batch_invariant=batch_invariant,
+            deterministic=deterministic,
         )
 
     @property

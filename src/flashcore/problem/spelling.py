@@ -66,7 +66,6 @@ OF_ATTENTION: dict[str, str] = {
     "learnable_sink": _mean("sinks=..., [num_heads_q]"),
     "sink": _mean("sinks=..., [num_heads_q]"),
     "enable_gqa": "leave it out, k and v may have fewer heads than q anyway",
-    "deterministic": "leave it out, results are the same bits on every run",
     "op": _BACKEND,
     "implementation": _BACKEND,
     "dropout_p": _NO_DROPOUT,
@@ -94,6 +93,7 @@ OF_KVCACHE: dict[str, str] = {
     "cu_seqlens_k_new": _mean("cu_seqlens_new=..."),
     "rotary_seqlens": _mean("rotary_offsets=..., int32, [batch]"),
     "custom_mask": _mean("tree_mask=..., boolean, [batch, 1, seqlen_q, seqlen_q]"),
+    "deterministic": "leave it out, results are the same bits on every run",
     "num_splits": "leave it out, how keys are split is chosen for each call",
     "scheduler_metadata": "leave it out, nothing is scheduled before a call",
 }

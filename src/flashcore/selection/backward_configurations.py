@@ -48,6 +48,7 @@ BACKWARD_VARIANTS = VARIANTS | MASK_VARIANTS | _VARLEN_VARIANTS
 # With those, tiles so few that all run at the same time, a few an SM, and many.
 _BATCHES = (1, 16, 1024)
 _WITH_MASKS = tuple(name for name, options in BACKWARD_VARIANTS.items() if "mask" in options)
+_ANY_ORDER = "-any-order"
 _BY_ONE_KERNEL = ("full", "causal", "window")
 # Widths between those of HEAD_DIMS, and the variants that are tried there: where columns of a tile
 # lie behind head_dim, and at the edges of rules for tiles.
@@ -93,7 +94,8 @@ def backward_configurations(
         variants: keys of BACKWARD_VARIANTS. One of packed sequences stands for seqlens_k, too.
 
     Returns:
-        The configurations, ordered by head_dim, dtype and variant.
+        The configurations, ordered by head_dim, dtype and variant. Those of the kernel that adds
+        to dq in any order are a variant of their own, so that the sample has some.
     """
     found: dict[Plan, Configuration] = {}
     if ARCH not in archs:
@@ -105,8 +107,9 @@ def backward_configurations(
             kinds.append(options | {"varlen": "keys"})
         for kind in kinds:
             problem = problem_of(head_dim, dtype, kind)
-            for plan in _plans_of(problem, by_two=head_dims is not None or head_dim in HEAD_DIMS):
-                found.setdefault(plan, Configuration(variant, plan))
+            by_two = head_dims is not None or head_dim in HEAD_DIMS
+            for suffix, plan in _plans_of(problem, by_two):
+                found.setdefault(plan, Configuration(variant + suffix, plan))
     return list(found.values())
 
 
@@ -127,9 +130,10 @@ def _kinds(
                     yield head_dim, dtype, variant
 
 
-def _plans_of(problem: Problem, by_two: bool) -> list[Plan]:
+def _plans_of(problem: Problem, by_two: bool) -> list[tuple[str, Plan]]:
     """Return the plans of both designs: of two kernels, if asked for or if there is a mask, and of
-    one where it takes the problem."""
+    one where it takes the problem, with sums of dq in their order and in any; each behind what
+    its variant's name ends with."""
     if obstacle_anywhere(problem) is not None:
         return []
     plans: list[Plan] = []
@@ -138,5 +142,8 @@ def _plans_of(problem: Problem, by_two: bool) -> list[Plan]:
             plans += select_plans(dataclasses.replace(problem, batch=batch))
         plans += _mask_plans(problem)
     if plan_one.obstacle(problem) is None:
-        plans += plan_one.select_one_kernel_plans(problem)
-    return plans
+        in_order = plan_one.select_one_kernel_plans(problem)
+        delta, main, rounding = plan_one.in_any_order(in_order)
+        others = [(_ANY_ORDER, main), ("", delta), ("", rounding)]
+        return [("", plan) for plan in (*plans, *in_order)] + others
+    return [("", plan) for plan in plans]

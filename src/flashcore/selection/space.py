@@ -49,6 +49,7 @@ _GIVEN = frozenset(
         "gate",
         "returns_max_score",
         "also_dq",
+        "ordered",
         "heads",
     }
 )

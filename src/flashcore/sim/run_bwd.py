@@ -60,13 +60,14 @@ def simulate_backward(
         if fields:
             kind: dict[str, Any] = {"writable": name in plan.written}
             if name == "dq_sums" and plan.also_dq:
-                kind = {"sums": True, "writable": True, "complete": False}
+                kind = {"sums": True, "writable": plan.ordered, "complete": False}
+                kind["any_order"] = not plan.ordered
             elif (name == "dq_turns" and plan.also_dq) or name == "delta_count":
                 kind = {"counter": True}
             elif name == "delta" and plan.owns_keys:
                 kind = {"late": "delta_count" in tensors}
             elif kind["writable"] and plan.heads is not None:
-                kind["own"] = _own(tensor, plan.heads, problem.num_heads_kv)
+                kind["own"] = _own(name, tensor, plan.heads, problem)
             if name == "gate_scores":  # gate ds writes tiles that are visited; others read them
                 kind = {"writable": plan.gate == "ds", "complete": False}
             placed.append(SimTensor(name, tensor, fields, **kind))
@@ -81,10 +82,15 @@ def simulate_backward(
     )  # fmt: skip
 
 
-def _own(x: Tensor, heads: tuple[int, int], num_heads_kv: int) -> Tensor:
-    """Return which elements of dq, dk or dv belong to some heads of k and v, see BwdSm90Plan."""
-    batch, own_heads = x.shape[:2]
+def _own(name: str, x: Tensor, heads: tuple[int, int], problem: Problem) -> Tensor:
+    """Return which elements of dq, dk, dv, delta or dq_sums belong to some heads of k and v, see
+    BwdSm90Plan."""
     first, count = heads
+    num_heads_kv = problem.num_heads_kv
+    if name == "dq_sums":  # which has room for the heads of a launch
+        is_own = torch.arange(x.shape[0]) < count * problem.group_size
+        return is_own.reshape(-1, 1, 1).expand(x.shape)
+    batch, own_heads = x.shape[:2]
     numbers = torch.arange(batch * num_heads_kv).repeat_interleave(own_heads // num_heads_kv)
     is_own = (numbers >= first) & (numbers < first + count)
-    return is_own.reshape(batch, own_heads, 1, 1).expand(x.shape)
+    return is_own.reshape(batch, own_heads, *[1] * (x.dim() - 2)).expand(x.shape)

@@ -39,6 +39,8 @@ class SimTensor:
         own: bool, of the tensor's shape: the elements that the kernel may touch, while all others
             stay as they are; None for all.
         sums: whether blocks add floats to it by bulk_add, one behind the other; it is copied back.
+        any_order: of one with sums, whether adds need not follow one another; it holds numbers
+            before, and nothing may be stored over them.
         late: whether the kernel before writes it, and may run beside this one: a thread touches it
             behind grid_dependency_wait(), or behind grid_starts_after_wait() and gmem_await().
     """
@@ -51,6 +53,7 @@ class SimTensor:
     counter: bool = False
     shared: bool = False
     sums: bool = False
+    any_order: bool = False
     late: bool = False
     own: Tensor | None = None
 
@@ -100,7 +103,9 @@ class Placed:
 
     def _kind(self) -> int:
         """Return FcTensor::writable."""
-        for kind, applies in ((2, self.item.counter), (3, self.item.shared), (4, self.item.sums)):
+        item = self.item
+        kinds = (2, item.counter), (3, item.shared), (5, item.any_order), (4, item.sums)
+        for kind, applies in kinds:
             if applies:
                 return kind
         return int(self.item.writable)

@@ -17,9 +17,12 @@ FC_KERNEL(attn_bwd_round_sm90, NUM_WARPS * 32, MIN_BLOCKS)
   grid_dependency_wait();
   const auto group = sums_of(params, block.batch_idx, block.head_idx, block.m_begin);
   const GmemPtr<const float> sums = {(group + warp_idx() * SUMS_OF_WARP).address};
-  // Rows that no key is seen by have no sums.
-  const auto turns = turns_of(params, block.batch_idx, block.head_idx, block.m_begin);
-  const bool has_sums = gmem_load(GmemPtr<const int32_t>{turns.address}) != 0;
+  // Rows that no key is seen by have no sums, unless sums were cleared before.
+  bool has_sums = true;
+  if constexpr (ORDERED) {
+    const auto turns = turns_of(params, block.batch_idx, block.head_idx, block.m_begin);
+    has_sums = gmem_load(GmemPtr<const int32_t>{turns.address}) != 0;
+  }
   WmmaAccum dq[QK_FRAGS];
 #pragma unroll
   for (int d = 0; d < QK_FRAGS; ++d) {

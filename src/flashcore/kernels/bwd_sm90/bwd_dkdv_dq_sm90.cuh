@@ -3,8 +3,9 @@
 //
 //   dQ = dS K
 //
-// is added, in float32, to what blocks of other keys have for these rows, in the order of the keys:
-// floats are added up alike in every run.
+// is added, in float32, to what blocks of other keys have for these rows: if it is ORDERED, in the
+// order of the keys, so that floats are added up alike in every run. Else nobody waits for a turn,
+// and the kernel before has cleared the sums.
 //
 // With DQ_ROLE a warpgroup of its own computes it: its products fill the tensor cores while the
 // others compute between theirs. Where dK and dV leave no registers for one, two consumers compute
@@ -81,9 +82,9 @@ FC_DEVICE void await_dq_read(const Barriers& bar, int part, uint32_t count) {
 
 // --- dQ on its way out ---------------------------------------------------------------------------
 
-// Adds a part of dQ of a query tile from row m_begin on, the tile number `count`, to a head's sums,
-// behind the `rank` blocks that add before. Those are waited for first: mostly that is over when dQ
-// is there.
+// Adds a part of dQ of a query tile from row m_begin on, the tile number `count`, to a head's sums;
+// if it is ORDERED, behind the `rank` blocks that add before. Those are waited for first: mostly
+// that is over when dQ is there.
 FC_DEVICE void add_part(const Buffers& smem, const Barriers& bar, int part, uint32_t count,
                         GmemPtr<float> sums, GmemPtr<int32_t> turns, int m_begin, int rank,
                         int seqlen_q) {
@@ -91,7 +92,7 @@ FC_DEVICE void add_part(const Buffers& smem, const Barriers& bar, int part, uint
   const int first_frag = DQ_SHARED ? part * DQ_FRAGS : 0;
   const int frags = min_i(QK_FRAGS - first_frag, DQ_FRAGS);
   const auto turn = turns + (row / 64 * 2 + (DQ_SHARED ? part : 0));
-  if (row < seqlen_q) {
+  if (ORDERED && row < seqlen_q) {
     gmem_await(turn, rank);
     fence_proxy_async_global();
   }
@@ -107,7 +108,7 @@ FC_DEVICE void add_part(const Buffers& smem, const Barriers& bar, int part, uint
       const auto own_to = to + warp * SUMS_OF_WARP;
       const auto own_from = from + warp * DQ_FRAGS * SUMS_OF_FRAG;
       const int bytes = frags * SUMS_OF_FRAG * 4 * (4 / ADDS);
-      if (rank == 0) {
+      if (ORDERED && rank == 0) {
         bulk_store(own_to, own_from, bytes);
       } else {
         bulk_add(own_to, own_from, bytes);
@@ -117,7 +118,7 @@ FC_DEVICE void add_part(const Buffers& smem, const Barriers& bar, int part, uint
     tma_store_wait_read<0>();
   }
   mbar_arrive(bar.sums_empty + place.number);
-  if (row < seqlen_q) {
+  if (ORDERED && row < seqlen_q) {
     tma_store_wait<0>();
     gmem_release_add(turn, 1);
   }

@@ -175,8 +175,8 @@ FC_DEVICE GmemPtr<float> sums_of(const AttnBwdSm90Params& params, int batch, int
   return params.dq_sums + (int64_t(own_head) * groups_of_head + row / 64) * SUMS_OF_GROUP;
 }
 
-// How many blocks have added to 64 rows: two counters, for parts of the rows are added apart. There
-// are those of all heads.
+// How many blocks have added to 64 rows, if these are ORDERED: two counters, for parts of the rows
+// are added apart. There are those of all heads.
 FC_DEVICE GmemPtr<int32_t> turns_of(const AttnBwdSm90Params& params, int batch, int head,
                                     int row) {
   const AttnParams& p = params.attn;

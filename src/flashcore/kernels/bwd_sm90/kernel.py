@@ -22,7 +22,7 @@ from flashcore.kernels.limits import smem_limits
 from flashcore.kernels.stage import Stage
 from flashcore.problem import Problem
 
-_TILE_FIELDS = (*BwdTile._fields, "also_dq", "ds_stages")
+_TILE_FIELDS = (*BwdTile._fields, "also_dq", "ds_stages", "ordered")
 
 
 class BwdSm90Kernel(Kernel[BwdSm90Plan]):

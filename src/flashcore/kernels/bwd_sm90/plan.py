@@ -40,6 +40,7 @@ class BwdSm90Plan(Plan):
     walks over tiles of `block_m` rows, of which Q has `num_stages` buffers and dO `other_stages`.
     `overlaps`: a tile's last product is issued behind the first ones of the next.
     `also_dq`: the kernel of dk and dv computes dq too, see plan_one.py; dS has `ds_stages` buffers.
+    `ordered`: blocks add to dq in the order of the keys, else in any order, to sums of 0.
     `heads`: of k and v, counted over the batch, those that the launch takes: first one and number.
     `mask_load_bytes`, `mask_is_row` and `mask_is_shifted`: how a mask is read, as in Sm90Plan.
     """
@@ -50,6 +51,7 @@ class BwdSm90Plan(Plan):
     keeps_p: bool = True
     also_dq: bool = False
     ds_stages: int = 1
+    ordered: bool = True
     mask_load_bytes: int = 1
     mask_is_row: bool = False
     mask_is_shifted: bool = False
@@ -282,6 +284,7 @@ class BwdSm90Plan(Plan):
             "ALSO_DQ": self.also_dq,
             "DQ_ROLE": self.has_dq_role,
             "NUM_DS_STAGES": self.ds_stages,
+            "ORDERED": self.ordered,
         }
 
 

@@ -3,7 +3,8 @@
 `attn_bwd_delta_sm90` computes delta, `attn_bwd_dkdv_sm90` with `also_dq` adds up dq in float32, the
 blocks of a head's keys one after the other in the order of the keys, and `attn_bwd_round_sm90`
 scales and rounds the sums. Where those of all heads would take too much memory, the latter two are
-launched for a share of the heads at a time.
+launched for a share of the heads at a time. Plans that are not `ordered` add in any order: then
+`attn_bwd_delta_sm90` clears the sums, and it, too, is launched for a share of the heads at a time.
 """
 
 from __future__ import annotations
@@ -87,13 +88,15 @@ class RowsPlan(BwdSm90Plan):
     @property
     def written(self) -> tuple[str, ...]:
         """Return the tensors that the kernel writes."""
-        return ("dq",) if self.kernel == ROUND_KERNEL else ("delta", "dq_turns")
+        if self.kernel == ROUND_KERNEL:
+            return ("dq",)
+        return "delta", "dq_turns" if self.ordered else "dq_sums"
 
     def constants(self) -> dict[str, object]:
         """Return the kernel source's compile-time constants."""
         constants = Plan.constants(self)
         del constants["LOAD_BYTES"]
-        return constants | UNCUT | {"CHUNK": self.chunk}
+        return constants | UNCUT | {"CHUNK": self.chunk, "ORDERED": self.ordered}
 
 
 class OneKernelPlans(NamedTuple):
@@ -217,13 +220,14 @@ def launches(
     heads = max(count for _, count in of)
     made: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "dq_sums": (sums_shape(problem, heads), torch.float32),
-        "dq_turns": (turns_shape(problem), torch.int32),
     }
+    if plans.main.ordered:
+        made["dq_turns"] = turns_shape(problem), torch.int32
     if len(of) == 1:
         return list(plans), made
-    delta, *rest = plans
-    others = (dataclasses.replace(plan, heads=share) for share in of for plan in rest)
-    return [delta, *others], made
+    once, each = (1, plans[1:]) if plans.main.ordered else (0, plans)
+    others = (dataclasses.replace(plan, heads=share) for share in of for plan in each)
+    return [*plans[:once], *others], made
 
 
 def sums_shape(problem: Problem, heads: int) -> tuple[int, int, int]:
@@ -238,8 +242,21 @@ def turns_shape(problem: Problem) -> tuple[int, int, int]:
     return *sums_shape(problem, problem.batch * problem.num_heads_kv)[:2], 2
 
 
+def any_order_pays(problem: Problem) -> bool:
+    """Return whether adding to dq in any order is expected to be faster than in that of the keys.
+    On an H200 the order cost nothing at 1024 queries, where clearing the sums takes as long, and up
+    to 12 % at 4k and 16k; see docs/ladder-backward.md. Between those it is not measured."""
+    return problem.seqlen_q >= 2048
+
+
+def in_any_order(plans: OneKernelPlans) -> OneKernelPlans:
+    """Return the plans of the same pass with blocks that add to dq in any order."""
+    delta, main, rounding = (dataclasses.replace(plan, ordered=False) for plan in plans)
+    return OneKernelPlans(delta, main, rounding)  # type: ignore[arg-type]
+
+
 def select_one_kernel_plans(problem: Problem) -> OneKernelPlans:
-    """Return the plans of a problem that has no obstacle."""
+    """Return the plans of a problem that has no obstacle, with sums in the order of the keys."""
     of_main, ds_stages = tile(problem)
     of_problem = traits(problem) | tiles_sm90.mask_traits(problem) | {"folds_heads": 0}
     return make_plans(of_main, of_problem, ds_stages)

@@ -22,7 +22,7 @@ from flashcore.launch.types import PassEntry
 from flashcore.problem.options import Options
 
 # The arguments of `attention`, q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse
-# and backend, to what it returns, or to None: Python has to. Set by `start`.
+# backend and deterministic, to what it returns, or to None: Python has to. Set by `start`.
 attend: Callable[..., Any] | None = None
 
 
@@ -48,13 +48,12 @@ class Passes(NamedTuple):
     Args:
         entry: returns the PassEntry for such tensors; None where the operator has to compute.
         run: returns dq, dk and dv, by Python; None likewise.
-        workspace: returns the bytes that a pass may take besides, on which depends which kernels
-            it has; below 2^40.
+        circumstances: returns what else decides which kernels a pass has, as a number below 2^42.
     """
 
     entry: Callable[..., PassEntry | None]
     run: Callable[..., Any]
-    workspace: Callable[[], int]
+    circumstances: Callable[[], int]
 
 
 # Handed over by ops/calls.py and ops/eager.py when these are imported.
@@ -197,6 +196,7 @@ def _prepare(
     return_lse: bool,
     backend: str,
     recorded: bool,
+    deterministic: bool,
 ) -> Entry | None:
     """Return what a call launches, for the launcher to remember; None if it launches no kernel.
 
@@ -205,7 +205,9 @@ def _prepare(
     """
     assert lookup is not None
     options = (causal, window, softcap, scale)
-    found = lookup.find(q, k, v, None, *options, return_lse, backend, recorded)
+    found = lookup.find(
+        q, k, v, None, *options, return_lse, backend, recorded, deterministic=deterministic
+    )
     kernel = getattr(found.call, "__self__", None)
     if kernel is None:
         return None

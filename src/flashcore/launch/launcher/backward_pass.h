@@ -112,7 +112,7 @@ bool make_pass_key(const PassTensors& tensors, PassKey* key) {
       return false;
     }
   }
-  *field++ = (addresses & 15) | uint64_t(ask(state.workspace, nullptr)) << 4;
+  *field++ = (addresses & 15) | uint64_t(ask(state.circumstances, nullptr)) << 4;
   TORCH_INTERNAL_ASSERT(field == key->data() + kPassKeyFields);
   return true;
 }

@@ -60,7 +60,8 @@ struct Calls {
 Calls calls;
 
 enum Argument {
-  Q, K, V, MASK, CAUSAL, WINDOW, SOFTCAP, SCALE, SEQLENS_K, RETURN_LSE, BACKEND, COUNT
+  Q, K, V, MASK, CAUSAL, WINDOW, SOFTCAP, SCALE, SEQLENS_K, RETURN_LSE, BACKEND, DETERMINISTIC,
+  COUNT
 };
 
 bool is_plain_tensor(PyObject* object) {
@@ -108,7 +109,7 @@ bool make_key(
     if (!put_tensor(*tensors[i], 4, &field, &addresses)) return false;
   }
   auto put = [&](uint64_t value) { *field++ = value; };
-  if (!is_bool(a[CAUSAL]) || !is_bool(a[RETURN_LSE])) return false;
+  if (!is_bool(a[CAUSAL]) || !is_bool(a[RETURN_LSE]) || !is_bool(a[DETERMINISTIC])) return false;
   size_t backend = 0;
   const size_t num_backends = static_cast<size_t>(PyTuple_GET_SIZE(calls.backends));
   while (backend < num_backends && PyTuple_GET_ITEM(calls.backends, backend) != a[BACKEND]) {
@@ -124,8 +125,9 @@ bool make_key(
   put(softcap_bits);
   put(scale_bits);
   const uint64_t causal = a[CAUSAL] == Py_True, return_lse = a[RETURN_LSE] == Py_True;
-  put((addresses & 15) << 16 | backend << 8 | uint64_t(recorded) << 5 | causal << 4 |
-      return_lse << 3 | window << 2 | softcap << 1 | scale);
+  const uint64_t deterministic = a[DETERMINISTIC] == Py_True;
+  put((addresses & 15) << 16 | backend << 8 | deterministic << 6 | uint64_t(recorded) << 5 |
+      causal << 4 | return_lse << 3 | window << 2 | softcap << 1 | scale);
   TORCH_INTERNAL_ASSERT(field == key->data() + kKeyFields);
   return true;
 }
@@ -145,7 +147,8 @@ std::shared_ptr<const Entry> read_entry(PyObject* object) {
   const py::tuple options = fields[11];
   entry->options = c10::ivalue::Tuple::create(
       {options[0].cast<std::string>(), options[1].cast<int64_t>(), options[2].cast<int64_t>(),
-       options[3].cast<double>(), options[4].cast<double>(), options[5].cast<bool>()});
+       options[3].cast<double>(), options[4].cast<double>(), options[5].cast<bool>(),
+       options[6].cast<bool>()});
   entry->known = c10::IValue::make_capsule(c10::make_intrusive<Known>(fields[12]));
   entry->num_counters = fields[13].cast<int64_t>();
   entry->num_shares = fields[14].cast<int64_t>();
@@ -159,7 +162,8 @@ std::shared_ptr<const Entry> read_entry(PyObject* object) {
 // What Python decides for a key not seen yet, kept in place of the oldest.
 std::shared_ptr<const Entry> prepare(PyObject* const* a, bool recorded, const Key& key) {
   PyObject* arguments[] = {a[Q], a[K], a[V], a[CAUSAL], a[WINDOW], a[SOFTCAP],
-                           a[SCALE], a[RETURN_LSE], a[BACKEND], recorded ? Py_True : Py_False};
+                           a[SCALE], a[RETURN_LSE], a[BACKEND], recorded ? Py_True : Py_False,
+                           a[DETERMINISTIC]};
   PyObject* result = PyObject_Vectorcall(calls.prepare, arguments, std::size(arguments), nullptr);
   if (result == nullptr) throw python_error();
   const auto owned = py::reinterpret_steal<py::object>(result);
@@ -272,8 +276,8 @@ struct Recorded : torch::autograd::Function<Recorded> {
   }
 };
 
-// attend(q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend): what
-// `attention` returns, or None where Python has to do it.
+// attend(q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend,
+// deterministic): what `attention` returns, or None where Python has to do it.
 PyObject* attend(PyObject*, PyObject* const* a, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != COUNT || a[MASK] != Py_None || a[SEQLENS_K] != Py_None || !nobody_watches() ||
@@ -321,17 +325,17 @@ PyObject* attend(PyObject*, PyObject* const* a, Py_ssize_t count) {
 }
 
 // configure(launch_kernel, replace_address, current_device, current_stream, counters, clear,
-// is_capturing, prepare, backends, max_entries, pass_entry, run_pass, workspace): forgets all that
-// was prepared.
+// is_capturing, prepare, backends, max_entries, pass_entry, run_pass, circumstances): forgets all
+// that was prepared.
 PyObject* configure(PyObject*, PyObject* arguments) {
   HANDLE_TH_ERRORS
   unsigned long long launch_kernel, replace_address, is_capturing, max_entries;
   PyObject *current_device, *current_stream, *counters, *clear, *prepare, *backends;
-  PyObject *pass_entry, *run_pass, *workspace;
+  PyObject *pass_entry, *run_pass, *circumstances;
   if (!PyArg_ParseTuple(
           arguments, "KKOOOOKOO!KOOO", &launch_kernel, &replace_address, &current_device,
           &current_stream, &counters, &clear, &is_capturing, &prepare, &PyTuple_Type, &backends,
-          &max_entries, &pass_entry, &run_pass, &workspace)) {
+          &max_entries, &pass_entry, &run_pass, &circumstances)) {
     return nullptr;
   }
   state.launch_kernel = reinterpret_cast<LaunchKernel>(launch_kernel);
@@ -345,7 +349,7 @@ PyObject* configure(PyObject*, PyObject* arguments) {
   Py_XSETREF(calls.backends, Py_NewRef(backends));
   Py_XSETREF(state.pass_entry, Py_NewRef(pass_entry));
   Py_XSETREF(state.run_pass, Py_NewRef(run_pass));
-  Py_XSETREF(state.workspace, Py_NewRef(workspace));
+  Py_XSETREF(state.circumstances, Py_NewRef(circumstances));
   calls.max_entries = max_entries;
   calls.entries.clear();
   calls.order.clear();

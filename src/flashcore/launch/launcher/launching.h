@@ -66,7 +66,7 @@ struct State {
   PyObject* current_stream = nullptr;  // device index -> int
   PyObject *counters = nullptr, *clear = nullptr;  // see _counters and _clear in __init__.py
   IsCapturing is_capturing = nullptr;
-  PyObject *pass_entry = nullptr, *run_pass = nullptr, *workspace = nullptr;  // see Passes there
+  PyObject *pass_entry = nullptr, *run_pass = nullptr, *circumstances = nullptr;  // of Passes
   std::map<std::pair<int64_t, void*>, Counters> counters_of;  // by device and stream
 };
 

@@ -31,6 +31,7 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.bwd_sm90.one import (
+    PLANTS_BWD_ANY_ORDER_SM90,
     PLANTS_BWD_DELTA_SM90,
     PLANTS_BWD_ONE_MASKED_SM90,
     PLANTS_BWD_ONE_SM90,
@@ -136,6 +137,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_BWD_ONE_SM90,
         **PLANTS_BWD_ONE_MASKED_SM90,
         **PLANTS_BWD_ORDER_SM90,
+        **PLANTS_BWD_ANY_ORDER_SM90,
         **PLANTS_BWD_SHARED_SM90,
         **PLANTS_BWD_PACKED_SM90,
         **PLANTS_BWD_PADDED_SM90,

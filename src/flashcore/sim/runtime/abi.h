@@ -15,7 +15,7 @@ struct FcTensor {
   int64_t bytes;
   int32_t element_bytes;
   // 0: an input, 1: an output, 2: a counter, for atomics alone, 3: an output that other threads may
-  // read, 4: sums that blocks add to, one behind the other.
+  // read, 4: sums that blocks add to, one behind the other, 5: sums that they add to in any order.
   int32_t writable;
   int32_t is_late;  // written by the kernel before, which may run beside this one
   const uint8_t* valid;  // per element of `data`: 1 where the tensor has an element, 0 in a hole

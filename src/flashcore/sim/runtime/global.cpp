@@ -8,6 +8,7 @@ constexpr int ADDRESS_BITS = 44;
 constexpr int COUNTER = 2;  // FcTensor::writable
 constexpr int SHARED = 3;
 constexpr int SUMS = 4;
+constexpr int LOOSE_SUMS = 5;  // in any order
 constexpr int32_t UNDER_WAY = INT32_MAX;  // a clock: nobody knows of the add yet
 
 // Index of the tensor whose range holds an address, or -1.
@@ -62,9 +63,13 @@ static const FcTensor& locate(uint64_t address, int bytes, int alignment, const 
   return tensor;
 }
 
+static bool is_sums(const FcTensor& tensor) {
+  return tensor.writable == SUMS || tensor.writable == LOOSE_SUMS;
+}
+
 // Counters are what all threads change, by atomics; nothing else may be, and they no other way.
 static void check_kind(const FcTensor& tensor, bool is_atomic, Site site) {
-  if ((tensor.writable == COUNTER || tensor.writable == SUMS) == is_atomic) return;
+  if ((tensor.writable == COUNTER || is_sums(tensor)) == is_atomic) return;
   raise_alarm({"race", site, tensor.name, 0, int(&tensor - machine.launch.tensors)},
               is_atomic ? "adds atomically to a tensor that is no counter"
                         : "touches a counter, which every thread may change, without an atomic");
@@ -151,10 +156,18 @@ void* gmem_atomic(uint64_t address, int bytes, Site site) {
 }
 
 // Of bulk_add. An add must know that the one before it is complete: floats add up in an order then.
-uint8_t* global_sums(uint64_t address, int bytes, Site site) {
+// Where any order will do nobody knows whose the first one is, so that none may store instead.
+uint8_t* global_sums(uint64_t address, int bytes, bool replaces, Site site) {
   uint8_t* place = added_to(address, bytes, 16, site);
   const int index = tensor_of(address);
   const FcTensor& tensor = machine.launch.tensors[index];
+  if (tensor.writable == LOOSE_SUMS) {
+    if (replaces) {
+      raise_alarm({"atomic-order", site, tensor.name, (place - tensor.data) / 4, index},
+                  "stores over sums that others add to in any order");
+    }
+    return place;
+  }
   if (tensor.writable != SUMS) {
     raise_alarm({"atomic-order", site, tensor.name, 0, index},
                 "adds floats to a tensor whose sums have no order");

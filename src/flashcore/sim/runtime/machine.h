@@ -242,7 +242,7 @@ void* smem_write_as(int thread, SmemRef ref, int bytes, int alignment, Site site
 // global.cpp
 const uint8_t* global_source(uint64_t address, int bytes, int alignment, Site site);
 uint8_t* global_claim_row(uint64_t address, int bytes, Site site);
-uint8_t* global_sums(uint64_t address, int bytes, Site site);
+uint8_t* global_sums(uint64_t address, int bytes, bool replaces, Site site);
 void global_sums_complete(const uint8_t* place, int bytes);
 // between_blocks.cpp
 void between_blocks_start();

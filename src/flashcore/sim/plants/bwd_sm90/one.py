@@ -164,7 +164,7 @@ PLANTS_BWD_ORDER_SM90 = by_name(
         name="first-adds-too",
         title="the first block adds to what lay there, instead of storing",
         file=_SUM,
-        find="      if (rank == 0) {",
+        find="      if (ORDERED && rank == 0) {",
         replace="      if (rank < 0) {",
         caught_by="wrong-result",
     ),
@@ -176,9 +176,46 @@ PLANTS_BWD_DELTA_SM90 = by_name(
         name="turns-not-zeroed",
         title="the kernel before leaves the counters of who has added as they were",
         file="bwd_sm90/attn_bwd_delta_sm90.cuh",
-        find="  if (thread_idx() < 2) {",
-        replace="  if (thread_idx() < 1) {",
+        find="  if (ORDERED && thread_idx() < 2) {",
+        replace="  if (ORDERED && thread_idx() < 1) {",
         caught_by="unwritten-output",
+    ),
+    Plant(
+        name="sums-not-cleared",
+        title="in any order: of the sums that blocks will add to the last ones are not cleared",
+        file="bwd_sm90/attn_bwd_delta_sm90.cuh",
+        find="at < SUMS_OF_GROUP; at",
+        replace="at < SUMS_OF_GROUP - 4; at",
+        caught_by="unwritten-output",
+    ),
+)
+
+# Where blocks add up dQ in any order.
+PLANTS_BWD_ANY_ORDER_SM90 = by_name(
+    Plant(
+        name="rows-added-twice",
+        title="in any order: a part of dQ is added twice",
+        file=_SUM,
+        find="        bulk_add(own_to, own_from, bytes);",
+        replace="        bulk_add(own_to, own_from, bytes); bulk_add(own_to, own_from, bytes);",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="first-stores-in-any-order",
+        title="in any order: the block of the first keys stores over what others have added",
+        file=_SUM,
+        find="      if (ORDERED && rank == 0) {",
+        replace="      if (rank == 0) {",
+        caught_by="atomic-order",
+    ),
+    Plant(
+        name="part-added-to-the-next-rows",
+        title="in any order: dQ of 64 rows is added to the next 64 rows'",
+        file=_SUM,
+        find="    const auto to = sums + (int64_t(row / 64) * SUMS_OF_GROUP",
+        replace="    const auto to = sums + (int64_t(row / 64 + 1) * SUMS_OF_GROUP",
+        caught_by="out-of-bounds",
+        or_by=("wrong-result",),
     ),
 )
 

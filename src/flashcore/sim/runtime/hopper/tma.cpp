@@ -268,7 +268,7 @@ void bulk_add(uint64_t dst, SmemRef src, int bytes, bool replaces, Site site) {
   const Epoch me = make_epoch(m.agents.stores + m.threads[size_t(t)].store_slot,
                               storer.committed + 1);
   shadow_read_by_unit(src, offset, bytes, me, clock_row(t), site);
-  store.dst.assign(1, global_sums(dst, bytes, site));
+  store.dst.assign(1, global_sums(dst, bytes, replaces, site));
   storer.stores.push_back(std::move(store));
   ++m.sm90.num_pending_stores;
   maybe_reschedule();
