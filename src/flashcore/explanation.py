@@ -145,7 +145,10 @@ def explain(
     )
     choice = choose_backend(problem, backend)
     # Of the gradient the same is asked: what would that GPU take?
-    trained = problem if arch is None else replace(problem, device="cuda", arch=arch)
+    trained, training_backend = problem, backend
+    if arch is not None:
+        trained = replace(problem, device="cuda", arch=arch)
+        training_backend = "auto" if backend == "sim" else backend
     plans: list[Plan] = []
     notes = [*adapt_for(choice.backend, problem).notes]
     adapted = None
@@ -165,7 +168,7 @@ def explain(
     gradient = choose_backward(
         trained,
         mask_grad_elements=mask.numel() if mask is not None and mask.requires_grad else 0,
-        backend="auto" if arch is not None and backend == "sim" else backend,
+        backend=training_backend,
     )
     gradient_plans, gradient_notes = _gradient_plans(trained, gradient)
     explanation = Explanation(

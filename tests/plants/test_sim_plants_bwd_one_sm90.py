@@ -26,13 +26,15 @@ from flashcore.kernels.fwd_sm90.tiles import mask_traits
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.sim import Plant, SimulationError
 from flashcore.sim.plants.bwd_sm90.one import (
-    PLANTS_BWD_ANY_ORDER_SM90,
     PLANTS_BWD_DELTA_SM90,
-    PLANTS_BWD_ONE_MASKED_SM90,
     PLANTS_BWD_ONE_SM90,
     PLANTS_BWD_ORDER_SM90,
     PLANTS_BWD_ROUND_SM90,
     PLANTS_BWD_SHARED_SM90,
+)
+from flashcore.sim.plants.bwd_sm90.one_with import (
+    PLANTS_BWD_ANY_ORDER_SM90,
+    PLANTS_BWD_ONE_MASKED_SM90,
 )
 from flashcore.sim.run_bwd import simulate_backward
 

@@ -47,7 +47,7 @@ from flashcore.sim.plants.bwd_mask_sm90 import (
     PLANTS_BWD_MASKED_DQ_SM90,
     PLANTS_BWD_MASKED_SM90,
 )
-from flashcore.sim.plants.bwd_sm90 import one
+from flashcore.sim.plants.bwd_sm90 import one, one_with
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_PACKED_DQ_SM90,
     PLANTS_BWD_PACKED_SM90,
@@ -273,9 +273,11 @@ CALLS: Mapping[str, _Calls] = {
     DKDV_KERNEL: {
         **_calls(PLANTS_BWD_ROLES_SM90, TILE_OF_ROLES, options=BACKWARD_ROLES),
         **_calls(one.PLANTS_BWD_ONE_SM90, TILE_OF_ONE, options=BACKWARD | {"seqlen_q": 200}),
-        **_calls(one.PLANTS_BWD_ONE_MASKED_SM90, TILE_OF_ONE, options=BACKWARD | {"mask": "bool"}),
+        **_calls(
+            one_with.PLANTS_BWD_ONE_MASKED_SM90, TILE_OF_ONE, options=BACKWARD | {"mask": "bool"}
+        ),
         **_calls(one.PLANTS_BWD_ORDER_SM90, TILE_OF_ONE, options=BACKWARD_WINDOW),
-        **_calls(one.PLANTS_BWD_ANY_ORDER_SM90, TILE_IN_ANY_ORDER, options=BACKWARD_WINDOW),
+        **_calls(one_with.PLANTS_BWD_ANY_ORDER_SM90, TILE_IN_ANY_ORDER, options=BACKWARD_WINDOW),
         **_calls(one.PLANTS_BWD_SHARED_SM90, TILE_OF_SHARED, options=BACKWARD_SHARED | _CAUSAL),
         **_calls(PLANTS_BWD_PACKED_SM90, TILE_OF_DKDV, options=BACKWARD_PACKED, is_packed=True),
         **_calls(PLANTS_BWD_PADDED_SM90, TILE_OF_DKDV, options=BACKWARD_PADDED),

@@ -31,13 +31,15 @@ from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.bwd_sm90.one import (
-    PLANTS_BWD_ANY_ORDER_SM90,
     PLANTS_BWD_DELTA_SM90,
-    PLANTS_BWD_ONE_MASKED_SM90,
     PLANTS_BWD_ONE_SM90,
     PLANTS_BWD_ORDER_SM90,
     PLANTS_BWD_ROUND_SM90,
     PLANTS_BWD_SHARED_SM90,
+)
+from flashcore.sim.plants.bwd_sm90.one_with import (
+    PLANTS_BWD_ANY_ORDER_SM90,
+    PLANTS_BWD_ONE_MASKED_SM90,
 )
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
 from flashcore.sim.plants.fwd_sm90.float8 import (

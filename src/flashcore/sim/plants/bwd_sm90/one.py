@@ -190,35 +190,6 @@ PLANTS_BWD_DELTA_SM90 = by_name(
     ),
 )
 
-# Where blocks add up dQ in any order.
-PLANTS_BWD_ANY_ORDER_SM90 = by_name(
-    Plant(
-        name="rows-added-twice",
-        title="in any order: a part of dQ is added twice",
-        file=_SUM,
-        find="        bulk_add(own_to, own_from, bytes);",
-        replace="        bulk_add(own_to, own_from, bytes); bulk_add(own_to, own_from, bytes);",
-        caught_by="wrong-result",
-    ),
-    Plant(
-        name="first-stores-in-any-order",
-        title="in any order: the block of the first keys stores over what others have added",
-        file=_SUM,
-        find="      if (ORDERED && rank == 0) {",
-        replace="      if (rank == 0) {",
-        caught_by="atomic-order",
-    ),
-    Plant(
-        name="part-added-to-the-next-rows",
-        title="in any order: dQ of 64 rows is added to the next 64 rows'",
-        file=_SUM,
-        find="    const auto to = sums + (int64_t(row / 64) * SUMS_OF_GROUP",
-        replace="    const auto to = sums + (int64_t(row / 64 + 1) * SUMS_OF_GROUP",
-        caught_by="out-of-bounds",
-        or_by=("wrong-result",),
-    ),
-)
-
 PLANTS_BWD_ROUND_SM90 = by_name(
     Plant(
         name="unseen-rows-kept",
@@ -328,34 +299,6 @@ PLANTS_BWD_SHARED_SM90 = by_name(
         file=_SUM,
         find="  issue_dq(dq, smem, 0, index * DQ_FRAGS, count);",
         replace="  issue_dq(dq, smem, 0, 0, count);",
-        caught_by="wrong-result",
-    ),
-)
-# With a mask, of which every head of a group has its own.
-PLANTS_BWD_ONE_MASKED_SM90 = by_name(
-    Plant(
-        name="mask-of-the-first-head",
-        title="all heads of a group get the mask of the first one",
-        file=_KERNEL,
-        find="c.first_head + (is_last ? 0 : head)",
-        replace="c.first_head",
-        caught_by="wrong-result",
-    ),
-    Plant(
-        name="mask-walked-up",
-        title="the mask of the tile behind is fetched, where the tile before comes next",
-        file=_KERNEL,
-        find="is_last ? m_begin - BLOCK_M : m_begin;",
-        replace="is_last ? m_begin + BLOCK_M : m_begin;",
-        caught_by="wrong-result",
-        or_by=("async-pending",),  # fetched behind the walk's last tile, too
-    ),
-    Plant(
-        name="mask-of-the-last-tile-kept",
-        title="the mask of the walk's last tile is not fetched",
-        file=_KERNEL,
-        find="fetch_next(c.mask, p, next, next >= end);",
-        replace="fetch_next(c.mask, p, next, next > end);",
         caught_by="wrong-result",
     ),
 )
