@@ -37,7 +37,9 @@ def masks_table(document: Mapping[str, Any]) -> str:
 
 
 _SHARES = (("forward",), ("dq", "dkdv"))
+# One kernel may compute dq, dk and dv; then there are one before it and one behind.
 _KERNELS = {"attn_fwd": "forward", "bwd_dq": "dq", "bwd_dkdv": "dkdv", "bwd_dmask": "dmask"}
+_KERNELS |= {"bwd_delta": "dkdv", "bwd_round": "dkdv"}
 
 
 def _mask_kernels(row: Row) -> dict[str, float]:
