@@ -69,7 +69,7 @@ docs: $(READY) ## pages and reference as HTML in build/site
 	  $(BIN)/python -m sphinx -q -n -W --keep-going -c docs -d .cache/sphinx . build/site; \
 	fi
 
-sanitize: $(READY) ## compute-sanitizer over a list of attention calls (needs a GPU)
+sanitize: $(READY) ## compute-sanitizer over calls of every kernel (needs a GPU)
 	$(BIN)/python scripts/sanitize.py
 
 clean: ## remove .venv, caches and build output

@@ -1,13 +1,17 @@
-"""Run compute-sanitizer over a list of attention calls on the GPU.
+"""Run compute-sanitizer over lists of calls on the GPU: scripts/sanitize_rows.py.
 
     python scripts/sanitize.py                    # memcheck, racecheck, synccheck
     python scripts/sanitize.py --tool racecheck
+    python scripts/sanitize.py --only gradients   # rows with this text
+    python scripts/sanitize.py --limit-s 500      # no row begins after so many seconds
     python scripts/sanitize.py --self-test        # plant bugs, and fail unless the tools find them
 
-Exit status: 0 no finding, 1 a finding (or a wrong result), 2 could not run (no GPU, no tool, or a
-GPU that the tool refuses). Every call's output is also judged against the float64 oracle, so that a
-kernel that does nothing is not called clean. torch's caching allocator is switched off, as its
-large blocks would hide accesses past a tensor's end.
+Exit status: 0 no finding, 1 a finding (or a wrong result, an error, or a row that was not run), 2
+could not run (no GPU, no tool, no row for this GPU, or a GPU that the tool refuses). Every call's
+results are also judged, those of dense forward calls by the float64 oracle and others by PyTorch
+(scripts/sanitize_calls.py), so that a kernel that does nothing is not called clean. torch's caching
+allocator is switched off, as its large blocks would hide accesses past a tensor's end. On GPUs
+other than Hopper the rows of its kernels are left out.
 """
 
 from __future__ import annotations
@@ -18,11 +22,15 @@ import re
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from flashcore.checks.cases import Inputs, make_inputs
 from flashcore.problem.case import Case
+from sanitize_calls import Call
+from sanitize_rows import CALLS, CASES
 
 TOOLS: dict[str, list[str]] = {
     # The driver's answers to cuda-bindings' search for entry points are no errors of a kernel.
@@ -32,40 +40,14 @@ TOOLS: dict[str, list[str]] = {
 }
 # tool -> planted bug that it must find; synccheck has none, as the kernel has no divergent barrier.
 SELF_TEST = {"memcheck": "tail-oob", "racecheck": "no-barrier"}
+# What the names of flashcore's kernels begin with; the tools leave out PyTorch's.
+KERNELS = ("attn_", "append_kvcache", "merge_results")
+ROWS: tuple[Case | Call, ...] = (*CASES, *CALLS)
 # Lines that begin like a finding and are none.
 NO_FINDING = "COMPUTE-SANITIZER|Target application|Error: Device not supported"
+# What the child says of a row -> verdict; errors stay as they are.
+VERDICTS = {"ok": "clean", "late": "not run"}
 FOUND = 86  # exit status that compute-sanitizer is told to use for a finding
-
-# Small, for racecheck is slow. Each line is there for the code that it makes the kernel enter.
-CASES = (
-    Case(num_heads_q=1, num_heads_kv=1),  # whole tiles
-    Case(seqlen_q=67, seqlen_k=67, head_dim=32, head_dim_v=32),  # ragged tail on both sides
-    Case(seqlen_q=1, seqlen_k=1, head_dim=8, head_dim_v=8),  # one row, smallest head
-    Case(seqlen_q=1, seqlen_k=190),  # decoding
-    Case(num_heads_q=6, seqlen_q=3, seqlen_k=1100, head_dim=32, head_dim_v=32),  # folded, split
-    Case(seqlen_q=190, seqlen_k=17),  # fewer keys than a tile
-    Case(causal="lower_right", seqlen_q=130, seqlen_k=130),
-    Case(causal="lower_right", seqlen_q=150, seqlen_k=50),  # rows with no key at all
-    Case(causal="upper_left", seqlen_q=50, seqlen_k=150),
-    Case(window=(20, 3), seqlen_q=200, seqlen_k=200),  # tiles skipped at both ends
-    Case(softcap=20.0, spread=8.0),
-    Case(mask="bool", seqlen_q=70, seqlen_k=90),
-    Case(mask="padding", batch=2, seqlen_q=70, seqlen_k=70),
-    Case(mask="additive", seqlen_q=70, seqlen_k=90, causal="lower_right"),
-    Case(mask="bool", seqlen_q=70, seqlen_k=91),  # mask rows that start anywhere
-    Case(mask="additive", seqlen_q=70, seqlen_k=93, causal="lower_right"),
-    Case(num_heads_q=4, num_heads_kv=1, seqlen_q=70, seqlen_k=70),
-    Case(head_dim=40, head_dim_v=24, seqlen_q=70, seqlen_k=70),  # not multiples of 16
-    Case(head_dim=96, head_dim_v=64, seqlen_q=70, seqlen_k=70),
-    Case(head_dim=72, head_dim_v=72, seqlen_q=130, seqlen_k=130, causal="lower_right"),
-    Case(head_dim=128, head_dim_v=128, seqlen_q=100, seqlen_k=100, causal="lower_right"),
-    Case(head_dim=256, head_dim_v=256, seqlen_q=70, seqlen_k=70),
-    Case(dtype="bfloat16", seqlen_q=100, seqlen_k=100),
-    Case(layout="bshd", seqlen_q=100, seqlen_k=100),  # rows apart in memory
-    Case(offset=1, seqlen_q=70, seqlen_k=70),  # addresses that only 2-byte loads may read
-    Case(offset=4, head_dim=40, head_dim_v=40, seqlen_q=70, seqlen_k=70),  # 8-byte loads
-    Case(tail=5, seqlen_q=70, seqlen_k=70),  # NaN behind every sequence
-)
 
 
 @dataclass
@@ -88,14 +70,36 @@ class Outcome:
         return self.problem is None and all(verdict == "clean" for verdict in self.verdicts)
 
 
-def run_cases(cases: list[Case], plant: str | None) -> None:
-    """Run every case on the GPU, in a child process, and print one `@case` line after each."""
+def run_rows(rows: Iterable[Case | Call], plant: str | None, deadline: float | None) -> None:
+    """Run every row on the GPU, in a child process, and print one `@case` line after each.
+
+    Args:
+        rows: what to run.
+        plant: a planted bug for dense calls, or None.
+        deadline: seconds since the epoch after which no row begins, or None.
+    """
     import torch
 
-    for number, case in enumerate(cases):
-        verdict = "ok" if run_case(case, plant) else "wrong"
-        torch.cuda.synchronize()
+    for number, row in enumerate(rows):
+        verdict = "late"
+        if deadline is None or time.time() < deadline:
+            try:
+                verdict = "ok" if run_row(row, plant) else "wrong"
+                torch.cuda.synchronize()
+            except Exception as error:  # a row must not take the others with it
+                lines = str(error).strip().splitlines() or [""]
+                verdict = f"error: {type(error).__name__}: {lines[0]}"
         print(f"@case {number} {verdict}", flush=True)
+
+
+def run_row(row: Case | Call, plant: str | None) -> bool:
+    """Run a row; True when its results are right."""
+    if isinstance(row, Case):
+        return run_case(row, plant)
+    wrong = row.judge()
+    for line in wrong:
+        print(f"{row.name}: {line}")
+    return not wrong
 
 
 def run_case(case: Case, plant: str | None) -> bool:
@@ -171,19 +175,30 @@ def find_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which(home / "bin" / "compute-sanitizer")
 
 
-def run_tool(sanitizer: str, tool: str, indices: list[int], plant: str | None) -> Outcome:
-    """Run the cases once under one tool and read what it printed."""
-    command = [sanitizer, "--tool", tool, *TOOLS[tool]]
-    command += [
-        "--error-exitcode",
-        str(FOUND),
-        "--kernel-regex",
-        "kns=attn_",
-        "--print-limit",
-        "20",
+def chosen(only: str, is_hopper: bool) -> list[int]:
+    """Return the numbers of the rows with a text in them that a GPU's kernels can compute."""
+    return [
+        number
+        for number, row in enumerate(ROWS)
+        if only in row.describe() and (is_hopper or isinstance(row, Case) or row.backend != "sm90")
     ]
+
+
+def run_tool(
+    sanitizer: str,
+    tool: str,
+    indices: Sequence[int],
+    plant: str | None = None,
+    deadline: float | None = None,
+) -> Outcome:
+    """Run rows once under one tool and read what it printed; `deadline` as for `run_rows`."""
+    command = [sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", str(FOUND)]
+    for name in KERNELS:  # a kernel is checked if any of them matches
+        command += ["--kernel-regex", f"kns={name}"]
+    command += ["--print-limit", "20"]
     command += [sys.executable, __file__, "--child", ",".join(map(str, indices))]
     command += ["--plant", plant] if plant else []
+    command += ["--deadline", str(deadline)] if deadline is not None else []
     done = subprocess.run(
         command,
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -207,15 +222,15 @@ def read_log(log: list[str], status: int, num_cases: int) -> Outcome:
         num_cases: how many cases were asked for.
 
     Returns:
-        Verdicts "clean", "wrong" (the oracle's word), "N findings" or "not run".
+        Verdicts "clean", "wrong" (of a result), "error: ...", "N findings" or "not run".
     """
     verdicts: list[str] = []
     findings, total = 0, None
     for line in log:
-        case = re.match(r"@case \d+ (\w+)", line)
+        case = re.match(r"@case \d+ (.+)", line)
         summary = re.search(r"SUMMARY: (\d+) (?:errors?|hazards?)", line)
         if case:
-            verdict = "clean" if case.group(1) == "ok" else "wrong"
+            verdict = VERDICTS.get(case.group(1), case.group(1))
             verdicts.append(f"{findings} findings" if findings else verdict)
             findings = 0
         elif summary:
@@ -237,19 +252,22 @@ def read_log(log: list[str], status: int, num_cases: int) -> Outcome:
     return Outcome(verdicts + ["not run"] * (num_cases - len(verdicts)), problem, log)
 
 
-def report(cases: list[Case], outcomes: dict[str, Outcome]) -> None:
+def report(rows: Sequence[Case | Call], outcomes: dict[str, Outcome]) -> None:
     """Print the table, then the log of every tool that was not content."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("case", *outcomes)
-    for number, case in enumerate(cases):
-        table.add_row(case.describe(), *(o.verdicts[number] for o in outcomes.values()))
+    for number, row in enumerate(rows):
+        verdicts = [outcome.verdicts[number] for outcome in outcomes.values()]
+        table.add_row(*map(escape, (row.describe(), *verdicts)))
     Console().print(table)
     for tool, outcome in outcomes.items():
         if not outcome.clean:
             print(f"\n{tool}: {outcome.problem or 'see the table'}")
-            print("\n".join(outcome.log[-200:]))
+            log = [line for line in outcome.log if not re.match(r"@case \d+ ok", line)]
+            print("\n".join(log[-400:]))
 
 
 def self_test(sanitizer: str) -> bool:
@@ -275,12 +293,19 @@ def main() -> int:
     parser.add_argument(
         "--self-test", action="store_true", help="check that planted bugs are found"
     )
+    parser.add_argument("--only", default="", metavar="TEXT", help="run the rows with this text")
+    parser.add_argument(
+        "--limit-s", type=float, metavar="SECONDS", help="after so long no row of any tool begins"
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--plant", help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        run_cases([CASES[int(index)] for index in options.child.split(",")], options.plant)
+        rows = [ROWS[int(index)] for index in options.child.split(",")]
+        run_rows(rows, options.plant, options.deadline)
         return 0
+    deadline = None if options.limit_s is None else time.time() + options.limit_s
     import torch
 
     sanitizer = find_sanitizer()
@@ -292,10 +317,15 @@ def main() -> int:
         return 2
     if options.self_test:
         return 0 if self_test(sanitizer) else 1
-    cases = list(CASES)
-    indices = list(range(len(cases)))
-    outcomes = {tool: run_tool(sanitizer, tool, indices, None) for tool in options.tool or TOOLS}
-    report(cases, outcomes)
+    indices = chosen(options.only, torch.cuda.get_device_capability() == (9, 0))
+    if not indices:
+        print(f"sanitize: nothing was checked, for this GPU has no row with {options.only!r}")
+        return 2
+    outcomes = {
+        tool: run_tool(sanitizer, tool, indices, deadline=deadline)
+        for tool in options.tool or TOOLS
+    }
+    report([ROWS[index] for index in indices], outcomes)
     if any("not supported" in line for outcome in outcomes.values() for line in outcome.log):
         print("sanitize: compute-sanitizer does not support this device or driver")
         return 2
