@@ -178,8 +178,8 @@ def attention(
             pass; slower, see docs/serving.md.
         deterministic: give gradients the same bits in every run. False lets the backward pass add
             up dq in any order where that is expected to be faster: on Hopper, where one kernel
-            computes dq, dk and dv, from 2048 queries on. Elsewhere it has no effect, nor while
-            torch.use_deterministic_algorithms is on. See docs/backward.md.
+            computes dq, dk and dv, above head_dim 96 from 2048 queries on. Elsewhere it has no
+            effect, nor while torch.use_deterministic_algorithms is on. See docs/backward.md.
         backend: "auto" (by device and dtype), "sm90" (the Hopper kernel), "wmma" (the portable
             tensor-core kernel), "sim" (a kernel in the simulator, on CPU tensors), or "torch"
             (PyTorch operations).

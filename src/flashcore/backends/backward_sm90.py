@@ -155,7 +155,7 @@ def why_in_order(problem: Problem) -> str | None:
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic, as torch.use_deterministic_algorithms asks for it"
     if not plan_one.any_order_pays(problem):
-        return "deterministic, which costs nothing at these lengths"
+        return "deterministic, which costs little or nothing here"
     return None
 
 

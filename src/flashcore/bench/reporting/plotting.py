@@ -48,7 +48,8 @@ def plot(document: Document, path: Path) -> None:
     for line, causal in zip(axes, kinds, strict=True):
         for axis, head_dim in zip(line, head_dims, strict=True):
             own = [row for row in rows if (row["head_dim"], row["causal"]) == (head_dim, causal)]
-            _draw_panel(axis, own, libraries_of(rows), top)
+            if own:  # a run that was short of time has not come to some
+                _draw_panel(axis, own, libraries_of(rows), top)
             axis.set_title(f"head_dim {head_dim}, {'causal' if causal else 'full'}", fontsize=10)
         line[0].set_ylabel("TFLOP/s")
     for axis in axes[-1]:

@@ -243,10 +243,11 @@ def turns_shape(problem: Problem) -> tuple[int, int, int]:
 
 
 def any_order_pays(problem: Problem) -> bool:
-    """Return whether adding to dq in any order is expected to be faster than in that of the keys.
-    On an H200 the order cost nothing at 1024 queries, where clearing the sums takes as long, and up
-    to 12 % at 4k and 16k; see docs/ladder-backward.md. Between those it is not measured."""
-    return problem.seqlen_q >= 2048
+    """Return whether adding to dq in any order is expected to be faster than in that of the keys:
+    by 4 to 10 % above head_dim 96 from 2048 queries on, measured on an H200 (2026-11-30); below,
+    clearing the sums takes as long as the order. With a mask it is not measured."""
+    is_wide = max(problem.head_dim, problem.head_dim_v) > 96
+    return is_wide and problem.mask is None and problem.seqlen_q >= 2048
 
 
 def in_any_order(plans: OneKernelPlans) -> OneKernelPlans:
