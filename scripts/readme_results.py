@@ -1,7 +1,7 @@
 """Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json,
-docs/host-overhead.md from h200-host.json, docs/backward-speed.md from h200-gradients.json,
-docs/backward.md from h200-masks.json, docs/serving-kernels.md from h200-decode.json and
-h200-packed-decode.json, and docs/serving.md from h200-steps.json.
+docs/host-overhead.md from h200-host.json, README.md and docs/backward-speed.md from
+h200-gradients.json, docs/backward.md from h200-masks.json, docs/serving-kernels.md from
+h200-decode.json and h200-packed-decode.json, and docs/serving.md from h200-steps.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
@@ -39,6 +39,7 @@ from flashcore.bench.reporting.tables import (
     group_sections,
     group_table,
     means_table,
+    peers_table,
     rates_table,
     seed_table,
     summary,
@@ -142,6 +143,17 @@ def backward_section(document: Document, folder: Path) -> str:
     return "\n\n".join([*parts, *training_parts(folder)])
 
 
+def gradients_section(document: Document, folder: Path) -> str:
+    """Return what README.md says of gradients."""
+    del folder
+    return (
+        f"{where(document)}; gradients of q, k and v, {dtypes(document, 'sweep')}, 16k tokens, "
+        "hidden size 2048, full and causal, 1k to 16k tokens a sequence, deterministic; kernel "
+        f"time, geometric means:\n\n{peers_table(document)}\n\nAll shapes: "
+        "[docs/backward-speed.md](docs/backward-speed.md)."
+    )
+
+
 def training_parts(folder: Path) -> list[str]:
     """Return a sentence and a table of whole training steps; nothing where none was measured."""
     rows, sources = [], []
@@ -179,14 +191,22 @@ def study_section(source: Path, draw: Callable[[Document], str]) -> Callable[[Do
 SOURCES: dict[Path, dict[str, Callable[[Document, Path], str]]] = {
     RESULTS: PAGES,
     HOST_RESULTS: {"docs/host-overhead.md": study_section(HOST_RESULTS, host_markdown)},
-    BACKWARD_RESULTS: {"docs/backward-speed.md": backward_section},
+    BACKWARD_RESULTS: {
+        "README.md": gradients_section,
+        "docs/backward-speed.md": backward_section,
+    },
     DECODE_RESULTS: {"docs/serving-kernels.md": study_section(DECODE_RESULTS, decode_markdown)},
     MASK_RESULTS: {"docs/backward.md": study_section(MASK_RESULTS, masks_table)},
     PACKED_RESULTS: {"docs/serving-kernels.md": study_section(PACKED_RESULTS, packed_decode_table)},
     STEP_RESULTS: {"docs/serving.md": study_section(STEP_RESULTS, steps_table)},
 }
 # Whose markers have names.
-NAMES = {MASK_RESULTS: "masks", PACKED_RESULTS: "packed-decode", STEP_RESULTS: "steps"}
+NAMES = {
+    BACKWARD_RESULTS: "gradients",
+    MASK_RESULTS: "masks",
+    PACKED_RESULTS: "packed-decode",
+    STEP_RESULTS: "steps",
+}
 
 
 def filled(text: str, section: str, page: str, name: str = "") -> str:

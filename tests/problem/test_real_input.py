@@ -1,5 +1,5 @@
-"""Test attention on what a real model feeds it: MiniLM's first layer, three sentences, padding
-masked.
+"""Test attention on what real models feed it: MiniLM's first layer, three sentences, padding
+masked; and gradients in the last layer of the GPT that an example trains.
 
 Random inputs have scores of a few units; here they reach from -98 to 56, and 43 % of the keys are
 padding that holds plausible values, so that a mask that is off by one shows.
@@ -8,9 +8,15 @@ padding that holds plausible values, so that a mask that is off by one shows.
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from gradient_rule import wrong_gradients
 
 import flashcore
 from flashcore.checks.accuracy import error_report
@@ -77,6 +83,91 @@ def test_padding_is_not_heard(captured: CapturedAttention, backend: str) -> None
     k, v = (y.masked_fill(padded, 1000.0) for y in (x.k, x.v))
     assert torch.equal(flashcore.attention(x.q, k, v, mask=x.mask, backend=backend), out)
     assert not torch.equal(flashcore.attention(x.q, k, v, backend=backend), out)
+
+
+def check_gradients(x: CapturedAttention, backend: str, dtype: torch.dtype) -> None:
+    """Of words, as a loss over them has it; what arrives at padding is not looked at."""
+    leaves = [y.to(dtype).requires_grad_() for y in (x.q, x.k, x.v)]
+    out = flashcore.attention(*leaves, mask=x.mask, scale=x.scale, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    dout = torch.randn(out.shape, generator=generator).to(out)
+    dout = dout.masked_fill(~x.mask.transpose(-1, -2), 0.0)
+    found = torch.autograd.grad(out, leaves, dout)
+    given = [y.detach() for y in leaves]
+    wrong = wrong_gradients(found, *given, x.mask, dout, None, {"scale": x.scale}, out.detach())
+    assert not wrong, str(wrong)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sim"])
+def test_gradients_keep_to_the_rule_on_the_cpu(
+    captured: CapturedAttention, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the simulator by the fused kernels for Hopper."""
+    monkeypatch.setenv("FLASHCORE_SIM_ARCH", "90")
+    check_gradients(part(captured, backend), backend, torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gradients_keep_to_the_rule_on_the_gpu(
+    captured: CapturedAttention, dtype: torch.dtype
+) -> None:
+    q, k, v, mask = (x.cuda() for x in (captured.q, captured.k, captured.v, captured.mask))
+    on_gpu = dataclasses.replace(captured, q=q, k=k, v=v, mask=mask)
+    check_gradients(on_gpu, "auto", dtype)
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[torch.Tensor, ...]:
+    """Return q, k, v, and what arrives at out, in the last layer of a GPT that is trained."""
+    path = Path(__file__).resolve().parents[2] / "examples" / "train_gpt.py"
+    spec = importlib.util.spec_from_file_location("gpt_in_training", path)
+    assert spec is not None
+    assert spec.loader is not None
+    gpt = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = gpt
+    spec.loader.exec_module(gpt)
+    seen: list[tuple[torch.Tensor, ...]] = []
+
+    def attention(*qkv: torch.Tensor, **options: Any) -> torch.Tensor:
+        out = flashcore.attention(*qkv, **options)
+        if out.requires_grad:
+            given = tuple(x.detach() for x in qkv)
+            out.register_hook(lambda dout: seen.append((*given, dout.detach())))
+        return out
+
+    gpt.flashcore = SimpleNamespace(attention=attention)  # type: ignore[attr-defined]
+    sizes = ["--width", "64", "--layers", "2", "--heads", "2", "--context", "150", "--batch", "2"]
+    gpt.main(["--device", "cpu", "--steps", "20", *sizes])
+    return seen[-2]  # gradients arrive at the last layer first
+
+
+def check_trained(trained: tuple[torch.Tensor, ...], dtype: torch.dtype, backend: str) -> None:
+    q, k, v, dout = trained
+    leaves = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+    dout = (dout / dout.abs().max()).to(dtype)  # of a mean over letters: float16 has no such values
+    out = flashcore.attention(*leaves, causal=True, backend=backend)
+    found = torch.autograd.grad(out, leaves, dout)
+    given = [x.detach() for x in leaves]
+    wrong = wrong_gradients(found, *given, None, dout, None, {"causal": True}, out.detach())
+    assert not wrong, str(wrong)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sim"])
+def test_a_layer_in_training_keeps_to_the_rule_on_the_cpu(
+    trained: tuple[torch.Tensor, ...], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FLASHCORE_SIM_ARCH", "90")
+    assert trained[0].shape == (2, 2, 150, 32)
+    check_trained(trained, torch.bfloat16, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_layer_in_training_keeps_to_the_rule_on_the_gpu(
+    trained: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> None:
+    check_trained(tuple(x.cuda() for x in trained), dtype, "auto")
 
 
 @pytest.mark.gpu

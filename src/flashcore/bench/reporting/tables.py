@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flashcore.bench.reporting.report import (
@@ -105,6 +106,31 @@ def means_table(document: Document) -> str:
     rows = [mean_cells(group, found) for group, found in means(document["results"])]
     header = ["flashcore's speed over the best peer's", "shapes", "geometric mean", "ahead on"]
     return table([*header, "at least"], rows)
+
+
+def peers_table(document: Document) -> str:
+    """Return the geometric means of flashcore's speed over each peer's in a sweep, a line for each
+    head_dim and one for all: a peer's column, and that of the best of each shape."""
+    shapes = list(by_workload(document["results"], "sweep").values())
+    timed = [x for x in shapes if "seconds" in x.get("flashcore", {})]
+    names = [n for n in dict.fromkeys(n for x in timed for n in x) if n != "flashcore"]
+    head_dims = sorted({entries["flashcore"]["head_dim"] for entries in timed})
+
+    def cells(of: Sequence[Mapping[str, Any]]) -> list[str]:
+        found = [str(len(of))]
+        for name in names:
+            both = [x for x in of if "seconds" in x.get(name, {})]
+            ratios = [x[name]["seconds"] / x["flashcore"]["seconds"] for x in both]
+            found.append(f"{statistics.geometric_mean(ratios):.2f}x" if ratios else "-")
+        best = [ratio for x in of if (ratio := speedup(x)) is not None]
+        return [*found, f"{statistics.geometric_mean(best):.2f}x" if best else "-"]
+
+    lines = [
+        [f"head_dim {dim}", *cells([x for x in timed if x["flashcore"]["head_dim"] == dim])]
+        for dim in head_dims
+    ]
+    lines.append(["all", *cells(timed)])
+    return table(["flashcore's speed over", "shapes", *names, "best of each shape"], lines)
 
 
 def error_table(document: Document) -> str:
