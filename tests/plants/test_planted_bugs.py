@@ -249,6 +249,17 @@ def test_the_documentation_lists_every_plant() -> None:
     assert {kernel for kernel in index.BY_KERNEL if "bwd" in kernel} == BACKWARD_KERNELS
 
 
+def test_bugs_that_isolate_does_not_take_say_what_runs_them() -> None:
+    """A test file that is there, and that knows the kernel's bugs."""
+    root = Path(__file__).resolve().parents[2]
+    for kernel, bugs in index.BESIDE.items():
+        test = index.TEST_OF_BESIDE[kernel]
+        assert "PLANTS_" in (root / test).read_text(encoding="utf-8")
+        for name in bugs:
+            with pytest.raises(ValueError, match=f"{kernel}, which isolate .* {test} runs it"):
+                registry.find_plant(name, "sim", kernel)
+
+
 def test_wrong_names_say_what_there_is() -> None:
     with pytest.raises(ValueError, match="plant='gremlin' is not one of pv-atomic"):
         registry.find_plant("gremlin", "sim")

@@ -147,18 +147,18 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
     },
 }
 
-NOT_TAKEN_APART = (
-    "isolate does not take it apart, tests/plants/test_sim_plants_append.py or "
-    "tests/kernels/test_merge_kernels.py runs it"
-)
-# Of kernels that are no attention.
-BESIDE: Mapping[str, Mapping[str, Plant]] = {
-    AppendPlan.kernel: PLANTS_APPEND,
-    "merge_results": PLANTS_MERGE,
-    "merge_results_backward": PLANTS_MERGE_BACKWARD,
-    DELTA_KERNEL: PLANTS_BWD_DELTA_SM90,
-    ROUND_KERNEL: PLANTS_BWD_ROUND_SM90,
+# Of kernels that isolate does not take apart, with the test that runs each.
+_BESIDE: Mapping[str, tuple[Mapping[str, Plant], str]] = {
+    AppendPlan.kernel: (PLANTS_APPEND, "tests/plants/test_sim_plants_append.py"),
+    "merge_results": (PLANTS_MERGE, "tests/kernels/test_merge_kernels.py"),
+    "merge_results_backward": (PLANTS_MERGE_BACKWARD, "tests/kernels/test_merge_kernels.py"),
+    DELTA_KERNEL: (PLANTS_BWD_DELTA_SM90, "tests/plants/test_sim_plants_bwd_one_sm90.py"),
+    ROUND_KERNEL: (PLANTS_BWD_ROUND_SM90, "tests/plants/test_sim_plants_bwd_one_sm90.py"),
 }
+BESIDE: Mapping[str, Mapping[str, Plant]] = {
+    kernel: plants for kernel, (plants, _) in _BESIDE.items()
+}
+TEST_OF_BESIDE = {kernel: test for kernel, (_, test) in _BESIDE.items()}
 
 
 def names() -> list[str]:
