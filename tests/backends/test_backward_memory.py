@@ -1,6 +1,6 @@
-"""The fused backward takes at most 8 bytes a row and head beside dq, dk and dv, whatever the call:
-no float32 copy of dq, no copies of heads that share keys, nothing that grows with the square of
-seqlen."""
+"""The fused backward takes at most 8 bytes a row and head beside dq, dk and dv, and the workspace
+that `set_gradient_workspace` allows: no copies of heads that share keys, nothing that grows with
+the square of seqlen."""
 
 from __future__ import annotations
 
