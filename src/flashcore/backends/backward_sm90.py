@@ -22,11 +22,7 @@ from flashcore.kernels.bwd_sm90.plan import BwdPlans, BwdSm90Plan, select_plans
 from flashcore.kernels.bwd_sm90.plan_one import OneKernelPlans
 from flashcore.launch.types import Prepared
 from flashcore.problem import Problem
-from flashcore.problem.memory_layout import (
-    as_batch,
-    as_rows,
-    mask_spec,
-)
+from flashcore.problem.memory_layout import as_batch, as_rows, mask_spec
 from flashcore.selection import tuned
 
 Tensor = torch.Tensor

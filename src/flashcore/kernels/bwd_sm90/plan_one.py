@@ -161,11 +161,9 @@ def _has_room_for_mask(problem: Problem) -> bool:
 
 
 def _masked(problem: Problem, dim: int) -> tuple[BwdTile, int]:
-    """Return the tile with a mask tensor, and the buffers of dS. Measured on an H200 (2026-11-30);
-    see docs/ladder-backward.md."""
+    """Return the tile with a mask tensor up to head_dim 96, and the buffers of dS. Measured on an
+    H200 (2026-11-30); see docs/ladder-backward.md."""
     assert problem.mask is not None
-    if dim > 96:
-        return BwdTile(64, 128, 3, 2, True, False, False), 2
     is_wide = problem.mask.dtype == "float32"
     # In float16, 128 rows spill 20 to 68 bytes without a bound.
     spills = problem.dtype == "float16" and not is_bounded(problem)
