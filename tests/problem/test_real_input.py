@@ -86,7 +86,7 @@ def test_padding_is_not_heard(captured: CapturedAttention, backend: str) -> None
 
 
 def check_gradients(x: CapturedAttention, backend: str, dtype: torch.dtype) -> None:
-    """Of words, as a loss over them has it; what arrives at padding is not looked at."""
+    """Judge gradients of words, as a loss over them has it: 0 arrives at padding."""
     leaves = [y.to(dtype).requires_grad_() for y in (x.q, x.k, x.v)]
     out = flashcore.attention(*leaves, mask=x.mask, scale=x.scale, backend=backend)
     generator = torch.Generator().manual_seed(0)

@@ -335,9 +335,5 @@ def find_plant(name: str, backend: str, kernel: str | None = None) -> Planted:
     """
     index.check_backend(name, backend)
     kernel = kernel or index.kernels_of(name)[0]
-    if kernel in index.BESIDE:
-        raise ValueError(
-            f"plant={name!r} is a bug of {kernel}, which isolate does not take apart; "
-            f"{index.TEST_OF_BESIDE[kernel]} runs it"
-        )
+    index.check_is_taken_apart(name, kernel)
     return _planted(index.find_plant(name, kernel), kernel)

@@ -161,6 +161,15 @@ BESIDE: Mapping[str, Mapping[str, Plant]] = {
 TEST_OF_BESIDE = {kernel: test for kernel, (_, test) in _BESIDE.items()}
 
 
+def check_is_taken_apart(name: str, kernel: str) -> None:
+    """Raise ValueError where isolate does not take a planted bug's kernel apart."""
+    if kernel in BESIDE:
+        raise ValueError(
+            f"plant={name!r} is a bug of {kernel}, which isolate does not take apart; "
+            f"{TEST_OF_BESIDE[kernel]} runs it"
+        )
+
+
 def names() -> list[str]:
     """Return the name of every planted bug, once."""
     found = (*BY_KERNEL.values(), *BESIDE.values())
