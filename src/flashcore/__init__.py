@@ -23,10 +23,12 @@ if TYPE_CHECKING:
         FallbackWarning,
         FlashCoreError,
     )
+    from flashcore.explanation.packed import explain_varlen
     from flashcore.ops.rings import attention_backward, merge
     from flashcore.ops.varlen import attention_varlen
     from flashcore.preparing import prepare
     from flashcore.problem import Problem
+    from flashcore.serving.explaining import explain_with_kvcache
     from flashcore.serving.with_kvcache import attention_with_kvcache
 
 __version__ = "0.1.0"  # the only place; pyproject.toml and scripts/bootstrap.py read it here
@@ -46,6 +48,8 @@ _MODULES = {
     "attention_with_kvcache": "serving.with_kvcache",
     "enable": "dropins.routing",
     "explain": "api",
+    "explain_varlen": "explanation.packed",
+    "explain_with_kvcache": "serving.explaining",
     "merge": "ops.rings",
     "prepare": "preparing",
     "scaled_dot_product_attention": "dropins.sdpa.attention",
@@ -66,6 +70,8 @@ __all__ = [
     "attention_with_kvcache",
     "enable",
     "explain",
+    "explain_varlen",
+    "explain_with_kvcache",
     "merge",
     "prepare",
     "scaled_dot_product_attention",

@@ -17,6 +17,7 @@ from flashcore.ops.padded import attend_padded, attention_padded
 from flashcore.problem import Causal, Window
 from flashcore.problem.options import Inputs
 from flashcore.problem.ranks import as_rank_4, has_other_rank
+from flashcore.problem.scales import check_has_lengths
 from flashcore.problem.spelling import OF_ATTENTION, other_names, refuse
 
 __all__ = ["Explanation", "attention", "explain"]
@@ -284,13 +285,9 @@ def _by_operator(
     deterministic: bool,
 ) -> torch.Tensor | tuple[torch.Tensor, ...]:
     compute = attention_dense if inputs.sinks is None else attention_with_sinks
+    check_has_lengths(inputs)
     if inputs.seqlens_k is not None:
         compute = attention_padded
-    elif inputs.k_scale is not None or inputs.v_scale is not None:
-        raise ValueError(
-            "k_scale or v_scale is given without seqlens_k, with which caches of 8 bits come; if "
-            "all keys count pass torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)"
-        )
     return compute(
         inputs, causal, window, softcap, scale, return_lse, return_max_score, backend,
         batch_invariant, deterministic,

@@ -21,6 +21,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[Any, ...], dict[str, str]]]
     "attention_varlen": (
         flashcore.attention_varlen, (Q[0], Q[0], Q[0], CU, CU, 3, 3), spelling.OF_VARLEN
     ),
+    "explain_varlen": (
+        flashcore.explain_varlen, (Q[0], Q[0], Q[0], CU, CU, 3, 3), spelling.OF_VARLEN
+    ),
     "scaled_dot_product_attention": (
         flashcore.scaled_dot_product_attention, (Q, Q, Q), spelling.OF_SDPA
     ),

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import explanation
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection import tile_table, tuned
@@ -212,7 +211,7 @@ def test_what_was_found_on_this_machine_comes_first(
 
 
 def test_explain_says_where_tiles_come_from(ship: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(explanation.Problem, "from_tensors", lambda *_, **__: ASKED)
+    monkeypatch.setattr(Problem, "from_tensors", lambda *_, **__: ASKED)
     x = torch.empty(1, 1, 1, 128, dtype=torch.bfloat16)
 
     def note() -> str:

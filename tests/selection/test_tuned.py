@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import flashcore
-from flashcore import explanation
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.problem import Problem
 from flashcore.selection import tuned
@@ -191,7 +190,7 @@ def test_saving_adds_replaces_and_drops(file: Path) -> None:
 
 def test_explain_says_so(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = problem()
-    monkeypatch.setattr(explanation.Problem, "from_tensors", lambda *_, **__: asked)
+    monkeypatch.setattr(Problem, "from_tensors", lambda *_, **__: asked)
     x = torch.empty(1, 8, 1024, 64, dtype=torch.float16)
     plain = flashcore.explain(x, x, x, file=io.StringIO())
     assert not any("flashcore tune" in note for note in plain.notes)

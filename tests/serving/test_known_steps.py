@@ -59,7 +59,11 @@ def test_a_step_is_decided_once(
     """Others are launched with their own addresses, and neither checked nor decided again."""
     call, kind = CALLS[name]
     call(step_of(kind))
-    for module, function in ((step, "_check"), (step, "append"), (known_steps, "choose_backend")):
+    for module, function in (
+        (step, "check_step"),
+        (step, "append"),
+        (known_steps, "choose_backend"),
+    ):
         monkeypatch.setattr(module, function, None)
     monkeypatch.setattr(step, "attend_pages", None)
     for _ in range(2):

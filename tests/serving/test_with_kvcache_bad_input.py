@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from cache_steps import make_step
 import flashcore
 
 INT32 = torch.int32
+FUNCTIONS = [flashcore.attention_with_kvcache, flashcore.explain_with_kvcache]
 
 
 def arguments(page_size: int | None) -> dict[str, Any]:
@@ -125,13 +127,16 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", BAD)
-def test_the_message_names_argument_value_and_way_out(name: str) -> None:
+def test_the_message_names_argument_value_and_way_out(
+    name: str, function: Callable[..., object]
+) -> None:
     changes, kind, words = BAD[name]
     given = arguments(None)
     before = given["k_cache"].clone()
     with pytest.raises(kind, match=words):
-        flashcore.attention_with_kvcache(**given | changes)
+        function(**given | changes)
     assert torch.equal(given["k_cache"].nan_to_num(), before.nan_to_num())
 
 
@@ -159,11 +164,12 @@ PAGES: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("name", PAGES)
-def test_a_page_table_that_does_not_fit(name: str) -> None:
+def test_a_page_table_that_does_not_fit(name: str, function: Callable[..., object]) -> None:
     changes, kind, words = PAGES[name]
     with pytest.raises(kind, match=words):
-        flashcore.attention_with_kvcache(**arguments(8) | changes)
+        function(**arguments(8) | changes)
 
 
 @pytest.mark.gpu
@@ -190,5 +196,5 @@ def test_what_was_checked_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None
     from flashcore.serving import step
 
     flashcore.attention_with_kvcache(**arguments(8))
-    monkeypatch.setattr(step, "_check", lambda *_: pytest.fail("checked again"))
+    monkeypatch.setattr(step, "check_step", lambda *_: pytest.fail("checked again"))
     flashcore.attention_with_kvcache(**arguments(8))

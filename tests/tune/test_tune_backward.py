@@ -14,11 +14,11 @@ from tune_standin import FakeCompiler, FakeTimer
 from typer.testing import CliRunner
 
 import flashcore
-from flashcore import explanation
 from flashcore.backends.backward_sm90 import plans_for, run_in_simulator
 from flashcore.bench import backward as bench_backward
 from flashcore.bench.workloads import Workload
 from flashcore.cli import app
+from flashcore.explanation import gradient
 from flashcore.kernels.bwd_sm90.kernel import DKDV, DQ
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan, select_plans
 from flashcore.kernels.bwd_sm90.tiles import SHORTLIST_DKDV, BwdTile
@@ -126,12 +126,12 @@ def test_gradients_and_explain_go_by_what_was_found(
         flashcore.set_gradient_workspace()
 
     monkeypatch.setattr(
-        explanation, "choose_backward",
-        lambda *args, **options: explanation.BackwardChoice("sm90", "fused"),
+        gradient, "choose_backward",
+        lambda *args, **options: gradient.BackwardChoice("sm90", "fused"),
     )  # fmt: skip
-    monkeypatch.setattr(explanation, "plans_for", lambda problem: plans_for(asked()))
+    monkeypatch.setattr(gradient, "plans_for", lambda problem: plans_for(asked()))
     find = tuned.find
-    monkeypatch.setattr(explanation.tuned, "find", lambda problem, plan: find(asked(), plan))
+    monkeypatch.setattr(gradient.tuned, "find", lambda problem, plan: find(asked(), plan))
     x = torch.empty(4, 16, 4096, 64, dtype=torch.float16, device="meta")
     text = str(flashcore.explain(x, x, x, causal=True))
     assert "gradient  sm90: fused" in text

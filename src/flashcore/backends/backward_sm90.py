@@ -86,7 +86,7 @@ def fused_backward(
         copied = Problem.from_tensors(q, k, v)
         layout: dict[str, Any] = {name: getattr(copied, name) for name in _LAYOUT}
         problem = dataclasses.replace(problem, **layout)
-    problem = _of_any_longest(problem)
+    problem = of_any_longest(problem)
     if mask is not None and copies_mask(problem, mask):
         mask = with_aligned_rows(mask)
         problem = dataclasses.replace(problem, mask=mask_spec(mask))
@@ -164,6 +164,7 @@ def runs_beside(problem: Problem) -> bool:
 def plans_for(problem: Problem) -> BwdPlans | OneKernelPlans:
     """Return the plans of a problem that has no obstacle: with the tiles that `flashcore tune
     --backward` found on this GPU, else by rules."""
+    problem = of_any_longest(problem)
     plans: BwdPlans | OneKernelPlans = select_plans(problem)
     if is_by_one_kernel(problem):
         plans = plan_one.select_one_kernel_plans(problem)
@@ -224,7 +225,7 @@ def _named(
     return tensors
 
 
-def _of_any_longest(problem: Problem) -> Problem:
+def of_any_longest(problem: Problem) -> Problem:
     """Return what the backward kernels see of a problem: of packed sequences nothing depends on the
     longest, so that a launch is prepared once for all."""
     if problem.varlen != "packed":
@@ -273,7 +274,7 @@ def prepare_on_gpu(
         return None
     if mask is not None and copies_mask(problem, mask):
         return None
-    problem = _of_any_longest(problem)
+    problem = of_any_longest(problem)
     q, k, v, out, lse, dout = given.values()
     tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, None, is_packed)
     plans = plans_for(problem)

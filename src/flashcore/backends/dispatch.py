@@ -19,6 +19,7 @@ from flashcore.backends.obstacles import (
     BFLOAT16_MIN_ARCH,
     KERNEL_DTYPES,
     WMMA_MIN_ARCH,
+    fallback_text,
     gpu_kernel_on_cpu_text,
     obstacle_to,
     obstacle_to_kernels,
@@ -164,11 +165,8 @@ def warn_once(choice: Choice) -> None:
     """Give the FallbackWarning of a choice, once per reason and process."""
     if choice.reason not in _warned:
         _warned.add(choice.reason)
-        warnings.warn(
-            f"flashcore.attention falls back to PyTorch: {choice.reason} to silence this",
-            FallbackWarning,
-            stacklevel=stacklevel_of_caller(),
-        )
+        text = fallback_text(choice.reason)
+        warnings.warn(text, FallbackWarning, stacklevel=stacklevel_of_caller())
 
 
 def prepare(backend: str, problem: Problem, device: torch.device) -> Call:

@@ -43,7 +43,7 @@ class BackwardChoice:
     """A choice holds the code that computes a gradient.
 
     Args:
-        code: "sm90", "sim", "flash", "efficient" or "tiled".
+        code: "sm90", "sim", "flash", "efficient" or "tiled"; in explanations also "none".
         reason: why, in words.
     """
 
@@ -102,6 +102,12 @@ def choose_backward(
     if not_efficient is None:
         return BackwardChoice("efficient", not_flash)
     return BackwardChoice("tiled", f"{not_flash}; {not_efficient}")
+
+
+def computes_all(problem: Problem, choice: BackwardChoice) -> bool:
+    """Return whether a choice computes the gradients of all sequences of different lengths at once;
+    else each is computed by itself, for which the host reads the lengths."""
+    return choice.is_fused or (problem.varlen == "packed" and choice.code == "flash")
 
 
 def _obstacle_to_ours(problem: Problem, backend: str, needs_mask_grad: bool) -> str | None:

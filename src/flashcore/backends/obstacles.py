@@ -83,3 +83,8 @@ def gpu_kernel_on_cpu_text(backend: str) -> str:
     return (
         f'backend="{backend}" needs a CUDA GPU, and torch sees none here (q is on cpu): {way_out}'
     )
+
+
+def fallback_text(reason: str) -> str:
+    """Return what the FallbackWarning says of a call that PyTorch computes instead of a kernel."""
+    return f"flashcore.attention falls back to PyTorch: {reason} to silence this"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from flashcore.backends.dispatch import KERNELS, adapt_for, plan_of, prepare, without_autocast
-from flashcore.backends.gradients import attention_gradients, choose_backward
+from flashcore.backends.gradients import attention_gradients, choose_backward, computes_all
 from flashcore.backends.gradients import gradients_with_lengths as fused_gradients
 from flashcore.backends.sinks import as_logits, lse_of_no_keys
 from flashcore.backends.tiled import attention_tiled
@@ -289,7 +289,7 @@ def packed_backward(
         if choice.is_on_gpu:  # which could not be compiled
             backend = "torch"
             choice = choose_backward(problem, through_lse=dlse is not None, backend=backend)
-        if choice.code == "flash":
+        if computes_all(problem, choice):
             return packed_flash_gradients(
                 problem, q, k, v, cu_seqlens_q, cu_seqlens_k, out, lse, dout
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -30,6 +30,38 @@ def explain(
     layout: Annotated[
         str, typer.Option("--layout", help="Order in memory: bhsd or bshd (passed transposed).")
     ] = "bhsd",
+    seqlens_k: Annotated[
+        bool,
+        typer.Option("--seqlens-k", help="The device alone knows how many keys each sequence has."),
+    ] = False,
+    packed: Annotated[
+        str | None,
+        typer.Option(
+            "--packed",
+            metavar="LENGTHS",
+            help="Packed sequences of so many queries each, such as 512,300,17 or 8x512; as many "
+            "keys, or --seqlen-k each.",
+        ),
+    ] = None,
+    page_size: Annotated[
+        int | None,
+        typer.Option(
+            "--page-size",
+            min=1,
+            help="A cache in pages of so many keys; --seqlen-k is the room of a sequence.",
+        ),
+    ] = None,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="The queries' tokens are new: a cache gets them first."),
+    ] = False,
+    cache_dtype: Annotated[
+        str | None, typer.Option("--cache-dtype", help="float8_e4m3fn: a cache of 8 bits.")
+    ] = None,
+    batch_invariant: Annotated[
+        bool,
+        typer.Option("--batch-invariant", help="A sequence's bits depend on that sequence alone."),
+    ] = False,
     backend: Annotated[
         str, typer.Option("--backend", help="auto, sm90, wmma, sim or torch.")
     ] = "auto",
@@ -40,16 +72,25 @@ def explain(
 ) -> None:
     """Say which backend, kernel and tile configuration a call would use, and why.
 
-    The same as flashcore.explain(q, k, v, ...) in Python. Nothing is computed or compiled.
+    The same as flashcore.explain(q, k, v, ...) in Python, or with --packed explain_varlen, and with
+    --page-size or --append explain_with_kvcache. Nothing is computed or compiled.
 
     Examples:
 
         flashcore explain --seqlen 4096 --head-dim 128 --causal
 
         flashcore explain --heads 32 --heads-kv 8 --arch sm_90 --layout bshd
+
+        flashcore explain --packed 4x512,17 --heads 32 --heads-kv 8 --causal --arch sm_90
+
+        flashcore explain --batch 8 --seqlen 1 --seqlen-k 4096 --page-size 64 --append --causal
+
+        flashcore explain --packed 2048,7x1 --seqlen-k 8192 --page-size 64 --arch sm_90
+
+        flashcore explain -b 8 -s 1 --seqlen-k 4096 --cache-dtype float8_e4m3fn --arch sm_90
     """
     with command(json_output) as out:
-        from flashcore import explain as explain_call
+        from flashcore.cli.explain_call import Asked, call_of, parse_lengths
 
         case = o.make_case(
             batch=batch,
@@ -70,48 +111,27 @@ def explain(
             layout=layout,
         )
         with usage_errors():
-            q, k, v, mask_tensor, sinks_tensor = _empty_inputs(case, backend)
-            number = None if arch is None else o.parse_archs(arch)[0]
+            import torch
+
+            on_gpu = torch.cuda.is_available() and backend != "sim"
+            asked = Asked(
+                lengths=parse_lengths(packed),
+                seqlen_k=seqlen_k,
+                seqlens_k=seqlens_k,
+                page_size=page_size,
+                append=append,
+                cache_dtype=cache_dtype,
+                device="cuda" if on_gpu else "cpu",
+            )
+            explain_call, tensors = call_of(case, asked)
             text = io.StringIO()
             explanation = explain_call(
-                q,
-                k,
-                v,
-                mask=mask_tensor,
-                sinks=sinks_tensor,
+                **tensors,
+                batch_invariant=batch_invariant,
                 backend=backend,
-                arch=number,
+                arch=None if arch is None else o.parse_archs(arch)[0],
                 file=text,
                 **case.options(),
             )
         out.print(text.getvalue().rstrip().replace("[", "\\["), wrap=False)
         out.finish(explanation)
-
-
-def _empty_inputs(case: Any, backend: str) -> tuple[Any, ...]:
-    """Return tensors of the case's shapes that are never filled: explain reads no values."""
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() and backend != "sim" else "cpu"
-
-    def empty(heads: int, seqlen: int, dim: int) -> torch.Tensor:
-        if case.layout == "bshd":
-            shape = (case.batch, seqlen, heads, dim)
-            return torch.empty(shape, dtype=case.torch_dtype, device=device).transpose(1, 2)
-        if case.layout != "bhsd":
-            raise ValueError(f"layout={case.layout!r} is not one of bhsd, bshd")
-        shape = (case.batch, heads, seqlen, dim)
-        return torch.empty(shape, dtype=case.torch_dtype, device=device)
-
-    mask = None
-    if case.mask != "none":
-        rows = 1 if case.mask == "padding" else case.seqlen_q
-        dtype = case.torch_dtype if case.mask == "additive" else torch.bool
-        mask = torch.empty(1, 1, rows, case.seqlen_k, dtype=dtype, device=device)
-    return (
-        empty(case.num_heads_q, case.seqlen_q, case.head_dim),
-        empty(case.num_heads_kv, case.seqlen_k, case.head_dim),
-        empty(case.num_heads_kv, case.seqlen_k, case.head_dim_v),
-        mask,
-        torch.empty(case.num_heads_q, device=device) if case.sinks else None,
-    )

@@ -83,18 +83,22 @@ class BackwardCall(NamedTuple):
     backend: str
 
 
+def why_no_gradient(inputs: Inputs) -> str | None:
+    """Return why a call has no gradient at all; None if it has."""
+    if inputs.k_scale is not None:
+        return "k and v have 8 bits, through which there is no gradient"
+    if inputs.tree_mask is not None:
+        return "with tree_mask there is no gradient"
+    return None
+
+
 def refuse_gradients(family: Family, inputs: Inputs) -> None:
     """Raise where something wants a gradient that the family does not compute."""
-    mask = inputs.mask
-    if inputs.k_scale is not None and needs_grad(*inputs):
-        raise NotImplementedError(
-            "k and v have 8 bits, through which there is no gradient; call under torch.no_grad(), "
-            "or pass k and v in the dtype of q"
-        )
-    if inputs.tree_mask is not None and needs_grad(*inputs):
-        raise NotImplementedError(
-            "with tree_mask there is no gradient; call under torch.no_grad(), or pass a mask"
-        )
+    mask, why_none = inputs.mask, why_no_gradient(inputs)
+    if why_none is not None and needs_grad(*inputs):
+        has_scales = inputs.k_scale is not None
+        way_out = "pass k and v in the dtype of q" if has_scales else "pass a mask"
+        raise NotImplementedError(f"{why_none}; call under torch.no_grad(), or {way_out}")
     if "mask" not in family.differentiable and mask is not None and mask.requires_grad:
         raise NotImplementedError(
             "with seqlens_k a mask has no gradient; pass mask.detach(), or -inf past each "

@@ -267,8 +267,17 @@ def _shapes(inputs: Inputs) -> Results:
     )
 
 
+def varlen_problem(inputs: Inputs, options: Options) -> Problem:
+    """Validate the tensors of packed sequences and describe them.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention_varlen`.
+    """
+    return packed_problem(*of_packed(inputs), **options.asked(), sinks=inputs.sinks)
+
+
 def _compute(inputs: Inputs, options: Options, wanted: Wanted, backend: str) -> Results:
-    problem = packed_problem(*of_packed(inputs), **options.asked(), sinks=inputs.sinks)
+    problem = varlen_problem(inputs, options)
     problem = dataclasses.replace(problem, return_max_score=wanted.return_max_score)
     choice = choose_backend(problem, backend)
     if choice.is_fallback:

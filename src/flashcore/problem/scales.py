@@ -133,6 +133,16 @@ def described_scales(inputs: Inputs) -> dict[str, Any]:
     return {"cache_dtype": CACHE_DTYPES[inputs.k.dtype], "scale_strides": found}
 
 
+def check_has_lengths(inputs: Inputs) -> None:
+    """Raise where a call of `attention` has scales and no seqlens_k."""
+    has_scales = inputs.k_scale is not None or inputs.v_scale is not None
+    if has_scales and inputs.seqlens_k is None:
+        raise ValueError(
+            "k_scale or v_scale is given without seqlens_k, with which caches of 8 bits come; if "
+            "all keys count pass torch.full((batch,), seqlen_k, dtype=torch.int32, device=q.device)"
+        )
+
+
 def as_wide(inputs: Inputs) -> Inputs:
     """Return the inputs with stand-ins of q's dtype for 8-bit caches, for checks of shapes and
     devices; their memory is nobody's."""

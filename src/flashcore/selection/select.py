@@ -61,7 +61,11 @@ def select_plan(
     """Return what was measured for such problems, by `flashcore tune` on this GPU or for the table
     that ships, or else the best by the rules. See `candidates`."""
     best = candidates(problem, arch, gate, kernel)[0]
-    if problem.batch_invariant:  # what was measured depends on the batch
-        return best
-    found = tuned.find(problem, best)
+    found = measured(problem, best)
     return best if found is None else found.plan
+
+
+def measured(problem: Problem, best: Plan) -> tuned.Found | None:
+    """Return what was measured for such problems, given the best plan by the rules; None where
+    nothing was, or the batch, on which it depends, must not decide."""
+    return None if problem.batch_invariant else tuned.find(problem, best)

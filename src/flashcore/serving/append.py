@@ -199,13 +199,30 @@ def _variant_of(
 ) -> tuple[AppendPlan, int] | None:
     """Return the variant of the kernel that appends, and the GPU's architecture; None where PyTorch
     does it."""
-    dtype, arch = DTYPES[q.dtype], arch_of_device(q.device.index)
+    arch = arch_of_device(q.device.index)
+    plan = plan_to_append(k_cache, q, k_new, seqlens_k, cos, interleaved, backend, arch)
+    return None if plan is None else (plan, arch)
+
+
+def plan_to_append(
+    k_cache: Tensor,
+    q: Tensor,
+    k_new: Tensor,
+    seqlens_k: Tensor,
+    cos: Tensor | None,
+    interleaved: bool,
+    backend: str,
+    arch: int,
+) -> AppendPlan | None:
+    """Return the variant of the kernel that appends on a GPU of an architecture; None where PyTorch
+    does it."""
+    dtype = DTYPES[q.dtype]
     lowest = BFLOAT16_MIN_ARCH if dtype == "bfloat16" else WMMA_MIN_ARCH
     sizes = k_cache.numel(), k_new.numel(), q.numel(), seqlens_k.numel()
     if backend == "torch" or dtype not in KERNEL_DTYPES or arch < lowest or 0 in sizes:
         return None
     rotary_dtype = dtype if cos is None else DTYPES[cos.dtype]
-    return AppendPlan(dtype, rotary_dtype, interleaved, is_float8(k_cache)), arch
+    return AppendPlan(dtype, rotary_dtype, interleaved, is_float8(k_cache))
 
 
 def prepare_append(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -32,3 +32,23 @@ class Step(NamedTuple):
     out: Tensor | None
     lse: Tensor | None
     backend: str
+
+
+def rotary_of(
+    cos: Tensor | None,
+    sin: Tensor | None,
+    interleaved: bool | None,
+    offsets: Tensor | None,
+    positions: Tensor | None,
+) -> Rotary | None:
+    """Return what rotates, of the arguments that say so; None for nothing.
+
+    Raises:
+        ValueError: positions without angles.
+    """
+    if cos is not None or sin is not None:
+        by: Any = cos, sin, interleaved, offsets, positions  # some may be missing: check_rotary
+        return Rotary(*by)
+    if offsets is not None or positions is not None:
+        raise ValueError("rotary_offsets or rotary_positions is given without rotary_cos")
+    return None

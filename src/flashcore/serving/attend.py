@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from flashcore.api import attention
+from flashcore.backends.packed import of_packed
 from flashcore.errors import FallbackWarning, stacklevel_of_caller
 from flashcore.ops.padded import attention_padded
 from flashcore.ops.paged import attention_paged
@@ -24,6 +25,11 @@ from flashcore.serving.rows import Rows, lengths_of_keys, number_of
 # sequences one after the other. Kernels share keys and row tiles of packed queries, and padding
 # takes 35 to 50 us of an H200 (docs/ladder.md).
 PADDED_ROWS_MAX = 2
+
+COPY_TEXT = (
+    "flashcore.attention_with_kvcache copies the cache's tokens into one piece: with "
+    "cache_leftpad no kernel reads it in place; filter flashcore.FallbackWarning to silence this"
+)
 
 _warned: set[str] = set()
 
@@ -53,46 +59,116 @@ def attend_pages(
         out, and lse with return_lse.
     """
     options = {**options, "return_lse": return_lse, "backend": backend}
+    reading = read_cache(
+        q, k_cache, v_cache, page_table, seqlens_k, leftpad, cu_seqlens_q, max_seqlen_q, mask,
+        tree_mask, backend, options,
+    )  # fmt: skip
+    road, inputs, is_copied, longest = reading
+    if is_copied:
+        _warn_of_copy(q, backend)
+    if road == "contiguous":
+        return _contiguous(inputs, options)
+    if road == "packed":
+        for name in ("k_scale", "v_scale"):
+            del options[name]
+        return _several(attention_varlen(*of_packed(inputs), **options))
+    pages = inputs.q, inputs.k, inputs.v, inputs.page_table, seqlens_k
+    if road == "packed pages":
+        return _several(
+            attention_paged_varlen(*pages, cu_seqlens_q, inputs.max_seqlen_q, **options)  # type: ignore[arg-type]
+        )
+    results = _several(
+        attention_paged(*pages, mask=inputs.mask, tree_mask=inputs.tree_mask, **options)  # type: ignore[arg-type]
+    )
+    if longest is None:
+        return results
+    assert cu_seqlens_q is not None
+    return _packed(results, q, cu_seqlens_q, longest, options["sinks"])
+
+
+class Reading(NamedTuple):
+    """A Reading says which function attends to a cache, and to what.
+
+    Args:
+        road: "contiguous", `attention` with seqlens_k; "pages", `attention_paged`; "packed pages",
+            `attention_paged_varlen`; or "packed", `attention_varlen`.
+        inputs: what it is given.
+        is_copied: whether the cache's tokens were copied into one piece.
+        longest: what packed queries were padded to; None if they were not.
+    """
+
+    road: str
+    inputs: Inputs
+    is_copied: bool = False
+    longest: int | None = None
+
+
+def read_cache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    page_table: Tensor | None,
+    seqlens_k: Tensor,
+    leftpad: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    mask: Tensor | None,
+    tree_mask: Tensor | None,
+    backend: str,
+    options: dict[str, Any],
+    on_gpu: bool | None = None,
+) -> Reading:
+    """Decide how a cache is read, and make what is read.
+
+    Args:
+        q: as `attend_pages` takes it, like all that follow.
+        k_cache: see q.
+        v_cache: see q.
+        page_table: see q.
+        seqlens_k: see q.
+        leftpad: see q.
+        cu_seqlens_q: see q.
+        max_seqlen_q: see q.
+        mask: see q.
+        tree_mask: see q.
+        backend: see q.
+        options: see q.
+        on_gpu: whether a GPU computes; None: if q is there.
+    """
+    others: dict[str, Any] = {name: options[name] for name in ("sinks", "k_scale", "v_scale")}
+    masks: dict[str, Any] = {"mask": mask, "tree_mask": tree_mask}
     if page_table is None and leftpad is None and cu_seqlens_q is None:
-        return _contiguous(q, k_cache, v_cache, seqlens_k, mask, tree_mask, options)
+        inputs = Inputs(q, k_cache, v_cache, seqlens_k=seqlens_k, **masks, **others)
+        return Reading("contiguous", inputs)
     if page_table is None:
         page_table = one_page_each(k_cache)
     capacity = capacity_of(k_cache, page_table)
+    pages = Inputs(q, k_cache, v_cache, seqlens_k=seqlens_k, page_table=page_table, **others)
     readable = is_readable(k_cache, leftpad)
     if cu_seqlens_q is None:
         if readable:
-            return _several(
-                attention_paged(
-                    q, k_cache, v_cache, page_table, seqlens_k, mask=mask, tree_mask=tree_mask,
-                    **options,
-                )
-            )  # fmt: skip
-        _warn_of_copy(q, backend)
+            return Reading("pages", pages._replace(**masks))
         k, v = (gather_padded(x, page_table, leftpad) for x in (k_cache, v_cache))
         lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
-        return _contiguous(q, k, v, lengths, mask, tree_mask, options)
+        return Reading("contiguous", Inputs(q, k, v, seqlens_k=lengths, **masks, **others), True)
     batch, longest = page_table.shape[0], q.shape[0] if max_seqlen_q is None else max_seqlen_q
-    if readable and isinstance(longest, int) and pads(q, batch, longest, backend, options):
+    if readable and isinstance(longest, int) and pads(q, batch, longest, backend, options, on_gpu):
         padded = _padded(q, cu_seqlens_q, longest)
-        results = _several(
-            attention_paged(padded, k_cache, v_cache, page_table, seqlens_k, **options)
-        )
-        return _packed(results, q, cu_seqlens_q, longest, options["sinks"])
+        return Reading("pages", pages._replace(q=padded), longest=longest)
+    bounded: Any = longest
     if readable:
-        return _several(
-            attention_paged_varlen(
-                q, k_cache, v_cache, page_table, seqlens_k, cu_seqlens_q, longest, **options
-            )
-        )
-    _warn_of_copy(q, backend)
-    scales = options.pop("k_scale"), options.pop("v_scale")
+        inputs = pages._replace(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=bounded)
+        return Reading("packed pages", inputs)
+    scales = options["k_scale"], options["v_scale"]
     lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
     k, v, cu_seqlens_k = gather_packed(
         (k_cache, v_cache), page_table, leftpad, lengths, q.dtype, scales
     )
-    return _several(
-        attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, longest, capacity, **options)
-    )
+    inputs = Inputs(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=bounded,
+        max_seqlen_k=capacity, sinks=options["sinks"],
+    )  # fmt: skip
+    return Reading("packed", inputs, True)
 
 
 def is_readable(k_cache: Tensor, leftpad: Tensor | None) -> bool:
@@ -101,7 +177,14 @@ def is_readable(k_cache: Tensor, leftpad: Tensor | None) -> bool:
     return leftpad is None and k_cache.shape[0] > 0 and k_cache.shape[2] > 0
 
 
-def pads(q: Tensor, batch: int, longest: int, backend: str, options: dict[str, Any]) -> bool:
+def pads(
+    q: Tensor,
+    batch: int,
+    longest: int,
+    backend: str,
+    options: dict[str, Any],
+    on_gpu: bool | None = None,
+) -> bool:
     """Return whether packed queries are padded.
 
     Args:
@@ -110,6 +193,7 @@ def pads(q: Tensor, batch: int, longest: int, backend: str, options: dict[str, A
         longest: a bound on the queries of each.
         backend: of the call.
         options: of `attention`.
+        on_gpu: whether a GPU computes; None: if q is there.
     """
     if (
         options["causal"] == "upper_left"
@@ -117,24 +201,16 @@ def pads(q: Tensor, batch: int, longest: int, backend: str, options: dict[str, A
         or not 0 < batch * longest <= PADDED_ROWS_MAX * q.shape[0]
     ):
         return False
-    return not q.is_cuda or backend == "torch"
+    return not (q.is_cuda if on_gpu is None else on_gpu) or backend == "torch"
 
 
-def _contiguous(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lengths: Tensor,
-    mask: Tensor | None,
-    tree_mask: Tensor | None,
-    options: dict[str, Any],
-) -> tuple[Tensor, ...]:
+def _contiguous(inputs: Inputs, options: dict[str, Any]) -> tuple[Tensor, ...]:
     """Attend to the first keys of each row of a cache; `attention` takes no tree."""
-    if tree_mask is None:
+    if inputs.tree_mask is None:
+        q, k, v, mask, lengths, *_ = inputs
         return _several(attention(q, k, v, seqlens_k=lengths, mask=mask, **options))
-    others = {name: options[name] for name in ("sinks", "k_scale", "v_scale")}
+    others = "sinks", "k_scale", "v_scale"
     asked = {name: x for name, x in options.items() if name not in others}
-    inputs = Inputs(q, k, v, seqlens_k=lengths, tree_mask=tree_mask, **others)
     return _several(attention_padded(inputs, return_max_score=False, **asked))
 
 
@@ -175,13 +251,12 @@ def _packed(
 
 def _warn_of_copy(q: Tensor, backend: str) -> None:
     """Say once that no kernel reads a cache in place with cache_leftpad."""
-    if not q.is_cuda or backend == "torch" or is_compiling() or "cache_leftpad" in _warned:
+    if not warns_of_copy(q.is_cuda, backend) or is_compiling() or "cache_leftpad" in _warned:
         return
     _warned.add("cache_leftpad")
-    warnings.warn(
-        "flashcore.attention_with_kvcache copies the cache's tokens into one piece: with "
-        "cache_leftpad no kernel reads it in place; filter flashcore.FallbackWarning to silence "
-        "this",
-        FallbackWarning,
-        stacklevel=stacklevel_of_caller(),
-    )
+    warnings.warn(COPY_TEXT, FallbackWarning, stacklevel=stacklevel_of_caller())
+
+
+def warns_of_copy(on_gpu: bool, backend: str) -> bool:
+    """Return whether a call whose cache is copied says so: where a kernel might have read it."""
+    return on_gpu and backend != "torch"

@@ -41,11 +41,7 @@ def with_kvcache(
     Returns:
         out, or (out, lse).
     """
-    (
-        q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
-        cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask, return_lse, out, lse,
-        backend,
-    ) = step  # fmt: skip
+    q, k_cache, k_new, v_new = step.q, step.k_cache, step.k_new, step.v_new
     autocasts = is_dynamo_compiling() or _is_any_autocast_enabled()
     if autocasts and autocast_dtype(q.device.type if isinstance(q, Tensor) else "cpu") is not None:
         # The cache keeps its dtype; the rest is cast to it.
@@ -54,33 +50,48 @@ def with_kvcache(
     if unknown is None:
         _check_once(step, options)
     elif not unknown.is_checked:
-        _check(step, options)
+        check_step(step, options)
         known_steps.keep(unknown, step, options)
-    capacity = capacity_of(k_cache, page_table)
-    with without_autocast(q.device.type) if autocasts else contextlib.nullcontext():
-        if cache_batch_idx is not None:
-            page_table = cache_batch_idx[:, None]
-        if k_new is not None and v_new is not None:
-            q, seqlens_k = append(
-                k_cache, v_cache, q, k_new, v_new, seqlens_k, page_table, cu_seqlens_q,
-                cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary, backend,
-                options["k_scale"], options["v_scale"],
-            )  # fmt: skip
-        elif rotary is not None:
-            before = lengths_before(seqlens_k, capacity)
-            q = rotated_queries(q, before, cu_seqlens_q, rotary, 0)
-        if tree_mask is not None and mask is not None:  # kernels read one of them
-            lengths = lengths_of_keys(seqlens_k, capacity, cache_leftpad)
-            mask, tree_mask = tree_over_keys(tree_mask, mask, q, lengths, capacity), None
+    with without_autocast(step.q.device.type) if autocasts else contextlib.nullcontext():
+        step = appended(step, options)
         results = attend_pages(
-            q, k_cache, v_cache, page_table, seqlens_k, cache_leftpad, cu_seqlens_q, max_seqlen_q,
-            mask, tree_mask, backend, options, return_lse or lse is not None,
+            step.q, step.k_cache, step.v_cache, step.page_table, step.seqlens_k,
+            step.cache_leftpad, step.cu_seqlens_q, step.max_seqlen_q, step.mask, step.tree_mask,
+            step.backend, options, step.return_lse or step.lse is not None,
         )  # fmt: skip
-    return _handed_out(results, return_lse, out, lse)
+    return _handed_out(results, step.return_lse, step.out, step.lse)
+
+
+def appended(step: Step, options: dict[str, Any]) -> Step:
+    """Append the new tokens of a step that was checked, and rotate; return what is left to do,
+    which is to attend to the cache: with the queries, lengths, page table and masks for that."""
+    (
+        q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
+        cu_seqlens_q, cu_seqlens_new, _, rotary, mask, tree_mask, _, _, _, backend,
+    ) = step  # fmt: skip
+    capacity = capacity_of(k_cache, page_table)
+    if cache_batch_idx is not None:
+        page_table = cache_batch_idx[:, None]
+    if k_new is not None and v_new is not None:
+        q, seqlens_k = append(
+            k_cache, v_cache, q, k_new, v_new, seqlens_k, page_table, cu_seqlens_q,
+            cu_seqlens_q if cu_seqlens_new is None else cu_seqlens_new, rotary, backend,
+            options["k_scale"], options["v_scale"],
+        )  # fmt: skip
+    elif rotary is not None:
+        before = lengths_before(seqlens_k, capacity)
+        q = rotated_queries(q, before, cu_seqlens_q, rotary, 0)
+    if tree_mask is not None and mask is not None:  # kernels read one of them
+        lengths = lengths_of_keys(seqlens_k, capacity, cache_leftpad)
+        mask, tree_mask = tree_over_keys(tree_mask, mask, q, lengths, capacity), None
+    return step._replace(
+        q=q, k_new=None, v_new=None, rotary=None, seqlens_k=seqlens_k, page_table=page_table,
+        mask=mask, tree_mask=tree_mask,
+    )  # fmt: skip
 
 
 def _check_once(step: Step, options: dict[str, Any]) -> None:
-    """Check the arguments by `_check`, unless such arguments were."""
+    """Check the arguments by `check_step`, unless such arguments were."""
     rotary, invariant = step.rotary, options["batch_invariant"]
     tensors = (
         *step[:11], step.mask, step.tree_mask, step.out, step.lse, options["sinks"],
@@ -94,11 +105,11 @@ def _check_once(step: Step, options: dict[str, Any]) -> None:
         check_flag("batch_invariant", invariant)
     key = remembered.key_of(tensors, asked, options, step.return_lse)
     if not remembered.is_known(key, tensors):
-        _check(step, options)
+        check_step(step, options)
         remembered.keep(key, tensors)
 
 
-def _check(step: Step, options: dict[str, Any]) -> None:
+def check_step(step: Step, options: dict[str, Any]) -> None:
     """Raise unless the arguments of `with_kvcache` fit, before anything is written."""
     (
         q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,

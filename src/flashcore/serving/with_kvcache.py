@@ -9,9 +9,8 @@ from torch import Tensor
 
 from flashcore.problem import Causal, Window
 from flashcore.problem.spelling import OF_KVCACHE, other_names, refuse
-from flashcore.serving.arguments import Step
+from flashcore.serving.arguments import Step, rotary_of
 from flashcore.serving.known_steps import Unknown, asked_for, attend_known
-from flashcore.serving.rotary import Rotary
 from flashcore.serving.step import with_kvcache
 
 __all__ = ["attention_with_kvcache"]
@@ -211,13 +210,7 @@ def attention_with_kvcache(
             unknown = known
         elif known is not None:
             return known
-    rotary = None
-    if rotary_cos is not None or rotary_sin is not None:
-        # Some may be missing, which is found below.
-        by: Any = rotary_cos, rotary_sin, rotary_interleaved, rotary_offsets, rotary_positions
-        rotary = Rotary(*by)
-    elif rotary_offsets is not None or rotary_positions is not None:
-        raise ValueError("rotary_offsets or rotary_positions is given without rotary_cos")
+    rotary = rotary_of(rotary_cos, rotary_sin, rotary_interleaved, rotary_offsets, rotary_positions)
     step = Step(
         q, k_cache, v_cache, k_new, v_new, seqlens_k, page_table, cache_batch_idx, cache_leftpad,
         cu_seqlens_q, cu_seqlens_new, max_seqlen_q, rotary, mask, tree_mask, return_lse, out, lse,

@@ -69,6 +69,9 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
             )
         if plan.stream_k:
             notes.append(stream_k.NOTE)
+        if plan.page_size:
+            warps = "two warps load pages, one keys and one values"
+            notes.append(warps if plan.loaders > 1 else "one warp loads the pages of a block")
         return notes
 
     def num_pieces(self, problem: Problem, plan: Sm90Plan) -> int:
