@@ -117,7 +117,7 @@ PARTS: dict[str, Part] = {
             "--minutes", _minutes(seconds), "--output", path,
         ),
         "gradients.json",
-        ("docs/backward-speed.md",),
+        ("README.md", "docs/backward-speed.md"),
     ),
     "decode": Part(
         "decoding over caches of true lengths",

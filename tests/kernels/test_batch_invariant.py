@@ -219,6 +219,15 @@ def test_tiles_do_not_depend_on_the_batch(queries: int) -> None:
     )
 
 
+@pytest.mark.parametrize("arch", [75, 80, 86, 90])
+def test_every_head_dim_has_a_tile_on_every_gpu(arch: int) -> None:
+    for head_dim in (8, 64, 128, 192, 200, 224, 256):
+        for rows in (1, 100):
+            q, k = (torch.empty(2, 2, n, head_dim, dtype=torch.float16) for n in (rows, 3000))
+            problem = Problem.from_tensors(q, k, k, batch_invariant=True)
+            assert select_plan(problem, arch, kernel="attn_fwd_wmma").head_dim == head_dim
+
+
 def test_a_wrong_flag_is_named() -> None:
     q = torch.randn(1, 2, 3, 16)
     with pytest.raises(TypeError, match="batch_invariant"):

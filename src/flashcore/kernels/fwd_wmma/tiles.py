@@ -184,7 +184,8 @@ def _has_too_many_shares(problem: Problem, plan: Plan, keys: int) -> bool:
 
 def _width_of_all_layouts(base: Plan) -> int:
     """Return the keys of a tile that a batch-invariant call has, however its sequences lie in
-    memory: the best of pages, which leave the fewest registers, that every layout can have."""
+    memory: the best of pages, which leave the fewest registers, that every layout can have. Above
+    head_dim 192 before sm_80 keys of packed sequences are not cut: no tile is legal there."""
 
     def widths(varlen: str, is_cut: bool) -> list[int]:
         has_pages = varlen in ("pages", "packed_pages")
@@ -194,7 +195,7 @@ def _width_of_all_layouts(base: Plan) -> int:
         return [plan.block_n for plan in sorted(legal, key=_rank)]
 
     kinds = itertools.product(VARLEN_KINDS, (False, True))
-    of_layouts = [widths(varlen, is_cut) for varlen, is_cut in kinds]
+    of_layouts = [found for varlen, is_cut in kinds if (found := widths(varlen, is_cut))]
     return next(n for n in widths("pages", True) if all(n in others for others in of_layouts))
 
 
