@@ -132,8 +132,8 @@ def _kinds(
 
 def _plans_of(problem: Problem, by_two: bool) -> list[tuple[str, Plan]]:
     """Return the plans of both designs: of two kernels, if asked for or if there is a mask, and of
-    one where it takes the problem, with sums of dq in their order and in any; each behind what
-    its variant's name ends with."""
+    one where it takes the problem, with sums of dq in their order and, where that may be chosen, in
+    any; each behind what its variant's name ends with."""
     if obstacle_anywhere(problem) is not None:
         return []
     plans: list[Plan] = []
@@ -143,7 +143,9 @@ def _plans_of(problem: Problem, by_two: bool) -> list[tuple[str, Plan]]:
         plans += _mask_plans(problem)
     if plan_one.obstacle(problem) is None:
         in_order = plan_one.select_one_kernel_plans(problem)
-        delta, main, rounding = plan_one.in_any_order(in_order)
-        others = [(_ANY_ORDER, main), ("", delta), ("", rounding)]
-        return [("", plan) for plan in (*plans, *in_order)] + others
+        plans += in_order
+        if plan_one.any_order_may_pay(problem):
+            delta, main, rounding = plan_one.in_any_order(in_order)
+            others = [(_ANY_ORDER, main), ("", delta), ("", rounding)]
+            return [("", plan) for plan in plans] + others
     return [("", plan) for plan in plans]
