@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import flashcore
 from flashcore.cli import app
+from flashcore.cli.calls.explain import parse_lengths
 from flashcore.cli.explain import explain
-from flashcore.cli.explain_call import parse_lengths
 from flashcore.cli.output import to_json
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 from flashcore.checks.gradient_drawing import draw_gradients
 from flashcore.checks.varlen_cases import VarlenCase
 from flashcore.checks.verify_backward import verify_backward
-from flashcore.cli import isolate_call
 from flashcore.cli.app import app
+from flashcore.cli.calls import isolate as isolate_call
 from flashcore.compile.codegen import KERNELS_DIR
 from flashcore.isolate import gates, registry
 from flashcore.isolate.backward import isolate_backward

@@ -90,7 +90,7 @@ def explain(
         flashcore explain -b 8 -s 1 --seqlen-k 4096 --cache-dtype float8_e4m3fn --arch sm_90
     """
     with command(json_output) as out:
-        from flashcore.cli.explain_call import Asked, call_of, parse_lengths
+        from flashcore.cli.calls.explain import Asked, call_of, parse_lengths
 
         case = o.make_case(
             batch=batch,

@@ -122,7 +122,7 @@ def isolate(
     """
     with command(json_output) as out:
         from flashcore.checks.planned import parse_tile
-        from flashcore.cli import isolate_call as call
+        from flashcore.cli.calls import isolate as call
         from flashcore.isolate import gates
         from flashcore.kernels.bwd_sm90.plan import DQ_KERNEL
         from flashcore.kernels.registry import BY_NAME

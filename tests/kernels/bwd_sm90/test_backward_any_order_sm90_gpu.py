@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from gradient_rule import wrong_gradients
+from test_backward_one_sm90_gpu import Leaves, made
 
 import flashcore
 from flashcore.backends.gradients import choose_backward
@@ -15,7 +16,6 @@ from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.problem import Problem
 
 pytestmark = pytest.mark.gpu
-Leaves = list[torch.Tensor]
 
 
 @pytest.fixture(autouse=True)
@@ -30,20 +30,6 @@ def _by_one_kernel_in_any_order(monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     torch.use_deterministic_algorithms(False)
 
 
-def made(
-    heads: tuple[int, int], rows: int, keys: int, dim: int, batch: int = 2
-) -> tuple[Leaves, torch.Tensor]:
-    """Return q, k, v and the gradient of the output."""
-    generator = torch.Generator("cuda").manual_seed(dim)
-
-    def normal(heads: int, length: int) -> torch.Tensor:
-        shape = batch, heads, length, dim
-        return torch.randn(shape, device="cuda", dtype=torch.bfloat16, generator=generator)
-
-    leaves = [normal(heads[0], rows), normal(heads[1], keys), normal(heads[1], keys)]
-    return [x.requires_grad_() for x in leaves], normal(heads[0], rows)
-
-
 def gradients(leaves: Leaves, dout: torch.Tensor, **options: object) -> tuple[torch.Tensor, ...]:
     options = {"deterministic": False} | options
     return torch.autograd.grad(flashcore.attention(*leaves, **options), leaves, dout)
@@ -54,7 +40,7 @@ def gradients(leaves: Leaves, dout: torch.Tensor, **options: object) -> tuple[to
 def test_gradients_are_right(head_dim: int, causal: bool) -> None:
     """Odd lengths, more keys than rows and fewer, heads of a group; a head at a time, too."""
     for rows, keys, heads_kv in ((333, 333, 4), (71, 901, 2), (901, 71, 1)):
-        leaves, dout = made((4, heads_kv), rows, keys, head_dim)
+        leaves, dout = made(head_dim, (4, heads_kv), rows, keys, head_dim)
         problem = Problem.from_tensors(*leaves, causal=causal, return_lse=True, deterministic=False)
         assert "dq added up in any order" in choose_backward(problem).reason
         options = {"causal": causal, "deterministic": False}
@@ -80,7 +66,7 @@ def plan_one_bytes(problem: Problem) -> int:
 def test_long_sequences_are_as_in_order(head_dim: int, options: dict[str, object]) -> None:
     """Many blocks add to the same rows at once; an add that is lost or counted twice is far beyond
     what another order changes."""
-    leaves, dout = made((8, 2), 4100, 4500, head_dim)
+    leaves, dout = made(head_dim, (8, 2), 4100, 4500, head_dim)
     ordered = gradients(leaves, dout, deterministic=True, **options)
     first = gradients(leaves, dout, **options)
     for _ in range(10):
@@ -94,7 +80,7 @@ def test_long_sequences_are_as_in_order(head_dim: int, options: dict[str, object
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("causal", [False, True])
 def test_torch_may_ask_for_determinism(head_dim: int, causal: bool) -> None:
-    leaves, dout = made((8, 2), 2200, 4500, head_dim)
+    leaves, dout = made(head_dim, (8, 2), 2200, 4500, head_dim)
     ordered = gradients(leaves, dout, causal=causal, deterministic=True)
     gradients(leaves, dout, causal=causal)  # prepared before torch asks
     torch.use_deterministic_algorithms(True)
@@ -104,7 +90,7 @@ def test_torch_may_ask_for_determinism(head_dim: int, causal: bool) -> None:
 
 def test_a_graph_is_replayed() -> None:
     """Each replay clears the sums itself."""
-    leaves, dout = made((4, 4), 1500, 1500, 128)
+    leaves, dout = made(128, (4, 4), 1500, 1500, 128)
     expected = gradients(leaves, dout, deterministic=True)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -223,9 +223,10 @@ def launches(
         made["dq_turns"] = turns_shape(problem), torch.int32
     if len(of) == 1:
         return list(plans), made
-    once, each = (1, plans[1:]) if plans.main.ordered else (0, plans)
-    others = (dataclasses.replace(plan, heads=share) for share in of for plan in each)
-    return [*plans[:once], *others], made
+    # Turns are those of all heads, sums are cleared for each share.
+    once = [plans.delta] if plans.main.ordered else []
+    others = (dataclasses.replace(plan, heads=share) for share in of for plan in plans[len(once) :])
+    return [*once, *others], made
 
 
 def sums_shape(problem: Problem, heads: int) -> tuple[int, int, int]:
