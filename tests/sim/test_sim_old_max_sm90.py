@@ -178,9 +178,21 @@ def masked(dtype: torch.dtype) -> tuple[Problem, Tensor, Tensor, Tensor, Tensor]
     return Problem.from_tensors(q, k, v, mask=mask, return_lse=True), q, k, v, mask
 
 
-def run_masked(dtype: torch.dtype, seed: int, plant: Plant | None = None) -> SimulationError | str:
+@functools.cache
+def under_a_triangle() -> tuple[Problem, Tensor, Tensor, Tensor, Tensor]:
+    """Return scores under a boolean mask of what causal rows see: it hides key tiles from rows that
+    have seen nothing yet. Its edge crosses a key tile of each warpgroup in front of the last keys
+    of all lanes."""
+    _, q, k, v = inputs("none")
+    mask = torch.ones(1, 1, CASE.seqlen_q, CASE.seqlen_k, dtype=torch.bool).tril(17)
+    return Problem.from_tensors(q, k, v, mask=mask, return_lse=True), q, k, v, mask
+
+
+def run_masked(
+    dtype: torch.dtype, seed: int, plant: Plant | None = None, triangle: bool = False
+) -> SimulationError | str:
     """Run such a case, as `run` does."""
-    problem, q, k, v, mask = masked(dtype)
+    problem, q, k, v, mask = under_a_triangle() if triangle else masked(dtype)
     plan = make_plan(problem, {"block_m": 128, "ping_pong": True})
     assert plan.old_max_serves == (dtype != torch.bfloat16)  # others are masked once
     out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
@@ -198,11 +210,27 @@ def test_scores_that_are_asked_for_again_are_masked_again(dtype: torch.dtype) ->
     assert run_masked(dtype, 0) == "healthy"
 
 
+def test_scores_of_a_hidden_key_tile_are_not_asked_for_again() -> None:
+    """They do not count, NaN or not."""
+    for seed in range(5):
+        assert run_masked(torch.bool, seed, triangle=True) == "healthy"
+    problem, q, k, v, mask = under_a_triangle()
+    k = k.clone()
+    k[:, :, 80:] = torch.nan  # rows up to 62 do not see it
+    out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
+    plan = make_plan(problem, {"block_m": 64})
+    simulate(problem, plan, q, k, v, mask, out, None, seed=1)
+    assert error_report(out[:, :, :63], q[:, :, :63], k, v, mask=mask[:, :, :63]).ok
+    assert out[:, :, 63:].isnan().all()
+
+
 @pytest.mark.parametrize("name", BESIDE_MASK)
 def test_a_planted_bug_beside_a_mask_is_caught_with_every_seed(name: str) -> None:
     plant = PLANTS_OLD_MAX_SM90[name]
+    triangle = name.startswith("hidden-tile")
+    assert not triangle or run_masked(torch.bool, 0, triangle=True) == "healthy"
     for seed in seeds_of(plant):
-        found = run_masked(torch.float32, seed, plant)
+        found = run_masked(torch.float32, seed, plant, triangle)
         kind = found if isinstance(found, str) else found.kind
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 

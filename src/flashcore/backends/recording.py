@@ -124,7 +124,7 @@ def _problem_of_case(case: Case) -> Problem:
     if case.mask == "padding":
         mask = torch.empty(case.batch, 1, 1, case.seqlen_k, dtype=torch.bool)
     elif case.mask != "none":
-        dtype = torch.bool if case.mask == "bool" else case.torch_dtype
+        dtype = case.torch_dtype if case.mask == "additive" else torch.bool
         mask = torch.empty(1, 1, case.seqlen_q, case.seqlen_k, dtype=dtype)
     return Problem.from_tensors(
         empty(case.num_heads_q, case.seqlen_q, case.head_dim),

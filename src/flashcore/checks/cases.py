@@ -15,7 +15,7 @@ from torch import Tensor
 from flashcore.problem.case import Case
 
 CAUSAL_KINDS = ("none", "upper_left", "lower_right")
-MASK_KINDS = ("none", "bool", "padding", "additive")
+MASK_KINDS = ("none", "bool", "triangle", "padding", "additive")
 LAYOUTS = ("bhsd", "bshd")
 # Nats that are added to a key's score, by the number of its step; steps are counted from the last
 # key on, and what falls in this order rises in the other. A softmax that rescales must follow.
@@ -121,6 +121,9 @@ def _make_mask(case: Case, generator: torch.Generator) -> Tensor | None:
         visible = torch.rand(shape, generator=generator) < 0.7
         visible[:, :, :1] = False
         return visible
+    if case.mask == "triangle":
+        everything = torch.ones(1, 1, case.seqlen_q, case.seqlen_k, dtype=torch.bool)
+        return everything.tril(case.seqlen_k - case.seqlen_q)
     if case.mask == "additive":
         shape = (1, 1, case.seqlen_q, case.seqlen_k)
         bias = torch.randn(shape, generator=generator)

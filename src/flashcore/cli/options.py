@@ -38,7 +38,7 @@ Softcap = Annotated[
 Scale = Annotated[
     float | None, typer.Option("--scale", help="Factor of q.k; default 1/sqrt(head_dim).")
 ]
-Mask = Annotated[str, typer.Option("--mask", help="Random mask: none, bool, padding or additive.")]
+Mask = Annotated[str, typer.Option("--mask", help="none, bool, triangle, padding or additive.")]
 Sinks = Annotated[
     bool, typer.Option("--sinks", help="A random logit of each head joins the softmax.")
 ]

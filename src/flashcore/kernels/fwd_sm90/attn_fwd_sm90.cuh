@@ -190,7 +190,21 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     float tile_sum[2];
     exponentiate<0, KEY_FRAGS>(scores, tile_sum, max_log2, c.scale_log2);
     const bool outgrown = has_outgrown<ASKS_ONCE>(tile_sum, max_log2);  // of a whole warpgroup
-    if (named_barrier_any(STORE_BARRIER + c.index, 128, outgrown)) {
+    bool needs_scores = named_barrier_any(STORE_BARRIER + c.index, 128, outgrown);
+    if constexpr (MASK_KIND == 1) {
+      // Rows that have seen nothing yet outgrow anything, also a tile that the mask hides, as those
+      // above a triangle are. Nothing of such a tile counts.
+      if (needs_scores) {
+        const bool sees = !c.mask.hides_all<KEY_FRAGS>(p, c.warp_row, n_block);
+        needs_scores = named_barrier_any(STORE_BARRIER + c.index, 128, sees);
+        if (!needs_scores) {
+#pragma unroll
+          for (int n = 0; n < KEY_FRAGS; ++n) wmma_fill(scores[n], 0.0f);
+          tile_sum[0] = tile_sum[1] = 0.0f;
+        }
+      }
+    }
+    if (needs_scores) {
       wgmma_fence();
       issue_scores(scores, c, smem.q[c.q_slot], smem.k, c.k_state.stage());
       wgmma_commit();

@@ -358,6 +358,21 @@ struct MaskStrip {
     return found;
   }
 
+  // Returns whether this lane's elements of a key tile's part, which must have been fetched, hide
+  // all of its keys.
+  template <int NUM_FRAGS>
+  FC_DEVICE bool hides_all(const AttnParams& p, int row_begin, int n_block) const {
+    const auto own = await(p, row_begin);
+    bool all = true;
+#pragma unroll
+    for (int n = 0; n < NUM_FRAGS; ++n) {
+      const MaskFragment elements = fragment(own, n);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) all &= hides_key(elements.of(i));
+    }
+    return all;
+  }
+
   // Adds the part that was fetched last.
   template <int NUM_FRAGS>
   FC_DEVICE void add_fetched(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p,

@@ -105,6 +105,14 @@ FC_DEVICE void add_mask(float& score, T x) {
   score += to_float(x);
 }
 
+// Returns whether a mask tensor's element hides its key, whatever the score: NaN - inf is NaN.
+FC_DEVICE bool hides_key(bool attend) { return !attend; }
+
+template <class T>
+FC_DEVICE bool hides_key(T) {
+  return false;
+}
+
 // Returns whether the sequence's end or the window hides some of keys [key_begin, key_begin + KEYS)
 // from some of rows [row_begin, row_begin + 16). All lanes agree.
 template <int KEYS>
