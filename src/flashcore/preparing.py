@@ -75,7 +75,7 @@ def prepare(
         backend: "auto", "sm90", "wmma", "sim" or "torch".
         dtype: of shapes; by default that of q, k or v if one is a tensor, else float16.
         device: of shapes; by default that of a tensor among q, k and v, else the current GPU, or
-            the CPU without one.
+            the CPU without one and with backend="sim".
 
     Returns:
         The plan of the kernel that is ready; None where PyTorch serves such calls.
@@ -90,7 +90,7 @@ def prepare(
     elif not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype or None, but is {dtype!r}")
     if device is None:
-        default = "cuda" if torch.cuda.is_available() else "cpu"
+        default = "cuda" if torch.cuda.is_available() and backend != "sim" else "cpu"
         device = given[0].device if given else torch.device(default)
     device = _device_of(device)
 

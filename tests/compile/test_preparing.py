@@ -66,6 +66,15 @@ def test_what_is_compiled_is_what_the_call_runs(
     assert compiled == [expected, expected]
 
 
+def test_shapes_are_of_the_cpu_for_the_simulator(
+    compiled: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is a GPU, too."""
+    expected = flashcore.prepare(Q, KV, KV, backend="sim")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert flashcore.prepare(Q, KV, KV, backend="sim") == expected
+
+
 def test_packed_sequences(compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = tensors((60, 4, 32), (70, 2, 32), (70, 2, 32))
     cu_q, cu_k = torch.tensor([0, 20, 60]).int(), torch.tensor([0, 30, 70]).int()

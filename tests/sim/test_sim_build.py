@@ -114,6 +114,17 @@ def test_a_kernel_runs_whichever_linker_made_it(monkeypatch: pytest.MonkeyPatch)
     expected = run_barriers(barriers_source())
     monkeypatch.setattr(build, "_linker_flags", lambda compiler: ())
     assert torch.equal(run_barriers(barriers_source() + "// by ld\n"), expected)
+    monkeypatch.setattr(build, "_linker_flags", lambda compiler: ("-fuse-ld=broken",))
+    assert torch.equal(run_barriers(barriers_source() + "// by ld again\n"), expected)
+
+
+def test_a_kernel_that_does_not_link_says_why(tmp_path: Path) -> None:
+    compiler = cxx.find_compiler("the simulator")
+    for flags in ((), ("-fuse-ld=broken",)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(build, "_linker_flags", lambda compiler, flags=flags: flags)
+            with pytest.raises(CompileError, match=r"no-such-object\.o"):
+                build._link(compiler, ["no-such-object.o"], tmp_path / "kernel.so")
 
 
 def test_a_compiler_that_is_set_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

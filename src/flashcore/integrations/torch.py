@@ -86,7 +86,7 @@ def _impl(
     with warnings.catch_warnings():
         # torch warns of an operator whose kernel is replaced, which is the purpose.
         warnings.filterwarnings("ignore", message="(?s).*Overriding a previously registered kernel")
-        library.impl(name, function, key)
+        library.impl(name, function, key, allow_override=True)  # torch 2.11 wants to be told
 
 
 class Activation:

@@ -21,8 +21,10 @@ from flashcore.compile.cxx import (
     find_compiler,
     load_or_build,
 )
+from flashcore.errors import CompileError
 
 _WHAT = "the simulator"
+_KERNEL = "the kernel for the simulator"
 KIND = "sim"  # the folder in the cache
 RUNTIME_DIR = Path(__file__).parent / "runtime"
 
@@ -93,9 +95,21 @@ def _build(source: str, path: Path) -> None:
     runtime = _runtime_object(compiler, path.parent)
     unit = path.with_name("kernel.cpp")
     unit.write_text(source, encoding="utf-8")
-    flags = [*COMMON_FLAGS, *KERNEL_FLAGS, *_linker_flags(compiler), "-shared"]
-    arguments = [*flags, str(unit), str(runtime)]
-    compile_file(compiler, arguments, path, "the kernel for the simulator")
+    compiled = path.with_name("kernel.o")
+    compile_file(compiler, [*COMMON_FLAGS, *KERNEL_FLAGS, "-c", str(unit)], compiled, _KERNEL)
+    _link(compiler, [str(compiled), str(runtime)], path)
+
+
+def _link(compiler: Compiler, objects: list[str], path: Path) -> None:
+    """Link by gold, or by what the compiler takes itself: gold stops at a file that GNU ld passes
+    over, such as a link of a compiler's folder that leads nowhere."""
+    flags = _linker_flags(compiler)
+    try:
+        compile_file(compiler, [*flags, "-shared", *objects], path, _KERNEL)
+    except CompileError:
+        if not flags:
+            raise
+        compile_file(compiler, ["-shared", *objects], path, _KERNEL)
 
 
 @functools.lru_cache(maxsize=256)

@@ -65,7 +65,8 @@ struct StreamWalk {
   template <class Take>
   FC_DEVICE static void each_row_tile(const AttnParams& p, int item, int m_block,
                                       const Take& take) {
-    const auto& own = sequence_params(p, item_coord(p, item, 0));
+    const BlockCoord first = item_coord(p, item, 0);
+    const auto& own = sequence_params(p, first);
     const int count = PACKED ? (own.seqlen_q + BLOCK_M - 1) / BLOCK_M : 1;
     for (; m_block < count; ++m_block) {
       const Range keys = key_tiles(own, item_coord(p, item, m_block).m_begin);
