@@ -4,6 +4,7 @@
     python scripts/sanitize.py --tool racecheck
     python scripts/sanitize.py --only gradients   # rows with this text
     python scripts/sanitize.py --limit-s 500      # no row begins after so many seconds
+    python scripts/sanitize.py --jobs 16          # processes that compile the rows' kernels first
     python scripts/sanitize.py --self-test        # plant bugs, and fail unless the tools find them
 
 Exit status: 0 no finding, 1 a finding (or a wrong result, an error, or a row that was not run), 2
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -90,6 +92,20 @@ def run_rows(rows: Iterable[Case | Call], plant: str | None, deadline: float | N
                 lines = str(error).strip().splitlines() or [""]
                 verdict = f"error: {type(error).__name__}: {lines[0]}"
         print(f"@case {number} {verdict}", flush=True)
+
+
+def compile_first(indices: Sequence[int], jobs: int, deadline: float | None) -> None:
+    """Run rows once without a tool, in some processes: under a tool their kernels are found
+    compiled."""
+    with ThreadPoolExecutor(jobs) as pool:
+        for own in (indices[start::jobs] for start in range(min(jobs, len(indices)))):
+            pool.submit(subprocess.run, child_command(own, deadline), capture_output=True)
+
+
+def child_command(indices: Sequence[int], deadline: float | None) -> list[str]:
+    """Return the command of a process that runs rows."""
+    command = [sys.executable, __file__, "--child", ",".join(map(str, indices))]
+    return command + (["--deadline", str(deadline)] if deadline is not None else [])
 
 
 def run_row(row: Case | Call, plant: str | None) -> bool:
@@ -196,9 +212,8 @@ def run_tool(
     for name in KERNELS:  # a kernel is checked if any of them matches
         command += ["--kernel-regex", f"kns={name}"]
     command += ["--print-limit", "20"]
-    command += [sys.executable, __file__, "--child", ",".join(map(str, indices))]
+    command += child_command(indices, deadline)
     command += ["--plant", plant] if plant else []
-    command += ["--deadline", str(deadline)] if deadline is not None else []
     done = subprocess.run(
         command,
         env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
@@ -297,6 +312,13 @@ def main() -> int:
     parser.add_argument(
         "--limit-s", type=float, metavar="SECONDS", help="after so long no row of any tool begins"
     )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=min(8, os.cpu_count() or 1),
+        metavar="NUMBER",
+        help="processes that compile kernels before a tool runs; default: %(default)s",
+    )
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--plant", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
@@ -321,6 +343,7 @@ def main() -> int:
     if not indices:
         print(f"sanitize: nothing was checked, for this GPU has no row with {options.only!r}")
         return 2
+    compile_first(indices, max(1, options.jobs), deadline)
     outcomes = {
         tool: run_tool(sanitizer, tool, indices, deadline=deadline)
         for tool in options.tool or TOOLS
