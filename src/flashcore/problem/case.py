@@ -47,9 +47,10 @@ class Case(InNumbers):
     """A case is one attention call in numbers.
 
     Lengths are in tokens, dims in elements. `mask`: "bool" is a random [1, num_heads_q, seqlen_q,
-    seqlen_k] mask whose first row attends to nothing, "triangle" what a causal call sees, as a
-    [1, 1, seqlen_q, seqlen_k] mask, "padding" a [batch, 1, 1, seqlen_k] one as tokenizers make it,
-    "additive" a random bias [1, 1, seqlen_q, seqlen_k] with some -inf.
+    seqlen_k] mask whose first row attends to nothing, "triangle" a [1, 1, seqlen_q, seqlen_k] one
+    of what a causal call sees, and of the last key for one row in 64, "padding" a [batch, 1, 1,
+    seqlen_k] one as tokenizers make it, "additive" a random bias [1, 1, seqlen_q, seqlen_k] with
+    some -inf.
     `layout` is the order in memory; "bshd" is passed transposed, as a projection's output is.
     `tail` NaN rows follow every sequence in memory, `offset` elements precede the first one.
     `spread` multiplies q, so that the softmax gets sharper; `growth` is one of

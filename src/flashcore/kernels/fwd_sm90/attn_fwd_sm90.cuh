@@ -56,6 +56,7 @@ struct Consumer {
   OnlineSoftmax softmax;
   PipelineState k_state;  // of the next K; V's, one tile of this consumer behind, follows from it
   bool k_is_there, v_is_there;  // of ask_ahead
+  bool hidden;                  // P of the key tile visited last is 0; under SKIPS_HIDDEN
   MaskStrip mask;
   Queries queries;  // under FLOAT8
 //@if gate
@@ -118,6 +119,30 @@ FC_DEVICE void skip_key_tile(Consumer& c, const Barriers& bar) {
   ++c.k_state.count;
 }
 
+// Returns whether no lane of the warpgroup has added anything to a sum.
+FC_DEVICE bool is_nothing(const Consumer& c, const float (&sum)[2]) {
+  return !named_barrier_any(STORE_BARRIER + c.index, 128, sum[0] + sum[1] != 0.0f);
+}
+
+// Returns whether the mask hides a key tile from all rows of the warpgroup.
+FC_DEVICE bool is_hidden(const Consumer& c, const AttnParams& p, int n_block) {
+  const bool sees = !c.mask.hides_all<KEY_FRAGS>(p, c.warp_row, n_block);
+  return !named_barrier_any(STORE_BARRIER + c.index, 128, sees);
+}
+
+// A key tile that is hidden like the one before it, in the place of key_tile: P of both is 0.
+FC_DEVICE void hidden_key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, int n_block) {
+  if (PING_PONG) pass_issue(c);
+  mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
+  mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());
+  warp_sync();  // or the next phase could pass a lane that still waits
+  release(bar.k_empty, c.k_state);
+  release(bar.v_empty, c.v_state());
+  c.mask.fetch_next(p, c.warp_row, n_block);
+  c.k_is_there = false;  // nobody has asked
+  ++c.k_state.count;
+}
+
 // A consumer warp is done with the row tile's Q.
 FC_DEVICE void release_q(const Consumer& c, const Barriers& bar) {
   if (lane_idx() == 0) mbar_arrive(bar.q_empty + c.q_slot);
@@ -171,6 +196,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
   return;
 //@end
   ask_ahead(c, bar);
+  c.hidden = false;
   float rescale[2];
   constexpr bool IN_PARTS = FIRST && SPLITS_FIRST_TILE;
   constexpr int FIRST_PART = IN_PARTS ? first_part_of(KEY_FRAGS) : KEY_FRAGS;
@@ -191,17 +217,19 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     exponentiate<0, KEY_FRAGS>(scores, tile_sum, max_log2, c.scale_log2);
     const bool outgrown = has_outgrown<ASKS_ONCE>(tile_sum, max_log2);  // of a whole warpgroup
     bool needs_scores = named_barrier_any(STORE_BARRIER + c.index, 128, outgrown);
-    if constexpr (MASK_KIND == 1) {
-      // Rows that have seen nothing yet outgrow anything, also a tile that the mask hides, as those
-      // above a triangle are. Nothing of such a tile counts.
+    if constexpr (SKIPS_HIDDEN) {
+      // Rows that have seen nothing yet outgrow anything, also a tile that the mask hides. Nothing
+      // of such a tile counts.
       if (needs_scores) {
-        const bool sees = !c.mask.hides_all<KEY_FRAGS>(p, c.warp_row, n_block);
-        needs_scores = named_barrier_any(STORE_BARRIER + c.index, 128, sees);
-        if (!needs_scores) {
+        c.hidden = is_hidden(c, p, n_block);
+        needs_scores = !c.hidden;
+        if (c.hidden) {
 #pragma unroll
           for (int n = 0; n < KEY_FRAGS; ++n) wmma_fill(scores[n], 0.0f);
           tile_sum[0] = tile_sum[1] = 0.0f;
         }
+      } else if (n_block / KEY_SLICES % HIDDEN_STEP == 0) {
+        c.hidden = is_nothing(c, tile_sum);
       }
     }
     if (needs_scores) {
@@ -383,12 +411,17 @@ FC_DEVICE void consume(const AttnSm90Params& params, const Barriers& bar, const 
       if (PING_PONG && n_block < keys.end - 1) pass_issue(c);
       if constexpr (MASK_KIND != 0) c.mask.fetch(own, c.warp_row, n_block);
       key_tile<true, true>(c, own, bar, smem, n_block, begin);
+      if (SKIPS_HIDDEN) c.hidden = is_nothing(c, c.softmax.row_sum);
       n_block -= KEY_SLICES;
       for (; n_block >= max_i(unmasked.end, begin); n_block -= KEY_SLICES) {
         key_tile<false, true>(c, own, bar, smem, n_block, begin);
       }
       for (; n_block >= max_i(unmasked.begin, begin); n_block -= KEY_SLICES) {
-        key_tile<false, false>(c, own, bar, smem, n_block, begin);
+        if (SKIPS_HIDDEN && c.hidden && is_hidden(c, own, n_block)) {
+          hidden_key_tile(c, own, bar, n_block);
+        } else {
+          key_tile<false, false>(c, own, bar, smem, n_block, begin);
+        }
       }
       if (HAS_WINDOW_LEFT) {
         for (; n_block >= begin; n_block -= KEY_SLICES) {

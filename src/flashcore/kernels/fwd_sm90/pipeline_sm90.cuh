@@ -132,6 +132,17 @@ constexpr bool ASKS_ONCE = MAY_TRY_OLD_MAX && IS_PLAIN && VARLEN == 0 && HAS_WIN
 // of the second part. Shorter key tiles are taken as one.
 constexpr bool SPLITS_FIRST_TILE = ASKS_ONCE && BLOCK_N > 64;
 
+// True where a boolean mask's hidden key tiles are passed over. They come in runs: above a triangle,
+// beside a document. So after one that is hidden a consumer looks at the mask before it issues the
+// next one's products. Whether a tile is hidden it knows of the first one that it visits, and then
+// of each HIDDEN_STEP-th, as to agree costs a warpgroup a barrier.
+//@if gate
+constexpr bool SKIPS_HIDDEN = false;
+//@else
+constexpr bool SKIPS_HIDDEN = MASK_KIND == 1;
+//@end
+constexpr int HIDDEN_STEP = 4;  // of a consumer's own
+
 enum NamedBarrier {
   ISSUE_BARRIER = 1,                              // + consumer: it may issue products
   STORE_BARRIER = ISSUE_BARRIER + NUM_CONSUMERS,  // + consumer: the warps of a warpgroup
