@@ -92,7 +92,7 @@ def names_of(problem: Problem, kernel: str = "sm90") -> list[str]:
 def test_the_simulated_kernel_reads_a_copy(
     any_size: None, monkeypatch: pytest.MonkeyPatch, dims: str, dtype: torch.dtype, offset: int
 ) -> None:
-    """Whether calls are dense, padded or over pages, and however the mask is broadcast."""
+    """It does so in dense calls, in padded ones and over pages."""
     monkeypatch.setenv(env.SIM_ARCH.name, "90")
     read: list[tuple[MaskSpec, torch.Tensor]] = []
 
