@@ -332,7 +332,7 @@ def test_copies_keep_what_is_expanded() -> None:
         "k": 2 * 6 * 8 * 2,
         "v": 4 * 6 * 8 * 2,
     }
-    _, own_k, own_v = adapted.tensors(q, k, v)
+    _, own_k, own_v, _ = adapted.tensors(q, k, v, None)
     assert own_k.stride() == (48, 0, 8, 1)
     assert own_v.stride() == (0, 48, 8, 1)
     assert adapted.problem.k_strides == own_k.stride()[:3]
@@ -345,7 +345,7 @@ def test_what_is_added_is_zero() -> None:
     adapted = adapt(Problem.from_tensors(q, k, strided(v)), "wmma")
     torch.use_deterministic_algorithms(True)
     try:
-        copies = adapted.tensors(q, k, strided(v))
+        copies = adapted.tensors(q, k, strided(v), None)[:3]
     finally:
         torch.use_deterministic_algorithms(False)
     for copy, x in zip(copies, (q, k, v), strict=True):

@@ -6,7 +6,8 @@ tensors they are given copies, padded with zeros: they add nothing to a score, a
 the output that belong to them are dropped. k and v that are expanded over their heads have one head
 that all heads of q share. The Hopper kernel reads by TMA, which also wants rows that start at
 multiples of 16 bytes: other tensors are copied for it if that takes less time than it saves, or if
-it was asked for.
+it was asked for. It reads a mask from anywhere, but from such rows faster: a mask that is broadcast
+is copied, too (copy_of_mask).
 
 Everything here happens once for a description of tensors, below the operators: gradients, which
 PyTorch computes, are those of the caller's own tensors. Read next: dispatch.prepare.
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from flashcore.backends.readable import PACKET_BYTES, Copy, Dims, copy_of_mask, expanded
 from flashcore.kernels.kernel import ForwardKernel
 from flashcore.kernels.registry import BY_BACKEND, PORTABLE, forward_for
 from flashcore.problem import Problem
@@ -38,62 +40,6 @@ SECONDS_SAVED_PER_FLOP = 3.44e-15
 SECONDS_PER_COPIED_BYTE = 6.61e-13
 SECONDS_PER_COPY = 2.1e-6
 
-_ELEMENT_BYTES = 2  # of what the kernels take
-Dims = tuple[bool, bool, bool]  # of (batch, heads, seqlen)
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """A Copy describes a copy of q, k or v, padded with zeros.
-
-    Args:
-        name: "q", "k" or "v".
-        columns: of the copy, head_dim or more.
-        keeps: of (batch, heads, seqlen), where the tensor is expanded and its copy is too.
-        sizes: of (batch, heads, seqlen).
-        reason: why, in words.
-    """
-
-    name: str
-    columns: int
-    keeps: Dims
-    sizes: tuple[int, int, int]
-    reason: str
-
-    @property
-    def strides(self) -> Strides3:
-        """Return the strides of the copy, as a Problem has them: 0 where no step is ever taken,
-        too."""
-        _, heads, rows = self._stored
-        steps = (heads * rows * self.columns, rows * self.columns, self.columns)
-        of_batch, of_head, of_row = (
-            step if size > 1 else 0 for step, size in zip(steps, self._stored, strict=True)
-        )
-        return of_batch, of_head, of_row
-
-    @property
-    def num_bytes(self) -> int:
-        """Return the number of bytes that are written."""
-        batch, heads, rows = self._stored
-        return batch * heads * rows * self.columns * _ELEMENT_BYTES
-
-    @property
-    def _stored(self) -> tuple[int, int, int]:
-        batch, heads, rows = (
-            1 if kept else size for kept, size in zip(self.keeps, self.sizes, strict=True)
-        )
-        return batch, heads, rows
-
-    def of(self, x: Tensor) -> Tensor:
-        """Make it, of [batch, num_heads, seqlen, head_dim]."""
-        stored = x[tuple(slice(1) if kept else slice(None) for kept in self.keeps)]
-        copy = x.new_empty((*stored.shape[:3], self.columns))
-        head_dim = x.shape[3]
-        copy[..., :head_dim].copy_(stored)
-        if head_dim < self.columns:
-            copy[..., head_dim:].zero_()
-        return copy.expand(*x.shape[:3], self.columns)
-
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
@@ -102,7 +48,7 @@ class Adapted:
     Args:
         problem: describes the tensors that `tensors` returns.
         one_head: k and v are given with the first of their heads alone.
-        copies: of q, k and v, one each at most.
+        copies: of q, k, v and the mask, one each at most.
         head_dim_v: of the call's output; that of `problem` may be greater.
         notes: the same in words, a sentence each.
     """
@@ -118,15 +64,21 @@ class Adapted:
         """Return whether tensors and result need no change."""
         return not (self.copies or self.one_head)
 
-    def tensors(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the kernel reads, of the call's q, k and v: [batch, num_heads, seqlen,
-        dim]."""
+    def tensors(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return what the kernel reads, of the call's q, k and v: [batch, num_heads, seqlen, dim];
+        and of its mask, if there is one."""
         if self.one_head:
             k, v = k[:, :1], v[:, :1]
-        given = {"q": q, "k": k, "v": v}
-        for copy in self.copies:
-            given[copy.name] = copy.of(given[copy.name])
-        return given["q"], given["k"], given["v"]
+        copies = {copy.name: copy for copy in self.copies}
+        q, k, v = (
+            copies[name].of(x) if name in copies else x
+            for name, x in (("q", q), ("k", k), ("v", v))
+        )
+        if mask is not None and "mask" in copies:
+            mask = copies["mask"].of(mask)
+        return q, k, v, mask
 
     def result(self, out: Tensor) -> Tensor:
         """Return the call's output, of what the kernel wrote: [..., head_dim_v], contiguous."""
@@ -164,6 +116,12 @@ class _Adapting:
             fields["load_bytes"] = 16
         self.change(**fields)
 
+    def copy_mask(self, copy: Copy) -> None:
+        assert self.problem.mask is not None
+        self.copies[copy.name] = copy
+        strides, width = (*copy.strides, 1), PACKET_BYTES
+        self.change(mask=dataclasses.replace(self.problem.mask, strides=strides, load_bytes=width))
+
     def done(self) -> Adapted:
         copies = tuple(self.copies.values())
         notes = [f"{copy.name} is copied: {copy.reason}" for copy in copies]
@@ -186,11 +144,7 @@ def _sizes(problem: Problem, name: str) -> tuple[int, int, int]:
 def _expanded(problem: Problem, name: str) -> Dims:
     """Return in which of (batch, heads, seqlen) a tensor is expanded."""
     strides: Strides3 = getattr(problem, f"{name}_strides")
-    batch, heads, rows = (
-        stride == 0 and size > 1
-        for stride, size in zip(strides, _sizes(problem, name), strict=True)
-    )
-    return batch, heads, rows
+    return expanded(strides, _sizes(problem, name))
 
 
 def _shares_one_head(problem: Problem) -> bool:
@@ -226,6 +180,9 @@ def adapt(problem: Problem, kernel: str) -> Adapted:
         )
     _make_readable(adapting, HEAD_DIM_MULTIPLE)
     _make_readable_by(BY_BACKEND[kernel], adapting)
+    mask = _copy_of_mask(adapting.problem, kernel)
+    if mask is not None:
+        adapting.copy_mask(mask)
     if with_copied_q(adapting.problem) is not None:
         reason = "heads that share one of k and v become rows of one row tile by that"
         adapting.copy("q", adapting.problem.head_dim, (False, False, False), reason)
@@ -237,7 +194,7 @@ def _is_read_in_place(problem: Problem, kernel: str) -> bool:
     keys that grows meets anew with every key."""
     if kernel == "torch":
         return True
-    if BY_BACKEND[kernel].unreadable(problem):
+    if BY_BACKEND[kernel].unreadable(problem) or _copy_of_mask(problem, kernel) is not None:
         return False
     return not _shares_one_head(problem) and with_copied_q(problem) is None
 
@@ -271,6 +228,14 @@ def _make_readable_by(kernel: ForwardKernel[Any], adapting: _Adapting) -> None:
         adapting.copy(name, columns, (of_batch, of_heads, False), reason)
 
 
+def _copy_of_mask(problem: Problem, kernel: str) -> Copy | None:
+    """Return the copy of the mask that a kernel is given, if it reads rows faster that begin at
+    multiples of 16 bytes. Whether it pays depends on the batch, so batch-invariant calls have
+    none."""
+    is_wanted = BY_BACKEND[kernel].prefers_aligned_masks and not problem.batch_invariant
+    return copy_of_mask(problem) if is_wanted else None
+
+
 def rather_portable(problem: Problem, preferred: ForwardKernel[Any]) -> str | None:
     """Return why the portable kernel should compute a call, though the one that the architecture
     prefers can be given copies of its tensors; None if that one should."""
@@ -283,7 +248,7 @@ def rather_portable(problem: Problem, preferred: ForwardKernel[Any]) -> str | No
     reason = preferred.obstacle(hopper.problem)
     if reason is not None:
         return reason
-    needed = {copy.name for copy in portable.copies}
+    needed = {copy.name for copy in portable.copies} | {"mask"}  # which is copied where it pays
     extra = [copy for copy in hopper.copies if copy.name not in needed]
     if problem.has_pages and any(copy.name in "kv" for copy in extra):
         return f"{extra[0].reason}; a cache in pages is not copied for it"

@@ -8,12 +8,7 @@ from typing import Any
 
 import torch
 
-from flashcore.backends.readable import (
-    copies_mask,
-    readable,
-    with_aligned_rows,
-    with_whole_rows,
-)
+from flashcore.backends.readable import copy_of_mask, readable, with_whole_rows
 from flashcore.backends.torch_backward import laid_out_as
 from flashcore.base.gradient_workspace import workspace_bytes
 from flashcore.kernels.bwd_mask_sm90.plan import MaskPlan, select_mask_plan
@@ -87,8 +82,9 @@ def fused_backward(
         layout: dict[str, Any] = {name: getattr(copied, name) for name in _LAYOUT}
         problem = dataclasses.replace(problem, **layout)
     problem = of_any_longest(problem)
-    if mask is not None and copies_mask(problem, mask):
-        mask = with_aligned_rows(mask)
+    copy = copy_of_mask(problem)
+    if mask is not None and copy is not None:
+        mask = copy.of(mask)
         problem = dataclasses.replace(problem, mask=mask_spec(mask))
     is_packed = problem.varlen == "packed"
     tensors = _named(q, k, v, mask, lengths or {}, out, lse, dout, dlse, is_packed)
@@ -272,7 +268,7 @@ def prepare_on_gpu(
         return None
     if problem.varlen == "keys" and any(with_whole_rows(x) is not x for x in (k, v)):
         return None
-    if mask is not None and copies_mask(problem, mask):
+    if copy_of_mask(problem) is not None:
         return None
     problem = of_any_longest(problem)
     q, k, v, out, lse, dout = given.values()

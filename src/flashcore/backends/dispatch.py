@@ -264,7 +264,7 @@ def _run_adapted(
         q = as_batch(q)
         if not adapted.problem.has_pages:
             k, v = as_batch(k), as_batch(v)
-    q, k, v = adapted.tensors(q, k, v)
+    q, k, v, mask = adapted.tensors(q, k, v, mask)
     # Behind the three stand addresses of lengths and sinks.
     addresses = q.data_ptr(), k.data_ptr(), v.data_ptr(), *addresses[3:]
     out, *others = call(q, k, v, mask, addresses, *sinks)

@@ -237,7 +237,7 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
         out = q.new_empty((*out.shape[:2], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
     k, v = (k, v) if problem.has_pages else (as_batch(k), as_batch(v))
-    tensors = (*adapted.tensors(as_batch(q), k, v), None)
+    tensors = adapted.tensors(as_batch(q), k, v, None)
     seed = env.sim_seed()
     simulate(problem, plan, *tensors, out, lse, None, others, max_score=max_score, seed=seed)
     return Results(adapted.result(out), lse, max_score)

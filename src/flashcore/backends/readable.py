@@ -1,54 +1,128 @@
-"""Copy tensors that the fused backward cannot read where they are, or reads slowly there."""
+"""Copy tensors that kernels cannot read where they are, or read slowly there."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from flashcore.problem import Problem
-from flashcore.problem.memory_layout import load_bytes, strides_of, with_columns_of_zeros
+from flashcore.problem.memory_layout import Strides3, load_bytes, strides_of, with_columns
 
 Tensor = torch.Tensor
-_PACKET = 8  # elements of 16 bytes
-_MANY_SCORES = 1 << 24  # of a call: with fewer a copy of the mask takes longer than it saves
+Dims = tuple[bool, bool, bool]  # of (batch, heads, seqlen)
+PACKET_BYTES = 16
+_PACKET = 8  # elements of so many bytes
+# Of a call whose mask is copied: with fewer scores, or fewer of them for each element of the mask,
+# a copy takes longer than it saves.
+_MANY_SCORES = 1 << 24
+_SCORES_OF_ELEMENT = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A Copy describes a copy of q, k or v, padded with zeros, or of a mask.
+
+    Args:
+        name: "q", "k", "v" or "mask".
+        columns: from one row of the copy to the next; of q, k and v head_dim or more, all of them
+            part of the copy.
+        keeps: of (batch, heads, seqlen), where the tensor is expanded and its copy is too.
+        sizes: of (batch, heads, seqlen).
+        reason: why, in words.
+        element_bytes: of an element; 2 of what the kernels take.
+    """
+
+    name: str
+    columns: int
+    keeps: Dims
+    sizes: tuple[int, int, int]
+    reason: str
+    element_bytes: int = 2
+
+    @property
+    def strides(self) -> Strides3:
+        """Return the strides of the copy, as a Problem has them: 0 where no step is ever taken,
+        too."""
+        _, heads, rows = self._stored
+        steps = (heads * rows * self.columns, rows * self.columns, self.columns)
+        of_batch, of_head, of_row = (
+            step if size > 1 else 0 for step, size in zip(steps, self._stored, strict=True)
+        )
+        return of_batch, of_head, of_row
+
+    @property
+    def num_bytes(self) -> int:
+        """Return the number of bytes that are written, or left as they were behind a mask's
+        rows."""
+        return math.prod(self._stored) * self.columns * self.element_bytes
+
+    @property
+    def _stored(self) -> tuple[int, int, int]:
+        batch, heads, rows = (
+            1 if kept else size for kept, size in zip(self.keeps, self.sizes, strict=True)
+        )
+        return batch, heads, rows
+
+    def of(self, x: Tensor) -> Tensor:
+        """Make it, of [batch, num_heads, seqlen, head_dim], or of a mask with fewer dimensions."""
+        keeps = self.keeps[4 - x.dim() :]
+        return with_columns(x, self.columns, keeps, are_zero=self.name != "mask")
+
+
+def copy_of_mask(problem: Problem) -> Copy | None:
+    """Return the copy of the mask whose rows begin at multiples of 16 bytes; None where it is not
+    worth its time. Kernels for Hopper read such rows in two thirds of the time of others, and a
+    copy is as fast as two heads are computed, so it pays where heads or batches share the mask.
+    Measured on an H200 (2026-11-30), see docs/ladder-backward.md. The keys, and not the mask, bind
+    calls of one query, whose plans other lengths share (backends/growing.py)."""
+    mask = problem.mask
+    if mask is None or mask.dtype == "tree" or mask.load_bytes >= PACKET_BYTES:
+        return None
+    *strides, of_key = mask.strides
+    if of_key != 1 or problem.seqlen_q == 1:
+        return None
+    sizes = problem.batch, problem.num_heads_q, problem.seqlen_q
+    keeps = expanded(strides, sizes)
+    element_bytes = mask.element_bytes
+    packet = PACKET_BYTES // element_bytes
+    copy = Copy(
+        "mask",
+        -(-problem.seqlen_k // packet) * packet,
+        keeps,
+        sizes,
+        f"it is broadcast, and rows that begin at multiples of {PACKET_BYTES} bytes are read "
+        f"faster than its own, at multiples of {mask.load_bytes}",
+        element_bytes,
+    )
+    num_scores = math.prod(sizes) * problem.seqlen_k
+    own = math.prod(1 if kept else size for size, kept in zip(sizes, keeps, strict=True))
+    least = max(_MANY_SCORES, _SCORES_OF_ELEMENT * own * problem.seqlen_k)
+    return copy if num_scores >= least else None
+
+
+def expanded(strides: Sequence[int], sizes: Sequence[int]) -> Dims:
+    """Return in which of (batch, heads, seqlen) a tensor is expanded."""
+    batch, heads, rows = (
+        stride == 0 and size > 1 for stride, size in zip(strides, sizes, strict=True)
+    )
+    return batch, heads, rows
 
 
 def readable(x: Tensor) -> Tensor:
     """Return x if TMA can read it, or a copy: rows that are contiguous, of whole 16 bytes, at
     multiples of 16 bytes, nothing expanded. Columns of zeros behind it add nothing."""
     x = x.resolve_neg()
-    if x.shape[3] % _PACKET:
-        return with_columns_of_zeros(x, -x.shape[3] % _PACKET)
+    head_dim = x.shape[3]
+    if head_dim % _PACKET:
+        return with_columns(x, head_dim + -head_dim % _PACKET)
     strides = strides_of(x)
-    is_expanded = any(
-        stride == 0 and size > 1 for stride, size in zip(strides, x.shape[:3], strict=True)
-    )
+    is_expanded = any(expanded(strides, x.shape[:3]))
     if x.stride(3) != 1 or is_expanded or load_bytes(x) < 16 or max(strides) >= 2**31:
         return x.clone(memory_format=torch.contiguous_format)
     return x
-
-
-def copies_mask(problem: Problem, mask: Tensor) -> bool:
-    """Return whether a copy of the mask is worth its time. Kernels read rows that begin at
-    multiples of 16 bytes in two thirds of the time of others, and a copy is as fast as two heads
-    are computed, so it pays where heads or batches share the mask. Measured on an H200
-    (2026-11-30), see docs/ladder-backward.md."""
-    assert problem.mask is not None
-    if problem.mask.load_bytes >= 16 or problem.mask.strides[3] != 1:
-        return False
-    num_scores = problem.batch * problem.num_heads_q * problem.seqlen_q * problem.seqlen_k
-    own = (size for size, step in zip(mask.shape, mask.stride(), strict=True) if step)
-    return num_scores >= max(_MANY_SCORES, 2 * math.prod(own))
-
-
-def with_aligned_rows(mask: Tensor) -> Tensor:
-    """Return a copy, broadcast as the mask is, whose rows begin at multiples of 16 bytes."""
-    own = mask[tuple(slice(None if step else 1) for step in mask.stride())]
-    keys = own.shape[-1]
-    packet = 16 // own.element_size()
-    rows = own.new_empty(*own.shape[:-1], -(-keys // packet) * packet)
-    return rows[..., :keys].copy_(own).expand(mask.shape)
 
 
 def with_whole_rows(x: Tensor) -> Tensor:

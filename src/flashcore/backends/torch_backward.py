@@ -16,7 +16,7 @@ from torch import Tensor
 
 from flashcore.backends import torch_own
 from flashcore.problem import Problem
-from flashcore.problem.memory_layout import with_columns_of_zeros, with_strides_of_empty_like
+from flashcore.problem.memory_layout import with_columns, with_strides_of_empty_like
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
@@ -279,7 +279,7 @@ def with_whole_packets(x: Tensor) -> Tensor:
     multiple of PACKET elements."""
     missing = -x.shape[-1] % PACKET
     if missing:
-        return with_columns_of_zeros(x, missing)
+        return with_columns(x, x.shape[-1] + missing)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -141,6 +141,10 @@ class ForwardKernel(Kernel[P]):
     budget: tuple[int, int] | None = None
     rules: str = ""
 
+    # Whether rows of a mask that begin at multiples of 16 bytes are read so much faster that a copy
+    # may pay (backends/readable.py).
+    prefers_aligned_masks: ClassVar[bool] = False
+
     def obstacle(self, problem: Problem) -> str | None:
         """Return why the kernel cannot serve a problem that its architecture could, or None."""
         return None

@@ -256,7 +256,7 @@ def compute_lengths(
     from flashcore.sim import simulate
 
     adapted = adapt_for(backend, problem)
-    q, k, v = adapted.tensors(q, k, v)
+    q, k, v, mask = adapted.tensors(q, k, v, mask)
     problem = adapted.problem
     if problem.head_dim_v != out.shape[3]:
         out = q.new_empty((*out.shape[:3], problem.head_dim_v))

@@ -3,6 +3,7 @@ allow."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,12 @@ class MaskSpec:
     dtype: str
     strides: Strides4
     load_bytes: int
+
+    @property
+    def element_bytes(self) -> int:
+        """Return the bytes of an element."""
+        dtype: torch.dtype = getattr(torch, "bool" if self.dtype == "tree" else self.dtype)
+        return dtype.itemsize
 
 
 def strided_among(**tensors: torch.Tensor) -> str:
@@ -130,13 +137,29 @@ def _address(x: torch.Tensor) -> int:
     return address
 
 
-def with_columns_of_zeros(x: torch.Tensor, missing: int) -> torch.Tensor:
-    """Return a contiguous copy of x whose rows have so many zeros behind them. torch's pad would
-    keep the order of dimensions of a tensor that lies channels last, whose rows are no rows."""
-    columns = x.shape[-1]
-    padded = x.new_zeros((*x.shape[:-1], columns + missing))
-    padded[..., :columns] = x
-    return padded
+def with_columns(
+    x: torch.Tensor, columns: int, keeps: Sequence[bool] = (), *, are_zero: bool = True
+) -> torch.Tensor:
+    """Return a copy of x whose rows begin `columns` elements apart, contiguous but where it is
+    expanded. torch's pad would keep the order of dimensions of a tensor that lies channels last,
+    whose rows are no rows.
+
+    Args:
+        x: with rows along its last dimension.
+        columns: as many as x has, or more.
+        keeps: of each dimension but the last, where x is expanded and its copy is too; () for
+            nowhere.
+        are_zero: columns behind those of x are columns of the copy, of zeros; else they are no part
+            of it, and hold anything.
+    """
+    own = x[tuple(slice(1) if kept else slice(None) for kept in keeps)]
+    rows = own.new_empty((*own.shape[:-1], columns))
+    given, added = rows[..., : x.shape[-1]].copy_(own), rows[..., x.shape[-1] :]
+    if not are_zero:
+        return given.expand(x.shape)
+    if added.shape[-1]:
+        added.zero_()
+    return rows.expand(*x.shape[:-1], columns)
 
 
 def with_strides_of_empty_like(like: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -16,7 +16,7 @@ import math
 import torch
 
 from flashcore.problem import Problem
-from flashcore.problem.memory_layout import with_columns_of_zeros
+from flashcore.problem.memory_layout import with_columns
 
 BLOCK_M = 256  # queries a block: masks stay small beside q, k and v
 Tensor = torch.Tensor
@@ -82,10 +82,7 @@ def _of_equal_width(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Te
     """Return tensors with one head_dim, by columns of zeros; and with a contiguous last
     dimension."""
     width = max(q.shape[3], v.shape[3])
-    q, k, v = (
-        x if x.shape[3] == width else with_columns_of_zeros(x, width - x.shape[3])
-        for x in (q, k, v)
-    )
+    q, k, v = (x if x.shape[3] == width else with_columns(x, width) for x in (q, k, v))
     q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     return q, k, v
 

@@ -25,6 +25,7 @@ class Sm90Kernel(ForwardKernel[Sm90Plan]):
     """An Sm90Kernel is the Hopper kernel. See `ForwardKernel`."""
 
     shown_sizes: ClassVar[tuple[int, int]] = (300, 96)  # several column chunks
+    prefers_aligned_masks: ClassVar[bool] = True
 
     def registers_between_tiles(self, plan: Sm90Plan) -> int | None:
         """Return what makes up for another tile, see `Kernel`. Warps that share a tile have other
