@@ -165,8 +165,7 @@ _CASES_SM90 = {
     "last-key-alone": 53,
     "folded-as-rows": 16,
 }
-# Its edge crosses a key tile of each warpgroup in front of the last keys of all lanes.
-_TRIANGLE = {"mask": "triangle", "seqlen_k": 167, "growth": "none"}
+_TRIANGLE = {"mask": "triangle", "seqlen_k": 167, "growth": "none"}  # its edge: left of last keys
 _UNDER_A_BOUND = {"no-max-yet-unseen", *(name for name in PLANTS_OLD_MAX_SM90 if "part" in name)}
 _GROWTHS = dict.fromkeys(_UNDER_A_BOUND, "none") | {"outgrown-in-one-warp": "far peak"}
 
@@ -201,10 +200,9 @@ def _growing(plants: Mapping[str, Plant]) -> _Calls:
     calls: _Calls = {}
     for name, plant in plants.items():
         options = {**_GROWING, "growth": _GROWTHS.get(name, "far")}
-        options |= _CAUSAL if name in _UNDER_A_BOUND else {}
         of_plan = dict(plant.plan)
         options |= {key: of_plan.pop(key) for key in ("mask",) if key in of_plan}
-        options |= _TRIANGLE if name.startswith("hidden-tile") else {}
+        options |= _CAUSAL if name in _UNDER_A_BOUND else _TRIANGLE if "hidden-" in name else {}
         calls[name] = {"options": options, "tile": _SHORT_KEY_TILES | _IN_TURNS | of_plan}
     return calls
 

@@ -9,7 +9,6 @@
 #include "tile/sequence.cuh"
 #include "tile/smem_tile.cuh"
 #include "fwd_sm90/mask_tile_sm90.cuh"
-#include "fwd_sm90/merge_sm90.cuh"
 #include "fwd_sm90/pipeline_sm90.cuh"
 #include "fwd_sm90/schedule_sm90.cuh"
 #include "fwd_sm90/split_sm90.cuh"

@@ -29,7 +29,7 @@ static_assert(FEW_ROWS ? FLOAT8 && !CONVERTS && BLOCK_M == 8 * STRIPS : CONVERTS
 struct Barriers {
   SmemPtr<uint64_t> q_full, q_empty;                   // one a slot, see q_slot
   SmemPtr<uint64_t> k_full, k_empty, v_full, v_empty;  // one a stage
-  SmemPtr<uint64_t> merge_full, merge_empty;           // with KEY_SLICES, see merge_sm90.cuh
+  SmemPtr<uint64_t> merge_full, merge_empty;           // with KEY_SLICES, see split_sm90.cuh
   // Of what the producer loads: the same as k_full and so on unless CONVERTS.
   SmemPtr<uint64_t> k_load_full, k_load_empty, v_load_full, v_load_empty;
 };
@@ -132,10 +132,10 @@ constexpr bool ASKS_ONCE = MAY_TRY_OLD_MAX && IS_PLAIN && VARLEN == 0 && HAS_WIN
 // of the second part. Shorter key tiles are taken as one.
 constexpr bool SPLITS_FIRST_TILE = ASKS_ONCE && BLOCK_N > 64;
 
-// True where a boolean mask's hidden key tiles are passed over. They come in runs: above a triangle,
-// beside a document. So after one that is hidden a consumer looks at the mask before it issues the
-// next one's products. Whether a tile is hidden it knows of the first one that it visits, and then
-// of each HIDDEN_STEP-th, as to agree costs a warpgroup a barrier.
+// True where key tiles that a boolean mask hides are passed over. They come in runs: above a
+// triangle, beside a document. So after a hidden one a consumer looks at the mask before it issues
+// the next one's products. Whether a tile is hidden it asks of the first one that it visits, and
+// then of each HIDDEN_STEP-th: to agree costs a warpgroup a barrier.
 //@if gate
 constexpr bool SKIPS_HIDDEN = false;
 //@else

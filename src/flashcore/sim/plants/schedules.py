@@ -7,6 +7,7 @@ from flashcore.compile.plant import Plant, by_name
 
 _WMMA = "fwd_wmma/attn_fwd_wmma.cuh"
 _SM90 = "fwd_sm90/attn_fwd_sm90.cuh"
+_CONSUMER = "fwd_sm90/consumer_sm90.cuh"
 _BAND = "tile/band.cuh"
 _SOFTMAX = "tile/softmax.cuh"
 
@@ -14,7 +15,7 @@ PLANTS_SCHEDULES_SM90 = by_name(
     Plant(
         name="passed-over-unsynced",
         title="lanes that pass over a key tile do not wait for each other before it is given back",
-        file=_SM90,
+        file=_CONSUMER,
         find="  warp_sync();  // or the next phase could pass a lane that still waits",
         replace="  // or the next phase could pass a lane that still waits",
         caught_by="mbarrier",
@@ -48,7 +49,7 @@ PLANTS_SCHEDULES_SM90 = by_name(
     Plant(
         name="turns-of-two",
         title="turns go round among two consumers, however many there are",
-        file=_SM90,
+        file=_CONSUMER,
         find="named_barrier_arrive(ISSUE_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);",
         replace="named_barrier_arrive(ISSUE_BARRIER + (c.index + 1) % 2, 256);",
         caught_by="deadlock",
@@ -74,7 +75,7 @@ PLANTS_SCHEDULES_SM90 = by_name(
     Plant(
         name="third-share-unseen",
         title="the third share's maximum does not count",
-        file="fwd_sm90/merge_sm90.cuh",
+        file="fwd_sm90/split_sm90.cuh",
         find="      softmax.row_max[r] = max_f(softmax.row_max[r], their_max);",
         replace="      if (s < 2) softmax.row_max[r] = max_f(softmax.row_max[r], their_max);",
         caught_by="wrong-result",

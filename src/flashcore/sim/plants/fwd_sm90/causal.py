@@ -6,6 +6,7 @@ from __future__ import annotations
 from flashcore.compile.plant import Plant, by_name
 
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
+_CONSUMER = "fwd_sm90/consumer_sm90.cuh"
 _SCHEDULE = "fwd_sm90/schedule_sm90.cuh"
 
 PLANTS_CAUSAL_SM90 = by_name(
@@ -28,7 +29,7 @@ PLANTS_CAUSAL_SM90 = by_name(
     Plant(
         name="passed-over-unawaited",
         title="a key tile that is passed over is given back before it is there",
-        file=_KERNEL,
+        file=_CONSUMER,
         find="""\
   mbar_wait(bar.k_full + c.k_state.stage(), c.k_state.parity());
   mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());
@@ -41,7 +42,7 @@ PLANTS_CAUSAL_SM90 = by_name(
     Plant(
         name="passed-over-kept",
         title="V of a key tile that is passed over is not given back",
-        file=_KERNEL,
+        file=_CONSUMER,
         find="  release(bar.v_empty, c.k_state);",
         replace="",
         caught_by="deadlock",

@@ -6,6 +6,7 @@ from __future__ import annotations
 from flashcore.compile.plant import Plant, by_name
 
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
+_CONSUMER = "fwd_sm90/consumer_sm90.cuh"
 _SOFTMAX = "tile/softmax.cuh"
 _VOTE = "named_barrier_any(STORE_BARRIER + c.index, 128, outgrown)"
 _MAX_LOG2 = """\
@@ -13,11 +14,6 @@ _MAX_LOG2 = """\
                                c.softmax.row_max[1] * c.scale_log2};"""
 
 _MASKED = {"mask": "bool"}
-_V_WAIT = "mbar_wait(bar.v_full + c.k_state.stage(), c.k_state.parity());"
-_RELEASES = """\
-  warp_sync();  // or the next phase could pass a lane that still waits
-  release(bar.k_empty, c.k_state);
-  release(bar.v_empty, c.v_state());"""
 
 PLANTS_OLD_MAX_SM90 = by_name(
     Plant(
@@ -42,7 +38,7 @@ PLANTS_OLD_MAX_SM90 = by_name(
     Plant(
         name="hidden-tile-in-one-warp",
         title="warps whose rows see nothing of a key tile leave the others alone with its products",
-        file=_KERNEL,
+        file=_CONSUMER,
         find="  return !named_barrier_any(STORE_BARRIER + c.index, 128, sees);",
         replace="  return !warp_any(sees);",
         caught_by="deadlock",
@@ -70,7 +66,7 @@ PLANTS_OLD_MAX_SM90 = by_name(
     Plant(
         name="hidden-tile-of-no-sum",
         title="a key tile of which one row sees something is taken for hidden",
-        file=_KERNEL,
+        file=_CONSUMER,
         find="named_barrier_any(STORE_BARRIER + c.index, 128, sum[0] + sum[1] != 0.0f);",
         replace="named_barrier_any(STORE_BARRIER + c.index, 128, sum[0] != 0.0f);",
         caught_by="wrong-result",
@@ -79,28 +75,18 @@ PLANTS_OLD_MAX_SM90 = by_name(
     Plant(
         name="hidden-tile-v-kept",
         title="V's stage of the key tile before a hidden one is not given back",
-        file=_KERNEL,
+        file=_CONSUMER,
         find="  release(bar.v_empty, c.v_state());\n  c.mask",
         replace="  \n  c.mask",
         caught_by="deadlock",
         plan=_MASKED,
     ),
     Plant(
-        name="hidden-tile-v-unawaited",
-        title="V's stage of a hidden key tile is given back before it is there",
-        file=_KERNEL,
-        find=f"  {_V_WAIT}\n{_RELEASES}",
-        replace=f"  \n{_RELEASES}",
-        caught_by="mbarrier",
-        or_by=("deadlock", "race"),
-        plan=_MASKED,
-    ),
-    Plant(
         name="hidden-tile-turn-kept",
         title="a consumer that passes over a hidden key tile keeps its turn",
-        file=_KERNEL,
-        find="  if (PING_PONG) pass_issue(c);\n  mbar_wait",
-        replace="  \n  mbar_wait",
+        file=_CONSUMER,
+        find="  if (PING_PONG) pass_issue(c);\n  await_key_tile",
+        replace="  \n  await_key_tile",
         caught_by="deadlock",
         or_by=("wrong-result",),
         plan=_MASKED,

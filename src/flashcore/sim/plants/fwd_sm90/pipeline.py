@@ -8,6 +8,7 @@ from flashcore.sim.plants.fwd_sm90.row_tiles import ROW_TILE_PLANTS
 from flashcore.sim.plants.wmma import PLANTS
 
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
+_CONSUMER = "fwd_sm90/consumer_sm90.cuh"
 _PRODUCER = "fwd_sm90/producer_sm90.cuh"
 _PIPELINE = "fwd_sm90/pipeline_sm90.cuh"
 _SCORES_WAIT = """\
@@ -43,7 +44,7 @@ _ALL = (
     Plant(
         name="asked-for-last",
         title="a consumer asks whether the K that it holds is there, not the next one",
-        file=_KERNEL,
+        file=_CONSUMER,
         find="mbar_test(bar.k_full + next.stage(), next.parity());",
         replace="mbar_test(bar.k_full + c.k_state.stage(), c.k_state.parity());",
         caught_by="race",
@@ -185,7 +186,7 @@ _ALL = (
     Plant(
         name="v-leading-bytes",
         title="V's descriptor has its column chunks 16 rows apart",
-        file=_KERNEL,
+        file=_CONSUMER,
         find="v.over_rows(c.v_state().stage());",
         replace="SmemTile<16, HEAD_DIM_V>{v[c.v_state().stage()].smem}.over_rows();",
         caught_by="wrong-result",
@@ -193,7 +194,7 @@ _ALL = (
     Plant(
         name="k-advance",
         title="K's descriptor advances by elements where it takes bytes",
-        file=_KERNEL,
+        file=_CONSUMER,
         find="k_desc + k.column_bytes(d)",
         replace="k_desc + k.column_bytes(d) / 2",
         caught_by="wrong-result",
@@ -284,7 +285,7 @@ _ALL = (
     Plant(
         name="turn-count",
         title="the barrier of the turns counts one warpgroup on one side and two on the other",
-        file=_KERNEL,
+        file=_CONSUMER,
         find="named_barrier_arrive(ISSUE_BARRIER + (c.index + 1) % NUM_CONSUMERS, 256);",
         replace="named_barrier_arrive(ISSUE_BARRIER + (c.index + 1) % NUM_CONSUMERS, 128);",
         caught_by="deadlock",

@@ -7,7 +7,7 @@ from __future__ import annotations
 from flashcore.compile.plant import Plant
 
 _KERNEL = "fwd_sm90/attn_fwd_sm90.cuh"
-_MERGE = "fwd_sm90/merge_sm90.cuh"
+_MERGE = "fwd_sm90/split_sm90.cuh"
 _COORD_BEFORE_ARRIVAL = """\
     if (!is_known && places) store_coord(coord, block);
     // In the order of use: Q K^T of a tile is issued before P V of the tile visited before it. The
