@@ -188,39 +188,41 @@ def under_a_triangle() -> tuple[Problem, Tensor, Tensor, Tensor, Tensor]:
     return Problem.from_tensors(q, k, v, mask=mask, return_lse=True), q, k, v, mask
 
 
-def hiding(which: str) -> Tensor:
-    """Return a boolean mask that hides whole key tiles, [1, 1, seqlen_q, seqlen_k]."""
-    row, key = torch.arange(CASE.seqlen_q)[:, None], torch.arange(CASE.seqlen_k)
-    visible = {
-        "everything": key < 0,
-        "all but the last key": key == CASE.seqlen_k - 1,
-        "all but the first key": key == 0,
-        "all but two keys": (key == 40) | (key == 170),
-        "above a triangle": key <= row + 31,
-        "below a triangle": key >= row,
-        "beside a band": (key <= row + 5) & (key > row - 30),
-        "beside documents": row // 50 == key // 50,
-        "other tiles of every row": (row + key // 32) % 3 == 0,
-        "all for most rows": (row % 37 == 5) & (key // 32 % 2 == 0),
-    }[which]
-    return visible.expand(CASE.seqlen_q, CASE.seqlen_k)[None, None].contiguous()
+HIDING: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "everything": lambda row, key: key < 0,
+    "all but the last key": lambda row, key: key == key.numel() - 1,
+    "all but the first key": lambda row, key: key == 0,
+    "all but two keys": lambda row, key: (key == 40) | (key == 170),
+    "above a triangle": lambda row, key: key <= row + 31,
+    "below a triangle": lambda row, key: key >= row,
+    "beside a band": lambda row, key: (key <= row + 5) & (key > row - 30),
+    "beside documents": lambda row, key: row // 50 == key // 50,
+    "other tiles of every row": lambda row, key: (row + key // 32) % 3 == 0,
+    "all for most rows": lambda row, key: (row % 37 == 5) & (key // 32 % 2 == 0),
+}
+
+
+def hiding(which: str, case: Case, scale: int = 1) -> Tensor:
+    """Return a boolean mask that hides whole key tiles, [1, 1, seqlen_q, seqlen_k].
+
+    Args:
+        which: a key of HIDING.
+        case: the sizes.
+        scale: how many times as long as a key tile of 32 its pattern is.
+    """
+    row, key = torch.arange(case.seqlen_q)[:, None], torch.arange(case.seqlen_k)
+    visible = HIDING[which](row // scale, key // scale)
+    return visible.expand(case.seqlen_q, case.seqlen_k)[None, None].contiguous()
 
 
 @pytest.mark.parametrize("growth", ["none", "every tile by 2^6"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
-@pytest.mark.parametrize(
-    "which",
-    [
-        *("everything", "all but the last key", "all but the first key", "all but two keys"),
-        *("above a triangle", "below a triangle", "beside a band", "beside documents"),
-        *("other tiles of every row", "all for most rows"),
-    ],
-)
+@pytest.mark.parametrize("which", HIDING)
 def test_hidden_key_tiles_are_passed_over(
     which: str, tile: tuple[tuple[str, object], ...], growth: str
 ) -> None:
     _, q, k, v = inputs(growth)
-    mask = hiding(which)
+    mask = hiding(which, CASE)
     problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=True)
     plan = make_plan(problem, {"block_m": 128, "ping_pong": True, **dict(tile)})
     for seed in range(2):
@@ -228,6 +230,24 @@ def test_hidden_key_tiles_are_passed_over(
         lse = torch.empty(1, 2, CASE.seqlen_q)
         simulate(problem, plan, q, k, v, mask, out, lse, seed=seed)
         assert error_report(out, q, k, v, lse=lse, mask=mask).ok
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [{}, {"causal": "lower_right"}, {"window": (700, 3)}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("which", HIDING)
+def test_hidden_key_tiles_are_passed_over_on_a_gpu(
+    which: str, head_dim: int, options: dict[str, object]
+) -> None:
+    case = dataclasses.replace(
+        CASE, batch=2, seqlen_q=1030, seqlen_k=2077, head_dim=head_dim, head_dim_v=head_dim
+    )
+    x = make_inputs(case)
+    mask = hiding(which, case, scale=7)
+    q, k, v = (t.cuda() for t in (x.q, x.k, x.v))
+    out, lse = flashcore.attention(q, k, v, mask=mask.cuda(), return_lse=True, **options)  # type: ignore[call-overload]
+    report = error_report(out, q, k, v, lse=lse, mask=mask.cuda(), **options)  # type: ignore[arg-type]
+    assert report.ok, report
 
 
 def run_masked(
