@@ -78,6 +78,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "packed-float8-more": {"queries": 40, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "packed-drafts": {"queries": 4, "keys": 4096, **ALL_OPTIONS, "varlen": "packed"},
+    "packed-trees": {"queries": 40, **ALL_OPTIONS, "mask": "tree", **_IN_PAGES},
+    "packed-trees-cut": {"queries": 4, **ALL_OPTIONS, "mask": "tree", **_IN_PAGES},
     "packed-long": {"queries": 4, "keys": 2 * MAX_KEYS_OF_A_SUM, **ALL_OPTIONS, **_IN_PAGES},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-drafts": {"queries": 8, **ALL_OPTIONS, **_FLOAT8},
@@ -138,6 +140,7 @@ OTHER_VARIANTS = (
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "float-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
+    *("packed-trees", "packed-trees-cut"),
     *("packed-drafts", "packed-long", "float8-drafts", "float8-few", "packed-float8-more"),
 )
 _MASK_VARIANTS = tuple(name for name in VARIANTS if name.endswith(("-mask", "bias", "padding")))
