@@ -17,6 +17,7 @@ from backends import GPU, SIM, WMMA, device_of
 from flashcore.base import env
 from flashcore.checks.accuracy import error_report
 from flashcore.kernels import cutting
+from flashcore.kernels.fwd_sm90.kernel import SM90
 from flashcore.kernels.fwd_wmma import tiles as tiles_wmma
 from flashcore.ops.paged import attention_paged
 from flashcore.ops.paged_varlen import attention_paged_varlen, packed_pages_problem
@@ -283,8 +284,17 @@ def test_blocks_share_the_keys_of_a_sequence_with_a_tree(
     check(x, q, results, given, FEW_COUNTS, causal=True)
 
 
+def test_the_hopper_kernel_leaves_what_its_registers_do_not_hold_to_the_portable_one() -> None:
+    fields = {"head_dim": 256, "head_dim_v": 256, "cache_dtype": "float8_e4m3fn"}
+    x, q, ends = make("torch", **fields)
+    inputs = x.inputs()._replace(q=q, cu_seqlens_q=ends, max_seqlen_q=70, tree_mask=tree(5, 5))
+    for window, softcap in (((20, 0), 5.0), (None, 5.0), ((20, 0), None)):
+        problem = packed_pages_problem(inputs, Options.checked(False, window, softcap, None))
+        assert (SM90.obstacle(problem) is None) == (window is None or softcap is None)
+
+
 def test_a_compiled_step_is_the_same() -> None:
-    """Of a bound of 6 PyTorch pads queries, of 70 it does not."""
+    """PyTorch pads queries of which no sequence has more than 6, but not where 70 may be."""
     counts = (1, 6, 5, 2)
     x, q, ends = make("torch", counts, LENGTHS[:4])
     _, k, v, table, seqlens_k = x.arguments()
