@@ -4,11 +4,12 @@ of packed queries with trees; see plants/test_sim_plants_trees.py for padded one
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from typing import Any
 
 import pytest
 import torch
-from pages import make_cache
+from pages import Cache, make_cache
 from plant_checks import SOME_SEEDS, check_text
 
 from flashcore.checks.accuracy import error_report
@@ -16,11 +17,15 @@ from flashcore.checks.planned import with_fields
 from flashcore.compile.plant import Plant, by_name
 from flashcore.kernels.fwd_sm90.plan import KERNEL as SM90
 from flashcore.kernels.fwd_wmma.plan import KERNEL as WMMA
+from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.ops.paged_varlen import packed_pages_problem
+from flashcore.problem import Problem
 from flashcore.problem.memory_layout import as_batch
-from flashcore.problem.options import Options
+from flashcore.problem.options import Inputs, Options
 from flashcore.selection.select import select_plan
 from flashcore.sim import SimulationError, simulate
+from flashcore.sim.replay import parse_replay
+from flashcore.sim.replay_command import replay_command
 
 pytestmark = pytest.mark.thorough
 
@@ -61,8 +66,8 @@ TILES: dict[str, dict[str, Any]] = {
 }
 
 
-def run(kernel: str, seed: int, plant: Plant | None, **fields: Any) -> str:
-    """Run a call; return the kind of the alarm, or "wrong-result", or "healthy"."""
+def call_of(kernel: str) -> tuple[Cache, Inputs, Problem, Plan]:
+    """Return a cache, the tensors of a call, its problem and its plan."""
     x = make_cache(16, LENGTHS, seqlen_q=max(COUNTS), num_heads_q=4, num_heads_kv=2, seed=5)
     q = torch.cat([rows[:, :n].transpose(0, 1) for rows, n in zip(x.q, COUNTS, strict=True)])
     ends = torch.tensor([0, *COUNTS]).cumsum(0).int()
@@ -71,7 +76,16 @@ def run(kernel: str, seed: int, plant: Plant | None, **fields: Any) -> str:
     inputs = x.inputs()._replace(q=q, cu_seqlens_q=ends, max_seqlen_q=9, tree_mask=tree)
     problem = packed_pages_problem(inputs, Options.checked(False, None, None, None))
     plan = select_plan(problem, 90 if kernel == SM90 else 80, kernel=kernel)
-    plan = dataclasses.replace(with_fields(plan, TILES[kernel]), **fields)
+    return x, inputs, problem, with_fields(plan, TILES[kernel])
+
+
+def run(kernel: str, seed: int, plant: Plant | None, **fields: Any) -> str:
+    """Run a call; return the kind of the alarm, or "wrong-result", or "healthy"."""
+    x, inputs, problem, plan = call_of(kernel)
+    plan = dataclasses.replace(plan, **fields)
+    q, tree, ends = inputs.q, inputs.tree_mask, inputs.cu_seqlens_q
+    assert tree is not None
+    assert ends is not None
     out, lse = torch.empty_like(q), torch.empty(4, q.shape[0])
     others = x.others() | {"cu_seqlens_q": ends}
     tensors = as_batch(q), x.k_pages, x.v_pages, tree, out, lse
@@ -106,3 +120,19 @@ def test_a_planted_bug_is_caught(name: str, kernel: str) -> None:
 def test_without_a_plant_the_same_runs_are_healthy(kernel: str, folds_heads: int) -> None:
     found = {run(kernel, seed, None, folds_heads=folds_heads) for seed in SOME_SEEDS}
     assert found == {"healthy"}
+
+
+@pytest.mark.parametrize("kernel", [WMMA, SM90])
+def test_a_replay_has_the_same_trees(kernel: str) -> None:
+    x, inputs, problem, plan = call_of(kernel)
+    tree, ends = inputs.tree_mask, inputs.cu_seqlens_q
+    assert tree is not None
+    assert ends is not None
+    named = {"q": as_batch(inputs.q), "k": x.k_pages, "v": x.v_pages, "mask": tree}
+    named |= x.others() | {"cu_seqlens_q": ends}
+    command = replay_command(problem, plan, named, seed=1, plant=None)
+    again = parse_replay(shlex.split(command)[3:])
+    assert (again.problem, again.plan) == (problem, plan)
+    assert again.mask is not None
+    assert torch.equal(again.mask, tree.expand_as(again.mask))
+    again.run()
