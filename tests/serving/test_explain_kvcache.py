@@ -27,6 +27,7 @@ from flashcore.serving import attend
 
 LEFTPAD = {"cache_leftpad": int32([1, 0, 2])}
 TREE = {"tree_mask": torch.ones(3, 3, dtype=torch.bool)}
+TREES_OF_FEW = {"max_seqlen_q": 3, "tree_mask": torch.ones(BATCH, 1, 3, 3, dtype=torch.bool)}
 
 
 def at_odd_address(*shape: int) -> Tensor:
@@ -44,6 +45,10 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "packed, one piece": ("one piece, rows, packed, rotary", {"cache_batch_idx": int32([4, 0, 1])}),
     "a tree": ("pages, several, out", TREE),
     "a tree, one piece": ("one piece, several, rotary", TREE),
+    "trees, packed": ("pages, packed", TREE),
+    "trees, packed, one piece": ("one piece, rows, packed, rotary", TREE),
+    "trees, few packed": ("pages, packed", TREES_OF_FEW),
+    "trees, padding on the left, packed": ("pages, packed", TREES_OF_FEW | LEFTPAD),
     "a tree and a mask": ("pages, several, out", TREE | {"mask": half(3, 48)}),
     "a mask of odd rows": ("pages, several, out", {"mask": half(3, 49)[:, 1:]}),
     "a window": ("pages", {"window": (9, 0), "softcap": 3.0}),

@@ -151,7 +151,7 @@ def test_it_is_an_operator_that_compilers_and_transforms_know() -> None:
     cache, q, ends = make(16, "torch", dtype=torch.float64, num_heads_q=2, num_heads_kv=1)
     k, v = (torch.nan_to_num(x).clone() for x in (cache.k_pages, cache.v_pages))
     arguments = (
-        q, k, v, cache.page_table, cache.seqlens_k, ends, 70, None, None, None,
+        q, k, v, cache.page_table, cache.seqlens_k, ends, 70, None, None, None, None,
     )  # fmt: skip
     options = flashcore.problem.options.Options.checked(True, None, None, None)
     torch.library.opcheck(

@@ -75,9 +75,20 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "no ends": ({**PACKED, "cu_seqlens_q": ENDS[:0]}, ValueError, "cu_seqlens_q has shape"),
     "a mask of packed queries": (
         {**PACKED, "cu_seqlens_q": ENDS, "mask": X(2, 1, 2, 32)}, NotImplementedError,
-        "mask is given with cu_seqlens_q",
+        r"mask \(shape \[2, 1, 2, 32\]\) is given with cu_seqlens_q",
     ),
     "a tree that is no mask": ({"tree_mask": X(2, 2)}, TypeError, "tree_mask has dtype"),
+    "a tree of packed queries, no square": (
+        {**PACKED, "cu_seqlens_q": ENDS, "tree_mask": X(2, 3).bool()}, ValueError,
+        r"tree_mask has shape \[2, 3\]; beside cu_seqlens_q .*\[2, 4, m, m\].*tree_mask\[:, None\]",
+    ),
+    "trees of other sequences": (
+        {**PACKED, "cu_seqlens_q": ENDS, "tree_mask": X(3, 1, 2, 2).bool()}, ValueError,
+        r"tree_mask has shape \[3, 1, 2, 2\]",
+    ),
+    "a tree of numbers, packed": (
+        {**PACKED, "cu_seqlens_q": ENDS, "tree_mask": X(2, 2)}, TypeError, "tree_mask has dtype"
+    ),
     "a tree of another shape": (
         {"tree_mask": X(2, 2, 2).bool()[:, :, :, None]}, ValueError, r"tree_mask.*\[2, 4, 2, 2\]"
     ),

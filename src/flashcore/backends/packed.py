@@ -190,7 +190,7 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     """Compute on a backend that `choose_backend` returned.
 
     Args:
-        backend: "sm90", "wmma", "sim" or "torch"; not "torch" where keys lie in pages.
+        backend: "sm90", "wmma", "sim" or "torch"; not "torch" where keys lie in pages, as trees do.
         problem: the description of the tensors.
         inputs: of `attention_varlen`, or of `attention_paged_varlen`.
 
@@ -206,7 +206,7 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
     others |= scales_of(inputs)
     if backend in KERNELS and not problem.is_empty:
         addresses = tuple(x.data_ptr() for x in (q, k, v, *others.values()))
-        return Results(*prepare(backend, problem, q.device)(q, k, v, None, addresses))
+        return Results(*prepare(backend, problem, q.device)(q, k, v, inputs.tree_mask, addresses))
     out = q.new_empty((problem.total_q, problem.num_heads_q, problem.head_dim_v))
     lse = q.new_empty((problem.num_heads_q, problem.total_q), dtype=problem.lse_dtype)
     if problem.is_empty or backend == "torch":
@@ -237,7 +237,7 @@ def run_packed(backend: str, problem: Problem, inputs: Inputs) -> Results:
         out = q.new_empty((*out.shape[:2], problem.head_dim_v))
     plan = plan_of(problem, env.sim_arch())
     k, v = (k, v) if problem.has_pages else (as_batch(k), as_batch(v))
-    tensors = adapted.tensors(as_batch(q), k, v, None)
+    tensors = adapted.tensors(as_batch(q), k, v, inputs.tree_mask)
     seed = env.sim_seed()
     simulate(problem, plan, *tensors, out, lse, None, others, max_score=max_score, seed=seed)
     return Results(adapted.result(out), lse, max_score)

@@ -10,12 +10,15 @@ Lengths and page table lie on the device; the host reads them only where PyTorch
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 from torch import Tensor
 
 from flashcore.backends.dispatch import choose_backend, warn_once
 from flashcore.backends.packed import check_lengths, checked_max_seqlen, run_packed
+from flashcore.backends.sinks import as_logits, lse_of_no_keys
+from flashcore.launch.allocation import unseen_scores
 from flashcore.ops import flops, paged, varlen
 from flashcore.ops.eager import is_plain
 from flashcore.ops.family import Family, Gradients
@@ -28,11 +31,13 @@ from flashcore.plain.pages import (
     packed_second_order,
     put_back_pair,
 )
+from flashcore.plain.trees import packed_part_of_tree
 from flashcore.problem import Causal, Problem, Window
 from flashcore.problem.memory_layout import as_batch
 from flashcore.problem.options import Inputs, Options, Results, Wanted
-from flashcore.problem.scales import scales_of
+from flashcore.problem.scales import part_of_scale, scales_of
 from flashcore.problem.validation import (
+    check_packed_tree_mask,
     check_plain_tensor,
     shape_text,
 )
@@ -58,6 +63,7 @@ def attention_paged_varlen(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     batch_invariant: bool = False,
+    tree_mask: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, ...]:
     """Compute attention of packed queries over a cache in pages, in one launch.
 
@@ -84,6 +90,10 @@ def attention_paged_varlen(
         k_scale: as in `attention_paged`, of k_pages.
         v_scale: likewise, of v_pages.
         batch_invariant: give each sequence the same bits whatever is beside it; see `attention`.
+        tree_mask: boolean, broadcastable to [batch, num_heads_q, m, m]. Of a sequence's
+            n <= m queries, query i sees the last n keys where row i says so in columns [0, n), and
+            all keys before them; a sequence of more queries has no tree. causal and window hold
+            besides.
 
     Returns:
         out: [total_q, num_heads_q, head_dim_v], dtype of q; with return_lse the pair (out, lse):
@@ -99,11 +109,11 @@ def attention_paged_varlen(
     inputs = Inputs(
         q, k_pages, v_pages, seqlens_k=seqlens_k, cu_seqlens_q=cu_seqlens_q,
         page_table=page_table, sinks=sinks, max_seqlen_q=max_seqlen_q,  # type: ignore[arg-type]
-        k_scale=k_scale, v_scale=v_scale,
+        k_scale=k_scale, v_scale=v_scale, tree_mask=tree_mask,
     )  # fmt: skip
     scales = tuple(scales_of(inputs).values())
     others = *lengths, *scales
-    if type(max_seqlen_q) is int and is_plain(others, q, k_pages, v_pages, None, sinks):
+    if type(max_seqlen_q) is int and is_plain(others, q, k_pages, v_pages, tree_mask, sinks):
 
         def describe() -> Problem:
             options = Options.checked(causal, window, softcap, scale, batch_invariant)
@@ -112,8 +122,8 @@ def attention_paged_varlen(
         asked = causal, window, softcap, scale, return_lse, return_max_score
         longest = max_seqlen_q, page_table.shape[1]
         result = attend_lengths(
-            q, k_pages, v_pages, None, lengths, sinks, asked, longest, backend, describe,
-            batch_invariant, scales,
+            q, k_pages, v_pages, tree_mask, lengths, sinks, asked, longest, backend, describe,
+            batch_invariant, scales, None, tree_mask is not None,
         )  # fmt: skip
         if result is not None:
             return result
@@ -140,7 +150,9 @@ def _check(inputs: Inputs) -> None:
     assert cu_seqlens_q is not None
     if cu_seqlens_q.shape[0] == 0:
         raise ValueError("cu_seqlens_q is empty; for n sequences it has n + 1 entries, the first 0")
-    paged.check(inputs._replace(q=_of_sequences(inputs)))
+    if inputs.tree_mask is not None:
+        check_packed_tree_mask(inputs.tree_mask, q, cu_seqlens_q.shape[0] - 1)
+    paged.check(inputs._replace(q=_of_sequences(inputs), tree_mask=None))
 
 
 def _of_sequences(inputs: Inputs) -> Tensor:
@@ -178,9 +190,48 @@ def _compute(inputs: Inputs, options: Options, wanted: Wanted, asked: str) -> Re
     if choice.is_fallback:
         warn_once(choice)
     if choice.backend == "torch":
+        if inputs.tree_mask is not None:
+            return _compute_one_by_one(problem, inputs, options, wanted)
         packed, _, _ = packed_inputs(inputs)
         return varlen.OPERATORS.family.compute(packed, options, wanted, "torch")
     return run_packed(choice.backend, problem, inputs)
+
+
+def _compute_one_by_one(
+    problem: Problem, inputs: Inputs, options: Options, wanted: Wanted
+) -> Results:
+    """Compute a call with trees by PyTorch: each sequence as one of `attention_paged`, with as much
+    of its tree as it has queries."""
+    q, tree, cu_seqlens_q = inputs.q, inputs.tree_mask, inputs.cu_seqlens_q
+    assert cu_seqlens_q is not None
+    assert tree is not None
+    out = q.new_zeros((problem.total_q, problem.num_heads_q, problem.head_dim_v))
+    lse = q.new_empty((problem.num_heads_q, problem.total_q), dtype=problem.lse_dtype)
+    sinks = inputs.sinks
+    lse_of_no_keys(lse, None if sinks is None else as_logits(sinks, problem.lse_dtype))
+    max_score = unseen_scores(problem, q) if wanted.return_max_score else None
+    ends = [min(max(0, end), problem.total_q) for end in cu_seqlens_q.tolist()]
+    for b, (begin, end) in enumerate(itertools.pairwise(ends)):
+        if begin >= end or problem.is_empty:
+            continue
+        rows, one = slice(begin, end), slice(b, b + 1)
+        own = Inputs(
+            as_batch(q[rows]), inputs.k, inputs.v, seqlens_k=_part(inputs.seqlens_k, one),
+            page_table=_part(inputs.page_table, one), sinks=sinks,
+            k_scale=part_of_scale(inputs.k_scale, one), v_scale=part_of_scale(inputs.v_scale, one),
+            tree_mask=packed_part_of_tree(tree, b, end - begin),
+        )  # fmt: skip
+        found = paged.OPERATORS.family.compute(own, options, wanted, "torch")
+        as_batch(out[rows]).copy_(found.out)
+        lse[:, rows] = found.lse[0]
+        if max_score is not None and found.max_score is not None:
+            max_score[b] = found.max_score[0]
+    return Results(out, lse, max_score)
+
+
+def _part(x: Tensor | None, one: slice) -> Tensor:
+    assert x is not None
+    return x[one]
 
 
 def _differentiate(
@@ -213,14 +264,14 @@ OPERATORS = Operators(
         name="attention_paged_varlen",
         inputs=(
             "q", "k", "v", "page_table", "seqlens_k", "cu_seqlens_q", "max_seqlen_q", "sinks",
-            "k_scale", "v_scale",
+            "k_scale", "v_scale", "tree_mask",
         ),
         differentiable=("q", "k", "v", "sinks"),
         # A mapped batch has its own queries or pages: samples are computed one after the other.
         places={
             "q": None, "k": None, "v": None, "page_table": None, "seqlens_k": None,
-            "cu_seqlens_q": None, "sinks": None, "k_scale": None, "v_scale": None, "out": None,
-            "lse": None, "max_score": None,
+            "cu_seqlens_q": None, "sinks": None, "k_scale": None, "v_scale": None,
+            "tree_mask": None, "out": None, "lse": None, "max_score": None,
         },
         check=_check,
         compute=_compute,

@@ -34,7 +34,7 @@ from flashcore.plain.attention import (
     outside_band,
 )
 from flashcore.plain.second_order import backward_of_backward
-from flashcore.plain.trees import with_mask_of_tree
+from flashcore.plain.trees import tree_over_packed_keys, with_mask_of_tree
 from flashcore.problem.memory_layout import as_batch
 from flashcore.problem.options import Inputs, Options, Results
 from flashcore.problem.scales import dequantised_inputs
@@ -47,18 +47,24 @@ Compute = Callable[[Tensors, Tensors, Hidden | None], tuple[Tensors, Tensors]]
 
 
 def varlen_forward_plain(inputs: Inputs, options: Options) -> Results:
-    """Compute `attention_varlen_forward`."""
+    """Compute `attention_varlen_forward`; with trees, as of packed queries over pages, all rows are
+    one call."""
     q, k, v, cu_q, cu_k, _, _ = of_packed(inputs)
     check_qkv(as_batch(q), as_batch(k), as_batch(v))
+    tree = inputs.tree_mask
+    if tree is not None:
+        tree = tree_over_packed_keys(tree, cu_q, cu_k, q.shape[0], k.shape[0])
 
     def compute(of_q: Any, of_k: Any, hidden: Hidden | None) -> tuple[Tensors, Tensors]:
         (q,), (k, v) = of_q, of_k
-        out, *of_rows = forward_plain(q, k, v, None, options, hidden, inputs.sinks)
+        out, *of_rows = forward_plain(q, k, v, tree, options, hidden, inputs.sinks)
         return (out, *(x.unsqueeze(-1) for x in of_rows)), ()
 
     of_q, of_k = (as_batch(q),), (as_batch(k), as_batch(v))
     fills = 0.0, -math.inf, -math.inf
-    out, lse, row_max = _by_sequence(compute, of_q, of_k, cu_q, cu_k, options, fills)
+    out, lse, row_max = _by_sequence(
+        compute, of_q, of_k, cu_q, cu_k, options, fills, as_one=tree is not None
+    )
     max_score = max_score_of_rows(_lse_unbatched(row_max), cu_q)
     lse = _lse_unbatched(lse)
     if inputs.sinks is not None:  # of rows that no sequence has, too

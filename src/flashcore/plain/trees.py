@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flashcore.problem.options import Inputs
+from flashcore.problem.validation import tree_size
 
 
 def tree_over_keys(
@@ -79,3 +80,76 @@ def part_of_tree(tree: Tensor, b: slice, seqlen_q: int, n: int) -> Tensor:
     """Return the mask over a sequence's n keys that a tree which broadcasts amounts to."""
     tree = tree[(None,) * (4 - tree.dim())]
     return tree_of_sequence(tree[b] if tree.shape[0] > 1 else tree, seqlen_q, n)
+
+
+def tree_over_packed_keys(
+    tree: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int
+) -> Tensor:
+    """Return a mask over all keys of packed sequences, in which trees hide some of each sequence's
+    own; of others' it says nothing.
+
+    Args:
+        tree: boolean, broadcastable to [batch, num_heads_q, m, m]; of a sequence of n <= m queries
+            [0, n) counts, of a longer one nothing.
+        cu_seqlens_q: int32, [batch + 1].
+        cu_seqlens_k: int32, [batch + 1].
+        total_q: rows of packed queries.
+        total_k: rows of packed keys.
+
+    Returns:
+        [1, 1 or num_heads_q, total_q, total_k], boolean.
+    """
+    batch, size = cu_seqlens_q.shape[0] - 1, tree_size(tree)
+    if batch == 0 or size == 0:
+        return tree.new_ones((1, 1, total_q, total_k))
+    ends_q, ends_k = cu_seqlens_q.long(), cu_seqlens_k.long()
+    row = torch.arange(total_q, device=tree.device)
+    b = (row[:, None] >= ends_q[1:]).sum(-1).clamp(max=batch - 1)
+    number = ends_q[b + 1] - ends_q[b]
+    i = (row - ends_q[b]).clamp(0, size - 1)
+    of_row = _whole(tree, batch, size)[b, :, i]  # [total_q, heads, m]
+    # Key t is column n - (end - t) of the tree of a sequence of n queries.
+    column = torch.arange(total_k, device=tree.device) - (ends_k[b + 1] - number)[:, None]
+    index = column.clamp(0, size - 1)[:, None].expand(-1, of_row.shape[1], -1)
+    is_free = (column < 0) | (number > size)[:, None]
+    return (of_row.gather(2, index) | is_free[:, None]).transpose(0, 1)[None]
+
+
+def tree_of_padded(tree: Tensor, number: Tensor, longest: int) -> Tensor:
+    """Return the trees of packed queries as those of padded ones, which stand at the end of a
+    sequence's rows: their trees in the lower right corners, True elsewhere.
+
+    Args:
+        tree: as `tree_over_packed_keys` takes it.
+        number: int32, [batch]: the queries of each sequence.
+        longest: rows of each.
+
+    Returns:
+        [batch, 1 or num_heads_q, longest, longest], boolean.
+    """
+    batch, size = number.shape[0], tree_size(tree)
+    if size == 0:
+        return tree.new_ones((batch, 1, longest, longest))
+    place = torch.arange(longest, device=tree.device) - (longest - number.long())[:, None]
+    b = torch.arange(batch, device=tree.device)[:, None, None]
+    i, is_before = place.clamp(0, size - 1), place < 0
+    found = _whole(tree, batch, size)[b, :, i[:, :, None], i[:, None]]  # heads last
+    is_free = is_before[:, :, None] | is_before[:, None] | (number > size)[:, None, None]
+    return (found | is_free[..., None]).permute(0, 3, 1, 2)
+
+
+def packed_part_of_tree(tree: Tensor, b: int, seqlen_q: int) -> Tensor | None:
+    """Return the tree of one packed sequence, [1, 1 or num_heads_q, seqlen_q, seqlen_q]; None for
+    a sequence of more queries than it has rows."""
+    size = tree_size(tree)
+    if seqlen_q > size:
+        return None
+    tree = tree[(None,) * (4 - tree.dim())]
+    own = tree[b : b + 1] if tree.shape[0] > 1 else tree
+    return own.expand(1, own.shape[1], size, size)[:, :, :seqlen_q, :seqlen_q]
+
+
+def _whole(tree: Tensor, batch: int, size: int) -> Tensor:
+    """Return a tree that broadcasts as [batch, 1 or num_heads_q, size, size]."""
+    tree = tree[(None,) * (4 - tree.dim())]
+    return tree.expand(batch, tree.shape[1], size, size)

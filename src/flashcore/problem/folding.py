@@ -67,6 +67,8 @@ def heads_of_packed_rows(problem: Problem) -> int:
     group, batch = problem.group_size, max(1, problem.batch)
     if not problem.packs_queries or group < 2:
         return 0
+    if problem.mask is not None and problem.mask.strides[1]:  # each head has a tree of its own
+        return 0
     few = problem.total_q <= MAX_MEAN_QUERIES * batch and are_few_queries(problem)
     if problem.batch_invariant:
         few = problem.has_pages

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flashcore.problem.validation import DTYPES, HEAD_DIM_MULTIPLE
+from flashcore.problem.validation import DTYPES, HEAD_DIM_MULTIPLE, tree_size
 
 Strides3 = tuple[int, int, int]
 Strides4 = tuple[int, int, int, int]
@@ -25,11 +25,13 @@ class MaskSpec:
         strides: elements per step in (batch, head of q, query, key); 0 where broadcast.
         load_bytes: the widest of 16, 8, 4, 2, 1 that divides the address of every row; an element's
             own where those of a row are not neighbours.
+        size: rows and columns of a tree; 0 of other masks.
     """
 
     dtype: str
     strides: Strides4
     load_bytes: int
+    size: int = 0
 
     @property
     def element_bytes(self) -> int:
@@ -97,7 +99,7 @@ def mask_spec(mask: torch.Tensor, is_tree: bool = False) -> MaskSpec:
     of_batch, of_head, of_row, of_key = (*missing, *strides)
     size = mask.element_size()
     if is_tree:
-        return MaskSpec("tree", (of_batch, of_head, of_row, of_key), size)
+        return MaskSpec("tree", (of_batch, of_head, of_row, of_key), size, tree_size(mask))
     bits = 16 | _address(mask) | (of_batch | of_head | of_row) * size
     return MaskSpec(
         dtype, (of_batch, of_head, of_row, of_key), bits & -bits if of_key == 1 else size

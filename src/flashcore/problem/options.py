@@ -48,7 +48,8 @@ class Inputs(NamedTuple):
         v_scale: likewise, of v.
         tree_mask: boolean, broadcastable to [batch, num_heads_q, seqlen_q, seqlen_q]: which of the
             last seqlen_q keys of its sequence a query sees, besides all before them; instead of
-            mask.
+            mask. Where queries are packed [batch, num_heads_q, m, m]: a sequence of n <= m queries
+            uses [0, n), a longer one nothing.
     """
 
     q: Tensor

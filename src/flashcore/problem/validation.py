@@ -176,11 +176,7 @@ def check_mask(mask: torch.Tensor, q: torch.Tensor, seqlen_k: int) -> None:
 def check_tree_mask(tree_mask: torch.Tensor, q: torch.Tensor) -> None:
     """Raise unless `tree_mask` is boolean and broadcasts to the scores of the queries of `q` and as
     many keys."""
-    if tree_mask.dtype != torch.bool:
-        raise TypeError(
-            f"tree_mask has dtype {tree_mask.dtype}; it must be boolean (True = attend): pass "
-            "tree_mask.bool()"
-        )
+    _check_is_boolean_like_q(tree_mask, q)
     target = (q.shape[0], q.shape[1], q.shape[2], q.shape[2])
     pairs = zip(reversed(tree_mask.shape), reversed(target), strict=False)
     if tree_mask.dim() > 4 or any(
@@ -190,6 +186,38 @@ def check_tree_mask(tree_mask: torch.Tensor, q: torch.Tensor) -> None:
             f"tree_mask has shape {shape_text(tree_mask)}, which does not broadcast to [batch, "
             f"num_heads_q, seqlen_q, seqlen_q] = {list(target)}; of one a sequence pass "
             "tree_mask[:, None]"
+        )
+
+
+def check_packed_tree_mask(tree_mask: torch.Tensor, q: torch.Tensor, batch: int) -> None:
+    """Raise unless `tree_mask` is boolean and broadcasts to a square of any size for each of
+    `batch` sequences and each head of packed queries, [total_q, num_heads_q, head_dim]."""
+    _check_is_boolean_like_q(tree_mask, q)
+    size = tree_size(tree_mask)
+    target = (batch, q.shape[1], size, size)
+    pairs = zip(reversed(tree_mask.shape), reversed(target), strict=False)
+    if tree_mask.dim() > 4 or any(
+        not certainly(have == 1) and certainly(have != want) for have, want in pairs
+    ):
+        raise ValueError(
+            f"tree_mask has shape {shape_text(tree_mask)}; beside cu_seqlens_q it must broadcast "
+            f"to [batch, num_heads_q, m, m] = [{batch}, {q.shape[1]}, m, m], of which a sequence "
+            "of n <= m queries uses [0, n) and a longer one nothing; of one a sequence pass "
+            "tree_mask[:, None]"
+        )
+
+
+def tree_size(tree: torch.Tensor) -> int:
+    """Return how many rows and columns a tree has, of which a size of 1 may stand for all."""
+    rows, columns = (1, 1, *tree.shape)[-2:]
+    return columns if rows == 1 else rows
+
+
+def _check_is_boolean_like_q(tree_mask: torch.Tensor, q: torch.Tensor) -> None:
+    if tree_mask.dtype != torch.bool:
+        raise TypeError(
+            f"tree_mask has dtype {tree_mask.dtype}; it must be boolean (True = attend): pass "
+            "tree_mask.bool()"
         )
     check_device("tree_mask", tree_mask, q)
 

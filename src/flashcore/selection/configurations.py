@@ -33,6 +33,7 @@ _FLOAT8 = {"varlen": "pages", "page_size": 16, "cache_dtype": "float8_e4m3fn"}
 # The options that each name stands for, of `attention` or ("varlen") `attention_varlen`. "masked"
 # takes the most registers that the portable kernel can need; the Hopper kernel has other tiles.
 ALL_OPTIONS: dict[str, Any] = {"window": (64, 64), "softcap": 30.0}
+_TREES = {**ALL_OPTIONS, "mask": "tree"}
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
@@ -68,7 +69,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     # Lanes that find pages take registers of the producer, and with a mask of the consumers.
     "pages-masked": {**ALL_OPTIONS, "mask": "bool", "varlen": "pages", "page_size": 16},
     "packed-pages": {**ALL_OPTIONS, "varlen": "packed_pages", "page_size": 16},
-    "tree": {"queries": 64, **ALL_OPTIONS, "mask": "tree", "varlen": "pages", "page_size": 16},
+    "tree": {"queries": 64, **_TREES, "varlen": "pages", "page_size": 16},
     # Packed queries that are few, with heads folded (tile/folded_rows.cuh): decodes, a mixed batch.
     "packed-decode": {"queries": 1, "causal": True, **_IN_PAGES},
     "packed-mixed": {"queries": 40, **ALL_OPTIONS, **_IN_PAGES},
@@ -78,6 +79,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed-float8": {"queries": 1, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "packed-float8-more": {"queries": 40, **ALL_OPTIONS, **_FLOAT8, "varlen": "packed_pages"},
     "packed-drafts": {"queries": 4, "keys": 4096, **ALL_OPTIONS, "varlen": "packed"},
+    "packed-trees": {"queries": 40, **_TREES, **_IN_PAGES},
+    "packed-trees-cut": {"queries": 4, **_TREES, **_IN_PAGES},
+    "packed-trees-float8": {"queries": 1, **_TREES, **_FLOAT8, "varlen": "packed_pages"},
     "packed-long": {"queries": 4, "keys": 2 * MAX_KEYS_OF_A_SUM, **ALL_OPTIONS, **_IN_PAGES},
     "float8-decode": {"queries": 1, **_FLOAT8},
     "float8-drafts": {"queries": 8, **ALL_OPTIONS, **_FLOAT8},
@@ -138,6 +142,7 @@ OTHER_VARIANTS = (
 _EXTREME_VARIANTS = (
     *("masked", "decode-masked", "loose-bias", "float-bias", "columns-mask", "max-score", "cut"),
     *("pages-masked", "packed-pages", "packed-mixed", "packed-cut", "packed-float8", "tree"),
+    *("packed-trees", "packed-trees-cut", "packed-trees-float8"),
     *("packed-drafts", "packed-long", "float8-drafts", "float8-few", "packed-float8-more"),
 )
 _MASK_VARIANTS = tuple(name for name in VARIANTS if name.endswith(("-mask", "bias", "padding")))
@@ -145,6 +150,7 @@ _HOPPER_VARIANTS = (
     *("window", "varlen-causal", "chunk", "uneven", "cut-plain", "packed-float8-more"),
     *(*_MASK_VARIANTS, "packed-pages", "float8-chunk", "float8-drafts", "float8-few"),
     *("packed-decode", "packed-mixed", "packed-few", "packed-cut", "packed-float8", "tree"),
+    *("packed-trees", "packed-trees-cut", "packed-trees-float8"),
 )
 _PORTABLE_VARIANTS = ("long", "packed-drafts", "packed-long")  # the Hopper kernel has others' code
 # Of the Hopper kernel's table: from one tile to many an SM.

@@ -17,6 +17,7 @@ from flashcore.ops.padded import attention_padded
 from flashcore.ops.paged import attention_paged
 from flashcore.ops.paged_varlen import attention_paged_varlen
 from flashcore.ops.varlen import attention_varlen
+from flashcore.plain.trees import tree_of_padded
 from flashcore.problem.options import Inputs
 from flashcore.serving.pages import capacity_of, gather_packed, gather_padded, one_page_each
 from flashcore.serving.rows import Rows, lengths_of_keys, number_of
@@ -72,14 +73,12 @@ def attend_pages(
         for name in ("k_scale", "v_scale"):
             del options[name]
         return _several(attention_varlen(*of_packed(inputs), **options))
-    pages = inputs.q, inputs.k, inputs.v, inputs.page_table, seqlens_k
+    pages: Any = inputs.q, inputs.k, inputs.v, inputs.page_table, inputs.seqlens_k
+    options["tree_mask"] = inputs.tree_mask
     if road == "packed pages":
-        return _several(
-            attention_paged_varlen(*pages, cu_seqlens_q, inputs.max_seqlen_q, **options)  # type: ignore[arg-type]
-        )
-    results = _several(
-        attention_paged(*pages, mask=inputs.mask, tree_mask=inputs.tree_mask, **options)  # type: ignore[arg-type]
-    )
+        packed: Any = *pages, cu_seqlens_q, inputs.max_seqlen_q
+        return _several(attention_paged_varlen(*packed, **options))
+    results = _several(attention_paged(*pages, mask=inputs.mask, **options))
     if longest is None:
         return results
     assert cu_seqlens_q is not None
@@ -153,12 +152,20 @@ def read_cache(
         return Reading("contiguous", Inputs(q, k, v, seqlens_k=lengths, **masks, **others), True)
     batch, longest = page_table.shape[0], q.shape[0] if max_seqlen_q is None else max_seqlen_q
     if readable and isinstance(longest, int) and pads(q, batch, longest, backend, options, on_gpu):
-        padded = _padded(q, cu_seqlens_q, longest)
-        return Reading("pages", pages._replace(q=padded), longest=longest)
+        padded = pages._replace(q=_padded(q, cu_seqlens_q, longest))
+        if tree_mask is not None:
+            number: Any = number_of(q, cu_seqlens_q)
+            padded = padded._replace(tree_mask=tree_of_padded(tree_mask, number, longest))
+        return Reading("pages", padded, longest=longest)
     bounded: Any = longest
+    packed = {"cu_seqlens_q": cu_seqlens_q, "max_seqlen_q": bounded, "tree_mask": tree_mask}
     if readable:
-        inputs = pages._replace(cu_seqlens_q=cu_seqlens_q, max_seqlen_q=bounded)
-        return Reading("packed pages", inputs)
+        return Reading("packed pages", pages._replace(**packed))
+    if tree_mask is not None and batch * capacity > 0:  # attention_varlen takes no tree
+        k, v = (gather_padded(x, page_table, leftpad) for x in (k_cache, v_cache))
+        lengths, table = lengths_of_keys(seqlens_k, capacity, leftpad), one_page_each(k)
+        inputs = Inputs(q, k, v, seqlens_k=lengths, page_table=table, **others)
+        return Reading("packed pages", inputs._replace(**packed), True)
     scales = options["k_scale"], options["v_scale"]
     lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
     k, v, cu_seqlens_k = gather_packed(

@@ -21,6 +21,7 @@ from flashcore.problem.validation import (
     check_device,
     check_mask,
     check_mask_kind,
+    check_packed_tree_mask,
     check_plain_tensor,
     check_tree_mask,
     shape_text,
@@ -184,14 +185,19 @@ def check_vector(name: str, x: Any, q: Tensor, entries: int, meaning: str) -> No
 
 
 def check_masks(
-    q: Tensor, mask: Tensor | None, tree_mask: Tensor | None, is_packed: bool, capacity: int
+    q: Tensor,
+    mask: Tensor | None,
+    tree_mask: Tensor | None,
+    is_packed: bool,
+    batch: int,
+    capacity: int,
 ) -> None:
     """Raise unless masks fit the queries, and the cache or the last keys."""
-    if is_packed and (mask is not None or tree_mask is not None):
-        name = "mask" if tree_mask is None else "tree_mask"
+    if is_packed and mask is not None:
         raise NotImplementedError(
-            f"{name} is given with cu_seqlens_q; packed queries take none: pass padded queries, "
-            "[batch, num_heads_q, seqlen_q, head_dim]"
+            f"mask (shape {shape_text(mask)}) is given with cu_seqlens_q; packed queries take a "
+            "tree_mask alone, of their own tokens: pass padded queries, [batch, num_heads_q, "
+            "seqlen_q, head_dim]"
         )
     if mask is not None:
         if is_compiling():
@@ -201,7 +207,10 @@ def check_masks(
     if tree_mask is None:
         return
     check_plain("tree_mask", tree_mask)
-    check_tree_mask(tree_mask, q)
+    if is_packed:
+        check_packed_tree_mask(tree_mask, q, batch)
+    else:
+        check_tree_mask(tree_mask, q)
 
 
 def check_backend_serves(

@@ -110,7 +110,7 @@ def explain_with_kvcache(
         window: (left, right), or None.
         softcap: scores become softcap * tanh(score / softcap); None is off.
         mask: boolean or additive, over the places of a sequence; or None.
-        tree_mask: boolean, over the last seqlen_q keys; or None.
+        tree_mask: boolean, over the last seqlen_q keys, or of packed queries [.., m, m]; or None.
         sinks: [num_heads_q]; or None.
         k_scale: of a k_cache of float8_e4m3fn; or None.
         v_scale: likewise, of v_cache.

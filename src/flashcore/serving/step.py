@@ -130,7 +130,7 @@ def check_step(step: Step, options: dict[str, Any]) -> None:
         check_sinks(options["sinks"], q, q.shape[1])
     capacity = capacity_of(k_cache, page_table)
     checking.check_capacity(capacity)
-    checking.check_masks(q, mask, tree_mask, is_packed, capacity)
+    checking.check_masks(q, mask, tree_mask, is_packed, batch, capacity)
     checking.check_backend_serves(q, k_cache, v_cache, backend, batch, capacity)
     scalars = "causal", "window", "softcap", "scale", "batch_invariant"
     Options.checked(**{name: options[name] for name in scalars})

@@ -143,7 +143,11 @@ def attention_with_kvcache(
             a key's place in its sequence; not with packed queries.
         tree_mask: boolean, broadcastable to [batch, num_heads_q, seqlen_q, seqlen_q]: which of the
             last seqlen_q keys a query sees, besides all before them (speculation with a tree of
-            drafts). Kernels read it as it is; beside a `mask` it becomes one over the whole cache.
+            drafts); causal and window hold as well. Kernels read it as it is; beside a `mask` it
+            becomes one over the whole cache. With cu_seqlens_q it broadcasts to [batch,
+            num_heads_q, m, m] of any m: a sequence of n <= m queries (a single token, too) uses
+            rows and columns [0, n) of its own tree, and one of more queries, such as a chunk of a
+            prompt, has none.
         sinks: [num_heads_q], float32 or the dtype of q: a logit of each head that joins the
             softmax, as in `attention`.
         k_scale: of a k_cache of float8_e4m3fn, see `attention`; new tokens are divided by it.

@@ -41,8 +41,8 @@ def _from_text(text: str, name: str, like: object) -> Any:
     if name == "mask":
         if text == "None":
             return None
-        dtype, strides, load_bytes = text.split(":")
-        return MaskSpec(dtype, _integers(strides), int(load_bytes))  # type: ignore[arg-type]
+        dtype, strides, *sizes = text.split(":")
+        return MaskSpec(dtype, _integers(strides), *map(int, sizes))  # type: ignore[arg-type]
     if name.endswith("_strides") or (name == "heads" and text != "None"):
         return _integers(text)
     if text in ("True", "False", "None"):
@@ -223,7 +223,10 @@ def _make(
     mask = None
     if spec is not None:
         columns = problem.seqlen_q if spec.dtype == "tree" else problem.seqlen_k
-        mask = tensor("mask", (*rows_q, columns), spec.strides, spec.dtype)
+        shape = (*rows_q, columns)
+        if problem.packs_queries:  # then it is a tree
+            shape = (problem.batch, problem.num_heads_q, spec.size, spec.size)
+        mask = tensor("mask", shape, spec.strides, spec.dtype)
     gate_buffers = None
     if plan.gate is not None:
         num_n_blocks = -(-problem.seqlen_k // plan.block_n)

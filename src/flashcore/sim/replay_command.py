@@ -52,7 +52,8 @@ _MAX_SAVED_BYTES = 256 * 2**20
 
 def _to_text(value: object) -> str:
     if isinstance(value, MaskSpec):
-        return ":".join((value.dtype, _to_text(value.strides), str(value.load_bytes)))
+        sizes = (value.load_bytes, value.size) if value.size else (value.load_bytes,)
+        return ":".join((value.dtype, _to_text(value.strides), *map(str, sizes)))
     if isinstance(value, tuple):
         return ",".join(map(str, value))
     return repr(value) if isinstance(value, float) else str(value)

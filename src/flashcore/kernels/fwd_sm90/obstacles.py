@@ -24,6 +24,13 @@ def obstacle(problem: Problem) -> str | None:
         return "it reads caches of 8 bits in rows of whole 16 bytes, contiguous"
     if problem.cache_dtype and problem.batch_invariant:
         return "it is not batch-invariant with caches of 8 bits"
+    if problem.cache_dtype and problem.packs_queries and problem.mask is not None:
+        is_wide = max(problem.head_dim, problem.head_dim_v) > 192
+        if is_wide and problem.softcap and tiles_sm90.is_bounded(problem):
+            return (
+                "its registers do not hold trees of packed queries, a window and soft-capping "
+                "beside a cache of 8 bits with head_dim above 192"
+            )
     return reason or next(iter(unreadable(problem).values()), None) or obstacle_to_splits(problem)
 
 

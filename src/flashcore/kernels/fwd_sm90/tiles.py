@@ -314,5 +314,6 @@ def _crowded_table(problem: Problem, dim: int) -> Iterator[Tile]:
         overfull |= mask is not None and problem.has_pages  # whose producer takes registers
         if number is None and not overfull:
             yield Tile(128, 64, ping_pong=not has_softcap)
-        yield Tile(128, 48, ping_pong=True)
+        if mask is None or not problem.packs_queries:  # folded heads with trees would spill
+            yield Tile(128, 48, ping_pong=True)
         yield Tile(128, 32, ping_pong=True)

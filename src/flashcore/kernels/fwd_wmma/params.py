@@ -48,7 +48,7 @@ class Strides(ctypes.Structure):
 class Band(ctypes.Structure):
     """Say which keys a query sees."""
 
-    _fields_ = _fields(ctypes.c_int32, "diag_offset window_left window_right")
+    _fields_ = _fields(ctypes.c_int32, "diag_offset window_left window_right tree_begin")
 
 
 class Lengths(ctypes.Structure):
@@ -57,7 +57,7 @@ class Lengths(ctypes.Structure):
     _fields_ = _fields(ctypes.c_void_p, "cu_seqlens_q cu_seqlens_k seqlens_k") + _fields(
         ctypes.c_int32,
         "total_q total_k lower_right max_tiles num_length_classes"
-        " k_rows_per_batch v_rows_per_batch",
+        " k_rows_per_batch v_rows_per_batch tree_size",
     )
 
 
@@ -218,6 +218,7 @@ def build_params(
     for name, stride in zip(SCALE_STRIDES, problem.scale_strides, strict=True):
         setattr(params, name, stride)
     if problem.packs_queries:
+        params.tree_size = 0 if problem.mask is None else problem.mask.size
         params.max_tiles = grid_size(problem, plan)
         most_keys = problem.seqlen_k if problem.has_pages else problem.total_k
         # Class c holds sequences of more than 2^(c - 1) and at most 2^c key tiles.

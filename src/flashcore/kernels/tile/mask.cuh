@@ -72,11 +72,13 @@ FC_DEVICE void apply_softcap(WmmaAccum (&scores)[NUM_FRAGS], const AttnParams& p
 }
 
 // A tree mask, [num_queries, num_queries], says which of the last num_queries keys of its sequence
-// a query sees; all keys before them it does see. Heads that are folded share it.
+// a query sees; all keys before them it does see. Heads that are folded share it. Packed sequences
+// have trees of one size, of which each uses the first rows and columns.
 constexpr bool MASK_IS_TREE = MASK_KIND == 3;
 
 // The key that a mask tensor's column 0 is of, and the row that it has for a row of q.
 FC_DEVICE int first_masked_key(const AttnParams& p) {
+  if (MASK_IS_TREE && (VARLEN == 1 || VARLEN == 4)) return p.band.tree_begin;
   return MASK_IS_TREE ? p.seqlen_k - (FOLDED ? p.num_queries : p.seqlen_q) : 0;
 }
 

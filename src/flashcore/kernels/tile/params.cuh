@@ -34,6 +34,7 @@ struct Strides {
 // Query i sees key j iff i + diag_offset - window_left <= j <= i + diag_offset + window_right.
 struct Band {
   int32_t diag_offset, window_left, window_right;
+  int32_t tree_begin;  // of packed queries: the key that a tree's column 0 is of, sequence_params
 };
 
 // Sequences of different lengths; read only under VARLEN, see tile/sequence.cuh.
@@ -45,6 +46,7 @@ struct Lengths {
   // Of the Hopper kernel, see tile/schedule_varlen.cuh and kernels/fwd_sm90/params.py.
   int32_t max_tiles, num_length_classes;
   int32_t k_rows_per_batch, v_rows_per_batch;  // from one batch, or page, to the next
+  int32_t tree_size;  // of packed queries' trees; a sequence of more queries has none
 };
 
 // Partial results of rows whose keys are split over blocks, see tile/shares.cuh; under

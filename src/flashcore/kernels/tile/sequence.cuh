@@ -64,6 +64,12 @@ FC_DEVICE void take_scales(AttnParams& own, const BlockCoord& block) {
       s.v_scale + (sequence * s.v_scale_batch + int64_t(block.head_idx_kv) * s.v_scale_head));
 }
 
+// Returns the key at which the tree of a packed sequence begins. One with more queries than trees
+// have rows has none: no key tile is reached.
+FC_DEVICE int tree_begin(const AttnParams& p, int num_queries, int num_keys) {
+  return num_queries > p.lengths.tree_size ? 0x7fffffff : num_keys - num_queries;
+}
+
 // The parameters as one sequence sees them: its lengths, its part of packed tensors, its scales.
 // Without VARLEN the parameters themselves.
 template <int KIND = VARLEN, bool OWNS_KEYS = false>
@@ -88,6 +94,9 @@ FC_DEVICE decltype(auto) sequence_params(const AttnParams& p, const BlockCoord& 
     if constexpr (FLOAT8) take_scales(own, block);
     const int num_queries = FOLDED && !PACKED ? p.num_queries : own.seqlen_q;
     own.band.diag_offset = p.lengths.lower_right ? own.seqlen_k - num_queries : 0;
+    if constexpr (PACKED && MASK_KIND == 3) {
+      own.band.tree_begin = tree_begin(p, num_queries, own.seqlen_k);
+    }
     if constexpr (FOLDS_PACKED) own.seqlen_q = rows_of_queries(p, num_queries);
     return own;
   }
