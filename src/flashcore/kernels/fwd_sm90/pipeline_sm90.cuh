@@ -139,7 +139,8 @@ constexpr bool SPLITS_FIRST_TILE = ASKS_ONCE && BLOCK_N > 64;
 //@if gate
 constexpr bool SKIPS_HIDDEN = false;
 //@else
-constexpr bool SKIPS_HIDDEN = MASK_KIND == 1;
+constexpr bool SKIPS_HIDDEN =
+    MASK_KIND == 1 && (HEAD_DIM_V <= 192 || MASK_LOAD_BYTES == 16);  // or registers would spill
 //@end
 constexpr int HIDDEN_STEP = 4;  // of a consumer's own
 
