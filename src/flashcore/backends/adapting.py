@@ -233,7 +233,7 @@ def _copy_of_mask(problem: Problem, kernel: str) -> Copy | None:
     multiples of 16 bytes. Whether it pays depends on the batch, so batch-invariant calls have
     none."""
     is_wanted = BY_BACKEND[kernel].prefers_aligned_masks and not problem.batch_invariant
-    return copy_of_mask(problem) if is_wanted else None
+    return copy_of_mask(problem, forward=True) if is_wanted else None
 
 
 def rather_portable(problem: Problem, preferred: ForwardKernel[Any]) -> str | None:

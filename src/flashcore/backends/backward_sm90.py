@@ -82,7 +82,7 @@ def fused_backward(
         layout: dict[str, Any] = {name: getattr(copied, name) for name in _LAYOUT}
         problem = dataclasses.replace(problem, **layout)
     problem = of_any_longest(problem)
-    copy = copy_of_mask(problem)
+    copy = copy_of_mask(problem, forward=False)
     if mask is not None and copy is not None:
         mask = copy.of(mask)
         problem = dataclasses.replace(problem, mask=mask_spec(mask))
@@ -268,7 +268,7 @@ def prepare_on_gpu(
         return None
     if problem.varlen == "keys" and any(with_whole_rows(x) is not x for x in (k, v)):
         return None
-    if copy_of_mask(problem) is not None:
+    if copy_of_mask(problem, forward=False) is not None:
         return None
     problem = of_any_longest(problem)
     q, k, v, out, lse, dout = given.values()

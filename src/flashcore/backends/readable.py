@@ -16,9 +16,10 @@ Dims = tuple[bool, bool, bool]  # of (batch, heads, seqlen)
 PACKET_BYTES = 16
 _PACKET = 8  # elements of so many bytes
 # Of a call whose mask is copied: with fewer scores, or fewer of them for each element of the mask,
-# a copy takes longer than it saves.
+# a copy takes longer than it saves. Of the forward by the bytes of an element.
 _MANY_SCORES = 1 << 24
 _SCORES_OF_ELEMENT = 2
+_SCORES_OF_ELEMENT_FORWARD = {1: 8, 2: 8, 4: 4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +73,12 @@ class Copy:
         return with_columns(x, self.columns, keeps, are_zero=self.name != "mask")
 
 
-def copy_of_mask(problem: Problem) -> Copy | None:
+def copy_of_mask(problem: Problem, *, forward: bool) -> Copy | None:
     """Return the copy of the mask whose rows begin at multiples of 16 bytes; None where it is not
-    worth its time. Kernels for Hopper read such rows in two thirds of the time of others, and a
-    copy is as fast as two heads are computed, so it pays where heads or batches share the mask.
-    Measured on an H200 (2026-11-30), see docs/ladder-backward.md. The keys, and not the mask, bind
+    worth its time. Kernels for Hopper read such rows faster than others, so it pays where so many
+    heads or batches share the mask that the copy takes less: of a backward pass two, of a forward
+    pass more, and there only where nothing but the mask hides keys. Measured on an H200
+    (2026-11-30): docs/ladder-masks.md, docs/ladder-backward.md. The keys, and not the mask, bind
     calls of one query, whose plans other lengths share (backends/growing.py)."""
     mask = problem.mask
     if mask is None or mask.dtype == "tree" or mask.load_bytes >= PACKET_BYTES:
@@ -87,6 +89,15 @@ def copy_of_mask(problem: Problem) -> Copy | None:
     sizes = problem.batch, problem.num_heads_q, problem.seqlen_q
     keeps = expanded(strides, sizes)
     element_bytes = mask.element_bytes
+    if forward and (
+        keeps[2]  # one row for all is read but once
+        or max(problem.head_dim, problem.head_dim_v) > 128
+        or problem.has_lengths
+        or problem.window_left >= 0
+        or problem.window_right >= 0
+    ):
+        return None
+    scores = _SCORES_OF_ELEMENT_FORWARD[element_bytes] if forward else _SCORES_OF_ELEMENT
     packet = PACKET_BYTES // element_bytes
     copy = Copy(
         "mask",
@@ -99,7 +110,7 @@ def copy_of_mask(problem: Problem) -> Copy | None:
     )
     num_scores = math.prod(sizes) * problem.seqlen_k
     own = math.prod(1 if kept else size for size, kept in zip(sizes, keeps, strict=True))
-    least = max(_MANY_SCORES, _SCORES_OF_ELEMENT * own * problem.seqlen_k)
+    least = max(_MANY_SCORES, scores * own * problem.seqlen_k)
     return copy if num_scores >= least else None
 
 

@@ -105,6 +105,7 @@ FC_DEVICE void key_tile(Consumer& c, const AttnParams& p, const Barriers& bar, c
     const bool outgrown = has_outgrown<ASKS_ONCE>(tile_sum, max_log2);  // of a whole warpgroup
     bool needs_scores = named_barrier_any(STORE_BARRIER + c.index, 128, outgrown);
     if constexpr (SKIPS_HIDDEN) {
+      needs_scores = warp_any(needs_scores);  // see any_of_warpgroup
       // Rows that have seen nothing yet outgrow anything, also a tile that the mask hides. Nothing
       // of such a tile counts.
       if (needs_scores) {

@@ -92,15 +92,22 @@ FC_DEVICE void skip_key_tile(Consumer& c, const Barriers& bar) {
   ++c.k_state.count;
 }
 
+// Returns whether a predicate is true on some lane of the warpgroup. The warp's own vote says no
+// more than the barrier does, but it tells the compiler that lanes agree: it would take loops that
+// end by the answer for divergent, and keep their counters in registers of each lane.
+FC_DEVICE bool any_of_warpgroup(const Consumer& c, bool predicate) {
+  return warp_any(named_barrier_any(STORE_BARRIER + c.index, 128, predicate));
+}
+
 // Returns whether no lane of the warpgroup has added anything to a sum.
 FC_DEVICE bool is_nothing(const Consumer& c, const float (&sum)[2]) {
-  return !named_barrier_any(STORE_BARRIER + c.index, 128, sum[0] + sum[1] != 0.0f);
+  return !any_of_warpgroup(c, sum[0] + sum[1] != 0.0f);
 }
 
 // Returns whether the mask hides a key tile from all rows of the warpgroup.
 FC_DEVICE bool is_hidden(const Consumer& c, const AttnParams& p, int n_block) {
   const bool sees = !c.mask.hides_all<KEY_FRAGS>(p, c.warp_row, n_block);
-  return !named_barrier_any(STORE_BARRIER + c.index, 128, sees);
+  return !any_of_warpgroup(c, sees);
 }
 
 // A key tile that is hidden like the one before it, in the place of key_tile: P of both is 0.
