@@ -12,8 +12,9 @@ import pytest
 from plant_checks import check_text, undocumented
 
 from flashcore.checks import verify
+from flashcore.checks.paged_cases import PagedCase
 from flashcore.checks.varlen_cases import VarlenCase
-from flashcore.isolate import backward, gates, plant_stages, registry
+from flashcore.isolate import backward, gates, plant_calls, plant_stages, registry
 from flashcore.kernels.bwd_mask_sm90.plan import DMASK_KERNEL
 from flashcore.kernels.bwd_sm90.plan import DKDV_KERNEL, DQ_KERNEL
 from flashcore.kernels.fwd_wmma.plan import SIM_ARCH
@@ -77,7 +78,7 @@ def test_every_dictionary_of_planted_bugs_is_in_the_registry() -> None:
 
 
 def test_no_call_is_left_of_a_planted_bug_that_is_gone() -> None:
-    for kernel, calls in registry.CALLS.items():
+    for kernel, calls in plant_calls.CALLS.items():
         assert calls.keys() <= index.BY_KERNEL[kernel].keys()
 
 
@@ -122,7 +123,7 @@ def up_to(name: str, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     return stages[: names.index(name) + 1] if name in names else stages
 
 
-def planted_case(name: str, kernel: str) -> tuple[registry.Planted, Case | VarlenCase]:
+def planted_case(name: str, kernel: str) -> tuple[registry.Planted, Case | VarlenCase | PagedCase]:
     planted = registry.find_plant(name, "sim", kernel)
     seqlen, head_dim = SIZES[kernel]
     base = Case(seqlen_q=seqlen, seqlen_k=seqlen, head_dim=head_dim, head_dim_v=head_dim)
@@ -153,6 +154,8 @@ def planted_case(name: str, kernel: str) -> tuple[registry.Planted, Case | Varle
         ("totals-not-rescaled", WMMA),
         ("totals-counted-twice", WMMA),
         ("totals-lost", WMMA),
+        ("packed-tree-whole", WMMA),
+        ("packed-tree-of-rows", SM90),
     ],
 )
 def test_isolate_finds_it_where_the_list_says(
@@ -192,7 +195,16 @@ def test_isolate_finds_every_bug_of_the_backward_kernels(
         assert check.first is not None
 
 
-@pytest.mark.parametrize(("name", "kernel"), [("large-max-product", WMMA), ("totals-lost", WMMA)])
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [
+        ("large-max-product", WMMA),
+        ("totals-lost", WMMA),
+        ("packed-tree-whole", WMMA),
+        ("packed-tree-whole", SM90),
+        ("packed-tree-of-rows", SM90),
+    ],
+)
 def test_without_the_bug_isolate_finds_nothing(name: str, kernel: str) -> None:
     planted, case = planted_case(name, kernel)
     found = gates.isolate(case, "sim", kernel=kernel, tile=planted.tile)

@@ -16,6 +16,7 @@ from flashcore.isolate.gate_models import Expected
 from flashcore.isolate.sequence_models import packed_attention, paged_attention
 from flashcore.kernels.fwd_wmma.plan import Plan
 from flashcore.ops.paged import paged_problem
+from flashcore.ops.paged_varlen import packed_pages_problem
 from flashcore.problem import Problem
 from flashcore.problem.case import Case
 from flashcore.problem.memory_layout import as_batch
@@ -43,8 +44,8 @@ class Call:
 
     @property
     def is_packed(self) -> bool:
-        """Return whether its sequences are packed."""
-        return self.problem.varlen == "packed"
+        """Return whether its queries are packed."""
+        return self.problem.packs_queries
 
     def expected(self, plan: Plan) -> list[Expected]:
         """Return lse and out of sequences that differ in length."""
@@ -57,8 +58,9 @@ def call_of(case: Case | VarlenCase | PagedCase, device: str) -> Call:
     """Return the call of a case, with tensors on a device."""
     if isinstance(case, PagedCase):
         cache = make_paged_inputs(case, device)
-        problem = paged_problem(cache.inputs(), Options.checked(**case.options()))
-        tensors = *cache.arguments()[:3], cache.tree_mask
+        describe = packed_pages_problem if case.lengths_q else paged_problem
+        problem = describe(cache.inputs(), Options.checked(**case.options()))
+        tensors = cache.queries(), cache.k_pages, cache.v_pages, cache.tree_mask
         return Call(problem, *tensors, cache.others(), cache=cache)
     if isinstance(case, VarlenCase):
         packed = make_varlen_inputs(case, device)

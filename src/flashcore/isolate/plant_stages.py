@@ -19,12 +19,13 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
         "softmax": (
             *("accum-map", "large-max-product", "large-max-twice"),
             *("tree-at-the-front", "tree-as-wide-as-rows", "tree-row-of-a-row", "tree-read-before"),
+            "packed-tree-of-the-longest",
         ),
         "pv": ("pv-atomic", "k-overlap", "k-gap"),
         "full": (
             *("values-of-the-first", "totals-not-rescaled", "totals-counted-twice", "totals-lost"),
             *("sink-of-the-first", "max-score-of-one-head"),
-            *("page-of-the-first", "page-of-the-tile", "tree-first-key-lost"),
+            *("page-of-the-first", "page-of-the-tile", "tree-first-key-lost", "packed-tree-whole"),
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
             *("piece-of-all-keys", "widened-without-sign", "widened-in-exchange"),
             *("packed-q-of-one-head", "packed-q-row-by-row", "packed-totals-left-out"),
@@ -84,6 +85,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("mask-shifted-past-end", "mask-shifted-end-not-copied", "mask-shifted-row-again"),
             *("tree-at-the-front", "tree-as-wide-as-rows", "tree-row-of-a-row"),
             *("tree-copied-before", "tree-copied-behind", "tree-under-ones"),
+            "packed-tree-of-the-longest",
             *("large-max-product", "large-max-twice"),
         ),
         "pv": (
@@ -115,6 +117,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("page-not-advanced", "page-of-the-next-keys", "page-patterns-side-by-side"),
             *("page-groups-side-by-side", "page-rows-as-groups"),
             *("tree-first-key-lost", "tree-hides-before", "tree-taken-again", "tree-not-copied"),
+            *("packed-tree-whole", "packed-tree-of-rows"),
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
             *("float8-end-unsaid", "float8-one-warp-counted", "float8-unswizzled"),
             *("float8-scale-of-the-first", "float8-factor-kept"),

@@ -61,18 +61,20 @@ def paged_attention(problem: Problem, plan: Plan, cache: Cache) -> list[Expected
     """Return lse and out of a call with pages, each sequence by a GateModel of its own.
 
     Args:
-        problem: the call of `attention_paged`.
+        problem: the call of `attention_paged` or `attention_paged_varlen`.
         plan: as in GateModel.
         cache: what it was given.
 
     Returns:
-        lse [batch, num_heads_q, seqlen_q] and out [batch, num_heads_q, seqlen_q, head_dim_v].
+        lse [batch, num_heads_q, seqlen_q] and out [batch, num_heads_q, seqlen_q, head_dim_v];
+        where queries are packed as those of packed_attention.
     """
     parts = []
     for b, n in enumerate(cache.lengths):
-        own = problem.of_sequence(problem.seqlen_q, n)
-        parts.append(GateModel(own, plan, *cache.sequence(b), cache.mask(b)).attention())
-    return _joined(parts, 0)
+        q, k, v = cache.sequence(b)
+        own = problem.of_sequence(q.shape[2], n)
+        parts.append(GateModel(own, plan, q, k, v, cache.mask(b)).attention())
+    return _joined(parts, 2 if problem.packs_queries else 0)
 
 
 def _joined(parts: list[list[Expected]], dim: int) -> list[Expected]:

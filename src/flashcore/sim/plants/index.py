@@ -76,6 +76,7 @@ from flashcore.sim.plants.schedules import PLANTS_SCHEDULES, PLANTS_SCHEDULES_SM
 from flashcore.sim.plants.sinks import PLANTS_SINKS, PLANTS_SINKS_SPLIT
 from flashcore.sim.plants.trees import OF_SM90 as TREES_SM90
 from flashcore.sim.plants.trees import OF_WMMA as TREES_WMMA
+from flashcore.sim.plants.trees import PLANTS_PACKED_TREES, PLANTS_PACKED_TREES_SM90
 from flashcore.sim.plants.varlen import PLANTS_VARLEN, PLANTS_VARLEN_SM90
 from flashcore.sim.plants.wmma import PLANTS
 
@@ -94,6 +95,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **OF_PACKED,
         **PLANTS_FLOAT8_WMMA,
         **TREES_WMMA,
+        **PLANTS_PACKED_TREES,
     },
     SM90_KERNEL: {
         **PLANTS_SM90,
@@ -120,6 +122,8 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_FEW_SHORT_SM90,
         **PLANTS_GROWN_SM90,
         **TREES_SM90,
+        **PLANTS_PACKED_TREES,
+        **PLANTS_PACKED_TREES_SM90,
         **PLANTS_WIDE_SM90,
         **PLANTS_SHORT_SM90,
         **PLANTS_FOLDED_SM90,

@@ -8,6 +8,7 @@ from typing import Any
 from flashcore.compile.plant import Plant, by_name
 
 _MASK = "tile/mask.cuh"
+_SEQUENCE = "tile/sequence.cuh"
 _TILE = "fwd_sm90/mask_tile_sm90.cuh"
 
 # Trees that begin at the last key of a key tile, and in the middle of one; fewer keys than queries.
@@ -21,6 +22,14 @@ CALL: dict[str, Any] = {
     "seed": 5,
 }
 TILE: dict[str, Any] = {"block_m": 64, "block_n": 32, "num_stages": 2, "min_blocks": 1}
+# A whole tree, one token, a part of a tree, and behind the trees' memory a chunk longer than them.
+# Heads of a group are folded in one kernel, so there is a call without groups.
+FOLDED_CALL: dict[str, Any] = CALL | {
+    "lengths": (67, 33, 300, 60),
+    "lengths_q": (5, 1, 3, 9),
+    "tree_size": 5,
+}
+PACKED_CALL: dict[str, Any] = FOLDED_CALL | {"num_heads_kv": 4}
 
 # In both kernels.
 PLANTS_TREES = by_name(
@@ -123,3 +132,34 @@ PLANTS_TREES_SM90 = by_name(
 )
 OF_WMMA = PLANTS_TREES | PLANTS_TREES_WMMA
 OF_SM90 = PLANTS_TREES | PLANTS_TREES_SM90
+
+# Of packed queries, in both kernels.
+PLANTS_PACKED_TREES = by_name(
+    Plant(
+        name="packed-tree-of-the-longest",
+        title="a sequence of more queries than trees have rows reads one",
+        file=_SEQUENCE,
+        find="num_queries > p.lengths.tree_size ? 0x7fffffff : num_keys - num_queries;",
+        replace="num_keys - num_queries;",
+        caught_by="out-of-bounds",
+    ),
+    Plant(
+        name="packed-tree-whole",
+        title="a tree begins as many keys before the end as it has columns, not queries",
+        file=_SEQUENCE,
+        find="0x7fffffff : num_keys - num_queries;",
+        replace="0x7fffffff : num_keys - p.lengths.tree_size;",
+        caught_by="wrong-result",
+    ),
+)
+# The portable kernel folds heads only where blocks share keys.
+PLANTS_PACKED_TREES_SM90 = by_name(
+    Plant(
+        name="packed-tree-of-rows",
+        title="heads that are folded count as queries of a tree",
+        file=_SEQUENCE,
+        find="tree_begin(p, num_queries, own.seqlen_k);",
+        replace="tree_begin(p, rows_of_queries(p, num_queries), own.seqlen_k);",
+        caught_by="wrong-result",
+    ),
+)
