@@ -277,7 +277,7 @@ def over_pages(
         each = zip(q, counts, strict=True)
         q = torch.cat([own[:, :n].transpose(0, 1) for own, n in each])
         options |= {"cu_seqlens_q": x.ends(counts), "max_seqlen_q": max(counts), "causal": True}
-        results = attention_paged_varlen(q, k, v, table, told, **options)
+        results = attention_paged_varlen(q, k, v, table, told, tree_mask=made.tree_mask, **options)
     else:
         results = attention_paged(q, k, v, table, told, tree_mask=made.tree_mask, **options)
     return dict(zip(("out", "lse", "max_score"), results, strict=False))

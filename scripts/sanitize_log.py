@@ -1,4 +1,4 @@
-"""What a tool of compute-sanitizer and its child process printed, as verdicts."""
+"""Read what a tool of compute-sanitizer and its child process printed, as verdicts."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ import flashcore.sim
 from backends import GPU, check, device_of
 from flashcore.backends import readable
 from flashcore.backends.adapting import adapt, kernel_for, rather_portable
+from flashcore.backends.readable import copy_of_mask
 from flashcore.base import env
 from flashcore.checks.accuracy import error_report
 from flashcore.kernels.registry import forward_for
-from flashcore.ops.paged import attention_paged
 from flashcore.problem import Problem
 from flashcore.problem.memory_layout import MaskSpec, mask_spec
 from flashcore.sim import simulate
@@ -36,6 +36,7 @@ SIZES = {"b": 2, "h": 4, "q": ROWS, "k": KEYS, "1": 1}
 def any_size(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let calls of any size count as large."""
     monkeypatch.setattr(readable, "_MANY_SCORES", 1)
+    monkeypatch.setattr(readable, "_SCORES_OF_ELEMENT_FORWARD", {1: 2, 2: 2, 4: 2})
     adapt.cache_clear()
     yield
     adapt.cache_clear()
@@ -84,15 +85,13 @@ def names_of(problem: Problem, kernel: str = "sm90") -> list[str]:
         ("qk", BOOL, 0),
         ("b1qk", BOOL, 3),
         ("1hqk", HALF, 1),
-        ("h1k", torch.float32, 1),
-        ("k", BOOL, 3),
+        ("1hqk", torch.float32, 1),
     ],
     ids=str,
 )
 def test_the_simulated_kernel_reads_a_copy(
     any_size: None, monkeypatch: pytest.MonkeyPatch, dims: str, dtype: torch.dtype, offset: int
 ) -> None:
-    """It does so in dense calls, in padded ones and over pages."""
     monkeypatch.setenv(env.SIM_ARCH.name, "90")
     read: list[tuple[MaskSpec, torch.Tensor]] = []
 
@@ -103,33 +102,13 @@ def test_the_simulated_kernel_reads_a_copy(
     monkeypatch.setattr(flashcore.sim, "simulate", spy)
     q, k, v = qkv()
     mask = mask_of(dims, dtype, offset)
-    check("sim", q, k, v, mask=mask, causal="upper_left")
-    lengths = torch.tensor([KEYS, 9], dtype=torch.int32)
-    padded = flashcore.attention(q, k, v, mask=mask, seqlens_k=lengths, backend="sim")
-    pages = [torch.zeros(2, 2, 40, 16, dtype=HALF) for _ in range(2)]
-    for page, x in zip(pages, (k, v), strict=True):
-        page[:, :, :KEYS] = x
-    wide = torch.zeros(*mask.shape[:-1], 40 + offset + 1, dtype=dtype)[..., offset:-1]
-    wide[..., :KEYS] = mask
-    table = torch.tensor([[0], [1]], dtype=torch.int32)
-    paged = attention_paged(q, *pages, table, lengths, mask=wide, backend="sim")
-    for b, n in enumerate((KEYS, 9)):
-        own = slice(b, b + 1)
-        part = mask[own] if dims[0] == "b" else mask
-        for out in (padded, paged):
-            report = error_report(
-                out[own], q[own], k[own, :, :n], v[own, :, :n], mask=part[..., :n]
-            )
-            assert report.ok, report
-    assert len(read) == 3
-    for (spec, own), given in zip(read, (mask, mask, wide), strict=True):
-        assert own.shape == given.shape
-        assert spec.load_bytes == 16
-        assert spec == mask_spec(own)
-        assert own.data_ptr() != given.data_ptr()
-        assert [step == 0 for step in spec.strides] == [
-            step == 0 for step in mask_spec(mask).strides
-        ]
+    check("sim", q, k, v, mask=mask)
+    ((spec, own),) = read
+    assert own.shape == mask.shape
+    assert spec.load_bytes == 16
+    assert spec == mask_spec(own)
+    assert own.data_ptr() != mask.data_ptr()
+    assert [step == 0 for step in spec.strides] == [step == 0 for step in mask_spec(mask).strides]
 
 
 def test_gradients_are_those_of_the_callers_mask(
@@ -150,15 +129,13 @@ def test_gradients_are_those_of_the_callers_mask(
 
 
 @pytest.mark.parametrize("backend", ["auto", "sm90"])
-@pytest.mark.parametrize("is_padded", [False, True])
 def test_each_launch_is_told_where_its_copy_is(
-    any_size: None, monkeypatch: pytest.MonkeyPatch, backend: str, is_padded: bool
+    any_size: None, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """Also one whose call was met before, with a mask that holds something else by now."""
     machine = standin.install(monkeypatch)
     q, k, v = qkv()
     mask = mask_of("b1qk", BOOL)
-    options = {"seqlens_k": torch.tensor([KEYS, 9], dtype=torch.int32)} if is_padded else {}
     seen = []
 
     def look(params: Any) -> None:
@@ -169,35 +146,50 @@ def test_each_launch_is_told_where_its_copy_is(
     machine.driver.on_params = look
     for _ in range(3):
         mask = mask.clone() if len(seen) == 2 else mask.logical_not_()
-        flashcore.attention(q, k, v, mask=mask, backend=backend, **options)
+        flashcore.attention(q, k, v, mask=mask, backend=backend)
         address, rows = seen[-1]
         assert address % 16 == 0
         assert address != mask.data_ptr()
         assert torch.equal(rows, mask)
     aligned = torch.ones(2, 1, ROWS, 48, dtype=BOOL)[..., :KEYS]
     machine.driver.on_params = lambda params: seen.append((params.attn.mask, aligned))
-    flashcore.attention(q, k, v, mask=aligned, backend=backend, **options)
+    flashcore.attention(q, k, v, mask=aligned, backend=backend)
     assert seen[-1][0] == aligned.data_ptr()
 
 
 def test_which_masks_are_copied() -> None:
     assert names_of(of_sizes("b1qk")) == ["mask"]
-    assert names_of(of_sizes("1hqk")) == ["mask"]
-    assert names_of(of_sizes("b11k")) == ["mask"]
     assert names_of(of_sizes("qk")) == ["mask"]
-    assert names_of(of_sizes("bhqk")) == []  # nothing shares it
+    assert names_of(of_sizes("b1qk", heads=8)) == ["mask"]
+    assert names_of(of_sizes("b1qk", heads=7)) == []  # too few share it
+    assert names_of(of_sizes("1hqk")) == []
+    assert names_of(of_sizes("bhqk")) == []
+    assert names_of(of_sizes("b11k")) == []  # a row for all is read once
     assert names_of(of_sizes("b1qk", rows=128)) == []  # the call is small
     assert names_of(of_sizes("b1qk", keys=1992)) == ["mask"]  # aligned to 8 bytes
     assert names_of(of_sizes("b1qk", keys=2048)) == []
     assert names_of(of_sizes("b1q1")) == []
     assert names_of(of_sizes("b1qk"), "wmma") == []
     assert names_of(of_sizes("b1qk", batch_invariant=True)) == []
+    assert names_of(of_sizes("b1qk", causal=True)) == []
+    assert names_of(of_sizes("b1qk", window=(100, -1))) == []
     assert names_of(of_sizes("b11k", heads=8192, rows=1)) == []
     q, k = (torch.empty(2, 16, seqlen, 64, dtype=HALF) for seqlen in (1024, 1999))
     transposed = torch.empty(2, 1, 1999, 1024, dtype=BOOL).mT
     assert names_of(on_hopper(q, k, k, transposed)) == []
+    wide = (torch.empty(2, 16, seqlen, 136, dtype=HALF) for seqlen in (1024, 1999, 1999))
+    assert names_of(on_hopper(*wide, torch.empty(2, 1, 1024, 1999, dtype=BOOL))) == []
+    floats = torch.empty(2, 1, 1024, 1999)
+    assert names_of(on_hopper(q[:, :4], k[:, :4], k[:, :4], floats)) == []  # small
+    long = torch.empty(2, 4, 4096, 64, dtype=HALF)
+    floats = torch.empty(2, 1, 4096, 1999)
+    assert names_of(on_hopper(long, k[:, :4], k[:, :4], floats)) == ["mask"]  # 4 bytes: 4 heads
     problem = of_sizes("b1qk")
     assert problem.mask is not None
+    padded = dataclasses.replace(problem, varlen="keys")
+    assert names_of(padded) == []
+    assert copy_of_mask(padded, forward=False) is not None
+    assert copy_of_mask(of_sizes("1hqk", causal=True), forward=False) is not None
     tree = dataclasses.replace(problem.mask, dtype="tree")
     assert names_of(dataclasses.replace(problem, mask=tree)) == []
 
@@ -206,9 +198,7 @@ def test_a_copy_is_broadcast_as_the_mask_is() -> None:
     """Whatever is broadcast is written once."""
     for dims, strides, num_rows in (
         ("b1qk", (1024 * 2000, 0, 2000, 1), 2 * 1024),
-        ("1hqk", (0, 1024 * 2000, 2000, 1), 16 * 1024),
         ("qk", (0, 0, 2000, 1), 1024),
-        ("b11k", (2000, 0, 0, 1), 2),
     ):
         of_bytes = [2000 // 16 * 16 if stride == 2000 else stride for stride in strides]
         adapted = adapt(of_sizes(dims, keys=1993), "sm90")
@@ -221,7 +211,7 @@ def test_a_copied_mask_is_no_reason_for_the_portable_kernel() -> None:
     problem = of_sizes("b1qk")
     assert rather_portable(problem, hopper) is None
     # Padded for either kernel; and for its bytes there is little to compute.
-    q, k = (torch.empty(2, 2, seqlen, 12, dtype=HALF) for seqlen in (4096, 1999))
+    q, k = (torch.empty(2, 4, seqlen, 12, dtype=HALF) for seqlen in (4096, 1999))
     problem = on_hopper(q, k, k, torch.empty(2, 1, 4096, 1999))
     assert names_of(problem) == ["q", "k", "v", "mask"]
     assert rather_portable(problem, hopper) is None

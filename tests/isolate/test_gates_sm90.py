@@ -147,12 +147,12 @@ def test_a_wrong_value_names_a_consumer_warp_and_the_first_in_the_kernels_order(
 def test_an_alarm_is_attributed_by_its_kernel_line(text: str, phase: str | None) -> None:
     file, line = next(
         (file, number)
-        for file in (f"fwd_sm90/{KERNEL}.cuh", "fwd_sm90/producer_sm90.cuh")
-        for number, code in enumerate((KERNELS_DIR / file).read_text().splitlines(), 1)
+        for file in sorted(path.name for path in (KERNELS_DIR / "fwd_sm90").glob("*.cuh"))
+        for number, code in enumerate((KERNELS_DIR / "fwd_sm90" / file).read_text().splitlines(), 1)
         if text in code
     )
     problem = problem_of(CASES[0])
-    agent = Agent(1, 5, 7, file, line)
+    agent = Agent(1, 5, 7, f"fwd_sm90/{file}", line)
     error = SimulationError(kind="race", message="two accesses", agent=agent)
     alarm = alarms.from_error(error, problem, select_plan(problem, 90))
     assert alarm.phase == phase

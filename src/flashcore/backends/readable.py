@@ -92,7 +92,7 @@ def copy_of_mask(problem: Problem, *, forward: bool) -> Copy | None:
     if forward and (
         keeps[2]  # one row for all is read but once
         or max(problem.head_dim, problem.head_dim_v) > 128
-        or problem.has_lengths
+        or problem.varlen != "none"
         or problem.window_left >= 0
         or problem.window_right >= 0
     ):
