@@ -276,9 +276,10 @@ def test_pytorch_alone_is_given_padded_queries(
     backend: str, is_cuda: bool, longest: int, is_padded: bool
 ) -> None:
     """Kernels share keys and row tiles of packed ones."""
-    q: Any = SimpleNamespace(is_cuda=is_cuda, shape=(8, 4, DIM))
+    q = SimpleNamespace(is_cuda=is_cuda, shape=(8, 4, DIM))
+    step: Any = SimpleNamespace(q=q, backend=backend)
     options = {"causal": True, "batch_invariant": False}
-    assert attend.pads(q, 4, longest, backend, options) is is_padded
+    assert attend.pads(step, 4, longest, options) is is_padded
 
 
 def test_somebody_who_watches_sees_operators(machine: standin.Machine) -> None:

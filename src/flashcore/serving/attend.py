@@ -19,6 +19,7 @@ from flashcore.ops.paged_varlen import attention_paged_varlen
 from flashcore.ops.varlen import attention_varlen
 from flashcore.plain.trees import tree_of_padded
 from flashcore.problem.options import Inputs
+from flashcore.serving.arguments import Step
 from flashcore.serving.pages import capacity_of, gather_packed, gather_padded, one_page_each
 from flashcore.serving.rows import Rows, lengths_of_keys, number_of
 
@@ -35,38 +36,25 @@ COPY_TEXT = (
 _warned: set[str] = set()
 
 
-def attend_pages(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor | None,
-    seqlens_k: Tensor,
-    leftpad: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    mask: Tensor | None,
-    tree_mask: Tensor | None,
-    backend: str,
-    options: dict[str, Any],
-    return_lse: bool,
-) -> tuple[Tensor, ...]:
+def attend_pages(step: Step, options: dict[str, Any]) -> tuple[Tensor, ...]:
     """Attend to the first seqlens_k tokens of each sequence of a cache.
 
     A contiguous cache is read in place by `attention`, pages by `attention_paged`, or by
     `attention_paged_varlen` for packed queries. With padding on the left, which none of them takes,
     tokens are copied into one piece. The others clamp lengths themselves: that takes no launch.
 
+    Args:
+        step: what is left to do of a step, see `step.appended`.
+        options: those that it shares with `attention` and `attention_varlen`.
+
     Returns:
-        out, and lse with return_lse.
+        out, and lse if it is asked for or has memory.
     """
-    options = {**options, "return_lse": return_lse, "backend": backend}
-    reading = read_cache(
-        q, k_cache, v_cache, page_table, seqlens_k, leftpad, cu_seqlens_q, max_seqlen_q, mask,
-        tree_mask, backend, options,
-    )  # fmt: skip
-    road, inputs, is_copied, longest = reading
+    return_lse = step.return_lse or step.lse is not None
+    options = {**options, "return_lse": return_lse, "backend": step.backend}
+    road, inputs, is_copied, longest = read_cache(step, options)
     if is_copied:
-        _warn_of_copy(q, backend)
+        _warn_of_copy(step.q, step.backend)
     if road == "contiguous":
         return _contiguous(inputs, options)
     if road == "packed":
@@ -76,13 +64,13 @@ def attend_pages(
     pages: Any = inputs.q, inputs.k, inputs.v, inputs.page_table, inputs.seqlens_k
     options["tree_mask"] = inputs.tree_mask
     if road == "packed pages":
-        packed: Any = *pages, cu_seqlens_q, inputs.max_seqlen_q
+        packed: Any = *pages, inputs.cu_seqlens_q, inputs.max_seqlen_q
         return _several(attention_paged_varlen(*packed, **options))
     results = _several(attention_paged(*pages, mask=inputs.mask, **options))
     if longest is None:
         return results
-    assert cu_seqlens_q is not None
-    return _packed(results, q, cu_seqlens_q, longest, options["sinks"])
+    assert step.cu_seqlens_q is not None
+    return _packed(results, step.q, step.cu_seqlens_q, longest, options["sinks"])
 
 
 class Reading(NamedTuple):
@@ -102,40 +90,19 @@ class Reading(NamedTuple):
     longest: int | None = None
 
 
-def read_cache(
-    q: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    page_table: Tensor | None,
-    seqlens_k: Tensor,
-    leftpad: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    mask: Tensor | None,
-    tree_mask: Tensor | None,
-    backend: str,
-    options: dict[str, Any],
-    on_gpu: bool | None = None,
-) -> Reading:
+def read_cache(step: Step, options: dict[str, Any], on_gpu: bool | None = None) -> Reading:
     """Decide how a cache is read, and make what is read.
 
     Args:
-        q: as `attend_pages` takes it, like all that follow.
-        k_cache: see q.
-        v_cache: see q.
-        page_table: see q.
-        seqlens_k: see q.
-        leftpad: see q.
-        cu_seqlens_q: see q.
-        max_seqlen_q: see q.
-        mask: see q.
-        tree_mask: see q.
-        backend: see q.
-        options: see q.
+        step: as `attend_pages` takes it.
+        options: of `attention`.
         on_gpu: whether a GPU computes; None: if q is there.
     """
+    q, k_cache, v_cache, page_table = step.q, step.k_cache, step.v_cache, step.page_table
+    seqlens_k, leftpad, cu_seqlens_q = step.seqlens_k, step.cache_leftpad, step.cu_seqlens_q
+    tree_mask = step.tree_mask
     others: dict[str, Any] = {name: options[name] for name in ("sinks", "k_scale", "v_scale")}
-    masks: dict[str, Any] = {"mask": mask, "tree_mask": tree_mask}
+    masks: dict[str, Any] = {"mask": step.mask, "tree_mask": tree_mask}
     if page_table is None and leftpad is None and cu_seqlens_q is None:
         inputs = Inputs(q, k_cache, v_cache, seqlens_k=seqlens_k, **masks, **others)
         return Reading("contiguous", inputs)
@@ -150,8 +117,9 @@ def read_cache(
         k, v = (gather_padded(x, page_table, leftpad) for x in (k_cache, v_cache))
         lengths = lengths_of_keys(seqlens_k, capacity, leftpad)
         return Reading("contiguous", Inputs(q, k, v, seqlens_k=lengths, **masks, **others), True)
-    batch, longest = page_table.shape[0], q.shape[0] if max_seqlen_q is None else max_seqlen_q
-    if readable and isinstance(longest, int) and pads(q, batch, longest, backend, options, on_gpu):
+    batch = page_table.shape[0]
+    longest = q.shape[0] if step.max_seqlen_q is None else step.max_seqlen_q
+    if readable and isinstance(longest, int) and pads(step, batch, longest, options, on_gpu):
         padded = pages._replace(q=_padded(q, cu_seqlens_q, longest))
         if tree_mask is not None:
             number: Any = number_of(q, cu_seqlens_q)
@@ -185,30 +153,25 @@ def is_readable(k_cache: Tensor, leftpad: Tensor | None) -> bool:
 
 
 def pads(
-    q: Tensor,
-    batch: int,
-    longest: int,
-    backend: str,
-    options: dict[str, Any],
-    on_gpu: bool | None = None,
+    step: Step, batch: int, longest: int, options: dict[str, Any], on_gpu: bool | None = None
 ) -> bool:
     """Return whether packed queries are padded.
 
     Args:
-        q: [total_q, num_heads_q, head_dim].
+        step: has the queries and the backend.
         batch: sequences.
         longest: a bound on the queries of each.
-        backend: of the call.
         options: of `attention`.
         on_gpu: whether a GPU computes; None: if q is there.
     """
+    q = step.q
     if (
         options["causal"] == "upper_left"
         or options["batch_invariant"]  # whether it pays depends on who else is there
         or not 0 < batch * longest <= PADDED_ROWS_MAX * q.shape[0]
     ):
         return False
-    return not (q.is_cuda if on_gpu is None else on_gpu) or backend == "torch"
+    return not (q.is_cuda if on_gpu is None else on_gpu) or step.backend == "torch"
 
 
 def _contiguous(inputs: Inputs, options: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -204,12 +204,9 @@ def _read(
     """Return how a step's cache is read, the call that this makes, and its q, k and v as it
     describes them."""
     of_shapes: Any = map(shapes.of, step)
-    left = appended(Step(*of_shapes), {name: shapes.of(x) for name, x in options.items()})
-    reading = read_cache(
-        left.q, left.k_cache, left.v_cache, left.page_table, left.seqlens_k, left.cache_leftpad,
-        left.cu_seqlens_q, left.max_seqlen_q, left.mask, left.tree_mask, backend,
-        {name: shapes.of(x) for name, x in options.items()}, on_gpu,
-    )  # fmt: skip
+    described_options = {name: shapes.of(x) for name, x in options.items()}
+    left = appended(Step(*of_shapes), described_options)
+    reading = read_cache(left._replace(backend=backend), described_options, on_gpu)
     inputs = reading.inputs
     scalars = "causal", "window", "softcap", "scale", "batch_invariant"
     asked = Options.checked(**{name: options[name] for name in scalars})

@@ -238,7 +238,7 @@ def _prepared(
     longest: Any = 0
     if cu_seqlens_q is not None:
         longest = q.shape[0] if step.max_seqlen_q is None else step.max_seqlen_q
-        if pads(q, cu_seqlens_q.shape[0] - 1, longest, step.backend, options):
+        if pads(step, cu_seqlens_q.shape[0] - 1, longest, options):
             return None
     inputs = Inputs(
         q.new_empty(q.shape) if rotary is not None else q, k_cache, step.v_cache,

@@ -53,12 +53,7 @@ def with_kvcache(
         check_step(step, options)
         known_steps.keep(unknown, step, options)
     with without_autocast(step.q.device.type) if autocasts else contextlib.nullcontext():
-        step = appended(step, options)
-        results = attend_pages(
-            step.q, step.k_cache, step.v_cache, step.page_table, step.seqlens_k,
-            step.cache_leftpad, step.cu_seqlens_q, step.max_seqlen_q, step.mask, step.tree_mask,
-            step.backend, options, step.return_lse or step.lse is not None,
-        )  # fmt: skip
+        results = attend_pages(appended(step, options), options)
     return _handed_out(results, step.return_lse, step.out, step.lse)
 
 
