@@ -88,12 +88,22 @@ def test_cases_for_the_gpu_draw_every_tile_that_ships() -> None:
     assert {format_tile(tile) for tile in drawing.shipped_tiles(KERNELS["wmma"])} <= portable
 
 
-@pytest.mark.parametrize("index", [5, 53, 101])
-def test_a_tile_that_a_cases_options_would_make_spill_is_not_drawn(index: int) -> None:
-    """Drawn tiles of 192x128 met softcaps, sinks and a bound there."""
-    drawn = drawing.draw(0, index, "sm90")
-    assert drawn.case.sinks
-    assert not drawn.tile
+def test_a_tile_that_a_cases_options_would_make_spill_is_not_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Drawn tiles of 192x128 met softcaps, sinks and a window."""
+    wide = parse_tile("192x128,num_stages=2,min_blocks=1,ping_pong")
+    monkeypatch.setattr(drawing, "shipped_tiles", lambda kernel: (wide,))
+    drawn = [drawing.draw(0, index, "sm90") for index in range(600)]
+    assert sum(bool(each.tile) for each in drawn) > 20
+    asked = [(each.case.softcap, each.case.window, each.case.sinks) for each in drawn]
+    crowded = [
+        each.tile
+        for each, options in zip(drawn, asked, strict=True)
+        if all(options) and each.case.mask == "none"
+    ]
+    assert len(crowded) > 3
+    assert not any(crowded)
 
 
 @pytest.mark.parametrize("growth", GROWTH_KINDS)

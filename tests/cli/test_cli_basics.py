@@ -52,7 +52,7 @@ def test_help_does_not_wait_for_torch() -> None:
     ("arguments", "message"),
     [
         (["explain", "--window", "3"], "LEFT,RIGHT"),
-        (["explain", "--mask", "checkers"], "none, bool, padding, additive"),
+        (["explain", "--mask", "checkers"], "none, bool, triangle, padding, additive"),
         (["explain", "--dtype", "int8"], "float16, bfloat16"),
         (["isolate", "--head-dim", "264"], "256"),
         (["explain", "--causal", "--causal-upper-left"], "exclude each other"),
