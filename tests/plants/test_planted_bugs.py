@@ -233,7 +233,7 @@ SLOW = (
     Plant(
         "never-asked-ahead",
         "",
-        f"fwd_sm90/{SM90}.cuh",
+        "fwd_sm90/consumer_sm90.cuh",
         "  c.v_is_there = mbar_test(bar.v_full + c.k_state.stage(), c.k_state.parity());\n"
         "  c.k_is_there = mbar_test(bar.k_full + next.stage(), next.parity());",
         "  c.v_is_there = false;\n  c.k_is_there = false;",

@@ -215,21 +215,17 @@ def hiding(which: str, case: Case, scale: int = 1) -> Tensor:
     return visible.expand(case.seqlen_q, case.seqlen_k)[None, None].contiguous()
 
 
-@pytest.mark.parametrize("growth", ["none", "every tile by 2^6"])
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("which", HIDING)
-def test_hidden_key_tiles_are_passed_over(
-    which: str, tile: tuple[tuple[str, object], ...], growth: str
-) -> None:
-    _, q, k, v = inputs(growth)
+def test_hidden_key_tiles_are_passed_over(which: str, tile: tuple[tuple[str, object], ...]) -> None:
+    _, q, k, v = inputs("every tile by 2^6")
     mask = hiding(which, CASE)
     problem = Problem.from_tensors(q, k, v, mask=mask, return_lse=True)
     plan = make_plan(problem, {"block_m": 128, "ping_pong": True, **dict(tile)})
-    for seed in range(2):
-        out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
-        lse = torch.empty(1, 2, CASE.seqlen_q)
-        simulate(problem, plan, q, k, v, mask, out, lse, seed=seed)
-        assert error_report(out, q, k, v, lse=lse, mask=mask).ok
+    out = torch.empty(1, 2, CASE.seqlen_q, CASE.head_dim_v, dtype=torch.bfloat16)
+    lse = torch.empty(1, 2, CASE.seqlen_q)
+    simulate(problem, plan, q, k, v, mask, out, lse, seed=0)
+    assert error_report(out, q, k, v, lse=lse, mask=mask).ok
 
 
 @pytest.mark.gpu
