@@ -71,15 +71,13 @@ def part_of_mask(mask: Tensor | None, b: slice, n: int) -> Tensor | None:
     """Return a sequence's part of a mask that broadcasts."""
     if mask is None:
         return None
-    mask = mask[(None,) * (4 - mask.dim())]
-    mask = mask[b] if mask.shape[0] > 1 else mask
+    mask = _own(mask, b)
     return mask[..., :n] if mask.shape[3] > 1 else mask
 
 
 def part_of_tree(tree: Tensor, b: slice, seqlen_q: int, n: int) -> Tensor:
     """Return the mask over a sequence's n keys that a tree which broadcasts amounts to."""
-    tree = tree[(None,) * (4 - tree.dim())]
-    return tree_of_sequence(tree[b] if tree.shape[0] > 1 else tree, seqlen_q, n)
+    return tree_of_sequence(_own(tree, b), seqlen_q, n)
 
 
 def tree_over_packed_keys(
@@ -144,9 +142,14 @@ def packed_part_of_tree(tree: Tensor, b: int, seqlen_q: int) -> Tensor | None:
     size = tree_size(tree)
     if seqlen_q > size:
         return None
-    tree = tree[(None,) * (4 - tree.dim())]
-    own = tree[b : b + 1] if tree.shape[0] > 1 else tree
+    own = _own(tree, slice(b, b + 1))
     return own.expand(1, own.shape[1], size, size)[:, :, :seqlen_q, :seqlen_q]
+
+
+def _own(x: Tensor, b: slice) -> Tensor:
+    """Return what sequences have of a mask or tree that broadcasts, with four dimensions."""
+    x = x[(None,) * (4 - x.dim())]
+    return x[b] if x.shape[0] > 1 else x
 
 
 def _whole(tree: Tensor, batch: int, size: int) -> Tensor:

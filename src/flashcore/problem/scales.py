@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from flashcore.problem.validation import certainly, check_plain_tensor, is_number, shape_text
+from flashcore.problem.validation import check_plain_tensor, is_number, may_broadcast, shape_text
 
 if TYPE_CHECKING:
     from flashcore.problem.memory_layout import Strides4
@@ -87,10 +87,7 @@ def _check_scale(name: str, scale: object, of: str, x: Tensor, batch: int) -> No
             f"{name}.to({of}.device)"
         )
     target = (batch, x.shape[1])
-    pairs = zip(reversed(scale.shape), reversed(target), strict=False)
-    if scale.dim() > 2 or any(
-        not certainly(have == 1) and certainly(have != want) for have, want in pairs
-    ):
+    if not may_broadcast(scale.shape, target):
         raise ValueError(
             f"{name} has shape {shape_text(scale)}; it must be [], [num_heads_kv] or "
             f"[batch, num_heads_kv] = {list(target)}"

@@ -178,10 +178,7 @@ def check_tree_mask(tree_mask: torch.Tensor, q: torch.Tensor) -> None:
     many keys."""
     _check_is_boolean_like_q(tree_mask, q)
     target = (q.shape[0], q.shape[1], q.shape[2], q.shape[2])
-    pairs = zip(reversed(tree_mask.shape), reversed(target), strict=False)
-    if tree_mask.dim() > 4 or any(
-        not certainly(have == 1) and certainly(have != want) for have, want in pairs
-    ):
+    if not may_broadcast(tree_mask.shape, target):
         raise ValueError(
             f"tree_mask has shape {shape_text(tree_mask)}, which does not broadcast to [batch, "
             f"num_heads_q, seqlen_q, seqlen_q] = {list(target)}; of one a sequence pass "
@@ -195,10 +192,7 @@ def check_packed_tree_mask(tree_mask: torch.Tensor, q: torch.Tensor, batch: int)
     _check_is_boolean_like_q(tree_mask, q)
     size = tree_size(tree_mask)
     target = (batch, q.shape[1], size, size)
-    pairs = zip(reversed(tree_mask.shape), reversed(target), strict=False)
-    if tree_mask.dim() > 4 or any(
-        not certainly(have == 1) and certainly(have != want) for have, want in pairs
-    ):
+    if not may_broadcast(tree_mask.shape, target):
         raise ValueError(
             f"tree_mask has shape {shape_text(tree_mask)}; beside cu_seqlens_q it must broadcast "
             f"to [batch, num_heads_q, m, m] = [{batch}, {q.shape[1]}, m, m], of which a sequence "
@@ -265,6 +259,14 @@ def certainly(condition: Any) -> bool:
 
         return statically_known_true(condition)
     return bool(condition)
+
+
+def may_broadcast(shape: Sequence[int], target: Sequence[int]) -> bool:
+    """Return whether a shape broadcasts to another one, or may: see `certainly`."""
+    pairs = zip(reversed(shape), reversed(target), strict=False)
+    return len(shape) <= len(target) and not any(
+        not certainly(have == 1) and certainly(have != want) for have, want in pairs
+    )
 
 
 def factor_fits(factor: Any) -> bool:

@@ -1,9 +1,9 @@
 // fwd_sm90/split_sm90.cuh - keys of a row tile that blocks share, as many splits of each as the
 // host says, and those that consumers of a block share, a slice of the key tiles each.
 //
-// What becomes of blocks' shares: tile/shares.cuh. Slices have maxima of their own, m1 and m2. With
-// m = max(m1, m2), sums and outputs of slice s count exp(ms - m) times. A slice that saw no key has
-// m = -inf and counts nothing.
+// Blocks hand over and add up their shares in tile/shares.cuh. The slices of a block have maxima of
+// their own, m1 and m2. With m = max(m1, m2), sums and outputs of slice s count exp(ms - m) times.
+// A slice that saw no key has m = -inf and counts nothing.
 #pragma once
 
 #include "prims_sm90.cuh"
