@@ -154,10 +154,10 @@ FC_DEVICE void copy_faults(const Faulty& s, const FaultsSm90Params& p) {
       block_sync();
       if (me == 0) tma_store(p.out, s.tile, 0, 0, 0, 0);  // ALARM 30
       break;
-    case 31:  // only the storing thread fences, after the barrier
+    case 31:  // only the storing thread fences, before the barrier
       fill(s.tile, me);  // AGAINST FILL
+      if (me == 0) fence_proxy_async();
       block_sync();
-      fence_proxy_async();
       if (me == 0) tma_store(p.out, s.tile, 0, 0, 0, 0);  // ALARM 31
       break;
     case 32:  // overwritten while the store may still read

@@ -17,6 +17,7 @@ from flashcore.sim import SimTensor, SimulationError, simulate_source
 from flashcore.sim.report import SM90_ALARM_KINDS
 
 FAULTS = Path(__file__).parents[1] / "conformance" / "faults_sm90.cuh"
+FENCES = FAULTS.with_name("fences_sm90.cuh")
 SEEDS = range(20)
 
 # Fault of faults_sm90.cuh -> kind of alarm, array and element (None where the schedule decides).
@@ -93,6 +94,23 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
     84: ("race", "tile", None),
 }
 
+# What fences_sm90.cuh stores, loads and multiplies, by the number of the case
+STORED = {0: "store: reader fences", 3: "store: thread between the two fences"}
+LOADED = {5: "load: reader fences"}
+MULTIPLIED = {10: "wgmma: all threads fence", 15: "wgmma: one warp fences, a barrier hands it on"}
+HEALTHY_FENCES = STORED | LOADED | MULTIPLIED
+FENCE_MISTAKES = {
+    1: "store: fence before the wait",
+    2: "store: no fence",
+    4: "store: fence behind the hand-over",
+    6: "load: no fence",
+    11: "wgmma: fence before the wait",
+    12: "wgmma: no fence",
+    13: "wgmma: three of four warps fence",
+    14: "wgmma: all lanes but one fence",
+    16: "wgmma: one warp fences, which no barrier hands on",
+}
+
 
 class FaultsSm90Params(ctypes.Structure):
     _fields_ = (
@@ -100,6 +118,15 @@ class FaultsSm90Params(ctypes.Structure):
         ("tall", TensorMap),
         ("out", TensorMap),
         ("fault", ctypes.c_int32),
+        ("padding", ctypes.c_uint8 * 60),
+    )
+
+
+class FencesParams(ctypes.Structure):
+    _fields_ = (
+        ("in_", TensorMap),
+        ("out", TensorMap),
+        ("number", ctypes.c_int32),
         ("padding", ctypes.c_uint8 * 60),
     )
 
@@ -165,3 +192,53 @@ def test_every_fault_and_every_kind_is_tried() -> None:
     assert {int(number) for number in re.findall(r"case (\d+):", text)} == set(EXPECTED)
     elsewhere = {"early-access"}  # test_sim_early_access.py
     assert {kind for kind, _, _ in EXPECTED.values()} >= SM90_ALARM_KINDS - elsewhere
+
+
+def line_of_fences_with(mark: str) -> int:
+    """Return the only line that has a mark in its comment."""
+    lines = FENCES.read_text(encoding="utf-8").splitlines()
+    (number,) = (n for n, line in enumerate(lines, 1) if re.search(rf"//.*\b{mark}\b", line))
+    return number
+
+
+def run_fences(number: int, seed: int) -> Tensor:
+    """Return what the case stores, if it does: zeros but for the 1 that a thread hands over."""
+    values = torch.zeros(64, 64, dtype=torch.bfloat16)
+    out = torch.empty_like(values)
+    tensors = [
+        SimTensor("in", values, "in_.base"),
+        SimTensor("out", out, "out.base", writable=True, complete=False),
+    ]
+    params = FencesParams(box(64), box(64), number)
+    text = flatten(FENCES, "host", params="FencesParams")
+    simulate_source(text, params, tensors, grid=1, num_threads=256, smem_bytes=8208, seed=seed)
+    return out
+
+
+@pytest.mark.parametrize("number", HEALTHY_FENCES, ids=lambda number: HEALTHY_FENCES[number])
+def test_a_fence_counts_for_the_writes_that_its_thread_knows_of(number: int) -> None:
+    for seed in SEEDS:
+        out = run_fences(number, seed)
+        if number in STORED:
+            expected = torch.zeros_like(out)
+            expected[0, 3] = 1.0
+            assert torch.equal(out, expected), f"seed {seed}"
+
+
+@pytest.mark.parametrize("number", FENCE_MISTAKES, ids=lambda number: FENCE_MISTAKES[number])
+def test_a_fence_elsewhere_is_an_alarm(number: int) -> None:
+    for seed in SEEDS:
+        with pytest.raises(SimulationError) as caught:
+            run_fences(number, seed)
+        error = caught.value
+        found = (error.kind, error.array, error.element, error.line)
+        expected = ("missing-fence", "tile", 3, line_of_fences_with(f"ALARM {number}"))
+        assert found == expected, f"seed {seed}:\n{error}"
+        assert error.other is not None
+        assert error.other.line == line_of_fences_with("HANDED OVER"), f"seed {seed}:\n{error}"
+
+
+def test_every_case_of_fences_is_tried() -> None:
+    text = FENCES.read_text(encoding="utf-8")
+    cases = [int(number) for number in re.findall(r"case (\d+):", text)]
+    assert sorted(cases) == sorted([*HEALTHY_FENCES, *FENCE_MISTAKES])

@@ -21,7 +21,8 @@
 // warpgroup.cuh   named_barrier_sync(id, threads), named_barrier_arrive(id, threads)
 //                 named_barrier_any(id, threads, predicate): whether it holds for any of them
 //                 raise_registers<N>(), lower_registers<N>(): of the whole warpgroup (setmaxnreg)
-//                 fence_proxy_async(): own shared-memory writes become visible to TMA and WGMMA
+//                 fence_proxy_async(): writes to shared memory that this thread knows of, its own
+//                 among them, become visible to TMA and WGMMA
 //                 fence_proxy_async_global(): what this thread knows of global memory comes before
 //                 what it asks TMA for from here on
 //                 elect_lane(): true in one lane of the warp

@@ -33,7 +33,8 @@ FC_DEVICE void lower_registers(FC_SITE) {
   fc_host::set_registers(REGISTERS, false, FC_HERE);
 }
 
-// This thread's earlier writes to shared memory become visible to TMA and WGMMA.
+// Writes to shared memory that this thread knows of, its own among them, become visible to TMA and
+// WGMMA.
 FC_DEVICE void fence_proxy_async(FC_SITE) { fc_host::fence_proxy_async(FC_HERE); }
 
 // Orders accesses to global memory that this thread knows of before its later TMA operations.

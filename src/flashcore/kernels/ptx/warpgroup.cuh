@@ -37,7 +37,8 @@ FC_DEVICE void lower_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// This thread's earlier writes to shared memory become visible to TMA and WGMMA.
+// Writes to shared memory that this thread knows of, its own among them, become visible to TMA and
+// WGMMA.
 FC_DEVICE void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // Orders this thread's accesses to global memory, and those that it waited for, before the TMA

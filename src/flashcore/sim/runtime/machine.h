@@ -12,7 +12,8 @@
 //
 // Asynchronous units are agents too, with clocks of their own (struct Agents): what a thread has
 // seen of an mbarrier is the number of its phases, of a warp's products those that it waited for.
-// The clock of the kind `fenced` says up to where a thread's writes are visible to those units.
+// The clock of the kind `fenced` says up to where a thread's writes are visible to those units: it
+// is never beyond what is known of the thread, and a fence by anybody brings it up to that.
 #pragma once
 
 #include <cstdint>

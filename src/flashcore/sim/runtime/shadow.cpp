@@ -261,8 +261,8 @@ void shadow_end_async(const AsyncCopy& copy) {
 
 // --- asynchronous units: TMA and WGMMA -----------------------------------------------------------
 
-// A thread's write reaches a unit only through a fence between the two proxies, by that thread and
-// before the barrier that orders the two.
+// A thread's write reaches a unit only through a fence between the two proxies, by that thread or
+// by one that knows of the write, on the way by which whoever asks the unit knows of it.
 static void check_fenced(const SmemRef& ref, int i, const int32_t* clock, const char* doing,
                          Site site) {
   const Cell& cell = machine.cells[size_t(i)];
@@ -271,8 +271,7 @@ static void check_fenced(const SmemRef& ref, int i, const int32_t* clock, const 
   if (clock[machine.agents.fenced + writer] >= clock_of(cell.write)) return;
   set_other_agent(writer, unpack_site(cell.write_site));
   raise_alarm({"missing-fence", site, ref.name, element_at(ref, i)},
-              "%s what a thread wrote without fence_proxy_async() between write and barrier",
-              doing);
+              "%s what a thread wrote, and no fence_proxy_async() stands between the two", doing);
 }
 
 void shadow_write_by_unit(const SmemRef& ref, int offset, int bytes, Epoch me, const int32_t* clock,

@@ -22,7 +22,7 @@ constexpr int GROUP_WARPS = 4;
 // First agent of every kind. Threads come first, from 0.
 struct Agents {
   int warps;          // one a warp: its wmma loads
-  int fenced;         // one a thread: its writes that the async proxy can see
+  int fenced;         // one a thread: its writes that are fenced for the async proxy
   int products;       // one a warp: products of its warpgroup that it knows to be complete
   int groups;         // one a warpgroup: the least of its four warps'; who reads WGMMA's operands
   int mbarriers;      // one an mbarrier: phases completed; who writes what TMA loads

@@ -121,8 +121,8 @@ void tma_load(SmemRef dst, const TensorMap& map, SmemRef bar_ref, int col, int r
   if (clock[m.agents.fenced + bar.init_thread] < clock_of(bar.init)) {
     set_other_thread(current_block, bar.init_thread, unpack_site(bar.init_site));
     raise_alarm({"missing-fence", site, bar_ref.name, bar_ref.index},
-                "a TMA load completes on an mbarrier whose initialisation has no mbar_init_fence() "
-                "between it and the barrier");
+                "a TMA load completes on an mbarrier that was initialised, and no "
+                "mbar_init_fence() stands between the two");
   }
   const auto row_bytes = int(map.box_cols * map.element_bytes);
   const int bytes = row_bytes * rows_of_box(map);

@@ -1,4 +1,5 @@
 // warpgroup.cpp - named barriers, register budgets, proxy fences, elect_lane and stmatrix.
+#include <algorithm>
 #include <cstring>
 
 #include "../machine.h"
@@ -156,10 +157,12 @@ void warpgroups_check_block_end() {
 
 // --- the rest ------------------------------------------------------------------------------------
 
-// Own writes up to now are visible to asynchronous units; later ones are of another tick.
+// What the thread knows of anybody's writes, its own among them, is visible to asynchronous units;
+// its own later ones are of another tick.
 void fence_proxy_async(Site) {
   const int t = current_thread;
-  clock_row(t)[machine.agents.fenced + t] = clock_row(t)[t];
+  int32_t* clock = clock_row(t);
+  std::copy_n(clock, machine.num_threads, clock + machine.agents.fenced);
   clocks_tick(t);
 }
 
