@@ -29,8 +29,8 @@ FC_KERNEL(attn_bwd_delta_sm90, 128, MIN_BLOCKS)
     mbar_arrive_expect_tx(full, VGroup::BYTES);
     dout.load(0, params.dout_map, full, block.m_begin, block.head_idx, block.batch_idx);
   }
-  if (ORDERED && thread_idx() < 2) {
-    gmem_store(turns_of(params, block.batch_idx, block.head_idx, block.m_begin) + thread_idx(), 0);
+  if (ORDERED && thread_idx() == 0) {
+    gmem_store(turns_of(params, block.batch_idx, block.head_idx, block.m_begin), 0);
   }
   if constexpr (!ORDERED) {
     const auto sums = sums_of(params, block.batch_idx, block.head_idx, block.m_begin);

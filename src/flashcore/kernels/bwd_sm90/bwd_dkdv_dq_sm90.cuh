@@ -50,6 +50,12 @@ FC_DEVICE PlaceOfPart place_of_part(int part, uint32_t count) {
   return {stage_of<2>(count), count / 2};
 }
 
+// Of a part there is one for each thread that adds it: who skips a phase takes the one before for
+// it.
+FC_DEVICE SmemPtr<uint64_t> sums_full_of(const Barriers& bar, int part, uint32_t count) {
+  return bar.sums_full + (ADDERS_ALTERNATE ? part * 2 + stage_of<2>(count) : part);
+}
+
 FC_DEVICE SmemPtr<float> sums_at(const Buffers& smem, int place) {
   return smem.dq + place * PLACE_FLOATS;
 }
@@ -70,9 +76,8 @@ FC_DEVICE void hand_over_dq(const WmmaAccum (&dq)[DQ_FRAGS], const Buffers& smem
                                     to_packet(x[2]).word[0], to_packet(x[3]).word[0]}});
     }
   }
-  fence_proxy_async();
   warp_sync();  // orders every lane's writes before the arrival
-  arrive_for_warp(bar.sums_full + place.number);
+  arrive_for_warp(sums_full_of(bar, part, count));
 }
 
 // Until a consumer's part of the last tile has left shared memory; `count` tiles were walked over.
@@ -82,24 +87,27 @@ FC_DEVICE void await_dq_read(const Barriers& bar, int part, uint32_t count) {
 
 // --- dQ on its way out ---------------------------------------------------------------------------
 
-// Adds a part of dQ of a query tile from row m_begin on, the tile number `count`, to a head's sums;
-// if it is ORDERED, behind the `rank` blocks that add before. Those are waited for first: mostly
-// that is over when dQ is there.
-FC_DEVICE void add_part(const Buffers& smem, const Barriers& bar, int part, uint32_t count,
-                        GmemPtr<float> sums, GmemPtr<int32_t> turns, int m_begin, int rank,
-                        int seqlen_q) {
-  const int row = m_begin + (DQ_SHARED ? 0 : part * 64);
-  const int first_frag = DQ_SHARED ? part * DQ_FRAGS : 0;
-  const int frags = min_i(QK_FRAGS - first_frag, DQ_FRAGS);
-  const auto turn = turns + (row / 64 * 2 + (DQ_SHARED ? part : 0));
-  if (ORDERED && row < seqlen_q) {
+// Adds parts [first, end) of dQ of a query tile from row m_begin on, the tile number `count`, to a
+// head's sums; if it is ORDERED, behind the `rank` blocks that add before. Those are waited for
+// first: mostly that is over when dQ is there.
+FC_DEVICE void add_parts_of_tile(const Buffers& smem, const Barriers& bar, int first, int end,
+                                 uint32_t count, GmemPtr<float> sums, GmemPtr<int32_t> turns,
+                                 int m_begin, int rank, int seqlen_q) {
+  const int row = m_begin + (DQ_SHARED ? 0 : first * 64);  // the first of 64
+  const auto turn = turns + row / 64;
+  const bool has_rows = row < seqlen_q;
+  if (ORDERED && has_rows) {
     gmem_await(turn, rank);
     fence_proxy_async_global();
   }
-  const PlaceOfPart place = place_of_part(part, count);
-  mbar_wait(bar.sums_full + place.number, parity_of<1>(place.count));
-  if (row < seqlen_q) {
-    const auto from = sums_at(smem, place.number);
+  for (int part = first; part < end; ++part) {
+    mbar_wait(sums_full_of(bar, part, count),
+              ADDERS_ALTERNATE ? parity_of<2>(count) : parity_of<1>(count));
+    if (!has_rows) continue;
+    fence_proxy_async();
+    const int first_frag = DQ_SHARED ? part * DQ_FRAGS : 0;
+    const int frags = min_i(QK_FRAGS - first_frag, DQ_FRAGS);
+    const auto from = sums_at(smem, place_of_part(part, count).number);
     const auto to = sums + (int64_t(row / 64) * SUMS_OF_GROUP + first_frag * SUMS_OF_FRAG);
     // One where both are contiguous.
     constexpr int ADDS = DQ_FRAGS == QK_FRAGS ? 1 : 4;
@@ -114,11 +122,13 @@ FC_DEVICE void add_part(const Buffers& smem, const Barriers& bar, int part, uint
         bulk_add(own_to, own_from, bytes);
       }
     }
-    tma_store_commit();
-    tma_store_wait_read<0>();
   }
-  mbar_arrive(bar.sums_empty + place.number);
-  if (ORDERED && row < seqlen_q) {
+  tma_store_commit();
+  tma_store_wait_read<0>();
+  for (int part = first; part < end; ++part) {
+    mbar_arrive(bar.sums_empty + place_of_part(part, count).number);
+  }
+  if (ORDERED && has_rows) {
     tma_store_wait<0>();
     gmem_release_add(turn, 1);
   }
@@ -140,11 +150,12 @@ FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, c
       const int m_begin = walked_tile(tiles, i) * BLOCK_M;
       const int rank = block.m_begin / BLOCK_N - key_tiles(p, m_begin).begin;
       for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++count) {
-        if (NUM_PARTS == 1 && stage_of<2>(count) != adder) continue;
+        if (ADDERS_ALTERNATE && stage_of<2>(count) != adder) continue;
         const auto sums = sums_of(params, block.batch_idx, block.head_idx + head, 0);
         const auto turns = turns_of(params, block.batch_idx, block.head_idx + head, 0);
-        add_part(smem, bar, NUM_PARTS == 1 ? 0 : adder, count, sums, turns, m_begin, rank,
-                 p.seqlen_q);
+        const int first = ADDERS_ALTERNATE ? 0 : adder;
+        const int end = ADDERS_ALTERNATE ? NUM_PARTS : adder + 1;
+        add_parts_of_tile(smem, bar, first, end, count, sums, turns, m_begin, rank, p.seqlen_q);
       }
     }
   }
@@ -156,6 +167,7 @@ FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, c
 FC_DEVICE void issue_own_dq(WmmaAccum (&dq)[DQ_FRAGS], const Barriers& bar, const Buffers& smem,
                             int index, uint32_t count) {
   mbar_wait(bar.ds_full + stage_of<NUM_DS_STAGES>(count), parity_of<NUM_DS_STAGES>(count));
+  fence_proxy_async();
   issue_dq(dq, smem, 0, index * DQ_FRAGS, count);
 }
 
@@ -192,6 +204,7 @@ FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
         const int stage = stage_of<NUM_DS_STAGES>(count);
         mbar_wait(bar.ds_full + stage, parity_of<NUM_DS_STAGES>(count));
+        fence_proxy_async();
 #pragma unroll
         for (int group = 0; group < ROW_GROUPS; ++group) {
           issue_dq(dq, smem, group, 0, count);

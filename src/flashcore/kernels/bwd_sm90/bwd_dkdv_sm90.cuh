@@ -34,10 +34,12 @@ constexpr bool BY_PAIRS = ALSO_DQ && !KEEPS_P && !IS_FLOAT16<Element>;
 
 // Of what is added up of dQ: 64 rows, or the columns of one of the consumers that share it.
 constexpr int NUM_PARTS = !ALSO_DQ ? 0 : DQ_SHARED ? NUM_CONSUMERS : (BLOCK_M + 63) / 64;
-// Two threads of the producer's warpgroup add: a part each, or every other tile. An add, until it
-// is complete, and the count of it take some 3000 clocks, which is a tile's time.
-constexpr int NUM_PLACES = ALSO_DQ ? 2 : 0;  // of parts on their way out, one a thread
-static_assert(NUM_PARTS <= 2, "a thread adds one part of a tile");
+// Two threads of the producer's warpgroup add: every other tile or, where a tile has more rows, 64
+// of them each. An add, until it is complete, and its count take a tile's time, some 3000 clocks.
+constexpr int NUM_ADDERS = ALSO_DQ ? 2 : 0;
+constexpr bool ADDERS_ALTERNATE = BLOCK_M <= 64;
+constexpr int NUM_PLACES = ALSO_DQ ? 2 : 0;  // of parts on their way out
+constexpr int NUM_SUMS_FULL = NUM_PARTS * (ADDERS_ALTERNATE ? NUM_ADDERS : 1);
 // With dQ the query tiles of a key tile are walked over from the last one on. So of two key tiles
 // side by side that start together the first one comes to a tile of queries first, or both at once,
 // whatever hides keys: none waits long for its turn to add. At each query tile come the heads of a
@@ -97,7 +99,8 @@ constexpr int STATS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * KEY_MASK_BYTES;
 constexpr int FEED_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;  // at 16 bytes
 constexpr int BARRIERS_OFFSET = FEED_OFFSET + FEED_BYTES;
 constexpr int NUM_BARRIERS =
-    8 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0) + 2 * NUM_PLACES;
+    8 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0) +
+    NUM_SUMS_FULL + NUM_PLACES;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
               "the plan and the kernel disagree on shared memory");
@@ -126,7 +129,7 @@ struct Barriers {
   SmemPtr<uint64_t> q_full, q_empty, stats_full;  // one a stage
   SmemPtr<uint64_t> do_full, do_empty;
   SmemPtr<uint64_t> ds_full, ds_empty;  // where dQ is computed too
-  SmemPtr<uint64_t> sums_full, sums_empty;  // one a place of a part of dQ
+  SmemPtr<uint64_t> sums_full, sums_empty;  // one a part of dQ and adder of it; one a place
 };
 
 enum NamedBarrier {
@@ -152,7 +155,7 @@ FC_DEVICE Barriers barriers() {
           ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? NUM_DS_STAGES : 0)),
           ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0)),
           ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0) +
-                  NUM_PLACES)};
+                  NUM_SUMS_FULL)};
 }
 
 // By one thread.
@@ -161,7 +164,7 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init(bar.coord_full + 1, 1);
   mbar_init(bar.kv_full, 1);
   // One: who loads lse and delta. Four: who computes dQ. And who adds it.
-  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0) + NUM_PLACES);
+  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0) + NUM_ADDERS);
   mbar_init(bar.v_full, 1);
   mbar_init(bar.v_empty, NUM_CONSUMERS * 4);
   mbar_init(bar.probs_full, 128);
@@ -179,10 +182,8 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
     mbar_init(bar.ds_full + stage, NUM_CONSUMERS * 4);
     mbar_init(bar.ds_empty + stage, DQ_SHARED ? NUM_CONSUMERS * 4 : 4);
   }
-  for (int place = 0; place < NUM_PLACES; ++place) {
-    mbar_init(bar.sums_full + place, 4);
-    mbar_init(bar.sums_empty + place, 1);
-  }
+  for (int i = 0; i < NUM_SUMS_FULL; ++i) mbar_init(bar.sums_full + i, 4);
+  for (int place = 0; place < NUM_PLACES; ++place) mbar_init(bar.sums_empty + place, 1);
   mbar_init_fence();
 }
 

@@ -65,7 +65,6 @@ FC_DEVICE void hand_over_ds(const Barriers& bar, const Buffers& smem, int group,
   for (int n = 0; n < QUERY_FRAGS; ++n) {
     stmatrix_x4(row.smem + DsTile::from_row(key, n * 16, lane / 16 * 8), dscores(n).reg);
   }
-  fence_proxy_async();
   warp_sync();  // orders every lane's writes before the arrival
   arrive_for_warp(bar.ds_full + stage);
 }

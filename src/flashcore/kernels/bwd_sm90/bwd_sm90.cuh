@@ -175,14 +175,13 @@ FC_DEVICE GmemPtr<float> sums_of(const AttnBwdSm90Params& params, int batch, int
   return params.dq_sums + (int64_t(own_head) * groups_of_head + row / 64) * SUMS_OF_GROUP;
 }
 
-// How many blocks have added to 64 rows, if these are ORDERED: two counters, for parts of the rows
-// are added apart. There are those of all heads.
+// How many blocks have added to 64 rows, if these are ORDERED. There are counters of all heads.
 FC_DEVICE GmemPtr<int32_t> turns_of(const AttnBwdSm90Params& params, int batch, int head,
                                     int row) {
   const AttnParams& p = params.attn;
   const int groups_of_head = (p.seqlen_q + 63) / 64;
   const int64_t group = int64_t(batch * p.num_heads_q + head) * groups_of_head + row / 64;
-  return params.dq_turns + group * 2;
+  return params.dq_turns + group;
 }
 
 // Within a warp's part of that: four registers of a lane, half a fragment.

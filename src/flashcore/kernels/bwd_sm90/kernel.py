@@ -58,7 +58,8 @@ class BwdSm90Kernel(Kernel[BwdSm90Plan]):
             members |= dict.fromkeys(("q_full", "q_empty", "stats_full"), plan.num_stages)
             members |= dict.fromkeys(("do_full", "do_empty"), plan.other_stages)
             members |= dict.fromkeys(("ds_full", "ds_empty"), plan.ds_stages * plan.also_dq)
-            members |= dict.fromkeys(("sums_full", "sums_empty"), 2 * plan.also_dq)
+            members["sums_full"] = plan.num_sums_full
+            members["sums_empty"] = 2 * plan.also_dq
         return [(name, index) for name, count in members.items() for index in range(count)]
 
     def num_pieces(self, problem: Problem, plan: BwdSm90Plan) -> int:

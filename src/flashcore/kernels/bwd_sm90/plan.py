@@ -155,6 +155,11 @@ class BwdSm90Plan(Plan):
         return 2 * elements + self.mask_bytes + others
 
     @property
+    def num_sums_full(self) -> int:
+        """Return the barriers of parts of dq to be added, one for each part and adder of it."""
+        return self.also_dq * (2 if self.has_dq_role else 2 * self.num_consumers)
+
+    @property
     def mask_bytes(self) -> int:
         """Return shared memory for the mask tensor's elements of every warp
         (fwd_sm90/mask_tile_sm90.cuh; bwd_sm90/key_mask_sm90.cuh, of 16 keys each)."""
@@ -190,7 +195,7 @@ class BwdSm90Plan(Plan):
             elements += self.ds_stages * self.block_m * self.block_n
             if self.has_dq_role:  # of four bytes: two of 64 rows, of one tile or of two
                 elements += 2 * ROWS_OF_CONSUMER * 2 * padded_to_16(self.head_dim)
-            num_barriers += 2 * self.ds_stages + 2 * 2
+            num_barriers += 2 * self.ds_stages + self.num_sums_full + 2
         others = stats + _BARRIER_BYTES * num_barriers + _COORD_BYTES + self._feed_bytes
         return 2 * elements + self.mask_bytes + others
 

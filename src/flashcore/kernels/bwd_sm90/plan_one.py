@@ -236,9 +236,9 @@ def sums_shape(problem: Problem, heads: int) -> tuple[int, int, int]:
     return heads * problem.group_size, groups, ROWS_OF_CONSUMER * padded_to_16(problem.head_dim)
 
 
-def turns_shape(problem: Problem) -> tuple[int, int, int]:
-    """Return the shape of the counters of who has added: two for each group of 64 rows."""
-    return *sums_shape(problem, problem.batch * problem.num_heads_kv)[:2], 2
+def turns_shape(problem: Problem) -> tuple[int, int]:
+    """Return the shape of the counters of who has added, one for each group of 64 rows."""
+    return sums_shape(problem, problem.batch * problem.num_heads_kv)[:2]
 
 
 def any_order_pays(problem: Problem) -> bool:

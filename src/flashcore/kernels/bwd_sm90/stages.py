@@ -48,8 +48,8 @@ STAGES = (
         "dQ = scale dS K",
         "dq of a dS that is given",
         "issue_dq in attn_bwd_dq_sm90.cuh: K's stage, rows that see nothing, the scale; of one "
-        "kernel for all, issue_dq and add_part in bwd_dkdv_dq_sm90.cuh: dS from two warpgroups, "
-        "and which rows it is added to",
+        "kernel for all, issue_dq and add_parts_of_tile in bwd_dkdv_dq_sm90.cuh: dS from two "
+        "warpgroups, and which rows it is added to",
     ),
     Stage(
         "full",
@@ -105,7 +105,7 @@ PHASES = {
     "issue_dq": "dq",
     "issue_own_dq": "dq",
     "consume_ds": "dq",
-    **dict.fromkeys(("hand_over_dq", "add_part", "add_parts"), "dq"),
+    **dict.fromkeys(("hand_over_dq", "add_parts_of_tile", "add_parts"), "dq"),
     "issue_dv": "dv",
     "issue_dk": "dk",
     "store_rows": "store",
