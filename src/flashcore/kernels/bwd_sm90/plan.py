@@ -185,8 +185,7 @@ class BwdSm90Plan(Plan):
         if self.is_dq:
             return self._dq_smem_bytes(*self.dq_buffers)
         qk_cols, v_cols = tiles_sm90.padded_dims(self.head_dim, self.head_dim_v)
-        out_cols = 0 if self.has_roles else max(qk_cols, v_cols)
-        elements = self.block_n * (qk_cols + v_cols + out_cols)
+        elements = self.block_n * (qk_cols + v_cols + (not self.has_roles) * max(qk_cols, v_cols))
         elements += self.block_m * ROWS_OF_CONSUMER * self.has_roles
         elements += self.block_m * (self.num_stages * qk_cols + self.other_stages * v_cols)
         stats = self.num_stages * (2 * self.block_m + 4 * self.also_dq) * 4
