@@ -12,6 +12,9 @@
 // half of the columns each, a tile later.
 //
 // Threads of the producer's warpgroup add it, so that nobody else waits for a turn.
+//
+// Threads write dS and dQ to shared memory; the tensor cores and TMA read them. The proxy fence in
+// between is the reader's, behind its wait: a writer's would wait until its stores are done.
 #pragma once
 
 #include "prims_sm90.cuh"

@@ -243,7 +243,7 @@ def turns_shape(problem: Problem) -> tuple[int, int]:
 
 def any_order_pays(problem: Problem) -> bool:
     """Return whether adding to dq in any order is expected to be faster than in that of the keys:
-    by 4 to 10 % from 2048 queries on, measured on an H200 (2026-11-30); with fewer, clearing the
+    by some 3 % from 2048 queries on, measured on an H200 (2026-11-30); with fewer, clearing the
     sums takes as long as the order."""
     return any_order_may_pay(problem) and problem.seqlen_q >= 2048
 
