@@ -46,7 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--require-gpu") and not torch.cuda.is_available():
         raise pytest.UsageError(f"--require-gpu: {_why_no_gpu()}")
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    # Workers inherit what the process that starts them sets, and that one is told with -n alone.
+    count = os.environ.get("PYTEST_XDIST_WORKER_COUNT") or config.getoption("numprocesses", None)
+    workers = int(count or 1)
     # Also of programs that tests start. More threads than cores wait for each other in busy loops.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))

@@ -212,7 +212,8 @@ def test_configurations_hold_whatever_the_hopper_kernels_table_chooses() -> None
         assert plan in known, plan.describe()
 
 
-@pytest.mark.thorough  # 17 seconds
+@pytest.mark.thorough  # several seconds
+@pytest.mark.usefixtures("nothing_ships")  # few enough for one process
 def test_a_built_bundle_serves_without_a_compiler(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 from sources import parsed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,6 +263,12 @@ def test_import_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_all_workers_together_have_no_more_threads_than_cores() -> None:
+    """Threads that have no core wait in busy loops, and some tests took a hundred times as long."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    assert torch.get_num_threads() * workers <= max(workers, os.cpu_count() or 1)
 
 
 def test_version_is_the_same_everywhere() -> None:
