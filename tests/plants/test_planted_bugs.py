@@ -156,6 +156,7 @@ def planted_case(name: str, kernel: str) -> tuple[registry.Planted, Case | Varle
         ("totals-lost", WMMA),
         ("packed-tree-whole", WMMA),
         ("packed-tree-of-rows", SM90),
+        ("packed-q-row-by-row", WMMA),
     ],
 )
 def test_isolate_finds_it_where_the_list_says(

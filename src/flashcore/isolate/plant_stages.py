@@ -28,13 +28,14 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("page-of-the-first", "page-of-the-tile", "tree-first-key-lost", "packed-tree-whole"),
             *("stream-border-tile-twice", "stream-border-tile-lost", "stream-whole-not-divided"),
             *("piece-of-all-keys", "widened-without-sign", "widened-in-exchange"),
-            *("packed-q-of-one-head", "packed-q-row-by-row", "packed-totals-left-out"),
+            *("packed-q-of-one-head", "packed-totals-left-out"),
         ),
         "schedule": ("stream-counter-left", "piece-not-handed-on", "piece-moved-on-early"),
         "tile": ("sink-beside-raw-scores",),
         "load": (
             *("one-ahead", "neighbours-key", "no-clamp", "stream-head-kept", "widened-next-stage"),
             *("page-unchecked", "page-of-no-key", "page-row-unbounded", "page-length-unclamped"),
+            "packed-q-row-by-row",
         ),
         "store": (
             *("tail-oob", "neighbours-query", "tile-search", "tile-numbers"),
