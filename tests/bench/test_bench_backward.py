@@ -249,6 +249,8 @@ def test_parts_of_a_run_are_shown_as_one_and_others_refused() -> None:
     assert both["summary"]["sweep"]["shapes"] == 2
     assert both["results"] == first["results"] + second["results"]
     assert joined([first]) == first
+    assert both["command"] == first["command"]
+    assert joined([first, second | {"command": "two"}])["command"] == f"{first['command']}; two"
     with pytest.raises(ValueError, match="measured in both"):
         joined([first, first])
     with pytest.raises(ValueError, match="pass differs: backward and forward"):

@@ -138,7 +138,8 @@ def joined(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return one document with the results of several, that were measured in parts.
 
     Args:
-        documents: of one machine and one kind, the date, command and ceilings are the first one's.
+        documents: of one machine and one kind; the date and the ceilings are the first one's, and
+            the command is all of theirs.
 
     Raises:
         ValueError: they are of different machines, versions or passes, or have a shape in common.
@@ -156,7 +157,8 @@ def joined(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if (row["group"], row["workload"]) in known:
                 raise ValueError(f"{row['group']}: {row['workload']} was measured in both")
         results += other["results"]
-    return first | {"results": results, "summary": summarize(results)}
+    commands = "; ".join(dict.fromkeys(document["command"] for document in documents))
+    return first | {"command": commands, "results": results, "summary": summarize(results)}
 
 
 def _tile_table_date() -> str | None:
