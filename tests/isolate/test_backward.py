@@ -231,8 +231,13 @@ def test_one_kernel_has_every_stage_on_the_gpu() -> None:
     assert found.ok, found.why
 
 
-@pytest.mark.parametrize("kernel", [DQ, DKDV], ids=lambda kernel: kernel.name)
-def test_mbarriers_have_the_names_of_the_kernels_members(kernel: BwdSm90Kernel) -> None:
+# With head_dim 128 two consumers share dq, and each part of a tile has two threads that may add it.
+@pytest.mark.parametrize(
+    ("kernel", "head_dim", "sums_full"), [(DQ, 64, 0), (DKDV, 64, 2), (DKDV, 128, 4)]
+)
+def test_mbarriers_have_the_names_of_the_kernels_members(
+    kernel: BwdSm90Kernel, head_dim: int, sums_full: int
+) -> None:
     """They are as many as `Barriers` says, in its order."""
     file = "bwd_dq_sm90.cuh" if kernel is DQ else "bwd_dkdv_sm90.cuh"
     text = (KERNELS_DIR / "bwd_sm90" / file).read_text(encoding="utf-8")
@@ -245,16 +250,17 @@ def test_mbarriers_have_the_names_of_the_kernels_members(kernel: BwdSm90Kernel) 
         for name in line.split(", ")
     ]
     plan = kernel.chosen(
-        Problem.from_tensors(*[torch.empty(1, 1, 64, 64, dtype=torch.float16)] * 3)
+        Problem.from_tensors(*[torch.empty(1, 1, 64, head_dim, dtype=torch.float16)] * 3)
     )
     if plan.owns_keys:
-        plan = dataclasses.replace(plan, also_dq=True, ds_stages=2)
+        plan = dataclasses.replace(plan, block_n=128, also_dq=True, ds_stages=2)
     places = kernel.barrier_places(plan)
     assert list(dict.fromkeys(name for name, _ in places)) == members
     found = re.search(r"constexpr int NUM_BARRIERS =([^;]*);", text)
     assert found is not None
     count = found[1].replace("NUM_SLOTS", str(plan.dq_buffers[0] * plan.num_consumers))
     count = count.replace("(ALSO_DQ ? 2 * NUM_DS_STAGES : 0)", f"2 * {plan.ds_stages}")
+    count = count.replace("NUM_SUMS_FULL", str(sums_full))
     count = count.replace("NUM_PLACES", str(2 * plan.also_dq))
     count = re.sub(r"\bNUM_STAGES", str(plan.num_stages), count)
     count = re.sub(r"NUM_(V|DO)_STAGES", str(plan.other_stages), count)
