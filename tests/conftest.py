@@ -50,8 +50,12 @@ def pytest_configure(config: pytest.Config) -> None:
     count = os.environ.get("PYTEST_XDIST_WORKER_COUNT") or config.getoption("numprocesses", None)
     workers = int(count or 1)
     # Also of programs that tests start. More threads than cores wait for each other in busy loops.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    # So a number from outside counts only if it is lower.
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    threads = min(threads, int(given)) if given.isdecimal() and int(given) else threads
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
