@@ -132,8 +132,8 @@ class FencesParams(ctypes.Structure):
 
 
 @functools.cache
-def source() -> str:
-    return flatten(FAULTS, "host", params="FaultsSm90Params")
+def source(kernel: Path, params: str) -> str:
+    return flatten(kernel, "host", params=params)
 
 
 def box(rows: int) -> TensorMap:
@@ -163,10 +163,9 @@ def run_fault(fault: int, seed: int) -> SimulationError:
         SimTensor("out", out, "out.base", writable=True, complete=False),
     ]
     params = FaultsSm90Params(box(64), box(80), box(64), fault)
+    text = source(FAULTS, "FaultsSm90Params")
     with pytest.raises(SimulationError) as caught:
-        simulate_source(
-            source(), params, tensors, grid=1, num_threads=256, smem_bytes=16408, seed=seed
-        )
+        simulate_source(text, params, tensors, grid=1, num_threads=256, smem_bytes=16408, seed=seed)
     return caught.value
 
 
@@ -210,7 +209,7 @@ def run_fences(number: int, seed: int) -> Tensor:
         SimTensor("out", out, "out.base", writable=True, complete=False),
     ]
     params = FencesParams(box(64), box(64), number)
-    text = flatten(FENCES, "host", params="FencesParams")
+    text = source(FENCES, "FencesParams")
     simulate_source(text, params, tensors, grid=1, num_threads=256, smem_bytes=8208, seed=seed)
     return out
 

@@ -56,7 +56,7 @@ FC_DEVICE PlaceOfPart place_of_part(int part, uint32_t count) {
 // Of a part there is one for each thread that adds it: who skips a phase takes the one before for
 // it.
 FC_DEVICE SmemPtr<uint64_t> sums_full_of(const Barriers& bar, int part, uint32_t count) {
-  return bar.sums_full + (ADDERS_ALTERNATE ? part * 2 + stage_of<2>(count) : part);
+  return bar.sums_full + (part * ADDERS_OF_PART + stage_of<ADDERS_OF_PART>(count));
 }
 
 FC_DEVICE SmemPtr<float> sums_at(const Buffers& smem, int place) {
@@ -104,8 +104,7 @@ FC_DEVICE void add_parts_of_tile(const Buffers& smem, const Barriers& bar, int f
     fence_proxy_async_global();
   }
   for (int part = first; part < end; ++part) {
-    mbar_wait(sums_full_of(bar, part, count),
-              ADDERS_ALTERNATE ? parity_of<2>(count) : parity_of<1>(count));
+    mbar_wait(sums_full_of(bar, part, count), parity_of<ADDERS_OF_PART>(count));
     if (!has_rows) continue;
     fence_proxy_async();
     const int first_frag = DQ_SHARED ? part * DQ_FRAGS : 0;
@@ -140,6 +139,7 @@ FC_DEVICE void add_parts_of_tile(const Buffers& smem, const Barriers& bar, int f
 // One of the threads that add.
 FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, const Buffers& smem,
                          int adder) {
+  constexpr bool TAKE_TURNS = ADDERS_OF_PART > 1;
   const AttnParams& p = params.attn;
   uint32_t count = 0;
   for (int turn = 0;; ++turn) {
@@ -153,11 +153,11 @@ FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, c
       const int m_begin = walked_tile(tiles, i) * BLOCK_M;
       const int rank = block.m_begin / BLOCK_N - key_tiles(p, m_begin).begin;
       for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++count) {
-        if (ADDERS_ALTERNATE && stage_of<2>(count) != adder) continue;
+        if (TAKE_TURNS && stage_of<2>(count) != adder) continue;
         const auto sums = sums_of(params, block.batch_idx, block.head_idx + head, 0);
         const auto turns = turns_of(params, block.batch_idx, block.head_idx + head, 0);
-        const int first = ADDERS_ALTERNATE ? 0 : adder;
-        const int end = ADDERS_ALTERNATE ? NUM_PARTS : adder + 1;
+        const int first = TAKE_TURNS ? 0 : adder;
+        const int end = TAKE_TURNS ? NUM_PARTS : adder + 1;
         add_parts_of_tile(smem, bar, first, end, count, sums, turns, m_begin, rank, p.seqlen_q);
       }
     }

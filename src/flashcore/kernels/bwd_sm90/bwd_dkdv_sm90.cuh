@@ -36,10 +36,10 @@ constexpr bool BY_PAIRS = ALSO_DQ && !KEEPS_P && !IS_FLOAT16<Element>;
 constexpr int NUM_PARTS = !ALSO_DQ ? 0 : DQ_SHARED ? NUM_CONSUMERS : (BLOCK_M + 63) / 64;
 // Two threads of the producer's warpgroup add: every other tile or, where a tile has more rows, 64
 // of them each. An add, until it is complete, and its count take a tile's time, some 3000 clocks.
-constexpr int NUM_ADDERS = ALSO_DQ ? 2 : 0;
-constexpr bool ADDERS_ALTERNATE = BLOCK_M <= 64;
+constexpr int ADDERS_OF_PART = BLOCK_M <= 64 ? 2 : 1;  // which take turns
+static_assert(NUM_PARTS <= 2, "where adders take no turns each adds one part of a tile");
 constexpr int NUM_PLACES = ALSO_DQ ? 2 : 0;  // of parts on their way out
-constexpr int NUM_SUMS_FULL = NUM_PARTS * (ADDERS_ALTERNATE ? NUM_ADDERS : 1);
+constexpr int NUM_SUMS_FULL = NUM_PARTS * ADDERS_OF_PART;
 // With dQ the query tiles of a key tile are walked over from the last one on. So of two key tiles
 // side by side that start together the first one comes to a tile of queries first, or both at once,
 // whatever hides keys: none waits long for its turn to add. At each query tile come the heads of a
@@ -164,7 +164,7 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   mbar_init(bar.coord_full + 1, 1);
   mbar_init(bar.kv_full, 1);
   // One: who loads lse and delta. Four: who computes dQ. And who adds it.
-  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0) + NUM_ADDERS);
+  mbar_init(bar.kv_empty, NUM_CONSUMERS * 4 + 1 + (DQ_ROLE ? 4 : 0) + (ALSO_DQ ? 2 : 0));
   mbar_init(bar.v_full, 1);
   mbar_init(bar.v_empty, NUM_CONSUMERS * 4);
   mbar_init(bar.probs_full, 128);
