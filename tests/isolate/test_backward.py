@@ -259,7 +259,7 @@ def test_mbarriers_have_the_names_of_the_kernels_members(
     found = re.search(r"constexpr int NUM_BARRIERS =([^;]*);", text)
     assert found is not None
     count = found[1].replace("NUM_SLOTS", str(plan.dq_buffers[0] * plan.num_consumers))
-    count = count.replace("(ALSO_DQ ? 2 * NUM_DS_STAGES : 0)", f"2 * {plan.ds_stages}")
+    count = count.replace("NUM_DS_TILES", str(plan.ds_stages * plan.owns_keys))
     count = count.replace("NUM_SUMS_FULL", str(sums_full))
     count = count.replace("NUM_PLACES", str(2 * plan.also_dq))
     count = re.sub(r"\bNUM_STAGES", str(plan.num_stages), count)

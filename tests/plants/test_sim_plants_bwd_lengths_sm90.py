@@ -21,7 +21,7 @@ from flashcore.ops.padded import padded_problem
 from flashcore.problem.memory_layout import as_batch, as_rows
 from flashcore.problem.options import Inputs, Options
 from flashcore.sim import Plant, SimulationError
-from flashcore.sim.plants.bwd_sm90.kernels import (
+from flashcore.sim.plants.bwd_sm90.lengths import (
     PLANTS_BWD_PACKED_DQ_SM90,
     PLANTS_BWD_PACKED_SM90,
     PLANTS_BWD_PADDED_SM90,

@@ -38,11 +38,11 @@ from flashcore.sim.plants.bwd_mask_sm90 import (
     PLANTS_BWD_MASKED_SM90,
 )
 from flashcore.sim.plants.bwd_sm90 import one, one_with
-from flashcore.sim.plants.bwd_sm90.kernels import (
+from flashcore.sim.plants.bwd_sm90.kernels import PLANTS_BWD_ROLES_SM90
+from flashcore.sim.plants.bwd_sm90.lengths import (
     PLANTS_BWD_PACKED_DQ_SM90,
     PLANTS_BWD_PACKED_SM90,
     PLANTS_BWD_PADDED_SM90,
-    PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.fwd_sm90 import float8, folded, packed, split, together
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90

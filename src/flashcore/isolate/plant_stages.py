@@ -163,13 +163,14 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
     DKDV_KERNEL: {
         "load": (
             *("do-released-early", "q-released-early", "heads-of-queries", "box-without-a-key"),
-            "delta-not-awaited",
+            *("delta-not-awaited", "stats-released-by-one-lane"),
         ),
         "ds": (
-            *("stale-stats", "stats-released-by-one-lane", "kv-released-early"),
+            *("stale-stats", "kv-released-early"),
             *("clear-without-fence", "probs-not-awaited", "v-overwritten", "dp-not-awaited"),
             *("query-tile-skipped", "last-of-group-skipped", "neighbour-lse", "diagonal-hidden"),
-            *("probs-overwritten", "stats-of-the-first", "longest-instead-of-own"),
+            *("probs-overwritten", "q-not-awaited", "probs-taken-early"),
+            *("stats-of-the-first", "longest-instead-of-own"),
             *("strip-not-awaited", "strip-of-own-copies", "strip-overwritten", "swapped-operand"),
             *("strip-of-this-tile-again", "strip-of-the-first-keys", "q-of-dk-released-early"),
             *("rank-from-the-first-key", "delta-of-one-head-awaited", "v-not-awaited"),

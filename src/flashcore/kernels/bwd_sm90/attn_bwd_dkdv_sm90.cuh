@@ -85,33 +85,35 @@ FC_DEVICE void end_dk(Consumer& c, const Barriers& bar, uint32_t count) {
 }
 
 // dP^T becomes dS^T, in float32 where it is not computed by pairs.
-FC_DEVICE void differentiate(Consumer& c, const AttnParams& p, SmemPtr<float> stats, int m_begin) {
+template <class Columns>
+FC_DEVICE void differentiate(Consumer& c, const AttnParams& p, const Columns& delta, int m_begin) {
   wgmma_hold(c.dprobs);
-  if (!BY_PAIRS) score_gradient(c.dprobs, stats, [&](int n, int i) { return prob_of(c, n, i); });
+  if (!BY_PAIRS) score_gradient(c.dprobs, delta, [&](int n, int i) { return prob_of(c, n, i); });
 //@if gate ds dk dq
   gate_tile<true>(c.dprobs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
 //@end
 }
 
 // And then dS^T, rounded.
-FC_DEVICE void round_gradient(Consumer& c, const AttnParams& p, SmemPtr<float> stats) {
+template <class Columns>
+FC_DEVICE void round_gradient(Consumer& c, const AttnParams& p, const Columns& delta) {
   if (BY_PAIRS) {
-    score_gradient_by_pairs(c.dscores, c.dprobs, HAS_SOFTCAP ? c.capped_probs : c.probs, stats);
+    score_gradient_by_pairs(c.dscores, c.dprobs, HAS_SOFTCAP ? c.capped_probs : c.probs, delta);
   }
 #pragma unroll
   for (int n = 0; !BY_PAIRS && n < QUERY_FRAGS; ++n) wmma_accum_to_a(c.dscores[n], c.dprobs[n]);
   if (ALSO_DQ) clear_behind(c.dscores, p.seqlen_k, c.key_row);
 }
 
-// The first row of a query tile whose `stats` have arrived; `walked`, where a walk has it.
+// The first row of a query tile that is there; `walked`, where a walk has it.
 FC_DEVICE int own_begin(Consumer& c, const AttnParams& p, SmemPtr<float> stats, int walked) {
   if (!ALSO_DQ) return walked;
 //@if gate ds dv dk dq
   // The gate's scores are then those of the tile's head.
-  const int head = int(smem_load(stats + (2 * BLOCK_M + 1)));
+  const int head = from_packet<int32_t>(smem_load_packet<4>(stats + (2 * BLOCK_M + 1)));
   c.gate = gate_scores_of<true>(p, c.block, c.block.head_idx + head);
 //@end
-  return int(smem_load(stats + 2 * BLOCK_M));
+  return from_packet<int32_t>(smem_load_packet<4>(stats + 2 * BLOCK_M));
 }
 
 // Fetches a mask tensor's part of the next query tile. With dQ that is of the group's next head, or
@@ -120,7 +122,7 @@ FC_DEVICE int own_begin(Consumer& c, const AttnParams& p, SmemPtr<float> stats, 
 FC_DEVICE void fetch_next_mask(Consumer& c, const AttnParams& p, SmemPtr<float> stats, int m_begin,
                                int end) {
   if constexpr (MASK_KIND != 0 && ALSO_DQ) {
-    const int head = int(smem_load(stats + (2 * BLOCK_M + 1))) + 1;
+    const int head = from_packet<int32_t>(smem_load_packet<4>(stats + (2 * BLOCK_M + 1))) + 1;
     const bool is_last = head == p.num_heads_q / p.num_heads_kv;
     c.mask.gmem = mask_of(p, c.batch_idx, c.first_head + (is_last ? 0 : head));
     const int next = is_last ? m_begin - BLOCK_M : m_begin;
@@ -130,6 +132,10 @@ FC_DEVICE void fetch_next_mask(Consumer& c, const AttnParams& p, SmemPtr<float> 
   }
 }
 
+// What is loaded from shared memory, or waited for, is so before a product is waited for, as far as
+// there are registers: beside products it takes hundreds of clocks. `opaque` hides the first row
+// until then, or ptxas waits for it before it issues S^T.
+
 // One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this
 // one's left to the next. All else that is issued here is also waited for: ptxas serialises
 // products that are under way from one turn of a loop to the next.
@@ -137,27 +143,21 @@ template <bool FIRST>
 FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
                           const Buffers& smem, uint32_t count, int m_begin, int end) {
   constexpr bool HAS_DK = OVERLAPS && !FIRST;
-  await_q(bar, count);
+  await_tile(bar, count);
+  const auto stats = stats_of(smem, count);
+  m_begin = own_begin(c, p, stats, m_begin);
+  const auto lse = columns_ahead<ALSO_DQ>(stats);
   issue_s(c.scores, smem, c.index, count);
-  if (EARLY_DP) {
-    await_do(bar, count);
-    issue_dp(c.dprobs, smem, c.index, count);
-  }
+  if (EARLY_DP) issue_dp(c.dprobs, smem, c.index, count);
   if (HAS_DK) issue_dk(c.dk, c.dscores, smem, count - 1);
   wgmma_wait<int(EARLY_DP) + int(HAS_DK)>();
   wgmma_hold(c.scores);
-  if (HOLDS_PROBS) {
-    await_stats(bar, count);
-  } else if (!EARLY_DP) {
-    await_do(bar, count);
-  }
-  const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
-  m_begin = own_begin(c, p, stats, m_begin);
-  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin);
+  if (ALSO_DQ && IS_BOUNDED) m_begin = opaque(m_begin);
+  exponentiate(c.scores, c.probs, c.capped_probs, p, lse, c.mask, c.key_row, m_begin);
   fetch_next_mask(c, p, stats, m_begin, end);
   if (HOLDS_PROBS) {
     wgmma_hold(c.probs);
-    await_do(bar, count);
+    await_tile(bar, count);  // again, as a barrier to ptxas: else it spills up to 120 bytes
   }
 //@if gate dv
   gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
@@ -170,15 +170,17 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
     issue_dp(c.dprobs, smem, c.index, count);
   }
   issue_dv(c.dv, c.probs, smem, count);
+  const ColumnsInSmem delta = columns_of(stats + BLOCK_M);
   wgmma_wait<EARLY_DP && HAS_DK ? 2 : 1>();
-  differentiate(c, p, stats, m_begin);
+  differentiate(c, p, delta, m_begin);
   if (EARLY_DP && HAS_DK) {  // until then dK reads dS^T of the tile before
     wgmma_wait<1>();
     release_q(bar, count - 1);
   }
-  round_gradient(c, p, stats);
+  round_gradient(c, p, delta);
   if (!OVERLAPS) issue_dk(c.dk, c.dscores, smem, count);
   if constexpr (ALSO_DQ) {
+    await_ds_read(bar, count);
     hand_over_ds(bar, smem, c.index, count, [&](int n) { return c.dscores[n]; });
   }
   wgmma_wait<0>();
@@ -206,31 +208,34 @@ template <bool FIRST>
 FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
                            const Buffers& smem, uint32_t count, bool is_second, int turn,
                            int end) {
-  await_q(bar, count);
+  await_tile(bar, count);
+  const auto stats = stats_of(smem, count);
+  int m_begin = own_begin(c, p, stats, 0);
   issue_s(c.scores, smem, c.index, count);
   if (!FIRST) issue_dk(c.dk, c.dscores, smem, count - 1);
   if (!FIRST && !is_second) add_dq(c, bar, smem, count - 2);
+  const ColumnsInRegisters lse = load_columns(stats);
   wgmma_wait<FIRST ? 0 : 1>();
   wgmma_hold(c.scores);
-  await_stats(bar, count);
-  const auto stats = smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
-  const int m_begin = own_begin(c, p, stats, 0);
-  exponentiate(c.scores, c.probs, c.capped_probs, p, stats, c.mask, c.key_row, m_begin);
+  if (IS_BOUNDED) m_begin = opaque(m_begin);
+  exponentiate(c.scores, c.probs, c.capped_probs, p, lse, c.mask, c.key_row, m_begin);
   fetch_next_mask(c, p, stats, m_begin, end);
-  await_do(bar, count);
   if (FIRST && ENDS_IN_PLACE) mbar_wait(bar.v_full, turn % 2);
 //@if gate dv
   gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
 //@end
+  const ColumnsInRegisters delta = load_columns(stats + BLOCK_M);
+  if (!BY_PAIRS) await_ds_read(bar, count);  // behind dP it would cost 32 bytes of spills
   issue_dp(c.dprobs, smem, c.index, count);
   issue_dv(c.dv, c.probs, smem, count);
+  if (BY_PAIRS) await_ds_read(bar, count);
   if (!FIRST) {
     wgmma_wait<2>();
     end_dk(c, bar, count - 1);
   }
   wgmma_wait<1>();
-  differentiate(c, p, stats, m_begin);
-  round_gradient(c, p, stats);
+  differentiate(c, p, delta, m_begin);
+  round_gradient(c, p, delta);
   hand_over_ds(bar, smem, c.index, count, [&](int n) { return c.dscores[n]; });
   if (FIRST) {
     clear(c.dq);  // the compiler does not know that it will not be added

@@ -47,13 +47,12 @@ FC_DEVICE void consume_scores(const AttnBwdSm90Params& params, const Barriers& b
         if (tiles.begin < tiles.end) mask.fetch(own, tiles.begin * BLOCK_M);
       }
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
-        await_q(bar, count);
+        await_tile(bar, count);
+        const ColumnsInRegisters lse = load_columns(stats_of(smem, count));
         issue_s(scores, smem, 0, count);
         wgmma_wait<0>();
         wgmma_hold(scores);
-        await_do(bar, count);
-        exponentiate(scores, probs, capped_probs, own,
-                     smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS, mask, block.m_begin,
+        exponentiate(scores, probs, capped_probs, own, lse, mask, block.m_begin,
                      m_block * BLOCK_M);
         fetch_next(mask, own, (m_block + 1) * BLOCK_M, m_block + 1 < tiles.end);
 //@if gate dv
@@ -100,19 +99,20 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
-        await_do(bar, count);
+        await_tile(bar, count);
         issue_dp(dprobs, smem, 0, count);
-        wgmma_wait<0>();
-        wgmma_hold(dprobs);
-        release_do(bar, count);
+        const ColumnsInRegisters delta = load_columns(stats_of(smem, count) + BLOCK_M);
         mbar_wait(bar.probs_full, int(count % 2));
         Packet<16> probs[QUERY_FRAGS];
 #pragma unroll
         for (int n = 0; n < QUERY_FRAGS; ++n) {
           probs[n] = smem_load_packet<16>(probs_place(smem, n));
         }
+        wgmma_wait<0>();
+        wgmma_hold(dprobs);
         mbar_arrive(bar.probs_empty);
-        score_gradient(dprobs, smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS,
+        release_do(bar, count);
+        score_gradient(dprobs, delta,
                        [&](int n, int i) { return unpacked(probs[n].word[i / 2], i % 2); });
 //@if gate ds dk
         gate_tile<true>(dprobs, gate_scores_of<true>(p, block, block.head_idx + head), own,
@@ -120,7 +120,6 @@ FC_DEVICE void consume_gradients(const AttnBwdSm90Params& params, const Barriers
 //@end
 #pragma unroll
         for (int n = 0; n < QUERY_FRAGS; ++n) wmma_accum_to_a(dscores[n], dprobs[n]);
-        await_q(bar, count);
         issue_dk(dk, dscores, smem, count);
         wgmma_wait<0>();
         wgmma_hold(dk);

@@ -99,8 +99,7 @@ constexpr int STATS_OFFSET = MASK_OFFSET + MASK_ELEMENTS * KEY_MASK_BYTES;
 constexpr int FEED_OFFSET = STATS_OFFSET + NUM_STAGES * STATS_FLOATS * 4;  // at 16 bytes
 constexpr int BARRIERS_OFFSET = FEED_OFFSET + FEED_BYTES;
 constexpr int NUM_BARRIERS =
-    8 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0) +
-    NUM_SUMS_FULL + NUM_PLACES;
+    8 + 3 * NUM_STAGES + 2 * NUM_DO_STAGES + 2 * NUM_DS_TILES + NUM_SUMS_FULL + NUM_PLACES;
 constexpr int COORDS_OFFSET = BARRIERS_OFFSET + NUM_BARRIERS * 8;
 static_assert(SMEM_BYTES == COORDS_OFFSET + COORD_SLOTS * COORD_INTS * 4,
               "the plan and the kernel disagree on shared memory");
@@ -126,7 +125,8 @@ struct Barriers {
   SmemPtr<uint64_t> kv_full, kv_empty;  // of K alone if it ENDS_IN_PLACE,
   SmemPtr<uint64_t> v_full, v_empty;    // and these of V
   SmemPtr<uint64_t> probs_full, probs_empty;  // with roles
-  SmemPtr<uint64_t> q_full, q_empty, stats_full;  // one a stage
+  SmemPtr<uint64_t> q_full, q_empty;  // one a stage
+  SmemPtr<uint64_t> tile_full;        // one a stage of Q: of that, dO, lse and delta
   SmemPtr<uint64_t> do_full, do_empty;
   SmemPtr<uint64_t> ds_full, ds_empty;  // where dQ is computed too
   SmemPtr<uint64_t> sums_full, sums_empty;  // one a part of dQ and adder of it; one a place
@@ -138,24 +138,13 @@ enum NamedBarrier {
 
 FC_DEVICE Barriers barriers() {
   const auto first = smem_view<uint64_t>(BARRIERS_OFFSET, NUM_BARRIERS, "barriers");
-  const auto ring = first + 8;
-  return {first,
-          first + 2,
-          first + 3,
-          first + 4,
-          first + 5,
-          first + 6,
-          first + 7,
-          ring,
-          ring + NUM_STAGES,
-          ring + 2 * NUM_STAGES,
-          ring + 3 * NUM_STAGES,
-          ring + (3 * NUM_STAGES + NUM_DO_STAGES),
-          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES),
-          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? NUM_DS_STAGES : 0)),
-          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0)),
-          ring + (3 * NUM_STAGES + 2 * NUM_DO_STAGES + (ALSO_DQ ? 2 * NUM_DS_STAGES : 0) +
-                  NUM_SUMS_FULL)};
+  const auto of_q = first + 8;
+  const auto of_do = of_q + 3 * NUM_STAGES;
+  const auto of_ds = of_do + 2 * NUM_DO_STAGES;
+  const auto of_sums = of_ds + 2 * NUM_DS_TILES;
+  return {first, first + 2, first + 3, first + 4, first + 5, first + 6, first + 7,
+          of_q, of_q + NUM_STAGES, of_q + 2 * NUM_STAGES, of_do, of_do + NUM_DO_STAGES,
+          of_ds, of_ds + NUM_DS_TILES, of_sums, of_sums + NUM_SUMS_FULL};
 }
 
 // By one thread.
@@ -172,7 +161,7 @@ FC_DEVICE void init_barriers(const Barriers& bar) {
   for (int stage = 0; stage < NUM_STAGES; ++stage) {
     mbar_init(bar.q_full + stage, 1);
     mbar_init(bar.q_empty + stage, NUM_CONSUMERS * 4);
-    mbar_init(bar.stats_full + stage, 32);
+    mbar_init(bar.tile_full + stage, 32);
   }
   for (int stage = 0; stage < NUM_DO_STAGES; ++stage) {
     mbar_init(bar.do_full + stage, 1);
@@ -392,7 +381,7 @@ FC_DEVICE void clear_rows(const Buffers& smem, int stage, const bool (&is_empty)
 }
 
 // One warp: brings lse and delta of each query tile to shared memory. A row that is none, or sees
-// no key, gets lse +inf: its probabilities are 0.
+// no key, gets lse +inf: its probabilities are 0. Then says that the tile is there.
 FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
                           const Buffers& smem) {
   const AttnParams& p = params.attn;
@@ -441,15 +430,17 @@ FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
           smem_store(stats + row, lse[i]);
           smem_store(stats + (BLOCK_M + row), delta[i]);
         }
-        if (ALSO_DQ && lane_idx() == 0) {  // exactly, up to 2^30 rows
-          smem_store(stats + 2 * BLOCK_M, float(walked_tile(tiles, outer) * BLOCK_M));
-          smem_store(stats + (2 * BLOCK_M + 1), float(inner));
+        if (ALSO_DQ && lane_idx() == 0) {
+          smem_store_packet(stats + 2 * BLOCK_M,
+                            to_packet(int32_t(walked_tile(tiles, outer) * BLOCK_M)));
+          smem_store_packet(stats + (2 * BLOCK_M + 1), to_packet(int32_t(inner)));
         }
-        // Here always, not only to clear: who skips a phase takes the one before for it.
+        // Consumers then wait once a tile: beside products each wait costs them 50 to 200 clocks.
+        mbar_wait(bar.q_full + stage, parity_of<NUM_STAGES>(count));
         const int do_stage = stage_of<NUM_DO_STAGES>(count);
         mbar_wait(bar.do_full + do_stage, parity_of<NUM_DO_STAGES>(count));
         if (warp_any(some_empty)) clear_rows(smem, do_stage, is_empty);
-        mbar_arrive(bar.stats_full + stage);
+        mbar_arrive(bar.tile_full + stage);
       }
     }
     // Nobody may be a tile ahead: K and V of this one are there, so those of the last are released.

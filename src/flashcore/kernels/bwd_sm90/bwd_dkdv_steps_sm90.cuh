@@ -32,18 +32,13 @@ FC_DEVICE void release_do(const Barriers& bar, uint32_t count) {
   arrive_for_warp(bar.do_empty + stage_of<NUM_DO_STAGES>(count));
 }
 
-FC_DEVICE void await_stats(const Barriers& bar, uint32_t count) {
-  mbar_wait(bar.stats_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
+// Until all of a tile is there: Q, dO, of which rows that see no key have been cleared, lse, delta.
+FC_DEVICE void await_tile(const Barriers& bar, uint32_t count) {
+  mbar_wait(bar.tile_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
 }
 
-// And until who brings those has cleared rows of dO.
-FC_DEVICE void await_do(const Barriers& bar, uint32_t count) {
-  mbar_wait(bar.do_full + stage_of<NUM_DO_STAGES>(count), parity_of<NUM_DO_STAGES>(count));
-  await_stats(bar, count);
-}
-
-FC_DEVICE void await_q(const Barriers& bar, uint32_t count) {
-  mbar_wait(bar.q_full + stage_of<NUM_STAGES>(count), parity_of<NUM_STAGES>(count));
+FC_DEVICE SmemPtr<float> stats_of(const Buffers& smem, uint32_t count) {
+  return smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
 }
 
 // Until a buffer of dS has room for that of a tile.
@@ -51,13 +46,12 @@ FC_DEVICE void await_ds_read(const Barriers& bar, uint32_t count) {
   mbar_wait(bar.ds_empty + stage_of<NUM_DS_STAGES>(count), parity_of<NUM_DS_STAGES>(count) ^ 1);
 }
 
-// Hands a consumer's 64 keys of dS^T over to who computes dQ; `dscores(n)` are the registers of
-// query fragment n.
+// Hands a consumer's 64 keys of dS^T over to who computes dQ, into a buffer that is free;
+// `dscores(n)` are the registers of query fragment n.
 template <class Dscores>
 FC_DEVICE void hand_over_ds(const Barriers& bar, const Buffers& smem, int group, uint32_t count,
                             const Dscores& dscores) {
   const int stage = stage_of<NUM_DS_STAGES>(count);
-  await_ds_read(bar, count);
   const int lane = opaque(lane_idx());
   const int key = group * 64 + warp_idx() % 4 * 16 + lane % 16;
   const DsTile row = smem.ds.row_of(stage, key);
@@ -73,13 +67,13 @@ FC_DEVICE void hand_over_ds(const Barriers& bar, const Buffers& smem, int group,
 FC_DEVICE void skip_tiles(const Barriers& bar, const Buffers& smem, int group, uint32_t& count,
                           int num_tiles) {
   for (; num_tiles > 0; --num_tiles, ++count) {
-    await_q(bar, count);
-    await_do(bar, count);
+    await_tile(bar, count);
     if constexpr (DQ_ROLE) {
       WmmaAccum none;
       WmmaA<Element> zeros;
       wmma_fill(none, 0.0f);
       wmma_accum_to_a(zeros, none);
+      await_ds_read(bar, count);
       hand_over_ds(bar, smem, group, count, [&](int) { return zeros; });
     }
     release_q(bar, count);  // has a warp_sync(), or the next phase could pass a lane that waits
@@ -126,23 +120,59 @@ FC_DEVICE void issue_dk(WmmaAccum (&dk)[QK_FRAGS], const WmmaA<Element> (&dscore
   wgmma_commit();
 }
 
-// Two neighbours of a tile's lse or delta, of a lane's columns in fragment n.
-FC_DEVICE Packet<8> column_pair(SmemPtr<float> stats, int n, int half) {
-  return smem_load_packet<8>(stats + (n * 16 + half * 8));
+// A tile's lse or delta: two neighbours of a lane's columns, half of those in fragment n.
+struct ColumnsInSmem {
+  SmemPtr<float> own;
+
+  FC_DEVICE Packet<8> operator()(int n, int half) const {
+    return smem_load_packet<8>(own + (n * 16 + half * 8));
+  }
+};
+
+FC_DEVICE ColumnsInSmem columns_of(SmemPtr<float> stats) {
+  return {stats + opaque(lane_idx()) % 4 * 2};
+}
+
+// The same, loaded before they are needed: while WGMMA reads shared memory, a load takes hundreds
+// of clocks.
+struct ColumnsInRegisters {
+  Packet<8> pair[QUERY_FRAGS][2];
+
+  FC_DEVICE Packet<8> operator()(int n, int half) const { return pair[n][half]; }
+};
+
+FC_DEVICE ColumnsInRegisters load_columns(SmemPtr<float> stats) {
+  const ColumnsInSmem columns = columns_of(stats);
+  ColumnsInRegisters loaded;
+#pragma unroll
+  for (int n = 0; n < QUERY_FRAGS; ++n) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) loaded.pair[n][half] = columns(n, half);
+  }
+  return loaded;
+}
+
+// Those, where there are registers for them: with a mask tensor there are none.
+template <bool HAS_REGISTERS>
+FC_DEVICE auto columns_ahead(SmemPtr<float> stats) {
+  if constexpr (HAS_REGISTERS && MASK_KIND == 0) {
+    return load_columns(stats);
+  } else {
+    return columns_of(stats);
+  }
 }
 
 FC_DEVICE float half_of(Packet<8> pair, int i) {
   return from_packet<float>(Packet<4>{{pair.word[i]}});
 }
 
-template <bool MASKED>
+template <bool MASKED, class Columns>
 FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
                                  WmmaA<Element> (&probs)[QUERY_FRAGS],
                                  WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
-                                 SmemPtr<float> stats, const KeyMaskStrip& strip, int key_row,
+                                 const Columns& lse, const KeyMaskStrip& strip, int key_row,
                                  int m_begin) {
   const VisibleColumns<true> visible(p, key_row + warp_idx() % 4 * 16, m_begin);
-  const auto lse = stats + opaque(lane_idx()) % 4 * 2;
   KeyMaskStrip::Place own = {};
   if constexpr (MASK_KIND != 0) own = strip.await(p, m_begin);
 #pragma unroll
@@ -159,7 +189,7 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
     WmmaAccum prob;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto pair = column_pair(lse, n, half);
+      const auto pair = lse(n, half);
 #pragma unroll
       for (int i = half * 4; i < half * 4 + 4; ++i) {
         const auto result = probability(scores[n].x[i], half_of(pair, i % 2), p, mask[i]);
@@ -173,16 +203,17 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
 }
 
 // S^T becomes P^T, rounded in `probs`; in `scores`, and where those are not kept rounded in
-// `capped_probs`, times soft-capping's derivative. `stats` is the tile's. A mask tensor's part of
-// the tile has been fetched.
+// `capped_probs`, times soft-capping's derivative. A mask tensor's part of the tile has been
+// fetched.
+template <class Columns>
 FC_DEVICE void exponentiate(WmmaAccum (&scores)[QUERY_FRAGS], WmmaA<Element> (&probs)[QUERY_FRAGS],
                             WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
-                            SmemPtr<float> stats, const KeyMaskStrip& mask, int key_row,
+                            const Columns& lse, const KeyMaskStrip& mask, int key_row,
                             int m_begin) {
   if (IS_BOUNDED && window_hides_some<BLOCK_M, 64>(p, m_begin, key_row)) {
-    exponentiate_tile<true>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
+    exponentiate_tile<true>(scores, probs, capped_probs, p, lse, mask, key_row, m_begin);
   } else {
-    exponentiate_tile<false>(scores, probs, capped_probs, p, stats, mask, key_row, m_begin);
+    exponentiate_tile<false>(scores, probs, capped_probs, p, lse, mask, key_row, m_begin);
   }
 }
 
@@ -198,16 +229,16 @@ FC_DEVICE void fetch_next(const KeyMaskStrip& mask, const AttnParams& p, int m_b
 
 // dS^T, rounded, of dP^T and the rounded P^T: with the difference rounded too, one instruction
 // multiplies two elements, where float32 takes four and a register more.
+template <class Columns>
 FC_DEVICE void score_gradient_by_pairs(WmmaA<Element> (&dscores)[QUERY_FRAGS],
                                        const WmmaAccum (&dprobs)[QUERY_FRAGS],
                                        const WmmaA<Element> (&probs)[QUERY_FRAGS],
-                                       SmemPtr<float> stats) {
-  const auto delta = stats + (BLOCK_M + opaque(lane_idx()) % 4 * 2);
+                                       const Columns& delta) {
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto pair = column_pair(delta, n, half);
+      const auto pair = delta(n, half);
 #pragma unroll
       for (int i = half * 4; i < half * 4 + 4; i += 2) {
         const uint32_t difference = pack2<Element>(dprobs[n].x[i] - half_of(pair, 0),
@@ -220,15 +251,14 @@ FC_DEVICE void score_gradient_by_pairs(WmmaA<Element> (&dscores)[QUERY_FRAGS],
 
 // dP^T becomes dS^T, still to be multiplied by the scale of the scores. `prob(n, i)` is P^T's
 // element, times soft-capping's derivative.
-template <class Prob>
-FC_DEVICE void score_gradient(WmmaAccum (&dprobs)[QUERY_FRAGS], SmemPtr<float> stats,
+template <class Columns, class Prob>
+FC_DEVICE void score_gradient(WmmaAccum (&dprobs)[QUERY_FRAGS], const Columns& delta,
                               const Prob& prob) {
-  const auto delta = stats + (BLOCK_M + opaque(lane_idx()) % 4 * 2);
 #pragma unroll
   for (int n = 0; n < QUERY_FRAGS; ++n) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const auto pair = column_pair(delta, n, half);
+      const auto pair = delta(n, half);
 #pragma unroll
       for (int i = half * 4; i < half * 4 + 4; ++i) {
         dprobs[n].x[i] = prob(n, i) * (dprobs[n].x[i] - half_of(pair, i % 2));

@@ -55,7 +55,7 @@ class BwdSm90Kernel(Kernel[BwdSm90Plan]):
         else:
             members = {"coord_full": 2, "kv_full": 1, "kv_empty": 1, "v_full": 1, "v_empty": 1}
             members |= {"probs_full": 1, "probs_empty": 1}
-            members |= dict.fromkeys(("q_full", "q_empty", "stats_full"), plan.num_stages)
+            members |= dict.fromkeys(("q_full", "q_empty", "tile_full"), plan.num_stages)
             members |= dict.fromkeys(("do_full", "do_empty"), plan.other_stages)
             members |= dict.fromkeys(("ds_full", "ds_empty"), plan.ds_stages * plan.also_dq)
             members["sums_full"] = plan.num_sums_full

@@ -92,7 +92,7 @@ PHASES = {
     "issue_dp": "ds",
     "exponentiate": "ds",
     "exponentiate_tile": "ds",
-    "column_pair": "ds",
+    **dict.fromkeys(("columns_of", "load_columns", "columns_ahead"), "ds"),
     "probability": "ds",
     **dict.fromkeys(
         ("mask_strip", "fetch", "fetch_packet", "fetch_rows", "copy", "copy_parts"),

@@ -25,10 +25,12 @@ from flashcore.sim.plants.bwd_sm90.beside import (
 from flashcore.sim.plants.bwd_sm90.kernels import (
     PLANTS_BWD_DKDV_SM90,
     PLANTS_BWD_DQ_SM90,
+    PLANTS_BWD_ROLES_SM90,
+)
+from flashcore.sim.plants.bwd_sm90.lengths import (
     PLANTS_BWD_PACKED_DQ_SM90,
     PLANTS_BWD_PACKED_SM90,
     PLANTS_BWD_PADDED_SM90,
-    PLANTS_BWD_ROLES_SM90,
 )
 from flashcore.sim.plants.bwd_sm90.one import (
     PLANTS_BWD_DELTA_SM90,

@@ -11,19 +11,27 @@ _LOADS = "bwd_sm90/bwd_dkdv_sm90.cuh"
 _STEPS = "bwd_sm90/bwd_dkdv_steps_sm90.cuh"
 _ROLES = "bwd_sm90/bwd_dkdv_roles_sm90.cuh"
 _SHARED = "bwd_sm90/bwd_sm90.cuh"
-_SCHEDULE = "tile/schedule_varlen.cuh"
 _BAND = "tile/band.cuh"
 
 # In the kernel of dk and dv, without head_dim above 128.
 _OF_ONE_WARPGROUP = (
     Plant(
         name="stale-stats",
-        title="lse and delta are read without waiting for them",
+        title="a query tile is read without waiting for it",
         file=_STEPS,
-        find="  mbar_wait(bar.stats_full + stage",
-        replace="  if (false) mbar_wait(bar.stats_full + stage",
+        find="  mbar_wait(bar.tile_full + stage",
+        replace="  if (false) mbar_wait(bar.tile_full + stage",
         caught_by="race",
         or_by=("uninitialized-read",),
+    ),
+    Plant(
+        name="q-not-awaited",
+        title="a query tile is said to be there before Q has arrived",
+        file=_LOADS,
+        find="        mbar_wait(bar.q_full + stage, parity_of<NUM_STAGES>(count));",
+        replace="",
+        caught_by="async-pending",
+        or_by=("race", "uninitialized-read", "mbarrier"),
     ),
     Plant(
         name="stats-released-by-one-lane",
@@ -220,6 +228,16 @@ _OF_ROLES = (
         or_by=("deadlock", "mbarrier"),  # two fills of a barrier whose phase nobody saw
     ),
     Plant(
+        name="probs-taken-early",
+        title="P^T is said to be taken, and V with it to be read, while dP^T is under way",
+        file=_ROLES,
+        find="        wgmma_wait<0>();\n        wgmma_hold(dprobs);\n"
+        "        mbar_arrive(bar.probs_empty);\n",
+        replace="        mbar_arrive(bar.probs_empty);\n"
+        "        wgmma_wait<0>();\n        wgmma_hold(dprobs);\n",
+        caught_by="race",
+    ),
+    Plant(
         name="v-overwritten",
         title="dV leaves through V's place while the other role still reads V",
         file=_ROLES,
@@ -238,102 +256,6 @@ _OF_ROLES = (
     ),
 )
 
-# With sequences of different lengths: packed ones, or keys whose number the device knows.
-_OF_PACKED = (
-    Plant(
-        name="neighbour-keys-stored",
-        title="64 keys behind a sequence's last one are stored, too",
-        file=_LOADS,
-        find="block.head_idx_kv, !PACKED || key_row < num_keys};",
-        replace="block.head_idx_kv, true};",
-        caught_by="misuse",
-    ),
-    Plant(
-        name="box-of-a-key-late",
-        title="dK and dV are stored one row late, the last one where the next sequence begins",
-        file=_LOADS,
-        find="PACKED ? key_box<true>(p, block, 0) :",
-        replace="PACKED ? BoxOrigin{key_box<true>(p, block, 0).row, "
-        "key_box<true>(p, block, 0).batch + 1} :",
-        caught_by="unwritten-output",
-        or_by=("out-of-bounds", "double-write"),
-    ),
-    Plant(
-        name="last-keys-forgotten",
-        title="the keys behind the last sequence have no rows, and are seen by the queries there",
-        file=_LOADS,
-        find="  return sequence_params<VARLEN, true>(p, block);",
-        replace="  return sequence_params<VARLEN, false>(p, block);",
-        caught_by="unwritten-output",
-        or_by=("misuse", "out-of-bounds", "deadlock"),
-    ),
-    Plant(
-        name="stats-of-the-first",
-        title="every sequence has lse and delta of the first",
-        file=_LOADS,
-        find="    const int first_row = PACKED ? query_rows<true>(p, block.batch_idx).begin : 0;",
-        replace="    const int first_row = 0;",
-        caught_by="wrong-result",
-    ),
-    Plant(
-        name="heads-of-queries",
-        title="key tiles are dealt out once for each head of q",
-        file=_SCHEDULE,
-        find="    if (OWNS_KEYS) return p.num_heads_kv;",
-        replace="",
-        caught_by="out-of-bounds",
-        or_by=("double-write", "unwritten-output", "counter-left", "misuse"),
-    ),
-)
-_OF_PACKED_DQ = (
-    Plant(
-        name="delta-of-a-neighbour",
-        title="delta is written where the first sequence has it",
-        file=_DELTA,
-        find="    const int64_t at = lse_offset(p, block, first_row + row);",
-        replace="    const int64_t at = lse_offset(p, block, row);",
-        caught_by="double-write",
-        or_by=("unwritten-output",),
-    ),
-    Plant(
-        name="queries-behind-stored",
-        title="64 queries behind a sequence's last one are stored, too",
-        file=_DQ,
-        find="!PACKED || group_row < query_rows(p, block.batch_idx).count};",
-        replace="true};",
-        caught_by="misuse",
-    ),
-)
-_OF_PADDED = (
-    Plant(
-        name="keys-behind-kept",
-        title="keys behind a sequence's last one keep what was added up in their rows",
-        file=_LOADS,
-        find="  if (!KEY_LENGTHS || first_row + 64 <= num_keys) return;",
-        replace="  if (!KEY_LENGTHS || first_row <= num_keys) return;",
-        caught_by="wrong-result",
-    ),
-    Plant(
-        name="box-without-a-key",
-        title="a box of 64 keys starts behind the sequence's last one",
-        file=_LOADS,
-        find="      return VARLEN != 0 ? min_i(row, own.seqlen_k - 1) : row;",
-        replace="      return row;",
-        caught_by="misuse",
-    ),
-    Plant(
-        name="longest-instead-of-own",
-        title="the diagonal of every sequence is that of the longest",
-        file=_DKDV,
-        find="          accumulate(c, sequence, bar, smem, count, own, num_tiles);",
-        replace="          accumulate(c, p, bar, smem, count, own, num_tiles);",
-        caught_by="wrong-result",
-    ),
-)
-
 PLANTS_BWD_DQ_SM90 = by_name(*_OF_DQ)
 PLANTS_BWD_DKDV_SM90 = by_name(*_OF_ONE_WARPGROUP)
 PLANTS_BWD_ROLES_SM90 = by_name(*_OF_ROLES)
-PLANTS_BWD_PACKED_SM90 = by_name(*_OF_PACKED)
-PLANTS_BWD_PACKED_DQ_SM90 = by_name(*_OF_PACKED_DQ)
-PLANTS_BWD_PADDED_SM90 = by_name(*_OF_PADDED)
