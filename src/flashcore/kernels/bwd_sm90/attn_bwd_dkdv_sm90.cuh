@@ -225,10 +225,14 @@ FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar
   gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
 //@end
   const ColumnsInRegisters delta = load_columns(stats + BLOCK_M);
-  if (!BY_PAIRS) await_ds_read(bar, count);  // behind dP it would cost 32 bytes of spills
+  const auto await_buffers = [&] {
+    await_ds_read(bar, count);
+    if (!FIRST) await_ds(bar, count - 1);  // ahead of stores of dS, which its fence would wait for
+  };
+  if (!BY_PAIRS) await_buffers();  // behind dP that would cost 32 bytes of spills
   issue_dp(c.dprobs, smem, c.index, count);
   issue_dv(c.dv, c.probs, smem, count);
-  if (BY_PAIRS) await_ds_read(bar, count);
+  if (BY_PAIRS) await_buffers();
   if (!FIRST) {
     wgmma_wait<2>();
     end_dk(c, bar, count - 1);
@@ -240,7 +244,7 @@ FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar
   if (FIRST) {
     clear(c.dq);  // the compiler does not know that it will not be added
   } else {
-    issue_own_dq(c.dq, bar, smem, c.index, count - 1);
+    issue_own_dq(c.dq, smem, c.index, count - 1);
   }
   wgmma_wait<FIRST ? 0 : 1>();
   wgmma_hold(c.dv);
@@ -291,7 +295,8 @@ FC_DEVICE void accumulate_shared(Consumer& c, const AttnParams& p, const Barrier
   }
   issue_dk(c.dk, c.dscores, smem, count - 1);
   if (num_tiles > 1) add_dq(c, bar, smem, count - 2);
-  issue_own_dq(c.dq, bar, smem, c.index, count - 1);
+  await_ds(bar, count - 1);
+  issue_own_dq(c.dq, smem, c.index, count - 1);
   wgmma_wait<0>();
   end_dk(c, bar, count - 1);
   end_dq(c, bar, count - 1);

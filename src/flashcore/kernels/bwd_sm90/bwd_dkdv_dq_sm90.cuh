@@ -166,11 +166,15 @@ FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, c
 
 // --- dQ shared by the consumers ------------------------------------------------------------------
 
-// A consumer's part of dQ, once all of them have handed over dS.
-FC_DEVICE void issue_own_dq(WmmaAccum (&dq)[DQ_FRAGS], const Barriers& bar, const Buffers& smem,
-                            int index, uint32_t count) {
+// Until all consumers have handed over dS of a tile.
+FC_DEVICE void await_ds(const Barriers& bar, uint32_t count) {
   mbar_wait(bar.ds_full + stage_of<NUM_DS_STAGES>(count), parity_of<NUM_DS_STAGES>(count));
   fence_proxy_async();
+}
+
+// A consumer's part of dQ.
+FC_DEVICE void issue_own_dq(WmmaAccum (&dq)[DQ_FRAGS], const Buffers& smem, int index,
+                            uint32_t count) {
   issue_dq(dq, smem, 0, index * DQ_FRAGS, count);
 }
 

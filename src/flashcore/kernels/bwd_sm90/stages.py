@@ -103,7 +103,7 @@ PHASES = {
     "consume_scores": "ds",
     "consume_gradients": "ds",
     "issue_dq": "dq",
-    "issue_own_dq": "dq",
+    **dict.fromkeys(("await_ds", "issue_own_dq"), "dq"),
     "consume_ds": "dq",
     **dict.fromkeys(("hand_over_dq", "add_parts_of_tile", "add_parts"), "dq"),
     "issue_dv": "dv",

@@ -226,16 +226,16 @@ PLANTS_BWD_SHARED_SM90 = by_name(
         name="shared-ds-without-fence",
         title="where consumers share dQ: dS has been handed over, the tensor cores need not see it",
         file=_SUM,
-        find="  fence_proxy_async();\n  issue_dq(",
-        replace="\n  issue_dq(",
+        find="  fence_proxy_async();\n}\n",
+        replace="\n}\n",
         caught_by="missing-fence",
     ),
     Plant(
         name="shared-ds-released-early",
         title="dS is released while a consumer's part of dQ is under way",
         file=_KERNEL,
-        find="    issue_own_dq(c.dq, bar, smem, c.index, count - 1);\n  }\n",
-        replace="    issue_own_dq(c.dq, bar, smem, c.index, count - 1); "
+        find="    issue_own_dq(c.dq, smem, c.index, count - 1);\n  }\n",
+        replace="    issue_own_dq(c.dq, smem, c.index, count - 1); "
         "arrive_for_warp(bar.ds_empty + stage_of<NUM_DS_STAGES>(count - 1));\n  }\n",
         caught_by="race",
         or_by=("deadlock", "mbarrier", "wgmma"),
