@@ -5,7 +5,8 @@
 For each room of a sequence in the cache, in us: attention over what is there, of 16 bits and of 8;
 a whole step, which appends new tokens with rotary embedding and attends to as many tokens; the
 attention with a tree of drafts, as kernels read it, and as a mask over the whole room, as it was
-before; and appending alone, by one kernel and by PyTorch.
+before; the same queries packed, with and without the tree; and appending alone, by one kernel and
+by PyTorch.
 """
 
 from __future__ import annotations
@@ -63,6 +64,21 @@ def calls_of(room: int, drafts: int = DRAFTS, device: str = "cuda") -> dict[str,
         asked: dict[str, Any] = {"seqlens_k": lengths, "page_table": table, "causal": False}
         return flashcore.attention_with_kvcache(q, to[0], to[1], **(asked | more))
 
+    packed_q = q.transpose(1, 2).reshape(BATCH * drafts, HEADS, DIM)
+    starts = torch.arange(BATCH + 1, dtype=torch.int32, device=device) * drafts
+
+    def attend_packed(**more: Any) -> Any:
+        return flashcore.attention_with_kvcache(
+            packed_q,
+            *pages,
+            seqlens_k=lengths,
+            page_table=table,
+            causal=False,
+            cu_seqlens_q=starts,
+            max_seqlen_q=drafts,
+            **more,
+        )
+
     def step(to: list[torch.Tensor], **more: Any) -> Any:
         return attend(to, k_new=new[0], v_new=new[1], seqlens_k=before, **turned, **more)
 
@@ -77,6 +93,8 @@ def calls_of(room: int, drafts: int = DRAFTS, device: str = "cuda") -> dict[str,
         "step 8 bits": lambda: step(pages_8, **scales),
         "with a tree": lambda: attend(tree_mask=tree),
         "with a mask of it": lambda: attend(mask=tree_over_keys(tree, None, q, lengths, room)),
+        "packed": attend_packed,
+        "packed with a tree": lambda: attend_packed(tree_mask=tree),
         "append": lambda: appended(pages, "auto"),
         "append by PyTorch": lambda: appended(pages, "torch"),
         "append 8 bits": lambda: appended(pages_8, "auto", **scales),
