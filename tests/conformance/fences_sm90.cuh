@@ -1,5 +1,5 @@
-// Proxy fences by others than the thread that wrote, for the simulator alone. Each case is a
-// mistake, or none. Two warpgroups; `in` and `out` are 64 x 64, a box is all of it.
+// Proxy fences by others than the thread that wrote, and waits by others than the one that reads,
+// for the simulator alone. Each case is a mistake, or none. Two warpgroups; `in` and `out` are 64 x 64, a box is all of it.
 #pragma once
 
 #include "prims_sm90.cuh"
@@ -77,6 +77,18 @@ FC_DEVICE void copies(const Fenced& s, const FencesParams& p) {
   tma_store_wait_read<0>();
 }
 
+FC_DEVICE void multiply(const Fenced& s) {
+  const WgmmaDesc desc = wgmma_desc<128>(s.tile, 0);
+  WmmaAccum d[4];
+  for (int i = 0; i < 4; ++i) wmma_fill(d[i], 0.0f);
+  wgmma_fence();
+  // ALARM 11 ALARM 12 ALARM 13 ALARM 14 ALARM 16 ALARM 21, on the next line
+  wgmma_ss<bfloat16>(d, desc, desc, true);
+  wgmma_commit();
+  wgmma_wait<0>();
+  wgmma_hold(d);
+}
+
 // The first warpgroup multiplies.
 FC_DEVICE void products(const Fenced& s, const FencesParams& p) {
   if (warp_idx() >= 4) return;
@@ -105,14 +117,28 @@ FC_DEVICE void products(const Fenced& s, const FencesParams& p) {
       if (warp_idx() == 2) fence_proxy_async();
       break;
   }
-  const WgmmaDesc desc = wgmma_desc<128>(s.tile, 0);
-  WmmaAccum d[4];
-  for (int i = 0; i < 4; ++i) wmma_fill(d[i], 0.0f);
-  wgmma_fence();
-  wgmma_ss<bfloat16>(d, desc, desc, true);  // ALARM 11 ALARM 12 ALARM 13 ALARM 14 ALARM 16
-  wgmma_commit();
-  wgmma_wait<0>();
-  wgmma_hold(d);
+  multiply(s);
+}
+
+// The first warpgroup multiplies what TMA loads. Thread 200 alone waits for that, and tells it.
+FC_DEVICE void heard(const Fenced& s, const FencesParams& p) {
+  if (s.me == 0) mbar_arrive_expect_tx(s.bar, TILE_BYTES);
+  if (s.me == 0) tma_load(s.tile, p.in, s.bar, 0, 0, 0, 0);  // LOADED
+  if (s.me == 200) {
+    switch (p.number) {
+      case 20:  // no mistake: it tells behind its wait
+        mbar_wait(s.bar, 0);
+        mbar_arrive(s.told);
+        break;
+      case 21:  // it tells before
+        mbar_arrive(s.told);
+        mbar_wait(s.bar, 0);
+        break;
+    }
+  }
+  if (warp_idx() >= 4) return;
+  mbar_wait(s.told, 0);
+  multiply(s);
 }
 
 FC_KERNEL(fences_sm90, 256, 1)(FC_PARAM(FencesParams) p) {
@@ -124,6 +150,10 @@ FC_KERNEL(fences_sm90, 256, 1)(FC_PARAM(FencesParams) p) {
     mbar_init_fence();
   }
   block_sync();  // orders the initialisation before every use
+  if (p.number >= 20) {
+    heard(s, p);
+    return;
+  }
   hand_over(s, p.in);
   if (p.number < 10) copies(s, p);
   if (p.number >= 10) products(s, p);

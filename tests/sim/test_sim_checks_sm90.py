@@ -97,7 +97,11 @@ EXPECTED: dict[int, tuple[str, str, int | None]] = {
 # What fences_sm90.cuh stores, loads and multiplies, by the number of the case
 STORED = {0: "store: reader fences", 3: "store: thread between the two fences"}
 LOADED = {5: "load: reader fences"}
-MULTIPLIED = {10: "wgmma: all threads fence", 15: "wgmma: one warp fences, a barrier hands it on"}
+MULTIPLIED = {
+    10: "wgmma: all threads fence",
+    15: "wgmma: one warp fences, a barrier hands it on",
+    20: "wgmma: another thread waits for the load, and tells",
+}
 HEALTHY_FENCES = STORED | LOADED | MULTIPLIED
 FENCE_MISTAKES = {
     1: "store: fence before the wait",
@@ -110,6 +114,7 @@ FENCE_MISTAKES = {
     14: "wgmma: all lanes but one fence",
     16: "wgmma: one warp fences, which no barrier hands on",
 }
+TOLD_EARLY = 21  # a thread tells of a load before it waits for it
 
 
 class FaultsSm90Params(ctypes.Structure):
@@ -197,7 +202,7 @@ def line_of_fences_with(mark: str) -> int:
     """Return the only line that has a mark in its comment."""
     lines = FENCES.read_text(encoding="utf-8").splitlines()
     (number,) = (n for n, line in enumerate(lines, 1) if re.search(rf"//.*\b{mark}\b", line))
-    return number
+    return number + lines[number - 1].endswith("on the next line")
 
 
 def run_fences(number: int, seed: int) -> Tensor:
@@ -240,4 +245,15 @@ def test_a_fence_elsewhere_is_an_alarm(number: int) -> None:
 def test_every_case_of_fences_is_tried() -> None:
     text = FENCES.read_text(encoding="utf-8")
     cases = [int(number) for number in re.findall(r"case (\d+):", text)]
-    assert sorted(cases) == sorted([*HEALTHY_FENCES, *FENCE_MISTAKES])
+    assert sorted(cases) == sorted([*HEALTHY_FENCES, *FENCE_MISTAKES, TOLD_EARLY])
+
+
+def test_who_is_told_of_a_load_before_it_is_there_races_with_it() -> None:
+    for seed in SEEDS:
+        with pytest.raises(SimulationError) as caught:
+            run_fences(TOLD_EARLY, seed)
+        error = caught.value
+        assert (error.kind, error.array) == ("race", "tile"), f"seed {seed}:\n{error}"
+        assert error.other is not None
+        lines = {line_of_fences_with(mark) for mark in (f"ALARM {TOLD_EARLY}", "LOADED")}
+        assert {error.line, error.other.line} == lines, f"seed {seed}:\n{error}"
