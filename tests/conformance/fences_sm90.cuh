@@ -1,5 +1,6 @@
 // Proxy fences by others than the thread that wrote, and waits by others than the one that reads,
-// for the simulator alone. Each case is a mistake, or none. Two warpgroups; `in` and `out` are 64 x 64, a box is all of it.
+// for the simulator alone. Each case is a mistake, or none. Two warpgroups; `in` and `out` are
+// 64 x 64, a box is all of it.
 #pragma once
 
 #include "prims_sm90.cuh"

@@ -11,12 +11,13 @@ def set_gradient_workspace(num_bytes: int = DEFAULT_BYTES) -> None:
     """Set how much memory a backward pass may take for float32 sums of dq.
 
     On Hopper, with head_dim up to 128 and neither a mask tensor nor soft-capping, one kernel
-    computes dq, dk and dv where there is enough to compute (docs/backward.md has the times). It
-    adds up dq in float32, in memory that the pass takes and gives back: 4 bytes an element for as
-    many heads as fit into `num_bytes`. If not all heads fit, the pass takes a share of them at a
-    time. If too few fit to keep a GPU busy, and always with 0, two kernels compute the gradients
-    with 4 bytes a row and head beside them, more slowly. Gradients are deterministic in either
-    way, unless a call says deterministic=False; those of the two may differ in their last bits.
+    computes dq, dk and dv where there is enough to compute (docs/backward-one-kernel.md has the
+    times). It adds up dq in float32, in memory that the pass takes and gives back: 4 bytes an
+    element for as many heads as fit into `num_bytes`. If not all heads fit, the pass takes a share
+    of them at a time. If too few fit to keep a GPU busy, and always with 0, two kernels compute the
+    gradients with 4 bytes a row and head beside them, more slowly. Gradients are deterministic in
+    either way, unless a call says deterministic=False; those of the two may differ in their last
+    bits.
 
     Args:
         num_bytes: at most that much; 128 MiB by default. Holds for the whole process, and for

@@ -131,7 +131,7 @@ def is_bounded(problem: Problem) -> bool:
 
 def tile(problem: Problem) -> tuple[BwdTile, int]:
     """Return the tile of the kernel in the middle, and its buffers of dS. Measured on an H200
-    (2026-11-29), 16k tokens, hidden 2048, bfloat16; see docs/backward.md."""
+    (2026-11-29), 16k tokens, hidden 2048, bfloat16; see docs/backward-one-kernel.md."""
     dim = max(problem.head_dim, problem.head_dim_v)
     if dim > 96:
         return BwdTile(64, 128, 3, 2, True, False, False), 2
@@ -183,7 +183,7 @@ def pays(problem: Problem, num_bytes: int) -> bool:
 
 def least_tiles(problem: Problem) -> int:
     """Return how many tiles of keys, of all heads that are computed at a time, make one kernel
-    faster than two. Measured on an H200 (2026-11-30), bfloat16; see docs/backward.md."""
+    faster than two. Measured on an H200 (2026-11-30), bfloat16; see docs/backward-one-kernel.md."""
     if problem.seqlen_q < 1024:
         return _NEVER
     left, right = problem.window_left, problem.window_right
