@@ -143,7 +143,7 @@ PARTS: dict[str, Part] = {
         "what surrounds attention in a step of a decoder",
         lambda seconds, path: ["scripts/time_steps.py", "--json", path],
         "steps.json",
-        ("docs/serving.md",),
+        ("docs/serving-kernels.md",),
     ),
     "host": Part(
         "the host's time of eager calls",

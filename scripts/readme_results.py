@@ -1,7 +1,7 @@
 """Fill the results of README.md and of pages in docs/ from benchmarks/results/h200.json,
 docs/host-overhead.md from h200-host.json, README.md and docs/backward-speed.md from
 h200-gradients.json, docs/backward.md from h200-masks.json, docs/serving-kernels.md from
-h200-decode.json and h200-packed-decode.json, and docs/serving.md from h200-steps.json.
+h200-decode.json, h200-packed-decode.json and h200-steps.json.
 
     python scripts/readme_results.py            # after `flashcore bench --output ...`
     python scripts/readme_results.py --check    # change nothing, fail where a page is stale
@@ -198,7 +198,7 @@ SOURCES: dict[Path, dict[str, Callable[[Document, Path], str]]] = {
     DECODE_RESULTS: {"docs/serving-kernels.md": study_section(DECODE_RESULTS, decode_markdown)},
     MASK_RESULTS: {"docs/backward.md": study_section(MASK_RESULTS, masks_table)},
     PACKED_RESULTS: {"docs/serving-kernels.md": study_section(PACKED_RESULTS, packed_decode_table)},
-    STEP_RESULTS: {"docs/serving.md": study_section(STEP_RESULTS, steps_table)},
+    STEP_RESULTS: {"docs/serving-kernels.md": study_section(STEP_RESULTS, steps_table)},
 }
 # Whose markers have names.
 NAMES = {
