@@ -172,7 +172,7 @@ def test_few_rows_have_the_tile_for_reading() -> None:
 
 
 def test_tokens_beside_a_prompt_have_two_blocks_an_sm_over_small_pages() -> None:
-    """One warp loads a tile's pages, and there are two (docs/ladder-masks.md)."""
+    """One warp loads a tile's pages, and there are two (docs/ladder-decoding.md)."""
     mixed = problem_with(
         batch=64, total_q=63 + 2048, total_k=0, seqlen_q=2048, seqlen_k=4096, num_heads_q=32,
         num_heads_kv=8, head_dim=128, head_dim_v=128, varlen="packed_pages", page_size=16,

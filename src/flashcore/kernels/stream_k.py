@@ -32,7 +32,7 @@ MOST_TILES = 2**30  # that the device counts in 32 bits
 # way the 508 KB of B1 H32/1 S1/16384 took some 12 us: 43 KB/us, which latency explains. Now it is
 # 128 bytes, so 86 KB/us: the weight is 26 / 86 and something for the arithmetic. With it, and
 # 3 us for start and end, the model gives 11.8 us for 4 row tiles of 33 splits; measured: 11.8
-# (docs/ladder-masks.md).
+# (docs/ladder-decoding.md).
 SHARE_WEIGHT = 0.35
 # For `explain`.
 NOTE = (

@@ -14,7 +14,8 @@ ALIGNMENT = 64  # of a descriptor that the driver writes, in bytes
 _DATA_TYPES = {"float16": 6, "bfloat16": 9}  # CU_TENSOR_MAP_DATA_TYPE_...
 _UINT8 = 0  # only the size counts
 _SWIZZLES = {0: 0, 64: 2, 128: 3}  # CU_TENSOR_MAP_SWIZZLE_... by bytes
-_L2_PROMOTION_128B = 2  # with 256 reading a long cache once takes 7 % longer (docs/ladder-masks.md)
+# With 256 reading a long cache once takes 7 % longer (docs/ladder-decoding.md).
+_L2_PROMOTION_128B = 2
 _MOST_DIMS = 5
 _Sizes, _Strides = ctypes.c_uint64 * _MOST_DIMS, ctypes.c_uint64 * (_MOST_DIMS - 1)
 _Box = ctypes.c_uint32 * _MOST_DIMS

@@ -179,8 +179,8 @@ def tiles(problem: Problem, folded: int, longest: int = 0) -> Iterator[Tile]:
 def _is_mixed(problem: Problem, longest: int) -> bool:
     """Return whether packed queries are single tokens and a prompt's part, over pages so small that
     a tile of 128 keys has several. Two blocks of an SM have two warps that load, and fewer rows of
-    nobody: with pages of 64 299 us instead of 353 for 63 tokens beside 2048 (docs/ladder-masks.md).
-    Where the prompt is most of the work, or all parts are alike, 128 rows are faster."""
+    nobody: with pages of 64 299 us instead of 353 for 63 tokens beside 2048. Where the prompt is
+    most of the work, or all parts are alike, 128 rows are faster (docs/ladder-decoding.md)."""
     if not problem.has_pages or problem.page_size >= 128 or problem.seqlen_q > _MIXED_ROWS:
         return False
     is_plain = problem.mask is None and problem.softcap == 0.0
