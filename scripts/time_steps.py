@@ -54,30 +54,21 @@ def calls_of(room: int, drafts: int = DRAFTS, device: str = "cuda") -> dict[str,
     scale = torch.full((HEADS_KV,), 0.01, device=device)
     before = lengths - drafts
     scales = {"k_scale": scale, "v_scale": scale}
-    turned = {
+    turned: dict[str, Any] = {
         "rotary_cos": rotary.cos,
         "rotary_sin": rotary.sin,
         "rotary_interleaved": rotary.interleaved,
     }
 
-    def attend(to: list[torch.Tensor] = pages, **more: Any) -> Any:
+    def attend(to: list[torch.Tensor] = pages, queries: torch.Tensor = q, **more: Any) -> Any:
         asked: dict[str, Any] = {"seqlens_k": lengths, "page_table": table, "causal": False}
-        return flashcore.attention_with_kvcache(q, to[0], to[1], **(asked | more))
+        return flashcore.attention_with_kvcache(queries, to[0], to[1], **(asked | more))
 
-    packed_q = q.transpose(1, 2).reshape(BATCH * drafts, HEADS, DIM)
-    starts = torch.arange(BATCH + 1, dtype=torch.int32, device=device) * drafts
-
-    def attend_packed(**more: Any) -> Any:
-        return flashcore.attention_with_kvcache(
-            packed_q,
-            *pages,
-            seqlens_k=lengths,
-            page_table=table,
-            causal=False,
-            cu_seqlens_q=starts,
-            max_seqlen_q=drafts,
-            **more,
-        )
+    packed: dict[str, Any] = {
+        "queries": q.transpose(1, 2).reshape(BATCH * drafts, HEADS, DIM),
+        "cu_seqlens_q": torch.arange(BATCH + 1, dtype=torch.int32, device=device) * drafts,
+        "max_seqlen_q": drafts,
+    }
 
     def step(to: list[torch.Tensor], **more: Any) -> Any:
         return attend(to, k_new=new[0], v_new=new[1], seqlens_k=before, **turned, **more)
@@ -93,8 +84,8 @@ def calls_of(room: int, drafts: int = DRAFTS, device: str = "cuda") -> dict[str,
         "step 8 bits": lambda: step(pages_8, **scales),
         "with a tree": lambda: attend(tree_mask=tree),
         "with a mask of it": lambda: attend(mask=tree_over_keys(tree, None, q, lengths, room)),
-        "packed": attend_packed,
-        "packed with a tree": lambda: attend_packed(tree_mask=tree),
+        "packed": lambda: attend(**packed),
+        "packed with a tree": lambda: attend(**packed, tree_mask=tree),
         "append": lambda: appended(pages, "auto"),
         "append by PyTorch": lambda: appended(pages, "torch"),
         "append 8 bits": lambda: appended(pages_8, "auto", **scales),

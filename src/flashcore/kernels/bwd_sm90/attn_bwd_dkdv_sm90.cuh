@@ -110,10 +110,9 @@ FC_DEVICE int own_begin(Consumer& c, const AttnParams& p, SmemPtr<float> stats, 
   if (!ALSO_DQ) return walked;
 //@if gate ds dv dk dq
   // The gate's scores are then those of the tile's head.
-  const int head = from_packet<int32_t>(smem_load_packet<4>(stats + (2 * BLOCK_M + 1)));
-  c.gate = gate_scores_of<true>(p, c.block, c.block.head_idx + head);
+  c.gate = gate_scores_of<true>(p, c.block, c.block.head_idx + head_of(stats));
 //@end
-  return from_packet<int32_t>(smem_load_packet<4>(stats + 2 * BLOCK_M));
+  return first_row_of(stats);
 }
 
 // Fetches a mask tensor's part of the next query tile. With dQ that is of the group's next head, or
@@ -122,7 +121,7 @@ FC_DEVICE int own_begin(Consumer& c, const AttnParams& p, SmemPtr<float> stats, 
 FC_DEVICE void fetch_next_mask(Consumer& c, const AttnParams& p, SmemPtr<float> stats, int m_begin,
                                int end) {
   if constexpr (MASK_KIND != 0 && ALSO_DQ) {
-    const int head = from_packet<int32_t>(smem_load_packet<4>(stats + (2 * BLOCK_M + 1))) + 1;
+    const int head = head_of(stats) + 1;
     const bool is_last = head == p.num_heads_q / p.num_heads_kv;
     c.mask.gmem = mask_of(p, c.batch_idx, c.first_head + (is_last ? 0 : head));
     const int next = is_last ? m_begin - BLOCK_M : m_begin;
@@ -132,9 +131,10 @@ FC_DEVICE void fetch_next_mask(Consumer& c, const AttnParams& p, SmemPtr<float> 
   }
 }
 
-// What is loaded from shared memory, or waited for, is so before a product is waited for, as far as
-// there are registers: beside products it takes hundreds of clocks. `opaque` hides the first row
-// until then, or ptxas waits for it before it issues S^T.
+// In the two functions below a load from shared memory, or a wait at a barrier, stands before the
+// next wait for a product, as far as there are registers: beside products either takes up to
+// hundreds of clocks. `opaque` hides the first row until then, or ptxas waits for it before it
+// issues S^T.
 
 // One query tile. With OVERLAPS, dK of the tile before (unless FIRST) is issued here, and this
 // one's left to the next. All else that is issued here is also waited for: ptxas serialises

@@ -26,6 +26,12 @@
 #include "bwd_sm90/bwd_dkdv_sm90.cuh"
 #include "bwd_sm90/bwd_sm90.cuh"
 
+// Waits until all consumers have handed over dS of a tile.
+FC_DEVICE void await_ds(const Barriers& bar, uint32_t count) {
+  mbar_wait(bar.ds_full + stage_of<NUM_DS_STAGES>(count), parity_of<NUM_DS_STAGES>(count));
+  fence_proxy_async();
+}
+
 // DQ_FRAGS column fragments of dQ of 64 rows: dS^T and K lie with keys as lines.
 FC_DEVICE void issue_dq(WmmaAccum (&dq)[DQ_FRAGS], const Buffers& smem, int row_group,
                         int first_frag, uint32_t count) {
@@ -166,12 +172,6 @@ FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, c
 
 // --- dQ shared by the consumers ------------------------------------------------------------------
 
-// Until all consumers have handed over dS of a tile.
-FC_DEVICE void await_ds(const Barriers& bar, uint32_t count) {
-  mbar_wait(bar.ds_full + stage_of<NUM_DS_STAGES>(count), parity_of<NUM_DS_STAGES>(count));
-  fence_proxy_async();
-}
-
 // A consumer's part of dQ.
 FC_DEVICE void issue_own_dq(WmmaAccum (&dq)[DQ_FRAGS], const Buffers& smem, int index,
                             uint32_t count) {
@@ -209,15 +209,15 @@ FC_DEVICE void consume_ds(const AttnBwdSm90Params& params, const Barriers& bar,
     mbar_wait(bar.kv_full, turn % 2);
     for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head) {
       for (int m_block = tiles.begin; m_block < tiles.end; ++m_block, ++count) {
-        const int stage = stage_of<NUM_DS_STAGES>(count);
-        mbar_wait(bar.ds_full + stage, parity_of<NUM_DS_STAGES>(count));
-        fence_proxy_async();
+        await_ds(bar, count);
 #pragma unroll
         for (int group = 0; group < ROW_GROUPS; ++group) {
           issue_dq(dq, smem, group, 0, count);
           wgmma_wait<0>();
           wgmma_hold(dq);
-          if (group == ROW_GROUPS - 1) arrive_for_warp(bar.ds_empty + stage);
+          if (group == ROW_GROUPS - 1) {
+            arrive_for_warp(bar.ds_empty + stage_of<NUM_DS_STAGES>(count));
+          }
           hand_over_dq(dq, smem, bar, group, count);
         }
       }

@@ -381,7 +381,7 @@ FC_DEVICE void clear_rows(const Buffers& smem, int stage, const bool (&is_empty)
 }
 
 // One warp: brings lse and delta of each query tile to shared memory. A row that is none, or sees
-// no key, gets lse +inf: its probabilities are 0. Then says that the tile is there.
+// no key, gets lse +inf: its probabilities are 0. Then the warp says that the tile is there.
 FC_DEVICE void load_stats(const AttnBwdSm90Params& params, const Barriers& bar,
                           const Buffers& smem) {
   const AttnParams& p = params.attn;

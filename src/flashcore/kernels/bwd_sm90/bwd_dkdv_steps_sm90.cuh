@@ -41,6 +41,15 @@ FC_DEVICE SmemPtr<float> stats_of(const Buffers& smem, uint32_t count) {
   return smem.stats + stage_of<NUM_STAGES>(count) * STATS_FLOATS;
 }
 
+// With dQ stats hold a tile's first row and its head's number in the group, too.
+FC_DEVICE int first_row_of(SmemPtr<float> stats) {
+  return from_packet<int32_t>(smem_load_packet<4>(stats + 2 * BLOCK_M));
+}
+
+FC_DEVICE int head_of(SmemPtr<float> stats) {
+  return from_packet<int32_t>(smem_load_packet<4>(stats + (2 * BLOCK_M + 1)));
+}
+
 // Until a buffer of dS has room for that of a tile.
 FC_DEVICE void await_ds_read(const Barriers& bar, uint32_t count) {
   mbar_wait(bar.ds_empty + stage_of<NUM_DS_STAGES>(count), parity_of<NUM_DS_STAGES>(count) ^ 1);
@@ -152,7 +161,8 @@ FC_DEVICE ColumnsInRegisters load_columns(SmemPtr<float> stats) {
   return loaded;
 }
 
-// Those, where there are registers for them: with a mask tensor there are none.
+// The columns are loaded now if it HAS_REGISTERS for them, and no mask tensor takes those; else
+// they are loaded when they are needed.
 template <bool HAS_REGISTERS>
 FC_DEVICE auto columns_ahead(SmemPtr<float> stats) {
   if constexpr (HAS_REGISTERS && MASK_KIND == 0) {

@@ -14,8 +14,8 @@ PLANTS_BWD_ONE_SM90 = by_name(
         name="ds-not-awaited",
         title="dQ multiplies dS before it has been handed over",
         file=_SUM,
-        find="        mbar_wait(bar.ds_full + stage",
-        replace="        if (false) mbar_wait(bar.ds_full + stage",
+        find="        await_ds(bar, count);\n#pragma",
+        replace="        fence_proxy_async();\n#pragma",
         caught_by="race",
         or_by=("uninitialized-read", "missing-fence", "deadlock", "async-pending", "mbarrier"),
     ),
@@ -32,8 +32,9 @@ PLANTS_BWD_ONE_SM90 = by_name(
         name="ds-without-fence",
         title="dS is handed over, but the tensor cores need not see it",
         file=_SUM,
-        find="        fence_proxy_async();\n#pragma",
-        replace="\n#pragma",
+        find="        await_ds(bar, count);\n#pragma",
+        replace="        mbar_wait(bar.ds_full + stage_of<NUM_DS_STAGES>(count), "
+        "parity_of<NUM_DS_STAGES>(count));\n#pragma",
         caught_by="missing-fence",
     ),
     Plant(
@@ -76,7 +77,8 @@ PLANTS_BWD_ONE_SM90 = by_name(
         file=_SUM,
         find="          issue_dq(dq, smem, group, 0, count);\n          wgmma_wait<0>();\n",
         replace="          issue_dq(dq, smem, group, 0, count); "
-        "if (group == ROW_GROUPS - 1) arrive_for_warp(bar.ds_empty + stage);\n"
+        "if (group == ROW_GROUPS - 1) "
+        "arrive_for_warp(bar.ds_empty + stage_of<NUM_DS_STAGES>(count));\n"
         "          wgmma_wait<0>();\n",
         caught_by="race",
         or_by=("mbarrier", "deadlock", "wgmma"),
