@@ -147,6 +147,7 @@ FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, c
                          int adder) {
   constexpr bool TAKE_TURNS = ADDERS_OF_PART > 1;
   const AttnParams& p = params.attn;
+  const int heads = opaque(p.num_heads_q / p.num_heads_kv);  // or ptxas divides at every tile
   uint32_t count = 0;
   for (int turn = 0;; ++turn) {
     const BlockCoord block = await_coord(bar, smem, turn);
@@ -158,7 +159,7 @@ FC_DEVICE void add_parts(const AttnBwdSm90Params& params, const Barriers& bar, c
     for (int i = 0; i < tiles.end - tiles.begin; ++i) {
       const int m_begin = walked_tile(tiles, i) * BLOCK_M;
       const int rank = block.m_begin / BLOCK_N - key_tiles(p, m_begin).begin;
-      for (int head = 0; head < p.num_heads_q / p.num_heads_kv; ++head, ++count) {
+      for (int head = 0; head < heads; ++head, ++count) {
         if (TAKE_TURNS && stage_of<2>(count) != adder) continue;
         const auto sums = sums_of(params, block.batch_idx, block.head_idx + head, 0);
         const auto turns = turns_of(params, block.batch_idx, block.head_idx + head, 0);

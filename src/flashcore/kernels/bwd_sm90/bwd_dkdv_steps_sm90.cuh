@@ -212,6 +212,43 @@ FC_DEVICE void exponentiate_tile(WmmaAccum (&scores)[QUERY_FRAGS],
   }
 }
 
+// Scores become log2 of their probabilities. A mask tensor's part of the tile has been fetched.
+template <class Columns>
+FC_DEVICE void take_log2_probs(WmmaAccum (&scores)[QUERY_FRAGS], const AttnParams& p,
+                               const Columns& lse, const KeyMaskStrip& strip, int m_begin) {
+  KeyMaskStrip::Place own = {};
+  if constexpr (MASK_KIND != 0) own = strip.await(p, m_begin);
+#pragma unroll
+  for (int n = 0; n < QUERY_FRAGS; ++n) {
+    MaskElement elements[8];
+    if constexpr (MASK_KIND != 0) strip.read(elements, own, n);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto pair = lse(n, half);
+#pragma unroll
+      for (int i = half * 4; i < half * 4 + 4; ++i) {
+        ScoreMask mask = {true, 0.0f};
+        if constexpr (MASK_KIND != 0) mask = as_score_mask(elements[i]);
+        const float x = log2_probability(scores[n].x[i], half_of(pair, i % 2), p, mask.bias);
+        scores[n].x[i] = mask.visible ? x : NEG_INF;
+      }
+    }
+  }
+}
+
+// Those of keys that the window hides become -inf.
+FC_DEVICE void hide_keys(WmmaAccum (&log2_probs)[QUERY_FRAGS], const AttnParams& p, int key_row,
+                         int m_begin) {
+  const VisibleColumns<true> visible(p, key_row + warp_idx() % 4 * 16, m_begin);
+#pragma unroll
+  for (int n = 0; n < QUERY_FRAGS; ++n) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      if (!visible.contain(n, i)) log2_probs[n].x[i] = NEG_INF;
+    }
+  }
+}
+
 // S^T becomes P^T, rounded in `probs`; in `scores`, and where those are not kept rounded in
 // `capped_probs`, times soft-capping's derivative. A mask tensor's part of the tile has been
 // fetched.
@@ -220,7 +257,17 @@ FC_DEVICE void exponentiate(WmmaAccum (&scores)[QUERY_FRAGS], WmmaA<Element> (&p
                             WmmaA<Element> (&capped_probs)[QUERY_FRAGS], const AttnParams& p,
                             const Columns& lse, const KeyMaskStrip& mask, int key_row,
                             int m_begin) {
-  if (IS_BOUNDED && window_hides_some<BLOCK_M, 64>(p, m_begin, key_row)) {
+  const bool hides = IS_BOUNDED && window_hides_some<BLOCK_M, 64>(p, m_begin, key_row);
+  if constexpr (HIDES_APART) {
+    take_log2_probs(scores, p, lse, mask, m_begin);
+    if (hides) hide_keys(scores, p, key_row, m_begin);
+#pragma unroll
+    for (int n = 0; n < QUERY_FRAGS; ++n) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) scores[n].x[i] = exp2_approx(scores[n].x[i]);
+      wmma_accum_to_a(probs[n], scores[n]);
+    }
+  } else if (hides) {
     exponentiate_tile<true>(scores, probs, capped_probs, p, lse, mask, key_row, m_begin);
   } else {
     exponentiate_tile<false>(scores, probs, capped_probs, p, lse, mask, key_row, m_begin);

@@ -135,6 +135,15 @@ FC_DEVICE ScoreMask as_score_mask(T bias) {
   return {true, to_float(bias)};
 }
 
+// log2 of the probability of a score without soft-capping.
+FC_DEVICE float log2_probability(float score, float lse_log2, const AttnParams& p, float bias) {
+  if constexpr (MASK_KIND == 2) {
+    return fma_rn(fma_rn(score, p.softmax_scale, bias), LOG2_E, -lse_log2);
+  } else {
+    return fma_rn(score, p.softmax_scale_log2, -lse_log2);
+  }
+}
+
 // The probability of one score q.k, and that times soft-capping's derivative.
 // `lse_log2` is in log2 units, +inf for a row that sees nothing or is none.
 struct Probability {
@@ -151,10 +160,8 @@ FC_DEVICE Probability probability(float score, float lse_log2, const AttnParams&
     const float t = s * rcp_approx(p.softcap);
     cap_slope = fma_rn(-t, t, 1.0f);
     log2_prob = fma_rn(MASK_KIND == 2 ? s + mask.bias : s, LOG2_E, -lse_log2);
-  } else if constexpr (MASK_KIND == 2) {
-    log2_prob = fma_rn(fma_rn(score, p.softmax_scale, mask.bias), LOG2_E, -lse_log2);
   } else {
-    log2_prob = fma_rn(score, p.softmax_scale_log2, -lse_log2);
+    log2_prob = log2_probability(score, lse_log2, p, mask.bias);
   }
   const float exponential = exp2_approx(log2_prob);
   const float prob = mask.visible ? exponential : 0.0f;

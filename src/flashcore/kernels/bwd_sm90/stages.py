@@ -93,7 +93,8 @@ PHASES = {
     "exponentiate": "ds",
     "exponentiate_tile": "ds",
     **dict.fromkeys(("columns_of", "load_columns", "columns_ahead"), "ds"),
-    "probability": "ds",
+    **dict.fromkeys(("take_log2_probs", "hide_keys"), "ds"),
+    **dict.fromkeys(("probability", "log2_probability"), "ds"),
     **dict.fromkeys(
         ("mask_strip", "fetch", "fetch_packet", "fetch_rows", "copy", "copy_parts"),
         "ds",

@@ -311,4 +311,20 @@ PLANTS_BWD_SHARED_SM90 = by_name(
         replace="  issue_dq(dq, smem, 0, 0, count);",
         caught_by="wrong-result",
     ),
+    Plant(
+        name="hidden-keys-attended",
+        title="where consumers share dQ: no key is hidden",
+        file=_STEPS,
+        find="    if (hides) hide_keys(",
+        replace="    if (false) hide_keys(",
+        caught_by="wrong-result",
+    ),
+    Plant(
+        name="lse-of-the-next-query",
+        title="where keys are hidden apart: two neighbours share the lse of the second",
+        file=_STEPS,
+        find="log2_probability(scores[n].x[i], half_of(pair, i % 2), p",
+        replace="log2_probability(scores[n].x[i], half_of(pair, 1), p",
+        caught_by="wrong-result",
+    ),
 )
