@@ -36,6 +36,11 @@ ROUND_KERNEL = "attn_bwd_round_sm90"
 HEAD_DIM_MAX = 128
 _KEYS_OF_TILE = 128
 _NEVER = 1 << 62  # tiles
+_LEAST_QUERIES = 128
+# Below so many queries a block would come to its turn to add again and again before the block ahead
+# has added, if many of a head's tiles of keys were under way at a time. Of 64 heads two are.
+_FEW_QUERIES = 1024
+_HEADS_OF_FEW_QUERIES = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,22 +183,26 @@ def pays(problem: Problem, num_bytes: int) -> bool:
     """Return whether one kernel is faster than two for a problem that has no obstacle, with so much
     memory to add up dq in."""
     at_once = min(num_bytes // _sums_bytes(problem), problem.batch * problem.num_heads_kv)
-    return at_once * -(-problem.seqlen_k // _KEYS_OF_TILE) >= least_tiles(problem)
+    return at_once * _tiles_of_head(problem) >= least_tiles(problem)
 
 
 def least_tiles(problem: Problem) -> int:
     """Return how many tiles of keys, of all heads that are computed at a time, make one kernel
-    faster than two. Measured on an H200 (2026-11-30), bfloat16; see docs/backward-one-kernel.md."""
-    if problem.seqlen_q < 1024:
+    faster than two. Measured on an H200 (2026-12-01), bfloat16; see docs/backward-one-kernel.md."""
+    if problem.seqlen_q < _LEAST_QUERIES:
         return _NEVER
     left, right = problem.window_left, problem.window_right
     if min(left, right) >= 0 and left + right + 1 < 256:
         return _NEVER  # not measured; at 256 one kernel is 1.07 to 1.09 times as fast
-    if max(problem.head_dim, problem.head_dim_v) <= 96:
-        return 512 if is_bounded(problem) else 256
-    if not is_bounded(problem):
-        return 512
-    return 1024 if problem.seqlen_q >= 4096 else 2048
+    is_wide = max(problem.head_dim, problem.head_dim_v) > 96
+    if problem.seqlen_q < _FEW_QUERIES:
+        return max(1024 if is_wide else 512, _HEADS_OF_FEW_QUERIES * _tiles_of_head(problem))
+    return (512 if is_wide else 256) * (2 if is_bounded(problem) else 1)
+
+
+def _tiles_of_head(problem: Problem) -> int:
+    """Return how many tiles the keys of a head make."""
+    return -(-problem.seqlen_k // _KEYS_OF_TILE)
 
 
 def _sums_bytes(problem: Problem) -> int:
