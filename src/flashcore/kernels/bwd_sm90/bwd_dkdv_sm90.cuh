@@ -25,8 +25,8 @@ constexpr bool DQ_SHARED = ALSO_DQ && !DQ_ROLE;  // consumers compute dQ, a part
 // them. (With four products a tile, and at head_dim 96 under a bound, that is slower.)
 constexpr bool HOLDS_PROBS = ALSO_DQ && !EARLY_DP && !(IS_BOUNDED && QK_FRAGS > 4);
 // Keys are hidden before exponentials begin, by a branch of its own: so these can end beside dP. A
-// branch around the exponentials would hold it back. (Without dQ shared that spills 64 bytes and
-// more, and exponentials end before dP in any case.)
+// branch around the exponentials would hold it back. (At head_dim 96 that is 1 % slower, and
+// up to 64 it spills 64 bytes and more.)
 constexpr bool HIDES_APART = DQ_SHARED && IS_BOUNDED;
 static_assert(!HIDES_APART || !HAS_SOFTCAP, "the slope of soft-capping is not kept");
 // In float16 the difference of dP and delta might overflow. (With four products a tile pairs are
