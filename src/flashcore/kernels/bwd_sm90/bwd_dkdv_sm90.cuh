@@ -24,9 +24,9 @@ constexpr bool DQ_SHARED = ALSO_DQ && !DQ_ROLE;  // consumers compute dQ, a part
 // Exponentials end before products are waited for, or ptxas waits first, and nothing runs beside
 // them. (With four products a tile, and at head_dim 96 under a bound, that is slower.)
 constexpr bool HOLDS_PROBS = ALSO_DQ && !EARLY_DP && !(IS_BOUNDED && QK_FRAGS > 4);
-// Keys are hidden before exponentials begin, by a branch of its own: so these can end beside dP. A
-// branch around the exponentials would hold it back. (At head_dim 96 that is 1 % slower, and
-// up to 64 it spills 64 bytes and more.)
+// A window hides keys by a branch that ends before the exponentials begin, so that ptxas issues dP
+// amid these. A branch around the exponentials would hold dP back until they are done. (At head_dim
+// 96 the former is 1 % slower, and up to 64 it spills 64 bytes and more.)
 constexpr bool HIDES_APART = DQ_SHARED && IS_BOUNDED;
 static_assert(!HIDES_APART || !HAS_SOFTCAP, "the slope of soft-capping is not kept");
 // In float16 the difference of dP and delta might overflow. (With four products a tile pairs are

@@ -236,7 +236,7 @@ FC_DEVICE void take_log2_probs(WmmaAccum (&scores)[QUERY_FRAGS], const AttnParam
   }
 }
 
-// Those of keys that the window hides become -inf.
+// Sets log2 of the probabilities of keys that the window hides to -inf.
 FC_DEVICE void hide_keys(WmmaAccum (&log2_probs)[QUERY_FRAGS], const AttnParams& p, int key_row,
                          int m_begin) {
   const VisibleColumns<true> visible(p, key_row + warp_idx() % 4 * 16, m_begin);

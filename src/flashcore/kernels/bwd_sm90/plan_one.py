@@ -37,8 +37,8 @@ HEAD_DIM_MAX = 128
 _KEYS_OF_TILE = 128
 _NEVER = 1 << 62  # tiles
 _LEAST_QUERIES = 128
-# Below so many queries a block would come to its turn to add again and again before the block ahead
-# has added, if many of a head's tiles of keys were under way at a time. Of 64 heads two are.
+# With fewer queries than this, the blocks of a head wait for one another's adds at every query tile
+# if many of them run at a time. With 64 heads an H200 runs two blocks of each head.
 _FEW_QUERIES = 1024
 _HEADS_OF_FEW_QUERIES = 64
 
