@@ -32,7 +32,7 @@ import torch
 
 from flashcore.base import machine
 from flashcore.integrations.transformers import register
-from flashcore.launch import launcher
+from flashcore.ops.eager import launched_by
 
 VOCABULARY = 32000
 IMPLEMENTATIONS = ("sdpa", "flashcore")
@@ -240,6 +240,7 @@ def main() -> int:
 
     transformers.logging.set_verbosity_error()
     register()
+    launcher = launched_by() if arguments.device == "cuda" else "python"
     started = time.monotonic()
     lines: list[dict[str, Any]] = []
     parts = len(arguments.setups) * len(arguments.caches)
@@ -262,7 +263,7 @@ def main() -> int:
         "gpu": torch.cuda.get_device_name() if arguments.device == "cuda" else None,
         "cpu": machine.cpu_name(),
         "versions": machine.versions() | {"transformers": transformers.__version__},
-        "launcher": "compiled" if launcher.attend is not None else "python",
+        "launcher": launcher,
         "prompt": arguments.prompt,
         "new_tokens": arguments.new_tokens,
         "results": lines,

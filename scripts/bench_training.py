@@ -36,6 +36,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from flashcore.base import machine
 from flashcore.bench.document import head, write
 from flashcore.integrations.transformers import register
+from flashcore.ops.eager import launched_by
 
 Step = Callable[[], Tensor]
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -243,6 +244,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run what the command line asks for, and return the rows."""
     options = options_of(arguments)
     steps, parameters = (llama_steps if options.model == "llama" else gpt_steps)(options)
+    launcher = launched_by() if options.device == "cuda" else "python"
     rows = measure(steps, options)
     for row in rows:
         print(json.dumps(row), flush=True)
@@ -255,6 +257,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     document = head("training", options.device, method) | {
         "versions": versions,
         "model": options.model,
+        "launcher": launcher,
         "parameters": parameters,
         "compiled": options.model == "gpt" and options.compile,
         **{name: getattr(options, name) for name in SIZE_NAMES},

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # Before flashcore is imported. Kernels and simulator builds are cached by the text of their source,
 # so one folder serves all workers and later runs, and a changed source can never find an old entry.
 os.environ.setdefault("FLASHCORE_CACHE_DIR", str(ROOT / ".cache" / "flashcore"))
-os.environ.pop("FLASHCORE_LAUNCHER", None)  # tests say which launcher they are about
 # torch may crash while it saves what it compiled for a backward pass (pytorch/pytorch#177442).
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 
@@ -41,11 +40,18 @@ settings.load_profile("flashcore")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail where there is no CUDA GPU")
+    parser.addoption(
+        "--launcher",
+        choices=["python", "compiled"],
+        default="python",
+        help="what launches in tests that do not say it themselves (default: python)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--require-gpu") and not torch.cuda.is_available():
         raise pytest.UsageError(f"--require-gpu: {_why_no_gpu()}")
+    os.environ["FLASHCORE_LAUNCHER"] = config.getoption("--launcher")
     # Workers inherit what the process that starts them sets, and that one is told with -n alone.
     count = os.environ.get("PYTEST_XDIST_WORKER_COUNT") or config.getoption("numprocesses", None)
     workers = int(count or 1)

@@ -234,6 +234,7 @@ def attention(
                 return_lse,
                 backend,
                 deterministic,
+                None,
             )
             if result is not None:
                 return result

@@ -19,6 +19,8 @@ from test_eager import (
 )
 
 import flashcore
+from flashcore.dropins.sdpa import attention as sdpa
+from flashcore.dropins.sdpa import obstacles as sdpa_obstacles
 from flashcore.launch import driver_launch, launcher
 from flashcore.launch.driver import INVALID_CONTEXT
 from flashcore.ops import calls
@@ -74,6 +76,7 @@ SERVED = {
     "expanded": ((tensors()[0], *(x[:, :1].expand(-1, 4, -1, -1) for x in tensors()[1:])), {}),
     "lse": (tensors(), {"return_lse": True}),
     "causal": (tensors(), {"causal": True}),
+    "upper_left": (tensors(), {"causal": "upper_left"}),
     "window": (tensors(), {"window": (3, 1)}),
     "another window": (tensors(), {"window": (1, 3)}),
     "the diagonal": (tensors(), {"window": (0, 0)}),
@@ -113,6 +116,30 @@ def test_launches_are_those_of_python(monkeypatch, arch):
             strict=True,
         ):
             assert (x.shape, x.stride(), x.dtype) == (y.shape, y.stride(), y.dtype), name
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_the_drop_in_function_is_served(monkeypatch, recorded):
+    """With what it decides for itself: torch refuses what it has always refused."""
+    monkeypatch.setattr(sdpa, "_left_to_torch", lambda query, backend: False)
+    monkeypatch.setattr(sdpa_obstacles, "_unserved_dtype", lambda query, backend: None)
+    machine, module = installed(monkeypatch)
+    q, k, v = (x.requires_grad_(recorded) for x in tensors(heads_kv=2))
+    asked = {"enable_gqa": True}, {"enable_gqa": True, "is_causal": True, "scale": 0.5}
+    for options in asked * 2:
+        got = flashcore.scaled_dot_product_attention(q, k, v, **options)
+        ours = last_launch(machine)
+        with monkeypatch.context() as patch:
+            patch.setattr(launcher, "attend", None)
+            flashcore.scaled_dot_product_attention(q, k, v, **options)
+        assert ours == last_launch(machine)
+        assert (got.grad_fn is not None) is recorded
+    assert module.counts()[1] == 4
+    with pytest.raises(RuntimeError, match="must match"):
+        flashcore.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        flashcore.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    assert module.counts()[1] == 4
 
 
 def test_inference_mode_is_served(monkeypatch):
@@ -239,7 +266,7 @@ def under(context):
 
 UNUSUAL = {
     "mask": lambda q, k, v: flashcore.attention(q, k, v, mask=additive_mask(40, 50)),
-    "upper_left": lambda q, k, v: flashcore.attention(q, k, v, causal="upper_left"),
+    "lower_right": lambda q, k, v: flashcore.attention(q, k, v, causal="lower_right"),
     "window of a list": lambda q, k, v: flashcore.attention(q, k, v, window=[3, 1]),
     "scale of an int": lambda q, k, v: flashcore.attention(q, k, v, scale=1),
     "subclass": lambda q, k, v: flashcore.attention(q.as_subclass(Subclass), k, v),

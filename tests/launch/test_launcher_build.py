@@ -12,7 +12,7 @@ from test_launcher import tensors
 import flashcore
 from flashcore.base import env
 from flashcore.launch import launcher
-from flashcore.launch.launcher import build
+from flashcore.launch.launcher import background, build
 from flashcore.ops import calls
 
 
@@ -21,18 +21,20 @@ def unbuilt(monkeypatch, tmp_path):
     """Act as if nobody had asked for the launcher in this process, nor ever on this machine."""
     standin.install(monkeypatch)
     monkeypatch.setattr(launcher, "attend", None)
-    monkeypatch.setattr(launcher, "start", launcher.start.__wrapped__)
+    monkeypatch.setattr(launcher, "_start", launcher._start.__wrapped__)
     monkeypatch.setattr(build, "load", build.load.__wrapped__)
     monkeypatch.setenv(env.CACHE_DIR.name, str(tmp_path))
     return monkeypatch
 
 
-def test_python_launches_unless_asked(unbuilt):
-    unbuilt.setattr(launcher, "configured", lambda: pytest.fail("nobody asked for it"))
+def test_python_launches_where_it_is_asked_for(unbuilt):
+    unbuilt.setattr(launcher, "_use", lambda module: pytest.fail("nobody asked for it"))
+    unbuilt.setattr(background, "start", lambda use: pytest.fail("nobody asked for it"))
+    unbuilt.setenv(env.LAUNCHER.name, "python")
     flashcore.attention(*tensors())
     unbuilt.setattr(calls, "_calls", {})
     unbuilt.setenv(env.LAUNCHER.name, "rust")
-    with pytest.raises(ValueError, match="'rust' is neither python nor compiled"):
+    with pytest.raises(ValueError, match="'rust' is neither auto nor python nor compiled"):
         flashcore.attention(*tensors())
 
 

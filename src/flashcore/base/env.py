@@ -70,9 +70,10 @@ TUNED = Variable(
 )
 LAUNCHER = Variable(
     "FLASHCORE_LAUNCHER",
-    "python",
-    "compiled: a launcher in C++, built once by a compiler on this machine, saves an eager call "
-    "some microseconds of the host's time. Read when the first kernel is launched.",
+    "auto",
+    "What makes eager calls: python, or compiled: C++ that a compiler on this machine builds once, "
+    "which takes half of the host's time. auto: python until the first process that launches a "
+    "kernel has built the other in the background. Read when the first kernel is launched.",
 )
 
 VARIABLES: tuple[Variable, ...] = (
@@ -223,10 +224,11 @@ def _tuned() -> str:
 
 
 def launcher() -> str:
-    """Return what launches eager calls: "python" or "compiled"."""
-    text = _text(LAUNCHER) or "python"
-    if text not in ("python", "compiled"):
+    """Return what launches eager calls: "auto", "python" or "compiled"."""
+    text = _text(LAUNCHER) or "auto"
+    if text not in ("auto", "python", "compiled"):
         raise ValueError(
-            f"{LAUNCHER.name}={text!r} is neither python nor compiled; set it to one, or unset it"
+            f"{LAUNCHER.name}={text!r} is neither auto nor python nor compiled; set it to one, or "
+            "unset it"
         )
     return text

@@ -17,7 +17,7 @@ _KEPT = {
     "kernels": r"kernels/nvrtc-[\d.]+/[0-9a-f]{64}\.bin",
     "simulator": r"sim/(kernel-[0-9a-f]{40}\.so|runtime-[0-9a-f]{40}\.o)",
     "replays": r"sim/inputs/[0-9a-f]{16}\.pt",
-    "launcher": r"launcher/launcher-[0-9a-f]{40}\.so",
+    "launcher": r"launcher/launcher-[0-9a-f]{40}\.(so|txt)",
     "tuned tiles": r"tuned-sm_\d+\.json",
 }
 _OWN_FOLDERS = ("kernels", "sim", "launcher")

@@ -17,6 +17,7 @@ from flashcore.bench.peers import find_peers
 from flashcore.bench.reporting.summary import summarize
 from flashcore.bench.timing import Timing, first_line, time_on_cpu, time_on_gpu
 from flashcore.bench.workloads import GROUPS, Workload, cpu_shapes, sweep
+from flashcore.ops import eager
 from flashcore.selection import tile_table, tuned
 
 
@@ -73,11 +74,12 @@ def run(
         on_step: called with the name of each workload before it runs.
 
     Returns:
-        A document of plain values: pass ("forward" or "backward"), date, command, machine,
-        ceilings, tuned (whether tiles found by `flashcore tune` were there to be used), tile_table
-        (date of the table that ships, if it was), left_out (libraries that are not here, and why),
-        summary (see summary.py), results (one object for each workload and library, seconds and
-        errors, or the reason why it did not run).
+        A document of plain values: launcher ("python" or "compiled": what makes eager calls), pass
+        ("forward" or "backward"), date, command, machine, ceilings, tuned (whether tiles found by
+        `flashcore tune` were there to be used), tile_table (date of the table that ships, if it
+        was), left_out (libraries that are not here, and why), summary (see summary.py), results
+        (one object for each workload and library, seconds and errors, or the reason why it did not
+        run).
     """
     on_gpu = device == "cuda"
     libraries = cpu_libraries()
@@ -96,6 +98,7 @@ def run(
     if workloads is None:
         workloads = workloads_for(device, is_backward=is_backward)
     run_workload = backward.run_workload if is_backward else _run_workload
+    launched_by = eager.launched_by() if on_gpu else "python"
     begun = time.monotonic()
     on_step("ceilings")
     limits = ceilings.measure(device, torch.float16 if on_gpu else torch.float32)
@@ -111,7 +114,8 @@ def run(
         except Exception as error:  # such as no memory for its tensors; what is measured is kept
             reason = first_line(error)
             results += [library.row(workload) | {"skipped": reason} for library in libraries]
-    return head("bench", device, _method(on_gpu, rounds, is_backward)) | {
+    return head("bench", device, _method(on_gpu, rounds, is_backward, launched_by)) | {
+        "launcher": launched_by,
         "pass": "backward" if is_backward else "forward",
         "ceilings": limits,
         "tuned": on_gpu and env.tuned() and bool(tuned.read(tuned.path_for(tuned.gpu_arch()))),
@@ -122,7 +126,7 @@ def run(
     }
 
 
-def _method(on_gpu: bool, rounds: int, is_backward: bool) -> str:
+def _method(on_gpu: bool, rounds: int, is_backward: bool, launched_by: str) -> str:
     what = "gradients of q, k and v by autograd; " if is_backward else ""
     if not on_gpu:
         return f"{what}one call a round, libraries in turn, median of {rounds} rounds"
@@ -130,8 +134,8 @@ def _method(on_gpu: bool, rounds: int, is_backward: bool) -> str:
         f"{what}CUDA graph replays, libraries in a new order every round, median of {rounds} "
         "rounds, warm L2"
     )
-    eager = "; forward and backward together by the clock, eager calls back to back"
-    return text + (eager if is_backward else "")
+    calls = f"eager calls back to back, flashcore's by the {launched_by} launcher"
+    return text + (f"; forward and backward together by the clock, {calls}" if is_backward else "")
 
 
 def joined(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -147,7 +151,7 @@ def joined(documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first, *others = documents
     results = list(first["results"])
     for other in others:
-        for name in ("pass", "device", "cpu", "versions"):
+        for name in ("pass", "device", "cpu", "versions", "launcher"):
             if first.get(name) != other.get(name):
                 raise ValueError(f"{name} differs: {first.get(name)} and {other.get(name)}")
         if (first["gpu"] or {}).get("name") != (other["gpu"] or {}).get("name"):

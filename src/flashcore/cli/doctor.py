@@ -174,6 +174,27 @@ def _compiler() -> Iterator[Finding]:
     yield Finding("C++ compiler", "ok", str(found))
 
 
+def _launcher() -> Iterator[Finding]:
+    from flashcore.base import env
+    from flashcore.launch.launcher import background
+
+    asked = env.launcher()
+    name, obstacle = "compiled launcher", background.obstacle()
+    if asked == "python":
+        yield Finding(name, "ok", f"not used, as {env.LAUNCHER.name}=python")
+    elif background.is_built():
+        yield Finding(name, "ok", "built: eager calls are made by C++")
+    elif obstacle:
+        remedy = (
+            f"{env.LAUNCHER.name}=compiled tries to build it, and says what is missing; without it "
+            "an eager call takes some microseconds more"
+        )
+        yield Finding(name, "absent", f"{obstacle.splitlines()[0]}: Python makes the calls", remedy)
+    else:
+        when = "when" if asked == "compiled" else "in the background when"
+        yield Finding(name, "ok", f"to be built {when} a process first launches a kernel")
+
+
 def _run_small(backend: str, device: str, name: str, is_absent: bool) -> Iterator[Finding]:
     """Return whether a small attention is right. Where it cannot run it `is_absent`, as something
     else is, or broken."""
@@ -292,6 +313,7 @@ _CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     _compile_for_gpu,
     _kernel_on_gpu,
     _compiler,
+    _launcher,
     _simulator,
     _cache,
     _bundle,

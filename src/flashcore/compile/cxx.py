@@ -154,13 +154,13 @@ def load_or_build(
         BackendUnavailableError: the library is whole, and the system loads it from nowhere.
     """
     refusals: list[Exception] = []
-    loaded = _load_kept(kind, name, load, refused, refusals)
+    loaded = load_kept(kind, name, load, refused, refusals)
     if loaded is not None:
         return loaded
     try:
         with store.lock(name), _build_folder() as folder:
             if not refusals:  # another process may have had the lock
-                loaded = _load_kept(kind, name, load, refused, refusals)
+                loaded = load_kept(kind, name, load, refused, refusals)
             if loaded is None:
                 built = Path(folder, name)
                 build(built)
@@ -184,7 +184,7 @@ def _keep_and_load(
     content = built.read_bytes()
     for roots in (store.folders(), store.folders()[1:]):
         if store.keep(kind, built.name, content, roots) is not None:
-            loaded = _load_kept(kind, built.name, load, refused, refusals)
+            loaded = load_kept(kind, built.name, load, refused, refusals)
             if loaded is not None:
                 return loaded
     try:
@@ -197,16 +197,24 @@ def _keep_and_load(
         ) from error
 
 
-def _load_kept(
+def load_kept(
     kind: str,
     name: str,
     load: Callable[[Path], Built],
     refused: type[Exception],
     refusals: list[Exception],
 ) -> Built | None:
-    """Return the library, if one is in the cache or the private folder and loads; the reason why
-    one does not is appended to `refusals`. A file is read before it is loaded, as loading half of a
-    library ends the process with SIGBUS."""
+    """Return the library, if one is in the cache or the private folder and loads.
+
+    A file is read before it is loaded, as loading half of a library ends the process with SIGBUS.
+
+    Args:
+        kind: as in `load_or_build`, like all but the last.
+        name: the file's.
+        load: loads a library.
+        refused: what `load` raises where the system does not load it.
+        refusals: gets the reason why a library does not load.
+    """
     for root in store.folders():
         path = root / kind / name
         if store.read(path) is None:

@@ -312,6 +312,11 @@ def _entry_of_pass(found: Found, *of_rows: Tensor) -> PassEntry | None:
     return None if prepared is None else prepared[0].entry()
 
 
+def launched_by() -> str:
+    """Wait until it is settled what makes eager calls; return "python" or "compiled"."""
+    return launcher.settled()
+
+
 launcher.passes = launcher.Passes(_entry_of_pass, _run_pass, circumstances)
 # torch.autograd.Function.apply first looks for functorch's transforms, which never come here.
 record = super(torch.autograd.Function, _Recorded).apply

@@ -27,6 +27,7 @@ from flashcore.dropins.sdpa.nested import attention_nested, nested_obstacle, pac
 from flashcore.dropins.sdpa.obstacles import obstacle
 from flashcore.dropins.sdpa.shapes import PLAIN_TYPES, as_4d
 from flashcore.errors import FallbackWarning
+from flashcore.launch import launcher
 from flashcore.ops.calls import Found, attend, find
 from flashcore.ops.eager import needs_dispatcher, record
 from flashcore.problem.spelling import OF_SDPA, other_names, refuse
@@ -150,13 +151,21 @@ def known(
         is_dynamo_compiling()
         or dropout_p != 0.0
         or (is_causal is not False and is_causal is not True)
-        or _is_any_autocast_enabled()
-        or needs_dispatcher(query, key, value, attn_mask)
     ):
         return None
+    causal = "upper_left" if is_causal else False
+    decide = _decide_grouped if enable_gqa else _decide_equal
+    if launcher.attend is not None:
+        result: torch.Tensor | None = launcher.attend(
+            query, key, value, attn_mask, causal, None, None, scale, None, False, backend, True,
+            decide,
+        )  # fmt: skip
+        if result is not None:
+            return result
+    if _is_any_autocast_enabled() or needs_dispatcher(query, key, value, attn_mask):
+        return None
     return attend(  # type: ignore[return-value]
-        query, key, value, attn_mask, "upper_left" if is_causal else False, None, None, scale,
-        False, backend, record, _decide_grouped if enable_gqa else _decide_equal,
+        query, key, value, attn_mask, causal, None, None, scale, False, backend, record, decide
     )  # fmt: skip
 
 

@@ -1,5 +1,4 @@
-"""This package makes the eager call in C++ (launcher.cpp), for those who set
-FLASHCORE_LAUNCHER=compiled.
+"""This package makes the eager call in C++ (launcher.cpp), where a compiler can build it.
 
 It does what calls.attend does for the common call, for less than half of the time. For a
 description that is new it asks Python once (`_prepare`); unusual calls it leaves to Python.
@@ -21,8 +20,9 @@ from flashcore.launch.counters import clear_counters, work_counters
 from flashcore.launch.types import PassEntry
 from flashcore.problem.options import Options
 
-# The arguments of `attention`, q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse
-# backend and deterministic, to what it returns, or to None: Python has to. Set by `start`.
+# The arguments of `attention`, q, k, v, mask, causal, window, softcap, scale, seqlens_k,
+# return_lse, backend and deterministic, and what decides for a drop-in function (see calls.attend)
+# or None, to what it returns, or to None: Python has to. Set by `start`.
 attend: Callable[..., Any] | None = None
 
 
@@ -55,6 +55,9 @@ class Passes(NamedTuple):
     run: Callable[..., Any]
     circumstances: Callable[[], int]
 
+
+# A call that was prepared here is looked up here, whatever key it has in Python.
+_KEPT_BY_LAUNCHER = "the launcher"
 
 # Handed over by ops/calls.py and ops/eager.py when these are imported.
 lookup: Lookup | None = None
@@ -103,21 +106,34 @@ class Entry(NamedTuple):
     scratch_offsets: tuple[int, ...]
 
 
-@functools.cache
 def start() -> None:
-    """Put the compiled launcher in the way of calls, if the environment asks for it.
+    """Put the compiled launcher in the way of calls, unless the environment forbids it.
 
-    Called when the first kernel is about to be launched. Where it cannot be built, calls go by
-    Python, and a warning says so once.
+    Called when a kernel is about to be launched, it acts once. Where the launcher has been built,
+    or is asked for, it serves from now on; else from when it is built, in the background. Where it
+    cannot be built, calls go by Python; a warning says so to those who asked for it.
 
     Raises:
         ValueError: the variable has no meaning.
     """
-    global attend
-    if env.launcher() == "python":
+    if lookup is not None and passes is not None:  # else nobody is there yet who would ask it
+        _start()
+
+
+@functools.cache
+def _start() -> None:
+    asked = env.launcher()
+    if asked == "python":
+        return
+    if asked == "auto":
+        from flashcore.launch.launcher import background
+
+        background.start(_use)
         return
     try:
-        attend = configured().attend
+        from flashcore.launch.launcher.build import load
+
+        _use(load())
     except (FlashCoreError, OSError, ImportError) as error:
         warnings.warn(
             f"{env.LAUNCHER.name}=compiled, but the launcher cannot be built or loaded: {error}\n"
@@ -126,6 +142,21 @@ def start() -> None:
             RuntimeWarning,
             stacklevel=stacklevel_of_caller(),
         )
+
+
+def settled() -> str:
+    """Return what launches from now on, "python" or "compiled"; waits where it is being built."""
+    from flashcore.launch.launcher import background
+
+    start()
+    background.wait()
+    return "python" if attend is None else "compiled"
+
+
+def _use(module: Any) -> None:
+    """Put a module that is built in the way of calls."""
+    global attend
+    attend = _configured(module).attend
 
 
 @contextlib.contextmanager
@@ -137,7 +168,8 @@ def using(name: str) -> Iterator[None]:
         FlashCoreError, OSError, ImportError: the launcher cannot be built or loaded.
     """
     global attend
-    start()
+    if torch.cuda.is_available():  # or a kernel's first launch would begin to build meanwhile
+        settled()
     before = attend
     attend = configured().attend if name == "compiled" else None
     try:
@@ -152,12 +184,17 @@ def configured() -> Any:
     Raises:
         FlashCoreError, OSError, ImportError: it cannot be built or loaded.
     """
-    from flashcore.launch.driver import entry_address
     from flashcore.launch.launcher.build import load
+
+    return _configured(load())
+
+
+def _configured(module: Any) -> Any:
+    """Return a launcher's module with nothing prepared yet."""
+    from flashcore.launch.driver import entry_address
 
     assert lookup is not None
     assert passes is not None
-    module = load()
     module.configure(
         entry_address("cuLaunchKernelEx"),
         entry_address("cuTensorMapReplaceAddress"),
@@ -189,7 +226,7 @@ def _prepare(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    causal: bool,
+    causal: bool | str,
     window: tuple[int, int] | None,
     softcap: float | None,
     scale: float | None,
@@ -197,6 +234,7 @@ def _prepare(
     backend: str,
     recorded: bool,
     deterministic: bool,
+    decide: Callable[..., Any] | None,
 ) -> Entry | None:
     """Return what a call launches, for the launcher to remember; None if it launches no kernel.
 
@@ -204,11 +242,12 @@ def _prepare(
         Exception: what `attention` raises.
     """
     assert lookup is not None
-    options = (causal, window, softcap, scale)
-    found = lookup.find(
-        q, k, v, None, *options, return_lse, backend, recorded, deterministic=deterministic
-    )
-    kernel = getattr(found.call, "__self__", None)
+    asked = q, k, v, None, causal, window, softcap, scale, return_lse, backend, recorded
+    if decide is None:
+        found = lookup.find(*asked, deterministic=deterministic)
+    else:
+        found = decide(*asked, _KEPT_BY_LAUNCHER)
+    kernel = None if found is None else getattr(found.call, "__self__", None)
     if kernel is None:
         return None
     entry: Entry = kernel.entry(q.data_ptr(), k.data_ptr(), v.data_ptr())

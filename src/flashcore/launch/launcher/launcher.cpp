@@ -19,7 +19,7 @@ namespace {
 constexpr size_t kMaps = 4;  // q, k, v, out
 
 // All that a call depends on besides addresses and values.
-constexpr size_t kKeyFields = 3 * kTensorFields + 5;
+constexpr size_t kKeyFields = 3 * kTensorFields + 6;
 using Key = std::array<uint64_t, kKeyFields>;
 
 struct KeyHash {
@@ -51,6 +51,7 @@ struct Entry : Kernel {
 struct Calls {
   PyObject* prepare = nullptr;  // see _prepare in __init__.py
   PyObject* backends = nullptr;  // tuple of interned names
+  PyObject* upper_left = nullptr;  // the interned name of that causal mask
   size_t max_entries = 0;
   std::unordered_map<Key, std::shared_ptr<const Entry>, KeyHash> entries;
   std::deque<Key> order;
@@ -61,7 +62,7 @@ Calls calls;
 
 enum Argument {
   Q, K, V, MASK, CAUSAL, WINDOW, SOFTCAP, SCALE, SEQLENS_K, RETURN_LSE, BACKEND, DETERMINISTIC,
-  COUNT
+  DECIDE, COUNT
 };
 
 bool is_plain_tensor(PyObject* object) {
@@ -109,7 +110,9 @@ bool make_key(
     if (!put_tensor(*tensors[i], 4, &field, &addresses)) return false;
   }
   auto put = [&](uint64_t value) { *field++ = value; };
-  if (!is_bool(a[CAUSAL]) || !is_bool(a[RETURN_LSE]) || !is_bool(a[DETERMINISTIC])) return false;
+  const bool is_upper_left = a[CAUSAL] == calls.upper_left;
+  if (!is_bool(a[CAUSAL]) && !is_upper_left) return false;
+  if (!is_bool(a[RETURN_LSE]) || !is_bool(a[DETERMINISTIC])) return false;
   size_t backend = 0;
   const size_t num_backends = static_cast<size_t>(PyTuple_GET_SIZE(calls.backends));
   while (backend < num_backends && PyTuple_GET_ITEM(calls.backends, backend) != a[BACKEND]) {
@@ -124,10 +127,11 @@ bool make_key(
   put(right);
   put(softcap_bits);
   put(scale_bits);
+  put(reinterpret_cast<uint64_t>(a[DECIDE]));  // functions that live as long as the process
   const uint64_t causal = a[CAUSAL] == Py_True, return_lse = a[RETURN_LSE] == Py_True;
   const uint64_t deterministic = a[DETERMINISTIC] == Py_True;
-  put((addresses & 15) << 16 | backend << 8 | deterministic << 6 | uint64_t(recorded) << 5 |
-      causal << 4 | return_lse << 3 | window << 2 | softcap << 1 | scale);
+  put((addresses & 15) << 16 | backend << 8 | uint64_t(is_upper_left) << 7 | deterministic << 6 |
+      uint64_t(recorded) << 5 | causal << 4 | return_lse << 3 | window << 2 | softcap << 1 | scale);
   TORCH_INTERNAL_ASSERT(field == key->data() + kKeyFields);
   return true;
 }
@@ -163,7 +167,7 @@ std::shared_ptr<const Entry> read_entry(PyObject* object) {
 std::shared_ptr<const Entry> prepare(PyObject* const* a, bool recorded, const Key& key) {
   PyObject* arguments[] = {a[Q], a[K], a[V], a[CAUSAL], a[WINDOW], a[SOFTCAP],
                            a[SCALE], a[RETURN_LSE], a[BACKEND], recorded ? Py_True : Py_False,
-                           a[DETERMINISTIC]};
+                           a[DETERMINISTIC], a[DECIDE]};
   PyObject* result = PyObject_Vectorcall(calls.prepare, arguments, std::size(arguments), nullptr);
   if (result == nullptr) throw python_error();
   const auto owned = py::reinterpret_steal<py::object>(result);
@@ -242,8 +246,6 @@ struct Recorded : torch::autograd::Function<Recorded> {
 
   static torch::autograd::variable_list backward(
       torch::autograd::AutogradContext* ctx, torch::autograd::variable_list gradients) {
-    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
-        "flashcore::attention_backward", "");
     const auto saved = ctx->get_saved_variables();
     torch::autograd::variable_list result(7);  // as forward has arguments
     auto give = [&](size_t i, const at::Tensor& x) {
@@ -258,6 +260,8 @@ struct Recorded : torch::autograd::Function<Recorded> {
       for (size_t i = 0; i < prepared.size(); ++i) give(i, prepared[i]);
       if (!prepared.empty()) return result;
     }
+    static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(
+        "flashcore::attention_backward", "");
     auto optional = [](const at::Tensor& x) {
       return x.defined() ? c10::IValue(x) : c10::IValue();
     };
@@ -277,7 +281,7 @@ struct Recorded : torch::autograd::Function<Recorded> {
 };
 
 // attend(q, k, v, mask, causal, window, softcap, scale, seqlens_k, return_lse, backend,
-// deterministic): what `attention` returns, or None where Python has to do it.
+// deterministic, decide): what `attention` returns, or None where Python has to do it.
 PyObject* attend(PyObject*, PyObject* const* a, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   if (count != COUNT || a[MASK] != Py_None || a[SEQLENS_K] != Py_None || !nobody_watches() ||
@@ -347,6 +351,7 @@ PyObject* configure(PyObject*, PyObject* arguments) {
   state.is_capturing = reinterpret_cast<IsCapturing>(is_capturing);
   Py_XSETREF(calls.prepare, Py_NewRef(prepare));
   Py_XSETREF(calls.backends, Py_NewRef(backends));
+  Py_XSETREF(calls.upper_left, PyUnicode_InternFromString("upper_left"));
   Py_XSETREF(state.pass_entry, Py_NewRef(pass_entry));
   Py_XSETREF(state.run_pass, Py_NewRef(run_pass));
   Py_XSETREF(state.circumstances, Py_NewRef(circumstances));
