@@ -34,6 +34,7 @@ from flashcore.sim.plants.bwd_sm90.one import (
 )
 from flashcore.sim.plants.bwd_sm90.one_with import (
     PLANTS_BWD_ANY_ORDER_SM90,
+    PLANTS_BWD_ONE_CAPPED_SM90,
     PLANTS_BWD_ONE_MASKED_SM90,
 )
 from flashcore.sim.run_bwd import simulate_backward
@@ -56,14 +57,16 @@ WINDOW_CASE = dataclasses.replace(
 )  # fmt: skip
 # Heads of a group have masks of their own.
 MASKED_CASE = dataclasses.replace(CASE, mask="bool")
+CAPPED_CASE = dataclasses.replace(CASE, softcap=2.0, dtype="float16")
 PLANTS_IN_ORDER = PLANTS_BWD_ORDER_SM90 | PLANTS_BWD_DELTA_SM90 | PLANTS_BWD_ROUND_SM90
 PLANTS = PLANTS_BWD_ONE_SM90 | PLANTS_BWD_SHARED_SM90 | PLANTS_IN_ORDER
-PLANTS |= PLANTS_BWD_ONE_MASKED_SM90 | PLANTS_BWD_ANY_ORDER_SM90
+PLANTS |= PLANTS_BWD_ONE_MASKED_SM90 | PLANTS_BWD_ONE_CAPPED_SM90 | PLANTS_BWD_ANY_ORDER_SM90
 IN_ANY_ORDER = {*PLANTS_BWD_ANY_ORDER_SM90, "sums-not-cleared"}
 CASES = dict.fromkeys(PLANTS, CASE)
 CASES |= dict.fromkeys(PLANTS_BWD_SHARED_SM90, SHARED_CASE)
 CASES |= dict.fromkeys(PLANTS_IN_ORDER | PLANTS_BWD_ANY_ORDER_SM90, WINDOW_CASE)
 CASES |= dict.fromkeys(PLANTS_BWD_ONE_MASKED_SM90, MASKED_CASE)
+CASES |= dict.fromkeys(PLANTS_BWD_ONE_CAPPED_SM90, CAPPED_CASE)
 
 
 def plant_kernel(plant: Plant) -> str:
@@ -115,7 +118,7 @@ def test_a_planted_bug_is_caught_with_every_seed(name: str) -> None:
         assert kind in (plant.caught_by, *plant.or_by), f"seed {seed}:\n{found}"
 
 
-@pytest.mark.parametrize("case", [CASE, SHARED_CASE, WINDOW_CASE, MASKED_CASE])
+@pytest.mark.parametrize("case", [CASE, SHARED_CASE, WINDOW_CASE, MASKED_CASE, CAPPED_CASE])
 @pytest.mark.parametrize("ordered", [True, False])
 def test_without_a_plant_the_same_runs_are_healthy(case: Case, ordered: bool) -> None:
     assert {run_plant(None, seed, case, ordered) for seed in SOME_SEEDS} == {"healthy"}

@@ -19,6 +19,7 @@ from flashcore.bench import backward as bench_backward
 from flashcore.bench.workloads import Workload
 from flashcore.cli import app
 from flashcore.explanation import gradient
+from flashcore.kernels.bwd_sm90 import plan_one
 from flashcore.kernels.bwd_sm90.kernel import DKDV, DQ
 from flashcore.kernels.bwd_sm90.plan import BwdSm90Plan, select_plans
 from flashcore.kernels.bwd_sm90.tiles import SHORTLIST_DKDV, BwdTile
@@ -44,7 +45,7 @@ def defaults(head_dim: int, **options: Any) -> list[BwdSm90Plan]:
 @pytest.mark.parametrize("options", [{"causal": False}, {}, {"softcap": 20.0}], ids=str)
 def test_listed_configurations_fit(head_dim: int, options: dict[str, Any]) -> None:
     plans = defaults(head_dim, **options)
-    assert len(plans) == (3 if head_dim <= 128 and "softcap" not in options else 2)
+    assert len(plans) == (3 if head_dim <= 128 else 2)
     for default in plans:
         listed = [tiles(default), schedules(default), shortlist(default)]
         assert listed[0][0] == listed[2][0] == default
@@ -100,6 +101,11 @@ def sizes(problem: Problem) -> list[tuple[int, int]]:
     return [(plan.block_m, plan.block_n) for plan in plans_for(problem) if plan.is_persistent]
 
 
+def tile_of_rules(problem: Problem) -> tuple[int, int]:
+    plan = plan_one.select_one_kernel_plans(problem).main
+    return plan.block_m, plan.block_n
+
+
 def test_gradients_and_explain_go_by_what_was_found(
     pretend_gpu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,9 +118,8 @@ def test_gradients_and_explain_go_by_what_was_found(
     assert sorted(entry.problem_class for entry in tuned.read(pretend_gpu))[-1].endswith("also_dq")
     assert sizes(asked()) == [(64, 64)]
     assert [plan.also_dq for plan in plans_for(asked()) if plan.owns_keys] == [True]
-    assert sizes(asked(softcap=3.0)) == [
-        (plan.block_m, plan.block_n) for plan in select_plans(asked(softcap=3.0))
-    ], "which nobody searched for"
+    capped = asked(softcap=3.0)
+    assert sizes(capped) == [(64, 128)] == [tile_of_rules(capped)], "which nobody searched for"
     monkeypatch.setenv("FLASHCORE_TUNED", "0")
     assert sizes(asked()) == before
     monkeypatch.delenv("FLASHCORE_TUNED")

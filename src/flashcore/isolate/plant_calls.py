@@ -235,6 +235,9 @@ CALLS: Mapping[str, _Calls] = {
             one_with.PLANTS_BWD_ONE_MASKED_SM90, TILE_OF_ONE, options=BACKWARD | {"mask": "bool"}
         ),
         **_calls(one.PLANTS_BWD_ORDER_SM90, TILE_OF_ONE, options=BACKWARD_WINDOW),
+        **_calls(
+            one_with.PLANTS_BWD_ONE_CAPPED_SM90, TILE_OF_ONE, options=BACKWARD | {"softcap": 2.0}
+        ),
         **_calls(one_with.PLANTS_BWD_ANY_ORDER_SM90, TILE_IN_ANY_ORDER, options=BACKWARD_WINDOW),
         **_calls(one.PLANTS_BWD_SHARED_SM90, TILE_OF_SHARED, options=BACKWARD_SHARED | _CAUSAL),
         **_calls(PLANTS_BWD_PACKED_SM90, TILE_OF_DKDV, options=BACKWARD_PACKED, is_packed=True),

@@ -175,7 +175,7 @@ STAGES: dict[str, dict[str, tuple[str, ...]]] = {
             *("strip-of-this-tile-again", "strip-of-the-first-keys", "q-of-dk-released-early"),
             *("rank-from-the-first-key", "delta-of-one-head-awaited", "v-not-awaited"),
             *("mask-of-the-first-head", "mask-walked-up", "mask-of-the-last-tile-kept"),
-            *("hidden-keys-attended", "lse-of-the-next-query"),
+            *("hidden-keys-attended", "lse-of-the-next-query", "slope-left-out"),
         ),
         "dv": ("empty-rows-spread",),
         "full": ("keys-behind-kept",),

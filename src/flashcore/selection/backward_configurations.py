@@ -42,14 +42,15 @@ MASK_VARIANTS: dict[str, dict[str, Any]] = {
     "float-biased-loose": {**ALL_OPTIONS, "mask": "loose-float-bias"},
     "float-biased-row": {**ALL_OPTIONS, "mask": "loose-padding-float-bias"},
 }
-# Tiles of packed sequences and of seqlens_k differ with a window, too.
-_VARLEN_VARIANTS = {name: SERVING_VARIANTS[name] for name in ("varlen-full", "varlen-window")}
-BACKWARD_VARIANTS = VARIANTS | MASK_VARIANTS | _VARLEN_VARIANTS
+# Tiles of packed sequences and of seqlens_k differ with a window, too, and where the slopes of
+# soft-capping lie differs without one.
+_OTHERS = ("varlen-full", "varlen-window", "softcap", "causal-softcap")
+BACKWARD_VARIANTS = VARIANTS | MASK_VARIANTS | {name: SERVING_VARIANTS[name] for name in _OTHERS}
 # With those, tiles so few that all run at the same time, a few an SM, and many.
 _BATCHES = (1, 16, 1024)
 _WITH_MASKS = tuple(name for name, options in BACKWARD_VARIANTS.items() if "mask" in options)
 _ANY_ORDER = "-any-order"
-_BY_ONE_KERNEL = ("full", "causal", "window")
+_BY_ONE_KERNEL = ("full", "causal", "window", "softcap", "causal-softcap")
 # Widths between those of HEAD_DIMS, and the variants that are tried there: where columns of a tile
 # lie behind head_dim, and at the edges of rules for tiles.
 _OTHER_HEAD_DIMS: dict[Dims, tuple[str, ...]] = {

@@ -33,6 +33,7 @@ from flashcore.kernels.bwd_sm90.tiles import BwdTile
 from flashcore.kernels.fwd_wmma.plan import traits
 from flashcore.kernels.limits import smem_limits
 from flashcore.problem import Problem
+from flashcore.problem.memory_layout import mask_spec
 from flashcore.sim.run_bwd import simulate_backward
 
 CAUSAL = {"causal": "lower_right", "dtype": "bfloat16"}
@@ -64,6 +65,18 @@ FAMILIES: dict[str, tuple[BwdTile | None, int, dict[str, Any]]] = {
     "shared-window": (None, 1, {"head_dim": 104, "head_dim_v": 104, "window": (70, 20)}),
     "padded": (None, 1, {"head_dim": 72, "head_dim_v": 88, "num_heads_q": 4}),
     "padded-causal": (None, 1, {"head_dim": 88, "head_dim_v": 72, **CAUSAL}),
+    "softcap": (None, 2, {"head_dim": 64, "head_dim_v": 40, "softcap": 3.0}),
+    "softcap-causal": (None, 1, {"head_dim": 80, "head_dim_v": 72, "softcap": 2.0, **CAUSAL}),
+    "shared-softcap": (
+        None,
+        2,
+        {"head_dim": 104, "head_dim_v": 104, "softcap": 4.0, "dtype": "bfloat16"},
+    ),
+    "shared-softcap-window": (
+        None,
+        2,
+        {"head_dim": 128, "head_dim_v": 128, "softcap": 3.0, "window": (70, 20)},
+    ),
 }
 BASE = {
     "batch": 2,
@@ -157,7 +170,7 @@ def test_what_one_kernel_cannot_do_says_why() -> None:
     for changed, word in (
         ({"head_dim": 136}, "128"),
         ({"head_dim_v": 104}, "above head_dim_v 96"),
-        ({"softcap": 1.0}, "soft-capping"),
+        ({"softcap": 1.0, "mask": mask_spec(torch.ones(16, 16).bool())}, "soft-capping"),
     ):
         assert word in (obstacle(dataclasses.replace(problem, **changed)) or "")
 
@@ -199,8 +212,8 @@ def test_tiles_fit_with_every_head_dim(dtype: torch.dtype) -> None:
     dims = range(8, plan_one.HEAD_DIM_MAX + 8, 8)
     for head_dim, head_dim_v in itertools.product(dims, dims):
         x, v = (torch.empty(1, 1, 64, d, dtype=dtype) for d in (head_dim, head_dim_v))
-        for causal in (False, True):
-            problem = Problem.from_tensors(x, x, v, causal=causal)
+        for causal, softcap in itertools.product((False, True), (None, 3.0)):
+            problem = Problem.from_tensors(x, x, v, causal=causal, softcap=softcap)
             if obstacle(problem) is None:
                 plan = select_one_kernel_plans(problem).main
                 assert plan.smem_bytes <= limit, plan.describe()

@@ -146,7 +146,7 @@ FC_DEVICE void query_tile(Consumer& c, const AttnParams& p, const Barriers& bar,
   await_tile(bar, count);
   const auto stats = stats_of(smem, count);
   m_begin = own_begin(c, p, stats, m_begin);
-  const auto lse = columns_ahead<ALSO_DQ>(stats);
+  const auto lse = columns_ahead<ALSO_DQ && MASK_KIND == 0 && LSE_AHEAD>(stats);
   issue_s(c.scores, smem, c.index, count);
   if (EARLY_DP) issue_dp(c.dprobs, smem, c.index, count);
   if (HAS_DK) issue_dk(c.dk, c.dscores, smem, count - 1);
@@ -214,7 +214,7 @@ FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar
   issue_s(c.scores, smem, c.index, count);
   if (!FIRST) issue_dk(c.dk, c.dscores, smem, count - 1);
   if (!FIRST && !is_second) add_dq(c, bar, smem, count - 2);
-  const ColumnsInRegisters lse = load_columns(stats);
+  const auto lse = columns_ahead<LSE_AHEAD>(stats);
   wgmma_wait<FIRST ? 0 : 1>();
   wgmma_hold(c.scores);
   if (IS_BOUNDED) m_begin = opaque(m_begin);
@@ -224,7 +224,7 @@ FC_DEVICE void shared_tile(Consumer& c, const AttnParams& p, const Barriers& bar
 //@if gate dv
   gate_probs(c.probs, c.gate, p, c.key_row + warp_idx() % 4 * 16, m_begin);
 //@end
-  const ColumnsInRegisters delta = load_columns(stats + BLOCK_M);
+  const auto delta = columns_ahead<!HAS_SOFTCAP>(stats + BLOCK_M);
   const auto await_buffers = [&] {
     await_ds_read(bar, count);
     if (!FIRST) await_ds(bar, count - 1);  // ahead of stores of dS, which its fence would wait for

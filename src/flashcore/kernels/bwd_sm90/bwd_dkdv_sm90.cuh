@@ -26,9 +26,11 @@ constexpr bool DQ_SHARED = ALSO_DQ && !DQ_ROLE;  // consumers compute dQ, a part
 constexpr bool HOLDS_PROBS = ALSO_DQ && !EARLY_DP && !(IS_BOUNDED && QK_FRAGS > 4);
 // A window hides keys by a branch that ends before the exponentials begin, so that ptxas issues dP
 // amid these. A branch around the exponentials would hold dP back until they are done. (At head_dim
-// 96 the former is 1 % slower, and up to 64 it spills 64 bytes and more.)
-constexpr bool HIDES_APART = DQ_SHARED && IS_BOUNDED;
-static_assert(!HIDES_APART || !HAS_SOFTCAP, "the slope of soft-capping is not kept");
+// 96 the former is 1 % slower, and up to 64 it spills 64 bytes and more. The slopes of soft-capping
+// would have to be kept from before the branch.)
+constexpr bool HIDES_APART = DQ_SHARED && IS_BOUNDED && !HAS_SOFTCAP;
+// Slopes take the registers of what would be loaded ahead.
+constexpr bool LSE_AHEAD = !HAS_SOFTCAP || IS_BOUNDED;
 // In float16 the difference of dP and delta might overflow. (With four products a tile pairs are
 // not faster, and a rounding more.)
 //@if gate ds dk dq

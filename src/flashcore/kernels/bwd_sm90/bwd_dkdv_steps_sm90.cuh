@@ -161,11 +161,10 @@ FC_DEVICE ColumnsInRegisters load_columns(SmemPtr<float> stats) {
   return loaded;
 }
 
-// The columns are loaded now if it HAS_REGISTERS for them, and no mask tensor takes those; else
-// they are loaded when they are needed.
+// The columns are loaded now if the caller HAS_REGISTERS for them, else when they are needed.
 template <bool HAS_REGISTERS>
 FC_DEVICE auto columns_ahead(SmemPtr<float> stats) {
-  if constexpr (HAS_REGISTERS && MASK_KIND == 0) {
+  if constexpr (HAS_REGISTERS) {
     return load_columns(stats);
   } else {
     return columns_of(stats);

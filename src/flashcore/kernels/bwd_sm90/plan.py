@@ -89,8 +89,7 @@ class BwdSm90Plan(Plan):
 
     @property
     def num_consumers(self) -> int:
-        """Return the number of consumer warpgroups, of 64 rows or 64 keys each; two may share 64
-        keys."""
+        """Return how many consumer warpgroups there are, of 64 rows or of 64 keys, or two of 64."""
         groups = (self.block_m if self.is_dq else self.block_n) // ROWS_OF_CONSUMER
         return 2 * groups if self.has_roles else groups
 
@@ -99,7 +98,8 @@ class BwdSm90Plan(Plan):
         """Return whether two warpgroups share the products of 64 keys, for one could not hold what
         there is (bwd_sm90/bwd_dkdv_roles_sm90.cuh)."""
         is_crowded = self.has_softcap or (self.mask is not None and self.varlen != "none")
-        return not self.is_dq and max(self.head_dim, self.head_dim_v) > (64 if is_crowded else 128)
+        one_holds = 64 if is_crowded and not self.also_dq else 128
+        return not self.is_dq and max(self.head_dim, self.head_dim_v) > one_holds
 
     @property
     def has_dq_role(self) -> bool:

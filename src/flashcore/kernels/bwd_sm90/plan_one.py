@@ -120,8 +120,8 @@ def obstacle(problem: Problem) -> str | None:
     chunk = tiles_sm90.chunk_of(problem.head_dim, problem.head_dim_v)
     if max(problem.head_dim, problem.head_dim_v) > 96 and qk_cols // chunk % 2:
         return "above head_dim_v 96 one kernel for dq, dk and dv takes no such head_dim"
-    if problem.softcap != 0.0:
-        return "dq, dk and dv by one kernel take no soft-capping"
+    if problem.softcap != 0.0 and problem.mask is not None:
+        return "dq, dk and dv by one kernel take no mask tensor with soft-capping"
     if problem.mask is not None and not _has_room_for_mask(problem):
         return "a mask tensor leaves no room for dq, dk and dv by one kernel"
     if problem.varlen != "none":
@@ -142,6 +142,10 @@ def tile(problem: Problem) -> tuple[BwdTile, int]:
         return BwdTile(64, 128, 3, 2, True, False, False), 2
     if problem.mask is not None:
         return _masked(problem, dim)
+    if problem.softcap != 0.0:
+        # Slopes take registers: 128 rows spill 84 to 168 bytes, and dK of the tile before, issued
+        # beside S, 96 to 128 above head_dim 64; up to that it is up to 13 % slower.
+        return BwdTile(64, 128, 2 if _widest(problem) > 96 else 3, 2, False, False, False), 1
     if dim <= 64:
         if not is_bounded(problem) and (problem.dtype == "float16" or 32 < dim <= 48):
             return BwdTile(64, 128, 3, 3, True, False, False), 2  # 128 rows spill 16 to 40 bytes
@@ -197,7 +201,8 @@ def least_tiles(problem: Problem) -> int:
     is_wide = max(problem.head_dim, problem.head_dim_v) > 96
     if problem.seqlen_q < _FEW_QUERIES:
         return max(1024 if is_wide else 512, _HEADS_OF_FEW_QUERIES * _tiles_of_head(problem))
-    return (512 if is_wide else 256) * (2 if is_bounded(problem) else 1)
+    least = (512 if is_wide else 256) * (2 if is_bounded(problem) else 1)
+    return least // 2 if problem.softcap else least  # which takes two kernels 1.5 times as long
 
 
 def _tiles_of_head(problem: Problem) -> int:
@@ -261,8 +266,9 @@ def any_order_pays(problem: Problem) -> bool:
 
 def any_order_may_pay(problem: Problem) -> bool:
     """Return the same of any number of queries. Up to head_dim 96 the order costs nothing; with a
-    mask it is not measured."""
-    return max(problem.head_dim, problem.head_dim_v) > 96 and problem.mask is None
+    mask or soft-capping it is not measured."""
+    is_measured = problem.mask is None and problem.softcap == 0.0
+    return max(problem.head_dim, problem.head_dim_v) > 96 and is_measured
 
 
 def in_any_order(plans: OneKernelPlans) -> OneKernelPlans:

@@ -41,6 +41,7 @@ from flashcore.sim.plants.bwd_sm90.one import (
 )
 from flashcore.sim.plants.bwd_sm90.one_with import (
     PLANTS_BWD_ANY_ORDER_SM90,
+    PLANTS_BWD_ONE_CAPPED_SM90,
     PLANTS_BWD_ONE_MASKED_SM90,
 )
 from flashcore.sim.plants.fwd_sm90.causal import PLANTS_CAUSAL_SM90
@@ -144,6 +145,7 @@ BY_KERNEL: Mapping[str, Mapping[str, Plant]] = {
         **PLANTS_BWD_ROLES_SM90,
         **PLANTS_BWD_ONE_SM90,
         **PLANTS_BWD_ONE_MASKED_SM90,
+        **PLANTS_BWD_ONE_CAPPED_SM90,
         **PLANTS_BWD_ORDER_SM90,
         **PLANTS_BWD_ANY_ORDER_SM90,
         **PLANTS_BWD_SHARED_SM90,

@@ -64,3 +64,14 @@ PLANTS_BWD_ONE_MASKED_SM90 = by_name(
         caught_by="wrong-result",
     ),
 )
+# With soft-capping.
+PLANTS_BWD_ONE_CAPPED_SM90 = by_name(
+    Plant(
+        name="slope-left-out",
+        title="dS is not multiplied by the slope of soft-capping",
+        file=_KERNEL,
+        find="(HAS_SOFTCAP ? c.capped_probs : c.probs)[n]",
+        replace="c.probs[n]",
+        caught_by="wrong-result",
+    ),
+)
