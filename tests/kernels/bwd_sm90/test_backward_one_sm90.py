@@ -238,6 +238,23 @@ def test_the_workspace_is_shared_out_evenly() -> None:
 
 
 @pytest.mark.parametrize(
+    ("seqlen", "head_dim", "options", "least"),
+    [
+        (100, 64, {}, None), (128, 64, {}, 512), (1024, 64, {}, 256), (1024, 128, {}, 512),
+        (1024, 128, {"causal": True}, 1024), (1024, 128, {"causal": True, "softcap": 9.0}, 512),
+        (1024, 64, {"window": (62, 0)}, None), (1024, 64, {"window": (127, 0)}, 2048),
+        (1024, 64, {"window": (127, 128)}, 512), (1024, 64, {"window": (127, -1)}, 512),
+    ],
+)  # fmt: skip
+def test_as_many_tiles_as_were_measured_to_pay(
+    seqlen: int, head_dim: int, options: dict[str, Any], least: int | None
+) -> None:
+    x = torch.empty(1, 1, seqlen, head_dim, dtype=torch.float16, device="meta")
+    found = plan_one.least_tiles(Problem.from_tensors(x, x, x, **options))
+    assert found == (plan_one._NEVER if least is None else least)
+
+
+@pytest.mark.parametrize(
     ("value", "error", "message"),
     [
         (True, TypeError, "num_bytes is True"),
