@@ -26,8 +26,7 @@ class Builder:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.module: object = None
-        self.status = 0
-        self.may_end = threading.Event()
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
         self.commands: list[list[str]] = []
         monkeypatch.setattr(build, "load_built", lambda: self.module)
         monkeypatch.setattr(
@@ -38,11 +37,11 @@ class Builder:
         assert options["start_new_session"]
         assert options["env"]["CUDA_VISIBLE_DEVICES"] == ""
         self.commands.append(command)
+        self.has_begun.set()
         return self
 
-    def wait(self) -> int:
+    def wait(self) -> None:
         assert self.may_end.wait(60)
-        return self.status
 
 
 class Module:
@@ -74,6 +73,7 @@ def builder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Builder:
 def test_python_launches_until_it_is_built(builder: Builder) -> None:
     flashcore.attention(*tensors())
     assert launcher.attend is None
+    assert builder.has_begun.wait(60)
     assert [command[1:] for command in builder.commands] == [["-m", BUILDER]]
     builder.module = module = Module()
     builder.may_end.set()
@@ -91,6 +91,17 @@ def test_what_is_built_serves_from_the_first_launch_on(builder: Builder) -> None
     assert not builder.commands
 
 
+def test_one_process_has_it_built_while_others_wait(builder: Builder) -> None:
+    with store.lock(f"{build.library_name()}-in-the-background"):
+        flashcore.attention(*tensors())
+        assert launcher.attend is None
+        builder.module = module = Module()
+    background.wait()
+    flashcore.attention(*tensors())
+    assert module.asked == 1
+    assert not builder.commands
+
+
 def test_a_bench_waits_until_it_is_settled(builder: Builder) -> None:
     builder.module = None
     threading.Thread(target=builder.may_end.set).start()
@@ -99,7 +110,7 @@ def test_a_bench_waits_until_it_is_settled(builder: Builder) -> None:
 
 
 @pytest.mark.parametrize(
-    "what", ["no compiler", "no headers", "failed before", "embedded", "status", "lost"]
+    "what", ["no compiler", "no headers", "failed before", "embedded", "nothing built"]
 )
 def test_python_launches_where_it_cannot_be_built_and_nothing_is_said(
     builder: Builder, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder, what: str
@@ -121,15 +132,12 @@ def test_python_launches_where_it_cannot_be_built_and_nothing_is_said(
     elif what == "embedded":
         monkeypatch.setattr(build.sys, "executable", "/usr/sbin/uwsgi")
         reason = "embedded"
-    elif what == "status":
-        builder.status = 1
-        builder.module = None
     builder.may_end.set()
     out = flashcore.attention(*tensors())
     background.wait()
     assert out.shape == (2, 4, 40, 64)
     assert launcher.attend is None
-    assert bool(builder.commands) == (what in ("status", "lost"))
+    assert bool(builder.commands) == (what == "nothing built")
     assert reason in background.obstacle()
     assert bool(background.obstacle()) == bool(reason)
     assert not [x for x in recwarn if "flashcore" in str(x.filename)]
@@ -142,7 +150,7 @@ def test_a_build_that_failed_is_remembered(
     source.write_text("module flashcore")
     monkeypatch.setattr(build, "SOURCE", source)
     monkeypatch.setattr(build, "load", build.load.__wrapped__)
-    monkeypatch.setattr(build.os, "nice", lambda increment: None)
+    monkeypatch.setattr(build, "_step_back", lambda: None)
     assert build.main() == 1
     assert "does not compile the launcher" in background.obstacle()
     source.write_text("module flashcore;")  # another source may be one that it compiles

@@ -70,18 +70,27 @@ def wait() -> None:
 
 def _build_and_use(use: Use) -> None:
     with contextlib.suppress(FlashCoreError, OSError, ImportError):
-        command = build.python_command("flashcore.launch.launcher.build")
-        assert command is not None
-        quiet = subprocess.DEVNULL
-        process = subprocess.Popen(
-            command,
-            stdin=quiet,
-            stdout=quiet,
-            stderr=quiet,
-            env=build.child_environment(),
-            start_new_session=True,  # an interrupt from the keyboard is not meant for it
-        )
-        if process.wait() == 0:
+        # Of the processes of a job one has it built, and the others wait.
+        with store.lock(f"{build.library_name()}-in-the-background"):
             module = build.load_built()
-            if module is not None:
-                use(module)
+            if module is None and not obstacle():
+                _build()
+                module = build.load_built()
+        if module is not None:
+            use(module)
+
+
+def _build() -> None:
+    """Return when a process has built the launcher, or has not."""
+    command = build.python_command("flashcore.launch.launcher.build")
+    assert command is not None
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(
+        command,
+        stdin=quiet,
+        stdout=quiet,
+        stderr=quiet,
+        env=build.child_environment(),
+        start_new_session=True,  # an interrupt from the keyboard is not meant for it
+    )
+    process.wait()

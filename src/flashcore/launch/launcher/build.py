@@ -3,6 +3,7 @@ on disk."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.machinery
 import importlib.util
@@ -166,10 +167,17 @@ def import_library(path: Path) -> Any:
     return module
 
 
+def _step_back() -> None:
+    """Have this process, and the compiler that it starts, come last: for a core, and for memory,
+    of which the compiler takes a gigabyte."""
+    with contextlib.suppress(OSError, AttributeError):  # of this system's kernel, or of Python's os
+        Path("/proc/self/oom_score_adj").write_text("1000")
+        os.nice(10)
+
+
 def main() -> int:
     """Build the launcher, or keep the reason why this compiler does not, for background.py."""
-    if hasattr(os, "nice"):
-        os.nice(10)  # whoever waits for kernels goes first
+    _step_back()
     try:
         load()
     except CompileError as error:
