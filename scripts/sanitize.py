@@ -191,7 +191,12 @@ def run_tool(
     command += ["--plant", plant] if plant else []
     done = subprocess.run(
         command,
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        # What is checked are kernels: nothing is to be built beside them.
+        env={
+            **os.environ,
+            "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+            "FLASHCORE_LAUNCHER": "python",
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -13,13 +13,15 @@ import torch
 from typer.testing import CliRunner
 
 import flashcore
+from flashcore.base import store
 from flashcore.bench.reporting import plotting, report
 from flashcore.bench.run import run
 from flashcore.bench.timing import Timing, time_on_cpu
 from flashcore.bench.workloads import Workload
-from flashcore.cli import app
+from flashcore.cli import app, doctor
 from flashcore.compile import codegen, jit
 from flashcore.kernels.fwd_sm90.plan import Sm90Plan
+from flashcore.launch.launcher import build
 from flashcore.problem import Problem
 from flashcore.selection import configurations as configurations_module
 from flashcore.selection.building import append_units
@@ -89,6 +91,30 @@ def test_doctor_says_what_to_do_without_compiler_and_cache(
     assert findings["C++ compiler"]["state"] == "absent"
     assert "no-such-compiler" in findings["C++ compiler"]["remedy"]
     assert findings["simulator"]["state"] == "absent"
+    assert findings["compiled launcher"]["state"] == "ok", "not used: Python is asked for"
+
+
+@pytest.mark.parametrize("asked", ["auto", "python", "compiled"])
+def test_doctor_says_who_makes_eager_calls(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, asked: str
+) -> None:
+    monkeypatch.setenv("FLASHCORE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("FLASHCORE_LAUNCHER", asked)
+    monkeypatch.setattr(build, "check_headers", lambda: None)
+
+    def found() -> tuple[str, str]:
+        (finding,) = doctor._launcher()
+        return finding.state, finding.detail
+
+    if asked == "python":
+        assert found() == ("ok", "not used, as FLASHCORE_LAUNCHER=python")
+        return
+    how = "in the background " if asked == "auto" else ""
+    assert found() == ("ok", f"to be built {how}when a process first launches a kernel")
+    store.keep(build.KIND, build.failure_name(), b"g++ does not compile it:\nan error")
+    assert found() == ("absent", "g++ does not compile it: Python makes the calls")
+    store.keep(build.KIND, build.library_name(), b"a library")
+    assert found() == ("ok", "built: eager calls are made by C++")
 
 
 def test_verify_ends_with_the_count_and_fails_on_a_failure(

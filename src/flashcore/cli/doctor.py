@@ -189,7 +189,12 @@ def _launcher() -> Iterator[Finding]:
             f"{env.LAUNCHER.name}=compiled tries to build it, and says what is missing; without it "
             "an eager call takes some microseconds more"
         )
-        yield Finding(name, "absent", f"{obstacle.splitlines()[0]}: Python makes the calls", remedy)
+        yield Finding(
+            name,
+            "absent",
+            f"{obstacle.splitlines()[0].rstrip(':')}: Python makes the calls",
+            remedy,
+        )
     else:
         when = "when" if asked == "compiled" else "in the background when"
         yield Finding(name, "ok", f"to be built {when} a process first launches a kernel")
