@@ -44,20 +44,22 @@ def gradients(leaves: Leaves, dout: torch.Tensor, **options: object) -> tuple[to
     return torch.autograd.grad(flashcore.attention(*leaves, **options), leaves, dout)
 
 
+@pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("head_dim", range(8, 136, 8))
 @pytest.mark.parametrize("causal", [False, True])
-def test_gradients_are_right(head_dim: int, causal: bool) -> None:
+def test_gradients_are_right(head_dim: int, causal: bool, softcap: float | None) -> None:
+    options = {"causal": causal, "softcap": softcap}
     for rows, keys, heads_kv in ((333, 333, 4), (70, 900, 2), (900, 70, 1)):
         leaves, dout = made(head_dim, (4, heads_kv), rows, keys, head_dim)
-        problem = Problem.from_tensors(*leaves, causal=causal, return_lse=True)
+        problem = Problem.from_tensors(*leaves, return_lse=True, **options)
         assert choose_backward(problem).reason == "one fused kernel for Hopper, deterministic"
         for _ in range(3):  # prepared, and found again
-            out, lse = flashcore.attention(*leaves, causal=causal, return_lse=True)
+            out, lse = flashcore.attention(*leaves, return_lse=True, **options)
             found = torch.autograd.grad(out, leaves, dout)
             empty = lse == -torch.inf
             given = dout.masked_fill(empty[..., None], 0.0)
             x = [leaf.detach() for leaf in leaves]
-            assert not wrong_gradients(found, *x, None, given, None, {"causal": causal})
+            assert not wrong_gradients(found, *x, None, given, None, options)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16, torch.float32], ids=str)
