@@ -185,10 +185,7 @@ def _launcher() -> Iterator[Finding]:
     elif background.is_built():
         yield Finding(name, "ok", "built: eager calls are made by C++")
     elif obstacle:
-        remedy = (
-            f"{env.LAUNCHER.name}=compiled tries to build it, and says what is missing; without it "
-            "an eager call takes some microseconds more"
-        )
+        remedy = f"{env.LAUNCHER.name}=compiled tries again; without it calls take the host longer"
         yield Finding(
             name,
             "absent",
