@@ -240,7 +240,7 @@ def main() -> int:
 
     transformers.logging.set_verbosity_error()
     register()
-    launcher = launched_by() if arguments.device == "cuda" else "python"
+    launcher = launched_by(arguments.device)
     started = time.monotonic()
     lines: list[dict[str, Any]] = []
     parts = len(arguments.setups) * len(arguments.caches)

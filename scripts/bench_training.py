@@ -244,7 +244,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     """Run what the command line asks for, and return the rows."""
     options = options_of(arguments)
     steps, parameters = (llama_steps if options.model == "llama" else gpt_steps)(options)
-    launcher = launched_by() if options.device == "cuda" else "python"
+    launcher = launched_by(options.device)
     rows = measure(steps, options)
     for row in rows:
         print(json.dumps(row), flush=True)

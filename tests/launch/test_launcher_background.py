@@ -103,7 +103,6 @@ def test_one_process_has_it_built_while_others_wait(builder: Builder) -> None:
 
 
 def test_a_bench_waits_until_it_is_settled(builder: Builder) -> None:
-    builder.module = None
     threading.Thread(target=builder.may_end.set).start()
     assert launcher.settled() == "python"  # the process left nothing
     assert len(builder.commands) == 1
@@ -157,21 +156,8 @@ def test_a_build_that_failed_is_remembered(
     assert background.obstacle() == ""
 
 
-class Wrong:
-    """Stand for a module whose results are wrong."""
-
-    def __init__(self, **wrong: Any) -> None:
-        self.wrong = wrong
-
-    def configure(self, *given: object) -> None:
-        pass
-
-    def attend(self, *asked: object) -> object:
-        return self.wrong.get("result")
-
-
 def test_a_trial_finds_what_does_not_work() -> None:
-    assert "something else than out and lse" in trial.trouble_of(Wrong())
+    assert "something else than out and lse" in trial.trouble_of(Module())
     assert trial.main(__file__).startswith("ImportError")
 
 

@@ -101,11 +101,6 @@ def sizes(problem: Problem) -> list[tuple[int, int]]:
     return [(plan.block_m, plan.block_n) for plan in plans_for(problem) if plan.is_persistent]
 
 
-def tile_of_rules(problem: Problem) -> tuple[int, int]:
-    plan = plan_one.select_one_kernel_plans(problem).main
-    return plan.block_m, plan.block_n
-
-
 def test_gradients_and_explain_go_by_what_was_found(
     pretend_gpu: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -119,7 +114,8 @@ def test_gradients_and_explain_go_by_what_was_found(
     assert sizes(asked()) == [(64, 64)]
     assert [plan.also_dq for plan in plans_for(asked()) if plan.owns_keys] == [True]
     capped = asked(softcap=3.0)
-    assert sizes(capped) == [(64, 128)] == [tile_of_rules(capped)], "which nobody searched for"
+    rules = plan_one.select_one_kernel_plans(capped).main
+    assert sizes(capped) == [(64, 128)] == [(rules.block_m, rules.block_n)], "nobody searched"
     monkeypatch.setenv("FLASHCORE_TUNED", "0")
     assert sizes(asked()) == before
     monkeypatch.delenv("FLASHCORE_TUNED")

@@ -98,7 +98,7 @@ def run(
     if workloads is None:
         workloads = workloads_for(device, is_backward=is_backward)
     run_workload = backward.run_workload if is_backward else _run_workload
-    launched_by = eager.launched_by() if on_gpu else "python"
+    launched_by = eager.launched_by(device)
     begun = time.monotonic()
     on_step("ceilings")
     limits = ceilings.measure(device, torch.float16 if on_gpu else torch.float32)

@@ -185,13 +185,9 @@ def _launcher() -> Iterator[Finding]:
     elif background.is_built():
         yield Finding(name, "ok", "built: eager calls are made by C++")
     elif obstacle:
+        detail = f"{obstacle.splitlines()[0].rstrip(':')}: Python makes the calls"
         remedy = f"{env.LAUNCHER.name}=compiled tries again; without it calls take the host longer"
-        yield Finding(
-            name,
-            "absent",
-            f"{obstacle.splitlines()[0].rstrip(':')}: Python makes the calls",
-            remedy,
-        )
+        yield Finding(name, "absent", detail, remedy)
     else:
         when = "when" if asked == "compiled" else "in the background when"
         yield Finding(name, "ok", f"to be built {when} a process first launches a kernel")

@@ -171,8 +171,8 @@ def _step_back() -> None:
     """Have this process, and the compiler that it starts, come last: for a core, and for memory,
     of which the compiler takes a gigabyte."""
     with contextlib.suppress(OSError, AttributeError):  # of this system's kernel, or of Python's os
-        Path("/proc/self/oom_score_adj").write_text("1000")
         os.nice(10)
+        Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def main() -> int:
